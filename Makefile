@@ -1,0 +1,33 @@
+# Two commands are enough on a fresh machine: `make demo` and `make test`.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+BIN := .venv/bin
+
+.PHONY: demo test slow lint bench clean
+.venv: .venv/.ready
+.venv/.ready: pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Descant needs Python 3.11 or newer"'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: .venv/.ready  ## Train a CLIP-style model on the emoji pack (5 minutes on two cores) into runs/demo.
+	$(BIN)/descant fit --config experiments/contrastive/emoji.yaml --name demo
+
+test: .venv/.ready  ## The tests: mechanisms, properties, the command line.
+	$(BIN)/python -m pytest -m 'not slow and not gpu' tests
+	$(BIN)/python -m pytest --doctest-modules -m 'not slow and not gpu' descant
+
+slow: .venv/.ready  ## Longer runs: the wheel, spawned ranks under compile and sharding, TensorBoard in a browser.
+	$(BIN)/python -m pytest -m slow tests
+
+lint: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy descant tests benchmarks
+
+bench: .venv/.ready  ## Every benchmark, side by side with the owner of each recipe: ratios, never bare times.
+	$(BIN)/python -m benchmarks all
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache
