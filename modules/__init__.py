@@ -1,0 +1,1 @@
+"""The parts: they know tensors, and nothing of files, recipes or trainers."""

@@ -1,0 +1,113 @@
+"""The step: one object in every recipe that owns what a whole optimizer step must agree on.
+
+Step-wide counts, the mix of the terms, the forks where features are shared, and whether a probe is running.
+Letters: B samples, D width, K terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from descant.modules.batch import Batch
+from descant.modules.objective import Objective, Term
+
+#: ``rule(g_KBD, names) -> g_BD``: what a feature-level harmonizer does with the per-sample gradients of K terms.
+ForkRule = Callable[[Tensor, tuple[str, ...]], Tensor]
+
+
+@dataclass
+class Step:
+    """Turns a recipe's terms into the scalar that Lightning's own backward differentiates.
+
+    Lightning divides a micro-batch's loss by ``accumulate`` and the strategy averages gradients over ``world``
+    ranks, while a term is divided by a count of the whole step: both factors are put back here, so the gradient
+    is ``d/dtheta sum_k mix_k * sum_n(weight * value * valid) / norm_k`` over the whole step, however it is cut.
+
+    Attributes:
+        world: ranks that share the step. accumulate: micro-batches that share it.
+        mix: fixed coefficients by term name (absent names count 1).
+        rule: the harmonizer at the forks, or None for the plain sum.
+        probing: while a callback differentiates terms one by one, forks pass gradients through untouched.
+        objective: the last objective, for callbacks between forward and backward.
+    """
+
+    world: int = 1
+    accumulate: int = 1
+    mix: Mapping[str, float] = field(default_factory=dict)
+    rule: ForkRule | None = None
+    probing: bool = False
+    objective: Objective | None = None
+
+    def __call__(self, terms: Mapping[str, Term], batch: Batch) -> Objective:
+        """The objective of this micro-batch. Raises FloatingPointError naming the term that is not finite."""
+        norms = self._norms(terms, batch)
+        scale = float(self.world * self.accumulate)
+        scalars = {name: term.sum() * (scale / norms[name]) for name, term in terms.items()}
+        _require_finite(scalars)
+        self.objective = Objective(scalars, self.mix)
+        return self.objective
+
+    def _norms(self, terms: Mapping[str, Term], batch: Batch) -> dict[str, Tensor | float]:
+        norms: dict[str, Tensor | float] = {}
+        unknown: list[str] = []
+        for name, term in terms.items():
+            if not isinstance(term.norm, str):
+                norms[name] = term.norm
+            elif term.norm == "local":
+                # the scale of __call__ does not belong to a local norm: its gradient is averaged, not summed
+                norms[name] = term.count().clamp(min=1) * self.world * self.accumulate
+            elif term.given:
+                norms[name] = batch.count(*term.given).clamp(min=1)
+            else:
+                unknown.append(name)
+        if unknown and self.accumulate > 1:
+            raise ValueError(
+                f"term {unknown[0]!r} is divided by the valid rows of {self.accumulate} micro-batches, which only its "
+                "forward knows: give the term `given=(modalities)`, a number as `norm`, or do not accumulate"
+            )
+        if unknown:
+            counts = torch.stack([terms[name].count() for name in unknown])
+            if self.world > 1:
+                dist.all_reduce(counts)
+            norms |= zip(unknown, counts.clamp(min=1).unbind(), strict=True)
+        return norms
+
+    def fork(self, z_BD: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """Hand each of K terms its own copy of a shared feature; backward harmonizes all K gradients at once.
+
+        The value is unchanged. On the way back the fork receives ``g_KBD``, one row a term and sample, and returns
+        ``rule(g_KBD, names)``, or their sum where no rule is set: one backward whatever K is.
+        """
+        names = tuple(names)
+        if len(names) == 1 or not z_BD.requires_grad:
+            return dict.fromkeys(names, z_BD)
+        return dict(zip(names, _Fork.apply(z_BD, self, names), strict=True))
+
+
+class _Fork(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, z_BD: Tensor, step: Step, names: tuple[str, ...]
+    ) -> tuple[Tensor, ...]:
+        ctx.step, ctx.names = step, names  # type: ignore[attr-defined]
+        return tuple(z_BD.view_as(z_BD) for _ in names)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        step: Step = ctx.step  # type: ignore[attr-defined]
+        g_KBD = torch.stack(grads)
+        if step.rule is None or step.probing:
+            return g_KBD.sum(dim=0), None, None
+        return step.rule(g_KBD, ctx.names), None, None  # type: ignore[attr-defined]
+
+
+def _require_finite(scalars: Mapping[str, Tensor]) -> None:
+    # one stacked test, so that a device is waited for once and not once a term
+    if not torch.isfinite(torch.stack([s.detach().float() for s in scalars.values()])).all():
+        name, value = next((n, float(s)) for n, s in scalars.items() if not torch.isfinite(s))
+        raise FloatingPointError(f"loss term {name!r} is {value}: not finite")

@@ -1,0 +1,90 @@
+"""The contract of a tower, and the set of towers that a recipe trains.
+
+Letters: B samples, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Tokens(NamedTuple):
+    """``h_BTD``: features of T tokens. ``mask_BT``: bool, True where a token is real (not padding)."""
+
+    h_BTD: Tensor
+    mask_BT: Tensor
+
+
+class Tower(nn.Module):
+    """``forward(x, mask=None) -> Tokens``: tokens always; pooling and projection come after, as separate parts.
+
+    A subclass sets ``width`` (D) and returns one mask entry a token. ``mask`` is bool ``[B, T_in]``, True where an
+    input position is real, for inputs that are sequences. ``blocks()`` lists the repeated blocks: what activation
+    checkpointing recomputes, what sharding splits.
+    """
+
+    width: int
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
+        raise NotImplementedError
+
+    def blocks(self) -> list[nn.Module]:
+        return []
+
+
+class Frozen(Tower):
+    """A tower whose parameters take no gradient and whose mode stays eval, whatever ``train()`` is called.
+
+    Frozen norms and dropout in train mode drift or add noise although "nothing trains": the usual bug.
+    """
+
+    def __init__(self, tower: Tower) -> None:
+        super().__init__()
+        self.tower = tower.requires_grad_(False).eval()
+        self.width = tower.width
+
+    def train(self, mode: bool = True) -> Frozen:
+        super().train(mode)
+        self.tower.eval()
+        return self
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
+        with torch.no_grad():
+            return self.tower(x, mask)
+
+    def blocks(self) -> list[nn.Module]:
+        return self.tower.blocks()
+
+
+class Towers(nn.ModuleDict):
+    """One optional tower a modality. A class, not a dict, so that a second YAML that names one tower keeps the others.
+
+    Args:
+        image: pixels ``[B, 3, H, W]``.
+        text: token ids ``[B, T]``.
+        audio: features of sound ``[B, ...]``.
+        video: frames ``[B, F, 3, H, W]``.
+        depth: one channel of distance ``[B, 1, H, W]``.
+        volume: voxels ``[B, C, X, Y, Z]``.
+        bands: spectral bands ``[B, C, H, W]``.
+        table: columns ``[B, C]``.
+    """
+
+    def __init__(
+        self,
+        image: Tower | None = None,
+        text: Tower | None = None,
+        audio: Tower | None = None,
+        video: Tower | None = None,
+        depth: Tower | None = None,
+        volume: Tower | None = None,
+        bands: Tower | None = None,
+        table: Tower | None = None,
+    ) -> None:
+        given = dict(
+            image=image, text=text, audio=audio, video=video, depth=depth, volume=volume, bands=bands, table=table
+        )
+        super().__init__({name: tower for name, tower in given.items() if tower is not None})

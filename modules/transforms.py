@@ -1,0 +1,157 @@
+"""Pixels on the device: a whole uint8 batch is augmented in one affine and one colour operation, then normalised.
+
+Every sample's parameters are drawn from its own key, so a picture's augmentation is a pure function of
+(seed, epoch, index), on any device and in any batch. Per-sample torchvision pipelines give the same freedom at many
+times the cost (``benchmarks/data.py``); they remain available to data modules as ``transform``.
+Letters: B samples, C channels, H and W pixels in, S pixels out.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from descant.modules.random import uniform_N
+
+#: Luma of linear RGB (ITU-R BT.601), what "grey" means in colour jitter everywhere.
+_LUMA = (0.299, 0.587, 0.114)
+
+
+def over_white(x_BCHW: Tensor, background_B3: Tensor | None = None) -> Tensor:
+    """RGBA or RGB in 0..1 -> RGB ``[B, 3, H, W]`` over a background colour (white where None)."""
+    if x_BCHW.shape[1] == 3:
+        return x_BCHW
+    rgb, alpha = x_BCHW[:, :3], x_BCHW[:, 3:4]
+    back: Tensor | float = 1.0 if background_B3 is None else background_B3[:, :, None, None]
+    return rgb * alpha + back * (1 - alpha)
+
+
+class Pixels(nn.Module):
+    """Evaluation's view: uint8 ``[B, 3 or 4, H, W]`` -> float ``[B, 3, S, S]``, ``(x / 255 - 0.5) / 0.5``, over white.
+
+    Args:
+        size: S, pixels out; the picture is averaged down (antialias), never up-sampled by guess.
+
+    >>> Pixels(2)(torch.full((1, 3, 4, 4), 255, dtype=torch.uint8), torch.zeros(1, dtype=torch.long)).unique().tolist()
+    [1.0]
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x_BCHW: Tensor, draw_B: Tensor) -> Tensor:
+        x = over_white(x_BCHW.float() / 255)
+        if x.shape[-1] != self.size or x.shape[-2] != self.size:
+            x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
+        return x * 2 - 1
+
+
+class Augment(nn.Module):
+    """Training's view: random affine and colour of each picture, uint8 ``[B, 3 or 4, H, W]`` -> float ``[B, 3, S, S]``.
+
+    ``x'(p) = M x(A p) + c`` with ``A`` an affine map (rotation, scale, stretch, shear, shift, mirror) and ``M, c`` a
+    mix of the colour channels (saturation, hue by mixing, contrast, brightness, inversion), each drawn uniformly.
+
+    Args:
+        size: S, pixels out.
+        rotate: degrees, drawn from -rotate..rotate.
+        scale: log-uniform factor between 1/scale and scale. stretch: the same, of width against height.
+        shear: degrees. shift: share of the picture.
+        mirror: probability of a horizontal flip.
+        colour: strength of the random mixing of channels (0 none). brightness, contrast: half-width of their ranges.
+        grey: probability of a grey picture. invert: probability of a negative.
+        background: probability of a random background behind transparent pixels (else white).
+        erase: largest share of the side of a grey square laid over the picture (0 none).
+        stream: name of the random stream; two views of one sample use two streams.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        rotate: float = 15.0,
+        scale: float = 1.25,
+        stretch: float = 1.15,
+        shear: float = 8.0,
+        shift: float = 0.1,
+        mirror: float = 0.0,
+        colour: float = 0.3,
+        brightness: float = 0.2,
+        contrast: float = 0.3,
+        grey: float = 0.1,
+        invert: float = 0.0,
+        background: float = 0.5,
+        erase: float = 0.0,
+        stream: str = "image",
+    ) -> None:
+        super().__init__()
+        if scale < 1 or stretch < 1:
+            raise ValueError(f"scale {scale} and stretch {stretch} are factors of at least 1")
+        self.size, self.rotate, self.scale, self.stretch, self.shear = size, rotate, scale, stretch, shear
+        self.shift, self.mirror, self.colour, self.brightness = shift, mirror, colour, brightness
+        self.contrast, self.grey, self.invert, self.background = contrast, grey, invert, background
+        self.erase, self.stream = erase, stream
+
+    def stream_copy(self, stream: str) -> Augment:
+        """The same distribution, drawn from another random stream: a second view."""
+        twin = copy.copy(self)
+        twin.stream = stream
+        return twin
+
+    def _u(self, draw_B: Tensor, what: str, device: torch.device) -> Tensor:
+        """Uniform in -1..1, one a sample."""
+        return (uniform_N(draw_B, f"augment/{self.stream}/{what}") * 2 - 1).to(device)
+
+    def affine(self, draw_B: Tensor, device: torch.device) -> Tensor:
+        """``A`` of every sample: ``[B, 2, 3]``, from output to input coordinates in -1..1."""
+        u = {w: self._u(draw_B, w, device) for w in ("rotate", "scale", "stretch", "shear", "x", "y", "mirror")}
+        angle, shear = u["rotate"] * math.radians(self.rotate), u["shear"] * math.radians(self.shear)
+        size, ratio = torch.exp(u["scale"] * math.log(self.scale)), torch.exp(u["stretch"] * math.log(self.stretch))
+        flip = torch.where(u["mirror"] < 2 * self.mirror - 1, -1.0, 1.0)
+        cos, sin, tan = angle.cos(), angle.sin(), shear.tan()
+        row_x = torch.stack([flip * size * ratio * cos, flip * size * ratio * (cos * tan - sin)], dim=-1)
+        row_y = torch.stack([size / ratio * sin, size / ratio * (sin * tan + cos)], dim=-1)
+        shift = torch.stack([u["x"], u["y"]], dim=-1) * 2 * self.shift
+        return torch.cat([torch.stack([row_x, row_y], dim=1), shift[:, :, None]], dim=2)
+
+    def mixing(self, draw_B: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``M`` and ``c`` of every sample: ``[B, 3, 3]`` and ``[B, 3]``, for colours in -1..1."""
+        noise = torch.stack([self._u(draw_B, f"colour{k}", device) for k in range(9)], dim=-1).view(-1, 3, 3)
+        # rows of the noise sum to zero: greys stay grey, colours wander
+        mix = torch.eye(3, device=device) + self.colour * (noise - noise.mean(dim=2, keepdim=True))
+        grey = torch.tensor(_LUMA, device=device).expand(3, 3)
+        is_grey = self._u(draw_B, "grey", device) < 2 * self.grey - 1
+        mix = torch.where(is_grey[:, None, None], grey, mix)
+        gain = 1 + self.contrast * self._u(draw_B, "contrast", device)
+        gain = torch.where(self._u(draw_B, "invert", device) < 2 * self.invert - 1, -gain, gain)
+        offset = self.brightness * self._u(draw_B, "brightness", device)
+        return mix * gain[:, None, None], offset[:, None].expand(-1, 3)
+
+    def forward(self, x_BCHW: Tensor, draw_B: Tensor) -> Tensor:
+        device, rows, channels = x_BCHW.device, len(x_BCHW), x_BCHW.shape[1]
+        x = x_BCHW.float() / 255
+        if channels == 4:  # premultiplied, so that no colour bleeds in from transparent pixels
+            x = torch.cat([x[:, :3] * x[:, 3:], x[:, 3:]], dim=1)
+        grid = F.affine_grid(self.affine(draw_B, device), [rows, channels, self.size, self.size], align_corners=False)
+        if x.shape[-1] >= 2 * self.size:  # sampling every second pixel would alias: average down first
+            x = F.avg_pool2d(x, x.shape[-1] // self.size)
+        x = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        if channels == 4:
+            back = torch.stack([self._u(draw_B, f"back{k}", device) for k in range(3)], dim=-1) * 0.5 + 0.5
+            plain = self._u(draw_B, "background", device) >= 2 * self.background - 1
+            back = torch.where(plain[:, None], torch.ones_like(back), back)
+            x = x[:, :3] + back[:, :, None, None] * (1 - x[:, 3:])
+        mix, offset = self.mixing(draw_B, device)
+        x = torch.baddbmm(offset[:, :, None], mix, (x * 2 - 1).flatten(2)).view(rows, 3, self.size, self.size)
+        x = x.clamp(-1, 1)
+        return self._erase(x, draw_B) if self.erase > 0 else x
+
+    def _erase(self, x: Tensor, draw_B: Tensor) -> Tensor:
+        centre = torch.linspace(-1, 1, self.size, device=x.device)
+        half = self.erase * (self._u(draw_B, "erase", x.device) * 0.5 + 0.5)[:, None]
+        inside = [(centre - self._u(draw_B, f"erase-{axis}", x.device)[:, None]).abs() < half for axis in "yx"]
+        return torch.where((inside[0][:, :, None] & inside[1][:, None, :])[:, None], torch.zeros_like(x), x)

@@ -1,0 +1,116 @@
+"""The base of all recipes: optimizers and schedules, the configured model, the step, and logging. Nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from descant.modules.batch import Batch
+from descant.modules.configure import Adapt, Checkpointing, Compile, Shard
+from descant.modules.objective import Term
+from descant.modules.optim import parameter_groups
+from descant.modules.schedule import Schedule
+from descant.modules.step import Step
+
+
+class Recipe(L.LightningModule):
+    """A recipe implements ``terms(batch)``; the base adds the terms, and callbacks weigh them.
+
+    Args:
+        optimizer: class and arguments of the optimizer; its parameters come in groups, so that norms, biases and
+            scalars take no weight decay.
+        schedule: shape of the learning rate over the run; None keeps it constant.
+        mix: fixed coefficients of terms by name (1 where absent).
+        adapt: changes to the model before training, in order: LoRA, quantised layers.
+        checkpointing: recompute activations in backward instead of keeping them.
+        compile: compile the towers.
+        shard: split parameters over ranks (FSDP2).
+    """
+
+    #: True where a term contrasts samples of a batch: accumulating small batches is then another method.
+    in_batch_negatives: bool = False
+    towers: nn.ModuleDict
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable = AdamW,
+        schedule: Schedule | None = None,
+        mix: dict[str, float] | None = None,
+        adapt: list[Adapt] | None = None,
+        checkpointing: Checkpointing | None = None,
+        compile: Compile | None = None,
+        shard: Shard | None = None,
+    ) -> None:
+        super().__init__()
+        self.step = Step(mix=mix or {})
+        self._optimizer, self._schedule = optimizer, schedule
+        self._parts = [part for part in (*(adapt or []), checkpointing, compile, shard) if part is not None]
+        self._configured = False
+
+    # what a recipe is ------------------------------------------------------------------------------------------
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        """The loss, term by term and sample by sample."""
+        raise NotImplementedError
+
+    def embed(self, batch: Batch) -> dict[str, Tensor]:
+        """Modality -> unit-length ``z_BD``; rows of absent samples are zero."""
+        raise NotImplementedError
+
+    def shared_parameters(self) -> Iterable[nn.Parameter]:
+        """The parameters that several terms share: what a parameter-level harmonizer looks at."""
+        return (p for p in self.parameters() if p.requires_grad)
+
+    # what the base owns ----------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Adapt, checkpoint, compile, shard: in that order, once (Lightning calls this at every stage)."""
+        if self._configured:
+            return
+        self._configured = True
+        for part in self._parts:
+            part.apply(self)
+
+    def setup(self, stage: str) -> None:
+        trainer = self.trainer
+        self.step.world, self.step.accumulate = trainer.world_size, trainer.accumulate_grad_batches
+        if stage == "fit" and self.in_batch_negatives and trainer.accumulate_grad_batches > 1:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches {trainer.accumulate_grad_batches}: {type(self).__name__} contrasts "
+                "samples of one batch, and accumulated small batches have fewer negatives; use 1"
+            )
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self._optimizer(parameter_groups(self))
+        if self._schedule is None:
+            return optimizer
+        scheduler = self._schedule(optimizer, int(self.trainer.estimated_stepping_batches))
+        config = {"scheduler": scheduler, "interval": self._schedule.interval}
+        if self._schedule.monitor is not None:
+            config["monitor"] = self._schedule.monitor
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        objective = self.step(self.terms(batch), batch)
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # logging costs more than small steps do
+            world = self.step.world
+            values = {f"train/{name}": value.detach() for name, value in objective.terms.items()}
+            values["train/loss"] = objective.total.detach()
+            self.log_dict(values, sync_dist=world > 1, batch_size=len(batch))
+            self.log("train/lr", self.optimizers().param_groups[0]["lr"], batch_size=len(batch))  # type: ignore[union-attr]
+        return objective.total
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """The embeddings of a batch; callbacks judge them."""
+        return {"z": self.embed(batch)}
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        return self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        return {"index": batch.index, "present": batch.present, "z": self.embed(batch)}

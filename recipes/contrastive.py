@@ -1,0 +1,125 @@
+"""CLIP-style contrastive pre-training of any number of modalities.
+
+Claim: two (or more) towers trained so that what belongs together lies together can name images they were never
+labelled with.
+
+    z_m = normalise(head_m(pool(tower_m(x_m))))          for every modality m that is present
+    loss = sum over pairs (a, b): pair loss(z_a, z_b)    InfoNCE or SigLIP, with in-batch negatives
+         + the intra-modal term of two views             SLIP, where asked for
+
+What differs from CLIP (Radford 2021): any set of pairs, each with its own scale; samples of equal content are not each
+other's negatives; an absent modality is left out exactly, as row and as negative, and costs no compute.
+Source: arXiv 2103.00020 (CLIP), 2303.15343 (SigLIP), 2112.12750 (SLIP). Letters: B samples, D width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from itertools import combinations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from descant.modules.batch import Batch
+from descant.modules.heads import MeanPool, Pool, Projection
+from descant.modules.losses import ContrastiveLoss, InfoNCE, Intra
+from descant.modules.losses.contrastive import promote
+from descant.modules.objective import Term
+from descant.modules.towers import Towers
+from descant.recipes.base import Recipe
+
+
+class Contrastive(Recipe):
+    """Contrast every pair of modalities in one embedding space.
+
+    Args:
+        towers: one tower a modality.
+        width: of the shared embedding space.
+        pairs: which modalities meet, such as [[image, text]]; all of them where not given.
+        loss: of one pair; every pair gets its own copy (its own scale).
+        pool: tokens to one vector, a copy for each modality.
+        intra: a term between two views of one modality, or none.
+    """
+
+    in_batch_negatives = True
+
+    def __init__(
+        self,
+        towers: Towers,
+        width: int = 128,
+        pairs: list[list[str]] | None = None,
+        loss: ContrastiveLoss | None = None,
+        pool: Pool | None = None,
+        intra: Intra | None = None,
+        **kwargs: object,
+    ) -> None:
+        super().__init__(**kwargs)  # type: ignore[arg-type]  # the base's own typed arguments
+        self.towers = towers
+        self.pairs = _pairs(pairs, tuple(towers))
+        self.pools = nn.ModuleDict({m: copy.deepcopy(pool or MeanPool()) for m in towers})
+        self.heads = nn.ModuleDict({m: Projection(tower.width, width) for m, tower in towers.items()})
+        self.losses = nn.ModuleDict({name: copy.deepcopy(loss or InfoNCE()) for name in self.pairs})
+        self.intra = intra
+
+    def features(self, x: Tensor, modality: str) -> Tensor:
+        """``[B, ...] -> h_BD``: tower and pool."""
+        return self.pools[modality](self.towers[modality](x))
+
+    def present_features(self, batch: Batch, modality: str, view: str = "") -> Tensor:
+        """``h_BD`` of one modality; the tower sees present rows only, and absent rows are zero."""
+        x, present_B = batch.inputs[modality + view], batch.present[modality]
+        if present_B.all():
+            return self.features(x, modality)
+        # a rank without this modality still runs one row: every rank's backward reaches the same parameters
+        rows = present_B.nonzero().squeeze(1) if present_B.any() else torch.zeros_like(batch.index[:1])
+        h_RD = self.features(x[rows], modality)
+        weight_R1 = present_B[rows, None].to(h_RD.dtype)
+        return h_RD.new_zeros(len(batch), h_RD.shape[1]).index_put((rows,), h_RD * weight_R1)
+
+    def project(self, h_BD: Tensor, modality: str, present_B: Tensor) -> Tensor:
+        z_BD = F.normalize(promote(self.heads[modality](h_BD)), dim=-1)
+        return torch.where(present_B[:, None], z_BD, torch.zeros_like(z_BD))
+
+    def embed(self, batch: Batch) -> dict[str, Tensor]:
+        modalities = [m for m in self.towers if m in batch.inputs]
+        return {m: self.project(self.present_features(batch, m), m, batch.present[m]) for m in modalities}
+
+    @property
+    def forks(self) -> Mapping[str, tuple[str, ...]]:
+        """Modality -> the terms that share its embedding."""
+        return {m: tuple(name for name, pair in self.pairs.items() if m in pair) for m in self.towers}
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        missing = [m for m in self.towers if m not in batch.inputs]
+        if missing:
+            raise ValueError(f"the data has no modality {missing[0]!r}, only {', '.join(batch.inputs)}")
+        h = {m: self.present_features(batch, m) for m in self.towers}
+        z = {m: self.project(h_BD, m, batch.present[m]) for m, h_BD in h.items()}
+        copies = {m: self.step.fork(z_BD, self.forks[m]) for m, z_BD in z.items()}
+        terms = {}
+        for name, (a, b) in self.pairs.items():
+            valid_B = batch.both(a, b)
+            value_B = self.losses[name](copies[a][name], copies[b][name], batch.key, valid_B)
+            terms[name] = Term(value_B, valid=valid_B, given=(a, b))
+        if self.intra is not None:
+            m = self.intra.modality
+            if f"{m}@2" not in batch.inputs:
+                raise ValueError(f"the intra-modal term needs a second view of {m!r}: data.views {{{m}: 2}}")
+            h_2_BD = self.present_features(batch, m, view="@2")
+            value_B = self.intra(h[m], h_2_BD, batch.key, batch.present[m])
+            terms[f"{m}-{m}"] = Term(value_B, valid=batch.present[m], given=(m,))
+        return terms
+
+
+def _pairs(pairs: list[list[str]] | None, modalities: tuple[str, ...]) -> dict[str, tuple[str, str]]:
+    if len(modalities) < 2:
+        raise ValueError(f"towers: contrast needs two modalities, got {', '.join(modalities) or 'none'}")
+    for pair in pairs or []:
+        unknown = [m for m in pair if m not in modalities]
+        if unknown or len(set(pair)) != 2:
+            fault = f"no tower {unknown[0]!r}" if unknown else "not two modalities"
+            raise ValueError(f"pairs: {pair}: {fault}; the towers are {', '.join(modalities)}")
+    chosen = [(a, b) for a, b in pairs] if pairs else list(combinations(modalities, 2))
+    return {f"{a}-{b}": (a, b) for a, b in chosen}

@@ -1,0 +1,41 @@
+"""Runs a function on several gloo ranks, each a process of its own, as `torchrun` would start them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+
+def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """``[function(rank, *args) for rank in range(world)]``, in parallel; results travel through files."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_entry, args=(world, port, folder, function, args), nprocs=world)
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _entry(
+    rank: int, world: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    # torchrun's environment: Lightning then joins these ranks instead of launching its own
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "GROUP_RANK": "0",
+        "TORCHELASTIC_RUN_ID": "test",
+    }
+    torch.set_num_threads(1)
+    torch.save(function(rank, *args), Path(folder) / f"{rank}.pt")
