@@ -1,0 +1,199 @@
+"""What every data module shares: the order, the loaders, missingness, and the names of its evaluation sets.
+
+Letters: B samples of a batch, N samples of a set.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from descant.datamodules.order import Order, Slot, Window
+from descant.modules.batch import Batch
+from descant.modules.random import mix, uniform_N
+
+
+class BatchDataset(Dataset[Batch]):
+    """A data set that is read a window at a time: one call makes the whole :class:`Batch`.
+
+    A subclass implements ``rows(index_B, draw_B)`` and ``present(index_N)``. Reading windows, not samples, keeps
+    Python out of the inner loop: an in-memory set answers with one indexing operation a modality.
+
+    Args:
+        seed: of everything random about a sample; with (epoch, index) it makes the sample's ``draw`` key.
+        drop: modality -> probability that a present sample is made absent (a policy of missingness).
+    """
+
+    def __init__(self, seed: int, drop: Mapping[str, float] | None = None) -> None:
+        self.seed = seed
+        self.drop = dict(drop or {})
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
+        """The content of some samples; whatever is random about them is a function of ``draw_B``."""
+        raise NotImplementedError
+
+    def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
+        """Modality -> bool ``[N]``: which modalities these samples have, without reading them."""
+        raise NotImplementedError
+
+    def identity(self, index_B: np.ndarray) -> np.ndarray:
+        """Stable global ids of some rows: the same sample has the same id in every set that holds it."""
+        return index_B
+
+    def draws(self, slots: Sequence[Slot]) -> np.ndarray:
+        return np.array([mix(self.seed, "sample", s.epoch, s.index) for s in slots], dtype=np.int64)
+
+    def presence(self, slots: Sequence[Slot], draw_N: np.ndarray) -> dict[str, Tensor]:
+        """``present`` less what the policy drops and what is padding: a pure function of (seed, epoch, index)."""
+        real_N = torch.tensor([s.real for s in slots])
+        present = self.present(np.array([s.index for s in slots]))
+        for modality, probability in self.drop.items():
+            kept_N = uniform_N(draw_N, f"drop/{modality}") >= probability
+            present[modality] = present[modality] & kept_N
+        return {modality: mask_N & real_N for modality, mask_N in present.items()}
+
+    def __getitem__(self, window: Window) -> Batch:
+        draw_G = self.draws(window.step)
+        step = self.presence(window.step, draw_G)
+        draw_B = self.draws(window.slots)
+        index_B = np.array([s.index for s in window.slots])
+        rows = self.rows(index_B, draw_B)
+        return Batch(
+            inputs=rows.inputs,
+            present=self.presence(window.slots, draw_B),
+            targets=rows.targets,
+            index=torch.from_numpy(self.identity(index_B)),
+            key=rows.key,
+            draw=torch.from_numpy(draw_B),
+            step=step,
+        )
+
+
+@dataclass
+class Rows:
+    """What a data set knows of some samples: inputs and targets ``[B, ...]``, and their content keys ``[B]``."""
+
+    inputs: dict[str, Tensor]
+    targets: dict[str, Tensor]
+    key: Tensor
+
+
+class DataModule(L.LightningDataModule):
+    """Base of all data modules: subclasses implement ``training_set`` and ``evaluation_sets``.
+
+    Args:
+        batch_size: rows of one whole optimizer step (all ranks, all micro-batches).
+        eval_batch_size: rows of an evaluation batch on each rank.
+        num_workers: processes that read ahead; 0 reads in the main process (best for what is in memory).
+        drop: modality -> probability that a training sample is made absent.
+        tiny: a small synthetic stand-in of the same shapes, for tests and for `check`.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 256,
+        eval_batch_size: int = 512,
+        num_workers: int = 0,
+        drop: dict[str, float] | None = None,
+        tiny: bool = False,
+    ) -> None:
+        super().__init__()
+        if batch_size < 2:
+            raise ValueError(f"batch_size {batch_size}: contrast and batch statistics need at least 2")
+        self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
+        self.drop, self.tiny = drop or {}, tiny
+        self.position = (0, 0)  # (epoch, micro-batch) to start from; a resumed run sets it before the loader is made
+        for modality, probability in self.drop.items():
+            if modality not in self.modalities:
+                raise ValueError(f"drop: no modality {modality!r}; this data has {', '.join(self.modalities)}")
+            if not 0 <= probability <= 1:
+                raise ValueError(f"drop: {modality} {probability} is not a probability")
+
+    # what a corpus is ------------------------------------------------------------------------------------------
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    def training_set(self) -> BatchDataset:
+        raise NotImplementedError
+
+    def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
+        """Name -> set, for ``stage`` "validate" or "test". The name is the first part of its metrics' keys."""
+        raise NotImplementedError
+
+    def bank_set(self) -> BatchDataset:
+        """Training samples as evaluation sees them (no augmentation): what k-NN and linear probes are fitted on."""
+        raise NotImplementedError
+
+    def prompts(self, target: str) -> tuple[Tensor, list[str]]:
+        """For zero-shot classification of ``target``: token ids ``[C, P, T]`` (P prompts a class) and class names."""
+        raise NotImplementedError
+
+    def describe(self, index: int) -> str:
+        """One line that names a sample by its id, for pictures and ledgers."""
+        return str(index)
+
+    def picture(self, index: int) -> Tensor | None:
+        """The sample's picture as uint8 ``[3, H, W]``, or None where it has none."""
+        return None
+
+    # loaders ---------------------------------------------------------------------------------------------------
+
+    @property
+    def seed(self) -> int:
+        return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+    def _world(self) -> tuple[int, int, int]:
+        trainer = self.trainer
+        if trainer is None:
+            return 0, 1, 1
+        return trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches
+
+    def _loader(self, data: BatchDataset, order: Order) -> DataLoader[Any]:
+        return DataLoader(
+            data,
+            sampler=order,
+            batch_size=None,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        rank, world, accumulate = self._world()
+        data = self.training_set()
+        epoch, first = self.position
+        size = self.batch_size
+        order = Order(
+            len(data), size, self.seed, rank=rank, world=world, accumulate=accumulate, epoch=epoch, first=first
+        )
+        return self._loader(data, order)
+
+    def evaluation_loader(self, data: BatchDataset) -> DataLoader[Any]:
+        rank, world, _ = self._world()
+        size = min(self.eval_batch_size, -(-len(data) // world)) * world
+        return self._loader(data, Order(len(data), size, seed=0, shuffle=False, rank=rank, world=world))
+
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        return [self.evaluation_loader(data) for data in self.evaluation_sets("validate").values()]
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        return [self.evaluation_loader(data) for data in self.evaluation_sets("test").values()]
+
+    def predict_dataloader(self) -> list[DataLoader[Any]]:
+        return self.test_dataloader()
+
+    def bank_dataloader(self) -> DataLoader[Any]:
+        return self.evaluation_loader(self.bank_set())

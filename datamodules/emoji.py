@@ -1,0 +1,439 @@
+"""The emoji pack: about 1,600 concepts drawn by four vendors, with names and keywords in 28 languages.
+
+Held out of training: 200 concepts (by whole families), the vendor Fluent, and the language pt. A few drawings of the
+training concepts and vendors are kept for validation, so that nothing is chosen on the test sets. Letters: B samples
+of a batch, N of a set, T tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from pyarrow import ArrowInvalid
+from torch import Tensor, nn
+from torchvision.io import ImageReadMode, decode_webp
+
+from descant.datamodules.base import BatchDataset, DataModule, Rows
+from descant.datamodules.ledger import Ledger
+from descant.modules.batch import Batch
+from descant.modules.random import mix, mix_N, seeded, uniform_N
+from descant.modules.text import Bpe
+from descant.modules.transforms import Augment, Pixels, over_white
+
+PACK = Path(__file__).parent / "packs" / "emoji"
+VENDORS = ("noto", "twemoji", "openmoji", "fluent")
+
+
+class Pack:
+    """The pack in memory: concepts, their texts, and their drawings as uint8 ``[4, 64, 64]``, decoded once.
+
+    Args:
+        folder: of the parquet shards. ledger: where undecodable drawings are noted.
+
+    Raises:
+        ValueError: naming the shard that is missing, empty, truncated or of another schema.
+    """
+
+    def __init__(self, folder: Path = PACK, ledger: Ledger | None = None) -> None:
+        self.folder, self.ledger = folder, ledger or Ledger(None)
+        shards = sorted(folder.glob("emoji-*.parquet"))
+        if not shards:
+            raise ValueError(f"{folder}: no emoji-*.parquet shard here")
+        self.rows: list[dict[str, Any]] = []
+        self.file: list[str] = []
+        for shard in shards:
+            try:
+                rows = pq.read_table(shard).to_pylist()
+            except (ArrowInvalid, OSError) as error:
+                raise ValueError(f"{shard}: not a readable parquet shard ({str(error).splitlines()[0]})") from None
+            absent = {"hexcode", "split", "names", "keywords", *VENDORS} - set(rows[0] if rows else ())
+            if absent:
+                raise ValueError(f"{shard}: {'no rows' if not rows else f'no column {min(absent)!r}'}")
+            self.rows += rows
+            self.file += [shard.name] * len(rows)
+        self._drawings: dict[str, tuple[Tensor, np.ndarray]] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def languages(self) -> tuple[str, ...]:
+        return tuple(self.rows[0]["names"])
+
+    def drawings(self, vendor: str) -> tuple[Tensor, np.ndarray]:
+        """uint8 ``[N, 4, 64, 64]`` of a vendor, and bool ``[N]``: which of them could be decoded."""
+        if vendor not in self._drawings:
+            images = torch.zeros(len(self), 4, 64, 64, dtype=torch.uint8)
+            good = np.zeros(len(self), dtype=bool)
+            for i, row in enumerate(self.rows):
+                try:
+                    data = torch.frombuffer(bytearray(row[vendor]), dtype=torch.uint8)
+                    images[i] = decode_webp(data, mode=ImageReadMode.RGB_ALPHA)
+                except (RuntimeError, TypeError, ValueError) as error:
+                    self.ledger.skip(self.file[i], f"{row['hexcode']}.{vendor}", str(error).splitlines()[0][:120])
+                    continue
+                good[i] = True
+                self.ledger.read()
+            self._drawings[vendor] = (images, good)
+        return self._drawings[vendor]
+
+
+class Captions:
+    """Token rows of concepts: a random caption for training, a fixed one for evaluation.
+
+    Args:
+        pack, bpe: where texts and ids come from.
+        languages: a sample's language is drawn from these (where the concept has a name in it).
+        name_only: probability of a caption that is the name alone; others add a random part of the keywords.
+        nameless: probability that a caption with keywords leaves the name out.
+    """
+
+    def __init__(
+        self, pack: Pack, bpe: Bpe, languages: Sequence[str], name_only: float, nameless: float
+    ) -> None:
+        self.bpe, self.languages = bpe, tuple(languages)
+        self.name_only, self.nameless = name_only, nameless
+        self.names: dict[str, list[list[int] | None]] = {}
+        self.keywords: dict[str, list[list[list[int]]]] = {}
+        for language in self.languages:
+            names = [row["names"][language] for row in pack.rows]
+            self.names[language] = [bpe.ids(name) if name and name.strip() else None for name in names]
+            words = [row["keywords"][language] or [] for row in pack.rows]
+            self.keywords[language] = [[bpe.ids(w) for w in ws if w.strip()] for ws in words]
+
+    def has(self, concept: int) -> bool:
+        return any(self.names[language][concept] for language in self.languages)
+
+    def fixed(self, concept: int, keywords: bool) -> list[int]:
+        """The name, and all its keywords where asked for, in the first language that names the concept."""
+        language = next(lang for lang in self.languages if self.names[lang][concept])
+        name = self.names[language][concept]
+        assert name is not None
+        return self.bpe.row([name, *(self.keywords[language][concept] if keywords else ())])
+
+    def random(self, concept: int, draw: int) -> list[int]:
+        named = [lang for lang in self.languages if self.names[lang][concept]]
+        language = named[mix(draw, "caption/language") % len(named)] if len(named) > 1 else named[0]
+        name, words = self.names[language][concept], self.keywords[language][concept]
+        assert name is not None
+        if not words or mix(draw, "caption/form") % 1000 < self.name_only * 1000:
+            return self.bpe.row([name])
+        # a random order, of which a random number is kept: sets of words, not a list to learn by heart
+        order = np.argsort(mix_N(np.arange(len(words)), draw, "caption/order"))
+        kept = [words[k] for k in order[: 1 + mix(draw, "caption/count") % len(words)]]
+        nameless = mix(draw, "caption/nameless") % 1000 < self.nameless * 1000
+        return self.bpe.row(kept if nameless else [name, *kept])
+
+
+class EmojiSet(BatchDataset):
+    """Rows of (concept, vendor); either side may be absent: a gallery's extra names are rows without a picture.
+
+    Args:
+        concept_N, vendor_N: what each row shows. image_N, text_N: bool, which side is there.
+        captions: of the text. random: captions drawn anew at each visit, and views given twice.
+        other_vendor: with two views, the second is another vendor's drawing of the same concept.
+    """
+
+    def __init__(
+        self,
+        pack: Pack,
+        captions: Captions,
+        concept_N: np.ndarray,
+        vendor_N: np.ndarray,
+        image_N: np.ndarray,
+        text_N: np.ndarray,
+        seed: int,
+        key_N: np.ndarray,
+        label: Mapping[str, np.ndarray],
+        random: bool = False,
+        keywords: bool = True,
+        views: int = 1,
+        vendors: Sequence[str] = (),
+        transform: nn.Module | None = None,
+        drop: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(seed, drop)
+        self.pack, self.captions, self.random, self.keywords = pack, captions, random, keywords
+        self.concept_N, self.vendor_N, self.image_N, self.text_N = concept_N, vendor_N, image_N, text_N
+        self.key_N, self.label, self.views, self.vendors, self.transform = key_N, label, views, vendors, transform
+
+    def __len__(self) -> int:
+        return len(self.concept_N)
+
+    def identity(self, index_B: np.ndarray) -> np.ndarray:
+        return self.concept_N[index_B] * len(VENDORS) + self.vendor_N[index_B]
+
+    def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
+        return {"image": torch.from_numpy(self.image_N[index_N]), "text": torch.from_numpy(self.text_N[index_N])}
+
+    def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
+        concept_B, vendor_B = self.concept_N[index_B], self.vendor_N[index_B]
+        inputs = {"image": self._images(concept_B, vendor_B, draw_B, "image")}
+        if self.views == 2:
+            choice_B = torch.floor(uniform_N(draw_B, "view/vendor") * len(self.vendors)).long().numpy()
+            chosen = np.array([VENDORS.index(v) for v in self.vendors])[choice_B]
+            inputs["image@2"] = self._images(concept_B, chosen, draw_B, "image@2")
+        inputs["text"] = torch.tensor(
+            [
+                self.captions.random(int(c), int(d)) if self.random else self.captions.fixed(int(c), self.keywords)
+                for c, d in zip(concept_B, draw_B, strict=True)
+            ]
+        )
+        targets = {name: torch.from_numpy(label_N[concept_B]) for name, label_N in self.label.items()}
+        return Rows(inputs, targets, torch.from_numpy(self.key_N[concept_B]))
+
+    def _images(self, concept_B: np.ndarray, vendor_B: np.ndarray, draw_B: np.ndarray, stream: str) -> Tensor:
+        images = torch.empty(len(concept_B), 4, 64, 64, dtype=torch.uint8)
+        for vendor in np.unique(vendor_B):
+            rows = np.flatnonzero(vendor_B == vendor)
+            images[rows] = self.pack.drawings(VENDORS[vendor])[0][concept_B[rows]]
+        if self.transform is not None and self.random:
+            changed = []
+            for image, draw in zip(images, draw_B, strict=True):
+                with seeded(int(draw), stream):
+                    changed.append(self.transform(image))
+            images = torch.stack(changed)
+        return images
+
+
+class Emoji(DataModule):
+    """The emoji pack as image-text pairs.
+
+    Evaluation sets: "validate" has ``val`` (drawings kept out of training, among the names of all training concepts);
+    "test" has ``vendor`` (Fluent's drawings of training concepts, among all names of the pack), ``concept`` (the 200
+    held-out concepts as the training vendors draw them) and ``both`` (the same as Fluent draws them), and with more
+    than one training language ``language`` (pictures of training concepts among their names in pt).
+
+    Args:
+        batch_size: rows of one whole optimizer step.
+        eval_batch_size: rows of an evaluation batch on each rank.
+        num_workers: processes that read ahead; the pack is in memory, so 0 is best.
+        drop: modality -> probability that a training sample is made absent.
+        tiny: a small synthetic stand-in of the same shapes.
+        size: pixels of the pictures that towers see.
+        length: tokens of a caption.
+        languages: of the training captions.
+        vendors: whose drawings are trained on.
+        name_only: probability that a training caption is the name alone.
+        nameless: probability that a training caption of keywords lacks the name.
+        keywords: whether evaluation captions hold the keywords beside the name.
+        augment: training's view of a picture, on the device, a whole batch at once.
+        transform: a per-sample torchvision v2 transform of the uint8 RGBA picture before that, or none.
+        views: modality -> 2 for a second view (``image@2``), another training vendor's drawing of the concept.
+        development: choose settings without the test sets: OpenMoji plays the held-out vendor and 150 training
+            concepts the held-out ones, validated under the names of the test sets.
+        folder: of the pack.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 256,
+        eval_batch_size: int = 512,
+        num_workers: int = 0,
+        drop: dict[str, float] | None = None,
+        tiny: bool = False,
+        size: int = 32,
+        length: int = 24,
+        languages: list[str] | None = None,
+        vendors: list[str] | None = None,
+        name_only: float = 0.3,
+        nameless: float = 0.2,
+        keywords: bool = True,
+        augment: Augment | None = None,
+        transform: nn.Module | None = None,
+        views: dict[str, int] | None = None,
+        development: bool = False,
+        folder: str | None = None,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, num_workers, drop, tiny)
+        self.size, self.length, self.languages = size, length, languages or ["en"]
+        self.vendors = vendors or ["noto", "twemoji", "openmoji"]
+        self.name_only, self.nameless, self.keywords = name_only, nameless, keywords
+        self.augment, self.transform, self.views = augment or Augment(size), transform, views or {}
+        self.augment_2 = self.augment.stream_copy("image@2")
+        self.pixels = Pixels(size)
+        self.development, self.folder = development, Path(folder) if folder else PACK
+        if self.augment.size != size:
+            raise ValueError(f"augment.size {self.augment.size} is not the data's size {size}")
+        _known("vendors", self.vendors, VENDORS)
+        _known("views", list(self.views), ("image",))
+        if self.development:
+            self.vendors = [v for v in self.vendors if v != "openmoji"]
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return ("image", "text")
+
+    # the pack and its splits -----------------------------------------------------------------------------------
+
+    @cached_property
+    def pack(self) -> Pack:
+        run = Path(self.trainer.default_root_dir) if self.trainer is not None else None
+        pack = Pack(self.folder, Ledger(run))
+        if self.tiny:
+            pack.rows, pack.file = pack.rows[::12], pack.file[::12]
+        _known("languages", self.languages, pack.languages)
+        return pack
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        return json.loads((self.folder / "pack.json").read_text(encoding="utf-8"))
+
+    @cached_property
+    def bpe(self) -> Bpe:
+        return Bpe(self.folder / "tokenizer.json", self.length)
+
+    @cached_property
+    def captions(self) -> Captions:
+        return Captions(self.pack, self.bpe, self.languages, self.name_only, self.nameless)
+
+    @cached_property
+    def test_N(self) -> np.ndarray:
+        """Bool ``[N]``: concepts that training never sees."""
+        test = np.array([row["split"] == "test" for row in self.pack.rows])
+        if not self.development:
+            return test
+        from descant.datamodules.prepare.emoji import name_key  # families stay on one side here as well
+
+        draws = [_hash(f"development/{name_key(row['names']['en'])}") for row in self.pack.rows]
+        order = [i for i in np.argsort(draws) if not test[i]][: 150 if not self.tiny else 12]
+        chosen = np.zeros(len(test), dtype=bool)
+        chosen[order] = True
+        return chosen
+
+    @cached_property
+    def usable_N(self) -> np.ndarray:
+        """Bool ``[N]``: all concepts, less the true test concepts while settings are chosen."""
+        if not self.development:
+            return np.ones(len(self.pack), dtype=bool)
+        return np.array([row["split"] != "test" for row in self.pack.rows])
+
+    @property
+    def held_out_vendor(self) -> str:
+        return "openmoji" if self.development else str(self.manifest["held_out_vendor"])
+
+    def _kept(self, concept: int, vendor: str) -> bool:
+        """A training drawing kept for validation: one in twenty, fixed by a hash, never in development."""
+        return not self.development and _hash(f"val/{self.pack.rows[concept]['hexcode']}/{vendor}") % 20 == 0
+
+    @cached_property
+    def key_N(self) -> np.ndarray:
+        """Concepts of equal English name share a key."""
+        first: dict[str, int] = {}
+        names = [row["names"]["en"].casefold() for row in self.pack.rows]
+        return np.array([first.setdefault(name, i) for i, name in enumerate(names)])
+
+    @cached_property
+    def classes(self) -> dict[str, list[str]]:
+        return {name: sorted({row[name] for row in self.pack.rows}) for name in ("group", "subgroup")}
+
+    @cached_property
+    def label(self) -> dict[str, np.ndarray]:
+        return {
+            name: np.array([classes.index(row[name]) for row in self.pack.rows])
+            for name, classes in self.classes.items()
+        }
+
+    def _set(
+        self, rows: Sequence[tuple[int, str, bool, bool]], captions: Captions | None = None, **options: Any
+    ) -> EmojiSet:
+        """Rows of (concept, vendor, with its picture, with its text)."""
+        concept, vendor, image, text = zip(*rows, strict=True)
+        good = {v: self.pack.drawings(v)[1] for v in set(vendor)}
+        return EmojiSet(
+            self.pack,
+            captions or self.captions,
+            np.array(concept),
+            np.array([VENDORS.index(v) for v in vendor]),
+            np.array([has and good[v][c] for c, v, has, _ in rows]),
+            np.array(text),
+            seed=self.seed,
+            key_N=self.key_N,
+            label=self.label,
+            keywords=self.keywords,
+            **options,
+        )
+
+    def training_set(self) -> EmojiSet:
+        concepts = np.flatnonzero(~self.test_N & self.usable_N)
+        rows = [(int(c), v, True, True) for v in self.vendors for c in concepts if not self._kept(c, v)]
+        rows = [row for row in rows if self.captions.has(row[0]) and self.pack.drawings(row[1])[1][row[0]]]
+        return self._set(
+            rows,
+            random=True,
+            views=self.views.get("image", 1),
+            vendors=self.vendors,
+            transform=self.transform,
+            drop=self.drop,
+        )
+
+    def bank_set(self) -> EmojiSet:
+        concepts = np.flatnonzero(~self.test_N & self.usable_N)
+        return self._set([(int(c), v, True, True) for v in self.vendors for c in concepts if not self._kept(c, v)])
+
+    def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
+        seen, unseen = np.flatnonzero(~self.test_N & self.usable_N), np.flatnonzero(self.test_N & self.usable_N)
+        if stage == "validate" and not self.development:
+            kept = [(int(c), v, True, False) for v in self.vendors for c in seen if self._kept(c, v)]
+            return {"val": self._set(kept + [(int(c), self.vendors[0], False, True) for c in seen])}
+        vendor = self.held_out_vendor
+        # pictures of what was trained on, among the names of everything
+        names = [(int(c), vendor, bool(not self.test_N[c]), True) for c in np.flatnonzero(self.usable_N)]
+        # a concept's name stands in the gallery once, however many vendors draw it
+        drawn = [(int(c), v, True, k == 0) for k, v in enumerate(self.vendors) for c in unseen]
+        sets: dict[str, BatchDataset] = {
+            "vendor": self._set(names),
+            "concept": self._set(drawn),
+            "both": self._set([(int(c), vendor, True, True) for c in unseen]),
+        }
+        held = str(self.manifest["held_out_language"])
+        if len(self.languages) > 1 and held not in self.languages:
+            captions = Captions(self.pack, self.bpe, [held], 1.0, 0.0)
+            named = [int(c) for c in seen if captions.has(int(c))]
+            sets["language"] = self._set([(c, self.vendors[0], True, True) for c in named], captions)
+        return sets
+
+    # what evaluation asks --------------------------------------------------------------------------------------
+
+    def prompts(self, target: str) -> tuple[Tensor, list[str]]:
+        _known("target", [target], tuple(self.classes))
+        names = self.classes[target]
+        forms = ("{}", "a picture of {}", "{}, emoji")
+        spoken = [name.replace("-", " ") for name in names]
+        return torch.stack([self.bpe([form.format(name) for form in forms]) for name in spoken]), names
+
+    def describe(self, index: int) -> str:
+        return str(self.pack.rows[index // len(VENDORS)]["names"]["en"])
+
+    def picture(self, index: int) -> Tensor:
+        concept, vendor = divmod(index, len(VENDORS))
+        image = self.pack.drawings(VENDORS[vendor])[0][concept]
+        return (over_white(image[None].float() / 255)[0] * 255).round().to(torch.uint8)
+
+    # pixels on the device --------------------------------------------------------------------------------------
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        training = self.trainer is not None and self.trainer.training
+        view = self.augment if training else self.pixels
+        batch.inputs["image"] = view(batch.inputs["image"], batch.draw)
+        if "image@2" in batch.inputs:
+            batch.inputs["image@2"] = self.augment_2(batch.inputs["image@2"], batch.draw)
+        return batch
+
+
+def _known(what: str, given: Sequence[str], known: Sequence[str]) -> None:
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise ValueError(f"{what}: {unknown[0]!r} is not one of {', '.join(known)}")
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")

@@ -1,0 +1,37 @@
+"""What was skipped, sample by sample: a run that loses data says so, and stops when it loses too much in a row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+class Ledger:
+    """Counts unreadable samples and writes one JSON line each to ``ledger.jsonl`` in the run folder.
+
+    Args:
+        folder: where the file goes; None keeps the counts only.
+        in_a_row: so many failures without one success in between are an error: the data is broken, not a sample.
+
+    >>> ledger = Ledger(None, in_a_row=2)
+    >>> ledger.skip("a.tar", "cat.jpg", "truncated"); ledger.read(); ledger.skipped
+    1
+    """
+
+    def __init__(self, folder: Path | None, in_a_row: int = 20) -> None:
+        self.path = folder / "ledger.jsonl" if folder is not None else None
+        self.in_a_row, self.skipped, self._streak = in_a_row, 0, 0
+
+    def read(self) -> None:
+        self._streak = 0
+
+    def skip(self, file: str, sample: str, why: str) -> None:
+        """Note a sample that could not be read. Raises ValueError after ``in_a_row`` of them."""
+        self.skipped += 1
+        self._streak += 1
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as out:
+                out.write(json.dumps({"file": file, "sample": sample, "why": why}) + "\n")
+        if self._streak >= self.in_a_row:
+            raise ValueError(f"{file}: {self._streak} samples in a row cannot be read; the last is {sample}: {why}")

@@ -1,0 +1,101 @@
+"""The order of samples: a pure function of (seed, epoch, position), whatever the ranks, workers and interruptions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from descant.modules.random import mix
+
+
+class Slot(NamedTuple):
+    """One row of a batch: which sample, in which epoch; ``real`` is False for a row that only keeps the shape."""
+
+    epoch: int
+    index: int
+    real: bool
+
+
+class Window(NamedTuple):
+    """What one rank loads for one micro-batch, and the indices of the whole optimizer step around it."""
+
+    slots: list[Slot]
+    step: list[Slot]
+
+
+class Order:
+    """A batch sampler over ``n`` samples. Global batch g of epoch e is a slice of ``perm(seed, e)``.
+
+    The epoch is cut into ``ceil(n / batch_size)`` global batches of nearly equal size (n/G rounded up or down), so
+    every sample is seen exactly once an epoch; the rows missing to ``batch_size`` are padding slots
+    (``real=False``), so every cut on every rank has the same shape. A global batch is cut into ``accumulate * world``
+    equal pieces.
+
+    Args:
+        n: samples in the data set.
+        batch_size: rows of one whole optimizer step, over all ranks and micro-batches.
+        seed: of the order. shuffle: False walks 0..n-1 every epoch.
+        rank, world, accumulate: this process's share; ``accumulate * world`` must divide ``batch_size``.
+        epoch, first: where to start, ``first`` in micro-batches; a resumed run sets them before the loader is made.
+
+    >>> order = Order(n=5, batch_size=4, seed=0)
+    >>> [sum(s.real for s in window.slots) for window in order], len(order)
+    ([2, 3], 2)
+    """
+
+    def __init__(
+        self,
+        n: int,
+        batch_size: int,
+        seed: int,
+        shuffle: bool = True,
+        rank: int = 0,
+        world: int = 1,
+        accumulate: int = 1,
+        epoch: int = 0,
+        first: int = 0,
+    ) -> None:
+        if batch_size % (world * accumulate):
+            near = max(batch_size // (world * accumulate), 1) * world * accumulate
+            raise ValueError(
+                f"batch_size {batch_size} is the whole step's, and {world} rank(s) x {accumulate} micro-batch(es) do "
+                f"not divide it; {near} works"
+            )
+        if n < 1:
+            raise ValueError("the data set is empty")
+        self.n, self.batch_size, self.seed, self.shuffle = n, batch_size, seed, shuffle
+        self.rank, self.world, self.accumulate = rank, world, accumulate
+        self.epoch, self.first = epoch, first
+        self.global_batches = -(-n // batch_size)
+
+    @property
+    def sampler(self) -> Order:
+        """Itself: Lightning looks for ``set_epoch`` on ``loader.batch_sampler.sampler``."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:  # Lightning repeats the call on resume; only a new epoch starts at its beginning
+            self.epoch, self.first = epoch, 0
+
+    def __len__(self) -> int:
+        return self.global_batches * self.accumulate  # always the full epoch: Lightning adds the restored position
+
+    def permutation(self, epoch: int) -> list[int]:
+        if not self.shuffle:
+            return list(range(self.n))
+        generator = torch.Generator().manual_seed(mix(self.seed, "order", epoch))
+        return torch.randperm(self.n, generator=generator).tolist()
+
+    def __iter__(self) -> Iterator[Window]:
+        epoch, permutation = self.epoch, self.permutation(self.epoch)
+        rows = self.batch_size // (self.world * self.accumulate)
+        for position in range(self.first, len(self)):
+            batch, micro = divmod(position, self.accumulate)
+            low, high = (self.n * b // self.global_batches for b in (batch, batch + 1))
+            step = [Slot(epoch, index, True) for index in permutation[low:high]]
+            # padding repeats samples of the same step: real content, so no part ever sees an odd tensor
+            step += [Slot(epoch, step[i % (high - low)].index, False) for i in range(self.batch_size - len(step))]
+            # cuts are strided so that the padding spreads over ranks instead of emptying the last one
+            yield Window(step[micro * self.world + self.rank :: self.world * self.accumulate][:rows], step)

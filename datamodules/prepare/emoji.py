@@ -1,0 +1,583 @@
+"""Build the emoji pack: one concept a row, drawn by four vendors, named in 28 languages.
+
+    python -m descant.datamodules.prepare.emoji [--cache DIR] [--out DIR]
+
+The order of this file is the order of the method: fetch pinned packages, read them within bounds, join
+concepts, draw them, group look-alikes into families, split by family, write shards, train the tokenizer,
+write `pack.json`. Running it twice with the same tools (their versions stand in `pack.json`) gives the same
+bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+PACK_DIR = Path(__file__).resolve().parent.parent / "packs" / "emoji"
+VERSION = 1
+VENDORS = ("noto", "twemoji", "openmoji", "fluent")
+HELD_OUT_VENDOR = "fluent"
+HELD_OUT_LANGUAGE = "pt"
+SIDE = 64
+
+SALT = "descant-emoji-v1"
+TEST_CONCEPTS = 200
+SHARDS = 4
+
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<mask>")
+VOCABULARY = 8192
+# English is what most experiments read; repeated this often, its words win merges over 26 other languages.
+ENGLISH_REPEATS = 8
+
+# Far above the largest package (11,539 members, 78 MB decoded), far below what would hurt a laptop.
+MAX_MEMBERS = 20_000
+MAX_DECODED_BYTES = 256 * 2**20
+
+
+class PrepareError(RuntimeError):
+    """A failure the user can act on; its message is one line."""
+
+
+@dataclass(frozen=True)
+class Package:
+    name: str
+    version: str
+    sha256: str
+
+    @property
+    def tarball(self) -> str:
+        """The file name `npm pack` gives this package."""
+        return f"{self.name.lstrip('@').replace('/', '-')}-{self.version}.tgz"
+
+
+PACKAGES = {
+    "noto": Package(
+        "emoji-datasource-google",
+        "16.0.0",
+        "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+    ),
+    "twemoji": Package(
+        "emoji-datasource-twitter",
+        "16.0.0",
+        "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
+    ),
+    "openmoji": Package(
+        "openmoji", "17.0.0", "55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68"
+    ),
+    "fluent": Package(
+        "@iconify-json/fluent-emoji-flat",
+        "1.2.6",
+        "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
+    ),
+    "text": Package(
+        "emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a"
+    ),
+}
+
+
+@dataclass
+class Concept:
+    """One emoji as Unicode lists it, without skin tones."""
+
+    hexcode: str
+    emoji: str
+    group: str
+    subgroup: str
+    names: dict[str, str | None]
+    keywords: dict[str, list[str]]
+    images: dict[str, bytes] = field(default_factory=dict)
+    pixels: dict[str, str] = field(default_factory=dict)
+    split: str = "train"
+
+
+# 1. Fetch: the user's own npm decides where from; the pinned hash decides whether to believe it.
+
+
+def default_cache() -> Path:
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "descant" / "emoji"
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fetch_package(package: Package, cache: Path) -> Path:
+    """Return the verified tarball, asking npm only where the cache has none with the right hash."""
+    tarball = cache / package.tarball
+    if tarball.is_file() and sha256_of(tarball) == package.sha256:
+        return tarball
+    npm = shutil.which("npm")
+    if npm is None:
+        raise PrepareError(f"npm is needed once to fetch {package.name}; install Node.js or fill {cache}")
+    cache.mkdir(parents=True, exist_ok=True)
+    spec = f"{package.name}@{package.version}"
+    command = [npm, "pack", spec, "--ignore-scripts", "--loglevel=error", "--pack-destination", str(cache)]
+    if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode != 0:
+        raise PrepareError(f"`npm pack {spec}` failed; its own message stands above")
+    if not tarball.is_file():
+        raise PrepareError(f"`npm pack {spec}` did not write {package.tarball}")
+    found = sha256_of(tarball)
+    if found != package.sha256:
+        raise PrepareError(f"{tarball.name} has SHA-256 {found}, not the pinned {package.sha256}")
+    return tarball
+
+
+# 2. Read: nothing touches the disk, and a hostile or broken archive stops at the first bad member.
+
+
+def read_package(
+    tarball: Path,
+    wanted: Callable[[str], object],
+    max_members: int = MAX_MEMBERS,
+    max_decoded_bytes: int = MAX_DECODED_BYTES,
+) -> dict[str, bytes]:
+    """Map path inside `package/` to content, for the paths that `wanted` accepts."""
+    content: dict[str, bytes] = {}
+    decoded = 0
+    try:
+        with tarfile.open(tarball, mode="r|gz") as archive:
+            for count, member in enumerate(archive, start=1):
+                if count > max_members:
+                    raise PrepareError(f"{tarball.name}: more than {max_members} members")
+                decoded += member.size
+                if decoded > max_decoded_bytes:
+                    raise PrepareError(f"{tarball.name}: more than {max_decoded_bytes} bytes decoded")
+                # The standard filter knows every way out of a folder; we add that npm packs only plain files.
+                tarfile.data_filter(member, str(tarball.parent))
+                root, _, path = member.name.partition("/")
+                if root != "package" or not (member.isreg() or member.isdir()):
+                    raise PrepareError(f"{tarball.name}: refused member {member.name!r}")
+                stream = archive.extractfile(member) if member.isreg() and wanted(path) else None
+                if stream is not None:
+                    content[path] = stream.read()
+    except tarfile.FilterError as error:
+        raise PrepareError(f"{tarball.name}: refused, {error}") from error
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise PrepareError(f"{tarball.name}: unreadable, {error}") from error
+    return content
+
+
+def bare(hexcode: str) -> str:
+    """A key without the variation selector, which every source places by its own taste."""
+    return "-".join(part for part in hexcode.upper().split("-") if part != "FE0F")
+
+
+# 3. Concepts: what CLDR calls one emoji, without flags, components and skin tones.
+
+
+def without_name(keywords: Iterable[str], name: str) -> list[str]:
+    """Keep a keyword only if it says a word that the name does not: the two texts must differ in content."""
+    said = set(re.findall(r"\w+", name.casefold()))
+    return [word for word in keywords if not set(re.findall(r"\w+", word.casefold())) <= said]
+
+
+def read_concepts(text: dict[str, bytes]) -> list[Concept]:
+    """Join the locales by hexcode. Skin tones are nested under their base here, so they never show up."""
+    keys = json.loads(text["meta/groups.json"])
+    locales = {path.split("/")[0]: json.loads(text[path]) for path in text if path.endswith("/data.json")}
+    by_locale = {lang: {row["hexcode"]: row for row in rows} for lang, rows in sorted(locales.items())}
+    concepts = []
+    for row in locales["en"]:
+        group = keys["groups"].get(str(row.get("group")))
+        if group in (None, "component", "flags"):
+            continue
+        subgroup = keys["subgroups"][str(row["subgroup"])]
+        concept = Concept(row["hexcode"], row["emoji"], group, subgroup, {}, {})
+        for lang, rows in by_locale.items():
+            entry = rows.get(row["hexcode"], {})
+            name = entry.get("label") or None
+            concept.names[lang] = name
+            concept.keywords[lang] = without_name(entry.get("tags") or [], name or "")
+        concepts.append(concept)
+    return sorted(concepts, key=lambda concept: concept.hexcode)
+
+
+# 4. Drawings: each vendor becomes a table from bare hexcode to a 64-pixel RGBA image.
+
+
+def draw_svg(svg: str) -> Image.Image:
+    """Rasterise without system libraries or system fonts, so every machine draws the same pixels."""
+    try:
+        import resvg_py
+    except ImportError:
+        raise PrepareError('SVG needs resvg-py: pip install "descant[prepare]"') from None
+    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE, skip_system_fonts=True))
+    return Image.open(io.BytesIO(png))
+
+
+def read_datasource(tarball: Path, vendor: str) -> dict[str, Image.Image]:
+    """The two emoji-datasource packages: PNGs that are 64 px already."""
+    folder = f"img/{vendor}/{SIDE}/"
+    content = read_package(tarball, lambda path: path == "emoji.json" or path.startswith(folder))
+    rows = [row for row in json.loads(content["emoji.json"]) if row[f"has_img_{vendor}"]]
+    return {
+        bare(row["unified"]): Image.open(io.BytesIO(content[folder + row["image"]]))
+        for row in rows
+        if folder + row["image"] in content
+    }
+
+
+def read_openmoji(tarball: Path, wanted: set[str]) -> dict[str, Image.Image]:
+    folder = "color/svg/"
+    content = read_package(tarball, lambda path: path.startswith(folder) and bare(Path(path).stem) in wanted)
+    return {bare(Path(path).stem): draw_svg(body.decode()) for path, body in content.items()}
+
+
+def read_fluent(tarball: Path, wanted: set[str]) -> dict[str, Image.Image]:
+    """The icon set keeps SVG bodies; the frame around each is ours to write."""
+    content = read_package(tarball, lambda path: path in ("icons.json", "chars.json"))
+    icons = json.loads(content["icons.json"])
+    chars = {bare(code): name for code, name in json.loads(content["chars.json"]).items()}
+    images = {}
+    for code in sorted(wanted & chars.keys()):
+        icon = icons["icons"].get(chars[code])
+        if icon is None:
+            continue
+        width, height = icon.get("width", icons["width"]), icon.get("height", icons["height"])
+        view = f'viewBox="0 0 {width} {height}" width="{SIDE}" height="{SIDE}"'
+        images[code] = draw_svg(f'<svg xmlns="http://www.w3.org/2000/svg" {view}>{icon["body"]}</svg>')
+    return images
+
+
+def encode(image: Image.Image) -> bytes:
+    """Lossless WebP; method 4 is twenty times faster than method 6 and 4 % larger.
+
+    WebP drops an alpha channel that is opaque everywhere, so readers ask for RGBA when they decode.
+    """
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", lossless=True, quality=100, method=4, exact=False)
+    return buffer.getvalue()
+
+
+def pixel_hash(image: Image.Image) -> str | None:
+    """A hash of what is seen, or None for a blank image: colour under full transparency does not count."""
+    if image.getchannel("A").getextrema()[1] == 0:
+        return None
+    seen = Image.new("RGBA", image.size)
+    seen.paste(image, mask=image.getchannel("A").point(lambda alpha: 255 if alpha else 0))
+    return hashlib.sha256(seen.tobytes()).hexdigest()
+
+
+def attach_images(concepts: list[Concept], drawings: dict[str, dict[str, Image.Image]]) -> list[Concept]:
+    """Keep the concepts that all four vendors draw, and drop those that any vendor leaves blank."""
+    kept = []
+    for concept in concepts:
+        code = bare(concept.hexcode)
+        if not all(code in drawings[vendor] for vendor in VENDORS):
+            continue
+        for vendor in VENDORS:
+            image = drawings[vendor][code].convert("RGBA")
+            seen = pixel_hash(image)
+            if image.size == (SIDE, SIDE) and seen is not None:
+                concept.images[vendor] = encode(image)
+                concept.pixels[vendor] = seen
+        if len(concept.images) == len(VENDORS):
+            kept.append(concept)
+    return kept
+
+
+# 5. Families: concepts so alike that seeing one in training would answer the other in the test.
+
+PERSONS = {"1F468", "1F469", "1F9D1"}  # man, woman, person
+HAIR = {"1F9B0", "1F9B1", "1F9B2", "1F9B3"}
+GENDER_OR_SIDE = {"2640", "2642", "27A1"}  # woman, man, facing right
+
+# Series whose members differ in a detail that a training concept would give away. `.` stands for CLDR's
+# typographic apostrophe.
+SERIES = (
+    (r".*(o.clock|-thirty)", "clock"),
+    (r".*\bmoon\b.*", "moon"),
+    (r"keycap.*", "keycap"),
+    (r".* button \(blood type\)", "blood type"),
+    (r"(santa|mrs\.|mx) claus", "claus"),
+    (r"prince|princess", "person with crown"),
+    (r"(fe)?male sign", "gender sign"),
+    (r"heart suit", "heart"),
+    (r"busts? in silhouette", "bust"),
+    (r"(?:two-hump|spouting|empty) (.*)", r"\1"),
+    (r"(camera|nest) with .*", r"\1"),
+    (r"(.*) showing .*", r"\1"),
+)
+SAME_WORD = (
+    (r"\b(wo)?m[ae]n\b|\bpeople\b", "person"),
+    (r"\bboy\b|\bgirl\b", "child"),
+    (r"\bolder\b", "old"),
+    (r"\blight blue\b", "blue"),
+)
+VARIANT_WORD = re.compile(
+    "red|orange|yellow|green|blue|purple|brown|black|grey|white|pink|hollow"
+    "|small|medium|large|low|high|fast|manual|motorized"
+    "|open|closed|raised|lowered|done|not|off|round|face"
+    "|up|down|left|right|upwards|downwards|leftwards|rightwards|front|facing|oncoming|next|last|1st|2nd|3rd"
+)
+
+
+def code_key(hexcode: str) -> str:
+    """The base of a joined sequence: polar bear joins bear, a runner of any gender joins the runner."""
+    silent = {"200D"} | GENDER_OR_SIDE | HAIR
+    parts = [part for part in bare(hexcode).split("-") if part not in silent]
+    if not parts:  # the gender signs themselves
+        return bare(hexcode)
+    if parts[0] in PERSONS:
+        # What joins a person is the meaning (a rocket: astronaut), so it stays.
+        return "-".join(["1F9D1", *parts[1:]])
+    return parts[0] if "200D" in hexcode else "-".join(parts)
+
+
+def name_key(name: str) -> str:
+    """The English name without gender, colour, size, state and direction."""
+    text = name.casefold()
+    for pattern, label in SERIES:
+        text = re.sub(f"^{pattern}$", label, text)
+    for pattern, label in SAME_WORD:
+        text = re.sub(pattern, label, text)
+    words = re.findall(r"[^\s\-,:]+", text)
+    return " ".join(word for word in words if not VARIANT_WORD.fullmatch(word)) or text
+
+
+def find_families(concepts: Sequence[Concept]) -> list[list[Concept]]:
+    """Union concepts that share a code key, a name key or the very pixels in any vendor."""
+    parent = list(range(len(concepts)))
+
+    def root(node: int) -> int:
+        while parent[node] != node:
+            node = parent[node]
+        return node
+
+    first: dict[tuple[str, str], int] = {}
+    for node, concept in enumerate(concepts):
+        name = concept.names["en"] or concept.hexcode
+        for key in [("code", code_key(concept.hexcode)), ("name", name_key(name)), *concept.pixels.items()]:
+            low, high = sorted((root(first.setdefault(key, node)), root(node)))
+            parent[high] = low
+    families: dict[int, list[Concept]] = {}
+    for node, concept in enumerate(concepts):
+        families.setdefault(root(node), []).append(concept)
+    return list(families.values())
+
+
+# 6. Split: whole families, in the order of a salted hash, until exactly 200 concepts are held out.
+
+
+def split_families(families: Sequence[list[Concept]], test_concepts: int = TEST_CONCEPTS) -> None:
+    """Mark the test side. A family that would overshoot is skipped, never cut."""
+
+    def rank(family: list[Concept]) -> str:
+        return hashlib.sha256(f"{SALT}:{family[0].hexcode}".encode()).hexdigest()
+
+    left = test_concepts
+    for family in sorted(families, key=rank):
+        if len(family) <= left:
+            left -= len(family)
+            for concept in family:
+                concept.split = "test"
+    if left:
+        raise PrepareError(f"no set of whole families holds {test_concepts} concepts: {left} are missing")
+
+
+# 7. Shards: the settings are all fixed here, because a default that moves would move the bytes.
+
+
+def pack_schema(languages: Sequence[str]) -> Any:
+    return pa.schema(
+        [(name, pa.string()) for name in ("hexcode", "emoji", "group", "subgroup", "split")]
+        + [(vendor, pa.binary()) for vendor in VENDORS]
+        + [
+            ("names", pa.struct([(lang, pa.string()) for lang in languages])),
+            ("keywords", pa.struct([(lang, pa.list_(pa.string())) for lang in languages])),
+        ]
+    )
+
+
+def as_row(concept: Concept) -> dict[str, Any]:
+    return {
+        "hexcode": concept.hexcode,
+        "emoji": concept.emoji,
+        "group": concept.group,
+        "subgroup": concept.subgroup,
+        "split": concept.split,
+        **concept.images,
+        "names": concept.names,
+        "keywords": concept.keywords,
+    }
+
+
+def write_shards(concepts: Sequence[Concept], out: Path) -> list[Path]:
+    """Write the concepts in equal contiguous runs, so that reading the shards in order keeps the sorting."""
+    for stale in out.glob("emoji-*.parquet"):
+        stale.unlink()
+    schema = pack_schema(list(concepts[0].names))
+    step = -(-len(concepts) // SHARDS)
+    paths = []
+    for shard in range(SHARDS):
+        rows = [as_row(concept) for concept in concepts[shard * step : (shard + 1) * step]]
+        path = out / f"emoji-{shard}.parquet"
+        pq.write_table(
+            pa.Table.from_pylist(rows, schema=schema),
+            path,
+            version="2.6",
+            data_page_version="1.0",
+            compression="zstd",
+            compression_level=19,
+            use_dictionary=["group", "subgroup", "split"],
+            write_statistics=False,
+            row_group_size=step,
+        )
+        paths.append(path)
+    return paths
+
+
+def read_pack(pack: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """The rows of all shards, in order. Tests and the tokenizer read the pack as everybody else will."""
+    shards = sorted(pack.glob("emoji-*.parquet"), key=lambda path: int(path.stem.split("-")[1]))
+    chosen = list(columns) if columns else None
+    return [row for shard in shards for row in pq.read_table(shard, columns=chosen).to_pylist()]
+
+
+# 8. Tokenizer: trained on what a training run may see, so the held-out language and concepts stay unseen.
+
+
+def training_lines(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """Names and keywords of the training concepts in all languages but the held-out one."""
+    for row in rows:
+        if row["split"] != "train":
+            continue
+        for lang, name in row["names"].items():
+            if lang == HELD_OUT_LANGUAGE:
+                continue
+            lines = [line for line in (name, *(row["keywords"][lang] or ())) if line]
+            yield from lines * (ENGLISH_REPEATS if lang == "en" else 1)
+
+
+def train_tokenizer(lines: Iterable[str]) -> Tokenizer:
+    """A byte-level BPE knows every script. The prefix space gives a word one id, first in a text or later."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(lines, trainer)
+    return tokenizer
+
+
+def english_words(rows: Iterable[dict[str, Any]]) -> Counter[str]:
+    """How often each English word stands in the training text, before its repeats."""
+    text = (
+        line
+        for row in rows
+        if row["split"] == "train"
+        for line in (row["names"]["en"], *row["keywords"]["en"])
+    )
+    return Counter(word for line in text for word in re.findall(r"[a-z]+", line.casefold()))
+
+
+def single_token_share(tokenizer: Tokenizer, words: Counter[str], at_least: int = 3) -> float:
+    """The share of English words seen `at_least` times that are one token."""
+    frequent = [word for word, count in words.items() if count >= at_least]
+    single = sum(len(tokenizer.encode(word, add_special_tokens=False).ids) == 1 for word in frequent)
+    return single / len(frequent)
+
+
+# 9. The manifest: what the pack is, where it came from, and how to tell that it is intact.
+
+
+def manifest(concepts: Sequence[Concept], families: int, files: Sequence[Path]) -> dict[str, Any]:
+    splits = Counter(concept.split for concept in concepts)
+    return {
+        "version": VERSION,
+        "vendors": list(VENDORS),
+        "languages": list(concepts[0].names),
+        "held_out_language": HELD_OUT_LANGUAGE,
+        "held_out_vendor": HELD_OUT_VENDOR,
+        "image": {"side": SIDE, "mode": "RGBA", "format": "lossless WebP"},
+        "counts": {
+            "concepts": len(concepts),
+            "train": splits["train"],
+            "test": splits["test"],
+            "families": families,
+        },
+        "split_salt": SALT,
+        "sources": {
+            package.name: {"version": package.version, "sha256": package.sha256}
+            for package in PACKAGES.values()
+        },
+        "tools": {name: installed_version(name) for name in ("pillow", "pyarrow", "resvg-py", "tokenizers")},
+        "files": {path.name: sha256_of(path) for path in files},
+    }
+
+
+def build(cache: Path, out: Path) -> dict[str, Any]:
+    """The whole method; returns the manifest it wrote."""
+    tarballs = {role: fetch_package(package, cache) for role, package in PACKAGES.items()}
+    text = read_package(tarballs["text"], re.compile(r"meta/groups\.json|[\w-]+/data\.json").fullmatch)
+    concepts = read_concepts(text)
+    wanted = {bare(concept.hexcode) for concept in concepts}
+    drawings = {
+        "noto": read_datasource(tarballs["noto"], "google"),
+        "twemoji": read_datasource(tarballs["twemoji"], "twitter"),
+        "openmoji": read_openmoji(tarballs["openmoji"], wanted),
+        "fluent": read_fluent(tarballs["fluent"], wanted),
+    }
+    concepts = attach_images(concepts, drawings)
+    families = find_families(concepts)
+    split_families(families)
+
+    out.mkdir(parents=True, exist_ok=True)
+    shards = write_shards(concepts, out)
+    tokenizer = train_tokenizer(training_lines(read_pack(out, ["split", "names", "keywords"])))
+    tokenizer_path = out / "tokenizer.json"
+    tokenizer_path.write_text(tokenizer.to_str(), encoding="utf-8")
+    facts = manifest(concepts, len(families), [*shards, tokenizer_path])
+    (out / "pack.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    notice = PACK_DIR / "NOTICE.md"
+    if notice.is_file() and out.resolve() != PACK_DIR:
+        # The licences ask that the attribution travels with the art.
+        shutil.copyfile(notice, out / "NOTICE.md")
+    return facts
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m descant.datamodules.prepare.emoji", description=__doc__)
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="folder for the npm tarballs")
+    parser.add_argument("--out", type=Path, default=PACK_DIR, help="folder of the pack")
+    chosen = parser.parse_args(arguments)
+    try:
+        facts = build(chosen.cache, chosen.out)
+    except PrepareError as error:
+        raise SystemExit(f"prepare emoji: {error}") from None
+    print(f"emoji pack: {facts['counts']} in {len(facts['languages'])} languages -> {chosen.out}")
+
+
+if __name__ == "__main__":
+    main()

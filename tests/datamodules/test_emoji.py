@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from descant.datamodules.emoji import PACK, VENDORS, Emoji, Pack
+from descant.datamodules.ledger import Ledger
+from descant.datamodules.order import Order
+from descant.modules.batch import Batch
+
+
+def first_batch(data: Emoji, epoch: int = 0, batch_size: int = 16) -> Batch:
+    rows = data.training_set()
+    return rows[next(iter(Order(len(rows), batch_size, data.seed, epoch=epoch)))]
+
+
+@pytest.fixture(scope="module")
+def data() -> Emoji:
+    return Emoji(batch_size=16)
+
+
+def concepts(batch_index: np.ndarray) -> set[int]:
+    return set((batch_index // len(VENDORS)).tolist())
+
+
+def all_ids(rows: object, modality: str) -> np.ndarray:
+    index = np.arange(len(rows))  # type: ignore[arg-type]
+    return rows.identity(index[rows.present(index)[modality].numpy()])  # type: ignore[attr-defined]
+
+
+def test_training_never_meets_what_is_held_out(data: Emoji) -> None:
+    trained = all_ids(data.training_set(), "image")
+    test = set(np.flatnonzero(data.test_N).tolist())
+    assert len(test) == 200
+    assert not concepts(trained) & test
+    assert VENDORS.index("fluent") not in set(trained % len(VENDORS))
+    val = all_ids(data.evaluation_sets("validate")["val"], "image")
+    assert 150 < len(val) < 300
+    assert not set(trained.tolist()) & set(val.tolist())
+    assert not concepts(val) & test
+
+
+def test_test_sets_are_what_they_say(data: Emoji) -> None:
+    sets = data.evaluation_sets("test")
+    assert list(sets) == ["vendor", "concept", "both"]
+    fluent, test = VENDORS.index("fluent"), set(np.flatnonzero(data.test_N).tolist())
+    images = {name: all_ids(rows, "image") for name, rows in sets.items()}
+    texts = {name: all_ids(rows, "text") for name, rows in sets.items()}
+    assert set(images["vendor"] % 4) == set(images["both"] % 4) == {fluent}
+    assert not concepts(images["vendor"]) & test
+    assert concepts(texts["vendor"]) == set(range(len(data.pack)))
+    assert concepts(images["concept"]) == concepts(images["both"]) == test
+    assert len(texts["concept"]) == len(texts["both"]) == 200
+    assert len(images["concept"]) == 600
+
+
+def test_development_leaves_the_test_sets_alone() -> None:
+    data, real = Emoji(development=True), Emoji()
+    held = set(np.flatnonzero(real.test_N).tolist())
+    for rows in (data.training_set(), *data.evaluation_sets("validate").values()):
+        for modality in ("image", "text"):
+            ids = all_ids(rows, modality)
+            assert not concepts(ids) & held
+        assert VENDORS.index("fluent") not in set(all_ids(rows, "image") % 4)
+    development = concepts(all_ids(data.evaluation_sets("validate")["concept"], "image"))
+    assert not development & concepts(all_ids(data.training_set(), "image"))
+
+
+def test_a_sample_is_a_function_of_seed_epoch_and_index(data: Emoji) -> None:
+    rows = data.training_set()
+    small = {int(i): k for k, i in enumerate(first_batch(data, batch_size=16).index)}
+    a, b = first_batch(data, batch_size=16), rows[next(iter(Order(len(rows), 64, data.seed)))]
+    where = {int(i): k for k, i in enumerate(b.index)}
+    shared = set(small) & set(where)
+    assert shared
+    for i in shared:
+        k, j = small[i], where[i]
+        assert torch.equal(a.inputs["text"][k], b.inputs["text"][j])
+        one = data.augment(a.inputs["image"][k : k + 1], a.draw[k : k + 1])
+        many = data.augment(b.inputs["image"], b.draw)[j : j + 1]
+        torch.testing.assert_close(one, many, rtol=0, atol=1e-6)
+    again = first_batch(data)
+    assert torch.equal(a.inputs["text"], again.inputs["text"])
+    other = first_batch(data, epoch=1)
+    assert not torch.equal(a.draw, other.draw)
+
+
+def test_missingness_is_a_policy_of_the_right_size() -> None:
+    data = Emoji(batch_size=512, drop={"text": 0.3})
+    batch = first_batch(data, batch_size=512)
+    real = batch.present["image"]  # nothing drops it, so only padding lacks it
+    assert float(batch.present["text"][real].float().mean()) == pytest.approx(0.7, abs=0.06)
+    assert torch.equal(batch.present["text"], first_batch(data, batch_size=512).present["text"])
+    assert int(batch.count("text")) == int(batch.present["text"].sum())
+
+
+def test_the_second_view_is_the_same_concept(data: Emoji) -> None:
+    batch = first_batch(Emoji(views={"image": 2}), batch_size=64)
+    same = (batch.inputs["image"] == batch.inputs["image@2"]).flatten(1).all(1)
+    assert 0.1 < float(same.float().mean()) < 0.6  # one of three vendors again
+
+
+def test_captions_vary_and_carry_the_name(data: Emoji) -> None:
+    captions = data.captions
+    concept = next(i for i, row in enumerate(data.pack.rows) if len(row["keywords"]["en"]) > 3)
+    seen = {tuple(captions.random(concept, draw)) for draw in range(50)}
+    assert len(seen) > 10
+    name = tuple(captions.bpe.row([captions.bpe.ids(data.pack.rows[concept]["names"]["en"])]))
+    assert name in seen
+    assert tuple(captions.fixed(concept, keywords=False)) == name
+
+
+def test_the_held_out_language_is_a_set_of_its_own() -> None:
+    data = Emoji(languages=["en", "es", "fr"])
+    assert list(data.evaluation_sets("test")) == ["vendor", "concept", "both", "language"]
+    rows = data.evaluation_sets("test")["language"]
+    assert len(rows) > 1000
+
+
+def test_prompts_and_pictures(data: Emoji) -> None:
+    tokens_CPT, names = data.prompts("group")
+    assert tokens_CPT.shape[:2] == (len(names), 3)
+    assert data.describe(0) == data.pack.rows[0]["names"]["en"]
+    picture = data.picture(1)
+    assert picture.shape == (3, 64, 64)
+    assert picture.dtype == torch.uint8
+    with pytest.raises(ValueError, match="target: 'grup' is not one of group, subgroup"):
+        data.prompts("grup")
+
+
+# bad input -------------------------------------------------------------------------------------------------------
+
+
+def copy_of_pack(folder: Path) -> Path:
+    shutil.copytree(PACK, folder / "pack")
+    return folder / "pack"
+
+
+def test_missing_truncated_and_empty_shards_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no emoji-\\*\\.parquet shard"):
+        Pack(tmp_path)
+    pack = copy_of_pack(tmp_path)
+    shard = pack / "emoji-1.parquet"
+    shard.write_bytes(shard.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"emoji-1\.parquet: not a readable parquet shard"):
+        Pack(pack)
+    shard.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"emoji-1\.parquet: not a readable parquet shard"):
+        Pack(pack)
+
+
+def broken_pack(folder: Path, bad: int) -> Path:
+    pack = copy_of_pack(folder)
+    shard = pack / "emoji-0.parquet"
+    table = pq.read_table(shard)
+    column = table["noto"].to_pylist()
+    column[:bad] = [b"not a picture"] * bad
+    position = table.schema.get_field_index("noto")
+    pq.write_table(table.set_column(position, "noto", pa.array(column, pa.binary())), shard)
+    return pack
+
+
+def test_an_undecodable_image_is_counted_in_the_ledger(tmp_path: Path) -> None:
+    pack = Pack(broken_pack(tmp_path, 3), Ledger(tmp_path))
+    images, good = pack.drawings("noto")
+    assert int((~good).sum()) == 3
+    assert not images[:3].any()
+    lines = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    assert len(lines) == 3
+    assert lines[0]["file"] == "emoji-0.parquet"
+    assert lines[0]["sample"] == f"{pack.rows[0]['hexcode']}.noto"
+
+
+def test_many_undecodable_images_in_a_row_are_an_error(tmp_path: Path) -> None:
+    pack = Pack(broken_pack(tmp_path, 30), Ledger(tmp_path))
+    with pytest.raises(ValueError, match=r"emoji-0\.parquet: 20 samples in a row cannot be read"):
+        pack.drawings("noto")
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"vendors": ["apple"]}, "vendors: 'apple' is not one of"),
+        ({"drop": {"audio": 0.5}}, "drop: no modality 'audio'"),
+        ({"drop": {"text": 1.5}}, "drop: text 1.5 is not a probability"),
+        ({"batch_size": 1}, "batch_size 1"),
+        ({"views": {"text": 2}}, "views: 'text' is not one of image"),
+    ],
+)
+def test_bad_arguments_are_one_line(options: dict[str, object], line: str) -> None:
+    with pytest.raises(ValueError, match=line):
+        Emoji(**options)  # type: ignore[arg-type]
+
+
+def test_an_unknown_language_is_named() -> None:
+    with pytest.raises(ValueError, match="languages: 'xx' is not one of"):
+        Emoji(languages=["xx"]).training_set()
+
+
+def test_an_empty_caption_is_refused(data: Emoji) -> None:
+    with pytest.raises(ValueError, match="empty caption"):
+        data.bpe.ids("  ")
