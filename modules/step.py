@@ -47,7 +47,8 @@ class Step:
         """The objective of this micro-batch. Raises FloatingPointError naming the term that is not finite."""
         norms = self._norms(terms, batch)
         scale = float(self.world * self.accumulate)
-        scalars = {name: term.sum() * (scale / norms[name]) for name, term in terms.items()}
+        # in this order: a number over an integer tensor would be float32, whatever the terms are
+        scalars = {name: term.sum() * scale / norms[name] for name, term in terms.items()}
         _require_finite(scalars)
         self.objective = Objective(scalars, self.mix)
         return self.objective

@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms import v2
 
 from descant.modules.random import uniform_N
 
@@ -28,6 +29,17 @@ def over_white(x_BCHW: Tensor, background_B3: Tensor | None = None) -> Tensor:
     rgb, alpha = x_BCHW[:, :3], x_BCHW[:, 3:4]
     back: Tensor | float = 1.0 if background_B3 is None else background_B3[:, :, None, None]
     return rgb * alpha + back * (1 - alpha)
+
+
+def reduce_rgba(x_NCHW: Tensor, size: int) -> Tensor:
+    """uint8 RGBA ``[N, 4, H, W]`` averaged down to ``[N, 4, size, size]``; colours weigh by their opacity."""
+    parts = []
+    for x in x_NCHW.split(256):  # a whole corpus as floats would be gigabytes
+        rgb, alpha = x[:, :3].float(), x[:, 3:].float() / 255
+        opaque = v2.functional.resize(torch.cat([rgb * alpha, alpha], dim=1), [size, size], antialias=True)
+        rgb = opaque[:, :3] / opaque[:, 3:].clamp(min=1e-4)
+        parts.append(torch.cat([rgb, opaque[:, 3:] * 255], dim=1).round().clamp(0, 255).to(torch.uint8))
+    return torch.cat(parts)
 
 
 class Pixels(nn.Module):
@@ -47,7 +59,7 @@ class Pixels(nn.Module):
     def forward(self, x_BCHW: Tensor, draw_B: Tensor) -> Tensor:
         x = over_white(x_BCHW.float() / 255)
         if x.shape[-1] != self.size or x.shape[-2] != self.size:
-            x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
+            x = v2.functional.resize(x, [self.size, self.size], antialias=True)
         return x * 2 - 1
 
 
@@ -66,6 +78,8 @@ class Augment(nn.Module):
         colour: strength of the random mixing of channels (0 none). brightness, contrast: half-width of their ranges.
         grey: probability of a grey picture. invert: probability of a negative.
         background: probability of a random background behind transparent pixels (else white).
+        texture: probability of a random 3 x 3 filter, blended with the picture at random (RandConv, Xu 2021): shape
+            stays, the drawing's texture goes.
         erase: largest share of the side of a grey square laid over the picture (0 none).
         stream: name of the random stream; two views of one sample use two streams.
     """
@@ -85,6 +99,7 @@ class Augment(nn.Module):
         grey: float = 0.1,
         invert: float = 0.0,
         background: float = 0.5,
+        texture: float = 0.0,
         erase: float = 0.0,
         stream: str = "image",
     ) -> None:
@@ -94,7 +109,7 @@ class Augment(nn.Module):
         self.size, self.rotate, self.scale, self.stretch, self.shear = size, rotate, scale, stretch, shear
         self.shift, self.mirror, self.colour, self.brightness = shift, mirror, colour, brightness
         self.contrast, self.grey, self.invert, self.background = contrast, grey, invert, background
-        self.erase, self.stream = erase, stream
+        self.texture, self.erase, self.stream = texture, erase, stream
 
     def stream_copy(self, stream: str) -> Augment:
         """The same distribution, drawn from another random stream: a second view."""
@@ -133,9 +148,9 @@ class Augment(nn.Module):
 
     def forward(self, x_BCHW: Tensor, draw_B: Tensor) -> Tensor:
         device, rows, channels = x_BCHW.device, len(x_BCHW), x_BCHW.shape[1]
-        x = x_BCHW.float() / 255
+        x = x_BCHW.float().mul_(1 / 255)
         if channels == 4:  # premultiplied, so that no colour bleeds in from transparent pixels
-            x = torch.cat([x[:, :3] * x[:, 3:], x[:, 3:]], dim=1)
+            x[:, :3] *= x[:, 3:]
         grid = F.affine_grid(self.affine(draw_B, device), [rows, channels, self.size, self.size], align_corners=False)
         if x.shape[-1] >= 2 * self.size:  # sampling every second pixel would alias: average down first
             x = F.avg_pool2d(x, x.shape[-1] // self.size)
@@ -147,8 +162,21 @@ class Augment(nn.Module):
             x = x[:, :3] + back[:, :, None, None] * (1 - x[:, 3:])
         mix, offset = self.mixing(draw_B, device)
         x = torch.baddbmm(offset[:, :, None], mix, (x * 2 - 1).flatten(2)).view(rows, 3, self.size, self.size)
+        if self.texture > 0:
+            x = self._filter(x, draw_B)
         x = x.clamp(-1, 1)
         return self._erase(x, draw_B) if self.erase > 0 else x
+
+    def _filter(self, x: Tensor, draw_B: Tensor) -> Tensor:
+        """``b * x + (1 - b) * conv(x, w)`` with ``w`` a random 3 x 3 filter between all channels of each sample."""
+        rows, device = len(x), x.device
+        w = torch.stack([self._u(draw_B, f"filter{k}", device) for k in range(81)], dim=-1).view(rows * 3, 3, 3, 3)
+        w = w * math.sqrt(3 / 27)  # uniform weights of variance 1/27: the filtered picture keeps its contrast
+        padded = F.pad(x.reshape(1, rows * 3, *x.shape[2:]), (1, 1, 1, 1), mode="replicate")
+        filtered = F.conv2d(padded, w, groups=rows).view_as(x)
+        keep = self._u(draw_B, "blend", device) * 0.5 + 0.5
+        keep = torch.where(self._u(draw_B, "texture", device) < 2 * self.texture - 1, keep, torch.ones_like(keep))
+        return torch.lerp(filtered, x, keep[:, None, None, None])
 
     def _erase(self, x: Tensor, draw_B: Tensor) -> Tensor:
         centre = torch.linspace(-1, 1, self.size, device=x.device)

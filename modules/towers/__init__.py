@@ -1,5 +1,22 @@
-"""Towers: one modality in, tokens out. Pooling and projection are parts of their own (``descant.modules.heads``)."""
+"""Towers: one modality in, tokens out. Pooling and projection are parts of their own (``modules.heads``).
 
-from descant.modules.towers.base import Tokens, Tower, Towers
+The libraries behind ``TimmTower`` and ``TransformersTower`` are imported when one is built, not here.
+"""
 
-__all__ = ["Tokens", "Tower", "Towers"]
+from descant.modules.towers.base import Frozen, Tokens, Tower, Towers
+from descant.modules.towers.image import ConvTower, PatchTower
+from descant.modules.towers.text import TextTower
+from descant.modules.towers.timm import TimmTower
+from descant.modules.towers.transformers import TransformersTower
+
+__all__ = [
+    "ConvTower",
+    "Frozen",
+    "PatchTower",
+    "TextTower",
+    "TimmTower",
+    "Tokens",
+    "Tower",
+    "Towers",
+    "TransformersTower",
+]

@@ -85,6 +85,13 @@ class Towers(nn.ModuleDict):
         table: Tower | None = None,
     ) -> None:
         given = dict(
-            image=image, text=text, audio=audio, video=video, depth=depth, volume=volume, bands=bands, table=table
+            image=image,
+            text=text,
+            audio=audio,
+            video=video,
+            depth=depth,
+            volume=volume,
+            bands=bands,
+            table=table,
         )
         super().__init__({name: tower for name, tower in given.items() if tower is not None})

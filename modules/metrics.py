@@ -1,0 +1,218 @@
+"""What evaluation measures, as pure functions of embeddings.
+
+Letters: Q queries, G gallery rows, N rows, D width, C classes, R query rows of one chunk, k neighbours.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+CELLS = 1 << 24  # scores held at once: 64 MB of float32, so a gallery of 100,000 rows costs no N x N memory
+
+
+def retrieval_ranks(
+    z_q_QD: Tensor, key_Q: Tensor, z_g_GD: Tensor, key_G: Tensor, cells: int = CELLS
+) -> Tensor:
+    """How many wrong gallery rows stand before a query's best right one; right is a row of equal key.
+
+        rank_q = #{g : key_g != key_q and not z_q . z_g < best_q}
+        best_q = max over key_g = key_q of z_q . z_g
+
+    Ties count against the query, and so does nan, be it a wrong row's score or (rank ``G``) all that right
+    rows have: a collapsed model scores nothing. hit@k is ``rank < k``.
+
+    Shapes: ``z_q_QD, key_Q, z_g_GD, key_G -> rank_Q`` int64, 0 at best, -1 where no gallery row is right.
+
+    >>> z_q_QD = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    >>> z_g_GD = torch.tensor([[0.9, 0.1], [1.0, 0.0], [1.0, 0.2]])
+    >>> retrieval_ranks(z_q_QD, torch.tensor([0, 9]), z_g_GD, torch.tensor([0, 1, 2])).tolist()
+    [2, -1]
+    """
+    if len(z_q_QD) == 0 or len(z_g_GD) == 0:
+        return torch.full_like(key_Q, -1)
+    ranks = []
+    for rows in _chunks(len(z_q_QD), len(z_g_GD), cells):
+        score_RG = z_q_QD[rows] @ z_g_GD.T
+        right_RG = key_Q[rows, None] == key_G
+        best_R = score_RG.masked_fill(~right_RG | score_RG.isnan(), -torch.inf).amax(1)
+        rank_R = (~right_RG & ~(score_RG < best_R[:, None])).sum(1)
+        rank_R = rank_R.masked_fill(best_R == -torch.inf, len(z_g_GD))
+        ranks.append(rank_R.masked_fill(~right_RG.any(1), -1))
+    return torch.cat(ranks)
+
+
+def knn_scores(
+    z_QD: Tensor,
+    z_bank_ND: Tensor,
+    label_N: Tensor,
+    classes: int,
+    k: int,
+    temperature: float,
+    cells: int = CELLS,
+) -> Tensor:
+    """Weighted k-NN of instance discrimination (Wu et al. 2018, arXiv 1805.01978) and DINO.
+
+        score_c = sum over the k nearest n with label_n = c of exp(z . z_n / temperature)
+
+    Shapes: ``z_QD, z_bank_ND, label_N -> score_QC``; ``k`` is cut to the bank. Scores are relative to the
+    nearest neighbour's, ``exp((s - s_1) / temperature)``: no order changes, no temperature overflows.
+
+    >>> bank_ND, label_N = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), torch.tensor([0, 1, 1])
+    >>> score_QC = knn_scores(torch.tensor([[1.0, 0.0]]), bank_ND, label_N, classes=2, k=2, temperature=0.2)
+    >>> score_QC.round(decimals=3)
+    tensor([[1.0000, 0.3680]])
+    """
+    scores = [z_QD.new_zeros(0, classes)]
+    for rows in _chunks(len(z_QD), len(z_bank_ND), cells):
+        z_RD = z_QD[rows]
+        near_Rk, place_Rk = (z_RD @ z_bank_ND.T).topk(min(k, len(z_bank_ND)), dim=1)
+        weight_Rk = ((near_Rk - near_Rk[:, :1]) / temperature).exp()
+        scores.append(z_RD.new_zeros(len(z_RD), classes).scatter_add_(1, label_N[place_Rk], weight_Rk))
+    return torch.cat(scores)
+
+
+def fit_logistic(
+    x_ND: Tensor, y_N: Tensor, classes: int, l2: float = 1e-3, steps: int = 200
+) -> tuple[Tensor, Tensor]:
+    """Multinomial logistic regression by L-BFGS, in the precision of ``x``; the biases are not penalised.
+
+        W, b = argmin  mean_n cross_entropy(W x_n + b, y_n) + l2 / 2 * ||W||^2
+
+    Shapes: ``x_ND, y_N -> W_CD, b_C``. Runs under ``no_grad`` and ``inference_mode`` alike.
+
+    >>> x_ND, y_N = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]]), torch.tensor([0, 0, 1, 1])
+    >>> w_CD, b_C = fit_logistic(x_ND, y_N, classes=2)
+    >>> (x_ND @ w_CD.T + b_C).argmax(1).tolist()
+    [0, 0, 1, 1]
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        # tensors made under inference mode take no part in autograd; their clones do
+        x_ND, y_N = x_ND.detach().clone(), y_N.detach().clone()
+        w_CD = x_ND.new_zeros(classes, x_ND.shape[1], requires_grad=True)
+        b_C = x_ND.new_zeros(classes, requires_grad=True)
+        optimizer = torch.optim.LBFGS(
+            [w_CD, b_C], max_iter=steps, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
+        )
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(x_ND @ w_CD.T + b_C, y_N) + l2 / 2 * w_CD.square().sum()
+            torch.autograd.backward(loss)
+            return loss
+
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
+    return w_CD.detach(), b_C.detach()
+
+
+def balanced_accuracy(predicted_N: Tensor, label_N: Tensor, classes: int) -> Tensor:
+    """Mean recall of the classes that occur; nan without rows.
+
+    A class that is predicted but never occurs has no recall and is left out (torchmetrics' macro average
+    counts it as 0, which would make the number depend on what a small set happens to lack).
+
+    Shapes: ``predicted_N, label_N`` int64 ``-> []``.
+
+    >>> float(balanced_accuracy(torch.tensor([0, 0, 1, 2]), torch.tensor([0, 0, 1, 1]), classes=4))
+    0.75
+    """
+    count_C = label_N.bincount(minlength=classes)
+    right_C = label_N[predicted_N == label_N].bincount(minlength=classes)
+    return (right_C / count_C)[count_C > 0].mean()
+
+
+def matched_rows(present_a_N: Tensor, present_b_N: Tensor, key_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The P positive pairs of two modalities: a row with itself, or with the first row of its key that has b.
+
+    Shapes: bool ``[N]``, bool ``[N]``, ``key_N`` -> row numbers, two int64 ``[P]``, the first ascending.
+
+    >>> present_a_N, present_b_N = torch.tensor([[True, True, True, False], [True, False, False, True]])
+    >>> rows_a_P, rows_b_P = matched_rows(present_a_N, present_b_N, key_N=torch.tensor([7, 7, 8, 9]))
+    >>> rows_a_P.tolist(), rows_b_P.tolist()
+    ([0, 1], [0, 0])
+    """
+    rows_a, rows_b = present_a_N.nonzero().squeeze(1), present_b_N.nonzero().squeeze(1)
+    if len(rows_a) == 0 or len(rows_b) == 0:
+        return rows_a[:0], rows_b[:0]
+    sorted_b, order_b = key_N[rows_b].sort(stable=True)
+    place = torch.searchsorted(sorted_b, key_N[rows_a]).clamp(max=len(rows_b) - 1)
+    partner = torch.where(present_b_N[rows_a], rows_a, rows_b[order_b[place]])
+    matched = key_N[partner] == key_N[rows_a]
+    return rows_a[matched], partner[matched]
+
+
+def modality_gap(z_a_ND: Tensor, z_b_ND: Tensor) -> Tensor:
+    """``|| mean z_a - mean z_b ||`` over pairs (Liang et al. 2022, arXiv 2203.02053).
+
+    Shapes: ``z_a_ND, z_b_ND -> []``.
+
+    >>> float(modality_gap(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[-1.0, 0.0], [0.0, 1.0]])))
+    1.0
+    """
+    return (z_a_ND.mean(0) - z_b_ND.mean(0)).norm()
+
+
+def effective_rank(z_ND: Tensor) -> Tensor:
+    """RankMe (Garrido et al. 2023, arXiv 2210.02885): ``exp(entropy(s / sum s))``, s the singular values.
+
+    Between 1 (all rows on one line) and ``min(N, D)``. Found from the smaller Gram matrix in float64, so that
+    100,000 rows cost one matrix product. 0 where all rows are zero.
+
+    Shapes: ``z_ND -> []`` float64 (float32 where the device has no float64).
+
+    >>> round(float(effective_rank(torch.eye(4))), 3), round(float(effective_rank(torch.ones(8, 4))), 3)
+    (4.0, 1.0)
+    """
+    x_ND = z_ND.to(wide(z_ND.device))
+    if not bool(x_ND.isfinite().all()):
+        return x_ND.new_tensor(
+            torch.nan
+        )  # the eigenvalue solver would raise, and end the run instead of showing it
+    gram = x_ND.T @ x_ND if x_ND.shape[0] >= x_ND.shape[1] else x_ND @ x_ND.T
+    value = torch.linalg.eigvalsh(gram)
+    # below the rounding of the product nothing is known, and square roots would turn that noise into rank
+    noise = len(value) * torch.finfo(value.dtype).eps * value.amax()
+    s = value.where(value > noise, torch.zeros_like(value)).sqrt()
+    if not bool(s.sum() > 0):
+        return s.sum()
+    p = s / s.sum()
+    return torch.special.entr(p).sum().exp()
+
+
+def alignment(z_a_ND: Tensor, z_b_ND: Tensor) -> Tensor:
+    """``mean ||z_a - z_b||^2`` over positive pairs (Wang & Isola 2020, arXiv 2005.10242); 0 is best.
+
+    Shapes: ``z_a_ND, z_b_ND -> []``.
+
+    >>> float(alignment(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])))
+    1.0
+    """
+    return (z_a_ND - z_b_ND).square().sum(1).mean()
+
+
+def uniformity(z_ND: Tensor, t: float = 2.0, cells: int = CELLS) -> Tensor:
+    """``log mean over pairs n != m of exp(-t ||z_n - z_m||^2)`` (Wang & Isola 2020); collapse is 0.
+
+    Shapes: unit-length ``z_ND -> []``; nan with fewer than two rows.
+
+    >>> round(float(uniformity(torch.eye(2))), 4), float(uniformity(torch.ones(3, 1)))
+    (-4.0, 0.0)
+    """
+    n = len(z_ND)
+    total = z_ND.new_zeros((), dtype=wide(z_ND.device))
+    for rows in _chunks(n, n, cells):
+        z_RD = z_ND[rows]
+        square_RN = (z_RD.square().sum(1)[:, None] + z_ND.square().sum(1) - 2 * z_RD @ z_ND.T).clamp(min=0)
+        total += (-t * square_RN).exp().sum(dtype=total.dtype)
+    return ((total - n) / (n * (n - 1)) if n > 1 else total * torch.nan).log()
+
+
+def _chunks(rows: int, columns: int, cells: int) -> list[slice]:
+    size = max(cells // max(columns, 1), 1)
+    return [slice(first, first + size) for first in range(0, rows, size)]
+
+
+def wide(device: torch.device) -> torch.dtype:
+    """float64, or float32 where the device has none."""
+    return torch.float32 if device.type == "mps" else torch.float64

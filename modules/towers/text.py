@@ -1,0 +1,93 @@
+"""The native text tower. Letters: B samples, T tokens, D width."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from descant.modules.towers.base import Tokens, Tower
+from descant.modules.towers.image import Block
+
+PAD = 0
+
+
+class TextTower(Tower):
+    """A pre-norm transformer: ``h = norm(block_n(... block_1(embedding(x) + positions)))``.
+
+    ``x_BT -> [B, T, width]``; padding (id 0, or where ``mask`` is False) is never looked at and comes out as
+    zeros. Columns to the right of the longest text of a batch are not computed. With ``depth`` 0 the tower is
+    a bag of token embeddings: no positions, no norm.
+
+    Args:
+        vocab: number of token ids.
+        width: D.
+        depth: number of blocks; 0 for a bag of embeddings.
+        heads: of the attention.
+        length: most tokens of a text.
+        mlp_ratio: hidden width of the MLP over D.
+        dropout: on the attention weights and on both branches of a block.
+        causal: a token sees only itself and what is left of it.
+
+    Raises:
+        ValueError: if ``heads`` does not divide ``width``; in forward, if a text is longer than ``length``.
+
+    >>> tower = TextTower(vocab=9, width=8, depth=1, heads=2, length=6)
+    >>> tower(torch.tensor([[1, 5, 2, 0], [1, 2, 0, 0]])).mask_BT.sum(dim=1).tolist()
+    [3, 2]
+    """
+
+    def __init__(
+        self,
+        vocab: int,
+        width: int,
+        depth: int,
+        heads: int,
+        length: int,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        causal: bool = False,
+    ) -> None:
+        super().__init__()
+        self.width, self.length, self.causal = width, length, causal
+        self.embedding = nn.Embedding(vocab, width, padding_idx=PAD)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.positions_TD = nn.Parameter(torch.randn(length, width) * 0.01) if depth else None
+        self.layers = nn.ModuleList(Block(width, heads, mlp_ratio, dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(width) if depth else nn.Identity()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
+        T = x.shape[1]
+        if self.positions_TD is not None and self.length < T:
+            raise ValueError(
+                f"length {self.length}: a text of {T} tokens does not fit; cut it or raise length"
+            )
+        mask_BT = x != PAD if mask is None else mask
+        # a compiled graph keeps its static shape: the longest text is only known from the data
+        kept = T if torch.compiler.is_compiling() else _longest(mask_BT)
+        h_BTD, real_BT = self.embedding(x[:, :kept]), mask_BT[:, :kept]
+        if self.positions_TD is not None:
+            h_BTD = h_BTD + self.positions_TD[:kept]
+        see = self._see(real_BT)
+        for layer in self.layers:
+            h_BTD = layer(h_BTD, see)
+        h_BTD = self.norm(h_BTD).masked_fill(~real_BT[..., None], 0.0)
+        return Tokens(F.pad(h_BTD, (0, 0, 0, T - kept)) if kept < T else h_BTD, mask_BT)
+
+    def _see(self, mask_BT: Tensor) -> Tensor:
+        """Bool ``[B, 1, 1 or T, T]``: which keys a query sees; at least one, or its softmax is NaN."""
+        if not self.causal:
+            return (mask_BT | ~mask_BT.any(dim=1, keepdim=True))[:, None, None]
+        T = mask_BT.shape[1]
+        square_TT = torch.ones(T, T, dtype=torch.bool, device=mask_BT.device)
+        itself_TT = torch.eye(T, dtype=torch.bool, device=mask_BT.device)
+        return (mask_BT[:, None] & square_TT.tril() | itself_TT)[:, None]
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.layers)
+
+
+def _longest(mask_BT: Tensor) -> int:
+    """Columns up to the last one in which any text has a token; at least 1."""
+    columns = mask_BT.any(dim=0).nonzero()
+    return int(columns[-1]) + 1 if len(columns) else 1

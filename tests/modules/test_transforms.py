@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from descant.modules.transforms import Augment, Pixels, reduce_rgba
+
+STILL = dict(rotate=0, scale=1, stretch=1, shear=0, shift=0, colour=0, brightness=0, contrast=0, grey=0, background=0)
+
+
+def picture(size: int = 8, channels: int = 4) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (3, channels, size, size), generator=generator, dtype=torch.uint8)
+
+
+DRAW = torch.tensor([11, 12, 13])
+
+
+def test_without_strength_training_sees_what_evaluation_sees() -> None:
+    x = picture()
+    torch.testing.assert_close(Augment(8, **STILL)(x, DRAW), Pixels(8)(x, DRAW), rtol=0, atol=1e-5)
+
+
+def test_pixels_are_over_white_and_normalised() -> None:
+    x = torch.zeros(1, 4, 4, 4, dtype=torch.uint8)  # transparent black
+    assert Pixels(4)(x, DRAW[:1]).unique().tolist() == [1.0]
+    x[:, 3] = 255
+    assert Pixels(4)(x, DRAW[:1]).unique().tolist() == [-1.0]
+
+
+def test_a_picture_depends_on_its_own_draw_alone() -> None:
+    augment, x = Augment(8, texture=0.5, erase=0.3), picture()
+    whole = augment(x, DRAW)
+    torch.testing.assert_close(augment(x[1:2], DRAW[1:2]), whole[1:2], rtol=0, atol=1e-5)
+    assert torch.equal(augment(x, DRAW), whole)
+    assert not torch.allclose(augment(x[:1], DRAW[1:2]), whole[:1])
+
+
+def test_two_streams_are_two_views() -> None:
+    augment, x = Augment(8), picture()
+    assert not torch.allclose(augment(x, DRAW), augment.stream_copy("image@2")(x, DRAW))
+
+
+def test_the_affine_map_is_what_torchvision_computes() -> None:
+    """A pure rotation by the drawn angle equals v2.functional.rotate."""
+    augment = Augment(16, **{**STILL, "rotate": 30.0})
+    x = picture(16, channels=3)[:1]
+    a_23 = augment.affine(DRAW[:1], torch.device("cpu"))[0]
+    degrees = math.degrees(math.atan2(float(a_23[1, 0]), float(a_23[0, 0])))
+    assert 0.5 < abs(degrees) <= 30
+    wanted = v2.functional.rotate(x.float() / 255, degrees, interpolation=v2.InterpolationMode.BILINEAR)
+    torch.testing.assert_close(augment(x, DRAW[:1]), wanted * 2 - 1, rtol=0, atol=1e-3)
+
+
+def test_grey_pictures_have_equal_channels_and_greys_keep_their_hue() -> None:
+    x = picture(8, channels=3)
+    grey = Augment(8, **{**STILL, "grey": 1.0})(x, DRAW)
+    torch.testing.assert_close(grey[:, 0], grey[:, 2])
+    neutral = torch.full((3, 3, 8, 8), 100, dtype=torch.uint8)
+    mixed = Augment(8, **{**STILL, "colour": 1.0})(neutral, DRAW)
+    torch.testing.assert_close(mixed[:, 0], mixed[:, 1])
+
+
+def test_shares_of_the_random_choices() -> None:
+    x = picture(8, channels=3)[:1].expand(400, -1, -1, -1)
+    draws = torch.arange(400) * 7919
+    plain = Augment(8, **STILL)(x, draws)
+    for name in ("mirror", "grey", "invert"):
+        changed = (Augment(8, **{**STILL, name: 0.25})(x, draws) - plain).abs().amax((1, 2, 3)) > 1e-3
+        assert float(changed.float().mean()) == pytest.approx(0.25, abs=0.08), name
+
+
+def test_reducing_weighs_colours_by_opacity() -> None:
+    x = torch.zeros(1, 4, 2, 2, dtype=torch.uint8)
+    x[0, 0], x[0, 3, 0, 0] = 200, 255  # red everywhere, opaque in one pixel of four
+    x[0, 1, 1, 1] = 250  # green where nothing is seen
+    out = reduce_rgba(x, 1)[0, :, 0, 0].tolist()
+    assert out == [200, 0, 0, 64]
+
+
+def test_factors_below_one_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        Augment(8, scale=0.5)
