@@ -52,12 +52,12 @@ class BatchDataset(Dataset[Batch]):
         return index_B
 
     def draws(self, slots: Sequence[Slot]) -> np.ndarray:
-        return np.array([mix(self.seed, "sample", s.epoch, s.index) for s in slots], dtype=np.int64)
+        return np.array([mix(self.seed, "sample", s.epoch, s.sample) for s in slots], dtype=np.int64)
 
     def presence(self, slots: Sequence[Slot], draw_N: np.ndarray) -> dict[str, Tensor]:
         """``present`` less what the policy drops and what is padding: a pure function of (seed, epoch, index)."""
         real_N = torch.tensor([s.real for s in slots])
-        present = self.present(np.array([s.index for s in slots]))
+        present = self.present(np.array([s.sample for s in slots]))
         for modality, probability in self.drop.items():
             kept_N = uniform_N(draw_N, f"drop/{modality}") >= probability
             present[modality] = present[modality] & kept_N
@@ -67,7 +67,7 @@ class BatchDataset(Dataset[Batch]):
         draw_G = self.draws(window.step)
         step = self.presence(window.step, draw_G)
         draw_B = self.draws(window.slots)
-        index_B = np.array([s.index for s in window.slots])
+        index_B = np.array([s.sample for s in window.slots])
         rows = self.rows(index_B, draw_B)
         return Batch(
             inputs=rows.inputs,
@@ -113,7 +113,10 @@ class DataModule(L.LightningDataModule):
             raise ValueError(f"batch_size {batch_size}: contrast and batch statistics need at least 2")
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.drop, self.tiny = drop or {}, tiny
-        self.position = (0, 0)  # (epoch, micro-batch) to start from; a resumed run sets it before the loader is made
+        self.position = (
+            0,
+            0,
+        )  # (epoch, micro-batch) to start from; a resumed run sets it before the loader is made
         for modality, probability in self.drop.items():
             if modality not in self.modalities:
                 raise ValueError(f"drop: no modality {modality!r}; this data has {', '.join(self.modalities)}")
@@ -177,7 +180,14 @@ class DataModule(L.LightningDataModule):
         epoch, first = self.position
         size = self.batch_size
         order = Order(
-            len(data), size, self.seed, rank=rank, world=world, accumulate=accumulate, epoch=epoch, first=first
+            len(data),
+            size,
+            self.seed,
+            rank=rank,
+            world=world,
+            accumulate=accumulate,
+            epoch=epoch,
+            first=first,
         )
         return self._loader(data, order)
 

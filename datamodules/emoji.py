@@ -26,10 +26,12 @@ from descant.datamodules.ledger import Ledger
 from descant.modules.batch import Batch
 from descant.modules.random import mix, mix_N, seeded, uniform_N
 from descant.modules.text import Bpe
-from descant.modules.transforms import Augment, Pixels, over_white
+from descant.modules.transforms import Augment, Pixels, over_white, reduce_rgba
 
 PACK = Path(__file__).parent / "packs" / "emoji"
 VENDORS = ("noto", "twemoji", "openmoji", "fluent")
+# Flat and without outlines, as the held-out Fluent is: the nearest stand-in among the training vendors.
+DEVELOPMENT_VENDOR = "twemoji"
 
 
 class Pack:
@@ -60,6 +62,7 @@ class Pack:
             self.rows += rows
             self.file += [shard.name] * len(rows)
         self._drawings: dict[str, tuple[Tensor, np.ndarray]] = {}
+        self._reduced: dict[tuple[str, int], Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -85,6 +88,13 @@ class Pack:
             self._drawings[vendor] = (images, good)
         return self._drawings[vendor]
 
+    def reduced(self, vendor: str, size: int) -> Tensor:
+        """uint8 ``[N, 4, size, size]``: averaged down once, not at every visit."""
+        if (vendor, size) not in self._reduced:
+            images = self.drawings(vendor)[0]
+            self._reduced[vendor, size] = images if size >= images.shape[-1] else reduce_rgba(images, size)
+        return self._reduced[vendor, size]
+
 
 class Captions:
     """Token rows of concepts: a random caption for training, a fixed one for evaluation.
@@ -96,9 +106,7 @@ class Captions:
         nameless: probability that a caption with keywords leaves the name out.
     """
 
-    def __init__(
-        self, pack: Pack, bpe: Bpe, languages: Sequence[str], name_only: float, nameless: float
-    ) -> None:
+    def __init__(self, pack: Pack, bpe: Bpe, languages: Sequence[str], name_only: float, nameless: float) -> None:
         self.bpe, self.languages = bpe, tuple(languages)
         self.name_only, self.nameless = name_only, nameless
         self.names: dict[str, list[list[int] | None]] = {}
@@ -138,8 +146,9 @@ class EmojiSet(BatchDataset):
 
     Args:
         concept_N, vendor_N: what each row shows. image_N, text_N: bool, which side is there.
-        captions: of the text. random: captions drawn anew at each visit, and views given twice.
-        other_vendor: with two views, the second is another vendor's drawing of the same concept.
+        captions: of the text. size: of the pictures. random: captions drawn anew at each visit.
+        shuffle: captions of other concepts, by a fixed permutation (a control).
+        views: 2 for a second picture, the same concept by a vendor drawn from ``vendors``.
     """
 
     def __init__(
@@ -153,6 +162,8 @@ class EmojiSet(BatchDataset):
         seed: int,
         key_N: np.ndarray,
         label: Mapping[str, np.ndarray],
+        size: int,
+        shuffle: bool = False,
         random: bool = False,
         keywords: bool = True,
         views: int = 1,
@@ -163,7 +174,13 @@ class EmojiSet(BatchDataset):
         super().__init__(seed, drop)
         self.pack, self.captions, self.random, self.keywords = pack, captions, random, keywords
         self.concept_N, self.vendor_N, self.image_N, self.text_N = concept_N, vendor_N, image_N, text_N
-        self.key_N, self.label, self.views, self.vendors, self.transform = key_N, label, views, vendors, transform
+        self.key_N, self.label, self.size, self.views = key_N, label, size, views
+        self.vendors, self.transform = vendors, transform
+        self.told_N = concept_N  # whose captions each row carries
+        if shuffle:
+            seen = np.unique(concept_N)
+            other = dict(zip(seen.tolist(), np.random.default_rng(0).permutation(seen).tolist(), strict=True))
+            self.told_N = np.array([other[c] for c in concept_N.tolist()])
 
     def __len__(self) -> int:
         return len(self.concept_N)
@@ -172,7 +189,10 @@ class EmojiSet(BatchDataset):
         return self.concept_N[index_B] * len(VENDORS) + self.vendor_N[index_B]
 
     def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
-        return {"image": torch.from_numpy(self.image_N[index_N]), "text": torch.from_numpy(self.text_N[index_N])}
+        return {
+            "image": torch.from_numpy(self.image_N[index_N]),
+            "text": torch.from_numpy(self.text_N[index_N]),
+        }
 
     def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
         concept_B, vendor_B = self.concept_N[index_B], self.vendor_N[index_B]
@@ -184,17 +204,15 @@ class EmojiSet(BatchDataset):
         inputs["text"] = torch.tensor(
             [
                 self.captions.random(int(c), int(d)) if self.random else self.captions.fixed(int(c), self.keywords)
-                for c, d in zip(concept_B, draw_B, strict=True)
+                for c, d in zip(self.told_N[index_B], draw_B, strict=True)
             ]
         )
         targets = {name: torch.from_numpy(label_N[concept_B]) for name, label_N in self.label.items()}
-        return Rows(inputs, targets, torch.from_numpy(self.key_N[concept_B]))
+        return Rows(inputs, targets, torch.from_numpy(self.key_N[self.told_N[index_B]]))
 
     def _images(self, concept_B: np.ndarray, vendor_B: np.ndarray, draw_B: np.ndarray, stream: str) -> Tensor:
-        images = torch.empty(len(concept_B), 4, 64, 64, dtype=torch.uint8)
-        for vendor in np.unique(vendor_B):
-            rows = np.flatnonzero(vendor_B == vendor)
-            images[rows] = self.pack.drawings(VENDORS[vendor])[0][concept_B[rows]]
+        chosen = {v: self.pack.reduced(VENDORS[v], self.size) for v in np.unique(vendor_B)}
+        images = torch.stack([chosen[v][c] for c, v in zip(concept_B, vendor_B, strict=True)])
         if self.transform is not None and self.random:
             changed = []
             for image, draw in zip(images, draw_B, strict=True):
@@ -228,8 +246,9 @@ class Emoji(DataModule):
         augment: training's view of a picture, on the device, a whole batch at once.
         transform: a per-sample torchvision v2 transform of the uint8 RGBA picture before that, or none.
         views: modality -> 2 for a second view (``image@2``), another training vendor's drawing of the concept.
-        development: choose settings without the test sets: OpenMoji plays the held-out vendor and 150 training
+        development: choose settings without the test sets: Twemoji plays the held-out vendor and 150 training
             concepts the held-out ones, validated under the names of the test sets.
+        shuffle_captions: a control: training pictures get the captions of other concepts, by a fixed permutation.
         folder: of the pack.
     """
 
@@ -251,6 +270,7 @@ class Emoji(DataModule):
         transform: nn.Module | None = None,
         views: dict[str, int] | None = None,
         development: bool = False,
+        shuffle_captions: bool = False,
         folder: str | None = None,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers, drop, tiny)
@@ -260,13 +280,14 @@ class Emoji(DataModule):
         self.augment, self.transform, self.views = augment or Augment(size), transform, views or {}
         self.augment_2 = self.augment.stream_copy("image@2")
         self.pixels = Pixels(size)
-        self.development, self.folder = development, Path(folder) if folder else PACK
+        self.development, self.shuffle_captions = development, shuffle_captions
+        self.folder = Path(folder) if folder else PACK
         if self.augment.size != size:
             raise ValueError(f"augment.size {self.augment.size} is not the data's size {size}")
         _known("vendors", self.vendors, VENDORS)
         _known("views", list(self.views), ("image",))
         if self.development:
-            self.vendors = [v for v in self.vendors if v != "openmoji"]
+            self.vendors = [v for v in self.vendors if v != DEVELOPMENT_VENDOR]
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -318,9 +339,9 @@ class Emoji(DataModule):
 
     @property
     def held_out_vendor(self) -> str:
-        return "openmoji" if self.development else str(self.manifest["held_out_vendor"])
+        return DEVELOPMENT_VENDOR if self.development else str(self.manifest["held_out_vendor"])
 
-    def _kept(self, concept: int, vendor: str) -> bool:
+    def _kept(self, concept: int | np.integer[Any], vendor: str) -> bool:
         """A training drawing kept for validation: one in twenty, fixed by a hash, never in development."""
         return not self.development and _hash(f"val/{self.pack.rows[concept]['hexcode']}/{vendor}") % 20 == 0
 
@@ -346,7 +367,7 @@ class Emoji(DataModule):
         self, rows: Sequence[tuple[int, str, bool, bool]], captions: Captions | None = None, **options: Any
     ) -> EmojiSet:
         """Rows of (concept, vendor, with its picture, with its text)."""
-        concept, vendor, image, text = zip(*rows, strict=True)
+        concept, vendor, _, text = zip(*rows, strict=True)
         good = {v: self.pack.drawings(v)[1] for v in set(vendor)}
         return EmojiSet(
             self.pack,
@@ -358,6 +379,7 @@ class Emoji(DataModule):
             seed=self.seed,
             key_N=self.key_N,
             label=self.label,
+            size=self.size,
             keywords=self.keywords,
             **options,
         )
@@ -368,6 +390,7 @@ class Emoji(DataModule):
         rows = [row for row in rows if self.captions.has(row[0]) and self.pack.drawings(row[1])[1][row[0]]]
         return self._set(
             rows,
+            shuffle=self.shuffle_captions,
             random=True,
             views=self.views.get("image", 1),
             vendors=self.vendors,
@@ -380,7 +403,10 @@ class Emoji(DataModule):
         return self._set([(int(c), v, True, True) for v in self.vendors for c in concepts if not self._kept(c, v)])
 
     def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
-        seen, unseen = np.flatnonzero(~self.test_N & self.usable_N), np.flatnonzero(self.test_N & self.usable_N)
+        seen, unseen = (
+            np.flatnonzero(~self.test_N & self.usable_N),
+            np.flatnonzero(self.test_N & self.usable_N),
+        )
         if stage == "validate" and not self.development:
             kept = [(int(c), v, True, False) for v in self.vendors for c in seen if self._kept(c, v)]
             return {"val": self._set(kept + [(int(c), self.vendors[0], False, True) for c in seen])}

@@ -14,7 +14,7 @@ class Slot(NamedTuple):
     """One row of a batch: which sample, in which epoch; ``real`` is False for a row that only keeps the shape."""
 
     epoch: int
-    index: int
+    sample: int
     real: bool
 
 
@@ -94,8 +94,8 @@ class Order:
         for position in range(self.first, len(self)):
             batch, micro = divmod(position, self.accumulate)
             low, high = (self.n * b // self.global_batches for b in (batch, batch + 1))
-            step = [Slot(epoch, index, True) for index in permutation[low:high]]
+            step = [Slot(epoch, sample, True) for sample in permutation[low:high]]
             # padding repeats samples of the same step: real content, so no part ever sees an odd tensor
-            step += [Slot(epoch, step[i % (high - low)].index, False) for i in range(self.batch_size - len(step))]
+            step += [Slot(epoch, step[i % (high - low)].sample, False) for i in range(self.batch_size - len(step))]
             # cuts are strided so that the padding spreads over ranks instead of emptying the last one
             yield Window(step[micro * self.world + self.rank :: self.world * self.accumulate][:rows], step)

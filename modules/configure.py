@@ -75,9 +75,7 @@ class Lora(Adapt):
 
         for name, tower in chosen(recipe, self.towers):
             if isinstance(tower, Frozen):
-                raise ValueError(
-                    f"towers {name}: it is Frozen, adapters would not train; LoRA freezes by itself"
-                )
+                raise ValueError(f"towers {name}: it is Frozen, adapters would not train; LoRA freezes by itself")
             layers = _targets(tower, self.targets)
             config = LoraConfig(
                 r=self.r,
@@ -124,9 +122,7 @@ class Quantize(Adapt):
         skip: list[str] | None = None,
     ) -> None:
         if bits not in (4, 8):
-            raise ValueError(
-                f"bits {bits}: 4 or 8; the nearest is {min((4, 8), key=lambda b: abs(b - bits))}"
-            )
+            raise ValueError(f"bits {bits}: 4 or 8; the nearest is {min((4, 8), key=lambda b: abs(b - bits))}")
         self.bits, self.quant_type, self.towers, self.skip = bits, quant_type, towers, skip or []
 
     def apply(self, recipe: nn.Module) -> None:
@@ -159,9 +155,7 @@ class Quantize(Adapt):
             new.register_load_state_dict_pre_hook(_load_4bit)
         else:
             new = bnb.nn.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False, device="meta")
-            new.weight = bnb.nn.Int8Params(
-                layer.weight.detach().cpu(), requires_grad=False, has_fp16_weights=False
-            )
+            new.weight = bnb.nn.Int8Params(layer.weight.detach().cpu(), requires_grad=False, has_fp16_weights=False)
             new.register_load_state_dict_pre_hook(_load_8bit)
             new._apply = MethodType(_move_8bit, new)
         new.bias = layer.bias
@@ -218,11 +212,9 @@ class Checkpointing:
 
     def apply(self, recipe: nn.Module) -> None:
         for name, tower in chosen(recipe, None):
-            blocks = tower.blocks()
+            blocks = _blocks(tower)
             if not blocks and not isinstance(tower, Frozen):
-                raise ValueError(
-                    f"checkpointing: tower {name} ({type(tower).__name__}) has no blocks to recompute"
-                )
+                raise ValueError(f"checkpointing: tower {name} ({type(tower).__name__}) has no blocks to recompute")
             for block in blocks:
                 _recompute(block, self.preserve_rng)
 
@@ -245,9 +237,7 @@ def _recompute(block: nn.Module, preserve_rng: bool) -> None:
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
             return nullcontext(), _still(self)
 
-        options: dict[str, Any] = (
-            {"context_fn": contexts} if norms and not torch.compiler.is_compiling() else {}
-        )
+        options: dict[str, Any] = {"context_fn": contexts} if norms and not torch.compiler.is_compiling() else {}
         return checkpoint(
             plain.forward,
             self,
@@ -265,9 +255,7 @@ def _recompute(block: nn.Module, preserve_rng: bool) -> None:
 def _still(block: nn.Module) -> Iterator[None]:
     """Batch norms of the block compute as in training but leave their running statistics alone."""
     norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
-    saved = [
-        (m.momentum, None if m.num_batches_tracked is None else m.num_batches_tracked.clone()) for m in norms
-    ]
+    saved = [(m.momentum, None if m.num_batches_tracked is None else m.num_batches_tracked.clone()) for m in norms]
     for norm in norms:
         norm.momentum = 0.0
     try:
@@ -289,8 +277,7 @@ class Compile:
 
     def __init__(
         self,
-        mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
-        | None = None,
+        mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = None,
         dynamic: bool | None = None,
         fullgraph: bool = False,
     ) -> None:
@@ -340,13 +327,13 @@ class Shard:
                 if parameter.ndim == 0:
                     row = nn.Parameter(parameter.detach().reshape(1), parameter.requires_grad)
                     setattr(module, name, row)
-                    module.register_load_state_dict_pre_hook(_load_scalars)  # type: ignore[no-untyped-call]
+                    module.register_load_state_dict_pre_hook(_load_scalars)
                 elif not parameter.is_contiguous():
                     parameter.data = parameter.data.contiguous()
         whole = {p for p in recipe.parameters() if not p.is_floating_point()}
         common = {"mesh": mesh["data_parallel"], "mp_policy": policy, "ignored_params": whole}
         for _, tower in chosen(recipe, None):
-            for block in tower.blocks():
+            for block in _blocks(tower):
                 fully_shard(block, reshard_after_forward=self.reshard_after_forward, **common)
         fully_shard(recipe, reshard_after_forward=False, **common)
         # Lightning calls these, not forward; the root gathers and frees around them
@@ -394,6 +381,10 @@ def ends_with(names: list[str], end: str, argument: str, tower: str) -> list[str
         leaves = dict.fromkeys(re.sub(r"^(.*\.)?([A-Za-z_]\w*)", r"\2", name) for name in names)
         raise ValueError(f"{argument} {end!r}: tower {tower}: {nearest(end, leaves)}")
     return found
+
+
+def _blocks(tower: nn.Module) -> list[nn.Module]:
+    return tower.blocks() if isinstance(tower, Tower) else []
 
 
 def _targets(tower: nn.Module, targets: list[str] | str) -> list[str]:

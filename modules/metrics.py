@@ -12,9 +12,7 @@ from torch.nn import functional as F
 CELLS = 1 << 24  # scores held at once: 64 MB of float32, so a gallery of 100,000 rows costs no N x N memory
 
 
-def retrieval_ranks(
-    z_q_QD: Tensor, key_Q: Tensor, z_g_GD: Tensor, key_G: Tensor, cells: int = CELLS
-) -> Tensor:
+def retrieval_ranks(z_q_QD: Tensor, key_Q: Tensor, z_g_GD: Tensor, key_G: Tensor, cells: int = CELLS) -> Tensor:
     """How many wrong gallery rows stand before a query's best right one; right is a row of equal key.
 
         rank_q = #{g : key_g != key_q and not z_q . z_g < best_q}
@@ -73,9 +71,7 @@ def knn_scores(
     return torch.cat(scores)
 
 
-def fit_logistic(
-    x_ND: Tensor, y_N: Tensor, classes: int, l2: float = 1e-3, steps: int = 200
-) -> tuple[Tensor, Tensor]:
+def fit_logistic(x_ND: Tensor, y_N: Tensor, classes: int, l2: float = 1e-3, steps: int = 200) -> tuple[Tensor, Tensor]:
     """Multinomial logistic regression by L-BFGS, in the precision of ``x``; the biases are not penalised.
 
         W, b = argmin  mean_n cross_entropy(W x_n + b, y_n) + l2 / 2 * ||W||^2
@@ -92,9 +88,7 @@ def fit_logistic(
         x_ND, y_N = x_ND.detach().clone(), y_N.detach().clone()
         w_CD = x_ND.new_zeros(classes, x_ND.shape[1], requires_grad=True)
         b_C = x_ND.new_zeros(classes, requires_grad=True)
-        optimizer = torch.optim.LBFGS(
-            [w_CD, b_C], max_iter=steps, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
-        )
+        optimizer = torch.optim.LBFGS([w_CD, b_C], max_iter=steps, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
 
         def closure() -> Tensor:
             optimizer.zero_grad()
@@ -102,7 +96,7 @@ def fit_logistic(
             torch.autograd.backward(loss)
             return loss
 
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        optimizer.step(closure)
     return w_CD.detach(), b_C.detach()
 
 
@@ -166,9 +160,7 @@ def effective_rank(z_ND: Tensor) -> Tensor:
     """
     x_ND = z_ND.to(wide(z_ND.device))
     if not bool(x_ND.isfinite().all()):
-        return x_ND.new_tensor(
-            torch.nan
-        )  # the eigenvalue solver would raise, and end the run instead of showing it
+        return x_ND.new_tensor(torch.nan)  # the eigenvalue solver would raise, and end the run instead of showing it
     gram = x_ND.T @ x_ND if x_ND.shape[0] >= x_ND.shape[1] else x_ND @ x_ND.T
     value = torch.linalg.eigvalsh(gram)
     # below the rounding of the product nothing is known, and square roots would turn that noise into rank

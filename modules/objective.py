@@ -39,7 +39,7 @@ class Term:
     given: tuple[str, ...] = ()
 
     def sum(self) -> Tensor:
-        """Scalar: ``sum(weight * value * valid)``, where an invalid row contributes exactly zero, value and gradient."""
+        """Scalar: ``sum(weight * value * valid)``, where an invalid row adds exactly zero, value and gradient."""
         value_N = self.value if self.weight is None else self.value * self.weight
         if self.valid is not None:
             # where, not a product: 0 * inf would be nan, in the value and in the gradient
@@ -64,7 +64,7 @@ class _Mix(torch.autograd.Function):
         return (mix_K.to(terms_K.dtype) * terms_K).sum()
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         mix_K: Tensor = ctx.mix_K  # type: ignore[attr-defined]
         return None, *(grad * mix_k.to(grad.dtype) for mix_k in mix_K.unbind())
 

@@ -110,7 +110,7 @@ class OptimizerGroup(Optimizer):
         self.param_groups = [group for member in self.members for group in member.param_groups]
 
     @property
-    def state(self) -> MutableMapping[Any, Any]:  # type: ignore[override]
+    def state(self) -> MutableMapping[Any, Any]:
         return _State(getattr(self, "members", []))
 
     @state.setter
@@ -121,7 +121,7 @@ class OptimizerGroup(Optimizer):
         for member in self.members:
             member.zero_grad(set_to_none)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():

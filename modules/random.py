@@ -47,7 +47,7 @@ def mix_N(key_N: np.ndarray | Tensor, *parts: int | str) -> np.ndarray:
     """
     array = key_N.cpu().numpy() if isinstance(key_N, Tensor) else np.asarray(key_N)
     h_N = np.full(array.shape, _GOLDEN, dtype=np.uint64)
-    values: list[np.ndarray] = [array.astype(np.uint64)]
+    values: list[np.ndarray | np.uint64] = [array.astype(np.uint64)]
     values += [np.uint64((salt(p) if isinstance(p, str) else p) & _MASK) for p in parts]
     for value in values:
         h_N = (h_N ^ value) * np.uint64(_M1)

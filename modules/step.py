@@ -99,7 +99,7 @@ class _Fork(torch.autograd.Function):
         return tuple(z_BD.view_as(z_BD) for _ in names)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         step: Step = ctx.step  # type: ignore[attr-defined]
         g_KBD = torch.stack(grads)
         if step.rule is None or step.probing:

@@ -125,7 +125,10 @@ class Augment(nn.Module):
         """``A`` of every sample: ``[B, 2, 3]``, from output to input coordinates in -1..1."""
         u = {w: self._u(draw_B, w, device) for w in ("rotate", "scale", "stretch", "shear", "x", "y", "mirror")}
         angle, shear = u["rotate"] * math.radians(self.rotate), u["shear"] * math.radians(self.shear)
-        size, ratio = torch.exp(u["scale"] * math.log(self.scale)), torch.exp(u["stretch"] * math.log(self.stretch))
+        size, ratio = (
+            torch.exp(u["scale"] * math.log(self.scale)),
+            torch.exp(u["stretch"] * math.log(self.stretch)),
+        )
         flip = torch.where(u["mirror"] < 2 * self.mirror - 1, -1.0, 1.0)
         cos, sin, tan = angle.cos(), angle.sin(), shear.tan()
         row_x = torch.stack([flip * size * ratio * cos, flip * size * ratio * (cos * tan - sin)], dim=-1)

@@ -14,6 +14,7 @@ from descant.modules.batch import Batch
 from descant.modules.configure import Adapt, Checkpointing, Compile, Shard
 from descant.modules.objective import Term
 from descant.modules.optim import parameter_groups
+from descant.modules.protocols import Embeds
 from descant.modules.schedule import Schedule
 from descant.modules.step import Step
 
@@ -58,10 +59,6 @@ class Recipe(L.LightningModule):
         """The loss, term by term and sample by sample."""
         raise NotImplementedError
 
-    def embed(self, batch: Batch) -> dict[str, Tensor]:
-        """Modality -> unit-length ``z_BD``; rows of absent samples are zero."""
-        raise NotImplementedError
-
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         """The parameters that several terms share: what a parameter-level harmonizer looks at."""
         return (p for p in self.parameters() if p.requires_grad)
@@ -97,7 +94,7 @@ class Recipe(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         objective = self.step(self.terms(batch), batch)
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # logging costs more than small steps do
+        if (self.global_step + 1) % log_every_n_steps(self.trainer) == 0:  # logging costs more than small steps do
             world = self.step.world
             values = {f"train/{name}": value.detach() for name, value in objective.terms.items()}
             values["train/loss"] = objective.total.detach()
@@ -106,11 +103,16 @@ class Recipe(L.LightningModule):
         return objective.total
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """The embeddings of a batch; callbacks judge them."""
-        return {"z": self.embed(batch)}
+        """The embeddings of a batch, where the recipe has some; callbacks judge them."""
+        return {"z": self.embed(batch)} if isinstance(self, Embeds) else {}
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         return self.validation_step(batch, batch_idx, dataloader_idx)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        return {"index": batch.index, "present": batch.present, "z": self.embed(batch)}
+        return {"index": batch.index, "present": batch.present, **self.validation_step(batch, batch_idx)}
+
+
+def log_every_n_steps(trainer: L.Trainer) -> int:
+    """Set on the trainer by Lightning's logger connector, which its types do not show."""
+    return int(getattr(trainer, "log_every_n_steps", 1)) or 1

@@ -59,7 +59,7 @@ class Contrastive(Recipe):
         self.towers = towers
         self.pairs = _pairs(pairs, tuple(towers))
         self.pools = nn.ModuleDict({m: copy.deepcopy(pool or MeanPool()) for m in towers})
-        self.heads = nn.ModuleDict({m: Projection(tower.width, width) for m, tower in towers.items()})
+        self.heads = nn.ModuleDict({m: Projection(towers.width(m), width) for m in towers})
         self.losses = nn.ModuleDict({name: copy.deepcopy(loss or InfoNCE()) for name in self.pairs})
         self.intra = intra
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -19,13 +19,11 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_entry, args=(world, port, folder, function, args), nprocs=world)
+        spawn(_entry, args=(world, port, folder, function, args), nprocs=world)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
-def _entry(
-    rank: int, world: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
-) -> None:
+def _entry(rank: int, world: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     # torchrun's environment: Lightning then joins these ranks instead of launching its own
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",

@@ -80,17 +80,13 @@ PACKAGES = {
         "16.0.0",
         "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
     ),
-    "openmoji": Package(
-        "openmoji", "17.0.0", "55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68"
-    ),
+    "openmoji": Package("openmoji", "17.0.0", "55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68"),
     "fluent": Package(
         "@iconify-json/fluent-emoji-flat",
         "1.2.6",
         "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
     ),
-    "text": Package(
-        "emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a"
-    ),
+    "text": Package("emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a"),
 }
 
 
@@ -493,12 +489,7 @@ def train_tokenizer(lines: Iterable[str]) -> Tokenizer:
 
 def english_words(rows: Iterable[dict[str, Any]]) -> Counter[str]:
     """How often each English word stands in the training text, before its repeats."""
-    text = (
-        line
-        for row in rows
-        if row["split"] == "train"
-        for line in (row["names"]["en"], *row["keywords"]["en"])
-    )
+    text = (line for row in rows if row["split"] == "train" for line in (row["names"]["en"], *row["keywords"]["en"]))
     return Counter(word for line in text for word in re.findall(r"[a-z]+", line.casefold()))
 
 
@@ -529,8 +520,7 @@ def manifest(concepts: Sequence[Concept], families: int, files: Sequence[Path]) 
         },
         "split_salt": SALT,
         "sources": {
-            package.name: {"version": package.version, "sha256": package.sha256}
-            for package in PACKAGES.values()
+            package.name: {"version": package.version, "sha256": package.sha256} for package in PACKAGES.values()
         },
         "tools": {name: installed_version(name) for name in ("pillow", "pyarrow", "resvg-py", "tokenizers")},
         "files": {path.name: sha256_of(path) for path in files},

@@ -64,7 +64,24 @@ class ContrastiveLoss(nn.Module):
         raise NotImplementedError
 
 
-class InfoNCE(ContrastiveLoss):
+class _Scaled(ContrastiveLoss):
+    """A loss with a learned, bounded scale of its similarities."""
+
+    def __init__(self, temperature: float, learn: bool, max_scale: float) -> None:
+        super().__init__()
+        if not 1 / max_scale <= temperature:
+            raise ValueError(f"temperature {temperature} is below its bound 1 / max_scale = {1 / max_scale:g}")
+        self.max_log_scale = math.log(max_scale)
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)), requires_grad=learn)
+
+    def scale(self) -> Tensor:
+        if self.training:
+            with torch.no_grad():  # the parameter itself is bounded: clamping in the graph would leave it stuck
+                self.log_scale.clamp_(max=self.max_log_scale)
+        return self.log_scale.exp()
+
+
+class InfoNCE(_Scaled):
     """``value_b = -(log softmax_g(s z_a_b.z_b_g)[b] + log softmax_g(s z_b_b.z_a_g)[b]) / 2`` (van den Oord 2018; CLIP).
 
     The scale ``s`` is learned and bounded. Samples of equal key and absent samples are no negatives.
@@ -81,17 +98,7 @@ class InfoNCE(ContrastiveLoss):
     """
 
     def __init__(self, temperature: float = 0.07, learn: bool = True, max_scale: float = 100.0) -> None:
-        super().__init__()
-        if not 1 / max_scale <= temperature:
-            raise ValueError(f"temperature {temperature} is below its bound 1 / max_scale = {1 / max_scale:g}")
-        self.max_log_scale = math.log(max_scale)
-        self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)), requires_grad=learn)
-
-    def scale(self) -> Tensor:
-        if self.training:
-            with torch.no_grad():  # the parameter itself is bounded: clamping in the graph would leave it stuck
-                self.log_scale.clamp_(max=self.max_log_scale)
-        return self.log_scale.exp()
+        super().__init__(temperature, learn, max_scale)
 
     def forward(self, z_a_BD: Tensor, z_b_BD: Tensor, key_B: Tensor, valid_B: Tensor) -> Tensor:
         with torch.autocast(z_a_BD.device.type, enabled=False):  # s = 100 times a bfloat16 cosine is noise
@@ -103,7 +110,7 @@ class InfoNCE(ContrastiveLoss):
             return (ab_B + ba_B) / 2
 
 
-class SigLIP(ContrastiveLoss):
+class SigLIP(_Scaled):
     """``value_b = -sum_g log sigmoid(y_bg (s z_a_b.z_b_g + c))``, y = 1 on the diagonal and -1 elsewhere (Zhai 2023).
 
     Samples of equal key and absent samples are no negatives. Scale and bias are learned.
@@ -115,12 +122,8 @@ class SigLIP(ContrastiveLoss):
     """
 
     def __init__(self, temperature: float = 0.1, bias: float = -10.0, max_scale: float = 1000.0) -> None:
-        super().__init__()
-        self.max_log_scale = math.log(max_scale)
-        self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
+        super().__init__(temperature, True, max_scale)
         self.bias = nn.Parameter(torch.tensor(bias))
-
-    scale = InfoNCE.scale
 
     def forward(self, z_a_BD: Tensor, z_b_BD: Tensor, key_B: Tensor, valid_B: Tensor) -> Tensor:
         with torch.autocast(z_a_BD.device.type, enabled=False):

@@ -95,3 +95,9 @@ class Towers(nn.ModuleDict):
             table=table,
         )
         super().__init__({name: tower for name, tower in given.items() if tower is not None})
+
+    def width(self, modality: str) -> int:
+        """D of one tower's tokens."""
+        tower = self[modality]
+        assert isinstance(tower, Tower)
+        return tower.width

@@ -138,9 +138,7 @@ def sincos(side: int, width: int) -> Tensor:
     [0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0]
     """
     if width % 4:
-        raise ValueError(
-            f"width {width}: sincos positions need a multiple of 4; the next is {width + 4 - width % 4}"
-        )
+        raise ValueError(f"width {width}: sincos positions need a multiple of 4; the next is {width + 4 - width % 4}")
     frequency_F = 10_000.0 ** -(torch.arange(width // 4) / (width // 4))
     row_T, column_T = torch.cartesian_prod(torch.arange(side), torch.arange(side)).unbind(1)
     angles = [place_T[:, None] * frequency_F for place_T in (row_T, column_T)]

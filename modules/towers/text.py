@@ -59,9 +59,7 @@ class TextTower(Tower):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
         T = x.shape[1]
         if self.positions_TD is not None and self.length < T:
-            raise ValueError(
-                f"length {self.length}: a text of {T} tokens does not fit; cut it or raise length"
-            )
+            raise ValueError(f"length {self.length}: a text of {T} tokens does not fit; cut it or raise length")
         mask_BT = x != PAD if mask is None else mask
         # a compiled graph keeps its static shape: the longest text is only known from the data
         kept = T if torch.compiler.is_compiling() else _longest(mask_BT)

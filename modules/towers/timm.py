@@ -26,8 +26,8 @@ class TimmTower(Tower):
 
     Args:
         name: of the model, such as vit_tiny_patch16_224 or resnet18.
-        weights: a local file, safetensors or torch's (read without code), of the same model; any classifier in
-            it is left out.
+        weights: a local file, safetensors or torch's (read without code), of the same model; its
+            classifier is left out.
         size: of the square image in pixels, for models that need to know it.
         options: further arguments of the model, such as in_chans, drop_path_rate, embed_dim.
 
@@ -51,9 +51,7 @@ class TimmTower(Tower):
 
         if not timm.is_model(name.split(".")[0]):  # also what keeps hf-hub:... and its download out
             close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
-            raise ValueError(
-                f"name {name!r}: timm has no such model; the nearest are {', '.join(close) or 'none'}"
-            )
+            raise ValueError(f"name {name!r}: timm has no such model; the nearest are {', '.join(close) or 'none'}")
         arguments: dict[str, Option] = {"num_classes": 0, **(options or {})}
         if size is not None:
             arguments["img_size"] = size
@@ -73,11 +71,7 @@ class TimmTower(Tower):
         if weights is not None:
             classifier = self.model.default_cfg.get("classifier") or ()
             drop = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-            state = {
-                k: v
-                for k, v in read_weights(weights).items()
-                if not k.startswith(tuple(f"{d}." for d in drop))
-            }
+            state = {k: v for k, v in read_weights(weights).items() if not k.startswith(tuple(f"{d}." for d in drop))}
             load_exactly(self.model, state, weights, name)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
@@ -112,9 +106,7 @@ def _flat(part: object) -> list[nn.Module]:
         return []
     found: list[nn.Module] = []
     for module in part:
-        inner = (
-            module if isinstance(module, nn.Sequential | nn.ModuleList) else getattr(module, "blocks", None)
-        )
+        inner = module if isinstance(module, nn.Sequential | nn.ModuleList) else getattr(module, "blocks", None)
         inside = _flat(inner)
         if inside:
             found += inside
@@ -139,9 +131,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each format has its own errors
         raise ValueError(f"weights {path}: cannot be read ({_one_line(error)})") from None
-    state = next(
-        (loaded[k] for k in ("state_dict", "model") if isinstance(loaded, dict) and k in loaded), loaded
-    )
+    state = next((loaded[k] for k in ("state_dict", "model") if isinstance(loaded, dict) and k in loaded), loaded)
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"weights {path}: no state dict of tensors in it")
     return cast(dict[str, Tensor], dict(state))

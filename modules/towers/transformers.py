@@ -43,9 +43,7 @@ class TransformersTower(Tower):
     def __init__(self, folder: Path | None = None, config: dict[str, Option] | None = None) -> None:
         super().__init__()
         if (folder is None) == (config is None):
-            raise ValueError(
-                "folder, config: give one of them: a local folder, or a model_type for random weights"
-            )
+            raise ValueError("folder, config: give one of them: a local folder, or a model_type for random weights")
         model: Any = _from_folder(folder) if folder is not None else _from_config(dict(config or {}))
         if model.config.is_encoder_decoder:
             model = model.get_encoder()
@@ -67,9 +65,7 @@ class TransformersTower(Tower):
         output = self.model(**inputs, return_dict=True)
         h_BTD = getattr(output, "last_hidden_state", None)
         if h_BTD is None:
-            raise ValueError(
-                f"model_type {self.kind!r}: it has no last_hidden_state; use one of its encoders"
-            )
+            raise ValueError(f"model_type {self.kind!r}: it has no last_hidden_state; use one of its encoders")
         if h_BTD.ndim == 4:  # a conv net's map
             h_BTD = h_BTD.flatten(2).transpose(1, 2)
         if mask is None:
@@ -81,9 +77,7 @@ class TransformersTower(Tower):
     def blocks(self) -> list[nn.Module]:
         """The items of the outermost lists of layers."""
         lists = {name: part for name, part in self.model.named_modules() if isinstance(part, nn.ModuleList)}
-        outer = [
-            part for name, part in lists.items() if not any(name.startswith(f"{other}.") for other in lists)
-        ]
+        outer = [part for name, part in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
         return [block for part in outer for block in part]
 
 
@@ -92,9 +86,7 @@ def _from_folder(folder: Path) -> Any:
     from transformers.utils import logging
 
     if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"folder {folder}: {'no config.json in it' if folder.is_dir() else 'no such folder'}"
-        )
+        raise ValueError(f"folder {folder}: {'no config.json in it' if folder.is_dir() else 'no such folder'}")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its report of what does not fit is a page; ours is a line
     try:
@@ -128,9 +120,7 @@ def _from_config(config: dict[str, Option]) -> Any:
     kind = str(config.pop("model_type", ""))
     if kind not in CONFIG_MAPPING:
         close = difflib.get_close_matches(kind, list(CONFIG_MAPPING.keys()), n=3, cutoff=0.5)
-        raise ValueError(
-            f"config: no model_type {kind!r}; the nearest are {', '.join(close or ['bert', 'vit'])}"
-        )
+        raise ValueError(f"config: no model_type {kind!r}; the nearest are {', '.join(close or ['bert', 'vit'])}")
     known = AutoConfig.for_model(kind)
     unknown = [key for key in config if not hasattr(known, key)]
     if unknown:  # transformers would store a misspelt field and build the default size

@@ -117,6 +117,16 @@ def test_captions_vary_and_carry_the_name(data: Emoji) -> None:
     assert tuple(captions.fixed(concept, keywords=False)) == name
 
 
+def test_shuffled_captions_name_other_concepts_and_nothing_else_changes() -> None:
+    plain, control = Emoji().training_set(), Emoji(shuffle_captions=True).training_set()
+    moved = float((plain.told_N != control.told_N).mean())
+    assert moved > 0.99
+    assert sorted(set(plain.told_N.tolist())) == sorted(set(control.told_N.tolist()))
+    window = next(iter(Order(len(plain), 16, 0)))
+    assert torch.equal(plain[window].inputs["image"], control[window].inputs["image"])
+    assert not torch.equal(plain[window].inputs["text"], control[window].inputs["text"])
+
+
 def test_the_held_out_language_is_a_set_of_its_own() -> None:
     data = Emoji(languages=["en", "es", "fr"])
     assert list(data.evaluation_sets("test")) == ["vendor", "concept", "both", "language"]

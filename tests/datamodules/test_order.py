@@ -16,7 +16,7 @@ def test_every_sample_once_an_epoch_and_shapes_never_change() -> None:
     windows = list(order)
     assert len(windows) == len(order) == 3
     assert {len(w.slots) for w in windows} == {8}
-    assert Counter(s.index for w in windows for s in w.slots if s.real) == Counter(range(23))
+    assert Counter(s.sample for w in windows for s in w.slots if s.real) == Counter(range(23))
 
 
 @pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)])
@@ -32,12 +32,12 @@ def test_the_global_order_does_not_depend_on_the_cut(world: int, accumulate: int
 
 def test_epochs_differ_and_repeat_exactly() -> None:
     order = Order(n=23, batch_size=8, seed=1)
-    first = [s.index for s in epoch(order)]
+    first = [s.sample for s in epoch(order)]
     order.set_epoch(1)
-    assert [s.index for s in epoch(order)] != first
+    assert [s.sample for s in epoch(order)] != first
     order.set_epoch(0)
-    assert [s.index for s in epoch(order)] == first
-    assert [s.index for s in epoch(Order(n=23, batch_size=8, seed=2))] != first
+    assert [s.sample for s in epoch(order)] == first
+    assert [s.sample for s in epoch(Order(n=23, batch_size=8, seed=2))] != first
 
 
 def test_starting_in_the_middle_gives_the_rest() -> None:
@@ -52,7 +52,9 @@ def test_starting_in_the_middle_gives_the_rest() -> None:
 
 
 def test_a_cut_that_does_not_divide_names_one_that_does() -> None:
-    with pytest.raises(ValueError, match=r"batch_size 9 .* 2 rank\(s\) x 1 micro-batch\(es\) do not divide it; 8 works"):
+    with pytest.raises(
+        ValueError, match=r"batch_size 9 .* 2 rank\(s\) x 1 micro-batch\(es\) do not divide it; 8 works"
+    ):
         Order(n=23, batch_size=9, seed=1, world=2)
 
 

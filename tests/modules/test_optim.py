@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from descant.modules.optim import Member, OptimizerGroup, parameter_groups
 from descant.modules.schedule import TorchSchedule, WarmupCosine
@@ -25,6 +26,10 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
 
 
+def first_weight(model: nn.Module) -> torch.Tensor:
+    return next(model.parameters())
+
+
 def train(model: nn.Module, optimizers: list[torch.optim.Optimizer], steps: int = 3) -> None:
     x = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
     for _ in range(steps):
@@ -41,7 +46,7 @@ def test_a_group_is_its_members_bitwise() -> None:
     train(two, [OptimizerGroup(parameter_groups(two), [Member(sgd, r"^0\."), Member(adam)])])
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert not torch.equal(two[0].weight, net()[0].weight)
+    assert not torch.equal(first_weight(two), first_weight(net()))
 
 
 def test_state_resumes_bitwise_and_writes_through() -> None:
@@ -57,7 +62,7 @@ def test_state_resumes_bitwise_and_writes_through() -> None:
     train(other, [resumed])
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
-    weight = other[0].weight
+    weight = first_weight(other)
     resumed.state[weight] = {"momentum_buffer": torch.zeros_like(weight)}  # as Lightning moves state to a device
     assert not resumed.members[0].state[weight]["momentum_buffer"].any()
     assert len(resumed.state) == 4
@@ -85,8 +90,8 @@ class Toy(L.LightningModule):
         super().__init__()
         self.net = net()
 
-    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        return self.net(batch).pow(2).mean()
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return self.net(batch[0]).pow(2).mean()
 
     def configure_optimizers(self) -> Any:
         group = OptimizerGroup(parameter_groups(self), [Member(sgd, r"net\.0\."), Member(adam)])
@@ -105,7 +110,7 @@ def test_lightning_counts_one_step_where_there_is_one() -> None:
         enable_model_summary=False,
         gradient_clip_val=1.0,
     )
-    trainer.fit(toy, torch.utils.data.DataLoader(list(torch.randn(80, 3)), batch_size=8))
+    trainer.fit(toy, DataLoader(TensorDataset(torch.randn(80, 3)), batch_size=8))
     assert trainer.global_step == 6
     assert toy.scheduler.last_epoch == 6
 
@@ -122,7 +127,7 @@ def test_any_torch_schedule_fits() -> None:
     schedule = TorchSchedule(lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5), interval="epoch")
     scheduler = schedule(optimizer, 10)
     optimizer.step()
-    scheduler.step()  # type: ignore[call-arg]
+    scheduler.step()
     assert optimizer.param_groups[0]["lr"] == 0.05
     with pytest.raises(ValueError, match="neither 'step' nor 'epoch'"):
         TorchSchedule(lambda o: torch.optim.lr_scheduler.StepLR(o, 1), interval="steps")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from torchvision.transforms import v2
 
 from descant.modules.transforms import Augment, Pixels, reduce_rgba
 
-STILL = dict(rotate=0, scale=1, stretch=1, shear=0, shift=0, colour=0, brightness=0, contrast=0, grey=0, background=0)
+STILL: dict[str, Any] = dict(
+    rotate=0, scale=1, stretch=1, shear=0, shift=0, colour=0, brightness=0, contrast=0, grey=0, background=0
+)
 
 
 def picture(size: int = 8, channels: int = 4) -> Tensor:

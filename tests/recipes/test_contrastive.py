@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning as L
 import pytest
 import torch
@@ -83,9 +85,11 @@ def test_absent_samples_change_nothing_and_cost_nothing() -> None:
     b.step = dict(b.present)
     b.inputs["text"][~here] = torch.nan
     with_absent = gradients(model, b)
-    model.towers["text"].seen = 0
+    text = model.towers["text"]
+    assert isinstance(text, Line)
+    text.seen = 0
     total(model, b)
-    assert model.towers["text"].seen == 4
+    assert text.seen == 4
     small = gradients(model, batch().select(here.nonzero().squeeze(1)))
     small_batch = batch().select(here.nonzero().squeeze(1))
     small_batch.step = dict(small_batch.present)
@@ -165,10 +169,10 @@ class Pairs(BatchDataset):
     def __len__(self) -> int:
         return len(self.x["image"])
 
-    def present(self, index_N: object) -> dict[str, Tensor]:
-        return {m: torch.ones(len(index_N), dtype=torch.bool) for m in self.x}  # type: ignore[arg-type]
+    def present(self, index_N: Any) -> dict[str, Tensor]:
+        return {m: torch.ones(len(index_N), dtype=torch.bool) for m in self.x}
 
-    def rows(self, index_B: object, draw_B: object) -> Rows:
+    def rows(self, index_B: Any, draw_B: Any) -> Rows:
         return Rows({m: x[index_B] for m, x in self.x.items()}, {}, torch.as_tensor(index_B))
 
 

@@ -60,9 +60,7 @@ def sharded(rank: int) -> list[tuple[str, float]]:
     gaps = []
     for accumulate in (1, 2):
         parts: dict[str, Any] = {"shard": Shard(), "checkpointing": Checkpointing()}
-        strategy = ModelParallelStrategy(
-            data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo"
-        )
+        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
         found = lightning_gradients(rank, accumulate, torch.float32, strategy=strategy, devices=2, **parts)
         gaps.append((f"accumulate {accumulate}", largest_gap(found, explicit())))
     return gaps

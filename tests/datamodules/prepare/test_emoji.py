@@ -55,9 +55,7 @@ def test_files_are_intact_and_small(facts: Facts) -> None:
 
 
 def test_manifest_agrees_with_script_and_rows(facts: Facts, rows: Rows) -> None:
-    assert facts["sources"] == {
-        p.name: {"version": p.version, "sha256": p.sha256} for p in emoji.PACKAGES.values()
-    }
+    assert facts["sources"] == {p.name: {"version": p.version, "sha256": p.sha256} for p in emoji.PACKAGES.values()}
     splits = [row["split"] for row in rows]
     assert splits.count("test") == facts["counts"]["test"] == 200
     assert splits.count("train") == facts["counts"]["train"]
@@ -80,9 +78,7 @@ def test_languages(facts: Facts, rows: Rows) -> None:
     for row in rows:
         for lang in languages:
             # A keyword that only repeats the name would make "keywords to name" a copying task.
-            assert row["keywords"][lang] == emoji.without_name(
-                row["keywords"][lang], row["names"][lang] or ""
-            )
+            assert row["keywords"][lang] == emoji.without_name(row["keywords"][lang], row["names"][lang] or "")
 
 
 def test_images_are_64_px_and_differ_between_vendors(images: Images, rows: Rows) -> None:
@@ -95,8 +91,7 @@ def test_images_are_64_px_and_differ_between_vendors(images: Images, rows: Rows)
 
 def test_families_stay_on_one_side_and_the_split_rebuilds(facts: Facts, images: Images, rows: Rows) -> None:
     concepts = [
-        as_concept(row, {v: emoji.pixel_hash(images[row["hexcode"], v]) for v in emoji.VENDORS})
-        for row in rows
+        as_concept(row, {v: emoji.pixel_hash(images[row["hexcode"], v]) for v in emoji.VENDORS}) for row in rows
     ]
     families = emoji.find_families(concepts)
     assert len(families) == facts["counts"]["families"]
@@ -137,9 +132,7 @@ def test_tokenizer_round_trip_and_whole_words(rows: Rows, tokenizer: Tokenizer) 
     for row in rows[::10]:
         for name in row["names"].values():
             # The byte-level prefix space comes back in front of the text.
-            assert tokenizer.decode(tokenizer.encode(name).ids) == " " + tokenizer.normalizer.normalize_str(
-                name
-            )
+            assert tokenizer.decode(tokenizer.encode(name).ids) == " " + tokenizer.normalizer.normalize_str(name)
     first, later = tokenizer.encode("Cat").ids, tokenizer.encode("black cat").ids
     assert first == later[-1:]
     assert emoji.single_token_share(tokenizer, emoji.english_words(rows)) >= 0.9

@@ -11,7 +11,9 @@ from torch.nn import functional as F
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def embeddings(rows: int = 6, width: int = 5, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:
+def embeddings(
+    rows: int = 6, width: int = 5, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     pair = (torch.randn(rows, width, generator=generator, dtype=dtype) for _ in range(2))
     a, b = (F.normalize(z, dim=-1).requires_grad_() for z in pair)
@@ -60,7 +62,10 @@ def assert_equal_keys_are_no_negatives(loss: Loss) -> None:
     moved_a[3], moved_b[3] = -a[3].detach(), -b[3].detach()
     same = loss(a, b, key, everyone(6))[0], loss(moved_a, moved_b, key, everyone(6))[0]
     torch.testing.assert_close(*same)
-    other = loss(a, b, torch.arange(6), everyone(6))[0], loss(moved_a, moved_b, torch.arange(6), everyone(6))[0]
+    other = (
+        loss(a, b, torch.arange(6), everyone(6))[0],
+        loss(moved_a, moved_b, torch.arange(6), everyone(6))[0],
+    )
     assert abs(float(other[0] - other[1])) > 1e-6
 
 

@@ -1,0 +1,66 @@
+"""Pools and projections. Letters: B samples, T tokens, D width."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from descant.modules.heads import AttentionPool, FirstPool, LastPool, MeanPool, Projection
+from descant.modules.towers import Tokens
+
+H_BTD = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
+MASK_BT = torch.tensor([[1, 1, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
+POOLS = [MeanPool(), FirstPool(), LastPool(), AttentionPool(8, 2)]
+
+
+@pytest.mark.parametrize("pool", POOLS, ids=lambda p: type(p).__name__)
+def test_only_real_tokens_count(pool):
+    expected = pool(Tokens(H_BTD, MASK_BT))
+    assert expected.shape == (3, 8)
+    for junk in (1e3, float("inf")):
+        # a finite projection of padding is all that attention needs; other pools must not even see inf
+        if junk == 1e3 or not isinstance(pool, AttentionPool):
+            again = pool(Tokens(H_BTD.masked_fill(~MASK_BT[..., None], junk), MASK_BT))
+            torch.testing.assert_close(again, expected)
+
+
+@pytest.mark.parametrize("pool", POOLS, ids=lambda p: type(p).__name__)
+def test_a_sample_without_tokens_gives_zeros_and_finite_gradients(pool):
+    h_BTD = H_BTD.clone().requires_grad_()
+    z_BD = pool(Tokens(h_BTD, MASK_BT))
+    assert not z_BD[2].any() and z_BD[1].any()
+    z_BD.square().sum().backward()
+    assert h_BTD.grad is not None
+    assert torch.isfinite(h_BTD.grad).all() and not h_BTD.grad[~MASK_BT].any()
+
+
+def test_values():
+    tokens = Tokens(H_BTD, MASK_BT)
+    torch.testing.assert_close(MeanPool()(tokens)[0], H_BTD[0, :3].mean(dim=0))
+    assert torch.equal(FirstPool()(tokens)[:2], torch.stack([H_BTD[0, 0], H_BTD[1, 1]]))
+    assert torch.equal(LastPool()(tokens)[:2], torch.stack([H_BTD[0, 2], H_BTD[1, 1]]))
+
+
+def test_one_token_is_its_own_attention_pool():
+    pool = AttentionPool(8, 2)
+    v_D = pool.kv(pool.norm(H_BTD[1, 1])).view(2, 8)[1]
+    torch.testing.assert_close(pool(Tokens(H_BTD, MASK_BT))[1], pool.out(v_D))
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_projection(layers):
+    projection = Projection(8, 5, layers=layers, hidden=16)
+    z_BD = projection(H_BTD[:, 0])
+    assert z_BD.shape == (3, 5)
+    z_BD.sum().backward()
+    assert all(p.grad is not None for p in projection.parameters())
+    assert projection.layers[-1].bias is None
+    # LayerNorm first: the scale of a feature does not matter
+    torch.testing.assert_close(projection(100 * H_BTD[:, 0]), z_BD, atol=1e-3, rtol=1e-3)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="heads 3 does not divide width 8; the nearest that does is 2"):
+        AttentionPool(8, 3)
+    with pytest.raises(ValueError, match="layers 0"):
+        Projection(8, 4, layers=0)

@@ -1,0 +1,89 @@
+"""TextTower."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from descant.modules.towers import TextTower
+from tests.modules.towers import _asserts
+
+X = torch.tensor(
+    [[1, 5, 6, 2, 0, 0, 0, 0], [1, 7, 2, 0, 0, 0, 0, 0], [1, 9, 8, 7, 2, 0, 0, 0], [1, 2, 0, 0, 0, 0, 0, 0]]
+)
+
+
+def text(**options):
+    torch.manual_seed(0)
+    return TextTower(**{"vocab": 12, "width": 16, "depth": 2, "heads": 2, "length": 8, **options})
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"depth": 0}], ids=["plain", "causal", "bag"])
+def test_properties(options):
+    tower = text(**options)
+    _asserts.check_tokens(tower, X, 8)
+    _asserts.check_rows_independent(tower, X)
+    _asserts.check_deterministic(tower, X)
+    _asserts.check_frozen(tower, X)
+    _asserts.check_keys_unchanged(text(**options)) if options.get("depth") != 0 else None
+
+
+def test_every_gradient():
+    # as long as the tower is: positions beyond the longest text have no gradient, rightly
+    _asserts.check_every_gradient(text(), X.where(X != 0, 3))
+    _asserts.check_every_gradient(text(depth=0), X)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_checkpointing_halves_activations_and_keeps_gradients(dropout):
+    _asserts.check_checkpointing(text(dropout=dropout), X)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_stands_in_padding_does_not_matter(causal):
+    tower = text(causal=causal).eval()
+    mask_BT = X != 0
+    noise = torch.where(mask_BT, X, torch.randint(1, 12, X.shape, generator=torch.Generator().manual_seed(1)))
+    torch.testing.assert_close(tower(noise, mask_BT).h_BTD, tower(X).h_BTD, atol=1e-6, rtol=0)
+
+
+def test_padding_comes_out_as_zeros_and_an_empty_row_is_finite():
+    x = torch.cat([X, torch.zeros(1, 8, dtype=torch.long)])
+    tower = text()
+    h_BTD, mask_BT = tower(x)
+    assert not h_BTD[~mask_BT].any() and not mask_BT[-1].any()
+    h_BTD.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in tower.parameters() if p.grad is not None)
+
+
+def test_padding_columns_are_not_computed():
+    tower, seen = text(), []
+    tower.layers[0].register_forward_hook(lambda _, inputs, out: seen.append(out.shape[1]))
+    assert tower(X).h_BTD.shape[1] == 8
+    assert seen == [5]
+
+
+def test_left_padding_under_causal_is_finite():
+    tower = text(causal=True).eval()
+    x = X.flip(1)
+    assert torch.isfinite(tower(x).h_BTD).all()
+
+
+def test_causal_tokens_do_not_see_the_right():
+    tower = text(causal=True).eval()
+    changed = X.clone()
+    changed[:, 1] = 11
+    torch.testing.assert_close(tower(X).h_BTD[:, 0], tower(changed).h_BTD[:, 0])
+    assert not torch.allclose(text().eval()(X).h_BTD[:, 0], text().eval()(changed).h_BTD[:, 0])
+
+
+def test_depth_0_is_a_bag():
+    tower = text(depth=0)
+    h_BTD = tower(X).h_BTD
+    assert torch.equal(h_BTD[0, 1], tower.embedding.weight[5])
+    assert not tower.blocks()
+
+
+def test_a_longer_text_is_refused_in_one_line():
+    with pytest.raises(ValueError, match="length 8: a text of 9 tokens does not fit"):
+        text()(torch.ones(1, 9, dtype=torch.long))
