@@ -1,0 +1,15 @@
+"""The callbacks: they know the protocols of :mod:`descant.modules.protocols`, and never a recipe."""
+
+from descant.callbacks.ema import EMA as EMA
+from descant.callbacks.evaluate import KNN as KNN
+from descant.callbacks.evaluate import Geometry as Geometry
+from descant.callbacks.evaluate import Judge as Judge
+from descant.callbacks.evaluate import LinearProbe as LinearProbe
+from descant.callbacks.evaluate import Retrieval as Retrieval
+from descant.callbacks.evaluate import ZeroShot as ZeroShot
+from descant.callbacks.pictures import Projector as Projector
+from descant.callbacks.pictures import RetrievalPictures as RetrievalPictures
+from descant.callbacks.progress import Progress as Progress
+from descant.callbacks.report import Report as Report
+from descant.callbacks.sanity import Sanity as Sanity
+from descant.callbacks.throughput import Throughput as Throughput

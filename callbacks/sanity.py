@@ -1,0 +1,158 @@
+"""Settings that quietly do nothing, said in one line each before the first step."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import lightning as L
+import torch
+from torch.optim.lr_scheduler import LambdaLR, LinearLR, SequentialLR
+
+
+class Sanity(L.Callback):
+    """Warns of inert or absurd settings, one line each on stderr, before the first optimizer step.
+
+    A warm-up that outlasts the run, a learning rate of zero, a log interval longer than the run, a batch
+    larger than its data set, a model that is frozen whole or has trainable parameters in no optimizer, a
+    validation that the run never reaches, and a first backward that leaves no gradient. Nothing is stopped: a
+    test may want any of these.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._look = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # findings() runs on every rank, since counting steps may load data
+        for line in self.findings(trainer, pl_module):
+            _warn(trainer, line)
+        self._look = True
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._look:
+            return
+        self._look = False
+        trainable = [p for p in pl_module.parameters() if p.requires_grad]
+        norms = [p.grad.detach().abs().max().float() for p in trainable if p.grad is not None and p.numel()]
+        # one number for the whole model, so that a device is waited for once; a NaN is not "no gradient"
+        if trainable and (not norms or float(torch.stack(norms).max()) == 0):
+            _warn(
+                trainer,
+                "no parameter got a gradient from the first batch: its loss does not depend on the model",
+            )
+
+    def findings(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
+        """The warnings of a run that is about to take its first step."""
+        total = trainer.estimated_stepping_batches
+        left = total - trainer.global_step
+        if left <= 0:
+            return []
+        found = [
+            *_learning_rate(trainer, total),
+            _log_interval(trainer, total),
+            _batch_size(trainer),
+            *_frozen(trainer, pl_module),
+            _validation(trainer, total),
+        ]
+        return [line for line in found if line]
+
+
+def _warn(trainer: L.Trainer, line: str) -> None:
+    if trainer.is_global_zero:
+        print(f"descant: warning: {line}", file=sys.stderr, flush=True)
+
+
+def _learning_rate(trainer: L.Trainer, total: float) -> list[str]:
+    lines = []
+    for config in trainer.lr_scheduler_configs:
+        ticks = total if config.interval == "step" else trainer.max_epochs or math.inf
+        ticks = ticks / max(config.frequency, 1)
+        if math.isfinite(ticks) and ticks > 1 and _only_rises(config.scheduler, int(ticks)):
+            lines.append(
+                f"the learning rate still warms up when the run ends after {total:,.0f} steps: shorten the warm-up"
+            )
+    rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    if rates and not trainer.lr_scheduler_configs and not any(float(rate) for rate in rates):
+        lines.append("the learning rate is 0: nothing will change")
+    return lines
+
+
+def _only_rises(scheduler: Any, ticks: int) -> bool:
+    if isinstance(scheduler, SequentialLR):
+        first = scheduler._schedulers[0]
+        return scheduler._milestones[0] >= ticks and _only_rises(first, ticks)
+    if isinstance(scheduler, LinearLR):
+        return scheduler.start_factor < scheduler.end_factor and scheduler.total_iters >= ticks
+    if isinstance(scheduler, LambdaLR):
+        factor = scheduler.lr_lambdas[0]
+        at = sorted({round(k * (ticks - 1) / 32) for k in range(33)})
+        factors = [float(factor(t)) for t in at]
+        # still higher after the end: a warm-up that ends with the run, to the step, has at least done its
+        # work
+        steps = zip(factors, [*factors[1:], float(factor(ticks))], strict=True)
+        return all(a < b for a, b in steps)
+    return False
+
+
+def _log_interval(trainer: L.Trainer, total: float) -> str:
+    if not trainer.loggers or trainer.log_every_n_steps <= total:  # type: ignore[attr-defined]
+        return ""
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return (
+        f"trainer.log_every_n_steps {every} is more than the {total:,.0f} steps of the run: "
+        "no training metric is logged"
+    )
+
+
+def _batch_size(trainer: L.Trainer) -> str:
+    loader = trainer.train_dataloader
+    size = getattr(trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
+    if not isinstance(size, int):
+        size = getattr(loader, "batch_size", None)
+        size = size * trainer.world_size if isinstance(size, int) else None
+    try:
+        rows = len(loader.dataset)  # type: ignore[union-attr]
+    except (AttributeError, TypeError, NotImplementedError):  # a stream has no length
+        return ""
+    if size is None or size <= rows:
+        return ""
+    return f"the batch of {size:,} is larger than the data set of {rows:,}"
+
+
+def _frozen(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
+    trainable = {id(p): p.numel() for p in pl_module.parameters() if p.requires_grad}
+    if not trainable:
+        return [f"every parameter of {type(pl_module).__name__} is frozen: nothing will change"]
+    held = {id(p) for optimizer in trainer.optimizers for g in optimizer.param_groups for p in g["params"]}
+    if not held:  # Lightning puts an empty one where configure_optimizers returns None
+        return [f"{type(pl_module).__name__} has no optimizer: nothing will change"]
+    if getattr(trainer.strategy, "restore_checkpoint_after_setup", False):
+        return []  # sharded strategies may hand the optimizer other tensors than the module's
+    lost = sum(n for i, n in trainable.items() if i not in held)
+    if lost:
+        return [
+            f"{lost:,} of {sum(trainable.values()):,} trainable parameters are in no optimizer: they will not change"
+        ]
+    return []
+
+
+def _validation(trainer: L.Trainer, total: float) -> str:
+    by_clock = trainer._val_check_time_interval is not None  # type: ignore[attr-defined]
+    if not trainer.enable_validation or by_clock:
+        return ""
+    every, batches = trainer.check_val_every_n_epoch, trainer.num_training_batches
+    check = trainer.val_check_batch
+    first: float
+    if every is None:
+        first = check or math.inf
+    elif check is None or math.isinf(check):
+        first = every * batches  # at the end of an epoch
+    else:
+        first = (every - 1) * batches + check
+    run = total * trainer.accumulate_grad_batches
+    if first <= run or not math.isfinite(run):
+        return ""
+    steps = f"{math.ceil(first / trainer.accumulate_grad_batches):,}" if math.isfinite(first) else "more"
+    return f"the first validation is due after {steps} steps and the run has {total:,.0f}: it never runs"

@@ -1,0 +1,144 @@
+"""Progress: plain lines in a file, a bar on a terminal."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from descant.callbacks.progress import Progress
+
+B, BATCHES = 4, 6
+
+
+class Toy(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(2, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.net(batch[0]).square().mean()
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/i2t_r1", torch.tensor(0.3125), batch_size=B)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test/i2t_r1", torch.tensor(0.5), batch_size=B)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(tmp_path: Path, progress: Progress, batches: int = BATCHES, **kwargs: Any) -> L.Trainer:
+    loader = DataLoader(TensorDataset(torch.randn(B * batches, 2)), batch_size=B)
+    trainer = L.Trainer(
+        **({"max_epochs": 3} | kwargs),
+        default_root_dir=tmp_path,
+        callbacks=[progress],
+        logger=False,
+        accelerator="cpu",
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    toy = Toy()
+    trainer.fit(toy, loader, loader)
+    trainer.test(toy, loader, verbose=False)
+    return trainer
+
+
+def test_is_the_only_bar(tmp_path: Path) -> None:
+    progress = Progress()
+    assert L.Trainer(callbacks=[progress], logger=False, enable_checkpointing=False).progress_bar_callback is progress
+
+
+def test_one_plain_line_an_epoch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(tmp_path, Progress(metric="val/i2t_r1"))
+    out = capsys.readouterr().out
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", out)  # no control character, \r and escapes among them
+    lines = out.splitlines()
+    assert len(lines) == 3
+    for epoch, line in enumerate(lines, 1):
+        pattern = (
+            rf"step {6 * epoch}/18  epoch {epoch}  loss [\d.e-]+  val/i2t_r1 0\.3125  "
+            r"[\d,.]+ samples/s  data \d+ %  eta \d+s"
+        )
+        assert re.fullmatch(pattern, line), line
+    assert lines[-1].endswith("eta 0s")
+
+
+@pytest.mark.parametrize(
+    ("every", "batches", "epochs", "steps"),
+    [
+        (4, 6, 2, [4, 8, 12]),
+        (5, 6, 2, [5, 10, 12]),
+        (None, 6, 1, [6]),
+        (None, 250, 1, [100, 200, 250]),
+    ],
+)
+def test_lines_by_steps(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    every: int | None,
+    batches: int,
+    epochs: int,
+    steps: list[int],
+) -> None:
+    fit(tmp_path, Progress(lines_every=every), batches, max_epochs=epochs, limit_val_batches=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert [int(re.findall(r"step (\d+)", line)[0]) for line in lines] == steps
+
+
+def test_counts_optimizer_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(tmp_path, Progress(), accumulate_grad_batches=2)
+    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "step 3/9",
+        "step 6/9",
+        "step 9/9",
+    ]
+
+
+def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress()
+    progress.disable()
+    fit(tmp_path, progress)
+    assert capsys.readouterr().out == ""
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    terminal = Terminal()
+    monkeypatch.setattr(Progress, "_stream", lambda self: terminal)
+    fit(tmp_path, Progress(metric="val/i2t_r1", refresh=0))
+    out = terminal.getvalue()
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out)
+    assert "\x1b[" in out
+    assert re.search(
+        r"training .* 18/18 +loss [\d.e-]+  val/i2t_r1 0\.3125  [\d,.]+ samples/s  data \d+ %  eta 0s", plain
+    )
+    assert "validating" in plain
+    assert re.search(r"testing .* 6/6", plain)
+    # one bar for the fit and one for the test stay; the sanity check and validations leave none
+    assert len([line for line in plain.split("\n") if line.strip()]) == 2
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="refresh -1"):
+        Progress(refresh=-1)
+    with pytest.raises(ValueError, match="lines_every 0"):
+        Progress(lines_every=0)
