@@ -19,7 +19,8 @@ _PARTS = ("recipes", "modules", "datamodules", "callbacks")
 
 if not (Path(__file__).parent / "recipes").is_dir():
     raise ImportError(
-        "descant/recipes is not a folder: this checkout lost its links; clone again with `git config core.symlinks true`"
+        "descant/recipes is not a folder: this checkout lost its links; clone again with"
+        " `git config core.symlinks true`"
     )
 
 

@@ -1,0 +1,72 @@
+"""The front of the command line: it answers what it can without importing torch, and hands on the rest."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from descant.errors import INTERRUPTED, WRONG, Refusal, fail, hint, say
+
+COMMANDS = {
+    "fit": "train, and validate on the way",
+    "validate": "evaluate a run on its validation sets",
+    "test": "evaluate a run on its test sets",
+    "predict": "embed the test sets with a run",
+    "check": "will this configuration work? Builds everything, trains nothing",
+    "list": "the experiments and overlays that ship with Descant",
+}
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run one command and return the exit code.
+
+    0: done. 1: a fault of the program. 2: a wrong request. 130: interrupted.
+    """
+    try:
+        return _dispatch(sys.argv[1:] if args is None else args)
+    except Refusal as refusal:
+        say(str(refusal))
+        return WRONG
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _dispatch(args: Sequence[str]) -> int:
+    from descant import helptext
+
+    if not args or args[0] in ("--help", "-h", "help"):
+        print(helptext.top(COMMANDS))
+        return 0
+    command, *rest = args
+    if command == "--version":
+        print(helptext.version())
+        return 0
+    if command in ("--config", "-c") or command.startswith("--config="):
+        fail(f"{command}: the command comes first: descant fit {' '.join(args)}")
+    if command not in COMMANDS:
+        fail(f"{command}: no such command{hint(command, COMMANDS)}")
+    if command == "list":
+        if rest and rest[0] not in ("--help", "-h"):
+            fail(f"{rest[0]}: list takes no arguments")
+        print(helptext.listing())
+        return 0
+    if rest and rest[-1] in ("--help", "-h"):
+        print(helptext.command(command, COMMANDS[command]))
+        return 0
+    return _run(command, rest)
+
+
+def _run(command: str, rest: Sequence[str]) -> int:
+    from descant.arguments import Request, read
+
+    if list(rest[-2:]) in (["--help", "all"], ["-h", "all"]):
+        request = Request(command, options=[("help", None)])
+    else:
+        request = read(command, rest)
+    from descant.cli import run  # torch and Lightning are imported here, and not before
+
+    return run(request)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""The YAML that ships with Descant: found by name from any folder, listed with its first line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from descant.errors import Refusal, hint
+
+ROOT = Path(__file__).resolve().parent / "experiments"
+BASE = ROOT / "base.yaml"
+#: Folders of pieces that complete an experiment; everything else is an experiment.
+OVERLAYS = ("data", "on", "with")
+
+
+def shipped() -> dict[str, Path]:
+    """Name -> file of all that ships, such as ``contrastive/emoji`` or ``on/tiny``."""
+    files = sorted(ROOT.rglob("*.yaml"))
+    return {file.relative_to(ROOT).with_suffix("").as_posix(): file for file in files if file != BASE}
+
+
+def experiments() -> dict[str, Path]:
+    """Name -> file of what can be run by itself."""
+    return {name: file for name, file in shipped().items() if name.split("/")[0] not in (*OVERLAYS, "claims")}
+
+
+def overlays() -> dict[str, Path]:
+    """Name -> file of what is laid over an experiment."""
+    return {name: file for name, file in shipped().items() if name.split("/")[0] in OVERLAYS}
+
+
+def header(file: Path) -> str:
+    """The first line of a YAML's leading comment, without its mark."""
+    first = file.read_text(encoding="utf-8").partition("\n")[0]
+    return first.lstrip("# ").rstrip() if first.startswith("#") else ""
+
+
+def find(name: str) -> Path:
+    """The file that ``--config NAME`` means: an existing file first, else what ships under that name.
+
+    Raises:
+        Refusal: if there is neither.
+    """
+    file = Path(name).expanduser()
+    if file.is_file():
+        return file.resolve()
+    known = shipped()
+    plain = name.removesuffix(".yaml").removeprefix("experiments/")
+    if plain in known:
+        return known[plain]
+    # a bare name is enough where only one experiment carries it
+    same = [full for full in experiments() if full.split("/")[-1] == plain]
+    if len(same) == 1:
+        return known[same[0]]
+    raise Refusal(f"--config {name}: no such file, and nothing of that name ships{hint(plain, known)}")

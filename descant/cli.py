@@ -1,0 +1,192 @@
+"""fit, validate, test, predict: LightningCLI in subclass mode, with run folders and one-line errors."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning as L
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from descant import runs
+from descant.arguments import Request
+from descant.catalogue import BASE
+from descant.check import Check, Checked
+from descant.errors import INTERRUPTED, Refusal, fail
+from descant.faults import explain, parse_fault
+from descant.folder import Folder
+from descant.place import for_evaluation, for_fit, source_of
+from descant.precheck import precheck
+from descant.predictions import Predictions
+from descant.quiet import quieten
+from descant.recipes.base import Recipe
+from descant.trust import enforce
+
+#: Options of a call, not of an experiment: a saved configuration does not hold them.
+CALL = ("config", "runs", "run", "resume", "test", "ckpt_path")
+#: What begins a text under `trainer` to mean the run's folder.
+PLACE = "RUN"
+
+
+class Parser(LightningArgumentParser):
+    """Raises one-line refusals where argparse prints its usage and exits."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise Refusal(parse_fault(message, ex)) from ex
+
+
+class DescantCLI(LightningCLI):
+    """One command: parsed, built and run by the constructor, as LightningCLI does."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.checking = Check() if request.command == "check" else None
+        self.command = "fit" if request.command == "check" else request.command
+        super().__init__(
+            Recipe,
+            L.LightningDataModule,
+            save_config_callback=None,
+            seed_everything_default=0,
+            # on the main parser: given to a subcommand it has no effect
+            parser_kwargs={"allow_abbrev": False, self.command: {"default_config_files": [str(BASE)]}},
+            parser_class=Parser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=[self.command, *request.arguments()],
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # static there, and called on self
+        """What is no option of the command that was asked for; of that one only, since each parser costs time."""
+        skip = {"model", "datamodule", "dataloaders", "weights_only"}
+        skip |= {"verbose", "return_predictions"}  # Report prints the metrics, and predictions go to disk
+        if self.command == "fit":
+            skip |= {"train_dataloaders", "val_dataloaders", "ckpt_path"}
+        return {self.command: skip}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--name", type=str | None, default=None, help="Name of the run.")
+        parser.add_argument("--runs", type=str, default="runs", help="Folder of all runs.")
+        parser.add_argument("--run", type=str | None, default=None, help="An existing run, such as NAME/002.")
+        parser.add_argument("--resume", type=str, default="never", help="never, auto or a checkpoint (fit).")
+        parser.add_argument("--test", type=bool, default=False, help="Test the final weights after fit.")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        command, request = args[0], self.request
+        if not any(key == "help" or key.endswith(".help") for key, _ in request.options):
+            precheck(self._parser(command), request.configs, request.options, request.trust)
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Checkpoints hold no hyper-parameters: nothing of theirs goes into the configuration."""
+
+    @property
+    def options(self) -> Namespace:
+        """The configuration of the chosen subcommand."""
+        return self.config[self.config["subcommand"]]
+
+    @property
+    def name(self) -> str:
+        """Of the run: given, or the first configuration's."""
+        stem = self.request.configs[0].stem if self.request.configs else self.subcommand
+        return str(self.options.get("name") or stem)
+
+    def before_instantiate_classes(self) -> None:
+        self.options["name"] = self.name
+        if self.options.trainer.use_distributed_sampler:
+            fail("trainer.use_distributed_sampler: true: the data module itself cuts the batch over ranks")
+        saved = self.options.clone()
+        for key in CALL:
+            saved.pop(key, None)
+        text = self._parser(self.subcommand).dump(saved, skip_unset=False, skip_validation=True)
+        self.place = runs.agree(Path(self.options.runs) / self.name, self._decide)
+        self.folder = Folder(self.place, text)
+        folder = str(self.place.folder)
+        self.options.trainer.default_root_dir = self.options.trainer.default_root_dir or folder
+        self.options["trainer"] = _placed(self.options.trainer, folder)
+
+    def _decide(self) -> runs.Run:
+        """Rank 0 only: the folder and the checkpoint of this call."""
+        options, root, command = self.options, Path(self.options.runs), str(self.subcommand)
+        if self.request.command == "check":
+            return runs.allocate(Path(tempfile.mkdtemp(prefix="descant-")))
+        if command == "fit":
+            return for_fit(root, self.name, options.run, options.resume)
+        source = source_of(root, options.run, self.request.configs)
+        return for_evaluation(command, root, self.name, source, options.get("ckpt_path"))
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
+        # first: its folder must say what it is before anything else is written to it
+        given = config.get("callbacks") or []
+        config["callbacks"] = [self.folder, *(given if isinstance(given, list) else [given])]
+        if self.subcommand == "predict":
+            config["callbacks"].append(Predictions(self.place.folder))
+        if self.checking is not None:
+            # one process and the first step's doorstep: what a cluster would add cannot be tried here
+            config |= {"devices": 1, "num_nodes": 1, "callbacks": [*config["callbacks"], self.checking]}
+        return super()._instantiate_trainer(config, callbacks)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand != "fit":  # Report prints metrics, and predictions go to disk
+            kwargs |= {"return_predictions": False} if subcommand == "predict" else {"verbose": False}
+        return {**kwargs, "ckpt_path": self.place.checkpoint, "weights_only": True}
+
+    def after_fit(self) -> None:
+        if self.options.test and not self.trainer.interrupted:
+            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+
+
+def _placed(value: Any, place: str) -> Any:
+    """``RUN`` at the beginning of texts replaced by the run's folder, at any depth."""
+    if isinstance(value, str):
+        return place + value[len(PLACE) :] if value == PLACE or value.startswith(f"{PLACE}/") else value
+    if isinstance(value, list):
+        return [_placed(item, place) for item in value]
+    if isinstance(value, dict):
+        return {key: _placed(item, place) for key, item in value.items()}
+    if isinstance(value, Namespace):
+        return Namespace({key: _placed(item, place) for key, item in vars(value).items()})
+    return value
+
+
+def run(request: Request) -> int:
+    """Run one command; returns its exit code.
+
+    Raises:
+        Refusal: with one line, for whatever the user can put right.
+    """
+    quieten()
+    enforce(request.trust)
+    if request.trust and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a trusted module is mostly the user's own file; last, so that it hides none
+    if request.command != "check" and request.option("run") and not request.configs:
+        own = runs.existing(Path(request.option("runs") or "runs"), str(request.option("run")))
+        request.configs.append(own / "config.yaml")
+    cli = DescantCLI.__new__(DescantCLI)
+    try:
+        cli.__init__(request)  # type: ignore[misc]  # in two steps: what is half built must still be cleared away
+    except Refusal:
+        raise
+    except Checked:
+        print("\n".join(cli.checking.lines) if cli.checking else "")
+    except SystemExit as stop:
+        trainer = getattr(cli, "trainer", None)
+        interrupted = trainer is not None and trainer.interrupted
+        return INTERRUPTED if interrupted else int(stop.code or 0)
+    except Exception as error:
+        line = explain(error, building=not hasattr(cli, "trainer"), trust=request.trust)
+        if line is None or os.environ.get("DESCANT_TRACEBACK"):
+            raise
+        raise Refusal(line) from error
+    finally:
+        runs.forget()
+        started, folder = getattr(cli, "folder", None), getattr(cli, "place", None)
+        if started is not None and not started.began and folder is not None:
+            folder.discard()
+    return 0

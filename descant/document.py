@@ -1,0 +1,123 @@
+"""YAML with the place of every key, so that an error can name file and line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse._loaders_dumpers import get_yaml_default_loader
+
+from descant.catalogue import ROOT
+from descant.errors import Refusal
+
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+@dataclass
+class Node:
+    """One value: ``content`` is a dict of nodes, a list of nodes, or a plain value.
+
+    ``where`` names file and line (or the option) that wrote it; relative files in it are of ``folder``.
+    ``raw`` is the text of a value from the command line, else None.
+    """
+
+    content: Any
+    where: str
+    folder: Path
+    raw: str | None = None
+
+    @property
+    def plain(self) -> Any:
+        """The value without places."""
+        if isinstance(self.content, dict):
+            return {key: node.plain for key, node in self.content.items()}
+        if isinstance(self.content, list):
+            return [node.plain for node in self.content]
+        return self.content
+
+    def walk(self) -> Iterator[tuple[str, Node]]:
+        """Every (key, node) below this one, at any depth; items of lists have the key of their list."""
+        items = self.content.items() if isinstance(self.content, dict) else ()
+        for key, node in items:
+            yield key, node
+            yield from node.walk()
+        if isinstance(self.content, list):
+            for node in self.content:
+                yield from node.walk()
+
+
+def load(file: Path) -> Node:
+    """A YAML file as nodes.
+
+    Raises:
+        Refusal: if it cannot be read, is no YAML, holds no mapping, or says a key twice.
+    """
+    name = shown(file)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refusal(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    node = _parse(text, name, file.parent)
+    if node.content is None:
+        return Node({}, name, file.parent)
+    if not isinstance(node.content, dict):
+        raise Refusal(f"{name}: a configuration is a mapping of keys, and this is not one")
+    return node
+
+
+def option(key: str, text: str) -> Node:
+    """An option of the command line as nested nodes: ``model.width=3`` is ``{model: {width: 3}}``."""
+    where, here = f"--{key}", Path.cwd()
+    try:
+        node = _parse(text, where, here, lines=False)
+    except Refusal:  # a text such as "a: b: c" is no YAML, but it may be a fine text
+        node = Node(text, where, here)
+    node.raw = text
+    for part in reversed(key.split(".")):
+        node = Node({part: node}, where, here)
+    return node
+
+
+def shown(file: Path) -> str:
+    """How a file is named to the user: as short as it is clear."""
+    for root, prefix in ((Path.cwd(), ""), (ROOT, "experiments/"), (ROOT.resolve(), "experiments/")):
+        if file.is_relative_to(root):
+            return prefix + file.relative_to(root).as_posix()
+    return str(file)
+
+
+def _parse(text: str, name: str, folder: Path, lines: bool = True) -> Node:
+    loader = get_yaml_default_loader()(text)
+    try:
+        root = loader.get_single_node()
+        return Node(None, name, folder) if root is None else _convert(root, loader, name, folder, lines)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise Refusal(f"{name}{line}: not valid YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise Refusal(f"{name}: not valid YAML: {' '.join(str(error).split())}") from error
+    finally:
+        loader.dispose()
+
+
+def _convert(node: yaml.Node, loader: Any, name: str, folder: Path, lines: bool) -> Node:
+    where = f"{name}:{node.start_mark.line + 1}" if lines else name
+    if isinstance(node, yaml.SequenceNode):
+        return Node([_convert(item, loader, name, folder, lines) for item in node.value], where, folder)
+    if not isinstance(node, yaml.MappingNode):
+        return Node(loader.construct_object(node), where, folder)
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if key.tag != _MERGE and key.value in seen:
+            raise Refusal(f"{name}:{key.start_mark.line + 1}: {key.value}: said twice")
+        seen.add(key.value)
+    loader.flatten_mapping(node)
+    content: dict[str, Node] = {}
+    for key, value in node.value:
+        child = _convert(value, loader, name, folder, lines)
+        child.where = f"{name}:{key.start_mark.line + 1}" if lines else name
+        content[str(key.value)] = child
+    return Node(content, where, folder)

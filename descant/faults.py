@@ -1,0 +1,60 @@
+"""Exceptions to one line: what the parser says at length, and what the parts say when they are built."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Sequence
+
+from descant.errors import one_line
+
+#: What the parts raise for a wrong request; anything else is a fault of the program and keeps its traceback.
+_REQUESTS = (ValueError, OSError, FloatingPointError, ImportError)
+#: Modules whose frames are in every traceback, so they say nothing of whose fault it is.
+_ENTRY = ("descant.cli", "descant.__main__", "descant.check")
+
+
+def parse_fault(message: str, error: BaseException | None = None) -> str:
+    """The true cause of a parser's error, which stands in the middle of a long union of attempts."""
+    return _shorten(message)
+
+
+def explain(error: BaseException, building: bool, trust: Sequence[str] = ()) -> str | None:
+    """The line for an exception, or None if it is a fault of the program.
+
+    ``building``: while objects are made from the configuration, a ValueError of any library is about a
+    setting; later only those of our own parts (and of trusted modules and optimizers) are.
+    """
+    error = _root(error)
+    if type(error).__name__ == "MisconfigurationException":
+        return one_line(error)
+    if not isinstance(error, _REQUESTS):
+        return None
+    names = [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    ours = [name for name in names if _within(name, ("descant", *trust)) and not _within(name, _ENTRY)]
+    if building or (isinstance(error, OSError) and ours):
+        return one_line(error)
+    last = names[-1] if names else ""
+    return one_line(error) if _within(last, ("descant", "torch.optim", *trust)) else None
+
+
+def _root(error: BaseException) -> BaseException:
+    """What was raised first: the parser wraps what a constructor raises in its own account of a union."""
+    while isinstance(error.__cause__, Exception) and "jsonargparse" in _raiser(error):
+        error = error.__cause__
+    return error
+
+
+def _raiser(error: BaseException) -> str:
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return str(frames[-1][0].f_globals.get("__name__", "")) if frames else ""
+
+
+def _within(name: str, packages: Sequence[str]) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def _shorten(message: str) -> str:
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
+    causes = [line for line in lines if re.search(r"not accepted|required|does not accept|Importing '", line)]
+    return (causes or lines or [message])[-1 if causes else 0]

@@ -1,0 +1,196 @@
+"""Run folders: ``runs/NAME/001``, ``002``, ...; a re-run never destroys one and never refuses.
+
+Rank 0 decides. Ranks that it launches inherit its decision by environment; ranks that a cluster launches
+beside it read a note that rank 0 leaves next to the runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from descant.errors import Refusal, hint
+
+#: What rank 0 decided (folder and checkpoint), for the ranks that it launches.
+INHERITED = "DESCANT_RUN_DIR"
+_NUMBER = re.compile(r"\d{3,}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One folder, and the checkpoint that this call starts from.
+
+    ``fresh``: made by this very call, so that a start that never trained may take it away again.
+    """
+
+    folder: Path
+    fresh: bool
+    checkpoint: str | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def discard(self) -> None:
+        """Remove a fresh folder, and its parent if then empty: for starts that came to nothing."""
+        if self.fresh and not any(self.checkpoints.glob("*")):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            parent = self.folder.parent
+            if parent.is_dir() and not any(path for path in parent.iterdir() if not path.name.startswith(".")):
+                shutil.rmtree(parent, ignore_errors=True)
+
+
+def rank(environment: Mapping[str, str] = os.environ) -> int:
+    """This process's global rank, before any process group exists."""
+    for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        if key in environment:
+            interactive = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
+            if key == "SLURM_PROCID" and interactive:
+                continue
+            return int(environment[key])
+    return 0
+
+
+def identity(environment: Mapping[str, str] = os.environ) -> str | None:
+    """What a requeued job is known by: its SLURM job id (and array task); None outside SLURM."""
+    if "SLURM_ARRAY_JOB_ID" in environment:
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment.get('SLURM_ARRAY_TASK_ID', '0')}"
+    return environment.get("SLURM_JOB_ID")
+
+
+def runs_of(root: Path, name: str) -> list[Path]:
+    """The run folders of a name, oldest first."""
+    folder = root / name
+    found = [path for path in folder.glob("*") if path.is_dir() and _NUMBER.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def agree(parent: Path, decide: Callable[[], Run]) -> Run:
+    """The run that rank 0 decides on, on every rank. ``parent`` is a folder that all ranks name alike.
+
+    Raises:
+        TimeoutError: on another rank, if rank 0 does not say within five minutes.
+    """
+    note = _note(parent)
+    if rank() > 0:
+        text = os.environ.get(INHERITED)
+        if text is None and note is not None:
+            text = _read_note(note)
+        if text is not None:
+            folder, checkpoint = json.loads(text)
+            return Run(Path(folder), fresh=False, checkpoint=checkpoint)
+    run = decide()
+    text = json.dumps([str(run.folder), run.checkpoint])
+    os.environ[INHERITED] = text  # for the ranks that this process launches
+    if note is not None:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        scratch = note.with_name(f"{note.name}.tmp")
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, note)
+    return run
+
+
+def forget() -> None:
+    """End what :func:`agree` left in the environment: the next run of this process is another one."""
+    os.environ.pop(INHERITED, None)
+
+
+def allocate(parent: Path, prefix: str = "", checkpoint: str | None = None) -> Run:
+    """A new numbered folder in ``parent``, made atomically: two processes never get the same one."""
+    parent.mkdir(parents=True, exist_ok=True)
+    taken = [p.name.removeprefix(prefix) for p in parent.iterdir() if p.name.startswith(prefix)]
+    number = max((int(n) for n in taken if _NUMBER.fullmatch(n)), default=0) + 1
+    while True:  # another process may take the number between the look and the mkdir: the mkdir decides
+        folder = parent / f"{prefix}{number:03d}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return Run(folder.resolve(), fresh=True, checkpoint=checkpoint)
+
+
+def latest(root: Path, name: str) -> Path | None:
+    """The newest run of a name that is this job's own: under SLURM the one with the same job id."""
+    mine = identity()
+    found = runs_of(root, name)
+    if mine is not None:
+        found = [path for path in found if _versions(path).get("job") == mine]
+    return found[-1] if found else None
+
+
+def existing(root: Path, run: str) -> Path:
+    """The folder that ``--run NAME/002`` means: under ``root``, or a path.
+
+    Raises:
+        Refusal: if there is none.
+    """
+    for folder in (root / run, Path(run)):
+        if folder.is_dir() and ((folder / "config.yaml").is_file() or _NUMBER.fullmatch(folder.resolve().name)):
+            return folder.resolve()
+    known = [path.relative_to(root).as_posix() for path in root.glob("*/*") if _NUMBER.fullmatch(path.name)]
+    raise Refusal(f"--run {run}: no such run under {root}{hint(run, known)}")
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of a run that was written last, or None."""
+    found = [path for path in (folder / "checkpoints").glob("*.ckpt") if not path.name.startswith(".")]
+    return max(found, key=lambda path: (path.stat().st_mtime_ns, path.name)) if found else None
+
+
+def point(folder: Path) -> None:
+    """Make ``latest`` and ``metrics.json`` beside a run point to it, each in one atomic step."""
+    _link(folder.parent / "latest", folder.name)
+    _link(folder.parent / "metrics.json", "latest/metrics.json")
+
+
+def write_json(file: Path, content: Mapping[str, object]) -> None:
+    """Write a small JSON file in one atomic step."""
+    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(scratch, file)
+
+
+def _link(link: Path, target: str) -> None:
+    scratch = link.with_name(f".{link.name}.{os.getpid()}")
+    scratch.unlink(missing_ok=True)
+    scratch.symlink_to(target)
+    os.replace(scratch, link)
+
+
+def _versions(folder: Path) -> dict[str, object]:
+    try:
+        content: dict[str, object] = json.loads((folder / "versions.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content
+
+
+def _note(parent: Path) -> Path | None:
+    """Where ranks launched by a cluster or by torchrun meet: one file a launch; None for one process."""
+    env = os.environ
+    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        keys = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+        return parent / (".slurm-" + "-".join(env.get(key, "0") for key in keys))
+    if "TORCHELASTIC_RUN_ID" in env and int(env.get("WORLD_SIZE", "1")) > 1:
+        # one agent starts all ranks of a node: its process id tells this launch from an earlier one
+        alone = env.get("GROUP_WORLD_SIZE", "1") == "1"
+        keys = ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+        parts = [env.get(key, "0") for key in keys] + ([str(os.getppid())] if alone else [])
+        return parent / (".torchrun-" + "-".join(parts))
+    return None
+
+
+def _read_note(note: Path, seconds: float = 300.0) -> str:
+    end = time.monotonic() + seconds
+    while not note.is_file():
+        if time.monotonic() > end:
+            raise TimeoutError(f"rank {rank()} found no run folder in {note} within {seconds:g} s")
+        time.sleep(0.1)
+    return note.read_text(encoding="utf-8")

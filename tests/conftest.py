@@ -1,0 +1,101 @@
+"""What all tests share: one thread, and the command line in process."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from descant.__main__ import main
+
+torch.set_num_threads(1)  # many small tensors: more threads only wait for each other, or for other jobs
+
+TOY = """\
+# A toy of two linear towers.
+model:
+  class_path: tests.toys.ToyRecipe
+  init_args:
+    image: {class_path: tests.toys.ToyTower, init_args: {width: 8, depth: 2}}
+    text: {class_path: tests.toys.ToyTower, init_args: {width: 8}}
+    optimizer: {class_path: AdamW, init_args: {lr: 0.01}}
+data:
+  class_path: tests.toys.ToyData
+  init_args: {batch_size: 8}
+trainer:
+  accelerator: cpu
+  max_epochs: 2
+  log_every_n_steps: 1
+"""
+TRUST = ("--trust", "tests.toys")
+
+
+@dataclass
+class Result:
+    """What a command came to."""
+
+    rc: int
+    out: str
+    err: str
+
+    @property
+    def refusal(self) -> str:
+        """The one line of a refused request; anything beside it is a failure."""
+        lines = [line for line in self.err.splitlines() if not line.startswith("descant: warning:")]
+        assert self.rc == 2 and len(lines) == 1, (self.rc, self.err)
+        return lines[0].removeprefix("descant: ")
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder that holds ``toy.yaml``."""
+    (tmp_path / "toy.yaml").write_text(TOY)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def cli(workplace: Path) -> Iterator[Callable[..., Result]]:
+    """``cli("fit", "--config", "toy.yaml")``: one command in process, in an empty folder, with what it printed."""
+    settings = _settings()
+    before, path = dict(settings), list(sys.path)
+    levels = {name: logging.getLogger(name).level for name in ("lightning", "lightning.pytorch", "lightning.fabric")}
+
+    def call(*args: str | Path) -> Result:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+            rc = main([str(arg) for arg in args])
+        return Result(rc, out.getvalue(), err.getvalue())
+
+    yield call
+    settings.clear()
+    settings.update(before)
+    sys.path[:] = path
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    for key in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "DESCANT_RUN_DIR"):
+        os.environ.pop(key, None)
+
+
+@pytest.fixture
+def toy(cli: Callable[..., Result]) -> Callable[..., Result]:
+    """``toy("fit", ...)``: a command on ``toy.yaml``, whose module is trusted."""
+
+    def call(command: str, *args: str | Path) -> Result:
+        return cli(command, "--config", "toy.yaml", *TRUST, *args)
+
+    return call
+
+
+def _settings() -> dict[str, object]:
+    from jsonargparse import _common
+
+    return _common.parsing_settings

@@ -1,0 +1,214 @@
+"""The commands end to end, in process."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from descant.__main__ import COMMANDS, main
+from descant.catalogue import experiments, overlays, shipped
+from tests.conftest import Result
+
+Cli = Callable[..., Result]
+
+
+# the front ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("args", [[], ["--help"], ["--version"], ["list"], ["fit", "--help"], ["fti"]])
+def test_front_imports_no_torch(args: list[str]) -> None:
+    code = f"import sys; from descant.__main__ import main; main({args!r}); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_front_is_quick() -> None:
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "descant", "--help"], capture_output=True, check=True)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.3
+
+
+def test_unknown_command_names_the_nearest(cli: Cli) -> None:
+    assert cli("fti", "--config", "x").refusal == "fti: no such command; nearest: fit"
+
+
+def test_config_before_the_command(cli: Cli) -> None:
+    assert "descant fit --config toy.yaml" in cli("--config", "toy.yaml").refusal
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_short_help_fits_a_screen(cli: Cli, command: str) -> None:
+    result = cli(command, "--help")
+    assert result.rc == 0 and 3 <= len(result.out.splitlines()) <= 50
+    assert max(map(len, result.out.splitlines())) <= 110
+
+
+def test_full_help_is_the_parsers_own(cli: Cli) -> None:
+    result = cli("fit", "--help", "all")
+    assert result.rc == 0 and "--trainer.gradient_clip_val" in result.out and "--resume" in result.out
+
+
+def test_list_shows_all_that_ships(cli: Cli) -> None:
+    out = cli("list").out
+    assert all(f"  {name}" in out for name in (*experiments(), *overlays()))
+    assert "base" not in shipped()
+
+
+# fit ------------------------------------------------------------------------------------------------------------
+
+
+def test_fit_leaves_a_whole_run_folder(toy: Cli, workplace: Path) -> None:
+    result = toy("fit")
+    assert result.rc == 0, result.err
+    run = workplace / "runs/toy/001"
+    names = {path.name for path in run.iterdir()}
+    assert {"config.yaml", "versions.json", "metrics.csv", "metrics.json", "checkpoints"} <= names
+    assert any(name.startswith("events.out") for name in names) and not any(run.glob("version_*"))
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"0000008.ckpt", "last.ckpt"}
+
+
+def test_terminal_is_quiet(toy: Cli) -> None:
+    result = toy("fit", "--trainer.max_epochs", "3")
+    lines = [line for line in (result.out + result.err).splitlines() if not line.startswith("descant: warning")]
+    before = [n for n, line in enumerate(lines) if line.startswith("step ")]
+    assert before[0] <= 25 and len(before) == 3
+    assert "\x1b" not in result.out and "GPU available" not in result.out + result.err
+
+
+def test_test_metrics_of_the_final_weights(toy: Cli, workplace: Path) -> None:
+    assert toy("fit", "--test", "true").rc == 0
+    text = (workplace / "runs/toy/metrics.json").read_text()
+    assert '"test/gap"' in text and '"val/gap"' in text
+
+
+def test_the_command_line_wins_over_configurations(toy: Cli, workplace: Path) -> None:
+    (workplace / "more.yaml").write_text("trainer: {max_epochs: 7}\n")
+    result = toy("fit", "--trainer.max_epochs", "1", "--config", "more.yaml")
+    assert result.rc == 0 and "epoch 1" in result.out and "epoch 2" not in result.out
+
+
+def test_callbacks_append_from_a_second_configuration(toy: Cli, workplace: Path) -> None:
+    (workplace / "stop.yaml").write_text(
+        "trainer:\n  callbacks+:\n    - class_path: EarlyStopping\n      init_args: {monitor: val/gap}\n"
+    )
+    assert toy("fit", "--config", "stop.yaml", "--trainer.callbacks+=LearningRateMonitor").rc == 0
+    saved = yaml.safe_load((workplace / "runs/toy/001/config.yaml").read_text())
+    names = [callback["class_path"].rpartition(".")[2] for callback in saved["trainer"]["callbacks"]]
+    base = yaml.safe_load(shipped_base())["trainer"]["callbacks"]
+    assert names == [c["class_path"].rpartition(".")[2] for c in base] + [
+        "EarlyStopping",
+        "LearningRateMonitor",
+    ]
+
+
+def shipped_base() -> str:
+    from descant.catalogue import BASE
+
+    return BASE.read_text()
+
+
+def test_sub_files_are_relative_to_their_file(cli: Cli, workplace: Path) -> None:
+    (workplace / "a/b").mkdir(parents=True)
+    (workplace / "a/data.yaml").write_text("class_path: tests.toys.ToyData\ninit_args: {batch_size: 6}\n")
+    text = (workplace / "toy.yaml").read_text()
+    head, _, tail = text.partition("data:\n")
+    (workplace / "a/b/mine.yaml").write_text(f"{head}data: ../data.yaml\ntrainer:\n{tail.partition('trainer:')[2]}")
+    assert cli("fit", "--config", "a/b/mine.yaml", "--trust", "tests.toys", "--data.batches", "3").rc == 0
+    saved = yaml.safe_load((workplace / "runs/mine/001/config.yaml").read_text())
+    assert saved["data"]["init_args"]["batch_size"] == 6 and saved["data"]["init_args"]["batches"] == 3
+
+
+def test_shipped_overlay_by_name_from_another_folder(toy: Cli, workplace: Path) -> None:
+    assert toy("fit", "--config", "on/tiny").rc == 0
+    saved = yaml.safe_load((workplace / "runs/toy/001/config.yaml").read_text())
+    assert saved["trainer"]["max_steps"] == 2 and saved["data"]["init_args"]["tiny"] is True
+
+
+def test_own_sampler_stays(toy: Cli, workplace: Path) -> None:
+    assert "use_distributed_sampler" in toy("fit", "--trainer.use_distributed_sampler", "true").refusal
+    assert not (workplace / "runs").exists() or not any((workplace / "runs").iterdir())
+
+
+# replay ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_replays_to_the_same_weights(toy: Cli, cli: Cli, workplace: Path) -> None:
+    assert toy("fit", "--name", "first").rc == 0
+    assert cli("fit", "--config", "runs/first/001/config.yaml", "--trust", "tests.toys").rc == 0
+    one, two = (
+        torch.load(workplace / f"runs/first/{n}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for n in ("001", "002")
+    )
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize("which", ["best", "last", "runs/toy/001/checkpoints/0000008.ckpt", None])
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_a_run_is_evaluated_from_its_own_configuration(
+    toy: Cli, cli: Cli, workplace: Path, command: str, which: str | None
+) -> None:
+    assert toy("fit", "--resume", "never").rc == 0
+    run = workplace / "runs/toy/001"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    choice = ["--ckpt_path", which] if which else []
+    result = cli(command, "--config", "runs/toy/001/config.yaml", "--trust", "tests.toys", *choice)
+    assert result.rc == 0, result.err
+    assert {path: path.read_bytes() for path in before} == before
+    key = {"validate": "val", "test": "test"}[command]
+    assert (run / f"{command}-001/metrics.csv").is_file() and f"{key}" in result.out
+    assert (workplace / "runs/toy/latest").resolve() == run and len(list((workplace / "runs/toy").iterdir())) == 3
+
+
+def test_best_is_what_the_monitor_chose(toy: Cli, cli: Cli, workplace: Path) -> None:
+    (workplace / "best.yaml").write_text(
+        "trainer:\n  callbacks+:\n    - class_path: ModelCheckpoint\n      init_args:\n"
+        "        {dirpath: RUN/checkpoints, filename: best, monitor: val/gap, mode: max, save_last: false}\n"
+    )
+    assert toy("fit", "--config", "best.yaml", "--trainer.max_epochs", "3").rc == 0
+    result = cli("validate", "--run", "toy/001", "--trust", "tests.toys", "--ckpt_path", "best")
+    assert result.rc == 0, result.err
+    stored = torch.load(workplace / "runs/toy/001/checkpoints/best.ckpt", weights_only=True)
+    assert stored["global_step"] == 4  # mode max of a falling gap: the first epoch, not the last
+    rows = (workplace / "runs/toy/001/metrics.csv").read_text().splitlines()
+    first = float(re.findall(r"0\.\d+", next(row for row in rows[1:] if row.startswith("0,3,") and row[-1] != ","))[-1])
+    assert f"{first:.3f}" in result.out
+
+
+def test_predict_writes_embeddings(toy: Cli, cli: Cli, workplace: Path) -> None:
+    assert toy("fit").rc == 0
+    assert cli("predict", "--run", "toy/001", "--trust", "tests.toys").rc == 0
+    tensors = load_file(workplace / "runs/toy/001/predict-001/predictions-0.safetensors")
+    assert tensors["z/image"].shape == (32, 8) and tensors["index"].shape == (32,)
+
+
+# check ----------------------------------------------------------------------------------------------------------
+
+
+def test_check_tells_and_trains_nothing(toy: Cli, workplace: Path) -> None:
+    result = toy("check")
+    assert result.rc == 0, result.err
+    assert not (workplace / "runs").exists()
+    for word in ("ToyRecipe", "image: ToyTower", "image-text: ", "AdamW", "on 2 samples", "8 steps"):
+        assert word in result.out, word
+    assert len(result.out.splitlines()) <= 15
+
+
+def test_check_refuses_what_fit_refuses_at_setup(toy: Cli) -> None:
+    assert toy("check", "--data.folder", "/nope").refusal == "no such file: /nope"
+    assert toy("check", "--model.explode", "value").refusal == "the data has no modality 'sound'"
+
+
+def test_help_of_the_console_script() -> None:
+    assert main(["--version"]) == 0

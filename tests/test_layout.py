@@ -1,0 +1,91 @@
+"""The house rules that a reader of one file cannot see: links, who imports whom, names in YAML."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from descant.catalogue import ROOT
+from descant.names import table
+from descant.trust import allowed
+
+TOP = Path(__file__).resolve().parent.parent
+PARTS = ("recipes", "modules", "datamodules", "callbacks")
+
+#: part -> the prefixes of descant that it may import.
+MAY = {
+    "modules": ("descant.modules",),
+    "recipes": ("descant.recipes", "descant.modules"),
+    "callbacks": ("descant.callbacks", "descant.modules"),
+    "datamodules": (
+        "descant.datamodules",
+        *(f"descant.modules.{part}" for part in ("batch", "text", "transforms", "random")),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*PARTS, "experiments"])
+def test_links_resolve(name: str) -> None:
+    link = TOP / "descant" / name
+    assert link.is_symlink() and not Path(link.readlink()).is_absolute()
+    assert link.resolve() == TOP / name
+
+
+def imports(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: a relative import"
+            module = node.module or ""
+            yield from (f"{module}.{alias.name}" for alias in node.names) if module == "descant" else [module]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_who_may_import_whom(part: str) -> None:
+    for file in sorted((TOP / part).rglob("*.py")):
+        for name in imports(file):
+            assert name.split(".")[0] not in (*PARTS, "experiments"), f"{file}: import descant.{name}"
+            if name.split(".")[0] == "descant":
+                assert any(name == p or name.startswith(f"{p}.") for p in MAY[part]), f"{file}: {name}"
+
+
+def test_recipes_do_not_import_each_other() -> None:
+    for file in sorted((TOP / "recipes").glob("*.py")):
+        if file.name != "__init__.py":
+            others = [n for n in imports(file) if n.startswith("descant.recipes") and n != "descant.recipes.base"]
+            assert not others, f"{file}: {others}"
+
+
+def test_short_names_in_yaml_are_unique() -> None:
+    used = {p for file in ROOT.rglob("*.yaml") for p in class_paths(yaml.safe_load(file.read_text()))}
+    assert not {name: paths for name, paths in table().items() if len(paths) > 1 and name in used}
+
+
+def class_paths(value: object) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key == "class_path":
+                yield inner
+            yield from class_paths(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from class_paths(inner)
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.rglob("*.yaml")), ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_classes_in_yaml_exist(file: Path) -> None:
+    assert file.read_text().startswith("# "), "the first line says what it is"
+    for path in class_paths(yaml.safe_load(file.read_text())):
+        if "." in path:
+            assert allowed(path)
+            module, _, name = path.rpartition(".")
+            assert hasattr(importlib.import_module(module), name), path
+        elif path not in table():
+            homes = ["torch.optim", "torch.nn", "torch.optim.lr_scheduler", "lightning.pytorch.callbacks"]
+            assert any(hasattr(importlib.import_module(home), path) for home in homes), path
