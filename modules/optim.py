@@ -109,7 +109,7 @@ class OptimizerGroup(Optimizer):
     def _share(self) -> None:
         self.param_groups = [group for member in self.members for group in member.param_groups]
 
-    @property
+    @property  # type: ignore[override]  # a view, where torch keeps a defaultdict
     def state(self) -> MutableMapping[Any, Any]:
         return _State(getattr(self, "members", []))
 

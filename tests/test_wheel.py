@@ -1,0 +1,76 @@
+"""The built wheel, installed somewhere else, trains a shipped experiment from an empty folder without a network."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with nothing but the wheel's content."""
+    place = tmp_path_factory.mktemp("wheel")
+    # from a clean copy: a build folder of an earlier build would add what was deleted since
+    copy = place / "source"
+    ignore = shutil.ignore_patterns(".venv", "runs", "build", "*.egg-info", ".git", "__pycache__", ".mypy_cache")
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=ignore)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(place), str(copy)]
+    subprocess.run(command, check=True)
+    (wheel,) = place.glob("descant-*.whl")
+    target = place / "site"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)], check=True
+    )
+    return target
+
+
+def run(installed: Path, folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "descant", *args]
+    # without a network where the system lets us have none
+    isolate = shutil.which("unshare")
+    if isolate and subprocess.run([isolate, "-rn", "true"], capture_output=True).returncode == 0:
+        command = [isolate, "-rn", *command]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_the_wheel_holds_real_files_packs_and_experiments(installed: Path) -> None:
+    for part in ("recipes/contrastive.py", "modules/step.py", "experiments/base.yaml", "experiments/contrastive/emoji.yaml"):
+        assert (installed / "descant" / part).is_file()
+        assert not (installed / "descant" / part).is_symlink()
+    assert (installed / "descant/datamodules/packs/emoji/emoji-0.parquet").is_file()
+    assert (installed / "descant/datamodules/packs/emoji/NOTICE.md").is_file()
+    (wheel,) = installed.parent.glob("descant-*.whl")
+    assert not [n for n in zipfile.ZipFile(wheel).namelist() if n.startswith(("recipes/", "modules/", "tests/"))]
+
+
+def test_it_trains_from_an_empty_folder(installed: Path, tmp_path: Path) -> None:
+    where = run(installed, tmp_path, "fit", "--config", "contrastive/emoji", "--config", "on/tiny")
+    assert where.returncode == 0, where.stderr
+    metrics = json.loads((tmp_path / "runs/emoji/metrics.json").read_text())
+    assert metrics["steps"] == 2
+    source = subprocess.run(
+        [sys.executable, "-c", "import descant; print(descant.__file__)"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert source.stdout.startswith(str(installed))
+
+
+def test_it_lists_what_it_ships(installed: Path, tmp_path: Path) -> None:
+    listed = run(installed, tmp_path, "list")
+    assert listed.returncode == 0
+    assert "contrastive/emoji" in listed.stdout
