@@ -104,11 +104,13 @@ class Captions:
         languages: a sample's language is drawn from these (where the concept has a name in it).
         name_only: probability of a caption that is the name alone; others add a random part of the keywords.
         nameless: probability that a caption with keywords leaves the name out.
+        grouped: probability that a random caption also says the concept's group and subgroup.
     """
 
-    def __init__(self, pack: Pack, bpe: Bpe, languages: Sequence[str], name_only: float, nameless: float) -> None:
+    def __init__(self, pack: Pack, bpe: Bpe, languages: Sequence[str], name_only: float, nameless: float, grouped: float = 0.0) -> None:
         self.bpe, self.languages = bpe, tuple(languages)
-        self.name_only, self.nameless = name_only, nameless
+        self.name_only, self.nameless, self.grouped = name_only, nameless, grouped
+        self.groups = [[bpe.ids(row[name].replace("-", " ")) for name in ("group", "subgroup")] for row in pack.rows]
         self.names: dict[str, list[list[int] | None]] = {}
         self.keywords: dict[str, list[list[list[int]]]] = {}
         for language in self.languages:
@@ -132,13 +134,14 @@ class Captions:
         language = named[mix(draw, "caption/language") % len(named)] if len(named) > 1 else named[0]
         name, words = self.names[language][concept], self.keywords[language][concept]
         assert name is not None
+        groups = self.groups[concept] if mix(draw, "caption/group") % 1000 < self.grouped * 1000 else []
         if not words or mix(draw, "caption/form") % 1000 < self.name_only * 1000:
-            return self.bpe.row([name])
+            return self.bpe.row([name, *groups])
         # a random order, of which a random number is kept: sets of words, not a list to learn by heart
         order = np.argsort(mix_N(np.arange(len(words)), draw, "caption/order"))
         kept = [words[k] for k in order[: 1 + mix(draw, "caption/count") % len(words)]]
         nameless = mix(draw, "caption/nameless") % 1000 < self.nameless * 1000
-        return self.bpe.row(kept if nameless else [name, *kept])
+        return self.bpe.row([*([] if nameless else [name]), *kept, *groups])
 
 
 class EmojiSet(BatchDataset):
@@ -242,6 +245,7 @@ class Emoji(DataModule):
         vendors: whose drawings are trained on.
         name_only: probability that a training caption is the name alone.
         nameless: probability that a training caption of keywords lacks the name.
+        grouped: probability that a training caption also says the concept's group and subgroup.
         keywords: whether evaluation captions hold the keywords beside the name.
         augment: training's view of a picture, on the device, a whole batch at once.
         transform: a per-sample torchvision v2 transform of the uint8 RGBA picture before that, or none.
@@ -265,6 +269,7 @@ class Emoji(DataModule):
         vendors: list[str] | None = None,
         name_only: float = 0.3,
         nameless: float = 0.2,
+        grouped: float = 0.0,
         keywords: bool = True,
         augment: Augment | None = None,
         transform: nn.Module | None = None,
@@ -276,7 +281,7 @@ class Emoji(DataModule):
         super().__init__(batch_size, eval_batch_size, num_workers, drop, tiny)
         self.size, self.length, self.languages = size, length, languages or ["en"]
         self.vendors = vendors or ["noto", "twemoji", "openmoji"]
-        self.name_only, self.nameless, self.keywords = name_only, nameless, keywords
+        self.name_only, self.nameless, self.grouped, self.keywords = name_only, nameless, grouped, keywords
         self.augment, self.transform, self.views = augment or Augment(size), transform, views or {}
         self.augment_2 = self.augment.stream_copy("image@2")
         self.pixels = Pixels(size)
@@ -314,7 +319,7 @@ class Emoji(DataModule):
 
     @cached_property
     def captions(self) -> Captions:
-        return Captions(self.pack, self.bpe, self.languages, self.name_only, self.nameless)
+        return Captions(self.pack, self.bpe, self.languages, self.name_only, self.nameless, self.grouped)
 
     @cached_property
     def test_N(self) -> np.ndarray:

@@ -16,7 +16,7 @@ from descant import runs
 from descant.arguments import Request
 from descant.catalogue import BASE
 from descant.check import Check, Checked
-from descant.errors import INTERRUPTED, Refusal, fail
+from descant.errors import INTERRUPTED, TERMINATED, Refusal, fail
 from descant.faults import explain, parse_fault
 from descant.folder import Folder
 from descant.place import for_evaluation, for_fit, source_of
@@ -177,8 +177,9 @@ def run(request: Request) -> int:
         print("\n".join(cli.checking.lines) if cli.checking else "")
     except SystemExit as stop:
         trainer = getattr(cli, "trainer", None)
-        interrupted = trainer is not None and trainer.interrupted
-        return INTERRUPTED if interrupted else int(stop.code or 0)
+        if trainer is not None and trainer.received_sigterm:
+            return TERMINATED
+        return INTERRUPTED if trainer is not None and trainer.interrupted else int(stop.code or 0)
     except Exception as error:
         line = explain(error, building=not hasattr(cli, "trainer"), trust=request.trust)
         if line is None or os.environ.get("DESCANT_TRACEBACK"):

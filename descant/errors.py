@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterable
 from typing import NoReturn
 
-#: Exit codes: a wrong request, a fault of ours, an interruption from the keyboard.
-WRONG, FAULT, INTERRUPTED = 2, 1, 130
+#: Exit codes: a wrong request, interrupted from the keyboard, told to end.
+WRONG, INTERRUPTED, TERMINATED = 2, 130, 143
 
 
 class Refusal(Exception):

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ def mix(*parts: int | str) -> int:
     return h >> 1
 
 
-def mix_N(key_N: np.ndarray | Tensor, *parts: int | str) -> np.ndarray:
+def mix_N(key_N: np.ndarray | Tensor, *parts: int | str | np.ndarray) -> np.ndarray:
     """:func:`mix` of one key a sample with the same ``parts``, in numpy's wrapping 64-bit arithmetic.
 
     >>> import numpy as np
@@ -48,7 +49,9 @@ def mix_N(key_N: np.ndarray | Tensor, *parts: int | str) -> np.ndarray:
     array = key_N.cpu().numpy() if isinstance(key_N, Tensor) else np.asarray(key_N)
     h_N = np.full(array.shape, _GOLDEN, dtype=np.uint64)
     values: list[np.ndarray | np.uint64] = [array.astype(np.uint64)]
-    values += [np.uint64((salt(p) if isinstance(p, str) else p) & _MASK) for p in parts]
+    for part in parts:
+        whole = salt(part) if isinstance(part, str) else part
+        values.append(whole if isinstance(whole, np.ndarray) else np.uint64(whole & _MASK))
     for value in values:
         h_N = (h_N ^ value) * np.uint64(_M1)
         h_N = h_N ^ (h_N >> np.uint64(27))
@@ -57,9 +60,25 @@ def mix_N(key_N: np.ndarray | Tensor, *parts: int | str) -> np.ndarray:
     return (h_N >> np.uint64(1)).astype(np.int64)
 
 
-def uniform_N(key_N: np.ndarray | Tensor, *parts: int | str) -> Tensor:
+def uniform_N(key_N: np.ndarray | Tensor, *parts: int | str | np.ndarray) -> Tensor:
     """One float32 in [0, 1) a key, a pure function of (key, parts): ``(mix(key, *parts) >> 39) / 2**24``."""
     return torch.from_numpy((mix_N(key_N, *parts) >> 39).astype(np.float32)) * 2.0**-24
+
+
+def uniform_NK(key_N: np.ndarray | Tensor, purposes: Sequence[str]) -> Tensor:
+    """``[N, K]``: :func:`uniform_N` of each key for K purposes, all in one pass.
+
+    >>> key_N = np.array([5, 6])
+    >>> torch.equal(uniform_NK(key_N, ("a", "b"))[:, 1], uniform_N(key_N, "b"))
+    True
+    """
+    array = key_N.cpu().numpy() if isinstance(key_N, Tensor) else np.asarray(key_N)
+    return uniform_N(array[:, None], _salts(tuple(purposes)))
+
+
+@lru_cache(maxsize=256)
+def _salts(purposes: tuple[str, ...]) -> np.ndarray:
+    return np.array([salt(purpose) for purpose in purposes], dtype=np.uint64)
 
 
 @contextlib.contextmanager

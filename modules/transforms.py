@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from descant.modules.random import uniform_N
+from descant.modules.random import uniform_NK
 
 #: Luma of linear RGB (ITU-R BT.601), what "grey" means in colour jitter everywhere.
 _LUMA = (0.299, 0.587, 0.114)
@@ -117,37 +117,35 @@ class Augment(nn.Module):
         twin.stream = stream
         return twin
 
-    def _u(self, draw_B: Tensor, what: str, device: torch.device) -> Tensor:
-        """Uniform in -1..1, one a sample."""
-        return (uniform_N(draw_B, f"augment/{self.stream}/{what}") * 2 - 1).to(device)
+    def _u(self, draw_B: Tensor, device: torch.device, *what: str) -> tuple[Tensor, ...]:
+        """Uniform in -1..1, one a sample, for each purpose."""
+        u_BK = uniform_NK(draw_B, [f"augment/{self.stream}/{w}" for w in what]) * 2 - 1
+        return u_BK.to(device).unbind(dim=1)
 
     def affine(self, draw_B: Tensor, device: torch.device) -> Tensor:
         """``A`` of every sample: ``[B, 2, 3]``, from output to input coordinates in -1..1."""
-        u = {w: self._u(draw_B, w, device) for w in ("rotate", "scale", "stretch", "shear", "x", "y", "mirror")}
-        angle, shear = u["rotate"] * math.radians(self.rotate), u["shear"] * math.radians(self.shear)
-        size, ratio = (
-            torch.exp(u["scale"] * math.log(self.scale)),
-            torch.exp(u["stretch"] * math.log(self.stretch)),
-        )
-        flip = torch.where(u["mirror"] < 2 * self.mirror - 1, -1.0, 1.0)
+        purposes = ("rotate", "shear", "scale", "stretch", "mirror", "x", "y")
+        rotate, shear, scale, stretch, mirror, x, y = self._u(draw_B, device, *purposes)
+        angle, shear = rotate * math.radians(self.rotate), shear * math.radians(self.shear)
+        size, ratio = torch.exp(scale * math.log(self.scale)), torch.exp(stretch * math.log(self.stretch))
+        flip = torch.where(mirror < 2 * self.mirror - 1, -1.0, 1.0)
         cos, sin, tan = angle.cos(), angle.sin(), shear.tan()
         row_x = torch.stack([flip * size * ratio * cos, flip * size * ratio * (cos * tan - sin)], dim=-1)
         row_y = torch.stack([size / ratio * sin, size / ratio * (sin * tan + cos)], dim=-1)
-        shift = torch.stack([u["x"], u["y"]], dim=-1) * 2 * self.shift
+        shift = torch.stack([x, y], dim=-1) * 2 * self.shift
         return torch.cat([torch.stack([row_x, row_y], dim=1), shift[:, :, None]], dim=2)
 
     def mixing(self, draw_B: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """``M`` and ``c`` of every sample: ``[B, 3, 3]`` and ``[B, 3]``, for colours in -1..1."""
-        noise = torch.stack([self._u(draw_B, f"colour{k}", device) for k in range(9)], dim=-1).view(-1, 3, 3)
+        is_grey, gain, is_negative, offset = self._u(draw_B, device, "grey", "contrast", "invert", "brightness")
+        noise = torch.stack(self._u(draw_B, device, *(f"colour{k}" for k in range(9))), dim=-1).view(-1, 3, 3)
         # rows of the noise sum to zero: greys stay grey, colours wander
         mix = torch.eye(3, device=device) + self.colour * (noise - noise.mean(dim=2, keepdim=True))
         grey = torch.tensor(_LUMA, device=device).expand(3, 3)
-        is_grey = self._u(draw_B, "grey", device) < 2 * self.grey - 1
-        mix = torch.where(is_grey[:, None, None], grey, mix)
-        gain = 1 + self.contrast * self._u(draw_B, "contrast", device)
-        gain = torch.where(self._u(draw_B, "invert", device) < 2 * self.invert - 1, -gain, gain)
-        offset = self.brightness * self._u(draw_B, "brightness", device)
-        return mix * gain[:, None, None], offset[:, None].expand(-1, 3)
+        mix = torch.where((is_grey < 2 * self.grey - 1)[:, None, None], grey, mix)
+        gain = 1 + self.contrast * gain
+        gain = torch.where(is_negative < 2 * self.invert - 1, -gain, gain)
+        return mix * gain[:, None, None], (self.brightness * offset)[:, None].expand(-1, 3)
 
     def forward(self, x_BCHW: Tensor, draw_B: Tensor) -> Tensor:
         device, rows, channels = x_BCHW.device, len(x_BCHW), x_BCHW.shape[1]
@@ -159,9 +157,9 @@ class Augment(nn.Module):
             x = F.avg_pool2d(x, x.shape[-1] // self.size)
         x = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         if channels == 4:
-            back = torch.stack([self._u(draw_B, f"back{k}", device) for k in range(3)], dim=-1) * 0.5 + 0.5
-            plain = self._u(draw_B, "background", device) >= 2 * self.background - 1
-            back = torch.where(plain[:, None], torch.ones_like(back), back)
+            coloured, *rgb = self._u(draw_B, device, "background", "back0", "back1", "back2")
+            back = torch.stack(rgb, dim=-1) * 0.5 + 0.5
+            back = torch.where((coloured < 2 * self.background - 1)[:, None], back, torch.ones_like(back))
             x = x[:, :3] + back[:, :, None, None] * (1 - x[:, 3:])
         mix, offset = self.mixing(draw_B, device)
         x = torch.baddbmm(offset[:, :, None], mix, (x * 2 - 1).flatten(2)).view(rows, 3, self.size, self.size)
@@ -173,16 +171,17 @@ class Augment(nn.Module):
     def _filter(self, x: Tensor, draw_B: Tensor) -> Tensor:
         """``b * x + (1 - b) * conv(x, w)`` with ``w`` a random 3 x 3 filter between all channels of each sample."""
         rows, device = len(x), x.device
-        w = torch.stack([self._u(draw_B, f"filter{k}", device) for k in range(81)], dim=-1).view(rows * 3, 3, 3, 3)
+        filtered_B, keep, *weights = self._u(draw_B, device, "texture", "blend", *(f"filter{k}" for k in range(81)))
+        w = torch.stack(weights, dim=-1).view(rows * 3, 3, 3, 3)
         w = w * math.sqrt(3 / 27)  # uniform weights of variance 1/27: the filtered picture keeps its contrast
         padded = F.pad(x.reshape(1, rows * 3, *x.shape[2:]), (1, 1, 1, 1), mode="replicate")
         filtered = F.conv2d(padded, w, groups=rows).view_as(x)
-        keep = self._u(draw_B, "blend", device) * 0.5 + 0.5
-        keep = torch.where(self._u(draw_B, "texture", device) < 2 * self.texture - 1, keep, torch.ones_like(keep))
+        keep = torch.where(filtered_B < 2 * self.texture - 1, keep * 0.5 + 0.5, torch.ones_like(keep))
         return torch.lerp(filtered, x, keep[:, None, None, None])
 
     def _erase(self, x: Tensor, draw_B: Tensor) -> Tensor:
         centre = torch.linspace(-1, 1, self.size, device=x.device)
-        half = self.erase * (self._u(draw_B, "erase", x.device) * 0.5 + 0.5)[:, None]
-        inside = [(centre - self._u(draw_B, f"erase-{axis}", x.device)[:, None]).abs() < half for axis in "yx"]
+        side, y, x0 = self._u(draw_B, x.device, "erase", "erase-y", "erase-x")
+        half = self.erase * (side * 0.5 + 0.5)[:, None]
+        inside = [(centre - place[:, None]).abs() < half for place in (y, x0)]
         return torch.where((inside[0][:, :, None] & inside[1][:, None, :])[:, None], torch.zeros_like(x), x)

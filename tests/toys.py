@@ -6,6 +6,7 @@ On the command line they need ``--trust tests.toys``. Letters: B samples, D widt
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import lightning as L
 import torch
@@ -76,11 +77,13 @@ class ToyRecipe(Recipe):
             value_B = value_B * float("nan")
         return {"image-text": Term(value_B, valid=batch.both("image", "text"))}
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         z = self.embed(batch)
+        if self.trainer.predicting:
+            return {"z": z}
         stage = "test" if self.trainer.testing else "val"
         self.log(f"{stage}/gap", (z["image"] - z["text"]).square().mean(), batch_size=len(batch))
-        return z
+        return {"z": z}
 
 
 class ToyData(L.LightningDataModule):

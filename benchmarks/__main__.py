@@ -1,0 +1,77 @@
+"""``python -m benchmarks NAME [--json FILE] [--threads N]``: one benchmark, a group of them, or all."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from benchmarks import Row
+from descant.errors import WRONG, hint
+
+#: Name -> where it is; a name before the slash runs all of its group.
+BENCHMARKS = {
+    "contrastive/step": "benchmarks.contrastive:step",
+    "contrastive/overhead": "benchmarks.contrastive:overhead",
+    "contrastive/checkpointing": "benchmarks.contrastive:checkpointing",
+    "contrastive/augment": "benchmarks.contrastive:augment",
+    "contrastive/demo": "benchmarks.contrastive:demo",
+    "start": "benchmarks.start:start",
+    "control": "benchmarks.control:control",
+}
+
+
+def select(name: str) -> list[str]:
+    """The benchmarks that a name stands for; none where it is unknown.
+
+    >>> select("control"), len(select("all")) == len(BENCHMARKS), select("contrastiv")
+    (['control'], True, [])
+    """
+    return [known for known in BENCHMARKS if name in ("all", known, known.partition("/")[0])]
+
+
+def load(name: str) -> Callable[[], Iterator[Row]]:
+    module, _, function = BENCHMARKS[name].partition(":")
+    benchmark: Callable[[], Iterator[Row]] = getattr(importlib.import_module(module), function)
+    return benchmark
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run, print the table row by row, and return 0, 1 if a bar is missed, or 2 for a wrong request."""
+    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
+    parser.add_argument("name", metavar="NAME", help=f"all, {', '.join(groups())} or one of {', '.join(BENCHMARKS)}")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there, as a list")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of torch (1)")
+    options = parser.parse_args(args)
+    chosen = select(options.name)
+    if not chosen:
+        known = ["all", *groups(), *BENCHMARKS]
+        print(f"benchmarks: {options.name}: no such benchmark{hint(options.name, known)}", file=sys.stderr)
+        return WRONG
+    if options.threads < 1:
+        print(f"benchmarks: --threads {options.threads}: at least 1", file=sys.stderr)
+        return WRONG
+    from benchmarks.timing import machine, threads  # torch takes seconds: not before the request is understood
+
+    rows: list[Row] = []
+    with threads(options.threads):
+        print(machine(), flush=True)
+        for name in chosen:
+            for row in load(name)():
+                print(row.line(), flush=True)
+                rows.append(row)
+    if options.json is not None:
+        text = json.dumps([row.as_json() for row in rows], indent=2, allow_nan=False)
+        options.json.write_text(text + "\n", encoding="utf-8")
+    return 0 if all(row.ok for row in rows) else 1
+
+
+def groups() -> list[str]:
+    return list(dict.fromkeys(name.partition("/")[0] for name in BENCHMARKS))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Comparing two pieces of code on a machine that is never quite quiet: interleaved pairs and their median.
+
+Letters: P pairs, R resamples.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+#: Fewer pairs give no interval worth a claim.
+LEAST = 30
+#: "As fast as" the owner: the lower end of the interval of owner's time / ours is at least this.
+AS_FAST = 0.98
+
+Clock = Callable[[], float]
+
+
+class Ratio(NamedTuple):
+    """A median of P pairs and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return self.low, self.high
+
+
+def ratio(
+    ours: Callable[[], object],
+    owner: Callable[[], object],
+    pairs: int = 40,
+    warmup: int = 3,
+    clock: Clock = time.perf_counter,
+) -> Ratio:
+    """The speed of ``ours`` relative to ``owner``: the median over pairs of the owner's time / ours.
+
+    Both run once a pair, back to back, so that a slow minute of the machine is slow for both; which comes first
+    alternates, so that neither always finds the other's data in the cache.
+
+    Raises:
+        ValueError: for fewer than 30 pairs.
+    """
+    if pairs < LEAST:
+        raise ValueError(f"pairs {pairs}: at least {LEAST}")
+    for _ in range(warmup):
+        ours()
+        owner()
+    quotient_P = []
+    with _no_collection():
+        for k in range(pairs):
+            if k % 2 == 0:
+                our_time, owner_time = _time(ours, clock), _time(owner, clock)
+            else:
+                owner_time, our_time = _time(owner, clock), _time(ours, clock)
+            quotient_P.append(owner_time / our_time)
+    return median(quotient_P)
+
+
+def median(value_P: Sequence[float], resamples: int = 10_000) -> Ratio:
+    """The median with its 95 % bootstrap interval (percentiles of the medians of R resamples; a fixed seed).
+
+    >>> median([1.0] * 30)
+    Ratio(value=1.0, low=1.0, high=1.0)
+    """
+    x_P = np.asarray(value_P, dtype=np.float64)
+    rows_RP = np.random.default_rng(0).integers(len(x_P), size=(resamples, len(x_P)))
+    low, high = np.percentile(np.median(x_P[rows_RP], axis=1), [2.5, 97.5])
+    return Ratio(float(np.median(x_P)), float(low), float(high))
+
+
+def _time(run: Callable[[], object], clock: Clock) -> float:
+    begin = clock()
+    run()
+    return clock() - begin
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without the garbage collector, which would stop one side for what the other left behind."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Torch with so many threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def machine() -> str:
+    """One line: the CPU's model, how many threads torch uses of how many cores, and torch's version."""
+    return (
+        f"{_cpu()}, {torch.get_num_threads()} thread(s) of {cores()} cores, "
+        f"torch {torch.__version__}, Python {platform.python_version()}"
+    )
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
