@@ -1,6 +1,6 @@
 """The emoji pack: about 1,600 concepts drawn by four vendors, with names and keywords in 28 languages.
 
-Held out of training: 200 concepts (by whole families), the vendor Fluent, and the language pt. A few drawings of the
+Held out of training: 200 concepts, the vendor Fluent, and the language pt. A few drawings of the
 training concepts and vendors are kept for validation, so that nothing is chosen on the test sets. Letters: B samples
 of a batch, N of a set, T tokens.
 """
@@ -56,7 +56,7 @@ class Pack:
                 rows = pq.read_table(shard).to_pylist()
             except (ArrowInvalid, OSError) as error:
                 raise ValueError(f"{shard}: not a readable parquet shard ({str(error).splitlines()[0]})") from None
-            absent = {"hexcode", "split", "names", "keywords", *VENDORS} - set(rows[0] if rows else ())
+            absent = {"hexcode", "split", "family", "names", "keywords", *VENDORS} - set(rows[0] if rows else ())
             if absent:
                 raise ValueError(f"{shard}: {'no rows' if not rows else f'no column {min(absent)!r}'}")
             self.rows += rows
@@ -230,8 +230,9 @@ class Emoji(DataModule):
 
     Evaluation sets: "validate" has ``val`` (drawings kept out of training, among the names of all training concepts);
     "test" has ``vendor`` (Fluent's drawings of training concepts, among all names of the pack), ``concept`` (the 200
-    held-out concepts as the training vendors draw them) and ``both`` (the same as Fluent draws them), and with more
-    than one training language ``language`` (pictures of training concepts among their names in pt).
+    held-out concepts as the training vendors draw them, among their 200 names), ``both`` (the same as Fluent draws them)
+    and ``apart`` (as ``concept``, only pictures of concepts without a relative in training: no "man running" where
+    "woman running" was trained on), and with more than one training language ``language`` (pictures of training concepts among their names in pt).
 
     Args:
         batch_size: rows of one whole optimizer step.
@@ -327,9 +328,7 @@ class Emoji(DataModule):
         test = np.array([row["split"] == "test" for row in self.pack.rows])
         if not self.development:
             return test
-        from descant.datamodules.prepare.emoji import name_key  # families stay on one side here as well
-
-        draws = [_hash(f"development/{name_key(row['names']['en'])}") for row in self.pack.rows]
+        draws = [_hash(f"development/{row['hexcode']}") for row in self.pack.rows]
         order = [i for i in np.argsort(draws) if not test[i]][: 150 if not self.tiny else 12]
         chosen = np.zeros(len(test), dtype=bool)
         chosen[order] = True
@@ -425,6 +424,9 @@ class Emoji(DataModule):
             "concept": self._set(drawn),
             "both": self._set([(int(c), vendor, True, True) for c in unseen]),
         }
+        trained = {self.pack.rows[c]["family"] for c in seen}
+        apart = {int(c) for c in unseen if self.pack.rows[c]["family"] not in trained}
+        sets["apart"] = self._set([(c, v, c in apart, text) for c, v, _, text in drawn])
         held = str(self.manifest["held_out_language"])
         if len(self.languages) > 1 and held not in self.languages:
             captions = Captions(self.pack, self.bpe, [held], 1.0, 0.0)

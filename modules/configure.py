@@ -202,20 +202,22 @@ class Checkpointing:
 
     Args:
         preserve_rng: draw the same dropout masks again; may be off where nothing is random.
+        towers: names of towers to recompute; all that have blocks where not given.
 
     Raises:
-        ValueError: in ``apply``, if a tower has no blocks.
+        ValueError: in ``apply``, if a named tower has no blocks, or none has.
     """
 
-    def __init__(self, preserve_rng: bool = True) -> None:
-        self.preserve_rng = preserve_rng
+    def __init__(self, preserve_rng: bool = True, towers: list[str] | None = None) -> None:
+        self.preserve_rng, self.towers = preserve_rng, towers
 
     def apply(self, recipe: nn.Module) -> None:
-        for name, tower in chosen(recipe, None):
-            blocks = _blocks(tower)
-            if not blocks and not isinstance(tower, Frozen):
-                raise ValueError(f"checkpointing: tower {name} ({type(tower).__name__}) has no blocks to recompute")
-            for block in blocks:
+        blocks = {name: _blocks(tower) for name, tower in chosen(recipe, self.towers)}
+        without = [name for name, found in blocks.items() if not found]
+        if without and (self.towers or len(without) == len(blocks)):
+            raise ValueError(f"checkpointing: tower {without[0]} has no blocks to recompute")
+        for found in blocks.values():
+            for block in found:
                 _recompute(block, self.preserve_rng)
 
 

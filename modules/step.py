@@ -110,5 +110,5 @@ class _Fork(torch.autograd.Function):
 def _require_finite(scalars: Mapping[str, Tensor]) -> None:
     # one stacked test, so that a device is waited for once and not once a term
     if not torch.isfinite(torch.stack([s.detach().float() for s in scalars.values()])).all():
-        name, value = next((n, float(s)) for n, s in scalars.items() if not torch.isfinite(s))
+        name, value = next((n, float(s.detach())) for n, s in scalars.items() if not torch.isfinite(s))
         raise FloatingPointError(f"loss term {name!r} is {value}: not finite")

@@ -110,7 +110,8 @@ class Recipe(L.LightningModule):
         return self.validation_step(batch, batch_idx, dataloader_idx)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        return {"index": batch.index, "present": batch.present, **self.validation_step(batch, batch_idx)}
+        z = self.embed(batch) if isinstance(self, Embeds) else {}
+        return {"index": batch.index, "present": batch.present, "z": z}
 
 
 def log_every_n_steps(trainer: L.Trainer) -> int:

@@ -3,7 +3,7 @@
     python -m descant.datamodules.prepare.emoji [--cache DIR] [--out DIR]
 
 The order of this file is the order of the method: fetch pinned packages, read them within bounds, join
-concepts, draw them, group look-alikes into families, split by family, write shards, train the tokenizer,
+concepts, draw them, group look-alikes into families, split by concept, write shards, train the tokenizer,
 write `pack.json`. Running it twice with the same tools (their versions stand in `pack.json`) gives the same
 bytes.
 """
@@ -102,6 +102,7 @@ class Concept:
     keywords: dict[str, list[str]]
     images: dict[str, bytes] = field(default_factory=dict)
     pixels: dict[str, str] = field(default_factory=dict)
+    family: str = ""
     split: str = "train"
 
 
@@ -357,8 +358,21 @@ def name_key(name: str) -> str:
     return " ".join(word for word in words if not VARIANT_WORD.fullmatch(word)) or text
 
 
-def find_families(concepts: Sequence[Concept]) -> list[list[Concept]]:
-    """Union concepts that share a code key, a name key or the very pixels in any vendor."""
+def twin_keys(concept: Concept) -> list[tuple[str, str]]:
+    """The very pixels, in any vendor: two names for one picture."""
+    return list(concept.pixels.items())
+
+
+def family_keys(concept: Concept) -> list[tuple[str, str]]:
+    """The pixels, the code and the name, less gender, colour, size, state and direction: look-alikes."""
+    name = concept.names["en"] or concept.hexcode
+    return [("code", code_key(concept.hexcode)), ("name", name_key(name)), *twin_keys(concept)]
+
+
+def group_by(
+    concepts: Sequence[Concept], keys: Callable[[Concept], list[tuple[str, str]]] = family_keys
+) -> list[list[Concept]]:
+    """Union the concepts that share any key."""
     parent = list(range(len(concepts)))
 
     def root(node: int) -> int:
@@ -368,8 +382,7 @@ def find_families(concepts: Sequence[Concept]) -> list[list[Concept]]:
 
     first: dict[tuple[str, str], int] = {}
     for node, concept in enumerate(concepts):
-        name = concept.names["en"] or concept.hexcode
-        for key in [("code", code_key(concept.hexcode)), ("name", name_key(name)), *concept.pixels.items()]:
+        for key in keys(concept):
             low, high = sorted((root(first.setdefault(key, node)), root(node)))
             parent[high] = low
     families: dict[int, list[Concept]] = {}
@@ -378,23 +391,25 @@ def find_families(concepts: Sequence[Concept]) -> list[list[Concept]]:
     return list(families.values())
 
 
-# 6. Split: whole families, in the order of a salted hash, until exactly 200 concepts are held out.
+# 6. Split: concepts in the order of a salted hash, until exactly 200 are held out; what shares a picture stays together.
+# A held-out concept may have relatives in training (a woman runs, a man runs): its family is stored, so that those
+# without any can be judged apart.
 
 
-def split_families(families: Sequence[list[Concept]], test_concepts: int = TEST_CONCEPTS) -> None:
-    """Mark the test side. A family that would overshoot is skipped, never cut."""
+def split_groups(groups: Sequence[list[Concept]], test_concepts: int = TEST_CONCEPTS) -> None:
+    """Mark the test side. A group that would overshoot is skipped, never cut."""
 
-    def rank(family: list[Concept]) -> str:
-        return hashlib.sha256(f"{SALT}:{family[0].hexcode}".encode()).hexdigest()
+    def rank(group: list[Concept]) -> str:
+        return hashlib.sha256(f"{SALT}:{group[0].hexcode}".encode()).hexdigest()
 
     left = test_concepts
-    for family in sorted(families, key=rank):
-        if len(family) <= left:
-            left -= len(family)
-            for concept in family:
+    for group in sorted(groups, key=rank):
+        if len(group) <= left:
+            left -= len(group)
+            for concept in group:
                 concept.split = "test"
     if left:
-        raise PrepareError(f"no set of whole families holds {test_concepts} concepts: {left} are missing")
+        raise PrepareError(f"no set of whole groups holds {test_concepts} concepts: {left} are missing")
 
 
 # 7. Shards: the settings are all fixed here, because a default that moves would move the bytes.
@@ -402,7 +417,7 @@ def split_families(families: Sequence[list[Concept]], test_concepts: int = TEST_
 
 def pack_schema(languages: Sequence[str]) -> Any:
     return pa.schema(
-        [(name, pa.string()) for name in ("hexcode", "emoji", "group", "subgroup", "split")]
+        [(name, pa.string()) for name in ("hexcode", "emoji", "group", "subgroup", "family", "split")]
         + [(vendor, pa.binary()) for vendor in VENDORS]
         + [
             ("names", pa.struct([(lang, pa.string()) for lang in languages])),
@@ -417,6 +432,7 @@ def as_row(concept: Concept) -> dict[str, Any]:
         "emoji": concept.emoji,
         "group": concept.group,
         "subgroup": concept.subgroup,
+        "family": concept.family,
         "split": concept.split,
         **concept.images,
         "names": concept.names,
@@ -441,7 +457,7 @@ def write_shards(concepts: Sequence[Concept], out: Path) -> list[Path]:
             data_page_version="1.0",
             compression="zstd",
             compression_level=19,
-            use_dictionary=["group", "subgroup", "split"],
+            use_dictionary=["group", "subgroup", "family", "split"],
             write_statistics=False,
             row_group_size=step,
         )
@@ -540,8 +556,11 @@ def build(cache: Path, out: Path) -> dict[str, Any]:
         "fluent": read_fluent(tarballs["fluent"], wanted),
     }
     concepts = attach_images(concepts, drawings)
-    families = find_families(concepts)
-    split_families(families)
+    families = group_by(concepts, family_keys)
+    for family in families:
+        for concept in family:
+            concept.family = family[0].hexcode
+    split_groups(group_by(concepts, twin_keys))
 
     out.mkdir(parents=True, exist_ok=True)
     shards = write_shards(concepts, out)

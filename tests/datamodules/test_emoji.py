@@ -49,7 +49,7 @@ def test_training_never_meets_what_is_held_out(data: Emoji) -> None:
 
 def test_test_sets_are_what_they_say(data: Emoji) -> None:
     sets = data.evaluation_sets("test")
-    assert list(sets) == ["vendor", "concept", "both"]
+    assert list(sets) == ["vendor", "concept", "both", "apart"]
     fluent, test = VENDORS.index("fluent"), set(np.flatnonzero(data.test_N).tolist())
     images = {name: all_ids(rows, "image") for name, rows in sets.items()}
     texts = {name: all_ids(rows, "text") for name, rows in sets.items()}
@@ -59,6 +59,11 @@ def test_test_sets_are_what_they_say(data: Emoji) -> None:
     assert concepts(images["concept"]) == concepts(images["both"]) == test
     assert len(texts["concept"]) == len(texts["both"]) == 200
     assert len(images["concept"]) == 600
+    families = [row["family"] for row in data.pack.rows]
+    trained = {families[i // 4] for i in all_ids(data.training_set(), "image")}
+    assert 200 < len(images["apart"]) < 600
+    assert not {families[i // 4] for i in images["apart"]} & trained
+    assert len(texts["apart"]) == 200
 
 
 def test_development_leaves_the_test_sets_alone() -> None:
@@ -129,7 +134,7 @@ def test_shuffled_captions_name_other_concepts_and_nothing_else_changes() -> Non
 
 def test_the_held_out_language_is_a_set_of_its_own() -> None:
     data = Emoji(languages=["en", "es", "fr"])
-    assert list(data.evaluation_sets("test")) == ["vendor", "concept", "both", "language"]
+    assert list(data.evaluation_sets("test")) == ["vendor", "concept", "both", "apart", "language"]
     rows = data.evaluation_sets("test")["language"]
     assert len(rows) > 1000
 

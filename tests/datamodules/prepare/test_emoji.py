@@ -89,17 +89,22 @@ def test_images_are_64_px_and_differ_between_vendors(images: Images, rows: Rows)
         assert len(seen) == len(emoji.VENDORS) and None not in seen, row["hexcode"]
 
 
-def test_families_stay_on_one_side_and_the_split_rebuilds(facts: Facts, images: Images, rows: Rows) -> None:
+def test_one_picture_is_never_on_both_sides_and_the_split_rebuilds(facts: Facts, images: Images, rows: Rows) -> None:
     concepts = [
         as_concept(row, {v: emoji.pixel_hash(images[row["hexcode"], v]) for v in emoji.VENDORS}) for row in rows
     ]
-    families = emoji.find_families(concepts)
+    families = emoji.group_by(concepts)
     assert len(families) == facts["counts"]["families"]
-    assert all(len({concept.split for concept in family}) == 1 for family in families)
+    assert [{row["family"] for row in rows if row["hexcode"] in {c.hexcode for c in family}} for family in families] == [
+        {family[0].hexcode} for family in families
+    ]
+    twins = emoji.group_by(concepts, emoji.twin_keys)
+    assert len(families) < len(twins) < len(concepts)
+    assert all(len({concept.split for concept in group}) == 1 for group in twins)
     committed = [concept.split for concept in concepts]
     for concept in concepts:
         concept.split = "train"
-    emoji.split_families(families)
+    emoji.split_groups(twins)
     assert [concept.split for concept in concepts] == committed
 
 
@@ -117,13 +122,13 @@ def test_families_stay_on_one_side_and_the_split_rebuilds(facts: Facts, images: 
 )
 def test_look_alikes_are_one_family(left: tuple[str, str], right: tuple[str, str]) -> None:
     pair = [emoji.Concept(code, "", "", "", {"en": name}, {"en": []}) for code, name in (left, right)]
-    assert len(emoji.find_families(pair)) == 1
+    assert len(emoji.group_by(pair)) == 1
 
 
 def test_a_role_keeps_its_meaning() -> None:
     roles = (("1F468-200D-1F692", "man firefighter"), ("1F468-200D-1F680", "man astronaut"))
     pair = [emoji.Concept(code, "", "", "", {"en": name}, {"en": []}) for code, name in roles]
-    assert len(emoji.find_families(pair)) == 2
+    assert len(emoji.group_by(pair)) == 2
 
 
 def test_tokenizer_round_trip_and_whole_words(rows: Rows, tokenizer: Tokenizer) -> None:
@@ -204,13 +209,13 @@ def test_fetch_trusts_the_hash_and_nothing_else(tmp_path: Path, monkeypatch: pyt
         emoji.fetch_package(emoji.Package("thing", "1.0", "0" * 64), tmp_path)
 
 
-def test_split_never_cuts_a_family() -> None:
+def test_split_never_cuts_a_group() -> None:
     def family(size: int, tag: str) -> list[emoji.Concept]:
         return [emoji.Concept(f"{tag}{index}", "", "", "", {"en": ""}, {}) for index in range(size)]
 
     families = [family(3, "A"), family(3, "B"), family(1, "C")]
-    emoji.split_families(families, test_concepts=4)
+    emoji.split_groups(families, test_concepts=4)
     assert all(len({concept.split for concept in one}) == 1 for one in families)
     assert sum(concept.split == "test" for one in families for concept in one) == 4
-    with pytest.raises(emoji.PrepareError, match="whole families"):
-        emoji.split_families([family(3, "A")], test_concepts=2)
+    with pytest.raises(emoji.PrepareError, match="whole groups"):
+        emoji.split_groups([family(3, "A")], test_concepts=2)
