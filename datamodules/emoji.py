@@ -24,8 +24,8 @@ from torchvision.io import ImageReadMode, decode_webp
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.datamodules.ledger import Ledger
 from descant.modules.batch import Batch
-from descant.modules.random import mix, mix_N, seeded, uniform_N
-from descant.modules.text import Bpe
+from descant.modules.random import mix, mix_N, seeded, uniform_N, uniform_NK
+from descant.modules.text import PAD, Bpe, Codec
 from descant.modules.transforms import Augment, Pixels, over_white, reduce_rgba
 
 PACK = Path(__file__).parent / "packs" / "emoji"
@@ -100,24 +100,32 @@ class Captions:
     """Token rows of concepts: a random caption for training, a fixed one for evaluation.
 
     Args:
-        pack, bpe: where texts and ids come from.
+        pack, codec: where texts and ids come from.
         languages: a sample's language is drawn from these (where the concept has a name in it).
         name_only: probability of a caption that is the name alone; others add a random part of the keywords.
         nameless: probability that a caption with keywords leaves the name out.
         grouped: probability that a random caption also says the concept's group and subgroup.
     """
 
-    def __init__(self, pack: Pack, bpe: Bpe, languages: Sequence[str], name_only: float, nameless: float, grouped: float = 0.0) -> None:
-        self.bpe, self.languages = bpe, tuple(languages)
+    def __init__(
+        self,
+        pack: Pack,
+        codec: Codec,
+        languages: Sequence[str],
+        name_only: float,
+        nameless: float,
+        grouped: float = 0.0,
+    ) -> None:
+        self.codec, self.languages = codec, tuple(languages)
         self.name_only, self.nameless, self.grouped = name_only, nameless, grouped
-        self.groups = [[bpe.ids(row[name].replace("-", " ")) for name in ("group", "subgroup")] for row in pack.rows]
+        self.groups = [[codec.ids(row[name].replace("-", " ")) for name in ("group", "subgroup")] for row in pack.rows]
         self.names: dict[str, list[list[int] | None]] = {}
         self.keywords: dict[str, list[list[list[int]]]] = {}
         for language in self.languages:
             names = [row["names"][language] for row in pack.rows]
-            self.names[language] = [bpe.ids(name) if name and name.strip() else None for name in names]
+            self.names[language] = [codec.ids(name) if name and name.strip() else None for name in names]
             words = [row["keywords"][language] or [] for row in pack.rows]
-            self.keywords[language] = [[bpe.ids(w) for w in ws if w.strip()] for ws in words]
+            self.keywords[language] = [[codec.ids(w) for w in ws if w.strip()] for ws in words]
 
     def has(self, concept: int) -> bool:
         return any(self.names[language][concept] for language in self.languages)
@@ -127,7 +135,7 @@ class Captions:
         language = next(lang for lang in self.languages if self.names[lang][concept])
         name = self.names[language][concept]
         assert name is not None
-        return self.bpe.row([name, *(self.keywords[language][concept] if keywords else ())])
+        return self.codec.row([name, *(self.keywords[language][concept] if keywords else ())])
 
     def random(self, concept: int, draw: int) -> list[int]:
         named = [lang for lang in self.languages if self.names[lang][concept]]
@@ -136,12 +144,12 @@ class Captions:
         assert name is not None
         groups = self.groups[concept] if mix(draw, "caption/group") % 1000 < self.grouped * 1000 else []
         if not words or mix(draw, "caption/form") % 1000 < self.name_only * 1000:
-            return self.bpe.row([name, *groups])
+            return self.codec.row([name, *groups])
         # a random order, of which a random number is kept: sets of words, not a list to learn by heart
         order = np.argsort(mix_N(np.arange(len(words)), draw, "caption/order"))
         kept = [words[k] for k in order[: 1 + mix(draw, "caption/count") % len(words)]]
         nameless = mix(draw, "caption/nameless") % 1000 < self.nameless * 1000
-        return self.bpe.row([*([] if nameless else [name]), *kept, *groups])
+        return self.codec.row([*([] if nameless else [name]), *kept, *groups])
 
 
 class EmojiSet(BatchDataset):
@@ -149,7 +157,8 @@ class EmojiSet(BatchDataset):
 
     Args:
         concept_N, vendor_N: what each row shows. image_N, text_N: bool, which side is there.
-        captions: of the text. size: of the pictures. random: captions drawn anew at each visit.
+        captions: of the text. random: drawn anew at each visit. token_dropout: share of their tokens left out.
+        size: of the pictures.
         shuffle: captions of other concepts, by a fixed permutation (a control).
         views: 2 for a second picture, the same concept by a vendor drawn from ``vendors``.
     """
@@ -168,6 +177,7 @@ class EmojiSet(BatchDataset):
         size: int,
         shuffle: bool = False,
         random: bool = False,
+        token_dropout: float = 0.0,
         keywords: bool = True,
         views: int = 1,
         vendors: Sequence[str] = (),
@@ -178,6 +188,7 @@ class EmojiSet(BatchDataset):
         self.pack, self.captions, self.random, self.keywords = pack, captions, random, keywords
         self.concept_N, self.vendor_N, self.image_N, self.text_N = concept_N, vendor_N, image_N, text_N
         self.key_N, self.label, self.size, self.views = key_N, label, size, views
+        self.token_dropout = token_dropout
         self.vendors, self.transform = vendors, transform
         self.told_N = concept_N  # whose captions each row carries
         if shuffle:
@@ -210,8 +221,16 @@ class EmojiSet(BatchDataset):
                 for c, d in zip(self.told_N[index_B], draw_B, strict=True)
             ]
         )
+        if self.token_dropout > 0:
+            inputs["text"] = self._drop_tokens(inputs["text"], draw_B)
         targets = {name: torch.from_numpy(label_N[concept_B]) for name, label_N in self.label.items()}
         return Rows(inputs, targets, torch.from_numpy(self.key_N[self.told_N[index_B]]))
+
+    def _drop_tokens(self, x_BT: Tensor, draw_B: np.ndarray) -> Tensor:
+        """Tokens become padding at random, but never ``<bos>``: a caption keeps at least that."""
+        u_BT = uniform_NK(draw_B, [f"caption/token{t}" for t in range(x_BT.shape[1])])
+        u_BT[:, 0] = 1.0
+        return x_BT.masked_fill(u_BT < self.token_dropout, PAD)
 
     def _images(self, concept_B: np.ndarray, vendor_B: np.ndarray, draw_B: np.ndarray, stream: str) -> Tensor:
         chosen = {v: self.pack.reduced(VENDORS[v], self.size) for v in np.unique(vendor_B)}
@@ -230,9 +249,10 @@ class Emoji(DataModule):
 
     Evaluation sets: "validate" has ``val`` (drawings kept out of training, among the names of all training concepts);
     "test" has ``vendor`` (Fluent's drawings of training concepts, among all names of the pack), ``concept`` (the 200
-    held-out concepts as the training vendors draw them, among their 200 names), ``both`` (the same as Fluent draws them)
-    and ``apart`` (as ``concept``, only pictures of concepts without a relative in training: no "man running" where
-    "woman running" was trained on), and with more than one training language ``language`` (pictures of training concepts among their names in pt).
+    held-out concepts as the training vendors draw them, among their 200 names), ``both`` (the same as Fluent draws
+    them) and ``apart`` (as ``concept``, only pictures of concepts without a relative in training: no "man running"
+    where "woman running" was trained on); with more than one training language also ``language`` (pictures of training
+    concepts among their names in pt).
 
     Args:
         batch_size: rows of one whole optimizer step.
@@ -241,12 +261,13 @@ class Emoji(DataModule):
         drop: modality -> probability that a training sample is made absent.
         tiny: a small synthetic stand-in of the same shapes.
         size: pixels of the pictures that towers see.
-        length: tokens of a caption.
+        text: how captions become token ids; the pack's own BPE with rows of 24 where not given.
         languages: of the training captions.
         vendors: whose drawings are trained on.
         name_only: probability that a training caption is the name alone.
         nameless: probability that a training caption of keywords lacks the name.
         grouped: probability that a training caption also says the concept's group and subgroup.
+        token_dropout: probability that a token of a training caption is left out (becomes padding).
         keywords: whether evaluation captions hold the keywords beside the name.
         augment: training's view of a picture, on the device, a whole batch at once.
         transform: a per-sample torchvision v2 transform of the uint8 RGBA picture before that, or none.
@@ -265,12 +286,13 @@ class Emoji(DataModule):
         drop: dict[str, float] | None = None,
         tiny: bool = False,
         size: int = 32,
-        length: int = 24,
+        text: Codec | None = None,
         languages: list[str] | None = None,
         vendors: list[str] | None = None,
         name_only: float = 0.3,
         nameless: float = 0.2,
         grouped: float = 0.0,
+        token_dropout: float = 0.0,
         keywords: bool = True,
         augment: Augment | None = None,
         transform: nn.Module | None = None,
@@ -280,9 +302,10 @@ class Emoji(DataModule):
         folder: str | None = None,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers, drop, tiny)
-        self.size, self.length, self.languages = size, length, languages or ["en"]
+        self.size, self.text, self.languages = size, text, languages or ["en"]
         self.vendors = vendors or ["noto", "twemoji", "openmoji"]
         self.name_only, self.nameless, self.grouped, self.keywords = name_only, nameless, grouped, keywords
+        self.token_dropout = token_dropout
         self.augment, self.transform, self.views = augment or Augment(size), transform, views or {}
         self.augment_2 = self.augment.stream_copy("image@2")
         self.pixels = Pixels(size)
@@ -315,12 +338,12 @@ class Emoji(DataModule):
         return json.loads((self.folder / "pack.json").read_text(encoding="utf-8"))
 
     @cached_property
-    def bpe(self) -> Bpe:
-        return Bpe(self.folder / "tokenizer.json", self.length)
+    def codec(self) -> Codec:
+        return self.text or Bpe(self.folder / "tokenizer.json")
 
     @cached_property
     def captions(self) -> Captions:
-        return Captions(self.pack, self.bpe, self.languages, self.name_only, self.nameless, self.grouped)
+        return Captions(self.pack, self.codec, self.languages, self.name_only, self.nameless, self.grouped)
 
     @cached_property
     def test_N(self) -> np.ndarray:
@@ -396,6 +419,7 @@ class Emoji(DataModule):
             rows,
             shuffle=self.shuffle_captions,
             random=True,
+            token_dropout=self.token_dropout,
             views=self.views.get("image", 1),
             vendors=self.vendors,
             transform=self.transform,
@@ -429,7 +453,7 @@ class Emoji(DataModule):
         sets["apart"] = self._set([(c, v, c in apart, text) for c, v, _, text in drawn])
         held = str(self.manifest["held_out_language"])
         if len(self.languages) > 1 and held not in self.languages:
-            captions = Captions(self.pack, self.bpe, [held], 1.0, 0.0)
+            captions = Captions(self.pack, self.codec, [held], 1.0, 0.0)
             named = [int(c) for c in seen if captions.has(int(c))]
             sets["language"] = self._set([(c, self.vendors[0], True, True) for c in named], captions)
         return sets
@@ -441,7 +465,7 @@ class Emoji(DataModule):
         names = self.classes[target]
         forms = ("{}", "a picture of {}", "{}, emoji")
         spoken = [name.replace("-", " ") for name in names]
-        return torch.stack([self.bpe([form.format(name) for form in forms]) for name in spoken]), names
+        return torch.stack([self.codec([form.format(name) for form in forms]) for name in spoken]), names
 
     def describe(self, index: int) -> str:
         return str(self.pack.rows[index // len(VENDORS)]["names"]["en"])

@@ -29,7 +29,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (wheel,) = place.glob("descant-*.whl")
     target = place / "site"
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)], check=True
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)],
+        check=True,
     )
     return target
 
@@ -45,7 +46,12 @@ def run(installed: Path, folder: Path, *args: str) -> subprocess.CompletedProces
 
 
 def test_the_wheel_holds_real_files_packs_and_experiments(installed: Path) -> None:
-    for part in ("recipes/contrastive.py", "modules/step.py", "experiments/base.yaml", "experiments/contrastive/emoji.yaml"):
+    for part in (
+        "recipes/contrastive.py",
+        "modules/step.py",
+        "experiments/base.yaml",
+        "experiments/contrastive/emoji.yaml",
+    ):
         assert (installed / "descant" / part).is_file()
         assert not (installed / "descant" / part).is_symlink()
     assert (installed / "descant/datamodules/packs/emoji/emoji-0.parquet").is_file()

@@ -391,9 +391,9 @@ def group_by(
     return list(families.values())
 
 
-# 6. Split: concepts in the order of a salted hash, until exactly 200 are held out; what shares a picture stays together.
-# A held-out concept may have relatives in training (a woman runs, a man runs): its family is stored, so that those
-# without any can be judged apart.
+# 6. Split: concepts in the order of a salted hash, until exactly 200 are held out; what shares a picture stays
+# together. A held-out concept may have relatives in training (a woman runs, a man runs): its family is stored, so that
+# those without any can be judged apart.
 
 
 def split_groups(groups: Sequence[list[Concept]], test_concepts: int = TEST_CONCEPTS) -> None:

@@ -117,7 +117,7 @@ def test_captions_vary_and_carry_the_name(data: Emoji) -> None:
     concept = next(i for i, row in enumerate(data.pack.rows) if len(row["keywords"]["en"]) > 3)
     seen = {tuple(captions.random(concept, draw)) for draw in range(50)}
     assert len(seen) > 10
-    name = tuple(captions.bpe.row([captions.bpe.ids(data.pack.rows[concept]["names"]["en"])]))
+    name = tuple(captions.codec.row([captions.codec.ids(data.pack.rows[concept]["names"]["en"])]))
     assert name in seen
     assert tuple(captions.fixed(concept, keywords=False)) == name
 
@@ -130,6 +130,16 @@ def test_shuffled_captions_name_other_concepts_and_nothing_else_changes() -> Non
     window = next(iter(Order(len(plain), 16, 0)))
     assert torch.equal(plain[window].inputs["image"], control[window].inputs["image"])
     assert not torch.equal(plain[window].inputs["text"], control[window].inputs["text"])
+
+
+def test_token_dropout_leaves_out_its_share_and_no_other_token_changes() -> None:
+    plain, dropped = Emoji().training_set(), Emoji(token_dropout=0.25).training_set()
+    window = next(iter(Order(len(plain), 256, 0)))
+    before, after = plain[window].inputs["text"], dropped[window].inputs["text"]
+    gone = before != after
+    assert not after[gone].any()
+    assert torch.equal(before[:, 0], after[:, 0])
+    assert float(gone.sum() / (before[:, 1:] != 0).sum()) == pytest.approx(0.25, abs=0.04)
 
 
 def test_the_held_out_language_is_a_set_of_its_own() -> None:
@@ -221,4 +231,4 @@ def test_an_unknown_language_is_named() -> None:
 
 def test_an_empty_caption_is_refused(data: Emoji) -> None:
     with pytest.raises(ValueError, match="empty caption"):
-        data.bpe.ids("  ")
+        data.codec.ids("  ")

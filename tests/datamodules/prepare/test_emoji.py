@@ -95,9 +95,9 @@ def test_one_picture_is_never_on_both_sides_and_the_split_rebuilds(facts: Facts,
     ]
     families = emoji.group_by(concepts)
     assert len(families) == facts["counts"]["families"]
-    assert [{row["family"] for row in rows if row["hexcode"] in {c.hexcode for c in family}} for family in families] == [
-        {family[0].hexcode} for family in families
-    ]
+    assert [
+        {row["family"] for row in rows if row["hexcode"] in {c.hexcode for c in family}} for family in families
+    ] == [{family[0].hexcode} for family in families]
     twins = emoji.group_by(concepts, emoji.twin_keys)
     assert len(families) < len(twins) < len(concepts)
     assert all(len({concept.split for concept in group}) == 1 for group in twins)
