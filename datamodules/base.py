@@ -122,6 +122,8 @@ class DataModule(L.LightningDataModule):
                 raise ValueError(f"drop: no modality {modality!r}; this data has {', '.join(self.modalities)}")
             if not 0 <= probability <= 1:
                 raise ValueError(f"drop: {modality} {probability} is not a probability")
+            if probability == 1:
+                raise ValueError(f"drop: {modality} 1: all samples would lack it, so nothing could be learned of it")
 
     # what a corpus is ------------------------------------------------------------------------------------------
 

@@ -259,7 +259,7 @@ class Emoji(DataModule):
         eval_batch_size: rows of an evaluation batch on each rank.
         num_workers: processes that read ahead; the pack is in memory, so 0 is best.
         drop: modality -> probability that a training sample is made absent.
-        tiny: a small synthetic stand-in of the same shapes.
+        tiny: a twelfth of the pack, for tests and for `check`.
         size: pixels of the pictures that towers see.
         text: how captions become token ids; the pack's own BPE with rows of 24 where not given.
         languages: of the training captions.

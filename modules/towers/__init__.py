@@ -5,11 +5,12 @@ The libraries behind ``TimmTower`` and ``TransformersTower`` are imported when o
 
 from descant.modules.towers.base import Frozen, Tokens, Tower, Towers
 from descant.modules.towers.image import ConvTower, PatchTower
-from descant.modules.towers.text import TextTower
+from descant.modules.towers.text import BagTower, TextTower
 from descant.modules.towers.timm import TimmTower
 from descant.modules.towers.transformers import TransformersTower
 
 __all__ = [
+    "BagTower",
     "ConvTower",
     "Frozen",
     "PatchTower",

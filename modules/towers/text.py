@@ -89,3 +89,30 @@ def _longest(mask_BT: Tensor) -> int:
     """Columns up to the last one in which any text has a token; at least 1."""
     columns = mask_BT.any(dim=0).nonzero()
     return int(columns[-1]) + 1 if len(columns) else 1
+
+
+class BagTower(Tower):
+    """A bag of token embeddings: one token a text, ``h_b = mean over real tokens of embedding(x_bt)``.
+
+    ``x_BT -> [B, 1, width]``; a text without a real token has none, and zeros. As a mean pool over the embeddings would
+    give, but summed where they lie: for rows of eighty n-grams, about a tenth of the time.
+
+    Args:
+        vocab: number of token ids.
+        width: D.
+
+    >>> tower = BagTower(vocab=9, width=4)
+    >>> h_B1D, mask_B1 = tower(torch.tensor([[1, 5, 0], [0, 0, 0]]))
+    >>> torch.allclose(h_B1D[0, 0], tower.embedding.weight[[1, 5]].mean(0)), mask_B1.flatten().tolist()
+    (True, [True, False])
+    """
+
+    def __init__(self, vocab: int, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.embedding = nn.EmbeddingBag(vocab, width, mode="mean", padding_idx=PAD)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
+        x_BT = x if mask is None else x.masked_fill(~mask, PAD)
+        return Tokens(self.embedding(x_BT)[:, None], (x_BT != PAD).any(dim=1, keepdim=True))

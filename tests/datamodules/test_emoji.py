@@ -215,6 +215,7 @@ def test_many_undecodable_images_in_a_row_are_an_error(tmp_path: Path) -> None:
         ({"vendors": ["apple"]}, "vendors: 'apple' is not one of"),
         ({"drop": {"audio": 0.5}}, "drop: no modality 'audio'"),
         ({"drop": {"text": 1.5}}, "drop: text 1.5 is not a probability"),
+        ({"drop": {"text": 1.0}}, "drop: text 1: all samples would lack it"),
         ({"batch_size": 1}, "batch_size 1"),
         ({"views": {"text": 2}}, "views: 'text' is not one of image"),
     ],

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from descant.modules.towers import TextTower
+from descant.modules.heads import MeanPool
+from descant.modules.towers import BagTower, TextTower
 from tests.modules.towers import _asserts
 
 X = torch.tensor(
@@ -87,3 +88,32 @@ def test_depth_0_is_a_bag():
 def test_a_longer_text_is_refused_in_one_line():
     with pytest.raises(ValueError, match="length 8: a text of 9 tokens does not fit"):
         text()(torch.ones(1, 9, dtype=torch.long))
+
+
+def test_a_bag_is_the_mean_of_its_embeddings():
+    """Value and gradient equal those of a text tower without blocks, pooled by the mean."""
+    slow = text(depth=0)
+    fast = BagTower(vocab=12, width=16)
+    fast.embedding.weight.data.copy_(slow.embedding.weight.data)
+    x = torch.cat([X, torch.zeros(1, 8, dtype=torch.long)])
+    outs = [MeanPool()(tower(x)) for tower in (slow, fast)]
+    torch.testing.assert_close(*outs)
+    weight = torch.randn(outs[0].shape, generator=torch.Generator().manual_seed(0))
+    grads = [
+        torch.autograd.grad((h_BD * weight).sum(), tower.embedding.weight)[0]
+        for h_BD, tower in zip(outs, (slow, fast), strict=True)
+    ]
+    torch.testing.assert_close(*grads)
+    assert fast(x).mask_BT.flatten().tolist() == [True] * 4 + [False]
+
+
+def test_bag_properties():
+    torch.manual_seed(0)
+    tower = BagTower(vocab=12, width=16)
+    _asserts.check_tokens(tower, X, 1)
+    _asserts.check_rows_independent(tower, X)
+    _asserts.check_deterministic(tower, X)
+    _asserts.check_frozen(tower, X)
+    _asserts.check_every_gradient(tower, X)
+    masked = tower(X.where(X != 9, 3), X != 9)
+    torch.testing.assert_close(masked.h_BTD, tower(X.where(X != 9, 0)).h_BTD)
