@@ -57,6 +57,9 @@ class EMA(L.Callback):
     [0.182, 0.25, 0.5, 0.5]
     """
 
+    #: Said twice (by an experiment and an overlay), the last one counts.
+    once = True
+
     def __init__(self, decay: float = 0.999, warmup: bool = True, start: int = 0) -> None:
         if not 0 <= decay <= 1:
             raise ValueError(f"decay {decay} is not between 0 and 1")

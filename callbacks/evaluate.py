@@ -549,6 +549,9 @@ class Geometry(Judge):
     ValueError: Geometry: limit 1 makes no pair; 2 is the least
     """
 
+    #: Said twice (by an experiment and an overlay), the last one counts.
+    once = True
+
     def __init__(self, pairs: list[list[str]] | None = None, limit: int = 4096) -> None:
         super().__init__()
         self.pairs, self.limit = _checked(self, pairs), limit

@@ -58,6 +58,9 @@ class RetrievalPictures(Judge):
     ValueError: RetrievalPictures: queries 8 and top 0: 1 is the least
     """
 
+    #: Said twice (by an experiment and an overlay), the last one counts.
+    once = True
+
     def __init__(self, queries: int = 8, top: int = 5, pair: list[str] | None = None) -> None:
         super().__init__()
         self.queries, self.top, self.pair = queries, top, pair or ["image", "text"]
@@ -128,6 +131,9 @@ class Projector(Judge):
     Traceback (most recent call last):
     ValueError: Projector: 40000 pictures of 48 pixels make a sheet of 9600; the projector draws up to 8192
     """
+
+    #: Said twice (by an experiment and an overlay), the last one counts.
+    once = True
 
     def __init__(self, limit: int = 2000, size: int = 48) -> None:
         super().__init__()

@@ -54,6 +54,9 @@ class Progress(ProgressBar):
         ValueError: if ``refresh`` is negative or ``lines_every`` is not positive.
     """
 
+    #: Said twice (by an experiment and an overlay), the last one counts.
+    once = True
+
     def __init__(self, metric: str | None = None, refresh: float = 0.5, lines_every: int | None = None) -> None:
         super().__init__()
         if refresh < 0:

@@ -41,6 +41,9 @@ class Report(L.Callback):
     At the end of a command the table shows what that command measured: a row a set, a column a metric.
     """
 
+    #: Said twice (by an experiment and an overlay), the last one counts.
+    once = True
+
     def __init__(self) -> None:
         super().__init__()
         self.values: dict[str, float] = {}

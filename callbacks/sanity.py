@@ -20,6 +20,9 @@ class Sanity(L.Callback):
     test may want any of these.
     """
 
+    #: Said twice (by an experiment and an overlay), the last one counts.
+    once = True
+
     def __init__(self) -> None:
         super().__init__()
         self._look = False

@@ -195,6 +195,9 @@ class Throughput(L.Callback):
         ValueError: if ``peak_flops`` is not positive.
     """
 
+    #: Said twice (by an experiment and an overlay), the last one counts.
+    once = True
+
     def __init__(self, peak_flops: float | None = None) -> None:
         if peak_flops is not None and not peak_flops > 0:
             raise ValueError(f"peak_flops {peak_flops} is not a positive number of FLOP/s")

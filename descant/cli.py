@@ -123,7 +123,7 @@ class DescantCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         # first: its folder must say what it is before anything else is written to it
         given = config.get("callbacks") or []
-        config["callbacks"] = [self.folder, *(given if isinstance(given, list) else [given])]
+        config["callbacks"] = [self.folder, *once(given if isinstance(given, list) else [given])]
         if self.subcommand == "predict":
             config["callbacks"].append(Predictions(self.place.folder))
         if self.checking is not None:
@@ -140,6 +140,12 @@ class DescantCLI(LightningCLI):
     def after_fit(self) -> None:
         if self.options.test and not self.trainer.interrupted:
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+
+
+def once(callbacks: list[L.Callback]) -> list[L.Callback]:
+    """Of callbacks that make sense once only (``once = True``), the last of each class: overlays override."""
+    last = {type(callback): callback for callback in callbacks}
+    return [c for c in callbacks if not getattr(c, "once", False) or last[type(c)] is c]
 
 
 def _placed(value: Any, place: str) -> Any:

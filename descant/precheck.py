@@ -178,6 +178,11 @@ class _Walk:
             ours = names.full(name)
             if ours is not None:
                 names.import_path(ours)
+            same = signatures.namesakes(classes, name)
+            if len(same) > 1:
+                raise Refusal(
+                    f"{_at(node, path)}: {name} is the name of {' and '.join(same)}: give the full path of one"
+                )
             known = signatures.subclasses(classes)
             if name not in known and ours is None:
                 near = hint(name, {**known, **dict.fromkeys(names.table())}) if known else ""

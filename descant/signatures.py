@@ -82,6 +82,12 @@ def subclasses(classes: tuple[type, ...]) -> dict[str, str]:
     return {path.rpartition(".")[2]: path for cls in classes for path in get_all_subclass_paths(cls)}
 
 
+def namesakes(classes: tuple[type, ...], name: str) -> list[str]:
+    """The full paths of loaded subclasses that carry a short name; more than one where another package has it too."""
+    paths = {path for cls in classes for path in get_all_subclass_paths(cls)}
+    return sorted(path for path in paths if path.rpartition(".")[2] == name)
+
+
 def parts(hint: Any) -> Iterator[Any]:
     """The members of a union, or the type itself; annotations and aliases are looked through."""
     if hasattr(hint, "__value__"):

@@ -26,7 +26,7 @@ model:
   init_args:
     image: {class_path: tests.toys.ToyTower, init_args: {width: 8, depth: 2}}
     text: {class_path: tests.toys.ToyTower, init_args: {width: 8}}
-    optimizer: {class_path: AdamW, init_args: {lr: 0.01}}
+    optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.01}}
 data:
   class_path: tests.toys.ToyData
   init_args: {batch_size: 8}

@@ -212,3 +212,27 @@ def test_check_refuses_what_fit_refuses_at_setup(toy: Cli) -> None:
 
 def test_help_of_the_console_script() -> None:
     assert main(["--version"]) == 0
+
+
+def test_a_callback_said_twice_is_there_once_with_the_last_arguments(
+    toy: Callable[..., Result], workplace: Path
+) -> None:
+    lines = "trainer:\n  callbacks+:\n    - {class_path: EMA, init_args: {decay: DECAY}}\n"
+    for name, decay in (("one", "0.5"), ("two", "0.9")):
+        (workplace / f"{name}.yaml").write_text(lines.replace("DECAY", decay))
+    result = toy("fit", "--config", "one.yaml", "--config", "two.yaml", "--trainer.max_steps", "1")
+    assert result.rc == 0, result.err
+    from descant.callbacks import EMA, Retrieval
+    from descant.cli import once
+
+    first, last = EMA(0.5), EMA(0.9)
+    judges = [Retrieval(), Retrieval()]
+    assert once([first, *judges, last]) == [*judges, last]
+
+
+def test_a_short_name_of_two_packages_is_refused_with_both(toy: Callable[..., Result]) -> None:
+    import bitsandbytes  # noqa: F401  # brings another AdamW
+
+    line = toy("fit", "--model.optimizer", "AdamW").refusal
+    assert "bitsandbytes.optim" in line
+    assert "torch.optim" in line

@@ -317,7 +317,7 @@ REFUSALS = [
     (lambda: Quantize(skip=["qvk"]).apply(recipe_of()), "skip 'qvk': .* did you mean qkv"),
     (lambda: Quantize().apply(adapted()), "put Quantize before Lora"),
     (
-        lambda: Checkpointing().apply(recipe_of(text=TextTower(9, 8, 0, 1, 4))),
+        lambda: Checkpointing(towers=["text"]).apply(recipe_of(text=TextTower(9, 8, 0, 1, 4))),
         "tower text has no blocks",
     ),
     (lambda: Shard(dtype="bfloat"), "dtype 'bfloat': .* mean bfloat16"),  # type: ignore[arg-type]
