@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from descant.datamodules.order import Order, Slot, Window
 from descant.modules.batch import Batch
-from descant.modules.random import mix, uniform_N
+from descant.modules.random import mix_N, uniform_N
 
 
 class BatchDataset(Dataset[Batch]):
@@ -52,7 +52,9 @@ class BatchDataset(Dataset[Batch]):
         return index_B
 
     def draws(self, slots: Sequence[Slot]) -> np.ndarray:
-        return np.array([mix(self.seed, "sample", s.epoch, s.sample) for s in slots], dtype=np.int64)
+        """``mix(seed, "sample", epoch, sample)`` of each slot."""
+        epoch_N, sample_N = (np.array(column, dtype=np.uint64) for column in list(zip(*slots, strict=True))[:2])
+        return mix_N(np.array([self.seed]), "sample", epoch_N, sample_N)
 
     def presence(self, slots: Sequence[Slot], draw_N: np.ndarray) -> dict[str, Tensor]:
         """``present`` less what the policy drops and what is padding: a pure function of (seed, epoch, index)."""
@@ -64,8 +66,7 @@ class BatchDataset(Dataset[Batch]):
         return {modality: mask_N & real_N for modality, mask_N in present.items()}
 
     def __getitem__(self, window: Window) -> Batch:
-        draw_G = self.draws(window.step)
-        step = self.presence(window.step, draw_G)
+        step = self.presence(window.step, self.draws(window.step))
         draw_B = self.draws(window.slots)
         index_B = np.array([s.sample for s in window.slots])
         rows = self.rows(index_B, draw_B)

@@ -24,7 +24,7 @@ from torchvision.io import ImageReadMode, decode_webp
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.datamodules.ledger import Ledger
 from descant.modules.batch import Batch
-from descant.modules.random import mix, mix_N, seeded, uniform_N, uniform_NK
+from descant.modules.random import seeded, uniform_N, uniform_NK
 from descant.modules.text import PAD, Bpe, Codec
 from descant.modules.transforms import Augment, Pixels, over_white, reduce_rgba
 
@@ -126,6 +126,7 @@ class Captions:
             self.names[language] = [codec.ids(name) if name and name.strip() else None for name in names]
             words = [row["keywords"][language] or [] for row in pack.rows]
             self.keywords[language] = [[codec.ids(w) for w in ws if w.strip()] for ws in words]
+        self.most = max(len(words) for lists in self.keywords.values() for words in lists)
 
     def has(self, concept: int) -> bool:
         return any(self.names[language][concept] for language in self.languages)
@@ -137,19 +138,26 @@ class Captions:
         assert name is not None
         return self.codec.row([name, *(self.keywords[language][concept] if keywords else ())])
 
-    def random(self, concept: int, draw: int) -> list[int]:
+    def random(self, concept_B: np.ndarray, draw_B: np.ndarray) -> list[list[int]]:
+        """A caption of each concept, drawn from the sample's own key: language, form, and which keywords."""
+        u_BF = uniform_NK(draw_B, [f"caption/{w}" for w in ("language", "form", "count", "nameless", "group")]).tolist()
+        u_BK = uniform_NK(draw_B, [f"caption/keyword{k}" for k in range(self.most)]).numpy()
+        return [self._caption(int(c), *u_F, u_K) for c, u_F, u_K in zip(concept_B, u_BF, u_BK, strict=True)]
+
+    def _caption(
+        self, concept: int, language: float, form: float, count: float, nameless: float, group: float, u_K: np.ndarray
+    ) -> list[int]:
         named = [lang for lang in self.languages if self.names[lang][concept]]
-        language = named[mix(draw, "caption/language") % len(named)] if len(named) > 1 else named[0]
-        name, words = self.names[language][concept], self.keywords[language][concept]
+        chosen = named[int(language * len(named))]
+        name, words = self.names[chosen][concept], self.keywords[chosen][concept]
         assert name is not None
-        groups = self.groups[concept] if mix(draw, "caption/group") % 1000 < self.grouped * 1000 else []
-        if not words or mix(draw, "caption/form") % 1000 < self.name_only * 1000:
+        groups = self.groups[concept] if group < self.grouped else []
+        if not words or form < self.name_only:
             return self.codec.row([name, *groups])
         # a random order, of which a random number is kept: sets of words, not a list to learn by heart
-        order = np.argsort(mix_N(np.arange(len(words)), draw, "caption/order"))
-        kept = [words[k] for k in order[: 1 + mix(draw, "caption/count") % len(words)]]
-        nameless = mix(draw, "caption/nameless") % 1000 < self.nameless * 1000
-        return self.codec.row([*([] if nameless else [name]), *kept, *groups])
+        order = u_K[: len(words)].argsort()
+        kept = [words[k] for k in order[: 1 + int(count * len(words))]]
+        return self.codec.row([*([] if nameless < self.nameless else [name]), *kept, *groups])
 
 
 class EmojiSet(BatchDataset):
@@ -215,16 +223,16 @@ class EmojiSet(BatchDataset):
             choice_B = torch.floor(uniform_N(draw_B, "view/vendor") * len(self.vendors)).long().numpy()
             chosen = np.array([VENDORS.index(v) for v in self.vendors])[choice_B]
             inputs["image@2"] = self._images(concept_B, chosen, draw_B, "image@2")
-        inputs["text"] = torch.tensor(
-            [
-                self.captions.random(int(c), int(d)) if self.random else self.captions.fixed(int(c), self.keywords)
-                for c, d in zip(self.told_N[index_B], draw_B, strict=True)
-            ]
-        )
+        told_B = self.told_N[index_B]
+        if self.random:
+            captions = self.captions.random(told_B, draw_B)
+        else:
+            captions = [self.captions.fixed(int(c), self.keywords) for c in told_B]
+        inputs["text"] = torch.from_numpy(np.array(captions))  # a list of lists costs torch thrice as long
         if self.token_dropout > 0:
             inputs["text"] = self._drop_tokens(inputs["text"], draw_B)
         targets = {name: torch.from_numpy(label_N[concept_B]) for name, label_N in self.label.items()}
-        return Rows(inputs, targets, torch.from_numpy(self.key_N[self.told_N[index_B]]))
+        return Rows(inputs, targets, torch.from_numpy(self.key_N[told_B]))
 
     def _drop_tokens(self, x_BT: Tensor, draw_B: np.ndarray) -> Tensor:
         """Tokens become padding at random, but never ``<bos>``: a caption keeps at least that."""

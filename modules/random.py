@@ -18,6 +18,7 @@ _MASK = 0xFFFFFFFFFFFFFFFF
 _GOLDEN, _M1, _M2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
+@lru_cache(maxsize=65536)
 def salt(purpose: str) -> int:
     """A 64-bit number for a purpose such as ``"augment/image"``: the same in every process and version."""
     return int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "little")

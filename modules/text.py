@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -111,7 +110,7 @@ class Ngrams(Codec):
         self.n, self.vocabulary, self.comma = n, buckets, []
 
     def _bucket(self, piece: str) -> int:
-        return SPECIAL + _salt(piece) % (self.vocabulary - SPECIAL)
+        return SPECIAL + salt(piece) % (self.vocabulary - SPECIAL)
 
     def encode(self, text: str) -> list[int]:
         found: dict[int, None] = {}
@@ -122,8 +121,3 @@ class Ngrams(Codec):
                 for start in range(len(ends) - self.n + 1):
                     found[self._bucket(ends[start : start + self.n])] = None
         return list(found)
-
-
-@lru_cache(maxsize=65536)
-def _salt(piece: str) -> int:
-    return salt(piece)

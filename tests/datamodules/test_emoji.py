@@ -115,7 +115,8 @@ def test_the_second_view_is_the_same_concept(data: Emoji) -> None:
 def test_captions_vary_and_carry_the_name(data: Emoji) -> None:
     captions = data.captions
     concept = next(i for i, row in enumerate(data.pack.rows) if len(row["keywords"]["en"]) > 3)
-    seen = {tuple(captions.random(concept, draw)) for draw in range(50)}
+    draws = np.arange(50)
+    seen = {tuple(row) for row in captions.random(np.full(50, concept), draws)}
     assert len(seen) > 10
     name = tuple(captions.codec.row([captions.codec.ids(data.pack.rows[concept]["names"]["en"])]))
     assert name in seen
