@@ -156,17 +156,25 @@ class Augment(nn.Module):
         if x.shape[-1] >= 2 * self.size:  # sampling every second pixel would alias: average down first
             x = F.avg_pool2d(x, x.shape[-1] // self.size)
         x = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        if channels == 4:
-            coloured, *rgb = self._u(draw_B, device, "background", "back0", "back1", "back2")
-            back = torch.stack(rgb, dim=-1) * 0.5 + 0.5
-            back = torch.where((coloured < 2 * self.background - 1)[:, None], back, torch.ones_like(back))
-            x = x[:, :3] + back[:, :, None, None] * (1 - x[:, 3:])
         mix, offset = self.mixing(draw_B, device)
-        x = torch.baddbmm(offset[:, :, None], mix, (x * 2 - 1).flatten(2)).view(rows, 3, self.size, self.size)
+        # colours go from 0..1 to -1..1 and are mixed: M (2x - 1) + c. Over a background b, x is rgb + b (1 - alpha):
+        # all of it is one affine map of the channels, and pixels are read once
+        offset = offset - mix.sum(dim=2)
+        mix = 2 * mix
+        if channels == 4:
+            behind = (mix @ self._background(draw_B, device)[:, :, None]).squeeze(2)
+            mix, offset = torch.cat([mix, -behind[:, :, None]], dim=2), offset + behind
+        x = torch.baddbmm(offset[:, :, None], mix, x.flatten(2)).view(rows, 3, self.size, self.size)
         if self.texture > 0:
             x = self._filter(x, draw_B)
-        x = x.clamp(-1, 1)
+        x = x.clamp_(-1, 1)
         return self._erase(x, draw_B) if self.erase > 0 else x
+
+    def _background(self, draw_B: Tensor, device: torch.device) -> Tensor:
+        """The colour behind each picture: white, or random, ``[B, 3]``."""
+        coloured, *rgb = self._u(draw_B, device, "background", "back0", "back1", "back2")
+        back = torch.stack(rgb, dim=-1) * 0.5 + 0.5
+        return torch.where((coloured < 2 * self.background - 1)[:, None], back, torch.ones_like(back))
 
     def _filter(self, x: Tensor, draw_B: Tensor) -> Tensor:
         """``b * x + (1 - b) * conv(x, w)`` with ``w`` a random 3 x 3 filter between all channels of each sample."""
