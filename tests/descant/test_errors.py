@@ -37,13 +37,13 @@ MISTAKES = [
         "optimiser:",
         "toy.yaml:7: model.optimiser: ToyRecipe has no such key; nearest: optimizer",
     ),
-    ("AdamW", "AdmaW", "toy.yaml:7: model.optimizer: no class AdmaW of kind Optimizer; nearest: AdamW"),
+    ("torch.optim.AdamW", "AdmaW", "toy.yaml:7: model.optimizer: no class AdmaW of kind Optimizer; nearest: AdamW"),
     (
-        "AdamW",
+        "torch.optim.AdamW",
         "torch.optim.AdmaW",
         "toy.yaml:7: model.optimizer: there is no torch.optim.AdmaW; nearest: AdamW",
     ),
-    ("AdamW", "torch.nn.Linear", "toy.yaml:7: model.optimizer: torch.nn.Linear is not of kind Optimizer"),
+    ("torch.optim.AdamW", "torch.nn.Linear", "toy.yaml:7: model.optimizer: torch.nn.Linear is not of kind Optimizer"),
     (
         "toys.ToyRecipe",
         "toys.ToyRecpe",

@@ -60,7 +60,7 @@ def test_a_class_outside_the_list_is_neither_built_nor_imported(
     spec = f"{{class_path: {path}, init_args: {{command: touch {sentinel}}}}}"
     text = {
         "tower": TOY.replace(TOWER, spec),
-        "optimizer": TOY.replace("AdamW", path),
+        "optimizer": TOY.replace("torch.optim.AdamW", path),
         "callback": TOY.replace("max_epochs: 2", f"callbacks+: [{spec}]"),
         "model": TOY.replace("tests.toys.ToyRecipe", path),
         "loose": TOY.replace("max_epochs: 2", f"plugins: [{{anything: {spec}}}]"),
@@ -89,7 +89,7 @@ def test_nor_in_a_value_of_any_type(toy: Cli, workplace: Path, sentinel: Path) -
     """Where no class is expected the parser's own list is the wall."""
     (workplace / "toy.yaml").write_text(TOY.replace("lr: 0.01", "lr: 0.01, foreach: sentinel.run"))
     assert toy("check").rc == 2
-    (workplace / "toy.yaml").write_text(TOY.replace("AdamW", "sentinel.run"))
+    (workplace / "toy.yaml").write_text(TOY.replace("torch.optim.AdamW", "sentinel.run"))
     assert toy("check").rc == 2
     assert not sentinel.exists()
 
