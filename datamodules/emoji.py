@@ -142,11 +142,10 @@ class Captions:
         """A caption of each concept, drawn from the sample's own key: language, form, and which keywords."""
         u_BF = uniform_NK(draw_B, [f"caption/{w}" for w in ("language", "form", "count", "nameless", "group")]).tolist()
         u_BK = uniform_NK(draw_B, [f"caption/keyword{k}" for k in range(self.most)]).numpy()
-        return [self._caption(int(c), *u_F, u_K) for c, u_F, u_K in zip(concept_B, u_BF, u_BK, strict=True)]
+        return [self._caption(int(c), u_F, u_K) for c, u_F, u_K in zip(concept_B, u_BF, u_BK, strict=True)]
 
-    def _caption(
-        self, concept: int, language: float, form: float, count: float, nameless: float, group: float, u_K: np.ndarray
-    ) -> list[int]:
+    def _caption(self, concept: int, u_F: list[float], u_K: np.ndarray) -> list[int]:
+        language, form, count, nameless, group = u_F
         named = [lang for lang in self.languages if self.names[lang][concept]]
         chosen = named[int(language * len(named))]
         name, words = self.names[chosen][concept], self.keywords[chosen][concept]
