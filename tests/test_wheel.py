@@ -12,27 +12,15 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from benchmarks.start import install_wheel
+
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with nothing but the wheel's content."""
-    place = tmp_path_factory.mktemp("wheel")
-    # from a clean copy: a build folder of an earlier build would add what was deleted since
-    copy = place / "source"
-    ignore = shutil.ignore_patterns(".venv", "runs", "build", "*.egg-info", ".git", "__pycache__", ".mypy_cache")
-    shutil.copytree(ROOT, copy, symlinks=True, ignore=ignore)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(place), str(copy)]
-    subprocess.run(command, check=True)
-    (wheel,) = place.glob("descant-*.whl")
-    target = place / "site"
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)],
-        check=True,
-    )
-    return target
+    return install_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 def run(installed: Path, folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
