@@ -15,12 +15,18 @@ from descant.errors import WRONG, hint
 #: Name -> where it is; a name before the slash runs all of its group.
 BENCHMARKS = {
     "contrastive/step": "benchmarks.contrastive:step",
+    "contrastive/bf16": "benchmarks.contrastive:bf16",
+    "contrastive/gradcache": "benchmarks.contrastive:gradcache",
     "contrastive/overhead": "benchmarks.contrastive:overhead",
     "contrastive/checkpointing": "benchmarks.contrastive:checkpointing",
     "contrastive/augment": "benchmarks.contrastive:augment",
     "contrastive/demo": "benchmarks.contrastive:demo",
+    "data/decode": "benchmarks.data:decode",
+    "data/shards": "benchmarks.data:shards",
+    "data/workers": "benchmarks.data:workers",
     "start": "benchmarks.start:start",
     "control": "benchmarks.control:control",
+    "stamps": "benchmarks.stamps:stamps",
 }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,25 +43,62 @@ def reduce_rgba(x_NCHW: Tensor, size: int) -> Tensor:
     return torch.cat(parts)
 
 
+#: Mean or standard deviation of each colour, of pixels in 0..1.
+Colour = tuple[float, float, float]
+#: What towers see unless theirs were trained otherwise: pixels in -1..1.
+HALF: Colour = (0.5, 0.5, 0.5)
+
+
 class Pixels(nn.Module):
-    """Evaluation's view: uint8 ``[B, 3 or 4, H, W]`` -> float ``[B, 3, S, S]``, ``(x / 255 - 0.5) / 0.5``, over white.
+    """Evaluation's view: uint8 ``[B, 3 or 4, H, W]`` -> float ``[B, 3, S, S]``, ``(x / 255 - mean) / std``, over white.
 
     Args:
         size: S, pixels out; the picture is averaged down (antialias), never up-sampled by guess.
+        mean, std: of each colour, as a pretrained tower was trained with; pixels in -1..1 where not given.
+
+    Raises:
+        ValueError: where ``mean`` or ``std`` is not three numbers, or a ``std`` not positive.
 
     >>> Pixels(2)(torch.full((1, 3, 4, 4), 255, dtype=torch.uint8), torch.zeros(1, dtype=torch.long)).unique().tolist()
     [1.0]
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, mean: Colour = HALF, std: Colour = HALF) -> None:
         super().__init__()
         self.size = size
+        self.mean, self.std = _colours(mean, std)
 
     def forward(self, x_BCHW: Tensor, draw_B: Tensor) -> Tensor:
-        x = over_white(x_BCHW.float() / 255)
+        x = over_white(x_BCHW.to(torch.float32, copy=True).div_(255))
         if x.shape[-1] != self.size or x.shape[-2] != self.size:
             x = v2.functional.resize(x, [self.size, self.size], antialias=True)
-        return x * 2 - 1
+        return normalise(x, self.mean, self.std)
+
+
+def _colours(mean: Sequence[float], std: Sequence[float]) -> tuple[Colour, Colour]:
+    """Both as three numbers, or one line that says which is not."""
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != 3:
+            raise ValueError(f"{name} {list(values)}: three numbers, one a colour")
+    if min(std) <= 0:
+        raise ValueError(f"std {list(std)}: greater than 0; of pixels in 0..1, such as 0.5")
+    if max(mean) > 1:
+        raise ValueError(f"mean {list(mean)}: of pixels in 0..1, such as 0.5")
+    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+
+
+def normalise(x_B3HW: Tensor, mean: Colour, std: Colour) -> Tensor:
+    """``(x - mean) / std`` of float pixels in 0..1, in their own memory; one number where the colours share it.
+
+    >>> normalise(torch.full((1, 3, 1, 1), 0.75), HALF, (0.5, 0.25, 0.125)).flatten().tolist()
+    [0.5, 1.0, 2.0]
+    """
+    shift: float | Tensor = mean[0]
+    scale: float | Tensor = 1 / std[0]
+    if len(set(mean)) + len(set(std)) > 2:
+        shift = x_B3HW.new_tensor(mean)[:, None, None]
+        scale = 1 / x_B3HW.new_tensor(std)[:, None, None]
+    return x_B3HW.sub_(shift).mul_(scale)
 
 
 class Augment(nn.Module):
@@ -82,6 +120,7 @@ class Augment(nn.Module):
             stays, the drawing's texture goes.
         erase: largest share of the side of a grey square laid over the picture (0 none).
         stream: name of the random stream; two views of one sample use two streams.
+        mean, std: as in :class:`Pixels`.
     """
 
     def __init__(
@@ -102,6 +141,8 @@ class Augment(nn.Module):
         texture: float = 0.0,
         erase: float = 0.0,
         stream: str = "image",
+        mean: Colour = HALF,
+        std: Colour = HALF,
     ) -> None:
         super().__init__()
         if scale < 1 or stretch < 1:
@@ -110,6 +151,7 @@ class Augment(nn.Module):
         self.shift, self.mirror, self.colour, self.brightness = shift, mirror, colour, brightness
         self.contrast, self.grey, self.invert, self.background = contrast, grey, invert, background
         self.texture, self.erase, self.stream = texture, erase, stream
+        self.mean, self.std = _colours(mean, std)
 
     def stream_copy(self, stream: str) -> Augment:
         """The same distribution, drawn from another random stream: a second view."""
@@ -168,7 +210,10 @@ class Augment(nn.Module):
         if self.texture > 0:
             x = self._filter(x, draw_B)
         x = x.clamp_(-1, 1)
-        return self._erase(x, draw_B) if self.erase > 0 else x
+        if self.erase > 0:
+            x = self._erase(x, draw_B)
+        # pixels in -1..1 are normalised by HALF already
+        return x if (self.mean, self.std) == (HALF, HALF) else normalise(x.mul_(0.5).add_(0.5), self.mean, self.std)
 
     def _background(self, draw_B: Tensor, device: torch.device) -> Tensor:
         """The colour behind each picture: white, or random, ``[B, 3]``."""

@@ -88,3 +88,42 @@ def test_reducing_weighs_colours_by_opacity() -> None:
 def test_factors_below_one_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         Augment(8, scale=0.5)
+
+
+IMAGENET: dict[str, Any] = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+
+def test_pixels_are_normalised_as_torchvision_does() -> None:
+    x = picture(8, channels=3)
+    wanted = v2.functional.normalize(x.float() / 255, list(IMAGENET["mean"]), list(IMAGENET["std"]))
+    torch.testing.assert_close(Pixels(8, **IMAGENET)(x, DRAW), wanted, rtol=0, atol=1e-5)
+
+
+def test_training_and_evaluation_share_the_normalisation() -> None:
+    x = picture()
+    ours, wanted = Augment(8, **STILL, **IMAGENET)(x, DRAW), Pixels(8, **IMAGENET)(x, DRAW)
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_pixels_leave_the_batch_as_it_is(memory: torch.memory_format) -> None:
+    x = picture(8, channels=3).contiguous(memory_format=memory)
+    before, floats = x.clone(), x.float()
+    out = Pixels(8, **IMAGENET)(x, DRAW)
+    assert torch.equal(x, before) and out.is_contiguous(memory_format=memory)
+    torch.testing.assert_close(Pixels(8, **IMAGENET)(floats, DRAW), out)
+    assert torch.equal(floats, before.float())
+
+
+@pytest.mark.parametrize("part", [Pixels, Augment])
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"mean": (0.5,)}, "mean .0.5.: three numbers"),
+        ({"std": (0.2, 0.0, 0.2)}, "std .*greater than 0"),
+        ({"mean": (123.7, 116.3, 103.5)}, "mean .*0..1"),
+    ],
+)
+def test_a_wrong_normalisation_is_refused(part: Any, wrong: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        part(8, **wrong)
