@@ -6,8 +6,8 @@ Letters: B samples of a batch, N samples of a set.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from descant.datamodules.order import Order, Slot, Window
 from descant.modules.batch import Batch
 from descant.modules.random import mix_N, uniform_N
+from descant.modules.text import Codec
 
 
 class BatchDataset(Dataset[Batch]):
@@ -31,6 +32,10 @@ class BatchDataset(Dataset[Batch]):
         seed: of everything random about a sample; with (epoch, index) it makes the sample's ``draw`` key.
         drop: modality -> probability that a present sample is made absent (a policy of missingness).
     """
+
+    #: False for a stream, whose indices are only the positions of an epoch: what has to be read in another order
+    #: than it comes in cannot use it.
+    by_position = True
 
     def __init__(self, seed: int, drop: Mapping[str, float] | None = None) -> None:
         self.seed = seed
@@ -70,11 +75,12 @@ class BatchDataset(Dataset[Batch]):
         draw_B = self.draws(window.slots)
         index_B = np.array([s.sample for s in window.slots])
         rows = self.rows(index_B, draw_B)
+        present = self.presence(window.slots, draw_B)
         return Batch(
             inputs=rows.inputs,
-            present=self.presence(window.slots, draw_B),
+            present={m: mask_B & rows.readable[m] if m in rows.readable else mask_B for m, mask_B in present.items()},
             targets=rows.targets,
-            index=torch.from_numpy(self.identity(index_B)),
+            index=torch.from_numpy(self.identity(index_B if rows.index is None else rows.index)),
             key=rows.key,
             draw=torch.from_numpy(draw_B),
             step=step,
@@ -83,11 +89,44 @@ class BatchDataset(Dataset[Batch]):
 
 @dataclass
 class Rows:
-    """What a data set knows of some samples: inputs and targets ``[B, ...]``, and their content keys ``[B]``."""
+    """What a data set knows of some samples: inputs and targets ``[B, ...]``, and their content keys ``[B]``.
+
+    ``index``: the samples that were read, where unreadable ones were replaced by others. ``readable``: modality ->
+    bool ``[B]``, where some could not be read and nothing takes their place; what is readable only shows on reading,
+    so the counts of the whole step know nothing of it: for evaluation, which divides by no counts.
+    """
 
     inputs: dict[str, Tensor]
     targets: dict[str, Tensor]
     key: Tensor
+    index: np.ndarray | None = None
+    readable: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Loader(DataLoader[Any]):
+    """A DataLoader whose workers' errors arrive as what they are: a ValueError of one line, without their traceback."""
+
+    def __iter__(self) -> Any:
+        return _Plain(super().__iter__())
+
+
+class _Plain(Iterator[Any]):
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self.batches = batches
+
+    def __next__(self) -> Any:
+        try:
+            return next(self.batches)
+        except ValueError as error:
+            raise ValueError(_last_line(error)) from error
+
+
+def _last_line(error: ValueError) -> str:
+    """What a worker said: its whole traceback comes as the message, with the error itself on the last line."""
+    text = str(error)
+    if not text.startswith("Caught "):
+        return text
+    return text.strip().splitlines()[-1].removeprefix("ValueError: ")
 
 
 class DataModule(L.LightningDataModule):
@@ -147,6 +186,21 @@ class DataModule(L.LightningDataModule):
         """For zero-shot classification of ``target``: token ids ``[C, P, T]`` (P prompts a class) and class names."""
         raise NotImplementedError
 
+    def sample_name(self, index: int) -> str:
+        """The sample's own name in its corpus (its file, its key), by its id."""
+        return str(index)
+
+    @property
+    def codec(self) -> Codec | None:
+        """How texts become token ids, where there are texts: what shares a text tower must share it."""
+        return None
+
+    @property
+    def keys(self) -> str | None:
+        """What ``key`` numbers, by name: data modules that say the same give equal content equal keys, in a mixture
+        too. None: keys mean something here only."""
+        return None
+
     def describe(self, index: int) -> str:
         """One line that names a sample by its id, for pictures and ledgers."""
         return str(index)
@@ -167,31 +221,30 @@ class DataModule(L.LightningDataModule):
             return 0, 1, 1
         return trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches
 
+    @property
+    def workers(self) -> int:
+        """Processes that read ahead, for each rank."""
+        return self.num_workers
+
     def _loader(self, data: BatchDataset, order: Order) -> DataLoader[Any]:
-        return DataLoader(
+        return Loader(
             data,
             sampler=order,
             batch_size=None,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def order(self, data: BatchDataset, **cut: int) -> Order:
+        """The order of training; ``cut``: rank, world, accumulate, and epoch and first to start from."""
+        return Order(len(data), self.batch_size, self.seed, shuffle=True, **cut)
 
     def train_dataloader(self) -> DataLoader[Any]:
         rank, world, accumulate = self._world()
         data = self.training_set()
         epoch, first = self.position
-        size = self.batch_size
-        order = Order(
-            len(data),
-            size,
-            self.seed,
-            rank=rank,
-            world=world,
-            accumulate=accumulate,
-            epoch=epoch,
-            first=first,
-        )
+        order = self.order(data, rank=rank, world=world, accumulate=accumulate, epoch=epoch, first=first)
         return self._loader(data, order)
 
     def evaluation_loader(self, data: BatchDataset) -> DataLoader[Any]:

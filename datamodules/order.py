@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from descant.modules.random import mix
@@ -90,12 +91,44 @@ class Order:
 
     def __iter__(self) -> Iterator[Window]:
         epoch, permutation = self.epoch, self.permutation(self.epoch)
-        rows = self.batch_size // (self.world * self.accumulate)
         for position in range(self.first, len(self)):
             batch, micro = divmod(position, self.accumulate)
             low, high = (self.n * b // self.global_batches for b in (batch, batch + 1))
-            step = [Slot(epoch, sample, True) for sample in permutation[low:high]]
-            # padding repeats samples of the same step: real content, so no part ever sees an odd tensor
-            step += [Slot(epoch, step[i % (high - low)].sample, False) for i in range(self.batch_size - len(step))]
-            # cuts are strided so that the padding spreads over ranks instead of emptying the last one
-            yield Window(step[micro * self.world + self.rank :: self.world * self.accumulate][:rows], step)
+            yield self.window([Slot(epoch, sample, True) for sample in permutation[low:high]], micro)
+
+    def window(self, real: list[Slot], micro: int) -> Window:
+        """This rank's part of an optimizer step, given the step's samples: padded, then cut."""
+        # padding repeats samples of the same step: real content, so no part ever sees an odd tensor
+        pads = (real[i % len(real)] for i in range(self.batch_size - len(real)))
+        step = [*real, *(Slot(slot.epoch, slot.sample, False) for slot in pads)]
+        # cuts are strided so that the padding spreads over ranks instead of emptying the last one
+        return Window(step[micro * self.world + self.rank :: self.world * self.accumulate], step)
+
+
+class Blocked(Order):
+    """An order for what is read a block at a time: blocks are shuffled, then the samples of a few blocks at once.
+
+    A reader that keeps ``together`` blocks reads each of them once an epoch; samples of one block meet those of the
+    blocks that it was drawn with. Otherwise as :class:`Order`: every sample once an epoch, whatever the ranks.
+
+    Args:
+        block_N: the block of each of the n samples.
+        together: blocks that are shuffled as one.
+        batch_size, seed, cut: as of Order.
+
+    >>> order = Blocked(np.array([0, 0, 1, 1, 2, 2]), together=1, batch_size=6, seed=3)
+    >>> [sample // 2 for sample in order.permutation(0)]
+    [2, 2, 0, 0, 1, 1]
+    """
+
+    def __init__(self, block_N: np.ndarray, together: int, batch_size: int, seed: int, **cut: int) -> None:
+        super().__init__(len(block_N), batch_size, seed, shuffle=True, **cut)
+        self.block_N = torch.from_numpy(np.unique(block_N, return_inverse=True)[1].astype(np.int64))
+        self.together = together
+
+    def permutation(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(mix(self.seed, "order", epoch))
+        turn_K = torch.randperm(int(self.block_N.max()) + 1, generator=generator)
+        sample_N = torch.randperm(self.n, generator=generator)
+        group_N = turn_K[self.block_N[sample_N]] // self.together
+        return sample_N[group_N.argsort(stable=True)].tolist()

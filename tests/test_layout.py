@@ -24,7 +24,7 @@ MAY = {
     "callbacks": ("descant.callbacks", "descant.modules"),
     "datamodules": (
         "descant.datamodules",
-        *(f"descant.modules.{part}" for part in ("batch", "text", "transforms", "random")),
+        *(f"descant.modules.{part}" for part in ("audio", "batch", "text", "transforms", "random")),
     ),
 }
 

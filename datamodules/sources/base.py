@@ -1,0 +1,189 @@
+"""What a corpus on disk is to everything that reads it: N samples with named raw fields.
+
+Letters: N samples of a source.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+#: One field of one sample as it lies on disk: encoded pictures and sound are bytes, captions and labels are texts.
+Raw = bytes | str
+#: Bytes of one field at most: what is larger is no picture and no clip, and one of them must not fill the memory.
+LIMIT = 1 << 28
+#: Parts of a list (``caption.0`` ...) that become fields.
+PARTS = 32
+
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+SOUNDS = ("wav", "flac", "ogg", "opus", "mp3")
+
+
+class Source:
+    """N samples, read by position in any order. Fields are raw; data modules decode them.
+
+    A field is named as in the corpus: the extension of a shard's member (``jpg``, ``txt``, ``json.caption`` for one
+    entry of a JSON member), the column of a parquet file or CSV. A sample may lack any field: ``has`` says so without
+    reading the sample, so that what is missing is known before an epoch begins.
+    """
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """All fields that any sample has."""
+        raise NotImplementedError
+
+    def has(self, field: str) -> np.ndarray:
+        """Bool ``[N]``: which samples have a field; a blank text is none.
+
+        Raises ValueError naming the nearest field where there is none of this name.
+        """
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """The sample's own name (its key in a shard, its file in a folder): stable, unique within the source."""
+        raise NotImplementedError
+
+    def place(self, index: int) -> str:
+        """The file that holds the sample, for ledgers and messages."""
+        raise NotImplementedError
+
+    def read(self, index: int, fields: Sequence[str]) -> dict[str, Raw]:
+        """The raw fields that the sample has among ``fields``. Raises OSError or ValueError where it is unreadable."""
+        raise NotImplementedError
+
+    @property
+    def blocks(self) -> tuple[np.ndarray, int] | None:
+        """Int64 ``[N]``, the block that each sample is read with, and how many blocks a process keeps; None where
+        samples are read one by one, or all blocks are kept, so that any order costs the same."""
+        return None
+
+    def texts(self, field: str) -> list[str | None]:
+        """A text field of all N samples at once (captions, labels, a split), None where a sample lacks it."""
+        found: list[str | None] = []
+        for i, has in enumerate(self.has(field).tolist()):
+            raw = self.read(i, [field]).get(field) if has else None
+            found.append(text_of(raw) if raw is not None else None)
+        return found
+
+
+def text_of(raw: Raw) -> str:
+    """A raw field as text. Raises ValueError where it is not UTF-8."""
+    try:
+        return raw if isinstance(raw, str) else raw.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``; nearest: X``, or the whole choice where nothing is near; to end a line that refuses ``name``.
+
+    >>> nearest("captoin", ["caption", "image"]), nearest("zzz", ["caption", "image"])
+    ('; nearest: caption', '; there are caption, image')
+    """
+    options = list(dict.fromkeys(known))
+    found = difflib.get_close_matches(name.lower(), [o.lower() for o in options], n=1, cutoff=0.5)
+    if found:
+        return f"; nearest: {next(o for o in options if o.lower() == found[0])}"
+    shown = ", ".join(options[:20]) + (", ..." if len(options) > 20 else "")
+    return f"; there are {shown}" if options else ""
+
+
+def held_out(name: str, share: float) -> bool:
+    """Whether a sample belongs to the ``share`` that is kept out of training: a function of its name alone.
+
+    >>> sum(held_out(f"{i}.jpg", 0.05) for i in range(10_000))
+    491
+    """
+    return rank_of(name) < share
+
+
+def rank_of(name: str) -> float:
+    """A number in [0, 1) that a name always has: samples below a share are held out."""
+    digest = hashlib.blake2b(f"split/{name}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2.0**64
+
+
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "validate", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+
+
+def split_named(word: str) -> str | None:
+    """``train``, ``val`` or ``test`` for the words that people use for them; None for any other word.
+
+    >>> split_named("Validation"), split_named("cats")
+    ('val', None)
+    """
+    return _SPLITS.get(word.strip().lower())
+
+
+def media(raw: Raw) -> str:
+    """What a raw field is by its first bytes: ``image``, ``audio``, ``text`` or ``unknown``.
+
+    >>> media(b"GIF89a"), media(b"OggS"), media("a cat"), media(b"")
+    ('image', 'audio', 'text', 'unknown')
+    """
+    if isinstance(raw, str):
+        return "text"
+    if raw.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*")) or raw[8:12] == b"WEBP":
+        return "image"
+    if raw.startswith((b"OggS", b"fLaC", b"ID3", b"\xff\xfb", b"\xff\xf3")) or raw[8:12] == b"WAVE":
+        return "audio"
+    return "unknown"
+
+
+def flat(value: Any, name: str) -> Iterator[tuple[str, str]]:
+    """The texts and numbers in a JSON-like value, by dotted names; blank texts are left out.
+
+    >>> dict(flat({"caption": ["a cat", " "], "size": {"w": 3}}, "json"))
+    {'json.caption.0': 'a cat', 'json.size.w': '3'}
+    """
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from flat(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, (list, tuple)):
+        for k, inner in enumerate(value[:PARTS]):
+            yield from flat(inner, f"{name}.{k}")
+    elif value is not None:
+        text = value if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
+        if text.strip():
+            yield name, text
+
+
+def read_file(path: Path, offset: int = 0, size: int | None = None) -> bytes:
+    """A regular file's bytes. Raises OSError where there is none, ValueError where it is larger than ``LIMIT``."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a named pipe must not hang the run
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("not a regular file")
+        wanted = found.st_size - offset if size is None else size
+        return read_at(handle, offset, wanted)
+    finally:
+        os.close(handle)
+
+
+def read_at(handle: int, offset: int, size: int) -> bytes:
+    """``size`` bytes of an open file from ``offset``; positions are not shared, so forked processes may both read."""
+    if size > LIMIT:
+        raise ValueError(f"{size:,} bytes, more than the {LIMIT:,} that one field may have")
+    parts = []
+    while size > 0:
+        part = os.pread(handle, size, offset)
+        if not part:
+            raise ValueError("the file ends before the sample does")
+        parts.append(part)
+        offset, size = offset + len(part), size - len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -1,0 +1,56 @@
+"""What was found out about a file once is kept: arrays in the user's cache, until the file changes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+#: Of the arrays' layout: another number forgets what older versions kept.
+VERSION = 1
+
+
+def cache_folder() -> Path:
+    """``$DESCANT_CACHE``, or ``descant`` in the user's cache folder."""
+    given = os.environ.get("DESCANT_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "descant"
+
+
+def remembered(
+    file: Path, kind: str, build: Callable[[], Mapping[str, np.ndarray]], folder: Path | None = None
+) -> dict[str, np.ndarray]:
+    """``build()``, or what it gave for this file (path, size and time of change) before.
+
+    Written to a temporary name and renamed, so several processes may do this at once; where nothing can be written,
+    nothing is kept.
+
+    Args:
+        file: what the arrays are about.
+        kind: of the arrays. build: makes them; plain arrays, no objects.
+        folder: of the cache.
+    """
+    found = file.stat()
+    mark = f"{VERSION}\0{kind}\0{file.resolve()}\0{found.st_size}\0{found.st_mtime_ns}"
+    name = hashlib.blake2b(mark.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    place = (folder or cache_folder()) / "index" / f"{file.name[:80]}-{name}.npz"
+    broken = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+    with contextlib.suppress(*broken), np.load(place, allow_pickle=False) as kept:
+        return dict(kept)
+    arrays = dict(build())
+    with contextlib.suppress(OSError):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=place.parent, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as out:
+                np.savez(out, **arrays)  # type: ignore[arg-type]  # its keyword for pickles is another type
+            os.replace(temporary, place)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    return arrays

@@ -1,0 +1,271 @@
+"""Parquet files: columns of encoded bytes, texts and numbers, read a row group at a time when a sample is asked for.
+
+Letters: N samples of all files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from descant.datamodules.sources.base import LIMIT, PARTS, Raw, Source, flat, nearest, read_file
+from descant.datamodules.sources.index import remembered
+from descant.datamodules.sources.shards import expand
+
+
+class Parquet(Source):
+    """Rows of parquet files. A field is a column; what it holds follows from its type:
+
+    - binary, and the struct of ``bytes`` and ``path`` in which data sets carry pictures and sound: bytes;
+    - texts, numbers, truth values, dates: texts;
+    - lists of these: ``caption.0``, ``caption.1``, ... and other structs: ``info.author``.
+
+    A row group's column is decoded when one of its samples is read, and the latest ones are kept. A shuffled order
+    would decode nearly all of it for every sample, so where the row groups are more than ``memory`` holds, training
+    shuffles them, and then the samples of as many as are kept at once (``blocks``). Each worker decodes for itself.
+
+    Args:
+        paths: files, ``train-{00..07}.parquet``, ``train-*.parquet``, or a folder of them.
+        memory: bytes of decoded row groups that one process keeps.
+
+    Raises:
+        ValueError: naming the file that is missing or unreadable, or whose columns differ from the first one's.
+    """
+
+    def __init__(self, paths: str | Path | Sequence[str | Path], memory: int = 1 << 28) -> None:
+        self.paths = expand(paths, ".parquet")
+        self.memory = memory
+        self._open: dict[int, pq.ParquetFile] = {}
+        self._process = os.getpid()
+        self._kept: OrderedDict[tuple[int, str], pa.ChunkedArray] = OrderedDict()
+        self._masks: dict[str, np.ndarray] = {}
+        schemas = [_schema(path) for path in self.paths]
+        self.schema = schemas[0]
+        for path, schema in zip(self.paths, schemas, strict=True):
+            other = sorted(set(schema.names) ^ set(self.schema.names))
+            if other:
+                raise ValueError(f"{path}: column {other[0]!r} is not in all files; {self.paths[0]} has another schema")
+        self.groups: list[tuple[int, int]] = []  # (file, row group)
+        rows = []
+        for file in range(len(self.paths)):
+            footer = self._file(file).metadata
+            for group in range(footer.num_row_groups):
+                self.groups.append((file, group))
+                rows.append(footer.row_group(group).num_rows)
+        self._first = np.cumsum([0, *rows])
+        files = [file for file, _ in self.groups]
+        self._file_first = {file: int(self._first[files.index(file)]) for file in dict.fromkeys(files)}
+        if not self._first[-1]:
+            raise ValueError(f"{self.paths[0]}: no rows")
+        self._columns: dict[str, tuple[str, int | str | None]] = dict(self._fields())
+
+    def _fields(self) -> Iterator[tuple[str, tuple[str, int | str | None]]]:
+        """Field -> (column, part): the number in a list, the dotted name in a struct, or None for the whole."""
+        for column in self.schema:
+            kind = column.type
+            if pa.types.is_dictionary(kind):
+                kind = kind.value_type
+            if _is_list(kind):
+                inner = kind.value_type
+                if pa.types.is_nested(inner) or _is_bytes(inner):
+                    continue  # boxes, and whole videos: no field of one text
+                most = max((self._most(column.name, group) for group in range(len(self.groups))), default=0)
+                for k in range(min(most, PARTS)):
+                    yield f"{column.name}.{k}", (column.name, k)
+            elif pa.types.is_struct(kind) and not _is_media(kind):
+                for part in _leaves(kind, ""):
+                    yield f"{column.name}.{part}", (column.name, part)
+            else:
+                yield column.name, (column.name, None)
+
+    def _most(self, column: str, group: int) -> int:
+        """Entries of the longest list of a row group; 0 for lists of numbers as long as embeddings."""
+        return int(pc.max(pc.list_value_length(self._values(group, column))).as_py() or 0)
+
+    # the contract ----------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return tuple(self._columns)
+
+    @property
+    def blocks(self) -> tuple[np.ndarray, int] | None:
+        sizes = [self._file(file).metadata.row_group(group).total_byte_size for file, group in self.groups]
+        if sum(sizes) <= self.memory:
+            return None
+        kept = max(1, int(self.memory // max(sizes)))
+        return np.repeat(np.arange(len(self.groups)), np.diff(self._first)), kept
+
+    def has(self, field: str) -> np.ndarray:
+        if field not in self._columns:
+            raise ValueError(f"{self.paths[0]}: no column {field!r}{nearest(field, self._columns)}")
+        if field not in self._masks:
+            masks = []
+            for file, path in enumerate(self.paths):
+
+                def build(file: int = file) -> dict[str, np.ndarray]:
+                    groups = [g for g, (f, _) in enumerate(self.groups) if f == file]
+                    return {"mask": np.concatenate([np.zeros(0, bool), *(self._mask(g, field) for g in groups)])}
+
+                masks.append(remembered(path, f"parquet/{field}", build)["mask"])
+            self._masks[field] = np.concatenate(masks)
+        return self._masks[field]
+
+    def name(self, index: int) -> str:
+        file, row = self._row(index)
+        return f"{self.paths[file].stem}/{row}"
+
+    def place(self, index: int) -> str:
+        return str(self.paths[self._row(index)[0]])
+
+    def read(self, index: int, fields: Sequence[str]) -> dict[str, Raw]:
+        group = int(np.searchsorted(self._first, index, side="right")) - 1
+        row = index - int(self._first[group])
+        found: dict[str, Raw] = {}
+        for field in fields:
+            column, part = self._columns[field]
+            raw = self._raw(self._values(group, column)[row], part, self.paths[self.groups[group][0]].parent)
+            if raw is not None:
+                found[field] = raw
+        return found
+
+    def texts(self, field: str) -> list[str | None]:
+        self.has(field)
+        column, part = self._columns[field]
+        found: list[str | None] = []
+        for group in range(len(self.groups)):
+            for scalar in self._values(group, column, keep=False):
+                raw = self._raw(scalar, part, Path())
+                if isinstance(raw, bytes):
+                    raise ValueError(f"{self.paths[0]}: column {field!r} holds bytes, not texts")
+                found.append(raw)
+        return found
+
+    # row groups ------------------------------------------------------------------------------------------------
+
+    def _row(self, index: int) -> tuple[int, int]:
+        """The file of a sample and its row there."""
+        group = int(np.searchsorted(self._first, index, side="right")) - 1
+        file = self.groups[group][0]
+        return file, index - self._file_first[file]
+
+    def _file(self, file: int) -> pq.ParquetFile:
+        if self._process != os.getpid():  # after a fork: the parent's readers are its own
+            self._open, self._process = {}, os.getpid()
+        if file not in self._open:
+            if len(self._open) >= 64:
+                self._open.pop(next(iter(self._open))).close()
+            self._open[file] = pq.ParquetFile(self.paths[file], pre_buffer=False, memory_map=False)
+        return self._open[file]
+
+    def _values(self, group: int, column: str, keep: bool = True) -> pa.ChunkedArray:
+        """A column of a row group; the latest are kept, up to ``memory`` bytes."""
+        key = (group, column)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        file, number = self.groups[group]
+        try:
+            table = self._file(file).read_row_group(number, columns=[column], use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{self.paths[file]}: row group {number}: {str(error).splitlines()[0]}") from None
+        values = table.column(column)
+        if keep:
+            self._kept[key] = values
+            while len(self._kept) > 1 and sum(v.nbytes for v in self._kept.values()) > self.memory:
+                self._kept.popitem(last=False)
+        return values
+
+    def _mask(self, group: int, field: str) -> np.ndarray:
+        """Bool: which rows of a row group have a field. Bytes are only read where some are null and some not."""
+        column, part = self._columns[field]
+        rows = int(self._first[group + 1] - self._first[group])
+        kind = self.schema.field(column).type
+        if part is None and (_is_bytes(kind) or _is_media(kind)):
+            nulls = self._nulls(group, column)
+            if nulls == 0 or (nulls == rows and _is_bytes(kind)):
+                return np.full(rows, nulls == 0)
+        values = self._values(group, column, keep=False)
+        if part is None and _is_bytes(kind):
+            return np.asarray(pc.is_valid(values))
+        if part is None and _is_media(kind):
+            names = [name for name in ("bytes", "path") if kind.get_field_index(name) >= 0]
+            parts = [np.asarray(pc.is_valid(pc.struct_field(values, name))) for name in names]
+            return np.any(parts, axis=0)
+        if part is None and (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            full = pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(values)), 0)
+            return np.asarray(pc.fill_null(full, False))
+        return np.array([self._raw(scalar, part, Path()) is not None for scalar in values], dtype=bool)
+
+    def _nulls(self, group: int, column: str) -> int | None:
+        """Nulls of a bytes column by the footer alone; None where it does not say."""
+        file, number = self.groups[group]
+        footer = self._file(file).metadata.row_group(number)
+        for k in range(footer.num_columns):
+            leaf = footer.column(k)
+            if leaf.path_in_schema in (column, f"{column}.bytes"):
+                known = leaf.statistics is not None and leaf.statistics.has_null_count
+                return int(leaf.statistics.null_count) if known else None
+        return None
+
+    @staticmethod
+    def _raw(scalar: pa.Scalar, part: int | str | None, folder: Path) -> Raw | None:
+        if not scalar.is_valid:
+            return None
+        kind = scalar.type
+        if _is_bytes(kind):
+            buffer = scalar.as_buffer()
+            if buffer.size > LIMIT:
+                raise ValueError(f"{buffer.size:,} bytes, more than the {LIMIT:,} that one field may have")
+            return buffer.to_pybytes()
+        value: Any = scalar.as_py()
+        if _is_media(kind):
+            if value["bytes"] is not None:
+                return bytes(value["bytes"])
+            return read_file(folder / value["path"]) if value.get("path") else None
+        if isinstance(part, int):
+            value = value[part] if part < len(value) else None
+        return dict(flat(value, "")).get(part if isinstance(part, str) else "")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}, "_kept": OrderedDict(), "_process": -1}
+
+
+def _schema(path: Path) -> pa.Schema:
+    try:
+        return pq.read_schema(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def _is_media(kind: pa.DataType) -> bool:
+    """A struct of bytes and path."""
+    return bool(pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and kind.num_fields <= 2)
+
+
+def _leaves(kind: pa.DataType, before: str) -> Iterator[str]:
+    for k in range(kind.num_fields):
+        field = kind.field(k)
+        if pa.types.is_struct(field.type):
+            yield from _leaves(field.type, f"{before}{field.name}.")
+        elif not pa.types.is_nested(field.type) and not _is_bytes(field.type):
+            yield f"{before}{field.name}"
