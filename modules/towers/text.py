@@ -16,13 +16,12 @@ class TextTower(Tower):
     """A pre-norm transformer: ``h = norm(block_n(... block_1(embedding(x) + positions)))``.
 
     ``x_BT -> [B, T, width]``; padding (id 0, or where ``mask`` is False) is never looked at and comes out as
-    zeros. Columns to the right of the longest text of a batch are not computed. With ``depth`` 0 the tower is
-    a bag of token embeddings: no positions, no norm.
+    zeros. Columns to the right of the longest text of a batch are not computed.
 
     Args:
         vocab: number of token ids.
         width: D.
-        depth: number of blocks; 0 for a bag of embeddings.
+        depth: number of blocks, at least 1; a tower without any is :class:`BagTower`.
         heads: of the attention.
         length: most tokens of a text.
         mlp_ratio: hidden width of the MLP over D.
@@ -30,7 +29,8 @@ class TextTower(Tower):
         causal: a token sees only itself and what is left of it.
 
     Raises:
-        ValueError: if ``heads`` does not divide ``width``; in forward, if a text is longer than ``length``.
+        ValueError: if ``depth`` is below 1, or ``heads`` does not divide ``width``; in forward, if a text is longer
+            than ``length``.
 
     >>> tower = TextTower(vocab=9, width=8, depth=1, heads=2, length=6)
     >>> tower(torch.tensor([[1, 5, 2, 0], [1, 2, 0, 0]])).mask_BT.sum(dim=1).tolist()
@@ -49,23 +49,23 @@ class TextTower(Tower):
         causal: bool = False,
     ) -> None:
         super().__init__()
-        self.width, self.length, self.causal = width, length, causal
+        if depth < 1:
+            raise ValueError(f"depth {depth}: at least 1; without blocks a text is a bag of tokens: BagTower")
+        self.width, self.length, self.causal, self.vocabulary = width, length, causal, vocab
         self.embedding = nn.Embedding(vocab, width, padding_idx=PAD)
         nn.init.normal_(self.embedding.weight, std=0.02)
-        self.positions_TD = nn.Parameter(torch.randn(length, width) * 0.01) if depth else None
+        self.positions_TD = nn.Parameter(torch.randn(length, width) * 0.01)
         self.layers = nn.ModuleList(Block(width, heads, mlp_ratio, dropout) for _ in range(depth))
-        self.norm = nn.LayerNorm(width) if depth else nn.Identity()
+        self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
         T = x.shape[1]
-        if self.positions_TD is not None and self.length < T:
+        if self.length < T:
             raise ValueError(f"length {self.length}: a text of {T} tokens does not fit; cut it or raise length")
         mask_BT = x != PAD if mask is None else mask
         # a compiled graph keeps its static shape: the longest text is only known from the data
         kept = T if torch.compiler.is_compiling() else _longest(mask_BT)
-        h_BTD, real_BT = self.embedding(x[:, :kept]), mask_BT[:, :kept]
-        if self.positions_TD is not None:
-            h_BTD = h_BTD + self.positions_TD[:kept]
+        h_BTD, real_BT = self.embedding(x[:, :kept]) + self.positions_TD[:kept], mask_BT[:, :kept]
         see = self._see(real_BT)
         for layer in self.layers:
             h_BTD = layer(h_BTD, see)
@@ -109,7 +109,7 @@ class BagTower(Tower):
 
     def __init__(self, vocab: int, width: int) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.vocabulary = width, vocab
         self.embedding = nn.EmbeddingBag(vocab, width, mode="mean", padding_idx=PAD)
         nn.init.normal_(self.embedding.weight, std=0.02)
 

