@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -14,7 +16,12 @@ COMMANDS = {
     "predict": "embed the test sets with a run",
     "check": "will this configuration work? Builds everything, trains nothing",
     "list": "the experiments and overlays that ship with Descant",
+    "data": "make shards from your own files, or look at a data set",
+    "export": "a run's weights, configuration and card in one folder",
+    "new": "a recipe, callback or data module of your own to begin from",
 }
+#: Commands with a parser of their own: module -> its ``main(args) -> exit code``. They import what they need, late.
+TOOLS = {"data": "descant.data", "export": "descant.export", "new": "descant.new"}
 
 
 def main(args: list[str] | None = None) -> int:
@@ -29,6 +36,9 @@ def main(args: list[str] | None = None) -> int:
         return WRONG
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:  # the reader (head, less) has seen enough; the interpreter must not try again at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _dispatch(args: Sequence[str]) -> int:
@@ -46,10 +56,10 @@ def _dispatch(args: Sequence[str]) -> int:
     if command not in COMMANDS:
         fail(f"{command}: no such command{hint(command, COMMANDS)}")
     if command == "list":
-        if rest and rest[0] not in ("--help", "-h"):
-            fail(f"{rest[0]}: list takes no arguments")
-        print(helptext.listing())
+        print(helptext.listing(rest))
         return 0
+    if command in TOOLS:
+        return int(importlib.import_module(TOOLS[command]).main(rest))
     if rest and rest[-1] in ("--help", "-h"):
         print(helptext.command(command, COMMANDS[command]))
         return 0

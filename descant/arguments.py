@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from descant.catalogue import find
+from descant.catalogue import find, shipped_data
 from descant.errors import Refusal, fail
 
 #: Options of Lightning's command line that Descant's recipes own themselves.
@@ -83,4 +83,5 @@ def _take(request: Request, key: str, value: str | None) -> None:
     elif key == "weights_only":
         fail("--weights_only: checkpoints are always loaded as plain tensors")
     else:
-        request.options.append((key, value))
+        shipped = shipped_data(value) if key == "data" else None
+        request.options.append((key, str(shipped) if shipped else value))

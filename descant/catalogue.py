@@ -52,3 +52,9 @@ def find(name: str) -> Path:
     if len(same) == 1:
         return known[same[0]]
     raise Refusal(f"--config {name}: no such file, and nothing of that name ships{hint(plain, known)}")
+
+
+def shipped_data(name: str | None) -> Path | None:
+    """The file of a data set that ships, for ``--data shards`` or ``--data data/shards``; None where none is meant."""
+    plain = f"data/{(name or '').removesuffix('.yaml').removeprefix('data/')}"
+    return None if Path(name or "").is_file() else shipped().get(plain)

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
+from descant import helptext
 from descant.__main__ import COMMANDS, main
-from descant.catalogue import experiments, overlays, shipped
+from descant.catalogue import experiments, header, overlays, shipped
 from tests.conftest import Result
 
 Cli = Callable[..., Result]
@@ -24,7 +24,9 @@ Cli = Callable[..., Result]
 # the front ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("args", [[], ["--help"], ["--version"], ["list"], ["fit", "--help"], ["fti"]])
+@pytest.mark.parametrize(
+    "args", [[], ["--help"], ["--version"], ["list"], ["fit", "--help"], ["new", "--help"], ["fti"]]
+)
 def test_front_imports_no_torch(args: list[str]) -> None:
     code = f"import sys; from descant.__main__ import main; main({args!r}); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -60,10 +62,42 @@ def test_full_help_is_the_parsers_own(cli: Cli) -> None:
     assert result.rc == 0 and "--trainer.gradient_clip_val" in result.out and "--resume" in result.out
 
 
-def test_list_shows_all_that_ships(cli: Cli) -> None:
-    out = cli("list").out
-    assert all(f"  {name}" in out for name in (*experiments(), *overlays()))
+def test_help_shows_every_command(cli: Cli) -> None:
+    lines = cli("--help").out.splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("  ")] == list(COMMANDS)
+    assert max(map(len, lines)) <= 110
+
+
+def test_list_shows_all_that_ships_one_line_each(cli: Cli) -> None:
+    lines = cli("list").out.splitlines()
+    shown = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert sorted(shown) == sorted({**experiments(), **overlays()})
+    for name, file in (*experiments().items(), *overlays().items()):
+        (line,) = [line for line in lines if line.startswith(f"  {name} ")]
+        told, whole = line.removeprefix(f"  {name}").strip(), header(file)
+        assert len(line) <= 110
+        assert told == whole or (told.endswith(" ...") and f"{whole} ".startswith(told.removesuffix("...")))
     assert "base" not in shipped()
+
+
+def test_list_looks_for_words(cli: Cli) -> None:
+    assert [line.split()[0] for line in cli("list", "SigLIP", "ring").out.splitlines()[1:]] == ["with/siglip-ring"]
+    assert "Experiments" not in cli("list", "with/").out
+    assert len(cli("list", "--help").out.splitlines()) < 10
+    assert cli("list", "sigl1p").refusal == "list sigl1p: nothing that ships has that in its name or its line"
+    assert cli("list", "--config").refusal == "--config: list takes words to look for, and no options"
+
+
+def test_help_stays_on_its_screen_as_experiments_and_overlays_grow(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = next(iter(experiments().values()))
+    monkeypatch.setattr(helptext, "experiments", lambda: {f"family/experiment-{n}": file for n in range(100)})
+    monkeypatch.setattr(helptext, "overlays", lambda: {f"with/overlay-{n}": file for n in range(50)})
+    lines = cli("fit", "--help").out.splitlines()
+    assert len(lines) <= 50 and max(map(len, lines)) <= 110
+    assert sum("family/experiment-" in line for line in lines) >= 5
+    assert all(any(f"overlay-{n}" in line for line in lines) for n in range(50))
+    (more,) = [line for line in lines if "more: descant list" in line]
+    assert int(more.split()[2]) + sum("family/experiment-" in line for line in lines) == 100
 
 
 # fit ------------------------------------------------------------------------------------------------------------
@@ -186,13 +220,6 @@ def test_best_is_what_the_monitor_chose(toy: Cli, cli: Cli, workplace: Path) -> 
     assert f"{first:.3f}" in result.out
 
 
-def test_predict_writes_embeddings(toy: Cli, cli: Cli, workplace: Path) -> None:
-    assert toy("fit").rc == 0
-    assert cli("predict", "--run", "toy/001", "--trust", "tests.toys").rc == 0
-    tensors = load_file(workplace / "runs/toy/001/predict-001/predictions-0.safetensors")
-    assert tensors["z/image"].shape == (32, 8) and tensors["index"].shape == (32,)
-
-
 # check ----------------------------------------------------------------------------------------------------------
 
 
@@ -236,3 +263,11 @@ def test_a_short_name_of_two_packages_is_refused_with_both(toy: Callable[..., Re
     line = toy("fit", "--model.optimizer", "AdamW").refusal
     assert "bitsandbytes.optim" in line
     assert "torch.optim" in line
+
+
+def test_a_data_set_is_given_by_name(cli: Cli) -> None:
+    tiny = ("--config", "on/tiny", "--data.tiny", "true")
+    result = cli("check", "--config", "contrastive/own", *tiny, "--data", "emoji")
+    assert result.rc == 0, result.err
+    assert "Emoji" in result.out
+    assert "nearest: Emoji" in cli("check", "--config", "contrastive/own", "--data", "emojy").refusal

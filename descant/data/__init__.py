@@ -1,0 +1,160 @@
+"""``descant data make|look``: shards from a folder of your own files, and what a data set holds."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from descant.errors import fail, hint, one_line
+
+_TOP = """\
+descant data: make shards from your own files, or look at a data set
+
+usage: descant data make FOLDER --out DIR [options]
+       descant data look WHAT [options]
+
+  make  WebDataset shards from a folder of pictures (or recordings) with captions, verified byte by byte
+  look  counts, missing modalities, captions, duplicates across splits, and a sheet of pictures
+
+descant data make --help and descant data look --help tell more."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a fault, where argparse prints its usage too."""
+
+    def error(self, message: str) -> NoReturn:
+        stray = message.removeprefix("unrecognized arguments: ")
+        if stray != message:
+            name = stray.split()[0]
+            known = [option for action in self._actions for option in action.option_strings]
+            message = f"{name}: {f'no such option{hint(name, known, most=0)}' if name[0] == '-' else 'unexpected'}"
+        fail(f"{self.prog.removeprefix('descant ')}: {message}")
+
+
+def main(args: Sequence[str]) -> int:
+    """Run ``descant data ARGS`` and return the exit code."""
+    if not args or args[0] in ("--help", "-h"):
+        print(_TOP)
+        return 0
+    commands = {"make": _make, "look": _look}
+    if args[0] not in commands:
+        fail(f"data {args[0]}: no such command{hint(args[0], commands)}")
+    try:
+        return commands[args[0]](args[1:])
+    except (ValueError, OSError) as error:  # what sources and data modules say of a wrong request
+        fail(one_line(error))
+
+
+def _make(args: Sequence[str]) -> int:
+    parser = _Parser(
+        "descant data make",
+        description="WebDataset shards from a folder of pictures or recordings, with captions in a table or in text "
+        "files beside them. Bytes are copied as they are; every member is read back and compared. Splits follow a "
+        "column (or sub-folders) named train, val and test; without one, a fixed share is held out as val.",
+        epilog="example: descant data make photos --csv captions.csv --out shards",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path)
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="a new folder; nothing is overwritten")
+    parser.add_argument("--csv", metavar="FILE", type=Path, help="CSV, TSV or JSON lines; default: the folder's own")
+    parser.add_argument("--caption", metavar="COLUMN", help="the text that becomes .txt; default: the only one")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--samples-per-shard", metavar="N", type=_positive(int), help="default: by size")
+    size.add_argument("--size", metavar="MB", type=_positive(float), default=256.0, help="of a shard, at most (256)")
+    parser.add_argument("--resize", metavar="PX", type=_positive(int), help="shorter side of larger pictures, as JPEG")
+    parser.add_argument("--holdout", metavar="SHARE", type=_share, default=0.05, help="held out as val (0.05)")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the order of samples (0)")
+    options = parser.parse_args(list(args))
+    from descant.data.make import make
+
+    made = make(
+        options.folder,
+        options.out,
+        csv=options.csv,
+        caption=options.caption,
+        samples=options.samples_per_shard,
+        megabytes=options.size,
+        resize=options.resize,
+        holdout=options.holdout,
+        seed=options.seed,
+    )
+    print(made.report())
+    return 0
+
+
+def _look(args: Sequence[str]) -> int:
+    parser = _Parser(
+        "descant data look",
+        description="What a data set holds: counts, missing modalities, lengths of captions and what the codec cuts "
+        "off, sizes of pictures, duplicates within and across splits, and a sheet of pictures to look at.",
+        epilog="examples: descant data look photos; descant data look 'shards/*.tar'; "
+        "descant data look --config contrastive/emoji --data.size 64",
+        allow_abbrev=False,
+    )
+    parser.add_argument("what", metavar="WHAT", nargs="*", help="a folder, parquet files, or shards (patterns too)")
+    parser.add_argument("--config", metavar="NAME", action="append", help="the data of an experiment instead")
+    parser.add_argument("--trust", metavar="MODULE", action="append", help="allow its class paths in --config")
+    parser.add_argument("--csv", metavar="FILE", type=Path, help="of a folder; default: its own")
+    parser.add_argument("--caption", metavar="COLUMN", help="the text that is the caption; default: the only one")
+    parser.add_argument("--holdout", metavar="SHARE", type=_share, default=0.05, help="as training holds out (0.05)")
+    parser.add_argument("--all", action="store_true", help="read and decode every sample, not some thousands")
+    parser.add_argument("--out", metavar="PNG", type=Path, help="of the sheet (look-NAME.png here)")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers there")
+    data, rest = _data_options(parser, args)
+    options = parser.parse_args(rest)
+    if bool(options.what) == bool(options.config):
+        fail("data look: give a folder, parquet files or shards, or --config NAME; one of them")
+    if data and not options.config:
+        fail(f"data look: --{data[0][0]}: only with --config")
+    from descant.data.look import look
+
+    look(
+        options.what,
+        configs=options.config or [],
+        options=data,
+        trust=options.trust or [],
+        csv=options.csv,
+        caption=options.caption,
+        holdout=options.holdout,
+        every=options.all,
+        sheet=options.out,
+        numbers=options.json,
+    )
+    return 0
+
+
+def _data_options(parser: _Parser, args: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """``--data.KEY VALUE`` and ``--data.KEY=VALUE`` as pairs, and the other arguments."""
+    found, rest, left = [], [], list(args)
+    while left:
+        token = left.pop(0)
+        if not token.startswith("--data."):
+            rest.append(token)
+            continue
+        key, equals, value = token[2:].partition("=")
+        if not equals:
+            if not left or left[0].startswith("--"):
+                parser.error(f"--{key}: its value is missing")
+            value = left.pop(0)
+        found.append((key, value))
+    return found, rest
+
+
+def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    number.__name__ = "number"
+    return number
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share: 0 <= share < 1")
+    return value

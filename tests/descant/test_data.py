@@ -1,0 +1,402 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import webdataset
+import yaml
+from PIL import Image
+
+from descant.data.make import smaller
+from descant.data.sheet import Tile, sheet
+from descant.data.twins import echoes
+from descant.datamodules.own import Own
+from descant.datamodules.sources.shards import Shards
+
+SHAPES, COLOURS = ("square", "circle"), {"red": (220, 30, 30), "blue": (30, 60, 200), "green": (20, 160, 70)}
+
+
+def picture(n: int, size: tuple[int, int] = (40, 30), form: str = "JPEG") -> bytes:
+    noise = np.random.default_rng(n).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(noise).save(out, form)
+    return out.getvalue()
+
+
+def write_table(folder: Path, rows: list[dict[str, str]], name: str = "captions.csv") -> None:
+    with (folder / name).open("w", newline="", encoding="utf-8") as out:
+        table = csv.DictWriter(out, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DESCANT_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """40 pictures: one is cut off, one is twice there, four lack a caption."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rows = []
+    for i in range(40):
+        form = "PNG" if i % 8 == 0 else "JPEG"
+        name = f"{i:02d}.{'png' if form == 'PNG' else 'jpg'}"
+        data = picture(i, form=form)
+        (folder / name).write_bytes(data[: len(data) // 2] if i == 3 else data)
+        caption = "" if i % 10 == 7 else f"picture {i} of {list(COLOURS)[i % 3]} dots"
+        rows.append({"image": name, "caption": caption, "label": SHAPES[i % 2]})
+    (folder / "05.jpg").write_bytes((folder / "06.jpg").read_bytes())
+    write_table(folder, rows)
+    return folder
+
+
+@pytest.fixture
+def data(cli: Callable[..., Any]) -> Callable[..., Any]:
+    """``data("make", ...)``: a command that must succeed."""
+
+    def call(*args: str | Path) -> Any:
+        result = cli("data", *args)
+        assert result.rc == 0, result.err
+        return result
+
+    return call
+
+
+# make ----------------------------------------------------------------------------------------------------------
+
+
+def members(shard: Path) -> dict[str, bytes]:
+    with tarfile.open(shard) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+
+
+def samples(folder: Path, split: str) -> dict[str, dict[str, bytes]]:
+    """The file's name in its folder -> members by extension."""
+    found: dict[str, dict[str, bytes]] = {}
+    for shard in sorted(folder.glob(f"{split}-*.tar")):
+        rows: dict[str, dict[str, bytes]] = {}
+        for name, content in members(shard).items():
+            key, _, ending = name.partition(".")
+            rows.setdefault(key, {})[ending] = content
+        found |= {json.loads(row["json"])["file"]: row for row in rows.values()}
+    return found
+
+
+def test_shards_hold_the_bytes_of_the_folder(photos: Path, data: Callable[..., Any]) -> None:
+    out = data("make", photos, "--out", "shards", "--samples-per-shard", "10", "--holdout", "0.2").out
+    train, val = samples(Path("shards"), "train"), samples(Path("shards"), "val")
+    assert set(train) | set(val) == {p.name for p in photos.iterdir()} - {"captions.csv", "03.jpg"}
+    assert not set(train) & set(val) and len(val) >= 2
+    for name, row in {**train, **val}.items():
+        assert row["png" if name.endswith("png") else "jpg"] == (photos / name).read_bytes()
+        i = int(name[:2])
+        assert row.get("txt", b"").decode() == ("" if i % 10 == 7 else f"picture {i} of {list(COLOURS)[i % 3]} dots")
+        assert json.loads(row["json"])["label"] == SHAPES[i % 2]
+    counts = [sum(n.endswith(".json") for n in members(p)) for p in sorted(Path("shards").glob("train-*.tar"))]
+    assert set(counts[:-1]) == {10} and sum(counts) == len(train)
+    ledger = [json.loads(line) for line in Path("shards/ledger.jsonl").read_text().splitlines()]
+    assert [entry["sample"] for entry in ledger] == ["03.jpg: image"] and "truncated" in ledger[0]["why"]
+    assert "left out         1" in out and "--data.path shards" in out
+
+
+def test_the_manifest_counts_and_hashes(photos: Path, data: Callable[..., Any]) -> None:
+    import hashlib
+
+    data("make", photos, "--out", "shards", "--size", "0.05")
+    manifest = json.loads(Path("shards/manifest.json").read_text())
+    assert sum(split["samples"] for split in manifest["splits"].values()) == 39 and manifest["left_out"] == 1
+    for split, told in manifest["splits"].items():
+        assert len(told["shards"]) == len(list(Path("shards").glob(f"{split}-*.tar")))
+        assert sum(shard["samples"] for shard in told["shards"]) == told["samples"] == told["fields"]["json"]
+        for shard in told["shards"]:
+            content = (Path("shards") / shard["file"]).read_bytes()
+            assert hashlib.sha256(content).hexdigest() == shard["sha256"] and len(content) == shard["bytes"]
+    sizes = [shard["bytes"] for shard in manifest["splits"]["train"]["shards"]]
+    assert len(sizes) > 1 and max(sizes) <= 50_000 + 10_240  # a tar is filled up to its record size
+
+
+def test_the_same_seed_writes_the_same_bytes_and_another_shuffles(photos: Path, data: Callable[..., Any]) -> None:
+    for out, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        data("make", photos, "--out", out, "--seed", seed)
+    a, b, c = (Path(out, "train-000000.tar").read_bytes() for out in "abc")
+    assert a == b != c
+    assert list(samples(Path("a"), "train")) != sorted(samples(Path("a"), "train"))
+    assert samples(Path("a"), "train").keys() == samples(Path("c"), "train").keys()
+
+
+def test_a_split_column_says_who_goes_where(photos: Path, data: Callable[..., Any]) -> None:
+    rows = list(csv.DictReader((photos / "captions.csv").open()))
+    words = ["training", "validation", "test"]
+    write_table(photos, [{**row, "split": words[i % 3]} for i, row in enumerate(rows)])
+    data("make", photos, "--out", "shards")
+    for n, split in enumerate(("train", "val", "test")):
+        assert {int(name[:2]) % 3 for name in samples(Path("shards"), split)} == {n}
+    own = Own(path="shards")
+    assert {name: len(rows) for name, (_, rows) in own.splits.items()} == {"train": 13, "val": 13, "test": 13}
+
+
+def test_held_out_as_training_on_the_folder_would(photos: Path, data: Callable[..., Any]) -> None:
+    data("make", photos, "--out", "shards", "--holdout", "0.3")
+    own = Own(path=str(photos), holdout=0.3)
+    name, rows = own.splits["val"]
+    held = {own.sources[name].name(row) for row in rows.tolist()} - {"03.jpg"}
+    assert samples(Path("shards"), "val").keys() == held
+
+
+def test_resize_shrinks_only_what_is_larger(tmp_path: Path, data: Callable[..., Any]) -> None:
+    folder = tmp_path / "sizes"
+    folder.mkdir()
+    for name, size in (("small.png", (20, 50)), ("wide.png", (200, 80)), ("tall.jpg", (64, 640))):
+        (folder / name).write_bytes(picture(1, size, "PNG" if name.endswith("png") else "JPEG"))
+    data("make", folder, "--out", "shards", "--resize", "32", "--holdout", "0")
+    rows = samples(Path("shards"), "train")
+    assert rows["small.png"]["png"] == (folder / "small.png").read_bytes()
+    assert Image.open(io.BytesIO(rows["wide.png"]["jpg"])).size == (80, 32)
+    assert Image.open(io.BytesIO(rows["tall.jpg"]["jpg"])).size == (32, 320)
+
+
+def test_a_smaller_picture_is_upright_over_white_and_close_to_the_larger_one() -> None:
+    ramp = np.tile(np.linspace(0, 255, 200, dtype=np.uint8)[None, :, None], (100, 1, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rows are columns
+    out = io.BytesIO()
+    Image.fromarray(ramp).save(out, "JPEG", exif=exif, quality=95)
+    with Image.open(out) as turned:
+        small = Image.open(io.BytesIO(smaller(turned, 50)))
+    assert small.size == (50, 100)
+    x = np.asarray(small.convert("L"), dtype=float)
+    assert x[0].mean() < 10 and x[-1].mean() > 245 and np.abs(np.diff(x.mean(axis=1))).max() < 6
+    clear = Image.new("RGBA", (80, 80), (255, 0, 0, 0))
+    white = np.asarray(Image.open(io.BytesIO(smaller(clear, 40))))
+    assert white.min() > 250
+
+
+def test_recordings_and_captions_of_several(tmp_path: Path, data: Callable[..., Any]) -> None:
+    folder = tmp_path / "spoken"
+    folder.mkdir()
+    rows = []
+    for i in range(6):
+        (folder / f"{i}.jpg").write_bytes(picture(i))
+        sound = folder / f"{i}.wav"
+        soundfile.write(sound, np.sin(np.arange(4000) * 0.05 * (i + 1)), 8000)
+        if i == 2:
+            sound.write_bytes(b"")
+        rows += [{"image": f"{i}.jpg", "speech": f"{i}.wav", "caption": f"{word} {i}"} for word in ("one", "another")]
+    write_table(folder, rows)
+    result = data("make", folder, "--out", "shards", "--holdout", "0")
+    assert "left out         1" in result.out
+    shards = Shards("shards/train-000000.tar")
+    assert len(shards) == 6 and "txt" not in shards.fields
+    assert {"jpg", "wav", "json.caption.0", "json.caption.1"} <= set(shards.fields)
+    assert int(shards.has("wav").sum()) == 5  # the empty recording goes, its picture stays
+
+
+def test_what_is_there_is_never_overwritten_and_a_failure_leaves_nothing(
+    photos: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("shards").mkdir()
+    assert cli("data", "make", photos, "--out", "shards").refusal == (
+        "--out shards: already there, and nothing is overwritten; give a new folder"
+    )
+    write = webdataset.TarWriter.write
+
+    def spoiled(self: Any, sample: dict[str, Any]) -> int:
+        if sample["__key__"] == "000000007":
+            sample = {**sample, "json": sample["json"][:-1] + b"!"}
+        return write(self, sample)
+
+    monkeypatch.setattr(webdataset.TarWriter, "write", spoiled)
+    before = sorted(Path().iterdir())
+    refusal = cli("data", "make", photos, "--out", "other").refusal
+    assert refusal.startswith("train-000000.tar: 1 members do not read back as written, the first is 000000007.json")
+    assert sorted(Path().iterdir()) == before
+
+
+# look ----------------------------------------------------------------------------------------------------------
+
+
+def numbers(call: Callable[..., Any], *args: str | Path) -> dict[str, Any]:
+    call("look", *args, "--json", "numbers.json")
+    found: dict[str, Any] = json.loads(Path("numbers.json").read_text())
+    return found
+
+
+def test_look_counts_what_is_there(photos: Path, data: Callable[..., Any]) -> None:
+    found = numbers(data, photos, "--holdout", "0.2", "--out", "sheet.png")
+    train, val = found["splits"]["train"], found["splits"]["val"]
+    assert found["samples"] == train["samples"] + val["samples"] == 40
+    assert train["has"]["text"] + val["has"]["text"] == 36
+    patterns = {p: train["patterns"].get(p, 0) + val["patterns"].get(p, 0) for p in ("image+text", "image")}
+    assert patterns == {"image+text": 36, "image": 4}
+    assert found["fields"]["label"] == {"kind": "text", "samples": 40}
+    captions = found["captions"]
+    assert captions["train"]["words"] == dict.fromkeys(("least", "5%", "half", "95%", "most"), 5)
+    assert captions["train"]["without"] + captions["val"]["without"] == 4
+    assert captions["train"]["cut"] == 0
+    content = found["content"]
+    assert content["formats"] == {"JPEG": 35, "PNG": 5} and content["width"]["most"] == 40
+    assert (content["decoded"], content["unreadable"]) == (40, 1) and "03.jpg" in content["examples"]
+    assert found["duplicates"]["image"]["extra"] == 1
+    assert Image.open("sheet.png").size[0] == 1058
+
+
+def test_look_sees_what_two_splits_share(photos: Path, data: Callable[..., Any]) -> None:
+    rows = list(csv.DictReader((photos / "captions.csv").open()))
+    rows = [{**row, "split": "val" if i in (6, 11) else "train"} for i, row in enumerate(rows)]
+    rows[11]["caption"] = "Picture 12 of red dots!"  # but for case and a mark, the caption of a training picture
+    write_table(photos, rows)
+    found = numbers(data, photos)
+    assert found["duplicates"]["image"]["across"] == {"train/val": 1}
+    assert found["duplicates"]["image"]["examples"] == [["train: 05.jpg", "val: 06.jpg"]]
+    told = found["echoes"]["val in train"]
+    assert (told["captions"], told["equal"], told["near"]) == (2, 1, 0)
+
+
+def test_look_tells_what_a_codec_cuts(photos: Path, data: Callable[..., Any]) -> None:
+    codec = {"class_path": "Ngrams", "init_args": {"length": 12}}
+    text = {"class_path": "TextField", "init_args": {"codec": codec}}
+    image = {"class_path": "ImageField", "init_args": {"size": 16}}
+    fields = {"class_path": "Fields", "init_args": {"image": image, "text": text}}
+    own = {"class_path": "Own", "init_args": {"path": str(photos), "fields": fields}}
+    Path("short.yaml").write_text("# rows of 12\n" + yaml.safe_dump({"data": own}))
+    found = numbers(data, "--config", "contrastive/own", "--config", "short.yaml")
+    assert found["captions"]["train"]["cut_share"] == 1 and found["codec"] == "Ngrams, rows of 12"
+    assert found["captions"]["train"]["tokens"]["least"] > 12
+
+
+def test_look_at_shards_and_parquet_agrees_with_the_folder(photos: Path, data: Callable[..., Any]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    data("make", photos, "--out", "shards")
+    rows = list(csv.DictReader((photos / "captions.csv").open()))
+    images = [(photos / row["image"]).read_bytes() for row in rows]
+    pq.write_table(pa.table({"image": images, "caption": [row["caption"] or None for row in rows]}), "all.parquet")
+    folder, shards = numbers(data, photos), numbers(data, "shards/*.tar")
+    parquet = numbers(data, "all.parquet")
+    assert shards["samples"] == 39 and parquet["samples"] == folder["samples"] == 40
+    for found in (shards, parquet):
+        assert sum(split["has"]["text"] for split in found["splits"].values()) == (35 if found is shards else 36)
+        assert found["duplicates"]["image"]["extra"] == 1
+    assert parquet["content"]["formats"] == folder["content"]["formats"]
+
+
+def test_look_at_a_configuration(data: Callable[..., Any]) -> None:
+    found = numbers(data, "--config", "contrastive/emoji", "--data.tiny", "true", "--data.languages=[de]")
+    assert list(found["splits"]) == ["train", "val", "vendor", "concept", "both", "apart"]
+    train = found["splits"]["train"]
+    assert train["patterns"] == {"image+text": train["samples"]}
+    assert found["splits"]["concept"]["patterns"].keys() == {"image+text", "image"}
+    assert 0 <= found["captions"]["vendor"]["cut_share"] < 1 and found["captions"]["train"]["tokens"]["least"] >= 2
+
+
+def test_near_captions_are_those_of_a_jaccard_similarity() -> None:
+    rng = np.random.default_rng(0)
+    words = [f"w{k}" for k in range(30)]
+    ours, theirs = (
+        [" ".join(rng.choice(words, rng.integers(3, 12), replace=False)) for _ in range(n)] for n in (60, 200)
+    )
+    theirs += [" ".join(text.split()[:-1]) for text in ours[:20]]
+
+    def similar(a: str, b: str) -> float:
+        x, y = set(a.split()), set(b.split())
+        return len(x & y) / len(x | y)
+
+    best = [max(similar(a, b) for b in theirs) for a in ours]
+    found = echoes(ours, theirs)
+    assert found.equal == sum(value == 1 for value in best)
+    assert found.near == sum(0.8 <= value < 1 for value in best) > 0
+
+
+def test_a_sheet_of_odd_samples_can_be_drawn() -> None:
+    tiles = [
+        Tile(None, "train", "no picture at all, and a caption that is much longer than three lines of a tile " * 3),
+        Tile(Image.new("RGB", (1, 900)), "val", ""),
+        Tile(Image.new("RGB", (3000, 2)), "val", "Ein Wort-das-nicht-aufhört" * 20),
+        Tile(Image.new("RGB", (8, 8), "red"), "test", "кошка"),
+    ]
+    page = sheet(tiles, "a title that is too long for the page " * 10)
+    assert page.size[0] == 14 + 4 * 174
+    colours = {colour for _, colour in page.getcolors(1 << 20) or []}
+    assert (255, 0, 0) in colours
+
+
+# from the folder to a trained model ----------------------------------------------------------------------------
+
+
+def test_a_folder_becomes_shards_that_train(photos: Path, data: Callable[..., Any], cli: Callable[..., Any]) -> None:
+    data("make", photos, "--out", "shards")
+    data("look", "shards")
+    place = ("--config", "contrastive/own", "--config", "shards/data.yaml", "--config", "on/cpu")
+    small = ("--data.batch_size", "8", "--data.num_workers", "0", "--data.fields.image.size", "32")
+    steps = ("--trainer.max_steps", "2", "--trainer.max_epochs", "-1", "--trainer.log_every_n_steps", "1")
+    result = cli("fit", *place, *small, *steps, "--name", "x", "--trainer.check_val_every_n_epoch", "1")
+    assert result.rc == 0, result.err
+    metrics = json.loads(Path("runs/x/metrics.json").read_text())
+    assert metrics["steps"] == 2 and np.isfinite(metrics["train/loss"]) and "val/i2t_r10" in metrics
+
+
+# wrong requests ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["lok"], "data lok: no such command; nearest: look"),
+        (["make"], "data make: the following arguments are required: FOLDER, --out"),
+        (["make", "photo", "--out", "x"], "photo: no such folder; nearest: photos"),
+        (
+            ["make", "photos", "--out", "x", "--seeed", "1"],
+            "data make: --seeed: no such option; nearest: --seed",
+        ),
+        (["make", "photos", "--out", "x", "--size", "0"], "data make: argument --size: 0 is not above 0"),
+        (["make", "photos", "--out", "x", "--holdout", "2"], "data make: argument --holdout: 2 is no share"),
+        (["make", "photos", "--out", "x", "--csv", "caption.csv"], "no such table; nearest: captions.csv"),
+        (["make", "photos", "--out", "x", "--caption", "captoin"], "no column 'captoin'; nearest: caption"),
+        (["make", "photos", "--out", "x", "--caption", "image"], "--caption image: it holds image, not texts"),
+        (["look"], "data look: give a folder, parquet files or shards, or --config NAME; one of them"),
+        (["look", "photos", "--config", "contrastive/emoji"], "one of them"),
+        (["look", "photos", "--data.size", "3"], "data look: --data.size: only with --config"),
+        (["look", "shard-*.tar"], "shard-*.tar: no such file"),
+        (["look", "--config", "contrastive/emojy"], "nearest: contrastive/emoji"),
+        (["look", "--config", "contrastive/emoji", "--data.sice", "3"], "nearest: size"),
+    ],
+)
+def test_a_wrong_request_is_one_line(photos: Path, cli: Callable[..., Any], args: list[str], says: str) -> None:
+    assert says in cli("data", *args).refusal
+    assert not Path("x").exists()
+
+
+def test_a_folder_in_which_nothing_can_be_read_is_refused(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i}.jpg").write_bytes(b"no picture")
+    refusal = cli("data", "make", folder, "--out", "x").refusal
+    assert "not one of 3 samples can be read" in refusal and not Path("x").exists()
+
+
+@pytest.mark.parametrize("command", [["data", "--help"], ["data", "make", "--help"], ["data", "look", "--help"]])
+def test_help_is_short_and_needs_no_torch(command: list[str]) -> None:
+    code = (
+        "import sys\nfrom descant.__main__ import main\n"
+        f"try:\n    main({command!r})\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert 5 < len(lines) <= 32 and max(map(len, lines)) <= 110
