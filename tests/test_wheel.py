@@ -39,6 +39,9 @@ def test_the_wheel_holds_real_files_packs_and_experiments(installed: Path) -> No
         "modules/step.py",
         "experiments/base.yaml",
         "experiments/contrastive/emoji.yaml",
+        "templates/recipe/my_recipe.py",
+        "templates/recipe/my_recipe.yaml",
+        "templates/recipe/test_my_recipe.py",
     ):
         assert (installed / "descant" / part).is_file()
         assert not (installed / "descant" / part).is_symlink()
@@ -62,6 +65,17 @@ def test_it_trains_from_an_empty_folder(installed: Path, tmp_path: Path) -> None
         check=True,
     )
     assert source.stdout.startswith(str(installed))
+
+
+@pytest.mark.parametrize("kind", ["recipe", "callback", "datamodule"])
+def test_what_it_writes_for_a_user_trains(installed: Path, tmp_path: Path, kind: str) -> None:
+    written = run(installed, tmp_path, "new", kind, "my_own")
+    assert written.returncode == 0, written.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"my_own.py", "my_own.yaml", "test_my_own.py"}
+    command = written.stdout.splitlines()[-1].split()[1:]
+    trained = run(installed, tmp_path, *command, "--config", "on/tiny", "--name", "mine")
+    assert trained.returncode == 0, trained.stderr
+    assert json.loads((tmp_path / "runs/mine/metrics.json").read_text())["steps"] == 2
 
 
 def test_it_lists_what_it_ships(installed: Path, tmp_path: Path) -> None:

@@ -1,0 +1,58 @@
+"""How the gradient is shared between the towers: which modality the run is learning from.
+
+Letters: M towers.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import lightning as L
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from descant.modules.protocols import HasTowers
+from descant.modules.trainer import log_interval
+
+
+class MyCallback(L.Callback):
+    """Logs each tower's share of the gradient's length, at every logging step.
+
+        n_m = sqrt(sum over parameters p of tower m of |dL/dp|^2)
+        share/m = n_m / sum over the M towers of n
+
+    A share near 0 says that this modality hardly learns any more. Only what a protocol promises is asked of the
+    recipe, so the callback works with every recipe that has it: here ``towers``, one module a modality.
+
+    Args:
+        prefix: of the names that are logged.
+
+    Raises:
+        ValueError: at setup, if the recipe lacks the protocol HasTowers.
+    """
+
+    #: Said twice (by an experiment and an overlay), the last one counts.
+    once = True
+
+    def __init__(self, prefix: str = "share") -> None:
+        self.prefix = prefix
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if not isinstance(pl_module, HasTowers):
+            lacks = f"{type(pl_module).__name__} lacks it"
+            raise ValueError(f"{type(self).__name__} needs the protocol HasTowers (towers by modality); {lacks}")
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        if (trainer.global_step + 1) % log_interval(trainer):
+            return  # measured where it is written, so that the other steps cost nothing
+        # here gradients are whole: added up over micro-batches and ranks, unscaled, not yet clipped
+        towers = cast(HasTowers, pl_module).towers
+        norms = {m: _norm(tower) for m, tower in towers.items()}
+        total = sum(norms.values()) + 1e-12  # where no tower has a gradient, shares are 0
+        shares = {f"{self.prefix}/{m}": norm / total for m, norm in norms.items()}
+        pl_module.log_dict(shares, on_step=True, on_epoch=False, batch_size=1)
+
+
+def _norm(module: nn.Module) -> Tensor:
+    return get_total_norm([p.grad for p in module.parameters() if p.grad is not None])

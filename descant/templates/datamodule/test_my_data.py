@@ -1,0 +1,158 @@
+"""MyData: whose samples are seen, how often, and of what they are a function."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from descant.datamodules.base import BatchDataset
+from descant.datamodules.order import Order
+from descant.modules.batch import Batch
+from descant.templates.datamodule.my_data import MyData, draw, read
+
+
+def batches(data: MyData, epoch: int = 0) -> list[Batch]:
+    """One epoch as training loads it."""
+    data.position = (epoch, 0)
+    return list(data.train_dataloader())
+
+
+def samples(data: MyData, epoch: int = 0) -> dict[int, tuple[bool, list[int]]]:
+    """Sample id -> whether its text is there, and which text it is."""
+    found = {}
+    for batch in batches(data, epoch):
+        for b in batch.present["image"].nonzero().squeeze(1).tolist():  # a padding row lacks everything
+            found[int(batch.index[b])] = bool(batch.present["text"][b]), batch.inputs["text"][b].tolist()
+    return found
+
+
+def ids(rows: BatchDataset) -> set[int]:
+    return set(rows.identity(np.arange(len(rows))).tolist())
+
+
+def test_each_sample_is_seen_once_an_epoch() -> None:
+    data = MyData(batch_size=48, tiny=True)
+    rows = data.training_set()
+    assert len(rows) % 48, "an epoch that batches do not divide"
+    seen = Counter(int(i) for batch in batches(data) for i in batch.index[batch.present["image"]])
+    assert seen == Counter(ids(rows))
+    assert {len(batch) for batch in batches(data)} == {48}
+
+
+def test_splits_are_apart_and_miss_nothing() -> None:
+    data = MyData()
+    sets = {"train": data.training_set(), **data.evaluation_sets("validate"), **data.evaluation_sets("test")}
+    assert list(sets) == ["train", "val", "test"]
+    assert sorted(i for rows in sets.values() for i in ids(rows)) == list(range(2000))
+    texts = [{tuple(data.corpus.text[i, 0]) for i in ids(rows)} - {(0, 0, 0)} for rows in sets.values()]
+    assert all(texts)
+    assert not texts[0] & texts[1] | texts[0] & texts[2] | texts[1] & texts[2]
+    assert ids(data.bank_set()) == ids(sets["train"])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_sample_is_a_function_of_seed_epoch_and_index(ranks: int) -> None:
+    data = MyData(batch_size=64, tiny=True)
+    wanted, rows = samples(data, epoch=3), MyData(tiny=True).training_set()
+    cut = [Order(len(rows), 64, data.seed, rank=rank, world=ranks, epoch=3) for rank in range(ranks)]
+    found = {}
+    for batch in (rows[window] for order in cut for window in order):
+        for b in batch.present["image"].nonzero().squeeze(1).tolist():
+            found[int(batch.index[b])] = bool(batch.present["text"][b]), batch.inputs["text"][b].tolist()
+    assert found == wanted
+    assert samples(data, epoch=4) != wanted
+
+
+def test_a_text_is_there_where_the_corpus_has_one() -> None:
+    data = MyData(tiny=True)
+    has_text_N = data.corpus.texts_N > 0
+    assert 0 < has_text_N.sum() < len(has_text_N)
+    assert all(there == has_text_N[i] for i, (there, _) in samples(data).items())
+    for batch in batches(data):
+        assert int(batch.count("image", "text")) == int(batch.both("image", "text").sum())
+
+
+def test_missingness_is_a_policy_of_the_right_size() -> None:
+    plain, dropped = samples(MyData()), samples(MyData(drop={"text": 0.3}))
+    had = {i for i, (there, _) in plain.items() if there}
+    kept = {i for i, (there, _) in dropped.items() if there}
+    assert kept < had
+    assert len(kept) / len(had) == pytest.approx(0.7, abs=0.06)
+    assert dropped == samples(MyData(drop={"text": 0.3}))
+
+
+def test_training_draws_a_text_and_evaluation_reads_the_first() -> None:
+    data = MyData(tiny=True)
+    texts = data.corpus.text
+    drawn = {i: [text == texts[i, k].tolist() for k in range(2)] for i, (there, text) in samples(data).items() if there}
+    assert all(any(which) for which in drawn.values())
+    assert 0.3 < np.mean([first for first, _ in drawn.values()]) < 0.7
+    rows = data.evaluation_sets("validate")["val"]
+    (batch,) = data.evaluation_loader(rows)
+    assert torch.equal(batch.inputs["text"], torch.from_numpy(texts[batch.index, 0]))
+
+
+def saved(folder: Path, text: list[list[list[int]]]) -> Path:
+    """A file of samples with these texts."""
+    n, file = len(text), folder / "corpus.npz"
+    np.savez(file, image=np.zeros((n, 3, 2, 2), np.uint8), text=np.array(text), label=np.zeros(n))
+    return file
+
+
+def test_a_text_that_is_not_there_is_never_drawn(tmp_path: Path) -> None:
+    text = [[[i, 1], [i, 2] if i % 2 else [0, 0], [0, 0]] for i in range(1, 101)]
+    found = samples(MyData(file=str(saved(tmp_path, text)))).values()
+    assert {t[1] for _, t in found if t[0] % 2} == {1, 2}
+    assert {t[1] for _, t in found if not t[0] % 2} == {1}
+
+
+def test_equal_texts_share_a_key_and_missing_ones_do_not(tmp_path: Path) -> None:
+    a, b, c, *missing = read(saved(tmp_path, [[[1, 2]], [[3, 0]], [[1, 2]], [[0, 0]], [[0, 0]]])).key_N.tolist()
+    assert a == c
+    assert len({a, b, *missing}) == 4
+
+
+def test_pixels_are_what_was_drawn() -> None:
+    corpus, painted = draw(50), set()
+    for image, (colour, x, y), label in zip(corpus.image, corpus.text[:, 0], corpus.label, strict=True):
+        if colour:  # else it has no text
+            square = image[:, (y - 9) * 4 : (y - 8) * 4, (x - 5) * 4 : (x - 4) * 4].reshape(3, 16)
+            assert (square == square[:, :1]).all()
+            painted.add((int(colour), int(label), *square[:, 0].tolist()))
+    assert len(painted) == 4
+    assert {colour - label for colour, label, *_ in painted} == {1}
+    batch = next(iter(MyData(tiny=True).train_dataloader()))
+    assert batch.inputs["image"].dtype == torch.uint8
+    seen = MyData(tiny=True).on_after_batch_transfer(batch, 0).inputs["image"]
+    assert float(seen.min()) >= -1.0
+    assert float(seen.max()) <= 1.0
+
+
+def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
+    corpus, file = draw(30), tmp_path / "corpus.npz"
+    np.savez(file, **vars(corpus))
+    again = MyData(file=str(file)).corpus
+    for name in ("image", "text", "label"):
+        assert np.array_equal(getattr(again, name), getattr(corpus, name))
+
+
+def test_wrong_input_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "corpus.npz"
+    np.savez(file, image=np.zeros((2, 3, 4, 4)), text=np.zeros((2, 1, 3)))
+    with pytest.raises(ValueError, match=r"corpus\.npz: no array 'label', only image, text"):
+        read(file)
+    np.savez(file, image=np.zeros((2, 3, 4, 4)), text=np.zeros((2, 1, 3)), label=np.zeros(2))
+    with pytest.raises(ValueError, match="image: float64, not uint8"):
+        read(file)
+    np.savez(file, image=np.zeros((2, 3, 4, 4), np.uint8), text=np.zeros((3, 1, 3)), label=np.zeros(2))
+    with pytest.raises(ValueError, match=r"text: shape \[3, 1, 3\]: 3 dimensions, as many rows as image has"):
+        read(file)
+    file.write_bytes(b"not an archive")
+    with pytest.raises(ValueError, match=r"corpus\.npz: not a readable \.npz file"):
+        read(file)
+    with pytest.raises(ValueError, match="drop: no modality 'audio'"):
+        MyData(drop={"audio": 0.5})

@@ -1,0 +1,123 @@
+"""Image-text pre-training in which the pairs that fit least are pulled hardest.
+
+Claim: say here, in one sentence, what the method does that its baseline does not; the experiment says by how much.
+
+    z_m = normalise(head_m(pool(tower_m(x_m))))         for m = image, text
+    contrast_b = InfoNCE(z_image, z_text)_b             with in-batch negatives
+    align_b = w_b |z_image_b - z_text_b|^2              w_b = (|z_image_b - z_text_b|^2 / 4)^focus, a constant
+    loss = mean_b contrast_b + mean_b align_b           over the pairs of the whole optimizer step
+
+What differs from CLIP (Radford 2021): the term ``align``; its weight lies in 0..1 and takes no gradient.
+Source: arXiv 2103.00020 (CLIP); name the paper of the rest.
+Letters: B samples, D width, R rows that are present.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from descant.modules.batch import Batch
+from descant.modules.heads import MeanPool, Projection
+from descant.modules.losses import ContrastiveLoss, InfoNCE
+from descant.modules.objective import Term
+from descant.modules.towers import Towers
+from descant.recipes import Recipe
+
+MODALITIES = ("image", "text")
+TERMS = ("contrast", "align")
+
+
+class MyRecipe(Recipe):
+    """Contrast pictures with texts, and pull the worst pairs together.
+
+    Every term is one value a sample: the base averages them over the step, and callbacks weigh them. Their fixed
+    coefficients are the base's ``mix``, such as ``--model.mix '{align: 0.5}'``.
+
+    Args:
+        towers: one for image and one for text.
+        width: D of the shared space.
+        focus: exponent of the weight of ``align``; 0 weighs all pairs alike.
+        loss: the contrast of the pairs; InfoNCE where not given.
+
+    Raises:
+        ValueError: if a tower is missing or ``focus`` is negative; in ``terms``, if the data lacks a modality.
+    """
+
+    #: The contrast sees other samples of the batch: small accumulated batches would be another method.
+    in_batch_negatives = True
+
+    def __init__(
+        self,
+        towers: Towers,
+        width: int = 128,
+        focus: float = 1.0,
+        loss: ContrastiveLoss | None = None,
+        **kwargs: object,
+    ) -> None:
+        super().__init__(**kwargs)  # type: ignore[arg-type]  # optimizer, schedule and the rest: the base's own
+        missing = [m for m in MODALITIES if m not in towers]
+        if missing:
+            raise ValueError(f"towers: no tower for {missing[0]!r}; it takes {' and '.join(MODALITIES)}")
+        if focus < 0:
+            raise ValueError(f"focus {focus}: at least 0, which weighs all pairs alike")
+        self.towers, self.focus = towers, focus
+        self.pool = MeanPool()
+        self.heads = nn.ModuleDict({m: Projection(towers.width(m), width) for m in MODALITIES})
+        self.loss = loss or InfoNCE()
+
+    def project(self, x: Tensor, modality: str) -> Tensor:
+        """``[R, ...] -> z_RD`` of unit length."""
+        h_RD = self.pool(self.towers[modality](x))
+        return F.normalize(self.heads[modality](h_RD).float(), dim=-1)  # in 32 bit: half a cosine is too coarse
+
+    def present(self, batch: Batch, modality: str) -> Tensor:
+        """``z_BD``: the tower sees the rows that are there, and the others are zero."""
+        x, present_B = batch.inputs[modality], batch.present[modality]
+        # at least one row a chunk, of zeros if need be: on every rank, backward reaches the same parameters
+        rows_R = (~present_B).int().argsort(stable=True)[: max(int(present_B.sum()), self.step.chunks)]
+        absent_R, x_R = ~present_B[rows_R], x[rows_R]
+        x_R[absent_R] = 0
+        z_RD = self.step.chunked(partial(self.project, modality=modality), x_R, self.towers[modality])
+        z_RD = z_RD.masked_fill(absent_R[:, None], 0.0)
+        return z_RD.new_zeros(len(batch), z_RD.shape[1]).index_put((rows_R,), z_RD)
+
+    def embed(self, batch: Batch) -> dict[str, Tensor]:
+        """What evaluation judges and ``descant predict`` writes: the modalities that this batch has."""
+        return {m: self.present(batch, m) for m in MODALITIES if m in batch.inputs}
+
+    @property
+    def forks(self) -> Mapping[str, tuple[str, ...]]:
+        """Modality -> the terms that share its embedding."""
+        return dict.fromkeys(MODALITIES, TERMS)
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        missing = [m for m in MODALITIES if m not in batch.inputs]
+        if missing:
+            raise ValueError(f"the data has no modality {missing[0]!r}, only {', '.join(batch.inputs)}")
+        # each term gets its own copy: where they meet again, a callback may harmonize what they ask for
+        z = {m: self.step.fork(z_BD, TERMS) for m, z_BD in self.embed(batch).items()}
+        valid_B = batch.both(*MODALITIES)
+        contrast_B = self.loss(z["image"]["contrast"], z["text"]["contrast"], batch.key, valid_B)
+        align_B, weight_B = align(z["image"]["align"], z["text"]["align"], self.focus)
+        return {
+            "contrast": Term(contrast_B, valid=valid_B, given=MODALITIES),
+            "align": Term(align_B, weight=weight_B, valid=valid_B, given=MODALITIES),
+        }
+
+
+def align(z_a_BD: Tensor, z_b_BD: Tensor, focus: float) -> tuple[Tensor, Tensor]:
+    """``value_b = |z_a_b - z_b_b|^2`` and ``weight_b = (value_b / 4)^focus``, a constant to the gradient.
+
+    Shapes: unit-length ``z_a_BD, z_b_BD -> value_B, weight_B``. The value is at most 4, the weight at most 1.
+
+    >>> import torch
+    >>> value_B, weight_B = align(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), focus=2.0)
+    >>> value_B.item(), weight_B.item()
+    (2.0, 0.25)
+    """
+    value_B = (z_a_BD - z_b_BD).square().sum(dim=1)
+    return value_B, (value_B.detach() / 4) ** focus
