@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from descant import callbacks, datamodules, modules, recipes
+    from descant.loading import Embedder, load
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "callbacks", "datamodules", "modules", "recipes"]
+__all__ = ["Embedder", "__version__", "callbacks", "datamodules", "load", "modules", "recipes"]
 
 _PARTS = ("recipes", "modules", "datamodules", "callbacks")
+_LOADING = ("load", "Embedder")
 
 if not (Path(__file__).parent / "recipes").is_dir():
     raise ImportError(
@@ -27,4 +29,6 @@ if not (Path(__file__).parent / "recipes").is_dir():
 def __getattr__(name: str) -> Any:
     if name in _PARTS:
         return importlib.import_module(f"descant.{name}")
+    if name in _LOADING:
+        return getattr(importlib.import_module("descant.loading"), name)
     raise AttributeError(f"module 'descant' has no attribute {name!r}")

@@ -19,6 +19,8 @@ from descant.check import Check, Checked
 from descant.errors import INTERRUPTED, TERMINATED, Refusal, fail
 from descant.faults import explain, parse_fault
 from descant.folder import Folder
+from descant.loading import allowed
+from descant.modules.saved import policy
 from descant.place import for_evaluation, for_fit, source_of
 from descant.precheck import precheck
 from descant.predictions import Predictions
@@ -27,7 +29,7 @@ from descant.recipes.base import Recipe
 from descant.trust import enforce
 
 #: Options of a call, not of an experiment: a saved configuration does not hold them.
-CALL = ("config", "runs", "run", "resume", "test", "ckpt_path")
+CALL = ("config", "runs", "run", "resume", "test", "sets", "ckpt_path")
 #: What begins a text under `trainer` to mean the run's folder.
 PLACE = "RUN"
 
@@ -75,6 +77,8 @@ class DescantCLI(LightningCLI):
         parser.add_argument("--run", type=str | None, default=None, help="An existing run, such as NAME/002.")
         parser.add_argument("--resume", type=str, default="never", help="never, auto or a checkpoint (fit).")
         parser.add_argument("--test", type=bool, default=False, help="Test the final weights after fit.")
+        if self.command == "predict":
+            parser.add_argument("--sets", type=str | None, default=None, help="Of what, such as val,vendor or train.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         command, request = args[0], self.request
@@ -125,7 +129,8 @@ class DescantCLI(LightningCLI):
         given = config.get("callbacks") or []
         config["callbacks"] = [self.folder, *once(given if isinstance(given, list) else [given])]
         if self.subcommand == "predict":
-            config["callbacks"].append(Predictions(self.place.folder))
+            sets = str(self.options.get("sets") or "").split(",")
+            config["callbacks"].append(Predictions(self.place, [name.strip() for name in sets if name.strip()]))
         if self.checking is not None:
             # one process and the first step's doorstep: what a cluster would add cannot be tried here
             config |= {"devices": 1, "num_nodes": 1, "callbacks": [*config["callbacks"], self.checking]}
@@ -176,7 +181,8 @@ def run(request: Request) -> int:
         request.configs.append(own / "config.yaml")
     cli = DescantCLI.__new__(DescantCLI)
     try:
-        cli.__init__(request)  # type: ignore[misc]  # in two steps: what is half built must still be cleared away
+        with policy(allowed(request.trust)):
+            cli.__init__(request)  # type: ignore[misc]  # in two steps: what is half built must still be cleared away
     except Refusal:
         raise
     except Checked:

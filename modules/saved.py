@@ -1,0 +1,297 @@
+"""What a run or an export left on disk, read back: its configuration, its weights, and the objects that it names.
+
+A configuration is data: it may name classes of allowed packages only, whoever reads it, and weights are read as plain
+tensors. ``SavedTower`` and ``descant.load`` stand on this file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from descant.modules.lean import BASE
+
+WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
+#: What begins a text of an export's files to mean the folder of the export, wherever it lies.
+PLACE = "EXPORT"
+
+T = TypeVar("T")
+Node = dict[str, Any]
+
+
+class Saved(NamedTuple):
+    """A model on disk.
+
+    Attributes:
+        folder: of the run or export. weights: a checkpoint of the run, or the export's safetensors file.
+        config: the content of config.yaml; its ``model`` has ``class_path`` and ``init_args``.
+    """
+
+    folder: Path
+    weights: Path
+    config: Node
+
+    @property
+    def exported(self) -> bool:
+        return self.weights.suffix == ".safetensors"
+
+    @property
+    def model(self) -> Node:
+        return cast(Node, self.config["model"])
+
+
+def find(path: Path | str, checkpoint: str = "best") -> Saved:
+    """The model that ``path`` means: a run folder, a checkpoint in one, or an export.
+
+    Args:
+        path: or the folder of all runs of a name, which means the latest.
+        checkpoint: of a run folder: best (what its ModelCheckpoint monitored; else last), last, or a file in it.
+
+    Raises:
+        ValueError: if there is none, or nothing says what the weights are of.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir() and not (path / CONFIG).is_file() and (path / "latest" / CONFIG).is_file():
+        path = (path / "latest").resolve()
+    if path.is_file():
+        folder, weights = (path.parent.parent if path.parent.name == "checkpoints" else path.parent), path
+    elif path.is_dir():
+        folder, weights = path, path / WEIGHTS
+    else:
+        raise ValueError(f"{path}: no such run, checkpoint or export{_neighbour(path)}")
+    if not (folder / CONFIG).is_file():
+        what = "weights alone do not say what they are of: give a run folder, a checkpoint in one, or an export"
+        raise ValueError(f"{path}: no {CONFIG} in {folder}; {what}")
+    config = read_yaml(folder / CONFIG, folder)
+    if not isinstance(config.get("model"), dict) or "class_path" not in config["model"]:
+        raise ValueError(f"{folder / CONFIG}: no model.class_path in it")
+    return Saved(folder, weights if weights.is_file() else _checkpoint(folder, checkpoint), config)
+
+
+def read_yaml(file: Path, folder: Path) -> Node:
+    """A mapping from a YAML file; texts that begin with ``EXPORT`` mean ``folder``.
+
+    Raises:
+        ValueError: if the file is no mapping.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not readable as YAML ({_one_line(error)})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: not a mapping of keys")
+    return cast(Node, _placed(content, str(folder)))
+
+
+def read_weights(saved: Saved) -> dict[str, Tensor]:
+    """The weights that were judged: the average, where a callback kept one. Without code: plain tensors only.
+
+    Raises:
+        ValueError: if the file is missing, cut short or holds anything else.
+    """
+    return cast(dict[str, Tensor], read_checkpoint(saved)["state_dict"])
+
+
+def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries under ``prefix``, without it; digests of base weights that were left out come along."""
+    found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    if BASE in state:
+        base = json.loads(bytes(state[BASE].tolist()))
+        note = json.dumps({k.removeprefix(prefix): v for k, v in base.items() if k.startswith(prefix)}).encode()
+        found[BASE] = torch.frombuffer(bytearray(note), dtype=torch.uint8)
+    return found
+
+
+def read_checkpoint(saved: Saved) -> dict[str, Any]:
+    """A whole checkpoint, tensors mapped and not read yet; of an export, its weights as ``state_dict``.
+
+    Raises:
+        ValueError: if the file is missing, cut short or holds anything but plain values.
+    """
+    file = saved.weights
+    try:
+        if saved.exported:
+            from safetensors.torch import load_file
+
+            return {"state_dict": load_file(file)}
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # each format has its own errors
+        what = "a folder of shards: not one file" if file.is_dir() else _one_line(error)
+        raise ValueError(f"{file}: cannot be read ({what})") from None
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
+        raise ValueError(f"{file}: not a checkpoint: it holds no state_dict")
+    return content
+
+
+def load_exactly(module: nn.Module, state: Mapping[str, Tensor], place: Path) -> None:
+    """``load_state_dict`` that takes all keys or none, and says in one line where the first difference is.
+
+    Raises:
+        ValueError: naming the first key that is missing, left over or of another shape.
+    """
+    own = module.state_dict()
+    # a sharded run keeps its scalars as [1]
+    state = {k: v.reshape(own[k].shape) if k in own and _one(v) and _one(own[k]) else v for k, v in state.items()}
+    differing = [_differing(key, own, state) for key in (*own, *state)]
+    faults = list(dict.fromkeys(fault for fault in differing if fault))
+    if faults:
+        more = f" (and {len(faults) - 1} more differ)" if len(faults) > 1 else ""
+        raise ValueError(f"{place}: not the weights of this {type(module).__name__}: {faults[0]}{more}")
+    module.load_state_dict(state)
+
+
+def _differing(key: str, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:
+    if key not in state:
+        return f"{key} {list(own[key].shape)} is not in the file"
+    if key not in own:
+        return f"{key} {list(state[key].shape)} is in the file, and the model has no such key"
+    # bitsandbytes writes numbers out as text, of any length
+    if own[key].shape != state[key].shape and ".quant_state." not in key:
+        return f"{key} is {list(state[key].shape)} in the file and {list(own[key].shape)} in the model"
+    return None
+
+
+# objects ------------------------------------------------------------------------------------------------------------
+
+
+def build(kind: type[T] | tuple[type[T], ...], node: Node, place: Path) -> T:
+    """The object that ``{class_path: ..., init_args: ...}`` describes, of a subclass of ``kind`` or of one of them.
+
+    Raises:
+        ValueError: if a class is not allowed (see :func:`policy`), unknown or of another kind, or an argument is wrong.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    for name in class_paths(node):
+        _policies[-1](name)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(kind, "part", required=True)
+    try:
+        config = parser.parse_object({"part": node})
+    except (ArgumentError, TypeError, KeyError) as error:
+        raise ValueError(f"{place}: {_cause(error)}") from None
+    try:
+        return cast(T, parser.instantiate_classes(config)["part"])
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the parser wraps what a constructor raises in its account of a union
+            cause = cause.__cause__
+        raise cause from None
+
+
+def class_paths(node: object) -> Iterator[str]:
+    """Every class that a configuration names, at any depth.
+
+    >>> list(class_paths({"class_path": "a.B", "init_args": {"parts": [{"class_path": "c.D"}]}}))
+    ['a.B', 'c.D']
+    """
+    if isinstance(node, Mapping):
+        if isinstance(node.get("class_path"), str):
+            yield node["class_path"]
+        for value in node.values():
+            yield from class_paths(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from class_paths(value)
+
+
+@contextmanager
+def policy(require: Callable[[str], None]) -> Iterator[None]:
+    """For a while, ``require(class_path)`` decides by raising which classes saved configurations may name.
+
+    Without it only Descant's own and those of torch.nn and torch.optim are.
+    """
+    _policies.append(require)
+    try:
+        yield
+    finally:
+        _policies.remove(require)
+
+
+def _ours(name: str) -> None:
+    if not name.startswith(
+        ("descant.modules.", "descant.recipes.", "descant.datamodules.", "torch.nn.", "torch.optim.")
+    ):
+        raise ValueError(f"class_path {name} is outside what a saved configuration may name; descant.load has trust=")
+
+
+_OURS = ("descant.modules.", "descant.recipes.", "descant.datamodules.", "torch.nn.", "torch.optim.")
+_policies: list[Callable[[str], None]] = [_ours]
+
+
+# files --------------------------------------------------------------------------------------------------------------
+
+
+def _checkpoint(folder: Path, which: str) -> Path:
+    found = [file for file in (folder / "checkpoints").glob("*.ckpt") if not file.name.startswith(".")]
+    if which not in ("best", "last"):
+        named = next((f for f in (folder / "checkpoints" / which, Path(which)) if f.exists()), None)
+        if named is None:
+            raise ValueError(f"{which}: no such checkpoint of {folder}; best, last or {_some(found)}")
+        return named
+    if not found:
+        raise ValueError(f"{folder}: neither {WEIGHTS} nor checkpoints/*.ckpt in it")
+    newest = max(found, key=lambda file: (file.stat().st_mtime_ns, file.name))
+    if which == "last":
+        return newest
+    content = torch.load(newest, map_location="cpu", weights_only=True, mmap=True)
+    for state in content.get("callbacks", {}).values():
+        if isinstance(state, dict) and state.get("monitor") is not None:
+            best = newest.parent / Path(state.get("best_model_path") or "").name  # runs may have moved
+            if best.suffix == ".ckpt" and best.exists():
+                return best
+    return newest
+
+
+def _some(files: list[Path]) -> str:
+    return ", ".join(sorted(file.name for file in files)[:6]) or "nothing: it has none"
+
+
+def _neighbour(path: Path) -> str:
+    """The nearest name where the path goes wrong."""
+    while not path.parent.is_dir() and path != path.parent:
+        path = path.parent
+    close = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1, cutoff=0.5)
+    return f"; nearest: {path.parent / close[0]}" if close else ""
+
+
+def _placed(value: Any, folder: str) -> Any:
+    if isinstance(value, str):
+        return folder + value[len(PLACE) :] if value == PLACE or value.startswith(f"{PLACE}/") else value
+    if isinstance(value, list):
+        return [_placed(item, folder) for item in value]
+    if isinstance(value, dict):
+        return {key: _placed(item, folder) for key, item in value.items()}
+    return value
+
+
+def _one(tensor: Tensor) -> bool:
+    return tensor.ndim <= 1 and tensor.numel() == 1
+
+
+def _cause(error: BaseException) -> str:
+    """The class, the key and the fault out of a parser's long account of a union of attempts."""
+    names: list[str] = []
+    for line in (line.strip(" -") for line in str(error).splitlines()):
+        if line.startswith(("Problem with given class_path", "Parser key")):
+            name = line.split()[-1].strip("':\"")
+            names = [name] if line.startswith("Problem") else [*names, name]
+        elif line and not line.startswith(_ACCOUNT):
+            return ": ".join([name for name in names if name != "part"] + [line])[:300]
+    return _one_line(error)
+
+
+#: How lines of that account begin that say nothing of the fault.
+_ACCOUNT = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
+
+
+def _one_line(error: BaseException) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]

@@ -1,0 +1,244 @@
+"""``descant predict``: embeddings with ids, one parquet file a set."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor
+
+from descant import predictions
+from descant.datamodules.base import BatchDataset, DataModule, Rows
+from descant.errors import Refusal
+from descant.predictions import Predictions
+from descant.runs import Run
+from tests.conftest import Result
+
+Cli = Callable[..., Result]
+EMOJI = (
+    *("--config", "contrastive/emoji", "--config", "on/tiny", "--model.width", "16", "--data.size", "16"),
+    *("--data.text", "Ngrams", "--data.text.buckets", "512", "--model.towers.text.vocab", "512"),
+    *("--model.towers.image.widths", "[8,16]", "--test", "false"),
+)
+
+
+def read(file: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows, and what the schema tells."""
+    table = pq.read_table(file)
+    return table.to_pylist(), json.loads(table.schema.metadata[b"descant"])
+
+
+# the command --------------------------------------------------------------------------------------------------------
+
+
+def test_one_file_a_set_with_ids_names_and_nulls(cli: Cli, workplace: Path) -> None:
+    assert cli("fit", *EMOJI, "--name", "emoji").rc == 0
+    result = cli("predict", "--run", "emoji/001", "--trainer.limit_predict_batches", "null")
+    assert result.rc == 0, result.err
+    folder = workplace / "runs/emoji/001/predict-001"
+    files = sorted(path.name for path in folder.glob("*.parquet*"))
+    assert files == [f"embeddings-{name}.parquet" for name in ("apart", "both", "concept", "vendor")]
+    assert all(name in result.out for name in files) and not list(folder.glob(".*"))
+    rows, about = read(folder / "embeddings-vendor.parquet")
+    assert about["run"] == "emoji/001" and about["checkpoint"] == "last.ckpt" and about["step"] == 2
+    assert about["set"] == "vendor" and about["width"] == {"image": 16, "text": 16}
+    # every name of the pack is in the gallery, and pictures of training concepts alone
+    pictures = [row for row in rows if row["z_image"] is not None]
+    assert len({row["index"] for row in rows}) == len(rows) == 133 and len(pictures) == 116
+    assert all(row["z_text"] is not None for row in rows)
+    assert "articulated lorry" in {row["name"] for row in rows}
+    z_ND = torch.tensor([row["z_image"] for row in pictures])
+    assert torch.allclose(z_ND.norm(dim=1), torch.ones(len(z_ND)), atol=1e-5)
+    schema = pq.read_schema(folder / "embeddings-vendor.parquet")
+    assert [str(kind) for kind in schema.types[:2]] == ["int64", "string"]
+    assert str(schema.field("z_image").type) == "fixed_size_list<element: float>[16]"
+    # other sets on request, and one line for one that is not there
+    assert cli("predict", "--run", "emoji/001", "--sets", "val,train").rc == 0
+    more = workplace / "runs/emoji/001/predict-002"
+    assert sorted(path.name for path in more.glob("*.parquet")) == [
+        "embeddings-train.parquet",
+        "embeddings-val.parquet",
+    ]
+    assert all(row["z_image"] and row["z_text"] for row in read(more / "embeddings-train.parquet")[0])
+    assert cli("predict", "--run", "emoji/001", "--sets", "val,vendr").err.endswith(
+        "descant: --sets vendr: no such set; nearest: vendor\n"
+    )
+    assert not (workplace / "runs/emoji/001/predict-003").exists()
+
+
+def test_data_without_named_sets(toy: Cli, cli: Cli, workplace: Path) -> None:
+    assert toy("fit").rc == 0
+    assert cli("predict", "--run", "toy/001", "--trust", "tests.toys").rc == 0
+    rows, about = read(workplace / "runs/toy/001/predict-001/embeddings-0.parquet")
+    assert len(rows) == 32 and len(rows[0]["z_image"]) == 8 and about["step"] == 8
+    result = cli("predict", "--run", "toy/001", "--trust", "tests.toys", "--sets", "val")
+    assert result.rc == 2 and "--sets: ToyData names no sets" in result.err
+    assert "sets" in toy("fit", "--sets", "val").refusal  # of predict only
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_ranks_write_parts_of_one_table(cli: Cli, workplace: Path) -> None:
+    assert cli("fit", *EMOJI, "--name", "emoji").rc == 0
+    every = ("predict", "--run", "emoji/001", "--trainer.limit_predict_batches", "null", "--data.eval_batch_size", "7")
+    assert cli(*every).rc == 0
+    command = [sys.executable, "-m", "descant", *every, "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    folders = [workplace / f"runs/emoji/001/predict-00{n}" for n in (1, 2)]
+    for name in ("vendor", "both"):
+        one, two = (read(folder / f"embeddings-{name}.parquet")[0] for folder in folders)
+        assert {path.name for path in (folders[1] / f"embeddings-{name}.parquet").iterdir()} == {
+            "part-00000.parquet",
+            "part-00001.parquet",
+        }
+        assert len(one) == len(two) and {row["index"] for row in one} == {row["index"] for row in two}
+        by_index = {row["index"]: row for row in two}
+        for row in one:
+            other = by_index[row["index"]]
+            assert row["name"] == other["name"] and (row["z_image"] is None) == (other["z_image"] is None)
+            assert np.allclose(row["z_text"], other["z_text"], atol=1e-6)
+
+
+# the writer ---------------------------------------------------------------------------------------------------------
+
+
+class Some(BatchDataset):
+    """Nothing but a length."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__(seed=0)
+        self.count = rows
+
+    def __len__(self) -> int:
+        return self.count
+
+    def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
+        n = len(index_B)
+        return Rows({"image": torch.zeros(n, 1)}, {}, torch.arange(n))
+
+    def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
+        return {"image": torch.ones(len(index_N), dtype=torch.bool)}
+
+
+class Sets(DataModule):
+    """A test set, a validation set and the training samples, of 3, 4 and 5 rows."""
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return ("image", "text")
+
+    def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
+        return {"near": Some(3)} if stage == "test" else {"val": Some(4)}
+
+    def bank_set(self) -> BatchDataset:
+        return Some(5)
+
+    def describe(self, index: int) -> str:
+        return f"sample {index}"
+
+
+class Callbacks:
+    """The hooks of one ``predict``, called as Lightning calls them."""
+
+    def __init__(self, folder: Path, rank: int = 0, world: int = 1, sets: tuple[str, ...] = ()) -> None:
+        about = {"world_size": world, "global_rank": rank, "is_global_zero": rank == 0}
+        self.trainer: Any = cast(Any, SimpleNamespace(datamodule=Sets(), **about))
+        self.module: Any = cast(Any, SimpleNamespace(towers={"image": None, "text": None}))
+        self.callback = Predictions(Run(folder, fresh=True), sets)
+        self.callback.setup(self.trainer, self.module, "predict")
+
+    def batch(self, index: list[int], z: dict[str, Tensor], present: dict[str, list[bool]], set_: int = 0) -> None:
+        outputs = {
+            "index": torch.tensor(index),
+            "present": {modality: torch.tensor(mask) for modality, mask in present.items()},
+            "z": z,
+        }
+        self.callback.on_predict_batch_end(self.trainer, self.module, outputs, None, 0, set_)
+
+    def end(self) -> None:
+        self.callback.on_predict_end(self.trainer, self.module)
+
+
+def vectors(rows: int, width: int = 2, start: float = 0.0) -> Tensor:
+    return start + torch.arange(rows * width, dtype=torch.float64).view(rows, width).bfloat16()
+
+
+def test_absent_is_null_and_padding_is_no_row(tmp_path: Path) -> None:
+    run = Callbacks(tmp_path)
+    z = vectors(3)
+    run.batch([7, 8, 7], {"image": z, "text": z}, {"image": [True, False, False], "text": [True, True, False]})
+    run.batch([9], {"image": vectors(1)}, {"image": [True]})  # a batch without text
+    assert not list(tmp_path.glob("[!.]*"))  # nothing that a reader could take for the whole
+    run.end()
+    rows, about = read(tmp_path / "embeddings-near.parquet")
+    assert [(row["index"], row["name"]) for row in rows] == [(7, "sample 7"), (8, "sample 8"), (9, "sample 9")]
+    assert [row["z_image"] for row in rows] == [[0.0, 1.0], None, [0.0, 1.0]]
+    assert [row["z_text"] for row in rows] == [[0.0, 1.0], [2.0, 3.0], None]
+    assert about["step"] is None and about["checkpoint"] is None
+
+
+def test_a_set_may_begin_without_a_modality(tmp_path: Path) -> None:
+    run = Callbacks(tmp_path)
+    run.batch([1], {"image": vectors(1)}, {"image": [True]})
+    run.batch([2], {"image": vectors(1), "text": vectors(1)}, {"image": [True], "text": [True]})
+    run.end()
+    assert [row["z_text"] for row in read(tmp_path / "embeddings-near.parquet")[0]] == [None, [0.0, 1.0]]
+
+
+def test_memory_is_bounded_by_the_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predictions, "GROUP", 4)
+    run = Callbacks(tmp_path)
+    for first in range(0, 12, 2):
+        run.batch([first, first + 1], {"image": vectors(2)}, {"image": [True, True]})
+        assert run.callback._table is not None and sum(len(b) for b in run.callback._table.kept) < 4
+    run.end()
+    file = pq.ParquetFile(tmp_path / "embeddings-near.parquet")
+    assert file.metadata.num_row_groups == 3 and file.metadata.num_rows == 12
+
+
+def test_sets_by_name(tmp_path: Path) -> None:
+    run = Callbacks(tmp_path, sets=("train", "near", "val"))
+    assert [len(loader.dataset) for loader in run.trainer.datamodule.predict_dataloader()] == [5, 3, 4]
+    for number in range(3):
+        run.batch([number], {"image": vectors(1)}, {"image": [True]}, number)
+    run.end()
+    assert {path.name for path in tmp_path.iterdir()} == {f"embeddings-{n}.parquet" for n in ("train", "near", "val")}
+    assert len(Callbacks(tmp_path).trainer.datamodule.predict_dataloader()) == 1
+    with pytest.raises(Refusal, match="--sets vla: no such set; nearest: val"):
+        Callbacks(tmp_path, sets=("vla",))
+
+
+def test_two_ranks_make_one_table(tmp_path: Path) -> None:
+    runs = [Callbacks(tmp_path, rank, 2) for rank in (0, 1)]
+    for rank, run in enumerate(runs):
+        run.batch([rank, rank + 2], {"image": vectors(2, start=rank)}, {"image": [True, rank == 0]})
+        run.end()
+    rows, _ = read(tmp_path / "embeddings-near.parquet")
+    assert [row["index"] for row in rows] == [0, 2, 1]
+
+
+def test_what_was_interrupted_leaves_nothing(tmp_path: Path) -> None:
+    run = Callbacks(tmp_path, sets=("near", "val"))
+    run.batch([1], {"image": vectors(1)}, {"image": [True]})
+    run.batch([1], {"image": vectors(1)}, {"image": [True]}, 1)
+    run.callback.on_exception(run.trainer, run.module, KeyboardInterrupt())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_embeds_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="embeds nothing"):
+        Callbacks(tmp_path).batch([1], {}, {"image": [True]})
+    run = Callbacks(tmp_path)
+    run.batch([1], {"image": vectors(1)}, {"image": [True]})
+    with pytest.raises(ValueError, match="embeddings of width 3 in a set that began with 2"):
+        run.batch([1], {"image": vectors(1, 3)}, {"image": [True]})
