@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
+import gc
 import io
 import json
 import logging
 import math
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -202,8 +206,8 @@ def require_agreement(recipe: Contrastive, clip: Any, criterion: Any, batch: Bat
         raise RuntimeError(f"not the same step as open_clip's: loss off by {loss:.1e}, gradient by {gradient:.1e}")
 
 
-def step_ratio(size: Size, bf16: bool = False, pairs: int = 60) -> Ratio:
-    """Speed of our step relative to open_clip's: the owner's time / ours.
+def step_pair(size: Size, bf16: bool = False) -> tuple[Callable[[], None], Callable[[], None]]:
+    """One training step of ours, and one of open_clip's.
 
     Ours: ``terms -> step -> backward -> optimizer.step`` of :class:`Contrastive`. Theirs: ``open_clip.CLIP`` and
     ``ClipLoss`` as in ``open_clip_train.train``: forward, loss, backward, optimizer step, clamp of the scale. Both
@@ -237,6 +241,12 @@ def step_ratio(size: Size, bf16: bool = False, pairs: int = 60) -> Ratio:
         with torch.no_grad():
             clip.logit_scale.clamp_(0, math.log(100))
 
+    return ours, owner
+
+
+def step_ratio(size: Size, bf16: bool = False, pairs: int = 60) -> Ratio:
+    """Speed of our step relative to open_clip's (see :func:`step_pair`): the owner's time / ours."""
+    ours, owner = step_pair(size, bf16)
     return ratio(ours, owner, pairs)
 
 
@@ -251,6 +261,49 @@ def step() -> Iterator[Row]:
     yield Row.at_least("contrastive/step_vs_open_clip_fp32", fp32.value, AS_FAST, fp32.interval)
     bf16 = step_ratio(Size(), bf16=True)
     yield Row.informs("contrastive/step_vs_open_clip_bf16", bf16.value, bf16.interval)
+
+
+# bfloat16 beside float32 ------------------------------------------------------------------------------------
+
+
+def has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 by itself: elsewhere torch converts, and nothing is gained."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def bf16(size: Size | None = None, rounds: int = 40) -> Iterator[Row]:
+    """What bfloat16 autocast gains: our fp32 step / our bf16 step, and the same of open_clip, in the same minute.
+
+    A round runs all four steps (:func:`step_pair` in both precisions) in a rotating order. The second row divides our
+    gain by the owner's, round by round.
+    """
+    if not has_bf16():
+        print("contrastive/bf16: skipped, this CPU has no bfloat16 instructions", flush=True)
+        return
+    size = size or Size()
+    runs = [*step_pair(size, bf16=False), *step_pair(size, bf16=True)]
+    ours_32, owner_32, ours_16, owner_16 = interleaved(runs, rounds).T
+    gain, owner_gain = median(list(ours_32 / ours_16)), median(list(owner_32 / owner_16))
+    both = median(list((ours_32 / ours_16) / (owner_32 / owner_16)))
+    yield Row.at_least("contrastive/bf16_vs_fp32", gain.value, 1.4, gain.interval)
+    yield Row.informs("contrastive/bf16_vs_fp32_open_clip", owner_gain.value, owner_gain.interval)
+    yield Row.at_least("contrastive/bf16_gain_vs_open_clip", both.value, AS_FAST, both.interval)
+
+
+def interleaved(runs: list[Callable[[], None]], rounds: int, warmup: int = 3) -> np.ndarray:
+    """Seconds ``[rounds, runs]``: every round runs all of them, each time another one first."""
+    times = np.zeros((rounds, len(runs)))
+    for _ in range(warmup):
+        for run in runs:
+            run()
+    for k in range(rounds):
+        gc.collect()
+        for j in range(len(runs)):
+            which = (j + k) % len(runs)
+            begin = time.perf_counter()
+            runs[which]()
+            times[k, which] = time.perf_counter() - begin
+    return times
 
 
 # Lightning beside a plain loop -----------------------------------------------------------------------------
@@ -487,6 +540,93 @@ def checkpointing(width: int = 128, batch_size: int = 64) -> Iterator[Row]:
         raise RuntimeError("checkpointing changed which parameters have a gradient")
     worst = max(relative(recomputed[name], g) for name, g in reference.items())
     yield Row.at_most("contrastive/checkpointing_gradients", worst, 1e-6)
+
+
+# GradCache -------------------------------------------------------------------------------------------------
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The most bytes of tensors that were alive at once while ``run`` ran, by torch's own allocator."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    memory = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    memory.sort(key=lambda event: event.start_ns())
+    alive = np.cumsum([event.nbytes() for event in memory])
+    return int(alive.max(initial=0))
+
+
+def resident_bytes(size: Size, chunks: int) -> int:
+    """What two steps add to the resident memory of a new process at its peak, by the kernel's count (Linux)."""
+    call = f"from benchmarks.contrastive import Size, _resident; print(_resident({size!r}, {chunks}))"
+    done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+def _resident(size: Size, chunks: int) -> int:
+    torch.set_num_threads(1)
+    before = _status("VmRSS")
+    run = gradcache_step(size, chunks)
+    run()
+    run()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def gradcache_step(size: Size, chunks: int) -> Callable[[], None]:
+    """A training step of ViT-like towers, on one batch of its own: weights, optimizer and inputs belong to it."""
+    torch.manual_seed(0)
+    image = PatchTower(size=size.image, patch=size.patch, width=size.width, depth=size.layers, heads=4)
+    text = TextTower(vocab=size.vocab, width=size.text_width, depth=size.text_layers, heads=4, length=size.length)
+    recipe = Contrastive(Towers(image=image, text=text), width=size.embed, chunks=chunks).train()
+    optimizer, (batch,) = adamw(recipe), batches(size, 1)
+
+    def run() -> None:
+        optimizer.zero_grad()
+        torch.autograd.backward(our_loss(recipe, batch))
+        optimizer.step()
+
+    return run
+
+
+def gradcache(batch: int = 16, times: int = 16, pairs: int = 30) -> Iterator[Row]:
+    """GradCache at 16 times the batch that fits, against the small batch without it.
+
+    Memory: the peak of two steps from nothing, with weights, optimizer states and inputs (16 times as many), in bytes
+    that torch's allocator had given out. The kernel's count informs: the C library's heap falls into pieces between
+    the passes (with MALLOC_MMAP_THRESHOLD_=65536 in the environment it does not). Time: one step of the large batch
+    against 16 steps of the small one, the same number of samples.
+    """
+    common = {"image": 32, "patch": 4, "width": 128, "layers": 4, "text_width": 128, "text_layers": 2}
+    small = Size(**common, length=24, vocab=1000, embed=128, batch=batch)
+    large = dataclasses.replace(small, batch=batch * times)
+
+    def peak(size: Size, chunks: int) -> int:
+        def two_steps() -> None:
+            run = gradcache_step(size, chunks)
+            run()
+            run()
+
+        return peak_bytes(two_steps)
+
+    share = peak(large, times) / peak(small, 1)
+    yield Row.at_most("contrastive/gradcache_memory", share, 1.3)
+    yield Row.informs("contrastive/memory_without_gradcache", peak(large, 1) / peak(small, 1))
+    if Path("/proc/self/status").is_file():
+        resident = resident_bytes(large, times) / resident_bytes(small, 1)
+        yield Row.informs("contrastive/gradcache_resident_memory", resident)
+    cached, uncached = gradcache_step(large, times), gradcache_step(small, 1)
+
+    def small_steps() -> None:
+        for _ in range(times):
+            uncached()
+
+    slower = ratio(small_steps, cached, pairs, warmup=1)  # the cached step's time / that of the small ones
+    yield Row.at_most("contrastive/gradcache_time", slower.value, 1.45, slower.interval)
 
 
 # augmentation ----------------------------------------------------------------------------------------------

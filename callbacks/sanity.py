@@ -10,6 +10,8 @@ import lightning as L
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, SequentialLR
 
+from descant.modules.trainer import log_interval
+
 
 class Sanity(L.Callback):
     """Warns of inert or absurd settings, one line each on stderr, before the first optimizer step.
@@ -100,9 +102,9 @@ def _only_rises(scheduler: Any, ticks: int) -> bool:
 
 
 def _log_interval(trainer: L.Trainer, total: float) -> str:
-    if not trainer.loggers or trainer.log_every_n_steps <= total:  # type: ignore[attr-defined]
+    every = log_interval(trainer)
+    if not trainer.loggers or every <= total or math.isinf(every):
         return ""
-    every = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return (
         f"trainer.log_every_n_steps {every} is more than the {total:,.0f} steps of the run: "
         "no training metric is logged"

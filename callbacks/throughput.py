@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from descant.modules.trainer import log_interval
+
 #: The CPU's fused attention is missing from torch's table of formulas.
 _ATTENTION_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -251,8 +253,7 @@ class Throughput(L.Callback):
     ) -> None:
         self._stop_counting(trainer)
         stepped, self._step = trainer.global_step > self._step, trainer.global_step
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        logging = stepped and trainer.global_step % every == 0
+        logging = stepped and trainer.global_step % log_interval(trainer) == 0
         if logging:
             _wait_for(pl_module.device)  # work still queued on the device belongs to this window
         meter = self._meter

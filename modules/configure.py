@@ -310,7 +310,7 @@ def _recompute(block: nn.Module, preserve_rng: bool) -> None:
             return plain.forward(self, *args, **kwargs)
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), _still(self)
+            return nullcontext(), Still(self)
 
         options: dict[str, Any] = {"context_fn": contexts} if norms and not torch.compiler.is_compiling() else {}
         return checkpoint(
@@ -326,19 +326,29 @@ def _recompute(block: nn.Module, preserve_rng: bool) -> None:
     block.__class__ = type(f"Recomputed{plain.__name__}", (plain,), {"forward": forward, "_recomputed": True})
 
 
-@contextmanager
-def _still(block: nn.Module) -> Iterator[None]:
-    """Batch norms of the block compute as in training but leave their running statistics alone."""
-    norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
-    saved = [(m.momentum, None if m.num_batches_tracked is None else m.num_batches_tracked.clone()) for m in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, saved, strict=True):
+class Still(AbstractContextManager[None]):
+    """Batch norms of a module compute as in training but leave their running statistics alone.
+
+    May be entered again after it was left: a probe goes backward more than once, each time through a second pass.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.saved: list[tuple[_BatchNorm, float | None, Tensor | None]] = []
+
+    def __enter__(self) -> None:
+        norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+        for norm in norms:
+            count = norm.num_batches_tracked
+            self.saved.append((norm, norm.momentum, None if count is None else count.clone()))
+            norm.momentum = 0.0
+
+    def __exit__(self, *_: object) -> None:
+        for norm, momentum, count in self.saved:
             norm.momentum = momentum
-            cast(Tensor, norm.num_batches_tracked).copy_(cast(Tensor, count))
+            if norm.num_batches_tracked is not None and count is not None:
+                norm.num_batches_tracked.copy_(count)
+        self.saved.clear()
 
 
 class Compile:

@@ -1,6 +1,7 @@
 """The step: one object in every recipe that owns what a whole optimizer step must agree on.
 
-Step-wide counts, the mix of the terms, the forks where features are shared, and whether a probe is running.
+Step-wide counts, the mix of the terms, the forks where features are shared, chunks of features, and whether a probe
+is running.
 Letters: B samples, D width, K terms.
 """
 
@@ -11,9 +12,10 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from descant.modules.batch import Batch
+from descant.modules.chunks import chunked, nearest_divisor
 from descant.modules.objective import Objective, Term
 
 #: ``rule(g_KBD, names) -> g_BD``: what a feature-level harmonizer does with the per-sample gradients of K terms.
@@ -31,6 +33,7 @@ class Step:
     Attributes:
         world: ranks that share the step. accumulate: micro-batches that share it.
         mix: fixed coefficients by term name (absent names count 1).
+        chunks: pieces of a rank's batch for :meth:`chunked`.
         rule: the harmonizer at the forks, or None for the plain sum.
         probing: while a callback differentiates terms one by one, forks pass gradients through untouched.
         objective: the last objective, for callbacks between forward and backward.
@@ -39,6 +42,7 @@ class Step:
     world: int = 1
     accumulate: int = 1
     mix: Mapping[str, float] = field(default_factory=dict)
+    chunks: int = 1
     rule: ForkRule | None = None
     probing: bool = False
     objective: Objective | None = None
@@ -77,6 +81,18 @@ class Step:
                 dist.all_reduce(counts)
             norms |= zip(unknown, counts.clamp(min=1).unbind(), strict=True)
         return norms
+
+    def chunked(self, function: Callable[[Tensor], Tensor], x_B: Tensor, module: nn.Module) -> Tensor:
+        """``function(x_B)`` with the activations of one of ``chunks`` pieces at a time: see :func:`chunked`."""
+        return chunked(function, x_B, self.chunks, module)
+
+    def require_chunks(self, rows: int) -> None:
+        """Raises ValueError with the nearest number that works unless ``chunks`` divides a rank's rows."""
+        if rows % self.chunks:
+            raise ValueError(
+                f"chunks {self.chunks} does not divide the {rows} rows of a rank's batch; "
+                f"{nearest_divisor(rows, self.chunks)} does"
+            )
 
     def fork(self, z_BD: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         """Hand each of K terms its own copy of a shared feature; backward harmonizes all K gradients at once.

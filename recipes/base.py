@@ -7,16 +7,20 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import AdamW
 
 from descant.modules.batch import Batch
+from descant.modules.chunks import looks_at_the_batch
 from descant.modules.configure import Adapt, Checkpointing, Compile, Shard
 from descant.modules.objective import Term
 from descant.modules.optim import parameter_groups
 from descant.modules.protocols import Embeds
 from descant.modules.schedule import Schedule
 from descant.modules.step import Step
+from descant.modules.text import Codec, require_fit
+from descant.modules.trainer import log_interval
 
 
 class Recipe(L.LightningModule):
@@ -27,6 +31,8 @@ class Recipe(L.LightningModule):
             scalars take no weight decay.
         schedule: shape of the learning rate over the run; None keeps it constant.
         mix: fixed coefficients of terms by name (1 where absent).
+        chunks: cut each rank's batch into so many pieces for the towers, one at a time in memory (GradCache): the
+            gradients of the whole batch, for about a third more compute. For terms with in-batch negatives.
         adapt: changes to the model before training, in order: LoRA, quantised layers.
         checkpointing: recompute activations in backward instead of keeping them.
         compile: compile the towers.
@@ -42,13 +48,21 @@ class Recipe(L.LightningModule):
         optimizer: OptimizerCallable = AdamW,
         schedule: Schedule | None = None,
         mix: dict[str, float] | None = None,
+        chunks: int = 1,
         adapt: list[Adapt] | None = None,
         checkpointing: Checkpointing | None = None,
         compile: Compile | None = None,
         shard: Shard | None = None,
     ) -> None:
         super().__init__()
-        self.step = Step(mix=mix or {})
+        if chunks < 1:
+            raise ValueError(f"chunks {chunks}: at least 1")
+        if chunks > 1 and not self.in_batch_negatives:
+            raise ValueError(
+                f"chunks {chunks}: no term of {type(self).__name__} contrasts samples of a batch, and "
+                f"trainer.accumulate_grad_batches {chunks} equals the big batch for less compute; use that"
+            )
+        self.step = Step(mix=mix or {}, chunks=chunks)
         self._optimizer, self._schedule = optimizer, schedule
         self._parts = [part for part in (*(adapt or []), checkpointing, compile, shard) if part is not None]
         self._configured = False
@@ -79,8 +93,20 @@ class Recipe(L.LightningModule):
         if stage == "fit" and self.in_batch_negatives and trainer.accumulate_grad_batches > 1:
             raise ValueError(
                 f"trainer.accumulate_grad_batches {trainer.accumulate_grad_batches}: {type(self).__name__} contrasts "
-                "samples of one batch, and accumulated small batches have fewer negatives; use 1"
+                "samples of one batch, and accumulated small batches have fewer negatives; use "
+                f"model.chunks {trainer.accumulate_grad_batches}, which has them all in the same memory"
             )
+        codec = getattr(trainer.datamodule, "codec", None)  # type: ignore[attr-defined]
+        if isinstance(codec, Codec) and "text" in getattr(self, "towers", {}):
+            require_fit(codec, self.towers["text"])
+
+    def on_train_start(self) -> None:
+        for name, tower in self.towers.items() if self.step.chunks > 1 else ():
+            if looks_at_the_batch(tower):
+                rank_zero_warn(
+                    f"chunks {self.step.chunks}: tower {name} has batch norms, whose statistics are then of a chunk "
+                    "and not of the batch; norms of groups or layers have the same gradients for any chunks"
+                )
 
     def configure_optimizers(self) -> Any:
         optimizer = self._optimizer(parameter_groups(self))
@@ -93,8 +119,9 @@ class Recipe(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.step.require_chunks(len(batch))
         objective = self.step(self.terms(batch), batch)
-        if (self.global_step + 1) % log_every_n_steps(self.trainer) == 0:  # logging costs more than small steps do
+        if (self.global_step + 1) % log_interval(self.trainer) == 0:  # logging costs more than small steps do
             world = self.step.world
             values = {f"train/{name}": value.detach() for name, value in objective.terms.items()}
             values["train/loss"] = objective.total.detach()
@@ -112,8 +139,3 @@ class Recipe(L.LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         z = self.embed(batch) if isinstance(self, Embeds) else {}
         return {"index": batch.index, "present": batch.present, "z": z}
-
-
-def log_every_n_steps(trainer: L.Trainer) -> int:
-    """Set on the trainer by Lightning's logger connector, which its types do not show."""
-    return int(getattr(trainer, "log_every_n_steps", 1)) or 1

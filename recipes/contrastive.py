@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from itertools import combinations
 
 import torch
@@ -70,13 +71,17 @@ class Contrastive(Recipe):
     def present_features(self, batch: Batch, modality: str, view: str = "") -> Tensor:
         """``h_BD`` of one modality; the tower sees present rows only, and absent rows are zero."""
         x, present_B = batch.inputs[modality + view], batch.present[modality]
+        features, tower = partial(self.features, modality=modality), self.towers[modality]
         if present_B.all():
-            return self.features(x, modality)
-        # a rank without this modality still runs one row: every rank's backward reaches the same parameters
-        rows = present_B.nonzero().squeeze(1) if present_B.any() else torch.zeros_like(batch.index[:1])
-        h_RD = self.features(x[rows], modality)
-        weight_R1 = present_B[rows, None].to(h_RD.dtype)
-        return h_RD.new_zeros(len(batch), h_RD.shape[1]).index_put((rows,), h_RD * weight_R1)
+            return self.step.chunked(features, x, tower)
+        # a rank without this modality still runs one row a chunk, of zeros: every rank's backward reaches the same
+        # parameters as often
+        rows_R = (~present_B).int().argsort(stable=True)[: max(int(present_B.sum()), self.step.chunks)]
+        absent_R = ~present_B[rows_R]
+        x_R = x[rows_R]
+        x_R[absent_R] = 0
+        h_RD = self.step.chunked(features, x_R, tower).masked_fill(absent_R[:, None], 0.0)
+        return h_RD.new_zeros(len(batch), h_RD.shape[1]).index_put((rows_R,), h_RD)
 
     def project(self, h_BD: Tensor, modality: str, present_B: Tensor) -> Tensor:
         z_BD = F.normalize(promote(self.heads[modality](h_BD)), dim=-1)

@@ -169,9 +169,13 @@ def lightning_gradients(
     strategy: Any = "auto",
     devices: int = 1,
     harmonize: bool = True,
+    batch_size: int = N,
     **parts: Any,
 ) -> dict[str, Tensor]:
-    """The same gradients as Lightning's automatic optimization computes them on these ranks."""
+    """The same gradients as Lightning's automatic optimization computes them on these ranks.
+
+    A ``batch_size`` above N is filled with rows of padding, which must not be seen.
+    """
     keep = KeepGradients()
     recipe = ToyRecipe(harmonize, **parts)
     recipe = recipe.double() if dtype == torch.float64 else recipe.float()
@@ -189,7 +193,7 @@ def lightning_gradients(
         use_distributed_sampler=False,
         limit_val_batches=0,
     )
-    trainer.fit(recipe, datamodule=ToyData(dtype))
+    trainer.fit(recipe, datamodule=ToyData(dtype, batch_size))
     return keep.gradients
 
 

@@ -1,5 +1,6 @@
 """Losses: pure functions of tensors, one value a sample."""
 
 from descant.modules.losses.contrastive import ContrastiveLoss, InfoNCE, Intra, SigLIP
+from descant.modules.losses.ring import RingSigLIP
 
-__all__ = ["ContrastiveLoss", "InfoNCE", "Intra", "SigLIP"]
+__all__ = ["ContrastiveLoss", "InfoNCE", "Intra", "RingSigLIP", "SigLIP"]

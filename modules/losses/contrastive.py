@@ -8,50 +8,35 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 
 from descant.modules.heads import Projection
+from descant.modules.losses.ranks import first_row, gather, gather_both, world
 
 
-def gather(x_B: Tensor) -> Tensor:
-    """``[B, ...] -> [G, ...]``: the rows of all ranks, in rank order, with true gradients for floats.
+def excluded(key_B: Tensor, valid_B: Tensor, key_G: Tensor, valid_G: Tensor, diagonal: int | None = None) -> Tensor:
+    """Bool ``[B, G]``: True where row b and column g are no negatives: one is absent, or both have the same content.
 
-    Every rank holds the same B (the sampler pads). Backward adds up what every rank's loss says about a row.
+    ``diagonal`` is the column of row 0's own positive, None where the columns hold none. A positive is never
+    excluded, so a row of an absent sample stays finite (and meets nobody else).
+
+    >>> key, valid = torch.tensor([7, 7, 8]), torch.tensor([True, True, False])
+    >>> excluded(key, valid, key, valid, diagonal=0).int().tolist()
+    [[0, 1, 1], [1, 0, 1], [1, 1, 0]]
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return x_B
-    if x_B.is_floating_point():
-        return torch.cat(all_gather(x_B))
-    parts = [torch.empty_like(x_B) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x_B.contiguous())
-    return torch.cat(parts)
+    out_BG = key_B[:, None] == key_G
+    out_BG |= ~valid_G
+    out_BG |= ~valid_B[:, None]
+    if diagonal is not None:
+        out_BG.diagonal(diagonal).fill_(False)
+    return out_BG
 
 
-def first_row(rows: int) -> int:
-    """Where this rank's B rows begin among the G gathered ones."""
-    return rows * dist.get_rank() if dist.is_initialized() else 0
-
-
-def excluded(key_B: Tensor, key_G: Tensor, valid_G: Tensor) -> Tensor:
-    """Bool ``[B, G]``: True where column g is no negative of row b, being absent or of the same content.
-
-    The diagonal (a row's own positive) is never excluded, so a row of absent samples stays finite.
-
-    >>> excluded(torch.tensor([7, 7, 8]), torch.tensor([7, 7, 8]), torch.tensor([True, True, False])).int().tolist()
-    [[0, 1, 1], [1, 0, 1], [0, 0, 0]]
-    """
-    out_BG = (key_B[:, None] == key_G[None, :]) | ~valid_G[None, :]
-    return _diagonal(out_BG, False)
-
-
-def _diagonal(x_BG: Tensor, value: bool) -> Tensor:
-    rows = torch.arange(x_BG.shape[0], device=x_BG.device)
-    x_BG = x_BG.clone()
-    x_BG[rows, rows + first_row(len(rows))] = value
-    return x_BG
+def gathered_excluded(key_B: Tensor, valid_B: Tensor) -> Tensor:
+    """:func:`excluded` of this rank's rows against those of all ranks; on one rank it equals its transpose."""
+    key_G, valid_G = gather(torch.stack([key_B, valid_B.to(key_B.dtype)], dim=1)).unbind(dim=1)
+    return excluded(key_B, valid_B, key_G, valid_G.bool(), first_row(len(key_B)))
 
 
 class ContrastiveLoss(nn.Module):
@@ -102,12 +87,15 @@ class InfoNCE(_Scaled):
 
     def forward(self, z_a_BD: Tensor, z_b_BD: Tensor, key_B: Tensor, valid_B: Tensor) -> Tensor:
         with torch.autocast(z_a_BD.device.type, enabled=False):  # s = 100 times a bfloat16 cosine is noise
-            z_a_BD, z_b_BD = promote(z_a_BD), promote(z_b_BD)
-            out_BG = excluded(key_B, gather(key_B), gather(valid_B))
-            scaled_a_BD, scaled_b_BD = z_a_BD * self.scale(), z_b_BD * self.scale()
-            ab_B = _cross_entropy(scaled_a_BD @ gather(z_b_BD).T, out_BG)
-            ba_B = _cross_entropy(scaled_b_BD @ gather(z_a_BD).T, out_BG)
-            return (ab_B + ba_B) / 2
+            a_BD, b_BD = promote(z_a_BD) * self.scale(), promote(z_b_BD)
+            out_BG, first = gathered_excluded(key_B, valid_B), first_row(len(key_B))
+            a_GD, b_GD = gather_both(a_BD, b_BD)
+            ab_BG = a_BD @ b_GD.T
+            positive_B = ab_BG.diagonal(first).clone()
+            _exclude(ab_BG, out_BG)
+            # on one rank the other direction is the transpose
+            ba_BG = ab_BG.T if world() == 1 else _exclude(b_BD @ a_GD.T, out_BG)
+            return (ab_BG.logsumexp(dim=1) + ba_BG.logsumexp(dim=1)) / 2 - positive_B
 
 
 class SigLIP(_Scaled):
@@ -127,12 +115,12 @@ class SigLIP(_Scaled):
 
     def forward(self, z_a_BD: Tensor, z_b_BD: Tensor, key_B: Tensor, valid_B: Tensor) -> Tensor:
         with torch.autocast(z_a_BD.device.type, enabled=False):
-            z_a_BD, z_b_BD = promote(z_a_BD), promote(z_b_BD)
-            out_BG = excluded(key_B, gather(key_B), gather(valid_B))
-            logits_BG = self.scale() * z_a_BD @ gather(z_b_BD).T + self.bias
-            positive_BG = _diagonal(torch.zeros_like(out_BG), True)
-            value_BG = F.softplus(torch.where(positive_BG, -logits_BG, logits_BG))
-            return value_BG.masked_fill(out_BG, 0.0).sum(dim=1)
+            a_BD, b_BD = promote(z_a_BD) * self.scale(), promote(z_b_BD)
+            out_BG = gathered_excluded(key_B, valid_B)
+            logits_BG = a_BD @ gather(b_BD).T + self.bias
+            y_BG = torch.full_like(logits_BG, -1.0)
+            y_BG.diagonal(first_row(len(key_B))).fill_(1.0)
+            return -F.logsigmoid(y_BG * logits_BG).masked_fill(out_BG, 0.0).sum(dim=1)
 
 
 class Intra(nn.Module):
@@ -162,24 +150,27 @@ class Intra(nn.Module):
     def forward(self, h_1_BD: Tensor, h_2_BD: Tensor, key_B: Tensor, valid_B: Tensor) -> Tensor:
         u_BD, v_BD = (F.normalize(promote(self.projection(h_BD)), dim=-1) for h_BD in (h_1_BD, h_2_BD))
         with torch.autocast(u_BD.device.type, enabled=False):
-            out_BG = excluded(key_B, gather(key_B), gather(valid_B))
-            same_BG = _diagonal(out_BG, True)  # a view is no negative of itself
-            u_GD, v_GD = gather(u_BD), gather(v_BD)
-            uv_B = _cross_entropy(self.scale * u_BD @ v_GD.T, out_BG, self.scale * u_BD @ u_GD.T, same_BG)
-            vu_B = _cross_entropy(self.scale * v_BD @ u_GD.T, out_BG, self.scale * v_BD @ v_GD.T, same_BG)
-            return (uv_B + vu_B) / 2
+            out_BG, first = gathered_excluded(key_B, valid_B), first_row(len(key_B))
+            u_GD, v_GD = gather_both(u_BD, v_BD)
+            u_BD, v_BD = self.scale * u_BD, self.scale * v_BD
+            uv_BG = u_BD @ v_GD.T
+            positive_B = uv_BG.diagonal(first).clone()
+            _exclude(uv_BG, out_BG)
+            vu_BG = uv_BG.T if world() == 1 else _exclude(v_BD @ u_GD.T, out_BG)
+            same_BG = out_BG.clone()
+            same_BG.diagonal(first).fill_(True)  # a view is no negative of itself
+            uu_BG, vv_BG = (_exclude(x_BD @ x_GD.T, same_BG) for x_BD, x_GD in ((u_BD, u_GD), (v_BD, v_GD)))
+            u_B = torch.logaddexp(uv_BG.logsumexp(dim=1), uu_BG.logsumexp(dim=1))
+            v_B = torch.logaddexp(vu_BG.logsumexp(dim=1), vv_BG.logsumexp(dim=1))
+            return (u_B + v_B) / 2 - positive_B
 
 
-def _cross_entropy(
-    logits_BG: Tensor, out_BG: Tensor, extra_BG: Tensor | None = None, extra_out_BG: Tensor | None = None
-) -> Tensor:
-    """``logsumexp`` over what is not excluded, less the positive on this rank's diagonal: ``[B]``."""
-    rows = torch.arange(len(logits_BG), device=logits_BG.device)
-    positive_B = logits_BG[rows, rows + first_row(len(rows))]
-    logits_BG = logits_BG.masked_fill(out_BG, -torch.inf)
-    if extra_BG is not None and extra_out_BG is not None:
-        logits_BG = torch.cat([logits_BG, extra_BG.masked_fill(extra_out_BG, -torch.inf)], dim=1)
-    return torch.logsumexp(logits_BG, dim=1) - positive_B
+def _exclude(logits_BG: Tensor, out_BG: Tensor) -> Tensor:
+    """In place, since each of these matrices may be the largest tensor of a run.
+
+    The lowest finite number, not -inf: its exponential is zero too, and a row without any negative stays finite.
+    """
+    return logits_BG.masked_fill_(out_BG, torch.finfo(logits_BG.dtype).min)
 
 
 def promote(x: Tensor) -> Tensor:

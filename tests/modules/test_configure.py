@@ -272,6 +272,18 @@ def test_a_sharded_recipe_trains_as_a_whole_one():
         assert {n: gap for n, gap in gaps.items() if gap > 1e-5} == {}
 
 
+def test_checkpointed_batch_norms_go_backward_more_than_once():
+    recipe = recipe_of(image=ConvTower(widths=[8, 8], blocks=1))
+    Checkpointing(towers=["image"]).apply(recipe)
+    tower = recipe.towers["image"].train()
+    value = tower(IMAGES).h_BTD.square().mean()
+    weights = [p for p in tower.parameters() if p.requires_grad]
+    counted = {name: x.clone() for name, x in tower.named_buffers()}
+    first, second = (torch.autograd.grad(value, weights, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(x, counted[name]) for name, x in tower.named_buffers())
+
+
 # YAML -------------------------------------------------------------------------------------------------------
 
 

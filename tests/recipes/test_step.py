@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -33,18 +34,29 @@ def test_checkpointing_equals_the_loop(dtype: torch.dtype) -> None:
     assert largest_gap(found, explicit()) < EXACT[dtype]
 
 
-def on_two_ranks(rank: int) -> list[tuple[str, float]]:
+@pytest.mark.parametrize("dtype", EXACT)
+def test_accumulation_over_padding_equals_the_loop(dtype: torch.dtype) -> None:
+    """Twelve samples that lack modalities, four rows of padding, in one, two and eight micro-batches."""
+    for accumulate in (1, 2, 8):
+        found = lightning_gradients(0, accumulate, dtype, batch_size=16)
+        assert largest_gap(found, explicit()) < EXACT[dtype]
+
+
+def on_a_rank(rank: int, world: int) -> list[tuple[str, float]]:
     gaps = []
-    for dtype in EXACT:
-        for accumulate in (1, 2):
-            found = lightning_gradients(rank, accumulate, dtype, strategy="ddp", devices=2)
-            gaps.append((f"{dtype} accumulate {accumulate}", largest_gap(found, explicit()) / EXACT[dtype]))
+    for dtype, accumulate, batch_size in product(EXACT, (1, 4), (12, 16)):
+        if batch_size % (world * accumulate) == 0:
+            found = lightning_gradients(rank, accumulate, dtype, strategy="ddp", devices=world, batch_size=batch_size)
+            case = f"{dtype} accumulate {accumulate} batch_size {batch_size}"
+            gaps.append((case, largest_gap(found, explicit()) / EXACT[dtype]))
     return gaps
 
 
 @pytest.mark.ddp
-def test_two_ranks_equal_the_loop() -> None:
-    for gaps in run_ranks(2, on_two_ranks):
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_equal_the_loop(world: int) -> None:
+    for gaps in run_ranks(world, on_a_rank, world):
+        assert len(gaps) == 6
         assert {case: gap for case, gap in gaps if gap >= 1} == {}
 
 

@@ -5,14 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from descant.modules.losses import InfoNCE, Intra, SigLIP
+from descant.modules.losses import InfoNCE, Intra, RingSigLIP, SigLIP
 from tests.modules.losses import _asserts
 from tests.modules.losses._asserts import embeddings, everyone
-from tests.ranks import run_ranks
 
-LOSSES = {"InfoNCE": lambda: InfoNCE().double(), "SigLIP": lambda: SigLIP().double()}
+LOSSES = {
+    "InfoNCE": lambda: InfoNCE().double(),
+    "SigLIP": lambda: SigLIP().double(),
+    "RingSigLIP": lambda: RingSigLIP(rows=2).double(),
+}
 PROPERTIES = [getattr(_asserts, name) for name in dir(_asserts) if name.startswith("assert_")]
 
 
@@ -61,6 +63,27 @@ def test_siglip_by_hand() -> None:
         assert float(value_B[i]) == pytest.approx(wanted, abs=1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 4, 6, 9, None])
+def test_the_ring_is_siglip_in_blocks(rows: int | None) -> None:
+    """Value and every gradient, the scale's and the bias's too, with equal keys and an absent row."""
+    key, valid = torch.tensor([0, 1, 2, 0, 4, 5]), torch.tensor([True] * 4 + [False, True])
+    found = []
+    for loss in (SigLIP(bias=-2.0).double(), RingSigLIP(bias=-2.0, rows=rows).double()):
+        a, b = embeddings()
+        value_B = loss(a, b, key, valid)
+        weight_B = torch.arange(1.0, 7.0, dtype=torch.float64)  # another gradient for every row
+        grads = torch.autograd.grad((value_B * weight_B)[valid].sum(), (a, b, *loss.parameters()))
+        found.append((value_B, *grads))
+    for ring, plain in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ring, plain, rtol=1e-12, atol=1e-12)
+        assert plain.any()
+
+
+def test_a_block_has_rows() -> None:
+    with pytest.raises(ValueError, match="rows 0: a block of logits has at least 1"):
+        RingSigLIP(rows=0)
+
+
 def test_intra_by_hand() -> None:
     h_1, h_2 = embeddings()
     loss = intra()
@@ -85,41 +108,3 @@ def test_scale_is_bounded_and_can_come_back() -> None:
     assert float(loss.scale()) == pytest.approx(100.0, rel=1e-5)
     assert loss.log_scale.grad is not None
     assert float(loss.log_scale.grad) != 0.0
-
-
-def big_batch(name: str) -> list[Tensor]:
-    a, b = embeddings(rows=8)
-    loss = intra() if name == "Intra" else LOSSES[name]()
-    key, valid = torch.tensor([0, 1, 2, 0, 4, 5, 6, 1]), torch.tensor([True] * 6 + [False, True])
-    value = torch.where(valid, loss(a, b, key, valid), 0.0).sum()
-    return [value.detach(), *torch.autograd.grad(value, (a, b))]
-
-
-def on_a_rank(rank: int, names: list[str]) -> dict[str, list[Tensor]]:
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo")
-    found = {}
-    for name in names:
-        a, b = embeddings(rows=8)
-        rows = slice(4 * rank, 4 * rank + 4)
-        loss = intra() if name == "Intra" else LOSSES[name]()
-        key = torch.tensor([0, 1, 2, 0, 4, 5, 6, 1])[rows]
-        valid = torch.tensor([True] * 6 + [False, True])[rows]
-        mine_a, mine_b = a[rows].detach().requires_grad_(), b[rows].detach().requires_grad_()
-        value = torch.where(valid, loss(mine_a, mine_b, key, valid), 0.0).sum()
-        found[name] = [value.detach(), *torch.autograd.grad(value, (mine_a, mine_b))]
-    dist.destroy_process_group()
-    return found
-
-
-@pytest.mark.ddp
-def test_two_ranks_equal_the_big_batch() -> None:
-    names = [*LOSSES, "Intra"]
-    ranks = run_ranks(2, on_a_rank, names)
-    for name in names:
-        value, grad_a, grad_b = big_batch(name)
-        parts = list(zip(*(rank[name] for rank in ranks), strict=True))
-        torch.testing.assert_close(sum(parts[0]), value, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(torch.cat(parts[1]), grad_a, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(torch.cat(parts[2]), grad_b, rtol=1e-12, atol=1e-12)

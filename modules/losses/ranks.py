@@ -1,0 +1,79 @@
+"""Rows of other ranks, with true gradients: gathered at once, or passed on around a ring.
+
+Letters: B samples on this rank, G samples on all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def world() -> int:
+    """How many ranks share the batch."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def first_row(rows: int) -> int:
+    """Where this rank's B rows begin among the G gathered ones."""
+    return rows * dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather(x_B: Tensor) -> Tensor:
+    """``[B, ...] -> [G, ...]``: the rows of all ranks, in rank order, with true gradients for floats.
+
+    Every rank holds the same B (the sampler pads). Backward adds up what every rank's loss says about a row.
+    """
+    if world() == 1:
+        return x_B
+    return _Gather.apply(x_B)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_B: Tensor) -> Tensor:
+        x_G = x_B.new_empty(world() * len(x_B), *x_B.shape[1:])
+        dist.all_gather(list(x_G.chunk(world())), x_B.contiguous())
+        return x_G
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_G: Tensor) -> Tensor:
+        grad_B = grad_G.new_empty(len(grad_G) // world(), *grad_G.shape[1:])
+        dist.reduce_scatter(grad_B, list(grad_G.contiguous().chunk(world())))
+        return grad_B
+
+
+def gather_both(x_BD: Tensor, y_BD: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`gather` of two tensors of one shape in one exchange (and one on the way back)."""
+    if world() == 1:
+        return x_BD, y_BD
+    x_GD, y_GD = gather(torch.cat([x_BD, y_BD], dim=1)).chunk(2, dim=1)
+    return x_GD, y_GD
+
+
+class Passing:
+    """Tensors on their way to the next rank of the ring, while this rank goes on computing.
+
+    ``wait()`` returns what the previous rank sent, in the same order. What is sent must not be written meanwhile.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        rank, ranks = dist.get_rank(), world()
+        self._sent = [x.contiguous() for x in tensors]
+        self._received = [torch.empty_like(x) for x in self._sent]
+        operations = []
+        for tag, (sent, received) in enumerate(zip(self._sent, self._received, strict=True)):
+            operations.append(dist.P2POp(dist.isend, sent, (rank + 1) % ranks, tag=tag))
+            operations.append(dist.P2POp(dist.irecv, received, (rank - 1) % ranks, tag=tag))
+        self._works = dist.batch_isend_irecv(operations)
+
+    def wait(self) -> list[Tensor]:
+        for work in self._works:
+            work.wait()
+        return self._received
