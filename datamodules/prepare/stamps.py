@@ -1,0 +1,280 @@
+"""The stamps of Tux Paint as arrays: the Debian package tuxpaint-stamps-default, decoded once into the cache.
+
+A stamp is a picture with its captions (one English, then up to 77 languages), a recording of its description in some
+languages, and sometimes its own sound. The package is under the GPL, so it is fetched at run time and is no part of
+Descant. Letters: N stamps, L spoken languages, S samples of all recordings.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from descant.datamodules.ledger import Ledger
+from descant.datamodules.prepare.deb import Deb, move_into_place, scratch, unpacked
+from descant.modules.audio import FULL_SCALE, resample
+
+DEB = Deb(
+    "tuxpaint-stamps-default",
+    known={"6312d03a37d0220b10fc91a7467bf2a2a2336e08c2f416de04311d25fd7aeacb": "2025.03.31-1"},
+    under="usr/share/tuxpaint/stamps",
+)
+#: Of what the arrays hold: another number is prepared anew.
+FORMAT = 1
+SIDE = 64
+RATE = 16000
+SECONDS = 4.0
+#: The language of recordings without one in their name, and the name of a stamp's own sound among the languages.
+ENGLISH, SOUND = "en", "sound"
+# far above the largest (1,417 x 1,778 pixels), far below what would hurt
+MAX_PIXELS = 64 * 2**20
+
+_COPY = re.compile(r"_(mirror|flip)+$")
+_SPOKEN = re.compile(r"(?P<stem>.+?)_desc(_(?P<language>[A-Za-z]{2,3}(_[A-Za-z]+)?))?")
+_COLOURS = {"black", "blue", "brown", "golden", "green", "orange", "pink", "purple", "red", "white", "yellow"}
+
+
+@dataclass
+class Corpus:
+    """All stamps, in the order of their names: a stamp's place is its id, whatever a run makes of it.
+
+    Attributes:
+        names: path in the package, without extension. The first part is the category.
+        texts: language -> caption, of each stamp.
+        images: uint8 ``[N, 4, 64, 64]``. pictured: bool ``[N]``, which of them could be decoded.
+        wave: int16 ``[S]``, all recordings, 16 kHz.
+        languages: of recordings, the most frequent first. clips: int64 ``[L, N, 2]``, first sample and length in
+            ``wave``; length 0 where a stamp has no such recording.
+        skipped: (file, sample, why) of what could not be read.
+    """
+
+    names: list[str]
+    texts: list[dict[str, str]]
+    images: np.ndarray
+    pictured: np.ndarray
+    wave: np.ndarray
+    languages: list[str]
+    clips: np.ndarray
+    skipped: list[tuple[str, str, str]]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @staticmethod
+    def load(folder: Path) -> Corpus:
+        """Of a prepared folder; arrays stay on disk until they are read, and processes share them."""
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        arrays = {
+            name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "pictured", "wave", "clips")
+        }
+        skipped = [(file, sample, why) for file, sample, why in index.pop("skipped")]
+        return Corpus(**index, **arrays, skipped=skipped)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir()
+        for name in ("images", "pictured", "wave", "clips"):
+            np.save(folder / f"{name}.npy", getattr(self, name))
+        index = {name: getattr(self, name) for name in ("names", "texts", "languages", "skipped")}
+        (folder / "index.json").write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
+
+
+def prepared(file: Path | None = None, accept: list[str] | None = None, cache: Path | None = None) -> Path:
+    """The folder with the arrays, for :meth:`Corpus.load`: fetched, unpacked and decoded once.
+
+    Args:
+        file: the package as a file; asked of apt where not given. accept: more SHA-256 to believe.
+        cache: where to keep it; the user's own cache where not given.
+
+    Raises:
+        ValueError: what :func:`unpacked` raises, or 20 files in a row that cannot be read.
+    """
+    source = unpacked(DEB, file, accept or (), cache)
+    target = source.with_name(f"{source.name}-{FORMAT}")
+    if not target.is_dir():
+        print("descant: preparing the stamps: pictures and speech are decoded once, in a minute", file=sys.stderr)
+        with scratch(source.parent) as part:
+            build(source).save(Path(part) / "arrays")
+            move_into_place(Path(part) / "arrays", target)
+    return target
+
+
+def build(folder: Path) -> Corpus:
+    """Read all stamps of an unpacked package.
+
+    Raises:
+        ValueError: where there are none, or 20 files in a row cannot be read.
+    """
+    ledger = Notes(folder)
+    pictures: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        # a picture in both forms is taken as png: the same pixels whatever renders the other
+        if path.suffix in (".png", ".svg") and not _COPY.search(path.stem):
+            pictures.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)
+    names = sorted(pictures)
+    if not names:
+        raise ValueError(f"{folder}: no stamp in it (no .png or .svg)")
+    images, pictured = np.zeros((len(names), 4, SIDE, SIDE), np.uint8), np.zeros(len(names), bool)
+    for i, name in enumerate(names):
+        try:
+            images[i] = picture(pictures[name])
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            ledger.note(pictures[name], error)
+            continue
+        pictured[i] = True
+        ledger.read()
+    texts = [captions(folder / f"{name}.txt") for name in names]
+    wave, languages, clips = recordings(folder, names, ledger)
+    return Corpus(names, texts, images, pictured, wave, languages, clips, ledger.notes)
+
+
+class Notes(Ledger):
+    """A ledger that is kept with the arrays: what preparation skipped, every later run says again."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(None)
+        self.folder = folder
+        self.notes: list[tuple[str, str, str]] = []
+
+    def note(self, path: Path, error: Exception) -> None:
+        why = (str(error).splitlines() or [type(error).__name__])[0].replace(f"{self.folder}/", "")[:120]
+        sample = path.relative_to(self.folder).as_posix()
+        self.notes.append((DEB.name, sample, why))
+        self.skip(DEB.name, sample, why)
+
+
+# what a stamp is made of ---------------------------------------------------------------------------------------------
+
+
+def picture(path: Path) -> np.ndarray:
+    """uint8 ``[4, 64, 64]``: averaged down to fit, in the middle of a transparent square.
+
+    Raises:
+        ValueError, OSError: where it cannot be read.
+    """
+    data: Path | io.BytesIO = path if path.suffix == ".png" else io.BytesIO(render(path))
+    with Image.open(data) as opened:
+        if opened.width * opened.height > MAX_PIXELS:
+            raise ValueError(f"{opened.width} x {opened.height} pixels are more than {MAX_PIXELS:,}")
+        image = opened.convert("RGBA")
+    scale = SIDE / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    square = Image.new("RGBA", (SIDE, SIDE))
+    square.paste(image.resize((width, height), Image.Resampling.BICUBIC), ((SIDE - width) // 2, (SIDE - height) // 2))
+    return np.asarray(square).transpose(2, 0, 1)
+
+
+def render(path: Path) -> bytes:
+    """An svg as png, by resvg. Raises ValueError where it is not installed or refuses."""
+    try:
+        resvg = importlib.import_module("resvg_py")
+    except ImportError:
+        raise ValueError("an svg without a png needs resvg: pip install 'descant[prepare]'") from None
+    try:
+        return bytes(
+            resvg.svg_to_bytes(svg_string=path.read_text(encoding="utf-8"), width=2 * SIDE, skip_system_fonts=True)
+        )
+    except Exception as error:  # the library raises what its renderer panics with
+        raise ValueError(f"resvg: {error}") from None
+
+
+def captions(path: Path) -> dict[str, str]:
+    """Language -> caption: an English line, then ``LANGUAGE.utf8=CAPTION`` lines. Empty where there is no file."""
+    if not path.is_file():
+        return {}
+    first, *rest = path.read_text(encoding="utf-8-sig", errors="replace").splitlines() or [""]
+    found = {ENGLISH: first.strip()}
+    for line in rest:
+        language, mark, text = line.partition(".utf8=")
+        if mark:
+            found[language.strip()] = text.strip()
+    return {language: text for language, text in found.items() if text}
+
+
+def recordings(folder: Path, names: list[str], ledger: Notes) -> tuple[np.ndarray, list[str], np.ndarray]:
+    """``wave``, ``languages`` and ``clips`` of a :class:`Corpus`."""
+    place = {name: i for i, name in enumerate(names)}
+    found: dict[tuple[str, int], Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".ogg", ".wav"):
+            name = path.relative_to(folder).with_suffix("").as_posix()
+            spoken = _SPOKEN.fullmatch(name)
+            stem, language = (spoken["stem"], spoken["language"] or ENGLISH) if spoken else (name, SOUND)
+            if stem in place:
+                found.setdefault((language, place[stem]), path)
+    spans: dict[str, np.ndarray] = {}
+    parts, end = [np.zeros(0, np.int16)], 0
+    for (language, i), path in sorted(found.items(), key=lambda item: (item[0][1], item[0][0])):
+        try:
+            part = recording(path)
+        except (OSError, ValueError, RuntimeError) as error:  # soundfile's own errors are RuntimeErrors
+            ledger.note(path, error)
+            continue
+        ledger.read()
+        spans.setdefault(language, np.zeros((len(names), 2), np.int64))[i] = end, len(part)
+        parts.append(part)
+        end += len(part)
+    languages = sorted(spans, key=lambda language: (-np.count_nonzero(spans[language][:, 1]), language))
+    clips = np.stack([spans[language] for language in languages]) if spans else np.zeros((0, len(names), 2), np.int64)
+    return np.concatenate(parts), languages, clips
+
+
+def recording(path: Path) -> np.ndarray:
+    """int16 ``[S]`` at 16 kHz, its first 4 seconds. Raises ValueError or RuntimeError where there is no sound in it."""
+    import soundfile  # only who prepares needs it
+
+    with soundfile.SoundFile(path) as file:
+        rate = file.samplerate
+        if not 1000 <= rate <= 400_000:
+            raise ValueError(f"{rate} samples a second")
+        x = file.read(frames=round(SECONDS * rate), dtype="float32", always_2d=True).mean(axis=1)
+    if len(x) == 0:
+        raise ValueError("no sound in it")
+    x_S = resample(torch.from_numpy(x)[None], rate, RATE)[0]
+    return (x_S * FULL_SCALE).round().clamp(-FULL_SCALE, FULL_SCALE - 1).to(torch.int16).numpy()
+
+
+# who is related to whom ----------------------------------------------------------------------------------------------
+
+
+def first_word(name: str) -> str:
+    """What a family of file names shares: the first word of the stem that is no colour, without its number.
+
+    >>> [first_word(f"a/{s}") for s in ("ant", "ant2", "apple_red", "red-apple", "3_earth", "frog-1", "001")]
+    ['ant', 'ant', 'apple', 'apple', 'earth', 'frog', 'a/001']
+    """
+    words = re.findall(r"[^\W\d_]+", name.rsplit("/", 1)[-1].lower())
+    telling = [word for word in words if word not in _COLOURS] or words
+    return telling[0] if telling else name
+
+
+def families(corpus: Corpus) -> list[str]:
+    """One name a stamp, equal for relatives: by the first word of the file name, or by an equal English caption.
+
+    Relatives of relatives are relatives, so that no split tears apart what looks or sounds alike.
+    """
+    above: dict[str, str] = {}
+
+    def top(node: str) -> str:
+        while node in above:
+            node = above[node]
+        return node
+
+    def nodes(i: int) -> Iterator[str]:
+        yield f"word {first_word(corpus.names[i])}"
+        if ENGLISH in corpus.texts[i]:
+            yield f"caption {corpus.texts[i][ENGLISH].casefold()}"
+
+    for i in range(len(corpus)):
+        first, *others = sorted({top(node) for node in nodes(i)})
+        above.update(dict.fromkeys(others, first))
+    return [top(next(nodes(i))) for i in range(len(corpus))]
