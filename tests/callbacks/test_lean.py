@@ -252,7 +252,14 @@ EXPERIMENT: dict[str, Any] = {
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
         },
     },
-    "data": {"class_path": "Emoji", "init_args": {"tiny": True, "batch_size": 128}},
+    "data": {
+        "class_path": "Emoji",
+        "init_args": {
+            "tiny": True,
+            "batch_size": 128,
+            "text": {"class_path": "Pretrained", "init_args": {"folder": "bert", "length": 24}},
+        },
+    },
     "trainer": {
         "accelerator": "cpu",
         "max_epochs": 2,
@@ -272,12 +279,17 @@ def losses_of(run: str) -> dict[int, float]:
 
 
 def test_a_run_is_stopped_and_goes_on_by_the_command_line(cli: Any) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    from descant.datamodules.emoji import PACK
     from descant.modules.towers import TransformersTower
 
+    names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
     bert = {"model_type": "bert", "vocab_size": 8192, "hidden_size": 64, "num_hidden_layers": 1}
     for k, folder in enumerate(("bert", "other")):
         torch.manual_seed(k)
         TransformersTower(config={**bert, "num_attention_heads": 2}).model.save_pretrained(folder)  # type: ignore[dict-item]
+        PreTrainedTokenizerFast(tokenizer_file=str(PACK / "tokenizer.json"), **names).save_pretrained(folder)
     Path("e.yaml").write_text(yaml.safe_dump(EXPERIMENT))
 
     def run(*arguments: str, command: str = "fit") -> Any:
