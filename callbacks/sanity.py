@@ -10,6 +10,8 @@ import lightning as L
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, SequentialLR
 
+from descant.modules.chunks import looks_at_the_batch
+from descant.modules.protocols import HasObjective, HasTowers
 from descant.modules.trainer import log_interval
 
 
@@ -18,7 +20,8 @@ class Sanity(L.Callback):
 
     A warm-up that outlasts the run, a learning rate of zero, a log interval longer than the run, a batch
     larger than its data set, a model that is frozen whole or has trainable parameters in no optimizer, a
-    validation that the run never reaches, and a first backward that leaves no gradient. Nothing is stopped: a
+    validation that the run never reaches, batch norms that see a chunk of the batch, and a first backward that
+    leaves no gradient. Nothing is stopped: a
     test may want any of these.
     """
 
@@ -59,6 +62,7 @@ class Sanity(L.Callback):
             _log_interval(trainer, total),
             _batch_size(trainer),
             *_frozen(trainer, pl_module),
+            *chunked_norms(pl_module),
             _validation(trainer, total),
         ]
         return [line for line in found if line]
@@ -141,6 +145,18 @@ def _frozen(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
             f"{lost:,} of {sum(trainable.values()):,} trainable parameters are in no optimizer: they will not change"
         ]
     return []
+
+
+def chunked_norms(pl_module: L.LightningModule) -> list[str]:
+    """Towers whose batch norms see a chunk where the loss sees the batch: other gradients than the whole batch's."""
+    if not isinstance(pl_module, HasObjective) or not isinstance(pl_module, HasTowers) or pl_module.step.chunks == 1:
+        return []
+    return [
+        f"chunks {pl_module.step.chunks}: tower {name} has batch norms, whose statistics are then of a chunk and not "
+        "of the batch; norms of groups or layers have the same gradients for any chunks"
+        for name, tower in pl_module.towers.items()
+        if looks_at_the_batch(tower)
+    ]
 
 
 def _validation(trainer: L.Trainer, total: float) -> str:

@@ -7,12 +7,10 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import AdamW
 
 from descant.modules.batch import Batch
-from descant.modules.chunks import looks_at_the_batch
 from descant.modules.configure import Adapt, Checkpointing, Compile, Shard
 from descant.modules.objective import Term
 from descant.modules.optim import parameter_groups
@@ -99,14 +97,6 @@ class Recipe(L.LightningModule):
         codec = getattr(trainer.datamodule, "codec", None)  # type: ignore[attr-defined]
         if isinstance(codec, Codec) and "text" in getattr(self, "towers", {}):
             require_fit(codec, self.towers["text"])
-
-    def on_train_start(self) -> None:
-        for name, tower in self.towers.items() if self.step.chunks > 1 else ():
-            if looks_at_the_batch(tower):
-                rank_zero_warn(
-                    f"chunks {self.step.chunks}: tower {name} has batch norms, whose statistics are then of a chunk "
-                    "and not of the batch; norms of groups or layers have the same gradients for any chunks"
-                )
 
     def configure_optimizers(self) -> Any:
         optimizer = self._optimizer(parameter_groups(self))

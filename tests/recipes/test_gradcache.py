@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import copy
 from typing import Any
 
 import lightning as L
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from descant.callbacks.sanity import chunked_norms
 from descant.modules.batch import Batch
 from descant.modules.configure import Checkpointing, Compile, Shard
 from descant.modules.losses import ContrastiveLoss, RingSigLIP
-from descant.modules.towers import ConvTower, PatchTower, TextTower, Tower, Towers
+from descant.modules.towers import BagTower, ConvTower, PatchTower, TextTower, Tower, Towers
 from descant.recipes import Contrastive
 from tests.ranks import run_ranks
 from tests.step_toy import KeepGradients, ToyRecipe, largest_gap
@@ -131,10 +132,14 @@ def test_chunks_without_in_batch_negatives_are_refused() -> None:
         ToyRecipe(chunks=2)
 
 
-def test_batch_norms_are_named() -> None:
-    with pytest.warns(UserWarning, match="chunks 2: tower image has batch norms, whose statistics are then of a chunk"):
-        gradients(image=ConvTower(widths=[8]))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="chunks")
-        found = gradients(image=ConvTower(widths=[8], norm="group"))
-    assert largest_gap(found, gradients(chunks=1, image=ConvTower(widths=[8], norm="group"))) < 1e-5
+def test_batch_norms_are_named_and_group_norms_need_no_warning() -> None:
+    def lines(**options: Any) -> list[str]:
+        text = BagTower(vocab=9, width=8)
+        return chunked_norms(Contrastive(Towers(image=ConvTower(widths=[8], **options), text=text), chunks=2))
+
+    (line,) = lines()
+    assert line.startswith("chunks 2: tower image has batch norms, whose statistics are then of a chunk")
+    assert lines(norm="group") == []
+    image = ConvTower(widths=[8], norm="group")
+    found = gradients(image=copy.deepcopy(image))
+    assert largest_gap(found, gradients(chunks=1, image=image)) < 1e-5
