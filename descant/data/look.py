@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from descant.data.media import fault, seconds_of, size_of
 from descant.data.sheet import Tile, sheet
@@ -55,6 +57,8 @@ def look(
     Raises:
         Refusal, ValueError: in one line, for what is not there or cannot be read at all.
     """
+    # a picture above the limit is told by its name, once
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     if configs:
         from descant.data.configured import datamodule
 

@@ -22,6 +22,7 @@ from descant.data.sheet import Tile, sheet
 from descant.data.twins import echoes
 from descant.datamodules.own import Own
 from descant.datamodules.sources.shards import Shards
+from tests.files import bomb
 
 SHAPES, COLOURS = ("square", "circle"), {"red": (220, 30, 30), "blue": (30, 60, 200), "green": (20, 160, 70)}
 
@@ -263,6 +264,15 @@ def test_look_sees_what_two_splits_share(photos: Path, data: Callable[..., Any])
     assert found["duplicates"]["image"]["examples"] == [["train: 05.jpg", "val: 06.jpg"]]
     told = found["echoes"]["val in train"]
     assert (told["captions"], told["equal"], told["near"]) == (2, 1, 0)
+
+
+def test_look_tells_of_a_picture_that_is_too_large_by_its_name_alone(
+    photos: Path, data: Callable[..., Any], recwarn: pytest.WarningsRecorder
+) -> None:
+    (photos / "00.png").write_bytes(bomb(side=10_000))  # Pillow would only warn of it, in two lines without a name
+    told = data("look", photos)
+    assert "00.png: 10,000 x 10,000 pixels, more than the limit" in told.out
+    assert not [warning for warning in recwarn if warning.category is Image.DecompressionBombWarning]
 
 
 def test_look_tells_what_a_codec_cuts(photos: Path, data: Callable[..., Any]) -> None:
