@@ -91,7 +91,7 @@ def keys(number: int) -> Callable[[], np.ndarray]:
     return lambda: np.arange(number) + next(step) * number
 
 
-def decode(number: int = 64, pairs: int = 30) -> Iterator[Row]:
+def decode(number: int = 64, pairs: int = 60) -> Iterator[Row]:
     """Photographs as 256-px JPEG: decoded, cropped at random (0.9 to 1 of the area) to 224, flipped, batched.
 
     Against ``torchvision.io.decode_jpeg`` alone on the same bytes, and against open_clip's pipeline of Pillow and

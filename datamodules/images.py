@@ -146,14 +146,15 @@ class Images:
         shape_N2 = np.array([header[:2] for header in headers.values()], dtype=np.int64).reshape(-1, 2)
         box_N4, flipped_N = self.boxes(shape_N2, None if draw_B is None else draw_B[list(headers)])
         read = set()
+        out_B = x_B3SS.split(1)
         for (row, header), box, flipped in zip(headers.items(), box_N4.tolist(), flipped_N.tolist(), strict=True):
             try:
                 x_HWC, (top, left, height, width) = self.decode(header, box)
             except ValueError as error:
                 errors[row] = str(error)
                 continue
-            x_1CHW = torch.from_numpy(x_HWC[top : top + height, left : left + width]).permute(2, 0, 1)[None]
-            out_13SS = x_B3SS[row : row + 1]
+            x_1CHW = torch.from_numpy(x_HWC[None, top : top + height, left : left + width]).permute(0, 3, 1, 2)
+            out_13SS = out_B[row]
             if draw_B is None:
                 self._central(x_1CHW, box[2:], out_13SS)
             else:

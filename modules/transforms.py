@@ -93,12 +93,16 @@ def normalise(x_B3HW: Tensor, mean: Colour, std: Colour) -> Tensor:
     >>> normalise(torch.full((1, 3, 1, 1), 0.75), HALF, (0.5, 0.25, 0.125)).flatten().tolist()
     [0.5, 1.0, 2.0]
     """
-    shift: float | Tensor = mean[0]
-    scale: float | Tensor = 1 / std[0]
-    if len(set(mean)) + len(set(std)) > 2:
-        shift = x_B3HW.new_tensor(mean)[:, None, None]
-        scale = 1 / x_B3HW.new_tensor(std)[:, None, None]
-    return x_B3HW.sub_(shift).mul_(scale)
+    if len(set(mean)) + len(set(std)) == 2:
+        return x_B3HW.sub_(mean[0]).mul_(1 / std[0])
+    shift_3, scale_3 = x_B3HW.new_tensor(mean), 1 / x_B3HW.new_tensor(std)
+    if x_B3HW.is_contiguous(memory_format=torch.channels_last):
+        # as loaders write it: a whole line of pixels at a time, where broadcasting would go by three numbers
+        rows, _, high, wide = x_B3HW.shape
+        line_BHR = x_B3HW.permute(0, 2, 3, 1).view(rows, high, 3 * wide)
+        line_BHR.sub_(shift_3.repeat(wide)).mul_(scale_3.repeat(wide))
+        return x_B3HW
+    return x_B3HW.sub_(shift_3[:, None, None]).mul_(scale_3[:, None, None])
 
 
 class Augment(nn.Module):

@@ -93,8 +93,9 @@ def test_factors_below_one_are_refused() -> None:
 IMAGENET: dict[str, Any] = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
-def test_pixels_are_normalised_as_torchvision_does() -> None:
-    x = picture(8, channels=3)
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_pixels_are_normalised_as_torchvision_does(memory: torch.memory_format) -> None:
+    x = picture(8, channels=3).contiguous(memory_format=memory)
     wanted = v2.functional.normalize(x.float() / 255, list(IMAGENET["mean"]), list(IMAGENET["std"]))
     torch.testing.assert_close(Pixels(8, **IMAGENET)(x, DRAW), wanted, rtol=0, atol=1e-5)
 
