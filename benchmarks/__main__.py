@@ -16,6 +16,7 @@ from descant.errors import WRONG, hint
 BENCHMARKS = {
     "contrastive/step": "benchmarks.contrastive:step",
     "contrastive/bf16": "benchmarks.contrastive:bf16",
+    "contrastive/bf16_retrieval": "benchmarks.precision:retrieval",
     "contrastive/gradcache": "benchmarks.contrastive:gradcache",
     "contrastive/overhead": "benchmarks.contrastive:overhead",
     "contrastive/checkpointing": "benchmarks.contrastive:checkpointing",

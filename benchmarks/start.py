@@ -22,7 +22,7 @@ import lightning as L
 
 from benchmarks import Row
 
-BAR = 12.0
+BAR, HELP_BAR = 12.0, 0.3
 ROOT = Path(__file__).parent.parent
 
 
@@ -45,6 +45,13 @@ def start() -> Iterator[Row]:
         times = [first_step(site, Path(folder) / f"empty-{k}") for k in range(3)]
     value = statistics.median(times)
     yield Row.at_most("start/first_step_seconds", value, BAR, (min(times), max(times)))
+    yield Row.at_most("start/help_seconds", min(help_seconds() for _ in range(5)), HELP_BAR)
+
+
+def help_seconds() -> float:
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "descant", "--help"], capture_output=True, check=True)
+    return time.perf_counter() - began
 
 
 def install_wheel(folder: Path) -> Path:

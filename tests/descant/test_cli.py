@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,15 +30,6 @@ def test_front_imports_no_torch(args: list[str]) -> None:
     code = f"import sys; from descant.__main__ import main; main({args!r}); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_front_is_quick() -> None:
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "descant", "--help"], capture_output=True, check=True)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.3
 
 
 def test_unknown_command_names_the_nearest(cli: Cli) -> None:
@@ -110,7 +100,8 @@ def test_fit_leaves_a_whole_run_folder(toy: Cli, workplace: Path) -> None:
     names = {path.name for path in run.iterdir()}
     assert {"config.yaml", "versions.json", "metrics.csv", "metrics.json", "checkpoints"} <= names
     assert any(name.startswith("events.out") for name in names) and not any(run.glob("version_*"))
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"0000008.ckpt", "last.ckpt"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"0000008.ckpt", "0000008.ckpt.manifest"}
+    assert {path.name for path in (run / "resume").iterdir()} == {"step-0000008.ckpt", "step-0000008.ckpt.manifest"}
 
 
 def test_terminal_is_quiet(toy: Cli) -> None:
@@ -182,7 +173,7 @@ def test_a_run_replays_to_the_same_weights(toy: Cli, cli: Cli, workplace: Path) 
     assert toy("fit", "--name", "first").rc == 0
     assert cli("fit", "--config", "runs/first/001/config.yaml", "--trust", "tests.toys").rc == 0
     one, two = (
-        torch.load(workplace / f"runs/first/{n}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        torch.load(workplace / f"runs/first/{n}/checkpoints/0000008.ckpt", weights_only=True)["state_dict"]
         for n in ("001", "002")
     )
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
