@@ -2,40 +2,69 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from descant import runs
-from descant.errors import Refusal, fail, say
+from descant import manifest, runs
+from descant.errors import fail, say
 from descant.runs import Run
 
 
 def for_fit(root: Path, name: str, run: str | None, resume: str) -> Run:
-    """A new folder, or with ``resume="auto"`` the one to go on in.
+    """A new folder, or with ``resume="auto"`` the one to go on in, from its newest valid resume point.
 
     Raises:
-        Refusal: if the named run or checkpoint does not exist, or a run is there and nothing says resume.
+        Refusal: if the named run or resume point does not exist or is damaged, a run is there and nothing says resume,
+            or nothing can be written there.
     """
     if resume not in ("never", "auto"):
-        checkpoint = Path(resume)
-        if not checkpoint.exists():
-            fail(f"--resume {resume}: no such checkpoint; never, auto or a path")
-        return runs.allocate(root / name, checkpoint=str(checkpoint.resolve()))
+        return runs.allocate(root / name, checkpoint=str(_point(root, resume).resolve()))
     folder = runs.existing(root, run) if run else runs.latest(root, name)
     if resume == "never":
         if run:
             fail(f"--run {run}: a run is there; --resume auto continues it, and without --run a new one starts")
         return runs.allocate(root / name)
-    newest = runs.newest_checkpoint(folder) if folder else None
+    newest, skipped = runs.newest_point(folder) if folder else (None, [])
     if folder is not None and newest is not None:
+        if not os.access(folder, os.W_OK):
+            fail(f"{_shown(folder)}: a run cannot be continued there: no permission to write")
+        _tell(skipped)
+        for part in ("checkpoints", "resume"):
+            manifest.sweep(folder / part)
         say(f"resuming {_shown(folder)} from {newest.name}")
         return Run(folder, fresh=False, checkpoint=str(newest))
     if run:
-        fail(f"--run {run}: it has no checkpoint to resume from")
-    new = runs.allocate(root / name)
-    say(f"--resume auto: {name} has no checkpoint yet; starting {_shown(new.folder)}")
+        fail(f"--run {run}: it has no {_none(skipped)}")
+    _tell(skipped)
+    # a job that is queued again has one folder, also where it was stopped before it saved anything
+    new = Run(folder, fresh=False) if folder is not None and runs.identity() is not None else runs.allocate(root / name)
+    what = "valid resume point" if skipped else "resume point yet"
+    say(f"--resume auto: {name} has no {what}; starting {_shown(new.folder)}")
     return new
+
+
+def _point(root: Path, resume: str) -> Path:
+    """The resume point that ``--resume PATH`` means: a file, or the newest valid one of a run."""
+    for folder in (root / resume, Path(resume)):
+        if runs.is_run(folder):
+            newest, skipped = runs.newest_point(folder)
+            if newest is None:
+                fail(f"--resume {resume}: it has no {_none(skipped)}")
+            _tell(skipped)
+            say(f"starting from {_shown(newest)}")
+            return newest
+    path = Path(resume)
+    if not path.exists():
+        fail(f"--resume {resume}: no such checkpoint; never, auto or a path of a resume point or run")
+    found = manifest.confirmed(path)
+    if isinstance(found, str):
+        fail(f"--resume {resume}: {found}{_nearest(path)}")
+    found[0].close()
+    if found[1].get("safe") is not True:
+        fail(f"--resume {resume}: saved in the middle of a step or epoch, no resume point{_nearest(path)}")
+    return path
 
 
 def for_evaluation(command: str, root: Path, name: str, source: Path | None, wanted: str | None) -> Run:
@@ -44,7 +73,7 @@ def for_evaluation(command: str, root: Path, name: str, source: Path | None, wan
     Raises:
         Refusal: if the checkpoint does not exist, or is said relative to a run and none is given.
     """
-    if source is None and wanted is not None and Path(wanted).resolve().parent.name == "checkpoints":
+    if source is None and wanted is not None and Path(wanted).resolve().parent.name in ("checkpoints", "resume"):
         source = Path(wanted).resolve().parent.parent
     checkpoint = _checkpoint(source, wanted)
     if checkpoint is None:
@@ -68,32 +97,69 @@ def _checkpoint(source: Path | None, wanted: str | None) -> Path | None:
         path = Path(str(wanted))
         if not path.exists():
             fail(f"--ckpt_path {wanted}: no such checkpoint; best, last or a path")
+        why = manifest.fault(path) if path.is_file() else None
+        if why not in (None, manifest.NONE):
+            fail(f"--ckpt_path {wanted}: {why}{_nearest(path, safe=False)}")
         return path.resolve()
     if source is None:
         if wanted is not None:
             fail(f"--ckpt_path {wanted}: of which run? --run NAME/001, or --config of a run folder")
         return None
-    newest = runs.newest_checkpoint(source)
+    last = _last(source)
+    return last if wanted == "last" else _best(source, last)
+
+
+def _last(source: Path) -> Path:
+    """The last checkpoint that its manifest confirms; only where there is none, one without a manifest."""
+    newest, skipped = manifest.first(runs.checkpoints(source))
     if newest is None:
-        raise Refusal(f"{_shown(source)} has no checkpoints")
-    if wanted == "last":
-        return newest
-    best = _best(newest)
-    return best if best is not None else newest
+        newest = next((path for path, why in skipped if why == manifest.NONE), None)
+        skipped = [(path, why) for path, why in skipped if why != manifest.NONE]
+    if newest is None:
+        fail(f"{_shown(source)} has no " + (f"whole checkpoint ({_first(skipped)})" if skipped else "checkpoints"))
+    _tell(skipped)
+    return newest
 
 
-def _best(newest: Path) -> Path | None:
-    """What the run's ModelCheckpoint judged best, as its newest checkpoint tells; runs may have moved."""
+def _best(source: Path, last: Path) -> Path:
+    """What the run's ModelCheckpoint judged best, as its last checkpoint tells; runs may have moved."""
     import torch
 
-    content: dict[str, Any] = torch.load(newest, map_location="cpu", weights_only=True, mmap=True)
+    content: dict[str, Any] = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
     states = [s for key, s in content.get("callbacks", {}).items() if key.startswith("ModelCheckpoint")]
     states.sort(key=lambda state: state.get("monitor") is None)  # stable: one that monitors comes first
     for state in states:
-        best = newest.parent / Path(state.get("best_model_path") or "").name
+        best = source / "checkpoints" / Path(state.get("best_model_path") or "").name
         if best.suffix == ".ckpt" and best.exists():
-            return best
-    return None
+            why = manifest.fault(best)
+            if why in (None, manifest.NONE):
+                return best
+            if state.get("monitor") is not None:
+                fail(f"{_shown(best)}: {why}; it was the best, --ckpt_path last takes {last.name}")
+            _tell([(best, str(why))])
+    return last
+
+
+def _nearest(path: Path, safe: bool = True) -> str:
+    """``; nearest: PATH`` of the same run, which is a resume point if it has to be ``safe``."""
+    folder = path.absolute().parent.parent
+    found = runs.newest_point(folder)[0] if safe else manifest.first(runs.checkpoints(folder))[0]
+    return f"; nearest: {_shown(found)}" if found else ""
+
+
+def _tell(skipped: Sequence[tuple[Path, str]]) -> None:
+    for path, why in skipped:
+        say(f"skipped {path.parent.name}/{path.name}: {why}")
+
+
+def _none(skipped: Sequence[tuple[Path, str]]) -> str:
+    return f"valid resume point ({_first(skipped)})" if skipped else "resume point"
+
+
+def _first(skipped: Sequence[tuple[Path, str]]) -> str:
+    """The first fault, where one line has to do."""
+    (path, why), more = skipped[0], len(skipped) - 1
+    return f"{path.name}: {why}" + (f", and {more} more" if more else "")
 
 
 def _shown(path: Path) -> str:

@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from descant.errors import Refusal, hint
+from descant import manifest
+from descant.errors import Refusal, fail, hint
 
 #: What rank 0 decided (folder and checkpoint), for the ranks that it launches.
 INHERITED = "DESCANT_RUN_DIR"
@@ -33,13 +34,9 @@ class Run:
     fresh: bool
     checkpoint: str | None = None
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
     def discard(self) -> None:
         """Remove a fresh folder, and its parent if then empty: for starts that came to nothing."""
-        if self.fresh and not any(self.checkpoints.glob("*")):
+        if self.fresh and not any(self.folder.glob("checkpoints/*")) and not any(self.folder.glob("resume/*")):
             shutil.rmtree(self.folder, ignore_errors=True)
             parent = self.folder.parent
             if parent.is_dir() and not any(path for path in parent.iterdir() if not path.name.startswith(".")):
@@ -102,7 +99,18 @@ def forget() -> None:
 
 
 def allocate(parent: Path, prefix: str = "", checkpoint: str | None = None) -> Run:
-    """A new numbered folder in ``parent``, made atomically: two processes never get the same one."""
+    """A new numbered folder in ``parent``, made atomically: two processes never get the same one.
+
+    Raises:
+        Refusal: if nothing can be written there.
+    """
+    try:
+        return _allocate(parent, prefix, checkpoint)
+    except OSError as error:
+        fail(f"{parent}: a run cannot be written there: {error.strerror}")
+
+
+def _allocate(parent: Path, prefix: str, checkpoint: str | None) -> Run:
     parent.mkdir(parents=True, exist_ok=True)
     taken = [p.name.removeprefix(prefix) for p in parent.iterdir() if p.name.startswith(prefix)]
     number = max((int(n) for n in taken if _NUMBER.fullmatch(n)), default=0) + 1
@@ -132,16 +140,31 @@ def existing(root: Path, run: str) -> Path:
         Refusal: if there is none.
     """
     for folder in (root / run, Path(run)):
-        if folder.is_dir() and ((folder / "config.yaml").is_file() or _NUMBER.fullmatch(folder.resolve().name)):
+        if is_run(folder):
             return folder.resolve()
     known = [path.relative_to(root).as_posix() for path in root.glob("*/*") if _NUMBER.fullmatch(path.name)]
     raise Refusal(f"--run {run}: no such run under {root}{hint(run, known)}")
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of a run that was written last, or None."""
-    found = [path for path in (folder / "checkpoints").glob("*.ckpt") if not path.name.startswith(".")]
-    return max(found, key=lambda path: (path.stat().st_mtime_ns, path.name)) if found else None
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of one run: it has a configuration, or a number for a name."""
+    return folder.is_dir() and ((folder / "config.yaml").is_file() or bool(_NUMBER.fullmatch(folder.resolve().name)))
+
+
+def newest_point(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest valid resume point of a run, and what was skipped and why."""
+    return manifest.newest(folder / "resume", "step-*.ckpt")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """What a run can be evaluated from, resume points included: unknown steps first, then the last."""
+    found = [path for part in ("checkpoints", "resume") for path in folder.glob(f"{part}/*.ckpt")]
+
+    def order(path: Path) -> tuple[bool, int, bool, int, str]:
+        step = manifest.known(path).get("step")
+        return step is None, step or 0, path.parent.name == "checkpoints", path.lstat().st_mtime_ns, path.name
+
+    return sorted((path for path in found if not path.name.startswith(".")), key=order, reverse=True)
 
 
 def point(folder: Path) -> None:

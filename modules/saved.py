@@ -62,7 +62,7 @@ def find(path: Path | str, checkpoint: str = "best") -> Saved:
     if path.is_dir() and not (path / CONFIG).is_file() and (path / "latest" / CONFIG).is_file():
         path = (path / "latest").resolve()
     if path.is_file():
-        folder, weights = (path.parent.parent if path.parent.name == "checkpoints" else path.parent), path
+        folder, weights = (path.parent.parent if path.parent.name in _PLACES else path.parent), path
     elif path.is_dir():
         folder, weights = path, path / WEIGHTS
     else:
@@ -230,22 +230,26 @@ _policies: list[Callable[[str], None]] = [_ours]
 # files --------------------------------------------------------------------------------------------------------------
 
 
+#: Folders of a run that hold checkpoints: those to be judged, and those to go on from.
+_PLACES = ("checkpoints", "resume")
+
+
 def _checkpoint(folder: Path, which: str) -> Path:
-    found = [file for file in (folder / "checkpoints").glob("*.ckpt") if not file.name.startswith(".")]
+    found = [f for place in _PLACES for f in (folder / place).glob("*.ckpt") if not f.name.startswith(".")]
     if which not in ("best", "last"):
-        named = next((f for f in (folder / "checkpoints" / which, Path(which)) if f.exists()), None)
+        named = next((f for f in (*(folder / place / which for place in _PLACES), Path(which)) if f.exists()), None)
         if named is None:
             raise ValueError(f"{which}: no such checkpoint of {folder}; best, last or {_some(found)}")
         return named
     if not found:
-        raise ValueError(f"{folder}: neither {WEIGHTS} nor checkpoints/*.ckpt in it")
+        raise ValueError(f"{folder}: neither {WEIGHTS} nor a checkpoint in it")
     newest = max(found, key=lambda file: (file.stat().st_mtime_ns, file.name))
     if which == "last":
         return newest
     content = torch.load(newest, map_location="cpu", weights_only=True, mmap=True)
     for state in content.get("callbacks", {}).values():
         if isinstance(state, dict) and state.get("monitor") is not None:
-            best = newest.parent / Path(state.get("best_model_path") or "").name  # runs may have moved
+            best = folder / "checkpoints" / Path(state.get("best_model_path") or "").name  # runs may have moved
             if best.suffix == ".ckpt" and best.exists():
                 return best
     return newest

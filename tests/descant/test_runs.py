@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from descant import runs
+from descant import manifest, runs
 from descant.errors import Refusal
+from descant.place import for_evaluation, for_fit
+from descant.store import AtomicIO
 from tests.conftest import Result
 
 Cli = Callable[..., Result]
@@ -61,7 +64,7 @@ def test_versions(toy: Cli, workplace: Path) -> None:
 def test_auto_without_a_checkpoint_starts_and_says_so(toy: Cli) -> None:
     result = toy("fit", "--resume", "auto")
     assert result.rc == 0
-    assert "descant: --resume auto: toy has no checkpoint yet; starting runs/toy/001" in result.err.splitlines()
+    assert "descant: --resume auto: toy has no resume point yet; starting runs/toy/001" in result.err.splitlines()
 
 
 def test_auto_goes_on_in_the_same_folder(toy: Cli, workplace: Path) -> None:
@@ -69,7 +72,7 @@ def test_auto_goes_on_in_the_same_folder(toy: Cli, workplace: Path) -> None:
     result = toy("fit", "--resume", "auto", "--trainer.max_epochs", "3")
     assert result.rc == 0 and "descant: resuming runs/toy/001 from " in result.err
     assert [path.name for path in runs.runs_of(workplace / "runs", "toy")] == ["001"]
-    stored = torch.load(workplace / "runs/toy/001/checkpoints/last.ckpt", weights_only=True)
+    stored = torch.load(workplace / "runs/toy/001/checkpoints/0000012.ckpt", weights_only=True)
     assert stored["global_step"] == 12 and stored["epoch"] == 2
     rows = (workplace / "runs/toy/001/metrics.csv").read_text().splitlines()
     steps = [int(row.split(",")[1]) for row in rows[1:] if row.split(",")[2]]
@@ -77,13 +80,15 @@ def test_auto_goes_on_in_the_same_folder(toy: Cli, workplace: Path) -> None:
     assert (workplace / "runs/toy/001/config.1.yaml").is_file()  # the settings it had before
 
 
-def test_a_path_starts_a_new_run(toy: Cli, workplace: Path) -> None:
+@pytest.mark.parametrize(
+    "path", ["runs/toy/001/resume/step-0000008.ckpt", "toy/001", "runs/toy/001", "runs/toy/latest"]
+)
+def test_a_path_starts_a_new_run(toy: Cli, workplace: Path, path: str) -> None:
     assert toy("fit").rc == 0
     first = files(workplace / "runs/toy/001")
-    path = "runs/toy/001/checkpoints/last.ckpt"
     assert toy("fit", "--resume", path, "--trainer.max_epochs", "3").rc == 0
     assert files(workplace / "runs/toy/001") == first
-    stored = torch.load(workplace / "runs/toy/002/checkpoints/last.ckpt", weights_only=True)
+    stored = torch.load(workplace / "runs/toy/002/checkpoints/0000012.ckpt", weights_only=True)
     assert stored["global_step"] == 12
 
 
@@ -107,6 +112,167 @@ def test_a_requeued_job_resumes_its_own_run(toy: Cli, workplace: Path, monkeypat
     assert "starting runs/toy/002" in toy("fit", "--resume", "auto").err
     monkeypatch.setattr(runs, "identity", lambda: "17")
     assert "resuming runs/toy/001" in toy("fit", "--resume", "auto", "--trainer.max_epochs", "3").err
+
+
+# damaged ones ---------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, step: int, safe: bool = True) -> Path:
+    content = {"state_dict": {"w": torch.full((1000,), float(step))}, "global_step": step, "descant": {"safe": safe}}
+    AtomicIO().save_checkpoint(content, path)
+    return path
+
+
+@pytest.fixture
+def run(workplace: Path) -> Path:
+    """A run folder that has four resume points, of the steps 4, 20, 100 and 120, and two checkpoints."""
+    folder = workplace / "runs/toy/001"
+    for step in (120, 4, 100, 20):
+        write(folder / f"resume/step-{step:07d}.ckpt", step)
+    for step in (20, 100):
+        write(folder / f"checkpoints/{step:07d}.ckpt", step, safe=False)
+    return folder
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1203])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def lose(path: Path) -> None:
+    path.unlink()
+
+
+def forget(path: Path) -> None:
+    path.with_name(path.name + manifest.SUFFIX).unlink()
+
+
+DAMAGE: list[tuple[Callable[[Path], None], str]] = [
+    (cut, "1,203 of 5,"),
+    (flip, "not the bytes that were written"),
+    (lose, "missing"),
+    (forget, "no manifest"),
+]
+
+
+def fit(resume: str, run: str | None = None) -> runs.Run:
+    return for_fit(Path("runs"), "toy", run, resume)
+
+
+def evaluate(wanted: str | None) -> str:
+    return str(for_evaluation("validate", Path("runs"), "toy", Path("runs/toy/001"), wanted).checkpoint)
+
+
+@pytest.mark.parametrize(("damage", "why"), DAMAGE, ids=[damage.__name__ for damage, _ in DAMAGE])
+def test_auto_takes_the_newest_that_is_whole(
+    run: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], why: str
+) -> None:
+    damage(run / "resume/step-0000120.ckpt")
+    damage(run / "resume/step-0000020.ckpt")  # older than the one that is taken: nobody looks at it
+    (run / "resume/.step-0000121.ckpt.elsewhere.1.tmp").touch()
+    os.utime(run / "resume/.step-0000121.ckpt.elsewhere.1.tmp", (0, 0))
+    found = fit("auto")
+    assert (found.folder, found.fresh) == (Path("runs/toy/001"), False)
+    assert found.checkpoint == "runs/toy/001/resume/step-0000100.ckpt"
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"descant: skipped resume/step-0000120.ckpt: {why}")
+    assert second == "descant: resuming runs/toy/001 from step-0000100.ckpt"
+    assert not list(run.glob("resume/.*"))  # what the killed process left is gone
+
+
+def test_auto_starts_anew_where_nothing_is_whole(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in run.glob("resume/*.ckpt"):
+        flip(path)
+    line = (
+        "--run toy/001: it has no valid resume point (step-0000120.ckpt: not the bytes that were written, and 3 more)"
+    )
+    with pytest.raises(Refusal, match=re.escape(line)):
+        fit("auto", "toy/001")
+    assert capsys.readouterr().err == ""
+    found = fit("auto")
+    assert found.folder.name == "002" and found.fresh and found.checkpoint is None
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 5 and all(line.startswith("descant: skipped resume/step-") for line in lines[:4])
+    assert lines[4] == "descant: --resume auto: toy has no valid resume point; starting runs/toy/002"
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"), [pair for pair in DAMAGE if pair[0] is not lose], ids=["cut", "flip", "forget"]
+)
+def test_a_damaged_path_is_refused_with_the_nearest(run: Path, damage: Callable[[Path], None], why: str) -> None:
+    path = Path("runs/toy/001/resume/step-0000120.ckpt")
+    damage(path)
+    with pytest.raises(Refusal, match=rf"^--resume {path}: {why}.*; nearest: runs/toy/001/resume/step-0000100\.ckpt$"):
+        fit(str(path))
+    assert fit("toy/001").checkpoint == str(run / "resume/step-0000100.ckpt")
+    assert [folder.name for folder in runs.runs_of(Path("runs"), "toy")] == ["001", "002"]  # refused ones left nothing
+
+
+def test_what_is_no_resume_point_is_refused(run: Path) -> None:
+    path = "runs/toy/001/checkpoints/0000100.ckpt"
+    with pytest.raises(Refusal, match=rf"^--resume {path}: .*no resume point; nearest: runs/.*/step-0000120\.ckpt$"):
+        fit(path)
+    with pytest.raises(Refusal, match=r"^--resume runs/toy: Is a directory$"):
+        fit("runs/toy")
+    Path("runs/toy/009").mkdir()
+    with pytest.raises(Refusal, match=r"^--resume toy/009: it has no resume point$"):
+        fit("toy/009")
+
+
+@pytest.mark.parametrize(("damage", "why"), DAMAGE, ids=[damage.__name__ for damage, _ in DAMAGE])
+def test_last_is_the_last_that_is_whole(
+    run: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], why: str
+) -> None:
+    assert evaluate("last").endswith("resume/step-0000120.ckpt")
+    damage(run / "resume/step-0000120.ckpt")
+    assert evaluate("last").endswith("checkpoints/0000100.ckpt")  # of one step, the one that is meant for it
+    damage(run / "checkpoints/0000100.ckpt")
+    capsys.readouterr()
+    assert evaluate("last").endswith("resume/step-0000100.ckpt")
+    told = capsys.readouterr().err.splitlines()
+    names = set() if damage is lose else {"resume/step-0000120.ckpt", "checkpoints/0000100.ckpt"}
+    assert {line.partition(f": {why}")[0] for line in told} == {f"descant: skipped {name}" for name in names}
+
+
+def test_a_run_without_manifests_can_still_be_evaluated(run: Path) -> None:
+    for path in [*run.glob("*/*.manifest"), *run.glob("resume/*.ckpt")]:
+        path.unlink()
+    os.utime(run / "checkpoints/0000020.ckpt", (2e9, 2e9))
+    assert evaluate("last").endswith("checkpoints/0000020.ckpt")
+    assert evaluate("runs/toy/001/checkpoints/0000100.ckpt").endswith("checkpoints/0000100.ckpt")
+
+
+def test_a_damaged_best_is_refused_and_not_replaced(run: Path) -> None:
+    best, last = write(run / "checkpoints/best.ckpt", 20), run / "checkpoints/0000130.ckpt"
+    callbacks = {"ModelCheckpoint": {"monitor": "val/gap", "best_model_path": "/moved/checkpoints/best.ckpt"}}
+    AtomicIO().save_checkpoint({"state_dict": {}, "global_step": 130, "callbacks": callbacks}, last)
+    assert evaluate("best") == evaluate(None) == str(Path("runs/toy/001/checkpoints/best.ckpt"))
+    flip(best)
+    for wanted in ("best", None):
+        with pytest.raises(Refusal, match=r"best\.ckpt: not the bytes .* --ckpt_path last takes 0000130\.ckpt$"):
+            evaluate(wanted)
+    with pytest.raises(
+        Refusal, match=r"best\.ckpt: not the bytes .*; nearest: runs/toy/001/checkpoints/0000130\.ckpt$"
+    ):
+        evaluate("runs/toy/001/checkpoints/best.ckpt")
+    for path in (*run.glob("*/*.ckpt"),):
+        cut(path)
+    with pytest.raises(Refusal, match=r"^runs/toy/001 has no whole checkpoint \(0000130.ckpt: .* 7 more\)$"):
+        evaluate("last")
+
+
+def test_where_nothing_can_be_written(toy: Cli, run: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert toy("fit", "--runs", "toy.yaml/runs").refusal == (
+        "toy.yaml/runs/toy: a run cannot be written there: Not a directory"
+    )
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(Refusal, match=r"^runs/toy/001: a run cannot be continued there: no permission to write$"):
+        fit("auto")
 
 
 # ranks ----------------------------------------------------------------------------------------------------------
