@@ -43,7 +43,8 @@ class Sanity(L.Callback):
             return
         self._look = False
         trainable = [p for p in pl_module.parameters() if p.requires_grad]
-        norms = [p.grad.detach().abs().max().float() for p in trainable if p.grad is not None and p.numel()]
+        # sums: a rank may hold none of a small sharded parameter, and nothing has no largest value
+        norms = [p.grad.detach().abs().sum().float() for p in trainable if p.grad is not None and p.numel()]
         # one number for the whole model, so that a device is waited for once; a NaN is not "no gradient"
         if trainable and (not norms or float(torch.stack(norms).max()) == 0):
             _warn(

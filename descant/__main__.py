@@ -19,9 +19,10 @@ COMMANDS = {
     "data": "make shards from your own files, or look at a data set",
     "export": "a run's weights, configuration and card in one folder",
     "new": "a recipe, callback or data module of your own to begin from",
+    "submit": "run one of these on a SLURM cluster, where it saves, is requeued and goes on",
 }
 #: Commands with a parser of their own: module -> its ``main(args) -> exit code``. They import what they need, late.
-TOOLS = {"data": "descant.data", "export": "descant.export", "new": "descant.new"}
+TOOLS = {"data": "descant.data", "export": "descant.export", "new": "descant.new", "submit": "descant.submit"}
 
 
 def main(args: list[str] | None = None) -> int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -65,3 +67,44 @@ def test_every_experiment_trains(path: Path, cli: Any) -> None:
 def test_every_overlay_trains_on_one_base(path: Path, cli: Any) -> None:
     two_steps(cli, base_of(path), name(path))
     assert path.read_text().startswith("# ")
+
+
+# machines -------------------------------------------------------------------------------------------------------
+
+#: Without EMA, which needs whole parameters on every rank.
+CALLBACKS = """\
+trainer:
+  callbacks:
+    - class_path: Report
+    - class_path: Sanity
+    - class_path: Resume
+    - class_path: Retrieval
+"""
+
+
+@pytest.mark.parametrize("machine", ["on/cpu", "on/slurm"])
+def test_machines_of_one_process(machine: str, cli: Any) -> None:
+    two_steps(cli, "contrastive/emoji", machine)
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_machines_of_several_ranks_train_alike_and_are_evaluated_on_one(cli: Any, workplace: Path) -> None:
+    (workplace / "callbacks.yaml").write_text(CALLBACKS)
+    losses = []
+    for machine in ("ddp", "fsdp"):
+        names = ("contrastive/emoji-vit", "callbacks.yaml", "on/slurm", f"on/{machine}", "on/tiny")
+        configs = [part for name in names for part in ("--config", name)]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        for steps in ("1", "2"):  # the second goes on where the first ended
+            options = ("--trainer.devices", "2", "--trainer.max_steps", steps, "--name", machine)
+            command = [*launch, "-m", "descant", "fit", *configs, *options]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        metrics = json.loads((workplace / f"runs/{machine}/metrics.json").read_text())
+        assert metrics["steps"] == 2 and not (workplace / f"runs/{machine}/002").exists()
+        losses.append(metrics["train/loss"])
+        alone = ("--trainer.devices", "1", "--trainer.strategy", "auto", "--model.shard", "null")
+        result = cli("validate", "--run", f"{machine}/001", *alone)
+        assert result.rc == 0 and "i2t_r1" in result.out, result.err
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
