@@ -12,5 +12,6 @@ from descant.callbacks.pictures import Projector as Projector
 from descant.callbacks.pictures import RetrievalPictures as RetrievalPictures
 from descant.callbacks.progress import Progress as Progress
 from descant.callbacks.report import Report as Report
+from descant.callbacks.resume import Resume as Resume
 from descant.callbacks.sanity import Sanity as Sanity
 from descant.callbacks.throughput import Throughput as Throughput

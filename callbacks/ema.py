@@ -202,6 +202,12 @@ class EMA(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._show_average()
 
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # A finished run that was resumed had nothing left to train, so no end of training has shown the average.
+        if self._average and self._raw is None:
+            self._bind(pl_module)
+            self._show_average()
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # Kept, so that a checkpoint saved after the fit is whole and a second fit goes on; but not on the
         # device.
@@ -225,7 +231,7 @@ class EMA(L.Callback):
         checkpoint[AVERAGING_STATE] = {
             "updates": self.updates,
             "step": self._step,
-            "names": list(self._average),
+            "names": sorted(self._average),
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

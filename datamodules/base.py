@@ -5,7 +5,7 @@ Letters: B samples of a batch, N samples of a set.
 
 from __future__ import annotations
 
-import os
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from descant.datamodules.order import Order, Slot, Window
 from descant.modules.batch import Batch
-from descant.modules.random import mix_N, uniform_N
+from descant.modules.random import global_seed, mix_N, uniform_N
 from descant.modules.text import Codec
 
 
@@ -121,6 +121,12 @@ class _Plain(Iterator[Any]):
             raise ValueError(_last_line(error)) from error
 
 
+def _steady(worker: int) -> None:
+    """Signals that a terminal or scheduler sends to all processes are the run's: it saves with its readers alive."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _last_line(error: ValueError) -> str:
     """What a worker said: its whole traceback comes as the message, with the error itself on the last line."""
     text = str(error)
@@ -153,10 +159,7 @@ class DataModule(L.LightningDataModule):
             raise ValueError(f"batch_size {batch_size}: contrast and batch statistics need at least 2")
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.drop, self.tiny = drop or {}, tiny
-        self.position = (
-            0,
-            0,
-        )  # (epoch, micro-batch) to start from; a resumed run sets it before the loader is made
+        self.position = (0, 0)  # (epoch, micro-batch) to start from; a resumed run sets it before the loader is made
         for modality, probability in self.drop.items():
             if modality not in self.modalities:
                 raise ValueError(f"drop: no modality {modality!r}; this data has {', '.join(self.modalities)}")
@@ -213,7 +216,7 @@ class DataModule(L.LightningDataModule):
 
     @property
     def seed(self) -> int:
-        return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        return global_seed()
 
     def _world(self) -> tuple[int, int, int]:
         trainer = self.trainer
@@ -234,6 +237,7 @@ class DataModule(L.LightningDataModule):
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_steady,
         )
 
     def order(self, data: BatchDataset, **cut: int) -> Order:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from descant.datamodules.base import BatchDataset, DataModule
 from descant.datamodules.order import Order, Slot, Window
+from descant.datamodules.shuffle import Permutation
 from descant.modules.batch import Batch
 from descant.modules.random import mix, mix_N
 from descant.modules.text import Codec
@@ -109,7 +110,7 @@ class MixedOrder(Order):
         self.sizes, self.names, self.homogeneous = sizes, names, homogeneous
         self.shares = Shares(weights)
         self.offsets = [sum(sizes[:part]) for part in range(len(sizes))]
-        self._walks: dict[int, tuple[int, Tensor]] = {}
+        self._walks: dict[int, tuple[int, Permutation]] = {}
 
     def __iter__(self) -> Iterator[Window]:
         epoch, real = self.epoch, self._one_part if self.homogeneous else self._all_parts
@@ -143,10 +144,9 @@ class MixedOrder(Order):
             low += stop - start
         return slots
 
-    def _permutation(self, part: int, turn: int) -> Tensor:
+    def _permutation(self, part: int, turn: int) -> Permutation:
         if self._walks.get(part, (-1,))[0] != turn:
-            generator = torch.Generator().manual_seed(mix(self.seed, "order", self.names[part], turn))
-            self._walks[part] = turn, torch.randperm(self.sizes[part], generator=generator)
+            self._walks[part] = turn, Permutation(self.sizes[part], mix(self.seed, "order", self.names[part], turn))
         return self._walks[part][1]
 
 

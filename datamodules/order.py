@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from descant.datamodules.shuffle import Permutation
 from descant.modules.random import mix
 
 
@@ -76,6 +78,12 @@ class Order:
         """Itself: Lightning looks for ``set_epoch`` on ``loader.batch_sampler.sampler``."""
         return self
 
+    @property
+    def facts(self) -> dict[str, int | bool | str]:
+        """What the order is a function of, beside the position: a resumed run must have the same."""
+        kind = type(self).__name__
+        return {"order": kind, "samples": self.n, "batch_size": self.batch_size, "seed": self.seed}
+
     def set_epoch(self, epoch: int) -> None:
         if epoch != self.epoch:  # Lightning repeats the call on resume; only a new epoch starts at its beginning
             self.epoch, self.first = epoch, 0
@@ -83,18 +91,16 @@ class Order:
     def __len__(self) -> int:
         return self.global_batches * self.accumulate  # always the full epoch: Lightning adds the restored position
 
-    def permutation(self, epoch: int) -> list[int]:
-        if not self.shuffle:
-            return list(range(self.n))
-        generator = torch.Generator().manual_seed(mix(self.seed, "order", epoch))
-        return torch.randperm(self.n, generator=generator).tolist()
+    def permutation(self, epoch: int) -> Permutation | Tensor:
+        """The order of an epoch, of which slices are taken."""
+        return Permutation(self.n, mix(self.seed, "order", epoch)) if self.shuffle else torch.arange(self.n)
 
     def __iter__(self) -> Iterator[Window]:
         epoch, permutation = self.epoch, self.permutation(self.epoch)
         for position in range(self.first, len(self)):
             batch, micro = divmod(position, self.accumulate)
             low, high = (self.n * b // self.global_batches for b in (batch, batch + 1))
-            yield self.window([Slot(epoch, sample, True) for sample in permutation[low:high]], micro)
+            yield self.window([Slot(epoch, sample, True) for sample in permutation[low:high].tolist()], micro)
 
     def window(self, real: list[Slot], micro: int) -> Window:
         """This rank's part of an optimizer step, given the step's samples: padded, then cut."""
@@ -117,7 +123,7 @@ class Blocked(Order):
         batch_size, seed, cut: as of Order.
 
     >>> order = Blocked(np.array([0, 0, 1, 1, 2, 2]), together=1, batch_size=6, seed=3)
-    >>> [sample // 2 for sample in order.permutation(0)]
+    >>> (order.permutation(0) // 2).tolist()
     [2, 2, 0, 0, 1, 1]
     """
 
@@ -126,9 +132,9 @@ class Blocked(Order):
         self.block_N = torch.from_numpy(np.unique(block_N, return_inverse=True)[1].astype(np.int64))
         self.together = together
 
-    def permutation(self, epoch: int) -> list[int]:
+    def permutation(self, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed(mix(self.seed, "order", epoch))
         turn_K = torch.randperm(int(self.block_N.max()) + 1, generator=generator)
         sample_N = torch.randperm(self.n, generator=generator)
         group_N = turn_K[self.block_N[sample_N]] // self.together
-        return sample_N[group_N.argsort(stable=True)].tolist()
+        return sample_N[group_N.argsort(stable=True)]

@@ -10,13 +10,17 @@ from typing import Any, NoReturn
 
 import lightning as L
 from jsonargparse import Namespace
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-from descant import runs
+from descant import manifest, runs
 from descant.arguments import Request
+from descant.callbacks.resume import Stopped
 from descant.catalogue import BASE
 from descant.check import Check, Checked
-from descant.errors import INTERRUPTED, TERMINATED, Refusal, fail
+from descant.errors import INTERRUPTED, TERMINATED, Refusal, fail, say
 from descant.faults import explain, parse_fault
 from descant.folder import Folder
 from descant.loading import allowed
@@ -26,6 +30,7 @@ from descant.precheck import precheck
 from descant.predictions import Predictions
 from descant.quiet import quieten
 from descant.recipes.base import Recipe
+from descant.store import AtomicIO
 from descant.trust import enforce
 
 #: Options of a call, not of an experiment: a saved configuration does not hold them.
@@ -131,10 +136,24 @@ class DescantCLI(LightningCLI):
         if self.subcommand == "predict":
             sets = str(self.options.get("sets") or "").split(",")
             config["callbacks"].append(Predictions(self.place, [name.strip() for name in sets if name.strip()]))
+        if self.subcommand == "fit" and not self.place.fresh:
+            self._forget_the_undone(config.get("logger"))
+        config["plugins"] = _with_store(config.get("plugins"))
         if self.checking is not None:
             # one process and the first step's doorstep: what a cluster would add cannot be tried here
             config |= {"devices": 1, "num_nodes": 1, "callbacks": [*config["callbacks"], self.checking]}
-        return super()._instantiate_trainer(config, callbacks)
+        trainer = super()._instantiate_trainer(config, callbacks)
+        cluster = trainer._accelerator_connector.cluster_environment
+        if isinstance(cluster, SLURMEnvironment):
+            cluster.auto_requeue = False  # it saves inside the handler, and a slow rank then waits for ever
+        return trainer
+
+    def _forget_the_undone(self, loggers: Any) -> None:
+        """What TensorBoard holds of steps that a kill has undone: its writer says so when it opens the file."""
+        facts = manifest.known(Path(self.place.checkpoint)) if self.place.checkpoint is not None else {}
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            if isinstance(logger, TensorBoardLogger):
+                logger._kwargs.setdefault("purge_step", facts.get("log_step") or 0)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -151,6 +170,12 @@ def once(callbacks: list[L.Callback]) -> list[L.Callback]:
     """Of callbacks that make sense once only (``once = True``), the last of each class: overlays override."""
     last = {type(callback): callback for callback in callbacks}
     return [c for c in callbacks if not getattr(c, "once", False) or last[type(c)] is c]
+
+
+def _with_store(given: Any) -> list[Any]:
+    """The plugins of a trainer, one of which writes checkpoints: ours, unless another one was given."""
+    plugins = given if isinstance(given, list) else [given] * (given is not None)
+    return plugins if any(isinstance(plugin, CheckpointIO) for plugin in plugins) else [*plugins, AtomicIO()]
 
 
 def _placed(value: Any, place: str) -> Any:
@@ -185,6 +210,10 @@ def run(request: Request) -> int:
             cli.__init__(request)  # type: ignore[misc]  # in two steps: what is half built must still be cleared away
     except Refusal:
         raise
+    except Stopped as stop:
+        if cli.trainer.is_global_zero:
+            say(f"{stop}; --resume auto goes on there")
+        return stop.code
     except Checked:
         print("\n".join(cli.checking.lines) if cli.checking else "")
     except SystemExit as stop:

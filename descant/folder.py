@@ -8,7 +8,6 @@ from pathlib import Path
 import lightning as L
 
 from descant import runs
-from descant.loggers import CSV
 from descant.versions import versions
 
 
@@ -31,12 +30,6 @@ class Folder(L.Callback):
             _keep(file)  # a resumed run may have been given other settings: the earlier ones stay readable
         file.write_text(self.config, encoding="utf-8")
         runs.write_json(self.run.folder / "versions.json", versions())
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero and not self.run.fresh:
-            for logger in trainer.loggers:
-                if isinstance(logger, CSV):
-                    logger.forget_after(trainer.global_step)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
         # from the first step on it is a run: one that is refused before leaves no folder and moves no link

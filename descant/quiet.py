@@ -15,6 +15,7 @@ _CHATTER = (
     ".*The `srun` command is available.*",
     ".*isinstance.treespec, LeafSpec.*",
     ".*No device id is provided via.*",
+    ".*ended before the epoch ended and your dataloader is.*",  # Resume says it where it is true
     ".*in eval mode at the start of training.*",  # frozen towers, which stay so
 )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
@@ -16,6 +17,11 @@ from torch import Tensor
 
 _MASK = 0xFFFFFFFFFFFFFFFF
 _GOLDEN, _M1, _M2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def global_seed() -> int:
+    """The run's seed, as ``seed_everything`` has left it for all processes."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
 @lru_cache(maxsize=65536)

@@ -145,9 +145,9 @@ def test_loading_changes_nothing_for_others(here: Path) -> None:
     assert torch.equal(torch.randn(3), wanted) and _common.parsing_settings == before
 
 
-@pytest.mark.parametrize("path", ["", "latest", "001", "001/checkpoints/last.ckpt"])
+@pytest.mark.parametrize("path", ["", "latest", "001", "001/resume/step-0000002.ckpt"])
 def test_every_way_to_name_a_run(here: Path, path: str) -> None:
-    average = torch.load(here / "runs/emoji/001/checkpoints/last.ckpt", weights_only=True)
+    average = torch.load(here / "runs/emoji/001/resume/step-0000002.ckpt", weights_only=True)
     state = descant.load(Path("runs/emoji") / path).state_dict()
     assert all(torch.equal(state[key], value) for key, value in average["state_dict"].items())
     assert any(not torch.equal(state[key], value) for key, value in average["current_model_state"].items())
@@ -209,9 +209,9 @@ def test_the_card_tells_the_runs_own_numbers_and_its_code_works(cli: Cli, here: 
 
 def test_numbers_of_other_weights_are_not_claimed(cli: Cli, here: Path) -> None:
     run = here / "runs/emoji/001"
-    checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
-    torch.save({**checkpoint, "global_step": 1}, run / "checkpoints/early.ckpt")
-    assert cli("export", "emoji/001/checkpoints/early.ckpt", "--out", "model").rc == 0
+    checkpoint = torch.load(run / "resume/step-0000002.ckpt", weights_only=True)
+    torch.save({**checkpoint, "global_step": 1}, run / "resume/early.ckpt")
+    assert cli("export", "emoji/001/resume/early.ckpt", "--out", "model").rc == 0
     kept = read_json(here / "model/metrics.json")
     assert kept["step"] == 1 and not any(key.startswith("vendor/") for key in kept)
     assert "Of the run's last weights, which are not these" in (here / "model/README.md").read_text()

@@ -49,7 +49,7 @@ def test_one_file_a_set_with_ids_names_and_nulls(cli: Cli, workplace: Path) -> N
     assert files == [f"embeddings-{name}.parquet" for name in ("apart", "both", "concept", "vendor")]
     assert all(name in result.out for name in files) and not list(folder.glob(".*"))
     rows, about = read(folder / "embeddings-vendor.parquet")
-    assert about["run"] == "emoji/001" and about["checkpoint"] == "last.ckpt" and about["step"] == 2
+    assert about["run"] == "emoji/001" and about["checkpoint"] == "step-0000002.ckpt" and about["step"] == 2
     assert about["set"] == "vendor" and about["width"] == {"image": 16, "text": 16}
     # every name of the pack is in the gallery, and pictures of training concepts alone
     pictures = [row for row in rows if row["z_image"] is not None]

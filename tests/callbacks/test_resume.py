@@ -1,0 +1,325 @@
+"""Resume points: the safe point, signals, refusals, other ranks. Kills of real processes are in test_torture.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from descant.callbacks import EMA, Resume
+from descant.callbacks.resume import CODES, ENTRY, Stopped
+from descant.datamodules.base import BatchDataset, DataModule, Rows
+from descant.modules.batch import Batch
+from descant.modules.objective import Term
+from descant.recipes.base import Recipe
+from descant.store import AtomicIO
+from tests.ranks import run_ranks
+
+N, STEPS = 44, 6  # samples, and steps of an epoch of batches of 8
+
+
+class Numbers(BatchDataset):
+    def __len__(self) -> int:
+        return N
+
+    def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
+        return {"image": torch.ones(len(index_N), dtype=torch.bool)}
+
+    def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
+        index = torch.from_numpy(index_B)
+        noise_B = torch.from_numpy(draw_B % 1000) / 1000
+        x_BD = torch.stack([index.cos(), index.sin(), noise_B.float()], dim=1)
+        return Rows({"image": x_BD.float()}, {}, index)
+
+
+class NumberData(DataModule):
+    def __init__(self, batch_size: int = 8, seed: int | None = None) -> None:
+        super().__init__(batch_size)
+        self.own_seed = seed
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return ("image",)
+
+    def training_set(self) -> BatchDataset:
+        return Numbers(0)
+
+    def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
+        return {"val": Numbers(0)}
+
+    @property
+    def seed(self) -> int:
+        return super().seed if self.own_seed is None else self.own_seed
+
+
+class Net(Recipe):
+    def __init__(self, dropout: float = 0.3, **kwargs: Any) -> None:
+        super().__init__(optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2), **kwargs)
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, 1))
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        value_B = (self.net(batch.inputs["image"])[:, 0] - batch.index / N).square()
+        return {"fit": Term(value_B, valid=batch.present["image"], given=("image",))}
+
+
+class Act(L.Callback):
+    """Does something at the n-th call of a hook; keeps what every batch held."""
+
+    def __init__(self, hook: str = "", n: int = 0, what: Callable[[L.Trainer], None] = lambda trainer: None) -> None:
+        self.seen: list[tuple[int, list[int]]] = []
+        self.losses: list[float] = []
+        self.calls, self.n, self.what = 0, n, what
+        if hook:
+            setattr(self, hook, self._act)
+
+    def _act(self, trainer: L.Trainer, *_: Any) -> None:
+        self.calls += 1
+        if self.calls == self.n:
+            self.what(trainer)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, out: Any, batch: Batch, i: int) -> None:
+        self.seen.append((trainer.current_epoch, batch.index[batch.present["image"]].tolist()))
+        self.losses.append(float(out["loss"]))
+
+
+def fit(folder: Path, *callbacks: L.Callback, path: str | Path | None = None, **options: Any) -> tuple[L.Trainer, Net]:
+    data = options.pop("data", None) or NumberData()
+    net = options.pop("net", None) or Net()
+    defaults: dict[str, Any] = dict(max_epochs=3, accelerator="cpu", devices=1, num_sanity_val_steps=0)
+    trainer = L.Trainer(
+        **(defaults | options),
+        callbacks=list(callbacks),
+        plugins=[AtomicIO()],
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        use_distributed_sampler=False,
+    )
+    trainer.fit(net, datamodule=data, ckpt_path=path, weights_only=True)
+    return trainer, net
+
+
+def points(folder: Path) -> list[int]:
+    return sorted(int(file.stem[5:]) for file in (folder / "resume").glob("step-*.ckpt"))
+
+
+def point(folder: Path, step: int) -> Path:
+    return folder / "resume" / f"step-{step:07d}.ckpt"
+
+
+def state(net: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in net.state_dict().items()}
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+# going on ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [1, 5, 6, 7, 12, 17], ids=lambda s: f"step{s}")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_from_any_step_it_ends_in_the_same_bits(tmp_path: Path, step: int, accumulate: int) -> None:
+    options = {"accumulate_grad_batches": accumulate}
+    whole, resumed = Act(), Act()
+    _, net = fit(tmp_path / "a", Resume(every=1, keep=100), EMA(0.8), whole, **options)
+    _, again = fit(tmp_path / "b", Resume(every=1), EMA(0.8), resumed, path=point(tmp_path / "a", step), **options)
+    assert equal(state(net), state(again))
+    assert resumed.seen == whole.seen[step * accumulate :] and resumed.losses == whole.losses[step * accumulate :]
+    for epoch in range(3):
+        assert sorted(i for e, ids in whole.seen for i in ids if e == epoch) == list(range(N))
+
+
+def test_the_end_of_a_run_is_a_point_to_go_on_from(tmp_path: Path) -> None:
+    """Cut off inside an epoch by max_steps, and extended: the rest of that epoch comes first."""
+    first, rest = Act(), Act()
+    fit(tmp_path / "a", Resume(every=100), first, max_epochs=-1, max_steps=8)
+    assert points(tmp_path / "a") == [8]
+    fit(tmp_path / "a", Resume(every=100), rest, max_epochs=-1, max_steps=12, path=point(tmp_path / "a", 8))
+    whole = Act()
+    fit(tmp_path / "b", whole, max_epochs=-1, max_steps=12)
+    assert first.seen + rest.seen == whole.seen
+
+
+def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
+    _, net = fit(tmp_path, Resume(), EMA(0.8))
+    act, average = Act(), EMA(0.8)
+    trainer, again = fit(tmp_path, Resume(), average, act, path=point(tmp_path, 18))
+    assert act.seen == [] and not equal(state(net), state(again))
+    average.on_test_start(trainer, again)  # the fit before ended with the average in its module, for the test
+    assert equal(state(net), state(again))
+
+
+def test_points_are_kept_by_number_and_every_so_many_steps(tmp_path: Path) -> None:
+    fit(tmp_path, Resume(every=4, keep=2))
+    assert points(tmp_path) == [16, 18]
+
+
+def test_what_is_drawn_in_a_step_does_not_depend_on_what_was_drawn_before(tmp_path: Path) -> None:
+    whole, noisy = Act(), Act()
+    fit(tmp_path / "a", Resume(), whole)
+    fit(tmp_path / "b", Resume(), noisy, Act("on_before_zero_grad", 1, lambda trainer: torch.rand(7).sum()))
+    assert whole.losses == noisy.losses
+    plain, drawn = Act(), Act()
+    fit(tmp_path / "c", plain)
+    fit(tmp_path / "d", drawn, Act("on_before_zero_grad", 1, lambda trainer: torch.rand(7).sum()))
+    assert plain.losses != drawn.losses
+
+
+# signals ----------------------------------------------------------------------------------------------------------
+
+
+HOOKS = {
+    "batch": "on_train_batch_start",
+    "backward": "on_before_backward",
+    "step": "on_before_optimizer_step",
+    "validation": "on_validation_batch_start",
+    "saving": "on_save_checkpoint",
+}
+
+
+@pytest.mark.parametrize("number", CODES, ids=lambda n: n.name)
+@pytest.mark.parametrize("when", HOOKS)
+def test_a_signal_saves_at_the_next_step_and_tells_the_truth(tmp_path: Path, when: str, number: signal.Signals) -> None:
+    whole = Act()
+    _, net = fit(tmp_path / "a", Resume(every=4), whole)
+    stop = Act(HOOKS[when], 2, lambda trainer: os.kill(os.getpid(), number))
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped) as stopped:
+        fit(tmp_path / "b", Resume(every=4), stop)
+    assert stopped.value.code == CODES[number] and signal.getsignal(number) is before
+    assert stopped.value.path == point(tmp_path / "b", stopped.value.step)
+    rest = Act()
+    _, again = fit(tmp_path / "b", Resume(every=4), rest, path=stopped.value.path)
+    assert stop.seen + rest.seen == whole.seen and equal(state(net), state(again))
+
+
+def test_a_second_interrupt_is_at_once(tmp_path: Path) -> None:
+    def twice(trainer: L.Trainer) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(SystemExit):
+        fit(tmp_path, Resume(), Act("on_before_backward", 2, twice))
+    assert points(tmp_path) == []
+
+
+def test_the_strongest_signal_gives_the_code(tmp_path: Path) -> None:
+    def both(trainer: L.Trainer) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    with pytest.raises(Stopped) as stopped:
+        fit(tmp_path, Resume(), Act("on_before_backward", 2, both))
+    assert stopped.value.code == 143
+
+
+# refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_the_middle_is_no_resume_point(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path / "checkpoints", filename="{step}", save_top_k=-1)
+    fit(tmp_path, Resume(), saver)
+    file = next((tmp_path / "checkpoints").glob("*.ckpt"))
+    assert torch.load(file, weights_only=True)[ENTRY]["safe"] is False
+    with pytest.raises(ValueError, match="no resume point"):
+        fit(tmp_path, Resume(), path=file)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"data": NumberData(batch_size=4)}, "batch_size 8, and here it is 4"),
+        ({"data": NumberData(seed=7)}, "seed 0, and here it is 7"),
+    ],
+)
+def test_other_data_is_refused(tmp_path: Path, options: dict[str, Any], says: str) -> None:
+    fit(tmp_path, Resume())
+    with pytest.raises(ValueError, match=says):
+        fit(tmp_path, Resume(), path=point(tmp_path, 18), max_epochs=4, **options)
+
+
+def test_another_recipe_and_a_newer_layout_are_refused(tmp_path: Path) -> None:
+    class Other(Net):
+        pass
+
+    fit(tmp_path, Resume())
+    with pytest.raises(ValueError, match=r"a resume point of .*Net, and the recipe here is .*Other"):
+        fit(tmp_path, Resume(), path=point(tmp_path, 18), max_epochs=4, net=Other())
+    content = torch.load(point(tmp_path, 18), weights_only=True)
+    content[ENTRY]["format"] = 99
+    AtomicIO().save_checkpoint(content, tmp_path / "resume/new.ckpt")
+    with pytest.raises(ValueError, match="of a newer version"):
+        fit(tmp_path, Resume(), path=tmp_path / "resume/new.ckpt", max_epochs=4)
+
+
+def test_a_validation_inside_a_step_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"val_check_interval 3: .* 4 can"):
+        fit(tmp_path, Resume(), accumulate_grad_batches=2, val_check_interval=3)
+
+
+@pytest.mark.parametrize("wrong", [{"every": 0}, {"keep": 0}])
+def test_wrong_numbers(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        Resume(**wrong)
+
+
+# ranks ------------------------------------------------------------------------------------------------------------
+
+
+def _on_rank(rank: int, folder: Path, world: int, path: Path | None, steps: int, stop: int = 0) -> dict[str, Any]:
+    """Trains on one of ``world`` ranks; rank 1 alone is sent a signal at batch ``stop``."""
+    act = Act()
+    more: list[L.Callback] = []
+    if stop and rank == 1:
+        more = [Act("on_before_backward", stop, lambda trainer: os.kill(os.getpid(), signal.SIGUSR1))]
+    code, net = 0, Net(dropout=0.0)
+    options = dict(strategy="ddp", devices=world, max_epochs=-1, max_steps=steps, limit_val_batches=0)
+    try:
+        fit(folder, Resume(every=3, keep=9), act, *more, path=path, net=net, **options)
+    except Stopped as stopped:
+        code = stopped.code
+    return {"seen": act.seen, "code": code, "state": state(net), "grads": act.losses}
+
+
+def _global(parts: list[dict[str, Any]]) -> list[tuple[int, list[int]]]:
+    """The samples of each step over all ranks, sorted."""
+    steps = zip(*(part["seen"] for part in parts), strict=True)
+    return [(step[0][0], sorted(i for _, ids in step for i in ids)) for step in steps]
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_saved_on_two_ranks_it_goes_on_on_one_and_on_four(tmp_path: Path) -> None:
+    whole = run_ranks(2, _on_rank, tmp_path / "whole", 2, None, 9)
+    order = _global(whole)
+    for world in (1, 2, 4):
+        parts = run_ranks(world, _on_rank, tmp_path / f"on{world}", world, point(tmp_path / "whole", 3), 9)
+        assert _global(parts) == order[3:]
+        worst = max(float((parts[0]["state"][k] - v).abs().max()) for k, v in whole[0]["state"].items())
+        assert worst == 0 if world == 2 else worst < 1e-6
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path: Path) -> None:
+    whole = run_ranks(2, _on_rank, tmp_path / "whole", 2, None, 9)
+    parts = run_ranks(2, _on_rank, tmp_path / "cut", 2, None, 9, 4)
+    assert [part["code"] for part in parts] == [75, 75]
+    (step,) = {len(part["seen"]) for part in parts}
+    assert 4 <= step <= 6
+    rest = run_ranks(2, _on_rank, tmp_path / "cut", 2, point(tmp_path / "cut", step), 9)
+    assert equal(rest[0]["state"], whole[0]["state"])

@@ -1,0 +1,83 @@
+"""What the torture test trains: a recipe that may accumulate, and a callback that writes down every batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from descant.modules.batch import Batch
+from descant.modules.heads import MeanPool
+from descant.modules.objective import Term
+from descant.modules.towers import Towers
+from descant.recipes.base import Recipe
+
+
+class Pair(Recipe):
+    """Two towers that should agree, sample by sample: a recipe without in-batch negatives, with dropout and a queue."""
+
+    def __init__(self, towers: Towers, dropout: float = 0.2, **kwargs: object) -> None:
+        super().__init__(**kwargs)  # type: ignore[arg-type]
+        self.towers, self.pool, self.dropout = towers, MeanPool(), dropout
+        self.heads = nn.ModuleDict({m: nn.Linear(towers.width(m), 8) for m in towers})
+        self.queue: Tensor
+        self.register_buffer("queue", torch.zeros(16, 8))
+
+    def embed(self, batch: Batch) -> dict[str, Tensor]:
+        h = {m: self.heads[m](self.pool(self.towers[m](batch.inputs[m]))) for m in self.towers}
+        return {m: F.normalize(F.dropout(h_BD, self.dropout, self.training), dim=-1) for m, h_BD in h.items()}
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        z = self.embed(batch)
+        value_B = (z["image"] - z["text"]).square().sum(1) + 0.1 * (z["image"] @ self.queue.clone().T).square().mean(1)
+        with torch.no_grad():
+            self.queue.copy_(torch.cat([z["image"].detach(), self.queue])[: len(self.queue)])
+        return {"image-text": Term(value_B, valid=batch.both("image", "text"), given=("image", "text"))}
+
+
+class Record(L.Callback):
+    """One JSON line a batch and validation: loss to the bit, samples, learning rate, steps. A rank has its own file.
+
+    Args:
+        pause: seconds added to every step, so that kills fall between as well as inside.
+    """
+
+    def __init__(self, pause: float = 0.0) -> None:
+        self.pause = pause
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write(trainer, {"start": trainer.global_step, "pid": os.getpid()})
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        time.sleep(self.pause)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        real_B = torch.stack(list(batch.present.values())).any(dim=0)
+        line = {
+            "epoch": trainer.current_epoch,
+            "batch": batch_idx,
+            "step": trainer.global_step,
+            "log_step": trainer.fit_loop.epoch_loop._batches_that_stepped,
+            "loss": float(outputs["loss"]).hex(),
+            "lr": trainer.optimizers[0].param_groups[0]["lr"].hex(),
+            "samples": batch.index[real_B].tolist(),
+        }
+        self._write(trainer, line)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        values = {k: float(v).hex() for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        self._write(trainer, {"validated": trainer.global_step, "epoch": trainer.current_epoch, "values": values})
+
+    def _write(self, trainer: L.Trainer, line: dict[str, Any]) -> None:
+        file = Path(trainer.default_root_dir) / f"records-{trainer.global_rank}.jsonl"
+        with file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(line) + "\n")
