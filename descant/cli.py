@@ -6,19 +6,20 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import lightning as L
 from jsonargparse import Namespace
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from descant import manifest, runs
 from descant.arguments import Request
 from descant.callbacks.resume import Stopped
 from descant.catalogue import BASE
+from descant.changes import require_unchanged
 from descant.check import Check, Checked
 from descant.errors import INTERRUPTED, TERMINATED, Refusal, fail, say
 from descant.faults import explain, parse_fault
@@ -34,7 +35,7 @@ from descant.store import AtomicIO
 from descant.trust import enforce
 
 #: Options of a call, not of an experiment: a saved configuration does not hold them.
-CALL = ("config", "runs", "run", "resume", "test", "sets", "ckpt_path")
+CALL = ("config", "runs", "run", "resume", "changed", "test", "sets", "ckpt_path")
 #: What begins a text under `trainer` to mean the run's folder.
 PLACE = "RUN"
 
@@ -81,6 +82,8 @@ class DescantCLI(LightningCLI):
         parser.add_argument("--runs", type=str, default="runs", help="Folder of all runs.")
         parser.add_argument("--run", type=str | None, default=None, help="An existing run, such as NAME/002.")
         parser.add_argument("--resume", type=str, default="never", help="never, auto or a checkpoint (fit).")
+        words = Literal["refuse", "allow"]
+        parser.add_argument("--changed", type=words, default="refuse", help="Resume with other settings: allow.")
         parser.add_argument("--test", type=bool, default=False, help="Test the final weights after fit.")
         if self.command == "predict":
             parser.add_argument("--sets", type=str | None, default=None, help="Of what, such as val,vendor or train.")
@@ -112,9 +115,9 @@ class DescantCLI(LightningCLI):
         saved = self.options.clone()
         for key in CALL:
             saved.pop(key, None)
-        text = self._parser(self.subcommand).dump(saved, skip_unset=False, skip_validation=True)
+        self.text = self._parser(self.subcommand).dump(saved, skip_unset=False, skip_validation=True)
         self.place = runs.agree(Path(self.options.runs) / self.name, self._decide)
-        self.folder = Folder(self.place, text)
+        self.folder = Folder(self.place, self.text)
         folder = str(self.place.folder)
         self.options.trainer.default_root_dir = self.options.trainer.default_root_dir or folder
         self.options["trainer"] = _placed(self.options.trainer, folder)
@@ -125,7 +128,14 @@ class DescantCLI(LightningCLI):
         if self.request.command == "check":
             return runs.allocate(Path(tempfile.mkdtemp(prefix="descant-")))
         if command == "fit":
-            return for_fit(root, self.name, options.run, options.resume)
+            place = for_fit(root, self.name, options.run, options.resume)
+            if place.checkpoint is not None:
+                try:
+                    require_unchanged(Path(place.checkpoint), self.text, options.changed == "allow")
+                except Refusal:
+                    place.discard()
+                    raise
+            return place
         source = source_of(root, options.run, self.request.configs)
         return for_evaluation(command, root, self.name, source, options.get("ckpt_path"))
 

@@ -16,7 +16,8 @@ _OPTIONS = {
     "--name NAME": "of the run; default: the first configuration's",
     "--runs DIR": "where run folders live (runs)",
     "--run NAME/002": "an existing run",
-    "--resume never|auto|PATH": "continue from a checkpoint (never)",
+    "--resume never|auto|PATH": "continue from a resume point: this run's newest, or a given one (never)",
+    "--changed refuse|allow": "resume with other settings than the run's own (refuse)",
     "--test true": "test the final weights after training (false)",
     "--ckpt_path best|last|PATH": "the weights to evaluate (the run's best)",
     "--sets val,train,NAME": "which sets to embed (all test sets)",
@@ -40,7 +41,7 @@ usage: descant list [WORD ...]
 #: Columns of what is printed.
 _WIDTH = 110
 _PREDICT_ONLY = ("--sets val,train,NAME",)
-_FIT_ONLY = ("--resume never|auto|PATH", "--test true", "--run NAME/002")
+_FIT_ONLY = ("--resume never|auto|PATH", "--changed refuse|allow", "--test true", "--run NAME/002")
 
 
 def version() -> str:

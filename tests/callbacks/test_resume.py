@@ -75,7 +75,7 @@ class Net(Recipe):
 class Act(L.Callback):
     """Does something at the n-th call of a hook; keeps what every batch held."""
 
-    def __init__(self, hook: str = "", n: int = 0, what: Callable[[L.Trainer], None] = lambda trainer: None) -> None:
+    def __init__(self, hook: str = "", n: int = 0, what: Callable[[L.Trainer], object] = lambda trainer: None) -> None:
         self.seen: list[tuple[int, list[int]]] = []
         self.losses: list[float] = []
         self.calls, self.n, self.what = 0, n, what
@@ -133,7 +133,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("step", [1, 5, 6, 7, 12, 17], ids=lambda s: f"step{s}")
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_from_any_step_it_ends_in_the_same_bits(tmp_path: Path, step: int, accumulate: int) -> None:
-    options = {"accumulate_grad_batches": accumulate}
+    options: dict[str, Any] = {"accumulate_grad_batches": accumulate}
     whole, resumed = Act(), Act()
     _, net = fit(tmp_path / "a", Resume(every=1, keep=100), EMA(0.8), whole, **options)
     _, again = fit(tmp_path / "b", Resume(every=1), EMA(0.8), resumed, path=point(tmp_path / "a", step), **options)
@@ -272,7 +272,7 @@ def test_a_validation_inside_a_step_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"every": 0}, {"keep": 0}])
-def test_wrong_numbers(wrong: dict[str, int]) -> None:
+def test_wrong_numbers(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         Resume(**wrong)
 

@@ -69,7 +69,7 @@ def test_auto_without_a_checkpoint_starts_and_says_so(toy: Cli) -> None:
 
 def test_auto_goes_on_in_the_same_folder(toy: Cli, workplace: Path) -> None:
     assert toy("fit").rc == 0
-    result = toy("fit", "--resume", "auto", "--trainer.max_epochs", "3")
+    result = toy("fit", "--resume", "auto", "--changed", "allow", "--trainer.max_epochs", "3")
     assert result.rc == 0 and "descant: resuming runs/toy/001 from " in result.err
     assert [path.name for path in runs.runs_of(workplace / "runs", "toy")] == ["001"]
     stored = torch.load(workplace / "runs/toy/001/checkpoints/0000012.ckpt", weights_only=True)
@@ -86,7 +86,7 @@ def test_auto_goes_on_in_the_same_folder(toy: Cli, workplace: Path) -> None:
 def test_a_path_starts_a_new_run(toy: Cli, workplace: Path, path: str) -> None:
     assert toy("fit").rc == 0
     first = files(workplace / "runs/toy/001")
-    assert toy("fit", "--resume", path, "--trainer.max_epochs", "3").rc == 0
+    assert toy("fit", "--resume", path, "--changed", "allow", "--trainer.max_epochs", "3").rc == 0
     assert files(workplace / "runs/toy/001") == first
     stored = torch.load(workplace / "runs/toy/002/checkpoints/0000012.ckpt", weights_only=True)
     assert stored["global_step"] == 12
@@ -111,7 +111,9 @@ def test_a_requeued_job_resumes_its_own_run(toy: Cli, workplace: Path, monkeypat
     monkeypatch.setattr("descant.versions.identity", lambda: "18")
     assert "starting runs/toy/002" in toy("fit", "--resume", "auto").err
     monkeypatch.setattr(runs, "identity", lambda: "17")
-    assert "resuming runs/toy/001" in toy("fit", "--resume", "auto", "--trainer.max_epochs", "3").err
+    assert (
+        "resuming runs/toy/001" in toy("fit", "--resume", "auto", "--changed", "allow", "--trainer.max_epochs", "3").err
+    )
 
 
 # damaged ones ---------------------------------------------------------------------------------------------------
