@@ -48,8 +48,9 @@ class AtomicIO(CheckpointIO):
         self.wait()
         mine = checkpoint.get("descant")
         safe = isinstance(mine, Mapping) and mine.get("safe") is True
-        facts = {"step": checkpoint.get("global_step"), "epoch": checkpoint.get("epoch"), "safe": safe}
-        facts["log_step"] = mine.get("log_step") if isinstance(mine, Mapping) else None
+        facts: dict[str, Any] = {"step": checkpoint.get("global_step"), "epoch": checkpoint.get("epoch"), "safe": safe}
+        if isinstance(mine, Mapping) and "log_step" in mine:
+            facts["log_step"] = mine["log_step"]
         Path(path).parent.mkdir(parents=True, exist_ok=True)  # now: the next thing may be a link beside it
         state = snapshot(checkpoint) if self.asynchronous else checkpoint
         self._do(lambda: manifest.write(Path(path), lambda stream: torch.save(state, stream), facts))

@@ -192,7 +192,7 @@ def test_bad_requests_are_one_line(tmp_path: Path) -> None:
         SavedTower(stray, "image")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/config.yaml").write_bytes((tmp_path / "demo/001/config.yaml").read_bytes())
-    with pytest.raises(ValueError, match=r"empty: neither model.safetensors nor checkpoints/\*.ckpt in it"):
+    with pytest.raises(ValueError, match=r"empty: neither model.safetensors nor a checkpoint in it"):
         SavedTower(tmp_path / "empty", "image")
 
 
