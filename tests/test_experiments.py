@@ -97,7 +97,7 @@ def test_machines_of_several_ranks_train_alike_and_are_evaluated_on_one(cli: Any
         configs = [part for name in names for part in ("--config", name)]
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         for steps in ("1", "2"):  # the second goes on where the first ended
-            options = ("--trainer.devices", "2", "--trainer.max_steps", steps, "--name", machine)
+            options = ("--trainer.devices", "2", "--trainer.max_steps", steps, "--name", machine, "--changed", "allow")
             command = [*launch, "-m", "descant", "fit", *configs, *options]
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
