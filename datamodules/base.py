@@ -5,7 +5,9 @@ Letters: B samples of a batch, N samples of a set.
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,9 +124,21 @@ class _Plain(Iterator[Any]):
 
 
 def _steady(worker: int) -> None:
-    """Signals that a terminal or scheduler sends to all processes are the run's: it saves with its readers alive."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    """Signals that a terminal or scheduler sends to all processes are the run's: it saves with its readers alive.
+
+    TERM of the run itself ends a reader as ever. Its handler cannot tell who sent it; who waits for it can.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where a reader that is sent TERM ends
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)  # as torch's own handler ends it
 
 
 def _last_line(error: ValueError) -> str:
