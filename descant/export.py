@@ -7,9 +7,10 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from descant.errors import Refusal, fail, hint, one_line
+from descant.options import Options
 
 if TYPE_CHECKING:
     from descant.modules.saved import Node, Saved
@@ -62,13 +63,8 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        fail(f"export: {message}")
-
-
 def _read(args: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(prog="descant export", add_help=False, allow_abbrev=False)
+    parser = Options(prog="descant export", add_help=False, allow_abbrev=False)
     parser.add_argument("run", nargs="?")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--ckpt", default="best")

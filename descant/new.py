@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import builtins
 import importlib.util
@@ -13,10 +12,10 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from itertools import chain, count
 from pathlib import Path
-from typing import NoReturn
 
 from descant.errors import fail, hint
 from descant.names import table
+from descant.options import Options
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 #: Kind -> the name that its template stands under.
@@ -62,13 +61,8 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        fail(f"new: {message}")
-
-
 def _read(args: Sequence[str]) -> tuple[str, str, Path]:
-    parser = _Parser(prog="descant new", add_help=False, allow_abbrev=False)
+    parser = Options(prog="descant new", add_help=False, allow_abbrev=False)
     parser.add_argument("kind", nargs="?")
     parser.add_argument("name", nargs="?")
     parser.add_argument("--into", type=Path, default=Path())

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from descant.errors import fail, hint, one_line
+from descant.options import Options
 
 _TOP = """\
 descant data: make shards from your own files, or look at a data set
@@ -19,18 +19,6 @@ usage: descant data make FOLDER --out DIR [options]
   look  counts, missing modalities, captions, duplicates across splits, and a sheet of pictures
 
 descant data make --help and descant data look --help tell more."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """One line for a fault, where argparse prints its usage too."""
-
-    def error(self, message: str) -> NoReturn:
-        stray = message.removeprefix("unrecognized arguments: ")
-        if stray != message:
-            name = stray.split()[0]
-            known = [option for action in self._actions for option in action.option_strings]
-            message = f"{name}: {f'no such option{hint(name, known, most=0)}' if name[0] == '-' else 'unexpected'}"
-        fail(f"{self.prog.removeprefix('descant ')}: {message}")
 
 
 def main(args: Sequence[str]) -> int:
@@ -48,7 +36,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def _make(args: Sequence[str]) -> int:
-    parser = _Parser(
+    parser = Options(
         "descant data make",
         description="WebDataset shards from a folder of pictures or recordings, with captions in a table or in text "
         "files beside them. Bytes are copied as they are; every member is read back and compared. Splits follow a "
@@ -85,7 +73,7 @@ def _make(args: Sequence[str]) -> int:
 
 
 def _look(args: Sequence[str]) -> int:
-    parser = _Parser(
+    parser = Options(
         "descant data look",
         description="What a data set holds: counts, missing modalities, lengths of captions and what the codec cuts "
         "off, sizes of pictures, duplicates within and across splits, and a sheet of pictures to look at.",
@@ -125,7 +113,7 @@ def _look(args: Sequence[str]) -> int:
     return 0
 
 
-def _data_options(parser: _Parser, args: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+def _data_options(parser: Options, args: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
     """``--data.KEY VALUE`` and ``--data.KEY=VALUE`` as pairs, and the other arguments."""
     found, rest, left = [], [], list(args)
     while left:
