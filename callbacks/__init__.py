@@ -8,6 +8,7 @@ from descant.callbacks.evaluate import LinearProbe as LinearProbe
 from descant.callbacks.evaluate import Retrieval as Retrieval
 from descant.callbacks.evaluate import ZeroShot as ZeroShot
 from descant.callbacks.lean import LeanCheckpoint as LeanCheckpoint
+from descant.callbacks.nonfinite import NonFinite as NonFinite
 from descant.callbacks.pictures import Projector as Projector
 from descant.callbacks.pictures import RetrievalPictures as RetrievalPictures
 from descant.callbacks.progress import Progress as Progress

@@ -29,6 +29,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from descant import manifest
 from descant.modules.random import global_seed, mix
 
 #: The entry of a checkpoint that says where it was saved; its layout.
@@ -137,6 +138,7 @@ class Resume(L.Callback):
         if every < 1 or keep < 1:
             raise ValueError(f"every {every}, keep {keep}: at least 1 each")
         self.every, self.keep, self.folder = every, keep, folder
+        self.at_start = False  # whether step 0 is saved too, for who may go back to it
         self.signals = Signals()
         self._saved = -1  # the step of the newest resume point
         self._ending = self._saving = False
@@ -199,7 +201,7 @@ class Resume(L.Callback):
         step = trainer.global_step
         if micro == 0:
             code = self.signals.agreed()
-            if step != self._saved and (code or (step > 0 and step % self.every == 0)):
+            if step != self._saved and (code or (step % self.every == 0 and (step > 0 or self.at_start))):
                 self.save(trainer)
             if code:
                 raise Stopped(code, self._path(trainer), step)
@@ -234,8 +236,20 @@ class Resume(L.Callback):
             self._saving = False
         self._saved = trainer.global_step
         if trainer.is_global_zero:
-            for old in sorted(path.parent.glob("step-*.ckpt"), key=lambda file: int(file.stem[5:]))[: -self.keep]:
+            for old in sorted(path.parent.glob("step-*.ckpt"), key=_step)[: -self.keep]:
                 trainer.strategy.remove_checkpoint(old)
+
+    def back_to(self, trainer: L.Trainer, step: int) -> Path | None:
+        """The newest valid resume point of ``step`` or before; later ones, of a future undone, are gone. Collective."""
+        path = None
+        if trainer.is_global_zero:
+            points = sorted(self._path(trainer).parent.glob("step-*.ckpt"), key=_step, reverse=True)
+            path = manifest.first(point for point in points if _step(point) <= step)[0]
+            for point in points if path is not None else []:
+                if _step(point) > step:
+                    trainer.strategy.remove_checkpoint(point)
+        found: Path | None = trainer.strategy.broadcast(path)
+        return found
 
     def _path(self, trainer: L.Trainer) -> Path:
         folder = Path(self.folder) if self.folder is not None else Path(trainer.default_root_dir) / "resume"
@@ -345,6 +359,10 @@ def _progress(epoch: int, batches: int, total: int) -> dict[str, Any]:
         "epoch_progress": {"total": dict(epochs), "current": dict(epochs)},
         "epoch_loop.batch_progress": {"total": of_all, "current": of_epoch, "is_last_batch": False},
     }
+
+
+def _step(path: Path) -> int:
+    return int(path.stem[5:])
 
 
 def _order(trainer: L.Trainer) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from descant import manifest, runs
 from descant.arguments import Request
+from descant.callbacks.nonfinite import RollBack
 from descant.callbacks.resume import Stopped
 from descant.catalogue import BASE
 from descant.changes import require_unchanged
@@ -147,7 +148,7 @@ class DescantCLI(LightningCLI):
             sets = str(self.options.get("sets") or "").split(",")
             config["callbacks"].append(Predictions(self.place, [name.strip() for name in sets if name.strip()]))
         if self.subcommand == "fit" and not self.place.fresh:
-            self._forget_the_undone(config.get("logger"))
+            self._forget_the_undone(config.get("logger"), self.place.checkpoint)
         config["plugins"] = _with_store(config.get("plugins"))
         if self.checking is not None:
             # one process and the first step's doorstep: what a cluster would add cannot be tried here
@@ -158,18 +159,30 @@ class DescantCLI(LightningCLI):
             cluster.auto_requeue = False  # it saves inside the handler, and a slow rank then waits for ever
         return trainer
 
-    def _forget_the_undone(self, loggers: Any) -> None:
-        """What TensorBoard holds of steps that a kill has undone: its writer says so when it opens the file."""
-        facts = manifest.known(Path(self.place.checkpoint)) if self.place.checkpoint is not None else {}
+    def _forget_the_undone(self, loggers: Any, point: str | Path | None) -> None:
+        """What TensorBoard holds of steps after ``point``: its writer strikes that out when it opens the file."""
+        facts = manifest.known(Path(point)) if point is not None else {}
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             if isinstance(logger, TensorBoardLogger):
-                logger._kwargs.setdefault("purge_step", facts.get("log_step") or 0)
+                logger._kwargs["purge_step"] = facts.get("log_step") or 0
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand != "fit":  # Report prints metrics, and predictions go to disk
             kwargs |= {"return_predictions": False} if subcommand == "predict" else {"verbose": False}
         return {**kwargs, "ckpt_path": self.place.checkpoint, "weights_only": True}
+
+    def fit(self, **kwargs: Any) -> None:
+        """``Trainer.fit``, and again from an earlier point where a callback asks for it."""
+        while True:
+            try:
+                return self.trainer.fit(**kwargs)
+            except RollBack as back:
+                kwargs["ckpt_path"] = str(back.path)
+                for logger in self.trainer.loggers:
+                    if isinstance(logger, TensorBoardLogger):
+                        logger._experiment = None  # the next one begins by striking out what is undone
+                self._forget_the_undone(self.trainer.loggers, back.path)
 
     def after_fit(self) -> None:
         if self.options.test and not self.trainer.interrupted:

@@ -7,6 +7,7 @@ Letters: B samples, D width, K terms.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -37,6 +38,8 @@ class Step:
         rule: the harmonizer at the forks, or None for the plain sum.
         probing: while a callback differentiates terms one by one, forks pass gradients through untouched.
         objective: the last objective, for callbacks between forward and backward.
+        raises: at once for a term that is not finite. If not, all gradients of the step become nan, so that whoever
+            looks at them knows on every rank, and ``faults`` holds name -> (value, ids of the samples it began in).
     """
 
     world: int = 1
@@ -46,16 +49,33 @@ class Step:
     rule: ForkRule | None = None
     probing: bool = False
     objective: Objective | None = None
+    raises: bool = True
+    faults: dict[str, tuple[float, list[int]]] = field(default_factory=dict)
 
     def __call__(self, terms: Mapping[str, Term], batch: Batch) -> Objective:
-        """The objective of this micro-batch. Raises FloatingPointError naming the term that is not finite."""
+        """The objective of this micro-batch. Raises FloatingPointError naming a term that is not finite: see raises."""
         norms = self._norms(terms, batch)
         scale = float(self.world * self.accumulate)
         # in this order: a number over an integer tensor would be float32, whatever the terms are
         scalars = {name: term.sum() * scale / norms[name] for name, term in terms.items()}
-        _require_finite(scalars)
+        # one stacked test, so that a device is waited for once and not once a term
+        if not torch.isfinite(torch.stack([s.detach().float() for s in scalars.values()])).all():
+            self._not_finite(terms, scalars, batch)
+            scalars = {name: scalar * math.nan for name, scalar in scalars.items()}
         self.objective = Objective(scalars, self.mix)
         return self.objective
+
+    def _not_finite(self, terms: Mapping[str, Term], scalars: Mapping[str, Tensor], batch: Batch) -> None:
+        bad = {name: float(s.detach()) for name, s in scalars.items() if not torch.isfinite(s)}
+        if self.raises:
+            name, value = next(iter(bad.items()))
+            raise FloatingPointError(f"loss term {name!r} is {value}: not finite")
+        for name, value in bad.items():
+            term, ids = terms[name], []
+            if term.value.shape == batch.index.shape:
+                wrong_B = ~torch.isfinite(term.value.detach())
+                ids = batch.index[wrong_B if term.valid is None else wrong_B & term.valid].tolist()
+            self.faults[name] = value, self.faults.get(name, (value, []))[1] + ids
 
     def _norms(self, terms: Mapping[str, Term], batch: Batch) -> dict[str, Tensor | float]:
         norms: dict[str, Tensor | float] = {}
@@ -121,10 +141,3 @@ class _Fork(torch.autograd.Function):
         if step.rule is None or step.probing:
             return g_KBD.sum(dim=0), None, None
         return step.rule(g_KBD, ctx.names), None, None  # type: ignore[attr-defined]
-
-
-def _require_finite(scalars: Mapping[str, Tensor]) -> None:
-    # one stacked test, so that a device is waited for once and not once a term
-    if not torch.isfinite(torch.stack([s.detach().float() for s in scalars.values()])).all():
-        name, value = next((n, float(s.detach())) for n, s in scalars.items() if not torch.isfinite(s))
-        raise FloatingPointError(f"loss term {name!r} is {value}: not finite")

@@ -117,3 +117,20 @@ class ToyData(L.LightningDataModule):
         return DataLoader([self._batch(n) for n in range(self.batches)], batch_size=None)  # type: ignore[arg-type]
 
     val_dataloader = test_dataloader = predict_dataloader = train_dataloader
+
+
+class Spoil(L.Callback):
+    """Makes the gradients of one step not finite.
+
+    Args:
+        step: which.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step == self.step:
+            for parameter in pl_module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(float("nan"))
