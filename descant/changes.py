@@ -11,7 +11,7 @@ import yaml
 from descant.errors import fail, say
 
 #: Where a run is made and how it is watched: none of these changes what is learned.
-_FREE = (
+FREE = (
     *("name", "data.init_args.num_workers", "data.init_args.eval_batch_size"),
     *(f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy", "logger", "plugins")),
     *(f"trainer.{key}" for key in ("default_root_dir", "profiler", "log_every_n_steps", "enable_progress_bar")),
@@ -46,7 +46,7 @@ def changes(then: object, now: object) -> Iterator[tuple[str, object, object]]:
     """
     a, b = dict(_flat(then)), dict(_flat(now))
     for key in dict.fromkeys([*a, *b]):
-        if a.get(key) != b.get(key) and not any(key == free or key.startswith(f"{free}.") for free in _FREE):
+        if a.get(key) != b.get(key) and not any(key == free or key.startswith(f"{free}.") for free in FREE):
             yield key, a.get(key, "not set"), b.get(key, "not set")
 
 
