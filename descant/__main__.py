@@ -18,13 +18,14 @@ COMMANDS = {
     "list": "the experiments and overlays that ship with Descant",
     "data": "make shards from your own files, or look at a data set",
     "compare": "runs against each other, a row a configuration, over the seeds that they share",
+    "claims": "does each mechanism do what its paper says? Paired runs, shams and verdicts",
     "report": "curves, table, pictures and configurations of runs in one HTML file",
     "export": "a run's weights, configuration and card in one folder",
     "new": "a recipe, callback or data module of your own to begin from",
     "submit": "run one of these on a SLURM cluster, where it saves, is requeued and goes on",
 }
 #: Commands with a parser of their own: module -> its ``main(args) -> exit code``. They import what they need, late.
-TOOLS = {name: f"descant.{name}" for name in ("data", "compare", "report", "export", "new", "submit")}
+TOOLS = {name: f"descant.{name}" for name in ("data", "compare", "claims", "report", "export", "new", "submit")}
 
 
 def main(args: list[str] | None = None) -> int:

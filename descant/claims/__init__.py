@@ -1,0 +1,187 @@
+"""``descant claims``: what each mechanism's paper claims, tried by paired runs, judged by a rule fixed beforehand."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from descant.claims import run, spec, store
+from descant.claims.judge import Judgement, judge
+from descant.claims.spec import BUDGETS, Claim
+from descant.errors import fail, hint, say
+from descant.options import Options
+
+_HELP = """\
+descant claims: does each mechanism do what its paper says? Paired runs, a sham, and a rule fixed beforehand
+
+usage: descant claims list [--json]
+       descant claims run NAME [--budget pilot|full] [--seeds 0,1] [--arms method,sham]
+       descant claims table | verify [NAME ...]
+
+  run     trains every arm from the same seeds, stores the result, prints the verdict; a run that was
+          interrupted goes on. full asks for a pilot of the very same configuration: margins are fixed on
+          pilot seeds, never on those that count.
+  table   writes CLAIMS.md and its figures from the stored results
+  verify  runs one pilot seed of every stored result again and compares
+
+Options:
+  --jobs N           runs at a time, each with its share of the cores (as many as there are cores)
+  --slurm OPTIONS    submit what is missing, an array an arm; OPTIONS are those of descant submit
+  --runs DIR         where run folders live (runs)
+  --trust MODULE     allow class paths of your own module
+  --results DIR      where results are stored (beside the claims)
+  --page FILE        of table (CLAIMS.md)"""
+_COMMANDS = ("list", "run", "table", "verify")
+
+
+def main(args: Sequence[str]) -> int:
+    """Raises Refusal with one line for whatever the user can put right, before anything is written."""
+    if not args or args[0] in ("-h", "--help") or args[-1] in ("-h", "--help"):
+        print(_HELP)
+        return 0
+    command, *rest = args
+    if command not in _COMMANDS:
+        fail(f"claims {command}: list, run, table or verify{hint(command, _COMMANDS, most=0)}")
+    parser = Options(prog=f"descant claims {command}", add_help=False)
+    parser.add_argument("--results", type=Path, default=spec.folder() / "results")
+    if command == "list":
+        parser.add_argument("--json", action="store_true")
+        return _list(parser.parse_args(rest))
+    if command == "table":
+        parser.add_argument("--page", type=Path, default=Path("CLAIMS.md"))
+        return _table(parser.parse_args(rest))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--trust", action="append", default=[])
+    if command == "verify":
+        parser.add_argument("names", nargs="*")
+        return _verify(parser.parse_args(rest))
+    parser.add_argument("name")
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--budget", choices=BUDGETS, default="full")
+    parser.add_argument("--seeds")
+    parser.add_argument("--arms")
+    parser.add_argument("--slurm")
+    return _run(parser.parse_args(rest))
+
+
+def _run(given: argparse.Namespace) -> int:
+    claim = spec.load(given.name)
+    arms = _chosen("--arms", given.arms, tuple(claim.arms))
+    seeds = tuple(map(int, _chosen("--seeds", given.seeds, tuple(map(str, claim.seeds[given.budget])))))
+    if given.jobs < 1:
+        fail(f"--jobs {given.jobs}: at least 1")
+    store.require_free(given.results, claim, given.budget)
+    if given.budget == "full":
+        pilot = store.read(given.results, claim.name, "pilot")
+        if pilot is None or pilot["digest"] != claim.digest:
+            what = "there is no pilot" if pilot is None else f"its pilot was of configuration {pilot['digest']}"
+            fail(f"claims {claim.name}: {what}, and the claim is now {claim.digest}: first --budget pilot")
+    place = run.Place(claim, given.budget, given.runs.absolute(), tuple(given.trust))
+    if given.slurm is not None:
+        return run.submit(place, arms, seeds, given.slurm)
+    began = time.monotonic()
+    stored = store.read(given.results, claim.name, given.budget)
+    done = not place.missing(arms, seeds)
+    code = run.run(place, arms, seeds, given.jobs)
+    if code or (arms, seeds) != (tuple(claim.arms), claim.seeds[given.budget]):
+        return code
+    runs = place.collect(arms, seeds)
+    # what was there before was paid for before
+    seconds = stored["seconds"] if stored is not None and done else time.monotonic() - began
+    found = judge(claim, runs)
+    store.write(given.results, claim, given.budget, runs, seconds)
+    _print(claim, found, given.budget)
+    return 0
+
+
+def _print(claim: Claim, found: Judgement, budget: str) -> None:
+    gain = f"{found.method.mean:+.4f} [{found.method.low:+.4f}, {found.method.high:+.4f}]"
+    verdict = found.verdict if budget == "full" else f"a pilot (by the rule: {found.verdict})"
+    print(f"{claim.name}: {verdict}")
+    print(f"  {claim.metric.name}: gain {gain}, better in {found.method.wins} of {found.method.n} seeds")
+    print(f"  its sham: {found.sham.mean:+.4f}; over it: {found.over_sham:+.4f}")
+    for reason in found.reasons:
+        print(f"  not met: {reason}")
+
+
+def _chosen(option: str, text: str | None, known: tuple[str, ...]) -> tuple[str, ...]:
+    if text is None:
+        return known
+    chosen = tuple(text.split(","))
+    for name in chosen:
+        if name not in known:
+            fail(f"{option} {name}: the claim has {', '.join(known)}{hint(name, known, most=0)}")
+    return chosen
+
+
+def summary(claim: Claim, results: Path) -> dict[str, Any]:
+    """One object of ``descant claims list --json``; verdict and numbers are null where no full result is stored."""
+    stored = store.read(results, claim.name, "full")
+    line: dict[str, Any] = {"name": claim.name, "seed": claim.seed, "status": claim.status}
+    if stored is None:
+        return line | dict.fromkeys(("verdict", "difference", "interval", "sham_difference", "seconds"))
+    found = judge(claim, stored["runs"])
+    return line | {
+        "verdict": found.verdict,
+        "difference": found.method.mean,
+        "interval": [found.method.low, found.method.high],
+        "sham_difference": found.sham.mean,
+        "seconds": stored["seconds"],
+    }
+
+
+def _list(given: argparse.Namespace) -> int:
+    lines = [summary(spec.load(name), given.results) for name in spec.names()]
+    if given.json:
+        print(json.dumps(lines, indent=1))
+        return 0
+    for line in lines:
+        gain = f"{line['difference']:+.4f}" if line["difference"] is not None else ""
+        print(f"{line['name']:24} seed {line['seed']:<3} {line['status']:7} {line['verdict'] or 'not run yet'}  {gain}")
+    return 0
+
+
+def _table(given: argparse.Namespace) -> int:
+    from descant.claims import table
+
+    without = table.write([spec.load(name) for name in spec.names()], given.results, given.page)
+    print(given.page)
+    if without:
+        say(f"not run yet: {', '.join(without)}")
+    return 0
+
+
+def _verify(given: argparse.Namespace) -> int:
+    """Exit code 0 where every number is as it was stored, to 1e-4; else 1, with the numbers."""
+    differ = 0
+    for name in given.names or spec.names():
+        claim = spec.load(name)
+        pilot = store.read(given.results, claim.name, "pilot")
+        if pilot is None:
+            say(f"{name}: no pilot is stored")
+            continue
+        if pilot["digest"] != claim.digest:
+            say(f"{name}: its pilot was of configuration {pilot['digest']}, and the claim is now {claim.digest}")
+            differ += 1
+            continue
+        seed, arms = claim.seeds["pilot"][0], tuple(claim.arms)
+        with tempfile.TemporaryDirectory() as folder:  # anew, whatever lies in the runs
+            place = run.Place(claim, "pilot", Path(folder), tuple(given.trust))
+            code = run.run(place, arms, (seed,), given.jobs)
+            if code:
+                return code
+            again = place.collect(arms, (seed,))
+        for arm in arms:
+            for metric in claim.metrics():
+                now, then = again[arm][seed][metric], pilot["runs"][arm][seed][metric]
+                if abs(now - then) > 1e-4:
+                    print(f"{name}: {arm}, seed {seed}: {metric} {now:.4g}, stored {then:.4g}")
+                    differ += 1
+    print("verified" if not differ else f"{differ} differences")
+    return int(differ > 0)

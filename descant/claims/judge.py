@@ -1,0 +1,120 @@
+"""The rule that decides a claim from its runs, fixed before they are made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from descant.claims.spec import Claim, Condition, Metric
+from descant.errors import fail, hint
+from descant.statistics import Paired, paired
+
+PASSED, FAILED, NOT = "passed", "failed", "not reproduced at this scale"
+#: Of the interval of the difference: a method that does nothing stays below 0 in 95 of 100 claims.
+LEVEL = 0.90
+#: arm -> seed -> metric -> value.
+Runs = Mapping[str, Mapping[int, Mapping[str, float]]]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a claim's runs came to. Differences are gains: above zero is better, whichever way the metric goes.
+
+    Attributes:
+        verdict: passed; failed, for a claim that has to pass; or not reproduced at this scale.
+        method: the method against the baseline. sham: the sham against the baseline. over_sham: the method's mean gain
+            over the sham. reasons: what kept it from passing.
+    """
+
+    verdict: str
+    method: Paired
+    sham: Paired
+    over_sham: float
+    reasons: tuple[str, ...]
+
+
+def judge(claim: Claim, runs: Runs) -> Judgement:
+    """Passed means all of
+
+        mean gain >= margin,   a gain in at least S - 1 of S seeds,   lower end of its 90 % interval > 0,
+        mean gain over the sham >= sham_margin,   and every further condition of the claim.
+
+    Raises:
+        Refusal: naming arm and seed, for a metric that a run lacks, or a budget that differs.
+    """
+    require_equal(claim, runs)
+    seeds = sorted(runs["method"])
+    values = {arm: column(claim, runs, arm, claim.metric.name, seeds) for arm in ("baseline", "method", "sham")}
+    method = _paired(claim.metric, values["method"], values["baseline"])
+    sham = _paired(claim.metric, values["sham"], values["baseline"])
+    over = method.mean - sham.mean
+    reasons = decide(method, over, claim.metric.margin, claim.sham_margin)
+    reasons += [text for condition in claim.also if (text := _unmet(claim, runs, condition, seeds))]
+    verdict = PASSED if not reasons else FAILED if claim.status == "gate" else NOT
+    return Judgement(verdict, method, sham, over, tuple(reasons))
+
+
+def decide(method: Paired, over_sham: float, margin: float, sham_margin: float) -> list[str]:
+    """What the gains lack to pass; empty if nothing."""
+    reasons = []
+    if method.mean < margin:
+        reasons.append(f"the gain of {method.mean:.4g} is below the margin of {margin:g}")
+    if method.wins < method.n - 1:
+        reasons.append(f"better in {method.wins} of {method.n} seeds only")
+    if not method.low > 0:
+        reasons.append(f"the interval of the gain reaches down to {method.low:.4g}")
+    if over_sham < sham_margin:
+        reasons.append(f"only {over_sham:.4g} better than its sham (asked: {sham_margin:g})")
+    return reasons
+
+
+def require_equal(claim: Claim, runs: Runs) -> None:
+    """All runs have had the same budget, and the method's scored code ran as often in the sham.
+
+    Raises:
+        Refusal: if not.
+    """
+    budgets = {(arm, seed): m.get(claim.equal) for arm, of in runs.items() for seed, m in of.items()}
+    (first, expected), *_ = budgets.items()
+    for (arm, seed), value in budgets.items():
+        if value != expected:
+            fail(
+                f"claims {claim.name}: {arm}, seed {seed}: {value:g} {claim.equal}, and {first[0]} had {expected:g}: "
+                "arms are compared at an equal budget"
+            )
+    if claim.calls is None:
+        return
+    for seed in runs["method"]:
+        ours, shams = (runs[arm][seed].get(claim.calls) for arm in ("method", "sham"))
+        if not ours or ours != shams:
+            fail(f"claims {claim.name}: seed {seed}: {claim.calls} is {ours} in the method and {shams} in the sham")
+
+
+def column(claim: Claim, runs: Runs, arm: str, metric: str, seeds: Iterable[int]) -> list[float]:
+    """One metric of one arm, a value a seed.
+
+    Raises:
+        Refusal: where a run lacks it.
+    """
+    for seed in seeds:
+        found = runs[arm][seed]
+        if not math.isfinite(found.get(metric, math.nan)):
+            fail(f"claims {claim.name}: {arm}, seed {seed}: it has no metric {metric}{hint(metric, found)}")
+    return [runs[arm][seed][metric] for seed in seeds]
+
+
+def _paired(metric: Metric, ours: Sequence[float], theirs: Sequence[float]) -> Paired:
+    return paired([metric.gain(a, b) for a, b in zip(ours, theirs, strict=True)], [0.0] * len(ours), LEVEL)
+
+
+def _unmet(claim: Claim, runs: Runs, condition: Condition, seeds: Sequence[int]) -> str | None:
+    value = column(claim, runs, condition.arm, condition.metric, seeds)
+    if condition.against is not None:
+        other = column(claim, runs, condition.against, condition.metric, seeds)
+        value = [a - b for a, b in zip(value, other, strict=True)]
+    mean = math.fsum(value) / len(value)
+    low, high = condition.low, condition.high
+    if (low is None or mean >= low) and (high is None or mean <= high):
+        return None
+    return f"{condition}: it is {mean:.4g}"

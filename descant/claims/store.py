@@ -1,0 +1,94 @@
+"""Results of claims as JSON: written whole, never over those of another claim, and with all that made them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from descant.claims.judge import Runs
+from descant.claims.spec import Claim
+from descant.errors import fail
+
+_PACKAGES = ("descant", "torch", "lightning", "timm", "transformers")
+
+
+def path(folder: Path, name: str, budget: str) -> Path:
+    return folder / (f"{name}.json" if budget == "full" else f"{name}.{budget}.json")
+
+
+def read(folder: Path, name: str, budget: str) -> dict[str, Any] | None:
+    """What is stored of a claim at a budget, or None.
+
+    Raises:
+        Refusal: if the file cannot be read.
+    """
+    file = path(folder, name, budget)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        content["runs"] = {arm: {int(s): m for s, m in of.items()} for arm, of in content["runs"].items()}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        fail(f"{file}: no result of a claim; move it away, and run the claim again")
+    return content
+
+
+def require_free(folder: Path, claim: Claim, budget: str) -> None:
+    """Nothing of another configuration is stored where this claim's result goes.
+
+    Raises:
+        Refusal: if it is, or nothing can be written there.
+    """
+    stored = read(folder, claim.name, budget)
+    if stored is not None and stored["digest"] != claim.digest:
+        fail(
+            f"{path(folder, claim.name, budget)}: of configuration {stored['digest']}, and the claim is now "
+            f"{claim.digest}; move the file away to run it anew"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        fail(f"{folder}: no permission to write results there; --results FOLDER")
+
+
+def write(folder: Path, claim: Claim, budget: str, runs: Runs, seconds: float) -> None:
+    """Store all runs of a claim; ``seconds`` is the wall time that it took."""
+    content = {
+        "claim": claim.name,
+        "seed": claim.seed,
+        "digest": claim.digest,
+        "budget": budget,
+        "seconds": round(seconds, 1),
+        "machine": machine(),
+        "versions": versions(),
+        "runs": {arm: {str(seed): dict(m) for seed, m in sorted(of.items())} for arm, of in runs.items()},
+    }
+    file = path(folder, claim.name, budget)
+    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(scratch, file)
+
+
+def machine() -> dict[str, object]:
+    """What the numbers were made on: the processor's name and how many of its cores."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return {"processor": name, "cores": os.cpu_count()}
+
+
+def versions() -> Mapping[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,146 @@
+"""``CLAIMS.md`` and its figures, from the stored results alone."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from descant.claims import store
+from descant.claims.judge import Judgement, Runs, column, judge
+from descant.claims.spec import Claim
+
+_HEAD = """\
+# Claims
+
+Each mechanism against the claim of its paper, at the scale of two cores, by `descant claims run NAME`. A row is made of
+paired runs: the same initial weights and the same batches in every arm. The *sham* runs the same code with its signal
+permuted; a method that does not beat its sham has shown nothing. *gain* is the method's over the baseline, above zero
+is better, with the 90 % interval of its mean over seeds; *passed* asks for the margin, a gain in all seeds but one, an
+interval above zero, and the margin over the sham. The rule and its margins were fixed on other seeds than those that
+count.
+
+| claim | paper | verdict | gain | needed | better in | sham's gain | time |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def write(claims: Sequence[Claim], results: Path, page: Path) -> list[str]:
+    """Write the page and one figure a claim beside it; returns the names of claims that have no full result."""
+    rows, parts, without = [], [], []
+    for claim in claims:
+        stored = store.read(results, claim.name, "full")
+        if stored is None:
+            without.append(claim.name)
+            rows.append(f"| {claim.name} | {claim.seed} | not run yet | | | | | |")
+            continue
+        found = judge(claim, stored["runs"])
+        rows.append(_row(claim, found, stored))
+        figure = page.parent / "docs" / "claims" / f"{claim.name}.svg"
+        figure.parent.mkdir(parents=True, exist_ok=True)
+        _replace(figure, svg(claim, stored["runs"]))
+        parts.append(_part(claim, found, stored, figure.relative_to(page.parent).as_posix()))
+    _replace(page, _HEAD + "\n".join(rows) + "\n" + "".join(parts))
+    return without
+
+
+def _row(claim: Claim, found: Judgement, stored: Mapping[str, Any]) -> str:
+    stale = "" if stored["digest"] == claim.digest else " (of an earlier configuration)"
+    gain = f"{found.method.mean:+.3f} [{found.method.low:+.3f}, {found.method.high:+.3f}]"
+    wins = f"{found.method.wins} of {found.method.n}"
+    return (
+        f"| [{claim.name}](#{claim.name}) | {claim.seed} | {found.verdict}{stale} | {gain} | {claim.metric.margin:g} | "
+        f"{wins} | {found.sham.mean:+.3f} | {stored['seconds'] / 60:.1f} min |"
+    )
+
+
+def _part(claim: Claim, found: Judgement, stored: Mapping[str, Any], figure: str) -> str:
+    runs: Runs = stored["runs"]
+    lines = [
+        f"\n## {claim.name}\n",
+        f"{claim.title} ({claim.source})\n",
+        f"![{claim.metric.name} of each seed]({figure})\n",
+    ]
+    lines.append("| metric | " + " | ".join(runs) + " |\n|---|" + "---|" * len(runs))
+    for metric in claim.metrics():
+        cells = []
+        for arm in runs:
+            values = column(claim, runs, arm, metric, sorted(runs[arm]))
+            mean = math.fsum(values) / len(values)
+            spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1))
+            cells.append(f"{mean:.3f} ± {spread:.3f}")
+        lines.append(f"| {metric} | " + " | ".join(cells) + " |")
+    lines.append(f"\nMean and standard deviation over seeds {', '.join(map(str, sorted(runs['method'])))}.")
+    lines += [f"Not met: {reason}." for reason in found.reasons]
+    tuned = f"Its baseline: {claim.baseline_tuning}" if claim.baseline_tuning else "Its baseline is untuned."
+    versions = ", ".join(f"{name} {number}" for name, number in stored["versions"].items())
+    lines.append(f"{tuned} {stored['machine']['cores']} cores of {stored['machine']['processor']}; {versions}.")
+    return "\n".join(lines) + "\n"
+
+
+def svg(claim: Claim, runs: Runs) -> str:
+    """Arms side by side, a point a seed; the points of one seed are joined, since they are paired. 640 x 300 pixels."""
+    arms, name = list(runs), claim.metric.name
+    seeds = sorted(runs[arms[0]])
+    values = {arm: dict(zip(seeds, column(claim, runs, arm, name, seeds), strict=True)) for arm in arms}
+    every = [v for of in values.values() for v in of.values()]
+    ticks = _ticks(min(every), max(every))
+    left, right, top, bottom = 70, 620, 30, 250
+    better = "more" if claim.metric.higher else "less"
+
+    def x(arm: int) -> float:
+        return left + (right - left) * (arm + 0.5) / len(arms)
+
+    def y(value: float) -> float:
+        return bottom - (bottom - top) * (value - ticks[0]) / (ticks[-1] - ticks[0])
+
+    parts = [
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 300" font-family="sans-serif" font-size="12" '
+        f'role="img" aria-label="{escape(name)} by arm">',
+        '<rect width="640" height="300" fill="#fff"/>',
+        f'<text x="{left}" y="18" fill="#222">{escape(name)}, {better} is better</text>',
+    ]
+    for tick in ticks:
+        parts.append(f'<line x1="{left}" x2="{right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}" stroke="#e4e4e4"/>')
+        parts.append(f'<text x="{left - 8}" y="{y(tick) + 4:.1f}" text-anchor="end" fill="#555">{tick:g}</text>')
+    for seed in seeds:
+        points = " ".join(f"{x(n):.1f},{y(values[arm][seed]):.1f}" for n, arm in enumerate(arms))
+        parts.append(f'<polyline points="{points}" fill="none" stroke="#c4ccd8"/>')
+    for n, arm in enumerate(arms):
+        mean = math.fsum(values[arm].values()) / len(seeds)
+        color = {"baseline": "#6b7280", "method": "#1d5fbf", "sham": "#b4541e"}.get(arm, "#3f7d3a")
+        parts.append(f'<path d="M{x(n) - 22:.1f} {y(mean):.1f}h44" stroke="{color}" stroke-width="2"/>')
+        parts += [
+            f'<circle cx="{x(n):.1f}" cy="{y(v):.1f}" r="4" fill="{color}" fill-opacity="0.75">'
+            f"<title>{escape(arm)}, seed {seed}: {v:.4g}</title></circle>"
+            for seed, v in values[arm].items()
+        ]
+        parts.append(f'<text x="{x(n):.1f}" y="{bottom + 22}" text-anchor="middle" fill="#222">{escape(arm)}</text>')
+    parts.append(
+        f'<text x="{right}" y="290" text-anchor="end" fill="#555">a point a seed; the bar is their mean</text>'
+    )
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers from below ``low`` to above ``high``, about five of them.
+
+    >>> _ticks(0.12, 0.43)
+    [0.1, 0.2, 0.3, 0.4, 0.5]
+    """
+    span = high - low or abs(high) or 1.0
+    rough = span / 4
+    size = 10.0 ** math.floor(math.log10(rough))
+    step = next(size * k for k in (1, 2, 5, 10) if size * k >= rough)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    last = max(last, first + 1)
+    return [round(n * step, 12) for n in range(first, last + 1)]
+
+
+def _replace(file: Path, text: str) -> None:
+    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, file)

@@ -1,0 +1,298 @@
+"""Claims: the rule on planted effects, what a claim's file may say, what is compared with what, and real runs."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from descant.claims import run, spec, store, summary, table
+from descant.claims.judge import FAILED, NOT, PASSED, decide, judge
+from descant.claims.spec import Claim
+from descant.errors import Refusal
+from descant.statistics import paired
+from tests.conftest import Result
+
+CONTENT: dict[str, Any] = {
+    "title": "a tower that learns is nearer than one that does not",
+    "seed": 99,
+    "source": "a planted effect",
+    "experiment": "toy.yaml",
+    "arms": {
+        "baseline": {"options": {"model.optimizer.init_args.lr": 0.0}},
+        "method": None,
+        "sham": {"options": {"model.optimizer.init_args.lr": 1e-9}},
+    },
+    "metric": {"name": "test/gap", "better": "lower", "margin": 0.01},
+    "seeds": {"pilot": [100], "full": [0, 1, 2]},
+}
+
+
+@pytest.fixture
+def results(workplace: Path) -> Path:
+    return workplace / "results"
+
+
+@pytest.fixture
+def made(workplace: Path) -> Callable[..., Claim]:
+    """``made(metric={...})``: a claim of the toy with some keys replaced; None takes a key away."""
+
+    def make(**changes: Any) -> Claim:
+        content = {key: value for key, value in (CONTENT | changes).items() if value is not None}
+        (workplace / "toy-claim.yaml").write_text(yaml.safe_dump(content))
+        return spec.load("toy-claim.yaml")
+
+    return make
+
+
+def runs_of(gains: list[float], shams: list[float], budget: float = 8) -> dict[str, dict[int, dict[str, float]]]:
+    """Runs whose ``test/gap`` (lower is better) has these gains over a baseline of 1."""
+    arms = {"baseline": [0.0] * len(gains), "method": gains, "sham": shams}
+    return {
+        arm: {seed: {"test/gap": 1 - gain, "steps": budget} for seed, gain in enumerate(of)} for arm, of in arms.items()
+    }
+
+
+# the rule -------------------------------------------------------------------------------------------------------
+
+
+def _passes(effect: float, number: int, margin: float, arm_noise: bool = False) -> float:
+    """Share of simulated claims of 5 seeds that pass; noise 1 is that of a paired difference (or of each arm)."""
+    generator = random.Random(number)
+    passed = 0
+    for _ in range(number):
+        spread = 2**-0.5 if not arm_noise else 1.0
+        base, method, sham = ([generator.gauss(0, spread) for _ in range(5)] for _ in range(3))
+        gain = paired([m + effect - b for m, b in zip(method, base, strict=True)], [0.0] * 5, 0.9)
+        over = gain.mean - sum(s - b for s, b in zip(sham, base, strict=True)) / 5
+        passed += not decide(gain, over, margin, margin / 2)
+    return passed / number
+
+
+def test_a_method_that_does_nothing_seldom_passes() -> None:
+    """Without any margin, which is the easiest claim there is; with one it is rarer still."""
+    assert _passes(0.0, 4000, margin=0.0) <= 0.05
+    assert _passes(0.0, 2000, margin=0.5) <= 0.03
+
+
+def test_an_effect_of_twice_the_noise_passes() -> None:
+    assert _passes(2.0, 2000, margin=1.0) >= 0.9
+    assert _passes(2.0, 2000, margin=1.0, arm_noise=True) >= 0.75
+
+
+@pytest.mark.parametrize(
+    ("gains", "shams", "says"),
+    [
+        ([0.5, 0.6, 0.7, 0.5, 0.6], [0.0, 0.1, -0.1, 0.0, 0.0], None),
+        ([0.05, 0.06, 0.07, 0.05, 0.06], [0.0] * 5, "the gain of 0.058 is below the margin of 0.1"),
+        ([0.5, -0.1, -0.2, 0.9, 0.6], [0.0] * 5, "better in 3 of 5 seeds only"),
+        ([0.5, 0.6, 0.7, 0.5, 0.6], [0.5, 0.6, 0.7, 0.5, 0.6], "only 0 better than its sham (asked: 0.05)"),
+        ([0.1, 0.0, 0.0, 0.1, 2.0], [0.0] * 5, "the interval of the gain reaches down to"),
+    ],
+)
+def test_each_part_of_the_rule_can_fail_a_claim(
+    made: Callable[..., Claim], gains: list[float], shams: list[float], says: str | None
+) -> None:
+    metric = CONTENT["metric"] | {"margin": 0.1}
+    for status, verdict in (("gate", FAILED), ("report", NOT)):
+        found = judge(made(metric=metric, status=status), runs_of(gains, shams))
+        assert found.verdict == (PASSED if says is None else verdict)
+        assert says is None or any(says in reason for reason in found.reasons), found.reasons
+        assert found.method.mean == pytest.approx(sum(gains) / 5)
+
+
+def test_further_conditions_count(made: Callable[..., Claim]) -> None:
+    runs = runs_of([0.5, 0.6, 0.7], [0.0, 0.1, -0.1])
+    for of in runs.values():
+        for metrics in of.values():
+            metrics["test/other"] = metrics["test/gap"] / 2
+    condition = {"metric": "test/other", "arm": "method", "against": "baseline", "at_least": -0.2}
+    assert judge(made(also=[condition]), runs).reasons == ("test/other of method less baseline >= -0.2: it is -0.3",)
+    assert judge(made(also=[condition | {"at_least": -0.4}]), runs).verdict == PASSED
+    assert judge(made(also=[{"metric": "test/other", "arm": "baseline", "at_most": 0.4}]), runs).verdict == NOT
+
+
+def test_arms_of_other_budgets_are_not_compared(made: Callable[..., Claim]) -> None:
+    runs = runs_of([0.5, 0.6, 0.7], [0.0, 0.1, -0.1])
+    runs["sham"][1]["steps"] = 9
+    with pytest.raises(
+        Refusal, match="sham, seed 1: 9 steps, and baseline had 8: arms are compared at an equal budget"
+    ):
+        judge(made(), runs)
+
+
+def test_scored_code_must_run_as_often_in_the_sham(made: Callable[..., Claim]) -> None:
+    runs = runs_of([0.5, 0.6, 0.7], [0.0, 0.1, -0.1])
+    for arm, calls in (("method", 8.0), ("sham", 8.0)):
+        for metrics in runs[arm].values():
+            metrics["sham/calls"] = calls
+    claim = made(calls="sham/calls")
+    assert judge(claim, runs).verdict == PASSED
+    runs["sham"][2]["sham/calls"] = 0.0
+    with pytest.raises(Refusal, match=r"seed 2: sham/calls is 8.0 in the method and 0.0 in the sham"):
+        judge(claim, runs)
+
+
+# the file -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"arms": {"baseline": {}, "method": {}}}, "arms: no 'sham'; every claim has baseline, method, sham"),
+        ({"sead": 3}, "sead: no such key; nearest: seed"),
+        ({"metric": None}, "metric is missing"),
+        ({"metric": {"name": "x/y", "better": "more", "margin": 1}}, "metric.better more: higher or lower"),
+        ({"metric": {"name": "x/y", "better": "lower", "margin": -1}}, "metric.margin -1: not below 0"),
+        ({"metric": {"name": "val/y", "better": "lower", "margin": 1}}, "val/y: a claim is judged by the test"),
+        ({"seeds": {"pilot": [1], "full": [0, 1, 2]}}, "seeds: 1 is in pilot and in full"),
+        ({"seeds": {"pilot": [9], "full": [0, 1]}}, "seeds: at least 3 in full"),
+        ({"experiment": "contrastive/emojy"}, "contrastive/emojy: no such file.*nearest: contrastive/emoji"),
+        ({"also": [{"metric": "a", "arm": "metod", "at_least": 0}]}, r"also\[0\]: no arm 'metod'; nearest: method"),
+        ({"also": [{"metric": "a", "arm": "method"}]}, "at_least or at_most"),
+        ({"budget": {"equal": "flops"}}, "budget.equal flops; known: samples, steps"),
+        ({"status": "maybe"}, r"status maybe: gate \(must pass\) or report"),
+    ],
+)
+def test_what_is_wrong_in_a_claim_is_named(made: Callable[..., Claim], changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(Refusal, match=f"toy-claim.yaml: .*{says}"):
+        made(**changes)
+
+
+def test_its_digest_is_of_all_that_it_is_made_of(made: Callable[..., Claim], workplace: Path) -> None:
+    first = made().digest
+    assert made().digest == first and made(seed=98).digest != first
+    (workplace / "toy.yaml").write_text((workplace / "toy.yaml").read_text() + "# changed\n")
+    assert made().digest != first
+
+
+def test_options_reach_the_command_in_their_order(made: Callable[..., Claim]) -> None:
+    claim = made(options={"trainer.max_steps": 5}, budget={"pilot": {"trainer.max_steps": 2, "model.scale": 2.0}})
+    lr = "--model.optimizer.init_args.lr=0.0"
+    assert claim.command("baseline", 7, "pilot") == [
+        *("--config", "toy.yaml", "--trainer.max_steps=2", "--model.scale=2.0", lr, "--seed_everything=7")
+    ]
+
+
+# what is stored -------------------------------------------------------------------------------------------------
+
+
+def test_a_result_of_another_configuration_is_never_overwritten(made: Callable[..., Claim], results: Path) -> None:
+    claim = made()
+    store.require_free(results, claim, "full")
+    store.write(results, claim, "full", runs_of([0.5, 0.6, 0.7], [0.0, 0.1, -0.1]), 61.0)
+    store.require_free(results, claim, "full")
+    before = store.path(results, claim.name, "full").read_text()
+    with pytest.raises(Refusal, match=r"move the file away to run it anew"):
+        store.require_free(results, made(seed=98), "full")
+    assert store.path(results, claim.name, "full").read_text() == before
+    store.path(results, claim.name, "full").write_text("{")
+    with pytest.raises(Refusal, match="no result of a claim"):
+        store.require_free(results, claim, "full")
+
+
+def test_the_page_and_the_list_say_what_is_stored(made: Callable[..., Claim], results: Path, workplace: Path) -> None:
+    claim = made()
+    assert summary(claim, results)["verdict"] is None
+    assert table.write([claim], results, workplace / "CLAIMS.md") == ["toy-claim"]
+    results.mkdir()
+    store.write(results, claim, "full", runs_of([0.5, 0.6, 0.7], [0.0, 0.1, -0.04]), 61.0)
+    found = summary(claim, results)
+    assert (found["verdict"], found["seed"], found["seconds"]) == (PASSED, 99, 61.0)
+    assert found["difference"] == pytest.approx(0.6) and found["sham_difference"] == pytest.approx(0.02)
+    assert table.write([claim], results, workplace / "CLAIMS.md") == []
+    page = (workplace / "CLAIMS.md").read_text()
+    assert "| 99 | passed | +0.600 [+0.431, +0.769] | 0.01 | 3 of 3 | +0.020 | 1.0 min |" in page
+    assert "| test/gap | 1.000 ± 0.000 | 0.400 ± 0.100 | 0.980 ± 0.072 |" in page
+    figure = (workplace / "docs/claims/toy-claim.svg").read_text()
+    assert figure.count("<circle") == 9 and "sham, seed 2: 1.04" in figure
+
+
+def test_runs_of_an_array_are_found_by_their_seed(made: Callable[..., Claim], workplace: Path) -> None:
+    place = run.Place(made(), "full", workplace / "runs")
+    for number, seed in enumerate((2, 0), 1):
+        folder = place.folder / f"method/{number:03d}"
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps({"test/gap": seed / 10, "steps": 8}))
+        (folder / "config.yaml").write_text(f"seed_everything: {seed}\n")
+    assert place.missing(["method"], [0, 1, 2]) == [("method", 1)]
+    assert place.collect(["method"], [0, 2]) == {
+        "method": {0: {"test/gap": 0.0, "steps": 8.0}, 2: {"test/gap": 0.2, "steps": 8.0}}
+    }
+    with pytest.raises(Refusal, match="method, seed 1: it has no metric test/gap"):
+        place.collect(["method"], [1])
+
+
+# the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["ron"], "claims ron: list, run, table or verify; nearest: run"),
+        (["run", "nothing-such"], "claims nothing-such: no such claim"),
+        (
+            ["run", "toy-claim.yaml", "--arms", "shame"],
+            "--arms shame: the claim has baseline, method, sham; nearest: sham",
+        ),
+        (["run", "toy-claim.yaml", "--seeds", "7"], "--seeds 7: the claim has 0, 1, 2"),
+        (["run", "toy-claim.yaml", "--jobs", "0"], "--jobs 0: at least 1"),
+        (["run", "toy-claim.yaml"], "there is no pilot, and the claim is now"),
+        (["run"], "claims run: the following arguments are required: name"),
+    ],
+)
+def test_wrong_requests(
+    cli: Callable[..., Result], made: Callable[..., Claim], workplace: Path, args: list[str], says: str
+) -> None:
+    made()
+    assert says in cli("claims", *args, "--results", workplace / "results").refusal
+    assert not (workplace / "runs").exists()
+
+
+@pytest.fixture
+def planted(made: Callable[..., Claim], results: Path, cli: Callable[..., Result]) -> Iterator[Callable[..., Result]]:
+    made()
+    yield lambda *args: cli("claims", *args, "--results", results, "--trust", "tests.toys")
+
+
+@pytest.mark.slow
+def test_a_planted_effect_passes_and_a_planted_nothing_does_not(
+    planted: Callable[..., Result], made: Callable[..., Claim], results: Path, workplace: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    pilot = planted("run", "toy-claim.yaml", "--budget", "pilot")
+    assert pilot.rc == 0 and "toy-claim: a pilot" in pilot.out, pilot.err
+    part = planted("run", "toy-claim.yaml", "--seeds", "0")
+    assert part.rc == 0 and not store.path(results, "toy-claim", "full").exists()
+    whole = planted("run", "toy-claim.yaml")
+    assert "9 runs, 3 done" in whole.err and "toy-claim: passed" in whole.out, (whole.out, whole.err)
+    stored = store.read(results, "toy-claim", "full")
+    assert stored is not None and stored["runs"]["method"][2]["steps"] == 8
+    # the same again costs nothing and says the same
+    again = planted("run", "toy-claim.yaml")
+    assert "9 runs, 9 done" in again.err and again.out == whole.out
+    assert planted("verify", "toy-claim.yaml").rc == 0
+    # a changed claim needs a new pilot, and leaves what is stored alone
+    arms = CONTENT["arms"] | {"method": {"options": {"model.optimizer.init_args.lr": 0.0}}}
+    made(arms=arms)
+    assert "of configuration" in planted("run", "toy-claim.yaml").refusal
+    for budget in ("pilot", "full"):
+        store.path(results, "toy-claim", budget).rename(results / f"old-{budget}.json")
+    assert "there is no pilot" in planted("run", "toy-claim.yaml").refusal
+    assert planted("run", "toy-claim.yaml", "--budget", "pilot").rc == 0
+    null = planted("run", "toy-claim.yaml")
+    assert "toy-claim: not reproduced at this scale" in null.out, null.err
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_named_with_its_last_line(
+    planted: Callable[..., Result], made: Callable[..., Claim]
+) -> None:
+    made(arms=CONTENT["arms"] | {"sham": {"options": {"model.image.init_args.widht": 3}}})
+    line = planted("run", "toy-claim.yaml", "--budget", "pilot", "--arms", "sham").refusal
+    assert "claims toy-claim: sham, seed 100: " in line and "widht" in line and "log: " in line
