@@ -88,6 +88,9 @@ class BatchDataset(Dataset[Batch]):
             step=step,
         )
 
+    def arrived(self, batch: Batch) -> None:
+        """Told of each batch that a loader hands over, in the process of the run, where nothing of its readers is."""
+
 
 @dataclass
 class Rows:
@@ -106,21 +109,27 @@ class Rows:
 
 
 class Loader(DataLoader[Any]):
-    """A DataLoader whose workers' errors arrive as what they are: a ValueError of one line, without their traceback."""
+    """A DataLoader whose workers' errors arrive as what they are: a ValueError of one line, without their traceback.
+
+    Its data set is told of each batch as it is handed over.
+    """
 
     def __iter__(self) -> Any:
-        return _Plain(super().__iter__())
+        assert isinstance(self.dataset, BatchDataset)
+        return _Plain(super().__iter__(), self.dataset)
 
 
 class _Plain(Iterator[Any]):
-    def __init__(self, batches: Iterator[Any]) -> None:
-        self.batches = batches
+    def __init__(self, batches: Iterator[Any], data: BatchDataset) -> None:
+        self.batches, self.data = batches, data
 
     def __next__(self) -> Any:
         try:
-            return next(self.batches)
+            batch = next(self.batches)
         except ValueError as error:
             raise ValueError(_last_line(error)) from error
+        self.data.arrived(batch)
+        return batch
 
 
 def _steady(worker: int) -> None:

@@ -22,10 +22,12 @@ class Slot(NamedTuple):
 
 
 class Window(NamedTuple):
-    """What one rank loads for one micro-batch, and the indices of the whole optimizer step around it."""
+    """What one rank loads for one micro-batch, the indices of the whole optimizer step around it, and its number among
+    the micro-batches of the epoch."""
 
     slots: list[Slot]
     step: list[Slot]
+    number: int = 0
 
 
 class Order:
@@ -100,7 +102,8 @@ class Order:
         for position in range(self.first, len(self)):
             batch, micro = divmod(position, self.accumulate)
             low, high = (self.n * b // self.global_batches for b in (batch, batch + 1))
-            yield self.window([Slot(epoch, sample, True) for sample in permutation[low:high].tolist()], micro)
+            slots = [Slot(epoch, sample, True) for sample in permutation[low:high].tolist()]
+            yield self.window(slots, micro)._replace(number=position)
 
     def window(self, real: list[Slot], micro: int) -> Window:
         """This rank's part of an optimizer step, given the step's samples: padded, then cut."""

@@ -10,16 +10,20 @@ import sys
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from descant.datamodules.base import BatchDataset, DataModule
 from descant.datamodules.fields import AudioField, Column, Field, Fields, ImageField, TextField, kinds
 from descant.datamodules.ledger import Ledger
 from descant.datamodules.order import Blocked, Order
-from descant.datamodules.reading import OwnSet, Reader, StreamSet, key_of
+from descant.datamodules.reading import Marks, OwnSet, Reader, StreamSet, key_of
 from descant.datamodules.sources import find
 from descant.datamodules.sources.base import Source, held_out, rank_of, split_named, text_of
 from descant.datamodules.sources.stream import Stream
@@ -93,6 +97,8 @@ class Own(DataModule):
         if not 0 <= holdout < 1:
             raise ValueError(f"holdout {holdout}: a share of the samples, 0 <= holdout < 1")
         self._workers = num_workers
+        self._streamed: StreamSet | None = None  # the set that training reads
+        self._marks: Marks = {}  # of a resume point
         super().__init__(batch_size, eval_batch_size, num_workers or 0, drop, tiny)
         image = self.given.image if self.given is not None else None
         if augment is not None and image is not None and augment.size != image.size:
@@ -251,7 +257,8 @@ class Own(DataModule):
     def training_set(self) -> BatchDataset:
         if self.stream is not None and not self.tiny:
             rank, world, _ = self._world()
-            return StreamSet(self.stream, self.fields, self.seed, self.ledger, rank, world, self.drop)
+            mine = {reader: rows for reader, rows in self._marks.items() if reader // max(self.workers, 1) == rank}
+            return StreamSet(self.stream, self.fields, self.seed, self.ledger, rank, world, self.drop, mine)
         made = self._set("train", training=True)
         for m, has_N in made.has.items():
             if not has_N.any():
@@ -293,6 +300,45 @@ class Own(DataModule):
             return Blocked(blocks[0][data.row_N], blocks[1], self.batch_size, self.seed, **cut)
         # a stream has its own order: here its positions are only counted
         return Order(len(data), self.batch_size, self.seed, shuffle=data.by_position, **cut)
+
+    # where a stream stands -------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        loader = super().train_dataloader()
+        self._streamed = loader.dataset if isinstance(loader.dataset, StreamSet) else None
+        return loader
+
+    def _cut(self) -> dict[str, int]:
+        """What says which samples a reader of the stream meets, and may be another when a run is resumed."""
+        assert self.stream is not None
+        _, world, accumulate = self._world()
+        cut = {"ranks": world, "num_workers": max(self.workers, 1), "accumulate_grad_batches": accumulate}
+        return {**cut, "shards": len(self.stream.urls), "buffer": self.stream.buffer}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of a stream: its cut, and where all ranks' readers stood after their last batches. Collective."""
+        if self._streamed is None:
+            return {}
+        marks = dict(self._streamed.marks)
+        if dist.is_available() and dist.is_initialized():
+            parts: list[Marks] = [{} for _ in range(dist.get_world_size())]
+            dist.all_gather_object(parts, marks)
+            marks = {reader: rows for part in parts for reader, rows in part.items()}
+        return {"cut": self._cut(), "marks": marks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError where the stream is read by other ranks or workers than it was, or is cut otherwise."""
+        fits = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if self.stream is None or self.tiny or not fits:
+            return
+        for name, now in self._cut().items():
+            then = state_dict["cut"][name]
+            if now != then:
+                raise ValueError(
+                    f"the resume point is of a stream with {name} {then}, and here it is {now}: other samples would "
+                    f"come; give it {then} again, or begin a run of its own"
+                )
+        self._marks = state_dict["marks"]
 
     # labels and keys -------------------------------------------------------------------------------------------
 

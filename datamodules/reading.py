@@ -19,7 +19,7 @@ from descant.datamodules.fields import Column, Field, numbered
 from descant.datamodules.ledger import Ledger
 from descant.datamodules.order import Window
 from descant.datamodules.sources.base import Raw, Source, text_of
-from descant.datamodules.sources.stream import Sample, Stream
+from descant.datamodules.sources.stream import BEGINNING, Mark, Sample, Stream
 from descant.datamodules.sources.synthetic import Taken
 from descant.modules.batch import Batch
 from descant.modules.random import salt
@@ -208,13 +208,30 @@ class OwnSet(BatchDataset):
             yield from (i for i in np.roll(place, -start).tolist() if i != index)
 
 
+@dataclass
+class Marked(Batch):
+    """A batch of a stream. ``at``: its reader, epoch and number, then where the reader stands after it (a Mark)."""
+
+    at: tuple[int, ...] = ()
+
+
+#: Reader -> of its last batches: epoch, number, and where it stood after that (a Mark).
+Marks = dict[int, list[tuple[int, ...]]]
+#: Batches of a reader whose marks are kept: the last one that was trained on, the present one, and one fetched ahead.
+_KEPT = 3
+
+
 class StreamSet(BatchDataset):
     """The samples of a stream as they come: position p of an epoch is whatever its reader reads next.
 
     Every sample has all modalities: one that lacks some, or cannot be read, is passed over, so the counts of a step
-    are known although its samples are not. The n-th batch of an epoch belongs to worker n modulo their number, and
-    each worker reads its own share of the stream from the epoch's beginning: nothing outside it has to be known to
-    say what a batch holds, and a later position is reached by reading on.
+    are known although its samples are not. Batch n of an epoch belongs to
+
+        reader = rank * workers + n mod workers    of    world * workers,
+
+    whichever process is asked for it, and each reader reads its own share of the stream from the epoch's beginning: it
+    has to know nothing of the others. A batch brings its reader's mark to the process of the run, which keeps them in
+    ``marks``; a set that is given these goes on after any batch that they tell of.
 
     Args:
         stream: of the samples. fields: modality -> what becomes of them.
@@ -222,6 +239,10 @@ class StreamSet(BatchDataset):
         rank, world: of this process.
         ledger: where samples and shards that cannot be read are noted.
         drop: modality -> probability that a present sample is made absent.
+        marks: of the readers, where an epoch is not begun at its beginning.
+
+    Raises:
+        ValueError: on reading, for a batch within an epoch whose predecessor is neither the last one nor in ``marks``.
     """
 
     by_position = False
@@ -235,12 +256,15 @@ class StreamSet(BatchDataset):
         rank: int = 0,
         world: int = 1,
         drop: Mapping[str, float] | None = None,
+        marks: Marks | None = None,
     ) -> None:
         super().__init__(seed, drop)
         self.stream, self.ledger, self.rank, self.world = stream, ledger, rank, world
         self.fields = {m: field.explicit() for m, field in fields.items()}
-        self._at = (-1, 0)  # (epoch, position) of the last step
+        self.marks = dict(marks or {})
+        self._next = (-1, 0)  # (epoch, number) of the batch that the open reader stands before
         self._samples: Iterator[Sample] = iter(())
+        self._mark = BEGINNING
 
     def __len__(self) -> int:
         return self.stream.samples
@@ -249,26 +273,50 @@ class StreamSet(BatchDataset):
         return {m: torch.ones(len(index_N), dtype=torch.bool) for m in self.fields}
 
     def __getitem__(self, window: Window) -> Batch:
-        epoch, position = window.step[0].epoch, window.step[0].sample
-        if epoch != self._at[0] or position < self._at[1]:
-            info = get_worker_info()
-            workers, worker = (info.num_workers, info.id) if info is not None else (1, 0)
-            reader, readers = self.rank * workers + worker, self.world * workers
-            self._samples = self.stream.read(self.seed, epoch, reader, readers, self._complete, self._skip)
-        self._at = epoch, position
-        return super().__getitem__(window)
+        info = get_worker_info()
+        workers = info.num_workers if info is not None else 1
+        epoch, number = window.step[0].epoch, window.number
+        reader, readers = self.rank * workers + number % workers, self.world * workers
+        if (epoch, number) != self._next:
+            mark = self._after(reader, epoch, number - workers)
+            self._samples = self.stream.read(self.seed, epoch, reader, readers, self._complete, self._skip, mark)
+        self._next = epoch, number + workers
+        batch = super().__getitem__(window)
+        return Marked(**vars(batch), at=(reader, epoch, number, *self._mark))
+
+    def _after(self, reader: int, epoch: int, number: int) -> Mark:
+        """Where a reader stands after a batch; before its first one, at the beginning."""
+        if number < 0:
+            return BEGINNING
+        for row in self.marks.get(reader, ()):
+            if row[:2] == (epoch, number):
+                return Mark(*row[2:])
+        raise ValueError(
+            f"{self.stream.urls[0]}: nothing tells where reader {reader} stood after batch {number} of epoch {epoch}: "
+            "a stream goes on from its own resume points, or from the beginning of an epoch"
+        )
+
+    def arrived(self, batch: Batch) -> None:
+        if isinstance(batch, Marked):
+            reader, *row = batch.at
+            self.marks[reader] = [*self.marks.get(reader, ()), tuple(row)][-_KEPT:]
+
+    def _draw(self) -> Sample:
+        sample = next(self._samples)
+        self._mark = sample.mark
+        return sample
 
     def identity(self, index_B: np.ndarray) -> np.ndarray:
         return index_B  # rows() gives the samples' own
 
     def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
-        samples = [next(self._samples) for _ in index_B]
+        samples = [self._draw() for _ in index_B]
         read = self._read(samples, draw_B)
         while read.errors:
             for b in sorted({b for _, b in read.errors}):
                 m, why = next((m, why) for (m, row), why in read.errors.items() if row == b)
                 self.ledger.skip(samples[b].place, samples[b].name, f"{m}: {why}")
-                samples[b] = next(self._samples)
+                samples[b] = self._draw()
                 one = self._read([samples[b]], draw_B[b : b + 1])
                 read.errors = {at: why for at, why in read.errors.items() if at[1] != b}
                 read.errors |= {(m, b): why for (m, _), why in one.errors.items()}

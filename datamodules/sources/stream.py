@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import braceexpand
@@ -23,12 +23,31 @@ SCHEMES = {"": None, "file": None, "http": "curl", "https": "curl", "s3": "aws",
 _ADDRESS = re.compile(r"[\w:/.,~%?&=+@#\[\]-]+")
 
 
+class Mark(NamedTuple):
+    """Where a reader stands in an epoch, between two of its samples.
+
+    Attributes:
+        turn: number of its pass over the shards. whole: 1 for a pass of all shards, 0 for one of its share.
+        shard: number of the shard in that pass. taken: how many samples of it the reader has yielded.
+    """
+
+    turn: int
+    whole: int
+    shard: int
+    taken: int
+
+
+#: Before the first sample.
+BEGINNING = Mark(0, 0, 0, 0)
+
+
 class Sample(NamedTuple):
-    """One sample of a stream: its key, the shard that it came from, and its raw fields."""
+    """One sample of a stream: its key, the shard that it came from, its raw fields, and the mark that follows it."""
 
     name: str
     place: str
     raw: dict[str, Raw]
+    mark: Mark = BEGINNING
 
 
 class Stream:
@@ -39,10 +58,14 @@ class Stream:
     epoch depends on (seed, epoch, r, R) alone. An epoch has ``samples`` samples by definition, so uneven shards end
     no rank early. A sample that lacks a field that training asks for is passed over.
 
+    A reader goes on from any mark as if it had never stopped: it opens the shard in which that lies again, if there is
+    more to come of it, and none before. So its buffer never holds samples of two shards, and shards are best written
+    in random order, as ``descant data make`` does.
+
     Args:
         urls: files, http(s)://, s3:// or gs:// addresses, or pipe:COMMAND; with braces ``{000..031}``.
         samples: of one epoch, over all ranks.
-        buffer: samples that a reader holds to draw the next one from.
+        buffer: samples of a shard that a reader holds to draw the next one from.
         allow_pipes: whether ``pipe:`` may run its command in a shell.
 
     Raises:
@@ -68,6 +91,7 @@ class Stream:
         readers: int,
         wanted: Callable[[dict[str, Raw]], bool],
         skip: Callable[[str, str], None],
+        mark: Mark = BEGINNING,
     ) -> Iterator[Sample]:
         """The samples of one reader in one epoch, without end.
 
@@ -75,58 +99,44 @@ class Stream:
             seed, epoch, reader, readers: all that the order depends on.
             wanted: whether a sample has what is asked for.
             skip: told (shard, why) of each shard that cannot be read to its end.
+            mark: of the sample after which to begin.
 
         Raises:
             ValueError: where a whole pass yields nothing.
         """
-        rng = np.random.default_rng(mix(seed, "stream", epoch, reader, readers))
-        held: list[Sample] = []
-        for number, sample in enumerate(self._passes(seed, epoch, reader, readers, wanted, skip)):
-            if len(held) < self.buffer:  # filled while it is used, two in and one out: the first batch comes soon
-                held.append(sample)
-                if number % 2 and number > 32:
-                    k = int(rng.integers(len(held)))
-                    held[k], held[-1] = held[-1], held[k]
-                    yield held.pop()
-                continue
-            k = int(rng.integers(len(held)))
-            held[k], sample = sample, held[k]
-            yield sample
+        turn, whole, first, taken = mark
+        found, seen, last = mark != BEGINNING, 0, ""  # any later mark follows a sample of its pass
 
-    def _passes(
-        self,
-        seed: int,
-        epoch: int,
-        reader: int,
-        readers: int,
-        wanted: Callable[[dict[str, Raw]], bool],
-        skip: Callable[[str, str], None],
-    ) -> Iterator[Sample]:
-        turn, alone = 0, False
-        while True:
-            found, seen, last = 0, 0, ""
+        def told(place: str, why: str) -> None:
+            nonlocal last
+            last = f"{place}: {why}"
+            skip(place, why)
 
-            def told(place: str, why: str) -> None:
-                nonlocal last
-                last = f"{place}: {why}"
-                skip(place, why)
-
-            share = self.share(seed, epoch, turn, *((0, 1) if alone else (reader, readers)))
-            for url, step, start in share:
-                for number, sample in enumerate(_samples(url, told)):
-                    if number % step != start:
-                        continue
+        def complete(url: str, step: int, start: int) -> Iterator[Sample]:
+            nonlocal seen
+            for number, sample in enumerate(_samples(url, told)):
+                if number % step == start:
                     seen += 1
                     if wanted(sample.raw):
-                        found += 1
                         yield sample
-            if not found and alone:
+
+        while True:
+            share = self.share(seed, epoch, turn, *((0, 1) if whole else (reader, readers)))
+            for shard in range(first, len(share)):
+                rng = np.random.default_rng(mix(seed, "stream", epoch, reader, readers, turn, shard))
+                for number, (sample, more) in enumerate(_shuffled(complete(*share[shard]), self.buffer, rng), 1):
+                    found = True
+                    if number > taken:
+                        after = Mark(turn, whole, shard, number) if more else Mark(turn, whole, shard + 1, 0)
+                        yield sample._replace(mark=after)
+                taken = 0
+            if not found and whole:
                 why = f"none of {seen} samples has all fields" if seen else last or "no samples"
                 where = self.urls[0] if len(self.urls) == 1 else f"{self.urls[0]} and {len(self.urls) - 1} more"
                 raise ValueError(f"{where}: the stream yields nothing ({why})")
             # a share may be empty where the whole is not (a shard of one sample that two readers share): then a
             # reader takes a pass of the whole, since it has to deliver something
-            turn, alone = turn + 1, not found
+            turn, whole, first, found, seen, last = turn + 1, int(not found), 0, False, 0, ""
 
     def share(self, seed: int, epoch: int, turn: int, reader: int, readers: int) -> list[tuple[str, int, int]]:
         """The shards of one reader in one pass, in order: (url, every ``step``-th sample, from ``start`` on).
@@ -140,6 +150,24 @@ class Stream:
         shard = reader % len(order)
         sharing = len(range(shard, readers, len(order)))
         return [(self.urls[order[shard]], sharing, reader // len(order))]
+
+
+def _shuffled(samples: Iterable[Sample], size: int, rng: np.random.Generator) -> Iterator[tuple[Sample, bool]]:
+    """Samples drawn from the next ``size`` of them, each with whether more come."""
+    held: list[Sample] = []
+
+    def drawn() -> Sample:
+        k = int(rng.integers(len(held)))
+        held[k], held[-1] = held[-1], held[k]
+        return held.pop()
+
+    for number, sample in enumerate(samples):
+        # filled while it is used, two in and one out: the first batch comes soon
+        if len(held) == size or (number % 2 and number > 32):
+            yield drawn(), True
+        held.append(sample)
+    while held:
+        yield drawn(), bool(held)
 
 
 def _check(url: str, allow_pipes: bool) -> None:

@@ -6,13 +6,15 @@ import os
 import shutil
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from descant.datamodules.sources.base import Raw
-from descant.datamodules.sources.stream import Stream
+from descant.datamodules.sources.stream import BEGINNING, Mark, Sample, Stream, _open
 from tests.files import write_tar
 
 
@@ -59,11 +61,50 @@ def test_the_order_is_a_function_of_seed_epoch_and_reader(tmp_path: Path) -> Non
     stream = Stream(shards(tmp_path, [40, 30, 50]), samples=10, buffer=20)
     assert take(stream, 60) == take(stream, 60)
     assert take(stream, 60) != take(stream, 60, epoch=1)
-    assert Counter(take(stream, 240)).most_common(1)[0][1] <= 3, "two passes, and what the buffer held back"
+    assert set(Counter(take(stream, 240)).values()) == {2}, "two passes"
     mixed = take(stream, 60)
     assert len({text.split("/")[0] for text in mixed[:30]}) > 1 or mixed[:30] != sorted(mixed[:30])
     one = [int(t.split("/")[1]) for t in mixed if t.startswith(mixed[0].split("/")[0])]
     assert one != sorted(one), "the buffer shuffles within a shard"
+
+
+@pytest.mark.parametrize("readers", [1, 2, 5])
+@pytest.mark.parametrize("sizes", [[5, 1, 9, 4, 2], [6, 3], [8]])
+def test_it_goes_on_after_any_sample_and_opens_no_shard_that_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int], readers: int
+) -> None:
+    made = Stream(shards(tmp_path, sizes), samples=10, buffer=3)
+    opened: list[str] = []
+
+    def noted(url: str) -> Any:
+        opened.append(url)
+        return _open(url)
+
+    monkeypatch.setattr("descant.datamodules.sources.stream._open", noted)
+    for reader in range(readers):
+
+        def read(n: int, mark: Mark = BEGINNING, reader: int = reader) -> Iterator[Sample]:
+            opened.clear()
+            return islice(made.read(7, 3, reader, readers, whole, lambda *told: pytest.fail(str(told)), mark), n)
+
+        seen = [(sample, len(opened)) for sample in read(18)]
+        shards_in_order = list(opened)
+        for k, (last, count) in enumerate(seen[:-1], 1):
+            assert list(read(18 - k, last.mark)) == [sample for sample, _ in seen[k:]]
+            again = [last.place] if last.mark.taken else []
+            assert opened == again + shards_in_order[count:]
+
+
+@pytest.mark.parametrize("buffer", [1, 3, 40, 1000])
+def test_a_shard_is_shuffled_by_itself_and_all_of_it_comes(tmp_path: Path, buffer: int) -> None:
+    made = Stream(shards(tmp_path, [90, 50]), samples=10, buffer=buffer)
+    seen = [(int(k), int(i)) for k, _, i in (text.partition("/") for text in take(made, 140))]
+    first = seen[0][0]
+    parts = [[i for k, i in seen if k == shard] for shard in (first, 1 - first)]
+    assert [k for k, _ in seen] == [first] * len(parts[0]) + [1 - first] * len(parts[1])
+    assert all(sorted(part) == list(range(len(part))) for part in parts)
+    late = max(i - place for part in parts for place, i in enumerate(part))
+    assert (late == 0) == (buffer == 1) and late <= min(buffer, 90)
 
 
 def test_a_broken_shard_is_passed_over_and_told(tmp_path: Path) -> None:
