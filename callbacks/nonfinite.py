@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from descant.callbacks.resume import Resume
-from descant.errors import say
+from descant.callbacks.resume import Resume, say
 from descant.modules.step import Step
 
 

@@ -29,7 +29,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from descant import manifest
 from descant.modules.random import global_seed, mix
 
 #: The entry of a checkpoint that says where it was saved; its layout.
@@ -244,7 +243,8 @@ class Resume(L.Callback):
         path = None
         if trainer.is_global_zero:
             points = sorted(self._path(trainer).parent.glob("step-*.ckpt"), key=_step, reverse=True)
-            path = manifest.first(point for point in points if _step(point) <= step)[0]
+            valid = getattr(trainer.strategy.checkpoint_io, "valid", Path.exists)
+            path = next((point for point in points if _step(point) <= step and valid(point)), None)
             for point in points if path is not None else []:
                 if _step(point) > step:
                     trainer.strategy.remove_checkpoint(point)
@@ -310,19 +310,19 @@ class Resume(L.Callback):
         if hasattr(data, "position"):
             data.position = (entry["epoch"], entry["batch"] * accumulate)
         elif entry["batch"]:
-            _say(f"warning: {type(data).__name__} cannot begin within an epoch: some samples repeat, others miss")
+            say(f"warning: {type(data).__name__} cannot begin within an epoch: some samples repeat, others miss")
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ModelCheckpoint) and callback.state_key in entry["books"]:
                 for name, value in entry["books"][callback.state_key].items():
                     setattr(callback, name, value)
         self._loaded = entry
         if trainer.is_global_zero and (entry["world"], entry["accumulate"]) != (world, accumulate):
-            _say(
+            say(
                 f"saved on {entry['world']} rank(s) x {entry['accumulate']}, resumed on {world} x {accumulate}: the "
                 "same samples in the same order, weights to rounding"
             )
         if trainer.is_global_zero and entry["torch"] != str(torch.__version__):
-            _say(f"saved with torch {entry['torch']}, resumed with {torch.__version__}: other kernels, other last bits")
+            say(f"saved with torch {entry['torch']}, resumed with {torch.__version__}: other kernels, other last bits")
 
 
 def settle_buckets(model: DistributedDataParallel) -> None:
@@ -379,5 +379,6 @@ def _world() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """One line to the user, beside the output of the program."""
     print(f"descant: {line}", file=sys.stderr, flush=True)
