@@ -14,6 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _NormBase
 
 AVERAGING_STATE = "averaging_state"
@@ -42,7 +44,8 @@ class EMA(L.Callback):
     one tensor at a time.
 
     The module holds the average from ``on_validation_start`` to ``on_validation_end``; callbacks that judge
-    it between the two may stand anywhere in the list.
+    it between the two may stand anywhere in the list. Of parameters that are split over ranks (FSDP2) each
+    rank averages its own part, and a checkpoint holds the whole.
 
     Args:
         decay: of the average; 0.999 looks back about a thousand steps.
@@ -50,8 +53,8 @@ class EMA(L.Callback):
         start: optimizer steps before the first update.
 
     Raises:
-        ValueError: if ``decay`` is outside 0..1, parameters are sharded, or a ModelCheckpoint saves weights
-        only.
+        ValueError: if ``decay`` is outside 0..1, a strategy shards parameters in another way than FSDP2 with
+        whole checkpoints, or a ModelCheckpoint saves weights only.
 
     >>> [round(EMA(decay=0.5).rate(n), 3) for n in (1, 2, 8, 100)]
     [0.182, 0.25, 0.5, 0.5]
@@ -68,10 +71,11 @@ class EMA(L.Callback):
         self.decay, self.warmup, self.start = decay, warmup, start
         self.updates = 0
         self._module: weakref.ref[nn.Module] | None = None
-        self._live: dict[str, Tensor] = {}  # name -> the module's own tensor
+        self._live: dict[str, Tensor] = {}  # name -> the module's own tensor, or this rank's part of it
         self._average: dict[str, Tensor] = {}
         self._raw: dict[str, Tensor] | None = None  # the raw weights, while the module holds the average
         self._pairs: tuple[list[Tensor], list[Tensor]] | None = None
+        self._statistics: set[str] = set()  # names of running statistics, which no strategy splits
         self._step = 0  # the global step of the last update
 
     def rate(self, n: int) -> float:
@@ -83,9 +87,11 @@ class EMA(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if trainer.strategy.restore_checkpoint_after_setup:
+        strategy = trainer.strategy
+        if strategy.restore_checkpoint_after_setup and getattr(strategy, "_save_distributed_checkpoint", True):
             raise ValueError(
-                f"EMA needs whole parameters on every rank, and {type(trainer.strategy).__name__} shards them"
+                f"EMA: of {type(strategy).__name__} it cannot save whole parameters; descant.sharded.Sharded (on/fsdp) "
+                "has whole checkpoints"
             )
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ModelCheckpoint) and callback.save_weights_only:
@@ -149,13 +155,19 @@ class EMA(L.Callback):
 
     def _bind(self, module: L.LightningModule) -> None:
         """Find the module's tensors again (a move replaces buffers) and put the average beside them."""
-        chosen: dict[str, Tensor] = {
-            name: p for name, p in module.named_parameters() if p.requires_grad or name in self._average
+        _reshard(module)
+        chosen = {
+            name: p.to_local() if isinstance(p, DTensor) else p
+            for name, p in module.named_parameters()
+            if p.requires_grad or name in self._average
         }
+        self._statistics = set()
         for prefix, part in module.named_modules():
             if isinstance(part, _NormBase):
                 statistics = part.named_buffers(prefix, recurse=False)
-                chosen |= {name: b for name, b in statistics if b.is_floating_point()}
+                found = {name: b for name, b in statistics if b.is_floating_point()}
+                chosen |= found
+                self._statistics |= found.keys()
         self._live, self._pairs = chosen, None
         self._average = {n: a.to(chosen[n].device) for n, a in self._average.items() if n in chosen}
         if self._raw is not None:
@@ -174,7 +186,7 @@ class EMA(L.Callback):
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             # Ranks differ in their running statistics, and a checkpoint holds those of rank 0: judge those.
             for name, tensor in self._average.items():
-                if not isinstance(self._live[name], nn.Parameter):
+                if name in self._statistics:
                     dist.broadcast(tensor, src=0)
         self._raw = {name: self._live[name].detach().clone() for name in self._average}
         # Contents move, never storage: compiled graphs, optimizers and DDP buckets keep pointing at these
@@ -194,6 +206,7 @@ class EMA(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
+            _reshard(pl_module)  # what it gathered for the validation is of the average
             self._show_raw()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -224,9 +237,11 @@ class EMA(L.Callback):
         held = checkpoint["state_dict"]
         keys = list(_keys(pl_module, self._average))
         average, raw = copy.copy(held), copy.copy(held)  # copy.copy keeps the state dict's metadata
-        average.update({key: self._average[name] for key, name in keys})
+        whole = {name: _whole(pl_module, name, part) for name, part in self._average.items()}
+        average.update({key: whole[name] for key, name in keys if key in held})
         if self._raw is not None:
-            raw.update({key: self._raw[name] for key, name in keys})
+            whole = {name: _whole(pl_module, name, part) for name, part in self._raw.items()}
+            raw.update({key: whole[name] for key, name in keys if key in held})
         checkpoint["state_dict"], checkpoint[CURRENT_MODEL_STATE] = average, raw
         checkpoint[AVERAGING_STATE] = {
             "updates": self.updates,
@@ -243,14 +258,50 @@ class EMA(L.Callback):
             if checkpoint.get("global_step", 0) > self.start:
                 rank_zero_warn("the checkpoint holds no average of EMA: it begins at the next optimizer step")
             return
+        self.updates, self._step = int(state["updates"]), int(state["step"])
+        if "state_dict" not in checkpoint:  # FSDP2: it has been loaded into the module, a part on each rank
+            self._split(pl_module, set(state["names"]), checkpoint[CURRENT_MODEL_STATE])
+            return
         keys = _keys(pl_module, set(state["names"]))
         dtype = {name: tensor.dtype for name, tensor in pl_module.state_dict(keep_vars=True).items()}
         self._average = {
             name: checkpoint["state_dict"][key].to(torch.promote_types(dtype[key], torch.float32), copy=True)
             for key, name in keys
         }
-        self.updates, self._step = int(state["updates"]), int(state["step"])
         pl_module.load_state_dict(checkpoint[CURRENT_MODEL_STATE], strict=pl_module.strict_loading)
+
+    @torch.no_grad()
+    def _split(self, module: L.LightningModule, names: set[str], raw: dict[str, Tensor]) -> None:
+        """The average is what the module holds, and ``raw`` takes its place there."""
+        self._bind(module)
+        for name in sorted(names):  # on all ranks in one order: saving gathers them one by one
+            dtype = torch.promote_types(self._live[name].dtype, torch.float32)
+            self._average[name] = self._live[name].detach().to(dtype, copy=True)
+        for key, name in _keys(module, names):
+            tensor = module.get_parameter(name) if name not in self._statistics else module.get_buffer(name)
+            part = raw[key].to(tensor.device)
+            if isinstance(tensor, DTensor):
+                part = distribute_tensor(part, tensor.device_mesh, tensor.placements).to_local()
+            self._live[name].detach().copy_(part)
+
+
+def _reshard(module: nn.Module) -> None:
+    """What FSDP2 has gathered for an evaluation, which no backward follows, is freed: the parts are the truth."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def _whole(module: nn.Module, name: str, part: Tensor) -> Tensor:
+    """The whole of a tensor that lies beside a parameter, of which this rank may have a part only. Collective."""
+    try:
+        tensor: Tensor = module.get_parameter(name)
+    except AttributeError:  # a statistic
+        return part
+    if not isinstance(tensor, DTensor):
+        return part
+    beside = DTensor.from_local(part, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride())
+    return beside.full_tensor().cpu()
 
 
 def _keys(module: nn.Module, names: Iterable[str]) -> Iterable[tuple[str, str]]:
