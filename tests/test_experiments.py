@@ -71,17 +71,6 @@ def test_every_overlay_trains_on_one_base(path: Path, cli: Any) -> None:
 
 # machines -------------------------------------------------------------------------------------------------------
 
-#: Without EMA, which needs whole parameters on every rank.
-CALLBACKS = """\
-trainer:
-  callbacks:
-    - class_path: Report
-    - class_path: Sanity
-    - class_path: Resume
-    - class_path: Retrieval
-"""
-
-
 @pytest.mark.parametrize("machine", ["on/cpu", "on/slurm"])
 def test_machines_of_one_process(machine: str, cli: Any) -> None:
     two_steps(cli, "contrastive/emoji", machine)
@@ -90,10 +79,9 @@ def test_machines_of_one_process(machine: str, cli: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.ddp
 def test_machines_of_several_ranks_train_alike_and_are_evaluated_on_one(cli: Any, workplace: Path) -> None:
-    (workplace / "callbacks.yaml").write_text(CALLBACKS)
     losses = []
     for machine in ("ddp", "fsdp"):
-        names = ("contrastive/emoji-vit", "callbacks.yaml", "on/slurm", f"on/{machine}", "on/tiny")
+        names = ("contrastive/emoji-vit", "on/slurm", f"on/{machine}", "on/tiny")
         configs = [part for name in names for part in ("--config", name)]
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         for steps in ("1", "2"):  # the second goes on where the first ended
