@@ -58,10 +58,10 @@ def _point(folder: Path, step: int) -> dict[str, Any]:
     return torch.load(folder / f"resume/step-{step:07d}.ckpt", weights_only=True)
 
 
-def _equal(a: dict[str, Tensor], b: dict[str, Tensor], **within: float) -> None:
+def _equal(a: dict[str, Tensor], b: dict[str, Tensor], rtol: float, atol: float) -> None:
     assert a.keys() == b.keys()
     for key in a:
-        torch.testing.assert_close(a[key], b[key], **within)
+        torch.testing.assert_close(a[key], b[key], rtol=rtol, atol=atol)
 
 
 @pytest.mark.ddp
