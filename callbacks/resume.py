@@ -11,11 +11,13 @@ No generator's state is saved: what is drawn in a step is a function of (seed, s
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,6 +37,8 @@ from descant.modules.random import global_seed, mix
 ENTRY, FORMAT = "descant", 1
 #: Signal -> the exit code of a run that saved and stopped for it. 75 is EX_TEMPFAIL: run me again.
 CODES = {signal.SIGUSR1: 75, signal.SIGINT: 130, signal.SIGTERM: 143}
+#: Ranks tell each other of signals at least once in so many steps, or in so many seconds if that is sooner.
+AGREE_STEPS, AGREE_SECONDS = 8, 1.0
 #: Of ModelCheckpoint, which does not save it: without it a resumed run writes other files than an uninterrupted one.
 _BOOKS = ("_last_global_step_saved", "_last_checkpoint_saved", "current_score")
 
@@ -57,12 +61,17 @@ class Signals:
     """A flag that INT, TERM and USR1 raise, and on which all ranks agree.
 
     A handler that did more would meet ranks in the middle of a collective: Lightning's own saves at once, and waits
-    for ever for a rank that waits for its gradients. ``agreed`` is asked once a step by all ranks: it returns what was
-    known a step ago, so that the all-reduce travels while the step computes.
+    for ever for a rank that waits for its gradients. ``agreed`` is asked once a step by all ranks. Every few steps an
+    all-reduce begins, and the next step reads it, so that it travels while a step computes. Few are
+
+        min(8, the steps of a second),   the least over the ranks, which travels with the signals
+
+    so that long steps are cut short as soon as ever, and short ones pay little.
     """
 
     def __init__(self) -> None:
         self.code = 0
+        self._steps, self._pause, self._began = 0, 1, -math.inf  # since the last message; until the next one
         self._before: dict[signal.Signals, Any] = {}
         self._group: Any = None
         self._travelling: tuple[Any, Tensor] | None = None
@@ -70,6 +79,7 @@ class Signals:
     def install(self) -> None:
         """Collective: every rank at the same time."""
         self.code, self._pid, self._travelling = 0, os.getpid(), None
+        self._steps, self._pause, self._began = 0, 1, -math.inf
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._raise) for number in CODES}
         if _world() > 1:  # on the CPU whatever the gradients travel by: reading it must not wait for a device
@@ -94,16 +104,23 @@ class Signals:
         if self._group is None:
             return self.code
         known = self._arrived()
-        sent = torch.tensor(self.code)
-        self._travelling = dist.all_reduce(sent, dist.ReduceOp.MAX, self._group, async_op=True), sent
+        self._steps += 1
+        if last or self._steps >= self._pause:
+            now = time.monotonic()
+            pace = int(AGREE_SECONDS * self._steps / (now - self._began))
+            sent = torch.tensor([self.code, -min(max(pace, 1), AGREE_STEPS)])
+            self._travelling = dist.all_reduce(sent, dist.ReduceOp.MAX, self._group, async_op=True), sent
+            self._steps, self._began = 0, now
         return max(known, self._arrived()) if last else known
 
     def _arrived(self) -> int:
         if self._travelling is None:
             return 0
-        work, code = self._travelling
+        work, sent = self._travelling
         work.wait()
         self._travelling = None
+        code, pause = sent.tolist()
+        self._pause = -pause
         return int(code)
 
 

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from descant.callbacks import EMA, Resume
-from descant.callbacks.resume import CODES, ENTRY, Stopped
+from descant.callbacks.resume import AGREE_STEPS, CODES, ENTRY, Stopped
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.modules.batch import Batch
 from descant.modules.objective import Term
@@ -316,10 +316,10 @@ def test_saved_on_two_ranks_it_goes_on_on_one_and_on_four(tmp_path: Path) -> Non
 @pytest.mark.ddp
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path: Path) -> None:
-    whole = run_ranks(2, _on_rank, tmp_path / "whole", 2, None, 9)
-    parts = run_ranks(2, _on_rank, tmp_path / "cut", 2, None, 9, 4)
+    whole = run_ranks(2, _on_rank, tmp_path / "whole", 2, None, 20)
+    parts = run_ranks(2, _on_rank, tmp_path / "cut", 2, None, 20, 4)
     assert [part["code"] for part in parts] == [75, 75]
     (step,) = {len(part["seen"]) for part in parts}
-    assert 4 <= step <= 6
-    rest = run_ranks(2, _on_rank, tmp_path / "cut", 2, point(tmp_path / "cut", step), 9)
+    assert 4 <= step <= 5 + AGREE_STEPS
+    rest = run_ranks(2, _on_rank, tmp_path / "cut", 2, point(tmp_path / "cut", step), 20)
     assert equal(rest[0]["state"], whole[0]["state"])
