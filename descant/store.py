@@ -72,15 +72,22 @@ class AtomicIO(CheckpointIO):
         sharded = Path(path).is_dir() and not Path(path).is_symlink()
         self._do(lambda: shutil.rmtree(path) if sharded else manifest.remove(Path(path)))
 
+    def valid(self, path: Path) -> bool:
+        """Whether its manifest confirms it, now that all that was asked for is written."""
+        self.wait()
+        return manifest.fault(path) is None
+
     def wait(self) -> None:
         """Until everything is on disk.
 
         Raises:
             OSError: what kept it from there.
         """
-        last, self._last = self._last, None
-        if last is not None:
-            last.result()
+        if self._last is not None:
+            error = self._last.exception()  # interrupted while it waits, by a second INT, it forgets nothing
+            self._last = None
+            if error is not None:
+                raise error
 
     def teardown(self) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import pickle
 import resource
@@ -13,6 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from descant import manifest
+from descant.callbacks.resume import Resume, Stopped
 from descant.manifest import SUFFIX, fault, known
+from descant.modules.configure import Shard
+from descant.sharded import Sharded
 from descant.store import AtomicIO, snapshot
+from tests.ranks import run_ranks
 from tests.toys import ToyData, ToyRecipe, ToyTower
 
 STAGES = ("filled", "synced", "noted", "renamed")
@@ -282,6 +288,53 @@ def test_an_error_of_the_thread_is_raised_once_and_keeps_the_old_file(
     assert value_of(new) == 3.0
 
 
+def test_a_wait_that_is_interrupted_forgets_no_error(
+    tmp_path: Path, background: AtomicIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the second INT of a user who does not want to wait: the run's end still tells."""
+    held = threading.Event()
+
+    def stage(name: str) -> None:
+        held.wait(20)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(manifest, "stage", stage)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        background.save_checkpoint(state(1.0), tmp_path / "a.ckpt")
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyboardInterrupt):
+            background.wait()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    held.set()
+    with pytest.raises(OSError, match=r"a\.ckpt: not written"):
+        background.teardown()
+
+
+def test_readers_forked_inside_a_write_leave_its_bytes_alone(
+    tmp_path: Path, background: AtomicIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loader's processes inherit the open file, and what of it is not flushed yet."""
+    reached, go = threading.Event(), threading.Event()
+
+    def stage(name: str) -> None:
+        reached.set()
+        go.wait(20)
+
+    monkeypatch.setattr(manifest, "stage", stage)
+    background.save_checkpoint(state(1.0), tmp_path / "a.ckpt")
+    assert reached.wait(20)
+    for _ in range(2):
+        reader = multiprocessing.get_context("fork").Process(target=int)
+        reader.start()
+        reader.join(20)
+        assert reader.exitcode == 0
+    go.set()
+    background.wait()
+    assert value_of(tmp_path / "a.ckpt") == 1.0
+
+
 @pytest.mark.slow
 def test_an_error_is_told_where_nobody_waits(tmp_path: Path) -> None:
     """ModelParallelStrategy does not call the teardown."""
@@ -299,9 +352,11 @@ def test_an_error_is_told_where_nobody_waits(tmp_path: Path) -> None:
 
 
 def fit(folder: Path, io: AtomicIO, recipe: ToyRecipe | None = None, **options: Any) -> L.Trainer:
+    """``callbacks`` take the place of a ModelCheckpoint."""
     chosen = ModelCheckpoint(folder, "{step:03d}", monitor="val/gap", save_top_k=2, save_last="link", mode="max")
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     how: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "max_epochs": 3, "use_distributed_sampler": False}
+    how |= {"enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in options.get("callbacks", [chosen]))}
     trainer = L.Trainer(plugins=[io], default_root_dir=folder, **({"callbacks": [chosen]} | how | quiet | options))
     torch.manual_seed(0)
     trainer.fit(recipe or ToyRecipe(ToyTower()), ToyData())
@@ -353,6 +408,67 @@ def test_a_fit_that_breaks_waits_too(tmp_path: Path) -> None:
     assert io._thread is None and fault(tmp_path / "step=004.ckpt") is None
 
 
+class Act(L.Callback):
+    """Calls something in the backward of step ``at``."""
+
+    def __init__(self, at: int, what: Callable[[], object]) -> None:
+        self.at, self.what = at, what
+
+    def on_before_backward(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.at:
+            self.what()
+
+
+def test_at_every_moment_of_a_run_a_point_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kill would leave, noted at each stage of each write: ``keep=1`` loses the old with the new in place."""
+    seen: list[tuple[str, int]] = []
+
+    def stage(name: str) -> None:
+        found, _ = manifest.newest(tmp_path / "resume", "step-*.ckpt")
+        seen.append((name, -1 if found is None else int(known(found)["step"])))
+
+    monkeypatch.setattr(manifest, "stage", stage)
+    fit(tmp_path, AtomicIO(asynchronous=True), callbacks=[Resume(every=3, keep=1)])
+    steps = [-1, 3, 6, 9, 12]
+    assert seen == [(name, new if name == "renamed" else old) for old, new in pairwise(steps) for name in STAGES]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_signal_tells_of_a_point_when_it_is_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    def stage(name: str) -> None:
+        time.sleep(0.05)
+        if full and list((tmp_path / "resume").glob(".step-0000006.*")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(manifest, "stage", stage)
+    with pytest.raises(OSError if full else Stopped) as told:
+        kill = Act(5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        fit(tmp_path, AtomicIO(asynchronous=True), callbacks=[Resume(every=4), kill])
+    found, skipped = manifest.newest(tmp_path / "resume", "step-*.ckpt")
+    assert found is not None and skipped == [] and known(found)["step"] == (4 if full else 6)
+    if full:
+        assert "step-0000006.ckpt: not written: No space left" in str(told.value)
+    else:
+        assert isinstance(told.value, Stopped) and told.value.path == found
+
+
+def test_a_full_disk_is_one_line_of_the_command(
+    toy: Callable[..., Any], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stage(name: str) -> None:
+        if list(workplace.glob("runs/x/001/resume/.step-0000006.*")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(manifest, "stage", stage)
+    every = ("--config", "with/async-save", "--trainer.callbacks+=Resume", "--trainer.callbacks.every", "3")
+    line = toy("fit", *every, "--name", "x").refusal
+    assert "step-0000006.ckpt: not written: No space left on device" in line
+    points = workplace / "runs/x/001/resume"
+    assert manifest.newest(points, "step-*.ckpt") == (points / "step-0000003.ckpt", [])
+
+
 class _Ranks(AtomicIO):
     """Notes which rank is asked to write."""
 
@@ -372,3 +488,33 @@ def test_rank_0_writes(tmp_path: Path) -> None:
     assert trainer.world_size == 2 and set((tmp_path / "ranks").read_text().split()) == {"0"}
     files = list((tmp_path / "run").glob("step=*.ckpt"))
     assert len(files) == 2 and all(fault(path) is None for path in files)
+
+
+def _on_rank(rank: int, folder: Path, asynchronous: bool, sharded: bool) -> bool:
+    """A fit on one of two ranks; whether it went on for two steps inside the write of its first point."""
+    went_on = threading.Event()
+    if asynchronous and rank == 0:
+        manifest.stage = lambda name: None if went_on.wait(20) else os._exit(1)
+    torch.manual_seed(0)
+    how: dict[str, Any] = {"strategy": Sharded("gloo") if sharded else "ddp", "devices": 2}
+    recipe = ToyRecipe(ToyTower(depth=2), shard=Shard() if sharded else None)
+    fit(folder, AtomicIO(asynchronous), recipe, callbacks=[Resume(every=4, keep=9), Act(6, went_on.set)], **how)
+    return went_on.is_set()
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
+def test_ranks_go_on_inside_a_write_and_it_holds_what_was(tmp_path: Path, sharded: bool) -> None:
+    for name, asynchronous in (("now", False), ("thread", True)):
+        assert run_ranks(2, _on_rank, tmp_path / name, asynchronous, sharded) == [True, True]
+    files = sorted((tmp_path / "now" / "resume").glob("*.ckpt"))
+    assert [file.name for file in files] == [f"step-{step:07d}.ckpt" for step in (4, 8, 12)]
+    for file in files:
+        other = tmp_path / "thread" / "resume" / file.name
+        assert fault(other) is None
+        now, thread = (torch.load(each, weights_only=True) for each in (file, other))
+        for part in (lambda file: file["state_dict"], lambda file: file["optimizer_states"][0]["state"]):
+            torch.testing.assert_close(part(thread), part(now), rtol=0, atol=0)
+        (width,) = {tensor.shape[0] for name, tensor in now["state_dict"].items() if name.endswith("weight")}
+        assert width == 4  # whole, not one rank's part

@@ -1,0 +1,45 @@
+"""What `python -m benchmarks resume` times is what its rows say; no speed is judged here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks import resume
+from descant.callbacks import Resume
+from descant.store import AtomicIO
+
+
+def test_rounds_hold_a_block_of_each_arm(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, bool]] = []
+    saved = AtomicIO.save_checkpoint
+
+    def save(self: AtomicIO, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        calls.append((checkpoint["global_step"], self.asynchronous))
+        saved(self, checkpoint, *args, **kwargs)
+
+    monkeypatch.setattr(AtomicIO, "save_checkpoint", save)
+    blocks = resume._blocks(rounds=3, every=2, width=32, batch=8)
+    assert {arm: len(seconds) for arm, seconds in blocks.seconds.items()} == dict.fromkeys(resume.ARMS, 3)
+    # (step, asynchronous) of each save: none, thread, line; thread, line, none; line, none, thread; none, thread, line
+    rounds = [(2, True), (4, False), (6, True), (8, False), (12, False), (16, True), (20, True), (22, False)]
+    assert calls[:8] == rounds
+    weights = 4 * 32 * 1000 * 3  # of the words' embedding alone, with its two averages
+    assert blocks.bytes > weights
+
+
+def test_rows_of_saving(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = resume.Blocks(Resume(), AtomicIO(), every=20)
+    blocks.seconds = {"none": [2.0] * 30, "asynchronous": [2.05] * 30, "in_line": [2.4] * 30}
+    blocks.blocked = {"none": [0.0] * 30, "asynchronous": [0.03] * 30, "in_line": [0.4] * 30}
+    blocks.bytes = 37_000_000
+    monkeypatch.setattr(resume, "_blocks", lambda rounds, every: blocks)
+    found = {row.name: row for row in resume.saving()}
+    assert found["resume/asynchronous_save_every_20"].value == pytest.approx(0.025)
+    assert found["resume/asynchronous_save_every_20"].ok and found["resume/asynchronous_save_every_20"].bar == 0.05
+    assert found["resume/asynchronous_save_every_500"].value == pytest.approx(0.001)
+    assert found["resume/in_line_save_every_20"].value == pytest.approx(0.2)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "37 MB, steps of 100 ms, a save every 20" in line
+    assert "for 30 ms (asynchronous) and 400 ms (in line)" in line
