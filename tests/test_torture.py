@@ -6,74 +6,142 @@ import os
 import random
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from descant import manifest
-from tests.torture import CASES, Case, differences, kill, leaves, place, records, same, starts, torture, wait
+from tests.torture import (
+    CASES,
+    EVERY,
+    Case,
+    Hit,
+    Moment,
+    differences,
+    ends,
+    half_written,
+    hit,
+    kill,
+    leaves,
+    moments,
+    not_once,
+    place,
+    records,
+    same,
+    starts,
+    told,
+    torture,
+    wait,
+)
+
+START = {"step": 0, "epoch": 0, "at": 0.0, "pid": 7}
+
+
+def batch(step: int, epoch: int, number: int, samples: list[int]) -> dict[str, Any]:
+    return {"step": step, "epoch": epoch, "batch": number, "at": float(step), "samples": samples}
+
+
+#: Two epochs of two batches of four samples, and two ranks.
+LINES = [
+    batch(2 * e + b + 1, e, b, [4 * b + 2 * rank, 4 * b + 2 * rank + 1])
+    for rank in (0, 1)
+    for e in (0, 1)
+    for b in (0, 1)
+]
 
 
 def test_killed_twice_a_run_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    kills, found = torture(Case(tmp_path, "gradcache", ranks=1, workers=0), kills=2, seed=random.randrange(2**32))
-    assert kills and found == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CASES if name != "gradcache"])
-def test_every_kind_of_run(tmp_path: Path, name: str) -> None:
-    kills, found = torture(Case(tmp_path, name, ranks=1, workers=0), kills=3, seed=random.randrange(2**32))
-    assert kills and found == []
+    case = Case(tmp_path, "gradcache", options=("--trainer.max_epochs", "2"))
+    hits, found = torture(case, kills=2, seed=random.randrange(2**32))
+    assert len(hits) == 2 and found == []
 
 
 @pytest.mark.slow
 @pytest.mark.ddp
-@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 0), (2, 2), (4, 0)])
-def test_ranks_and_workers(tmp_path: Path, ranks: int, workers: int) -> None:
-    kills, found = torture(Case(tmp_path, "gradcache", ranks, workers), kills=2, seed=random.randrange(2**32))
-    assert kills and found == []
+@pytest.mark.parametrize(("name", "ranks", "workers"), EVERY)
+def test_every_kind_of_run(tmp_path: Path, name: str, ranks: int, workers: int) -> None:
+    hits, found = torture(Case(tmp_path, name, ranks, workers), kills=3, seed=random.randrange(2**32))
+    assert len(hits) == 3 and found == []
+
+
+def test_all_kinds_are_among_them() -> None:
+    assert {name for name, _, _ in EVERY} == set(CASES)
+    assert {(ranks > 1, workers > 0) for _, ranks, workers in EVERY} == {(a, b) for a in (0, 1) for b in (0, 1)}
+    assert {ranks for _, ranks, _ in EVERY} == {1, 2, 4}
 
 
 @pytest.mark.slow
 @pytest.mark.ddp
 def test_one_rank_killed_ends_the_others_and_no_bit_is_lost(tmp_path: Path) -> None:
-    case = Case(tmp_path, "gradcache", ranks=2, workers=0, options=("--trainer.max_epochs", "8"))
+    """Of ranks that ``fit`` has launched itself."""
+    options = ("--trainer.max_epochs", "8")
+    case, cold = (Case(tmp_path, "gradcache", ranks=2, options=options, cold=cold) for cold in (False, True))
     case.finish("whole")
-    run = case.start("killed")
-    assert wait(lambda: run.poll() is not None or len(records(case.folder("killed"), rank=1)) > 8)
-    (pid,) = {line["pid"] for line in records(case.folder("killed"), rank=1) if "pid" in line}
-    os.kill(pid, signal.SIGKILL)
-    assert wait(lambda: run.poll() is not None, 60) and run.returncode != 0
-    case.finish("killed", resume="auto")
-    assert differences(case, "killed", "whole") == []
+    with cold.start("killed") as run:
+        wait(lambda: run.code() is not None or len(records(case.folder("killed"), rank=1)) > 8, "no step")
+        (pid,) = {line["pid"] for line in records(case.folder("killed"), rank=1) if "pid" in line}
+        os.kill(pid, signal.SIGKILL)
+        assert run.ended() != 0
+    case.finish("killed")
+    assert differences(case, "killed") == []
 
 
 @pytest.mark.slow
-def test_the_comparison_sees_one_bit(tmp_path: Path) -> None:
+def test_the_comparison_sees_one_bit_and_no_difference_between_a_command_and_a_fork(tmp_path: Path) -> None:
     """The test of the test: one loss, one weight and one sample that are off are each told."""
-    case = Case(tmp_path, "gradcache", ranks=1, workers=0)
-    case.finish("whole")
+    Case(tmp_path, "gradcache", cold=True).finish("whole")
+    case = Case(tmp_path, "gradcache")
     case.finish("killed")
-    assert differences(case, "killed", "whole") == []
+    assert differences(case, "killed") == []
     file = case.folder("killed") / "records-0.jsonl"
     text = file.read_text()
     line = next(line for line in records(case.folder("killed")) if line.get("batch") == 3)
     file.write_text(text.replace(line["loss"], "0x1.0p+0", 1))
-    assert any("records differ" in found for found in differences(case, "killed", "whole"))
+    assert any("records differ" in found for found in differences(case, "killed"))
     file.write_text(text)
     point = max((case.folder("killed") / "resume").glob("*.ckpt"))
     content = torch.load(point, weights_only=True)
     weight = content["current_model_state"]["heads.image.norm.weight"]
     weight[0] = torch.nextafter(weight[0], torch.tensor(2.0))
     torch.save(content, point)
-    assert any("1 of" in found for found in differences(case, "killed", "whole"))
+    assert any("1 of" in found for found in differences(case, "killed"))
 
 
 def test_a_run_killed_before_it_saved_starts_anew(tmp_path: Path) -> None:
-    case = Case(tmp_path, "gradcache", 1, 0, options=("--trainer.callbacks+=Resume", "--trainer.max_epochs", "1"))
-    assert kill(case, "killed", after=0.0, in_save=False)
-    assert starts(case.folder("killed")) == 1
+    case = Case(tmp_path, "gradcache", options=("--trainer.callbacks+=Resume", "--trainer.max_epochs", "1"))
+    kill(case, "killed", Moment(START, after=0.0))
+    assert starts(case, "killed") == 1 and hit(case, "killed").step == 0
     assert manifest.newest(case.folder("killed") / "resume", "step-*.ckpt")[0] is None
+
+
+def test_moments_are_drawn_from_all_of_the_run_from_its_epochs_ends_and_from_saves() -> None:
+    lines = [START, *(batch(step, (step - 1) // 4, (step - 1) % 4, []) for step in range(1, 13))]
+    assert [line["step"] for _, line, _ in ends(lines)] == [4, 8, 12]
+    drawn = moments(lines, 14.0, 400, random.Random(0))
+    times = [moment.line["at"] + moment.after for moment in drawn]
+    assert times == sorted(times) and {int(at) for at in times} == set(range(14))
+    assert all(0 <= moment.after < 1 or moment.line["step"] == 12 for moment in drawn)
+    assert sum(moment.inside is not None for moment in drawn) == 100
+    assert sum(int(at) in (3, 4, 7, 8, 11, 12, 13) for at in times) > 200  # half of the others, and all of the ends
+
+
+@pytest.mark.parametrize(
+    ("lines", "samples", "says"),
+    [
+        (LINES, 8, []),
+        ([*LINES, LINES[0]], 8, []),  # made again after a kill
+        (LINES[:-1], 8, ["epoch 1: 6 samples, 6 different, of 8"]),
+        ([line for line in LINES if line["step"] < 4], 8, []),  # cut off
+        ([*LINES[:-1], LINES[-1] | {"samples": [6, 6]}], 8, ["epoch 1: 8 samples, 7 different, of 8"]),
+        ([*LINES[:-1], LINES[-1] | {"samples": [6, 0]}], 8, ["epoch 1: 8 samples, 7 different, of 8"]),
+        ([*LINES, LINES[0] | {"samples": [0, 9]}], 8, ["9 different samples in all, of 8", "epoch 0: 10"]),
+        (LINES, 9, ["8 different samples in all, of 9", "epoch 0: 8", "epoch 1: 8"]),
+    ],
+)
+def test_every_sample_once_an_epoch(lines: list[dict[str, Any]], samples: int, says: list[str]) -> None:
+    found = not_once(lines, samples)
+    assert len(found) == len(says) and all(line.startswith(text) for line, text in zip(found, says, strict=True))
 
 
 def test_leaves_are_compared_by_type_and_bits() -> None:
@@ -81,4 +149,16 @@ def test_leaves_are_compared_by_type_and_bits() -> None:
     assert same(zero, torch.zeros(1)) and not same(zero, zero.double()) and not same(1, 1.0)
     assert same(float("nan"), float("nan")) and not same(zero, None)
     assert dict(leaves({"a": [1, {"b": "/x/run/c"}]}, "/x/run")) == {"/a/0": 1, "/a/1/b": "RUN/c"}
-    assert place({"validated": 3}) == ("validation", 3)
+    assert place({"step": 3, "values": {}}) == ("validation", 3) and place(START) == ("start",)
+
+
+def test_what_a_killed_save_leaves_is_seen(tmp_path: Path) -> None:
+    assert not half_written(tmp_path)
+    (tmp_path / "resume").mkdir()
+    (tmp_path / "resume/.step-0000003.ckpt.host.7.tmp").touch()
+    assert half_written(tmp_path)
+
+
+def test_where_the_kills_fell_is_one_line() -> None:
+    hits = [Hit(3, saving=True, ending=False), Hit(14, saving=False, ending=True)]
+    assert told(hits) == "killed after steps 3s 14e: 1 inside a save (s), 1 within a step of an epoch's end (e)"

@@ -1,32 +1,45 @@
 """Kills real fits at random moments, resumes them, and compares with one that nothing happened to, bit by bit.
 
 ``python -m tests.torture --kills 20`` ends with ``20 kills, 0 differences`` and exit code 0, or says what differs and
-exits with 1. Every kill is SIGKILL to all processes of the run, drawn by this process, which knows nothing of where the
-run is; some wait for a save to begin.
+exits with 1. Every kill is SIGKILL to all processes of the run, sent by this process at a moment that it has drawn
+before: half of them from the whole of the run, a quarter from the ends of epochs, and a quarter inside a save.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import faulthandler
+import functools
 import json
+import multiprocessing
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import yaml
 
+from descant.__main__ import main as descant
+
 HERE = Path(__file__).resolve().parent
-#: Seconds that a run may take to begin; a shared machine is slow.
+#: Seconds that a run may take to come to a moment; a shared machine is slow.
 PATIENCE = 300.0
+#: Seconds that are added to each of the four stages of a write in which a run is to be killed.
+SLOW = 0.2
 
 #: What is trained: name -> configuration on top of ``contrastive/emoji`` and ``tests/torture.yaml``.
 CASES: dict[str, dict[str, Any]] = {
@@ -78,6 +91,59 @@ CASES: dict[str, dict[str, Any]] = {
         },
     },
 }
+#: What ``--case all`` and the slow tests run: case, ranks, workers of each.
+EVERY = (
+    ("gradcache", 1, 0),
+    ("gradcache", 1, 2),
+    ("gradcache", 2, 0),
+    ("gradcache", 2, 2),
+    ("gradcache", 4, 0),
+    ("steps", 1, 0),
+    ("plateau", 1, 2),
+    ("adam8bit", 1, 0),
+    ("adam8bit", 2, 0),
+    ("accumulate", 1, 2),
+    ("accumulate", 4, 0),
+)
+
+
+# starting ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The processes of one ``descant fit``; each leads a group with its readers, or with the ranks that it launched.
+
+    As a context it leaves none of them behind.
+
+    Args:
+        leaders: process id -> what tells its exit code, None while it runs.
+    """
+
+    leaders: Mapping[int, Callable[[], int | None]]
+
+    def __enter__(self) -> Fit:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def code(self) -> int | None:
+        """None while one of them runs, else the first that is not 0."""
+        codes = [poll() for poll in self.leaders.values()]
+        return None if None in codes else next(filter(None, codes), 0)
+
+    def kill(self) -> None:
+        for pid in self.leaders:
+            for send in (os.killpg, os.kill):  # the second: one that leads no group yet
+                with contextlib.suppress(ProcessLookupError):
+                    send(pid, signal.SIGKILL)
+        self.ended()
+
+    def ended(self) -> int:
+        """The exit code, when there is one."""
+        wait(lambda: self.code() is not None, "a run did not end")
+        return self.code() or 0
 
 
 class Case:
@@ -85,88 +151,198 @@ class Case:
 
     Args:
         root: the folder. name: of :data:`CASES`. ranks, workers: of the run. options: further arguments of ``fit``.
+        cold: begin every run by its command. Otherwise each rank is forked from a process that has imported everything
+            and begun no thread: a process of its own as well, and four times as fast to begin.
     """
 
-    def __init__(self, root: Path, name: str, ranks: int, workers: int, options: Sequence[str] = ()) -> None:
-        self.root, self.ranks, self.workers, self.options = root, ranks, workers, list(options)
+    def __init__(
+        self, root: Path, name: str, ranks: int = 1, workers: int = 0, options: Sequence[str] = (), cold: bool = False
+    ) -> None:
+        self.root, self.ranks, self.workers, self.options, self.cold = root, ranks, workers, list(options), cold
         root.mkdir(parents=True, exist_ok=True)
         (root / "case.yaml").write_text(f"# The case {name}.\n" + yaml.safe_dump(CASES[name]), encoding="utf-8")
 
-    def command(self, name: str, resume: str) -> list[str]:
+    def words(self, name: str, resume: str) -> list[str]:
+        """The arguments of ``descant``."""
         configs = ["contrastive/emoji", str(HERE / "torture.yaml"), "case.yaml"]
         strategy = ["--trainer.strategy", "ddp"] if self.ranks > 1 else []
         return [
-            *(sys.executable, "-m", "descant", "fit"),
-            *(word for config in configs for word in ("--config", config)),
+            *("fit", *(word for config in configs for word in ("--config", config))),
             *("--trust", "tests.torture_parts", "--test", "false", "--name", name, "--resume", resume),
             *("--trainer.devices", str(self.ranks), *strategy, "--data.num_workers", str(self.workers)),
             *self.options,
         ]
 
-    def start(self, name: str, resume: str = "never", slow_save: float = 0.0) -> subprocess.Popen[bytes]:
-        environment = {
-            k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "PL_", "MASTER_", "DESCANT_"))
-        }
-        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), "PYTHONFAULTHANDLER": "1"}
-        if slow_save:
-            environment["DESCANT_SLOW_SAVE"] = str(slow_save)
-        with (self.root / f"{name}.log").open("ab") as log:
-            return subprocess.Popen(
-                self.command(name, resume),
+    def start(self, name: str, resume: str = "auto", launcher: Sequence[str] = (), **variables: str) -> Fit:
+        """Begin a run, or resume it, with ``variables`` in its environment; cold if something launches it."""
+        others = ("SLURM_", "PL_", "MASTER_", "DESCANT_", "TORCHELASTIC_")
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(others)}
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), "PYTHONFAULTHANDLER": "1", **variables}
+        words, log = self.words(name, resume), self.root / f"{name}.log"
+        if not (self.cold or launcher):
+            return Fit(dict(_forked(self.root, log, environment | rank, words) for rank in _ranks(self.ranks)))
+        with log.open("ab") as file:
+            process = subprocess.Popen(
+                [sys.executable, *launcher, "-m", "descant", *words],
                 cwd=self.root,
                 env=environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # killed as one group
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
             )
+        return Fit({process.pid: process.poll})
 
     def folder(self, name: str) -> Path:
-        return self.root / "runs" / name / "latest"  # the second, where the first was killed before it saved anything
+        """Of the newest run: the second, where the first was killed before it saved anything."""
+        return max((self.root / "runs" / name).glob("0*"), default=self.root / "runs" / name / "001")
 
-    def finish(self, name: str, resume: str = "never") -> float:
-        """Run to the end; returns the seconds from the beginning of training on."""
-        begun, run = starts(self.folder(name)), self.start(name, resume)
-        wait(lambda: run.poll() is not None or starts(self.folder(name)) > begun)
-        training = time.monotonic()
-        if run.wait() != 0:
+    def finish(self, name: str, resume: str = "auto") -> None:
+        """Run or resume to the end."""
+        with self.start(name, resume) as run:
+            self.require(name, run.ended())
+
+    def require(self, name: str, code: int) -> None:
+        """A run must have ended well."""
+        if code:
             log = (self.root / f"{name}.log").read_text(encoding="utf-8")
-            raise RuntimeError(f"{name} ended with {run.returncode}:\n{log[-3000:]}")
-        return time.monotonic() - training
+            raise RuntimeError(f"{name} ended with {code}:\n{log[-3000:]}")
 
 
-def kill(case: Case, name: str, after: float, in_save: bool) -> bool:
-    """Start or resume a run and kill all of it ``after`` seconds of training; False if it ended before."""
-    begun = starts(case.folder(name))
-    run = case.start(name, resume="auto", slow_save=1.0 if in_save else 0.0)
-    if not wait(lambda: run.poll() is not None or starts(case.folder(name)) > begun):
-        os.killpg(run.pid, signal.SIGKILL)
-        raise RuntimeError(f"{name} did not begin within {PATIENCE:g} s")
-    end = time.monotonic() + after
-    while time.monotonic() < end and run.poll() is None:
-        time.sleep(0.005)
-    if in_save:
-        wait(lambda: run.poll() is not None or any((case.folder(name) / "resume").glob("*tmp*")), 20.0)
-    if run.poll() is not None:
-        if run.returncode != 0:
-            raise RuntimeError(
-                f"{name} ended with {run.returncode}:\n{(case.root / f'{name}.log').read_text()[-3000:]}"
-            )
-        return False
-    os.killpg(run.pid, signal.SIGKILL)
-    run.wait()
-    return True
+def _ranks(world: int) -> Iterator[dict[str, str]]:
+    """What torchrun would put into the environment of each rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": uuid.uuid4().hex}
+    shared |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "GROUP_RANK": "0"}
+    for rank in map(str, range(world)):
+        yield shared | {"RANK": rank, "LOCAL_RANK": rank} if world > 1 else {}
 
 
-def wait(true: Any, seconds: float = PATIENCE) -> bool:
+@functools.cache
+def _server() -> Any:
+    """What forks: one thread, and everything imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["descant.cli", "descant.datamodules.emoji", "tests.torture_parts"])
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(HERE.parent)):
+        forkserver.ensure_running()
+    return context
+
+
+def _forked(
+    folder: Path, log: Path, environment: dict[str, str], words: list[str]
+) -> tuple[int, Callable[[], int | None]]:
+    process = _server().Process(target=_fit, args=(folder, log, environment, words))
+    process.start()
+    return process.pid, lambda: process.exitcode
+
+
+def _fit(folder: Path, log: Path, environment: dict[str, str], words: list[str]) -> None:
+    """``descant fit`` in a process that was forked for it."""
+    os.setsid()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    with log.open("ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    faulthandler.enable()
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True)  # readers begin as in every other process
+    sys.argv = ["descant", *words]
+    sys.exit(descant(words))
+
+
+# killing -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Moment:
+    """``after`` seconds from the record ``line`` on; then, if it is to be inside a save, so long in the next one."""
+
+    line: Mapping[str, Any]
+    after: float
+    inside: float | None = None
+
+
+@dataclass(frozen=True)
+class Hit:
+    """Where a kill fell: after how many steps, whether inside a save, and within a step of the end of an epoch."""
+
+    step: int
+    saving: bool
+    ending: bool
+
+    def __str__(self) -> str:
+        return f"{self.step}{'s' * self.saving}{'e' * self.ending}"
+
+
+def moments(lines: Sequence[Mapping[str, Any]], over: float, kills: int, draw: random.Random) -> list[Moment]:
+    """When to kill, in the order of the run: ``lines`` are the records of one that took until ``over``."""
+    drawn = []
+    for k in range(kills):
+        kind = ("anywhere", "save", "end", "anywhere")[k % 4]
+        windows = [(a["at"], b["at"] if b else over) for a, _, b in ends(lines)]
+        at = draw.uniform(*(draw.choice(windows) if kind == "end" else (lines[0]["at"], over)))
+        before = max((line for line in lines if line["at"] <= at), key=lambda line: line["at"])
+        inside = draw.uniform(0, 4 * SLOW) if kind == "save" else None
+        drawn.append((at, Moment(before, at - before["at"], inside)))
+    return [moment for _, moment in sorted(drawn, key=lambda pair: pair[0])]
+
+
+def ends(lines: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Any, Any, Any]]:
+    """The last batch of each epoch, between the one before and the one after, which is None at the run's end."""
+    batches = [line for line in lines if "samples" in line]
+    for before, last, after in zip(batches, batches[1:], [*batches[2:], None], strict=False):
+        if after is None or after["epoch"] != last["epoch"]:
+            yield before, last, after
+
+
+def kill(case: Case, name: str, moment: Moment) -> None:
+    """Start or resume a run and kill all of it at a moment; at its end it waits for that."""
+    begun = starts(case, name)
+    slow = {} if moment.inside is None else {"DESCANT_SLOW_SAVE": str(SLOW)}
+
+    def over() -> bool:
+        return run.code() is not None or any((case.folder(name) / f"held-{pid}").exists() for pid in run.leaders)
+
+    def there() -> bool:
+        if starts(case, name) == begun:
+            return False
+        first, *lines = since_start(records(case.folder(name)))
+        return first["step"] >= moment.line["step"] or place(moment.line) in map(place, lines)
+
+    with case.start(name, HOLD="end:0:0", **slow) as run:
+        wait(lambda: over() or there(), f"{name} did not come to {place(moment.line)}")
+        time.sleep(moment.after)
+        if moment.inside is not None:
+            wait(lambda: over() or half_written(case.folder(name)), f"{name} did not save")
+            time.sleep(moment.inside)
+    if run.code() != -signal.SIGKILL:
+        case.require(name, run.ended())
+
+
+def hit(case: Case, name: str) -> Hit:
+    """Where the last kill fell."""
+    step = records(case.folder(name))[-1]["step"]
+    near = [last["step"] for _, last, _ in ends(records(case.folder("whole"))) if abs(last["step"] - step) <= 1]
+    return Hit(step, half_written(case.folder(name)), bool(near))
+
+
+def half_written(folder: Path) -> bool:
+    """Whether a checkpoint is being written there, or was when its process was killed."""
+    return any(folder.glob("*/.*.tmp"))
+
+
+def wait(true: Callable[[], object], otherwise: str, seconds: float = PATIENCE) -> None:
     end = time.monotonic() + seconds
     while not true():
         if time.monotonic() > end:
-            return False
+            raise TimeoutError(f"{otherwise} within {seconds:g} s")
         time.sleep(0.02)
-    return True
 
 
-# comparing -------------------------------------------------------------------------------------------------------
+# comparing -----------------------------------------------------------------------------------------------------------
 
 
 def records(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
@@ -182,52 +358,65 @@ def records(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
     return found
 
 
-def starts(folder: Path) -> int:
+def since_start(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of the last start, and its own."""
+    return lines[max(k for k, line in enumerate(lines) if "pid" in line) :]
+
+
+def starts(case: Case, name: str) -> int:
     """How often a run of this name began to train."""
-    return sum("start" in line for each in folder.parent.glob("0*") for line in records(each))
+    return sum("pid" in line for each in (case.root / "runs" / name).glob("0*") for line in records(each))
 
 
-def differences(case: Case, name: str, reference: str) -> list[str]:
+def differences(case: Case, name: str, reference: str = "whole") -> list[str]:
     """What differs between two runs; every record of a run, also those that were made again, has one right content."""
     found = []
     ours, other = case.folder(name).resolve(), case.folder(reference).resolve()
     for rank in range(case.ranks):
-        expected = {place(line): line for line in records(other, rank) if "start" not in line}
-        made = [line for line in records(ours, rank) if "start" not in line]
-        wrong = [place(line) for line in made if expected.get(place(line)) != line]
-        missing = expected.keys() - {place(line) for line in made}
+        expected, made = (
+            [(place(line), line | {"at": 0}) for line in records(folder, rank) if "pid" not in line]
+            for folder in (other, ours)
+        )
+        right = dict(expected)
+        wrong = [key for key, line in made if right.get(key) != line]
+        missing = right.keys() - {key for key, _ in made}
         found += [f"rank {rank}: {len(wrong)} records differ, the first at {wrong[0]}"] if wrong else []
         found += [f"rank {rank}: {len(missing)} records are missing, such as {min(missing)}"] if missing else []
-    found += twice(case, name)
     last = max((ours / "resume").glob("step-*.ckpt"), key=lambda file: file.name)
     found += leaves_that_differ(last, other / "resume" / last.name, ours, other)
+    samples = torch.load(last, weights_only=True)["descant"]["order"]["samples"]
+    found += not_once([line for rank in range(case.ranks) for line in records(ours, rank)], samples)
     kept = {file.name for file in (ours / "checkpoints").glob("*.ckpt")}
     expected_files = {file.name for file in (other / "checkpoints").glob("*.ckpt")}
     found += [f"checkpoints/: {sorted(kept ^ expected_files)}"] if kept != expected_files else []
     for file in sorted(kept & expected_files):
         found += leaves_that_differ(ours / "checkpoints" / file, other / "checkpoints" / file, ours, other)
-    if logged(ours) != logged(other):
-        found.append("metrics.csv differs")
+    found += ["metrics.csv differs"] if logged(ours) != logged(other) else []
+    found += ["metrics.json differs"] if summary(ours) != summary(other) else []
     return found
 
 
 def place(line: Mapping[str, Any]) -> tuple[Any, ...]:
-    return ("validation", line["validated"]) if "validated" in line else ("batch", line["epoch"], line["batch"])
+    """What a record is of; one that is made again after a kill has the same."""
+    if "samples" in line:
+        return ("batch", line["epoch"], line["batch"])
+    return ("start",) if "pid" in line else ("validation", line["step"])
 
 
-def twice(case: Case, name: str) -> list[str]:
-    """Samples that an epoch did not see exactly once, by what counted in the end: the last record of each batch."""
-    seen: dict[int, list[int]] = {}
-    for rank in range(case.ranks):
-        last = {place(line): line for line in records(case.folder(name), rank) if "samples" in line}
-        for line in last.values():
-            seen.setdefault(line["epoch"], []).extend(line["samples"])
-    whole = max(map(len, seen.values()))
-    return [
-        f"epoch {epoch}: {len(samples)} samples, {len(set(samples))} of them different"
-        for epoch, samples in seen.items()
-        if len(set(samples)) != len(samples) or (len(samples) != whole and epoch != max(seen))
-    ]
+def not_once(lines: Sequence[Mapping[str, Any]], samples: int) -> list[str]:
+    """What an epoch did not see exactly once, by the records of all ranks; where a run was cut off, at most once."""
+    epochs: dict[int, dict[tuple[int, ...], int]] = {}
+    for line in lines:
+        if "samples" in line:  # the parts of one batch, each once however often it was made
+            epochs.setdefault(line["epoch"], {})[line["batch"], *line["samples"]] = line["batch"]
+    seen = {epoch: [i for part in parts for i in part[1:]] for epoch, parts in epochs.items()}
+    everyone = {i for ids in seen.values() for i in ids}
+    found = [f"{len(everyone)} different samples in all, of {samples}"] if len(everyone) != samples else []
+    for epoch, ids in seen.items():
+        cut = len(set(epochs[epoch].values())) < len(set(epochs[min(epochs)].values()))
+        if len(set(ids)) != len(ids) or (len(ids) != samples and not cut):
+            found.append(f"epoch {epoch}: {len(ids)} samples, {len(set(ids))} different, of {samples}")
+    return found
 
 
 def leaves_that_differ(file: Path, reference: Path, ours: Path, other: Path) -> list[str]:
@@ -237,8 +426,7 @@ def leaves_that_differ(file: Path, reference: Path, ours: Path, other: Path) -> 
         dict(leaves(torch.load(f, map_location="cpu", weights_only=True), str(folder)))
         for f, folder in ((file, ours), (reference, other))
     )
-    wrong = [key for key in a.keys() | b.keys() if not same(a.get(key), b.get(key))]
-    wrong = [key for key in wrong if "seconds" not in key]  # of Report: how long it took
+    wrong = [key for key in a.keys() | b.keys() if not same(a.get(key), b.get(key)) and not _timed(key)]
     return [
         f"{file.parent.name}/{file.name}: {len(wrong)} of {len(a)} leaves differ: {', '.join(sorted(wrong)[:4])}"
     ] * bool(wrong)
@@ -264,51 +452,66 @@ def same(a: Any, b: Any) -> bool:
 
 def logged(folder: Path) -> list[dict[str, str]]:
     with (folder / "metrics.csv").open(newline="", encoding="utf-8") as rows:
-        return [
-            {k: v for k, v in row.items() if v and "seconds" not in k and "per_s" not in k}
-            for row in csv.DictReader(rows)
-        ]
+        return [{key: value for key, value in row.items() if value and not _timed(key)} for row in csv.DictReader(rows)]
+
+
+def summary(folder: Path) -> dict[str, float]:
+    content = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    return {key: value for key, value in content.items() if not _timed(key)}
+
+
+def _timed(key: str) -> bool:
+    """Whether a value is how long something took."""
+    return "seconds" in key or "per_s" in key
 
 
 # the command ---------------------------------------------------------------------------------------------------------
 
 
-def torture(case: Case, kills: int, seed: int) -> tuple[int, list[str]]:
-    """How often a run was killed, and what differs from one that nothing happened to."""
-    draw = random.Random(seed)
-    training = case.finish("whole")
-    batches = sum("step" in line for line in records(case.folder("whole")))
-    print(f"uninterrupted: {batches} batches in {training:.1f} s", flush=True)
-    done = 0
-    while done < kills:
-        in_save = draw.random() < 0.25
-        if not kill(case, "killed", draw.uniform(0, 2 * training / kills), in_save):
-            break
-        done += 1
-        step = max((line.get("step", 0) for line in records(case.folder("killed"))), default=0)
-        print(f"kill {done} near step {step}{' inside a save' * in_save}", flush=True)
-    case.finish("killed", resume="auto")
-    return done, differences(case, "killed", "whole")
+def torture(case: Case, kills: int, seed: int) -> tuple[list[Hit], list[str]]:
+    """Where a run was killed, and what differs from one that nothing happened to."""
+    case.finish("whole", resume="never")
+    folder = case.folder("whole")
+    over = max(file.stat().st_mtime for file in folder.rglob("*"))  # from here on nothing is written
+    hits = []
+    for moment in moments(records(folder), over, kills, random.Random(seed)):
+        kill(case, "killed", moment)
+        hits.append(hit(case, "killed"))
+        print(f"kill {len(hits)} after step {hits[-1]}", flush=True)
+    case.finish("killed")
+    return hits, differences(case, "killed")
+
+
+def told(hits: Sequence[Hit]) -> str:
+    """One line, such as "killed after steps 3s 14e: 1 inside a save (s), 1 within a step of an epoch's end (e)"."""
+    saving, ending = sum(each.saving for each in hits), sum(each.ending for each in hits)
+    where = f"{saving} inside a save (s), {ending} within a step of an epoch's end (e)"
+    return f"killed after steps {' '.join(map(str, hits))}: {where}"
 
 
 def main(args: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m tests.torture", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=20, help="of each case")
     parser.add_argument("--case", choices=[*CASES, "all"], default="gradcache")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--warm", action="store_true", help="fork the runs from a process that has imported everything")
     parser.add_argument("--seed", type=int, default=None, help="of the moments; drawn where not given")
     parser.add_argument("--keep", type=Path, help="a folder for the runs; a temporary one where not given")
     options = parser.parse_args(args)
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(2**32)
     print(f"seed {seed}", flush=True)
-    total, found = 0, list[str]()
+    every = EVERY if options.case == "all" else [(options.case, options.ranks, options.workers)]
+    lines, total, found = list[str](), 0, list[str]()
     with tempfile.TemporaryDirectory() as scratch:
-        for name in CASES if options.case == "all" else [options.case]:
-            case = Case((options.keep or Path(scratch)) / name, name, options.ranks, options.workers)
-            kills, wrong = torture(case, options.kills, seed)
-            total, found = total + kills, [*found, *(f"{name}: {line}" for line in wrong)]
-    print("\n".join([*found, f"{total} kills, {len(found)} differences"]))
+        for name, ranks, workers in every:
+            full = f"{name}, {ranks} rank(s), {workers} workers"
+            print(full, flush=True)
+            folder = (options.keep or Path(scratch)) / f"{name}-{ranks}-{workers}"
+            hits, wrong = torture(Case(folder, name, ranks, workers, cold=not options.warm), options.kills, seed)
+            lines.append(f"{full}: {told(hits)}")
+            total, found = total + len(hits), [*found, *(f"{full}: {line}" for line in wrong)]
+    print("\n".join([*lines, *found, f"{total} kills, {len(found)} differences"]))
     return 1 if found else 0
 
 

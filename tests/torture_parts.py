@@ -1,4 +1,4 @@
-"""What the torture test trains: a recipe that may accumulate, and a callback that writes down every batch."""
+"""What tortured runs train with: a recipe that may accumulate, a diary of every batch, and a place to be hit at."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from descant import manifest
 from descant.modules.batch import Batch
 from descant.modules.heads import MeanPool
 from descant.modules.objective import Term
@@ -43,29 +44,17 @@ class Pair(Recipe):
 
 
 class Record(L.Callback):
-    """One JSON line a batch and validation: loss to the bit, samples, learning rate, steps. A rank has its own file.
-
-    Args:
-        pause: seconds added to every step, so that kills fall between as well as inside.
-    """
-
-    def __init__(self, pause: float = 0.0) -> None:
-        self.pause = pause
+    """One JSON line a start, batch and validation: loss to the bit, samples, rate, steps. A rank has its own file."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._write(trainer, {"start": trainer.global_step, "pid": os.getpid()})
-
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        time.sleep(self.pause)
+        self._write(trainer, {"pid": os.getpid()})
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         real_B = torch.stack(list(batch.present.values())).any(dim=0)
         line = {
-            "epoch": trainer.current_epoch,
             "batch": batch_idx,
-            "step": trainer.global_step,
             "log_step": trainer.fit_loop.epoch_loop._batches_that_stepped,
             "loss": float(outputs["loss"]).hex(),
             "lr": trainer.optimizers[0].param_groups[0]["lr"].hex(),
@@ -75,9 +64,52 @@ class Record(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         values = {k: float(v).hex() for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        self._write(trainer, {"validated": trainer.global_step, "epoch": trainer.current_epoch, "values": values})
+        self._write(trainer, {"values": values})
 
     def _write(self, trainer: L.Trainer, line: dict[str, Any]) -> None:
         file = Path(trainer.default_root_dir) / f"records-{trainer.global_rank}.jsonl"
+        line = {"step": trainer.global_step, "epoch": trainer.current_epoch, "at": time.time(), **line}
         with file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(line) + "\n")
+
+
+class Hold(L.Callback):
+    """Stays inside a phase of a step until another process has done something there and removes the file ``held-PID``.
+
+    Which: ``HOLD=PHASE:STEP:RANK`` in the environment, since a resumed run must have the same configuration.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.phase, step, rank = os.environ.get("HOLD", "none:0:0").split(":")
+        self.step = int(step) if trainer.global_rank == int(rank) else -1
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        def hold(*_: Any) -> None:
+            self._hold(trainer)
+
+        if self.phase == "forward":
+            next(pl_module.towers.children()).register_forward_pre_hook(hold)  # type: ignore[union-attr]
+        elif self.phase == "backward":
+            next(p for p in pl_module.parameters() if p.requires_grad).register_hook(hold)
+        elif self.phase == "optimizer":  # the weights have moved, and nobody has counted it
+            trainer.optimizers[0].register_step_post_hook(hold)
+        elif self.phase == "saving":  # the file is there, its name is not
+            stage = manifest.stage
+            setattr(manifest, "stage", lambda name: hold() if name == "synced" else stage(name))  # noqa: B010
+
+    def on_validation_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if self.phase == "validation":
+            self._hold(trainer)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.phase == "end" and trainer.is_global_zero:
+            self.step = trainer.global_step
+            self._hold(trainer)
+
+    def _hold(self, trainer: L.Trainer) -> None:
+        if trainer.global_step == self.step:
+            self.step = -1  # once
+            file = Path(trainer.default_root_dir) / f"held-{os.getpid()}"
+            file.touch()
+            while file.exists():
+                time.sleep(0.01)

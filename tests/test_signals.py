@@ -1,0 +1,93 @@
+"""Signals to real processes, sent by another one while a run is held inside a phase of a step: nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from descant import manifest, runs
+from descant.callbacks.resume import AGREE_STEPS, CODES
+from tests.torture import Case, differences, wait
+
+#: Phase -> the step in which the run is held there, and the steps done when it stops: saves are at 3, 6 and so on, the
+#: validation is after 14, and a signal that comes inside a save waits for the next safe point.
+PHASES = {"forward": (4, 5), "backward": (7, 8), "optimizer": (8, 9), "validation": (14, 14), "saving": (6, 7)}
+STEPS = ("--trainer.max_epochs", "-1", "--trainer.max_steps", "17")
+slow = pytest.mark.slow
+#: In the tests of every day: one phase of each signal.
+DAILY = {(signal.SIGTERM, "backward"), (signal.SIGINT, "saving"), (signal.SIGUSR1, "validation")}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """The run that nobody disturbs."""
+    case = Case(tmp_path_factory.mktemp("signals"), "gradcache", options=STEPS)
+    case.finish("whole")
+    return case
+
+
+def stop(case: Case, name: str, number: signal.Signals, phase: str, rank: int = 0) -> int:
+    """Send a signal to one rank of a run inside a phase; the exit code."""
+
+    def held() -> list[Path]:
+        return list(case.folder(name).glob("held-*"))
+
+    with case.start(name, HOLD=f"{phase}:{PHASES[phase][0]}:{rank}") as run:
+        wait(lambda: run.code() is not None or held(), f"{name} was not held in {phase}")
+        for file in held():
+            os.kill(int(file.name.removeprefix("held-")), number)
+            file.unlink()
+        return run.ended()
+
+
+def require_unharmed(case: Case, name: str, step: int) -> None:
+    """There is a valid resume point of a step, and from there the run ends as the one that nobody disturbed."""
+    point, skipped = runs.newest_point(case.folder(name))
+    assert point is not None and skipped == []
+    assert (manifest.known(point)["step"], manifest.known(point)["safe"]) == (step, True)
+    case.finish(name)
+    assert differences(case, name) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "phase"),
+    [
+        pytest.param(number, phase, marks=[] if (number, phase) in DAILY else slow, id=f"{number.name}-{phase}")
+        for number in CODES
+        for phase in PHASES
+    ],
+)
+def test_it_saves_tells_the_truth_and_goes_on_in_the_same_bits(whole: Case, number: signal.Signals, phase: str) -> None:
+    name = f"{number.name}-{phase}"
+    assert stop(whole, name, number, phase) == CODES[number]
+    log = (whole.root / f"{name}.log").read_text()
+    assert f"descant: {number.name}: saving at the next step" in log
+    assert f"descant: stopped at step {PHASES[phase][1]}: " in log
+    require_unharmed(whole, name, PHASES[phase][1])
+
+
+@slow
+@pytest.mark.ddp
+@pytest.mark.parametrize(
+    ("number", "phase", "cold"),
+    [
+        pytest.param(signal.SIGTERM, "backward", True, id="TERM-launched"),
+        pytest.param(signal.SIGUSR1, "validation", False, id="USR1"),
+        pytest.param(signal.SIGINT, "optimizer", False, id="INT"),
+    ],
+)
+def test_sent_to_one_of_two_ranks_it_stops_both(tmp_path: Path, number: signal.Signals, phase: str, cold: bool) -> None:
+    """Held in its phase the second rank is late, so the first waits for it in an all-reduce when the signal comes."""
+    case = Case(tmp_path, "gradcache", ranks=2, options=STEPS)
+    case.finish("whole")
+    launched = Case(tmp_path, "gradcache", ranks=2, options=STEPS, cold=cold)
+    assert stop(launched, "signalled", number, phase, rank=1) == CODES[number]
+    assert f"descant: {number.name}: saving" in (tmp_path / "signalled.log").read_text()
+    point, _ = runs.newest_point(case.folder("signalled"))
+    assert point is not None
+    step = manifest.known(point)["step"]
+    assert PHASES[phase][1] <= step <= PHASES[phase][1] + AGREE_STEPS + 1
+    require_unharmed(case, "signalled", step)
