@@ -78,7 +78,7 @@ class Blocks(L.Callback):
 def saving(rounds: int = 40, every: int = 20) -> Iterator[Row]:
     """What a save takes of the step time: blocks of 20 steps with one save against such without, interleaved in a run.
 
-    A model of 3 M parameters (37 MB with its optimizer) and steps of about 100 ms: 18 MB are saved a second of
+    A model of 3 M parameters (36 MB with its optimizer) and steps of about 100 ms: 18 MB are saved a second of
     training. A GPU that saves the 1.8 GB of 150 M parameters every 500 steps of 300 ms saves 12. The thread digests and
     writes beside the training: on the other core where torch has one thread of two, on the same ones where it has all
     (``--threads 2``). The absolute times of a save are printed, since the shares say nothing of them.

@@ -15,4 +15,5 @@ from descant.callbacks.progress import Progress as Progress
 from descant.callbacks.report import Report as Report
 from descant.callbacks.resume import Resume as Resume
 from descant.callbacks.sanity import Sanity as Sanity
+from descant.callbacks.swap import SwapAccuracy as SwapAccuracy
 from descant.callbacks.throughput import Throughput as Throughput

@@ -23,6 +23,7 @@ from torchvision.io import ImageReadMode, decode_webp
 
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.datamodules.ledger import Ledger
+from descant.datamodules.names import require_known
 from descant.modules.batch import Batch
 from descant.modules.random import seeded, uniform_N, uniform_NK
 from descant.modules.text import Bpe, Codec
@@ -66,6 +67,10 @@ class Pack:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def keep(self, concepts: Sequence[int]) -> None:
+        """Forget all other concepts, before their drawings are decoded."""
+        self.rows, self.file = [self.rows[c] for c in concepts], [self.file[c] for c in concepts]
 
     @cached_property
     def languages(self) -> tuple[str, ...]:
@@ -314,8 +319,8 @@ class Emoji(DataModule):
         self.folder = Path(folder) if folder else PACK
         if self.augment.size != size:
             raise ValueError(f"augment.size {self.augment.size} is not the data's size {size}")
-        _known("vendors", self.vendors, VENDORS)
-        _known("views", list(self.views), ("image",))
+        require_known("vendors", self.vendors, VENDORS)
+        require_known("views", list(self.views), ("image",))
         if self.development:
             self.vendors = [v for v in self.vendors if v != DEVELOPMENT_VENDOR]
 
@@ -330,8 +335,8 @@ class Emoji(DataModule):
         run = Path(self.trainer.default_root_dir) if self.trainer is not None else None
         pack = Pack(self.folder, Ledger(run))
         if self.tiny:
-            pack.rows, pack.file = pack.rows[::12], pack.file[::12]
-        _known("languages", self.languages, pack.languages)
+            pack.keep(range(0, len(pack), 12))
+        require_known("languages", self.languages, pack.languages)
         return pack
 
     @cached_property
@@ -462,7 +467,7 @@ class Emoji(DataModule):
     # what evaluation asks --------------------------------------------------------------------------------------
 
     def prompts(self, target: str) -> tuple[Tensor, list[str]]:
-        _known("target", [target], tuple(self.classes))
+        require_known("target", [target], tuple(self.classes))
         names = self.classes[target]
         forms = ("{}", "a picture of {}", "{}, emoji")
         spoken = [name.replace("-", " ") for name in names]
@@ -485,12 +490,6 @@ class Emoji(DataModule):
         if "image@2" in batch.inputs:
             batch.inputs["image@2"] = self.augment_2(batch.inputs["image@2"], batch.draw)
         return batch
-
-
-def _known(what: str, given: Sequence[str], known: Sequence[str]) -> None:
-    unknown = [name for name in given if name not in known]
-    if unknown:
-        raise ValueError(f"{what}: {unknown[0]!r} is not one of {', '.join(known)}")
 
 
 def _hash(text: str) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.datamodules.ledger import Ledger
+from descant.datamodules.names import require_known
 from descant.datamodules.prepare.stamps import ENGLISH, RATE, SECONDS, SOUND, Corpus, families, prepared
 from descant.modules.audio import AudioAugment, LogMel
 from descant.modules.batch import Batch
@@ -245,11 +246,11 @@ class Stamps(DataModule):
         for skipped in corpus.skipped:  # when the corpus was prepared; every run that lacks them says so
             ledger.skip(*skipped)
             ledger.read()
-        _known("spoken", self.spoken or [], corpus.languages)
-        _known("speech", [self.speech], corpus.languages)
-        _known("held_out", [self.held_out], corpus.languages)
+        require_known("spoken", self.spoken or [], corpus.languages)
+        require_known("speech", [self.speech], corpus.languages)
+        require_known("held_out", [self.held_out], corpus.languages)
         written = sorted({language for texts in corpus.texts for language in texts})
-        _known("text_languages", self.text_languages, [SAME, *written])
+        require_known("text_languages", self.text_languages, [SAME, *written])
         return corpus
 
     @cached_property
@@ -320,7 +321,7 @@ class Stamps(DataModule):
     # what evaluation asks ------------------------------------------------------------------------------------------
 
     def prompts(self, target: str) -> tuple[Tensor, list[str]]:
-        _known("target", [target], tuple(self.classes))
+        require_known("target", [target], tuple(self.classes))
         names = self.classes[target]
         forms = ("{}", "a picture of {}", "one of the {}")
         spoken = [name.replace("naturalforces", "natural forces") for name in names]
@@ -389,9 +390,3 @@ def _letters(i: int) -> str:
 def _share(family: str) -> float:
     """Where a family falls between 0 and 1: the same in every process and version."""
     return int.from_bytes(hashlib.sha256(f"stamps/{family}".encode()).digest()[:8], "little") / 2**64
-
-
-def _known(what: str, given: Sequence[str], known: Sequence[str]) -> None:
-    unknown = [name for name in given if name not in known]
-    if unknown:
-        raise ValueError(f"{what}: {unknown[0]!r} is not one of {', '.join(known)}")

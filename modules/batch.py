@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+#: Behind the name of a modality: its hard negatives.
+NEGATIVE = "_neg"
+
 
 @dataclass
 class Batch:
@@ -68,6 +71,18 @@ class Batch:
     def count(self, *modalities: str) -> Tensor:
         """Int64 scalar: rows of the *whole optimizer step* where all of ``modalities`` are present."""
         return _all(self.step, modalities).sum()
+
+    def negatives(self) -> Batch:
+        """The hard negatives as a batch of their own: what is ``text_neg`` here is ``text`` there, and nothing else is.
+
+        A hard negative is what nearly fits a sample and is wrong of it; its input, and whatever else it needs, has the
+        name of what it stands beside with ``_neg`` behind it, and so has its presence.
+        """
+        inputs, present, step = (
+            {name.removesuffix(NEGATIVE): x for name, x in tensors.items() if name.endswith(NEGATIVE)}
+            for tensors in (self.inputs, self.present, self.step)
+        )
+        return Batch(inputs, present, self.targets, self.index, self.key, self.source, self.draw, step)
 
     def select(self, rows: Tensor | slice) -> Batch:
         """The sub-batch of some rows; ``step`` still describes the whole optimizer step."""

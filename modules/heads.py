@@ -104,6 +104,69 @@ class AttentionPool(Pool):
         return self.out(h_BH1d.reshape(B, D)).masked_fill(~some_B1, 0.0)
 
 
+class FlattenPool(Pool):
+    """``h_b = W vec(h_bTD)``: a weight of its own for every place, so what is where is not averaged away.
+
+    For towers that always give the same tokens, such as those of pictures; a token that is not real counts as zeros.
+
+    Args:
+        tokens: T.
+        width: D of the tokens, and of the outcome.
+
+    Raises:
+        ValueError: in forward, for another number of tokens.
+
+    >>> pool, h_BTD = FlattenPool(tokens=2, width=1), torch.tensor([[[1.0], [3.0]]])
+    >>> everything = torch.ones(1, 2, dtype=torch.bool)
+    >>> bool(pool(Tokens(h_BTD, everything)) == pool(Tokens(h_BTD.flip(1), everything)))
+    False
+    """
+
+    def __init__(self, tokens: int, width: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.linear = nn.Linear(tokens * width, width)
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        h_BTD, mask_BT = tokens
+        if h_BTD.shape[1] != self.tokens:
+            raise ValueError(f"tokens {self.tokens}: this tower gives {h_BTD.shape[1]}")
+        h_BD = self.linear(h_BTD.masked_fill(~mask_BT[..., None], 0.0).flatten(1))
+        return h_BD.masked_fill(~mask_BT.any(dim=1, keepdim=True), 0.0)
+
+
+class Pools(nn.ModuleDict):
+    """One optional pool a modality, the mean of the tokens for the others. A class, not a dict, so that a second YAML
+    that names one pool keeps the others.
+
+    Args:
+        image, text, audio, video, depth, volume, bands, table: as in ``Towers``.
+
+    >>> pools = Pools(text=LastPool())
+    >>> type(pools.of("text")).__name__, type(pools.of("image")).__name__
+    ('LastPool', 'MeanPool')
+    """
+
+    def __init__(
+        self,
+        image: Pool | None = None,
+        text: Pool | None = None,
+        audio: Pool | None = None,
+        video: Pool | None = None,
+        depth: Pool | None = None,
+        volume: Pool | None = None,
+        bands: Pool | None = None,
+        table: Pool | None = None,
+    ) -> None:
+        given = dict(
+            image=image, text=text, audio=audio, video=video, depth=depth, volume=volume, bands=bands, table=table
+        )
+        super().__init__({name: pool for name, pool in given.items() if pool is not None})
+
+    def of(self, modality: str) -> nn.Module:
+        return self[modality] if modality in self else MeanPool()
+
+
 class Projection(nn.Module):
     """``z = W_n act(... act(W_1 norm(h) + b_1) ...)``: optional LayerNorm, then a linear map or small MLP.
 

@@ -116,6 +116,29 @@ def balanced_accuracy(predicted_N: Tensor, label_N: Tensor, classes: int) -> Ten
     return (right_C / count_C)[count_C > 0].mean()
 
 
+def swap_accuracy(
+    score_N: Tensor, score_neg_N: Tensor, kind_N: Tensor, tolerance: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """How often a score is above that of the hard negative, and how often they are the same.
+
+        accuracy = mean over the kinds of negatives that occur of  mean_n [s_n > s'_n] + [s_n ~ s'_n] / 2
+
+    Scores within ``tolerance`` are the same; nan is a miss and no tie. Chance is 1/2, and a model that cannot tell
+    the two apart has it exactly; both are nan without rows.
+
+    Shapes: ``score_N, score_neg_N`` floats, ``kind_N`` int64 ``-> [], []``.
+
+    >>> score_N, score_neg_N = torch.tensor([0.9, 0.5, 0.5, 0.1]), torch.tensor([0.1, 0.5, 0.2, 0.2])
+    >>> [float(x) for x in swap_accuracy(score_N, score_neg_N, torch.tensor([0, 0, 0, 1]))]
+    [0.4166666666666667, 0.25]
+    """
+    tie_N = (score_N - score_neg_N).abs() <= tolerance
+    hit_N = ((score_N > score_neg_N) & ~tie_N).double() + tie_N.double() / 2
+    count_C = kind_N.bincount()
+    sum_C = torch.zeros(len(count_C), dtype=hit_N.dtype, device=hit_N.device).index_add_(0, kind_N, hit_N)
+    return (sum_C / count_C)[count_C > 0].mean(), tie_N.double().mean()
+
+
 def matched_rows(present_a_N: Tensor, present_b_N: Tensor, key_N: Tensor) -> tuple[Tensor, Tensor]:
     """The P positive pairs of two modalities: a row with itself, or with the first row of its key that has b.
 

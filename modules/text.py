@@ -1,11 +1,12 @@
-"""Text to token ids: a pretrained model's tokenizer, a byte-pair encoding file, or hashed character n-grams; and how
-pieces become one row.
+"""Text to token ids: a pretrained model's tokenizer, a byte-pair encoding file, a list of words, or hashed character
+n-grams; and how pieces become one row.
 
 Letters: N texts, T tokens.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -189,6 +190,38 @@ class Pretrained(Codec):
             )
         room = self.length - len(self.begin) - len(self.end)
         return self._filled([*self.begin, *ids[:room], *self.end])
+
+
+class Words(Codec):
+    """One id a word of a closed list, in the order of the text: for small worlds that are written about in few words.
+
+    Args:
+        words: all that there are, in the order of their ids.
+        length: T, tokens of a row.
+
+    Raises:
+        ValueError: for a word twice, or nothing; in ``ids``, for a word that is not in the list.
+
+    >>> codec = Words(["the", "fox", "apple"], length=6)
+    >>> codec.row([codec.ids("The fox")]), codec.vocabulary
+    ([1, 8, 9, 2, 0, 0], 11)
+    """
+
+    def __init__(self, words: Sequence[str], length: int = 16) -> None:
+        super().__init__(length)
+        self.known = {word: SPECIAL + k for k, word in enumerate(words)}
+        if len(self.known) != len(words) or not words:
+            twice = [word for word in self.known if list(words).count(word) > 1]
+            raise ValueError(f"words: {twice[0]!r} is there twice" if twice else "words: none given")
+        self.vocabulary, self.comma = SPECIAL + len(words), []
+
+    def encode(self, text: str) -> list[int]:
+        words = re.findall(r"\w+", text.lower())
+        unknown = next((word for word in words if word not in self.known), None)
+        if unknown is not None:
+            near = "".join(f"; nearest: {word}" for word in difflib.get_close_matches(unknown, self.known, n=1))
+            raise ValueError(f"{unknown!r} is none of the {len(self.known)} words of this codec{near}")
+        return [self.known[word] for word in words]
 
 
 class Ngrams(Codec):

@@ -4,12 +4,15 @@ Claim: two (or more) towers trained so that what belongs together lies together 
 labelled with.
 
     z_m = normalise(head_m(pool(tower_m(x_m))))          for every modality m that is present
-    loss = sum over pairs (a, b): pair loss(z_a, z_b)    InfoNCE or SigLIP, with in-batch negatives
+    z_text = normalise(z_text + 0.2 knowledge(triples))  of a scene graph, where asked for (Structure-CLIP)
+    loss = sum over pairs (a, b): pair loss(z_a, z_b)    InfoNCE, SigLIP or a hinge, with in-batch negatives
          + the intra-modal term of two views             SLIP, where asked for
+         + the term of hard negatives of the data        Structure-CLIP, where asked for
 
 What differs from CLIP (Radford 2021): any set of pairs, each with its own scale; samples of equal content are not each
 other's negatives; an absent modality is left out exactly, as row and as negative, and costs no compute.
-Source: arXiv 2103.00020 (CLIP), 2303.15343 (SigLIP), 2112.12750 (SLIP). Letters: B samples, D width.
+Source: arXiv 2103.00020 (CLIP), 2303.15343 (SigLIP), 2112.12750 (SLIP), 2305.06152 (Structure-CLIP).
+Letters: B samples, D width, K triples, W tokens of a triple's element.
 """
 
 from __future__ import annotations
@@ -23,12 +26,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.modules.batch import Batch
-from descant.modules.heads import MeanPool, Pool, Projection
+from descant.modules.batch import NEGATIVE, Batch
+from descant.modules.heads import MeanPool, Pool, Pools, Projection
 from descant.modules.losses import ContrastiveLoss, InfoNCE, Intra
 from descant.modules.losses.contrastive import promote
+from descant.modules.negatives import Negatives
 from descant.modules.objective import Term
+from descant.modules.text import require_fit
 from descant.modules.towers import Towers
+from descant.modules.triples import TripleEncoder
 from descant.recipes.base import Recipe
 
 
@@ -40,8 +46,10 @@ class Contrastive(Recipe):
         width: of the shared embedding space.
         pairs: which modalities meet, such as [[image, text]]; all of them where not given.
         loss: of one pair; every pair gets its own copy (its own scale).
-        pool: tokens to one vector, a copy for each modality.
+        pool: tokens to one vector, a copy for each modality; or one a modality.
         intra: a term between two views of one modality, or none.
+        negatives: a term with the hard negatives that the data has of one modality (``text_neg``), or none.
+        knowledge: of the triples of a scene graph, added to the texts and to their hard negatives alike, or none.
     """
 
     in_batch_negatives = True
@@ -52,17 +60,26 @@ class Contrastive(Recipe):
         width: int = 128,
         pairs: list[list[str]] | None = None,
         loss: ContrastiveLoss | None = None,
-        pool: Pool | None = None,
+        pool: Pool | Pools | None = None,
         intra: Intra | None = None,
+        negatives: Negatives | None = None,
+        knowledge: TripleEncoder | None = None,
         **kwargs: object,
     ) -> None:
         super().__init__(**kwargs)  # type: ignore[arg-type]  # the base's own typed arguments
         self.towers = towers
         self.pairs = _pairs(pairs, tuple(towers))
-        self.pools = nn.ModuleDict({m: copy.deepcopy(pool or MeanPool()) for m in towers})
+        self.pools = nn.ModuleDict(
+            {m: pool.of(m) if isinstance(pool, Pools) else copy.deepcopy(pool or MeanPool()) for m in towers}
+        )
         self.heads = nn.ModuleDict({m: Projection(towers.width(m), width) for m in towers})
         self.losses = nn.ModuleDict({name: copy.deepcopy(loss or InfoNCE()) for name in self.pairs})
-        self.intra = intra
+        self.intra, self.negatives, self.knowledge = intra, negatives, knowledge
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if self.knowledge is not None:
+            require_fit(self.trainer.datamodule.codec, self.knowledge, "knowledge")  # type: ignore[attr-defined]
 
     def features(self, x: Tensor, modality: str) -> Tensor:
         """``[B, ...] -> h_BD``: tower and pool."""
@@ -88,21 +105,36 @@ class Contrastive(Recipe):
         return torch.where(present_B[:, None], z_BD, torch.zeros_like(z_BD))
 
     def embed(self, batch: Batch) -> dict[str, Tensor]:
-        modalities = [m for m in self.towers if m in batch.inputs]
-        return {m: self.project(self.present_features(batch, m), m, batch.present[m]) for m in modalities}
+        return self.together({m: self.present_features(batch, m) for m in self.towers if m in batch.inputs}, batch)
+
+    def together(self, h: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Modality -> ``z_BD`` in the shared space, of its features ``h_BD``."""
+        z = {m: self.project(h_BD, m, batch.present[m]) for m, h_BD in h.items()}
+        if self.knowledge is not None and "text" in z and "triples" in batch.inputs:
+            triples_BK3W = batch.inputs["triples"].masked_fill(~batch.present["text"][:, None, None, None], 0)
+            z["text"] = self.knowledge(z["text"], triples_BK3W)
+        return z
 
     @property
     def forks(self) -> Mapping[str, tuple[str, ...]]:
         """Modality -> the terms that share its embedding."""
-        return {m: tuple(name for name, pair in self.pairs.items() if m in pair) for m in self.towers}
+        pairs = self.pairs if self.negatives is None else {**self.pairs, self.negatives.name: self.negatives.pair}
+        return {m: tuple(name for name, pair in pairs.items() if m in pair) for m in self.towers}
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The inputs that the terms need."""
+        own = (*self.towers, *(("triples",) if self.knowledge is not None else ()))
+        if self.negatives is None:
+            return own
+        return (*own, *(m + NEGATIVE for m in own if m in (self.negatives.pair[1], "triples")))
 
     def terms(self, batch: Batch) -> dict[str, Term]:
-        missing = [m for m in self.towers if m not in batch.inputs]
+        missing = [m for m in self.reads if m not in batch.inputs]
         if missing:
             raise ValueError(f"the data has no modality {missing[0]!r}, only {', '.join(batch.inputs)}")
         h = {m: self.present_features(batch, m) for m in self.towers}
-        z = {m: self.project(h_BD, m, batch.present[m]) for m, h_BD in h.items()}
-        copies = {m: self.step.fork(z_BD, self.forks[m]) for m, z_BD in z.items()}
+        copies = {m: self.step.fork(z_BD, self.forks[m]) for m, z_BD in self.together(h, batch).items()}
         terms = {}
         for name, (a, b) in self.pairs.items():
             valid_B = batch.both(a, b)
@@ -115,6 +147,11 @@ class Contrastive(Recipe):
             h_2_BD = self.present_features(batch, m, view="@2")
             value_B = self.intra(h[m], h_2_BD, batch.key, batch.present[m])
             terms[f"{m}-{m}"] = Term(value_B, valid=batch.present[m], given=(m,))
+        if self.negatives is not None:
+            name, (a, b), valid_B = self.negatives.name, self.negatives.pair, batch.both(*self.negatives.given)
+            z_neg_BD = self.embed(batch.negatives())[b]  # as its positive: the same towers, and knowledge of its own
+            value_B = self.negatives(copies[a][name], copies[b][name], z_neg_BD, batch.draw, valid_B)
+            terms[name] = Term(value_B, valid=valid_B, given=self.negatives.given)
         return terms
 
 

@@ -71,6 +71,7 @@ def test_every_overlay_trains_on_one_base(path: Path, cli: Any) -> None:
 
 # machines -------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("machine", ["on/cpu", "on/slurm"])
 def test_machines_of_one_process(machine: str, cli: Any) -> None:
     two_steps(cli, "contrastive/emoji", machine)

@@ -13,8 +13,16 @@ from descant.callbacks.resume import AGREE_STEPS, CODES
 from tests.torture import Case, differences, wait
 
 #: Phase -> the step in which the run is held there, and the steps done when it stops: saves are at 3, 6 and so on, the
-#: validation is after 14, and a signal that comes inside a save waits for the next safe point.
-PHASES = {"forward": (4, 5), "backward": (7, 8), "optimizer": (8, 9), "validation": (14, 14), "saving": (6, 7)}
+#: validation is after 14, and a signal that comes inside a save waits for the next safe point. The last step has none
+#: after it: the run is over, and what is written at its end is written by the one that resumes it.
+PHASES = {
+    "forward": (4, 5),
+    "backward": (7, 8),
+    "optimizer": (8, 9),
+    "validation": (14, 14),
+    "saving": (6, 7),
+    "optimizer-last": (16, 17),
+}
 STEPS = ("--trainer.max_epochs", "-1", "--trainer.max_steps", "17")
 slow = pytest.mark.slow
 #: In the tests of every day: one phase of each signal.
@@ -35,7 +43,7 @@ def stop(case: Case, name: str, number: signal.Signals, phase: str, rank: int = 
     def held() -> list[Path]:
         return list(case.folder(name).glob("held-*"))
 
-    with case.start(name, HOLD=f"{phase}:{PHASES[phase][0]}:{rank}") as run:
+    with case.start(name, HOLD=f"{phase.split('-')[0]}:{PHASES[phase][0]}:{rank}") as run:
         wait(lambda: run.code() is not None or held(), f"{name} was not held in {phase}")
         for file in held():
             os.kill(int(file.name.removeprefix("held-")), number)

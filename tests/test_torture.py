@@ -161,4 +161,5 @@ def test_what_a_killed_save_leaves_is_seen(tmp_path: Path) -> None:
 
 def test_where_the_kills_fell_is_one_line() -> None:
     hits = [Hit(3, saving=True, ending=False), Hit(14, saving=False, ending=True)]
-    assert told(hits) == "killed after steps 3s 14e: 1 inside a save (s), 1 within a step of an epoch's end (e)"
+    where = "1 inside a save (s), 1 within a step of an epoch's or the run's end (e)"
+    assert told(hits) == f"killed after steps 3s 14e: {where}"

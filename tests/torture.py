@@ -267,7 +267,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Hit:
-    """Where a kill fell: after how many steps, whether inside a save, and within a step of the end of an epoch."""
+    """Where a kill fell: after how many steps, if inside a save, if within a step of an epoch's or the run's end."""
 
     step: int
     saving: bool
@@ -483,9 +483,9 @@ def torture(case: Case, kills: int, seed: int) -> tuple[list[Hit], list[str]]:
 
 
 def told(hits: Sequence[Hit]) -> str:
-    """One line, such as "killed after steps 3s 14e: 1 inside a save (s), 1 within a step of an epoch's end (e)"."""
+    """One line: the steps, ``s`` for inside a save and ``e`` for within a step of an end, and how many there are."""
     saving, ending = sum(each.saving for each in hits), sum(each.ending for each in hits)
-    where = f"{saving} inside a save (s), {ending} within a step of an epoch's end (e)"
+    where = f"{saving} inside a save (s), {ending} within a step of an epoch's or the run's end (e)"
     return f"killed after steps {' '.join(map(str, hits))}: {where}"
 
 

@@ -1,6 +1,7 @@
 """Losses: pure functions of tensors, one value a sample."""
 
 from descant.modules.losses.contrastive import ContrastiveLoss, InfoNCE, Intra, SigLIP
+from descant.modules.losses.hinge import HardestInBatchHinge, PairMarginLoss
 from descant.modules.losses.ring import RingSigLIP
 
-__all__ = ["ContrastiveLoss", "InfoNCE", "Intra", "RingSigLIP", "SigLIP"]
+__all__ = ["ContrastiveLoss", "HardestInBatchHinge", "InfoNCE", "Intra", "PairMarginLoss", "RingSigLIP", "SigLIP"]

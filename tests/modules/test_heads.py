@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from descant.modules.heads import AttentionPool, FirstPool, LastPool, MeanPool, Projection
+from descant.modules.heads import AttentionPool, FirstPool, FlattenPool, LastPool, MeanPool, Pools, Projection
 from descant.modules.towers import Tokens
 
 H_BTD = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
 MASK_BT = torch.tensor([[1, 1, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
-POOLS = [MeanPool(), FirstPool(), LastPool(), AttentionPool(8, 2)]
+POOLS = [MeanPool(), FirstPool(), LastPool(), AttentionPool(8, 2), FlattenPool(4, 8)]
 
 
 @pytest.mark.parametrize("pool", POOLS, ids=lambda p: type(p).__name__)
@@ -39,6 +39,25 @@ def test_values():
     torch.testing.assert_close(MeanPool()(tokens)[0], H_BTD[0, :3].mean(dim=0))
     assert torch.equal(FirstPool()(tokens)[:2], torch.stack([H_BTD[0, 0], H_BTD[1, 1]]))
     assert torch.equal(LastPool()(tokens)[:2], torch.stack([H_BTD[0, 2], H_BTD[1, 1]]))
+
+
+def test_a_flat_pool_knows_what_is_where():
+    pool, real_BT = FlattenPool(4, 8), torch.ones(3, 4, dtype=torch.bool)
+    h_BD = pool(Tokens(H_BTD, real_BT))
+    w_DTD = pool.linear.weight.view(8, 4, 8)
+    torch.testing.assert_close(h_BD, torch.einsum("dte,bte->bd", w_DTD, H_BTD) + pool.linear.bias)
+    turned_BD = pool(Tokens(H_BTD.flip(1), real_BT))
+    assert (turned_BD - h_BD).abs().max() > 0.1
+    torch.testing.assert_close(MeanPool()(Tokens(H_BTD.flip(1), real_BT)), MeanPool()(Tokens(H_BTD, real_BT)))
+    with pytest.raises(ValueError, match="tokens 5: this tower gives 4"):
+        FlattenPool(5, 8)(Tokens(H_BTD, real_BT))
+
+
+def test_pools_of_modalities():
+    text = LastPool()
+    pools = Pools(text=text)
+    assert pools.of("text") is text
+    assert isinstance(pools.of("image"), MeanPool) and pools.of("image") is not pools.of("audio")
 
 
 def test_one_token_is_its_own_attention_pool():

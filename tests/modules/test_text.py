@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from descant.datamodules.emoji import PACK
-from descant.modules.text import BOS, EOS, PAD, SPECIAL, Bpe, Ngrams, Pretrained, require_fit
+from descant.modules.text import BOS, EOS, PAD, SPECIAL, Bpe, Ngrams, Pretrained, Words, require_fit
 from descant.modules.towers import BagTower, Frozen, TextTower, TransformersTower
 
 BPE = PACK / "tokenizer.json"
@@ -32,6 +32,25 @@ def test_ngrams_by_hand() -> None:
     assert min(codec.ids("any words at all, in 1 row")) >= SPECIAL
     assert max(Ngrams(n=3, buckets=50).ids("any words at all, in 1 row")) < 50
     assert codec.ids("né 日本") == codec.ids("NÉ 日本")
+
+
+def test_words_keep_their_order_and_their_number() -> None:
+    codec = Words(["the", "fox", "is", "left", "of", "apple"], length=12)
+    there, back = (codec.ids(f"The {a} is left of the {b}") for a, b in (("fox", "apple"), ("apple", "fox")))
+    assert there == [SPECIAL + k for k in (0, 1, 2, 3, 4, 0, 5)]
+    assert there != back and sorted(there) == sorted(back)
+    assert codec.row([there]) == [BOS, *there, EOS, PAD, PAD, PAD]
+    assert codec.vocabulary == 1 + max(codec.ids("apple"))
+    for text, line in (
+        ("foxx", "'foxx' is none of the 6 words of this codec; nearest: fox"),
+        ("q", "'q' is none .* codec$"),
+    ):
+        with pytest.raises(ValueError, match=line):
+            codec.ids(text)
+    with pytest.raises(ValueError, match="words: 'fox' is there twice"):
+        Words(["fox", "the", "fox"])
+    with pytest.raises(ValueError, match="words: none given"):
+        Words([])
 
 
 def test_relatives_share_what_strangers_do_not() -> None:

@@ -1,0 +1,105 @@
+"""Hinges: a sample's positive must win by a margin, over its own hard negative or over the hardest of the batch.
+
+Letters: B samples on this rank, G samples on all ranks, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from descant.modules.losses.contrastive import ContrastiveLoss, gathered_excluded, promote
+from descant.modules.losses.ranks import first_row, gather_both, world
+
+
+class PairMarginLoss(nn.Module):
+    """``value_b = max(0, margin + z_a_b . z_neg_b - z_a_b . z_b_b)``: no sample sees another.
+
+    The second term of Structure-CLIP (Huang 2023, arXiv 2305.06152).
+
+    Args:
+        margin: by how much the positive's cosine has to win; the paper's 0.1.
+
+    Raises:
+        ValueError: if ``margin`` is negative.
+
+    Shapes: unit-length ``z_a_BD, z_b_BD, z_neg_BD -> value_B``.
+
+    >>> z_a, z_b, z_neg = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8]]), torch.tensor([[0.8, 0.6]])
+    >>> round(PairMarginLoss(margin=0.1)(z_a, z_b, z_neg).item(), 4), PairMarginLoss()(z_a, z_a, z_neg).item() < 0.1
+    (0.3, True)
+    """
+
+    def __init__(self, margin: float = 0.1) -> None:
+        super().__init__()
+        self.margin = _checked(margin)
+
+    def forward(self, z_a_BD: Tensor, z_b_BD: Tensor, z_neg_BD: Tensor) -> Tensor:
+        with torch.autocast(z_a_BD.device.type, enabled=False):
+            a_BD, b_BD, neg_BD = promote(z_a_BD), promote(z_b_BD), promote(z_neg_BD)
+            return F.relu(self.margin + (a_BD * neg_BD).sum(dim=1) - (a_BD * b_BD).sum(dim=1))
+
+
+class HardestInBatchHinge(ContrastiveLoss):
+    """``value_b = max_g [m + z_a_b.z_b_g - p_b]+ + max_g [m + z_b_b.z_a_g - p_b]+`` with ``p_b = z_a_b.z_b_b``.
+
+    g runs over all other samples but those of equal key and the absent; without any the value is 0 (Faghri 2018,
+    VSE++, arXiv 1707.05612; the first term of Structure-CLIP). While it warms up, the direction from b to a takes the
+    mean over g instead of the maximum, which a tower without any order yet would follow into collapse.
+
+    What differs from Structure-CLIP's release: there the margin is 0.2 whatever is asked for, and the mean counts the
+    positive as one of the negatives.
+
+    Args:
+        margin: m, of cosines; the paper's 0.2.
+        warmup: steps of training with the mean (the paper's 100; here none unless asked for). The steps are counted in
+            the checkpoint.
+
+    Raises:
+        ValueError: if ``margin`` or ``warmup`` is negative.
+
+    Shapes: unit-length ``z_a_BD, z_b_BD``, ``key_B`` int64, ``valid_B`` bool ``-> value_B``.
+
+    >>> z = torch.tensor([[1.0, 0.0], [0.6, 0.8]])  # 0.2 + 0.6 - 1 is no violation, 0.5 + 0.6 - 1 is one each way
+    >>> key, valid = torch.arange(2), torch.ones(2, dtype=torch.bool)
+    >>> [[round(v, 4) for v in HardestInBatchHinge(m)(z, z, key, valid).tolist()] for m in (0.2, 0.5)]
+    [[0.0, 0.0], [0.2, 0.2]]
+    """
+
+    def __init__(self, margin: float = 0.2, warmup: int = 0) -> None:
+        super().__init__()
+        if warmup < 0:
+            raise ValueError(f"warmup {warmup}: steps, 0 or more")
+        self.margin, self.warmup = _checked(margin), warmup
+        self.steps: Tensor
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def forward(self, z_a_BD: Tensor, z_b_BD: Tensor, key_B: Tensor, valid_B: Tensor) -> Tensor:
+        with torch.autocast(z_a_BD.device.type, enabled=False):
+            a_BD, b_BD = promote(z_a_BD), promote(z_b_BD)
+            out_BG, first = gathered_excluded(key_B, valid_B), first_row(len(key_B))
+            a_GD, b_GD = gather_both(a_BD, b_BD)
+            ab_BG = a_BD @ b_GD.T
+            ba_BG = ab_BG.T if world() == 1 else b_BD @ a_GD.T
+            positive_B1 = ab_BG.diagonal(first)[:, None]
+            out_BG.diagonal(first).fill_(True)  # the positive is none of its own negatives
+            over_ab_BG, over_ba_BG = (
+                F.relu(self.margin + x_BG - positive_B1).masked_fill(out_BG, 0.0) for x_BG in (ab_BG, ba_BG)
+            )
+            if self._warming():
+                return over_ab_BG.amax(dim=1) + over_ba_BG.sum(dim=1) / (~out_BG).sum(dim=1).clamp(min=1)
+            return over_ab_BG.amax(dim=1) + over_ba_BG.amax(dim=1)
+
+    def _warming(self) -> bool:
+        if not self.warmup or not self.training:
+            return False
+        with torch.no_grad():
+            self.steps += 1
+        return int(self.steps) <= self.warmup
+
+
+def _checked(margin: float) -> float:
+    if margin < 0:
+        raise ValueError(f"margin {margin}: 0 or more, of cosines; such as 0.2")
+    return margin

@@ -1,0 +1,49 @@
+"""Hard negatives that come with the data, as a term of their own. Letters: B samples, D width."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from descant.modules.batch import NEGATIVE
+from descant.modules.losses.hinge import PairMarginLoss
+from descant.modules.sham import Sham
+
+
+class Negatives(nn.Module):
+    """The term of hard negatives that come with the data: ``value_b = loss(z_a_b, z_b_b, z_neg_b)``.
+
+    The data says what is a hard negative of ``b`` (``inputs["text_neg"]``, a caption that is false of the picture), and
+    who has one (``present["text_neg"]``). As a sham every picture gets the hard negative of another one.
+
+    Args:
+        pair: who judges, and whose hard negatives there are.
+        loss: of one sample; where not given a hinge of margin 0.1.
+        sham: ``permute`` for the control.
+
+    Raises:
+        ValueError: if ``pair`` is not two modalities.
+
+    Shapes: ``z_a_BD, z_b_BD, z_neg_BD``, ``draw_B`` int64, ``valid_B`` bool (all three are there) ``-> value_B``.
+
+    >>> z_BD, everyone_B = torch.eye(2), torch.ones(2, dtype=torch.bool)
+    >>> [Negatives(sham=s)(z_BD, z_BD.flip(0), z_BD, torch.arange(2), everyone_B).tolist() for s in (None, "permute")]
+    [[1.100000023841858, 1.100000023841858], [0.10000000149011612, 0.10000000149011612]]
+    """
+
+    def __init__(
+        self,
+        pair: tuple[str, str] = ("image", "text"),
+        loss: PairMarginLoss | None = None,
+        sham: Literal["permute"] | None = None,
+    ) -> None:
+        super().__init__()
+        if len(set(pair)) != 2:
+            raise ValueError(f"pair: {list(pair)}: not two modalities; such as [image, text]")
+        self.pair, self.loss, self.sham = (pair[0], pair[1]), loss or PairMarginLoss(), Sham(sham)
+        #: of the term, and the modalities that a sample of it has to have
+        self.name, self.given = f"{pair[0]}-{pair[1]}/negative", (*self.pair, pair[1] + NEGATIVE)
+
+    def forward(self, z_a_BD: Tensor, z_b_BD: Tensor, z_neg_BD: Tensor, draw_B: Tensor, valid_B: Tensor) -> Tensor:
+        return self.loss(z_a_BD, z_b_BD, self.sham(z_neg_BD, draw_B, valid_B))

@@ -1,0 +1,59 @@
+"""The control of a method: the same code, in which samples are handed what belongs to others.
+
+Letters: B samples on this rank, G samples on all ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from descant.modules.losses.ranks import first_row, gather
+from descant.modules.random import mix_N
+
+
+class Sham(nn.Module):
+    """``x_b``, or ``x_pi(b)`` where the mode is ``permute``: what a method goes by, or the same of other samples.
+
+    A part that scores, weighs or chooses samples passes its signal through one of these and takes ``sham: permute``
+    from YAML: all that its control does differently is who gets which signal. Both count their ``calls``, so that a
+    test can hold that both ran the same code as often.
+
+    Args:
+        mode: ``permute``, or none for the method itself.
+
+    Shapes: ``x_B [B, ...]``, ``draw_B`` int64, ``valid_B`` bool ``-> [B, ...]``, of the same dtype; gradients go to the
+    rows that the values came from.
+
+    >>> x_B, draw_B = torch.tensor([1.0, 2.0, 3.0]), torch.arange(3)
+    >>> method, control = Sham(), Sham("permute")
+    >>> method(x_B, draw_B).tolist(), control(x_B, draw_B).tolist(), method.calls, control.calls
+    ([1.0, 2.0, 3.0], [3.0, 1.0, 2.0], 1, 1)
+    """
+
+    def __init__(self, mode: Literal["permute"] | None = None) -> None:
+        super().__init__()
+        self.mode, self.calls = mode, 0
+
+    def forward(self, x_B: Tensor, draw_B: Tensor, valid_B: Tensor | None = None) -> Tensor:
+        self.calls += 1
+        return x_B if self.mode is None else self.permute(x_B, draw_B, valid_B)
+
+    @staticmethod
+    def permute(x_B: Tensor, draw_B: Tensor, valid_B: Tensor | None = None) -> Tensor:
+        """``x_pi(b)``: in the order of ``mix(draw, "sham")`` over all ranks, each row takes what the next one has.
+
+        One cycle, so no row keeps its own (unless it is alone), and a pure function of the samples' draw keys: neither
+        the order of the rows nor their ranks matter. Rows that are not valid neither give nor take.
+        """
+        valid_B = torch.ones_like(draw_B, dtype=torch.bool) if valid_B is None else valid_B
+        draw_G, valid_G = gather(torch.stack([draw_B, valid_B.to(draw_B.dtype)], dim=1)).unbind(dim=1)
+        turn_G = torch.from_numpy(mix_N(draw_G, "sham")).to(x_B.device)
+        rows_V = valid_G.nonzero().squeeze(1)
+        cycle_V = rows_V[turn_G[rows_V].argsort(stable=True)]
+        source_G = torch.arange(len(draw_G), device=x_B.device)
+        source_G[cycle_V] = cycle_V.roll(-1)
+        first = first_row(len(x_B))
+        return gather(x_B)[source_G[first : first + len(x_B)]]
