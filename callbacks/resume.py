@@ -239,6 +239,12 @@ class Resume(L.Callback):
         if code:
             raise Stopped(code, self._path(trainer), trainer.global_step)
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._loaded is not None:  # the run had ended, but perhaps not told its end: now it does, by what was saved
+            trainer._logger_connector._callback_metrics.update(self._loaded["metrics"])
+            # Lightning counts an epoch that max_steps ends as a whole one
+            trainer.fit_loop.epoch_progress.current.completed += bool(self._loaded["batch"])
+
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.signals.remove()
 

@@ -15,7 +15,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from descant import manifest, runs
+from descant import elastic, manifest, runs
 from descant.arguments import Request
 from descant.callbacks.nonfinite import RollBack
 from descant.callbacks.resume import Stopped
@@ -222,6 +222,7 @@ def run(request: Request) -> int:
     """
     quieten()
     enforce(request.trust)
+    elastic.own_store()
     if request.trust and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a trusted module is mostly the user's own file; last, so that it hides none
     if request.command != "check" and request.option("run") and not request.configs:
@@ -236,7 +237,8 @@ def run(request: Request) -> int:
     except Stopped as stop:
         if cli.trainer.is_global_zero:
             say(f"{stop}; --resume auto goes on there")
-        return stop.code
+        # the rank that launched this one answers for both, and is killed where this one fails before it has ended
+        return 0 if runs.launched() else stop.code
     except Checked:
         print("\n".join(cli.checking.lines) if cli.checking else "")
     except SystemExit as stop:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from descant import manifest, runs
+from descant import elastic, manifest, runs
 from descant.errors import fail, say
 from descant.runs import Run
 
@@ -21,7 +21,8 @@ def for_fit(root: Path, name: str, run: str | None, resume: str) -> Run:
     """
     if resume not in ("never", "auto"):
         return runs.allocate(root / name, checkpoint=str(_point(root, resume).resolve()))
-    folder = runs.existing(root, run) if run else runs.latest(root, name)
+    before = elastic.begun(root / name)
+    folder = runs.existing(root, run) if run else before or runs.latest(root, name)
     if resume == "never":
         if run:
             fail(f"--run {run}: a run is there; --resume auto continues it, and without --run a new one starts")
@@ -38,8 +39,9 @@ def for_fit(root: Path, name: str, run: str | None, resume: str) -> Run:
     if run:
         fail(f"--run {run}: it has no {_none(skipped)}")
     _tell(skipped)
-    # a job that is queued again has one folder, also where it was stopped before it saved anything
-    new = Run(folder, fresh=False) if folder is not None and runs.identity() is not None else runs.allocate(root / name)
+    # what is started again by a cluster or torchrun has one folder, also where it ended before it saved anything
+    again = before is not None or runs.identity() is not None
+    new = Run(folder, fresh=False) if folder is not None and again else runs.allocate(root / name)
     what = "valid resume point" if skipped else "resume point yet"
     say(f"--resume auto: {name} has no {what}; starting {_shown(new.folder)}")
     return new

@@ -54,6 +54,11 @@ def rank(environment: Mapping[str, str] = os.environ) -> int:
     return 0
 
 
+def launched() -> bool:
+    """Whether another rank started this process."""
+    return rank() > 0 and INHERITED in os.environ
+
+
 def identity(environment: Mapping[str, str] = os.environ) -> str | None:
     """What a requeued job is known by: its SLURM job id (and array task); None outside SLURM."""
     if "SLURM_ARRAY_JOB_ID" in environment:
