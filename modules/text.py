@@ -209,9 +209,10 @@ class Words(Codec):
 
     def __init__(self, words: Sequence[str], length: int = 16) -> None:
         super().__init__(length)
+        self.words = tuple(words)
         self.known = {word: SPECIAL + k for k, word in enumerate(words)}
         if len(self.known) != len(words) or not words:
-            twice = [word for word in self.known if list(words).count(word) > 1]
+            twice = [word for word in self.known if self.words.count(word) > 1]
             raise ValueError(f"words: {twice[0]!r} is there twice" if twice else "words: none given")
         self.vocabulary, self.comma = SPECIAL + len(words), []
 

@@ -159,20 +159,18 @@ class Lab:
                 raise TimeoutError(f"{what}: not within {seconds} s\n{self.sh('squeue', ok=False)}")
             time.sleep(0.2)
 
-    def kill_node(self, n: int, process: int) -> None:
-        """The node is gone without a word: its link is cut, or its daemon is killed, and the rank that ran there."""
-        if self.separate:
-            subprocess.run(["ip", "-n", f"{self.tag}-ctl", "link", "set", f"v{n}", "down"], check=True)
-        else:
-            self.daemons[f"slurmd{n}"].kill()
-            self.daemons[f"slurmd{n}"].wait()
-            os.kill(process, signal.SIGKILL)
+    def cut_link(self, n: int) -> None:
+        """The node lives on, and nobody hears of it."""
+        subprocess.run(["ip", "-n", f"{self.tag}-ctl", "link", "set", f"v{n}", "down"], check=True)
 
-    def revive_node(self, n: int) -> None:
-        if self.separate:
-            subprocess.run(["ip", "-n", f"{self.tag}-ctl", "link", "set", f"v{n}", "up"], check=True)
-        else:
-            self.start_node(n)
+    def mend_link(self, n: int) -> None:
+        subprocess.run(["ip", "-n", f"{self.tag}-ctl", "link", "set", f"v{n}", "up"], check=True)
+
+    def kill_node(self, n: int, process: int) -> None:
+        """The node's daemon is gone without a word, and the rank that ran there."""
+        self.daemons[f"slurmd{n}"].kill()
+        self.daemons[f"slurmd{n}"].wait()
+        os.kill(process, signal.SIGKILL)
 
     # how -------------------------------------------------------------------------------------------------------
 

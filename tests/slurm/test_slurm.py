@@ -109,7 +109,17 @@ def test_signals_and_a_killed_rank_change_nothing(lab: Lab, place: Path, whole: 
     assert_as_if_nothing_had_happened(place, whole)
 
 
-def test_preemption_and_a_lost_node_change_nothing(lab: Lab, place: Path, whole: dict[str, Any]) -> None:
+def test_a_time_limit_is_no_end(lab: Lab, place: Path, whole: dict[str, Any]) -> None:
+    """A minute is the shortest limit there is, and the run takes longer; SLURM sends USR1 before it ends."""
+    slower = ("--trainer.callbacks.init_args.seconds", "[0.0, 1.5]")
+    (job,) = lab.submit(place, "--nodes", "2", "--time", "1", "--signal-before", "15", "--", *FIT, *slower)
+    assert lab.ended(job, 420) == "COMPLETED", log(place, job)
+    codes = re.findall(r"ended with (\d+): requeued", log(place, job))
+    assert "75" in codes and set(codes) <= {"75", "138"}  # 138: where it came before the run had begun
+    assert_as_if_nothing_had_happened(place, whole)
+
+
+def test_preemption_and_a_lost_daemon_change_nothing(lab: Lab, place: Path, whole: dict[str, Any]) -> None:
     (job,) = lab.submit(place, *TWO, "--", *FIT)
     under_way(lab, place, job, restart=0)
     urgent = lab.sh(
@@ -118,10 +128,23 @@ def test_preemption_and_a_lost_node_change_nothing(lab: Lab, place: Path, whole:
     assert lab.ended(urgent) == "COMPLETED"
     lab.kill_node(2, under_way(lab, place, job, restart=1))
     lab.until(lambda: lab.state(job) != "RUNNING", 60, job)
-    lab.revive_node(2)
+    lab.start_node(2)
     assert lab.ended(job) == "COMPLETED", log(place, job)
     # SLURM starts a job once more, even one that has succeeded, where a lost node comes back while it is requeued
     assert lab.job(job)["Restarts"] in ("2", "3")
+    assert_as_if_nothing_had_happened(place, whole)
+
+
+def test_a_cut_link_changes_nothing(lab: Lab, place: Path, whole: dict[str, Any]) -> None:
+    if not lab.separate:
+        pytest.skip("nodes have links of their own where root may make network namespaces")
+    (job,) = lab.submit(place, *TWO, "--", *FIT)
+    under_way(lab, place, job, restart=0)
+    lab.cut_link(2)
+    lab.until(lambda: lab.state(job) != "RUNNING", 60, job)
+    lab.mend_link(2)
+    assert lab.ended(job) == "COMPLETED", log(place, job)
+    assert lab.job(job)["Restarts"] in ("1", "2")
     assert_as_if_nothing_had_happened(place, whole)
 
 
