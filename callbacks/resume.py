@@ -107,7 +107,7 @@ class Signals:
         self._steps += 1
         if last or self._steps >= self._pause:
             now = time.monotonic()
-            pace = int(AGREE_SECONDS * self._steps / (now - self._began))
+            pace = int(AGREE_SECONDS * self._steps / max(now - self._began, 1e-6))  # a coarse clock may stand still
             sent = torch.tensor([self.code, -min(max(pace, 1), AGREE_STEPS)])
             self._travelling = dist.all_reduce(sent, dist.ReduceOp.MAX, self._group, async_op=True), sent
             self._steps, self._began = 0, now
@@ -220,6 +220,7 @@ class Resume(L.Callback):
             if step != self._saved and (code or (step % self.every == 0 and (step > 0 or self.at_start))):
                 self.save(trainer)
             if code:
+                _settled(trainer)
                 raise Stopped(code, self._path(trainer), step)
         seed_all("step", step, micro * trainer.world_size + trainer.global_rank)
 
@@ -235,6 +236,7 @@ class Resume(L.Callback):
             self.save(trainer)
         finally:
             self._ending = False
+        _settled(trainer)
         self.signals.remove()
         if code:
             raise Stopped(code, self._path(trainer), trainer.global_step)
@@ -258,12 +260,14 @@ class Resume(L.Callback):
             self._saving = False
         self._saved = trainer.global_step
         if trainer.is_global_zero:
-            for old in sorted(path.parent.glob("step-*.ckpt"), key=_step)[: -self.keep]:
+            points = {*path.parent.glob("step-*.ckpt"), path}  # a save in a thread has no file yet
+            for old in sorted(points, key=_step)[: -self.keep]:
                 trainer.strategy.remove_checkpoint(old)
 
     def back_to(self, trainer: L.Trainer, step: int) -> Path | None:
         """The newest valid resume point of ``step`` or before; later ones, of a future undone, are gone. Collective."""
         path = None
+        _settled(trainer)  # or a point of the future undone would still come
         if trainer.is_global_zero:
             points = sorted(self._path(trainer).parent.glob("step-*.ckpt"), key=_step, reverse=True)
             valid = getattr(trainer.strategy.checkpoint_io, "valid", Path.exists)
@@ -382,6 +386,12 @@ def _progress(epoch: int, batches: int, total: int) -> dict[str, Any]:
         "epoch_progress": {"total": dict(epochs), "current": dict(epochs)},
         "epoch_loop.batch_progress": {"total": of_all, "current": of_epoch, "is_last_batch": False},
     }
+
+
+def _settled(trainer: L.Trainer) -> None:
+    """Until what was saved in a thread is on disk, on all ranks: who ends now has the others killed. Collective."""
+    getattr(trainer.strategy.checkpoint_io, "wait", lambda: None)()
+    trainer.strategy.barrier("Resume.settled")
 
 
 def _step(path: Path) -> int:

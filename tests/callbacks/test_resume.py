@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
+from descant import manifest
 from descant.callbacks import EMA, Resume
 from descant.callbacks.resume import AGREE_STEPS, CODES, ENTRY, Stopped
 from descant.datamodules.base import BatchDataset, DataModule, Rows
@@ -95,11 +97,12 @@ class Act(L.Callback):
 def fit(folder: Path, *callbacks: L.Callback, path: str | Path | None = None, **options: Any) -> tuple[L.Trainer, Net]:
     data = options.pop("data", None) or NumberData()
     net = options.pop("net", None) or Net()
+    io = options.pop("io", None) or AtomicIO()
     defaults: dict[str, Any] = dict(max_epochs=3, accelerator="cpu", devices=1, num_sanity_val_steps=0)
     trainer = L.Trainer(
         **(defaults | options),
         callbacks=list(callbacks),
-        plugins=[AtomicIO()],
+        plugins=[io],
         default_root_dir=folder,
         logger=False,
         enable_progress_bar=False,
@@ -166,6 +169,18 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
 def test_points_are_kept_by_number_and_every_so_many_steps(tmp_path: Path) -> None:
     fit(tmp_path, Resume(every=4, keep=2))
     assert points(tmp_path) == [16, 18]
+
+
+def test_a_thread_leaves_as_many_points_and_none_of_a_future_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "stage", lambda name: time.sleep(0.05))  # a step takes less
+    fit(tmp_path / "a", Resume(every=4, keep=2), io=AtomicIO(asynchronous=True))
+    assert points(tmp_path / "a") == [16, 18]
+    resume, found = Resume(every=4, keep=9), list[Path | None]()
+    back = Act("on_before_backward", 9, lambda trainer: found.append(resume.back_to(trainer, 4)))  # 8 is on its way
+    fit(tmp_path / "b", resume, back, io=AtomicIO(asynchronous=True))
+    assert found == [point(tmp_path / "b", 4)] and points(tmp_path / "b") == [4, 12, 16, 18]
 
 
 def test_what_is_drawn_in_a_step_does_not_depend_on_what_was_drawn_before(tmp_path: Path) -> None:
