@@ -27,6 +27,8 @@ class TextTower(Tower):
         mlp_ratio: hidden width of the MLP over D.
         dropout: on the attention weights and on both branches of a block.
         causal: a token sees only itself and what is left of it.
+        std: of the token embeddings at the start; that of the positions is half of it. As small as it is in language
+            models, what a block first adds is the same for all tokens: who learns order from few examples wants more.
 
     Raises:
         ValueError: if ``depth`` is below 1, or ``heads`` does not divide ``width``; in forward, if a text is longer
@@ -47,14 +49,15 @@ class TextTower(Tower):
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
         causal: bool = False,
+        std: float = 0.02,
     ) -> None:
         super().__init__()
         if depth < 1:
             raise ValueError(f"depth {depth}: at least 1; without blocks a text is a bag of tokens: BagTower")
         self.width, self.length, self.causal, self.vocabulary = width, length, causal, vocab
         self.embedding = nn.Embedding(vocab, width, padding_idx=PAD)
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        self.positions_TD = nn.Parameter(torch.randn(length, width) * 0.01)
+        nn.init.normal_(self.embedding.weight, std=std)
+        self.positions_TD = nn.Parameter(torch.randn(length, width) * (std / 2))
         self.layers = nn.ModuleList(Block(width, heads, mlp_ratio, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 

@@ -255,16 +255,19 @@ def test_wrong_requests(
 
 
 @pytest.fixture
-def planted(made: Callable[..., Claim], results: Path, cli: Callable[..., Result]) -> Iterator[Callable[..., Result]]:
+def planted(
+    made: Callable[..., Claim], results: Path, cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Result]]:
+    """``planted("run", NAME)``: a claim's command; its runs are processes of their own, and find the toys."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     made()
     yield lambda *args: cli("claims", *args, "--results", results, "--trust", "tests.toys")
 
 
 @pytest.mark.slow
 def test_a_planted_effect_passes_and_a_planted_nothing_does_not(
-    planted: Callable[..., Result], made: Callable[..., Claim], results: Path, workplace: Path, monkeypatch: Any
+    planted: Callable[..., Result], made: Callable[..., Claim], results: Path
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     pilot = planted("run", "toy-claim.yaml", "--budget", "pilot")
     assert pilot.rc == 0 and "toy-claim: a pilot" in pilot.out, pilot.err
     part = planted("run", "toy-claim.yaml", "--seeds", "0")
@@ -294,5 +297,6 @@ def test_a_run_that_fails_is_named_with_its_last_line(
     planted: Callable[..., Result], made: Callable[..., Claim]
 ) -> None:
     made(arms=CONTENT["arms"] | {"sham": {"options": {"model.image.init_args.widht": 3}}})
-    line = planted("run", "toy-claim.yaml", "--budget", "pilot", "--arms", "sham").refusal
-    assert "claims toy-claim: sham, seed 100: " in line and "widht" in line and "log: " in line
+    result = planted("run", "toy-claim.yaml", "--budget", "pilot", "--arms", "sham")
+    line = result.err.splitlines()[-1]  # the one before it says how many runs there are
+    assert result.rc == 2 and "claims toy-claim: sham, seed 100: " in line and "widht" in line and "log: " in line

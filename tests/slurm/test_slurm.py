@@ -110,10 +110,11 @@ def test_signals_and_a_killed_rank_change_nothing(lab: Lab, place: Path, whole: 
 
 
 def test_a_time_limit_is_no_end(lab: Lab, place: Path, whole: dict[str, Any]) -> None:
-    """A minute is the shortest limit there is, and the run takes longer; SLURM sends USR1 before it ends."""
-    slower = ("--trainer.callbacks.init_args.seconds", "[0.0, 1.5]")
-    (job,) = lab.submit(place, "--nodes", "2", "--time", "1", "--signal-before", "15", "--", *FIT, *slower)
-    assert lab.ended(job, 420) == "COMPLETED", log(place, job)
+    """The run takes longer than its two minutes; SLURM sends USR1 before they end, by up to a minute too early."""
+    slower = ("--trainer.callbacks.init_args.seconds", "[0.0, 3.0]")
+    (job,) = lab.submit(place, "--nodes", "2", "--time", "2", "--signal-before", "15", "--", *FIT, *slower)
+    # on its way it may be told as timed out, for the moment until it is requeued
+    lab.until(lambda: lab.state(job) == "COMPLETED", 420, job)
     codes = re.findall(r"ended with (\d+): requeued", log(place, job))
     assert "75" in codes and set(codes) <= {"75", "138"}  # 138: where it came before the run had begun
     assert_as_if_nothing_had_happened(place, whole)
