@@ -4,7 +4,7 @@
 sample's hard negative. Held out of training: a fifth of the pairs of concepts, and the vendor Fluent. A tenth of the
 pairs, as Twemoji draws them, is for choosing settings: no test set has any of them. Letters: B samples of a batch, N of
 a set, C concepts, P pairs of concepts, K objects of a scene, R = K - 1 clauses of a caption, L layouts, S pixels of a
-side, T tokens, W tokens of an element.
+side, T tokens, V elements of triples, W tokens of one.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ STEPS = {
 SYMMETRIC = {name for name, steps in STEPS.items() if {(-r, -c) for r, c in steps} == set(steps)}
 SIZES = ("small", "large")
 TRIPLES, ELEMENT = 6, 5  # of a sample, and tokens of a triple's element: as the knowledge encoder of Structure-CLIP
+REMEMBERED = 1 << 16  # sentences whose tokens are kept
 HELD_OUT_VENDOR = "fluent"
 #: Where the splits of the pairs of concepts end.
 SPLITS = {"test": 0.2, "val": 0.3, "train": 1.0}
@@ -144,10 +145,10 @@ class World:
         self._tokens: dict[tuple[int, ...], list[int]] = {}
         # elements of triples: none, concepts, relations, "is", sizes
         words = [*names, *relations, "is", *SIZES]
-        self.element_V = np.full((1 + len(words), ELEMENT), codec.pad, dtype=np.int64)
+        self.element_VW = np.full((1 + len(words), ELEMENT), codec.pad, dtype=np.int64)
         for number, word in enumerate(words):
             ids = codec.ids(word)[:ELEMENT]
-            self.element_V[1 + number, : len(ids)] = ids
+            self.element_VW[1 + number, : len(ids)] = ids
 
     def _layouts(self) -> None:
         """The L ways to put K objects into cells, each in line with the one before it so that some relation holds.
@@ -224,6 +225,8 @@ class World:
         """int64 ``[B, T]``; each sentence is encoded once."""
         rows = []
         for said in map(tuple, graph.rows()):
+            if len(self._tokens) >= REMEMBERED:  # long chains are nearly all new
+                self._tokens.clear()
             if said not in self._tokens:
                 self._tokens[said] = self.codec.row([self.codec.ids(self.sentence(said))])
             rows.append(self._tokens[said])
@@ -242,7 +245,7 @@ class World:
             number_BK3[:, R : R + 2] = about_B23
         if exchanged:
             number_BK3 = number_BK3[:, :, ::-1]
-        return torch.from_numpy(self.element_V[number_BK3])
+        return torch.from_numpy(self.element_VW[number_BK3])
 
     def key(self, graph: Graph) -> Tensor:
         """int64 ``[B]``: equal for what means the same: "a is right of b" and "b is left of a"."""
@@ -445,8 +448,9 @@ class Scenes(DataModule):
         self.pixels, self.folder = Pixels(size), Path(folder) if folder else PACK
         require_known("relations", self.relations, tuple(STEPS))
         require_known("vendors", self.vendors, trained)
-        if size % grid or size // grid < 8:
-            raise ValueError(f"grid {grid} cuts {size} pixels into no cells of 8 or more; size {grid * 24} would do")
+        if size % grid or not 8 <= size // grid <= 64:
+            near = grid * min(max(round(size / grid), 8), 64)
+            raise ValueError(f"grid {grid} cuts size {size} into no cells of 8 to 64 pixels; size {near} does")
         if not 2 <= objects <= grid**2 or objects - 1 + 2 * sizes > TRIPLES:
             most = min(grid**2, TRIPLES + 1 - 2 * sizes)
             raise ValueError(f"objects {objects}: 2 to {most} have room on the grid and in {TRIPLES} triples")

@@ -36,6 +36,7 @@ class TripleEncoder(nn.Module):
         heads: of the attention.
         triples: K at most.
         strength: of the knowledge; the paper's lambda 0.2.
+        std: of the elements' embeddings at the start.
 
     Raises:
         ValueError: if ``heads`` does not divide ``width``; in forward, for more than ``triples`` triples.
@@ -59,11 +60,13 @@ class TripleEncoder(nn.Module):
         heads: int = 4,
         triples: int = 6,
         strength: float = 0.2,
+        std: float = 0.02,
     ) -> None:
         super().__init__()
         self.vocabulary, self.strength = vocab, strength
         self.elements = BagTower(vocab, width)
-        self.places_KD = nn.Parameter(torch.randn(triples, width) * 0.01)
+        nn.init.normal_(self.elements.embedding.weight, std=std)
+        self.places_KD = nn.Parameter(torch.randn(triples, width) * (std / 2))
         self.layers = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.pool, self.head = FirstPool(), Projection(width, out)
 

@@ -32,7 +32,7 @@ from descant.modules.losses import ContrastiveLoss, InfoNCE, Intra
 from descant.modules.losses.contrastive import promote
 from descant.modules.negatives import Negatives
 from descant.modules.objective import Term
-from descant.modules.text import require_fit
+from descant.modules.text import Codec, require_fit
 from descant.modules.towers import Towers
 from descant.modules.triples import TripleEncoder
 from descant.recipes.base import Recipe
@@ -78,8 +78,9 @@ class Contrastive(Recipe):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if self.knowledge is not None:
-            require_fit(self.trainer.datamodule.codec, self.knowledge, "knowledge")  # type: ignore[attr-defined]
+        codec = getattr(self.trainer.datamodule, "codec", None)  # type: ignore[attr-defined]
+        if isinstance(codec, Codec) and self.knowledge is not None:
+            require_fit(codec, self.knowledge, "knowledge")
 
     def features(self, x: Tensor, modality: str) -> Tensor:
         """``[B, ...] -> h_BD``: tower and pool."""
