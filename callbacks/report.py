@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from descant.callbacks.throughput import count_rows
+from descant.modules.sham import Sham
 
 WIDTH = 100
 
@@ -33,6 +34,7 @@ class Report(L.Callback):
     up.
     * ``samples``: training rows of all ranks; ``samples_per_second = samples / train_seconds``.
     * ``parameters``, ``parameters_trainable``: of the recipe, shared weights counted once.
+    * ``sham/calls``: where a part has a sham, how often a step its signal was asked for: in the method as in the sham.
 
     A resumed run goes on counting seconds and samples. A test adds its metrics to the file of the fit. The
     file is replaced in one move, so a reader never sees half of it. Rank 0 writes it, to the folder of the
@@ -53,6 +55,7 @@ class Report(L.Callback):
         self._fit_began: float | None = None
         self._train_began: float | None = None
         self._folder = Path()
+        self._calls = self._first_step = 0  # before this process trained
 
     # the clock ----------------------------------------------------------------------------------------------
 
@@ -80,6 +83,7 @@ class Report(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._train_began = time.monotonic()
+        self._calls, self._first_step = sum(s.calls for s in shams(trainer, pl_module)), trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -130,7 +134,9 @@ class Report(L.Callback):
     def _run(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, float]:
         parameters = list(pl_module.parameters())
         seconds = self.train_seconds
-        return {
+        scored, steps = list(shams(trainer, pl_module)), trainer.global_step - self._first_step
+        calls = {"sham/calls": (sum(s.calls for s in scored) - self._calls) / steps} if scored and steps else {}
+        return calls | {
             "steps": trainer.global_step,
             "epochs": trainer.current_epoch,
             "seconds": round(self.seconds, 3),
@@ -196,6 +202,12 @@ def run_folder(trainer: L.Trainer) -> Path:
     # not trainer.log_dir: it is a collective, and takes a first logger without a folder at its word
     folders = (getattr(logger, "log_dir", None) for logger in trainer.loggers)
     return Path(next((f for f in folders if isinstance(f, str | Path)), trainer.default_root_dir))
+
+
+def shams(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[Sham]:
+    """Every part of recipe and data that a control can take the signal from."""
+    yield from (part for part in pl_module.modules() if isinstance(part, Sham))
+    yield from getattr(trainer.datamodule, "shams", ())  # type: ignore[attr-defined]
 
 
 def read_json(path: Path) -> dict[str, Any]:

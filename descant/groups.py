@@ -168,8 +168,17 @@ def _read(command: str, folder: Path) -> Run:
         metrics = numbers(json.loads(text_of(file)))
     except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
         fail(f"{command} {_name(folder)}: {file.name} cannot be read: {clean(one_line(error))}")
-    seed = _SEED.search(text)
-    return Run(folder, _name(folder), int(seed[1]) if seed else None, settings, metrics, monitored)
+    return Run(folder, _name(folder), seed_of(text), settings, metrics, monitored)
+
+
+def seed_of(text: str) -> int | None:
+    """What a configuration says of ``seed_everything``; None where it is no number.
+
+    >>> seed_of("seed_everything: 3\\n")
+    3
+    """
+    found = _SEED.search(text)
+    return int(found[1]) if found else None
 
 
 def numbers(content: object) -> dict[str, float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -18,6 +17,7 @@ from descant.errors import fail, one_line, say
 from descant.events import Picture, pictures
 from descant.groups import Group, Run, clean, text_of
 from descant.page import page
+from descant.runs import write_text
 
 _HELP = """\
 descant report: table, curves, pictures and configurations of runs in one HTML file
@@ -84,11 +84,9 @@ def _require_ours(file: Path) -> None:
 
 
 def _write(given: Namespace, text: str) -> None:
-    scratch = given.output.with_name(f".{given.output.name}.{os.getpid()}")
     try:
         given.output.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, given.output)
+        write_text(given.output, text)
     except OSError as error:
         fail(f"report: --output {given.output}: cannot be written: {error.strerror or error}")
 

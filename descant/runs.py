@@ -180,8 +180,13 @@ def point(folder: Path) -> None:
 
 def write_json(file: Path, content: Mapping[str, object]) -> None:
     """Write a small JSON file in one atomic step."""
+    write_text(file, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file in one atomic step: who reads it sees all of the old one or all of the new."""
     scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, file)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -85,17 +85,12 @@ def _run(given: argparse.Namespace) -> int:
     place = run.Place(claim, given.budget, given.runs.absolute(), tuple(given.trust))
     if given.slurm is not None:
         return run.submit(place, arms, seeds, given.slurm)
-    began = time.monotonic()
-    stored = store.read(given.results, claim.name, given.budget)
-    done = not place.missing(arms, seeds)
     code = run.run(place, arms, seeds, given.jobs)
     if code or (arms, seeds) != (tuple(claim.arms), claim.seeds[given.budget]):
         return code
     runs = place.collect(arms, seeds)
-    # what was there before was paid for before
-    seconds = stored["seconds"] if stored is not None and done else time.monotonic() - began
     found = judge(claim, runs)
-    store.write(given.results, claim, given.budget, runs, seconds)
+    store.write(given.results, claim, given.budget, runs, place.seconds)
     _print(claim, found, given.budget)
     return 0
 
@@ -177,10 +172,10 @@ def _verify(given: argparse.Namespace) -> int:
             if code:
                 return code
             again = place.collect(arms, (seed,))
-        for arm in arms:
-            for metric in claim.metrics():
-                now, then = again[arm][seed][metric], pilot["runs"][arm][seed][metric]
-                if abs(now - then) > 1e-4:
+        for arm, of in pilot["runs"].items():
+            for metric in (m for m in claim.metrics() if m in of[seed]):
+                now, then = again[arm][seed].get(metric, math.nan), of[seed][metric]
+                if not abs(now - then) <= 1e-4:
                     print(f"{name}: {arm}, seed {seed}: {metric} {now:.4g}, stored {then:.4g}")
                     differ += 1
     print("verified" if not differ else f"{differ} differences")

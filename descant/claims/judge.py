@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from descant.claims.spec import Claim, Condition, Metric
+from descant.claims.spec import BEFORE, Claim, Condition, Metric
 from descant.errors import fail, hint
 from descant.statistics import Paired, paired
 
@@ -75,7 +75,8 @@ def require_equal(claim: Claim, runs: Runs) -> None:
     Raises:
         Refusal: if not.
     """
-    budgets = {(arm, seed): m.get(claim.equal) for arm, of in runs.items() for seed, m in of.items()}
+    arms = {arm: of for arm, of in runs.items() if arm != BEFORE}
+    budgets = {(arm, seed): m.get(claim.equal) for arm, of in arms.items() for seed, m in of.items()}
     (first, expected), *_ = budgets.items()
     for (arm, seed), value in budgets.items():
         if value != expected:
@@ -110,9 +111,9 @@ def _paired(metric: Metric, ours: Sequence[float], theirs: Sequence[float]) -> P
 
 def _unmet(claim: Claim, runs: Runs, condition: Condition, seeds: Sequence[int]) -> str | None:
     value = column(claim, runs, condition.arm, condition.metric, seeds)
-    if condition.against is not None:
-        other = column(claim, runs, condition.against, condition.metric, seeds)
-        value = [a - b for a, b in zip(value, other, strict=True)]
+    if condition.minus is not None:
+        other = column(claim, runs, condition.against, condition.minus, seeds)
+        value = [a - condition.times * b for a, b in zip(value, other, strict=True)]
     mean = math.fsum(value) / len(value)
     low, high = condition.low, condition.high
     if (low is None or mean >= low) and (high is None or mean <= high):

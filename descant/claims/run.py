@@ -14,14 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-import yaml
-
 from descant import runs as folders
 from descant.claims.judge import Runs
-from descant.claims.spec import Claim
+from descant.claims.spec import BEFORE, Claim
 from descant.errors import fail, say
-
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+from descant.groups import numbers, seed_of
 
 
 @dataclass(frozen=True)
@@ -37,29 +34,51 @@ class Place:
     def folder(self) -> Path:
         return self.root / "claims" / self.claim.name / f"{self.budget}-{self.claim.digest}"
 
+    @property
+    def seconds(self) -> float:
+        """Wall time of all the commands that made these runs."""
+        try:
+            return float((self.folder / "seconds").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return 0.0
+
     def finished(self, arm: str, seed: int) -> dict[str, float] | None:
         """The metrics of a run that was tested, whoever started it; None if there is none."""
         for name in (f"{arm}-{seed}", arm):  # of a process here, or of an array on a cluster
             for folder in reversed(folders.runs_of(self.folder, name)):
                 metrics = _metrics(folder)
-                if all(m in metrics for m in self.claim.metrics()) and (name != arm or _seed(folder) == seed):
+                tested = any("/" in m and m.split("/")[0] not in ("val", "train", "speed") for m in metrics)
+                whole = tested and all(m in metrics for m in self.claim.needed(arm))
+                if whole and (name != arm or _seed(folder) == seed):
                     return metrics
         return None
 
     def missing(self, arms: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
-        return [(arm, seed) for seed in seeds for arm in arms if self.finished(arm, seed) is None]
+        """The runs that are not there; of each seed first the one that its arms begin from."""
+        return [(arm, seed) for seed in seeds for arm in self.all(arms) if self.finished(arm, seed) is None]
+
+    def all(self, arms: Sequence[str]) -> list[str]:
+        """The arms, after what comes before them."""
+        return [*([BEFORE] if self.claim.before is not None else []), *arms]
+
+    def before(self, seed: int) -> Path:
+        """The folder of the run that the arms of a seed begin from."""
+        own = self.folder / f"{BEFORE}-{seed}"
+        array = (f for f in reversed(folders.runs_of(self.folder, BEFORE)) if _seed(f) == seed)
+        return own if folders.runs_of(self.folder, own.name) else next(array, own)
 
     def collect(self, arms: Sequence[str], seeds: Sequence[int]) -> Runs:
         """Raises Refusal for a run that ended without the metrics of the claim."""
-        found: dict[str, dict[int, dict[str, float]]] = {arm: {} for arm in arms}
-        for arm in arms:
+        found: dict[str, dict[int, dict[str, float]]] = {arm: {} for arm in [*arms, *self.all(())]}
+        for arm in found:
             for seed in seeds:
                 metrics = self.finished(arm, seed)
                 if metrics is None:
                     made = folders.runs_of(self.folder, f"{arm}-{seed}")
                     has = _metrics(made[-1]) if made else {}
-                    lacks = next(m for m in self.claim.metrics() if m not in has)
-                    fail(f"claims {self.claim.name}: {arm}, seed {seed}: it has no metric {lacks}")
+                    lacks = [m for m in self.claim.needed(arm) if m not in has]
+                    what = f"it has no metric {lacks[0]}" if lacks else "it was not tested"
+                    fail(f"claims {self.claim.name}: {arm}, seed {seed}: {what}")
                 found[arm][seed] = metrics
         return found
 
@@ -73,15 +92,23 @@ def run(place: Place, arms: Sequence[str], seeds: Sequence[int], jobs: int) -> i
         Refusal: with the last line of its log, for the first run that fails; those beside it end first.
     """
     todo = place.missing(arms, seeds)
-    whole = len(arms) * len(seeds)
-    say(f"claims {place.claim.name}: {whole} runs, {whole - len(todo)} done, {jobs} at a time")
+    whole = len(place.all(arms)) * len(seeds)
+    done = whole - len(todo)
+    say(f"claims {place.claim.name}: {whole} runs, {done} done, {jobs} at a time")
     place.folder.mkdir(parents=True, exist_ok=True)
     working: list[_Job] = []
     failed: _Job | None = None
+    began = time.monotonic()
     try:
         while (todo and failed is None) or working:
-            while todo and failed is None and len(working) < jobs:
-                working.append(_start(place, *todo.pop(0), jobs))
+            while failed is None and len(working) < jobs:
+                waiting = {seed for arm, seed in todo if arm == BEFORE}
+                waiting |= {job.seed for job in working if job.arm == BEFORE}
+                ready = next((one for one in todo if one[0] == BEFORE or one[1] not in waiting), None)
+                if ready is None:
+                    break
+                todo.remove(ready)
+                working.append(_start(place, *ready, jobs))
             time.sleep(0.1)
             for job in [job for job in working if job.process.poll() is not None]:
                 working.remove(job)
@@ -98,6 +125,8 @@ def run(place: Place, arms: Sequence[str], seeds: Sequence[int], jobs: int) -> i
     finally:
         for job in working:
             job.process.send_signal(signal.SIGTERM)
+        if whole > done:
+            folders.write_text(place.folder / "seconds", f"{place.seconds + time.monotonic() - began:.1f}\n")
     if failed is not None:
         lines = Path(failed.log.name).read_text(encoding="utf-8", errors="replace").strip().splitlines()
         last = lines[-1].removeprefix("descant: ") if lines else f"exit code {failed.process.returncode}"
@@ -116,7 +145,8 @@ class _Job:
 
 def command(place: Place, arm: str, seed: int) -> list[str]:
     """What runs one arm with one seed, after ``descant``."""
-    words = [*place.claim.command(arm, seed, place.budget), *(f"--trust={module}" for module in place.trust)]
+    words = place.claim.command(arm, seed, place.budget, str(place.before(seed)))
+    words += [f"--trust={module}" for module in place.trust]
     return ["fit", *words, "--test=true", f"--runs={place.folder}", f"--name={arm}-{seed}", "--resume=auto"]
 
 
@@ -129,42 +159,45 @@ def _start(place: Place, arm: str, seed: int, jobs: int) -> _Job:
 
 
 def _tell(place: Place, job: _Job) -> None:
-    name = place.claim.metric.name
-    value = (place.finished(job.arm, job.seed) or {}).get(name)
-    what = f"{name} {value:.4g}" if value is not None else f"no {name}"
+    metrics = place.finished(job.arm, job.seed)
+    shown = [*place.claim.needed(job.arm), place.claim.metric.name][0]
+    what = f"no {shown}" if metrics is None else f"{shown} {metrics[shown]:.4g}" if shown in metrics else "done"
     say(f"{job.arm}, seed {job.seed}: {what} ({time.monotonic() - job.began:.0f} s)")
 
 
 def submit(place: Place, arms: Sequence[str], seeds: Sequence[int], options: str) -> int:
-    """One SLURM array an arm, a job a seed, for what is missing; ``options`` are those of ``descant submit``."""
+    """One SLURM array an arm, a job a seed, for what is missing; ``options`` are those of ``descant submit``.
+
+    Where something comes before the arms, that alone at first; then the arms, an array of its own for each seed.
+    """
     from descant.submit import main
 
     todo = place.missing(arms, seeds)
-    for arm in arms:
-        its = [str(seed) for name, seed in todo if name == arm]
-        if not its:
-            continue
-        words = place.claim.command(arm, int(its[0]), place.budget)
+    first = [one for one in todo if one[0] == BEFORE]
+    arrays: dict[tuple[str, int | None], list[int]] = {}
+    for arm, seed in first or todo:
+        arrays.setdefault((arm, None if place.claim.before is None or first else seed), []).append(seed)
+    for (arm, _), its in arrays.items():
+        words = place.claim.command(arm, its[0], place.budget, str(place.before(its[0])))
         words = [word for word in words if not word.startswith("--seed_everything=")]
         fit = ["fit", *words, "--test=true", f"--runs={place.folder}", f"--name={arm}"]
-        code = main([*shlex.split(options), "--array", f"seed_everything={','.join(its)}", "--", *fit])
+        code = main([*shlex.split(options), "--array", f"seed_everything={','.join(map(str, its))}", "--", *fit])
         if code:
             return code
-    say(f"claims {place.claim.name}: when they have ended, the same command without --slurm judges them")
+    then = "goes on to the arms" if first else "without --slurm judges them"
+    say(f"claims {place.claim.name}: when they have ended, the same command {then}")
     return 0
 
 
 def _metrics(folder: Path) -> dict[str, float]:
     try:
-        content = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        return numbers(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}
-    return {k: float(v) for k, v in content.items() if isinstance(v, int | float) and not isinstance(v, bool)}
 
 
 def _seed(folder: Path) -> int | None:
     try:
-        seed = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), Loader=_LOADER).get("seed_everything")
-    except (OSError, yaml.YAMLError, AttributeError):
+        return seed_of((folder / "config.yaml").read_text(encoding="utf-8"))
+    except OSError:
         return None
-    return seed if isinstance(seed, int) else None

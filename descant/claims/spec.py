@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ _KEYS = {
         "experiment",
         "options",
         "arms",
+        "before",
         "metric",
         "sham_margin",
         "also",
@@ -55,16 +57,32 @@ class Metric:
 
 @dataclass(frozen=True)
 class Condition:
-    """``low <= metric(arm) - metric(against) <= high``, as means over seeds; without ``against`` the metric itself."""
+    """``low <= metric(arm) - times * minus(against) <= high`` as means over seeds; without ``minus`` metric(arm).
+
+    Attributes:
+        minus: another metric, or the same of another arm. against: whose, where not the arm's own.
+    """
 
     metric: str
     arm: str
-    against: str | None
+    minus: str | None
+    against: str
+    times: float
     low: float | None
     high: float | None
 
+    @property
+    def reads(self) -> list[tuple[str, str]]:
+        """The (arm, metric) that it looks at."""
+        return [(self.arm, self.metric), *([(self.against, self.minus)] if self.minus is not None else [])]
+
     def __str__(self) -> str:
-        what = f"{self.metric} of {self.arm}" + (f" less {self.against}" if self.against else "")
+        what = f"{self.metric} of {self.arm}"
+        if self.minus is not None:
+            other = [self.minus] if self.minus != self.metric else []
+            other += [("of " if other else "") + self.against] if self.against != self.arm else []
+            what += f" less {self.times:g} x " if self.times != 1 else " less "
+            what += " ".join(other)
         bounds = ((">=", self.low), ("<=", self.high))
         return f"{what} {' and '.join(f'{sign} {bound:g}' for sign, bound in bounds if bound is not None)}"
 
@@ -77,9 +95,16 @@ class Arm:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+#: The name of what comes before the arms, among runs; and what stands for its run's folder in the options of arms.
+BEFORE, ITS_RUN = "before", "BEFORE"
+
+
 @dataclass(frozen=True)
 class Claim:
-    """One claim. ``digest`` is of its file and of all configurations that its arms are made of."""
+    """One claim. ``digest`` is of its file and of all configurations that its runs are made of.
+
+    ``before``: what is trained once a seed, that all arms of the seed begin from; an experiment, and what it adds.
+    """
 
     name: str
     title: str
@@ -87,6 +112,7 @@ class Claim:
     source: str
     experiment: str
     arms: Mapping[str, Arm]
+    before: Arm | None
     metric: Metric
     sham_margin: float
     also: tuple[Condition, ...]
@@ -101,14 +127,28 @@ class Claim:
 
     def metrics(self) -> list[str]:
         """All metrics that it looks at, the first one first."""
-        return list(dict.fromkeys([self.metric.name, *(c.metric for c in self.also), *self.secondary]))
+        read = [metric for condition in self.also for _, metric in condition.reads]
+        return list(dict.fromkeys([self.metric.name, *read, *self.secondary]))
 
-    def command(self, arm: str, seed: int, budget: str) -> list[str]:
-        """The arguments of ``descant fit`` of one run, without its name and place."""
-        configs = [self.experiment, *self.arms[arm].configs]
-        options = {**self.budgets[budget], **self.arms[arm].options, "seed_everything": seed}
-        told = [f"--{key}={_text(value)}" for key, value in options.items()]
-        return [word for config in configs for word in ("--config", config)] + told
+    def needed(self, arm: str) -> list[str]:
+        """The metrics that a run of an arm has to have; others it may have."""
+        own = [] if arm == BEFORE else [self.metric.name]
+        own += [metric for condition in self.also for of, metric in condition.reads if of == arm]
+        return list(dict.fromkeys([*own, *([self.calls] if self.calls and arm in ("method", "sham") else [])]))
+
+    def command(self, arm: str, seed: int, budget: str, before: str = ITS_RUN) -> list[str]:
+        """The arguments of ``descant fit`` of one run, without its name and place.
+
+        ``before``: the folder of the runs that come before the arms of this seed.
+        """
+        if arm == BEFORE:
+            assert self.before is not None
+            configs, options = list(self.before.configs), dict(self.before.options)
+        else:
+            configs = [self.experiment, *self.arms[arm].configs]
+            options = {**self.budgets[budget], **self.arms[arm].options}
+        told = [f"--{key}={_text(value)}" for key, value in _placed(options, before).items()]
+        return [word for config in configs for word in ("--config", config)] + [*told, f"--seed_everything={seed}"]
 
 
 def folder() -> Path:
@@ -146,10 +186,19 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
     for name in ARMS:
         if name not in arms:
             fail(f"{where}: arms: no {name!r}; every claim has {', '.join(ARMS)}")
+    before = None
+    if content.get("before") is not None:
+        told = dict(_mapping(where, content, "before"))
+        _need(f"{where}: before", told, ("experiment",))
+        first = _arm(f"{where}: before", {key: value for key, value in told.items() if key != "experiment"})
+        before = Arm((str(told["experiment"]), *first.configs), first.options)
+        if BEFORE in arms:
+            fail(f"{where}: arms.{BEFORE}: the name of what comes before the arms")
     metric = _metric(where, _mapping(where, content, "metric"))
-    also = tuple(_condition(f"{where}: also[{n}]", c, arms) for n, c in enumerate(content.get("also") or []))
+    known = [*arms, *([BEFORE] if before is not None else [])]
+    also = tuple(_condition(f"{where}: also[{n}]", c, known) for n, c in enumerate(content.get("also") or []))
     secondary = tuple(content.get("secondary") or ())
-    for name in (metric.name, *(condition.metric for condition in also), *secondary):
+    for name in (metric.name, *(metric for condition in also for _, metric in condition.reads), *secondary):
         if name.split("/")[0] in ("val", "train"):  # there before the run is over, and other data chose by it
             fail(f"{where}: {name}: a claim is judged by the test that ends a run")
     seeds = {key: tuple(value) for key, value in _mapping(where, content, "seeds").items()}
@@ -169,6 +218,7 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
     if status not in ("gate", "report"):
         fail(f"{where}: status {status}: gate (must pass) or report")
     configs = [content["experiment"], *(config for arm in arms.values() for config in arm.configs)]
+    configs += before.configs if before is not None else ()
     try:
         files = [find(config) for config in configs]
     except Refusal as refusal:
@@ -181,6 +231,7 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
         source=str(content["source"]),
         experiment=str(content["experiment"]),
         arms=arms,
+        before=before,
         metric=metric,
         sham_margin=float(content.get("sham_margin", metric.margin / 2)),
         also=also,
@@ -211,7 +262,7 @@ def _metric(where: str, content: Mapping[str, Any]) -> Metric:
 
 
 def _condition(where: str, content: Mapping[str, Any], arms: Iterable[str]) -> Condition:
-    _known(where, content, ("metric", "arm", "against", "at_least", "at_most"))
+    _known(where, content, ("metric", "arm", "minus", "against", "times", "at_least", "at_most"))
     _need(where, content, ("metric", "arm"))
     for key in ("arm", "against"):
         if content.get(key) is not None and content[key] not in arms:
@@ -219,7 +270,13 @@ def _condition(where: str, content: Mapping[str, Any], arms: Iterable[str]) -> C
     low, high = content.get("at_least"), content.get("at_most")
     if low is None and high is None:
         fail(f"{where}: at_least or at_most: without either it says nothing")
-    return Condition(content["metric"], content["arm"], content.get("against"), low, high)
+    metric, arm, against = content["metric"], content["arm"], content.get("against")
+    minus = content.get("minus", metric if against is not None else None)
+    if minus is None and "times" in content:
+        fail(f"{where}: times: of what? Of `minus`, another metric, or of that of `against`, another arm")
+    if (minus, against or arm) == (metric, arm):
+        fail(f"{where}: {metric} of {arm} less itself says nothing")
+    return Condition(metric, arm, minus, against or arm, float(content.get("times", 1.0)), low, high)
 
 
 def _mapping(where: str, content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -244,7 +301,18 @@ def _need(where: str, content: Mapping[str, Any], keys: Iterable[str]) -> None:
 def _text(value: object) -> str:
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
-    return yaml.safe_dump(value, default_flow_style=True).strip() if isinstance(value, dict | list) else str(value)
+    if not isinstance(value, dict | list):
+        return str(value)
+    return str(yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf)).strip()
+
+
+def _placed(value: Any, folder: str) -> Any:
+    """Every text that begins with ``BEFORE`` as a path in that folder."""
+    if isinstance(value, dict):
+        return {key: _placed(item, folder) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_placed(item, folder) for item in value]
+    return folder + value[len(ITS_RUN) :] if isinstance(value, str) and value.split("/")[0] == ITS_RUN else value
 
 
 def _digest(files: Iterable[Path]) -> str:

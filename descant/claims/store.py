@@ -13,6 +13,7 @@ from typing import Any
 from descant.claims.judge import Runs
 from descant.claims.spec import Claim
 from descant.errors import fail
+from descant.runs import write_json
 
 _PACKAGES = ("descant", "torch", "lightning", "timm", "transformers")
 
@@ -67,10 +68,7 @@ def write(folder: Path, claim: Claim, budget: str, runs: Runs, seconds: float) -
         "versions": versions(),
         "runs": {arm: {str(seed): dict(m) for seed, m in sorted(of.items())} for arm, of in runs.items()},
     }
-    file = path(folder, claim.name, budget)
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, file)
+    write_json(path(folder, claim.name, budget), content)
 
 
 def machine() -> dict[str, object]:

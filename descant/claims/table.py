@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 
 from descant.claims import store
 from descant.claims.judge import Judgement, Runs, column, judge
-from descant.claims.spec import Claim
+from descant.claims.spec import BEFORE, Claim
+from descant.runs import write_text
 
 _HEAD = """\
 # Claims
@@ -41,9 +41,9 @@ def write(claims: Sequence[Claim], results: Path, page: Path) -> list[str]:
         rows.append(_row(claim, found, stored))
         figure = page.parent / "docs" / "claims" / f"{claim.name}.svg"
         figure.parent.mkdir(parents=True, exist_ok=True)
-        _replace(figure, svg(claim, stored["runs"]))
+        write_text(figure, svg(claim, stored["runs"]))
         parts.append(_part(claim, found, stored, figure.relative_to(page.parent).as_posix()))
-    _replace(page, _HEAD + "\n".join(rows) + "\n" + "".join(parts))
+    write_text(page, _HEAD + "\n".join(rows) + "\n" + "".join(parts))
     return without
 
 
@@ -68,7 +68,10 @@ def _part(claim: Claim, found: Judgement, stored: Mapping[str, Any], figure: str
     for metric in claim.metrics():
         cells = []
         for arm in runs:
-            values = column(claim, runs, arm, metric, sorted(runs[arm]))
+            values = [found[metric] for found in runs[arm].values() if metric in found]
+            if len(values) < len(runs[arm]):
+                cells.append("")
+                continue
             mean = math.fsum(values) / len(values)
             spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1))
             cells.append(f"{mean:.3f} ± {spread:.3f}")
@@ -83,7 +86,7 @@ def _part(claim: Claim, found: Judgement, stored: Mapping[str, Any], figure: str
 
 def svg(claim: Claim, runs: Runs) -> str:
     """Arms side by side, a point a seed; the points of one seed are joined, since they are paired. 640 x 300 pixels."""
-    arms, name = list(runs), claim.metric.name
+    arms, name = [arm for arm in runs if arm != BEFORE], claim.metric.name
     seeds = sorted(runs[arms[0]])
     values = {arm: dict(zip(seeds, column(claim, runs, arm, name, seeds), strict=True)) for arm in arms}
     every = [v for of in values.values() for v in of.values()]
@@ -138,9 +141,3 @@ def _ticks(low: float, high: float) -> list[float]:
     first, last = math.floor(low / step), math.ceil(high / step)
     last = max(last, first + 1)
     return [round(n * step, 12) for n in range(first, last + 1)]
-
-
-def _replace(file: Path, text: str) -> None:
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, file)

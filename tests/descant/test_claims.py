@@ -115,6 +115,25 @@ def test_further_conditions_count(made: Callable[..., Claim]) -> None:
     assert judge(made(also=[condition]), runs).reasons == ("test/other of method less baseline >= -0.2: it is -0.3",)
     assert judge(made(also=[condition | {"at_least": -0.4}]), runs).verdict == PASSED
     assert judge(made(also=[{"metric": "test/other", "arm": "baseline", "at_most": 0.4}]), runs).verdict == NOT
+    # a multiple of another metric of the same arm: 0.2 - 0.3 * 0.4, and 0.3 times the baseline's 1
+    half = {"metric": "test/other", "arm": "method", "minus": "test/gap", "times": 0.3}
+    assert judge(made(also=[half | {"at_least": 0.079, "at_most": 0.081}]), runs).verdict == PASSED
+    other = half | {"against": "baseline", "at_least": 0}
+    (reason,) = judge(made(also=[other]), runs).reasons
+    assert reason == "test/other of method less 0.3 x test/gap of baseline >= 0: it is -0.1"
+
+
+def test_what_comes_before_is_read_and_needs_no_equal_budget(made: Callable[..., Claim]) -> None:
+    runs = runs_of([0.5, 0.6, 0.7], [0.0, 0.1, -0.1])
+    runs["before"] = {seed: {"old/gap": 0.25, "steps": 99.0} for seed in range(3)}
+    for metrics in runs["method"].values():
+        metrics["old/gap"] = 0.25
+    same = {"metric": "old/gap", "arm": "method", "against": "before", "at_least": 0, "at_most": 0}
+    claim = made(before={"experiment": "toy.yaml"}, also=[same])
+    assert claim.needed("before") == ["old/gap"] and claim.needed("sham") == ["test/gap"]
+    assert judge(claim, runs).verdict == PASSED
+    runs["method"][1]["old/gap"] += 1e-9
+    assert judge(claim, runs).verdict == NOT
 
 
 def test_arms_of_other_budgets_are_not_compared(made: Callable[..., Claim]) -> None:
@@ -155,6 +174,12 @@ def test_scored_code_must_run_as_often_in_the_sham(made: Callable[..., Claim]) -
         ({"experiment": "contrastive/emojy"}, "contrastive/emojy: no such file.*nearest: contrastive/emoji"),
         ({"also": [{"metric": "a", "arm": "metod", "at_least": 0}]}, r"also\[0\]: no arm 'metod'; nearest: method"),
         ({"also": [{"metric": "a", "arm": "method"}]}, "at_least or at_most"),
+        ({"also": [{"metric": "a", "arm": "method", "against": "method", "at_least": 0}]}, "a of method less itself"),
+        ({"also": [{"metric": "a", "arm": "method", "times": 2, "at_least": 0}]}, r"also\[0\]: times: of what"),
+        ({"also": [{"metric": "a", "arm": "before", "at_least": 0}]}, r"also\[0\]: no arm 'before'"),
+        ({"also": [{"metric": "a", "arm": "sham", "minus": "val/b", "at_least": 0}]}, "val/b: a claim is judged by"),
+        ({"before": {"configs": []}}, "before: experiment is missing"),
+        ({"before": {"experiment": "toy.yml"}}, "toy.yml: no such file"),
         ({"budget": {"equal": "flops"}}, "budget.equal flops; known: samples, steps"),
         ({"status": "maybe"}, r"status maybe: gate \(must pass\) or report"),
     ],
@@ -177,6 +202,30 @@ def test_options_reach_the_command_in_their_order(made: Callable[..., Claim]) ->
     assert claim.command("baseline", 7, "pilot") == [
         *("--config", "toy.yaml", "--trainer.max_steps=2", "--model.scale=2.0", lr, "--seed_everything=7")
     ]
+
+
+def test_arms_begin_from_the_run_of_their_seed(made: Callable[..., Claim], workplace: Path) -> None:
+    saved = {"class_path": "SavedTower", "init_args": {"path": "BEFORE", "note": "BEFOREHAND"}}
+    arms = CONTENT["arms"] | {"method": {"options": {"model.image": saved, "data.folder": "BEFORE/checkpoints"}}}
+    claim = made(before={"experiment": "toy.yaml", "options": {"model.scale": 3.0}}, arms=arms)
+    place = run.Place(claim, "full", workplace / "runs")
+    assert place.missing(["method"], [0, 1]) == [("before", 0), ("method", 0), ("before", 1), ("method", 1)]
+    words = run.command(place, "method", 1)
+    assert f"--data.folder={place.folder}/before-1/checkpoints" in words
+    assert f"{{note: BEFOREHAND, path: {place.folder}/before-1}}" in next(
+        w for w in words if w.startswith("--model.image")
+    )
+    assert run.command(place, "before", 1)[1:4] == ["--config", "toy.yaml", "--model.scale=3.0"]
+    # of an array on a cluster, the run with its seed
+    folder = place.folder / "before/001"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("seed_everything: 1\n")
+    assert (place.before(0), place.before(1)) == (place.folder / "before-0", folder)
+    assert place.finished("before", 1) is None
+    (folder / "metrics.json").write_text('{"val/gap": 1, "steps": 8}')
+    assert place.finished("before", 1) is None  # not tested yet
+    (folder / "metrics.json").write_text('{"test/gap": 1, "steps": 8}')
+    assert place.missing(["method"], [1]) == [("method", 1)]
 
 
 # what is stored -------------------------------------------------------------------------------------------------
@@ -277,8 +326,11 @@ def test_a_planted_effect_passes_and_a_planted_nothing_does_not(
     stored = store.read(results, "toy-claim", "full")
     assert stored is not None and stored["runs"]["method"][2]["steps"] == 8
     # the same again costs nothing and says the same
+    assert stored["seconds"] > 1
     again = planted("run", "toy-claim.yaml")
     assert "9 runs, 9 done" in again.err and again.out == whole.out
+    seconds = store.read(results, "toy-claim", "full")
+    assert seconds is not None and seconds["seconds"] == stored["seconds"]
     assert planted("verify", "toy-claim.yaml").rc == 0
     # a changed claim needs a new pilot, and leaves what is stored alone
     arms = CONTENT["arms"] | {"method": {"options": {"model.optimizer.init_args.lr": 0.0}}}
