@@ -50,6 +50,10 @@ class BatchDataset(Dataset[Batch]):
         """The content of some samples; whatever is random about them is a function of ``draw_B``."""
         raise NotImplementedError
 
+    def visit(self, slots: Sequence[Slot], draw_B: np.ndarray) -> Rows:
+        """``rows`` of some slots; a set whose rows change with the epoch takes it from them."""
+        return self.rows(np.array([s.sample for s in slots]), draw_B)
+
     def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
         """Modality -> bool ``[N]``: which modalities these samples have, without reading them."""
         raise NotImplementedError
@@ -76,7 +80,7 @@ class BatchDataset(Dataset[Batch]):
         step = self.presence(window.step, self.draws(window.step))
         draw_B = self.draws(window.slots)
         index_B = np.array([s.sample for s in window.slots])
-        rows = self.rows(index_B, draw_B)
+        rows = self.visit(window.slots, draw_B)
         present = self.presence(window.slots, draw_B)
         return Batch(
             inputs=rows.inputs,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,12 +23,15 @@ from torch import Tensor, nn
 from torchvision.io import ImageReadMode, decode_webp
 
 from descant.datamodules.base import BatchDataset, DataModule, Rows
+from descant.datamodules.captions import CaptionMixer, Drawings, MixedCaptions
 from descant.datamodules.ledger import Ledger
 from descant.datamodules.names import require_known
+from descant.datamodules.order import Slot
+from descant.datamodules.stimuli import noise_facts, product_facts, text_facts, valence_facts, visual_facts
 from descant.modules.batch import Batch
 from descant.modules.random import seeded, uniform_N, uniform_NK
 from descant.modules.text import Bpe, Codec
-from descant.modules.transforms import Augment, Pixels, over_white, reduce_rgba
+from descant.modules.transforms import Augment, Pixels, edges, over_white, reduce_rgba
 
 PACK = Path(__file__).parent / "packs" / "emoji"
 VENDORS = ("noto", "twemoji", "openmoji", "fluent")
@@ -169,6 +173,9 @@ class EmojiSet(BatchDataset):
         size: of the pictures.
         shuffle: captions of other concepts, by a fixed permutation (a control).
         views: 2 for a second picture, the same concept by a vendor drawn from ``vendors``.
+        mixed: the captions of each row, in place of ``captions``, and their content keys.
+        sketch: whether a picture is also there as its lines; they are drawn on the device.
+        facts: name -> float targets by vendor number, each ``[concepts, ...]``.
     """
 
     def __init__(
@@ -191,8 +198,12 @@ class EmojiSet(BatchDataset):
         vendors: Sequence[str] = (),
         transform: nn.Module | None = None,
         drop: Mapping[str, float] | None = None,
+        mixed: MixedCaptions | None = None,
+        sketch: bool = False,
+        facts: Mapping[str, Mapping[int, Tensor]] | None = None,
     ) -> None:
         super().__init__(seed, drop)
+        self.mixed, self.sketch, self.facts = mixed, sketch, facts or {}
         self.pack, self.captions, self.random, self.keywords = pack, captions, random, keywords
         self.concept_N, self.vendor_N, self.image_N, self.text_N = concept_N, vendor_N, image_N, text_N
         self.key_N, self.label, self.size, self.views = key_N, label, size, views
@@ -211,28 +222,38 @@ class EmojiSet(BatchDataset):
         return self.concept_N[index_B] * len(VENDORS) + self.vendor_N[index_B]
 
     def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
-        return {
-            "image": torch.from_numpy(self.image_N[index_N]),
-            "text": torch.from_numpy(self.text_N[index_N]),
-        }
+        image_N, text_N = (torch.from_numpy(has_N[index_N]) for has_N in (self.image_N, self.text_N))
+        return {"image": image_N, "text": text_N, **({"sketch": image_N} if self.sketch else {})}
 
-    def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
+    def visit(self, slots: Sequence[Slot], draw_B: np.ndarray) -> Rows:
+        return self.rows(np.array([s.sample for s in slots]), draw_B, np.array([s.epoch for s in slots]))
+
+    def rows(self, index_B: np.ndarray, draw_B: np.ndarray, epoch_B: np.ndarray | None = None) -> Rows:
         concept_B, vendor_B = self.concept_N[index_B], self.vendor_N[index_B]
         inputs = {"image": self._images(concept_B, vendor_B, draw_B, "image")}
         if self.views == 2:
             choice_B = torch.floor(uniform_N(draw_B, "view/vendor") * len(self.vendors)).long().numpy()
             chosen = np.array([VENDORS.index(v) for v in self.vendors])[choice_B]
             inputs["image@2"] = self._images(concept_B, chosen, draw_B, "image@2")
+        inputs["text"], key_B = self._texts(index_B, draw_B, epoch_B)
+        if self.token_dropout > 0:
+            inputs["text"] = self._drop_tokens(inputs["text"], draw_B)
+        targets = {name: torch.from_numpy(label_N[concept_B]) for name, label_N in self.label.items()}
+        for name, by_vendor in self.facts.items():
+            targets[name] = torch.stack([by_vendor[v][c] for c, v in zip(concept_B, vendor_B, strict=True)])
+        return Rows(inputs, targets, key_B)
+
+    def _texts(self, index_B: np.ndarray, draw_B: np.ndarray, epoch_B: np.ndarray | None) -> tuple[Tensor, Tensor]:
+        """Token ids ``[B, T]`` and content keys ``[B]``."""
+        if self.mixed is not None:
+            return self.mixed.draw(index_B, draw_B, np.zeros_like(index_B) if epoch_B is None else epoch_B)
         told_B = self.told_N[index_B]
         if self.random:
             captions = self.captions.random(told_B, draw_B)
         else:
             captions = [self.captions.fixed(int(c), self.keywords) for c in told_B]
-        inputs["text"] = torch.from_numpy(np.array(captions))  # a list of lists costs torch thrice as long
-        if self.token_dropout > 0:
-            inputs["text"] = self._drop_tokens(inputs["text"], draw_B)
-        targets = {name: torch.from_numpy(label_N[concept_B]) for name, label_N in self.label.items()}
-        return Rows(inputs, targets, torch.from_numpy(self.key_N[told_B]))
+        # a list of lists costs torch thrice as long
+        return torch.from_numpy(np.array(captions)), torch.from_numpy(self.key_N[told_B])
 
     def _drop_tokens(self, x_BT: Tensor, draw_B: np.ndarray) -> Tensor:
         """Tokens become padding at random, but never ``<bos>``: a caption keeps at least that."""
@@ -260,7 +281,8 @@ class Emoji(DataModule):
     held-out concepts as the training vendors draw them, among their 200 names), ``both`` (the same as Fluent draws
     them) and ``apart`` (as ``concept``, only pictures of concepts without a relative in training: no "man running"
     where "woman running" was trained on); with more than one training language also ``language`` (pictures of training
-    concepts among their names in pt).
+    concepts among their names in pt); and a set for each ``foreign`` language, by its code (``vendor``'s pictures among
+    their names in it), with the target ``distance``, the edits from the English name.
 
     Args:
         batch_size: rows of one whole optimizer step.
@@ -279,9 +301,16 @@ class Emoji(DataModule):
         augment: training's view of a picture, on the device, a whole batch at once.
         transform: a per-sample torchvision v2 transform of the uint8 RGBA picture before that, or none.
         views: modality -> 2 for a second view (``image@2``), another training vendor's drawing of the concept.
+        sketch: a third modality, the lines of each picture ``[B, 1, size, size]``.
+        foreign: languages in which pictures are looked for and never named in training.
         development: choose settings without the test sets: Twemoji plays the held-out vendor and 150 training
             concepts the held-out ones, validated under the names of the test sets.
         shuffle_captions: a control: training pictures get the captions of other concepts, by a fixed permutation.
+        readout: float targets in the evaluation sets, for a Readout: ``visual`` ``[B, 8]`` (colour and shape of the
+            drawing), ``valence`` ``[B]`` (how people rated the words of name and keywords; nan without such words),
+            ``product`` ``[B, 8]`` (of something visual and something of the text) and ``noise`` ``[B, 8]``.
+        mixer: draws the kind of each training caption at each visit, names or what is measured in the drawing, in
+            English; ``name_only`` and ``nameless`` then have no say. Evaluation is the same with and without.
         folder: of the pack.
     """
 
@@ -303,10 +332,15 @@ class Emoji(DataModule):
         augment: Augment | None = None,
         transform: nn.Module | None = None,
         views: dict[str, int] | None = None,
+        sketch: bool = False,
+        foreign: list[str] | None = None,
         development: bool = False,
         shuffle_captions: bool = False,
+        readout: bool = False,
+        mixer: CaptionMixer | None = None,
         folder: str | None = None,
     ) -> None:
+        self.sketch, self.foreign = sketch, foreign or []
         super().__init__(batch_size, eval_batch_size, num_workers, drop, tiny)
         self.size, self.text, self.languages = size, text, languages or ["en"]
         self.vendors = vendors or ["noto", "twemoji", "openmoji"]
@@ -315,18 +349,23 @@ class Emoji(DataModule):
         self.augment, self.transform, self.views = augment or Augment(size), transform, views or {}
         self.augment_2 = self.augment.stream_copy("image@2")
         self.pixels = Pixels(size)
-        self.development, self.shuffle_captions = development, shuffle_captions
+        self.development, self.shuffle_captions, self.mixer = development, shuffle_captions, mixer
+        self.readout, self._visual = readout, dict[str, Tensor]()
         self.folder = Path(folder) if folder else PACK
         if self.augment.size != size:
             raise ValueError(f"augment.size {self.augment.size} is not the data's size {size}")
         require_known("vendors", self.vendors, VENDORS)
         require_known("views", list(self.views), ("image",))
+        if mixer is not None and shuffle_captions:
+            raise ValueError("shuffle_captions: with a mixer its own control is meant: mixer.init_args.sham permute")
+        if mixer is not None and self.languages != ["en"]:
+            raise ValueError(f"languages {self.languages}: a mixer writes English captions only; nearest: [en]")
         if self.development:
             self.vendors = [v for v in self.vendors if v != DEVELOPMENT_VENDOR]
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        return ("image", "text")
+        return ("image", "text", *(["sketch"] if self.sketch else []))
 
     # the pack and its splits -----------------------------------------------------------------------------------
 
@@ -337,6 +376,7 @@ class Emoji(DataModule):
         if self.tiny:
             pack.keep(range(0, len(pack), 12))
         require_known("languages", self.languages, pack.languages)
+        require_known("foreign", self.foreign, [name for name in pack.languages if name not in self.languages])
         return pack
 
     @cached_property
@@ -375,8 +415,18 @@ class Emoji(DataModule):
         return DEVELOPMENT_VENDOR if self.development else str(self.manifest["held_out_vendor"])
 
     def _kept(self, concept: int | np.integer[Any], vendor: str) -> bool:
-        """A training drawing kept for validation: one in twenty, fixed by a hash, never in development."""
-        return not self.development and _hash(f"val/{self.pack.rows[concept]['hexcode']}/{vendor}") % 20 == 0
+        """A training drawing kept for validation: one in twenty, fixed by a hash, never in development.
+
+        None that another concept has too, byte by byte ("man" and "person" of some vendors): it would be trained on.
+        """
+        row = self.pack.rows[concept]
+        chosen = not self.development and _hash(f"val/{row['hexcode']}/{vendor}") % 20 == 0
+        return chosen and self.copies[row[vendor]] == 1
+
+    @cached_property
+    def copies(self) -> Counter[bytes]:
+        """How many drawings have these bytes."""
+        return Counter(row[vendor] for row in self.pack.rows for vendor in VENDORS)
 
     @cached_property
     def key_N(self) -> np.ndarray:
@@ -396,8 +446,39 @@ class Emoji(DataModule):
             for name, classes in self.classes.items()
         }
 
+    def _facts(self, vendors: Sequence[str]) -> dict[str, dict[int, Tensor]]:
+        """Name -> vendor number -> a float target of all concepts, worked out once for each vendor."""
+        for vendor in vendors:
+            if vendor not in self._visual:
+                self._visual[vendor] = visual_facts(self.pack.drawings(vendor)[0])
+        number = {vendor: VENDORS.index(vendor) for vendor in vendors}
+        return {
+            "visual": {v: self._visual[vendor] for vendor, v in number.items()},
+            "valence": dict.fromkeys(number.values(), self._text_targets["valence"]),
+            "product": {
+                v: product_facts(self._visual[vendor], self._text_targets["text"]) for vendor, v in number.items()
+            },
+            "noise": dict.fromkeys(number.values(), self._text_targets["noise"]),
+        }
+
+    @cached_property
+    def _text_targets(self) -> dict[str, Tensor]:
+        """What depends on no drawing, of all concepts."""
+        path, codes = self.folder / "valence.json", [row["hexcode"] for row in self.pack.rows]
+        if not path.is_file():
+            raise ValueError(f"readout: {path} is missing; descant.datamodules.prepare.valence writes it")
+        return {
+            "valence": valence_facts(codes, json.loads(path.read_text(encoding="utf-8"))),
+            "text": text_facts([[row["names"]["en"], *row["keywords"]["en"]] for row in self.pack.rows]),
+            "noise": noise_facts(codes),
+        }
+
     def _set(
-        self, rows: Sequence[tuple[int, str, bool, bool]], captions: Captions | None = None, **options: Any
+        self,
+        rows: Sequence[tuple[int, str, bool, bool]],
+        captions: Captions | None = None,
+        label: Mapping[str, np.ndarray] | None = None,
+        **options: Any,
     ) -> EmojiSet:
         """Rows of (concept, vendor, with its picture, with its text)."""
         concept, vendor, _, text = zip(*rows, strict=True)
@@ -411,18 +492,52 @@ class Emoji(DataModule):
             np.array(text),
             seed=self.seed,
             key_N=self.key_N,
-            label=self.label,
+            label=self.label | dict(label or {}),
             size=self.size,
-            keywords=self.keywords,
-            **options,
+            sketch=self.sketch,
+            facts=self._facts(sorted(set(vendor))) if self.readout and not options.get("random") else None,
+            **({"keywords": self.keywords} | options),
         )
 
-    def training_set(self) -> EmojiSet:
+    @cached_property
+    def training_rows(self) -> list[tuple[int, str, bool, bool]]:
         concepts = np.flatnonzero(~self.test_N & self.usable_N)
         rows = [(int(c), v, True, True) for v in self.vendors for c in concepts if not self._kept(c, v)]
-        rows = [row for row in rows if self.captions.has(row[0]) and self.pack.drawings(row[1])[1][row[0]]]
+        return [row for row in rows if self.captions.has(row[0]) and self.pack.drawings(row[1])[1][row[0]]]
+
+    @cached_property
+    def mixed(self) -> MixedCaptions | None:
+        """What the mixer may say of each training drawing: written once; which of it is said is drawn at each visit."""
+        if self.mixer is None:
+            return None
+        concept, vendor, _, _ = zip(*self.training_rows, strict=True)
+        drawings = Drawings(
+            name_C=[row["names"]["en"] for row in self.pack.rows],
+            kind_C=[row["subgroup"] for row in self.pack.rows],
+            code_C=[row["hexcode"] for row in self.pack.rows],
+            concept_R=np.array(concept),
+            hand_R=np.array([VENDORS.index(v) for v in vendor]),
+            hands=VENDORS,
+            pictures=lambda hand: self.pack.drawings(VENDORS[hand])[0],
+        )
+        return self.mixer.write(drawings, self.codec)
+
+    @property
+    def shams(self) -> tuple[CaptionMixer, ...]:
+        """What a control can take the signal from, and counts its calls (in this process: readers count their own)."""
+        return () if self.mixer is None else (self.mixer,)
+
+    def caption_statistics(self, epoch: int) -> dict[str, float] | None:
+        """Of the captions that training reads in an epoch, over all ranks; None where no mixer draws them."""
+        if self.mixed is None:
+            return None
+        data = self.training_set()
+        slots = [Slot(epoch, sample, True) for sample in range(len(data))]
+        return self.mixed.statistics(np.arange(len(data)), data.draws(slots), np.full(len(data), epoch))
+
+    def training_set(self) -> EmojiSet:
         return self._set(
-            rows,
+            self.training_rows,
             shuffle=self.shuffle_captions,
             random=True,
             token_dropout=self.token_dropout,
@@ -430,6 +545,7 @@ class Emoji(DataModule):
             vendors=self.vendors,
             transform=self.transform,
             drop=self.drop,
+            mixed=self.mixed,
         )
 
     def bank_set(self) -> EmojiSet:
@@ -462,7 +578,18 @@ class Emoji(DataModule):
             captions = Captions(self.pack, self.codec, [held], 1.0, 0.0)
             named = [int(c) for c in seen if captions.has(int(c))]
             sets["language"] = self._set([(c, self.vendors[0], True, True) for c in named], captions)
+        for language in self.foreign:
+            captions = Captions(self.pack, self.codec, [language], 1.0, 0.0)
+            rows = [(int(c), vendor, True, True) for c in seen if captions.has(int(c))]
+            sets[language] = self._set(rows, captions, {"distance": self._distance(language)}, keywords=False)
         return sets
+
+    def _distance(self, language: str) -> np.ndarray:
+        """int64 ``[N]``: edits between the name in a language and the English one; -1 without one."""
+        named = [row["names"] for row in self.pack.rows]
+        return np.array(
+            [edits(names[language].casefold(), names["en"].casefold()) if names[language] else -1 for names in named]
+        )
 
     # what evaluation asks --------------------------------------------------------------------------------------
 
@@ -487,9 +614,26 @@ class Emoji(DataModule):
         training = self.trainer is not None and self.trainer.training
         view = self.augment if training else self.pixels
         batch.inputs["image"] = view(batch.inputs["image"], batch.draw)
+        if self.sketch:
+            batch.inputs["sketch"] = edges(batch.inputs["image"])
         if "image@2" in batch.inputs:
             batch.inputs["image@2"] = self.augment_2(batch.inputs["image@2"], batch.draw)
         return batch
+
+
+def edits(a: str, b: str) -> int:
+    """Insertions, deletions and substitutions of characters that make one text the other (Levenshtein).
+
+    >>> edits("apfel", "apple")
+    3
+    """
+    before = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        row = [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(before[j] + 1, row[-1] + 1, before[j - 1] + (x != y)))
+        before = row
+    return before[-1]
 
 
 def _hash(text: str) -> int:

@@ -43,6 +43,22 @@ def reduce_rgba(x_NCHW: Tensor, size: int) -> Tensor:
     return torch.cat(parts)
 
 
+def edges(x_B3HW: Tensor) -> Tensor:
+    """A line drawing of pixels in -1..1: ``min(|grad luma|, 1) * 2 - 1`` by Sobel's masks, float ``[B, 1, H, W]``.
+
+    1 where the brightness steps by half of its range or more, -1 on even ground.
+
+    >>> x_B3HW = torch.ones(1, 3, 4, 6)
+    >>> x_B3HW[..., 3:] = -1
+    >>> edges(x_B3HW)[0, 0, 1].tolist()
+    [-1.0, -1.0, 1.0, 1.0, -1.0, -1.0]
+    """
+    luma = (x_B3HW.float() * x_B3HW.new_tensor(_LUMA, dtype=torch.float32)[:, None, None]).sum(1, keepdim=True)
+    mask = luma.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 4
+    both = F.conv2d(F.pad(luma, (1, 1, 1, 1), mode="replicate"), torch.stack([mask, mask.T])[:, None])
+    return both.square().sum(1, keepdim=True).sqrt().clamp(max=1) * 2 - 1
+
+
 #: Mean or standard deviation of each colour, of pixels in 0..1.
 Colour = tuple[float, float, float]
 #: What towers see unless theirs were trained otherwise: pixels in -1..1.

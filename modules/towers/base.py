@@ -75,6 +75,7 @@ class Towers(nn.ModuleDict):
         depth: one channel of distance ``[B, 1, H, W]``.
         volume: voxels ``[B, C, X, Y, Z]``.
         bands: spectral bands ``[B, C, H, W]``.
+        sketch: one channel of lines ``[B, 1, H, W]``.
         table: columns ``[B, C]``.
     """
 
@@ -87,6 +88,7 @@ class Towers(nn.ModuleDict):
         depth: Tower | None = None,
         volume: Tower | None = None,
         bands: Tower | None = None,
+        sketch: Tower | None = None,
         table: Tower | None = None,
     ) -> None:
         given = dict(
@@ -97,6 +99,7 @@ class Towers(nn.ModuleDict):
             depth=depth,
             volume=volume,
             bands=bands,
+            sketch=sketch,
             table=table,
         )
         super().__init__({name: tower for name, tower in given.items() if tower is not None})

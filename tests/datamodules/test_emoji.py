@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from descant.datamodules.base import BatchDataset
 from descant.datamodules.emoji import PACK, VENDORS, Emoji, Pack
 from descant.datamodules.ledger import Ledger
 from descant.datamodules.order import Order
@@ -19,6 +22,10 @@ from descant.modules.batch import Batch
 def first_batch(data: Emoji, epoch: int = 0, batch_size: int = 16) -> Batch:
     rows = data.training_set()
     return rows[next(iter(Order(len(rows), batch_size, data.seed, epoch=epoch)))]
+
+
+def whole(rows: BatchDataset) -> Batch:
+    return rows[next(iter(Order(len(rows), len(rows), seed=0, shuffle=False)))]
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +52,29 @@ def test_training_never_meets_what_is_held_out(data: Emoji) -> None:
     assert 150 < len(val) < 300
     assert not set(trained.tolist()) & set(val.tolist())
     assert not concepts(val) & test
+
+
+def test_no_drawing_of_a_test_is_trained_on_byte_by_byte(data: Emoji) -> None:
+    """Nor is a concept, a content key or a drawing of what settings are chosen on."""
+
+    def drawings(rows: BatchDataset) -> set[str]:
+        ids = all_ids(rows, "image")
+        return {hashlib.sha256(data.pack.rows[i // 4][VENDORS[i % 4]]).hexdigest() for i in ids.tolist()}
+
+    def keys(rows: BatchDataset) -> set[int]:
+        return set(data.key_N[sorted(concepts(all_ids(rows, "image")))].tolist())
+
+    trained, tests = data.training_set(), data.evaluation_sets("test")
+    for name, rows in [*tests.items(), *data.evaluation_sets("validate").items()]:
+        assert not drawings(rows) & drawings(trained), name
+    for name in ("concept", "both", "apart"):
+        assert not keys(tests[name]) & keys(trained), name
+        assert not concepts(all_ids(tests[name], "image")) & concepts(all_ids(trained, "image")), name
+    chosen_on = Emoji(batch_size=16, development=True)
+    seen = {**chosen_on.evaluation_sets("validate"), "train": chosen_on.training_set()}
+    for name, rows in seen.items():
+        for test in ("vendor", "concept", "both", "apart"):
+            assert not drawings(rows) & drawings(tests[test]), (name, test)
 
 
 def test_test_sets_are_what_they_say(data: Emoji) -> None:
@@ -148,6 +178,44 @@ def test_the_held_out_language_is_a_set_of_its_own() -> None:
     assert list(data.evaluation_sets("test")) == ["vendor", "concept", "both", "apart", "language"]
     rows = data.evaluation_sets("test")["language"]
     assert len(rows) > 1000
+
+
+def test_foreign_languages_are_sets_of_their_own_and_never_trained() -> None:
+    data = Emoji(tiny=True, foreign=["de", "ja"], sketch=True)
+    assert data.modalities == ("image", "text", "sketch")
+    assert {"de", "ja"} <= set(data.evaluation_sets("test")) and set(data.evaluation_sets("validate")) == {"val"}
+    rows = data.evaluation_sets("test")["de"]
+    batch = whole(rows)
+    names = [data.pack.rows[int(i) // len(VENDORS)]["names"] for i in batch.index]
+    assert [data.codec.row([data.codec.ids(n["de"])]) for n in names] == batch.inputs["text"].tolist()
+    assert batch.targets["distance"].tolist() == [_edits(n["de"].casefold(), n["en"].casefold()) for n in names]
+    assert bool(batch.present["sketch"].all())
+    trained = {tuple(row) for row in whole(data.training_set()).inputs["text"].tolist()}
+    assert len(trained & {tuple(row) for row in batch.inputs["text"].tolist()}) < 0.1 * len(names)  # spelled alike
+    with pytest.raises(ValueError, match="foreign: 'en' is not one of"):
+        Emoji(tiny=True, foreign=["en"]).evaluation_sets("test")
+
+
+@cache
+def _edits(a: str, b: str) -> int:
+    """By the definition."""
+    if not a or not b:
+        return len(a) + len(b)
+    return min(_edits(a[1:], b) + 1, _edits(a, b[1:]) + 1, _edits(a[1:], b[1:]) + (a[0] != b[0]))
+
+
+def test_a_sketch_is_the_edges_of_what_the_image_tower_sees() -> None:
+    data = Emoji(tiny=True, sketch=True, size=16)
+    rows = data.evaluation_sets("test")["vendor"]
+    batch = data.on_after_batch_transfer(whole(rows), 0)
+    image, sketch = batch.inputs["image"], batch.inputs["sketch"]
+    assert sketch.shape == (len(image), 1, 16, 16)
+    luma = (image * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1)
+    y, x = 7, 9
+    across = sum(w * (luma[:, y + d, x + 1] - luma[:, y + d, x - 1]) for d, w in ((-1, 1), (0, 2), (1, 1))) / 4
+    down = sum(w * (luma[:, y + 1, x + d] - luma[:, y - 1, x + d]) for d, w in ((-1, 1), (0, 2), (1, 1))) / 4
+    wanted = (across**2 + down**2).sqrt().clamp(max=1) * 2 - 1
+    assert torch.allclose(sketch[:, 0, y, x], wanted, atol=1e-6) and sketch.std() > 0.1
 
 
 def test_prompts_and_pictures(data: Emoji) -> None:
