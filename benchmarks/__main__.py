@@ -30,6 +30,7 @@ BENCHMARKS = {
     "resume/first_batch": "benchmarks.resume:first_batch",
     "start": "benchmarks.start:start",
     "control": "benchmarks.control:control",
+    "claims": "benchmarks.claims:claims",
     "stamps": "benchmarks.stamps:stamps",
 }
 

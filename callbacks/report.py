@@ -242,7 +242,7 @@ def blocks(values: Mapping[str, float], width: int = WIDTH) -> Iterator[tuple[li
     sets: dict[str, dict[str, float]] = {}
     for key, value in values.items():
         name, slash, metric = key.partition("/")
-        if slash and name != "speed":
+        if slash and name not in ("speed", "sham"):
             sets.setdefault(name, {})[metric] = value
     for names in _together(sets):
         metrics = list(dict.fromkeys(m for name in names for m in sets[name]))

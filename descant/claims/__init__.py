@@ -96,7 +96,9 @@ def _run(given: argparse.Namespace) -> int:
 
 
 def _print(claim: Claim, found: Judgement, budget: str) -> None:
-    gain = f"{found.method.mean:+.4f} [{found.method.low:+.4f}, {found.method.high:+.4f}]"
+    gain = f"{found.method.mean:+.4f}"
+    if found.method.n > 1:
+        gain += f" [{found.method.low:+.4f}, {found.method.high:+.4f}]"
     verdict = found.verdict if budget == "full" else f"a pilot (by the rule: {found.verdict})"
     print(f"{claim.name}: {verdict}")
     print(f"  {claim.metric.name}: gain {gain}, better in {found.method.wins} of {found.method.n} seeds")

@@ -62,7 +62,7 @@ def decide(method: Paired, over_sham: float, margin: float, sham_margin: float) 
         reasons.append(f"the gain of {method.mean:.4g} is below the margin of {margin:g}")
     if method.wins < method.n - 1:
         reasons.append(f"better in {method.wins} of {method.n} seeds only")
-    if not method.low > 0:
+    if method.n > 1 and not method.low > 0:  # one seed, of a pilot, has no interval
         reasons.append(f"the interval of the gain reaches down to {method.low:.4g}")
     if over_sham < sham_margin:
         reasons.append(f"only {over_sham:.4g} better than its sham (asked: {sham_margin:g})")

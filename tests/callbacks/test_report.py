@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from descant.callbacks.report import WIDTH, Report, write_json
+from descant.modules.sham import Sham
 
 B, BATCHES, EPOCHS = 4, 5, 2
 
@@ -126,6 +127,32 @@ def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
     second = read(tmp_path)
     assert (first["samples"], second["samples"], second["steps"]) == (20, 40, 10)
     assert second["seconds"] > 0.5 * first["seconds"]
+
+
+class Scored(Toy):
+    """Asks its sham twice a step."""
+
+    def __init__(self, mode: Any = None) -> None:
+        super().__init__()
+        self.sham = Sham(mode)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x_B = self.sham(self.sham(batch[0], torch.arange(B)), torch.arange(B))
+        return self.net(x_B).square().mean()
+
+
+@pytest.mark.parametrize("mode", [None, "permute"])
+def test_how_often_a_signal_was_asked_for(tmp_path: Path, mode: Any) -> None:
+    model = Scored(mode)
+    model.sham(torch.zeros(B), torch.arange(B))  # before the fit, as a look at the model does
+    model.sham(torch.zeros(B), torch.arange(B))
+    first = trainer(tmp_path, Report(), ModelCheckpoint(tmp_path, filename="first"), max_epochs=1)
+    first.fit(model, loader())
+    assert read(tmp_path)["sham/calls"] == 2
+    # in another process it counts from where that began
+    trainer(tmp_path, Report(), max_epochs=3).fit(Scored(mode), loader(), ckpt_path=str(tmp_path / "first.ckpt"))
+    assert read(tmp_path)["sham/calls"] == 2 and read(tmp_path)["steps"] == 3 * BATCHES
+    assert "sham" not in Report().table(read(tmp_path))
 
 
 def test_the_table_once_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

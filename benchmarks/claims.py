@@ -1,0 +1,67 @@
+"""What ``descant claims run`` costs beside the fits that it is made of, one after the other and by hand."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from benchmarks import Row
+from descant.claims import run, spec
+
+BAR, PAIRS = 0.05, 4
+#: Fits of a few seconds, nearly all of it start: of the length of real ones the harness takes a smaller share.
+CLAIM = {
+    "title": "nothing: three fits",
+    "seed": 0,
+    "source": "none",
+    "experiment": "contrastive/scenes",
+    "options": {"data.init_args.scenes": 200, "trainer.log_every_n_steps": 10},
+    "arms": {"baseline": {}, "method": {"configs": ["with/swap-negatives"]}, "sham": {}},
+    "metric": {"name": "both/swap", "better": "higher", "margin": 0.0},
+    "seeds": {"pilot": [100], "full": [0, 1, 2]},
+    "budget": {"equal": "steps", "pilot": {"trainer.max_steps": 40}, "full": {"trainer.max_steps": 40}},
+}
+
+
+def claims() -> Iterator[Row]:
+    """The wall time of a claim over that of its fits, less 1: the median of four pairs, one fit at a time in both."""
+    shares = []
+    for k in range(PAIRS):
+        with tempfile.TemporaryDirectory() as folder:
+            sides = [harness, plain] if k % 2 == 0 else [plain, harness]
+            took = {side: side(Path(folder)) for side in sides}
+            shares.append(took[harness] / took[plain] - 1)
+    yield Row.at_most("claims/overhead", statistics.median(shares), BAR, (min(shares), max(shares)))
+
+
+def harness(folder: Path) -> float:
+    claim = _claim(folder)
+    words = ["claims", "run", str(claim), "--budget", "pilot", "--jobs", "1"]
+    return _seconds([*words, "--runs", str(folder / "ours"), "--results", str(folder / "results")])
+
+
+def plain(folder: Path) -> float:
+    place = run.Place(spec.load(str(_claim(folder))), "pilot", folder / "plain")
+    return sum(_seconds(run.command(place, arm, 100)) for arm in spec.ARMS)
+
+
+def _claim(folder: Path) -> Path:
+    file = folder / "three-fits.yaml"
+    file.write_text(yaml.safe_dump(CLAIM), encoding="utf-8")
+    return file
+
+
+def _seconds(words: list[str]) -> float:
+    threads = str(os.cpu_count() or 1)
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "descant", *words], env=environment, capture_output=True, check=True)
+    return time.perf_counter() - began
