@@ -41,6 +41,82 @@ def retrieval_ranks(z_q_QD: Tensor, key_Q: Tensor, z_g_GD: Tensor, key_G: Tensor
     return torch.cat(ranks)
 
 
+def mean_average_precision(
+    z_q_QD: Tensor,
+    label_Q: Tensor,
+    z_g_GD: Tensor,
+    label_G: Tensor,
+    id_Q: Tensor | None = None,
+    id_G: Tensor | None = None,
+    cells: int = CELLS,
+) -> Tensor:
+    """Mean average precision of retrieval; right is a row of equal label.
+
+        AP_q = 1 / |right_q|  sum over right g of  #{right rows up to rank g} / rank g
+
+    Ties count against the query (a wrong row stands before a right one of the same score), and so does nan. A gallery
+    row whose ``id`` is the query's own is left out; queries without a right row do not count. (In
+    torchmetrics 1.9, RetrievalMAP takes no right row of score 0 or below for one, which embeddings do have.)
+
+    Shapes: ``z_q_QD, label_Q, z_g_GD, label_G``, ids int64 ``-> []`` float64 (float32 where the device has none); nan
+    where no query has a right row.
+
+    >>> z_GD = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.5, 0.5], [0.0, 1.0]])
+    >>> label_G, id_G = torch.tensor([0, 1, 0, 0]), torch.arange(4)
+    >>> round(float(mean_average_precision(z_GD[:1], label_G[:1], z_GD, label_G, id_G[:1], id_G)), 4)  # (1/2 + 2/3) / 2
+    0.5833
+    """
+    kind = wide(z_q_QD.device)
+    rank_G = torch.arange(1, len(z_g_GD) + 1, device=z_q_QD.device, dtype=kind)
+    total, queries = torch.zeros((), device=z_q_QD.device, dtype=kind), 0
+    for rows in _chunks(len(z_q_QD), len(z_g_GD), cells):
+        right_RG, own_RG = _right(rows, label_Q, label_G, id_Q, id_G)
+        score_RG = z_q_QD[rows] @ z_g_GD.T
+        score_RG = score_RG.masked_fill(score_RG.isnan() & ~right_RG, torch.inf)
+        score_RG = score_RG.masked_fill(score_RG.isnan() | own_RG, -torch.inf)
+        # among equal scores wrong rows, then right ones, and behind all others the query itself
+        order_RG = (right_RG.int() + 2 * own_RG.int()).argsort(dim=1, stable=True)
+        order_RG = order_RG.gather(1, score_RG.gather(1, order_RG).argsort(dim=1, stable=True, descending=True))
+        hit_RG = right_RG.gather(1, order_RG).to(kind)
+        count_R = hit_RG.sum(dim=1)
+        total += ((hit_RG * hit_RG.cumsum(dim=1) / rank_G).sum(dim=1) / count_R.clamp(min=1)).sum()
+        queries += int((count_R > 0).sum())
+    return total / queries if queries else total * torch.nan
+
+
+def chance_average_precision(
+    label_Q: Tensor, label_G: Tensor, id_Q: Tensor | None = None, id_G: Tensor | None = None, cells: int = CELLS
+) -> Tensor:
+    """What :func:`mean_average_precision` of a random order is on average, for these labels.
+
+        E AP = (H_G + (R - 1) / (G - 1) (G - H_G)) / G,   H_G = 1 + 1/2 + ... + 1/G,   R right rows among G
+
+    Shapes: as there, ``-> []`` float64 (float32 where the device has none).
+
+    >>> round(float(chance_average_precision(torch.tensor([0]), torch.tensor([0, 1]))), 4)  # rank 1 or rank 2
+    0.75
+    """
+    kind = wide(label_Q.device)
+    h_G = (1 / torch.arange(1, len(label_G) + 1, device=label_Q.device, dtype=kind)).cumsum(dim=0)
+    chances = [h_G[:0]]
+    for rows in _chunks(len(label_Q), len(label_G), cells):
+        right_RG, own_RG = _right(rows, label_Q, label_G, id_Q, id_G)
+        count_R, size_R = right_RG.sum(dim=1), (~own_RG).sum(dim=1)
+        count_R, size_R = count_R[count_R > 0], size_R[count_R > 0]
+        h_R = h_G[size_R - 1]
+        chances.append((h_R + (count_R - 1) / (size_R - 1).clamp(min=1) * (size_R - h_R)) / size_R)
+    return torch.cat(chances).mean()
+
+
+def _right(
+    rows: slice, label_Q: Tensor, label_G: Tensor, id_Q: Tensor | None, id_G: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Bool ``[R, G]`` twice: the right rows of some queries, less the queries themselves, and where those are."""
+    right_RG = label_Q[rows, None] == label_G
+    own_RG = torch.zeros_like(right_RG) if id_Q is None or id_G is None else id_Q[rows, None] == id_G
+    return right_RG & ~own_RG, own_RG
+
+
 def knn_scores(
     z_QD: Tensor,
     z_bank_ND: Tensor,

@@ -1,6 +1,6 @@
 """All that callbacks know of a recipe. A recipe that lacks one is named in one line at setup.
 
-Letters: B samples, D width, C classes.
+Letters: B samples, T tokens, D width, C classes.
 """
 
 from __future__ import annotations
@@ -46,6 +46,42 @@ class Embeds(Protocol):
     """``embed(batch)``: modality -> unit-length ``z_BD``; rows of absent samples are zero."""
 
     def embed(self, batch: Batch) -> dict[str, Tensor]: ...
+
+
+@runtime_checkable
+class Inverts(Protocol):
+    """``encoded(h_BTD, mask_BT, modality)``: unit-length ``z_BD`` of what a tower's ``embed`` gives, or of what is put
+    in its place: all that comes after the token embeddings."""
+
+    @property
+    def towers(self) -> nn.ModuleDict: ...
+
+    def encoded(self, h_BTD: Tensor, mask_BT: Tensor, modality: str) -> Tensor: ...
+
+
+@runtime_checkable
+class Encodes(Protocol):
+    """A tower in two parts: ``embed(x) -> h_BTD``, token embeddings with their positions, and ``encode``, the rest."""
+
+    def embed(self, x: Tensor, /) -> Tensor: ...
+
+    def encode(self, h_BTD: Tensor, mask_BT: Tensor | None = None) -> Tensor: ...
+
+
+@runtime_checkable
+class Scaled(Protocol):
+    """A loss whose similarities are multiplied by ``scale() = exp(log_scale)``, kept within a bound in training."""
+
+    log_scale: nn.Parameter
+
+    def scale(self) -> Tensor: ...
+
+
+@runtime_checkable
+class Features(Protocol):
+    """``present_features(batch, modality)``: pooled features of a tower ``h_BD``; rows of absent samples are zero."""
+
+    def present_features(self, batch: Batch, modality: str, /) -> Tensor: ...
 
 
 @runtime_checkable

@@ -32,8 +32,9 @@ from descant.modules.losses import ContrastiveLoss, InfoNCE, Intra
 from descant.modules.losses.contrastive import promote
 from descant.modules.negatives import Negatives
 from descant.modules.objective import Term
+from descant.modules.protocols import Encodes
 from descant.modules.text import Codec, require_fit
-from descant.modules.towers import Towers
+from descant.modules.towers import Tokens, Towers
 from descant.modules.triples import TripleEncoder
 from descant.recipes.base import Recipe
 
@@ -101,6 +102,13 @@ class Contrastive(Recipe):
         h_RD = self.step.chunked(features, x_R, tower).masked_fill(absent_R[:, None], 0.0)
         return h_RD.new_zeros(len(batch), h_RD.shape[1]).index_put((rows_R,), h_RD)
 
+    def encoded(self, h_BTD: Tensor, mask_BT: Tensor, modality: str) -> Tensor:
+        """``z_BD`` of token embeddings: what comes after the ``embed`` of a tower."""
+        tower = self.towers[modality]
+        assert isinstance(tower, Encodes)
+        tokens = Tokens(tower.encode(h_BTD, mask_BT), mask_BT)
+        return self.project(self.pools[modality](tokens), modality, mask_BT.any(dim=1))
+
     def project(self, h_BD: Tensor, modality: str, present_B: Tensor) -> Tensor:
         z_BD = F.normalize(promote(self.heads[modality](h_BD)), dim=-1)
         return torch.where(present_B[:, None], z_BD, torch.zeros_like(z_BD))
@@ -123,9 +131,15 @@ class Contrastive(Recipe):
         return {m: tuple(name for name, pair in pairs.items() if m in pair) for m in self.towers}
 
     @property
+    def met(self) -> tuple[str, ...]:
+        """The modalities that some term needs; others are embedded where they are judged."""
+        needed = {m for pair in self.pairs.values() for m in pair} | {self.intra.modality if self.intra else ""}
+        return tuple(m for m in self.towers if m in needed or (self.negatives and m in self.negatives.pair))
+
+    @property
     def reads(self) -> tuple[str, ...]:
         """The inputs that the terms need."""
-        own = (*self.towers, *(("triples",) if self.knowledge is not None else ()))
+        own = (*self.met, *(("triples",) if self.knowledge is not None else ()))
         if self.negatives is None:
             return own
         return (*own, *(m + NEGATIVE for m in own if m in (self.negatives.pair[1], "triples")))
@@ -134,7 +148,7 @@ class Contrastive(Recipe):
         missing = [m for m in self.reads if m not in batch.inputs]
         if missing:
             raise ValueError(f"the data has no modality {missing[0]!r}, only {', '.join(batch.inputs)}")
-        h = {m: self.present_features(batch, m) for m in self.towers}
+        h = {m: self.present_features(batch, m) for m in self.met}
         copies = {m: self.step.fork(z_BD, self.forks[m]) for m, z_BD in self.together(h, batch).items()}
         terms = {}
         for name, (a, b) in self.pairs.items():
@@ -146,7 +160,7 @@ class Contrastive(Recipe):
             if f"{m}@2" not in batch.inputs:
                 raise ValueError(f"the intra-modal term needs a second view of {m!r}: data.views {{{m}: 2}}")
             h_2_BD = self.present_features(batch, m, view="@2")
-            value_B = self.intra(h[m], h_2_BD, batch.key, batch.present[m])
+            value_B = self.intra(h[m], h_2_BD, batch.key, batch.draw, batch.present[m])
             terms[f"{m}-{m}"] = Term(value_B, valid=batch.present[m], given=(m,))
         if self.negatives is not None:
             name, (a, b), valid_B = self.negatives.name, self.negatives.pair, batch.both(*self.negatives.given)

@@ -6,11 +6,13 @@ Letters: B samples on this rank, G samples on all ranks, D width.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from descant.modules import sham as shams  # the module, since it imports the ranks of this package
 from descant.modules.heads import Projection
 from descant.modules.losses.ranks import first_row, gather, gather_both, world
 
@@ -127,12 +129,16 @@ class Intra(nn.Module):
     """NT-Xent between two views of one modality (SimCLR; the intra-modal term of SLIP, Mu 2021), one value a sample.
 
     ``value_b`` is the mean over both views of ``-log(exp(s u.v_b) / (exp(s u.v_b) + sum over other rows of both
-    views))``, on a projection of its own, so that the shared space is not asked to be invariant twice.
+    views))``, on a projection of its own, so that the shared space is not asked to be invariant twice. As a sham every
+    sample gets the second view of another one.
 
     Args:
         modality: whose two views (``inputs[modality]`` and ``inputs[modality + "@2"]``).
         width: of the modality's tower features. out: of the projection. hidden: of its hidden layer.
         temperature: 1/s, fixed.
+        sham: ``permute`` for the control.
+
+    Shapes: ``h_1_BD, h_2_BD``, ``key_B`` and ``draw_B`` int64, ``valid_B`` bool ``-> value_B``.
     """
 
     def __init__(
@@ -142,12 +148,14 @@ class Intra(nn.Module):
         out: int = 128,
         hidden: int = 512,
         temperature: float = 0.1,
+        sham: Literal["permute"] | None = None,
     ) -> None:
         super().__init__()
-        self.modality, self.scale = modality, 1 / temperature
+        self.modality, self.scale, self.sham = modality, 1 / temperature, shams.Sham(sham)
         self.projection = Projection(width, out, layers=2, hidden=hidden)
 
-    def forward(self, h_1_BD: Tensor, h_2_BD: Tensor, key_B: Tensor, valid_B: Tensor) -> Tensor:
+    def forward(self, h_1_BD: Tensor, h_2_BD: Tensor, key_B: Tensor, draw_B: Tensor, valid_B: Tensor) -> Tensor:
+        h_2_BD = self.sham(h_2_BD, draw_B, valid_B)
         u_BD, v_BD = (F.normalize(promote(self.projection(h_BD)), dim=-1) for h_BD in (h_1_BD, h_2_BD))
         with torch.autocast(u_BD.device.type, enabled=False):
             out_BG, first = gathered_excluded(key_B, valid_B), first_row(len(key_B))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.towers.base import Tokens, Tower
-from descant.modules.towers.image import Block
+from descant.modules.towers.image import Block, all_real
 
 PAD = 0
 
@@ -61,6 +61,18 @@ class TextTower(Tower):
         self.layers = nn.ModuleList(Block(width, heads, mlp_ratio, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 
+    def embed(self, x_BT: Tensor) -> Tensor:
+        """Token embeddings with their positions: ``[B, T] -> [B, T, D]``. Inversion puts its own among them."""
+        return self.embedding(x_BT) + self.positions_TD[: x_BT.shape[1]]
+
+    def encode(self, h_BTD: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+        """Blocks and norm; nobody looks at a token whose mask is False, and it comes out as zeros."""
+        mask_BT = all_real(h_BTD) if mask_BT is None else mask_BT
+        see = self._see(mask_BT)
+        for layer in self.layers:
+            h_BTD = layer(h_BTD, see)
+        return self.norm(h_BTD).masked_fill(~mask_BT[..., None], 0.0)
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
         T = x.shape[1]
         if self.length < T:
@@ -68,11 +80,7 @@ class TextTower(Tower):
         mask_BT = x != PAD if mask is None else mask
         # a compiled graph keeps its static shape: the longest text is only known from the data
         kept = T if torch.compiler.is_compiling() else _longest(mask_BT)
-        h_BTD, real_BT = self.embedding(x[:, :kept]) + self.positions_TD[:kept], mask_BT[:, :kept]
-        see = self._see(real_BT)
-        for layer in self.layers:
-            h_BTD = layer(h_BTD, see)
-        h_BTD = self.norm(h_BTD).masked_fill(~real_BT[..., None], 0.0)
+        h_BTD = self.encode(self.embed(x[:, :kept]), mask_BT[:, :kept])
         return Tokens(F.pad(h_BTD, (0, 0, 0, T - kept)) if kept < T else h_BTD, mask_BT)
 
     def _see(self, mask_BT: Tensor) -> Tensor:

@@ -11,10 +11,12 @@ from torch.nn import functional as F
 from descant.modules.metrics import (
     alignment,
     balanced_accuracy,
+    chance_average_precision,
     effective_rank,
     fit_logistic,
     knn_scores,
     matched_rows,
+    mean_average_precision,
     modality_gap,
     retrieval_ranks,
     uniformity,
@@ -42,6 +44,71 @@ def test_ranks_equal_a_double_loop_whatever_the_chunk(cells):
         expected.append(sum(s >= max(right) for s in wrong) if right else -1)
     assert retrieval_ranks(z_q, key_q, z_g, key_g, cells).tolist() == expected
     assert -1 in expected and max(expected) > 10
+
+
+def average_precision_by_hand(z_q, label_q, z_g, label_g, id_q=None, id_g=None):
+    """Two loops over rows: of each right row, how many stand before it, wrong ones of the same score among them."""
+    found = []
+    for q in range(len(z_q)):
+        gallery = [g for g in range(len(z_g)) if id_q is None or id_q[q] != id_g[g]]
+        score = {g: float(z_q[q] @ z_g[g]) for g in gallery}
+        right = sorted((g for g in gallery if label_g[g] == label_q[q]), key=lambda g: -score[g])
+        wrong = [g for g in gallery if label_g[g] != label_q[q]]
+        parts = []
+        for number, g in enumerate(right, start=1):
+            before = sum(score[w] >= score[g] for w in wrong)
+            parts.append(number / (number + before))
+        if right:
+            found.append(sum(parts) / len(parts))
+    return sum(found) / len(found)
+
+
+@pytest.mark.parametrize("cells", [1, 200, 1 << 24])
+@pytest.mark.parametrize("own", [False, True])
+def test_mean_average_precision_equals_a_double_loop_whatever_the_chunk(cells, own):
+    generator = torch.Generator().manual_seed(0)
+    z_q, z_g = (torch.randint(-1, 2, (n, 3), generator=generator).float() for n in (40, 60))  # many exact ties
+    label_q, label_g = (torch.randint(k, (n,), generator=generator) for k, n in ((20, 40), (15, 60)))
+    ids = (torch.arange(40), torch.arange(60)) if own else (None, None)
+    wanted = average_precision_by_hand(z_q, label_q, z_g, label_g, *ids)
+    value = mean_average_precision(z_q, label_q, z_g, label_g, *ids, cells=cells)
+    assert float(value) == pytest.approx(wanted, abs=1e-12)
+    for offset in (10.0, -10.0):  # right rows of negative scores count as well: only the order matters
+        shifted = [torch.cat([z, torch.full((len(z), 1), c)], dim=1) for z, c in ((z_q, 1.0), (z_g, offset))]
+        value = mean_average_precision(shifted[0], label_q, shifted[1], label_g, *ids, cells=cells)
+        assert float(value) == pytest.approx(wanted, abs=1e-12)
+
+
+def test_average_precision_of_random_embeddings_is_its_chance():
+    label_q, label_g = torch.arange(600) % 7, torch.arange(90) % 9
+    chance = float(chance_average_precision(label_q, label_g))
+    values = [
+        float(mean_average_precision(unit(600, 16, seed=s), label_q, unit(90, 16, seed=100 + s), label_g))
+        for s in range(10)
+    ]
+    assert sum(values) / 10 == pytest.approx(chance, abs=0.005)
+    assert chance > 10 / 90 + 0.02  # more than the share of right rows
+    # with a query's own row left out, among unequal classes
+    label, ids = (torch.arange(300) ** 2) % 17, torch.arange(300)
+    chance = float(chance_average_precision(label, label, ids, ids, cells=500))
+    z = unit(300, 64)
+    assert float(mean_average_precision(z, label, z, label, ids, ids)) == pytest.approx(chance, abs=0.01)
+    assert float(mean_average_precision(z, label, z, label)) > chance + 0.02  # each finds itself first
+
+
+def test_average_precision_at_its_ends():
+    label = torch.tensor([0, 0, 1, 1])
+    z = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    assert float(mean_average_precision(z, label, z, label)) == 1.0
+    constant = torch.ones(4, 2)  # two wrong rows stand before both right ones
+    assert float(mean_average_precision(constant, label, constant, label)) == pytest.approx((1 / 3 + 2 / 4) / 2)
+    broken = z.clone()
+    broken[3] = torch.nan
+    assert float(mean_average_precision(broken[2:3], label[2:3], broken, label)) == pytest.approx((1 + 2 / 4) / 2)
+    assert float(mean_average_precision(z[:1], label[:1], broken, label)) == pytest.approx((1 / 2 + 2 / 3) / 2)
+    none = mean_average_precision(z, label + 9, z, label), chance_average_precision(label + 9, label)
+    empty = mean_average_precision(z[:0], label[:0], z, label), mean_average_precision(z, label, z[:0], label[:0])
+    assert all(math.isnan(float(value)) for value in (*none, *empty))
 
 
 def test_a_collapsed_or_broken_model_retrieves_nothing():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from descant.modules.losses import InfoNCE, Intra, RingSigLIP, SigLIP
+from descant.modules.sham import Sham
 from tests.modules.losses import _asserts
 from tests.modules.losses._asserts import embeddings, everyone
 
@@ -21,6 +22,11 @@ PROPERTIES = [getattr(_asserts, name) for name in dir(_asserts) if name.startswi
 def intra() -> Any:
     torch.manual_seed(0)
     return Intra(width=5, out=4, hidden=8).double()
+
+
+def undrawn(loss: Intra) -> Any:
+    """A pair loss like the others: without a sham, who draws what does not matter."""
+    return lambda h_1, h_2, key, valid: loss(h_1, h_2, key, torch.zeros_like(key), valid)
 
 
 @pytest.mark.parametrize("check", PROPERTIES)
@@ -40,7 +46,7 @@ def test_shared_properties(name: str, check: Any) -> None:
     ],
 )
 def test_intra_properties(check: Any) -> None:
-    check(intra())
+    check(undrawn(intra()))
 
 
 def test_info_nce_by_hand() -> None:
@@ -87,7 +93,7 @@ def test_a_block_has_rows() -> None:
 def test_intra_by_hand() -> None:
     h_1, h_2 = embeddings()
     loss = intra()
-    value_B = loss(h_1, h_2, torch.arange(6), everyone(6))
+    value_B = undrawn(loss)(h_1, h_2, torch.arange(6), everyone(6))
     views = [torch.nn.functional.normalize(loss.projection(h), dim=-1) for h in (h_1, h_2)]
     both = torch.cat(views)
     for i in range(6):
@@ -97,6 +103,19 @@ def test_intra_by_hand() -> None:
             others = sum(math.exp(10 * float(both[own] @ both[j])) for j in range(12) if j != own)
             sides.append(-math.log(math.exp(10 * float(both[own] @ both[twin])) / others))
         assert float(value_B[i]) == pytest.approx(sum(sides) / 2, abs=1e-6)
+
+
+def test_the_sham_of_intra_changes_who_gets_which_view_and_nothing_else() -> None:
+    """It equals the method on views that were exchanged before, an absent row keeps out, and both count their calls."""
+    h_1, h_2 = embeddings()
+    key, draw, valid = torch.arange(6), torch.tensor([31, 5, 77, 12, 8, 40]), torch.tensor([True] * 5 + [False])
+    method, control = intra(), Intra(width=5, out=4, hidden=8, sham="permute").double()
+    control.load_state_dict(method.state_dict())
+    own_B, others_B = (part(h_1, h_2, key, draw, valid) for part in (method, control))
+    exchanged = h_2[Sham.permute(torch.arange(6), draw, valid)]
+    torch.testing.assert_close(others_B, method(h_1, exchanged, key, draw, valid))
+    assert (own_B - others_B)[valid].abs().min() > 0.01
+    assert (method.sham.calls, control.sham.calls) == (2, 1)
 
 
 def test_scale_is_bounded_and_can_come_back() -> None:
