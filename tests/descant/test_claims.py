@@ -262,6 +262,23 @@ def test_the_page_and_the_list_say_what_is_stored(made: Callable[..., Claim], re
     assert figure.count("<circle") == 9 and "sham, seed 2: 1.04" in figure
 
 
+def test_what_ships_is_judged_by_what_is_stored_and_shown_as_it_is(workplace: Path) -> None:
+    """Every claim has a full result of the very configuration that ships, and the page is made of these."""
+    claims = [spec.load(name) for name in spec.names()]
+    folder = spec.folder() / "results"
+    assert {claim.seed for claim in claims} >= {11, 43, 45, 48, 49}
+    for claim in claims:
+        for budget in spec.BUDGETS:
+            stored = store.read(folder, claim.name, budget)
+            assert stored is not None and stored["digest"] == claim.digest, f"{claim.name}, {budget}"
+            assert set(claim.arms) <= set(stored["runs"])
+        assert not set(claim.seeds["pilot"]) & set(stored["runs"]["method"])
+    table.write(claims, folder, workplace / "CLAIMS.md")
+    root = Path(__file__).parents[2]
+    for name in ("CLAIMS.md", *(f"docs/claims/{claim.name}.svg" for claim in claims)):
+        assert (workplace / name).read_text() == (root / name).read_text(), f"{name}: descant claims table"
+
+
 def test_runs_of_an_array_are_found_by_their_seed(made: Callable[..., Claim], workplace: Path) -> None:
     place = run.Place(made(), "full", workplace / "runs")
     for number, seed in enumerate((2, 0), 1):
