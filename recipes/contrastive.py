@@ -19,27 +19,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from functools import partial
 from itertools import combinations
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from descant.modules.batch import NEGATIVE, Batch
-from descant.modules.heads import MeanPool, Pool, Pools, Projection
+from descant.modules.heads import Pool, Pools
 from descant.modules.losses import ContrastiveLoss, InfoNCE, Intra
-from descant.modules.losses.contrastive import promote
 from descant.modules.negatives import Negatives
 from descant.modules.objective import Term
-from descant.modules.protocols import Encodes
 from descant.modules.text import Codec, require_fit
-from descant.modules.towers import Tokens, Towers
+from descant.modules.towers import Towers
 from descant.modules.triples import TripleEncoder
-from descant.recipes.base import Recipe
+from descant.recipes.space import SharedSpace
 
 
-class Contrastive(Recipe):
+class Contrastive(SharedSpace):
     """Contrast every pair of modalities in one embedding space.
 
     Args:
@@ -67,13 +62,8 @@ class Contrastive(Recipe):
         knowledge: TripleEncoder | None = None,
         **kwargs: object,
     ) -> None:
-        super().__init__(**kwargs)  # type: ignore[arg-type]  # the base's own typed arguments
-        self.towers = towers
+        super().__init__(towers, width, pool, **kwargs)
         self.pairs = _pairs(pairs, tuple(towers))
-        self.pools = nn.ModuleDict(
-            {m: pool.of(m) if isinstance(pool, Pools) else copy.deepcopy(pool or MeanPool()) for m in towers}
-        )
-        self.heads = nn.ModuleDict({m: Projection(towers.width(m), width) for m in towers})
         self.losses = nn.ModuleDict({name: copy.deepcopy(loss or InfoNCE()) for name in self.pairs})
         self.intra, self.negatives, self.knowledge = intra, negatives, knowledge
 
@@ -83,42 +73,8 @@ class Contrastive(Recipe):
         if isinstance(codec, Codec) and self.knowledge is not None:
             require_fit(codec, self.knowledge, "knowledge")
 
-    def features(self, x: Tensor, modality: str) -> Tensor:
-        """``[B, ...] -> h_BD``: tower and pool."""
-        return self.pools[modality](self.towers[modality](x))
-
-    def present_features(self, batch: Batch, modality: str, view: str = "") -> Tensor:
-        """``h_BD`` of one modality; the tower sees present rows only, and absent rows are zero."""
-        x, present_B = batch.inputs[modality + view], batch.present[modality]
-        features, tower = partial(self.features, modality=modality), self.towers[modality]
-        if present_B.all():
-            return self.step.chunked(features, x, tower)
-        # a rank without this modality still runs one row a chunk, of zeros: every rank's backward reaches the same
-        # parameters as often
-        rows_R = (~present_B).int().argsort(stable=True)[: max(int(present_B.sum()), self.step.chunks)]
-        absent_R = ~present_B[rows_R]
-        x_R = x[rows_R]
-        x_R[absent_R] = 0
-        h_RD = self.step.chunked(features, x_R, tower).masked_fill(absent_R[:, None], 0.0)
-        return h_RD.new_zeros(len(batch), h_RD.shape[1]).index_put((rows_R,), h_RD)
-
-    def encoded(self, h_BTD: Tensor, mask_BT: Tensor, modality: str) -> Tensor:
-        """``z_BD`` of token embeddings: what comes after the ``embed`` of a tower."""
-        tower = self.towers[modality]
-        assert isinstance(tower, Encodes)
-        tokens = Tokens(tower.encode(h_BTD, mask_BT), mask_BT)
-        return self.project(self.pools[modality](tokens), modality, mask_BT.any(dim=1))
-
-    def project(self, h_BD: Tensor, modality: str, present_B: Tensor) -> Tensor:
-        z_BD = F.normalize(promote(self.heads[modality](h_BD)), dim=-1)
-        return torch.where(present_B[:, None], z_BD, torch.zeros_like(z_BD))
-
-    def embed(self, batch: Batch) -> dict[str, Tensor]:
-        return self.together({m: self.present_features(batch, m) for m in self.towers if m in batch.inputs}, batch)
-
     def together(self, h: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        """Modality -> ``z_BD`` in the shared space, of its features ``h_BD``."""
-        z = {m: self.project(h_BD, m, batch.present[m]) for m, h_BD in h.items()}
+        z = super().together(h, batch)
         if self.knowledge is not None and "text" in z and "triples" in batch.inputs:
             triples_BK3W = batch.inputs["triples"].masked_fill(~batch.present["text"][:, None, None, None], 0)
             z["text"] = self.knowledge(z["text"], triples_BK3W)

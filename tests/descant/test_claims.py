@@ -272,7 +272,8 @@ def test_what_ships_is_judged_by_what_is_stored_and_shown_as_it_is(workplace: Pa
             stored = store.read(folder, claim.name, budget)
             assert stored is not None and stored["digest"] == claim.digest, f"{claim.name}, {budget}"
             assert set(claim.arms) <= set(stored["runs"])
-        assert not set(claim.seeds["pilot"]) & set(stored["runs"]["method"])
+        full = store.read(folder, claim.name, "full")
+        assert full is not None and set(full["runs"]["method"]) == set(claim.seeds["full"])
     table.write(claims, folder, workplace / "CLAIMS.md")
     root = Path(__file__).parents[2]
     for name in ("CLAIMS.md", *(f"docs/claims/{claim.name}.svg" for claim in claims)):

@@ -69,13 +69,13 @@ def test_mean_average_precision_equals_a_double_loop_whatever_the_chunk(cells, o
     generator = torch.Generator().manual_seed(0)
     z_q, z_g = (torch.randint(-1, 2, (n, 3), generator=generator).float() for n in (40, 60))  # many exact ties
     label_q, label_g = (torch.randint(k, (n,), generator=generator) for k, n in ((20, 40), (15, 60)))
-    ids = (torch.arange(40), torch.arange(60)) if own else (None, None)
-    wanted = average_precision_by_hand(z_q, label_q, z_g, label_g, *ids)
-    value = mean_average_precision(z_q, label_q, z_g, label_g, *ids, cells=cells)
+    id_q, id_g = (torch.arange(40), torch.arange(60)) if own else (None, None)
+    wanted = average_precision_by_hand(z_q, label_q, z_g, label_g, id_q, id_g)
+    value = mean_average_precision(z_q, label_q, z_g, label_g, id_q, id_g, cells)
     assert float(value) == pytest.approx(wanted, abs=1e-12)
     for offset in (10.0, -10.0):  # right rows of negative scores count as well: only the order matters
         shifted = [torch.cat([z, torch.full((len(z), 1), c)], dim=1) for z, c in ((z_q, 1.0), (z_g, offset))]
-        value = mean_average_precision(shifted[0], label_q, shifted[1], label_g, *ids, cells=cells)
+        value = mean_average_precision(shifted[0], label_q, shifted[1], label_g, id_q, id_g, cells)
         assert float(value) == pytest.approx(wanted, abs=1e-12)
 
 
