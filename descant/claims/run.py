@@ -180,6 +180,7 @@ def submit(place: Place, arms: Sequence[str], seeds: Sequence[int], options: str
     for (arm, _), its in arrays.items():
         words = place.claim.command(arm, its[0], place.budget, str(place.before(its[0])))
         words = [word for word in words if not word.startswith("--seed_everything=")]
+        words += [f"--trust={module}" for module in place.trust]
         fit = ["fit", *words, "--test=true", f"--runs={place.folder}", f"--name={arm}"]
         code = main([*shlex.split(options), "--array", f"seed_everything={','.join(map(str, its))}", "--", *fit])
         if code:

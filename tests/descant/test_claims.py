@@ -321,6 +321,30 @@ def test_wrong_requests(
     assert not (workplace / "runs").exists()
 
 
+def test_an_array_an_arm_is_submitted_after_what_comes_before(
+    cli: Callable[..., Result], made: Callable[..., Claim], workplace: Path
+) -> None:
+    arms = CONTENT["arms"] | {"method": {"options": {"data.folder": "BEFORE"}}}
+    seeds = {"pilot": [100, 101], "full": [0, 1, 2]}
+
+    def submitted(**changes: Any) -> list[str]:
+        made(seeds=seeds, **changes)
+        asked = ("--budget", "pilot", "--slurm", "--time 9 --dry-run", "--trust", "tests.toys")
+        result = cli("claims", "run", "toy-claim.yaml", *asked, "--results", workplace / "results")
+        assert result.rc == 0, result.err
+        return [line for line in result.out.splitlines() if line.startswith("#SBATCH --array")]
+
+    assert submitted() == ["#SBATCH --array=0-1"] * 3  # an arm each, a task a seed
+    assert submitted(arms=arms, before={"experiment": "toy.yaml"}) == ["#SBATCH --array=0-1"]
+    place = run.Place(spec.load("toy-claim.yaml"), "pilot", workplace / "runs")
+    for number, seed in enumerate((100, 101), 1):
+        folder = place.folder / f"before/{number:03d}"
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text('{"test/gap": 1, "steps": 8}')
+        (folder / "config.yaml").write_text(f"seed_everything: {seed}\n")
+    assert submitted(arms=arms, before={"experiment": "toy.yaml"}) == ["#SBATCH --array=0-0"] * 6
+
+
 @pytest.fixture
 def planted(
     made: Callable[..., Claim], results: Path, cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
