@@ -24,14 +24,21 @@ class Judgement:
     Attributes:
         verdict: passed; failed, for a claim that has to pass; or not reproduced at this scale.
         method: the method against the baseline. sham: the sham against the baseline. over_sham: the method's mean gain
-            over the sham. reasons: what kept it from passing.
+            over the sham. lacks: what the gains lack to pass. asked: every further condition, what it came to, and
+            whether it is met.
     """
 
     verdict: str
     method: Paired
     sham: Paired
     over_sham: float
-    reasons: tuple[str, ...]
+    lacks: tuple[str, ...]
+    asked: tuple[tuple[Condition, float, bool], ...]
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """All that kept the claim from passing."""
+        return (*self.lacks, *(f"{condition}: it is {value:.4g}" for condition, value, met in self.asked if not met))
 
 
 def judge(claim: Claim, runs: Runs) -> Judgement:
@@ -49,10 +56,11 @@ def judge(claim: Claim, runs: Runs) -> Judgement:
     method = _paired(claim.metric, values["method"], values["baseline"])
     sham = _paired(claim.metric, values["sham"], values["baseline"])
     over = method.mean - sham.mean
-    reasons = decide(method, over, claim.metric.margin, claim.sham_margin)
-    reasons += [text for condition in claim.also if (text := _unmet(claim, runs, condition, seeds))]
-    verdict = PASSED if not reasons else FAILED if claim.status == "gate" else NOT
-    return Judgement(verdict, method, sham, over, tuple(reasons))
+    lacks = decide(method, over, claim.metric.margin, claim.sham_margin)
+    asked = tuple(_asked(claim, runs, condition, seeds) for condition in claim.also)
+    passed = not lacks and all(met for _, _, met in asked)
+    verdict = PASSED if passed else FAILED if claim.status == "gate" else NOT
+    return Judgement(verdict, method, sham, over, tuple(lacks), asked)
 
 
 def decide(method: Paired, over_sham: float, margin: float, sham_margin: float) -> list[str]:
@@ -109,13 +117,11 @@ def _paired(metric: Metric, ours: Sequence[float], theirs: Sequence[float]) -> P
     return paired([metric.gain(a, b) for a, b in zip(ours, theirs, strict=True)], [0.0] * len(ours), LEVEL)
 
 
-def _unmet(claim: Claim, runs: Runs, condition: Condition, seeds: Sequence[int]) -> str | None:
+def _asked(claim: Claim, runs: Runs, condition: Condition, seeds: Sequence[int]) -> tuple[Condition, float, bool]:
     value = column(claim, runs, condition.arm, condition.metric, seeds)
     if condition.minus is not None:
         other = column(claim, runs, condition.against, condition.minus, seeds)
         value = [a - condition.times * b for a, b in zip(value, other, strict=True)]
     mean = math.fsum(value) / len(value)
     low, high = condition.low, condition.high
-    if (low is None or mean >= low) and (high is None or mean <= high):
-        return None
-    return f"{condition}: it is {mean:.4g}"
+    return condition, mean, (low is None or mean >= low) and (high is None or mean <= high)

@@ -76,11 +76,20 @@ def _part(claim: Claim, found: Judgement, stored: Mapping[str, Any], figure: str
             spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1))
             cells.append(f"{mean:.3f} ± {spread:.3f}")
         lines.append(f"| {metric} | " + " | ".join(cells) + " |")
-    lines.append(f"\nMean and standard deviation over seeds {', '.join(map(str, sorted(runs['method'])))}.")
-    lines += [f"Not met: {reason}." for reason in found.reasons]
-    tuned = f"Its baseline: {claim.baseline_tuning}" if claim.baseline_tuning else "Its baseline is untuned."
+    spent = max(found[claim.equal] for found in runs["method"].values())
+    lines.append(
+        f"\nMean and standard deviation over seeds {', '.join(map(str, sorted(runs['method'])))}; "
+        f"{spent:,.0f} {claim.equal} in every arm."
+    )
+    if found.asked:
+        lines.append("\n| asked as well | it is | |\n|---|---|---|")
+        lines += [f"| {what} | {value:.4g} | {'met' if met else '**not met**'} |" for what, value, met in found.asked]
+    lines.append("")
+    lines += [f"Not met: {reason}." for reason in found.lacks]
+    tuned = claim.baseline_tuning or "**none**, it is untuned"
     versions = ", ".join(f"{name} {number}" for name, number in stored["versions"].items())
-    lines.append(f"{tuned} {stored['machine']['cores']} cores of {stored['machine']['processor']}; {versions}.")
+    lines.append(f"Tuning of the baseline: {tuned}.")
+    lines.append(f"{stored['machine']['cores']} cores of {stored['machine']['processor']}; {versions}.")
     return "\n".join(lines) + "\n"
 
 
