@@ -47,6 +47,7 @@ def test_the_wheel_holds_real_files_packs_and_experiments(installed: Path) -> No
         assert not (installed / "descant" / part).is_symlink()
     assert (installed / "descant/datamodules/packs/emoji/emoji-0.parquet").is_file()
     assert (installed / "descant/datamodules/packs/emoji/NOTICE.md").is_file()
+    assert (installed / "descant/experiments/claims/results/structure-clip.json").is_file()
     (wheel,) = installed.parent.glob("descant-*.whl")
     assert not [n for n in zipfile.ZipFile(wheel).namelist() if n.startswith(("recipes/", "modules/", "tests/"))]
 
