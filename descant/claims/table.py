@@ -84,11 +84,11 @@ def _part(claim: Claim, found: Judgement, stored: Mapping[str, Any], figure: str
     if found.asked:
         lines.append("\n| asked as well | it is | |\n|---|---|---|")
         lines += [f"| {what} | {value:.4g} | {'met' if met else '**not met**'} |" for what, value, met in found.asked]
-    lines.append("")
-    lines += [f"Not met: {reason}." for reason in found.lacks]
+    if found.lacks:
+        lines += ["", *(f"- Not met: {reason}." for reason in found.lacks)]
     tuned = claim.baseline_tuning or "**none**, it is untuned"
     versions = ", ".join(f"{name} {number}" for name, number in stored["versions"].items())
-    lines.append(f"Tuning of the baseline: {tuned}.")
+    lines.append(f"\nTuning of the baseline: {tuned}.")
     lines.append(f"{stored['machine']['cores']} cores of {stored['machine']['processor']}; {versions}.")
     return "\n".join(lines) + "\n"
 
