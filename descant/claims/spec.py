@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -101,7 +102,7 @@ BEFORE, ITS_RUN = "before", "BEFORE"
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim. ``digest`` is of its file and of all configurations that its runs are made of.
+    """One claim. ``digest`` is of what its file says, and all configurations that its runs are made of.
 
     ``before``: what is trained once a seed, that all arms of the seed begin from; an experiment, and what it adds.
     """
@@ -316,9 +317,6 @@ def _placed(value: Any, folder: str) -> Any:
 
 
 def _digest(files: Iterable[Path]) -> str:
-    """SHA-256 of the files in their order; the first 16 digits."""
-    whole = hashlib.sha256()
-    for file in files:
-        content = file.read_bytes()
-        whole.update(len(content).to_bytes(8, "little") + content)
-    return whole.hexdigest()[:16]
+    """SHA-256 of what the YAML files say, in their order; the first 16 digits. Comments and layout say nothing."""
+    said = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in files]
+    return hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()[:16]
