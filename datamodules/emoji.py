@@ -585,11 +585,14 @@ class Emoji(DataModule):
         return sets
 
     def _distance(self, language: str) -> np.ndarray:
-        """int64 ``[N]``: edits between the name in a language and the English one; -1 without one."""
-        named = [row["names"] for row in self.pack.rows]
-        return np.array(
-            [edits(names[language].casefold(), names["en"].casefold()) if names[language] else -1 for names in named]
-        )
+        """int64 ``[N]``: edits between the name in a language and the English one (Levenshtein); -1 without one."""
+        from torchmetrics.functional.text import edit_distance  # only where it is asked for
+
+        named = {c: row["names"] for c, row in enumerate(self.pack.rows) if row["names"][language]}
+        foreign, own = ([names[of].casefold() for names in named.values()] for of in (language, "en"))
+        distance_N = np.full(len(self.pack), -1)
+        distance_N[list(named)] = edit_distance(foreign, own, reduction="none").long().numpy()
+        return distance_N
 
     # what evaluation asks --------------------------------------------------------------------------------------
 
@@ -619,21 +622,6 @@ class Emoji(DataModule):
         if "image@2" in batch.inputs:
             batch.inputs["image@2"] = self.augment_2(batch.inputs["image@2"], batch.draw)
         return batch
-
-
-def edits(a: str, b: str) -> int:
-    """Insertions, deletions and substitutions of characters that make one text the other (Levenshtein).
-
-    >>> edits("apfel", "apple")
-    3
-    """
-    before = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        row = [i]
-        for j, y in enumerate(b, 1):
-            row.append(min(before[j] + 1, row[-1] + 1, before[j - 1] + (x != y)))
-        before = row
-    return before[-1]
 
 
 def _hash(text: str) -> int:
