@@ -34,7 +34,7 @@ class _Late(Judge):
 
     def _chosen(self, sets: dict[str, Rows], modality: str) -> dict[str, Rows]:
         """The named sets that this evaluation has, or all of them."""
-        name = _name(self)
+        name = type(self).__name__
         unknown = [s for s in self.sets or [] if s not in sets]
         if unknown:
             raise ValueError(f"{name}: no set {unknown[0]!r}; this evaluation has {', '.join(sets)}")
@@ -49,7 +49,7 @@ class _Late(Judge):
         if target is not None:
             if target not in rows.targets or target not in gallery.targets:
                 known = ", ".join(sorted(rows.targets)) or "none"
-                raise ValueError(f"{_name(self)}: no target {target!r} in the data; it has {known}")
+                raise ValueError(f"{type(self).__name__}: no target {target!r} in the data; it has {known}")
             labels[f"_{target}"] = rows.targets[target], gallery.targets[target]
         return labels
 
@@ -184,7 +184,8 @@ class Inversion(_Late):
         super().setup(trainer, pl_module, stage)
         if not isinstance(pl_module, Inverts):
             raise ValueError(
-                f"Inversion needs the protocol Inverts (encoded(h_BTD, mask_BT, modality)); {_name(pl_module)} lacks it"
+                "Inversion needs the protocol Inverts (encoded(h_BTD, mask_BT, modality)); "
+                f"{type(pl_module).__name__} lacks it"
             )
         self._require(trainer, "codec")
         codec = trainer.datamodule.codec  # type: ignore[attr-defined]
@@ -294,7 +295,3 @@ def another(key_N: Tensor) -> Tensor:
 def _known(values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Less what no query has a right row for."""
     return {key: value for key, value in values.items() if not bool(value.isnan())}
-
-
-def _name(thing: object) -> str:
-    return type(thing).__name__
