@@ -47,7 +47,7 @@ class Place:
         for name in (f"{arm}-{seed}", arm):  # of a process here, or of an array on a cluster
             for folder in reversed(folders.runs_of(self.folder, name)):
                 metrics = _metrics(folder)
-                tested = any("/" in m and m.split("/")[0] not in ("val", "train", "speed") for m in metrics)
+                tested = any("/" in m and m.split("/")[0] not in ("val", "train", "speed", "sham") for m in metrics)
                 whole = tested and all(m in metrics for m in self.claim.needed(arm))
                 if whole and (name != arm or _seed(folder) == seed):
                     return metrics

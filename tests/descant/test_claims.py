@@ -225,7 +225,7 @@ def test_arms_begin_from_the_run_of_their_seed(made: Callable[..., Claim], workp
     (folder / "config.yaml").write_text("seed_everything: 1\n")
     assert (place.before(0), place.before(1)) == (place.folder / "before-0", folder)
     assert place.finished("before", 1) is None
-    (folder / "metrics.json").write_text('{"val/gap": 1, "steps": 8}')
+    (folder / "metrics.json").write_text('{"val/gap": 1, "sham/calls": 2, "steps": 8}')
     assert place.finished("before", 1) is None  # not tested yet
     (folder / "metrics.json").write_text('{"test/gap": 1, "steps": 8}')
     assert place.missing(["method"], [1]) == [("method", 1)]
