@@ -1,130 +1,41 @@
-"""A Debian package as a source of data: fetched by name with the user's own apt, or given as a file; unpacked once.
+"""A Debian package as a source of data: fetched by name with the user's own apt, or given as a file.
 
-No root and no dpkg: a ``.deb`` is an ``ar`` archive with a ``data.tar`` inside. The order of this file is the order of
-the method: look in the cache, fetch, check the hash, unpack within bounds into a temporary folder, rename it.
+No root and no dpkg: a ``.deb`` is an ``ar`` archive with a ``data.tar`` inside.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import gzip
-import hashlib
 import importlib
 import io
 import lzma
-import os
 import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from pathlib import Path
+from typing import IO, Any, ClassVar
 
-# Far above any package of data (tuxpaint-stamps-default: 10,800 members, 142 MB decoded), far below a full disk.
-MAX_MEMBERS = 200_000
-MAX_DECODED_BYTES = 2 * 2**30
-PIECE = 1 << 20
+from descant.datamodules.prepare.package import MAX_DECODED_BYTES, MAX_MEMBERS, PIECE, DataPackage, place_of
 
 
 @dataclass(frozen=True)
-class Deb:
-    """A package by name, and the content that is known.
+class Deb(DataPackage):
+    """A Debian package: see :class:`DataPackage`."""
 
-    Attributes:
-        name: as apt knows it.
-        known: SHA-256 of the whole ``.deb`` -> its version.
-        under: only what lies in this folder of the package is unpacked, and what leads there is left out.
-    """
+    option: ClassVar[str] = "deb"
 
-    name: str
-    known: Mapping[str, str]
-    under: str = ""
+    def fetch(self, folder: Path) -> Path:
+        return apt_download(self.name, folder)
 
+    def check(self, file: Path) -> None:
+        with file.open("rb") as archive:
+            _data_member(file, archive)
 
-def cache_folder() -> Path:
-    """Where fetched data is kept: ``$DESCANT_CACHE``, or ``descant`` in the platform's folder for caches."""
-    if given := os.environ.get("DESCANT_CACHE"):
-        return Path(given)
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "descant"
-
-
-def unpacked(deb: Deb, file: Path | None = None, accept: Sequence[str] = (), cache: Path | None = None) -> Path:
-    """The folder with the package's content, named by its SHA-256: at once where it is there, else fetched.
-
-    Args:
-        deb: which package.
-        file: a ``.deb`` to take instead of asking apt.
-        accept: more SHA-256 to believe, beside the known ones.
-        cache: of all packages; :func:`cache_folder` where not given.
-
-    Raises:
-        ValueError: where apt cannot fetch it, the hash is unknown, or the file is broken or hostile.
-    """
-    home = (cache or cache_folder()) / deb.name
-    for sha in accept:
-        if len(sha) != 64 or set(sha) - set("0123456789abcdef"):
-            raise ValueError(f"accept: {sha!r} is not a SHA-256 (64 hexadecimal digits, lower case)")
-    if file is None:
-        for sha in (*accept, *deb.known):
-            if (home / sha).is_dir():
-                return home / sha
-    elif not file.is_file():
-        raise ValueError(f"deb: {file}: no such file")
-    with contextlib.ExitStack() as stack:
-        if file is None:
-            file = apt_download(deb.name, Path(stack.enter_context(scratch(home))))
-        sha = sha256_of(file)
-        if sha not in {*deb.known, *accept}:
-            with file.open("rb") as archive:
-                _data_member(file, archive)  # where the file is cut short, that is the news
-            known = ", ".join(f"{s[:12]}... ({version})" for s, version in deb.known.items())
-            fault = f"SHA-256 {sha} is not a known {deb.name} ({known})"
-            raise ValueError(f"{file.name}: {fault}; to use it all the same: accept: [{sha}]")
-        target = home / sha
-        if not target.is_dir():
-            folder = Path(stack.enter_context(scratch(home))) / "content"
-            folder.mkdir()
-            unpack(file, folder, deb.under)
-            move_into_place(folder, target)
-        return target
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def scratch(home: Path) -> Iterator[str]:
-    """A temporary folder beside what will be renamed out of it; gone at the end, whatever happens."""
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(prefix=".part-", dir=home)
-    except OSError as error:
-        raise ValueError(f"{home}: cannot write here ({error.strerror}); DESCANT_CACHE names another folder") from None
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def move_into_place(folder: Path, target: Path) -> None:
-    """Rename a finished folder. Where another process was first, its copy stays: both hold the same."""
-    try:
-        folder.rename(target)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES) or not target.is_dir():
-            raise
+    def unpack(self, file: Path, folder: Path) -> None:
+        unpack(file, folder, self.under)
 
 
 # fetch ---------------------------------------------------------------------------------------------------------
@@ -161,7 +72,6 @@ def unpack(file: Path, folder: Path, under: str = "") -> None:
         ValueError: naming the file and what is wrong with it: no ar archive, a name that climbs out, a link or device,
             too many members, too many decoded bytes, or an end too early.
     """
-    prefix = PurePosixPath(under).parts
     members = 0
     with file.open("rb") as archive:
         name, start, size = _data_member(file, archive)
@@ -173,7 +83,7 @@ def unpack(file: Path, folder: Path, under: str = "") -> None:
                         members += 1
                         if members > MAX_MEMBERS:
                             raise ValueError(f"{file.name}: more than {MAX_MEMBERS:,} members")
-                        _take(file, tar, member, prefix, folder)
+                        _take(file, tar, member, under, folder)
                 while counted.read(PIECE):  # to the end of the stream: what follows the last member may be cut off
                     pass
             except ValueError:
@@ -184,15 +94,13 @@ def unpack(file: Path, folder: Path, under: str = "") -> None:
         raise ValueError(f"{file.name}: nothing in it lies under {under or '.'}")
 
 
-def _take(file: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, prefix: tuple[str, ...], folder: Path) -> None:
-    path = PurePosixPath(member.name)
-    if path.is_absolute() or ".." in path.parts or "\\" in member.name or ":" in member.name:
-        raise ValueError(f"{file.name}: member {member.name!r} climbs out of the package")
-    if path.parts[: len(prefix)] != prefix or member.isdir():
+def _take(file: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, under: str, folder: Path) -> None:
+    place = place_of(file, member.name, under)
+    if place is None or member.isdir():
         return
     if not member.isfile():
         raise ValueError(f"{file.name}: member {member.name!r} is a link or a device, not a regular file")
-    target = folder.joinpath(*path.parts[len(prefix) :])
+    target = folder.joinpath(*place)
     source = tar.extractfile(member)
     assert source is not None
     target.parent.mkdir(parents=True, exist_ok=True)

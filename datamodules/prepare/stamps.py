@@ -21,7 +21,8 @@ import torch
 from PIL import Image
 
 from descant.datamodules.ledger import Ledger
-from descant.datamodules.prepare.deb import Deb, move_into_place, scratch, unpacked
+from descant.datamodules.prepare.deb import Deb
+from descant.datamodules.prepare.package import move_into_place, scratch, unpacked
 from descant.modules.audio import FULL_SCALE, resample
 
 DEB = Deb(

