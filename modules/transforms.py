@@ -258,3 +258,69 @@ class Augment(nn.Module):
         half = self.erase * (side * 0.5 + 0.5)[:, None]
         inside = [(centre - place[:, None]).abs() < half for place in (y, x0)]
         return torch.where((inside[0][:, :, None] & inside[1][:, None, :])[:, None], torch.zeros_like(x), x)
+
+
+class Crop(nn.Module):
+    """Random resized crops and flips on the device, of any channels: uint8 ``[B, C, H, W]`` -> float ``[B, C, S, S]``.
+
+    ``x'(p) = 2 x(c + s p) / 255 - 1`` with ``s`` half the sides of a box of area ``a ~ U(scale)`` and aspect ``r``,
+    ``log r ~ U(log ratio)``, the first of ten that lies inside (else the whole picture), its middle ``c`` uniform
+    where it fits; bicubic, kept within -1..1. The augmentation of He 2022 (MAE, arXiv 2111.06377).
+
+    Args:
+        size: S, pixels out.
+        scale: of the box's area, as a share of the picture's. ratio: of its width to its height.
+        flip: probability of a horizontal flip.
+
+    Raises:
+        ValueError: for a range or probability that cannot be.
+
+    >>> x_B1HW = torch.tensor([[[[0, 255], [255, 0]]]], dtype=torch.uint8)
+    >>> Crop(2, scale=(1, 1), ratio=(1, 1), flip=1)(x_B1HW, torch.tensor([5])).tolist()
+    [[[[1.0, -1.0], [-1.0, 1.0]]]]
+    """
+
+    ATTEMPTS = 10
+
+    def __init__(
+        self,
+        size: int,
+        scale: tuple[float, float] = (0.2, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        flip: float = 0.5,
+    ) -> None:
+        super().__init__()
+        if size < 1:
+            raise ValueError(f"size {size}: at least 1 pixel")
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError(f"scale {scale[0]:g}, {scale[1]:g}: two shares of the area, 0 < low <= high <= 1")
+        if not 0 < ratio[0] <= ratio[1] < math.inf:
+            raise ValueError(f"ratio {ratio[0]:g}, {ratio[1]:g}: two ratios of width to height, 0 < low <= high")
+        if not 0 <= flip <= 1:
+            raise ValueError(f"flip {flip:g} is not a probability")
+        self.size, self.scale, self.ratio, self.flip = size, scale, ratio, flip
+
+    def boxes(self, draw_B: Tensor, device: torch.device) -> Tensor:
+        """``[B, 2, 3]``, from output to input coordinates in -1..1: half sides on the diagonal, then the middle."""
+        attempts = [f"crop/{what}{k}" for what in ("area", "ratio") for k in range(self.ATTEMPTS)]
+        u_BK = uniform_NK(draw_B, [*attempts, "crop/x", "crop/y", "crop/flip"]).to(device)
+        u_area_BK, u_ratio_BK = u_BK[:, : self.ATTEMPTS], u_BK[:, self.ATTEMPTS : 2 * self.ATTEMPTS]
+        area_BK = self.scale[0] + (self.scale[1] - self.scale[0]) * u_area_BK
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        aspect_BK = torch.exp(low + (high - low) * u_ratio_BK)
+        side_BK2 = torch.stack([(area_BK * aspect_BK).sqrt(), (area_BK / aspect_BK).sqrt()], dim=2)
+        fits_BK = (side_BK2 <= 1).all(dim=2)
+        first_B = fits_BK.int().argmax(dim=1)
+        side_B2 = side_BK2[torch.arange(len(u_BK), device=device), first_B]
+        side_B2 = torch.where(fits_BK.any(dim=1)[:, None], side_B2, torch.ones_like(side_B2))
+        x_B, y_B, flip_B = u_BK[:, 2 * self.ATTEMPTS :].unbind(dim=1)
+        middle_B2 = (2 * torch.stack([x_B, y_B], dim=1) - 1) * (1 - side_B2)
+        mirror_B = torch.where(flip_B < self.flip, -1.0, 1.0)
+        scale_B22 = torch.diag_embed(side_B2 * torch.stack([mirror_B, torch.ones_like(mirror_B)], dim=1))
+        return torch.cat([scale_B22, middle_B2[:, :, None]], dim=2)
+
+    def forward(self, x_BCHW: Tensor, draw_B: Tensor) -> Tensor:
+        shape = [*x_BCHW.shape[:2], self.size, self.size]
+        grid = F.affine_grid(self.boxes(draw_B, x_BCHW.device), shape, align_corners=False)
+        x = x_BCHW.float().mul_(2 / 255).sub_(1)
+        return F.grid_sample(x, grid, mode="bicubic", padding_mode="border", align_corners=False).clamp_(-1, 1)

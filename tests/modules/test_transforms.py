@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from descant.modules.transforms import Augment, Pixels, reduce_rgba
+from descant.modules.transforms import Augment, Crop, Pixels, reduce_rgba
 
 STILL: dict[str, Any] = dict(
     rotate=0, scale=1, stretch=1, shear=0, shift=0, colour=0, brightness=0, contrast=0, grey=0, background=0
@@ -128,3 +128,73 @@ def test_pixels_leave_the_batch_as_it_is(memory: torch.memory_format) -> None:
 def test_a_wrong_normalisation_is_refused(part: Any, wrong: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         part(8, **wrong)
+
+
+# crops -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("scale", "ratio"), [((0.2, 1.0), (3 / 4, 4 / 3)), ((0.6, 0.9), (0.4, 0.9))])
+def test_crops_are_drawn_as_torchvision_draws_them(scale: tuple[float, float], ratio: tuple[float, float]) -> None:
+    torch.manual_seed(0)
+    side = 4096  # fine enough that its whole pixels do not matter
+    blank = torch.zeros(1, 1, 1).expand(1, side, side)
+    drawn = [v2.RandomResizedCrop.make_params(v2.RandomResizedCrop(8, scale, ratio), [blank]) for _ in range(3000)]
+    high, wide, top, left = (torch.tensor([box[k] for box in drawn]) for k in ("height", "width", "top", "left"))
+    theirs = torch.stack([wide / side, high / side, (2 * left + wide) / side - 1, (2 * top + high) / side - 1])
+    box_B23 = Crop(8, scale, ratio, flip=0.5).boxes(torch.arange(3000) * 7919, torch.device("cpu"))
+    ours = torch.stack([box_B23[:, 0, 0].abs(), box_B23[:, 1, 1], box_B23[:, 0, 2], box_B23[:, 1, 2]])
+    for a, b in [(ours, theirs), (ours.square(), theirs.square()), (ours[:1] * ours[1:2], theirs[:1] * theirs[1:2])]:
+        error = ((a.var(1) + b.var(1)) / 3000).sqrt() + 1e-6
+        assert ((a.mean(1) - b.mean(1)).abs() < 4.5 * error).all()
+    assert abs(float((box_B23[:, 0, 0] < 0).float().mean()) - 0.5) < 0.04
+    assert (ours[0] + ours[2].abs() <= 1 + 1e-6).all() and (ours[1] + ours[3].abs() <= 1 + 1e-6).all(), "inside"
+
+
+def test_a_crop_shows_the_box_that_was_drawn() -> None:
+    """On ramps to the right and down, pixels say where they come from."""
+    level = torch.arange(64, dtype=torch.uint8) * 4
+    ramps = torch.stack([level.expand(64, 64), level[:, None].expand(64, 64)]).expand(200, 2, 64, 64)
+    crop, draw_B = Crop(16, scale=(0.2, 0.5), flip=0.5), torch.arange(200)
+    box_B23 = crop.boxes(draw_B, torch.device("cpu"))
+    centre_S = (torch.arange(16) + 0.5) / 8 - 1
+    x_BS = box_B23[:, 0, :1] * centre_S + box_B23[:, 0, 2:]
+    y_BS = box_B23[:, 1, 1:2] * centre_S + box_B23[:, 1, 2:]
+    wanted = [((place * 32 + 31.5) * 4 / 127.5 - 1) for place in (x_BS, y_BS)]  # the middle of pixel 0 is at -63/64
+    seen = crop(ramps, draw_B)
+    assert seen.shape == (200, 2, 16, 16) and seen.dtype == torch.float32
+    inner = slice(3, -3)  # at the rim the ramp ends
+    torch.testing.assert_close(seen[:, 0, 5, inner], wanted[0][:, inner], rtol=0, atol=0.01)
+    torch.testing.assert_close(seen[:, 1, inner, 5], wanted[1][:, inner], rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 6])
+def test_the_whole_picture_is_what_evaluation_sees_of_any_channels(channels: int) -> None:
+    x = picture(12, channels)
+    still = Crop(12, scale=(1, 1), ratio=(1, 1), flip=0)
+    torch.testing.assert_close(still(x, DRAW), x.float() / 127.5 - 1, rtol=0, atol=1e-5)
+    mirrored = Crop(12, scale=(1, 1), ratio=(1, 1), flip=1)
+    torch.testing.assert_close(mirrored(x, DRAW), (x.float() / 127.5 - 1).flip(3), rtol=0, atol=1e-5)
+
+
+def test_a_crop_depends_on_its_own_draw_alone() -> None:
+    crop, x = Crop(12), picture(12, 1)
+    whole = crop(x, DRAW)
+    assert torch.equal(crop(x, DRAW), whole)
+    torch.testing.assert_close(crop(x[1:2], DRAW[1:2]), whole[1:2], rtol=0, atol=1e-5)
+    assert not torch.allclose(crop(x[:1], DRAW[1:2]), whole[:1])
+    assert whole.min() >= -1 and whole.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"size": 0}, "size 0"),
+        ({"scale": (0.0, 1.0)}, "scale 0, 1"),
+        ({"scale": (0.5, 1.2)}, "scale 0.5, 1.2"),
+        ({"ratio": (2.0, 1.0)}, "ratio 2, 1"),
+        ({"flip": 1.5}, "flip 1.5 is not a probability"),
+    ],
+)
+def test_crops_that_cannot_be_are_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=f"^{says}"):
+        Crop(**({"size": 8} | options))
