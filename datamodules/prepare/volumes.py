@@ -1,0 +1,55 @@
+"""One brain in three maps: the MNI152 template (ICBM 2009a, symmetric) out of the nilearn wheel, 1 mm a voxel.
+
+T1, grey matter and white matter, each 197 x 233 x 189 voxels of uint8 (Fonov 2011, NeuroImage 54:313). The template is
+the mean of 152 heads and of their mirror images: its left half *is* its right half, mirrored, bit by bit.
+Letters: X, Y, Z voxels to the right, to the front and up.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from descant.datamodules.prepare.wheel import Wheel
+
+WHEEL = Wheel(
+    "nilearn",
+    known={"725206484e9fb3f6691f9c2d20204a068759d5072f12055324702ee0cb2bbe8a": "0.14.1"},
+    under="nilearn/datasets/data",
+)
+#: Modality -> how its file calls it.
+FILES = {"t1": "t1", "grey": "gm", "white": "wm"}
+# fifteen times the template
+MAX_VOXELS = 2**27
+
+
+def load(folder: Path) -> dict[str, np.ndarray]:
+    """Modality -> uint8 ``[1, X, Y, Z]``.
+
+    Raises:
+        ValueError: naming the file that is missing, broken, or of another kind or shape than the first.
+    """
+    found = {m: volume(folder / f"mni_icbm152_{name}_tal_nlin_sym_09a_converted.nii.gz") for m, name in FILES.items()}
+    shape = found["t1"].shape
+    for modality, x_XYZ in found.items():
+        if x_XYZ.shape != shape:
+            raise ValueError(f"{modality}: a volume of {x_XYZ.shape}, where t1 has {shape}")
+    return {modality: x_XYZ[None] for modality, x_XYZ in found.items()}
+
+
+def volume(file: Path) -> np.ndarray:
+    """uint8 ``[X, Y, Z]`` of a NIfTI file, its axes turned so that they lead right, to the front and up."""
+    import nibabel  # only who reads a volume needs it
+
+    try:
+        image = nibabel.load(file)
+        if len(image.shape) != 3 or not 0 < math.prod(image.shape) <= MAX_VOXELS:
+            raise ValueError(f"{image.shape} voxels, where a volume of at most {MAX_VOXELS:,} is expected")
+        if image.get_data_dtype() != np.uint8:
+            raise ValueError(f"voxels of {image.get_data_dtype()}, where uint8 is expected")
+        return np.ascontiguousarray(np.asanyarray(nibabel.as_closest_canonical(image).dataobj), dtype=np.uint8)
+    except Exception as error:  # nibabel, gzip and zlib have errors of their own
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{file.name}: not a readable NIfTI volume ({why})") from None
