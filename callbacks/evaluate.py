@@ -42,8 +42,9 @@ class Rows:
     """An evaluation set as embedded: all ranks' rows by sample id, without padding.
 
     ``z[modality]`` ``[N, D]``, ``present[modality]`` bool ``[N]``, ``key`` and ``index`` int64 ``[N]``,
-    ``targets[name]`` ``[N, ...]``. A plain class on purpose: torchmetrics looks into dataclasses and squeezes
-    tensors of one element.
+    ``targets[name]`` ``[N, ...]``; an embedding of several modalities (``image+sketch``) is
+    present where all of them are. A plain class on purpose: torchmetrics looks into dataclasses and squeezes tensors
+    of one element.
     """
 
     def __init__(
@@ -90,13 +91,13 @@ class Store(Metric):
     def update(self, z: Mapping[str, Tensor], batch: Batch) -> None:
         """Rows of one batch: ``z[modality]`` ``[B, D]`` and the batch that they come from."""
         if not self.modalities:
-            self.modalities = tuple(m for m in z if m in batch.present)
+            self.modalities = tuple(m for m in z if set(parts(m)) <= set(batch.present))
             self.names = tuple(batch.targets)
             for state in self._states():
                 self.add_state(state, default=[], dist_reduce_fx="cat")
         keep = torch.stack(list(batch.present.values())).any(0)
         values = [z[m].detach().float()[keep] for m in self.modalities]
-        values += [batch.present[m][keep] for m in self.modalities]
+        values += [batch.both(*parts(m))[keep] for m in self.modalities]
         values += [batch.targets[name][keep] for name in self.names]
         for state, value in zip(self._states(), [*values, batch.key[keep], batch.index[keep]], strict=True):
             getattr(self, state).append(value)
@@ -583,6 +584,15 @@ def embed(trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch) -> dic
     assert isinstance(pl_module, Embeds)
     with torch.no_grad(), trainer.precision_plugin.val_step_context():
         return pl_module.embed(batch)
+
+
+def parts(name: str) -> list[str]:
+    """The modalities that an embedding is of: ``image+sketch`` is of both together.
+
+    >>> parts("image+sketch"), parts("image")
+    (['image', 'sketch'], ['image'])
+    """
+    return name.split("+")
 
 
 def letters(modalities: Mapping[str, object]) -> dict[str, str]:

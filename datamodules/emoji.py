@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,14 @@ from descant.datamodules.stimuli import noise_facts, product_facts, text_facts, 
 from descant.modules.batch import Batch
 from descant.modules.random import seeded, uniform_N, uniform_NK
 from descant.modules.text import Bpe, Codec
-from descant.modules.transforms import Augment, Pixels, edges, over_white, reduce_rgba
+from descant.modules.transforms import Augment, Pixels, colour_names, edges, over_white, reduce_rgba
 
 PACK = Path(__file__).parent / "packs" / "emoji"
 VENDORS = ("noto", "twemoji", "openmoji", "fluent")
 # Flat and without outlines, as the held-out Fluent is: the nearest stand-in among the training vendors.
 DEVELOPMENT_VENDOR = "twemoji"
+#: What is made of the pixels of a picture, on the device.
+DRAWN: dict[str, Callable[[Tensor], Tensor]] = {"sketch": edges, "palette": colour_names}
 
 
 class Pack:
@@ -174,7 +176,7 @@ class EmojiSet(BatchDataset):
         shuffle: captions of other concepts, by a fixed permutation (a control).
         views: 2 for a second picture, the same concept by a vendor drawn from ``vendors``.
         mixed: the captions of each row, in place of ``captions``, and their content keys.
-        sketch: whether a picture is also there as its lines; they are drawn on the device.
+        drawn: modalities that are made of the picture on the device: its lines (sketch), its colours by name (palette).
         facts: name -> float targets by vendor number, each ``[concepts, ...]``.
     """
 
@@ -199,11 +201,11 @@ class EmojiSet(BatchDataset):
         transform: nn.Module | None = None,
         drop: Mapping[str, float] | None = None,
         mixed: MixedCaptions | None = None,
-        sketch: bool = False,
+        drawn: Sequence[str] = (),
         facts: Mapping[str, Mapping[int, Tensor]] | None = None,
     ) -> None:
         super().__init__(seed, drop)
-        self.mixed, self.sketch, self.facts = mixed, sketch, facts or {}
+        self.mixed, self.drawn, self.facts = mixed, drawn, facts or {}
         self.pack, self.captions, self.random, self.keywords = pack, captions, random, keywords
         self.concept_N, self.vendor_N, self.image_N, self.text_N = concept_N, vendor_N, image_N, text_N
         self.key_N, self.label, self.size, self.views = key_N, label, size, views
@@ -223,7 +225,7 @@ class EmojiSet(BatchDataset):
 
     def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
         image_N, text_N = (torch.from_numpy(has_N[index_N]) for has_N in (self.image_N, self.text_N))
-        return {"image": image_N, "text": text_N, **({"sketch": image_N} if self.sketch else {})}
+        return {"image": image_N, "text": text_N, **dict.fromkeys(self.drawn, image_N)}
 
     def visit(self, slots: Sequence[Slot], draw_B: np.ndarray) -> Rows:
         return self.rows(np.array([s.sample for s in slots]), draw_B, np.array([s.epoch for s in slots]))
@@ -302,6 +304,7 @@ class Emoji(DataModule):
         transform: a per-sample torchvision v2 transform of the uint8 RGBA picture before that, or none.
         views: modality -> 2 for a second view (``image@2``), another training vendor's drawing of the concept.
         sketch: a third modality, the lines of each picture ``[B, 1, size, size]``.
+        palette: another, the name of each pixel's colour: int64 ``[B, size, size]``, 0 to 10.
         foreign: languages in which pictures are looked for and never named in training.
         development: choose settings without the test sets: Twemoji plays the held-out vendor and 150 training
             concepts the held-out ones, validated under the names of the test sets.
@@ -309,6 +312,8 @@ class Emoji(DataModule):
         readout: float targets in the evaluation sets, for a Readout: ``visual`` ``[B, 8]`` (colour and shape of the
             drawing), ``valence`` ``[B]`` (how people rated the words of name and keywords; nan without such words),
             ``product`` ``[B, 8]`` (of something visual and something of the text) and ``noise`` ``[B, 8]``.
+        paired: every row of an evaluation set has its picture and its text, for classifiers: no other names stand among
+            them, and of ``vendor`` and ``apart`` only the rows with a picture are left.
         mixer: draws the kind of each training caption at each visit, names or what is measured in the drawing, in
             English; ``name_only`` and ``nameless`` then have no say. Evaluation is the same with and without.
         folder: of the pack.
@@ -333,14 +338,16 @@ class Emoji(DataModule):
         transform: nn.Module | None = None,
         views: dict[str, int] | None = None,
         sketch: bool = False,
+        palette: bool = False,
         foreign: list[str] | None = None,
         development: bool = False,
         shuffle_captions: bool = False,
         readout: bool = False,
+        paired: bool = False,
         mixer: CaptionMixer | None = None,
         folder: str | None = None,
     ) -> None:
-        self.sketch, self.foreign = sketch, foreign or []
+        self.drawn, self.foreign = [m for m, on in (("sketch", sketch), ("palette", palette)) if on], foreign or []
         super().__init__(batch_size, eval_batch_size, num_workers, drop, tiny)
         self.size, self.text, self.languages = size, text, languages or ["en"]
         self.vendors = vendors or ["noto", "twemoji", "openmoji"]
@@ -350,7 +357,7 @@ class Emoji(DataModule):
         self.augment_2 = self.augment.stream_copy("image@2")
         self.pixels = Pixels(size)
         self.development, self.shuffle_captions, self.mixer = development, shuffle_captions, mixer
-        self.readout, self._visual = readout, dict[str, Tensor]()
+        self.readout, self._visual, self.paired = readout, dict[str, Tensor](), paired
         self.folder = Path(folder) if folder else PACK
         if self.augment.size != size:
             raise ValueError(f"augment.size {self.augment.size} is not the data's size {size}")
@@ -365,7 +372,7 @@ class Emoji(DataModule):
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        return ("image", "text", *(["sketch"] if self.sketch else []))
+        return ("image", "text", *self.drawn)
 
     # the pack and its splits -----------------------------------------------------------------------------------
 
@@ -481,6 +488,8 @@ class Emoji(DataModule):
         **options: Any,
     ) -> EmojiSet:
         """Rows of (concept, vendor, with its picture, with its text)."""
+        if self.paired and not options.get("random"):
+            rows = [(c, v, True, True) for c, v, image, _ in rows if image and self.pack.drawings(v)[1][c]]
         concept, vendor, _, text = zip(*rows, strict=True)
         good = {v: self.pack.drawings(v)[1] for v in set(vendor)}
         return EmojiSet(
@@ -494,7 +503,7 @@ class Emoji(DataModule):
             key_N=self.key_N,
             label=self.label | dict(label or {}),
             size=self.size,
-            sketch=self.sketch,
+            drawn=self.drawn,
             facts=self._facts(sorted(set(vendor))) if self.readout and not options.get("random") else None,
             **({"keywords": self.keywords} | options),
         )
@@ -617,8 +626,8 @@ class Emoji(DataModule):
         training = self.trainer is not None and self.trainer.training
         view = self.augment if training else self.pixels
         batch.inputs["image"] = view(batch.inputs["image"], batch.draw)
-        if self.sketch:
-            batch.inputs["sketch"] = edges(batch.inputs["image"])
+        for m in self.drawn:
+            batch.inputs[m] = DRAWN[m](batch.inputs["image"])
         if "image@2" in batch.inputs:
             batch.inputs["image@2"] = self.augment_2(batch.inputs["image@2"], batch.draw)
         return batch

@@ -5,7 +5,7 @@ Letters: B samples of this micro-batch on this rank, G samples of the whole opti
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -71,6 +71,20 @@ class Batch:
     def count(self, *modalities: str) -> Tensor:
         """Int64 scalar: rows of the *whole optimizer step* where all of ``modalities`` are present."""
         return _all(self.step, modalities).sum()
+
+    def only(self, *modalities: str) -> Batch:
+        """The same samples with no other modality than these, here and in the whole optimizer step.
+
+        >>> present = {"image": torch.tensor([True, False]), "text": torch.tensor([True, True])}
+        >>> batch = Batch({"image": torch.zeros(2, 1), "text": torch.zeros(2, 1)}, present).only("text")
+        >>> batch.present["image"].tolist(), batch.present["text"].tolist()
+        ([False, False], [True, True])
+        """
+        present, step = (
+            {m: mask if m in modalities else torch.zeros_like(mask) for m, mask in masks.items()}
+            for masks in (self.present, self.step)
+        )
+        return replace(self, present=present, step=step)
 
     def negatives(self) -> Batch:
         """The hard negatives as a batch of their own: what is ``text_neg`` here is ``text`` there, and nothing else is.

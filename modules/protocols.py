@@ -6,11 +6,13 @@ Letters: B samples, T tokens, D width, C classes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from descant.modules.batch import Batch
+from descant.modules.masking import Corruption
+from descant.modules.objective import Term
 from descant.modules.step import Step
 
 
@@ -86,16 +88,54 @@ class Features(Protocol):
 
 @runtime_checkable
 class Fuses(Protocol):
-    """``fuse(z)``: embeddings by modality -> ``logits_BC``."""
+    """``fuse(z, present)``: latents by modality -> ``logits_BC``; ``latents(batch)`` makes them, of any length.
 
-    def fuse(self, z: dict[str, Tensor]) -> Tensor: ...
+    Rows may come in another order in each modality, as long as their ``present`` (bool ``[B]`` each) does too. Without
+    it all are there: rows of zeros say nothing of who is absent.
+    """
+
+    def latents(self, batch: Batch) -> dict[str, Tensor]: ...
+
+    def fuse(self, z: dict[str, Tensor], present: Mapping[str, Tensor] | None = None) -> Tensor: ...
 
 
 @runtime_checkable
 class Unimodal(Protocol):
-    """``unimodal(z)``: embeddings by modality -> each modality's own ``logits_BC``."""
+    """``unimodal(z, present)``: latents, as :class:`Fuses` makes them -> each modality's own ``logits_BC``."""
 
-    def unimodal(self, z: dict[str, Tensor]) -> dict[str, Tensor]: ...
+    def unimodal(self, z: dict[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]: ...
+
+
+@runtime_checkable
+class Scores(Protocol):
+    """``scores(batch)``: name -> one number a sample that says how well it went, such as accuracy (1 or 0) or a loss.
+
+    Names of losses begin with ``loss``: less is better; of all others more is. ``valid`` of a term says which samples
+    have a number. Whatever modalities ``batch.present`` leaves out are not looked at.
+    """
+
+    def scores(self, batch: Batch) -> dict[str, Term]: ...
+
+
+class Rebuilt(NamedTuple):
+    """What a recipe makes of a modality that it did not see, or saw in part; all in the shape and units of its input.
+
+    Attributes:
+        truth: the input, float ``[B, ...]`` (category maps and token ids: int64); zero where the sample lacks it.
+        visible: bool ``[B, ...]``: what was seen of it.
+        prediction: of what was not seen; the truth where it was or is padding; zero where the sample lacks it.
+    """
+
+    truth: Tensor
+    visible: Tensor
+    prediction: Tensor
+
+
+@runtime_checkable
+class Reconstructs(Protocol):
+    """``reconstruct(batch, corruption)``: modality -> :class:`Rebuilt`, from what the corruption leaves visible."""
+
+    def reconstruct(self, batch: Batch, corruption: Corruption | None = None) -> dict[str, Rebuilt]: ...
 
 
 @runtime_checkable

@@ -59,6 +59,36 @@ def edges(x_B3HW: Tensor) -> Tensor:
     return both.square().sum(1, keepdim=True).sqrt().clamp(max=1) * 2 - 1
 
 
+#: The eleven basic colour terms of English (Berlin and Kay 1969), and a colour in 0..255 that each is at home at.
+BASIC_COLOURS = {
+    "black": (0, 0, 0),
+    "grey": (128, 128, 128),
+    "white": (255, 255, 255),
+    "red": (220, 30, 40),
+    "orange": (245, 140, 30),
+    "yellow": (250, 220, 60),
+    "green": (70, 160, 60),
+    "blue": (50, 110, 220),
+    "purple": (130, 60, 170),
+    "pink": (245, 150, 190),
+    "brown": (125, 75, 40),
+}
+
+
+def colour_names(x_B3HW: Tensor) -> Tensor:
+    """Which of the :data:`BASIC_COLOURS` each pixel is nearest to, of pixels in -1..1: int64 ``[B, H, W]``, 0 to 10.
+
+    >>> white_and_red = torch.tensor([[1.0, 0.7], [1.0, -0.8], [1.0, -0.7]]).view(1, 3, 1, 2)
+    >>> [list(BASIC_COLOURS)[k] for k in colour_names(white_and_red).flatten()]
+    ['white', 'red']
+    """
+    colour_C3 = x_B3HW.new_tensor(list(BASIC_COLOURS.values()), dtype=torch.float32) / 127.5 - 1
+    x = x_B3HW.float()
+    # |x - c|^2 less |x|^2, which is the same for all colours: one matrix product
+    distance = colour_C3.square().sum(1)[:, None, None] - 2 * torch.einsum("bkhw,ck->bchw", x, colour_C3)
+    return distance.argmin(dim=1)
+
+
 #: Mean or standard deviation of each colour, of pixels in 0..1.
 Colour = tuple[float, float, float]
 #: What towers see unless theirs were trained otherwise: pixels in -1..1.

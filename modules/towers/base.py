@@ -76,6 +76,8 @@ class Towers(nn.ModuleDict):
         volume: voxels ``[B, C, X, Y, Z]``.
         bands: spectral bands ``[B, C, H, W]``.
         sketch: one channel of lines ``[B, 1, H, W]``.
+        t1, grey, white: volumes of one head by contrast, each ``[B, 1, X, Y, Z]``.
+        visible, infrared: bands of a satellite's picture, each ``[B, C, H, W]``.
         table: columns ``[B, C]``.
     """
 
@@ -89,6 +91,11 @@ class Towers(nn.ModuleDict):
         volume: Tower | None = None,
         bands: Tower | None = None,
         sketch: Tower | None = None,
+        t1: Tower | None = None,
+        grey: Tower | None = None,
+        white: Tower | None = None,
+        visible: Tower | None = None,
+        infrared: Tower | None = None,
         table: Tower | None = None,
     ) -> None:
         given = dict(
@@ -100,6 +107,11 @@ class Towers(nn.ModuleDict):
             volume=volume,
             bands=bands,
             sketch=sketch,
+            t1=t1,
+            grey=grey,
+            white=white,
+            visible=visible,
+            infrared=infrared,
             table=table,
         )
         super().__init__({name: tower for name, tower in given.items() if tower is not None})

@@ -106,7 +106,7 @@ class PatchTower(Tower):
         if positions == "learned":
             self.positions_TD = nn.Parameter(torch.randn(side**2, width) * 0.02)
         else:
-            self.register_buffer("positions_TD", sincos(side, width), persistent=False)
+            self.register_buffer("positions_TD", sincos((side, side), width), persistent=False)
         self.layers = nn.ModuleList(Block(width, heads, mlp_ratio, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 
@@ -131,18 +131,20 @@ class PatchTower(Tower):
         return list(self.layers)
 
 
-def sincos(side: int, width: int) -> Tensor:
-    """``[side^2, D]``: a quarter of D each for sin(row w), cos(row w), sin(column w), cos(column w).
+def sincos(grid: Sequence[int], width: int) -> Tensor:
+    """``[T, D]`` of T places in a grid of n axes: of each axis ``sin(place w)`` and ``cos(place w)``.
 
-    >>> sincos(2, 8)[0].tolist()
+    D / 2n channels each, whose frequencies fall from 1 to 1 / 10,000; channels that are left over are zero.
+
+    >>> sincos((2, 2), 8)[0].tolist()
     [0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0]
     """
-    if width % 4:
-        raise ValueError(f"width {width}: sincos positions need a multiple of 4; the next is {width + 4 - width % 4}")
-    frequency_F = 10_000.0 ** -(torch.arange(width // 4) / (width // 4))
-    row_T, column_T = torch.cartesian_prod(torch.arange(side), torch.arange(side)).unbind(1)
-    angles = [place_T[:, None] * frequency_F for place_T in (row_T, column_T)]
-    return torch.cat([wave for angle_TF in angles for wave in (angle_TF.sin(), angle_TF.cos())], dim=1)
+    each = width // (2 * len(grid))
+    frequency_F = 10_000.0 ** -(torch.arange(each) / max(each, 1))
+    places = torch.cartesian_prod(*(torch.arange(side) for side in grid)).view(-1, len(grid)).unbind(1)
+    angles = [place_T[:, None] * frequency_F for place_T in places]
+    waves_TD = torch.cat([wave for angle_TF in angles for wave in (angle_TF.sin(), angle_TF.cos())], dim=1)
+    return F.pad(waves_TD, (0, width - waves_TD.shape[1]))
 
 
 class Residual(nn.Module):

@@ -108,6 +108,23 @@ def test_development_leaves_the_test_sets_alone() -> None:
     assert not development & concepts(all_ids(data.training_set(), "image"))
 
 
+def test_paired_sets_have_every_picture_with_its_own_text_and_nothing_else(data: Emoji) -> None:
+    paired = Emoji(batch_size=16, paired=True)
+    assert len(paired.training_set()) == len(data.training_set())
+    sizes = {"validate": {"val": 184}, "test": {"vendor": 1386, "concept": 600, "both": 200, "apart": 378}}
+    for stage, wanted in sizes.items():
+        plain, sets = data.evaluation_sets(stage), paired.evaluation_sets(stage)
+        assert {name: len(rows) for name, rows in sets.items()} == wanted
+        for name, rows in sets.items():
+            assert sorted(all_ids(rows, "image").tolist()) == sorted(all_ids(plain[name], "image").tolist())
+            batch = whole(rows)
+            assert batch.both("image", "text").all()
+            some = batch.index[::50] // len(VENDORS)
+            told = torch.tensor([data.captions.fixed(int(c), keywords=True) for c in some])
+            assert torch.equal(batch.inputs["text"][::50], told)
+            assert torch.equal(batch.targets["subgroup"][::50], torch.from_numpy(data.label["subgroup"])[some])
+
+
 def test_a_sample_is_a_function_of_seed_epoch_and_index(data: Emoji) -> None:
     rows = data.training_set()
     small = {int(i): k for k, i in enumerate(first_batch(data, batch_size=16).index)}

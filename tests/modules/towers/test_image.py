@@ -89,10 +89,6 @@ def test_a_subset_of_patches_equals_hiding_the_others():
     [
         (lambda: patches(patch=5), "patch 5 does not divide size 16; the nearest that does is 4"),
         (lambda: patches(heads=3), "heads 3 does not divide width 16; the nearest that does is 2"),
-        (
-            lambda: patches(width=6, positions="sincos"),
-            "width 6: sincos positions need a multiple of 4; the next is 8",
-        ),
         (lambda: ConvTower(widths=[8, 8], blocks=[1]), "blocks .* one for each of the 2 widths"),
         (lambda: patches()(torch.zeros(1, 3, 8, 8)), "image .3, 8, 8.: this tower takes .3, 16, 16."),
     ],

@@ -1,0 +1,166 @@
+"""Masked modelling of any number of modalities: predict what is hidden, of each from all.
+
+Claim: a model that fills in hidden patches of several modalities from the visible ones has learned what they are of,
+alone and together; and one such model serves any set of modalities.
+
+    visible, target = corruption(tokens of all modalities)             uniform, Dirichlet budget, blocks, tubes, spans
+    h = encoder([global; W_m x_t + place_t + modality_m])              of visible tokens only: nothing stands for others
+    y = decoder(h, mask tokens at the places that are asked for)       of each modality, from the visible ones of all
+    loss = sum over m: mean over samples of mean over masked t of loss_m(head_m(y_t), x_t)
+
+What differs from the papers: with one modality it is MAE (He 2021), with a Dirichlet budget and a CrossDecoder MultiMAE
+(Bachmann 2022), with a joint ratio, a JointDecoder and volumes BM-MAE (Robinet 2025); samples may lack modalities, and
+compute falls with what they lack. A sample's loss of a modality is 0 where nothing of it is masked.
+Source: arXiv 2111.06377 (MAE), 2204.01678 (MultiMAE), 2505.00568 (BM-MAE).
+Letters: B samples, T tokens of a modality, N tokens of all samples, P raw numbers of a token, D and E widths.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from descant.modules.adapters import Adapters
+from descant.modules.batch import Batch
+from descant.modules.decoders import At, Decoder, Encoded, JointDecoder
+from descant.modules.losses.contrastive import promote
+from descant.modules.masking import Corruption, Masks, UniformMask
+from descant.modules.objective import Term
+from descant.modules.protocols import Rebuilt
+from descant.modules.vit import Layout, Trunk
+from descant.recipes.base import Recipe
+
+
+class Masked(Recipe):
+    """Hide tokens, encode the others, predict the hidden.
+
+    Args:
+        adapters: one a modality, in and out of tokens.
+        encoder: of visible tokens.
+        decoder: of hidden ones; a JointDecoder where not given.
+        corruption: what is hidden; 75 % of each modality where not given.
+        embeds: which modalities are embedded together, such as [[image], [image, sketch]]; each alone and all together
+            where not given. The embedding of several is named image+sketch.
+        pool_global: an embedding is the encoder's global token, and not the mean of the others.
+    """
+
+    #: An embedding of several modalities is another than those of each: what is absent changes it.
+    joint_embedding = True
+
+    def __init__(
+        self,
+        adapters: Adapters,
+        encoder: Trunk,
+        decoder: Decoder | None = None,
+        corruption: Corruption | None = None,
+        embeds: list[list[str]] | None = None,
+        pool_global: bool = False,
+        **kwargs: object,
+    ) -> None:
+        super().__init__(**kwargs)  # type: ignore[arg-type]  # the base's own typed arguments
+        self.adapters, self.towers = adapters, nn.ModuleDict({"encoder": encoder})
+        self.modalities, self.grids = tuple(adapters), {m: adapter.grid for m, adapter in adapters.each().items()}
+        self.decoder, self.corruption = decoder or JointDecoder(), corruption or UniformMask()
+        self.corruption.check(self.grids)
+        self.decoder.build(self.grids, encoder.width)
+        for adapter in adapters.each().values():
+            adapter.build(encoder.width, self.decoder.width)
+        self.embeds, self.pool_global = _embedded(embeds, tuple(adapters)), pool_global
+
+    # the method --------------------------------------------------------------------------------------------------
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        raw, real = self.raw(batch)
+        masks = self.corruption(real, self.grids, batch.draw)
+        return self.predicted(raw, masks, batch)
+
+    def raw(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Modality -> raw content ``[B, T, P]``, and bool ``[B, T]``: tokens that a sample has."""
+        missing = [m for m in self.adapters if m not in batch.inputs]
+        if missing:
+            raise ValueError(f"the data has no modality {missing[0]!r}, only {', '.join(batch.inputs)}")
+        raw, real = dict[str, Tensor](), dict[str, Tensor]()
+        for m, adapter in self.adapters.each().items():
+            raw[m], real_BT = adapter.raw(batch.inputs[m])
+            real[m] = real_BT & batch.present[m][:, None]
+        return raw, real
+
+    def encode(self, raw: dict[str, Tensor], visible: dict[str, Tensor]) -> Encoded:
+        """The encoder over visible tokens alone."""
+        at, adapters = {m: At.of(mask_BT) for m, mask_BT in visible.items()}, self.adapters.each()
+        h_ND = torch.cat([adapters[m].embed(raw[m][row_N, place_N], place_N) for m, (row_N, place_N, _) in at.items()])
+        counts = [at_m.count_B for at_m in at.values()]
+        h_ND = self.towers["encoder"](h_ND, Layout([torch.ones_like(counts[0]), *counts])).h_BTD
+        global_BD, *h = h_ND.split([len(counts[0]), *(len(at_m.row_N) for at_m in at.values())])
+        return Encoded(dict(zip(at, h, strict=True)), at, global_BD)
+
+    def predicted(self, raw: dict[str, Tensor], masks: Masks, batch: Batch) -> dict[str, Term]:
+        """What is said of the targets, token by token; a sample's number is the mean over those that count."""
+        asked, adapters = {m: At.of(mask_BT) for m, mask_BT in masks.target.items()}, self.adapters.each()
+        said, terms = self.decoder(self.encode(raw, masks.visible), asked), dict[str, Term]()
+        for m, (row_N, place_N, _) in asked.items():
+            counts_N = masks.loss[m][row_N, place_N]
+            count_B = masks.loss[m].sum(dim=1)
+            for name, loss_N in adapters[m].losses(said[m], raw[m][row_N, place_N], place_N).items():
+                loss_N = torch.where(counts_N, loss_N, 0.0)
+                value_B = loss_N.new_zeros(len(batch)).index_add(0, row_N, loss_N) / count_B.clamp(min=1)
+                # masked before the division: a sample of which nothing is masked has no gradient, not a nan
+                key = f"mask/{m}/{name}" if name else f"mask/{m}"
+                terms[key] = Term(value_B, valid=count_B > 0, norm=batch.count(m).clamp(min=1))
+        return terms
+
+    # what callbacks ask for ----------------------------------------------------------------------------------------
+
+    def embed(self, batch: Batch) -> dict[str, Tensor]:
+        raw, real = self.raw(batch)
+        z = {}
+        for together in self.embeds:
+            shown = {m: real[m] if m in together else torch.zeros_like(real[m]) for m in real}
+            there_B = batch.both(*together)
+            z["+".join(together)] = torch.where(there_B[:, None], self.pooled(self.encode(raw, shown)), 0.0)
+        return z
+
+    def pooled(self, encoded: Encoded) -> Tensor:
+        """``z_BD`` of the global tokens, or of the mean over all others."""
+        if self.pool_global:
+            return F.normalize(promote(encoded.global_BD), dim=-1)
+        sum_BD = torch.zeros_like(promote(encoded.global_BD))  # of unit length in the end: the sum serves as the mean
+        for m, h_ND in encoded.h.items():
+            sum_BD = sum_BD.index_add(0, encoded.at[m].row_N, promote(h_ND))
+        return F.normalize(sum_BD, dim=-1)
+
+    def scores(self, batch: Batch) -> dict[str, Term]:
+        """``loss`` of all terms, and ``loss_{term}`` of each."""
+        terms = self.terms(batch)
+        each = {f"loss_{name.removeprefix('mask/')}": term for name, term in terms.items()}
+        valid_B = torch.stack([term.valid for term in terms.values() if term.valid is not None]).any(dim=0)
+        return {"loss": Term(torch.stack([term.value for term in terms.values()]).sum(dim=0), valid=valid_B), **each}
+
+    def reconstruct(self, batch: Batch, corruption: Corruption | None = None) -> dict[str, Rebuilt]:
+        """What is seen stays as it is, what is masked is predicted; padding stays what it is."""
+        raw, real = self.raw(batch)
+        masks = (corruption or self.corruption)(real, self.grids, batch.draw)
+        asked = {m: At.of(mask_BT) for m, mask_BT in masks.target.items()}
+        said, rebuilt = self.decoder(self.encode(raw, masks.visible), asked), {}
+        for m, adapter in self.adapters.each().items():
+            (row_N, place_N, _), y_BTP = asked[m], raw[m].clone()
+            y_BTP[row_N, place_N] = adapter.predict(said[m], place_N).to(y_BTP.dtype)
+            visible, target = (
+                adapter.whole(mask[m][..., None].expand_as(y_BTP)) for mask in (masks.visible, masks.target)
+            )
+            there_B = batch.present[m].view(-1, *[1] * (target.ndim - 1))
+            truth = batch.inputs[m].view_as(target).masked_fill(~there_B, 0)
+            rebuilt[m] = Rebuilt(truth, visible, torch.where(target, adapter.input(y_BTP).to(truth.dtype), truth))
+        return rebuilt
+
+
+def _embedded(embeds: list[list[str]] | None, modalities: tuple[str, ...]) -> list[tuple[str, ...]]:
+    for together in embeds or []:
+        unknown = [m for m in together if m not in modalities]
+        if unknown or not together:
+            fault = f"no adapter of {unknown[0]!r}" if unknown else "no modality"
+            raise ValueError(f"embeds: {together}: {fault}; the adapters are {', '.join(modalities)}")
+    if embeds is not None:
+        return [tuple(together) for together in embeds]
+    return [*((m,) for m in modalities), *([modalities] if len(modalities) > 1 else [])]
