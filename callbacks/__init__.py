@@ -1,5 +1,6 @@
 """The callbacks: they know the protocols of :mod:`descant.modules.protocols`, and never a recipe."""
 
+from descant.callbacks.accuracy import Accuracy as Accuracy
 from descant.callbacks.captions import CaptionStatistics as CaptionStatistics
 from descant.callbacks.ema import EMA as EMA
 from descant.callbacks.emergent import EmergentRetrieval as EmergentRetrieval
@@ -17,9 +18,12 @@ from descant.callbacks.pictures import Projector as Projector
 from descant.callbacks.pictures import RetrievalPictures as RetrievalPictures
 from descant.callbacks.progress import Progress as Progress
 from descant.callbacks.readout import Readout as Readout
+from descant.callbacks.reconstruction import Reconstruction as Reconstruction
+from descant.callbacks.reconstruction import ReconstructionPictures as ReconstructionPictures
 from descant.callbacks.report import Report as Report
 from descant.callbacks.resume import Resume as Resume
 from descant.callbacks.sanity import Sanity as Sanity
+from descant.callbacks.subsets import ModalitySubsetEval as ModalitySubsetEval
 from descant.callbacks.swap import SwapAccuracy as SwapAccuracy
 from descant.callbacks.temperature import Temperature as Temperature
 from descant.callbacks.throughput import Throughput as Throughput

@@ -215,6 +215,45 @@ def swap_accuracy(
     return (sum_C / count_C)[count_C > 0].mean(), tie_N.double().mean()
 
 
+def psnr(mse: Tensor, span: Tensor) -> Tensor:
+    """Peak signal to noise in dB, ``10 log10(span^2 / mse)``, of scalars; span: the largest number less the smallest.
+
+    >>> round(float(psnr(torch.tensor(0.01), torch.tensor(2.0))), 2)
+    26.02
+    """
+    return 10 * (span.square() / mse).log10()
+
+
+def ridge_weights(moments_RR: Tensor, features: int, l2: float) -> Tensor:
+    """Ridge regression from moments that add up over batches and ranks, with an intercept that is not penalised.
+
+        W, b = argmin  mean_n ||y_n - W x_n - b||^2 + l2 v ||W||^2,   v: the mean variance of the features
+
+    A direction in which the features do not vary has weight 0.
+
+    Args:
+        moments_RR: ``sum_n z_n z_n'`` of ``z = [1, x, y]``, float64.
+        features: P, numbers of x; the others are y's Q.
+        l2: strength of the penalty.
+
+    Shapes: ``[1 + P + Q, 1 + P + Q] -> [1 + P, Q]``, b in the first row; nan where the moments are not finite.
+
+    >>> z_N3 = torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 3.0], [1.0, 2.0, 5.0]], dtype=torch.float64)  # y = 1 + 2 x
+    >>> ridge_weights(z_N3.T @ z_N3, features=1, l2=0.0).flatten().round(decimals=6).tolist()
+    [1.0, 2.0]
+    """
+    if not bool(moments_RR.isfinite().all()):
+        return moments_RR.new_full((1 + features, len(moments_RR) - 1 - features), torch.nan)
+    mean_R = moments_RR[0] / moments_RR[0, 0].clamp(min=1)
+    cov_RR = moments_RR / moments_RR[0, 0].clamp(min=1) - mean_R[:, None] * mean_R
+    x, y = slice(1, 1 + features), slice(1 + features, None)
+    value_P, vector_PP = torch.linalg.eigh(cov_RR[x, x])
+    varies_P = value_P > 1e-10 * value_P.amax().clamp(min=1e-300)
+    strength_P = torch.where(varies_P, value_P + l2 * value_P.clamp(min=0).mean(), 1.0)
+    w_PQ = vector_PP @ (vector_PP.T @ cov_RR[x, y] * (varies_P / strength_P)[:, None])
+    return torch.cat([(mean_R[y] - mean_R[x] @ w_PQ)[None], w_PQ])
+
+
 def matched_rows(present_a_N: Tensor, present_b_N: Tensor, key_N: Tensor) -> tuple[Tensor, Tensor]:
     """The P positive pairs of two modalities: a row with itself, or with the first row of its key that has b.
 
