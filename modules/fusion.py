@@ -1,0 +1,258 @@
+"""Fusion: from one latent vector a modality to the logits of the classes, and how much of them is whose.
+
+Letters: B samples, T tokens (one of the class, one a modality), D width of a modality's latents, W width inside a
+fusion, C classes, M modalities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations, pairwise
+from math import factorial
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from descant.modules.rows import running
+from descant.modules.towers.image import Block
+
+
+class Fuse(nn.Module):
+    """``fusion(z, present) -> logits_BC``: what all modalities of a sample say together.
+
+    A subclass implements ``made`` (its layers, once widths are known) and ``logits``, which gets zeros in place of the
+    latents of absent samples: what those rows hold, nan or inf, changes nothing and takes no gradient.
+
+    Shapes: ``z``: modality -> float ``[B, D_m]``; ``present``: modality -> bool ``[B]``, all there where not given.
+
+    Raises:
+        ValueError: in forward, for a modality that is missing in ``z`` or ``present``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widths: dict[str, int] = {}
+
+    def build(self, widths: Mapping[str, int], classes: int) -> Self:
+        """Makes the layers for modality -> width of its latents, and this number of classes; returns itself.
+
+        Raises:
+            ValueError: without a modality, or for fewer than two classes.
+        """
+        if not widths:
+            raise ValueError("widths: a fusion needs at least one modality")
+        if classes < 2:
+            raise ValueError(f"classes {classes}: at least 2, or there is nothing to tell apart")
+        self.widths = dict(widths)
+        self.made(self.widths, classes)
+        return self
+
+    def made(self, widths: dict[str, int], classes: int) -> None:
+        raise NotImplementedError
+
+    def logits(self, z: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> Tensor:
+        return self.logits(*self.checked(z, present))
+
+    def parts(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Modality -> its own share of the logits ``[B, C]``; with the logits of no modality they add up to all.
+
+            phi_m = sum over S without m of  |S|! (M - |S| - 1)! / M!  (f(S and m) - f(S))
+            f(all) = f(none) + sum_m phi_m
+
+        f(S) are the logits where only the modalities in S are present, and phi the Shapley values (Shapley 1953; as
+        shares of a fusion: AGM, Li 2023, arXiv 2308.07686, whose sum lacks the empty set). An absent modality has a
+        share of exactly zero. This costs 2^M fusions, but nothing where shares add up anyway (LateFusion).
+        """
+        z, present = self.checked(z, present)
+        names, M = tuple(self.widths), len(self.widths)
+        subsets = [subset for size in range(M + 1) for subset in combinations(names, size)]
+        f = {subset: self(z, only(present, *subset)) for subset in subsets}
+        shares = {m: torch.zeros_like(f[()]) for m in names}
+        for subset in subsets:
+            for m in subset:
+                rest = tuple(n for n in subset if n != m)
+                weight = factorial(len(rest)) * factorial(M - len(rest) - 1) / factorial(M)
+                shares[m] = shares[m] + weight * (f[subset] - f[rest])
+        return {m: share_BC.masked_fill(~present[m][:, None], 0.0) for m, share_BC in shares.items()}
+
+    def checked(
+        self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Latents with zeros where a sample is absent, and who is present, in the order of the widths."""
+        for name, given in (("z", z), ("present", present)):
+            missing = [m for m in self.widths if given is not None and m not in given]
+            if missing and given is not None:
+                raise ValueError(f"{name}: no modality {missing[0]!r}, only {', '.join(given) or 'none'}")
+        if present is None:
+            present = {m: torch.ones(len(z[m]), dtype=torch.bool, device=z[m].device) for m in self.widths}
+        # where, not a product: 0 * inf would be nan, in the value and in the gradient
+        filled = {m: torch.where(present[m][:, None], z[m], torch.zeros_like(z[m])) for m in self.widths}
+        return filled, {m: present[m] for m in self.widths}
+
+
+def only(present: Mapping[str, Tensor], *modalities: str) -> dict[str, Tensor]:
+    """Presence ``[B]`` by modality, with no other modality than these."""
+    return {m: mask_B if m in modalities else torch.zeros_like(mask_B) for m, mask_B in present.items()}
+
+
+class LateFusion(Fuse):
+    """``logits_b = bias + sum_m W_m z_bm``, over the modalities that sample b has: each adds its own.
+
+    The shares ``W_m z_m`` are the Shapley values, at no further cost.
+
+    >>> fusion = LateFusion().build({"image": 4, "text": 3}, classes=2)
+    >>> z = {"image": torch.ones(5, 4), "text": torch.ones(5, 3)}
+    >>> torch.allclose(fusion(z), fusion.bias_C + fusion.parts(z)["image"] + fusion.parts(z)["text"])
+    True
+    """
+
+    def made(self, widths: dict[str, int], classes: int) -> None:
+        self.maps = nn.ModuleDict({m: nn.Linear(width, classes, bias=False) for m, width in widths.items()})
+        self.bias_C = nn.Parameter(torch.zeros(classes))
+
+    def logits(self, z: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        shares_MBC = torch.stack([self.maps[m](z_BD) for m, z_BD in z.items()])
+        return self.bias_C + shares_MBC.sum(dim=0)
+
+    def parts(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        return {m: self.maps[m](z_BD) for m, z_BD in self.checked(z, present)[0].items()}
+
+
+class MidFusion(Fuse):
+    """``logits_b = MLP(concat_m z_bm)``, with zeros for the modalities that sample b lacks.
+
+    Args:
+        hidden: width of the hidden layers.
+        layers: how many linear layers, at least 2: one alone would be LateFusion.
+
+    Raises:
+        ValueError: if ``layers`` is below 2.
+
+    >>> fusion = MidFusion(hidden=8).build({"image": 4, "text": 3}, classes=2)
+    >>> sum(p.numel() for p in fusion.parameters())  # 7 * 8 + 8, 8 * 2 + 2
+    82
+    """
+
+    def __init__(self, hidden: int = 256, layers: int = 2) -> None:
+        super().__init__()
+        if layers < 2:
+            raise ValueError(f"layers {layers}: at least 2; one linear layer of all modalities is LateFusion")
+        self.hidden, self.layers = hidden, layers
+
+    def made(self, widths: dict[str, int], classes: int) -> None:
+        parts: list[nn.Module] = []
+        for a, b in pairwise([sum(widths.values()), *[self.hidden] * (self.layers - 1)]):
+            parts += [nn.Linear(a, b), nn.GELU()]
+        self.mlp = nn.Sequential(*parts, nn.Linear(self.hidden, classes))
+
+    def logits(self, z: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        return self.mlp(torch.cat(list(z.values()), dim=1))
+
+
+class AttentionFusion(Fuse):
+    """``logits_b = V norm(h_b0)``, ``h_b = blocks(c, W_1 z_b1 + e_1, ..., W_M z_bM + e_M)``: one token a modality.
+
+    c is the token of the class, e_m says which modality a token is of, and nobody looks at the token of an absent
+    modality. Of a modality that no sample has there is no token, here as on any rank.
+
+    Args:
+        width: W of the tokens.
+        depth: number of blocks.
+        heads: of the attention.
+        mlp_ratio: hidden width of a block's MLP over W.
+        dropout: on the attention weights and on both branches of a block.
+
+    Raises:
+        ValueError: if ``depth`` is below 1, or ``heads`` does not divide ``width``.
+
+    >>> fusion = AttentionFusion(width=8, depth=1, heads=2).build({"image": 4, "text": 3}, classes=2)
+    >>> z, here = {"image": torch.ones(1, 4), "text": torch.ones(1, 3)}, torch.tensor([True])
+    >>> lone = fusion(z, {"image": here, "text": ~here})
+    >>> torch.equal(lone, fusion(z | {"text": torch.full((1, 3), torch.nan)}, {"image": here, "text": ~here}))
+    True
+    """
+
+    def __init__(
+        self, width: int = 128, depth: int = 1, heads: int = 4, mlp_ratio: float = 2.0, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        if depth < 1:
+            raise ValueError(f"depth {depth}: at least 1; without blocks no token sees another")
+        self.width = width
+        self.layers = nn.ModuleList(Block(width, heads, mlp_ratio, dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+
+    def made(self, widths: dict[str, int], classes: int) -> None:
+        self.maps = nn.ModuleDict({m: nn.Linear(width, self.width) for m, width in widths.items()})
+        self.embeddings = nn.ParameterDict({m: nn.Parameter(torch.randn(self.width) * 0.02) for m in widths})
+        self.class_W = nn.Parameter(torch.randn(self.width) * 0.02)
+        self.out = nn.Linear(self.width, classes)
+
+    def logits(self, z: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        some = [m for m in z if bool(present[m].any())]
+        rows, device = len(next(iter(z.values()))), self.class_W.device
+        tokens = [self.class_W.expand(rows, -1), *(self.token(z[m], m) for m in some)]
+        h_BTW = torch.stack(tokens, dim=1)
+        seen_BT = torch.stack([torch.ones(rows, dtype=torch.bool, device=device), *(present[m] for m in some)], dim=1)
+        for layer in self.layers:
+            h_BTW = layer(h_BTW, seen_BT[:, None, None])
+        logits_BC = self.out(self.norm(h_BTW[:, 0]))
+        if torch.is_grad_enabled():
+            # a rank without a modality reaches the same parameters as the others: by one row of zeros
+            for m in z:
+                if m not in some:
+                    with running(torch.zeros(1, dtype=torch.long, device=device)):
+                        idle_1W = self.token(torch.zeros_like(z[m][:1]), m)
+                    logits_BC = logits_BC + 0.0 * idle_1W.sum()
+        return logits_BC
+
+    def token(self, z_BD: Tensor, modality: str) -> Tensor:
+        """``[B, D] -> [B, W]``."""
+        return self.maps[modality](z_BD) + self.embeddings[modality]
+
+
+# labels ------------------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(logits_BC: Tensor, label_B: Tensor, smoothing: float = 0.0) -> Tensor:
+    """``-sum_c q_bc log softmax(logits_b)_c``, ``q_bc = (1 - smoothing) [c = label_b] + smoothing / C``: ``[B]``.
+
+    Rows with a label below 0, which is none, hold some number.
+
+    >>> round(float(cross_entropy(torch.zeros(1, 4), torch.tensor([2]))), 4)  # log 4
+    1.3863
+    """
+    return F.cross_entropy(logits_BC, label_B.clamp(min=0), reduction="none", label_smoothing=smoothing)
+
+
+def class_labels(targets: Mapping[str, Tensor], target: str, classes: int) -> Tensor:
+    """Int64 ``[B]``: the labels of one target, below 0 where a sample has none.
+
+    Raises:
+        ValueError: if there is no such target, it is no class, or a label is not below ``classes``.
+    """
+    if target not in targets:
+        raise ValueError(f"target: the data has no {target!r}, only {', '.join(targets) or 'none'}")
+    label_B = targets[target]
+    if label_B.ndim != 1 or label_B.is_floating_point():
+        raise ValueError(f"target: {target!r} is no class of a sample, which is an int64 number")
+    if int(label_B.max()) >= classes:
+        raise ValueError(f"classes {classes}: a label of {target!r} is {int(label_B.max())}")
+    return label_B
+
+
+def require_classes(known: Mapping[str, Sequence[str]], target: str, classes: int, tiny: bool = False) -> None:
+    """Raises ValueError with the right number or names unless the data's ``target`` has so many classes.
+
+    A ``tiny`` stand-in of the data need not have every class.
+    """
+    if target not in known:
+        raise ValueError(f"target: no classes of {target!r} in the data, only of {', '.join(known) or 'none'}")
+    count = len(known[target])
+    if count > classes or (count < classes and not tiny):
+        raise ValueError(f"classes {classes}: the data has {count} of {target!r}")
