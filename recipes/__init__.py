@@ -2,5 +2,8 @@
 
 from descant.recipes.base import Recipe
 from descant.recipes.contrastive import Contrastive
+from descant.recipes.fusion import Fusion
+from descant.recipes.masked import Masked
+from descant.recipes.missing import MissingModality
 
-__all__ = ["Contrastive", "Recipe"]
+__all__ = ["Contrastive", "Fusion", "Masked", "MissingModality", "Recipe"]

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.batch import Batch
+from descant.modules.fill import filled, seen
 from descant.modules.heads import MeanPool, Pool, Pools, Projection
 from descant.modules.losses.contrastive import promote
 from descant.modules.protocols import Encodes
+from descant.modules.rows import running
 from descant.modules.towers import Tokens, Towers
 from descant.recipes.base import Recipe
 
@@ -33,7 +35,7 @@ class SharedSpace(Recipe):
 
     def __init__(self, towers: Towers, width: int = 128, pool: Pool | Pools | None = None, **kwargs: object) -> None:
         super().__init__(**kwargs)  # type: ignore[arg-type]  # the base's own typed arguments
-        self.towers = towers
+        self.towers, self.modalities = towers, tuple(towers)
         self.pools = nn.ModuleDict(
             {m: pool.of(m) if isinstance(pool, Pools) else copy.deepcopy(pool or MeanPool()) for m in towers}
         )
@@ -45,7 +47,11 @@ class SharedSpace(Recipe):
 
     def present_features(self, batch: Batch, modality: str, view: str = "") -> Tensor:
         """``h_BD`` of one modality; the tower sees present rows only, and absent rows are zero."""
-        x, present_B = batch.inputs[modality + view], batch.present[modality]
+        present_B = batch.present[modality]
+        h_BD = self._seen_features(batch.inputs[modality + view], seen(modality, present_B), modality)
+        return filled(h_BD, modality, present_B)
+
+    def _seen_features(self, x: Tensor, present_B: Tensor, modality: str) -> Tensor:
         features, tower = partial(self.features, modality=modality), self.towers[modality]
         if present_B.all():
             return self.step.chunked(features, x, tower)
@@ -55,8 +61,9 @@ class SharedSpace(Recipe):
         absent_R = ~present_B[rows_R]
         x_R = x[rows_R]
         x_R[absent_R] = 0
-        h_RD = self.step.chunked(features, x_R, tower).masked_fill(absent_R[:, None], 0.0)
-        return h_RD.new_zeros(len(batch), h_RD.shape[1]).index_put((rows_R,), h_RD)
+        with running(rows_R):
+            h_RD = self.step.chunked(features, x_R, tower).masked_fill(absent_R[:, None], 0.0)
+        return h_RD.new_zeros(len(x), h_RD.shape[1]).index_put((rows_R,), h_RD)
 
     def encoded(self, h_BTD: Tensor, mask_BT: Tensor, modality: str) -> Tensor:
         """``z_BD`` of token embeddings: what comes after the ``embed`` of a tower."""
