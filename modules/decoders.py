@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.masking import Grid
+from descant.modules.rows import running
 from descant.modules.towers.image import checked_heads, sincos
 from descant.modules.vit import EPS, Layout, RaggedBlock, take
 
@@ -125,16 +126,19 @@ class JointDecoder(Decoder):
         kinds = [self.inward(encoded.global_BD)]
         counts = [torch.ones(len(encoded.global_BD), dtype=torch.long, device=encoded.global_BD.device)]
         for m, at in encoded.at.items():
-            kinds.append(self.inward(encoded.h[m]) + self.places(m, at.place_N))
+            with running(at.row_N):
+                kinds.append(self.inward(encoded.h[m]) + self.places(m, at.place_N))
             counts.append(at.count_B)
         for m, at in targets.items():
             kinds.append((self.mask_E + self.places(m, at.place_N)).to(kinds[0].dtype))
             counts.append(at.count_B)
         layout = Layout(counts)
         h_ME = layout.join(kinds)
-        for layer in self.layers:
-            h_ME = layer(h_ME, layout)
-        return dict(zip(targets, layout.part(self.norm(h_ME))[1 + len(encoded.at) :], strict=True))
+        with running(layout.rows()):
+            for layer in self.layers:
+                h_ME = layer(h_ME, layout)
+            h_ME = self.norm(h_ME)
+        return dict(zip(targets, layout.part(h_ME)[1 + len(encoded.at) :], strict=True))
 
 
 class CrossDecoder(Decoder):
@@ -196,7 +200,10 @@ class _Look(nn.Module):
         self.layers = nn.ModuleList(RaggedBlock(out, heads, mlp_ratio) for _ in range(depth))
 
     def forward(self, modality: str, encoded: Encoded, at: At) -> Tensor:
-        seen = {m: self.inward(h_ND) + self.places(m, encoded.at[m].place_N) for m, h_ND in encoded.h.items()}
+        seen = {}
+        for m, h_ND in encoded.h.items():
+            with running(encoded.at[m].row_N):
+                seen[m] = self.inward(h_ND) + self.places(m, encoded.at[m].place_N)
         global_BE = self.inward(encoded.global_BD)
         mask_NE = (self.mask_E + self.places(modality, at.place_N)).to(global_BE.dtype)
         one_B = torch.ones(len(global_BE), dtype=torch.long, device=global_BE.device)
@@ -210,14 +217,18 @@ class _Look(nn.Module):
         by_B = asked_B * (context_B.max() + 1) + context_B
         layout, beside = Layout([own_B, at.count_B], by_B), Layout(counts, by_B)
         y_ME = self.look(layout.join([own_NE, mask_NE]), layout, beside.join([global_BE, *seen.values()]), beside)
-        y_ME = y_ME + self.mlp(self.out_norm(y_ME))
-        for layer in self.layers:
-            y_ME = layer(y_ME, layout)
+        with running(layout.rows()):
+            y_ME = y_ME + self.mlp(self.out_norm(y_ME))
+            for layer in self.layers:
+                y_ME = layer(y_ME, layout)
         return layout.part(y_ME)[1]
 
     def look(self, q_ME: Tensor, layout: Layout, c_KE: Tensor, beside: Layout) -> Tensor:
         E, found = q_ME.shape[1], []
-        q_ME, kv_KE = self.query(self.query_norm(q_ME)), self.context(self.context_norm(c_KE))
+        with running(layout.rows()):
+            q_ME = self.query(self.query_norm(q_ME))
+        with running(beside.rows()):
+            kv_KE = self.context(self.context_norm(c_KE))
         for q, kv in zip(layout.split(q_ME), beside.split(kv_KE), strict=True):
             if q.shape[1]:
                 q = q.unflatten(2, (self.heads, E // self.heads)).transpose(1, 2)
@@ -225,7 +236,8 @@ class _Look(nn.Module):
                 found.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, E))
         # where nothing is asked, every parameter is still reached, by nothing
         nothing = q_ME + kv_KE[:0, :E] if len(q_ME) == 0 else q_ME
-        return self.out(torch.cat(found) if len(found) > 1 else found[0] if found else nothing)
+        with running(layout.rows()):
+            return self.out(torch.cat(found) if len(found) > 1 else found[0] if found else nothing)
 
 
 def cost(tokens: int, width: int, depth: int, mlp_ratio: float = 4.0) -> float:

@@ -203,8 +203,8 @@ class Modulation:
 class ScaleShift(Modulation):
     """``h' = gamma * h + beta`` for each channel of a layer's output; gamma 1 and beta 0 at the start.
 
-    After linear layers, convolutions and norms, as in the paper (SSF: Lian 2022, arXiv 2210.08823), and after
-    embeddings where a bank names them: 2 C parameters each.
+    After linear layers, convolutions and norms (as SSF does, Lian 2022, arXiv 2210.08823; for "each layer" of the paper
+    our reading), and after embeddings where a bank names them: 2 C parameters each.
 
     >>> ScaleShift().of(nn.Linear(3, 4))(torch.zeros(2, 3), torch.ones(2, 4)).tolist() == torch.ones(2, 4).tolist()
     True
@@ -371,8 +371,8 @@ class ModulationBank(nn.Module):
     and a network whose samples have everything computes what it always did, to the bit. Layers of a modality's tower,
     pool and adapter have nothing for sets without it, since they do not run then.
 
-    The paper has one set of parameters a combination after every linear layer, convolution and norm; which subsets get
-    some, and rows of several sets in one batch, are ours. Source: arXiv 2310.03986.
+    The paper puts adaptable layers after each layer of encoders and fusion, one set of parameters a combination; which
+    kinds of layers, which subsets, and rows of several sets in one batch are our reading. Source: arXiv 2310.03986.
 
     Args:
         form: ScaleShift or LowRank; ScaleShift where not given.

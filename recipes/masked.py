@@ -28,6 +28,7 @@ from descant.modules.losses.contrastive import promote
 from descant.modules.masking import Corruption, Masks, UniformMask
 from descant.modules.objective import Term
 from descant.modules.protocols import Rebuilt
+from descant.modules.rows import running
 from descant.modules.vit import Layout, Trunk
 from descant.recipes.base import Recipe
 
@@ -89,9 +90,12 @@ class Masked(Recipe):
     def encode(self, raw: dict[str, Tensor], visible: dict[str, Tensor]) -> Encoded:
         """The encoder over visible tokens alone."""
         at, adapters = {m: At.of(mask_BT) for m, mask_BT in visible.items()}, self.adapters.each()
-        h_ND = torch.cat([adapters[m].embed(raw[m][row_N, place_N], place_N) for m, (row_N, place_N, _) in at.items()])
+        kinds = []
+        for m, (row_N, place_N, _) in at.items():
+            with running(row_N):
+                kinds.append(adapters[m].embed(raw[m][row_N, place_N], place_N))
         counts = [at_m.count_B for at_m in at.values()]
-        h_ND = self.towers["encoder"](h_ND, Layout([torch.ones_like(counts[0]), *counts])).h_BTD
+        h_ND = self.towers["encoder"](torch.cat(kinds), Layout([torch.ones_like(counts[0]), *counts])).h_BTD
         global_BD, *h = h_ND.split([len(counts[0]), *(len(at_m.row_N) for at_m in at.values())])
         return Encoded(dict(zip(at, h, strict=True)), at, global_BD)
 
@@ -102,7 +106,9 @@ class Masked(Recipe):
         for m, (row_N, place_N, _) in asked.items():
             counts_N = masks.loss[m][row_N, place_N]
             count_B = masks.loss[m].sum(dim=1)
-            for name, loss_N in adapters[m].losses(said[m], raw[m][row_N, place_N], place_N).items():
+            with running(row_N):
+                losses = adapters[m].losses(said[m], raw[m][row_N, place_N], place_N)
+            for name, loss_N in losses.items():
                 loss_N = torch.where(counts_N, loss_N, 0.0)
                 value_B = loss_N.new_zeros(len(batch)).index_add(0, row_N, loss_N) / count_B.clamp(min=1)
                 # masked before the division: a sample of which nothing is masked has no gradient, not a nan
@@ -145,7 +151,8 @@ class Masked(Recipe):
         said, rebuilt = self.decoder(self.encode(raw, masks.visible), asked), {}
         for m, adapter in self.adapters.each().items():
             (row_N, place_N, _), y_BTP = asked[m], raw[m].clone()
-            y_BTP[row_N, place_N] = adapter.predict(said[m], place_N).to(y_BTP.dtype)
+            with running(row_N):
+                y_BTP[row_N, place_N] = adapter.predict(said[m], place_N).to(y_BTP.dtype)
             visible, target = (
                 adapter.whole(mask[m][..., None].expand_as(y_BTP)) for mask in (masks.visible, masks.target)
             )

@@ -252,7 +252,7 @@ def test_a_masked_model_is_adapted_token_by_token(tmp_path: Path) -> None:
     model = adapted(path, noise=0.0)
     assert isinstance(model, Reconstructs) and model.modalities == ("image", "sketch")
     assert same(said(model, b.only("image")), said(descant.load(path), b.only("image")))
-    bank = ModulationBank(layers=["towers.encoder"])
+    bank = ModulationBank()  # adapters, encoder and decoder alike
     model = MissingModality(path, bank=bank)
     with torch.no_grad():
         for p in bank.parameters():
