@@ -112,13 +112,14 @@ def _write(found: Saved, request: argparse.Namespace, folder: Path) -> list[str]
     from safetensors.torch import save_file
 
     from descant import card, loading, portable
+    from descant.recipes.rebuilt import build, rebuild
     from descant.modules import merge, saved
 
     keep = [name.strip() for name in request.towers.split(",") if name.strip()]
-    kept, recipe = found, loading.rebuild(found)
+    kept, recipe = found, rebuild(found)
     if keep:
         kept = found._replace(config={**found.config, "model": portable.only(found.model, keep)})
-        recipe = _reduced(recipe, loading.build(kept), portable.dropped(found.model, keep), found.weights)
+        recipe = _reduced(recipe, build(kept), portable.dropped(found.model, keep), found.weights)
     prepared = loading.datamodule(found) if not found.exported else None
     parts = loading.parts(prepared) if prepared is not None else loading.preprocess(found)
     model = portable.carried(kept.model, recipe, folder, next(iter(parts.get("text", [])), None))

@@ -5,7 +5,6 @@ Letters: N inputs, D width.
 
 from __future__ import annotations
 
-import inspect
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,14 +21,12 @@ from descant.errors import Refusal, hint
 from descant.modules import saved
 from descant.modules.audio import LogMel
 from descant.modules.batch import Batch
-from descant.modules.lean import completed
 from descant.modules.saved import Node, Saved
 from descant.modules.text import Codec
 from descant.recipes.base import Recipe
+from descant.recipes.rebuilt import rebuild
 from descant.trust import enforce, require
 
-#: Arguments of every recipe that say how it trains, not what it is.
-TRAINING = tuple(name for name in inspect.signature(Recipe.__init__).parameters if name not in ("self", "adapt"))
 #: Of an export: how raw data becomes what its towers read.
 PREPROCESS = "preprocess.yaml"
 
@@ -151,26 +148,6 @@ def allowed(trust: Sequence[str]) -> Callable[[str], None]:
             raise ValueError(str(refusal)) from None
 
     return check
-
-
-def rebuild(found: Saved) -> Recipe:
-    """The recipe that a configuration describes, with the weights beside it. Inside :func:`trusting` only."""
-    recipe = build(found)
-    saved.load_exactly(recipe, completed(saved.read_weights(found), recipe), found.weights)
-    return recipe
-
-
-def build(found: Saved) -> Recipe:
-    """The same with the weights that it has before training: random, or of pretrained files."""
-    with torch.random.fork_rng(devices=[]):  # random weights that are overwritten should not shift anybody's draws
-        recipe = saved.build(Recipe, {**found.model, "init_args": untrained(found.model)}, found.folder)
-        recipe.configure_model()
-    return recipe.eval()
-
-
-def untrained(model: Node) -> Node:
-    """A recipe's arguments without those of its training."""
-    return {key: value for key, value in (model.get("init_args") or {}).items() if key not in TRAINING}
 
 
 # what it reads ------------------------------------------------------------------------------------------------------

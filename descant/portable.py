@@ -13,13 +13,13 @@ from torch import nn
 
 from descant.datamodules.fields import AudioField
 from descant.errors import fail, hint
-from descant.loading import untrained
 from descant.modules import merge
 from descant.modules.configure import Lora, Quantize
 from descant.modules.saved import PLACE, WEIGHTS, Node
 from descant.modules.text import Bpe, Codec, Ngrams, Pretrained
 from descant.modules.towers import SavedTower, TransformersTower
 from descant.recipes.base import Recipe
+from descant.recipes.rebuilt import untrained
 from descant.signatures import find_class
 
 #: Fields of a transformers configuration that are of a file or a moment, not of the model.

@@ -18,7 +18,6 @@ Letters: B samples, D width, N rows of a term, C classes.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -32,12 +31,12 @@ from torch import Tensor, nn
 from descant.modules import saved
 from descant.modules.batch import NEGATIVE, Batch
 from descant.modules.fill import Fill, standing_in
-from descant.modules.lean import completed
 from descant.modules.losses.ranks import gather
 from descant.modules.modulation import AvailableSets, ModulationBank, reached
 from descant.modules.objective import Term
 from descant.modules.towers import Frozen, Towers
 from descant.recipes.base import Recipe
+from descant.recipes.rebuilt import rebuild
 from descant.recipes.space import SharedSpace
 
 #: Methods that are this recipe's where they are the inner one's: those that take a batch, and those that take latents.
@@ -79,7 +78,12 @@ class MissingModality(Recipe):
         again += ["chunks"] if cast(int, kwargs.get("chunks", 1)) > 1 else []
         if bank is not None and again:
             raise ValueError(f"{again[0]}: layers run outside the routing of a bank then; leave it out")
-        inner = _rebuilt(path, checkpoint)
+        found = saved.find(path, checkpoint)
+        inner = rebuild(found)
+        if not len(getattr(inner, "towers", ())):
+            raise ValueError(f"{found.folder}: {type(inner).__name__} has no towers, so no modality that may be absent")
+        if isinstance(inner, MissingModality):
+            raise ValueError(f"{found.folder}: it is adapted already; give the run that it adapts, {found.model['init_args']['path']}")
         self.in_batch_negatives = inner.in_batch_negatives
         super().__init__(**kwargs)  # type: ignore[arg-type]  # the base's own typed arguments
         self.inner, self.path, self.frozen = inner, path, frozen
@@ -216,19 +220,3 @@ class MissingModality(Recipe):
             if self.bank is not None and present is not None:  # without it all are there, and nothing is changed
                 stack.enter_context(self.bank.route(present))
             return getattr(self.inner, name)(z, present)
-
-
-def _rebuilt(path: Path | str, checkpoint: str) -> Recipe:
-    """The recipe of a run with its weights, without what says how it was trained."""
-    found = saved.find(path, checkpoint)
-    training = [name for name in inspect.signature(Recipe.__init__).parameters if name not in ("self", "adapt")]
-    arguments = {k: v for k, v in (found.model.get("init_args") or {}).items() if k not in training}
-    with torch.random.fork_rng(devices=[]):  # what others draw does not depend on what is overwritten here
-        recipe = saved.build(Recipe, {**found.model, "init_args": arguments}, found.folder)
-        recipe.configure_model()
-    saved.load_exactly(recipe, completed(saved.read_weights(found), recipe), found.weights)
-    if not len(getattr(recipe, "towers", ())):
-        raise ValueError(f"{found.folder}: {type(recipe).__name__} has no towers, so no modality that may be absent")
-    if isinstance(recipe, MissingModality):
-        raise ValueError(f"{found.folder}: it is adapted already; give the run that it adapts, {recipe.path}")
-    return recipe.eval()
