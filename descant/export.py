@@ -112,8 +112,8 @@ def _write(found: Saved, request: argparse.Namespace, folder: Path) -> list[str]
     from safetensors.torch import save_file
 
     from descant import card, loading, portable
-    from descant.recipes.rebuilt import build, rebuild
     from descant.modules import merge, saved
+    from descant.recipes.rebuilt import build, rebuild
 
     keep = [name.strip() for name in request.towers.split(",") if name.strip()]
     kept, recipe = found, rebuild(found)

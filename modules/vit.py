@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from descant.modules.rows import running
 from descant.modules.towers.base import Tokens, Tower
 from descant.modules.towers.image import Block, checked_heads
 from descant.modules.towers.timm import load_exactly, read_weights
+
+if TYPE_CHECKING:
+    from descant.modules.adapters import PatchAdapter
 
 #: Of the norms, as in timm's vision transformers.
 EPS = 1e-6
@@ -239,15 +243,35 @@ def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def to_timm(trunk: Trunk) -> dict[str, Tensor]:
-    """The trunk's weights under timm's names; ``cls_token`` is ``[1, 1, D]``.
+def to_timm(trunk: Trunk, adapter: PatchAdapter) -> dict[str, Tensor]:
+    """The weights of a plain ViT of timm that sees what the trunk sees of one modality alone.
 
-    >>> sorted(to_timm(Trunk(width=8, depth=1, heads=2)))[:3]
-    ['blocks.0.attn.proj.bias', 'blocks.0.attn.proj.weight', 'blocks.0.attn.qkv.bias']
+    It is timm's ``VisionTransformer`` of the same sizes with ``class_token=True, num_classes=0``, which takes all of
+    them (``load_state_dict``) and gives the same features; its classifiers and fine-tuning begin from there.
+
+    Raises:
+        ValueError: for patches of other than two axes, or inputs that the adapter standardises.
+
+    >>> from descant.modules.adapters import PatchAdapter
+    >>> adapter = PatchAdapter(size=[8, 8], patch=4)
+    >>> adapter.build(width=8, out=0)
+    >>> state = to_timm(Trunk(width=8, depth=1, heads=2), adapter)
+    >>> state["patch_embed.proj.weight"].shape, state["pos_embed"].shape
+    (torch.Size([8, 3, 4, 4]), torch.Size([1, 5, 8]))
     """
+    if len(adapter.patch) != 2 or (adapter.mean, adapter.spread) != (0.0, 1.0):
+        raise ValueError("a ViT of timm takes pixels as they are, in patches of two axes; this adapter does not")
     names = {f"{ours}.": f"{theirs}." for ours, theirs in _NAMES.items()}
     state = {_named(k, "layers.", "blocks.", names): v for k, v in trunk.state_dict().items() if k != "cls_D"}
-    return {**state, "cls_token": trunk.cls_D.detach()[None, None]}
+    place_TD = adapter.place_TD + adapter.modality_D.detach()
+    inward = adapter.inward.state_dict()
+    return {
+        **state,
+        "cls_token": trunk.cls_D.detach()[None, None],
+        "pos_embed": torch.cat([torch.zeros_like(place_TD[:1]), place_TD])[None],
+        "patch_embed.proj.weight": inward["weight"].unflatten(1, (adapter.channels, *adapter.patch)),
+        "patch_embed.proj.bias": inward["bias"],
+    }
 
 
 def _named(key: str, before: str, after: str, names: Mapping[str, str]) -> str:

@@ -83,7 +83,8 @@ class MissingModality(Recipe):
         if not len(getattr(inner, "towers", ())):
             raise ValueError(f"{found.folder}: {type(inner).__name__} has no towers, so no modality that may be absent")
         if isinstance(inner, MissingModality):
-            raise ValueError(f"{found.folder}: it is adapted already; give the run that it adapts, {found.model['init_args']['path']}")
+            adapts = found.model["init_args"]["path"]
+            raise ValueError(f"{found.folder}: it is adapted already; give the run that it adapts, {adapts}")
         self.in_batch_negatives = inner.in_batch_negatives
         super().__init__(**kwargs)  # type: ignore[arg-type]  # the base's own typed arguments
         self.inner, self.path, self.frozen = inner, path, frozen

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from descant.modules.adapters import PatchAdapter
+from descant.modules.adapters import Adapters, PatchAdapter
+from descant.modules.batch import Batch
 from descant.modules.configure import Checkpointing, Lora
+from descant.modules.decoders import JointDecoder
 from descant.modules.rows import rows
 from descant.modules.towers.image import Block
 from descant.modules.vit import Layout, RaggedBlock, Trunk, take, to_timm
+from descant.recipes import Masked
 
 
 def counts(*kinds: list[int]) -> list[Tensor]:
@@ -130,18 +134,25 @@ def test_a_pretrained_plain_vit_loads_and_gives_its_own_features(tmp_path: Path)
     torch.testing.assert_close(ours[3:].view(3, 16, 24), theirs[:, 1:], rtol=0, atol=1e-5)
 
 
-def test_the_weights_go_back_into_timm() -> None:
-    model, trunk = timm_vit(), cast(Any, Trunk(24, 2, 3))
-    left = model.load_state_dict(to_timm(trunk), strict=False)
-    assert not left.unexpected_keys
-    assert set(left.missing_keys) == {
-        "pos_embed",
-        "patch_embed.proj.weight",
-        "patch_embed.proj.bias",
-        "head.weight",
-        "head.bias",
-    }
-    torch.testing.assert_close(model.blocks[1].mlp.fc2.weight, trunk.layers[1].mlp[2].weight)
+def test_a_trained_one_loads_as_a_plain_vit_of_timm() -> None:
+    from timm.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    adapters = Adapters(image=PatchAdapter([16, 16], 4), sketch=PatchAdapter([16, 16], 4, channels=1))
+    model: Any = Masked(adapters, Trunk(24, 2, 3), JointDecoder(12, 1, 3)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    plain = VisionTransformer(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=0).eval()
+    plain.load_state_dict(to_timm(model.towers["encoder"], model.adapters["image"]))
+    x, nothing = torch.randn(3, 3, 16, 16), torch.zeros(3, 1, 16, 16)
+    there = torch.ones(3, dtype=torch.bool)
+    batch = Batch({"image": x, "sketch": nothing}, {"image": there, "sketch": ~there})
+    with torch.no_grad():
+        mean_BD = plain.forward_features(x)[:, 1:].mean(dim=1)
+        torch.testing.assert_close(model.embed(batch)["image"], F.normalize(mean_BD, dim=1), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="in patches of two axes"):
+        to_timm(model.towers["encoder"], PatchAdapter([4, 4, 4], 2, channels=1))
 
 
 @pytest.mark.parametrize(
