@@ -118,9 +118,15 @@ def _paired(metric: Metric, ours: Sequence[float], theirs: Sequence[float]) -> P
 
 
 def _asked(claim: Claim, runs: Runs, condition: Condition, seeds: Sequence[int]) -> tuple[Condition, float, bool]:
-    value = column(claim, runs, condition.arm, condition.metric, seeds)
+    def values(arm: str, metric: str) -> list[float]:
+        found = column(claim, runs, arm, metric, seeds)
+        if condition.above is None:
+            return found
+        return [a - b for a, b in zip(found, column(claim, runs, condition.above, metric, seeds), strict=True)]
+
+    value = values(condition.arm, condition.metric)
     if condition.minus is not None:
-        other = column(claim, runs, condition.against, condition.minus, seeds)
+        other = values(condition.against, condition.minus)
         value = [a - condition.times * b for a, b in zip(value, other, strict=True)]
     mean = math.fsum(value) / len(value)
     low, high = condition.low, condition.high

@@ -62,6 +62,7 @@ class Condition:
 
     Attributes:
         minus: another metric, or the same of another arm. against: whose, where not the arm's own.
+        above: the arm from whose values both are counted, such as the one that a share of a gap is won back from.
     """
 
     metric: str
@@ -71,11 +72,13 @@ class Condition:
     times: float
     low: float | None
     high: float | None
+    above: str | None = None
 
     @property
     def reads(self) -> list[tuple[str, str]]:
         """The (arm, metric) that it looks at."""
-        return [(self.arm, self.metric), *([(self.against, self.minus)] if self.minus is not None else [])]
+        found = [(self.arm, self.metric), *([(self.against, self.minus)] if self.minus is not None else [])]
+        return [*found, *((self.above, metric) for _, metric in found if self.above is not None)]
 
     def __str__(self) -> str:
         what = f"{self.metric} of {self.arm}"
@@ -84,6 +87,8 @@ class Condition:
             other += [("of " if other else "") + self.against] if self.against != self.arm else []
             what += f" less {self.times:g} x " if self.times != 1 else " less "
             what += " ".join(other)
+        if self.above is not None:
+            what += f", {'both' if self.minus is not None else 'counted'} above {self.above}"
         bounds = ((">=", self.low), ("<=", self.high))
         return f"{what} {' and '.join(f'{sign} {bound:g}' for sign, bound in bounds if bound is not None)}"
 
@@ -263,9 +268,9 @@ def _metric(where: str, content: Mapping[str, Any]) -> Metric:
 
 
 def _condition(where: str, content: Mapping[str, Any], arms: Iterable[str]) -> Condition:
-    _known(where, content, ("metric", "arm", "minus", "against", "times", "at_least", "at_most"))
+    _known(where, content, ("metric", "arm", "minus", "against", "times", "above", "at_least", "at_most"))
     _need(where, content, ("metric", "arm"))
-    for key in ("arm", "against"):
+    for key in ("arm", "against", "above"):
         if content.get(key) is not None and content[key] not in arms:
             fail(f"{where}: no arm {content[key]!r}{hint(content[key], arms)}")
     low, high = content.get("at_least"), content.get("at_most")
@@ -277,7 +282,10 @@ def _condition(where: str, content: Mapping[str, Any], arms: Iterable[str]) -> C
         fail(f"{where}: times: of what? Of `minus`, another metric, or of that of `against`, another arm")
     if (minus, against or arm) == (metric, arm):
         fail(f"{where}: {metric} of {arm} less itself says nothing")
-    return Condition(metric, arm, minus, against or arm, float(content.get("times", 1.0)), low, high)
+    if content.get("above") in (arm, against or arm):
+        fail(f"{where}: above: {content['above']} above itself says nothing")
+    times, above = float(content.get("times", 1.0)), content.get("above")
+    return Condition(metric, arm, minus, against or arm, times, low, high, above)
 
 
 def _mapping(where: str, content: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -121,6 +121,12 @@ def test_further_conditions_count(made: Callable[..., Claim]) -> None:
     other = half | {"against": "baseline", "at_least": 0}
     (reason,) = judge(made(also=[other]), runs).reasons
     assert reason == "test/other of method less 0.3 x test/gap of baseline >= 0: it is -0.1"
+    # a share of a gap, (0.2 - 0.5) - 0.4 * (0.8 - 0.5)
+    for metrics in runs["sham"].values():
+        metrics["test/other"] = 0.8
+    share = {"metric": "test/other", "arm": "method", "against": "sham", "times": 0.4, "above": "baseline"}
+    (reason,) = judge(made(also=[share | {"at_least": 0}]), runs).reasons
+    assert reason == "test/other of method less 0.4 x sham, both above baseline >= 0: it is -0.42"
 
 
 def test_what_comes_before_is_read_and_needs_no_equal_budget(made: Callable[..., Claim]) -> None:
@@ -176,6 +182,11 @@ def test_scored_code_must_run_as_often_in_the_sham(made: Callable[..., Claim]) -
         ({"also": [{"metric": "a", "arm": "method"}]}, "at_least or at_most"),
         ({"also": [{"metric": "a", "arm": "method", "against": "method", "at_least": 0}]}, "a of method less itself"),
         ({"also": [{"metric": "a", "arm": "method", "times": 2, "at_least": 0}]}, r"also\[0\]: times: of what"),
+        (
+            {"also": [{"metric": "a", "arm": "method", "above": "method", "at_least": 0}]},
+            r"also\[0\]: above: method above itself",
+        ),
+        ({"also": [{"metric": "a", "arm": "method", "above": "sam", "at_least": 0}]}, "no arm 'sam'; nearest: sham"),
         ({"also": [{"metric": "a", "arm": "before", "at_least": 0}]}, r"also\[0\]: no arm 'before'"),
         ({"also": [{"metric": "a", "arm": "sham", "minus": "val/b", "at_least": 0}]}, "val/b: a claim is judged by"),
         ({"before": {"configs": []}}, "before: experiment is missing"),
