@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from descant.modules.losses.contrastive import promote
 from descant.modules.masking import Grid
 from descant.modules.rows import running
 from descant.modules.towers.image import checked_heads, sincos
@@ -52,6 +53,15 @@ class Encoded:
     h: dict[str, Tensor]
     at: dict[str, At]
     global_BD: Tensor
+
+    def pooled(self, whole: bool = False) -> Tensor:
+        """Unit-length ``z_BD``: the mean of a sample's tokens, or its global token; float32 at least."""
+        z_BD = promote(self.global_BD)
+        if not whole:
+            z_BD = torch.zeros_like(z_BD)  # of unit length in the end: the sum serves as the mean
+            for m, h_ND in self.h.items():
+                z_BD = z_BD.index_add(0, self.at[m].row_N, promote(h_ND))
+        return F.normalize(z_BD, dim=-1)
 
 
 class Places(nn.Module):

@@ -5,11 +5,14 @@ Letters: B samples on this rank, G samples on all ranks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from descant.modules.batch import Batch
 from descant.modules.losses.ranks import first_row, gather
 from descant.modules.random import mix_N
 
@@ -40,6 +43,14 @@ class Sham(nn.Module):
     def forward(self, x_B: Tensor, draw_B: Tensor, valid_B: Tensor | None = None) -> Tensor:
         self.calls += 1
         return x_B if self.mode is None else self.permute(x_B, draw_B, valid_B)
+
+    def torn(self, batch: Batch, modalities: Sequence[str]) -> Batch:
+        """The batch with these modalities of every sample, together, as they are or as the mode hands them on."""
+        inputs, present = (
+            {m: self(x, batch.draw) if m in modalities else x for m, x in tensors.items()}
+            for tensors in (batch.inputs, batch.present)
+        )
+        return replace(batch, inputs=inputs, present=present)
 
     @staticmethod
     def permute(x_B: Tensor, draw_B: Tensor, valid_B: Tensor | None = None) -> Tensor:

@@ -17,18 +17,19 @@ Letters: B samples, T tokens of a modality, N tokens of all samples, P raw numbe
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from descant.modules.adapters import Adapters
 from descant.modules.batch import Batch
 from descant.modules.decoders import At, Decoder, Encoded, JointDecoder
-from descant.modules.losses.contrastive import promote
 from descant.modules.masking import Corruption, Masks, UniformMask
 from descant.modules.objective import Term
 from descant.modules.protocols import Rebuilt
 from descant.modules.rows import running
+from descant.modules.sham import Sham
 from descant.modules.vit import Layout, Trunk
 from descant.recipes.base import Recipe
 
@@ -44,6 +45,8 @@ class Masked(Recipe):
         embeds: which modalities are embedded together, such as [[image], [image, sketch]]; each alone and all together
             where not given. The embedding of several is named image+sketch.
         pool_global: an embedding is the encoder's global token, and not the mean of the others.
+        zeros: what a sample lacks is shown as zeros, as is usual elsewhere, and not left out: a baseline.
+        sham: ``permute`` trains on samples whose first modality is their own and whose others are of another sample.
     """
 
     #: An embedding of several modalities is another than those of each: what is absent changes it.
@@ -57,6 +60,8 @@ class Masked(Recipe):
         corruption: Corruption | None = None,
         embeds: list[list[str]] | None = None,
         pool_global: bool = False,
+        zeros: bool = False,
+        sham: Literal["permute"] | None = None,
         **kwargs: object,
     ) -> None:
         super().__init__(**kwargs)  # type: ignore[arg-type]  # the base's own typed arguments
@@ -68,10 +73,13 @@ class Masked(Recipe):
         for adapter in adapters.each().values():
             adapter.build(encoder.width, self.decoder.width)
         self.embeds, self.pool_global = _embedded(embeds, tuple(adapters)), pool_global
+        self.zeros, self.sham = zeros, Sham(sham)
 
     # the method --------------------------------------------------------------------------------------------------
 
     def terms(self, batch: Batch) -> dict[str, Term]:
+        if self.training:
+            batch = self.sham.torn(batch, self.modalities[1:])
         raw, real = self.raw(batch)
         masks = self.corruption(real, self.grids, batch.draw)
         return self.predicted(raw, masks, batch)
@@ -85,6 +93,8 @@ class Masked(Recipe):
         for m, adapter in self.adapters.each().items():
             raw[m], real_BT = adapter.raw(batch.inputs[m])
             real[m] = real_BT & batch.present[m][:, None]
+            if self.zeros:
+                raw[m], real[m] = raw[m].masked_fill(~real[m][..., None], 0), torch.ones_like(real[m])
         return raw, real
 
     def encode(self, raw: dict[str, Tensor], visible: dict[str, Tensor]) -> Encoded:
@@ -104,12 +114,12 @@ class Masked(Recipe):
         asked, adapters = {m: At.of(mask_BT) for m, mask_BT in masks.target.items()}, self.adapters.each()
         said, terms = self.decoder(self.encode(raw, masks.visible), asked), dict[str, Term]()
         for m, (row_N, place_N, _) in asked.items():
-            counts_N = masks.loss[m][row_N, place_N]
-            count_B = masks.loss[m].sum(dim=1)
+            counts_BT = masks.loss[m] & batch.present[m][:, None]
+            count_B = counts_BT.sum(dim=1)
             with running(row_N):
                 losses = adapters[m].losses(said[m], raw[m][row_N, place_N], place_N)
             for name, loss_N in losses.items():
-                loss_N = torch.where(counts_N, loss_N, 0.0)
+                loss_N = torch.where(counts_BT[row_N, place_N], loss_N, 0.0)
                 value_B = loss_N.new_zeros(len(batch)).index_add(0, row_N, loss_N) / count_B.clamp(min=1)
                 # masked before the division: a sample of which nothing is masked has no gradient, not a nan
                 key = f"mask/{m}/{name}" if name else f"mask/{m}"
@@ -124,17 +134,8 @@ class Masked(Recipe):
         for together in self.embeds:
             shown = {m: real[m] if m in together else torch.zeros_like(real[m]) for m in real}
             there_B = batch.both(*together)
-            z["+".join(together)] = torch.where(there_B[:, None], self.pooled(self.encode(raw, shown)), 0.0)
+            z["+".join(together)] = torch.where(there_B[:, None], self.encode(raw, shown).pooled(self.pool_global), 0.0)
         return z
-
-    def pooled(self, encoded: Encoded) -> Tensor:
-        """``z_BD`` of the global tokens, or of the mean over all others."""
-        if self.pool_global:
-            return F.normalize(promote(encoded.global_BD), dim=-1)
-        sum_BD = torch.zeros_like(promote(encoded.global_BD))  # of unit length in the end: the sum serves as the mean
-        for m, h_ND in encoded.h.items():
-            sum_BD = sum_BD.index_add(0, encoded.at[m].row_N, promote(h_ND))
-        return F.normalize(sum_BD, dim=-1)
 
     def scores(self, batch: Batch) -> dict[str, Term]:
         """``loss`` of all terms, and ``loss_{term}`` of each."""

@@ -186,6 +186,32 @@ def test_embeddings_alone_and_together() -> None:
         recipe(embeds=[["imgae"]])
 
 
+def test_zeros_in_place_of_what_is_absent_are_seen_and_not_asked_for() -> None:
+    model, b = recipe(zeros=True), batch()
+    raw, real = model.raw(b)
+    assert all(mask.all() for mask in real.values()) and not raw["image"][~b.present["image"]].any()
+    terms = model.terms(b)
+    assert all(torch.equal(t.valid, b.present[name.removeprefix("mask/")]) for name, t in terms.items())
+    without = recipe().terms(b)["mask/text"].value
+    assert terms["mask/text"].value[1] != without[1]  # the sample without a picture
+    torch.testing.assert_close(terms["mask/text"].value[3], without[3], rtol=1e-4, atol=1e-6)  # one that has all
+
+
+def test_the_control_tears_the_first_modality_from_the_others_in_training_alone() -> None:
+    method, control, b = recipe(), recipe(sham="permute"), batch()
+    turned = control.sham.torn(b, control.modalities[1:])
+    control.sham.calls = 0
+    assert torch.equal(turned.inputs["image"].nan_to_num(), b.inputs["image"].nan_to_num())
+    order = [(turned.inputs["text"] == row).all(dim=1).nonzero()[0].item() for row in b.inputs["text"]]
+    assert sorted(order) == list(range(6)) and all(k != i for i, k in enumerate(order))
+    back = torch.tensor(order)
+    for m in ("text", "palette", "table"):  # the others stay together
+        assert torch.equal(turned.inputs[m][back], b.inputs[m]) and torch.equal(turned.present[m][back], b.present[m])
+    assert total(method, b) != total(control, b)
+    assert method.sham.calls == control.sham.calls > 0
+    assert torch.equal(total(method.eval(), b), total(control.eval(), b))
+
+
 def test_scores_and_protocols() -> None:
     model, b = recipe(), batch()
     scores = model.scores(b)
