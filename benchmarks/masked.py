@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import Row
 from benchmarks.contrastive import interleaved
 from benchmarks.timing import AS_FAST, median, ratio
+from descant.callbacks import KNN, LinearProbe
 from descant.modules.adapters import Adapters, PatchAdapter
 from descant.modules.batch import Batch
 from descant.modules.decoders import At, Encoded, JointDecoder
@@ -288,22 +289,44 @@ def absent(size: Size | None = None, pairs: int = 40) -> Iterator[Row]:
     yield Row.at_most("masked/half_absent_flops", flops[0] / flops[1], 0.5)
 
 
-def fashion(folder: Path = Path("runs/fashion")) -> Iterator[Row]:
-    """The newest ``masked/fashion``: errors of its probes over those of an untrained twin and of raw pixels."""
-    files = {name: Path(f"{folder}{suffix}") / "metrics.json" for name, suffix in _FASHION.items()}
-    missing = [file for file in files.values() if not file.is_file()]
-    if missing:
-        print(f"masked/fashion: skipped, no {missing[0]} (its header says how to make it)", flush=True)
+def fashion(run: Path = Path("runs/fashion"), bank: int = 20_000) -> Iterator[Row]:
+    """The newest run of ``masked/fashion`` here: errors of k-NN and linear probe over those of its twin and of pixels.
+
+    The twin is the same model with random weights; all three are judged alike, on the usual test set, from the same
+    training pictures.
+    """
+    if not (run / "latest").exists():
+        print(f"masked/fashion: skipped, no {run} (descant fit --config masked/fashion makes it)", flush=True)
         return
-    found = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
-    for probe in ("probe", "knn"):
-        error = {name: 1 - float(metrics[f"test/{probe}_label_top1"]) for name, metrics in found.items()}
-        yield Row.at_most(f"masked/fashion_{probe}_error_vs_untrained", error["trained"] / error["untrained"], 0.7)
-        yield Row.at_most(f"masked/fashion_{probe}_error_vs_pixels", error["trained"] / error["pixels"], 1.0)
-    yield Row.at_most("masked/fashion_minutes", float(found["trained"]["train_seconds"]) / 60, 20.0)
+    from descant.datamodules.fashion import Fashion
+    from descant.modules import saved
+    from descant.recipes.rebuilt import build, rebuild
 
-
-_FASHION = {"trained": "", "untrained": "-untrained", "pixels": "-pixels"}
+    found = saved.find(run)
+    data = Fashion(size=int(found.config["data"]["init_args"]["size"]), bank=bank, eval_batch_size=500)
+    sets = [data.bank_set(), data.evaluation_sets("test")["test"]]
+    batches = [[data.on_after_batch_transfer(batch, 0) for batch in data.evaluation_loader(one)] for one in sets]
+    label_N, label_Q = (torch.cat([batch.targets["label"] for batch in of]) for of in batches)
+    trained, untrained = rebuild(found), build(found)
+    views: dict[str, Callable[[Batch], Tensor]] = {
+        "trained": lambda batch: trained.embed(batch)["image"],  # type: ignore[operator]
+        "untrained": lambda batch: untrained.embed(batch)["image"],  # type: ignore[operator]
+        "pixels": lambda batch: F.normalize(batch.inputs["image"].flatten(1), dim=1),
+    }
+    judges: dict[str, Any] = {"knn": KNN("label"), "probe": LinearProbe("label")}
+    error: dict[str, dict[str, float]] = {judge: {} for judge in judges}
+    for name, view in views.items():
+        with torch.no_grad():
+            z_ND, z_QD = (torch.cat([view(batch) for batch in of]) for of in batches)
+        for kind, judge in judges.items():
+            score = judge.score(z_ND, label_N, {"test": (z_QD, label_Q)}, int(label_N.max()) + 1)["test"]
+            error[kind][name] = 1 - float(score)
+            yield Row.informs(f"masked/fashion_{kind}_{name}", 1 - error[kind][name])
+    for kind, of in error.items():
+        yield Row.at_most(f"masked/fashion_{kind}_error_vs_untrained", of["trained"] / of["untrained"], 0.7)
+        yield Row.at_most(f"masked/fashion_{kind}_error_vs_pixels", of["trained"] / of["pixels"], 1.0)
+    metrics = json.loads((run / "latest" / "metrics.json").read_text(encoding="utf-8"))
+    yield Row.at_most("masked/fashion_minutes", float(metrics["train_seconds"]) / 60, 20.0)
 
 
 def _forever(data: list[Batch]) -> Iterator[Batch]:
