@@ -35,7 +35,7 @@ PALETTE = (
     *((27, 27, 30), (230, 75, 60), (60, 140, 220), (250, 200, 60), (70, 170, 90), (245, 240, 230)),
     *((150, 85, 170), (240, 140, 40), (110, 75, 50), (250, 170, 190), (40, 180, 180), (120, 120, 120)),
 )
-COLUMNS = ("seen", "predicted", "pasted", "truth")
+COLUMNS = ("seen", "predicted", "truth")
 
 
 class Inputs:
@@ -394,8 +394,8 @@ class _Fit:
 class ReconstructionPictures(OwnPass):
     """What a recipe is shown, what it makes of it, and what was there: a picture a set, of the same samples each time.
 
-    A row a sample, and for each modality four columns: the input with its hidden part grey, the prediction, the same
-    with what was seen pasted over it, and the truth. Images ``[B, 1 or 3 (or more), H, W]`` are drawn from -1 to 1,
+    A row a sample, and for each modality three columns: the input with its hidden part grey, the prediction beside what
+    was seen, and the truth. Images ``[B, 1 or 3 (or more), H, W]`` are drawn from -1 to 1,
     volumes ``[B, C, D, H, W]`` by their middle slice and spectrograms ``[B, F, T]`` with low bins below, both from the
     least to the largest number of the truth, and category maps (int64 ``[B, H, W]``) by fixed colours; what has no such
     shape is left out. To every TensorBoard logger as ``pictures/{set}-reconstruction`` and to ``{run
@@ -614,7 +614,7 @@ def _joined(a: Batch, b: Batch) -> Batch:
 def gallery(
     rebuilt: Mapping[str, Rebuilt], present: Mapping[str, Tensor], names: Sequence[str], title: str
 ) -> Image.Image | None:
-    """A row a sample under its name, four tiles a modality: seen, predicted, pasted, truth; None of nothing to draw.
+    """A row a sample under its name, three tiles a modality: seen, predicted, truth; None of nothing to draw.
 
     Args:
         rebuilt: modality -> what was made of all samples.
@@ -625,12 +625,12 @@ def gallery(
     >>> x_B = torch.zeros(2, 3, 8, 8)
     >>> image = gallery({"image": Rebuilt(x_B, x_B > 1, x_B)}, {"image": torch.tensor([True, False])}, "ab", "title")
     >>> image.size
-    (526, 293)
+    (426, 293)
     """
     shown = [m for m, r in rebuilt.items() if len(r.truth) and _plane(r.truth[0], r.truth[0]) is not None]
     if not shown:
         return None
-    label, group = 96, 4 * (TILE + 4) + GAP
+    label, group = 96, len(COLUMNS) * (TILE + 4) + GAP
     top = 2 * GAP + TITLE + 2 * (TEXT + 4)
     image = Image.new("RGB", (GAP + label + len(shown) * group + GAP // 2, top + len(names) * (TILE + 4) + GAP), PAPER)
     draw = ImageDraw.Draw(image)
@@ -648,8 +648,9 @@ def gallery(
         for j, m in enumerate(shown):
             left = GAP + label + j * group
             if not bool(present[m][i]):
-                draw.rectangle((left, y, left + 4 * (TILE + 4) - 5, y + TILE - 1), outline=HIDDEN)
-                draw.text((left + 2 * (TILE + 4), y + TILE // 2), "absent", FAINT, _font(TEXT, "absent"), anchor="mm")
+                wide = len(COLUMNS) * (TILE + 4)
+                draw.rectangle((left, y, left + wide - 5, y + TILE - 1), outline=HIDDEN)
+                draw.text((left + wide // 2, y + TILE // 2), "absent", FAINT, _font(TEXT, "absent"), anchor="mm")
                 continue
             for k, tile in enumerate(_tiles(Rebuilt(*(t[i].cpu() for t in rebuilt[m])))):
                 image.paste(tile, (left + k * (TILE + 4), y))
@@ -657,16 +658,15 @@ def gallery(
 
 
 def _tiles(one: Rebuilt) -> list[Image.Image]:
-    """Seen, predicted, pasted and truth of one sample."""
+    """What was seen of one sample, what was predicted beside it, and the truth."""
     kind = one.truth
     truth, visible, prediction = (_plane(t, kind) for t in (one.truth, one.visible, one.prediction.to(kind.dtype)))
     assert truth is not None and visible is not None and prediction is not None
     low, high = _scale(kind)
-    pasted = torch.where(visible, truth, prediction)
-    seen, predicted, both, whole = (_pixels(x, low, high) for x in (truth, prediction, pasted, truth))
+    seen, predicted, whole = (_pixels(x, low, high) for x in (truth, torch.where(visible, truth, prediction), truth))
     seen_HW1 = visible.reshape(-1, *visible.shape[-2:]).all(0).numpy()[..., None]
     seen = np.where(seen_HW1, seen, np.array(HIDDEN, dtype=np.uint8))
-    return [_tile(Image.fromarray(x)) for x in (seen, predicted, both, whole)]
+    return [_tile(Image.fromarray(x)) for x in (seen, predicted, whole)]
 
 
 def _plane(x: Tensor, kind: Tensor) -> Tensor | None:
