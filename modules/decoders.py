@@ -17,7 +17,7 @@ from descant.modules.losses.contrastive import promote
 from descant.modules.masking import Grid
 from descant.modules.rows import running
 from descant.modules.towers.image import checked_heads, sincos
-from descant.modules.vit import EPS, Layout, RaggedBlock, take
+from descant.modules.vit import EPS, Layout, RaggedBlock, attend, take
 
 
 class At(NamedTuple):
@@ -243,7 +243,7 @@ class _Look(nn.Module):
             if q.shape[1]:
                 q = q.unflatten(2, (self.heads, E // self.heads)).transpose(1, 2)
                 k, v = kv.unflatten(2, (2, self.heads, E // self.heads)).permute(2, 0, 3, 1, 4).unbind(0)
-                found.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, E))
+                found.append(attend(q, k, v).transpose(1, 2).reshape(-1, E))
         # where nothing is asked, every parameter is still reached, by nothing
         nothing = q_ME + kv_KE[:0, :E] if len(q_ME) == 0 else q_ME
         with running(layout.rows()):

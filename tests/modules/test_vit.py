@@ -17,7 +17,7 @@ from descant.modules.configure import Checkpointing, Lora
 from descant.modules.decoders import JointDecoder
 from descant.modules.rows import rows
 from descant.modules.towers.image import Block
-from descant.modules.vit import Layout, RaggedBlock, Trunk, take, to_timm
+from descant.modules.vit import Layout, RaggedBlock, Trunk, attend, take, to_timm
 from descant.recipes import Masked
 
 
@@ -73,6 +73,25 @@ def test_ragged_attention_is_each_samples_own() -> None:
     for mine, alone in zip(out.split(lengths), h_ND.split(lengths), strict=True):
         if len(alone):
             torch.testing.assert_close(mine, plain(alone[None])[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("queries", [5, 9])
+def test_attention_that_is_written_out_is_attention(queries: int) -> None:
+    torch.manual_seed(0)
+    exact = [torch.randn(2, 3, n, 8, requires_grad=True) for n in (queries, 9, 9)]
+    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
+    far = attend(*exact), F.scaled_dot_product_attention(*exact)
+    assert torch.equal(*far)
+    ours = attend(*rounded)
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours.float(), far[0], rtol=0, atol=0.03)
+    weight = torch.randn(far[0].shape)
+    (far[0] * weight).sum().backward()
+    (ours * weight).sum().backward()
+    for a, b in zip(exact, rounded, strict=True):
+        assert a.grad is not None and b.grad is not None
+        torch.testing.assert_close(b.grad.float(), a.grad, rtol=0, atol=0.1)
+        assert (b.grad.float() - a.grad).square().mean() < 1e-3 * a.grad.square().mean()
 
 
 def test_modules_inside_know_whose_tokens_they_see() -> None:
