@@ -22,6 +22,16 @@ from descant.modules.objective import Term
 from descant.modules.towers.base import Tokens, Tower
 from descant.recipes.base import Recipe
 
+#: A trainer that writes nothing, on the CPU, without validation; the data's sampler cuts the batch over ranks.
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+    "limit_val_batches": 0,
+}
 MIX = {"a": 0.5, "b": 2.0}
 N, D = 12, 6
 
@@ -180,18 +190,12 @@ def lightning_gradients(
     recipe = ToyRecipe(harmonize, **parts)
     recipe = recipe.double() if dtype == torch.float64 else recipe.float()
     trainer = L.Trainer(
-        accelerator="cpu",
         devices=devices,
         strategy=strategy,
         max_steps=1,
         accumulate_grad_batches=accumulate,
         callbacks=[keep],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        limit_val_batches=0,
+        **QUIET,
     )
     trainer.fit(recipe, datamodule=ToyData(dtype, batch_size))
     return keep.gradients

@@ -16,6 +16,7 @@ from descant.modules.metrics import retrieval_ranks
 from descant.modules.protocols import Embeds, Forks, HasObjective, HasTowers
 from descant.modules.towers import Tokens, Tower, Towers
 from descant.recipes import Contrastive
+from tests.step_toy import QUIET
 
 
 class Line(Tower):
@@ -189,17 +190,7 @@ class PairData(DataModule):
 
 
 def fit(model: Contrastive, data: DataModule, steps: int, accumulate: int = 1) -> None:
-    L.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accumulate_grad_batches=accumulate,
-        use_distributed_sampler=False,
-        limit_val_batches=0,
-    ).fit(model, datamodule=data)
+    L.Trainer(max_steps=steps, accumulate_grad_batches=accumulate, **QUIET).fit(model, datamodule=data)
 
 
 def held_out_recall(model: Contrastive) -> float:

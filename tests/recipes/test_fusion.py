@@ -19,7 +19,7 @@ from descant.modules.protocols import Embeds, Forks, Fuses, HasObjective, HasTow
 from descant.modules.towers import Tokens, Tower, Towers
 from descant.recipes import Fusion
 from tests.ranks import run_ranks
-from tests.step_toy import KeepGradients, largest_gap
+from tests.step_toy import QUIET, KeepGradients, largest_gap
 
 WIDTHS = {"image": 8, "text": 6}
 FUSIONS = {
@@ -261,18 +261,7 @@ class SignData(DataModule):
 
 
 def fit(model: Fusion, data: DataModule, steps: int, *callbacks: L.Callback, **options: Any) -> None:
-    L.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        limit_val_batches=0,
-        **options,
-    ).fit(model, datamodule=data)
+    L.Trainer(max_steps=steps, callbacks=list(callbacks), **QUIET, **options).fit(model, datamodule=data)
 
 
 def held_out(model: Fusion) -> float:

@@ -26,7 +26,7 @@ from descant.recipes import Masked
 from descant.sharded import Sharded
 from tests.callbacks.test_resume import Act, equal, fit, point, state
 from tests.ranks import run_ranks
-from tests.step_toy import KeepGradients, largest_gap
+from tests.step_toy import QUIET, KeepGradients, largest_gap
 
 DECODERS = {"joint": JointDecoder, "cross": CrossDecoder}
 decoders = pytest.mark.parametrize("kind", DECODERS)
@@ -317,17 +317,7 @@ def two(kind: str = "joint", corruption: Corruption | None = None, **options: An
 
 
 def trainer(**options: Any) -> L.Trainer:
-    return L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        limit_val_batches=0,
-        max_epochs=-1,
-        **options,
-    )
+    return L.Trainer(max_epochs=-1, **QUIET, **options)
 
 
 def one_step(kind: str, devices: int = 1, accumulate: int = 1, sharded: bool = False) -> dict[str, Tensor]:
