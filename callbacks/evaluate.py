@@ -19,7 +19,7 @@ from torchmetrics import Metric
 from torchmetrics.functional.classification import multiclass_accuracy
 from torchmetrics.utilities import dim_zero_cat
 
-from descant.modules.batch import Batch
+from descant.modules.batch import Batch, parts
 from descant.modules.metrics import (
     alignment,
     balanced_accuracy,
@@ -97,7 +97,7 @@ class Store(Metric):
                 self.add_state(state, default=[], dist_reduce_fx="cat")
         keep = torch.stack(list(batch.present.values())).any(0)
         values = [z[m].detach().float()[keep] for m in self.modalities]
-        values += [batch.both(*parts(m))[keep] for m in self.modalities]
+        values += [batch.there(m)[keep] for m in self.modalities]
         values += [batch.targets[name][keep] for name in self.names]
         for state, value in zip(self._states(), [*values, batch.key[keep], batch.index[keep]], strict=True):
             getattr(self, state).append(value)
@@ -584,15 +584,6 @@ def embed(trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch) -> dic
     assert isinstance(pl_module, Embeds)
     with torch.no_grad(), trainer.precision_plugin.val_step_context():
         return pl_module.embed(batch)
-
-
-def parts(name: str) -> list[str]:
-    """The modalities that an embedding is of: ``image+sketch`` is of both together.
-
-    >>> parts("image+sketch"), parts("image")
-    (['image', 'sketch'], ['image'])
-    """
-    return name.split("+")
 
 
 def letters(modalities: Mapping[str, object]) -> dict[str, str]:

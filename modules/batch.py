@@ -68,6 +68,10 @@ class Batch:
         """Bool ``[B]``: the rows where all of ``modalities`` are present."""
         return _all(self.present, modalities)
 
+    def there(self, name: str) -> Tensor:
+        """Bool ``[B]``: the rows that have what an embedding is of, one modality or, as ``image+sketch``, several."""
+        return self.both(*parts(name))
+
     def count(self, *modalities: str) -> Tensor:
         """Int64 scalar: rows of the *whole optimizer step* where all of ``modalities`` are present."""
         return _all(self.step, modalities).sum()
@@ -110,6 +114,15 @@ class Batch:
             draw=self.draw[rows],
             step=self.step,
         )
+
+
+def parts(name: str) -> list[str]:
+    """The modalities that an embedding is of: ``image+sketch`` is of both together.
+
+    >>> parts("image+sketch"), parts("image")
+    (['image', 'sketch'], ['image'])
+    """
+    return name.split("+")
 
 
 def _all(presence: dict[str, Tensor], modalities: tuple[str, ...]) -> Tensor:

@@ -128,4 +128,4 @@ class Recipe(L.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         z = self.embed(batch) if isinstance(self, Embeds) else {}
-        return {"index": batch.index, "present": batch.present, "z": z}
+        return {"index": batch.index, "present": {**batch.present, **{m: batch.there(m) for m in z}}, "z": z}

@@ -133,8 +133,8 @@ class Masked(Recipe):
         z = {}
         for together in self.embeds:
             shown = {m: real[m] if m in together else torch.zeros_like(real[m]) for m in real}
-            there_B = batch.both(*together)
-            z["+".join(together)] = torch.where(there_B[:, None], self.encode(raw, shown).pooled(self.pool_global), 0.0)
+            name = "+".join(together)
+            z[name] = torch.where(batch.there(name)[:, None], self.encode(raw, shown).pooled(self.pool_global), 0.0)
         return z
 
     def scores(self, batch: Batch) -> dict[str, Term]:

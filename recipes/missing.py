@@ -198,7 +198,8 @@ class MissingModality(Recipe):
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         with self.routed(batch) as there:
             outputs = self.inner.predict_step(there, batch_idx, dataloader_idx)
-        return {**outputs, "present": batch.present, "z": self._masked(outputs["z"], batch)}
+        present = {**batch.present, **{m: batch.there(m) for m in outputs["z"]}}
+        return {**outputs, "present": present, "z": self._masked(outputs["z"], batch)}
 
     def on_validation_epoch_end(self) -> None:
         """``trainable/share``: trained parameters over all that the recipe had, norms and heads counted."""
@@ -209,7 +210,7 @@ class MissingModality(Recipe):
         """Embeddings of absent samples are zero, whatever stood in for them."""
         if self.fill is None:
             return dict(z)
-        return {m: torch.where(batch.present[m][:, None], x, torch.zeros_like(x)) for m, x in z.items()}
+        return {m: torch.where(batch.there(m)[:, None], x, torch.zeros_like(x)) for m, x in z.items()}
 
     def _of_batch(self, name: str, batch: Batch, *args: Any, **kwargs: Any) -> Any:
         with self.routed(batch) as there:

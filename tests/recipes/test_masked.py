@@ -179,6 +179,8 @@ def test_embeddings_alone_and_together() -> None:
     assert (z["image"][0] - z["image+text"][0]).abs().max() > 1e-3
     torch.testing.assert_close(model.embed(b.only("image"))["image"], z["image"])
     assert not model.embed(b.only("image"))["image+text"].any()
+    predicted = model.predict_step(b, 0)
+    assert torch.equal(predicted["present"]["image+text"], b.both("image", "text"))
     assert list(recipe().embed(b)) == ["image", "palette", "text", "table", "image+palette+text+table"]
     pooled = recipe(pool_global=True).embed(b)["image"]
     assert (pooled[0] - z["image"][0]).abs().max() > 1e-3
