@@ -56,5 +56,10 @@ def _within(name: str, packages: Sequence[str]) -> bool:
 
 def _shorten(message: str) -> str:
     lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
+    # the parser takes no null for a part inside a part from the command line
+    inner = re.search(r"Given value: NestedArg\(key='([^']+)', val=None\)", message)
+    if inner is not None:
+        outer = re.search(r'Parser key "([^"]+)"', message)
+        return f"{outer[1] + '.' if outer else ''}{inner[1]}: null is understood here in a YAML file only, not as an option"
     causes = [line for line in lines if re.search(r"not accepted|required|does not accept|Importing '", line)]
     return (causes or lines or [message])[-1 if causes else 0]
