@@ -60,6 +60,7 @@ def _shorten(message: str) -> str:
     inner = re.search(r"Given value: NestedArg\(key='([^']+)', val=None\)", message)
     if inner is not None:
         outer = re.search(r'Parser key "([^"]+)"', message)
-        return f"{outer[1] + '.' if outer else ''}{inner[1]}: null is understood here in a YAML file only, not as an option"
+        key = f"{outer[1] + '.' if outer else ''}{inner[1]}"
+        return f"{key}: null is understood here in a YAML file only, not as an option"
     causes = [line for line in lines if re.search(r"not accepted|required|does not accept|Importing '", line)]
     return (causes or lines or [message])[-1 if causes else 0]

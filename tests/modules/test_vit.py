@@ -78,11 +78,11 @@ def test_ragged_attention_is_each_samples_own() -> None:
 @pytest.mark.parametrize("queries", [5, 9])
 def test_attention_that_is_written_out_is_attention(queries: int) -> None:
     torch.manual_seed(0)
-    exact = [torch.randn(2, 3, n, 8, requires_grad=True) for n in (queries, 9, 9)]
+    q, k, v = exact = [torch.randn(2, 3, n, 8, requires_grad=True) for n in (queries, 9, 9)]
     rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
-    far = attend(*exact), F.scaled_dot_product_attention(*exact)
+    far = attend(q, k, v), F.scaled_dot_product_attention(q, k, v)
     assert torch.equal(*far)
-    ours = attend(*rounded)
+    ours = attend(rounded[0], rounded[1], rounded[2])
     assert ours.dtype == torch.bfloat16
     torch.testing.assert_close(ours.float(), far[0], rtol=0, atol=0.03)
     weight = torch.randn(far[0].shape)
