@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,7 @@ def batches(size: Size, number: int = 4) -> list[Batch]:
 def step_of(model: nn.Module, loss_of: Callable[[Batch], Tensor], data: list[Batch]) -> Callable[[], None]:
     """One training step: loss, backward, fused AdamW."""
     optimizer = AdamW(parameter_groups(model), lr=1e-4, weight_decay=0.05, fused=True)
-    turn = _forever(data)
+    turn = cycle(data)
 
     def step() -> None:
         batch = next(turn)
@@ -328,8 +329,3 @@ def fashion(run: Path = Path("runs/fashion"), bank: int = 20_000) -> Iterator[Ro
         yield Row.at_most(f"masked/fashion_{kind}_error_vs_pixels", of["trained"] / of["pixels"], 1.0)
     metrics = json.loads((run / "latest" / "metrics.json").read_text(encoding="utf-8"))
     yield Row.at_most("masked/fashion_minutes", float(metrics["train_seconds"]) / 60, 20.0)
-
-
-def _forever(data: list[Batch]) -> Iterator[Batch]:
-    while True:
-        yield from data

@@ -144,7 +144,7 @@ class JointDecoder(Decoder):
             counts.append(at.count_B)
         layout = Layout(counts)
         h_ME = layout.join(kinds)
-        with running(layout.rows()):
+        with running(layout.rows):
             for layer in self.layers:
                 h_ME = layer(h_ME, layout)
             h_ME = self.norm(h_ME)
@@ -227,7 +227,7 @@ class _Look(nn.Module):
         by_B = asked_B * (context_B.max() + 1) + context_B
         layout, beside = Layout([own_B, at.count_B], by_B), Layout(counts, by_B)
         y_ME = self.look(layout.join([own_NE, mask_NE]), layout, beside.join([global_BE, *seen.values()]), beside)
-        with running(layout.rows()):
+        with running(layout.rows):
             y_ME = y_ME + self.mlp(self.out_norm(y_ME))
             for layer in self.layers:
                 y_ME = layer(y_ME, layout)
@@ -235,9 +235,9 @@ class _Look(nn.Module):
 
     def look(self, q_ME: Tensor, layout: Layout, c_KE: Tensor, beside: Layout) -> Tensor:
         E, found = q_ME.shape[1], []
-        with running(layout.rows()):
+        with running(layout.rows):
             q_ME = self.query(self.query_norm(q_ME))
-        with running(beside.rows()):
+        with running(beside.rows):
             kv_KE = self.context(self.context_norm(c_KE))
         for q, kv in zip(layout.split(q_ME), beside.split(kv_KE), strict=True):
             if q.shape[1]:
@@ -246,16 +246,5 @@ class _Look(nn.Module):
                 found.append(attend(q, k, v).transpose(1, 2).reshape(-1, E))
         # where nothing is asked, every parameter is still reached, by nothing
         nothing = q_ME + kv_KE[:0, :E] if len(q_ME) == 0 else q_ME
-        with running(layout.rows()):
+        with running(layout.rows):
             return self.out(torch.cat(found) if len(found) > 1 else found[0] if found else nothing)
-
-
-def cost(tokens: int, width: int, depth: int, mlp_ratio: float = 4.0) -> float:
-    """Multiply-adds of a transformer's forward pass over the tokens of one sample: what a step ideally takes.
-
-        depth * ((4 + 2 mlp_ratio) T D^2 + 2 T^2 D)
-
-    >>> cost(tokens=2, width=4, depth=1)
-    416.0
-    """
-    return depth * ((4 + 2 * mlp_ratio) * tokens * width**2 + 2 * tokens**2 * width)

@@ -7,6 +7,7 @@ Letters: B samples, S kinds of tokens, N tokens of all samples, M with global on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,6 +91,7 @@ class Layout:
         parts = h_MD.view(*self.pieces[0], h_MD.shape[1]).split(self.sizes, dim=1)
         return [part.reshape(-1, h_MD.shape[1]) for part in parts]
 
+    @cached_property
     def rows(self) -> Tensor:
         """Int64 ``[M]``: the sample of each token, as they lie in memory."""
         return self.sample_B.repeat_interleave(self.count_SB.sum(dim=0)[self.sample_B])
@@ -226,7 +228,7 @@ class Trunk(Tower):
             sizes = mask.count_SB.sum(dim=1).tolist()
             kinds = [self.cls_D.to(x.dtype).expand(sizes[0], -1), *x.split(sizes[1:])]
             h_MD = mask.join(kinds)
-            with running(mask.rows()):
+            with running(mask.rows):
                 for layer in self.layers:
                     h_MD = layer(h_MD, mask)
                 h_MD = self.norm(h_MD)

@@ -35,7 +35,7 @@ def test_what_is_joined_is_parted_again_and_samples_lie_together(kinds: tuple[li
     joined = layout.join(each)
     for there, back in zip(each, layout.part(joined), strict=True):
         assert torch.equal(there, back)
-    assert torch.equal(joined[:, 0] % 100, layout.rows().float())
+    assert torch.equal(joined[:, 0] % 100, layout.rows.float())
     done = 0
     for (samples, tokens), piece in zip(layout.pieces, layout.split(joined), strict=True):
         assert piece.shape[:2] == (samples, tokens)
