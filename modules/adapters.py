@@ -83,6 +83,11 @@ class Adapter(nn.Module):
     place_TD: Tensor
 
     @property
+    def relative(self) -> bool:
+        """True where what it predicts is no input, such as patches less their own mean and spread alone."""
+        return False
+
+    @property
     def tokens(self) -> int:
         """T."""
         return math.prod(self.grid)
@@ -221,7 +226,6 @@ class PatchAdapter(Adapter):
 
     @property
     def relative(self) -> bool:
-        """True where only patches less their own mean and spread are predicted: no pixels come out."""
         return all(term.norm for term in self.losses_of())
 
     def losses_of(self) -> list[PixelLoss]:

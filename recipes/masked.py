@@ -145,7 +145,17 @@ class Masked(Recipe):
         return {"loss": Term(torch.stack([term.value for term in terms.values()]).sum(dim=0), valid=valid_B), **each}
 
     def reconstruct(self, batch: Batch, corruption: Corruption | None = None) -> dict[str, Rebuilt]:
-        """What is seen stays as it is, what is masked is predicted; padding stays what it is."""
+        """What is seen stays as it is, what is masked is predicted; padding stays what it is.
+
+        Raises:
+            ValueError: for an adapter that predicts no input, but patches less their own mean and spread alone.
+        """
+        relative = [m for m, adapter in self.adapters.each().items() if adapter.relative]
+        if relative:
+            raise ValueError(
+                f"{relative[0]}: nothing can be rebuilt of patches less their own mean and spread; "
+                "give its adapter a loss of raw numbers too: losses: [{class_path: MSE}, ...]"
+            )
         raw, real = self.raw(batch)
         masks = (corruption or self.corruption)(real, self.grids, batch.draw)
         asked = {m: At.of(mask_BT) for m, mask_BT in masks.target.items()}

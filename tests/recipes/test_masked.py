@@ -168,6 +168,14 @@ def test_what_is_rebuilt_keeps_what_is_seen(kind: str) -> None:
         assert (prediction[:5][~visible[:5]] != truth[:5][~visible[:5]]).any()
 
 
+def test_patches_less_their_own_mean_and_spread_are_not_given_as_a_picture() -> None:
+    model, b = recipe(), batch()
+    model.adapters["image"].terms[0].norm = True
+    assert model.adapters["image"].relative and model.terms(b)["mask/image"].value[:5].isfinite().all()
+    with pytest.raises(ValueError, match="image: nothing can be rebuilt of patches less their own mean and spread"):
+        model.reconstruct(b)
+
+
 def test_embeddings_alone_and_together() -> None:
     model, b = recipe(embeds=[["image"], ["image", "text"]]), batch()
     z = model.embed(b)
