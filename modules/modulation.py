@@ -6,7 +6,6 @@ its input, r rank.
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from descant.modules.configure import nearest
 from descant.modules.losses.ranks import gather
 from descant.modules.random import uniform_N
 from descant.modules.rows import rows
@@ -70,7 +70,7 @@ class Sets:
     def _checked(self, names: Sequence[str]) -> tuple[str, ...]:
         unknown = [m for m in names if m not in self.modalities]
         if unknown:
-            raise ValueError(f"sets: no modality {unknown[0]!r}; nearest: {_nearest(unknown[0], self.modalities)}")
+            raise ValueError(f"sets: {unknown[0]!r}: {nearest(unknown[0], self.modalities)}")
         if not names or len(set(names)) < len(names):
             raise ValueError(f"sets: {list(names)} is no set of modalities, such as [{self.modalities[0]}]")
         return tuple(m for m in self.modalities if m in names)
@@ -459,7 +459,7 @@ class ModulationBank(nn.Module):
         for end in self.layers:
             if not any(_matches(end, name, layer) for name, layer in able):
                 known = sorted({name.split(".")[-1] for name, _ in able} | {type(layer).__name__ for _, layer in able})
-                raise ValueError(f"layers {end!r}: no such name or kind of layer; nearest: {_nearest(end, known)}")
+                raise ValueError(f"layers: {end!r}: {nearest(end, known)}")
         yield from ((n, m) for n, m in able if any(_matches(end, n, m) for end in self.layers))
 
     def of(self, set_name: str, layer: str) -> Modulated:
@@ -516,11 +516,6 @@ class ModulationBank(nn.Module):
         if len(h) != len(number_R):
             raise ValueError(f"{name} has {len(h)} rows for {len(number_R)} samples: whose? name `layers` without it")
         return type(next(part for part in parts if part is not None)).several(parts, number_R, x, h)
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    """The one that is meant, or all."""
-    return (difflib.get_close_matches(name, known, n=1, cutoff=0.5) or [", ".join(known) or "none"])[0]
 
 
 def _key(name: str) -> str:

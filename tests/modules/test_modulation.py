@@ -215,7 +215,7 @@ def test_layers_are_chosen_by_name_place_or_kind() -> None:
     assert names() == [f"a.{name}" for name in LAYERS if name != "words"] + ["b.0"]
     assert names("b", "words") == ["a.words", "b.0"]
     assert names("linear", "LayerNorm", "Conv3d") == ["a.linear", "a.volume", "a.layer"]
-    with pytest.raises(ValueError, match=r"layers 'liner': no such name or kind of layer; nearest: linear"):
+    with pytest.raises(ValueError, match=r"layers: 'liner': no such name; did you mean linear"):
         names("liner")
 
 
@@ -234,7 +234,7 @@ def test_sets_are_numbered_in_one_order() -> None:
 @pytest.mark.parametrize(
     ("sets", "says"),
     [
-        ([["imgae"]], "no modality 'imgae'; nearest: image"),
+        ([["imgae"]], "sets: 'imgae': no such name; did you mean image"),
         ([[]], r"\[\] is no set of modalities"),
         ([["text", "text"]], "is no set of modalities"),
         ([["image", "text"], ["text", "image"]], r"image\+text stands there twice"),

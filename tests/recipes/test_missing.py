@@ -419,7 +419,7 @@ def test_protocols_are_those_of_the_inner_recipe(runs: dict[str, Path]) -> None:
         (
             "fusion",
             {"bank": ModulationBank(), "available": AvailableSets([["imge"]])},
-            "sets: no modality 'imge'; nearest: image",
+            "sets: 'imge': no such name; did you mean image",
         ),
         (
             "fusion",
