@@ -199,6 +199,9 @@ class ModalitySubsetEval(OwnPass):
     ValueError: ModalitySubsetEval: subsets 0; 1 is the least
     """
 
+    #: Said twice (by an experiment and an overlay), the last one counts.
+    once = True
+
     def __init__(
         self,
         target: str | None = None,

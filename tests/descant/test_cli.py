@@ -240,12 +240,12 @@ def test_a_callback_said_twice_is_there_once_with_the_last_arguments(
         (workplace / f"{name}.yaml").write_text(lines.replace("DECAY", decay))
     result = toy("fit", "--config", "one.yaml", "--config", "two.yaml", "--trainer.max_steps", "1")
     assert result.rc == 0, result.err
-    from descant.callbacks import EMA, Retrieval
+    from descant.callbacks import EMA, ModalitySubsetEval, Retrieval
     from descant.cli import once
 
-    first, last = EMA(0.5), EMA(0.9)
-    judges = [Retrieval(), Retrieval()]
-    assert once([first, *judges, last]) == [*judges, last]
+    for first, last in ((EMA(0.5), EMA(0.9)), (ModalitySubsetEval(), ModalitySubsetEval(target="group"))):
+        judges = [Retrieval(), Retrieval()]
+        assert once([first, *judges, last]) == [*judges, last]
 
 
 def test_a_short_name_of_two_packages_is_refused_with_both(toy: Callable[..., Result]) -> None:
