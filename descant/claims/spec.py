@@ -137,9 +137,13 @@ class Claim:
         return list(dict.fromkeys([self.metric.name, *read, *self.secondary]))
 
     def needed(self, arm: str) -> list[str]:
-        """The metrics that a run of an arm has to have; others it may have."""
-        own = [] if arm == BEFORE else [self.metric.name]
-        own += [metric for condition in self.also for of, metric in condition.reads if of == arm]
+        """The metrics that a run of an arm has to have; others it may have.
+
+        What an arm beside the three is asked for is what a condition reads of it: a model of one modality alone has
+        nothing of the others.
+        """
+        own = [metric for condition in self.also for of, metric in condition.reads if of == arm]
+        own = [self.metric.name, *own] if arm in ARMS or not (own or arm == BEFORE) else own
         return list(dict.fromkeys([*own, *([self.calls] if self.calls and arm in ("method", "sham") else [])]))
 
     def command(self, arm: str, seed: int, budget: str, before: str = ITS_RUN) -> list[str]:

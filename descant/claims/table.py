@@ -95,7 +95,8 @@ def _part(claim: Claim, found: Judgement, stored: Mapping[str, Any], figure: str
 
 def svg(claim: Claim, runs: Runs) -> str:
     """Arms side by side, a point a seed; the points of one seed are joined, since they are paired. 640 x 300 pixels."""
-    arms, name = [arm for arm in runs if arm != BEFORE], claim.metric.name
+    name = claim.metric.name
+    arms = [arm for arm in runs if arm != BEFORE and all(name in found for found in runs[arm].values())]
     seeds = sorted(runs[arms[0]])
     values = {arm: dict(zip(seeds, column(claim, runs, arm, name, seeds), strict=True)) for arm in arms}
     every = [v for of in values.values() for v in of.values()]

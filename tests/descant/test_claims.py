@@ -142,6 +142,21 @@ def test_what_comes_before_is_read_and_needs_no_equal_budget(made: Callable[...,
     assert judge(claim, runs).verdict == NOT
 
 
+def test_an_arm_beside_the_three_is_asked_for_what_a_condition_reads_of_it(made: Callable[..., Claim]) -> None:
+    of_its_own = {"metric": "test/other", "arm": "method", "against": "alone", "at_most": 0}
+    arms = CONTENT["arms"] | {"alone": {"options": {"model.optimizer.init_args.lr": 1e-3}}}
+    claim = made(arms=arms, also=[of_its_own])
+    assert claim.needed("alone") == ["test/other"] and claim.needed("method") == ["test/gap", "test/other"]
+    assert made(arms=arms).needed("alone") == ["test/gap"]
+    runs = runs_of([0.5, 0.6, 0.7], [0.0, 0.1, -0.1])
+    runs["alone"] = {seed: {"test/other": 2.0, "steps": 8} for seed in range(3)}
+    for metrics in runs["method"].values():
+        metrics["test/other"] = 1.0
+    assert judge(claim, runs).verdict == PASSED
+    figure = table.svg(claim, runs)
+    assert ">method<" in figure and "alone" not in figure  # it has no point of this metric
+
+
 def test_arms_of_other_budgets_are_not_compared(made: Callable[..., Claim]) -> None:
     runs = runs_of([0.5, 0.6, 0.7], [0.0, 0.1, -0.1])
     runs["sham"][1]["steps"] = 9
