@@ -1,0 +1,215 @@
+"""Voices that pull against each other, brought into harmony: callbacks for any recipe whose terms are mixed by a Step.
+
+Letters: K terms, B samples, D width, Q pairs of terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any, Literal
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from descant.modules.mixing import Rule
+from descant.modules.protocols import HasObjective
+from descant.modules.random import global_seed, mix
+from descant.modules.step import Step
+from descant.modules.trainer import log_interval
+
+
+class Harmonize(L.Callback):
+    """Mix the terms of a loss by a rule that looks at their gradients on the parameters that they share.
+
+        loss = sum_k mix_k term_k,      mix = rule(G) * base,      G_kl = <g_k, g_l>,  g_k = base_k d term_k / d shared
+
+    with the recipe's own mix as ``base``, and gradients of all ranks. They are taken term by term before Lightning's
+    own backward, which then adds up the terms as the rule has it: schedules, clipping, precision and strategies are as
+    ever. Where G is not finite the step is the plain sum, and counted.
+
+    It logs ``harmony/mix/{term}``, ``harmony/norm/{term}``, ``harmony/cos/{term}~{term}``, and of the run so far
+    ``harmony/conflict``, the share of pairs whose gradients had an angle above 90 degrees, and ``harmony/fallbacks``.
+
+    Args:
+        rule: from gradients, or values, to the mix.
+        every: optimizer steps from one look at the gradients to the next; the mix stays between them.
+        window: whose gradients are looked at: each micro-batch's own, or with ``step`` those of all micro-batches of
+            the optimizer step together, as of one large batch; K gradients are kept for it.
+
+    Raises:
+        ValueError: for a number below 1, or of steps between looks of a rule that does not look; at setup, for a recipe
+            without the protocol HasObjective, or with a rule at its features; in training, for a single term, or for
+            terms that are other ones than before.
+    """
+
+    #: Said twice (by an experiment and an overlay), the last one counts.
+    once = True
+
+    def __init__(self, rule: Rule, every: int = 1, window: Literal["micro", "step"] = "micro") -> None:
+        super().__init__()
+        if every < 1:
+            raise ValueError(f"Harmonize: every {every}: 1 is the least")
+        if every > 1 and not rule.reads_gradients:
+            raise ValueError(f"Harmonize: every {every}: {type(rule).__name__} looks at no gradient; leave it out")
+        self.rule, self.every, self.window = rule, every, window
+        self.names: tuple[str, ...] = ()
+        self.mix_K: Tensor | None = None
+        self.looks = self.conflicts = self.fallbacks = 0
+        self._sums: list[Tensor] = []  # ``[K, ...]`` a parameter, of the micro-batches of this step so far
+        self._base_K = self._value_K = torch.zeros(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        counts = {"looks": self.looks, "conflicts": self.conflicts, "fallbacks": self.fallbacks}
+        return {**counts, "names": self.names, "mix": self.mix_K, "rule": self.rule.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.looks, self.conflicts, self.fallbacks = (state_dict[n] for n in ("looks", "conflicts", "fallbacks"))
+        self.names, self.mix_K = tuple(state_dict["names"]), state_dict["mix"]
+        self.rule.load_state_dict(state_dict["rule"])
+
+    # the hooks -------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if not isinstance(pl_module, HasObjective):
+            raise ValueError(
+                "Harmonize needs the protocol HasObjective (step, shared_parameters()); "
+                f"{type(pl_module).__name__} lacks it"
+            )
+        if pl_module.step.rule is not None:
+            raise ValueError("Harmonize: a rule acts at the features already; one of the two")
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        split = next((name for name, p in pl_module.named_parameters() if isinstance(p, DTensor)), None)
+        if split is not None:
+            raise ValueError(
+                f"Harmonize: {split} is split over ranks, and no gradient of one term is whole anywhere; "
+                "strategy ddp instead of model.shard"
+            )
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        assert isinstance(pl_module, HasObjective) and pl_module.step.objective is not None
+        step, objective = pl_module.step, pl_module.step.objective
+        self._know(tuple(objective.terms))
+        if trainer.global_step % self.every == 0 or self.mix_K is None:
+            self._base_K = objective.mix.detach().double()
+            value_K = _mean(torch.stack([term.detach().double() for term in objective.terms.values()]))
+            if self._gathers(trainer):
+                grads = gradients(step, _trained(pl_module))
+                first = not self._sums
+                self._value_K = value_K if first else self._value_K + value_K
+                self._sums = grads if first else [a + b for a, b in zip(self._sums, grads, strict=True)]
+                return
+            gram_KK = torch.zeros(0)
+            if self.rule.reads_gradients:
+                gram_KK = gram([_mean(g) for g in gradients(step, list(pl_module.shared_parameters()))])
+            self._decide(trainer, pl_module, gram_KK, value_K)
+        assert self.mix_K is not None
+        objective.mix.mul_(self.mix_K.to(objective.mix))
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        if self._sums:
+            assert isinstance(pl_module, HasObjective)
+            trained, shared = _trained(pl_module), set(pl_module.shared_parameters())
+            # each is divided as Lightning divides a loss, and averaged as ranks are
+            sums = [_mean(g) / trainer.accumulate_grad_batches for g in self._sums]
+            gram_KK = gram([g for g, p in zip(sums, trained, strict=True) if p in shared])
+            self._decide(trainer, pl_module, gram_KK, self._value_K / trainer.accumulate_grad_batches)
+            assert self.mix_K is not None
+            mix_K = self.mix_K * self._base_K
+            for p, g in zip(trained, sums, strict=True):
+                if p.grad is not None:
+                    p.grad.copy_(torch.tensordot(mix_K.to(g), g, dims=1))
+            self._sums = []
+        if trainer.global_step % self.every == 0:
+            self.rule.learn(lambda seen: seen)  # the Gram matrix is that of all ranks already
+
+    # what it does ----------------------------------------------------------------------------------------------------
+
+    def _gathers(self, trainer: L.Trainer) -> bool:
+        return self.window == "step" and self.rule.reads_gradients and trainer.accumulate_grad_batches > 1
+
+    def _know(self, names: tuple[str, ...]) -> None:
+        if len(names) < 2:
+            raise ValueError(f"Harmonize: one term, {names[0]}: there is nothing to harmonize it with")
+        if self.names not in ((), names):
+            raise ValueError(
+                f"Harmonize: terms {', '.join(names)}, before {', '.join(self.names)}: always the same ones"
+            )
+        self.names = names
+
+    def _decide(self, trainer: L.Trainer, pl_module: L.LightningModule, gram_KK: Tensor, value_K: Tensor) -> None:
+        """The mix of these gradients, unmixed as they are."""
+        read, finite = self.rule.reads_gradients, bool(gram_KK.isfinite().all() & value_K.isfinite().all())
+        if read:
+            gram_KK = gram_KK * self._base_K[:, None] * self._base_K
+        self.mix_K = torch.ones(len(self.names), dtype=torch.float64, device=value_K.device)
+        if finite:
+            draw = mix(global_seed(), "harmony", trainer.global_step)
+            self.mix_K = self.rule.mix(gram_KK[None] if read else gram_KK, value_K, draw)[0]
+        else:
+            self.fallbacks += 1
+        if read and finite:
+            pairs = list(combinations(range(len(self.names)), 2))
+            self.looks += len(pairs)
+            self.conflicts += sum(bool(gram_KK[i, j] < 0) for i, j in pairs)
+        if (trainer.global_step + 1) % log_interval(trainer) < self.every:
+            self._log(pl_module, gram_KK if read and finite else None)
+
+    def _log(self, pl_module: L.LightningModule, gram_KK: Tensor | None) -> None:
+        assert self.mix_K is not None
+        values = {f"harmony/mix/{name}": value for name, value in zip(self.names, self.mix_K, strict=True)}
+        values["harmony/fallbacks"] = torch.tensor(float(self.fallbacks))
+        if gram_KK is not None:
+            norm_K = gram_KK.diagonal().clamp(min=0).sqrt()
+            values |= {f"harmony/norm/{name}": value for name, value in zip(self.names, norm_K, strict=True)}
+            for i, j in combinations(range(len(self.names)), 2):
+                both = (norm_K[i] * norm_K[j]).clamp(min=torch.finfo(norm_K.dtype).tiny)
+                values[f"harmony/cos/{self.names[i]}~{self.names[j]}"] = gram_KK[i, j] / both
+            values["harmony/conflict"] = torch.tensor(self.conflicts / max(self.looks, 1))
+        pl_module.log_dict({name: value.float() for name, value in values.items()}, batch_size=1)
+
+
+def gradients(step: Step, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """``[K, ...]`` a parameter: the gradient of each term of the step's objective, on this rank, unmixed.
+
+    The graph stays, and forks pass gradients through untouched meanwhile. Zeros where a term does not reach.
+    """
+    assert step.objective is not None
+    step.probing = True
+    try:
+        each = [
+            torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+            for term in step.objective.terms.values()
+        ]
+    finally:
+        step.probing = False
+    found = []
+    for p, *of_terms in zip(parameters, *each, strict=True):
+        found.append(torch.stack([torch.zeros_like(p) if g is None else g for g in of_terms]))
+    return found
+
+
+def gram(grads: Sequence[Tensor]) -> Tensor:
+    """Float64 ``[K, K]``: ``sum_p <g_kp, g_lp>`` of ``[K, ...]`` a parameter."""
+    total_KK = torch.zeros(len(grads[0]), len(grads[0]), dtype=torch.float64, device=grads[0].device)
+    for g in grads:
+        g_KP = g.flatten(1).double()
+        total_KK += g_KP @ g_KP.T
+    return total_KK
+
+
+def _trained(pl_module: L.LightningModule) -> list[nn.Parameter]:
+    return [p for p in pl_module.parameters() if p.requires_grad]
+
+
+def _mean(x: Tensor) -> Tensor:
+    """Over ranks."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x

@@ -1,0 +1,308 @@
+"""Harmonizers under Lightning's automatic optimization, against explicit loops over samples in double precision.
+
+Letters: K terms, N samples.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch import Tensor
+
+from descant.callbacks.harmonize import Harmonize
+from descant.modules.mixing import (
+    DWA,
+    IMTLG,
+    MGDA,
+    AlignedMTL,
+    CAGrad,
+    GradNorm,
+    GradVac,
+    NashMTL,
+    PCGrad,
+    Realign,
+    Rule,
+    Uncertainty,
+    UPGrad,
+)
+from descant.modules.objective import Term
+from descant.modules.random import mix
+from tests.ranks import run_ranks
+from tests.step_toy import MIX, QUIET, KeepGradients, N, ToyData, ToyRecipe, content, largest_gap
+
+RULES: dict[str, Callable[[], Rule]] = {
+    "pcgrad": PCGrad,
+    "realign": Realign,
+    "gradvac": lambda: GradVac(beta=0.5),
+    "cagrad": CAGrad,
+    "mgda": MGDA,
+    "upgrad": UPGrad,
+    "nash": NashMTL,
+    "imtlg": IMTLG,
+    "aligned": AlignedMTL,
+    "gradnorm": lambda: GradNorm(lr=0.1),
+    "uncertainty": lambda: Uncertainty(lr=0.1),
+    "dwa": lambda: DWA(window=1),
+}
+STEPS = 3
+
+
+class Watch(KeepGradients):
+    """Gradients and weights of every step, and which samples each of its micro-batches had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[tuple[dict[str, Tensor], dict[str, Tensor], list[list[int]]]] = []
+        self._rows: list[list[int]] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._rows.append([int(i) for i in batch.index if int(i) >= 0])
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        weights = {name: p.detach().double().clone() for name, p in pl_module.named_parameters()}
+        self.steps.append((self.gradients, weights, self._rows))
+        self.gradients, self._rows = {}, []
+
+
+def fitted(
+    rule: Rule, accumulate: int = 1, dtype: torch.dtype = torch.float64, devices: int = 1, **options: Any
+) -> Watch:
+    watch, recipe = Watch(), ToyRecipe(harmonize=False)
+    trainer = L.Trainer(
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        max_steps=STEPS,
+        accumulate_grad_batches=accumulate,
+        callbacks=[Harmonize(rule, **options), watch],
+        **QUIET,
+    )
+    trainer.fit(recipe.double() if dtype == torch.float64 else recipe.float(), datamodule=ToyData(dtype))
+    return watch
+
+
+def of_terms(weights: dict[str, Tensor], rows: Sequence[int]) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
+    """Term -> gradients of what some samples add to it, one by one, and its value: over all samples that have it."""
+    recipe, data = ToyRecipe(harmonize=False).double(), content(torch.float64)
+    recipe.load_state_dict(weights)
+    parameters = dict(recipe.named_parameters())
+    grads = {k: {name: torch.zeros_like(p) for name, p in parameters.items()} for k in MIX}
+    values = dict.fromkeys(MIX, 0.0)
+    for i in rows:
+        z_D = recipe.towers["trunk"](data["x"][i : i + 1]).h_BTD[0, 0]
+        for k, y in (("a", data["y"][i]), ("b", -data["y"][i])):
+            if not data[k][i]:
+                continue
+            loss = ((recipe.heads[k](z_D) - y) ** 2).sum() * data["weight"][i] / data[k].sum()
+            values[k] += float(loss.detach())
+            found = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
+            for name, g in zip(parameters, found, strict=True):
+                grads[k][name] += 0 if g is None else g
+    return grads, values
+
+
+def plain_sum(grads: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: MIX["a"] * grads["a"][name] + MIX["b"] * grads["b"][name] for name in grads["a"]}
+
+
+def explicit(rule: Rule, watched: list[list[Any]], accumulate: int, window: str) -> list[dict[str, Tensor]]:
+    """The gradients of every step from formulas; ``watched``: of each rank, its steps."""
+    wanted = []
+    for n, steps in enumerate(zip(*watched, strict=True)):
+        weights = steps[0][1]
+        micros = [[i for step in steps for i in step[2][m]] for m in range(accumulate)]
+        if window == "step":
+            micros = [[i for rows in micros for i in rows]]
+        total = {name: torch.zeros_like(w) for name, w in weights.items()}
+        for rows in micros:
+            grads, values = of_terms(weights, rows)
+            flat = [torch.cat([g.flatten() for g in grads[k].values()]) * MIX[k] * len(micros) for k in MIX]
+            gram = torch.stack([torch.stack([a @ b for b in flat]) for a in flat])
+            value = torch.tensor([values[k] for k in MIX], dtype=torch.float64) * len(micros)
+            mixed = rule.mix(gram[None], value, mix(0, "harmony", n))[0]
+            for name in total:
+                total[name] += sum(m * MIX[k] * grads[k][name] for m, k in zip(mixed, MIX, strict=True))
+        rule.learn(lambda seen: seen)
+        wanted.append(total)
+    return wanted
+
+
+def gaps(rule: str, accumulate: int, window: str, watched: list[list[Any]]) -> list[float]:
+    wanted = explicit(RULES[rule](), watched, accumulate, window)
+    return [largest_gap(found[0], want) for found, want in zip(watched[0], wanted, strict=True)]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_equals_the_loop(rule: str) -> None:
+    for dtype, exact in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        for accumulate, window in ((1, "micro"), (2, "micro"), (2, "step")):
+            watch = fitted(RULES[rule](), accumulate, dtype, window=window)
+            assert len(watch.steps) == STEPS and sorted(i for rows in watch.steps[0][2] for i in rows) == list(range(N))
+            assert max(gaps(rule, accumulate, window, [watch.steps])) < exact, (dtype, accumulate, window)
+
+
+def _on_a_rank(rank: int) -> dict[str, Any]:
+    cases = [(rule, 1, "micro") for rule in RULES] + [("cagrad", 2, "step"), ("pcgrad", 2, "micro"), ("dwa", 2, "step")]
+    return {
+        f"{rule} {accumulate} {window}": fitted(RULES[rule](), accumulate, devices=2, window=window).steps
+        for rule, accumulate, window in cases
+    }
+
+
+@pytest.mark.ddp
+def test_two_ranks_equal_the_loop_and_each_other() -> None:
+    first, second = run_ranks(2, _on_a_rank)
+    for case in first:
+        rule, accumulate, window = case.split()
+        assert max(gaps(rule, int(accumulate), window, [first[case], second[case]])) < 1e-10, case
+        for (one, _, _), (two, _, _) in zip(first[case], second[case], strict=True):
+            assert all(torch.equal(one[name], two[name]) for name in one), case
+
+
+def test_what_is_planted_is_mixed_as_the_formula_says() -> None:
+    """Two terms pull one weight apart, and one of them another weight: cos = -1/sqrt 2, found by hand."""
+
+    class Planted(ToyRecipe):
+        def terms(self, batch: Any) -> Any:
+            w: Any = self.heads["a"].bias
+            rows = torch.ones(len(batch), dtype=w.dtype)
+            return {"a": Term(w[0] * rows), "b": Term((w[1] - w[0]) * rows)}
+
+        def shared_parameters(self) -> Any:
+            return [self.heads["a"].bias]
+
+    def step(rule: Rule | None) -> Tensor:
+        keep, recipe = KeepBias(), Planted(harmonize=False).double()
+        recipe.requires_grad_(False)
+        recipe.heads["a"].bias.requires_grad_()
+        recipe.step.mix = {}
+        callbacks: list[Any] = [keep] if rule is None else [Harmonize(rule), keep]
+        trainer = L.Trainer(max_steps=1, callbacks=callbacks, **QUIET)
+        trainer.fit(recipe, datamodule=ToyData(torch.float64))
+        return keep.grad
+
+    assert step(None).tolist() == [0.0, 1.0]
+    # g_a = (1, 0), g_b = (-1, 1): g_a loses half of g_b, and g_b all of g_a
+    assert step(PCGrad()).tolist() == pytest.approx([0.5, 1.5])
+    assert step(Realign()).tolist() == pytest.approx([0.5, 1.5])
+    # the nearest point to 0 of the segment, (1/5, 2/5), times 2
+    assert step(MGDA()).tolist() == pytest.approx([0.4, 0.8])
+    assert step(UPGrad()).tolist() == pytest.approx([0.5, 1.5])
+    root = 2**0.5
+    # as far along (1, 0) as along (-1, 1) / sqrt 2, from a mix that sums to 2
+    one = 2 * (root + 1) / (2 * root + 3)
+    assert step(IMTLG()).tolist() == pytest.approx([2 - 2 * one, one])
+    # a (a - b) = 1 and b (2 b - a) = 1
+    a = (1 - 1 / root) ** -0.5
+    assert step(NashMTL()).tolist() == pytest.approx([a - a / root, a / root])
+    # within half of |g_0| = 1/2 of g_0 = (0, 1/2), where both gain alike: d_0 = d_1 - d_0 = t on the circle; times 2
+    t = (1 + (1 - 5 * (1 / 4 - 1 / 16)) ** 0.5) / 5
+    assert step(CAGrad(0.5)).tolist() == pytest.approx([2 * t, 4 * t])
+
+
+class KeepBias(L.Callback):
+    grad: Tensor
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.grad = pl_module.heads["a"].bias.grad.clone()
+
+
+def test_the_mix_changes_nothing_where_terms_agree_and_something_where_they_do_not() -> None:
+    """The toy's terms conflict: no rule gives its plain sum, so the loops above cannot agree by doing nothing."""
+    plain = fitted(CAGrad(radius=0)).steps[0][0]
+    grads, _ = of_terms(fitted(CAGrad(radius=0)).steps[0][1], range(N))
+    total = plain_sum(grads)
+    assert largest_gap(plain, total) < 1e-12
+    for name, rule in RULES.items():
+        first = fitted(rule()).steps
+        late = name in ("gradnorm", "uncertainty", "dwa", "gradvac")  # these begin with the plain sum, or near it
+        assert largest_gap(first[-1 if late else 0][0], fitted(CAGrad(0)).steps[-1 if late else 0][0]) > 1e-3, name
+
+
+def test_between_looks_the_mix_stays() -> None:
+    class Counts(PCGrad):
+        calls = 0
+
+        def mix(self, *args: Any) -> Tensor:
+            self.calls += 1
+            return super().mix(*args)
+
+    rule = Counts()
+    fitted(rule, every=2)
+    assert rule.calls == 2  # of steps 0 and 2
+    rule = Counts()
+    fitted(rule, accumulate=2, window="step")
+    assert rule.calls == STEPS
+
+
+def test_what_a_rule_remembers_is_in_the_checkpoint() -> None:
+    for make in RULES.values():
+        harmonize = Harmonize(make())
+        L.Trainer(max_steps=2, callbacks=[harmonize], **QUIET).fit(
+            ToyRecipe(harmonize=False).double(), datamodule=ToyData(torch.float64)
+        )
+        again = Harmonize(make())
+        again.load_state_dict(copy.deepcopy(harmonize.state_dict()))
+        gram = torch.tensor([[[2.0, -1.0], [-1.0, 3.0]]], dtype=torch.float64)
+        value = torch.tensor([0.7, 1.3], dtype=torch.float64)
+        assert torch.equal(again.rule.mix(gram, value, 5), harmonize.rule.mix(gram, value, 5))
+        assert again.mix_K is not None and harmonize.mix_K is not None
+        assert torch.equal(again.mix_K, harmonize.mix_K) and again.names == ("a", "b")
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_plain_sum_and_is_counted() -> None:
+    class Broken(ToyRecipe):
+        def terms(self, batch: Any) -> Any:
+            terms = super().terms(batch)
+            if self.global_step == 1:
+                terms["a"].value.register_hook(lambda g: g * torch.nan if self.step.probing else g)
+            return terms
+
+    watch, harmonize = Watch(), Harmonize(PCGrad())
+    trainer = L.Trainer(max_steps=STEPS, callbacks=[harmonize, watch], **QUIET)
+    trainer.fit(Broken(harmonize=False).double(), datamodule=ToyData(torch.float64))
+    assert harmonize.fallbacks == 1
+    found, weights, rows = watch.steps[1]
+    grads, _ = of_terms(weights, rows[0])
+    assert largest_gap(found, plain_sum(grads)) < 1e-12
+
+
+class OneTerm(ToyRecipe):
+    def terms(self, batch: Any) -> Any:
+        return {"a": super().terms(batch)["a"]}
+
+
+class OtherTerms(ToyRecipe):
+    def terms(self, batch: Any) -> Any:
+        terms = super().terms(batch)
+        return terms if self.global_step == 0 else {"a": terms["a"], "c": terms["b"]}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Harmonize(PCGrad(), every=0), "every 0: 1 is the least"),
+        (lambda: Harmonize(DWA(), every=2), "every 2: DWA looks at no gradient; leave it out"),
+        (lambda: CAGrad(-1), "radius -1: not below 0"),
+        (lambda: GradVac(2), "beta 2: between 0 and 1"),
+        (lambda: DWA(0), "window 0"),
+        (lambda: fit(OneTerm(harmonize=False)), "one term, a: there is nothing to harmonize it with"),
+        (lambda: fit(OtherTerms(harmonize=False)), "terms a, c, before a, b: always the same ones"),
+        (lambda: fit(ToyRecipe(harmonize=True)), "a rule acts at the features already"),
+        (lambda: fit(BoringModel()), "needs the protocol HasObjective .*; BoringModel lacks it"),
+    ],
+)
+def test_what_cannot_be_is_one_line(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def fit(recipe: Any) -> None:
+    callbacks: list[L.Callback] = [Harmonize(PCGrad())]
+    L.Trainer(max_steps=2, callbacks=callbacks, **QUIET).fit(recipe, datamodule=ToyData(torch.float32))
