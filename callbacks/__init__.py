@@ -11,6 +11,7 @@ from descant.callbacks.evaluate import LinearProbe as LinearProbe
 from descant.callbacks.evaluate import Retrieval as Retrieval
 from descant.callbacks.evaluate import ZeroShot as ZeroShot
 from descant.callbacks.harmonize import Harmonize as Harmonize
+from descant.callbacks.harmonize_features import HarmonizeFeatures as HarmonizeFeatures
 from descant.callbacks.inversion import IntraModal as IntraModal
 from descant.callbacks.inversion import Inversion as Inversion
 from descant.callbacks.lean import LeanCheckpoint as LeanCheckpoint

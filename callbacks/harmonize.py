@@ -1,6 +1,6 @@
-"""Voices that pull against each other, brought into harmony: callbacks for any recipe whose terms are mixed by a Step.
+"""Voices that pull against each other, brought into harmony, for any recipe whose terms are mixed by a Step.
 
-Letters: K terms, B samples, D width, Q pairs of terms.
+Letters: K terms, P numbers of a parameter.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Harmonize(L.Callback):
         self._know(tuple(objective.terms))
         if trainer.global_step % self.every == 0 or self.mix_K is None:
             self._base_K = objective.mix.detach().double()
-            value_K = _mean(torch.stack([term.detach().double() for term in objective.terms.values()]))
+            value_K = mean_of_ranks(torch.stack([term.detach().double() for term in objective.terms.values()]))
             if self._gathers(trainer):
                 grads = gradients(step, _trained(pl_module))
                 first = not self._sums
@@ -106,7 +106,7 @@ class Harmonize(L.Callback):
                 return
             gram_KK = torch.zeros(0)
             if self.rule.reads_gradients:
-                gram_KK = gram([_mean(g) for g in gradients(step, list(pl_module.shared_parameters()))])
+                gram_KK = gram([mean_of_ranks(g) for g in gradients(step, list(pl_module.shared_parameters()))])
             self._decide(trainer, pl_module, gram_KK, value_K)
         assert self.mix_K is not None
         objective.mix.mul_(self.mix_K.to(objective.mix))
@@ -116,7 +116,7 @@ class Harmonize(L.Callback):
             assert isinstance(pl_module, HasObjective)
             trained, shared = _trained(pl_module), set(pl_module.shared_parameters())
             # each is divided as Lightning divides a loss, and averaged as ranks are
-            sums = [_mean(g) / trainer.accumulate_grad_batches for g in self._sums]
+            sums = [mean_of_ranks(g) / trainer.accumulate_grad_batches for g in self._sums]
             gram_KK = gram([g for g, p in zip(sums, trained, strict=True) if p in shared])
             self._decide(trainer, pl_module, gram_KK, self._value_K / trainer.accumulate_grad_batches)
             assert self.mix_K is not None
@@ -207,9 +207,16 @@ def _trained(pl_module: L.LightningModule) -> list[nn.Parameter]:
     return [p for p in pl_module.parameters() if p.requires_grad]
 
 
-def _mean(x: Tensor) -> Tensor:
+def mean_of_ranks(x: Tensor) -> Tensor:
     """Over ranks."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(x)
         x /= dist.get_world_size()
+    return x
+
+
+def total_of_ranks(x: Tensor) -> Tensor:
+    """Over ranks."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(x)
     return x

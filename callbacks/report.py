@@ -205,8 +205,10 @@ def run_folder(trainer: L.Trainer) -> Path:
 
 
 def shams(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[Sham]:
-    """Every part of recipe and data that a control can take the signal from."""
+    """Every part of recipe, data and callbacks that a control can take the signal from."""
     yield from (part for part in pl_module.modules() if isinstance(part, Sham))
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        yield from (part for part in vars(callback).values() if isinstance(part, Sham))
     yield from getattr(trainer.datamodule, "shams", ())  # type: ignore[attr-defined]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,8 @@ class Step:
         mix: fixed coefficients by term name (absent names count 1).
         chunks: pieces of a rank's batch for :meth:`chunked`.
         rule: the harmonizer at the forks, or None for the plain sum.
+        watched: keep ``terms`` and ``forked`` of the last forward, (names, copies) a fork, and let ``keep`` weigh rows:
+            name -> ``[N]``, read at backward time, which scales the gradients of a term's rows and not its value.
         probing: while a callback differentiates terms one by one, forks pass gradients through untouched.
         objective: the last objective, for callbacks between forward and backward.
         raises: at once for a term that is not finite. If not, all gradients of the step become nan, so that whoever
@@ -47,6 +49,10 @@ class Step:
     mix: Mapping[str, float] = field(default_factory=dict)
     chunks: int = 1
     rule: ForkRule | None = None
+    watched: bool = False
+    terms: Mapping[str, Term] = field(default_factory=dict)
+    forked: list[tuple[tuple[str, ...], tuple[Tensor, ...]]] = field(default_factory=list)
+    keep: dict[str, Tensor] = field(default_factory=dict)
     probing: bool = False
     objective: Objective | None = None
     raises: bool = True
@@ -55,6 +61,10 @@ class Step:
     def __call__(self, terms: Mapping[str, Term], batch: Batch) -> Objective:
         """The objective of this micro-batch. Raises FloatingPointError naming a term that is not finite: see raises."""
         norms = self._norms(terms, batch)
+        if self.watched:
+            self.keep = {}
+            terms = {name: replace(t, value=_Kept.apply(t.value, self.keep, name)) for name, t in terms.items()}
+            self.terms = terms
         scale = float(self.world * self.accumulate)
         # in this order: a number over an integer tensor would be float32, whatever the terms are
         scalars = {name: term.sum() * scale / norms[name] for name, term in terms.items()}
@@ -123,7 +133,10 @@ class Step:
         names = tuple(names)
         if len(names) == 1 or not z_BD.requires_grad:
             return dict.fromkeys(names, z_BD)
-        return dict(zip(names, _Fork.apply(z_BD, self, names), strict=True))
+        copies = _Fork.apply(z_BD, self, names)
+        if self.watched:
+            self.forked.append((names, copies))
+        return dict(zip(names, copies, strict=True))
 
 
 class _Fork(torch.autograd.Function):
@@ -141,3 +154,19 @@ class _Fork(torch.autograd.Function):
         if step.rule is None or step.probing:
             return g_KBD.sum(dim=0), None, None
         return step.rule(g_KBD, ctx.names), None, None  # type: ignore[attr-defined]
+
+
+class _Kept(torch.autograd.Function):
+    """The value as it is; in backward each row times what ``keep`` says of the term by then."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, value_N: Tensor, keep: Mapping[str, Tensor], name: str
+    ) -> Tensor:
+        ctx.keep, ctx.name = keep, name  # type: ignore[attr-defined]
+        return value_N.view_as(value_N)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        keep_N = ctx.keep.get(ctx.name)  # type: ignore[attr-defined]
+        return grads[0] if keep_N is None else grads[0] * keep_N.to(grads[0]), None, None
