@@ -10,12 +10,16 @@ from itertools import combinations
 from typing import Any, Literal
 
 import lightning as L
+import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from descant.callbacks.cosines import Track, cosine_map
+from descant.callbacks.pictures import run_folder, writers
 from descant.modules.mixing import Rule
 from descant.modules.protocols import HasObjective
 from descant.modules.random import global_seed, mix
@@ -34,6 +38,7 @@ class Harmonize(L.Callback):
 
     It logs ``harmony/mix/{term}``, ``harmony/norm/{term}``, ``harmony/cos/{term}~{term}``, and of the run so far
     ``harmony/conflict``, the share of pairs whose gradients had an angle above 90 degrees, and ``harmony/fallbacks``.
+    A picture shows the cosines over the run: to TensorBoard as ``harmony/cosines``, and in ``{run folder}/pictures/``.
 
     Args:
         rule: from gradients, or values, to the mix.
@@ -60,17 +65,20 @@ class Harmonize(L.Callback):
         self.names: tuple[str, ...] = ()
         self.mix_K: Tensor | None = None
         self.looks = self.conflicts = self.fallbacks = 0
+        self.track = Track()
         self._sums: list[Tensor] = []  # ``[K, ...]`` a parameter, of the micro-batches of this step so far
         self._base_K = self._value_K = torch.zeros(0)
 
     def state_dict(self) -> dict[str, Any]:
         counts = {"looks": self.looks, "conflicts": self.conflicts, "fallbacks": self.fallbacks}
-        return {**counts, "names": self.names, "mix": self.mix_K, "rule": self.rule.state_dict()}
+        seen = {"rule": self.rule.state_dict(), "track": self.track.state_dict()}
+        return {**counts, **seen, "names": self.names, "mix": self.mix_K}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.looks, self.conflicts, self.fallbacks = (state_dict[n] for n in ("looks", "conflicts", "fallbacks"))
         self.names, self.mix_K = tuple(state_dict["names"]), state_dict["mix"]
         self.rule.load_state_dict(state_dict["rule"])
+        self.track.load_state_dict(state_dict["track"])
 
     # the hooks -------------------------------------------------------------------------------------------------------
 
@@ -154,9 +162,10 @@ class Harmonize(L.Callback):
         else:
             self.fallbacks += 1
         if read and finite:
-            pairs = list(combinations(range(len(self.names)), 2))
-            self.looks += len(pairs)
-            self.conflicts += sum(bool(gram_KK[i, j] < 0) for i, j in pairs)
+            cos_Q = _cosines(gram_KK)
+            self.looks += len(cos_Q)
+            self.conflicts += int((cos_Q < 0).sum())
+            self.track.add(trainer.global_step, cos_Q.tolist())
         if (trainer.global_step + 1) % log_interval(trainer) < self.every:
             self._log(pl_module, gram_KK if read and finite else None)
 
@@ -167,11 +176,37 @@ class Harmonize(L.Callback):
         if gram_KK is not None:
             norm_K = gram_KK.diagonal().clamp(min=0).sqrt()
             values |= {f"harmony/norm/{name}": value for name, value in zip(self.names, norm_K, strict=True)}
-            for i, j in combinations(range(len(self.names)), 2):
-                both = (norm_K[i] * norm_K[j]).clamp(min=torch.finfo(norm_K.dtype).tiny)
-                values[f"harmony/cos/{self.names[i]}~{self.names[j]}"] = gram_KK[i, j] / both
+            cosines = zip(combinations(self.names, 2), _cosines(gram_KK), strict=True)
+            values |= {f"harmony/cos/{a}~{b}": cos for (a, b), cos in cosines}
             values["harmony/conflict"] = torch.tensor(self.conflicts / max(self.looks, 1))
         pl_module.log_dict({name: value.float() for name, value in values.items()}, batch_size=1)
+
+    # what is looked at ------------------------------------------------------------------------------------------------
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING:
+            self._draw(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._draw(trainer)
+
+    def _draw(self, trainer: L.Trainer) -> None:
+        folder = run_folder(trainer)
+        if not trainer.is_global_zero or not self.track.steps or trainer.fast_dev_run or not trainer.loggers:  # type: ignore[attr-defined]
+            return
+        title = f"harmony by {type(self.rule).__name__}, step {trainer.global_step}"
+        image = cosine_map(title, list(combinations(self.names, 2)), *self.track.seen())
+        (folder / "pictures").mkdir(parents=True, exist_ok=True)
+        image.save(folder / "pictures" / f"harmony-{trainer.global_step}.png")
+        for writer in writers(trainer):
+            writer.add_image("harmony/cosines", np.asarray(image), trainer.global_step, dataformats="HWC")
+
+
+def _cosines(gram_KK: Tensor) -> Tensor:
+    """``[Q]`` of the pairs of terms; 0 where one has no gradient."""
+    norm_K = gram_KK.diagonal().clamp(min=0).sqrt().clamp(min=torch.finfo(gram_KK.dtype).tiny)
+    i_Q, j_Q = torch.triu_indices(len(norm_K), len(norm_K), offset=1, device=norm_K.device)
+    return gram_KK[i_Q, j_Q] / norm_K[i_Q] / norm_K[j_Q]
 
 
 def gradients(step: Step, parameters: Sequence[nn.Parameter]) -> list[Tensor]:

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from descant.callbacks.cosines import cosine_map
 from descant.callbacks.harmonize import Harmonize
 from descant.modules.mixing import (
     DWA,
@@ -306,3 +310,30 @@ def test_what_cannot_be_is_one_line(make: Callable[[], Any], message: str) -> No
 def fit(recipe: Any) -> None:
     callbacks: list[L.Callback] = [Harmonize(PCGrad())]
     L.Trainer(max_steps=2, callbacks=callbacks, **QUIET).fit(recipe, datamodule=ToyData(torch.float32))
+
+
+def test_the_cosines_of_a_run_are_drawn_and_resumed(tmp_path: Path) -> None:
+    harmonize, logger = Harmonize(PCGrad()), TensorBoardLogger(tmp_path, name="", version="")
+    options = {**QUIET, "logger": logger}
+    trainer = L.Trainer(max_steps=STEPS, callbacks=[harmonize], log_every_n_steps=1, **options)
+    trainer.fit(ToyRecipe(harmonize=False).double(), datamodule=ToyData(torch.float64))
+    steps, cos_SQ = harmonize.track.seen()
+    assert steps == list(range(STEPS)) and cos_SQ.shape == (STEPS, 1)
+    # as found by hand, of the first step
+    grads, _ = of_terms({n: p.detach() for n, p in ToyRecipe(harmonize=False).double().named_parameters()}, range(N))
+    a, b = (torch.cat([g.flatten() for g in grads[k].values()]) for k in MIX)
+    assert cos_SQ[0, 0] == pytest.approx(float(torch.nn.functional.cosine_similarity(a, b, dim=0)))
+    metrics = trainer.callback_metrics
+    assert float(metrics["harmony/cos/a~b"]) == pytest.approx(cos_SQ[-1, 0], abs=1e-6)
+    assert float(metrics["harmony/conflict"]) == pytest.approx(float((cos_SQ < 0).mean()))
+    assert (tmp_path / "pictures" / f"harmony-{STEPS}.png").is_file()
+    again = Harmonize(PCGrad())
+    again.load_state_dict(harmonize.state_dict())
+    assert again.track.seen()[0] == steps and again.looks == STEPS
+
+
+def test_a_map_is_red_where_terms_conflict_and_blue_where_they_agree() -> None:
+    image = np.asarray(cosine_map("t", [("a", "b"), ("a", "c")], [0, 9], np.array([[-1.0, 0.5], [1.0, 0.0]])))
+    x, width = image.shape[1] - 640, 640
+    left, right = image[80, x : x + width // 2 - 20].mean(0), image[80, x + width // 2 : x + width - 20].mean(0)
+    assert left[0] > left[2] + 50 and right[2] > right[0] + 50
