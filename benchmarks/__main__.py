@@ -26,6 +26,7 @@ BENCHMARKS = {
     "masked/ideal": "benchmarks.masked:ideal",
     "masked/absent": "benchmarks.masked:absent",
     "masked/fashion": "benchmarks.masked:fashion",
+    "harmonize": "benchmarks.harmonize:overhead",
     "data/decode": "benchmarks.data:decode",
     "data/shards": "benchmarks.data:shards",
     "data/workers": "benchmarks.data:workers",

@@ -166,7 +166,9 @@ class Harmonize(L.Callback):
             self.looks += len(cos_Q)
             self.conflicts += int((cos_Q < 0).sum())
             self.track.add(trainer.global_step, cos_Q.tolist())
-        if (trainer.global_step + 1) % log_interval(trainer) < self.every:
+        # the mix of this look is that of the steps up to the next, one of which may be logged
+        now, each = trainer.global_step, log_interval(trainer)
+        if (now + self.every) // each > now // each:
             self._log(pl_module, gram_KK if read and finite else None)
 
     def _log(self, pl_module: L.LightningModule, gram_KK: Tensor | None) -> None:
@@ -233,7 +235,7 @@ def gram(grads: Sequence[Tensor]) -> Tensor:
     """Float64 ``[K, K]``: ``sum_p <g_kp, g_lp>`` of ``[K, ...]`` a parameter."""
     total_KK = torch.zeros(len(grads[0]), len(grads[0]), dtype=torch.float64, device=grads[0].device)
     for g in grads:
-        g_KP = g.flatten(1).double()
+        g_KP = g.reshape(len(g), -1).double()  # a scalar has no axis of its own
         total_KK += g_KP @ g_KP.T
     return total_KK
 

@@ -180,3 +180,10 @@ def test_control_tells_chance_from_knowledge(learned: bool) -> None:
     assert low < 10 / 120 < high
     with pytest.raises(RuntimeError, match=r"metrics\.json"):
         list(judged(vendor, {"vendor/i2t_r10": r10 + 0.1, "vendor/i2t_r1": r1}, permutations=30))
+
+
+def test_harmony_is_timed_on_small_batches() -> None:
+    from benchmarks.harmonize import overhead
+
+    rows = {row.name: row.value for row in overhead(rounds=2, rows=8)}
+    assert len(rows) == 5 and min(rows.values()) > 0

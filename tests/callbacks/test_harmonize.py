@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from descant.callbacks.cosines import cosine_map
-from descant.callbacks.harmonize import Harmonize
+from descant.callbacks.harmonize import Harmonize, gram
 from descant.modules.mixing import (
     DWA,
     IMTLG,
@@ -337,3 +337,7 @@ def test_a_map_is_red_where_terms_conflict_and_blue_where_they_agree() -> None:
     x, width = image.shape[1] - 640, 640
     left, right = image[80, x : x + width // 2 - 20].mean(0), image[80, x + width // 2 : x + width - 20].mean(0)
     assert left[0] > left[2] + 50 and right[2] > right[0] + 50
+
+
+def test_scalars_count_too() -> None:
+    assert gram([torch.tensor([1.0, -2.0]), torch.tensor([[3.0], [1.0]])]).tolist() == [[10.0, 1.0], [1.0, 5.0]]
