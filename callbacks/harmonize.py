@@ -5,7 +5,8 @@ Letters: K terms, P numbers of a parameter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import combinations
 from typing import Any, Literal
 
@@ -15,7 +16,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from descant.callbacks.cosines import Track, cosine_map
@@ -91,14 +93,6 @@ class Harmonize(L.Callback):
         if pl_module.step.rule is not None:
             raise ValueError("Harmonize: a rule acts at the features already; one of the two")
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        split = next((name for name, p in pl_module.named_parameters() if isinstance(p, DTensor)), None)
-        if split is not None:
-            raise ValueError(
-                f"Harmonize: {split} is split over ranks, and no gradient of one term is whole anywhere; "
-                "strategy ddp instead of model.shard"
-            )
-
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         assert isinstance(pl_module, HasObjective) and pl_module.step.objective is not None
         step, objective = pl_module.step, pl_module.step.objective
@@ -107,14 +101,17 @@ class Harmonize(L.Callback):
             self._base_K = objective.mix.detach().double()
             value_K = mean_of_ranks(torch.stack([term.detach().double() for term in objective.terms.values()]))
             if self._gathers(trainer):
-                grads = gradients(step, _trained(pl_module))
+                with standing(pl_module):
+                    grads = gradients(step, _trained(pl_module))
                 first = not self._sums
                 self._value_K = value_K if first else self._value_K + value_K
                 self._sums = grads if first else [a + b for a, b in zip(self._sums, grads, strict=True)]
                 return
             gram_KK = torch.zeros(0)
             if self.rule.reads_gradients:
-                gram_KK = gram([mean_of_ranks(g) for g in gradients(step, list(pl_module.shared_parameters()))])
+                with standing(pl_module):
+                    grads = gradients(step, list(pl_module.shared_parameters()))
+                gram_KK = gram([mean_of_ranks(g) for g in grads])
             self._decide(trainer, pl_module, gram_KK, value_K)
         assert self.mix_K is not None
         objective.mix.mul_(self.mix_K.to(objective.mix))
@@ -131,7 +128,7 @@ class Harmonize(L.Callback):
             mix_K = self.mix_K * self._base_K
             for p, g in zip(trained, sums, strict=True):
                 if p.grad is not None:
-                    p.grad.copy_(torch.tensordot(mix_K.to(g), g, dims=1))
+                    _put(torch.tensordot(mix_K.to(g), g, dims=1), p.grad)
             self._sums = []
         if trainer.global_step % self.every == 0:
             self.rule.learn(lambda seen: seen)  # the Gram matrix is that of all ranks already
@@ -202,6 +199,35 @@ class Harmonize(L.Callback):
         image.save(folder / "pictures" / f"harmony-{trainer.global_step}.png")
         for writer in writers(trainer):
             writer.add_image("harmony/cosines", np.asarray(image), trainer.global_step, dataformats="HWC")
+
+
+@contextmanager
+def standing(pl_module: nn.Module) -> Iterator[None]:
+    """Inside, backward passes leave parameters that are split over ranks whole, for the one that counts (FSDP2).
+
+    Raises:
+        ValueError: naming one that is in parts already: no gradient of a term is whole anywhere then.
+    """
+    split = next((name for name, p in pl_module.named_parameters() if isinstance(p, DTensor)), None)
+    if split is not None:
+        raise ValueError(
+            f"Harmonize: {split} is freed between forward and backward, and no gradient of one term is whole anywhere; "
+            "model.shard.init_args.reshard_after_forward false"
+        )
+    if not isinstance(pl_module, FSDPModule):
+        yield
+        return
+    pl_module.set_reshard_after_backward(False)
+    try:
+        yield
+    finally:
+        pl_module.set_reshard_after_backward(True)
+
+
+def _put(whole: Tensor, grad: Tensor) -> None:
+    """A whole gradient, alike on all ranks, where it belongs."""
+    mine = distribute_tensor(whole, grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else whole
+    grad.copy_(mine)
 
 
 def _cosines(gram_KK: Tensor) -> Tensor:

@@ -17,9 +17,11 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from descant.callbacks.cosines import cosine_map
 from descant.callbacks.harmonize import Harmonize, gram
+from descant.modules.configure import Checkpointing, Compile, Shard
 from descant.modules.mixing import (
     DWA,
     IMTLG,
@@ -70,18 +72,27 @@ class Watch(KeepGradients):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        weights = {name: p.detach().double().clone() for name, p in pl_module.named_parameters()}
+        weights = {
+            name.replace("_orig_mod.", ""): (p.full_tensor() if isinstance(p, DTensor) else p).detach().double().clone()
+            for name, p in pl_module.named_parameters()
+        }
         self.steps.append((self.gradients, weights, self._rows))
         self.gradients, self._rows = {}, []
 
 
 def fitted(
-    rule: Rule, accumulate: int = 1, dtype: torch.dtype = torch.float64, devices: int = 1, **options: Any
+    rule: Rule,
+    accumulate: int = 1,
+    dtype: torch.dtype = torch.float64,
+    devices: int = 1,
+    strategy: Any = None,
+    parts: dict[str, Any] | None = None,
+    **options: Any,
 ) -> Watch:
-    watch, recipe = Watch(), ToyRecipe(harmonize=False)
+    watch, recipe = Watch(), ToyRecipe(harmonize=False, **(parts or {}))
     trainer = L.Trainer(
         devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
+        strategy=strategy or ("ddp" if devices > 1 else "auto"),
         max_steps=STEPS,
         accumulate_grad_batches=accumulate,
         callbacks=[Harmonize(rule, **options), watch],
@@ -167,6 +178,53 @@ def test_two_ranks_equal_the_loop_and_each_other() -> None:
         assert max(gaps(rule, int(accumulate), window, [first[case], second[case]])) < 1e-10, case
         for (one, _, _), (two, _, _) in zip(first[case], second[case], strict=True):
             assert all(torch.equal(one[name], two[name]) for name in one), case
+
+
+def _sharded(rank: int) -> dict[str, Any]:
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    found = {}
+    for rule, accumulate, window in SHARDED:
+        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+        parts = {"shard": Shard(reshard_after_forward=False), "checkpointing": Checkpointing()}
+        case = (RULES[rule](), accumulate, torch.float32, 2, strategy, parts)
+        found[f"{rule} {accumulate} {window}"] = fitted(*case, window=window).steps
+    return found
+
+
+SHARDED = (("pcgrad", 1, "micro"), ("nash", 2, "micro"), ("cagrad", 2, "step"), ("uncertainty", 2, "micro"))
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_parameters_that_are_split_over_ranks_equal_the_loop() -> None:
+    first, second = run_ranks(2, _sharded)
+    for rule, accumulate, window in SHARDED:
+        case = f"{rule} {accumulate} {window}"
+        assert max(gaps(rule, accumulate, window, [first[case], second[case]])) < 1e-5, case
+
+
+def _freed(rank: int) -> str:
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+    with pytest.raises(ValueError) as refused:
+        fitted(PCGrad(), 1, torch.float32, 2, strategy, {"shard": Shard()})
+    return str(refused.value)
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_parameters_that_are_freed_after_forward_are_refused() -> None:
+    for message in run_ranks(2, _freed):
+        assert "is freed between forward and backward" in message and "reshard_after_forward false" in message
+
+
+@pytest.mark.slow
+def test_compiled_towers_equal_the_loop() -> None:
+    watch = fitted(PCGrad(), 2, torch.float32, parts={"compile": Compile()})
+    steps = [({n.replace("_orig_mod.", ""): g for n, g in grads.items()}, w, rows) for grads, w, rows in watch.steps]
+    assert max(gaps("pcgrad", 2, "micro", [steps])) < 1e-4
 
 
 def test_what_is_planted_is_mixed_as_the_formula_says() -> None:
