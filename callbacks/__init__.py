@@ -15,6 +15,7 @@ from descant.callbacks.harmonize_features import HarmonizeFeatures as HarmonizeF
 from descant.callbacks.inversion import IntraModal as IntraModal
 from descant.callbacks.inversion import Inversion as Inversion
 from descant.callbacks.lean import LeanCheckpoint as LeanCheckpoint
+from descant.callbacks.misalign import Misalign as Misalign
 from descant.callbacks.nonfinite import NonFinite as NonFinite
 from descant.callbacks.pictures import Projector as Projector
 from descant.callbacks.pictures import RetrievalPictures as RetrievalPictures

@@ -98,6 +98,8 @@ class Layout:
 
     def split(self, h_MD: Tensor) -> list[Tensor]:
         """``[samples, tokens, ...]`` of each piece."""
+        if len(self.pieces) == 1:
+            return [h_MD.view(*self.pieces[0], *h_MD.shape[1:])]  # the backward of a split is a copy
         parts = h_MD.split([rows * tokens for rows, tokens in self.pieces])
         return [part.view(*piece, *h_MD.shape[1:]) for part, piece in zip(parts, self.pieces, strict=True)]
 
