@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from descant.callbacks.cosines import Track, cosine_map
 from descant.callbacks.pictures import run_folder, writers
+from descant.modules.losses.ranks import world
 from descant.modules.mixing import Rule
 from descant.modules.protocols import HasObjective
 from descant.modules.random import global_seed, mix
@@ -270,16 +271,13 @@ def _trained(pl_module: L.LightningModule) -> list[nn.Parameter]:
     return [p for p in pl_module.parameters() if p.requires_grad]
 
 
-def mean_of_ranks(x: Tensor) -> Tensor:
-    """Over ranks."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(x)
-        x /= dist.get_world_size()
-    return x
-
-
 def total_of_ranks(x: Tensor) -> Tensor:
-    """Over ranks."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    """The sum over ranks, in place."""
+    if world() > 1:
         dist.all_reduce(x)
     return x
+
+
+def mean_of_ranks(x: Tensor) -> Tensor:
+    """The mean over ranks, in place."""
+    return total_of_ranks(x).div_(world()) if world() > 1 else x

@@ -19,6 +19,7 @@ from descant.callbacks.pictures import writers
 from descant.modules.batch import Batch
 from descant.modules.configure import nearest
 from descant.modules.curriculum import Curriculum
+from descant.modules.losses.contrastive import promote
 from descant.modules.losses.ranks import gather
 from descant.modules.mixing import Rule
 from descant.modules.protocols import Forks
@@ -150,7 +151,7 @@ class HarmonizeFeatures(L.Callback):
     def _ruled(self, g_KBD: Tensor, names: tuple[str, ...]) -> Tensor:
         if self.rule is None or (self.feature is not None and names != self._names):
             return g_KBD.sum(dim=0)
-        wide_KBD = g_KBD.double() if g_KBD.dtype == torch.float64 else g_KBD.float()
+        wide_KBD = promote(g_KBD)
         gram_BKK = torch.einsum("kbd,lbd->bkl", wide_KBD, wide_KBD).double()
         finite_B = gram_BKK.isfinite().all(dim=(1, 2))
         gram_BKK = torch.where(finite_B[:, None, None], gram_BKK, torch.zeros_like(gram_BKK))
@@ -167,8 +168,7 @@ class HarmonizeFeatures(L.Callback):
         for name, z_BD in zip(names, copies, strict=True):
             (g_BD,) = torch.autograd.grad(terms[name] * base[name], z_BD, retain_graph=True, allow_unused=True)
             grads.append(torch.zeros_like(z_BD) if g_BD is None else g_BD)
-        g_KBD = torch.stack(grads)
-        return g_KBD if g_KBD.dtype == torch.float64 else g_KBD.float()
+        return promote(torch.stack(grads))
 
     def _drop(self, trainer: L.Trainer, step: Step, cos_B: Tensor, valid_B: Tensor) -> Tensor:
         assert self.curriculum is not None and self._batch is not None

@@ -95,7 +95,7 @@ def _times(c_BKK: Tensor, a_BK: Tensor) -> Tensor:
 
 
 def min_norm(c_BKK: Tensor, d_BK: Tensor) -> Tensor:
-    """The shortest vector of the convex hull of the gradients, times K (MGDA, Desideri 2012, arXiv 1810.04650).
+    """The shortest vector of the convex hull of the gradients, times K (MGDA, Desideri 2012; Sener 2018, 1810.04650).
 
         min_w |sum_k w_k g_k|^2,    w >= 0,  sum_k w_k = 1
 

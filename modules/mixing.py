@@ -56,6 +56,17 @@ class Rule:
         self.state = {name: value.clone() for name, value in state.items()}
 
 
+class Solved(Rule):
+    """A rule that correlations and lengths of the gradients decide alone: nothing is drawn or remembered."""
+
+    def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
+        return harmony.harmonized(gram_BKK, lambda c_BKK, d_BK, live_K: self.solve(c_BKK, d_BK))
+
+    def solve(self, c_BKK: Tensor, d_BK: Tensor) -> Tensor:
+        """As a :data:`descant.modules.harmony.Solver`."""
+        raise NotImplementedError
+
+
 def orders(terms: int, draw: int) -> list[list[int]]:
     """For each term the others, in an order that is drawn.
 
@@ -86,7 +97,7 @@ class PCGrad(Rule):
         return harmony.harmonized(gram_BKK, lambda c, d, live: harmony.one_after_another(c, d, _among(order, live)))
 
 
-class Realign(Rule):
+class Realign(Solved):
     """As PCGrad, and against the other gradients as they came: nothing is drawn, and no order matters.
 
     See :func:`descant.modules.harmony.realigned`. Source: Wu 2022, arXiv 2211.02077 (CMGH), for two terms.
@@ -98,8 +109,8 @@ class Realign(Rule):
 
     per_sample = True
 
-    def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
-        return harmony.harmonized(gram_BKK, lambda c, d, live: harmony.realigned(c, d))
+    def solve(self, c_BKK: Tensor, d_BK: Tensor) -> Tensor:
+        return harmony.realigned(c_BKK, d_BK)
 
 
 class GradVac(Rule):
@@ -145,7 +156,7 @@ class GradVac(Rule):
         super().learn(total)
 
 
-class CAGrad(Rule):
+class CAGrad(Solved):
     """The step near the mean that is best for the term that gains least.
 
     See :func:`descant.modules.harmony.cagrad`. Source: Liu 2021, arXiv 2110.14048.
@@ -162,13 +173,11 @@ class CAGrad(Rule):
             raise ValueError(f"radius {radius:g}: not below 0")
         self.radius = radius
 
-    def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
-        if self.radius == 0:
-            return torch.ones_like(gram_BKK[..., 0], dtype=torch.float64)
-        return harmony.harmonized(gram_BKK, lambda c, d, live: harmony.cagrad(c, d, self.radius))
+    def solve(self, c_BKK: Tensor, d_BK: Tensor) -> Tensor:
+        return harmony.cagrad(c_BKK, d_BK, self.radius) if self.radius else d_BK
 
 
-class MGDA(Rule):
+class MGDA(Solved):
     """The shortest vector of the convex hull of the gradients: no term gets worse, and the least gradient rules.
 
     See :func:`descant.modules.harmony.min_norm`. Source: Sener 2018, arXiv 1810.04650.
@@ -176,48 +185,48 @@ class MGDA(Rule):
 
     per_sample = True
 
-    def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
-        return harmony.harmonized(gram_BKK, lambda c, d, live: harmony.min_norm(c, d))
+    def solve(self, c_BKK: Tensor, d_BK: Tensor) -> Tensor:
+        return harmony.min_norm(c_BKK, d_BK)
 
 
-class UPGrad(Rule):
+class UPGrad(Solved):
     """The sum of what each gradient is, once it conflicts with no other.
 
     See :func:`descant.modules.harmony.upgrad`. Source: Quinton 2024, arXiv 2406.16232.
     """
 
-    def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
-        return harmony.harmonized(gram_BKK, lambda c, d, live: harmony.upgrad(c, d))
+    def solve(self, c_BKK: Tensor, d_BK: Tensor) -> Tensor:
+        return harmony.upgrad(c_BKK, d_BK)
 
 
-class NashMTL(Rule):
+class NashMTL(Solved):
     """The bargain in which each term gains alike, in proportion to its own gradient's length.
 
     See :func:`descant.modules.harmony.nash`. Source: Navon 2022, arXiv 2202.01017.
     """
 
-    def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
-        return harmony.harmonized(gram_BKK, lambda c, d, live: harmony.nash(c, d))
+    def solve(self, c_BKK: Tensor, d_BK: Tensor) -> Tensor:
+        return harmony.nash(c_BKK, d_BK)
 
 
-class IMTLG(Rule):
+class IMTLG(Solved):
     """A step that goes as far along each gradient as along every other.
 
     See :func:`descant.modules.harmony.even`. Source: Liu 2021, Towards Impartial Multi-task Learning (ICLR).
     """
 
-    def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
-        return harmony.harmonized(gram_BKK, lambda c, d, live: harmony.even(c, d))
+    def solve(self, c_BKK: Tensor, d_BK: Tensor) -> Tensor:
+        return harmony.even(c_BKK, d_BK)
 
 
-class AlignedMTL(Rule):
+class AlignedMTL(Solved):
     """All principal directions of the gradients made as short as the shortest of them.
 
     See :func:`descant.modules.harmony.aligned`. Source: Senushkin 2023, arXiv 2305.19000.
     """
 
-    def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
-        return harmony.harmonized(gram_BKK, lambda c, d, live: harmony.aligned(c, d))
+    def solve(self, c_BKK: Tensor, d_BK: Tensor) -> Tensor:
+        return harmony.aligned(c_BKK, d_BK)
 
 
 def _among(order: list[list[int]], live: Tensor) -> list[list[int]]:
