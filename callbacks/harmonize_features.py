@@ -24,7 +24,6 @@ from descant.modules.losses.ranks import gather
 from descant.modules.mixing import Rule
 from descant.modules.protocols import Forks
 from descant.modules.random import global_seed, mix
-from descant.modules.sham import Sham
 from descant.modules.step import Step
 from descant.modules.trainer import log_interval
 
@@ -69,7 +68,7 @@ class HarmonizeFeatures(L.Callback):
         if rule is not None and not rule.per_sample:
             raise ValueError(f"HarmonizeFeatures: {type(rule).__name__} is a rule for Harmonize, at the parameters")
         self.rule, self.curriculum, self.feature, self.audit = rule, curriculum, feature, audit
-        self.sham = curriculum.sham if curriculum is not None else Sham()
+        self.sham = curriculum.sham if curriculum is not None else None  # a run's report counts its calls
         self.fallbacks = 0
         self._names: tuple[str, ...] = ()  # of the terms that meet where it looks
         self._batch: Batch | None = None
