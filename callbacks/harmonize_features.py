@@ -37,8 +37,9 @@ class HarmonizeFeatures(L.Callback):
     samples' losses at the feature of sample i, and not of its own loss alone.
 
     It logs ``harmony/conflict``, the share of samples with terms more than 90 degrees apart, ``harmony/cosine``, the
-    mean, ``harmony/kept``, and with an ``audit`` ``harmony/auc``: how well the conflict tells noise. What a curriculum
-    keeps of a micro-batch is divided by its own number, of all ranks.
+    mean, ``harmony/kept``, and with an ``audit`` ``harmony/auc``: how well the conflict tells noise, and
+    ``harmony/auc_tenth``: how well it did when a tenth of the run was over. What a curriculum keeps of a micro-batch is
+    divided by its own number, of all ranks.
 
     Args:
         rule: of each sample; the plain sum if not given.
@@ -70,15 +71,17 @@ class HarmonizeFeatures(L.Callback):
         self.rule, self.curriculum, self.feature, self.audit = rule, curriculum, feature, audit
         self.sham = curriculum.sham if curriculum is not None else None  # a run's report counts its calls
         self.fallbacks = 0
+        self._auc_tenth: float | None = None
         self._names: tuple[str, ...] = ()  # of the terms that meet where it looks
         self._batch: Batch | None = None
         self._step = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"fallbacks": self.fallbacks, "rule": self.rule.state_dict() if self.rule else {}}
+        rule = self.rule.state_dict() if self.rule else {}
+        return {"fallbacks": self.fallbacks, "auc_tenth": self._auc_tenth, "rule": rule}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.fallbacks = int(state_dict["fallbacks"])
+        self.fallbacks, self._auc_tenth = int(state_dict["fallbacks"]), state_dict["auc_tenth"]
         if self.rule is not None:
             self.rule.load_state_dict(state_dict["rule"])
 
@@ -136,6 +139,7 @@ class HarmonizeFeatures(L.Callback):
         cos_B = torch.where(valid_B, cos_B, 0.0)
         kept_B = torch.ones_like(valid_B)
         if self.curriculum is not None:
+            cos_B = self.curriculum.seen(cos_B, valid_B, self._batch)
             kept_B = self._drop(trainer, step, cos_B, valid_B)
         if logs:
             self._log(trainer, pl_module, cos_B, valid_B, kept_B)
@@ -171,8 +175,7 @@ class HarmonizeFeatures(L.Callback):
 
     def _drop(self, trainer: L.Trainer, step: Step, cos_B: Tensor, valid_B: Tensor) -> Tensor:
         assert self.curriculum is not None and self._batch is not None
-        share = trainer.global_step / max(float(trainer.estimated_stepping_batches), 1.0)
-        kept_B = self.curriculum.kept(cos_B, valid_B, self._batch, share)
+        kept_B = self.curriculum.kept(cos_B, valid_B, self._batch, _share(trainer))
         dropping = [name for name in self._names if self.curriculum.only is None or name in self.curriculum.only]
         rows = [valid_B & kept_B, valid_B]
         for name in dropping:
@@ -203,7 +206,16 @@ class HarmonizeFeatures(L.Callback):
             noise_G, conflict_G = noise_G[valid_G > 0] > 0, (1 - cos_G[valid_G > 0]) / 2
             if noise_G.any() and not noise_G.all():
                 values["auc"] = binary_auroc(conflict_G, noise_G)
+                if self._auc_tenth is None and _share(trainer) >= 0.1:
+                    self._auc_tenth = float(values["auc"])
+            if self._auc_tenth is not None:
+                values["auc_tenth"] = torch.tensor(self._auc_tenth)
         pl_module.log_dict({f"harmony/{name}": value.float() for name, value in values.items()}, batch_size=1)
         if trainer.is_global_zero:
             for writer in writers(trainer):
                 writer.add_histogram("harmony/cosine_of_samples", cos_B[valid_B].float().cpu(), trainer.global_step)
+
+
+def _share(trainer: L.Trainer) -> float:
+    """Of the run's steps that are over."""
+    return trainer.global_step / max(float(trainer.estimated_stepping_batches), 1.0)

@@ -60,9 +60,12 @@ class Curriculum:
         done = (share - self.warmup) / (self.until - self.warmup) if self.until > self.warmup else 1.0
         return self.start + (self.end - self.start) * min(done, 1.0)
 
+    def seen(self, cos_B: Tensor, valid_B: Tensor, batch: Batch) -> Tensor:
+        """The cosines that it goes by: the sham's are those of other samples."""
+        return self.sham(cos_B, batch.draw, valid_B)
+
     def kept(self, cos_B: Tensor, valid_B: Tensor, batch: Batch, share: float) -> Tensor:
-        """Bool ``[B]``; samples that are not valid have no conflict."""
+        """Bool ``[B]``; samples that are not valid have no conflict. ``cos_B``: of :meth:`seen`."""
         if self.oracle is not None:
             return ~batch.targets[self.oracle].bool()
-        seen_B = self.sham(cos_B, batch.draw, valid_B)
-        return ~valid_B | (seen_B > self.threshold(share))
+        return ~valid_B | (cos_B > self.threshold(share))

@@ -37,10 +37,9 @@ class Forked(ToyRecipe):
         return {"x": ("a", "b")}
 
 
-def loop(rule: Rule | None, threshold: float | None = None, only: tuple[str, ...] = ("a", "b")) -> dict[str, Tensor]:
-    """Gradients of one whole step, a sample at a time."""
+def samples() -> tuple[ToyRecipe, list[Tensor], list[Tensor], list[list[list[Tensor]]], Tensor]:
+    """Features, the terms' gradients at them and at the heads, a sample at a time; their cosines ``[N]``."""
     data, recipe = content(torch.float64), ToyRecipe(harmonize=False).double()
-    parameters = dict(recipe.named_parameters())
     has = torch.stack([data["a"], data["b"]], dim=1)
     z_N, g_NK, heads = [], [], []
     for i in range(N):
@@ -55,6 +54,14 @@ def loop(rule: Rule | None, threshold: float | None = None, only: tuple[str, ...
         g_NK.append(torch.stack(of_terms))
         heads.append(of_heads)
     cos_N = torch.stack([torch.nn.functional.cosine_similarity(g[0], g[1], dim=0) for g in g_NK])
+    return recipe, z_N, g_NK, heads, cos_N
+
+
+def loop(rule: Rule | None, threshold: float | None = None, only: tuple[str, ...] = ("a", "b")) -> dict[str, Tensor]:
+    """Gradients of one whole step, a sample at a time."""
+    data, (recipe, z_N, g_NK, heads, cos_N) = content(torch.float64), samples()
+    parameters = dict(recipe.named_parameters())
+    has = torch.stack([data["a"], data["b"]], dim=1)
     keep_NK = torch.ones(N, 2, dtype=torch.float64)
     if threshold is not None:
         kept_N = ~has.all(dim=1) | (cos_N > threshold)
@@ -143,20 +150,82 @@ def test_its_control_drops_as_many_and_others() -> None:
     assert one.calls == two.calls == 1
 
 
-def _on_a_rank(rank: int) -> dict[str, dict[str, Tensor]]:
+class Noise(L.Callback):
+    """Says of some samples that they are noise."""
+
+    ODD = torch.tensor([n % 3 == 1 for n in range(N)])
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        batch.targets["odd"] = self.ODD[batch.index]
+
+
+class Logged(L.Callback):
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.steps.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def audited(steps: int = 1, devices: int = 1, sham: Any = None) -> tuple[HarmonizeFeatures, list[dict[str, float]]]:
+    callback = HarmonizeFeatures(None, Curriculum(start=-1, end=-1, warmup=0, sham=sham), audit="odd")
+    logged, strategy = Logged(), "ddp" if devices > 1 else "auto"
+    options: dict[str, Any] = {**QUIET, "log_every_n_steps": 1}
+    trainer = L.Trainer(
+        devices=devices, strategy=strategy, max_steps=steps, callbacks=[Noise(), callback, logged], **options
+    )
+    trainer.fit(Forked().double(), datamodule=ToyData(torch.float64))
+    return callback, logged.steps
+
+
+def auc(cos_N: Tensor) -> float:
+    """How often a sample of noise conflicts more than one that is none, over those with both terms."""
+    both = (content(torch.float64)["a"] & content(torch.float64)["b"]).tolist()
+    noise = [float(c) for c, odd, has in zip(cos_N, Noise.ODD, both, strict=True) if odd and has]
+    clean = [float(c) for c, odd, has in zip(cos_N, Noise.ODD, both, strict=True) if not odd and has]
+    wins = [(a < b) + 0.5 * (a == b) for a in noise for b in clean]
+    assert noise and clean
+    return sum(wins) / len(wins)
+
+
+def test_an_audit_says_how_well_the_conflict_tells_noise() -> None:
+    cos_N = samples()[-1]
+    _, (first,) = audited()
+    assert first["harmony/auc"] == pytest.approx(auc(cos_N), abs=1e-6)
+    assert 0 < auc(cos_N) < 1
+
+
+def test_its_control_is_audited_by_what_it_goes_by() -> None:
+    callback, (first,) = audited(sham="permute")
+    assert callback.sham is not None and callback.sham.calls == 1
+    assert first["harmony/auc"] != pytest.approx(auc(samples()[-1]), abs=1e-6)
+
+
+def test_the_audit_of_the_tenth_stays_and_outlives_a_restart() -> None:
+    callback, steps = audited(20)
+    tenths = [step.get("harmony/auc_tenth") for step in steps]
+    assert tenths[:2] == [None, None] and tenths[2:] == [pytest.approx(steps[2]["harmony/auc"])] * 18
+    again = HarmonizeFeatures(Realign(), audit="odd")
+    again.load_state_dict({**callback.state_dict(), "rule": again.state_dict()["rule"]})
+    assert again.state_dict()["auc_tenth"] == pytest.approx(tenths[-1])
+
+
+def _on_a_rank(rank: int) -> tuple[dict[str, dict[str, Tensor]], float]:
     curriculum = Curriculum(start=-0.2, end=-0.2, warmup=0)
-    return {
+    gradients = {
         **{name: fitted(HarmonizeFeatures(rule()), devices=2).gradients for name, rule in RULES.items()},
         "kept": fitted(HarmonizeFeatures(Realign(), curriculum), devices=2).gradients,
     }
+    return gradients, audited(devices=2)[1][0]["harmony/auc"]
 
 
 @pytest.mark.ddp
 def test_two_ranks_equal_the_loop() -> None:
-    for found in run_ranks(2, _on_a_rank):
+    for found, found_auc in run_ranks(2, _on_a_rank):
         for name, rule in RULES.items():
             assert largest_gap(found[name], loop(rule())) < 1e-10, name
         assert largest_gap(found["kept"], loop(Realign(), -0.2)) < 1e-10
+        assert found_auc == pytest.approx(auc(samples()[-1]), abs=1e-6)
 
 
 class Unforked(ToyRecipe):
