@@ -26,6 +26,7 @@ from descant.modules.losses.ranks import world
 from descant.modules.mixing import Rule
 from descant.modules.protocols import HasObjective
 from descant.modules.random import global_seed, mix
+from descant.modules.sham import Sham
 from descant.modules.step import Step
 from descant.modules.trainer import log_interval
 
@@ -48,6 +49,7 @@ class Harmonize(L.Callback):
         every: optimizer steps from one look at the gradients to the next; the mix stays between them.
         window: whose gradients are looked at: each micro-batch's own, or with ``step`` those of all micro-batches of
             the optimizer step together, as of one large batch; K gradients are kept for it.
+        sham: ``permute`` hands the rule's mix on: each term has what was found for the one before it.
 
     Raises:
         ValueError: for a number below 1, or of steps between looks of a rule that does not look; at setup, for a recipe
@@ -58,13 +60,19 @@ class Harmonize(L.Callback):
     #: Said twice (by an experiment and an overlay), the last one counts.
     once = True
 
-    def __init__(self, rule: Rule, every: int = 1, window: Literal["micro", "step"] = "micro") -> None:
+    def __init__(
+        self,
+        rule: Rule,
+        every: int = 1,
+        window: Literal["micro", "step"] = "micro",
+        sham: Literal["permute"] | None = None,
+    ) -> None:
         super().__init__()
         if every < 1:
             raise ValueError(f"Harmonize: every {every}: 1 is the least")
         if every > 1 and not rule.reads_gradients:
             raise ValueError(f"Harmonize: every {every}: {type(rule).__name__} looks at no gradient; leave it out")
-        self.rule, self.every, self.window = rule, every, window
+        self.rule, self.every, self.window, self.sham = rule, every, window, Sham(sham)
         self.names: tuple[str, ...] = ()
         self.mix_K: Tensor | None = None
         self.looks = self.conflicts = self.fallbacks = 0
@@ -157,6 +165,9 @@ class Harmonize(L.Callback):
         if finite:
             draw = mix(global_seed(), "harmony", trainer.global_step)
             self.mix_K = self.rule.mix(gram_KK[None] if read else gram_KK, value_K, draw)[0]
+            self.sham.calls += 1
+            if self.sham.mode is not None:
+                self.mix_K = self.mix_K.roll(1)
         else:
             self.fallbacks += 1
         if read and finite:

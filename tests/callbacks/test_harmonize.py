@@ -239,12 +239,12 @@ def test_what_is_planted_is_mixed_as_the_formula_says() -> None:
         def shared_parameters(self) -> Any:
             return [self.heads["a"].bias]
 
-    def step(rule: Rule | None) -> Tensor:
+    def step(rule: Rule | None, **options: Any) -> Tensor:
         keep, recipe = KeepBias(), Planted(harmonize=False).double()
         recipe.requires_grad_(False)
         recipe.heads["a"].bias.requires_grad_()
         recipe.step.mix = {}
-        callbacks: list[Any] = [keep] if rule is None else [Harmonize(rule), keep]
+        callbacks: list[Any] = [keep] if rule is None else [Harmonize(rule, **options), keep]
         trainer = L.Trainer(max_steps=1, callbacks=callbacks, **QUIET)
         trainer.fit(recipe, datamodule=ToyData(torch.float64))
         return keep.grad
@@ -252,6 +252,8 @@ def test_what_is_planted_is_mixed_as_the_formula_says() -> None:
     assert step(None).tolist() == [0.0, 1.0]
     # g_a = (1, 0), g_b = (-1, 1): g_a loses half of g_b, and g_b all of g_a
     assert step(PCGrad()).tolist() == pytest.approx([0.5, 1.5])
+    # its control: 2 g_a + 3/2 g_b the other way round
+    assert step(PCGrad(), sham="permute").tolist() == pytest.approx([-0.5, 2.0])
     assert step(Realign()).tolist() == pytest.approx([0.5, 1.5])
     # the nearest point to 0 of the segment, (1/5, 2/5), times 2
     assert step(MGDA()).tolist() == pytest.approx([0.4, 0.8])
