@@ -35,8 +35,10 @@ _KEYS = {
         "secondary",
         "calls",
     ),
-    *("seeds", "budget", "status", "baseline_tuning"),
+    *("seeds", "budget", "status", "baseline_tuning", "alone"),
 }
+#: What only says how a claim is shown.
+_LOOKS = ("alone",)
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,8 @@ class Claim:
     """One claim. ``digest`` is of what its file says, and all configurations that its runs are made of.
 
     ``before``: what is trained once a seed, that all arms of the seed begin from; an experiment, and what it adds.
+    ``alone``: arms that are shown by what conditions ask of them and nothing else, since what they call the mean, say,
+    is not what the others call so.
     """
 
     name: str
@@ -130,6 +134,7 @@ class Claim:
     status: str
     baseline_tuning: str | None
     digest: str
+    alone: tuple[str, ...] = ()
 
     def metrics(self) -> list[str]:
         """All metrics that it looks at, the first one first."""
@@ -253,7 +258,17 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
         status=status,
         baseline_tuning=content.get("baseline_tuning"),
         digest=_digest([file, *files]),
+        alone=_alone(where, content, arms),
     )
+
+
+def _alone(where: str, content: Mapping[str, Any], arms: Iterable[str]) -> tuple[str, ...]:
+    alone = tuple(content.get("alone") or ())
+    for name in alone:
+        if name in ARMS or name not in arms:
+            others = [arm for arm in arms if arm not in ARMS]
+            fail(f"{where}: alone: no arm {name!r} beside {', '.join(ARMS)}{hint(name, others)}")
+    return alone
 
 
 def _arm(where: str, content: Mapping[str, Any]) -> Arm:
@@ -331,4 +346,5 @@ def _placed(value: Any, folder: str) -> Any:
 def _digest(files: Iterable[Path]) -> str:
     """SHA-256 of what the YAML files say, in their order; the first 16 digits. Comments and layout say nothing."""
     said = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in files]
+    said[0] = {key: value for key, value in said[0].items() if key not in _LOOKS}
     return hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()[:16]

@@ -13,6 +13,9 @@ from descant.claims.judge import Judgement, Runs, column, judge
 from descant.claims.spec import BEFORE, Claim
 from descant.runs import write_text
 
+#: Arms that a table has as columns, and whose names stand side by side.
+MOST_COLUMNS = 8
+
 _HEAD = """\
 # Claims
 
@@ -64,18 +67,15 @@ def _part(claim: Claim, found: Judgement, stored: Mapping[str, Any], figure: str
         f"{claim.title} ({claim.source})\n",
         f"![{claim.metric.name} of each seed]({figure})\n",
     ]
-    lines.append("| metric | " + " | ".join(runs) + " |\n|---|" + "---|" * len(runs))
-    for metric in claim.metrics():
-        cells = []
-        for arm in runs:
-            values = [found[metric] for found in runs[arm].values() if metric in found]
-            if len(values) < len(runs[arm]):
-                cells.append("")
-                continue
-            mean = math.fsum(values) / len(values)
-            spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1))
-            cells.append(f"{mean:.3f} ± {spread:.3f}")
-        lines.append(f"| {metric} | " + " | ".join(cells) + " |")
+    cells = {arm: {metric: _cell(runs[arm], metric) for metric in _asked(claim, arm)} for arm in runs}
+    if len(runs) > MOST_COLUMNS:  # a row an arm, then
+        metrics = claim.metrics()
+        lines.append("| arm | " + " | ".join(metrics) + " |\n|---|" + "---|" * len(metrics))
+        lines += [f"| {arm} | " + " | ".join(found.get(m, "") for m in metrics) + " |" for arm, found in cells.items()]
+    else:
+        lines.append("| metric | " + " | ".join(runs) + " |\n|---|" + "---|" * len(runs))
+        for metric in claim.metrics():
+            lines.append(f"| {metric} | " + " | ".join(cells[arm].get(metric, "") for arm in runs) + " |")
     spent = max(found[claim.equal] for found in runs["method"].values())
     lines.append(
         f"\nMean and standard deviation over seeds {', '.join(map(str, sorted(runs['method'])))}; "
@@ -93,10 +93,23 @@ def _part(claim: Claim, found: Judgement, stored: Mapping[str, Any], figure: str
     return "\n".join(lines) + "\n"
 
 
+def _asked(claim: Claim, arm: str) -> list[str]:
+    return claim.needed(arm) if arm in claim.alone else claim.metrics()
+
+
+def _cell(found: Mapping[int, Mapping[str, float]], metric: str) -> str:
+    values = [of[metric] for of in found.values() if metric in of]
+    if len(values) < len(found):
+        return ""
+    mean = math.fsum(values) / len(values)
+    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1))
+    return f"{mean:.3f} ± {spread:.3f}"
+
+
 def svg(claim: Claim, runs: Runs) -> str:
     """Arms side by side, a point a seed; the points of one seed are joined, since they are paired. 640 x 300 pixels."""
     name = claim.metric.name
-    arms = [arm for arm in runs if arm != BEFORE and all(name in found for found in runs[arm].values())]
+    arms = [a for a in runs if a != BEFORE and name in _asked(claim, a) and all(name in m for m in runs[a].values())]
     seeds = sorted(runs[arms[0]])
     values = {arm: dict(zip(seeds, column(claim, runs, arm, name, seeds), strict=True)) for arm in arms}
     every = [v for of in values.values() for v in of.values()]
@@ -125,13 +138,17 @@ def svg(claim: Claim, runs: Runs) -> str:
     for n, arm in enumerate(arms):
         mean = math.fsum(values[arm].values()) / len(seeds)
         color = {"baseline": "#6b7280", "method": "#1d5fbf", "sham": "#b4541e"}.get(arm, "#3f7d3a")
-        parts.append(f'<path d="M{x(n) - 22:.1f} {y(mean):.1f}h44" stroke="{color}" stroke-width="2"/>')
+        half = min(22.0, 0.4 * (right - left) / len(arms))
+        parts.append(f'<path d="M{x(n) - half:.1f} {y(mean):.1f}h{2 * half:g}" stroke="{color}" stroke-width="2"/>')
         parts += [
             f'<circle cx="{x(n):.1f}" cy="{y(v):.1f}" r="4" fill="{color}" fill-opacity="0.75">'
             f"<title>{escape(arm)}, seed {seed}: {v:.4g}</title></circle>"
             for seed, v in values[arm].items()
         ]
-        parts.append(f'<text x="{x(n):.1f}" y="{bottom + 22}" text-anchor="middle" fill="#222">{escape(arm)}</text>')
+        place = f'x="{x(n):.1f}" y="{bottom + 22}" text-anchor="middle"'
+        if len(arms) > MOST_COLUMNS:  # names would run into each other
+            place = f'transform="translate({x(n) + 8:.1f} {bottom + 14}) rotate(-35)" text-anchor="end" font-size="10"'
+        parts.append(f'<text {place} fill="#222">{escape(arm)}</text>')
     parts.append(
         f'<text x="{right}" y="290" text-anchor="end" fill="#555">a point a seed; the bar is their mean</text>'
     )

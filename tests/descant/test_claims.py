@@ -155,6 +155,14 @@ def test_an_arm_beside_the_three_is_asked_for_what_a_condition_reads_of_it(made:
     assert judge(claim, runs).verdict == PASSED
     figure = table.svg(claim, runs)
     assert ">method<" in figure and "alone" not in figure  # it has no point of this metric
+    for metrics in runs["alone"].values():
+        metrics["test/gap"] = 7.0
+    assert "alone" in table.svg(claim, runs)
+    shown = made(arms=arms, also=[of_its_own], alone=["alone"])
+    assert "alone" not in table.svg(shown, runs), "what it calls so is something else"
+    assert shown.digest == claim.digest, "how it is shown changes no run"
+    with pytest.raises(Refusal, match="alone: no arm 'alon' beside baseline, method, sham; nearest: alone"):
+        made(arms=arms, alone=["alon"])
 
 
 def test_arms_of_other_budgets_are_not_compared(made: Callable[..., Claim]) -> None:
