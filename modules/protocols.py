@@ -107,6 +107,22 @@ class Unimodal(Protocol):
 
 
 @runtime_checkable
+class Contends(Protocol):
+    """Modalities that contend for one decision, which it tells its step of (``step.decided``) in every forward.
+
+    ``shares(z, present)``: modality -> its part of the logits ``[B, C]``; they add up to what is decided by.
+    ``of_modality(m)``: the parameters that are of this modality alone.
+    """
+
+    step: Step
+    modalities: tuple[str, ...]
+
+    def shares(self, z: dict[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]: ...
+
+    def of_modality(self, modality: str, /) -> Iterable[nn.Parameter]: ...
+
+
+@runtime_checkable
 class Scores(Protocol):
     """``scores(batch)``: name -> one number a sample that says how well it went, such as accuracy (1 or 0) or a loss.
 

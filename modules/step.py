@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,17 @@ from descant.modules.objective import Objective, Term
 
 #: ``rule(g_KBD, names) -> g_BD``: what a feature-level harmonizer does with the per-sample gradients of K terms.
 ForkRule = Callable[[Tensor, tuple[str, ...]], Tensor]
+
+
+class Decided(NamedTuple):
+    """What a classifier decided of in a forward: latents ``[B, D]`` and presence ``[B]`` by modality, and labels.
+
+    ``label_B``: int64, below 0 where there is none.
+    """
+
+    z: Mapping[str, Tensor]
+    present: Mapping[str, Tensor]
+    label_B: Tensor
 
 
 @dataclass
@@ -40,6 +52,7 @@ class Step:
             name -> ``[N]``, read at backward time, which scales the gradients of a term's rows and not its value.
         probing: while a callback differentiates terms one by one, forks pass gradients through untouched.
         objective: the last objective, for callbacks between forward and backward.
+        decided: what a classifier was asked in the last forward, for those who weigh its modalities.
         raises: at once for a term that is not finite. If not, all gradients of the step become nan, so that whoever
             looks at them knows on every rank, and ``faults`` holds name -> (value, ids of the samples it began in).
     """
@@ -55,6 +68,7 @@ class Step:
     keep: dict[str, Tensor] = field(default_factory=dict)
     probing: bool = False
     objective: Objective | None = None
+    decided: Decided | None = None
     raises: bool = True
     faults: dict[str, tuple[float, list[int]]] = field(default_factory=dict)
 

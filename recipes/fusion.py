@@ -29,6 +29,7 @@ from descant.modules.fusion import Fuse, LateFusion, class_labels, cross_entropy
 from descant.modules.heads import Pool, Pools
 from descant.modules.losses.contrastive import promote
 from descant.modules.objective import Term
+from descant.modules.step import Decided
 from descant.modules.towers import Towers
 from descant.recipes.space import SharedSpace
 
@@ -99,6 +100,12 @@ class Fusion(SharedSpace):
             return {m: promote(self.own[m](z_BD)) for m, z_BD in z.items()}
         return {m: self.fuse(z, only(present, m)) for m in z}
 
+    def shares(self, z: dict[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Modality -> its part of ``logits_BC``, by Shapley; what is said of no modality is shared alike."""
+        z, present = self.fusion.checked(z, present)
+        nobody_BC = self.fuse(z, only(present)) / len(z)
+        return {m: promote(part_BC) + nobody_BC for m, part_BC in self.fusion.parts(z, present).items()}
+
     # training -------------------------------------------------------------------------------------------------
 
     @property
@@ -112,8 +119,9 @@ class Fusion(SharedSpace):
         return (p for part in parts for p in part.parameters() if p.requires_grad)
 
     def terms(self, batch: Batch) -> dict[str, Term]:
-        label_B = self.labels(batch)
-        copies = {m: self.step.fork(z_BD, self.forks[m]) for m, z_BD in self.latents(batch).items()}
+        label_B, z = self.labels(batch), self.latents(batch)
+        self.step.decided = Decided(z, batch.present, label_B)
+        copies = {m: self.step.fork(z_BD, self.forks[m]) for m, z_BD in z.items()}
         fused_BC = self.fuse({m: copy[FUSED] for m, copy in copies.items()}, batch.present)
         terms = {FUSED: self.term(fused_BC, label_B, self.some(batch.present), self.some(batch.step))}
         if self.own:

@@ -41,7 +41,7 @@ from descant.recipes.space import SharedSpace
 
 #: Methods that are this recipe's where they are the inner one's: those that take a batch, and those that take latents.
 OF_BATCHES = ("embed", "scores", "latents", "present_features", "reconstruct", "generate")
-OF_LATENTS = ("fuse", "unimodal")
+OF_LATENTS = ("fuse", "unimodal", "shares")
 
 
 class MissingModality(Recipe):
@@ -111,7 +111,7 @@ class MissingModality(Recipe):
             for name in names:
                 if hasattr(inner, name):
                     setattr(self, name, partial(method, name))
-        for name in ("forks", "joint_embedding"):
+        for name in ("forks", "joint_embedding", "of_modality"):
             if hasattr(inner, name):
                 setattr(self, name, getattr(inner, name))
         self._learns = False

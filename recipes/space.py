@@ -8,6 +8,7 @@ Letters: B samples, R of them seen by a tower, T tokens, D width.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -40,6 +41,10 @@ class SharedSpace(Recipe):
             {m: pool.of(m) if isinstance(pool, Pools) else copy.deepcopy(pool or MeanPool()) for m in towers}
         )
         self.heads = nn.ModuleDict({m: Projection(towers.width(m), width) for m in towers})
+
+    def of_modality(self, modality: str) -> Iterator[nn.Parameter]:
+        """The parameters that are of this modality alone."""
+        return (p for part in (self.towers, self.pools, self.heads) for p in part[modality].parameters())
 
     def features(self, x: Tensor, modality: str) -> Tensor:
         """``[B, ...] -> h_BD``: tower and pool."""

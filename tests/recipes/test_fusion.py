@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.modules.batch import Batch
 from descant.modules.fusion import AttentionFusion, Fuse, LateFusion, MidFusion, cross_entropy
-from descant.modules.protocols import Embeds, Forks, Fuses, HasObjective, HasTowers, Scores, Unimodal
+from descant.modules.protocols import Contends, Embeds, Forks, Fuses, HasObjective, HasTowers, Scores, Unimodal
 from descant.modules.towers import Tokens, Tower, Towers
 from descant.recipes import Fusion
 from tests.ranks import run_ranks
@@ -183,6 +183,22 @@ def test_unimodal_is_the_own_head_or_the_fusion_of_one(kind: str) -> None:
     )
 
 
+@every
+def test_shares_add_up_to_what_is_decided_by(kind: str) -> None:
+    model, b = recipe(kind), batch()
+    z = model.latents(b)
+    shares, f = model.shares(z, b.present), model.fuse(z, b.present)
+    torch.testing.assert_close(sum(shares.values()), f)
+    if isinstance(model.fusion, LateFusion):
+        for m, share_BC in shares.items():
+            own_BC = torch.where(b.present[m][:, None], model.fusion.maps[m](z[m]), 0.0)
+            torch.testing.assert_close(share_BC, own_BC + model.fusion.bias_C / 2)
+    terms = model.terms(b)
+    decided = model.step.decided
+    assert decided is not None and terms and torch.equal(decided.label_B, b.targets["kind"])
+    assert all(torch.equal(decided.z[m], z[m]) for m in WIDTHS) and decided.present is b.present
+
+
 def test_scores_and_embeddings() -> None:
     model, b = recipe("mid").eval(), batch()
     logits_BC, label = model.fuse(model.latents(b), b.present), b.targets["kind"]
@@ -206,7 +222,7 @@ def test_scores_and_embeddings() -> None:
 
 
 def test_protocols() -> None:
-    for protocol in (HasObjective, HasTowers, Embeds, Forks, Fuses, Unimodal, Scores):
+    for protocol in (HasObjective, HasTowers, Embeds, Forks, Fuses, Unimodal, Scores, Contends):
         assert isinstance(recipe(), protocol)
 
 

@@ -1,0 +1,146 @@
+"""Voices that drown the others are held back: the gradients of each modality's tower, paced by how well it does alone.
+
+Letters: B samples, C classes, M modalities.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from descant.callbacks.harmonize import Harmonize, total_of_ranks
+from descant.modules.pacing import Pacing
+from descant.modules.protocols import Contends
+from descant.modules.random import global_seed, mix
+from descant.modules.sham import Sham
+from descant.modules.trainer import log_interval
+
+
+class Balance(L.Callback):
+    """Scale the gradients of each modality's own parameters, once an optimizer step.
+
+        g_m <- factor_m g_m,    factor = pacing(s),    s_m = mean over the step's samples of score(share_m, label)
+
+    with the shares that modalities have of the logits (Shapley values; together with what nobody says, shared alike,
+    they add up to the logits), of all ranks and micro-batches. Gradients are scaled when they are whole, so nothing
+    compounds over micro-batches; then they are clipped. In a step in which a modality has no labelled sample, or a
+    score is not finite, all learn as they would, and it is counted.
+
+    It logs ``balance/score/{modality}``, ``balance/factor/{modality}`` and ``balance/fallbacks``.
+
+    Args:
+        pacing: from scores to factors.
+        noise: to each matrix add normal noise of its own gradient's deviation (OGM-GE), alike on all ranks.
+        until: share of the run after which all learn as they would.
+        sham: ``permute`` hands the factors on: each modality has that of the one before it.
+
+    Raises:
+        ValueError: for a share that is none; at setup, for a recipe without the protocol Contends, fewer than two
+            modalities, one without trained parameters of its own, or Harmonize behind it; in training, for noise where
+            parameters are split over ranks.
+    """
+
+    #: Said twice (by an experiment and an overlay), the last one counts.
+    once = True
+
+    def __init__(
+        self, pacing: Pacing, noise: bool = False, until: float = 1.0, sham: Literal["permute"] | None = None
+    ) -> None:
+        super().__init__()
+        if not 0 < until <= 1:
+            raise ValueError(f"Balance: until {until:g}: a share of the run, above 0 and at most 1")
+        self.pacing, self.noise, self.until, self.sham = pacing, noise, until, Sham(sham)
+        self.fallbacks = 0
+        self._modalities: tuple[str, ...] = ()
+        self._sums_2M: Tensor | None = None  # of the micro-batches of this step so far: scores, and samples
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"fallbacks": self.fallbacks, "pacing": self.pacing.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.fallbacks = int(state_dict["fallbacks"])
+        self.pacing.load_state_dict(state_dict["pacing"])
+
+    # the hooks -------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        name = type(pl_module).__name__
+        if not isinstance(pl_module, Contends):
+            raise ValueError(f"Balance needs the protocol Contends (step, shares, of_modality); {name} lacks it")
+        self._modalities = tuple(pl_module.modalities)
+        if len(self._modalities) < 2:
+            raise ValueError(f"Balance: {name} has one modality, {self._modalities[0]}: there is nothing to balance")
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        behind = callbacks[callbacks.index(self) + 1 :] if self in callbacks else []
+        if any(isinstance(other, Harmonize) for other in behind):
+            raise ValueError("Balance: Harmonize comes behind it and would undo it; name Harmonize first")
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, Contends)
+        seen: dict[nn.Parameter, str] = {}
+        for m in self._modalities:
+            own = [p for p in pl_module.of_modality(m) if p.requires_grad]
+            if not own:
+                raise ValueError(f"Balance: nothing of {m} is trained, so nothing of it can be held back")
+            twice = next((seen[p] for p in own if p in seen), None)
+            if twice is not None:
+                raise ValueError(f"Balance: {m} and {twice} share parameters, which cannot have two factors")
+            seen.update(dict.fromkeys(own, m))
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        assert isinstance(pl_module, Contends)
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        decided = pl_module.step.decided
+        assert decided is not None, f"{type(pl_module).__name__} told its step of no decision"
+        sums = []
+        with torch.no_grad():
+            shares = pl_module.shares({m: z.detach() for m, z in decided.z.items()}, decided.present)
+            for m in self._modalities:
+                valid_B = decided.present[m] & (decided.label_B >= 0)
+                score_B = self.pacing.score(shares[m], decided.label_B.clamp(min=0)).double()
+                sums.append(torch.stack([torch.where(valid_B, score_B, 0.0).sum(), valid_B.sum().double()]))
+        sums_2M = torch.stack(sums, dim=1)
+        self._sums_2M = sums_2M if self._sums_2M is None else self._sums_2M + sums_2M
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        assert isinstance(pl_module, Contends)
+        assert self._sums_2M is not None
+        (sum_M, count_M), self._sums_2M = total_of_ranks(self._sums_2M), None
+        if trainer.global_step >= self.until * trainer.estimated_stepping_batches:
+            return
+        score_M = sum_M / count_M
+        if not score_M.isfinite().all():
+            self.fallbacks += 1
+            return
+        factor_M = self.pacing.pace(score_M)
+        self.sham.calls += 1
+        if self.sham.mode is not None:
+            factor_M = factor_M.roll(1)
+        for m, factor in zip(self._modalities, factor_M.tolist(), strict=True):
+            for n, p in enumerate(pl_module.of_modality(m)):
+                if p.grad is not None:
+                    self._scale(p.grad, factor, mix(global_seed(), "balance", trainer.global_step, m, n))
+        if (trainer.global_step + 1) % log_interval(trainer) == 0:
+            values = {f"balance/score/{m}": s for m, s in zip(self._modalities, score_M, strict=True)}
+            values |= {f"balance/factor/{m}": k for m, k in zip(self._modalities, factor_M, strict=True)}
+            values["balance/fallbacks"] = torch.tensor(float(self.fallbacks))
+            pl_module.log_dict({name: value.float() for name, value in values.items()}, batch_size=1)
+
+    def _scale(self, grad: Tensor, factor: float, draw: int) -> None:
+        if not self.noise or grad.ndim < 2 or grad.numel() < 2:
+            grad.mul_(factor)
+            return
+        if isinstance(grad, DTensor):
+            raise ValueError("Balance: noise where parameters are split over ranks would not be the same; noise false")
+        # drawn on the CPU, so that it is the same on every device
+        generator = torch.Generator().manual_seed(draw)
+        noise = torch.randn(grad.shape, generator=generator, dtype=torch.float32).to(grad)
+        deviation = grad.std()
+        grad.mul_(factor).add_(noise * deviation)
