@@ -6,6 +6,7 @@ Claim: towers trained together tell classes apart that no modality tells apart a
     logits = fusion({z_m})                               late, mid or attention fusion
     loss   = cross_entropy(logits, label)                "fused"
            + sum over m: cross_entropy(own_m(z_m), label)  named by the modality, where asked for
+           + what regularizers add
 
 The fusion gets z as it is; judges of embeddings get it at unit length. A loss is divided by the rows of the whole
 optimizer step that have a modality (for an own head: that one), with or without a label: presence is known beforehand
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 
 from descant.modules.batch import Batch
 from descant.modules.fusion import Fuse, LateFusion, class_labels, cross_entropy, only, require_classes
+from descant.modules.games import Asked, Regularizer
 from descant.modules.heads import Pool, Pools
 from descant.modules.losses.contrastive import promote
 from descant.modules.objective import Term
@@ -48,6 +50,7 @@ class Fusion(SharedSpace):
         fusion: of the latents; LateFusion where not given.
         unimodal: also a linear head and a cross-entropy for each modality alone.
         smoothing: of the labels in training: the share that all classes have alike.
+        regularizers: more terms, of the latents and what is decided by them.
 
     Raises:
         ValueError: for a smoothing outside [0, 1); at setup, if the data has another number of classes; in training,
@@ -64,14 +67,18 @@ class Fusion(SharedSpace):
         fusion: Fuse | None = None,
         unimodal: bool = False,
         smoothing: float = 0.0,
+        regularizers: list[Regularizer] | None = None,
         **kwargs: object,
     ) -> None:
+        self.in_batch_negatives = any(part.in_batch_negatives for part in regularizers or ())
         super().__init__(towers, width, pool, **kwargs)
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing {smoothing}: at least 0 and below 1, such as 0.1")
         self.target, self.classes, self.smoothing = target, classes, smoothing
         self.fusion = (fusion or LateFusion()).build(dict.fromkeys(towers, width), classes)
         self.own = nn.ModuleDict({m: nn.Linear(width, classes) for m in towers} if unimodal else {})
+        widths = dict.fromkeys(towers, width)
+        self.regularizers = nn.ModuleList(part.build(widths, classes) for part in regularizers or ())
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -127,7 +134,14 @@ class Fusion(SharedSpace):
         if self.own:
             own = self.unimodal({m: copy[m] for m, copy in copies.items()}, batch.present)
             terms |= {m: self.term(own[m], label_B, batch.present[m], batch.step[m]) for m in own}
+        asked = Asked(self.step.decided, fused_BC, self.fuse, batch, self.rows(batch))
+        for regularizer in self.regularizers:
+            terms |= regularizer(asked)
         return terms
+
+    def rows(self, batch: Batch) -> Tensor:
+        """How many samples of the whole step have a modality which this recipe has a tower for."""
+        return self.some(batch.step).sum().clamp(min=1)
 
     def term(self, logits_BC: Tensor, label_B: Tensor, here_B: Tensor, step_G: Tensor) -> Term:
         """Of the rows that are here and have a label, over those that are there in the whole step."""
