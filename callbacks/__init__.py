@@ -1,6 +1,7 @@
 """The callbacks: they know the protocols of :mod:`descant.modules.protocols`, and never a recipe."""
 
 from descant.callbacks.accuracy import Accuracy as Accuracy
+from descant.callbacks.balance import Balance as Balance
 from descant.callbacks.captions import CaptionStatistics as CaptionStatistics
 from descant.callbacks.ema import EMA as EMA
 from descant.callbacks.emergent import EmergentRetrieval as EmergentRetrieval
@@ -12,6 +13,7 @@ from descant.callbacks.evaluate import Retrieval as Retrieval
 from descant.callbacks.evaluate import ZeroShot as ZeroShot
 from descant.callbacks.harmonize import Harmonize as Harmonize
 from descant.callbacks.harmonize_features import HarmonizeFeatures as HarmonizeFeatures
+from descant.callbacks.harmonize_towers import HarmonizeTowers as HarmonizeTowers
 from descant.callbacks.inversion import IntraModal as IntraModal
 from descant.callbacks.inversion import Inversion as Inversion
 from descant.callbacks.lean import LeanCheckpoint as LeanCheckpoint

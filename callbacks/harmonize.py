@@ -249,8 +249,10 @@ def _cosines(gram_KK: Tensor) -> Tensor:
     return gram_KK[i_Q, j_Q] / norm_K[i_Q] / norm_K[j_Q]
 
 
-def gradients(step: Step, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+def gradients(step: Step, parameters: Sequence[nn.Parameter], names: Sequence[str] | None = None) -> list[Tensor]:
     """``[K, ...]`` a parameter: the gradient of each term of the step's objective, on this rank, unmixed.
+
+    Of all terms where no names are given.
 
     The graph stays, and forks pass gradients through untouched meanwhile. Zeros where a term does not reach.
     """
@@ -259,7 +261,7 @@ def gradients(step: Step, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     try:
         each = [
             torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-            for term in step.objective.terms.values()
+            for term in (step.objective.terms[name] for name in names or step.objective.terms)
         ]
     finally:
         step.probing = False

@@ -17,6 +17,8 @@ from descant.modules import harmony
 
 #: Values below it are taken for it, where they divide.
 LEAST = 1e-12
+#: Of two gradients whose cosine is nearer to -1 nothing but rounding is left.
+OPPOSITE = 1e-10
 
 
 class Rule:
@@ -33,6 +35,8 @@ class Rule:
     reads_gradients = True
     #: Whether each sample of a feature may have a mix of its own.
     per_sample = False
+    #: Whether a mix hangs on those before it.
+    remembers = False
 
     def __init__(self) -> None:
         self.state: dict[str, Tensor] = {}
@@ -124,6 +128,8 @@ class GradVac(Rule):
     """
 
     per_sample = True
+
+    remembers = True
 
     def __init__(self, beta: float = 0.01) -> None:
         super().__init__()
@@ -229,6 +235,41 @@ class AlignedMTL(Solved):
         return harmony.aligned(c_BKK, d_BK)
 
 
+class Pareto(Solved):
+    """Two terms that conflict take the shortest step that is good for both, made as long as their sum would be:
+
+        h = g_a + g_b where <g_a, g_b> >= 0, else 2 (w g_a + (1 - w) g_b) of the least length, then times
+        max(1, |g_a + g_b| / |h|);        and either way times gamma
+
+    Of gradients that point exactly against each other h is what rounding left: there the step is zero. Meant for the
+    joint and the own loss of one modality, tower by tower (HarmonizeTowers). Source: Wei 2024, arXiv 2405.17730
+    (MMPareto).
+
+    >>> conflict = torch.tensor([[4.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
+    >>> mix = Pareto(gamma=1).mix(conflict[None], torch.ones(2), 0)[0]  # (4/7, 10/7), and sqrt 7/4 times as long
+    >>> [round(k, 4) for k in mix.tolist()]
+    [0.7559, 1.8898]
+    """
+
+    def __init__(self, gamma: float = 1.5) -> None:
+        super().__init__()
+        if not gamma > 0:
+            raise ValueError(f"Pareto: gamma {gamma:g}: above 0, such as 1.5")
+        self.gamma = gamma
+
+    def solve(self, c_BKK: Tensor, d_BK: Tensor) -> Tensor:
+        if d_BK.shape[1] > 2:
+            raise ValueError(f"Pareto: {d_BK.shape[1]} terms; it is for two, a joint loss and a modality's own")
+        if d_BK.shape[1] < 2:
+            return self.gamma * d_BK  # one of them is zero
+        cos_B1 = c_BKK[:, 0, 1:]
+        h_BK = harmony.min_norm(c_BKK, d_BK)
+        length = [torch.einsum("bk,bkl,bl->b", a_BK, c_BKK, a_BK).clamp(min=0).sqrt()[:, None] for a_BK in (h_BK, d_BK)]
+        longer_B1 = (length[1] / length[0].clamp(min=torch.finfo(d_BK.dtype).tiny)).clamp(min=1)
+        h_BK = torch.where(1 + cos_B1 < OPPOSITE, 0.0, h_BK * longer_B1)
+        return self.gamma * torch.where(cos_B1 < 0, h_BK, d_BK)
+
+
 def _among(order: list[list[int]], live: Tensor) -> list[list[int]]:
     """The orders of those that are live, by their places among them."""
     place = {k: n for n, k in enumerate(live.nonzero()[:, 0].tolist())}
@@ -247,6 +288,8 @@ class GradNorm(Rule):
         alpha: how strongly terms that learn slowly are preferred; 0 makes all gradients equally long.
         lr: of the weights.
     """
+
+    remembers = True
 
     def __init__(self, alpha: float = 1.5, lr: float = 0.025) -> None:
         super().__init__()
@@ -290,6 +333,8 @@ class Uncertainty(Rule):
 
     reads_gradients = False
 
+    remembers = True
+
     def __init__(self, lr: float = 0.01) -> None:
         super().__init__()
         if lr < 0:
@@ -322,6 +367,8 @@ class DWA(Rule):
     """
 
     reads_gradients = False
+
+    remembers = True
 
     def __init__(self, window: int = 100, temperature: float = 2.0) -> None:
         super().__init__()
