@@ -3,6 +3,7 @@
 from descant.callbacks.accuracy import Accuracy as Accuracy
 from descant.callbacks.balance import Balance as Balance
 from descant.callbacks.captions import CaptionStatistics as CaptionStatistics
+from descant.callbacks.dropout import DropAhead as DropAhead
 from descant.callbacks.ema import EMA as EMA
 from descant.callbacks.emergent import EmergentRetrieval as EmergentRetrieval
 from descant.callbacks.evaluate import KNN as KNN
@@ -22,6 +23,7 @@ from descant.callbacks.nonfinite import NonFinite as NonFinite
 from descant.callbacks.pictures import Projector as Projector
 from descant.callbacks.pictures import RetrievalPictures as RetrievalPictures
 from descant.callbacks.progress import Progress as Progress
+from descant.callbacks.prototypes import Prototypes as Prototypes
 from descant.callbacks.readout import Readout as Readout
 from descant.callbacks.reconstruction import Reconstruction as Reconstruction
 from descant.callbacks.reconstruction import ReconstructionPictures as ReconstructionPictures

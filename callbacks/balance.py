@@ -5,6 +5,7 @@ Letters: B samples, C classes, M modalities.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning as L
@@ -20,6 +21,32 @@ from descant.modules.protocols import Contends
 from descant.modules.random import global_seed, mix
 from descant.modules.sham import Sham
 from descant.modules.trainer import log_interval
+
+
+def measured(pl_module: Contends, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Float64 ``[2, M]`` of the last forward: of each modality the sum of its samples' scores, and how many there are.
+
+    ``score(share_BC, label_B) -> [B]``.
+    """
+    decided, sums = pl_module.step.decided, []
+    assert decided is not None, f"{type(pl_module).__name__} told its step of no decision"
+    with torch.no_grad():
+        shares = pl_module.shares({m: z.detach() for m, z in decided.z.items()}, decided.present)
+        for m in pl_module.modalities:
+            valid_B = decided.present[m] & (decided.label_B >= 0)
+            score_B = score(shares[m], decided.label_B.clamp(min=0)).double()
+            sums.append(torch.stack([torch.where(valid_B, score_B, 0.0).sum(), valid_B.sum().double()]))
+    return torch.stack(sums, dim=1)
+
+
+def require_contenders(callback: str, pl_module: L.LightningModule) -> tuple[str, ...]:
+    """The modalities of a recipe that has several. Raises ValueError for any other."""
+    name = type(pl_module).__name__
+    if not isinstance(pl_module, Contends):
+        raise ValueError(f"{callback} needs the protocol Contends (step, shares, of_modality); {name} lacks it")
+    if len(pl_module.modalities) < 2:
+        raise ValueError(f"{callback}: {name} has one modality, {pl_module.modalities[0]}: there is nothing to balance")
+    return tuple(pl_module.modalities)
 
 
 class Balance(L.Callback):
@@ -70,12 +97,7 @@ class Balance(L.Callback):
     # the hooks -------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        name = type(pl_module).__name__
-        if not isinstance(pl_module, Contends):
-            raise ValueError(f"Balance needs the protocol Contends (step, shares, of_modality); {name} lacks it")
-        self._modalities = tuple(pl_module.modalities)
-        if len(self._modalities) < 2:
-            raise ValueError(f"Balance: {name} has one modality, {self._modalities[0]}: there is nothing to balance")
+        self._modalities = require_contenders("Balance", pl_module)
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         behind = callbacks[callbacks.index(self) + 1 :] if self in callbacks else []
         if any(isinstance(other, Harmonize) for other in behind):
@@ -97,16 +119,7 @@ class Balance(L.Callback):
         assert isinstance(pl_module, Contends)
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        decided = pl_module.step.decided
-        assert decided is not None, f"{type(pl_module).__name__} told its step of no decision"
-        sums = []
-        with torch.no_grad():
-            shares = pl_module.shares({m: z.detach() for m, z in decided.z.items()}, decided.present)
-            for m in self._modalities:
-                valid_B = decided.present[m] & (decided.label_B >= 0)
-                score_B = self.pacing.score(shares[m], decided.label_B.clamp(min=0)).double()
-                sums.append(torch.stack([torch.where(valid_B, score_B, 0.0).sum(), valid_B.sum().double()]))
-        sums_2M = torch.stack(sums, dim=1)
+        sums_2M = measured(pl_module, self.pacing.score)
         self._sums_2M = sums_2M if self._sums_2M is None else self._sums_2M + sums_2M
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:

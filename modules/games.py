@@ -26,12 +26,14 @@ class Asked:
     """What a regularizer may ask: what was decided of in a forward, by which logits, and what others would give.
 
     Attributes:
-        decided: latents, presence and labels. logits_BC: what was said of them.
+        decided: latents, presence and labels. heard: who the decision heard of, all where nobody is kept from it.
+        logits_BC: what was said of them.
         fuse: from latents and presence to logits.
         batch: of the samples. rows: how many of the whole step have a modality, which terms are divided by.
     """
 
     decided: Decided
+    heard: Mapping[str, Tensor]
     logits_BC: Tensor
     fuse: Callable[[dict[str, Tensor], Mapping[str, Tensor] | None], Tensor]
     batch: Batch
@@ -103,7 +105,7 @@ class Game(Regularizer):
         raise NotImplementedError
 
     def forward(self, asked: Asked) -> dict[str, Term]:
-        z, present = asked.decided.z, asked.decided.present
+        z, present = asked.decided.z, asked.heard
         several_B = torch.stack(list(present.values())).sum(dim=0) > 1
         value_B = torch.zeros_like(asked.logits_BC[:, 0])
         for i in z:

@@ -56,11 +56,16 @@ class OGM(Pacing):
     def score(self, logits_BC: Tensor, label_B: Tensor) -> Tensor:
         return logits_BC.softmax(dim=1).gather(1, label_B[:, None])[:, 0]
 
-    def pace(self, score_M: Tensor) -> Tensor:
+    @staticmethod
+    def lead(score_M: Tensor) -> Tensor:
+        """Float64 ``rho_M``."""
         score_M = score_M.double()
         others_M = (score_M.sum() - score_M) / (len(score_M) - 1)
         # over nothing it is ahead by any measure, unless it is nothing itself
-        rho_M = torch.where(others_M > 0, score_M / others_M, torch.where(score_M > 0, torch.inf, 1.0))
+        return torch.where(others_M > 0, score_M / others_M, torch.where(score_M > 0, torch.inf, 1.0))
+
+    def pace(self, score_M: Tensor) -> Tensor:
+        rho_M = self.lead(score_M)
         return torch.where(rho_M > 1, 1 - (self.alpha * rho_M).tanh(), 1.0)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -53,6 +53,8 @@ class Step:
         probing: while a callback differentiates terms one by one, forks pass gradients through untouched.
         objective: the last objective, for callbacks between forward and backward.
         decided: what a classifier was asked in the last forward, for those who weigh its modalities.
+        hears: what a callback lets a classifier's decision hear of who is present in a training batch, or None for all.
+        extras: what callbacks add to the terms of a classifier, of :class:`descant.modules.games.Asked`.
         raises: at once for a term that is not finite. If not, all gradients of the step become nan, so that whoever
             looks at them knows on every rank, and ``faults`` holds name -> (value, ids of the samples it began in).
     """
@@ -69,6 +71,8 @@ class Step:
     probing: bool = False
     objective: Objective | None = None
     decided: Decided | None = None
+    hears: Callable[[Batch], Mapping[str, Tensor]] | None = None
+    extras: list[Callable[[Any], Mapping[str, Term]]] = field(default_factory=list)
     raises: bool = True
     faults: dict[str, tuple[float, list[int]]] = field(default_factory=dict)
 

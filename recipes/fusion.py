@@ -6,7 +6,7 @@ Claim: towers trained together tell classes apart that no modality tells apart a
     logits = fusion({z_m})                               late, mid or attention fusion
     loss   = cross_entropy(logits, label)                "fused"
            + sum over m: cross_entropy(own_m(z_m), label)  named by the modality, where asked for
-           + what regularizers add
+           + what regularizers and callbacks add
 
 The fusion gets z as it is; judges of embeddings get it at unit length. A loss is divided by the rows of the whole
 optimizer step that have a modality (for an own head: that one), with or without a label: presence is known beforehand
@@ -129,14 +129,15 @@ class Fusion(SharedSpace):
         label_B, z = self.labels(batch), self.latents(batch)
         self.step.decided = Decided(z, batch.present, label_B)
         copies = {m: self.step.fork(z_BD, self.forks[m]) for m, z_BD in z.items()}
-        fused_BC = self.fuse({m: copy[FUSED] for m, copy in copies.items()}, batch.present)
+        heard = batch.present if self.step.hears is None else self.step.hears(batch)
+        fused_BC = self.fuse({m: copy[FUSED] for m, copy in copies.items()}, heard)
         terms = {FUSED: self.term(fused_BC, label_B, self.some(batch.present), self.some(batch.step))}
         if self.own:
             own = self.unimodal({m: copy[m] for m, copy in copies.items()}, batch.present)
             terms |= {m: self.term(own[m], label_B, batch.present[m], batch.step[m]) for m in own}
-        asked = Asked(self.step.decided, fused_BC, self.fuse, batch, self.rows(batch))
-        for regularizer in self.regularizers:
-            terms |= regularizer(asked)
+        asked = Asked(self.step.decided, heard, fused_BC, self.fuse, batch, self.rows(batch))
+        for more in (*self.regularizers, *self.step.extras):
+            terms |= more(asked)
         return terms
 
     def rows(self, batch: Batch) -> Tensor:

@@ -46,7 +46,8 @@ STAKES = {
 def asked(kind: str, b: Batch, z: dict[str, Tensor] | None = None) -> Asked:
     model = recipe(kind).double()
     z = model.latents(b) if z is None else z
-    return Asked(Decided(z, b.present, b.targets["kind"]), model.fuse(dict(z), b.present), model.fuse, b, model.rows(b))
+    decided, logits_BC = Decided(z, b.present, b.targets["kind"]), model.fuse(dict(z), b.present)
+    return Asked(decided, b.present, logits_BC, model.fuse, b, model.rows(b))
 
 
 def full() -> Batch:

@@ -1,0 +1,103 @@
+"""Who is ahead is not heard now and then (OPM).
+
+Letters: B samples, M modalities.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from descant.callbacks.balance import measured, require_contenders
+from descant.callbacks.harmonize import total_of_ranks
+from descant.modules.batch import Batch
+from descant.modules.pacing import OGM
+from descant.modules.protocols import Contends
+from descant.modules.random import uniform_N
+from descant.modules.sham import Sham
+from descant.modules.trainer import log_interval
+
+
+class DropAhead(L.Callback):
+    """The decision does without a modality that is ahead, sample by sample at random.
+
+        q_m = q (1 + alpha tanh(rho_m - 1)) where rho_m > 1, else 0        rho_m = s_m / mean_{n != m} s_n
+
+    with s as in :class:`descant.modules.pacing.OGM`, of the optimizer step before and all ranks. A dropped modality is
+    absent for the joint decision alone: own losses of the modalities hear it. A sample is never left without any.
+    Source: on-the-fly prediction modulation (OPM), Wei 2024, arXiv 2410.11582; the step before, and the mean over
+    several others, are our reading.
+
+    It logs ``balance/score/{modality}`` and ``balance/dropped/{modality}``, the probability.
+
+    Args:
+        q: probability of the one that is barely ahead. alpha: how it grows with the lead; q (1 + alpha) is the most.
+        sham: ``permute`` hands the probabilities on: each modality has that of the one before it.
+
+    Raises:
+        ValueError: for a probability that is none; at setup, for a recipe without the protocol Contends or with one
+            modality.
+    """
+
+    #: Said twice (by an experiment and an overlay), the last one counts.
+    once = True
+
+    def __init__(self, q: float = 0.4, alpha: float = 0.5, sham: Literal["permute"] | None = None) -> None:
+        super().__init__()
+        if not 0 <= q <= q * (1 + alpha) < 1:
+            raise ValueError(f"DropAhead: q {q:g} and alpha {alpha:g}: q (1 + alpha) is a probability, below 1")
+        self.q, self.alpha, self.sham = q, alpha, Sham(sham)
+        self.probability: dict[str, float] = {}
+        self._sums_2M: Tensor | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"probability": dict(self.probability)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.probability = dict(state_dict["probability"])
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        require_contenders("DropAhead", pl_module)
+        assert isinstance(pl_module, Contends)
+        pl_module.step.hears = self.hears if stage == "fit" else None
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if isinstance(pl_module, Contends):
+            pl_module.step.hears = None
+
+    def hears(self, batch: Batch) -> dict[str, Tensor]:
+        """Who is there for the decision: whoever is left, or all where nobody would be."""
+        left = dict(batch.present)
+        for m, q in self.probability.items():
+            if q > 0:
+                left[m] = left[m] & (uniform_N(batch.draw, "drop-ahead", m).to(left[m].device) >= q)
+        some_B = torch.stack([left[m] for m in self.probability or left]).any(dim=0)
+        return {m: torch.where(some_B, mask_B, batch.present[m]) for m, mask_B in left.items()}
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        assert isinstance(pl_module, Contends)
+        if trainer.state.fn == TrainerFn.FITTING:
+            sums_2M = measured(pl_module, OGM().score)
+            self._sums_2M = sums_2M if self._sums_2M is None else self._sums_2M + sums_2M
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        assert isinstance(pl_module, Contends) and self._sums_2M is not None
+        (sum_M, count_M), self._sums_2M = total_of_ranks(self._sums_2M), None
+        score_M, modalities = sum_M / count_M, pl_module.modalities
+        if not score_M.isfinite().all():  # a modality was nowhere: as in the step before
+            return
+        lead_M = OGM.lead(score_M)
+        q_M = torch.where(lead_M > 1, self.q * (1 + self.alpha * (lead_M - 1).tanh()), 0.0)
+        self.sham.calls += 1
+        if self.sham.mode is not None:
+            q_M = q_M.roll(1)
+        self.probability = dict(zip(modalities, q_M.tolist(), strict=True))
+        if (trainer.global_step + 1) % log_interval(trainer) == 0:
+            values = {f"balance/score/{m}": s for m, s in zip(modalities, score_M, strict=True)}
+            values |= {f"balance/dropped/{m}": q for m, q in zip(modalities, q_M, strict=True)}
+            pl_module.log_dict({name: value.float() for name, value in values.items()}, batch_size=1)
