@@ -53,19 +53,27 @@ def model(kind: str = "late", **options: Any) -> Fusion:
 Steps = list[tuple[dict[str, Tensor], dict[str, Tensor]]]
 
 
-def fitted(callback: L.Callback | None, kind: str = "late", accumulate: int = 1, world: int = 1) -> Steps:
-    """Three steps, of the same 20 samples each; some lack a modality or a label."""
-    watch = Watch()
-    callbacks: list[L.Callback] = [watch] if callback is None else [callback, watch]
+def fitted(
+    callback: L.Callback | None,
+    kind: str = "late",
+    accumulate: int = 1,
+    world: int = 1,
+    steps: int = STEPS,
+    watch: Watch | None = None,
+    data: SignData | None = None,
+    **options: Any,
+) -> Steps:
+    """Steps of the same 20 samples each; some lack a modality or a label."""
+    watch = watch or Watch()
     trainer = L.Trainer(
-        max_steps=STEPS,
+        max_steps=steps,
         devices=world,
         strategy="ddp" if world > 1 else "auto",
         accumulate_grad_batches=accumulate,
-        callbacks=callbacks,
+        callbacks=[watch] if callback is None else [callback, watch],
         **QUIET,
     )
-    trainer.fit(model(kind), datamodule=SignData(batch_size=24, whole=False))
+    trainer.fit(model(kind, **options), datamodule=data or SignData(batch_size=24, whole=False))
     return watch.steps
 
 

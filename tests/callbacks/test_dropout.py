@@ -15,6 +15,7 @@ from descant.callbacks.dropout import DropAhead
 from descant.modules.batch import Batch
 from descant.modules.random import uniform_N
 from tests.callbacks.test_balance import Steps, Watch, model, one, scores, whole
+from tests.callbacks.test_balance import fitted as balanced
 from tests.ranks import run_ranks
 from tests.recipes.test_fusion import WIDTHS, SignData, gradients
 from tests.step_toy import QUIET, largest_gap
@@ -38,16 +39,7 @@ class Draws(Watch):
 
 def fitted(callback: L.Callback, accumulate: int = 1, world: int = 1) -> tuple[Steps, list[dict[int, int]]]:
     watch = Draws()
-    trainer = L.Trainer(
-        max_steps=3,
-        devices=world,
-        strategy="ddp" if world > 1 else "auto",
-        accumulate_grad_batches=accumulate,
-        callbacks=[callback, watch],
-        **QUIET,
-    )
-    trainer.fit(model(), datamodule=SignData(batch_size=24, whole=False))
-    return watch.steps, watch.keys
+    return balanced(callback, accumulate=accumulate, world=world, watch=watch), watch.keys
 
 
 def gap(seen: tuple[Steps, list[dict[int, int]]], q: float, alpha: float, sham: bool = False) -> tuple[float, int]:

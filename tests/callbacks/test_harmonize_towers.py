@@ -22,7 +22,8 @@ from descant.modules.batch import Batch
 from descant.modules.mixing import DWA, MGDA, GradVac, Pareto, PCGrad, Rule
 from descant.modules.random import mix
 from descant.recipes import Fusion
-from tests.callbacks.test_balance import Watch, model, whole
+from tests.callbacks.test_balance import Steps, Watch, model, whole
+from tests.callbacks.test_balance import fitted as balanced
 from tests.ranks import run_ranks
 from tests.recipes.test_fusion import FUSIONS, WIDTHS, SignData, recipe
 from tests.step_toy import QUIET, largest_gap
@@ -43,24 +44,14 @@ class Rows(Watch):
         self.rows.append(batch.index[there_B].tolist())
 
 
-Seen = tuple[list[tuple[dict[str, Tensor], dict[str, Tensor]]], list[list[int]]]
+Seen = tuple[Steps, list[list[int]]]
 
 
 def fitted(
-    callback: L.Callback | None, kind: str = "late", accumulate: int = 1, world: int = 1, steps: int = 2
+    callback: L.Callback | None, kind: str = "late", accumulate: int = 1, world: int = 1, **options: Any
 ) -> Seen:
     watch = Rows()
-    callbacks: list[L.Callback] = [watch] if callback is None else [callback, watch]
-    trainer = L.Trainer(
-        max_steps=steps,
-        devices=world,
-        strategy="ddp" if world > 1 else "auto",
-        accumulate_grad_batches=accumulate,
-        callbacks=callbacks,
-        **QUIET,
-    )
-    trainer.fit(model(kind, mix=UNEVEN), datamodule=SignData(batch_size=24, whole=False))
-    return watch.steps, watch.rows
+    return balanced(callback, kind, accumulate, world, watch=watch, mix=UNEVEN, **options), watch.rows
 
 
 def own(named: dict[str, Any], m: str) -> list[str]:

@@ -14,31 +14,18 @@ from torch import Tensor
 
 from descant.callbacks.prototypes import Prototypes
 from descant.recipes import Fusion
-from tests.callbacks.test_balance import Watch, model, one, whole
+from tests.callbacks.test_balance import Steps, model, one, whole
+from tests.callbacks.test_balance import fitted as balanced
 from tests.ranks import run_ranks
 from tests.recipes.test_fusion import WIDTHS, SignData, Signs, gradients
 from tests.step_toy import QUIET, largest_gap
 
-STEPS = 5
+
+def fitted(callback: L.Callback, **options: Any) -> Steps:
+    return balanced(callback, steps=5, **options)
 
 
-def fitted(
-    callback: L.Callback, accumulate: int = 1, world: int = 1, data: SignData | None = None
-) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    watch = Watch()
-    trainer = L.Trainer(
-        max_steps=STEPS,
-        devices=world,
-        strategy="ddp" if world > 1 else "auto",
-        accumulate_grad_batches=accumulate,
-        callbacks=[callback, watch],
-        **QUIET,
-    )
-    trainer.fit(model(), datamodule=data or SignData(batch_size=24, whole=False))
-    return watch.steps
-
-
-def loop(steps: list[tuple[dict[str, Tensor], dict[str, Tensor]]], alpha: float, every: int) -> tuple[float, list[str]]:
+def loop(steps: Steps, alpha: float, every: int) -> tuple[float, list[str]]:
     """The largest gap to what the formulas give, a sample at a time; and who was pulled at in each step."""
     b, behind, largest, pulled = whole(), None, 0.0, []
     middle: dict[str, dict[int, Tensor]] = {}
@@ -85,7 +72,7 @@ def loop(steps: list[tuple[dict[str, Tensor], dict[str, Tensor]]], alpha: float,
 @pytest.mark.parametrize("every", [1, 2])
 def test_each_step_equals_the_loop(every: int) -> None:
     for accumulate in (1, 4):
-        largest, pulled = loop(fitted(Prototypes(alpha=0.6, every=every), accumulate), 0.6, every)
+        largest, pulled = loop(fitted(Prototypes(alpha=0.6, every=every), accumulate=accumulate), 0.6, every)
         assert largest < 1e-10, accumulate
         # prototypes, then scores of them, then a pull
         assert pulled[: every + 1] == ["nobody"] * (every + 1) and set(pulled[every + 1 :]) <= set(WIDTHS)
