@@ -26,6 +26,15 @@ class HasObjective(Protocol):
 
 
 @runtime_checkable
+class HasTerms(Protocol):
+    """``terms(batch)``: the loss term by term, which a :class:`Step` mixes."""
+
+    step: Step
+
+    def terms(self, batch: Batch) -> dict[str, Term]: ...
+
+
+@runtime_checkable
 class HasTowers(Protocol):
     """One module a modality, by name."""
 

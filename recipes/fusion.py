@@ -129,14 +129,15 @@ class Fusion(SharedSpace):
         label_B, z = self.labels(batch), self.latents(batch)
         self.step.decided = Decided(z, batch.present, label_B)
         copies = {m: self.step.fork(z_BD, self.forks[m]) for m, z_BD in z.items()}
-        heard = batch.present if self.step.hears is None else self.step.hears(batch)
+        callbacks = self.step.extras if self.training else []
+        heard = self.step.hears(batch) if self.step.hears and self.training else batch.present
         fused_BC = self.fuse({m: copy[FUSED] for m, copy in copies.items()}, heard)
         terms = {FUSED: self.term(fused_BC, label_B, self.some(batch.present), self.some(batch.step))}
         if self.own:
             own = self.unimodal({m: copy[m] for m, copy in copies.items()}, batch.present)
             terms |= {m: self.term(own[m], label_B, batch.present[m], batch.step[m]) for m in own}
         asked = Asked(self.step.decided, heard, fused_BC, self.fuse, batch, self.rows(batch))
-        for more in (*self.regularizers, *self.step.extras):
+        for more in (*self.regularizers, *callbacks):
             terms |= more(asked)
         return terms
 
