@@ -14,6 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import orthogonal
 
 from descant.modules.rows import running
 from descant.modules.towers.image import Block
@@ -121,6 +122,57 @@ class LateFusion(Fuse):
 
     def parts(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         return {m: self.maps[m](z_BD) for m, z_BD in self.checked(z, present)[0].items()}
+
+
+class OrthogonalFusion(Fuse):
+    """``logits_bk = bias_k + sum_m a_mk s_bmk``, with ``s_bm = V_m z_bm``, ``V_m V_m^T = 1`` and ``a > 0`` (CRMT).
+
+    What each modality says of a class (s, whose gradient at z is one unit long and orthogonal to every other class's)
+    stands apart from how much it counts (a, a number a class and modality), so that the one can be trained after the
+    other. Source: Yang 2024, arXiv 2402.06244; its code only normalises the rows of V, and lets a fall below zero.
+
+    Args:
+        weight: a, to begin with.
+
+    Raises:
+        ValueError: for a weight not above 0; when built, for more classes than a modality's latents have numbers.
+
+    >>> fusion = OrthogonalFusion().build({"image": 4, "text": 3}, classes=2)
+    >>> z = {"image": torch.randn(5, 4), "text": torch.randn(5, 3)}
+    >>> v_CD = fusion.maps["image"].weight
+    >>> torch.allclose(v_CD @ v_CD.T, torch.eye(2), atol=1e-6)
+    True
+    >>> torch.allclose(fusion(z), 0.1 * (fusion.alone(z)["image"] + fusion.alone(z)["text"]))
+    True
+    """
+
+    def __init__(self, weight: float = 0.1) -> None:
+        super().__init__()
+        if not weight > 0:
+            raise ValueError(f"weight {weight:g}: above 0, such as 0.1")
+        self.weight = weight
+
+    def made(self, widths: dict[str, int], classes: int) -> None:
+        narrow = next((m for m, width in widths.items() if width < classes), None)
+        if narrow is not None:
+            raise ValueError(
+                f"classes {classes}: no more than {widths[narrow]} directions of {narrow} are orthogonal; a width of "
+                f"{classes} is the least"
+            )
+        self.maps = nn.ModuleDict({m: orthogonal(nn.Linear(width, classes, bias=False)) for m, width in widths.items()})
+        log = torch.full((classes,), self.weight).log()
+        self.log_weights = nn.ParameterDict({m: nn.Parameter(log.clone()) for m in widths})
+        self.bias_C = nn.Parameter(torch.zeros(classes))
+
+    def alone(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Modality -> ``s_BC``, what it says of the classes; zero where it is absent."""
+        return {m: self.maps[m](z_BD) for m, z_BD in self.checked(z, present)[0].items()}
+
+    def parts(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        return {m: self.log_weights[m].exp() * s_BC for m, s_BC in self.alone(z, present).items()}
+
+    def logits(self, z: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        return self.bias_C + torch.stack(list(self.parts(z, present).values())).sum(dim=0)
 
 
 class MidFusion(Fuse):

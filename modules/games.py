@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.batch import Batch
+from descant.modules.fusion import OrthogonalFusion
 from descant.modules.losses.ranks import gather
 from descant.modules.objective import Term
 from descant.modules.random import mix_N
@@ -28,7 +29,7 @@ class Asked:
     Attributes:
         decided: latents, presence and labels. heard: who the decision heard of, all where nobody is kept from it.
         logits_BC: what was said of them.
-        fuse: from latents and presence to logits.
+        fuse: from latents and presence to logits. fusion: the module that does it.
         batch: of the samples. rows: how many of the whole step have a modality, which terms are divided by.
     """
 
@@ -36,6 +37,7 @@ class Asked:
     heard: Mapping[str, Tensor]
     logits_BC: Tensor
     fuse: Callable[[dict[str, Tensor], Mapping[str, Tensor] | None], Tensor]
+    fusion: nn.Module
     batch: Batch
     rows: Tensor
 
@@ -237,3 +239,39 @@ class Bottleneck(Regularizer):
         )
         count_B = torch.stack([present[m] * width for m, width in self.widths.items()]).sum(dim=0)
         return {"bottleneck": Term(self.weight * off_B / count_B.clamp(min=1), valid=count_B > 0, norm=asked.rows)}
+
+
+class UnimodalMargin(Regularizer):
+    """Each modality alone tells the label from all other classes by a wide margin (CRMT): one term, "margin".
+
+        value_b = log( sum_m sum_{k != y_b} exp(s_bmk - s_bmy) + 1e-5 )
+
+    over the modalities that the sample has, with s of an :class:`descant.modules.fusion.OrthogonalFusion`.
+    Source: Yang 2024, arXiv 2402.06244.
+
+    Args:
+        weight: of the term.
+
+    Raises:
+        ValueError: in training, for another fusion.
+    """
+
+    def __init__(self, weight: float = 2.0) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, asked: Asked) -> dict[str, Term]:
+        if not isinstance(asked.fusion, OrthogonalFusion):
+            raise ValueError(
+                f"UnimodalMargin: model.fusion OrthogonalFusion has margins; {type(asked.fusion).__name__} not"
+            )
+        z, present, label_B = asked.decided
+        at_B1 = label_B.clamp(min=0)[:, None]
+        over = []
+        for m, s_BC in asked.fusion.alone(z, present).items():
+            off_BC = (s_BC - s_BC.gather(1, at_B1)).scatter(1, at_B1, -torch.inf)
+            over.append(off_BC.masked_fill(~present[m][:, None], -torch.inf))
+        floor_B1 = torch.full_like(over[0][:, :1], 1e-5).log()
+        value_B = torch.cat([*over, floor_B1], dim=1).logsumexp(dim=1)
+        some_B = torch.stack([present[m] for m in z]).any(dim=0)
+        return {"margin": Term(self.weight * value_B, valid=some_B & (label_B >= 0), norm=asked.rows)}

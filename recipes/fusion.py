@@ -136,7 +136,7 @@ class Fusion(SharedSpace):
         if self.own:
             own = self.unimodal({m: copy[m] for m, copy in copies.items()}, batch.present)
             terms |= {m: self.term(own[m], label_B, batch.present[m], batch.step[m]) for m in own}
-        asked = Asked(self.step.decided, heard, fused_BC, self.fuse, batch, self.rows(batch))
+        asked = Asked(self.step.decided, heard, fused_BC, self.fuse, self.fusion, batch, self.rows(batch))
         for more in (*self.regularizers, *callbacks):
             terms |= more(asked)
         return terms

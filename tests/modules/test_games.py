@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from descant.modules.batch import Batch
+from descant.modules.fusion import OrthogonalFusion
 from descant.modules.games import (
     Asked,
     Bottleneck,
@@ -23,11 +24,14 @@ from descant.modules.games import (
     IndependentGame,
     LabelContrast,
     Regularizer,
+    UnimodalMargin,
     js_divergence,
     partners,
 )
 from descant.modules.step import Decided
-from tests.recipes.test_fusion import FUSIONS, WIDTHS, batch, double, gradients, recipe
+from descant.modules.towers import Towers
+from descant.recipes import Fusion
+from tests.recipes.test_fusion import FUSIONS, WIDTHS, Line, batch, double, gradients, recipe
 
 GAMES: dict[str, type[Game]] = {
     "independent": IndependentGame,
@@ -47,7 +51,7 @@ def asked(kind: str, b: Batch, z: dict[str, Tensor] | None = None) -> Asked:
     model = recipe(kind).double()
     z = model.latents(b) if z is None else z
     decided, logits_BC = Decided(z, b.present, b.targets["kind"]), model.fuse(dict(z), b.present)
-    return Asked(decided, b.present, logits_BC, model.fuse, b, model.rows(b))
+    return Asked(decided, b.present, logits_BC, model.fuse, model.fusion, b, model.rows(b))
 
 
 def full() -> Batch:
@@ -185,6 +189,47 @@ def test_bottleneck_by_hand_moves_latents_and_not_the_decision() -> None:
     assert model.towers["image"].linear.weight.grad.any()
 
 
+def test_margin_by_hand() -> None:
+    b = double(batch())
+    model: Any = orthogonal(regularizers=[UnimodalMargin(weight=2.0)])
+    term, z, y = model.terms(b)["margin"], model.latents(b), b.targets["kind"].tolist()
+    for n in range(len(b)):
+        total = 1e-5
+        for m in WIDTHS:
+            s = (model.fusion.maps[m].weight @ z[m][n]).tolist()
+            total += sum(math.exp(s[k] - s[y[n]]) for k in range(4) if k != y[n]) if b.present[m][n] else 0
+        if y[n] >= 0:
+            assert float(term.value[n]) == pytest.approx(2 * math.log(total), abs=1e-9)
+    assert term.valid is not None and term.valid.nonzero().flatten().tolist() == [0, 1, 2, 3, 5, 6]
+    found = gradients(model, b)
+    assert all(g.isfinite().all() for g in found.values())
+
+
+def orthogonal(**options: Any) -> Fusion:
+    torch.manual_seed(0)
+    towers = Towers(**{m: Line(width) for m, width in WIDTHS.items()})
+    return Fusion(towers, "kind", 4, width=8, fusion=OrthogonalFusion(), **options).double()
+
+
+def test_what_modalities_say_of_classes_is_orthogonal_and_stays_so() -> None:
+    model: Any = orthogonal(regularizers=[UnimodalMargin()])
+    b = double(batch())
+    before: dict[str, Tensor] = {}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for step in range(3):
+        for m in WIDTHS:
+            v_CD = model.fusion.maps[m].weight
+            assert torch.allclose(v_CD @ v_CD.T, torch.eye(4, dtype=torch.float64), atol=1e-6)
+            assert step == 0 or not torch.allclose(v_CD, before[m])
+            before[m] = v_CD.detach().clone()
+        gradients(model, b)
+        optimizer.step()
+    shares = model.fusion.parts(model.latents(b), b.present)
+    total = model.fusion.bias_C + shares["image"] + shares["text"]
+    torch.testing.assert_close(total, model.fuse(model.latents(b), b.present))
+    assert all((w.exp() > 0).all() for w in model.fusion.log_weights.values())
+
+
 @every
 def test_terms_join_the_recipe_s_own(kind: str) -> None:
     parts: list[Regularizer] = [GreedyGame(), LabelContrast(), Bottleneck()]
@@ -207,6 +252,12 @@ def test_divergence_is_symmetric_bounded_and_zero_for_equals() -> None:
     [
         (lambda: GreedyGame(permutations=0), "permutations 0: 1 is the least"),
         (lambda: LabelContrast(temperature=0), "temperature 0: above 0"),
+        (lambda: OrthogonalFusion(weight=0), "weight 0: above 0"),
+        (lambda: OrthogonalFusion().build({"image": 3, "text": 8}, 4), "classes 4: no more than 3 directions of image"),
+        (
+            lambda: recipe("mid", regularizers=[UnimodalMargin()]).terms(batch()),
+            "OrthogonalFusion has margins; MidFusion",
+        ),
     ],
 )
 def test_bad_input_is_one_line(make: Callable[[], Any], message: str) -> None:
