@@ -27,6 +27,7 @@ BENCHMARKS = {
     "masked/absent": "benchmarks.masked:absent",
     "masked/fashion": "benchmarks.masked:fashion",
     "harmonize": "benchmarks.harmonize:overhead",
+    "balance": "benchmarks.balance:overhead",
     "data/decode": "benchmarks.data:decode",
     "data/shards": "benchmarks.data:shards",
     "data/workers": "benchmarks.data:workers",

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import AdamW
 
 from benchmarks import Row
@@ -25,21 +26,26 @@ from descant.modules.losses import InfoNCE
 from descant.modules.mixing import PCGrad, Realign, UPGrad
 from descant.modules.optim import parameter_groups
 from descant.modules.towers import BagTower, ConvTower, LogMelTower, Towers
+from descant.recipes.base import Recipe
 from descant.recipes.contrastive import Contrastive
 
 #: Of the parameters: steps from one look at the gradients to the next.
 EVERY = 4
 
 
-def recipe() -> Contrastive:
-    """The three towers and three terms of contrastive/stamps, with random weights."""
+def towers() -> Towers:
+    """Of contrastive/stamps, with random weights."""
     torch.manual_seed(0)
-    towers = Towers(
+    return Towers(
         image=ConvTower(widths=[64, 128, 256], blocks=1, stem=4),
         text=BagTower(vocab=16384, width=128),
         audio=LogMelTower(mels=64, width=128, depth=2),
     )
-    return Contrastive(towers, width=128, loss=InfoNCE(temperature=0.1, max_scale=20))
+
+
+def recipe() -> Contrastive:
+    """The three terms of contrastive/stamps."""
+    return Contrastive(towers(), width=128, loss=InfoNCE(temperature=0.1, max_scale=20))
 
 
 def batch(rows: int = 160) -> Batch:
@@ -50,12 +56,15 @@ def batch(rows: int = 160) -> Batch:
         "audio": torch.randn(rows, 64, 100, generator=g),
     }
     there = torch.ones(rows, dtype=torch.bool)
-    return Batch(inputs, dict.fromkeys(inputs, there), index=torch.arange(rows), draw=torch.arange(rows))
+    targets = {"category": torch.randint(0, 12, (rows,), generator=g)}
+    return Batch(inputs, dict.fromkeys(inputs, there), targets, index=torch.arange(rows), draw=torch.arange(rows))
 
 
-def steps_of(callback: Any, rows: int = 160, number: int = EVERY) -> Callable[[], None]:
+def steps_of(
+    callback: Any, rows: int = 160, number: int = EVERY, make: Callable[[], Recipe] = recipe
+) -> Callable[[], None]:
     """``number`` training steps, with what a callback does in its hooks."""
-    model, data, steps = recipe(), batch(rows), count()
+    model, data, steps = make(), batch(rows), count()
     optimizer = AdamW(parameter_groups(model), lr=1e-4, fused=True)
     trainer: Any = SimpleNamespace(
         global_step=0,
@@ -65,6 +74,7 @@ def steps_of(callback: Any, rows: int = 160, number: int = EVERY) -> Callable[[]
         callbacks=[],
         is_global_zero=True,
         loggers=[],
+        state=SimpleNamespace(fn=TrainerFn.FITTING),
     )
     if callback is not None:
         callback.setup(trainer, model, "fit")

@@ -1,0 +1,60 @@
+"""What balancing costs beside the plain step of a classifier of pictures, words and speech: interleaved.
+
+Letters: B samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from benchmarks import Row
+from benchmarks.contrastive import interleaved
+from benchmarks.harmonize import steps_of, towers
+from benchmarks.timing import median
+from descant.callbacks.balance import Balance
+from descant.callbacks.dropout import DropAhead
+from descant.callbacks.harmonize_towers import HarmonizeTowers
+from descant.callbacks.prototypes import Prototypes
+from descant.modules.fusion import MidFusion
+from descant.modules.games import GreedyGame, LabelContrast, Regularizer
+from descant.modules.mixing import Pareto
+from descant.modules.pacing import AGM, OGM
+from descant.recipes import Fusion
+
+#: What only looks at scores, and what plays a game.
+SCORES, GAME = 1.05, 1.5
+
+
+def recipe(*regularizers: Regularizer) -> Fusion:
+    own: Any = list(regularizers)
+    return Fusion(towers(), "category", 12, fusion=MidFusion(hidden=256), unimodal=True, regularizers=own)
+
+
+def overhead(rounds: int = 30, rows: int = 160) -> Iterator[Row]:
+    """Time of four steps with a balancer over that of four plain ones."""
+    callbacks: dict[str, tuple[Any, float | None]] = {
+        "ogm": (Balance(OGM()), SCORES),
+        "agm": (Balance(AGM()), SCORES),
+        "pmr": (Prototypes(), SCORES),
+        "opm": (DropAhead(), SCORES),
+        "ogm_ge": (Balance(OGM(), noise=True), None),
+        "mmpareto": (HarmonizeTowers(Pareto()), None),
+    }
+    games: dict[str, tuple[Callable[[], Fusion], float | None]] = {
+        "mcr_8_permutations": (lambda: recipe(GreedyGame(permutations=8)), GAME),
+        "mcr_with_contrast": (lambda: recipe(GreedyGame(permutations=8), LabelContrast()), None),
+    }
+    arms = [steps_of(None, rows, make=recipe)]
+    arms += [steps_of(callback, rows, make=recipe) for callback, _ in callbacks.values()]
+    arms += [steps_of(None, rows, make=make) for make, _ in games.values()]
+    times = interleaved(arms, rounds)
+    bars = {name: bar for name, (_, bar) in callbacks.items()} | {name: bar for name, (_, bar) in games.items()}
+    for k, (name, bar) in enumerate(bars.items(), start=1):
+        result = median(np.asarray(times[:, k] / times[:, 0]).tolist())
+        if bar is not None:
+            yield Row.at_most(f"balance/{name}", result.value, bar, result.interval)
+        else:
+            yield Row.informs(f"balance/{name}", result.value, result.interval)
