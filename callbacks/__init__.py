@@ -4,6 +4,7 @@ from descant.callbacks.accuracy import Accuracy as Accuracy
 from descant.callbacks.balance import Balance as Balance
 from descant.callbacks.blend import Blend as Blend
 from descant.callbacks.captions import CaptionStatistics as CaptionStatistics
+from descant.callbacks.contributions import Contributions as Contributions
 from descant.callbacks.dropout import DropAhead as DropAhead
 from descant.callbacks.ema import EMA as EMA
 from descant.callbacks.emergent import EmergentRetrieval as EmergentRetrieval

@@ -120,7 +120,7 @@ class Contends(Protocol):
     """Modalities that contend for one decision, which it tells its step of (``step.decided``) in every forward.
 
     ``shares(z, present)``: modality -> its part of the logits ``[B, C]``; they add up to what is decided by.
-    ``of_modality(m)``: the parameters that are of this modality alone.
+    ``of_modality(m)``: the parameters that are of this modality alone. ``labels(batch)``: int64, below 0 for none.
     """
 
     step: Step
@@ -129,6 +129,8 @@ class Contends(Protocol):
     def shares(self, z: dict[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]: ...
 
     def of_modality(self, modality: str, /) -> Iterable[nn.Parameter]: ...
+
+    def labels(self, batch: Batch, /) -> Tensor: ...
 
 
 @runtime_checkable

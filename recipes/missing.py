@@ -111,7 +111,7 @@ class MissingModality(Recipe):
             for name in names:
                 if hasattr(inner, name):
                     setattr(self, name, partial(method, name))
-        for name in ("forks", "joint_embedding", "of_modality"):
+        for name in ("forks", "joint_embedding", "of_modality", "labels"):
             if hasattr(inner, name):
                 setattr(self, name, getattr(inner, name))
         self._learns = False
