@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import AdamW
 
 from benchmarks import Row
@@ -74,7 +73,6 @@ def steps_of(
         callbacks=[],
         is_global_zero=True,
         loggers=[],
-        state=SimpleNamespace(fn=TrainerFn.FITTING),
     )
     if callback is not None:
         callback.setup(trainer, model, "fit")

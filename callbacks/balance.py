@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -20,7 +19,7 @@ from descant.modules.pacing import Pacing
 from descant.modules.protocols import Contends
 from descant.modules.random import global_seed, mix
 from descant.modules.sham import Sham
-from descant.modules.trainer import log_interval
+from descant.modules.trainer import log_interval, share_of_run
 
 
 def measured(pl_module: Contends, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -117,25 +116,21 @@ class Balance(L.Callback):
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         assert isinstance(pl_module, Contends)
-        if trainer.state.fn != TrainerFn.FITTING:
+        if share_of_run(trainer) >= self.until:
             return
         sums_2M = measured(pl_module, self.pacing.score)
         self._sums_2M = sums_2M if self._sums_2M is None else self._sums_2M + sums_2M
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         assert isinstance(pl_module, Contends)
-        assert self._sums_2M is not None
-        (sum_M, count_M), self._sums_2M = total_of_ranks(self._sums_2M), None
-        if trainer.global_step >= self.until * trainer.estimated_stepping_batches:
+        if self._sums_2M is None:  # its share of the run is over
             return
+        (sum_M, count_M), self._sums_2M = total_of_ranks(self._sums_2M), None
         score_M = sum_M / count_M
         if not score_M.isfinite().all():
             self.fallbacks += 1
             return
-        factor_M = self.pacing.pace(score_M)
-        self.sham.calls += 1
-        if self.sham.mode is not None:
-            factor_M = factor_M.roll(1)
+        factor_M = self.sham.handed_on(self.pacing.pace(score_M))
         for m, factor in zip(self._modalities, factor_M.tolist(), strict=True):
             for n, p in enumerate(pl_module.of_modality(m)):
                 if p.grad is not None:

@@ -94,7 +94,7 @@ class Blend(L.Callback):
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or not self.names:
             return
         assert isinstance(pl_module, HasTerms)
-        with torch.no_grad():
+        with torch.no_grad(), trainer.precision_plugin.val_step_context():
             terms = pl_module.terms(batch)
         seen = [torch.stack([terms[n].sum().double(), terms[n].count().double()]) for n in self.names]
         seen_2K = torch.stack(seen, dim=1)
@@ -110,10 +110,7 @@ class Blend(L.Callback):
         train_2K, self._train_2K = total_of_ranks(self._train_2K.clone()), None
         now_2K = torch.stack([val_2K[0] / val_2K[1], train_2K[0] / train_2K[1]])
         if self.before_2K is not None:
-            self.weight_K = self.weighed(self.before_2K.to(now_2K), now_2K)
-            self.sham.calls += 1
-            if self.sham.mode is not None:
-                self.weight_K = self.weight_K.roll(1)
+            self.weight_K = self.sham.handed_on(self.weighed(self.before_2K.to(now_2K), now_2K))
         self.before_2K = now_2K
 
     @staticmethod

@@ -5,8 +5,6 @@ Letters: B rows of a batch, N rows of a set, C classes, M modalities.
 
 from __future__ import annotations
 
-from itertools import combinations
-from math import factorial
 from typing import Any
 
 import lightning as L
@@ -17,7 +15,7 @@ from descant.callbacks.balance import require_contenders
 from descant.callbacks.evaluate import Rows, Store
 from descant.callbacks.subsets import OwnPass
 from descant.modules.batch import Batch
-from descant.modules.fusion import only
+from descant.modules.fusion import coalitions, only, shapley
 from descant.modules.games import partners
 from descant.modules.protocols import Contends, Fuses, Unimodal
 
@@ -96,23 +94,16 @@ class Contributions(OwnPass):
     def _of_set(self, pl_module: Any, rows: Rows) -> dict[str, Tensor]:
         label_N, modalities = rows.targets["label"], pl_module.modalities
         z = {m: z_ND.to(self._dtype) for m, z_ND in rows.z.items()}
-        every, M = {m: torch.ones_like(label_N, dtype=torch.bool) for m in modalities}, len(modalities)
+        every = {m: torch.ones_like(label_N, dtype=torch.bool) for m in modalities}
 
         def accuracy(logits_NC: Tensor) -> Tensor:
             return (logits_NC.argmax(dim=1) == label_N).double().mean()
 
-        subsets = [subset for size in range(M + 1) for subset in combinations(modalities, size)]
-        of = {subset: accuracy(pl_module.fuse(dict(z), only(every, *subset))) for subset in subsets}
+        of = {subset: accuracy(pl_module.fuse(dict(z), only(every, *subset))) for subset in coalitions(modalities)}
         found = {"joint": of[modalities]}
         found |= {f"alone/{m}": accuracy(x_NC) for m, x_NC in pl_module.unimodal(dict(z), every).items()}
+        found |= {f"shapley/{m}": value for m, value in shapley(of, modalities).items()}
         for m in modalities:
-            shapley = torch.zeros_like(found["joint"])
-            for subset in subsets:
-                if m in subset:
-                    rest = tuple(n for n in subset if n != m)
-                    weight = factorial(len(rest)) * factorial(M - len(rest) - 1) / factorial(M)
-                    shapley = shapley + weight * (of[subset] - of[rest])
-            found[f"shapley/{m}"] = shapley
             others = []
             for s in range(self.circles):
                 source_N = partners(rows.index, every[m], "importance", m, s)

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -81,9 +80,8 @@ class DropAhead(L.Callback):
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         assert isinstance(pl_module, Contends)
-        if trainer.state.fn == TrainerFn.FITTING:
-            sums_2M = measured(pl_module, OGM().score)
-            self._sums_2M = sums_2M if self._sums_2M is None else self._sums_2M + sums_2M
+        sums_2M = measured(pl_module, OGM().score)
+        self._sums_2M = sums_2M if self._sums_2M is None else self._sums_2M + sums_2M
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         assert isinstance(pl_module, Contends) and self._sums_2M is not None
@@ -93,9 +91,7 @@ class DropAhead(L.Callback):
             return
         lead_M = OGM.lead(score_M)
         q_M = torch.where(lead_M > 1, self.q * (1 + self.alpha * (lead_M - 1).tanh()), 0.0)
-        self.sham.calls += 1
-        if self.sham.mode is not None:
-            q_M = q_M.roll(1)
+        q_M = self.sham.handed_on(q_M)
         self.probability = dict(zip(modalities, q_M.tolist(), strict=True))
         if (trainer.global_step + 1) % log_interval(trainer) == 0:
             values = {f"balance/score/{m}": s for m, s in zip(modalities, score_M, strict=True)}

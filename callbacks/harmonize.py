@@ -164,10 +164,7 @@ class Harmonize(L.Callback):
         self.mix_K = torch.ones(len(self.names), dtype=torch.float64, device=value_K.device)
         if finite:
             draw = mix(global_seed(), "harmony", trainer.global_step)
-            self.mix_K = self.rule.mix(gram_KK[None] if read else gram_KK, value_K, draw)[0]
-            self.sham.calls += 1
-            if self.sham.mode is not None:
-                self.mix_K = self.mix_K.roll(1)
+            self.mix_K = self.sham.handed_on(self.rule.mix(gram_KK[None] if read else gram_KK, value_K, draw)[0])
         else:
             self.fallbacks += 1
         if read and finite:

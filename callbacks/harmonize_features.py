@@ -25,7 +25,7 @@ from descant.modules.mixing import Rule
 from descant.modules.protocols import Forks
 from descant.modules.random import global_seed, mix
 from descant.modules.step import Step
-from descant.modules.trainer import log_interval
+from descant.modules.trainer import log_interval, share_of_run
 
 
 class HarmonizeFeatures(L.Callback):
@@ -175,7 +175,7 @@ class HarmonizeFeatures(L.Callback):
 
     def _drop(self, trainer: L.Trainer, step: Step, cos_B: Tensor, valid_B: Tensor) -> Tensor:
         assert self.curriculum is not None and self._batch is not None
-        kept_B = self.curriculum.kept(cos_B, valid_B, self._batch, _share(trainer))
+        kept_B = self.curriculum.kept(cos_B, valid_B, self._batch, share_of_run(trainer))
         dropping = [name for name in self._names if self.curriculum.only is None or name in self.curriculum.only]
         rows = [valid_B & kept_B, valid_B]
         for name in dropping:
@@ -206,7 +206,7 @@ class HarmonizeFeatures(L.Callback):
             noise_G, conflict_G = noise_G[valid_G > 0] > 0, (1 - cos_G[valid_G > 0]) / 2
             if noise_G.any() and not noise_G.all():
                 values["auc"] = binary_auroc(conflict_G, noise_G)
-                if self._auc_tenth is None and _share(trainer) >= 0.1:
+                if self._auc_tenth is None and share_of_run(trainer) >= 0.1:
                     self._auc_tenth = float(values["auc"])
             if self._auc_tenth is not None:
                 values["auc_tenth"] = torch.tensor(self._auc_tenth)
@@ -214,8 +214,3 @@ class HarmonizeFeatures(L.Callback):
         if trainer.is_global_zero:
             for writer in writers(trainer):
                 writer.add_histogram("harmony/cosine_of_samples", cos_B[valid_B].float().cpu(), trainer.global_step)
-
-
-def _share(trainer: L.Trainer) -> float:
-    """Of the run's steps that are over."""
-    return trainer.global_step / max(float(trainer.estimated_stepping_batches), 1.0)

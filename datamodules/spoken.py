@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from descant.datamodules.prepare.voices import RATE, SECONDS, Spoken, prepared
 from descant.modules.audio import AudioAugment, LogMel
@@ -90,18 +91,23 @@ class SaidNames:
         self.spoken, self.samples = spoken, round(how.seconds * RATE)
         self.training_V = np.array([how._all.index(voice) for voice in how.voices])
 
-    def rows(self, name_B: np.ndarray, draw_B: np.ndarray | None) -> dict[str, torch.Tensor]:
+    def rows(self, name_B: np.ndarray, draw_B: np.ndarray | None) -> dict[str, Tensor]:
         """int16 ``audio`` ``[B, S]`` and its length, by a voice drawn for each; without draws by that of evaluation."""
         voice_B = np.zeros(len(name_B), np.int64)
         if draw_B is not None:
             choice_B = uniform_N(draw_B, "speech/voice").numpy() * len(self.training_V)
             voice_B = self.training_V[choice_B.astype(np.int64)]
-        span_B2 = self.spoken.clips[voice_B, name_B]
-        length_B = np.minimum(span_B2[:, 1], self.samples)
-        audio_BS = np.zeros((len(name_B), self.samples), dtype=np.int16)
-        for row, first, length in zip(audio_BS, span_B2[:, 0], length_B, strict=True):
-            row[:length] = self.spoken.wave[first : first + length]
-        return {"audio": torch.from_numpy(audio_BS), "audio_length": torch.from_numpy(length_B)}
+        audio_BS, length_B = cut(self.spoken.wave, self.spoken.clips[voice_B, name_B], self.samples)
+        return {"audio": audio_BS, "audio_length": length_B}
+
+
+def cut(wave: np.ndarray, span_B2: np.ndarray, samples: int) -> tuple[Tensor, Tensor]:
+    """int16 ``[B, S]`` of a long wave, and how much of each row is real; ``span_B2``: first sample and length."""
+    length_B = np.minimum(span_B2[:, 1], samples)
+    audio_BS = np.zeros((len(span_B2), samples), dtype=np.int16)
+    for row, first, length in zip(audio_BS, span_B2[:, 0], length_B, strict=True):
+        row[:length] = wave[first : first + length]
+    return torch.from_numpy(audio_BS), torch.from_numpy(length_B)
 
 
 def hummed(names: Sequence[str], voices: int) -> Spoken:

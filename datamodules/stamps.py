@@ -21,6 +21,7 @@ from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.datamodules.ledger import Ledger
 from descant.datamodules.names import require_known
 from descant.datamodules.prepare.stamps import ENGLISH, RATE, SECONDS, SOUND, Corpus, families, prepared
+from descant.datamodules.spoken import cut
 from descant.modules.audio import AudioAugment, LogMel
 from descant.modules.batch import Batch
 from descant.modules.random import uniform_NK
@@ -96,7 +97,7 @@ class StampsSet(BatchDataset):
         count_B = self.has[:, stamp_B].sum(axis=0)
         u_B2 = uniform_NK(draw_B, ("speech/language", "text/language")).numpy()
         spoken_B = self.choice[(u_B2[:, 0] * count_B).astype(np.int64), stamp_B]
-        audio_BS, length_B = self._speech(stamp_B, spoken_B)
+        audio_BS, length_B = cut(self.corpus.wave, self.clips[spoken_B, stamp_B], self.samples)
         said = [self.spoken[k] if n else "" for k, n in zip(spoken_B, count_B, strict=True)]
         text = [self._caption(int(s), language, u) for s, language, u in zip(stamp_B, said, u_B2[:, 1], strict=True)]
         inputs = {
@@ -109,14 +110,6 @@ class StampsSet(BatchDataset):
             inputs["text"] = self._drop_tokens(inputs["text"], draw_B)
         targets = {name: torch.from_numpy(label[stamp_B]) for name, label in self.label.items()}
         return Rows(inputs, targets, torch.from_numpy(self.key[stamp_B]))
-
-    def _speech(self, stamp_B: np.ndarray, spoken_B: np.ndarray) -> tuple[Tensor, Tensor]:
-        """int16 ``[B, S]`` and how much of each row is real, 0 for a stamp without a recording."""
-        audio_BS = np.zeros((len(stamp_B), self.samples), dtype=np.int16)
-        length_B = np.minimum(self.clips[spoken_B, stamp_B, 1], self.samples)
-        for row, first, length in zip(audio_BS, self.clips[spoken_B, stamp_B, 0], length_B, strict=True):
-            row[:length] = self.corpus.wave[first : first + length]
-        return torch.from_numpy(audio_BS), torch.from_numpy(length_B)
 
     def _caption(self, stamp: int, said: str, u: float) -> list[int]:
         texts = self.corpus.texts[stamp]

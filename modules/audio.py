@@ -86,6 +86,15 @@ def resample(x_NS: Tensor, before: int, after: int) -> Tensor:
     return x[:, : -(-S * up // down)]
 
 
+def quantized(x: Tensor) -> Tensor:
+    """int16 of floats in -1..1, rounded; what is louder is cut off.
+
+    >>> quantized(torch.tensor([0.5, -1.0, 2.0])).tolist()
+    [16384, -32768, 32767]
+    """
+    return (x * FULL_SCALE).round().clamp(-FULL_SCALE, FULL_SCALE - 1).to(torch.int16)
+
+
 class LogMel(nn.Module):
     """``10 log10(max(sum_k w_fk |X_tk|^2, floor))``: waveforms ``[B, S]`` -> log-mel decibels ``[B, F, T]``.
 

@@ -70,16 +70,9 @@ class Fuse(nn.Module):
         share of exactly zero. This costs 2^M fusions, but nothing where shares add up anyway (LateFusion).
         """
         z, present = self.checked(z, present)
-        names, M = tuple(self.widths), len(self.widths)
-        subsets = [subset for size in range(M + 1) for subset in combinations(names, size)]
-        f = {subset: self(z, only(present, *subset)) for subset in subsets}
-        shares = {m: torch.zeros_like(f[()]) for m in names}
-        for subset in subsets:
-            for m in subset:
-                rest = tuple(n for n in subset if n != m)
-                weight = factorial(len(rest)) * factorial(M - len(rest) - 1) / factorial(M)
-                shares[m] = shares[m] + weight * (f[subset] - f[rest])
-        return {m: share_BC.masked_fill(~present[m][:, None], 0.0) for m, share_BC in shares.items()}
+        names = tuple(self.widths)
+        f = {subset: self(z, only(present, *subset)) for subset in coalitions(names)}
+        return {m: share_BC.masked_fill(~present[m][:, None], 0.0) for m, share_BC in shapley(f, names).items()}
 
     def checked(
         self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None
@@ -94,6 +87,27 @@ class Fuse(nn.Module):
         # where, not a product: 0 * inf would be nan, in the value and in the gradient
         filled = {m: torch.where(present[m][:, None], z[m], torch.zeros_like(z[m])) for m in self.widths}
         return filled, {m: present[m] for m in self.widths}
+
+
+def coalitions(names: Sequence[str]) -> list[tuple[str, ...]]:
+    """All sets of these, the empty one first, each in the order of the names."""
+    return [subset for size in range(len(names) + 1) for subset in combinations(names, size)]
+
+
+def shapley(f: Mapping[tuple[str, ...], Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """``sum over S without m of |S|! (M - |S| - 1)! / M! (f(S and m) - f(S))``, of f by :func:`coalitions`.
+
+    >>> f = {(): torch.tensor(0.0), ("a",): torch.tensor(1.0), ("b",): torch.tensor(2.0), ("a", "b"): torch.tensor(5.0)}
+    >>> {m: float(x) for m, x in shapley(f, ("a", "b")).items()}
+    {'a': 2.0, 'b': 3.0}
+    """
+    M, shares = len(names), {m: torch.zeros_like(f[()]) for m in names}
+    for subset in f:
+        for m in subset:
+            rest = tuple(n for n in subset if n != m)
+            weight = factorial(len(rest)) * factorial(M - len(rest) - 1) / factorial(M)
+            shares[m] = shares[m] + weight * (f[subset] - f[rest])
+    return shares
 
 
 def only(present: Mapping[str, Tensor], *modalities: str) -> dict[str, Tensor]:

@@ -44,6 +44,15 @@ class Sham(nn.Module):
         self.calls += 1
         return x_B if self.mode is None else self.permute(x_B, draw_B, valid_B)
 
+    def handed_on(self, x_K: Tensor) -> Tensor:
+        """Of what is no sample, such as terms or modalities: each takes what was found for the one before it.
+
+        >>> Sham("permute").handed_on(torch.tensor([1.0, 2.0, 3.0])).tolist()
+        [3.0, 1.0, 2.0]
+        """
+        self.calls += 1
+        return x_K if self.mode is None else x_K.roll(1)
+
     def torn(self, batch: Batch, modalities: Sequence[str]) -> Batch:
         """The batch with these modalities of every sample, together, as they are or as the mode hands them on."""
         inputs, present = (

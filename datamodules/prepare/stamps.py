@@ -23,7 +23,7 @@ from PIL import Image
 from descant.datamodules.ledger import Ledger
 from descant.datamodules.prepare.deb import Deb
 from descant.datamodules.prepare.package import move_into_place, scratch, unpacked
-from descant.modules.audio import FULL_SCALE, resample
+from descant.modules.audio import quantized, resample
 
 DEB = Deb(
     "tuxpaint-stamps-default",
@@ -240,8 +240,7 @@ def recording(path: Path) -> np.ndarray:
         x = file.read(frames=round(SECONDS * rate), dtype="float32", always_2d=True).mean(axis=1)
     if len(x) == 0:
         raise ValueError("no sound in it")
-    x_S = resample(torch.from_numpy(x)[None], rate, RATE)[0]
-    return (x_S * FULL_SCALE).round().clamp(-FULL_SCALE, FULL_SCALE - 1).to(torch.int16).numpy()
+    return quantized(resample(torch.from_numpy(x)[None], rate, RATE)[0]).numpy()
 
 
 # who is related to whom ----------------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ def say(library: Path, texts: Sequence[str], voices: Sequence[str]) -> Iterator[
 def main(library: str, folder: str) -> None:
     import torch  # the process that asked has it already
 
-    from descant.modules.audio import FULL_SCALE, resample
+    from descant.modules.audio import FULL_SCALE, quantized, resample
 
     _, voices, texts = json.loads(sys.stdin.buffer.read())
     clips = say(Path(library), texts, voices)
@@ -142,8 +142,7 @@ def main(library: str, folder: str) -> None:
     end = 0
     for n, x_S in enumerate(clips):
         x = torch.from_numpy(x_S[: round(SECONDS * rate)])[None] / FULL_SCALE
-        x = (resample(x, rate, RATE)[0] * FULL_SCALE).round().clamp(-FULL_SCALE, FULL_SCALE - 1)
-        parts.append(x.to(torch.int16).numpy())
+        parts.append(quantized(resample(x, rate, RATE)[0]).numpy())
         span[n] = end, len(parts[-1])
         end += len(parts[-1])
     np.save(Path(folder) / "wave.npy", np.concatenate(parts))

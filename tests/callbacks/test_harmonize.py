@@ -289,14 +289,15 @@ def test_the_mix_changes_nothing_where_terms_agree_and_something_where_they_do_n
         assert largest_gap(first[-1 if late else 0][0], fitted(CAGrad(0)).steps[-1 if late else 0][0]) > 1e-3, name
 
 
+class Counts(PCGrad):
+    calls = 0
+
+    def mix(self, *args: Any) -> Tensor:
+        self.calls += 1
+        return super().mix(*args)
+
+
 def test_between_looks_the_mix_stays() -> None:
-    class Counts(PCGrad):
-        calls = 0
-
-        def mix(self, *args: Any) -> Tensor:
-            self.calls += 1
-            return super().mix(*args)
-
     rule = Counts()
     fitted(rule, every=2)
     assert rule.calls == 2  # of steps 0 and 2

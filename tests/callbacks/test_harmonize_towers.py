@@ -24,6 +24,7 @@ from descant.modules.random import mix
 from descant.recipes import Fusion
 from tests.callbacks.test_balance import Steps, Watch, model, whole
 from tests.callbacks.test_balance import fitted as balanced
+from tests.callbacks.test_harmonize import Counts
 from tests.ranks import run_ranks
 from tests.recipes.test_fusion import FUSIONS, WIDTHS, SignData, recipe
 from tests.step_toy import QUIET, largest_gap
@@ -165,13 +166,6 @@ def test_pareto_stands_still_where_gradients_are_opposite() -> None:
 
 
 def test_between_looks_the_mix_stays() -> None:
-    class Counts(PCGrad):
-        calls = 0
-
-        def mix(self, *args: Any) -> Tensor:
-            self.calls += 1
-            return super().mix(*args)
-
     rule = Counts()
     fitted(HarmonizeTowers(rule, every=2), steps=3)
     assert rule.calls == 4, "two towers, of steps 0 and 2"
