@@ -16,8 +16,8 @@ from descant.callbacks.evaluate import Rows, Store
 from descant.callbacks.subsets import OwnPass
 from descant.modules.batch import Batch
 from descant.modules.fusion import coalitions, only, shapley
-from descant.modules.games import partners
 from descant.modules.protocols import Contends, Fuses, Unimodal
+from descant.modules.sham import partners
 
 
 class Contributions(OwnPass):

@@ -18,7 +18,7 @@ from descant.modules.batch import Batch
 from descant.modules.fusion import OrthogonalFusion
 from descant.modules.losses.ranks import gather
 from descant.modules.objective import Term
-from descant.modules.random import mix_N
+from descant.modules.sham import partners
 from descant.modules.step import Decided
 
 
@@ -66,19 +66,6 @@ def js_divergence(a_BC: Tensor, b_BC: Tensor) -> Tensor:
     log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0, dtype=log_p.dtype, device=log_p.device))
     kl = [F.kl_div(log_m, log, reduction="none", log_target=True).sum(dim=-1) for log in (log_p, log_q)]
     return (kl[0] + kl[1]) / 2
-
-
-def partners(draw_B: Tensor, valid_B: Tensor, *purpose: int | str) -> Tensor:
-    """int64 ``[B]``: who hands its own to each row, a random circle through the rows that are valid; all others stay.
-
-    A pure function of the samples' draw keys: the order of the rows does not matter.
-    """
-    turn_B = torch.from_numpy(mix_N(draw_B, *purpose)).to(valid_B.device)
-    rows_V = valid_B.nonzero()[:, 0]
-    circle_V = rows_V[turn_B[rows_V].argsort(stable=True)]
-    source_B = torch.arange(len(valid_B), device=valid_B.device)
-    source_B[circle_V] = circle_V.roll(-1)
-    return source_B
 
 
 class Game(Regularizer):
@@ -196,7 +183,7 @@ class LabelContrast(Regularizer):
             same_BG = (label_B[:, None] == label_G) & both_G
             for one, other in ((a, c), (c, a)):
                 sim_BG = (u[one] @ all_G[other].T / self.temperature).masked_fill(~both_G, -torch.inf)
-                # rows that are not both see themselves alone, so that they stay finite
+                # rows that lack one are level, so that they stay finite
                 sim_BG = torch.where(both_B[:, None], sim_BG, 0.0)
                 log_BG = torch.where(same_BG, sim_BG.log_softmax(dim=1), 0.0)
                 value_B = -log_BG.sum(dim=1) / same_BG.sum(dim=1).clamp(min=1)

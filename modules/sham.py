@@ -17,6 +17,19 @@ from descant.modules.losses.ranks import first_row, gather
 from descant.modules.random import mix_N
 
 
+def partners(draw_B: Tensor, valid_B: Tensor, *purpose: int | str) -> Tensor:
+    """int64 ``[B]``: who hands its own to each row, a random circle through the rows that are valid; all others stay.
+
+    A pure function of the samples' draw keys: the order of the rows does not matter.
+    """
+    turn_B = torch.from_numpy(mix_N(draw_B, *purpose)).to(valid_B.device)
+    rows_V = valid_B.nonzero()[:, 0]
+    circle_V = rows_V[turn_B[rows_V].argsort(stable=True)]
+    source_B = torch.arange(len(valid_B), device=valid_B.device)
+    source_B[circle_V] = circle_V.roll(-1)
+    return source_B
+
+
 class Sham(nn.Module):
     """``x_b``, or ``x_pi(b)`` where the mode is ``permute``: what a method goes by, or the same of other samples.
 
@@ -70,10 +83,6 @@ class Sham(nn.Module):
         """
         valid_B = torch.ones_like(draw_B, dtype=torch.bool) if valid_B is None else valid_B
         draw_G, valid_G = gather(torch.stack([draw_B, valid_B.to(draw_B.dtype)], dim=1)).unbind(dim=1)
-        turn_G = torch.from_numpy(mix_N(draw_G, "sham")).to(x_B.device)
-        rows_V = valid_G.nonzero().squeeze(1)
-        cycle_V = rows_V[turn_G[rows_V].argsort(stable=True)]
-        source_G = torch.arange(len(draw_G), device=x_B.device)
-        source_G[cycle_V] = cycle_V.roll(-1)
+        source_G = partners(draw_G, valid_G.to(x_B.device), "sham")
         first = first_row(len(x_B))
         return gather(x_B)[source_G[first : first + len(x_B)]]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from descant.callbacks.contributions import Contributions
 from descant.datamodules.base import BatchDataset
-from descant.modules.games import partners
+from descant.modules.sham import partners
 from tests.callbacks.test_balance import model, one
 from tests.callbacks.test_blend import Judged
 from tests.ranks import run_ranks

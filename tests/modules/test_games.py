@@ -26,8 +26,8 @@ from descant.modules.games import (
     Regularizer,
     UnimodalMargin,
     js_divergence,
-    partners,
 )
+from descant.modules.sham import partners
 from descant.modules.step import Decided
 from descant.modules.towers import Towers
 from descant.recipes import Fusion
