@@ -159,7 +159,7 @@ def test_the_stand_in_is_symmetric_and_its_maps_tell_of_each_other() -> None:
 
 def nifti(x: np.ndarray, affine: np.ndarray | None = None) -> bytes:
     image = nibabel.Nifti1Image(x, np.eye(4) if affine is None else affine, dtype=x.dtype)
-    return gzip.compress(image.to_bytes())
+    return gzip.compress(image.to_bytes(), mtime=0)
 
 
 def name_of(modality: str) -> str:
@@ -196,12 +196,13 @@ def test_axes_are_turned_so_that_they_lead_right_front_and_up(tmp_path: Path) ->
     [
         (b"", "not a readable NIfTI volume"),
         (b"no volume", "not a readable NIfTI volume"),
-        (gzip.compress(b"\0" * 500), "not a readable NIfTI volume"),
+        (gzip.compress(b"\0" * 500, mtime=0), "not a readable NIfTI volume"),
         (nifti(np.zeros((4, 4, 4), np.uint8))[:60], "not a readable NIfTI volume"),
         (nifti(np.random.default_rng(0).integers(0, 255, (30, 30, 30)).astype(np.uint8))[:9000], "not a readable"),
         (nifti(np.zeros((4, 4, 4), np.float32)), "voxels of float32, where uint8 is expected"),
         (nifti(np.zeros((4, 4, 4, 2), np.uint8)), r"\(4, 4, 4, 2\) voxels, where a volume"),
     ],
+    ids=["empty", "text", "zeros", "half a header", "half its voxels", "float32", "four axes"],
 )
 def test_a_broken_file_is_named_in_one_line(data: bytes, says: str, tmp_path: Path) -> None:
     (tmp_path / "x.nii.gz").write_bytes(data)
