@@ -43,9 +43,15 @@ def require_contenders(callback: str, pl_module: L.LightningModule) -> tuple[str
     name = type(pl_module).__name__
     if not isinstance(pl_module, Contends):
         raise ValueError(f"{callback} needs the protocol Contends (step, shares, of_modality); {name} lacks it")
-    if len(pl_module.modalities) < 2:
-        raise ValueError(f"{callback}: {name} has one modality, {pl_module.modalities[0]}: there is nothing to balance")
-    return tuple(pl_module.modalities)
+    return require_several(callback, pl_module)
+
+
+def require_several(callback: str, pl_module: Any) -> tuple[str, ...]:
+    """The modalities of a recipe. Raises ValueError for one alone."""
+    name, modalities = type(pl_module).__name__, tuple(pl_module.modalities)
+    if len(modalities) < 2:
+        raise ValueError(f"{callback}: {name} has one modality, {modalities[0]}: there is nothing to balance")
+    return modalities
 
 
 class Balance(L.Callback):

@@ -11,12 +11,12 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from descant.callbacks.balance import require_contenders
+from descant.callbacks.balance import require_several
 from descant.callbacks.evaluate import Rows, Store
 from descant.callbacks.subsets import OwnPass
 from descant.modules.batch import Batch
 from descant.modules.fusion import coalitions, only, shapley
-from descant.modules.protocols import Contends, Fuses, Unimodal
+from descant.modules.protocols import Classifies, Fuses, Unimodal
 from descant.modules.sham import partners
 
 
@@ -37,7 +37,7 @@ class Contributions(OwnPass):
         sets, limit, every, validate: as of other judges.
 
     Raises:
-        ValueError: for a count below 1; at setup, for a recipe without the protocols Contends, Fuses and Unimodal, or
+        ValueError: for a count below 1; at setup, for a recipe without the protocols Classifies, Fuses and Unimodal, or
             with one modality.
     """
 
@@ -61,19 +61,19 @@ class Contributions(OwnPass):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        require_contenders("Contributions", pl_module)
-        if not isinstance(pl_module, Fuses) or not isinstance(pl_module, Unimodal):
+        if not all(isinstance(pl_module, protocol) for protocol in (Classifies, Fuses, Unimodal)):
             raise ValueError(
-                "Contributions needs the protocols Fuses (latents, fuse) and Unimodal (unimodal); "
+                "Contributions needs the protocols Classifies (labels), Fuses (latents, fuse) and Unimodal (unimodal); "
                 f"{type(pl_module).__name__} lacks one"
             )
+        require_several("Contributions", pl_module)
 
     def _forget(self) -> None:
         super()._forget()
         self._held = {}
 
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
-        assert isinstance(pl_module, Contends) and isinstance(pl_module, Fuses)
+        assert isinstance(pl_module, Classifies) and isinstance(pl_module, Fuses)
         with torch.no_grad(), trainer.precision_plugin.val_step_context():
             z = pl_module.latents(batch)
         label_B, self._dtype = pl_module.labels(batch), next(iter(z.values())).dtype

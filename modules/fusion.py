@@ -189,6 +189,39 @@ class OrthogonalFusion(Fuse):
         return self.bias_C + torch.stack(list(self.parts(z, present).values())).sum(dim=0)
 
 
+class SharedHead(Fuse):
+    """``logits_b = sum_m w_bm f(z_bm)`` over who is there, with one linear f for all modalities (MLA).
+
+        w_b = softmax over present m of  - H(softmax f(z_bm)),        H the entropy in nats
+
+    so that who is sure of a sample is listened to. Source: Zhang 2024, arXiv 2311.10707; its code takes entropies over
+    the batch instead of the classes, so that all samples share two numbers.
+
+    Raises:
+        ValueError: when built, for latents of different widths.
+
+    >>> fusion = SharedHead().build({"image": 4, "text": 4}, classes=2)
+    >>> z, here = {"image": torch.randn(1, 4), "text": torch.randn(1, 4)}, torch.tensor([True])
+    >>> torch.allclose(fusion(z, {"image": here, "text": ~here}), fusion.head(z["image"]))
+    True
+    """
+
+    def made(self, widths: dict[str, int], classes: int) -> None:
+        if len(set(widths.values())) > 1:
+            each = ", ".join(f"{m} {width}" for m, width in widths.items())
+            raise ValueError(f"fusion: one head for all modalities needs latents of one width; here {each}")
+        self.head = nn.Linear(next(iter(widths.values())), classes)
+
+    def logits(self, z: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        f_MBC = torch.stack([self.head(z_BD) for z_BD in z.values()])
+        here_MB = torch.stack([present[m] for m in z])
+        log_MBC = f_MBC.log_softmax(dim=2)
+        entropy_MB = -(log_MBC.exp() * log_MBC).sum(dim=2)
+        # finite where nobody is there: the rows are zero then
+        w_MB = torch.where(here_MB, -entropy_MB, torch.finfo(entropy_MB.dtype).min).softmax(dim=0) * here_MB
+        return (w_MB[..., None] * f_MBC).sum(dim=0)
+
+
 class MidFusion(Fuse):
     """``logits_b = MLP(concat_m z_bm)``, with zeros for the modalities that sample b lacks.
 

@@ -116,21 +116,27 @@ class Unimodal(Protocol):
 
 
 @runtime_checkable
-class Contends(Protocol):
+class Classifies(Protocol):
+    """Says of which class a sample is, from several modalities. ``labels(batch)``: int64 ``[B]``, below 0 for none."""
+
+    modalities: tuple[str, ...]
+
+    def labels(self, batch: Batch, /) -> Tensor: ...
+
+
+@runtime_checkable
+class Contends(Classifies, Protocol):
     """Modalities that contend for one decision, which it tells its step of (``step.decided``) in every forward.
 
     ``shares(z, present)``: modality -> its part of the logits ``[B, C]``; they add up to what is decided by.
-    ``of_modality(m)``: the parameters that are of this modality alone. ``labels(batch)``: int64, below 0 for none.
+    ``of_modality(m)``: the parameters that are of this modality alone.
     """
 
     step: Step
-    modalities: tuple[str, ...]
 
     def shares(self, z: dict[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]: ...
 
     def of_modality(self, modality: str, /) -> Iterable[nn.Parameter]: ...
-
-    def labels(self, batch: Batch, /) -> Tensor: ...
 
 
 @runtime_checkable

@@ -1,9 +1,10 @@
 """The recipes: one LightningModule a file; the order of the file is the order of the method."""
 
+from descant.recipes.alternating import Alternating
 from descant.recipes.base import Recipe
 from descant.recipes.contrastive import Contrastive
 from descant.recipes.fusion import Fusion
 from descant.recipes.masked import Masked
 from descant.recipes.missing import MissingModality
 
-__all__ = ["Contrastive", "Fusion", "Masked", "MissingModality", "Recipe"]
+__all__ = ["Alternating", "Contrastive", "Fusion", "Masked", "MissingModality", "Recipe"]

@@ -88,12 +88,15 @@ class Fusion(SharedSpace):
 
     # from samples to logits -----------------------------------------------------------------------------------
 
-    def latents(self, batch: Batch) -> dict[str, Tensor]:
-        """Modality -> ``z_BD`` of any length, as the fusion gets it; rows of absent samples are zero."""
+    def latents(self, batch: Batch, *modalities: str) -> dict[str, Tensor]:
+        """Modality -> ``z_BD`` of any length, as the fusion gets it; rows of absent samples are zero.
+
+        Of all modalities where none are named.
+        """
         missing = [m for m in self.towers if m not in batch.inputs]
         if missing:
             raise ValueError(f"the data has no modality {missing[0]!r}, only {', '.join(batch.inputs)}")
-        z = {m: promote(self.heads[m](self.present_features(batch, m))) for m in self.towers}
+        z = {m: promote(self.heads[m](self.present_features(batch, m))) for m in modalities or self.towers}
         return {m: torch.where(batch.present[m][:, None], z_BD, torch.zeros_like(z_BD)) for m, z_BD in z.items()}
 
     def fuse(self, z: dict[str, Tensor], present: Mapping[str, Tensor] | None = None) -> Tensor:

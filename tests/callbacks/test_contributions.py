@@ -101,7 +101,7 @@ def fit(recipe: Any) -> None:
     ("make", "message"),
     [
         (lambda: Contributions(circles=0), "circles 0: 1 is the least"),
-        (lambda: fit(BoringModel()), "Contributions needs the protocol Contends"),
+        (lambda: fit(BoringModel()), "Contributions needs the protocols Classifies"),
         (lambda: fit(one()), "Contributions: Fusion has one modality"),
     ],
 )

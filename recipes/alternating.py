@@ -1,0 +1,124 @@
+"""Classification of several modalities whose towers never train at once, so that none can hold another back (MLA).
+
+Claim: modalities that take turns at one head learn what each would alone, and the sure ones decide.
+
+    m    = modalities[(t + t // M) mod M]                 whose turn it is in optimizer step t
+    loss = cross_entropy(head(z_m), label)                one linear head for all modalities
+    g_W  = g_W P_t,   P_t = (I + sum over s < t of r_s r_s^T / alpha)^-1       its matrix, W
+    logits = sum_m w_m head(z_m)                          sure ones count more (SharedHead); in evaluation alone
+
+r_s is the mean of the latents of step s, over all micro-batches and ranks: what the head learned of one turn is not
+unlearned in the next. P is scaled to the norm of the identity, so that learning does not die away with it. Other towers
+stand still until their turn: no gradient, no weight decay. M steps here do what one iteration of the paper does, on a
+batch each.
+
+What differs from the release: P is the inverse that is meant (there a scalar of the recursion is an outer product),
+and of earlier steps alone. Source: Zhang 2024, arXiv 2311.10707.
+Letters: B samples, D width, C classes, M modalities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from descant.modules.batch import Batch
+from descant.modules.fusion import SharedHead
+from descant.modules.heads import Pool, Pools
+from descant.modules.losses.ranks import gather
+from descant.modules.modulation import reached
+from descant.modules.objective import Term
+from descant.modules.towers import Towers
+from descant.recipes.fusion import Fusion
+
+
+class Alternating(Fusion):
+    """One modality a step, in turns.
+
+    Args:
+        towers, target, classes, width, pool, smoothing: as of Fusion.
+        alpha: of P: the smaller, the more of earlier turns is kept; none keeps nothing (P = I).
+
+    Raises:
+        ValueError: for an alpha not above 0, or what Fusion raises.
+    """
+
+    #: No decision of all modalities is trained, so there is none that they contend for.
+    shares = None  # type: ignore[assignment]
+    P_DD: Tensor
+
+    def __init__(
+        self,
+        towers: Towers,
+        target: str,
+        classes: int,
+        width: int = 128,
+        pool: Pool | Pools | None = None,
+        smoothing: float = 0.0,
+        alpha: float | None = 0.1,
+        **kwargs: object,
+    ) -> None:
+        if alpha is not None and not alpha > 0:
+            raise ValueError(f"alpha {alpha:g}: above 0, such as 0.1")
+        super().__init__(
+            towers,
+            target,
+            classes,
+            width,
+            pool,
+            SharedHead(),
+            smoothing=smoothing,
+            **kwargs,  # type: ignore[arg-type]  # the base's own typed arguments
+        )
+        self.alpha = alpha
+        self.register_buffer("P_DD", torch.eye(width))
+        self._seen: list[Tensor] = []  # of this step's micro-batches: [D + 1], the sum of latents and their number
+
+    @property
+    def head(self) -> nn.Linear:
+        assert isinstance(self.fusion, SharedHead)
+        return self.fusion.head
+
+    @property
+    def turn(self) -> str:
+        """Whose turn it is. Each round begins one later, so that whoever looks every tenth step sees all of them."""
+        rounds, place = divmod(self.global_step, len(self.modalities))
+        return self.modalities[(rounds + place) % len(self.modalities)]
+
+    @property
+    def forks(self) -> Mapping[str, tuple[str, ...]]:
+        """No two terms share anything."""
+        return {}
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        m, label_B = self.turn, self.labels(batch)
+        z_BD = self.latents(batch, m)[m]
+        if self.training:
+            sum_D, count = z_BD.detach().sum(dim=0), batch.present[m].sum()
+            self._seen.append(torch.cat([sum_D, count[None].to(sum_D)]))
+        term = self.term(self.head(z_BD), label_B, batch.present[m], batch.step[m])
+        # every rank's backward reaches all parameters, in every step
+        return {m: Term(reached(term.value, self._idle(m)), valid=term.valid, norm=term.norm)}
+
+    def _idle(self, turn: str) -> Iterator[nn.Parameter]:
+        return (p for m in self.modalities if m != turn for p in self.of_modality(m) if p.requires_grad)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        for p in self._idle(self.turn):
+            p.grad = None
+        if self.alpha is None:
+            return
+        P_DD, grad_CD = self.P_DD, self.head.weight.grad
+        if grad_CD is not None:
+            whole_CD = grad_CD.to_local() if isinstance(grad_CD, DTensor) else grad_CD  # ranks split the classes
+            whole_CD.copy_(whole_CD @ (P_DD * (len(P_DD) ** 0.5 / P_DD.norm())).to(whole_CD))
+        total = gather(torch.stack(self._seen).sum(dim=0)[None]).sum(dim=0).to(P_DD)
+        self._seen = []
+        r_D = total[:-1] / total[-1].clamp(min=1)
+        if r_D.isfinite().all():
+            q_D = P_DD @ r_D  # Sherman and Morrison: the inverse with one more r r^T
+            P_DD.sub_(torch.outer(q_D, q_D) / (self.alpha + r_D @ q_D))
