@@ -19,7 +19,7 @@ Letters: B samples, D width, C classes, M modalities.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -33,22 +33,20 @@ from descant.modules.losses.ranks import gather
 from descant.modules.modulation import reached
 from descant.modules.objective import Term
 from descant.modules.towers import Towers
-from descant.recipes.fusion import Fusion
+from descant.recipes.classifier import Classifier
 
 
-class Alternating(Fusion):
+class Alternating(Classifier):
     """One modality a step, in turns.
 
     Args:
-        towers, target, classes, width, pool, smoothing: as of Fusion.
+        towers, target, classes, width, pool, smoothing: as of Classifier.
         alpha: of P: the smaller, the more of earlier turns is kept; none keeps nothing (P = I).
 
     Raises:
-        ValueError: for an alpha not above 0, or what Fusion raises.
+        ValueError: for an alpha not above 0, or what Classifier raises.
     """
 
-    #: No decision of all modalities is trained, so there is none that they contend for.
-    shares = None  # type: ignore[assignment]
     P_DD: Tensor
 
     def __init__(
@@ -64,16 +62,7 @@ class Alternating(Fusion):
     ) -> None:
         if alpha is not None and not alpha > 0:
             raise ValueError(f"alpha {alpha:g}: above 0, such as 0.1")
-        super().__init__(
-            towers,
-            target,
-            classes,
-            width,
-            pool,
-            SharedHead(),
-            smoothing=smoothing,
-            **kwargs,  # type: ignore[arg-type]  # the base's own typed arguments
-        )
+        super().__init__(towers, target, classes, width, pool, SharedHead(), smoothing, **kwargs)
         self.alpha = alpha
         self.register_buffer("P_DD", torch.eye(width))
         self._seen: list[Tensor] = []  # of this step's micro-batches: [D + 1], the sum of latents and their number
@@ -88,11 +77,6 @@ class Alternating(Fusion):
         """Whose turn it is. Each round begins one later, so that whoever looks every tenth step sees all of them."""
         rounds, place = divmod(self.global_step, len(self.modalities))
         return self.modalities[(rounds + place) % len(self.modalities)]
-
-    @property
-    def forks(self) -> Mapping[str, tuple[str, ...]]:
-        """No two terms share anything."""
-        return {}
 
     def terms(self, batch: Batch) -> dict[str, Term]:
         m, label_B = self.turn, self.labels(batch)

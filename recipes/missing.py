@@ -109,7 +109,7 @@ class MissingModality(Recipe):
         # a protocol is claimed where the inner recipe has it, so what there is stands on the object, not on its class
         for names, method in ((OF_BATCHES, self._of_batch), (OF_LATENTS, self._of_latents)):
             for name in names:
-                if getattr(inner, name, None) is not None:
+                if hasattr(inner, name):
                     setattr(self, name, partial(method, name))
         for name in ("forks", "joint_embedding", "of_modality", "labels"):
             if hasattr(inner, name):
