@@ -33,6 +33,7 @@ from descant.modules.metrics import (
     wide,
 )
 from descant.modules.protocols import Embeds
+from descant.modules.trainer import bank_batches
 
 LETTER = {"image": "i", "text": "t", "audio": "a"}
 ROWS = 512  # prompts embedded at once
@@ -161,13 +162,8 @@ class Judge(Callback):
         limit: float | None = trainer.num_sanity_val_steps if trainer.sanity_checking else None
         limit = int(run.fast_dev_run) or limit
         limit = None if limit is None or limit == float("inf") else int(limit)
-        with torch.random.fork_rng(devices=[]):  # a loader draws its seed when iterated: not from the run's numbers
-            self._bank_loader = self._bank_loader or data.bank_dataloader()
-            batches = iter(self._bank_loader)
-        for batch in islice(batches, limit):
-            # the way of the evaluation loop's own batches: the data module's hooks put pixels in shape
-            batch = data.on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), 0)
-            yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        self._bank_loader = self._bank_loader or data.bank_dataloader()
+        yield from islice(bank_batches(run, self._bank_loader), limit)
 
     def _lead(self, trainer: L.Trainer) -> Judge:
         return next(c for c in _any(trainer).callbacks if isinstance(c, Judge))

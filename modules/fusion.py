@@ -178,12 +178,18 @@ class OrthogonalFusion(Fuse):
         self.log_weights = nn.ParameterDict({m: nn.Parameter(log.clone()) for m in widths})
         self.bias_C = nn.Parameter(torch.zeros(classes))
 
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Modality -> ``a_C``, above zero."""
+        return {m: log_C.exp() for m, log_C in self.log_weights.items()}
+
     def alone(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Modality -> ``s_BC``, what it says of the classes; zero where it is absent."""
         return {m: self.maps[m](z_BD) for m, z_BD in self.checked(z, present)[0].items()}
 
     def parts(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        return {m: self.log_weights[m].exp() * s_BC for m, s_BC in self.alone(z, present).items()}
+        a = self.weights
+        return {m: a[m] * s_BC for m, s_BC in self.alone(z, present).items()}
 
     def logits(self, z: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
         return self.bias_C + torch.stack(list(self.parts(z, present).values())).sum(dim=0)

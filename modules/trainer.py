@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
+
+import torch
+
+from descant.modules.batch import Batch
 
 
 def log_interval(trainer: object) -> float:
@@ -25,3 +30,13 @@ def share_of_run(trainer: Any) -> float:
     0.25
     """
     return trainer.global_step / max(float(trainer.estimated_stepping_batches), 1.0)
+
+
+def bank_batches(trainer: Any, loader: Any) -> Iterator[Batch]:
+    """Batches of a loader that is not the loop's, as it would give them: the data module's hooks, on the device."""
+    data = trainer.datamodule
+    with torch.random.fork_rng(devices=[]):  # a loader draws its seed when iterated: not from the run's numbers
+        batches = iter(loader)
+    for raw in batches:
+        batch = data.on_before_batch_transfer(trainer.precision_plugin.convert_input(raw), 0)
+        yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)

@@ -1,0 +1,90 @@
+"""How much each modality counts for each class, so that no decision is easily changed: CRMT's second phase.
+
+Claim: a decision whose weights follow how far a modality can be trusted is harder to attack, one modality at a time.
+
+    h_bk   = bias_k + sum_m a_mk s_bmk                    a trained OrthogonalFusion; of it all, a alone is trained
+    tau_mk = max over training samples of |d s_bmk / d x_bm|
+    loss   = - mean over b of  min over k != y of  (h_by - h_bk) / sqrt( sum_m (a_my tau_my + a_mk tau_mk)^2 )
+
+The slopes are of some training samples as evaluation sees them, so the radius is an estimate; for linear towers it is
+proved. The first phase is Fusion with an OrthogonalFusion and the regularizer UnimodalMargin.
+What differs from the release: slopes are of s, before a, which counts once; they are taken sample by sample and class
+by class; a stays above zero. Source: Yang 2024, arXiv 2402.06244.
+Letters: B samples, M modalities, C classes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from descant.modules import saved
+from descant.modules.attacks import certified_radius, steepest
+from descant.modules.batch import Batch
+from descant.modules.fusion import OrthogonalFusion
+from descant.modules.objective import Term
+from descant.modules.trainer import bank_batches
+from descant.recipes.base import Recipe
+from descant.recipes.classifier import Classifier
+from descant.recipes.rebuilt import rebuild
+
+
+class Certified(Classifier):
+    """Train the weights of a trained fusion for the radius that it certifies.
+
+    The run at ``path`` is read whenever this recipe is built anew (resumed, validated, loaded).
+
+    Args:
+        path: a run folder, a checkpoint in one, or an export, of a classifier with an OrthogonalFusion.
+        checkpoint: of a run folder: best, last or a file in it.
+        rows: training samples whose slopes are measured, a backward pass a class and modality each batch.
+
+    Raises:
+        ValueError: for a count below 1, no such run, or one of another recipe or fusion; when training begins, for data
+            without a bank of training samples.
+    """
+
+    slope_MC: Tensor
+    fusion: OrthogonalFusion
+
+    def __init__(self, path: Path | str, checkpoint: str = "best", rows: int = 512, **kwargs: object) -> None:
+        if rows < 1:
+            raise ValueError(f"rows {rows}: 1 is the least")
+        found = saved.find(path, checkpoint)
+        inner = rebuild(found)
+        fusion = getattr(inner, "fusion", None)
+        if not isinstance(inner, Classifier) or not isinstance(fusion, OrthogonalFusion):
+            raise ValueError(f"{found.folder}: no classifier with a fusion OrthogonalFusion, so it has no such weights")
+        Recipe.__init__(self, **kwargs)  # type: ignore[arg-type]  # the base's own typed arguments
+        self.path, self.rows_measured = path, rows
+        self.towers, self.pools, self.heads, self.fusion = inner.towers, inner.pools, inner.heads, fusion
+        self.modalities, self.target, self.classes, self.smoothing = inner.modalities, inner.target, inner.classes, 0.0
+        self.requires_grad_(False)
+        self.fusion.log_weights.requires_grad_(True)
+        self.register_buffer("slope_MC", torch.full((len(self.modalities), self.classes), torch.nan))
+        self.train()
+
+    def train(self, mode: bool = True) -> Certified:
+        super().train(mode)
+        for part in (self.towers, self.pools, self.heads, self.fusion):  # as they were, running statistics included
+            part.eval()
+        return self
+
+    def on_fit_start(self) -> None:
+        if self.slope_MC.isfinite().all():  # a resumed run has measured
+            return
+        try:
+            loader = self.trainer.datamodule.bank_dataloader()  # type: ignore[attr-defined]
+        except NotImplementedError:
+            raise ValueError("Certified needs bank_set() of the data module: training samples, to measure on") from None
+        self.slope_MC.copy_(steepest(self, bank_batches(self.trainer, loader), self.rows_measured))
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        with torch.no_grad():
+            z = self.latents(batch)
+        label_B, slope = self.labels(batch), dict(zip(self.modalities, self.slope_MC, strict=True))
+        radius_B = certified_radius(self.fuse(z, batch.present), self.fusion.weights, slope, batch.present, label_B)
+        some_B = self.some(batch.present) & (label_B >= 0)
+        return {"radius": Term(-radius_B, valid=some_B, norm=self.some(batch.step).sum().clamp(min=1))}
