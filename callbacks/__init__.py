@@ -33,6 +33,7 @@ from descant.callbacks.reconstruction import ReconstructionPictures as Reconstru
 from descant.callbacks.report import Report as Report
 from descant.callbacks.resume import Resume as Resume
 from descant.callbacks.sanity import Sanity as Sanity
+from descant.callbacks.speed import LearningSpeed as LearningSpeed
 from descant.callbacks.subsets import ModalitySubsetEval as ModalitySubsetEval
 from descant.callbacks.swap import SwapAccuracy as SwapAccuracy
 from descant.callbacks.temperature import Temperature as Temperature

@@ -8,11 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 
 from descant.callbacks.balance import require_several
+from descant.callbacks.cosines import Track
 from descant.callbacks.evaluate import Rows, Store
+from descant.callbacks.lines import lines
+from descant.callbacks.pictures import run_folder, writers
 from descant.callbacks.subsets import OwnPass
 from descant.modules.batch import Batch
 from descant.modules.fusion import coalitions, only, shapley
@@ -30,7 +34,9 @@ class Contributions(OwnPass):
 
     accuracy(S) is that of the decision with the modalities in S. A modality that says little alone was drowned, if a
     tower that is trained by itself says more; one that says much alone and brings little was made needless.
-    Latents are computed once; neither batches nor ranks change a number. Rows of a set are held in memory on each rank.
+    What each says alone, and all together, is drawn over the steps of a fit, a panel a set: to every TensorBoard logger
+    as ``contributions/accuracy`` and to ``{run folder}/pictures/``. Latents are computed once; neither batches nor
+    ranks change a number. Rows of a set are held in memory on each rank.
 
     Args:
         circles: random orders of the importance.
@@ -58,6 +64,15 @@ class Contributions(OwnPass):
         self.circles = circles
         self._held: dict[str, Store] = {}
         self._dtype = torch.float32
+        self.tracks: dict[str, Track] = {}  # set -> accuracies of each modality alone, and of all
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "tracks": {name: dict(x.state_dict()) for name, x in self.tracks.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for name, state in state_dict["tracks"].items():
+            self.tracks.setdefault(name, Track()).load_state_dict(state)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -86,7 +101,11 @@ class Contributions(OwnPass):
         for name, store in self._held.items():
             rows = store.compute()
             if len(rows.index):
-                found |= {f"{name}/{key}": value for key, value in self._of_set(pl_module, rows).items()}
+                of = self._of_set(pl_module, rows)
+                found |= {f"{name}/{key}": value for key, value in of.items()}
+                if trainer.validating or (trainer.training and not trainer.sanity_checking):
+                    values = [float(value) for key, value in of.items() if key.startswith("alone/")]
+                    self.tracks.setdefault(name, Track()).add(trainer.global_step, [*values, float(of["joint"])])
         self._held = {}
         return found
 
@@ -110,3 +129,16 @@ class Contributions(OwnPass):
                 others.append(accuracy(pl_module.fuse({**z, m: z[m][source_N]}, every)))
             found[f"importance/{m}"] = found["joint"] - torch.stack(others).mean()
         return found
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        folder = run_folder(trainer)
+        if not trainer.is_global_zero or not self.tracks or trainer.fast_dev_run or not trainer.loggers:  # type: ignore[attr-defined]
+            return
+        assert isinstance(pl_module, Classifies)
+        names = [*(f"{m} alone" for m in pl_module.modalities), "all together"]
+        panels = {name: (names, *track.seen()) for name, track in self.tracks.items()}
+        image = lines(f"accuracy, step {trainer.global_step}", panels)
+        (folder / "pictures").mkdir(parents=True, exist_ok=True)
+        image.save(folder / "pictures" / f"accuracy-{trainer.global_step}.png")
+        for writer in writers(trainer):
+            writer.add_image("contributions/accuracy", np.asarray(image), trainer.global_step, dataformats="HWC")

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
 from torch import Tensor
 
 from descant.callbacks.contributions import Contributions
+from descant.callbacks.lines import COLOURS
 from descant.datamodules.base import BatchDataset
 from descant.modules.sham import partners
 from tests.callbacks.test_balance import model, one
@@ -108,3 +113,27 @@ def fit(recipe: Any) -> None:
 def test_what_cannot_be_is_one_line(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_accuracies_are_drawn_over_the_steps_of_a_fit_and_kept(tmp_path: Path) -> None:
+    seen = Contributions()
+    trainer = L.Trainer(
+        max_epochs=3,
+        default_root_dir=tmp_path,
+        logger=TensorBoardLogger(tmp_path),
+        callbacks=[seen],
+        num_sanity_val_steps=1,
+        **{name: value for name, value in OPTIONS.items() if name != "logger"},
+    )
+    trainer.fit(model(), datamodule=Data(24, whole=False))
+    steps, values_SK = seen.tracks["val"].seen()
+    assert steps == [1, 2, 3] and values_SK.shape == (3, 3), "not of the sanity check"
+    last = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    wanted = [last["val/alone/image"], last["val/alone/text"], last["val/joint"]]
+    assert values_SK[-1].tolist() == pytest.approx(wanted, rel=1e-6)
+    folder = Path(str(trainer.log_dir)) / "pictures"
+    picture = np.asarray(Image.open(folder / "accuracy-3.png"))
+    assert len({tuple(pixel) for pixel in picture.reshape(-1, 3)} & set(COLOURS)) >= 2, "a line of each modality"
+    again = Contributions()
+    again.load_state_dict(seen.state_dict())
+    assert again.tracks["val"].seen()[0] == steps
