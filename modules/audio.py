@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.modules.random import uniform_NK
+from descant.modules.random import normal_NK, uniform_NK
 
 #: What int16 is divided by, so that full scale is 1.
 FULL_SCALE = 32768.0
@@ -168,6 +168,29 @@ class LogMel(nn.Module):
         spectrum = torch.stft(x, self.fft, self.hop, self.window, hann, center=False, return_complex=True)
         power_BKT = spectrum.real.square() + spectrum.imag.square()
         return (filters_FK @ power_BKT).clamp_(min=10 ** (self.floor / 10)).log10_().mul_(10)
+
+
+def noisy(x_BS: Tensor, length_B: Tensor, snr: float, draw_B: Tensor) -> Tensor:
+    """White noise in waveforms, so many decibels below the mean power of each: float ``[B, S]``, in -1..1 as far as x.
+
+        x'_s = x_s + sigma n_s,   sigma^2 = mean over its real samples of x^2 / 10^(snr / 10)
+
+    Noise is a function of the sample's key, and none is where no sound is (past ``length_B``, or in a silent clip).
+
+    Args:
+        x_BS: int16, or float. length_B: real samples of each. snr: decibels. draw_B: keys.
+
+    >>> t = torch.arange(16000) / 16000
+    >>> x_BS = torch.sin(2 * torch.pi * 440 * t)[None]
+    >>> n_BS = noisy(x_BS, torch.tensor([8000]), 10.0, torch.tensor([3])) - x_BS
+    >>> round(10 * float((0.5 / n_BS[:, :8000].square().mean()).log10()), 1), bool(n_BS[:, 8000:].any())
+    (10.0, False)
+    """
+    x = x_BS if x_BS.is_floating_point() else x_BS / FULL_SCALE
+    real_BS = torch.arange(x.shape[1], device=x.device) < length_B[:, None]
+    power_B = torch.where(real_BS, x, 0.0).square().sum(dim=1) / length_B.clamp(min=1)
+    sigma_B = (power_B * 10 ** (-snr / 10)).sqrt()
+    return x + torch.where(real_BS, sigma_B[:, None] * normal_NK(draw_B, x.shape[1], "audio/noise", x.device), 0.0)
 
 
 class AudioAugment(nn.Module):

@@ -127,3 +127,29 @@ def test_the_synthesizer_says_names_alike_each_time(tmp_path: Path, monkeypatch:
     for voice in ("en-uk", "en-us+f99"):
         with pytest.raises(ValueError, match=rf"voice '{voice.replace('+', '[+]')}' is unknown; such as en-us"):
             prepared(names, [voice], cache=str(tmp_path))
+
+
+def test_noise_is_as_loud_as_asked_for_new_in_training_and_fixed_in_evaluation() -> None:
+    data = Emoji(tiny=True, batch_size=64, speech=SpokenNames(["en-us"], snr=-3.0))
+    assert data.speech is not None
+    heard: list[torch.Tensor] = []
+    features = data.speech.features
+
+    def listen(x_BS: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
+        heard.append(x_BS)
+        return features(x_BS, length_B)
+
+    data.speech.features = type("Listener", (), {"to": lambda self, device: listen})()
+    rows = data.evaluation_sets("test")["vendor"]
+    window = next(iter(Order(len(rows), len(rows), seed=0, shuffle=False)))
+    for training in (False, False, True):
+        batch = rows[window]
+        batch.draw = batch.draw + 1 + len(heard)
+        clean, length = batch.inputs["audio"] / 32768, batch.inputs["audio_length"]
+        data.speech.view(batch, training)
+    assert torch.equal(heard[0], heard[1]) and not torch.equal(heard[0], heard[2])
+    for row, x, n in zip(heard[2], clean, length.tolist(), strict=True):
+        if n:
+            noise = row - x
+            assert 10 * float((x[:n].square().mean() / noise[:n].square().mean()).log10()) == pytest.approx(-3, abs=0.3)
+            assert not noise[n:].any()
