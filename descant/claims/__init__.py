@@ -13,7 +13,7 @@ from typing import Any
 
 from descant.claims import run, spec, store
 from descant.claims.judge import Judgement, judge
-from descant.claims.spec import BUDGETS, Claim
+from descant.claims.spec import BUDGETS, TUNE, Claim
 from descant.errors import fail, hint, say
 from descant.options import Options
 
@@ -21,9 +21,11 @@ _HELP = """\
 descant claims: does each mechanism do what its paper says? Paired runs, a sham, and a rule fixed beforehand
 
 usage: descant claims list [--json]
+       descant claims tune NAME
        descant claims run NAME [--budget pilot|full] [--seeds 0,1] [--arms method,sham]
        descant claims table | verify [NAME ...]
 
+  tune    of arms with settings, trains each setting once and stores which is best by validation
   run     trains every arm from the same seeds, stores the result, prints the verdict; a run that was
           interrupted goes on. full asks for a pilot of the very same configuration: margins are fixed on
           pilot seeds, never on those that count.
@@ -37,7 +39,7 @@ Options:
   --trust MODULE     allow class paths of your own module
   --results DIR      where results are stored (beside the claims)
   --page FILE        of table (CLAIMS.md)"""
-_COMMANDS = ("list", "run", "table", "verify")
+_COMMANDS = ("list", "tune", "run", "table", "verify")
 
 
 def main(args: Sequence[str]) -> int:
@@ -47,7 +49,7 @@ def main(args: Sequence[str]) -> int:
         return 0
     command, *rest = args
     if command not in _COMMANDS:
-        fail(f"claims {command}: list, run, table or verify{hint(command, _COMMANDS, most=0)}")
+        fail(f"claims {command}: list, tune, run, table or verify{hint(command, _COMMANDS, most=0)}")
     parser = Options(prog=f"descant claims {command}", add_help=False)
     parser.add_argument("--results", type=Path, default=spec.folder() / "results")
     if command == "list":
@@ -63,11 +65,48 @@ def main(args: Sequence[str]) -> int:
         return _verify(parser.parse_args(rest))
     parser.add_argument("name")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--slurm")
+    if command == "tune":
+        return _tune(parser.parse_args(rest))
     parser.add_argument("--budget", choices=BUDGETS, default="full")
     parser.add_argument("--seeds")
     parser.add_argument("--arms")
-    parser.add_argument("--slurm")
     return _run(parser.parse_args(rest))
+
+
+def _tune(given: argparse.Namespace) -> int:
+    claim = spec.load(given.name)
+    if not claim.is_tuned:
+        fail(f"claims {claim.name}: no arm has settings to choose from")
+    if given.jobs < 1:
+        fail(f"--jobs {given.jobs}: at least 1")
+    store.require_free(given.results, claim, TUNE)
+    candidates = claim.candidates()
+    place = run.Place(candidates, TUNE, given.runs.absolute(), tuple(given.trust))
+    arms, seeds = tuple(candidates.arms), candidates.seeds[TUNE]
+    if given.slurm is not None:
+        return run.submit(place, arms, seeds, given.slurm)
+    code = run.run(place, arms, seeds, given.jobs)
+    if code:
+        return code
+    runs = place.collect(arms, seeds)
+    store.write(given.results, candidates, TUNE, runs, place.seconds)
+    for arm, best in claim.chosen(runs).items():
+        values = [runs[f"{arm}.{i}"][seeds[0]][candidates.metric.name] for i in range(len(claim.arms[arm].settings))]
+        tried = ", ".join(f"{x} {value:.4g}" for x, value in zip(claim.arms[arm].settings, values, strict=True))
+        print(f"{arm}: {claim.arms[arm].settings[best]} ({candidates.metric.name}: {tried})")
+    return 0
+
+
+def _settled(claim: Claim, results: Path) -> Claim:
+    """The claim with the settings that were chosen. Raises Refusal where none were."""
+    if not claim.is_tuned:
+        return claim
+    tuned = store.read(results, claim.name, TUNE)
+    if tuned is None or tuned["digest"] != claim.digest:
+        what = "no settings were chosen" if tuned is None else f"settings were chosen for {tuned['digest']}"
+        fail(f"claims {claim.name}: {what}, and the claim is now {claim.digest}: first descant claims tune")
+    return claim.settled(claim.chosen(tuned["runs"]))
 
 
 def _run(given: argparse.Namespace) -> int:
@@ -82,6 +121,7 @@ def _run(given: argparse.Namespace) -> int:
         if pilot is None or pilot["digest"] != claim.digest:
             what = "there is no pilot" if pilot is None else f"its pilot was of configuration {pilot['digest']}"
             fail(f"claims {claim.name}: {what}, and the claim is now {claim.digest}: first --budget pilot")
+    claim = _settled(claim, given.results)
     place = run.Place(claim, given.budget, given.runs.absolute(), tuple(given.trust))
     if given.slurm is not None:
         return run.submit(place, arms, seeds, given.slurm)
@@ -169,7 +209,7 @@ def _verify(given: argparse.Namespace) -> int:
             continue
         seed, arms = claim.seeds["pilot"][0], tuple(claim.arms)
         with tempfile.TemporaryDirectory() as folder:  # anew, whatever lies in the runs
-            place = run.Place(claim, "pilot", Path(folder), tuple(given.trust))
+            place = run.Place(_settled(claim, given.results), "pilot", Path(folder), tuple(given.trust))
             code = run.run(place, arms, (seed,), given.jobs)
             if code:
                 return code

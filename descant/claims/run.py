@@ -9,14 +9,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO
 
 from descant import runs as folders
 from descant.claims.judge import Runs
-from descant.claims.spec import BEFORE, Claim
+from descant.claims.spec import BEFORE, TUNE, Claim
 from descant.errors import fail, say
 from descant.groups import numbers, seed_of
 
@@ -48,23 +49,33 @@ class Place:
             for folder in reversed(folders.runs_of(self.folder, name)):
                 metrics = _metrics(folder)
                 tested = any("/" in m and m.split("/")[0] not in ("val", "train", "speed", "sham") for m in metrics)
+                tested = tested or self.budget == TUNE
                 whole = tested and all(m in metrics for m in self.claim.needed(arm))
                 if whole and (name != arm or _seed(folder) == seed):
                     return metrics
         return None
 
     def missing(self, arms: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
-        """The runs that are not there; of each seed first the one that its arms begin from."""
+        """The runs that are not there; of each seed first the ones that its arms begin from."""
         return [(arm, seed) for seed in seeds for arm in self.all(arms) if self.finished(arm, seed) is None]
 
     def all(self, arms: Sequence[str]) -> list[str]:
-        """The arms, after what comes before them."""
-        return [*([BEFORE] if self.claim.before is not None else []), *arms]
+        """The arms, after what comes before them and what they need."""
+        first = [BEFORE] if self.claim.before is not None else []
+        needed = {other for arm in arms for other in self.claim.arms[arm].needs()}
+        return [*first, *(arm for arm in self.claim.arms if arm in needed), *(arm for arm in arms if arm not in needed)]
 
-    def before(self, seed: int) -> Path:
-        """The folder of the run that the arms of a seed begin from."""
-        own = self.folder / f"{BEFORE}-{seed}"
-        array = (f for f in reversed(folders.runs_of(self.folder, BEFORE)) if _seed(f) == seed)
+    def waits(self, arm: str, seed: int, unfinished: Iterable[tuple[str, int]]) -> bool:
+        """Whether a run begins from one that is not finished."""
+        if arm == BEFORE:
+            return False
+        needs = {BEFORE, *self.claim.arms[arm].needs()}
+        return any(seed == its and other in needs for other, its in unfinished)
+
+    def of(self, arm: str, seed: int) -> Path:
+        """The folder of the run of an arm, or of what comes before all, that others of its seed begin from."""
+        own = self.folder / f"{arm}-{seed}"
+        array = (f for f in reversed(folders.runs_of(self.folder, arm)) if _seed(f) == seed)
         return own if folders.runs_of(self.folder, own.name) else next(array, own)
 
     def collect(self, arms: Sequence[str], seeds: Sequence[int]) -> Runs:
@@ -102,9 +113,8 @@ def run(place: Place, arms: Sequence[str], seeds: Sequence[int], jobs: int) -> i
     try:
         while (todo and failed is None) or working:
             while failed is None and len(working) < jobs:
-                waiting = {seed for arm, seed in todo if arm == BEFORE}
-                waiting |= {job.seed for job in working if job.arm == BEFORE}
-                ready = next((one for one in todo if one[0] == BEFORE or one[1] not in waiting), None)
+                unfinished = [*todo, *((job.arm, job.seed) for job in working)]
+                ready = next((one for one in todo if not place.waits(*one, unfinished)), None)
                 if ready is None:
                     break
                 todo.remove(ready)
@@ -145,9 +155,10 @@ class _Job:
 
 def command(place: Place, arm: str, seed: int) -> list[str]:
     """What runs one arm with one seed, after ``descant``."""
-    words = place.claim.command(arm, seed, place.budget, str(place.before(seed)))
+    words = place.claim.command(arm, seed, place.budget, partial(_path, place, seed))
     words += [f"--trust={module}" for module in place.trust]
-    return ["fit", *words, "--test=true", f"--runs={place.folder}", f"--name={arm}-{seed}", "--resume=auto"]
+    test = str(place.budget != TUNE).lower()
+    return ["fit", *words, f"--test={test}", f"--runs={place.folder}", f"--name={arm}-{seed}", "--resume=auto"]
 
 
 def _start(place: Place, arm: str, seed: int, jobs: int) -> _Job:
@@ -168,26 +179,32 @@ def _tell(place: Place, job: _Job) -> None:
 def submit(place: Place, arms: Sequence[str], seeds: Sequence[int], options: str) -> int:
     """One SLURM array an arm, a job a seed, for what is missing; ``options`` are those of ``descant submit``.
 
-    Where something comes before the arms, that alone at first; then the arms, an array of its own for each seed.
+    What others begin from is submitted alone at first; then these, an array of its own for each seed.
     """
     from descant.submit import main
 
     todo = place.missing(arms, seeds)
-    first = [one for one in todo if one[0] == BEFORE]
+    first = [one for one in todo if not place.waits(*one, todo)]
     arrays: dict[tuple[str, int | None], list[int]] = {}
-    for arm, seed in first or todo:
-        arrays.setdefault((arm, None if place.claim.before is None or first else seed), []).append(seed)
+    for arm, seed in first:
+        begins = arm != BEFORE and (place.claim.before is not None or bool(place.claim.arms[arm].needs()))
+        arrays.setdefault((arm, seed if begins else None), []).append(seed)
     for (arm, _), its in arrays.items():
-        words = place.claim.command(arm, its[0], place.budget, str(place.before(its[0])))
+        words = place.claim.command(arm, its[0], place.budget, partial(_path, place, its[0]))
         words = [word for word in words if not word.startswith("--seed_everything=")]
         words += [f"--trust={module}" for module in place.trust]
-        fit = ["fit", *words, "--test=true", f"--runs={place.folder}", f"--name={arm}"]
+        test = str(place.budget != TUNE).lower()
+        fit = ["fit", *words, f"--test={test}", f"--runs={place.folder}", f"--name={arm}"]
         code = main([*shlex.split(options), "--array", f"seed_everything={','.join(map(str, its))}", "--", *fit])
         if code:
             return code
-    then = "goes on to the arms" if first else "without --slurm judges them"
+    then = "goes on to the others" if len(first) < len(todo) else "without --slurm judges them"
     say(f"claims {place.claim.name}: when they have ended, the same command {then}")
     return 0
+
+
+def _path(place: Place, seed: int, arm: str) -> str:
+    return str(place.of(arm, seed))
 
 
 def _metrics(folder: Path) -> dict[str, float]:

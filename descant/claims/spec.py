@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from descant.errors import Refusal, fail, hint, one_line
 #: What every claim compares; it may have more arms, such as an oracle.
 ARMS = ("baseline", "method", "sham")
 BUDGETS = ("pilot", "full")
+#: What the runs are called that choose settings.
+TUNE = "tune"
 #: What the arms of a claim may be equal in, and where a run's metrics say so.
 EQUAL = {"steps": "steps", "samples": "samples"}
 _KEYS = {
@@ -35,7 +37,7 @@ _KEYS = {
         "secondary",
         "calls",
     ),
-    *("seeds", "budget", "status", "baseline_tuning", "alone"),
+    *("seeds", "budget", "status", "baseline_tuning", "alone", "tuning"),
 }
 #: What only says how a claim is shown.
 _LOOKS = ("alone",)
@@ -97,14 +99,41 @@ class Condition:
 
 @dataclass(frozen=True)
 class Arm:
-    """What an arm adds to the experiment: overlays by name, then options."""
+    """What an arm adds to the experiment: overlays by name, then options.
+
+    ``settings``: values, one of which stands in its options for every ``SETTING``; validation chooses it.
+    """
 
     configs: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    settings: tuple[Any, ...] = ()
+
+    def needs(self) -> set[str]:
+        """The arms whose runs its options name."""
+        return {text.split("/")[1] for text in _texts(self.options) if _of_arm(text)}
+
+    def set(self, value: Any) -> Arm:
+        """With this setting."""
+        options = _filled(self.options, lambda text: value if text == SETTING else text)
+        return replace(self, options=options, settings=())
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How settings are chosen: one run each with this seed, at the full budget, by a metric of its last validation.
+
+    ``options``: what these runs have beside, such as data whose validation is not the test.
+    """
+
+    seed: int
+    metric: Metric
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
 #: The name of what comes before the arms, among runs; and what stands for its run's folder in the options of arms.
 BEFORE, ITS_RUN = "before", "BEFORE"
+#: ``ARM/name`` stands for the folder of that arm's run with the same seed; ``SETTING`` for a setting.
+OF_ARM, SETTING = "ARM", "SETTING"
 
 
 @dataclass(frozen=True)
@@ -135,6 +164,7 @@ class Claim:
     baseline_tuning: str | None
     digest: str
     alone: tuple[str, ...] = ()
+    tuning: Tuning | None = None
 
     def metrics(self) -> list[str]:
         """All metrics that it looks at, the first one first."""
@@ -151,10 +181,10 @@ class Claim:
         own = [self.metric.name, *own] if arm in ARMS or not (own or arm == BEFORE) else own
         return list(dict.fromkeys([*own, *([self.calls] if self.calls and arm in ("method", "sham") else [])]))
 
-    def command(self, arm: str, seed: int, budget: str, before: str = ITS_RUN) -> list[str]:
+    def command(self, arm: str, seed: int, budget: str, place: Callable[[str], str] | None = None) -> list[str]:
         """The arguments of ``descant fit`` of one run, without its name and place.
 
-        ``before``: the folder of the runs that come before the arms of this seed.
+        ``place``: the folder of the run of another arm, or of what comes before the arms, with this seed.
         """
         if arm == BEFORE:
             assert self.before is not None
@@ -162,8 +192,45 @@ class Claim:
         else:
             configs = [self.experiment, *self.arms[arm].configs]
             options = {**self.budgets[budget], **self.arms[arm].options}
-        told = [f"--{key}={_text(value)}" for key, value in _placed(options, before).items()]
+        if place is not None:
+            options = _filled(options, lambda text: _placed(text, place))
+        told = [f"--{key}={_text(value)}" for key, value in options.items()]
         return [word for config in configs for word in ("--config", config)] + [*told, f"--seed_everything={seed}"]
+
+    # settings -----------------------------------------------------------------------------------------------------
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether some arm has settings to choose from."""
+        return any(arm.settings for arm in self.arms.values())
+
+    def candidates(self) -> Claim:
+        """The claim whose arms are the settings of this one's, ``ogm.0``, ``ogm.1`` ..., and what these need."""
+        assert self.tuning is not None
+        arms = {f"{name}.{i}": arm.set(x) for name, arm in self.arms.items() for i, x in enumerate(arm.settings)}
+        needed = {name for arm in arms.values() for name in arm.needs()}
+        arms = {name: self.arms[name] for name in self.arms if name in needed} | arms
+        budgets = {TUNE: {**self.budgets["full"], **self.tuning.options}}
+        seeds = {TUNE: (self.tuning.seed,)}
+        return replace(
+            self, arms=arms, metric=self.tuning.metric, also=(), secondary=(), calls=None, seeds=seeds, budgets=budgets
+        )
+
+    def chosen(self, runs: Mapping[str, Mapping[int, Mapping[str, float]]]) -> dict[str, int]:
+        """Arm -> which of its settings was best in the runs of its candidates; of equals the first one."""
+        assert self.tuning is not None
+        found = {}
+        for name, arm in self.arms.items():
+            values = [runs[f"{name}.{i}"][self.tuning.seed][self.tuning.metric.name] for i in range(len(arm.settings))]
+            if values:
+                best = max(values) if self.tuning.metric.higher else min(values)
+                found[name] = values.index(best)
+        return found
+
+    def settled(self, chosen: Mapping[str, int]) -> Claim:
+        """The claim with these settings."""
+        arms = {name: arm.set(arm.settings[chosen[name]]) if arm.settings else arm for name, arm in self.arms.items()}
+        return replace(self, arms=arms)
 
 
 def folder() -> Path:
@@ -216,12 +283,15 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
     for name in (metric.name, *(metric for condition in also for _, metric in condition.reads), *secondary):
         if name.split("/")[0] in ("val", "train"):  # there before the run is over, and other data chose by it
             fail(f"{where}: {name}: a claim is judged by the test that ends a run")
+    tuning = _tuning(where, content, arms, metric)
     seeds = {key: tuple(value) for key, value in _mapping(where, content, "seeds").items()}
     _known(f"{where}: seeds", seeds, BUDGETS)
     _need(f"{where}: seeds", seeds, BUDGETS)
     both = set(seeds["pilot"]) & set(seeds["full"])
     if both:
         fail(f"{where}: seeds: {min(both)} is in pilot and in full: what chose the margin cannot count")
+    if tuning is not None and tuning.seed in {*seeds["pilot"], *seeds["full"]}:
+        fail(f"{where}: tuning.seed {tuning.seed}: in pilot or full too: what chose a setting cannot count")
     if len(seeds["full"]) < 3 or not seeds["pilot"]:
         fail(f"{where}: seeds: at least 3 in full (5 are the rule) and 1 in pilot")
     budget = dict(content.get("budget") or {})
@@ -259,7 +329,32 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
         baseline_tuning=content.get("baseline_tuning"),
         digest=_digest([file, *files]),
         alone=_alone(where, content, arms),
+        tuning=tuning,
     )
+
+
+def _tuning(where: str, content: Mapping[str, Any], arms: Mapping[str, Arm], metric: Metric) -> Tuning | None:
+    tuned = [name for name, arm in arms.items() if arm.settings]
+    for name, arm in arms.items():
+        for other in sorted(arm.needs()):
+            if other not in arms:
+                fail(f"{where}: arms.{name}: no arm {other!r} whose run it could begin from{hint(other, arms)}")
+            if other == name or arms[other].needs() or arms[other].settings:
+                fail(f"{where}: arms.{name}: {OF_ARM}/{other}: an arm that needs no other and has no settings")
+    if content.get("tuning") is None:
+        if tuned:
+            fail(f"{where}: arms.{tuned[0]}: settings: chosen by what? tuning is missing")
+        return None
+    told = _mapping(where, content, "tuning")
+    _known(f"{where}: tuning", told, ("seed", "metric", "better", "options"))
+    _need(f"{where}: tuning", told, ("seed",))
+    if not tuned:
+        fail(f"{where}: tuning: no arm has settings")
+    if told.get("better", "higher") not in ("higher", "lower"):
+        fail(f"{where}: tuning.better {told['better']}: higher or lower")
+    higher = metric.higher if "better" not in told else told["better"] == "higher"
+    by = Metric(str(told.get("metric", metric.name)), higher, 0.0)
+    return Tuning(int(told["seed"]), by, dict(told.get("options") or {}))
 
 
 def _alone(where: str, content: Mapping[str, Any], arms: Iterable[str]) -> tuple[str, ...]:
@@ -272,8 +367,15 @@ def _alone(where: str, content: Mapping[str, Any], arms: Iterable[str]) -> tuple
 
 
 def _arm(where: str, content: Mapping[str, Any]) -> Arm:
-    _known(where, content, ("configs", "options"))
-    return Arm(tuple(content.get("configs") or ()), dict(content.get("options") or {}))
+    _known(where, content, ("configs", "options", "settings"))
+    settings = content.get("settings") or ()
+    if not isinstance(settings, list | tuple):
+        fail(f"{where}: settings: a list of values is expected, such as [0.1, 0.3, 1.0]")
+    arm = Arm(tuple(content.get("configs") or ()), dict(content.get("options") or {}), tuple(settings))
+    if bool(settings) != (SETTING in _texts(arm.options)):
+        what = f"none of its options is {SETTING}" if settings else f"{SETTING} in its options, and no values for it"
+        fail(f"{where}: settings: {what}")
+    return arm
 
 
 def _metric(where: str, content: Mapping[str, Any]) -> Metric:
@@ -334,13 +436,33 @@ def _text(value: object) -> str:
     return str(yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf)).strip()
 
 
-def _placed(value: Any, folder: str) -> Any:
-    """Every text that begins with ``BEFORE`` as a path in that folder."""
-    if isinstance(value, dict):
-        return {key: _placed(item, folder) for key, item in value.items()}
+def _filled(value: Any, of: Callable[[str], Any]) -> Any:
+    """The same with every text replaced by what it stands for."""
+    if isinstance(value, Mapping):
+        return {key: _filled(item, of) for key, item in value.items()}
     if isinstance(value, list):
-        return [_placed(item, folder) for item in value]
-    return folder + value[len(ITS_RUN) :] if isinstance(value, str) and value.split("/")[0] == ITS_RUN else value
+        return [_filled(item, of) for item in value]
+    return of(value) if isinstance(value, str) else value
+
+
+def _texts(value: Any) -> list[str]:
+    found: list[str] = []
+    _filled(value, found.append)
+    return found
+
+
+def _of_arm(text: str) -> bool:
+    return text.startswith(f"{OF_ARM}/")
+
+
+def _placed(text: str, place: Callable[[str], str]) -> str:
+    """A text that begins with ``BEFORE``, or with ``ARM/`` and a name, as a path in that run's folder."""
+    if text.split("/")[0] == ITS_RUN:
+        return place(BEFORE) + text[len(ITS_RUN) :]
+    if _of_arm(text):
+        _, arm, *rest = text.split("/")
+        return "/".join([place(arm), *rest])
+    return text
 
 
 def _digest(files: Iterable[Path]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from descant.claims import store
 from descant.claims.judge import Judgement, Runs, column, judge
-from descant.claims.spec import BEFORE, Claim
+from descant.claims.spec import BEFORE, TUNE, Claim
 from descant.runs import write_text
 
 #: Arms that a table has as columns, and whose names stand side by side.
@@ -45,7 +45,8 @@ def write(claims: Sequence[Claim], results: Path, page: Path) -> list[str]:
         figure = page.parent / "docs" / "claims" / f"{claim.name}.svg"
         figure.parent.mkdir(parents=True, exist_ok=True)
         write_text(figure, svg(claim, stored["runs"]))
-        parts.append(_part(claim, found, stored, figure.relative_to(page.parent).as_posix()))
+        tuned = store.read(results, claim.name, TUNE)
+        parts.append(_part(claim, found, stored, figure.relative_to(page.parent).as_posix(), tuned))
     write_text(page, _HEAD + "\n".join(rows) + "\n" + "".join(parts))
     return without
 
@@ -60,7 +61,9 @@ def _row(claim: Claim, found: Judgement, stored: Mapping[str, Any]) -> str:
     )
 
 
-def _part(claim: Claim, found: Judgement, stored: Mapping[str, Any], figure: str) -> str:
+def _part(
+    claim: Claim, found: Judgement, stored: Mapping[str, Any], figure: str, tuned: Mapping[str, Any] | None = None
+) -> str:
     runs: Runs = stored["runs"]
     lines = [
         f"\n## {claim.name}\n",
@@ -86,9 +89,14 @@ def _part(claim: Claim, found: Judgement, stored: Mapping[str, Any], figure: str
         lines += [f"| {what} | {value:.4g} | {'met' if met else '**not met**'} |" for what, value, met in found.asked]
     if found.lacks:
         lines += ["", *(f"- Not met: {reason}." for reason in found.lacks)]
-    tuned = claim.baseline_tuning or "**none**, it is untuned"
+    if claim.tuning is not None and tuned is not None:
+        best = claim.chosen(tuned["runs"])
+        each = (f"{arm} {claim.arms[arm].settings[i]} of {list(claim.arms[arm].settings)}" for arm, i in best.items())
+        what = f"by {claim.tuning.metric.name} of validation, seed {claim.tuning.seed}"
+        lines.append(f"\nSettings, chosen {what}: {'; '.join(each)}.")
+    how = claim.baseline_tuning or ("as above" if claim.is_tuned else "**none**, it is untuned")
     versions = ", ".join(f"{name} {number}" for name, number in stored["versions"].items())
-    lines.append(f"\nTuning of the baseline: {tuned}.")
+    lines.append(f"\nTuning of the baseline: {how}.")
     lines.append(f"{stored['machine']['cores']} cores of {stored['machine']['processor']}; {versions}.")
     return "\n".join(lines) + "\n"
 

@@ -257,12 +257,75 @@ def test_arms_begin_from_the_run_of_their_seed(made: Callable[..., Claim], workp
     folder = place.folder / "before/001"
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("seed_everything: 1\n")
-    assert (place.before(0), place.before(1)) == (place.folder / "before-0", folder)
+    assert (place.of("before", 0), place.of("before", 1)) == (place.folder / "before-0", folder)
     assert place.finished("before", 1) is None
     (folder / "metrics.json").write_text('{"val/gap": 1, "sham/calls": 2, "steps": 8}')
     assert place.finished("before", 1) is None  # not tested yet
     (folder / "metrics.json").write_text('{"test/gap": 1, "steps": 8}')
     assert place.missing(["method"], [1]) == [("method", 1)]
+
+
+def test_arms_begin_from_the_runs_of_others(made: Callable[..., Claim], workplace: Path) -> None:
+    arms = CONTENT["arms"] | {"method": {"options": {"model.paths": {"a": "ARM/alone/checkpoints/x", "b": "ARM/sham"}}}}
+    claim = made(arms={**arms, "alone": {"options": {"model.scale": 2.0}}})
+    place = run.Place(claim, "full", workplace / "runs")
+    wanted = [("alone", 0), ("sham", 0), ("baseline", 0), ("method", 0)]
+    assert place.missing(list(claim.arms), [0]) == wanted
+    assert place.missing(["method"], [0]) == [("alone", 0), ("sham", 0), ("method", 0)], "with what it needs"
+    assert [one for one in wanted if place.waits(*one, wanted)] == [("method", 0)]
+    assert not place.waits("method", 0, [("sham", 1), ("baseline", 0)]), "of its own seed, and no more than it needs"
+    paths = f"{{a: {place.folder}/alone-0/checkpoints/x, b: {place.folder}/sham-0}}"
+    assert f"--model.paths={paths}" in run.command(place, "method", 0)
+
+
+TUNED: dict[str, Any] = {
+    "arms": {
+        "baseline": {"options": {"model.optimizer.init_args.lr": "SETTING"}, "settings": [0.0, 1e-9]},
+        "method": {"options": {"model.optimizer.init_args.lr": "SETTING"}, "settings": [1e-9, 0.1, 1e-8]},
+        "sham": {"options": {"model.optimizer.init_args.lr": 1e-9, "model.note": "ARM/alone"}},
+        "alone": {},
+    },
+    "tuning": {"seed": 200, "metric": "val/gap", "options": {"model.scale": 1.0}},
+}
+
+
+def test_settings_are_chosen_by_runs_of_their_own(made: Callable[..., Claim], results: Path) -> None:
+    claim = made(**TUNED)
+    candidates = claim.candidates()
+    assert list(candidates.arms) == ["baseline.0", "baseline.1", "method.0", "method.1", "method.2"]
+    words = candidates.command("method.1", 200, spec.TUNE)
+    assert {"--model.optimizer.init_args.lr=0.1", "--model.scale=1.0", "--seed_everything=200"} <= set(words)
+    assert "--test=false" in run.command(run.Place(candidates, spec.TUNE, results), "method.1", 200)
+    gaps = {"baseline.0": 0.5, "baseline.1": 0.5, "method.0": 0.4, "method.1": 0.1, "method.2": 0.3}
+    runs = {name: {200: {"val/gap": gap}} for name, gap in gaps.items()}
+    chosen = claim.chosen(runs)
+    assert chosen == {"baseline": 0, "method": 1}, "less is better here, and of equals the first"
+    settled = claim.settled(chosen)
+    assert "--model.optimizer.init_args.lr=0.1" in settled.command("method", 0, "full")
+    assert not settled.is_tuned and settled.digest == claim.digest and settled.arms["sham"] == claim.arms["sham"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"tuning": None}, "arms.baseline: settings: chosen by what"),
+        ({"tuning": {"seed": 0}}, "tuning.seed 0: in pilot or full too"),
+        ({"tuning": {"seed": 9, "better": "more"}}, "tuning.better more: higher or lower"),
+        ({"arms": CONTENT["arms"]}, "tuning: no arm has settings"),
+        (
+            {"arms": TUNED["arms"] | {"alone": {"settings": [1]}}},
+            "arms.alone: settings: none of its options is SETTING",
+        ),
+        ({"arms": TUNED["arms"] | {"alone": {"options": {"a": "SETTING"}}}}, "SETTING in its options, and no values"),
+        ({"arms": TUNED["arms"] | {"alone": {"settings": 3}}}, "settings: a list of values is expected"),
+        ({"arms": TUNED["arms"] | {"alone": {"options": {"a": "ARM/alonne"}}}}, "no arm 'alonne'.*nearest: alone"),
+        ({"arms": TUNED["arms"] | {"alone": {"options": {"a": "ARM/sham"}}}}, "ARM/sham: an arm that needs no other"),
+        ({"arms": TUNED["arms"] | {"alone": {"options": {"a": "ARM/method"}}}}, "ARM/method: an arm that needs no"),
+    ],
+)
+def test_what_is_wrong_with_settings_is_named(made: Callable[..., Claim], changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(Refusal, match=f"toy-claim.yaml: .*{says}"):
+        made(**(TUNED | changes))
 
 
 # what is stored -------------------------------------------------------------------------------------------------
@@ -338,7 +401,8 @@ def test_runs_of_an_array_are_found_by_their_seed(made: Callable[..., Claim], wo
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["ron"], "claims ron: list, run, table or verify; nearest: run"),
+        (["ron"], "claims ron: list, tune, run, table or verify; nearest: run"),
+        (["tune", "toy-claim.yaml"], "no arm has settings to choose from"),
         (["run", "nothing-such"], "claims nothing-such: no such claim"),
         (
             ["run", "toy-claim.yaml", "--arms", "shame"],
@@ -421,6 +485,24 @@ def test_a_planted_effect_passes_and_a_planted_nothing_does_not(
     assert planted("run", "toy-claim.yaml", "--budget", "pilot").rc == 0
     null = planted("run", "toy-claim.yaml")
     assert "toy-claim: not reproduced at this scale" in null.out, null.err
+
+
+@pytest.mark.slow
+def test_settings_are_tuned_then_tried(
+    planted: Callable[..., Result], made: Callable[..., Claim], results: Path, workplace: Path
+) -> None:
+    arms = {name: arm for name, arm in TUNED["arms"].items() if name != "alone"}
+    made(arms=arms | {"sham": CONTENT["arms"]["sham"]}, tuning=TUNED["tuning"])
+    assert "no settings were chosen" in planted("run", "toy-claim.yaml", "--budget", "pilot").refusal
+    tuned = planted("tune", "toy-claim.yaml")
+    assert tuned.rc == 0 and "method: 0.1 (val/gap: 1e-09 " in tuned.out, (tuned.out, tuned.err)
+    for budget in ("pilot", "full"):
+        found = planted("run", "toy-claim.yaml", "--budget", budget)
+        assert found.rc == 0, found.err
+    assert "toy-claim: passed" in found.out
+    table.write([spec.load("toy-claim.yaml")], results, workplace / "CLAIMS.md")
+    page = (workplace / "CLAIMS.md").read_text()
+    assert "Settings, chosen by val/gap of validation, seed 200: baseline " in page and "method 0.1 of [" in page
 
 
 @pytest.mark.slow
