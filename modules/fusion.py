@@ -228,6 +228,39 @@ class SharedHead(Fuse):
         return (w_MB[..., None] * f_MBC).sum(dim=0)
 
 
+class Mixture(Fuse):
+    """``logits_b = log sum_m w_m softmax(f_m(z_bm))`` over who is there: networks of one modality each, that vote.
+
+    ``w = softmax(log_weights)`` over the modalities that a sample has: equal to begin with, and all there is to train.
+
+    Args:
+        members: modality -> the fusion of a network of this modality alone, built already.
+
+    >>> one = LateFusion().build({"image": 4}, classes=2)
+    >>> mixture = Mixture({"image": one}).build({"image": 4}, classes=2)
+    >>> z = {"image": torch.randn(3, 4)}
+    >>> torch.allclose(mixture(z), one(z).log_softmax(dim=1))
+    True
+    """
+
+    def __init__(self, members: Mapping[str, Fuse]) -> None:
+        super().__init__()
+        self.members = nn.ModuleDict(members)
+
+    def made(self, widths: dict[str, int], classes: int) -> None:
+        self.log_weights = nn.ParameterDict({m: nn.Parameter(torch.zeros(())) for m in widths})
+
+    def logits(self, z: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        said = []
+        for m, z_BD in z.items():
+            log_BC = self.members[m]({m: z_BD}, {m: present[m]}).log_softmax(dim=1)
+            said.append((self.log_weights[m] + log_BC).masked_fill(~present[m][:, None], -torch.inf))
+        some_B1 = torch.stack(list(present.values())).any(dim=0)[:, None]
+        # of nobody nothing is said: zeros before the logarithm, so that no gradient is nan
+        said_MBC = torch.where(some_B1, torch.stack(said), 0.0)
+        return torch.where(some_B1, said_MBC.logsumexp(dim=0).log_softmax(dim=1), 0.0)
+
+
 class MidFusion(Fuse):
     """``logits_b = MLP(concat_m z_bm)``, with zeros for the modalities that sample b lacks.
 

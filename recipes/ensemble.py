@@ -1,0 +1,74 @@
+"""Networks that learned one modality each, and vote: what a classifier of several has to beat.
+
+    p_b = sum_m w_m p_m(x_bm)        over the modalities that sample b has, w = softmax over them, equal to begin with
+    loss = cross_entropy(log p_b, label)
+
+Networks are frozen, running statistics included; learning rate 0 is the plain mean of what they say.
+Letters: B samples, C classes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from descant.modules import saved
+from descant.modules.batch import Batch
+from descant.modules.fusion import Mixture
+from descant.modules.objective import Term
+from descant.recipes.base import Recipe
+from descant.recipes.classifier import Classifier
+from descant.recipes.rebuilt import rebuild
+
+
+class Ensemble(Classifier):
+    """The mixture of what classifiers of one modality each say.
+
+    The runs are read whenever this recipe is built anew (resumed, validated, loaded).
+
+    Args:
+        paths: modality -> a run folder, a checkpoint in one, or an export, of a classifier of that modality.
+        checkpoint: of run folders: best, last or a file in it.
+
+    Raises:
+        ValueError: for no path, no such run, or one of another recipe, modality, target or number of classes.
+    """
+
+    def __init__(self, paths: dict[str, str], checkpoint: str = "best", **kwargs: object) -> None:
+        if not paths:
+            raise ValueError("Ensemble: paths: none; such as {image: runs/image-alone}")
+        Recipe.__init__(self, **kwargs)  # type: ignore[arg-type]  # the base's own typed arguments
+        members = {m: _member(m, path, checkpoint) for m, path in paths.items()}
+        first = next(iter(members.values()))
+        for m, member in members.items():
+            if (member.target, member.classes) != (first.target, first.classes):
+                raise ValueError(
+                    f"{paths[m]}: {member.classes} classes of {member.target!r}, and others have {first.classes} of "
+                    f"{first.target!r}"
+                )
+        self.modalities, self.target, self.classes, self.smoothing = tuple(members), first.target, first.classes, 0.0
+        for part in ("towers", "pools", "heads"):
+            setattr(self, part, nn.ModuleDict({m: getattr(member, part)[m] for m, member in members.items()}))
+        self.fusion = Mixture({m: member.fusion for m, member in members.items()})
+        self.requires_grad_(False)
+        self.fusion.build({m: member.fusion.widths[m] for m, member in members.items()}, self.classes)
+        self.train()
+
+    def train(self, mode: bool = True) -> Ensemble:
+        super().train(mode)
+        for part in (self.towers, self.pools, self.heads, self.fusion):
+            part.eval()
+        return self
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        logits_BC, label_B = self.fuse(self.latents(batch), batch.present), self.labels(batch)
+        return {"mixture": self.term(logits_BC, label_B, self.some(batch.present), self.some(batch.step))}
+
+
+def _member(m: str, path: str, checkpoint: str) -> Classifier:
+    found = saved.find(Path(path), checkpoint)
+    member = rebuild(found)
+    if not isinstance(member, Classifier) or member.modalities != (m,):
+        raise ValueError(f"{found.folder}: no classifier of {m} alone")
+    return member
