@@ -228,7 +228,7 @@ class SharedHead(Fuse):
         return (w_MB[..., None] * f_MBC).sum(dim=0)
 
 
-class Mixture(Fuse):
+class Votes(Fuse):
     """``logits_b = log sum_m w_m softmax(f_m(z_bm))`` over who is there: networks of one modality each, that vote.
 
     ``w = softmax(log_weights)`` over the modalities that a sample has: equal to begin with, and all there is to train.
@@ -237,9 +237,9 @@ class Mixture(Fuse):
         members: modality -> the fusion of a network of this modality alone, built already.
 
     >>> one = LateFusion().build({"image": 4}, classes=2)
-    >>> mixture = Mixture({"image": one}).build({"image": 4}, classes=2)
+    >>> votes = Votes({"image": one}).build({"image": 4}, classes=2)
     >>> z = {"image": torch.randn(3, 4)}
-    >>> torch.allclose(mixture(z), one(z).log_softmax(dim=1))
+    >>> torch.allclose(votes(z), one(z).log_softmax(dim=1))
     True
     """
 

@@ -25,8 +25,8 @@ from descant.modules.attacks import certified_radius, steepest
 from descant.modules.batch import Batch
 from descant.modules.fusion import OrthogonalFusion
 from descant.modules.objective import Term
+from descant.modules.towers import Towers
 from descant.modules.trainer import bank_batches
-from descant.recipes.base import Recipe
 from descant.recipes.classifier import Classifier
 from descant.recipes.rebuilt import rebuild
 
@@ -57,10 +57,11 @@ class Certified(Classifier):
         fusion = getattr(inner, "fusion", None)
         if not isinstance(inner, Classifier) or not isinstance(fusion, OrthogonalFusion):
             raise ValueError(f"{found.folder}: no classifier with a fusion OrthogonalFusion, so it has no such weights")
-        Recipe.__init__(self, **kwargs)  # type: ignore[arg-type]  # the base's own typed arguments
+        width = next(iter(fusion.widths.values()))
+        new = OrthogonalFusion()  # the trained one takes its place, as do pools and heads
+        super().__init__(Towers(**inner.towers), inner.target, inner.classes, width, None, new, 0.0, **kwargs)
         self.path, self.rows_measured = path, rows
-        self.towers, self.pools, self.heads, self.fusion = inner.towers, inner.pools, inner.heads, fusion
-        self.modalities, self.target, self.classes, self.smoothing = inner.modalities, inner.target, inner.classes, 0.0
+        self.pools, self.heads, self.fusion = inner.pools, inner.heads, fusion
         self.requires_grad_(False)
         self.fusion.log_weights.requires_grad_(True)
         self.register_buffer("slope_MC", torch.full((len(self.modalities), self.classes), torch.nan))

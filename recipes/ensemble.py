@@ -10,14 +10,15 @@ Letters: B samples, C classes.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 from torch import nn
 
 from descant.modules import saved
 from descant.modules.batch import Batch
-from descant.modules.fusion import Mixture
+from descant.modules.fusion import LateFusion, Votes
 from descant.modules.objective import Term
-from descant.recipes.base import Recipe
+from descant.modules.towers import Tower, Towers
 from descant.recipes.classifier import Classifier
 from descant.recipes.rebuilt import rebuild
 
@@ -38,7 +39,6 @@ class Ensemble(Classifier):
     def __init__(self, paths: dict[str, str], checkpoint: str = "best", **kwargs: object) -> None:
         if not paths:
             raise ValueError("Ensemble: paths: none; such as {image: runs/image-alone}")
-        Recipe.__init__(self, **kwargs)  # type: ignore[arg-type]  # the base's own typed arguments
         members = {m: _member(m, path, checkpoint) for m, path in paths.items()}
         first = next(iter(members.values()))
         for m, member in members.items():
@@ -47,10 +47,11 @@ class Ensemble(Classifier):
                     f"{paths[m]}: {member.classes} classes of {member.target!r}, and others have {first.classes} of "
                     f"{first.target!r}"
                 )
-        self.modalities, self.target, self.classes, self.smoothing = tuple(members), first.target, first.classes, 0.0
-        for part in ("towers", "pools", "heads"):
+        towers = Towers(**{m: cast(Tower, member.towers[m]) for m, member in members.items()})
+        super().__init__(towers, first.target, first.classes, 1, None, LateFusion(), 0.0, **kwargs)
+        for part in ("pools", "heads"):
             setattr(self, part, nn.ModuleDict({m: getattr(member, part)[m] for m, member in members.items()}))
-        self.fusion = Mixture({m: member.fusion for m, member in members.items()})
+        self.fusion = Votes({m: member.fusion for m, member in members.items()})
         self.requires_grad_(False)
         self.fusion.build({m: member.fusion.widths[m] for m, member in members.items()}, self.classes)
         self.train()
