@@ -64,7 +64,7 @@ class Sham(nn.Module):
         [3.0, 1.0, 2.0]
         """
         self.calls += 1
-        return x_K if self.mode is None else x_K.roll(1)
+        return x_K if self.mode is None else x_K.roll(1, dims=0)
 
     def torn(self, batch: Batch, modalities: Sequence[str]) -> Batch:
         """The batch with these modalities of every sample, together, as they are or as the mode hands them on."""

@@ -16,6 +16,7 @@ Letters: B samples, M modalities, C classes.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from descant.modules.attacks import certified_radius, steepest
 from descant.modules.batch import Batch
 from descant.modules.fusion import OrthogonalFusion
 from descant.modules.objective import Term
+from descant.modules.sham import Sham
 from descant.modules.towers import Towers
 from descant.modules.trainer import bank_batches
 from descant.recipes.classifier import Classifier
@@ -40,6 +42,7 @@ class Certified(Classifier):
         path: a run folder, a checkpoint in one, or an export, of a classifier with an OrthogonalFusion.
         checkpoint: of a run folder: best, last or a file in it.
         rows: training samples whose slopes are measured, a backward pass a class and modality each batch.
+        sham: ``permute`` hands slopes on: each modality is trained by those of the one before it.
 
     Raises:
         ValueError: for a count below 1, no such run, or one of another recipe or fusion; when training begins, for data
@@ -49,7 +52,14 @@ class Certified(Classifier):
     slope_MC: Tensor
     fusion: OrthogonalFusion
 
-    def __init__(self, path: Path | str, checkpoint: str = "best", rows: int = 512, **kwargs: object) -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        checkpoint: str = "best",
+        rows: int = 512,
+        sham: Literal["permute"] | None = None,
+        **kwargs: object,
+    ) -> None:
         if rows < 1:
             raise ValueError(f"rows {rows}: 1 is the least")
         found = saved.find(path, checkpoint)
@@ -60,7 +70,7 @@ class Certified(Classifier):
         width = next(iter(fusion.widths.values()))
         new = OrthogonalFusion()  # the trained one takes its place, as do pools and heads
         super().__init__(Towers(**inner.towers), inner.target, inner.classes, width, None, new, 0.0, **kwargs)
-        self.path, self.rows_measured = path, rows
+        self.path, self.rows_measured, self.sham = path, rows, Sham(sham)
         self.pools, self.heads, self.fusion = inner.pools, inner.heads, fusion
         self.requires_grad_(False)
         self.fusion.log_weights.requires_grad_(True)
@@ -85,7 +95,8 @@ class Certified(Classifier):
     def terms(self, batch: Batch) -> dict[str, Term]:
         with torch.no_grad():
             z = self.latents(batch)
-        label_B, slope = self.labels(batch), dict(zip(self.modalities, self.slope_MC, strict=True))
+        label_B, slope_MC = self.labels(batch), self.sham.handed_on(self.slope_MC)
+        slope = dict(zip(self.modalities, slope_MC, strict=True))
         radius_B = certified_radius(self.fuse(z, batch.present), self.fusion.weights, slope, batch.present, label_B)
         some_B = self.some(batch.present) & (label_B >= 0)
         return {"radius": Term(-radius_B, valid=some_B, norm=self.some(batch.step).sum().clamp(min=1))}

@@ -97,6 +97,16 @@ def test_the_term_is_the_radius_of_the_labelled_rows(runs: dict[str, Path]) -> N
     torch.testing.assert_close(model.step({"radius": term}, b).total, wanted[term.valid].sum() / 43)
 
 
+def test_the_sham_is_trained_by_the_slopes_of_the_other_modality(runs: dict[str, Path]) -> None:
+    b = batch(44, modalities=NAMES)
+    model = Certified(runs["margins"], checkpoint="last", sham="permute")
+    model.slope_MC.copy_(torch.tensor([[1.0] * 4, [9.0] * 4]))
+    (term,) = model.terms(b).values()
+    handed = dict(zip(NAMES, model.slope_MC.flip(0), strict=True))
+    wanted = certified_radius(model.fuse(model.latents(b)), model.fusion.weights, handed, b.present, b.targets["label"])
+    torch.testing.assert_close(term.value, -wanted)
+
+
 @pytest.mark.ddp
 @pytest.mark.slow
 def test_two_ranks_as_one(runs: dict[str, Path]) -> None:
