@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,33 @@ def test_with_missing_modalities(cli: Any) -> None:
     for name in ("ogm", "pmr", "opm", "mmpareto"):
         result = two_steps(cli, [BALANCERS[name][0]], "missing/emoji", *free)
         assert result.rc == 0, result.err
+
+
+@pytest.mark.parametrize(
+    ("overlay", "says"),
+    [
+        ("with/harmonize", "Harmonize: one term, .*: there is nothing to harmonize it with"),
+        ("with/realign", "HarmonizeFeatures needs the protocol Forks .*; Alternating lacks it"),
+        ("with/mmpareto", "HarmonizeTowers needs the protocols Contends and Forks; Alternating lacks one"),
+        ("with/balance", "Balance needs the protocol Contends .*; Alternating lacks it"),
+    ],
+)
+def test_turns_leave_nothing_to_harmonize_or_to_balance(overlay: str, says: str, cli: Any) -> None:
+    configs = [part for c in ("fusion/emoji", "with/turns", overlay, "on/tiny") for part in ("--config", c)]
+    result = cli("fit", *configs, "--name", "x", "--test", "false", "--trainer.limit_val_batches", "0")
+    assert result.rc == 2 and re.search(says, result.refusal), result.err
+
+
+@pytest.mark.slow
+def test_turns_attacks_and_contributions_with_missing_modalities(cli: Any) -> None:
+    data = ["--data.init_args.drop", "{text: 0.5, image: 0.3}"]
+    seen = ["{class_path: Contributions}", "{class_path: Attacks, init_args: {steps: 2, validate: true}}"]
+    turns = [part for c in ("fusion/emoji", "with/turns", "on/tiny") for part in ("--config", c)]
+    callbacks = [part for callback in seen for part in ("--trainer.callbacks+", callback)]
+    result = cli("fit", *turns, *callbacks, *data, "--name", "x")
+    ran(result, "vendor/attacked/image", "vendor/attacked_worst", "vendor/alone/text")
+    whole = [part for c in ("fusion/emoji", "with/mid-fusion", "on/tiny") for part in ("--config", c)]
+    assert cli("fit", *whole, *data, "--name", "whole").rc == 0
+    configs = [part for c in ("missing/emoji", "on/tiny") for part in ("--config", c)]
+    found = cli("fit", *configs, *callbacks, "--name", "x")
+    ran(found, "vendor/attacked/text", "vendor/absent_worst", "vendor/alone/image")
