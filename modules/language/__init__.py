@@ -1,0 +1,7 @@
+"""Causal language models, their generation, and log-probabilities that are never kept for a whole vocabulary."""
+
+from descant.modules.language.generate import Generated, Sampling, generate
+from descant.modules.language.model import CausalLM
+from descant.modules.language.probabilities import log_probabilities
+
+__all__ = ["CausalLM", "Generated", "Sampling", "generate", "log_probabilities"]

@@ -1,0 +1,66 @@
+"""Log-probabilities of tokens, a few rows at a time. Letters: N tokens, D width, V vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Logits that are there at once.
+CELLS = 1 << 22
+
+
+def log_probabilities(h_ND: Tensor, w_VD: Tensor, token_N: Tensor, temperature: float = 1.0) -> Tensor:
+    """``log softmax(h_n W^T / temperature)[token_n]``: float32 ``[N]`` (float64 of float64), gradients to h and W.
+
+    Logits are made for so many tokens that they have about four million numbers, and once more in backward: what is
+    kept does not grow with the vocabulary.
+
+    >>> h_ND, w_VD = torch.randn(5, 4), torch.randn(9, 4)
+    >>> wanted = (h_ND @ w_VD.T).log_softmax(dim=1)[:, 3]
+    >>> torch.allclose(log_probabilities(h_ND, w_VD, torch.full((5,), 3)), wanted, atol=1e-6)
+    True
+    """
+    return _LogProbabilities.apply(h_ND, w_VD, token_N, temperature)
+
+
+def _scaled(h_nD: Tensor, w_VD: Tensor, temperature: float) -> Tensor:
+    x_nV = h_nD @ w_VD.T
+    x_nV = x_nV.float() if x_nV.dtype in (torch.bfloat16, torch.float16) else x_nV
+    return x_nV.div_(temperature) if temperature != 1 else x_nV
+
+
+class _LogProbabilities(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h_ND: Tensor, w_VD: Tensor, token_N: Tensor, temperature: float) -> Tensor:
+        rows = max(CELLS // len(w_VD), 1)
+        parts, totals = [], []
+        for h_nD, token_n in zip(h_ND.split(rows), token_N.split(rows), strict=True):
+            x_nV = _scaled(h_nD, w_VD, temperature)
+            total_n = x_nV.logsumexp(dim=1)
+            parts.append(x_nV.gather(1, token_n[:, None])[:, 0] - total_n)
+            totals.append(total_n)
+        ctx.save_for_backward(h_ND, w_VD, token_N, torch.cat(totals))
+        ctx.temperature = temperature
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        h_ND, w_VD, token_N, total_N = ctx.saved_tensors
+        rows = max(CELLS // len(w_VD), 1)
+        to_h, to_w = ctx.needs_input_grad[:2]
+        grad_h = torch.empty_like(h_ND) if to_h else None
+        grad_w = torch.zeros_like(w_VD) if to_w else None
+        for first in range(0, len(h_ND), rows):
+            at = slice(first, first + rows)
+            x_nV = _scaled(h_ND[at], w_VD, ctx.temperature).sub_(total_N[at, None]).exp_()
+            g_n = grads[0][at] / ctx.temperature
+            x_nV.mul_(-g_n[:, None])
+            x_nV.scatter_add_(1, token_N[at, None], g_n[:, None].to(x_nV))
+            x_nV = x_nV.to(h_ND)
+            if grad_h is not None:
+                grad_h[at] = x_nV @ w_VD
+            if grad_w is not None:
+                grad_w.addmm_(x_nV.T, h_ND[at])
+        return grad_h, grad_w, None, None
