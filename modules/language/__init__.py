@@ -2,6 +2,16 @@
 
 from descant.modules.language.generate import Generated, Sampling, generate
 from descant.modules.language.model import CausalLM
+from descant.modules.language.packing import Packed, first_fit_decreasing, pack
 from descant.modules.language.probabilities import log_probabilities
 
-__all__ = ["CausalLM", "Generated", "Sampling", "generate", "log_probabilities"]
+__all__ = [
+    "CausalLM",
+    "Generated",
+    "Packed",
+    "Sampling",
+    "first_fit_decreasing",
+    "generate",
+    "log_probabilities",
+    "pack",
+]

@@ -1,0 +1,83 @@
+"""Documents of all lengths in rows of one, so that hardly a token of padding is computed. Letters: B rows, T tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from descant.modules.language.model import NOWHERE
+
+
+class Packed(NamedTuple):
+    """Rows of documents.
+
+    Attributes:
+        ids_BT: int64, 0 behind the last document. segment_BT: int64, 1, 2, ... a row; 0 is padding.
+        said_BT: bool, tokens that are to be learned: those that their document marks, without its first one, which
+            nothing stands before.
+        document_BT: int64, which document a token is of; -1 for padding.
+    """
+
+    ids_BT: Tensor
+    segment_BT: Tensor
+    said_BT: Tensor
+    document_BT: Tensor
+
+
+def first_fit_decreasing(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Numbers of documents a row: the longest first, each into the first row that has room for it.
+
+    Never more than 11/9 of the fewest rows, and one (Johnson 1973); a search is logarithmic in the rows.
+
+    Raises:
+        ValueError: naming a document that is longer than a row, or empty.
+
+    >>> first_fit_decreasing([4, 8, 1, 4, 2, 1], size=10)
+    [[1, 4], [0, 3, 2, 5]]
+    """
+    wrong = next((i for i, n in enumerate(lengths) if not 0 < n <= size), None)
+    if wrong is not None:
+        raise ValueError(f"document {wrong}: {lengths[wrong]} tokens, where a row takes 1 to {size}")
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    leaves = 1
+    while leaves < len(lengths):
+        leaves *= 2
+    room = [size] * (2 * leaves)  # a tree of the most room in any row below
+    rows: list[list[int]] = []
+    for i in order:
+        n, at = lengths[i], 1
+        while at < leaves:
+            at *= 2
+            at += room[at] < n
+        if at - leaves == len(rows):
+            rows.append([])
+        rows[at - leaves].append(i)
+        room[at] -= n
+        while at > 1:
+            at //= 2
+            room[at] = max(room[2 * at], room[2 * at + 1])
+    return rows
+
+
+def pack(documents: Sequence[Tensor], learned: Sequence[Tensor], size: int) -> Packed:
+    """Documents (int64 ``[t]`` each, with bool ``[t]`` of what is to be learned) in rows of ``size`` tokens.
+
+    >>> packed = pack([torch.tensor([5, 6]), torch.tensor([7])], [torch.ones(2).bool(), torch.ones(1).bool()], size=4)
+    >>> packed.ids_BT.tolist(), packed.segment_BT.tolist(), packed.said_BT.int().tolist()
+    ([[5, 6, 7, 0]], [[1, 1, 2, 0]], [[0, 1, 0, 0]])
+    """
+    rows = first_fit_decreasing([len(x) for x in documents], size)
+    shape = len(rows), size
+    ids, segment = torch.zeros(shape, dtype=torch.long), torch.full(shape, NOWHERE)
+    said, document = torch.zeros(shape, dtype=torch.bool), torch.full(shape, -1)
+    for b, members in enumerate(rows):
+        at = 0
+        for k, i in enumerate(members, 1):
+            here = slice(at, at + len(documents[i]))
+            ids[b, here], segment[b, here], said[b, here], document[b, here] = documents[i], k, learned[i], i
+            said[b, at] = False
+            at = here.stop
+    return Packed(ids, segment, said, document)

@@ -1,0 +1,60 @@
+"""Packing: few rows, hardly any padding, and nothing lost. Letters: B rows, T tokens."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from descant.datamodules.emoji import Emoji
+from descant.modules.language.packing import first_fit_decreasing, pack
+
+
+def by_hand(lengths: list[int], size: int) -> list[list[int]]:
+    rows: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        for row in rows:
+            if sum(lengths[j] for j in row) + lengths[i] <= size:
+                row.append(i)
+                break
+        else:
+            rows.append([i])
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_each_goes_into_the_first_row_that_has_room(seed: int) -> None:
+    generator = random.Random(seed)
+    lengths = [generator.randint(1, 40) for _ in range(300)]
+    found = first_fit_decreasing(lengths, 64)
+    assert found == by_hand(lengths, 64)
+    assert sorted(i for row in found for i in row) == list(range(300))
+
+
+def test_real_documents_leave_little_padding() -> None:
+    """Names of the pack in each of their languages, as its own tokens."""
+    data = Emoji(tiny=True)
+    lengths = [len(data.codec.encode(name)) for row in data.pack.rows for name in row["names"].values()]
+    assert max(lengths) > 3 * min(lengths)
+    packed = first_fit_decreasing(lengths, 128)
+    assert 1 - sum(lengths) / (len(packed) * 128) <= 0.03
+
+
+def test_tokens_and_marks_come_back_document_by_document() -> None:
+    generator = torch.Generator().manual_seed(0)
+    documents = [torch.randint(1, 99, (n,), generator=generator) for n in (3, 9, 1, 4, 7, 2)]
+    learned = [torch.rand(len(x), generator=generator) < 0.5 for x in documents]
+    packed = pack(documents, learned, 12)
+    assert (packed.document_BT < 0).eq(packed.segment_BT == 0).all() and not packed.ids_BT[packed.document_BT < 0].any()
+    for i, (ids, marks) in enumerate(zip(documents, learned, strict=True)):
+        here = packed.document_BT == i
+        assert torch.equal(packed.ids_BT[here], ids)
+        assert torch.equal(packed.said_BT[here][1:], marks[1:]) and not packed.said_BT[here][0]
+        assert len(packed.segment_BT[here].unique()) == 1
+
+
+@pytest.mark.parametrize("lengths", [[3, 65], [3, 0]])
+def test_what_fits_no_row_is_named(lengths: list[int]) -> None:
+    with pytest.raises(ValueError, match=f"^document 1: {lengths[1]} tokens, where a row takes 1 to 64$"):
+        first_fit_decreasing(lengths, 64)
