@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.modules.language.model import CausalLM
+from descant.modules.language.model import CausalLM, Layer, turned
 from descant.modules.random import uniform_N
 
 #: Rows leave together, when this share of those that are computed has finished.
@@ -136,6 +136,7 @@ def generate(
 
     state, h_PD = _read(lm, h_PTD, mask_PT, length_P, new, group)
     logits = lm.logits(h_PD).repeat_interleave(group, dim=0)
+    layers = [_Layer(layer) for layer in lm.blocks()]
     row_S = torch.arange(R, device=device)  # the row that each computed slot is of
     for n in range(new):
         token_S, log_S = sampling.draw(logits, seed_R[row_S], n)
@@ -153,58 +154,104 @@ def generate(
                 slots, state = state.without(ended_R[row_S])
                 row_S, token_S = row_S[slots], token_S[slots]
         if n + 1 < new:
-            logits = lm.logits(state.step(lm, lm.embed(token_S), n))
+            logits = lm.logits(state.step(lm, layers, lm.embed(token_S), n))
     return Generated(token_RN, log_RN, length_R, ended_R)
+
+
+class _Layer:
+    """A layer for one token a row, without the axis of tokens: ``[S, D]``.
+
+    Where its parts are what they were made as, their weights are used as they lie: at this size calling modules takes
+    longer than computing. Parts that something took the place of, such as adapters, are called.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        parts = (layer.qkv, layer.out, layer.gate_up, layer.down, layer.norm_1, layer.norm_2)
+        self.plain = all(type(part) in (nn.Linear, nn.RMSNorm) and not part._forward_hooks for part in parts)
+        if self.plain:
+            self.qkv, self.out, self.gate_up, self.down = (part.weight.t() for part in parts[:4])
+            self.norm_1, self.norm_2 = _Norm(layer.norm_1), _Norm(layer.norm_2)
+
+    def heads_of(self, h_SD: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``q_SHE``, ``k_SKE``, ``v_SKE``; ``turn``: complex ``[S, 1, E / 2]``."""
+        layer = self.layer
+        x = torch.mm(self.norm_1(h_SD), self.qkv) if self.plain else layer.qkv(layer.norm_1(h_SD))
+        qk, v = x.view(len(x), -1, layer.head_width).split([layer.heads + layer.key_heads, layer.key_heads], dim=1)
+        q, k = turned(qk, turn).split([layer.heads, layer.key_heads], dim=1)
+        return q, k, v
+
+    def close(self, h_SD: Tensor, attended_SD: Tensor) -> Tensor:
+        if not self.plain:
+            return self.layer.close(h_SD, attended_SD)
+        h_SD = torch.addmm(h_SD, attended_SD, self.out)
+        gate, up = torch.mm(self.norm_2(h_SD), self.gate_up).chunk(2, dim=1)
+        return torch.addmm(h_SD, F.silu(gate).mul_(up), self.down)
+
+
+class _Norm:
+    """RMSNorm in three operations: ``w sqrt(D) x / hypot(|x|, sqrt(D eps))``."""
+
+    def __init__(self, norm: nn.RMSNorm) -> None:
+        size = norm.normalized_shape[0]
+        self.weight = norm.weight * size**0.5
+        self.least = norm.weight.new_tensor((size * (norm.eps or 0.0)) ** 0.5)
+
+    def __call__(self, x_SD: Tensor) -> Tensor:
+        size_S1 = torch.linalg.vector_norm(x_SD, dim=1, keepdim=True)
+        return (x_SD / torch.hypot(size_S1, self.least)).mul_(self.weight)
 
 
 @dataclass
 class _State:
     """Keys and values: of prompts, once each, and of what was said since, in a grid of slots: p prompts, g of each.
 
-    Where nobody shares a prompt, both stand in one cache, ``own``, and ``prompt`` is None.
+    Where nobody shares a prompt, both stand in one cache, ``own``, and ``prompt`` is None. Keys lie with their tokens
+    last, as the product with a query reads them.
     """
 
-    prompt: list[tuple[Tensor, Tensor]] | None  # a layer: k, v  [p, K, T, E]
-    own: list[tuple[Tensor, Tensor]]  # a layer: k, v  [p g, K, N, E], or [p, K, T + N, E]
-    hide: Tensor | None  # 0, or -inf for padding of a prompt: [p, 1, 1, T], or [p, 1, 1, T + N]; None without
+    prompt: list[tuple[Tensor, Tensor]] | None  # a layer: keys [p K, E, T], values [p K, T, E]
+    own: list[tuple[Tensor, Tensor]]  # a layer: keys [p K g, E, N], values [p K g, N, E]; with prompts N is T + N
+    hide: Tensor | None  # 0, or -inf for padding of a prompt: [p, T], or [p, T + N]; None without
     length_S: Tensor
     group: int
     said: int  # of the cache, how much is filled
 
-    def step(self, lm: CausalLM, h_SD: Tensor, n: int) -> Tensor:
+    def step(self, lm: CausalLM, layers: Sequence[_Layer], h_SD: Tensor, n: int) -> Tensor:
         """One token more: ``[S, D] -> [S, D]``."""
-        h_S1D, turn, at = h_SD[:, None], lm.turn((self.length_S + n)[:, None]), self.said
+        turn, at, g = lm.turn((self.length_S + n)[:, None])[:, :, 0], self.said, self.group
         self.said += 1
-        for i, layer in enumerate(lm.blocks()):
-            q, k, v = layer.heads_of(h_S1D, turn)
-            self.own[i][0][:, :, at], self.own[i][1][:, :, at] = k[:, :, 0], v[:, :, 0]
-            attended = self._alone(q, i) if self.prompt is None else self._shared(q, i, self.prompt[i])
-            h_S1D = layer.close(h_S1D, attended)
-        return lm.norm(h_S1D)[:, 0]
+        S = len(h_SD)
+        for i, layer in enumerate(layers):
+            q, k, v = layer.heads_of(h_SD, turn)
+            K, E = k.shape[1:]
+            if g > 1:  # the grid as caches have it: prompts, key heads, who shares them
+                q, k, v = (x.view(S // g, g, K, -1, E).transpose(1, 2) for x in (q, k, v))
+            keys, values = self.own[i]
+            keys[:, :, at], values[:, at] = k.reshape(-1, E), v.reshape(-1, E)
+            h_SD = layer.close(h_SD, self._attended(q.reshape(S * K, -1, E), i))
+        return lm.norm(h_SD)
 
-    def _alone(self, q_SH1E: Tensor, i: int) -> Tensor:
-        """``[S, 1, D]``: the heads that share keys stand as if they were queries behind each other."""
-        k, v = (x[:, :, : self.said] for x in self.own[i])
-        q_SKQE = q_SH1E.reshape(len(k), k.shape[1], -1, k.shape[3])
-        hide = None if self.hide is None else self.hide[..., : self.said]
-        return F.scaled_dot_product_attention(q_SKQE, k, v, attn_mask=hide).reshape(len(k), 1, -1)
-
-    def _shared(self, q_SH1E: Tensor, i: int, prompt: tuple[Tensor, Tensor]) -> Tensor:
-        """``[S, 1, D]``: over the prompt, whose keys a group shares, and over what each row has said."""
-        k_pKTE, v_pKTE = prompt
-        k_SKNE, v_SKNE = (x[:, :, : self.said] for x in self.own[i])
-        (p, K, T, E), g, S = k_pKTE.shape, self.group, len(q_SH1E)
-        q_SKQE = (q_SH1E * E**-0.5).reshape(S, K, -1, E)
-        Q = q_SKQE.shape[2]
-        q_pKgQE = q_SKQE.view(p, g, K, Q, E).transpose(1, 2)
-        to_prompt = (q_pKgQE.reshape(p, K, g * Q, E) @ k_pKTE.transpose(2, 3)).view(p, K, g, Q, T)
+    def _attended(self, q: Tensor, i: int) -> Tensor:
+        """``[S, D]`` of queries ``[p K g, Q, E]``: over the prompt, and over what each row has said."""
+        (n, Q, E), g, S = q.shape, self.group, len(self.length_S)
+        K = n // S
+        keys, values = self.own[i][0][:, :, : self.said], self.own[i][1][:, : self.said]
+        nothing = q.new_zeros(1)
+        to_own = torch.baddbmm(nothing, q, keys, beta=0, alpha=E**-0.5)
+        if self.prompt is None:
+            if self.hide is not None:
+                to_own.view(S, K, Q, -1).add_(self.hide[:, None, None, : self.said])
+            return torch.bmm(to_own.softmax(dim=2), values).view(S, -1)
+        of_prompt = self.prompt[i]
+        T = of_prompt[0].shape[2]
+        to_prompt = torch.baddbmm(nothing, q.view(-1, g * Q, E), of_prompt[0], beta=0, alpha=E**-0.5)
         if self.hide is not None:
-            to_prompt = to_prompt + self.hide[:, :, None]
-        to_own = (q_SKQE @ k_SKNE.transpose(2, 3)).reshape(p, g, K, Q, -1).transpose(1, 2)
-        a = torch.cat([to_prompt, to_own], dim=4).softmax(dim=4, dtype=torch.float32).to(q_SKQE)
-        of_prompt = (a[..., :T].reshape(p, K, g * Q, T) @ v_pKTE).view(p, K, g, Q, E).transpose(1, 2)
-        of_own = a[..., T:].transpose(1, 2).reshape(S, K, Q, -1) @ v_SKNE
-        return (of_prompt.reshape(S, K, Q, E) + of_own).reshape(S, 1, -1)
+            to_prompt.view(S // g, -1, T).add_(self.hide[:, None])
+        a = torch.cat([to_prompt.view(n, Q, T), to_own], dim=2).softmax(dim=2)
+        said = torch.bmm(a[:, :, :T].reshape(-1, g * Q, T), of_prompt[1]).view(n, Q, E)
+        said = torch.baddbmm(said, a[:, :, T:], values)
+        return said.view(S // g, K, g, Q * E).transpose(1, 2).reshape(S, -1)
 
     def without(self, done_S: Tensor) -> tuple[Tensor, _State]:
         """The slots that stay, and the state of them: fewer prompts, or fewer of each, as far as that goes."""
@@ -216,19 +263,23 @@ class _State:
             return torch.arange(len(done_S), device=done_S.device), self
         first = going_pg[keep_p].int().argsort(dim=1, descending=True, stable=True)[:, :most]  # who goes on comes first
         slots = (keep_p[:, None] * g + first).flatten()
-        own = [(_kept(k, slots, self.said), _kept(v, slots, self.said)) for k, v in self.own]
+        K = len(self.own[0][0]) // len(done_S)
+        head_K1 = torch.arange(K, device=done_S.device)[:, None]
+        place = ((keep_p[:, None, None] * K + head_K1) * g + first[:, None]).flatten()
+        own = []
+        for keys, values in self.own:
+            fresh = keys.new_empty(len(place), *keys.shape[1:]), values.new_empty(len(place), *values.shape[1:])
+            fresh[0][:, :, : self.said] = keys[place, :, : self.said]
+            fresh[1][:, : self.said] = values[place, : self.said]
+            own.append(fresh)
         prompt = self.prompt
         if prompt is not None and len(keep_p) < len(count_p):
-            prompt = [(k[keep_p], v[keep_p]) for k, v in prompt]
+            prompt = [
+                (k.unflatten(0, (-1, K))[keep_p].flatten(0, 1), v.unflatten(0, (-1, K))[keep_p].flatten(0, 1))
+                for k, v in prompt
+            ]
         hide = None if self.hide is None else self.hide[keep_p]
         return slots, _State(prompt, own, hide, self.length_S[slots], most, self.said)
-
-
-def _kept(x: Tensor, slots: Tensor, said: int) -> Tensor:
-    """Rows of a cache; what is not filled yet is not copied."""
-    fresh = x.new_empty(len(slots), *x.shape[1:])
-    fresh[:, :, :said] = x[slots, :, :said]
-    return fresh
 
 
 def _read(
@@ -237,24 +288,24 @@ def _read(
     """The state behind the prompts, and what the head reads at the last token of each, ``[P, D]``."""
     P, T, D = h_PTD.shape
     turn = lm.turn(torch.arange(T, device=h_PTD.device).expand(P, T))
-    prompt, own = [], []
+    prompt, own, before = [], [], 0 if group > 1 else T
     for layer in lm.blocks():
         q, k, v = layer.heads_of(h_PTD, turn)
         # padding stands behind all that is real, so what is causal never looks at it
         a_BHTE = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
         h_PTD = layer.close(h_PTD, a_BHTE.transpose(1, 2).reshape(P, T, D))
-        before = 0 if group > 1 else T
-        fresh = k.new_empty(2, P * group, k.shape[1], before + new, k.shape[3])
+        keys, values = k.flatten(0, 1).transpose(1, 2), v.flatten(0, 1)
+        rows, E = len(keys) * group, k.shape[3]
+        fresh = keys.new_empty(rows, E, before + new), values.new_empty(rows, before + new, E)
         if group > 1:
-            prompt.append((k.contiguous(), v.contiguous()))
+            prompt.append((keys.contiguous(), values.contiguous()))
         else:
-            fresh[0, :, :, :T], fresh[1, :, :, :T] = k, v
-        own.append((fresh[0], fresh[1]))
+            fresh[0][:, :, :T], fresh[1][:, :T] = keys, values
+        own.append(fresh)
     hide = None
     if not mask_PT.all():
-        hide = torch.zeros(P, 1, 1, T if group > 1 else T + new, device=h_PTD.device, dtype=h_PTD.dtype)
-        hide[..., :T].masked_fill_(~mask_PT[:, None, None], -torch.inf)
+        hide = torch.zeros(P, T if group > 1 else T + new, device=h_PTD.device, dtype=h_PTD.dtype)
+        hide[:, :T].masked_fill_(~mask_PT, -torch.inf)
     last_PD = h_PTD[torch.arange(P, device=h_PTD.device), length_P - 1]
-    length_S = length_P.repeat_interleave(group)
-    state = _State(prompt if group > 1 else None, own, hide, length_S, group, 0 if group > 1 else T)
+    state = _State(prompt if group > 1 else None, own, hide, length_P.repeat_interleave(group), group, before)
     return state, lm.norm(last_PD)
