@@ -28,6 +28,8 @@ BENCHMARKS = {
     "masked/fashion": "benchmarks.masked:fashion",
     "harmonize": "benchmarks.harmonize:overhead",
     "balance": "benchmarks.balance:overhead",
+    "generate/decode": "benchmarks.generate:decode",
+    "generate/memory": "benchmarks.generate:memory",
     "data/decode": "benchmarks.data:decode",
     "data/shards": "benchmarks.data:shards",
     "data/workers": "benchmarks.data:workers",

@@ -1,0 +1,90 @@
+"""Generation beside transformers': the same Llama, weights and prompts, the same tokens, interleaved.
+
+Letters: P prompts, T tokens of each, N tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks import Row
+from benchmarks.contrastive import peak_bytes
+from benchmarks.timing import ratio
+from descant.modules.language import CausalLM, Sampling, generate, log_probabilities
+
+#: transformers' time / ours, without and with prompts that are shared; and what logits may differ by.
+DECODE, GROUPS, SAME = 1.8, 2.5, 1e-5
+#: Peak of memory with a few tokens at a time over that of all of them.
+MEMORY = 0.35
+V, D, DEPTH, HEADS, KEY_HEADS, HIDDEN, LENGTH = 512, 128, 4, 4, 2, 344, 512
+
+
+def models() -> tuple[Any, CausalLM]:
+    """The same small Llama twice."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=V,
+        hidden_size=D,
+        intermediate_size=HIDDEN,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KEY_HEADS,
+        max_position_embeddings=LENGTH,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+    )
+    theirs = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.ndim > 1:
+                p.mul_(3)  # so that what is likeliest is clear
+    ours = CausalLM(V, D, DEPTH, HEADS, KEY_HEADS, HIDDEN, LENGTH).eval()
+    ours.load_llama(theirs.state_dict())
+    theirs.generation_config.eos_token_id = None
+    return theirs, ours
+
+
+def decode(pairs: int = 30, new: int = 64) -> Iterator[Row]:
+    """Tokens a second of greedy decoding, of 16 rows with prompts of 64 tokens: each its own, or 8 rows a prompt."""
+    theirs, ours = models()
+    ids_PT = torch.randint(3, V, (16, 64), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        apart = (ours.logits(ours(ours.embed(ids_PT))) - theirs(ids_PT).logits).abs().max()
+    yield Row.at_most("generate/logits", float(apart), SAME)
+    for name, group, bar in (("decode", 1, DECODE), ("groups", 8, GROUPS)):
+        prompts = ids_PT[: 16 // group]
+        mine, owner = _ours(ours, prompts, group, new), _theirs(theirs, prompts.repeat_interleave(group, 0), new)
+        if not torch.equal(mine(), owner()):
+            raise AssertionError(f"{name}: other tokens than transformers says")
+        result = ratio(mine, owner, pairs)
+        yield Row.at_least(f"generate/{name}", result.value, bar, result.interval)
+
+
+def _ours(lm: CausalLM, prompts: Tensor, group: int, new: int) -> Callable[[], Tensor]:
+    return lambda: generate(lm, prompts, new=new, group=group, sampling=Sampling(temperature=0)).token_RN
+
+
+def _theirs(model: Any, rows: Tensor, new: int) -> Callable[[], Tensor]:
+    mask, T = torch.ones_like(rows), rows.shape[1]
+    return lambda: model.generate(rows, attention_mask=mask, max_new_tokens=new, do_sample=False)[:, T:]
+
+
+def memory(tokens: int = 2048, width: int = 576, vocab: int = 49152) -> Iterator[Row]:
+    """Peak of log-probabilities of tokens and their gradients, of a vocabulary as SmolLM2 has it."""
+    h_ND, w_VD = torch.randn(tokens, width), torch.randn(vocab, width) / width**0.5
+    token_N = torch.randint(vocab, (tokens,), generator=torch.Generator().manual_seed(2))
+
+    def kept(h: Tensor, w: Tensor) -> Tensor:
+        return (h @ w.T).log_softmax(dim=1).gather(1, token_N[:, None])
+
+    def peak(of: Callable[[Tensor, Tensor], Tensor]) -> int:
+        h, w = h_ND.clone().requires_grad_(), w_VD.clone().requires_grad_()
+        return peak_bytes(lambda: of(h, w).sum().backward())
+
+    share = peak(lambda h, w: log_probabilities(h, w, token_N)) / peak(kept)
+    yield Row.at_most("generate/memory", share, MEMORY)
