@@ -3,10 +3,21 @@
 from descant.recipes.alternating import Alternating
 from descant.recipes.base import Recipe
 from descant.recipes.certified import Certified
+from descant.recipes.chat import Chat
 from descant.recipes.contrastive import Contrastive
 from descant.recipes.ensemble import Ensemble
 from descant.recipes.fusion import Fusion
 from descant.recipes.masked import Masked
 from descant.recipes.missing import MissingModality
 
-__all__ = ["Alternating", "Certified", "Contrastive", "Ensemble", "Fusion", "Masked", "MissingModality", "Recipe"]
+__all__ = [
+    "Alternating",
+    "Certified",
+    "Chat",
+    "Contrastive",
+    "Ensemble",
+    "Fusion",
+    "Masked",
+    "MissingModality",
+    "Recipe",
+]

@@ -1,0 +1,117 @@
+"""From what a tower sees to tokens that a language model reads.
+
+Letters: B samples, T tokens of a tower, D their width, I tokens for the language model, W its width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from descant.modules.towers.base import Tokens
+
+
+class Projector(nn.Module):
+    """``projector(tokens) -> h_BIW``. A subclass makes its layers in ``made`` and says how many tokens come out."""
+
+    def build(self, width: int, to: int) -> Self:
+        self.made(width, to)
+        return self
+
+    def made(self, width: int, to: int) -> None:
+        raise NotImplementedError
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        raise NotImplementedError
+
+
+def mlp(width: int, to: int) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, to), nn.GELU(), nn.Linear(to, to))
+
+
+class EachToken(Projector):
+    """``h_bi = MLP(h_bi)``: every token of the tower becomes one (Liu 2023, LLaVA 1.5, arXiv 2310.03744).
+
+    >>> EachToken().build(8, 6)(Tokens(torch.randn(2, 9, 8), torch.ones(2, 9, dtype=torch.bool))).shape
+    torch.Size([2, 9, 6])
+    """
+
+    def made(self, width: int, to: int) -> None:
+        self.mlp = mlp(width, to)
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        return self.mlp(tokens.h_BTD)
+
+
+class PooledGrid(Projector):
+    """``h_bi = MLP(mean of the tokens in cell i)`` of a square of side x side cells, row by row.
+
+    For towers whose tokens are a square map (Lin 2023, arXiv 2312.06742, averages likewise).
+
+    Args:
+        side: of the grid.
+
+    Raises:
+        ValueError: for a side below 1; in forward, for tokens that are no square.
+
+    >>> PooledGrid(2).build(8, 6)(Tokens(torch.randn(2, 16, 8), torch.ones(2, 16, dtype=torch.bool))).shape
+    torch.Size([2, 4, 6])
+    """
+
+    def __init__(self, side: int = 2) -> None:
+        super().__init__()
+        if side < 1:
+            raise ValueError(f"side {side}: 1 is the least")
+        self.side = side
+
+    def made(self, width: int, to: int) -> None:
+        self.mlp = mlp(width, to)
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        h_BTD, side = tokens.h_BTD, math.isqrt(tokens.h_BTD.shape[1])
+        if side * side != h_BTD.shape[1]:
+            raise ValueError(f"PooledGrid: {h_BTD.shape[1]} tokens are no square; EachToken and Resampler take any")
+        map_BDHW = h_BTD.transpose(1, 2).unflatten(2, (side, side))
+        return self.mlp(F.adaptive_avg_pool2d(map_BDHW, self.side).flatten(2).transpose(1, 2))
+
+
+class Resampler(Projector):
+    """``h_bi = MLP(sum_t softmax_t(q_i . k_bt / sqrt(d)) v_bt)``: learned queries look at all tokens (Alayrac 2022,
+    arXiv 2204.14198, with one layer).
+
+    Args:
+        queries: I. heads: of the attention.
+
+    Raises:
+        ValueError: for no query, or heads that do not divide the tower's width.
+
+    >>> Resampler(3, heads=2).build(8, 6)(Tokens(torch.randn(2, 9, 8), torch.ones(2, 9, dtype=torch.bool))).shape
+    torch.Size([2, 3, 6])
+    """
+
+    def __init__(self, queries: int = 4, heads: int = 4) -> None:
+        super().__init__()
+        if queries < 1:
+            raise ValueError(f"queries {queries}: 1 is the least")
+        self.queries, self.heads = queries, heads
+
+    def made(self, width: int, to: int) -> None:
+        if width % self.heads:
+            raise ValueError(f"heads {self.heads}: they divide the tower's width {width}")
+        self.query_ID = nn.Parameter(torch.randn(self.queries, width) * width**-0.5)
+        self.norm = nn.LayerNorm(width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.mlp = mlp(width, to)
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        h_BTD, mask_BT = tokens
+        B, T, D = h_BTD.shape
+        k, v = self.kv(self.norm(h_BTD)).view(B, T, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q = self.query_ID.view(1, self.queries, self.heads, -1).transpose(1, 2).expand(B, -1, -1, -1)
+        see_B11T = (mask_BT | ~mask_BT.any(dim=1, keepdim=True))[:, None, None]
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=see_B11T)
+        return self.mlp(x.transpose(1, 2).reshape(B, self.queries, D))

@@ -1,0 +1,180 @@
+"""A language model that sees: pictures among the words, and answers that are learned.
+
+Claim: a small language model, given a picture's tokens in the place of a word, answers questions about it.
+
+    h     = embed(words),  with projector(tower(picture)) in the place of each <image>
+    h     = lm(pack(h))                      documents of all lengths in few rows, none of which sees another
+    loss  = mean over samples of  - mean over tokens t of the answer of  log p(t | all before it)       "answer"
+
+Every answer counts alike, however long it is, so gradients are the same however a step is cut. The logits of a whole
+vocabulary are there for a few tokens at a time. A sample without a picture has no tokens in its place.
+Source: Liu 2023 (LLaVA, arXiv 2304.08485); packing as in Krell 2021 (arXiv 2107.02027).
+Letters: B samples, P pictures, T words of a row, I tokens of a picture, S tokens of a sample, W width, R packed rows,
+N learned tokens, M new tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from descant.modules.batch import Batch
+from descant.modules.language import CausalLM, Sampling, first_fit_decreasing, generate, log_probabilities
+from descant.modules.language.projectors import EachToken, Projector
+from descant.modules.objective import Term
+from descant.modules.rows import running
+from descant.modules.text import EOS, PAD
+from descant.modules.towers import Towers
+from descant.recipes.base import Recipe
+
+
+class Chat(Recipe):
+    """A vision-language model, fine-tuned on dialogues.
+
+    The data's ``text`` are ids, ``text_said`` the tokens to learn, and target ``answer`` what an answer has to be.
+
+    Args:
+        towers: one for pictures, ``image``.
+        lm: the language model.
+        projector: from the tower's tokens to the model's; each becomes one where not given.
+        image_token: the id in whose place a picture's tokens stand.
+        answer_token: the id behind which an answer begins.
+        row: tokens of a packed row; the model's length where not given.
+
+    Raises:
+        ValueError: for a tower of something else, or a row that no document of the model's length fits into.
+    """
+
+    def __init__(
+        self,
+        towers: Towers,
+        lm: CausalLM,
+        projector: Projector | None = None,
+        image_token: int = 4,
+        answer_token: int = 5,
+        row: int | None = None,
+        **kwargs: object,
+    ) -> None:
+        super().__init__(**kwargs)  # type: ignore[arg-type]  # the base's own typed arguments
+        if tuple(towers) != ("image",):
+            raise ValueError(f"towers: {', '.join(towers)}; a chat sees through one tower, image")
+        self.row = lm.length if row is None else row
+        self.towers, self.lm, self.modalities = towers, lm, ("image", "text")
+        self.projector = (projector or EachToken()).build(towers.width("image"), lm.width)
+        self.image_token, self.answer_token = image_token, answer_token
+
+    # from a batch to what the model reads -------------------------------------------------------------------------
+
+    def sequence(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``h_BSW``, the id of each token (``image_token`` for a picture's), which are learned, and which are real."""
+        ids_BT, has_B = batch.inputs["text"], batch.present["image"]
+        picture_BT = ids_BT == self.image_token
+        if (picture_BT.sum(dim=1) > 1).any():
+            raise ValueError("a sample has one picture, and a prompt of it names several")
+        # pictures that are there; where none is, one of zeros, so that every rank reaches the same parameters
+        rows_P = has_B.nonzero().flatten() if has_B.any() else torch.zeros_like(has_B[:1], dtype=torch.long)
+        x = batch.inputs["image"][rows_P]
+        with running(rows_P):
+            seen_PIW = self.projector(self.towers["image"](x if has_B.any() else torch.zeros_like(x)))
+        (B, T), cells = ids_BT.shape, seen_PIW.shape[1]
+        # each word moves to the right of the picture that stands before it; a picture that is not there takes no room
+        room_B = torch.where(has_B, cells - 1, -1)
+        place_BT = torch.arange(T, device=ids_BT.device) + torch.where(
+            picture_BT.cumsum(dim=1) > picture_BT.int(), room_B[:, None], 0
+        )
+        S, rows_BT = T + cells - 1, torch.arange(B, device=ids_BT.device)[:, None].expand(B, T)
+        ids_BS = torch.full((B, S), PAD, device=ids_BT.device, dtype=torch.long)
+        said_BS = torch.zeros(B, S, device=ids_BT.device, dtype=torch.bool)
+        words_BT = ~picture_BT
+        ids_BS[rows_BT[words_BT], place_BT[words_BT]] = ids_BT[words_BT]
+        said_BS[rows_BT[words_BT], place_BT[words_BT]] = batch.inputs["text_said"][words_BT]
+        shown_b, first_b = (picture_BT & has_B[:, None]).nonzero(as_tuple=True)
+        at_bI = first_b[:, None] + torch.arange(cells, device=ids_BT.device)
+        ids_BS[shown_b[:, None], at_bI] = self.image_token
+        number_B = has_B.cumsum(dim=0) - 1  # of those that are there
+        h_BSW = self.lm.embed(ids_BS)
+        places = shown_b[:, None].expand_as(at_bI), at_bI
+        h_BSW = h_BSW.index_put(places, seen_PIW[number_B[shown_b]].to(h_BSW))
+        h_BSW = h_BSW + 0.0 * seen_PIW.sum().to(h_BSW)
+        real_BS = (ids_BS != PAD) & batch.present["text"][:, None]
+        return h_BSW, ids_BS, said_BS & real_BS, real_BS
+
+    def answered(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each learned token its log-probability, whether it is the likeliest, and the sample it is of: ``[N]``."""
+        h_BSW, ids_BS, said_BS, real_BS = self.sequence(batch)
+        length_B = real_BS.sum(dim=1)
+        some_B = (length_B > 0).nonzero().flatten()
+        rows = first_fit_decreasing(length_B[some_B].tolist(), self.row)
+        # where each document goes; packing is a plan, made where lengths are known
+        into = torch.zeros(len(h_BSW), 2, dtype=torch.long)
+        segment_B = torch.zeros(len(h_BSW), dtype=torch.long)
+        for r, members in enumerate(rows):
+            at = 0
+            for k, i in enumerate(members, 1):
+                b = int(some_B[i])
+                into[b], segment_B[b] = torch.tensor([r, at]), k
+                at += int(length_B[b])
+        width = max((sum(int(length_B[some_B[i]]) for i in members) for members in rows), default=1)
+        into, segment_B = into.to(h_BSW.device), segment_B.to(h_BSW.device)
+        place_BS = into[:, 1:] + real_BS.cumsum(dim=1) - 1
+        row_BS = into[:, :1].expand_as(place_BS)
+        packed = h_BSW.new_zeros(len(rows) or 1, width, h_BSW.shape[2])
+        packed = packed.index_put((row_BS[real_BS], place_BS[real_BS]), h_BSW[real_BS])
+        segment = torch.zeros(packed.shape[:2], dtype=torch.long, device=packed.device)
+        segment[row_BS[real_BS], place_BS[real_BS]] = segment_B[:, None].expand_as(place_BS)[real_BS]
+        h_RSW = self.lm(packed, segment)
+        before_NW = h_RSW[row_BS[said_BS], place_BS[said_BS] - 1]
+        token_N, sample_N = ids_BS[said_BS], said_BS.nonzero()[:, 0]
+        log_N = log_probabilities(before_NW, self.lm.head.weight, token_N)
+        with torch.no_grad():
+            right_N = self.lm.logits(before_NW).argmax(dim=1) == token_N
+        return log_N, right_N, sample_N
+
+    # training -----------------------------------------------------------------------------------------------------
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        log_N, _, sample_N = self.answered(batch)
+        value_B, valid_B = _means(-log_N, sample_N, len(batch))
+        return {"answer": Term(value_B, valid=valid_B, norm=batch.step["text"].sum().clamp(min=1))}
+
+    # evaluation ---------------------------------------------------------------------------------------------------
+
+    def scores(self, batch: Batch) -> dict[str, Term]:
+        """``accuracy``, whether the likeliest answer is the right one to its end, and ``loss``, of its tokens.
+
+        Token by token the likeliest answer is right if each of its tokens is the likeliest behind the right ones.
+        """
+        log_N, right_N, sample_N = self.answered(batch)
+        loss_B, valid_B = _means(-log_N, sample_N, len(batch))
+        share_B, _ = _means(right_N.to(log_N), sample_N, len(batch))
+        exact_B = (share_B > 1 - 1e-6).to(log_N)
+        return {"accuracy": Term(exact_B, valid=valid_B), "loss": Term(loss_B, valid=valid_B)}
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, new: int = 8, sampling: Sampling | None = None) -> Tensor:
+        """Int64 ``[B, M]``: answers, to their end; by the likeliest tokens where nothing else is asked for."""
+        h_BSW, ids_BS, _, real_BS = self.sequence(batch)
+        asked_BS = real_BS & ((ids_BS == self.answer_token).cumsum(dim=1) - (ids_BS == self.answer_token).int() == 0)
+        found = torch.zeros(len(ids_BS), new, dtype=torch.long, device=ids_BS.device)
+        some_B = asked_BS.any(dim=1)
+        if some_B.any():
+            longest = int(asked_BS.sum(dim=1).max())
+            sampling = sampling or Sampling(temperature=0)
+            seeds = batch.index[some_B]
+            made = generate(
+                self.lm, h_BSW[some_B, :longest], asked_BS[some_B, :longest], new, 1, [EOS], sampling, seeds
+            )
+            found[some_B] = made.token_RN
+        return found
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        return {"scores": self.scores(batch)}
+
+
+def _means(value_N: Tensor, sample_N: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    """The mean of each sample's values ``[B]``, and which samples have some."""
+    total_B = value_N.new_zeros(samples).index_add(0, sample_N, value_N)
+    count_B = torch.bincount(sample_N, minlength=samples)
+    return total_B / count_B.clamp(min=1), count_B > 0
