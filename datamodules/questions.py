@@ -25,8 +25,6 @@ from descant.modules.random import mix_N, salt, uniform_N, uniform_NK
 from descant.modules.text import BOS, EOS, PAD, Bpe, Codec
 from descant.modules.transforms import BASIC_COLOURS, Augment, Pixels, colour_names, over_white
 
-#: Token ids that stand for no text, among those that every codec of the pack keeps free.
-IMAGE, ANSWER = 4, 5
 #: What can be asked.
 KINDS = ("name", "group", "colour", "count")
 LETTERS = ("a", "b", "c", "d")
@@ -221,6 +219,16 @@ class Questions(DataModule):
     def codec(self) -> Codec:
         return Bpe(self.folder / "tokenizer.json", self.length)
 
+    @property
+    def image_token(self) -> int:
+        """The id in whose place a picture stands: the first behind those of the codec."""
+        return self.codec.vocabulary
+
+    @property
+    def answer_token(self) -> int:
+        """The id behind which an answer begins."""
+        return self.codec.vocabulary + 1
+
     @cached_property
     def key_C(self) -> np.ndarray:
         """Concepts of equal name share a number."""
@@ -344,7 +352,8 @@ class Questions(DataModule):
         text_BT = torch.full((len(asked), self.length), PAD, dtype=torch.long)
         said_BT = torch.zeros(len(asked), self.length, dtype=torch.bool)
         for b, (question, answer) in enumerate(zip(asked, said, strict=True)):
-            front, back = [BOS, IMAGE, *self.ids(question), ANSWER], [*self.ids(answer), EOS]
+            front = [BOS, self.image_token, *self.ids(question), self.answer_token]
+            back = [*self.ids(answer), EOS]
             if len(front) + len(back) > self.length:
                 long = len(front) + len(back)
                 raise ValueError(f"length {self.length}: {question!r} and its answer are {long} tokens")

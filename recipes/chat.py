@@ -38,32 +38,45 @@ class Chat(Recipe):
     Args:
         towers: one for pictures, ``image``.
         lm: the language model.
-        projector: from the tower's tokens to the model's; each becomes one where not given.
         image_token: the id in whose place a picture's tokens stand.
         answer_token: the id behind which an answer begins.
+        projector: from the tower's tokens to the model's; each becomes one where not given.
         row: tokens of a packed row; the model's length where not given.
 
     Raises:
-        ValueError: for a tower of something else, or a row that no document of the model's length fits into.
+        ValueError: for a tower of something else, or ids that the model has no embedding for; at setup, for ids other
+            than the data's; in training, for a document that is longer than a row.
     """
 
     def __init__(
         self,
         towers: Towers,
         lm: CausalLM,
+        image_token: int,
+        answer_token: int,
         projector: Projector | None = None,
-        image_token: int = 4,
-        answer_token: int = 5,
         row: int | None = None,
         **kwargs: object,
     ) -> None:
         super().__init__(**kwargs)  # type: ignore[arg-type]  # the base's own typed arguments
         if tuple(towers) != ("image",):
             raise ValueError(f"towers: {', '.join(towers)}; a chat sees through one tower, image")
+        if not max(image_token, answer_token) < lm.vocabulary:
+            raise ValueError(
+                f"lm.vocab {lm.vocabulary}: image_token {image_token} and answer_token {answer_token} are ids too; "
+                f"{max(image_token, answer_token) + 1} is the least"
+            )
         self.row = lm.length if row is None else row
         self.towers, self.lm, self.modalities = towers, lm, ("image", "text")
         self.projector = (projector or EachToken()).build(towers.width("image"), lm.width)
         self.image_token, self.answer_token = image_token, answer_token
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        for name in ("image_token", "answer_token"):
+            theirs = getattr(self.trainer.datamodule, name, None)  # type: ignore[attr-defined]
+            if theirs is not None and theirs != getattr(self, name):
+                raise ValueError(f"{name} {getattr(self, name)}: the data has {theirs}")
 
     # from a batch to what the model reads -------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import torch
 
 from descant.datamodules.emoji import VENDORS
 from descant.datamodules.order import Order
-from descant.datamodules.questions import ANSWER, COUNTS, IMAGE, KINDS, LETTERS, MORE, Questions, QuestionSet
+from descant.datamodules.questions import COUNTS, KINDS, LETTERS, MORE, Questions, QuestionSet
 from descant.modules.batch import Batch
 from descant.modules.text import BOS, EOS, PAD
 from descant.modules.transforms import BASIC_COLOURS
@@ -27,8 +27,8 @@ def all_of(rows: QuestionSet, epoch: int = 0) -> Batch:
 
 def worded(data: Questions, batch: Batch, row: int) -> tuple[str, str]:
     ids = batch.inputs["text"][row].tolist()
-    front, back = ids[: ids.index(ANSWER)], ids[ids.index(ANSWER) + 1 :]
-    assert front[:2] == [BOS, IMAGE]
+    front, back = ids[: ids.index(data.answer_token)], ids[ids.index(data.answer_token) + 1 :]
+    assert front[:2] == [BOS, data.image_token]
     decode = data.codec.tokenizer.decode  # type: ignore[attr-defined]
     return decode(front[2:]).strip(), decode(back[: back.index(EOS)]).strip()
 
@@ -40,7 +40,7 @@ def test_what_is_to_be_said_is_the_answer_and_the_end(data: Questions) -> None:
     ):
         learned = [i for i, is_said in zip(ids, said, strict=True) if is_said]
         assert learned == [*(i for i in answer if i != PAD), EOS]
-        assert ids.count(EOS) == ids.count(ANSWER) == ids.count(IMAGE) == 1
+        assert ids.count(EOS) == ids.count(data.answer_token) == ids.count(data.image_token) == 1
         assert not any(ids[ids.index(EOS) + 1 :])
 
 

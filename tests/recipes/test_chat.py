@@ -43,7 +43,7 @@ class Patches(Tower):
 def recipe(kind: str = "each", row: int | None = None) -> Chat:
     torch.manual_seed(0)
     lm = CausalLM(20, 12, 2, 2, length=64)
-    made = Chat(Towers(image=Patches()), lm, PROJECTORS[kind](), row=row)
+    made = Chat(Towers(image=Patches()), lm, IMAGE, ANSWER, PROJECTORS[kind](), row=row)
     with torch.no_grad():
         for p in made.parameters():
             p.mul_(3 if p.ndim > 1 else 1)
@@ -177,7 +177,7 @@ def accuracy(made: Chat, b: Batch) -> float:
 
 def test_it_learns_to_look() -> None:
     torch.manual_seed(0)
-    made = Chat(Towers(image=ConvTower([8, 16])), CausalLM(20, 32, 2, 2, length=32), PooledGrid(2))
+    made = Chat(Towers(image=ConvTower([8, 16])), CausalLM(20, 32, 2, 2, length=32), IMAGE, ANSWER, PooledGrid(2))
     optimizer = torch.optim.AdamW(made.parameters(), lr=3e-3)
     for step in range(60):
         b = looking(64, step)
@@ -195,7 +195,11 @@ def test_protocols_and_what_cannot_be() -> None:
     for protocol in (HasObjective, HasTerms, HasTowers, Scores, Generates):
         assert isinstance(made, protocol), protocol
     with pytest.raises(ValueError, match=r"^towers: audio; a chat sees through one tower, image$"):
-        Chat(Towers(audio=Patches()), CausalLM(20, 12, 1, 2))
+        Chat(Towers(audio=Patches()), CausalLM(20, 12, 1, 2), IMAGE, ANSWER)
+    with pytest.raises(
+        ValueError, match=r"^lm.vocab 20: image_token 20 and answer_token 5 are ids too; 21 is the least$"
+    ):
+        Chat(Towers(image=Patches()), CausalLM(20, 12, 1, 2), 20, ANSWER)
     b = batch()
     b.inputs["text"][0, 2] = IMAGE
     with pytest.raises(ValueError, match=r"^a sample has one picture"):
