@@ -22,7 +22,7 @@ from torch import Tensor
 
 from descant.modules.batch import Batch
 from descant.modules.language import CausalLM, Sampling, first_fit_decreasing, generate, log_probabilities
-from descant.modules.language.projectors import EachToken, Projector
+from descant.modules.language.projectors import EachToken, ImageProjector
 from descant.modules.objective import Term
 from descant.modules.rows import running
 from descant.modules.text import EOS, PAD
@@ -54,7 +54,7 @@ class Chat(Recipe):
         lm: CausalLM,
         image_token: int,
         answer_token: int,
-        projector: Projector | None = None,
+        projector: ImageProjector | None = None,
         row: int | None = None,
         **kwargs: object,
     ) -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from descant.modules.towers.base import Tokens
 
 
-class Projector(nn.Module):
+class ImageProjector(nn.Module):
     """``projector(tokens) -> h_BIW``. A subclass makes its layers in ``made`` and says how many tokens come out."""
 
     def build(self, width: int, to: int) -> Self:
@@ -33,7 +33,7 @@ def mlp(width: int, to: int) -> nn.Sequential:
     return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, to), nn.GELU(), nn.Linear(to, to))
 
 
-class EachToken(Projector):
+class EachToken(ImageProjector):
     """``h_bi = MLP(h_bi)``: every token of the tower becomes one (Liu 2023, LLaVA 1.5, arXiv 2310.03744).
 
     >>> EachToken().build(8, 6)(Tokens(torch.randn(2, 9, 8), torch.ones(2, 9, dtype=torch.bool))).shape
@@ -47,7 +47,7 @@ class EachToken(Projector):
         return self.mlp(tokens.h_BTD)
 
 
-class PooledGrid(Projector):
+class PooledGrid(ImageProjector):
     """``h_bi = MLP(mean of the tokens in cell i)`` of a square of side x side cells, row by row.
 
     For towers whose tokens are a square map (Lin 2023, arXiv 2312.06742, averages likewise).
@@ -79,7 +79,7 @@ class PooledGrid(Projector):
         return self.mlp(F.adaptive_avg_pool2d(map_BDHW, self.side).flatten(2).transpose(1, 2))
 
 
-class Resampler(Projector):
+class Resampler(ImageProjector):
     """``h_bi = MLP(sum_t softmax_t(q_i . k_bt / sqrt(d)) v_bt)``: learned queries look at all tokens (Alayrac 2022,
     arXiv 2204.14198, with one layer).
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from descant.modules.batch import Batch
 from descant.modules.language import CausalLM
-from descant.modules.language.projectors import EachToken, PooledGrid, Projector, Resampler
+from descant.modules.language.projectors import EachToken, ImageProjector, PooledGrid, Resampler
 from descant.modules.protocols import Generates, HasObjective, HasTerms, HasTowers, Scores
 from descant.modules.towers import ConvTower, Tokens, Tower, Towers
 from descant.recipes import Chat
@@ -222,5 +222,5 @@ def test_projectors_that_cannot_be(make: Any, says: str) -> None:
         make()
 
 
-def _on_three(projector: Projector) -> Tensor:
+def _on_three(projector: ImageProjector) -> Tensor:
     return projector(Tokens(torch.randn(1, 3, 8), torch.ones(1, 3, dtype=torch.bool)))
