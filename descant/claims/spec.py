@@ -37,10 +37,10 @@ _KEYS = {
         "secondary",
         "calls",
     ),
-    *("seeds", "budget", "status", "baseline_tuning", "alone", "tuning"),
+    *("seeds", "budget", "status", "baseline_tuning", "alone", "tuning", "note"),
 }
 #: What only says how a claim is shown.
-_LOOKS = ("alone",)
+_LOOKS = ("alone", "note")
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,8 @@ class Claim:
     """One claim. ``digest`` is of what its file says, and all configurations that its runs are made of.
 
     ``before``: what is trained once a seed, that all arms of the seed begin from; an experiment, and what it adds.
-    ``alone``: arms that are shown by what conditions ask of them and nothing else, since what they call the mean, say,
-    is not what the others call so.
+    ``note``: what a reader of its numbers has to know. ``alone``: arms that are shown by what conditions ask of them
+    and nothing else, since what they call the mean, say, is not what the others call so.
     """
 
     name: str
@@ -165,6 +165,7 @@ class Claim:
     digest: str
     alone: tuple[str, ...] = ()
     tuning: Tuning | None = None
+    note: str | None = None
 
     def metrics(self) -> list[str]:
         """All metrics that it looks at, the first one first."""
@@ -330,6 +331,7 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
         digest=_digest([file, *files]),
         alone=_alone(where, content, arms),
         tuning=tuning,
+        note=content.get("note"),
     )
 
 

@@ -84,6 +84,8 @@ def _part(
         f"\nMean and standard deviation over seeds {', '.join(map(str, sorted(runs['method'])))}; "
         f"{spent:,.0f} {claim.equal} in every arm."
     )
+    if claim.note is not None:
+        lines.append(f"\n{claim.note}")
     if found.asked:
         lines.append("\n| asked as well | it is | |\n|---|---|---|")
         lines += [f"| {what} | {value:.4g} | {'met' if met else '**not met**'} |" for what, value, met in found.asked]
