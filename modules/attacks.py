@@ -149,7 +149,7 @@ def attacked(
             for _ in range(steps):
                 delta_BN.requires_grad_()
                 logits_BC = recipe.fuse(nudge(delta_BN), nudge.batch.present)
-                wrong_B = wrong_B | logits_BC.argmax(dim=1) != label_B
+                wrong_B = wrong_B | (logits_BC.argmax(dim=1) != label_B)
                 loss = F.cross_entropy(logits_BC, label_B, reduction="sum")
                 g_BN = nudge.gradient(loss, delta_BN)
                 with torch.no_grad():
@@ -158,7 +158,7 @@ def attacked(
                     far_B1 = moved_BN.norm(dim=1, keepdim=True)
                     delta_BN = moved_BN * (radius_B1 / far_B1.clamp(min=torch.finfo(g_BN.dtype).tiny)).clamp(max=1.0)
             with torch.no_grad():
-                wrong_B = wrong_B | recipe.fuse(nudge(delta_BN), nudge.batch.present).argmax(dim=1) != label_B
+                wrong_B = wrong_B | (recipe.fuse(nudge(delta_BN), nudge.batch.present).argmax(dim=1) != label_B)
     return wrong_B
 
 
