@@ -21,7 +21,7 @@ def lines(title: str, panels: Mapping[str, tuple[Sequence[str], Sequence[int], n
 
     >>> values = np.array([[0.1, 0.2], [0.3, np.nan], [0.5, 0.6]])
     >>> lines("title", {"val": (["image", "joint"], [0, 10, 20], values)}).size
-    (764, 311)
+    (765, 331)
     """
     names = [name for of, _, _ in panels.values() for name in of]
     right = LEFT + WIDE + 2 * GAP + max(100, *(int(_font(TEXT, n).getlength(n)) + 80 for n in names))
