@@ -102,11 +102,9 @@ class Attacks(OwnPass):
         assert isinstance(pl_module, Classifies)
         label_B, modalities = pl_module.labels(batch), pl_module.modalities
         all_B = keep_B & (label_B >= 0) & batch.both(*modalities)
-        rows = batch.select(all_B.nonzero().flatten())
-        if not len(rows):
-            rows, all_B = batch.select(slice(0, 1)), torch.zeros(1, dtype=torch.bool, device=batch.device)
-        else:
-            all_B = torch.ones(len(rows), dtype=torch.bool, device=batch.device)
+        # where no row counts one is tried and not counted: ranks add up the same numbers, and know them by name
+        chosen = all_B.nonzero().flatten() if all_B.any() else torch.zeros(1, dtype=torch.long, device=batch.device)
+        rows, all_B = batch.select(chosen), all_B[chosen]
         for key, value_B in self._of_rows(trainer, pl_module, rows).items():
             place = f"{name}/{key}"
             if place not in self._means:

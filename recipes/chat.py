@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from descant.modules.batch import Batch
-from descant.modules.language import CausalLM, Sampling, first_fit_decreasing, generate, log_probabilities
+from descant.modules.language import CausalLM, Sampling, generate, log_probabilities, places
 from descant.modules.language.projectors import EachToken, ImageProjector
 from descant.modules.objective import Term
 from descant.modules.rows import running
@@ -108,47 +108,34 @@ class Chat(Recipe):
         ids_BS[shown_b[:, None], at_bI] = self.image_token
         number_B = has_B.cumsum(dim=0) - 1  # of those that are there
         h_BSW = self.lm.embed(ids_BS)
-        places = shown_b[:, None].expand_as(at_bI), at_bI
-        h_BSW = h_BSW.index_put(places, seen_PIW[number_B[shown_b]].to(h_BSW))
+        at = shown_b[:, None].expand_as(at_bI), at_bI
+        h_BSW = h_BSW.index_put(at, seen_PIW[number_B[shown_b]].to(h_BSW))
         h_BSW = h_BSW + 0.0 * seen_PIW.sum().to(h_BSW)
         real_BS = (ids_BS != PAD) & batch.present["text"][:, None]
         return h_BSW, ids_BS, said_BS & real_BS, real_BS
 
     def answered(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each learned token its log-probability, whether it is the likeliest, and the sample it is of: ``[N]``."""
+        """Of learned tokens: what the head reads before each ``[N, W]``, its id, and the sample it is of, ``[N]``."""
         h_BSW, ids_BS, said_BS, real_BS = self.sequence(batch)
         length_B = real_BS.sum(dim=1)
         some_B = (length_B > 0).nonzero().flatten()
-        rows = first_fit_decreasing(length_B[some_B].tolist(), self.row)
-        # where each document goes; packing is a plan, made where lengths are known
-        into = torch.zeros(len(h_BSW), 2, dtype=torch.long)
-        segment_B = torch.zeros(len(h_BSW), dtype=torch.long)
-        for r, members in enumerate(rows):
-            at = 0
-            for k, i in enumerate(members, 1):
-                b = int(some_B[i])
-                into[b], segment_B[b] = torch.tensor([r, at]), k
-                at += int(length_B[b])
-        width = max((sum(int(length_B[some_B[i]]) for i in members) for members in rows), default=1)
-        into, segment_B = into.to(h_BSW.device), segment_B.to(h_BSW.device)
-        place_BS = into[:, 1:] + real_BS.cumsum(dim=1) - 1
-        row_BS = into[:, :1].expand_as(place_BS)
-        packed = h_BSW.new_zeros(len(rows) or 1, width, h_BSW.shape[2])
+        plan = places(length_B[some_B].tolist(), self.row)
+        place_B3 = torch.zeros(len(h_BSW), 3, dtype=torch.long, device=h_BSW.device)
+        place_B3[some_B] = torch.stack(plan[:3], dim=1).to(h_BSW.device)
+        row_BS, first_BS, segment_BS = place_B3[:, :, None].expand(-1, -1, ids_BS.shape[1]).unbind(dim=1)
+        place_BS = first_BS + real_BS.cumsum(dim=1) - 1
+        packed = h_BSW.new_zeros(max(plan.rows, 1), max(plan.width, 1), h_BSW.shape[2])
         packed = packed.index_put((row_BS[real_BS], place_BS[real_BS]), h_BSW[real_BS])
         segment = torch.zeros(packed.shape[:2], dtype=torch.long, device=packed.device)
-        segment[row_BS[real_BS], place_BS[real_BS]] = segment_B[:, None].expand_as(place_BS)[real_BS]
+        segment[row_BS[real_BS], place_BS[real_BS]] = segment_BS[real_BS]
         h_RSW = self.lm(packed, segment)
-        before_NW = h_RSW[row_BS[said_BS], place_BS[said_BS] - 1]
-        token_N, sample_N = ids_BS[said_BS], said_BS.nonzero()[:, 0]
-        log_N = log_probabilities(before_NW, self.lm.head.weight, token_N)
-        with torch.no_grad():
-            right_N = self.lm.logits(before_NW).argmax(dim=1) == token_N
-        return log_N, right_N, sample_N
+        return h_RSW[row_BS[said_BS], place_BS[said_BS] - 1], ids_BS[said_BS], said_BS.nonzero()[:, 0]
 
     # training -----------------------------------------------------------------------------------------------------
 
     def terms(self, batch: Batch) -> dict[str, Term]:
-        log_N, _, sample_N = self.answered(batch)
+        before_NW, token_N, sample_N = self.answered(batch)
+        log_N = log_probabilities(before_NW, self.lm.head.weight, token_N)
         value_B, valid_B = _means(-log_N, sample_N, len(batch))
         return {"answer": Term(value_B, valid=valid_B, norm=batch.step["text"].sum().clamp(min=1))}
 
@@ -159,7 +146,9 @@ class Chat(Recipe):
 
         Token by token the likeliest answer is right if each of its tokens is the likeliest behind the right ones.
         """
-        log_N, right_N, sample_N = self.answered(batch)
+        before_NW, token_N, sample_N = self.answered(batch)
+        log_N = log_probabilities(before_NW, self.lm.head.weight, token_N)
+        right_N = self.lm.logits(before_NW).argmax(dim=1) == token_N
         loss_B, valid_B = _means(-log_N, sample_N, len(batch))
         share_B, _ = _means(right_N.to(log_N), sample_N, len(batch))
         exact_B = (share_B > 1 - 1e-6).to(log_N)

@@ -155,10 +155,14 @@ class _Job:
 
 def command(place: Place, arm: str, seed: int) -> list[str]:
     """What runs one arm with one seed, after ``descant``."""
+    return [*_fit(place, arm, seed), f"--name={arm}-{seed}", "--resume=auto"]
+
+
+def _fit(place: Place, arm: str, seed: int) -> list[str]:
+    """The same without the run's name."""
     words = place.claim.command(arm, seed, place.budget, partial(_path, place, seed))
     words += [f"--trust={module}" for module in place.trust]
-    test = str(place.budget != TUNE).lower()
-    return ["fit", *words, f"--test={test}", f"--runs={place.folder}", f"--name={arm}-{seed}", "--resume=auto"]
+    return ["fit", *words, f"--test={str(place.budget != TUNE).lower()}", f"--runs={place.folder}"]
 
 
 def _start(place: Place, arm: str, seed: int, jobs: int) -> _Job:
@@ -190,11 +194,8 @@ def submit(place: Place, arms: Sequence[str], seeds: Sequence[int], options: str
         begins = arm != BEFORE and (place.claim.before is not None or bool(place.claim.arms[arm].needs()))
         arrays.setdefault((arm, seed if begins else None), []).append(seed)
     for (arm, _), its in arrays.items():
-        words = place.claim.command(arm, its[0], place.budget, partial(_path, place, its[0]))
-        words = [word for word in words if not word.startswith("--seed_everything=")]
-        words += [f"--trust={module}" for module in place.trust]
-        test = str(place.budget != TUNE).lower()
-        fit = ["fit", *words, f"--test={test}", f"--runs={place.folder}", f"--name={arm}"]
+        words = [word for word in _fit(place, arm, its[0]) if not word.startswith("--seed_everything=")]
+        fit = [*words, f"--name={arm}"]
         code = main([*shlex.split(options), "--array", f"seed_everything={','.join(map(str, its))}", "--", *fit])
         if code:
             return code

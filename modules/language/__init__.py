@@ -2,7 +2,7 @@
 
 from descant.modules.language.generate import Generated, Sampling, generate
 from descant.modules.language.model import CausalLM
-from descant.modules.language.packing import Packed, first_fit_decreasing, pack
+from descant.modules.language.packing import Packed, first_fit_decreasing, pack, places
 from descant.modules.language.probabilities import log_probabilities
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "generate",
     "log_probabilities",
     "pack",
+    "places",
 ]

@@ -62,6 +62,39 @@ def first_fit_decreasing(lengths: Sequence[int], size: int) -> list[list[int]]:
     return rows
 
 
+class Places(NamedTuple):
+    """Where each of N documents goes: its row, its first token in it, and its segment, int64 ``[N]``.
+
+    ``rows``, ``width``: how many rows there are, and tokens of the fullest.
+    """
+
+    row_N: Tensor
+    first_N: Tensor
+    segment_N: Tensor
+    rows: int
+    width: int
+
+
+def places(lengths: Sequence[int], size: int) -> Places:
+    """Of documents of these lengths, by :func:`first_fit_decreasing`.
+
+    >>> found = places([2, 3, 1], size=5)
+    >>> found.row_N.tolist(), found.first_N.tolist(), found.segment_N.tolist(), found.rows, found.width
+    ([0, 0, 1], [3, 0, 0], [2, 1, 1], 2, 5)
+    """
+    rows = first_fit_decreasing(lengths, size)
+    place_N3 = torch.zeros(len(lengths), 3, dtype=torch.long)
+    width = 0
+    for b, members in enumerate(rows):
+        at = 0
+        for k, i in enumerate(members, 1):
+            place_N3[i] = torch.tensor([b, at, k])
+            at += lengths[i]
+        width = max(width, at)
+    row_N, first_N, segment_N = place_N3.unbind(dim=1)
+    return Places(row_N, first_N, segment_N, len(rows), width)
+
+
 def pack(documents: Sequence[Tensor], learned: Sequence[Tensor], size: int) -> Packed:
     """Documents (int64 ``[t]`` each, with bool ``[t]`` of what is to be learned) in rows of ``size`` tokens.
 
@@ -69,15 +102,12 @@ def pack(documents: Sequence[Tensor], learned: Sequence[Tensor], size: int) -> P
     >>> packed.ids_BT.tolist(), packed.segment_BT.tolist(), packed.said_BT.int().tolist()
     ([[5, 6, 7, 0]], [[1, 1, 2, 0]], [[0, 1, 0, 0]])
     """
-    rows = first_fit_decreasing([len(x) for x in documents], size)
-    shape = len(rows), size
+    found = places([len(x) for x in documents], size)
+    shape = found.rows, size
     ids, segment = torch.zeros(shape, dtype=torch.long), torch.full(shape, NOWHERE)
     said, document = torch.zeros(shape, dtype=torch.bool), torch.full(shape, -1)
-    for b, members in enumerate(rows):
-        at = 0
-        for k, i in enumerate(members, 1):
-            here = slice(at, at + len(documents[i]))
-            ids[b, here], segment[b, here], said[b, here], document[b, here] = documents[i], k, learned[i], i
-            said[b, at] = False
-            at = here.stop
+    for i, (b, at, k) in enumerate(zip(*(x.tolist() for x in found[:3]), strict=True)):
+        here = slice(at, at + len(documents[i]))
+        ids[b, here], segment[b, here], said[b, here], document[b, here] = documents[i], k, learned[i], i
+        said[b, at] = False
     return Packed(ids, segment, said, document)
