@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from descant.callbacks.balance import require_several
 from descant.callbacks.cosines import Track
 from descant.callbacks.evaluate import Rows, Store
 from descant.callbacks.lines import lines
-from descant.callbacks.pictures import run_folder, writers
+from descant.callbacks.pictures import keep_picture, run_folder
 from descant.callbacks.subsets import OwnPass
 from descant.modules.batch import Batch
 from descant.modules.fusion import coalitions, only, shapley
@@ -138,7 +137,4 @@ class Contributions(OwnPass):
         names = [*(f"{m} alone" for m in pl_module.modalities), "all together"]
         panels = {name: (names, *track.seen()) for name, track in self.tracks.items()}
         image = lines(f"accuracy, step {trainer.global_step}", panels)
-        (folder / "pictures").mkdir(parents=True, exist_ok=True)
-        image.save(folder / "pictures" / f"accuracy-{trainer.global_step}.png")
-        for writer in writers(trainer):
-            writer.add_image("contributions/accuracy", np.asarray(image), trainer.global_step, dataformats="HWC")
+        keep_picture(trainer, folder, image, "accuracy", "contributions/accuracy")

@@ -11,7 +11,6 @@ from itertools import combinations
 from typing import Any, Literal
 
 import lightning as L
-import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
@@ -21,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from descant.callbacks.cosines import Track, cosine_map
-from descant.callbacks.pictures import run_folder, writers
+from descant.callbacks.pictures import keep_picture, run_folder
 from descant.modules.losses.ranks import world
 from descant.modules.mixing import Rule
 from descant.modules.protocols import HasObjective
@@ -204,10 +203,7 @@ class Harmonize(L.Callback):
             return
         title = f"harmony by {type(self.rule).__name__}, step {trainer.global_step}"
         image = cosine_map(title, list(combinations(self.names, 2)), *self.track.seen())
-        (folder / "pictures").mkdir(parents=True, exist_ok=True)
-        image.save(folder / "pictures" / f"harmony-{trainer.global_step}.png")
-        for writer in writers(trainer):
-            writer.add_image("harmony/cosines", np.asarray(image), trainer.global_step, dataformats="HWC")
+        keep_picture(trainer, folder, image, "harmony", "harmony/cosines")
 
 
 @contextmanager

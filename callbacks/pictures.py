@@ -84,11 +84,7 @@ class RetrievalPictures(Judge):
                     continue
                 letter = letters(rows.z)
                 tag = f"{name}-{letter[a]}2{letter[b]}"
-                (folder / "pictures").mkdir(parents=True, exist_ok=True)
-                image.save(folder / "pictures" / f"{tag}-{trainer.global_step}.png")
-                for writer in writers(trainer):
-                    pixels = np.asarray(image)
-                    writer.add_image(f"pictures/{tag}", pixels, trainer.global_step, dataformats="HWC")
+                keep_picture(trainer, folder, image, tag, f"pictures/{tag}")
         return {}
 
     def draw(self, rows: Rows, a: str, b: str, trainer: L.Trainer, title: str) -> Image.Image | None:
@@ -208,6 +204,14 @@ def writers(trainer: L.Trainer) -> list[Any]:
 def run_folder(trainer: L.Trainer) -> Path:
     """Where the run's files go; to be called on every rank, since ranks agree on it."""
     return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def keep_picture(trainer: L.Trainer, folder: Path, image: Image.Image, name: str, tag: str) -> None:
+    """In the run's folder as ``pictures/{name}-{step}.png``, and under a tag in every TensorBoard logger."""
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    image.save(folder / "pictures" / f"{name}-{trainer.global_step}.png")
+    for writer in writers(trainer):
+        writer.add_image(tag, np.asarray(image), trainer.global_step, dataformats="HWC")
 
 
 def _keep(config: Path, earlier: str) -> None:

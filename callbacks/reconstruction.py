@@ -19,7 +19,18 @@ from torch.nn import functional as F
 
 from descant.callbacks.evaluate import Rows, Store
 from descant.callbacks.inversion import another
-from descant.callbacks.pictures import FAINT, GAP, INK, PAPER, TEXT, TITLE, _font, _wrapped, run_folder, writers
+from descant.callbacks.pictures import (
+    FAINT,
+    GAP,
+    INK,
+    PAPER,
+    TEXT,
+    TITLE,
+    _font,
+    _wrapped,
+    keep_picture,
+    run_folder,
+)
 from descant.callbacks.subsets import OwnPass
 from descant.modules.batch import NEGATIVE, Batch
 from descant.modules.configure import nearest
@@ -491,10 +502,7 @@ class ReconstructionPictures(OwnPass):
             if image is None:
                 continue
             tag = f"{name}-{self.name}"
-            (folder / "pictures").mkdir(parents=True, exist_ok=True)
-            image.save(folder / "pictures" / f"{tag}-{trainer.global_step}.png")
-            for writer in writers(trainer):
-                writer.add_image(f"pictures/{tag}", np.asarray(image), trainer.global_step, dataformats="HWC")
+            keep_picture(trainer, folder, image, tag, f"pictures/{tag}")
         return {}
 
 

@@ -11,7 +11,6 @@ from itertools import combinations
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -30,8 +29,8 @@ from descant.callbacks.pictures import (
     TEXT,
     TITLE,
     _font,
+    keep_picture,
     run_folder,
-    writers,
 )
 from descant.modules.batch import NEGATIVE, Batch
 from descant.modules.configure import nearest
@@ -463,10 +462,7 @@ class ModalitySubsetEval(OwnPass):
         title = f"{stage}: {score} by what is there, step {trainer.global_step}"
         image = heat_map(title, self._of, self._subsets, cells, rows, less=_less(score))
         tag = f"{stage}-{score}".replace("/", "-")
-        (folder / "pictures").mkdir(parents=True, exist_ok=True)
-        image.save(folder / "pictures" / f"subsets-{tag}-{trainer.global_step}.png")
-        for writer in writers(trainer):
-            writer.add_image(f"subsets/{tag}", np.asarray(image), trainer.global_step, dataformats="HWC")
+        keep_picture(trainer, folder, image, f"subsets-{tag}", f"subsets/{tag}")
 
 
 # what it is made of -----------------------------------------------------------------------------------------------
