@@ -32,6 +32,7 @@ LETTERS = ("a", "b", "c", "d")
 COUNTS, MORE, GRID = range(1, 6), range(6, 9), 3
 #: Share of problems: what the test asks, what settings are chosen by, what is trained on.
 SPLITS = {"test": 0.1, "val": 0.2, "train": 1.0}
+ANSWER = 16  # tokens of an answer that are kept to compare with
 VARIANTS = 8  # problems of one kind and concept
 
 
@@ -158,6 +159,7 @@ class Questions(DataModule):
         size: S, at most 64 and a multiple of 3.
         length: T.
         kinds: what is asked.
+        letters: an option is chosen by its letter; else by its words, which small models learn sooner.
         vendors: whose drawings are trained on.
         augment: training's view of a picture, on the device.
         folder: of the pack.
@@ -181,6 +183,7 @@ class Questions(DataModule):
         size: int = 48,
         length: int = 48,
         kinds: list[str] | None = None,
+        letters: bool = False,
         vendors: list[str] | None = None,
         augment: Augment | None = None,
         folder: str | None = None,
@@ -194,7 +197,7 @@ class Questions(DataModule):
             raise ValueError(f"{'kinds' if not self.kinds else 'vendors'}: none; such as {KINDS[0]}")
         if not GRID * 8 <= size <= 64 or size % GRID:
             raise ValueError(f"size {size}: a multiple of {GRID} from {GRID * 8} to 63")
-        self.size, self.length = size, length
+        self.size, self.length, self.letters = size, length, letters
         self.augment, self.pixels = augment or Augment(size), Pixels(size)
         if self.augment.size != size:
             raise ValueError(f"augment.size {self.augment.size} is not the data's size {size}")
@@ -338,7 +341,7 @@ class Questions(DataModule):
         options = [*wrong[:place], right, *wrong[place:]]
         what = "which is it?" if kind == "name" else "what kind is it?"
         listed = " ".join(f"{letter}) {option}" for letter, option in zip(LETTERS, options, strict=True))
-        return f"{what} {listed}", LETTERS[place]
+        return f"{what} {listed}", LETTERS[place] if self.letters else right
 
     def ids(self, text: str) -> list[int]:
         if text not in self._ids:
@@ -362,10 +365,10 @@ class Questions(DataModule):
         return text_BT, said_BT
 
     def answers(self, said: Sequence[str]) -> Tensor:
-        """int64 ``[B, 4]``: the tokens of answers, padded."""
-        found = torch.full((len(said), 4), PAD, dtype=torch.long)
+        """int64 ``[B, A]``: the tokens of answers, padded."""
+        found = torch.full((len(said), ANSWER), PAD, dtype=torch.long)
         for b, answer in enumerate(said):
-            ids = self.ids(answer)[:4]
+            ids = self.ids(answer)[:ANSWER]
             found[b, : len(ids)] = torch.tensor(ids)
         return found
 

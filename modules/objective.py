@@ -92,3 +92,14 @@ class Objective:
         dtype = torch.promote_types(first.dtype, torch.float32)
         self.mix = torch.tensor([(mix or {}).get(name, 1.0) for name in self.terms], dtype=dtype, device=first.device)
         self.total: Tensor = _Mix.apply(self.mix, *self.terms.values())
+
+
+def means(value_N: Tensor, sample_N: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    """The mean of each sample's rows ``[B]``, and which samples have some: all count alike, whatever their length.
+
+    >>> means(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 2]), 3)
+    (tensor([2., 0., 5.]), tensor([ True, False,  True]))
+    """
+    total_B = value_N.new_zeros(samples).index_add(0, sample_N, value_N)
+    count_B = torch.bincount(sample_N, minlength=samples)
+    return total_B / count_B.clamp(min=1), count_B > 0

@@ -5,7 +5,7 @@ Letters: B samples, T tokens, D width, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -86,6 +86,20 @@ class Scaled(Protocol):
     log_scale: nn.Parameter
 
     def scale(self) -> Tensor: ...
+
+
+#: ``scorer(row_N, column_N)`` -> ``[N]``: how well sample row_N's one modality fits sample column_N's other.
+Scorer = Callable[[Tensor, Tensor], Tensor]
+
+
+@runtime_checkable
+class Matches(Protocol):
+    """``scorers(batch)``: by the name of a pair of modalities, such as "image-text". Training leaves them in
+    ``step.pairs``."""
+
+    step: Step
+
+    def scorers(self, batch: Batch) -> Mapping[str, Scorer]: ...
 
 
 @runtime_checkable

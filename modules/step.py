@@ -35,6 +35,16 @@ class Decided(NamedTuple):
     label_B: Tensor
 
 
+class Said(NamedTuple):
+    """What a network decided of a batch: N decisions, of which a sample has one, or one a token.
+
+    ``logits(at)``: ``[n, K]`` of these decisions, made when they are asked for; ``sample_N``: int64, whose each is.
+    """
+
+    logits: Callable[[slice], Tensor]
+    sample_N: Tensor
+
+
 @dataclass
 class Step:
     """Turns a recipe's terms into the scalar that Lightning's own backward differentiates.
@@ -53,6 +63,8 @@ class Step:
         probing: while a callback differentiates terms one by one, forks pass gradients through untouched.
         objective: the last objective, for callbacks between forward and backward.
         decided: what a classifier was asked in the last forward, for those who weigh its modalities.
+        said: the decisions of the last forward in training, for those who compare them with a teacher's.
+        latents: its embeddings by modality. pairs: by the name of a pair how well ``(row_N, column_N)`` fit, ``[N]``.
         hears: what a callback lets a classifier's decision hear of who is present in a training batch, or None for all.
         extras: what callbacks add to the terms of a classifier, of :class:`descant.modules.games.Asked`.
         raises: at once for a term that is not finite. If not, all gradients of the step become nan, so that whoever
@@ -71,6 +83,9 @@ class Step:
     probing: bool = False
     objective: Objective | None = None
     decided: Decided | None = None
+    said: Said | None = None
+    latents: Mapping[str, Tensor] = field(default_factory=dict)
+    pairs: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
     hears: Callable[[Batch], Mapping[str, Tensor]] | None = None
     extras: list[Callable[[Any], Mapping[str, Term]]] = field(default_factory=list)
     raises: bool = True

@@ -5,9 +5,11 @@ from descant.recipes.base import Recipe
 from descant.recipes.certified import Certified
 from descant.recipes.chat import Chat
 from descant.recipes.contrastive import Contrastive
+from descant.recipes.distillation import TeacherAverage, TeacherRun
 from descant.recipes.ensemble import Ensemble
 from descant.recipes.fusion import Fusion
 from descant.recipes.masked import Masked
+from descant.recipes.matching import Matching
 from descant.recipes.missing import MissingModality
 
 __all__ = [
@@ -18,6 +20,9 @@ __all__ = [
     "Ensemble",
     "Fusion",
     "Masked",
+    "Matching",
     "MissingModality",
     "Recipe",
+    "TeacherAverage",
+    "TeacherRun",
 ]

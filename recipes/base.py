@@ -12,6 +12,7 @@ from torch.optim import AdamW
 
 from descant.modules.batch import Batch
 from descant.modules.configure import Adapt, Checkpointing, Compile, Shard
+from descant.modules.distill import Distill, without_distill
 from descant.modules.objective import Term
 from descant.modules.optim import parameter_groups
 from descant.modules.protocols import Embeds
@@ -35,6 +36,7 @@ class Recipe(L.LightningModule):
         checkpointing: recompute activations in backward instead of keeping them.
         compile: compile the towers.
         shard: split parameters over ranks (FSDP2).
+        distill: what is learned of another network beside the recipe's own terms; of no use after training.
     """
 
     #: True where a term contrasts samples of a batch: accumulating small batches is then another method.
@@ -51,6 +53,7 @@ class Recipe(L.LightningModule):
         checkpointing: Checkpointing | None = None,
         compile: Compile | None = None,
         shard: Shard | None = None,
+        distill: Distill | None = None,
     ) -> None:
         super().__init__()
         if chunks < 1:
@@ -64,6 +67,7 @@ class Recipe(L.LightningModule):
         self._optimizer, self._schedule = optimizer, schedule
         self._parts = [part for part in (*(adapt or []), checkpointing, compile, shard) if part is not None]
         self._configured = False
+        self.distill = distill
 
     # what a recipe is ------------------------------------------------------------------------------------------
 
@@ -84,6 +88,12 @@ class Recipe(L.LightningModule):
         self._configured = True
         for part in self._parts:
             part.apply(self)
+        if self.distill is not None and self._trainer is not None and self.trainer.training:
+            self.distill.prepare(self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.distill is None or not self.distill.prepared:
+            checkpoint["state_dict"] = without_distill(checkpoint["state_dict"])
 
     def setup(self, stage: str) -> None:
         trainer = self.trainer
@@ -110,7 +120,10 @@ class Recipe(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.step.require_chunks(len(batch))
-        objective = self.step(self.terms(batch), batch)
+        terms = self.terms(batch)
+        if self.distill is not None:
+            terms |= self.distill(self, batch)
+        objective = self.step(terms, batch)
         if (self.global_step + 1) % log_interval(self.trainer) == 0:  # logging costs more than small steps do
             world = self.step.world
             values = {f"train/{name}": value.detach() for name, value in objective.terms.items()}
@@ -118,6 +131,11 @@ class Recipe(L.LightningModule):
             self.log_dict(values, sync_dist=world > 1, batch_size=len(batch))
             self.log("train/lr", self.optimizers().param_groups[0]["lr"], batch_size=len(batch))  # type: ignore[union-attr]
         return objective.total
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
+        if self.distill is not None and stepped:
+            self.distill.teacher.follow(self)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """The embeddings of a batch, where the recipe has some; callbacks judge them."""

@@ -23,8 +23,9 @@ from torch import Tensor
 from descant.modules.batch import Batch
 from descant.modules.language import CausalLM, Sampling, generate, log_probabilities, places
 from descant.modules.language.projectors import EachToken, ImageProjector
-from descant.modules.objective import Term
+from descant.modules.objective import Term, means
 from descant.modules.rows import running
+from descant.modules.step import Said
 from descant.modules.text import EOS, PAD
 from descant.modules.towers import Towers
 from descant.recipes.base import Recipe
@@ -135,9 +136,22 @@ class Chat(Recipe):
 
     def terms(self, batch: Batch) -> dict[str, Term]:
         before_NW, token_N, sample_N = self.answered(batch)
+        self.step.said = self._said(before_NW, sample_N)
         log_N = log_probabilities(before_NW, self.lm.head.weight, token_N)
-        value_B, valid_B = _means(-log_N, sample_N, len(batch))
+        value_B, valid_B = means(-log_N, sample_N, len(batch))
         return {"answer": Term(value_B, valid=valid_B, norm=batch.step["text"].sum().clamp(min=1))}
+
+    @property
+    def choices(self) -> int:
+        return self.lm.vocabulary
+
+    def says(self, batch: Batch) -> Said:
+        """What it says at each token of the answers that the batch has."""
+        before_NW, _, sample_N = self.answered(batch)
+        return self._said(before_NW, sample_N)
+
+    def _said(self, before_NW: Tensor, sample_N: Tensor) -> Said:
+        return Said(lambda at: self.lm.logits(before_NW[at]), sample_N)
 
     # evaluation ---------------------------------------------------------------------------------------------------
 
@@ -149,8 +163,8 @@ class Chat(Recipe):
         before_NW, token_N, sample_N = self.answered(batch)
         log_N = log_probabilities(before_NW, self.lm.head.weight, token_N)
         right_N = self.lm.logits(before_NW).argmax(dim=1) == token_N
-        loss_B, valid_B = _means(-log_N, sample_N, len(batch))
-        share_B, _ = _means(right_N.to(log_N), sample_N, len(batch))
+        loss_B, valid_B = means(-log_N, sample_N, len(batch))
+        share_B, _ = means(right_N.to(log_N), sample_N, len(batch))
         exact_B = (share_B > 1 - 1e-6).to(log_N)
         return {"accuracy": Term(exact_B, valid=valid_B), "loss": Term(loss_B, valid=valid_B)}
 
@@ -173,10 +187,3 @@ class Chat(Recipe):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         return {"scores": self.scores(batch)}
-
-
-def _means(value_N: Tensor, sample_N: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-    """The mean of each sample's values ``[B]``, and which samples have some."""
-    total_B = value_N.new_zeros(samples).index_add(0, sample_N, value_N)
-    count_B = torch.bincount(sample_N, minlength=samples)
-    return total_B / count_B.clamp(min=1), count_B > 0

@@ -23,6 +23,7 @@ from descant.modules.fusion import Fuse, class_labels, cross_entropy, only, requ
 from descant.modules.heads import Pool, Pools
 from descant.modules.losses.contrastive import promote
 from descant.modules.objective import Term
+from descant.modules.step import Said
 from descant.modules.towers import Towers
 from descant.recipes.space import SharedSpace
 
@@ -98,6 +99,18 @@ class Classifier(SharedSpace):
 
     def labels(self, batch: Batch) -> Tensor:
         return class_labels(batch.targets, self.target, self.classes)
+
+    @property
+    def choices(self) -> int:
+        return self.classes
+
+    def says(self, batch: Batch) -> Said:
+        """The decision of every sample that has a modality."""
+        return self._said(self.fuse(self.latents(batch), batch.present), batch)
+
+    def _said(self, logits_BC: Tensor, batch: Batch) -> Said:
+        sample_N = self.some(batch.present).nonzero()[:, 0]
+        return Said(lambda at: logits_BC[sample_N[at]], sample_N)
 
     # evaluation -----------------------------------------------------------------------------------------------
 

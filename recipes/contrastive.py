@@ -28,6 +28,7 @@ from descant.modules.heads import Pool, Pools
 from descant.modules.losses import ContrastiveLoss, InfoNCE, Intra
 from descant.modules.negatives import Negatives
 from descant.modules.objective import Term
+from descant.modules.protocols import Scaled, Scorer
 from descant.modules.text import Codec, require_fit
 from descant.modules.towers import Towers
 from descant.modules.triples import TripleEncoder
@@ -100,12 +101,26 @@ class Contrastive(SharedSpace):
             return own
         return (*own, *(m + NEGATIVE for m in own if m in (self.negatives.pair[1], "triples")))
 
+    def scorers(self, batch: Batch) -> dict[str, Scorer]:
+        """By the name of a pair: how well rows of one fit rows of the other, ``scale z_a . z_b``."""
+        return self._scorers(self.embed(batch))
+
+    def _scorers(self, z: Mapping[str, Tensor]) -> dict[str, Scorer]:
+        def scorer(name: str, a: str, b: str) -> Scorer:
+            loss = self.losses[name]
+            scale = loss.scale() if isinstance(loss, Scaled) else 1.0
+            return lambda row_N, column_N: scale * (z[a][row_N] * z[b][column_N]).sum(dim=-1)
+
+        return {name: scorer(name, a, b) for name, (a, b) in self.pairs.items()}
+
     def terms(self, batch: Batch) -> dict[str, Term]:
         missing = [m for m in self.reads if m not in batch.inputs]
         if missing:
             raise ValueError(f"the data has no modality {missing[0]!r}, only {', '.join(batch.inputs)}")
         h = {m: self.present_features(batch, m) for m in self.met}
-        copies = {m: self.step.fork(z_BD, self.forks[m]) for m, z_BD in self.together(h, batch).items()}
+        self.step.latents = self.together(h, batch)
+        self.step.pairs = self._scorers(self.step.latents)
+        copies = {m: self.step.fork(z_BD, self.forks[m]) for m, z_BD in self.step.latents.items()}
         terms = {}
         for name, (a, b) in self.pairs.items():
             valid_B = batch.both(a, b)

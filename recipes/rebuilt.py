@@ -7,6 +7,7 @@ import inspect
 import torch
 
 from descant.modules import saved
+from descant.modules.distill import without_distill
 from descant.modules.lean import completed
 from descant.modules.saved import Node, Saved
 from descant.recipes.base import Recipe
@@ -22,7 +23,7 @@ def rebuild(found: Saved) -> Recipe:
         ValueError: if a class is not allowed, or the weights are not of what the configuration describes.
     """
     recipe = build(found)
-    saved.load_exactly(recipe, completed(saved.read_weights(found), recipe), found.weights)
+    saved.load_exactly(recipe, completed(without_distill(saved.read_weights(found)), recipe), found.weights)
     return recipe
 
 

@@ -36,7 +36,7 @@ class SharedSpace(Recipe):
 
     def __init__(self, towers: Towers, width: int = 128, pool: Pool | Pools | None = None, **kwargs: object) -> None:
         super().__init__(**kwargs)  # type: ignore[arg-type]  # the base's own typed arguments
-        self.towers, self.modalities = towers, tuple(towers)
+        self.towers, self.modalities, self.width = towers, tuple(towers), width
         self.pools = nn.ModuleDict(
             {m: pool.of(m) if isinstance(pool, Pools) else copy.deepcopy(pool or MeanPool()) for m in towers}
         )

@@ -44,7 +44,9 @@ def test_what_is_to_be_said_is_the_answer_and_the_end(data: Questions) -> None:
         assert not any(ids[ids.index(EOS) + 1 :])
 
 
-def test_answers_are_right_and_letters_all_as_likely(data: Questions) -> None:
+@pytest.mark.parametrize("by_letter", [True, False])
+def test_answers_are_right_and_letters_all_as_likely(by_letter: bool) -> None:
+    data = Questions(tiny=True, batch_size=64, letters=by_letter)
     rows = data.training_set()
     batch = all_of(rows)
     letters: Counter[str] = Counter()
@@ -55,8 +57,9 @@ def test_answers_are_right_and_letters_all_as_likely(data: Questions) -> None:
             options = dict(part.split(") ", 1) for part in _options(question))
             assert len(set(options.values())) == 4 and set(options) == set(LETTERS)
             right = of["names"]["en"] if KINDS[kind] == "name" else of["group"].replace("-", " ")
-            assert options[answer].strip().casefold() == right.casefold()
-            letters[answer] += 1
+            there = {option.strip().casefold(): letter for letter, option in options.items()}
+            assert right.casefold() == (options[answer].strip() if by_letter else answer).casefold()
+            letters[there[right.casefold()]] += 1
         elif KINDS[kind] == "count":
             assert int(answer) in COUNTS and question.casefold() == f"how many: {of['names']['en'].casefold()}?"
         else:

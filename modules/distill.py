@@ -1,0 +1,270 @@
+"""Learning from another network: what it says (soft), what it chooses (hard), what it sees (features).
+
+    loss = own terms + sum over targets:  weight mean over samples b of the whole step of  value_b
+
+A teacher says what it says without gradients, in eval mode, of the very batch that the student sees.
+Letters: B samples, N decisions (a sample has one, or one a token), K choices, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Protocol, Self, cast, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from descant.modules.batch import Batch
+from descant.modules.losses.contrastive import promote
+from descant.modules.objective import Term, means
+from descant.modules.protocols import Embeds
+from descant.modules.step import Said, Step
+
+#: Logits that are there at once.
+CELLS = 1 << 22
+
+
+@runtime_checkable
+class Says(Protocol):
+    """``says(batch)``: its decisions; ``choices``: between how many. Training leaves them in ``step.said``."""
+
+    step: Step
+
+    @property
+    def choices(self) -> int: ...
+
+    def says(self, batch: Batch) -> Said: ...
+
+
+class Teacher(nn.Module):
+    """Where a teacher comes from: ``network(student)``, asked once, before training.
+
+    ``follow(student)`` is called after every optimizer step.
+    """
+
+    def network(self, student: nn.Module) -> nn.Module:
+        raise NotImplementedError
+
+    def follow(self, student: nn.Module) -> None:
+        """Nothing, unless the teacher changes."""
+
+
+class Lesson:
+    """What a student and its teacher have to say of one batch; each is asked once, and only where a target asks.
+
+    Args:
+        student: in training, after its own terms. teacher: taken as it is, without gradients.
+        batch: of both.
+        taught: what the teacher said, where that is known.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, batch: Batch, taught: Said | None = None) -> None:
+        self.student, self.teacher, self.batch, self._taught = student, teacher, batch, taught
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """How many samples of the whole step have a modality: what targets are divided by."""
+        return torch.stack(list(self.batch.step.values())).any(dim=0).sum().clamp(min=1)
+
+    @cached_property
+    def said(self) -> Said:
+        said = cast(Says, self.student).step.said
+        if said is None:
+            raise ValueError(f"distill: {type(self.student).__name__} decides nothing that a target could look at")
+        return said
+
+    @cached_property
+    def taught(self) -> Said:
+        if self._taught is not None:
+            return self._taught
+        with torch.no_grad():
+            return cast(Says, self.teacher).says(self.batch)
+
+
+class Target(nn.Module):
+    """``target(lesson)`` -> named terms, that join the student's own.
+
+    Raises:
+        ValueError: in ``build``, before training, if one of the two lacks what the target compares.
+    """
+
+    def build(self, student: nn.Module, teacher: nn.Module) -> Self:
+        """Makes its layers, if it has some."""
+        return self
+
+    def forward(self, lesson: Lesson) -> dict[str, Term]:
+        raise NotImplementedError
+
+
+class Distill(nn.Module):
+    """What a recipe learns from another network, beside its own terms (``model.distill``).
+
+    Args:
+        teacher: a run, or the student's own average.
+        targets: what is learned of it.
+
+    Raises:
+        ValueError: for no target.
+    """
+
+    def __init__(self, teacher: Teacher, targets: list[Target]) -> None:
+        super().__init__()
+        if not targets:
+            raise ValueError("distill.targets: none; such as SoftTarget")
+        self.teacher, self.targets = teacher, nn.ModuleList(targets)
+        self._network: list[nn.Module] = []  # a list, so that a teacher that stands still is no part of the run
+
+    @property
+    def prepared(self) -> bool:
+        return bool(self._network)
+
+    def prepare(self, student: nn.Module) -> None:
+        """Once, before training."""
+        if not self._network:
+            network = self.teacher.network(student).requires_grad_(False).eval()
+            self._network.append(network)
+            for target in self.targets:
+                cast(Target, target).build(student, network)
+
+    def forward(self, student: nn.Module, batch: Batch) -> dict[str, Term]:
+        network = self._network[0].to(batch.device).eval()
+        lesson, found = Lesson(student, network, batch), dict[str, Term]()
+        for target in self.targets:
+            found |= target(lesson)
+        return found
+
+
+def require_says(student: nn.Module, teacher: nn.Module) -> None:
+    """Raises ValueError unless both decide, between as many choices."""
+    for who, network in (("the student", student), ("the teacher", teacher)):
+        if not isinstance(network, Says):
+            raise ValueError(f"distill: {who}, {type(network).__name__}, has no decisions; Fusion and Chat have")
+    assert isinstance(student, Says) and isinstance(teacher, Says)
+    if student.choices != teacher.choices:
+        raise ValueError(
+            f"distill: the teacher decides between {teacher.choices}, the student between {student.choices}: the same "
+            "classes, in the same order, are needed"
+        )
+
+
+class _Decisions(Target):
+    """A target of decisions: one value each, and of a sample their mean."""
+
+    name = ""
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def build(self, student: nn.Module, teacher: nn.Module) -> Self:
+        require_says(student, teacher)
+        return self
+
+    def forward(self, lesson: Lesson) -> dict[str, Term]:
+        said, taught, B = lesson.said, lesson.taught, len(lesson.batch)
+        if not torch.equal(said.sample_N, taught.sample_N):
+            raise ValueError("distill: teacher and student do not decide of the same tokens or samples")
+        rows = max(CELLS // max(cast(Says, lesson.student).choices, 1), 1)
+        parts = [self._part(said, taught, slice(i, i + rows)) for i in range(0, len(said.sample_N), rows)]
+        value_N = torch.cat(parts) if parts else said.sample_N.new_zeros(0, dtype=torch.float32)
+        value_B, valid_B = means(value_N, said.sample_N, B)
+        return {self.name: Term(self.weight * value_B, valid=valid_B, norm=lesson.rows)}
+
+    def _part(self, said: Said, taught: Said, at: slice) -> Tensor:
+        """``[n]``: logits of these decisions, which are made once more in backward and never all kept."""
+        with torch.no_grad():
+            t_NK = taught.logits(at)
+        if len(said.sample_N) * t_NK.shape[1] <= CELLS:
+            return self.value(said.logits(at), t_NK)
+        return checkpoint(lambda: self.value(said.logits(at), taught.logits(at).detach()), use_reentrant=False)
+
+    def value(self, s_NK: Tensor, t_NK: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class SoftTarget(_Decisions):
+    """``T^2 KL(softmax(t / T), softmax(s / T))`` of the teacher's logits t and the student's s; one term, "soft".
+
+    Source: Hinton 2015, arXiv 1503.02531.
+
+    Args:
+        temperature: T. weight: of the term.
+
+    >>> s, t = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+    >>> round(SoftTarget().value(s, t).item(), 4), round(SoftTarget(temperature=10).value(s, t).item(), 4)
+    (0.3278, 0.4975)
+    """
+
+    name = "soft"
+
+    def __init__(self, temperature: float = 1.0, weight: float = 1.0) -> None:
+        super().__init__(weight)
+        if not temperature > 0:
+            raise ValueError(f"SoftTarget: temperature {temperature:g}: above 0, such as 2")
+        self.temperature = temperature
+
+    def value(self, s_NK: Tensor, t_NK: Tensor) -> Tensor:
+        return divergence(s_NK, t_NK, self.temperature)
+
+
+class HardTarget(_Decisions):
+    """``- log softmax(s)[argmax t]``: what the teacher would choose is the label; one term, "hard".
+
+    >>> round(HardTarget().value(torch.tensor([[0.0, 1.0]]), torch.tensor([[3.0, 2.0]])).item(), 4)
+    1.3133
+    """
+
+    name = "hard"
+
+    def value(self, s_NK: Tensor, t_NK: Tensor) -> Tensor:
+        return F.cross_entropy(s_NK.float(), t_NK.argmax(dim=1), reduction="none")
+
+
+class FeatureTarget(Target):
+    """``1 - cos(W z_b, t_b)`` of the embeddings of one modality, z the student's and t the teacher's.
+
+    W is learned and only of training. One term a modality, ``features-{modality}``. Source: FitNets (Romero 2015,
+    arXiv 1412.6550), with a cosine in place of squares.
+
+    Args:
+        modality: whose embeddings. weight: of the term.
+    """
+
+    def __init__(self, modality: str, weight: float = 1.0) -> None:
+        super().__init__()
+        self.modality, self.weight = modality, weight
+
+    def build(self, student: nn.Module, teacher: nn.Module) -> Self:
+        for who, network in (("the student", student), ("the teacher", teacher)):
+            if not isinstance(network, Embeds) or self.modality not in getattr(network, "towers", ()):
+                raise ValueError(f"distill: {who}, {type(network).__name__}, has no embeddings of {self.modality!r}")
+        self.map = nn.Linear(cast(int, student.width), cast(int, teacher.width))
+        return self
+
+    def forward(self, lesson: Lesson) -> dict[str, Term]:
+        m, batch = self.modality, lesson.batch
+        z_BD = cast(Says, lesson.student).step.latents[m]
+        with torch.no_grad():
+            t_BD = cast(Embeds, lesson.teacher).embed(batch)[m]
+        value_B = 1 - F.cosine_similarity(promote(self.map(z_BD)), t_BD.to(z_BD.device), dim=1)
+        return {f"features-{m}": Term(self.weight * value_B, valid=batch.present[m], norm=lesson.rows)}
+
+
+def divergence(s_NK: Tensor, t_NK: Tensor, temperature: float = 1.0) -> Tensor:
+    """``[N]``: ``T^2 KL(softmax(t / T), softmax(s / T))``, in float32 or what is finer.
+
+    T^2 keeps gradients at the student's logits of one size, whatever T is. Choices of -inf in both count 0.
+    """
+    s_NK, t_NK = (promote(x_NK) / temperature for x_NK in (s_NK, t_NK))
+    log_t_NK = t_NK.log_softmax(dim=1)
+    p_NK = log_t_NK.exp()
+    off_NK = torch.where(p_NK > 0, p_NK * (log_t_NK - s_NK.log_softmax(dim=1)), 0.0)
+    return temperature**2 * off_NK.sum(dim=1)
+
+
+def without_distill(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A recipe's state dict less what served its training alone."""
+    return {name: value for name, value in state.items() if not name.startswith("distill.")}

@@ -1,0 +1,122 @@
+"""Does this text belong to this picture? A network that looks at both at once, and is asked pair by pair.
+
+Claim: slow and sure: what a dual encoder learns to rank, a cross-encoder ranks better, at a pass for every pair.
+
+    s_ij = cross(tower_a(x_i), tower_b(x_j))                 tokens of both in one transformer, and a number
+    loss = mean over b of (CE(s_b., own) + CE(s_.b, own)) / 2        over its own and `negatives` others, both ways
+
+Others are the next ones of a random circle through the samples that have both modalities, so that each pair that is
+scored serves the list of its picture and that of its text. It teaches dual encoders what is hard (DCD).
+Source: image-text matching as in ALBEF (Li 2021, arXiv 2107.07651), with lists in place of single pairs.
+Letters: B samples, V of them with both, K of a list, N pairs, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from descant.modules.batch import Batch
+from descant.modules.cross import CrossEncoder
+from descant.modules.fill import seen
+from descant.modules.losses.contrastive import promote
+from descant.modules.objective import Term
+from descant.modules.protocols import Scorer
+from descant.modules.random import mix_N
+from descant.modules.rows import running
+from descant.modules.towers import Tokens, Towers
+from descant.recipes.base import Recipe
+
+
+class Matching(Recipe):
+    """A cross-encoder of two modalities.
+
+    Args:
+        towers: two.
+        cross: over the tokens of both.
+        negatives: K - 1, others of a list; fewer where fewer samples have both.
+
+    Raises:
+        ValueError: for another number of towers, no negative, or chunks.
+    """
+
+    in_batch_negatives = True
+
+    def __init__(self, towers: Towers, cross: CrossEncoder, negatives: int = 7, **kwargs: object) -> None:
+        super().__init__(**kwargs)  # type: ignore[arg-type]  # the base's own typed arguments
+        if len(towers) != 2:
+            raise ValueError(f"towers: {', '.join(towers)}: a match is of two modalities")
+        if self.step.chunks > 1:
+            raise ValueError(f"chunks {self.step.chunks}: pairs of all samples are scored at once; only 1")
+        if negatives < 1:
+            raise ValueError(f"negatives {negatives}: 1 is the least")
+        self.towers, self.modalities, self.negatives = towers, tuple(towers), negatives
+        a, b = towers
+        self.pair, self.name = (a, b), f"{a}-{b}"
+        self.pairs = {self.name: self.pair}
+        self.cross = cross.build(towers.width(a), towers.width(b))
+
+    # who fits whom ------------------------------------------------------------------------------------------------
+
+    def tokens(self, batch: Batch, modality: str) -> Tokens:
+        """Of all rows; those of absent samples are marked as no tokens."""
+        here_B = batch.present[modality]
+        x = batch.inputs[modality]
+        rows_R = seen(modality, here_B).nonzero()[:, 0]
+        rows_R = rows_R if len(rows_R) else torch.zeros_like(here_B[:1], dtype=torch.long)
+        with running(rows_R):
+            h_RTD, mask_RT = self.towers[modality](x[rows_R])
+        h_BTD = h_RTD.new_zeros(len(x), *h_RTD.shape[1:]).index_put((rows_R,), h_RTD)
+        mask_BT = torch.zeros(len(x), mask_RT.shape[1], dtype=torch.bool, device=x.device)
+        mask_BT[rows_R] = mask_RT & here_B[rows_R, None]
+        return Tokens(h_BTD, mask_BT)
+
+    def scorers(self, batch: Batch) -> dict[str, Scorer]:
+        a, b = (self.tokens(batch, m) for m in self.pair)
+        return {self.name: lambda row_N, column_N: self.cross(a, b, row_N, column_N)}
+
+    def lists(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """``s_VK``: how picture ``circle_V[v]`` fits the text k places on, the own one first; and ``circle_V``."""
+        scorer = self.scorers(batch)[self.name]
+        if self.training:
+            self.step.pairs = {self.name: scorer}
+        here_V = batch.both(*self.pair).nonzero()[:, 0]
+        turn_V = torch.from_numpy(mix_N(batch.draw[here_V], "match")).to(here_V.device)
+        circle_V = here_V[turn_V.argsort(stable=True)]
+        V = len(circle_V)
+        K = min(self.negatives + 1, V)
+        place_K = torch.arange(K, device=circle_V.device)
+        column_VK = circle_V[(torch.arange(V, device=circle_V.device)[:, None] + place_K) % max(V, 1)]
+        row_VK = circle_V[:, None].expand(V, K)
+        s_VK = promote(scorer(row_VK.flatten(), column_VK.flatten())).view(V, K)
+        same_VK = (batch.key[row_VK] == batch.key[column_VK]) & (place_K > 0)
+        return s_VK.masked_fill(same_VK, -torch.inf), circle_V
+
+    # training -----------------------------------------------------------------------------------------------------
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        s_VK, circle_V = self.lists(batch)
+        V, K = s_VK.shape
+        place_K = torch.arange(K, device=s_VK.device)
+        row_VK = (torch.arange(V, device=s_VK.device)[:, None] - place_K) % max(V, 1)
+        of_text_VK = s_VK[row_VK, place_K.expand(V, K)]
+        log_VK = s_VK.log_softmax(dim=1) + of_text_VK.log_softmax(dim=1)
+        loss_V = -log_VK[:, 0] / 2 if K else s_VK.sum(dim=1)
+        value_B = s_VK.new_zeros(len(batch)).index_put((circle_V,), loss_V)
+        return {self.name: Term(value_B, valid=batch.both(*self.pair), given=self.pair)}
+
+    # evaluation ---------------------------------------------------------------------------------------------------
+
+    def scores(self, batch: Batch) -> dict[str, Term]:
+        """``accuracy``: whether a picture's own text fits best of its list; half if another fits as well."""
+        s_VK, circle_V = self.lists(batch)
+        above_V = (s_VK[:, 1:] > s_VK[:, :1]).any(dim=1)
+        equal_V = (s_VK[:, 1:] == s_VK[:, :1]).any(dim=1)
+        right_V = torch.where(above_V, 0.0, torch.where(equal_V, 0.5, 1.0))
+        value_B = right_V.new_zeros(len(batch)).index_put((circle_V,), right_V)
+        return {"accuracy": Term(value_B, valid=batch.both(*self.pair))}
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        return {"scores": self.scores(batch)}
