@@ -32,6 +32,7 @@ from descant.callbacks.reconstruction import Reconstruction as Reconstruction
 from descant.callbacks.reconstruction import ReconstructionPictures as ReconstructionPictures
 from descant.callbacks.report import Report as Report
 from descant.callbacks.resume import Resume as Resume
+from descant.callbacks.rounds import Rounds as Rounds
 from descant.callbacks.sanity import Sanity as Sanity
 from descant.callbacks.speed import LearningSpeed as LearningSpeed
 from descant.callbacks.subsets import ModalitySubsetEval as ModalitySubsetEval

@@ -51,6 +51,19 @@ class Problems:
         return Problems(self.kind_N[here_N], self.concept_N[here_N], self.key_N[here_N])
 
 
+def in_split(key_N: np.ndarray, name: str) -> np.ndarray:
+    """Bool: whose share of the hash of keys is this split's.
+
+    >>> [float(in_split(np.arange(100000), name).mean().round(2)) for name in SPLITS]
+    [0.1, 0.1, 0.8]
+    """
+    names = list(SPLITS)
+    at = names.index(name)
+    share_N = uniform_N(key_N, "question/split").numpy()
+    low = SPLITS[names[at - 1]] if at else 0.0
+    return (share_N >= low) & (share_N < SPLITS[name])
+
+
 class QuestionSet(BatchDataset):
     """Problems as pictures and dialogues: ``<bos> <image> question <answer> answer <eos>``, padded at the right.
 
@@ -91,14 +104,14 @@ class QuestionSet(BatchDataset):
         vendor_B = self.vendors[(uniform_N(visit_B, "question/vendor").numpy() * len(self.vendors)).astype(np.int64)]
         other_B3 = self._others(p)
         count_B = self.counts[(uniform_N(p.key_N, "question/count").numpy() * len(self.counts)).astype(np.int64)]
-        asked, said = [], []
+        asked, right = [], []
         for kind, concept, vendor, others, count, key in zip(
             p.kind_N, p.concept_N, vendor_B, other_B3, count_B, p.key_N, strict=True
         ):
             question, answer = self.data.wording(KINDS[kind], int(concept), int(vendor), others, int(count), int(key))
             asked.append(question)
-            said.append(answer)
-        text_BT, said_BT = self.data.dialogues(asked, said)
+            right.append(answer)
+        text_BT, said_BT = self.data.dialogues(asked, self.replies(index_B, right))
         inputs = {
             "image": self._canvas(p, vendor_B, other_B3[:, 0], count_B, visit_B),
             "text": text_BT,
@@ -107,9 +120,13 @@ class QuestionSet(BatchDataset):
         targets = {
             "kind": torch.from_numpy(p.kind_N),
             "concept": torch.from_numpy(p.concept_N),
-            "answer": self.data.answers(said),
+            "answer": self.data.answers(right),
         }
         return Rows(inputs, targets, torch.from_numpy(p.key_N))
+
+    def replies(self, index_B: np.ndarray, right: Sequence[str]) -> list[list[int]]:
+        """The tokens that are to be said: those of the right answers."""
+        return [self.data.ids(answer) for answer in right]
 
     def _others(self, p: Problems) -> np.ndarray:
         """``other_B3``: concepts of the pool, none of them the problem's own or of its name, all different."""
@@ -203,6 +220,7 @@ class Questions(DataModule):
             raise ValueError(f"augment.size {self.augment.size} is not the data's size {size}")
         self.folder = PACK if folder is None else Path(folder)
         self._ids: dict[str, list[int]] = {}
+        self.plain = False  # pictures as evaluation sees them, in training too
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -277,22 +295,21 @@ class Questions(DataModule):
             x.ravel()
             for x in np.meshgrid([KINDS.index(k) for k in kinds], concepts, np.arange(VARIANTS), indexing="ij")
         )
-        own_C = np.array([salt(f"question/{row['hexcode']}") for row in self.pack.rows], dtype=np.uint64)
-        key_N = mix_N(own_C[concept_N], "problem", kind_N.astype(np.uint64), variant_N.astype(np.uint64))
+        key_N = self.keys_of(kind_N, concept_N, variant_N)
         colour_VC = self.colour_VC[list(vendors)]
         clear_C = (colour_VC >= 0).all(axis=0) & (colour_VC == colour_VC[0]).all(axis=0)
         # nothing of a colour's problem is drawn, so there is one of each
         kept_N = (kind_N != KINDS.index("colour")) | (clear_C[concept_N] & (variant_N == 0))
         return Problems(kind_N, concept_N, key_N).where(kept_N)
 
+    def keys_of(self, kind_N: np.ndarray, concept_N: np.ndarray, variant_N: np.ndarray) -> np.ndarray:
+        """int64: all that is drawn of these problems."""
+        own_C = np.array([salt(f"question/{row['hexcode']}") for row in self.pack.rows], dtype=np.uint64)
+        return mix_N(own_C[concept_N], "problem", kind_N.astype(np.uint64), variant_N.astype(np.uint64))
+
     def split(self, problems: Problems, name: str) -> Problems:
         """The problems of a split, by a hash of their keys."""
-        low, share_N = 0.0, uniform_N(problems.key_N, "question/split").numpy()
-        for split, high in SPLITS.items():
-            if split == name:
-                return problems.where((share_N >= low) & (share_N < high))
-            low = high
-        raise ValueError(f"no split {name!r}, only {', '.join(SPLITS)}")
+        return problems.where(in_split(problems.key_N, name))
 
     def _set(self, split: str | None, unseen: bool, vendors: Sequence[str], **options: object) -> QuestionSet:
         numbers = [VENDORS.index(v) for v in vendors]
@@ -350,13 +367,13 @@ class Questions(DataModule):
             self._ids[text] = self.codec.ids(text)
         return self._ids[text]
 
-    def dialogues(self, asked: Sequence[str], said: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def dialogues(self, asked: Sequence[str], said: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """``text_BT`` and ``said_BT``. Raises ValueError for one that is longer than the rows."""
         text_BT = torch.full((len(asked), self.length), PAD, dtype=torch.long)
         said_BT = torch.zeros(len(asked), self.length, dtype=torch.bool)
         for b, (question, answer) in enumerate(zip(asked, said, strict=True)):
             front = [BOS, self.image_token, *self.ids(question), self.answer_token]
-            back = [*self.ids(answer), EOS]
+            back = [*answer, EOS]
             if len(front) + len(back) > self.length:
                 long = len(front) + len(back)
                 raise ValueError(f"length {self.length}: {question!r} and its answer are {long} tokens")
@@ -373,6 +390,6 @@ class Questions(DataModule):
         return found
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        training = self.trainer is not None and self.trainer.training
+        training = self.trainer is not None and self.trainer.training and not self.plain
         batch.inputs["image"] = (self.augment if training else self.pixels)(batch.inputs["image"], batch.draw)
         return batch

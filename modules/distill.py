@@ -104,22 +104,22 @@ class Distill(nn.Module):
 
     Args:
         teacher: a run, or the student's own average.
-        targets: what is learned of it.
-
-    Raises:
-        ValueError: for no target.
+        targets: what is learned of it; none for a teacher that only a callback asks (Rounds).
     """
 
-    def __init__(self, teacher: Teacher, targets: list[Target]) -> None:
+    def __init__(self, teacher: Teacher, targets: list[Target] | None = None) -> None:
         super().__init__()
-        if not targets:
-            raise ValueError("distill.targets: none; such as SoftTarget")
-        self.teacher, self.targets = teacher, nn.ModuleList(targets)
+        self.teacher, self.targets = teacher, nn.ModuleList(targets or [])
         self._network: list[nn.Module] = []  # a list, so that a teacher that stands still is no part of the run
 
     @property
     def prepared(self) -> bool:
         return bool(self._network)
+
+    @property
+    def network(self) -> nn.Module:
+        """The teacher, in eval mode, once training has begun."""
+        return self._network[0].eval()
 
     def prepare(self, student: nn.Module) -> None:
         """Once, before training."""
@@ -130,7 +130,7 @@ class Distill(nn.Module):
                 cast(Target, target).build(student, network)
 
     def forward(self, student: nn.Module, batch: Batch) -> dict[str, Term]:
-        network = self._network[0].to(batch.device).eval()
+        network = self.network.to(batch.device)
         lesson, found = Lesson(student, network, batch), dict[str, Term]()
         for target in self.targets:
             found |= target(lesson)

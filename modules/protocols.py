@@ -6,7 +6,7 @@ Letters: B samples, T tokens, D width, C classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -190,3 +190,39 @@ class Generates(Protocol):
     """``generate(batch)``: int64 token ids ``[B, T]``."""
 
     def generate(self, batch: Batch) -> Tensor: ...
+
+
+@runtime_checkable
+class Replies(Protocol):
+    """Answers questions, as :class:`Generates`, and ``likelihood(batch, said_BM)`` is how likely it thinks answers are:
+    ``[B]``, the geometric mean of their tokens' probabilities, 0 where nothing is asked."""
+
+    def generate(self, batch: Batch) -> Tensor: ...
+
+    def likelihood(self, batch: Batch, said_BM: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class Pooled(Protocol):
+    """Data whose training set is a pool of problems with answers, which is renewed.
+
+    ``version``: how often it was, -1 before anybody answered. ``pool``: the problems that it asks, an object with a
+    length. ``fresh(round)``: as many of the training split, drawn anew; ``variants(index_N, round)``: other problems
+    about the same as those of the pool at these numbers. ``asking(problems)``: a loader of them as evaluation sees
+    them, this rank's part; a batch's ``index`` are numbers of problems. ``renew(problems, said_NM, version)``: the
+    pool, and what is to be answered, int64 of at most ``answer_length`` tokens.
+    """
+
+    version: int
+    answer_length: int
+
+    @property
+    def pool(self) -> Any: ...
+
+    def fresh(self, round: int) -> Any: ...
+
+    def variants(self, index_N: Tensor, round: int) -> Any: ...
+
+    def asking(self, problems: Any) -> Iterable[Batch]: ...
+
+    def renew(self, problems: Any, said_NM: Tensor, version: int) -> None: ...

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from descant.modules.batch import Batch
 from descant.modules.language import CausalLM, Sampling, generate, log_probabilities, places
+from descant.modules.language.judges import answered_with
 from descant.modules.language.projectors import EachToken, ImageProjector
 from descant.modules.objective import Term, means
 from descant.modules.rows import running
@@ -184,6 +185,13 @@ class Chat(Recipe):
             )
             found[some_B] = made.token_RN
         return found
+
+    @torch.no_grad()
+    def likelihood(self, batch: Batch, said_BM: Tensor) -> Tensor:
+        """``[B]``: ``exp(mean_t log p(said_bt))``, the end included; 0 where nothing is asked."""
+        before_NW, token_N, sample_N = self.answered(answered_with(batch, said_BM, self.answer_token))
+        log_B, some_B = means(log_probabilities(before_NW, self.lm.head.weight, token_N), sample_N, len(batch))
+        return torch.where(some_B, log_B.exp(), 0.0)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         return {"scores": self.scores(batch)}

@@ -198,7 +198,6 @@ def test_the_average_by_hand() -> None:
 def test_what_cannot_be(runs: dict[str, str], tmp_path: Path) -> None:
     clip, both = build(node("Contrastive", *NAMES)), build(fusion("LateFusion", *NAMES))
     cases: list[tuple[Callable[[], Any], str]] = [
-        (lambda: Distill(TeacherRun("x"), []), "targets: none; such as SoftTarget"),
         (lambda: TeacherRun("gone").network(both), "gone: no such run"),
         (lambda: TeacherAverage(1.0), "decay 1: at least 0 and below 1"),
         (lambda: SoftTarget(0), "temperature 0: above 0"),

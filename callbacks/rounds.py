@@ -1,0 +1,178 @@
+"""Rounds of competition: what the student cannot do and its teacher can is asked again, in other words (CoMD).
+
+Letters: N problems of the pool, B of a batch, M tokens of an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, cast
+
+import lightning as L
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from descant.modules.batch import Batch
+from descant.modules.language.judges import AnswerJudge, Answers, ExactJudge
+from descant.modules.protocols import Pooled, Replies
+from descant.modules.random import global_seed, mix_N
+from descant.modules.sham import Sham
+from descant.modules.trainer import bank_batches
+
+
+class Rounds(Callback):
+    """Renews the pool of a :class:`descant.modules.protocols.Pooled` data module at the beginning of rounds.
+
+    At the first epoch the teacher answers the pool (imitate). At the first epoch of each later round both answer all of
+    it, and a judge scores both (assess):
+
+        gap_n = judge(teacher's answer) - judge(student's answer),      difficult: gap_n > tau,     easy: the rest
+
+    ``hard`` of the next pool are variants of difficult problems, the rest variants of easy ones, against forgetting
+    (augment); the teacher answers it. Both answer by the likeliest tokens, in eval mode, each rank a part, and all
+    ranks come to the same pool, which is in the data module's state. Logs ``rounds/difficult`` (share),
+    ``rounds/teacher`` and ``rounds/student`` (mean scores) and ``rounds/version``.
+    Source: CoMD (Li 2023, arXiv 2311.08213), no code released; our reading, after Lion (Jiang 2023, arXiv 2305.12870):
+    the judge of the paper is a language model that is asked twice, in both orders; these score one answer at a time.
+
+    Args:
+        epochs: of a round.
+        judge: of answers; exact where not given.
+        tau: a larger gap is difficult.
+        hard: share of variants of difficult problems.
+        mine: who is asked again: by the gap; or ``random`` problems of the training split, not looked at.
+        sham: ``permute`` for the control: problems have each other's gaps.
+
+    Raises:
+        ValueError: for no epoch, or a share outside [0, 1]; at setup, for data without a pool, a recipe that answers
+            no questions, or one without a teacher that does (model.distill).
+    """
+
+    once = True
+
+    def __init__(
+        self,
+        epochs: int = 4,
+        judge: AnswerJudge | None = None,
+        tau: float = 0.3,
+        hard: float = 0.5,
+        mine: Literal["gap", "random"] = "gap",
+        sham: Literal["permute"] | None = None,
+    ) -> None:
+        super().__init__()
+        if epochs < 1:
+            raise ValueError(f"Rounds: epochs {epochs}: 1 is the least")
+        if not 0 <= hard <= 1:
+            raise ValueError(f"Rounds: hard {hard:g}: a share from 0 to 1, such as 0.5")
+        self.epochs, self.judge, self.tau, self.hard, self.mine = epochs, judge or ExactJudge(), tau, hard, mine
+        self.sham = Sham(sham)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, Pooled):
+            raise ValueError(f"Rounds needs data with a pool, such as QuestionPool; {type(data).__name__} has none")
+        if not isinstance(pl_module, Replies):
+            raise ValueError(f"Rounds needs a recipe that answers, such as Chat; {type(pl_module).__name__} does not")
+        if stage == "fit" and getattr(pl_module, "distill", None) is None:
+            raise ValueError("Rounds needs a teacher: model.distill with a TeacherRun of a Chat")
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        data = cast(Pooled, trainer.datamodule)  # type: ignore[attr-defined]
+        teacher = cast(nn.Module, pl_module.distill.network).to(pl_module.device)  # type: ignore[union-attr]
+        if not isinstance(teacher, Replies):
+            raise ValueError(f"Rounds: the teacher, {type(teacher).__name__}, answers no questions; Chat does")
+        now = trainer.current_epoch // self.epochs
+        if data.version >= now:
+            return
+        problems, log = data.pool, {"rounds/version": float(now)}
+        if data.version >= 0:
+            t_N = self.scores(trainer, pl_module, teacher, cast(nn.Module, teacher))
+            s_N = self.scores(trainer, pl_module, pl_module, cast(nn.Module, teacher))
+            key_N = torch.from_numpy(np.asarray(problems.key_N))
+            gap_N = self.sham(t_N - s_N, key_N)
+            log |= {
+                "rounds/difficult": float((gap_N > self.tau).float().mean()),
+                "rounds/teacher": float(t_N.mean()),
+                "rounds/student": float(s_N.mean()),
+            }
+            if self.mine == "random":
+                problems = data.fresh(now)
+            else:
+                problems = data.variants(self.chosen(gap_N > self.tau, key_N, now), now)
+        said_NM = self.answers(trainer, pl_module, teacher, problems)
+        data.renew(problems, said_NM, now)
+        for logger in trainer.loggers:
+            logger.log_metrics(log, step=trainer.global_step)
+        trainer.callback_metrics.update({k: torch.tensor(v) for k, v in log.items()})
+
+    def chosen(self, difficult_N: Tensor, key_N: Tensor, round: int) -> Tensor:
+        """Numbers of N problems of the pool: difficult ones, in turn until there are enough, and then easy ones."""
+        turn_N = torch.from_numpy(mix_N(key_N, "rounds", global_seed(), round))
+        order_N = turn_N.argsort(stable=True)
+        hard_N, easy_N = (order_N[mask[order_N]] for mask in (difficult_N, ~difficult_N))
+        N = len(key_N)
+        want = round_half(self.hard * N)
+        if want and not len(hard_N):
+            rank_zero_warn(f"Rounds: round {round}: no problem is difficult, so easy ones alone are asked again")
+        want = want if len(hard_N) else 0
+        want = want if len(easy_N) else N
+        return torch.cat([cycled(hard_N, want), cycled(easy_N, N - want)])
+
+    # who says what ------------------------------------------------------------------------------------------------
+
+    def scores(self, trainer: L.Trainer, pl_module: L.LightningModule, network: Any, teacher: nn.Module) -> Tensor:
+        """``[N]``: the judge's of the answers of a network to the pool."""
+        data = cast(Pooled, trainer.datamodule)  # type: ignore[attr-defined]
+        score_N = torch.zeros(len(data.pool))
+        for batch, said_BM in self._said(trainer, pl_module, network, data.pool):
+            score_B = self.judge(Answers(batch, said_BM, batch.targets["answer"], teacher))
+            here_B = batch.present["text"].cpu()
+            score_N[batch.index.cpu()[here_B]] = score_B.cpu()[here_B]
+        return _added(score_N, pl_module.device)
+
+    def answers(self, trainer: L.Trainer, pl_module: L.LightningModule, network: Any, problems: Any) -> Tensor:
+        """``[N, M]``: what a network says to some problems."""
+        data = cast(Pooled, trainer.datamodule)  # type: ignore[attr-defined]
+        found_NM = torch.zeros(len(problems), data.answer_length, dtype=torch.long)
+        for batch, said_BM in self._said(trainer, pl_module, network, problems):
+            here_B = batch.present["text"].cpu()
+            found_NM[batch.index.cpu()[here_B]] = said_BM.cpu()[here_B]
+        return _added(found_NM, pl_module.device)
+
+    def _said(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, network: Any, problems: Any
+    ) -> Iterator[tuple[Batch, Tensor]]:
+        data = cast(Pooled, trainer.datamodule)  # type: ignore[attr-defined]
+        training = network.training
+        network.eval()
+        try:
+            for batch in bank_batches(trainer, data.asking(problems)):
+                with torch.no_grad(), trainer.precision_plugin.val_step_context():
+                    yield batch, network.generate(batch, new=data.answer_length)
+        finally:
+            network.train(training)
+
+
+def cycled(x_N: Tensor, n: int) -> Tensor:
+    """The first n of x, x, x, ...
+
+    >>> cycled(torch.tensor([4, 7]), 5).tolist()
+    [4, 7, 4, 7, 4]
+    """
+    return x_N.repeat(-(-n // max(len(x_N), 1)))[:n]
+
+
+def round_half(x: float) -> int:
+    return int(x + 0.5)
+
+
+def _added(x: Tensor, device: torch.device) -> Tensor:
+    """Of all ranks, each of which filled another part of zeros."""
+    if dist.is_available() and dist.is_initialized():
+        x = x.to(device)
+        dist.all_reduce(x)
+    return x.cpu()

@@ -1,0 +1,164 @@
+"""Questions whose answers a teacher gives, and which are asked anew round after round.
+
+Letters: N problems of the pool, V variants that are tried, M tokens of an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from descant.datamodules.base import BatchDataset
+from descant.datamodules.questions import ANSWER, KINDS, Problems, Questions, QuestionSet, in_split
+from descant.modules.batch import Batch
+from descant.modules.random import mix_N
+from descant.modules.text import EOS, PAD
+
+#: New variants of a problem that are looked at, one in five of which belongs to another split.
+TRIES = 16
+
+
+class PoolSet(QuestionSet):
+    """The pool as it is now: what it asks, and what a teacher said to it."""
+
+    def __init__(self, data: QuestionPool) -> None:
+        super().__init__(data, data.pool, data.numbers, data.seen_C, random=True)
+        self.held = data
+
+    def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Any:
+        if self.held.version < 0:
+            raise ValueError("QuestionPool: nobody has answered it; the callback Rounds lets a teacher do so")
+        self.problems = self.held.pool
+        return super().rows(index_B, draw_B)
+
+    def replies(self, index_B: np.ndarray, right: Sequence[str]) -> list[list[int]]:
+        return [[int(x) for x in said if x != PAD] for said in self.held.said_NM[index_B]]
+
+
+class AskedSet(QuestionSet):
+    """Problems as evaluation sees them; a sample's index is the number of its problem."""
+
+    def identity(self, index_B: np.ndarray) -> np.ndarray:
+        return index_B
+
+
+class QuestionPool(Questions):
+    """Questions about emoji that a teacher answers: ``items`` of the training split, renewed by the callback Rounds.
+
+    What training learns to say is what the teacher said, right or wrong; target ``answer`` is what is right. Evaluation
+    sets are those of Questions. The pool is in every checkpoint.
+
+    Args:
+        items: N.
+        kwargs: as of Questions.
+
+    Raises:
+        ValueError: for fewer items than a step has, for workers, which would not see a new pool, or more items than
+            there are problems.
+
+    >>> data = QuestionPool(tiny=True, batch_size=8, items=16)
+    >>> len(data.pool), data.version
+    (16, -1)
+    """
+
+    answer_length = ANSWER
+
+    def __init__(self, items: int = 2000, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if items < self.batch_size:
+            raise ValueError(f"items {items}: a step has {self.batch_size}")
+        if self.num_workers:
+            raise ValueError(f"num_workers {self.num_workers}: readers would not see a new pool; 0 is best in memory")
+        self.items, self.version = items, -1
+        self.said_NM = np.full((items, ANSWER), PAD)
+        self._pool: Problems | None = None
+
+    # what is asked -------------------------------------------------------------------------------------------------
+
+    @property
+    def numbers(self) -> list[int]:
+        """Of the vendors that are trained on."""
+        return self.training_problems.vendors.tolist()
+
+    @property
+    def seen_C(self) -> np.ndarray:
+        return np.flatnonzero(~self.unseen_C)
+
+    @cached_property
+    def training_problems(self) -> QuestionSet:
+        return super().training_set()
+
+    @property
+    def pool(self) -> Problems:
+        if self._pool is None:
+            self._pool = self.fresh(0)
+        return self._pool
+
+    def fresh(self, round: int) -> Problems:
+        """Problems of the training split, drawn by (seed, round)."""
+        every = self.training_problems.problems
+        if len(every) < self.items:
+            raise ValueError(f"items {self.items}: there are {len(every)} problems to train on")
+        order = mix_N(every.key_N, "pool", self.seed, round).argsort(kind="stable")[: self.items]
+        return every.where(order)
+
+    def variants(self, index_N: Tensor, round: int) -> Problems:
+        """For each of these numbers another problem of the same kind and concept: other options, another number of
+        objects. Of the training split, and no two alike; of its colour nothing else can be asked, so it stays."""
+        some = self.pool.where(index_N.numpy())
+        n, place_N = len(some), np.arange(len(some))
+        draw_NV = mix_N(some.key_N[:, None], "variant", self.seed, round, np.arange(TRIES, dtype=np.uint64)[None])
+        draw_NV = mix_N(draw_NV, "row", place_N[:, None].astype(np.uint64))  # the same problem may be asked for twice
+        shape = (n, TRIES)
+        kind_NV, concept_NV = (np.broadcast_to(x[:, None], shape) for x in (some.kind_N, some.concept_N))
+        key_NV = self.keys_of(kind_NV, concept_NV, draw_NV)
+        good_NV = in_split(key_NV.ravel(), "train").reshape(shape)
+        key_N = np.where(good_NV.any(axis=1), key_NV[place_N, good_NV.argmax(axis=1)], some.key_N)
+        key_N = np.where(some.kind_N == KINDS.index("colour"), some.key_N, key_N)
+        return Problems(some.kind_N, some.concept_N, key_N)
+
+    def asking(self, problems: Problems) -> Iterator[Batch]:
+        rows = AskedSet(self, problems, self.numbers, self.seen_C)
+        with self._plain():
+            yield from self.evaluation_loader(rows)
+
+    @contextmanager
+    def _plain(self) -> Iterator[None]:
+        self.plain = True
+        try:
+            yield
+        finally:
+            self.plain = False
+
+    def renew(self, problems: Problems, said_NM: Tensor, version: int) -> None:
+        """Raises ValueError for another number of problems or answers."""
+        if not len(problems) == len(said_NM) == self.items:
+            raise ValueError(f"QuestionPool: {len(problems)} problems and {len(said_NM)} answers; it has {self.items}")
+        self._pool, self.version = problems, version
+        self.said_NM = np.full((self.items, ANSWER), PAD)
+        for n, said in enumerate(said_NM.tolist()):
+            end = next((i for i, token in enumerate(said) if token in (EOS, PAD)), len(said))
+            self.said_NM[n, : min(end, ANSWER)] = said[: min(end, ANSWER)]
+
+    # loaders and state ---------------------------------------------------------------------------------------------
+
+    def training_set(self) -> BatchDataset:  # type: ignore[override]
+        return PoolSet(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        pool = self.pool
+        arrays = {"kind": pool.kind_N, "concept": pool.concept_N, "key": pool.key_N, "said": self.said_NM}
+        return {"version": self.version, **{name: torch.from_numpy(x.copy()) for name, x in arrays.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if len(state_dict["key"]) != self.items:
+            raise ValueError(f"items {self.items}: the checkpoint's pool has {len(state_dict['key'])}")
+        self.version = state_dict["version"]
+        self._pool = Problems(*(state_dict[name].numpy() for name in ("kind", "concept", "key")))
+        self.said_NM = state_dict["said"].numpy()
