@@ -7,7 +7,7 @@ of a batch, N problems, C concepts, P of a pool, V vendors, K colours, S pixels 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from descant.datamodules.ledger import Ledger
 from descant.datamodules.names import require_known
 from descant.modules.batch import Batch
 from descant.modules.random import mix_N, salt, uniform_N, uniform_NK
-from descant.modules.text import BOS, EOS, PAD, Bpe, Codec
+from descant.modules.text import EOS, PAD, Bpe, Codec
 from descant.modules.transforms import BASIC_COLOURS, Augment, Pixels, colour_names, over_white
 
 #: What can be asked.
@@ -178,6 +178,7 @@ class Questions(DataModule):
         kinds: what is asked.
         letters: an option is chosen by its letter; else by its words, which small models learn sooner.
         vendors: whose drawings are trained on.
+        text: of a pretrained language model, whose chat template then writes the dialogues; else the pack's tokens.
         augment: training's view of a picture, on the device.
         folder: of the pack.
 
@@ -202,6 +203,7 @@ class Questions(DataModule):
         kinds: list[str] | None = None,
         letters: bool = False,
         vendors: list[str] | None = None,
+        text: Codec | None = None,
         augment: Augment | None = None,
         folder: str | None = None,
     ) -> None:
@@ -214,7 +216,7 @@ class Questions(DataModule):
             raise ValueError(f"{'kinds' if not self.kinds else 'vendors'}: none; such as {KINDS[0]}")
         if not GRID * 8 <= size <= 64 or size % GRID:
             raise ValueError(f"size {size}: a multiple of {GRID} from {GRID * 8} to 63")
-        self.size, self.length, self.letters = size, length, letters
+        self.size, self.length, self.letters, self.text = size, length, letters, text
         self.augment, self.pixels = augment or Augment(size), Pixels(size)
         if self.augment.size != size:
             raise ValueError(f"augment.size {self.augment.size} is not the data's size {size}")
@@ -238,7 +240,7 @@ class Questions(DataModule):
 
     @cached_property
     def codec(self) -> Codec:
-        return Bpe(self.folder / "tokenizer.json", self.length)
+        return self.text or Bpe(self.folder / "tokenizer.json", self.length)
 
     @property
     def image_token(self) -> int:
@@ -361,18 +363,27 @@ class Questions(DataModule):
         return f"{what} {listed}", LETTERS[place] if self.letters else right
 
     def ids(self, text: str) -> list[int]:
-        if text not in self._ids:
+        return self._known(text, self.codec.ids)
+
+    def asked(self, question: str) -> list[int]:
+        """The ids of a dialogue up to where its answer begins."""
+        return self._known(
+            question, lambda text: self.codec.question(text, self.image_token, self.answer_token), "asked "
+        )
+
+    def _known(self, text: str, make: Callable[[str], list[int]], purpose: str = "") -> list[int]:
+        if purpose + text not in self._ids:
             if len(self._ids) >= 1 << 16:
                 self._ids.clear()
-            self._ids[text] = self.codec.ids(text)
-        return self._ids[text]
+            self._ids[purpose + text] = make(text)
+        return self._ids[purpose + text]
 
     def dialogues(self, asked: Sequence[str], said: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """``text_BT`` and ``said_BT``. Raises ValueError for one that is longer than the rows."""
         text_BT = torch.full((len(asked), self.length), PAD, dtype=torch.long)
         said_BT = torch.zeros(len(asked), self.length, dtype=torch.bool)
         for b, (question, answer) in enumerate(zip(asked, said, strict=True)):
-            front = [BOS, self.image_token, *self.ids(question), self.answer_token]
+            front = self.asked(question)
             back = [*answer, EOS]
             if len(front) + len(back) > self.length:
                 long = len(front) + len(back)

@@ -43,6 +43,10 @@ class Adapt:
         raise NotImplementedError
 
 
+#: A recipe's language model, which is adapted, quantised, frozen and recomputed as towers are, by this name.
+LM = "lm"
+
+
 class Lora(Adapt):
     """Low-rank adapters (Hu 2021): ``W x + (alpha / r) B A x`` with B = 0 at the start.
 
@@ -87,7 +91,7 @@ class Lora(Adapt):
         with no_kernels():  # it imports bitsandbytes
             from peft import LoraConfig, inject_adapter_in_model
 
-        for name, tower in chosen(recipe, self.towers):
+        for name, tower in chosen(recipe, self.towers, LM):
             if isinstance(tower, Frozen):
                 raise ValueError(f"towers {name}: it is Frozen, adapters would not train; LoRA freezes by itself")
             layers = _targets(tower, self.targets)
@@ -133,7 +137,10 @@ class Freeze(Adapt):
         self.towers, self.capacity, self.folder = towers, capacity, folder
 
     def apply(self, recipe: nn.Module) -> None:
-        for name, tower in chosen(recipe, self.towers):
+        for name, tower in chosen(recipe, self.towers, LM):
+            if name == LM:
+                tower.requires_grad_(False)
+                continue
             frozen: Frozen = tower if isinstance(tower, Frozen) else Frozen(tower)
             if self.capacity and not isinstance(tower, Cached):
                 pools = cast(nn.ModuleDict, getattr(recipe, "pools", nn.ModuleDict()))
@@ -182,11 +189,12 @@ class Quantize(Adapt):
         self.bits, self.quant_type, self.towers, self.skip = bits, quant_type, towers, skip or []
 
     def apply(self, recipe: nn.Module) -> None:
-        for name, tower in chosen(recipe, self.towers):
+        for name, tower in chosen(recipe, self.towers, LM):
             if any("lora_" in parameter for parameter, _ in tower.named_parameters()):
                 raise ValueError(f"adapt: tower {name} has adapters already; put Quantize before Lora")
             linear = [n for n, module in tower.named_modules() if type(module) is nn.Linear]
             skip = {n for end in self.skip for n in ends_with(linear, end, "skip", name)}
+            skip |= set(getattr(tower, "bare", ()))
             tower.requires_grad_(False)
             for layer_name in linear:
                 if layer_name not in skip:
@@ -285,7 +293,7 @@ class Checkpointing:
         self.preserve_rng, self.towers = preserve_rng, towers
 
     def apply(self, recipe: nn.Module) -> None:
-        blocks = {name: _blocks(tower) for name, tower in chosen(recipe, self.towers)}
+        blocks = {name: _blocks(tower) for name, tower in chosen(recipe, self.towers, LM)}
         without = [name for name, found in blocks.items() if not found]
         if without and (self.towers or len(without) == len(blocks)):
             raise ValueError(f"checkpointing: tower {without[0]} has no blocks to recompute")
@@ -438,9 +446,11 @@ def _load_scalars(module: nn.Module, state: dict[str, Any], prefix: str, *_: obj
 # choosing by name ------------------------------------------------------------------------------------------
 
 
-def chosen(recipe: nn.Module, names: list[str] | None) -> list[tuple[str, Tower]]:
-    """The towers of a recipe by name, all where ``names`` is None. ValueError names the nearest tower."""
-    towers = cast(nn.ModuleDict, getattr(recipe, "towers", nn.ModuleDict()))
+def chosen(recipe: nn.Module, names: list[str] | None, *also: str) -> list[tuple[str, Tower]]:
+    """The towers of a recipe by name, all where ``names`` is None; and ``also`` other parts that it may have, such as
+    its language model, ``lm``. ValueError names the nearest."""
+    towers = dict(cast(nn.ModuleDict, getattr(recipe, "towers", nn.ModuleDict())))
+    towers |= {name: part for name in also if isinstance(part := getattr(recipe, name, None), nn.Module)}
     for name in names or []:
         if name not in towers:
             raise ValueError(f"towers {name!r}: {nearest(name, towers)}")
@@ -474,7 +484,8 @@ def _blocks(tower: nn.Module) -> list[nn.Module]:
 
 def _targets(tower: nn.Module, targets: list[str] | str) -> list[str]:
     kinds = nn.Linear if targets == "all-linear" else (nn.Linear, nn.Conv2d, nn.Embedding)
-    names = [name for name, module in tower.named_modules() if isinstance(module, kinds)]
+    bare = getattr(tower, "bare", ())
+    names = [name for name, module in tower.named_modules() if isinstance(module, kinds) and name not in bare]
     kind = type(tower).__name__
     if targets == "all-linear":
         if not names:

@@ -21,6 +21,8 @@ from descant.modules.random import salt
 PAD, BOS, EOS = 0, 1, 2
 #: Ids that stand for no text: padding, the two ends, a mask, and room for more.
 SPECIAL = 8
+#: Where a picture stands in a dialogue that a chat template writes out.
+PLACE = "\x00"
 
 
 class Codec:
@@ -53,6 +55,13 @@ class Codec:
         if not found:
             raise ValueError(f"an empty caption has no tokens: {text!r}")
         return found
+
+    def question(self, text: str, image: int, answer: int) -> list[int]:
+        """A dialogue up to where an answer begins: the ids of a picture and a question, ``<bos> image text answer``.
+
+        ``image``, ``answer``: the ids that stand for a picture, and for the beginning of an answer.
+        """
+        return [BOS, image, *self.ids(text), answer]
 
     def row(self, pieces: Sequence[Sequence[int]]) -> list[int]:
         """Token pieces -> ``<bos> a , b , c <eos>`` of exactly ``length`` ids."""
@@ -156,6 +165,7 @@ class Pretrained(Codec):
         if backend is None or pad is None:
             raise ValueError(f"{place.said}: its tokenizer has no {'padding' if backend else 'tokenizer.json'}")
         self.tokenizer: Tokenizer = backend
+        self.whole, self.said, self.template = whole, place.said, getattr(whole, "chat_template", None)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.pad, self.vocabulary = pad, 1 + max(self.tokenizer.get_vocab().values())
@@ -180,6 +190,22 @@ class Pretrained(Codec):
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def question(self, text: str, image: int, answer: int) -> list[int]:
+        """By the chat template of the tokenizer, as its user says it, the picture before the words.
+
+        Raises ValueError for a tokenizer without a template, or one whose ids for padding and the end of a turn are not
+        those of dialogues, 0 and 2.
+        """
+        if not self.template:
+            raise ValueError(f"{self.said}: its tokenizer has no chat template; take the one of an instructed model")
+        said = [{"role": "user", "content": PLACE + text}]
+        whole = self.whole.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+        before, after = whole.split(PLACE)
+        end = self.whole.eos_token_id
+        if end != EOS:
+            raise ValueError(f"{self.said}: a turn ends with id {end}, and dialogues end with {EOS}")
+        return [*self.encode(before), image, *self.encode(after), answer]
 
     def row(self, pieces: Sequence[Sequence[int]]) -> list[int]:
         if self.joins or len(pieces) < 2:

@@ -9,8 +9,8 @@ Claim: a small language model, given a picture's tokens in the place of a word, 
 Every answer counts alike, however long it is, so gradients are the same however a step is cut. The logits of a whole
 vocabulary are there for a few tokens at a time. A sample without a picture has no tokens in its place.
 Source: Liu 2023 (LLaVA, arXiv 2304.08485); packing as in Krell 2021 (arXiv 2107.02027).
-Letters: B samples, P pictures, T words of a row, I tokens of a picture, S tokens of a sample, W width, R packed rows,
-N learned tokens, M new tokens.
+Letters: B samples, K pictures of a sample, P pictures that are shown, T words of a row, I tokens of a picture, S tokens
+of a sample, W width, R packed rows, N learned tokens, M new tokens.
 """
 
 from __future__ import annotations
@@ -83,35 +83,41 @@ class Chat(Recipe):
     # from a batch to what the model reads -------------------------------------------------------------------------
 
     def sequence(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``h_BSW``, the id of each token (``image_token`` for a picture's), which are learned, and which are real."""
-        ids_BT, has_B = batch.inputs["text"], batch.present["image"]
-        picture_BT = ids_BT == self.image_token
-        if (picture_BT.sum(dim=1) > 1).any():
-            raise ValueError("a sample has one picture, and a prompt of it names several")
-        # pictures that are there; where none is, one of zeros, so that every rank reaches the same parameters
-        rows_P = has_B.nonzero().flatten() if has_B.any() else torch.zeros_like(has_B[:1], dtype=torch.long)
-        x = batch.inputs["image"][rows_P]
-        with running(rows_P):
-            seen_PIW = self.projector(self.towers["image"](x if has_B.any() else torch.zeros_like(x)))
+        """``h_BSW``, the id of each token (``image_token`` for a picture's), which are learned, and which are real.
+
+        Pictures stand where they are named, in turn: ``image`` is ``[B, C, H, W]``, or ``[B, K, C, H, W]`` of several.
+        """
+        ids_BT, has_B, image = batch.inputs["text"], batch.present["image"], batch.inputs["image"]
+        image = image if image.ndim == 5 else image[:, None]
+        named_BT = ids_BT == self.image_token
+        number_BT = named_BT.cumsum(dim=1) - named_BT.int()  # of the pictures before
+        few_B = named_BT.sum(dim=1) > image.shape[1]
+        if few_B.any():
+            named, where = int(named_BT[few_B][0].sum()), int(batch.index[few_B][0])
+            raise ValueError(f"sample {where}: its prompt names {named} pictures, and it has {image.shape[1]}")
+        shown_B, at_B = (named_BT & has_B[:, None]).nonzero(as_tuple=True)
+        # where nothing is shown, one picture of zeros, so that every rank reaches the same parameters
+        some = len(shown_B) > 0
+        row_P = shown_B if some else torch.zeros_like(ids_BT[:1, 0])
+        x = image[row_P, number_BT[shown_B, at_B] if some else 0]
+        with running(row_P):
+            seen_PIW = self.projector(self.towers["image"](x if some else torch.zeros_like(x)))
         (B, T), cells = ids_BT.shape, seen_PIW.shape[1]
-        # each word moves to the right of the picture that stands before it; a picture that is not there takes no room
+        # each word moves to the right of the pictures that stand before it; one that is not there takes no room
         room_B = torch.where(has_B, cells - 1, -1)
-        place_BT = torch.arange(T, device=ids_BT.device) + torch.where(
-            picture_BT.cumsum(dim=1) > picture_BT.int(), room_B[:, None], 0
-        )
-        S, rows_BT = T + cells - 1, torch.arange(B, device=ids_BT.device)[:, None].expand(B, T)
+        place_BT = torch.arange(T, device=ids_BT.device) + number_BT * room_B[:, None]
+        S = T + (cells - 1) * max(int(named_BT.sum(dim=1).max()), 1)
+        rows_BT = torch.arange(B, device=ids_BT.device)[:, None].expand(B, T)
         ids_BS = torch.full((B, S), PAD, device=ids_BT.device, dtype=torch.long)
         said_BS = torch.zeros(B, S, device=ids_BT.device, dtype=torch.bool)
-        words_BT = ~picture_BT
+        words_BT = ~named_BT
         ids_BS[rows_BT[words_BT], place_BT[words_BT]] = ids_BT[words_BT]
         said_BS[rows_BT[words_BT], place_BT[words_BT]] = batch.inputs["text_said"][words_BT]
-        shown_b, first_b = (picture_BT & has_B[:, None]).nonzero(as_tuple=True)
-        at_bI = first_b[:, None] + torch.arange(cells, device=ids_BT.device)
-        ids_BS[shown_b[:, None], at_bI] = self.image_token
-        number_B = has_B.cumsum(dim=0) - 1  # of those that are there
+        at_PI = place_BT[shown_B, at_B][:, None] + torch.arange(cells, device=ids_BT.device)
+        ids_BS[shown_B[:, None], at_PI] = self.image_token
         h_BSW = self.lm.embed(ids_BS)
-        at = shown_b[:, None].expand_as(at_bI), at_bI
-        h_BSW = h_BSW.index_put(at, seen_PIW[number_B[shown_b]].to(h_BSW))
+        if some:
+            h_BSW = h_BSW.index_put((shown_B[:, None].expand_as(at_PI), at_PI), seen_PIW.to(h_BSW))
         h_BSW = h_BSW + 0.0 * seen_PIW.sum().to(h_BSW)
         real_BS = (ids_BS != PAD) & batch.present["text"][:, None]
         return h_BSW, ids_BS, said_BS & real_BS, real_BS

@@ -38,6 +38,14 @@ class Layer(nn.Module):
         q, k = turned(qk, turn).split([self.heads, self.key_heads], dim=1)
         return q, k, v
 
+    def forward(self, h_BTD: Tensor, turn: Tensor, see: Tensor | None) -> Tensor:
+        """``see``: bool, broadcastable to ``[B, H, T, T]``; every token and what is left of it where not given."""
+        q, k, v = self.heads_of(h_BTD, turn)
+        a_BHTE = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=see, is_causal=see is None, enable_gqa=k.shape[1] != q.shape[1]
+        )
+        return self.close(h_BTD, a_BHTE.transpose(1, 2).reshape(h_BTD.shape))
+
     def close(self, h_BTD: Tensor, attended_BTD: Tensor) -> Tensor:
         h_BTD = h_BTD + self.out(attended_BTD)
         gate, up = self.gate_up(self.norm_2(h_BTD)).chunk(2, dim=-1)
@@ -65,6 +73,9 @@ class CausalLM(nn.Module):
     >>> lm.logits(h_BTD).shape
     torch.Size([1, 3, 11])
     """
+
+    #: Layers whose weights others read as they are: neither adapted nor quantised.
+    bare = ("head",)
 
     def __init__(
         self,
@@ -118,7 +129,7 @@ class CausalLM(nn.Module):
 
     def forward(self, h_BTD: Tensor, segment_BT: Tensor | None = None) -> Tensor:
         """Embeddings -> what the head reads, ``[B, T, D]``; ``segment_BT``: one document a row where not given."""
-        B, T, D = h_BTD.shape
+        B, T, _ = h_BTD.shape
         see = None
         if segment_BT is None:
             position_BT = torch.arange(T, device=h_BTD.device).expand(B, T)
@@ -131,12 +142,8 @@ class CausalLM(nn.Module):
                 f"length {self.length}: a document of {longest} tokens does not fit; cut it or raise length"
             )
         turn = self.turn(position_BT)
-        for layer in self.blocks():
-            q, k, v = layer.heads_of(h_BTD, turn)
-            a_BHTE = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=see, is_causal=see is None, enable_gqa=k.shape[1] != q.shape[1]
-            )
-            h_BTD = layer.close(h_BTD, a_BHTE.transpose(1, 2).reshape(B, T, D))
+        for layer in self.layers:
+            h_BTD = layer(h_BTD, turn, see)
         return self.norm(h_BTD)
 
     def load_llama(self, state: Mapping[str, Tensor]) -> None:

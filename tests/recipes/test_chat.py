@@ -101,6 +101,35 @@ def test_each_sample_is_what_it_is_alone(kind: str, row: int | None) -> None:
     ]
 
 
+def test_several_pictures_stand_where_they_are_named_each_in_its_turn() -> None:
+    torch.manual_seed(0)
+    towers = Towers(image=ConvTower([8, 8], norm="group"))
+    made = Chat(towers, CausalLM(20, 12, 2, 2, length=64), IMAGE, ANSWER, PooledGrid(2)).double().eval()
+    text = torch.zeros(4, 12, dtype=torch.long)
+    for n, ids in enumerate(([1, IMAGE, 7, IMAGE, 8, ANSWER, 9, 2], [1, 8, IMAGE, ANSWER, 9, 2], [1, 7, ANSWER, 9, 2])):
+        text[n, : len(ids)] = torch.tensor(ids)
+    text[3] = text[0]
+    said = (text.roll(1, 1) == ANSWER) | (text == EOS)
+    said[:, 0] = False
+    image = torch.randn(4, 2, 3, 8, 8, dtype=torch.float64)
+    present = {"image": torch.tensor([True, True, True, False]), "text": torch.ones(4, dtype=torch.bool)}
+    b = Batch({"image": image, "text": text, "text_said": said}, present)
+    (term,) = made.terms(b).values()
+    for n in range(4):
+        ids, parts, learned, shown = [i for i in text[n].tolist() if i], list[Tensor](), list[int](), 0
+        for t, i in enumerate(ids):
+            if i != IMAGE:
+                parts.append(made.lm.embed(torch.tensor([i])))
+                learned.append(i if said[n, t] else -1)
+            elif present["image"][n]:
+                parts.append(made.projector(made.towers["image"](image[n, shown][None]))[0])
+                learned += [-1] * 4
+                shown += 1
+        log = made.lm.logits(made.lm(torch.cat(parts)[None]))[0].log_softmax(dim=1)
+        wanted = torch.stack([-log[t - 1, i] for t, i in enumerate(learned) if i >= 0]).mean()
+        torch.testing.assert_close(term.value[n], wanted)
+
+
 def test_gradients_are_those_of_samples_alone() -> None:
     made, b = recipe("resampler"), batch()
     named = dict(made.named_parameters())
@@ -117,7 +146,7 @@ def test_absent_pictures_are_not_looked_at_and_all_parameters_are_reached() -> N
     tower = made.towers["image"]
     assert isinstance(tower, Patches)
     made.terms(b)
-    assert tower.seen == 5
+    assert tower.seen == 4, "one is shown to nobody"
     nobody = replace(b, present={"image": torch.zeros(7, dtype=torch.bool), "text": b.present["text"]})
     grads = torch.autograd.grad(made.step(made.terms(nobody), nobody).total, list(made.parameters()))
     assert all(g.isfinite().all() for g in grads)
@@ -202,7 +231,7 @@ def test_protocols_and_what_cannot_be() -> None:
         Chat(Towers(image=Patches()), CausalLM(20, 12, 1, 2), 20, ANSWER)
     b = batch()
     b.inputs["text"][0, 2] = IMAGE
-    with pytest.raises(ValueError, match=r"^a sample has one picture"):
+    with pytest.raises(ValueError, match=r"^sample 0: its prompt names 2 pictures, and it has 1$"):
         made.terms(b)
     with pytest.raises(ValueError, match=r"^document \d: \d+ tokens, where a row takes 1 to 5$"):
         recipe(row=5).terms(batch())

