@@ -1,6 +1,7 @@
 """The callbacks: they know the protocols of :mod:`descant.modules.protocols`, and never a recipe."""
 
 from descant.callbacks.accuracy import Accuracy as Accuracy
+from descant.callbacks.answering import Answering as Answering
 from descant.callbacks.attacks import Attacks as Attacks
 from descant.callbacks.balance import Balance as Balance
 from descant.callbacks.blend import Blend as Blend

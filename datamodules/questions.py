@@ -365,6 +365,11 @@ class Questions(DataModule):
     def ids(self, text: str) -> list[int]:
         return self._known(text, self.codec.ids)
 
+    def spell(self, ids: list[int]) -> str:
+        """Words of tokens, without pictures and ends."""
+        words = [i for i in ids if i < self.codec.vocabulary]
+        return " ".join(self.codec.tokenizer.decode(words).split())  # type: ignore[attr-defined]
+
     def asked(self, question: str) -> list[int]:
         """The ids of a dialogue up to where its answer begins."""
         return self._known(
