@@ -150,7 +150,7 @@ def require_says(student: nn.Module, teacher: nn.Module) -> None:
         )
 
 
-class _Decisions(Target):
+class DecisionTarget(Target):
     """A target of decisions: one value each, and of a sample their mean."""
 
     name = ""
@@ -185,7 +185,7 @@ class _Decisions(Target):
         raise NotImplementedError
 
 
-class SoftTarget(_Decisions):
+class SoftTarget(DecisionTarget):
     """``T^2 KL(softmax(t / T), softmax(s / T))`` of the teacher's logits t and the student's s; one term, "soft".
 
     Source: Hinton 2015, arXiv 1503.02531.
@@ -210,7 +210,7 @@ class SoftTarget(_Decisions):
         return divergence(s_NK, t_NK, self.temperature)
 
 
-class HardTarget(_Decisions):
+class HardTarget(DecisionTarget):
     """``- log softmax(s)[argmax t]``: what the teacher would choose is the label; one term, "hard".
 
     >>> round(HardTarget().value(torch.tensor([[0.0, 1.0]]), torch.tensor([[3.0, 2.0]])).item(), 4)

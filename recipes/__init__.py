@@ -11,6 +11,7 @@ from descant.recipes.fusion import Fusion
 from descant.recipes.masked import Masked
 from descant.recipes.matching import Matching
 from descant.recipes.missing import MissingModality
+from descant.recipes.peers import Peers
 
 __all__ = [
     "Alternating",
@@ -22,6 +23,7 @@ __all__ = [
     "Masked",
     "Matching",
     "MissingModality",
+    "Peers",
     "Recipe",
     "TeacherAverage",
     "TeacherRun",

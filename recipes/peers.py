@@ -1,0 +1,120 @@
+"""Networks that teach each other: no teacher stands above the others, and none is finished.
+
+Claim: two small networks that imitate each other while they learn tell more than each would alone.
+
+    loss = sum over peers i:  own terms of i  +  mean over the others j of  target(i, what j said)
+
+What a peer said is taken as it is: gradients go to who listens. All see the same batch, in training mode.
+Source: deep mutual learning (Zhang 2018, arXiv 1706.00384), where peers take turns; here they step together.
+Letters: P peers.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any, cast
+
+from torch import nn
+
+from descant.modules.batch import Batch
+from descant.modules.distill import DecisionTarget, Lesson, Says, SoftTarget
+from descant.modules.objective import Term
+from descant.modules.protocols import Scores
+from descant.modules.step import Said
+from descant.recipes.base import Recipe
+
+
+class Peers(Recipe):
+    """Recipes that decide between the same choices, such as two classifiers of other towers.
+
+    Terms and scores of the first have their own names, those of others a number behind: ``fused``, ``fused/1``. What
+    embeds, is exported and taken by others is the first.
+
+    Args:
+        students: P recipes, at least two; how they train is said here, not there.
+        targets: what one learns of another; SoftTarget where not given.
+
+    Raises:
+        ValueError: for fewer than two students, one with a teacher of its own, or students that decide nothing or
+            between other choices.
+    """
+
+    def __init__(self, students: list[Recipe], targets: list[DecisionTarget] | None = None, **kwargs: object) -> None:
+        super().__init__(**kwargs)  # type: ignore[arg-type]  # the base's own typed arguments
+        if len(students) < 2:
+            raise ValueError(f"students: {len(students)}; two are the fewest that can teach each other")
+        if any(student.distill is not None for student in students):
+            raise ValueError("students: one has model.distill; peers are each other's teachers")
+        self.students = nn.ModuleList(students)
+        for student in students[1:]:
+            for target in targets or [SoftTarget()]:
+                target.build(student, students[0])
+        self.targets = nn.ModuleList(copy.deepcopy(target) for target in targets or [SoftTarget()])
+        self.in_batch_negatives = any(student.in_batch_negatives for student in students)
+        self.modalities = tuple(dict.fromkeys(m for s in students for m in getattr(s, "modalities", ())))
+
+    @property
+    def peers(self) -> list[Recipe]:
+        return cast(list[Recipe], list(self.students))
+
+    @property
+    def towers(self) -> nn.ModuleDict:  # type: ignore[override]
+        return self.peers[0].towers
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        for student in self.peers:
+            student.trainer = self.trainer
+            student.setup(stage)
+
+    def configure_model(self) -> None:
+        for student in self.peers:
+            student.configure_model()
+        super().configure_model()
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        own = [student.terms(batch) for student in self.peers]
+        said = [cast(Said, student.step.said) for student in self.peers]
+        terms: dict[str, Term] = {}
+        for i, student in enumerate(self.peers):
+            terms |= {_named(name, i): term for name, term in own[i].items()}
+            for j, other in enumerate(self.peers):
+                if i == j:
+                    continue
+                lesson = Lesson(student, other, batch, _as_it_is(said[j]))
+                for target in self.targets:
+                    for name, term in target(lesson).items():
+                        share = replace(term, value=term.value / (len(self.students) - 1))
+                        name = _named(name, i)
+                        terms[name] = replace(share, value=terms[name].value + share.value) if name in terms else share
+        return terms
+
+    # evaluation ---------------------------------------------------------------------------------------------------
+
+    @property
+    def choices(self) -> int:
+        return cast(Says, self.students[0]).choices
+
+    def says(self, batch: Batch) -> Said:
+        return cast(Says, self.students[0]).says(batch)
+
+    def scores(self, batch: Batch) -> dict[str, Term]:
+        """Of all: ``accuracy`` of the first, ``accuracy/1`` of the next."""
+        return {
+            _named(name, i): term
+            for i, student in enumerate(self.students)
+            for name, term in cast(Scores, student).scores(batch).items()
+        }
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        first: dict[str, Any] = self.peers[0].validation_step(batch, batch_idx, dataloader_idx)
+        return {**first, "scores": self.scores(batch)}
+
+
+def _named(name: str, i: int) -> str:
+    return f"{name}/{i}" if i else name
+
+
+def _as_it_is(said: Said) -> Said:
+    return Said(lambda at: said.logits(at).detach(), said.sample_N)
