@@ -478,8 +478,10 @@ def ends_with(names: list[str], end: str, argument: str, tower: str) -> list[str
     return found
 
 
-def _blocks(tower: nn.Module) -> list[nn.Module]:
-    return tower.blocks() if isinstance(tower, Tower) else []
+def _blocks(part: nn.Module) -> list[nn.Module]:
+    """Of a tower or language model; what has no such list has none."""
+    found = getattr(part, "blocks", None)
+    return found() if callable(found) else []
 
 
 def _targets(tower: nn.Module, targets: list[str] | str) -> list[str]:
