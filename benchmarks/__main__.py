@@ -30,6 +30,7 @@ BENCHMARKS = {
     "balance": "benchmarks.balance:overhead",
     "generate/decode": "benchmarks.generate:decode",
     "generate/memory": "benchmarks.generate:memory",
+    "generate/packing": "benchmarks.generate:packing",
     "data/decode": "benchmarks.data:decode",
     "data/shards": "benchmarks.data:shards",
     "data/workers": "benchmarks.data:workers",

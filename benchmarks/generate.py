@@ -15,10 +15,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import Row
 from benchmarks.contrastive import peak_bytes
 from benchmarks.timing import ratio
-from descant.modules.language import CausalLM, Sampling, generate, log_probabilities
+from descant.datamodules.questions import Questions
+from descant.modules.language import CausalLM, Packed, Sampling, generate, log_probabilities, pack
+from descant.modules.objective import means
 
 #: transformers' time / ours, without and with prompts that are shared; and what logits may differ by.
 DECODE, GROUPS, SAME = 1.8, 2.5, 1e-5
+#: Padding of packed rows; what a dialogue's loss may differ by from its loss alone.
+PADDING, PACKED = 0.03, 1e-4
 #: Peak of memory with a few tokens at a time over that of all of them.
 MEMORY = 0.35
 V, D, DEPTH, HEADS, KEY_HEADS, HIDDEN, LENGTH = 512, 128, 4, 4, 2, 344, 512
@@ -88,3 +92,46 @@ def memory(tokens: int = 2048, width: int = 576, vocab: int = 49152) -> Iterator
 
     share = peak(lambda h, w: log_probabilities(h, w, token_N)) / peak(kept)
     yield Row.at_most("generate/memory", share, MEMORY)
+
+
+def packing(batches: int = 20, row: int = 128) -> Iterator[Row]:
+    """Padding of the dialogues of training batches, packed or in rows of the longest; and the loss of each, packed
+    beside alone, with the mask of documents and without."""
+    data = Questions(batch_size=128, size=48, length=64)
+    torch.manual_seed(0)
+    lm = CausalLM(data.codec.vocabulary + 2, D, 2, HEADS, length=row).eval()
+    cells = used = plain = 0
+    apart = blind = 0.0
+    for k, batch in enumerate(data.train_dataloader()):
+        if k == batches:
+            break
+        documents = [ids[ids > 0] for ids in batch.inputs["text"]]
+        learned = [torch.ones(len(x), dtype=torch.bool) for x in documents]
+        packed = pack(documents, learned, row)
+        used += sum(len(x) for x in documents)
+        cells += packed.ids_BT.numel()
+        plain += len(documents) * max(len(x) for x in documents)
+        if k == 0:
+            with torch.no_grad():
+                alone = torch.stack([_loss(lm, x[None], None) for x in documents])
+                for hidden in (True, False):
+                    segment = packed.segment_BT if hidden else (packed.segment_BT > 0).long()
+                    off = (_losses(lm, packed, segment, len(documents)) - alone).abs().max()
+                    apart, blind = (float(off), blind) if hidden else (apart, float(off))
+    yield Row.at_most("generate/padding", 1 - used / cells, PADDING)
+    yield Row.informs("generate/padding-to-longest", 1 - used / plain)
+    yield Row.at_most("generate/packed", apart, PACKED)
+    yield Row.at_least("generate/packed-without-mask", blind, 100 * PACKED)
+
+
+def _loss(lm: CausalLM, ids_1T: Tensor, segment: Tensor | None) -> Tensor:
+    log = lm.logits(lm(lm.embed(ids_1T), segment)).log_softmax(dim=2)
+    return -log[0, :-1].gather(1, ids_1T[0, 1:, None]).mean()
+
+
+def _losses(lm: CausalLM, packed: Packed, segment_BT: Tensor, documents: int) -> Tensor:
+    """``[documents]``: mean over the tokens of each of ``- log p``."""
+    log_BTV = lm.logits(lm(lm.embed(packed.ids_BT), segment_BT)).log_softmax(dim=2)
+    value_BT = -log_BTV[:, :-1].gather(2, packed.ids_BT[:, 1:, None])[..., 0]
+    said_BT = packed.said_BT[:, 1:]
+    return means(value_BT[said_BT], packed.document_BT[:, 1:][said_BT], documents)[0]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
 
 from descant.datamodules.emoji import Emoji
-from descant.modules.language.packing import first_fit_decreasing, pack
+from descant.modules.language.packing import first_fit_decreasing, pack, places
 
 
 def by_hand(lengths: list[int], size: int) -> list[list[int]]:
@@ -39,6 +40,22 @@ def test_real_documents_leave_little_padding() -> None:
     assert max(lengths) > 3 * min(lengths)
     packed = first_fit_decreasing(lengths, 128)
     assert 1 - sum(lengths) / (len(packed) * 128) <= 0.03
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_are_as_few_and_as_short_as_they_get(seed: int) -> None:
+    generator = random.Random(seed)
+    lengths = [generator.randint(1, 40) for _ in range(100)]
+    found, rows = places(lengths, 64), first_fit_decreasing(lengths, 64)
+    assert found.rows == len(rows)
+    fewest = next(c for c in range(max(lengths), 65) if len(first_fit_decreasing(lengths, c)) <= len(rows))
+    assert fewest <= found.width <= 64 and found.width * found.rows < 1.03 * sum(lengths)
+    ends = found.first_N + torch.tensor(lengths)
+    for b in range(found.rows):
+        here = (found.row_N == b).nonzero().flatten().tolist()
+        spans = sorted((int(found.first_N[i]), int(ends[i])) for i in here)
+        assert spans[0][0] == 0 and spans[-1][1] <= found.width
+        assert all(a[1] == b[0] for a, b in pairwise(spans))
 
 
 def test_tokens_and_marks_come_back_document_by_document() -> None:
