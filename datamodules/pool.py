@@ -55,7 +55,7 @@ class QuestionPool(Questions):
     sets are those of Questions. The pool is in every checkpoint.
 
     Args:
-        items: N.
+        items: N; of a tiny pack a twelfth, if that is a step.
         kwargs: as of Questions.
 
     Raises:
@@ -71,6 +71,7 @@ class QuestionPool(Questions):
 
     def __init__(self, items: int = 2000, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        items = max(items // 12, self.batch_size) if self.tiny and items >= 12 * self.batch_size else items
         if items < self.batch_size:
             raise ValueError(f"items {items}: a step has {self.batch_size}")
         if self.num_workers:
