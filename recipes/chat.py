@@ -9,8 +9,7 @@ Claim: a small language model, given a picture's tokens in the place of a word, 
 Every answer counts alike, however long it is, so gradients are the same however a step is cut. The logits of a whole
 vocabulary are there for a few tokens at a time. A sample without a picture has no tokens in its place.
 Source: Liu 2023 (LLaVA, arXiv 2304.08485); packing as in Krell 2021 (arXiv 2107.02027).
-Letters: B samples, K pictures of a sample, P pictures that are shown, T words of a row, I tokens of a picture, S tokens
-of a sample, W width, R packed rows, N learned tokens, M new tokens.
+Letters: B samples, P pictures shown, I tokens of one, S tokens of a sample, W width, N learned tokens, M new ones.
 """
 
 from __future__ import annotations
@@ -21,13 +20,15 @@ import torch
 from torch import Tensor
 
 from descant.modules.batch import Batch
-from descant.modules.language import CausalLM, Sampling, generate, log_probabilities, places
+from descant.modules.language import CausalLM, Sampling, generate, log_probabilities
+from descant.modules.language.interleave import Interleaved, interleave, shown
 from descant.modules.language.judges import answered_with
+from descant.modules.language.packing import through
 from descant.modules.language.projectors import EachToken, ImageProjector
 from descant.modules.objective import Term, means
 from descant.modules.rows import running
 from descant.modules.step import Said
-from descant.modules.text import EOS, PAD
+from descant.modules.text import EOS
 from descant.modules.towers import Towers
 from descant.recipes.base import Recipe
 
@@ -82,62 +83,24 @@ class Chat(Recipe):
 
     # from a batch to what the model reads -------------------------------------------------------------------------
 
-    def sequence(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``h_BSW``, the id of each token (``image_token`` for a picture's), which are learned, and which are real.
-
-        Pictures stand where they are named, in turn: ``image`` is ``[B, C, H, W]``, or ``[B, K, C, H, W]`` of several.
-        """
-        ids_BT, has_B, image = batch.inputs["text"], batch.present["image"], batch.inputs["image"]
-        image = image if image.ndim == 5 else image[:, None]
-        named_BT = ids_BT == self.image_token
-        number_BT = named_BT.cumsum(dim=1) - named_BT.int()  # of the pictures before
-        few_B = named_BT.sum(dim=1) > image.shape[1]
-        if few_B.any():
-            named, where = int(named_BT[few_B][0].sum()), int(batch.index[few_B][0])
-            raise ValueError(f"sample {where}: its prompt names {named} pictures, and it has {image.shape[1]}")
-        shown_B, at_B = (named_BT & has_B[:, None]).nonzero(as_tuple=True)
-        # where nothing is shown, one picture of zeros, so that every rank reaches the same parameters
-        some = len(shown_B) > 0
-        row_P = shown_B if some else torch.zeros_like(ids_BT[:1, 0])
-        x = image[row_P, number_BT[shown_B, at_B] if some else 0]
-        with running(row_P):
-            seen_PIW = self.projector(self.towers["image"](x if some else torch.zeros_like(x)))
-        (B, T), cells = ids_BT.shape, seen_PIW.shape[1]
-        # each word moves to the right of the pictures that stand before it; one that is not there takes no room
-        room_B = torch.where(has_B, cells - 1, -1)
-        place_BT = torch.arange(T, device=ids_BT.device) + number_BT * room_B[:, None]
-        S = T + (cells - 1) * max(int(named_BT.sum(dim=1).max()), 1)
-        rows_BT = torch.arange(B, device=ids_BT.device)[:, None].expand(B, T)
-        ids_BS = torch.full((B, S), PAD, device=ids_BT.device, dtype=torch.long)
-        said_BS = torch.zeros(B, S, device=ids_BT.device, dtype=torch.bool)
-        words_BT = ~named_BT
-        ids_BS[rows_BT[words_BT], place_BT[words_BT]] = ids_BT[words_BT]
-        said_BS[rows_BT[words_BT], place_BT[words_BT]] = batch.inputs["text_said"][words_BT]
-        at_PI = place_BT[shown_B, at_B][:, None] + torch.arange(cells, device=ids_BT.device)
-        ids_BS[shown_B[:, None], at_PI] = self.image_token
-        h_BSW = self.lm.embed(ids_BS)
-        if some:
-            h_BSW = h_BSW.index_put((shown_B[:, None].expand_as(at_PI), at_PI), seen_PIW.to(h_BSW))
-        h_BSW = h_BSW + 0.0 * seen_PIW.sum().to(h_BSW)
-        real_BS = (ids_BS != PAD) & batch.present["text"][:, None]
-        return h_BSW, ids_BS, said_BS & real_BS, real_BS
+    def sequence(self, batch: Batch) -> tuple[Tensor, Interleaved]:
+        """``h_BSW``, words and the pictures among them, and what each token is."""
+        pictures = shown(batch, self.image_token)
+        with running(pictures.sample_P):
+            seen_PIW = self.projector(self.towers["image"](pictures.x_P))
+        row = interleave(batch, pictures, seen_PIW.shape[1], self.image_token)
+        h_BSW = self.lm.embed(row.ids_BS) + 0.0 * seen_PIW.sum().to(self.lm.embedding.weight)
+        if pictures.some:
+            at = pictures.sample_P[:, None].expand_as(row.at_PI), row.at_PI
+            h_BSW = h_BSW.index_put(at, seen_PIW.to(h_BSW))
+        return h_BSW, row
 
     def answered(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Of learned tokens: what the head reads before each ``[N, W]``, its id, and the sample it is of, ``[N]``."""
-        h_BSW, ids_BS, said_BS, real_BS = self.sequence(batch)
-        length_B = real_BS.sum(dim=1)
-        some_B = (length_B > 0).nonzero().flatten()
-        plan = places(length_B[some_B].tolist(), self.row)
-        place_B3 = torch.zeros(len(h_BSW), 3, dtype=torch.long, device=h_BSW.device)
-        place_B3[some_B] = torch.stack(plan[:3], dim=1).to(h_BSW.device)
-        row_BS, first_BS, segment_BS = place_B3[:, :, None].expand(-1, -1, ids_BS.shape[1]).unbind(dim=1)
-        place_BS = first_BS + real_BS.cumsum(dim=1) - 1
-        packed = h_BSW.new_zeros(max(plan.rows, 1), max(plan.width, 1), h_BSW.shape[2])
-        packed = packed.index_put((row_BS[real_BS], place_BS[real_BS]), h_BSW[real_BS])
-        segment = torch.zeros(packed.shape[:2], dtype=torch.long, device=packed.device)
-        segment[row_BS[real_BS], place_BS[real_BS]] = segment_BS[real_BS]
-        h_RSW = self.lm(packed, segment)
-        return h_RSW[row_BS[said_BS], place_BS[said_BS] - 1], ids_BS[said_BS], said_BS.nonzero()[:, 0]
+        h_BSW, row = self.sequence(batch)
+        h_BSW = through(self.lm, h_BSW, row.real_BS, self.row)
+        sample_N, at_N = row.said_BS.nonzero(as_tuple=True)
+        return h_BSW[sample_N, at_N - 1], row.ids_BS[sample_N, at_N], sample_N
 
     # training -----------------------------------------------------------------------------------------------------
 
@@ -178,18 +141,16 @@ class Chat(Recipe):
     @torch.no_grad()
     def generate(self, batch: Batch, new: int = 8, sampling: Sampling | None = None) -> Tensor:
         """Int64 ``[B, M]``: answers, to their end; by the likeliest tokens where nothing else is asked for."""
-        h_BSW, ids_BS, _, real_BS = self.sequence(batch)
-        asked_BS = real_BS & ((ids_BS == self.answer_token).cumsum(dim=1) - (ids_BS == self.answer_token).int() == 0)
-        found = torch.zeros(len(ids_BS), new, dtype=torch.long, device=ids_BS.device)
+        h_BSW, row = self.sequence(batch)
+        begins_BS = row.ids_BS == self.answer_token
+        asked_BS = row.real_BS & (begins_BS.cumsum(dim=1) == begins_BS.int())
+        found = torch.zeros(len(h_BSW), new, dtype=torch.long, device=h_BSW.device)
         some_B = asked_BS.any(dim=1)
         if some_B.any():
             longest = int(asked_BS.sum(dim=1).max())
+            prompt, mask = h_BSW[some_B, :longest], asked_BS[some_B, :longest]
             sampling = sampling or Sampling(temperature=0)
-            seeds = batch.index[some_B]
-            made = generate(
-                self.lm, h_BSW[some_B, :longest], asked_BS[some_B, :longest], new, 1, [EOS], sampling, seeds
-            )
-            found[some_B] = made.token_RN
+            found[some_B] = generate(self.lm, prompt, mask, new, 1, [EOS], sampling, batch.index[some_B]).token_RN
         return found
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from descant.modules.language.model import NOWHERE
+from descant.modules.language.model import NOWHERE, CausalLM
 
 
 class Packed(NamedTuple):
@@ -102,6 +102,28 @@ def places(lengths: Sequence[int], size: int) -> Places:
         width = max(width, at)
     row_N, first_N, segment_N = place_N3.unbind(dim=1)
     return Places(row_N, first_N, segment_N, len(rows), width)
+
+
+def through(lm: CausalLM, h_BSW: Tensor, real_BS: Tensor, size: int) -> Tensor:
+    """What the head reads at each real token ``[B, S, W]``, each sample a document of packed rows; zeros elsewhere.
+
+    ``real_BS``: bool, no gaps. Nothing of padding is computed but the ends of rows.
+
+    Raises:
+        ValueError: naming a sample that is longer than ``size``.
+    """
+    length_B = real_BS.sum(dim=1)
+    some_B = (length_B > 0).nonzero().flatten()
+    plan = places(length_B[some_B].tolist(), size)
+    place_B3 = torch.zeros(len(h_BSW), 3, dtype=torch.long, device=h_BSW.device)
+    place_B3[some_B] = torch.stack(plan[:3], dim=1).to(h_BSW.device)
+    row_BS, first_BS, segment_BS = place_B3[:, :, None].expand(-1, -1, real_BS.shape[1]).unbind(dim=1)
+    to = row_BS[real_BS], (first_BS + real_BS.cumsum(dim=1) - 1)[real_BS]
+    packed = h_BSW.new_zeros(max(plan.rows, 1), max(plan.width, 1), h_BSW.shape[2]).index_put(to, h_BSW[real_BS])
+    segment = torch.full(packed.shape[:2], NOWHERE, device=packed.device)
+    segment[to] = segment_BS[real_BS]
+    h_RTW = lm(packed, segment)
+    return torch.zeros_like(h_BSW, dtype=h_RTW.dtype).index_put((real_BS,), h_RTW[to])
 
 
 def pack(documents: Sequence[Tensor], learned: Sequence[Tensor], size: int) -> Packed:

@@ -171,9 +171,9 @@ def test_answers_are_generated_from_the_question_alone() -> None:
                 {"image": b.inputs["image"][n : n + 1], "text": row, "text_said": mark},
                 {m: x[n : n + 1] for m, x in b.present.items()},
             )
-            h, at, _, real = made.sequence(one)
-            length = int(real.sum()) - 1
-            assert int(at[0, length]) == 7
+            h, row_of = made.sequence(one)
+            length = int(row_of.real_BS.sum()) - 1
+            assert int(row_of.ids_BS[0, length]) == 7
             said.append(int(made.lm.logits(made.lm(h[:, :length]))[0, -1].argmax()))
             if said[-1] == EOS:
                 break

@@ -1,0 +1,87 @@
+"""Pictures among words: where each stands, and where the words go that stand behind it.
+
+Letters: B samples, K pictures of each, P that are shown, T words, I tokens of a picture, S tokens of a sample.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from descant.modules.batch import Batch
+from descant.modules.text import PAD
+
+
+class Shown(NamedTuple):
+    """The pictures that prompts name and samples have: ``x_P``, whose each is, and the word in whose place it stands.
+
+    Where there is none it is one of zeros, of sample 0 and no place, so that every rank reaches the same parameters.
+    """
+
+    x_P: Tensor
+    sample_P: Tensor
+    word_P: Tensor
+    some: bool
+
+
+def shown(batch: Batch, image_token: int) -> Shown:
+    """Pictures stand where they are named, in turn: ``image`` is ``[B, C, H, W]``, or ``[B, K, C, H, W]`` of several.
+
+    Raises:
+        ValueError: naming a sample whose prompt names more pictures than it has.
+    """
+    image = batch.inputs["image"] if batch.inputs["image"].ndim == 5 else batch.inputs["image"][:, None]
+    named_BT = batch.inputs["text"] == image_token
+    few_B = named_BT.sum(dim=1) > image.shape[1]
+    if few_B.any():
+        named, where = int(named_BT[few_B][0].sum()), int(batch.index[few_B][0])
+        raise ValueError(f"sample {where}: its prompt names {named} pictures, and it has {image.shape[1]}")
+    sample_P, word_P = (named_BT & batch.present["image"][:, None]).nonzero(as_tuple=True)
+    if not len(sample_P):
+        return Shown(torch.zeros_like(image[:1, 0]), torch.zeros_like(batch.index[:1]), word_P, some=False)
+    number_P = (named_BT.cumsum(dim=1) - 1)[sample_P, word_P]
+    return Shown(image[sample_P, number_P], sample_P, word_P, some=True)
+
+
+class Interleaved(NamedTuple):
+    """Rows in which each picture has I tokens, and one that is not there none.
+
+    Attributes:
+        ids_BS: int64, the id of a picture for all its tokens. said_BS, real_BS: bool, to be learned, and no padding.
+        at_PI: where the tokens of each picture stand in their rows.
+    """
+
+    ids_BS: Tensor
+    said_BS: Tensor
+    real_BS: Tensor
+    at_PI: Tensor
+
+
+def interleave(batch: Batch, pictures: Shown, cells: int, image_token: int) -> Interleaved:
+    """Room for ``cells`` tokens in the place of each picture that is shown: words move to the right of them.
+
+    >>> text = torch.tensor([[1, 9, 5, 9, 6], [1, 9, 5, 0, 0]])
+    >>> present = {"image": torch.tensor([True, False]), "text": torch.tensor([True, True])}
+    >>> batch = Batch({"image": torch.zeros(2, 2, 3, 4, 4), "text": text, "text_said": text > 4}, present)
+    >>> interleave(batch, shown(batch, 9), 2, 9).ids_BS.tolist()
+    [[1, 9, 9, 5, 9, 9, 6], [1, 5, 0, 0, 0, 0, 0]]
+    """
+    ids_BT, device = batch.inputs["text"], batch.device
+    B, T = ids_BT.shape
+    named_BT = ids_BT == image_token
+    before_BT = named_BT.cumsum(dim=1) - named_BT.int()  # pictures that stand before
+    room_B = torch.where(batch.present["image"], cells - 1, -1)
+    place_BT = torch.arange(T, device=device) + before_BT * room_B[:, None]
+    S = T + max(cells - 1, 0) * max(int(named_BT.sum(dim=1).max()), 1)
+    row_BT, words_BT = torch.arange(B, device=device)[:, None].expand(B, T), ~named_BT
+    to = row_BT[words_BT], place_BT[words_BT]
+    ids_BS = torch.full((B, S), PAD, device=device, dtype=torch.long)
+    said_BS = torch.zeros(B, S, device=device, dtype=torch.bool)
+    ids_BS[to], said_BS[to] = ids_BT[words_BT], batch.inputs["text_said"][words_BT]
+    first_P = place_BT[pictures.sample_P[: len(pictures.word_P)], pictures.word_P]
+    at_PI = first_P[:, None] + torch.arange(cells, device=device)
+    ids_BS[pictures.sample_P[: len(first_P), None], at_PI] = image_token
+    real_BS = (ids_BS != PAD) & batch.present["text"][:, None]
+    return Interleaved(ids_BS, said_BS & real_BS, real_BS, at_PI)
