@@ -92,7 +92,8 @@ class Recipe(L.LightningModule):
             self.distill.prepare(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.distill is None or not self.distill.prepared:
+        # a checkpoint in shards has its weights elsewhere
+        if "state_dict" in checkpoint and (self.distill is None or not self.distill.prepared):
             checkpoint["state_dict"] = without_distill(checkpoint["state_dict"])
 
     def setup(self, stage: str) -> None:

