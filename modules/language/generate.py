@@ -19,6 +19,8 @@ from descant.modules.random import uniform_N
 
 #: Rows leave together, when this share of those that are computed has finished.
 LEAVE = 0.25
+#: Numbers of a layer's keys up to which a shared prompt's are copied for each row.
+SMALL = 1 << 20
 
 
 class Generated(NamedTuple):
@@ -136,7 +138,8 @@ def generate(
 
     state, h_PD = _read(lm, h_PTD, mask_PT, length_P, new, group)
     logits = lm.logits(h_PD).repeat_interleave(group, dim=0)
-    layers = [_Layer(layer) for layer in lm.blocks()]
+    layers, head = [_Layer(layer) for layer in lm.blocks()], _Head(lm)
+    turn_RNE = lm.turn(length_P.repeat_interleave(group)[:, None] + torch.arange(new, device=device))[:, 0]
     row_S = torch.arange(R, device=device)  # the row that each computed slot is of
     for n in range(new):
         token_S, log_S = sampling.draw(logits, seed_R[row_S], n)
@@ -154,15 +157,16 @@ def generate(
                 slots, state = state.without(ended_R[row_S])
                 row_S, token_S = row_S[slots], token_S[slots]
         if n + 1 < new:
-            logits = lm.logits(state.step(lm, layers, lm.embed(token_S), n))
+            logits = head(state.step(layers, lm.embed(token_S), turn_RNE[row_S, n, None]))
     return Generated(token_RN, log_RN, length_R, ended_R)
 
 
 class _Layer:
     """A layer for one token a row, without the axis of tokens: ``[S, D]``.
 
-    Where its parts are what they were made as, their weights are used as they lie: at this size calling modules takes
-    longer than computing. Parts that something took the place of, such as adapters, are called.
+    Where its parts are what they were made as, their weights are used as they are: at this size calling modules takes
+    longer than computing. Small ones are turned once, as the product reads them, with those of the norm before them
+    already in them. Parts that something took the place of, such as adapters, are called.
     """
 
     def __init__(self, layer: Layer) -> None:
@@ -170,8 +174,9 @@ class _Layer:
         parts = (layer.qkv, layer.out, layer.gate_up, layer.down, layer.norm_1, layer.norm_2)
         self.plain = all(type(part) in (nn.Linear, nn.RMSNorm) and not part._forward_hooks for part in parts)
         if self.plain:
-            self.qkv, self.out, self.gate_up, self.down = (part.weight.t() for part in parts[:4])
-            self.norm_1, self.norm_2 = _Norm(layer.norm_1), _Norm(layer.norm_2)
+            self.norm_1, self.qkv = _after(layer.norm_1, layer.qkv)
+            self.norm_2, self.gate_up = _after(layer.norm_2, layer.gate_up)
+            self.out, self.down = (_turned(part.weight) for part in (layer.out, layer.down))
 
     def heads_of(self, h_SD: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``q_SHE``, ``k_SKE``, ``v_SKE``; ``turn``: complex ``[S, 1, E / 2]``."""
@@ -189,17 +194,43 @@ class _Layer:
         return torch.addmm(h_SD, F.silu(gate).mul_(up), self.down)
 
 
-class _Norm:
-    """RMSNorm in three operations: ``w sqrt(D) x / hypot(|x|, sqrt(D eps))``."""
+def _turned(w_OD: Tensor) -> Tensor:
+    return w_OD.t().contiguous() if w_OD.numel() <= SMALL else w_OD.t()
 
-    def __init__(self, norm: nn.RMSNorm) -> None:
+
+def _after(norm: nn.RMSNorm, linear: nn.Linear) -> tuple[_Norm, Tensor]:
+    """A norm and the weights of the layer behind it, ``[D, O]``: of small ones the norm's own are in the layer's."""
+    if linear.weight.numel() > SMALL:
+        return _Norm(norm, norm.weight), linear.weight.t()
+    return _Norm(norm, None), _turned(linear.weight * (norm.weight * norm.normalized_shape[0] ** 0.5))
+
+
+class _Norm:
+    """RMSNorm in few operations: ``w sqrt(D) x / hypot(|x|, sqrt(D eps))``, or without w and sqrt(D)."""
+
+    def __init__(self, norm: nn.RMSNorm, weight: Tensor | None) -> None:
         size = norm.normalized_shape[0]
-        self.weight = norm.weight * size**0.5
+        self.weight = None if weight is None else weight * size**0.5
         self.least = norm.weight.new_tensor((size * (norm.eps or 0.0)) ** 0.5)
 
     def __call__(self, x_SD: Tensor) -> Tensor:
         size_S1 = torch.linalg.vector_norm(x_SD, dim=1, keepdim=True)
-        return (x_SD / torch.hypot(size_S1, self.least)).mul_(self.weight)
+        y_SD = x_SD / torch.hypot(size_S1, self.least)
+        return y_SD if self.weight is None else y_SD.mul_(self.weight)
+
+
+class _Head:
+    """From the last layer to logits, ``[S, D] -> [S, V]``, as layers are."""
+
+    def __init__(self, lm: CausalLM) -> None:
+        self.lm = lm
+        parts = lm.norm, lm.head
+        self.plain = all(type(part) in (nn.Linear, nn.RMSNorm) and not part._forward_hooks for part in parts)
+        if self.plain:
+            self.norm, self.w = _after(*parts)
+
+    def __call__(self, h_SD: Tensor) -> Tensor:
+        return torch.mm(self.norm(h_SD), self.w) if self.plain else self.lm.logits(self.lm.norm(h_SD))
 
 
 @dataclass
@@ -217,9 +248,9 @@ class _State:
     group: int
     said: int  # of the cache, how much is filled
 
-    def step(self, lm: CausalLM, layers: Sequence[_Layer], h_SD: Tensor, n: int) -> Tensor:
-        """One token more: ``[S, D] -> [S, D]``."""
-        turn, at, g = lm.turn((self.length_S + n)[:, None])[:, :, 0], self.said, self.group
+    def step(self, layers: Sequence[_Layer], h_SD: Tensor, turn: Tensor) -> Tensor:
+        """One token more: ``[S, D] -> [S, D]``, before the last norm."""
+        at, g = self.said, self.group
         self.said += 1
         S = len(h_SD)
         for i, layer in enumerate(layers):
@@ -228,9 +259,9 @@ class _State:
             if g > 1:  # the grid as caches have it: prompts, key heads, who shares them
                 q, k, v = (x.view(S // g, g, K, -1, E).transpose(1, 2) for x in (q, k, v))
             keys, values = self.own[i]
-            keys[:, :, at], values[:, at] = k.reshape(-1, E), v.reshape(-1, E)
+            keys.view(*k.shape, -1)[..., at], values.view(*k.shape[:-1], -1, E)[..., at, :] = k, v
             h_SD = layer.close(h_SD, self._attended(q.reshape(S * K, -1, E), i))
-        return lm.norm(h_SD)
+        return h_SD
 
     def _attended(self, q: Tensor, i: int) -> Tensor:
         """``[S, D]`` of queries ``[p K g, Q, E]``: over the prompt, and over what each row has said."""
@@ -288,12 +319,17 @@ def _read(
     """The state behind the prompts, and what the head reads at the last token of each, ``[P, D]``."""
     P, T, D = h_PTD.shape
     turn = lm.turn(torch.arange(T, device=h_PTD.device).expand(P, T))
+    # copied where small: to read them once for all takes more operations, and small ones are what is waited for
+    copies = group if P * group * (T + new) * D <= SMALL else 1
+    group //= copies
     prompt, own, before = [], [], 0 if group > 1 else T
     for layer in lm.blocks():
         q, k, v = layer.heads_of(h_PTD, turn)
         # padding stands behind all that is real, so what is causal never looks at it
         a_BHTE = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
         h_PTD = layer.close(h_PTD, a_BHTE.transpose(1, 2).reshape(P, T, D))
+        if copies > 1:
+            k, v = k.repeat_interleave(copies, dim=0), v.repeat_interleave(copies, dim=0)
         keys, values = k.flatten(0, 1).transpose(1, 2), v.flatten(0, 1)
         rows, E = len(keys) * group, k.shape[3]
         fresh = keys.new_empty(rows, E, before + new), values.new_empty(rows, before + new, E)
@@ -304,8 +340,9 @@ def _read(
         own.append(fresh)
     hide = None
     if not mask_PT.all():
-        hide = torch.zeros(P, T if group > 1 else T + new, device=h_PTD.device, dtype=h_PTD.dtype)
+        mask_PT = mask_PT.repeat_interleave(copies, dim=0)
+        hide = torch.zeros(len(mask_PT), T if group > 1 else T + new, device=h_PTD.device, dtype=h_PTD.dtype)
         hide[:, :T].masked_fill_(~mask_PT, -torch.inf)
     last_PD = h_PTD[torch.arange(P, device=h_PTD.device), length_P - 1]
-    state = _State(prompt if group > 1 else None, own, hide, length_P.repeat_interleave(group), group, before)
+    state = _State(prompt if group > 1 else None, own, hide, length_P.repeat_interleave(copies * group), group, before)
     return state, lm.norm(last_PD)

@@ -5,6 +5,7 @@ Letters: P prompts, G of each, R rows, N new tokens, V vocabulary.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -15,6 +16,12 @@ from descant.modules.language import CausalLM, Sampling, generate
 from tests.modules.language.test_language import V, both
 
 GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture(autouse=True, params=[1 << 20, 0], ids=["small", "large"])
+def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small models copy shared prompts and turn their weights; large ones read both as they are."""
+    monkeypatch.setattr(import_module("descant.modules.language.generate"), "SMALL", request.param)
 
 
 def prompts(rows: int = 3, longest: int = 9) -> tuple[Tensor, Tensor]:
@@ -93,13 +100,13 @@ def test_what_has_ended_says_nothing_more_and_is_computed_no_more(monkeypatch: p
     _, lm = both()
     ids, mask = prompts(5)
     rows: list[int] = []
-    own = lm.logits
+    own = lm.embed
 
-    def logits(h: Tensor) -> Tensor:
-        rows.append(len(h))
-        return own(h)
+    def embed(ids: Tensor) -> Tensor:
+        rows.append(len(ids))
+        return own(ids)
 
-    monkeypatch.setattr(lm, "logits", logits)
+    monkeypatch.setattr(lm, "embed", embed)
     found = generate(lm, ids, mask, new=40, group=4, stop=[7, 11, 30])
     for r in range(20):
         n = int(found.length_R[r])
