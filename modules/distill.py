@@ -105,6 +105,9 @@ class Distill(nn.Module):
     Args:
         teacher: a run, or the student's own average.
         targets: what is learned of it; none for a teacher that only a callback asks (Rounds).
+
+    Raises:
+        ValueError: in the first step, for two targets whose terms have one name.
     """
 
     def __init__(self, teacher: Teacher, targets: list[Target] | None = None) -> None:
@@ -133,7 +136,10 @@ class Distill(nn.Module):
         network = self.network.to(batch.device)
         lesson, found = Lesson(student, network, batch), dict[str, Term]()
         for target in self.targets:
-            found |= target(lesson)
+            for name, term in target(lesson).items():
+                if name in found:
+                    raise ValueError(f"distill.targets: two of them make a term {name!r}; each may be there once")
+                found[name] = term
         return found
 
 

@@ -75,6 +75,13 @@ def test_soft_and_hard_by_hand_over_who_is_there(runs: dict[str, str]) -> None:
         assert float(terms["hard"].value[n].detach()) == pytest.approx(hard, rel=1e-4)
 
 
+def test_no_term_is_lost_to_another_of_its_name(runs: dict[str, str]) -> None:
+    student, b = build(fusion("LateFusion", *NAMES)), batch(8, modalities=NAMES)
+    student.terms(b)
+    with pytest.raises(ValueError, match="two of them make a term 'soft'"):
+        taught(student, teacher(runs), SoftTarget(), SoftTarget(2.0))(student, b)
+
+
 def test_decisions_a_few_at_a_time_are_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens of three samples, one of which has none: means of each, and gradients, however few logits are there."""
     h_NW, w_KW = torch.randn(11, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64)
