@@ -35,7 +35,8 @@ class Rounds(Callback):
     ``hard`` of the next pool are variants of difficult problems, the rest variants of easy ones, against forgetting
     (augment); the teacher answers it. Both answer by the likeliest tokens, in eval mode, each rank a part, and all
     ranks come to the same pool, which is in the data module's state. Logs ``rounds/difficult`` (share),
-    ``rounds/teacher`` and ``rounds/student`` (mean scores) and ``rounds/version``.
+    ``rounds/teacher`` and ``rounds/student`` (mean scores) and ``rounds/version``; metrics.json has them of each round,
+    ``rounds/difficult/1``, too.
     Source: CoMD (Li 2023, arXiv 2311.08213), no code released; our reading, after Lion (Jiang 2023, arXiv 2305.12870):
     the judge of the paper is a language model that is asked twice, in both orders; these score one answer at a time.
 
@@ -70,6 +71,7 @@ class Rounds(Callback):
             raise ValueError(f"Rounds: hard {hard:g}: a share from 0 to 1, such as 0.5")
         self.epochs, self.judge, self.tau, self.hard, self.mine = epochs, judge or ExactJudge(), tau, hard, mine
         self.sham = Sham(sham)
+        self.history: dict[str, float] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -94,11 +96,9 @@ class Rounds(Callback):
             s_N = self.scores(trainer, pl_module, pl_module, cast(nn.Module, teacher))
             key_N = torch.from_numpy(np.asarray(problems.key_N))
             gap_N = self.sham(t_N - s_N, key_N)
-            log |= {
-                "rounds/difficult": float((gap_N > self.tau).float().mean()),
-                "rounds/teacher": float(t_N.mean()),
-                "rounds/student": float(s_N.mean()),
-            }
+            shares = {"difficult": (gap_N > self.tau).float(), "teacher": t_N, "student": s_N}
+            for name, x_N in shares.items():
+                log |= {f"rounds/{name}": float(x_N.mean()), f"rounds/{name}/{now}": float(x_N.mean())}
             if self.mine == "random":
                 problems = data.fresh(now)
             else:
@@ -106,8 +106,21 @@ class Rounds(Callback):
         said_NM = self.answers(trainer, pl_module, teacher, problems)
         data.renew(problems, said_NM, now)
         for logger in trainer.loggers:
-            logger.log_metrics(log, step=trainer.global_step)
-        trainer.callback_metrics.update({k: torch.tensor(v) for k, v in log.items()})
+            logger.log_metrics({k: v for k, v in log.items() if k.count("/") == 1}, step=trainer.global_step)
+        self.history |= log
+        self._tell(trainer)
+
+    def _tell(self, trainer: L.Trainer) -> None:
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.history.items()})
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._tell(trainer)  # of the rounds before a resume
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": dict(self.history)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = dict(state_dict["history"])
 
     def chosen(self, difficult_N: Tensor, key_N: Tensor, round: int) -> Tensor:
         """Numbers of N problems of the pool: difficult ones, in turn until there are enough, and then easy ones."""

@@ -142,10 +142,12 @@ def test_killed_between_rounds_or_in_one_it_ends_in_the_same_bits(tmp_path: Path
         return chat(1, teacher, SoftTarget())
 
     one, two, every = data(), data(), Resume(every=1, keep=99)
-    _, model = fit(tmp_path / "a", every, Rounds(epochs=2), whole, net=net(), data=one, **options)
+    judged = Rounds(epochs=2)
+    _, model = fit(tmp_path / "a", every, judged, whole, net=net(), data=one, **options)
     last = Resume(every=1), Rounds(epochs=2), rest
     _, again = fit(tmp_path / "b", *last, net=net(), data=two, path=point(tmp_path / "a", step), **options)
     assert equal(state(model), state(again)) and rest.losses == whole.losses[step:]
+    assert last[1].history == judged.history and "rounds/difficult/1" in judged.history
     assert one.version == two.version == 1 and (one.said_NM == two.said_NM).all()
     assert (one.pool.key_N == two.pool.key_N).all()
 
