@@ -211,6 +211,6 @@ class HarmonizeFeatures(L.Callback):
             if self._auc_tenth is not None:
                 values["auc_tenth"] = torch.tensor(self._auc_tenth)
         pl_module.log_dict({f"harmony/{name}": value.float() for name, value in values.items()}, batch_size=1)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and valid_B.any():  # a batch may have no sample with two terms
             for writer in writers(trainer):
                 writer.add_histogram("harmony/cosine_of_samples", cos_B[valid_B].float().cpu(), trainer.global_step)

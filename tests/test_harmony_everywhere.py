@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.test_experiments import EXPERIMENTS, begin
+
 PARAMETERS = (
     *("PCGrad", "Realign", "GradVac", "CAGrad", "MGDA", "UPGrad"),
     *("NashMTL", "IMTLG", "AlignedMTL", "GradNorm", "Uncertainty", "DWA"),
@@ -21,6 +23,12 @@ WHERE: dict[str, tuple[str | None, str | None]] = {
     "masked/emoji": (None, "needs the protocol Forks"),
     "masked/volumes": (None, "needs the protocol Forks"),
     "fusion/emoji": (None, None),
+}
+#: Recipes whose terms are made as those of others above: a rule of each kind will do.
+ALSO: dict[str, tuple[str | None, str | None]] = {
+    "missing/emoji": (None, None),
+    "distill/emoji-rank": (None, "is shared by two terms"),
+    "chat/emoji": ("there is nothing to harmonize it with", "needs the protocol Forks"),
 }
 QUICK = {("masked/emoji", "PCGrad"), ("contrastive/stamps", "Realign"), ("contrastive/emoji", "PCGrad")}
 BOTH = "rule: {class_path: %s}, curriculum: {class_path: Curriculum, init_args: {warmup: 0.0}}"
@@ -59,6 +67,14 @@ def test_at_the_parameters(base: str, rule: str, cli: Any) -> None:
 @pytest.mark.parametrize(("base", "rule"), cases(FEATURES))
 def test_at_the_features(base: str, rule: str, cli: Any) -> None:
     holds(two_steps(cli, base, "HarmonizeFeatures", BOTH % rule), WHERE[base][1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ALSO)
+def test_of_other_recipes(base: str, cli: Any) -> None:
+    begin(EXPERIMENTS / f"{base}.yaml", cli)
+    holds(two_steps(cli, base, "Harmonize", "rule: {class_path: PCGrad}"), ALSO[base][0])
+    holds(two_steps(cli, base, "HarmonizeFeatures", BOTH % "Realign"), ALSO[base][1])
 
 
 def test_all_rules_are_tried() -> None:
