@@ -171,21 +171,22 @@ class DecisionTarget(Target):
 
     def forward(self, lesson: Lesson) -> dict[str, Term]:
         said, taught, B = lesson.said, lesson.taught, len(lesson.batch)
-        if not torch.equal(said.sample_N, taught.sample_N):
-            raise ValueError("distill: teacher and student do not decide of the same tokens or samples")
-        rows = max(CELLS // max(cast(Says, lesson.student).choices, 1), 1)
-        parts = [self._part(said, taught, slice(i, i + rows)) for i in range(0, len(said.sample_N), rows)]
-        value_N = torch.cat(parts) if parts else said.sample_N.new_zeros(0, dtype=torch.float32)
-        value_B, valid_B = means(value_N, said.sample_N, B)
-        return {self.name: Term(self.weight * value_B, valid=valid_B, norm=lesson.rows)}
+        mine_N, theirs_N = in_common(said.sample_N, taught.sample_N)
+        choices = max(cast(Says, lesson.student).choices, 1)
+        rows, all_at_once = max(CELLS // choices, 1), len(mine_N) * choices <= CELLS
 
-    def _part(self, said: Said, taught: Said, at: slice) -> Tensor:
-        """``[n]``: logits of these decisions, which are made once more in backward and never all kept."""
-        with torch.no_grad():
-            t_NK = taught.logits(at)
-        if len(said.sample_N) * t_NK.shape[1] <= CELLS:
-            return self.value(said.logits(at), t_NK)
-        return checkpoint(lambda: self.value(said.logits(at), taught.logits(at).detach()), use_reentrant=False)
+        def part(mine_n: Tensor, theirs_n: Tensor) -> Tensor:
+            with torch.no_grad():
+                t_nK = taught.logits(theirs_n)
+            return self.value(said.logits(mine_n), t_nK.detach())
+
+        # logits that do not fit are made once more in backward, and never all kept
+        parts = [
+            part(i, j) if all_at_once else checkpoint(part, i, j, use_reentrant=False)
+            for i, j in zip(mine_N.split(rows), theirs_N.split(rows), strict=True)
+        ]
+        value_B, valid_B = means(torch.cat(parts), said.sample_N[mine_N], B)
+        return {self.name: Term(self.weight * value_B, valid=valid_B, norm=lesson.rows)}
 
     def value(self, s_NK: Tensor, t_NK: Tensor) -> Tensor:
         raise NotImplementedError
@@ -257,6 +258,25 @@ class FeatureTarget(Target):
             t_BD = cast(Embeds, lesson.teacher).embed(batch)[m]
         value_B = 1 - F.cosine_similarity(promote(self.map(z_BD)), t_BD.to(z_BD.device), dim=1)
         return {f"features-{m}": Term(self.weight * value_B, valid=batch.present[m], norm=lesson.rows)}
+
+
+def in_common(sample_N: Tensor, other_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Which decisions are of the same samples, as numbers of both.
+
+    All where both have the same in the same order; else a sample has one, and some are known to one of the two alone.
+
+    Raises:
+        ValueError: for decisions of different tokens of samples that have several.
+
+    >>> in_common(torch.tensor([0, 2, 3]), torch.tensor([1, 2, 3]))
+    (tensor([1, 2]), tensor([1, 2]))
+    """
+    if torch.equal(sample_N, other_M):
+        every_N = torch.arange(len(sample_N), device=sample_N.device)
+        return every_N, every_N
+    if any(len(x.unique()) != len(x) for x in (sample_N, other_M)):
+        raise ValueError("distill: teacher and student do not decide of the same tokens")
+    return torch.isin(sample_N, other_M).nonzero()[:, 0], torch.isin(other_M, sample_N).nonzero()[:, 0]
 
 
 def divergence(s_NK: Tensor, t_NK: Tensor, temperature: float = 1.0) -> Tensor:

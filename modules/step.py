@@ -38,10 +38,11 @@ class Decided(NamedTuple):
 class Said(NamedTuple):
     """What a network decided of a batch: N decisions, of which a sample has one, or one a token.
 
-    ``logits(at)``: ``[n, K]`` of these decisions, made when they are asked for; ``sample_N``: int64, whose each is.
+    ``logits(at_n)``: ``[n, K]`` of the decisions with these numbers, made when they are asked for; ``sample_N``: int64,
+    whose each is, in the order of samples.
     """
 
-    logits: Callable[[slice], Tensor]
+    logits: Callable[[Tensor], Tensor]
     sample_N: Tensor
 
 

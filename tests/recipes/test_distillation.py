@@ -97,7 +97,7 @@ def test_decisions_a_few_at_a_time_are_all_at_once(monkeypatch: pytest.MonkeyPat
             self.largest = 0
 
         def says(self, b: Any) -> Said:
-            def logits(at: slice) -> Tensor:
+            def logits(at: Tensor) -> Tensor:
                 self.largest = max(self.largest, len(t_NK[at]))
                 return t_NK[at]
 
@@ -116,6 +116,20 @@ def test_decisions_a_few_at_a_time_are_all_at_once(monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(value, few_value, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(grad, few_grad, rtol=1e-12, atol=1e-12)
     assert most == 11 and few == 3
+
+
+def test_where_one_knows_samples_that_the_other_does_not_those_in_common_are_compared(runs: dict[str, str]) -> None:
+    """A student of pictures and a teacher of both: samples without a picture teach nothing."""
+    student, network, b = build(fusion("LateFusion", "image")).eval(), teacher(runs), some_absent().only(*NAMES)
+    student.terms(b)
+    (term,) = taught(student, network, SoftTarget())(student, b).values()
+    assert term.valid is not None and torch.equal(term.valid, b.present["image"])
+    with torch.no_grad():
+        s_BK, t_BK = student.fuse(student.latents(b), b.present), network.fuse(network.latents(b), b.present)
+    wanted_B = parts.divergence(s_BK, t_BK)
+    torch.testing.assert_close(term.value[term.valid], wanted_B[term.valid], rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="do not decide of the same tokens"):
+        parts.in_common(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]))
 
 
 def test_features_by_hand(runs: dict[str, str]) -> None:
