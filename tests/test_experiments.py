@@ -20,7 +20,7 @@ import pytest
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 RUNNABLE = sorted(p for p in EXPERIMENTS.glob("*/*.yaml") if p.parent.name not in {"data", "with", "on", "claims"})
 OVERLAYS = sorted(EXPERIMENTS.glob("with/*.yaml"))
-SLOW = {"compile"}
+SLOW = {"compile", "rank-alike", "rank-random"}
 
 
 def name(path: Path) -> str:
