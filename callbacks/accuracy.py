@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import lightning as L
@@ -49,6 +49,23 @@ class Mean(Metric):
         return self.total / self.count, self.count
 
 
+class Means:
+    """A :class:`Mean` a key, such as ``val/accuracy``."""
+
+    def __init__(self) -> None:
+        self._means: dict[Any, Mean] = {}
+
+    def add(self, key: Hashable, term: Term) -> None:
+        if key not in self._means:
+            self._means[key] = Mean(term.value.device)
+        self._means[key].update(term)
+
+    def found(self) -> dict[Any, Tensor]:
+        """Of all ranks, which have the same keys; a key without a valid row has no number."""
+        found = {key: mean.compute() for key, mean in self._means.items()}
+        return {key: value for key, (value, count) in found.items() if int(count)}
+
+
 class Accuracy(Callback):
     """The mean of every score of a recipe on each evaluation set, such as ``{set}/accuracy`` and ``{set}/loss``.
 
@@ -65,7 +82,7 @@ class Accuracy(Callback):
     once = True
 
     def __init__(self) -> None:
-        self._means: dict[tuple[int, str], Mean] = {}
+        self._means = Means()
         self._names: dict[str, list[str]] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -74,10 +91,10 @@ class Accuracy(Callback):
             raise ValueError(f"Accuracy needs the protocol Scores (scores(batch)), such as Fusion has; {name} lacks it")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._means, self._names = {}, {}
+        self._means, self._names = Means(), {}
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._means = {}
+        self._means = Means()
 
     def on_validation_batch_end(
         self,
@@ -95,18 +112,13 @@ class Accuracy(Callback):
             with torch.no_grad(), trainer.precision_plugin.val_step_context():
                 scores = pl_module.scores(batch)
         for name, term in scores.items():
-            place = (dataloader_idx, name)
-            if place not in self._means:
-                self._means[place] = Mean(pl_module.device)
-            self._means[place].update(term)
+            self._means.add((dataloader_idx, name), term)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for (number, name), mean in self._means.items():
-            value, count = mean.compute()
-            if int(count):  # of all ranks: all log the same keys
-                key = f"{self._set_name(trainer, number)}/{name}"
-                pl_module.log(key, value.float(), add_dataloader_idx=False, sync_dist=False, batch_size=1)
-        self._means = {}
+        for (number, name), value in self._means.found().items():
+            key = f"{self._set_name(trainer, number)}/{name}"
+            pl_module.log(key, value.float(), add_dataloader_idx=False, sync_dist=False, batch_size=1)
+        self._means = Means()
 
     on_test_epoch_start, on_test_batch_end = on_validation_epoch_start, on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from descant.callbacks.accuracy import Mean
+from descant.callbacks.accuracy import Means
 from descant.callbacks.pictures import (
     FAINT,
     GAP,
@@ -106,7 +106,7 @@ class Answering(OwnPass):
         if new < 1 or table < 0:
             raise ValueError(f"Answering: new {new} and table {table}: 1 and 0 are the least")
         self.new, self.by, self.controls, self.table = new, by, controls, table
-        self._means: dict[str, Mean] = {}
+        self._means = Means()
         self._shown: dict[str, list[Shown]] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -119,7 +119,7 @@ class Answering(OwnPass):
 
     def _forget(self) -> None:
         super()._forget()
-        self._means, self._shown = {}, {}
+        self._means, self._shown = Means(), {}
 
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
         here_B = keep_B & batch.present["text"]
@@ -151,9 +151,7 @@ class Answering(OwnPass):
             self._keep(trainer, batch, said_BM, good_B, here_B, name)
 
     def _count(self, key: str, good_B: Tensor, valid_B: Tensor) -> None:
-        if key not in self._means:
-            self._means[key] = Mean(good_B.device)
-        self._means[key].update(Term(good_B.float(), valid=valid_B))
+        self._means.add(key, Term(good_B.float(), valid=valid_B))
 
     def _keep(
         self, trainer: L.Trainer, batch: Batch, said_BM: Tensor, good_B: Tensor, here_B: Tensor, name: str
@@ -173,11 +171,7 @@ class Answering(OwnPass):
 
     def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
         folder = run_folder(trainer)  # asks all ranks, so it stands before the ways part
-        found = {}
-        for key, mean in self._means.items():
-            value, count = mean.compute()
-            if int(count):  # of all ranks: all have the same keys
-                found[key] = value
+        found = self._means.found()
         for name, rows in self._shown.items():
             if not trainer.sanity_checking:
                 first = sorted(rows, key=lambda row: row.order)[: self.table]

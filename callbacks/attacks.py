@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from descant.callbacks.accuracy import Mean
+from descant.callbacks.accuracy import Means
 from descant.callbacks.subsets import OwnPass
 from descant.modules.attacks import Nudge, attacked, certified_radius, steepest
 from descant.modules.batch import Batch
@@ -76,7 +76,7 @@ class Attacks(OwnPass):
             if value is not None and not value > 0:
                 raise ValueError(f"Attacks: a radius of {value:g}: above 0, such as 0.3")
         self.radius, self.steps, self.restarts, self.certify, self.rows = radius, steps, restarts, certify, rows
-        self._means: dict[str, Mean] = {}
+        self._means = Means()
         self._slope_MC: Tensor | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -96,7 +96,7 @@ class Attacks(OwnPass):
 
     def _forget(self) -> None:
         super()._forget()
-        self._means, self._slope_MC = {}, None
+        self._means, self._slope_MC = Means(), None
 
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
         assert isinstance(pl_module, Classifies)
@@ -106,10 +106,7 @@ class Attacks(OwnPass):
         chosen = all_B.nonzero().flatten() if all_B.any() else torch.zeros(1, dtype=torch.long, device=batch.device)
         rows, all_B = batch.select(chosen), all_B[chosen]
         for key, value_B in self._of_rows(trainer, pl_module, rows).items():
-            place = f"{name}/{key}"
-            if place not in self._means:
-                self._means[place] = Mean(pl_module.device)
-            self._means[place].update(Term(value_B.to(torch.float32), valid=all_B))
+            self._means.add(f"{name}/{key}", Term(value_B.to(torch.float32), valid=all_B))
 
     def _of_rows(self, trainer: L.Trainer, pl_module: Any, rows: Batch) -> dict[str, Tensor]:
         label_B = pl_module.labels(rows).clamp(min=0)
@@ -145,9 +142,4 @@ class Attacks(OwnPass):
         return found
 
     def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
-        found = {}
-        for key, mean in self._means.items():
-            value, count = mean.compute()
-            if int(count):  # of all ranks: all have the same keys
-                found[key] = value
-        return found
+        return self._means.found()

@@ -128,7 +128,7 @@ class Rounds(Callback):
         order_N = turn_N.argsort(stable=True)
         hard_N, easy_N = (order_N[mask[order_N]] for mask in (difficult_N, ~difficult_N))
         N = len(key_N)
-        want = round_half(self.hard * N)
+        want = int(self.hard * N + 0.5)
         if want and not len(hard_N):
             rank_zero_warn(f"Rounds: round {round}: no problem is difficult, so easy ones alone are asked again")
         want = want if len(hard_N) else 0
@@ -177,10 +177,6 @@ def cycled(x_N: Tensor, n: int) -> Tensor:
     [4, 7, 4, 7, 4]
     """
     return x_N.repeat(-(-n // max(len(x_N), 1)))[:n]
-
-
-def round_half(x: float) -> int:
-    return int(x + 0.5)
 
 
 def _added(x: Tensor, device: torch.device) -> Tensor:

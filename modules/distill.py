@@ -74,7 +74,7 @@ class Lesson:
         said = cast(Says, self.student).step.said
         if said is None:
             raise ValueError(f"distill: {type(self.student).__name__} decides nothing that a target could look at")
-        return said
+        return said()
 
     @cached_property
     def taught(self) -> Said:

@@ -64,7 +64,7 @@ class Step:
         probing: while a callback differentiates terms one by one, forks pass gradients through untouched.
         objective: the last objective, for callbacks between forward and backward.
         decided: what a classifier was asked in the last forward, for those who weigh its modalities.
-        said: the decisions of the last forward in training, for those who compare them with a teacher's.
+        said: makes the decisions of the last forward in training, for those who compare them with a teacher's.
         latents: its embeddings by modality. pairs: by the name of a pair how well ``(row_N, column_N)`` fit, ``[N]``.
         hears: what a callback lets a classifier's decision hear of who is present in a training batch, or None for all.
         extras: what callbacks add to the terms of a classifier, of :class:`descant.modules.games.Asked`.
@@ -84,7 +84,7 @@ class Step:
     probing: bool = False
     objective: Objective | None = None
     decided: Decided | None = None
-    said: Said | None = None
+    said: Callable[[], Said] | None = None
     latents: Mapping[str, Tensor] = field(default_factory=dict)
     pairs: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
     hears: Callable[[Batch], Mapping[str, Tensor]] | None = None

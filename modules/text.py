@@ -194,8 +194,7 @@ class Pretrained(Codec):
     def question(self, text: str, image: int, answer: int) -> list[int]:
         """By the chat template of the tokenizer, as its user says it, the picture before the words.
 
-        Raises ValueError for a tokenizer without a template, or one whose ids for padding and the end of a turn are not
-        those of dialogues, 0 and 2.
+        Raises ValueError for a tokenizer without a template, or one whose turns end with another id than dialogues, 2.
         """
         if not self.template:
             raise ValueError(f"{self.said}: its tokenizer has no chat template; take the one of an instructed model")

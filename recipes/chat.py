@@ -106,7 +106,7 @@ class Chat(Recipe):
 
     def terms(self, batch: Batch) -> dict[str, Term]:
         before_NW, token_N, sample_N = self.answered(batch)
-        self.step.said = self._said(before_NW, sample_N)
+        self.step.said = lambda: self._said(before_NW, sample_N)
         log_N = log_probabilities(before_NW, self.lm.head.weight, token_N)
         value_B, valid_B = means(-log_N, sample_N, len(batch))
         return {"answer": Term(value_B, valid=valid_B, norm=batch.step["text"].sum().clamp(min=1))}

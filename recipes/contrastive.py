@@ -107,9 +107,12 @@ class Contrastive(SharedSpace):
 
     def _scorers(self, z: Mapping[str, Tensor]) -> dict[str, Scorer]:
         def scorer(name: str, a: str, b: str) -> Scorer:
-            loss = self.losses[name]
-            scale = loss.scale() if isinstance(loss, Scaled) else 1.0
-            return lambda row_N, column_N: scale * (z[a][row_N] * z[b][column_N]).sum(dim=-1)
+            def score(row_N: Tensor, column_N: Tensor) -> Tensor:
+                loss = self.losses[name]
+                scale = loss.scale() if isinstance(loss, Scaled) else 1.0
+                return scale * (z[a][row_N] * z[b][column_N]).sum(dim=-1)
+
+            return score
 
         return {name: scorer(name, a, b) for name, (a, b) in self.pairs.items()}
 

@@ -98,7 +98,7 @@ class Fusion(Classifier):
         callbacks = self.step.extras if self.training else []
         heard = self.step.hears(batch) if self.step.hears and self.training else batch.present
         fused_BC = self.fuse({m: copy[FUSED] for m, copy in copies.items()}, heard)
-        self.step.said, self.step.latents = self._said(fused_BC, batch), z
+        self.step.said, self.step.latents = lambda: self._said(fused_BC, batch), z
         terms = {FUSED: self.term(fused_BC, label_B, self.some(batch.present), self.some(batch.step))}
         if self.own:
             own = self.unimodal({m: copy[m] for m, copy in copies.items()}, batch.present)

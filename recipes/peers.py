@@ -12,6 +12,7 @@ Letters: P peers.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -75,7 +76,7 @@ class Peers(Recipe):
 
     def terms(self, batch: Batch) -> dict[str, Term]:
         own = [student.terms(batch) for student in self.peers]
-        said = [cast(Said, student.step.said) for student in self.peers]
+        said = [cast(Callable[[], Said], student.step.said)() for student in self.peers]
         terms: dict[str, Term] = {}
         for i, student in enumerate(self.peers):
             terms |= {_named(name, i): term for name, term in own[i].items()}

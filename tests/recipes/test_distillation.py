@@ -93,7 +93,7 @@ def test_decisions_a_few_at_a_time_are_all_at_once(monkeypatch: pytest.MonkeyPat
 
         def __init__(self, h: Tensor) -> None:
             super().__init__()
-            self.step = type("Slot", (), {"said": Said(lambda at: h[at] @ w_KW.T, sample_N)})()
+            self.step = type("Slot", (), {"said": staticmethod(lambda: Said(lambda at: h[at] @ w_KW.T, sample_N))})()
             self.largest = 0
 
         def says(self, b: Any) -> Said:
