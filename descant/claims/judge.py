@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from descant.claims.spec import ARMS, BEFORE, Claim, Condition, Metric
+from descant.claims.spec import ARMS, Claim, Condition, Metric
 from descant.errors import fail, hint
 from descant.statistics import Paired, paired
 
@@ -85,8 +85,7 @@ def require_equal(claim: Claim, runs: Runs) -> None:
     Raises:
         Refusal: if not.
     """
-    first_of = {BEFORE, *(other for arm in claim.arms.values() for other in arm.needs())}
-    arms = {arm: of for arm, of in runs.items() if arm not in first_of or arm in ARMS}
+    arms = {arm: of for arm, of in runs.items() if arm not in claim.first or arm in ARMS}
     budgets = {(arm, seed): m.get(claim.equal) for arm, of in arms.items() for seed, m in of.items()}
     (first, expected), *_ = budgets.items()
     for (arm, seed), value in budgets.items():

@@ -44,12 +44,14 @@ class Place:
             return 0.0
 
     def finished(self, arm: str, seed: int) -> dict[str, float] | None:
-        """The metrics of a run that was tested, whoever started it; None if there is none."""
+        """The metrics of a run that was tested (to choose settings: that ended), whoever started it; None if none."""
+        steps = self.claim.steps(arm, self.budget)
         for name in (f"{arm}-{seed}", arm):  # of a process here, or of an array on a cluster
             for folder in reversed(folders.runs_of(self.folder, name)):
                 metrics = _metrics(folder)
                 tested = any("/" in m and m.split("/")[0] not in ("val", "train", "speed", "sham") for m in metrics)
-                tested = tested or self.budget == TUNE
+                # a validation writes metrics too, and nothing is tested where settings are chosen
+                tested = tested or (self.budget == TUNE and metrics.get("steps") == (steps or metrics.get("steps")))
                 whole = tested and all(m in metrics for m in self.claim.needed(arm))
                 if whole and (name != arm or _seed(folder) == seed):
                     return metrics

@@ -172,14 +172,26 @@ class Claim:
         read = [metric for condition in self.also for _, metric in condition.reads]
         return list(dict.fromkeys([self.metric.name, *read, *self.secondary]))
 
+    @property
+    def first(self) -> set[str]:
+        """What others begin from."""
+        return {BEFORE, *(other for arm in self.arms.values() for other in arm.needs())}
+
+    def steps(self, arm: str, budget: str) -> int | None:
+        """The optimizer steps that a run takes, where the claim says so."""
+        options = {} if arm == BEFORE else self.budgets[budget]
+        own = self.before if arm == BEFORE else self.arms[arm]
+        assert own is not None
+        return {**options, **own.options}.get("trainer.max_steps")
+
     def needed(self, arm: str) -> list[str]:
         """The metrics that a run of an arm has to have; others it may have.
 
         What an arm beside the three is asked for is what a condition reads of it: a model of one modality alone has
-        nothing of the others.
+        nothing of the others. What others begin from may be asked for nothing.
         """
         own = [metric for condition in self.also for of, metric in condition.reads if of == arm]
-        own = [self.metric.name, *own] if arm in ARMS or not (own or arm == BEFORE) else own
+        own = [self.metric.name, *own] if arm in ARMS or not (own or arm in self.first) else own
         return list(dict.fromkeys([*own, *([self.calls] if self.calls and arm in ("method", "sham") else [])]))
 
     def command(self, arm: str, seed: int, budget: str, place: Callable[[str], str] | None = None) -> list[str]:

@@ -306,6 +306,22 @@ def test_settings_are_chosen_by_runs_of_their_own(made: Callable[..., Claim], re
     assert not settled.is_tuned and settled.digest == claim.digest and settled.arms["sham"] == claim.arms["sham"]
 
 
+def test_a_validation_is_not_the_end_where_settings_are_chosen(made: Callable[..., Claim], workplace: Path) -> None:
+    begun = {"options": {**TUNED["arms"]["method"]["options"], "model.note": "ARM/alone"}, "settings": [0.1, 1.0]}
+    arms = TUNED["arms"] | {"method": begun}
+    candidates = made(**(TUNED | {"arms": arms, "options": {"trainer.max_steps": 5}})).candidates()
+    assert candidates.needed("alone") == [] and candidates.needed("method.0") == ["val/gap"]
+    place = run.Place(candidates, spec.TUNE, workplace / "runs")
+    for arm, metrics in (("alone", {"val/loss": 1.0}), ("method.0", {"val/gap": 1.0})):
+        folder = place.folder / f"{arm}-200" / "001"
+        folder.mkdir(parents=True)
+        steps = candidates.steps(arm, spec.TUNE)
+        assert steps is not None
+        for reached, ended in ((steps - 1, False), (steps, True)):
+            (folder / "metrics.json").write_text(json.dumps(metrics | {"steps": reached}))
+            assert (place.finished(arm, 200) is not None) == ended
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
