@@ -149,8 +149,15 @@ class Lab:
     def ended(self, job: str, seconds: float = 180) -> str:
         """The state of a job when it is over, which a requeued one is not."""
         on = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED")
-        self.until(lambda: self.state(job) not in on, seconds, job)
+        self.until(lambda: self._free(job) not in on, seconds, job)
         return self.state(job)
+
+    def _free(self, job: str) -> str:
+        """The state of a job; SLURM holds one that began on a node on its way back, until somebody lets it go."""
+        told = self.job(job)
+        if told["JobState"] == "PENDING" and told["Reason"].startswith("launch_failed_requeued_held"):
+            self.sh("scontrol", "release", job)
+        return told["JobState"]
 
     def until(self, true: Callable[[], object], seconds: float = 120, what: str = "it") -> None:
         end = time.monotonic() + seconds

@@ -145,7 +145,7 @@ def test_a_cut_link_changes_nothing(lab: Lab, place: Path, whole: dict[str, Any]
     lab.until(lambda: lab.state(job) != "RUNNING", 60, job)
     lab.mend_link(2)
     assert lab.ended(job) == "COMPLETED", log(place, job)
-    assert lab.job(job)["Restarts"] in ("1", "2")
+    assert lab.job(job)["Restarts"] in ("1", "2", "3")  # the node may be asked before it is back
     assert_as_if_nothing_had_happened(place, whole)
 
 
