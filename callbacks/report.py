@@ -55,15 +55,17 @@ class Report(L.Callback):
         self._fit_began: float | None = None
         self._train_began: float | None = None
         self._folder = Path()
-        self._calls = self._first_step = 0  # before this process trained
+        self._shams: list[Sham] = []
+        self._calls = self._counted = 0  # of finished parts of the run; what shams had counted when this one began
 
     # the clock ----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {"samples": self._samples, "seconds": self.seconds, "train_seconds": self.train_seconds}
+        seconds = {"seconds": self.seconds, "train_seconds": self.train_seconds}
+        return {"samples": self._samples, "calls": self.calls, **seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._samples = int(state_dict["samples"])
+        self._samples, self._calls = int(state_dict["samples"]), int(state_dict.get("calls", 0))
         self._seconds, self._train_seconds = float(state_dict["seconds"]), float(state_dict["train_seconds"])
 
     @property
@@ -75,6 +77,11 @@ class Report(L.Callback):
         running = time.monotonic() - self._train_began if self._train_began is not None else 0.0
         return self._train_seconds + running
 
+    @property
+    def calls(self) -> int:
+        """How often the signals of shams were asked for."""
+        return self._calls + sum(sham.calls for sham in self._shams) - self._counted
+
     def _pause(self) -> None:
         self._train_seconds, self._train_began = self.train_seconds, None
 
@@ -83,7 +90,8 @@ class Report(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._train_began = time.monotonic()
-        self._calls, self._first_step = sum(s.calls for s in shams(trainer, pl_module)), trainer.global_step
+        self._calls, self._shams = self.calls, list(shams(trainer, pl_module))
+        self._counted = sum(sham.calls for sham in self._shams)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -134,8 +142,7 @@ class Report(L.Callback):
     def _run(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, float]:
         parameters = list(pl_module.parameters())
         seconds = self.train_seconds
-        scored, steps = list(shams(trainer, pl_module)), trainer.global_step - self._first_step
-        calls = {"sham/calls": (sum(s.calls for s in scored) - self._calls) / steps} if scored and steps else {}
+        calls = {"sham/calls": self.calls / trainer.global_step} if self._shams and trainer.global_step else {}
         return calls | {
             "steps": trainer.global_step,
             "epochs": trainer.current_epoch,
