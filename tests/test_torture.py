@@ -88,6 +88,23 @@ def test_one_rank_killed_ends_the_others_and_no_bit_is_lost(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+def test_rounds_are_killed_while_a_pool_is_renewed_and_between_two(tmp_path: Path) -> None:
+    Case(tmp_path / "teacher", "teacher").finish("whole")
+    case = Case(tmp_path / "rounds", "rounds")
+    case.finish("whole")
+    lines = [line for line in records(case.folder("whole")) if "samples" in line]
+    assert len({tuple(sorted(line["samples"])) for line in lines}) > 2 * len(lines) / 3, "what is asked changes"
+    begins = next(line["step"] - 1 for line in lines if line["epoch"] == 2)
+    with case.start("killed", HOLD=f"asking:{begins}:0") as run:
+        held = [case.folder("killed") / f"held-{pid}" for pid in run.leaders]
+        wait(lambda: run.code() is not None or any(file.exists() for file in held), "nobody was asked")
+        assert run.code() is None, "killed inside the renewal"
+    kill(case, "killed", Moment(next(line for line in lines if line["epoch"] == 4 and line["batch"] == 2), after=0.0))
+    case.finish("killed")
+    assert starts(case, "killed") >= 3 and differences(case, "killed") == []
+
+
+@pytest.mark.slow
 def test_the_comparison_sees_one_bit_and_no_difference_between_a_command_and_a_fork(tmp_path: Path) -> None:
     """The test of the test: one loss, one weight and one sample that are off are each told."""
     Case(tmp_path, "gradcache", cold=True).finish("whole")

@@ -91,6 +91,60 @@ CASES: dict[str, dict[str, Any]] = {
         },
     },
 }
+#: Rounds of a teacher and its student, each on top of an experiment of its own: what is asked changes, so no epoch has
+#: the samples of the one before.
+_CHAT = {
+    "towers": {
+        "class_path": "Towers",
+        "init_args": {"image": {"class_path": "ConvTower", "init_args": {"widths": [8, 16], "blocks": 1, "stem": 4}}},
+    },
+    "lm": {
+        "class_path": "CausalLM",
+        "init_args": {"vocab": 8194, "width": 16, "depth": 1, "heads": 2, "length": 128},
+    },
+}
+_ALWAYS: list[dict[str, Any]] = [
+    {"class_path": "descant.callbacks.report.Report"},
+    {"class_path": "Resume", "init_args": {"every": 3}},
+    {"class_path": "ModelCheckpoint", "init_args": {"dirpath": "RUN/checkpoints", "save_last": True}},
+    {"class_path": "Accuracy"},
+    {"class_path": "tests.torture_parts.Record"},
+    {"class_path": "tests.torture_parts.Hold"},
+]
+_SMALL = {"accelerator": "cpu", "precision": "32-true", "log_every_n_steps": 1, "enable_progress_bar": False}
+TAUGHT: dict[str, tuple[str, dict[str, Any]]] = {
+    "teacher": (
+        "chat/emoji",
+        {
+            "model": {"init_args": _CHAT},
+            "data": {"init_args": {"tiny": True, "batch_size": 24}},
+            "trainer": {**_SMALL, "max_steps": 40, "callbacks": _ALWAYS},
+        },
+    ),
+    "rounds": (
+        "distill/questions-rounds",
+        {
+            "model": {
+                "init_args": {
+                    **_CHAT,
+                    "distill": {"init_args": {"teacher": {"init_args": {"path": "../teacher/runs/whole"}}}},
+                }
+            },
+            "data": {"init_args": {"tiny": True, "batch_size": 24, "eval_batch_size": 48}},
+            "trainer": {
+                **_SMALL,
+                "max_epochs": 6,
+                "check_val_every_n_epoch": 1,
+                "callbacks": [
+                    *_ALWAYS[:-2],
+                    {"class_path": "EMA", "init_args": {"decay": 0.9}},
+                    {"class_path": "Rounds", "init_args": {"epochs": 2}},
+                    *_ALWAYS[-2:],
+                ],
+            },
+        },
+    ),
+}
 #: What ``--case all`` and the slow tests run: case, ranks, workers of each.
 EVERY = (
     ("gradcache", 1, 0),
@@ -150,7 +204,8 @@ class Case:
     """One kind of run, in a folder of its own.
 
     Args:
-        root: the folder. name: of :data:`CASES`. ranks, workers: of the run. options: further arguments of ``fit``.
+        root: the folder. name: of :data:`CASES` or :data:`TAUGHT`. ranks, workers: of the run.
+        options: further arguments of ``fit``.
         cold: begin every run by its command. Otherwise each rank is forked from a process that has imported everything
             and begun no thread: a process of its own as well, and four times as fast to begin.
     """
@@ -158,16 +213,18 @@ class Case:
     def __init__(
         self, root: Path, name: str, ranks: int = 1, workers: int = 0, options: Sequence[str] = (), cold: bool = False
     ) -> None:
-        self.root, self.ranks, self.workers, self.options, self.cold = root, ranks, workers, list(options), cold
+        self.root, self.name, self.ranks, self.workers = root, name, ranks, workers
+        self.options, self.cold = list(options), cold
         root.mkdir(parents=True, exist_ok=True)
-        (root / "case.yaml").write_text(f"# The case {name}.\n" + yaml.safe_dump(CASES[name]), encoding="utf-8")
+        experiment, content = TAUGHT[name] if name in TAUGHT else ("contrastive/emoji", CASES[name])
+        self.configs = [experiment, *([] if name in TAUGHT else [str(HERE / "torture.yaml")]), "case.yaml"]
+        (root / "case.yaml").write_text(f"# The case {name}.\n" + yaml.safe_dump(content), encoding="utf-8")
 
     def words(self, name: str, resume: str) -> list[str]:
         """The arguments of ``descant``."""
-        configs = ["contrastive/emoji", str(HERE / "torture.yaml"), "case.yaml"]
         strategy = ["--trainer.strategy", "ddp"] if self.ranks > 1 else []
         return [
-            *("fit", *(word for config in configs for word in ("--config", config))),
+            *("fit", *(word for config in self.configs for word in ("--config", config))),
             *("--trust", "tests.torture_parts", "--test", "false", "--name", name, "--resume", resume),
             *("--trainer.devices", str(self.ranks), *strategy, "--data.num_workers", str(self.workers)),
             *self.options,
@@ -369,7 +426,10 @@ def starts(case: Case, name: str) -> int:
 
 
 def differences(case: Case, name: str, reference: str = "whole") -> list[str]:
-    """What differs between two runs; every record of a run, also those that were made again, has one right content."""
+    """What differs between two runs; every record of a run, also those that were made again, has one right content.
+
+    Where all epochs have the same samples, also what an epoch did not see once.
+    """
     found = []
     ours, other = case.folder(name).resolve(), case.folder(reference).resolve()
     for rank in range(case.ranks):
@@ -384,8 +444,9 @@ def differences(case: Case, name: str, reference: str = "whole") -> list[str]:
         found += [f"rank {rank}: {len(missing)} records are missing, such as {min(missing)}"] if missing else []
     last = max((ours / "resume").glob("step-*.ckpt"), key=lambda file: file.name)
     found += leaves_that_differ(last, other / "resume" / last.name, ours, other)
-    samples = torch.load(last, weights_only=True)["descant"]["order"]["samples"]
-    found += not_once([line for rank in range(case.ranks) for line in records(ours, rank)], samples)
+    if case.name in CASES:
+        samples = torch.load(last, weights_only=True)["descant"]["order"]["samples"]
+        found += not_once([line for rank in range(case.ranks) for line in records(ours, rank)], samples)
     kept = {file.name for file in (ours / "checkpoints").glob("*.ckpt")}
     expected_files = {file.name for file in (other / "checkpoints").glob("*.ckpt")}
     found += [f"checkpoints/: {sorted(kept ^ expected_files)}"] if kept != expected_files else []

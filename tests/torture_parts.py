@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,13 @@ class Record(L.Callback):
             out.write(json.dumps(line) + "\n")
 
 
+def _held_behind_the_first(asking: Callable[[Any], Iterator[Batch]], hold: Callable[[], None], asked: Any) -> Any:
+    for n, batch in enumerate(asking(asked)):
+        if n == 1:
+            hold()
+        yield batch
+
+
 class Hold(L.Callback):
     """Stays inside a phase of a step until another process has done something there and removes the file ``held-PID``.
 
@@ -93,6 +102,9 @@ class Hold(L.Callback):
             next(p for p in pl_module.parameters() if p.requires_grad).register_hook(hold)
         elif self.phase == "optimizer":  # the weights have moved, and nobody has counted it
             trainer.optimizers[0].register_step_post_hook(hold)
+        elif self.phase == "asking":  # of a pool: both have answered some of it, and nothing is renewed
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            data.asking = functools.partial(_held_behind_the_first, data.asking, hold)
         elif self.phase == "saving":  # the file is there, its name is not
             stage = manifest.stage
             setattr(manifest, "stage", lambda name: hold() if name == "synced" else stage(name))  # noqa: B010
