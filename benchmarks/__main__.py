@@ -31,6 +31,7 @@ BENCHMARKS = {
     "generate/decode": "benchmarks.generate:decode",
     "generate/memory": "benchmarks.generate:memory",
     "generate/packing": "benchmarks.generate:packing",
+    "distill/ranking": "benchmarks.distill:ranking",
     "data/decode": "benchmarks.data:decode",
     "data/shards": "benchmarks.data:shards",
     "data/workers": "benchmarks.data:workers",
