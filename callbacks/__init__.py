@@ -33,6 +33,7 @@ from descant.callbacks.reconstruction import Reconstruction as Reconstruction
 from descant.callbacks.reconstruction import ReconstructionPictures as ReconstructionPictures
 from descant.callbacks.report import Report as Report
 from descant.callbacks.resume import Resume as Resume
+from descant.callbacks.rollouts import Rollouts as Rollouts
 from descant.callbacks.rounds import Rounds as Rounds
 from descant.callbacks.sanity import Sanity as Sanity
 from descant.callbacks.speed import LearningSpeed as LearningSpeed

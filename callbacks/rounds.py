@@ -145,7 +145,7 @@ class Rounds(Callback):
             score_B = self.judge(Answers(batch, said_BM, batch.targets["answer"], teacher))
             here_B = batch.present["text"].cpu()
             score_N[batch.index.cpu()[here_B]] = score_B.cpu()[here_B]
-        return _added(score_N, pl_module.device)
+        return added(score_N, pl_module.device)
 
     def answers(self, trainer: L.Trainer, pl_module: L.LightningModule, network: Any, problems: Any) -> Tensor:
         """``[N, M]``: what a network says to some problems."""
@@ -154,7 +154,7 @@ class Rounds(Callback):
         for batch, said_BM in self._said(trainer, pl_module, network, problems):
             here_B = batch.present["text"].cpu()
             found_NM[batch.index.cpu()[here_B]] = said_BM.cpu()[here_B]
-        return _added(found_NM, pl_module.device)
+        return added(found_NM, pl_module.device)
 
     def _said(
         self, trainer: L.Trainer, pl_module: L.LightningModule, network: Any, problems: Any
@@ -179,7 +179,7 @@ def cycled(x_N: Tensor, n: int) -> Tensor:
     return x_N.repeat(-(-n // max(len(x_N), 1)))[:n]
 
 
-def _added(x: Tensor, device: torch.device) -> Tensor:
+def added(x: Tensor, device: torch.device) -> Tensor:
     """Of all ranks, each of which filled another part of zeros."""
     if dist.is_available() and dist.is_initialized():
         x = x.to(device)

@@ -50,6 +50,10 @@ class Problems:
     def where(self, here_N: np.ndarray) -> Problems:
         return Problems(self.kind_N[here_N], self.concept_N[here_N], self.key_N[here_N])
 
+    def and_then(self, more: Problems) -> Problems:
+        pairs = ((self.kind_N, more.kind_N), (self.concept_N, more.concept_N), (self.key_N, more.key_N))
+        return Problems(*(np.concatenate(pair) for pair in pairs))
+
 
 def in_split(key_N: np.ndarray, name: str) -> np.ndarray:
     """Bool: whose share of the hash of keys is this split's.

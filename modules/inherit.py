@@ -73,6 +73,27 @@ class Inherit(Adapt):
             Freeze(self.modalities).apply(recipe)
 
 
+class Begin(Adapt):
+    """Begin with all weights that a run of the same parts left; its optimizer is not looked at.
+
+    Where a stage goes on from the one before it.
+
+    Args:
+        path: a run folder, a checkpoint in one, or the folder of all runs of a name, which means the latest.
+        checkpoint: best (what the run monitored; else its last), last, or a file.
+
+    Raises:
+        ValueError: in ``apply``, if there is no such run, or its weights are of other parts or shapes.
+    """
+
+    def __init__(self, path: Path | str, checkpoint: str = "best") -> None:
+        self.path, self.checkpoint = path, checkpoint
+
+    def apply(self, recipe: nn.Module) -> None:
+        found = saved.find(self.path, self.checkpoint)
+        saved.load_exactly(recipe, saved.read_weights(found), found.weights)
+
+
 def permuted(x: Tensor, name: str) -> Tensor:
     """The rows of a matrix in another order, always the same for the same name; vectors and numbers as they are.
 

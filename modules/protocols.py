@@ -203,6 +203,51 @@ class Replies(Protocol):
 
 
 @runtime_checkable
+class Rolls(Protocol):
+    """Draws answers to learn of: ``roll_out(batch, group, seed_R)`` -> ``group`` to each question, of ``new`` tokens at
+    most.
+
+    ``reference(batch)``: log-probabilities of the answers in the batch under a policy to stay near to, whose each is,
+    and at which place; asked where it ``needs_reference``.
+    """
+
+    new: int
+
+    @property
+    def needs_reference(self) -> bool: ...
+
+    def roll_out(self, batch: Batch, group: int, seed_R: Tensor) -> Any: ...
+
+    def reference(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@runtime_checkable
+class Rolled(Protocol):
+    """Data whose training set is what a model answered: ``group`` answers to each of ``items`` questions.
+
+    ``version``: which rollout it is, -1 before the first. ``fresh(round, again)``: as many questions as it has;
+    ``asking(problems)``: a loader of them, as of :class:`Pooled`; ``rows()``: one of the answers, by their numbers.
+    ``renew(problems, rolled, version)``: these questions, and tensors of the answers by name, or some of them.
+    ``spell(ids)`` writes tokens out.
+    """
+
+    version: int
+    items: int
+    group: int
+    answer_length: int
+
+    def fresh(self, round: int, again: int = 0) -> Any: ...
+
+    def asking(self, problems: Any) -> Iterable[Batch]: ...
+
+    def rows(self) -> Iterable[Batch]: ...
+
+    def renew(self, problems: Any, rolled: Any, version: int) -> None: ...
+
+    def spell(self, ids: list[int]) -> str: ...
+
+
+@runtime_checkable
 class Pooled(Protocol):
     """Data whose training set is a pool of problems with answers, which is renewed.
 

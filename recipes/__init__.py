@@ -12,6 +12,7 @@ from descant.recipes.masked import Masked
 from descant.recipes.matching import Matching
 from descant.recipes.missing import MissingModality
 from descant.recipes.peers import Peers
+from descant.recipes.reinforced import Reinforced
 
 __all__ = [
     "Alternating",
@@ -25,6 +26,7 @@ __all__ = [
     "MissingModality",
     "Peers",
     "Recipe",
+    "Reinforced",
     "TeacherAverage",
     "TeacherRun",
 ]

@@ -14,13 +14,14 @@ Letters: B samples, P pictures shown, I tokens of one, S tokens of a sample, W w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from descant.modules.batch import Batch
-from descant.modules.language import CausalLM, Sampling, generate, log_probabilities
+from descant.modules.language import CausalLM, Generated, Sampling, generate, log_probabilities
 from descant.modules.language.interleave import Interleaved, interleave, shown
 from descant.modules.language.judges import answered_with
 from descant.modules.language.packing import through
@@ -138,19 +139,38 @@ class Chat(Recipe):
         exact_B = (share_B > 1 - 1e-6).to(log_N)
         return {"accuracy": Term(exact_B, valid=valid_B), "loss": Term(loss_B, valid=valid_B)}
 
-    @torch.no_grad()
     def generate(self, batch: Batch, new: int = 8, sampling: Sampling | None = None) -> Tensor:
         """Int64 ``[B, M]``: answers, to their end; by the likeliest tokens where nothing else is asked for."""
+        return self.roll(batch, new, sampling=sampling or Sampling(temperature=0)).token_RN
+
+    @torch.no_grad()
+    def roll(
+        self,
+        batch: Batch,
+        new: int = 8,
+        group: int = 1,
+        sampling: Sampling | None = None,
+        seed_R: Tensor | None = None,
+        stop: Sequence[int] = (EOS,),
+    ) -> Generated:
+        """``group`` answers to each question, one behind the other, drawn by seeds of their own; none where nothing is
+        asked."""
         h_BSW, row = self.sequence(batch)
         begins_BS = row.ids_BS == self.answer_token
         asked_BS = row.real_BS & (begins_BS.cumsum(dim=1) == begins_BS.int())
-        found = torch.zeros(len(h_BSW), new, dtype=torch.long, device=h_BSW.device)
         some_B = asked_BS.any(dim=1)
+        R, some_R = len(h_BSW) * group, some_B.repeat_interleave(group)
+        whole = h_BSW.new_zeros
+        found = Generated(
+            whole(R, new, dtype=torch.long), whole(R, new, dtype=torch.float32), whole(R, dtype=torch.long), ~some_R
+        )
         if some_B.any():
             longest = int(asked_BS.sum(dim=1).max())
             prompt, mask = h_BSW[some_B, :longest], asked_BS[some_B, :longest]
-            sampling = sampling or Sampling(temperature=0)
-            found[some_B] = generate(self.lm, prompt, mask, new, 1, [EOS], sampling, batch.index[some_B]).token_RN
+            seed_R = batch.index.repeat_interleave(group) if seed_R is None else seed_R
+            said = generate(self.lm, prompt, mask, new, group, stop, sampling, seed_R[some_R])
+            for whole_R, said_R in zip(found, said, strict=True):
+                whole_R[some_R] = said_R
         return found
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from descant.modules.batch import Batch
 from descant.modules.heads import FlattenPool, Pools
-from descant.modules.inherit import Inherit, permuted
+from descant.modules.inherit import Begin, Inherit, permuted
 from descant.modules.towers import BagTower, ConvTower, Towers
 from descant.recipes import Contrastive
 
@@ -137,3 +137,16 @@ def test_parts_of_other_shapes_are_named(run: Path) -> None:
     model = recipe(8, width=4, adapt=[Inherit(run, ["text"])])
     with pytest.raises(ValueError, match=r"not the weights of this Projection: .*\[8, 8\] in the file and \[4, 8\]"):
         model.configure_model()
+
+
+def test_a_stage_begins_with_all_weights_of_the_one_before(run: Path) -> None:
+    model = recipe(8, adapt=[Begin(run, "last")])
+    model.configure_model()
+    wanted = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(x, wanted[name]) for name, x in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_weights_of_other_parts_are_refused(run: Path) -> None:
+    with pytest.raises(ValueError, match=r"last\.ckpt"):
+        recipe(8, width=4, adapt=[Begin(run, "last")]).configure_model()

@@ -1,0 +1,231 @@
+"""The model answers questions itself, and learns of how good its answers were (GRPO and its kin).
+
+Letters: N questions, G answers to each, R = N G, M tokens, K rewards.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from descant.callbacks.rounds import added
+from descant.modules.protocols import Rolled, Rolls
+from descant.modules.random import global_seed, mix_N
+from descant.modules.reinforce import Advantage, GroupScaled
+from descant.modules.reinforce.rewards import Answer, Rewards
+from descant.modules.sham import Sham
+from descant.modules.trainer import bank_batches
+
+
+class Rollouts(Callback):
+    """Renews the answers of a :class:`descant.modules.protocols.Rolled` data module at the beginning of epochs.
+
+    G answers are drawn to each question by the model as it is, in eval mode; verifiers reward them; advantages are of
+    all answers of all ranks together. A question whose answers were all as good as each other teaches nothing: with
+    ``resample`` the next questions are asked in its place, whole groups at a time (DAPO's dynamic sampling, Yu 2025,
+    arXiv 2503.14476). Answers are in the data module's state, so a run goes on in the middle of them.
+
+    The loss of such a run says little: on policy its value is zero by construction. Logged at each renewal instead:
+    ``rollouts/reward``, the weighted sum, and ``rollouts/reward/{name}``; ``rollouts/flat``, the share of questions
+    that teach nothing, of all that were asked; ``rollouts/asked``, how many answers were drawn; ``rollouts/length``;
+    ``rollouts/cut``, the share that did not come to an end; ``rollouts/entropy``, -log p of a token.
+
+    Args:
+        rewards: what an answer earns.
+        advantage: how much better than others that is; GroupScaled where not given.
+        passes: epochs that a rollout is trained on; beyond one optimizer step it is off policy.
+        resample: how often at most flat groups are asked anew.
+        flat: whether flat groups that are left ``count`` as tokens of the step, at no advantage, or are left out.
+        cut: the same of answers that were cut off at the length (DAPO's overlong filtering).
+        sham: ``permute`` for the control: answers have each other's rewards.
+
+    Raises:
+        ValueError: for counts below 1, or below 0 to resample; at setup, for data without rollouts, or a recipe that
+            draws no answers, or more tokens of them than the data holds.
+    """
+
+    once = True
+
+    def __init__(
+        self,
+        rewards: Rewards,
+        advantage: Advantage | None = None,
+        passes: int = 1,
+        resample: int = 0,
+        flat: Literal["count", "leave"] = "leave",
+        cut: Literal["count", "leave"] = "count",
+        sham: Literal["permute"] | None = None,
+    ) -> None:
+        super().__init__()
+        if passes < 1 or resample < 0:
+            raise ValueError(f"Rollouts: passes {passes} and resample {resample}: 1 and 0 are the least")
+        self.rewards, self.advantage = rewards, advantage or GroupScaled()
+        self.passes, self.resample, self.flat, self.cut, self.sham = passes, resample, flat, cut, Sham(sham)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, Rolled):
+            raise ValueError(f"Rollouts needs data of answers, such as QuestionRollouts, not {type(data).__name__}")
+        if not isinstance(pl_module, Rolls):
+            raise ValueError(
+                f"Rollouts needs a recipe that draws answers, such as Reinforced, not {type(pl_module).__name__}"
+            )
+        if pl_module.new > data.answer_length:
+            raise ValueError(f"new {pl_module.new}: the data holds answers of {data.answer_length} tokens")
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        now = trainer.current_epoch // self.passes
+        if data.version >= now:
+            return
+        problems, drawn, r_RK, log = self._asked(trainer, pl_module, now)
+        group_R = torch.arange(data.items).repeat_interleave(data.group)
+        judged = self.advantage(r_RK, self.rewards.weight_K, group_R)
+        live_R = ~judged.flat_B if self.flat == "leave" else torch.ones_like(judged.flat_B)
+        live_R = live_R & drawn["ended"] if self.cut == "leave" else live_R
+        if not live_R.any():
+            rank_zero_warn(f"Rollouts: rollout {now}: all answers to each question were as good: nothing is learned")
+        data.renew(problems, {**drawn, "advantage": judged.advantage_B, "live": live_R}, now)
+        assert isinstance(pl_module, Rolls)
+        if pl_module.needs_reference:
+            data.renew(problems, {"reference": self._reference(trainer, pl_module)}, now)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in log.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics(log, step=trainer.global_step)
+
+    # asking -----------------------------------------------------------------------------------------------------------
+
+    def _asked(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, now: int
+    ) -> tuple[Any, dict[str, Tensor], Tensor, dict[str, float]]:
+        """N problems, what was drawn to them, and earned ``[R, K]``; and what to log of all that was asked."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        N, G = data.items, data.group
+        taken: list[tuple[Any, dict[str, Tensor], Tensor]] = []
+        left, spare, every = N, None, list[tuple[dict[str, Tensor], Tensor]]()
+        for again in range(self.resample + 1):
+            problems = data.fresh(now, again)
+            drawn, r_RK = self._drawn(trainer, pl_module, problems, now, again)
+            every.append((drawn, r_RK))
+            group_R = torch.arange(N).repeat_interleave(G)
+            flat_N = self.advantage(r_RK, self.rewards.weight_K, group_R).flat_B.view(N, G)[:, 0]
+            good_n = (~flat_N).nonzero()[:left, 0] if self.resample else torch.arange(N)
+            taken.append(_some(problems, drawn, r_RK, good_n, G))
+            left -= len(good_n)
+            if left == 0:
+                break
+            spare = _some(problems, drawn, r_RK, flat_N.nonzero()[:left, 0], G)
+        if left:
+            assert spare is not None
+            taken.append(spare)  # there are always as many: those of the last try that were not good
+        problems = _joined([p for p, _, _ in taken])
+        drawn = {name: torch.cat([d[name] for _, d, _ in taken]) for name in taken[0][1]}
+        r_RK = torch.cat([r for _, _, r in taken])
+        return problems, drawn, r_RK, self._told(every, N, G)
+
+    def _drawn(
+        self, trainer: L.Trainer, pl_module: Any, problems: Any, now: int, again: int
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """What the model draws to N problems, of all ranks: ``said`` and ``old`` ``[R, M]``, ``length``, ``ended``; and
+        rewards ``[R, K]``."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        R, M, G = data.items * data.group, data.answer_length, data.group
+        drawn = {
+            "said": torch.zeros(R, M, dtype=torch.long),
+            "old": torch.zeros(R, M),
+            "length": torch.zeros(R, dtype=torch.long),
+            "ended": torch.zeros(R, dtype=torch.long),
+        }
+        r_RK = torch.zeros(R, len(self.rewards.names), dtype=torch.float64)
+        turn_R = torch.from_numpy(mix_N(np.repeat(problems.key_N, G), "roll", global_seed(), now, again))
+        turn_R = torch.from_numpy(mix_N(turn_R.numpy(), "answer", np.arange(R, dtype=np.uint64) % G))
+        training = pl_module.training
+        pl_module.eval()
+        try:
+            for batch in bank_batches(trainer, data.asking(problems)):
+                here_B = batch.present["text"].cpu()
+                row_R = (batch.index.cpu()[:, None] * G + torch.arange(G)).flatten()
+                with torch.no_grad(), trainer.precision_plugin.val_step_context():
+                    said = pl_module.roll_out(batch, G, turn_R[row_R].to(pl_module.device))
+                here_R = here_B.repeat_interleave(G)
+                row_R = row_R[here_R]
+                m = said.token_RN.shape[1]
+                drawn["said"][row_R, :m], drawn["old"][row_R, :m] = (
+                    said.token_RN.cpu()[here_R],
+                    said.log_RN.cpu()[here_R],
+                )
+                drawn["length"][row_R], drawn["ended"][row_R] = (
+                    said.length_R.cpu()[here_R],
+                    said.ended_R.cpu()[here_R].long(),
+                )
+                right = [data.spell(ids) for ids in batch.targets["answer"].tolist()]
+                right = [text for text, here in zip(right, here_B.tolist(), strict=True) if here for _ in range(G)]
+                r_RK[row_R] = self.rewards(
+                    [
+                        Answer(data.spell(said_M[: n - ended]), text, n, bool(ended))
+                        for said_M, n, ended, text in zip(
+                            drawn["said"][row_R].tolist(),
+                            drawn["length"][row_R].tolist(),
+                            drawn["ended"][row_R].tolist(),
+                            right,
+                            strict=True,
+                        )
+                    ]
+                )
+        finally:
+            pl_module.train(training)
+        drawn = {name: added(x, pl_module.device) for name, x in drawn.items()}
+        drawn["ended"] = drawn["ended"].bool()
+        return drawn, self.sham(added(r_RK, pl_module.device), turn_R)
+
+    def _reference(self, trainer: L.Trainer, pl_module: Any) -> Tensor:
+        """``[R, M]``: log-probabilities of what was said, under the policy to stay near to."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        found = torch.zeros(data.items * data.group, data.answer_length)
+        for batch in bank_batches(trainer, data.rows()):
+            with torch.no_grad(), trainer.precision_plugin.val_step_context():
+                log_N, sample_N, place_N = pl_module.reference(batch)
+            here_N = batch.present["text"].cpu()[sample_N.cpu()]
+            at_N = batch.index.cpu()[sample_N.cpu()][here_N], place_N.cpu()[here_N]
+            found[at_N] = log_N.float().cpu()[here_N]
+        return added(found, pl_module.device)
+
+    def _told(self, every: list[tuple[dict[str, Tensor], Tensor]], N: int, G: int) -> dict[str, float]:
+        r_RK = torch.cat([r for _, r in every])
+        length_R, ended_R, old_RM = (torch.cat([drawn[x] for drawn, _ in every]) for x in ("length", "ended", "old"))
+        group_R = torch.arange(len(r_RK)) // G
+        judged = self.advantage(r_RK, self.rewards.weight_K, group_R)
+        log = {
+            f"rollouts/reward/{name}": r
+            for name, r in zip(self.rewards.names, r_RK.nanmean(dim=0).tolist(), strict=True)
+        }
+        return {
+            "rollouts/reward": float(judged.reward_B.nanmean()),
+            **log,
+            "rollouts/flat": float(judged.flat_B.double().mean()),
+            "rollouts/asked": float(len(r_RK)),
+            "rollouts/length": float(length_R.double().mean()),
+            "rollouts/cut": 1 - float(ended_R.double().mean()),
+            "rollouts/entropy": float(-old_RM.double().sum() / length_R.sum().clamp(min=1)),
+        }
+
+
+def _some(
+    problems: Any, drawn: dict[str, Tensor], r_RK: Tensor, at_n: Tensor, G: int
+) -> tuple[Any, dict[str, Tensor], Tensor]:
+    """The questions with these numbers, and all answers to them."""
+    row_r = (at_n[:, None] * G + torch.arange(G)).flatten()
+    return problems.where(at_n.numpy()), {name: x[row_r] for name, x in drawn.items()}, r_RK[row_r]
+
+
+def _joined(parts: list[Any]) -> Any:
+    first, *others = parts
+    for other in others:
+        first = first.and_then(other)
+    return first

@@ -1,0 +1,287 @@
+"""A model learns of its own answers. Letters: N questions, G answers to each, R = N G, M tokens."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+
+from descant.callbacks import Resume
+from descant.callbacks.rollouts import Rollouts
+from descant.datamodules.pool import QuestionPool, QuestionRollouts
+from descant.datamodules.questions import Questions
+from descant.modules.distill import Distill
+from descant.modules.language import CausalLM, Sampling
+from descant.modules.language.projectors import PooledGrid
+from descant.modules.reinforce import KL, Clipped, LocalTokenMean, PolicyLoss, SequenceMean, TokenMean
+from descant.modules.reinforce.rewards import Answer, Rewards, Verifier
+from descant.modules.text import EOS, PAD
+from descant.modules.towers import ConvTower, Towers
+from descant.recipes import Chat, Reinforced
+from tests.callbacks.test_resume import Act, equal, fit, point, state
+from tests.callbacks.test_rounds import Given
+from tests.ranks import run_ranks
+from tests.step_toy import QUIET
+
+N, G, NEW = 6, 4, 3
+KINDS = ["colour", "count"]
+
+
+class Short(Verifier):
+    """The fewer tokens the better, and ends best of all."""
+
+    def __call__(self, answer: Answer) -> float | None:
+        return -float(answer.tokens) + float(answer.ended)
+
+
+class Never(Verifier):
+    def __call__(self, answer: Answer) -> float | None:
+        return 0.0
+
+
+def reinforced(seed: int = 0, lr: float = 1e-2, sgd: bool = False, **options: Any) -> Reinforced:
+    torch.manual_seed(seed)
+    made = Reinforced(
+        towers=Towers(image=ConvTower([8, 8], stem=4)),
+        lm=CausalLM(8194, 16, 1, 2, length=96),
+        image_token=8192,
+        answer_token=8193,
+        projector=PooledGrid(1),
+        optimizer=lambda groups: torch.optim.SGD(groups, lr=lr) if sgd else torch.optim.AdamW(groups, lr=lr),
+        **(dict[str, Any](new=NEW, sampling=Sampling(temperature=1.5)) | options),
+    )
+    made.load_state_dict(_spoken())
+    return made
+
+
+@functools.cache
+def _spoken() -> dict[str, Tensor]:
+    """What 80 steps of answering colours and counts leave: answers of one or two tokens, and now and then of more."""
+    torch.manual_seed(0)
+    net = Chat(
+        Towers(image=ConvTower([8, 8], stem=4)),
+        CausalLM(8194, 16, 1, 2, length=96),
+        8192,
+        8193,
+        PooledGrid(1),
+        optimizer=lambda groups: torch.optim.AdamW(groups, lr=2e-2),
+    )
+    held = Questions(tiny=True, batch_size=32, size=24, length=64, kinds=KINDS)
+    L.Trainer(max_steps=80, **QUIET).fit(net, datamodule=held)
+    return net.state_dict()
+
+
+def data(batch_size: int = N * G, **options: Any) -> QuestionRollouts:
+    return QuestionRollouts(
+        items=N, group=G, tiny=True, batch_size=batch_size, size=24, length=64, kinds=KINDS, **options
+    )
+
+
+def short(**options: Any) -> Rollouts:
+    return Rollouts(Rewards({"short": Short()}), **options)
+
+
+class Seen(L.Callback):
+    """What the answers of every epoch were."""
+
+    def __init__(self) -> None:
+        self.rolled: list[dict[str, Any]] = []
+        self.keys: list[list[int]] = []
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        held: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self.rolled.append({name: torch.from_numpy(x.copy()) for name, x in held.rolled.items()})
+        self.keys.append(held.pool.key_N.tolist())
+
+
+def run(folder: Path, rollouts: Rollouts, epochs: int = 2, net: Any = None, **options: Any) -> tuple[Seen, L.Trainer]:
+    seen = Seen()
+    held = options.pop("data", None) or data()
+    trainer, _ = fit(folder, rollouts, seen, net=net or reinforced(), data=held, max_epochs=epochs, **options)
+    return seen, trainer
+
+
+# what is learned of --------------------------------------------------------------------------------------------------
+
+
+def test_what_is_trained_on_is_what_was_drawn(tmp_path: Path) -> None:
+    """Token for token; with the log-probabilities of generation, which are those of the packed rows."""
+    net, held = reinforced(lr=0.0), data()
+    seen, trainer = run(tmp_path, short(), 1, net, data=held)
+    rolled = seen.rolled[0]
+    assert rolled["length"].min() >= 0 and rolled["ended"].any() and not rolled["ended"].all()
+    for raw in held.rows():
+        batch = held.on_after_batch_transfer(raw, 0)
+        log_N, sample_N, place_N = net.log_of(net, batch)
+        row_N = batch.index[sample_N]
+        said_N = batch.inputs["text"][batch.inputs["text_said"]]
+        assert torch.equal(said_N, rolled["said"][row_N, place_N]), "an end where there was one, and no other"
+        assert torch.equal(torch.bincount(row_N, minlength=N * G), rolled["length"])
+        torch.testing.assert_close(log_N, rolled["old"][row_N, place_N], atol=2e-5, rtol=0)
+    assert float(trainer.callback_metrics["policy/moved"]) < 1e-8, "on policy in training, batch norms or not"
+
+
+def test_no_mark_is_ever_part_of_an_answer(tmp_path: Path) -> None:
+    net = reinforced()
+    with torch.no_grad():
+        for token in (PAD, 8192, 8193):
+            net.lm.head.weight[token] = net.lm.head.weight[EOS]
+    rolled = run(tmp_path, short(), 1, net)[0].rolled[0]
+    inside_RM = torch.arange(rolled["said"].shape[1]) < rolled["length"][:, None]
+    assert not torch.isin(rolled["said"][inside_RM], torch.tensor([PAD, 8192, 8193])).any()
+    assert (rolled["said"][~inside_RM] == PAD).all() and (rolled["old"][~inside_RM] == 0).all()
+    ends_R = rolled["said"].gather(1, (rolled["length"] - 1).clamp(min=0)[:, None])[:, 0] == EOS
+    assert torch.equal(ends_R & (rolled["length"] > 0), rolled["ended"])
+    assert (~rolled["ended"] & (rolled["length"] < NEW)).any(), "some were ended by a mark"
+
+
+def test_rewards_advantages_and_what_is_told(tmp_path: Path) -> None:
+    seen, trainer = run(tmp_path, short(), 1, reinforced(lr=0.0))
+    rolled = seen.rolled[0]
+    reward_NG = (-rolled["length"].double() + rolled["ended"]).view(N, G)
+    wanted_NG = (reward_NG - reward_NG.mean(1, True)) / (reward_NG.std(1, keepdim=True) + 1e-4)
+    torch.testing.assert_close(rolled["advantage"].view(N, G), wanted_NG)
+    flat_N = reward_NG.amax(1) == reward_NG.amin(1)
+    assert torch.equal(rolled["live"].view(N, G), ~flat_N[:, None].expand(N, G))
+    told = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("rollouts/")}
+    assert told["rollouts/reward"] == pytest.approx(float(reward_NG.mean()))
+    assert told["rollouts/flat"] == pytest.approx(float(flat_N.double().mean()))
+    assert told["rollouts/cut"] == pytest.approx(1 - float(rolled["ended"].double().mean()))
+    assert told["rollouts/asked"] == N * G and told["rollouts/entropy"] > 0
+
+
+class Odd(Verifier):
+    """Some prompts' answers are all as good: those whose right answer has an even number of letters."""
+
+    def __call__(self, answer: Answer) -> float | None:
+        return float(answer.tokens) if len(answer.right) % 2 else 1.0
+
+
+def test_flat_groups_are_asked_anew_and_no_group_is_torn(tmp_path: Path) -> None:
+    rewards = Rewards({"odd": Odd()})
+    plain, told = run(tmp_path / "a", Rollouts(rewards), 1, reinforced(lr=0.0))
+    assert not plain.rolled[0]["live"].all(), "some are flat"
+    again, more = run(tmp_path / "b", Rollouts(rewards, resample=12), 1, reinforced(lr=0.0))
+    assert again.rolled[0]["live"].all() and len(set(again.keys[0])) == N
+    assert float(more.callback_metrics["rollouts/asked"]) > N * G == float(told.callback_metrics["rollouts/asked"])
+    kept = [
+        key for key, live in zip(plain.keys[0], plain.rolled[0]["live"].view(N, G)[:, 0].tolist(), strict=True) if live
+    ]
+    assert again.keys[0][: len(kept)] == kept, "those that taught something stay"
+
+
+def test_nothing_to_learn_is_said_and_changes_nothing(tmp_path: Path) -> None:
+    net, before = reinforced(sgd=True), reinforced(sgd=True)
+    with pytest.warns(UserWarning, match="rollout 0: all answers to each question were as good"):
+        run(tmp_path, Rollouts(Rewards({"never": Never()}), resample=1), 1, net)
+    assert equal(state(net), state(before))
+
+
+def test_answers_that_were_cut_off_may_be_left_out(tmp_path: Path) -> None:
+    rolled = run(tmp_path, short(cut="leave"), 1, reinforced(lr=0.0))[0].rolled[0]
+    assert not rolled["live"][~rolled["ended"]].any() and rolled["live"].any()
+
+
+# that it learns ------------------------------------------------------------------------------------------------------
+
+
+def test_answers_grow_short_where_that_is_rewarded_and_not_in_the_sham(tmp_path: Path) -> None:
+    lengths = {}
+    for mode in (None, "permute"):
+        seen, _ = run(tmp_path / str(mode), short(sham=mode), 30, reinforced(lr=3e-3))
+        lengths[mode] = [float(x["length"].double().mean()) for x in seen.rolled]
+    assert lengths[None][-1] < 1.5 < 2 < lengths[None][0], lengths[None]
+    assert lengths["permute"][-1] > lengths[None][-1] + 0.5, lengths["permute"]
+
+
+def test_with_a_divergence_it_stays_near(tmp_path: Path) -> None:
+    first = reinforced()
+    last = {}
+    for beta in (None, 3.0):
+        loss = PolicyLoss(kl=None if beta is None else KL(beta))
+        net = reinforced(lr=3e-3, loss=loss, distill=None if beta is None else Distill(Given(first)))
+        seen, _ = run(tmp_path / str(beta), short(), 15, net)
+        last[beta] = float(seen.rolled[-1]["length"].double().mean())
+        assert bool((seen.rolled[0]["reference"] != 0).any()) == (beta is not None)
+        if beta is not None:
+            torch.testing.assert_close(seen.rolled[0]["reference"], seen.rolled[0]["old"], atol=2e-5, rtol=0)
+    assert last[3.0] > last[None] + 0.3, last
+
+
+# exactness -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "same"), [(TokenMean(), True), (SequenceMean(), True), (LocalTokenMean(), False)]
+)
+def test_a_step_in_four_micro_batches_is_the_step(tmp_path: Path, aggregation: Any, same: bool) -> None:
+    """Answers have unequal lengths, so the mean of means is another gradient."""
+    ends = []
+    for parts in (1, 4):
+        net = reinforced(lr=0.1, sgd=True, loss=PolicyLoss(aggregation=aggregation))
+        run(tmp_path / str(parts), short(), 1, net, accumulate_grad_batches=parts)
+        ends.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    moved = (ends[0] - torch.cat([p.detach().flatten() for p in reinforced().parameters()])).abs().max()
+    assert moved > 1e-3
+    assert (float((ends[0] - ends[1]).abs().max() / moved) < 1e-4) == same
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5])
+def test_killed_in_a_rollout_or_between_two_it_ends_in_the_same_bits(tmp_path: Path, step: int) -> None:
+    """Two steps a pass, two passes a rollout: the second rollout begins after four steps."""
+    whole, rest = Act(), Act()
+
+    def parts() -> tuple[Reinforced, QuestionRollouts]:
+        return reinforced(1, loss=PolicyLoss(Clipped(0.2, 0.28))), data(N * G // 2)
+
+    (one, held), (two, again) = parts(), parts()
+    fit(tmp_path / "a", Resume(every=1, keep=99), short(passes=2), whole, net=one, data=held, max_epochs=4)
+    path = point(tmp_path / "a", step)
+    fit(tmp_path / "b", Resume(every=1), short(passes=2), rest, net=two, data=again, path=path, max_epochs=4)
+    assert equal(state(one), state(two)) and rest.losses == whole.losses[step:]
+    (was, held_now) = (held.state_dict(), again.state_dict())
+    assert was.pop("version") == held_now.pop("version") == 1 and equal(was, held_now)
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_two_ranks_draw_the_same_answers_and_take_the_same_step() -> None:
+    said, moved = _stepped(0, 1)
+    for its_said, its_moved in run_ranks(2, _stepped, 2):
+        assert torch.equal(said, its_said)
+        torch.testing.assert_close(moved, its_moved, rtol=1e-4, atol=1e-6)
+
+
+def _stepped(rank: int, world: int) -> tuple[Tensor, Tensor]:
+    held, net = data(), reinforced(lr=0.1, sgd=True)
+    strategy = "ddp" if world > 1 else "auto"
+    trainer = L.Trainer(max_epochs=1, devices=world, strategy=strategy, callbacks=[short()], **QUIET)
+    trainer.fit(net, datamodule=held)
+    return torch.from_numpy(held.said_RM), torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+# what cannot be ------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be(tmp_path: Path) -> None:
+    for make, says in (
+        (lambda: short(passes=0), "passes 0"),
+        (lambda: reinforced(sampling=Sampling(temperature=0)), "temperature 0"),
+        (lambda: reinforced(new=0), "new 0"),
+        (lambda: reinforced(loss=PolicyLoss(kl=KL(0.1))), "loss.kl: to whom"),
+        (lambda: QuestionRollouts(group=1, tiny=True), "group 1"),
+        (lambda: data(batch_size=7), "batch_size 7: 6 questions x 4 answers make no whole steps"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            make()
+    with pytest.raises(ValueError, match="new 17: the data holds answers of 16 tokens"):
+        run(tmp_path, short(), 1, reinforced(new=17))
+    with pytest.raises(ValueError, match="Rollouts needs data of answers, such as QuestionRollouts, not QuestionPool"):
+        run(tmp_path, short(), 1, data=QuestionPool(tiny=True, batch_size=8, items=16, size=24, length=64))
+    with pytest.raises(ValueError, match="nothing is answered yet"):
+        fit(tmp_path, net=reinforced(), data=data(), max_epochs=1)
