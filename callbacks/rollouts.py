@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from descant.callbacks.rounds import added
+from descant.modules.language import Generated
 from descant.modules.protocols import Rolled, Rolls
 from descant.modules.random import global_seed, mix_N
 from descant.modules.reinforce import Advantage, GroupScaled
@@ -154,35 +155,25 @@ class Rollouts(Callback):
                 with torch.no_grad(), trainer.precision_plugin.val_step_context():
                     said = pl_module.roll_out(batch, G, turn_R[row_R].to(pl_module.device))
                 here_R = here_B.repeat_interleave(G)
-                row_R = row_R[here_R]
+                row_R, said = row_R[here_R], Generated(*(x.cpu()[here_R] for x in said))
                 m = said.token_RN.shape[1]
-                drawn["said"][row_R, :m], drawn["old"][row_R, :m] = (
-                    said.token_RN.cpu()[here_R],
-                    said.log_RN.cpu()[here_R],
-                )
-                drawn["length"][row_R], drawn["ended"][row_R] = (
-                    said.length_R.cpu()[here_R],
-                    said.ended_R.cpu()[here_R].long(),
-                )
-                right = [data.spell(ids) for ids in batch.targets["answer"].tolist()]
-                right = [text for text, here in zip(right, here_B.tolist(), strict=True) if here for _ in range(G)]
-                r_RK[row_R] = self.rewards(
-                    [
-                        Answer(data.spell(said_M[: n - ended]), text, n, bool(ended))
-                        for said_M, n, ended, text in zip(
-                            drawn["said"][row_R].tolist(),
-                            drawn["length"][row_R].tolist(),
-                            drawn["ended"][row_R].tolist(),
-                            right,
-                            strict=True,
-                        )
-                    ]
-                )
+                drawn["said"][row_R, :m], drawn["old"][row_R, :m] = said.token_RN, said.log_RN
+                drawn["length"][row_R], drawn["ended"][row_R] = said.length_R, said.ended_R.long()
+                r_RK[row_R] = self._earned(data, said, batch.targets["answer"][here_B].repeat_interleave(G, dim=0))
         finally:
             pl_module.train(training)
         drawn = {name: added(x, pl_module.device) for name, x in drawn.items()}
         drawn["ended"] = drawn["ended"].bool()
-        return drawn, self.sham(added(r_RK, pl_module.device), turn_R)
+        return drawn, self.sham.everywhere(added(r_RK, pl_module.device), turn_R)
+
+    def _earned(self, data: Any, said: Generated, right_RA: Tensor) -> Tensor:
+        """``[R, K]`` of these answers, spelled out."""
+        length_R, ended_R = said.length_R.tolist(), said.ended_R.tolist()
+        words = [
+            data.spell(said_N[: n - e]) for said_N, n, e in zip(said.token_RN.tolist(), length_R, ended_R, strict=True)
+        ]
+        right = [data.spell(right_A) for right_A in right_RA.tolist()]
+        return self.rewards([Answer(*of) for of in zip(words, right, length_R, ended_R, strict=True)])
 
     def _reference(self, trainer: L.Trainer, pl_module: Any) -> Tensor:
         """``[R, M]``: log-probabilities of what was said, under the policy to stay near to."""

@@ -95,7 +95,7 @@ class Rounds(Callback):
             t_N = self.scores(trainer, pl_module, teacher, cast(nn.Module, teacher))
             s_N = self.scores(trainer, pl_module, pl_module, cast(nn.Module, teacher))
             key_N = torch.from_numpy(np.asarray(problems.key_N))
-            gap_N = self.sham(t_N - s_N, key_N)
+            gap_N = self.sham.everywhere(t_N - s_N, key_N)
             shares = {"difficult": (gap_N > self.tau).float(), "teacher": t_N, "student": s_N}
             for name, x_N in shares.items():
                 log |= {f"rounds/{name}": float(x_N.mean()), f"rounds/{name}/{now}": float(x_N.mean())}

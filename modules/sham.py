@@ -66,6 +66,16 @@ class Sham(nn.Module):
         self.calls += 1
         return x_K if self.mode is None else x_K.roll(1, dims=0)
 
+    def everywhere(self, x_N: Tensor, draw_N: Tensor) -> Tensor:
+        """Of rows that every rank has all of: each takes what the next one has, and ranks go on agreeing.
+
+        >>> Sham("permute").everywhere(torch.tensor([1.0, 2.0, 3.0]), torch.arange(3)).tolist()
+        [3.0, 1.0, 2.0]
+        """
+        self.calls += 1
+        everyone = torch.ones_like(draw_N, dtype=torch.bool)
+        return x_N if self.mode is None else x_N[partners(draw_N, everyone, "sham").to(x_N.device)]
+
     def torn(self, batch: Batch, modalities: Sequence[str]) -> Batch:
         """The batch with these modalities of every sample, together, as they are or as the mode hands them on."""
         inputs, present = (

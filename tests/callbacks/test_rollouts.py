@@ -250,17 +250,18 @@ def test_killed_in_a_rollout_or_between_two_it_ends_in_the_same_bits(tmp_path: P
 
 @pytest.mark.ddp
 @pytest.mark.slow
-def test_two_ranks_draw_the_same_answers_and_take_the_same_step() -> None:
-    said, moved = _stepped(0, 1)
-    for its_said, its_moved in run_ranks(2, _stepped, 2):
+@pytest.mark.parametrize("sham", [None, "permute"])
+def test_two_ranks_draw_the_same_answers_and_take_the_same_step(sham: Any) -> None:
+    said, moved = _stepped(0, 1, sham)
+    for its_said, its_moved in run_ranks(2, _stepped, 2, sham):
         assert torch.equal(said, its_said)
         torch.testing.assert_close(moved, its_moved, rtol=1e-4, atol=1e-6)
 
 
-def _stepped(rank: int, world: int) -> tuple[Tensor, Tensor]:
+def _stepped(rank: int, world: int, sham: Any) -> tuple[Tensor, Tensor]:
     held, net = data(), reinforced(lr=0.1, sgd=True)
     strategy = "ddp" if world > 1 else "auto"
-    trainer = L.Trainer(max_epochs=1, devices=world, strategy=strategy, callbacks=[short()], **QUIET)
+    trainer = L.Trainer(max_epochs=1, devices=world, strategy=strategy, callbacks=[short(sham=sham)], **QUIET)
     trainer.fit(net, datamodule=held)
     return torch.from_numpy(held.said_RM), torch.cat([p.detach().flatten() for p in net.parameters()])
 

@@ -154,19 +154,19 @@ def test_killed_between_rounds_or_in_one_it_ends_in_the_same_bits(tmp_path: Path
 
 @pytest.mark.ddp
 @pytest.mark.slow
-def test_ranks_come_to_the_same_pool_as_one() -> None:
-    one = _pool(0, 1)
-    for found in run_ranks(2, _pool, 2):
+@pytest.mark.parametrize("sham", [None, "permute"])
+def test_ranks_come_to_the_same_pool_as_one(sham: Any) -> None:
+    one = _pool(0, 1, sham)
+    for found in run_ranks(2, _pool, 2, sham):
         assert all(torch.equal(a, b) for a, b in zip(found, one, strict=True))
 
 
-def _pool(rank: int, world: int) -> tuple[Tensor, Tensor]:
+def _pool(rank: int, world: int, sham: Any) -> tuple[Tensor, Tensor]:
     held, net = data(), chat()
     net._optimizer = lambda groups: torch.optim.SGD(groups, lr=0.0)  # the same student, to the bit
     strategy = "ddp" if world > 1 else "auto"
-    L.Trainer(max_epochs=2, devices=world, strategy=strategy, callbacks=[Rounds(epochs=1)], **QUIET).fit(
-        net, datamodule=held
-    )
+    rounds = Rounds(epochs=1, sham=sham)
+    L.Trainer(max_epochs=2, devices=world, strategy=strategy, callbacks=[rounds], **QUIET).fit(net, datamodule=held)
     return torch.from_numpy(held.pool.key_N), torch.from_numpy(held.said_NM)
 
 
