@@ -20,7 +20,7 @@ import pytest
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 RUNNABLE = sorted(p for p in EXPERIMENTS.glob("*/*.yaml") if p.parent.name not in {"data", "with", "on", "claims"})
 OVERLAYS = sorted(EXPERIMENTS.glob("with/*.yaml"))
-SLOW = {"compile", "rank-alike", "rank-random"}
+SLOW = {"with/compile", "with/rank-alike", "with/rank-random", "fusion/certified", "reinforce/emoji"}
 
 
 def name(path: Path) -> str:
@@ -42,7 +42,7 @@ def case(path: Path) -> Any:
     files = [path] if path in RUNNABLE else [path, EXPERIMENTS / f"{base_of(path)}.yaml"]
     needs = [line for line in (said(file, "Needs") for file in files) if line is not None]
     absent = [line for line in needs if find_spec(line.split()[-1].replace("-", "_")) is None]
-    marks = [pytest.mark.slow] if needs or path.stem in SLOW else []
+    marks = [pytest.mark.slow] if needs or name(path) in SLOW else []
     return pytest.param(path, marks=[*marks, pytest.mark.skipif(bool(absent), reason="; ".join(absent))], id=name(path))
 
 
