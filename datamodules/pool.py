@@ -53,7 +53,7 @@ class PooledQuestions(Questions):
     """Questions of which training sees ``items`` at a time.
 
     Args:
-        items: N; of a tiny pack a twelfth, if that is a step.
+        items: N.
         kwargs: as of Questions.
 
     Raises:
@@ -124,7 +124,7 @@ class PooledQuestions(Questions):
         self._pool = Problems(*(state_dict[name].numpy() for name in ("kind", "concept", "key")))
 
 
-class RolloutSet(QuestionSet):
+class RolloutSet(AskedSet):
     """What the model itself has answered, G answers to each question, and what they earned.
 
     Pictures are those that it saw when it answered. Targets besides: ``advantage``, ``live``, log-probabilities of the
@@ -158,11 +158,7 @@ class RolloutSet(QuestionSet):
             said_BT[b, int(said_BT[b].nonzero().max())] = False
         for name in ("advantage", "live", "old", "reference"):
             rows.targets[name] = torch.from_numpy(held.rolled[name][index_B])
-        rows.key = torch.from_numpy(self.problems.key_N[index_B // held.group])
         return rows
-
-    def identity(self, index_B: np.ndarray) -> np.ndarray:
-        return index_B
 
     def replies(self, index_B: np.ndarray, right: Sequence[str]) -> list[list[int]]:
         """Of answers the tokens before the end."""

@@ -59,8 +59,9 @@ class Reinforced(Chat):
 
     def train(self, mode: bool = True) -> Reinforced:
         super().train(mode)
-        for part in (self.towers, self.projector, self.lm):  # what learns is what has answered: no dropout, and batch
-            part.eval()  # norms by their running statistics; else nothing would be on policy
+        # what learns is what has answered: without dropout, and batch norms by their running statistics
+        for part in (self.towers, self.projector, self.lm):
+            part.eval()
         return self
 
     # beside the steps ---------------------------------------------------------------------------------------------
@@ -83,9 +84,8 @@ class Reinforced(Chat):
     def log_of(self, network: Chat, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         before_NW, token_N, sample_N = network.answered(batch)
         log_N = log_probabilities(before_NW, network.lm.head.weight, token_N, self.sampling.temperature)
-        first_B = (
-            torch.bincount(sample_N, minlength=len(batch)).cumsum(dim=0).roll(1).index_fill(0, sample_N.new_zeros(1), 0)
-        )
+        count_B = torch.bincount(sample_N, minlength=len(batch))
+        first_B = count_B.cumsum(dim=0) - count_B
         return log_N, sample_N, torch.arange(len(sample_N), device=sample_N.device) - first_B[sample_N]
 
     # training -----------------------------------------------------------------------------------------------------
