@@ -159,9 +159,7 @@ def svg(claim: Claim, runs: Runs) -> str:
         if len(arms) > MOST_COLUMNS:  # names would run into each other
             place = f'transform="translate({x(n) + 8:.1f} {bottom + 14}) rotate(-35)" text-anchor="end" font-size="10"'
         parts.append(f'<text {place} fill="#222">{escape(arm)}</text>')
-    parts.append(
-        f'<text x="{right}" y="290" text-anchor="end" fill="#555">a point a seed; the bar is their mean</text>'
-    )
+    parts.append(f'<text x="{right}" y="18" text-anchor="end" fill="#555">a point a seed; the bar is their mean</text>')
     return "\n".join([*parts, "</svg>\n"])
 
 
