@@ -288,14 +288,15 @@ class Resume(L.Callback):
         loop, accumulate = trainer.fit_loop.epoch_loop, trainer.accumulate_grad_batches
         epoch: int = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
         batches = loop.batch_progress.current.completed
+        whole = self._ending and batches >= trainer.num_training_batches
         if self._ending:  # Lightning counts an epoch that max_steps ends as a whole one
-            whole = batches >= trainer.num_training_batches
             epoch, batches = (epoch, 0) if whole else (epoch - 1, batches)
         checkpoint[ENTRY] = {
             "format": FORMAT,
             "safe": self._saving,
             "recipe": f"{type(pl_module).__module__}.{type(pl_module).__qualname__}",
             "epoch": epoch,
+            "begun": not whole,  # whether callbacks have been told of the epoch
             "batch": batches // accumulate,
             "batches": loop.batch_progress.total.completed // accumulate,
             "log_step": loop._batches_that_stepped,
@@ -311,7 +312,9 @@ class Resume(L.Callback):
             },
         }
         if self._saving:
-            checkpoint["loops"]["fit_loop"] |= _progress(epoch, batches, loop.batch_progress.total.completed)
+            checkpoint["loops"]["fit_loop"] |= _progress(
+                epoch, batches, loop.batch_progress.total.completed, begun=not whole
+            )
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
@@ -331,11 +334,13 @@ class Resume(L.Callback):
             )
         accumulate, world = trainer.accumulate_grad_batches, trainer.world_size
         checkpoint["loops"]["fit_loop"] |= _progress(
-            entry["epoch"], entry["batch"] * accumulate, entry["batches"] * accumulate
+            entry["epoch"], entry["batch"] * accumulate, entry["batches"] * accumulate, entry.get("begun", True)
         )
         data: Any = getattr(trainer, "datamodule", None)
         if hasattr(data, "position"):
             data.position = (entry["epoch"], entry["batch"] * accumulate)
+            # a loader that a schedule has counted before anything was read (FSDP) stands at the beginning
+            trainer.fit_loop._combined_loader = None
         elif entry["batch"]:
             say(f"warning: {type(data).__name__} cannot begin within an epoch: some samples repeat, others miss")
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -378,9 +383,11 @@ def seed_all(purpose: str, *parts: int) -> None:
     np.random.seed(seed & 0xFFFFFFFF)
 
 
-def _progress(epoch: int, batches: int, total: int) -> dict[str, Any]:
-    """The state of Lightning's fit loop that means: ``epoch`` epochs done, and ``batches`` batches of the next."""
-    epochs = {"ready": epoch + 1, "started": epoch + 1, "processed": epoch, "completed": epoch}
+def _progress(epoch: int, batches: int, total: int, begun: bool) -> dict[str, Any]:
+    """The state of Lightning's fit loop that means: ``epoch`` epochs done, and ``batches`` batches of the next, which
+    has ``begun``."""
+    known = epoch + begun
+    epochs = {"ready": known, "started": known, "processed": epoch, "completed": epoch}
     of_all, of_epoch = (dict.fromkeys(("ready", "started", "processed", "completed"), n) for n in (total, batches))
     return {
         "epoch_progress": {"total": dict(epochs), "current": dict(epochs)},

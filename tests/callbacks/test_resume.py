@@ -21,8 +21,11 @@ from descant.callbacks import EMA, Resume
 from descant.callbacks.resume import AGREE_STEPS, CODES, ENTRY, Stopped
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.modules.batch import Batch
+from descant.modules.configure import Shard
 from descant.modules.objective import Term
+from descant.modules.schedule import WarmupCosine
 from descant.recipes.base import Recipe
+from descant.sharded import Sharded
 from descant.store import AtomicIO
 from tests.ranks import run_ranks
 
@@ -155,6 +158,15 @@ def test_the_end_of_a_run_is_a_point_to_go_on_from(tmp_path: Path) -> None:
     whole = Act()
     fit(tmp_path / "b", whole, max_epochs=-1, max_steps=12)
     assert first.seen + rest.seen == whole.seen
+
+
+@pytest.mark.parametrize(("ended", "step"), [(True, STEPS), (False, STEPS), (False, STEPS + 1)])
+def test_callbacks_are_told_once_of_every_epoch(tmp_path: Path, ended: bool, step: int) -> None:
+    """Of one that a finished run is extended by, too; of one that was begun when it was saved, not again."""
+    first, rest = Act("on_train_epoch_start"), Act("on_train_epoch_start")
+    fit(tmp_path / "a", Resume(every=1, keep=99), first, max_epochs=1 if ended else 2)
+    fit(tmp_path / "b", Resume(), rest, max_epochs=2, path=point(tmp_path / "a", step))
+    assert first.calls + rest.calls == 2
 
 
 def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
@@ -338,3 +350,18 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path: Path) -> None
     assert 4 <= step <= 5 + AGREE_STEPS
     rest = run_ranks(2, _on_rank, tmp_path / "cut", 2, point(tmp_path / "cut", step), 20)
     assert equal(rest[0]["state"], whole[0]["state"])
+
+
+def _sharded(rank: int, folder: Path, path: Path | None = None) -> list[tuple[int, list[int]]]:
+    """A schedule over epochs, which counts the loader's batches before a checkpoint is read."""
+    net, act = Net(dropout=0.0, schedule=WarmupCosine(0.0), shard=Shard()), Act()
+    options = dict(strategy=Sharded("gloo"), devices=2, max_epochs=2, limit_val_batches=0)
+    fit(folder, Resume(every=1, keep=99), act, net=net, path=path, **options)
+    return act.seen
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_in_shards_it_goes_on_inside_an_epoch(tmp_path: Path) -> None:
+    whole = run_ranks(2, _sharded, tmp_path / "whole")
+    assert run_ranks(2, _sharded, tmp_path / "on", point(tmp_path / "whole", 3)) == [seen[3:] for seen in whole]
