@@ -274,6 +274,9 @@ class Mixture(DataModule):
         parts: name -> a data module; its sizes of batches, workers and ``tiny`` are the mixture's.
         weights: name -> share of the samples (of homogeneous batches: of the batches). By default a part's share
             is its size, so that an epoch sees every sample of all parts once. 0: the part is evaluated only.
+        alpha: in place of weights, shares go as size ** alpha (temperature sampling): 1 is by size, 0 gives all parts
+            as much, 0.5 lies between (our reading of Fleming-VL, arXiv 2511.00916, and of multilingual training).
+        times: with alpha, how often a small part is seen at most while as many samples go by as all have.
         samples: of an epoch; by default as many as the parts with a weight have together.
         batches: mixed, or homogeneous: each step's samples from one part.
         repeat: whether a part may start again within an epoch; if not, a part that is too small is refused.
@@ -293,6 +296,8 @@ class Mixture(DataModule):
         self,
         parts: dict[str, DataModule],
         weights: dict[str, float] | None = None,
+        alpha: float | None = None,
+        times: float | None = None,
         samples: int | None = None,
         batches: Literal["mixed", "homogeneous"] = "mixed",
         repeat: bool = True,
@@ -312,6 +317,13 @@ class Mixture(DataModule):
         super().__init__(batch_size, eval_batch_size, num_workers or 0, drop, tiny)
         self._workers = num_workers
         self.weights = _weights(weights, list(parts))
+        if alpha is not None and weights is not None:
+            raise ValueError("alpha: weights say already what each part's share is; give one of the two")
+        if alpha is not None and not 0 <= alpha <= 1:
+            raise ValueError(f"alpha {alpha:g}: from 0, all parts alike, to 1, by their sizes; such as 0.5")
+        if times is not None and (alpha is None or not times > 1):
+            raise ValueError(f"times {times:g}: more than 1, and with an alpha; such as 4")
+        self.alpha, self.times = alpha, times
         self.samples, self.batches, self.repeat = samples, batches, repeat
         self.bank = bank or next(iter(parts))
         if self.bank not in parts:
@@ -435,6 +447,8 @@ class Mixture(DataModule):
         alone = self.batches == "homogeneous"
         natural = [-(-rows // size) for rows in sizes] if alone else sizes
         weights = [Fraction(n) for n in natural] if self.weights is None else [self.weights[name] for name in names]
+        if self.alpha is not None:
+            weights = tempered(natural, self.alpha, self.times)
         samples = self.samples or (sum(natural) * size if alone else sum(sizes))
         if not self.repeat:
             asked, what = (-(-samples // size), "batches") if alone else (samples, "samples")
@@ -510,6 +524,24 @@ def _weights(given: Mapping[str, float] | None, parts: Sequence[str]) -> dict[st
     if not any(given.values()):
         raise ValueError(f"weights: all of {', '.join(parts)} are 0, so there is nothing to train on")
     return {name: Fraction(str(given[name])) for name in parts}
+
+
+def tempered(sizes: Sequence[int], alpha: float, times: float | None = None) -> list[Fraction]:
+    """Shares that go as ``size ** alpha``, none of them more than ``times`` its share by size; what that leaves goes to
+    the others.
+
+    >>> [float(share) for share in tempered([900, 100], alpha=0.5)], [float(x) for x in tempered([900, 100], 0.5, 2.0)]
+    ([0.75, 0.25], [0.8, 0.2])
+    """
+    whole, wish = sum(sizes), [size**alpha for size in sizes]
+    most = [math.inf if times is None else times * size / whole for size in sizes]
+    capped: dict[int, float] = {}
+    while True:
+        left = (1 - sum(capped.values())) / sum(w for k, w in enumerate(wish) if k not in capped)
+        over = [k for k, w in enumerate(wish) if k not in capped and w * left > most[k]]
+        if not over:
+            return [Fraction(round(1e6 * capped.get(k, w * left)) or 1, 10**6) for k, w in enumerate(wish)]
+        capped |= {k: most[k] for k in over}
 
 
 def _enough(names: Sequence[str], have: Sequence[int], weights: Sequence[Fraction], asked: int, what: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.datamodules.emoji import Emoji
-from descant.datamodules.mixture import MixedOrder, Mixture, Shares
+from descant.datamodules.mixture import MixedOrder, Mixture, Shares, tempered
 from descant.datamodules.own import Own
 from descant.datamodules.sources.stream import Stream
 from descant.modules.batch import Batch
@@ -205,6 +205,27 @@ def test_a_parts_own_order_does_not_depend_on_its_neighbours() -> None:
     mine = [slot.sample for window in alone for slot in window.step if slot.real]
     theirs = [slot.sample - 7 for window in beside for slot in window.step if slot.real and slot.sample >= 7]
     assert mine == theirs
+
+
+@pytest.mark.parametrize(
+    ("alpha", "times", "wanted"), [(1.0, None, [400, 40]), (0.0, None, [220, 220]), (0.5, 2.0, [360, 80])]
+)
+def test_small_parts_come_more_often_by_their_temperature(alpha: float, times: float | None, wanted: list[int]) -> None:
+    """Seen from the batches of one epoch of as many samples as there are: 40 of 440 are small."""
+    data = Mixture({"large": Toy(400), "small": Toy(40)}, alpha=alpha, times=times, batch_size=20)
+    source = torch.cat([batch.source for batch in data.train_dataloader()])
+    found = torch.bincount(source, minlength=2).tolist()
+    assert all(abs(n - w) <= 2 for n, w in zip(found, wanted, strict=True)), found
+
+
+def test_shares_by_temperature_keep_to_their_bounds() -> None:
+    for sizes in ([5000, 700, 350, 180], [10, 10], [1000, 1]):
+        for alpha in (0.0, 0.3, 0.5, 1.0):
+            plain = [size**alpha / sum(n**alpha for n in sizes) for size in sizes]
+            assert [float(x) for x in tempered(sizes, alpha)] == pytest.approx(plain, abs=1e-6)
+            capped = [float(x) for x in tempered(sizes, alpha, 4.0)]
+            assert sum(capped) == pytest.approx(1, abs=1e-5)
+            assert all(x <= 4 * size / sum(sizes) + 2e-6 for x, size in zip(capped, sizes, strict=True))
 
 
 def test_homogeneous_steps_are_of_one_part_and_follow_the_weights() -> None:
@@ -477,6 +498,10 @@ def test_parts_that_do_not_go_together_are_refused(other: Toy, says: str) -> Non
         ({"parts": {"a": Toy(4)}, "bank": "b"}, "bank: no part 'b'; the parts are a"),
         ({"parts": {"a": Toy(4)}, "samples": 3}, "samples 3 of an epoch are less than one batch of 256"),
         ({"parts": {"a": Toy(4)}, "drop": {"sound": 0.5}}, "drop: no modality 'sound'"),
+        ({"parts": {"a": Toy(4)}, "alpha": 2.0}, "alpha 2: from 0, all parts alike, to 1, by their sizes"),
+        ({"parts": {"a": Toy(4)}, "alpha": 0.5, "weights": {"a": 1}}, "alpha: weights say already what each"),
+        ({"parts": {"a": Toy(4)}, "alpha": 0.5, "times": 1.0}, "times 1: more than 1, and with an alpha; such as 4"),
+        ({"parts": {"a": Toy(4)}, "times": 4.0}, "times 4: more than 1, and with an alpha; such as 4"),
     ],
 )
 def test_options_without_sense_are_refused(kwargs: dict[str, Any], says: str) -> None:
