@@ -79,7 +79,7 @@ class Answering(OwnPass):
     Args:
         new: most tokens of an answer.
         by: a target whose classes are counted apart, or none.
-        controls: ask again with another picture, and with none.
+        controls: ask again with another picture, and with none, where there are pictures.
         table: rows of the table, the same in every evaluation; 0 draws none.
         sets, limit, every, validate: as of other judges.
 
@@ -142,7 +142,7 @@ class Answering(OwnPass):
                 raise ValueError(f"Answering: by {self.by!r}: {nearest(self.by, classes)}")
             for k, what in enumerate(classes[self.by]):
                 self._count(f"{name}/answered/{what}", good_B, here_B & (batch.targets[self.by] == k))
-        if self.controls:
+        if self.controls and "image" in batch.present:
             other = Sham.permute(batch.inputs["image"], batch.draw, batch.present["image"])
             exchanged = replace(batch, inputs={**batch.inputs, "image": other})
             self._count(f"{name}/answered_other", good(exchanged)[1], here_B)
@@ -162,7 +162,8 @@ class Answering(OwnPass):
         for n in sorted(rows, key=lambda n: int(order_B[n]))[: self.table]:
             ids = batch.inputs["text"][n].tolist()
             asked = ids[: ids.index(data.answer_token)] if data.answer_token in ids else ids
-            picture = _pixels(batch.inputs["image"][n]) if bool(batch.present["image"][n]) else None
+            seen = "image" in batch.present and bool(batch.present["image"][n])
+            picture = _pixels(batch.inputs["image"][n]) if seen else None
             words: Callable[[list[int]], str] = data.spell
             right, said = words(spoken(batch.targets["answer"][n].tolist())), words(spoken(said_BM[n].tolist()))
             self._shown.setdefault(name, []).append(

@@ -15,13 +15,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from descant.callbacks.rounds import added
+from descant.callbacks.told import Told
 from descant.modules.language import Generated
 from descant.modules.protocols import Rolled, Rolls
 from descant.modules.random import global_seed, mix_N
 from descant.modules.reinforce import Advantage, GroupScaled
 from descant.modules.reinforce.rewards import Answer, Rewards
 from descant.modules.sham import Sham
-from descant.modules.trainer import bank_batches
+from descant.modules.trainer import bank_batches, data_now, data_parts, epoch_now
 
 
 class Rollouts(Callback):
@@ -68,22 +69,36 @@ class Rollouts(Callback):
             raise ValueError(f"Rollouts: passes {passes} and resample {resample}: 1 and 0 are the least")
         self.rewards, self.advantage = rewards, advantage or GroupScaled()
         self.passes, self.resample, self.flat, self.cut, self.sham = passes, resample, flat, cut, Sham(sham)
+        self.told = Told()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"told": self.told.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.told.load_state_dict(state_dict["told"])
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(data, Rolled):
-            raise ValueError(f"Rollouts needs data of answers, such as QuestionRollouts, not {type(data).__name__}")
+        parts = data_parts(trainer)
+        rolled = [part for part in parts if isinstance(part, Rolled)]
+        if not rolled:
+            raise ValueError(
+                f"Rollouts needs data of answers, such as QuestionRollouts, not {type(parts[-1]).__name__}"
+            )
         if not isinstance(pl_module, Rolls):
             raise ValueError(
                 f"Rollouts needs a recipe that draws answers, such as Reinforced, not {type(pl_module).__name__}"
             )
-        if pl_module.new > data.answer_length:
-            raise ValueError(f"new {pl_module.new}: the data holds answers of {data.answer_length} tokens")
+        for part in rolled:
+            if pl_module.new > part.answer_length:
+                raise ValueError(f"new {pl_module.new}: the data holds answers of {part.answer_length} tokens")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.told.again(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        now = trainer.current_epoch // self.passes
-        if data.version >= now:
+        data: Any = data_now(trainer)
+        now = epoch_now(trainer) // self.passes
+        if not isinstance(data, Rolled) or data.version >= now:
             return
         problems, drawn, r_RK, log = self._asked(trainer, pl_module, now)
         group_R = torch.arange(data.items).repeat_interleave(data.group)
@@ -97,8 +112,7 @@ class Rollouts(Callback):
         if pl_module.needs_reference:
             data.renew(problems, {"reference": self._reference(trainer, pl_module)}, now)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in log.items()})
-        for logger in trainer.loggers:
-            logger.log_metrics(log, step=trainer.global_step)
+        self.told.say(trainer, log)
 
     # asking -----------------------------------------------------------------------------------------------------------
 
@@ -106,7 +120,7 @@ class Rollouts(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, now: int
     ) -> tuple[Any, dict[str, Tensor], Tensor, dict[str, float]]:
         """N problems, what was drawn to them, and earned ``[R, K]``; and what to log of all that was asked."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data: Any = data_now(trainer)
         N, G = data.items, data.group
         taken: list[tuple[Any, dict[str, Tensor], Tensor]] = []
         left, spare, every = N, None, list[tuple[dict[str, Tensor], Tensor]]()
@@ -135,7 +149,7 @@ class Rollouts(Callback):
     ) -> tuple[dict[str, Tensor], Tensor]:
         """What the model draws to N problems, of all ranks: ``said`` and ``old`` ``[R, M]``, ``length``, ``ended``; and
         rewards ``[R, K]``."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data: Any = data_now(trainer)
         R, M, G = data.items * data.group, data.answer_length, data.group
         drawn = {
             "said": torch.zeros(R, M, dtype=torch.long),
@@ -159,25 +173,27 @@ class Rollouts(Callback):
                 m = said.token_RN.shape[1]
                 drawn["said"][row_R, :m], drawn["old"][row_R, :m] = said.token_RN, said.log_RN
                 drawn["length"][row_R], drawn["ended"][row_R] = said.length_R, said.ended_R.long()
-                r_RK[row_R] = self._earned(data, said, batch.targets["answer"][here_B].repeat_interleave(G, dim=0))
+                entries = [data.entry(problems, n // G) for n in row_R.tolist()]
+                right_RA = batch.targets["answer"][here_B].repeat_interleave(G, dim=0)
+                r_RK[row_R] = self._earned(data, said, right_RA, entries)
         finally:
             pl_module.train(training)
         drawn = {name: added(x, pl_module.device) for name, x in drawn.items()}
         drawn["ended"] = drawn["ended"].bool()
         return drawn, self.sham.everywhere(added(r_RK, pl_module.device), turn_R)
 
-    def _earned(self, data: Any, said: Generated, right_RA: Tensor) -> Tensor:
+    def _earned(self, data: Any, said: Generated, right_RA: Tensor, entries: list[Any]) -> Tensor:
         """``[R, K]`` of these answers, spelled out."""
         length_R, ended_R = said.length_R.tolist(), said.ended_R.tolist()
         words = [
             data.spell(said_N[: n - e]) for said_N, n, e in zip(said.token_RN.tolist(), length_R, ended_R, strict=True)
         ]
         right = [data.spell(right_A) for right_A in right_RA.tolist()]
-        return self.rewards([Answer(*of) for of in zip(words, right, length_R, ended_R, strict=True)])
+        return self.rewards([Answer(*of) for of in zip(words, right, length_R, ended_R, entries, strict=True)])
 
     def _reference(self, trainer: L.Trainer, pl_module: Any) -> Tensor:
         """``[R, M]``: log-probabilities of what was said, under the policy to stay near to."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data: Any = data_now(trainer)
         found = torch.zeros(data.items * data.group, data.answer_length)
         for batch in bank_batches(trainer, data.rows()):
             with torch.no_grad(), trainer.precision_plugin.val_step_context():

@@ -16,12 +16,13 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from descant.callbacks.told import Told
 from descant.modules.batch import Batch
 from descant.modules.language.judges import AnswerJudge, Answers, ExactJudge
 from descant.modules.protocols import Pooled, Replies
 from descant.modules.random import global_seed, mix_N
 from descant.modules.sham import Sham
-from descant.modules.trainer import bank_batches
+from descant.modules.trainer import bank_batches, data_now, data_parts, epoch_now
 
 
 class Rounds(Callback):
@@ -72,22 +73,27 @@ class Rounds(Callback):
         self.epochs, self.judge, self.tau, self.hard, self.mine = epochs, judge or ExactJudge(), tau, hard, mine
         self.sham = Sham(sham)
         self.history: dict[str, float] = {}
+        self.told = Told()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(data, Pooled):
-            raise ValueError(f"Rounds needs data with a pool, such as QuestionPool; {type(data).__name__} has none")
+        parts = data_parts(trainer)
+        if not any(isinstance(part, Pooled) for part in parts):
+            raise ValueError(
+                f"Rounds needs data with a pool, such as QuestionPool; {type(parts[-1]).__name__} has none"
+            )
         if not isinstance(pl_module, Replies):
             raise ValueError(f"Rounds needs a recipe that answers, such as Chat; {type(pl_module).__name__} does not")
         if stage == "fit" and getattr(pl_module, "distill", None) is None:
             raise ValueError("Rounds needs a teacher: model.distill with a TeacherRun of a Chat")
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        data = cast(Pooled, trainer.datamodule)  # type: ignore[attr-defined]
+        data = data_now(trainer)
+        if not isinstance(data, Pooled):
+            return
         teacher = cast(nn.Module, pl_module.distill.network).to(pl_module.device)  # type: ignore[union-attr]
         if not isinstance(teacher, Replies):
             raise ValueError(f"Rounds: the teacher, {type(teacher).__name__}, answers no questions; Chat does")
-        now = trainer.current_epoch // self.epochs
+        now = epoch_now(trainer) // self.epochs
         if data.version >= now:
             return
         problems, log = data.pool, {"rounds/version": float(now)}
@@ -105,8 +111,7 @@ class Rounds(Callback):
                 problems = data.variants(self.chosen(gap_N > self.tau, key_N, now), now)
         said_NM = self.answers(trainer, pl_module, teacher, problems)
         data.renew(problems, said_NM, now)
-        for logger in trainer.loggers:
-            logger.log_metrics({k: v for k, v in log.items() if k.count("/") == 1}, step=trainer.global_step)
+        self.told.say(trainer, {k: v for k, v in log.items() if k.count("/") == 1})
         self.history |= log
         self._tell(trainer)
 
@@ -115,12 +120,14 @@ class Rounds(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._tell(trainer)  # of the rounds before a resume
+        self.told.again(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": dict(self.history)}
+        return {"history": dict(self.history), "told": self.told.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = dict(state_dict["history"])
+        self.told.load_state_dict(state_dict["told"])
 
     def chosen(self, difficult_N: Tensor, key_N: Tensor, round: int) -> Tensor:
         """Numbers of N problems of the pool: difficult ones, in turn until there are enough, and then easy ones."""
@@ -139,7 +146,7 @@ class Rounds(Callback):
 
     def scores(self, trainer: L.Trainer, pl_module: L.LightningModule, network: Any, teacher: nn.Module) -> Tensor:
         """``[N]``: the judge's of the answers of a network to the pool."""
-        data = cast(Pooled, trainer.datamodule)  # type: ignore[attr-defined]
+        data = cast(Pooled, data_now(trainer))
         score_N = torch.zeros(len(data.pool))
         for batch, said_BM in self._said(trainer, pl_module, network, data.pool):
             score_B = self.judge(Answers(batch, said_BM, batch.targets["answer"], teacher))
@@ -149,7 +156,7 @@ class Rounds(Callback):
 
     def answers(self, trainer: L.Trainer, pl_module: L.LightningModule, network: Any, problems: Any) -> Tensor:
         """``[N, M]``: what a network says to some problems."""
-        data = cast(Pooled, trainer.datamodule)  # type: ignore[attr-defined]
+        data = cast(Pooled, data_now(trainer))
         found_NM = torch.zeros(len(problems), data.answer_length, dtype=torch.long)
         for batch, said_BM in self._said(trainer, pl_module, network, problems):
             here_B = batch.present["text"].cpu()
@@ -159,7 +166,7 @@ class Rounds(Callback):
     def _said(
         self, trainer: L.Trainer, pl_module: L.LightningModule, network: Any, problems: Any
     ) -> Iterator[tuple[Batch, Tensor]]:
-        data = cast(Pooled, trainer.datamodule)  # type: ignore[attr-defined]
+        data = cast(Pooled, data_now(trainer))
         training = network.training
         network.eval()
         try:

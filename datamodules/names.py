@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
+
+MANY = 20  # names that one line has no room for
 
 
 def require_known(what: str, given: Sequence[str], known: Sequence[str]) -> None:
-    """Raises ValueError naming the first of ``given`` that is not ``known``.
+    """Raises ValueError naming the first of ``given`` that is not ``known``, and these, or of many the nearest.
 
     >>> require_known("vendors", ["noto"], ("noto", "fluent"))
     """
     unknown = [name for name in given if name not in known]
     if unknown:
-        raise ValueError(f"{what}: {unknown[0]!r} is not one of {', '.join(known)}")
+        near = difflib.get_close_matches(unknown[0], known, n=3, cutoff=0.0)
+        some = ", ".join(known) if len(known) <= MANY else f"{len(known)}; nearest: {', '.join(near)}"
+        raise ValueError(f"{what}: {unknown[0]!r} is not one of {some}")

@@ -7,22 +7,24 @@ of a batch, N problems, C concepts, P of a pool, V vendors, K colours, S pixels 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from descant.datamodules.base import BatchDataset, DataModule, Rows
+from descant.datamodules.base import BatchDataset, Rows
+from descant.datamodules.dialogues import Columns, Dialogues, DialogueSet, in_split
 from descant.datamodules.emoji import DEVELOPMENT_VENDOR, PACK, VENDORS, Pack
 from descant.datamodules.ledger import Ledger
 from descant.datamodules.names import require_known
 from descant.modules.batch import Batch
 from descant.modules.random import mix_N, salt, uniform_N, uniform_NK
-from descant.modules.text import EOS, PAD, Bpe, Codec
+from descant.modules.text import Bpe, Codec
 from descant.modules.transforms import BASIC_COLOURS, Augment, Pixels, colour_names, over_white
 
 #: What can be asked.
@@ -30,46 +32,20 @@ KINDS = ("name", "group", "colour", "count")
 LETTERS = ("a", "b", "c", "d")
 #: Objects of a scene that training counts, and those that only the test asks for; cells of a side.
 COUNTS, MORE, GRID = range(1, 6), range(6, 9), 3
-#: Share of problems: what the test asks, what settings are chosen by, what is trained on.
-SPLITS = {"test": 0.1, "val": 0.2, "train": 1.0}
-ANSWER = 16  # tokens of an answer that are kept to compare with
 VARIANTS = 8  # problems of one kind and concept
 
 
 @dataclass(frozen=True)
-class Problems:
+class Problems(Columns):
     """N of them: ``kind_N`` (number of a kind), ``concept_N``, ``key_N`` (int64, all that is drawn of a problem)."""
 
     kind_N: np.ndarray
     concept_N: np.ndarray
     key_N: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.key_N)
 
-    def where(self, here_N: np.ndarray) -> Problems:
-        return Problems(self.kind_N[here_N], self.concept_N[here_N], self.key_N[here_N])
-
-    def and_then(self, more: Problems) -> Problems:
-        pairs = ((self.kind_N, more.kind_N), (self.concept_N, more.concept_N), (self.key_N, more.key_N))
-        return Problems(*(np.concatenate(pair) for pair in pairs))
-
-
-def in_split(key_N: np.ndarray, name: str) -> np.ndarray:
-    """Bool: whose share of the hash of keys is this split's.
-
-    >>> [float(in_split(np.arange(100000), name).mean().round(2)) for name in SPLITS]
-    [0.1, 0.1, 0.8]
-    """
-    names = list(SPLITS)
-    at = names.index(name)
-    share_N = uniform_N(key_N, "question/split").numpy()
-    low = SPLITS[names[at - 1]] if at else 0.0
-    return (share_N >= low) & (share_N < SPLITS[name])
-
-
-class QuestionSet(BatchDataset):
-    """Problems as pictures and dialogues: ``<bos> <image> question <answer> answer <eos>``, padded at the right.
+class QuestionSet(DialogueSet):
+    """Problems as pictures and dialogues.
 
     Args:
         data: whose words and drawings these are.
@@ -88,15 +64,8 @@ class QuestionSet(BatchDataset):
         counts: Sequence[int] = COUNTS,
         random: bool = False,
     ) -> None:
-        super().__init__(data.seed, data.drop if random else None)
-        self.data, self.problems, self.vendors, self.pool = data, problems, np.array(vendors), pool
-        self.counts, self.random = np.array(counts), random
-
-    def __len__(self) -> int:
-        return len(self.problems)
-
-    def identity(self, index_B: np.ndarray) -> np.ndarray:
-        return self.problems.key_N[index_B]
+        super().__init__(data, problems, random)
+        self.data, self.vendors, self.pool, self.counts = data, np.array(vendors), pool, np.array(counts)
 
     def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
         everything = torch.ones(len(index_N), dtype=torch.bool)
@@ -108,18 +77,17 @@ class QuestionSet(BatchDataset):
         vendor_B = self.vendors[(uniform_N(visit_B, "question/vendor").numpy() * len(self.vendors)).astype(np.int64)]
         other_B3 = self._others(p)
         count_B = self.counts[(uniform_N(p.key_N, "question/count").numpy() * len(self.counts)).astype(np.int64)]
-        asked, right = [], []
-        for kind, concept, vendor, others, count, key in zip(
-            p.kind_N, p.concept_N, vendor_B, other_B3, count_B, p.key_N, strict=True
-        ):
-            question, answer = self.data.wording(KINDS[kind], int(concept), int(vendor), others, int(count), int(key))
-            asked.append(question)
-            right.append(answer)
-        text_BT, said_BT = self.data.dialogues(asked, self.replies(index_B, right))
+        columns = (p.kind_N, p.concept_N, vendor_B, other_B3, count_B, p.key_N)
+        every = self.data.every
+        each = [(every[k], int(c), int(v), o, int(n), int(key)) for k, c, v, o, n, key in zip(*columns, strict=True)]
+        asked, right = (list(said) for said in zip(*(self.data.wording(*of) for of in each), strict=True))
+        front = [self.front(of, question) for of, question in zip(each, asked, strict=True)]
+        text_BT, said_BT = self.data.replied(front, self.replies(index_B, right))
         inputs = {
             "image": self._canvas(p, vendor_B, other_B3[:, 0], count_B, visit_B),
             "text": text_BT,
             "text_said": said_BT,
+            **self.more(each, front, visit_B),
         }
         targets = {
             "kind": torch.from_numpy(p.kind_N),
@@ -127,6 +95,14 @@ class QuestionSet(BatchDataset):
             "answer": self.data.answers(right),
         }
         return Rows(inputs, targets, torch.from_numpy(p.key_N))
+
+    def front(self, of: Any, question: str) -> list[int]:
+        """The ids of a problem, as arguments of ``wording``, up to where its answer begins."""
+        return self.data.asked(question)
+
+    def more(self, each: list[Any], front: list[list[int]], visit_B: np.ndarray) -> dict[str, Tensor]:
+        """Other inputs of these problems."""
+        return {}
 
     def replies(self, index_B: np.ndarray, right: Sequence[str]) -> list[list[int]]:
         """The tokens that are to be said: those of the right answers."""
@@ -147,7 +123,7 @@ class QuestionSet(BatchDataset):
         data = self.data
         image = torch.stack([data.drawing(int(v), int(c)) for v, c in zip(vendor_B, p.concept_N, strict=True)])
         cell = data.size // GRID
-        for b in np.flatnonzero(p.kind_N == KINDS.index("count")):
+        for b in np.flatnonzero(p.kind_N == data.every.index("count")):
             canvas = torch.zeros_like(image[b])
             u_9 = uniform_NK(visit_B[b : b + 1], [f"question/cell{k}" for k in range(GRID**2)])[0]
             places = u_9.argsort().tolist()
@@ -161,11 +137,20 @@ class QuestionSet(BatchDataset):
         return image
 
 
-class Questions(DataModule):
+class PairSet(QuestionSet):
+    """Beside each right answer a wrong one to the same question, drawn anew at each visit."""
+
+    def more(self, each: list[Any], front: list[list[int]], visit_B: np.ndarray) -> dict[str, Tensor]:
+        turn_B = (uniform_N(visit_B, "question/wrong") * 3).long().tolist()
+        wrong = [self.data.ids(self.data.wrong(turn, *of)) for of, turn in zip(each, turn_B, strict=True)]
+        text_BT, said_BT = self.data.replied(front, wrong)
+        return {"text_neg": text_BT, "text_said_neg": said_BT}
+
+
+class Questions(Dialogues):
     """Questions about emoji, multiple choice, of colours and of counts.
 
-    Inputs: ``image``; ``text`` ``[B, T]``, and ``text_said``, bool ``[B, T]``: the tokens of the answer and the end
-    behind it. Targets: ``kind``, ``concept``, and ``answer`` ``[B, A]``, the tokens that an answer has to have.
+    Inputs: ``image``, and those of dialogues. Targets: ``kind`` and ``concept`` besides.
 
     Evaluation sets: "validate" has ``val`` (a tenth of the problems, as Twemoji draws them); "test" has ``problems``
     (another tenth, training concepts and vendors), ``vendor`` (these as Fluent draws them), ``concept`` (200 concepts
@@ -195,6 +180,9 @@ class Questions(DataModule):
     (torch.Size([8, 4, 48, 48]), torch.Size([8, 48]))
     """
 
+    #: What may be asked; a problem's kind is its number here.
+    every: tuple[str, ...] = KINDS
+
     def __init__(
         self,
         batch_size: int = 128,
@@ -211,22 +199,27 @@ class Questions(DataModule):
         augment: Augment | None = None,
         folder: str | None = None,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, num_workers, drop, tiny)
-        self.kinds = list(KINDS) if kinds is None else kinds
+        super().__init__(
+            length,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            drop=drop,
+            tiny=tiny,
+        )
+        self.kinds = list(self.every) if kinds is None else kinds
         self.vendors = list(VENDORS[:3]) if vendors is None else vendors
-        require_known("kinds", self.kinds, KINDS)
+        require_known("kinds", self.kinds, self.every)
         require_known("vendors", self.vendors, VENDORS[:3])
         if not self.kinds or not self.vendors:
-            raise ValueError(f"{'kinds' if not self.kinds else 'vendors'}: none; such as {KINDS[0]}")
+            raise ValueError(f"{'kinds' if not self.kinds else 'vendors'}: none; such as {self.every[0]}")
         if not GRID * 8 <= size <= 64 or size % GRID:
             raise ValueError(f"size {size}: a multiple of {GRID} from {GRID * 8} to 63")
-        self.size, self.length, self.letters, self.text = size, length, letters, text
+        self.size, self.letters, self.text = size, letters, text
         self.augment, self.pixels = augment or Augment(size), Pixels(size)
         if self.augment.size != size:
             raise ValueError(f"augment.size {self.augment.size} is not the data's size {size}")
         self.folder = PACK if folder is None else Path(folder)
-        self._ids: dict[str, list[int]] = {}
-        self.plain = False  # pictures as evaluation sees them, in training too
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -246,16 +239,6 @@ class Questions(DataModule):
     def codec(self) -> Codec:
         return self.text or Bpe(self.folder / "tokenizer.json", self.length)
 
-    @property
-    def image_token(self) -> int:
-        """The id in whose place a picture stands: the first behind those of the codec."""
-        return self.codec.vocabulary
-
-    @property
-    def answer_token(self) -> int:
-        """The id behind which an answer begins."""
-        return self.codec.vocabulary + 1
-
     @cached_property
     def key_C(self) -> np.ndarray:
         """Concepts of equal name share a number."""
@@ -268,7 +251,7 @@ class Questions(DataModule):
 
     @property
     def classes(self) -> dict[str, list[str]]:
-        return {"kind": list(KINDS)}
+        return {"kind": list(self.every)}
 
     @cached_property
     def unseen_C(self) -> np.ndarray:
@@ -299,13 +282,15 @@ class Questions(DataModule):
         concepts = np.flatnonzero((self.unseen_C == unseen) & good_C)
         kind_N, concept_N, variant_N = (
             x.ravel()
-            for x in np.meshgrid([KINDS.index(k) for k in kinds], concepts, np.arange(VARIANTS), indexing="ij")
+            for x in np.meshgrid([self.every.index(k) for k in kinds], concepts, np.arange(VARIANTS), indexing="ij")
         )
         key_N = self.keys_of(kind_N, concept_N, variant_N)
+        if "colour" not in kinds:
+            return Problems(kind_N, concept_N, key_N)
         colour_VC = self.colour_VC[list(vendors)]
         clear_C = (colour_VC >= 0).all(axis=0) & (colour_VC == colour_VC[0]).all(axis=0)
         # nothing of a colour's problem is drawn, so there is one of each
-        kept_N = (kind_N != KINDS.index("colour")) | (clear_C[concept_N] & (variant_N == 0))
+        kept_N = (kind_N != self.every.index("colour")) | (clear_C[concept_N] & (variant_N == 0))
         return Problems(kind_N, concept_N, key_N).where(kept_N)
 
     def keys_of(self, kind_N: np.ndarray, concept_N: np.ndarray, variant_N: np.ndarray) -> np.ndarray:
@@ -317,12 +302,19 @@ class Questions(DataModule):
         """The problems of a split, by a hash of their keys."""
         return problems.where(in_split(problems.key_N, name))
 
-    def _set(self, split: str | None, unseen: bool, vendors: Sequence[str], **options: object) -> QuestionSet:
+    def _set(
+        self,
+        split: str | None,
+        unseen: bool,
+        vendors: Sequence[str],
+        of: type[QuestionSet] = QuestionSet,
+        **options: object,
+    ) -> QuestionSet:
         numbers = [VENDORS.index(v) for v in vendors]
         kinds = options.pop("kinds", self.kinds)
         problems = self.problems(unseen, kinds, numbers)  # type: ignore[arg-type]
         problems = problems if split is None else self.split(problems, split)
-        return QuestionSet(self, problems, numbers, np.flatnonzero(self.unseen_C == unseen), **options)  # type: ignore[arg-type]
+        return of(self, problems, numbers, np.flatnonzero(self.unseen_C == unseen), **options)  # type: ignore[arg-type]
 
     def training_set(self) -> QuestionSet:
         return self._set("train", False, self.vendors, random=True)
@@ -348,68 +340,68 @@ class Questions(DataModule):
         self, kind: str, concept: int, vendor: int, others: np.ndarray, count: int, key: int
     ) -> tuple[str, str]:
         """What is asked, and the right answer."""
-        rows = self.pack.rows
+        right, wrong = self.options(kind, concept, vendor, others, count, key)
         if kind == "colour":
-            return "what colour is it?", list(BASIC_COLOURS)[self.colour_VC[vendor, concept]]
+            return "what colour is it?", right
         if kind == "count":
-            return f"how many: {rows[concept]['names']['en']}?", str(count)
-        if kind == "name":
-            right, wrong = rows[concept]["names"]["en"], [rows[c]["names"]["en"] for c in others]
-        else:
-            right = rows[concept]["group"]
-            left = [group for group in self.groups if group != right]
-            order = np.argsort(uniform_NK(np.array([key]), [f"question/group{k}" for k in range(len(left))])[0].numpy())
-            right, wrong = right.replace("-", " "), [left[k].replace("-", " ") for k in order[:3]]
-        place = int(uniform_N(np.array([key]), "question/place")[0] * len(LETTERS))
+            return f"how many: {self.pack.rows[concept]['names']['en']}?", right
+        place = self._place(key)
         options = [*wrong[:place], right, *wrong[place:]]
         what = "which is it?" if kind == "name" else "what kind is it?"
         listed = " ".join(f"{letter}) {option}" for letter, option in zip(LETTERS, options, strict=True))
         return f"{what} {listed}", LETTERS[place] if self.letters else right
 
-    def ids(self, text: str) -> list[int]:
-        return self._known(text, self.codec.ids)
+    def _place(self, key: int) -> int:
+        """Where the right one stands among the options."""
+        return int(uniform_N(np.array([key]), "question/place")[0] * len(LETTERS))
 
-    def spell(self, ids: list[int]) -> str:
-        """Words of tokens, without pictures and ends."""
-        words = [i for i in ids if i < self.codec.vocabulary]
-        return " ".join(self.codec.tokenizer.decode(words).split())  # type: ignore[attr-defined]
+    def options(
+        self, kind: str, concept: int, vendor: int, others: np.ndarray, count: int, key: int
+    ) -> tuple[str, list[str]]:
+        """The right answer in words, and three wrong ones: those that are offered, where some are."""
+        rows = self.pack.rows
+        if kind == "name":
+            return rows[concept]["names"]["en"], [rows[c]["names"]["en"] for c in others]
+        every = {"colour": list(BASIC_COLOURS), "count": [str(n) for n in (*COUNTS, *MORE)]}.get(kind, self.groups)
+        rights = {"colour": lambda: every[self.colour_VC[vendor, concept]], "count": lambda: str(count)}
+        right = rights.get(kind, lambda: rows[concept]["group"])()
+        left = [other for other in every if other != right]
+        order = np.argsort(uniform_NK(np.array([key]), [f"question/{kind}{k}" for k in range(len(left))])[0].numpy())
+        return right.replace("-", " "), [left[k].replace("-", " ") for k in order[:3]]
 
-    def asked(self, question: str) -> list[int]:
-        """The ids of a dialogue up to where its answer begins."""
-        return self._known(
-            question, lambda text: self.codec.question(text, self.image_token, self.answer_token), "asked "
-        )
+    def wrong(self, turn: int, *of: Any) -> str:
+        """One of the wrong answers to a problem, as arguments of ``wording``: the first, second or third."""
+        kind, key = of[0], of[-1]
+        if self.letters and kind in ("name", "group"):
+            place = self._place(key)
+            return [letter for k, letter in enumerate(LETTERS) if k != place][turn]
+        return self.options(*of)[1][turn]
 
-    def _known(self, text: str, make: Callable[[str], list[int]], purpose: str = "") -> list[int]:
-        if purpose + text not in self._ids:
-            if len(self._ids) >= 1 << 16:
-                self._ids.clear()
-            self._ids[purpose + text] = make(text)
-        return self._ids[purpose + text]
-
-    def dialogues(self, asked: Sequence[str], said: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """``text_BT`` and ``said_BT``. Raises ValueError for one that is longer than the rows."""
-        text_BT = torch.full((len(asked), self.length), PAD, dtype=torch.long)
-        said_BT = torch.zeros(len(asked), self.length, dtype=torch.bool)
-        for b, (question, answer) in enumerate(zip(asked, said, strict=True)):
-            front = self.asked(question)
-            back = [*answer, EOS]
-            if len(front) + len(back) > self.length:
-                long = len(front) + len(back)
-                raise ValueError(f"length {self.length}: {question!r} and its answer are {long} tokens")
-            text_BT[b, : len(front) + len(back)] = torch.tensor(front + back)
-            said_BT[b, len(front) : len(front) + len(back)] = True
-        return text_BT, said_BT
-
-    def answers(self, said: Sequence[str]) -> Tensor:
-        """int64 ``[B, A]``: the tokens of answers, padded."""
-        found = torch.full((len(said), ANSWER), PAD, dtype=torch.long)
-        for b, answer in enumerate(said):
-            ids = self.ids(answer)[:ANSWER]
-            found[b, : len(ids)] = torch.tensor(ids)
-        return found
+    def spell(self, ids: Sequence[int]) -> str:
+        return " ".join(super().spell(ids).split())
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         training = self.trainer is not None and self.trainer.training and not self.plain
         batch.inputs["image"] = (self.augment if training else self.pixels)(batch.inputs["image"], batch.draw)
         return batch
+
+
+class QuestionPairs(Questions):
+    """Questions with a right answer and a wrong one, which is to be less likely: ``text_neg`` and ``text_said_neg``.
+
+    Evaluation is that of Questions.
+
+    Args:
+        kwargs: as of Questions.
+
+    >>> data = QuestionPairs(tiny=True, batch_size=8, kinds=["colour"])
+    >>> batch = next(iter(data.train_dataloader()))
+    >>> [data.spell(batch.inputs[name][0].tolist()) for name in ("text", "text_neg")]
+    ['what colour is it? yellow', 'what colour is it? blue']
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+    def training_set(self) -> PairSet:
+        return self._set("train", False, self.vendors, of=PairSet, random=True)  # type: ignore[return-value]

@@ -228,7 +228,8 @@ class Rolled(Protocol):
     ``version``: which rollout it is, -1 before the first. ``fresh(round, again)``: as many questions as it has;
     ``asking(problems)``: a loader of them, as of :class:`Pooled`; ``rows()``: one of the answers, by their numbers.
     ``renew(problems, rolled, version)``: these questions, and tensors of the answers by name, or some of them.
-    ``spell(ids)`` writes tokens out.
+    ``spell(ids)`` writes tokens out. ``entry(problems, number)``: what a task knows of one of them, for
+    :class:`descant.modules.reinforce.rewards.TaskAnswer`, or None.
     """
 
     version: int
@@ -245,6 +246,44 @@ class Rolled(Protocol):
     def renew(self, problems: Any, rolled: Any, version: int) -> None: ...
 
     def spell(self, ids: list[int]) -> str: ...
+
+    def entry(self, problems: Any, number: int) -> Any: ...
+
+
+@runtime_checkable
+class InStages(Protocol):
+    """Data of a run in stages.
+
+    ``stages``: by name, in order; ``steps``: optimizer steps of each, once it has made a loader. ``stage``: which one
+    is on, ``current``: its own data, ``since``: its first epoch. ``position``: (epoch, micro-batch) where the next
+    loader begins. ``stage_at(epoch)`` names the stage of an epoch, the last one's beyond the end.
+    """
+
+    stages: dict[str, Any]
+    steps: dict[str, int]
+    position: tuple[int, int]
+
+    @property
+    def stage(self) -> str: ...
+
+    @property
+    def since(self) -> int: ...
+
+    @property
+    def current(self) -> Any: ...
+
+    def stage_at(self, epoch: int) -> str: ...
+
+
+@runtime_checkable
+class Advances(Protocol):
+    """A recipe in stages: ``stage`` is the name of the one that is on, of ``stages``; ``begin_stage(name)`` goes on to
+    another."""
+
+    stages: dict[str, Any]
+    stage: str
+
+    def begin_stage(self, name: str) -> None: ...
 
 
 @runtime_checkable

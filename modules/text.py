@@ -1,5 +1,5 @@
-"""Text to token ids: a pretrained model's tokenizer, a byte-pair encoding file, a list of words, or hashed character
-n-grams; and how pieces become one row.
+"""Text to token ids: a pretrained model's tokenizer, a byte-pair encoding file, bytes, a list of words, or hashed
+character n-grams; and how pieces become one row.
 
 Letters: N texts, T tokens.
 """
@@ -49,6 +49,10 @@ class Codec:
     def encode(self, text: str) -> list[int]:
         raise NotImplementedError
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text that has these ids, without the ends; for codecs that forget nothing of a text that is told."""
+        raise NotImplementedError
+
     def ids(self, text: str) -> list[int]:
         """Raises ValueError for a text without content."""
         found = self.encode(text) if text.strip() else []
@@ -56,12 +60,12 @@ class Codec:
             raise ValueError(f"an empty caption has no tokens: {text!r}")
         return found
 
-    def question(self, text: str, image: int, answer: int) -> list[int]:
+    def question(self, text: str, image: int | None, answer: int) -> list[int]:
         """A dialogue up to where an answer begins: the ids of a picture and a question, ``<bos> image text answer``.
 
-        ``image``, ``answer``: the ids that stand for a picture, and for the beginning of an answer.
+        ``image``, ``answer``: the ids that stand for a picture, where there is one, and for the beginning of an answer.
         """
-        return [BOS, image, *self.ids(text), answer]
+        return [BOS, *_maybe(image), *self.ids(text), answer]
 
     def row(self, pieces: Sequence[Sequence[int]]) -> list[int]:
         """Token pieces -> ``<bos> a , b , c <eos>`` of exactly ``length`` ids."""
@@ -97,12 +101,16 @@ def require_fit(codec: Codec, tower: nn.Module, name: str = "text") -> None:
     if codec.vocabulary > known:
         kind = type(codec).__name__
         raise ValueError(f"data.text: {kind} has {codec.vocabulary} ids, and tower {name} embeds {known}{own}")
-    if getattr(tower, "pretrained", False) and isinstance(codec, (Bpe, Ngrams)):
+    if getattr(tower, "pretrained", False) and isinstance(codec, (Bpe, Bytes, Ngrams)):
         raise ValueError(
             f"data.text: tower {name} is pretrained and never learned the ids of {type(codec).__name__}{own}"
         )
     if codec.pad != getattr(tower, "pad", PAD):
         raise ValueError(f"data.text: {type(codec).__name__} pads with {codec.pad}, tower {name} with {tower.pad}{own}")
+
+
+def _maybe(token: int | None) -> list[int]:
+    return [] if token is None else [token]
 
 
 class Bpe(Codec):
@@ -127,9 +135,13 @@ class Bpe(Codec):
             raise ValueError(f"{path}: not a tokenizer file ({error})") from None
         self.vocabulary = self.tokenizer.get_vocab_size()
         self.comma = self.encode(",")
+        self.ahead = self.tokenizer.decode(self.encode("a")).removesuffix("a")  # a space that it writes before a text
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids)).removeprefix(self.ahead)
 
 
 class Pretrained(Codec):
@@ -191,7 +203,10 @@ class Pretrained(Codec):
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def question(self, text: str, image: int, answer: int) -> list[int]:
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids))
+
+    def question(self, text: str, image: int | None, answer: int) -> list[int]:
         """By the chat template of the tokenizer, as its user says it, the picture before the words.
 
         Raises ValueError for a tokenizer without a template, or one whose turns end with another id than dialogues, 2.
@@ -204,7 +219,7 @@ class Pretrained(Codec):
         end = self.whole.eos_token_id
         if end != EOS:
             raise ValueError(f"{self.said}: a turn ends with id {end}, and dialogues end with {EOS}")
-        return [*self.encode(before), image, *self.encode(after), answer]
+        return [*self.encode(before), *_maybe(image), *self.encode(after), answer]
 
     def row(self, pieces: Sequence[Sequence[int]]) -> list[int]:
         if self.joins or len(pieces) < 2:
@@ -215,6 +230,29 @@ class Pretrained(Codec):
             )
         room = self.length - len(self.begin) - len(self.end)
         return self._filled([*self.begin, *ids[:room], *self.end])
+
+
+class Bytes(Codec):
+    """One id a byte of the text's UTF-8: any language, nothing forgotten, and every digit a token of its own.
+
+    Args:
+        length: T, tokens of a row.
+
+    >>> codec = Bytes(length=6)
+    >>> codec.row([codec.ids("7+5")]), codec.vocabulary, codec.decode(codec.ids("naïve"))
+    ([1, 63, 51, 61, 2, 0], 264, 'naïve')
+    """
+
+    def __init__(self, length: int = 64) -> None:
+        super().__init__(length)
+        self.vocabulary, self.comma = SPECIAL + 256, self.encode(", ")
+
+    def encode(self, text: str) -> list[int]:
+        return [SPECIAL + byte for byte in text.encode()]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Bytes that are no UTF-8 become U+FFFD."""
+        return bytes(i - SPECIAL for i in ids if SPECIAL <= i < self.vocabulary).decode(errors="replace")
 
 
 class Words(Codec):
@@ -248,6 +286,9 @@ class Words(Codec):
             near = "".join(f"; nearest: {word}" for word in difflib.get_close_matches(unknown, self.known, n=1))
             raise ValueError(f"{unknown!r} is none of the {len(self.known)} words of this codec{near}")
         return [self.known[word] for word in words]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(self.words[i - SPECIAL] for i in ids if i >= SPECIAL)
 
 
 class Ngrams(Codec):

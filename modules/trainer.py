@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from descant.modules.batch import Batch
+from descant.modules.protocols import InStages
 
 
 def log_interval(trainer: object) -> float:
@@ -29,7 +30,37 @@ def share_of_run(trainer: Any) -> float:
     >>> share_of_run(SimpleNamespace(global_step=5, estimated_stepping_batches=20))
     0.25
     """
-    return trainer.global_step / max(float(trainer.estimated_stepping_batches), 1.0)
+    return trainer.global_step / max(run_steps(trainer), 1.0)
+
+
+def run_steps(trainer: Any) -> float:
+    """Optimizer steps of the whole run, infinity where there is no end; of stages all together, of which Lightning sees
+    one. It may load data, so all ranks ask."""
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(data, InStages):
+        return float(trainer.estimated_stepping_batches)
+    if trainer.train_dataloader is None:
+        trainer.fit_loop.setup_data()
+    steps = float(sum(data.steps.values()))
+    return steps if trainer.max_steps < 0 else min(steps, float(trainer.max_steps))
+
+
+def data_now(trainer: Any) -> Any:
+    """The data module that is trained on: of a run in stages, that of the stage."""
+    data = trainer.datamodule
+    return data.current if isinstance(data, InStages) else data
+
+
+def data_parts(trainer: Any) -> list[Any]:
+    """All data modules that are trained on, one for each stage of a run in stages."""
+    data = trainer.datamodule
+    return [during.data for during in data.stages.values()] if isinstance(data, InStages) else [data]
+
+
+def epoch_now(trainer: Any) -> int:
+    """Epochs since the run began, or the stage of it that is on."""
+    data = trainer.datamodule
+    return int(trainer.current_epoch - data.since if isinstance(data, InStages) else trainer.current_epoch)
 
 
 def bank_batches(trainer: Any, loader: Any) -> Iterator[Batch]:

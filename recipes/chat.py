@@ -7,9 +7,10 @@ Claim: a small language model, given a picture's tokens in the place of a word, 
     loss  = mean over samples of  - mean over tokens t of the answer of  log p(t | all before it)       "answer"
 
 Every answer counts alike, however long it is, so gradients are the same however a step is cut. The logits of a whole
-vocabulary are there for a few tokens at a time. A sample without a picture has no tokens in its place.
+vocabulary are there for a few tokens at a time. A sample without a picture has no tokens in its place; a model without
+a tower only reads.
 Source: Liu 2023 (LLaVA, arXiv 2304.08485); packing as in Krell 2021 (arXiv 2107.02027).
-Letters: B samples, P pictures shown, I tokens of one, S tokens of a sample, W width, N learned tokens, M new ones.
+Letters: B samples, P pictures shown, I tokens of one, S of a sample, W width, N learned tokens, M new ones, R answers.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ import torch
 from torch import Tensor
 
 from descant.modules.batch import Batch
-from descant.modules.language import CausalLM, Generated, Sampling, generate, log_probabilities
-from descant.modules.language.interleave import Interleaved, interleave, shown
+from descant.modules.language import CausalLM, Generated, Sampling, generate_some, log_probabilities
+from descant.modules.language.interleave import Interleaved, interleave, placed, shown, unillustrated
 from descant.modules.language.judges import answered_with
 from descant.modules.language.packing import through
+from descant.modules.language.positions import VisualSteps
 from descant.modules.language.projectors import EachToken, ImageProjector
 from descant.modules.objective import Term, means
 from descant.modules.rows import running
@@ -35,71 +37,81 @@ from descant.recipes.base import Recipe
 
 
 class Chat(Recipe):
-    """A vision-language model, fine-tuned on dialogues.
+    """A language model that may see, fine-tuned on dialogues.
 
     The data's ``text`` are ids, ``text_said`` the tokens to learn, and target ``answer`` what an answer has to be.
 
     Args:
-        towers: one for pictures, ``image``.
+        towers: one for pictures, ``image``, where there are some.
         lm: the language model.
         image_token: the id in whose place a picture's tokens stand.
         answer_token: the id behind which an answer begins.
         projector: from the tower's tokens to the model's; each becomes one where not given.
+        visual: how far the tokens of a picture move positions on; like words where not given.
         row: tokens of a packed row; the model's length where not given.
 
     Raises:
-        ValueError: for a tower of something else, or ids that the model has no embedding for; at setup, for ids other
-            than the data's; in training, for a document that is longer than a row.
+        ValueError: for a tower of something else, a tower, image_token or projector without the others, or ids that the
+            model has no embedding for; at setup, for ids other than the data's; in training, for a document that is
+            longer than a row.
     """
 
     def __init__(
         self,
-        towers: Towers,
+        *,
+        towers: Towers | None = None,
         lm: CausalLM,
-        image_token: int,
+        image_token: int | None = None,
         answer_token: int,
         projector: ImageProjector | None = None,
+        visual: VisualSteps | None = None,
         row: int | None = None,
         **kwargs: object,
     ) -> None:
         super().__init__(**kwargs)  # type: ignore[arg-type]  # the base's own typed arguments
-        if tuple(towers) != ("image",):
+        towers = towers or Towers()
+        if tuple(towers) not in ((), ("image",)):
             raise ValueError(f"towers: {', '.join(towers)}; a chat sees through one tower, image")
-        if not max(image_token, answer_token) < lm.vocabulary:
-            raise ValueError(
-                f"lm.vocab {lm.vocabulary}: image_token {image_token} and answer_token {answer_token} are ids too; "
-                f"{max(image_token, answer_token) + 1} is the least"
-            )
-        self.row = lm.length if row is None else row
-        self.towers, self.lm, self.modalities = towers, lm, ("image", "text")
-        self.projector = (projector or EachToken()).build(towers.width("image"), lm.width)
+        if (image_token is None) == bool(towers) or (projector and not towers):
+            raise ValueError("towers, image_token, projector: a chat that sees has the first two, one that reads none")
+        marks = {"image_token": image_token, "answer_token": answer_token}
+        self.marks = {name: token for name, token in marks.items() if token is not None}
+        if not max(self.marks.values()) < lm.vocabulary:
+            said = " and ".join(f"{name} {token}" for name, token in self.marks.items())
+            least = max(self.marks.values()) + 1
+            raise ValueError(f"lm.vocab {lm.vocabulary}: {said} are ids too; {least} is the least")
+        self.row, self.visual = lm.length if row is None else row, visual or VisualSteps()
+        self.towers, self.lm, self.modalities = towers, lm, (*towers, "text")
+        if towers:
+            self.projector = (projector or EachToken()).build(towers.width("image"), lm.width)
         self.image_token, self.answer_token = image_token, answer_token
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
         for name in ("image_token", "answer_token"):
-            theirs = getattr(self.trainer.datamodule, name, None)  # type: ignore[attr-defined]
-            if theirs is not None and theirs != getattr(self, name):
-                raise ValueError(f"{name} {getattr(self, name)}: the data has {theirs}")
+            mine, data = getattr(self, name), self.trainer.datamodule  # type: ignore[attr-defined]
+            if getattr(data, name, mine) != mine:
+                raise ValueError(f"{name} {mine}: the data has {getattr(data, name)}")
 
     # from a batch to what the model reads -------------------------------------------------------------------------
 
     def sequence(self, batch: Batch) -> tuple[Tensor, Interleaved]:
         """``h_BSW``, words and the pictures among them, and what each token is."""
+        if self.image_token is None:
+            row = unillustrated(batch)
+            return self.lm.embed(row.ids_BS), row
         pictures = shown(batch, self.image_token)
         with running(pictures.sample_P):
             seen_PIW = self.projector(self.towers["image"](pictures.x_P))
         row = interleave(batch, pictures, seen_PIW.shape[1], self.image_token)
-        h_BSW = self.lm.embed(row.ids_BS) + 0.0 * seen_PIW.sum().to(self.lm.embedding.weight)
-        if pictures.some:
-            at = pictures.sample_P[:, None].expand_as(row.at_PI), row.at_PI
-            h_BSW = h_BSW.index_put(at, seen_PIW.to(h_BSW))
-        return h_BSW, row
+        h_BSW = placed(self.lm.embed(row.ids_BS), seen_PIW, pictures, row)
+        return h_BSW, self.visual(row, self.image_token, batch.draw, self.lm.training)
 
     def answered(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Of learned tokens: what the head reads before each ``[N, W]``, its id, and the sample it is of, ``[N]``."""
         h_BSW, row = self.sequence(batch)
-        h_BSW = through(self.lm, h_BSW, row.real_BS, self.row)
+        place_BS = None if row.position_BS is None else row.position_BS[:, :-1]
+        h_BSW = through(self.lm, h_BSW, row.real_BS, self.row, place_BS)
         sample_N, at_N = row.said_BS.nonzero(as_tuple=True)
         return h_BSW[sample_N, at_N - 1], row.ids_BS[sample_N, at_N], sample_N
 
@@ -158,20 +170,9 @@ class Chat(Recipe):
         h_BSW, row = self.sequence(batch)
         begins_BS = row.ids_BS == self.answer_token
         asked_BS = row.real_BS & (begins_BS.cumsum(dim=1) == begins_BS.int())
-        some_B = asked_BS.any(dim=1)
-        R, some_R = len(h_BSW) * group, some_B.repeat_interleave(group)
-        whole = h_BSW.new_zeros
-        found = Generated(
-            whole(R, new, dtype=torch.long), whole(R, new, dtype=torch.float32), whole(R, dtype=torch.long), ~some_R
-        )
-        if some_B.any():
-            longest = int(asked_BS.sum(dim=1).max())
-            prompt, mask = h_BSW[some_B, :longest], asked_BS[some_B, :longest]
-            seed_R = batch.index.repeat_interleave(group) if seed_R is None else seed_R
-            said = generate(self.lm, prompt, mask, new, group, stop, sampling, seed_R[some_R])
-            for whole_R, said_R in zip(found, said, strict=True):
-                whole_R[some_R] = said_R
-        return found
+        seed_R = batch.index.repeat_interleave(group) if seed_R is None else seed_R
+        how = sampling or Sampling()
+        return generate_some(self.lm, h_BSW, asked_BS, new, group, stop, how, seed_R, row.position_BS)
 
     @torch.no_grad()
     def likelihood(self, batch: Batch, said_BM: Tensor) -> Tensor:

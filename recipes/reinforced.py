@@ -60,16 +60,16 @@ class Reinforced(Chat):
     def train(self, mode: bool = True) -> Reinforced:
         super().train(mode)
         # what learns is what has answered: without dropout, and batch norms by their running statistics
-        for part in (self.towers, self.projector, self.lm):
-            part.eval()
+        for name, part in self.named_children():
+            if name in ("towers", "projector", "lm"):
+                part.eval()
         return self
 
     # beside the steps ---------------------------------------------------------------------------------------------
 
     def roll_out(self, batch: Batch, group: int, seed_R: Tensor) -> Generated:
         """``group`` answers to each question; what is no token of an answer ends one, and is not of it."""
-        marks = (EOS, PAD, self.image_token, self.answer_token)
-        said = self.roll(batch, self.new, group, self.sampling, seed_R, marks)
+        said = self.roll(batch, self.new, group, self.sampling, seed_R, (EOS, PAD, *self.marks.values()))
         last_R1 = (said.length_R - 1).clamp(min=0)[:, None]
         ended_R = said.ended_R & (said.length_R > 0) & (said.token_RN.gather(1, last_R1)[:, 0] == EOS)
         length_R = said.length_R - (said.ended_R & ~ended_R & (said.length_R > 0)).long()

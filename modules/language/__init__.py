@@ -1,6 +1,6 @@
 """Causal language models, their generation, and log-probabilities that are never kept for a whole vocabulary."""
 
-from descant.modules.language.generate import Generated, Sampling, generate
+from descant.modules.language.generate import Generated, Sampling, generate, generate_some
 from descant.modules.language.model import CausalLM
 from descant.modules.language.packing import Packed, first_fit_decreasing, pack, places
 from descant.modules.language.pretrained import PretrainedLM
@@ -14,6 +14,7 @@ __all__ = [
     "Sampling",
     "first_fit_decreasing",
     "generate",
+    "generate_some",
     "log_probabilities",
     "pack",
     "places",

@@ -102,6 +102,7 @@ def generate(
     stop: Sequence[int] = (),
     sampling: Sampling | None = None,
     seed_R: Tensor | None = None,
+    position_PT: Tensor | None = None,
 ) -> Generated:
     """``group`` completions of each prompt, the rows of one behind each other.
 
@@ -113,6 +114,7 @@ def generate(
         stop: ids, any of which ends a completion.
         sampling: how tokens are drawn; by their probability where not given.
         seed_R: int64, a seed a row; 0, 1, ... where not given.
+        position_PT: of the tokens, and of the first new one behind them ``[P, T + 1]``; counted where not given.
 
     Raises:
         ValueError: for a prompt without a token or with a gap, or that does not fit into the model's length with
@@ -126,8 +128,11 @@ def generate(
     length_P = mask_PT.sum(dim=1)
     if not (length_P > 0).all() or not torch.equal(mask_PT, torch.arange(T, device=device) < length_P[:, None]):
         raise ValueError("mask: the tokens of a prompt stand at its left, at least one of them")
-    if int(length_P.max()) + new > lm.length:
-        longest = int(length_P.max())
+    if position_PT is None:
+        position_PT = torch.arange(T + 1, device=device).expand(P, T + 1)
+    behind_P = position_PT.gather(1, length_P[:, None])[:, 0]
+    if int(behind_P.max()) + new > lm.length:
+        longest = int(behind_P.max())
         raise ValueError(f"a prompt of {longest} tokens and {new} new ones do not fit into length {lm.length}")
     R = P * group
     seed_R = torch.arange(R, device=device) if seed_R is None else seed_R
@@ -136,10 +141,10 @@ def generate(
     length_R, ended_R = torch.full((R,), new, device=device), torch.zeros(R, dtype=torch.bool, device=device)
     stops = torch.tensor(list(stop), device=device, dtype=torch.long)
 
-    state, h_PD = _read(lm, h_PTD, mask_PT, length_P, new, group)
+    state, h_PD = _read(lm, h_PTD, mask_PT, lm.turn(position_PT[:, :T]), new, group)
     logits = lm.logits(h_PD).repeat_interleave(group, dim=0)
     layers, head = [_Layer(layer) for layer in lm.blocks()], _Head(lm)
-    turn_RNE = lm.turn(length_P.repeat_interleave(group)[:, None] + torch.arange(new, device=device))[:, 0]
+    turn_RNE = lm.turn(behind_P.repeat_interleave(group)[:, None] + torch.arange(new, device=device))[:, 0]
     row_S = torch.arange(R, device=device)  # the row that each computed slot is of
     for n in range(new):
         token_S, log_S = sampling.draw(logits, seed_R[row_S], n)
@@ -159,6 +164,35 @@ def generate(
         if n + 1 < new:
             logits = head(state.step(layers, lm.embed(token_S), turn_RNE[row_S, n, None]))
     return Generated(token_RN, log_RN, length_R, ended_R)
+
+
+def generate_some(
+    lm: CausalLM,
+    h_PTD: Tensor,
+    mask_PT: Tensor,
+    new: int,
+    group: int,
+    stop: Sequence[int],
+    sampling: Sampling,
+    seed_R: Tensor,
+    position_PT: Tensor | None = None,
+) -> Generated:
+    """:func:`generate` for the prompts that have a token, as long as the longest; of the others nothing comes, and has
+    ended."""
+    some_P = mask_PT.any(dim=1)
+    some_R = some_P.repeat_interleave(group)
+    whole, R = h_PTD.new_zeros, len(some_R)
+    found = Generated(
+        whole(R, new, dtype=torch.long), whole(R, new, dtype=torch.float32), whole(R, dtype=torch.long), ~some_R
+    )
+    if some_P.any():
+        longest = int(mask_PT.sum(dim=1).max())
+        prompt, mask = h_PTD[some_P, :longest], mask_PT[some_P, :longest]
+        place = None if position_PT is None else position_PT[some_P, : longest + 1]
+        said = generate(lm, prompt, mask, new, group, stop, sampling, seed_R[some_R], place)
+        for whole_R, said_R in zip(found, said, strict=True):
+            whole_R[some_R] = said_R
+    return found
 
 
 class _Layer:
@@ -313,12 +347,10 @@ class _State:
         return slots, _State(prompt, own, hide, self.length_S[slots], most, self.said)
 
 
-def _read(
-    lm: CausalLM, h_PTD: Tensor, mask_PT: Tensor, length_P: Tensor, new: int, group: int
-) -> tuple[_State, Tensor]:
+def _read(lm: CausalLM, h_PTD: Tensor, mask_PT: Tensor, turn: Tensor, new: int, group: int) -> tuple[_State, Tensor]:
     """The state behind the prompts, and what the head reads at the last token of each, ``[P, D]``."""
     P, T, D = h_PTD.shape
-    turn = lm.turn(torch.arange(T, device=h_PTD.device).expand(P, T))
+    length_P = mask_PT.sum(dim=1)
     # copied where small: to read them once for all takes more operations, and small ones are what is waited for
     copies = group if P * group * (T + new) * D <= SMALL else 1
     group //= copies

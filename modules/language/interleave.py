@@ -51,12 +51,29 @@ class Interleaved(NamedTuple):
     Attributes:
         ids_BS: int64, the id of a picture for all its tokens. said_BS, real_BS: bool, to be learned, and no padding.
         at_PI: where the tokens of each picture stand in their rows.
+        position_BS: float32, where they do not count one by one: also of the place behind the last, ``[B, S + 1]``.
     """
 
     ids_BS: Tensor
     said_BS: Tensor
     real_BS: Tensor
     at_PI: Tensor
+    position_BS: Tensor | None = None
+
+
+def placed(h_BSW: Tensor, seen_PIW: Tensor, pictures: Shown, row: Interleaved) -> Tensor:
+    """``h_BSW`` with what is seen of each picture in its place; where there is none it costs parameters nothing."""
+    h_BSW = h_BSW + 0.0 * seen_PIW.sum().to(h_BSW)
+    if not pictures.some:
+        return h_BSW
+    return h_BSW.index_put((pictures.sample_P[:, None].expand_as(row.at_PI), row.at_PI), seen_PIW.to(h_BSW))
+
+
+def unillustrated(batch: Batch) -> Interleaved:
+    """The rows of what has no pictures, as they are."""
+    ids_BT = batch.inputs["text"]
+    real_BT = (ids_BT != PAD) & batch.present["text"][:, None]
+    return Interleaved(ids_BT, batch.inputs["text_said"] & real_BT, real_BT, ids_BT.new_zeros(0, 0))
 
 
 def interleave(batch: Batch, pictures: Shown, cells: int, image_token: int) -> Interleaved:

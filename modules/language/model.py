@@ -111,7 +111,8 @@ class CausalLM(nn.Module):
         if tie:
             self.head.weight = self.embedding.weight
         E = width // heads
-        angle = torch.outer(torch.arange(length).float(), theta ** (-torch.arange(0, E, 2).float() / E))
+        self.theta = theta
+        angle = torch.outer(torch.arange(length).float(), turn_frequencies(theta, E))
         self.register_buffer("turn_T", torch.polar(torch.ones_like(angle), angle), persistent=False)
 
     def blocks(self) -> list[Layer]:
@@ -124,19 +125,26 @@ class CausalLM(nn.Module):
         return self.head(h_BTD)
 
     def turn(self, position_BT: Tensor) -> Tensor:
-        """Complex ``[B, 1, T, E / 2]``: what pairs of numbers of a head are multiplied by at these positions."""
-        return self.get_buffer("turn_T")[position_BT][:, None]
+        """Complex ``[B, 1, T, E / 2]``: what pairs of numbers of a head are multiplied by at these positions, whole
+        ones or float32 between them."""
+        turn_T = self.get_buffer("turn_T")
+        if not position_BT.is_floating_point():
+            return turn_T[position_BT][:, None]
+        angle = position_BT[..., None] * turn_frequencies(self.theta, 2 * turn_T.shape[1], position_BT.device)
+        return torch.polar(torch.ones_like(angle), angle)[:, None]
 
-    def forward(self, h_BTD: Tensor, segment_BT: Tensor | None = None) -> Tensor:
-        """Embeddings -> what the head reads, ``[B, T, D]``; ``segment_BT``: one document a row where not given."""
+    def forward(self, h_BTD: Tensor, segment_BT: Tensor | None = None, position_BT: Tensor | None = None) -> Tensor:
+        """Embeddings -> what the head reads, ``[B, T, D]``; ``segment_BT``: one document a row where not given;
+        ``position_BT``: counted token by token where not given."""
         B, T, _ = h_BTD.shape
-        see = None
-        if segment_BT is None:
+        see = None if segment_BT is None else visible(segment_BT)[:, None]
+        if position_BT is not None:
+            pass
+        elif segment_BT is None:
             position_BT = torch.arange(T, device=h_BTD.device).expand(B, T)
         else:
             position_BT = positions(segment_BT)
-            see = visible(segment_BT)[:, None]
-        longest = T if segment_BT is None else int(position_BT.max()) + 1
+        longest = int(position_BT.max()) + 1
         if longest > self.length:
             raise ValueError(
                 f"length {self.length}: a document of {longest} tokens does not fit; cut it or raise length"
@@ -183,6 +191,11 @@ class _Finder:
 
     def left(self) -> set[str]:
         return {name for name in self.state if name not in self.seen and not name.endswith("inv_freq")}
+
+
+def turn_frequencies(theta: float, head_width: int, device: torch.device | None = None) -> Tensor:
+    """float32 ``[E / 2]``: by how much a step of one position turns each pair of numbers."""
+    return theta ** (-torch.arange(0, head_width, 2, device=device).float() / head_width)
 
 
 def turned(x_BHTE: Tensor, turn: Tensor) -> Tensor:

@@ -104,10 +104,11 @@ def places(lengths: Sequence[int], size: int) -> Places:
     return Places(row_N, first_N, segment_N, len(rows), width)
 
 
-def through(lm: CausalLM, h_BSW: Tensor, real_BS: Tensor, size: int) -> Tensor:
+def through(lm: CausalLM, h_BSW: Tensor, real_BS: Tensor, size: int, position_BS: Tensor | None = None) -> Tensor:
     """What the head reads at each real token ``[B, S, W]``, each sample a document of packed rows; zeros elsewhere.
 
-    ``real_BS``: bool, no gaps. Nothing of padding is computed but the ends of rows.
+    ``real_BS``: bool, no gaps; ``position_BS``: counted where not given. Nothing of padding is computed but the ends of
+    rows.
 
     Raises:
         ValueError: naming a sample that is longer than ``size``.
@@ -122,7 +123,11 @@ def through(lm: CausalLM, h_BSW: Tensor, real_BS: Tensor, size: int) -> Tensor:
     packed = h_BSW.new_zeros(max(plan.rows, 1), max(plan.width, 1), h_BSW.shape[2]).index_put(to, h_BSW[real_BS])
     segment = torch.full(packed.shape[:2], NOWHERE, device=packed.device)
     segment[to] = segment_BS[real_BS]
-    h_RTW = lm(packed, segment)
+    position = None
+    if position_BS is not None:
+        position = position_BS.new_zeros(segment.shape)
+        position[to] = position_BS[real_BS]
+    h_RTW = lm(packed, segment, position)
     return torch.zeros_like(h_BSW, dtype=h_RTW.dtype).index_put((real_BS,), h_RTW[to])
 
 

@@ -15,6 +15,7 @@ class DPO:
 
     Args:
         beta: how far the policy may go from its reference; the smaller the farther.
+        by_length: whether recipes give it lengths.
 
     Raises:
         ValueError: for a beta not above 0.
@@ -24,10 +25,10 @@ class DPO:
     0.3133
     """
 
-    def __init__(self, beta: float = 0.1) -> None:
+    def __init__(self, beta: float = 0.1, by_length: bool = False) -> None:
         if not beta > 0:
             raise ValueError(f"DPO: beta {beta:g}: above 0, such as 0.1")
-        self.beta = beta
+        self.beta, self.by_length = beta, by_length
 
     def __call__(
         self,

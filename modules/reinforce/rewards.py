@@ -10,22 +10,30 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 
+class Entry(Protocol):
+    """What a task knows of one of its problems: ``score(said)``, 1 for what is right."""
+
+    def score(self, said: str, /) -> float: ...
+
+
 class Answer(NamedTuple):
     """What was said to a question, and what is right, spelled out.
 
-    ``tokens``: of what was said, an end counted. ``ended``: whether it came to an end by itself.
+    ``tokens``: of what was said, an end counted. ``ended``: whether it came to an end by itself. ``entry``: what the
+    task knows of the problem, where it knows more than one right answer.
     """
 
     said: str
     right: str
     tokens: int = 0
     ended: bool = True
+    entry: Entry | None = None
 
 
 class Verifier:
@@ -44,6 +52,21 @@ class ExactAnswer(Verifier):
 
     def __call__(self, answer: Answer) -> float | None:
         return float(plain(answer.said) == plain(answer.right))
+
+
+class TaskAnswer(ExactAnswer):
+    """What the task itself says of an answer, such as the scores of reasoning-gym; of a task that says nothing of it
+    what ExactAnswer says.
+
+    >>> class Even:
+    ...     def score(self, said: str) -> float:
+    ...         return float(said.isdigit() and int(said) % 2 == 0)
+    >>> TaskAnswer()(Answer("6", "4", entry=Even())), TaskAnswer()(Answer("6", "4"))
+    (1.0, 0.0)
+    """
+
+    def __call__(self, answer: Answer) -> float | None:
+        return super().__call__(answer) if answer.entry is None else float(answer.entry.score(answer.said))
 
 
 class NumericAnswer(Verifier):

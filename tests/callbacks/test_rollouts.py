@@ -64,11 +64,11 @@ def _spoken() -> dict[str, Tensor]:
     """What 80 steps of answering colours and counts leave: answers of one or two tokens, and now and then of more."""
     torch.manual_seed(0)
     net = Chat(
-        Towers(image=ConvTower([8, 8], stem=4)),
-        CausalLM(8194, 16, 1, 2, length=96),
-        8192,
-        8193,
-        PooledGrid(1),
+        towers=Towers(image=ConvTower([8, 8], stem=4)),
+        lm=CausalLM(8194, 16, 1, 2, length=96),
+        image_token=8192,
+        answer_token=8193,
+        projector=PooledGrid(1),
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=2e-2),
     )
     held = Questions(tiny=True, batch_size=32, size=24, length=64, kinds=KINDS)

@@ -53,11 +53,11 @@ class Given(Teacher):
 def chat(seed: int = 0, teacher: nn.Module | None = None, *targets: Any) -> Chat:
     torch.manual_seed(seed)
     made = Chat(
-        Towers(image=ConvTower([8, 8], stem=4)),
-        CausalLM(8194, 16, 1, 2, length=96),
-        8192,
-        8193,
-        PooledGrid(1),
+        towers=Towers(image=ConvTower([8, 8], stem=4)),
+        lm=CausalLM(8194, 16, 1, 2, length=96),
+        image_token=8192,
+        answer_token=8193,
+        projector=PooledGrid(1),
         distill=Distill(Given(teacher or Knows()), list(targets)),
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2),
     )

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from descant.datamodules.dialogues import in_split
 from descant.datamodules.order import Order
 from descant.datamodules.pool import QuestionPool
-from descant.datamodules.questions import KINDS, in_split
+from descant.datamodules.questions import KINDS
 from descant.modules.batch import Batch
 from descant.modules.text import EOS, PAD
 

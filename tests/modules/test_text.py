@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from descant.datamodules.emoji import PACK
-from descant.modules.text import BOS, EOS, PAD, SPECIAL, Bpe, Ngrams, Pretrained, Words, require_fit
+from descant.modules.text import BOS, EOS, PAD, SPECIAL, Bpe, Bytes, Codec, Ngrams, Pretrained, Words, require_fit
 from descant.modules.towers import BagTower, Frozen, TextTower, TransformersTower
 
 BPE = PACK / "tokenizer.json"
@@ -51,6 +51,22 @@ def test_words_keep_their_order_and_their_number() -> None:
         Words(["fox", "the", "fox"])
     with pytest.raises(ValueError, match="words: none given"):
         Words([])
+
+
+def test_bytes_forget_nothing_and_digits_are_tokens() -> None:
+    codec = Bytes(length=12)
+    for text in ("12+34=", "naïve 日本 🦊", "a\n\tb  c", "\x00\x7f"):
+        assert codec.decode([BOS, *codec.ids(text), EOS, PAD]) == text
+    assert codec.ids("4711") == [SPECIAL + ord(digit) for digit in "4711"]
+    assert codec.row([codec.ids("1"), codec.ids("2")]) == [BOS, *codec.ids("1, 2"), EOS, *[PAD] * 6]
+    assert codec.vocabulary == SPECIAL + 256 and codec.decode([SPECIAL + 0xFF, 264, 265]) == "\ufffd"
+
+
+@pytest.mark.parametrize("codec", [Bytes(), Bpe(BPE), Words(["red", "apple"])])
+def test_what_was_written_is_read_again_and_a_question_names_a_picture_where_there_is_one(codec: Codec) -> None:
+    assert codec.decode(codec.ids("red apple")) == "red apple"
+    assert codec.question("red apple", 900, 901) == [BOS, 900, *codec.ids("red apple"), 901]
+    assert codec.question("red apple", None, 901) == [BOS, *codec.ids("red apple"), 901]
 
 
 def test_relatives_share_what_strangers_do_not() -> None:

@@ -40,10 +40,19 @@ class Patches(Tower):
         return Tokens(self.linear(x[..., None]), torch.ones(len(x), 4, dtype=torch.bool))
 
 
+def sees(lm: CausalLM, towers: Towers | None = None) -> dict[str, Any]:
+    return {
+        "towers": towers or Towers(image=Patches()),
+        "lm": lm,
+        "image_token": IMAGE,
+        "answer_token": ANSWER,
+    }
+
+
 def recipe(kind: str = "each", row: int | None = None) -> Chat:
     torch.manual_seed(0)
     lm = CausalLM(20, 12, 2, 2, length=64)
-    made = Chat(Towers(image=Patches()), lm, IMAGE, ANSWER, PROJECTORS[kind](), row=row)
+    made = Chat(**sees(lm), projector=PROJECTORS[kind](), row=row)
     with torch.no_grad():
         for p in made.parameters():
             p.mul_(3 if p.ndim > 1 else 1)
@@ -104,7 +113,7 @@ def test_each_sample_is_what_it_is_alone(kind: str, row: int | None) -> None:
 def test_several_pictures_stand_where_they_are_named_each_in_its_turn() -> None:
     torch.manual_seed(0)
     towers = Towers(image=ConvTower([8, 8], norm="group"))
-    made = Chat(towers, CausalLM(20, 12, 2, 2, length=64), IMAGE, ANSWER, PooledGrid(2)).double().eval()
+    made = Chat(**sees(CausalLM(20, 12, 2, 2, length=64), towers), projector=PooledGrid(2)).double().eval()
     text = torch.zeros(4, 12, dtype=torch.long)
     for n, ids in enumerate(([1, IMAGE, 7, IMAGE, 8, ANSWER, 9, 2], [1, 8, IMAGE, ANSWER, 9, 2], [1, 7, ANSWER, 9, 2])):
         text[n, : len(ids)] = torch.tensor(ids)
@@ -181,6 +190,34 @@ def test_answers_are_generated_from_the_question_alone() -> None:
     assert not found[[2, 3]].any()
 
 
+def test_without_a_tower_it_is_one_whose_pictures_are_all_absent() -> None:
+    seeing, b = recipe(), batch()
+    reading = Chat(lm=CausalLM(20, 12, 2, 2, length=64), answer_token=ANSWER).double()
+    reading.lm.load_state_dict(seeing.lm.state_dict())
+    assert not reading.towers and not hasattr(reading, "projector") and reading.modalities == ("text",)
+    assert {name.split(".")[0] for name, _ in reading.named_parameters()} == {"lm"}
+    text, said = torch.zeros_like(b.inputs["text"]), torch.zeros_like(b.inputs["text_said"])
+    for n, ids in enumerate(b.inputs["text"]):
+        words = ids != IMAGE
+        text[n, : int(words.sum())], said[n, : int(words.sum())] = ids[words], b.inputs["text_said"][n][words]
+    plain = Batch({"text": text, "text_said": said}, {"text": b.present["text"]})
+    nobody = b.only("text")
+    found, wanted = (net.terms(its)["answer"] for net, its in ((reading, plain), (seeing, nobody)))
+    assert found.valid is not None and wanted.valid is not None and torch.equal(found.valid, wanted.valid)
+    torch.testing.assert_close(found.value[found.valid], wanted.value[found.valid], rtol=0, atol=1e-6)
+    one, two = (
+        torch.autograd.grad(net.step(net.terms(its), its).total, list(net.lm.parameters()))
+        for net, its in ((reading, plain), (seeing, nobody))
+    )
+    for x, y in zip(one, two, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
+    said_BM = reading.eval().generate(plain, new=5)
+    assert torch.equal(said_BM, seeing.eval().generate(nobody, new=5)) and said_BM.any()
+    torch.testing.assert_close(
+        reading.likelihood(plain, said_BM), seeing.likelihood(nobody, said_BM), rtol=0, atol=1e-6
+    )
+
+
 def looking(rows: int, seed: int, permuted: bool = False) -> Batch:
     """Which of four colours a picture has; the question is the same for all."""
     g = torch.Generator().manual_seed(seed)
@@ -206,7 +243,8 @@ def accuracy(made: Chat, b: Batch) -> float:
 
 def test_it_learns_to_look() -> None:
     torch.manual_seed(0)
-    made = Chat(Towers(image=ConvTower([8, 16])), CausalLM(20, 32, 2, 2, length=32), IMAGE, ANSWER, PooledGrid(2))
+    towers = Towers(image=ConvTower([8, 16]))
+    made = Chat(**sees(CausalLM(20, 32, 2, 2, length=32), towers), projector=PooledGrid(2))
     optimizer = torch.optim.AdamW(made.parameters(), lr=3e-3)
     for step in range(60):
         b = looking(64, step)
@@ -224,11 +262,19 @@ def test_protocols_and_what_cannot_be() -> None:
     for protocol in (HasObjective, HasTerms, HasTowers, Scores, Generates):
         assert isinstance(made, protocol), protocol
     with pytest.raises(ValueError, match=r"^towers: audio; a chat sees through one tower, image$"):
-        Chat(Towers(audio=Patches()), CausalLM(20, 12, 1, 2), IMAGE, ANSWER)
+        Chat(**sees(CausalLM(20, 12, 1, 2), Towers(audio=Patches())))
     with pytest.raises(
         ValueError, match=r"^lm.vocab 20: image_token 20 and answer_token 5 are ids too; 21 is the least$"
     ):
-        Chat(Towers(image=Patches()), CausalLM(20, 12, 1, 2), 20, ANSWER)
+        Chat(**{**sees(CausalLM(20, 12, 1, 2)), "image_token": 20})
+    lm = CausalLM(20, 12, 1, 2)
+    for options in ({"image_token": IMAGE}, {"towers": Towers(image=Patches())}, {"projector": EachToken()}):
+        with pytest.raises(
+            ValueError, match=r"^towers, image_token, projector: a chat that sees has the first two, one"
+        ):
+            Chat(lm=lm, answer_token=ANSWER, **options)
+    with pytest.raises(ValueError, match=r"^lm.vocab 20: answer_token 20 are ids too; 21 is the least$"):
+        Chat(lm=lm, answer_token=20)
     b = batch()
     b.inputs["text"][0, 2] = IMAGE
     with pytest.raises(ValueError, match=r"^sample 0: its prompt names 2 pictures, and it has 1$"):

@@ -15,9 +15,8 @@ from descant.datamodules.emoji import PACK
 from descant.modules.configure import Checkpointing, Freeze, Lora, Quantize
 from descant.modules.language import CausalLM, PretrainedLM, Sampling, generate
 from descant.modules.text import Pretrained
-from descant.modules.towers import Towers
 from descant.recipes import Chat
-from tests.recipes.test_chat import ANSWER, IMAGE, Patches, batch
+from tests.recipes.test_chat import batch, sees
 
 V = 20
 
@@ -48,7 +47,7 @@ def test_it_says_what_the_file_says_and_has_room_for_more(folder: Path) -> None:
 
 def chat(folder: Path, *adapt: Any, **options: Any) -> Chat:
     torch.manual_seed(0)
-    made = Chat(Towers(image=Patches()), PretrainedLM(folder), IMAGE, ANSWER, adapt=list(adapt), **options)
+    made = Chat(**sees(PretrainedLM(folder)), adapt=list(adapt), **options)
     made.configure_model()
     return made.double() if not any(isinstance(a, Quantize) for a in adapt) else made
 

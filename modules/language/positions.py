@@ -1,0 +1,55 @@
+"""How far pictures reach in the positions of a language model. Letters: B samples, S tokens of a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from descant.modules.language.interleave import Interleaved
+from descant.modules.random import uniform_N
+
+
+class VisualSteps:
+    """A token of a picture moves positions on by less than a word, which moves them by 1 (V2PE).
+
+        position of token t = sum over tokens s before it of  (step if s is of a picture, else 1)
+
+    So many pictures, frames of a video or slices of a volume, stay within the positions that a model knows, and a stack
+    can be longer than any that it was trained on. With 1 it is the plain model. Source: InternVL-2.5's V2PE (Ge 2024,
+    arXiv 2412.09616), as Fleming-VL (arXiv 2511.00916) inherits it; our reading.
+
+    Args:
+        step: of a token of a picture, above 0 and at most 1.
+        drawn: in training, one of these for each sample in place of it, so that all of them can be read later.
+
+    Raises:
+        ValueError: for a step outside of that.
+
+    >>> ids_BS = torch.tensor([[1, 9, 9, 9, 9, 5, 6]])
+    >>> VisualSteps(0.25).positions(ids_BS, 9, torch.tensor([0.25])).tolist()
+    [[0.0, 1.0, 1.25, 1.5, 1.75, 2.0, 3.0, 4.0]]
+    """
+
+    def __init__(self, step: float = 1.0, drawn: Sequence[float] = ()) -> None:
+        for one in (step, *drawn):
+            if not 0 < one <= 1:
+                raise ValueError(f"VisualSteps: {one:g}: above 0, at most 1; such as 0.25")
+        self.step, self.drawn = step, tuple(drawn)
+
+    def positions(self, ids_BS: Tensor, image_token: int, step_B: Tensor) -> Tensor:
+        """float32 ``[B, S + 1]``, the place behind the last token too."""
+        of_picture_BS = ids_BS == image_token
+        step_BS = torch.where(of_picture_BS, step_B[:, None].to(ids_BS.device), 1.0)
+        return torch.nn.functional.pad(step_BS.double().cumsum(dim=1), (1, 0)).float()
+
+    def __call__(self, row: Interleaved, image_token: int, draw_B: Tensor, training: bool) -> Interleaved:
+        if training and self.drawn:
+            u_B = uniform_N(draw_B, "visual/step")
+            step_B = torch.tensor(self.drawn)[(u_B * len(self.drawn)).long()]
+        elif self.step == 1:
+            return row
+        else:
+            step_B = torch.full((len(draw_B),), self.step)
+        return row._replace(position_BS=self.positions(row.ids_BS, image_token, step_B))
