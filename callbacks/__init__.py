@@ -37,7 +37,9 @@ from descant.callbacks.rollouts import Rollouts as Rollouts
 from descant.callbacks.rounds import Rounds as Rounds
 from descant.callbacks.sanity import Sanity as Sanity
 from descant.callbacks.speed import LearningSpeed as LearningSpeed
+from descant.callbacks.stages import Stages as Stages
 from descant.callbacks.subsets import ModalitySubsetEval as ModalitySubsetEval
 from descant.callbacks.swap import SwapAccuracy as SwapAccuracy
 from descant.callbacks.temperature import Temperature as Temperature
 from descant.callbacks.throughput import Throughput as Throughput
+from descant.callbacks.worst import WorstGroup as WorstGroup

@@ -15,9 +15,14 @@ WIDE, HIGH, LEFT, PAD = 560, 220, 48, 14  # pixels of a panel, and of what stand
 COLOURS = ((27, 94, 168), (226, 120, 20), (110, 60, 140), (90, 170, 200), RED, GREEN)
 
 
-def lines(title: str, panels: Mapping[str, tuple[Sequence[str], Sequence[int], np.ndarray]]) -> Image.Image:
+def lines(
+    title: str,
+    panels: Mapping[str, tuple[Sequence[str], Sequence[int], np.ndarray]],
+    marks: Mapping[str, int] | None = None,
+) -> Image.Image:
     """A panel for each of ``name -> (names of lines, steps, values_SK)``, from 0 to the largest value; the last of
-    several lines is black. What is not finite leaves a gap.
+    several lines is black. What is not finite leaves a gap. With ``marks``, steps by what begins there, all panels are
+    of the same steps.
 
     >>> values = np.array([[0.1, 0.2], [0.3, np.nan], [0.5, 0.6]])
     >>> lines("title", {"val": (["image", "joint"], [0, 10, 20], values)}).size
@@ -32,23 +37,35 @@ def lines(title: str, panels: Mapping[str, tuple[Sequence[str], Sequence[int], n
     for p, (panel, (of, steps, values_SK)) in enumerate(panels.items()):
         top = GAP + TITLE + GAP + p * tall
         draw.text((LEFT, top), panel, INK, _font(TEXT, panel))
-        _panel(draw, (LEFT, top + TEXT + GAP // 2), of, steps, values_SK)
+        every = [step for _, its, _ in panels.values() for step in its] if marks else steps
+        first, last = min([*every, *(marks or {}).values()]), max(every)
+        _panel(draw, (LEFT, top + TEXT + GAP // 2), of, steps, values_SK, (first, last), marks or {})
     return image
 
 
 def _panel(
-    draw: ImageDraw.ImageDraw, corner: tuple[int, int], names: Sequence[str], steps: Sequence[int], x_SK: np.ndarray
+    draw: ImageDraw.ImageDraw,
+    corner: tuple[int, int],
+    names: Sequence[str],
+    steps: Sequence[int],
+    x_SK: np.ndarray,
+    ends_at: tuple[int, int],
+    marks: Mapping[str, int],
 ) -> None:
     left, top = corner
     real = x_SK[np.isfinite(x_SK)]
     most = max(float(real.max()) if len(real) else 1.0, 1e-12)
-    first, span = steps[0], max(steps[-1] - steps[0], 1)
+    first, span = ends_at[0], max(ends_at[1] - ends_at[0], 1)
     for share in (0.0, 0.5, 1.0):
         y = top + HIGH - round(share * HIGH)
         draw.line((left, y, left + WIDE, y), (225, 225, 225))
         draw.text((left - 6, y), f"{share * most:.2g}", FAINT, _font(TEXT, ""), anchor="rm")
+    for name, step in marks.items():
+        x = left + (step - first) / span * WIDE
+        draw.line((x, top, x, top + HIGH), FAINT)
+        draw.text((x + 4, top), name, FAINT, _font(TEXT, name))
     draw.text((left, top + HIGH + PAD // 2), f"step {first:,}", FAINT, _font(TEXT, ""))
-    draw.text((left + WIDE, top + HIGH + PAD // 2), f"{steps[-1]:,}", FAINT, _font(TEXT, ""), anchor="ra")
+    draw.text((left + WIDE, top + HIGH + PAD // 2), f"{ends_at[1]:,}", FAINT, _font(TEXT, ""), anchor="ra")
     ends: list[tuple[float, str, tuple[int, int, int]]] = []
     for k, name in enumerate(names):
         colour = INK if k == len(names) - 1 > 0 else COLOURS[k % len(COLOURS)]

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
 from descant.callbacks.throughput import Meter, count_rows
+from descant.modules.trainer import run_steps
 
 
 def clock(seconds: float) -> str:
@@ -91,7 +92,7 @@ class Progress(ProgressBar):
     # training -----------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        steps = trainer.estimated_stepping_batches  # on every rank: it may load data
+        steps = run_steps(trainer)  # on every rank: it may load data
         self._total = int(steps) if math.isfinite(steps) and steps > 0 else None
         self._meter, self._begin, self._line = (
             Meter(),

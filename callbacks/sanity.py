@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR, LinearLR, SequentialLR
 
 from descant.modules.chunks import looks_at_the_batch
 from descant.modules.protocols import HasObjective, HasTowers
-from descant.modules.trainer import log_interval
+from descant.modules.trainer import log_interval, run_steps
 
 
 class Sanity(L.Callback):
@@ -54,7 +54,7 @@ class Sanity(L.Callback):
 
     def findings(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
         """The warnings of a run that is about to take its first step."""
-        total = trainer.estimated_stepping_batches
+        total = run_steps(trainer)
         left = total - trainer.global_step
         if left <= 0:
             return []

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from descant.modules.protocols import Scaled
+from descant.modules.trainer import run_steps
 
 
 class Temperature(Callback):
@@ -66,7 +67,7 @@ class Temperature(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         # a share of the whole run, which resuming does not change
-        if self.held or trainer.global_step < math.ceil(self.at * float(trainer.estimated_stepping_batches)):
+        if self.held or trainer.global_step < math.ceil(self.at * run_steps(trainer)):
             return
         self.held = True
         with torch.no_grad():

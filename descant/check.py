@@ -8,6 +8,7 @@ import lightning as L
 import torch
 from torch import nn
 
+from descant.modules.trainer import run_steps
 from descant.recipes.base import Recipe
 
 
@@ -39,7 +40,7 @@ def _model(model: L.LightningModule) -> list[str]:
 
 def _data(trainer: L.Trainer) -> list[str]:
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    steps = trainer.estimated_stepping_batches
+    steps = run_steps(trainer)
     lines = [f"data       {type(data).__name__}, {trainer.num_training_batches} batches an epoch, {steps} steps"]
     if hasattr(data, "training_set"):
         lines[0] += f", {len(data.training_set()):,} samples, batch_size {data.batch_size}"

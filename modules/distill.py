@@ -51,6 +51,9 @@ class Teacher(nn.Module):
     def follow(self, student: nn.Module) -> None:
         """Nothing, unless the teacher changes."""
 
+    def begin(self, student: nn.Module) -> None:
+        """Told of each stage of a run in stages; nothing, unless the teacher is what the stage began with."""
+
 
 class Lesson:
     """What a student and its teacher have to say of one batch; each is asked once, and only where a target asks.

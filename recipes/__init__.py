@@ -5,14 +5,16 @@ from descant.recipes.base import Recipe
 from descant.recipes.certified import Certified
 from descant.recipes.chat import Chat
 from descant.recipes.contrastive import Contrastive
-from descant.recipes.distillation import TeacherAverage, TeacherRun
+from descant.recipes.distillation import TeacherAverage, TeacherRun, TeacherStage
 from descant.recipes.ensemble import Ensemble
 from descant.recipes.fusion import Fusion
 from descant.recipes.masked import Masked
 from descant.recipes.matching import Matching
 from descant.recipes.missing import MissingModality
 from descant.recipes.peers import Peers
+from descant.recipes.preferred import Preferred
 from descant.recipes.reinforced import Reinforced
+from descant.recipes.staged import Imitate, Prefer, Reinforce, Stage, Staged
 
 __all__ = [
     "Alternating",
@@ -21,12 +23,19 @@ __all__ = [
     "Contrastive",
     "Ensemble",
     "Fusion",
+    "Imitate",
     "Masked",
     "Matching",
     "MissingModality",
     "Peers",
+    "Prefer",
+    "Preferred",
     "Recipe",
+    "Reinforce",
     "Reinforced",
+    "Stage",
+    "Staged",
     "TeacherAverage",
     "TeacherRun",
+    "TeacherStage",
 ]

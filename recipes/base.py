@@ -110,14 +110,20 @@ class Recipe(L.LightningModule):
             require_fit(codec, self.towers["text"])
 
     def configure_optimizers(self) -> Any:
-        optimizer = self._optimizer(parameter_groups(self))
-        if self._schedule is None:
+        return self.optimized(self._optimizer, self._schedule)
+
+    def optimized(self, make: OptimizerCallable, schedule: Schedule | None) -> Any:
+        """An optimizer of what trains now, and its schedule over the steps that there are for it."""
+        optimizer = make(parameter_groups(self))
+        if schedule is None:
             return optimizer
-        scheduler = self._schedule(optimizer, int(self.trainer.estimated_stepping_batches))
-        config = {"scheduler": scheduler, "interval": self._schedule.interval}
-        if self._schedule.monitor is not None:
-            config["monitor"] = self._schedule.monitor
+        config = {"scheduler": schedule(optimizer, self.schedule_steps()), "interval": schedule.interval}
+        if schedule.monitor is not None:
+            config["monitor"] = schedule.monitor
         return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def schedule_steps(self) -> int:
+        return int(self.trainer.estimated_stepping_batches)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.step.require_chunks(len(batch))

@@ -1,4 +1,4 @@
-"""Teachers: a run that stands still, and the student's own average.
+"""Teachers: a run that stands still, the student's own average, and what it was before.
 
     model:
       init_args:
@@ -84,3 +84,19 @@ class TeacherAverage(Teacher):
         held = dict(student.named_buffers())
         for name, buffer in self.average.named_buffers():
             buffer.copy_(held[name])
+
+
+class TeacherStage(TeacherAverage):
+    """What the student was when the stage began that it is in: what reinforcement is to stay near to (a KL).
+
+    Saved with the student, as an average is.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(decay=0.0)
+
+    def follow(self, student: nn.Module) -> None:
+        """Nothing: it stands still."""
+
+    def begin(self, student: nn.Module) -> None:
+        super().follow(student)

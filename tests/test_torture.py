@@ -105,6 +105,26 @@ def test_rounds_are_killed_while_a_pool_is_renewed_and_between_two(tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.ddp
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_stages_are_killed_where_one_ends_inside_another_and_in_a_rollout(tmp_path: Path, ranks: int) -> None:
+    """Of captions and answers, six steps each, and four rollouts of two."""
+    case = Case(tmp_path, "stages", ranks)
+    case.finish("whole")
+    lines = [line for line in records(case.folder("whole")) if "samples" in line]
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    kill(case, "killed", Moment(lines[5], after=0.0))  # the last step of captions is over
+    kill(case, "killed", Moment(lines[8], after=0.0))
+    with case.start("killed", HOLD="asking:14:0") as run:
+        held = [case.folder("killed") / f"held-{pid}" for pid in run.leaders]
+        wait(lambda: run.code() is not None or any(file.exists() for file in held), "nobody was asked")
+        assert run.code() is None, "killed inside the second rollout"
+    kill(case, "killed", Moment(lines[16], after=0.0))
+    case.finish("killed")
+    assert starts(case, "killed") == 5 and differences(case, "killed") == []
+
+
+@pytest.mark.slow
 def test_the_comparison_sees_one_bit_and_no_difference_between_a_command_and_a_fork(tmp_path: Path) -> None:
     """The test of the test: one loss, one weight and one sample that are off are each told."""
     Case(tmp_path, "gradcache", cold=True).finish("whole")

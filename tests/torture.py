@@ -112,6 +112,16 @@ _ALWAYS: list[dict[str, Any]] = [
     {"class_path": "tests.torture_parts.Hold"},
 ]
 _SMALL = {"accelerator": "cpu", "precision": "32-true", "log_every_n_steps": 1, "enable_progress_bar": False}
+_ASKED: dict[str, Any] = {"items": 6, "group": 4, "batch_size": 12, "eval_batch_size": 2, "kinds": ["colour"]}
+#: Always something to learn of, whatever is said.
+_LETTERS = {"letters": {"class_path": "tests.torture_parts.Letters"}}
+
+
+def _during(name: str, epochs: int, steps: int | None, **options: Any) -> dict[str, Any]:
+    data = {"class_path": name, "init_args": {"tiny": True, **options}}
+    return {"class_path": "During", "init_args": {"data": data, "epochs": epochs, "steps": steps}}
+
+
 TAUGHT: dict[str, tuple[str, dict[str, Any]]] = {
     "teacher": (
         "chat/emoji",
@@ -139,6 +149,35 @@ TAUGHT: dict[str, tuple[str, dict[str, Any]]] = {
                     *_ALWAYS[:-2],
                     {"class_path": "EMA", "init_args": {"decay": 0.9}},
                     {"class_path": "Rounds", "init_args": {"epochs": 2}},
+                    *_ALWAYS[-2:],
+                ],
+            },
+        },
+    ),
+    "stages": (
+        "staged/emoji_vqa",
+        {
+            "model": {"init_args": {**_CHAT, "new": 4}},
+            "data": {
+                "init_args": {
+                    "stages": {
+                        "captions": _during("Descriptions", epochs=2, steps=3, batch_size=24),
+                        "answers": _during("Questions", epochs=2, steps=3, batch_size=24, kinds=["colour", "count"]),
+                        "reward": _during("QuestionRollouts", epochs=4, steps=None, **_ASKED),
+                    }
+                }
+            },
+            "trainer": {
+                **_SMALL,
+                "check_val_every_n_epoch": 1,
+                "limit_val_batches": 1,
+                "callbacks": [
+                    *_ALWAYS[:-2],
+                    {"class_path": "Stages", "init_args": {"watch": ["val/accuracy", "rollouts/reward"]}},
+                    {
+                        "class_path": "Rollouts",
+                        "init_args": {"rewards": {"class_path": "Rewards", "init_args": {"of": _LETTERS}}},
+                    },
                     *_ALWAYS[-2:],
                 ],
             },
@@ -218,7 +257,7 @@ class Case:
         root.mkdir(parents=True, exist_ok=True)
         experiment, content = TAUGHT[name] if name in TAUGHT else ("contrastive/emoji", CASES[name])
         self.configs = [experiment, *([] if name in TAUGHT else [str(HERE / "torture.yaml")]), "case.yaml"]
-        (root / "case.yaml").write_text(f"# The case {name}.\n" + yaml.safe_dump(content), encoding="utf-8")
+        (root / "case.yaml").write_text(f"# The case {name}.\n" + yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
     def words(self, name: str, resume: str) -> list[str]:
         """The arguments of ``descant``."""

@@ -19,7 +19,9 @@ from descant import manifest
 from descant.modules.batch import Batch
 from descant.modules.heads import MeanPool
 from descant.modules.objective import Term
+from descant.modules.reinforce.rewards import Answer, Verifier
 from descant.modules.towers import Towers
+from descant.modules.trainer import data_parts
 from descant.recipes.base import Recipe
 
 
@@ -43,6 +45,13 @@ class Pair(Recipe):
         with torch.no_grad():
             self.queue.copy_(torch.cat([z["image"].detach(), self.queue])[: len(self.queue)])
         return {"image-text": Term(value_B, valid=batch.both("image", "text"), given=("image", "text"))}
+
+
+class Letters(Verifier):
+    """The more letters the better: an untrained model says answers of all lengths."""
+
+    def __call__(self, answer: Answer) -> float | None:
+        return float(len(answer.said))
 
 
 class Record(L.Callback):
@@ -103,8 +112,9 @@ class Hold(L.Callback):
         elif self.phase == "optimizer":  # the weights have moved, and nobody has counted it
             trainer.optimizers[0].register_step_post_hook(hold)
         elif self.phase == "asking":  # of a pool: both have answered some of it, and nothing is renewed
-            data: Any = trainer.datamodule  # type: ignore[attr-defined]
-            data.asking = functools.partial(_held_behind_the_first, data.asking, hold)
+            for data in data_parts(trainer):
+                if hasattr(data, "asking"):
+                    data.asking = functools.partial(_held_behind_the_first, data.asking, hold)
         elif self.phase == "saving":  # the file is there, its name is not
             stage = manifest.stage
             setattr(manifest, "stage", lambda name: hold() if name == "synced" else stage(name))  # noqa: B010

@@ -1,0 +1,194 @@
+"""One run in stages: captions, then answers, then what its own answers earn.
+
+Claim: each stage gives what the others cannot, and each begins where the one before it ended.
+
+    for each stage:   theta <- argmin over the stage's part of theta of  loss_stage(theta; data_stage)
+
+Weights are handed on and nothing else: every stage has an optimizer and a schedule of its own, over the parameters that
+it trains; all others stand still to the bit, statistics of their batch norms too. Data: StagedData, stages of the same
+names; the callback Stages changes them.
+Source: Patho-R1 (Zhang 2025, arXiv 2505.11404): continued pre-training, fine-tuning, GRPO and DAPO.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from lightning.pytorch.cli import OptimizerCallable
+from torch import nn
+
+from descant.modules.batch import Batch
+from descant.modules.configure import Shard, nearest
+from descant.modules.inherit import Begin
+from descant.modules.objective import Term
+from descant.modules.reinforce import DPO, PolicyLoss
+from descant.modules.schedule import Schedule
+from descant.modules.trainer import run_steps
+from descant.recipes.chat import Chat
+from descant.recipes.preferred import preference
+from descant.recipes.reinforced import Reinforced
+
+
+class Imitate:
+    """To say what the data says: captions (continued pre-training) or answers (fine-tuning)."""
+
+    def terms(self, model: Staged, batch: Batch) -> dict[str, Term]:
+        return Chat.terms(model, batch)
+
+
+class Reinforce(Imitate):
+    """To say more often what earned more; the callback Rollouts asks. ``loss``: the recipe's where not given."""
+
+    def __init__(self, loss: PolicyLoss | None = None) -> None:
+        self.loss = loss
+
+    def terms(self, model: Staged, batch: Batch) -> dict[str, Term]:
+        return Reinforced.terms(model, batch)
+
+
+class Prefer(Imitate):
+    """To say the better of two answers rather than the worse, beside ``model.distill``, such as of a TeacherStage."""
+
+    def __init__(self, loss: DPO | None = None) -> None:
+        self.loss = loss or DPO()
+
+    def terms(self, model: Staged, batch: Batch) -> dict[str, Term]:
+        return preference(model, batch, self.loss)
+
+
+class Stage:
+    """What is learned in a stage, and by which parameters.
+
+    Args:
+        learns: Imitate where not given.
+        train: a regular expression, searched in the names of parameters; all train that can where it is empty.
+        optimizer, schedule: of the stage, whose steps the schedule counts; the recipe's where not given.
+        load: weights to begin with, in place of those that the stage before it left.
+
+    Raises:
+        ValueError: for an expression that is none.
+    """
+
+    def __init__(
+        self,
+        learns: Imitate | None = None,
+        train: str = "",
+        optimizer: OptimizerCallable | None = None,
+        schedule: Schedule | None = None,
+        load: Begin | None = None,
+    ) -> None:
+        try:
+            self.train = re.compile(train)
+        except re.error as error:
+            raise ValueError(f"train {train!r}: {error}") from None
+        self.learns, self.optimizer, self.schedule, self.load = learns or Imitate(), optimizer, schedule, load
+
+    @property
+    def loss(self) -> PolicyLoss | None:
+        """Of reinforcement, where the stage has one of its own."""
+        return self.learns.loss if isinstance(self.learns, Reinforce) else None
+
+    @property
+    def near(self) -> bool:
+        """Whether it is measured by a policy that stands still."""
+        return isinstance(self.learns, Prefer) or (self.loss is not None and self.loss.kl is not None)
+
+
+class Staged(Reinforced):
+    """A model that is trained in stages.
+
+    Args:
+        stages: name -> what is learned in it, in this order.
+
+    Raises:
+        ValueError: for no stage; before training, for one that trains no parameter, and for stages that train different
+            parameters of a model that is split over ranks; what Reinforced raises.
+    """
+
+    def __init__(self, stages: dict[str, Stage], **kwargs: Any) -> None:
+        if not stages:
+            raise ValueError("stages: none; such as {answers: {class_path: Stage}}")
+        self.stages, self.stage = dict(stages), next(iter(stages))
+        super().__init__(**kwargs)
+        near = [name for name, stage in self.stages.items() if stage.near]
+        if near and self.distill is None:
+            raise ValueError(f"stages.{near[0]}: near to whom? model.distill, such as with a TeacherStage, says it")
+        self._given, self._can = self.loss, list[str]()
+
+    @property
+    def now(self) -> Stage:
+        return self.stages[self.stage]
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        return self.now.learns.terms(self, batch)
+
+    # from one stage to the next -----------------------------------------------------------------------------------
+
+    def begin_stage(self, name: str) -> None:
+        """With the weights as they are, or those that the stage is to load."""
+        self.stage = name
+        if self.now.load is not None:
+            self.now.load.apply(self)
+        self._choose()
+        if self.distill is not None:
+            self.distill.teacher.begin(self)
+
+    def _choose(self) -> None:
+        """Let the stage's parameters train, and no other."""
+        chosen = {name for name in self._can if self.now.train.search(name)}
+        if not chosen:
+            known = nearest(self.now.train.pattern, dict.fromkeys(name.split(".")[0] for name in self._can))
+            raise ValueError(f"stages.{self.stage}.train {self.now.train.pattern!r} matches no parameter; {known}")
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name in chosen)
+            parameter.grad = None
+        self.loss = self.now.loss or self._given
+        self.train(self.training)
+
+    def configure_model(self) -> None:
+        if self._configured:
+            return
+        alike = len({stage.train.pattern for stage in self.stages.values()}) == 1
+        if not alike and any(isinstance(part, Shard) for part in self._parts):
+            raise ValueError("shard: what trains is settled when parameters are split; give all stages the same train")
+        super().configure_model()
+        self._can = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+        for name in [*self.stages, self.stage]:  # a mistake in any is told before the first step of all
+            self.stage = name
+            self._choose()
+        if self.now.load is not None:
+            self.now.load.apply(self)
+
+    def configure_optimizers(self) -> Any:
+        return self.optimized(self.now.optimizer or self._optimizer, self.now.schedule or self._schedule)
+
+    def schedule_steps(self) -> int:
+        """Of the stage, all its epochs."""
+        run_steps(self.trainer)  # which has the data made, and counted
+        return int(self.trainer.datamodule.steps[self.stage])  # type: ignore[attr-defined]
+
+    def train(self, mode: bool = True) -> Staged:
+        if isinstance(self.now.learns, Reinforce):
+            super().train(mode)
+            return self
+        nn.Module.train(self, mode)
+        for module in self.modules():  # what stands still does so in what it has counted, too
+            parameters = list(module.parameters())
+            if module is not self and parameters and not any(p.requires_grad for p in parameters):
+                module.eval()
+        return self
+
+    # what a checkpoint knows --------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["stage"] = self.stage
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        name = checkpoint.get("stage", self.stage)
+        if name not in self.stages:
+            raise ValueError(f"the checkpoint is of the stage {name!r}; {nearest(name, self.stages)}")
+        self.stage = name
+        if self._can:
+            self._choose()

@@ -1,0 +1,444 @@
+"""A run in stages. Letters: N questions, G answers to each."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from descant.callbacks import Resume, Rollouts, Stages
+from descant.datamodules.described import Descriptions
+from descant.datamodules.emoji import DEVELOPMENT_VENDOR
+from descant.datamodules.pool import QuestionRollouts
+from descant.datamodules.questions import PairSet, QuestionPairs, Questions
+from descant.datamodules.staged import During, StagedData, StagedOrder
+from descant.modules.configure import Shard
+from descant.modules.distill import Distill
+from descant.modules.inherit import Begin
+from descant.modules.language import CausalLM
+from descant.modules.language.packing import through
+from descant.modules.language.projectors import PooledGrid
+from descant.modules.reinforce import DPO, KL, PolicyLoss
+from descant.modules.reinforce.rewards import Answer, Rewards, Verifier
+from descant.modules.schedule import WarmupCosine
+from descant.modules.towers import ConvTower, Towers
+from descant.recipes import Chat, Prefer, Reinforce, Stage, Staged
+from descant.recipes.distillation import TeacherStage
+from descant.recipes.preferred import whole
+from tests.callbacks.test_resume import Act, equal, fit, point, state
+from tests.callbacks.test_rollouts import G, N
+from tests.callbacks.test_rounds import Given
+from tests.ranks import run_ranks
+from tests.step_toy import QUIET
+
+#: Steps of an epoch; epochs of captions, answers and rollouts; steps of one rollout.
+STEPS, EPOCHS = 3, (1, 2, 2)
+WHOLE = STEPS * 3 + 2
+SEEN: dict[str, Any] = {"size": 24, "length": 64, "tiny": True}
+
+
+class Letters(Verifier):
+    """What no stage before has taught: the more letters the better."""
+
+    def __call__(self, answer: Answer) -> float | None:
+        return float(len(answer.said))
+
+
+def letters() -> Rollouts:
+    return Rollouts(Rewards({"letters": Letters()}))
+
+
+def model(stages: dict[str, Stage] | None = None, **options: Any) -> Staged:
+    torch.manual_seed(0)
+    return Staged(
+        stages=stages
+        or {
+            "captions": Stage(train=r"^projector|^lm\.blocks", schedule=WarmupCosine(warmup=1)),
+            "answers": Stage(optimizer=lambda groups: torch.optim.SGD(groups, lr=0.05, momentum=0.9)),
+            "reward": Stage(Reinforce(), r"^lm"),
+        },
+        towers=Towers(image=ConvTower([8, 8], stem=4)),
+        lm=CausalLM(8194, 16, 1, 2, length=96),
+        image_token=8192,
+        answer_token=8193,
+        projector=PooledGrid(1),
+        optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2),
+        new=3,
+        **options,
+    )
+
+
+def data(batch_size: int = N * G, **options: Any) -> StagedData:
+    rolled = QuestionRollouts(items=N, group=G, batch_size=batch_size, kinds=["colour", "count"], **SEEN)
+    return StagedData(
+        {
+            "captions": During(Descriptions(batch_size=16, **SEEN), EPOCHS[0], STEPS),
+            "answers": During(Questions(batch_size=16, kinds=["colour", "count"], **SEEN), EPOCHS[1], STEPS),
+            "reward": During(rolled, EPOCHS[2]),
+        },
+        **options,
+    )
+
+
+class Kept(L.Callback):
+    """The weights, what trains and what the optimizer holds, at the start of every epoch and at the end."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, Tensor]] = []
+        self.moments: list[int] = []
+        self.lr: list[float] = []
+        self.kinds: list[str] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, i: int) -> None:
+        if i == 0:
+            self.weights.append(state(pl_module))
+            self.moments.append(len(trainer.optimizers[0].state))
+            self.kinds.append(type(trainer.optimizers[0]).__name__)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.lr.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.weights.append(state(pl_module))
+
+
+def run(folder: Path, *more: Any, net: Staged | None = None, **options: Any) -> tuple[L.Trainer, Staged]:
+    held = options.pop("data", None) or data()
+    quiet: dict[str, Any] = {"max_epochs": -1, "limit_val_batches": 0} | options
+    trainer, found = fit(folder, letters(), Stages(), *more, net=net or model(), data=held, **quiet)
+    assert isinstance(found, Staged)
+    return trainer, found
+
+
+@functools.cache
+def _left_alone(folder: Path) -> tuple[Kept, Act, dict[str, Tensor]]:
+    kept, act = Kept(), Act()
+    trainer, net = run(folder, kept, act, Resume(every=1, keep=99))
+    assert trainer.global_step == WHOLE
+    return kept, act, state(net)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("staged")
+
+
+def changed(a: dict[str, Tensor], b: dict[str, Tensor]) -> set[str]:
+    return {name for name in a if not torch.equal(a[name], b[name])}
+
+
+# what a stage is ----------------------------------------------------------------------------------------------------
+
+
+def test_what_a_stage_does_not_train_stands_still_to_the_bit(folder: Path) -> None:
+    kept, _, _ = _left_alone(folder)
+    begin, answers, _, reward, _, end = kept.weights
+    moved = changed(begin, answers)
+    assert moved and all(name.startswith(("projector", "lm.blocks")) for name in moved)
+    moved = changed(answers, reward)
+    assert any("running_mean" in name for name in moved) and any(name.startswith("lm.embedding") for name in moved)
+    moved = changed(reward, end)
+    assert moved and all(name.startswith("lm") for name in moved), "and no running statistics"
+
+
+def test_every_stage_has_a_fresh_optimizer_and_a_schedule_of_its_own(folder: Path) -> None:
+    kept, _, _ = _left_alone(folder)
+    assert [n > 0 for n in kept.moments] == [False, False, True, False, True]
+    assert kept.kinds == ["AdamW", "SGD", "SGD", "AdamW", "AdamW"]
+    assert kept.lr[:STEPS] == pytest.approx([0.01, 0.005, 0.0]), "its cosine ends with the stage"
+    assert kept.lr[STEPS:] == pytest.approx([0.05] * 2 * STEPS + [0.01] * 2)
+
+
+def test_a_stage_is_what_a_run_of_its_own_is(folder: Path, tmp_path: Path) -> None:
+    """Captions and answers as two runs, the second begun with the weights of the first: the same bits."""
+    kept, _, _ = _left_alone(folder)
+    whole = data()
+    net = model({"captions": model().stages["captions"]})
+    run_one(tmp_path / "captions", net, StagedData({"captions": whole.stages["captions"]}))
+    assert equal(state(net), kept.weights[1])
+    torch.save({"state_dict": state(net)}, tmp_path / "captions.ckpt")
+    second = model({"answers": model().stages["answers"]})
+    second.load_state_dict(state(net))
+    run_one(tmp_path / "answers", second, StagedData({"answers": whole.stages["answers"]}))
+    assert equal(state(second), kept.weights[3])
+
+
+def run_one(folder: Path, net: Staged, held: StagedData) -> None:
+    fit(folder, Stages(), Resume(), net=net, data=held, max_epochs=-1, limit_val_batches=0)
+
+
+class Asked(Rollouts):
+    def _drawn(self, trainer: L.Trainer, pl_module: Any, *rest: Any) -> Any:
+        stages.append(pl_module.stage)
+        return super()._drawn(trainer, pl_module, *rest)
+
+
+stages: list[str] = []
+
+
+def test_the_model_is_asked_in_its_own_stage_alone(tmp_path: Path) -> None:
+    stages.clear()
+    # told last what comes first: Stages goes before whoever acts at the start of an epoch
+    fit(tmp_path, Asked(letters().rewards), Stages(), net=model(), data=data(), max_epochs=-1, limit_val_batches=0)
+    assert stages == ["reward", "reward"]
+
+
+def test_a_stage_may_load_other_weights(tmp_path: Path, folder: Path) -> None:
+    _left_alone(folder)
+    stages = model().stages
+    stages["answers"].load = Loaded(
+        {name: x + 1.0 if x.is_floating_point() else x for name, x in state(model()).items()}
+    )
+    kept = Kept()
+    run(tmp_path, kept, net=model(stages))
+    assert equal(kept.weights[1], stages["answers"].load.weights)
+
+
+class Loaded(Begin):
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        super().__init__("nowhere")
+        self.weights = weights
+
+    def apply(self, recipe: Any) -> None:
+        recipe.load_state_dict(self.weights)
+
+
+def test_a_reference_is_what_the_stage_began_with(tmp_path: Path) -> None:
+    stages = model().stages
+    stages["reward"] = Stage(Reinforce(PolicyLoss(kl=KL(0.1))))
+    net, kept = model(stages, distill=Distill(TeacherStage())), Kept()
+    run(tmp_path, kept, net=net)
+    reference: Any = net.distill.teacher.average  # type: ignore[union-attr]
+    mine = {name: x for name, x in kept.weights[3].items() if not name.startswith("distill.")}
+    its = {name: x for name, x in state(reference).items() if name in mine}
+    assert equal(its, mine) and changed(mine, {name: state(net)[name] for name in mine})
+
+
+# going on -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [1, STEPS, STEPS + 1, 2 * STEPS, 3 * STEPS, 3 * STEPS + 1, WHOLE])
+def test_from_any_step_of_any_stage_it_ends_in_the_same_bits(folder: Path, tmp_path: Path, step: int) -> None:
+    _, act, whole = _left_alone(folder)
+    again = Act()
+    trainer, net = run(tmp_path, again, Resume(), path=point(folder, step))
+    assert trainer.global_step == WHOLE
+    assert again.seen == act.seen[step:] and again.losses == act.losses[step:]
+    assert equal(state(net), whole)
+
+
+def test_a_run_cut_where_a_stage_ends_goes_on_with_the_next(folder: Path, tmp_path: Path) -> None:
+    """It ended by max_steps, so the last thing saved is of the stage that was over."""
+    _, _, whole = _left_alone(folder)
+    trainer, _ = run(tmp_path, Resume(), max_steps=3 * STEPS)
+    assert trainer.global_step == 3 * STEPS
+    _, net = run(tmp_path / "on", Resume(), path=point(tmp_path, 3 * STEPS))
+    assert equal(state(net), whole)
+
+
+def test_of_other_stages_or_lengths_it_does_not_go_on(folder: Path, tmp_path: Path) -> None:
+    _left_alone(folder)
+    longer = data()
+    longer.stages["answers"].epochs = 3
+    with pytest.raises(ValueError, match=r"data with answers.epochs 2, and here it is 3"):
+        run(tmp_path, Resume(), path=point(folder, 4), data=longer)
+
+
+@pytest.mark.slow
+def test_ranks_change_nothing(tmp_path: Path) -> None:
+    one = _on_ranks(0, 1, tmp_path / "one")
+    two = run_ranks(2, _on_ranks, 2, tmp_path / "two")
+    assert equal(*two)
+    for name, x in one.items():
+        torch.testing.assert_close(two[0][name], x, atol=2e-4, rtol=2e-3, msg=name)
+    on = run_ranks(2, _on_ranks, 2, tmp_path / "on", point(tmp_path / "two", 3 * STEPS + 1))
+    assert equal(on[0], two[0]), "killed in the third stage, on two ranks"
+    on = run_ranks(2, _on_ranks, 2, tmp_path / "on", point(tmp_path / "two", STEPS))
+    assert equal(on[0], two[0]), "and at the end of the first"
+
+
+def _on_ranks(rank: int, world: int, folder: Path, path: Path | None = None) -> dict[str, Tensor]:
+    stages = model().stages
+    # batch statistics are of a rank's own rows, so the tower's never move here
+    stages["answers"] = Stage(train="^lm|^projector", optimizer=lambda groups: torch.optim.SGD(groups, lr=0.05))
+    options: dict[str, Any] = {"strategy": "ddp", "devices": world} if world > 1 else {}
+    _, net = run(folder, Resume(every=1, keep=99), net=model(stages), path=path, **options)
+    return state(net)
+
+
+# preferences --------------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_of_preferences_learns_which_answer_is_right(tmp_path: Path) -> None:
+    """Beside what it was when the stage began: right answers gain over wrong ones of problems that it never saw."""
+    answers, steps = Questions(batch_size=32, kinds=["colour", "count"], **SEEN), 20
+    held = StagedData(
+        {
+            "answers": During(answers, 1, steps),
+            "pairs": During(QuestionPairs(batch_size=32, kinds=["colour", "count"], **SEEN), 2, steps),
+        },
+        evaluate="answers",
+    )
+    net = model({"answers": Stage(), "pairs": Stage(Prefer(DPO(beta=1.0)))}, distill=Distill(TeacherStage()))
+    trainer, _ = fit(tmp_path, Stages(), net=net, data=held, max_epochs=-1, limit_val_batches=0, log_every_n_steps=1)
+    assert float(trainer.callback_metrics["train/preference"]) < math.log(2) - 0.1
+    gain, before = right_over_wrong(net), right_over_wrong(net.distill.teacher.average)  # type: ignore[union-attr]
+    assert gain > before + 0.5, (gain, before)
+
+
+@torch.no_grad()
+def right_over_wrong(net: Any) -> float:
+    """How much likelier right answers are than wrong ones, in the logarithm, on validation problems."""
+    held = QuestionPairs(batch_size=32, kinds=["colour", "count"], **SEEN)
+    rows = held._set("val", False, [DEVELOPMENT_VENDOR], of=PairSet)
+    net.eval()
+    found = []
+    for raw in held.evaluation_loader(rows):
+        batch = held.on_after_batch_transfer(raw, 0)
+        worse = replace(batch, inputs={n: batch.inputs.get(f"{n}_neg", x) for n, x in batch.inputs.items()})
+        found.append((whole(net, batch)[0] - whole(net, worse)[0])[batch.present["text"]])
+    return float(torch.cat(found).mean())
+
+
+def test_preferences_are_the_loop_over_pairs(tmp_path: Path) -> None:
+    held = QuestionPairs(batch_size=8, kinds=["name", "count"], **SEEN)
+    batch = held.on_after_batch_transfer(next(iter(held.train_dataloader())), 0)
+    torch.manual_seed(1)
+    reference = model().double().eval()
+    net = model({"pairs": Stage(Prefer(DPO(0.3)))}, distill=Distill(Given(reference))).double().eval()
+    net.distill.prepare(net)  # type: ignore[union-attr]
+    with torch.no_grad():
+        for parameter in net.lm.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    batch.inputs["image"] = batch.inputs["image"].double()
+    found = net.terms(batch)["preference"].value
+    for b in range(8):
+        gain = 0.0
+        for sign, end in ((1, ""), (-1, "_neg")):
+            ids, said = batch.inputs[f"text{end}"][b], batch.inputs[f"text_said{end}"][b]
+            one = batch.select(slice(b, b + 1))
+            one.inputs |= {"text": ids[None], "text_said": said[None]}
+            for network, of in ((net, 1), (reference, -1)):
+                h_SW, row = network.sequence(one)
+                logits = network.lm.logits(through(network.lm, h_SW, row.real_BS, network.row))[0].log_softmax(-1)
+                for s in row.said_BS[0].nonzero()[:, 0].tolist():
+                    gain += sign * of * float(logits[s - 1, int(row.ids_BS[0, s])].detach())
+        assert float(found[b].detach()) == pytest.approx(math.log1p(math.exp(-0.3 * gain)), rel=1e-9)
+
+
+# what is seen of it -------------------------------------------------------------------------------------------------
+
+
+def test_stages_are_marked_and_their_weights_kept(tmp_path: Path) -> None:
+    logger, kept = TensorBoardLogger(tmp_path, name="", version=""), Kept()
+    trainer = L.Trainer(
+        **{**QUIET, "logger": logger, "limit_val_batches": 1, "check_val_every_n_epoch": 1, "log_every_n_steps": 1},
+        max_epochs=-1,
+        default_root_dir=tmp_path,
+        num_sanity_val_steps=0,
+        callbacks=[letters(), Stages(watch=["val/loss", "rollouts/reward"]), kept, Counting()],
+    )
+    net = model()
+    trainer.fit(net, datamodule=data())
+    for k, name in ((1, "captions"), (3, "answers"), (5, "reward")):
+        saved = torch.load(tmp_path / "stages" / f"{name}.ckpt", weights_only=True)
+        assert saved["stage"] == name and equal(saved["state_dict"], kept.weights[k])
+    seen = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in seen.Scalars("stages/number")] == [(0, 1), (STEPS, 2), (3 * STEPS, 3)]
+    words = [e.tensor_proto.string_val[0].decode() for e in seen.Tensors("stages/text_summary")]
+    assert [word.split(":")[1].split(",")[-1] for word in words] == [" captions", " answers", " reward"]
+    assert seen.Images("pictures/stages")
+    stages = next(c for c in trainer.callbacks if isinstance(c, Stages))  # type: ignore[attr-defined]
+    assert [step for step, _ in stages.seen["val/loss"]] == [STEPS, 2 * STEPS, 3 * STEPS, 3 * STEPS + 1, WHOLE]
+    assert [step for step, _ in stages.seen["rollouts/reward"]] == [3 * STEPS + 1, WHOLE]
+    assert isinstance(stages.picture(), Image.Image)
+
+
+class Counting(L.Callback):
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.log("val/loss", 1.0)
+
+
+# the order of a stage -----------------------------------------------------------------------------------------------
+
+
+def test_stretches_are_the_walk_itself() -> None:
+    """Epochs of two steps of data that has three: what was seen after six steps is what two passes see."""
+    held = Questions(batch_size=8, **SEEN)
+    inner = held.order(list(range(24)), accumulate=2)  # type: ignore[arg-type]
+    whole = []
+    for epoch in (0, 1):
+        inner.set_epoch(epoch)
+        whole += [window.slots for window in inner]
+    found = []
+    for epoch in (4, 5, 6):
+        order = StagedOrder(held.order(list(range(24)), accumulate=2), 2, since=4, epoch=epoch)  # type: ignore[arg-type]
+        found += [window.slots for window in order]
+    assert found == whole
+    late = StagedOrder(held.order(list(range(24)), accumulate=2), 2, since=4, epoch=5, first=3)  # type: ignore[arg-type]
+    assert [window.slots for window in late] == whole[7:8]
+
+
+# mistakes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (lambda _: Stage(train="("), r"train '\(': "),
+        (lambda _: Staged(stages={}), "stages: none; such as"),
+        (lambda _: StagedData({}), "stages: none; such as"),
+        (lambda _: During(Questions(**SEEN), epochs=0), "epochs 0, steps None: 1 is the least"),
+        (lambda _: data(evaluate="reword"), "evaluate: no stage 'reword'; there is captions, answers, reward"),
+        (lambda _: model({"reward": Stage(Reinforce(PolicyLoss(kl=KL(0.1))))}), "stages.reward: near to whom?"),
+        (
+            lambda p: run(p, net=model(model().stages | {"reward": Stage(Reinforce(), "projektor")})),
+            r"stages.reward.train 'projektor' matches no parameter; no such name; did you mean projector\?",
+        ),
+        (
+            lambda p: run(p, net=model({"captions": Stage(), "answer": Stage(), "reward": Stage(Reinforce())})),
+            r"data.stages captions, answers, reward, model.stages captions, answer, reward: 'answers': no such name; "
+            r"did you mean answer\?",
+        ),
+        (lambda p: run(p, max_epochs=7), "trainer.max_epochs 7: the stages have 5 together; -1 leaves it to them"),
+        (lambda p: run(p, net=model(shard=Shard())), "shard: what trains is settled when parameters are split"),
+        (
+            lambda p: fit(p, Stages(), net=model(), data=Questions(**SEEN), max_epochs=1),
+            "Stages needs data in stages, StagedData, not Questions",
+        ),
+        (
+            lambda p: fit(p, Stages(), net=chat(), data=data(), max_epochs=-1),
+            "Stages needs a recipe in stages, such as Staged, not Chat",
+        ),
+        (
+            lambda p: fit(
+                p, Rollouts(letters().rewards), net=model(), data=StagedData({"a": During(Questions(**SEEN), 3)})
+            ),
+            "Rollouts needs data of answers, such as QuestionRollouts, not Questions",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path: Path, what: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        what(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def chat() -> Any:
+    return Chat(
+        towers=Towers(image=ConvTower([8, 8], stem=4)),
+        lm=CausalLM(8194, 16, 1, 2, length=96),
+        image_token=8192,
+        answer_token=8193,
+        projector=PooledGrid(1),
+    )
