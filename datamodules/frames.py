@@ -1,0 +1,272 @@
+"""Stills, stacks of slices and clips, asked about in one layout: every frame is a picture of its own, in turn.
+
+What is asked of a stack or a clip no single frame can answer. Letters: B samples of a batch, F frames, N problems,
+S pixels of a side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from descant.datamodules.base import BatchDataset
+from descant.datamodules.emoji import DEVELOPMENT_VENDOR, VENDORS
+from descant.datamodules.mixture import MixedOrder, Shares, tempered
+from descant.datamodules.names import require_known
+from descant.datamodules.order import Order
+from descant.datamodules.questions import Problems, Questions, QuestionSet
+from descant.datamodules.rolled import RolledDialogues
+from descant.modules.batch import Batch
+from descant.modules.random import mix_N, uniform_N
+
+PLACES = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
+WAYS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
+
+
+class Source:
+    """Where frames come from: ``asks`` a question with its answer, and ``shows`` uint8 RGBA ``[F, 4, S, S]``.
+
+    What is asked is of the problem's key alone; ``visit`` is drawn anew each time it is shown in training.
+    """
+
+    frames: int = 1
+
+    def asks(self, data: Frames, concept: int, others: np.ndarray, key: int) -> tuple[str, str]:
+        raise NotImplementedError
+
+    def shows(
+        self, data: Frames, concept: int, others: np.ndarray, vendors: Sequence[int], key: int, visit: int
+    ) -> Tensor:
+        raise NotImplementedError
+
+
+class Stills(Source):
+    """One drawing, and four names to choose from."""
+
+    def asks(self, data: Frames, concept: int, others: np.ndarray, key: int) -> tuple[str, str]:
+        return Questions.wording(data, "name", concept, 0, others, 0, key)
+
+    def shows(
+        self, data: Frames, concept: int, others: np.ndarray, vendors: Sequence[int], key: int, visit: int
+    ) -> Tensor:
+        return data.drawing(_one(vendors, visit, 0), concept)[None]
+
+
+class Stacks(Source):
+    """Slices that show one thing, each as another vendor draws it, but for one slice: which one?
+
+    Args:
+        frames: slices, 3 to 8.
+
+    Raises:
+        ValueError: for fewer or more.
+    """
+
+    def __init__(self, frames: int = 4) -> None:
+        if not 3 <= frames <= len(PLACES):
+            raise ValueError(f"Stacks: frames {frames}: from 3 to {len(PLACES)}")
+        self.frames = frames
+
+    def _odd(self, key: int) -> int:
+        return int(_uniform(key, "frames/odd") * self.frames)
+
+    def asks(self, data: Frames, concept: int, others: np.ndarray, key: int) -> tuple[str, str]:
+        return "which slice is another thing?", PLACES[self._odd(key)]
+
+    def shows(
+        self, data: Frames, concept: int, others: np.ndarray, vendors: Sequence[int], key: int, visit: int
+    ) -> Tensor:
+        odd = self._odd(key)
+        shown = [int(others[0]) if f == odd else concept for f in range(self.frames)]
+        return torch.stack([data.drawing(_one(vendors, visit, f), one) for f, one in enumerate(shown)])
+
+
+class Clips(Source):
+    """A drawing of half the size that moves: which way?
+
+    Args:
+        frames: 2 to 64; the longer the slower it moves.
+
+    Raises:
+        ValueError: for fewer or more.
+    """
+
+    def __init__(self, frames: int = 8) -> None:
+        if not 2 <= frames <= 64:
+            raise ValueError(f"Clips: frames {frames}: from 2 to 64")
+        self.frames = frames
+
+    def asks(self, data: Frames, concept: int, others: np.ndarray, key: int) -> tuple[str, str]:
+        return "which way does it move?", list(WAYS)[int(_uniform(key, "frames/way") * len(WAYS))]
+
+    def shows(
+        self, data: Frames, concept: int, others: np.ndarray, vendors: Sequence[int], key: int, visit: int
+    ) -> Tensor:
+        half, room = data.size // 2, data.size - data.size // 2
+        drawing = data.drawing(_one(vendors, visit, 0), concept, half)
+        way = WAYS[self.asks(data, concept, others, key)[1]]
+        aside = round(_uniform(visit, "frames/aside") * room)
+        canvas = torch.zeros(self.frames, 4, data.size, data.size, dtype=torch.uint8)
+        for f in range(self.frames):
+            gone = round(f / (self.frames - 1) * room)
+            top, left = (aside if step == 0 else gone if step > 0 else room - gone for step in way)
+            canvas[f, :, top : top + half, left : left + half] = drawing
+        return canvas
+
+
+def _uniform(key: int, purpose: str) -> float:
+    return float(uniform_N(np.array([key]), purpose)[0])
+
+
+def _one(vendors: Sequence[int], visit: int, frame: int) -> int:
+    """Who draws a frame."""
+    return int(vendors[int(_uniform(visit, f"frames/vendor{frame}") * len(vendors))])
+
+
+class FrameSet(QuestionSet):
+    """Problems as frames and dialogues: ``<bos> <image> ... <image> question <answer> answer <eos>``."""
+
+    data: Frames
+
+    def front(self, of: Any, question: str) -> list[int]:
+        ids, frames = self.data.asked(question), self.data.sources[of[0]].frames
+        at = ids.index(self.data.codec.vocabulary)
+        return [*ids[:at], *ids[at : at + 1] * frames, *ids[at + 1 :]]
+
+    def _canvas(
+        self, p: Problems, vendor_B: np.ndarray, other_B: np.ndarray, count_B: np.ndarray, visit_B: np.ndarray
+    ) -> Tensor:
+        """uint8 RGBA ``[B, F, 4, S, S]``, empty behind the frames that there are."""
+        data, other_B3 = self.data, self._others(p)
+        x = torch.zeros(len(p), data.most, 4, data.size, data.size, dtype=torch.uint8)
+        for b, (kind, concept, key, visit) in enumerate(zip(p.kind_N, p.concept_N, p.key_N, visit_B, strict=True)):
+            source = data.sources[data.every[kind]]
+            shown = source.shows(data, int(concept), other_B3[b], self.vendors.tolist(), int(key), int(visit))
+            x[b, : len(shown)] = shown
+        return x
+
+
+class Frames(Questions):
+    """Questions about emoji in stills, stacks and clips; more of one than of another, as data of the world is.
+
+    Evaluation sets are those of Questions, for each source: ``still-val``; ``still-problems``, ``still-vendor``,
+    ``still-concept``, and so on. WorstGroup tells which source fares worst.
+
+    Args:
+        sources: name -> where its frames come from; Stills, Stacks and Clips where not given.
+        train: name -> how many problems of it training has; all that there are where not given.
+        alpha: a source's share of training goes as its problems ** alpha; by their number where not given.
+        times: with alpha, how often problems of a small source are seen at most while the others' are seen once.
+        kwargs: as of Questions, whose kinds are the sources here.
+
+    Raises:
+        ValueError: what Questions raises; for a source of another name, or fewer problems than 1.
+
+    >>> data = Frames(tiny=True, batch_size=8, length=64)
+    >>> batch = next(iter(data.train_dataloader()))
+    >>> batch.inputs["image"].shape, sorted(set((batch.inputs["text"] == data.image_token).sum(dim=1).tolist()))
+    (torch.Size([8, 8, 4, 48, 48]), [1, 4, 8])
+    """
+
+    def __init__(
+        self,
+        sources: dict[str, Source] | None = None,
+        train: dict[str, int] | None = None,
+        alpha: float | None = None,
+        times: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.sources = dict(sources or {"still": Stills(), "stack": Stacks(), "clip": Clips()})
+        self.every = tuple(self.sources)
+        super().__init__(**kwargs)
+        require_known("train", list(train or {}), self.every)
+        for name, most in (train or {}).items():
+            if most < 1:
+                raise ValueError(f"train: {name} {most}: 1 is the least; kinds leaves a source out")
+        if alpha is not None and not 0 <= alpha <= 1:
+            raise ValueError(f"alpha {alpha:g}: from 0, all sources alike, to 1, by their sizes; such as 0.5")
+        if times is not None and (alpha is None or not times > 1):
+            raise ValueError(f"times {times:g}: more than 1, and with an alpha; such as 4")
+        self.train, self.alpha, self.times = train or {}, alpha, times
+        self.most = max(self.sources[kind].frames for kind in self.kinds)
+
+    def wording(
+        self, kind: str, concept: int, vendor: int, others: np.ndarray, count: int, key: int
+    ) -> tuple[str, str]:
+        return self.sources[kind].asks(self, concept, others, key)
+
+    def training_set(self) -> QuestionSet:
+        found = self._set("train", False, self.vendors, of=FrameSet, random=True)
+        p = found.problems
+        kept = [self._first(p, np.flatnonzero(p.kind_N == self.every.index(kind)), kind) for kind in self.kinds]
+        found.problems = p.where(np.concatenate(kept))  # source after source, as the order counts them
+        return found
+
+    def _first(self, p: Problems, here: np.ndarray, kind: str) -> np.ndarray:
+        """The problems of one source that training has."""
+        turn = mix_N(p.key_N[here], "frames/train").argsort(kind="stable")
+        return here[turn][: self.train.get(kind, len(here))]
+
+    def sizes(self, problems: Problems) -> list[int]:
+        return [int((problems.kind_N == self.every.index(kind)).sum()) for kind in self.kinds]
+
+    def order(self, data: BatchDataset, **cut: int) -> Order:
+        if self.alpha is None or not isinstance(data, FrameSet):
+            return super().order(data, **cut)
+        sizes = self.sizes(data.problems)
+        weights = tempered(sizes, self.alpha, self.times)
+        return MixedOrder(sizes, self.kinds, weights, sum(sizes), self.batch_size, self.seed, False, **cut)
+
+    def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
+        sets: dict[str, BatchDataset] = {}
+        for kind in self.kinds:
+            asks: dict[str, Any] = {"of": FrameSet, "kinds": [kind]}
+            if stage == "validate":
+                sets[f"{kind}-val"] = self._set("val", False, [DEVELOPMENT_VENDOR], **asks)
+            else:
+                sets[f"{kind}-problems"] = self._set("test", False, self.vendors, **asks)
+                sets[f"{kind}-vendor"] = self._set("test", False, [VENDORS[3]], **asks)
+                sets[f"{kind}-concept"] = self._set(None, True, self.vendors, **asks)
+        return sets
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """All frames of a sample are seen alike."""
+        whole = batch.inputs["image"]
+        B, F = whole.shape[:2]
+        batch.inputs["image"], draw_B = whole.flatten(0, 1), batch.draw
+        batch.draw = draw_B.repeat_interleave(F)
+        batch = super().on_after_batch_transfer(batch, dataloader_idx)
+        batch.inputs["image"], batch.draw = batch.inputs["image"].unflatten(0, (B, F)), draw_B
+        return batch
+
+
+class FrameRollouts(RolledDialogues, Frames):
+    """Frames whose questions the model answers itself, of each source as many as its share says.
+
+    An epoch is one pass over what was answered; what RolledDialogues and Frames take and raise.
+    """
+
+    def asked_set(self, problems: Problems) -> FrameSet:
+        numbers = [VENDORS.index(v) for v in self.vendors]
+        return FrameSet(self, problems, numbers, np.flatnonzero(~self.unseen_C))
+
+    def fresh(self, round: int, again: int = 0) -> Problems:
+        if self.alpha is None:
+            found: Problems = super().fresh(round, again)
+            return found
+        every: Problems = self.training_problems.problems
+        sizes = self.sizes(every)
+        shares = Shares(tempered(sizes, self.alpha, self.times))
+        tries = round * 64 + again  # each goes on where the one before it ended
+        low, high = shares.at(tries * self.items), shares.at((tries + 1) * self.items)
+        turn_N = mix_N(every.key_N, "pool", self.seed)
+        taken = []
+        for kind, start, stop in zip(self.kinds, low, high, strict=True):
+            here = np.flatnonzero(every.kind_N == self.every.index(kind))
+            here = here[turn_N[here].argsort(kind="stable")]
+            taken.append(here[np.arange(start, stop) % len(here)])
+        return every.where(np.concatenate(taken))
