@@ -32,6 +32,7 @@ BENCHMARKS = {
     "generate/memory": "benchmarks.generate:memory",
     "generate/packing": "benchmarks.generate:packing",
     "distill/ranking": "benchmarks.distill:ranking",
+    "reinforce": "benchmarks.reinforce:step",
     "data/decode": "benchmarks.data:decode",
     "data/shards": "benchmarks.data:shards",
     "data/workers": "benchmarks.data:workers",
