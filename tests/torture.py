@@ -257,7 +257,9 @@ class Case:
         root.mkdir(parents=True, exist_ok=True)
         experiment, content = TAUGHT[name] if name in TAUGHT else ("contrastive/emoji", CASES[name])
         self.configs = [experiment, *([] if name in TAUGHT else [str(HERE / "torture.yaml")]), "case.yaml"]
-        (root / "case.yaml").write_text(f"# The case {name}.\n" + yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        (root / "case.yaml").write_text(
+            f"# The case {name}.\n" + yaml.safe_dump(content, sort_keys=False), encoding="utf-8"
+        )
 
     def words(self, name: str, resume: str) -> list[str]:
         """The arguments of ``descant``."""
