@@ -20,7 +20,8 @@ import pytest
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 RUNNABLE = sorted(p for p in EXPERIMENTS.glob("*/*.yaml") if p.parent.name not in {"data", "with", "on", "claims"})
 OVERLAYS = sorted(EXPERIMENTS.glob("with/*.yaml"))
-SLOW = {"with/compile", "with/rank-alike", "with/rank-random", "fusion/certified", "reinforce/emoji"}
+SLOW = {"with/compile", "with/rank-alike", "with/rank-random", "fusion/certified"}
+SLOW |= {"reinforce/emoji", "reinforce/arithmetic", "staged/emoji_vqa"}
 
 
 def name(path: Path) -> str:

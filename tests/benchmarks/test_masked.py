@@ -17,6 +17,7 @@ def test_all_three_steps_run_and_ours_is_required_to_be_lightlys() -> None:
     assert list(rows) == ["masked/step_vs_lightly", "masked/step_vs_timm_loop"] and min(rows.values()) > 0
 
 
+@pytest.mark.slow
 def test_the_ideal_is_less_than_the_step() -> None:
     (row,) = ideal(TINY, pairs=30)
     assert row.value > 1

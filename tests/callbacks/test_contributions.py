@@ -90,6 +90,7 @@ def on_a_rank(rank: int) -> dict[str, float]:
     return judged("mid", batch_size=4, world=2)
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_neither_batches_nor_ranks_change_a_number() -> None:
     wanted = judged("mid")

@@ -77,6 +77,7 @@ def on_a_rank(rank: int) -> list[tuple[Steps, list[dict[int, int]]]]:
     return [fitted(DropAhead(q=0.6), accumulate=n, world=2) for n in (1, 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_two_ranks_equal_the_loop() -> None:
     for (one_of, keys), (two_of, more) in zip(*run_ranks(2, on_a_rank), strict=True):

@@ -219,6 +219,7 @@ def on_a_rank(rank: int) -> dict[str, float]:
     return evaluate(data(), *judges, recipe=Invertible(), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_two_ranks_equal_one() -> None:
     judges = Inversion(target="group", oti=ModalityInversion(steps=60)), IntraModal(target="group")

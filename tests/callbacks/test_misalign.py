@@ -61,6 +61,7 @@ def _on_a_rank(rank: int) -> list[dict[str, Tensor]]:
     return seen(devices=2)
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_two_ranks_hand_on_as_one_does() -> None:
     first, second = run_ranks(2, _on_a_rank)

@@ -83,6 +83,7 @@ def on_a_rank(rank: int) -> list[Any]:
     return [fitted(Prototypes(every=1), accumulate=n, world=2) for n in (1, 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_two_ranks_equal_the_loop_and_each_other() -> None:
     for one_of, two_of in zip(*run_ranks(2, on_a_rank), strict=True):

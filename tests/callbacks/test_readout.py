@@ -195,6 +195,7 @@ def on_a_rank(rank: int) -> dict[str, float]:
     return evaluate(Data({"val": stimuli(n=200)}), contrasted(), recipe=trained(), stage="test", **options)
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_two_ranks_equal_one() -> None:
     wanted = read(contrasted(), val=stimuli(n=200))

@@ -269,6 +269,7 @@ def on_a_rank(rank: int | None) -> dict[str, float]:
     return judged(data, judge, Linear(), **({} if rank is None else options))
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_two_ranks_equal_one() -> None:
     alone = on_a_rank(None)
@@ -475,6 +476,7 @@ def drawn_on_a_rank(rank: int | None, folder: Path) -> None:
     evaluate(data, pictures, recipe=Linear(), default_root_dir=folder, **({} if rank is None else options))
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_two_ranks_draw_the_same(tmp_path: Path) -> None:
     drawn_on_a_rank(None, tmp_path / "one")

@@ -175,6 +175,7 @@ def on_a_rank(rank: int | None, folder: Path) -> dict[str, float]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
     alone = on_a_rank(None, tmp_path)

@@ -107,6 +107,7 @@ def on_a_rank(rank: int) -> dict[str, float]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_two_ranks_equal_one() -> None:
     wanted = evaluate(Data({"val": with_negatives(n=32)}), SwapAccuracy())

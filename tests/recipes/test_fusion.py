@@ -349,6 +349,7 @@ def modality_of_a_rank(rank: int) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_a_rank_without_a_modality() -> None:
     model, b = recipe("attention").double(), double(batch())

@@ -556,6 +556,7 @@ def gradients(path: Path, name: str, options: dict[str, Any], world: int, rows: 
     return {n: p.grad for n, p in trained.items() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 @pytest.mark.parametrize("name", ["three", "contrastive"])
 @pytest.mark.parametrize("per", ["sample", "batch"])
