@@ -5,6 +5,7 @@ Letters: B rows of a batch, M tokens said.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -46,7 +47,8 @@ SIDE, ASKED, SAID = 96, 400, 180  # pixels of a picture, and of the columns of w
 
 @runtime_checkable
 class Spells(Protocol):
-    """Data of dialogues: ``spell(ids)`` writes tokens out; an answer begins behind ``answer_token``."""
+    """Data of dialogues: ``spell(ids)`` writes tokens out; an answer begins behind ``answer_token``. Where it has
+    ``is_right(said, right)``, that judges; else both have to be the same tokens."""
 
     answer_token: int
 
@@ -125,18 +127,20 @@ class Answering(OwnPass):
         here_B = keep_B & batch.present["text"]
         right_BA = batch.targets["answer"]
 
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        is_right: Callable[[list[int], list[int]], bool] = getattr(data, "is_right", operator.eq)
+
         def good(view: Batch) -> tuple[Tensor, Tensor]:
             assert isinstance(pl_module, Generates)
             with torch.no_grad(), trainer.precision_plugin.val_step_context():
                 said_BM = pl_module.generate(view, new=self.new)  # type: ignore[call-arg]
             both = zip(said_BM.tolist(), right_BA.tolist(), strict=True)
-            found = [spoken(said) == spoken(right) for said, right in both]
+            found = [is_right(spoken(said), spoken(right)) for said, right in both]
             return said_BM, torch.tensor(found, device=batch.device)
 
         said_BM, good_B = good(batch)
         self._count(f"{name}/answered", good_B, here_B)
         if self.by is not None:
-            data: Any = trainer.datamodule  # type: ignore[attr-defined]
             classes = getattr(data, "classes", {})
             if self.by not in batch.targets or self.by not in classes:
                 raise ValueError(f"Answering: by {self.by!r}: {nearest(self.by, classes)}")

@@ -33,7 +33,7 @@ class Descriptions(Questions):
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(kinds=["name"], **kwargs)
+        super().__init__(kinds=["name"], think=False, **kwargs)
 
     def keys_of(self, kind_N: np.ndarray, concept_N: np.ndarray, variant_N: np.ndarray) -> np.ndarray:
         return super().keys_of(kind_N, concept_N, variant_N) ^ (salt("described") >> 1)

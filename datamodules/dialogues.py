@@ -161,6 +161,10 @@ class Dialogues(DataModule):
             found[b, : len(ids)] = torch.tensor(ids)
         return found
 
+    def is_right(self, said: Sequence[int], right: Sequence[int]) -> bool:
+        """Whether tokens that were said, without the end, are the right answer: all of it, and no more."""
+        return list(said) == list(right)
+
     @contextmanager
     def as_evaluated(self) -> Iterator[None]:
         """Inside, a training batch is what evaluation would see."""

@@ -35,7 +35,7 @@ class PoolSet(QuestionSet):
         self.problems = self.held.pool
         return super().rows(index_B, draw_B)
 
-    def replies(self, index_B: np.ndarray, right: Sequence[str]) -> list[list[int]]:
+    def replies(self, each: list[Any], index_B: np.ndarray, right: Sequence[str]) -> list[list[int]]:
         return [[int(x) for x in said if x != PAD] for said in self.held.said_NM[index_B]]
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from descant.datamodules.base import BatchDataset, Rows
-from descant.datamodules.dialogues import Columns, Dialogues, DialogueSet, in_split
+from descant.datamodules.dialogues import ANSWER, Columns, Dialogues, DialogueSet, in_split
 from descant.datamodules.emoji import DEVELOPMENT_VENDOR, PACK, VENDORS, Pack
 from descant.datamodules.ledger import Ledger
 from descant.datamodules.names import require_known
@@ -33,6 +33,7 @@ LETTERS = ("a", "b", "c", "d")
 #: Objects of a scene that training counts, and those that only the test asks for; cells of a side.
 COUNTS, MORE, GRID = range(1, 6), range(6, 9), 3
 VARIANTS = 8  # problems of one kind and concept
+THOUGHT = 24  # tokens of an answer with what it goes by
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class QuestionSet(DialogueSet):
         each = [(every[k], int(c), int(v), o, int(n), int(key)) for k, c, v, o, n, key in zip(*columns, strict=True)]
         asked, right = (list(said) for said in zip(*(self.data.wording(*of) for of in each), strict=True))
         front = [self.front(of, question) for of, question in zip(each, asked, strict=True)]
-        text_BT, said_BT = self.data.replied(front, self.replies(index_B, right))
+        text_BT, said_BT = self.data.replied(front, self.replies(each, index_B, right))
         inputs = {
             "image": self._canvas(p, vendor_B, other_B3[:, 0], count_B, visit_B),
             "text": text_BT,
@@ -104,9 +105,9 @@ class QuestionSet(DialogueSet):
         """Other inputs of these problems."""
         return {}
 
-    def replies(self, index_B: np.ndarray, right: Sequence[str]) -> list[list[int]]:
+    def replies(self, each: list[Any], index_B: np.ndarray, right: Sequence[str]) -> list[list[int]]:
         """The tokens that are to be said: those of the right answers."""
-        return [self.data.ids(answer) for answer in right]
+        return [self.data.ids(self.data.reply(of, answer)) for of, answer in zip(each, right, strict=True)]
 
     def _others(self, p: Problems) -> np.ndarray:
         """``other_B3``: concepts of the pool, none of them the problem's own or of its name, all different."""
@@ -166,6 +167,8 @@ class Questions(Dialogues):
         length: T.
         kinds: what is asked.
         letters: an option is chosen by its letter; else by its words, which small models learn sooner.
+        think: an answer stands behind what it goes by, ``think kind colour answer right``; what stands behind the last
+            "answer" is judged.
         vendors: whose drawings are trained on.
         text: of a pretrained language model, whose chat template then writes the dialogues; else the pack's tokens.
         augment: training's view of a picture, on the device.
@@ -194,6 +197,7 @@ class Questions(Dialogues):
         length: int = 48,
         kinds: list[str] | None = None,
         letters: bool = False,
+        think: bool = False,
         vendors: list[str] | None = None,
         text: Codec | None = None,
         augment: Augment | None = None,
@@ -201,6 +205,7 @@ class Questions(Dialogues):
     ) -> None:
         super().__init__(
             length,
+            answer_length=THOUGHT if think else ANSWER,
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
             num_workers=num_workers,
@@ -215,7 +220,7 @@ class Questions(Dialogues):
             raise ValueError(f"{'kinds' if not self.kinds else 'vendors'}: none; such as {self.every[0]}")
         if not GRID * 8 <= size <= 64 or size % GRID:
             raise ValueError(f"size {size}: a multiple of {GRID} from {GRID * 8} to 63")
-        self.size, self.letters, self.text = size, letters, text
+        self.size, self.letters, self.think, self.text = size, letters, think, text
         self.augment, self.pixels = augment or Augment(size), Pixels(size)
         if self.augment.size != size:
             raise ValueError(f"augment.size {self.augment.size} is not the data's size {size}")
@@ -350,6 +355,21 @@ class Questions(Dialogues):
         what = "which is it?" if kind == "name" else "what kind is it?"
         listed = " ".join(f"{letter}) {option}" for letter, option in zip(LETTERS, options, strict=True))
         return f"{what} {listed}", LETTERS[place] if self.letters else right
+
+    def reply(self, of: tuple[Any, ...], right: str) -> str:
+        """All that is to be said to a problem, as arguments of ``wording``."""
+        if not self.think:
+            return right
+        _, concept, vendor, *_ = of
+        words = [self.pack.rows[concept]["group"].replace("-", " ")]
+        if (colour := self.colour_VC[vendor, concept]) >= 0:
+            words.append(list(BASIC_COLOURS)[colour])
+        return f"think {' '.join(words)} answer {right}"
+
+    def is_right(self, said: Sequence[int], right: Sequence[int]) -> bool:
+        if not self.think:
+            return super().is_right(said, right)
+        return f" {self.spell(said)}".rpartition(" answer ")[2] == self.spell(right)
 
     def _place(self, key: int) -> int:
         """Where the right one stands among the options."""

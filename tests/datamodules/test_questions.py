@@ -138,3 +138,19 @@ def test_what_cannot_be_is_refused(options: dict[str, object], says: str) -> Non
 def test_a_question_that_does_not_fit_is_named() -> None:
     with pytest.raises(ValueError, match=r"^length 12: 'wh.* and its answer are \d+ tokens$"):
         all_of(Questions(tiny=True, length=12).training_set())
+
+
+def test_an_answer_behind_its_thought_is_judged_by_what_stands_last() -> None:
+    data = Questions(tiny=True, batch_size=32, size=24, length=96, kinds=["name"], letters=True, think=True)
+    batch = next(iter(data.train_dataloader()))
+    said = [row[mask].tolist()[:-1] for row, mask in zip(batch.inputs["text"], batch.inputs["text_said"], strict=True)]
+    right = [[t for t in row if t] for row in batch.targets["answer"].tolist()]
+    for b, words in enumerate(map(data.spell, said)):
+        of = data.pack.rows[int(batch.targets["concept"][b])]
+        assert words.startswith(f"think {of['group'].replace('-', ' ')}") and data.spell(right[b]) in "abcd"
+        assert data.is_right(said[b], right[b]) and data.is_right(data.ids(f"answer {data.spell(right[b])}"), right[b])
+        other = data.ids("answer " + "abcd"[("abcd".index(data.spell(right[b])) + 1) % 4])
+        assert not data.is_right(other, right[b]) and not data.is_right([], right[b])
+    assert len({len(row) for row in said}) > 1 and max(map(len, said)) <= data.answer_length
+    plain = Questions(tiny=True, batch_size=8, size=24)
+    assert plain.is_right([5, 6], [5, 6]) and not plain.is_right([5, 6, 7], [5, 6])
