@@ -124,8 +124,11 @@ class Stages(Callback):
         done, last = data.stage, after - data.since == data.stages[data.stage].epochs
         if not last:
             return
-        folder = run_folder(trainer) / "stages"
-        trainer.save_checkpoint(folder / f"{done}.ckpt", weights_only=True)
+        # not weights_only, for which Lightning asks no callback, and adapters would be saved with all that is frozen
+        kept = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        kept |= {"optimizer_states": [], "lr_schedulers": []}
+        trainer.strategy.save_checkpoint(kept, run_folder(trainer) / "stages" / f"{done}.ckpt")
+        trainer.strategy.barrier("Stages")
         if data.stage_at(after) != done:
             data.position = (after, 0)
             trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]

@@ -6,6 +6,7 @@ Letters: B answers, K rewards.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections import Counter
@@ -84,6 +85,8 @@ class NumericAnswer(Verifier):
         except ImportError:
             raise ValueError("NumericAnswer needs the package math-verify: pip install math-verify") from None
         self._parse, self._verify = math_verify.parse, math_verify.verify
+        for name in ("math_verify.parser", "math_verify.grader"):  # they say at length that the timeout is off
+            logging.getLogger(name).setLevel(logging.ERROR)
 
     def __call__(self, answer: Answer) -> float | None:
         # without its timeouts, which are signals: those are the trainer's
