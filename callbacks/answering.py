@@ -36,6 +36,7 @@ from descant.callbacks.pictures import (
 from descant.callbacks.subsets import OwnPass
 from descant.modules.batch import Batch
 from descant.modules.configure import nearest
+from descant.modules.language import Sampling
 from descant.modules.language.judges import spoken
 from descant.modules.objective import Term
 from descant.modules.protocols import Generates
@@ -73,6 +74,7 @@ class Answering(OwnPass):
         {set}/answered/{class}    of each class of the target ``by``
         {set}/answered_other      with the picture of another row of the batch in place of the own one
         {set}/answered_blind      without the picture
+        {set}/answered_drawn      of answers that are drawn by ``sampling``, where it is given: what reinforcement earns
 
     and a table of some of them with their pictures, ``pictures/{set}-answers``, for every TensorBoard logger and in the
     run's folder. A model that looks answers far more than with another picture or none: what is left there it knows
@@ -81,6 +83,7 @@ class Answering(OwnPass):
     Args:
         new: most tokens of an answer.
         by: a target whose classes are counted apart, or none.
+        sampling: how answers are drawn beside the likeliest; none are where not given.
         controls: ask again with another picture, and with none, where there are pictures.
         table: rows of the table, the same in every evaluation; 0 draws none.
         sets, limit, every, validate: as of other judges.
@@ -97,6 +100,7 @@ class Answering(OwnPass):
         self,
         new: int = 16,
         by: str | None = None,
+        sampling: Sampling | None = None,
         controls: bool = True,
         table: int = 8,
         sets: list[str] | None = None,
@@ -107,7 +111,7 @@ class Answering(OwnPass):
         super().__init__(sets, limit, every, validate)
         if new < 1 or table < 0:
             raise ValueError(f"Answering: new {new} and table {table}: 1 and 0 are the least")
-        self.new, self.by, self.controls, self.table = new, by, controls, table
+        self.new, self.by, self.sampling, self.controls, self.table = new, by, sampling, controls, table
         self._means = Means()
         self._shown: dict[str, list[Shown]] = {}
 
@@ -130,10 +134,11 @@ class Answering(OwnPass):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         is_right: Callable[[list[int], list[int]], bool] = getattr(data, "is_right", operator.eq)
 
-        def good(view: Batch) -> tuple[Tensor, Tensor]:
+        def good(view: Batch, sampling: Sampling | None = None) -> tuple[Tensor, Tensor]:
             assert isinstance(pl_module, Generates)
+            how: Any = {} if sampling is None else {"sampling": sampling}
             with torch.no_grad(), trainer.precision_plugin.val_step_context():
-                said_BM = pl_module.generate(view, new=self.new)  # type: ignore[call-arg]
+                said_BM = pl_module.generate(view, new=self.new, **how)  # type: ignore[call-arg]
             both = zip(said_BM.tolist(), right_BA.tolist(), strict=True)
             found = [is_right(spoken(said), spoken(right)) for said, right in both]
             return said_BM, torch.tensor(found, device=batch.device)
@@ -146,6 +151,8 @@ class Answering(OwnPass):
                 raise ValueError(f"Answering: by {self.by!r}: {nearest(self.by, classes)}")
             for k, what in enumerate(classes[self.by]):
                 self._count(f"{name}/answered/{what}", good_B, here_B & (batch.targets[self.by] == k))
+        if self.sampling is not None:
+            self._count(f"{name}/answered_drawn", good(batch, self.sampling)[1], here_B)
         if self.controls and "image" in batch.present:
             other = Sham.permute(batch.inputs["image"], batch.draw, batch.present["image"])
             exchanged = replace(batch, inputs={**batch.inputs, "image": other})

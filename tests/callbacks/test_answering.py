@@ -18,6 +18,7 @@ from descant.callbacks import Answering
 from descant.callbacks.answering import Shown, table
 from descant.datamodules.questions import KINDS, Questions
 from descant.modules.batch import Batch
+from descant.modules.language import Sampling
 from descant.modules.sham import Sham
 from tests.callbacks.test_rounds import chat
 from tests.recipes.test_missing import PatternData, build, fusion
@@ -102,6 +103,22 @@ def test_a_real_chat_is_judged_in_test_and_its_table_is_kept(tmp_path: Path) -> 
     image = Image.open(tmp_path / "pictures/problems-answers-0.png")
     one = table([Shown(0, None, "which?", "a", "b", True)] * 5, "x")
     assert image.size == one.size and len(np.unique(np.asarray(image))) > 50
+
+
+def test_answers_are_drawn_as_they_would_be_rewarded(tmp_path: Path) -> None:
+    class Sure(Looks):
+        def generate(self, batch: Batch, new: int = 16, sampling: Sampling | None = None) -> Tensor:
+            right = super().generate(batch, new)
+            if sampling is not None:
+                right[batch.key % 4 == 0] = round(9 * sampling.temperature)
+            return right
+
+    found = judged(tmp_path, Answering(controls=False, table=0, sampling=Sampling(temperature=1.0)), Sure())
+    share = sum(int((raw.key % 4 != 0)[raw.present["text"]].sum()) for raw in Some().val_dataloader()[0]) / N
+    assert found["val/answered"] == 1.0 and found["val/answered_drawn"] == pytest.approx(share)
+    net = chat()
+    alike = judged(tmp_path, Answering(new=3, controls=False, table=0, sampling=Sampling(temperature=0)), net)
+    assert alike["val/answered_drawn"] == alike["val/answered"]
 
 
 def test_a_table_shows_what_is_right_in_green() -> None:
