@@ -36,7 +36,8 @@ class Rollouts(Callback):
     The loss of such a run says little: on policy its value is zero by construction. Logged at each renewal instead:
     ``rollouts/reward``, the weighted sum, and ``rollouts/reward/{name}``; ``rollouts/flat``, the share of questions
     that teach nothing, of all that were asked; ``rollouts/asked``, how many answers were drawn; ``rollouts/length``;
-    ``rollouts/cut``, the share that did not come to an end; ``rollouts/entropy``, -log p of a token.
+    ``rollouts/cut``, the share that did not come to an end; ``rollouts/entropy``, the mean of -log p of the tokens that
+    were drawn, an estimate of the policy's entropy without bias. TensorBoard's text ``rollouts/answers`` shows some.
 
     Args:
         rewards: what an answer earns.
@@ -45,6 +46,7 @@ class Rollouts(Callback):
         resample: how often at most flat groups are asked anew.
         flat: whether flat groups that are left ``count`` as tokens of the step, at no advantage, or are left out.
         cut: the same of answers that were cut off at the length (DAPO's overlong filtering).
+        show: questions of each rollout that TensorBoard shows with all answers.
         sham: ``permute`` for the control: answers have each other's rewards.
 
     Raises:
@@ -62,6 +64,7 @@ class Rollouts(Callback):
         resample: int = 0,
         flat: Literal["count", "leave"] = "leave",
         cut: Literal["count", "leave"] = "count",
+        show: int = 2,
         sham: Literal["permute"] | None = None,
     ) -> None:
         super().__init__()
@@ -69,7 +72,8 @@ class Rollouts(Callback):
             raise ValueError(f"Rollouts: passes {passes} and resample {resample}: 1 and 0 are the least")
         self.rewards, self.advantage = rewards, advantage or GroupScaled()
         self.passes, self.resample, self.flat, self.cut, self.sham = passes, resample, flat, cut, Sham(sham)
-        self.told = Told()
+        self.show, self.told = show, Told()
+        self._shown: list[str] = []  # a table's lines
 
     def state_dict(self) -> dict[str, Any]:
         return {"told": self.told.state_dict()}
@@ -112,7 +116,7 @@ class Rollouts(Callback):
         if pl_module.needs_reference:
             data.renew(problems, {"reference": self._reference(trainer, pl_module)}, now)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in log.items()})
-        self.told.say(trainer, log)
+        self.told.say(trainer, log, {"rollouts/answers": "\n".join(self._shown)} if self._shown else {})
 
     # asking -----------------------------------------------------------------------------------------------------------
 
@@ -162,6 +166,7 @@ class Rollouts(Callback):
         turn_R = torch.from_numpy(mix_N(turn_R.numpy(), "answer", np.arange(R, dtype=np.uint64) % G))
         training = pl_module.training
         pl_module.eval()
+        self._shown = self._shown if again else []
         try:
             for batch in bank_batches(trainer, data.asking(problems)):
                 here_B = batch.present["text"].cpu()
@@ -175,21 +180,34 @@ class Rollouts(Callback):
                 drawn["length"][row_R], drawn["ended"][row_R] = said.length_R, said.ended_R.long()
                 entries = [data.entry(problems, n // G) for n in row_R.tolist()]
                 right_RA = batch.targets["answer"][here_B].repeat_interleave(G, dim=0)
-                r_RK[row_R] = self._earned(data, said, right_RA, entries)
+                answers, r_RK[row_R] = self._earned(data, said, right_RA, entries)
+                if self.show and not self._shown:
+                    asked = batch.inputs["text"].cpu()[here_B][: self.show].tolist()
+                    self._shown = self._table(data, asked, answers, r_RK[row_R])
         finally:
             pl_module.train(training)
         drawn = {name: added(x, pl_module.device) for name, x in drawn.items()}
         drawn["ended"] = drawn["ended"].bool()
         return drawn, self.sham.everywhere(added(r_RK, pl_module.device), turn_R)
 
-    def _earned(self, data: Any, said: Generated, right_RA: Tensor, entries: list[Any]) -> Tensor:
-        """``[R, K]`` of these answers, spelled out."""
+    def _earned(self, data: Any, said: Generated, right_RA: Tensor, entries: list[Any]) -> tuple[list[Answer], Tensor]:
+        """These answers, spelled out, and what they earn, ``[R, K]``."""
         length_R, ended_R = said.length_R.tolist(), said.ended_R.tolist()
         words = [
             data.spell(said_N[: n - e]) for said_N, n, e in zip(said.token_RN.tolist(), length_R, ended_R, strict=True)
         ]
         right = [data.spell(right_A) for right_A in right_RA.tolist()]
-        return self.rewards([Answer(*of) for of in zip(words, right, length_R, ended_R, entries, strict=True)])
+        answers = [Answer(*of) for of in zip(words, right, length_R, ended_R, entries, strict=True)]
+        return answers, self.rewards(answers)
+
+    def _table(self, data: Any, asked: list[list[int]], answers: list[Answer], r_RK: Tensor) -> list[str]:
+        """Lines of a table of the first questions, with all answers to each and what they earned."""
+        lines = [f"| asked | right | said | {' | '.join(self.rewards.names)} |", "|---" * (3 + len(r_RK[0])) + "|"]
+        for r, answer in enumerate(answers[: len(asked) * data.group]):
+            ids = asked[r // data.group]
+            words = [data.spell(ids[: ids.index(data.answer_token)]), answer.right, answer.said]
+            lines.append("| " + " | ".join([*map(_cell, words), *(f"{x:.3g}" for x in r_RK[r].tolist())]) + " |")
+        return lines
 
     def _reference(self, trainer: L.Trainer, pl_module: Any) -> Tensor:
         """``[R, M]``: log-probabilities of what was said, under the policy to stay near to."""
@@ -221,6 +239,11 @@ class Rollouts(Callback):
             "rollouts/cut": 1 - float(ended_R.double().mean()),
             "rollouts/entropy": float(-old_RM.double().sum() / length_R.sum().clamp(min=1)),
         }
+
+
+def _cell(text: str) -> str:
+    """Within a table's row."""
+    return " ".join(text.replace("|", "\\|").split()) or "(nothing)"
 
 
 def _some(

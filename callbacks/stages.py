@@ -16,8 +16,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.nn.parallel import DistributedDataParallel
 
 from descant.callbacks.lines import lines
-from descant.callbacks.pictures import keep_picture, run_folder, writers
+from descant.callbacks.pictures import keep_picture, run_folder
 from descant.callbacks.resume import Resume, settle_buckets
+from descant.callbacks.told import Told
 from descant.modules.configure import nearest
 from descant.modules.protocols import Advances, InStages
 
@@ -48,14 +49,20 @@ class Stages(Callback):
         self.watch = list(watch or [])
         self.seen: dict[str, list[tuple[int, float]]] = {name: [] for name in self.watch}
         self.begun: dict[str, int] = {}  # stage -> its first step
+        self.told = Told()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seen": {name: list(rows) for name, rows in self.seen.items()}, "begun": dict(self.begun)}
+        return {
+            "seen": {name: list(rows) for name, rows in self.seen.items()},
+            "begun": dict(self.begun),
+            **self.told.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         kept = state_dict["seen"]
         self.seen = {name: [(int(s), float(x)) for s, x in kept.get(name, [])] for name in self.watch}
         self.begun = dict(state_dict["begun"])
+        self.told.load_state_dict(state_dict)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -81,9 +88,7 @@ class Stages(Callback):
             trainer.strategy.setup_optimizers(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        stage = trainer.datamodule.stage  # type: ignore[attr-defined]
-        if self.begun.get(stage) == trainer.global_step:  # a resume there has struck out what was logged
-            self._mark(trainer, pl_module, stage)
+        self.told.again(trainer)
 
     # from one to the next -----------------------------------------------------------------------------------------
 
@@ -111,11 +116,7 @@ class Stages(Callback):
         number = list(pl_module.stages).index(name) + 1
         line = f"stage {number} of {len(pl_module.stages)}, {name}: {trains:,} parameters train"
         rank_zero_info(line)
-        for logger in trainer.loggers:
-            logger.log_metrics({"stages/number": float(number)}, step=trainer.global_step)
-        if trainer.is_global_zero:
-            for writer in writers(trainer):
-                writer.add_text("stages", f"step {trainer.global_step}: {line}", trainer.global_step)
+        self.told.say(trainer, {"stages/number": float(number)}, {"stages": f"step {trainer.global_step}: {line}"})
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]

@@ -228,14 +228,17 @@ class Rolled(Protocol):
     ``version``: which rollout it is, -1 before the first. ``fresh(round, again)``: as many questions as it has;
     ``asking(problems)``: a loader of them, as of :class:`Pooled`; ``rows()``: one of the answers, by their numbers.
     ``renew(problems, rolled, version)``: these questions, and tensors of the answers by name, or some of them.
-    ``spell(ids)`` writes tokens out. ``entry(problems, number)``: what a task knows of one of them, for
-    :class:`descant.modules.reinforce.rewards.TaskAnswer`, or None.
+    ``spell(ids)`` writes tokens out, an answer begins behind ``answer_token``. ``entry(problems, number)``: what a task
+    knows of one of them, for :class:`descant.modules.reinforce.rewards.TaskAnswer`, or None.
     """
 
     version: int
     items: int
     group: int
     answer_length: int
+
+    @property
+    def answer_token(self) -> int: ...
 
     def fresh(self, round: int, again: int = 0) -> Any: ...
 

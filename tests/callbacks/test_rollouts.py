@@ -187,6 +187,21 @@ def test_answers_that_were_cut_off_may_be_left_out(tmp_path: Path) -> None:
     assert not rolled["live"][~rolled["ended"]].any() and rolled["live"].any()
 
 
+def test_some_answers_are_shown_with_what_they_earned(tmp_path: Path) -> None:
+    rollouts = short(show=2)
+    seen, _ = run(tmp_path, rollouts, 1, reinforced(lr=0.0))
+    head, _, *rows = rollouts.told.text["rollouts/answers"].split("\n")
+    assert head == "| asked | right | said | short |" and len(rows) == 2 * G
+    for r, row in enumerate(rows):
+        asked, right, _, reward = [cell.strip() for cell in row.strip("|").split(" | ")]
+        assert asked.startswith(("what colour", "how many")) and right
+        length, ended = (float(seen.rolled[0][name][r]) for name in ("length", "ended"))
+        assert float(reward) == ended - length
+    again = short()
+    again.load_state_dict(rollouts.state_dict())
+    assert again.told.text == rollouts.told.text
+
+
 # that it learns ------------------------------------------------------------------------------------------------------
 
 
