@@ -353,6 +353,9 @@ def test_stages_are_marked_and_their_weights_kept(tmp_path: Path) -> None:
     for k, name in ((1, "captions"), (3, "answers"), (5, "reward")):
         saved = torch.load(tmp_path / "stages" / f"{name}.ckpt", weights_only=True)
         assert saved["stage"] == name and equal(saved["state_dict"], kept.weights[k])
+    again = model()
+    L.Trainer(**QUIET, limit_test_batches=1).test(again, None, tmp_path / "stages/answers.ckpt", False, data(), True)
+    assert again.stage == "answers" and equal(state(again), kept.weights[3]), "for descant test"
     seen = EventAccumulator(str(tmp_path)).Reload()
     assert [(e.step, e.value) for e in seen.Scalars("stages/number")] == [(0, 1), (STEPS, 2), (3 * STEPS, 3)]
     words = [e.tensor_proto.string_val[0].decode() for e in seen.Tensors("stages/text_summary")]
