@@ -22,17 +22,17 @@ class During:
 
     Args:
         data: its batches are as large as it says itself.
-        epochs: of the stage.
+        epochs: of the stage; 0 leaves it out.
         steps: optimizer steps of an epoch, which goes on in the data's own order where the epoch before it ended; a
             whole pass where not given.
 
     Raises:
-        ValueError: for fewer than one of either.
+        ValueError: for less than 0 epochs, or no step.
     """
 
     def __init__(self, data: DataModule, epochs: int = 1, steps: int | None = None) -> None:
-        if epochs < 1 or (steps is not None and steps < 1):
-            raise ValueError(f"During: epochs {epochs}, steps {steps}: 1 is the least")
+        if epochs < 0 or (steps is not None and steps < 1):
+            raise ValueError(f"During: epochs {epochs}, steps {steps}: 0 (no such stage) and 1 are the least")
         self.data, self.epochs, self.steps = data, epochs, steps
 
 
@@ -106,6 +106,8 @@ class StagedData(DataModule):
     ) -> None:
         if not stages:
             raise ValueError("stages: none; such as {answers: {class_path: During, init_args: {data: ...}}}")
+        if not any(during.epochs for during in stages.values()):
+            raise ValueError(f"stages {', '.join(stages)}: all have 0 epochs; at least one is needed")
         if evaluate is not None and evaluate not in stages:
             raise ValueError(f"evaluate: no stage {evaluate!r}; there is {', '.join(stages)}")
         self.stages = dict(stages)
@@ -149,7 +151,7 @@ class StagedData(DataModule):
             if epoch < during.epochs:
                 return name
             epoch -= during.epochs
-        return list(self.stages)[-1]
+        return [name for name, during in self.stages.items() if during.epochs][-1]
 
     def _begins(self, stage: str) -> int:
         names = list(self.stages)

@@ -22,6 +22,7 @@ from descant.modules.batch import Batch
 from descant.modules.configure import Shard, nearest
 from descant.modules.inherit import Begin
 from descant.modules.objective import Term
+from descant.modules.protocols import InStages
 from descant.modules.reinforce import DPO, PolicyLoss
 from descant.modules.schedule import Schedule
 from descant.modules.trainer import run_steps
@@ -145,6 +146,12 @@ class Staged(Reinforced):
             parameter.grad = None
         self.loss = self.now.loss or self._given
         self.train(self.training)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if stage == "fit" and isinstance(data, InStages):
+            self.stage = data.stage  # the first one that has epochs; a checkpoint may know another
 
     def configure_model(self) -> None:
         if self._configured:

@@ -213,6 +213,13 @@ class Loaded(Begin):
         recipe.load_state_dict(self.weights)
 
 
+def test_a_stage_without_epochs_is_left_out(tmp_path: Path) -> None:
+    kept, held = Kept(), data()
+    held.stages["captions"].epochs = held.stages["reward"].epochs = 0
+    trainer, net = run(tmp_path, kept, data=held)
+    assert trainer.global_step == 2 * STEPS and net.stage == "answers" and kept.kinds == ["SGD", "SGD"]
+
+
 def test_a_reference_is_what_the_stage_began_with(tmp_path: Path) -> None:
     stages = model().stages
     stages["reward"] = Stage(Reinforce(PolicyLoss(kl=KL(0.1))))
@@ -401,7 +408,11 @@ def test_stretches_are_the_walk_itself() -> None:
         (lambda _: Stage(train="("), r"train '\(': "),
         (lambda _: Staged(stages={}), "stages: none; such as"),
         (lambda _: StagedData({}), "stages: none; such as"),
-        (lambda _: During(Questions(**SEEN), epochs=0), "epochs 0, steps None: 1 is the least"),
+        (
+            lambda _: During(Questions(**SEEN), epochs=-1),
+            "epochs -1, steps None: 0 .no such stage. and 1 are the least",
+        ),
+        (lambda _: StagedData({"a": During(Questions(**SEEN), 0)}), "stages a: all have 0 epochs; at least one is"),
         (lambda _: data(evaluate="reword"), "evaluate: no stage 'reword'; there is captions, answers, reward"),
         (lambda _: model({"reward": Stage(Reinforce(PolicyLoss(kl=KL(0.1))))}), "stages.reward: near to whom?"),
         (
