@@ -21,7 +21,7 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 RUNNABLE = sorted(p for p in EXPERIMENTS.glob("*/*.yaml") if p.parent.name not in {"data", "with", "on", "claims"})
 OVERLAYS = sorted(EXPERIMENTS.glob("with/*.yaml"))
 SLOW = {"with/compile", "with/rank-alike", "with/rank-random", "fusion/certified"}
-SLOW |= {"reinforce/emoji", "reinforce/arithmetic", "reinforce/frames", "staged/emoji_vqa"}
+SLOW |= {"reinforce/emoji", "reinforce/arithmetic", "reinforce/frames", "staged/emoji_vqa", "staged/emoji-think"}
 
 
 def name(path: Path) -> str:
