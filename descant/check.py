@@ -41,7 +41,7 @@ def _model(model: L.LightningModule) -> list[str]:
 def _data(trainer: L.Trainer) -> list[str]:
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     steps = run_steps(trainer)
-    lines = [f"data       {type(data).__name__}, {trainer.num_training_batches} batches an epoch, {steps} steps"]
+    lines = [f"data       {type(data).__name__}, {trainer.num_training_batches} batches an epoch, {steps:.0f} steps"]
     if hasattr(data, "training_set"):
         lines[0] += f", {len(data.training_set()):,} samples, batch_size {data.batch_size}"
         sets = {
