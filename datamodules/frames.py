@@ -7,7 +7,7 @@ S pixels of a side.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -161,6 +161,7 @@ class Frames(Questions):
         train: name -> how many problems of it training has; all that there are where not given.
         alpha: a source's share of training goes as its problems ** alpha; by their number where not given.
         times: with alpha, how often problems of a small source are seen at most while the others' are seen once.
+        sham: ``permute`` for the control of alpha: as many problems come as often, and which ones is drawn by lot.
         kwargs: as of Questions, whose kinds are the sources here.
 
     Raises:
@@ -178,6 +179,7 @@ class Frames(Questions):
         train: dict[str, int] | None = None,
         alpha: float | None = None,
         times: float | None = None,
+        sham: Literal["permute"] | None = None,
         **kwargs: Any,
     ) -> None:
         self.sources = dict(sources or {"still": Stills(), "stack": Stacks(), "clip": Clips()})
@@ -191,7 +193,7 @@ class Frames(Questions):
             raise ValueError(f"alpha {alpha:g}: from 0, all sources alike, to 1, by their sizes; such as 0.5")
         if times is not None and (alpha is None or not times > 1):
             raise ValueError(f"times {times:g}: more than 1, and with an alpha; such as 4")
-        self.train, self.alpha, self.times = train or {}, alpha, times
+        self.train, self.alpha, self.times, self.sham = train or {}, alpha, times, sham
         self.most = max(self.sources[kind].frames for kind in self.kinds)
 
     def wording(
@@ -203,7 +205,10 @@ class Frames(Questions):
         found = self._set("train", False, self.vendors, of=FrameSet, random=True)
         p = found.problems
         kept = [self._first(p, np.flatnonzero(p.kind_N == self.every.index(kind)), kind) for kind in self.kinds]
-        found.problems = p.where(np.concatenate(kept))  # source after source, as the order counts them
+        kept_N = np.concatenate(kept)  # source after source, as the order counts them
+        if self.sham == "permute":
+            kept_N = kept_N[mix_N(p.key_N[kept_N], "frames/sham").argsort(kind="stable")]
+        found.problems = p.where(kept_N)
         return found
 
     def _first(self, p: Problems, here: np.ndarray, kind: str) -> np.ndarray:

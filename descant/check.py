@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch import nn
 
-from descant.modules.trainer import run_steps
+from descant.modules.trainer import data_now, run_steps
 from descant.recipes.base import Recipe
 
 
@@ -54,6 +54,8 @@ def _data(trainer: L.Trainer) -> list[str]:
 
 
 def _terms(trainer: L.Trainer, model: Recipe) -> list[str]:
+    if getattr(data_now(trainer), "version", 0) < 0:  # a pool that somebody is to answer first
+        return ["term       of answers, which the first step draws"]
     batch: Any = next(iter(trainer.train_dataloader))  # type: ignore[arg-type]
     batch = batch.select(slice(0, 2)) if hasattr(batch, "select") else batch
     batch = trainer.strategy.batch_to_device(batch)

@@ -114,6 +114,18 @@ def test_small_sources_come_as_often_as_their_share_says() -> None:
     assert len({p for p in data.training_set().problems.key_N}) == 360
 
 
+def test_the_sham_repeats_as_many_problems_of_any_source() -> None:
+    found = {}
+    for sham in (None, "permute"):
+        data = frames(train={"still": 300, "stack": 48, "clip": 12}, alpha=0.0, sham=sham)
+        held = data.training_set()
+        seen = [slot.sample for window in data.order(held) for slot in window.slots if slot.real]
+        times = np.bincount(np.bincount(seen, minlength=360))
+        found[sham] = (times.tolist(), np.bincount(held.problems.kind_N[seen], minlength=3) / len(seen))
+    assert found[None][0] == found["permute"][0], "as often as each other"
+    assert np.abs(found[None][1] - 1 / 3).max() < 0.01 and abs(found["permute"][1][0] - 300 / 360) < 0.1
+
+
 def test_rollouts_ask_by_shares_and_go_on_where_they_stopped() -> None:
     data = FrameRollouts(
         items=12,
