@@ -18,9 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 from descant.callbacks.lines import lines
 from descant.callbacks.pictures import keep_picture, run_folder
 from descant.callbacks.resume import Resume, settle_buckets
+from descant.callbacks.rollouts import Rollouts
 from descant.callbacks.told import Told
 from descant.modules.configure import nearest
-from descant.modules.protocols import Advances, InStages
+from descant.modules.protocols import Advances, InStages, Rolled
 
 
 class Stages(Callback):
@@ -43,6 +44,8 @@ class Stages(Callback):
 
     #: Said twice (by an experiment and an overlay), the last one counts.
     once = True
+    #: What data in stages look for.
+    advances = True
 
     def __init__(self, watch: list[str] | None = None) -> None:
         super().__init__()
@@ -75,6 +78,12 @@ class Stages(Callback):
             other = next((name for name in theirs if name not in ours), None)
             hint = "in another order" if other is None else f"{other!r}: {nearest(other, ours)}"
             raise ValueError(f"data.stages {', '.join(theirs)}, model.stages {', '.join(ours)}: {hint}")
+        asks = any(isinstance(c, Rollouts) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        for name, during in data.stages.items() if stage == "fit" else ():
+            if isinstance(during.data, Rolled) and during.epochs and not asks:
+                raise ValueError(
+                    f"stage {name!r}: its data are the model's own answers, and the callback Rollouts asks"
+                )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # before others: what they do at the start of an epoch, such as asking the model, belongs to its stage

@@ -189,6 +189,10 @@ class StagedData(DataModule):
             part.setup(stage)
         if stage != "fit" or self.trainer is None:
             return
+        if not any(getattr(callback, "advances", False) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError(
+                "StagedData: who goes from one stage to the next? The callback Stages: trainer.callbacks+=Stages"
+            )
         loop, given = self.trainer.fit_loop, self.trainer.max_epochs
         if given not in (None, -1, self.epochs):
             raise ValueError(

@@ -47,6 +47,9 @@ WHOLE = STEPS * 3 + 2
 SEEN: dict[str, Any] = {"size": 24, "length": 64, "tiny": True}
 
 
+QUESTIONS = Questions(**SEEN)
+
+
 class Letters(Verifier):
     """What no stage before has taught: the more letters the better."""
 
@@ -435,8 +438,16 @@ def test_stretches_are_the_walk_itself() -> None:
             "Stages needs a recipe in stages, such as Staged, not Chat",
         ),
         (
+            lambda p: fit(p, letters(), net=model(), data=data()),
+            "who goes from one stage to the next. The callback Stages",
+        ),
+        (
+            lambda p: fit(p, Stages(), net=model(), data=data(), max_epochs=-1),
+            "stage 'reward': its data are the model's own answers, and the callback Rollouts asks",
+        ),
+        (
             lambda p: fit(
-                p, Rollouts(letters().rewards), net=model(), data=StagedData({"a": During(Questions(**SEEN), 3)})
+                p, letters(), Stages(), net=model({"a": Stage()}), data=StagedData({"a": During(QUESTIONS, 3)})
             ),
             "Rollouts needs data of answers, such as QuestionRollouts, not Questions",
         ),
