@@ -28,10 +28,8 @@ MEMORY = 0.35
 V, D, DEPTH, HEADS, KEY_HEADS, HIDDEN, LENGTH = 512, 128, 4, 4, 2, 344, 512
 
 
-def models() -> tuple[Any, CausalLM]:
-    """The same small Llama twice."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
+def llama(**more: Any) -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=V,
         hidden_size=D,
         intermediate_size=HIDDEN,
@@ -41,14 +39,26 @@ def models() -> tuple[Any, CausalLM]:
         max_position_embeddings=LENGTH,
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
+        **more,
     )
-    theirs = LlamaForCausalLM(config).eval()
+
+
+def ours_of(theirs: Any) -> CausalLM:
+    """The same model, ours."""
+    made = CausalLM(V, D, DEPTH, HEADS, KEY_HEADS, HIDDEN, LENGTH).eval()
+    made.load_llama(theirs.state_dict())
+    return made
+
+
+def models() -> tuple[Any, CausalLM]:
+    """The same small Llama twice."""
+    torch.manual_seed(0)
+    theirs = LlamaForCausalLM(llama()).eval()
     with torch.no_grad():
         for p in theirs.parameters():
             if p.ndim > 1:
                 p.mul_(3)  # so that what is likeliest is clear
-    ours = CausalLM(V, D, DEPTH, HEADS, KEY_HEADS, HIDDEN, LENGTH).eval()
-    ours.load_llama(theirs.state_dict())
+    ours = ours_of(theirs)
     theirs.generation_config.eos_token_id = None
     return theirs, ours
 

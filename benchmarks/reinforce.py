@@ -19,9 +19,10 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks import Row
+from benchmarks.generate import LENGTH, V, llama, ours_of
 from benchmarks.timing import ratio
 from descant.callbacks import Rollouts
 from descant.datamodules.base import BatchDataset, Rows
@@ -29,7 +30,7 @@ from descant.datamodules.dialogues import DialogueSet
 from descant.datamodules.rolled import RolledDialogues
 from descant.datamodules.tasks import TaskProblems, TextTasks
 from descant.modules.batch import Batch
-from descant.modules.language import CausalLM, Generated
+from descant.modules.language import Generated
 from descant.modules.reinforce.rewards import Answer, Rewards, Verifier
 from descant.modules.text import BOS, EOS, PAD, Codec
 from descant.recipes import Reinforced
@@ -38,7 +39,6 @@ from descant.recipes import Reinforced
 STEP, GENERATION = 1.7, 0.45
 #: Answers of the two may differ by this much in their mean length, which is what they cost.
 LENGTHS = 0.15
-V, D, DEPTH, HEADS, KEY_HEADS, HIDDEN, LENGTH = 512, 128, 4, 4, 2, 344, 256
 N, G, T, NEW = 8, 8, 64, 64
 ANSWER = V - 1
 FIRST = 3  # words: those before are marks
@@ -47,21 +47,7 @@ FIRST = 3  # words: those before are marks
 def model() -> Any:
     """transformers' Llama that has learned one thing: a word in 32 is the last."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=V,
-        hidden_size=D,
-        intermediate_size=HIDDEN,
-        num_hidden_layers=DEPTH,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KEY_HEADS,
-        max_position_embeddings=LENGTH,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-    )
-    made = LlamaForCausalLM(config)
+    made = LlamaForCausalLM(llama(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD))
     optimizer = torch.optim.AdamW(made.parameters(), lr=1e-3)
     for _ in range(120):
         ids = torch.randint(FIRST, ANSWER, (32, 64))
@@ -204,12 +190,14 @@ class Ours(L.Callback):
         trainer.should_stop = not self.gate.wait()
         self.began = time.perf_counter()
 
-    def run(self, gate: Gate, llama: Any) -> None:
+    def run(self, gate: Gate, owner: Any) -> None:
         self.gate = gate
-        lm = CausalLM(V, D, DEPTH, HEADS, KEY_HEADS, HIDDEN, LENGTH)
-        lm.load_llama(llama.state_dict())
         net = Timed(
-            lm=lm, answer_token=ANSWER, new=NEW, optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-6), row=LENGTH
+            lm=ours_of(owner),
+            answer_token=ANSWER,
+            new=NEW,
+            optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-6),
+            row=LENGTH,
         )
         net.told = self
         trainer = L.Trainer(
@@ -244,7 +232,7 @@ class Theirs:
     def __init__(self) -> None:
         self.lengths: list[float] = []
 
-    def run(self, gate: Gate, llama: Any) -> None:
+    def run(self, gate: Gate, owner: Any) -> None:
         from datasets import Dataset
         from transformers import TrainerCallback
         from trl import GRPOConfig, GRPOTrainer
@@ -281,7 +269,7 @@ class Theirs:
                 gradient_checkpointing=False,
             )
             trainer = GRPOTrainer(
-                model=llama,
+                model=owner,
                 args=config,
                 reward_funcs=[earned],
                 train_dataset=Dataset.from_dict({"prompt": asked}),
@@ -294,9 +282,9 @@ class Theirs:
 def step(pairs: int = 30) -> Iterator[Row]:
     """Steps a second of GRPO on policy, without a KL: 8 prompts of 64 tokens, 8 answers each, of 64 at most."""
     warnings.simplefilter("ignore")
-    llama, ours, theirs = model(), Ours(), Theirs()
-    mine = Gate(lambda gate: ours.run(gate, llama))
-    owner = Gate(lambda gate: theirs.run(gate, llama))
+    made, ours, theirs = model(), Ours(), Theirs()
+    mine = Gate(lambda gate: ours.run(gate, made))
+    owner = Gate(lambda gate: theirs.run(gate, made))
     result = ratio(mine, owner, pairs, warmup=2)
     mine.end()
     owner.end()
