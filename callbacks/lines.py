@@ -21,8 +21,8 @@ def lines(
     marks: Mapping[str, int] | None = None,
 ) -> Image.Image:
     """A panel for each of ``name -> (names of lines, steps, values_SK)``, from 0 to the largest value; the last of
-    several lines is black. What is not finite leaves a gap. With ``marks``, steps by what begins there, all panels are
-    of the same steps.
+    several lines is black. What is not finite leaves a gap. With ``marks``, the first steps of parts of the run by
+    their names, all panels are of the whole run, and its parts are equally wide, however long they are.
 
     >>> values = np.array([[0.1, 0.2], [0.3, np.nan], [0.5, 0.6]])
     >>> lines("title", {"val": (["image", "joint"], [0, 10, 20], values)}).size
@@ -55,23 +55,28 @@ def _panel(
     left, top = corner
     real = x_SK[np.isfinite(x_SK)]
     most = max(float(real.max()) if len(real) else 1.0, 1e-12)
-    first, span = ends_at[0], max(ends_at[1] - ends_at[0], 1)
+    bounds = [*sorted(marks.values()), ends_at[1]] if marks else list(ends_at)
+
+    def across(step: int) -> float:
+        part = max(sum(step >= bound for bound in bounds[:-1]) - 1, 0)
+        low, high = bounds[part], bounds[part + 1]
+        return left + (part + (step - low) / max(high - low, 1)) / (len(bounds) - 1) * WIDE
+
     for share in (0.0, 0.5, 1.0):
         y = top + HIGH - round(share * HIGH)
         draw.line((left, y, left + WIDE, y), (225, 225, 225))
         draw.text((left - 6, y), f"{share * most:.2g}", FAINT, _font(TEXT, ""), anchor="rm")
     for name, step in marks.items():
-        x = left + (step - first) / span * WIDE
-        draw.line((x, top, x, top + HIGH), FAINT)
-        draw.text((x + 4, top), name, FAINT, _font(TEXT, name))
-    draw.text((left, top + HIGH + PAD // 2), f"step {first:,}", FAINT, _font(TEXT, ""))
+        draw.line((across(step), top, across(step), top + HIGH), FAINT)
+        draw.text((across(step), top + HIGH + PAD // 2), f"{name}, {step:,}", FAINT, _font(TEXT, name))
+    if not marks:
+        draw.text((left, top + HIGH + PAD // 2), f"step {ends_at[0]:,}", FAINT, _font(TEXT, ""))
     draw.text((left + WIDE, top + HIGH + PAD // 2), f"{ends_at[1]:,}", FAINT, _font(TEXT, ""), anchor="ra")
     ends: list[tuple[float, str, tuple[int, int, int]]] = []
     for k, name in enumerate(names):
         colour = INK if k == len(names) - 1 > 0 else COLOURS[k % len(COLOURS)]
         points = [
-            (left + (step - first) / span * WIDE, top + HIGH - value / most * HIGH)
-            for step, value in zip(steps, x_SK[:, k], strict=True)
+            (across(step), top + HIGH - value / most * HIGH) for step, value in zip(steps, x_SK[:, k], strict=True)
         ]
         for a, b in pairwise(points):
             if np.isfinite([*a, *b]).all():

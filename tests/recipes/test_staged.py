@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from descant.callbacks import Resume, Rollouts, Stages
+from descant.callbacks.pictures import FAINT, GAP, TEXT, TITLE
 from descant.datamodules.described import Descriptions
 from descant.datamodules.emoji import DEVELOPMENT_VENDOR
 from descant.datamodules.pool import QuestionRollouts
@@ -374,7 +375,9 @@ def test_stages_are_marked_and_their_weights_kept(tmp_path: Path) -> None:
     stages = next(c for c in trainer.callbacks if isinstance(c, Stages))  # type: ignore[attr-defined]
     assert [step for step, _ in stages.seen["val/loss"]] == [STEPS, 2 * STEPS, 3 * STEPS, 3 * STEPS + 1, WHOLE]
     assert [step for step, _ in stages.seen["rollouts/reward"]] == [3 * STEPS + 1, WHOLE]
-    assert isinstance(stages.picture(), Image.Image)
+    pixels = np.asarray(stages.picture())
+    lines = (pixels[GAP + TITLE + GAP + TEXT + 40] == FAINT).all(axis=1).nonzero()[0]
+    assert len(lines) == 3 and abs(int(np.diff(lines)[0] - np.diff(lines)[1])) <= 1, "a stage is as wide as another"
 
 
 class Counting(L.Callback):
