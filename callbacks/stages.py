@@ -53,6 +53,7 @@ class Stages(Callback):
         self.seen: dict[str, list[tuple[int, float]]] = {name: [] for name in self.watch}
         self.begun: dict[str, int] = {}  # stage -> its first step
         self.told = Told()
+        self._sets: list[str] = []  # whose metrics come of validations
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -97,6 +98,7 @@ class Stages(Callback):
             trainer.strategy.setup_optimizers(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._sets = list(trainer.datamodule.evaluation_sets("validate"))  # type: ignore[attr-defined]
         self.told.again(trainer)
 
     # from one to the next -----------------------------------------------------------------------------------------
@@ -150,9 +152,8 @@ class Stages(Callback):
             self._look(trainer, of_validation=True)
 
     def _look(self, trainer: L.Trainer, of_validation: bool) -> None:
-        sets = trainer.datamodule.evaluation_sets("validate")  # type: ignore[attr-defined]
         for name in self.watch:
-            validated = name.partition("/")[0] in sets
+            validated = name.partition("/")[0] in self._sets
             value = trainer.callback_metrics.get(name)
             if validated == of_validation and value is not None and math.isfinite(float(value)):
                 self.seen[name].append((trainer.global_step, float(value)))
