@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from descant.datamodules.base import BatchDataset
+from descant.datamodules.dialogues import SPLITS, in_split
 from descant.datamodules.emoji import DEVELOPMENT_VENDOR, VENDORS
 from descant.datamodules.mixture import MixedOrder, Shares, tempered
 from descant.datamodules.names import require_known
 from descant.datamodules.order import Order
 from descant.datamodules.questions import Problems, Questions, QuestionSet
 from descant.datamodules.rolled import RolledDialogues
+from descant.datamodules.volumes import Volumes
 from descant.modules.batch import Batch
 from descant.modules.random import mix_N, uniform_N
 
@@ -34,6 +36,9 @@ class Source:
     """
 
     frames: int = 1
+
+    def prepare(self, data: Frames) -> None:
+        """Fetches what it shows, on one rank of a machine."""
 
     def asks(self, data: Frames, concept: int, others: np.ndarray, key: int) -> tuple[str, str]:
         raise NotImplementedError
@@ -71,11 +76,14 @@ class Stacks(Source):
             raise ValueError(f"Stacks: frames {frames}: from 3 to {len(PLACES)}")
         self.frames = frames
 
+    #: The question.
+    asked = "which slice is another thing?"
+
     def _odd(self, key: int) -> int:
         return int(_uniform(key, "frames/odd") * self.frames)
 
     def asks(self, data: Frames, concept: int, others: np.ndarray, key: int) -> tuple[str, str]:
-        return "which slice is another thing?", PLACES[self._odd(key)]
+        return self.asked, PLACES[self._odd(key)]
 
     def shows(
         self, data: Frames, concept: int, others: np.ndarray, vendors: Sequence[int], key: int, visit: int
@@ -83,6 +91,49 @@ class Stacks(Source):
         odd = self._odd(key)
         shown = [int(others[0]) if f == odd else concept for f in range(self.frames)]
         return torch.stack([data.drawing(_one(vendors, visit, f), one) for f, one in enumerate(shown)])
+
+
+class Slices(Stacks):
+    """Level slices of a real volume, from below to above, but for one of another place: which one?
+
+    A problem of training is asked of the training region of the brain, one to choose by or to test by of theirs.
+
+    Args:
+        volumes: of crops as large as frames.
+        frames: slices, 3 to 8.
+    """
+
+    asked = "which slice is of another place?"
+
+    def __init__(self, volumes: Volumes, frames: int = 4) -> None:
+        super().__init__(frames)
+        self.volumes = volumes
+
+    def prepare(self, data: Frames) -> None:
+        self.volumes.tiny = self.volumes.tiny or data.tiny
+        if self.volumes.size != data.size:
+            raise ValueError(f"volumes.size {self.volumes.size} is not the frames' size {data.size}")
+        self.volumes.prepare_data()
+
+    def shows(
+        self, data: Frames, concept: int, others: np.ndarray, vendors: Sequence[int], key: int, visit: int
+    ) -> Tensor:
+        region = next(name for name in SPLITS if in_split(np.array([key]), name))
+        place_P = self.volumes.places["test" if data.unseen_C[concept] else region]
+        own, odd = self._crop(place_P, visit, "place"), self._odd(key)
+        # of a few the one that looks most different: at the rim of the head most do not
+        there = [self._crop(place_P, visit, f"other{attempt}")[odd] for attempt in range(4)]
+        own[odd] = max(there, key=lambda x_SS: float(np.abs(x_SS.astype(int) - own[odd]).mean()))
+        x = torch.full((self.frames, 4, data.size, data.size), 255, dtype=torch.uint8)
+        x[:, :3] = torch.from_numpy(own)[:, None]
+        return x
+
+    def _crop(self, place_P: np.ndarray, visit: int, what: str) -> np.ndarray:
+        """uint8 ``[F, S, S]``: the slices of a crop that is drawn."""
+        S = self.volumes.size
+        a, b, c = self.volumes._place(int(place_P[int(_uniform(visit, f"frames/{what}") * len(place_P))]))
+        levels = [c + f * (S - 1) // (self.frames - 1) for f in range(self.frames)]
+        return np.stack([self.volumes.fields["t1"][0, a : a + S, b : b + S, level] for level in levels])
 
 
 class Clips(Source):
@@ -195,6 +246,11 @@ class Frames(Questions):
             raise ValueError(f"times {times:g}: more than 1, and with an alpha; such as 4")
         self.train, self.alpha, self.times, self.sham = train or {}, alpha, times, sham
         self.most = max(self.sources[kind].frames for kind in self.kinds)
+
+    def prepare_data(self) -> None:
+        super().prepare_data()
+        for kind in self.kinds:
+            self.sources[kind].prepare(self)
 
     def wording(
         self, kind: str, concept: int, vendor: int, others: np.ndarray, count: int, key: int

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from descant.callbacks import Rollouts
-from descant.datamodules.frames import PLACES, WAYS, Clips, FrameRollouts, Frames, FrameSet, Stacks, Stills
+from descant.datamodules.frames import PLACES, WAYS, Clips, FrameRollouts, Frames, FrameSet, Slices, Stacks, Stills
 from descant.datamodules.order import Slot, Window
+from descant.datamodules.volumes import Volumes
 from descant.modules.batch import Batch
 from descant.modules.language import CausalLM
 from descant.modules.language.positions import VisualSteps
@@ -61,6 +62,37 @@ def test_the_odd_slice_is_the_one_that_is_said() -> None:
         ]
         assert shown == [place != word for place in PLACES[:4]]
     assert len(set(said(data, batch))) == 4
+
+
+def test_slices_are_of_one_place_but_for_one_and_of_the_region_of_their_split() -> None:
+    volumes = Volumes(tiny=True, size=24)
+    data = frames(sources={"brain": Slices(volumes)})
+    data.prepare_data()
+    t1 = volumes.fields["t1"][0]
+    sets: dict[str, Any] = {"train": data.training_set(), "val": data.evaluation_sets("validate")["brain-val"]}
+    sets |= {"test": data.evaluation_sets("test")["brain-concept"]}
+    for region, held in sets.items():
+        levels: dict[bytes, set[tuple[int, int, int]]] = {}  # the head is symmetric: some places look alike
+        for x, y, z in _places(volumes, region):
+            levels.setdefault(t1[x : x + 24, y : y + 24, z].tobytes(), set()).add((x, y, z))
+        batch, alike = every(data, held, 24), list[bool]()
+        for x_F, word in zip(batch.inputs["image"][:, :4], said(data, batch), strict=True):
+            starts = [
+                {(x, y, z - f * 23 // 3) for x, y, z in levels[s[0].numpy().tobytes()]} for f, s in enumerate(x_F)
+            ]
+            odd = starts.pop(PLACES.index(word))
+            own = set.intersection(*starts)
+            assert own
+            alike.append(bool(own & odd))
+        assert sum(alike) <= 2, f"{region}: hardly any two look alike"
+    with pytest.raises(ValueError, match=r"volumes\.size 16 is not the frames' size 24"):
+        frames(sources={"brain": Slices(Volumes(tiny=True, size=16))}).prepare_data()
+
+
+def _places(volumes: Volumes, region: str) -> list[list[int]]:
+    """Where slices of a region's crops may lie."""
+    starts = [volumes._place(int(p)) for p in volumes.places[region]]
+    return [[x, y, z + f * 23 // 3] for x, y, z in starts for f in range(4)]
 
 
 def middle(x_4SS: Tensor) -> np.ndarray:
