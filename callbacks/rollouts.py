@@ -202,7 +202,8 @@ class Rollouts(Callback):
 
     def _table(self, data: Any, asked: list[list[int]], answers: list[Answer], r_RK: Tensor) -> list[str]:
         """Lines of a table of the first questions, with all answers to each and what they earned."""
-        lines = [f"| asked | right | said | {' | '.join(self.rewards.names)} |", "|---" * (3 + len(r_RK[0])) + "|"]
+        rewards = " | ".join(f"reward {name}" for name in self.rewards.names)
+        lines = [f"| asked | right | said | {rewards} |", "|---" * (3 + len(r_RK[0])) + "|"]
         for r, answer in enumerate(answers[: len(asked) * data.group]):
             ids = asked[r // data.group]
             words = [data.spell(ids[: ids.index(data.answer_token)]), answer.right, answer.said]

@@ -191,7 +191,7 @@ def test_some_answers_are_shown_with_what_they_earned(tmp_path: Path) -> None:
     rollouts = short(show=2)
     seen, _ = run(tmp_path, rollouts, 1, reinforced(lr=0.0))
     head, _, *rows = rollouts.told.text["rollouts/answers"].split("\n")
-    assert head == "| asked | right | said | short |" and len(rows) == 2 * G
+    assert head == "| asked | right | said | reward short |" and len(rows) == 2 * G
     for r, row in enumerate(rows):
         asked, right, _, reward = [cell.strip() for cell in row.strip("|").split(" | ")]
         assert asked.startswith(("what colour", "how many")) and right
