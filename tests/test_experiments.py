@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 RUNNABLE = sorted(p for p in EXPERIMENTS.glob("*/*.yaml") if p.parent.name not in {"data", "with", "on", "claims"})
@@ -77,6 +78,23 @@ def test_every_overlay_trains_on_one_base(path: Path, cli: Any) -> None:
     begin(path, cli)
     two_steps(cli, base_of(path), name(path))
     assert path.read_text().startswith("# ")
+    # an item of a list keeps, of the same class, all arguments that the overlay does not name: it may say nothing
+    (config,) = Path("runs/x").glob("0*/config.yaml")
+    mine = yaml.safe_load(config.read_text())
+    base = composed(cli, base_of(path))
+    assert any(mine[key] != base[key] for key in ("model", "data", "trainer")), "it changes nothing"
+
+
+BASES: dict[str, dict[str, Any]] = {}
+
+
+def composed(cli: Any, base: str) -> dict[str, Any]:
+    """The configuration of a base, in two steps, as a run would save it."""
+    if base not in BASES:
+        result = cli("fit", "--config", base, "--config", "on/tiny", "--print_config")
+        assert result.rc == 0, result.err
+        BASES[base] = yaml.safe_load(result.out)
+    return BASES[base]
 
 
 # machines -------------------------------------------------------------------------------------------------------
