@@ -16,7 +16,7 @@ from torch import Tensor
 from descant.datamodules.base import BatchDataset
 from descant.datamodules.dialogues import SPLITS, in_split
 from descant.datamodules.emoji import DEVELOPMENT_VENDOR, VENDORS
-from descant.datamodules.mixture import MixedOrder, Shares, tempered
+from descant.datamodules.mixture import MixedOrder, Shares, require_temperature, tempered
 from descant.datamodules.names import require_known
 from descant.datamodules.order import Order
 from descant.datamodules.questions import Problems, Questions, QuestionSet
@@ -240,10 +240,7 @@ class Frames(Questions):
         for name, most in (train or {}).items():
             if most < 1:
                 raise ValueError(f"train: {name} {most}: 1 is the least; kinds leaves a source out")
-        if alpha is not None and not 0 <= alpha <= 1:
-            raise ValueError(f"alpha {alpha:g}: from 0, all sources alike, to 1, by their sizes; such as 0.5")
-        if times is not None and (alpha is None or not times > 1):
-            raise ValueError(f"times {times:g}: more than 1, and with an alpha; such as 4")
+        require_temperature(alpha, times, "sources")
         self.train, self.alpha, self.times, self.sham = train or {}, alpha, times, sham
         self.most = max(self.sources[kind].frames for kind in self.kinds)
 

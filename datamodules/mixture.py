@@ -319,10 +319,7 @@ class Mixture(DataModule):
         self.weights = _weights(weights, list(parts))
         if alpha is not None and weights is not None:
             raise ValueError("alpha: weights say already what each part's share is; give one of the two")
-        if alpha is not None and not 0 <= alpha <= 1:
-            raise ValueError(f"alpha {alpha:g}: from 0, all parts alike, to 1, by their sizes; such as 0.5")
-        if times is not None and (alpha is None or not times > 1):
-            raise ValueError(f"times {times:g}: more than 1, and with an alpha; such as 4")
+        require_temperature(alpha, times, "parts")
         self.alpha, self.times = alpha, times
         self.samples, self.batches, self.repeat = samples, batches, repeat
         self.bank = bank or next(iter(parts))
@@ -524,6 +521,14 @@ def _weights(given: Mapping[str, float] | None, parts: Sequence[str]) -> dict[st
     if not any(given.values()):
         raise ValueError(f"weights: all of {', '.join(parts)} are 0, so there is nothing to train on")
     return {name: Fraction(str(given[name])) for name in parts}
+
+
+def require_temperature(alpha: float | None, times: float | None, what: str) -> None:
+    """Raises ValueError for numbers that :func:`tempered` makes nothing of; ``what`` is drawn by them."""
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise ValueError(f"alpha {alpha:g}: from 0, all {what} alike, to 1, by their sizes; such as 0.5")
+    if times is not None and (alpha is None or not times > 1):
+        raise ValueError(f"times {times:g}: more than 1, and with an alpha; such as 4")
 
 
 def tempered(sizes: Sequence[int], alpha: float, times: float | None = None) -> list[Fraction]:

@@ -345,12 +345,12 @@ class Questions(Dialogues):
         self, kind: str, concept: int, vendor: int, others: np.ndarray, count: int, key: int
     ) -> tuple[str, str]:
         """What is asked, and the right answer."""
-        right, wrong = self.options(kind, concept, vendor, others, count, key)
+        right = self.right(kind, concept, vendor, count)
         if kind == "colour":
             return "what colour is it?", right
         if kind == "count":
             return f"how many: {self.pack.rows[concept]['names']['en']}?", right
-        place = self._place(key)
+        place, wrong = self._place(key), self.wrongs(kind, right, others, key)
         options = [*wrong[:place], right, *wrong[place:]]
         what = "which is it?" if kind == "name" else "what kind is it?"
         listed = " ".join(f"{letter}) {option}" for letter, option in zip(LETTERS, options, strict=True))
@@ -375,27 +375,33 @@ class Questions(Dialogues):
         """Where the right one stands among the options."""
         return int(uniform_N(np.array([key]), "question/place")[0] * len(LETTERS))
 
-    def options(
-        self, kind: str, concept: int, vendor: int, others: np.ndarray, count: int, key: int
-    ) -> tuple[str, list[str]]:
-        """The right answer in words, and three wrong ones: those that are offered, where some are."""
-        rows = self.pack.rows
+    def right(self, kind: str, concept: int, vendor: int, count: int) -> str:
+        """The right answer in words."""
+        if kind == "colour":
+            return list(BASIC_COLOURS)[self.colour_VC[vendor, concept]]
+        if kind == "count":
+            return str(count)
+        row = self.pack.rows[concept]
+        return row["names"]["en"] if kind == "name" else row["group"].replace("-", " ")
+
+    def wrongs(self, kind: str, right: str, others: np.ndarray, key: int) -> list[str]:
+        """Three wrong answers in words: those that are offered, where some are."""
         if kind == "name":
-            return rows[concept]["names"]["en"], [rows[c]["names"]["en"] for c in others]
-        every = {"colour": list(BASIC_COLOURS), "count": [str(n) for n in (*COUNTS, *MORE)]}.get(kind, self.groups)
-        rights = {"colour": lambda: every[self.colour_VC[vendor, concept]], "count": lambda: str(count)}
-        right = rights.get(kind, lambda: rows[concept]["group"])()
-        left = [other for other in every if other != right]
+            return [self.pack.rows[c]["names"]["en"] for c in others]
+        every = {"colour": list(BASIC_COLOURS), "count": [str(n) for n in (*COUNTS, *MORE)]}
+        left = [
+            other for other in every.get(kind, [group.replace("-", " ") for group in self.groups]) if other != right
+        ]
         order = np.argsort(uniform_NK(np.array([key]), [f"question/{kind}{k}" for k in range(len(left))])[0].numpy())
-        return right.replace("-", " "), [left[k].replace("-", " ") for k in order[:3]]
+        return [left[k] for k in order[:3]]
 
     def wrong(self, turn: int, *of: Any) -> str:
         """One of the wrong answers to a problem, as arguments of ``wording``: the first, second or third."""
-        kind, key = of[0], of[-1]
+        kind, concept, vendor, others, count, key = of
         if self.letters and kind in ("name", "group"):
             place = self._place(key)
             return [letter for k, letter in enumerate(LETTERS) if k != place][turn]
-        return self.options(*of)[1][turn]
+        return self.wrongs(kind, self.right(kind, concept, vendor, count), others, key)[turn]
 
     def spell(self, ids: Sequence[int]) -> str:
         return " ".join(super().spell(ids).split())
@@ -419,9 +425,6 @@ class QuestionPairs(Questions):
     >>> [data.spell(batch.inputs[name][0].tolist()) for name in ("text", "text_neg")]
     ['what colour is it? yellow', 'what colour is it? blue']
     """
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
 
     def training_set(self) -> PairSet:
         return self._set("train", False, self.vendors, of=PairSet, random=True)  # type: ignore[return-value]

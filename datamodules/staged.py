@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning as L
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -282,5 +281,5 @@ class StagedData(DataModule):
     def describe(self, index: int) -> str:
         return self.evaluated.describe(index)
 
-    def picture(self, index: int) -> torch.Tensor | None:
+    def picture(self, index: int) -> Tensor | None:
         return self.evaluated.picture(index)
