@@ -16,16 +16,15 @@ from descant.callbacks.rollouts import Rollouts
 from descant.datamodules.pool import QuestionPool, QuestionRollouts
 from descant.datamodules.questions import Questions
 from descant.modules.distill import Distill
-from descant.modules.language import CausalLM, Sampling
-from descant.modules.language.projectors import PooledGrid
+from descant.modules.language import Sampling
 from descant.modules.reinforce import KL, Clipped, LocalTokenMean, PolicyLoss, SequenceMean, TokenMean
 from descant.modules.reinforce.rewards import Answer, Rewards, Verifier
 from descant.modules.text import EOS, PAD
-from descant.modules.towers import ConvTower, Towers
 from descant.recipes import Chat, Reinforced
 from tests.callbacks.test_resume import Act, equal, fit, point, state
 from tests.callbacks.test_rounds import Given
 from tests.ranks import run_ranks
+from tests.small import small_chat
 from tests.step_toy import QUIET
 
 N, G, NEW = 6, 4, 3
@@ -47,11 +46,7 @@ class Never(Verifier):
 def reinforced(seed: int = 0, lr: float = 1e-2, sgd: bool = False, **options: Any) -> Reinforced:
     torch.manual_seed(seed)
     made = Reinforced(
-        towers=Towers(image=ConvTower([8, 8], stem=4)),
-        lm=CausalLM(8194, 16, 1, 2, length=96),
-        image_token=8192,
-        answer_token=8193,
-        projector=PooledGrid(1),
+        **small_chat(),
         optimizer=lambda groups: torch.optim.SGD(groups, lr=lr) if sgd else torch.optim.AdamW(groups, lr=lr),
         **(dict[str, Any](new=NEW, sampling=Sampling(temperature=1.5)) | options),
     )
@@ -64,11 +59,7 @@ def _spoken() -> dict[str, Tensor]:
     """What 80 steps of answering colours and counts leave: answers of one or two tokens, and now and then of more."""
     torch.manual_seed(0)
     net = Chat(
-        towers=Towers(image=ConvTower([8, 8], stem=4)),
-        lm=CausalLM(8194, 16, 1, 2, length=96),
-        image_token=8192,
-        answer_token=8193,
-        projector=PooledGrid(1),
+        **small_chat(),
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=2e-2),
     )
     held = Questions(tiny=True, batch_size=32, size=24, length=64, kinds=KINDS)

@@ -16,14 +16,12 @@ from descant.callbacks import Resume, Rounds
 from descant.datamodules.pool import QuestionPool
 from descant.modules.batch import Batch
 from descant.modules.distill import Distill, SoftTarget, Teacher
-from descant.modules.language import CausalLM
 from descant.modules.language.judges import Answers, EditJudge, ExactJudge, LikelihoodJudge
-from descant.modules.language.projectors import PooledGrid
-from descant.modules.towers import ConvTower, Towers
 from descant.recipes import Chat
 from tests.callbacks.test_resume import Act, equal, fit, point, state
 from tests.ranks import run_ranks
 from tests.recipes.test_missing import PatternData
+from tests.small import small_chat
 from tests.step_toy import QUIET
 
 N = 48
@@ -53,11 +51,7 @@ class Given(Teacher):
 def chat(seed: int = 0, teacher: nn.Module | None = None, *targets: Any) -> Chat:
     torch.manual_seed(seed)
     made = Chat(
-        towers=Towers(image=ConvTower([8, 8], stem=4)),
-        lm=CausalLM(8194, 16, 1, 2, length=96),
-        image_token=8192,
-        answer_token=8193,
-        projector=PooledGrid(1),
+        **small_chat(),
         distill=Distill(Given(teacher or Knows()), list(targets)),
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2),
     )

@@ -15,13 +15,11 @@ from descant.datamodules.frames import PLACES, WAYS, Clips, FrameRollouts, Frame
 from descant.datamodules.order import Slot, Window
 from descant.datamodules.volumes import Volumes
 from descant.modules.batch import Batch
-from descant.modules.language import CausalLM
 from descant.modules.language.positions import VisualSteps
-from descant.modules.language.projectors import PooledGrid
 from descant.modules.reinforce.rewards import Answer, Rewards, Verifier
-from descant.modules.towers import ConvTower, Towers
 from descant.recipes import Reinforced
 from tests.callbacks.test_resume import fit
+from tests.small import small_chat
 
 
 def frames(**options: Any) -> Frames:
@@ -183,11 +181,7 @@ class Long(Verifier):
 def test_answers_are_trained_at_the_positions_that_they_were_given_at(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = Reinforced(
-        towers=Towers(image=ConvTower([8, 8], stem=4)),
-        lm=CausalLM(8194, 16, 1, 2, length=96),
-        image_token=8192,
-        answer_token=8193,
-        projector=PooledGrid(1),
+        **small_chat(),
         visual=VisualSteps(0.5),
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2),
         new=2,

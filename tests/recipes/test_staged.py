@@ -26,13 +26,10 @@ from descant.datamodules.staged import During, StagedData, StagedOrder
 from descant.modules.configure import Shard
 from descant.modules.distill import Distill
 from descant.modules.inherit import Begin
-from descant.modules.language import CausalLM
 from descant.modules.language.packing import through
-from descant.modules.language.projectors import PooledGrid
 from descant.modules.reinforce import DPO, KL, PolicyLoss
 from descant.modules.reinforce.rewards import Answer, Rewards, Verifier
 from descant.modules.schedule import WarmupCosine
-from descant.modules.towers import ConvTower, Towers
 from descant.recipes import Chat, Prefer, Reinforce, Stage, Staged
 from descant.recipes.distillation import TeacherStage
 from descant.recipes.preferred import whole
@@ -40,6 +37,7 @@ from tests.callbacks.test_resume import Act, equal, fit, point, state
 from tests.callbacks.test_rollouts import G, N
 from tests.callbacks.test_rounds import Given
 from tests.ranks import run_ranks
+from tests.small import small_chat
 from tests.step_toy import QUIET
 
 #: Steps of an epoch; epochs of captions, answers and rollouts; steps of one rollout.
@@ -71,11 +69,7 @@ def model(stages: dict[str, Stage] | None = None, **options: Any) -> Staged:
             "answers": Stage(optimizer=lambda groups: torch.optim.SGD(groups, lr=0.05, momentum=0.9)),
             "reward": Stage(Reinforce(), r"^lm"),
         },
-        towers=Towers(image=ConvTower([8, 8], stem=4)),
-        lm=CausalLM(8194, 16, 1, 2, length=96),
-        image_token=8192,
-        answer_token=8193,
-        projector=PooledGrid(1),
+        **small_chat(),
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2),
         new=3,
         **options,
@@ -464,9 +458,5 @@ def test_a_mistake_is_one_line(tmp_path: Path, what: Any, message: str) -> None:
 
 def chat() -> Any:
     return Chat(
-        towers=Towers(image=ConvTower([8, 8], stem=4)),
-        lm=CausalLM(8194, 16, 1, 2, length=96),
-        image_token=8192,
-        answer_token=8193,
-        projector=PooledGrid(1),
+        **small_chat(),
     )
