@@ -71,15 +71,28 @@ def _dispatch(args: Sequence[str]) -> int:
 
 
 def _run(command: str, rest: Sequence[str]) -> int:
-    from descant.arguments import Request, read
+    from descant.arguments import Request, read, with_own
 
     if list(rest[-2:]) in (["--help", "all"], ["-h", "all"]):
         request = Request(command, options=[("help", None)])
     else:
-        request = read(command, rest)
+        request = with_own(read(command, rest))
+    from descant import dump
+    from descant.precheck import precheck, wanted
+
+    known = dump.read(command)
+    if known is not None and wanted(request):
+        precheck(known, request.configs, request.options, request.trust)
     from descant.cli import run  # torch and Lightning are imported here, and not before
 
-    return run(request)
+    try:
+        code = run(request)
+    except Refusal as refusal:
+        say(str(refusal))
+        code = WRONG
+    if known is None and (command == "check" or code == WRONG):
+        dump.write()  # once: the next mistake is answered at once
+    return code
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from descant import runs
 from descant.catalogue import find, shipped_data
 from descant.errors import Refusal, fail
 
@@ -63,6 +64,14 @@ def read(command: str, args: Sequence[str]) -> Request:
         elif value is None and key.endswith(".help") and rest and not rest[0].startswith("-"):
             value = rest.pop(0)
         _take(request, key, value)
+    return request
+
+
+def with_own(request: Request) -> Request:
+    """With the configuration of an existing run, where the request names one and nothing else."""
+    if request.command != "check" and request.option("run") and not request.configs:
+        own = runs.existing(Path(request.option("runs") or "runs"), str(request.option("run")))
+        request.configs.append(own / "config.yaml")
     return request
 
 

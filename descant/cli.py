@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -28,10 +29,11 @@ from descant.folder import Folder
 from descant.loading import allowed
 from descant.modules.saved import policy
 from descant.place import for_evaluation, for_fit, source_of
-from descant.precheck import precheck
+from descant.precheck import precheck, wanted
 from descant.predictions import Predictions
 from descant.quiet import quieten
 from descant.recipes.base import Recipe
+from descant.signatures import Live
 from descant.store import AtomicIO
 from descant.trust import enforce
 
@@ -91,8 +93,8 @@ class DescantCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         command, request = args[0], self.request
-        if not any(key == "help" or key.endswith(".help") for key, _ in request.options):
-            precheck(self._parser(command), request.configs, request.options, request.trust)
+        if wanted(request):
+            precheck(Live(self._parser(command)), request.configs, request.options, request.trust)
         self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
@@ -189,6 +191,23 @@ class DescantCLI(LightningCLI):
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
 
 
+class _Parsed(Exception):
+    """Raised where only the parser was wanted."""
+
+
+def live(command: str) -> Live:
+    """What the parser of a command says of all that it takes."""
+
+    class Asked(DescantCLI):
+        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+            raise _Parsed
+
+    asked = Asked.__new__(Asked)
+    with contextlib.suppress(_Parsed):
+        asked.__init__(Request(command))  # type: ignore[misc]
+    return Live(asked._parser(command))
+
+
 def once(callbacks: list[L.Callback]) -> list[L.Callback]:
     """Of callbacks that make sense once only (``once = True``), the last of each class: overlays override."""
     last = {type(callback): callback for callback in callbacks}
@@ -225,9 +244,6 @@ def run(request: Request) -> int:
     elastic.own_store()
     if request.trust and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a trusted module is mostly the user's own file; last, so that it hides none
-    if request.command != "check" and request.option("run") and not request.configs:
-        own = runs.existing(Path(request.option("runs") or "runs"), str(request.option("run")))
-        request.configs.append(own / "config.yaml")
     cli = DescantCLI.__new__(DescantCLI)
     try:
         with policy(allowed(request.trust)):

@@ -1,21 +1,21 @@
 """A look at every key before the real parse: the first fault is told with its place and the nearest key.
 
-The parser finds the same faults, but says them in the middle of a long union of attempts and names no file.
+The parser finds the same faults, but says them in the middle of a long union of attempts and names no file. It is done
+twice: with what was written down of the parser, before torch is imported, and with the parser itself.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
-from descant import names, signatures, trust
+from descant import names, schema, trust
+from descant.arguments import Request
 from descant.catalogue import BASE
 from descant.document import Node, load, option
-from descant.errors import Refusal, hint, one_line
+from descant.errors import Refusal, hint
+from descant.schema import Entry, Key, Part, Schema, Type, Unknown
 
 _SPEC = ("class_path", "init_args", "dict_kwargs")
 #: Keys of the command line only.
@@ -26,8 +26,13 @@ _CALL_ONLY = {
 Path_ = tuple[str, ...]
 
 
+def wanted(request: Request) -> bool:
+    """Whether a request is to be looked at: one for help is answered, whatever else it says."""
+    return not any(key == "help" or key.endswith(".help") for key, _ in request.options)
+
+
 def precheck(
-    parser: ArgumentParser,
+    known: Schema,
     files: Sequence[Path],
     options: Sequence[tuple[str, str | None]],
     trusted: Sequence[str],
@@ -37,7 +42,7 @@ def precheck(
     Raises:
         Refusal: for the first unknown key, unknown or untrusted class, or value of a wrong type.
     """
-    walk = _Walk(parser, trusted)
+    walk = _Walk(known, trusted)
     for file in (BASE, *files):
         walk.source(load(file))
     for key, value in options:
@@ -49,10 +54,10 @@ def precheck(
 class _Walk:
     """The state of a check: which class stands at each path so far, and which of its keys are given."""
 
-    def __init__(self, parser: ArgumentParser, trusted: Sequence[str]) -> None:
-        self.parser, self.trusted = parser, trusted
-        self.classes: dict[Path_, type] = {}
-        self.parsers: dict[Path_, ArgumentParser] = {}
+    def __init__(self, known: Schema, trusted: Sequence[str]) -> None:
+        self.schema, self.trusted = known, trusted
+        self.classes: dict[Path_, Entry] = {}
+        self.unknown: set[Path_] = set()
         self.places: dict[Path_, str] = {}
         self.given: dict[Path_, set[str]] = {}
         self.last: dict[Path_, Path_] = {}  # list -> its last item
@@ -62,44 +67,42 @@ class _Walk:
         for key, node in root.walk():
             if key == "class_path" and isinstance(node.content, str) and "." in node.content:
                 self._allowed(node.content, node.where)
-        actions = signatures.actions(self.parser)
-        groups = {key.split(".")[0] for key in actions if "." in key}
+        keys = self.schema.command()
+        groups = {key.split(".")[0] for key in keys if "." in key}
         for key, node in root.content.items():
             if key in groups:
-                self._group(key, node, actions)
-            elif key in actions:
-                self._value(node, self.parser, actions[key], (key,))
+                self._group(key, node, keys)
+            elif key in keys:
+                self._value(node, None, key, keys[key], (key,))
             elif key in _CALL_ONLY:
                 raise Refusal(f"{node.where}: {key}: {_CALL_ONLY[key]}")
             else:
-                raise Refusal(f"{_at(node, (key,))}: no such key{hint(key, {*actions, *groups} - _dotted(actions))}")
+                raise Refusal(f"{_at(node, (key,))}: no such key{hint(key, {*keys, *groups} - _dotted(keys))}")
 
-    def _group(self, group: str, node: Node, actions: Mapping[str, Any]) -> None:
+    def _group(self, group: str, node: Node, keys: Mapping[str, Key]) -> None:
         node = self._file(node)
-        known = {
-            key.removeprefix(f"{group}."): action for key, action in actions.items() if key.startswith(f"{group}.")
-        }
+        known = {name.removeprefix(f"{group}."): key for name, key in keys.items() if name.startswith(f"{group}.")}
         if not isinstance(node.content, dict):
             raise Refusal(f"{_at(node, (group,))}: expected keys, got {node.content!r}")
         for key, child in node.content.items():
             plain = key.removesuffix("+")
             if plain not in known:
                 raise Refusal(f"{_at(child, (group, key))}: no such key{hint(plain, known)}")
-            self._value(child, self.parser, known[plain], (group, key))
+            self._value(child, None, f"{group}.{plain}", known[plain], (group, key))
 
-    def _value(self, node: Node, parser: ArgumentParser, action: Any, path: Path_) -> None:
-        """A value where ``action`` stands."""
-        self._typed(node, signatures.hint_of(action), path)
-        classy = isinstance(node.content, (dict, list, str)) and _has_classes(signatures.hint_of(action))
+    def _value(self, node: Node, owner: Entry | None, name: str, key: Key, path: Path_) -> None:
+        """A value of the argument ``name`` of a class, or of the command."""
+        self._typed(node, key.type, path)
+        classy = isinstance(node.content, (dict, list, str)) and schema.has_classes(key.type)
         if path[-1].endswith("+") or classy:
             return  # each class was looked at by itself
-        if not signatures.accepts(parser, action, node.plain if node.raw is None else node.raw):
-            expected = signatures.in_words(signatures.hint_of(action))
+        if not self.schema.accepts(owner, name, node.plain if node.raw is None else node.raw):
+            expected = schema.in_words(key.type)
             raise Refusal(f"{_at(node, path)}: expected {expected}, got {_short(node.plain)}")
 
-    def _typed(self, node: Node, kind: Any, path: Path_) -> None:
+    def _typed(self, node: Node, kind: Type, path: Path_) -> None:
         """Look into a value of type ``kind`` for classes."""
-        items, base = signatures.items_of(kind), (*path[:-1], path[-1].removesuffix("+"))
+        items, base = schema.items(kind), (*path[:-1], path[-1].removesuffix("+"))
         if isinstance(node.content, list):
             if items is None:
                 return
@@ -109,41 +112,41 @@ class _Walk:
                 self._item(item, items, base, f"{number}@{item.where}")
         elif path != base and items is not None:
             self._item(node, items, base, f"@{node.where}{len(self.last)}")
-        elif isinstance(node.content, dict) and node.where.startswith("--") and base in self.last:
+        elif isinstance(node.content, dict) and node.where.startswith("--") and items and base in self.last:
             self._typed(node, items, self.last[base])  # an option below a list speaks of its last item
-        elif classes := signatures.classes_of(kind):
+        elif classes := schema.classes(kind):
             self._class(node, kind, classes, path)
-        elif isinstance(node.content, dict) and (values := signatures.values_of(kind)) is not None:
+        elif isinstance(node.content, dict) and (values := schema.values(kind)) is not None:
             for key, child in node.content.items():
                 self._typed(child, values, (*path, key))
 
-    def _item(self, node: Node, items: Any, base: Path_, name: str) -> None:
+    def _item(self, node: Node, items: Type, base: Path_, name: str) -> None:
         self.last[base] = (*base, name)
         self._typed(node, items, self.last[base])
 
     def _forget(self, path: Path_) -> None:
         self.last.pop(path, None)
-        for state in (self.classes, self.parsers, self.places, self.given):
+        for state in (self.classes, self.places, self.given):
             for key in [key for key in state if key[: len(path)] == path]:
                 state.pop(key)
 
-    def _class(self, node: Node, kind: Any, classes: tuple[type, ...], path: Path_) -> None:
+    def _class(self, node: Node, kind: Type, classes: Sequence[Part], path: Path_) -> None:
         if isinstance(node.content, str):
             text = node.content
-            if signatures.takes_text(kind) and not _is_ours(text, classes):
+            if schema.takes_text(kind) and text not in names.table() and text not in self.schema.names(classes):
                 return
             node = self._file(node) if _is_file(text) else Node({"class_path": node}, node.where, node.folder)
         if not isinstance(node.content, dict):
             return
         content = node.content
         if "class_path" in content:
-            self._named(content["class_path"], kind, classes, path)
+            self._named(content["class_path"], classes, path)
             extra = [key for key in content if key not in _SPEC]
             if extra:
                 child = content[extra[0]]
                 raise Refusal(f"{_at(child, (*path, extra[0]))}: not beside class_path; put it under init_args")
-        elif path not in self.classes and len(classes) == 1 and not inspect.isabstract(classes[0]):
-            self._set(classes[0], kind, path, node.where)
+        elif path not in {*self.classes, *self.unknown} and (alone := self.schema.alone(classes)) is not None:
+            self._set(alone, path, node.where)
         if path not in self.classes:
             return
         if "class_path" in content or "init_args" in content:
@@ -157,72 +160,47 @@ class _Walk:
         self._arguments(inner, path)
 
     def _arguments(self, node: Node, path: Path_) -> None:
-        cls, parser = self.classes[path], self.parsers[path]
-        actions = signatures.actions(parser)
+        cls = self.classes[path]
         for key, child in node.content.items():
             plain = key.removesuffix("+")
-            if plain not in actions:
-                raise Refusal(f"{_at(child, (*path, key))}: {cls.__name__} has no such key{hint(plain, actions)}")
+            if plain not in cls.keys:
+                raise Refusal(f"{_at(child, (*path, key))}: {cls.name} has no such key{hint(plain, cls.keys)}")
             self.given[path].add(plain)
-            self._value(child, parser, actions[plain], (*path, key))
+            self._value(child, cls, plain, cls.keys[plain], (*path, key))
 
-    def _named(self, node: Node, kind: Any, classes: tuple[type, ...], path: Path_) -> None:
+    def _named(self, node: Node, classes: Sequence[Part], path: Path_) -> None:
         """Find the class of a ``class_path``, and remember it at this path."""
         name = node.content
         if not isinstance(name, str):
             raise Refusal(f"{_at(node, path)}: class_path is a name, got {_short(name)}")
         if "." in name:
             self._allowed(name, node.where)
-            found = self._import(name, node, path, classes)
-        else:
-            ours = names.full(name)
-            if ours is not None:
-                names.import_path(ours)
-            same = signatures.namesakes(classes, name)
-            if len(same) > 1:
-                raise Refusal(
-                    f"{_at(node, path)}: {name} is the name of {' and '.join(same)}: give the full path of one"
-                )
-            known = signatures.subclasses(classes)
-            if name not in known and ours is None:
-                near = hint(name, {**known, **dict.fromkeys(names.table())}) if known else ""
-                raise Refusal(f"{_at(node, path)}: no class {name} of kind {_kinds(classes)}{near}")
-            found = signatures.find_class(known.get(name) or str(ours))
-        if inspect.isclass(found):
-            if not issubclass(found, classes):
-                near = hint(name, signatures.subclasses(classes), 0)
-                raise Refusal(f"{_at(node, path)}: {name} is not of kind {_kinds(classes)}{near}")
-            self._set(found, kind, path, node.where)
-
-    def _import(self, name: str, node: Node, path: Path_, classes: tuple[type, ...]) -> Any:
         try:
-            return signatures.find_class(name)
-        except (ImportError, AttributeError, ValueError) as error:
-            missing = isinstance(error, ModuleNotFoundError) and not name.startswith(f"{error.name}.")
-            if missing or type(error).__name__ == "ImportDenied":
-                raise Refusal(f"{_at(node, path)}: {name}: {one_line(error)}") from error
-            near = hint(name.rpartition(".")[2], signatures.subclasses(classes), 0)
-            raise Refusal(f"{_at(node, path)}: there is no {name}{near}") from error
+            self._set(self.schema.find(name, classes), path, node.where)
+        except LookupError as error:
+            raise Refusal(f"{_at(node, path)}: {error}") from error
+        except Unknown:
+            self._forget(path)
+            self.unknown.add(path)
 
-    def _set(self, cls: type, kind: Any, path: Path_, where: str) -> None:
+    def _set(self, cls: Entry, path: Path_, where: str) -> None:
         before = self.classes.get(path)
-        if before is cls:
+        self.unknown.discard(path)
+        if before is not None and before.path == cls.path:
             return
         self.classes[path], self.places[path] = cls, where
-        self.parsers[path] = signatures.class_parser(cls, kind, self.parser)
-        kept = signatures.actions(self.parsers[path])
-        self.given[path] = {key for key in self.given.get(path, ()) if key in kept}
+        self.given[path] = {key for key in self.given.get(path, ()) if key in cls.keys}
 
     def required(self) -> None:
         """What no source has given."""
         for key in ("model", "data"):
-            if (key,) not in self.classes:
+            if (key,) not in self.classes and (key,) not in self.unknown:
                 raise Refusal(f"no {key}: --config NAME chooses an experiment (descant list)")
-        for path, parser in self.parsers.items():
-            for key in signatures.required(parser):
-                if key.split(".")[0] not in self.given[path]:
-                    name = self.classes[path].__name__
-                    raise Refusal(f"{self.places[path]}: {_dots((*path, key))}: {name} needs it, and it is not given")
+        for path, cls in self.classes.items():
+            for key in cls.required:
+                if key not in self.given[path]:
+                    where = f"{self.places[path]}: {_dots((*path, key))}"
+                    raise Refusal(f"{where}: {cls.name} needs it, and it is not given")
 
     def _allowed(self, name: str, where: str) -> None:
         try:
@@ -246,20 +224,6 @@ class _Walk:
 
 def _is_file(text: str) -> bool:
     return text.endswith((".yaml", ".yml", ".json"))
-
-
-def _is_ours(text: str, classes: tuple[type, ...]) -> bool:
-    """Whether a text where texts are allowed too still means a class."""
-    return text in names.table() or text in signatures.subclasses(classes)
-
-
-def _has_classes(kind: Any) -> bool:
-    inner = [signatures.items_of(kind), signatures.values_of(kind)]
-    return bool(signatures.classes_of(kind)) or any(k is not None and _has_classes(k) for k in inner)
-
-
-def _kinds(classes: tuple[type, ...]) -> str:
-    return " or ".join(dict.fromkeys(cls.__name__ for cls in classes))
 
 
 def _dots(path: Path_) -> str:

@@ -10,62 +10,190 @@ import collections.abc as abc
 import inspect
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
+from functools import cached_property
 from typing import Any, Literal, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse._actions import ActionConfigFile, filter_non_parsing_actions
 from jsonargparse._common import parser_context
 from jsonargparse._required import iter_required_keys
-from jsonargparse._typehints import ActionTypeHint, adapt_partial_callable_class, get_all_subclass_paths
+from jsonargparse._typehints import ActionTypeHint, get_all_subclass_paths
 from jsonargparse._util import import_object
 from torch import Tensor
+
+from descant import names
+from descant.errors import hint, one_line
+from descant.schema import Entry, Key, Part, Type, Unknown, kinds
 
 _UNIONS = (Union, types.UnionType)
 _LISTS = (list, tuple, set, abc.Sequence, abc.Iterable, abc.Collection)
 _MAPS = (dict, abc.Mapping, abc.MutableMapping)
+_PLAIN: dict[Any, Part] = {
+    int: "int",
+    float: "float",
+    bool: "bool",
+    str: "str",
+    type(None): "null",
+    Any: "any",
+    object: "any",
+    inspect.Parameter.empty: "any",
+}
 
 
-def actions(parser: ArgumentParser) -> dict[str, argparse.Action]:
-    """Key -> action of everything that a parser takes as configuration."""
-    found = filter_non_parsing_actions(parser._actions)
-    # a group such as `trainer` has an action for a sub-configuration: its keys are the group's
-    return {a.dest: a for a in found if not isinstance(a, ActionConfigFile) and hasattr(a, "_typehint")}
+class Live:
+    """The schema of a running parser; it knows of every class that can be imported.
 
-
-def class_parser(cls: type, hint: Any, parent: ArgumentParser) -> ArgumentParser:
-    """The parser of a class's arguments, where a value of type ``hint`` is expected.
-
-    A factory (``Callable[[X], Y]``) gets its first arguments from the program, so they are no keys.
+    Args:
+        parser: of a command.
     """
-    skip = None
-    for part in parts(hint):
-        if get_origin(part) is abc.Callable:
-            path = f"{cls.__module__}.{cls.__qualname__}"
-            _, skip = adapt_partial_callable_class(part, Namespace(class_path=path))
-    with parser_context(parent_parser=parent, load_value_mode=parent.parser_mode):
-        parser: ArgumentParser = ActionTypeHint.get_class_parser(cls, {"fail_untyped": False}, skip_args=skip)
-    return parser
 
+    def __init__(self, parser: ArgumentParser) -> None:
+        self.parser = parser
+        self._classes: dict[str, type] = {}
+        self._entries: dict[tuple[type, int], Entry] = {}
 
-def required(parser: ArgumentParser) -> list[str]:
-    """The keys that must be given."""
-    return list(iter_required_keys(parser))
+    @cached_property
+    def _command(self) -> dict[str, Key]:
+        return {key: self._key(action) for key, action in _actions(self.parser).items()}
 
+    def command(self) -> Mapping[str, Key]:
+        return self._command
 
-def hint_of(action: argparse.Action) -> Any:
-    """The type of an action's value."""
-    return getattr(action, "_typehint", None)
+    def find(self, name: str, kinds_: Sequence[Part]) -> Entry:
+        found = self._full(name, kinds_) if "." in name else self._short(name, kinds_)
+        if not inspect.isclass(found):
+            raise Unknown(name)
+        if not issubclass(found, self._of(kinds_)):
+            raise LookupError(f"{name} is not of kind {kinds(kinds_)}{hint(name, self.names(kinds_), 0)}")
+        return self.entry(found, max(part.get("skip", 0) for part in kinds_ if isinstance(part, dict)))
 
+    def _full(self, name: str, kinds_: Sequence[Part]) -> Any:
+        try:
+            return find_class(name)
+        except (ImportError, AttributeError, ValueError) as error:
+            missing = isinstance(error, ModuleNotFoundError) and not name.startswith(f"{error.name}.")
+            if missing or type(error).__name__ == "ImportDenied":
+                raise LookupError(f"{name}: {one_line(error)}") from error
+            near = hint(name.rpartition(".")[2], self.names(kinds_), 0)
+            raise LookupError(f"there is no {name}{near}") from error
 
-def accepts(parser: ArgumentParser, action: argparse.Action, value: Any) -> bool:
-    """Whether the parser itself takes ``value`` for this action."""
-    try:
-        with parser_context(load_value_mode=parser.parser_mode, parent_parser=parser):
-            parser._check_value_key(action, value, action.dest, Namespace())
-    except (TypeError, ValueError, KeyError, argparse.ArgumentError):
-        return False
-    return True
+    def _short(self, name: str, kinds_: Sequence[Part]) -> Any:
+        ours = names.full(name)
+        if ours is not None:
+            names.import_path(ours)
+        same = sorted(path for path in self.paths(kinds_) if path.rpartition(".")[2] == name)
+        if len(same) > 1:
+            raise LookupError(f"{name} is the name of {' and '.join(same)}: give the full path of one")
+        if not same and ours is None:
+            known = self.names(kinds_)
+            near = hint(name, {**known, **dict.fromkeys(names.table())}) if known else ""
+            raise LookupError(f"no class {name} of kind {kinds(kinds_)}{near}")
+        return find_class(same[0] if same else str(ours))
+
+    def names(self, kinds_: Sequence[Part]) -> Mapping[str, str]:
+        return {path.rpartition(".")[2]: path for path in self.paths(kinds_)}
+
+    def accepts(self, owner: Entry | None, name: str, value: Any) -> bool:
+        parser = self.parser if owner is None else owner.source
+        action = _actions(parser)[name]
+        try:
+            with parser_context(load_value_mode=parser.parser_mode, parent_parser=parser):
+                parser._check_value_key(action, value, action.dest, Namespace())
+        except (TypeError, ValueError, KeyError, argparse.ArgumentError):
+            return False
+        return True
+
+    def entry(self, cls: type, skip: int = 0) -> Entry:
+        """What a class takes; a factory's first arguments come from the program, so they are no keys."""
+        if (cls, skip) not in self._entries:
+            with parser_context(parent_parser=self.parser, load_value_mode=self.parser.parser_mode):
+                parser: ArgumentParser = ActionTypeHint.get_class_parser(
+                    cls, {"fail_untyped": False}, skip_args={skip} if skip else None
+                )
+            self._entries[cls, skip] = Entry(
+                path=_canonical(cls),
+                lineage=[_path(base) for base in cls.__mro__ if base is not object],
+                keys={key: self._key(action) for key, action in _actions(parser).items()},
+                required=sorted({key.split(".")[0] for key in iter_required_keys(parser)}),
+                abstract=inspect.isabstract(cls),
+                about=_first_line(cls),
+                source=parser,
+            )
+        return self._entries[cls, skip]
+
+    def alone(self, kinds_: Sequence[Part]) -> Entry | None:
+        """The class that is meant where none is named: the only one that is expected, if it can be made."""
+        if len(kinds_) != 1 or not isinstance(kinds_[0], dict) or inspect.isabstract(self._of(kinds_)[0]):
+            return None
+        return self.entry(self._of(kinds_)[0], kinds_[0].get("skip", 0))
+
+    def paths(self, kinds_: Sequence[Part]) -> set[str]:
+        """The paths of all that is loaded and of one of some kinds."""
+        return {path for cls in self._of(kinds_) for path in get_all_subclass_paths(cls)}
+
+    def entries(self, kinds_: Sequence[Part], packages: tuple[str, ...]) -> Iterator[Entry]:
+        """What is of some kinds, these too, and of some packages; what no parser can be made for is left out."""
+        bases = {_canonical(cls): cls for cls in self._of(kinds_)}
+        for path in sorted({*bases, *self.paths(kinds_)}):
+            if path.startswith(packages):
+                try:
+                    yield self.entry(bases.get(path) or find_class(path))
+                except (ValueError, ImportError):
+                    continue
+
+    def _of(self, kinds_: Sequence[Part]) -> tuple[type, ...]:
+        return tuple(self._classes[part["class"]] for part in kinds_ if isinstance(part, dict))
+
+    def _key(self, action: argparse.Action) -> Key:
+        about = " ".join(str(action.help or "").split()) if action.help != argparse.SUPPRESS else ""
+        default = None if action.default is inspect.Parameter.empty or action.required else _text(action.default)
+        return Key(self._type(action._typehint), default, about.split(" (type: ")[0])  # type: ignore[attr-defined]
+
+    def _type(self, hint: Any) -> Type:
+        found: Type = []
+        for part in _parts(hint):
+            for plain in self._part(part):
+                if plain not in found:
+                    found.append(plain)
+        return found
+
+    def _part(self, part: Any) -> Iterator[Part]:
+        if part is Tensor:  # `float | Tensor` means a number here
+            return
+        if isinstance(part, abc.Hashable) and part in _PLAIN:
+            yield _PLAIN[part]
+        elif get_origin(part) is Literal:
+            yield {"choice": list(get_args(part))}
+        elif get_origin(part) in _LISTS:
+            yield {"list": self._type(Union[tuple(a for a in get_args(part) if a is not ...)])}  # noqa: UP007
+        elif part in _LISTS:
+            yield {"list": []}
+        elif get_origin(part) in _MAPS:
+            yield {"map": self._type(get_args(part)[1]) if len(get_args(part)) == 2 else []}
+        elif part in _MAPS:
+            yield {"map": []}
+        elif get_origin(part) is abc.Callable and self._made(get_args(part)):
+            for made in self._made(get_args(part)):
+                yield {**made, "skip": len(part.__args__) - 1} if isinstance(made, dict) else made
+        elif inspect.isclass(cls := get_origin(part) or part) and ActionTypeHint.is_subclass_typehint(part):
+            self._classes[_path(cls)] = cls
+            yield {"class": _path(cls)}
+        elif inspect.isclass(part) and issubclass(part, Enum):
+            yield {"choice": [*part.__members__]}
+        elif inspect.isclass(part) and issubclass(part, str):
+            yield "str"
+        else:
+            yield {"other": part.__name__ if inspect.isclass(part) else str(part).replace("typing.", "")}
+
+    def _made(self, arguments: Sequence[Any]) -> Type:
+        """The classes of what a factory returns."""
+        return (
+            [part for part in self._type(arguments[-1]) if isinstance(part, dict) and "class" in part]
+            if arguments
+            else []
+        )
 
 
 def find_class(path: str) -> Any:
@@ -77,99 +205,51 @@ def find_class(path: str) -> Any:
     return import_object(path)
 
 
-def subclasses(classes: tuple[type, ...]) -> dict[str, str]:
-    """Short name -> full path of the loaded subclasses of some classes."""
-    return {path.rpartition(".")[2]: path for cls in classes for path in get_all_subclass_paths(cls)}
+def _actions(parser: ArgumentParser) -> dict[str, argparse.Action]:
+    """Key -> action of everything that a parser takes as configuration."""
+    found = filter_non_parsing_actions(parser._actions)
+    # a group such as `trainer` has an action for a sub-configuration: its keys are the group's
+    return {a.dest: a for a in found if not isinstance(a, ActionConfigFile) and hasattr(a, "_typehint")}
 
 
-def namesakes(classes: tuple[type, ...], name: str) -> list[str]:
-    """The full paths of loaded subclasses that carry a short name; more than one where another package has it too."""
-    paths = {path for cls in classes for path in get_all_subclass_paths(cls)}
-    return sorted(path for path in paths if path.rpartition(".")[2] == name)
-
-
-def parts(hint: Any) -> Iterator[Any]:
+def _parts(hint: Any) -> Iterator[Any]:
     """The members of a union, or the type itself; annotations and aliases are looked through."""
     if hasattr(hint, "__value__"):
-        yield from parts(hint.__value__)
+        yield from _parts(hint.__value__)
     elif get_origin(hint) is typing.Annotated:
-        yield from parts(get_args(hint)[0])
+        yield from _parts(get_args(hint)[0])
     elif get_origin(hint) in _UNIONS:
         for part in get_args(hint):
-            yield from parts(part)
+            yield from _parts(part)
     else:
         yield hint
 
 
-def classes_of(hint: Any) -> tuple[type, ...]:
-    """The classes that ``class_path`` and ``init_args`` may build, directly or by a factory."""
-    found: list[type] = []
-    for part in parts(hint):
-        if get_origin(part) is abc.Callable:
-            arguments = get_args(part)
-            found += classes_of(arguments[-1]) if arguments else ()
-        elif inspect.isclass(part) and ActionTypeHint.is_subclass_typehint(part):
-            found += [part] if part is not Tensor else []  # `float | Tensor` means a number here
-        elif inspect.isclass(origin := get_origin(part)) and ActionTypeHint.is_subclass_typehint(part):
-            found.append(origin)
-    return tuple(found)
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def is_factory(hint: Any) -> bool:
-    return any(get_origin(part) is abc.Callable for part in parts(hint))
+def _canonical(cls: type) -> str:
+    """The shortest path that imports a class."""
+    from jsonargparse._util import get_import_path
+
+    return str(get_import_path(cls))
 
 
-def items_of(hint: Any) -> Any:
-    """The type of the items of a list, or None."""
-    found = [get_args(p)[0] for p in parts(hint) if get_origin(p) in _LISTS and get_args(p)]
-    return Union[tuple(found)] if found else None  # noqa: UP007  # of a list of types
+def _first_line(cls: type) -> str:
+    """What a class says of itself, in one line; a class that says nothing does not speak by its base."""
+    lines = inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0].split()
+    return " ".join(lines)
 
 
-def values_of(hint: Any) -> Any:
-    """The type of the values of a mapping, or None."""
-    found = [get_args(p)[1] for p in parts(hint) if get_origin(p) in _MAPS and len(get_args(p)) == 2]
-    return Union[tuple(found)] if found else None  # noqa: UP007  # of a list of types
-
-
-def takes_text(hint: Any) -> bool:
-    """Whether a text can be a value by itself, and need not name a class or a file."""
-    plain = [p for p in parts(hint) if p in (str, Any, object) or get_origin(p) is Literal]
-    return bool(plain) or any(inspect.isclass(p) and issubclass(p, str) for p in parts(hint) if inspect.isclass(p))
-
-
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
-
-
-def in_words(hint: Any) -> str:
-    """A type as a user would say it.
-
-    >>> in_words(int | None), in_words(dict[str, float]), in_words(Literal["a", "b"])
-    ('a whole number or null', 'a mapping of names to numbers', 'a or b')
-    """
-    words: list[str] = []
-    for part in parts(hint):
-        if part in _WORDS:
-            words.append(_WORDS[part])
-        elif get_origin(part) is Literal:
-            words += [str(choice) for choice in get_args(part)]
-        elif get_origin(part) in _LISTS:
-            inner = get_args(part)
-            words.append(f"a list of {_many(in_words(inner[0]))}" if inner else "a list")
-        elif get_origin(part) in _MAPS:
-            inner = get_args(part)
-            words.append(f"a mapping of names to {_many(in_words(inner[1]))}" if inner else "a mapping")
-        elif part is not Tensor:
-            found = classes_of(part)
-            words.append(f"a class of kind {found[0].__name__}" if found else _name(part))
-    unique = list(dict.fromkeys(words))
-    unique.sort(key=lambda word: word == "null")
-    return unique[0] if len(unique) == 1 else f"{', '.join(unique[:-1])} or {unique[-1]}"
-
-
-def _many(word: str) -> str:
-    singular = word.removeprefix("a whole ").removeprefix("a ")
-    return f"{'whole ' if word.startswith('a whole') else ''}{singular}s" if word.startswith("a ") else word
-
-
-def _name(part: Any) -> str:
-    return part.__name__ if inspect.isclass(part) else str(part).replace("typing.", "")
+def _text(default: Any) -> str:
+    """A default as a user would write it."""
+    if default is None or isinstance(default, bool):
+        return {None: "null", True: "true", False: "false"}[default]
+    if isinstance(default, Namespace | dict) and default.get("class_path"):
+        return str(default["class_path"]).rpartition(".")[2]
+    if isinstance(default, str | int | float | Enum):
+        return default.name if isinstance(default, Enum) else str(default)
+    if isinstance(default, list | tuple):
+        return f"[{', '.join(map(_text, default))}]"
+    return str(default) if isinstance(default, dict) else type(default).__name__

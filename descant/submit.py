@@ -203,10 +203,10 @@ def _composed(command: str, args: Sequence[str]) -> tuple[dict[str, Any], str]:
     """The whole configuration of a command, and the name of its run."""
     import yaml
 
-    from descant.arguments import read
+    from descant.arguments import read, with_own
     from descant.cli import run
 
-    request = read(command, [*args, "--print_config"])
+    request = with_own(read(command, [*args, "--print_config"]))
     with redirect_stdout(io.StringIO()) as out:
         run(request)
     config: dict[str, Any] = yaml.safe_load(out.getvalue())

@@ -24,6 +24,7 @@ MAY = {
     "callbacks": ("descant.callbacks", "descant.modules"),
     "datamodules": (
         "descant.datamodules",
+        "descant.cache",
         *(f"descant.modules.{part}" for part in ("audio", "batch", "text", "transforms", "random")),
     ),
 }

@@ -9,15 +9,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import os
 import shutil
-import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
+
+from descant.cache import cache_folder
 
 # Far above any package of data (tuxpaint-stamps-default: 10,800 members, 142 MB decoded), far below a full disk.
 MAX_MEMBERS = 200_000
@@ -52,19 +52,6 @@ class DataPackage(ABC):
     @abstractmethod
     def unpack(self, file: Path, folder: Path) -> None:
         """Write what lies ``under`` into ``folder``. Raises ValueError for a broken or hostile file."""
-
-
-def cache_folder() -> Path:
-    """Where fetched data is kept: ``$DESCANT_CACHE``, or ``descant`` in the platform's folder for caches."""
-    if given := os.environ.get("DESCANT_CACHE"):
-        return Path(given)
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "descant"
 
 
 def unpacked(

@@ -12,14 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from descant.cache import cache_folder
+
 #: Of the arrays' layout: another number forgets what older versions kept.
 VERSION = 1
-
-
-def cache_folder() -> Path:
-    """``$DESCANT_CACHE``, or ``descant`` in the user's cache folder."""
-    given = os.environ.get("DESCANT_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "descant"
 
 
 def remembered(
