@@ -22,10 +22,16 @@ COMMANDS = {
     "report": "curves, table, pictures and configurations of runs in one HTML file",
     "export": "a run's weights, configuration and card in one folder",
     "new": "a recipe, callback or data module of your own to begin from",
+    "completion": "a script that lets bash, zsh or fish complete what you type",
+    "schema": "a JSON schema of configurations, by which editors complete and check them",
     "submit": "run one of these on a SLURM cluster, where it saves, is requeued and goes on",
 }
 #: Commands with a parser of their own: module -> its ``main(args) -> exit code``. They import what they need, late.
-TOOLS = {name: f"descant.{name}" for name in ("data", "compare", "claims", "report", "export", "new", "submit")}
+TOOLS = {
+    **{name: f"descant.{name}" for name in ("data", "compare", "claims", "report", "export", "new", "submit")},
+    "completion": "descant.completion",
+    "schema": "descant.editor",
+}
 
 
 def main(args: list[str] | None = None) -> int:
@@ -57,6 +63,11 @@ def _dispatch(args: Sequence[str]) -> int:
         return 0
     if command in ("--config", "-c") or command.startswith("--config="):
         fail(f"{command}: the command comes first: descant fit {' '.join(args)}")
+    if command == "__complete":
+        from descant.completion import offered
+
+        print("\n".join(offered(rest, COMMANDS)))
+        return 0
     if command not in COMMANDS:
         fail(f"{command}: no such command{hint(command, COMMANDS)}")
     if command == "list":

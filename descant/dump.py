@@ -163,9 +163,10 @@ def make() -> dict[str, Any]:
         if kind in found:
             continue
         paths = known.paths([{"class": kind}])
-        within = sorted(path for path in paths if path.startswith(PACKAGES))
+        entries = list(known.entries([{"class": kind}], PACKAGES))
+        within = sorted({entry.path for entry in entries} & paths)
         found[kind] = {"paths": within, "open": len(within) < len(paths)}
-        for entry in known.entries([{"class": kind}], PACKAGES):
+        for entry in entries:
             if entry.path not in classes:
                 classes[entry.path] = entry
                 todo += [part for key in entry.keys.values() for part in _classes(key.type)]

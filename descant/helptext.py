@@ -30,7 +30,7 @@ _OPTIONS = {
 }
 _NOT_FIT = ("--ckpt_path best|last|PATH",)
 #: Commands that run no experiment.
-_BESIDE = ("list", "data", "compare", "claims", "report", "export", "new", "submit")
+_BESIDE = ("list", "data", "compare", "claims", "report", "export", "new", "completion", "schema", "submit")
 _LIST = """\
 descant list: the experiments and overlays that ship with Descant
 

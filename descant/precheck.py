@@ -42,7 +42,7 @@ def precheck(
     Raises:
         Refusal: for the first unknown key, unknown or untrusted class, or value of a wrong type.
     """
-    walk = _Walk(known, trusted)
+    walk = Walk(known, trusted)
     for file in (BASE, *files):
         walk.source(load(file))
     for key, value in options:
@@ -51,7 +51,7 @@ def precheck(
     walk.required()
 
 
-class _Walk:
+class Walk:
     """The state of a check: which class stands at each path so far, and which of its keys are given."""
 
     def __init__(self, known: Schema, trusted: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import os
 import sys
@@ -11,10 +12,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from descant import dump
 from descant.__main__ import main
 
 torch.set_num_threads(1)  # many small tensors: more threads only wait for each other, or for other jobs
@@ -52,6 +55,14 @@ class Result:
         lines = [line for line in self.err.splitlines() if not line.startswith("descant: warning:")]
         assert self.rc == 2 and len(lines) == 1, (self.rc, self.err)
         return lines[0].removeprefix("descant: ")
+
+
+@pytest.fixture(scope="session")
+def written_content() -> dict[str, Any]:
+    """The schema as it is written down, by a process in which nothing else is loaded."""
+    dump.write()
+    content: dict[str, Any] = json.loads(dump.place().read_bytes())
+    return content
 
 
 @pytest.fixture

@@ -21,25 +21,19 @@ Cli = Callable[..., Result]
 
 
 @pytest.fixture(scope="module")
-def content() -> dict[str, Any]:
-    made: dict[str, Any] = json.loads(json.dumps(dump.make()))
-    return made
-
-
-@pytest.fixture(scope="module")
-def live(content: dict[str, Any]) -> Live:
+def live(written_content: dict[str, Any]) -> Live:
     from descant.cli import live
 
     found = live("fit")
     found.command()
-    for path in content["classes"]:  # kinds are known to it once the keys that ask for them are
+    for path in written_content["classes"]:  # kinds are known to it once the keys that ask for them are
         found.entry(_class(path))
     return found
 
 
 @pytest.fixture(scope="module")
-def written(content: dict[str, Any]) -> Written:
-    return Written(content, "fit")
+def written(written_content: dict[str, Any]) -> Written:
+    return Written(written_content, "fit")
 
 
 def _class(path: str) -> Any:
@@ -52,24 +46,26 @@ def _kinds(type: Type) -> Iterator[dict[str, Any]]:
     yield from dump._classes(type)
 
 
-def test_every_key_is_the_parsers(content: dict[str, Any], live: Live, written: Written) -> None:
+def test_every_key_is_the_parsers(written_content: dict[str, Any], live: Live, written: Written) -> None:
     assert written.command() == live.command()
-    assert len(content["classes"]) > 400
-    for path in content["classes"]:
+    assert len(written_content["classes"]) > 400
+    for path in written_content["classes"]:
         assert written.entry(path) == live.entry(_class(path)), path
 
 
-def test_a_factory_takes_what_the_program_does_not_give(content: dict[str, Any], live: Live, written: Written) -> None:
+def test_a_factory_takes_what_the_program_does_not_give(
+    written_content: dict[str, Any], live: Live, written: Written
+) -> None:
     factories = {
         (kind["class"], kind["skip"])
-        for entry in content["classes"].values()
+        for entry in written_content["classes"].values()
         for key in entry["keys"].values()
         for kind in _kinds(key[0])
         if "skip" in kind
     }
     assert ("torch.optim.optimizer.Optimizer", 1) in factories
     for kind, skip in factories:
-        for path in content["kinds"][kind]["paths"]:
+        for path in written_content["kinds"][kind]["paths"]:
             theirs, ours = live.entry(_class(path), skip), written.entry(path, skip)
             assert (list(ours.keys), sorted(ours.required)) == (list(theirs.keys), sorted(theirs.required)), path
 
@@ -98,9 +94,11 @@ VALUES = [
 ]
 
 
-def test_it_refuses_nothing_that_the_parser_takes(content: dict[str, Any], live: Live, written: Written) -> None:
+def test_it_refuses_nothing_that_the_parser_takes(
+    written_content: dict[str, Any], live: Live, written: Written
+) -> None:
     seen: dict[str, tuple[Entry | None, str, Key]] = {}
-    owners = [(None, live.command()), *((e, e.keys) for e in map(live.entry, map(_class, content["classes"])))]
+    owners = [(None, live.command()), *((e, e.keys) for e in map(live.entry, map(_class, written_content["classes"])))]
     for owner, keys in owners:
         for name, key in keys.items():
             if not has_classes(key.type):  # those are looked into, and each part is looked at by itself
@@ -132,14 +130,14 @@ def test_classes_are_found_by_any_of_their_names(written: Written) -> None:
 
 
 def test_it_is_kept_until_a_file_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: dict[str, Any]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written_content: dict[str, Any]
 ) -> None:
     monkeypatch.setenv("DESCANT_CACHE", str(tmp_path))
     assert dump.read("fit") is None
-    dump.place().write_text(json.dumps(content))
+    dump.place().write_text(json.dumps(written_content))
     found = dump.read("check")
     assert found is not None and "model" in found.command()
-    dump.place().write_text(json.dumps({**content, "of": "another"}))
+    dump.place().write_text(json.dumps({**written_content, "of": "another"}))
     assert dump.read("fit") is None
     dump.place().write_text("{")
     assert dump.read("fit") is None
@@ -161,10 +159,10 @@ def test_it_is_kept_until_a_file_changes(
     ],
 )
 def test_a_mistake_is_answered_without_torch(
-    args: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: dict[str, Any]
+    args: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written_content: dict[str, Any]
 ) -> None:
     monkeypatch.setenv("DESCANT_CACHE", str(tmp_path))
-    dump.place().write_text(json.dumps(content))
+    dump.place().write_text(json.dumps(written_content))
     code = (
         "import sys; from descant.__main__ import main; code = main(sys.argv[1:]); print('torch' in sys.modules, code)"
     )
