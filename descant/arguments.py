@@ -13,7 +13,7 @@ from descant.errors import Refusal, fail
 #: Options of Lightning's command line that Descant's recipes own themselves.
 OWNED = {"optimizer": "--model.optimizer", "lr_scheduler": "--model.schedule"}
 #: Options that take no value, or an optional one.
-_FLAGS = ("print_config", "help")
+_FLAGS = ("print_config", "help", "explain")
 
 
 @dataclass
@@ -22,6 +22,7 @@ class Request:
 
     Attributes:
         command: fit, validate, test, predict or check.
+        explain: whether check is to tell where each value is from.
         configs: the files of ``--config``.
         options: (key, value) pairs as typed, keys without dashes; value None for a flag.
         trust: modules that this call allows in class paths beside the allow-list.
@@ -31,6 +32,7 @@ class Request:
     configs: list[Path] = field(default_factory=list)
     options: list[tuple[str, str | None]] = field(default_factory=list)
     trust: list[str] = field(default_factory=list)
+    explain: bool = False
 
     def option(self, key: str) -> str | None:
         """The last value of an option, or None."""
@@ -85,6 +87,10 @@ def _take(request: Request, key: str, value: str | None) -> None:
         if not all(part.isidentifier() for part in (value or "").split(".")):
             fail(f"--trust {value}: not the name of a module")
         request.trust.append(value or "")
+    elif key == "explain":
+        if request.command != "check" or value is not None:
+            fail("--explain: a word of check, without a value")
+        request.explain = True
     elif key == "ckpt_path" and request.command == "fit":
         fail("--ckpt_path: fit resumes by --resume PATH")
     elif key in ("resume", "changed", "test") and request.command not in ("fit", "check"):

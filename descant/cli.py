@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import lightning as L
+import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
@@ -24,6 +25,7 @@ from descant.catalogue import BASE
 from descant.changes import require_unchanged
 from descant.check import Check, Checked
 from descant.errors import INTERRUPTED, TERMINATED, Refusal, fail, say
+from descant.explain import explain as explained
 from descant.faults import explain, parse_fault
 from descant.folder import Folder
 from descant.loading import allowed
@@ -119,6 +121,8 @@ class DescantCLI(LightningCLI):
         for key in CALL:
             saved.pop(key, None)
         self.text = self._parser(self.subcommand).dump(saved, skip_unset=False, skip_validation=True)
+        if self.request.explain:
+            print("\n".join(explained(yaml.safe_load(self.text), self.request.configs, self.request.options)), "\n")
         self.place = runs.agree(Path(self.options.runs) / self.name, self._decide)
         self.folder = Folder(self.place, self.text)
         folder = str(self.place.folder)
