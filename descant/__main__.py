@@ -88,11 +88,16 @@ def _run(command: str, rest: Sequence[str]) -> int:
         request = Request(command, options=[("help", None)])
     else:
         request = with_own(read(command, rest))
-    from descant import dump
+    from descant import dump, helptext
     from descant.precheck import precheck, wanted
 
     known = dump.read(command)
-    if known is not None and wanted(request):
+    if known is not None and not wanted(request):
+        told = helptext.of_class(known, request)
+        if told is not None:
+            print(told)
+            return 0
+    elif known is not None:
         precheck(known, request.configs, request.options, request.trust)
     from descant.cli import run  # torch and Lightning are imported here, and not before
 

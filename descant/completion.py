@@ -92,7 +92,7 @@ def _keys(start: str, known: Schema, words: Sequence[str]) -> Iterator[str]:
             yield group + dot
         yield from ("model.", "data.")
         return
-    for name, key in _below(path, known, words).items():
+    for name, key in below(path, known, words).items():
         full = ".".join((*path, name))
         yield full
         if schema.has_classes(key.type):
@@ -110,7 +110,7 @@ def _values(option: str, known: Schema, words: Sequence[str]) -> Iterator[str]:
     if not path and last == "run":
         yield from (file.parent.relative_to("runs").as_posix() for file in Path("runs").glob("*/*/config.yaml"))
         return
-    keys = known.command() if not path else _below(path, known, words)
+    keys = known.command() if not path else below(path, known, words)
     key = keys.get(last)
     for part in [] if key is None else [*key.type, *(schema.items(key.type) or [])]:
         if isinstance(part, dict) and "choice" in part:
@@ -121,7 +121,7 @@ def _values(option: str, known: Schema, words: Sequence[str]) -> Iterator[str]:
             yield from {"bool": ("true", "false"), "null": ("null",)}[str(part)]
 
 
-def _below(path: Sequence[str], known: Schema, words: Sequence[str]) -> Mapping[str, Key]:
+def below(path: Sequence[str], known: Schema, words: Sequence[str]) -> Mapping[str, Key]:
     """The keys under a dotted path: of the class that stands there, or of all that may."""
     command = known.command()
     group = f"{path[0]}."

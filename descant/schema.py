@@ -115,8 +115,8 @@ _WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false",
 def in_words(type: Type) -> str:
     """A type as a user would say it.
 
-    >>> in_words(["int", "null"]), in_words([{"map": ["float"]}]), in_words([{"choice": ["a", "b"]}])
-    ('a whole number or null', 'a mapping of names to numbers', 'a or b')
+    >>> in_words(["int", "null"]), in_words([{"map": ["float"]}]), in_words([{"list": [{"list": ["int"]}]}])
+    ('a whole number or null', 'a mapping of names to numbers', 'a list of lists of whole numbers')
     """
     words: list[str] = []
     for part in type:
@@ -136,8 +136,11 @@ def in_words(type: Type) -> str:
 
 
 def _many(word: str) -> str:
-    singular = word.removeprefix("a whole ").removeprefix("a ")
-    return f"{'whole ' if word.startswith('a whole') else ''}{singular}s" if word.startswith("a ") else word
+    """Several of what is one of; a choice stays as it is."""
+    if " or " in word or not word.startswith("a "):
+        return word
+    noun, of, rest = word.removeprefix("a ").partition(" of ")
+    return f"{noun}{'es' if noun.endswith('s') else 's'}{of}{rest}"
 
 
 def fits(type: Type, value: Any) -> bool:

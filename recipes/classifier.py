@@ -29,7 +29,7 @@ from descant.recipes.space import SharedSpace
 
 
 class Classifier(SharedSpace):
-    """Latents of towers, fused to logits. A recipe on top brings the terms.
+    """Base of classifiers: latents of towers, fused to logits. A recipe on top brings the terms.
 
     Args:
         towers: one tower a modality.

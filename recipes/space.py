@@ -26,7 +26,7 @@ from descant.recipes.base import Recipe
 
 
 class SharedSpace(Recipe):
-    """Towers, pools and heads. A recipe on top brings the terms.
+    """Base of recipes of one space: towers, pools and heads. A recipe on top brings the terms.
 
     Args:
         towers: one tower a modality.

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import json
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
-from descant import helptext
+from descant import dump, helptext, names
 from descant.__main__ import COMMANDS, main
 from descant.catalogue import experiments, header, overlays, shipped
 from tests.conftest import Result
@@ -43,8 +48,37 @@ def test_config_before_the_command(cli: Cli) -> None:
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_short_help_fits_a_screen(cli: Cli, command: str) -> None:
     result = cli(command, "--help")
-    assert result.rc == 0 and 3 <= len(result.out.splitlines()) <= 50
+    assert result.rc == 0 and 3 <= len(result.out.splitlines()) <= 60
     assert max(map(len, result.out.splitlines())) <= 110
+
+
+def test_help_of_fit_has_every_experiment_in_a_line(cli: Cli) -> None:
+    lines = cli("fit", "--help").out.splitlines()
+    shown = lines[lines.index("Experiments:") + 1 :]
+    assert [line.split()[0] for line in shown if line.startswith("  ")] == sorted(experiments())
+    assert "--explain" in cli("check", "--help").out and not any("--explain" in line for line in lines)
+
+
+def test_help_of_a_class_is_told_without_torch(tmp_path: Path, written_content: dict[str, Any]) -> None:
+    (tmp_path / dump.place().name).write_text(json.dumps(written_content))
+    code = (
+        "import sys; from descant.__main__ import main; rc = main(sys.argv[1:]); sys.exit('torch' in sys.modules or rc)"
+    )
+
+    def ask(*args: str) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "DESCANT_CACHE": str(tmp_path)}
+        return subprocess.run([sys.executable, "-c", code, "fit", *args], capture_output=True, text=True, env=env)
+
+    told = ask("--model.help", "Contrastive")
+    assert told.returncode == 0 and "  width: a whole number (128)\n      of the shared embedding space." in told.stdout
+    assert "  towers: a class of kind Towers (needed)" in told.stdout
+    assert max(map(len, told.stdout.splitlines())) <= 110
+    below = ask("--config", "contrastive/emoji", "--model.optimizer.help", "SGD")
+    assert "class_path: torch.optim.SGD" in below.stdout and "\n  params:" not in below.stdout
+    assert "patience" in ask("--trainer.callbacks.help", "EarlyStopping").stdout
+    assert "Emoji, Fashion" in ask("--data.help").stdout
+    wrong = ask("--model.help", "Contrastiv")
+    assert wrong.returncode == 2 and wrong.stderr.endswith("of kind Recipe; nearest: Contrastive\n")
 
 
 def test_full_help_is_the_parsers_own(cli: Cli) -> None:
@@ -73,9 +107,37 @@ def test_list_shows_all_that_ships_one_line_each(cli: Cli) -> None:
 def test_list_looks_for_words(cli: Cli) -> None:
     assert [line.split()[0] for line in cli("list", "SigLIP", "ring").out.splitlines()[1:]] == ["with/siglip-ring"]
     assert "Experiments" not in cli("list", "with/siglip").out
+    assert cli("list", "callbacks", "EMA").out.splitlines()[1].startswith("  EMA ")
+    found = cli("list", "temperature").out  # of all groups
+    assert "Callbacks (--trainer.callbacks+ NAME):" in found and "  Temperature" in found
     assert len(cli("list", "--help").out.splitlines()) < 10
     assert cli("list", "sigl1p").refusal == "list sigl1p: nothing that ships has that in its name or its line"
-    assert cli("list", "--config").refusal == "--config: list takes words to look for, and no options"
+    assert cli("list", "--config").refusal == "--config: list takes a group and words to look for, and no options"
+
+
+def test_list_tells_of_recipes_data_modules_and_claims(cli: Cli) -> None:
+    from descant import recipes
+
+    def shown(group: str) -> list[str]:
+        return [line.split()[0] for line in cli("list", group).out.splitlines()[1:]]
+
+    theirs = [n for n in recipes.__all__ if n != "Recipe" and issubclass(getattr(recipes, n), recipes.Recipe)]
+    assert shown("recipes") == sorted(theirs)
+    assert {"Emoji", "Own", "Mixture"} <= set(shown("datamodules")) and "DataModule" not in shown("datamodules")
+    assert {"EMA", "Harmonize", "Rollouts"} <= set(shown("callbacks")) and "Judge" not in shown("callbacks")
+    assert "harmony-triplets" in shown("claims") and shown("overlays") == [
+        n for n in sorted(overlays()) if "data/" not in n
+    ]
+
+
+def test_what_is_told_of_a_class_is_what_its_docstring_says() -> None:
+    for name, some in names.classes().items():
+        for found in some:
+            cls = getattr(importlib.import_module(found.path.rpartition(".")[0]), name)
+            doc = " ".join(
+                (inspect.cleandoc(cls.__doc__ or "") if "__doc__" in vars(cls) else "").partition("\n\n")[0].split()
+            )
+            assert found.about in (doc, ""), found.path  # dataclasses and tuples get one of their own
 
 
 def test_help_stays_on_its_screen_as_experiments_and_overlays_grow(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,9 +145,9 @@ def test_help_stays_on_its_screen_as_experiments_and_overlays_grow(cli: Cli, mon
     monkeypatch.setattr(helptext, "experiments", lambda: {f"family/experiment-{n}": file for n in range(100)})
     monkeypatch.setattr(helptext, "overlays", lambda: {f"with/overlay-{n}": file for n in range(50)})
     lines = cli("fit", "--help").out.splitlines()
-    assert len(lines) <= 50 and max(map(len, lines)) <= 110
+    assert len(lines) <= 60 and max(map(len, lines)) <= 110
     assert sum("family/experiment-" in line for line in lines) >= 5
-    assert all(any(f"overlay-{n}" in line for line in lines) for n in range(50))
+    assert "all 50" in lines[-2]
     (more,) = [line for line in lines if "more: descant list" in line]
     assert int(more.split()[2]) + sum("family/experiment-" in line for line in lines) == 100
 
