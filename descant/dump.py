@@ -165,7 +165,7 @@ def make() -> dict[str, Any]:
         paths = known.paths([{"class": kind}])
         entries = list(known.entries([{"class": kind}], PACKAGES))
         within = sorted({entry.path for entry in entries} & paths)
-        found[kind] = {"paths": within, "open": len(within) < len(paths)}
+        found[kind] = {"paths": within, "open": any(not path.startswith(PACKAGES) for path in paths)}
         for entry in entries:
             if entry.path not in classes:
                 classes[entry.path] = entry

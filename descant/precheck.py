@@ -14,7 +14,7 @@ from descant import names, schema, trust
 from descant.arguments import Request
 from descant.catalogue import BASE
 from descant.document import Node, load, option
-from descant.errors import Refusal, hint
+from descant.errors import Refusal, hint, nearest
 from descant.schema import Entry, Key, Part, Schema, Type, Unknown
 
 _SPEC = ("class_path", "init_args", "dict_kwargs")
@@ -87,16 +87,18 @@ class Walk:
         for key, child in node.content.items():
             plain = key.removesuffix("+")
             if plain not in known:
-                raise Refusal(f"{_at(child, (group, key))}: no such key{hint(plain, known)}")
+                raise Refusal(f"{_at(child, (group, key))}: no such key{self._near(plain, known)}")
             self._value(child, None, f"{group}.{plain}", known[plain], (group, key))
 
     def _value(self, node: Node, owner: Entry | None, name: str, key: Key, path: Path_) -> None:
         """A value of the argument ``name`` of a class, or of the command."""
         self._typed(node, key.type, path)
-        classy = isinstance(node.content, (dict, list, str)) and schema.has_classes(key.type)
-        if path[-1].endswith("+") or classy:
+        several, text = isinstance(node.content, list | dict), schema.takes_text(key.type)
+        classy = isinstance(node.content, dict | str) or schema.items(key.type) is not None
+        if path[-1].endswith("+") or (classy and schema.has_classes(key.type)):
             return  # each class was looked at by itself
-        if not self.schema.accepts(owner, name, node.plain if node.raw is None else node.raw):
+        value = node.plain if node.raw is None or (several and not text) else node.raw
+        if not self.schema.accepts(owner, name, value):
             expected = schema.in_words(key.type)
             raise Refusal(f"{_at(node, path)}: expected {expected}, got {_short(node.plain)}")
 
@@ -164,9 +166,17 @@ class Walk:
         for key, child in node.content.items():
             plain = key.removesuffix("+")
             if plain not in cls.keys:
-                raise Refusal(f"{_at(child, (*path, key))}: {cls.name} has no such key{hint(plain, cls.keys)}")
+                raise Refusal(f"{_at(child, (*path, key))}: {cls.name} has no such key{self._near(plain, cls.keys)}")
             self.given[path].add(plain)
             self._value(child, cls, plain, cls.keys[plain], (*path, key))
+
+    def _near(self, key: str, known: Mapping[str, Key]) -> str:
+        """What was meant: a key that is nearly this one, else this very key of another class."""
+        homes = [_dots(path) for path, cls in self.classes.items() if key in cls.keys]
+        homes += ["trainer"] if f"trainer.{key}" in self.schema.command() else []
+        if homes and nearest(key, known, cutoff=0.75) is None:
+            return f"; {homes[0]} has it: {homes[0]}.{key}"
+        return hint(key, known)
 
     def _named(self, node: Node, classes: Sequence[Part], path: Path_) -> None:
         """Find the class of a ``class_path``, and remember it at this path."""
