@@ -42,6 +42,7 @@ BENCHMARKS = {
     "start": "benchmarks.start:start",
     "control": "benchmarks.control:control",
     "claims": "benchmarks.claims:claims",
+    "front": "benchmarks.front:front",
     "stamps": "benchmarks.stamps:stamps",
 }
 

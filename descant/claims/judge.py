@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from descant.claims.spec import ARMS, Claim, Condition, Metric
+from descant.claims.spec import ARMS, EQUAL, LEAST_TIME, Claim, Condition, Metric
 from descant.errors import fail, hint
 from descant.statistics import Paired, paired
 
@@ -80,7 +80,7 @@ def decide(method: Paired, over_sham: float, margin: float, sham_margin: float) 
 def require_equal(claim: Claim, runs: Runs) -> None:
     """All runs have had the same budget, and the method's scored code ran as often in the sham.
 
-    What others begin from is not compared.
+    What others begin from is not compared. Of time, each run has had about as much as the method's of its seed.
 
     Raises:
         Refusal: if not.
@@ -89,7 +89,12 @@ def require_equal(claim: Claim, runs: Runs) -> None:
     budgets = {(arm, seed): m.get(claim.equal) for arm, of in arms.items() for seed, m in of.items()}
     (first, expected), *_ = budgets.items()
     for (arm, seed), value in budgets.items():
-        if value != expected:
+        if claim.equal == EQUAL["seconds"]:
+            least = LEAST_TIME * runs["method"][seed][claim.equal]
+            if not value or value < least:
+                its = f"claims {claim.name}: {arm}, seed {seed}: {value:.0f} seconds of training"
+                fail(f"{its}, and at least {least:.0f} are as much time as the method had")
+        elif value != expected:
             fail(
                 f"claims {claim.name}: {arm}, seed {seed}: {value:g} {claim.equal}, and {first[0]} had {expected:g}: "
                 "arms are compared at an equal budget"

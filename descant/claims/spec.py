@@ -21,7 +21,9 @@ BUDGETS = ("pilot", "full")
 #: What the runs are called that choose settings.
 TUNE = "tune"
 #: What the arms of a claim may be equal in, and where a run's metrics say so.
-EQUAL = {"steps": "steps", "samples": "samples"}
+EQUAL = {"steps": "steps", "samples": "samples", "seconds": "train_seconds"}
+#: Clocks are not steps: no arm may have had less than this share of the method's time; more is to its own good.
+LEAST_TIME = 0.8
 _KEYS = {
     *(
         "title",
@@ -336,7 +338,7 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
         secondary=secondary,
         calls=content.get("calls"),
         seeds=seeds,
-        equal=equal,
+        equal=EQUAL[equal],
         budgets={key: {**options, **dict(budget.get(key) or {})} for key in BUDGETS},
         status=status,
         baseline_tuning=content.get("baseline_tuning"),

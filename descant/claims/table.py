@@ -10,7 +10,7 @@ from typing import Any
 
 from descant.claims import store
 from descant.claims.judge import Judgement, Runs, column, judge
-from descant.claims.spec import BEFORE, TUNE, Claim
+from descant.claims.spec import BEFORE, EQUAL, TUNE, Claim
 from descant.runs import write_text
 
 #: Arms that a table has as columns, and whose names stand side by side.
@@ -80,9 +80,10 @@ def _part(
         for metric in claim.metrics():
             lines.append(f"| {metric} | " + " | ".join(cells[arm].get(metric, "") for arm in runs) + " |")
     spent = max(found[claim.equal] for found in runs["method"].values())
+    timed = "seconds of training, or more," if claim.equal == EQUAL["seconds"] else claim.equal
     lines.append(
         f"\nMean and standard deviation over seeds {', '.join(map(str, sorted(runs['method'])))}; "
-        f"{spent:,.0f} {claim.equal} in every arm."
+        f"{spent:,.0f} {timed} in every arm."
     )
     if claim.note is not None:
         lines.append(f"\n{claim.note}")

@@ -174,6 +174,24 @@ def test_arms_of_other_budgets_are_not_compared(made: Callable[..., Claim]) -> N
         judge(made(), runs)
 
 
+def test_arms_that_are_equal_in_time_have_had_no_less_of_it(
+    made: Callable[..., Claim], results: Path, workplace: Path
+) -> None:
+    runs = runs_of([0.5, 0.6, 0.7], [0.0, 0.1, -0.1])
+    for arm, seconds in {"baseline": 140.0, "method": 100.0, "sham": 81.0}.items():
+        for metrics in runs[arm].values():
+            metrics["train_seconds"] = seconds
+    claim = made(budget={"equal": "seconds"})
+    judge(claim, runs)
+    results.mkdir()
+    store.write(results, claim, "full", runs, 61.0)
+    table.write([claim], results, workplace / "CLAIMS.md")
+    assert "100 seconds of training, or more, in every arm" in (workplace / "CLAIMS.md").read_text()
+    runs["baseline"][2]["train_seconds"] = 79.0
+    with pytest.raises(Refusal, match="baseline, seed 2: 79 seconds of training, and at least 80 are as much time"):
+        judge(claim, runs)
+
+
 def test_scored_code_must_run_as_often_in_the_sham(made: Callable[..., Claim]) -> None:
     runs = runs_of([0.5, 0.6, 0.7], [0.0, 0.1, -0.1])
     for arm, calls in (("method", 8.0), ("sham", 8.0)):
@@ -214,7 +232,7 @@ def test_scored_code_must_run_as_often_in_the_sham(made: Callable[..., Claim]) -
         ({"also": [{"metric": "a", "arm": "sham", "minus": "val/b", "at_least": 0}]}, "val/b: a claim is judged by"),
         ({"before": {"configs": []}}, "before: experiment is missing"),
         ({"before": {"experiment": "toy.yml"}}, "toy.yml: no such file"),
-        ({"budget": {"equal": "flops"}}, "budget.equal flops; known: samples, steps"),
+        ({"budget": {"equal": "flops"}}, "budget.equal flops; known: samples, seconds, steps"),
         ({"status": "maybe"}, r"status maybe: gate \(must pass\) or report"),
     ],
 )

@@ -1,0 +1,80 @@
+"""The front: what is answered before torch is imported, in seconds of a new process, the shortest of five.
+
+Mistakes are those of the tests and as many again, drawn by lot from the schema.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks import Row
+from descant import dump
+from descant.dump import Written
+from tests.mistakes import drawn
+
+TOP, HELP, KEYS, SHAPES, TAB = 0.35, 0.6, 1.0, 8.0, 0.2
+LINES, MOST = 60, 5
+SEED, MISTAKES, NAMED = 40, 81, 0.95
+
+
+def front() -> Iterator[Row]:
+    """Every first answer of the command line."""
+    dump.write()
+    emoji = ("--config", "contrastive/emoji")
+    for name, args in {
+        "help": ("--help",),
+        "version": ("--version",),
+        "list": ("list",),
+        "no_such_command": ("fti", *emoji),
+    }.items():
+        yield Row.at_most(f"front/{name}_seconds", shortest(*args), TOP)
+    yield Row.at_most("front/fit_help_seconds", shortest("fit", "--help"), HELP)
+    yield Row.at_most("front/fit_help_lines", len(run("fit", "--help").stdout.splitlines()), LINES)
+    yield Row.at_most("front/help_of_a_class_seconds", shortest("fit", "--model.help", "Contrastive"), HELP)
+    yield Row.at_most("front/key_mistake_seconds", shortest("check", *emoji, "--model.widht", "3"), KEYS)
+    yield Row.at_most("front/type_mistake_seconds", shortest("check", *emoji, "--model.width", "wide"), KEYS)
+    yield Row.at_most("front/check_seconds", shortest("check", *emoji, times=3), SHAPES)
+    yield Row.at_most("front/completion_seconds", shortest("__complete", "fit", *emoji, "--model."), TAB)
+    yield from mistakes()
+
+
+def mistakes() -> Iterator[Row]:
+    """Exit code 2 in at most five lines, and the share that names what was meant."""
+    known = {command: dump.read(command) for command in dump.COMMANDS}
+    some = list(itertools.islice(drawn(lambda command: _there(known[command]), SEED), MISTAKES))
+    answers = [run(*mistake.args) for mistake in some]
+    short = [done.returncode == 2 and len(done.stderr.splitlines()) <= MOST for done in answers]
+    named = [all(name in done.stderr for name in one.names) for one, done in zip(some, answers, strict=True)]
+    yield Row.at_least("front/mistakes_answered_shortly", sum(short) / len(some), 1.0)
+    yield Row.at_least("front/mistakes_named", sum(named) / len(some), NAMED)
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own and in an empty folder."""
+    root = Path(__file__).parent.parent
+    env = {**os.environ, "PYTHONPATH": str(root)}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "descant", *args]
+        return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env)
+
+
+def shortest(*args: str, times: int = 5) -> float:
+    """Seconds."""
+    took = []
+    for _ in range(times):
+        began = time.perf_counter()
+        run(*args)
+        took.append(time.perf_counter() - began)
+    return min(took)
+
+
+def _there(known: Written | None) -> Written:
+    assert known is not None
+    return known
