@@ -13,7 +13,9 @@ from jsonargparse._loaders_dumpers import get_yaml_default_loader
 from descant.catalogue import ROOT
 from descant.errors import Refusal
 
-_MERGE = "tag:yaml.org,2002:merge"
+#: Values in one file: aliases of aliases make far more of a few lines than anybody writes.
+MOST = 100_000
+_MERGE, _PYTHON = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:python/"
 
 
 @dataclass
@@ -93,7 +95,10 @@ def _parse(text: str, name: str, folder: Path, lines: bool = True) -> Node:
     loader = get_yaml_default_loader()(text)
     try:
         root = loader.get_single_node()
-        return Node(None, name, folder) if root is None else _convert(root, loader, name, folder, lines)
+        left = [MOST]
+        return Node(None, name, folder) if root is None else _convert(root, loader, name, folder, lines, left)
+    except RecursionError:
+        raise Refusal(f"{name}: nested too deeply, or within itself") from None
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise Refusal(f"{name}{line}: not valid YAML: {error.problem}") from error
@@ -103,10 +108,15 @@ def _parse(text: str, name: str, folder: Path, lines: bool = True) -> Node:
         loader.dispose()
 
 
-def _convert(node: yaml.Node, loader: Any, name: str, folder: Path, lines: bool) -> Node:
+def _convert(node: yaml.Node, loader: Any, name: str, folder: Path, lines: bool, left: list[int]) -> Node:
+    left[0] -= 1
+    if left[0] < 0:
+        raise Refusal(f"{name}: more than {MOST:,} values, aliases included")
     where = f"{name}:{node.start_mark.line + 1}" if lines else name
+    if node.tag.startswith(_PYTHON):
+        raise Refusal(f"{where}: !!{node.tag.removeprefix('tag:yaml.org,2002:')}: objects are not read from YAML")
     if isinstance(node, yaml.SequenceNode):
-        return Node([_convert(item, loader, name, folder, lines) for item in node.value], where, folder)
+        return Node([_convert(item, loader, name, folder, lines, left) for item in node.value], where, folder)
     if not isinstance(node, yaml.MappingNode):
         return Node(loader.construct_object(node), where, folder)
     seen: set[str] = set()
@@ -117,7 +127,7 @@ def _convert(node: yaml.Node, loader: Any, name: str, folder: Path, lines: bool)
     loader.flatten_mapping(node)
     content: dict[str, Node] = {}
     for key, value in node.value:
-        child = _convert(value, loader, name, folder, lines)
+        child = _convert(value, loader, name, folder, lines, left)
         child.where = f"{name}:{key.start_mark.line + 1}" if lines else name
         content[str(key.value)] = child
     return Node(content, where, folder)

@@ -125,9 +125,9 @@ def _last(source: Path) -> Path:
 
 def _best(source: Path, last: Path) -> Path:
     """What the run's ModelCheckpoint judged best, as its last checkpoint tells; runs may have moved."""
-    import torch
+    from descant.modules.plain import load_plain
 
-    content: dict[str, Any] = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
+    content: dict[str, Any] = load_plain(last, map_location="cpu", mmap=True)
     states = [s for key, s in content.get("callbacks", {}).items() if key.startswith("ModelCheckpoint")]
     states.sort(key=lambda state: state.get("monitor") is None)  # stable: one that monitors comes first
     for state in states:

@@ -12,7 +12,7 @@ from typing import Any
 
 from descant import names, schema, trust
 from descant.arguments import Request
-from descant.catalogue import BASE
+from descant.catalogue import BASE, ROOT
 from descant.document import Node, load, option
 from descant.errors import Refusal, hint, nearest
 from descant.schema import Entry, Key, Part, Schema, Type, Unknown
@@ -67,6 +67,8 @@ class Walk:
         for key, node in root.walk():
             if key == "class_path" and isinstance(node.content, str) and "." in node.content:
                 self._allowed(node.content, node.where)
+        if not (root.where.startswith("--") or root.folder.is_relative_to(ROOT.resolve())):
+            self._guarded(root, ())
         keys = self.schema.command()
         groups = {key.split(".")[0] for key in keys if "." in key}
         for key, node in root.content.items():
@@ -78,6 +80,21 @@ class Walk:
                 raise Refusal(f"{node.where}: {key}: {_CALL_ONLY[key]}")
             else:
                 raise Refusal(f"{_at(node, (key,))}: no such key{hint(key, {*keys, *groups} - _dotted(keys))}")
+
+    def _guarded(self, node: Node, path: Path_, of: Any = None) -> None:
+        """What a file may not say by itself, wherever it says it."""
+        if isinstance(node.content, dict):
+            named = node.content.get("class_path")
+            of = of if named is None else named.plain
+            for key, child in node.content.items():
+                try:
+                    trust.guard(key, child.plain, self.trusted, of)
+                except Refusal as refusal:
+                    raise Refusal(f"{_at(child, (*path, key))}: {refusal}") from None
+                self._guarded(child, *((path, of) if key == "init_args" else ((*path, key), None)))
+        elif isinstance(node.content, list):
+            for item in node.content:
+                self._guarded(item, path, None)
 
     def _group(self, group: str, node: Node, keys: Mapping[str, Key]) -> None:
         node = self._file(node)
@@ -226,6 +243,7 @@ class Walk:
         if not file.is_file():
             raise Refusal(f"{node.where}: no such file: {file}")
         found = load(file)
+        self._guarded(found, ())
         for key, child in found.walk():
             if key == "class_path" and isinstance(child.content, str) and "." in child.content:
                 self._allowed(child.content, child.where)

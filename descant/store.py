@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from descant import manifest
+from descant.modules.plain import load_plain
 
 
 class AtomicIO(CheckpointIO):
@@ -62,11 +63,11 @@ class AtomicIO(CheckpointIO):
         found = manifest.confirmed(Path(path))
         if found == manifest.NONE:
             rank_zero_warn(f"{path}: no manifest confirms what it holds")
-            return torch.load(path, map_location=map_location, weights_only=True)
+            return load_plain(path, map_location=map_location)
         if isinstance(found, str):
             raise ValueError(f"{path}: {found}")
         with found[0] as stream:
-            return torch.load(stream, map_location=map_location, weights_only=True)
+            return load_plain(stream, path, map_location=map_location)
 
     def remove_checkpoint(self, path: Path | str) -> None:
         sharded = Path(path).is_dir() and not Path(path).is_symlink()

@@ -6,6 +6,8 @@ A configuration is data. Naming ``os.system`` in it must not run it, and must no
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import PurePath
+from typing import Any
 
 from descant.errors import Refusal
 
@@ -47,6 +49,17 @@ DENIED = (
     *("descant.cli", "descant.__main__"),
 )
 
+#: What ``--trust`` may name beside modules, and what is then allowed to configurations that are files.
+WORDS = {
+    "shell": "run commands in a shell",
+    "packages": "believe packages whose hash is not known",
+    "writes": "write outside the run's folder",
+}
+#: Key -> the word that a file needs to say it. On the command line it is the user who says it.
+_GUARDED = {"allow_pipes": "shell", "accept": "packages"}
+#: Keys that say where to write: below the run's folder, RUN, or a name in it.
+_PLACES = ("dirpath", "save_dir", "log_dir", "root_dir", "default_root_dir", "cache", "cache_dir")
+_NAMES = ("name", "version", "sub_dir", "filename", "runs")
 _trusted: set[str] = set()
 
 
@@ -58,7 +71,8 @@ def allowed(path: str, trust: Sequence[str] = ()) -> bool:
     >>> allowed("os.system", ["os"])
     True
     """
-    verdicts = {**dict.fromkeys(ALLOWED, True), **dict.fromkeys(DENIED, False), **dict.fromkeys(trust, True)}
+    verdicts = {**dict.fromkeys(ALLOWED, True), **dict.fromkeys(DENIED, False)}
+    verdicts |= {name: True for name in trust if name not in WORDS}
     parts = path.split(".")
     for n in range(len(parts), 0, -1):
         entry = ".".join(parts[:n])
@@ -78,6 +92,26 @@ def require(path: str, trust: Sequence[str] = ()) -> None:
     raise Refusal(f"class_path {path} is outside the allow-list ({', '.join(ALLOWED)}): --trust {top} if you trust it")
 
 
+def guard(key: str, value: Any, trust: Sequence[str] = (), of: Any = None) -> None:
+    """Raises Refusal for what a file may not say by itself: to run commands, believe a package, or write elsewhere.
+
+    Args:
+        of: the class whose argument it is, as the file calls it.
+
+    >>> guard("dirpath", "RUN/checkpoints"), guard("allow_pipes", False), guard("dirpath", "/etc", ["writes"])
+    (None, None, None)
+    """
+    word, why = _GUARDED.get(key), "" if value in (None, False, []) else "a file may not say that"
+    parts = PurePath(value).parts if isinstance(value, str) else ()
+    leaves = bool(parts) and (".." in parts or PurePath(*parts).is_absolute() or parts[0].startswith("~"))
+    if (key in _PLACES or (str(of).endswith("Resume") and key == "folder")) and parts:
+        word, why = "writes", "" if parts[0] == "RUN" and not leaves else f"{value} is outside the run's folder, RUN"
+    elif key in _NAMES and parts:
+        word, why = "writes", f"{value} leads out of the run's folder" if leaves else ""
+    if word is not None and why and word not in trust:
+        raise Refusal(f"{why}: --trust {word} lets a configuration {WORDS[word]}; an option may say it, too")
+
+
 def enforce(trust: Sequence[str] = ()) -> None:
     """Give jsonargparse the same list: the second wall, for whatever else in a file names an object."""
     from jsonargparse import set_parsing_settings
@@ -85,7 +119,7 @@ def enforce(trust: Sequence[str] = ()) -> None:
     forgotten = sorted(_trusted - set(trust))  # settings are global: what an earlier call trusted is trusted no more
     set_parsing_settings(
         import_path_denylist=["*", *DENIED, *forgotten],
-        import_path_allowlist=[*ALLOWED, *trust],
+        import_path_allowlist=[*ALLOWED, *(name for name in trust if name not in WORDS)],
         instantiate_subclass_spec_in_any=False,
     )
     _trusted.update(trust)

@@ -18,6 +18,7 @@ import yaml
 from torch import Tensor, nn
 
 from descant.modules.lean import BASE
+from descant.modules.plain import load_plain
 
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
 #: What begins a text of an export's files to mean the folder of the export, wherever it lies.
@@ -122,7 +123,7 @@ def read_checkpoint(saved: Saved) -> dict[str, Any]:
             from safetensors.torch import load_file
 
             return {"state_dict": load_file(file)}
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        content = load_plain(file, map_location="cpu", mmap=True)
     except Exception as error:  # each format has its own errors
         what = "a folder of shards: not one file" if file.is_dir() else _one_line(error)
         raise ValueError(f"{file}: cannot be read ({what})") from None
@@ -246,7 +247,7 @@ def _checkpoint(folder: Path, which: str) -> Path:
     newest = max(found, key=lambda file: (file.stat().st_mtime_ns, file.name))
     if which == "last":
         return newest
-    content = torch.load(newest, map_location="cpu", weights_only=True, mmap=True)
+    content = load_plain(newest, map_location="cpu", mmap=True)
     for state in content.get("callbacks", {}).values():
         if isinstance(state, dict) and state.get("monitor") is not None:
             best = folder / "checkpoints" / Path(state.get("best_model_path") or "").name  # runs may have moved

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
+from descant.modules.plain import load_plain
 from descant.modules.towers.base import Tokens, Tower
 from descant.modules.towers.image import all_real
 
@@ -128,7 +128,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = load_plain(path, map_location="cpu")
     except Exception as error:  # each format has its own errors
         raise ValueError(f"weights {path}: cannot be read ({_one_line(error)})") from None
     state = next((loaded[k] for k in ("state_dict", "model") if isinstance(loaded, dict) and k in loaded), loaded)

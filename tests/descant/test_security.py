@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import pickle
+import itertools
+import resource
+import struct
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from descant.store import AtomicIO
 from descant.trust import ALLOWED, DENIED, allowed
@@ -126,6 +130,145 @@ def test_a_checkpoint_runs_no_code(toy: Cli, workplace: Path, command: str) -> N
     content = {"state_dict": {}, "bomb": _Bomb(str(mark)), "descant": {"safe": True}}
     AtomicIO().save_checkpoint(content, path)  # with a manifest: it is no wall against who can write one
     key = "--resume" if command == "fit" else "--ckpt_path"
-    with pytest.raises(pickle.UnpicklingError):
-        toy(command, key, path)
+    line = toy(command, key, path).refusal
+    assert "bad.ckpt: it holds" in line and "may run code, and is not read" in line
     assert not mark.exists()
+
+
+def test_nor_do_weights_of_any_other_kind(workplace: Path) -> None:
+    """What recipes, towers and teachers read: a run's checkpoint, the newest of which is asked what was best."""
+    from descant.modules.saved import Saved, find, read_weights
+    from descant.modules.towers.timm import read_weights as of_tower
+
+    mark, run = workplace / "ran", workplace / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text("model: {class_path: descant.recipes.Chat}\n")
+    bad = run / "checkpoints" / "bad.ckpt"
+    torch.save({"state_dict": {}, "bomb": _Bomb(str(mark))}, bad)
+    for read in (lambda: find(run), lambda: read_weights(Saved(run, bad, {})), lambda: of_tower(bad)):
+        with pytest.raises(ValueError, match=r"bad.ckpt.*it holds .*open, which may run code, and is not read"):
+            read()
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("hop", ["_instantiator", "_class_path", "class_path"])
+def test_a_checkpoint_names_no_class_to_build(toy: Cli, workplace: Path, sentinel: Path, hop: str) -> None:
+    """Lightning builds what the hyper-parameters of a checkpoint name; here they are not read."""
+    assert toy("fit", "--trainer.max_epochs", "1").rc == 0
+    (last,) = (workplace / "runs/toy/001/checkpoints").glob("*.ckpt")
+    content = torch.load(last, weights_only=True)
+    content["hyper_parameters"] = {hop: "sentinel.run", "init_args": {"command": "x"}}
+    content["datamodule_hyper_parameters"] = {hop: "sentinel.Tower"}
+    AtomicIO().save_checkpoint(content, workplace / "hop.ckpt")
+    assert toy("test", "--ckpt_path", "hop.ckpt").rc == 0
+    assert not sentinel.exists() and "sentinel" not in sys.modules
+
+
+#: What a file may not say by itself -> the word of --trust that allows it. Each is laid over toy.yaml.
+GUARDED = {
+    "trainer: {default_root_dir: /tmp/elsewhere}": "writes",
+    "trainer: {default_root_dir: ../elsewhere}": "writes",
+    "trainer: {callbacks+: {class_path: ModelCheckpoint, init_args: {dirpath: /etc}}}": "writes",
+    "trainer: {callbacks+: {class_path: ModelCheckpoint, init_args: {dirpath: RUN/../../..}}}": "writes",
+    "trainer: {callbacks+: {class_path: ModelCheckpoint, init_args: {dirpath: here}}}": "writes",
+    "trainer: {callbacks+: {class_path: ModelCheckpoint, init_args: {filename: ../../x}}}": "writes",
+    "trainer: {callbacks+: {class_path: Resume, init_args: {folder: /tmp/elsewhere}}}": "writes",
+    "trainer: {logger: {class_path: CSVLogger, init_args: {save_dir: ~/elsewhere}}}": "writes",
+    "trainer: {logger: {class_path: TensorBoardLogger, init_args: {save_dir: RUN, name: ../../x}}}": "writes",
+    "trainer: {logger: {class_path: TensorBoardLogger, init_args: {save_dir: RUN, version: /etc}}}": "writes",
+    "name: ../../elsewhere": "writes",
+    "runs: /tmp/elsewhere": "writes",
+    "data: {class_path: Fashion, init_args: {batch_size: 8, cache: /tmp/elsewhere}}": "writes",
+    "data: {class_path: Fashion, init_args: {batch_size: 8, deb: x.deb, accept: [aa]}}": "packages",
+    "data: {class_path: Own, init_args: {batch_size: 8, stream: {class_path: Stream, init_args: "
+    "{urls: 'pipe:touch imported', samples: 8, allow_pipes: true}}}}": "shell",
+}
+
+
+@pytest.mark.parametrize("text", GUARDED)
+def test_a_file_may_not_write_elsewhere_nor_run_commands(toy: Cli, workplace: Path, text: str) -> None:
+    (workplace / "over.yaml").write_text(text)
+    before = sorted(workplace.rglob("*"))
+    line = toy("check", "--config", "over.yaml").refusal
+    assert line.startswith("over.yaml:1: ") and f"--trust {GUARDED[text]} lets a configuration " in line
+    assert sorted(workplace.rglob("*")) == before
+
+
+def test_trust_and_options_may(toy: Cli, workplace: Path) -> None:
+    (workplace / "over.yaml").write_text("trainer: {default_root_dir: elsewhere}")
+    assert toy("check", "--config", "over.yaml", "--trust", "writes").rc == 0
+    assert toy("check", "--trainer.default_root_dir", "elsewhere").rc == 0
+    assert "--trust writes" in toy("check", "--config", "over.yaml", "--trust", "shell").refusal
+    assert not allowed("writes.anything", ["writes"]), "a word is no module"
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise("abcdefghij")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (BOMB, "bad.yaml: more than 100,000 values, aliases included"),
+        ("[" * 5000, "bad.yaml:1: not valid YAML: exceeded maximum nesting depth"),
+        ("model: &m {again: *m}", "bad.yaml: nested too deeply, or within itself"),
+        (
+            "model: !!python/object/apply:os.system [touch imported]",
+            "bad.yaml:1: !!python/object/apply:os.system: objects are not read from YAML",
+        ),
+        ("model: !!python/name:os.system", "bad.yaml:1: !!python/name:os.system: objects"),
+        ("model: !!binary |\n  !!!", "bad.yaml:"),
+    ],
+)
+def test_yaml_that_is_no_configuration(toy: Cli, workplace: Path, text: str, line: str) -> None:
+    (workplace / "bad.yaml").write_text(text)
+    before = sorted(workplace.rglob("*"))
+    assert toy("check", "--config", "bad.yaml").refusal.startswith(line)
+    assert sorted(workplace.rglob("*")) == before
+
+
+# data ---------------------------------------------------------------------------------------------------------------
+
+
+def _png(width: int, height: int) -> bytes:
+    """A picture whose few bytes announce what they like."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1 << 20), 9)) + chunk(b"IEND", b"")
+
+
+GIF = b"GIF89a\xff\xff\xff\xff\x80\0\0" + bytes(6) + b",\0\0\0\0\xff\xff\xff\xff\0\x02\x02L\x01\0;"
+WEBP = b"RIFF\x1e\0\0\0WEBPVP8X\x0a\0\0\0" + bytes(4) + b"\xff" * 6
+WAV = b"RIFF" + struct.pack("<I8sIHHIIHH4sI", 2**31, b"WAVEfmt ", 16, 1, 2, 192_000, 768_000, 4, 16, b"data", 2**31)
+
+
+@pytest.mark.parametrize("data", [_png(50_000, 50_000), _png(2**31 - 1, 2**31 - 1), GIF, WEBP])
+def test_a_picture_that_claims_too_much_is_a_fault_of_its_sample(data: bytes) -> None:
+    from descant.datamodules.fields import ImageField
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    _, (error,) = ImageField(size=32).decode([data], None)
+    assert error is not None and "more than the limit of 89,478,485" in error
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB: what it claims is gigabytes
+
+
+def test_a_sound_is_as_long_as_its_bytes() -> None:
+    from descant.datamodules.fields import AudioField
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    x_BS, (error,) = AudioField(rate=16_000, seconds=1.0).decode([WAV + bytes(1000)], None)
+    assert error is None and x_BS.shape[1] == 16_000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
+def test_weights_that_claim_too_much(tmp_path: Path) -> None:
+    from descant.modules.saved import Saved, read_weights
+
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", 2**60) + b"{}")
+    with pytest.raises(ValueError, match=r"model.safetensors: cannot be read .*header too large"):
+        read_weights(Saved(tmp_path, file, {}))
