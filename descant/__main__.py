@@ -17,6 +17,7 @@ COMMANDS = {
     "check": "will this configuration work? Builds everything, trains nothing",
     "list": "the experiments and overlays that ship with Descant",
     "data": "make shards from your own files, or look at a data set",
+    "sweep": "one experiment at all combinations of some settings and seeds, then the table of compare",
     "compare": "runs against each other, a row a configuration, over the seeds that they share",
     "claims": "does each mechanism do what its paper says? Paired runs, shams and verdicts",
     "report": "curves, table, pictures and configurations of runs in one HTML file",
@@ -28,7 +29,7 @@ COMMANDS = {
 }
 #: Commands with a parser of their own: module -> its ``main(args) -> exit code``. They import what they need, late.
 TOOLS = {
-    **{name: f"descant.{name}" for name in ("data", "compare", "claims", "report", "export", "new", "submit")},
+    **{name: f"descant.{name}" for name in ("data", "sweep", "compare", "claims", "report", "export", "new", "submit")},
     "completion": "descant.completion",
     "schema": "descant.editor",
 }

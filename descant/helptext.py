@@ -35,7 +35,7 @@ _OPTIONS = {
 }
 _NOT_FIT = ("--ckpt_path best|last|PATH",)
 #: Commands that run no experiment.
-_BESIDE = ("list", "data", "compare", "claims", "report", "export", "new", "completion", "schema", "submit")
+_BESIDE = ("list", "data", "sweep", "compare", "claims", "report", "export", "new", "completion", "schema", "submit")
 _LIST = """\
 descant list: what ships with Descant, one line each
 

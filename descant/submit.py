@@ -55,6 +55,8 @@ _COMMANDS = ("fit", "validate", "test", "predict")
 _OURS = {key: f"--{key}" for key in ("nodes", "gpus-per-node", "cpus-per-task", "array", "time", "mem")}
 _OURS |= {"ntasks-per-node": "--tasks-per-node", "signal": "--signal-before", "dependency": "--after"}
 _OURS |= dict.fromkeys(("ntasks", "output", "error", "open-mode", "chdir", "parsable", "wait", "no-requeue"), "")
+#: A comma between values, and none within a list or mapping.
+_LISTED = re.compile(r",(?![^\[{]*[\]}])")
 #: What a shell inside a job, a launcher or a test leaves behind, and no job may inherit.
 _LEFT = re.compile(
     r"(SLURM_(?!CONF$)|SLURMD_|MASTER_|PYTEST_|TORCHELASTIC_)\w*|((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|DESCANT_RUN_DIR"
@@ -109,21 +111,25 @@ def _split(args: Sequence[str]) -> list[list[str]]:
     return parts
 
 
-def grid(texts: Sequence[str]) -> list[dict[str, str]]:
+def grid(texts: Sequence[str], said: str = "submit: --array") -> list[dict[str, str]]:
     """The options of each task of an array: all combinations of what ``--array`` says, the last key fastest.
+
+    ``said``: how a refusal begins.
 
     >>> grid(["seed_everything=0..1", "model.width=8,16"])[1]
     {'seed_everything': '0', 'model.width': '16'}
+    >>> [point["data.size"] for point in grid(["data.size=[3, 4],[5, 6]"])]
+    ['[3, 4]', '[5, 6]']
     """
     axes: dict[str, list[str]] = {}
     for text in texts:
         key, equals, values = text.removeprefix("--").partition("=")
         span = re.fullmatch(r"(\d+)\.\.(\d+)", values)
-        found = [str(n) for n in range(int(span[1]), int(span[2]) + 1)] if span else values.split(",")
+        found = [str(n) for n in range(int(span[1]), int(span[2]) + 1)] if span else _LISTED.split(values)
         if not key or not equals or not found or not all(found):
-            fail(f"submit: --array {text}: KEY=0..4 or KEY=a,b,c")
+            fail(f"{said} {text}: KEY=0..4 or KEY=a,b,c")
         if key in axes:
-            fail(f"submit: --array {text}: {key} is said twice")
+            fail(f"{said} {text}: {key} is said twice")
         axes[key] = found
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())] if axes else []
 

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 from descant import runs as folders
 from descant.claims.judge import Runs
 from descant.claims.spec import BEFORE, TUNE, Claim
-from descant.errors import fail, say
+from descant.errors import INTERRUPTED, fail, say
 from descant.groups import numbers, seed_of
+from descant.processes import Task, run_beside
 
 
 @dataclass(frozen=True)
@@ -106,53 +102,24 @@ def run(place: Place, arms: Sequence[str], seeds: Sequence[int], jobs: int) -> i
     """
     todo = place.missing(arms, seeds)
     whole = len(place.all(arms)) * len(seeds)
-    done = whole - len(todo)
-    say(f"claims {place.claim.name}: {whole} runs, {done} done, {jobs} at a time")
+    say(f"claims {place.claim.name}: {whole} runs, {whole - len(todo)} done, {jobs} at a time")
     place.folder.mkdir(parents=True, exist_ok=True)
-    working: list[_Job] = []
-    failed: _Job | None = None
+    which = {_task(place, arm, seed): (arm, seed) for arm, seed in todo}
     began = time.monotonic()
     try:
-        while (todo and failed is None) or working:
-            while failed is None and len(working) < jobs:
-                unfinished = [*todo, *((job.arm, job.seed) for job in working)]
-                ready = next((one for one in todo if not place.waits(*one, unfinished)), None)
-                if ready is None:
-                    break
-                todo.remove(ready)
-                working.append(_start(place, *ready, jobs))
-            time.sleep(0.1)
-            for job in [job for job in working if job.process.poll() is not None]:
-                working.remove(job)
-                job.log.close()
-                if job.process.returncode:
-                    failed = failed or job
-                else:
-                    _tell(place, job)
-    except KeyboardInterrupt:  # the terminal has told them too: they save, and end
-        for job in working:
-            job.process.wait()
+        run_beside(
+            list(which),
+            jobs,
+            tell=lambda task, seconds: _tell(place, *which[task], seconds),
+            waits=lambda task, unfinished: place.waits(*which[task], [which[other] for other in unfinished]),
+        )
+    except KeyboardInterrupt:
         say(f"claims {place.claim.name}: interrupted; the same command goes on")
-        return 130
+        return INTERRUPTED
     finally:
-        for job in working:
-            job.process.send_signal(signal.SIGTERM)
-        if whole > done:
+        if todo:
             folders.write_text(place.folder / "seconds", f"{place.seconds + time.monotonic() - began:.1f}\n")
-    if failed is not None:
-        lines = Path(failed.log.name).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        last = lines[-1].removeprefix("descant: ") if lines else f"exit code {failed.process.returncode}"
-        fail(f"claims {place.claim.name}: {failed.arm}, seed {failed.seed}: {last} (log: {failed.log.name})")
     return 0
-
-
-@dataclass
-class _Job:
-    arm: str
-    seed: int
-    process: subprocess.Popen[bytes]
-    log: IO[bytes]
-    began: float = field(default_factory=time.monotonic)
 
 
 def command(place: Place, arm: str, seed: int) -> list[str]:
@@ -167,19 +134,16 @@ def _fit(place: Place, arm: str, seed: int) -> list[str]:
     return ["fit", *words, f"--test={str(place.budget != TUNE).lower()}", f"--runs={place.folder}"]
 
 
-def _start(place: Place, arm: str, seed: int, jobs: int) -> _Job:
-    threads = max((os.cpu_count() or 1) // jobs, 1)
-    log = (place.folder / f"{arm}-{seed}.log").open("wb")
-    words = [sys.executable, "-m", "descant", *command(place, arm, seed)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    return _Job(arm, seed, subprocess.Popen(words, stdout=log, stderr=log, env=environment), log)
+def _task(place: Place, arm: str, seed: int) -> Task:
+    label, log = f"claims {place.claim.name}: {arm}, seed {seed}", place.folder / f"{arm}-{seed}.log"
+    return Task(label, tuple(command(place, arm, seed)), log)
 
 
-def _tell(place: Place, job: _Job) -> None:
-    metrics = place.finished(job.arm, job.seed)
-    shown = [*place.claim.needed(job.arm), place.claim.metric.name][0]
+def _tell(place: Place, arm: str, seed: int, seconds: float) -> None:
+    metrics = place.finished(arm, seed)
+    shown = [*place.claim.needed(arm), place.claim.metric.name][0]
     what = f"no {shown}" if metrics is None else f"{shown} {metrics[shown]:.4g}" if shown in metrics else "done"
-    say(f"{job.arm}, seed {job.seed}: {what} ({time.monotonic() - job.began:.0f} s)")
+    say(f"{arm}, seed {seed}: {what} ({seconds:.0f} s)")
 
 
 def submit(place: Place, arms: Sequence[str], seeds: Sequence[int], options: str) -> int:

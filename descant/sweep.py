@@ -1,0 +1,172 @@
+"""``descant sweep``: one experiment at all combinations of some settings and seeds, and a table of the runs."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from descant import compare, dump, runs
+from descant.arguments import Request, read
+from descant.errors import INTERRUPTED, fail, say
+from descant.options import Options
+from descant.precheck import precheck
+from descant.processes import Task, run_beside
+from descant.submit import grid
+
+_HELP = """\
+descant sweep: one experiment at all combinations of some settings and seeds, then the table of compare
+
+usage: descant sweep --config NAME ... --vary KEY=A,B [--vary ...] [--seeds 3] [--jobs 2] [--key value ...]
+
+  descant sweep --config contrastive/emoji --vary model.optimizer.lr=1e-4,3e-4,1e-3 --seeds 3
+  descant sweep --config fusion/emoji --vary trainer.max_steps=300 --vary data.batch_size=64,128 --jobs 2
+
+Each run is a folder of runs/sweeps/NAME-DIGEST, where the digest is of all that the runs share: the same command,
+or one with more values or seeds, goes on where it stopped. Every combination is looked at before the first one runs.
+
+Options beside those of fit:
+  --vary KEY=A,B         values of a key, or KEY=0..4; said again: all combinations
+  --seeds N or A,B       seeds 0 to N - 1, or these (1)
+  --jobs N               runs at a time, each with its share of the cores (1)
+  --metrics A,B          of the table, as in descant compare
+  --slurm 'OPTIONS'      an array of jobs by descant submit OPTIONS; descant compare shows them when they have ended"""
+_OWN = ("vary", "seeds", "jobs", "metrics", "slurm")
+
+
+def main(args: Sequence[str]) -> int:
+    """Run what is missing and print the table.
+
+    Raises:
+        Refusal: for a wrong request or configuration, before anything runs; and for the first run that fails.
+    """
+    if not args or args[0] in ("--help", "-h"):
+        print(_HELP)
+        return 0
+    mine, theirs = _split(args)
+    parser = Options("descant sweep", allow_abbrev=False)
+    parser.add_argument("--vary", action="append", default=[])
+    parser.add_argument("--seeds", default="1")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--metrics")
+    parser.add_argument("--slurm")
+    given = parser.parse_args(mine)
+    if not given.vary:
+        fail("sweep: vary what? --vary model.optimizer.lr=1e-4,3e-4")
+    if given.jobs < 1:
+        fail(f"sweep: --jobs {given.jobs}: at least 1")
+    seeds = _seeds(given.seeds)
+    points = grid(given.vary, "sweep: --vary")
+    request = read("fit", theirs)
+    for key in ("run", "resume", "name", "seed_everything", "print_config"):
+        if request.option(key) is not None or any(name == key for name, _ in request.options):
+            fail(f"sweep: --{key}: sweep says it itself; leave it out")
+    if not request.configs:
+        fail("sweep: of what? --config NAME chooses an experiment (descant list)")
+    if any("seed_everything" in point for point in points):
+        fail("sweep: --vary seed_everything: seeds are --seeds 3")
+    for point in points:
+        _look(request, point)
+    words = [word for word in theirs if not word.startswith("--runs")]
+    folder = Path(request.option("runs") or "runs") / "sweeps" / f"{request.configs[0].stem}-{_digest(request)}"
+    if given.slurm is not None:
+        return _submit(given.slurm, given.vary, seeds, words, folder)
+    tasks = [_task(words, folder, point, seed) for seed in seeds for point in points]
+    todo = [task for task in tasks if not _mark(task).exists()]
+    say(f"sweep: {len(tasks)} runs, {len(tasks) - len(todo)} done, {given.jobs} at a time, in {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        run_beside(todo, given.jobs, _done)
+    except KeyboardInterrupt:
+        say("sweep: interrupted; the same command goes on")
+        return INTERRUPTED
+    metrics = ["--metrics", given.metrics] if given.metrics else []
+    return compare.main([f"{name}/*" for name in sorted(_names(tasks))] + [*metrics, "--runs", str(folder)])
+
+
+def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What sweep takes, and what fit takes."""
+    mine: list[str] = []
+    theirs: list[str] = []
+    rest = list(args)
+    while rest:
+        word = rest.pop(0)
+        if word.startswith("--") and word[2:].partition("=")[0] in _OWN:
+            mine.append(f"{word}={rest.pop(0)}" if "=" not in word and rest else word)
+        else:
+            theirs.append(word)
+    return mine, theirs
+
+
+def _seeds(text: str) -> list[int]:
+    """
+    >>> _seeds("3"), _seeds("4,7"), _seeds("2..4")
+    ([0, 1, 2], [4, 7], [2, 3, 4])
+    """
+    if text.isdecimal():
+        if int(text) < 1:
+            fail(f"sweep: --seeds {text}: at least 1")
+        return list(range(int(text)))
+    found = [point["seed_everything"] for point in grid([f"seed_everything={text}"], "sweep: --seeds")]
+    if not all(seed.isdecimal() for seed in found):
+        fail(f"sweep: --seeds {text}: a number of seeds, or seeds as 0,1,2 or 0..2")
+    return list(map(int, found))
+
+
+def _look(request: Request, point: dict[str, str]) -> None:
+    """The keys and types of one combination, where they are written down."""
+    known = dump.read("fit")
+    if known is not None:
+        precheck(known, request.configs, [*request.options, *point.items()], request.trust)
+
+
+def _digest(request: Request) -> str:
+    """Of all that the runs share: files and options, but not where runs are."""
+    shared = hashlib.sha256()
+    for file in request.configs:
+        shared.update(file.read_bytes())
+    shared.update(repr([option for option in request.options if option[0] != "runs"]).encode())
+    return shared.hexdigest()[:8]
+
+
+def _label(point: dict[str, str]) -> str:
+    """A folder's name for one combination.
+
+    >>> _label({"model.optimizer.lr": "1e-4", "data.size": "[3, 4]"})
+    'model.optimizer.lr=1e-4,data.size=_3,_4_'
+    """
+    text = ",".join(f"{key}={value}" for key, value in point.items())
+    plain = re.sub(r"[^\w.+,=-]", "_", text)
+    return plain if len(plain) <= 120 else f"{plain[:111]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _task(words: Sequence[str], folder: Path, point: dict[str, str], seed: int) -> Task:
+    label = f"{_label(point)},seed={seed}"
+    own = [f"--{key}={value}" for key, value in point.items()]
+    own += [f"--seed_everything={seed}", f"--runs={folder}", f"--name={label}", "--resume=auto"]
+    return Task(f"sweep: {label}", ("fit", *words, *own), folder / f"{label}.log")
+
+
+def _names(tasks: Sequence[Task]) -> set[str]:
+    return {task.log.name.removesuffix(".log") for task in tasks}
+
+
+def _mark(task: Task) -> Path:
+    """Is there once a run has ended well."""
+    return task.log.with_suffix(".done")
+
+
+def _done(task: Task, seconds: float) -> None:
+    runs.write_text(_mark(task), "")
+    say(f"{task.label}: done ({seconds:.0f} s)")
+
+
+def _submit(options: str, vary: Sequence[str], seeds: Sequence[int], words: Sequence[str], folder: Path) -> int:
+    from descant import submit
+
+    axes = [word for text in (*vary, f"seed_everything={','.join(map(str, seeds))}") for word in ("--array", text)]
+    code = submit.main([*shlex.split(options), *axes, "--", "fit", *words, f"--runs={folder}", "--name=sweep"])
+    say(f"sweep: when they have ended: descant compare sweep --runs {folder}")
+    return code
