@@ -1,4 +1,7 @@
-"""Settings that quietly do nothing, said in one line each before the first step."""
+"""Settings that quietly do nothing, said in one line each before the first step, and runs that do so, a little later.
+
+Letters: B samples, D width.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,13 @@ import lightning as L
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, SequentialLR
 
+from descant.modules.batch import Batch
 from descant.modules.chunks import looks_at_the_batch
-from descant.modules.protocols import HasObjective, HasTowers
+from descant.modules.protocols import Embeds, HasObjective, HasTowers
 from descant.modules.trainer import log_interval, run_steps
+
+#: Losses of which a mean is made, and renewals of answers in a row that earn the same.
+_FEW, _FLAT = 10, 3
 
 
 class Sanity(L.Callback):
@@ -20,23 +27,31 @@ class Sanity(L.Callback):
 
     A warm-up that outlasts the run, a learning rate of zero, a log interval longer than the run, a batch
     larger than its data set, a model that is frozen whole or has trainable parameters in no optimizer, a
-    validation that the run never reaches, batch norms that see a chunk of the batch, and a first backward that
-    leaves no gradient. Nothing is stopped: a
-    test may want any of these.
+    validation that the run never reaches, batch norms that see a chunk of the batch, frozen parameters that have a
+    learning rate, a term that is multiplied by zero, a run of which nothing is logged, and a first backward that leaves
+    no gradient. Once, ``late`` steps after the start: a loss that is where it began, embeddings of different samples
+    that are all alike, and rewards that are all the same. Nothing is stopped: a test may want any of these.
+
+    Args:
+        late: steps after which a run should have learned something.
     """
 
     #: Said twice (by an experiment and an overlay), the last one counts.
     once = True
 
-    def __init__(self) -> None:
+    def __init__(self, late: int = 200) -> None:
         super().__init__()
+        self.late = late
         self._look = False
+        self._first, self._last = list[torch.Tensor](), list[torch.Tensor]()
+        self._flat = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # findings() runs on every rank, since counting steps may load data
         for line in self.findings(trainer, pl_module):
             _warn(trainer, line)
         self._look = True
+        self._first, self._last, self._flat = [], [], 0
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._look:
@@ -52,6 +67,30 @@ class Sanity(L.Callback):
                 "no parameter got a gradient from the first batch: its loss does not depend on the model",
             )
 
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if step > self.late or not isinstance(loss, torch.Tensor):
+            return
+        seen = self._first if step <= _FEW else self._last if step > self.late - _FEW else None
+        if seen is not None:
+            seen.append(loss.detach().float())
+        if step == self.late and not trainer.fit_loop.epoch_loop._should_accumulate():
+            for line in (*_still(self._first, self._last, self.late), *_alike(trainer, pl_module, batch)):
+                _warn(trainer, line)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        flat = trainer.callback_metrics.get("rollouts/flat")
+        self._flat = self._flat + 1 if flat is not None and float(flat) == 1 else 0
+        if self._flat == _FLAT:
+            reward = float(trainer.callback_metrics["rollouts/reward"])
+            _warn(
+                trainer,
+                f"all answers to each question earned the same, {_FLAT} times (mean {reward:.3g}): nothing is learned",
+            )
+
     def findings(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
         """The warnings of a run that is about to take its first step."""
         total = run_steps(trainer)
@@ -65,6 +104,8 @@ class Sanity(L.Callback):
             *_frozen(trainer, pl_module),
             *chunked_norms(pl_module),
             _validation(trainer, total),
+            _nothing_logged(trainer),
+            *_unused_terms(pl_module),
         ]
         return [line for line in found if line]
 
@@ -141,6 +182,14 @@ def _frozen(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
     if getattr(trainer.strategy, "restore_checkpoint_after_setup", False):
         return []  # sharded strategies may hand the optimizer other tensors than the module's
     lost = sum(n for i, n in trainable.items() if i not in held)
+    idle = [
+        (sum(p.numel() for p in group["params"]), group["lr"])
+        for optimizer in trainer.optimizers
+        for group in optimizer.param_groups
+        if group["params"] and not any(p.requires_grad for p in group["params"]) and float(group["lr"])
+    ]
+    if idle:
+        return [f"{size:,} parameters with a learning rate of {float(rate):.3g} are frozen" for size, rate in idle]
     if lost:
         return [
             f"{lost:,} of {sum(trainable.values()):,} trainable parameters are in no optimizer: they will not change"
@@ -158,6 +207,56 @@ def chunked_norms(pl_module: L.LightningModule) -> list[str]:
         for name, tower in pl_module.towers.items()
         if looks_at_the_batch(tower)
     ]
+
+
+def _nothing_logged(trainer: L.Trainer) -> str:
+    return "" if trainer.loggers else "nothing is logged: trainer.logger leaves no logger"
+
+
+def _unused_terms(pl_module: L.LightningModule) -> list[str]:
+    if not isinstance(pl_module, HasObjective):
+        return []
+    unused = [name for name, factor in pl_module.step.mix.items() if factor == 0]
+    return [f"mix {name}: 0: the term is computed and thrown away" for name in unused]
+
+
+def _still(first: list[torch.Tensor], last: list[torch.Tensor], steps: int) -> list[str]:
+    """Where the loss is no lower than it began, by a hundredth at least: what has a chance level is still at it."""
+    if len(first) < _FEW or not last:
+        return []
+    began, now = (
+        float(torch.stack(losses).mean()) for losses in (first, last)
+    )  # the first and only wait for the device
+    if not (began > 0 and now > 0.99 * began):  # losses below zero are no errors, such as those of rewards
+        return []
+    return [f"after {steps} steps the loss is {now / began:.1%} of what it began with: nothing is learned so far"]
+
+
+@torch.no_grad()
+def _alike(trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> list[str]:
+    """Where embeddings are the same whatever is embedded."""
+    compiled = any(module._compiled_call_impl is not None for module in pl_module.modules())  # it would be once more
+    if not isinstance(pl_module, Embeds) or not isinstance(batch, Batch) or compiled:
+        return []
+    was = pl_module.training
+    pl_module.eval()  # draws nothing at random, and counts nothing into the norms
+    try:
+        with trainer.precision_plugin.forward_context():
+            found = pl_module.embed(batch.select(slice(0, 64)))
+    finally:
+        pl_module.train(was)
+    lines = []
+    for name, z_BD in found.items():
+        if z_BD.ndim != 2:
+            continue
+        z_BD = z_BD[z_BD.norm(dim=1) > 0.5].float()  # of what is absent they are zero
+        if len(z_BD) > 1:
+            cosine = (z_BD.sum(0).square().sum() - len(z_BD)) / (len(z_BD) * (len(z_BD) - 1))
+            if float(cosine) > 0.99:
+                lines.append(
+                    f"the embeddings of {name} are all alike (mean cosine {float(cosine):.3f}): they have collapsed"
+                )
+    return lines
 
 
 def _validation(trainer: L.Trainer, total: float) -> str:

@@ -24,8 +24,10 @@ from descant.callbacks.resume import Stopped
 from descant.catalogue import BASE
 from descant.changes import require_unchanged
 from descant.check import Check, Checked
+from descant.document import shown
 from descant.errors import INTERRUPTED, TERMINATED, Refusal, fail, say
 from descant.explain import explain as explained
+from descant.explain import inert
 from descant.faults import explain, parse_fault
 from descant.folder import Folder
 from descant.loading import allowed
@@ -96,7 +98,7 @@ class DescantCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         command, request = args[0], self.request
         if wanted(request):
-            precheck(Live(self._parser(command)), request.configs, request.options, request.trust)
+            self.walk = precheck(Live(self._parser(command)), request.configs, request.options, request.trust)
         self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
@@ -121,6 +123,9 @@ class DescantCLI(LightningCLI):
         for key in CALL:
             saved.pop(key, None)
         self.text = self._parser(self.subcommand).dump(saved, skip_unset=False, skip_validation=True)
+        if self.command == "fit" and not runs.launched():
+            for file in inert(self.request.configs, self.walk.default):
+                say(f"warning: --config {shown(file)} changes nothing")
         if self.request.explain:
             print("\n".join(explained(yaml.safe_load(self.text), self.request.configs, self.request.options)), "\n")
         self.place = runs.agree(Path(self.options.runs) / self.name, self._decide)

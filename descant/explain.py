@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from descant.catalogue import BASE
 from descant.document import Node, load, option
+from descant.signatures import in_text
 
 #: A place in a configuration: keys, and numbers in lists; ``init_args`` is no step of it.
 Place = tuple[str | int, ...]
@@ -33,16 +34,37 @@ def explain(config: Mapping[str, Any], files: Sequence[Path], options: Sequence[
     return [f"{key:<{first}}  {value:<{second}}  {where}" for key, value, where in rows]
 
 
+def inert(files: Sequence[Path], default: Callable[[Place], str | None]) -> list[Path]:
+    """The files, after the first, that change nothing of what those before them and the defaults say.
+
+    Args:
+        default: of a place, as text; None where there is none, or nobody knows.
+    """
+    origin = Origin(default)
+    for file in (BASE, *files[:1]):
+        origin.source(load(file))
+    return [file for file in files[1:] if not origin.source(load(file))]
+
+
 class Origin:
-    """Who said each value last."""
+    """Who said each value last.
 
-    def __init__(self) -> None:
+    Args:
+        default: of a place, as text; None where there is none, or nobody knows.
+    """
+
+    def __init__(self, default: Callable[[Place], str | None] = lambda _: None) -> None:
+        self._default = default
         self._said: dict[Place, str] = {}
+        self._value: dict[Place, Any] = {}
         self._length: dict[Place, int] = {}
+        self._changed = False
 
-    def source(self, root: Node) -> None:
-        """One file or option, after those before it."""
+    def source(self, root: Node) -> bool:
+        """One file or option, after those before it; whether it changes anything."""
+        self._changed = False
         self._walk(root, ())
+        return self._changed
 
     def of(self, place: Place) -> str:
         return self._said.get(place, DEFAULT)
@@ -59,28 +81,43 @@ class Origin:
                 else:
                     self._walk(child, (*place, key))
         elif isinstance(node.content, list):
+            self._keep(place, node.plain)
             self._forget(place)
-            self._said[place] = node.where
+            self._said[place], self._value[place] = node.where, node.plain
             self._length[place] = 0
+            changed = self._changed
             self._add(node, place)
+            self._changed = changed
         elif isinstance(node.content, str) and node.content.endswith((".yaml", ".yml")) and place:
             file = node.folder / node.content
-            self._walk(load(file), place) if file.is_file() else self._say(place, node.where)
+            self._walk(load(file), place) if file.is_file() else self._say(place, node)
         else:
-            self._say(place, node.where)
+            self._say(place, node)
 
-    def _say(self, place: Place, where: str) -> None:
+    def _say(self, place: Place, node: Node) -> None:
+        self._keep(place, node.plain)
         self._forget(place)
-        self._said[place] = where
-        self._said[(*place, "class_path")] = where  # a class by its name alone
+        for its in (place, (*place, "class_path")):  # it may be a class by its name alone
+            self._said[its], self._value[its] = node.where, node.plain
+
+    def _keep(self, place: Place, value: Any) -> None:
+        """Note whether a value is another one than before."""
+        if place in self._value:
+            self._changed |= _plain(self._value[place]) != _plain(value)
+        elif (*place, "class_path") in self._value:  # of which now only the name is said, or that it is none
+            self._changed |= _plain(self._value[*place, "class_path"]) != _plain(value)
+        else:
+            self._changed |= in_text(value) != self._default(place)
 
     def _add(self, node: Node, place: Place) -> None:
+        self._changed = True
         for item in node.content if isinstance(node.content, list) else [node]:
             self._length[place] = self._length.get(place, 0) + 1
             self._walk(item, (*place, self._length[place] - 1))
 
     def _forget(self, place: Place) -> None:
-        for table in (self._said, self._length):
+        tables: tuple[dict[Place, Any], ...] = (self._said, self._value, self._length)
+        for table in tables:
             for key in [key for key in table if key[: len(place)] == place]:
                 del table[key]
 
@@ -94,6 +131,11 @@ def _leaves(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:
             yield from _leaves(inner, (*place, number))
     elif value != {}:
         yield place, value
+
+
+def _plain(value: Any) -> Any:
+    """A class by its last name, however it is written."""
+    return value.rpartition(".")[2] if isinstance(value, str) and "/" not in value else value
 
 
 def _dots(place: Place) -> str:

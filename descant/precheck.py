@@ -36,8 +36,8 @@ def precheck(
     files: Sequence[Path],
     options: Sequence[tuple[str, str | None]],
     trusted: Sequence[str],
-) -> None:
-    """Check configurations and options in the order in which they count.
+) -> Walk:
+    """Check configurations and options in the order in which they count; what was found on the way.
 
     Raises:
         Refusal: for the first unknown key, unknown or untrusted class, or value of a wrong type.
@@ -49,6 +49,7 @@ def precheck(
         if value is not None and not key.endswith(("help", "print_config")):
             walk.source(option(key, value))
     walk.required()
+    return walk
 
 
 class Walk:
@@ -61,6 +62,13 @@ class Walk:
         self.places: dict[Path_, str] = {}
         self.given: dict[Path_, set[str]] = {}
         self.last: dict[Path_, Path_] = {}  # list -> its last item
+
+    def default(self, place: Sequence[str | int]) -> str | None:
+        """The default at a place, as text; None where there is none, or nobody knows."""
+        *path, last = map(str, place)
+        entry = self.classes.get(tuple(path))
+        key = entry.keys.get(last) if entry is not None else self.schema.command().get(".".join((*path, last)))
+        return key.default if key is not None else None
 
     def source(self, root: Node) -> None:
         """One file or option."""

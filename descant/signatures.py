@@ -148,7 +148,7 @@ class Live:
 
     def _key(self, action: argparse.Action) -> Key:
         about = " ".join(str(action.help or "").split()) if action.help != argparse.SUPPRESS else ""
-        default = None if action.default is inspect.Parameter.empty or action.required else _text(action.default)
+        default = None if action.default is inspect.Parameter.empty or action.required else in_text(action.default)
         return Key(self._type(action._typehint), default, about.split(" (type: ")[0])  # type: ignore[attr-defined]
 
     def _type(self, hint: Any) -> Type:
@@ -242,7 +242,7 @@ def _first_line(cls: type) -> str:
     return " ".join(lines)
 
 
-def _text(default: Any) -> str:
+def in_text(default: Any) -> str:
     """A default as a user would write it."""
     if default is None or isinstance(default, bool):
         return {None: "null", True: "true", False: "false"}[default]
@@ -251,5 +251,5 @@ def _text(default: Any) -> str:
     if isinstance(default, str | int | float | Enum):
         return default.name if isinstance(default, Enum) else str(default)
     if isinstance(default, list | tuple):
-        return f"[{', '.join(map(_text, default))}]"
+        return f"[{', '.join(map(in_text, default))}]"
     return str(default) if isinstance(default, dict) else type(default).__name__

@@ -32,7 +32,7 @@ Options beside those of fit:
   --seeds N or A,B       seeds 0 to N - 1, or these (1)
   --jobs N               runs at a time, each with its share of the cores (1)
   --metrics A,B          of the table, as in descant compare
-  --slurm 'OPTIONS'      an array of jobs by descant submit OPTIONS; descant compare shows them when they have ended"""
+  --slurm 'OPTIONS'      an array of jobs by descant submit OPTIONS; descant compare shows them in the end"""
 _OWN = ("vary", "seeds", "jobs", "metrics", "slurm")
 
 

@@ -15,7 +15,11 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, Sequ
 from torch.utils.data import DataLoader, TensorDataset
 
 from descant.callbacks.sanity import Sanity
+from descant.modules.batch import Batch
+from descant.modules.objective import Term
 from descant.modules.schedule import WarmupCosine
+from descant.recipes.base import Recipe
+from tests.toys import ToyData
 
 
 class Toy(L.LightningModule):
@@ -135,3 +139,98 @@ def test_one_line_each(tmp_path: Path, capsys: pytest.CaptureFixture[str], case:
     make, kwargs, expected = CASES[case]
     lines = run(tmp_path, capsys, make(), **kwargs)
     assert len(lines) == 1 and expected in lines[0], lines
+
+
+class Stuck(Toy):
+    """A loss that depends on the model, and cannot fall."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return 2.0 + 0 * super().training_step(batch, batch_idx) + 1e-9 * self.a.weight.sum()
+
+
+class Embedding(Recipe):
+    """``z`` that is one for all samples, or not; ``mix`` may leave a term out."""
+
+    def __init__(self, collapsed: bool, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.a, self.collapsed = nn.Linear(4, 3), collapsed
+
+    def embed(self, batch: Batch) -> dict[str, Tensor]:
+        z_BD = self.a(batch.inputs["image"]) * (0 if self.collapsed else 1) + (1.0 if self.collapsed else 0.0)
+        return {"image": nn.functional.normalize(z_BD, dim=1)}
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        value_B = self.a(batch.inputs["image"]).square().mean(1)
+        return {"one": Term(value_B, valid=batch.present["image"]), "two": Term(value_B, valid=batch.present["image"])}
+
+
+def late(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], toy: L.LightningModule, data: Any, **kwargs: Any
+) -> list[str]:
+    options: dict[str, Any] = {"max_steps": 60, "max_epochs": -1, "log_every_n_steps": 1, "logger": CSVLogger(tmp_path)}
+    options |= kwargs
+    L.Trainer(
+        **options,
+        default_root_dir=tmp_path,
+        callbacks=[Sanity(late=40)],
+        accelerator="cpu",
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    ).fit(toy, data)
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("descant: warning: ")]
+
+
+def rows() -> DataLoader[Any]:
+    return DataLoader(TensorDataset(torch.randn(16, 2)), batch_size=4)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_loss_that_is_where_it_began(tmp_path: Path, capsys: pytest.CaptureFixture[str], accumulate: int) -> None:
+    (line,) = late(tmp_path, capsys, Stuck(), rows(), accumulate_grad_batches=accumulate)
+    assert (
+        line == "descant: warning: after 40 steps the loss is 100.0% of what it began with: nothing is learned so far"
+    )
+    assert late(tmp_path, capsys, Toy(), rows(), accumulate_grad_batches=accumulate) == []
+    assert late(tmp_path, capsys, Stuck(), rows(), max_steps=30) == []
+
+
+def test_embeddings_that_are_all_alike_and_a_term_that_is_thrown_away(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = lambda: ToyData(batch_size=4)  # noqa: E731
+    assert late(tmp_path, capsys, Embedding(False), data()) == []
+    (line,) = late(tmp_path, capsys, Embedding(True), data())
+    assert line.endswith("the embeddings of image are all alike (mean cosine 1.000): they have collapsed")
+    (line,) = late(tmp_path, capsys, Embedding(False, mix={"two": 0.0}), data())
+    assert line.endswith("mix two: 0: the term is computed and thrown away")
+
+
+def test_nothing_is_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = late(tmp_path, capsys, Toy(), rows(), logger=False)
+    assert line.endswith("nothing is logged: trainer.logger leaves no logger")
+
+
+def test_frozen_parameters_with_a_learning_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Held(Toy):
+        def configure_optimizers(self) -> Any:
+            self.a.requires_grad_(False)
+            groups: list[dict[str, Any]] = [
+                {"params": list(self.a.parameters()), "lr": 0.5},
+                {"params": list(self.b.parameters())},
+            ]
+            return torch.optim.SGD(groups, lr=0.1)
+
+    (line,) = late(tmp_path, capsys, Held(), rows())
+    assert line.endswith("6 parameters with a learning rate of 0.5 are frozen")
+
+
+def test_rewards_that_are_all_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Flat(Toy):
+        def on_train_epoch_start(self) -> None:
+            self.log("rollouts/flat", 1.0 if self.current_epoch > 2 else 0.5)
+            self.log("rollouts/reward", 0.25)
+
+    (line,) = late(tmp_path, capsys, Flat(), rows())
+    assert line.endswith("all answers to each question earned the same, 3 times (mean 0.25): nothing is learned")

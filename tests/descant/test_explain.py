@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from descant.catalogue import BASE, experiments, overlays
+from descant.document import load
+from descant.dump import Written
+from descant.explain import inert
+from descant.precheck import Walk
 from tests.conftest import Result
 
 Cli = Callable[..., Result]
@@ -61,3 +69,40 @@ def test_a_list_that_is_said_again_is_said_whole(toy: Cli, workplace: Path) -> N
 
 def test_it_is_a_word_of_check(toy: Cli) -> None:
     assert toy("fit", "--explain").refusal == "--explain: a word of check, without a value"
+
+
+@pytest.mark.parametrize(
+    ("text", "changes"),
+    [
+        ("model: {init_args: {scale: 1.0}}", False),  # its default
+        ("model: {init_args: {scale: 0.5}}", True),
+        ("model: {init_args: {optimizer: AdamW}}", False),
+        ("model: {init_args: {optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.01}}}}", False),
+        ("model: {init_args: {optimizer: {init_args: {lr: 0.02}}}}", True),
+        ("model: {init_args: {optimizer: SGD}}", True),
+        ("trainer: {max_epochs: 2, min_epochs: null}", False),
+        ("trainer: {max_epochs: 3}", True),
+        ("trainer: {callbacks+: {class_path: EMA}}", True),
+        ("trainer: {callbacks: []}", True),
+        ("seed_everything: 0", False),
+        ("{}", False),
+    ],
+)
+def test_an_overlay_that_changes_nothing_is_told(toy: Cli, workplace: Path, text: str, changes: bool) -> None:
+    (workplace / "over.yaml").write_text(text)
+    told = "descant: warning: --config over.yaml changes nothing\n"
+    assert (told not in toy("check", "--config", "over.yaml").err) == changes
+
+
+def test_every_overlay_that_ships_changes_its_experiment(written_content: dict[str, Any]) -> None:
+    """Of any experiment that it fits."""
+    walk = {}
+    for name, file in experiments().items():
+        walk[name] = Walk(Written(written_content, "fit"), [])
+        for source in (BASE, file):
+            walk[name].source(load(source))
+    for name, over in overlays().items():
+        if name.startswith("data/"):
+            continue
+        fits = [n for n, file in experiments().items() if not inert([file, over], walk[n].default)]
+        assert fits, f"{name} changes nothing, whatever it is laid over"
