@@ -1,0 +1,92 @@
+"""Every command that the README and the experiments tell a reader to type means something."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from descant import sweep
+from descant.__main__ import COMMANDS, TOOLS
+from descant.arguments import read
+from descant.catalogue import experiments
+from descant.claims import spec
+from descant.dump import Written
+from descant.precheck import precheck, wanted
+from tests.conftest import Result
+
+Cli = Callable[..., Result]
+ROOT = Path(__file__).parent.parent
+CONFIGURED = ("fit", "check", "validate", "test", "predict")
+
+
+def told() -> Iterator[str]:
+    """Commands in blocks of the pages, and in the heads of experiments; continued lines are one."""
+    for page in ("README.md", "CONTRIBUTING.md", "SECURITY.md"):
+        blocks = re.findall(r"^```\w*\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+        for line in "".join(blocks).replace("\\\n", " ").splitlines():
+            if line.startswith("descant "):
+                yield line
+    for file in experiments().values():
+        for line in file.read_text().splitlines():
+            if match := re.match(r"# (?:Command|Before): +(descant [^(]+)", line):
+                yield match[1]
+
+
+@pytest.mark.parametrize("line", sorted(set(told())))
+def test_a_command_means_something(
+    line: str, cli: Cli, written_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    _, *words = shlex.split(line, comments=True)
+    _checked([word for word in words if word != "NAME" and "..." not in word], cli, written_content)
+
+
+def _checked(words: list[str], cli: Cli, content: dict[str, Any]) -> None:
+    command, *rest = words
+    assert command in COMMANDS or command.startswith("--"), command
+    if command in CONFIGURED:
+        if any(word.startswith("runs/") for word in rest):
+            return  # of a run, which is not here
+        request = read(command, rest)
+        if wanted(request) and request.configs:
+            known = Written(content, "fit" if command == "check" else command)
+            precheck(known, request.configs, request.options, request.trust)
+    elif command == "sweep":
+        mine, theirs = sweep._split(rest)
+        _checked(["fit", *theirs], cli, content)
+        assert any(word.startswith("--vary") for word in mine)
+    elif command == "submit":
+        *_, (name, *theirs) = _parts(rest)
+        _checked([name, *theirs], cli, content)
+    elif command == "claims":
+        for name in rest[1:2]:
+            assert name.startswith("--") or spec.load(name)
+    elif command in TOOLS:
+        under = rest[:1] if command in ("data", "new") else []
+        page = _help(cli, command, "--help") + _help(cli, command, *under, "--help")
+        for word in rest:
+            if word.startswith("--"):
+                assert word.partition("=")[0] in page, f"{command} {word}"
+
+
+def _help(cli: Cli, *words: str) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):  # as argparse ends
+        return cli(*words).out
+    return out.getvalue()
+
+
+def _parts(words: list[str]) -> list[list[str]]:
+    parts: list[list[str]] = [[]]
+    for word in words:
+        if word == "--":
+            parts.append([])
+        else:
+            parts[-1].append(word)
+    return parts
