@@ -57,6 +57,19 @@ class Result:
         return lines[0].removeprefix("descant: ")
 
 
+@pytest.fixture(autouse=True)
+def no_seed_of_another() -> Iterator[None]:
+    """Lightning keeps a seed in the environment, and data modules draw by it: none is handed on to the next test."""
+    _forget()
+    yield
+    _forget()
+
+
+def _forget() -> None:
+    for key in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "DESCANT_RUN_DIR"):
+        os.environ.pop(key, None)
+
+
 @pytest.fixture(scope="session")
 def written_content() -> dict[str, Any]:
     """The schema as it is written down, by a process in which nothing else is loaded."""
@@ -92,8 +105,7 @@ def cli(workplace: Path) -> Iterator[Callable[..., Result]]:
     sys.path[:] = path
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
-    for key in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "DESCANT_RUN_DIR"):
-        os.environ.pop(key, None)
+    _forget()
 
 
 @pytest.fixture

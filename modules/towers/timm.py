@@ -34,6 +34,7 @@ class TimmTower(Tower):
     Raises:
         ValueError: if the name is unknown, an option is none of the model's, or the weights do not match.
 
+    >>> import torch
     >>> tower = TimmTower("vit_tiny_patch16_224", size=32, options=dict(depth=1, embed_dim=16, num_heads=2))
     >>> tower(torch.zeros(2, 3, 32, 32)).h_BTD.shape
     torch.Size([2, 5, 16])

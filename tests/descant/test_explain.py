@@ -20,7 +20,7 @@ OVERLAY = """\
 model:
   init_args:
     scale: 0.5
-    optimizer: SGD
+    optimizer: torch.optim.SGD
 trainer:
   max_epochs: 3
   callbacks+:
@@ -76,10 +76,10 @@ def test_it_is_a_word_of_check(toy: Cli) -> None:
     [
         ("model: {init_args: {scale: 1.0}}", False),  # its default
         ("model: {init_args: {scale: 0.5}}", True),
-        ("model: {init_args: {optimizer: AdamW}}", False),
+        ("model: {init_args: {optimizer: torch.optim.AdamW}}", False),
         ("model: {init_args: {optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.01}}}}", False),
         ("model: {init_args: {optimizer: {init_args: {lr: 0.02}}}}", True),
-        ("model: {init_args: {optimizer: SGD}}", True),
+        ("model: {init_args: {optimizer: torch.optim.SGD}}", True),
         ("trainer: {max_epochs: 2, min_epochs: null}", False),
         ("trainer: {max_epochs: 3}", True),
         ("trainer: {callbacks+: {class_path: EMA}}", True),
