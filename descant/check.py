@@ -1,4 +1,4 @@
-"""``descant check``: everything that fit does up to the first step, on two samples, in a scratch folder."""
+"""``descant check``: everything that fit does up to the first step, and what a step needs, in a scratch folder."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ import lightning as L
 import torch
 from torch import nn
 
+from descant.callbacks.throughput import count_rows
+from descant.estimate import estimate
+from descant.modules.batch import Batch
 from descant.modules.trainer import data_now, run_steps
 from descant.recipes.base import Recipe
 
 
 class Checked(Exception):
-    """Raised before the first step: the configuration works."""
+    """Raised at the first step: the configuration works."""
 
 
 class Check(L.Callback):
-    """Stops before the first step and keeps what there is to say about the run."""
+    """Stops at the first step and keeps what there is to say about the run."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -25,6 +28,20 @@ class Check(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, Recipe)
         self.lines = [*_model(pl_module), *_data(trainer), *_terms(trainer, pl_module), *_optimizers(trainer)]
+        if getattr(data_now(trainer), "version", 0) < 0:
+            self.lines.append("memory     of batches that the model answers first: not estimated")
+            raise Checked
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if isinstance(batch, Batch):
+            try:
+                self.lines += estimate(trainer, pl_module, batch).lines()
+            except torch.OutOfMemoryError:
+                self.lines.append(
+                    f"memory     half a batch of {count_rows(batch):,} rows is more than {pl_module.device} has"
+                )
         raise Checked
 
 

@@ -1,0 +1,67 @@
+"""What a step needs, told from slices of a batch, is what the whole batch then needs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from descant import check, estimate
+from descant.estimate import Ledger, Need
+from tests.conftest import Result
+
+Cli = Callable[..., Result]
+OF_ALL = ["masked/emoji", "fusion/emoji", "chat/emoji", "distill/emoji-teacher", "contrastive/scenes"]
+
+
+@pytest.mark.parametrize("name", ["contrastive/emoji", *(pytest.param(n, marks=pytest.mark.slow) for n in OF_ALL)])
+def test_it_is_within_a_fifth_of_the_whole_batch(name: str, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[Need, float, float]] = []
+
+    def both(trainer: L.Trainer, model: L.LightningModule, batch: Any) -> Need:
+        need = estimate.estimate(trainer, model, batch)
+        told.append((need, *estimate._measured(trainer, model, batch, need.rows)))
+        return need
+
+    monkeypatch.setattr(check, "estimate", both)
+    result = cli("check", "--config", name, "--trainer.accelerator", "cpu")
+    assert result.rc == 0, result.err
+    ((need, peak, flops),) = told
+    assert need.peak == pytest.approx(need.resident + peak, rel=0.2)
+    assert need.flops == pytest.approx(flops, rel=0.2) and flops > 1e6
+    line = next(line for line in result.out.splitlines() if line.startswith("memory"))
+    assert re.search(rf"at once in a step of {need.rows:,} rows, .* of them weights, averages and optimizer; ", line)
+
+
+def test_the_ledger_forgets_what_is_gone() -> None:
+    with Ledger() as ledger:
+        x = torch.zeros(1000)
+        for _ in range(5):
+            x = x + 1
+        view = x[:10]  # of the same storage
+        del x
+    assert ledger.live == 4000 and ledger.peak == 8000
+    del view
+    assert ledger.live == 0
+
+
+def test_gradients_count_in_a_ledger() -> None:
+    layer = torch.nn.Linear(100, 100, bias=False)
+    with Ledger() as ledger:
+        layer(torch.ones(1, 100)).sum().backward()
+    assert ledger.live == pytest.approx(layer.weight.nbytes, rel=0.05)
+
+
+def test_the_most_rows_is_where_the_curve_meets_the_room() -> None:
+    assert estimate._most(np.array([2.0, 3.0, 5.0]), room=2 * 40.0**2 + 3 * 40 + 5) == 40
+    assert estimate._most(np.array([1.0, 100.0]), room=50.0) == 0
+    assert "more than 25,600 rows fit" in Need(256, 1, 2.0, 1e9, 10**6, 10**9).lines()[0]
+    assert "about 300 rows fit in 1.0 GB" in Need(256, 1, 2.0, 1e9, 300, 10**9).lines()[0]
+    lines = Need(256, 54_000_000, 102e6, 19.2e9, 0, 16_000_000_000).lines()
+    assert lines[0].endswith("54 MB of them weights, averages and optimizer; more than 16.0 GB")
+    assert lines[1] == "compute    19.2 GFLOP a step"
