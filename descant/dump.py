@@ -29,8 +29,6 @@ PACKAGES = ("descant.", "lightning.pytorch.", "torch.optim.")
 _STANDS_ON = ("torch", "lightning", "jsonargparse", "torchmetrics")
 #: Schemas of other installations, and of other states of this one, that stay in the cache.
 KEPT = 8
-#: In the wheel, where it could be made when that was built.
-SHIPPED = Path(__file__).with_name("schema.json")
 
 
 class Written:
@@ -126,14 +124,13 @@ def place() -> Path:
 def read(command: str) -> Written | None:
     """The schema of a command, or None where none is written down."""
     file = place()
-    for candidate in (file, SHIPPED):
-        try:
-            content = json.loads(candidate.read_bytes())
-        except (OSError, ValueError):
-            continue
-        if isinstance(content, dict) and content.get("of") == file.stem.removeprefix("schema-"):
-            return Written(content, "fit" if command == "check" else command)
-    return None
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(content, dict) or content.get("of") != file.stem.removeprefix("schema-"):
+        return None
+    return Written(content, "fit" if command == "check" else command)
 
 
 def write() -> None:

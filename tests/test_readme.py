@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from descant import sweep
+from descant import submit, sweep
 from descant.__main__ import COMMANDS, TOOLS
 from descant.arguments import read
 from descant.catalogue import experiments
@@ -63,7 +63,7 @@ def _checked(words: list[str], cli: Cli, content: dict[str, Any]) -> None:
         _checked(["fit", *theirs], cli, content)
         assert any(word.startswith("--vary") for word in mine)
     elif command == "submit":
-        *_, (name, *theirs) = _parts(rest)
+        *_, (name, *theirs) = submit._split(rest)
         _checked([name, *theirs], cli, content)
     elif command == "claims":
         for name in rest[1:2]:
@@ -80,13 +80,3 @@ def _help(cli: Cli, *words: str) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):  # as argparse ends
         return cli(*words).out
     return out.getvalue()
-
-
-def _parts(words: list[str]) -> list[list[str]]:
-    parts: list[list[str]] = [[]]
-    for word in words:
-        if word == "--":
-            parts.append([])
-        else:
-            parts[-1].append(word)
-    return parts

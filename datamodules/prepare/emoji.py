@@ -14,11 +14,9 @@ import argparse
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,6 +29,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from descant.cache import cache_folder
 
 PACK_DIR = Path(__file__).resolve().parent.parent / "packs" / "emoji"
 VERSION = 1
@@ -107,16 +107,6 @@ class Concept:
 
 
 # 1. Fetch: the user's own npm decides where from; the pinned hash decides whether to believe it.
-
-
-def default_cache() -> Path:
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "descant" / "emoji"
 
 
 def sha256_of(path: Path) -> str:
@@ -578,7 +568,7 @@ def build(cache: Path, out: Path) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m descant.datamodules.prepare.emoji", description=__doc__)
-    parser.add_argument("--cache", type=Path, default=default_cache(), help="folder for the npm tarballs")
+    parser.add_argument("--cache", type=Path, default=cache_folder() / "emoji", help="folder for the npm tarballs")
     parser.add_argument("--out", type=Path, default=PACK_DIR, help="folder of the pack")
     chosen = parser.parse_args(arguments)
     try:

