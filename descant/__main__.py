@@ -53,6 +53,11 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _dispatch(args: Sequence[str]) -> int:
+    if args and args[0] == "__complete":
+        from descant.completion import offered
+
+        print("\n".join(offered(args[1:], COMMANDS)))
+        return 0
     from descant import helptext
 
     if not args or args[0] in ("--help", "-h", "help"):
@@ -64,11 +69,6 @@ def _dispatch(args: Sequence[str]) -> int:
         return 0
     if command in ("--config", "-c") or command.startswith("--config="):
         fail(f"{command}: the command comes first: descant fit {' '.join(args)}")
-    if command == "__complete":
-        from descant.completion import offered
-
-        print("\n".join(offered(rest, COMMANDS)))
-        return 0
     if command not in COMMANDS:
         fail(f"{command}: no such command{hint(command, COMMANDS)}")
     if command == "list":

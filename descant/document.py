@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse._loaders_dumpers import get_yaml_default_loader
 
 from descant.catalogue import ROOT
 from descant.errors import Refusal
@@ -92,6 +91,8 @@ def shown(file: Path) -> str:
 
 
 def _parse(text: str, name: str, folder: Path, lines: bool = True) -> Node:
+    from jsonargparse._loaders_dumpers import get_yaml_default_loader  # a third of what a Tab takes, which reads no file
+
     loader = get_yaml_default_loader()(text)
     try:
         root = loader.get_single_node()
