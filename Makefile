@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test slow torture lint bench clean
+.PHONY: demo test slow torture lint bench docs clean
 .venv: .venv/.ready
 .venv/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Descant needs Python 3.11 or newer"'
@@ -35,6 +35,9 @@ lint: .venv/.ready
 
 bench: .venv/.ready  ## Every benchmark, side by side with the owner of each recipe: ratios, never bare times.
 	$(BIN)/python -m benchmarks all
+
+docs: .venv/.ready  ## Guides, gallery of experiments, claims and reference as a site: build/site.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from descant import submit, sweep
-from descant.__main__ import COMMANDS, TOOLS
+from descant.__main__ import COMMANDS, TOOLS, main
 from descant.arguments import read
 from descant.catalogue import experiments
 from descant.claims import spec
@@ -23,16 +23,20 @@ from tests.conftest import Result
 
 Cli = Callable[..., Result]
 ROOT = Path(__file__).parent.parent
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *(ROOT / "docs" / "guides").glob("*.md"),
+]
 CONFIGURED = ("fit", "check", "validate", "test", "predict")
 
 
 def told() -> Iterator[str]:
     """Commands in blocks of the pages, and in the heads of experiments; continued lines are one."""
-    for page in ("README.md", "CONTRIBUTING.md", "SECURITY.md"):
-        blocks = re.findall(r"^```\w*\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    for page in PAGES:
+        blocks = re.findall(r"^ *```\w*\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL)
         for line in "".join(blocks).replace("\\\n", " ").splitlines():
-            if line.startswith("descant "):
-                yield line
+            if line.strip().startswith("descant "):
+                yield line.strip()
     for file in experiments().values():
         for line in file.read_text().splitlines():
             if match := re.match(r"# (?:Command|Before): +(descant [^(]+)", line):
@@ -52,14 +56,15 @@ def _checked(words: list[str], cli: Cli, content: dict[str, Any]) -> None:
     command, *rest = words
     assert command in COMMANDS or command.startswith("--"), command
     if command in CONFIGURED:
-        if any(word.startswith("runs/") for word in rest):
-            return  # of a run, which is not here
+        if any(word.startswith("runs/") or word == "my_method.yaml" for word in rest):
+            return  # of a run, or of what `descant new` writes, which are not here
         request = read(command, rest)
         if wanted(request) and request.configs:
             known = Written(content, "fit" if command == "check" else command)
             precheck(known, request.configs, request.options, request.trust)
     elif command == "sweep":
         mine, theirs = sweep._split(rest)
+        assert all(word.partition("=")[0] in _help("sweep", "--help") for word in mine if word.startswith("--"))
         _checked(["fit", *theirs], cli, content)
         assert any(word.startswith("--vary") for word in mine)
     elif command == "submit":
@@ -70,13 +75,25 @@ def _checked(words: list[str], cli: Cli, content: dict[str, Any]) -> None:
             assert name.startswith("--") or spec.load(name)
     elif command in TOOLS:
         under = rest[:1] if command in ("data", "new") else []
-        page = _help(cli, command, "--help") + _help(cli, command, *under, "--help")
+        page = _help(command, "--help") + _help(command, *under, "--help")
         for word in rest:
             if word.startswith("--"):
                 assert word.partition("=")[0] in page, f"{command} {word}"
 
 
-def _help(cli: Cli, *words: str) -> str:
+def _help(*words: str) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):  # as argparse ends
-        return cli(*words).out
+        main(list(words))
     return out.getvalue()
+
+
+def test_the_recipe_of_the_guide_trains(cli: Cli) -> None:
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs/guides/recipe.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    Path("my_method.py").write_text("\n".join(blocks))
+    words = ("--model", "my_method.MyMethod", "--model.mix", "{align: 0.5}", "--trust", "my_method", "--name", "mine")
+    done = cli("fit", "--config", "contrastive/emoji", "--config", "on/tiny", *words)
+    assert done.rc == 0, done.err
+    header = (Path("runs") / "mine" / "001" / "metrics.csv").read_text()
+    assert "contrast" in header and "align" in header

@@ -1,0 +1,59 @@
+"""The documentation as a site: it builds without a warning, has all that it promises, and asks no other host."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from descant.catalogue import experiments, overlays
+from descant.names import of_kind
+
+ROOT = Path(__file__).parent.parent
+ROOTS = {"recipes": "Recipe", "callbacks": "Callback", "datamodules": "DataModule"}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr  # --strict: a link that leads nowhere is a warning, and a warning fails
+    return folder
+
+
+@pytest.mark.slow
+def test_every_experiment_has_its_place_and_command(site: Path) -> None:
+    pages = {file.parent.name: file.read_text() for file in (site / "experiments").glob("*/index.html")}
+    for name in experiments():
+        family = name.split("/")[0]
+        assert f'id="{name.replace("/", "-")}"' in pages[family], name
+    assert all(f'id="{name.replace("/", "-")}"' in pages["overlays"] for name in overlays())
+    assert "descant fit --config contrastive/emoji" in pages["contrastive"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ROOTS)
+def test_every_class_that_a_yaml_may_name_is_in_the_reference(site: Path, kind: str) -> None:
+    pages = "".join(file.read_text() for file in (site / "reference" / kind).rglob("index.html"))
+    for name in of_kind(ROOTS[kind], kind):
+        assert re.search(rf'id="descant\.{kind}\.[\w.]*\b{name}"', pages), name
+
+
+@pytest.mark.slow
+def test_a_page_asks_no_other_host_and_every_picture_is_there(site: Path) -> None:
+    for file in site.rglob("index.html"):
+        text = file.read_text()
+        assert not re.search(r'<(?:script|img|iframe)[^>]+src="(?:https?:)?//', text), file
+        assert not re.search(r'<link[^>]+rel="(?:stylesheet|preconnect|preload)"[^>]+href="(?:https?:)?//', text), file
+        for picture in re.findall(r'<img[^>]+src="([^"]+)"', text):
+            assert (file.parent / picture).resolve().is_file(), (file, picture)
+
+
+@pytest.mark.slow
+def test_doctests_are_code(site: Path) -> None:
+    text = (site / "reference" / "modules" / "losses" / "contrastive" / "index.html").read_text()
+    assert "0.3133" in text and "&gt;&gt;&gt;" not in re.sub(r"<pre.*?</pre>", "", text, flags=re.DOTALL)
