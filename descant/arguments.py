@@ -13,7 +13,7 @@ from descant.errors import Refusal, fail
 #: Options of Lightning's command line that Descant's recipes own themselves.
 OWNED = {"optimizer": "--model.optimizer", "lr_scheduler": "--model.schedule"}
 #: Options that take no value, or an optional one.
-_FLAGS = ("print_config", "help", "explain")
+_FLAGS = ("print_config", "help", "explain", "debug")
 
 
 @dataclass
@@ -26,6 +26,7 @@ class Request:
         configs: the files of ``--config``.
         options: (key, value) pairs as typed, keys without dashes; value None for a flag.
         trust: modules that this call allows in class paths beside the allow-list.
+        debug: whether errors are to keep their tracebacks.
     """
 
     command: str
@@ -33,6 +34,7 @@ class Request:
     options: list[tuple[str, str | None]] = field(default_factory=list)
     trust: list[str] = field(default_factory=list)
     explain: bool = False
+    debug: bool = False
 
     def option(self, key: str) -> str | None:
         """The last value of an option, or None."""
@@ -91,6 +93,10 @@ def _take(request: Request, key: str, value: str | None) -> None:
         if request.command != "check" or value is not None:
             fail("--explain: a word of check, without a value")
         request.explain = True
+    elif key == "debug":
+        if value is not None:
+            fail("--debug: it takes no value")
+        request.debug = True
     elif key == "ckpt_path" and request.command == "fit":
         fail("--ckpt_path: fit resumes by --resume PATH")
     elif key in ("resume", "changed", "test") and request.command not in ("fit", "check"):

@@ -28,7 +28,7 @@ from descant.document import shown
 from descant.errors import INTERRUPTED, TERMINATED, Refusal, fail, say
 from descant.explain import explain as explained
 from descant.explain import inert
-from descant.faults import explain, parse_fault
+from descant.faults import explain, misfit, parse_fault
 from descant.folder import Folder
 from descant.loading import allowed
 from descant.modules.saved import policy
@@ -272,8 +272,11 @@ def run(request: Request) -> int:
             return TERMINATED
         return INTERRUPTED if trainer is not None and trainer.interrupted else int(stop.code or 0)
     except Exception as error:
-        line = explain(error, building=not hasattr(cli, "trainer"), trust=request.trust)
-        if line is None or os.environ.get("DESCANT_TRACEBACK"):
+        trainer = getattr(cli, "trainer", None)
+        line = explain(error, building=trainer is None, trust=request.trust)
+        if line is None and trainer is not None and (cli.checking is not None or trainer.global_step == 0):
+            line = misfit(error, cli.model, request.trust)
+        if line is None or request.debug:
             raise
         raise Refusal(line) from error
     finally:

@@ -19,7 +19,7 @@ from descant.schema import Entry, Key, Schema
 #: The word that asks for what can be typed next.
 ASKED = "__complete"
 #: Keys that stand in no configuration.
-_CALL = {"config": ["str"], "trust": ["str"], "print_config": [], "help": []}
+_CALL = {"config": ["str"], "trust": ["str"], "print_config": [], "help": [], "debug": []}
 _BASH = """\
 _descant() {
     local IFS=$'\\n' last="${COMP_WORDS[COMP_CWORD]}"

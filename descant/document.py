@@ -91,7 +91,9 @@ def shown(file: Path) -> str:
 
 
 def _parse(text: str, name: str, folder: Path, lines: bool = True) -> Node:
-    from jsonargparse._loaders_dumpers import get_yaml_default_loader  # a third of what a Tab takes, which reads no file
+    from jsonargparse._loaders_dumpers import (
+        get_yaml_default_loader,
+    )  # a third of what a Tab takes, which reads no file
 
     loader = get_yaml_default_loader()(text)
     try:

@@ -56,7 +56,7 @@ def main(args: Sequence[str]) -> int:
     try:
         lines = _export(request)
     except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("DESCANT_TRACEBACK"):
+        if request.debug:
             raise
         raise Refusal(one_line(error)) from error
     print("\n".join(lines))
@@ -66,6 +66,7 @@ def main(args: Sequence[str]) -> int:
 def _read(args: Sequence[str]) -> argparse.Namespace:
     parser = Options(prog="descant export", add_help=False, allow_abbrev=False)
     parser.add_argument("run", nargs="?")
+    parser.add_argument("--debug", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--ckpt", default="best")
     parser.add_argument("--towers", default="")

@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from descant.errors import one_line
+
+if TYPE_CHECKING:
+    from torch import nn
 
 #: What the parts raise for a wrong request; anything else is a fault of the program and keeps its traceback.
 _REQUESTS = (ValueError, OSError, FloatingPointError, ImportError)
@@ -36,6 +40,23 @@ def explain(error: BaseException, building: bool, trust: Sequence[str] = ()) -> 
         return one_line(error)
     last = names[-1] if names else ""
     return one_line(error) if _within(last, ("descant", "torch.optim", *trust)) else None
+
+
+def misfit(error: BaseException, model: nn.Module, trust: Sequence[str] = ()) -> str | None:
+    """The line for a part that the first batch does not fit, or None if it is a fault of the program.
+
+    A class of the user's own keeps its traceback: it is being written.
+    """
+    parts = {id(part): (name, type(part).__name__) for name, part in model.named_modules() if name}
+    found, frames = None, list(traceback.walk_tb(error.__traceback__))
+    for frame, _ in frames:
+        if _within(str(frame.f_globals.get("__name__", "")), trust):
+            return None
+        if frame.f_code.co_name == "forward":
+            found = parts.get(id(frame.f_locals.get("self")), found)
+    if found is None or type(error) not in (RuntimeError, IndexError, TypeError):
+        return None
+    return f"model.{found[0]} ({found[1]}): the first batch does not fit: {one_line(error)}; --debug shows more"
 
 
 def _root(error: BaseException) -> BaseException:

@@ -209,6 +209,19 @@ def test_faults_of_the_program_keep_their_traceback(toy: Cli) -> None:
         toy("fit", "--model.explode", "type")
 
 
+@pytest.mark.parametrize("command", ["check", "fit"])
+def test_what_the_first_batch_does_not_fit_is_named(cli: Cli, command: str) -> None:
+    words = ("--config=contrastive/emoji", "--config=on/tiny", "--model.towers.image.channels=1")
+    done = cli(command, *words)
+    (line,) = (line for line in done.err.splitlines() if "warning" not in line)
+    assert done.rc == 2 and line.startswith(
+        "descant: model.towers.image.stem.0 (Conv2d): the first batch does not fit: "
+    )
+    assert "expected input[" in line and "3 channels" in line and not list(Path("runs").glob("*/0*/checkpoints/*"))
+    with pytest.raises(RuntimeError, match="3 channels"):
+        cli(command, *words, "--debug")
+
+
 @pytest.mark.parametrize("kind", ["value", "nan"])
 def test_our_parts_refuse_in_one_line_while_training(toy: Cli, kind: str) -> None:
     assert "descant: " in toy("fit", "--model.explode", kind).err.splitlines()[-1]
