@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -18,6 +18,8 @@ from descant.modules.chunks import looks_at_the_batch
 from descant.modules.protocols import Embeds, HasObjective, HasTowers
 from descant.modules.trainer import log_interval, run_steps
 
+#: What is looked at before the first step.
+Before = Literal["rate", "interval", "batch", "frozen", "chunks", "validation", "logger", "mix"]
 #: Losses of which a mean is made, and renewals of answers in a row that earn the same.
 _FEW, _FLAT = 10, 3
 
@@ -34,14 +36,15 @@ class Sanity(L.Callback):
 
     Args:
         late: steps after which a run should have learned something.
+        meant: what is not told of before the first step, since the experiment means it.
     """
 
     #: Said twice (by an experiment and an overlay), the last one counts.
     once = True
 
-    def __init__(self, late: int = 200) -> None:
+    def __init__(self, late: int = 200, meant: list[Before] | None = None) -> None:
         super().__init__()
-        self.late = late
+        self.late, self.meant = late, frozenset(meant or ())
         self._look = False
         self._first, self._last = list[torch.Tensor](), list[torch.Tensor]()
         self._flat = 0
@@ -97,17 +100,17 @@ class Sanity(L.Callback):
         left = total - trainer.global_step
         if left <= 0:
             return []
-        found = [
-            *_learning_rate(trainer, total),
-            _log_interval(trainer, total),
-            _batch_size(trainer),
-            *_frozen(trainer, pl_module),
-            *chunked_norms(pl_module),
-            _validation(trainer, total),
-            _nothing_logged(trainer),
-            *_unused_terms(pl_module),
-        ]
-        return [line for line in found if line]
+        found: dict[Before, list[str]] = {
+            "rate": _learning_rate(trainer, total),
+            "interval": [_log_interval(trainer, total)],
+            "batch": [_batch_size(trainer)],
+            "frozen": _frozen(trainer, pl_module),
+            "chunks": chunked_norms(pl_module),
+            "validation": [_validation(trainer, total)],
+            "logger": [_nothing_logged(trainer)],
+            "mix": _unused_terms(pl_module),
+        }
+        return [line for name, lines in found.items() if name not in self.meant for line in lines if line]
 
 
 def _warn(trainer: L.Trainer, line: str) -> None:
@@ -182,14 +185,13 @@ def _frozen(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
     if getattr(trainer.strategy, "restore_checkpoint_after_setup", False):
         return []  # sharded strategies may hand the optimizer other tensors than the module's
     lost = sum(n for i, n in trainable.items() if i not in held)
-    idle = [
-        (sum(p.numel() for p in group["params"]), group["lr"])
-        for optimizer in trainer.optimizers
-        for group in optimizer.param_groups
-        if group["params"] and not any(p.requires_grad for p in group["params"]) and float(group["lr"])
-    ]
+    idle: dict[float, int] = {}
+    for group in (group for optimizer in trainer.optimizers for group in optimizer.param_groups):
+        size = sum(p.numel() for p in group["params"] if not p.requires_grad)
+        if size and float(group["lr"]):
+            idle[float(group["lr"])] = idle.get(float(group["lr"]), 0) + size
     if idle:
-        return [f"{size:,} parameters with a learning rate of {float(rate):.3g} are frozen" for size, rate in idle]
+        return [f"{size:,} parameters with a learning rate of {rate:.3g} are frozen" for rate, size in idle.items()]
     if lost:
         return [
             f"{lost:,} of {sum(trainable.values()):,} trainable parameters are in no optimizer: they will not change"
