@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from descant import dump, schema
+from descant.claims import spec
 from descant.dump import Written
 from descant.errors import fail
 from descant.schema import Entry, Key, Part, Type
@@ -28,22 +29,26 @@ _PLAIN: dict[str, dict[str, Any]] = {
 _HELP = """\
 descant schema: a JSON schema of configurations, for editors
 
-usage: descant schema [data] > FILE
+usage: descant schema [data|claim] > FILE
 
   descant schema > descant.schema.json         of experiments and overlays
   descant schema data > data.schema.json       of what stands under data, as for --data FILE
+  descant schema claim > claim.schema.json     of claims
 
 A YAML file that begins with this line is then completed and checked in editors with a YAML language server:
   # yaml-language-server: $schema=descant.schema.json"""
 
 
 def main(args: Sequence[str]) -> int:
-    """``descant schema [data]``."""
+    """``descant schema [data|claim]``."""
     if args and args[0] in ("--help", "-h"):
         print(_HELP)
         return 0
-    if list(args) not in ([], ["data"]):
-        fail(f"schema {' '.join(args)}: nothing, or data")
+    if list(args) not in ([], ["data"], ["claim"]):
+        fail(f"schema {' '.join(args)}: nothing, data or claim")
+    if args and args[0] == "claim":
+        print(json.dumps(claim(), indent=1))
+        return 0
     known = dump.read("fit")
     if known is None:
         dump.write()
@@ -67,6 +72,44 @@ def of(known: Written, root: str = "") -> dict[str, Any]:
         return {"$schema": DRAFT, "title": f"Descant: {root}", **keys[root], "definitions": made.definitions}
     top = {"type": "object", "properties": keys, "additionalProperties": False}
     return {"$schema": DRAFT, "title": "Descant: a configuration", **top, "definitions": made.definitions}
+
+
+def claim() -> dict[str, Any]:
+    """The JSON schema of a claim; which metrics, arms and options there are is told by ``descant claims run``."""
+    number, text, options = {"type": "number"}, {"type": "string"}, {"type": "object"}
+    texts = {"type": "array", "items": text}
+    seeds, way = {"type": "array", "items": {"type": "integer"}}, {"enum": list(spec.WAYS)}
+
+    def an_object(keys: Iterable[str], kinds: Mapping[str, Any], needed: Sequence[str] = ()) -> dict[str, Any]:
+        properties = {key: kinds.get(key, text) for key in keys}
+        return {"type": "object", "properties": properties, "required": list(needed), "additionalProperties": False}
+
+    arm = {"configs": texts, "options": options, "settings": {"type": "array", "minItems": 1}}
+    metric = an_object(spec.METRIC_KEYS, {"better": way, "margin": {**number, "minimum": 0}}, spec.METRIC_KEYS)
+    bound = {key: number for key in ("times", "at_least", "at_most")}
+    condition = an_object(spec.CONDITION_KEYS, bound, ("metric", "arm"))
+    condition["anyOf"] = [{"required": ["at_least"]}, {"required": ["at_most"]}]
+    an_arm = {"anyOf": [{"type": "null"}, an_object(spec.ARM_KEYS, arm)]}
+    kinds = {
+        "seed": {"type": "integer", "description": "of the paper, in the list of papers"},
+        "options": options,
+        "arms": {"type": "object", "required": list(spec.ARMS), "additionalProperties": an_arm},
+        "before": an_object(("experiment", *spec.ARM_KEYS), arm, ("experiment",)),
+        "metric": metric,
+        "sham_margin": number,
+        "also": {"type": "array", "items": condition},
+        "secondary": texts,
+        "alone": texts,
+        "seeds": an_object(spec.BUDGETS, dict.fromkeys(spec.BUDGETS, seeds), spec.BUDGETS),
+        "budget": an_object(
+            ("equal", *spec.BUDGETS), {"equal": {"enum": list(spec.EQUAL)}, **dict.fromkeys(spec.BUDGETS, options)}
+        ),
+        "status": {"enum": list(spec.STATUS)},
+        "tuning": an_object(
+            spec.TUNING_KEYS, {"seed": {"type": "integer"}, "better": way, "options": options}, ("seed",)
+        ),
+    }
+    return {"$schema": DRAFT, "title": "Descant: a claim", **an_object(spec.KEYS, kinds, spec.NEEDED)}
 
 
 class _Schema:

@@ -24,23 +24,18 @@ TUNE = "tune"
 EQUAL = {"steps": "steps", "samples": "samples", "seconds": "train_seconds"}
 #: Clocks are not steps: no arm may have had less than this share of the method's time; more is to its own good.
 LEAST_TIME = 0.8
-_KEYS = {
-    *(
-        "title",
-        "seed",
-        "source",
-        "experiment",
-        "options",
-        "arms",
-        "before",
-        "metric",
-        "sham_margin",
-        "also",
-        "secondary",
-        "calls",
-    ),
-    *("seeds", "budget", "status", "baseline_tuning", "alone", "tuning", "note"),
-}
+#: The keys of a claim, of its arms, and of what else in it has keys; the first so many are needed.
+KEYS = (
+    *("title", "seed", "source", "experiment", "arms", "metric", "seeds"),
+    *("options", "before", "sham_margin", "also", "secondary", "calls", "budget", "status", "baseline_tuning"),
+    *("alone", "tuning", "note"),
+)
+NEEDED = KEYS[:7]
+ARM_KEYS = ("configs", "options", "settings")
+METRIC_KEYS = ("name", "better", "margin")
+CONDITION_KEYS = ("metric", "arm", "minus", "against", "times", "above", "at_least", "at_most")
+TUNING_KEYS = ("seed", "metric", "better", "options")
+WAYS, STATUS = ("higher", "lower"), ("gate", "report")
 #: What only says how a claim is shown.
 _LOOKS = ("alone", "note")
 
@@ -272,13 +267,16 @@ def load(name: str) -> Claim:
         fail(f"{file.name}: {one_line(error)}")
     if not isinstance(content, dict):
         fail(f"{file.name}: a claim is an object with arms, seeds and a metric")
-    return _read(file, content)
+    try:
+        return _read(file, content)
+    except (ValueError, TypeError, AttributeError) as error:  # a value of another kind than all that is asked above
+        fail(f"{file.name}: {one_line(error)}")
 
 
 def _read(file: Path, content: Mapping[str, Any]) -> Claim:
     where = file.name
-    _known(where, content, _KEYS)
-    _need(where, content, ("title", "seed", "source", "experiment", "arms", "metric", "seeds"))
+    _known(where, content, KEYS)
+    _need(where, content, NEEDED)
     arms = {name: _arm(f"{where}: arms.{name}", arm or {}) for name, arm in _mapping(where, content, "arms").items()}
     for name in ARMS:
         if name not in arms:
@@ -299,7 +297,7 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
         if name.split("/")[0] in ("val", "train"):  # there before the run is over, and other data chose by it
             fail(f"{where}: {name}: a claim is judged by the test that ends a run")
     tuning = _tuning(where, content, arms, metric)
-    seeds = {key: tuple(value) for key, value in _mapping(where, content, "seeds").items()}
+    seeds = {key: _seeds(f"{where}: seeds.{key}", value) for key, value in _mapping(where, content, "seeds").items()}
     _known(f"{where}: seeds", seeds, BUDGETS)
     _need(f"{where}: seeds", seeds, BUDGETS)
     both = set(seeds["pilot"]) & set(seeds["full"])
@@ -315,7 +313,7 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
     if equal not in EQUAL:
         fail(f"{where}: budget.equal {equal}{hint(str(equal), EQUAL)}")
     status = content.get("status", "report")
-    if status not in ("gate", "report"):
+    if status not in STATUS:
         fail(f"{where}: status {status}: gate (must pass) or report")
     configs = [content["experiment"], *(config for arm in arms.values() for config in arm.configs)]
     configs += before.configs if before is not None else ()
@@ -327,7 +325,7 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
     return Claim(
         name=file.stem,
         title=str(content["title"]),
-        seed=int(content["seed"]),
+        seed=_whole(f"{where}: seed", content["seed"]),
         source=str(content["source"]),
         experiment=str(content["experiment"]),
         arms=arms,
@@ -362,15 +360,15 @@ def _tuning(where: str, content: Mapping[str, Any], arms: Mapping[str, Arm], met
             fail(f"{where}: arms.{tuned[0]}: settings: chosen by what? tuning is missing")
         return None
     told = _mapping(where, content, "tuning")
-    _known(f"{where}: tuning", told, ("seed", "metric", "better", "options"))
+    _known(f"{where}: tuning", told, TUNING_KEYS)
     _need(f"{where}: tuning", told, ("seed",))
     if not tuned:
         fail(f"{where}: tuning: no arm has settings")
-    if told.get("better", "higher") not in ("higher", "lower"):
+    if told.get("better", "higher") not in WAYS:
         fail(f"{where}: tuning.better {told['better']}: higher or lower")
     higher = metric.higher if "better" not in told else told["better"] == "higher"
     by = Metric(str(told.get("metric", metric.name)), higher, 0.0)
-    return Tuning(int(told["seed"]), by, dict(told.get("options") or {}))
+    return Tuning(_whole(f"{where}: tuning.seed", told["seed"]), by, dict(told.get("options") or {}))
 
 
 def _alone(where: str, content: Mapping[str, Any], arms: Iterable[str]) -> tuple[str, ...]:
@@ -383,7 +381,7 @@ def _alone(where: str, content: Mapping[str, Any], arms: Iterable[str]) -> tuple
 
 
 def _arm(where: str, content: Mapping[str, Any]) -> Arm:
-    _known(where, content, ("configs", "options", "settings"))
+    _known(where, content, ARM_KEYS)
     settings = content.get("settings") or ()
     if not isinstance(settings, list | tuple):
         fail(f"{where}: settings: a list of values is expected, such as [0.1, 0.3, 1.0]")
@@ -395,9 +393,9 @@ def _arm(where: str, content: Mapping[str, Any]) -> Arm:
 
 
 def _metric(where: str, content: Mapping[str, Any]) -> Metric:
-    _known(f"{where}: metric", content, ("name", "better", "margin"))
-    _need(f"{where}: metric", content, ("name", "better", "margin"))
-    if content["better"] not in ("higher", "lower"):
+    _known(f"{where}: metric", content, METRIC_KEYS)
+    _need(f"{where}: metric", content, METRIC_KEYS)
+    if content["better"] not in WAYS:
         fail(f"{where}: metric.better {content['better']}: higher or lower")
     if not float(content["margin"]) >= 0:
         fail(f"{where}: metric.margin {content['margin']}: not below 0; its direction is in `better`")
@@ -405,7 +403,7 @@ def _metric(where: str, content: Mapping[str, Any]) -> Metric:
 
 
 def _condition(where: str, content: Mapping[str, Any], arms: Iterable[str]) -> Condition:
-    _known(where, content, ("metric", "arm", "minus", "against", "times", "above", "at_least", "at_most"))
+    _known(where, content, CONDITION_KEYS)
     _need(where, content, ("metric", "arm"))
     for key in ("arm", "against", "above"):
         if content.get(key) is not None and content[key] not in arms:
@@ -423,6 +421,18 @@ def _condition(where: str, content: Mapping[str, Any], arms: Iterable[str]) -> C
         fail(f"{where}: above: {content['above']} above itself says nothing")
     times, above = float(content.get("times", 1.0)), content.get("above")
     return Condition(metric, arm, minus, against or arm, times, low, high, above)
+
+
+def _whole(where: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        fail(f"{where} {value!r}: a whole number is expected")
+    return value
+
+
+def _seeds(where: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        fail(f"{where} {value!r}: a list of seeds is expected, such as [0, 1, 2]")
+    return tuple(_whole(where, seed) for seed in value)
 
 
 def _mapping(where: str, content: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -10,10 +10,13 @@ from typing import Any
 
 import jsonschema
 import pytest
+import yaml
 
 from descant import editor
 from descant.catalogue import BASE, shipped
+from descant.claims import spec
 from descant.document import load
+from descant.errors import Refusal
 from tests.conftest import Result
 
 Cli = Callable[..., Result]
@@ -77,3 +80,39 @@ def test_a_command_prints_it(
     assert json.loads(cli("schema", "data").out)["title"] == "Descant: data"
     assert cli("schema", "modle").refusal == "schema modle: nothing, or data"
     assert "yaml-language-server" in cli("schema", "--help").out
+
+
+CLAIM = jsonschema.Draft7Validator(editor.claim())
+
+
+@pytest.mark.parametrize("name", spec.names())
+def test_a_claim_that_ships_is_valid(name: str) -> None:
+    jsonschema.Draft7Validator.check_schema(editor.claim())
+    CLAIM.validate(yaml.safe_load((spec.folder() / f"{name}.yaml").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("titel",), "x"),
+        (("seed",), "23"),
+        (("metric", "margin"), -1),
+        (("metric", "margin"), "small"),
+        (("metric", "better"), "up"),
+        (("arms", "method", "option"), {}),
+        (("arms",), {"baseline": {}}),
+        (("budget", "equal"), "minutes"),
+        (("seeds", "full"), 3),
+        (("also",), [{"metric": "a/b", "arm": "method"}]),
+    ],
+)
+def test_a_mistake_in_a_claim_is_seen(place: tuple[str, ...], value: Any, tmp_path: Path) -> None:
+    content = yaml.safe_load((spec.folder() / "dcd.yaml").read_text())
+    node = content
+    for key in place[:-1]:
+        node = node[key]
+    node[place[-1]] = value
+    assert not CLAIM.is_valid(content)
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(Refusal, match=r"wrong\.yaml: "):
+        spec.load(str(tmp_path / "wrong.yaml"))
