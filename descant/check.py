@@ -28,9 +28,6 @@ class Check(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, Recipe)
         self.lines = [*_model(pl_module), *_data(trainer), *_terms(trainer, pl_module), *_optimizers(trainer)]
-        if getattr(data_now(trainer), "version", 0) < 0:
-            self.lines.append("memory     of batches that the model answers first: not estimated")
-            raise Checked
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -72,7 +69,7 @@ def _data(trainer: L.Trainer) -> list[str]:
 
 def _terms(trainer: L.Trainer, model: Recipe) -> list[str]:
     if getattr(data_now(trainer), "version", 0) < 0:  # a pool that somebody is to answer first
-        return ["term       of answers, which the first step draws"]
+        return ["term       of answers, which come first; what it takes to draw them is not in the memory below"]
     batch: Any = next(iter(trainer.train_dataloader))  # type: ignore[arg-type]
     batch = batch.select(slice(0, 2)) if hasattr(batch, "select") else batch
     batch = trainer.strategy.batch_to_device(batch)
