@@ -101,7 +101,7 @@ def main(args: Sequence[str]) -> int:
 
 def options(command: str) -> Options:
     """A parser of what is compared."""
-    parser = Options(prog=f"descant {command}", add_help=False, allow_abbrev=False)
+    parser = Options(prog=f"descant {command}", add_help=False)
     parser.add_argument("run", nargs="*")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--metrics", default="")

@@ -64,7 +64,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def _read(args: Sequence[str]) -> argparse.Namespace:
-    parser = Options(prog="descant export", add_help=False, allow_abbrev=False)
+    parser = Options(prog="descant export", add_help=False)
     parser.add_argument("run", nargs="?")
     parser.add_argument("--debug", action="store_true")
     parser.add_argument("--out", type=Path)

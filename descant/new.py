@@ -62,7 +62,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def _read(args: Sequence[str]) -> tuple[str, str, Path]:
-    parser = Options(prog="descant new", add_help=False, allow_abbrev=False)
+    parser = Options(prog="descant new", add_help=False)
     parser.add_argument("kind", nargs="?")
     parser.add_argument("name", nargs="?")
     parser.add_argument("--into", type=Path, default=Path())

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from descant.errors import fail, hint
 
 
 class Options(argparse.ArgumentParser):
-    """``prog`` is ``descant COMMAND``; a fault is a Refusal that begins with the command."""
+    """``prog`` is ``descant COMMAND``; a fault is a Refusal that begins with the command. Nothing is abbreviated."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         stray = message.removeprefix("unrecognized arguments: ")

@@ -135,7 +135,7 @@ def grid(texts: Sequence[str], said: str = "submit: --array") -> list[dict[str, 
 
 
 def _read(args: Sequence[str]) -> argparse.Namespace:
-    parser = Options(prog="descant submit", add_help=False, allow_abbrev=False)
+    parser = Options(prog="descant submit", add_help=False)
     numbers = {"nodes": 1, "tasks-per-node": 0, "cpus-per-task": 0, "at-once": 0, "signal-before": 120, "requeues": 20}
     for key, default in numbers.items():
         parser.add_argument(f"--{key}", type=int, default=default)

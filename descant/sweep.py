@@ -46,7 +46,7 @@ def main(args: Sequence[str]) -> int:
         print(_HELP)
         return 0
     mine, theirs = _split(args)
-    parser = Options("descant sweep", allow_abbrev=False)
+    parser = Options("descant sweep")
     parser.add_argument("--vary", action="append", default=[])
     parser.add_argument("--seeds", default="1")
     parser.add_argument("--jobs", type=int, default=1)

@@ -21,21 +21,33 @@ TEXTS = {
     "SECURITY.md": "security.md",
 }
 PARTS = {"recipes": "Recipes", "modules": "Modules", "datamodules": "Data", "callbacks": "Callbacks"}
-GUIDES = ("own-data", "devices", "slurm", "recipe")
+#: Pages that are written where they stand, below docs/.
+GROUPS = {
+    "Guides": ("guides", ("own-data", "devices", "slurm", "survive", "recipe")),
+    "Mechanisms": ("mechanisms", ("contrastive", "masked", "harmony", "balance", "answers")),
+}
 _LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]*)(#[^)\s]*)?\)")
 
 
 def main() -> None:
-    nav = ["* [Descant](index.md)", "* Guides"]
-    for guide in GUIDES:
-        file = ROOT / "docs" / "guides" / f"{guide}.md"
-        _write(f"guides/{file.name}", _linked(file.read_text(encoding="utf-8"), file))
-        nav.append(f"    * [{_title(file)}](guides/{file.name})")
+    nav = ["* [Descant](index.md)"]
+    for group, (folder, names) in GROUPS.items():
+        pages = [f"{folder}/{name}.md" for name in names]
+        nav += [f"* {group}", *(f"    * [{_own(page)}]({page})" for page in pages)]
     for name, page in TEXTS.items():
         _write(page, _linked((ROOT / name).read_text(encoding="utf-8"), ROOT / name))
     nav += ["* Experiments", *_gallery(), "* [Claims](claims.md)", "* Reference", *_reference()]
+    nav.append(f"* [{_own('measured.md')}](measured.md)")
     nav += ["* [Contributing](contributing.md)", "* [Security](security.md)"]
     _write("SUMMARY.md", "\n".join(nav) + "\n")
+
+
+def _own(page: str) -> str:
+    """A page of docs/ with links to pages in place of files; returns its title."""
+    file = ROOT / "docs" / page
+    text = file.read_text(encoding="utf-8")
+    _write(page, _linked(text, file, depth=page.count("/")))
+    return text.splitlines()[0].removeprefix("# ")
 
 
 def _gallery() -> Iterator[str]:
@@ -101,10 +113,9 @@ def _documented(file: Path) -> bool:
     return bool(re.search(r"^(class|def|[A-Z_]+ = )", file.read_text(encoding="utf-8"), re.MULTILINE))
 
 
-def _linked(text: str, file: Path) -> str:
+def _linked(text: str, file: Path, depth: int = 0) -> str:
     """The same text with its links to files as links to pages; of what has no page, the words alone."""
-    page = TEXTS.get(file.name, "")
-    up = "" if page else "../"
+    up = "../" * depth
 
     def moved(match: re.Match[str]) -> str:
         target, anchor = match[1], match[2] or ""
@@ -129,10 +140,6 @@ def _page(inner: str) -> str:
     if inner.split("/")[0] in PARTS and inner.endswith(".py"):
         return f"reference/{inner.removesuffix('.py').replace('__init__', 'index')}.md"
     return ""
-
-
-def _title(file: Path) -> str:
-    return file.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
 
 
 def _anchor(name: str) -> str:

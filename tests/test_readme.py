@@ -25,7 +25,7 @@ Cli = Callable[..., Result]
 ROOT = Path(__file__).parent.parent
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
-    *(ROOT / "docs" / "guides").glob("*.md"),
+    *(ROOT / "docs").rglob("*.md"),
 ]
 CONFIGURED = ("fit", "check", "validate", "test", "predict")
 
@@ -37,6 +37,7 @@ def told() -> Iterator[str]:
         for line in "".join(blocks).replace("\\\n", " ").splitlines():
             if line.strip().startswith("descant "):
                 yield line.strip()
+        yield from re.findall(r"`(descant [^`\n]+ --config [^`\n]+)`", page.read_text())
     for file in experiments().values():
         for line in file.read_text().splitlines():
             if match := re.match(r"# (?:Command|Before): +(descant [^(]+)", line):
@@ -48,7 +49,7 @@ def test_a_command_means_something(
     line: str, cli: Cli, written_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    _, *words = shlex.split(line, comments=True)
+    _, *words = shlex.split(line.replace("$seed", "0"), comments=True)
     _checked([word for word in words if word != "NAME" and "..." not in word], cli, written_content)
 
 
@@ -91,8 +92,8 @@ def test_the_recipe_of_the_guide_trains(cli: Cli) -> None:
     blocks = re.findall(
         r"^```python\n(.*?)^```", (ROOT / "docs/guides/recipe.md").read_text(), re.MULTILINE | re.DOTALL
     )
-    Path("my_method.py").write_text("\n".join(blocks))
-    words = ("--model", "my_method.MyMethod", "--model.mix", "{align: 0.5}", "--trust", "my_method", "--name", "mine")
+    Path("shortest.py").write_text("\n".join(blocks))
+    words = ("--model", "shortest.Shortest", "--model.mix", "{align: 0.5}", "--trust", "shortest", "--name", "mine")
     done = cli("fit", "--config", "contrastive/emoji", "--config", "on/tiny", *words)
     assert done.rc == 0, done.err
     header = (Path("runs") / "mine" / "001" / "metrics.csv").read_text()

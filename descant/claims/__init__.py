@@ -180,7 +180,7 @@ def _list(given: argparse.Namespace) -> int:
         return 0
     for line in lines:
         gain = f"{line['difference']:+.4f}" if line["difference"] is not None else ""
-        print(f"{line['name']:24} seed {line['seed']:<3} {line['status']:7} {line['verdict'] or 'not run yet'}  {gain}")
+        print(f"{line['name']:24} {line['status']:7} {line['verdict'] or 'not run yet'}  {gain}")
     return 0
 
 

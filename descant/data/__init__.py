@@ -42,7 +42,6 @@ def _make(args: Sequence[str]) -> int:
         "files beside them. Bytes are copied as they are; every member is read back and compared. Splits follow a "
         "column (or sub-folders) named train, val and test; without one, a fixed share is held out as val.",
         epilog="example: descant data make photos --csv captions.csv --out shards",
-        allow_abbrev=False,
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path)
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="a new folder; nothing is overwritten")
@@ -79,7 +78,6 @@ def _look(args: Sequence[str]) -> int:
         "off, sizes of pictures, duplicates within and across splits, and a sheet of pictures to look at.",
         epilog="examples: descant data look photos; descant data look 'shards/*.tar'; "
         "descant data look --config contrastive/emoji --data.size 64",
-        allow_abbrev=False,
     )
     parser.add_argument("what", metavar="WHAT", nargs="*", help="a folder, parquet files, or shards (patterns too)")
     parser.add_argument("--config", metavar="NAME", action="append", help="the data of an experiment instead")
