@@ -22,6 +22,7 @@ from descant.modules.random import global_seed, mix_N
 from descant.modules.reinforce import Advantage, GroupScaled
 from descant.modules.reinforce.rewards import Answer, Rewards
 from descant.modules.sham import Sham
+from descant.modules.text import PAD
 from descant.modules.trainer import bank_batches, data_now, data_parts, epoch_now
 
 
@@ -162,7 +163,9 @@ class Rollouts(Callback):
             "ended": torch.zeros(R, dtype=torch.long),
         }
         r_RK = torch.zeros(R, len(self.rewards.names), dtype=torch.float64)
-        turn_R = torch.from_numpy(mix_N(np.repeat(problems.key_N, G), "roll", global_seed(), now, again))
+        copy_N = _copies(problems.key_N)
+        key_N = np.where(copy_N > 0, mix_N(problems.key_N, "copy", copy_N), problems.key_N)
+        turn_R = torch.from_numpy(mix_N(np.repeat(key_N, G), "roll", global_seed(), now, again))
         turn_R = torch.from_numpy(mix_N(turn_R.numpy(), "answer", np.arange(R, dtype=np.uint64) % G))
         training = pl_module.training
         pl_module.eval()
@@ -174,7 +177,9 @@ class Rollouts(Callback):
                 with torch.no_grad(), trainer.precision_plugin.val_step_context():
                     said = pl_module.roll_out(batch, G, turn_R[row_R].to(pl_module.device))
                 here_R = here_B.repeat_interleave(G)
-                row_R, said = row_R[here_R], Generated(*(x.cpu()[here_R] for x in said))
+                room_R = (data.length - 2 - (batch.inputs["text"] == data.answer_token).int().argmax(dim=1)).cpu()
+                said = within(Generated(*(x.cpu() for x in said)), room_R.repeat_interleave(G))
+                row_R, said = row_R[here_R], Generated(*(x[here_R] for x in said))
                 m = said.token_RN.shape[1]
                 drawn["said"][row_R, :m], drawn["old"][row_R, :m] = said.token_RN, said.log_RN
                 drawn["length"][row_R], drawn["ended"][row_R] = said.length_R, said.ended_R.long()
@@ -240,6 +245,34 @@ class Rollouts(Callback):
             "rollouts/cut": 1 - float(ended_R.double().mean()),
             "rollouts/entropy": float(-old_RM.double().sum() / length_R.sum().clamp(min=1)),
         }
+
+
+def within(said: Generated, room_R: Tensor) -> Generated:
+    """Answers cut where their row ends, which needs one place more for an end.
+
+    >>> cut = within(Generated(torch.tensor([[5, 6, 7]]), torch.zeros(1, 3), torch.tensor([3]), torch.tensor([True])),
+    ...              torch.tensor([1]))
+    >>> cut.token_RN.tolist(), cut.length_R.tolist(), cut.ended_R.tolist()
+    ([[5, 0, 0]], [1], [False])
+    """
+    over_R = said.length_R - said.ended_R.long() > room_R
+    length_R = torch.where(over_R, room_R, said.length_R)
+    real_RN = torch.arange(said.token_RN.shape[1]) < length_R[:, None]
+    token_RN, log_RN = said.token_RN.where(real_RN, PAD), said.log_RN.where(real_RN, 0.0)
+    return Generated(token_RN, log_RN, length_R, said.ended_R & ~over_R)
+
+
+def _copies(key_N: np.ndarray) -> np.ndarray:
+    """How often each key stood there before: a problem that is asked twice is to be answered anew.
+
+    >>> _copies(np.array([7, 5, 7, 7])).tolist()
+    [0, 0, 1, 2]
+    """
+    order = key_N.argsort(kind="stable")
+    _, first_N, which_N = np.unique(key_N[order], return_index=True, return_inverse=True)
+    copies_N = np.empty(len(key_N), dtype=np.uint64)
+    copies_N[order] = (np.arange(len(key_N)) - first_N[which_N]).astype(np.uint64)
+    return copies_N
 
 
 def _cell(text: str) -> str:

@@ -319,12 +319,12 @@ class FrameRollouts(RolledDialogues, Frames):
         every: Problems = self.training_problems.problems
         sizes = self.sizes(every)
         shares = Shares(tempered(sizes, self.alpha, self.times))
-        tries = round * 64 + again  # each goes on where the one before it ended
+        tries = round * 64 + again  # a round may ask so often
         low, high = shares.at(tries * self.items), shares.at((tries + 1) * self.items)
-        turn_N = mix_N(every.key_N, "pool", self.seed)
         taken = []
-        for kind, start, stop in zip(self.kinds, low, high, strict=True):
-            here = np.flatnonzero(every.kind_N == self.every.index(kind))
-            here = here[turn_N[here].argsort(kind="stable")]
-            taken.append(here[np.arange(start, stop) % len(here)])
+        for size, first, start, stop in zip(sizes, np.cumsum([0, *sizes]), low, high, strict=False):
+            here = np.arange(first, first + size)  # by their places, which the sham gives to others
+            for number in range(start // size, -(-stop // size)):  # the source is gone through anew, in another order
+                order = mix_N(every.key_N[here], "pool", self.seed, number).argsort(kind="stable")
+                taken.append(here[order[max(start - number * size, 0) : stop - number * size]])
         return every.where(np.concatenate(taken))

@@ -143,7 +143,8 @@ class PairSet(QuestionSet):
 
     def more(self, each: list[Any], front: list[list[int]], visit_B: np.ndarray) -> dict[str, Tensor]:
         turn_B = (uniform_N(visit_B, "question/wrong") * 3).long().tolist()
-        wrong = [self.data.ids(self.data.wrong(turn, *of)) for of, turn in zip(each, turn_B, strict=True)]
+        data = self.data
+        wrong = [data.ids(data.reply(of, data.wrong(turn, *of))) for of, turn in zip(each, turn_B, strict=True)]
         text_BT, said_BT = self.data.replied(front, wrong)
         return {"text_neg": text_BT, "text_said_neg": said_BT}
 

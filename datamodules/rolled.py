@@ -146,11 +146,13 @@ class RolledDialogues(PooledDialogues):
         kwargs: as of that data.
 
     Raises:
-        ValueError: what PooledDialogues raises, fewer than two answers, or answers that make no whole steps.
+        ValueError: what PooledDialogues raises, ``drop``, fewer than two answers, or answers that make no whole steps.
     """
 
     def __init__(self, items: int = 32, group: int = 8, **kwargs: Any) -> None:
         super().__init__(items, **kwargs)
+        if self.drop:
+            raise ValueError(f"drop {self.drop}: the model answers to all that is there; leave it out")
         if group < 2:
             raise ValueError(f"group {group}: an answer is judged beside others to the same question; 2 are the fewest")
         if items * group % self.batch_size:

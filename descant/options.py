@@ -12,7 +12,7 @@ class Options(argparse.ArgumentParser):
     """``prog`` is ``descant COMMAND``; a fault is a Refusal that begins with the command. Nothing is abbreviated."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(*args, **(kwargs | {"allow_abbrev": False}))
 
     def error(self, message: str) -> NoReturn:
         stray = message.removeprefix("unrecognized arguments: ")

@@ -429,10 +429,14 @@ class Shard:
             for block in _blocks(tower):
                 fully_shard(block, reshard_after_forward=self.reshard_after_forward, **common)
         fully_shard(recipe, reshard_after_forward=False, **common)
-        # Lightning calls these, not forward; the root gathers and frees around them
-        for method in ("training_step", "validation_step", "test_step", "predict_step"):
+        # Lightning and callbacks call these, not forward; the root gathers and frees around them
+        for method in (*_STEPS, *_ANSWERS):
             if hasattr(recipe, method):
                 register_fsdp_forward_method(recipe, method)
+
+
+_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+_ANSWERS = ("generate", "roll_out", "reference", "likelihood")
 
 
 def _load_scalars(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:

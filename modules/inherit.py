@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,7 @@ class Inherit(Adapt):
 
 
 class Begin(Adapt):
-    """Begin with all weights that a run of the same parts left; its optimizer is not looked at.
+    """Begin with all weights that a run of the same parts left; its optimizer and its teacher are not looked at.
 
     Where a stage goes on from the one before it.
 
@@ -89,9 +89,19 @@ class Begin(Adapt):
     def __init__(self, path: Path | str, checkpoint: str = "best") -> None:
         self.path, self.checkpoint = path, checkpoint
 
+    def find(self) -> saved.Saved:
+        """Raises ValueError if there is no such run."""
+        return saved.find(self.path, self.checkpoint)
+
     def apply(self, recipe: nn.Module) -> None:
-        found = saved.find(self.path, self.checkpoint)
-        saved.load_exactly(recipe, saved.read_weights(found), found.weights)
+        found = self.find()
+        state = {key: value for key, value in saved.read_weights(found).items() if not key.startswith("distill.")}
+        theirs: Any = recipe  # a teacher of either is nobody's beginning
+        taught, theirs.distill = getattr(recipe, "distill", None), None
+        try:
+            saved.load_exactly(recipe, state, found.weights)
+        finally:
+            theirs.distill = taught
 
 
 def permuted(x: Tensor, name: str) -> Tensor:

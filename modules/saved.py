@@ -63,7 +63,7 @@ def find(path: Path | str, checkpoint: str = "best") -> Saved:
     if path.is_dir() and not (path / CONFIG).is_file() and (path / "latest" / CONFIG).is_file():
         path = (path / "latest").resolve()
     if path.is_file():
-        folder, weights = (path.parent.parent if path.parent.name in _PLACES else path.parent), path
+        folder, weights = (path.parent.parent if path.parent.name in (*_PLACES, *_NAMED) else path.parent), path
     elif path.is_dir():
         folder, weights = path, path / WEIGHTS
     else:
@@ -233,12 +233,15 @@ _policies: list[Callable[[str], None]] = [_ours]
 
 #: Folders of a run that hold checkpoints: those to be judged, and those to go on from.
 _PLACES = ("checkpoints", "resume")
+#: And those of which one is taken by its name only: what each stage left.
+_NAMED = ("stages",)
 
 
 def _checkpoint(folder: Path, which: str) -> Path:
     found = [f for place in _PLACES for f in (folder / place).glob("*.ckpt") if not f.name.startswith(".")]
     if which not in ("best", "last"):
-        named = next((f for f in (*(folder / place / which for place in _PLACES), Path(which)) if f.exists()), None)
+        places = [folder / place / which for place in (*_PLACES, *_NAMED)]
+        named = next((f for f in (*places, folder / which, Path(which)) if f.is_file()), None)
         if named is None:
             raise ValueError(f"{which}: no such checkpoint of {folder}; best, last or {_some(found)}")
         return named

@@ -33,6 +33,7 @@ from descant.modules.rows import running
 from descant.modules.step import Said
 from descant.modules.text import EOS
 from descant.modules.towers import Towers
+from descant.modules.trainer import data_parts
 from descant.recipes.base import Recipe
 
 
@@ -88,10 +89,11 @@ class Chat(Recipe):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        for name in ("image_token", "answer_token"):
-            mine, data = getattr(self, name), self.trainer.datamodule  # type: ignore[attr-defined]
-            if getattr(data, name, mine) != mine:
-                raise ValueError(f"{name} {mine}: the data has {getattr(data, name)}")
+        for data in data_parts(self.trainer):  # of every stage
+            for name in ("image_token", "answer_token"):
+                mine, its = getattr(self, name), getattr(data, name, getattr(self, name))
+                if its != mine:
+                    raise ValueError(f"{name} {mine}: {type(data).__name__} has {its}")
 
     # from a batch to what the model reads -------------------------------------------------------------------------
 
@@ -116,6 +118,13 @@ class Chat(Recipe):
         return h_BSW[sample_N, at_N - 1], row.ids_BS[sample_N, at_N], sample_N
 
     # training -----------------------------------------------------------------------------------------------------
+
+    def as_it_answers(self) -> None:
+        """Without dropout, and batch norms by their running statistics: for losses of what a model has answered, or of
+        how much likelier an answer is than to another model."""
+        for name, part in self.named_children():
+            if name in ("towers", "projector", "lm"):
+                part.eval()
 
     def terms(self, batch: Batch) -> dict[str, Term]:
         before_NW, token_N, sample_N = self.answered(batch)
@@ -170,7 +179,9 @@ class Chat(Recipe):
         h_BSW, row = self.sequence(batch)
         begins_BS = row.ids_BS == self.answer_token
         asked_BS = row.real_BS & (begins_BS.cumsum(dim=1) == begins_BS.int())
-        seed_R = batch.index.repeat_interleave(group) if seed_R is None else seed_R
+        if seed_R is None:
+            turn_R = torch.arange(len(batch) * group, device=batch.index.device) % group
+            seed_R = batch.index.repeat_interleave(group) + (turn_R << 40)  # the first of each as if it were alone
         how = sampling or Sampling()
         return generate_some(self.lm, h_BSW, asked_BS, new, group, stop, how, seed_R, row.position_BS)
 

@@ -40,6 +40,11 @@ class Preferred(Chat):
             raise ValueError("Preferred: gains over whom? model.distill, with a TeacherRun and no targets, says it")
         self.loss = loss or DPO()
 
+    def train(self, mode: bool = True) -> Preferred:
+        super().train(mode)
+        self.as_it_answers()  # as the policy that it is measured by does
+        return self
+
     def terms(self, batch: Batch) -> dict[str, Term]:
         return preference(self, batch, self.loss)
 

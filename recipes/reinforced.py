@@ -23,6 +23,7 @@ from descant.modules.batch import Batch
 from descant.modules.language import Generated, Sampling, log_probabilities
 from descant.modules.objective import Term
 from descant.modules.reinforce import Counts, Drawn, PolicyLoss
+from descant.modules.reinforce.policy import FAR
 from descant.modules.text import EOS, PAD
 from descant.recipes.chat import Chat
 
@@ -59,10 +60,7 @@ class Reinforced(Chat):
 
     def train(self, mode: bool = True) -> Reinforced:
         super().train(mode)
-        # what learns is what has answered: without dropout, and batch norms by their running statistics
-        for name, part in self.named_children():
-            if name in ("towers", "projector", "lm"):
-                part.eval()
+        self.as_it_answers()
         return self
 
     # beside the steps ---------------------------------------------------------------------------------------------
@@ -101,10 +99,10 @@ class Reinforced(Chat):
         return terms
 
     def watch(self, drawn: Drawn, seen: dict[str, Tensor]) -> None:
-        """Shares of clipped tokens, and how far the policy is from when it answered: the k3 estimate of their KL."""
+        """Shares of clipped tokens, and ``moved``: the k3 estimate of KL(when it answered || now)."""
         if self._trainer is None:
             return
         off_N = drawn.log_N.detach() - drawn.old_N
-        for name, x_N in {**seen, "moved": (-off_N).exp() + off_N - 1}.items():
+        for name, x_N in {**seen, "moved": off_N.clamp(-FAR, FAR).exp() - off_N - 1}.items():
             x_N = x_N[drawn.live_N]
             self.log(f"policy/{name}", x_N.mean() if len(x_N) else x_N.new_zeros(()), batch_size=len(drawn.live_B))

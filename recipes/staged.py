@@ -128,7 +128,7 @@ class Staged(Reinforced):
 
     def begin_stage(self, name: str) -> None:
         """With the weights as they are, or those that the stage is to load."""
-        self.stage = name
+        self.stage, self.step.said = name, None
         if self.now.load is not None:
             self.now.load.apply(self)
         self._choose()
@@ -150,8 +150,11 @@ class Staged(Reinforced):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if stage == "fit" and isinstance(data, InStages):
-            self.stage = data.stage  # the first one that has epochs; a checkpoint may know another
+        if stage == "fit":
+            for load in (one.load for one in self.stages.values() if one.load is not None):
+                load.find()  # now, and not when its stage begins
+            if isinstance(data, InStages):
+                self.stage = data.stage  # the first one that has epochs; a checkpoint may know another
 
     def configure_model(self) -> None:
         if self._configured:
@@ -166,6 +169,8 @@ class Staged(Reinforced):
             self._choose()
         if self.now.load is not None:
             self.now.load.apply(self)
+            if self.distill is not None:
+                self.distill.teacher.begin(self)
 
     def configure_optimizers(self) -> Any:
         return self.optimized(self.now.optimizer or self._optimizer, self.now.schedule or self._schedule)
@@ -176,7 +181,7 @@ class Staged(Reinforced):
         return int(self.trainer.datamodule.steps[self.stage])  # type: ignore[attr-defined]
 
     def train(self, mode: bool = True) -> Staged:
-        if isinstance(self.now.learns, Reinforce):
+        if isinstance(self.now.learns, Reinforce | Prefer):
             super().train(mode)
             return self
         nn.Module.train(self, mode)

@@ -310,7 +310,7 @@ class _State:
             return torch.bmm(to_own.softmax(dim=2), values).view(S, -1)
         of_prompt = self.prompt[i]
         T = of_prompt[0].shape[2]
-        to_prompt = torch.baddbmm(nothing, q.view(-1, g * Q, E), of_prompt[0], beta=0, alpha=E**-0.5)
+        to_prompt = torch.baddbmm(nothing, q.reshape(-1, g * Q, E), of_prompt[0], beta=0, alpha=E**-0.5)
         if self.hide is not None:
             to_prompt.view(S // g, -1, T).add_(self.hide[:, None])
         a = torch.cat([to_prompt.view(n, Q, T), to_own], dim=2).softmax(dim=2)

@@ -36,13 +36,13 @@ class Advantage:
         _, id_B = torch.unique(group_B, return_inverse=True)
         reward_B = summed(r_BK, w_K)
         advantage_B = self.value(r_BK, w_K, id_B).nan_to_num(0.0)
-        flat_BK = torch.stack([flat(x_B, id_B) for x_B in self.told_apart_by(r_BK, reward_B).unbind(1)], dim=1)
+        flat_BK = torch.stack([flat(x_B, id_B) for x_B in self.told_apart_by(r_BK, w_K, reward_B).unbind(1)], dim=1)
         return Judged(advantage_B, reward_B, flat_BK.all(dim=1))
 
     def value(self, r_BK: Tensor, w_K: Tensor, id_B: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def told_apart_by(self, r_BK: Tensor, reward_B: Tensor) -> Tensor:
+    def told_apart_by(self, r_BK: Tensor, w_K: Tensor, reward_B: Tensor) -> Tensor:
         """The numbers, a column each, that a group has to differ in."""
         return reward_B[:, None]
 
@@ -104,8 +104,8 @@ class EachScaled(Advantage):
         mean_B, std_B = statistics(s_B, torch.zeros_like(id_B))
         return (s_B - mean_B) / (std_B + EPSILON)
 
-    def told_apart_by(self, r_BK: Tensor, reward_B: Tensor) -> Tensor:
-        return r_BK
+    def told_apart_by(self, r_BK: Tensor, w_K: Tensor, reward_B: Tensor) -> Tensor:
+        return r_BK[:, w_K != 0]  # the others are only looked at
 
 
 def summed(r_BK: Tensor, w_K: Tensor) -> Tensor:

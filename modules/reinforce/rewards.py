@@ -5,10 +5,14 @@ Letters: B answers, K rewards.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
-import logging
 import math
 import re
+import select
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -73,27 +77,112 @@ class TaskAnswer(ExactAnswer):
 class NumericAnswer(Verifier):
     """1 for an expression of the same value ("1/2", "0.5"), else 0; does not apply where no number is right.
 
-    Expressions are read and compared by math-verify.
+    Expressions are read and compared by math-verify, in a process of its own: "9^9^9" takes five letters to say, and
+    all memory and time to work out. What takes longer than ``seconds``, or more than 2 GB, earns 0.
+
+    Args:
+        seconds: for one answer.
 
     Raises:
-        ValueError: without that package.
+        ValueError: without that package; in use, if the process cannot be started.
     """
 
-    def __init__(self) -> None:
-        try:
-            import math_verify
-        except ImportError:
-            raise ValueError("NumericAnswer needs the package math-verify: pip install math-verify") from None
-        self._parse, self._verify = math_verify.parse, math_verify.verify
-        for name in ("math_verify.parser", "math_verify.grader"):  # they say at length that the timeout is off
-            logging.getLogger(name).setLevel(logging.ERROR)
+    def __init__(self, seconds: float = 10.0) -> None:
+        if importlib.util.find_spec("math_verify") is None:
+            raise ValueError("NumericAnswer needs the package math-verify: pip install math-verify")
+        if not seconds > 0:
+            raise ValueError(f"NumericAnswer: seconds {seconds:g}: more than 0")
+        self.judge = Judge(_COMPARE, seconds)
 
     def __call__(self, answer: Answer) -> float | None:
-        # without its timeouts, which are signals: those are the trainer's
-        right = self._parse(answer.right, parsing_timeout=None)
-        if not right:
+        # what is right is read first, and alone: an answer that brings the judge down has still a right one
+        if not self.judge([answer.right]):
             return None
-        return float(self._verify(right, self._parse(answer.said, parsing_timeout=None), timeout_seconds=None))
+        return float(bool(self.judge([answer.right, answer.said])))
+
+
+#: Lines of JSON in, lines of JSON out: is it a number, or are these two the same? Without math-verify's own timeouts,
+#: which cannot stop arithmetic that is under way.
+_COMPARE = """
+import json, logging, resource, sys
+from functools import cache
+resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+import math_verify
+for name in ("math_verify.parser", "math_verify.grader"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+read = lambda text: math_verify.parse(text, parsing_timeout=None)
+known = cache(read)
+print(0, flush=True)
+for line in sys.stdin:
+    right, *said = json.loads(line)
+    try:
+        found = known(right)
+        if said:
+            found = math_verify.verify(found, read(said[0]), timeout_seconds=None)
+    except (MemoryError, OverflowError, ValueError, RecursionError):
+        found = False
+    print(json.dumps(bool(found)), flush=True)
+"""
+
+
+#: Seconds that a judge may take to load what it needs.
+_READY = 120.0
+
+
+class Judge:
+    """A Python program beside this one that answers a line of JSON by another; ended and begun anew where it is late.
+
+    ``judge(question)`` is what it says, or None where it says nothing within ``seconds``. Its first line says that it
+    is ready.
+
+    Raises:
+        ValueError: in use, for a program that is not ready within two minutes.
+
+    >>> echo = "import sys; print(0, flush=True); [print(line, end='', flush=True) for line in sys.stdin]"
+    >>> Judge(echo, seconds=9)({"six": 6})
+    {'six': 6}
+    """
+
+    def __init__(self, program: str, seconds: float) -> None:
+        self.program, self.seconds = program, seconds
+        self._process: subprocess.Popen[str] | None = None
+
+    def __call__(self, question: Any) -> Any:
+        if self._process is None:
+            pipe = subprocess.PIPE
+            command = [sys.executable, "-c", self.program]
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+            if not self._line(_READY):
+                self.end()
+                raise ValueError(f"{type(self).__name__}: its process did not begin")
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it is gone; then there is no line either
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+        line = self._line(self.seconds)
+        if not line:
+            self.end()
+            return None
+        return json.loads(line)
+
+    def _line(self, seconds: float) -> str:
+        assert self._process is not None and self._process.stdout is not None
+        ready, _, _ = select.select([self._process.stdout], [], [], seconds)
+        return self._process.stdout.readline() if ready else ""
+
+    def end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            with contextlib.suppress(BrokenPipeError):
+                self._process.communicate()
+            self._process = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_process": None}
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # at the end of the interpreter anything may be gone
+            self.end()
 
 
 class Format(Verifier):
@@ -136,9 +225,8 @@ class Part(Verifier):
 
     def __call__(self, answer: Answer) -> float | None:
         found = list(self.pattern.finditer(answer.said))
-        if not found:
-            return 0.0
-        return self.of(answer._replace(said=found[-1].group(1 if self.pattern.groups else 0)))
+        part = found[-1].group(1 if self.pattern.groups else 0) if found else None
+        return 0.0 if part is None else self.of(answer._replace(said=part))
 
 
 class JsonTable(Verifier):
@@ -163,7 +251,7 @@ class JsonTable(Verifier):
         if right is None:
             return None
         if not said:
-            return 0.0
+            return float(said == right)
         left = Counter(right)
         hits = 0
         for place, value in said:
@@ -236,9 +324,9 @@ class Rewards:
             raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
         if value is None:
             return math.nan
-        if not math.isfinite(value):
-            raise ValueError(f"{where}: {value}; a number, or None where it does not apply")
-        return value
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{where}: {value!r}; a number, or None where it does not apply")
+        return float(value)
 
 
 def plain(text: str) -> str:
@@ -253,11 +341,11 @@ def _cells(text: str) -> list[tuple[tuple[Any, str], Any]] | None:
     """((value of the row's first key, key), value) of each cell; None where the text is no table."""
     try:
         rows = json.loads(text)
-    except (ValueError, RecursionError):
+        if not isinstance(rows, list) or not all(isinstance(row, Mapping) and row for row in rows):
+            return None
+        return [cell for row in rows for cell in _row(row)]
+    except (ValueError, OverflowError, RecursionError):  # a whole number may be larger than any float
         return None
-    if not isinstance(rows, list) or not all(isinstance(row, Mapping) and row for row in rows):
-        return None
-    return [cell for row in rows for cell in _row(row)]
 
 
 def _row(row: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, str], Any]]:

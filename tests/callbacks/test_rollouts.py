@@ -7,17 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from descant.callbacks import Resume
 from descant.callbacks.rollouts import Rollouts
+from descant.datamodules.order import Slot, Window
 from descant.datamodules.pool import QuestionPool, QuestionRollouts
 from descant.datamodules.questions import Questions
+from descant.modules.configure import Shard
 from descant.modules.distill import Distill
 from descant.modules.language import Sampling
-from descant.modules.reinforce import KL, Clipped, LocalTokenMean, PolicyLoss, SequenceMean, TokenMean
+from descant.modules.reinforce import KL, Clipped, Drawn, LocalTokenMean, PolicyLoss, SequenceMean, TokenMean
 from descant.modules.reinforce.rewards import Answer, Rewards, Verifier
 from descant.modules.text import EOS, PAD
 from descant.recipes import Chat, Reinforced
@@ -173,6 +177,43 @@ def test_nothing_to_learn_is_said_and_changes_nothing(tmp_path: Path) -> None:
     assert equal(state(net), state(before))
 
 
+def test_a_problem_that_is_asked_twice_is_answered_anew(tmp_path: Path) -> None:
+    class Twice(QuestionRollouts):
+        def fresh(self, round: int, again: int = 0) -> Any:
+            every = super().fresh(round, again)
+            return every.where(np.zeros(N, dtype=int))
+
+    held = Twice(items=N, group=G, tiny=True, batch_size=N * G, size=24, length=64, kinds=["colour"])
+    seen, _ = run(tmp_path, short(), 1, data=held)
+    assert len({tuple(said) for said in seen.rolled[0]["said"].tolist()}) > G, "N times the same G answers"
+
+
+def test_an_answer_ends_where_its_row_does(tmp_path: Path) -> None:
+    held = data()
+    room = max(int((held.training_problems[Window([s], [s])].inputs["text"] != PAD).sum()) for s in slots(40))
+    held = QuestionRollouts(items=N, group=G, tiny=True, batch_size=N * G, size=24, length=room, kinds=KINDS)
+    net = reinforced(sampling=Sampling(temperature=50.0))  # hardly ever an end
+    seen, _ = run(tmp_path, short(), 1, net=net, data=held)
+    assert not seen.rolled[0]["ended"].all() and int(seen.rolled[0]["length"].min()) >= 1
+
+
+def slots(count: int) -> list[Slot]:
+    return [Slot(0, n, True) for n in range(count)]
+
+
+def test_how_far_it_moved_is_a_divergence_of_what_was_drawn(tmp_path: Path) -> None:
+    """With as many tokens of each kind as the old policy would draw, the estimate is KL(old || new) itself."""
+    old_V, new_V = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.9, 0.05, 0.05])
+    drawn_N = torch.tensor([0] * 5 + [1] * 3 + [2] * 2)
+    net = reinforced()
+    logged = {}
+    net.log = lambda name, value, **_: logged.update({name: float(value)})  # type: ignore[method-assign]
+    net._trainer = object()  # type: ignore[assignment]
+    sample_N, live_B = torch.zeros(10, dtype=torch.long), torch.tensor([True])
+    net.watch(Drawn(new_V.log()[drawn_N], old_V.log()[drawn_N], sample_N, torch.zeros(1), live_B, None), {})
+    assert logged["policy/moved"] == pytest.approx(float((old_V * (old_V / new_V).log()).sum()), rel=1e-5)
+
+
 def test_answers_that_were_cut_off_may_be_left_out(tmp_path: Path) -> None:
     rolled = run(tmp_path, short(cut="leave"), 1, reinforced(lr=0.0))[0].rolled[0]
     assert not rolled["live"][~rolled["ended"]].any() and rolled["live"].any()
@@ -273,6 +314,24 @@ def _stepped(rank: int, world: int, sham: Any) -> tuple[Tensor, Tensor]:
 
 
 # what cannot be ------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_split_over_ranks_answers_too() -> None:
+    (whole,), (split,) = (run_ranks(1, _answers, sharded) for sharded in (False, True))
+    assert torch.equal(whole, split)
+
+
+def _answers(rank: int, sharded: bool) -> Tensor:
+    net, held = reinforced(), Questions(tiny=True, batch_size=8, size=24, length=64, kinds=KINDS)
+    batch = held.on_after_batch_transfer(next(iter(held.train_dataloader())), 0)
+    if sharded:
+        torch.distributed.init_process_group("gloo")
+        mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("data_parallel",))
+        type(net).device_mesh = mesh  # type: ignore[assignment, method-assign]  # in this process alone
+        Shard().apply(net)
+    said = [net.roll_out(batch, G, torch.arange(8 * G)).token_RN]  # before any step
+    net.validation_step(batch, 0)
+    return torch.cat([x.flatten() for x in (*said, net.generate(batch, NEW))])
 
 
 def test_what_cannot_be(tmp_path: Path) -> None:

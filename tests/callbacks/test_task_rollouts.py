@@ -178,8 +178,14 @@ def test_answers_are_judged_by_task_without_any_picture(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda p: fit(p, net=network(Chat), data=QuestionRollouts(tiny=True)), "image_token None: the data has 8192"),
-        (lambda p: fit(p, net=_seeing(), data=TextTasks(**ASKED, batch_size=16)), "image_token 264: the data has None"),
+        (
+            lambda p: fit(p, net=network(Chat), data=QuestionRollouts(tiny=True)),
+            "image_token None: QuestionRollouts has 8192",
+        ),
+        (
+            lambda p: fit(p, net=_seeing(), data=TextTasks(**ASKED, batch_size=16)),
+            "image_token 264: TextTasks has None",
+        ),
         (lambda p: fit(p, odd(), net=reinforced(new=17), data=data()), "new 17: the data holds answers of 16 tokens"),
     ],
 )

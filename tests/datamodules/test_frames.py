@@ -173,6 +173,31 @@ def test_rollouts_ask_by_shares_and_go_on_where_they_stopped() -> None:
     assert len(set(stills)) == 8, "other ones, until all were asked"
 
 
+def asking(**options: Any) -> FrameRollouts:
+    given = dict[str, Any](group=2, tiny=True, batch_size=12, size=24, length=64, alpha=0.0) | options
+    return FrameRollouts(**given)
+
+
+def test_every_problem_is_asked_in_time_whatever_the_sizes() -> None:
+    data = asking(items=48, train={"still": 64, "stack": 64, "clip": 64})
+    asked = np.concatenate([data.fresh(round).key_N for round in range(40)])
+    assert len(set(asked)) == 192, "not the same few, where sizes and shares have factors in common"
+
+
+def test_a_small_source_comes_around_within_a_rollout() -> None:
+    data = asking(items=48, train={"still": 64, "stack": 64, "clip": 10})
+    (clips,) = (p.key_N[p.kind_N == data.every.index("clip")] for p in [data.fresh(0)])
+    assert len(clips) == 16 and len(set(clips)) == 10
+
+
+def test_the_sham_of_rollouts_asks_as_many_of_any_source() -> None:
+    sizes = {"still": 300, "stack": 48, "clip": 12}
+    method, sham = (asking(items=36, train=sizes, sham=how) for how in (None, "permute"))
+    shares = [np.bincount(np.concatenate([d.fresh(r).kind_N for r in range(30)]), minlength=3) for d in (method, sham)]
+    assert np.abs(shares[0] / shares[0].sum() - 1 / 3).max() < 0.01
+    assert abs(shares[1][0] / shares[1].sum() - 300 / 360) < 0.1
+
+
 class Long(Verifier):
     def __call__(self, answer: Answer) -> float | None:
         return float(len(answer.said))

@@ -23,10 +23,12 @@ from descant.datamodules.emoji import DEVELOPMENT_VENDOR
 from descant.datamodules.pool import QuestionRollouts
 from descant.datamodules.questions import PairSet, QuestionPairs, Questions
 from descant.datamodules.staged import During, StagedData, StagedOrder
+from descant.datamodules.tasks import Arithmetic, TextTasks
 from descant.modules.configure import Shard
 from descant.modules.distill import Distill
 from descant.modules.inherit import Begin
 from descant.modules.language.packing import through
+from descant.modules.language.positions import VisualSteps
 from descant.modules.reinforce import DPO, KL, PolicyLoss
 from descant.modules.reinforce.rewards import Answer, Rewards, Verifier
 from descant.modules.schedule import WarmupCosine
@@ -207,6 +209,9 @@ class Loaded(Begin):
         super().__init__("nowhere")
         self.weights = weights
 
+    def find(self) -> Any:
+        """Nothing is looked for."""
+
     def apply(self, recipe: Any) -> None:
         recipe.load_state_dict(self.weights)
 
@@ -227,6 +232,78 @@ def test_a_reference_is_what_the_stage_began_with(tmp_path: Path) -> None:
     mine = {name: x for name, x in kept.weights[3].items() if not name.startswith("distill.")}
     its = {name: x for name, x in state(reference).items() if name in mine}
     assert equal(its, mine) and changed(mine, {name: state(net)[name] for name in mine})
+
+
+def left(folder: Path, net: Any) -> Path:
+    """What a stage of another run left."""
+    (folder / "stages").mkdir(parents=True)
+    (folder / "config.yaml").write_text("model: {class_path: descant.recipes.Staged}\n")
+    torch.save({"state_dict": state(net)}, folder / "stages" / "answers.ckpt")
+    return folder
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_reference_is_what_the_stage_loaded_whoever_taught_that(tmp_path: Path, first: bool) -> None:
+    other = model(distill=Distill(TeacherStage()))
+    other.configure_model()  # it has a reference of its own, which is nobody's beginning
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1)
+    stages = {} if first else {"answers": Stage()}
+    begin = Begin(left(tmp_path / "other", other), "answers.ckpt")
+    stages |= {"reward": Stage(Reinforce(PolicyLoss(kl=KL(0.1))), load=begin)}
+    held = data()
+    held = StagedData({name: held.stages[name] for name in stages})
+    net, kept = model(stages, distill=Distill(TeacherStage())), Kept()
+    run(tmp_path, kept, net=net, data=held)
+    wanted = {name: x for name, x in state(other).items() if not name.startswith("distill.")}
+    taught: Any = net.distill
+    its = state(taught.teacher.average)
+    assert equal({name: its[name] for name in wanted if name in its}, {n: x for n, x in wanted.items() if n in its})
+    assert len(its) > 10 and changed(wanted, {name: state(net)[name] for name in wanted})
+
+
+def test_what_a_stage_left_is_found_by_its_name_and_missed_before_training(tmp_path: Path) -> None:
+    run_of = left(tmp_path / "other", model())
+    for path, name in (
+        (run_of, "answers.ckpt"),
+        (run_of, "stages/answers.ckpt"),
+        (run_of / "stages/answers.ckpt", "best"),
+    ):
+        assert Begin(path, name).find().weights == run_of / "stages" / "answers.ckpt"
+    stages = model().stages
+    stages["reward"].load = Begin(run_of, "reward.ckpt")
+    with pytest.raises(ValueError, match=r"reward.ckpt: no such checkpoint of .*other"):
+        run(tmp_path, net=model(stages))
+
+
+def test_tokens_of_every_stage_are_those_of_the_model(tmp_path: Path) -> None:
+    sums = TextTasks({"sums": Arithmetic(digits=1)}, batch_size=16, tiny=True)
+    held = StagedData({"sums": During(sums, 1, 1), "answers": During(Questions(**SEEN), 1, 1)}, evaluate="answers")
+    net = model({"sums": Stage(), "answers": Stage()})
+    with pytest.raises(ValueError, match=r"answer_token 8193: TextTasks has \d+"):
+        fit(tmp_path, Stages(), net=net, data=held, max_epochs=-1, limit_val_batches=0)
+
+
+def test_preferences_begin_at_no_preference_though_towers_look_at_the_batch() -> None:
+    held = QuestionPairs(batch_size=8, kinds=["name", "count"], **SEEN)
+    batch = held.on_after_batch_transfer(next(iter(held.train_dataloader())), 0)
+    stages = {"pairs": Stage(Prefer(DPO(0.3)))}
+    net = model(stages, visual=VisualSteps(0.25, drawn=[1.0, 0.25]), distill=Distill(TeacherStage()))
+    net.distill.prepare(net)  # type: ignore[union-attr]
+    net.train()
+    assert torch.allclose(net.terms(batch)["preference"].value, torch.tensor(math.log(2)), atol=1e-6)
+
+
+def test_a_wrong_answer_of_a_pair_is_behind_a_thought_where_the_right_one_is() -> None:
+    held = QuestionPairs(batch_size=8, think=True, **SEEN)
+    batch = next(iter(held.train_dataloader()))
+    for b in range(8):
+        right, wrong = (
+            held.spell(batch.inputs[f"text{end}"][b][batch.inputs[f"text_said{end}"][b]].tolist())
+            for end in ("", "_neg")
+        )
+        assert right != wrong and right.split(" answer ")[0] == wrong.split(" answer ")[0]
 
 
 # going on -----------------------------------------------------------------------------------------------------------

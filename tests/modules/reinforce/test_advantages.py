@@ -105,3 +105,10 @@ def test_a_small_reward_is_heard_beside_a_large_one_if_each_is_scaled() -> None:
 def test_no_answer_at_all() -> None:
     judged = GroupScaled()(torch.zeros(0, 1), torch.ones(1), torch.zeros(0, dtype=torch.long))
     assert [len(x) for x in judged] == [0, 0, 0]
+
+
+def test_a_reward_that_is_only_looked_at_makes_no_group_live() -> None:
+    r_BK = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0], [1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+    judged = EachScaled()(r_BK, torch.tensor([1.0, 0.0]), torch.tensor([0, 0, 0, 0, 1, 1]))
+    assert judged.flat_B.tolist() == [True] * 4 + [False] * 2
+    assert judged.advantage_B[:4].unique().numel() == 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
+import copy
+import importlib.util
 import json
 import math
 from typing import Any
@@ -14,6 +15,7 @@ from descant.modules.reinforce.rewards import (
     ExactAnswer,
     Format,
     JsonTable,
+    Judge,
     NumericAnswer,
     Overlong,
     Part,
@@ -116,14 +118,41 @@ def test_expressions_of_the_same_value() -> None:
     assert numeric(Answer("0.5", "pear")) is None
 
 
+def test_an_answer_that_takes_for_ever_earns_nothing_and_the_next_is_judged() -> None:
+    pytest.importorskip("math_verify")
+    numeric = NumericAnswer(seconds=2.0)
+    said = ["9^9^9", "1/2", "10^{10^{10}}", "9" * 5000, "0.5"]
+    assert [numeric(Answer(text, "1/2")) for text in said] == [0, 1, 0, 0, 1]
+    assert copy.deepcopy(numeric)(Answer("0.5", "1/2")) == 1, "a judge of its own"
+
+
+def test_a_judge_that_falls_silent_or_dies_is_begun_anew() -> None:
+    program = """
+import sys, time
+print(0, flush=True)
+for line in sys.stdin:
+    n = int(line)
+    time.sleep(60 * (n == 1))
+    assert n != 2
+    print(n, flush=True)
+"""
+    judge = Judge(program, seconds=1.0)
+    assert [judge(n) for n in (3, 1, 4, 2, 5)] == [3, None, 4, None, 5]
+    with pytest.raises(ValueError, match="its process did not begin"):
+        Judge("1 / 0", seconds=1.0)(3)
+
+
+def test_what_a_model_may_say_never_ends_the_run() -> None:
+    part = Part(r"answer (\d+)|none", ExactAnswer())
+    assert [part(Answer(said, "7")) for said in ("none", "answer 7", "")] == [0, 1, 0]
+    table = JsonTable()
+    assert table(Answer('[{"a": 1' + "0" * 400 + "}]", json.dumps(TABLE))) == 0
+    assert table(Answer("[]", "[]")) == 1 and table(Answer("[]", json.dumps(TABLE))) == 0
+    with pytest.raises(ValueError, match=r"reward 'mine' of the answer 'a': 'no'; a number, or None"):
+        Rewards({"mine": Says("no")})([Answer("a", "a")])  # type: ignore[arg-type]
+
+
 def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name == "math_verify":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"NumericAnswer needs the package math-verify: pip install math-verify"):
         NumericAnswer()
