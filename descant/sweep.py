@@ -69,7 +69,7 @@ def main(args: Sequence[str]) -> int:
         fail("sweep: --vary seed_everything: seeds are --seeds 3")
     for point in points:
         _look(request, point)
-    words = [word for word in theirs if not word.startswith("--runs")]
+    words = _words(theirs)
     folder = Path(request.option("runs") or "runs") / "sweeps" / f"{request.configs[0].stem}-{_digest(request)}"
     if given.slurm is not None:
         return _submit(given.slurm, given.vary, seeds, words, folder)
@@ -127,8 +127,22 @@ def _digest(request: Request) -> str:
     shared = hashlib.sha256()
     for file in request.configs:
         shared.update(file.read_bytes())
-    shared.update(repr([option for option in request.options if option[0] != "runs"]).encode())
+    options = [option for option in request.options if option[0] != "runs"]
+    shared.update(repr(options).encode())
+    for file in (Path(value) for _, value in options if value and len(value) < 256):
+        if file.suffix in (".yaml", ".yml", ".json") and file.is_file():
+            shared.update(file.read_bytes())
     return shared.hexdigest()[:8]
+
+
+def _words(args: Sequence[str]) -> list[str]:
+    """The same without where runs are.
+
+    >>> _words(["--config", "a", "--runs", "b", "--runs=c", "--name.help"])
+    ['--config', 'a', '--name.help']
+    """
+    values = {n + 1 for n, word in enumerate(args) if word == "--runs"}
+    return [word for n, word in enumerate(args) if n not in values and word.partition("=")[0] != "--runs"]
 
 
 def _label(point: dict[str, str]) -> str:
@@ -167,6 +181,10 @@ def _submit(options: str, vary: Sequence[str], seeds: Sequence[int], words: Sequ
     from descant import submit
 
     axes = [word for text in (*vary, f"seed_everything={','.join(map(str, seeds))}") for word in ("--array", text)]
-    code = submit.main([*shlex.split(options), *axes, "--", "fit", *words, f"--runs={folder}", "--name=sweep"])
+    try:
+        given = shlex.split(options)
+    except ValueError as error:
+        fail(f"sweep: --slurm {options!r}: {error}")
+    code = submit.main([*given, *axes, "--", "fit", *words, f"--runs={folder}", "--name=sweep"])
     say(f"sweep: when they have ended: descant compare sweep --runs {folder}")
     return code
