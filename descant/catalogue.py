@@ -40,9 +40,12 @@ def find(name: str) -> Path:
     Raises:
         Refusal: if there is neither.
     """
-    file = Path(name).expanduser()
-    if file.is_file():
-        return file.resolve()
+    try:
+        file = Path(name).expanduser()
+        if file.is_file():
+            return file.resolve()
+    except (OSError, RuntimeError):  # longer than any name may be, or the home of nobody
+        pass
     known = shipped()
     plain = name.removesuffix(".yaml").removeprefix("experiments/")
     if plain in known:

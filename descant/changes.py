@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from descant.document import load
 from descant.errors import fail, say
 
 #: Where a run is made and how it is watched: none of these changes what is learned.
@@ -30,7 +31,7 @@ def require_unchanged(checkpoint: Path, config: str, allowed: bool) -> None:
     file = checkpoint.parent.parent / "config.yaml"
     if not file.is_file():
         return  # a resume point by itself: it tells of data, seed and recipe
-    found = list(changes(yaml.safe_load(file.read_text(encoding="utf-8")), yaml.safe_load(config)))
+    found = list(changes(load(file).plain, yaml.safe_load(config)))
     for key, then, now in found[:_MOST]:
         say(f"{key.replace('.init_args', '')}: {then} in the run, {now} here")
     more = f" ({len(found) - _MOST} more)" if len(found) > _MOST else ""

@@ -22,13 +22,14 @@ class Node:
     """One value: ``content`` is a dict of nodes, a list of nodes, or a plain value.
 
     ``where`` names file and line (or the option) that wrote it; relative files in it are of ``folder``.
-    ``raw`` is the text of a value from the command line, else None.
+    ``raw`` is the text of a value from the command line, else None. ``typed``: whether it is from there.
     """
 
     content: Any
     where: str
     folder: Path
     raw: str | None = None
+    typed: bool = False
 
     @property
     def plain(self) -> Any:
@@ -79,6 +80,8 @@ def option(key: str, text: str) -> Node:
     node.raw = text
     for part in reversed(key.split(".")):
         node = Node({part: node}, where, here)
+    for child in (node, *(child for _, child in node.walk())):
+        child.typed = True
     return node
 
 
@@ -102,6 +105,8 @@ def _parse(text: str, name: str, folder: Path, lines: bool = True) -> Node:
         return Node(None, name, folder) if root is None else _convert(root, loader, name, folder, lines, left)
     except RecursionError:
         raise Refusal(f"{name}: nested too deeply, or within itself") from None
+    except (ValueError, TypeError, AttributeError) as error:  # of a value that is not what it looks like, such as 0x_
+        raise Refusal(f"{name}: not valid YAML: {' '.join(str(error).split())}") from error
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise Refusal(f"{name}{line}: not valid YAML: {error.problem}") from error
@@ -124,6 +129,8 @@ def _convert(node: yaml.Node, loader: Any, name: str, folder: Path, lines: bool,
         return Node(loader.construct_object(node), where, folder)
     seen: set[str] = set()
     for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise Refusal(f"{name}:{key.start_mark.line + 1}: a key is a word, and this is not one")
         if key.tag != _MERGE and key.value in seen:
             raise Refusal(f"{name}:{key.start_mark.line + 1}: {key.value}: said twice")
         seen.add(key.value)

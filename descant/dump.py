@@ -136,7 +136,7 @@ def read(command: str) -> Written | None:
 def write() -> None:
     """Have it written down by a process in which nothing else is loaded; quietly, since it helps the next call only."""
     if not place().exists():
-        subprocess.run([sys.executable, "-m", "descant.dump"], capture_output=True, check=False)
+        subprocess.run([sys.executable, "-P", "-m", "descant.dump"], capture_output=True, check=False)
 
 
 # how it is made -----------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ class Origin:
 
     def _walk(self, node: Node, place: Place) -> None:
         if isinstance(node.content, dict):
-            if place in self._length and node.where.startswith("--"):
+            if place in self._length and node.typed:
                 place = (*place, self._length[place] - 1)  # an option below a list speaks of its last item
             for key, child in node.content.items():
                 if key == "init_args":

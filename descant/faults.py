@@ -32,6 +32,8 @@ def explain(error: BaseException, building: bool, trust: Sequence[str] = ()) -> 
     error = _root(error)
     if type(error).__name__ == "MisconfigurationException":
         return one_line(error)
+    if building and isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
+        return one_line(error)  # of dict_kwargs
     if not isinstance(error, _REQUESTS):
         return None
     names = [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]

@@ -31,8 +31,7 @@ _OPTIONS = {
     "--model.KEY, --data.KEY": "any argument of the recipe or of the data",
     "--trainer.callbacks+=NAME": "add a callback",
     "--explain": "where each value comes from: file and line, option or default",
-    "--debug": "the whole traceback of an error, in place of its line",
-    "--print_config": "the composed configuration, and no run",
+    "--print_config, --debug": "the composed configuration and no run; tracebacks in place of lines",
 }
 _NOT_FIT = ("--ckpt_path best|last|PATH",)
 #: Commands that run no experiment.

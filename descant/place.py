@@ -99,7 +99,9 @@ def _checkpoint(source: Path | None, wanted: str | None) -> Path | None:
         path = Path(str(wanted))
         if not path.exists():
             fail(f"--ckpt_path {wanted}: no such checkpoint; best, last or a path")
-        why = manifest.fault(path) if path.is_file() else None
+        if path.is_dir():  # of torch.distributed, whose index is a pickle
+            fail(f"--ckpt_path {wanted}: a folder; a checkpoint is one file")
+        why = manifest.fault(path)
         if why not in (None, manifest.NONE):
             fail(f"--ckpt_path {wanted}: {why}{_nearest(path, safe=False)}")
         return path.resolve()

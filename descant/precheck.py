@@ -62,6 +62,7 @@ class Walk:
         self.places: dict[Path_, str] = {}
         self.given: dict[Path_, set[str]] = {}
         self.last: dict[Path_, Path_] = {}  # list -> its last item
+        self.added = 0  # items that options have added
 
     def default(self, place: Sequence[str | int]) -> str | None:
         """The default at a place, as text; None where there is none, or nobody knows."""
@@ -75,7 +76,7 @@ class Walk:
         for key, node in root.walk():
             if key == "class_path" and isinstance(node.content, str) and "." in node.content:
                 self._allowed(node.content, node.where)
-        if not (root.where.startswith("--") or root.folder.is_relative_to(ROOT.resolve())):
+        if not (root.typed or root.folder.is_relative_to(ROOT.resolve())):
             self._guarded(root, ())
         keys = self.schema.command()
         groups = {key.split(".")[0] for key in keys if "." in key}
@@ -99,7 +100,7 @@ class Walk:
                     trust.guard(key, child.plain, self.trusted, of)
                 except Refusal as refusal:
                     raise Refusal(f"{_at(child, (*path, key))}: {refusal}") from None
-                self._guarded(child, *((path, of) if key == "init_args" else ((*path, key), None)))
+                self._guarded(child, *((path, of) if key in _SPEC else ((*path, key), None)))
         elif isinstance(node.content, list):
             for item in node.content:
                 self._guarded(item, path, None)
@@ -138,8 +139,9 @@ class Walk:
             for number, item in enumerate(node.content):
                 self._item(item, items, base, f"{number}@{item.where}")
         elif path != base and items is not None:
-            self._item(node, items, base, f"@{node.where}{len(self.last)}")
-        elif isinstance(node.content, dict) and node.where.startswith("--") and items and base in self.last:
+            self.added += 1
+            self._item(node, items, base, f"@{node.where}{self.added}")
+        elif isinstance(node.content, dict) and node.typed and items and base in self.last:
             self._typed(node, items, self.last[base])  # an option below a list speaks of its last item
         elif classes := schema.classes(kind):
             self._class(node, kind, classes, path)
@@ -161,9 +163,18 @@ class Walk:
         if isinstance(node.content, str):
             text = node.content
             if schema.takes_text(kind) and text not in names.table() and text not in self.schema.names(classes):
-                return
-            node = self._file(node) if _is_file(text) else Node({"class_path": node}, node.where, node.folder)
+                if not (node.folder / text).is_file():
+                    self._forget(path)
+                    return
+                node = self._file(node)  # the parser reads it, whatever its name
+            elif _is_file(text):
+                node = self._file(node)
+            else:
+                node = Node({"class_path": node}, node.where, node.folder, typed=node.typed)
         if not isinstance(node.content, dict):
+            if not schema.fits(kind, node.content):
+                raise Refusal(f"{_at(node, path)}: expected {schema.in_words(kind)}, got {_short(node.plain)}")
+            self._forget(path)  # what stood there before is gone, and what it needed
             return
         content = node.content
         if "class_path" in content:
@@ -177,11 +188,10 @@ class Walk:
         if path not in self.classes:
             return
         if "class_path" in content or "init_args" in content:
-            inner = content.get("init_args", Node({}, node.where, node.folder))
+            inner = content.get("init_args", Node({}, node.where, node.folder, typed=node.typed))
         else:
-            inner = Node({k: v for k, v in content.items() if k != "dict_kwargs"}, node.where, node.folder)
-        if inner.content is None:
-            return
+            told = {k: v for k, v in content.items() if k != "dict_kwargs"}
+            inner = Node(told, node.where, node.folder, typed=node.typed)
         if not isinstance(inner.content, dict):
             raise Refusal(f"{_at(inner, path)}: init_args are keys, got {_short(inner.plain)}")
         self._arguments(inner, path)
@@ -223,6 +233,10 @@ class Walk:
         self.unknown.discard(path)
         if before is not None and before.path == cls.path:
             return
+        if before is not None:
+            for child in [child for child in self.classes if child[: len(path)] == path and child != path]:
+                if child[len(path)].partition("@")[0] not in cls.keys:
+                    self._forget(child)  # of the class before it alone
         self.classes[path], self.places[path] = cls, where
         self.given[path] = {key for key in self.given.get(path, ()) if key in cls.keys}
 
@@ -269,7 +283,7 @@ def _dots(path: Path_) -> str:
 
 def _at(node: Node, path: Path_) -> str:
     """``FILE:LINE: KEY``; an option says its key already."""
-    return node.where if node.where.startswith("--") else f"{node.where}: {_dots(path)}"
+    return node.where if node.typed else f"{node.where}: {_dots(path)}"
 
 
 def _dotted(actions: Mapping[str, Any]) -> set[str]:

@@ -83,5 +83,5 @@ def _start(task: Task, jobs: int) -> _Job:
     threads = str(max((os.cpu_count() or 1) // jobs, 1))
     log = task.log.open("wb")
     environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    command = [sys.executable, "-m", "descant", *task.words]
+    command = [sys.executable, "-P", "-m", "descant", *task.words]  # -P: not what lies about here
     return _Job(task, subprocess.Popen(command, stdout=log, stderr=log, env=environment), log)

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from descant.errors import fail
+
 _START = r"""
 trap : TERM USR1 INT  # signals are for the ranks, which save; this script waits for them
 unset ${!MASTER_@} ${!TORCHELASTIC_@} RANK LOCAL_RANK WORLD_SIZE DESCANT_RUN_DIR
@@ -97,6 +99,8 @@ def _options(given: argparse.Namespace, folder: Path, tasks: int) -> list[str]:
 
 
 def _quoted(text: str) -> str:
+    if not text.isprintable() or '"' in text:  # a line of its own would be run
+        fail(f"submit: {text!r}: a name of printable letters, without quotation marks")
     return f'"{text}"' if re.search(r"\s", text) else text
 
 
@@ -108,7 +112,7 @@ def _step(given: argparse.Namespace, command: str, *args: str) -> str:
         after = first + (1 if "=" in "".join(rest[first : first + 1]) else 2)
         rest[after:after] = ["--config", "on/slurm"]
     rest += ["--trainer.num_nodes", str(given.nodes), "--trainer.devices", str(given.tasks_per_node)]
-    lines = [f"{shlex.quote(sys.executable)} -m descant {command}"]
+    lines = [f"{shlex.quote(sys.executable)} -P -m descant {command}"]
     for arg in rest:
         if arg.startswith("--") or arg == "-c":
             lines.append(shlex.quote(arg))

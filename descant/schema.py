@@ -181,5 +181,5 @@ def _number(text: str) -> Any:
 
     try:
         return yaml.load(text, get_yaml_default_loader())  # safe: it is a SafeLoader that reads 1e-3 as a number
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError):  # 0x_ looks like a number, and is none
         return text

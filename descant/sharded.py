@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 
@@ -24,6 +27,12 @@ class Sharded(ModelParallelStrategy):
     def _setup_distributed(self) -> None:
         super()._setup_distributed()
         self._data_parallel_size = dist.get_world_size()  # known here, and read next
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Raises ValueError for a folder: the index of one is a pickle, which may run anything."""
+        if Path(checkpoint_path).is_dir():
+            raise ValueError(f"{checkpoint_path}: a folder; a checkpoint is one file")
+        return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
 
     def teardown(self) -> None:
         super().teardown()

@@ -26,6 +26,7 @@ from torch import Tensor
 from descant import names
 from descant.errors import hint, one_line
 from descant.schema import Entry, Key, Part, Type, Unknown, kinds
+from descant.trust import allowed
 
 _UNIONS = (Union, types.UnionType)
 _LISTS = (list, tuple, set, abc.Sequence, abc.Iterable, abc.Collection)
@@ -64,7 +65,9 @@ class Live:
     def find(self, name: str, kinds_: Sequence[Part]) -> Entry:
         found = self._full(name, kinds_) if "." in name else self._short(name, kinds_)
         if not inspect.isclass(found):
-            raise Unknown(name)
+            if allowed(name):  # a function would be called, and does what it does
+                raise LookupError(f"{name} is no class")
+            raise Unknown(name)  # of the user's own
         if not issubclass(found, self._of(kinds_)):
             raise LookupError(f"{name} is not of kind {kinds(kinds_)}{hint(name, self.names(kinds_), 0)}")
         return self.entry(found, max(part.get("skip", 0) for part in kinds_ if isinstance(part, dict)))

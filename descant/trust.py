@@ -46,7 +46,7 @@ DENIED = (
         "transformers.commands",
     ),
     *("transformers.cli", "transformers.utils"),
-    *("descant.cli", "descant.__main__"),
+    *("descant.cli", "descant.__main__", "descant.load", "descant.loading", "descant.Embedder"),
 )
 
 #: What ``--trust`` may name beside modules, and what is then allowed to configurations that are files.
@@ -58,7 +58,12 @@ WORDS = {
 #: Key -> the word that a file needs to say it. On the command line it is the user who says it.
 _GUARDED = {"allow_pipes": "shell", "accept": "packages"}
 #: Keys that say where to write: below the run's folder, RUN, or a name in it.
-_PLACES = ("dirpath", "save_dir", "log_dir", "root_dir", "default_root_dir", "cache", "cache_dir")
+_PLACES = (
+    *("dirpath", "save_dir", "log_dir", "root_dir", "default_root_dir", "cache", "cache_dir", "store_dir"),
+    *("exclude_batches_path", "nvme_path", "tracking_uri", "offline_directory"),
+)
+#: The same of some classes, whose keys mean other things elsewhere.
+_PLACES_OF = {"Resume": "folder", "Freeze": "folder", "Cached": "folder", "WandbLogger": "dir"}
 _NAMES = ("name", "version", "sub_dir", "filename", "runs")
 _trusted: set[str] = set()
 
@@ -101,13 +106,16 @@ def guard(key: str, value: Any, trust: Sequence[str] = (), of: Any = None) -> No
     >>> guard("dirpath", "RUN/checkpoints"), guard("allow_pipes", False), guard("dirpath", "/etc", ["writes"])
     (None, None, None)
     """
+    key = key.removesuffix("+").rpartition(".")[2]
     word, why = _GUARDED.get(key), "" if value in (None, False, []) else "a file may not say that"
     parts = PurePath(value).parts if isinstance(value, str) else ()
     leaves = bool(parts) and (".." in parts or PurePath(*parts).is_absolute() or parts[0].startswith("~"))
-    if (key in _PLACES or (str(of).endswith("Resume") and key == "folder")) and parts:
+    if (key in _PLACES or _PLACES_OF.get(str(of).rpartition(".")[2]) == key) and parts:
         word, why = "writes", "" if parts[0] == "RUN" and not leaves else f"{value} is outside the run's folder, RUN"
     elif key in _NAMES and parts:
-        word, why = "writes", f"{value} leads out of the run's folder" if leaves else ""
+        odd = not str(value).isprintable() or '"' in str(value)  # in the script of a job it would be more than a name
+        why = f"{value} leads out of the run's folder" if leaves else "no letter of a name" if odd else ""
+        word = "writes"
     if word is not None and why and word not in trust:
         raise Refusal(f"{why}: --trust {word} lets a configuration {WORDS[word]}; an option may say it, too")
 
@@ -117,9 +125,12 @@ def enforce(trust: Sequence[str] = ()) -> None:
     from jsonargparse import set_parsing_settings
 
     forgotten = sorted(_trusted - set(trust))  # settings are global: what an earlier call trusted is trusted no more
-    set_parsing_settings(
-        import_path_denylist=["*", *DENIED, *forgotten],
-        import_path_allowlist=[*ALLOWED, *(name for name in trust if name not in WORDS)],
-        instantiate_subclass_spec_in_any=False,
-    )
+    try:
+        set_parsing_settings(
+            import_path_denylist=["*", *DENIED, *forgotten],
+            import_path_allowlist=[*ALLOWED, *(name for name in trust if name not in WORDS)],
+            instantiate_subclass_spec_in_any=False,
+        )
+    except ValueError as error:  # such as jsonargparse itself, by which anything could be made
+        raise Refusal(f"--trust {' '.join(trust)}: {' '.join(str(error).split())}") from None
     _trusted.update(trust)

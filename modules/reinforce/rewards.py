@@ -150,7 +150,7 @@ class Judge:
     def __call__(self, question: Any) -> Any:
         if self._process is None:
             pipe = subprocess.PIPE
-            command = [sys.executable, "-c", self.program]
+            command = [sys.executable, "-P", "-c", self.program]
             self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
             if not self._line(_READY):
                 self.end()

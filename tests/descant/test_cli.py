@@ -293,7 +293,7 @@ def test_check_refuses_what_fit_refuses_at_setup(toy: Cli) -> None:
 def test_check_of_answers_that_nobody_has_drawn_yet(cli: Cli) -> None:
     stages = [f"--data.stages.{name}.epochs=0" for name in ("captions", "answers")]
     result = cli("check", "--config", "staged/emoji_vqa", "--config", "on/tiny", *stages)
-    assert result.rc == 0 and "of answers, which the first step draws" in result.out
+    assert result.rc == 0 and "of answers, which come first" in result.out
 
 
 def test_help_of_the_console_script() -> None:

@@ -78,7 +78,7 @@ def test_a_command_prints_it(
     dump.place().write_text(json.dumps(written_content))
     assert json.loads(cli("schema").out)["properties"]["model"]
     assert json.loads(cli("schema", "data").out)["title"] == "Descant: data"
-    assert cli("schema", "modle").refusal == "schema modle: nothing, or data"
+    assert cli("schema", "modle").refusal == "schema modle: nothing, data or claim"
     assert "yaml-language-server" in cli("schema", "--help").out
 
 

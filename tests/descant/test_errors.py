@@ -209,6 +209,66 @@ def test_faults_of_the_program_keep_their_traceback(toy: Cli) -> None:
         toy("fit", "--model.explode", "type")
 
 
+#: Values where a class or keys are wanted, each laid over contrastive/emoji: the line names the place.
+NO_CLASS = {
+    "data: {class_path: Mixture, init_args: {batch_size: 8, parts: {a: 3}}}": "data.parts.a: expected ",
+    "model: {init_args: {adapt: [3]}}": "model.adapt: expected ",
+    "model: {init_args: {towers: 3}}": "model.towers: expected ",
+    "model: {class_path: Contrastive, init_args: null}": "model: init_args are keys, got None",
+    "model: null": "no model: --config NAME chooses",
+    "trainer: {callbacks: 3}": "trainer.callbacks: expected ",
+    "trainer: {callbacks+: 3}": "trainer.callbacks: expected ",
+    "trainer: {callbacks: [null]}": "trainer.callbacks: expected ",
+    "trainer: {logger: [3]}": "trainer.logger: expected ",
+    "model: {class_path: Contrastive, dict_kwargs: {foo: 1}}": "foo",
+}
+
+
+#: What only the whole shows.
+NOWHERE = ("model: null", "model: {class_path: Contrastive, dict_kwargs: {foo: 1}}")
+
+
+@pytest.mark.parametrize("text", NO_CLASS)
+def test_what_is_no_class_is_told_with_its_place(cli: Cli, workplace: Path, text: str) -> None:
+    (workplace / "over.yaml").write_text(text)
+    line = cli("check", "--config=contrastive/emoji", "--config=over.yaml").refusal
+    assert NO_CLASS[text] in line and (line.startswith("over.yaml:1: ") or text in NOWHERE), line
+
+
+def test_what_is_put_in_place_of_a_class_needs_nothing_of_that_class(cli: Cli, workplace: Path) -> None:
+    (workplace / "own.yaml").write_text(
+        "data: {class_path: Own, init_args: {batch_size: 8, stream: {class_path: Stream}}}"
+    )
+    (workplace / "taught.yaml").write_text("model: {init_args: {distill: {class_path: Distill}}}")
+    base = ("check", "--config=contrastive/emoji", "--config=on/tiny")
+    assert cli(*base, "--config=own.yaml", "--data", "emoji", "--data.size=32").rc == 0
+    assert cli(*base, "--config=taught.yaml", "--config=with/no-teacher").rc == 0
+    assert "Distill needs it" in cli(*base, "--config=taught.yaml").refusal
+
+
+def test_two_added_items_are_two(cli: Cli) -> None:
+    added = ("--trainer.callbacks+", "KNN", "--trainer.callbacks+", "Retrieval")
+    line = cli("check", "--config=contrastive/emoji", *added).refusal
+    assert "KNN needs it" in line and "target" in line
+
+
+@pytest.mark.parametrize("words", [("--config", "~nobodyx/x.yaml"), ("--config", "x" * 300)])
+def test_a_file_that_cannot_be(cli: Cli, words: tuple[str, ...]) -> None:
+    assert "no such file" in cli("check", *words).refusal
+
+
+@pytest.mark.parametrize("words", [("--name", "._"), ("--model.width", "0x_")])
+def test_what_looks_like_a_number_and_is_none(cli: Cli, words: tuple[str, ...]) -> None:
+    done = cli("check", "--config=contrastive/emoji", "--config=on/tiny", *words)
+    assert done.rc == (2 if "width" in words[0] else 0), done.err
+
+
+def test_whom_nobody_may_trust(cli: Cli) -> None:
+    assert cli("check", "--config=contrastive/emoji", "--trust=jsonargparse").refusal.startswith(
+        "--trust jsonargparse: "
+    )
+
+
 @pytest.mark.parametrize("command", ["check", "fit"])
 def test_what_the_first_batch_does_not_fit_is_named(cli: Cli, command: str) -> None:
     words = ("--config=contrastive/emoji", "--config=on/tiny", "--model.towers.image.channels=1")

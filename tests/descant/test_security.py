@@ -13,6 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from descant.errors import Refusal
+from descant.modules import saved
+from descant.processes import Task, run_beside
+from descant.sharded import Sharded
 from descant.store import AtomicIO
 from descant.trust import ALLOWED, DENIED, allowed
 from tests.conftest import TOY, Result
@@ -180,6 +184,13 @@ GUARDED = {
     "runs: /tmp/elsewhere": "writes",
     "data: {class_path: Fashion, init_args: {batch_size: 8, cache: /tmp/elsewhere}}": "writes",
     "data: {class_path: Fashion, init_args: {batch_size: 8, deb: x.deb, accept: [aa]}}": "packages",
+    "data: {class_path: Fashion, init_args: {batch_size: 8, deb: x.deb, accept+: [aa]}}": "packages",
+    "trainer.default_root_dir: /tmp/elsewhere": "writes",
+    "trainer: {callbacks+: {class_path: Resume, dict_kwargs: {folder: /tmp/elsewhere}}}": "writes",
+    "trainer: {callbacks+: {class_path: SpikeDetection, init_args: {exclude_batches_path: /tmp/x.json}}}": "writes",
+    "model: {init_args: {text: {class_path: descant.modules.towers.Cached, init_args: {folder: /x}}}}": "writes",
+    "trainer: {profiler: prof}": "writes",
+    'name: "x\\ntouch imported #"': "writes",
     "data: {class_path: Own, init_args: {batch_size: 8, stream: {class_path: Stream, init_args: "
     "{urls: 'pipe:touch imported', samples: 8, allow_pipes: true}}}}": "shell",
 }
@@ -188,10 +199,80 @@ GUARDED = {
 @pytest.mark.parametrize("text", GUARDED)
 def test_a_file_may_not_write_elsewhere_nor_run_commands(toy: Cli, workplace: Path, text: str) -> None:
     (workplace / "over.yaml").write_text(text)
+    (workplace / "prof").write_text("class_path: SimpleProfiler\ninit_args: {dirpath: /tmp/elsewhere}\n")
     before = sorted(workplace.rglob("*"))
     line = toy("check", "--config", "over.yaml").refusal
-    assert line.startswith("over.yaml:1: ") and f"--trust {GUARDED[text]} lets a configuration " in line
+    where = "prof:2: " if "prof" in text.split() or "profiler" in text else "over.yaml:1: "
+    assert line.startswith(where) and f"--trust {GUARDED[text]} lets a configuration " in line
     assert sorted(workplace.rglob("*")) == before
+
+
+def test_nor_is_a_file_the_command_line_whatever_its_name(toy: Cli, workplace: Path) -> None:
+    (workplace / "--minus.yaml").write_text("trainer: {default_root_dir: /tmp/elsewhere}")
+    assert "--trust writes" in toy("check", "--config", "./--minus.yaml").refusal
+
+
+@pytest.mark.parametrize("path", ["descant.load", "descant.loading.load", "timm.create_model"])
+def test_a_function_is_not_called(cli: Cli, workplace: Path, sentinel: Path, path: str) -> None:
+    """descant.load would read another configuration, and trust whom it is told to."""
+    (workplace / "other").mkdir()
+    (workplace / "other" / "config.yaml").write_text("model: {class_path: sentinel.Tower}")
+    (workplace / "x.yaml").write_text(f"model: {{class_path: {path}, init_args: {{path: other, trust: [sentinel]}}}}")
+    line = cli("check", "--config", "contrastive/emoji", "--config", "x.yaml").refusal
+    assert line.startswith("x.yaml:1: ") and path in line and not sentinel.exists()
+
+
+def test_nor_by_the_configuration_of_an_export(workplace: Path) -> None:
+    node = {"class_path": "timm.create_model", "init_args": {"model_name": "resnet18"}}
+    with (
+        saved.policy(lambda name: None),
+        pytest.raises(ValueError, match=r"config.yaml: class_path timm.create_model: it is no class"),
+    ):
+        saved.build(torch.nn.Module, node, workplace / "config.yaml")
+
+
+def test_a_folder_is_no_checkpoint(toy: Cli, workplace: Path) -> None:
+    assert toy("fit", "--name", "a").rc == 0
+    (workplace / "shards").mkdir()
+    (workplace / "shards" / ".metadata").write_bytes(b"")
+    line = toy("test", "--run", "a/001", "--ckpt_path", "shards").refusal
+    assert line == "--ckpt_path shards: a folder; a checkpoint is one file"
+    with pytest.raises(ValueError, match="shards: a folder; a checkpoint is one file"):
+        Sharded("gloo").load_checkpoint(workplace / "shards")
+
+
+def test_what_lies_in_a_folder_is_not_imported_there(workplace: Path) -> None:
+    """Processes that are begun look for modules where they are installed."""
+    (workplace / "json.py").write_text("open('imported', 'w').close()")
+    run_beside([Task("version", ("--version",), workplace / "log")], 1, lambda *_: None)
+    assert not (workplace / "imported").exists()
+
+
+@pytest.mark.parametrize("name", ["x\ntouch imported #", 'x" touch'])
+def test_a_name_is_no_line_of_a_script(toy: Cli, workplace: Path, name: str) -> None:
+    done = toy_submit(toy, name)
+    assert done.rc == 2 and len(done.err.splitlines()) == 1 and "printable letters" in done.err
+
+
+def toy_submit(toy: Cli, name: str) -> Result:
+    from descant.submit import main
+
+    try:
+        main(
+            ["--time", "60", "--dry-run", "--", "fit", "--config", "toy.yaml", "--trust", "tests.toys", "--name", name]
+        )
+    except Refusal as refusal:
+        return Result(2, "", f"descant: {refusal}\n")
+    return Result(0, "", "")
+
+
+def test_a_run_of_too_many_values_is_not_read(workplace: Path) -> None:
+    (workplace / "config.yaml").write_text("model: {class_path: x}\n" + BOMB)
+    with pytest.raises(ValueError, match="more than 100,000 values, aliases included"):
+        saved.find(workplace)
+    (workplace / "config.yaml").write_text("model: &m {class_path: x, again: *m}")
+    with pytest.raises(ValueError, match=r"more than 100,000 values|nested too deeply"):
+        saved.find(workplace)
 
 
 def test_trust_and_options_may(toy: Cli, workplace: Path) -> None:
@@ -219,6 +300,9 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ),
         ("model: !!python/name:os.system", "bad.yaml:1: !!python/name:os.system: objects"),
         ("model: !!binary |\n  !!!", "bad.yaml:"),
+        ("name: 0x_", "bad.yaml: not valid YAML: "),
+        ("name: !!int abc", "bad.yaml: not valid YAML: "),
+        ("{[a]: 1}", "bad.yaml:1: a key is a word"),
     ],
 )
 def test_yaml_that_is_no_configuration(toy: Cli, workplace: Path, text: str, line: str) -> None:

@@ -143,7 +143,7 @@ def test_what_becomes_of_each_way_to_end(
     restarts: int,
 ) -> None:
     text = cli("submit", "--dry-run", "--requeues", "3", "--", *FIT).out
-    command = re.search(r"/\S+ -m descant fit", text)
+    command = re.search(r"/\S+ -P -m descant fit", text)
     assert command is not None
     job = text.replace(command[0], f"{workplace}/rank")
     programs = {

@@ -242,3 +242,19 @@ def test_processes_that_unpack_at_once_agree(package: tuple[Deb, Path], tmp_path
     assert len(found) == 6 and len(set(found)) == 1
     assert [p.name for p in found[0].parent.iterdir()] == [found[0].name]
     assert (found[0] / "a" / "one.txt").read_bytes() == b"one"
+
+
+def test_a_file_full_of_holes_is_not_written(tmp_path: Path) -> None:
+    """64 GiB in 2 KB: GNU tar says where bytes are, and how long the file is."""
+    head = tarfile.TarInfo("./usr/share/pack/big")
+    head.size, head.type = 512, tarfile.GNUTYPE_SPARSE
+    header = bytearray(head.tobuf(tarfile.GNU_FORMAT))
+    whole = 64 << 30
+    for start, number in ((386, whole - 512), (398, 512), (483, whole)):
+        header[start : start + 12] = b"%011o\0" % number
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    file = deb_of(tmp_path / "bad.deb", bytes(header) + b"A" * 512 + bytes(1024))
+    deb = Deb("pack", {sha256_of(file): "1"}, under="usr/share/pack")
+    with pytest.raises(ValueError, match=r"^bad\.deb: member '\./usr/share/pack/big' is full of holes"):
+        unpacked(deb, file, cache=tmp_path / "cache")

@@ -96,7 +96,7 @@ def test_pip_is_asked_for_the_known_version_and_never_builds(
     first, second = unpacked(wheel), unpacked(wheel)
     assert first == second == tmp_path / "cache" / "pack" / sha256_of(file)
     (command,) = asked
-    assert command[:4] == [sys.executable, "-m", "pip", "download"] and command[-1] == "pack==1.0"
+    assert command[:5] == [sys.executable, "-P", "-m", "pip", "download"] and command[-1] == "pack==1.0"
     assert {"--no-deps", "--only-binary=:all:"} <= set(command)
     assert [p.name for p in first.parent.iterdir()] == [first.name], "the .whl is not kept twice"
 
