@@ -11,12 +11,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from benchmarks import Row
 from descant import dump
 from descant.dump import Written
+from tests.descant.test_warnings import ABSURD, FROZEN, SAME, SOUND
 from tests.mistakes import drawn
 
 TOP, HELP, KEYS, SHAPES, TAB = 0.35, 0.6, 1.0, 8.0, 0.2
@@ -41,8 +43,21 @@ def front() -> Iterator[Row]:
     yield Row.at_most("front/key_mistake_seconds", shortest("check", *emoji, "--model.widht", "3"), KEYS)
     yield Row.at_most("front/type_mistake_seconds", shortest("check", *emoji, "--model.width", "wide"), KEYS)
     yield Row.at_most("front/check_seconds", shortest("check", *emoji, times=3), SHAPES)
+    yield Row.informs("front/of_which_import_lightning_seconds", shortest(run=lambda: begun("-c", "import lightning")))
     yield Row.at_most("front/completion_seconds", shortest("__complete", "fit", *emoji, "--model."), TAB)
     yield from mistakes()
+    yield Row.at_least("front/absurd_runs_told_in_a_line", absurd(), 1.0)
+
+
+def absurd() -> float:
+    """The share of ten absurd runs of which one line tells, before step 1."""
+    told = 0
+    for options, line in ABSURD.values():
+        experiment = "contrastive/emoji-slip" if "image-image" in line else "contrastive/emoji"
+        files = {"same.yaml": SAME, "frozen.py": FROZEN}
+        found = run("check", f"--config={experiment}", *SOUND, *options, files=files).stderr.splitlines()
+        told += len(found) == 1 and line in found[0]
+    return told / len(ABSURD)
 
 
 def mistakes() -> Iterator[Row]:
@@ -56,16 +71,21 @@ def mistakes() -> Iterator[Row]:
     yield Row.at_least("front/mistakes_named", sum(named) / len(some), NAMED)
 
 
-def run(*args: str) -> subprocess.CompletedProcess[str]:
-    """A command in a process of its own and in an empty folder."""
+def run(*args: str, files: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own and in a folder of these files alone."""
+    return begun("-m", "descant", *args, files=files)
+
+
+def begun(*words: str, files: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     root = Path(__file__).parent.parent
     env = {**os.environ, "PYTHONPATH": str(root)}
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "descant", *args]
-        return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env)
+        for name, text in (files or {}).items():
+            Path(folder, name).write_text(text)
+        return subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=folder, env=env)
 
 
-def shortest(*args: str, times: int = 5) -> float:
+def shortest(*args: str, times: int = 5, run: Callable[..., Any] = run) -> float:
     """Seconds."""
     took = []
     for _ in range(times):

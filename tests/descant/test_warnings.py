@@ -29,6 +29,7 @@ ABSURD = {
     "a frozen tower with a learning rate": (["--model=frozen.Frozen", "--trust=frozen"], "with a learning rate of"),
     "a learning rate of zero": (["--model.schedule=null", "--model.optimizer.lr=0"], "the learning rate is 0"),
 }
+SAME = "trainer: {max_steps: 2}\n"
 FROZEN = """
 from descant.recipes import Contrastive
 
@@ -51,7 +52,7 @@ def test_a_sound_run_is_silent(cli: Cli) -> None:
 
 @pytest.mark.parametrize("case", ABSURD)
 def test_an_absurd_run_is_told_in_one_line(cli: Cli, case: str) -> None:
-    Path("same.yaml").write_text("trainer: {max_steps: 2}\n")
+    Path("same.yaml").write_text(SAME)
     Path("frozen.py").write_text(FROZEN)
     options, line = ABSURD[case]
     experiment = "contrastive/emoji-slip" if "image-image" in line else "contrastive/emoji"
