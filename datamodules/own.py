@@ -116,8 +116,12 @@ class Own(DataModule):
             cores = len(os.sched_getaffinity(0))  # what this process may use, not what the machine has
         except AttributeError:  # not on macOS
             cores = os.cpu_count() or 1
-        ranks = self.trainer.num_devices if self.trainer is not None else 1
-        return 0 if self.tiny else max(0, min(cores // ranks - 1, _WORKERS))
+        own = os.environ.get("SLURM_CPUS_PER_TASK", "")  # of a rank that srun has begun, which sees its own cores alone
+        if "SLURM_PROCID" in os.environ and own.isdecimal():
+            cores = min(cores, int(own))
+        else:
+            cores //= self.trainer.num_devices if self.trainer is not None else 1
+        return 0 if self.tiny else max(0, min(cores - 1, _WORKERS))
 
     @property
     def codec(self) -> Codec | None:

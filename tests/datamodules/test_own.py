@@ -405,6 +405,9 @@ def test_workers_are_as_many_as_a_ranks_cores_leave(tmp_path: Path, monkeypatch:
     asked: dict[str, Any] = {"fields": small(), "num_workers": None}
     assert own(tmp_path, **asked).workers == 7 and own(tmp_path, world=2, **asked).workers == 3
     assert own(tmp_path, **asked, tiny=True).workers == 0, "synthetic samples are there at once"
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")
+    assert own(tmp_path, world=2, **asked).workers == 3, "a rank that srun begins has its share already"
     assert own(tmp_path, fields=small(), num_workers=5).workers == 5
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0}, raising=False)
     assert own(tmp_path, **asked).workers == 0
