@@ -14,7 +14,8 @@ from descant.recipes.missing import MissingModality
 from descant.recipes.peers import Peers
 from descant.recipes.preferred import Preferred
 from descant.recipes.reinforced import Reinforced
-from descant.recipes.staged import Imitate, Prefer, Reinforce, Stage, Staged
+from descant.recipes.stage import Imitate, Prefer, Reinforce, Stage
+from descant.recipes.staged import Staged
 
 __all__ = [
     "Alternating",

@@ -61,7 +61,7 @@ def test_recipes_do_not_import_each_other() -> None:
         if file.name != "__init__.py":
             # what recipes stand on, and no method itself; only stages are of methods
             names = ["base", "space", "classifier", "chat", "rebuilt"]
-            names += ["reinforced", "preferred"] if file.stem == "staged" else []
+            names += {"stage": ["reinforced", "preferred"], "staged": ["reinforced", "stage"]}.get(file.stem, [])
             bases = [f"descant.recipes.{base}" for base in names]
             others = [n for n in imports(file) if n.startswith("descant.recipes") and n not in bases]
             assert not others, f"{file}: {others}"
