@@ -80,7 +80,8 @@ def decide(method: Paired, over_sham: float, margin: float, sham_margin: float) 
 def require_equal(claim: Claim, runs: Runs) -> None:
     """All runs have had the same budget, and the method's scored code ran as often in the sham.
 
-    What others begin from is not compared. Of time, each run has had about as much as the method's of its seed.
+    What others begin from is not compared. Of time, each run has had about as much as the method's of its seed; the
+    sham, which runs the method's code, as many steps, whatever a clock says of them.
 
     Raises:
         Refusal: if not.
@@ -89,7 +90,11 @@ def require_equal(claim: Claim, runs: Runs) -> None:
     budgets = {(arm, seed): m.get(claim.equal) for arm, of in arms.items() for seed, m in of.items()}
     (first, expected), *_ = budgets.items()
     for (arm, seed), value in budgets.items():
-        if claim.equal == EQUAL["seconds"]:
+        if claim.equal == EQUAL["seconds"] and arm == "sham":
+            ours, its = (runs[of][seed].get(EQUAL["steps"]) for of in ("method", "sham"))
+            if ours != its:
+                fail(f"claims {claim.name}: sham, seed {seed}: {its} steps, and the method had {ours}: as many count")
+        elif claim.equal == EQUAL["seconds"]:
             least = LEAST_TIME * runs["method"][seed][claim.equal]
             if not value or value < least:
                 its = f"claims {claim.name}: {arm}, seed {seed}: {value:.0f} seconds of training"
