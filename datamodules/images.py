@@ -256,9 +256,9 @@ class Images:
                     least = {"min_height": -(-high // times), "min_width": -(-wide // times)}
                     x_HWC = simplejpeg.decode_jpeg(header.data, **least)
                 except ValueError:  # warnings of libjpeg are errors here; Pillow says which of them are
-                    times, x_HWC = 1, _pixels(_open(header.data))
+                    times, x_HWC = 1, rgb_of(_open(header.data))
             else:
-                x_HWC = _pixels(header.picture)
+                x_HWC = rgb_of(header.picture)
         except Exception as error:  # decoders of foreign bytes raise anything from SyntaxError to struct.error
             raise ValueError(_line(error)) from error
         if x_HWC.shape[:2] != (-(-high // times), -(-wide // times)):
@@ -327,7 +327,7 @@ def _open(data: bytes) -> Image.Image:
         raise ValueError(_line(error)) from error
 
 
-def _pixels(picture: Image.Image) -> np.ndarray:
+def rgb_of(picture: Image.Image) -> np.ndarray:
     """uint8 RGB ``[H, W, 3]`` of any of Pillow's modes, over white."""
     if picture.mode.startswith("I;16"):  # 16-bit grey, which convert() would clip
         x_HW1 = (np.asarray(picture) >> 8).astype(np.uint8)[:, :, None]

@@ -329,6 +329,7 @@ class Mixture(DataModule):
             raise ValueError(f"samples {samples} of an epoch are less than one batch of {batch_size}")
         # of training's batches (True) and evaluation's: each part's as it is read, and what towers see of all
         self._layouts: dict[bool, dict[str, Layout]] = {}
+        self._evaluated: dict[str, BatchDataset] = {}
         self._seen: dict[bool, dict[str, tuple[torch.Size, torch.dtype]]] = {}
         for part in self.parts.values():
             part.tiny = part.tiny or tiny
@@ -390,7 +391,8 @@ class Mixture(DataModule):
 
     def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
         sets = {name: part.evaluation_sets(stage) for name, part in self.parts.items()}
-        self._check({name: next(iter(found.values())) for name, found in sets.items() if found}, training=False)
+        self._evaluated = {name: next(iter(found.values())) for name, found in sets.items() if found}
+        self._check(self._evaluated, training=False)
         return {
             f"{name}-{inner}": self._mixed({name: data}, training=False)
             for name, found in sets.items()
@@ -399,8 +401,8 @@ class Mixture(DataModule):
 
     def bank_set(self) -> MixtureSet:
         data = self.parts[self.bank].bank_set()
-        if False not in self._layouts:
-            self._check({self.bank: data}, training=False)
+        if self.bank not in self._layouts.get(False, {}):  # it may have nothing to be evaluated on
+            self._check({**self._evaluated, self.bank: data}, training=False)
         return self._mixed({self.bank: data}, training=False)
 
     @property

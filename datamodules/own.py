@@ -94,6 +94,11 @@ class Own(DataModule):
         named = [name for name, way in ways.items() if way is not None]
         if len(named) > 1:
             raise ValueError(f"{' and '.join(named)}: one of them says where the data is")
+        told = {"key": key, "split": split, "fields.labels": fields.labels if fields is not None else None}
+        for name in (name for name, value in told.items() if value and stream is not None):
+            raise ValueError(
+                f"{name}: a stream is read once, from its beginning, so nothing is known of all its samples"
+            )
         if not 0 <= holdout < 1:
             raise ValueError(f"holdout {holdout}: a share of the samples, 0 <= holdout < 1")
         self._workers = num_workers
@@ -216,7 +221,8 @@ class Own(DataModule):
     def _words(self, source: Source) -> np.ndarray:
         """``train``, ``val`` or ``test`` for each sample."""
         column = self.split
-        if column is None and not {"val", "test"} & set(self.sources):
+        given = {name for name, source in (("val", self.validate), ("test", self.test)) if source is not None}
+        if column is None and not {"val", "test"} & set(self.sources) - given:  # files named val-* have said it
             column = next((name for name in _SPLIT if name in source.fields), None)
         if column is None or self.tiny:
             return np.full(len(source), "train")
@@ -280,10 +286,10 @@ class Own(DataModule):
         for row in rows[:: max(1, len(rows) // _SAMPLE)].tolist():
             name = made.reader.columns["text"].names[int(made.reader.columns["text"].has_NF[row].argmax())]
             try:
-                captions.append(text_of(made.reader.source.read(row, [name])[name]))
+                captions.append(text.cut([text_of(made.reader.source.read(row, [name])[name])]))
             except (OSError, ValueError, KeyError):
                 continue
-        self.cut = text.cut(captions) / max(len(captions), 1)
+        self.cut = sum(captions) / max(len(captions), 1)
         if self.cut > 0.02 and self._world()[0] == 0:
             told = f"{self.cut:.0%} of the captions are longer than {text.codec.length} tokens and lose their end"
             print(f"descant: warning: {told}: data.fields.text.codec.length", file=sys.stderr, flush=True)

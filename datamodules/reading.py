@@ -312,8 +312,12 @@ class StreamSet(BatchDataset):
     def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
         samples = [self._draw() for _ in index_B]
         read = self._read(samples, draw_B)
+        before = -1
         while read.errors:
             for b in sorted({b for _, b in read.errors}):
+                if b > before + 1:  # those between could be read
+                    self.ledger.read()
+                before = max(b, before)
                 m, why = next((m, why) for (m, row), why in read.errors.items() if row == b)
                 self.ledger.skip(samples[b].place, samples[b].name, f"{m}: {why}")
                 samples[b] = self._draw()
@@ -321,10 +325,12 @@ class StreamSet(BatchDataset):
                 read.errors = {at: why for at, why in read.errors.items() if at[1] != b}
                 read.errors |= {(m, b): why for (m, _), why in one.errors.items()}
                 if not one.errors:
+                    self.ledger.read()
                     for m, x in one.inputs.items():
                         read.inputs[m][b] = x[0]
                     read.key_B[b] = one.key_B[0]
-        self.ledger.read()
+        if before < len(samples) - 1:
+            self.ledger.read()
         index_B = np.array([salt(f"{s.place}\0{s.name}") >> 1 for s in samples], dtype=np.int64)
         return Rows(read.inputs, {}, torch.from_numpy(read.key_B), index_B)
 

@@ -25,7 +25,7 @@ from descant.datamodules.spoken import cut
 from descant.modules.audio import AudioAugment, LogMel
 from descant.modules.batch import Batch
 from descant.modules.random import uniform_NK
-from descant.modules.text import PAD, Codec, Ngrams
+from descant.modules.text import Codec, Ngrams
 from descant.modules.transforms import Augment, Pixels, over_white, reduce_rgba
 
 #: In ``text_languages``: the caption in the language that is spoken.
@@ -125,7 +125,7 @@ class StampsSet(BatchDataset):
         """Tokens become padding at random, but never ``<bos>``: a caption keeps at least that."""
         u_BT = uniform_NK(draw_B, [f"caption/token{t}" for t in range(x_BT.shape[1])])
         u_BT[:, 0] = 1.0
-        return x_BT.masked_fill(u_BT < self.token_dropout, PAD)
+        return x_BT.masked_fill(u_BT < self.token_dropout, self.codec.pad)
 
 
 class Stamps(DataModule):

@@ -77,11 +77,15 @@ class Source:
 
 
 def text_of(raw: Raw) -> str:
-    """A raw field as text. Raises ValueError where it is not UTF-8."""
+    """A raw field as text. Raises ValueError where it is not UTF-8, such as half of an emoji that JSON was cut in."""
     try:
-        return raw if isinstance(raw, str) else raw.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 text ({error.reason} at byte {error.start})") from None
+        if isinstance(raw, str):
+            raw.encode()
+            return raw
+        return raw.decode()
+    except UnicodeError as error:
+        at = getattr(error, "start", 0)
+        raise ValueError(f"not UTF-8 text ({getattr(error, 'reason', error)} at {at})") from None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -223,6 +223,8 @@ class Parquet(Source):
     def _raw(scalar: pa.Scalar, part: int | str | None, folder: Path) -> Raw | None:
         if not scalar.is_valid:
             return None
+        if pa.types.is_dictionary(scalar.type):
+            scalar = scalar.value
         kind = scalar.type
         if _is_bytes(kind):
             buffer = scalar.as_buffer()
@@ -250,6 +252,8 @@ def _schema(path: Path) -> pa.Schema:
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
 
 

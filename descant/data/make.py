@@ -24,6 +24,7 @@ from descant import __version__
 from descant.data.media import fault
 from descant.data.views import captions_of
 from descant.datamodules.fields import kinds
+from descant.datamodules.images import rgb_of
 from descant.datamodules.ledger import Ledger
 from descant.datamodules.own import Own
 from descant.datamodules.sources.base import Source, text_of
@@ -147,7 +148,8 @@ class Plan:
         self.media = {name: kind for name, kind in found.items() if kind in ("image", "audio")}
         if not self.media:
             raise ValueError(f"{source.place(0)}: no field holds pictures or recordings, only {', '.join(found)}")
-        self.texts = [name for name in source.fields if name not in self.media]
+        files = getattr(source, "files", ())  # a column of files that are neither is no text
+        self.texts = [name for name in source.fields if name not in self.media and name not in files]
         names = captions_of(source, caption)
         self.caption = names[0] if len(names) == 1 else None  # several captions of one picture stay a list
         self.prefix: dict[str, str] = {}
@@ -180,14 +182,19 @@ class Plan:
             members[self.prefix[name] + ending] = data
         if not members:
             return _Sample(split, {}, faults)
-        texts = {}
-        for name, raw in self.source.read(index, self.texts).items():
-            texts[name.removeprefix("json.")] = text_of(raw)
-        if self.caption is not None:
-            told = texts.pop(self.caption.removeprefix("json."), None)
-            if told is not None:
-                members["txt"] = told.encode()
-        texts["file"] = self.source.name(index)
+        found, texts = self.source.read(index, self.texts), dict[str, str]()
+        for name, raw in found.items():
+            try:
+                text = text_of(raw)
+            except ValueError as error:
+                faults.append((name, str(error)))
+                continue
+            if name == self.caption:
+                members["txt"] = text.encode()
+                continue
+            bare = name.removeprefix("json.")
+            texts[name if bare in found and bare != name else bare] = text
+        texts["file_name" if "file" in texts else "file"] = self.source.name(index)
         members["json"] = json.dumps(texts, ensure_ascii=False).encode("utf-8", "surrogateescape")
         return _Sample(split, members, faults)
 
@@ -207,9 +214,7 @@ def smaller(picture: Image.Image, side: int) -> bytes:
     upright = ImageOps.exif_transpose(picture)
     if upright.size != picture.size:
         goal = goal[::-1]
-    if "A" in upright.getbands() or "transparency" in upright.info:
-        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
-    small = upright.convert("RGB").resize(goal, Image.Resampling.LANCZOS)
+    small = Image.fromarray(rgb_of(upright)).resize(goal, Image.Resampling.LANCZOS)
     out = io.BytesIO()
     small.save(out, "JPEG", quality=QUALITY, icc_profile=picture.info.get("icc_profile"))
     return out.getvalue()
@@ -225,7 +230,8 @@ def _write(
     megabytes: float,
 ) -> Made:
     made = Made(folder)
-    ledger = Ledger(folder, in_a_row=len(order) + 1)  # a folder with many broken files is no reason to stop
+    most = len(order) * (len(plan.media) + len(plan.texts)) + 1
+    ledger = Ledger(folder, in_a_row=most)  # a folder with many broken files is no reason to stop
     limit = (samples, None) if samples else (None, round(megabytes * 1e6))
     writers: dict[str, Writer] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool, contextlib.ExitStack() as stack:

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from descant.datamodules.base import BatchDataset, DataModule
 from descant.datamodules.fields import TextField, kinds, numbered
-from descant.datamodules.images import LIMIT
+from descant.datamodules.images import LIMIT, rgb_of
 from descant.datamodules.order import Slot, Window
 from descant.datamodules.own import Own
 from descant.datamodules.sources.base import Source
@@ -205,9 +205,9 @@ def thumbnail(data: bytes, side: int = 320) -> Image.Image:
         if picture.width * picture.height > LIMIT:
             raise ValueError(f"{picture.width} x {picture.height} pixels")
         picture.draft("RGB", (side, side))
-        small = ImageOps.exif_transpose(picture).convert("RGBA")
+        small = Image.fromarray(rgb_of(ImageOps.exif_transpose(picture)))
         small.thumbnail((side, side))
-        return Image.alpha_composite(Image.new("RGBA", small.size, "white"), small).convert("RGB")
+        return small
 
 
 # opening what the user names -----------------------------------------------------------------------------------

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.datamodules.emoji import Emoji
+from descant.datamodules.fields import Fields, ImageField, TextField
 from descant.datamodules.mixture import MixedOrder, Mixture, Shares, tempered
 from descant.datamodules.own import Own
 from descant.datamodules.sources.stream import Stream
 from descant.modules.batch import Batch
 from descant.modules.random import uniform_N
 from descant.modules.text import Codec, Ngrams
+from tests.files import shapes
 
 
 class ToySet(BatchDataset):
@@ -528,3 +530,20 @@ def test_ids_too_large_to_be_told_apart_are_refused() -> None:
 
     with pytest.raises(ValueError, match="ids beyond"):
         batches(Mixture({"a": Hashed(4)}, batch_size=2))
+
+
+def test_the_bank_of_a_part_without_an_evaluation_set(tmp_path: Any) -> None:
+    parts: dict[str, DataModule] = {
+        name: Own(path=str(shapes(tmp_path / name, 12)), fields=small(), holdout=held) for name, held in HELD.items()
+    }
+    made = Mixture(parts, batch_size=4)
+    assert list(made.evaluation_sets("validate")) == ["b-val"]
+    batch = made.on_after_batch_transfer(next(iter(made.bank_dataloader())), 0)
+    assert len(batch) and set(batch.inputs) == {"image", "text"}
+
+
+HELD = {"a": 0.0, "b": 0.3}
+
+
+def small() -> Fields:
+    return Fields(image=ImageField(size=8), text=TextField())

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from descant.datamodules.base import BatchDataset
+from descant.datamodules.emoji import PACK
 from descant.datamodules.fields import AudioField, Fields, ImageField, LabelField, TextField
 from descant.datamodules.ledger import Ledger
 from descant.datamodules.order import Order
@@ -20,10 +21,12 @@ from descant.datamodules.own import Own
 from descant.datamodules.reading import key_of
 from descant.datamodules.sources import find
 from descant.datamodules.sources.base import held_out
+from descant.datamodules.sources.folder import Folder
 from descant.datamodules.sources.parquet import Parquet
 from descant.datamodules.sources.stream import Stream
 from descant.datamodules.sources.synthetic import Taken
 from descant.modules.batch import Batch
+from descant.modules.text import Bpe, Ngrams
 from tests.files import COLOURS, bomb, jpeg, shapes, wav, write_tar
 
 
@@ -529,3 +532,44 @@ def test_the_command_line_says_what_is_wrong_in_one_line(cli: Any) -> None:
         Path(f"photos/{i:03}.jpg").write_bytes(b"broken")
     result = cli(*fit, "--data.path", "photos", "--data.num_workers", "1")
     assert "cannot be read" in result.refusal, "a worker's error is one line too"
+
+
+def test_what_is_marked_test_is_not_trained_on_wherever_validation_lies(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        for file in shapes(tmp_path / "d" / part, 6).glob("*.jpg"):
+            file.with_suffix(".txt").write_text(file.stem)
+        (tmp_path / "d" / part / "captions.csv").unlink()
+    there = Folder(shapes(tmp_path / "elsewhere", 4))
+    data = own(tmp_path, path=str(tmp_path / "d"), fields=small(), validate=there)
+    names = [data.sources["train"].name(row) for row in data.splits["train"][1].tolist()]
+    assert len(names) == 6 and not any("test" in name for name in names), names
+    assert list(data.evaluation_sets("test")) == ["test"] and data.splits["val"][0] == "val"
+
+
+@pytest.mark.parametrize("codec", [Ngrams(), Bpe(PACK / "tokenizer.json")])
+def test_half_an_emoji_is_a_fault_of_its_sample(tmp_path: Path, codec: Any) -> None:
+    shapes(tmp_path / "d", 12)
+    rows = [{"image": f"{i:03}.jpg", "caption": "nice \ud83d" if i == 3 else f"number {i}"} for i in range(12)]
+    (tmp_path / "d" / "captions.csv").unlink()
+    (tmp_path / "d" / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    fields = Fields(image=ImageField(size=8), text=TextField(codec=codec))
+    data = own(tmp_path / "run", path=str(tmp_path / "d"), fields=fields, holdout=0.0)
+    assert sum(len(batch) for batch in batches(data.training_set(), 4)) == 12
+    assert any("not UTF-8 text" in line["why"] for line in ledger(tmp_path / "run"))
+
+
+def test_broken_samples_of_a_stream_are_in_a_row_only_where_they_are(tmp_path: Path) -> None:
+    members = []
+    for i in range(512):
+        picture = b"\xff\xd8no picture" if i % 10 == 0 else jpeg()
+        members += [(f"{i:04}.jpg", picture), (f"{i:04}.txt", str(i).encode())]
+    write_tar(tmp_path / "s.tar", members)
+    data = own(tmp_path / "run", batch_size=256, stream=Stream([str(tmp_path / "s.tar")], samples=512), fields=small())
+    assert sum(len(batch) for batch in data.train_dataloader()) == 512
+
+
+@pytest.mark.parametrize("asked", [{"key": "cls"}, {"split": "part"}, {"labels": {"kind": LabelField("cls")}}])
+def test_what_a_stream_cannot_know_is_not_asked_of_it(tmp_path: Path, asked: dict[str, Any]) -> None:
+    labels = asked.pop("labels", None)
+    with pytest.raises(ValueError, match="a stream is read once"):
+        Own(8, stream=Stream(["s.tar"], samples=8), fields=small(labels=labels), **asked)

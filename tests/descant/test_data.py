@@ -17,9 +17,10 @@ import webdataset
 import yaml
 from PIL import Image
 
-from descant.data.make import smaller
+from descant.data.make import make, smaller
 from descant.data.sheet import Tile, sheet
 from descant.data.twins import echoes
+from descant.data.views import thumbnail
 from descant.datamodules.own import Own
 from descant.datamodules.sources.shards import Shards
 from tests.files import bomb
@@ -410,3 +411,38 @@ def test_help_is_short_and_needs_no_torch(command: list[str]) -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert 5 < len(lines) <= 32 and max(map(len, lines)) <= 110
+
+
+def test_the_caption_that_is_named_is_the_one(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    for i in range(6):
+        (tmp_path / "d" / f"{i}.jpg").write_bytes(picture(i))
+        (tmp_path / "d" / f"{i}.txt").write_text(f"from text {i}")
+        (tmp_path / "d" / f"{i}.json").write_text(json.dumps({"caption": f"from json {i}", "file": "theirs"}))
+    make(tmp_path / "d", tmp_path / "out", caption="caption", holdout=0.0)
+    for name, held in samples(tmp_path / "out", "train").items():
+        told = json.loads(held["json"])
+        assert held["txt"].decode().startswith("from text "), name
+        assert told["json.caption"].startswith("from json ") and told["file"] == "theirs" and "file_name" in told
+
+
+def test_columns_of_files_that_are_gone_are_faults_and_no_more(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    rows = []
+    for i in range(8):
+        (tmp_path / "d" / f"{i}.jpg").write_bytes(picture(i))
+        rows.append({"image": f"{i}.jpg", "other": f"o{i}.jpg", "third": f"t{i}.jpg", "caption": f"number {i}"})
+    (tmp_path / "d" / "o0.jpg").write_bytes(picture(0))
+    (tmp_path / "d" / "t0.jpg").write_bytes(picture(0))
+    write_table(tmp_path / "d", rows)
+    assert make(tmp_path / "d", tmp_path / "out", holdout=0.0).samples("train") == 8
+
+
+def test_sixteen_bits_of_grey_stay_grey() -> None:
+    ramp = Image.fromarray(np.linspace(0, 65535, 200 * 200).reshape(200, 200).astype(np.uint16))
+    out = io.BytesIO()
+    ramp.save(out, "PNG")
+    with Image.open(io.BytesIO(out.getvalue())) as opened:
+        small = np.asarray(Image.open(io.BytesIO(smaller(opened, 64))))
+    assert abs(small.mean() - 127.5) < 2 and small.std() > 60
+    assert abs(np.asarray(thumbnail(out.getvalue())).mean() - 127.5) < 2

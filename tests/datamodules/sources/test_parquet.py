@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from descant.datamodules.fields import kinds
 from descant.datamodules.sources import find
 from descant.datamodules.sources.parquet import Parquet
 from tests.files import jpeg
@@ -150,3 +151,9 @@ def test_find_tells_splits_by_the_names_of_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"more\.parquet: its name begins with no split, and that of"):
         find(tmp_path)
     assert list(find(str(tmp_path / "train-*.parquet"))) == [""]
+
+
+def test_pictures_behind_a_dictionary_are_pictures(tmp_path: Path) -> None:
+    pictures = pa.array([jpeg("red"), jpeg("blue"), jpeg("red")]).dictionary_encode()
+    pq.write_table(pa.table({"image": pictures, "caption": ["a", "b", "c"]}), tmp_path / "x.parquet")
+    assert kinds(Parquet([tmp_path / "x.parquet"])) == {"image": "image", "caption": "text"}
