@@ -101,6 +101,9 @@ class Balance(L.Callback):
 
     # the hooks -------------------------------------------------------------------------------------------------------
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._sums_2M = None  # of a step that was left in its middle, such as for a loss that was not finite
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._modalities = require_contenders("Balance", pl_module)
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from descant.callbacks.harmonize import total_of_ranks
+from descant.modules.losses.ranks import rank
 from descant.modules.protocols import HasTerms
 from descant.modules.sham import Sham
 
@@ -56,11 +57,16 @@ class Blend(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         names = ("names", "weight_K", "before_2K", "validations", "_train_2K")
-        return {name: getattr(self, name) for name in names}
+        saved = {name: getattr(self, name) for name in names}
+        if self._train_2K is not None:  # every rank is asked, and one writes
+            saved["_train_2K"] = total_of_ranks(self._train_2K.clone())
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name, value in state_dict.items():
             setattr(self, name, value)
+        if rank() > 0 and self._train_2K is not None:  # what was saved is of all ranks
+            self._train_2K = torch.zeros_like(self._train_2K)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if not isinstance(pl_module, HasTerms):
@@ -78,6 +84,7 @@ class Blend(L.Callback):
         self.names = names
         value_K = torch.stack([term.detach().double() for term in objective.terms.values()])
         seen_2K = torch.stack([value_K, torch.ones_like(value_K)])
+        seen_2K = torch.where(value_K.isfinite(), seen_2K, 0.0)  # a step that is left out says nothing
         self._train_2K = seen_2K if self._train_2K is None else self._train_2K.to(seen_2K) + seen_2K
         if self.weight_K is not None:
             objective.mix.mul_(self.weight_K.to(objective.mix))

@@ -60,6 +60,9 @@ class DropAhead(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.probability = dict(state_dict["probability"])
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._sums_2M = None  # of a step that was left in its middle, such as for a loss that was not finite
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         require_contenders("DropAhead", pl_module)
         assert isinstance(pl_module, Contends)

@@ -264,9 +264,10 @@ class EMA(L.Callback):
             return
         keys = _keys(pl_module, set(state["names"]))
         dtype = {name: tensor.dtype for name, tensor in pl_module.state_dict(keep_vars=True).items()}
+        # what a lean checkpoint leaves out stands still: its average is what the module has
+        held = {**pl_module.state_dict(), **checkpoint["state_dict"]}
         self._average = {
-            name: checkpoint["state_dict"][key].to(torch.promote_types(dtype[key], torch.float32), copy=True)
-            for key, name in keys
+            name: held[key].to(torch.promote_types(dtype[key], torch.float32), copy=True) for key, name in keys
         }
         pl_module.load_state_dict(checkpoint[CURRENT_MODEL_STATE], strict=pl_module.strict_loading)
 

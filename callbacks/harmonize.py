@@ -101,6 +101,9 @@ class Harmonize(L.Callback):
         if pl_module.step.rule is not None:
             raise ValueError("Harmonize: a rule acts at the features already; one of the two")
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._sums = []  # of a step that was left in its middle, such as for a loss that was not finite
+
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         assert isinstance(pl_module, HasObjective) and pl_module.step.objective is not None
         step, objective = pl_module.step, pl_module.step.objective

@@ -5,6 +5,9 @@ Letters: N rows of a set, Q queries, G gallery rows, D width, C classes, K keys.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
@@ -24,24 +27,30 @@ class _Late(Judge):
     def __init__(self, sets: list[str] | None, validate: bool) -> None:
         super().__init__()
         self.sets, self.validate = sets, validate
+        self._of_the_test: Callable[[str], Mapping[str, Any]] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self._of_the_test = getattr(data, "evaluation_sets", None) if stage != "test" else None
         self._require(trainer, "bank_dataloader")
 
     def _asked(self, trainer: L.Trainer) -> bool:
         return self.validate or trainer.state.fn != TrainerFn.FITTING
 
     def _chosen(self, sets: dict[str, Rows], modality: str) -> dict[str, Rows]:
-        """The named sets that this evaluation has, or all of them."""
+        """The named sets that this evaluation has, or all of them; those of the test are for the test."""
         name = type(self).__name__
         unknown = [s for s in self.sets or [] if s not in sets]
+        if unknown and self._of_the_test is not None:
+            later = self._of_the_test("test")
+            unknown = [s for s in unknown if s not in later]
         if unknown:
             raise ValueError(f"{name}: no set {unknown[0]!r}; this evaluation has {', '.join(sets)}")
         for rows in sets.values():
             if modality not in rows.z:
                 raise ValueError(f"{name}: no embedding of {modality!r}; the recipe has {', '.join(rows.z)}")
-        return {s: sets[s] for s in self.sets or sets}
+        return {s: sets[s] for s in self.sets or sets if s in sets}
 
     def _labels(self, rows: Rows, gallery: Rows, target: str | None) -> dict[str, tuple[Tensor, Tensor]]:
         """Suffix of a key -> what makes a gallery row right, of all rows: equal content, or an equal target."""

@@ -21,6 +21,7 @@ from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from torch import Tensor
 
 from descant.callbacks.evaluate import Judge, Rows, letters
+from descant.modules.trainer import logged_step
 
 INK, FAINT, PAPER = (34, 34, 34), (110, 110, 110), (255, 255, 255)
 GREEN, RED, GREY, BLUE = (0, 140, 70), (213, 60, 40), (190, 190, 190), (40, 100, 200)
@@ -211,7 +212,7 @@ def keep_picture(trainer: L.Trainer, folder: Path, image: Image.Image, name: str
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     image.save(folder / "pictures" / f"{name}-{trainer.global_step}.png")
     for writer in writers(trainer):
-        writer.add_image(tag, np.asarray(image), trainer.global_step, dataformats="HWC")
+        writer.add_image(tag, np.asarray(image), logged_step(trainer), dataformats="HWC")
 
 
 def _keep(config: Path, earlier: str) -> None:

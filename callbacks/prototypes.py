@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from descant.callbacks.balance import require_contenders
 from descant.callbacks.harmonize import total_of_ranks
 from descant.modules.games import Asked
+from descant.modules.losses.ranks import rank
 from descant.modules.objective import Term
 from descant.modules.protocols import Contends
 from descant.modules.trainer import log_interval
@@ -65,13 +66,14 @@ class Prototypes(L.Callback):
         self._score: dict[str, Tensor] = {}  # modality -> [2]: sum and count of this step
 
     def state_dict(self) -> dict[str, Any]:
-        tensors = {"middle": self.middle, "sums": self._sums}
+        sums = {m: total_of_ranks(x.clone()) for m, x in self._sums.items()}  # every rank is asked, and one writes
+        tensors = {"middle": self.middle, "sums": sums}
         copies = {name: {m: x.clone() for m, x in of.items()} for name, of in tensors.items()}
         return {**copies, "behind": self.behind}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.middle, self._sums = dict(state_dict["middle"]), dict(state_dict["sums"])
-        self.behind = state_dict["behind"]
+        self.middle, self.behind, self._score = dict(state_dict["middle"]), state_dict["behind"], {}
+        self._sums = {m: x if rank() == 0 else torch.zeros_like(x) for m, x in state_dict["sums"].items()}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         require_contenders("Prototypes", pl_module)
@@ -104,6 +106,8 @@ class Prototypes(L.Callback):
         return found
 
     def _remember(self, m: str, z_RD: Tensor, label_R: Tensor, C: int) -> None:
+        fine_R = z_RD.isfinite().all(dim=1)  # of a step that is left out; one row would spoil all classes
+        z_RD, label_R = z_RD[fine_R], label_R[fine_R]
         rows_RC = F.one_hot(label_R, C).to(z_RD)
         ones_R1 = torch.ones_like(z_RD[:, :1])
         self._add(self._sums, m, rows_RC.T @ torch.cat([z_RD, ones_R1], dim=1))

@@ -66,6 +66,7 @@ class Report(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._samples, self._calls = int(state_dict["samples"]), int(state_dict.get("calls", 0))
+        self._shams, self._counted = [], 0  # what they have counted since is undone
         self._seconds, self._train_seconds = float(state_dict["seconds"]), float(state_dict["train_seconds"])
 
     @property

@@ -60,6 +60,10 @@ class Sanity(L.Callback):
         if not self._look:
             return
         self._look = False
+        if isinstance(pl_module, HasObjective) and pl_module.step.objective is not None:
+            terms = pl_module.step.objective.terms
+            for name in (name for name in pl_module.step.mix if name not in terms):
+                _warn(trainer, f"mix {name}: no such term in the first step; there is {', '.join(terms)}")
         trainable = [p for p in pl_module.parameters() if p.requires_grad]
         # sums: a rank may hold none of a small sharded parameter, and nothing has no largest value
         norms = [p.grad.detach().abs().sum().float() for p in trainable if p.grad is not None and p.numel()]

@@ -9,6 +9,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
+from descant.modules.trainer import logged_step
+
 
 class WorstGroup(Callback):
     """Of the parts of a mixture, whose evaluation sets are called ``part-set``:
@@ -60,4 +62,4 @@ class WorstGroup(Callback):
         told: dict[str, Any] = {name: torch.tensor(value) for name, value in log.items()}
         trainer.callback_metrics.update(told)
         for logger in trainer.loggers if log else []:
-            logger.log_metrics(log, step=trainer.global_step)
+            logger.log_metrics(log, step=logged_step(trainer))

@@ -210,7 +210,8 @@ def lower_is_better(name: str, modes: Mapping[str, str]) -> bool:
     last = _last(name)
     if last in modes:
         return modes[last] == "min"
-    return bool(_LOWER & set(re.split(r"[_\W]", last))) or (name.startswith("train/") and last != "lr")
+    inner = name.partition("/")[2] or name  # of one set; a metric of some modalities names them last
+    return bool(_LOWER & set(re.split(r"[_\W]", inner))) or (name.startswith("train/") and last != "lr")
 
 
 def _default(groups: Sequence[Group], known: Sequence[str]) -> list[str]:

@@ -45,9 +45,11 @@ class CSV(CSVLogger):
         file = Path(self.log_dir) / "metrics.csv"
         if not file.is_file():
             return
-        with file.open(newline="", encoding="utf-8") as rows:
-            reader = csv.DictReader(rows)
-            kept, names = [row for row in reader if int(row["step"]) < step], reader.fieldnames or ["step"]
+        # a line without an end was cut off with the process, in the middle of a number perhaps
+        whole = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+        reader = csv.DictReader(whole)
+        names = reader.fieldnames or ["step"]
+        kept = [row for row in reader if (row.get("step") or "").isdecimal() and int(row["step"]) < step]
         scratch = file.with_suffix(".tmp")
         with scratch.open("w", newline="", encoding="utf-8") as rows:
             writer = csv.DictWriter(rows, names)

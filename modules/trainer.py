@@ -57,6 +57,12 @@ def data_parts(trainer: Any) -> list[Any]:
     return [during.data for during in data.stages.values()] if isinstance(data, InStages) else [data]
 
 
+def logged_step(trainer: Any) -> int:
+    """Where Lightning logs what a validation finds in a fit: at the step before, which a resume from here keeps."""
+    loop = trainer.fit_loop.epoch_loop
+    return int(loop._batches_that_stepped if trainer.state.fn == "fit" else trainer.global_step)
+
+
 def epoch_now(trainer: Any) -> int:
     """Epochs since the run began, or the stage of it that is on."""
     data = trainer.datamodule

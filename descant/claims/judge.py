@@ -91,9 +91,10 @@ def require_equal(claim: Claim, runs: Runs) -> None:
     (first, expected), *_ = budgets.items()
     for (arm, seed), value in budgets.items():
         if claim.equal == EQUAL["seconds"] and arm == "sham":
-            ours, its = (runs[of][seed].get(EQUAL["steps"]) for of in ("method", "sham"))
-            if ours != its:
-                fail(f"claims {claim.name}: sham, seed {seed}: {its} steps, and the method had {ours}: as many count")
+            ours, theirs = (runs[of][seed].get(EQUAL["steps"]) for of in ("method", "sham"))
+            if ours != theirs:
+                its = f"claims {claim.name}: sham, seed {seed}: {theirs} steps"
+                fail(f"{its}, and the method had {ours}: as many count")
         elif claim.equal == EQUAL["seconds"]:
             least = LEAST_TIME * runs["method"][seed][claim.equal]
             if not value or value < least:

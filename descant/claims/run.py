@@ -46,9 +46,9 @@ class Place:
             for folder in reversed(folders.runs_of(self.folder, name)):
                 metrics = _metrics(folder)
                 tested = any("/" in m and m.split("/")[0] not in ("val", "train", "speed", "sham") for m in metrics)
-                # a validation writes metrics too, and nothing is tested where settings are chosen
-                tested = tested or (self.budget == TUNE and metrics.get("steps") == (steps or metrics.get("steps")))
-                whole = tested and all(m in metrics for m in self.claim.needed(arm))
+                # validations write metrics too, of sets of any name, and nothing is tested where settings are chosen
+                ended = metrics.get("steps") == steps if steps else "steps" in metrics
+                whole = (ended if self.budget == TUNE else tested) and all(m in metrics for m in self.claim.needed(arm))
                 if whole and (name != arm or _seed(folder) == seed):
                     return metrics
         return None

@@ -19,6 +19,11 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Which one this is."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def first_row(rows: int) -> int:
     """Where this rank's B rows begin among the G gathered ones."""
     return rows * dist.get_rank() if dist.is_initialized() else 0

@@ -5,7 +5,9 @@ Letters: K terms.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -17,6 +19,7 @@ from torch import Tensor
 from descant.callbacks.blend import Blend
 from descant.datamodules.base import BatchDataset
 from descant.modules.batch import Batch
+from descant.modules.objective import Objective
 from descant.recipes import Fusion
 from tests.callbacks.test_balance import Watch, model, whole
 from tests.ranks import run_ranks
@@ -145,3 +148,12 @@ def fit(recipe: Any, *callbacks: L.Callback) -> None:
 def test_what_cannot_be_is_one_line(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_step_that_is_left_out_says_nothing() -> None:
+    rule, recipe = Blend(), Fusion.__new__(Fusion)
+    for values in ([1.0, 2.0], [math.nan, 4.0]):
+        terms = {name: torch.tensor(value, requires_grad=True) for name, value in zip("ab", values, strict=True)}
+        object.__setattr__(recipe, "step", SimpleNamespace(objective=Objective(terms)))
+        rule.on_before_backward(None, recipe, torch.zeros(()))  # type: ignore[arg-type]
+    assert rule.state_dict()["_train_2K"].tolist() == [[1.0, 6.0], [1.0, 2.0]]

@@ -189,6 +189,20 @@ def test_it_composes_with_ema(last: bool, tmp_path: Path) -> None:
     assert torch.equal(averaged, read(tmp_path / "whole" / "last.ckpt")["state_dict"][adapter])
 
 
+def test_statistics_that_stand_still_are_left_out_and_averaged_all_the_same(tmp_path: Path) -> None:
+    def frozen() -> Contrastive:
+        torch.manual_seed(0)
+        recipe = recipe_of()
+        recipe._parts = [Freeze(towers=["image"])]  # a tower with batch norms
+        return recipe
+
+    whole, _ = fit(frozen(), tmp_path / "whole", 6, EMA(decay=0.5))
+    first, file = fit(frozen(), tmp_path / "lean", 4, LeanCheckpoint(), EMA(decay=0.5))
+    assert not any("running_mean" in name for name in read(file)["state_dict"])
+    rest, _ = fit(frozen(), tmp_path / "more", 6, LeanCheckpoint(), EMA(decay=0.5), resume=file)
+    assert first + rest == pytest.approx(whole, abs=1e-6)
+
+
 def test_an_optimizer_in_8_bits_goes_on_too(tmp_path: Path) -> None:
     from bitsandbytes.optim import AdamW8bit
 

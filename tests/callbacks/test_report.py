@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from descant.callbacks.report import WIDTH, Report, write_json
+from descant.loggers import CSV
 from descant.modules.sham import Sham
 
 B, BATCHES, EPOCHS = 4, 5, 2
@@ -191,3 +192,12 @@ def test_a_terminal_gets_the_same_numbers(
     assert "vendor" in out and "0.25" in out and "3 steps" in out
     report.show()
     assert capsys.readouterr().out == ""
+
+
+def test_a_table_that_was_cut_off_goes_on(tmp_path: Path) -> None:
+    logger = CSV(str(tmp_path))
+    file = tmp_path / "metrics.csv"
+    for cut in ("0", "30,1", "2"):
+        file.write_text(f"step,train/loss\n0,2.5\n19,2.4\n20,2.3\n{cut}")
+        logger.forget_after(20)
+        assert file.read_text().splitlines() == ["step,train/loss", "0,2.5", "19,2.4"]

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from descant.compare import lower_is_better
 from descant.groups import group, load
 from descant.statistics import paired
 from tests.conftest import Result
@@ -385,3 +386,8 @@ def test_nothing_of_a_run_reaches_the_terminal_as_control_characters(cli: Cli, w
     out = cli("compare", "a", "b", "--metrics", "*").out
     assert "\x1b" not in out and len(out.splitlines()) == 4
     assert "x?[2J?\\|r1" in out and "?/r1" in out and "batch_size=8?[0m\\|" in out
+
+
+def test_a_loss_of_some_modalities_is_a_loss() -> None:
+    assert lower_is_better("val/loss/image+text", {}) and lower_is_better("problems/gap/answered", {})
+    assert not lower_is_better("val/accuracy/image+text", {})
