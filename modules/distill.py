@@ -251,14 +251,25 @@ class FeatureTarget(Target):
         for who, network in (("the student", student), ("the teacher", teacher)):
             if not isinstance(network, Embeds) or self.modality not in getattr(network, "towers", ()):
                 raise ValueError(f"distill: {who}, {type(network).__name__}, has no embeddings of {self.modality!r}")
+            if not cast(int, getattr(network, "width", 0)) > 0:
+                raise ValueError(f"distill: {who}, {type(network).__name__}, does not say how wide its embeddings are")
         self.map = nn.Linear(cast(int, student.width), cast(int, teacher.width))
         return self
 
     def forward(self, lesson: Lesson) -> dict[str, Term]:
         m, batch = self.modality, lesson.batch
-        z_BD = cast(Says, lesson.student).step.latents[m]
+        z = cast(Says, lesson.student).step.latents
+        if m not in z:
+            known = ", ".join(z) or "none"
+            raise ValueError(
+                f"distill: {type(lesson.student).__name__} trains no embeddings of {m!r}; there is {known}"
+            )
+        z_BD = z[m]
         with torch.no_grad():
             t_BD = cast(Embeds, lesson.teacher).embed(batch)[m]
+        if t_BD.shape[1] != self.map.out_features:
+            what = f"{t_BD.shape[1]} wide, and it says {self.map.out_features}"
+            raise ValueError(f"distill: embeddings of the teacher, {type(lesson.teacher).__name__}, are {what}")
         value_B = 1 - F.cosine_similarity(promote(self.map(z_BD)), t_BD.to(z_BD.device), dim=1)
         return {f"features-{m}": Term(self.weight * value_B, valid=batch.present[m], norm=lesson.rows)}
 

@@ -5,10 +5,10 @@ Letters: B samples of a batch, D width of the features, S sets of available moda
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple, cast
+from typing import NamedTuple, Self, cast
 
 import torch
 import torch.distributed as dist
@@ -68,6 +68,16 @@ class MeanFill(Fill):
             self._count(h_BD.detach(), has[modality], sum_D1)
         mean_D = (sum_D1[:-1] / sum_D1[-1].clamp(min=1)).to(h_BD.dtype)
         return torch.where(lacks_B[:, None], mean_D, h_BD)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Sums move to a device, and keep their precision whatever the model's is: half of it stops counting soon."""
+        sums = {name: x for name, x in self._buffers.items() if x is not None}
+        super()._apply(fn, recurse)
+        for name, x in sums.items():
+            moved = self._buffers[name]
+            assert moved is not None
+            self._buffers[name] = x.to(moved.device)
+        return self
 
     @staticmethod
     @torch.no_grad()

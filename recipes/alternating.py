@@ -81,7 +81,7 @@ class Alternating(Classifier):
     def terms(self, batch: Batch) -> dict[str, Term]:
         m, label_B = self.turn, self.labels(batch)
         z_BD = self.latents(batch, m)[m]
-        if self.training:
+        if self.training and self.alpha is not None:
             sum_D, count = z_BD.detach().sum(dim=0), batch.present[m].sum()
             self._seen.append(torch.cat([sum_D, count[None].to(sum_D)]))
         term = self.term(self.head(z_BD), label_B, batch.present[m], batch.step[m])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -87,8 +88,14 @@ class Recipe(L.LightningModule):
             return
         self._configured = True
         for part in self._parts:
+            if isinstance(part, Shard):
+                self._learn_of_teacher()  # what is learned of it is split with the rest, and its gradients averaged
             part.apply(self)
-        if self.distill is not None and self._trainer is not None and self.trainer.training:
+        self._learn_of_teacher()
+
+    def _learn_of_teacher(self) -> None:
+        training = self._trainer is not None and self.trainer.training
+        if self.distill is not None and training and not self.distill.prepared:
             self.distill.prepare(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -123,7 +130,12 @@ class Recipe(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def schedule_steps(self) -> int:
-        return int(self.trainer.estimated_stepping_batches)
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise ValueError(
+                "schedule: the run has no end that it could count to; give trainer.max_steps or max_epochs"
+            )
+        return int(steps)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.step.require_chunks(len(batch))

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from descant.modules import saved
+from descant.modules.configure import Shard
 from descant.modules.distill import Teacher
 from descant.recipes.base import Recipe
 from descant.recipes.rebuilt import rebuild
@@ -66,7 +66,7 @@ class TeacherAverage(Teacher):
 
     def network(self, student: nn.Module) -> nn.Module:
         assert isinstance(student, Recipe)
-        if any(isinstance(p, DTensor) for p in student.parameters()):
+        if any(isinstance(part, Shard) for part in student._parts):
             raise ValueError("TeacherAverage: no average is kept of parameters that are split over ranks (shard)")
         distill, student.distill = student.distill, None
         try:

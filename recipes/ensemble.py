@@ -52,6 +52,8 @@ class Ensemble(Classifier):
         for part in ("pools", "heads"):
             setattr(self, part, nn.ModuleDict({m: getattr(member, part)[m] for m, member in members.items()}))
         self.fusion = Votes({m: member.fusion for m, member in members.items()})
+        widths = {member.width for member in members.values()}
+        self.width = widths.pop() if len(widths) == 1 else 0  # else each has its own
         self.requires_grad_(False)
         self.fusion.build({m: member.fusion.widths[m] for m, member in members.items()}, self.classes)
         self.train()

@@ -105,7 +105,10 @@ class Fusion(Classifier):
             terms |= {m: self.term(own[m], label_B, batch.present[m], batch.step[m]) for m in own}
         asked = Asked(self.step.decided, heard, fused_BC, self.fuse, self.fusion, batch, self.rows(batch))
         for more in (*self.regularizers, *callbacks):
-            terms |= more(asked)
+            found = more(asked)
+            if twice := found.keys() & terms.keys():
+                raise ValueError(f"two parts have a term {min(twice)!r}: {type(more).__name__} and one before it")
+            terms |= found
         return terms
 
     def rows(self, batch: Batch) -> Tensor:

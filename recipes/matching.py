@@ -13,12 +13,14 @@ Letters: B samples, V of them with both, K of a list, N pairs, T tokens, D width
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from descant.modules.batch import Batch
+from descant.modules.configure import Still
 from descant.modules.cross import CrossEncoder
 from descant.modules.fill import seen
 from descant.modules.losses.contrastive import promote
@@ -66,8 +68,10 @@ class Matching(Recipe):
         x = batch.inputs[modality]
         rows_R = seen(modality, here_B).nonzero()[:, 0]
         rows_R = rows_R if len(rows_R) else torch.zeros_like(here_B[:1], dtype=torch.long)
-        with running(rows_R):
-            h_RTD, mask_RT = self.towers[modality](x[rows_R])
+        x_R = x[rows_R]
+        x_R[~here_B[rows_R]] = 0  # an absent row may hold anything
+        with running(rows_R), nullcontext() if here_B.any() else Still(self.towers[modality]):
+            h_RTD, mask_RT = self.towers[modality](x_R)
         h_BTD = h_RTD.new_zeros(len(x), *h_RTD.shape[1:]).index_put((rows_R,), h_RTD)
         mask_BT = torch.zeros(len(x), mask_RT.shape[1], dtype=torch.bool, device=x.device)
         mask_BT[rows_R] = mask_RT & here_B[rows_R, None]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.batch import Batch
+from descant.modules.configure import Still
 from descant.modules.fill import filled, seen
 from descant.modules.heads import MeanPool, Pool, Pools, Projection
 from descant.modules.losses.contrastive import promote
@@ -66,7 +68,8 @@ class SharedSpace(Recipe):
         absent_R = ~present_B[rows_R]
         x_R = x[rows_R]
         x_R[absent_R] = 0
-        with running(rows_R):
+        # zeros that stand for nothing are not to be counted by a tower's batch norms
+        with running(rows_R), nullcontext() if present_B.any() else Still(tower):
             h_RD = self.step.chunked(features, x_R, tower).masked_fill(absent_R[:, None], 0.0)
         return h_RD.new_zeros(len(x), h_RD.shape[1]).index_put((rows_R,), h_RD)
 

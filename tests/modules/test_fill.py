@@ -105,3 +105,12 @@ def test_means_are_of_all_ranks() -> None:
     assert float(wanted[-1]) == 5
     for found in run_ranks(2, on_a_rank, 2):
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_sums_keep_their_precision_whatever_the_models_is() -> None:
+    fill = MeanFill().build({"text": 1}, []).bfloat16()
+    here_B = torch.ones(64, dtype=torch.bool)
+    for value in [1.0] * 300 + [5.0] * 1700:
+        fill(torch.full((64, 1), value, dtype=torch.bfloat16), "text", {"text": here_B}, ~here_B)
+    mean_D = fill(torch.zeros(1, 1, dtype=torch.bfloat16), "text", {"text": ~here_B[:1]}, here_B[:1])
+    assert float(mean_D) == pytest.approx(4.4, rel=0.01)

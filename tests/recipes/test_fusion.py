@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import pytest
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.modules.batch import Batch
 from descant.modules.fusion import AttentionFusion, Fuse, LateFusion, MidFusion, cross_entropy
+from descant.modules.games import CollaborativeGame, IndependentGame
 from descant.modules.protocols import Contends, Embeds, Forks, Fuses, HasObjective, HasTowers, Scores, Unimodal
 from descant.modules.towers import Tokens, Tower, Towers
 from descant.recipes import Fusion
@@ -393,3 +394,30 @@ def test_bad_input_is_one_line() -> None:
     del b.inputs["text"]
     with pytest.raises(ValueError, match=r"^the data has no modality 'text', only image$"):
         model.terms(b)
+
+
+def test_two_parts_whose_terms_have_one_name_are_refused() -> None:
+    games = [CollaborativeGame(), IndependentGame()]
+    with pytest.raises(ValueError, match="two parts have a term 'game': IndependentGame and one before it"):
+        recipe(regularizers=games).terms(batch())
+
+
+def test_a_batch_without_a_modality_leaves_a_towers_statistics_alone() -> None:
+    class Normed(Line):
+        def __init__(self, width_in: int) -> None:
+            super().__init__(width_in)
+            self.norm = nn.BatchNorm1d(1)
+
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
+            return super().forward(self.norm(x[:, None])[:, 0], mask)
+
+    towers = Towers(**{m: Normed(width) for m, width in WIDTHS.items()})
+    model, b = Fusion(towers, "kind", 4, width=8, unimodal=True), batch()
+    model.terms(b)
+    norm = cast(Any, towers["image"]).norm
+    before = [norm.running_mean.clone(), norm.running_var.clone(), norm.num_batches_tracked.clone()]
+    b.present["image"] = torch.zeros(8, dtype=torch.bool)
+    b.inputs["image"][:] = torch.nan
+    torch.autograd.backward(model.step(model.terms(b), b).total)
+    assert all(map(torch.equal, before, [norm.running_mean, norm.running_var, norm.num_batches_tracked]))
+    assert norm.weight.grad is not None and norm.weight.grad.isfinite().all(), "and is reached"

@@ -190,3 +190,12 @@ def test_protocols_and_what_cannot_be() -> None:
     for make, message in cases:
         with pytest.raises(ValueError, match=message):
             make()
+
+
+def test_what_an_absent_picture_holds_reaches_no_gradient() -> None:
+    recipe, batch = matching(), keyed()
+    batch.present["image"] = torch.zeros(len(batch), dtype=torch.bool)
+    if batch.inputs["image"].is_floating_point():
+        batch.inputs["image"][:] = torch.nan
+    torch.autograd.backward(recipe.step(recipe.terms(batch), batch).total)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in recipe.parameters())
