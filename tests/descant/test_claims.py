@@ -395,7 +395,7 @@ def test_the_page_and_the_list_say_what_is_stored(made: Callable[..., Claim], re
     assert found["difference"] == pytest.approx(0.6) and found["sham_difference"] == pytest.approx(0.02)
     assert table.write([claim], results, workplace / "CLAIMS.md") == []
     page = (workplace / "CLAIMS.md").read_text()
-    assert "| 99 | passed | +0.600 [+0.431, +0.769] | 0.01 | 3 of 3 | +0.020 | 1.0 min |" in page
+    assert "| a planted effect | passed | +0.600 [+0.431, +0.769] | 0.01 | 3 of 3 | +0.020 | 1.0 min |" in page
     assert "| test/gap | 1.000 ± 0.000 | 0.400 ± 0.100 | 0.980 ± 0.072 |" in page
     figure = (workplace / "docs/claims/toy-claim.svg").read_text()
     assert figure.count("<circle") == 9 and "sham, seed 2: 1.04" in figure
