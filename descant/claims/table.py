@@ -87,10 +87,12 @@ def _part(
         for metric in claim.metrics():
             lines.append(f"| {metric} | " + " | ".join(cells[arm].get(metric, "") for arm in runs) + " |")
     spent = max(found[claim.equal] for found in runs["method"].values())
-    timed = "seconds of training, or more," if claim.equal == EQUAL["seconds"] else claim.equal
+    clock = claim.equal == EQUAL["seconds"]
+    timed = "seconds of training, or nearly as many, or more," if clock else claim.equal
+    where = "in every arm but the sham, which takes the method's steps" if clock else "in every arm"
     lines.append(
         f"\nMean and standard deviation over seeds {', '.join(map(str, sorted(runs['method'])))}; "
-        f"{spent:,.0f} {timed} in every arm."
+        f"{spent:,.0f} {timed} {where}."
     )
     if claim.note is not None:
         lines.append(f"\n{claim.note}")

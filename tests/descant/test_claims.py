@@ -186,7 +186,10 @@ def test_arms_that_are_equal_in_time_have_had_no_less_of_it(
     results.mkdir()
     store.write(results, claim, "full", runs, 61.0)
     table.write([claim], results, workplace / "CLAIMS.md")
-    assert "100 seconds of training, or more, in every arm" in (workplace / "CLAIMS.md").read_text()
+    assert (
+        "100 seconds of training, or nearly as many, or more, in every arm but the sham"
+        in (workplace / "CLAIMS.md").read_text()
+    )
     runs["baseline"][2]["train_seconds"] = 79.0
     with pytest.raises(Refusal, match="baseline, seed 2: 79 seconds of training, and at least 80 are as much time"):
         judge(claim, runs)
