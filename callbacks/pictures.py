@@ -147,7 +147,7 @@ class Projector(Judge):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if not writers(trainer):
+        if trainer.loggers and not writers(trainer):  # without any, Sanity says so
             rank_zero_warn("Projector: none of the loggers is a TensorBoardLogger, so nothing will be written")
 
     def judge(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
