@@ -22,7 +22,6 @@ from descant.modules.random import global_seed, mix_N
 from descant.modules.reinforce import Advantage, GroupScaled
 from descant.modules.reinforce.rewards import Answer, Rewards
 from descant.modules.sham import Sham
-from descant.modules.text import PAD
 from descant.modules.trainer import bank_batches, data_now, data_parts, epoch_now
 
 
@@ -256,10 +255,7 @@ def within(said: Generated, room_R: Tensor) -> Generated:
     ([[5, 0, 0]], [1], [False])
     """
     over_R = said.length_R - said.ended_R.long() > room_R
-    length_R = torch.where(over_R, room_R, said.length_R)
-    real_RN = torch.arange(said.token_RN.shape[1]) < length_R[:, None]
-    token_RN, log_RN = said.token_RN.where(real_RN, PAD), said.log_RN.where(real_RN, 0.0)
-    return Generated(token_RN, log_RN, length_R, said.ended_R & ~over_R)
+    return said.cut(torch.where(over_R, room_R, said.length_R), said.ended_R & ~over_R)
 
 
 def _copies(key_N: np.ndarray) -> np.ndarray:

@@ -94,10 +94,11 @@ class Own(DataModule):
         named = [name for name, way in ways.items() if way is not None]
         if len(named) > 1:
             raise ValueError(f"{' and '.join(named)}: one of them says where the data is")
-        told = {"key": key, "split": split, "fields.labels": fields.labels if fields is not None else None}
-        for name in (name for name, value in told.items() if value and stream is not None):
+        asked = {"key": key, "split": split, "fields.labels": fields.labels if fields is not None else None}
+        unknown = next((name for name, value in asked.items() if value), None) if stream is not None else None
+        if unknown is not None:
             raise ValueError(
-                f"{name}: a stream is read once, from its beginning, so nothing is known of all its samples"
+                f"{unknown}: a stream is read once, from its beginning, so nothing is known of all its samples"
             )
         if not 0 <= holdout < 1:
             raise ValueError(f"holdout {holdout}: a share of the samples, 0 <= holdout < 1")

@@ -71,8 +71,7 @@ class Reinforced(Chat):
         last_R1 = (said.length_R - 1).clamp(min=0)[:, None]
         ended_R = said.ended_R & (said.length_R > 0) & (said.token_RN.gather(1, last_R1)[:, 0] == EOS)
         length_R = said.length_R - (said.ended_R & ~ended_R & (said.length_R > 0)).long()
-        real_RN = torch.arange(said.token_RN.shape[1], device=length_R.device) < length_R[:, None]
-        return Generated(said.token_RN.where(real_RN, PAD), said.log_RN.where(real_RN, 0.0), length_R, ended_R)
+        return said.cut(length_R, ended_R)
 
     def reference(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities of the answers' tokens under the reference, ``[N]``; whose, and at which place."""

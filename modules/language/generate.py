@@ -36,6 +36,11 @@ class Generated(NamedTuple):
     length_R: Tensor
     ended_R: Tensor
 
+    def cut(self, length_R: Tensor, ended_R: Tensor) -> Generated:
+        """The first ``length_R`` tokens of each, and which of these come to an end."""
+        real_RN = torch.arange(self.token_RN.shape[1], device=length_R.device) < length_R[:, None]
+        return Generated(self.token_RN.where(real_RN, 0), self.log_RN.where(real_RN, 0.0), length_R, ended_R)
+
 
 @dataclass(frozen=True)
 class Sampling:

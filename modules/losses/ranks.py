@@ -26,7 +26,7 @@ def rank() -> int:
 
 def first_row(rows: int) -> int:
     """Where this rank's B rows begin among the G gathered ones."""
-    return rows * dist.get_rank() if dist.is_initialized() else 0
+    return rows * rank()
 
 
 def gather(x_B: Tensor) -> Tensor:

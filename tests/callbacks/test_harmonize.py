@@ -402,3 +402,11 @@ def test_a_map_is_red_where_terms_conflict_and_blue_where_they_agree() -> None:
 
 def test_scalars_count_too() -> None:
     assert gram([torch.tensor([1.0, -2.0]), torch.tensor([[3.0], [1.0]])]).tolist() == [[10.0, 1.0], [1.0, 5.0]]
+
+
+def test_a_step_that_was_left_in_its_middle_is_in_no_other() -> None:
+    """A rollback begins the same fit anew, with the same callback."""
+    rule = Harmonize(PCGrad())
+    rule._sums = [torch.full((2,), torch.nan)]
+    rule.on_train_start(None, None)  # type: ignore[arg-type]
+    assert rule._sums == []

@@ -207,6 +207,11 @@ def test_embeddings_that_are_all_alike_and_a_term_that_is_thrown_away(
     assert line.endswith("mix two: 0: the term is computed and thrown away")
 
 
+def test_a_mix_of_no_term(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = late(tmp_path, capsys, Embedding(False, mix={"oen": 0.5}), ToyData(batch_size=4))
+    assert line.endswith("mix oen: no such term in the first step; there is one, two")
+
+
 def test_nothing_is_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (line,) = late(tmp_path, capsys, Toy(), rows(), logger=False)
     assert line.endswith("nothing is logged: trainer.logger leaves no logger")
