@@ -80,37 +80,45 @@ def decide(method: Paired, over_sham: float, margin: float, sham_margin: float) 
 def require_equal(claim: Claim, runs: Runs) -> None:
     """All runs have had the same budget, and the method's scored code ran as often in the sham.
 
-    What others begin from is not compared. Of time, each run has had about as much as the method's of its seed; the
+    What others begin from is not compared; arms that go on from the method, baseline or sham are compared with each
+    other, since what they had comes on top. Of time, each run has had about as much as the method's of its seed; the
     sham, which runs the method's code, as many steps, whatever a clock says of them.
 
     Raises:
         Refusal: if not.
     """
-    arms = {arm: of for arm, of in runs.items() if arm not in claim.first or arm in ARMS}
-    budgets = {(arm, seed): m.get(claim.equal) for arm, of in arms.items() for seed, m in of.items()}
-    (first, expected), *_ = budgets.items()
-    for (arm, seed), value in budgets.items():
-        if claim.equal == EQUAL["seconds"] and arm == "sham":
-            ours, theirs = (runs[of][seed].get(EQUAL["steps"]) for of in ("method", "sham"))
-            if ours != theirs:
-                its = f"claims {claim.name}: sham, seed {seed}: {theirs} steps"
-                fail(f"{its}, and the method had {ours}: as many count")
-        elif claim.equal == EQUAL["seconds"]:
-            least = LEAST_TIME * runs["method"][seed][claim.equal]
-            if not value or value < least:
-                its = f"claims {claim.name}: {arm}, seed {seed}: {value:.0f} seconds of training"
-                fail(f"{its}, and at least {least:.0f} are as much time as the method had")
-        elif value != expected:
-            fail(
-                f"claims {claim.name}: {arm}, seed {seed}: {value:g} {claim.equal}, and {first[0]} had {expected:g}: "
-                "arms are compared at an equal budget"
-            )
+    arms = [arm for arm in runs if arm not in claim.first or arm in ARMS]
+    beyond = [arm for arm in arms if arm not in ARMS and claim.arms[arm].needs() & set(ARMS)]
+    beyond = beyond if claim.equal == EQUAL["steps"] else []
+    for compared in ([arm for arm in arms if arm not in beyond], beyond):
+        _require_equal(claim, {arm: runs[arm] for arm in compared})
     if claim.calls is None:
         return
     for seed in runs["method"]:
         ours, shams = (runs[arm][seed].get(claim.calls) for arm in ("method", "sham"))
         if not ours or ours != shams:
             fail(f"claims {claim.name}: seed {seed}: {claim.calls} is {ours} in the method and {shams} in the sham")
+
+
+def _require_equal(claim: Claim, arms: Runs) -> None:
+    budgets = [(arm, seed, m.get(claim.equal)) for arm, of in arms.items() for seed, m in of.items()]
+    for arm, seed, value in budgets:
+        first, _, expected = budgets[0]
+        if claim.equal == EQUAL["seconds"] and arm == "sham":
+            ours, theirs = (arms[of][seed].get(EQUAL["steps"]) for of in ("method", "sham"))
+            if ours != theirs:
+                its = f"claims {claim.name}: sham, seed {seed}: {theirs} steps"
+                fail(f"{its}, and the method had {ours}: as many count")
+        elif claim.equal == EQUAL["seconds"]:
+            least = LEAST_TIME * arms["method"][seed][claim.equal]
+            if not value or value < least:
+                its = f"claims {claim.name}: {arm}, seed {seed}: {value:.0f} seconds of training"
+                fail(f"{its}, and at least {least:.0f} are as much time as the method had")
+        elif value != expected:
+            fail(
+                f"claims {claim.name}: {arm}, seed {seed}: {value:g} {claim.equal}, and {first} had {expected:g}: "
+                "arms are compared at an equal budget"
+            )
 
 
 def column(claim: Claim, runs: Runs, arm: str, metric: str, seeds: Iterable[int]) -> list[float]:

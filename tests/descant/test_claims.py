@@ -174,6 +174,20 @@ def test_arms_of_other_budgets_are_not_compared(made: Callable[..., Claim]) -> N
         judge(made(), runs)
 
 
+def test_arms_that_go_on_from_one_of_the_three_are_compared_with_each_other(made: Callable[..., Claim]) -> None:
+    def on(arm: str) -> dict[str, Any]:
+        return {"options": {"model.adapt": [{"class_path": "Begin", "init_args": {"path": f"ARM/{arm}"}}]}}
+
+    runs = runs_of([0.5, 0.6, 0.7], [0.0, 0.1, -0.1])
+    claim = made(arms=CONTENT["arms"] | {"more": on("method"), "most": on("baseline")})
+    for arm in ("more", "most"):
+        runs[arm] = {seed: {"test/gap": 1.0, "steps": 3} for seed in range(3)}
+    judge(claim, runs)
+    runs["most"][2]["steps"] = 4
+    with pytest.raises(Refusal, match="most, seed 2: 4 steps, and more had 3: arms are compared at an equal budget"):
+        judge(claim, runs)
+
+
 def test_arms_that_are_equal_in_time_have_had_no_less_of_it(
     made: Callable[..., Claim], results: Path, workplace: Path
 ) -> None:
