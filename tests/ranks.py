@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import socket
 import tempfile
@@ -11,6 +12,9 @@ from typing import Any
 
 import torch
 from torch.multiprocessing.spawn import spawn
+
+#: Seconds after which a rank tells where it hangs and ends, so that a test fails and the others are run.
+LONGEST = 900
 
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -24,6 +28,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]
 
 
 def _entry(rank: int, world: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    faulthandler.dump_traceback_later(LONGEST, exit=True)
     # torchrun's environment: Lightning then joins these ranks instead of launching its own
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
