@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -110,7 +111,7 @@ def say(library: Path, texts: Sequence[str], voices: Sequence[str]) -> Iterator[
         return 0
 
     synchronous, stay, utf8 = 2, 0x8000, 1  # AUDIO_OUTPUT_SYNCHRONOUS, espeakINITIALIZE_DONT_EXIT, espeakCHARS_UTF8
-    rate = espeak.espeak_Initialize(synchronous, 0, str(library).encode(), stay)
+    rate = espeak.espeak_Initialize(synchronous, 0, os.path.relpath(library).encode(), stay)
     if rate <= 0:
         raise ValueError(f"{path.name} finds no voices in {library.name}")
     espeak.espeak_SetSynthCallback(hear)
@@ -136,6 +137,8 @@ def main(library: str, folder: str) -> None:
     from descant.modules.audio import FULL_SCALE, quantized, resample
 
     _, voices, texts = json.loads(sys.stdin.buffer.read())
+    library, folder = os.path.abspath(library), os.path.abspath(folder)
+    os.chdir(library)  # it keeps 160 characters of where its voices are, and a cache may be deeper
     clips = say(Path(library), texts, voices)
     rate = int(next(clips)[0])
     parts, span = [np.zeros(0, np.int16)], np.zeros((len(voices) * len(texts), 2), np.int64)

@@ -119,10 +119,11 @@ def test_the_synthesizer_says_names_alike_each_time(tmp_path: Path, monkeypatch:
     assert (length_VN[:, 1] > 2 * length_VN[:, 0]).all(), "a longer name takes longer"
     assert (length_VN[:, 0] > 0.2 * RATE).all() and (length_VN[:, 0] < RATE).all()
     assert 5000 < np.abs(spoken.wave).max() <= 32767
-    again = prepared(names, voices, cache=str(tmp_path))
+    deep = tmp_path / "a folder whose name is long" / ("deeper than what the library keeps of a path" * 3)
+    again = prepared(names, voices, cache=str(deep))
     assert again.name == folder.name and (again / "wave.npy").read_bytes() == (folder / "wave.npy").read_bytes()
     monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("said twice"))
-    assert prepared(names, voices, cache=str(tmp_path)) == again
+    assert prepared(names, voices, cache=str(deep)) == again
     monkeypatch.undo()
     for voice in ("en-uk", "en-us+f99"):
         with pytest.raises(ValueError, match=rf"voice '{voice.replace('+', '[+]')}' is unknown; such as en-us"):
