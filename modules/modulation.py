@@ -409,6 +409,7 @@ class ModulationBank(nn.Module):
         self.form, self.layers, self.chosen = form or ScaleShift(), layers, sets
         self.unknown, self.sham = unknown, Sham(sham)
         self.parts = nn.ModuleDict()
+        self._hooked: list[str] = []
         self.sets = Sets(())
         self._route: _Route | None = None
         self._warned = False
@@ -446,7 +447,25 @@ class ModulationBank(nn.Module):
         for name, layer in self._layers(network):
             if any(_key(name) in cast(nn.ModuleDict, parts) for parts in self.parts.values()):
                 layer.register_forward_hook(partial(self._modulate, name), with_kwargs=True)
+                self._hooked.append(name)
         return self
+
+    def require_hooked(self, network: nn.Module) -> None:
+        """That every layer which has parameters is still there and asks for them.
+
+        Raises:
+            ValueError: for one that was replaced since :meth:`attach`, as by 4 bits or synchronized batch norms.
+        """
+        for name in self._hooked:
+            try:
+                layer = network.get_submodule(name)
+            except AttributeError:
+                layer = nn.Identity()
+            layer = cast(nn.Module, getattr(layer, "base_layer", layer))  # of adapters, which call it
+            if not any(isinstance(h, partial) and h.func == self._modulate for h in layer._forward_hooks.values()):
+                raise ValueError(
+                    f"bank: layer {name} was replaced after it was given parameters, which it never asks for"
+                )
 
     def _layers(self, network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """Names and layers, in the network's order; those inside adapters are left alone."""

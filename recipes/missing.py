@@ -121,6 +121,11 @@ class MissingModality(Recipe):
     def towers(self) -> nn.ModuleDict:  # type: ignore[override]  # the inner ones, for whoever adapts towers
         return self.inner.towers
 
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self.bank is not None:  # adapters and the strategy have had their turn
+            self.bank.require_hooked(self.inner)
+
     def train(self, mode: bool = True) -> MissingModality:
         super().train(mode)
         for module in self._kept:  # and not what adapters add to them

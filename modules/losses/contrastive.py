@@ -56,6 +56,8 @@ class _Scaled(ContrastiveLoss):
 
     def __init__(self, temperature: float, learn: bool, max_scale: float) -> None:
         super().__init__()
+        if not max_scale > 0:
+            raise ValueError(f"max_scale {max_scale:g}: it is above 0")
         if not 1 / max_scale <= temperature:
             raise ValueError(f"temperature {temperature} is below its bound 1 / max_scale = {1 / max_scale:g}")
         self.max_log_scale = math.log(max_scale)
@@ -151,6 +153,8 @@ class Intra(nn.Module):
         sham: Literal["permute"] | None = None,
     ) -> None:
         super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"temperature {temperature:g}: it is above 0")
         self.modality, self.scale, self.sham = modality, 1 / temperature, shams.Sham(sham)
         self.projection = Projection(width, out, layers=2, hidden=hidden)
 

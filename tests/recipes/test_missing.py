@@ -20,7 +20,7 @@ from descant.callbacks import EMA, Resume
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.modules import saved
 from descant.modules.batch import Batch
-from descant.modules.configure import Compile, Lora
+from descant.modules.configure import Compile, Freeze, Lora, Quantize
 from descant.modules.fill import Fill, MeanFill, PromptFill, ZeroFill, filled, standing_in
 from descant.modules.modulation import AvailableSets, LowRank, Modulation, ModulationBank, ScaleShift
 from descant.modules.protocols import (
@@ -34,6 +34,7 @@ from descant.modules.protocols import (
     Scores,
     Unimodal,
 )
+from descant.modules.towers import TextTower
 from descant.recipes import MissingModality, Recipe
 from tests.callbacks.test_resume import Act, equal, fit, point, state
 from tests.ranks import run_ranks
@@ -435,6 +436,28 @@ def test_bad_requests_are_one_line(runs: dict[str, Path], name: str, options: di
     with pytest.raises(ValueError, match=says) as caught:
         MissingModality(runs.get(name, Path("nowhere")), **options)
     assert "\n" not in str(caught.value)
+
+
+def test_layers_that_others_replace_after_the_bank_was_made_are_told(runs: dict[str, Path], tmp_path: Path) -> None:
+    net = adapted(runs["fusion"], adapt=[Freeze(["image"])], optimizer=adam)
+    with pytest.raises(ValueError, match=r"bank: layer towers\.image\.\S+ was replaced after it was given parameters"):
+        fit(tmp_path, data=PatternData(), net=net)
+
+    def words() -> Any:
+        recipe: Any = nn.Module()
+        recipe.towers = nn.ModuleDict({"text": TextTower(vocab=9, width=8, depth=1, heads=2, length=4)})
+        return recipe
+
+    held = words()
+    bank = ModulationBank(layers=["mlp.2"]).attach(held, ["image", "text"])
+    Quantize(skip=["mlp.2"]).apply(held)
+    Lora(r=2).apply(held)  # adapters call what they adapt
+    bank.require_hooked(held)
+    held = words()
+    bank = ModulationBank(layers=["mlp.2"]).attach(held, ["image", "text"])
+    Quantize().apply(held)
+    with pytest.raises(ValueError, match=r"bank: layer towers\.text\.layers\.0\.mlp\.2 was replaced"):
+        bank.require_hooked(held)
 
 
 def test_a_set_that_no_term_learns_from_is_refused(runs: dict[str, Path]) -> None:

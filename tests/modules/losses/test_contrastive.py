@@ -127,3 +127,10 @@ def test_scale_is_bounded_and_can_come_back() -> None:
     assert float(loss.scale()) == pytest.approx(100.0, rel=1e-5)
     assert loss.log_scale.grad is not None
     assert float(loss.log_scale.grad) != 0.0
+
+
+def test_scales_and_temperatures_are_above_zero() -> None:
+    with pytest.raises(ValueError, match="max_scale 0: it is above 0"):
+        InfoNCE(max_scale=0)
+    with pytest.raises(ValueError, match="temperature 0: it is above 0"):
+        Intra(8, temperature=0)
