@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from descant.datamodules.base import BatchDataset, DataModule
-from descant.datamodules.order import Order, Slot, Window
+from descant.datamodules.order import Blocked, Order, Slot, Window
 from descant.datamodules.shuffle import Permutation
 from descant.modules.batch import Batch
 from descant.modules.random import mix, mix_N
@@ -88,6 +88,7 @@ class MixedOrder(Order):
         samples: of an epoch; of homogeneous batches, rounded up to whole batches.
         homogeneous: each batch from one part. The weights then count batches, and a pass is cut into batches of nearly
             equal size, as Order cuts an epoch, so a batch never holds the end of a pass and the beginning of the next.
+        blocked: part -> the block of each of its samples and how many are shuffled as one, where it is read so.
         batch_size, seed, cut: as of Order.
 
     >>> order = MixedOrder([2, 6], ["a", "b"], [Fraction(1), Fraction(3)], samples=8, batch_size=4, seed=0)
@@ -104,13 +105,20 @@ class MixedOrder(Order):
         batch_size: int,
         seed: int,
         homogeneous: bool = False,
+        blocked: Mapping[int, tuple[np.ndarray, int]] | None = None,
         **cut: int,
     ) -> None:
         super().__init__(samples, batch_size, seed, **cut)  # type: ignore[arg-type]  # cut holds no shuffle
         self.sizes, self.names, self.homogeneous = sizes, names, homogeneous
         self.shares = Shares(weights)
         self.offsets = [sum(sizes[:part]) for part in range(len(sizes))]
-        self._walks: dict[int, tuple[int, Permutation]] = {}
+        self.blocked = blocked or {}
+        self._walks: dict[int, tuple[int, Permutation | Tensor]] = {}
+
+    @property
+    def facts(self) -> dict[str, int | bool | str]:
+        read = {"blocked": ", ".join(self.names[part] for part in self.blocked)} if self.blocked else {}
+        return super().facts | read
 
     def __iter__(self) -> Iterator[Window]:
         epoch, real = self.epoch, self._one_part if self.homogeneous else self._all_parts
@@ -144,9 +152,13 @@ class MixedOrder(Order):
             low += stop - start
         return slots
 
-    def _permutation(self, part: int, turn: int) -> Permutation:
+    def _permutation(self, part: int, turn: int) -> Permutation | Tensor:
         if self._walks.get(part, (-1,))[0] != turn:
-            self._walks[part] = turn, Permutation(self.sizes[part], mix(self.seed, "order", self.names[part], turn))
+            if part in self.blocked:
+                walk = Blocked(*self.blocked[part], 1, mix(self.seed, "order", self.names[part])).permutation(turn)
+            else:
+                walk = Permutation(self.sizes[part], mix(self.seed, "order", self.names[part], turn))
+            self._walks[part] = turn, walk
         return self._walks[part][1]
 
 
@@ -452,7 +464,14 @@ class Mixture(DataModule):
         if not self.repeat:
             asked, what = (-(-samples // size), "batches") if alone else (samples, "samples")
             _enough(names, natural, weights, asked, what)
-        return MixedOrder(sizes, names, weights, samples, size, self.seed, alone, **cut)
+        own = {
+            part: self.parts[name].order(member)
+            for part, (name, member) in enumerate(zip(names, data.members.values(), strict=True))
+        }
+        blocked = {
+            part: (order.block_N.numpy(), order.together) for part, order in own.items() if isinstance(order, Blocked)
+        }
+        return MixedOrder(sizes, names, weights, samples, size, self.seed, alone, blocked, **cut)
 
     # what evaluation asks --------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from descant.datamodules.base import BatchDataset
 from descant.datamodules.emoji import PACK
 from descant.datamodules.fields import AudioField, Fields, ImageField, LabelField, TextField
 from descant.datamodules.ledger import Ledger
+from descant.datamodules.mixture import Mixture
 from descant.datamodules.order import Order
 from descant.datamodules.own import Own
 from descant.datamodules.reading import key_of
@@ -123,6 +124,19 @@ def test_row_groups_beyond_the_memory_are_each_decoded_once_an_epoch(tmp_path: P
             assert sorted(seen[-1]) == list(range(60))
     assert spy.call_count <= 2 * 2 * 12, "two columns of twelve row groups, twice"
     assert seen[0] != seen[1] and len({i // 5 for i in seen[0][:10]}) == 3, "samples of several row groups meet"
+    mixed = Mixture(
+        {"a": data, "b": own(tmp_path, path=str(shapes(tmp_path / "b")), fields=Fields(image=ImageField(size=8)))},
+        batch_size=8,
+    )
+    mixed.prepare_data()
+    mixed.setup("fit")
+    both = mixed.training_set()
+    with mock.patch.object(pq.ParquetFile, "read_row_group", autospec=True, side_effect=real) as spy:
+        order = mixed.order(both)
+        for window in order:
+            assert len(both[window]) == 8
+    assert spy.call_count <= 12, "and in a mixture"
+    assert order.facts["blocked"] == "a"
 
 
 # what cannot be read -------------------------------------------------------------------------------------------
