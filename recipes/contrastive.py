@@ -67,6 +67,9 @@ class Contrastive(SharedSpace):
         self.pairs = _pairs(pairs, tuple(towers))
         self.losses = nn.ModuleDict({name: copy.deepcopy(loss or InfoNCE()) for name in self.pairs})
         self.intra, self.negatives, self.knowledge = intra, negatives, knowledge
+        asked = {"negatives": negatives.pair if negatives else (), "intra": (intra.modality,) if intra else ()}
+        for what, unknown in ((what, m) for what, names in asked.items() for m in names if m not in towers):
+            raise ValueError(f"{what}: no tower {unknown!r}; the towers are {', '.join(towers)}")
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -149,7 +152,7 @@ def _pairs(pairs: list[list[str]] | None, modalities: tuple[str, ...]) -> dict[s
         raise ValueError(f"towers: contrast needs two modalities, got {', '.join(modalities) or 'none'}")
     for pair in pairs or []:
         unknown = [m for m in pair if m not in modalities]
-        if unknown or len(set(pair)) != 2:
+        if unknown or not len(set(pair)) == len(pair) == 2:
             fault = f"no tower {unknown[0]!r}" if unknown else "not two modalities"
             raise ValueError(f"pairs: {pair}: {fault}; the towers are {', '.join(modalities)}")
     chosen = [(a, b) for a, b in pairs] if pairs else list(combinations(modalities, 2))

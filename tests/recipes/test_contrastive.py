@@ -13,6 +13,7 @@ from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.modules.batch import Batch
 from descant.modules.losses import InfoNCE, Intra, SigLIP
 from descant.modules.metrics import retrieval_ranks
+from descant.modules.negatives import Negatives
 from descant.modules.protocols import Embeds, Forks, HasObjective, HasTowers
 from descant.modules.towers import Tokens, Tower, Towers
 from descant.recipes import Contrastive
@@ -59,6 +60,12 @@ def test_all_pairs_or_the_chosen_ones() -> None:
     assert list(recipe(pairs=[["text", "audio"]]).terms(batch())) == ["text-audio"]
     with pytest.raises(ValueError, match=r"no tower 'sound'; the towers are image, text, audio"):
         recipe(pairs=[["image", "sound"]])
+    with pytest.raises(ValueError, match="not two modalities"):
+        recipe(pairs=[["image", "text", "image"]])
+    with pytest.raises(ValueError, match="negatives: no tower 'sketch'; the towers are image, text"):
+        recipe(negatives=Negatives(("image", "sketch")))
+    with pytest.raises(ValueError, match="intra: no tower 'video'"):
+        recipe(intra=Intra(16, modality="video"))
     with pytest.raises(ValueError, match="two modalities"):
         Contrastive(Towers(image=Line(8)))
 
