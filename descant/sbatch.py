@@ -38,6 +38,7 @@ rm -f "$ended"
 
 job=$(scontrol show job --oneliner "$SLURM_JOB_ID")
 if [ $code -eq 0 ]; then
+  [ -z "${mark:-}" ] || : > "$mark"
   exit 0
 elif [ $code -ne 75 ] && { [ $code -le 128 ] || [ $code -eq 130 ]; }; then
   echo "descant: ended with $code: not requeued"  # a fault, a wrong request, or stopped by a person
@@ -60,6 +61,7 @@ def script(
     folder: Path,
     grid: Sequence[Mapping[str, str]] = (),
     head: str = "",
+    marks: Sequence[Path] = (),
 ) -> str:
     """One job.
 
@@ -69,12 +71,15 @@ def script(
         folder: where its runs go; script and log are kept there.
         grid: of an array, the options of each task.
         head: a comment, such as the command that asked for it.
+        marks: of an array, the file that each task leaves once it has ended well.
     """
     parts = ["#!/bin/bash", f"# {head}".replace("\n", " "), *_options(given, folder, len(grid)), ""]
     parts += [f"folder={shlex.quote(str(folder))} requeues={given.requeues}", *given.setup, _START.strip(), ""]
     if grid:
         told = [shlex.join(part for key, value in task.items() for part in (f"--{key}", value)) for task in grid]
-        parts += ['case "$SLURM_ARRAY_TASK_ID" in', *(f"  {n}) set -- {text} ;;" for n, text in enumerate(told))]
+        told = [f"set -- {text}" for text in told]
+        told = [f"{text}; mark={shlex.quote(str(m))}" for text, m in zip(told, marks, strict=True)] if marks else told
+        parts += ['case "$SLURM_ARRAY_TASK_ID" in', *(f"  {n}) {text} ;;" for n, text in enumerate(told))]
         parts += ["esac", ""]
     return "\n".join([*parts, _step(given, *stage), _END.strip(), ""])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
+import json
 import os
 import re
 import shlex
@@ -74,14 +75,10 @@ def main(args: Sequence[str]) -> int:
     if not args or "--help" in own or "-h" in own:
         print(_HELP)
         return 0
-    # as it is now: parsing a configuration imports much, and leaves more
-    environment = {key: value for key, value in os.environ.items() if not _LEFT.fullmatch(key)}
+    environment = _environment()
     if not all([stages, *stages]):
         fail("submit: of what? The command comes after --: descant submit --time 60 -- fit --config NAME")
     given = _read(own)
-    for tool in () if given.dry_run else ("sbatch", "scontrol"):
-        if shutil.which(tool) is None:
-            fail(f"submit: {tool} is not on PATH: type this where jobs are submitted, or --dry-run prints the script")
     grids = [grid(given.array), *([] for _ in stages[1:])]
     head = f"descant submit {shlex.join(args)}"
     jobs: list[tuple[str, Path, list[dict[str, str]]]] = []
@@ -95,6 +92,60 @@ def main(args: Sequence[str]) -> int:
         else:
             after = _submit(text, folder, tasks, after, environment)
     return 0
+
+
+def array(own: Sequence[str], stage: Sequence[str], tasks: list[dict[str, str]], folder: Path, head: str) -> None:
+    """One array of tasks that have names, of which each leaves ``folder/NAME.done`` once it has ended well.
+
+    Args:
+        own: the options of ``descant submit``. stage: the command that all tasks share.
+        tasks: options of each; ``name`` of its run, or the ``run`` to go on in.
+        folder: of the script, the logs and the marks. head: a comment.
+
+    Raises:
+        Refusal: as ``main``.
+    """
+    environment, given = _environment(), _read(own)
+    _folder(stage, given, [{k: v for k, v in task.items() if k not in ("name", "run")} for task in tasks], first=True)
+    text = script(given, stage, folder, tasks, head, [folder / f"{name_of(task)}.done" for task in tasks])
+    if given.dry_run:
+        print(text)
+    else:
+        _submit(text, folder, tasks, given.after, environment)
+
+
+def name_of(task: Mapping[str, str]) -> str:
+    """Of a task of :func:`array`.
+
+    >>> name_of({"run": "lr=1,seed=0/001"})
+    'lr=1,seed=0'
+    """
+    return task["name"] if "name" in task else task["run"].partition("/")[0]
+
+
+def waiting(folder: Path) -> set[str]:
+    """The names of tasks that were submitted from a folder and that SLURM still has.
+
+    Raises:
+        Refusal: if it does not answer, since they might run twice.
+    """
+    found: set[str] = set()
+    if folder.is_dir() and shutil.which("squeue") is None:
+        fail("submit: squeue is not on PATH: type this where jobs are submitted")
+    for file in sorted(folder.glob("submit-*.json")):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        command = ["squeue", "--noheader", "--array", "--format=%i", f"--jobs={content['job']}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode and "Invalid job id" not in done.stderr:  # it forgets jobs some time after their end
+            fail(f"submit: squeue does not say what became of {content['job']}: {' '.join(done.stderr.split())}")
+        there = set(done.stdout.split())
+        found |= {name_of(task) for n, task in content["tasks"].items() if f"{content['job']}_{n}" in there}
+    return found
+
+
+def _environment() -> dict[str, str]:
+    """As it is now: parsing a configuration imports much, and leaves more."""
+    return {key: value for key, value in os.environ.items() if not _LEFT.fullmatch(key)}
 
 
 def _split(args: Sequence[str]) -> list[list[str]]:
@@ -160,6 +211,9 @@ def _read(args: Sequence[str]) -> argparse.Namespace:
         key = option.removeprefix("--").partition("=")[0]
         if key in _OURS:
             fail(f"submit: --sbatch {option}: {f'say {_OURS[key]}' if _OURS[key] else 'the script needs its own'}")
+    for tool in () if given.dry_run else ("sbatch", "scontrol", "squeue"):
+        if shutil.which(tool) is None:
+            fail(f"submit: {tool} is not on PATH: type this where jobs are submitted, or --dry-run prints the script")
     return given
 
 

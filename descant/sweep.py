@@ -32,7 +32,7 @@ Options beside those of fit:
   --seeds N or A,B       seeds 0 to N - 1, or these (1)
   --jobs N               runs at a time, each with its share of the cores (1)
   --metrics A,B          of the table, as in descant compare
-  --slurm 'OPTIONS'      an array of jobs by descant submit OPTIONS; descant compare shows them in the end"""
+  --slurm 'OPTIONS'      what is missing as an array of jobs by descant submit OPTIONS; the table when all have ended"""
 _OWN = ("vary", "seeds", "jobs", "metrics", "slurm")
 
 
@@ -71,10 +71,12 @@ def main(args: Sequence[str]) -> int:
         _look(request, point)
     words = _words(theirs)
     folder = Path(request.option("runs") or "runs") / "sweeps" / f"{request.configs[0].stem}-{_digest(request)}"
-    if given.slurm is not None:
-        return _submit(given.slurm, given.vary, seeds, words, folder)
-    tasks = [_task(words, folder, point, seed) for seed in seeds for point in points]
+    every = [(point, seed) for seed in seeds for point in points]
+    tasks = [_task(words, folder, point, seed) for point, seed in every]
     todo = [task for task in tasks if not _mark(task).exists()]
+    if given.slurm is not None and todo:
+        missing = [one for one, task in zip(every, tasks, strict=True) if task in todo]
+        return _submit(given.slurm, missing, len(tasks), words, folder)
     say(f"sweep: {len(tasks)} runs, {len(tasks) - len(todo)} done, {given.jobs} at a time, in {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -156,8 +158,12 @@ def _label(point: dict[str, str]) -> str:
     return plain if len(plain) <= 120 else f"{plain[:111]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
+def _name(point: dict[str, str], seed: int) -> str:
+    return f"{_label(point)},seed={seed}"
+
+
 def _task(words: Sequence[str], folder: Path, point: dict[str, str], seed: int) -> Task:
-    label = f"{_label(point)},seed={seed}"
+    label = _name(point, seed)
     own = [f"--{key}={value}" for key, value in point.items()]
     own += [f"--seed_everything={seed}", f"--runs={folder}", f"--name={label}", "--resume=auto"]
     return Task(f"sweep: {label}", ("fit", *words, *own), folder / f"{label}.log")
@@ -177,14 +183,35 @@ def _done(task: Task, seconds: float) -> None:
     say(f"{task.label}: done ({seconds:.0f} s)")
 
 
-def _submit(options: str, vary: Sequence[str], seeds: Sequence[int], words: Sequence[str], folder: Path) -> int:
+def _submit(
+    options: str, missing: Sequence[tuple[dict[str, str], int]], runs_in_all: int, words: Sequence[str], folder: Path
+) -> int:
+    """An array of what SLURM has not got; a run that was stopped goes on in its own folder."""
     from descant import submit
 
-    axes = [word for text in (*vary, f"seed_everything={','.join(map(str, seeds))}") for word in ("--array", text)]
     try:
         given = shlex.split(options)
     except ValueError as error:
         fail(f"sweep: --slurm {options!r}: {error}")
-    code = submit.main([*given, *axes, "--", "fit", *words, f"--runs={folder}", "--name=sweep"])
-    say(f"sweep: when they have ended: descant compare sweep --runs {folder}")
-    return code
+    for word in given:
+        if word.partition("=")[0] in ("--array", "--"):
+            fail(f"sweep: --slurm {word}: sweep says it itself; leave it out")
+    there = submit.waiting(folder)
+    todo = [(point, seed) for point, seed in missing if _name(point, seed) not in there]
+    say(
+        f"sweep: {runs_in_all} runs, {runs_in_all - len(missing)} done, {len(missing) - len(todo)} with SLURM, "
+        f"{len(todo)} to submit, in {folder}"
+    )
+    if todo:
+        tasks = [_where(folder, _name(point, seed)) | point | {"seed_everything": str(seed)} for point, seed in todo]
+        submit.array(given, ("fit", *words, f"--runs={folder}"), tasks, folder, f"descant sweep --slurm {options!r}")
+    say("sweep: the same command submits what was lost, and shows the table when all have ended")
+    return 0
+
+
+def _where(folder: Path, name: str) -> dict[str, str]:
+    """The run to go on in, or the name of a new one."""
+    for run in sorted((folder / name).glob("[0-9]*"), reverse=True):
+        if runs.newest_point(run)[0] is not None:
+            return {"run": f"{name}/{run.name}"}
+    return {"name": name}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from descant import sweep
+from descant import runs, sweep
 from tests.conftest import TRUST, Result
 
 Cli = Callable[..., Result]
@@ -73,16 +73,44 @@ def test_mistakes_are_told_before_anything_runs(
     assert "--vary KEY=A,B" in cli("sweep").out
 
 
-def test_a_cluster_gets_arrays(monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
-    from descant import submit
-
-    asked: list[list[str]] = []
-    monkeypatch.setattr(submit, "main", lambda args: len(asked.append(list(args)) or ""))  # type: ignore[func-returns-value]
-    result = cli(*TOYS, "--vary", "model.scale=1,2", "--seeds", "3", "--slurm", "--time 60")
-    assert result.rc == 0 and "descant compare sweep --runs runs/sweeps/toy-" in result.err
-    (words,) = asked
-    assert words[:7] == ["--time", "60", "--array", "model.scale=1,2", "--array", "seed_everything=0,1,2", "--"]
-    assert words[7] == "fit" and words[-1] == "--name=sweep" and "--trust" in words
+def test_a_cluster_gets_what_is_missing_as_an_array(
+    monkeypatch: pytest.MonkeyPatch, cli: Cli, workplace: Path, tmp_path: Path
+) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, text in {"sbatch": "echo 7", "scontrol": "true", "squeue": 'cat "$SQUEUE"'}.items():
+        (tools / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    monkeypatch.setenv("SQUEUE", str(tmp_path / "squeue"))
+    (tmp_path / "squeue").write_text("")
+    words = (*TOYS, "--vary", "model.scale=1.0,2.0", "--seeds", "2", "--slurm", "--time 60")
+    result = cli(*words)
+    assert result.rc == 0 and "4 runs, 0 done, 0 with SLURM, 4 to submit" in result.err, result.err
+    (folder,) = (workplace / "runs/sweeps").iterdir()
+    text = (folder / "submit-001.sh").read_text()
+    name = "model.scale=2.0,seed=0"
+    mark = (folder / f"{name}.done").relative_to(workplace)
+    assert f"1) set -- --name {name} --model.scale 2.0 --seed_everything 0; mark={mark} ;;" in text
+    assert "#SBATCH --array=0-3" in text and "--trust" in text and '[ -z "${mark:-}" ] || : > "$mark"' in text
+    # one has ended well, two are with SLURM; the last was lost after it had saved
+    (folder / f"{name}.done").touch()
+    (tmp_path / "squeue").write_text("7_0\n7_3\n")
+    lost = folder / "model.scale=1.0,seed=1" / "001"
+    monkeypatch.setattr(
+        runs, "newest_point", lambda run: (run / "x.ckpt" if run == lost.relative_to(workplace) else None, [])
+    )
+    lost.mkdir(parents=True)
+    again = cli(*words)
+    assert "4 runs, 1 done, 2 with SLURM, 1 to submit" in again.err, again.err
+    text = (folder / "submit-002.sh").read_text()
+    assert "0) set -- --run model.scale=1.0,seed=1/001 --model.scale 1.0 --seed_everything 1; mark=" in text
+    (tools / "squeue").write_text(
+        "#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2\nexit 1\n"
+    )
+    assert "squeue does not say what became of 7: slurm_load_jobs error" in cli(*words).refusal
+    assert "--slurm --array: sweep says it itself" in cli(*words[:-1], "--array a=1,2").refusal
+    assert len(list(folder.glob("submit-*.sh"))) == 2
 
 
 def test_long_labels_stay_apart() -> None:

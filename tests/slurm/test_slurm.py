@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +174,32 @@ def test_a_grid_and_what_a_person_stops_stays_stopped(lab: Lab, place: Path) -> 
         text = (run / "config.yaml").read_text()
         assert f"seed_everything: {told['tasks'][task]['seed_everything']}\n" in text
         assert f"\n    width: {told['tasks'][task]['model.width']}\n" in text
+
+
+def test_a_sweep_submits_what_was_lost_which_goes_on_and_ends_with_the_table(lab: Lab, place: Path) -> None:
+    slower = ("--trainer.callbacks.init_args.seconds", "[0.3]", "--test", "true")
+    words = (*FIT[1:], *slower, "--vary", "model.width=64,32", "--slurm", "--gpus-per-node 1")
+
+    def sweep() -> str:
+        return lab.sh(sys.executable, "-m", "descant", "sweep", *words, cwd=place, ok=False)
+
+    def log_of(task: str) -> str:
+        return next(iter(place.glob(f"runs/sweeps/*/slurm-{task}.log"))).read_text()
+
+    told = sweep()
+    assert "2 runs, 0 done, 0 with SLURM, 2 to submit" in told, told
+    (job,) = re.findall(r"^submitted (\d+), 2 tasks", told, re.MULTILINE)
+    assert "2 runs, 0 done, 2 with SLURM, 0 to submit" in sweep()
+    lab.until(lambda: lab.state(f"{job}_1") == "RUNNING" and log_of(f"{job}_1").count("PACE") > 5, 180, job)
+    lab.sh("scancel", "--signal=INT", f"{job}_1")
+    assert [lab.ended(f"{job}_{n}") for n in (0, 1)] == ["COMPLETED", "FAILED"]
+    told = sweep()
+    assert "2 runs, 1 done, 0 with SLURM, 1 to submit" in told, told
+    (again,) = re.findall(r"^submitted (\d+), 1 tasks", told, re.MULTILINE)
+    assert lab.ended(f"{again}_0") == "COMPLETED", log_of(f"{again}_0")
+    assert "resuming" in log_of(f"{again}_0") and 0 < log_of(f"{again}_0").count("PACE") < STEPS - 5
+    (run,) = place.glob("runs/sweeps/*/model.width=32,seed=0/0*")
+    with (run / "metrics.csv").open(newline="") as rows:
+        assert [int(row["step"]) for row in csv.DictReader(rows) if row.get("train/loss")] == list(range(STEPS))
+    told = sweep()
+    assert "2 runs, 2 done" in told and "| width=32 " in told and "| width=64 " in told, told
