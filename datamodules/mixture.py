@@ -154,6 +154,7 @@ class MixedOrder(Order):
 
     def _permutation(self, part: int, turn: int) -> Permutation | Tensor:
         if self._walks.get(part, (-1,))[0] != turn:
+            walk: Permutation | Tensor
             if part in self.blocked:
                 walk = Blocked(*self.blocked[part], 1, mix(self.seed, "order", self.names[part])).permutation(turn)
             else:
