@@ -50,10 +50,17 @@ class Source:
 
 
 class Stills(Source):
-    """One drawing, and four names to choose from."""
+    """One drawing, and four names or kinds to choose from.
+
+    Args:
+        about: what is asked: which one it is by its ``name``, or of what ``group``.
+    """
+
+    def __init__(self, about: Literal["name", "group"] = "name") -> None:
+        self.about = about
 
     def asks(self, data: Frames, concept: int, others: np.ndarray, key: int) -> tuple[str, str]:
-        return Questions.wording(data, "name", concept, 0, others, 0, key)
+        return Questions.wording(data, self.about, concept, 0, others, 0, key)
 
     def shows(
         self, data: Frames, concept: int, others: np.ndarray, vendors: Sequence[int], key: int, visit: int
@@ -66,15 +73,16 @@ class Stacks(Source):
 
     Args:
         frames: slices, 3 to 8.
+        about: asked instead, of slices that all show one thing: as of Stills.
 
     Raises:
         ValueError: for fewer or more.
     """
 
-    def __init__(self, frames: int = 4) -> None:
+    def __init__(self, frames: int = 4, about: Literal["name", "group"] | None = None) -> None:
         if not 3 <= frames <= len(PLACES):
             raise ValueError(f"Stacks: frames {frames}: from 3 to {len(PLACES)}")
-        self.frames = frames
+        self.frames, self.about = frames, about
 
     #: The question.
     asked = "which slice is another thing?"
@@ -83,12 +91,14 @@ class Stacks(Source):
         return int(_uniform(key, "frames/odd") * self.frames)
 
     def asks(self, data: Frames, concept: int, others: np.ndarray, key: int) -> tuple[str, str]:
+        if self.about is not None:
+            return Questions.wording(data, self.about, concept, 0, others, 0, key)
         return self.asked, PLACES[self._odd(key)]
 
     def shows(
         self, data: Frames, concept: int, others: np.ndarray, vendors: Sequence[int], key: int, visit: int
     ) -> Tensor:
-        odd = self._odd(key)
+        odd = self._odd(key) if self.about is None else -1
         shown = [int(others[0]) if f == odd else concept for f in range(self.frames)]
         return torch.stack([data.drawing(_one(vendors, visit, f), one) for f, one in enumerate(shown)])
 
@@ -141,25 +151,31 @@ class Clips(Source):
 
     Args:
         frames: 2 to 64; the longer the slower it moves.
+        about: asked instead, of what moves: as of Stills.
 
     Raises:
         ValueError: for fewer or more.
     """
 
-    def __init__(self, frames: int = 8) -> None:
+    def __init__(self, frames: int = 8, about: Literal["name", "group"] | None = None) -> None:
         if not 2 <= frames <= 64:
             raise ValueError(f"Clips: frames {frames}: from 2 to 64")
-        self.frames = frames
+        self.frames, self.about = frames, about
 
     def asks(self, data: Frames, concept: int, others: np.ndarray, key: int) -> tuple[str, str]:
-        return "which way does it move?", list(WAYS)[int(_uniform(key, "frames/way") * len(WAYS))]
+        if self.about is not None:
+            return Questions.wording(data, self.about, concept, 0, others, 0, key)
+        return "which way does it move?", self._way(key)
+
+    def _way(self, key: int) -> str:
+        return list(WAYS)[int(_uniform(key, "frames/way") * len(WAYS))]
 
     def shows(
         self, data: Frames, concept: int, others: np.ndarray, vendors: Sequence[int], key: int, visit: int
     ) -> Tensor:
         half, room = data.size // 2, data.size - data.size // 2
         drawing = data.drawing(_one(vendors, visit, 0), concept, half)
-        way = WAYS[self.asks(data, concept, others, key)[1]]
+        way = WAYS[self._way(key)]
         aside = round(_uniform(visit, "frames/aside") * room)
         canvas = torch.zeros(self.frames, 4, data.size, data.size, dtype=torch.uint8)
         for f in range(self.frames):
@@ -277,7 +293,7 @@ class Frames(Questions):
             return super().order(data, **cut)
         sizes = self.sizes(data.problems)
         weights = tempered(sizes, self.alpha, self.times)
-        return MixedOrder(sizes, self.kinds, weights, sum(sizes), self.batch_size, self.seed, False, **cut)
+        return MixedOrder(sizes, self.kinds, weights, sum(sizes), self.batch_size, self.seed, False, None, **cut)
 
     def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
         sets: dict[str, BatchDataset] = {}

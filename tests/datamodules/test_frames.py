@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 
 from descant.callbacks import Rollouts
-from descant.datamodules.frames import PLACES, WAYS, Clips, FrameRollouts, Frames, FrameSet, Slices, Stacks, Stills
+from descant.datamodules.frames import (
+    PLACES,
+    WAYS,
+    Clips,
+    FrameRollouts,
+    Frames,
+    FrameSet,
+    Slices,
+    Source,
+    Stacks,
+    Stills,
+)
 from descant.datamodules.order import Slot, Window
 from descant.datamodules.volumes import Volumes
 from descant.modules.batch import Batch
@@ -60,6 +71,21 @@ def test_the_odd_slice_is_the_one_that_is_said() -> None:
         ]
         assert shown == [place != word for place in PLACES[:4]]
     assert len(set(said(data, batch))) == 4
+
+
+def test_one_question_may_be_asked_of_all_sources() -> None:
+    """Of a stack all of whose slices show one thing, and of what moves; the right one stands among those offered."""
+    asked: dict[str, Source] = {"still": Stills("group"), "stack": Stacks(about="group"), "clip": Clips(about="name")}
+    data = frames(sources=asked)
+    held = data.training_set()
+    batch = every(data, held)
+    questions = [data.spell([t for t in row if t]) for row in batch.inputs["text"].tolist()]
+    for question, word, kind in zip(questions, said(data, batch), batch.targets["kind"].tolist(), strict=True):
+        assert ("which is it" if kind == 2 else "what kind is it") in question and word in question
+    for b in (batch.targets["kind"] == 1).nonzero().flatten().tolist():
+        own = int(batch.targets["concept"][b])
+        drawings = [data.drawing(v, own) for v in held.vendors.tolist()]
+        assert all(any(torch.equal(x, drawing) for drawing in drawings) for x in batch.inputs["image"][b][:4])
 
 
 def test_slices_are_of_one_place_but_for_one_and_of_the_region_of_their_split() -> None:
