@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
+import random
 import socket
 import tempfile
 from collections.abc import Callable
@@ -19,12 +21,19 @@ LONGEST = 900
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """``[function(rank, *args) for rank in range(world)]``, in parallel; results travel through files."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = _free_port()
     with tempfile.TemporaryDirectory() as folder:
         spawn(_entry, args=(world, port, folder, function, args), nprocs=world)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _free_port() -> int:
+    """Below those that connections are given: a rank that asks for the first one too early would be given its port."""
+    for port in random.SystemRandom().sample(range(10_000, 15_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port")
 
 
 def _entry(rank: int, world: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
