@@ -117,8 +117,10 @@ class MixedOrder(Order):
 
     @property
     def facts(self) -> dict[str, int | bool | str]:
-        read = {"blocked": ", ".join(self.names[part] for part in self.blocked)} if self.blocked else {}
-        return super().facts | read
+        found = super().facts
+        if self.blocked:
+            found["order"] = f"{found['order']}, {', '.join(self.names[part] for part in self.blocked)} by blocks"
+        return found
 
     def __iter__(self) -> Iterator[Window]:
         epoch, real = self.epoch, self._one_part if self.homogeneous else self._all_parts

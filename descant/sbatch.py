@@ -38,7 +38,7 @@ rm -f "$ended"
 
 job=$(scontrol show job --oneliner "$SLURM_JOB_ID")
 if [ $code -eq 0 ]; then
-  [ -z "${mark:-}" ] || : > "$mark"
+  [ -z "$mark" ] || : > "$mark"
   exit 0
 elif [ $code -ne 75 ] && { [ $code -le 128 ] || [ $code -eq 130 ]; }; then
   echo "descant: ended with $code: not requeued"  # a fault, a wrong request, or stopped by a person
@@ -74,7 +74,7 @@ def script(
         marks: of an array, the file that each task leaves once it has ended well.
     """
     parts = ["#!/bin/bash", f"# {head}".replace("\n", " "), *_options(given, folder, len(grid)), ""]
-    parts += [f"folder={shlex.quote(str(folder))} requeues={given.requeues}", *given.setup, _START.strip(), ""]
+    parts += [f"folder={shlex.quote(str(folder))} requeues={given.requeues} mark=", *given.setup, _START.strip(), ""]
     if grid:
         told = [shlex.join(part for key, value in task.items() for part in (f"--{key}", value)) for task in grid]
         told = [f"set -- {text}" for text in told]

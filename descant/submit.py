@@ -130,12 +130,17 @@ def waiting(folder: Path) -> set[str]:
         Refusal: if it does not answer, since they might run twice.
     """
     found: set[str] = set()
-    if folder.is_dir() and shutil.which("squeue") is None:
-        fail("submit: squeue is not on PATH: type this where jobs are submitted")
-    for file in sorted(folder.glob("submit-*.json")):
+    files = sorted(folder.glob("submit-*.json"))
+    if files and shutil.which("squeue") is None:
+        fail(
+            f"submit: {folder} has jobs, and squeue is not on PATH to say what became of them: type this where they are"
+        )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SQUEUE_")}  # would hide some
+    for file in files:
         content = json.loads(file.read_text(encoding="utf-8"))
         command = ["squeue", "--noheader", "--array", "--format=%i", f"--jobs={content['job']}"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        command += [f"--clusters={content['cluster']}"] if content.get("cluster") else []
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode and "Invalid job id" not in done.stderr:  # it forgets jobs some time after their end
             fail(f"submit: squeue does not say what became of {content['job']}: {' '.join(done.stderr.split())}")
         there = set(done.stdout.split())
@@ -211,7 +216,7 @@ def _read(args: Sequence[str]) -> argparse.Namespace:
         key = option.removeprefix("--").partition("=")[0]
         if key in _OURS:
             fail(f"submit: --sbatch {option}: {f'say {_OURS[key]}' if _OURS[key] else 'the script needs its own'}")
-    for tool in () if given.dry_run else ("sbatch", "scontrol", "squeue"):
+    for tool in () if given.dry_run else ("sbatch", "scontrol"):
         if shutil.which(tool) is None:
             fail(f"submit: {tool} is not on PATH: type this where jobs are submitted, or --dry-run prints the script")
     return given
@@ -300,8 +305,14 @@ def _submit(text: str, folder: Path, tasks: list[dict[str, str]], after: str, en
     if done.returncode:
         file.unlink()
         fail(" ".join(done.stderr.split()) or f"sbatch ended with {done.returncode}")
-    job = done.stdout.strip().split(";")[0]
-    content = {"job": job, "after": after or None, "command": command, "tasks": dict(enumerate(tasks))}
+    job, _, cluster = done.stdout.strip().partition(";")
+    content = {
+        "job": job,
+        "cluster": cluster or None,
+        "after": after or None,
+        "command": command,
+        "tasks": dict(enumerate(tasks)),
+    }
     runs.write_json(file.with_suffix(".json"), content)
     log = folder / (f"slurm-{job}_0.log" if tasks else f"slurm-{job}.log")
     print(f"submitted {job}{f', {len(tasks)} tasks' if tasks else ''}{f', after {after}' if after else ''}: {file}")

@@ -14,7 +14,7 @@ from descant.errors import INTERRUPTED, fail, say
 from descant.options import Options
 from descant.precheck import precheck
 from descant.processes import Task, run_beside
-from descant.submit import grid
+from descant.submit import grid, waiting
 
 _HELP = """\
 descant sweep: one experiment at all combinations of some settings and seeds, then the table of compare
@@ -73,10 +73,14 @@ def main(args: Sequence[str]) -> int:
     folder = Path(request.option("runs") or "runs") / "sweeps" / f"{request.configs[0].stem}-{_digest(request)}"
     every = [(point, seed) for seed in seeds for point in points]
     tasks = [_task(words, folder, point, seed) for point, seed in every]
-    todo = [task for task in tasks if not _mark(task).exists()]
+    there = set() if given.slurm is not None and "--dry-run" in given.slurm else waiting(folder)
+    todo = [task for task in tasks if not _mark(task).exists()]  # asked in this order: what ends leaves its mark first
     if given.slurm is not None and todo:
         missing = [one for one, task in zip(every, tasks, strict=True) if task in todo]
-        return _submit(given.slurm, missing, len(tasks), words, folder)
+        return _submit(given.slurm, missing, there, len(tasks), words, folder)
+    with_slurm = sorted(_names(todo) & there)
+    if with_slurm:
+        fail(f"sweep: {with_slurm[0]} is with SLURM: the same command with --slurm says how far it is")
     say(f"sweep: {len(tasks)} runs, {len(tasks) - len(todo)} done, {given.jobs} at a time, in {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -184,7 +188,12 @@ def _done(task: Task, seconds: float) -> None:
 
 
 def _submit(
-    options: str, missing: Sequence[tuple[dict[str, str], int]], runs_in_all: int, words: Sequence[str], folder: Path
+    options: str,
+    missing: Sequence[tuple[dict[str, str], int]],
+    there: set[str],
+    runs_in_all: int,
+    words: Sequence[str],
+    folder: Path,
 ) -> int:
     """An array of what SLURM has not got; a run that was stopped goes on in its own folder."""
     from descant import submit
@@ -196,7 +205,6 @@ def _submit(
     for word in given:
         if word.partition("=")[0] in ("--array", "--"):
             fail(f"sweep: --slurm {word}: sweep says it itself; leave it out")
-    there = submit.waiting(folder)
     todo = [(point, seed) for point, seed in missing if _name(point, seed) not in there]
     say(
         f"sweep: {runs_in_all} runs, {runs_in_all - len(missing)} done, {len(missing) - len(todo)} with SLURM, "

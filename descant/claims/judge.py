@@ -88,8 +88,7 @@ def require_equal(claim: Claim, runs: Runs) -> None:
         Refusal: if not.
     """
     arms = [arm for arm in runs if arm not in claim.first or arm in ARMS]
-    beyond = [arm for arm in arms if arm not in ARMS and claim.arms[arm].needs() & set(ARMS)]
-    beyond = beyond if claim.equal == EQUAL["steps"] else []
+    beyond = [] if claim.equal == EQUAL["seconds"] else [arm for arm in arms if arm in claim.beyond]
     for compared in ([arm for arm in arms if arm not in beyond], beyond):
         _require_equal(claim, {arm: runs[arm] for arm in compared})
     if claim.calls is None:

@@ -174,6 +174,11 @@ class Claim:
         """What others begin from."""
         return {BEFORE, *(other for arm in self.arms.values() for other in arm.needs())}
 
+    @property
+    def beyond(self) -> set[str]:
+        """What goes on from the method, the baseline or the sham."""
+        return {name for name, arm in self.arms.items() if name not in ARMS and arm.needs() & set(ARMS)}
+
     def steps(self, arm: str, budget: str) -> int | None:
         """The optimizer steps that a run takes, where the claim says so."""
         options = {} if arm == BEFORE else self.budgets[budget]

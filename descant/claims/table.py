@@ -90,6 +90,8 @@ def _part(
     clock = claim.equal == EQUAL["seconds"]
     timed = "seconds of training, or nearly as many, or more," if clock else claim.equal
     where = "in every arm but the sham, which takes the method's steps" if clock else "in every arm"
+    if not clock and claim.beyond:
+        where += f" but {' and '.join(sorted(claim.beyond))}, which go on from one of them"
     lines.append(
         f"\nMean and standard deviation over seeds {', '.join(map(str, sorted(runs['method'])))}; "
         f"{spent:,.0f} {timed} {where}."

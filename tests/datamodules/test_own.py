@@ -136,7 +136,7 @@ def test_row_groups_beyond_the_memory_are_each_decoded_once_an_epoch(tmp_path: P
         for window in order:
             assert len(both[window]) == 8
     assert spy.call_count <= 12, "and in a mixture"
-    assert order.facts["blocked"] == "a"
+    assert order.facts["order"] == "MixedOrder, a by blocks", "what a resumed run has to have too"
 
 
 # what cannot be read -------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def test_a_cluster_gets_what_is_missing_as_an_array(
     name = "model.scale=2.0,seed=0"
     mark = (folder / f"{name}.done").relative_to(workplace)
     assert f"1) set -- --name {name} --model.scale 2.0 --seed_everything 0; mark={mark} ;;" in text
-    assert "#SBATCH --array=0-3" in text and "--trust" in text and '[ -z "${mark:-}" ] || : > "$mark"' in text
+    assert "#SBATCH --array=0-3" in text and "--trust" in text and '[ -z "$mark" ] || : > "$mark"' in text
     # one has ended well, two are with SLURM; the last was lost after it had saved
     (folder / f"{name}.done").touch()
     (tmp_path / "squeue").write_text("7_0\n7_3\n")
@@ -105,11 +105,13 @@ def test_a_cluster_gets_what_is_missing_as_an_array(
     assert "4 runs, 1 done, 2 with SLURM, 1 to submit" in again.err, again.err
     text = (folder / "submit-002.sh").read_text()
     assert "0) set -- --run model.scale=1.0,seed=1/001 --model.scale 1.0 --seed_everything 1; mark=" in text
+    assert "--slurm --array: sweep says it itself" in cli(*words[:-1], "--array a=1,2").refusal
+    here = cli(*words[:-2])
+    assert here.refusal.startswith("sweep: model.scale=1.0,seed=0 is with SLURM: the same command with --slurm says")
     (tools / "squeue").write_text(
         "#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2\nexit 1\n"
     )
     assert "squeue does not say what became of 7: slurm_load_jobs error" in cli(*words).refusal
-    assert "--slurm --array: sweep says it itself" in cli(*words[:-1], "--array a=1,2").refusal
     assert len(list(folder.glob("submit-*.sh"))) == 2
 
 
