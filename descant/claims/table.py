@@ -129,7 +129,8 @@ def _cell(found: Mapping[int, Mapping[str, float]], metric: str) -> str:
 
 
 def svg(claim: Claim, runs: Runs) -> str:
-    """Arms side by side, a point a seed; the points of one seed are joined, since they are paired. 640 x 300 pixels."""
+    """Arms side by side, a point a seed; the points of one seed are joined, since they are paired. 640 x 300 pixels,
+    or as high as long names need."""
     name = claim.metric.name
     arms = [a for a in runs if a != BEFORE and name in _asked(claim, a) and all(name in m for m in runs[a].values())]
     seeds = sorted(runs[arms[0]])
@@ -138,6 +139,9 @@ def svg(claim: Claim, runs: Runs) -> str:
     ticks = _ticks(min(every), max(every))
     left, right, top, bottom = 70, 620, 30, 250
     better = "more" if claim.metric.higher else "less"
+    longest = max(map(len, arms))
+    turned = 6.2 * longest > (right - left) / len(arms)  # names would run into each other
+    height = max(300, bottom + 20 + round(3.2 * longest)) if turned else 300
 
     def x(arm: int) -> float:
         return left + (right - left) * (arm + 0.5) / len(arms)
@@ -146,9 +150,9 @@ def svg(claim: Claim, runs: Runs) -> str:
         return bottom - (bottom - top) * (value - ticks[0]) / (ticks[-1] - ticks[0])
 
     parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 300" font-family="sans-serif" font-size="12" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {height}" font-family="sans-serif" font-size="12" '
         f'role="img" aria-label="{escape(name)} by arm">',
-        '<rect width="640" height="300" fill="#fff"/>',
+        f'<rect width="640" height="{height}" fill="#fff"/>',
         f'<text x="{left}" y="18" fill="#222">{escape(name)}, {better} is better</text>',
     ]
     for tick in ticks:
@@ -168,7 +172,7 @@ def svg(claim: Claim, runs: Runs) -> str:
             for seed, v in values[arm].items()
         ]
         place = f'x="{x(n):.1f}" y="{bottom + 22}" text-anchor="middle"'
-        if len(arms) > MOST_COLUMNS:  # names would run into each other
+        if turned:
             place = f'transform="translate({x(n) + 8:.1f} {bottom + 14}) rotate(-35)" text-anchor="end" font-size="10"'
         parts.append(f'<text {place} fill="#222">{escape(arm)}</text>')
     parts.append(f'<text x="{right}" y="18" text-anchor="end" fill="#555">a point a seed; the bar is their mean</text>')
