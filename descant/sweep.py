@@ -32,7 +32,7 @@ Options beside those of fit:
   --seeds N or A,B       seeds 0 to N - 1, or these (1)
   --jobs N               runs at a time, each with its share of the cores (1)
   --metrics A,B          of the table, as in descant compare
-  --slurm 'OPTIONS'      what is missing as an array of jobs by descant submit OPTIONS; the table when all have ended"""
+  --slurm 'OPTIONS'      what is missing as an array by descant submit OPTIONS; the table in the end"""
 _OWN = ("vary", "seeds", "jobs", "metrics", "slurm")
 
 
