@@ -36,11 +36,18 @@ class Source:
     """
 
     frames: int = 1
+    #: Asked instead of the source's own question: which one it is by its ``name``, or of what ``group``.
+    about: Literal["name", "group"] | None = None
 
     def prepare(self, data: Frames) -> None:
         """Fetches what it shows, on one rank of a machine."""
 
     def asks(self, data: Frames, concept: int, others: np.ndarray, key: int) -> tuple[str, str]:
+        if self.about is None:
+            return self.own(key)
+        return Questions.wording(data, self.about, concept, 0, others, 0, key)
+
+    def own(self, key: int) -> tuple[str, str]:
         raise NotImplementedError
 
     def shows(
@@ -58,9 +65,6 @@ class Stills(Source):
 
     def __init__(self, about: Literal["name", "group"] = "name") -> None:
         self.about = about
-
-    def asks(self, data: Frames, concept: int, others: np.ndarray, key: int) -> tuple[str, str]:
-        return Questions.wording(data, self.about, concept, 0, others, 0, key)
 
     def shows(
         self, data: Frames, concept: int, others: np.ndarray, vendors: Sequence[int], key: int, visit: int
@@ -90,9 +94,7 @@ class Stacks(Source):
     def _odd(self, key: int) -> int:
         return int(_uniform(key, "frames/odd") * self.frames)
 
-    def asks(self, data: Frames, concept: int, others: np.ndarray, key: int) -> tuple[str, str]:
-        if self.about is not None:
-            return Questions.wording(data, self.about, concept, 0, others, 0, key)
+    def own(self, key: int) -> tuple[str, str]:
         return self.asked, PLACES[self._odd(key)]
 
     def shows(
@@ -162,20 +164,15 @@ class Clips(Source):
             raise ValueError(f"Clips: frames {frames}: from 2 to 64")
         self.frames, self.about = frames, about
 
-    def asks(self, data: Frames, concept: int, others: np.ndarray, key: int) -> tuple[str, str]:
-        if self.about is not None:
-            return Questions.wording(data, self.about, concept, 0, others, 0, key)
-        return "which way does it move?", self._way(key)
-
-    def _way(self, key: int) -> str:
-        return list(WAYS)[int(_uniform(key, "frames/way") * len(WAYS))]
+    def own(self, key: int) -> tuple[str, str]:
+        return "which way does it move?", list(WAYS)[int(_uniform(key, "frames/way") * len(WAYS))]
 
     def shows(
         self, data: Frames, concept: int, others: np.ndarray, vendors: Sequence[int], key: int, visit: int
     ) -> Tensor:
         half, room = data.size // 2, data.size - data.size // 2
         drawing = data.drawing(_one(vendors, visit, 0), concept, half)
-        way = WAYS[self._way(key)]
+        way = WAYS[self.own(key)[1]]
         aside = round(_uniform(visit, "frames/aside") * room)
         canvas = torch.zeros(self.frames, 4, data.size, data.size, dtype=torch.uint8)
         for f in range(self.frames):

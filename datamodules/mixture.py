@@ -88,7 +88,7 @@ class MixedOrder(Order):
         samples: of an epoch; of homogeneous batches, rounded up to whole batches.
         homogeneous: each batch from one part. The weights then count batches, and a pass is cut into batches of nearly
             equal size, as Order cuts an epoch, so a batch never holds the end of a pass and the beginning of the next.
-        blocked: part -> the block of each of its samples and how many are shuffled as one, where it is read so.
+        blocked: part -> the order of its passes, where it is read a block at a time.
         batch_size, seed, cut: as of Order.
 
     >>> order = MixedOrder([2, 6], ["a", "b"], [Fraction(1), Fraction(3)], samples=8, batch_size=4, seed=0)
@@ -105,7 +105,7 @@ class MixedOrder(Order):
         batch_size: int,
         seed: int,
         homogeneous: bool = False,
-        blocked: Mapping[int, tuple[np.ndarray, int]] | None = None,
+        blocked: Mapping[int, Blocked] | None = None,
         **cut: int,
     ) -> None:
         super().__init__(samples, batch_size, seed, **cut)  # type: ignore[arg-type]  # cut holds no shuffle
@@ -156,12 +156,11 @@ class MixedOrder(Order):
 
     def _permutation(self, part: int, turn: int) -> Permutation | Tensor:
         if self._walks.get(part, (-1,))[0] != turn:
-            walk: Permutation | Tensor
             if part in self.blocked:
-                walk = Blocked(*self.blocked[part], 1, mix(self.seed, "order", self.names[part])).permutation(turn)
+                self._walks[part] = turn, self.blocked[part].permutation(turn)
             else:
-                walk = Permutation(self.sizes[part], mix(self.seed, "order", self.names[part], turn))
-            self._walks[part] = turn, walk
+                seed = mix(self.seed, "order", self.names[part], turn)
+                self._walks[part] = turn, Permutation(self.sizes[part], seed)
         return self._walks[part][1]
 
 
@@ -467,13 +466,12 @@ class Mixture(DataModule):
         if not self.repeat:
             asked, what = (-(-samples // size), "batches") if alone else (samples, "samples")
             _enough(names, natural, weights, asked, what)
-        own = {
-            part: self.parts[name].order(member)
-            for part, (name, member) in enumerate(zip(names, data.members.values(), strict=True))
-        }
-        blocked = {
-            part: (order.block_N.numpy(), order.together) for part, order in own.items() if isinstance(order, Blocked)
-        }
+        blocked = {}
+        for part, (name, member) in enumerate(zip(names, data.members.values(), strict=True)):
+            own = self.parts[name].order(member)
+            if isinstance(own, Blocked):
+                seed = mix(self.seed, "order", name)
+                blocked[part] = Blocked(own.block_N.numpy(), own.together, own.batch_size, seed)
         return MixedOrder(sizes, names, weights, samples, size, self.seed, alone, blocked, **cut)
 
     # what evaluation asks --------------------------------------------------------------------------------------

@@ -8,13 +8,12 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from descant import compare, dump, runs
+from descant import compare, dump, runs, submit
 from descant.arguments import Request, read
 from descant.errors import INTERRUPTED, fail, say
 from descant.options import Options
 from descant.precheck import precheck
 from descant.processes import Task, run_beside
-from descant.submit import grid, waiting
 
 _HELP = """\
 descant sweep: one experiment at all combinations of some settings and seeds, then the table of compare
@@ -58,7 +57,7 @@ def main(args: Sequence[str]) -> int:
     if given.jobs < 1:
         fail(f"sweep: --jobs {given.jobs}: at least 1")
     seeds = _seeds(given.seeds)
-    points = grid(given.vary, "sweep: --vary")
+    points = submit.grid(given.vary, "sweep: --vary")
     request = read("fit", theirs)
     for key in ("run", "resume", "name", "seed_everything", "print_config"):
         if request.option(key) is not None or any(name == key for name, _ in request.options):
@@ -73,7 +72,7 @@ def main(args: Sequence[str]) -> int:
     folder = Path(request.option("runs") or "runs") / "sweeps" / f"{request.configs[0].stem}-{_digest(request)}"
     every = [(point, seed) for seed in seeds for point in points]
     tasks = [_task(words, folder, point, seed) for point, seed in every]
-    there = set() if given.slurm is not None and "--dry-run" in given.slurm else waiting(folder)
+    there = set() if given.slurm is not None and "--dry-run" in given.slurm else submit.waiting(folder)
     todo = [task for task in tasks if not _mark(task).exists()]  # asked in this order: what ends leaves its mark first
     if given.slurm is not None and todo:
         missing = [one for one, task in zip(every, tasks, strict=True) if task in todo]
@@ -115,7 +114,7 @@ def _seeds(text: str) -> list[int]:
         if int(text) < 1:
             fail(f"sweep: --seeds {text}: at least 1")
         return list(range(int(text)))
-    found = [point["seed_everything"] for point in grid([f"seed_everything={text}"], "sweep: --seeds")]
+    found = [point["seed_everything"] for point in submit.grid([f"seed_everything={text}"], "sweep: --seeds")]
     if not all(seed.isdecimal() for seed in found):
         fail(f"sweep: --seeds {text}: a number of seeds, or seeds as 0,1,2 or 0..2")
     return list(map(int, found))
@@ -196,8 +195,6 @@ def _submit(
     folder: Path,
 ) -> int:
     """An array of what SLURM has not got; a run that was stopped goes on in its own folder."""
-    from descant import submit
-
     try:
         given = shlex.split(options)
     except ValueError as error:
