@@ -27,6 +27,7 @@ from descant.callbacks.nonfinite import NonFinite as NonFinite
 from descant.callbacks.pictures import Projector as Projector
 from descant.callbacks.pictures import RetrievalPictures as RetrievalPictures
 from descant.callbacks.progress import Progress as Progress
+from descant.callbacks.progressive_resizing import ProgressiveResizing as ProgressiveResizing
 from descant.callbacks.prototypes import Prototypes as Prototypes
 from descant.callbacks.readout import Readout as Readout
 from descant.callbacks.reconstruction import Reconstruction as Reconstruction

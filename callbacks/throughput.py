@@ -23,6 +23,18 @@ _ATTENTION_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
+def image_shapes(batch: Any) -> str:
+    """Of a batch with ``inputs``: the shapes ``[C, H, W]`` of its images, since what a step costs depends on them.
+
+    >>> from types import SimpleNamespace
+    >>> image_shapes(SimpleNamespace(inputs={"image": torch.zeros(2, 3, 8, 8), "text": torch.zeros(2, 5)}))
+    'image 3x8x8'
+    """
+    inputs = getattr(batch, "inputs", None) or {}
+    shapes = {name: x.shape[1:] for name, x in inputs.items() if isinstance(x, Tensor) and x.dim() >= 4}
+    return ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
+
+
 def count_rows(batch: Any) -> int:
     """Rows of a batch: of a :class:`Batch`, a tensor, or the first tensor of a mapping or sequence; else 0.
 
@@ -182,11 +194,11 @@ class Throughput(L.Callback):
     * ``speed/mfu``: model FLOPs utilisation of one device,
       ``flops_per_step * steps_per_second / peak_flops``.
 
-    ``flops_per_step`` is counted once, in the forward and backward of the first real micro-batch (times those
-    of an optimizer step); nothing is run twice. It includes what activation checkpointing recomputes and what
-    a probe differentiates. A compiled model runs its counted micro-batch uncompiled, since a compiler that
-    meets a counter gives up on the model for the rest of the run. The count travels in the checkpoint, so a
-    resumed run counts nothing.
+    ``flops_per_step`` is counted once for each shape of images, in the forward and backward of the first real
+    micro-batch that has it (times those of an optimizer step); nothing is run twice. It includes what activation
+    checkpointing recomputes and what a probe differentiates. A compiled model runs its counted micro-batch
+    uncompiled, since a compiler that meets a counter gives up on the model for the rest of the run. The count
+    travels in the checkpoint, so a resumed run counts nothing.
 
     Args:
         peak_flops: FLOP/s of the device; measured for a quarter of a second at the start of the fit (a matrix
@@ -205,16 +217,19 @@ class Throughput(L.Callback):
             raise ValueError(f"peak_flops {peak_flops} is not a positive number of FLOP/s")
         self.peak_flops = peak_flops
         self.flops_per_step = 0
+        self._flops: dict[str, int] = {}  # by the shapes of a sample's images
+        self._shapes = ""
         self._peak = 0.0
         self._meter = Meter()
         self._step = 0
         self._count: FlopCount | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"flops_per_step": self.flops_per_step}
+        return {"flops_per_step": self.flops_per_step, "flops": dict(self._flops)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.flops_per_step = int(state_dict["flops_per_step"])
+        self._flops = dict(state_dict.get("flops", {}))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         dtype = compute_dtype(str(trainer.precision))
@@ -231,6 +246,10 @@ class Throughput(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._meter.work(time.perf_counter())
+        self._shapes = image_shapes(batch)
+        if self.flops_per_step and not self._flops:  # of a checkpoint that held one count
+            self._flops[self._shapes] = self.flops_per_step
+        self.flops_per_step = self._flops.get(self._shapes, 0)
         if not self.flops_per_step:
             torch.compiler.set_stance("force_eager")
             self._count = FlopCount()
@@ -246,7 +265,7 @@ class Throughput(L.Callback):
         count, self._count = self._count, None
         count.__exit__(None, None, None)
         torch.compiler.set_stance("default")
-        self.flops_per_step = count.flops * trainer.accumulate_grad_batches
+        self._flops[self._shapes] = self.flops_per_step = count.flops * trainer.accumulate_grad_batches
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

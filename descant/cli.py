@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -17,7 +18,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from descant import elastic, manifest, runs
+from descant import elastic, manifest, precision, runs
 from descant.arguments import Request
 from descant.callbacks.nonfinite import RollBack
 from descant.callbacks.resume import Stopped
@@ -65,6 +66,7 @@ class DescantCLI(LightningCLI):
             Recipe,
             L.LightningDataModule,
             save_config_callback=None,
+            trainer_class=precision.Trainer,
             seed_everything_default=0,
             # on the main parser: given to a subcommand it has no effect
             parser_kwargs={"allow_abbrev": False, self.command: {"default_config_files": [str(BASE)]}},
@@ -119,35 +121,48 @@ class DescantCLI(LightningCLI):
         self.options["name"] = self.name
         if self.options.trainer.use_distributed_sampler:
             fail("trainer.use_distributed_sampler: true: the data module itself cuts the batch over ranks")
-        saved = self.options.clone()
-        for key in CALL:
-            saved.pop(key, None)
-        self.text = self._parser(self.subcommand).dump(saved, skip_unset=False, skip_validation=True)
         if self.command == "fit" and not runs.launched():
             for file in inert(self.request.configs, self.walk.default):
                 say(f"warning: --config {shown(file)} changes nothing")
-        if self.request.explain:
-            print("\n".join(explained(yaml.safe_load(self.text), self.request.configs, self.request.options)), "\n")
         self.place = runs.agree(Path(self.options.runs) / self.name, self._decide)
-        self.folder = Folder(self.place, self.text)
+        self.options.trainer.precision = self.place.precision  # rank 0's, where nodes differ
+        text = self._saved()
+        self.folder = Folder(self.place, text)
+        if self.request.explain:
+            print("\n".join(explained(yaml.safe_load(text), self.request.configs, self.request.options)), "\n")
         folder = str(self.place.folder)
         self.options.trainer.default_root_dir = self.options.trainer.default_root_dir or folder
         self.options["trainer"] = _placed(self.options.trainer, folder)
 
+    def _saved(self) -> str:
+        """The configuration as ``config.yaml`` holds it."""
+        saved = self.options.clone()
+        for key in CALL:
+            saved.pop(key, None)
+        text: str = self._parser(self.subcommand).dump(saved, skip_unset=False, skip_validation=True)
+        return text
+
     def _decide(self) -> runs.Run:
-        """Rank 0 only: the folder and the checkpoint of this call."""
+        """Rank 0 only: the folder, the checkpoint and the precision of this call."""
+        precision.chosen(self.options.trainer)  # refused before a folder is made
+        place = self._place()
+        resumed = place.checkpoint if self.command == "fit" else None
+        kept = runs.precision_of(Path(resumed).parent.parent) if resumed is not None else None
+        try:
+            self.options.trainer.precision = precision.resolve(self.options.trainer, kept, say)
+            if resumed is not None:
+                require_unchanged(Path(resumed), self._saved(), self.options.changed == "allow")
+        except Refusal:
+            place.discard()
+            raise
+        return replace(place, precision=self.options.trainer.precision)
+
+    def _place(self) -> runs.Run:
         options, root, command = self.options, Path(self.options.runs), str(self.subcommand)
         if self.request.command == "check":
             return runs.allocate(Path(tempfile.mkdtemp(prefix="descant-")))
         if command == "fit":
-            place = for_fit(root, self.name, options.run, options.resume)
-            if place.checkpoint is not None:
-                try:
-                    require_unchanged(Path(place.checkpoint), self.text, options.changed == "allow")
-                except Refusal:
-                    place.discard()
-                    raise
-            return place
+            return for_fit(root, self.name, options.run, options.resume)
         source = source_of(root, options.run, self.request.configs)
         return for_evaluation(command, root, self.name, source, options.get("ckpt_path"))
 

@@ -125,8 +125,10 @@ class Walk:
             return  # each class was looked at by itself
         value = node.plain if node.raw is None or (several and not text) else node.raw
         if not self.schema.accepts(owner, name, value):
-            expected = schema.in_words(key.type)
-            raise Refusal(f"{_at(node, path)}: expected {expected}, got {_short(node.plain)}")
+            words = [str(word) for choice in schema.parts(key.type, "choice") for word in choice]
+            near = nearest(node.plain, words) if isinstance(node.plain, str) else None
+            got = _short(node.plain) + (f"; nearest: {near}" if near else "")
+            raise Refusal(f"{_at(node, path)}: expected {schema.in_words(key.type)}, got {got}")
 
     def _typed(self, node: Node, kind: Type, path: Path_) -> None:
         """Look into a value of type ``kind`` for classes."""

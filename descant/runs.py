@@ -15,17 +15,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from descant import manifest
 from descant.errors import Refusal, fail, hint
 
-#: What rank 0 decided (folder and checkpoint), for the ranks that it launches.
+#: What rank 0 decided (folder, checkpoint and precision), for the ranks that it launches.
 INHERITED = "DESCANT_RUN_DIR"
 _NUMBER = re.compile(r"\d{3,}")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One folder, and the checkpoint that this call starts from.
+    """One folder, the checkpoint that this call starts from, and the Trainer's precision.
 
     ``fresh``: made by this very call, so that a start that never trained may take it away again.
     """
@@ -33,6 +35,7 @@ class Run:
     folder: Path
     fresh: bool
     checkpoint: str | None = None
+    precision: str | None = None
 
     def discard(self) -> None:
         """Remove a fresh folder, and its parent if then empty: for starts that came to nothing."""
@@ -85,10 +88,10 @@ def agree(parent: Path, decide: Callable[[], Run]) -> Run:
         if text is None and note is not None:
             text = _read_note(note)
         if text is not None:
-            folder, checkpoint = json.loads(text)
-            return Run(Path(folder), fresh=False, checkpoint=checkpoint)
+            folder, checkpoint, precision = json.loads(text)
+            return Run(Path(folder), fresh=False, checkpoint=checkpoint, precision=precision)
     run = decide()
-    text = json.dumps([str(run.folder), run.checkpoint])
+    text = json.dumps([str(run.folder), run.checkpoint, run.precision])
     os.environ[INHERITED] = text  # for the ranks that this process launches
     if note is not None:
         note.parent.mkdir(parents=True, exist_ok=True)
@@ -154,6 +157,16 @@ def existing(root: Path, run: str) -> Path:
 def is_run(folder: Path) -> bool:
     """Whether a folder is that of one run: it has a configuration, or a number for a name."""
     return folder.is_dir() and ((folder / "config.yaml").is_file() or bool(_NUMBER.fullmatch(folder.resolve().name)))
+
+
+def precision_of(folder: Path) -> str | None:
+    """``trainer.precision`` that a run was trained in, as its configuration has it; None where that is not known."""
+    try:
+        content = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        precision = content["trainer"]["precision"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return None
+    return None if precision in (None, "auto") else str(precision)
 
 
 def newest_point(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:

@@ -90,7 +90,7 @@ def _tune(given: argparse.Namespace) -> int:
     if code:
         return code
     runs = place.collect(arms, seeds)
-    store.write(given.results, candidates, TUNE, runs, place.seconds)
+    store.write(given.results, candidates, TUNE, runs, place.seconds, place.precisions())
     for arm, best in claim.chosen(runs).items():
         values = [runs[f"{arm}.{i}"][seeds[0]][candidates.metric.name] for i in range(len(claim.arms[arm].settings))]
         tried = ", ".join(f"{x} {value:.4g}" for x, value in zip(claim.arms[arm].settings, values, strict=True))
@@ -130,7 +130,7 @@ def _run(given: argparse.Namespace) -> int:
         return code
     runs = place.collect(arms, seeds)
     found = judge(claim, runs)
-    store.write(given.results, claim, given.budget, runs, place.seconds)
+    store.write(given.results, claim, given.budget, runs, place.seconds, place.precisions())
     _print(claim, found, given.budget)
     return 0
 

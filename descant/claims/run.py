@@ -76,6 +76,14 @@ class Place:
         array = (f for f in reversed(folders.runs_of(self.folder, arm)) if _seed(f) == seed)
         return own if folders.runs_of(self.folder, own.name) else next(array, own)
 
+    def precisions(self) -> list[str]:
+        """``trainer.precision`` of the runs; where they differ, a warning says so."""
+        found = {folders.precision_of(folder) for folder in self.folder.glob("*/*") if folder.is_dir()} - {None}
+        precisions = sorted(str(precision) for precision in found)
+        if len(precisions) > 1:
+            say(f"warning: claims {self.claim.name}: its runs were trained in {' and '.join(precisions)}")
+        return precisions
+
     def collect(self, arms: Sequence[str], seeds: Sequence[int]) -> Runs:
         """Raises Refusal for a run that ended without the metrics of the claim."""
         found: dict[str, dict[int, dict[str, float]]] = {arm: {} for arm in [*arms, *self.all(())]}

@@ -508,8 +508,12 @@ def _unwarned(said: Any) -> Any:
 def _digest(files: Iterable[Path]) -> str:
     """SHA-256 of what the YAML files say, in their order; the first 16 digits.
 
-    Comments, layout and which warnings are meant say nothing.
+    Comments, layout and which warnings are meant say nothing. ``trainer.precision: auto`` counts as bf16-mixed, what it
+    is on machines that compute bfloat16: what it was in a result is stored with the result.
     """
     said = [_unwarned(yaml.safe_load(file.read_text(encoding="utf-8"))) for file in files]
+    for trainer in (content.get("trainer") or {} for content in said):
+        if trainer.get("precision") == "auto":
+            trainer["precision"] = "bf16-mixed"
     said[0] = {key: value for key, value in said[0].items() if key not in _LOOKS}
     return hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()[:16]

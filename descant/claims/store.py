@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,8 @@ def require_free(folder: Path, claim: Claim, budget: str) -> None:
         fail(f"{folder}: no permission to write results there; --results FOLDER")
 
 
-def write(folder: Path, claim: Claim, budget: str, runs: Runs, seconds: float) -> None:
-    """Store all runs of a claim; ``seconds`` is the wall time that it took."""
+def write(folder: Path, claim: Claim, budget: str, runs: Runs, seconds: float, precisions: Sequence[str] = ()) -> None:
+    """Store all runs of a claim; ``seconds`` is the wall time that it took, ``precisions`` those of the runs."""
     content = {
         "claim": claim.name,
         "seed": claim.seed,
@@ -65,6 +65,7 @@ def write(folder: Path, claim: Claim, budget: str, runs: Runs, seconds: float) -
         "budget": budget,
         "seconds": round(seconds, 1),
         "machine": machine(),
+        "precision": list(precisions),
         "versions": versions(),
         "runs": {arm: {str(seed): dict(m) for seed, m in sorted(of.items())} for arm, of in runs.items()},
     }
