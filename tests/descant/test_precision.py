@@ -121,7 +121,7 @@ def test_the_other_ranks_take_what_rank_0_found(monkeypatch: pytest.MonkeyPatch,
         (("--trainer.precision=bf15-mixed",), "got 'bf15-mixed'; nearest: bf16-mixed"),
         (
             ("--trainer.precision=auto", "--trainer.accelerator=xpu"),
-            "trainer.precision: auto knows cpu, cuda and mps, not accelerator xpu; name one, such as 32-true",
+            "trainer.precision: auto knows cpu, cuda and mps, not xpu; name one, such as 32-true",
         ),
         (
             ("--trainer.precision=auto", "--trainer.strategy=single_xla"),
