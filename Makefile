@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test slow torture lint bench docs clean
+.PHONY: demo test slow torture lint bench gpu wheels docs clean
 .venv: .venv/.ready
 .venv/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Descant needs Python 3.11 or newer"'
@@ -35,6 +35,18 @@ lint: .venv/.ready
 
 bench: .venv/.ready  ## Every benchmark, side by side with the owner of each recipe: ratios, never bare times.
 	$(BIN)/python -m benchmarks all
+
+# With an interpreter that has torch for its GPU (PYTHON=python3), what it lacks as wheels (WHEELS=folder): they go into a
+# folder on PYTHONPATH, since a venv made by a venv's Python does not see that venv's packages.
+BEGAN := $(shell date +%s)
+GPU_PYTHON := $(if $(WHEELS)$(filter command,$(origin PYTHON)),$(PYTHON),$(BIN)/python)
+SITE := $(CURDIR)/build/site
+gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),.venv/.ready)  ## The device tests and benchmarks on a GPU, at most nine minutes, into build/gpu; one line where there is none.
+	@$(if $(WHEELS),$(GPU_PYTHON) -m pip install -q --no-index --no-deps --no-compile --upgrade --target $(SITE) $(WHEELS)/*.whl)
+	@PYTHONPATH=$(CURDIR)$(if $(WHEELS),:$(SITE))$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m benchmarks.gpu --since $(BEGAN) $(GPU)
+
+wheels: .venv/.ready  ## What `make gpu` needs on a machine without network: build/wheels. FOR='--python 3.12 --have FILE'
+	$(BIN)/python -m benchmarks.wheels $(FOR)
 
 docs: .venv/.ready  ## Guides, gallery of experiments, claims and reference as a site: build/site.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

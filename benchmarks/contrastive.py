@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import gc
 import io
 import json
 import logging
@@ -22,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from torch.optim import AdamW
 from torchvision.transforms import v2
 
 from benchmarks import Row
-from benchmarks.timing import AS_FAST, Ratio, median, ratio
+from benchmarks.timing import AS_FAST, Ratio, interleaved, median, ratio
 from descant.callbacks import Progress, Report, Sanity
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.loggers import CSV
@@ -144,7 +144,7 @@ def recipe_like(clip: Any) -> Contrastive:
     return recipe.train()
 
 
-def batches(size: Size, number: int) -> list[Batch]:
+def batches(size: Size, number: int, device: str = "cpu") -> list[Batch]:
     """Noise as pictures; as texts random ids that end in the largest id, where open_clip pools, then zeros."""
     made = []
     for _ in range(number):
@@ -154,7 +154,8 @@ def batches(size: Size, number: int) -> list[Batch]:
         text_BT[place_T == end_B[:, None]] = size.vocab - 1
         text_BT[place_T > end_B[:, None]] = 0
         inputs = {"image": torch.randn(size.batch, 3, size.image, size.image), "text": text_BT}
-        present = {modality: torch.ones(size.batch, dtype=torch.bool) for modality in inputs}
+        inputs = {modality: x.to(device) for modality, x in inputs.items()}
+        present = {modality: torch.ones(size.batch, dtype=torch.bool, device=device) for modality in inputs}
         made.append(Batch(inputs, present))
     return made
 
@@ -206,7 +207,24 @@ def require_agreement(recipe: Contrastive, clip: Any, criterion: Any, batch: Bat
         raise RuntimeError(f"not the same step as open_clip's: loss off by {loss:.1e}, gradient by {gradient:.1e}")
 
 
-def step_pair(size: Size, bf16: bool = False) -> tuple[Callable[[], None], Callable[[], None]]:
+def step_of(
+    loss_of: Callable[[Batch], Tensor], data: list[Batch], optimizer: torch.optim.Optimizer, bf16: bool = False
+) -> Callable[[], None]:
+    """One training step on the next of the batches: loss, under bfloat16 autocast where asked, backward, optimizer."""
+    turn = cycle(data)
+
+    def step() -> None:
+        batch = next(turn)
+        optimizer.zero_grad()
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=bf16):
+            loss = loss_of(batch)
+        torch.autograd.backward(loss)
+        optimizer.step()
+
+    return step
+
+
+def step_pair(size: Size, bf16: bool = False, device: str = "cpu") -> tuple[Callable[[], None], Callable[[], None]]:
     """One training step of ours, and one of open_clip's.
 
     Ours: ``terms -> step -> backward -> optimizer.step`` of :class:`Contrastive`. Theirs: ``open_clip.CLIP`` and
@@ -217,27 +235,14 @@ def step_pair(size: Size, bf16: bool = False) -> tuple[Callable[[], None], Calla
     import open_clip
 
     torch.manual_seed(0)
-    clip, criterion, data = open_clip_model(size), open_clip.ClipLoss(), batches(size, 4)
-    recipe = recipe_like(clip)
+    clip, criterion = open_clip_model(size).to(device), open_clip.ClipLoss()
+    data, recipe = batches(size, 4, device), recipe_like(clip).to(device)
     require_agreement(recipe, clip, criterion, data[0])
-    our_optimizer, owner_optimizer = adamw(recipe), adamw(clip)
-    our_data, owner_data = _forever(data), _forever(data)
-
-    def ours() -> None:
-        batch = next(our_data)
-        our_optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = our_loss(recipe, batch)
-        torch.autograd.backward(loss)
-        our_optimizer.step()
+    ours = step_of(partial(our_loss, recipe), data, adamw(recipe), bf16)
+    owner_step = step_of(partial(open_clip_loss, clip, criterion), data, adamw(clip), bf16)
 
     def owner() -> None:
-        batch = next(owner_data)
-        owner_optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = open_clip_loss(clip, criterion, batch)
-        torch.autograd.backward(loss)
-        owner_optimizer.step()
+        owner_step()
         with torch.no_grad():
             clip.logit_scale.clamp_(0, math.log(100))
 
@@ -248,11 +253,6 @@ def step_ratio(size: Size, bf16: bool = False, pairs: int = 60) -> Ratio:
     """Speed of our step relative to open_clip's (see :func:`step_pair`): the owner's time / ours."""
     ours, owner = step_pair(size, bf16)
     return ratio(ours, owner, pairs)
-
-
-def _forever(data: list[Batch]) -> Iterator[Batch]:
-    while True:
-        yield from data
 
 
 def step() -> Iterator[Row]:
@@ -288,22 +288,6 @@ def bf16(size: Size | None = None, rounds: int = 40) -> Iterator[Row]:
     yield Row.at_least("contrastive/bf16_vs_fp32", gain.value, 1.4, gain.interval)
     yield Row.informs("contrastive/bf16_vs_fp32_open_clip", owner_gain.value, owner_gain.interval)
     yield Row.at_least("contrastive/bf16_gain_vs_open_clip", both.value, AS_FAST, both.interval)
-
-
-def interleaved(runs: list[Callable[[], None]], rounds: int, warmup: int = 3) -> np.ndarray:
-    """Seconds ``[rounds, runs]``: every round runs all of them, each time another one first."""
-    times = np.zeros((rounds, len(runs)))
-    for _ in range(warmup):
-        for run in runs:
-            run()
-    for k in range(rounds):
-        gc.collect()
-        for j in range(len(runs)):
-            which = (j + k) % len(runs)
-            begin = time.perf_counter()
-            runs[which]()
-            times[k, which] = time.perf_counter() - begin
-    return times
 
 
 # Lightning beside a plain loop -----------------------------------------------------------------------------
@@ -580,17 +564,15 @@ def _status(field: str) -> int:
 def gradcache_step(size: Size, chunks: int) -> Callable[[], None]:
     """A training step of ViT-like towers, on one batch of its own: weights, optimizer and inputs belong to it."""
     torch.manual_seed(0)
-    image = PatchTower(size=size.image, patch=size.patch, width=size.width, depth=size.layers, heads=4)
-    text = TextTower(vocab=size.vocab, width=size.text_width, depth=size.text_layers, heads=4, length=size.length)
-    recipe = Contrastive(Towers(image=image, text=text), width=size.embed, chunks=chunks).train()
-    optimizer, (batch,) = adamw(recipe), batches(size, 1)
+    recipe = own_recipe(size, heads=4, chunks=chunks)
+    return step_of(partial(our_loss, recipe), batches(size, 1), adamw(recipe))
 
-    def run() -> None:
-        optimizer.zero_grad()
-        torch.autograd.backward(our_loss(recipe, batch))
-        optimizer.step()
 
-    return run
+def own_recipe(size: Size, heads: int, chunks: int = 1) -> Contrastive:
+    """Our recipe on our own transformers."""
+    image = PatchTower(size=size.image, patch=size.patch, width=size.width, depth=size.layers, heads=heads)
+    text = TextTower(vocab=size.vocab, width=size.text_width, depth=size.text_layers, heads=heads, length=size.length)
+    return Contrastive(Towers(image=image, text=text), width=size.embed, chunks=chunks).train()
 
 
 def gradcache(batch: int = 16, times: int = 16, pairs: int = 30) -> Iterator[Row]:

@@ -29,38 +29,41 @@ V, D, DEPTH, HEADS, KEY_HEADS, HIDDEN, LENGTH = 512, 128, 4, 4, 2, 344, 512
 
 
 def llama(**more: Any) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=V,
-        hidden_size=D,
-        intermediate_size=HIDDEN,
-        num_hidden_layers=DEPTH,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KEY_HEADS,
-        max_position_embeddings=LENGTH,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-        **more,
-    )
+    usual: dict[str, Any] = {
+        "vocab_size": V,
+        "hidden_size": D,
+        "intermediate_size": HIDDEN,
+        "num_hidden_layers": DEPTH,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KEY_HEADS,
+        "max_position_embeddings": LENGTH,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    }
+    return LlamaConfig(**{**usual, **more})
 
 
 def ours_of(theirs: Any) -> CausalLM:
     """The same model, ours."""
-    made = CausalLM(V, D, DEPTH, HEADS, KEY_HEADS, HIDDEN, LENGTH).eval()
+    of = theirs.config
+    heads = (of.num_attention_heads, of.num_key_value_heads)
+    sizes = (of.hidden_size, of.num_hidden_layers, *heads, of.intermediate_size, of.max_position_embeddings)
+    made = CausalLM(of.vocab_size, *sizes).eval()
     made.load_llama(theirs.state_dict())
     return made
 
 
-def models() -> tuple[Any, CausalLM]:
-    """The same small Llama twice."""
+def models(device: str = "cpu", **more: Any) -> tuple[Any, CausalLM]:
+    """The same small Llama twice; ``more``: what its configuration has otherwise."""
     torch.manual_seed(0)
-    theirs = LlamaForCausalLM(llama()).eval()
+    theirs = LlamaForCausalLM(llama(**more)).eval()
     with torch.no_grad():
         for p in theirs.parameters():
             if p.ndim > 1:
                 p.mul_(3)  # so that what is likeliest is clear
     ours = ours_of(theirs)
     theirs.generation_config.eos_token_id = None
-    return theirs, ours
+    return theirs.to(device), ours.to(device)
 
 
 def decode(pairs: int = 30, new: int = 64) -> Iterator[Row]:
@@ -71,12 +74,19 @@ def decode(pairs: int = 30, new: int = 64) -> Iterator[Row]:
         apart = (ours.logits(ours(ours.embed(ids_PT))) - theirs(ids_PT).logits).abs().max()
     yield Row.at_most("generate/logits", float(apart), SAME)
     for name, group, bar in (("decode", 1, DECODE), ("groups", 8, GROUPS)):
-        prompts = ids_PT[: 16 // group]
-        mine, owner = _ours(ours, prompts, group, new), _theirs(theirs, prompts.repeat_interleave(group, 0), new)
+        mine, owner = decoders(ours, theirs, ids_PT, group, new)
         if not torch.equal(mine(), owner()):
             raise AssertionError(f"{name}: other tokens than transformers says")
         result = ratio(mine, owner, pairs)
         yield Row.at_least(f"generate/{name}", result.value, bar, result.interval)
+
+
+def decoders(
+    ours: CausalLM, theirs: Any, ids_PT: Tensor, group: int, new: int
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Greedy decoding by ours and by transformers', of as many rows as there are prompts, ``group`` of each prompt."""
+    prompts = ids_PT[: len(ids_PT) // group]
+    return _ours(ours, prompts, group, new), _theirs(theirs, prompts.repeat_interleave(group, 0), new)
 
 
 def _ours(lm: CausalLM, prompts: Tensor, group: int, new: int) -> Callable[[], Tensor]:

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,8 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import Row
-from benchmarks.contrastive import interleaved
-from benchmarks.timing import AS_FAST, median, ratio
+from benchmarks import Row, contrastive
+from benchmarks.timing import AS_FAST, interleaved, median, ratio
 from descant.callbacks import KNN, LinearProbe
 from descant.modules.adapters import Adapters, PatchAdapter
 from descant.modules.batch import Batch
@@ -100,7 +98,7 @@ class Lightly(Owner):
 
         rows, tokens = len(x_BCHW), self.backbone.sequence_length
         if keep_BK is None or mask_BT is None:
-            keep_BK, mask_BT = utils.random_token_mask((rows, tokens), mask_ratio=self.size.ratio)
+            keep_BK, mask_BT = utils.random_token_mask((rows, tokens), mask_ratio=self.size.ratio, device=x_BCHW.device)
         h_BKD = self.backbone.encode(images=x_BCHW, idx_keep=keep_BK)
         h_BKE = self.decoder.embed(h_BKD)
         y_BTE = utils.repeat_token(self.decoder.mask_token, (rows, tokens))
@@ -117,7 +115,7 @@ class Plain(Owner):
         vit, decoder, p = self.backbone.vit, self.decoder, self.size.patch
         h_BTD = vit.patch_embed(x_BCHW) + vit.pos_embed[:, 1:]
         rows, tokens, _ = h_BTD.shape
-        order_BT = torch.rand(rows, tokens).argsort(dim=1)
+        order_BT = torch.rand(rows, tokens, device=x_BCHW.device).argsort(dim=1)
         back_BT, kept = order_BT.argsort(dim=1), int(tokens * (1 - self.size.ratio))
         h_BKD = h_BTD.gather(1, order_BT[:, :kept, None].expand(-1, -1, h_BTD.shape[2]))
         h_BKD = torch.cat([(vit.cls_token + vit.pos_embed[:, :1]).expand(rows, -1, -1), h_BKD], dim=1)
@@ -168,7 +166,7 @@ def disagreement(model: Any, owner: Any, batch: Batch) -> tuple[float, float]:
     _, real = model.raw(batch)
     visible_BT = model.corruption(real, model.grids, batch.draw).visible["image"]
     rows = len(batch)
-    first = torch.zeros(rows, 1, dtype=torch.long)  # their place 0 is the class token's
+    first = torch.zeros(rows, 1, dtype=torch.long, device=batch.device)  # their place 0 is the class token's
     keep_BK, mask_BT = (1 + (mask.nonzero()[:, 1]).view(rows, -1) for mask in (visible_BT, ~visible_BT))
     ours, theirs = our_loss(model, batch), owner(batch.inputs["image"], torch.cat([first, keep_BK], dim=1), mask_BT)
     torch.autograd.backward([ours, theirs])
@@ -180,47 +178,50 @@ def disagreement(model: Any, owner: Any, batch: Batch) -> tuple[float, float]:
     return abs(loss - loss_owner) / loss_owner, float((own - other).abs().max() / other.abs().max())
 
 
-def batches(size: Size, number: int = 4) -> list[Batch]:
+def batches(size: Size, number: int = 4, device: str = "cpu") -> list[Batch]:
     made = []
     for k in range(number):
-        image = torch.randn(size.batch, 3, size.image, size.image)
-        draw = torch.arange(size.batch) + k * size.batch
-        made.append(Batch({"image": image}, {"image": torch.ones(size.batch, dtype=torch.bool)}, draw=draw))
+        image = torch.randn(size.batch, 3, size.image, size.image).to(device)
+        draw = torch.arange(size.batch, device=device) + k * size.batch
+        present = torch.ones(size.batch, dtype=torch.bool, device=device)
+        made.append(Batch({"image": image}, {"image": present}, draw=draw))
     return made
 
 
-def step_of(model: nn.Module, loss_of: Callable[[Batch], Tensor], data: list[Batch]) -> Callable[[], None]:
-    """One training step: loss, backward, fused AdamW."""
-    optimizer = AdamW(parameter_groups(model), lr=1e-4, weight_decay=0.05, fused=True)
-    turn = cycle(data)
-
-    def step() -> None:
-        batch = next(turn)
-        optimizer.zero_grad()
-        torch.autograd.backward(loss_of(batch))
-        optimizer.step()
-
-    return step
-
-
-def step(size: Size | None = None, pairs: int = 40) -> Iterator[Row]:
-    """Our training step against lightly's MAE and a plain loop over timm's ViT: the owner's time / ours.
+def steps(size: Size, device: str = "cpu", bf16: bool = False) -> dict[str, Callable[[], None]]:
+    """A training step of ours, of lightly's MAE and of a plain loop over timm's ViT.
 
     All three have the same ViT, decoder, batch and optimizer; ours and lightly's begin from the same weights, and that
     they compute the same loss and gradients where the same tokens are masked is required first.
     """
-    size = size or Size()
     torch.manual_seed(0)
     ours, lightly, plain = recipe(size), Lightly(size), Plain(size)
     alike(ours, lightly)
-    data = batches(size)
+    for model in (ours, lightly, plain):
+        model.to(device)
+    data = batches(size, device=device)
     loss, gradient = disagreement(ours, lightly, data[0])
     if not (loss <= 1e-5 and gradient <= 1e-4):
         raise RuntimeError(f"not the same step as lightly's: loss off by {loss:.1e}, gradient by {gradient:.1e}")
-    our_step = step_of(ours, partial(our_loss, ours), data)
+    made = {"ours": contrastive.step_of(partial(our_loss, ours), data, adamw(ours), bf16)}
     for name, owner in (("lightly", lightly), ("timm_loop", plain)):
-        owner_step = step_of(owner, lambda batch, owner=owner: owner(batch.inputs["image"]), data)  # type: ignore[misc]
-        result = ratio(our_step, owner_step, pairs)
+        made[name] = contrastive.step_of(partial(_owner_loss, owner), data, adamw(owner), bf16)
+    return made
+
+
+def _owner_loss(owner: Owner, batch: Batch) -> Tensor:
+    return owner(batch.inputs["image"])
+
+
+def adamw(model: nn.Module) -> AdamW:
+    return AdamW(parameter_groups(model), lr=1e-4, weight_decay=0.05, fused=True)
+
+
+def step(size: Size | None = None, pairs: int = 40) -> Iterator[Row]:
+    """Our training step against lightly's MAE and a plain loop over timm's ViT: the owner's time / ours."""
+    ours, *owners = steps(size or Size()).items()
+    for name, owner in owners:
+        result = ratio(ours[1], owner, pairs)
         yield Row.at_least(f"masked/step_vs_{name}", result.value, AS_FAST, result.interval)
 
 

@@ -23,7 +23,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks import Row
 from benchmarks.generate import LENGTH, V, llama, ours_of
-from benchmarks.timing import ratio
+from benchmarks.timing import ratio, wait
 from descant.callbacks import Rollouts
 from descant.datamodules.base import BatchDataset, Rows
 from descant.datamodules.dialogues import DialogueSet
@@ -44,14 +44,15 @@ ANSWER = V - 1
 FIRST = 3  # words: those before are marks
 
 
-def model() -> Any:
-    """transformers' Llama that has learned one thing: a word in 32 is the last."""
+def model(device: str = "cpu", **more: Any) -> Any:
+    """transformers' Llama that has learned one thing: a word in 32 is the last. ``more``: of its configuration."""
     torch.manual_seed(0)
-    made = LlamaForCausalLM(llama(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD))
+    made = LlamaForCausalLM(llama(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, **more)).to(device)
     optimizer = torch.optim.AdamW(made.parameters(), lr=1e-3)
     for _ in range(120):
         ids = torch.randint(FIRST, ANSWER, (32, 64))
         ids[torch.rand(ids.shape) < 1 / 32] = EOS
+        ids = ids.to(device)
         made(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -156,10 +157,10 @@ class Gate:
         if self._error:
             raise self._error[0]
 
-    def end(self) -> None:
+    def end(self, timeout: float = 60.0) -> None:
         self.over = True
         self._go.release()
-        self._thread.join(timeout=60)
+        self._thread.join(timeout)
 
 
 class Timed(Reinforced):
@@ -170,6 +171,7 @@ class Timed(Reinforced):
     def roll_out(self, batch: Batch, group: int, seed_R: Tensor) -> Generated:
         begin = time.perf_counter()
         found = super().roll_out(batch, group, seed_R)
+        wait(self.device)
         self.told.generating += time.perf_counter() - begin
         return found
 
@@ -177,8 +179,9 @@ class Timed(Reinforced):
 class Ours(L.Callback):
     """Steps of ours, what part of them generation takes, and how long answers are."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         self.gate: Gate | None = None
+        self.device = device
         self.generating = self.whole = self.began = 0.0
         self.lengths: list[float] = []
 
@@ -202,7 +205,8 @@ class Ours(L.Callback):
         net.told = self
         trainer = L.Trainer(
             max_epochs=10**6,
-            accelerator="cpu",
+            accelerator=self.device,
+            devices=1,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -229,8 +233,9 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 class Theirs:
     """Steps of TRL's GRPOTrainer, and how long answers are."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         self.lengths: list[float] = []
+        self.device = device
 
     def run(self, gate: Gate, owner: Any) -> None:
         from datasets import Dataset
@@ -264,7 +269,7 @@ class Theirs:
                 save_strategy="no",
                 report_to=[],
                 disable_tqdm=True,
-                use_cpu=True,
+                use_cpu=self.device == "cpu",
                 bf16=False,
                 gradient_checkpointing=False,
             )

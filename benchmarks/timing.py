@@ -6,13 +6,15 @@ Letters: P pairs, R resamples.
 from __future__ import annotations
 
 import gc
+import math
 import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -68,6 +70,74 @@ def ratio(
     return median(quotient_P)
 
 
+def interleaved(
+    runs: Sequence[Callable[[], object]],
+    rounds: int,
+    warmup: int = 3,
+    device: torch.device | str = "cpu",
+    block: int = 1,
+    until: float = math.inf,
+    clock: Clock = time.perf_counter,
+) -> np.ndarray:
+    """Seconds ``[rounds, runs]`` of a call: every round runs all of them, each time another one first.
+
+    A GPU's calls return before their work is done: a time is taken from a moment with nothing queued to the next such
+    moment, of ``block`` calls in a row, so that the CPU runs ahead of the device as it does in training. No round
+    begins after ``until`` on the clock: then there are fewer rounds, none where the first calls already took too long.
+    """
+    times: list[list[float]] = []
+    for k in range(-warmup, rounds):
+        if clock() >= until:
+            break
+        if k >= 0:
+            gc.collect()
+            times.append([0.0] * len(runs))
+        for j in range(len(runs)):
+            which = (j + k) % len(runs)
+            wait(device)
+            begin = clock()
+            for _ in range(block):
+                runs[which]()
+            wait(device)
+            if k >= 0:
+                times[k][which] = (clock() - begin) / block
+    return np.array(times).reshape(len(times), len(runs))
+
+
+def wait(device: torch.device | str) -> None:
+    """Return once nothing is queued on the device; at once for the CPU, where nothing ever is."""
+    if torch.device(device).type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+class Laps:
+    """Seconds between marks: by events of its own clock on CUDA, which a mark does not wait for; else by the CPU's.
+
+    >>> laps = Laps("cpu"); laps.mark(); laps.mark()
+    >>> len(laps.seconds()), min(laps.seconds()) >= 0
+    (2, True)
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self._marks: list[Any] = []
+        self.mark()
+
+    def mark(self) -> None:
+        if self.device.type == "cuda":
+            self._marks.append(torch.cuda.Event(enable_timing=True))
+            self._marks[-1].record()
+        else:
+            wait(self.device)
+            self._marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        wait(self.device)
+        if self.device.type == "cuda":
+            return [a.elapsed_time(b) / 1e3 for a, b in pairwise(self._marks)]
+        return [b - a for a, b in pairwise(self._marks)]
+
+
 def median(value_P: Sequence[float], resamples: int = 10_000) -> Ratio:
     """The median with its 95 % bootstrap interval (percentiles of the medians of R resamples; a fixed seed).
 
@@ -113,12 +183,12 @@ def threads(number: int) -> Iterator[None]:
 def machine() -> str:
     """One line: the CPU's model, how many threads torch uses of how many cores, and torch's version."""
     return (
-        f"{_cpu()}, {torch.get_num_threads()} thread(s) of {cores()} cores, "
+        f"{cpu()}, {torch.get_num_threads()} thread(s) of {cores()} cores, "
         f"torch {torch.__version__}, Python {platform.python_version()}"
     )
 
 
-def _cpu() -> str:
+def cpu() -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -128,17 +128,22 @@ def _fitted(sizes: list[int], values: list[float]) -> np.ndarray:
 
 def _measured(trainer: L.Trainer, model: L.LightningModule, batch: Any, n: int) -> tuple[float, float]:
     """Bytes beyond what stays, and operations, of a step on ``n`` rows, the second: the gradients of the one before it
-    are there until its own backward."""
+    are there until its own backward.
+
+    On CUDA all that the allocator has given out counts: libraries' workspaces too, and ``n`` rows of the batch itself.
+    """
+    on_cuda = model.device.type == "cuda"
     with FlopCount() as count, Ledger() as ledger:
         _step(trainer, batch, n)
         ledger.peak, count.flops = ledger.live, 0
-        if model.device.type != "cuda":
-            _step(trainer, batch, n)
-            return float(ledger.peak), float(count.flops)
-        torch.cuda.reset_peak_memory_stats(model.device)
-        kept = torch.cuda.memory_allocated(model.device) - ledger.live
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats(model.device)
         _step(trainer, batch, n)
-        return float(torch.cuda.max_memory_allocated(model.device) - kept), float(count.flops)
+    if not on_cuda:
+        return float(ledger.peak), float(count.flops)
+    others = (1 - n / count_rows(batch)) * sum(tensor.nbytes for tensor in _once(tree_leaves(vars(batch))))
+    resident = sum(tensor.nbytes for tensor in _stays(trainer, model))
+    return torch.cuda.max_memory_allocated(model.device) - resident - others, float(count.flops)
 
 
 def _step(trainer: L.Trainer, batch: Any, n: int) -> None:
@@ -148,11 +153,16 @@ def _step(trainer: L.Trainer, batch: Any, n: int) -> None:
 
 
 def _stays(trainer: L.Trainer, model: L.LightningModule) -> Iterator[Tensor]:
-    """Every tensor that is there from one step to the next, once."""
+    """Every tensor that is on the model's device from one step to the next, once."""
     states = (state for optimizer in trainer.optimizers for state in optimizer.state.values())
     held = (vars(callback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    some = _once([*model.parameters(), *model.buffers(), *tree_leaves([*states, *held])])
+    return (tensor for tensor in some if tensor.device.type == model.device.type)
+
+
+def _once(some: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among ``some``, those of one storage once."""
     seen: set[int] = set()
-    some: Iterable[Any] = [*model.parameters(), *model.buffers(), *tree_leaves([*states, *held])]
     for tensor in some:
         if isinstance(tensor, Tensor) and (key := tensor.untyped_storage()._cdata) not in seen:
             seen.add(key)
