@@ -73,7 +73,7 @@ def toy() -> Sizes:
     """What a CPU does in seconds."""
 
     def compiled(recipe: nn.Module) -> None:  # traced, but without a compiler behind
-        for tower in recipe.towers.values():  # type: ignore[union-attr,operator]
+        for tower in recipe.towers.values():  # type: ignore[operator]
             tower.compile(backend="eager")
 
     return Sizes(
@@ -118,14 +118,13 @@ class Suite:
         times_RN = self.times(share, list(runs.values()))
         column = dict(zip(runs, times_RN.T, strict=True))
         for name, (over, under, what) in asked.items():
-            if len(times_RN) < self.sizes.least:
-                yield LeftOut(name, self.fitted(times_RN))
-            else:
-                found = median(list(column[over] / column[under]))
-                yield Figure(name, what, found.value, found.interval, len(times_RN))
+            yield self.median(name, what, column[over] / column[under])
 
-    def fitted(self, rounds: Sequence[object] | np.ndarray) -> str:
-        return f"{len(rounds)} rounds fitted into its share, {self.sizes.least} are asked for"
+    def median(self, name: str, what: str, value_R: np.ndarray) -> Figure | LeftOut:
+        if len(value_R) < self.sizes.least:
+            return LeftOut(name, f"{len(value_R)} rounds fitted into its share, {self.sizes.least} are asked for")
+        found = median(value_R.tolist())
+        return Figure(name, what, found.value, found.interval, len(value_R))
 
     def times(self, share: Share, runs: Sequence[Callable[[], object]]) -> np.ndarray:
         """Seconds ``[R, runs]``; a short step is called several times in a row."""
@@ -162,12 +161,10 @@ class Suite:
         recipe = self.recipe()
         for p in recipe.parameters():
             p.grad = torch.randn_like(p)
-        kinds: dict[str, dict[str, bool]] = {"loop": {"foreach": False}, "foreach": {"foreach": True}}
-        kinds["fused"] = {"fused": True}
-        runs = {name: torch.optim.AdamW(recipe.parameters(), lr=1e-6, **kind).step for name, kind in kinds.items()}
-        asked = {
-            f"optimizers/{name}": (name, "fused", f"AdamW's update, {name} / fused") for name in ("loop", "foreach")
-        }
+        adamw: Any = partial(torch.optim.AdamW, list(recipe.parameters()), lr=1e-6)
+        optimizers = {"loop": adamw(foreach=False), "foreach": adamw(foreach=True), "fused": adamw(fused=True)}
+        runs = {name: optimizer.step for name, optimizer in optimizers.items()}
+        asked = {f"optimizers/{of}": (of, "fused", f"AdamW's update, {of} / fused") for of in ("loop", "foreach")}
         yield from self.compare(share, runs, asked)
 
     def breakdown(self, share: Share) -> Iterator[Figure | LeftOut]:
@@ -187,20 +184,18 @@ class Suite:
             laps.mark()
             return laps.seconds()
 
-        shares: list[list[float]] = []
+        rows: list[list[float]] = []
         for k in range(-3, self.sizes.rounds):
             if not share.left():
                 break
             seconds = step()
             if k >= 0:
-                shares.append([part / sum(seconds) for part in seconds])
-        for part, name in enumerate(("forward", "backward", "optimizer")):
-            if len(shares) < self.sizes.least:
-                yield LeftOut(f"breakdown/{name}", self.fitted(shares))
-                continue
-            found = median([row[part] for row in shares])
-            what = f"{name}'s share of our contrastive step, bfloat16"
-            yield Figure(f"breakdown/{name}", what, found.value, found.interval, len(shares))
+                rows.append(seconds)
+        seconds_R3 = np.array(rows).reshape(-1, 3)
+        parts = {"forward": "the forward pass", "backward": "loss and backward pass", "optimizer": "the optimizer"}
+        for (name, words), part_R in zip(parts.items(), seconds_R3.T, strict=True):
+            what = f"share of {words} in our contrastive step under bfloat16 autocast"
+            yield self.median(f"breakdown/{name}", what, part_R / seconds_R3.sum(axis=1))
         if self.device == "cuda":
             step_alone = self.own(True, recipe)
             yield Figure("breakdown/waits", "times the CPU waits for the GPU in that step", waits(step_alone))
@@ -208,10 +203,13 @@ class Suite:
     def open_clip(self, share: Share) -> Iterator[Figure | LeftOut]:
         for parts, bf16 in ((2, False), (1, True)):
             precision = "bf16" if bf16 else "fp32"
-            ours, owner = contrastive.step_pair(self.sizes.clip, bf16, self.device)
             what = f"open_clip's training step / ours, its towers on both sides, {precision}"
-            name = f"open_clip/{precision}"
-            yield from self.compare(share.part(parts), {"ours": ours, "owner": owner}, {name: ("owner", "ours", what)})
+            asked = {f"open_clip/{precision}": ("owner", "ours", what)}
+            yield from self.compare(share.part(parts), self.beside_open_clip(bf16), asked)
+
+    def beside_open_clip(self, bf16: bool) -> dict[str, Callable[[], None]]:
+        ours, owner = contrastive.step_pair(self.sizes.clip, bf16, self.device)
+        return {"ours": ours, "owner": owner}
 
     def lightly(self, share: Share) -> Iterator[Figure | LeftOut]:
         for parts, bf16 in ((2, False), (1, True)):
@@ -273,10 +271,12 @@ class Suite:
 
     def estimated(self, experiment: str) -> float:
         told: list[float] = []
+        # what is there of other benchmarks is in both, and would make them more alike
+        before = torch.cuda.memory_allocated() if self.device == "cuda" else 0
 
         def both(trainer: Any, model: Any, batch: Any) -> estimate.Need:
             need = estimate.estimate(trainer, model, batch)
-            told.append(need.peak / self.peak(trainer, model, batch, need))
+            told.append((need.peak - before) / (self.peak(trainer, model, batch, need) - before))
             return need
 
         words = ["check", "--config", experiment, f"--trainer.accelerator={self.device}", *self.sizes.options]
@@ -312,23 +312,16 @@ class Suite:
         wait(self.device)
         compiling = share.clock() - begin
         times_R2 = self.times(share, list(runs.values()))
-        if len(times_R2) < self.sizes.least:
-            why = f"{self.fitted(times_R2)}; compiling took {compiling:.0f} s of it"
-            yield from (LeftOut(name, why) for name in ("compile/step", "mfu/eager", "mfu/compiled"))
-            return
-        gain = median(list(times_R2[:, 0] / times_R2[:, 1]))
         what = "our contrastive step under bfloat16 autocast, eager / compiled"
-        yield Figure("compile/step", what, gain.value, gain.interval, len(times_R2))
-        saved = float(np.median(times_R2[:, 0] - times_R2[:, 1]))
-        if saved > 0:
+        yield self.median("compile/step", what, times_R2[:, 0] / times_R2[:, 1])
+        if len(times_R2) and (saved := float(np.median(times_R2[:, 0] - times_R2[:, 1]))) > 0:
             yield Figure("compile/pays", "steps after which compiling has paid", compiling / saved, unit="steps")
         of = {"": peak}
         if self.device == "cuda" and (stated := STATED.get(torch.cuda.get_device_name())):
             of["-stated"] = stated
         for (name, time_R), (end, rate) in ((a, b) for a in zip(runs, times_R2.T, strict=True) for b in of.items()):
-            used = median([count.flops / (float(t) * rate) for t in time_R])
             what = f"FLOPs of the {name} step / its time, over {'what the maker states' if end else 'that rate'}"
-            yield Figure(f"mfu/{name}{end}", what, used.value, used.interval, len(time_R))
+            yield self.median(f"mfu/{name}{end}", what, count.flops / (time_R * rate))
 
 
 @contextmanager

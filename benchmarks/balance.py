@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import Row
-from benchmarks.contrastive import interleaved
 from benchmarks.harmonize import steps_of, towers
-from benchmarks.timing import median
+from benchmarks.timing import interleaved, median
 from descant.callbacks.balance import Balance
 from descant.callbacks.dropout import DropAhead
 from descant.callbacks.harmonize_towers import HarmonizeTowers

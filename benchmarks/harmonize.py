@@ -15,8 +15,7 @@ import torch
 from torch.optim import AdamW
 
 from benchmarks import Row
-from benchmarks.contrastive import interleaved
-from benchmarks.timing import median
+from benchmarks.timing import interleaved, median
 from descant.callbacks.harmonize import Harmonize
 from descant.callbacks.harmonize_features import HarmonizeFeatures
 from descant.modules.batch import Batch

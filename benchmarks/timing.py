@@ -93,7 +93,7 @@ def interleaved(
             gc.collect()
             times.append([0.0] * len(runs))
         for j in range(len(runs)):
-            which = (j + k) % len(runs)
+            which = (j + max(k, 0)) % len(runs)
             wait(device)
             begin = clock()
             for _ in range(block):

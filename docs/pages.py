@@ -37,7 +37,9 @@ def main() -> None:
     for name, page in TEXTS.items():
         _write(page, _linked((ROOT / name).read_text(encoding="utf-8"), ROOT / name))
     nav += ["* Experiments", *_gallery(), "* [Claims](claims.md)", "* Reference", *_reference()]
-    nav.append(f"* [{_own('measured.md')}](measured.md)")
+    for page in ("measured.md", "gpu.md"):
+        if (ROOT / "docs" / page).exists():  # the second once a run on a GPU is published
+            nav.append(f"* [{_own(page)}]({page})")
     nav += ["* [Contributing](contributing.md)", "* [Security](security.md)"]
     _write("SUMMARY.md", "\n".join(nav) + "\n")
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from benchmarks import contrastive
-from benchmarks.contrastive import Size, bf16, gradcache_step, interleaved, peak_bytes
+from benchmarks.contrastive import Size, bf16, gradcache_step, peak_bytes
+from benchmarks.timing import interleaved
 
 
 def test_peak_bytes_are_those_alive_at_once() -> None:

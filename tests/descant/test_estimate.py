@@ -7,6 +7,7 @@ import gc
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -16,6 +17,7 @@ import torch
 
 from descant import check, estimate
 from descant.estimate import Ledger, Need
+from descant.modules.batch import Batch
 from tests.conftest import Result
 
 Cli = Callable[..., Result]
@@ -68,6 +70,30 @@ def growth(step: Callable[[], None]) -> float:
     before = told("VmRSS")
     step()
     return told("VmHWM") - before
+
+
+class Owned(torch.nn.Module):
+    """Says that it is on CUDA; its weights are not."""
+
+    device = torch.device("cuda")
+
+
+def test_on_cuda_it_is_what_the_allocator_says_and_the_batch_grows_with_its_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batch = Batch({"x": torch.zeros(64, 100)}, {"x": torch.ones(64, dtype=torch.bool)})
+    bytes_of_batch = 64 * (400 + 1 + 8 + 8)  # of an input, its presence, index and source: key and draw are the index
+    trainer: Any = SimpleNamespace(optimizers=[], callbacks=[])
+    taken: list[int] = []
+    monkeypatch.setattr(estimate, "_step", lambda trainer, batch, n: taken.append(n))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(estimate, "_memory", lambda device: 10**6)
+    # 5,000 bytes of workspaces, the whole batch whatever the rows, 1,000 bytes a row
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5000 + bytes_of_batch + 1000 * taken[-1])
+    need = estimate.estimate(trainer, Owned(), batch)  # type: ignore[arg-type]
+    assert set(taken) == {8, 16, 32} and need.resident == 0
+    assert need.peak == pytest.approx(5000 + bytes_of_batch + 64_000)
+    assert need.most == pytest.approx((0.9 * 10**6 - 5000) / (1000 + bytes_of_batch / 64), abs=1)
 
 
 def test_the_ledger_forgets_what_is_gone() -> None:
