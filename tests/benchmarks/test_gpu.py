@@ -26,8 +26,7 @@ from tests.conftest import TRUST
 class Clock:
     """Time that passes when it is told to."""
 
-    def __init__(self) -> None:
-        self.now = 0.0
+    now = 0.0
 
     def __call__(self) -> float:
         return self.now
@@ -144,8 +143,7 @@ def test_the_report_and_its_page(tmp_path: Path, capsys: pytest.CaptureFixture[s
     machine |= {"cudnn": 9, "python": "3.12.3", "cpu": "some cpu", "packages": {"trl": "1.16", "peft": None}}
     tests = {"passed": 5, "failed": 1, "skipped": 2, "ok": False, "stopped": True, "seconds": 3.0}
     report: dict[str, Any] = {"machine": machine, "budget_seconds": 540.0, "tests": tests}
-    now = time.monotonic()
-    gpu.measured({"a": (1.0, one)}, report, tmp_path / "into", now + 60, now)
+    gpu.measured({"a": (1.0, one)}, report, tmp_path / "into", until=60.0, began=0.0, clock=Clock())
     written = json.loads((tmp_path / "into/gpu.json").read_text())
     assert list(written) == ["machine", "budget_seconds", "tests", "figures", "left_out", "seconds"]
     assert written["figures"][0]["interval"] == [1.1, 1.3] and written["figures"][1]["value"] is None
