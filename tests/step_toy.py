@@ -109,8 +109,11 @@ class Trunk(Tower):
 
 
 class ToyRecipe(Recipe):
-    def __init__(self, harmonize: bool = True, **kwargs: Any) -> None:
+    """``given``: whether terms say which modalities they are of, so that the step's counts are known beforehand."""
+
+    def __init__(self, harmonize: bool = True, given: bool = True, **kwargs: Any) -> None:
         super().__init__(optimizer=torch.optim.SGD, mix=MIX, **kwargs)
+        self.given = given
         generator = torch.Generator().manual_seed(3)
         self.towers = nn.ModuleDict({"trunk": Trunk()})
         self.heads = nn.ModuleDict({"a": nn.Linear(D, 2), "b": nn.Linear(D, 2)})
@@ -127,8 +130,8 @@ class ToyRecipe(Recipe):
         a_B = F.mse_loss(self.heads["a"](copies["a"]), y, reduction="none").sum(1)
         b_B = F.mse_loss(self.heads["b"](copies["b"]), -y, reduction="none").sum(1)
         return {
-            "a": Term(a_B, weight=weight, valid=batch.present["a"], given=("a",)),
-            "b": Term(b_B, weight=weight, valid=batch.present["b"], given=("b",)),
+            "a": Term(a_B, weight=weight, valid=batch.present["a"], given=("a",) if self.given else ()),
+            "b": Term(b_B, weight=weight, valid=batch.present["b"], given=("b",) if self.given else ()),
         }
 
 

@@ -145,6 +145,20 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+# what it divides by ---------------------------------------------------------------------------------------------------
+
+
+def test_the_own_loss_of_a_modality_is_a_mean_over_the_samples_left_with_it(tmp_path: Path) -> None:
+    spec = node("Fusion", "image", "text", target="label", classes=C, unimodal=True)
+    model, b = adapted(write(tmp_path / "run", spec, build(spec))), batch(modalities=("image", "text"))
+    left, terms = model.left(b).present, model.terms(b)
+    objective = model.step(terms, b)
+    for m, left_B in left.items():
+        assert 0 < int(left_B.sum()) < len(b), "the draw leaves some samples without it"
+        # float32: a sum of tens of numbers, in another order
+        torch.testing.assert_close(objective.terms[m], terms[m].value[left_B].mean(), rtol=1e-5, atol=0)
+
+
 # what is frozen -----------------------------------------------------------------------------------------------------
 
 
