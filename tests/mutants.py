@@ -37,7 +37,7 @@ LIST = Path(__file__).with_suffix(".yaml")
 #: Which tests of a file are run, unless an entry says another expression, such as "ddp and not slow".
 MARKS = "not slow and not gpu"
 #: Seconds after which the tests of one entry are ended: a mutant that hangs is not caught, since nobody says where.
-LONGEST = 600.0
+LONGEST = 1800.0
 #: In the environment of pytest: the file that failed tests are written to.
 _FAILED = "MUTANTS_FAILED"
 
@@ -49,7 +49,7 @@ class Mutant:
     Attributes:
         name: of the entry. file: the real path below the top folder, no link. why: what would go wrong.
         old: text that is in the file exactly once. new: what takes its place.
-        tests: files of tests, the nearest first. marks: which of their tests are run (pytest's -m).
+        tests: files of tests, the nearest first; of a slow file one test. marks: which are run (pytest's -m).
     """
 
     name: str

@@ -22,7 +22,9 @@ def test_it_fits_its_file_once_and_changes_what_python_reads(mutant: Mutant) -> 
     before, after = ast.parse(text), ast.parse(mutant.applied(text))
     assert ast.dump(before) != ast.dump(after), "another line, and not another comment"
     for test in mutant.tests:
-        assert (TOP / test.partition("::")[0]).is_file(), test
+        where, _, name = test.partition("::")
+        assert (TOP / where).is_file(), where
+        assert not name or f"\ndef {name}(" in (TOP / where).read_text(encoding="utf-8"), test
     assert mutant.why
 
 
