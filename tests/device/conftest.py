@@ -1,0 +1,47 @@
+"""The device under test: emulated, or what ``DESCANT_TEST_DEVICE`` names, such as ``cuda``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+#: Set to ``cuda``, the same tests run on a GPU.
+VARIABLE = "DESCANT_TEST_DEVICE"
+
+
+@dataclass(frozen=True)
+class Device:
+    """The device under test.
+
+    Attributes:
+        device: where tensors go. options: of a command that runs on it.
+    """
+
+    device: torch.device
+    options: tuple[str, ...]
+
+    @property
+    def emulated(self) -> bool:
+        return self.device.type == "acc"
+
+
+@pytest.fixture(scope="session")
+def device() -> Iterator[Device]:
+    """The device under test; skips where it is not there."""
+    named = os.environ.get(VARIABLE, "acc")
+    if named != "acc":
+        if not getattr(torch, torch.device(named).type).is_available():
+            pytest.skip(f"{VARIABLE}={named}: no such device here")
+        accelerator = torch.device(named).type
+        yield Device(torch.device(named), ("--trainer.accelerator", accelerator, "--trainer.devices", "1"))
+        return
+    from tests.device import accelerator as ours
+    from tests.device import emulated
+
+    options = ("--trainer.accelerator", emulated.NAME, "--trainer.strategy", ours.STRATEGY, "--trainer.devices", "1")
+    with emulated.emulation():
+        yield Device(emulated.DEVICE, options)
