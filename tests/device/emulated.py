@@ -369,6 +369,10 @@ def run(func: OpOverload[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any
 
     if facts.name == "copy_":
         return args[0]
+    if facts.view and isinstance(args[0], Tensor):
+        # a view is an inference tensor where what it is of is one, whatever the mode is
+        with torch.inference_mode(args[0].is_inference()):
+            return tree_map(wrapped, out)
     made = tree_map(wrapped, out)
     if facts.name == "scalar_tensor" and on_device:
         made.number = True

@@ -187,3 +187,12 @@ def test_autocast_goes_by_the_lists_of_cuda(x: Tensor) -> None:
     assert F.linear(x, weight).dtype == high
     with torch.inference_mode(), torch.autocast(x.device.type, dtype=low):
         assert F.linear(x, weight).dtype == low
+
+
+def test_views_in_inference_mode(device: Any) -> None:
+    weight = nn.Parameter(torch.ones(2, 3, device=device.device))
+    with torch.inference_mode():
+        view, made = weight.t()[None], weight * 2
+        assert made.is_inference() and not view.is_inference()
+    assert made.t().is_inference() and view.shape == (1, 3, 2)
+    assert F.linear(made, weight.detach()).device == device.device
