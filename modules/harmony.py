@@ -245,12 +245,12 @@ def nash(c_BKK: Tensor, d_BK: Tensor, steps: int = 100) -> Tensor:
     that damped Newton steps find it from anywhere. The resulting step has length sqrt(K) whatever its gradients have.
     Where 0 lies inside the hull of the gradients there is no bargain, and no step: zeros.
     """
-    x_BK = torch.ones_like(d_BK)
+    x_BK, eye_KK = torch.ones_like(d_BK), torch.eye(d_BK.shape[1], dtype=d_BK.dtype, device=d_BK.device)
     gap_B = torch.full_like(d_BK[:, 0], torch.inf)
     for _ in range(steps):
         slope_BK = _times(c_BKK, x_BK) - 1 / x_BK
         # in y = x'/x: the Hessian is 1 + X C X, whatever the size of x
-        hessian_BKK = x_BK[:, :, None] * c_BKK * x_BK[:, None, :] + torch.eye(x_BK.shape[1], dtype=x_BK.dtype)
+        hessian_BKK = x_BK[:, :, None] * c_BKK * x_BK[:, None, :] + eye_KK
         move_BK, _ = torch.linalg.solve_ex(hessian_BKK, -slope_BK * x_BK)
         gap_B = (-slope_BK * x_BK * move_BK).sum(dim=1).clamp(min=0).sqrt()
         x_BK = x_BK * (1 + move_BK / torch.where(gap_B > 0.25, 1 + gap_B, 1.0)[:, None])
@@ -287,7 +287,7 @@ def _aligned(c_KK: Tensor, d_K: Tensor) -> Tensor:
     value_K, q_KK = torch.linalg.eigh(c_KK)
     kept = value_K > FLAT
     a_RK = (q_KK[:, kept] * value_K[kept].sqrt()).T * d_K  # its columns are the gradients, turned
-    v_KK = torch.eye(len(d_K), dtype=d_K.dtype)
+    v_KK = torch.eye(len(d_K), dtype=d_K.dtype, device=d_K.device)
     for _ in range(60):
         off = 0.0
         for i, j in combinations(range(len(d_K)), 2):
@@ -298,7 +298,7 @@ def _aligned(c_KK: Tensor, d_K: Tensor) -> Tensor:
             t = (q - p) / (2 * r)
             t = math.copysign(1, t) / (abs(t) + math.hypot(1, t))
             c = 1 / math.hypot(1, t)
-            turn = torch.tensor([[c, c * t], [-c * t, c]], dtype=d_K.dtype)
+            turn = torch.tensor([[c, c * t], [-c * t, c]], dtype=d_K.dtype, device=d_K.device)
             a_RK[:, [i, j]], v_KK[:, [i, j]] = a_RK[:, [i, j]] @ turn, v_KK[:, [i, j]] @ turn
         if off < 1e-15:
             break

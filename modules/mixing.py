@@ -312,7 +312,8 @@ class GradNorm(Rule):
     def learn(self, total: Callable[[Tensor], Tensor]) -> None:
         if self.seen:
             slope_K = self.seen["slope"] / self.seen["count"]
-            w_K = (self.state.get("weight", torch.ones_like(slope_K)) - self.lr * slope_K).clamp(min=LEAST)
+            w_K = self.state.get("weight", torch.ones_like(slope_K)).to(slope_K)  # of a checkpoint it is on the CPU
+            w_K = (w_K - self.lr * slope_K).clamp(min=LEAST)
             self.state["weight"] = w_K * len(w_K) / w_K.sum()
         super().learn(total)
 

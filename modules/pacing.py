@@ -103,7 +103,7 @@ class AGM(Pacing):
     def pace(self, score_M: Tensor) -> Tensor:
         score_M = score_M.double()
         count = self.state.get("count", torch.zeros((), dtype=torch.float64)) + 1
-        mean_M = self.state.get("mean", torch.zeros_like(score_M))
+        mean_M = self.state.get("mean", torch.zeros_like(score_M)).to(score_M)  # of a checkpoint it is on the CPU
         mean_M = mean_M + (score_M - mean_M) / count.to(score_M)
         self.state = {"count": count, "mean": mean_M}
         lead_M = self._ratio(score_M) - self._ratio(mean_M)

@@ -19,9 +19,9 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -284,6 +284,8 @@ _READERS = {
 }
 _INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 _COPIES = {"_to_copy", "copy_"}
+#: What torch does lazily, by a mark on a tensor that it minds before it comes to us, and not behind.
+_PHYSICAL: dict[str, Any] = {"_conj": aten._conj_physical.default, "_neg_view": aten.neg.default}
 
 
 @dataclass(frozen=True)
@@ -298,6 +300,10 @@ class _Facts:
     reader: str | None
 
 
+def _has_kernel(func: OpOverload[Any, Any], key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
+
+
 @cache
 def _facts(func: OpOverload[Any, Any]) -> _Facts:
     name = func._schema.name.partition("::")[2]
@@ -305,7 +311,7 @@ def _facts(func: OpOverload[Any, Any]) -> _Facts:
     arguments = func._schema.arguments
     return _Facts(
         name=name,
-        composite=torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"),
+        composite=_has_kernel(func, "CompositeImplicitAutograd") and not _has_kernel(func, "CPU"),
         view=bool(returns) and all(alias is not None and not alias.is_write for alias in returns),
         random=torch.Tag.nondeterministic_seeded in func.tags,
         written=tuple(n for n, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write),
@@ -350,11 +356,9 @@ def run(func: OpOverload[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any
         for counts in _counting:
             counts.operations += 1
             counts.by_operator[facts.name] += 1
-    if facts.random and on_device:
-        with random.drawn():
-            out = func(*here, **options)
-    else:
-        out = func(*here, **options)
+    call = _PHYSICAL.get(facts.name, func) if known else func
+    with random.drawn() if facts.random and on_device else nullcontext():
+        out = call(*here, **options)
     for number in facts.written:
         raw = _at(here, number)
         if id(raw) in known and raw.shape != known[id(raw)].shape:  # squeeze_ and the like
@@ -497,6 +501,11 @@ def _register() -> torch.library.Library:
         packet = getattr(aten, name)
         for overload in packet.overloads() if hasattr(packet, "overloads") else ():
             func = getattr(packet, overload)
+            if name in (
+                "silu_backward",
+                "mish_backward",
+            ):  # one kernel on the CPU and on CUDA, and several on devices without one
+                library.impl(func.name().partition("::")[2], partial(_whole, func), "PrivateUse1")
             arguments = func._schema.arguments
             if not any(a.name == "device" for a in arguments) or "Tensor" in " ".join(str(a.type) for a in arguments):
                 continue
@@ -504,6 +513,10 @@ def _register() -> torch.library.Library:
                 library.impl(func.name().partition("::")[2], _factory(func), "PrivateUse1")
     library.impl("_copy_from", _copy_from, "PrivateUse1")
     return library
+
+
+def _whole(func: OpOverload[Any, Any], *args: Any, **kwargs: Any) -> Any:
+    return run(func, args, kwargs)
 
 
 def _copy_from(source: Tensor, to: Tensor, non_blocking: bool = False) -> Tensor:

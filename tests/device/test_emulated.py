@@ -196,3 +196,14 @@ def test_views_in_inference_mode(device: Any) -> None:
         assert made.is_inference() and not view.is_inference()
     assert made.t().is_inference() and view.shape == (1, 3, 2)
     assert F.linear(made, weight.detach()).device == device.device
+
+
+def test_complex_numbers(device: Any) -> None:
+    z, w = torch.view_as_complex(torch.randn(4, 2)), torch.view_as_complex(torch.randn(4, 2))
+    there = [x.to(device.device).detach().requires_grad_() for x in (z, w)]
+    here = [x.clone().requires_grad_() for x in (z, w)]
+    for a, b in (here, there):
+        torch.view_as_real(a * b.conj()).square().sum().backward()
+    for a, b in zip(here, there, strict=True):
+        assert a.grad is not None and b.grad is not None
+        torch.testing.assert_close(b.grad.cpu(), a.grad, rtol=0, atol=0 if device.emulated else 1e-5)

@@ -1,0 +1,764 @@
+"""Every part that ships, made and used once on a few tiny tensors: on the CPU, and on the device under test.
+
+A part is made on the CPU with a fixed seed; ``at(...)`` moves it, and what it is given, to where it is tried. What it
+returns is compared between the two, and so are the gradients of the modules that ``at`` moved.
+Letters: B samples, T tokens, D width, C classes, K terms, N rows, M modalities.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map
+
+from descant.callbacks.accuracy import Mean
+from descant.callbacks.evaluate import Store
+from descant.modules import adapters, decoders, games, heads, masking, metrics, mixing, modulation, pacing, ranking
+from descant.modules import attacks as attack
+from descant.modules.audio import AudioAugment, LogMel
+from descant.modules.batch import Batch
+from descant.modules.configure import Checkpointing, Freeze, Lora, Still
+from descant.modules.cross import CrossEncoder
+from descant.modules.curriculum import Curriculum
+from descant.modules.distill import FeatureTarget, HardTarget, SoftTarget, in_common
+from descant.modules.fill import MeanFill, PromptFill, ZeroFill
+from descant.modules.fusion import AttentionFusion, Fuse, LateFusion, MidFusion, OrthogonalFusion, SharedHead, Votes
+from descant.modules.language.generate import Sampling
+from descant.modules.language.judges import Answers, EditJudge, ExactJudge
+from descant.modules.language.model import CausalLM
+from descant.modules.language.projectors import EachToken, PooledGrid, Resampler
+from descant.modules.losses.contrastive import InfoNCE, Intra, SigLIP
+from descant.modules.losses.hinge import HardestInBatchHinge, PairMarginLoss
+from descant.modules.losses.ring import RingSigLIP
+from descant.modules.negatives import Negatives
+from descant.modules.objective import Term
+from descant.modules.optim import Member, OptimizerGroup, parameter_groups
+from descant.modules.readout import ModelContrast, Products, RidgeReadout
+from descant.modules.reinforce import advantages, policy
+from descant.modules.reinforce.preference import DPO
+from descant.modules.schedule import TorchSchedule, WarmupCosine
+from descant.modules.sham import Sham
+from descant.modules.step import Decided, Step
+from descant.modules.towers import BagTower, ConvTower, LogMelTower, PatchTower, TextTower, Tokens, Towers
+from descant.modules.towers.audio import ConvBlock
+from descant.modules.towers.base import Frozen, Tower
+from descant.modules.towers.cached import Cached
+from descant.modules.towers.image import Block, Residual
+from descant.modules.transforms import Augment, Crop, Pixels
+from descant.modules.triples import TripleEncoder
+from descant.modules.vit import Layout, RaggedBlock, Trunk
+from descant.recipes import Contrastive, Fusion
+
+
+class Place:
+    """Where a part is tried: calling it moves tensors, batches, modules and containers of them there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.modules: list[nn.Module] = []
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            self.modules.append(value.to(self.device))
+            return value
+        if isinstance(value, Batch):
+            return replace(value, **{f.name: self(getattr(value, f.name)) for f in fields(value)})
+        return tree_map(lambda x: x.to(self.device) if isinstance(x, Tensor) else x, value)
+
+    def grads(self) -> dict[str, Tensor]:
+        """Gradients of what was moved, by number of the module and name."""
+        named = {f"{n}.{name}": p for n, m in enumerate(self.modules) for name, p in m.named_parameters()}
+        return {name: p.grad for name, p in named.items() if p.grad is not None}
+
+
+Part = Callable[[Place], Any]
+#: Name of a class or function -> what it does once.
+PARTS: dict[str, Part] = {}
+
+
+def part(*names: str) -> Callable[[Part], Part]:
+    """What is tried is told by these names of classes or functions."""
+
+    def keep(function: Part) -> Part:
+        for name in names:
+            assert name not in PARTS, f"{name}: tried twice"
+            PARTS[name] = function
+        return function
+
+    return keep
+
+
+B, D, C = 6, 8, 4
+HAS = {"image": [1, 1, 1, 0, 1, 0], "text": [1, 0, 1, 1, 1, 0]}
+
+
+def present() -> dict[str, Tensor]:
+    return {m: torch.tensor(row).bool() for m, row in HAS.items()}
+
+
+def unit(rows: int = B, width: int = D) -> Tensor:
+    return F.normalize(torch.randn(rows, width), dim=1)
+
+
+def a_batch() -> Batch:
+    """Six samples, some without one of the two modalities, one with nothing."""
+    inputs = {"image": torch.randn(B, 3, 16, 16), "text": torch.randint(1, 20, (B, 5))}
+    targets = {"kind": torch.tensor([0, 1, 2, 3, -1, 0])}
+    return Batch(inputs, present(), targets, draw=torch.arange(B) * 7 + 3)
+
+
+def small_towers() -> Towers:
+    return Towers(image=ConvTower([D], stem=4), text=BagTower(20, D))
+
+
+# losses of pairs ----------------------------------------------------------------------------------------------------
+
+
+def _pairs(make: Callable[[], nn.Module]) -> Part:
+    def use(at: Place) -> Any:
+        loss, (a, b) = at(make()), (at(unit()).requires_grad_() for _ in range(2))
+        valid_B = at(present()["image"])
+        value_B = loss(a, b, at(torch.arange(B) // 2), valid_B)
+        return torch.where(valid_B, value_B, 0.0), a, b
+
+    return use
+
+
+part("InfoNCE")(_pairs(InfoNCE))
+part("SigLIP")(_pairs(SigLIP))
+part("RingSigLIP")(_pairs(lambda: RingSigLIP(rows=4)))
+part("HardestInBatchHinge")(_pairs(lambda: HardestInBatchHinge(warmup=1)))
+
+
+@part("PairMarginLoss", "Negatives")
+def _negatives(at: Place) -> Any:
+    a, b, wrong = (at(unit()) for _ in range(3))
+    everyone = at(torch.ones(B, dtype=torch.bool))
+    sham = at(Negatives(sham="permute"))
+    return PairMarginLoss()(a, b, wrong), sham(a, b, wrong, at(torch.arange(B)), everyone)
+
+
+@part("Intra")
+def _intra(at: Place) -> Any:
+    intra = at(Intra(width=D, out=4, hidden=8, sham="permute"))
+    return intra(at(unit()), at(unit()), at(torch.arange(B)), at(torch.arange(B)), at(present()["image"]))
+
+
+# towers, pools, projectors ------------------------------------------------------------------------------------------
+
+IMAGE, WORDS = (3, 3, 16, 16), (3, 5)
+
+
+def _tower(make: Callable[[], Tower], draw: Callable[[], Tensor]) -> Part:
+    def use(at: Place) -> Any:
+        tower = at(make())
+        return tuple(tower.train()(at(draw())))
+
+    return use
+
+
+def words() -> Tensor:
+    ids = torch.randint(1, 20, WORDS)
+    ids[0, 3:] = 0
+    return ids
+
+
+def sound() -> Tensor:
+    x_BFT = torch.randn(3, 8, 12) * 20 - 50
+    x_BFT[0, :, 9:] = -torch.inf
+    return x_BFT
+
+
+part("ConvTower", "Residual")(_tower(lambda: ConvTower([8, 8], stem=2), lambda: torch.randn(IMAGE)))
+part("PatchTower")(_tower(lambda: PatchTower(16, 8, 8, 1, 2), lambda: torch.randn(IMAGE)))
+part("TextTower", "Block")(_tower(lambda: TextTower(20, 8, 1, 2, 5), words))
+part("BagTower")(_tower(lambda: BagTower(20, 8), words))
+part("LogMelTower", "ConvBlock")(_tower(lambda: LogMelTower(mels=8, width=8, depth=1, kernel=3), sound))
+part("Frozen")(_tower(lambda: Frozen(ConvTower([8], stem=4)), lambda: torch.randn(IMAGE)))
+part("Trunk")(_tower(lambda: Trunk(width=8, depth=1, heads=2), lambda: torch.randn(3, 5, 8)))
+
+
+@part("Cached")
+def _cached(at: Place) -> Any:
+    tower = at(Cached(PatchTower(16, 8, 8, 1, 2), pool=heads.MeanPool(), capacity=8, rows=4))
+    x = at(torch.randn(IMAGE))
+    return tuple(tower(x)), tuple(tower(x.flip(0)))
+
+
+@part("Layout", "RaggedBlock")
+def _ragged(at: Place) -> Any:
+    layout = Layout([at(torch.tensor([2, 0, 3])), at(torch.tensor([1, 1, 1]))])
+    block, h_ND = at(RaggedBlock(8, 2)), at(torch.randn(8, 8))
+    return block(h_ND, layout), layout.part(h_ND)
+
+
+def tokens(at: Place, width: int = D, T: int = 4) -> Tokens:
+    mask_BT = torch.arange(T) < torch.tensor([T, 2, 1, T, 3, 0])[:, None]
+    return Tokens(at(torch.randn(B, T, width)).requires_grad_(), at(mask_BT))
+
+
+def _pool(make: Callable[[], nn.Module]) -> Part:
+    def use(at: Place) -> Any:
+        return at(make())(tokens(at))
+
+    return use
+
+
+part("MeanPool", "Pools")(_pool(lambda: heads.Pools().of("image")))
+part("FirstPool")(_pool(heads.FirstPool))
+part("LastPool")(_pool(heads.LastPool))
+part("AttentionPool")(_pool(lambda: heads.AttentionPool(D, 2)))
+part("FlattenPool")(_pool(lambda: heads.FlattenPool(4, D)))
+part("EachToken")(_pool(lambda: EachToken().build(D, 4)))
+part("PooledGrid")(_pool(lambda: PooledGrid(2).build(D, 4)))
+part("Resampler")(_pool(lambda: Resampler(2, 2).build(D, 4)))
+
+
+@part("Projection")
+def _projection(at: Place) -> Any:
+    return at(heads.Projection(D, 4, layers=2))(at(unit()))
+
+
+@part("CrossEncoder")
+def _cross(at: Place) -> Any:
+    cross = at(CrossEncoder(width=8, depth=1, heads=2).build(D, 6))
+    return cross(tokens(at), tokens(at, 6, 3), at(torch.tensor([0, 1, 2])), at(torch.tensor([2, 1, 0])))
+
+
+@part("TripleEncoder")
+def _triples(at: Place) -> Any:
+    x_BK3W = torch.randint(1, 20, (B, 2, 3, 2))
+    x_BK3W[0] = 0
+    return at(TripleEncoder(20, D, 8, 1, 2))(at(unit()), at(x_BK3W))
+
+
+# fusion, fills, games -----------------------------------------------------------------------------------------------
+
+
+def latents() -> dict[str, Tensor]:
+    return {m: torch.randn(B, D) for m in HAS}
+
+
+def _fuse(make: Callable[[], Fuse]) -> Part:
+    def use(at: Place) -> Any:
+        fusion, z, here = at(make().build(dict.fromkeys(HAS, D), C)), at(latents()), at(present())
+        return fusion(z, here), fusion.parts(z, here)
+
+    return use
+
+
+part("LateFusion")(_fuse(LateFusion))
+part("OrthogonalFusion")(_fuse(OrthogonalFusion))
+part("SharedHead")(_fuse(SharedHead))
+part("MidFusion")(_fuse(lambda: MidFusion(hidden=8)))
+part("AttentionFusion")(_fuse(lambda: AttentionFusion(width=8, heads=2)))
+part("Votes")(_fuse(lambda: Votes({m: LateFusion().build({m: D}, C) for m in HAS})))
+
+SETS = [["image"], ["text"]]
+
+
+def _fill(make: Callable[[], Any]) -> Part:
+    def use(at: Place) -> Any:
+        fill, has = (
+            at(make().build(dict.fromkeys(HAS, D), SETS)),
+            at({m: torch.tensor([1, m == "image"]).bool() for m in HAS}),
+        )
+        return fill(at(torch.randn(2, D)), "text", has, ~has["text"])
+
+    return use
+
+
+part("ZeroFill")(_fill(ZeroFill))
+part("MeanFill")(_fill(MeanFill))
+part("PromptFill")(_fill(PromptFill))
+
+
+def _regularizer(make: Callable[[], games.Regularizer]) -> Part:
+    def use(at: Place) -> Any:
+        widths = dict.fromkeys(HAS, D)
+        fusion = at(OrthogonalFusion().build(widths, C))
+        regularizer = at(make().build(widths, C))
+        z, batch = {m: z_BD.requires_grad_() for m, z_BD in at(latents()).items()}, at(a_batch())
+        logits_BC = fusion(z, batch.present)
+        decided = Decided(z, batch.present, batch.targets["kind"])
+        asked = games.Asked(decided, batch.present, logits_BC, fusion, fusion, batch, at(torch.tensor(5)))
+        return {name: (term.sum(), term.valid) for name, term in regularizer(asked).items()}
+
+    return use
+
+
+part("Asked", "GreedyGame")(_regularizer(lambda: games.GreedyGame(permutations=2)))
+part("IndependentGame")(_regularizer(lambda: games.IndependentGame(permutations=2)))
+part("CollaborativeGame")(_regularizer(lambda: games.CollaborativeGame(permutations=2)))
+part("LabelContrast")(_regularizer(games.LabelContrast))
+part("Bottleneck")(_regularizer(lambda: games.Bottleneck(hidden=8)))
+part("UnimodalMargin")(_regularizer(games.UnimodalMargin))
+
+
+# harmony and balance: what is remembered comes back from a checkpoint, which is read to the CPU ------------------------
+
+
+def _rule(make: Callable[[], mixing.Rule], terms: int = 3) -> Part:
+    def use(at: Place) -> Any:
+        rule, found = make(), []
+        rows = 4 if rule.per_sample else 1
+        for step in range(4 if rule.remembers else 1):
+            g_BKD = torch.randn(rows, terms, 5, dtype=torch.float64)
+            if rows > 1:
+                g_BKD[0, 0] = 0
+            value_K = at(torch.rand(terms) + 0.5)
+            found.append(rule.mix(at(g_BKD @ g_BKD.mT), value_K, step))
+            rule.learn(lambda seen: seen)
+            saved = {name: value.cpu() for name, value in rule.state_dict().items()}
+            rule = make()
+            rule.load_state_dict(saved)
+        return found
+
+    return use
+
+
+for _name in (
+    "PCGrad",
+    "Realign",
+    "GradVac",
+    "CAGrad",
+    "MGDA",
+    "UPGrad",
+    "NashMTL",
+    "IMTLG",
+    "AlignedMTL",
+    "GradNorm",
+    "Uncertainty",
+):
+    part(_name)(_rule(getattr(mixing, _name)))
+part("DWA")(_rule(lambda: mixing.DWA(window=1)))
+part("Pareto")(_rule(mixing.Pareto, terms=2))
+
+
+def _pacing(make: Callable[[], pacing.Pacing]) -> Part:
+    def use(at: Place) -> Any:
+        pace, found = make(), []
+        for _ in range(3):
+            score_B = pace.score(at(torch.randn(B, C)), at(torch.randint(C, (B,))))
+            found += [score_B, pace.pace(at(torch.rand(2)))]
+            saved = {name: value.cpu() for name, value in pace.state_dict().items()}
+            pace = make()
+            pace.load_state_dict(saved)
+        return found
+
+    return use
+
+
+part("OGM")(_pacing(pacing.OGM))
+part("AGM")(_pacing(pacing.AGM))
+
+
+@part("Curriculum")
+def _curriculum(at: Place) -> Any:
+    curriculum, batch = Curriculum(sham="permute"), at(a_batch())
+    cos_B = curriculum.seen(at(torch.linspace(-1, 1, B)), batch.present["image"], batch)
+    return cos_B, curriculum.kept(cos_B, batch.present["image"], batch, 0.5)
+
+
+@part("Sham")
+def _sham(at: Place) -> Any:
+    sham, x_B, draw_B = Sham("permute"), at(torch.arange(6.0)), at(torch.arange(6))
+    return (
+        sham(x_B, draw_B, at(present()["text"])),
+        sham.handed_on(x_B),
+        sham.everywhere(x_B, draw_B),
+        sham.torn(at(a_batch()), ["text"]).inputs,
+    )
+
+
+# masked modelling ---------------------------------------------------------------------------------------------------
+
+GRIDS: dict[str, masking.Grid] = {"image": (4, 4), "text": (6,)}
+
+
+def _corruption(make: Callable[[], masking.Corruption], grids: Mapping[str, masking.Grid] = GRIDS) -> Part:
+    def use(at: Place) -> Any:
+        real = {m: present()["image"][:, None].expand(B, torch.Size(grid).numel()) for m, grid in grids.items()}
+        masks = make()(at(real), dict(grids), at(torch.arange(B)))
+        return masks.visible, masks.target, masks.loss
+
+    return use
+
+
+part("Masks", "UniformMask")(_corruption(lambda: masking.UniformMask(0.5, joint=True)))
+part("TokenBudget")(_corruption(lambda: masking.TokenBudget(6, subset_first=True, targets=4)))
+part("BlockMask")(_corruption(lambda: masking.BlockMask(0.5), {"image": (4, 4)}))
+part("TubeMask")(_corruption(lambda: masking.TubeMask(0.5), {"video": (2, 2, 2)}))
+part("SpanMask")(_corruption(lambda: masking.SpanMask(0.5), {"text": (6,)}))
+part("Hide")(_corruption(lambda: masking.Hide(["image"])))
+part("EachMask")(
+    _corruption(lambda: masking.EachMask({"image": masking.BlockMask(0.5), "text": masking.SpanMask(0.5)}))
+)
+
+
+def _adapter(make: Callable[[], adapters.Adapter], draw: Callable[[], Tensor]) -> Part:
+    def use(at: Place) -> Any:
+        adapter = make()
+        adapter.build(8, 6)
+        at(adapter)
+        x_BTP, real_BT = adapter.raw(at(draw()))
+        place_N = at(torch.arange(adapter.tokens))
+        h_NE = at(torch.randn(adapter.tokens, 6))
+        losses = adapter.losses(h_NE, x_BTP[0], place_N)
+        return real_BT, adapter.embed(x_BTP[0], place_N), losses, adapter.predict(h_NE, place_N), adapter.input(x_BTP)
+
+    return use
+
+
+part("PatchAdapter", "MSE", "L1", "Adapters")(
+    _adapter(
+        lambda: adapters.Adapters(
+            image=adapters.PatchAdapter([8, 8], 4, losses=[adapters.MSE(norm=True), adapters.L1()], padded=True)
+        ).each()["image"],
+        lambda: torch.randn(2, 3, 8, 8),
+    )
+)
+part("CategoryAdapter")(
+    _adapter(lambda: adapters.CategoryAdapter(5, [8, 8], 4), lambda: torch.randint(-1, 5, (2, 8, 8)))
+)
+part("TokenAdapter")(_adapter(lambda: adapters.TokenAdapter(9, 4), lambda: torch.tensor([[3, 4, 5, 6], [3, 0, 0, 0]])))
+part("TableAdapter")(
+    _adapter(lambda: adapters.TableAdapter([0, 3]), lambda: torch.tensor([[0.5, 2.0], [0.1, torch.nan]]))
+)
+
+
+def _decoder(make: Callable[[], decoders.Decoder]) -> Part:
+    def use(at: Place) -> Any:
+        grids: dict[str, masking.Grid] = {"image": (2, 2), "text": (3,)}
+        decoder = make()
+        decoder.build(grids, 8)
+        at(decoder)
+        seen = {m: torch.rand(B, torch.Size(g).numel()) < 0.5 for m, g in grids.items()}
+        where = {m: decoders.At.of(at(mask_BT)) for m, mask_BT in seen.items()}
+        h = {m: at(torch.randn(int(mask_BT.sum()), 8)) for m, mask_BT in seen.items()}
+        encoded = decoders.Encoded(h, where, at(torch.randn(B, 8)))
+        asked = {m: decoders.At.of(at(~mask_BT)) for m, mask_BT in seen.items()}
+        return decoder(encoded, asked), encoded.pooled()
+
+    return use
+
+
+part("Encoded", "Places", "JointDecoder")(_decoder(lambda: decoders.JointDecoder(8, 1, 2)))
+part("CrossDecoder")(_decoder(lambda: decoders.CrossDecoder(8, 1, 2)))
+
+
+# missing modalities -------------------------------------------------------------------------------------------------
+
+
+def _bank(form: Callable[[], modulation.Modulation]) -> Part:
+    def use(at: Place) -> Any:
+        class Net(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.head(self.norm(self.conv(x)).mean(dim=(2, 3)))
+
+        net = Net()
+        bank = at(modulation.ModulationBank(form()).attach(net, list(HAS)))
+        has = at({"image": torch.tensor([1, 1, 0]).bool(), "text": torch.tensor([1, 0, 1]).bool()})
+        with bank.route(has):
+            return at(net)(at(torch.randn(3, 3, 6, 6)))
+
+    return use
+
+
+part("ModulationBank", "ScaleShift", "Sets")(_bank(modulation.ScaleShift))
+part("LowRank")(_bank(modulation.LowRank))
+
+
+@part("AvailableSets")
+def _available(at: Place) -> Any:
+    sets, here = modulation.AvailableSets(), at(present())
+    return sets.left(here, at(torch.arange(B)), list(HAS)), modulation.AvailableSets(per="batch").left(
+        here, at(torch.arange(B)), list(HAS)
+    )
+
+
+# distillation -------------------------------------------------------------------------------------------------------
+
+
+def lists(at: Place) -> ranking.Lists:
+    return ranking.Lists(at(torch.randn(B, 3)), at(torch.randn(B, 3)).requires_grad_(), at(present()["image"]))
+
+
+for _name in ("Alike", "Sure", "Unsure", "AsReleased", "Behind"):
+    part(_name)(lambda at, name=_name: getattr(ranking, name)()(lists(at)))  # type: ignore[misc]  # of two parameters
+for _name in ("ListKL", "ListMSE"):
+    part(_name)(lambda at, name=_name: getattr(ranking, name)()(lists(at)))  # type: ignore[misc]
+
+
+@part("Lists")
+def _lists(at: Place) -> Any:
+    return lists(at).entropy()
+
+
+@part("SoftTarget", "HardTarget")
+def _decisions(at: Place) -> Any:
+    s, t = at(torch.randn(B, C)).requires_grad_(), at(torch.randn(B, C))
+    return (
+        SoftTarget(2.0).value(s, t),
+        HardTarget().value(s, t),
+        in_common(at(torch.tensor([0, 2, 3])), at(torch.tensor([1, 2, 3]))),
+    )
+
+
+@part("RankTarget", "FeatureTarget", "Lesson", "Distill")
+def _lesson(at: Place) -> Any:
+    from descant.modules.distill import Distill, Teacher
+
+    class Other(Teacher):
+        def network(self, student: nn.Module) -> nn.Module:
+            return other
+
+    student, other = Contrastive(small_towers(), width=D), Contrastive(small_towers(), width=4)
+    distill = Distill(Other(), [ranking.RankTarget(drawn=4, kept=2, weigh=ranking.Sure()), FeatureTarget("image")])
+    distill.prepare(student)
+    at(student), at(other), at(distill)
+    batch = at(replace(a_batch(), present={m: torch.ones(B, dtype=torch.bool) for m in HAS}, step={}))
+    student.terms(batch)
+    return {name: (term.value, term.valid, term.weight) for name, term in distill(student, batch).items()}
+
+
+# language and reinforcement -----------------------------------------------------------------------------------------
+
+
+@part("CausalLM", "Layer", "Sampling")
+def _language(at: Place) -> Any:
+    lm = at(CausalLM(20, 8, 1, 2, length=16))
+    h_BTD = lm(lm.embed(at(torch.randint(1, 20, (2, 5)))), at(torch.tensor([[1, 1, 2, 2, 0], [1, 1, 1, 1, 1]])))
+    drawn = [Sampling(0.7, k, p).draw(h_BTD.detach()[:, 0], at(torch.arange(2)), 0) for k, p in ((None, 1.0), (3, 0.8))]
+    return h_BTD, drawn
+
+
+@part("Answers", "ExactJudge", "EditJudge")
+def _judges(at: Place) -> Any:
+    answers = Answers(at(a_batch()), at(torch.tensor([[5, 6, 2]])), at(torch.tensor([[5, 7, 0]])), nn.Identity())
+    return CPU(ExactJudge()(answers)), CPU(EditJudge()(answers))
+
+
+for _name in ("GroupScaled", "BatchScaled", "Centred", "EachScaled"):
+
+    @part(_name)
+    def _advantage(at: Place, name: str = _name) -> Any:
+        r_BK = torch.rand(B, 2)
+        r_BK[1, 0] = torch.nan
+        judged = getattr(advantages, name)()(
+            at(r_BK), at(torch.tensor([1.0, 0.5])), at(torch.tensor([7, 7, 7, 8, 8, 8]))
+        )
+        return tuple(judged)
+
+
+def drawn(at: Place) -> policy.Drawn:
+    log_N, old_N, reference_N = (-torch.rand(7) for _ in range(3))
+    sample_N = torch.tensor([0, 0, 1, 1, 1, 2, 2])
+    live_B, advantage_B = torch.tensor([True, True, False]), torch.tensor([1.0, -1.0, 0.5])
+    moved = (at(x) for x in (old_N, sample_N, advantage_B, live_B, reference_N))
+    return policy.Drawn(at(log_N).requires_grad_(), *moved)
+
+
+def _policy(**given: Any) -> Part:
+    def use(at: Place) -> Any:
+        answers, seen = drawn(at), None
+        counts = policy.Counts.of(answers.length_B, answers.live_B)
+        terms, seen = policy.PolicyLoss(**copy.deepcopy(given))(answers, counts)
+        return {name: term.sum() for name, term in terms.items()}, seen
+
+    return use
+
+
+part("PolicyLoss", "Clipped", "TokenMean", "TokenRatio", "KL")(
+    _policy(surrogate=policy.Clipped(cap=3.0, dual=3.0), aggregation=policy.TokenMean(), kl=policy.KL(0.1))
+)
+part("CISPO", "SequenceMean")(_policy(surrogate=policy.CISPO(), aggregation=policy.SequenceMean()))
+part("AnswerRatio", "SequenceSum")(
+    _policy(surrogate=policy.Clipped(ratio=policy.AnswerRatio()), aggregation=policy.SequenceSum(4))
+)
+part("LocalTokenMean")(_policy(aggregation=policy.LocalTokenMean()))
+
+
+@part("DPO")
+def _dpo(at: Place) -> Any:
+    good_B, bad_B, reference_B = (at(-torch.rand(B)) for _ in range(3))
+    length_B2 = at(torch.randint(1, 5, (B, 2)))
+    return DPO(by_length=True)(good_B.requires_grad_(), bad_B, reference_B, reference_B, length_B2)
+
+
+# pictures and sounds as input ---------------------------------------------------------------------------------------
+
+
+@part("Augment", "Crop", "Pixels")
+def _pictures(at: Place) -> Any:
+    x_BCHW, draw_B = at(torch.randint(0, 256, (3, 3, 12, 12), dtype=torch.uint8)), at(torch.arange(3))
+    return [make(8)(x_BCHW, draw_B) for make in (Augment, Crop, Pixels)]
+
+
+@part("LogMel", "AudioAugment")
+def _sounds(at: Place) -> Any:
+    mel = at(LogMel(mels=20))
+    x_BFT = mel(at(torch.randn(2, 8000)), at(torch.tensor([8000, 4000])))
+    return x_BFT, at(AudioAugment())(x_BFT, at(torch.arange(2)))
+
+
+# metrics ------------------------------------------------------------------------------------------------------------
+
+
+@part("retrieval_ranks", "mean_average_precision", "chance_average_precision")
+def _retrieval(at: Place) -> Any:
+    z_QD, z_GD, key_Q, key_G = (
+        at(unit(4)),
+        at(unit(6)),
+        at(torch.tensor([0, 1, 2, 9])),
+        at(torch.tensor([0, 1, 2, 0, 1, 5])),
+    )
+    ranks = metrics.retrieval_ranks(z_QD, key_Q, z_GD, key_G)
+    found = metrics.mean_average_precision(z_QD, key_Q, z_GD, key_G)
+    return ranks, found, metrics.chance_average_precision(key_Q, key_G)
+
+
+@part("knn_scores", "fit_logistic", "balanced_accuracy")
+def _probes(at: Place) -> Any:
+    z_ND, y_N = at(unit(12)), at(torch.arange(12) % 3)
+    w_CD, b_C = metrics.fit_logistic(z_ND, y_N, 3, steps=5)
+    said_N = (z_ND @ w_CD.T + b_C).argmax(dim=1)
+    return metrics.knn_scores(z_ND, z_ND, y_N, 3, k=2, temperature=0.1), w_CD, metrics.balanced_accuracy(said_N, y_N, 3)
+
+
+@part("swap_accuracy", "psnr", "ridge_weights")
+def _numbers(at: Place) -> Any:
+    score_N, wrong_N, x_NP = at(torch.rand(6)), at(torch.rand(6)), torch.randn(9, 3, dtype=torch.float64)
+    moments = torch.cat([torch.ones(9, 1, dtype=torch.float64), x_NP], dim=1)
+    weights = metrics.ridge_weights(at(moments.T @ moments), 2, 0.1)
+    return (
+        metrics.swap_accuracy(score_N, wrong_N, at(torch.arange(6) % 2)),
+        metrics.psnr(score_N, at(torch.tensor(2.0))),
+        weights,
+    )
+
+
+@part("matched_rows", "modality_gap", "effective_rank", "alignment", "uniformity", "wide")
+def _geometry(at: Place) -> Any:
+    a, b, here = at(unit()), at(unit()), at(present())
+    rows = metrics.matched_rows(here["image"], here["text"], at(torch.tensor([7, 7, 8, 9, 9, 1])))
+    numbers = metrics.modality_gap(a, b), metrics.effective_rank(a), metrics.alignment(a, b), metrics.uniformity(a)
+    return rows, numbers, a.to(metrics.wide(at.device))
+
+
+@part("RidgeReadout", "Products", "ModelContrast", "Reading")
+def _readouts(at: Place) -> Any:
+    x_NP, y_NS = at(torch.randn(40, 3)), at(torch.randn(40, 2))
+    read, other = RidgeReadout()(x_NP, y_NS), RidgeReadout()(Products(x_NP, x_NP.flip(1), 2), y_NS)
+    contrast = ModelContrast(resamples=8)
+    return tuple(read), tuple(other), contrast.p_value(read, other), contrast.interval(read)
+
+
+@part("Mean")
+def _mean(at: Place) -> Any:
+    mean = at(Mean())
+    mean.update(Term(at(torch.rand(B)), valid=at(present()["image"])))
+    return mean.compute()
+
+
+@part("Store", "Rows")
+def _store(at: Place) -> Any:
+    store, batch = at(Store()), at(a_batch())
+    store.update({m: torch.randn(B, D).to(at.device) for m in HAS}, batch)
+    return [x for x in vars(store.compute()).values() if isinstance(x, Tensor)]
+
+
+# the step, and what changes a model before it -------------------------------------------------------------------------
+
+
+@part("Step", "Term", "Objective", "Batch", "Decided")
+def _step(at: Place) -> Any:
+    step, batch, z_BD = Step(mix={"a": 0.5}), at(a_batch()), at(unit()).requires_grad_()
+    step.watched, step.rule = True, lambda g_KBD, names: g_KBD.mean(dim=0)
+    both = step.fork(z_BD, ["a", "b"])
+    terms = {
+        "a": Term(both["a"].sum(dim=1), valid=batch.both("image", "text"), given=("image", "text")),
+        "b": Term(both["b"].square().sum(dim=1), weight=at(torch.rand(B)), norm="local"),
+    }
+    objective = step(terms, batch)
+    (g_BD,) = torch.autograd.grad(objective.total, z_BD)
+    return objective.total.detach(), g_BD, batch.select(at(torch.tensor([0, 2]))).inputs
+
+
+@part("Lora", "Freeze", "Checkpointing", "Still", "Towers")
+def _adapted(at: Place) -> Any:
+    recipe = Contrastive(
+        Towers(image=ConvTower([D], stem=4), text=TextTower(20, 8, 1, 2, 5)),
+        width=D,
+        adapt=[Lora(r=2, towers=["text"], dora=True), Freeze(["image"])],
+        checkpointing=Checkpointing(),
+    )
+    recipe.configure_model()
+    at(recipe)
+    with Still(recipe):
+        return {name: term.value for name, term in recipe.terms(at(a_batch())).items()}
+
+
+def _optimized(make: Callable[[list[dict[str, Any]]], Any]) -> Part:
+    def use(at: Place) -> Any:
+        net = at(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2)))
+        optimizer = make(parameter_groups(net))
+        schedule = WarmupCosine(0.5)(optimizer, 4)
+        x = at(torch.randn(3, 4))
+        for step in range(3):
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+            optimizer.step()
+            schedule.step()
+            if step == 1:
+                optimizer.load_state_dict(
+                    tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, optimizer.state_dict())
+                )
+        return [p.detach() for p in net.parameters()]
+
+    return use
+
+
+part("AdamW", "WarmupCosine")(_optimized(lambda groups: torch.optim.AdamW(groups, lr=0.1)))
+part("SGD")(_optimized(lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9)))
+part("OptimizerGroup", "Member")(
+    _optimized(lambda groups: OptimizerGroup(groups, [Member(torch.optim.SGD, "^0"), Member(torch.optim.AdamW)]))
+)
+
+
+@part("TorchSchedule")
+def _plateau(at: Place) -> Any:
+    net = at(nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    plateau: Any = TorchSchedule(lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0), monitor="x")(
+        optimizer, 4
+    )
+    for value in (1.0, 2.0):
+        plateau.step(at(torch.tensor(value)))
+    return [group["lr"] for group in optimizer.param_groups]
+
+
+@part("Nudge")
+def _nudge(at: Place) -> Any:
+    recipe = at(Fusion(small_towers(), target="kind", classes=C, width=D, fusion=LateFusion()))
+    batch = at(a_batch())
+    nudge = attack.Nudge(recipe, batch, list(HAS))
+    return nudge(nudge.zero()), nudge.size_B()
+
+
+class CPU:
+    """Of a result: it belongs on the CPU wherever the part is tried."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
