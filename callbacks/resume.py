@@ -377,8 +377,10 @@ def seed_all(purpose: str, *parts: int) -> None:
     """Every global generator (torch on all devices, numpy, random) as a function of (run's seed, purpose, parts)."""
     seed = mix(global_seed(), purpose, *parts)
     torch.default_generator.manual_seed(seed)  # manual_seed() of the module takes a hundred times as long
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(seed)
+    if torch.accelerator.is_available():
+        device: Any = torch.get_device_module(torch.accelerator.current_accelerator())
+        if device is not torch.cuda or torch.cuda.is_initialized():
+            getattr(device, "manual_seed_all", device.manual_seed)(seed)  # MPS has one device, and no such name
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +19,12 @@ class Device:
     """The device under test.
 
     Attributes:
-        device: where tensors go. options: of a command that runs on it.
+        device: where tensors go. options: of a command that runs on it. trainer: options of a trainer.
     """
 
     device: torch.device
     options: tuple[str, ...]
+    trainer: dict[str, Any]
 
     @property
     def emulated(self) -> bool:
@@ -37,11 +39,12 @@ def device() -> Iterator[Device]:
         if not getattr(torch, torch.device(named).type).is_available():
             pytest.skip(f"{VARIABLE}={named}: no such device here")
         accelerator = torch.device(named).type
-        yield Device(torch.device(named), ("--trainer.accelerator", accelerator, "--trainer.devices", "1"))
+        options: tuple[str, ...] = ("--trainer.accelerator", accelerator, "--trainer.devices", "1")
+        yield Device(torch.device(named, 0), options, {"accelerator": accelerator, "devices": 1})
         return
     from tests.device import accelerator as ours
     from tests.device import emulated
 
     options = ("--trainer.accelerator", emulated.NAME, "--trainer.strategy", ours.STRATEGY, "--trainer.devices", "1")
     with emulated.emulation():
-        yield Device(emulated.DEVICE, options)
+        yield Device(emulated.DEVICE, options, {"accelerator": emulated.NAME, "strategy": ours.STRATEGY, "devices": 1})

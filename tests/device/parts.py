@@ -46,10 +46,8 @@ from descant.modules.schedule import TorchSchedule, WarmupCosine
 from descant.modules.sham import Sham
 from descant.modules.step import Decided, Step
 from descant.modules.towers import BagTower, ConvTower, LogMelTower, PatchTower, TextTower, Tokens, Towers
-from descant.modules.towers.audio import ConvBlock
 from descant.modules.towers.base import Frozen, Tower
 from descant.modules.towers.cached import Cached
-from descant.modules.towers.image import Block, Residual
 from descant.modules.transforms import Augment, Crop, Pixels
 from descant.modules.triples import TripleEncoder
 from descant.modules.vit import Layout, RaggedBlock, Trunk
@@ -301,7 +299,7 @@ part("Bottleneck")(_regularizer(lambda: games.Bottleneck(hidden=8)))
 part("UnimodalMargin")(_regularizer(games.UnimodalMargin))
 
 
-# harmony and balance: what is remembered comes back from a checkpoint, which is read to the CPU ------------------------
+# harmony and balance: what is remembered comes back from a checkpoint, which is read to the CPU -----------------------
 
 
 def _rule(make: Callable[[], mixing.Rule], terms: int = 3) -> Part:

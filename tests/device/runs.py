@@ -1,0 +1,368 @@
+"""Small runs that together hold every recipe and every callback that ships: tiny models on tiny data, made in process.
+
+``RUNS[name](before)`` makes one; ``before`` is the folder of the runs that some begin from, see :func:`prepare`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from descant import callbacks as c
+from descant.callbacks.answering import Answering
+from descant.datamodules.captions import AltText, CaptionMixer, SyntheticCaption
+from descant.datamodules.described import Descriptions
+from descant.datamodules.emoji import Emoji
+from descant.datamodules.pool import QuestionPool, QuestionRollouts
+from descant.datamodules.questions import QuestionPairs, Questions
+from descant.datamodules.scenes import Scenes
+from descant.datamodules.staged import During, StagedData
+from descant.modules import games
+from descant.modules.adapters import Adapters, CategoryAdapter, PatchAdapter
+from descant.modules.cross import CrossEncoder
+from descant.modules.curriculum import Curriculum
+from descant.modules.decoders import CrossDecoder
+from descant.modules.distill import Distill, SoftTarget
+from descant.modules.fill import PromptFill
+from descant.modules.fusion import LateFusion, MidFusion
+from descant.modules.inherit import Begin, Inherit
+from descant.modules.inversion import ModalityInversion
+from descant.modules.language.judges import LikelihoodJudge
+from descant.modules.language.positions import VisualSteps
+from descant.modules.losses import InfoNCE, Intra
+from descant.modules.masking import TokenBudget
+from descant.modules.mixing import GradVac, Pareto, PCGrad
+from descant.modules.modulation import ModulationBank
+from descant.modules.negatives import Negatives
+from descant.modules.pacing import AGM
+from descant.modules.ranking import RankTarget, Sure
+from descant.modules.readout import ModelContrast, RidgeReadout
+from descant.modules.reinforce import KL, PolicyLoss
+from descant.modules.reinforce.rewards import ExactAnswer, Rewards
+from descant.modules.schedule import WarmupCosine
+from descant.modules.text import Ngrams
+from descant.modules.towers import BagTower, ConvTower, PatchTower, SavedTower, TextTower, Towers
+from descant.modules.triples import TripleEncoder
+from descant.modules.vit import Trunk
+from descant.recipes import (
+    Alternating,
+    Certified,
+    Chat,
+    Contrastive,
+    Ensemble,
+    Fusion,
+    Masked,
+    Matching,
+    MissingModality,
+    Peers,
+    Prefer,
+    Preferred,
+    Recipe,
+    Reinforce,
+    Reinforced,
+    Stage,
+    TeacherAverage,
+    TeacherRun,
+    TeacherStage,
+)
+from descant.recipes.teachers import Teachers
+from tests.recipes.test_certified import Banked
+from tests.recipes.test_missing import PatternData, build, fusion, node, write
+from tests.recipes.test_staged import letters
+from tests.recipes.test_staged import model as staged_model
+from tests.small import small_chat
+
+#: Of a language model of questions: pictures, tokens and questions as few as they can be.
+ASKED: dict[str, Any] = {"tiny": True, "size": 24, "length": 64, "kinds": ["colour", "count"], "batch_size": 16}
+NAMES = ("image", "text")
+
+
+@dataclass
+class Run:
+    """What is trained, on what, with which callbacks; options of its trainer, and for how many steps."""
+
+    recipe: Recipe
+    data: L.LightningDataModule
+    callbacks: list[L.Callback] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+    steps: int = 2
+
+
+RUNS: dict[str, Callable[[Path], Run]] = {}
+
+
+def run(make: Callable[[Path], Run]) -> Callable[[Path], Run]:
+    """A run by the name of its function."""
+    RUNS[make.__name__] = make
+    return make
+
+
+def prepare(folder: Path) -> Path:
+    """Runs that others begin from: untrained, as they would lie on disk."""
+    models = {
+        "both": fusion("MidFusion", *NAMES),
+        "margins": fusion("OrthogonalFusion", *NAMES),
+        **{m: fusion("LateFusion", m) for m in NAMES},
+        "clip": node("Contrastive", *NAMES),
+    }
+    for name, model in models.items():
+        write(folder / name, model, build(model))
+    return folder
+
+
+def adamw(groups: Any) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, lr=1e-2)
+
+
+def emoji(**options: Any) -> Emoji:
+    return Emoji(**({"batch_size": 16, "eval_batch_size": 32, "size": 16, "tiny": True, "keywords": False} | options))
+
+
+def pattern_towers(*modalities: str, vocab: int = 20) -> Towers:
+    every = {"image": ConvTower([8], stem=2), "text": BagTower(vocab, 8), "sketch": ConvTower([8], channels=1)}
+    return Towers(**{m: every[m] for m in modalities or NAMES})
+
+
+def patterns(**options: Any) -> Fusion:
+    given: dict[str, Any] = {"target": "label", "classes": 4, "width": 8, "optimizer": adamw} | options
+    return Fusion(given.pop("towers", None) or pattern_towers(), **given)
+
+
+# embeddings ---------------------------------------------------------------------------------------------------------
+
+
+@run
+def contrastive(before: Path) -> Run:
+    towers = Towers(image=PatchTower(16, 8, 8, 1, 2), text=TextTower(8192, 8, 1, 2, 24))
+    recipe = Contrastive(towers, 8, loss=InfoNCE(), intra=Intra(8, out=8, hidden=8), optimizer=adamw)
+    inverted = ModalityInversion(steps=2, batch=8)
+    return Run(
+        recipe,
+        emoji(views={"image": 2}, name_only=1.0),
+        [
+            c.EMA(0.9),
+            c.Retrieval(),
+            c.ZeroShot("group"),
+            c.KNN("group"),
+            c.LinearProbe("group"),
+            c.Geometry(),
+            c.ModalitySubsetEval("group", limit=32),
+            c.RetrievalPictures(queries=2),
+            c.Projector(limit=20),
+            c.IntraModal(target="subgroup", validate=True),
+            c.Inversion("{}", target="subgroup", limit=4, oti=inverted, ovi=inverted, validate=True),
+            c.Temperature(at=0.5),
+            c.NonFinite("rollback"),
+            c.Throughput(peak_flops=1e9),
+            c.Sanity(),
+            c.WorstGroup(["i2t_r1"]),
+            ModelCheckpoint(filename="{step}"),
+        ],
+        {"precision": "bf16-mixed", "val_check_interval": 2},
+    )
+
+
+@run
+def mixed_captions(before: Path) -> Run:
+    mixer = CaptionMixer({"alt": AltText(), "looks": SyntheticCaption("dense")}, {"alt": 0.3, "looks": 0.7})
+    recipe = Contrastive(Towers(image=ConvTower([8], stem=4), text=BagTower(512, 8)), 8, optimizer=adamw)
+    readout = c.Readout(["visual"], ridge=RidgeReadout(folds=2), contrast=ModelContrast(resamples=8))
+    data = emoji(text=Ngrams(buckets=512, length=24), mixer=mixer, readout=True)
+    return Run(recipe, data, [c.CaptionStatistics(), readout, c.Retrieval()])
+
+
+@run
+def scenes(before: Path) -> Run:
+    recipe = Contrastive(
+        Towers(image=ConvTower([8], stem=4), text=TextTower(128, 8, 1, 2, 16)),
+        8,
+        negatives=Negatives(),
+        knowledge=TripleEncoder(128, 8, 8, 1, 2),
+        optimizer=adamw,
+        chunks=2,
+    )
+    return Run(recipe, Scenes(batch_size=16, size=24, tiny=True, exchanged=True), [c.SwapAccuracy()])
+
+
+@run
+def forks(before: Path) -> Run:
+    recipe = Contrastive(pattern_towers("image", "text", "sketch"), 8, optimizer=adamw)
+    harmonize = c.HarmonizeFeatures(GradVac(), Curriculum(warmup=0.0), audit="misaligned")
+    emergent = c.EmergentRetrieval(["val"], [["sketch", "text"]], target=None)
+    return Run(recipe, PatternData("image", "text", "sketch"), [c.Misalign("text"), harmonize, emergent])
+
+
+@run
+def attached(before: Path) -> Run:
+    """A new modality to a tower of another run, and a saved tower."""
+    model = node("Contrastive", *NAMES)["init_args"]["towers"]["init_args"]
+    image = SavedTower(before / "clip", "image", checkpoint="last")
+    towers = Towers(image=image, text=BagTower(**model["text"]["init_args"]))
+    inherit = Inherit(before / "clip", ["text"], checkpoint="last")
+    return Run(Contrastive(towers, 16, adapt=[inherit], optimizer=adamw), PatternData(), [c.LeanCheckpoint()])
+
+
+@run
+def matching(before: Path) -> Run:
+    towers = pattern_towers()
+    return Run(Matching(towers, CrossEncoder(8, 1, 2), negatives=3, optimizer=adamw), PatternData(), [c.Accuracy()])
+
+
+@run
+def ranked(before: Path) -> Run:
+    """Begins as another run ended, and learns of it."""
+    distill = Distill(TeacherRun(str(before / "clip"), "last"), [RankTarget(drawn=4, kept=2, weigh=Sure())])
+    towers = Towers(image=ConvTower([16, 32]), text=BagTower(20, 16))
+    begin = Begin(before / "clip", "last")
+    return Run(Contrastive(towers, 16, adapt=[begin], distill=distill, optimizer=adamw), PatternData())
+
+
+# classifiers --------------------------------------------------------------------------------------------------------
+
+
+@run
+def balanced(before: Path) -> Run:
+    regularizers = [games.GreedyGame(permutations=2), games.LabelContrast(), games.Bottleneck(hidden=8)]
+    recipe = patterns(fusion=LateFusion(), unimodal=True, regularizers=regularizers)
+    return Run(
+        recipe,
+        Banked(),
+        [
+            c.Harmonize(PCGrad()),
+            c.Balance(AGM(), noise=True),
+            c.DropAhead(),
+            c.Blend(),
+            c.LearningSpeed(),
+            c.Contributions(circles=1),
+            c.Attacks(steps=2, limit=8, validate=True),
+            c.Accuracy(),
+            c.NonFinite("skip"),
+        ],
+    )
+
+
+@run
+def towers_harmonized(before: Path) -> Run:
+    teachers = Teachers({"image": str(before / "image")}, checkpoint="last")
+    distill = Distill(TeacherAverage(0.5), [SoftTarget()])
+    recipe = patterns(
+        fusion=MidFusion(8),
+        unimodal=True,
+        width=16,
+        regularizers=[teachers],
+        distill=distill,
+        schedule=WarmupCosine(0.5),
+    )
+    seen = [c.HarmonizeTowers(Pareto()), c.Prototypes(every=1), c.Accuracy()]
+    return Run(recipe, PatternData(), seen, {"precision": "bf16-mixed"})
+
+
+@run
+def missing(before: Path) -> Run:
+    recipe = MissingModality(before / "both", "last", bank=ModulationBank(), fill=PromptFill(), optimizer=adamw)
+    return Run(recipe, Banked(), [c.Accuracy(), c.ModalitySubsetEval()])
+
+
+@run
+def certified(before: Path) -> Run:
+    recipe = Certified(before / "margins", "last", rows=16, optimizer=partial(torch.optim.SGD, lr=0.1))
+    return Run(recipe, Banked(), [c.Accuracy(), c.Attacks(steps=1, certify=0.1, rows=8, limit=8, validate=True)])
+
+
+@run
+def ensemble(before: Path) -> Run:
+    recipe = Ensemble({m: str(before / m) for m in NAMES}, "last", optimizer=partial(torch.optim.SGD, lr=0.1))
+    return Run(recipe, PatternData(), [c.Accuracy()])
+
+
+@run
+def alternating(before: Path) -> Run:
+    recipe = Alternating(pattern_towers(), target="label", classes=4, width=8, optimizer=adamw)
+    return Run(recipe, PatternData(), [c.Accuracy()])
+
+
+@run
+def peers(before: Path) -> Run:
+    students: list[Recipe] = [patterns(towers=pattern_towers(m), fusion=LateFusion()) for m in NAMES]
+    return Run(Peers(students, optimizer=adamw), PatternData(), [c.Accuracy()])
+
+
+# masked modelling ---------------------------------------------------------------------------------------------------
+
+
+@run
+def masked(before: Path) -> Run:
+    adapters = Adapters(
+        image=PatchAdapter([16, 16], 8),
+        sketch=PatchAdapter([16, 16], 8, channels=1),
+        palette=CategoryAdapter(11, [16, 16], 8),
+    )
+    recipe = Masked(
+        adapters,
+        Trunk(8, 1, 2),
+        CrossDecoder(8, 1, 2),
+        TokenBudget(4, subset_first=True),
+        embeds=[["image"], ["image", "sketch"]],
+        optimizer=adamw,
+    )
+    whole = c.Reconstruction(["image"], ["sketch"], patch=8, limit=32)
+    pictures = c.ReconstructionPictures(count=2)
+    seen = [c.Accuracy(), whole, pictures, c.LinearProbe("group")]
+    return Run(recipe, emoji(sketch=True, palette=True), seen, {"val_check_interval": 2})
+
+
+# language -----------------------------------------------------------------------------------------------------------
+
+
+@run
+def chat(before: Path) -> Run:
+    recipe = Chat(**small_chat(), visual=VisualSteps(0.5), optimizer=adamw)
+    answering = Answering(new=2, by="kind", limit=8, validate=True)
+    return Run(recipe, Questions(**ASKED), [c.Accuracy(), answering], {"precision": "bf16-mixed"})
+
+
+@run
+def rounds(before: Path) -> Run:
+    distill = Distill(TeacherAverage(0.5))
+    recipe = Chat(**small_chat(), distill=distill, optimizer=adamw)
+    data = QuestionPool(**ASKED | {"items": 16})
+    return Run(recipe, data, [c.Rounds(epochs=1, judge=LikelihoodJudge())], {"max_epochs": 3})
+
+
+@run
+def preferred(before: Path) -> Run:
+    return Run(Preferred(**small_chat(), distill=Distill(TeacherStage()), optimizer=adamw), QuestionPairs(**ASKED))
+
+
+@run
+def reinforced(before: Path) -> Run:
+    loss = PolicyLoss(kl=KL(0.1))
+    recipe = Reinforced(**small_chat(), loss=loss, new=3, distill=Distill(TeacherStage()), optimizer=adamw)
+    data = QuestionRollouts(**ASKED | {"items": 4, "group": 4})
+    rollouts = c.Rollouts(Rewards({"right": ExactAnswer()}), resample=1)
+    return Run(recipe, data, [rollouts], {"max_epochs": 3})
+
+
+@run
+def staged(before: Path) -> Run:
+    """One step of each kind of stage."""
+    stages = {"captions": Stage(), "reward": Stage(Reinforce(), r"^lm"), "pairs": Stage(Prefer())}
+    rolled = QuestionRollouts(**ASKED | {"items": 4, "group": 4})
+    seen = {name: value for name, value in ASKED.items() if name != "kinds"}
+    data = StagedData(
+        {
+            "captions": During(Descriptions(**seen), 1, 1),
+            "reward": During(rolled, 1),
+            "pairs": During(QuestionPairs(**ASKED), 1, 1),
+        },
+        evaluate="captions",
+    )
+    recipe = staged_model(stages, distill=Distill(TeacherStage()))
+    return Run(recipe, data, [letters(), c.Stages()], steps=3)

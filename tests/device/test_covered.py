@@ -1,0 +1,113 @@
+"""What ships is tried on the device, or it is said here why it need not be: a new class or metric fails until it is."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from descant.callbacks import Resume
+from descant.modules import metrics
+from descant.names import classes
+from tests.device.parts import PARTS
+from tests.device.runs import RUNS, prepare
+
+#: What needs no device, or more than one: name -> why.
+NEEDLESS = {
+    # of the CPU, whatever trains
+    "Bpe": "text to token ids, in the loader",
+    "Bytes": "text to token ids, in the loader",
+    "Ngrams": "text to token ids, in the loader",
+    "Words": "text to token ids, in the loader",
+    "Pretrained": "text to token ids, in the loader",
+    "TaskAnswer": "judges strings",
+    "NumericAnswer": "judges strings",
+    "Format": "judges strings",
+    "Part": "judges strings",
+    "JsonTable": "judges strings",
+    "Overlong": "judges lengths that are numbers of Python",
+    "Report": "writes what was measured: tests of the command line run it, on the device too",
+    "Progress": "prints what was measured: tests of the command line run it, on the device too",
+    "CSV": "writes numbers: tests of the command line run it, on the device too",
+    "FlopCount": "counts operators of the CPU's or a GPU's dispatcher: benchmarks",
+    # other devices
+    "Compile": "a compiler has no code for an emulated device; `make gpu` compiles",
+    "Quantize": "kernels of bitsandbytes; `make gpu`",
+    "Shard": "several ranks",
+    "Passing": "several ranks",
+    # weights in a package
+    "PretrainedLM": "needs a package of weights; CausalLM is what it computes with",
+    "TransformersTower": "needs a folder of weights or transformers: tests marked slow",
+    "TimmTower": "timm's own modules: tests marked slow",
+}
+#: Made by a class that is tried.
+MADE = {"Inputs": "Reconstruction", "Signals": "Resume"}
+
+
+def concrete() -> dict[str, str]:
+    """Name -> module of the public classes of recipes, modules and callbacks that compute something."""
+    found = {}
+    for name, places in classes().items():
+        for place in places:
+            module = place.path.rpartition(".")[0]
+            if name.startswith("_") or not module.startswith(
+                ("descant.recipes", "descant.modules", "descant.callbacks")
+            ):
+                continue
+            kind = getattr(importlib.import_module(module), name)
+            plain = issubclass(kind, tuple | Exception) or getattr(kind, "_is_protocol", False)
+            if not plain and not abstract(kind):
+                found[name] = module
+    return found
+
+
+def abstract(kind: type) -> bool:
+    """Whether a method of its own says that a subclass has to write it."""
+    return "raise NotImplementedError" in inspect.getsource(kind)
+
+
+def walked(value: Any, seen: dict[int, Any]) -> None:
+    """Everything of descant that a value holds."""
+    if id(value) in seen or isinstance(value, torch.Tensor | str | bytes | int | float):
+        return
+    if isinstance(value, dict | list | tuple | set | nn.ModuleDict | nn.ModuleList):
+        seen[id(value)] = value
+        for inner in value.values() if isinstance(value, dict | nn.ModuleDict) else value:
+            walked(inner, seen)
+        if not isinstance(value, nn.Module):
+            return
+    if type(value).__module__.startswith("descant."):
+        seen[id(value)] = value
+        for inner in vars(value).values():
+            walked(inner, seen)
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """Names of all classes that a part names or a run is made of."""
+    before, seen = prepare(tmp_path_factory.mktemp("before")), dict[int, Any]()
+    walked(Resume(), seen)  # of every run
+    for make in RUNS.values():
+        run = make(before)
+        walked([run.recipe, run.callbacks], seen)
+    return set(PARTS) | {base.__name__ for value in seen.values() for base in type(value).__mro__}
+
+
+def test_every_class_is_tried_or_it_is_said_why_not(tried: set[str]) -> None:
+    left = {name: module for name, module in concrete().items() if name not in {*tried, *NEEDLESS, *MADE}}
+    assert not left, f"try them in tests/device/parts.py or runs.py: {left}"
+
+
+def test_what_needs_no_trial_is_there_and_is_not_tried(tried: set[str]) -> None:
+    assert not set(NEEDLESS) - set(classes()), "gone"
+    assert not {name for name in NEEDLESS if name in tried}, "tried after all"
+    assert set(MADE.values()) <= tried
+
+
+def test_every_metric_is_tried() -> None:
+    public = {n for n, f in vars(metrics).items() if inspect.isfunction(f) and f.__module__ == metrics.__name__}
+    assert {name for name in public if not name.startswith("_")} <= set(PARTS)
