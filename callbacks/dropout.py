@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from descant.callbacks.balance import measured, require_contenders
 from descant.callbacks.harmonize import total_of_ranks
-from descant.modules.batch import Batch
+from descant.modules.batch import Batch, some
+from descant.modules.host import derived, to_device
 from descant.modules.pacing import OGM
 from descant.modules.protocols import Contends
 from descant.modules.random import uniform_N
@@ -77,9 +78,10 @@ class DropAhead(L.Callback):
         left = dict(batch.present)
         for m, q in self.probability.items():
             if q > 0:
-                left[m] = left[m] & (uniform_N(batch.draw, "drop-ahead", m).to(left[m].device) >= q)
-        some_B = torch.stack([left[m] for m in self.probability or left]).any(dim=0)
-        return {m: torch.where(some_B, mask_B, batch.present[m]) for m, mask_B in left.items()}
+                stays_B = to_device(uniform_N(batch.draw, "drop-ahead", m) >= q, left[m].device)
+                left[m] = derived(torch.logical_and, left[m], stays_B)
+        some_B = some(*(left[m] for m in self.probability or left))
+        return {m: derived(torch.where, some_B, mask_B, batch.present[m]) for m, mask_B in left.items()}
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         assert isinstance(pl_module, Contends)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 
 from descant.modules.batch import Batch
+from descant.modules.host import derived, to_device
 from descant.modules.random import global_seed, uniform_N
 from descant.modules.sham import Sham
 
@@ -46,7 +48,7 @@ class Misalign(Callback):
         if self.modality not in batch.inputs:
             raise ValueError(f"Misalign: the data has no modality {self.modality!r}, only {', '.join(batch.inputs)}")
         x_B, there_B = batch.inputs[self.modality], batch.present[self.modality]
-        drawn_B = uniform_N(batch.index, "misalign", self.modality, global_seed()).to(x_B.device)
-        noise_B = there_B & (drawn_B < self.share)
+        drawn_B = uniform_N(batch.index, "misalign", self.modality, global_seed())
+        noise_B = derived(torch.logical_and, there_B, to_device(drawn_B < self.share, x_B.device))
         batch.inputs[self.modality] = Sham.permute(x_B, batch.draw, noise_B)
         batch.targets[self.target] = noise_B

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from descant.callbacks.resume import Resume, say
-from descant.modules.step import Step
+from descant.modules.step import UNREAD, Step, Unread
+from descant.modules.trainer import log_interval
 
 
 class RollBack(Exception):
@@ -30,6 +31,15 @@ class RollBack(Exception):
     def __init__(self, step: int, path: Path) -> None:
         super().__init__(f"step {step} was not finite: back to {path.name}")
         self.step, self.path = step, path
+
+
+class _Waiting(NamedTuple):
+    """A step of an accelerator: whether it was finite (0-d, bool), and the values of its micro-batches."""
+
+    step: int
+    epoch: int
+    finite: Tensor
+    unread: list[Unread]
 
 
 class NonFinite(L.Callback):
@@ -46,6 +56,13 @@ class NonFinite(L.Callback):
     * ``rollback``: go back to the newest resume point from before the ``window`` steps that end with this one, and
       leave these out when they come again (Chowdhery 2022, PaLM 5.1: where training diverges, the steps before the
       one that shows it are part of the cause).
+
+    On a CPU all of them act before the step changes a weight. On an accelerator ``skip`` and ``rollback`` wait once a
+    step for the device to say whether it was finite. ``raise`` waits for nothing: what was not finite is found in the
+    next step that is logged, before a validation, at the end of an epoch, and before anything is saved, and then ends
+    the run, naming the step that it was. Until then that step is left out by the device itself where the optimizer is a
+    fused one of torch (``fused: true`` of Adam, AdamW, SGD and Adagrad), so that no weight was changed by it; by any
+    other optimizer the weights are nan from it on, which nothing saves.
 
     ``nonfinite.jsonl`` in the run's folder has a line for each: step, what was done, terms, samples. A resumed run
     reads it, so what was left out stays left out.
@@ -74,6 +91,7 @@ class NonFinite(L.Callback):
         self._left_out: set[int] = set()
         self._buffers: list[Tensor] = []
         self._step: Step | None = None
+        self._waiting: list[_Waiting] = []  # steps of an accelerator that nobody has looked at yet
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit" or self.policy == "raise":
@@ -100,6 +118,7 @@ class NonFinite(L.Callback):
         self._step = step if isinstance(step, Step) and not _scaler(trainer) else None
         if self._step is not None:
             self._step.raises = False
+        self._waiting = []
         path = _ledger(trainer)
         lines = path.read_text(encoding="utf-8").splitlines() if trainer.is_global_zero and path.is_file() else []
         self.entries = trainer.strategy.broadcast([json.loads(line) for line in lines])
@@ -119,7 +138,12 @@ class NonFinite(L.Callback):
         if step in self._left_out:
             self._leave_out(pl_module, parameters)
             return
+        if self.policy == "raise" and pl_module.device.type != "cpu":
+            self._wait(trainer, optimizer, parameters)
+            return
         if _finite(trainer, parameters):
+            if self._step is not None:
+                self._step.unread.clear()
             return
         entry = {"step": step, "epoch": trainer.current_epoch, "action": self.policy, **self._fault(trainer)}
         known = any(e["step"] == step and e["action"] == self.policy for e in self.entries)
@@ -136,6 +160,58 @@ class NonFinite(L.Callback):
             self._back(trainer, entry, told)
         if trainer.is_global_zero:
             say(f"{told}; left out ({len(self.entries)} of at most {self.limit})")
+
+    # an accelerator is not waited for --------------------------------------------------------------------------------
+
+    def _wait(self, trainer: L.Trainer, optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+        """Note this step to be looked at later, and let the device leave it out if it can."""
+        finite = _all_finite(parameters)
+        unread: list[Unread] = []
+        if self._step is not None:
+            unread, self._step.unread = self._step.unread, unread
+        self._waiting.append(_Waiting(trainer.global_step, trainer.current_epoch, finite, unread))
+        if getattr(optimizer, "_step_supports_amp_scaling", False):  # as under a scaler: a kernel that does nothing
+            optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        if len(self._waiting) == UNREAD:
+            self._look(trainer)
+
+    def _look(self, trainer: L.Trainer) -> None:
+        """Read whether the steps since the last time were finite: one wait. The run ends for the first that was not.
+
+        Collective: gradients are alike on all ranks.
+        """
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        finite = torch.stack([one.finite for one in waiting]).tolist()
+        wrong = next((one for one, good in zip(waiting, finite, strict=True) if not good), None)
+        if wrong is None:
+            return
+        if self._step is not None:
+            self._step.unread = wrong.unread
+        entry = {"step": wrong.step, "epoch": wrong.epoch, "action": "raise", **self._fault(trainer)}
+        self._note(trainer, entry)
+        raise FloatingPointError(f"step {wrong.step}: {_told(entry)} (read at step {trainer.global_step})")
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._waiting and trainer.global_step % log_interval(trainer) == 0:
+            self._look(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._look(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._look(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._look(trainer)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._look(trainer)
+
+    # what is done -------------------------------------------------------------------------------------------------
 
     def _back(self, trainer: L.Trainer, entry: dict[str, Any], told: str) -> None:
         step, resume = trainer.global_step, _resume(trainer)
@@ -158,9 +234,12 @@ class NonFinite(L.Callback):
                 buffer.copy_(before)
         if self._step is not None:
             self._step.faults.clear()
+            self._step.unread.clear()
 
     def _fault(self, trainer: L.Trainer) -> dict[str, Any]:
         """Which terms were not finite, and of which samples, over all ranks. Collective."""
+        if self._step is not None:
+            self._step.read()
         faults = dict(self._step.faults) if self._step is not None else {}
         every = [faults]
         if self._step is not None:
@@ -191,6 +270,24 @@ def _finite(trainer: L.Trainer, parameters: Iterable[nn.Parameter]) -> bool:
     finite = finite or all(bool(torch.isfinite(grad).all()) for grad in local)
     if any(isinstance(grad, DTensor) for grad in grads):  # each rank has seen its own part
         finite = trainer.strategy.reduce_boolean_decision(finite, all=True)
+    return finite
+
+
+def _all_finite(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """0-d bool on the device: whether all gradients are finite, the same on all ranks; nothing is read.
+
+    By the largest of each, which is finite exactly where all are.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None and p.grad.numel()]
+    local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+    local = [grad for grad in local if grad.numel()]
+    if not local:
+        return torch.ones((), dtype=torch.bool, device=grads[0].device if grads else None)
+    finite = torch.stack([n.float() for n in torch._foreach_norm(local, torch.inf)]).isfinite().all()
+    if any(isinstance(grad, DTensor) for grad in grads):  # each rank has seen its own part
+        good = finite.float()
+        dist.all_reduce(good, op=dist.ReduceOp.MIN)
+        finite = good > 0
     return finite
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.datamodules.order import Slot, Window
 from descant.modules.batch import Batch
+from descant.modules.host import to_device
 from descant.modules.random import mix_N, uniform_NK
 
 #: The sets of such a corpus, which are its regions.
@@ -282,5 +283,7 @@ class CropModule(DataModule):
         for modality, (mean_C, std_C) in self.statistics.items():
             x = batch.inputs[modality].float()
             shape = (-1, *[1] * (x.ndim - 2))
-            batch.inputs[modality] = x.sub_(mean_C.to(x.device).view(shape)).div_(std_C.to(x.device).view(shape))
+            batch.inputs[modality] = x.sub_(to_device(mean_C, x.device).view(shape)).div_(
+                to_device(std_C, x.device).view(shape)
+            )
         return batch

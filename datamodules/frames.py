@@ -23,6 +23,7 @@ from descant.datamodules.questions import Problems, Questions, QuestionSet
 from descant.datamodules.rolled import RolledDialogues
 from descant.datamodules.volumes import Volumes
 from descant.modules.batch import Batch
+from descant.modules.host import derived
 from descant.modules.random import mix_N, uniform_N
 
 PLACES = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
@@ -309,7 +310,7 @@ class Frames(Questions):
         whole = batch.inputs["image"]
         B, F = whole.shape[:2]
         batch.inputs["image"], draw_B = whole.flatten(0, 1), batch.draw
-        batch.draw = draw_B.repeat_interleave(F)
+        batch.draw = derived(lambda x_B: x_B.repeat_interleave(F), draw_B)
         batch = super().on_after_batch_transfer(batch, dataloader_idx)
         batch.inputs["image"], batch.draw = batch.inputs["image"].unflatten(0, (B, F)), draw_B
         return batch

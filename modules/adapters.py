@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from descant.modules.host import derived, finite, with_host_copy
 from descant.modules.masking import Grid
 from descant.modules.towers.image import sincos
 from descant.modules.towers.timm import read_weights
@@ -187,21 +188,29 @@ class PatchAdapter(Adapter):
         self.outward = nn.ModuleList(nn.Linear(out, self.numbers) for _ in self.terms) if out else nn.ModuleList()
 
     def raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x_BTP = self._cut(x)
+        if not self.padded:
+            shape = x_BTP.shape[:2]
+            all_BT = torch.ones(shape, dtype=torch.bool, device=x.device)
+            return x_BTP, with_host_copy(all_BT, lambda: torch.ones(shape, dtype=torch.bool))
+        real_BT = derived(lambda finite_B: self._patches(finite_B).all(dim=2), finite(x))
+        return x_BTP.masked_fill(~real_BT[..., None], 0.0), real_BT
+
+    def _cut(self, x: Tensor) -> Tensor:
+        """``[B, T, P]``: patches."""
         n = len(self.size)
         if self.channels == 1 and x.ndim == n + 1:
             x = x.unsqueeze(1)
         if x.shape[1:] != (self.channels, *self.size):
             raise ValueError(f"input {tuple(x.shape[1:])}: this adapter takes {(self.channels, *self.size)}")
-        if self.mean or self.spread != 1:
-            x = (x - self.mean) / self.spread
+        return self._patches((x - self.mean) / self.spread if self.mean or self.spread != 1 else x)
+
+    def _patches(self, x: Tensor) -> Tensor:
+        n = len(self.size)
         sides = [side for pair in zip(self.grid, self.patch, strict=True) for side in pair]
         x = x.reshape(len(x), self.channels, *sides)
         grid, inside = range(2, 2 + 2 * n, 2), range(3, 3 + 2 * n, 2)
-        x_BTP = x.permute(0, *grid, 1, *inside).reshape(len(x), self.tokens, self.numbers)
-        if not self.padded:
-            return x_BTP, torch.ones(x_BTP.shape[:2], dtype=torch.bool, device=x.device)
-        real_BT = x_BTP.isfinite().all(dim=2)
-        return x_BTP.masked_fill(~real_BT[..., None], 0.0), real_BT
+        return x.permute(0, *grid, 1, *inside).reshape(len(x), self.tokens, self.numbers)
 
     def whole(self, x_BTP: Tensor) -> Tensor:
         n = len(self.size)
@@ -314,7 +323,7 @@ class TokenAdapter(Adapter):
     def raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if x.shape[1] != self.tokens:
             raise ValueError(f"input of {x.shape[1]} tokens: this adapter takes {self.tokens}")
-        return x[..., None], x != self.pad
+        return x[..., None], derived(lambda x_BT: x_BT != self.pad, x)
 
     def whole(self, x_BTP: Tensor) -> Tensor:
         return x_BTP.squeeze(2)
@@ -372,7 +381,7 @@ class TableAdapter(Adapter):
     def raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if x.shape[1] != self.tokens:
             raise ValueError(f"input of {x.shape[1]} columns: this adapter takes {self.tokens}")
-        real_BT = ~x.isnan()
+        real_BT = derived(lambda x_BT: ~x_BT.isnan(), x)
         return x.masked_fill(~real_BT, 0.0)[..., None], real_BT
 
     def whole(self, x_BTP: Tensor) -> Tensor:

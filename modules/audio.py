@@ -8,11 +8,13 @@ Letters: B samples, S samples of a waveform, F mel filters, K bins of a spectrum
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from descant.modules.host import derived, has_host_copy, host_copy, known_finite, to_device, with_finite, with_host_copy
 from descant.modules.random import normal_NK, uniform_NK
 
 #: What int16 is divided by, so that full scale is 1.
@@ -154,8 +156,13 @@ class LogMel(nn.Module):
         T = self.frames(S)
         rows = max(1, B if x_BS.is_cuda else CELLS // (T * self.fft // 2))
         x_BFT = torch.cat([self._decibels(*part) for part in zip(x_BS.split(rows), length_B.split(rows), strict=True)])
-        real_BT = torch.arange(T, device=x_BS.device) * self.hop < length_B[:, None]
-        return x_BFT.masked_fill_(~real_BT[:, None], -torch.inf)
+        real_BT = derived(partial(self._real, T), length_B)
+        x_BFT = x_BFT.masked_fill_(~real_BT[:, None], -torch.inf)
+        # what is real is: its decibels have a floor
+        return with_finite(x_BFT, lambda: host_copy(real_BT)[:, None]) if has_host_copy(real_BT) else x_BFT
+
+    def _real(self, frames: int, length_B: Tensor) -> Tensor:
+        return torch.arange(frames, device=length_B.device) * self.hop < length_B[:, None]
 
     def _decibels(self, x_BS: Tensor, length_B: Tensor) -> Tensor:
         S = x_BS.shape[1]
@@ -237,14 +244,12 @@ class AudioAugment(nn.Module):
         device, (_, filters, T) = x_BFT.device, x_BFT.shape
         purposes = ["tempo", "pitch", "shift", "gain"]
         purposes += [f"{kind}{k}/{w}" for kind in "ft" for k in range(self.masks) for w in ("width", "start")]
-        u_BK = uniform_NK(draw_B, [f"augment/{self.stream}/{w}" for w in purposes]).to(device)
-        tempo_B, pitch_B, shift_B, gain_B = (u_BK[:, :4] * 2 - 1).unbind(dim=1)
-        tempo_B = (tempo_B * math.log(self.tempo)).exp()
-        shift_B = (shift_B * (self.shift + 0.5)).round()
-        real_BT = x_BFT[:, 0] > -torch.inf
-        # no sound before the beginning or after the end, both of which shift and tempo have moved
-        t_BT = tempo_B[:, None] * (torch.arange(T, device=device) - shift_B[:, None])
-        moved_BT = real_BT.gather(1, t_BT.round().long().clamp(0, T - 1)) & (t_BT > -0.5) & (t_BT < T - 0.5)
+        u_BK = to_device(uniform_NK(draw_B, [f"augment/{self.stream}/{w}" for w in purposes]), device)
+        tempo_B, shift_B = self._tempo_and_shift(u_BK)
+        pitch_B, gain_B = u_BK[:, 1] * 2 - 1, u_BK[:, 3] * 2 - 1
+        real_BT, known = x_BFT[:, 0] > -torch.inf, known_finite(x_BFT)
+        real_BT = real_BT if known is None else with_host_copy(real_BT, lambda: known()[:, 0])
+        moved_BT = self._moved(real_BT, u_BK)
         x = x_BFT.masked_fill(~real_BT[:, None], self.floor)
         x = F.grid_sample(
             x[:, None], self._grid(tempo_B, shift_B, pitch_B, x), padding_mode="border", align_corners=False
@@ -255,7 +260,24 @@ class AudioAugment(nn.Module):
         bands = u_BK[:, 4:].view(len(x), 2, self.masks, 2)
         hidden_BF, hidden_BT = _bands(bands[:, 0], filters, self.filters), _bands(bands[:, 1], T, self.frames)
         x = torch.where(hidden_BF[:, :, None] | hidden_BT[:, None], mean_B11, x)
-        return x.masked_fill_(~moved_BT[:, None], -torch.inf)
+        x = x.masked_fill_(~moved_BT[:, None], -torch.inf)
+        return with_finite(x, lambda: host_copy(moved_BT)[:, None]) if has_host_copy(moved_BT) else x
+
+    def _tempo_and_shift(self, u_BK: Tensor) -> tuple[Tensor, Tensor]:
+        tempo_B, _, shift_B, _ = (u_BK[:, :4] * 2 - 1).unbind(dim=1)
+        return (tempo_B * math.log(self.tempo)).exp(), (shift_B * (self.shift + 0.5)).round()
+
+    def _moved(self, real_BT: Tensor, u_BK: Tensor) -> Tensor:
+        """No sound before the beginning or after the end, both of which shift and tempo have moved.
+
+        Worked out on the CPU where that knows what is real: an exponential may have other last bits on a device.
+        """
+        device, known = real_BT.device, has_host_copy(real_BT)
+        real_BT, u_BK = (host_copy(real_BT), host_copy(u_BK)) if known else (real_BT, u_BK)
+        (tempo_B, shift_B), T = self._tempo_and_shift(u_BK), real_BT.shape[1]
+        t_BT = tempo_B[:, None] * (torch.arange(T, device=real_BT.device) - shift_B[:, None])
+        moved_BT = real_BT.gather(1, t_BT.round().long().clamp(0, T - 1)) & (t_BT > -0.5) & (t_BT < T - 0.5)
+        return to_device(moved_BT, device)
 
     def _grid(self, tempo_B: Tensor, shift_B: Tensor, pitch_B: Tensor, x_BFT: Tensor) -> Tensor:
         """Where each place of the result lies in ``x``: ``[B, F, T, 2]``, in the -1..1 of grid_sample."""

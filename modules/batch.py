@@ -5,10 +5,13 @@ Letters: B samples of this micro-batch on this rank, G samples of the whole opti
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+from descant.modules.host import derived, to_device
 
 #: Behind the name of a modality: its hard negatives.
 NEGATIVE = "_neg"
@@ -17,6 +20,9 @@ NEGATIVE = "_neg"
 @dataclass
 class Batch:
     """``B`` samples of several modalities. Absent is a mask, never a shape and never a guess from zeros.
+
+    On an accelerator each tensor remembers its original on the CPU (:mod:`descant.modules.host`), and so does what is
+    made of presence here: nobody has to wait for the device to know who is absent.
 
     Attributes:
         inputs: modality -> tensor ``[B, ...]``; rows of absent samples hold anything (zeros by custom).
@@ -64,6 +70,44 @@ class Batch:
     def modalities(self) -> tuple[str, ...]:
         return tuple(self.present)
 
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on a device, by copies that are queued and not waited for; Lightning calls it for each batch.
+
+        >>> batch = Batch({"image": torch.zeros(2, 1)}, {"image": torch.tensor([True, False])})
+        >>> batch.to("cpu").present["image"] is batch.present["image"]
+        True
+        """
+        to = torch.device(device)
+        if to.type != "cpu" and to.index is None:
+            to = torch.empty(0, device=to).device
+        return self._each(lambda x: to_device(x, to))
+
+    def pin_memory(self) -> Batch:
+        """The batch in memory that an accelerator copies from by itself; loaders call it where they are told to pin."""
+        return self._each(lambda x: x.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        made: dict[int, Tensor] = {}  # by identity: what is one tensor, such as index and key, stays one
+
+        def once(x: Tensor) -> Tensor:
+            if id(x) not in made:
+                made[id(x)] = change(x)
+            return made[id(x)]
+
+        def changed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: once(x) for name, x in tensors.items()}
+
+        return Batch(
+            inputs=changed(self.inputs),
+            present=changed(self.present),
+            targets=changed(self.targets),
+            index=once(self.index),
+            key=once(self.key),
+            source=once(self.source),
+            draw=once(self.draw),
+            step=changed(self.step),
+        )
+
     def both(self, *modalities: str) -> Tensor:
         """Bool ``[B]``: the rows where all of ``modalities`` are present."""
         return _all(self.present, modalities)
@@ -74,7 +118,7 @@ class Batch:
 
     def count(self, *modalities: str) -> Tensor:
         """Int64 scalar: rows of the *whole optimizer step* where all of ``modalities`` are present."""
-        return _all(self.step, modalities).sum()
+        return derived(Tensor.sum, _all(self.step, modalities))
 
     def only(self, *modalities: str) -> Batch:
         """The same samples with no other modality than these, here and in the whole optimizer step.
@@ -85,7 +129,7 @@ class Batch:
         ([False, False], [True, True])
         """
         present, step = (
-            {m: mask if m in modalities else torch.zeros_like(mask) for m, mask in masks.items()}
+            {m: mask if m in modalities else derived(torch.zeros_like, mask) for m, mask in masks.items()}
             for masks in (self.present, self.step)
         )
         return replace(self, present=present, step=step)
@@ -105,13 +149,13 @@ class Batch:
     def select(self, rows: Tensor | slice) -> Batch:
         """The sub-batch of some rows; ``step`` still describes the whole optimizer step."""
         return Batch(
-            inputs={name: x[rows] for name, x in self.inputs.items()},
-            present={name: x[rows] for name, x in self.present.items()},
-            targets={name: x[rows] for name, x in self.targets.items()},
-            index=self.index[rows],
-            key=self.key[rows],
-            source=self.source[rows],
-            draw=self.draw[rows],
+            inputs={name: chosen(x, rows) for name, x in self.inputs.items()},
+            present={name: chosen(x, rows) for name, x in self.present.items()},
+            targets={name: chosen(x, rows) for name, x in self.targets.items()},
+            index=chosen(self.index, rows),
+            key=chosen(self.key, rows),
+            source=chosen(self.source, rows),
+            draw=chosen(self.draw, rows),
             step=self.step,
         )
 
@@ -129,4 +173,26 @@ def _all(presence: dict[str, Tensor], modalities: tuple[str, ...]) -> Tensor:
     missing = [m for m in modalities if m not in presence]
     if missing:
         raise KeyError(f"modality {missing[0]!r} is not in this batch, which has {', '.join(presence)}")
-    return torch.stack([presence[m] for m in modalities]).all(dim=0)
+    return derived(_every, *(presence[m] for m in modalities))
+
+
+def chosen(x: Tensor, rows: Tensor | slice) -> Tensor:
+    """``x[rows]``, which the CPU knows where it knows both."""
+    return derived(Tensor.__getitem__, x, rows) if isinstance(rows, Tensor) else derived(lambda x: x[rows], x)
+
+
+def some(*masks: Tensor) -> Tensor:
+    """Bool: where any of the masks is true, which the CPU knows where it knows all of them.
+
+    >>> some(torch.tensor([True, False]), torch.tensor([False, False])).tolist()
+    [True, False]
+    """
+    return derived(_any, *masks)
+
+
+def _every(*masks: Tensor) -> Tensor:
+    return torch.stack(masks).all(dim=0)
+
+
+def _any(*masks: Tensor) -> Tensor:
+    return torch.stack(masks).any(dim=0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from descant.modules.configure import Still
+from descant.modules.host import has_host_copy, host_copy, with_host_copy
 
 
 def chunked(function: Callable[[Tensor], Tensor], x_B: Tensor, chunks: int, module: nn.Module) -> Tensor:
@@ -43,12 +45,18 @@ def chunked(function: Callable[[Tensor], Tensor], x_B: Tensor, chunks: int, modu
         return nullcontext(), Still(module)
 
     parts = []
-    for x_R in x_B.tensor_split(chunks):
+    for c, x_R in enumerate(x_B.tensor_split(chunks)):
+        if has_host_copy(x_B):
+            x_R = with_host_copy(x_R, partial(_piece, x_B, chunks, c))
         # a weight that is cast once for all chunks would add up their gradients in half precision
         torch.clear_autocast_cache()
         parts.append(checkpoint(function, x_R, use_reentrant=False, context_fn=contexts))
     torch.clear_autocast_cache()
     return torch.cat(parts)
+
+
+def _piece(x_B: Tensor, chunks: int, c: int) -> Tensor:
+    return host_copy(x_B).tensor_split(chunks)[c]
 
 
 def looks_at_the_batch(module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from descant.modules.host import host_copy, to_device
 from descant.modules.losses.contrastive import promote
 from descant.modules.masking import Grid
 from descant.modules.rows import running
@@ -23,7 +24,7 @@ from descant.modules.vit import EPS, Layout, RaggedBlock, attend, take
 class At(NamedTuple):
     """Some tokens of one modality: of which sample and place each is, and how many a sample has.
 
-    ``row_N``, ``place_N``: int64, one sample after the other. ``count_B``: int64.
+    ``row_N``, ``place_N``: int64, one sample after the other. ``count_B``: int64, on the CPU, as it decides shapes.
     """
 
     row_N: Tensor
@@ -37,8 +38,14 @@ class At(NamedTuple):
         >>> At.of(torch.tensor([[True, False, True]])).place_N.tolist()
         [0, 2]
         """
-        row_N, place_N = mask_BT.nonzero().unbind(dim=1)
-        return At(row_N, place_N, mask_BT.sum(dim=1))
+        host_BT = host_copy(mask_BT)
+        row_N, place_N = (to_device(x_N, mask_BT.device) for x_N in host_BT.nonzero().unbind(dim=1))
+        return At(row_N, place_N, host_BT.sum(dim=1))
+
+    @property
+    def host_row_N(self) -> Tensor:
+        """``row_N`` on the CPU."""
+        return host_copy(self.row_N)
 
 
 @dataclass
@@ -134,15 +141,15 @@ class JointDecoder(Decoder):
 
     def forward(self, encoded: Encoded, targets: Mapping[str, At]) -> dict[str, Tensor]:
         kinds = [self.inward(encoded.global_BD)]
-        counts = [torch.ones(len(encoded.global_BD), dtype=torch.long, device=encoded.global_BD.device)]
+        counts = [torch.ones(len(encoded.global_BD), dtype=torch.long)]
         for m, at in encoded.at.items():
-            with running(at.row_N):
+            with running(at.host_row_N):
                 kinds.append(self.inward(encoded.h[m]) + self.places(m, at.place_N))
             counts.append(at.count_B)
         for m, at in targets.items():
             kinds.append((self.mask_E + self.places(m, at.place_N)).to(kinds[0].dtype))
             counts.append(at.count_B)
-        layout = Layout(counts)
+        layout = Layout(counts, device=encoded.global_BD.device)
         h_ME = layout.join(kinds)
         with running(layout.rows):
             for layer in self.layers:
@@ -212,20 +219,22 @@ class _Look(nn.Module):
     def forward(self, modality: str, encoded: Encoded, at: At) -> Tensor:
         seen = {}
         for m, h_ND in encoded.h.items():
-            with running(encoded.at[m].row_N):
+            with running(encoded.at[m].host_row_N):
                 seen[m] = self.inward(h_ND) + self.places(m, encoded.at[m].place_N)
         global_BE = self.inward(encoded.global_BD)
         mask_NE = (self.mask_E + self.places(modality, at.place_N)).to(global_BE.dtype)
-        one_B = torch.ones(len(global_BE), dtype=torch.long, device=global_BE.device)
+        device = global_BE.device
+        one_B = torch.ones(len(global_BE), dtype=torch.long)
         # a sample of which nothing is asked has no queries either
         own_B = encoded.at[modality].count_B * (at.count_B > 0)
         own_NE = seen[modality]
         if bool((own_B < encoded.at[modality].count_B).any()):
-            own_NE = take(own_NE, (at.count_B > 0)[encoded.at[modality].row_N].nonzero().squeeze(1))
+            asked_N = (at.count_B > 0)[encoded.at[modality].host_row_N]
+            own_NE = take(own_NE, to_device(asked_N.nonzero().squeeze(1), device))
         counts = [one_B, *(encoded.at[m].count_B for m in seen)]
         asked_B, context_B = own_B + at.count_B, torch.stack(counts).sum(dim=0)
         by_B = asked_B * (context_B.max() + 1) + context_B
-        layout, beside = Layout([own_B, at.count_B], by_B), Layout(counts, by_B)
+        layout, beside = Layout([own_B, at.count_B], by_B, device), Layout(counts, by_B, device)
         y_ME = self.look(layout.join([own_NE, mask_NE]), layout, beside.join([global_BE, *seen.values()]), beside)
         with running(layout.rows):
             y_ME = y_ME + self.mlp(self.out_norm(y_ME))

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from descant.modules.batch import Batch
+from descant.modules.batch import Batch, chosen, some
+from descant.modules.host import host_copy, to_device
 from descant.modules.losses.contrastive import promote
 from descant.modules.objective import Term, means
 from descant.modules.protocols import Embeds
@@ -70,7 +71,7 @@ class Lesson:
     @cached_property
     def rows(self) -> Tensor:
         """How many samples of the whole step have a modality: what targets are divided by."""
-        return torch.stack(list(self.batch.step.values())).any(dim=0).sum().clamp(min=1)
+        return some(*self.batch.step.values()).sum().clamp(min=1)
 
     @cached_property
     def said(self) -> Said:
@@ -188,7 +189,7 @@ class DecisionTarget(Target):
             part(i, j) if all_at_once else checkpoint(part, i, j, use_reentrant=False)
             for i, j in zip(mine_N.split(rows), theirs_N.split(rows), strict=True)
         ]
-        value_B, valid_B = means(torch.cat(parts), said.sample_N[mine_N], B)
+        value_B, valid_B = means(torch.cat(parts), chosen(said.sample_N, mine_N), B)
         return {self.name: Term(self.weight * value_B, valid=valid_B, norm=lesson.rows)}
 
     def value(self, s_NK: Tensor, t_NK: Tensor) -> Tensor:
@@ -285,12 +286,15 @@ def in_common(sample_N: Tensor, other_M: Tensor) -> tuple[Tensor, Tensor]:
     >>> in_common(torch.tensor([0, 2, 3]), torch.tensor([1, 2, 3]))
     (tensor([1, 2]), tensor([1, 2]))
     """
+    device, sample_N, other_M = sample_N.device, host_copy(sample_N), host_copy(other_M)
     if torch.equal(sample_N, other_M):
-        every_N = torch.arange(len(sample_N), device=sample_N.device)
+        every_N = to_device(torch.arange(len(sample_N)), device)
         return every_N, every_N
     if any(len(x.unique()) != len(x) for x in (sample_N, other_M)):
         raise ValueError("distill: teacher and student do not decide of the same tokens")
-    return torch.isin(sample_N, other_M).nonzero()[:, 0], torch.isin(other_M, sample_N).nonzero()[:, 0]
+    pairs = ((sample_N, other_M), (other_M, sample_N))
+    mine_N, theirs_N = (to_device(torch.isin(a, b).nonzero()[:, 0], device) for a, b in pairs)
+    return mine_N, theirs_N
 
 
 def divergence(s_NK: Tensor, t_NK: Tensor, temperature: float = 1.0) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from descant.modules.host import derived, to_device
 from descant.modules.losses.ranks import world
 from descant.modules.modulation import Sets
 
@@ -118,7 +119,7 @@ class PromptFill(Fill):
         rows = [p.get(modality, nothing_D) for p in prompts]
         # the last row is for samples that have everything
         prompt_SD = torch.stack([*rows, nothing_D]).to(h_BD.dtype)
-        return torch.where(lacks_B[:, None], prompt_SD[set_B.to(h_BD.device)], h_BD)
+        return torch.where(lacks_B[:, None], prompt_SD[to_device(set_B, h_BD.device)], h_BD)
 
 
 # what a recipe asks ---------------------------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ def standing_in(fill: Fill, has: Mapping[str, Tensor]) -> Iterator[None]:
 def seen(modality: str, present_B: Tensor) -> Tensor:
     """Bool ``[B]``: the rows for which a tower runs, of those that a recipe takes for present."""
     standing = _standing.get()
-    return present_B if standing is None else present_B & standing.has[modality]
+    return present_B if standing is None else derived(torch.logical_and, present_B, standing.has[modality])
 
 
 def filled(h_BD: Tensor, modality: str, present_B: Tensor) -> Tensor:

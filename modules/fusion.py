@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import orthogonal
 
+from descant.modules.host import derived, everyone, host_copy
 from descant.modules.rows import running
 from descant.modules.towers.image import Block
 
@@ -83,7 +84,7 @@ class Fuse(nn.Module):
             if missing and given is not None:
                 raise ValueError(f"{name}: no modality {missing[0]!r}, only {', '.join(given) or 'none'}")
         if present is None:
-            present = {m: torch.ones(len(z[m]), dtype=torch.bool, device=z[m].device) for m in self.widths}
+            present = {m: everyone(len(z[m]), z[m].device) for m in self.widths}
         # where, not a product: 0 * inf would be nan, in the value and in the gradient
         filled = {m: torch.where(present[m][:, None], z[m], torch.zeros_like(z[m])) for m in self.widths}
         return filled, {m: present[m] for m in self.widths}
@@ -112,7 +113,7 @@ def shapley(f: Mapping[tuple[str, ...], Tensor], names: Sequence[str]) -> dict[s
 
 def only(present: Mapping[str, Tensor], *modalities: str) -> dict[str, Tensor]:
     """Presence ``[B]`` by modality, with no other modality than these."""
-    return {m: mask_B if m in modalities else torch.zeros_like(mask_B) for m, mask_B in present.items()}
+    return {m: mask_B if m in modalities else derived(torch.zeros_like, mask_B) for m, mask_B in present.items()}
 
 
 class LateFusion(Fuse):
@@ -335,7 +336,7 @@ class AttentionFusion(Fuse):
         self.out = nn.Linear(self.width, classes)
 
     def logits(self, z: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        some = [m for m in z if bool(present[m].any())]
+        some = [m for m in z if bool(host_copy(present[m]).any())]
         rows, device = len(next(iter(z.values()))), self.class_W.device
         tokens = [self.class_W.expand(rows, -1), *(self.token(z[m], m) for m in some)]
         h_BTW = torch.stack(tokens, dim=1)
@@ -347,7 +348,7 @@ class AttentionFusion(Fuse):
             # a rank without a modality reaches the same parameters as the others: by one row of zeros
             for m in z:
                 if m not in some:
-                    with running(torch.zeros(1, dtype=torch.long, device=device)):
+                    with running(torch.zeros(1, dtype=torch.long)):
                         idle_1W = self.token(torch.zeros_like(z[m][:1]), m)
                     logits_BC = logits_BC + 0.0 * idle_1W.sum()
         return logits_BC
@@ -382,8 +383,9 @@ def class_labels(targets: Mapping[str, Tensor], target: str, classes: int) -> Te
     label_B = targets[target]
     if label_B.ndim != 1 or label_B.is_floating_point():
         raise ValueError(f"target: {target!r} is no class of a sample, which is an int64 number")
-    if int(label_B.max()) >= classes:
-        raise ValueError(f"classes {classes}: a label of {target!r} is {int(label_B.max())}")
+    most = int(host_copy(label_B).max())
+    if most >= classes:
+        raise ValueError(f"classes {classes}: a label of {target!r} is {most}")
     return label_B
 
 

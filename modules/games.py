@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from descant.modules.batch import Batch
 from descant.modules.fusion import OrthogonalFusion
+from descant.modules.host import derived
 from descant.modules.losses.ranks import gather
 from descant.modules.objective import Term
 from descant.modules.sham import partners
@@ -63,7 +64,7 @@ def js_divergence(a_BC: Tensor, b_BC: Tensor) -> Tensor:
     [0.6931471824645996, 0.0]
     """
     log_p, log_q = a_BC.log_softmax(dim=-1), b_BC.log_softmax(dim=-1)
-    log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0, dtype=log_p.dtype, device=log_p.device))
+    log_m = torch.logaddexp(log_p, log_q) - torch.full((), 2.0, dtype=log_p.dtype, device=log_p.device).log()
     kl = [F.kl_div(log_m, log, reduction="none", log_target=True).sum(dim=-1) for log in (log_p, log_q)]
     return (kl[0] + kl[1]) / 2
 
@@ -95,10 +96,10 @@ class Game(Regularizer):
 
     def forward(self, asked: Asked) -> dict[str, Term]:
         z, present = asked.decided.z, asked.heard
-        several_B = torch.stack(list(present.values())).sum(dim=0) > 1
+        several_B = derived(_several, *present.values())
         value_B = torch.zeros_like(asked.logits_BC[:, 0])
         for i in z:
-            plays_B = several_B & present[i]
+            plays_B = derived(torch.logical_and, several_B, present[i])
             sources = [partners(asked.batch.draw, plays_B, "game", i, s) for s in range(self.permutations)]
             source_SB = torch.stack(sources).flatten()
             for a in z:
@@ -119,8 +120,12 @@ class Game(Regularizer):
         """``d_B``: mean divergence from the logits as they are, with z_i handed on by S circles."""
         S = self.permutations
         z_SB = {m: z_BD[source_SB] if m == i else z_BD.repeat(S, 1) for m, z_BD in z.items()}
-        f_SBC = asked.fuse(z_SB, {m: mask_B.repeat(S) for m, mask_B in present.items()})
+        f_SBC = asked.fuse(z_SB, {m: derived(lambda x: x.repeat(S), x_B) for m, x_B in present.items()})
         return js_divergence(f_SBC, asked.logits_BC.repeat(S, 1)).unflatten(0, (S, -1)).mean(dim=0)
+
+
+def _several(*masks: Tensor) -> Tensor:
+    return torch.stack(masks).sum(dim=0) > 1
 
 
 class IndependentGame(Game):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from descant.modules.host import host_copy, to_device
 from descant.modules.random import mix_N, uniform_NK
 
 #: Tokens of a modality along each axis: (4, 4) patches of an image, (2, 4, 4) of a volume, (80,) of a text.
@@ -414,6 +415,25 @@ class Hide(Corruption):
         if not shown:
             raise ValueError(f"Hide: {', '.join(known)} hidden, so no token is visible; leave one of them out")
         return shown
+
+
+def corrupted(corruption: Corruption, real: Mapping[str, Tensor], grids: Mapping[str, Grid], draw_B: Tensor) -> Masks:
+    """``corruption(real, grids, draw_B)``, worked out on the CPU: what is visible decides the shapes of a step.
+
+    >>> real = {"image": torch.ones(1, 4, dtype=torch.bool)}
+    >>> corrupted(UniformMask(0.5), real, {"image": (2, 2)}, torch.arange(1)).visible["image"].sum().item()
+    2
+    """
+    masks = corruption({m: host_copy(real_BT) for m, real_BT in real.items()}, grids, host_copy(draw_B))
+    device, moved = draw_B.device, dict[int, Tensor]()
+
+    def there(mask_BT: Tensor) -> Tensor:  # target and loss are often the same
+        if id(mask_BT) not in moved:
+            moved[id(mask_BT)] = to_device(mask_BT, device)
+        return moved[id(mask_BT)]
+
+    kinds = (masks.visible, masks.target, masks.loss)
+    return Masks(*({m: there(mask_BT) for m, mask_BT in kind.items()} for kind in kinds))
 
 
 # what they share ----------------------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from descant.modules.configure import nearest
-from descant.modules.losses.ranks import gather
+from descant.modules.host import host_copy, to_device
+from descant.modules.losses.ranks import gather, world
 from descant.modules.random import uniform_N
 from descant.modules.rows import rows
 from descant.modules.sham import Sham
@@ -83,11 +84,11 @@ class Sets:
         there = [present[m] for m in self.modalities if m in present]
         if not there:
             raise ValueError(f"present: none of {', '.join(self.modalities)} in it")
-        code_B = torch.zeros(len(there[0]), dtype=torch.long, device=there[0].device)
+        code_B = torch.zeros(len(there[0]), dtype=torch.long)
         for i, m in enumerate(self.modalities):
             if m in present:
-                code_B += present[m].long() * 2**i
-        return self._number[code_B.cpu()]
+                code_B += host_copy(present[m]).long() * 2**i
+        return self._number[code_B]
 
     def known(self, present: Mapping[str, Tensor], what: str) -> Tensor:
         """:meth:`of`, where no set may be unknown.
@@ -103,7 +104,7 @@ class Sets:
     def refusal(self, present: Mapping[str, Tensor], set_B: Tensor, what: str) -> str:
         """One line on the first sample whose set has no number."""
         row = int((set_B == UNKNOWN).int().argmax())
-        has = tuple(m for m in self.modalities if m in present and bool(present[m][row]))
+        has = tuple(m for m in self.modalities if m in present and bool(host_copy(present[m])[row]))
 
         def likeness(s: Sequence[str]) -> float:
             return len(set(s) & set(has)) / len(set(s) | set(has))
@@ -159,20 +160,20 @@ class AvailableSets:
         weights = self.weights or [1.0] * len(self.of(modalities))
         drawn = [tuple(m for m in modalities if m in s) for s in (self.sets or self.of(modalities))]
         member_SM = torch.tensor([[m in s for m in modalities] for s in drawn])
-        there_BM = torch.stack([present.get(m, torch.zeros_like(draw_B, dtype=torch.bool)) for m in modalities], dim=1)
-        there_BM, keys_B = there_BM.cpu(), draw_B.cpu()
+        nowhere_B, keys_B = torch.zeros(len(draw_B), dtype=torch.bool), host_copy(draw_B)
+        there_BM = torch.stack([host_copy(present[m]) if m in present else nowhere_B for m in modalities], dim=1)
         fits_BS = ~(member_SM & ~there_BM[:, None]).any(dim=2)
         odds_BS = torch.tensor(weights, dtype=torch.float64).expand(len(draw_B), -1)
         if self.per == "batch":
-            keys_B = gather(draw_B).min().cpu().expand(len(draw_B))
+            keys_B = (keys_B if world() == 1 else gather(draw_B).cpu()).min().expand(len(draw_B))
         else:
             odds_BS = odds_BS * fits_BS
         edge_BS = odds_BS.cumsum(dim=1)
         u_B = uniform_N(keys_B, "available").double() * edge_BS[:, -1]
         set_B = (edge_BS <= u_B[:, None]).sum(dim=1).clamp(max=len(drawn) - 1)
         kept_BM = there_BM & (member_SM[set_B] | ~fits_BS.gather(1, set_B[:, None]))
-        kept_BM = kept_BM.to(draw_B.device)
-        return {m: kept_BM[:, list(modalities).index(m)] if m in modalities else x_B for m, x_B in present.items()}
+        kept = dict(zip(modalities, kept_BM.unbind(dim=1), strict=True))
+        return {m: to_device(kept[m], draw_B.device) if m in kept else x_B for m, x_B in present.items()}
 
 
 # forms --------------------------------------------------------------------------------------------------------------
@@ -314,7 +315,7 @@ class _LowRankConv(Modulated):
         # all sets' channels from one convolution, and of each row those of its own
         low = one.low(x, torch.cat([part.a_rI for part in real]))
         low_RSr = low.unflatten(1, (len(real), -1))
-        number = torch.tensor([0 if part is None else real.index(part) for part in some], device=part_R.device)
+        number = to_device(torch.tensor([0 if part is None else real.index(part) for part in some]), part_R.device)
         low_Rr = low_RSr[torch.arange(len(part_R), device=part_R.device), number[part_R]]
         zeros_Cr = torch.zeros_like(one.b_Cr)
         b_SCr = torch.stack([zeros_Cr if part is None else part.b_Cr for part in some]).to(low.dtype)
@@ -355,9 +356,10 @@ class _Route:
         """The number of each row's set among those that occur, on the device, and which these are."""
         row_R = rows()
         if id(row_R) not in self._seen:
-            set_R = self.set_B if row_R is None else self.set_B[row_R.cpu()]
+            set_R = self.set_B if row_R is None else self.set_B[host_copy(row_R)]
             found_S, number_R = set_R.unique(return_inverse=True)
-            self._seen[id(row_R)] = row_R, number_R.to(self.device), found_S.tolist()  # with the rows: ids come again
+            number_R = to_device(number_R, self.device)
+            self._seen[id(row_R)] = row_R, number_R, found_S.tolist()  # with the rows: ids come again
         return self._seen[id(row_R)][1:]
 
 

@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from descant.modules.host import has_host_copy, host_copy, to_device
+
 
 @dataclass
 class Term:
@@ -49,7 +51,7 @@ class Term:
     def count(self) -> Tensor:
         """Int64 scalar: valid rows here (this micro-batch, this rank)."""
         if self.valid is None:
-            return torch.tensor(self.value.numel(), device=self.value.device)
+            return torch.full((), self.value.numel(), device=self.value.device)  # made there: nothing is copied
         return self.valid.sum()
 
 
@@ -90,7 +92,8 @@ class Objective:
         first = next(iter(self.terms.values()))
         # float32 at least: a coefficient is not an activation
         dtype = torch.promote_types(first.dtype, torch.float32)
-        self.mix = torch.tensor([(mix or {}).get(name, 1.0) for name in self.terms], dtype=dtype, device=first.device)
+        mix_K = torch.tensor([(mix or {}).get(name, 1.0) for name in self.terms], dtype=dtype)
+        self.mix = to_device(mix_K, first.device)
         self.total: Tensor = _Mix.apply(self.mix, *self.terms.values())
 
 
@@ -101,5 +104,16 @@ def means(value_N: Tensor, sample_N: Tensor, samples: int) -> tuple[Tensor, Tens
     (tensor([2., 0., 5.]), tensor([ True, False,  True]))
     """
     total_B = value_N.new_zeros(samples).index_add(0, sample_N, value_N)
-    count_B = torch.bincount(sample_N, minlength=samples)
+    count_B = counted(sample_N, samples)
     return total_B / count_B.clamp(min=1), count_B > 0
+
+
+def counted(sample_N: Tensor, samples: int) -> Tensor:
+    """Int64 ``[B]``: how many rows each sample has.
+
+    >>> counted(torch.tensor([0, 2, 2]), 4).tolist()
+    [1, 0, 2, 0]
+    """
+    if has_host_copy(sample_N):  # on a device counting waits, to learn the largest number
+        return to_device(torch.bincount(host_copy(sample_N), minlength=samples), sample_N.device)
+    return sample_N.new_zeros(samples).index_add(0, sample_N, torch.ones_like(sample_N))

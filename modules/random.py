@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from descant.modules.host import host_copy, to_device
+
 _MASK = 0xFFFFFFFFFFFFFFFF
 _GOLDEN, _M1, _M2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
@@ -53,7 +55,7 @@ def mix_N(key_N: np.ndarray | Tensor, *parts: int | str | np.ndarray) -> np.ndar
     >>> int(mix_N(np.array([5]), "caption")[0]) == mix(5, "caption")
     True
     """
-    array = key_N.cpu().numpy() if isinstance(key_N, Tensor) else np.asarray(key_N)
+    array = host_copy(key_N).numpy() if isinstance(key_N, Tensor) else np.asarray(key_N)
     h_N = np.full(array.shape, _GOLDEN, dtype=np.uint64)
     values: list[np.ndarray | np.uint64] = [array.astype(np.uint64)]
     for part in parts:
@@ -79,7 +81,7 @@ def uniform_NK(key_N: np.ndarray | Tensor, purposes: Sequence[str]) -> Tensor:
     >>> torch.equal(uniform_NK(key_N, ("a", "b"))[:, 1], uniform_N(key_N, "b"))
     True
     """
-    array = key_N.cpu().numpy() if isinstance(key_N, Tensor) else np.asarray(key_N)
+    array = host_copy(key_N).numpy() if isinstance(key_N, Tensor) else np.asarray(key_N)
     return uniform_N(array[:, None], _salts(tuple(purposes)))
 
 
@@ -94,7 +96,7 @@ def normal_NK(key_N: np.ndarray | Tensor, width: int, purpose: str, device: torc
     (1.0, True)
     """
     series = _series(device)
-    place_N = (uniform_N(key_N, purpose) * len(series)).long().to(series.device)
+    place_N = to_device((uniform_N(key_N, purpose) * len(series)).long(), series.device)
     return series[(place_N[:, None] + torch.arange(width, device=series.device)) % len(series)]
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from descant.modules.batch import Batch
 from descant.modules.distill import Lesson, Target, divergence
+from descant.modules.host import host_copy, to_device
 from descant.modules.losses.contrastive import promote
 from descant.modules.losses.ranks import gather
 from descant.modules.objective import Term
@@ -216,23 +217,27 @@ class RankTarget(Target):
         """Columns ``[B, K]`` and the teacher's scores of them, in the same order, and who has a whole list."""
         a, b = self.pair.split("-")
         here_B = batch.both(a, b)
-        wrong_BB = here_B[:, None] & here_B & (batch.key[:, None] != batch.key)
-        draw_B = batch.draw.cpu().numpy()
+        device, here_B, key_B = batch.device, host_copy(here_B), host_copy(batch.key)  # who is asked: on the CPU
+        wrong_BB = here_B[:, None] & here_B & (key_B[:, None] != key_B)
+        draw_B = host_copy(batch.draw).numpy()
         turn_BB = torch.from_numpy(mix_N(draw_B[:, None], "list", draw_B[None].astype(np.uint64)))
-        turn_BB = turn_BB.to(wrong_BB.device).masked_fill(~wrong_BB, torch.iinfo(torch.int64).max)
+        turn_BB = turn_BB.masked_fill(~wrong_BB, torch.iinfo(torch.int64).max)
         drawn = min(self.drawn, len(batch) - 1)
         drawn_BF = turn_BB.argsort(dim=1)[:, :drawn]
         real_BF = wrong_BB.gather(1, drawn_BF)
-        own_B1 = torch.arange(len(batch), device=drawn_BF.device)[:, None]
+        own_B1 = torch.arange(len(batch))[:, None]
         column_BK = torch.cat([own_B1, drawn_BF], dim=1)
         valid_B = here_B & (real_BF.sum(dim=1) >= self.kept)
         if drawn < self.kept or not valid_B.any():
-            column_BK = own_B1.expand(-1, self.kept + 1)
-            return column_BK, torch.zeros(column_BK.shape, device=column_BK.device), torch.zeros_like(here_B)
-        row_BK = own_B1.expand_as(column_BK)
-        t_BK = torch.full(column_BK.shape, -torch.inf, device=column_BK.device)
+            column_BK = to_device(own_B1.expand(-1, self.kept + 1), device)
+            nobody_B = to_device(torch.zeros_like(here_B), device)
+            return column_BK, torch.zeros(column_BK.shape, device=device), nobody_B
         asked_BK = torch.cat([valid_B[:, None], real_BF & valid_B[:, None]], dim=1)
-        t_BK[asked_BK] = scorer(row_BK[asked_BK], column_BK[asked_BK]).to(t_BK)
+        row_N, k_N = asked_BK.nonzero(as_tuple=True)
+        asked = [to_device(x_N, device) for x_N in (row_N, k_N, column_BK[row_N, k_N])]
+        t_BK = torch.full(column_BK.shape, -torch.inf, device=device)
+        t_BK[asked[0], asked[1]] = scorer(asked[0], asked[2]).to(t_BK)
+        own_B1, column_BK, valid_B = (to_device(x, device) for x in (own_B1, column_BK, valid_B))
         if self.mine == "teacher":
             order_BF = t_BK[:, 1:].argsort(dim=1, descending=True, stable=True)
         else:

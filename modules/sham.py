@@ -12,8 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from descant.modules.batch import Batch
-from descant.modules.losses.ranks import first_row, gather
+from descant.modules.batch import Batch, chosen
+from descant.modules.host import everyone, host_copy, to_device
+from descant.modules.losses.ranks import first_row, gather, world
 from descant.modules.random import mix_N
 
 
@@ -22,12 +23,12 @@ def partners(draw_B: Tensor, valid_B: Tensor, *purpose: int | str) -> Tensor:
 
     A pure function of the samples' draw keys: the order of the rows does not matter.
     """
-    turn_B = torch.from_numpy(mix_N(draw_B, *purpose)).to(valid_B.device)
-    rows_V = valid_B.nonzero()[:, 0]
+    turn_B = torch.from_numpy(mix_N(draw_B, *purpose))
+    rows_V = host_copy(valid_B).nonzero()[:, 0]
     circle_V = rows_V[turn_B[rows_V].argsort(stable=True)]
-    source_B = torch.arange(len(valid_B), device=valid_B.device)
+    source_B = torch.arange(len(valid_B))
     source_B[circle_V] = circle_V.roll(-1)
-    return source_B
+    return to_device(source_B, valid_B.device)
 
 
 class Sham(nn.Module):
@@ -73,8 +74,8 @@ class Sham(nn.Module):
         [3.0, 1.0, 2.0]
         """
         self.calls += 1
-        everyone = torch.ones_like(draw_N, dtype=torch.bool)
-        return x_N if self.mode is None else x_N[partners(draw_N, everyone, "sham").to(x_N.device)]
+        all_N = everyone(len(draw_N), draw_N.device)
+        return x_N if self.mode is None else x_N[partners(draw_N, all_N, "sham").to(x_N.device)]
 
     def torn(self, batch: Batch, modalities: Sequence[str]) -> Batch:
         """The batch with these modalities of every sample, together, as they are or as the mode hands them on."""
@@ -91,7 +92,9 @@ class Sham(nn.Module):
         One cycle, so no row keeps its own (unless it is alone), and a pure function of the samples' draw keys: neither
         the order of the rows nor their ranks matter. Rows that are not valid neither give nor take.
         """
-        valid_B = torch.ones_like(draw_B, dtype=torch.bool) if valid_B is None else valid_B
+        valid_B = everyone(len(draw_B), draw_B.device) if valid_B is None else valid_B
+        if world() == 1:
+            return chosen(x_B, partners(draw_B, valid_B, "sham"))
         draw_G, valid_G = gather(torch.stack([draw_B, valid_B.to(draw_B.dtype)], dim=1)).unbind(dim=1)
         source_G = partners(draw_G, valid_G.to(x_B.device), "sham")
         first = first_row(len(x_B))

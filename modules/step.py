@@ -20,6 +20,9 @@ from descant.modules.batch import Batch
 from descant.modules.chunks import chunked, nearest_divisor
 from descant.modules.objective import Objective, Term
 
+#: Micro-batches after which their values are read, whoever asks: what is kept of each is a few numbers a sample.
+UNREAD = 1000
+
 #: ``rule(g_KBD, names) -> g_BD``: what a feature-level harmonizer does with the per-sample gradients of K terms.
 ForkRule = Callable[[Tensor, tuple[str, ...]], Tensor]
 
@@ -46,6 +49,15 @@ class Said(NamedTuple):
     sample_N: Tensor
 
 
+class Unread(NamedTuple):
+    """Of a micro-batch on an accelerator: whether its terms are finite (0-d, bool), and what to tell where not."""
+
+    finite: Tensor
+    terms: Mapping[str, Term]
+    scalars: Mapping[str, Tensor]
+    index_B: Tensor
+
+
 @dataclass
 class Step:
     """Turns a recipe's terms into the scalar that Lightning's own backward differentiates.
@@ -68,8 +80,11 @@ class Step:
         latents: its embeddings by modality. pairs: by the name of a pair how well ``(row_N, column_N)`` fit, ``[N]``.
         hears: what a callback lets a classifier's decision hear of who is present in a training batch, or None for all.
         extras: what callbacks add to the terms of a classifier, of :class:`descant.modules.games.Asked`.
-        raises: at once for a term that is not finite. If not, all gradients of the step become nan, so that whoever
-            looks at them knows on every rank, and ``faults`` holds name -> (value, ids of the samples it began in).
+        raises: at once for a term that is not finite; on an accelerator, which would have to be waited for, when
+            :meth:`require_finite` is called. If not, all gradients of the step become nan, so that whoever looks at
+            them knows on every rank, and ``faults`` holds name -> (value, ids of the samples it began in).
+        unread: on an accelerator, values of micro-batches that nobody has looked at yet; :meth:`read` does. All
+            gradients of one with a term that is not finite are nan there, too.
     """
 
     world: int = 1
@@ -91,9 +106,14 @@ class Step:
     extras: list[Callable[[Any], Mapping[str, Term]]] = field(default_factory=list)
     raises: bool = True
     faults: dict[str, tuple[float, list[int]]] = field(default_factory=dict)
+    unread: list[Unread] = field(default_factory=list)
 
     def __call__(self, terms: Mapping[str, Term], batch: Batch) -> Objective:
-        """The objective of this micro-batch. Raises FloatingPointError naming a term that is not finite: see raises."""
+        """The objective of this micro-batch. Raises FloatingPointError naming a term that is not finite: see raises.
+
+        On an accelerator nothing is read: gradients of a micro-batch with such a term become nan, and that is found by
+        :meth:`read`, which is called where numbers of the device are read anyway.
+        """
         norms = self._norms(terms, batch)
         if self.watched:
             self.keep = {}
@@ -102,23 +122,51 @@ class Step:
         scale = float(self.world * self.accumulate)
         # in this order: a number over an integer tensor would be float32, whatever the terms are
         scalars = {name: term.sum() * scale / norms[name] for name, term in terms.items()}
-        # one stacked test, so that a device is waited for once and not once a term
-        if not torch.isfinite(torch.stack([s.detach().float() for s in scalars.values()])).all():
-            self._not_finite(terms, scalars, batch)
-            scalars = {name: scalar * math.nan for name, scalar in scalars.items()}
+        value_K = torch.stack([s.detach().float() for s in scalars.values()])
+        finite = torch.isfinite(value_K).all()
+        if value_K.is_cpu:
+            if not finite:
+                self._not_finite(terms, scalars, batch)
+                scalars = {name: scalar * math.nan for name, scalar in scalars.items()}
+        else:
+            factor = torch.where(finite, 1.0, math.nan)
+            kept = {name: replace(term, value=term.value.detach(), weight=None) for name, term in terms.items()}
+            self.unread.append(Unread(finite, kept, {n: s.detach() for n, s in scalars.items()}, batch.index))
+            scalars = {name: scalar * factor.to(scalar.dtype) for name, scalar in scalars.items()}
+            if len(self.unread) == UNREAD:  # whoever never asks is told all the same
+                self.require_finite() if self.raises else self.read()
         self.objective = Objective(scalars, self.mix)
         return self.objective
 
-    def _not_finite(self, terms: Mapping[str, Term], scalars: Mapping[str, Tensor], batch: Batch) -> None:
-        bad = {name: float(s.detach()) for name, s in scalars.items() if not torch.isfinite(s)}
-        if self.raises:
-            name, value = next(iter(bad.items()))
+    def read(self) -> None:
+        """Look at what an accelerator has found since the last time: one read, and more where something is wrong."""
+        unread, self.unread = self.unread, []
+        if unread:
+            finite = torch.stack([one.finite for one in unread]).tolist()
+            for one in (one for one, good in zip(unread, finite, strict=True) if not good):
+                self._note(one.terms, one.scalars, one.index_B)
+
+    def require_finite(self) -> None:
+        """:meth:`read`. Raises FloatingPointError naming the first term that was not finite since the last time."""
+        self.read()
+        if self.faults:
+            name, (value, _) = next(iter(self.faults.items()))
+            self.faults.clear()
             raise FloatingPointError(f"loss term {name!r} is {value}: not finite")
-        for name, value in bad.items():
+
+    def _not_finite(self, terms: Mapping[str, Term], scalars: Mapping[str, Tensor], batch: Batch) -> None:
+        self._note(terms, scalars, batch.index)
+        if self.raises:
+            self.require_finite()
+
+    def _note(self, terms: Mapping[str, Term], scalars: Mapping[str, Tensor], index_B: Tensor) -> None:
+        for name, value in ((name, float(s.detach())) for name, s in scalars.items()):
+            if math.isfinite(value):
+                continue
             term, ids = terms[name], []
-            if term.value.shape == batch.index.shape:
+            if term.value.shape == index_B.shape:
                 wrong_B = ~torch.isfinite(term.value.detach())
-                ids = batch.index[wrong_B if term.valid is None else wrong_B & term.valid].tolist()
+                ids = index_B[wrong_B if term.valid is None else wrong_B & term.valid].tolist()
             self.faults[name] = value, self.faults.get(name, (value, []))[1] + ids
 
     def _norms(self, terms: Mapping[str, Term], batch: Batch) -> dict[str, Tensor | float]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
+from descant.modules.host import to_device
 from descant.modules.random import uniform_NK
 
 #: Luma of linear RGB (ITU-R BT.601), what "grey" means in colour jitter everywhere.
@@ -212,7 +213,7 @@ class Augment(nn.Module):
     def _u(self, draw_B: Tensor, device: torch.device, *what: str) -> tuple[Tensor, ...]:
         """Uniform in -1..1, one a sample, for each purpose."""
         u_BK = uniform_NK(draw_B, [f"augment/{self.stream}/{w}" for w in what]) * 2 - 1
-        return u_BK.to(device).unbind(dim=1)
+        return to_device(u_BK, device).unbind(dim=1)
 
     def affine(self, draw_B: Tensor, device: torch.device) -> Tensor:
         """``A`` of every sample: ``[B, 2, 3]``, from output to input coordinates in -1..1."""
@@ -233,7 +234,7 @@ class Augment(nn.Module):
         noise = torch.stack(self._u(draw_B, device, *(f"colour{k}" for k in range(9))), dim=-1).view(-1, 3, 3)
         # rows of the noise sum to zero: greys stay grey, colours wander
         mix = torch.eye(3, device=device) + self.colour * (noise - noise.mean(dim=2, keepdim=True))
-        grey = torch.tensor(_LUMA, device=device).expand(3, 3)
+        grey = to_device(torch.tensor(_LUMA), device).expand(3, 3)
         mix = torch.where((is_grey < 2 * self.grey - 1)[:, None, None], grey, mix)
         gain = 1 + self.contrast * gain
         gain = torch.where(is_negative < 2 * self.invert - 1, -gain, gain)
@@ -333,7 +334,7 @@ class Crop(nn.Module):
     def boxes(self, draw_B: Tensor, device: torch.device) -> Tensor:
         """``[B, 2, 3]``, from output to input coordinates in -1..1: half sides on the diagonal, then the middle."""
         attempts = [f"crop/{what}{k}" for what in ("area", "ratio") for k in range(self.ATTEMPTS)]
-        u_BK = uniform_NK(draw_B, [*attempts, "crop/x", "crop/y", "crop/flip"]).to(device)
+        u_BK = to_device(uniform_NK(draw_B, [*attempts, "crop/x", "crop/y", "crop/flip"]), device)
         u_area_BK, u_ratio_BK = u_BK[:, : self.ATTEMPTS], u_BK[:, self.ATTEMPTS : 2 * self.ATTEMPTS]
         area_BK = self.scale[0] + (self.scale[1] - self.scale[0]) * u_area_BK
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])

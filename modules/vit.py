@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from descant.modules.host import host_copy, to_device
 from descant.modules.rows import running
 from descant.modules.towers.base import Tokens, Tower
 from descant.modules.towers.image import Block, checked_heads
@@ -33,13 +34,14 @@ class Layout:
     Samples of equal length lie together, and of a sample kind after kind; ``join`` and ``part`` go there and back.
 
     Args:
-        counts: int64 ``[B]`` of each kind: tokens of each sample.
+        counts: int64 ``[B]`` of each kind, on the CPU: tokens of each sample.
         by: int64 ``[B]``: what samples of a piece have in common, where that is more than their length; two layouts by
             the same have the same pieces.
+        device: where the tokens are; that of the counts where not given.
 
     Attributes:
         pieces: (samples, tokens a sample), in the order of memory.
-        sample_B: the samples in that order.
+        sample_B: the samples in that order, on the CPU as the counts are.
         order_M: where the tokens of all kinds, one kind after the other, are taken from; None where all samples have as
             many of each kind, and nothing is looked up.
 
@@ -48,8 +50,10 @@ class Layout:
     ([(1, 1), (2, 3)], [1, 0, 2], [1, 0, 3, 4, 2, 5, 6])
     """
 
-    def __init__(self, counts: Sequence[Tensor], by: Tensor | None = None) -> None:
-        count_SB = torch.stack(list(counts))
+    def __init__(self, counts: Sequence[Tensor], by: Tensor | None = None, device: torch.device | None = None) -> None:
+        device = counts[0].device if device is None else device
+        count_SB = torch.stack([host_copy(count_B) for count_B in counts])
+        by = None if by is None else host_copy(by)
         kept_SB = count_SB if by is None else torch.cat([count_SB, by[None]])
         self.count_SB = count_SB
         self.sizes: list[int] | None = None
@@ -58,18 +62,18 @@ class Layout:
         if bool((kept_SB == kept_SB[:, :1]).all()):
             self.sizes = count_SB[:, 0].tolist()
             self.pieces = [(B, sum(self.sizes))]
-            self.sample_B = torch.arange(B, device=count_SB.device)
+            self.sample_B = torch.arange(B)
             return
         total_B = count_SB.sum(dim=0)
         length_B = total_B if by is None else by
         self.sample_B = length_B.argsort(stable=True)
         rows = torch.unique_consecutive(length_B[self.sample_B], return_counts=True)[1].tolist()
-        tokens = total_B[self.sample_B][torch.tensor(rows, device=total_B.device).cumsum(0) - 1].tolist()
+        tokens = total_B[self.sample_B][torch.tensor(rows).cumsum(0) - 1].tolist()
         self.pieces = list(zip(rows, tokens, strict=True))
         place_B = torch.empty_like(self.sample_B)
-        place_B[self.sample_B] = torch.arange(B, device=place_B.device)
+        place_B[self.sample_B] = torch.arange(B)
         place_M = torch.cat([place_B.repeat_interleave(count_B) for count_B in count_SB])
-        self.order_M = place_M.argsort(stable=True)
+        self.order_M = to_device(place_M.argsort(stable=True), device)
 
     def join(self, kinds: Sequence[Tensor]) -> Tensor:
         """``[M, D]`` in the order of memory, of ``[N, D]`` a kind, one sample after the other."""
@@ -93,7 +97,7 @@ class Layout:
 
     @cached_property
     def rows(self) -> Tensor:
-        """Int64 ``[M]``: the sample of each token, as they lie in memory."""
+        """Int64 ``[M]`` on the CPU: the sample of each token, as they lie in memory."""
         return self.sample_B.repeat_interleave(self.count_SB.sum(dim=0)[self.sample_B])
 
     def split(self, h_MD: Tensor) -> list[Tensor]:
@@ -236,10 +240,17 @@ class Trunk(Tower):
                 h_MD = self.norm(h_MD)
             h_MD = torch.cat(mask.part(h_MD))
             return Tokens(h_MD, torch.ones(len(h_MD), dtype=torch.bool, device=h_MD.device))
+        host_BK = None if mask is None else host_copy(mask)
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
-        count_B = mask.sum(dim=1)
-        h_MD = self(x[mask], Layout([torch.ones_like(count_B), count_B])).h_BTD
-        return Tokens(h_MD.new_zeros(x.shape).masked_scatter(mask[..., None], h_MD[len(x) :]), mask)
+        count_B = torch.full((len(x),), x.shape[1]) if host_BK is None else host_BK.sum(dim=1)
+        layout = Layout([torch.ones_like(count_B), count_B], device=x.device)
+        if host_BK is None or bool(host_BK.all()):
+            h_MD = self(x.flatten(0, 1), layout).h_BTD
+            return Tokens(h_MD[len(x) :].view(x.shape), mask)
+        at_N = to_device(host_BK.flatten().nonzero()[:, 0], x.device)
+        h_MD = self(x.flatten(0, 1)[at_N], layout).h_BTD
+        h_ND = h_MD.new_zeros(len(x) * x.shape[1], x.shape[2]).index_copy(0, at_N, h_MD[len(x) :])
+        return Tokens(h_ND.view(x.shape), mask)
 
     def blocks(self) -> list[nn.Module]:
         return list(self.layers)

@@ -103,6 +103,7 @@ class Alternating(Classifier):
         total = gather(torch.stack(self._seen).sum(dim=0)[None]).sum(dim=0).to(P_DD)
         self._seen = []
         r_D = total[:-1] / total[-1].clamp(min=1)
-        if r_D.isfinite().all():
-            q_D = P_DD @ r_D  # Sherman and Morrison: the inverse with one more r r^T
-            P_DD.sub_(torch.outer(q_D, q_D) / (self.alpha + r_D @ q_D))
+        q_D = P_DD @ r_D  # Sherman and Morrison: the inverse with one more r r^T
+        less_DD = P_DD - torch.outer(q_D, q_D) / (self.alpha + r_D @ q_D)
+        # chosen where P is, so that nobody waits to hear whether the step was finite
+        P_DD.copy_(torch.where(r_D.isfinite().all(), less_DD, P_DD))

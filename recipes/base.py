@@ -144,6 +144,8 @@ class Recipe(L.LightningModule):
             terms |= self.distill(self, batch)
         objective = self.step(terms, batch)
         if (self.global_step + 1) % log_interval(self.trainer) == 0:  # logging costs more than small steps do
+            if self.step.raises:
+                self.step.require_finite()  # where an accelerator is read anyway
             world = self.step.world
             values = {f"train/{name}": value.detach() for name, value in objective.terms.items()}
             values["train/loss"] = objective.total.detach()

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from descant.modules.batch import Batch
+from descant.modules.host import host_copy, to_device
 from descant.modules.language import CausalLM, Generated, Sampling, generate_some, log_probabilities
 from descant.modules.language.interleave import Interleaved, interleave, placed, shown, unillustrated
 from descant.modules.language.judges import answered_with
@@ -114,7 +115,8 @@ class Chat(Recipe):
         h_BSW, row = self.sequence(batch)
         place_BS = None if row.position_BS is None else row.position_BS[:, :-1]
         h_BSW = through(self.lm, h_BSW, row.real_BS, self.row, place_BS)
-        sample_N, at_N = row.said_BS.nonzero(as_tuple=True)
+        found = host_copy(row.said_BS).nonzero(as_tuple=True)
+        sample_N, at_N = (to_device(x_N, h_BSW.device) for x_N in found)
         return h_BSW[sample_N, at_N - 1], row.ids_BS[sample_N, at_N], sample_N
 
     # training -----------------------------------------------------------------------------------------------------

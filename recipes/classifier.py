@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from descant.modules.batch import Batch
+from descant.modules.batch import Batch, some
 from descant.modules.fusion import Fuse, class_labels, cross_entropy, only, require_classes
 from descant.modules.heads import Pool, Pools
+from descant.modules.host import host_copy, to_device
 from descant.modules.losses.contrastive import promote
 from descant.modules.objective import Term
 from descant.modules.step import Said
@@ -95,7 +96,7 @@ class Classifier(SharedSpace):
 
     def some(self, present: Mapping[str, Tensor]) -> Tensor:
         """Bool: the rows that have a modality which this recipe has a tower for."""
-        return torch.stack([present[m] for m in self.towers]).any(dim=0)
+        return some(*(present[m] for m in self.towers))
 
     def labels(self, batch: Batch) -> Tensor:
         return class_labels(batch.targets, self.target, self.classes)
@@ -109,7 +110,7 @@ class Classifier(SharedSpace):
         return self._said(self.fuse(self.latents(batch), batch.present), batch)
 
     def _said(self, logits_BC: Tensor, batch: Batch) -> Said:
-        sample_N = self.some(batch.present).nonzero()[:, 0]
+        sample_N = to_device(host_copy(self.some(batch.present)).nonzero()[:, 0], batch.device)
         return Said(lambda at: logits_BC[sample_N[at]], sample_N)
 
     # evaluation -----------------------------------------------------------------------------------------------

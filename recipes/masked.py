@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from descant.modules.adapters import Adapters
 from descant.modules.batch import Batch
 from descant.modules.decoders import At, Decoder, Encoded, JointDecoder
-from descant.modules.masking import Corruption, Masks, UniformMask
+from descant.modules.host import derived
+from descant.modules.masking import Corruption, Masks, UniformMask, corrupted
 from descant.modules.objective import Term
 from descant.modules.protocols import Rebuilt
 from descant.modules.rows import running
@@ -81,7 +82,7 @@ class Masked(Recipe):
         if self.training:
             batch = self.sham.torn(batch, self.modalities[1:])
         raw, real = self.raw(batch)
-        masks = self.corruption(real, self.grids, batch.draw)
+        masks = corrupted(self.corruption, real, self.grids, batch.draw)
         return self.predicted(raw, masks, batch)
 
     def raw(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -92,9 +93,9 @@ class Masked(Recipe):
         raw, real = dict[str, Tensor](), dict[str, Tensor]()
         for m, adapter in self.adapters.each().items():
             raw[m], real_BT = adapter.raw(batch.inputs[m])
-            real[m] = real_BT & batch.present[m][:, None]
+            real[m] = derived(_of_present, real_BT, batch.present[m])
             if self.zeros:
-                raw[m], real[m] = raw[m].masked_fill(~real[m][..., None], 0), torch.ones_like(real[m])
+                raw[m], real[m] = raw[m].masked_fill(~real[m][..., None], 0), derived(torch.ones_like, real[m])
         return raw, real
 
     def encode(self, raw: dict[str, Tensor], visible: dict[str, Tensor]) -> Encoded:
@@ -102,10 +103,12 @@ class Masked(Recipe):
         at, adapters = {m: At.of(mask_BT) for m, mask_BT in visible.items()}, self.adapters.each()
         kinds = []
         for m, (row_N, place_N, _) in at.items():
-            with running(row_N):
+            with running(at[m].host_row_N):
                 kinds.append(adapters[m].embed(raw[m][row_N, place_N], place_N))
         counts = [at_m.count_B for at_m in at.values()]
-        h_ND = self.towers["encoder"](torch.cat(kinds), Layout([torch.ones_like(counts[0]), *counts])).h_BTD
+        x_ND = torch.cat(kinds)
+        layout = Layout([torch.ones_like(counts[0]), *counts], device=x_ND.device)
+        h_ND = self.towers["encoder"](x_ND, layout).h_BTD
         global_BD, *h = h_ND.split([len(counts[0]), *(len(at_m.row_N) for at_m in at.values())])
         return Encoded(dict(zip(at, h, strict=True)), at, global_BD)
 
@@ -116,7 +119,7 @@ class Masked(Recipe):
         for m, (row_N, place_N, _) in asked.items():
             counts_BT = masks.loss[m] & batch.present[m][:, None]
             count_B = counts_BT.sum(dim=1)
-            with running(row_N):
+            with running(asked[m].host_row_N):
                 losses = adapters[m].losses(said[m], raw[m][row_N, place_N], place_N)
             for name, loss_N in losses.items():
                 loss_N = torch.where(counts_BT[row_N, place_N], loss_N, 0.0)
@@ -132,7 +135,7 @@ class Masked(Recipe):
         raw, real = self.raw(batch)
         z = {}
         for together in self.embeds:
-            shown = {m: real[m] if m in together else torch.zeros_like(real[m]) for m in real}
+            shown = {m: real[m] if m in together else derived(torch.zeros_like, real[m]) for m in real}
             name = "+".join(together)
             z[name] = torch.where(batch.there(name)[:, None], self.encode(raw, shown).pooled(self.pool_global), 0.0)
         return z
@@ -157,12 +160,12 @@ class Masked(Recipe):
                 "give its adapter a loss of raw numbers too: losses: [{class_path: MSE}, ...]"
             )
         raw, real = self.raw(batch)
-        masks = (corruption or self.corruption)(real, self.grids, batch.draw)
+        masks = corrupted(corruption or self.corruption, real, self.grids, batch.draw)
         asked = {m: At.of(mask_BT) for m, mask_BT in masks.target.items()}
         said, rebuilt = self.decoder(self.encode(raw, masks.visible), asked), {}
         for m, adapter in self.adapters.each().items():
             (row_N, place_N, _), y_BTP = asked[m], raw[m].clone()
-            with running(row_N):
+            with running(asked[m].host_row_N):
                 y_BTP[row_N, place_N] = adapter.predict(said[m], place_N).to(y_BTP.dtype)
             visible, target = (
                 adapter.whole(mask[m][..., None].expand_as(y_BTP)) for mask in (masks.visible, masks.target)
@@ -171,6 +174,10 @@ class Masked(Recipe):
             truth = batch.inputs[m].view_as(target).masked_fill(~there_B, 0)
             rebuilt[m] = Rebuilt(truth, visible, torch.where(target, adapter.input(y_BTP).to(truth.dtype), truth))
         return rebuilt
+
+
+def _of_present(real_BT: Tensor, present_B: Tensor) -> Tensor:
+    return real_BT & present_B[:, None]
 
 
 def _embedded(embeds: list[list[str]] | None, modalities: tuple[str, ...]) -> list[tuple[str, ...]]:

@@ -23,11 +23,12 @@ from descant.modules.batch import Batch
 from descant.modules.configure import Still
 from descant.modules.cross import CrossEncoder
 from descant.modules.fill import seen
+from descant.modules.host import derived, host_copy, to_device
 from descant.modules.losses.contrastive import promote
 from descant.modules.objective import Term
 from descant.modules.protocols import Scorer
 from descant.modules.random import mix_N
-from descant.modules.rows import running
+from descant.modules.rows import running, zeroed
 from descant.modules.towers import Tokens, Towers
 from descant.recipes.base import Recipe
 
@@ -66,11 +67,12 @@ class Matching(Recipe):
         """Of all rows; those of absent samples are marked as no tokens."""
         here_B = batch.present[modality]
         x = batch.inputs[modality]
-        rows_R = seen(modality, here_B).nonzero()[:, 0]
-        rows_R = rows_R if len(rows_R) else torch.zeros_like(here_B[:1], dtype=torch.long)
-        x_R = x[rows_R]
-        x_R[~here_B[rows_R]] = 0  # an absent row may hold anything
-        with running(rows_R), nullcontext() if here_B.any() else Still(self.towers[modality]):
+        host_B = host_copy(here_B)
+        row_R = host_copy(seen(modality, here_B)).nonzero()[:, 0]
+        row_R = row_R if len(row_R) else torch.zeros(1, dtype=torch.long)
+        rows_R, absent_R = to_device(row_R, x.device), to_device(~host_B[row_R], x.device)
+        x_R = derived(zeroed, x, rows_R, absent_R)  # an absent row may hold anything
+        with running(row_R), nullcontext() if host_B.any() else Still(self.towers[modality]):
             h_RTD, mask_RT = self.towers[modality](x_R)
         h_BTD = h_RTD.new_zeros(len(x), *h_RTD.shape[1:]).index_put((rows_R,), h_RTD)
         mask_BT = torch.zeros(len(x), mask_RT.shape[1], dtype=torch.bool, device=x.device)
@@ -86,9 +88,9 @@ class Matching(Recipe):
         scorer = self.scorers(batch)[self.name]
         if self.training:
             self.step.pairs = {self.name: scorer}
-        here_V = batch.both(*self.pair).nonzero()[:, 0]
-        turn_V = torch.from_numpy(mix_N(batch.draw[here_V], "match")).to(here_V.device)
-        circle_V = here_V[turn_V.argsort(stable=True)]
+        here_V = host_copy(batch.both(*self.pair)).nonzero()[:, 0]
+        turn_V = torch.from_numpy(mix_N(host_copy(batch.draw)[here_V], "match"))
+        circle_V = to_device(here_V[turn_V.argsort(stable=True)], batch.device)
         V = len(circle_V)
         K = min(self.negatives + 1, V)
         place_K = torch.arange(K, device=circle_V.device)

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from descant.modules import saved
-from descant.modules.batch import NEGATIVE, Batch
+from descant.modules.batch import NEGATIVE, Batch, some
 from descant.modules.fill import Fill, standing_in
-from descant.modules.losses.ranks import gather
+from descant.modules.losses.ranks import gather, world
 from descant.modules.modulation import AvailableSets, ModulationBank, reached
 from descant.modules.objective import Term
 from descant.modules.towers import Frozen, Towers
@@ -151,7 +151,8 @@ class MissingModality(Recipe):
     def left(self, batch: Batch) -> Batch:
         """The samples with what a draw leaves of them."""
         present = self.available.left(batch.present, batch.draw, self.modalities)
-        return replace(batch, present=present, step={m: gather(mask_B) for m, mask_B in present.items()})
+        step = present if world() == 1 else {m: gather(mask_B) for m, mask_B in present.items()}
+        return replace(batch, present=present, step=dict(step))
 
     @contextmanager
     def routed(self, batch: Batch) -> Iterator[Batch]:
@@ -165,8 +166,8 @@ class MissingModality(Recipe):
             yield batch
 
     def _all(self, present: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        some = torch.stack([present[m] for m in self.modalities if m in present]).any(dim=0)
-        return {m: some if m in self.modalities else mask for m, mask in present.items()}
+        any_B = some(*(present[m] for m in self.modalities if m in present))
+        return {m: any_B if m in self.modalities else mask for m, mask in present.items()}
 
     # training --------------------------------------------------------------------------------------------------
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from descant.modules.batch import Batch
+from descant.modules.host import host_copy, to_device
 from descant.modules.language import log_probabilities
-from descant.modules.objective import Term
+from descant.modules.objective import Term, counted
 from descant.modules.reinforce import DPO
 from descant.recipes.chat import Chat
 
@@ -69,7 +70,8 @@ def preference(model: Chat, batch: Batch, loss: DPO) -> dict[str, Term]:
     lengths_B2 = torch.stack([length_B, other_B], dim=1) if loss.by_length else None
     value_B = loss(good_B, bad_B, good_reference_B, bad_reference_B, lengths_B2)
     if model._trainer is not None:
-        gain_B = (good_B - good_reference_B - bad_B + bad_reference_B).detach()[batch.present["text"]]
+        here_b = to_device(host_copy(batch.present["text"]).nonzero()[:, 0], batch.device)
+        gain_B = (good_B - good_reference_B - bad_B + bad_reference_B).detach()[here_b]
         right = (gain_B > 0).double().mean() if len(gain_B) else gain_B.new_zeros(())
         model.log("preference/right", right, batch_size=len(batch))
     return {"preference": Term(value_B, valid=batch.present["text"], norm=batch.step["text"].sum().clamp(min=1))}
@@ -80,4 +82,4 @@ def whole(network: Chat, batch: Batch) -> tuple[Tensor, Tensor]:
     before_NW, token_N, sample_N = network.answered(batch)
     log_N = log_probabilities(before_NW, network.lm.head.weight, token_N)
     log_B = log_N.new_zeros(len(batch)).index_add(0, sample_N, log_N)
-    return log_B, torch.bincount(sample_N, minlength=len(batch))
+    return log_B, counted(sample_N, len(batch))

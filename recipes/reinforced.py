@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from descant.modules.batch import Batch
+from descant.modules.host import derived, host_copy, to_device
 from descant.modules.language import Generated, Sampling, log_probabilities
-from descant.modules.objective import Term
+from descant.modules.objective import Term, counted
 from descant.modules.reinforce import Counts, Drawn, PolicyLoss
 from descant.modules.reinforce.policy import FAR
 from descant.modules.text import EOS, PAD
@@ -81,7 +82,7 @@ class Reinforced(Chat):
     def log_of(self, network: Chat, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         before_NW, token_N, sample_N = network.answered(batch)
         log_N = log_probabilities(before_NW, network.lm.head.weight, token_N, self.sampling.temperature)
-        count_B = torch.bincount(sample_N, minlength=len(batch))
+        count_B = counted(sample_N, len(batch))
         first_B = count_B.cumsum(dim=0) - count_B
         return log_N, sample_N, torch.arange(len(sample_N), device=sample_N.device) - first_B[sample_N]
 
@@ -91,7 +92,7 @@ class Reinforced(Chat):
         log_N, sample_N, place_N = self.log_of(self, batch)
         its = batch.targets
         old_N, near_N = (its[name][sample_N, place_N].to(log_N) for name in ("old", "reference"))
-        live_B = its["live"] & batch.present["text"]
+        live_B = derived(torch.logical_and, its["live"], batch.present["text"])
         drawn = Drawn(log_N, old_N, sample_N, its["advantage"], live_B, near_N if self.needs_reference else None)
         terms, seen = self.loss(drawn, Counts(*its["step"][0]))
         self.watch(drawn, seen)
@@ -102,6 +103,7 @@ class Reinforced(Chat):
         if self._trainer is None:
             return
         off_N = drawn.log_N.detach() - drawn.old_N
+        live_n = to_device(host_copy(drawn.live_N).nonzero()[:, 0], off_N.device)
         for name, x_N in {**seen, "moved": off_N.clamp(-FAR, FAR).exp() - off_N - 1}.items():
-            x_N = x_N[drawn.live_N]
+            x_N = x_N[live_n]
             self.log(f"policy/{name}", x_N.mean() if len(x_N) else x_N.new_zeros(()), batch_size=len(drawn.live_B))

@@ -20,9 +20,10 @@ from descant.modules.batch import Batch
 from descant.modules.configure import Still
 from descant.modules.fill import filled, seen
 from descant.modules.heads import MeanPool, Pool, Pools, Projection
+from descant.modules.host import derived, host_copy, to_device
 from descant.modules.losses.contrastive import promote
 from descant.modules.protocols import Encodes
-from descant.modules.rows import running
+from descant.modules.rows import running, zeroed
 from descant.modules.towers import Tokens, Towers
 from descant.recipes.base import Recipe
 
@@ -60,18 +61,19 @@ class SharedSpace(Recipe):
 
     def _seen_features(self, x: Tensor, present_B: Tensor, modality: str) -> Tensor:
         features, tower = partial(self.features, modality=modality), self.towers[modality]
-        if present_B.all():
+        here_B = host_copy(present_B)  # of the loader, so that no step waits for a device to know its shapes
+        if here_B.all():
             return self.step.chunked(features, x, tower)
         # a rank without this modality still runs one row a chunk, of zeros: every rank's backward reaches the same
         # parameters as often
-        rows_R = (~present_B).int().argsort(stable=True)[: max(int(present_B.sum()), self.step.chunks)]
-        absent_R = ~present_B[rows_R]
-        x_R = x[rows_R]
-        x_R[absent_R] = 0
+        rows_R = (~here_B).int().argsort(stable=True)[: max(int(here_B.sum()), self.step.chunks)]
+        absent_R = ~here_B[rows_R]
+        at_R, out_R = to_device(rows_R, x.device), to_device(absent_R, x.device)
+        x_R = derived(zeroed, x, at_R, out_R)
         # zeros that stand for nothing are not to be counted by a tower's batch norms
-        with running(rows_R), nullcontext() if present_B.any() else Still(tower):
-            h_RD = self.step.chunked(features, x_R, tower).masked_fill(absent_R[:, None], 0.0)
-        return h_RD.new_zeros(len(x), h_RD.shape[1]).index_put((rows_R,), h_RD)
+        with running(rows_R), nullcontext() if here_B.any() else Still(tower):
+            h_RD = self.step.chunked(features, x_R, tower).masked_fill(out_R[:, None], 0.0)
+        return h_RD.new_zeros(len(x), h_RD.shape[1]).index_put((at_R,), h_RD)
 
     def encoded(self, h_BTD: Tensor, mask_BT: Tensor, modality: str) -> Tensor:
         """``z_BD`` of token embeddings: what comes after the ``embed`` of a tower."""

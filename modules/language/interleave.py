@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from descant.modules.batch import Batch
+from descant.modules.host import derived, host_copy, to_device
 from descant.modules.text import PAD
 
 
 class Shown(NamedTuple):
-    """The pictures that prompts name and samples have: ``x_P``, whose each is, and the word in whose place it stands.
+    """The pictures that prompts name and samples have: ``x_P``, whose each is, and the word in whose place it stands,
+    these two on the CPU.
 
     Where there is none it is one of zeros, of sample 0 and no place, so that every rank reaches the same parameters.
     """
@@ -33,16 +35,17 @@ def shown(batch: Batch, image_token: int) -> Shown:
         ValueError: naming a sample whose prompt names more pictures than it has.
     """
     image = batch.inputs["image"] if batch.inputs["image"].ndim == 5 else batch.inputs["image"][:, None]
-    named_BT = batch.inputs["text"] == image_token
+    named_BT = host_copy(batch.inputs["text"]) == image_token
     few_B = named_BT.sum(dim=1) > image.shape[1]
     if few_B.any():
-        named, where = int(named_BT[few_B][0].sum()), int(batch.index[few_B][0])
+        named, where = int(named_BT[few_B][0].sum()), int(host_copy(batch.index)[few_B][0])
         raise ValueError(f"sample {where}: its prompt names {named} pictures, and it has {image.shape[1]}")
-    sample_P, word_P = (named_BT & batch.present["image"][:, None]).nonzero(as_tuple=True)
+    sample_P, word_P = (named_BT & host_copy(batch.present["image"])[:, None]).nonzero(as_tuple=True)
     if not len(sample_P):
-        return Shown(torch.zeros_like(image[:1, 0]), torch.zeros_like(batch.index[:1]), word_P, some=False)
+        return Shown(torch.zeros_like(image[:1, 0]), torch.zeros(1, dtype=torch.long), word_P, some=False)
     number_P = (named_BT.cumsum(dim=1) - 1)[sample_P, word_P]
-    return Shown(image[sample_P, number_P], sample_P, word_P, some=True)
+    at = (to_device(sample_P, image.device), to_device(number_P, image.device))
+    return Shown(image[at], sample_P, word_P, some=True)
 
 
 class Interleaved(NamedTuple):
@@ -50,7 +53,7 @@ class Interleaved(NamedTuple):
 
     Attributes:
         ids_BS: int64, the id of a picture for all its tokens. said_BS, real_BS: bool, to be learned, and no padding.
-        at_PI: where the tokens of each picture stand in their rows.
+        at_PI: where the tokens of each picture stand in their rows; on the CPU.
         position_BS: float32, where they do not count one by one: also of the place behind the last, ``[B, S + 1]``.
     """
 
@@ -66,14 +69,20 @@ def placed(h_BSW: Tensor, seen_PIW: Tensor, pictures: Shown, row: Interleaved) -
     h_BSW = h_BSW + 0.0 * seen_PIW.sum().to(h_BSW)
     if not pictures.some:
         return h_BSW
-    return h_BSW.index_put((pictures.sample_P[:, None].expand_as(row.at_PI), row.at_PI), seen_PIW.to(h_BSW))
+    at = (pictures.sample_P[:, None].expand_as(row.at_PI).contiguous(), row.at_PI)
+    return h_BSW.index_put(tuple(to_device(x_PI, h_BSW.device) for x_PI in at), seen_PIW.to(h_BSW))
 
 
 def unillustrated(batch: Batch) -> Interleaved:
     """The rows of what has no pictures, as they are."""
     ids_BT = batch.inputs["text"]
-    real_BT = (ids_BT != PAD) & batch.present["text"][:, None]
-    return Interleaved(ids_BT, batch.inputs["text_said"] & real_BT, real_BT, ids_BT.new_zeros(0, 0))
+    real_BT = derived(_real, ids_BT, batch.present["text"])
+    said_BT = derived(torch.logical_and, batch.inputs["text_said"], real_BT)
+    return Interleaved(ids_BT, said_BT, real_BT, torch.zeros(0, 0, dtype=torch.long))
+
+
+def _real(ids_BT: Tensor, present_B: Tensor) -> Tensor:
+    return (ids_BT != PAD) & present_B[:, None]
 
 
 def interleave(batch: Batch, pictures: Shown, cells: int, image_token: int) -> Interleaved:
@@ -85,20 +94,20 @@ def interleave(batch: Batch, pictures: Shown, cells: int, image_token: int) -> I
     >>> interleave(batch, shown(batch, 9), 2, 9).ids_BS.tolist()
     [[1, 9, 9, 5, 9, 9, 6], [1, 5, 0, 0, 0, 0, 0]]
     """
-    ids_BT, device = batch.inputs["text"], batch.device
+    ids_BT, said_BT, device = host_copy(batch.inputs["text"]), host_copy(batch.inputs["text_said"]), batch.device
     B, T = ids_BT.shape
     named_BT = ids_BT == image_token
     before_BT = named_BT.cumsum(dim=1) - named_BT.int()  # pictures that stand before
-    room_B = torch.where(batch.present["image"], cells - 1, -1)
-    place_BT = torch.arange(T, device=device) + before_BT * room_B[:, None]
+    room_B = torch.where(host_copy(batch.present["image"]), cells - 1, -1)
+    place_BT = torch.arange(T) + before_BT * room_B[:, None]
     S = T + max(cells - 1, 0) * max(int(named_BT.sum(dim=1).max()), 1)
-    row_BT, words_BT = torch.arange(B, device=device)[:, None].expand(B, T), ~named_BT
+    row_BT, words_BT = torch.arange(B)[:, None].expand(B, T), ~named_BT
     to = row_BT[words_BT], place_BT[words_BT]
-    ids_BS = torch.full((B, S), PAD, device=device, dtype=torch.long)
-    said_BS = torch.zeros(B, S, device=device, dtype=torch.bool)
-    ids_BS[to], said_BS[to] = ids_BT[words_BT], batch.inputs["text_said"][words_BT]
+    ids_BS, said_BS = torch.full((B, S), PAD, dtype=torch.long), torch.zeros(B, S, dtype=torch.bool)
+    ids_BS[to], said_BS[to] = ids_BT[words_BT], said_BT[words_BT]
     first_P = place_BT[pictures.sample_P[: len(pictures.word_P)], pictures.word_P]
-    at_PI = first_P[:, None] + torch.arange(cells, device=device)
+    at_PI = first_P[:, None] + torch.arange(cells)
     ids_BS[pictures.sample_P[: len(first_P), None], at_PI] = image_token
-    real_BS = (ids_BS != PAD) & batch.present["text"][:, None]
-    return Interleaved(ids_BS, said_BS & real_BS, real_BS, at_PI)
+    real_BS = _real(ids_BS, host_copy(batch.present["text"]))
+    ids_BS, said_BS, real_BS = (to_device(x_BS, device) for x_BS in (ids_BS, said_BS & real_BS, real_BS))
+    return Interleaved(ids_BS, said_BS, real_BS, at_PI)

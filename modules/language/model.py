@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from descant.modules.host import derived, host_copy
+
 #: The segment of padding.
 NOWHERE = 0
 
@@ -138,13 +140,14 @@ class CausalLM(nn.Module):
         ``position_BT``: counted token by token where not given."""
         B, T, _ = h_BTD.shape
         see = None if segment_BT is None else visible(segment_BT)[:, None]
+        counted = segment_BT is None and position_BT is None  # one document a row
         if position_BT is not None:
             pass
         elif segment_BT is None:
             position_BT = torch.arange(T, device=h_BTD.device).expand(B, T)
         else:
-            position_BT = positions(segment_BT)
-        longest = int(position_BT.max()) + 1
+            position_BT = derived(positions, segment_BT)
+        longest = T if counted else int(host_copy(position_BT).max()) + 1
         if longest > self.length:
             raise ValueError(
                 f"length {self.length}: a document of {longest} tokens does not fit; cut it or raise length"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from descant.modules.host import derived, host_copy, to_device
 from descant.modules.language.model import NOWHERE, CausalLM
 
 
@@ -113,22 +115,31 @@ def through(lm: CausalLM, h_BSW: Tensor, real_BS: Tensor, size: int, position_BS
     Raises:
         ValueError: naming a sample that is longer than ``size``.
     """
+    device, real_BS = h_BSW.device, host_copy(real_BS)  # where each token goes is worked out on the CPU
     length_B = real_BS.sum(dim=1)
     some_B = (length_B > 0).nonzero().flatten()
     plan = places(length_B[some_B].tolist(), size)
-    place_B3 = torch.zeros(len(h_BSW), 3, dtype=torch.long, device=h_BSW.device)
-    place_B3[some_B] = torch.stack(plan[:3], dim=1).to(h_BSW.device)
+    place_B3 = torch.zeros(len(h_BSW), 3, dtype=torch.long)
+    place_B3[some_B] = torch.stack(plan[:3], dim=1)
     row_BS, first_BS, segment_BS = place_B3[:, :, None].expand(-1, -1, real_BS.shape[1]).unbind(dim=1)
-    to = row_BS[real_BS], (first_BS + real_BS.cumsum(dim=1) - 1)[real_BS]
-    packed = h_BSW.new_zeros(max(plan.rows, 1), max(plan.width, 1), h_BSW.shape[2]).index_put(to, h_BSW[real_BS])
-    segment = torch.full(packed.shape[:2], NOWHERE, device=packed.device)
-    segment[to] = segment_BS[real_BS]
+    there = row_BS[real_BS], (first_BS + real_BS.cumsum(dim=1) - 1)[real_BS]
+    segment = torch.full((max(plan.rows, 1), max(plan.width, 1)), NOWHERE)
+    segment[there] = segment_BS[real_BS]
+    to = tuple(to_device(x_N, device) for x_N in there)
+    of = tuple(to_device(x_N, device) for x_N in real_BS.nonzero(as_tuple=True))
+    packed = h_BSW.new_zeros(*segment.shape, h_BSW.shape[2]).index_put(to, h_BSW[of])
     position = None
     if position_BS is not None:
-        position = position_BS.new_zeros(segment.shape)
-        position[to] = position_BS[real_BS]
-    h_RTW = lm(packed, segment, position)
-    return torch.zeros_like(h_BSW, dtype=h_RTW.dtype).index_put((real_BS,), h_RTW[to])
+        position = derived(partial(_put, segment.shape), *to, *of, position_BS)
+    h_RTW = lm(packed, to_device(segment, device), position)
+    return torch.zeros_like(h_BSW, dtype=h_RTW.dtype).index_put(of, h_RTW[to])
+
+
+def _put(shape: torch.Size, row_N: Tensor, at_N: Tensor, sample_N: Tensor, from_N: Tensor, x_BS: Tensor) -> Tensor:
+    """Zeros of a shape, with some entries of ``x_BS`` in their places."""
+    found = x_BS.new_zeros(shape)
+    found[row_N, at_N] = x_BS[sample_N, from_N]
+    return found
 
 
 def pack(documents: Sequence[Tensor], learned: Sequence[Tensor], size: int) -> Packed:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from descant.modules.host import host_copy, to_device
 from descant.modules.language.interleave import Interleaved
 from descant.modules.random import uniform_N
 
@@ -40,9 +41,9 @@ class VisualSteps:
 
     def positions(self, ids_BS: Tensor, image_token: int, step_B: Tensor) -> Tensor:
         """float32 ``[B, S + 1]``, the place behind the last token too."""
-        of_picture_BS = ids_BS == image_token
-        step_BS = torch.where(of_picture_BS, step_B[:, None].to(ids_BS.device), 1.0)
-        return torch.nn.functional.pad(step_BS.double().cumsum(dim=1), (1, 0)).float()
+        host_BS = host_copy(ids_BS)
+        step_BS = torch.where(host_BS == image_token, host_copy(step_B)[:, None], 1.0)
+        return to_device(torch.nn.functional.pad(step_BS.double().cumsum(dim=1), (1, 0)).float(), ids_BS.device)
 
     def __call__(self, row: Interleaved, image_token: int, draw_B: Tensor, training: bool) -> Interleaved:
         if training and self.drawn:

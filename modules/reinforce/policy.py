@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from descant.modules.objective import Term, means
+from descant.modules.batch import chosen
+from descant.modules.objective import Term, counted, means
 
 #: Of log-ratios: beyond it an exponential says nothing more (as in verl).
 FAR = 20.0
@@ -46,11 +47,11 @@ class Drawn(NamedTuple):
 
     @property
     def live_N(self) -> Tensor:
-        return self.live_B[self.sample_N]
+        return chosen(self.live_B, self.sample_N)
 
     @property
     def length_B(self) -> Tensor:
-        return torch.bincount(self.sample_N, minlength=len(self.live_B))
+        return counted(self.sample_N, len(self.live_B))
 
 
 class Counts(NamedTuple):

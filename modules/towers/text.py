@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from descant.modules.host import derived, host_copy
 from descant.modules.towers.base import Tokens, Tower
 from descant.modules.towers.image import Block, all_real
 
@@ -77,9 +78,11 @@ class TextTower(Tower):
         T = x.shape[1]
         if self.length < T:
             raise ValueError(f"length {self.length}: a text of {T} tokens does not fit; cut it or raise length")
-        mask_BT = x != PAD if mask is None else mask
         # a compiled graph keeps its static shape: the longest text is only known from the data
-        kept = T if torch.compiler.is_compiling() else _longest(mask_BT)
+        whole = torch.compiler.is_compiling()
+        if mask is None:
+            mask = x != PAD if whole else derived(_real, x)
+        mask_BT, kept = mask, T if whole else _longest(mask)
         h_BTD = self.encode(self.embed(x[:, :kept]), mask_BT[:, :kept])
         return Tokens(F.pad(h_BTD, (0, 0, 0, T - kept)) if kept < T else h_BTD, mask_BT)
 
@@ -96,9 +99,13 @@ class TextTower(Tower):
         return list(self.layers)
 
 
+def _real(x_BT: Tensor) -> Tensor:
+    return x_BT != PAD
+
+
 def _longest(mask_BT: Tensor) -> int:
     """Columns up to the last one in which any text has a token; at least 1."""
-    columns = mask_BT.any(dim=0).nonzero()
+    columns = host_copy(mask_BT).any(dim=0).nonzero()
     return int(columns[-1]) + 1 if len(columns) else 1
 
 

@@ -1,0 +1,136 @@
+"""Values of a batch that the CPU knows, so that no training step waits for an accelerator to tell them.
+
+Reading a number of a tensor that lies on an accelerator (``item``, ``bool``, ``nonzero``, a mask as an index) makes the
+CPU wait for all work that is queued there, and then the accelerator wait for the CPU. What shapes and branches of a
+step depend on (who is present, which tokens are real, labels) comes from a loader, so the CPU had it: a tensor that was
+copied to an accelerator keeps its original here, and so do masks that are computed of such tensors. On a CPU a tensor
+is its own original, and nothing of this costs anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+#: Attribute of a tensor on an accelerator: what makes its copy on the CPU, and the version of the tensor it is of.
+_NAME = "_descant_host"
+#: The same of what is known of a tensor's finite numbers.
+_FINITE = "_descant_finite"
+
+
+def host_copy(x: Tensor) -> Tensor:
+    """The values of ``x`` on the CPU: ``x`` itself there, else the copy that is known, else read from the device.
+
+    Only the last of the three waits for the device. The copy is not to be written.
+
+    >>> x = torch.arange(3)
+    >>> host_copy(x) is x
+    True
+    """
+    if x.is_cpu:
+        return x
+    make = _known(x)
+    if make is None:
+        return x.detach().cpu()
+    found = make()
+    _remember(x, lambda: found)
+    return found
+
+
+def has_host_copy(x: Tensor) -> bool:
+    """Whether :func:`host_copy` gives the values of ``x`` without waiting for a device."""
+    return x.is_cpu or _known(x) is not None
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on ``device``, which remembers where it came from; the copy is queued, and not waited for.
+
+    >>> x = torch.arange(3)
+    >>> to_device(x, torch.device("cpu")) is x
+    True
+    """
+    if x.device == device:
+        return x
+    if not x.is_cpu:
+        return x.to(device)
+    moved = x.to(device, non_blocking=True)
+    _remember(moved, lambda: x)
+    return moved
+
+
+def with_host_copy(x: Tensor, make: Callable[[], Tensor]) -> Tensor:
+    """``x``, whose copy on the CPU is ``make()``, called when it is asked for and not before.
+
+    >>> with_host_copy(torch.arange(3), lambda: torch.arange(3)).tolist()
+    [0, 1, 2]
+    """
+    if not x.is_cpu:
+        _remember(x, make)
+    return x
+
+
+def derived(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """``function(*tensors)``, whose copy on the CPU is the same function of the copies of ``tensors``, if all have one.
+
+    For functions that give the same bits on every device: comparisons, logic, integers, choices of rows.
+
+    >>> derived(torch.logical_and, torch.tensor([True, True]), torch.tensor([True, False])).tolist()
+    [True, False]
+    """
+    found = function(*tensors)
+    if not found.is_cpu and all(has_host_copy(x) for x in tensors):
+        _remember(found, lambda: function(*(host_copy(x) for x in tensors)))
+    return found
+
+
+def everyone(rows: int, device: torch.device) -> Tensor:
+    """Bool ``[B]`` of nothing but true, on a device, as the CPU knows.
+
+    >>> everyone(2, torch.device("cpu")).tolist()
+    [True, True]
+    """
+    return with_host_copy(torch.ones(rows, dtype=torch.bool, device=device), lambda: torch.ones(rows, dtype=torch.bool))
+
+
+def with_finite(x: Tensor, make: Callable[[], Tensor]) -> Tensor:
+    """``x``, computed on a device of numbers that the CPU has not, of which it knows all the same which are finite.
+
+    ``make()``: bool, of a shape that expands to that of ``x``; on the CPU. Padding of sounds is ``-inf``, and how long
+    they are is known.
+    """
+    if not x.is_cpu:
+        setattr(x, _FINITE, (make, _version(x)))
+    return x
+
+
+def finite(x: Tensor) -> Tensor:
+    """Bool, of the shape of ``x``: which numbers are finite, with a copy on the CPU where that can be known there.
+
+    >>> finite(torch.tensor([1.0, float("inf")])).tolist()
+    [True, False]
+    """
+    make = known_finite(x)
+    return x.isfinite() if make is None else with_host_copy(x.isfinite(), make)
+
+
+def known_finite(x: Tensor) -> Callable[[], Tensor] | None:
+    """What makes :func:`finite` on the CPU; None where only a device knows."""
+    make, version = getattr(x, _FINITE, (None, None))
+    if make is not None and version == _version(x):
+        return lambda: make().expand(x.shape)
+    return (lambda: host_copy(x).isfinite()) if has_host_copy(x) else None
+
+
+def _remember(x: Tensor, make: Callable[[], Tensor]) -> None:
+    setattr(x, _NAME, (make, _version(x)))
+
+
+def _known(x: Tensor) -> Callable[[], Tensor] | None:
+    make, version = getattr(x, _NAME, (None, None))
+    return make if version == _version(x) else None  # written since: the copy is of what it was
+
+
+def _version(x: Tensor) -> int | None:
+    return None if x.is_inference() else x._version
