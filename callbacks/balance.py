@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from descant.callbacks.harmonize import Harmonize, total_of_ranks
+from descant.callbacks.harmonize import Harmonize, read_together, total_of_ranks
+from descant.modules.host import to_device
 from descant.modules.pacing import Pacing
 from descant.modules.protocols import Contends
 from descant.modules.random import global_seed, mix
@@ -134,7 +135,8 @@ class Balance(L.Callback):
         assert isinstance(pl_module, Contends)
         if self._sums_2M is None:  # its share of the run is over
             return
-        (sum_M, count_M), self._sums_2M = total_of_ranks(self._sums_2M), None
+        (read_2M,) = read_together(total_of_ranks(self._sums_2M))  # once a step
+        (sum_M, count_M), self._sums_2M = read_2M, None
         score_M = sum_M / count_M
         if not score_M.isfinite().all():
             self.fallbacks += 1
@@ -158,6 +160,6 @@ class Balance(L.Callback):
             raise ValueError("Balance: noise where parameters are split over ranks would not be the same; noise false")
         # drawn on the CPU, so that it is the same on every device
         generator = torch.Generator().manual_seed(draw)
-        noise = torch.randn(grad.shape, generator=generator, dtype=torch.float32).to(grad)
+        noise = to_device(torch.randn(grad.shape, generator=generator, dtype=torch.float32), grad.device).to(grad.dtype)
         deviation = grad.std()
         grad.mul_(factor).add_(noise * deviation)

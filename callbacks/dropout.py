@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from descant.callbacks.balance import measured, require_contenders
-from descant.callbacks.harmonize import total_of_ranks
+from descant.callbacks.harmonize import read_together, total_of_ranks
 from descant.modules.batch import Batch, some
 from descant.modules.host import derived, to_device
 from descant.modules.pacing import OGM
@@ -90,7 +90,8 @@ class DropAhead(L.Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         assert isinstance(pl_module, Contends) and self._sums_2M is not None
-        (sum_M, count_M), self._sums_2M = total_of_ranks(self._sums_2M), None
+        (read_2M,) = read_together(total_of_ranks(self._sums_2M))  # once a step, for who is heard in the next
+        (sum_M, count_M), self._sums_2M = read_2M, None
         score_M, modalities = sum_M / count_M, pl_module.modalities
         if not score_M.isfinite().all():  # a modality was nowhere: as in the step before
             return

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from descant.callbacks.cosines import Track, cosine_map
 from descant.callbacks.pictures import keep_picture, run_folder
+from descant.modules.host import host_copy, to_device
 from descant.modules.losses.ranks import world
 from descant.modules.mixing import Rule
 from descant.modules.protocols import HasObjective
@@ -125,7 +126,7 @@ class Harmonize(L.Callback):
                 gram_KK = gram([mean_of_ranks(g) for g in grads])
             self._decide(trainer, pl_module, gram_KK, value_K)
         assert self.mix_K is not None
-        objective.mix.mul_(self.mix_K.to(objective.mix))
+        objective.mix.mul_(to_device(self.mix_K.to(objective.mix.dtype), objective.mix.device))
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         if self._sums:
@@ -136,7 +137,7 @@ class Harmonize(L.Callback):
             gram_KK = gram([g for g, p in zip(sums, trained, strict=True) if p in shared])
             self._decide(trainer, pl_module, gram_KK, self._value_K / trainer.accumulate_grad_batches)
             assert self.mix_K is not None
-            mix_K = self.mix_K * self._base_K
+            mix_K = to_device(self.mix_K, self._base_K.device) * self._base_K
             for p, g in zip(trained, sums, strict=True):
                 if p.grad is not None:
                     _put(torch.tensordot(mix_K.to(g), g, dims=1), p.grad)
@@ -159,11 +160,15 @@ class Harmonize(L.Callback):
         self.names = names
 
     def _decide(self, trainer: L.Trainer, pl_module: L.LightningModule, gram_KK: Tensor, value_K: Tensor) -> None:
-        """The mix of these gradients, unmixed as they are."""
+        """The mix of these gradients, unmixed as they are.
+
+        Worked out on the CPU: an accelerator is read once, and not once for each small matrix of a rule.
+        """
+        gram_KK, value_K, base_K = read_together(gram_KK, value_K, self._base_K)
         read, finite = self.rule.reads_gradients, bool(gram_KK.isfinite().all() & value_K.isfinite().all())
         if read:
-            gram_KK = gram_KK * self._base_K[:, None] * self._base_K
-        self.mix_K = torch.ones(len(self.names), dtype=torch.float64, device=value_K.device)
+            gram_KK = gram_KK * base_K[:, None] * base_K
+        self.mix_K = torch.ones(len(self.names), dtype=torch.float64)
         if finite:
             draw = mix(global_seed(), "harmony", trainer.global_step)
             self.mix_K = self.sham.handed_on(self.rule.mix(gram_KK[None] if read else gram_KK, value_K, draw)[0])
@@ -207,6 +212,19 @@ class Harmonize(L.Callback):
         title = f"harmony by {type(self.rule).__name__}, step {trainer.global_step}"
         image = cosine_map(title, list(combinations(self.names, 2)), *self.track.seen())
         keep_picture(trainer, folder, image, "harmony", "harmony/cosines")
+
+
+def read_together(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Float64 tensors on the CPU: an accelerator is read once for all of them.
+
+    >>> [x.tolist() for x in read_together(torch.ones(1, 2).double(), torch.zeros(1).double())]
+    [[[1.0, 1.0]], [0.0]]
+    """
+    away = [x for x in tensors if not x.is_cpu]
+    if not away:
+        return tensors
+    pieces = iter(host_copy(torch.cat([x.double().flatten() for x in away])).split([x.numel() for x in away]))
+    return tuple(x if x.is_cpu else next(pieces).view(x.shape) for x in tensors)
 
 
 @contextmanager

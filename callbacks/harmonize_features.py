@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics.functional.classification import binary_auroc
 
-from descant.callbacks.harmonize import Harmonize, mean_of_ranks, total_of_ranks
+from descant.callbacks.harmonize import Harmonize, mean_of_ranks, read_together, total_of_ranks
 from descant.callbacks.pictures import writers
 from descant.modules.batch import Batch
 from descant.modules.configure import nearest
 from descant.modules.curriculum import Curriculum
+from descant.modules.host import to_device
 from descant.modules.losses.contrastive import promote
 from descant.modules.losses.ranks import gather
 from descant.modules.mixing import Rule
@@ -70,7 +71,7 @@ class HarmonizeFeatures(L.Callback):
             raise ValueError(f"HarmonizeFeatures: {type(rule).__name__} is a rule for Harmonize, at the parameters")
         self.rule, self.curriculum, self.feature, self.audit = rule, curriculum, feature, audit
         self.sham = curriculum.sham if curriculum is not None else None  # a run's report counts its calls
-        self.fallbacks = 0
+        self._few: int | Tensor = 0
         self._auc_tenth: float | None = None
         self._names: tuple[str, ...] = ()  # of the terms that meet where it looks
         self._batch: Batch | None = None
@@ -81,9 +82,14 @@ class HarmonizeFeatures(L.Callback):
         return {"fallbacks": self.fallbacks, "auc_tenth": self._auc_tenth, "rule": rule}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.fallbacks, self._auc_tenth = int(state_dict["fallbacks"]), state_dict["auc_tenth"]
+        self._few, self._auc_tenth = int(state_dict["fallbacks"]), state_dict["auc_tenth"]
         if self.rule is not None:
             self.rule.load_state_dict(state_dict["rule"])
+
+    @property
+    def fallbacks(self) -> int:
+        """Steps that would have kept too few samples, in which all count."""
+        return int(self._few)
 
     # the hooks -------------------------------------------------------------------------------------------------------
 
@@ -147,7 +153,8 @@ class HarmonizeFeatures(L.Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         if self.rule is not None:
-            self.rule.learn(lambda seen: mean_of_ranks(seen.clone()))
+            # what rules remember is on the CPU, and ranks may talk by their devices alone
+            self.rule.learn(lambda seen: mean_of_ranks(seen.to(pl_module.device, copy=True)).to(seen.device))
 
     # what it does ----------------------------------------------------------------------------------------------------
 
@@ -156,11 +163,12 @@ class HarmonizeFeatures(L.Callback):
             return g_KBD.sum(dim=0)
         wide_KBD = promote(g_KBD)
         gram_BKK = torch.einsum("kbd,lbd->bkl", wide_KBD, wide_KBD).double()
+        (gram_BKK,) = read_together(gram_BKK)  # a rule works on the CPU: an accelerator is read once for it
         finite_B = gram_BKK.isfinite().all(dim=(1, 2))
         gram_BKK = torch.where(finite_B[:, None, None], gram_BKK, torch.zeros_like(gram_BKK))
         draw = mix(global_seed(), "harmony", self._step, *names)
-        mix_BK = self.rule.mix(gram_BKK, torch.ones(len(names), device=g_KBD.device), draw)
-        return torch.einsum("bk,kbd->bd", mix_BK.to(wide_KBD), wide_KBD).to(g_KBD.dtype)
+        mix_BK = self.rule.mix(gram_BKK, torch.ones(len(names)), draw).to(wide_KBD.dtype)
+        return torch.einsum("bk,kbd->bd", to_device(mix_BK, wide_KBD.device), wide_KBD).to(g_KBD.dtype)
 
     @staticmethod
     def _gradients(step: Step, names: tuple[str, ...], copies: tuple[Tensor, ...]) -> Tensor:
@@ -185,12 +193,13 @@ class HarmonizeFeatures(L.Callback):
                 raise ValueError(f"HarmonizeFeatures: {name} has {len(of)} rows, and the batch {len(kept_B)} samples")
             rows += [of & kept_B, of]
         count_R = total_of_ranks(torch.stack([row.sum() for row in rows]).double())
-        if count_R[0] < self.curriculum.floor * count_R[1] or not bool((count_R[2::2] > 0).all()):
-            self.fallbacks += 1
-            return torch.ones_like(kept_B)
+        few = (count_R[0] < self.curriculum.floor * count_R[1]) | ~(count_R[2::2] > 0).all()
+        self._few = self._few + few if isinstance(self._few, Tensor) else few.long() + self._few
+        # chosen where the counts are, so that nobody waits for them
         for n, name in enumerate(dropping):
-            step.keep[name] = kept_B.double() * (count_R[3 + 2 * n] / count_R[2 + 2 * n])
-        return kept_B
+            scaled_B = kept_B.double() * (count_R[3 + 2 * n] / count_R[2 + 2 * n])
+            step.keep[name] = torch.where(few, 1.0, scaled_B)
+        return kept_B | few
 
     def _log(
         self, trainer: L.Trainer, pl_module: L.LightningModule, cos_B: Tensor, valid_B: Tensor, kept_B: Tensor

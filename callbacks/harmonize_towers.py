@@ -12,8 +12,9 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from descant.callbacks.harmonize import Harmonize, gradients, gram, mean_of_ranks, standing
+from descant.callbacks.harmonize import Harmonize, gradients, gram, mean_of_ranks, read_together, standing
 from descant.callbacks.harmonize_features import HarmonizeFeatures
+from descant.modules.host import to_device
 from descant.modules.mixing import Rule
 from descant.modules.protocols import Contends, Forks
 from descant.modules.random import global_seed, mix
@@ -84,12 +85,16 @@ class HarmonizeTowers(L.Callback):
         if trainer.global_step % self.every and self.mix:
             return
         base = dict(zip(objective.terms, objective.mix.detach().double(), strict=True))
+        grams = []
         for m, names in self._met.items():
             own = [p for p in pl_module.of_modality(m) if p.requires_grad]
             with standing(pl_module):
                 grads = gradients(pl_module.step, own, names)
             base_K = torch.stack([base[name] for name in names])
-            gram_KK = gram([mean_of_ranks(g) for g in grads]) * base_K[:, None] * base_K
+            grams.append(gram([mean_of_ranks(g) for g in grads]) * base_K[:, None] * base_K)
+        # rules work on the CPU: an accelerator is read once, and not once for each small matrix
+        for (m, names), gram_KK in zip(self._met.items(), read_together(*grams), strict=True):
+            base_K = torch.ones(len(names), dtype=gram_KK.dtype)
             self.mix[m] = torch.ones_like(base_K)
             if gram_KK.isfinite().all():
                 draw = mix(global_seed(), "harmony", trainer.global_step, m)
@@ -103,7 +108,8 @@ class HarmonizeTowers(L.Callback):
         met = [m for m, of in self._met.items() if of == names]
         if not met or met[0] not in self.mix:
             return g_KBD.sum(dim=0)
-        return torch.einsum("k,kbd->bd", self.mix[met[0]].to(g_KBD), g_KBD)
+        mix_K = to_device(self.mix[met[0]].to(g_KBD.dtype), g_KBD.device)
+        return torch.einsum("k,kbd->bd", mix_K, g_KBD)
 
     def _log(self, pl_module: L.LightningModule, m: str, names: tuple[str, ...], gram_KK: Tensor) -> None:
         values = {f"harmony/mix/{m}/{name}": k for name, k in zip(names, self.mix[m], strict=True)}

@@ -11,12 +11,12 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from descant.callbacks.balance import require_contenders
-from descant.callbacks.harmonize import total_of_ranks
+from descant.callbacks.harmonize import read_together, total_of_ranks
 from descant.modules.games import Asked
+from descant.modules.host import derived, host_copy, to_device
 from descant.modules.losses.ranks import rank
 from descant.modules.objective import Term
 from descant.modules.protocols import Contends
@@ -89,8 +89,9 @@ class Prototypes(L.Callback):
         z, present, label_B = asked.decided
         C, found = asked.logits_BC.shape[1], {}
         for m, z_BD in z.items():
-            here_B = present[m] & (label_B >= 0)
-            self._remember(m, z_BD.detach()[here_B].double(), label_B[here_B], C)
+            here_B = derived(_labelled, present[m], label_B)
+            here_r = to_device(host_copy(here_B).nonzero()[:, 0], z_BD.device)
+            self._remember(m, z_BD.detach()[here_r].double(), label_B[here_r], C)
             value_B = z_BD.new_zeros(len(z_BD)) * z_BD.sum(dim=1)  # reaches the tower on every rank
             if m in self.middle:
                 p_CD = self.middle[m].to(z_BD)
@@ -107,9 +108,9 @@ class Prototypes(L.Callback):
 
     def _remember(self, m: str, z_RD: Tensor, label_R: Tensor, C: int) -> None:
         fine_R = z_RD.isfinite().all(dim=1)  # of a step that is left out; one row would spoil all classes
-        z_RD, label_R = z_RD[fine_R], label_R[fine_R]
-        rows_RC = F.one_hot(label_R, C).to(z_RD)
-        ones_R1 = torch.ones_like(z_RD[:, :1])
+        z_RD = torch.where(fine_R[:, None], z_RD, 0.0)
+        rows_RC = (label_R[:, None] == torch.arange(C, device=label_R.device)).to(z_RD)
+        ones_R1 = fine_R[:, None].to(z_RD)
         self._add(self._sums, m, rows_RC.T @ torch.cat([z_RD, ones_R1], dim=1))
 
     @staticmethod
@@ -119,7 +120,8 @@ class Prototypes(L.Callback):
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         if self._score:
             score = {m: total_of_ranks(x.clone()) for m, x in self._score.items()}
-            mean = {m: float(s / n) for m, (s, n) in score.items() if n > 0}
+            read = zip(score, read_together(*score.values()), strict=True)  # once a step, for who is behind in the next
+            mean = {m: float(s / n) for m, (s, n) in read if n > 0}
             # without a sample of one there is nothing to compare
             self.behind = min(mean, key=lambda m: mean[m]) if len(mean) == len(score) > 1 else self.behind
             if (trainer.global_step + 1) % log_interval(trainer) == 0:
@@ -136,3 +138,7 @@ class Prototypes(L.Callback):
             old_CD = self.middle.get(m, torch.full_like(new_CD, torch.nan)).to(new_CD)
             both_CD = torch.where(old_CD.isfinite(), self.beta * old_CD + (1 - self.beta) * new_CD, new_CD)
             self.middle[m] = torch.where(count_C1 > 0, both_CD, old_CD)
+
+
+def _labelled(present_B: Tensor, label_B: Tensor) -> Tensor:
+    return present_B & (label_B >= 0)

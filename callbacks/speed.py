@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from descant.callbacks.balance import require_contenders
 from descant.modules.protocols import Contends
+from descant.modules.step import UNREAD
 from descant.modules.trainer import log_interval
 
 
@@ -41,13 +42,29 @@ class LearningSpeed(L.Callback):
         if every < 1:
             raise ValueError(f"LearningSpeed: every {every}: 1 is the least")
         self.every = every
-        self.sums: dict[str, float] = {}
+        self._sums: dict[str, float] = {}
+        self._unread: list[tuple[str, Tensor, Tensor]] = []  # modality, and norms of its gradients and parameters
+
+    @property
+    def sums(self) -> dict[str, float]:
+        """Modality -> its sum so far."""
+        self._read()
+        return self._sums
+
+    def _read(self) -> None:
+        """What a device has found since the last time, all at once."""
+        unread, self._unread = self._unread, []
+        if unread:
+            norms = torch.stack([torch.stack([moved, size]).double() for _, moved, size in unread]).tolist()
+            for (m, _, _), (moved, size) in zip(unread, norms, strict=True):
+                if math.isfinite(moved**2):  # what is skipped moves nothing
+                    self._sums[m] = self._sums.get(m, 0.0) + self.every * moved**2 / max(size**2, 1e-300)
 
     def state_dict(self) -> dict[str, Any]:
         return {"sums": dict(self.sums)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.sums = dict(state_dict["sums"])
+        self._sums, self._unread = dict(state_dict["sums"]), []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         require_contenders("LearningSpeed", pl_module)
@@ -57,10 +74,10 @@ class LearningSpeed(L.Callback):
         if trainer.global_step % self.every == 0:
             for m in pl_module.modalities:
                 own = [p for p in pl_module.of_modality(m) if p.grad is not None]
-                moved = _square([p.grad for p in own if p.grad is not None])
-                if math.isfinite(moved):  # what is skipped moves nothing
-                    size = _square([p.detach() for p in own])
-                    self.sums[m] = self.sums.get(m, 0.0) + self.every * moved / max(size, 1e-300)
+                moved = _norm([p.grad for p in own if p.grad is not None], pl_module.device)
+                self._unread.append((m, moved, _norm([p.detach() for p in own], pl_module.device)))
+            if pl_module.device.type == "cpu" or len(self._unread) > UNREAD:
+                self._read()
         if (trainer.global_step + 1) % log_interval(trainer) == 0 and self.sums:
             speed = {m: math.log(max(total, 1e-300)) for m, total in self.sums.items()}
             values = {f"speed/{m}": value for m, value in speed.items()}
@@ -68,9 +85,9 @@ class LearningSpeed(L.Callback):
             pl_module.log_dict(values, batch_size=1)
 
 
-def _square(tensors: list[Tensor]) -> float:
-    """Sum of squares of all, whole where they are split over ranks."""
+def _norm(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """Of all of them, whole where they are split over ranks."""
     if not tensors:
-        return 0.0
+        return torch.zeros((), device=device)
     norm = torch.nn.utils.get_total_norm(tensors)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm) ** 2
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

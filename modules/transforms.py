@@ -54,8 +54,9 @@ def edges(x_B3HW: Tensor) -> Tensor:
     >>> edges(x_B3HW)[0, 0, 1].tolist()
     [-1.0, -1.0, 1.0, 1.0, -1.0, -1.0]
     """
-    luma = (x_B3HW.float() * x_B3HW.new_tensor(_LUMA, dtype=torch.float32)[:, None, None]).sum(1, keepdim=True)
-    mask = luma.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 4
+    luma = (x_B3HW.float() * to_device(torch.tensor(_LUMA), x_B3HW.device)[:, None, None]).sum(1, keepdim=True)
+    mask = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 4
+    mask = to_device(mask, luma.device)
     both = F.conv2d(F.pad(luma, (1, 1, 1, 1), mode="replicate"), torch.stack([mask, mask.T])[:, None])
     return both.square().sum(1, keepdim=True).sqrt().clamp(max=1) * 2 - 1
 
@@ -83,7 +84,8 @@ def colour_names(x_B3HW: Tensor) -> Tensor:
     >>> [list(BASIC_COLOURS)[k] for k in colour_names(white_and_red).flatten()]
     ['white', 'red']
     """
-    colour_C3 = x_B3HW.new_tensor(list(BASIC_COLOURS.values()), dtype=torch.float32) / 127.5 - 1
+    colour_C3 = torch.tensor(list(BASIC_COLOURS.values()), dtype=torch.float32) / 127.5 - 1
+    colour_C3 = to_device(colour_C3, x_B3HW.device)
     x = x_B3HW.float()
     # |x - c|^2 less |x|^2, which is the same for all colours: one matrix product
     distance = colour_C3.square().sum(1)[:, None, None] - 2 * torch.einsum("bkhw,ck->bchw", x, colour_C3)
@@ -142,7 +144,8 @@ def normalise(x_B3HW: Tensor, mean: Colour, std: Colour) -> Tensor:
     """
     if len(set(mean)) + len(set(std)) == 2:
         return x_B3HW.sub_(mean[0]).mul_(1 / std[0])
-    shift_3, scale_3 = x_B3HW.new_tensor(mean), 1 / x_B3HW.new_tensor(std)
+    shift_3, std_3 = (to_device(torch.tensor(x, dtype=x_B3HW.dtype), x_B3HW.device) for x in (mean, std))
+    scale_3 = 1 / std_3
     if x_B3HW.is_contiguous(memory_format=torch.channels_last):
         # as loaders write it: a whole line of pixels at a time, where broadcasting would go by three numbers
         rows, _, high, wide = x_B3HW.shape

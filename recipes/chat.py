@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from descant.modules.batch import Batch
-from descant.modules.host import host_copy, to_device
+from descant.modules.host import derived, host_copy, to_device
 from descant.modules.language import CausalLM, Generated, Sampling, generate_some, log_probabilities
 from descant.modules.language.interleave import Interleaved, interleave, placed, shown, unillustrated
 from descant.modules.language.judges import answered_with
@@ -113,7 +113,7 @@ class Chat(Recipe):
     def answered(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Of learned tokens: what the head reads before each ``[N, W]``, its id, and the sample it is of, ``[N]``."""
         h_BSW, row = self.sequence(batch)
-        place_BS = None if row.position_BS is None else row.position_BS[:, :-1]
+        place_BS = None if row.position_BS is None else derived(lambda x_BS: x_BS[:, :-1], row.position_BS)
         h_BSW = through(self.lm, h_BSW, row.real_BS, self.row, place_BS)
         found = host_copy(row.said_BS).nonzero(as_tuple=True)
         sample_N, at_N = (to_device(x_N, h_BSW.device) for x_N in found)

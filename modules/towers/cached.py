@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from descant.modules.heads import MeanPool, Pool
+from descant.modules.host import host_copy, to_device
 from descant.modules.towers.base import Frozen, Tokens, Tower
 
 #: Bytes of a digest: two different rows share one with probability 2^-128 a pair.
@@ -121,7 +122,7 @@ class Cached(Frozen):
         with torch.autocast(x.device.type, enabled=False):
             for start in range(0, len(unknown), self.rows):
                 group = unknown[start : start + self.rows]
-                filled = torch.tensor(group + group[:1] * (self.rows - len(group)), device=x.device)
+                filled = to_device(torch.tensor(group + group[:1] * (self.rows - len(group))), x.device)
                 tokens = self.tower(x[filled], None if mask is None else mask[filled])
                 h.append(self.pool(tokens)[: len(group)].cpu())
                 real.append(tokens.mask_BT.any(dim=1)[: len(group)].cpu())
@@ -155,7 +156,7 @@ class Cached(Frozen):
 
 
 def _tokens(h_BD: Tensor, real_B: Tensor, device: torch.device) -> Tokens:
-    return Tokens(h_BD[:, None].to(device), real_B[:, None].to(device))
+    return Tokens(to_device(h_BD[:, None], device), to_device(real_B[:, None], device))
 
 
 class _Memory:
@@ -266,7 +267,7 @@ def digests(x: Tensor, mask: Tensor | None = None) -> list[bytes]:
 
 def _bytes(x: Tensor) -> Any:
     """uint8 ``[B, bytes of a row]`` on the CPU."""
-    return x.detach().cpu().reshape(len(x), -1).contiguous().view(torch.uint8).numpy()
+    return host_copy(x).detach().reshape(len(x), -1).contiguous().view(torch.uint8).numpy()
 
 
 def identity(parts: list[nn.Module], device: torch.device) -> str:
