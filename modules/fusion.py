@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import combinations, pairwise
 from math import factorial
-from typing import Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrizations import orthogonal
+from torch.nn.utils.parametrizations import _Orthogonal, orthogonal
 
 from descant.modules.host import derived, everyone, host_copy
 from descant.modules.rows import running
@@ -175,9 +175,7 @@ class OrthogonalFusion(Fuse):
                 f"{classes} is the least"
             )
         # of the maps that keep V orthogonal, Householder's turns it so far a step that no tower can follow
-        self.maps = nn.ModuleDict(
-            {m: orthogonal(nn.Linear(w, classes, bias=False), orthogonal_map="cayley") for m, w in widths.items()}
-        )
+        self.maps = nn.ModuleDict({m: _orthogonal(nn.Linear(w, classes, bias=False)) for m, w in widths.items()})
         log = torch.full((classes,), self.weight).log()
         self.log_weights = nn.ParameterDict({m: nn.Parameter(log.clone()) for m in widths})
         self.bias_C = nn.Parameter(torch.zeros(classes))
@@ -197,6 +195,30 @@ class OrthogonalFusion(Fuse):
 
     def logits(self, z: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
         return self.bias_C + torch.stack(list(self.parts(z, present).values())).sum(dim=0)
+
+
+class _Cayley(_Orthogonal):
+    """torch's own Cayley map of W, ``(I - A/2)^-1 (I + A/2)`` with ``A = tril(W) - tril(W)^T``, to the bit.
+
+    It does not ask whether the system could be solved, for which an accelerator would have to be waited for: it always
+    can, since all eigenvalues of A are imaginary.
+    """
+
+    def forward(self, X: Tensor) -> Tensor:
+        wide = X.shape[-2] < X.shape[-1]
+        X = (X.mT if wide else X).tril()
+        n, k = X.shape[-2:]
+        X = X if n == k else torch.cat([X, X.new_zeros(n, n - k)], dim=-1)
+        A, one = X - X.mT, torch.eye(n, dtype=X.dtype, device=X.device)
+        Q, _ = torch.linalg.solve_ex(torch.add(one, A, alpha=-0.5), torch.add(one, A, alpha=0.5))
+        Q = self.base @ Q[..., :k]
+        return Q.mT if wide else Q
+
+
+def _orthogonal(linear: nn.Linear) -> nn.Module:
+    made = orthogonal(linear, orthogonal_map="cayley")
+    cast(Any, made).parametrizations.weight[0].__class__ = _Cayley
+    return made
 
 
 class SharedHead(Fuse):

@@ -1,0 +1,182 @@
+"""Host reads and operations of a training step of what ships: ``python -m tests.device.reads`` prints the table.
+
+A step is what lies between the ends of two micro-batches in the middle of an epoch: loading, moving to the device,
+forward, backward, the optimizer, all callbacks. None of it is a step that is logged, validated after, or saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+
+from tests.device.accelerator import STRATEGY
+from tests.device.emulated import NAME, Counts, counting, emulation
+
+ROOT = Path(__file__).parent.parent.parent
+EXPERIMENTS = ROOT / "experiments"
+TRUSTED = ("--trust", "tests.device.reads")
+SETTINGS = f"""\
+test: false
+trainer:
+  accelerator: {NAME}
+  strategy: {STRATEGY}
+  max_steps: 8
+  max_epochs: -1
+  log_every_n_steps: 1000
+  limit_val_batches: 0
+  callbacks+:
+    - class_path: tests.device.reads.Windows
+"""
+
+
+class Case(NamedTuple):
+    """What is trained: an experiment and overlays.
+
+    Attributes:
+        configs: of ``descant fit``. options: beside them. allowed: host reads of a step.
+        why: those are there. slow: whether it begins from other runs, or takes long.
+    """
+
+    configs: tuple[str, ...]
+    options: tuple[str, ...] = ()
+    allowed: int = 0
+    why: str = ""
+    slow: bool = False
+
+    @property
+    def name(self) -> str:
+        return " ".join((*self.configs, *(o.removeprefix("--").replace("init_args.", "") for o in self.options)))
+
+
+def _small(rows: int) -> tuple[str, ...]:
+    """Enough batches that some step is in the middle of an epoch."""
+    return ("--data.batch_size", str(rows))
+
+
+#: Recipe -> what ships of it.
+RECIPES: dict[str, list[Case]] = {
+    "Contrastive": [
+        Case(("contrastive/emoji",)),
+        Case(("contrastive/emoji", "with/missing-text", "with/siglip")),
+        Case(("contrastive/emoji", "with/gradcache", "with/missing-text"), slow=True),
+        Case(("contrastive/emoji-gap", "with/intra"), slow=True),
+        Case(("contrastive/scenes", "with/knowledge", "with/swap-negatives"), slow=True),
+        Case(("contrastive/scenes", "with/hardest-hinge"), slow=True),
+        Case(("contrastive/emoji-vit", "with/ema", "with/throughput"), slow=True),
+        Case(("contrastive/emoji-spoken",), slow=True),
+    ],
+    "Masked": [
+        Case(("masked/emoji",)),
+        Case(("masked/speech",), _small(8)),
+        Case(("masked/volumes",), slow=True),
+        Case(("masked/landsat",), slow=True),
+    ],
+    "Fusion": [
+        Case(("fusion/emoji",)),
+        Case(("fusion/emoji", "with/attention-fusion", "with/game"), slow=True),
+        Case(("fusion/emoji", "with/margins"), slow=True),
+    ],
+    "Alternating": [Case(("fusion/emoji", "with/turns"))],
+    "Certified": [Case(("fusion/certified",), slow=True)],
+    "Ensemble": [Case(("fusion/ensemble",), slow=True)],
+    "MissingModality": [Case(("missing/emoji",), slow=True)],
+    "Chat": [Case(("chat/emoji",)), Case(("chat/frames",), slow=True)],
+    "Reinforced": [Case(("reinforce/arithmetic",), slow=True), Case(("reinforce/emoji",), slow=True)],
+    "Staged": [Case(("staged/emoji_vqa",), slow=True)],
+    "Matching": [Case(("distill/emoji-teacher",))],
+    "Peers": [Case(("distill/emoji-peers",))],
+}
+
+#: What learns of a teacher.
+DISTILL = [Case(("distill/emoji-rank",), slow=True), Case(("distill/questions-rounds",), slow=True)]
+
+GRAM = "the mix of a step hangs on its Gram matrices"
+#: What reads once a step, or an optimizer step, wherever it is chosen.
+CHOSEN = [
+    Case(("contrastive/emoji", "with/skip-nonfinite"), (), 1, "a step is left out before it changes a weight"),
+    Case(("masked/emoji", "with/harmonize"), (), 1, GRAM, slow=True),
+    Case(("fusion/emoji", "with/mmpareto"), (), 1, GRAM, slow=True),
+    Case(("fusion/emoji", "with/balance"), (), 1, "factors of a step hang on its scores", slow=True),
+    Case(("contrastive/stamps", "with/realign"), _small(8), 1, GRAM, slow=True),
+]
+
+
+class Windows(L.Callback):
+    """Counts from the end of one micro-batch to the end of the next; ``found`` holds those within an epoch."""
+
+    found: list[Counts] = []  # of the last fit: a command makes the callback
+
+    def __init__(self) -> None:
+        self._open: Any = None
+        self.found.clear()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if self._open is not None:
+            self._open[0].__exit__(None, None, None)
+            self.found.append(self._open[1])
+        context = counting()
+        self._open = context, context.__enter__()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._open is not None:
+            self._open[0].__exit__(None, None, None)
+        self._open = None
+
+
+def measured(case: Case, run: Callable[..., tuple[int, str]], folder: Path) -> list[Counts]:
+    """Counts of the steps of a case, by ``run(*arguments)``: exit code and errors of a command."""
+    for config in case.configs:
+        text = (EXPERIMENTS / f"{config}.yaml").read_text()
+        for before in re.findall(r"^# Before: +descant (.+)$", text, re.MULTILINE):
+            code, errors = run(*before.split(), "--config", "on/tiny", "--test", "false")
+            assert code == 0, errors
+    settings = folder / "reads.yaml"
+    settings.write_text(SETTINGS)
+    configs = [part for c in (*case.configs, "on/tiny", str(settings)) for part in ("--config", c)]
+    code, errors = run("fit", *configs, *case.options, "--name", "reads", *TRUSTED)
+    assert code == 0, errors
+    assert Windows.found, f"{case.name}: no step in the middle of an epoch; smaller batches make more"
+    return list(Windows.found)
+
+
+def _quiet(*arguments: str) -> tuple[int, str]:
+    from descant.__main__ import main
+
+    out, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        return main(list(arguments)), errors.getvalue()
+
+
+def table(cases: Sequence[tuple[str, Case]]) -> list[str]:
+    """Lines of a table in Markdown: what is trained, host reads and operations of a step."""
+    lines = ["| recipe | experiment | host reads a step | operations a step | why |", "|---|---|---|---|---|"]
+    for recipe, case in cases:
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), emulation():
+            counts = measured(case, _quiet, Path(folder))
+        most = max(counts, key=lambda c: (c.host_reads + c.uploads.total(), c.operations))
+        lines.append(f"| {recipe} | `{case.name}` | {most.host_reads} | {most.operations:,} | {case.why} |")
+        print(lines[-1], file=sys.stderr, flush=True)
+    return lines
+
+
+def every() -> list[tuple[str, Case]]:
+    """Recipe (or part) and case, of all that are measured."""
+    recipes = [(name, case) for name, cases in RECIPES.items() for case in cases]
+    return [*recipes, *(("Distill", case) for case in DISTILL), *(("callback", case) for case in CHOSEN)]
+
+
+if __name__ == "__main__":
+    from tests.device.reads import table as of  # the module that the command's callback is found in
+
+    os.environ.setdefault("XDG_CACHE_HOME", tempfile.mkdtemp())
+    asked = sys.argv[1:]
+    print("\n".join(of([(r, c) for r, c in every() if not asked or any(a in c.name or a == r for a in asked)])))
