@@ -134,6 +134,8 @@ class NonFinite(L.Callback):
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         if _scaler(trainer):
             return  # a gradient that overflows is a daily matter there
+        if getattr(optimizer, "found_inf", None) is not None:
+            optimizer.found_inf = None  # type: ignore[attr-defined]  # of the step before
         step, parameters = trainer.global_step, [p for group in optimizer.param_groups for p in group["params"]]
         if step in self._left_out:
             self._leave_out(pl_module, parameters)

@@ -52,10 +52,11 @@ class Batch:
     step: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        rows = torch.arange(len(self), device=self.device)
-        self.index = rows if self.index is None else self.index
+        if self.index is None:
+            self.index = to_device(torch.arange(len(self)), self.device)
         self.key = self.index if self.key is None else self.key
-        self.source = torch.zeros_like(rows) if self.source is None else self.source
+        if self.source is None:
+            self.source = to_device(torch.zeros(len(self), dtype=torch.long), self.device)
         self.draw = self.index if self.draw is None else self.draw
         self.step = self.step or dict(self.present)
 

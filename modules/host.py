@@ -55,7 +55,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
         return x
     if not x.is_cpu:
         return x.to(device)
-    moved = x.to(device, non_blocking=True)
+    moved = x.to(device, non_blocking=device.type != "mps")  # which may read memory that is gone by then
     _remember(moved, lambda: x)
     return moved
 

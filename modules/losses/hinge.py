@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from descant.modules.host import host_copy, with_host_copy
 from descant.modules.losses.contrastive import ContrastiveLoss, gathered_excluded, promote
 from descant.modules.losses.ranks import first_row, gather_both, world
 
@@ -95,8 +96,10 @@ class HardestInBatchHinge(ContrastiveLoss):
         if not self.warmup or not self.training:
             return False
         with torch.no_grad():
+            counted = host_copy(self.steps) + 1  # of a device it is read once, and then known
             self.steps += 1
-        return int(self.steps) <= self.warmup
+        with_host_copy(self.steps, lambda: counted)
+        return int(counted) <= self.warmup
 
 
 def _checked(margin: float) -> float:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import descant.recipes as recipes
-from descant.recipes import Recipe
+from descant.datamodules.questions import QuestionPairs
+from descant.modules.distill import Distill, Teacher
+from descant.recipes import Preferred, Recipe
 from tests.device import reads
 from tests.device.reads import CHOSEN, DISTILL, RECIPES, Case
+from tests.small import small_chat
 
 #: Recipes without a case of their own: why.
 ELSEWHERE = {
@@ -23,19 +28,19 @@ def param(case: Case) -> Any:
     return pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.slow else [])
 
 
-def measured(case: Case, cli: Any, workplace: Path) -> list[reads.Counts]:
+def measured(case: Case, cli: Any, workplace: Path, device: Any) -> list[Any]:
     def run(*arguments: str) -> tuple[int, str]:
         result = cli(*arguments)
         return result.rc, result.err
 
-    return reads.measured(case, run, workplace)
+    return reads.measured(case, run, workplace, device.options)
 
 
 @pytest.mark.parametrize("case", [param(case) for case in [*(c for of in RECIPES.values() for c in of), *DISTILL]])
 def test_a_step_reads_nothing(case: Case, cli: Any, device: Any, workplace: Path) -> None:
     if not device.emulated:
         pytest.skip("counted on the emulated accelerator")
-    for counts in measured(case, cli, workplace):
+    for counts in measured(case, cli, workplace, device):
         assert counts.host_reads == case.allowed == 0, counts.lines()
         assert not counts.uploads, counts.lines()  # copies to a GPU that wait until it has done what it was given
 
@@ -44,7 +49,7 @@ def test_a_step_reads_nothing(case: Case, cli: Any, device: Any, workplace: Path
 def test_who_has_to_know_reads_once(case: Case, cli: Any, device: Any, workplace: Path) -> None:
     if not device.emulated:
         pytest.skip("counted on the emulated accelerator")
-    for counts in measured(case, cli, workplace):
+    for counts in measured(case, cli, workplace, device):
         assert counts.host_reads == case.allowed and case.why, counts.lines()
         assert not counts.uploads, counts.lines()
 
@@ -52,3 +57,34 @@ def test_who_has_to_know_reads_once(case: Case, cli: Any, device: Any, workplace
 def test_every_recipe_has_a_case() -> None:
     classes = {name for name in recipes.__all__ if issubclass(getattr(recipes, name), Recipe)}
     assert classes == RECIPES.keys() | ELSEWHERE.keys()
+
+
+def test_preferences_read_nothing(device: Any) -> None:
+    """Two steps of a recipe that no experiment trains: forward, backward and optimizer."""
+    if not device.emulated:
+        pytest.skip("counted on the emulated accelerator")
+    from tests.device.emulated import counting
+
+    torch.manual_seed(0)
+    recipe = Preferred(**small_chat(), distill=Distill(Again()))
+    assert recipe.distill is not None
+    recipe.distill.prepare(recipe)
+    recipe.to(device.device)
+    optimizer = torch.optim.AdamW(recipe.parameters())
+    loader = iter(QuestionPairs(tiny=True, batch_size=8, kinds=["colour"]).train_dataloader())
+    for raw in (next(loader), next(loader)):
+        batch = raw.to(device.device)
+        batch.inputs["image"] = batch.inputs["image"][:, :3].float() / 255
+        with counting() as counts:
+            recipe.step(recipe.terms(batch), batch).total.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    # of the second step: in the first one what stands still is moved
+    assert counts.operations > 100 and counts.host_reads == 0 and not counts.uploads, counts.lines()
+
+
+class Again(Teacher):
+    """The student as it is now."""
+
+    def network(self, student: torch.nn.Module) -> torch.nn.Module:
+        return copy.deepcopy(student)
