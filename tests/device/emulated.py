@@ -40,6 +40,8 @@ CPU = torch.device("cpu")
 aten: Any = torch.ops.aten
 
 _SOURCE = str(Path(descant.__file__).parent) + "/"
+#: What reads for others: the place is where it is asked.
+_ASKED = "/modules/host.py"
 #: Outside of our source: where the read is made, without what only carries it there.
 _CARRIERS = (__file__, "/torch/utils/_pytree.py", "/torch/_tensor.py", "/torch/_ops.py")
 
@@ -96,8 +98,8 @@ def _place() -> str:
     frame, first = sys._getframe(2), ""
     while frame is not None:
         file = frame.f_code.co_filename
-        if file.startswith(_SOURCE) and not (
-            first and file.endswith("/cli.py")
+        if (
+            file.startswith(_SOURCE) and not file.endswith(_ASKED) and not (first and file.endswith("/cli.py"))
         ):  # Lightning's own, called by a command
             return f"{file.removeprefix(_SOURCE)}:{frame.f_lineno}"
         if not first and not file.endswith(_CARRIERS):
