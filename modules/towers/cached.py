@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from descant.modules.batch import chosen
 from descant.modules.heads import MeanPool, Pool
 from descant.modules.host import host_copy, to_device
 from descant.modules.towers.base import Frozen, Tokens, Tower
@@ -123,7 +124,7 @@ class Cached(Frozen):
             for start in range(0, len(unknown), self.rows):
                 group = unknown[start : start + self.rows]
                 filled = to_device(torch.tensor(group + group[:1] * (self.rows - len(group))), x.device)
-                tokens = self.tower(x[filled], None if mask is None else mask[filled])
+                tokens = self.tower(chosen(x, filled), None if mask is None else chosen(mask, filled))
                 h.append(self.pool(tokens)[: len(group)].cpu())
                 real.append(tokens.mask_BT.any(dim=1)[: len(group)].cpu())
         return torch.cat(h), torch.cat(real)

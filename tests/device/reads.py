@@ -1,5 +1,9 @@
 """Host reads and operations of a training step of what ships: ``python -m tests.device.reads`` prints the table.
 
+    python -m tests.device.reads                    # all of it
+    python -m tests.device.reads masked/ turns      # experiments with these in their names
+    python -m tests.device.reads apart              # rollouts and validations
+
 A step is what lies between the ends of two micro-batches in the middle of an epoch: loading, moving to the device,
 forward, backward, the optimizer, all callbacks. None of it is a step that is logged, validated after, or saved.
 """
@@ -40,8 +44,8 @@ class Case(NamedTuple):
     """What is trained: an experiment and overlays.
 
     Attributes:
-        configs: of ``descant fit``. options: beside them. allowed: host reads of a step.
-        why: those are there. slow: whether it begins from other runs, or takes long.
+        configs: of ``descant fit``. options: beside them.
+        allowed: host reads of a step. why: those are there. slow: whether it begins from other runs, or takes long.
     """
 
     configs: tuple[str, ...]
@@ -110,14 +114,27 @@ CHOSEN = [
 ]
 
 
+#: What is no step: how often the device is read in it.
+APART = [
+    ("rollout", Case(("reinforce/emoji",))),
+    ("validation", Case(("contrastive/emoji",), ("--trainer.limit_val_batches", "2"))),
+    ("validation", Case(("masked/emoji",), ("--trainer.limit_val_batches", "2"))),
+    ("validation", Case(("chat/emoji",), ("--trainer.limit_val_batches", "2"))),
+]
+
+
 class Windows(L.Callback):
     """Counts from the end of one micro-batch to the end of the next; ``found`` holds those within an epoch."""
 
-    found: list[Counts] = []  # of the last fit: a command makes the callback
+    # of the last fit, since a command makes the callback: steps, and what is done beside them
+    found: list[Counts] = []
+    apart: dict[str, list[Counts]] = {}
 
     def __init__(self) -> None:
         self._open: Any = None
+        self._beside: Any = None
         self.found.clear()
+        self.apart.clear()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         from tests.device.emulated import counting
@@ -132,6 +149,34 @@ class Windows(L.Callback):
         if self._open is not None:
             self._open[0].__exit__(None, None, None)
         self._open = None
+        self._begin()
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._end("rollout")  # which Rollouts, before this in the list, has made by now
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._end("validation")
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        for opened in (self._open, self._beside):
+            if opened is not None:
+                opened[0].__exit__(None, None, None)
+        self._open = self._beside = None
+
+    def _begin(self) -> None:
+        from tests.device.emulated import counting
+
+        context = counting()
+        self._beside = context, context.__enter__()
+
+    def _end(self, what: str) -> None:
+        if self._beside is not None:
+            self._beside[0].__exit__(None, None, None)
+            self.apart.setdefault(what, []).append(self._beside[1])
+        self._beside = None
 
 
 def measured(case: Case, run: Callable[..., tuple[int, str]], folder: Path, device: Sequence[str]) -> list[Counts]:
@@ -161,18 +206,34 @@ def _quiet(*arguments: str) -> tuple[int, str]:
         return main(list(arguments)), errors.getvalue()
 
 
-def table(cases: Sequence[tuple[str, Case]]) -> list[str]:
-    """Lines of a table in Markdown: what is trained, host reads and operations of a step."""
+def _measured(case: Case) -> list[Counts]:
+    """By the command in this process, in an empty folder."""
     from tests.device.accelerator import STRATEGY
     from tests.device.emulated import NAME, emulation
 
     device = ("--trainer.accelerator", NAME, "--trainer.strategy", STRATEGY, "--trainer.devices", "1")
-    lines = ["| recipe | experiment | host reads a step | operations a step | why |", "|---|---|---|---|---|"]
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), emulation():
+        return measured(case, _quiet, Path(folder), device)
+
+
+def table(cases: Sequence[tuple[str, Case]]) -> list[str]:
+    """Lines of a table in Markdown: what is trained, host reads and operations of a step."""
+    lines = ["| recipe | experiment | host reads a step | operations a step |", "|---|---|---|---|"]
     for recipe, case in cases:
-        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), emulation():
-            counts = measured(case, _quiet, Path(folder), device)
-        most = max(counts, key=lambda c: (c.host_reads + c.uploads.total(), c.operations))
-        lines.append(f"| {recipe} | `{case.name}` | {most.host_reads} | {most.operations:,} | {case.why} |")
+        most = max(_measured(case), key=lambda c: (c.host_reads + c.uploads.total(), c.operations))
+        why = f": {case.why}" if case.why else ""
+        lines.append(f"| {recipe} | `{case.name}` | {most.host_reads}{why} | {most.operations:,} |")
+        print(lines[-1], file=sys.stderr, flush=True)
+    return lines
+
+
+def apart() -> list[str]:
+    """Lines of a table in Markdown: what is no step, and how often the device is read in it."""
+    lines = ["| what | experiment | host reads | operations |", "|---|---|---|---|"]
+    for what, case in APART:
+        _measured(case)
+        counts = Windows.apart[what][-1]
+        lines.append(f"| a {what} | `{' '.join(case.configs)}` | {counts.host_reads:,} | {counts.operations:,} |")
         print(lines[-1], file=sys.stderr, flush=True)
     return lines
 
@@ -184,8 +245,11 @@ def every() -> list[tuple[str, Case]]:
 
 
 if __name__ == "__main__":
-    from tests.device.reads import table as of  # the module that the command's callback is found in
+    from tests.device import reads  # the module that the command finds the callback in
 
     os.environ.setdefault("XDG_CACHE_HOME", tempfile.mkdtemp())
     asked = sys.argv[1:]
-    print("\n".join(of([(r, c) for r, c in every() if not asked or any(a in c.name or a == r for a in asked)])))
+    chosen = [(recipe, case) for recipe, case in every() if not asked or any(a in case.name for a in asked)]
+    print("\n".join(reads.table(chosen) if chosen else []))
+    if not asked or "apart" in asked:
+        print("", *reads.apart(), sep="\n")

@@ -11,7 +11,10 @@ import torch
 
 import descant.recipes as recipes
 from descant.datamodules.questions import QuestionPairs
+from descant.modules.batch import Batch
 from descant.modules.distill import Distill, Teacher
+from descant.modules.towers import TextTower
+from descant.modules.towers.cached import Cached
 from descant.recipes import Preferred, Recipe
 from tests.device import reads
 from tests.device.reads import CHOSEN, DISTILL, RECIPES, Case
@@ -81,6 +84,23 @@ def test_preferences_read_nothing(device: Any) -> None:
             optimizer.zero_grad()
     # of the second step: in the first one what stands still is moved
     assert counts.operations > 100 and counts.host_reads == 0 and not counts.uploads, counts.lines()
+
+
+def test_a_cached_tower_reads_what_it_has_not_seen_and_nothing_else(device: Any) -> None:
+    if not device.emulated:
+        pytest.skip("counted on the emulated accelerator")
+    from tests.device.emulated import counting
+
+    tower = Cached(TextTower(vocab=9, width=8, depth=1, heads=2, length=4)).to(device.device)
+    ids = torch.tensor([[1, 5, 2, 0], [1, 7, 2, 0]])
+    batch = Batch({"text": ids}, {"text": torch.tensor([True, True])}).to(device.device)
+    read = []
+    for _ in range(2):
+        with counting() as counts:
+            tower(batch.inputs["text"])
+        read.append(counts.host_reads)
+        assert not counts.uploads, counts.lines()
+    assert read == [2, 0]  # features, and which of them are real
 
 
 class Again(Teacher):
