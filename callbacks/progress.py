@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
 from descant.callbacks.throughput import Meter, count_rows
-from descant.modules.trainer import run_steps
+from descant.modules.trainer import log_interval, run_steps
 
 
 def clock(seconds: float) -> str:
@@ -74,6 +74,7 @@ class Progress(ProgressBar):
         self._begin = (0.0, 0)  # when training began, and at which step
         self._drawn = -math.inf
         self._line = -1  # step of the last line
+        self._read: dict[str, tuple[Any, float]] = {}  # what was logged last, and its number
 
     # what Lightning asks of a progress bar ------------------------------------------------------------------
 
@@ -121,6 +122,8 @@ class Progress(ProgressBar):
             return
         step = trainer.global_step
         if self._bar is not None:
+            if step % log_interval(trainer) == 0:  # where a device is read anyway, and not at the next redraw
+                self._numbers(trainer.callback_metrics)
             if self._due():
                 self._draw(trainer)
         elif self._every and step % self._every == 0 and step > self._line:
@@ -145,10 +148,7 @@ class Progress(ProgressBar):
 
     def status(self, trainer: L.Trainer, metrics: dict[str, Any]) -> list[str]:
         """The parts of a line after the step: loss, metric, speed, wait, time left."""
-        parts = []
-        for key, name in (("train/loss", "loss"), (self.metric, self.metric)):
-            if key is not None and key in metrics:
-                parts.append(f"{name} {float(metrics[key]):.4g}")
+        parts = [f"{name} {number:.4g}" for name, number in self._numbers(metrics).items()]
         if self._meter.seconds > 0:
             speed = self._meter.rows_per_second
             shown = f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"
@@ -159,6 +159,16 @@ class Progress(ProgressBar):
             parts.append(f"eta {clock((time.monotonic() - self._begin[0]) / done * left)}")
         self._meter.clear()
         return parts
+
+    def _numbers(self, metrics: dict[str, Any]) -> dict[str, float]:
+        """Name -> number of the loss and the metric. What is logged once is read once."""
+        found = {}
+        for key, name in (("train/loss", "loss"), (self.metric, self.metric)):
+            if key is not None and name is not None and key in metrics:
+                if key not in self._read or self._read[key][0] is not metrics[key]:
+                    self._read[key] = metrics[key], float(metrics[key])
+                found[name] = self._read[key][1]
+        return found
 
     def _print_line(self, trainer: L.Trainer, metrics: dict[str, Any]) -> None:
         self._line = trainer.global_step

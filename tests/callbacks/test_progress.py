@@ -137,6 +137,22 @@ def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert len([line for line in plain.split("\n") if line.strip()]) == 2
 
 
+def test_what_is_logged_once_is_read_once() -> None:
+    """Of an accelerator: a redraw between two steps that are logged waits for nothing."""
+
+    class Logged:
+        reads = 0
+
+        def __float__(self) -> float:
+            self.reads += 1
+            return 2.0
+
+    progress, first, second = Progress(metric="val/accuracy"), Logged(), Logged()
+    for loss, reads in ((first, 1), (first, 1), (second, 1), (first, 2)):
+        assert progress._numbers({"train/loss": loss}) == {"loss": 2.0} and loss.reads == reads
+    assert progress._numbers({"val/accuracy": second}) == {"val/accuracy": 2.0}
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="refresh -1"):
         Progress(refresh=-1)
