@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning as L
+import torch
 
 if TYPE_CHECKING:  # importing it registers the device, which fixtures and the command below do
     from tests.device.emulated import Counts
@@ -36,7 +37,7 @@ trainer:
   log_every_n_steps: 1000
   limit_val_batches: 0
   callbacks+:
-    - class_path: tests.device.reads.Windows
+    - class_path: tests.device.reads.{callback}
 """
 
 
@@ -179,10 +180,34 @@ class Windows(L.Callback):
         self._beside = None
 
 
-def measured(case: Case, run: Callable[..., tuple[int, str]], folder: Path, device: Sequence[str]) -> list[Counts]:
+class Strict(L.Callback):
+    """On CUDA: an error where a step in the middle of an epoch waits for the device; ``steps`` of the last fit."""
+
+    steps: list[int] = []
+
+    def __init__(self) -> None:
+        self.steps.clear()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.steps.append(trainer.global_step)
+        torch.cuda.set_sync_debug_mode("error")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def measured(
+    case: Case, run: Callable[..., tuple[int, str]], folder: Path, device: Sequence[str], callback: str = "Windows"
+) -> list[Counts]:
     """Counts of the steps of a case, by ``run(*arguments)``: exit code and errors of a command.
 
-    ``device``: options of a command that runs on it.
+    ``device``: options of a command that runs on it. ``callback``: ``Strict`` counts nothing, and lets nothing pass.
     """
     for config in case.configs:
         text = (EXPERIMENTS / f"{config}.yaml").read_text()
@@ -190,12 +215,13 @@ def measured(case: Case, run: Callable[..., tuple[int, str]], folder: Path, devi
             code, errors = run(*before.split(), "--config", "on/tiny", "--test", "false")
             assert code == 0, errors
     settings = folder / "reads.yaml"
-    settings.write_text(SETTINGS)
+    settings.write_text(SETTINGS.format(callback=callback))
     configs = [part for c in (*case.configs, "on/tiny", str(settings)) for part in ("--config", c)]
     code, errors = run("fit", *configs, *device, *case.options, "--name", "reads", *TRUSTED)
     assert code == 0, errors
-    assert Windows.found, f"{case.name}: no step in the middle of an epoch; smaller batches make more"
-    return list(Windows.found)
+    steps = len(Windows.found) if callback == "Windows" else len(Strict.steps) - 1
+    assert steps > 0, f"{case.name}: no step in the middle of an epoch; smaller batches make more"
+    return list(Windows.found) if callback == "Windows" else []
 
 
 def _quiet(*arguments: str) -> tuple[int, str]:
