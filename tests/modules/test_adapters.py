@@ -20,6 +20,7 @@ from descant.modules.adapters import (
     TableAdapter,
     TokenAdapter,
 )
+from tests.tolerance import F32, rounding
 
 MAKE: dict[str, tuple[Callable[[], Adapter], Callable[[], Tensor]]] = {
     "image": (lambda: PatchAdapter([8, 12], [4, 3]), lambda: torch.randn(3, 3, 8, 12)),
@@ -55,7 +56,9 @@ def test_patches_are_what_a_convolution_sees() -> None:
     conv = torch.nn.Conv2d(3, 16, (4, 3), stride=(4, 3))
     weights = conv.state_dict()
     adapter.inward.load_state_dict({"weight": weights["weight"].flatten(1), "bias": weights["bias"]})
-    torch.testing.assert_close(adapter.inward(adapter.raw(x)[0]), conv(x).flatten(2).transpose(1, 2))
+    torch.testing.assert_close(
+        adapter.inward(adapter.raw(x)[0]), conv(x).flatten(2).transpose(1, 2), **rounding(3 * 12, F32)
+    )
 
 
 @kinds
@@ -92,9 +95,11 @@ def test_co_located_patches_of_two_modalities_share_their_place() -> None:
 def test_losses_are_the_formulas() -> None:
     y_NP, x_NP = torch.randn(5, 12, dtype=torch.float64), torch.randn(5, 12, dtype=torch.float64)
     each = torch.stack([((y - x) ** 2).mean() for y, x in zip(y_NP.float(), x_NP.float(), strict=True)])
-    torch.testing.assert_close(MSE()(y_NP, x_NP), each)
+    torch.testing.assert_close(MSE()(y_NP, x_NP), each, **rounding(12, F32))
     normed = (x_NP.float() - x_NP.float().mean(1, keepdim=True)) / (x_NP.float().var(1, keepdim=True) + 1e-6).sqrt()
-    torch.testing.assert_close(L1(norm=True)(y_NP, x_NP), (y_NP.float() - normed).abs().mean(1))
+    torch.testing.assert_close(
+        L1(norm=True)(y_NP, x_NP), (y_NP.float() - normed).abs().mean(1), **rounding(2 * 12, F32)
+    )
     assert (
         MSE(norm=True)(torch.zeros(1, 4), torch.full((1, 4), 7.0)).item() == 0
     )  # an even patch is no division by zero
@@ -133,7 +138,7 @@ def test_unknown_pixels_of_a_map_count_for_nothing() -> None:
     for n in range(4):
         known = x_NP[n] >= 0
         expected = F.cross_entropy(score_NPC[n][known], x_NP[n][known])
-        torch.testing.assert_close(adapter.losses(h_NE, x_NP, place_N)[""][n], expected)
+        torch.testing.assert_close(adapter.losses(h_NE, x_NP, place_N)[""][n], expected, **rounding(16, F32))
     all_unknown = torch.full((1, 16), -1)
     assert adapter.losses(h_NE[:1], all_unknown, place_N[:1])[""].item() == 0
 
@@ -144,9 +149,9 @@ def test_a_column_is_judged_by_its_own_outputs() -> None:
     h_NE = torch.randn(12, 8)
     y_NC = adapter.outward(h_NE)  # columns 0 | 1..4 | 5 | 6..7
     loss_N = adapter.losses(h_NE, x_NP, place_N)[""]
-    torch.testing.assert_close(loss_N[4], (y_NC[4, 0] - x_NP[4, 0]) ** 2)
-    torch.testing.assert_close(loss_N[5], F.cross_entropy(y_NC[5:6, 1:5], x_NP[5].long()))
-    torch.testing.assert_close(loss_N[7], F.cross_entropy(y_NC[7:8, 6:8], x_NP[7].long()))
+    torch.testing.assert_close(loss_N[4], (y_NC[4, 0] - x_NP[4, 0]) ** 2, **rounding(4, F32))
+    torch.testing.assert_close(loss_N[5], F.cross_entropy(y_NC[5:6, 1:5], x_NP[5].long()), **rounding(4, F32))
+    torch.testing.assert_close(loss_N[7], F.cross_entropy(y_NC[7:8, 6:8], x_NP[7].long()), **rounding(4, F32))
     said = adapter.predict(h_NE, place_N)[:, 0]
     assert said[5] == y_NC[5, 1:5].argmax() and said[6] == y_NC[6, 5]
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from descant.modules.chunks import chunked, looks_at_the_batch
 from descant.modules.configure import _recompute
 from descant.modules.losses import InfoNCE
+from tests.tolerance import F32, rounding, ulps
 
 B, D, LAYERS, CHUNKS = 16, 6, 3, 4
 
@@ -77,7 +78,8 @@ def test_one_chunk_is_alive_at_a_time() -> None:
     assert most <= 2 * B * D + LAYERS * B // CHUNKS * D
     assert len(found) == len(wanted) == 4 * LAYERS
     for grad, want in zip(found, wanted, strict=True):
-        torch.testing.assert_close(grad, want, rtol=1e-5, atol=1e-7)
+        # gradients of 0.1 at most: sums over rows, through the layers
+        torch.testing.assert_close(grad, want, rtol=0, atol=0.1 * ulps(B * LAYERS, F32))
 
 
 @pytest.mark.parametrize("blocks", [False, True], ids=["plain", "checkpointed"])
@@ -100,7 +102,7 @@ def test_random_draws_are_those_of_the_first_pass(blocks: bool) -> None:
         found.append(gradients(a, b))
     assert any(grad.any() for grad in found[0])
     for grad, want in zip(*found, strict=True):
-        torch.testing.assert_close(grad, want, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(grad, want, rtol=0, atol=0.2 * ulps(B * LAYERS, F32))  # gradients of 0.2 at most
 
 
 def test_several_backward_passes() -> None:
@@ -112,7 +114,7 @@ def test_several_backward_passes() -> None:
     apart = [torch.autograd.grad(term, parameters, retain_graph=True) for term in terms]
     together = torch.autograd.grad(sum(terms, torch.zeros(())), parameters)
     for first, second, both in zip(*apart, together, strict=True):
-        torch.testing.assert_close(first + second, both)
+        torch.testing.assert_close(first + second, both, **rounding(B * LAYERS, F32))
 
 
 def test_gradients_of_chunks_add_up_in_single_precision() -> None:
@@ -142,8 +144,8 @@ def test_running_statistics_count_a_chunk_once(momentum: float | None) -> None:
     for part in x_BD.tensor_split(CHUNKS):
         counted(part)
     assert int(norm.num_batches_tracked) == CHUNKS  # type: ignore[arg-type]
-    torch.testing.assert_close(norm.running_mean, counted.running_mean)
-    torch.testing.assert_close(norm.running_var, counted.running_var)
+    torch.testing.assert_close(norm.running_mean, counted.running_mean, **rounding(B, F32))
+    torch.testing.assert_close(norm.running_var, counted.running_var, **rounding(B, F32))
 
 
 def test_what_looks_at_the_batch() -> None:

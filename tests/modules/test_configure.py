@@ -22,6 +22,7 @@ from descant.modules.towers import BagTower, ConvTower, Frozen, PatchTower, Text
 from descant.recipes.contrastive import Contrastive
 from tests.modules.towers import _asserts
 from tests.ranks import run_ranks
+from tests.tolerance import F32, ulps
 
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 TEXT = torch.tensor([[1, 5, 6, 2, 0, 0], [1, 7, 2, 0, 0, 0], [1, 9, 8, 7, 2, 3], [1, 2, 0, 0, 0, 0]])
@@ -56,8 +57,9 @@ def test_lora_starts_at_the_base_and_moves_adapters_only(dora):
     expected = recipe.towers["text"](TEXT).h_BTD, recipe.towers["image"](IMAGES).h_BTD
     Lora(r=2, targets=["qkv", "mlp.0"], dora=dora, towers=["text"]).apply(recipe)
     Lora(r=2, targets=["conv_1"], dora=dora, towers=["image"]).apply(recipe)
-    torch.testing.assert_close(recipe.towers["text"](TEXT).h_BTD, expected[0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(recipe.towers["image"](IMAGES).h_BTD, expected[1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(recipe.towers["text"](TEXT).h_BTD, expected[0], rtol=0, atol=ulps(64, F32))
+    # DoRA divides by a norm and multiplies by it
+    torch.testing.assert_close(recipe.towers["image"](IMAGES).h_BTD, expected[1], rtol=0, atol=ulps(64, F32))
     before = named(recipe)
     step(recipe)
     after = named(recipe)
@@ -207,6 +209,7 @@ def test_compile_gives_the_same_gradients(saving):
         loss = _asserts.loss_of(recipe.towers["image"](IMAGES)) + _asserts.loss_of(recipe.towers["text"](TEXT))
         loss.backward()
     for p, q in zip(plain.parameters(), fast.parameters(), strict=True):
+        # fused kernels: 84 ulps of gradients of about 1, sums over rows, tokens and two layers
         torch.testing.assert_close(p.grad, q.grad, atol=1e-5, rtol=1e-4)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from descant.modules.masking import BlockMask, Corruption, EachMask, Grid, SpanMask, TokenBudget, TubeMask, UniformMask
+from tests.tolerance import statistical
 
 GRIDS: dict[str, Grid] = {"image": (6, 6), "depth": (6, 6), "text": (24,)}
 B = 300
@@ -90,7 +91,10 @@ def test_the_share_of_each_modality_or_of_all_together_is_exact() -> None:
     joint = UniformMask(0.75, joint=True)(real_of(GRIDS), GRIDS, draws())
     assert sum(mask.sum(dim=1) for mask in joint.visible.values()).unique().tolist() == [24]  # type: ignore[union-attr]
     per_image = joint.visible["image"].sum(dim=1)
-    assert len(per_image.unique()) > 3 and float(per_image.double().mean()) == pytest.approx(9, abs=0.3)
+    # 24 of 96 without replacement, 36 of them here: variance 4.26
+    assert len(per_image.unique()) > 3 and float(per_image.double().mean()) == pytest.approx(
+        9, abs=statistical(2.065, B, errors=2.5)
+    )
 
 
 def test_of_two_tokens_one_is_seen_and_one_is_asked_for_and_an_only_one_is_seen() -> None:
@@ -108,7 +112,10 @@ def test_a_budget_is_kept_exactly_and_its_shares_are_those_of_the_dirichlet_dist
     assert (count_BM.sum(dim=1) == 98).all()
     share_BM = count_BM.double() / 98
     # of a symmetric Dirichlet of M: mean 1 / M, variance (M - 1) / (M^2 (M alpha + 1))
-    assert share_BM.mean(dim=0).tolist() == pytest.approx([1 / 3] * 3, abs=0.02)
+    assert share_BM.mean(dim=0).tolist() == pytest.approx(
+        [1 / 3] * 3, abs=statistical((2 / (9 * (3 * alpha + 1))) ** 0.5, 4000)
+    )
+    # 4000 draws know a variance to 3%; and shares are whole tokens of 98
     assert share_BM.var(dim=0).tolist() == pytest.approx([2 / (9 * (3 * alpha + 1))] * 3, rel=0.1)
     assert count_BM.unique(dim=0).shape[0] > 700  # drawn for each sample, not once a batch
 
@@ -145,7 +152,8 @@ def test_blocks_and_spans_hide_neighbours() -> None:
         hidden = corruption(real_of(grid), grid, draws()).target["image"].view(B, 12, 12).double()
         return float((hidden[:, 1:] * hidden[:, :-1]).sum() / hidden[:, 1:].sum())
 
-    assert together(UniformMask(0.4)) == pytest.approx(0.4, abs=0.03)
+    # so many hidden tokens have a neighbour
+    assert together(UniformMask(0.4)) == pytest.approx(0.4, abs=statistical(0.49, 15_000))
     assert together(BlockMask(0.4)) > 0.75
     line: dict[str, Grid] = {"text": (60,)}
     hidden = SpanMask(0.3, mean=4)(real_of(line), line, draws()).target["text"]

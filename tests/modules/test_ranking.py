@@ -29,6 +29,7 @@ from descant.modules.ranking import (
 )
 from descant.modules.step import Step
 from tests.recipes.test_missing import batch
+from tests.tolerance import F32, conditioned, rounding, ulps
 
 B = 10
 
@@ -84,7 +85,7 @@ def test_lists_are_the_own_text_and_those_that_the_teacher_scores_highest() -> N
         assert bool(valid_B[i]) == (i != 3)
         if i != 3:
             assert column_BK[i].tolist() == wanted
-            torch.testing.assert_close(t_BK[i], t_BB[i, wanted].float())
+            torch.testing.assert_close(t_BK[i], t_BB[i, wanted].float(), **rounding(2, F32))
 
 
 def test_the_teacher_is_asked_for_what_is_drawn_alone_and_draws_follow_the_samples() -> None:
@@ -106,7 +107,7 @@ def test_columns_stay_aligned_where_the_teacher_errs() -> None:
     t_BB.fill_diagonal_(-5.0)
     for imitation in (ListMSE(), ListKL(2.0)):
         terms = RankTarget(kept=4, imitation=imitation)(lesson(t_BB, t_BB.clone(), samples()))
-        assert terms["rank"].value.abs().max() < 1e-6
+        assert terms["rank"].value.abs().max() < ulps(8, F32)
     released_BK = t_BB[:, :5].sort(dim=1, descending=True).values  # sorted by score, as the release leaves them
     assert (released_BK - t_BB[:, :5]).abs().max() > 1
 
@@ -148,7 +149,7 @@ def test_every_weight_scales_the_gradient_of_its_sample_and_of_no_other(
         assert plain_BB.abs().sum(dim=1).min() > 1e-4
         torch.testing.assert_close(
             weighed_BB, torch.tensor(w, dtype=torch.float64)[:, None] * plain_BB, rtol=2e-5, atol=1e-9
-        )
+        )  # float32 weights: exponentials of scores up to 10, in sums of 4 and of all samples: 168 ulps
     # what the release does: the mean first, and weights of it that add up to 1
     if not isinstance(weighting, Alike):
         assert max(w) / min(w) > 1.05
@@ -157,7 +158,7 @@ def test_every_weight_scales_the_gradient_of_its_sample_and_of_no_other(
 def test_the_released_weights_hardly_differ() -> None:
     t_BK = 3 * torch.randn(128, 8, generator=torch.Generator().manual_seed(2))
     w_B = AsReleased()(Lists(t_BK, t_BK, torch.ones(128, dtype=torch.bool)))
-    assert w_B.sum().item() == pytest.approx(1, rel=1e-4) and 1.0 < w_B.max() / w_B.min() < 1.05
+    assert w_B.sum().item() == pytest.approx(1, rel=ulps(128, F32)) and 1.0 < w_B.max() / w_B.min() < 1.05
 
 
 def test_terms_by_hand() -> None:
@@ -169,8 +170,9 @@ def test_terms_by_hand() -> None:
         p = [math.exp(x / 2) for x in t.tolist()]
         q = [math.exp(x / 2) for x in s.tolist()]
         kl = sum(a / sum(p) * math.log(a / sum(p) * sum(q) / c) for a, c in zip(p, q, strict=True))
-        assert float(terms["rank"].value[i]) == pytest.approx(3 * 4 * kl, rel=1e-5)
-        assert float(terms["truth"].value[i]) == pytest.approx(0.5 * ce(s.tolist()), rel=1e-5)
+        # logarithms that cancel down to an eighth
+        assert float(terms["rank"].value[i]) == pytest.approx(3 * 4 * kl, rel=conditioned(8, F32, terms=10))
+        assert float(terms["truth"].value[i]) == pytest.approx(0.5 * ce(s.tolist()), rel=ulps(64, F32))
 
 
 def test_the_sham_hands_weights_on() -> None:
@@ -180,8 +182,8 @@ def test_the_sham_hands_weights_on() -> None:
     )
     assert own.weight is not None and other.weight is not None
     assert (own.weight != other.weight).all()
-    torch.testing.assert_close(own.weight.sort().values, other.weight.sort().values)
-    assert own.weight.mean().item() == pytest.approx(1, rel=1e-5)
+    torch.testing.assert_close(own.weight.sort().values, other.weight.sort().values, **rounding(8, F32))
+    assert own.weight.mean().item() == pytest.approx(1, rel=ulps(64, F32))
 
 
 def test_absent_samples_change_nothing_and_too_few_make_no_list() -> None:

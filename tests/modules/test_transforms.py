@@ -9,7 +9,10 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from descant.modules.transforms import Augment, Crop, Pixels, reduce_rgba
+from tests.tolerance import F32, conditioned, rounding, statistical, ulps
 
+#: Places on a grid of up to 16 pixels are read between neighbours that are up to 2 apart.
+PLACES = conditioned(2, F32, terms=2 * 16)
 STILL: dict[str, Any] = dict(
     rotate=0, scale=1, stretch=1, shear=0, shift=0, colour=0, brightness=0, contrast=0, grey=0, background=0
 )
@@ -25,7 +28,7 @@ DRAW = torch.tensor([11, 12, 13])
 
 def test_without_strength_training_sees_what_evaluation_sees() -> None:
     x = picture()
-    torch.testing.assert_close(Augment(8, **STILL)(x, DRAW), Pixels(8)(x, DRAW), rtol=0, atol=1e-5)
+    torch.testing.assert_close(Augment(8, **STILL)(x, DRAW), Pixels(8)(x, DRAW), rtol=0, atol=PLACES)
 
 
 def test_pixels_are_over_white_and_normalised() -> None:
@@ -38,7 +41,7 @@ def test_pixels_are_over_white_and_normalised() -> None:
 def test_a_picture_depends_on_its_own_draw_alone() -> None:
     augment, x = Augment(8, texture=0.5, erase=0.3), picture()
     whole = augment(x, DRAW)
-    torch.testing.assert_close(augment(x[1:2], DRAW[1:2]), whole[1:2], rtol=0, atol=1e-5)
+    torch.testing.assert_close(augment(x[1:2], DRAW[1:2]), whole[1:2], rtol=0, atol=PLACES)
     assert torch.equal(augment(x, DRAW), whole)
     assert not torch.allclose(augment(x[:1], DRAW[1:2]), whole[:1])
 
@@ -56,16 +59,17 @@ def test_the_affine_map_is_what_torchvision_computes() -> None:
     degrees = math.degrees(math.atan2(float(a_23[1, 0]), float(a_23[0, 0])))
     assert 0.5 < abs(degrees) <= 30
     wanted = v2.functional.rotate(x.float() / 255, degrees, interpolation=v2.InterpolationMode.BILINEAR)
+    # places and sines of angles, each to 16 ulps, between neighbours that are 2 apart: 16 px * 64 ulps
     torch.testing.assert_close(augment(x, DRAW[:1]), wanted * 2 - 1, rtol=0, atol=1e-3)
 
 
 def test_grey_pictures_have_equal_channels_and_greys_keep_their_hue() -> None:
     x = picture(8, channels=3)
     grey = Augment(8, **{**STILL, "grey": 1.0})(x, DRAW)
-    torch.testing.assert_close(grey[:, 0], grey[:, 2])
+    torch.testing.assert_close(grey[:, 0], grey[:, 2], **rounding(8, F32))
     neutral = torch.full((3, 3, 8, 8), 100, dtype=torch.uint8)
     mixed = Augment(8, **{**STILL, "colour": 1.0})(neutral, DRAW)
-    torch.testing.assert_close(mixed[:, 0], mixed[:, 1])
+    torch.testing.assert_close(mixed[:, 0], mixed[:, 1], **rounding(8, F32))
 
 
 def test_shares_of_the_random_choices() -> None:
@@ -74,7 +78,7 @@ def test_shares_of_the_random_choices() -> None:
     plain = Augment(8, **STILL)(x, draws)
     for name in ("mirror", "grey", "invert"):
         changed = (Augment(8, **{**STILL, name: 0.25})(x, draws) - plain).abs().amax((1, 2, 3)) > 1e-3
-        assert float(changed.float().mean()) == pytest.approx(0.25, abs=0.08), name
+        assert float(changed.float().mean()) == pytest.approx(0.25, abs=statistical(0.433, 400)), name
 
 
 def test_reducing_weighs_colours_by_opacity() -> None:
@@ -97,13 +101,13 @@ IMAGENET: dict[str, Any] = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0
 def test_pixels_are_normalised_as_torchvision_does(memory: torch.memory_format) -> None:
     x = picture(8, channels=3).contiguous(memory_format=memory)
     wanted = v2.functional.normalize(x.float() / 255, list(IMAGENET["mean"]), list(IMAGENET["std"]))
-    torch.testing.assert_close(Pixels(8, **IMAGENET)(x, DRAW), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(Pixels(8, **IMAGENET)(x, DRAW), wanted, rtol=0, atol=ulps(16, F32))
 
 
 def test_training_and_evaluation_share_the_normalisation() -> None:
     x = picture()
     ours, wanted = Augment(8, **STILL, **IMAGENET)(x, DRAW), Pixels(8, **IMAGENET)(x, DRAW)
-    torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=5 * PLACES)  # divided by deviations down to 0.22
 
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
@@ -112,7 +116,7 @@ def test_pixels_leave_the_batch_as_it_is(memory: torch.memory_format) -> None:
     before, floats = x.clone(), x.float()
     out = Pixels(8, **IMAGENET)(x, DRAW)
     assert torch.equal(x, before) and out.is_contiguous(memory_format=memory)
-    torch.testing.assert_close(Pixels(8, **IMAGENET)(floats, DRAW), out)
+    torch.testing.assert_close(Pixels(8, **IMAGENET)(floats, DRAW), out, rtol=0, atol=ulps(16, F32))
     assert torch.equal(floats, before.float())
 
 
@@ -147,7 +151,9 @@ def test_crops_are_drawn_as_torchvision_draws_them(scale: tuple[float, float], r
         error = ((a.var(1) + b.var(1)) / 3000).sqrt() + 1e-6
         assert ((a.mean(1) - b.mean(1)).abs() < 4.5 * error).all()
     assert abs(float((box_B23[:, 0, 0] < 0).float().mean()) - 0.5) < 0.04
-    assert (ours[0] + ours[2].abs() <= 1 + 1e-6).all() and (ours[1] + ours[3].abs() <= 1 + 1e-6).all(), "inside"
+    assert (ours[0] + ours[2].abs() <= 1 + ulps(8, F32)).all() and (
+        ours[1] + ours[3].abs() <= 1 + ulps(8, F32)
+    ).all(), "inside"
 
 
 def test_a_crop_shows_the_box_that_was_drawn() -> None:
@@ -163,24 +169,25 @@ def test_a_crop_shows_the_box_that_was_drawn() -> None:
     seen = crop(ramps, draw_B)
     assert seen.shape == (200, 2, 16, 16) and seen.dtype == torch.float32
     inner = slice(3, -3)  # at the rim the ramp ends
+    # a 32nd of a grey level, where a step of the ramp is 0.03
     torch.testing.assert_close(seen[:, 0, 5, inner], wanted[0][:, inner], rtol=0, atol=0.01)
-    torch.testing.assert_close(seen[:, 1, inner, 5], wanted[1][:, inner], rtol=0, atol=0.01)
+    torch.testing.assert_close(seen[:, 1, inner, 5], wanted[1][:, inner], rtol=0, atol=0.01)  # as above
 
 
 @pytest.mark.parametrize("channels", [1, 3, 6])
 def test_the_whole_picture_is_what_evaluation_sees_of_any_channels(channels: int) -> None:
     x = picture(12, channels)
     still = Crop(12, scale=(1, 1), ratio=(1, 1), flip=0)
-    torch.testing.assert_close(still(x, DRAW), x.float() / 127.5 - 1, rtol=0, atol=1e-5)
+    torch.testing.assert_close(still(x, DRAW), x.float() / 127.5 - 1, rtol=0, atol=PLACES)
     mirrored = Crop(12, scale=(1, 1), ratio=(1, 1), flip=1)
-    torch.testing.assert_close(mirrored(x, DRAW), (x.float() / 127.5 - 1).flip(3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(mirrored(x, DRAW), (x.float() / 127.5 - 1).flip(3), rtol=0, atol=PLACES)
 
 
 def test_a_crop_depends_on_its_own_draw_alone() -> None:
     crop, x = Crop(12), picture(12, 1)
     whole = crop(x, DRAW)
     assert torch.equal(crop(x, DRAW), whole)
-    torch.testing.assert_close(crop(x[1:2], DRAW[1:2]), whole[1:2], rtol=0, atol=1e-5)
+    torch.testing.assert_close(crop(x[1:2], DRAW[1:2]), whole[1:2], rtol=0, atol=PLACES)
     assert not torch.allclose(crop(x[:1], DRAW[1:2]), whole[:1])
     assert whole.min() >= -1 and whole.max() <= 1
 

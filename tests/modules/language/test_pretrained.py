@@ -17,6 +17,7 @@ from descant.modules.language import CausalLM, PretrainedLM, Sampling, generate
 from descant.modules.text import Pretrained
 from descant.recipes import Chat
 from tests.recipes.test_chat import batch, sees
+from tests.tolerance import F32, F64, rounding
 
 V = 20
 
@@ -39,9 +40,10 @@ def test_it_says_what_the_file_says_and_has_room_for_more(folder: Path) -> None:
     ids = torch.randint(3, V, (3, 17), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         found = ours.logits(ours(ours.embed(ids)))
-        torch.testing.assert_close(found[..., :V], theirs(ids).logits, rtol=1e-5, atol=1e-5)
+        # the longest sum; angles are float32 in both
+        torch.testing.assert_close(found[..., :V], theirs(ids).logits, **rounding(64, F32))
     mean_D = ours.embedding.weight[:V].mean(dim=0)
-    torch.testing.assert_close(ours.embedding.weight[V:], mean_D.expand(2, -1))
+    torch.testing.assert_close(ours.embedding.weight[V:], mean_D.expand(2, -1), **rounding(V, F32))
     assert ours.vocabulary == V + 2 and ours.length == 64 and ours.head.weight is ours.embedding.weight
 
 
@@ -55,7 +57,8 @@ def chat(folder: Path, *adapt: Any, **options: Any) -> Chat:
 def test_adapters_change_nothing_at_first_and_alone_are_trained(folder: Path) -> None:
     b = batch()
     plain, adapted = chat(folder), chat(folder, Lora(r=2, towers=["lm"]))
-    torch.testing.assert_close(adapted.terms(b)["answer"].value, plain.terms(b)["answer"].value)
+    # zeros are added
+    torch.testing.assert_close(adapted.terms(b)["answer"].value, plain.terms(b)["answer"].value, **rounding(64, F64))
     trained = {name for name, p in adapted.lm.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name for name in trained)
     assert not any(name.startswith("head") for name, _ in adapted.lm.named_modules() if "lora" in name)
@@ -99,7 +102,8 @@ def test_recomputed_layers_give_the_same_gradients_and_frozen_ones_none(folder: 
         grads.append({name: p.grad for name, p in model.named_parameters()})
     assert any("Recomputed" in type(layer).__name__ for layer in model.lm.layers)
     for name, grad in grads[0].items():
-        torch.testing.assert_close(grads[1][name], grad)
+        # recomputed: a kernel may split other sums
+        torch.testing.assert_close(grads[1][name], grad, **rounding(64, F64))
     frozen = chat(folder, Freeze(["lm"]))
     assert not any(p.requires_grad for p in frozen.lm.parameters())
     assert all(p.requires_grad for p in frozen.projector.parameters())
@@ -153,7 +157,7 @@ def test_smollm_answers_by_its_own_template() -> None:
         wanted = theirs(words).logits
         torch.testing.assert_close(
             ours.logits(ours(ours.embed(words)))[..., : codec.vocabulary], wanted, rtol=1e-3, atol=2e-3
-        )
+        )  # 30 layers of 5,000 terms: sqrt(150,000) = 390 ulps, of logits of up to 20, are 1e-3
     said = generate(ours, words, new=10, stop=[2], sampling=Sampling(temperature=0)).token_RN[0].tolist()
     assert codec.tokenizer.decode(said).startswith("The capital of France is Paris.")
     assert isinstance(ours, CausalLM)

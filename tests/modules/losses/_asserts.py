@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.tolerance import F64, rounding
+
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -35,7 +37,10 @@ def assert_order_of_rows_is_free(loss: Loss) -> None:
     a, b = embeddings()
     order = torch.tensor([3, 1, 5, 0, 4, 2])
     value_B = loss(a, b, torch.arange(6), everyone(6))
-    torch.testing.assert_close(loss(a[order], b[order], torch.arange(6), everyone(6)), value_B[order])
+    # sums over width 5 and 6 rows, times a scale of about 10
+    torch.testing.assert_close(
+        loss(a[order], b[order], torch.arange(6), everyone(6)), value_B[order], **rounding(64, F64)
+    )
 
 
 def assert_absent_rows_are_as_if_never_there(loss: Loss) -> None:
@@ -45,11 +50,12 @@ def assert_absent_rows_are_as_if_never_there(loss: Loss) -> None:
     value_B = loss(a, b, torch.arange(6), valid)
     small_a, small_b = a[valid].detach().requires_grad_(), b[valid].detach().requires_grad_()
     small_B = loss(small_a, small_b, torch.arange(6)[valid], everyone(4))
-    torch.testing.assert_close(value_B[valid], small_B)
+    # as above; a smaller batch may go through another kernel
+    torch.testing.assert_close(value_B[valid], small_B, **rounding(64, F64))
     grad_a, grad_b = torch.autograd.grad(torch.where(valid, value_B, 0.0).sum(), (a, b))
     want_a, want_b = torch.autograd.grad(small_B.sum(), (small_a, small_b))
-    torch.testing.assert_close(grad_a[valid], want_a)
-    torch.testing.assert_close(grad_b[valid], want_b)
+    torch.testing.assert_close(grad_a[valid], want_a, **rounding(64, F64))
+    torch.testing.assert_close(grad_b[valid], want_b, **rounding(64, F64))
     assert not grad_a[~valid].any()
     assert not grad_b[~valid].any()
 
@@ -61,7 +67,7 @@ def assert_equal_keys_are_no_negatives(loss: Loss) -> None:
     moved_a, moved_b = a.detach().clone(), b.detach().clone()
     moved_a[3], moved_b[3] = -a[3].detach(), -b[3].detach()
     same = loss(a, b, key, everyone(6))[0], loss(moved_a, moved_b, key, everyone(6))[0]
-    torch.testing.assert_close(*same)
+    torch.testing.assert_close(*same, **rounding(64, F64))  # row 3 drops out of sums, whose kernel may differ
     other = (
         loss(a, b, torch.arange(6), everyone(6))[0],
         loss(moved_a, moved_b, torch.arange(6), everyone(6))[0],

@@ -11,7 +11,9 @@ from torch import Tensor
 from descant.modules.losses import HardestInBatchHinge, PairMarginLoss
 from tests.modules.losses import _asserts
 from tests.modules.losses._asserts import embeddings, everyone
+from tests.tolerance import F32, F64, ulps
 
+CLOSE = ulps(32, F64)  # a hinge of two products of unit vectors of width 5, summed over at most 6 rows
 PROPERTIES = [getattr(_asserts, name) for name in dir(_asserts) if name.startswith("assert_")]
 KEY, VALID = torch.tensor([0, 1, 2, 0, 4, 5]), torch.tensor([True] * 4 + [False, True])
 
@@ -41,7 +43,7 @@ def test_the_hardest_by_hand(margin: float) -> None:
     a, b = embeddings()
     value_B = HardestInBatchHinge(margin)(a, b, KEY, VALID)
     assert value_B.dtype == torch.float64
-    assert value_B.tolist() == pytest.approx(by_hand(a, b, KEY, VALID, margin), abs=1e-12)
+    assert value_B.tolist() == pytest.approx(by_hand(a, b, KEY, VALID, margin), abs=CLOSE)
 
 
 def test_equal_keys_are_never_the_hardest() -> None:
@@ -49,10 +51,10 @@ def test_equal_keys_are_never_the_hardest() -> None:
     twin = torch.cat([a[:1], a[:1], a[2:]])  # the second row is the first one's hardest, if it may be
     apart, alike = torch.arange(6), torch.tensor([0, 0, 2, 3, 4, 5])
     hinge = HardestInBatchHinge(0.2)
-    assert float(hinge(twin, twin, apart, everyone(6))[0]) == pytest.approx(0.4)
+    assert float(hinge(twin, twin, apart, everyone(6))[0]) == pytest.approx(0.4, abs=CLOSE)
     value_B = hinge(twin, twin, alike, everyone(6))
     assert float(value_B[0]) < 0.3
-    assert value_B.tolist() == pytest.approx(by_hand(twin, twin, alike, everyone(6), 0.2))
+    assert value_B.tolist() == pytest.approx(by_hand(twin, twin, alike, everyone(6), 0.2), abs=CLOSE)
 
 
 def test_gradients_by_hand() -> None:
@@ -67,7 +69,7 @@ def test_gradients_by_hand() -> None:
                 hardest = max(others, key=lambda j: float(x[i] @ y[j]))
                 total = total + (0.4 + x[i] @ y[hardest] - x[i] @ y[i]).clamp(min=0)
     for found, wanted in zip(grads, torch.autograd.grad(total, (a, b)), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=CLOSE)
         assert wanted.any()
 
 
@@ -79,7 +81,7 @@ def test_the_warm_up_is_a_mean_of_negatives_alone_and_then_ends() -> None:
     assert max(abs(x - y) for x, y in zip(means, released, strict=True)) > 0.01
     assert max(abs(x - y) for x, y in zip(means, hardest, strict=True)) > 0.1
     for wanted in (means, means, hardest, hardest):
-        assert hinge(a, b, KEY, VALID).tolist() == pytest.approx(wanted, abs=1e-12)
+        assert hinge(a, b, KEY, VALID).tolist() == pytest.approx(wanted, abs=CLOSE)
     assert int(hinge.steps) == 4
 
 
@@ -88,20 +90,20 @@ def test_the_warm_up_is_resumed_and_evaluation_has_none() -> None:
     hinge, later = HardestInBatchHinge(0.7, warmup=2), HardestInBatchHinge(0.7, warmup=2)
     hinge.eval()
     wanted = by_hand(a, b, KEY, VALID, 0.7)
-    assert hinge(a, b, KEY, VALID).tolist() == pytest.approx(wanted)
+    assert hinge(a, b, KEY, VALID).tolist() == pytest.approx(wanted, abs=CLOSE)
     assert int(hinge.steps) == 0
     hinge.train()
     for _ in range(2):
         hinge(a, b, KEY, VALID)
     later.load_state_dict(hinge.state_dict())
-    assert later(a, b, KEY, VALID).tolist() == pytest.approx(wanted)
+    assert later(a, b, KEY, VALID).tolist() == pytest.approx(wanted, abs=CLOSE)
 
 
 def test_the_pair_margin_by_hand() -> None:
     (a, b), (neg, _) = embeddings(), embeddings(seed=1)
     value_B = PairMarginLoss(margin=0.3)(a, b, neg)
     wanted = [max(0.0, 0.3 + float(a[i] @ neg[i]) - float(a[i] @ b[i])) for i in range(6)]
-    assert value_B.tolist() == pytest.approx(wanted, abs=1e-12)
+    assert value_B.tolist() == pytest.approx(wanted, abs=CLOSE)
     assert 0 < sum(x == 0 for x in wanted) < 6  # both sides of the hinge are met
 
 
@@ -118,7 +120,7 @@ def test_half_precision_is_computed_in_single() -> None:
     a, b = (z.detach().bfloat16() for z in embeddings())
     value_B = PairMarginLoss(margin=0.1)(a, b, b)
     assert value_B.dtype == torch.float32
-    assert value_B.tolist() == pytest.approx([0.1] * 6, abs=1e-6)
+    assert value_B.tolist() == pytest.approx([0.1] * 6, abs=ulps(8, F32))  # margins of unit vectors of width 5
 
 
 @pytest.mark.parametrize("build", [lambda: PairMarginLoss(-0.1), lambda: HardestInBatchHinge(-0.1)])

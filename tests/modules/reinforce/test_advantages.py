@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from descant.modules.reinforce import Advantage, BatchScaled, Centred, EachScaled, GroupScaled
+from tests.tolerance import F64, conditioned
 
 NAN = float("nan")
 
@@ -68,7 +69,8 @@ def test_loops_over_groups(rule: Advantage) -> None:
         r_BK, w_K, group_B = rewards(seed)
         judged = rule(r_BK, w_K, group_B)
         wanted = torch.tensor(looped(type(rule).__name__, r_BK, w_K, group_B), dtype=torch.float64)
-        torch.testing.assert_close(judged.advantage_B, wanted, atol=1e-9, rtol=1e-9)
+        # values of up to 40 over a deviation, which is 1e-4 where all are alike
+        torch.testing.assert_close(judged.advantage_B, wanted, rtol=0, atol=conditioned(1e4, F64, terms=64))
         assert judged.advantage_B[5] == 0 and judged.reward_B[5].isnan(), "nobody judged it"
         assert judged.flat_B.tolist()[8] and judged.flat_B.tolist()[11:] == [True, True], "alone, and alike"
 

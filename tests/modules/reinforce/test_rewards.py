@@ -22,6 +22,7 @@ from descant.modules.reinforce.rewards import (
     Rewards,
     Verifier,
 )
+from tests.tolerance import F64, ulps
 
 
 class Says(Verifier):
@@ -100,7 +101,7 @@ TABLE = [{"name": "ann", "age": 30, "tall": True}, {"name": "bob", "age": 41, "t
 )
 def test_cells_of_a_table(said: Any, earned: float) -> None:
     text = said if isinstance(said, str) else json.dumps(said)
-    assert JsonTable()(Answer(text, json.dumps(TABLE))) == pytest.approx(earned)
+    assert JsonTable()(Answer(text, json.dumps(TABLE))) == pytest.approx(earned, abs=ulps(2, F64))
     assert JsonTable()(Answer(text, "pear")) is None, "no case for it"
 
 

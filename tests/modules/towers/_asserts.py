@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from descant.modules.configure import Checkpointing, Compile
 from descant.modules.towers import Frozen, Tokens, Tower, Towers
+from tests.tolerance import F32, rounding
 
 
 def recipe_of(**towers: Tower) -> nn.Module:
@@ -120,9 +121,9 @@ def check_checkpointing(tower: Tower, x: Tensor, most: float = 0.6) -> float:
     torch.manual_seed(0)
     some_bytes, loss_again = kept_bytes(saving, x)
     loss_again.backward()
-    torch.testing.assert_close(loss_again, loss, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(loss_again, loss, **rounding(64, F32))
     for (name, p), q in zip(plain.named_parameters(), saving.parameters(), strict=True):
-        torch.testing.assert_close(q.grad, p.grad, atol=1e-6, rtol=1e-6, msg=name)
+        torch.testing.assert_close(q.grad, p.grad, msg=name, **rounding(64, F32))
     for a, b in zip(plain.buffers(), saving.buffers(), strict=True):
         assert torch.equal(a, b)
     torch.manual_seed(0)
