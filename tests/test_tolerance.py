@@ -93,25 +93,30 @@ def _bare(node: ast.AST) -> bool:
     if name not in COMPARE or any(keyword.arg is None for keyword in node.keywords):
         return False
     given = [keyword.value for keyword in node.keywords if keyword.arg in TOLERANCES]
-    if any(not isinstance(value, ast.Constant) for value in given):
-        return False
-    return not given or any(value.value for value in given if isinstance(value, ast.Constant))
+    numbers = [value.value for value in given if isinstance(value, ast.Constant)]
+    return not given or any(numbers) or any(_has_small(value) for value in given)
 
 
 def _small(node: ast.AST) -> bool:
     """``gap < 1e-6``, and not ``gap < -1e-6``."""
     if not isinstance(node, ast.Compare):
         return False
-    for op, right in zip(node.ops, node.comparators, strict=True):
-        minus = {n.operand for n in ast.walk(right) if isinstance(n, ast.UnaryOp)}
-        numbers = {n for n in ast.walk(right) if isinstance(n, ast.Constant) and isinstance(n.value, float)} - minus
-        if isinstance(op, ast.Lt | ast.LtE) and any(0 < n.value < SMALL for n in numbers):
-            return True
-    return False
+    return any(
+        isinstance(op, ast.Lt | ast.LtE) and _has_small(right)
+        for op, right in zip(node.ops, node.comparators, strict=True)
+    )
+
+
+def _has_small(expression: ast.expr) -> bool:
+    minus = {node.operand for node in ast.walk(expression) if isinstance(node, ast.UnaryOp)}
+    numbers = [node for node in ast.walk(expression) if isinstance(node, ast.Constant) and node not in minus]
+    return any(isinstance(node.value, float) and 0 < node.value < SMALL for node in numbers)
 
 
 @pytest.mark.parametrize("part", sorted({path.relative_to(TESTS).parts[0] for path in TESTS.rglob("*.py")} - {"slurm"}))
 def test_every_comparison_says_what_it_allows(part: str) -> None:
     files = [TESTS / part] if part.endswith(".py") else sorted((TESTS / part).rglob("*.py"))
-    found = [f"{file.relative_to(TESTS)}:{line}: {text}" for file in files for line, text in unexplained(file.read_text())]
+    found = [
+        f"{file.relative_to(TESTS)}:{line}: {text}" for file in files for line, text in unexplained(file.read_text())
+    ]
     assert not found, "name the bound (tests/tolerance.py) or say in a comment what it stands for:\n" + "\n".join(found)

@@ -28,10 +28,11 @@ from descant.modules.mixing import (
     UPGrad,
     orders,
 )
+from tests.tolerance import F64, conditioned, rounding, ulps
 
 mpmath.mp.dps = 40
 Exact = Any  # a matrix of mpmath, which has no types
-EXACT = 1e-8
+EXACT = conditioned(4e7, F64)  # that of the Gram matrices of four gradients, two of which are nearly parallel
 
 
 def jacobians() -> Iterator[tuple[str, Tensor]]:
@@ -155,6 +156,7 @@ def test_cagrad_is_as_good_as_any_step_can_be(radius: float) -> None:
         d = exact((mix_K / k)[None]) * j
         g_0 = mpmath.matrix([[sum(j[i, a] for i in range(k)) / k for a in range(j.cols)]])
         size, longest = mpmath.norm(g_0), max(mpmath.norm(j[i, :]) for i in range(k))
+        # the length of a step is found far better than the step: roots of sums, 1e-10 of the longest gradient
         assert mpmath.norm(d - g_0) <= radius * size * (1 + 1e-9) + longest * 1e-10, name
         least = min(dot(j[i, :], d) for i in range(k))
         w = (mix_K / k - 1 / k).clamp(min=0)
@@ -178,6 +180,7 @@ def test_nash_is_the_fixed_point_or_nothing() -> None:
         mix_K = NashMTL().mix((j_KD @ j_KD.T)[None], torch.ones(len(j_KD)), 0)[0]
         if not mix_K.any():
             none += 1
+            # the least of what counts as a direction in which all gain
             assert float(mpmath.norm(exact_min_norm(exact(j_KD)))) < 1e-6 * float(j_KD.norm(dim=1).max()), name
             continue
         assert bool((mix_K > 0).all()), name
@@ -194,7 +197,7 @@ def test_imtl_g_goes_as_far_along_each() -> None:
         if len(j_KD) <= j_KD.shape[1]:
             along = [dot(exact(g[None]), j[i, :]) / mpmath.norm(j[i, :]) for i in range(j.rows)]
             assert float(max(along) - min(along)) < EXACT * max(float(g.norm()), float(j_KD.norm(dim=1).min())), name
-        assert float(mix_K.sum()) == pytest.approx(len(j_KD), abs=1e-9 * float(mix_K.abs().max())), name
+        assert float(mix_K.sum()) == pytest.approx(len(j_KD), abs=ulps(1000, F64) * float(mix_K.abs().max())), name
 
 
 def test_aligned_makes_all_directions_as_short_as_the_shortest() -> None:
@@ -236,6 +239,7 @@ def test_pcgrad_gradvac_and_realignment_are_loops_over_vectors() -> None:
         assert float((mixed(PCGrad(), j_KD, n) - projected).norm()) < EXACT * longest, name
         assert float((mixed(Realign(), j_KD) - realigned).norm()) < EXACT * longest, name
         if "opposite" not in name:  # at 180 degrees the plane that it is turned in is any
+            # a sine as the root of 1 - cos^2: of nearly parallel ones half the digits, 1.5e-8, are left
             assert float((mixed(rule, j_KD, n) - vaccinated).norm()) < 1e-7 * longest, name
 
 
@@ -287,11 +291,13 @@ def test_no_term_is_hurt(rule: str) -> None:
 def test_where_terms_agree_or_are_stationary_nothing_strange_happens(rule: str) -> None:
     make = GRADIENT_RULES[rule]
     alike = torch.tensor([[1.0, 2.0], [1.0, 2.0]], dtype=torch.float64)
-    torch.testing.assert_close(mixed(make(), alike) / mixed(make(), alike).norm(), alike[0] / alike[0].norm())
+    torch.testing.assert_close(
+        mixed(make(), alike) / mixed(make(), alike).norm(), alike[0] / alike[0].norm(), **rounding(16, F64)
+    )
     # a gradient of zero has no say, and alone there is no conflict
     for j_KD in (torch.tensor([[0.0, 0.0], [3.0, 4.0]]), torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 0.0]])):
         g = mixed(make(), j_KD.double())
-        torch.testing.assert_close(g / g.norm(), torch.tensor([0.6, 0.8], dtype=torch.float64))
+        torch.testing.assert_close(g / g.norm(), torch.tensor([0.6, 0.8], dtype=torch.float64), **rounding(16, F64))
     assert not mixed(make(), torch.zeros(3, 2, dtype=torch.float64)).any()
     # exactly opposite and equally long: no direction helps both
     if rule in PEACEFUL:
@@ -306,7 +312,7 @@ def test_samples_of_a_batch_are_mixed_as_each_alone(rule: str) -> None:
     grams[9] = 0
     together = GRADIENT_RULES[rule]().mix(grams, torch.ones(3), 4)
     alone = torch.cat([GRADIENT_RULES[rule]().mix(gram[None], torch.ones(3), 4) for gram in grams])
-    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(together, alone, rtol=EXACT, atol=EXACT)
 
 
 def test_two_that_conflict_are_realigned_by_what_the_paper_gives() -> None:
@@ -319,8 +325,9 @@ def test_two_that_conflict_are_realigned_by_what_the_paper_gives() -> None:
             continue
         cos = d / a.norm() / b.norm()
         h_a, h_b = a - d / (b @ b) * b, b - d / (a @ a) * a
-        assert float(h_a @ h_b) == pytest.approx(float(-d * (1 - cos**2)), rel=1e-9, abs=1e-12)
-        torch.testing.assert_close(mixed(Realign(), torch.stack([a, b])), h_a + h_b)
+        # 1 - cos^2 is what is left of 1
+        assert float(h_a @ h_b) == pytest.approx(float(-d * (1 - cos**2)), rel=conditioned(100, F64, terms=8))
+        torch.testing.assert_close(mixed(Realign(), torch.stack([a, b])), h_a + h_b, **rounding(64, F64))
 
 
 def test_torchjd_agrees_where_it_is_exact() -> None:
@@ -335,7 +342,7 @@ def test_torchjd_agrees_where_it_is_exact() -> None:
             wanted |= {"mgda": theirs.MGDA()(j_KD) * k, "pcgrad": theirs.PCGrad()(j_KD)}
         for rule, g in wanted.items():
             gap = float((mixed(GRADIENT_RULES[rule](), j_KD) - g).norm())
-            assert gap < 1e-6 * max(longest, float(g.norm())), (name, rule)
+            assert gap < EXACT * max(longest, float(g.norm())), (name, rule)
         # its ridge of 1e-4 moves it
         g = theirs.UPGrad()(j_KD) * k
         assert float((mixed(UPGrad(), j_KD) - g).norm()) < 2e-2 * longest, name
@@ -351,7 +358,8 @@ def test_gradnorm_is_its_recurrence() -> None:
         j_KD = torch.randn(3, 5, generator=g, dtype=torch.float64) * torch.tensor([[1.0], [10.0], [0.1]])
         value = torch.rand(3, generator=g, dtype=torch.float64) + 0.5
         first = value if first is None else first
-        torch.testing.assert_close(rule.mix((j_KD @ j_KD.T)[None], value, 0)[0], w)
+        # twenty steps of sums over three
+        torch.testing.assert_close(rule.mix((j_KD @ j_KD.T)[None], value, 0)[0], w, **rounding(256, F64))
         rule.learn(lambda seen: seen)
         norm = j_KD.norm(dim=1)
         parts = w.clone().requires_grad_()

@@ -22,6 +22,10 @@ from descant.modules.readout import (
     projected_size,
     sparse_projection,
 )
+from tests.tolerance import F64, conditioned, rounding, statistical, ulps
+
+#: Features at 100 with a deviation of 3 lose 33 ulps, in sums over 103 rows and Gram matrices of condition 3,000.
+FIT = conditioned(33 * 3000, F64, terms=103)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -60,12 +64,12 @@ def test_it_equals_least_squares_with_a_free_intercept(features: int) -> None:
     found = RidgeReadout()(3 * x_NP + 100, y_NS)
     for s in range(3):
         rs, alphas, predicted_N = by_hand(x_NP, y_NS[:, s])
-        assert found.r_fold[:, s].tolist() == pytest.approx(rs, abs=1e-8)
+        assert found.r_fold[:, s].tolist() == pytest.approx(rs, abs=FIT)
         assert found.alpha[:, s].tolist() == alphas
         torch.testing.assert_close(
-            found.predicted[:, s], torch.from_numpy(predicted_N), rtol=0, atol=1e-7, equal_nan=True
+            found.predicted[:, s], torch.from_numpy(predicted_N), equal_nan=True, rtol=0, atol=40 * FIT, equal_nan=True
         )
-    assert found.r.tolist() == pytest.approx(found.r_fold.mean(0).tolist())
+    assert found.r.tolist() == pytest.approx(found.r_fold.mean(0).tolist(), abs=ulps(8, F64))
 
 
 def test_a_penalised_intercept_would_be_another_number() -> None:
@@ -74,7 +78,8 @@ def test_a_penalised_intercept_would_be_another_number() -> None:
     found = RidgeReadout(alphas=[1e9])(x_NP, y_N)
     for k in range(5):
         train_N = torch.cat([y_N[: 20 * k], y_N[20 * (k + 1) :]])
-        assert found.predicted[20 * k + 10].item() == pytest.approx(train_N.mean().item(), abs=1e-4)
+        # 80 rows over an alpha of 1e9 are what a slope has left: 1e-7 of it
+        assert found.predicted[20 * k + 10].item() == pytest.approx(train_N.mean().item(), abs=1e-6)
 
 
 def test_each_target_has_its_own_alpha() -> None:
@@ -94,7 +99,7 @@ def test_what_is_held_out_says_nothing_of_the_scale_of_features() -> None:
     moved[95:] = 30 * moved[95:] + 7  # half of the test half of the last fold
     plain, other = RidgeReadout()(x_NP, y_N), RidgeReadout()(moved, y_N)
     assert other.alpha[4] == plain.alpha[4]
-    torch.testing.assert_close(other.predicted[90:95], plain.predicted[90:95], rtol=0, atol=1e-12)
+    torch.testing.assert_close(other.predicted[90:95], plain.predicted[90:95], rtol=0, atol=ulps(512, F64))
     whole = (moved - moved.mean(0)) / moved.std(0, correction=0)
     train = (moved[:80] - whole[:80]).abs().max()
     assert train > 0.3  # z-scores by all rows are not those by the training rows
@@ -119,7 +124,9 @@ def test_alpha_is_chosen_on_validation_rows_only() -> None:
     spoiled[tested] = normal(100, seed=5)[tested]
     assert RidgeReadout()(x_NP, spoiled).alpha[0] == RidgeReadout()(x_NP, y_N).alpha[0]
     torch.testing.assert_close(
-        RidgeReadout()(x_NP, spoiled).predicted[tested], RidgeReadout()(x_NP, y_N).predicted[tested]
+        RidgeReadout()(x_NP, spoiled).predicted[tested],
+        RidgeReadout()(x_NP, y_N).predicted[tested],
+        **rounding(512, F64),
     )
 
 
@@ -131,7 +138,7 @@ def test_two_turns_test_every_row_once() -> None:
     assert twice.r_fold[::2].tolist() == once.r_fold.tolist()
     # the rows backwards: the halves of every block change places
     assert twice.r_fold[1::2].flip(0).tolist() == pytest.approx(
-        RidgeReadout()(x_NP.flip(0), y_N.flip(0)).r_fold.tolist()
+        RidgeReadout()(x_NP.flip(0), y_N.flip(0)).r_fold.tolist(), abs=ulps(1000, F64)
     )
 
 
@@ -141,12 +148,12 @@ def test_rows_without_a_value_are_as_if_they_were_not_there() -> None:
     y_NS[::3, 1] = torch.nan
     valid = torch.arange(150) % 3 > 0
     found = RidgeReadout()(x_NP, y_NS)
-    assert float(found.r[0]) == pytest.approx(float(RidgeReadout()(x_NP, y_NS[:, 0]).r), abs=1e-12)
+    assert float(found.r[0]) == pytest.approx(float(RidgeReadout()(x_NP, y_NS[:, 0]).r), abs=ulps(1000, F64))
     alone = RidgeReadout()(x_NP[valid], y_NS[valid, 1])
-    assert float(found.r[1]) == pytest.approx(float(alone.r), abs=1e-12)
+    assert float(found.r[1]) == pytest.approx(float(alone.r), abs=ulps(1000, F64))
     assert (found.fold[~valid, 1] == -1).all()
     x_NP[::3] = torch.nan  # and what nobody reads may be anything
-    assert float(RidgeReadout()(x_NP, y_NS[:, 1]).r) == pytest.approx(float(alone.r), abs=1e-12)
+    assert float(RidgeReadout()(x_NP, y_NS[:, 1]).r) == pytest.approx(float(alone.r), abs=ulps(1000, F64))
 
 
 def test_what_has_no_r() -> None:
@@ -172,7 +179,7 @@ def test_bins_are_targets_like_others() -> None:
     y_NST += x_NP[:, :1, None]
     found = RidgeReadout()(x_NP, y_NST)
     assert found.r.shape == (2, 3) and found.predicted.shape == (100, 2, 3)
-    assert found.r[1].tolist() == pytest.approx(RidgeReadout()(x_NP, y_NST[:, 1]).r.tolist(), abs=1e-12)
+    assert found.r[1].tolist() == pytest.approx(RidgeReadout()(x_NP, y_NST[:, 1]).r.tolist(), abs=ulps(1000, F64))
 
 
 # projection ----------------------------------------------------------------------------------------------------
@@ -188,9 +195,9 @@ def test_a_sparse_projection_keeps_distances() -> None:
     assert torch.equal(y_NJ, sparse_projection(x_NP, seed=3))
     assert not torch.allclose(y_NJ, sparse_projection(x_NP, seed=4))
     r_PJ = sparse_projection(torch.eye(400, dtype=torch.float64), size=100)
-    assert float((r_PJ != 0).double().mean()) == pytest.approx(1 / 20, rel=0.1)
-    assert float(r_PJ[r_PJ != 0].abs().unique()) == pytest.approx((20 / 100) ** 0.5)
-    torch.testing.assert_close(sparse_projection(x_NP[:, :400], size=100), x_NP[:, :400] @ r_PJ)
+    assert float((r_PJ != 0).double().mean()) == pytest.approx(1 / 20, abs=statistical(0.218, 40_000))
+    assert float(r_PJ[r_PJ != 0].abs().unique()) == pytest.approx((20 / 100) ** 0.5, rel=ulps(4, F64))
+    torch.testing.assert_close(sparse_projection(x_NP[:, :400], size=100), x_NP[:, :400] @ r_PJ, **rounding(400, F64))
 
 
 def test_few_features_are_left_as_they_are() -> None:
@@ -226,7 +233,7 @@ def test_resampled_r_equals_a_loop_over_drawn_rows() -> None:
                 rows = drawn[found.fold[drawn, s] == k]
                 pair = torch.stack([found.predicted[rows, s], found.truth[rows, s]])
                 rs.append(float(torch.corrcoef(pair)[0, 1]))
-            assert float(r_RS[r, s]) == pytest.approx(sum(rs) / 5, abs=1e-10)
+            assert float(r_RS[r, s]) == pytest.approx(sum(rs) / 5, abs=ulps(1000, F64))
 
 
 def test_models_are_resampled_by_the_same_stimuli() -> None:
@@ -248,7 +255,7 @@ def test_p_counts_the_resamples_that_are_no_win() -> None:
     a, b = read(y_NS + normal(100, 3, seed=1), y_NS), read(y_NS + normal(100, 3, seed=2), y_NS)
     contrast = ModelContrast(resamples=99)
     wins = (contrast.resample(a) > contrast.resample(b)).sum(0)
-    assert contrast.p_value(a, b).tolist() == pytest.approx([(100 - int(w)) / 100 for w in wins])
+    assert contrast.p_value(a, b).tolist() == pytest.approx([(100 - int(w)) / 100 for w in wins], abs=ulps(4, F64))
     assert contrast.p_value(a, a).tolist() == [1.0] * 3  # a tie is no win
     broken = read(normal(100, 3).fill_(torch.nan), y_NS)
     assert contrast.p_value(broken, b).tolist() == contrast.p_value(a, broken).tolist() == [1.0] * 3
@@ -321,13 +328,13 @@ def test_products_are_of_components_of_the_training_rows() -> None:
     moved[40:] *= 100
     x_NP = products(train_T)
     assert x_NP.shape == (50, 4 + 6 + 4)
-    torch.testing.assert_close(Products(moved, x_b_NP, 2)(train_T)[:40], x_NP[:40])
+    torch.testing.assert_close(Products(moved, x_b_NP, 2)(train_T)[:40], x_NP[:40], **rounding(512, F64))
     z_TP = (x_a_NP[:30] - x_a_NP[:30].mean(0)) / x_a_NP[:30].std(0, correction=0)
     u, _, _ = torch.linalg.svd(z_TP, full_matrices=False)
     z_b_TP = (x_b_NP[:30] - x_b_NP[:30].mean(0)) / x_b_NP[:30].std(0, correction=0)
     w, _, _ = torch.linalg.svd(z_b_TP, full_matrices=False)
     wanted = 30 * u[:, 0] * w[:, 1]
-    torch.testing.assert_close(x_NP[:30, 11].abs(), wanted.abs())
+    torch.testing.assert_close(x_NP[:30, 11].abs(), wanted.abs(), **rounding(1000, F64))
 
 
 @pytest.mark.parametrize(
@@ -360,4 +367,5 @@ def test_bad_arguments_are_one_line(call: Any, line: str) -> None:
 def test_pearson_equals_numpy() -> None:
     p_HS, y_HS = normal(30, 2), normal(30, 2, seed=1)
     wanted = [float(np.corrcoef(p_HS[:, s], y_HS[:, s])[0, 1]) for s in range(2)]
-    assert pearson(1e-6 * p_HS + 5, y_HS).tolist() == pytest.approx(wanted, abs=1e-9)
+    # deviations of 1e-6 around 5
+    assert pearson(1e-6 * p_HS + 5, y_HS).tolist() == pytest.approx(wanted, abs=conditioned(5e6, F64))
