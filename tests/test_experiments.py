@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.tolerance import F32, ulps
+
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 RUNNABLE = sorted(p for p in EXPERIMENTS.glob("*/*.yaml") if p.parent.name not in {"data", "with", "on", "claims"})
 OVERLAYS = sorted(EXPERIMENTS.glob("with/*.yaml"))
@@ -125,4 +127,5 @@ def test_machines_of_several_ranks_train_alike_and_are_evaluated_on_one(cli: Any
         alone = ("--trainer.devices", "1", "--trainer.strategy", "auto", "--model.shard", "null")
         result = cli("validate", "--run", f"{machine}/001", *alone)
         assert result.rc == 0 and "i2t_r1" in result.out, result.err
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    # two ranks add gradients in another order, and two steps follow one another
+    assert losses[0] == pytest.approx(losses[1], rel=ulps(84, F32))

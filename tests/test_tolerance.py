@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import io
+import sys
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +24,9 @@ SMALL = 2e-3
 
 
 def test_doctests() -> None:
-    found = doctest.testmod(tolerance, optionflags=doctest.IGNORE_EXCEPTION_DETAIL)
-    assert found.failed == 0 and found.attempted > 10
+    for module in (tolerance, sys.modules[__name__]):
+        found = doctest.testmod(module, optionflags=doctest.IGNORE_EXCEPTION_DETAIL)
+        assert found.failed == 0 and found.attempted >= 4
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])
@@ -33,7 +35,7 @@ def test_sums_in_any_order_and_blocking_differ_by_less_than_the_bound(dtype: tor
     largest = 0.0
     for n in (3, 64, 1000):
         x_N = torch.randn(n, generator=generator, dtype=dtype)
-        sums = [float(x_N[torch.randperm(n, generator=generator)].cumsum(0)[-1]) for _ in range(20)]
+        sums = [float(sum(x_N[torch.randperm(n, generator=generator)])) for _ in range(5)]
         sums += [float(sum(part.sum() for part in x_N.split(size))) for size in (1, 7, 16)]
         gap = (max(sums) - min(sums)) / float(x_N.double().abs().sum())
         assert gap <= ulps(n, dtype)
@@ -51,13 +53,14 @@ def test_a_mean_of_draws_is_within_its_standard_errors_and_a_biased_one_is_not()
     )
 
 
-# comparisons without a reason ------------------------------------------------------------------------------------------
+# comparisons without a reason -----------------------------------------------------------------------------------------
 
 
 def unexplained(source: str) -> Iterator[tuple[int, str]]:
-    """Line and text of each comparison of floats with a bare number for a bound, or none, and no comment at it or above.
+    """Line and text of each comparison of floats whose bound is a bare number, or absent, and has no comment.
 
-    "Differs" needs no bound, nor does equality of bits. A bound that is computed or has a name explains itself.
+    A comment counts at it or in the line above. "Differs" needs no bound, nor does equality of bits. A bound that is
+    computed or has a name explains itself.
 
     >>> list(unexplained("assert x == approx(1)"))
     [(1, 'approx(1)')]

@@ -1,9 +1,9 @@
 """What a comparison of floats may differ by, named by the reason.
 
 Kernels of another processor (AVX2, AVX-512, none) or library (OpenBLAS, MKL, oneDNN) add the same numbers in another
-order and fuse other products, so that no two of them agree in every bit. What they may differ by is a count of roundings
-times the condition of the problem. Where code, shapes and order of the operations are the same, bits are compared with
-``torch.equal`` instead.
+order and fuse other products, so that no two of them agree in every bit. They may differ by a count of roundings times
+the condition of the problem. Where code, shapes and the order of operations are the same, compare bits instead
+(``torch.equal``).
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ def ulps(terms: float, dtype: torch.dtype) -> float:
         |s_1 - s_2| <= 2 (terms - 1) u sum_i |x_i|,    u = eps / 2
 
     ``eps`` is the unit in the last place of numbers from 1 to 2: 2^-23 of float32, 2^-52 of float64, 2^-7 of bfloat16.
-    Relative to ``sum_i |x_i|``: an ``atol`` where that is about 1 (unit vectors, shares, losses), an ``rtol`` or ``rel``
-    where the terms have one sign. In a chain of such sums (the layers of a network) the terms of all of them count.
+    The bound is relative to ``sum_i |x_i|``: an ``atol`` where that is about 1 (unit vectors, shares, losses), an
+    ``rtol`` or ``rel`` where the terms have one sign. In a chain of sums, such as the layers of a network, the terms of
+    all of them count.
+
     Source: Higham 2002, Accuracy and Stability of Numerical Algorithms, section 4.2.
 
     >>> ulps(1, torch.float64) == 2**-52, ulps(8, torch.float32) == 2**-20
     (True, True)
-    >>> x = torch.cat([torch.ones(1), torch.full((4096,), 2.0**-24)])  # one by one, every small one is rounded away
-    >>> forth, back = x.cumsum(0)[-1], x.flip(0).cumsum(0)[-1]
+    >>> x = torch.tensor([1.0] + [2.0**-24] * 64)  # after 1, every small one is rounded away
+    >>> forth, back = sum(x), sum(x.flip(0))
     >>> 0 < float(abs(forth - back)) <= ulps(len(x), torch.float32)
     True
     """
@@ -34,7 +36,7 @@ def ulps(terms: float, dtype: torch.dtype) -> float:
 
 
 def rounding(terms: float, dtype: torch.dtype) -> dict[str, float]:
-    """:func:`ulps` as both tolerances of ``torch.testing.assert_close``: relative, and absolute beside values of about 1.
+    """:func:`ulps` as both tolerances of ``torch.testing.assert_close``; ``atol`` is for values of about 1.
 
     >>> a, b = torch.tensor([1.0, 0.0]), torch.tensor([1 + 2.0**-22, 2.0**-22])
     >>> torch.testing.assert_close(a, b, **rounding(2, torch.float32))
@@ -78,9 +80,9 @@ def printed(digits: int) -> float:
 
 
 def quotient(dtype: torch.dtype, scale: float = 1) -> float:
-    """Error of a central difference at its best step, ``eps^(1/3)``: ``scale * eps^(2/3)``, of functions of about ``scale``.
+    """Error of a central difference at its best step, ``eps^(1/3)``: ``scale * eps^(2/3)``.
 
-    Truncation, h^2 f''' / 6, and rounding, eps f / h, are then alike; ``scale`` stands for f and f''' / 6.
+    Truncation, h^2 f''' / 6, and rounding, eps f / h, are then alike; ``scale`` is the size of f and of f''' / 6.
 
     >>> f"{quotient(torch.float64):.1e}"
     '3.7e-11'

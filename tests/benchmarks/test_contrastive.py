@@ -18,8 +18,8 @@ def test_peak_bytes_are_those_alive_at_once() -> None:
     def together() -> list[torch.Tensor]:
         return [torch.zeros(1000) for _ in range(5)]
 
-    assert peak_bytes(one_after_the_other) == pytest.approx(4000, rel=0.1)
-    assert peak_bytes(together) == pytest.approx(20_000, rel=0.1)
+    assert peak_bytes(one_after_the_other) == pytest.approx(4000, rel=0.1)  # an allocator rounds up to 64 bytes
+    assert peak_bytes(together) == pytest.approx(20_000, rel=0.1)  # as above
 
 
 def test_gradcache_needs_little_more_than_the_small_batch() -> None:

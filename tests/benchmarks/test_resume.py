@@ -9,6 +9,7 @@ import pytest
 from benchmarks import resume
 from descant.callbacks import Resume
 from descant.store import AtomicIO
+from tests.tolerance import F64, ulps
 
 
 def test_rounds_hold_a_block_of_each_arm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,10 +37,10 @@ def test_rows_of_saving(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     blocks.bytes = 37_000_000
     monkeypatch.setattr(resume, "_blocks", lambda rounds, every: blocks)
     found = {row.name: row for row in resume.saving()}
-    assert found["resume/asynchronous_save_every_20"].value == pytest.approx(0.025)
+    assert found["resume/asynchronous_save_every_20"].value == pytest.approx(0.025, rel=ulps(64, F64))
     assert found["resume/asynchronous_save_every_20"].ok and found["resume/asynchronous_save_every_20"].bar == 0.05
-    assert found["resume/asynchronous_save_every_500"].value == pytest.approx(0.001)
-    assert found["resume/in_line_save_every_20"].value == pytest.approx(0.2)
+    assert found["resume/asynchronous_save_every_500"].value == pytest.approx(0.001, rel=ulps(64, F64))
+    assert found["resume/in_line_save_every_20"].value == pytest.approx(0.2, rel=ulps(64, F64))
     (line,) = capsys.readouterr().out.splitlines()
     assert "37 MB, steps of 100 ms, a save every 20" in line
     assert "for 30 ms (asynchronous) and 400 ms (in line)" in line

@@ -31,6 +31,7 @@ from descant.modules.batch import Batch
 from descant.modules.losses import InfoNCE
 from descant.modules.random import mix_N
 from descant.modules.text import Ngrams, Words
+from tests.tolerance import F32, F64, ulps
 
 CODEC = Ngrams(n=3, buckets=16384, length=80)
 
@@ -84,8 +85,9 @@ def trained(data: Emoji) -> MixedCaptions:
 def test_oklab_is_as_published() -> None:
     # white, and red as CSS Color 4 has it
     lab = oklab(torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]]))
+    # the matrices are published with ten digits, sRGB's with four
     assert lab[0].tolist() == pytest.approx([1.0, 0.0, 0.0], abs=1e-3)
-    assert lab[1].tolist() == pytest.approx([0.6280, 0.2249, 0.1258], abs=1e-3)
+    assert lab[1].tolist() == pytest.approx([0.6280, 0.2249, 0.1258], abs=1e-3)  # as above
 
 
 @pytest.mark.parametrize(
@@ -126,9 +128,11 @@ def test_measures_in_numbers() -> None:
     found = measure(torch.stack([half, bar, canvas()]))
     red, blue, black = (list(COLOURS).index(term) for term in ("red", "blue", "black"))
     assert found.share_RK[0, [red, blue]].tolist() == [0.5, 0.5]
-    assert found.y_RK[0, [red, blue]].tolist() == pytest.approx([-0.25, 0.25])
-    assert found.x_RK[0, [red, blue]].tolist() == pytest.approx([0.0, 0.0])
-    assert found.side_R.tolist() == [0.5, 1.0, 0.0] and found.wide_R.tolist() == pytest.approx([1.0, 6.4, 0.0])
+    assert found.y_RK[0, [red, blue]].tolist() == pytest.approx([-0.25, 0.25], abs=ulps(64, F32))
+    assert found.x_RK[0, [red, blue]].tolist() == pytest.approx([0.0, 0.0], abs=ulps(64, F32))
+    assert found.side_R.tolist() == [0.5, 1.0, 0.0] and found.wide_R.tolist() == pytest.approx(
+        [1.0, 6.4, 0.0], rel=ulps(8, F32)
+    )
     assert found.filled_R.tolist() == [1.0, 1.0, 0.0] and found.mirror_R.tolist() == [1.0, 1.0, 0.0]
     assert found.dark_R[:2].tolist() == [0.0, 1.0] and found.share_RK[1, black] == 1.0
     assert not found.share_RK[2].any()
@@ -209,7 +213,7 @@ def test_shares_are_pi_within_chance_and_each_epoch_draws_anew(alt: float) -> No
         assert abs(chosen[-1].mean() - alt) <= error
     # independent between epochs: both alike with probability pi^2 + (1 - pi)^2
     same = (chosen[0] == chosen[1]).mean()
-    assert abs(same - (alt**2 + (1 - alt) ** 2)) <= 4 * np.sqrt(same * (1 - same) / n) + 1e-9
+    assert abs(same - (alt**2 + (1 - alt) ** 2)) <= 4 * np.sqrt(same * (1 - same) / n) + 1e-9  # where all are alike
 
 
 def sources(data: Emoji, epoch: int, world: int = 1, workers: int = 0) -> dict[int, tuple[Any, ...]]:
@@ -407,7 +411,7 @@ def test_statistics_are_of_what_training_reads(data: Emoji) -> None:
     assert found is not None
     rows = torch.tensor([ids for ids, _ in read.values()])
     content = rows > 2
-    assert found["tokens"] == pytest.approx(float(content.sum(1).double().mean()))
+    assert found["tokens"] == pytest.approx(float(content.sum(1).double().mean()), rel=ulps(4, F64))
     assert found["coverage"] == len(rows[content].unique()) / CODEC.vocabulary
     assert found["distinct"] == len({ids for ids, _ in read.values()}) / len(read)
     assert found["alt_share"] + found["synthetic_share"] == 1

@@ -17,6 +17,7 @@ from descant.datamodules.emoji import PACK, VENDORS, Emoji, Pack
 from descant.datamodules.ledger import Ledger
 from descant.datamodules.order import Order
 from descant.modules.batch import Batch
+from tests.tolerance import F32, conditioned, statistical, ulps
 
 
 def first_batch(data: Emoji, epoch: int = 0, batch_size: int = 16) -> Batch:
@@ -137,7 +138,8 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index(data: Emoji) -> None:
         assert torch.equal(a.inputs["text"][k], b.inputs["text"][j])
         one = data.augment(a.inputs["image"][k : k + 1], a.draw[k : k + 1])
         many = data.augment(b.inputs["image"], b.draw)[j : j + 1]
-        torch.testing.assert_close(one, many, rtol=0, atol=1e-6)
+        # 16 places between pixels that are up to 2 apart
+        torch.testing.assert_close(one, many, rtol=0, atol=conditioned(2, F32, terms=2 * 16))
     again = first_batch(data)
     assert torch.equal(a.inputs["text"], again.inputs["text"])
     other = first_batch(data, epoch=1)
@@ -187,7 +189,8 @@ def test_token_dropout_leaves_out_its_share_and_no_other_token_changes() -> None
     gone = before != after
     assert not after[gone].any()
     assert torch.equal(before[:, 0], after[:, 0])
-    assert float(gone.sum() / (before[:, 1:] != 0).sum()) == pytest.approx(0.25, abs=0.04)
+    # 256 texts of at least 8 tokens
+    assert float(gone.sum() / (before[:, 1:] != 0).sum()) == pytest.approx(0.25, abs=statistical(0.433, 2000))
 
 
 def test_the_held_out_language_is_a_set_of_its_own() -> None:
@@ -233,7 +236,7 @@ def test_a_sketch_is_the_edges_of_what_the_image_tower_sees() -> None:
     across = (luma[:, y - 1 : y + 2, x + 1] - luma[:, y - 1 : y + 2, x - 1]) @ weight
     down = (luma[:, y + 1, x - 1 : x + 2] - luma[:, y - 1, x - 1 : x + 2]) @ weight
     wanted = (across**2 + down**2).sqrt().clamp(max=1) * 2 - 1
-    assert torch.allclose(sketch[:, 0, y, x], wanted, atol=1e-6) and sketch.std() > 0.1
+    assert torch.allclose(sketch[:, 0, y, x], wanted, rtol=0, atol=ulps(16, F32)) and sketch.std() > 0.1
 
 
 def test_prompts_and_pictures(data: Emoji) -> None:

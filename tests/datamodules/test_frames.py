@@ -31,6 +31,7 @@ from descant.modules.reinforce.rewards import Answer, Rewards, Verifier
 from descant.recipes import Reinforced
 from tests.callbacks.test_resume import fit
 from tests.small import small_chat
+from tests.tolerance import F32, ulps
 
 
 def frames(**options: Any) -> Frames:
@@ -131,6 +132,7 @@ def test_it_moves_the_way_that_is_said() -> None:
         path = np.array([middle(x) for x in x_F])
         moved = np.diff(path, axis=0)
         assert (np.sign(moved.sum(axis=0)).astype(int) == WAYS[word]).all()
+        # pixels: middles are of whole ones
         assert np.abs(path[-1] - path[0]).max() == pytest.approx(12, abs=0.5), "through the whole of the room"
     assert len(set(said(data, batch))) == 4
 
@@ -241,7 +243,7 @@ def test_answers_are_trained_at_the_positions_that_they_were_given_at(tmp_path: 
     trainer, _ = fit(
         tmp_path, Rollouts(Rewards({"long": Long()})), net=net, data=data, max_epochs=2, limit_val_batches=0
     )
-    assert float(trainer.callback_metrics["policy/moved"]) < 1e-6
+    assert float(trainer.callback_metrics["policy/moved"]) < ulps(8, F32)
     assert float(trainer.callback_metrics["rollouts/flat"]) < 1
 
 

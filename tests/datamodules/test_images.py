@@ -111,6 +111,7 @@ def test_very_long_pictures_cost_what_their_middle_costs(shape: tuple[int, int])
     grey = np.tile(ramp, (min(shape), 1)) if shape[0] > shape[1] else np.tile(ramp[:, None], (1, min(shape)))
     data, images = encoded(Image.fromarray(grey).convert("RGB"), "PNG"), Images(64)
     assert images.boxes(np.array([shape[::-1]]), None)[0][0, 2:].max() == 4 * min(shape)
+    # grey levels: a strip of the middle, whose ramp is cut to whole ones
     assert float(one(images, data).mean()) == pytest.approx(127.5, abs=1.5)
 
 
@@ -174,6 +175,7 @@ def test_crops_are_inside_and_spread_as_torchvisions(shape: tuple[int, int], sca
     a, b = measures(ours), measures(theirs)
     error = np.sqrt(a.var(axis=1) / a.shape[1] + b.var(axis=1) / b.shape[1]) + 1e-9
     assert (np.abs(a.mean(axis=1) - b.mean(axis=1)) < 4.5 * error).all()
+    # of a few thousand crops a deviation is known to 2%; the rest is whole pixels
     np.testing.assert_allclose(a.std(axis=1), b.std(axis=1), rtol=0.12, atol=1e-6)
     assert abs(mirrored.mean() - 0.5) < 0.04
 
@@ -290,6 +292,7 @@ def test_of_an_animation_the_first_frame_is_read() -> None:
     frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
     for form in ("GIF", "WEBP", "PNG"):
         data = encoded(frames[0], form, save_all=True, append_images=frames[1:])
+        # grey levels: WebP is lossy
         assert one(Images(8), data).mean((1, 2)).tolist() == pytest.approx([255, 0, 0], abs=2), form
 
 

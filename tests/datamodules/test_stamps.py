@@ -21,6 +21,7 @@ from descant.modules.batch import Batch
 from descant.modules.text import BOS, Ngrams
 from tests.datamodules.prepare.test_deb import deb_of, tar_of
 from tests.datamodules.prepare.test_stamps import CONTENT
+from tests.tolerance import printed, statistical
 
 
 def stamps(**options: Any) -> Stamps:
@@ -69,9 +70,9 @@ def test_the_split_hangs_on_the_family_alone(data: Stamps) -> None:
 
 def test_shares_are_about_70_10_20() -> None:
     share = np.array([module._share(f"word {i}") for i in range(4000)])
-    assert (share < 0.7).mean() == pytest.approx(0.7, abs=0.02)
-    assert (share < 0.8).mean() == pytest.approx(0.8, abs=0.02)
-    assert module._share("word ant") == pytest.approx(0.7613, abs=1e-4), "the same in every version"
+    assert (share < 0.7).mean() == pytest.approx(0.7, abs=statistical(0.458, 4000, errors=3))
+    assert (share < 0.8).mean() == pytest.approx(0.8, abs=statistical(0.4, 4000, errors=3))
+    assert module._share("word ant") == pytest.approx(0.7613, abs=printed(4)), "the same in every version"
 
 
 def test_sets_hold_what_they_say(data: Stamps) -> None:

@@ -17,6 +17,7 @@ from descant.claims.spec import Claim
 from descant.errors import Refusal
 from descant.statistics import paired
 from tests.conftest import Result
+from tests.tolerance import F64, ulps
 
 CONTENT: dict[str, Any] = {
     "title": "a tower that learns is nearer than one that does not",
@@ -103,7 +104,7 @@ def test_each_part_of_the_rule_can_fail_a_claim(
         found = judge(made(metric=metric, status=status), runs_of(gains, shams))
         assert found.verdict == (PASSED if says is None else verdict)
         assert says is None or any(says in reason for reason in found.reasons), found.reasons
-        assert found.method.mean == pytest.approx(sum(gains) / 5)
+        assert found.method.mean == pytest.approx(sum(gains) / 5, rel=ulps(8, F64))
 
 
 def test_further_conditions_count(made: Callable[..., Claim]) -> None:
@@ -409,7 +410,9 @@ def test_the_page_and_the_list_say_what_is_stored(made: Callable[..., Claim], re
     store.write(results, claim, "full", runs_of([0.5, 0.6, 0.7], [0.0, 0.1, -0.04]), 61.0)
     found = summary(claim, results)
     assert (found["verdict"], found["seed"], found["seconds"]) == (PASSED, 99, 61.0)
-    assert found["difference"] == pytest.approx(0.6) and found["sham_difference"] == pytest.approx(0.02)
+    assert found["difference"] == pytest.approx(0.6, abs=ulps(8, F64)) and found["sham_difference"] == pytest.approx(
+        0.02, abs=ulps(8, F64)
+    )
     assert table.write([claim], results, workplace / "CLAIMS.md") == []
     page = (workplace / "CLAIMS.md").read_text()
     assert "| a planted effect | passed | +0.600 [+0.431, +0.769] | 0.01 | 3 of 3 | +0.020 | 1.0 min |" in page

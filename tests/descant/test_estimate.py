@@ -44,8 +44,8 @@ def test_it_is_within_a_fifth_of_the_whole_batch(name: str, cli: Cli, monkeypatc
     result = cli("check", "--config", name, "--trainer.accelerator=cpu", *{**FIRST, **OF_ALL}[name])
     assert result.rc == 0, result.err
     ((need, peak, flops, grown),) = told
-    assert need.peak == pytest.approx(need.resident + peak, rel=0.2)
-    assert need.flops == pytest.approx(flops, rel=0.2) and flops > 1e6
+    assert need.peak == pytest.approx(need.resident + peak, rel=0.2)  # what it promises: a fifth
+    assert need.flops == pytest.approx(flops, rel=0.2) and flops > 1e6  # what it promises: a fifth
     # the system counts what an allocator leaves between, too
     assert need.peak == pytest.approx(need.resident + grown, rel=0.2, abs=12e6)
     line = next(line for line in result.out.splitlines() if line.startswith("memory"))
@@ -112,7 +112,7 @@ def test_gradients_count_in_a_ledger() -> None:
     layer = torch.nn.Linear(100, 100, bias=False)
     with Ledger() as ledger:
         layer(torch.ones(1, 100)).sum().backward()
-    assert ledger.live == pytest.approx(layer.weight.nbytes, rel=0.05)
+    assert ledger.live == pytest.approx(layer.weight.nbytes, rel=0.05)  # the loss and its like beside 40,000 bytes
 
 
 def test_the_most_rows_is_where_the_curve_meets_the_room() -> None:

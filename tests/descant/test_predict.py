@@ -22,6 +22,7 @@ from descant.errors import Refusal
 from descant.predictions import Predictions
 from descant.runs import Run
 from tests.conftest import Result
+from tests.tolerance import F32, ulps
 
 Cli = Callable[..., Result]
 EMOJI = (
@@ -57,7 +58,7 @@ def test_one_file_a_set_with_ids_names_and_nulls(cli: Cli, workplace: Path) -> N
     assert all(row["z_text"] is not None for row in rows)
     assert "articulated lorry" in {row["name"] for row in rows}
     z_ND = torch.tensor([row["z_image"] for row in pictures])
-    assert torch.allclose(z_ND.norm(dim=1), torch.ones(len(z_ND)), atol=1e-5)
+    assert torch.allclose(z_ND.norm(dim=1), torch.ones(len(z_ND)), rtol=0, atol=ulps(16, F32))
     schema = pq.read_schema(folder / "embeddings-vendor.parquet")
     assert [str(kind) for kind in schema.types[:2]] == ["int64", "string"]
     assert str(schema.field("z_image").type) == "fixed_size_list<element: float>[16]"
@@ -106,7 +107,7 @@ def test_ranks_write_parts_of_one_table(cli: Cli, workplace: Path) -> None:
         for row in one:
             other = by_index[row["index"]]
             assert row["name"] == other["name"] and (row["z_image"] is None) == (other["z_image"] is None)
-            assert np.allclose(row["z_text"], other["z_text"], atol=1e-6)
+            assert np.allclose(row["z_text"], other["z_text"], rtol=0, atol=ulps(64, F32))
 
 
 # the writer ---------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from descant.groups import group, load
 from descant.report import LIMIT
 from tests.conftest import Result
 from tests.descant.test_compare import make
+from tests.tolerance import F64, ulps
 
 Cli = Callable[..., Result]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -126,7 +127,7 @@ def test_thinning_keeps_ends_and_spikes() -> None:
     ],
 )
 def test_ticks_are_round_numbers(low: float, high: float, found: list[float]) -> None:
-    assert ticks(low, high) == pytest.approx(found)
+    assert ticks(low, high) == pytest.approx(found, rel=ulps(8, F64), abs=ulps(8, F64))
 
 
 # the page -------------------------------------------------------------------------------------------------------------

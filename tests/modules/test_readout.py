@@ -67,7 +67,7 @@ def test_it_equals_least_squares_with_a_free_intercept(features: int) -> None:
         assert found.r_fold[:, s].tolist() == pytest.approx(rs, abs=FIT)
         assert found.alpha[:, s].tolist() == alphas
         torch.testing.assert_close(
-            found.predicted[:, s], torch.from_numpy(predicted_N), equal_nan=True, rtol=0, atol=40 * FIT, equal_nan=True
+            found.predicted[:, s], torch.from_numpy(predicted_N), equal_nan=True, rtol=0, atol=40 * FIT
         )
     assert found.r.tolist() == pytest.approx(found.r_fold.mean(0).tolist(), abs=ulps(8, F64))
 

@@ -101,10 +101,11 @@ def test_recordings_by_language_at_one_rate(corpus: Corpus) -> None:
     assert corpus.languages == ["fr", "en", "pt_BR", "sound"], "the most frequent first; none that cannot be read"
     for language, seconds in (("en", 0.5), ("fr", 1.0), ("pt_BR", 0.25), ("sound", 0.3)):
         x_S = clip(corpus, "animals/ant", language).astype(float)
-        assert len(x_S) == pytest.approx(seconds * 16000, abs=2)
+        assert len(x_S) == pytest.approx(seconds * 16000, abs=2)  # samples: both ends are rounded
         spectrum = np.abs(np.fft.rfft(x_S))
+        # Hz: a quarter of a second tells pitches 4 apart
         assert spectrum.argmax() * 16000 / len(x_S) == pytest.approx(440, abs=4), "the pitch, whatever the rate was"
-        assert np.abs(x_S).max() == pytest.approx(0.5 * 32768, rel=0.15)
+        assert np.abs(x_S).max() == pytest.approx(0.5 * 32768, rel=0.15)  # a lossy codec, and resampling
     assert len(clip(corpus, "animals/insects/ant2", "fr")) == 4 * 16000, "its first four seconds"
 
 
