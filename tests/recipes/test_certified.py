@@ -21,6 +21,7 @@ from tests.callbacks.test_resume import Act, equal, fit, point, state
 from tests.ranks import run_ranks
 from tests.recipes.test_missing import PatternData, batch, build, fusion, train, write
 from tests.step_toy import QUIET
+from tests.tolerance import F32, rounding
 
 NAMES = ("image", "text")
 
@@ -79,7 +80,7 @@ def test_slopes_are_the_steepest_of_the_training_rows(runs: dict[str, Path]) -> 
     model = trained(runs["margins"], steps=1)
     b = batch(44, modalities=NAMES)
     for i, m in enumerate(NAMES):
-        torch.testing.assert_close(model.slope_MC[i], slopes(Nudge(model, b, [m]), m).amax(dim=0))
+        torch.testing.assert_close(model.slope_MC[i], slopes(Nudge(model, b, [m]), m).amax(dim=0), **rounding(64, F32))
     few = trained(runs["margins"], steps=1, rows=8)
     assert (few.slope_MC <= model.slope_MC).all() and not torch.equal(few.slope_MC, model.slope_MC)
 
@@ -93,8 +94,10 @@ def test_the_term_is_the_radius_of_the_labelled_rows(runs: dict[str, Path]) -> N
     b.step = dict(b.present)
     (term,) = model.terms(b).values()
     assert term.valid is not None and term.valid.tolist() == [n not in (3, 5) for n in range(44)]
-    torch.testing.assert_close(term.value[term.valid], wanted[term.valid])
-    torch.testing.assert_close(model.step({"radius": term}, b).total, wanted[term.valid].sum() / 43)
+    torch.testing.assert_close(term.value[term.valid], wanted[term.valid], **rounding(64, F32))
+    torch.testing.assert_close(
+        model.step({"radius": term}, b).total, wanted[term.valid].sum() / 43, **rounding(64, F32)
+    )
 
 
 def test_the_sham_is_trained_by_the_slopes_of_the_other_modality(runs: dict[str, Path]) -> None:
@@ -104,7 +107,7 @@ def test_the_sham_is_trained_by_the_slopes_of_the_other_modality(runs: dict[str,
     (term,) = model.terms(b).values()
     handed = dict(zip(NAMES, model.slope_MC.flip(0), strict=True))
     wanted = certified_radius(model.fuse(model.latents(b)), model.fusion.weights, handed, b.present, b.targets["label"])
-    torch.testing.assert_close(term.value, -wanted)
+    torch.testing.assert_close(term.value, -wanted, **rounding(64, F32))
 
 
 @pytest.mark.ddp
@@ -113,6 +116,7 @@ def test_two_ranks_as_one(runs: dict[str, Path]) -> None:
     one = trained(runs["margins"], steps=4).state_dict()
     for found in run_ranks(2, _on_rank, runs["margins"]):
         for name, x in one.items():
+            # two ranks add gradients in another order: 8 ulps beside 1, and 800 where four steps magnify them
             torch.testing.assert_close(found[name], x, rtol=1e-4, atol=1e-6)
 
 

@@ -12,6 +12,7 @@ import torch
 from descant.modules.protocols import Classifies, Contends, Embeds, Fuses, Scores, Unimodal
 from descant.recipes import Ensemble
 from tests.recipes.test_missing import build, fusion, node, some_absent, train, write
+from tests.tolerance import F32, rounding
 
 NAMES = ("image", "text")
 
@@ -45,7 +46,7 @@ def test_the_mixture_of_what_members_say_of_those_they_know(runs: dict[str, str]
     for n in range(len(b)):
         there = [said[m][n] for m in NAMES if b.present[m][n]]
         wanted = torch.stack(there).mean(dim=0).log() if there else torch.zeros(4)
-        torch.testing.assert_close(logits[n], wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits[n], wanted, **rounding(64, F32))
 
 
 def test_weights_alone_are_trained_and_go_to_who_knows(runs: dict[str, str]) -> None:
