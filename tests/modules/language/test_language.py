@@ -47,7 +47,7 @@ def test_logits_are_those_of_llama(key_heads: int, tie: bool) -> None:
     theirs, ours = both(key_heads, tie)
     ids = torch.randint(V, (3, 20), generator=torch.Generator().manual_seed(1))
     found = ours.logits(ours(ours.embed(ids)))
-    # transformers keeps angles in float32: up to 20, of queries and keys, in two layers
+    # both turn queries and keys by angles in float32: of up to 20, in two layers
     torch.testing.assert_close(found, theirs(ids).logits, **rounding(80, F32))
     assert (ours.head.weight is ours.embedding.weight) == tie
 
@@ -82,8 +82,8 @@ def test_packed_documents_are_what_they_are_alone() -> None:
     h_BTD = lm(lm.embed(rows), segments)
     at = [(row, segments[row] == k) for row, count in ((0, 3), (1, 2)) for k in range(1, count + 1)]
     for (row, here_T), doc in zip(at, docs, strict=True):
-        # two layers of sums over 24, 24, 24, 24 and 32
-        torch.testing.assert_close(h_BTD[row, here_T], lm(lm.embed(doc[None]))[0], **rounding(2 * 128, F64))
+        # queries and keys are turned in float32, where roundings of float64 tip a last bit now and then
+        torch.testing.assert_close(h_BTD[row, here_T], lm(lm.embed(doc[None]))[0], **rounding(1, F32))
     # without the mask of documents it is something else
     mixed = lm(lm.embed(rows))
     assert not torch.allclose(mixed[0, 6:13], h_BTD[0, 6:13], atol=1e-3)
