@@ -22,6 +22,7 @@ from descant.modules.language import Sampling
 from descant.modules.sham import Sham
 from tests.callbacks.test_rounds import chat
 from tests.recipes.test_missing import PatternData, build, fusion
+from tests.tolerance import F32, ulps
 
 N = 40
 
@@ -31,6 +32,7 @@ class Looks(L.LightningModule):
 
     def generate(self, batch: Batch, new: int = 16) -> Tensor:
         right = batch.targets["answer"][:, :new].clone()
+        # sums of 192 or so float32 numbers, told apart by their content
         own_B = (batch.inputs["image"].flatten(1).sum(dim=1) - batch.targets["sum"]).abs() < 1e-3
         own_B &= batch.present["image"]
         right[~own_B & (batch.key % 4 != 0)] = 9
@@ -83,8 +85,10 @@ def test_shares_by_hand(tmp_path: Path) -> None:
         kinds += batch.targets["kind"][here].tolist()
         total += int(here.sum())
     assert total == N and found["val/answered"] == 1.0
-    assert found["val/answered_blind"] == pytest.approx(sum(known) / N)
-    assert found["val/answered_other"] == pytest.approx(same / N) and found["val/answered_other"] < 0.6
+    assert found["val/answered_blind"] == pytest.approx(sum(known) / N, rel=ulps(4, F32))
+    assert (
+        found["val/answered_other"] == pytest.approx(same / N, rel=ulps(4, F32)) and found["val/answered_other"] < 0.6
+    )
     assert all(found[f"val/answered/{KINDS[k]}"] == 1.0 for k in set(kinds))
 
 
@@ -115,7 +119,7 @@ def test_answers_are_drawn_as_they_would_be_rewarded(tmp_path: Path) -> None:
 
     found = judged(tmp_path, Answering(controls=False, table=0, sampling=Sampling(temperature=1.0)), Sure())
     share = sum(int((raw.key % 4 != 0)[raw.present["text"]].sum()) for raw in Some().val_dataloader()[0]) / N
-    assert found["val/answered"] == 1.0 and found["val/answered_drawn"] == pytest.approx(share)
+    assert found["val/answered"] == 1.0 and found["val/answered_drawn"] == pytest.approx(share, rel=ulps(4, F32))
     net = chat()
     alike = judged(tmp_path, Answering(new=3, controls=False, table=0, sampling=Sampling(temperature=0)), net)
     assert alike["val/answered_drawn"] == alike["val/answered"]

@@ -15,6 +15,7 @@ from descant.modules.configure import Shard
 from descant.sharded import Sharded
 from descant.store import AtomicIO
 from tests.ranks import run_ranks
+from tests.tolerance import F32, ulps
 from tests.toys import ToyData, ToyRecipe, ToyTower
 
 STEPS = 12
@@ -70,7 +71,8 @@ def test_split_parameters_average_like_whole_ones(tmp_path: Path) -> None:
     whole, split, plain = tmp_path / "whole", tmp_path / "split", tmp_path / "plain"
     seen = run_ranks(2, _on_rank, whole, False, True, None)
     parts = run_ranks(2, _on_rank, split, True, True, None)
-    assert parts[0]["seen"] == pytest.approx(seen[0]["seen"], abs=1e-5) and len(seen[0]["seen"]) == 3
+    # sharded gradients are added in another order, step after step
+    assert parts[0]["seen"] == pytest.approx(seen[0]["seen"], abs=ulps(84, F32)) and len(seen[0]["seen"]) == 3
     run_ranks(2, _on_rank, plain, True, False, None)
     for step in (4, STEPS):
         ours, theirs = _point(split, step), _point(whole, step)

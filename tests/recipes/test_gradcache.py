@@ -19,6 +19,7 @@ from descant.modules.towers import BagTower, ConvTower, PatchTower, TextTower, T
 from descant.recipes import Contrastive
 from tests.ranks import run_ranks
 from tests.step_toy import KeepGradients, ToyRecipe, largest_gap
+from tests.tolerance import F32, ulps
 
 G, CHUNKS = 8, 2
 
@@ -69,20 +70,21 @@ def gradients(
 
 def test_chunks_in_a_fit_equal_the_whole_batch() -> None:
     wanted = gradients(chunks=1)
-    assert largest_gap(gradients(), wanted) < 1e-6
-    assert largest_gap(gradients(chunks=8, checkpointing=Checkpointing()), wanted) < 1e-6
+    assert largest_gap(gradients(), wanted) < ulps(8, F32)
+    assert largest_gap(gradients(chunks=8, checkpointing=Checkpointing()), wanted) < ulps(8, F32)
 
 
 def test_bfloat16_is_as_near_as_without_chunks() -> None:
     wanted = gradients(chunks=1)
     whole, cut = (largest_gap(gradients(chunks=n, precision="bf16-mixed"), wanted) for n in (1, CHUNKS))
     assert whole > 0
+    # bfloat16's own error is drawn anew: twice as far is as near; 1e-3 is an eighth of a unit of it
     assert cut < 2 * whole + 1e-3
 
 
 @pytest.mark.slow
 def test_compiled_towers() -> None:
-    assert largest_gap(gradients(compile=Compile()), gradients(chunks=1)) < 1e-5
+    assert largest_gap(gradients(compile=Compile()), gradients(chunks=1)) < ulps(84, F32)
 
 
 def on_two_ranks(rank: int) -> list[dict[str, Tensor]]:
@@ -142,4 +144,5 @@ def test_batch_norms_are_named_and_group_norms_need_no_warning() -> None:
     assert lines(norm="group") == []
     image = ConvTower(widths=[8], norm="group")
     found = gradients(image=copy.deepcopy(image))
-    assert largest_gap(found, gradients(chunks=1, image=image)) < 1e-5
+    # a group's statistics are of some 64 numbers
+    assert largest_gap(found, gradients(chunks=1, image=image)) < ulps(84, F32)

@@ -27,6 +27,7 @@ from descant.sharded import Sharded
 from tests.callbacks.test_resume import Act, equal, fit, point, state
 from tests.ranks import run_ranks
 from tests.step_toy import QUIET, KeepGradients, largest_gap
+from tests.tolerance import F32, F64, rounding, ulps
 
 DECODERS = {"joint": JointDecoder, "cross": CrossDecoder}
 decoders = pytest.mark.parametrize("kind", DECODERS)
@@ -97,7 +98,8 @@ def test_absent_rows_change_nothing(kind: str) -> None:
     without = gradients(model, real)
     for name, grad in with_absent.items():
         assert torch.equal(grad, again[name])
-        torch.testing.assert_close(grad, without[name], rtol=1e-4, atol=1e-7)
+        # gradients of up to 3, as sums over five rows and 16 tokens
+        torch.testing.assert_close(grad, without[name], rtol=0, atol=3 * ulps(16, F32))
 
 
 @decoders
@@ -156,7 +158,7 @@ def test_a_samples_number_is_the_mean_over_its_masked_tokens() -> None:
     for k in range(5):
         mask_T = masks.loss["image"][k]
         expected = error_BT[k][mask_T].mean() if mask_T.any() else torch.tensor(0.0)
-        torch.testing.assert_close(value_B[k], expected)
+        torch.testing.assert_close(value_B[k], expected, **rounding(64, F32))
 
 
 @decoders
@@ -183,9 +185,9 @@ def test_embeddings_alone_and_together() -> None:
     for name, z_BD in z.items():
         there_B = b.both(*name.split("+"))
         assert not z_BD[~there_B].any()
-        torch.testing.assert_close(z_BD[there_B].norm(dim=1), torch.ones(int(there_B.sum())))
+        torch.testing.assert_close(z_BD[there_B].norm(dim=1), torch.ones(int(there_B.sum())), **rounding(16, F32))
     assert (z["image"][0] - z["image+text"][0]).abs().max() > 1e-3
-    torch.testing.assert_close(model.embed(b.only("image"))["image"], z["image"])
+    torch.testing.assert_close(model.embed(b.only("image"))["image"], z["image"], **rounding(256, F32))
     assert not model.embed(b.only("image"))["image+text"].any()
     predicted = model.predict_step(b, 0)
     assert torch.equal(predicted["present"]["image+text"], b.both("image", "text"))
@@ -204,7 +206,7 @@ def test_zeros_in_place_of_what_is_absent_are_seen_and_not_asked_for() -> None:
     assert all(torch.equal(t.valid, b.present[name.removeprefix("mask/")]) for name, t in terms.items())
     without = recipe().terms(b)["mask/text"].value
     assert terms["mask/text"].value[1] != without[1]  # the sample without a picture
-    torch.testing.assert_close(terms["mask/text"].value[3], without[3], rtol=1e-4, atol=1e-6)  # one that has all
+    torch.testing.assert_close(terms["mask/text"].value[3], without[3], **rounding(256, F32))  # one that has all
 
 
 def test_the_control_tears_the_first_modality_from_the_others_in_training_alone() -> None:
@@ -226,7 +228,9 @@ def test_scores_and_protocols() -> None:
     model, b = recipe(), batch()
     scores = model.scores(b)
     assert list(scores) == ["loss", "loss_image", "loss_palette", "loss_text", "loss_table"]
-    torch.testing.assert_close(scores["loss"].value, sum(t.value for t in list(scores.values())[1:]))
+    torch.testing.assert_close(
+        scores["loss"].value, sum(t.value for t in list(scores.values())[1:]), **rounding(4, F32)
+    )
     assert scores["loss"].valid is not None and scores["loss"].valid.tolist() == [True] * 5 + [False]
     for protocol in (HasObjective, HasTowers, Embeds, Scores, Reconstructs):
         assert isinstance(model, protocol)
@@ -276,6 +280,7 @@ def test_one_modality_is_the_mae_of_lightly_in_loss_and_gradient() -> None:
     unlike = disagreement(ours, owner, batches(size, 1)[0])
     alike(ours, owner)
     loss, gradient = disagreement(ours, owner, batches(size, 1)[0])
+    # of a loss of 1, 8 ulps of float32; of gradients, 84: sums over rows and tokens through blocks
     assert loss < 1e-6 and gradient < 1e-5 < unlike[1]
 
 
@@ -344,7 +349,7 @@ def one_step(kind: str, devices: int = 1, accumulate: int = 1, sharded: bool = F
 
 @decoders
 def test_accumulated_micro_batches_are_the_whole_step(kind: str) -> None:
-    assert largest_gap(one_step(kind, accumulate=3), one_step(kind)) < 1e-9
+    assert largest_gap(one_step(kind, accumulate=3), one_step(kind)) < ulps(4096, F64)
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -366,6 +371,7 @@ def test_two_ranks_are_one_and_so_are_two_that_share_the_weights() -> None:
     alone = {kind: one_step(kind) for kind in DECODERS}
     for found in run_ranks(2, _ranks):
         for name, gradients in found.items():
+            # 84 ulps of float32, in which what is sharded is added; else float64 with room for steps of Adam
             assert largest_gap(gradients, alone[WAYS[name]["kind"]]) < (1e-5 if "sharded" in name else 1e-9), name
 
 

@@ -15,6 +15,7 @@ from descant.modules.protocols import HasObjective, HasTerms, HasTowers, Scores
 from descant.recipes import Peers, TeacherAverage
 from tests.callbacks.test_resume import Act, equal, fit, point, state
 from tests.recipes.test_missing import PatternData, batch, build, fusion, node, some_absent
+from tests.tolerance import F32, ulps
 
 NAMES = ("image", "text")
 
@@ -44,7 +45,8 @@ def test_each_learns_of_the_mean_of_the_others_by_hand() -> None:
             for j in {0, 1, 2} - {i}:
                 p, q = ([math.exp(v) for v in x[k][n].tolist()] for k in (j, i))
                 wanted += 4 / 2 * sum(a / sum(p) * math.log(a / sum(p) * sum(q) / c) for a, c in zip(p, q, strict=True))
-            assert float(terms[name].value[n].detach()) == pytest.approx(wanted, rel=1e-4, abs=1e-7)
+            # a divergence is what is left of logarithms: of 1, a few hundredths
+            assert float(terms[name].value[n].detach()) == pytest.approx(wanted, rel=ulps(256, F32), abs=ulps(16, F32))
 
 
 def test_gradients_go_to_who_listens() -> None:

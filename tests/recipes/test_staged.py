@@ -41,6 +41,7 @@ from tests.callbacks.test_rounds import Given
 from tests.ranks import run_ranks
 from tests.small import small_chat
 from tests.step_toy import QUIET
+from tests.tolerance import F32, F64, ulps
 
 #: Steps of an epoch; epochs of captions, answers and rollouts; steps of one rollout.
 STEPS, EPOCHS = 3, (1, 2, 2)
@@ -155,8 +156,10 @@ def test_every_stage_has_a_fresh_optimizer_and_a_schedule_of_its_own(folder: Pat
     kept, _, _ = _left_alone(folder)
     assert [n > 0 for n in kept.moments] == [False, False, True, False, True]
     assert kept.kinds == ["AdamW", "SGD", "SGD", "AdamW", "AdamW"]
-    assert kept.lr[:STEPS] == pytest.approx([0.01, 0.005, 0.0]), "its cosine ends with the stage"
-    assert kept.lr[STEPS:] == pytest.approx([0.05] * 2 * STEPS + [0.01] * 2)
+    assert kept.lr[:STEPS] == pytest.approx([0.01, 0.005, 0.0], rel=ulps(16, F64), abs=ulps(1, F64)), (
+        "its cosine ends with the stage"
+    )
+    assert kept.lr[STEPS:] == pytest.approx([0.05] * 2 * STEPS + [0.01] * 2, rel=ulps(16, F64))
 
 
 def test_a_stage_is_what_a_run_of_its_own_is(folder: Path, tmp_path: Path) -> None:
@@ -292,7 +295,7 @@ def test_preferences_begin_at_no_preference_though_towers_look_at_the_batch() ->
     net = model(stages, visual=VisualSteps(0.25, drawn=[1.0, 0.25]), distill=Distill(TeacherStage()))
     net.distill.prepare(net)  # type: ignore[union-attr]
     net.train()
-    assert torch.allclose(net.terms(batch)["preference"].value, torch.tensor(math.log(2)), atol=1e-6)
+    assert torch.allclose(net.terms(batch)["preference"].value, torch.tensor(math.log(2)), rtol=0, atol=ulps(8, F32))
 
 
 def test_a_wrong_answer_of_a_pair_is_behind_a_thought_where_the_right_one_is() -> None:
@@ -342,6 +345,7 @@ def test_ranks_change_nothing(tmp_path: Path) -> None:
     two = run_ranks(2, _on_ranks, 2, tmp_path / "two")
     assert equal(*two)
     for name, x in one.items():
+        # three stages of steps: where gradients are near 0, AdamW divides their rounding by them (lr 0.01)
         torch.testing.assert_close(two[0][name], x, atol=2e-4, rtol=2e-3, msg=name)
     on = run_ranks(2, _on_ranks, 2, tmp_path / "on", point(tmp_path / "two", 3 * STEPS + 1))
     assert equal(on[0], two[0]), "killed in the third stage, on two ranks"
@@ -415,7 +419,8 @@ def test_preferences_are_the_loop_over_pairs(tmp_path: Path) -> None:
                 logits = network.lm.logits(through(network.lm, h_SW, row.real_BS, network.row))[0].log_softmax(-1)
                 for s in row.said_BS[0].nonzero()[:, 0].tolist():
                     gain += sign * of * float(logits[s - 1, int(row.ids_BS[0, s])].detach())
-        assert float(found[b].detach()) == pytest.approx(math.log1p(math.exp(-0.3 * gain)), rel=1e-9)
+        # queries and keys are turned in float32
+        assert float(found[b].detach()) == pytest.approx(math.log1p(math.exp(-0.3 * gain)), rel=ulps(4, F32))
 
 
 # what is seen of it -------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 
 from descant.recipes.teachers import Teachers
 from tests.recipes.test_missing import MODALITIES, batch, build, fusion, node, some_absent, train, write
+from tests.tolerance import F32, ulps
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_terms_by_hand_over_the_rows_that_have_the_modality(teachers: dict[str, 
         assert term.valid is not None and torch.equal(term.valid, b.present[m])
         for n in b.present[m].nonzero().flatten().tolist():
             wanted = 3.0 * float((z_BD[n] - t_BD[n]).square().sum()) / 16
-            assert float(term.value[n].detach()) == pytest.approx(wanted, rel=1e-5)
+            assert float(term.value[n].detach()) == pytest.approx(wanted, rel=ulps(64, F32))
 
 
 def test_teachers_are_no_part_of_the_run_and_are_not_read_before_training(teachers: dict[str, str]) -> None:
