@@ -22,6 +22,7 @@ from descant.modules.towers import BagTower, ConvTower, PatchTower, TextTower, T
 from descant.recipes import Contrastive
 from tests.callbacks.test_evaluate import Data, Recipe, evaluate, make
 from tests.ranks import run_ranks
+from tests.tolerance import F32, ulps
 
 
 class Plain(nn.Module):
@@ -97,8 +98,8 @@ def test_intra_modal_retrieval_equals_loops_over_rows(stage: str) -> None:
     values = evaluate(told, IntraModal(target="group"), stage=stage)
     assert sorted(values) == ["s0/map_group_image", "s0/map_image", "s1/map_group_image", "s1/map_image"]
     for name, whole in told.sets.items():
-        assert values[f"{name}/map_image"] == pytest.approx(by_hand(whole, told.bank, None), abs=1e-6)
-        assert values[f"{name}/map_group_image"] == pytest.approx(by_hand(whole, told.bank, "group"), abs=1e-6)
+        assert values[f"{name}/map_image"] == pytest.approx(by_hand(whole, told.bank, None), abs=ulps(8, F32))
+        assert values[f"{name}/map_group_image"] == pytest.approx(by_hand(whole, told.bank, "group"), abs=ulps(8, F32))
 
 
 def test_a_query_does_not_find_itself() -> None:
@@ -106,7 +107,9 @@ def test_a_query_does_not_find_itself() -> None:
     told.bank = told.sets["s0"]
     alone = told.sets["s0"].key.unique(return_counts=True)[1]
     assert (alone > 1).any()
-    assert evaluate(told, IntraModal())["s0/map_image"] == pytest.approx(by_hand(told.bank, told.bank, None), abs=1e-6)
+    assert evaluate(told, IntraModal())["s0/map_image"] == pytest.approx(
+        by_hand(told.bank, told.bank, None), abs=ulps(8, F32)
+    )
     told.bank.key[:] = torch.arange(40)  # nobody else has its content: no query counts, and nothing is logged
     assert evaluate(told, IntraModal()) == {}
 
@@ -134,18 +137,21 @@ def test_what_is_inverted_exactly_is_found_as_natively_and_its_sham_by_chance() 
         assert found["oti_cos"] > 0.999 and found["oti_monotone"] > 0.7
         for suffix, target in (("", None), ("_group", "group")):
             native = by_hand(whole, told.bank, target)
-            assert found[f"native_map{suffix}"] == pytest.approx(native, abs=1e-6)
+            assert found[f"native_map{suffix}"] == pytest.approx(native, abs=ulps(8, F32))
+            # the inverse is at a cosine of 0.999 or more: some neighbours change places
             assert found[f"oti_map{suffix}"] == pytest.approx(native, abs=0.01)
-            assert found[f"oti_gain{suffix}"] == pytest.approx(found[f"oti_map{suffix}"] - native, abs=1e-6)
+            assert found[f"oti_gain{suffix}"] == pytest.approx(found[f"oti_map{suffix}"] - native, abs=ulps(8, F32))
             assert native > found[f"oti_map{suffix}_chance"] + 0.05
+            # thirty queries whose precision varies by 0.3: a standard error of 0.05
             assert found[f"oti_map{suffix}_sham"] == pytest.approx(found[f"oti_map{suffix}_chance"], abs=0.06)
         assert found["zeroshot_group"] > 0.5
+        # a change of place in thirty is 0.03
         assert found["zeroshot_group_oti"] == pytest.approx(found["zeroshot_group"], abs=0.06)
         z = {m: F.normalize(x, dim=-1)[whole.present[m]] for m, x in whole.inputs.items()}
         keys = whole.key[whole.present["image"]], whole.key[whole.present["text"]]
         named = mean_average_precision(z["image"], keys[0], z["text"], keys[1])
-        assert found["names_map"] == pytest.approx(float(named), abs=1e-6)
-        assert found["names_map_oti"] == pytest.approx(float(named), abs=0.02)
+        assert found["names_map"] == pytest.approx(float(named), abs=ulps(8, F32))
+        assert found["names_map_oti"] == pytest.approx(float(named), abs=0.02)  # as of the inverses above
         assert len(found) == 16
     assert set(recipe.asked) == {"text"}
 
@@ -158,7 +164,7 @@ def test_a_limit_spreads_the_queries_evenly() -> None:
     at = rows[:: -(-len(rows) // 10)].tolist()
     assert 5 <= len(at) <= 10
     values = evaluate(told, Inversion(limit=10, oti=ModalityInversion(steps=1)), recipe=Invertible())
-    assert values["s0/native_map"] == pytest.approx(by_hand(whole, told.bank, None, at), abs=1e-6)
+    assert values["s0/native_map"] == pytest.approx(by_hand(whole, told.bank, None, at), abs=ulps(8, F32))
 
 
 def test_texts_through_pseudo_patches() -> None:
@@ -175,8 +181,8 @@ def test_texts_through_pseudo_patches() -> None:
         order = sorted((g for g in at if whole.key[g] != whole.key[q]), key=(-z[q] @ z.T).tolist().__getitem__)
         ranks = [r for r, g in enumerate(order, start=1) if label[g] == label[q]]
         found += [sum(k / r for k, r in enumerate(ranks, start=1)) / len(ranks)] if ranks else []
-    assert values["s0/native_map_group_text"] == pytest.approx(sum(found) / len(found), abs=1e-6)
-    assert values["s0/ovi_map_group"] == pytest.approx(sum(found) / len(found), abs=0.01)
+    assert values["s0/native_map_group_text"] == pytest.approx(sum(found) / len(found), abs=ulps(8, F32))
+    assert values["s0/ovi_map_group"] == pytest.approx(sum(found) / len(found), abs=0.01)  # as of the inverses above
     assert "s0/ovi_map" not in values and "s0/ovi_gain_group" in values and "s0/ovi_map_group_sham" in values
     assert set(recipe.asked) == {"text", "image"}
 
@@ -225,7 +231,8 @@ def test_two_ranks_equal_one() -> None:
     judges = Inversion(target="group", oti=ModalityInversion(steps=60)), IntraModal(target="group")
     wanted = evaluate(data(), *judges, recipe=Invertible())
     for values in run_ranks(2, on_a_rank):
-        assert values == pytest.approx(wanted, abs=1e-5)
+        # of pieces that go through other kernels; a step of Adam magnifies rounding
+        assert values == pytest.approx(wanted, abs=ulps(84, F32))
 
 
 # with recipes and data -----------------------------------------------------------------------------------------

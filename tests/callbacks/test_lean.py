@@ -21,6 +21,7 @@ from descant.modules.configure import Adapt, Freeze, Lora, Quantize
 from descant.modules.lean import BASE, base_of, completed, lean
 from descant.modules.towers import ConvTower, Frozen, TextTower, Towers
 from descant.recipes.contrastive import Contrastive
+from tests.tolerance import F32, ulps
 
 IMAGES = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 TEXT = torch.randint(1, 200, (8, 6), generator=torch.Generator().manual_seed(1))
@@ -92,7 +93,7 @@ def test_it_holds_what_training_changed_and_goes_on_from_it(adapt: str, tmp_path
     assert all("lora_" in name for name in text) and bool(text) == ("lora" in adapt or adapt == "dora")
     assert all(name in state for name in recipe.state_dict() if not name.startswith("towers.text"))
     rest, _ = fit(recipe_of(adapt), tmp_path / "more", 4, LeanCheckpoint(), resume=file)
-    assert first + rest == pytest.approx(whole, abs=1e-6) and len(rest) == 2
+    assert first + rest == pytest.approx(whole, abs=ulps(8, F32)) and len(rest) == 2
     assert len(set(whole)) == 4
 
 
@@ -102,7 +103,7 @@ def test_it_weighs_what_is_in_it(tmp_path: Path) -> None:
     _, file = fit(recipe, tmp_path / "lean", 2, LeanCheckpoint())
     frozen = sum(p.numel() * p.element_size() for p in recipe.parameters() if not p.requires_grad)
     saved = full.stat().st_size - file.stat().st_size
-    assert frozen > 300_000 and saved == pytest.approx(frozen, rel=0.05)
+    assert frozen > 300_000 and saved == pytest.approx(frozen, rel=0.05)  # names and norms are saved, too
     assert file.stat().st_size < 0.5 * full.stat().st_size
 
 
@@ -145,7 +146,7 @@ def test_full_checkpoints_load_and_their_other_base_is_kept_whole(tmp_path: Path
     assert torch.equal(state[name], expected[name])
     losses, _ = fit(recipe_of(seed=0), tmp_path / "more", 6, LeanCheckpoint(), resume=file)
     straight, _ = fit(recipe_of(seed=1), tmp_path / "straight", 6)
-    assert losses == pytest.approx(straight[4:], abs=1e-6)
+    assert losses == pytest.approx(straight[4:], abs=ulps(8, F32))
 
 
 class Teacher(Contrastive):
@@ -184,7 +185,7 @@ def test_it_composes_with_ema(last: bool, tmp_path: Path) -> None:
     adapter = next(name for name in content["state_dict"] if "lora_A" in name)
     assert not torch.equal(content["state_dict"][adapter], content[CURRENT_MODEL_STATE][adapter])
     rest, after = fit(recipe_of(), tmp_path / "more", 6, *pair(), resume=file)
-    assert first + rest == pytest.approx(whole, abs=1e-6)
+    assert first + rest == pytest.approx(whole, abs=ulps(8, F32))
     averaged = read(after)["state_dict"][adapter]
     assert torch.equal(averaged, read(tmp_path / "whole" / "last.ckpt")["state_dict"][adapter])
 
@@ -200,7 +201,7 @@ def test_statistics_that_stand_still_are_left_out_and_averaged_all_the_same(tmp_
     first, file = fit(frozen(), tmp_path / "lean", 4, LeanCheckpoint(), EMA(decay=0.5))
     assert not any("running_mean" in name for name in read(file)["state_dict"])
     rest, _ = fit(frozen(), tmp_path / "more", 6, LeanCheckpoint(), EMA(decay=0.5), resume=file)
-    assert first + rest == pytest.approx(whole, abs=1e-6)
+    assert first + rest == pytest.approx(whole, abs=ulps(8, F32))
 
 
 def test_an_optimizer_in_8_bits_goes_on_too(tmp_path: Path) -> None:
@@ -218,8 +219,9 @@ def test_an_optimizer_in_8_bits_goes_on_too(tmp_path: Path) -> None:
     kinds = {state["state1"].dtype for state in (*states, *inner) if "state1" in state}
     assert kinds == {torch.uint8, torch.float32}  # the smallest stay as they are
     rest, _ = fit(small(), tmp_path / "more", 6, LeanCheckpoint(), resume=file)
-    assert first + rest == pytest.approx(whole, abs=1e-6)
+    assert first + rest == pytest.approx(whole, abs=ulps(8, F32))
     straight, _ = fit(recipe_of(), tmp_path / "straight", 6)
+    # 8 bits are a state to 1%
     assert whole[-1] < 0.9 * whole[0] and whole != straight and whole == pytest.approx(straight, rel=0.05)
 
 
@@ -317,7 +319,7 @@ def test_a_run_is_stopped_and_goes_on_by_the_command_line(cli: Any) -> None:
     resumed = run("--name", "parts", "--run", "parts/001", "--resume", "auto", "--changed", "allow")
     assert resumed.rc == 0, resumed.err
     whole, parts = losses_of("whole/001"), losses_of("parts/001")
-    assert len(whole) >= 4 and parts == pytest.approx(whole, abs=1e-6)
+    assert len(whole) >= 4 and parts == pytest.approx(whole, abs=ulps(8, F32))
     tested = cli("test", "--run", "parts/001", "--ckpt_path", "last")
     assert tested.rc == 0, tested.err
     other = ("--model.towers.init_args.text.init_args.folder", "other")

@@ -337,6 +337,7 @@ def test_saved_on_two_ranks_it_goes_on_on_one_and_on_four(tmp_path: Path) -> Non
         parts = run_ranks(world, _on_rank, tmp_path / f"on{world}", world, point(tmp_path / "whole", 3), 9)
         assert _global(parts) == order[3:]
         worst = max(float((parts[0]["state"][k] - v).abs().max()) for k, v in whole[0]["state"].items())
+        # another number of ranks adds gradients in another order: 8 ulps of float32
         assert worst == 0 if world == 2 else worst < 1e-6
 
 

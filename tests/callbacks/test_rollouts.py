@@ -30,6 +30,7 @@ from tests.callbacks.test_rounds import Given
 from tests.ranks import run_ranks
 from tests.small import small_chat
 from tests.step_toy import QUIET
+from tests.tolerance import F32, F64, rounding, ulps
 
 N, G, NEW = 6, 4, 3
 KINDS = ["colour", "count"]
@@ -117,7 +118,9 @@ def test_what_is_trained_on_is_what_was_drawn(tmp_path: Path) -> None:
         said_N = batch.inputs["text"][batch.inputs["text_said"]]
         assert torch.equal(said_N, rolled["said"][row_N, place_N]), "an end where there was one, and no other"
         assert torch.equal(torch.bincount(row_N, minlength=N * G), rolled["length"])
+        # 168 ulps: said one by one and all at once, through layers of some 32 numbers; logarithms of 5
         torch.testing.assert_close(log_N, rolled["old"][row_N, place_N], atol=2e-5, rtol=0)
+    # half of the square of what is above
     assert float(trainer.callback_metrics["policy/moved"]) < 1e-8, "on policy in training, batch norms or not"
 
 
@@ -140,13 +143,13 @@ def test_rewards_advantages_and_what_is_told(tmp_path: Path) -> None:
     rolled = seen.rolled[0]
     reward_NG = (-rolled["length"].double() + rolled["ended"]).view(N, G)
     wanted_NG = (reward_NG - reward_NG.mean(1, True)) / (reward_NG.std(1, keepdim=True) + 1e-4)
-    torch.testing.assert_close(rolled["advantage"].view(N, G), wanted_NG)
+    torch.testing.assert_close(rolled["advantage"].view(N, G), wanted_NG, **rounding(64, F64))  # over a deviation
     flat_N = reward_NG.amax(1) == reward_NG.amin(1)
     assert torch.equal(rolled["live"].view(N, G), ~flat_N[:, None].expand(N, G))
     told = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("rollouts/")}
-    assert told["rollouts/reward"] == pytest.approx(float(reward_NG.mean()))
-    assert told["rollouts/flat"] == pytest.approx(float(flat_N.double().mean()))
-    assert told["rollouts/cut"] == pytest.approx(1 - float(rolled["ended"].double().mean()))
+    assert told["rollouts/reward"] == pytest.approx(float(reward_NG.mean()), rel=ulps(4, F32))
+    assert told["rollouts/flat"] == pytest.approx(float(flat_N.double().mean()), rel=ulps(4, F32))
+    assert told["rollouts/cut"] == pytest.approx(1 - float(rolled["ended"].double().mean()), rel=ulps(4, F32))
     assert told["rollouts/asked"] == N * G and told["rollouts/entropy"] > 0
 
 
@@ -211,7 +214,7 @@ def test_how_far_it_moved_is_a_divergence_of_what_was_drawn(tmp_path: Path) -> N
     net._trainer = object()  # type: ignore[assignment]
     sample_N, live_B = torch.zeros(10, dtype=torch.long), torch.tensor([True])
     net.watch(Drawn(new_V.log()[drawn_N], old_V.log()[drawn_N], sample_N, torch.zeros(1), live_B, None), {})
-    assert logged["policy/moved"] == pytest.approx(float((old_V * (old_V / new_V).log()).sum()), rel=1e-5)
+    assert logged["policy/moved"] == pytest.approx(float((old_V * (old_V / new_V).log()).sum()), rel=ulps(84, F32))
 
 
 def test_answers_that_were_cut_off_may_be_left_out(tmp_path: Path) -> None:
@@ -256,6 +259,7 @@ def test_with_a_divergence_it_stays_near(tmp_path: Path) -> None:
         last[beta] = float(seen.rolled[-1]["length"].double().mean())
         assert bool((seen.rolled[0]["reference"] != 0).any()) == (beta is not None)
         if beta is not None:
+            # as above: 168 ulps of float32
             torch.testing.assert_close(seen.rolled[0]["reference"], seen.rolled[0]["old"], atol=2e-5, rtol=0)
     assert last[3.0] > last[None] + 0.3, last
 
@@ -275,6 +279,7 @@ def test_a_step_in_four_micro_batches_is_the_step(tmp_path: Path, aggregation: A
         ends.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
     moved = (ends[0] - torch.cat([p.detach().flatten() for p in reinforced().parameters()])).abs().max()
     assert moved > 1e-3
+    # a thousandth of the step and less: float32 beside steps of 1e-3
     assert (float((ends[0] - ends[1]).abs().max() / moved) < 1e-4) == same
 
 
@@ -302,6 +307,7 @@ def test_two_ranks_draw_the_same_answers_and_take_the_same_step(sham: Any) -> No
     said, moved = _stepped(0, 1, sham)
     for its_said, its_moved in run_ranks(2, _stepped, 2, sham):
         assert torch.equal(said, its_said)
+        # two ranks add in another order, and Adam's first step divides by the gradient
         torch.testing.assert_close(moved, its_moved, rtol=1e-4, atol=1e-6)
 
 

@@ -151,6 +151,7 @@ def test_two_ranks_draw_the_same_answers_and_take_the_same_step() -> None:
     said, moved = _stepped(0, 1)
     for its_said, its_moved in run_ranks(2, _stepped, 2):
         assert torch.equal(said, its_said)
+        # two ranks add in another order, and Adam's first step divides by the gradient
         torch.testing.assert_close(moved, its_moved, rtol=1e-4, atol=1e-6)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from descant.modules.configure import Checkpointing, Compile
 from descant.modules.towers import Frozen, Tokens, Tower, Towers
-from tests.tolerance import F32, rounding
+from tests.tolerance import F32, rounding, ulps
 
 
 def recipe_of(**towers: Tower) -> nn.Module:
@@ -41,7 +41,7 @@ def check_tokens(tower: Tower, x: Tensor, T: int) -> None:
     assert torch.isfinite(h_BTD).all()
 
 
-def check_rows_independent(tower: Tower, x: Tensor, atol: float = 1e-5) -> None:
+def check_rows_independent(tower: Tower, x: Tensor, atol: float = ulps(84, F32)) -> None:
     tower.eval()
     whole = tower(x)
     for b in range(len(x)):
