@@ -238,6 +238,7 @@ def test_ridge_is_exact_where_the_truth_is_linear_in_two_and_three_dimensions() 
             null = (
                 x - x.flatten(1).mean(1)[:, None, None, None, None]
             ).square().mean() / x.square().mean()  # it says 0
+            # decibels: some ulps of float32 in errors of 0.1% and more of what they are of
             assert values["one/psnr_image_from_given+label_over_mean"] == pytest.approx(
                 10 * float(null.log10()), abs=1e-4
             )  # as of the decibels above

@@ -150,6 +150,7 @@ def test_missingness_is_a_policy_of_the_right_size() -> None:
     data = Emoji(batch_size=512, drop={"text": 0.3})
     batch = first_batch(data, batch_size=512)
     real = batch.present["image"]  # nothing drops it, so only padding lacks it
+    # 256 rows: two standard errors
     assert float(batch.present["text"][real].float().mean()) == pytest.approx(0.7, abs=0.06)
     assert torch.equal(batch.present["text"], first_batch(data, batch_size=512).present["text"])
     assert int(batch.count("text")) == int(batch.present["text"].sum())

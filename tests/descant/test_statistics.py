@@ -101,7 +101,7 @@ def percentile(n: int) -> float:
 @pytest.mark.parametrize("n", [3, 4, 5, 6, 8, 10])
 def test_the_interval_holds_the_truth_as_often_as_it_says(n: int) -> None:
     assert coverage(normal, n) == pytest.approx(0.95, abs=0.01)  # three standard errors
-    assert coverage(coarse, n) == pytest.approx(0.95, abs=0.012)
+    assert coverage(coarse, n) == pytest.approx(0.95, abs=0.012)  # so here, and some ends are 0
     assert 0.87 <= coverage(skewed, n) <= 0.92
 
 
