@@ -64,9 +64,7 @@ def choose(accelerator: object = AUTO) -> tuple[Any, str]:
         unit = cpu_bfloat16()
         return (_HALF, f"this CPU has {unit}") if unit else (_FULL, "this CPU would have to emulate bfloat16")
     if kind != "mps":
-        fail(
-            f"trainer.precision: auto knows cpu, cuda and mps, not {_name(kind)}; name one, such as 32-true"
-        )
+        fail(f"trainer.precision: auto knows cpu, cuda and mps, not {_name(kind)}; name one, such as 32-true")
     return _FULL, "float32 on MPS"
 
 
