@@ -115,12 +115,13 @@ CHOSEN = [
 ]
 
 
+_VALIDATED = ("--trainer.limit_val_batches", "2", "--trainer.check_val_every_n_epoch", "1")
 #: What is no step: how often the device is read in it.
 APART = [
     ("rollout", Case(("reinforce/emoji",))),
-    ("validation", Case(("contrastive/emoji",), ("--trainer.limit_val_batches", "2"))),
-    ("validation", Case(("masked/emoji",), ("--trainer.limit_val_batches", "2"))),
-    ("validation", Case(("chat/emoji",), ("--trainer.limit_val_batches", "2"))),
+    ("validation", Case(("contrastive/emoji",), _VALIDATED)),
+    ("validation", Case(("masked/emoji",), _VALIDATED)),
+    ("validation", Case(("chat/emoji",), _VALIDATED)),
 ]
 
 
