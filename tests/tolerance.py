@@ -8,9 +8,18 @@ the condition of the problem. Where code, shapes and the order of operations are
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import torch
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+
+
+class Tolerances(TypedDict):
+    """Keywords of ``torch.testing.assert_close`` and ``torch.allclose``."""
+
+    rtol: float
+    atol: float
 
 
 def ulps(terms: float, dtype: torch.dtype) -> float:
@@ -35,7 +44,7 @@ def ulps(terms: float, dtype: torch.dtype) -> float:
     return terms * torch.finfo(dtype).eps
 
 
-def rounding(terms: float, dtype: torch.dtype) -> dict[str, float]:
+def rounding(terms: float, dtype: torch.dtype) -> Tolerances:
     """:func:`ulps` as both tolerances of ``torch.testing.assert_close``; ``atol`` is for values of about 1.
 
     >>> a, b = torch.tensor([1.0, 0.0]), torch.tensor([1 + 2.0**-22, 2.0**-22])
