@@ -46,6 +46,7 @@ from descant.modules.losses import InfoNCE
 from descant.modules.optim import parameter_groups
 from descant.modules.towers import PatchTower, TextTower, Tokens, Tower, Towers
 from descant.modules.transforms import Augment, over_white
+from descant.precision import cpu_bfloat16
 from descant.recipes.contrastive import Contrastive
 
 # the step beside open_clip ---------------------------------------------------------------------------------
@@ -268,7 +269,7 @@ def step() -> Iterator[Row]:
 
 def has_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 by itself: elsewhere torch converts, and nothing is gained."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return cpu_bfloat16() is not None
 
 
 def bf16(size: Size | None = None, rounds: int = 40) -> Iterator[Row]:

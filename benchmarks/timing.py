@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from descant.precision import cpu_bfloat16
+
 #: Fewer pairs give no interval worth a claim.
 LEAST = 30
 #: "As fast as" the owner: the lower end of the interval of owner's time / ours is at least this.
@@ -181,9 +183,9 @@ def threads(number: int) -> Iterator[None]:
 
 
 def machine() -> str:
-    """One line: the CPU's model, how many threads torch uses of how many cores, and torch's version."""
+    """One line: the CPU's model, how it multiplies bfloat16, torch's threads of how many cores, and torch's version."""
     return (
-        f"{cpu()}, {torch.get_num_threads()} thread(s) of {cores()} cores, "
+        f"{cpu()} (bfloat16: {cpu_bfloat16() or 'emulated'}), {torch.get_num_threads()} thread(s) of {cores()} cores, "
         f"torch {torch.__version__}, Python {platform.python_version()}"
     )
 
