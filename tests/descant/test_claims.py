@@ -274,6 +274,27 @@ def test_its_digest_is_of_all_that_it_is_made_of(made: Callable[..., Claim], wor
     assert made().digest != first
 
 
+def test_auto_has_the_digest_of_what_it_replaced_and_results_say_what_it_was(
+    made: Callable[..., Claim], workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy, digests = (workplace / "toy.yaml").read_text(), []
+    for precision in ("bf16-mixed", "auto", "32-true"):
+        (workplace / "toy.yaml").write_text(f"{toy}  precision: {precision}\n")
+        digests.append(made().digest)
+    assert digests[0] == digests[1] != digests[2]
+    place = run.Place(made(), "full", workplace / "runs")
+    for number, precision in enumerate(("32-true", "32-true", "auto", "bf16-mixed"), start=1):
+        folder = place.folder / f"method-{number}" / "001"
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(f"trainer: {{precision: {precision}}}\n")
+    (place.folder / "method-1" / "latest").symlink_to("001")
+    assert place.precisions() == ["32-true", "bf16-mixed"]
+    assert "its runs were trained in 32-true and bf16-mixed" in capsys.readouterr().err
+    store.write(workplace, place.claim, "full", runs_of([0.5] * 3, [0.0] * 3), 1.0, ["32-true"])
+    stored = store.read(workplace, place.claim.name, "full")
+    assert stored is not None and stored["precision"] == ["32-true"]
+
+
 def test_options_reach_the_command_in_their_order(made: Callable[..., Claim]) -> None:
     claim = made(options={"trainer.max_steps": 5}, budget={"pilot": {"trainer.max_steps": 2, "model.scale": 2.0}})
     lr = "--model.optimizer.init_args.lr=0.0"
