@@ -210,7 +210,8 @@ class EMA(L.Callback):
             self._show_raw()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._show_raw()  # interrupted inside a validation
+        if self._live:  # interrupted inside a validation; in a test of a run that has ended nothing is to go on
+            self._show_raw()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._show_average()

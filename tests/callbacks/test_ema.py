@@ -221,6 +221,20 @@ def test_interrupted_validation_leaves_the_raw_weights(tmp_path: Path) -> None:
     assert torch.equal(content["state_dict"]["head.weight"], ema._average["head.weight"])
 
 
+def test_an_error_in_a_test_after_a_fit_is_told_as_it_is(tmp_path: Path) -> None:
+    toy, ema = Toy(), EMA(decay=0.9)
+    run = trainer(tmp_path, ema, max_epochs=1)
+    run.fit(toy, loader())
+
+    def broken(batch: Any, batch_idx: int) -> None:
+        raise RuntimeError("broken")
+
+    toy.test_step = broken  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="broken"):
+        run.test(toy, loader())
+    assert torch.equal(toy.head.weight, ema._average["head.weight"])
+
+
 def test_half_precision_weights_have_a_float32_average() -> None:
     class Half(L.LightningModule):
         def __init__(self) -> None:

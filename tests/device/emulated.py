@@ -28,7 +28,6 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.utils._pytree import tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 import descant
@@ -321,6 +320,14 @@ def _facts(func: OpOverload[Any, Any]) -> _Facts:
     )
 
 
+def _map(function: Callable[[Any], Any], value: Any) -> Any:
+    """``tree_map`` of what operators take and give: values, and lists and tuples of them; several times as fast."""
+    if isinstance(value, list | tuple):
+        found = [_map(function, inner) for inner in value]
+        return found if isinstance(value, list) else tuple(found)
+    return function(value)
+
+
 def run(func: OpOverload[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One operator, on the raw tensors of those on the device."""
     facts = _facts(func)
@@ -341,8 +348,8 @@ def run(func: OpOverload[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any
         return value
 
     target = kwargs.get("device")
-    here = tree_map(bare, args)
-    options = {key: tree_map(bare, value) for key, value in kwargs.items()}
+    here = _map(bare, args)
+    options = {key: _map(bare, value) for key, value in kwargs.items()}
     on_device = bool(known) if target is None else torch.device(target).type == NAME
     if facts.name in _COPIES:
         _copied(facts.name, args, kwargs, on_device)
@@ -378,8 +385,8 @@ def run(func: OpOverload[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any
     if facts.view and isinstance(args[0], Tensor):
         # a view is an inference tensor where what it is of is one, whatever the mode is
         with torch.inference_mode(args[0].is_inference()):
-            return tree_map(wrapped, out)
-    made = tree_map(wrapped, out)
+            return _map(wrapped, out)
+    made = _map(wrapped, out)
     if facts.name == "scalar_tensor" and on_device:
         made.number = True
     return made

@@ -1,4 +1,7 @@
-"""Every recipe on the device under test: two steps of a real fit, validation, checkpoints, resume, test and export."""
+"""Experiments that ship, by the command line, on the device: two steps, validation, resume, test and export.
+
+Every recipe and callback runs two steps in test_runs.py; here one goes the whole way, and the others in `make slow`.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 
 from descant.modules import plain
+from tests.test_experiments import EXPERIMENTS, begin
 
 
 def fit(cli: Any, device: Any, experiment: str, *more: str, steps: int = 2) -> dict[str, Any]:
@@ -23,10 +27,24 @@ def fit(cli: Any, device: Any, experiment: str, *more: str, steps: int = 2) -> d
     return found
 
 
-@pytest.mark.parametrize("experiment", ["contrastive/emoji"])
-def test_a_recipe_trains_resumes_and_is_exported(experiment: str, cli: Any, device: Any) -> None:
-    fit(cli, device, experiment, "--test", "false", steps=1)
-    fit(cli, device, experiment, "--trainer.precision", "bf16-mixed", "--test", "true")
-    state = plain.load_plain(next(Path("runs/x/001/resume").glob("*.ckpt")), map_location="cpu")["state_dict"]
+#: One experiment of each recipe, the cheap one of contrastive first.
+SHIPPED = (
+    *("contrastive/emoji", "contrastive/emoji-gap", "contrastive/emoji-attach", "distill/emoji-peers"),
+    *("distill/emoji-rank", "fusion/emoji", "fusion/ensemble", "masked/emoji", "missing/emoji", "chat/emoji"),
+    *("distill/questions-rounds", "reinforce/emoji", "staged/emoji-think"),
+)
+
+
+@pytest.mark.parametrize(
+    "experiment", [pytest.param(name, marks=pytest.mark.slow if n else []) for n, name in enumerate(SHIPPED)]
+)
+def test_what_ships_trains_resumes_and_is_exported(experiment: str, cli: Any, device: Any) -> None:
+    begin(EXPERIMENTS / f"{experiment}.yaml", cli)
+    few = ("--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1")
+    fit(cli, device, experiment, "--test", "false", *few, steps=1)
+    fit(cli, device, experiment, "--test", "true" if experiment != SHIPPED[0] else "false", *few)
+    point = next(Path("runs/x/001/resume").glob("step-0000002.ckpt"))
+    state = plain.load_plain(point, map_location="cpu")["state_dict"]
     assert all(x.device == torch.device("cpu") for x in state.values())
-    assert cli("export", "x/001", "--out", "out").rc == 0
+    result = cli("export", "x/001", "--ckpt", "last", "--out", "out")
+    assert result.rc == 0, result.err
