@@ -149,7 +149,7 @@ class Runner:
         tree = self._free.get()
         code, _, output = self._pytest(tree, list(tests))
         self._free.put(tree)
-        return None if code == 0 else output
+        return None if code == 0 else f"no end in {LONGEST:.0f} s\n{output}" if code is None else output
 
     def _pytest(self, tree: Path, args: Sequence[str]) -> tuple[int | None, tuple[str, ...], str]:
         with tempfile.TemporaryDirectory(dir=self.folder, ignore_cleanup_errors=True) as scratch:
