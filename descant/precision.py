@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.fabric.connector import _PRECISION_INPUT
+from lightning.fabric.connector import _PRECISION_INPUT  # type: ignore[attr-defined]  # Lightning names it nowhere else
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 
@@ -35,9 +35,8 @@ class Trainer(L.Trainer):
         precision: _PRECISION_INPUT | Literal["auto"] | None = None,
         **kwargs: Any,
     ) -> None:
-        if precision == AUTO:
-            precision = choose(accelerator)[0]
-        super().__init__(accelerator=accelerator, precision=precision, **kwargs)
+        resolved: Any = choose(accelerator)[0] if precision == AUTO else precision
+        super().__init__(accelerator=accelerator, precision=resolved, **kwargs)
 
 
 def choose(accelerator: object = AUTO) -> tuple[Any, str]:

@@ -59,7 +59,7 @@ def fit(path: Path, *callbacks: L.Callback, steps: int = STEPS, ckpt: Path | Non
     model = Watcher()
     stop = [] if steps == STEPS else [Stop(steps)]
     options: dict[str, Any] = {"logger": False, "accelerator": "cpu", "enable_progress_bar": False, "max_epochs": -1}
-    loaders = [DataLoader(Rows(), batch_size=B, collate_fn=collate) for _ in range(2)]
+    training, validation = (DataLoader(Rows(), batch_size=B, collate_fn=collate) for _ in range(2))
     trainer = L.Trainer(
         default_root_dir=path,
         callbacks=[*callbacks, *stop],
@@ -70,7 +70,7 @@ def fit(path: Path, *callbacks: L.Callback, steps: int = STEPS, ckpt: Path | Non
         check_val_every_n_epoch=STEPS,
         **options,
     )
-    trainer.fit(model, *loaders, ckpt_path=ckpt, weights_only=False)
+    trainer.fit(model, training, validation, ckpt_path=ckpt, weights_only=False)
     if ckpt is None and stop:
         trainer.save_checkpoint(path / "last.ckpt")
     return model

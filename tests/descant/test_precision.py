@@ -146,6 +146,6 @@ def test_what_cannot_be_is_refused_in_one_line(options: tuple[str, ...], line: s
 def test_an_owner_of_the_precision_is_found_wherever_it_stands() -> None:
     inside = Namespace(class_path="FSDPStrategy", init_args={"precision_plugin": object()})
     options = Namespace(strategy=inside)
-    options.get = lambda key: {"precision": "auto", "strategy": inside}.get(key)  # type: ignore[attr-defined]
+    options.get = lambda key: {"precision": "auto", "strategy": inside}.get(key)
     with pytest.raises(Refusal, match=r"trainer\.strategy FSDPStrategy\.precision_plugin sets"):
         precision.resolve(options, None, print)
