@@ -31,9 +31,9 @@ class Device:
         return self.device.type == "acc"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def device() -> Iterator[Device]:
-    """The device under test; skips where it is not there."""
+    """The device under test; skips where it is not there. What it changes in torch ends with the file."""
     named = os.environ.get(VARIABLE, "acc")
     if named != "acc":
         if not getattr(torch, torch.device(named).type).is_available():
