@@ -29,7 +29,7 @@ def fit(cli: Any, device: Any, experiment: str, *more: str, steps: int = 2) -> d
 
 #: One experiment of each recipe, the cheap one of contrastive first.
 SHIPPED = (
-    *("contrastive/emoji", "contrastive/emoji-gap", "contrastive/emoji-attach", "distill/emoji-peers"),
+    *("contrastive/emoji", "contrastive/emoji-gap", "distill/emoji-peers"),
     *("distill/emoji-rank", "fusion/emoji", "fusion/ensemble", "masked/emoji", "missing/emoji", "chat/emoji"),
     *("distill/questions-rounds", "reinforce/emoji", "staged/emoji-think"),
 )
