@@ -159,6 +159,7 @@ def contrastive(before: Path) -> Run:
             c.IntraModal(target="subgroup", validate=True),
             c.Inversion("{}", target="subgroup", limit=4, oti=inverted, ovi=inverted, validate=True),
             c.Temperature(at=0.5),
+            c.ProgressiveResizing([16], [0.5]),
             c.NonFinite("rollback"),
             c.Throughput(peak_flops=1e9),
             c.Sanity(),

@@ -207,4 +207,6 @@ def test_complex_numbers(device: Any) -> None:
         torch.view_as_real(a * b.conj()).square().sum().backward()
     for a, b in zip(here, there, strict=True):
         assert a.grad is not None and b.grad is not None
-        torch.testing.assert_close(b.grad.cpu(), a.grad, rtol=0, atol=0 if device.emulated else 1e-5)
+        torch.testing.assert_close(
+            b.grad.cpu(), a.grad, rtol=0, atol=0 if device.emulated else 1e-5
+        )  # bits, or 100 ulps

@@ -53,6 +53,6 @@ def test_a_part_does_on_the_device_what_it_does_on_the_cpu(name: str, device: An
 def close(x: Tensor, y: Tensor, device: Any) -> None:
     """Bit by bit on the emulated device; on a GPU float32 sums of at most some hundred numbers in another order."""
     exact = device.emulated or not x.is_floating_point()
-    torch.testing.assert_close(
+    torch.testing.assert_close(  # bits, or on a GPU some hundred roundings of float32 with room
         x.detach().cpu(), y.detach(), rtol=0 if exact else 1e-3, atol=0 if exact else 1e-4, equal_nan=True
     )
