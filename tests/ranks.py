@@ -1,7 +1,7 @@
 """Runs a function on several gloo ranks, each a process of its own, as `torchrun` would start them.
 
-On Linux the ranks are forked from a server process that has imported torch, Lightning and Descant and run nothing: a
-rank then begins in milliseconds, where one that is spawned imports for six seconds of a core. Elsewhere they are spawned.
+On Linux the ranks are forked from a server process that has imported torch, Lightning and Descant and run nothing: such
+a rank begins in milliseconds, and one that is spawned, as elsewhere, first imports for six seconds of a core.
 """
 
 from __future__ import annotations

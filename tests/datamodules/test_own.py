@@ -537,12 +537,9 @@ def test_a_folder_trains_without_a_line_of_code_and_learns(cli: Any) -> None:
 def test_the_command_line_says_what_is_wrong_in_one_line(cli: Any) -> None:
     shapes(Path("photos"), 12)
     fit = ("fit", "--config", "contrastive/own", "--config", "on/cpu", "--trainer.max_steps", "1")
-    for options, line in [
-        ((), "data.path says where your data is: a folder of pictures and captions, shards or parquet"),
-        (("--data.path", "photos", "--data.fields.text.captions", "{caption: 0}"), "weights of caption are all zero"),
-    ]:
-        result = cli(*fit, *options)
-        assert line in result.refusal, result.err
+    result = cli(*fit)
+    line = "data.path says where your data is: a folder of pictures and captions, shards or parquet"
+    assert line in result.refusal, result.err
     for i in range(12):
         Path(f"photos/{i:03}.jpg").write_bytes(b"broken")
     result = cli(*fit, "--data.path", "photos", "--data.num_workers", "1")
