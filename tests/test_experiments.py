@@ -9,6 +9,7 @@ it belongs to).
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -37,6 +38,7 @@ def name(path: Path) -> str:
     return f"{path.parent.name}/{path.stem}"
 
 
+@functools.cache
 def said(path: Path, word: str) -> str | None:
     """What a YAML's header says after ``# word:``."""
     found = re.search(rf"^# {word}: +(.+)$", path.read_text(), re.MULTILINE)
@@ -61,6 +63,7 @@ def case(path: Path, slow: bool = False) -> Any:
     return pytest.param(path, marks=[*marks, pytest.mark.skipif(bool(absent), reason="; ".join(absent))], id=name(path))
 
 
+@functools.cache
 def kind(path: Path) -> tuple[str, ...]:
     """Experiments of one class: of the same recipe and data, and of the same packages."""
     content = yaml.safe_load(path.read_text())
