@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from tests.built import Built, Store
+from tests.conftest import Result
+
 #: Balancer -> what it adds to callbacks, and what it logs in two steps (some have nothing to say yet).
 BALANCERS: dict[str, tuple[str, str | None]] = {
     "ogm": ("{class_path: Balance, init_args: {pacing: {class_path: OGM}}}", "balance/factor/image"),
@@ -28,18 +31,34 @@ GAME = "[{class_path: GreedyGame}, {class_path: LabelContrast}, {class_path: Bot
 ALONE = {"mmpareto"}
 
 
-def two_steps(cli: Any, callbacks: list[str], base: str = "fusion/emoji", *more: str, game: bool = False) -> Any:
-    text = "trainer:\n  callbacks+:\n" + "".join(f"    - {callback}\n" for callback in callbacks)
-    if game:
-        text += f"model:\n  init_args:\n    regularizers: {GAME}\n"
-    Path("balance.yaml").write_text(text)
-    configs = [part for name in (base, "balance.yaml", "on/tiny") for part in ("--config", name)]
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return Store(tmp_path_factory.mktemp)
+
+
+def two_steps(cli: Any, store: Store, callbacks: list[str], game: bool = False) -> tuple[Result, dict[str, Any]]:
+    """Of fusion/emoji, which is parsed and built once with all callbacks; of each fit only these are left."""
+    options = ["--data.batch_size", "16", *(["--model.init_args.regularizers", GAME] if game else [])]
+
+    def build() -> Built:
+        all_of_them = {**HARMONIZERS, **{name: says for name, (says, _) in BALANCERS.items()}}
+        return Built(cli, ["fusion/emoji"], all_of_them, *options)
+
+    return store("game" if game else "fusion", build).fit(cli, *callbacks)
+
+
+def two_steps_of_missing(cli: Any, balancer: str, *more: str) -> Any:
+    Path("balance.yaml").write_text(f"trainer:\n  callbacks+:\n    - {BALANCERS[balancer][0]}\n")
+    configs = [part for name in ("missing/emoji", "balance.yaml", "on/tiny") for part in ("--config", name)]
     return cli("fit", *configs, "--name", "x", "--test", "false", "--trainer.limit_val_batches", "0", *more)
 
 
 def ran(result: Any, *logged: str | None) -> None:
+    held(result, json.loads(Path("runs/x/metrics.json").read_text()), *logged)
+
+
+def held(result: Any, metrics: dict[str, Any], *logged: str | None) -> None:
     assert result.rc == 0, result.err
-    metrics = json.loads(Path("runs/x/metrics.json").read_text())
     assert metrics["steps"] == 2 and all(name in metrics for name in logged if name is not None)
     assert all(value == value for value in metrics.values() if isinstance(value, float))
 
@@ -54,20 +73,29 @@ def cases() -> list[Any]:
 
 
 @pytest.mark.parametrize(("balancer", "harmonizer"), cases())
-def test_with_a_harmonizer(balancer: str, harmonizer: str | None, cli: Any) -> None:
-    says, logged = BALANCERS[balancer]
-    result = two_steps(cli, [*([HARMONIZERS[harmonizer]] if harmonizer else []), says])
+def test_with_a_harmonizer(balancer: str, harmonizer: str | None, cli: Any, store: Store) -> None:
+    _, logged = BALANCERS[balancer]
+    result, metrics = two_steps(cli, store, [*([harmonizer] if harmonizer else []), balancer])
     if balancer in ALONE and harmonizer is not None:
         assert result.rc == 2 and "is there already; one of the two" in result.refusal, result.err
         return
-    ran(result, logged, "harmony/conflict" if harmonizer else None)
+    held(result, metrics, logged)
+    assert ("harmony/conflict" in metrics) == (harmonizer is not None) or balancer in ALONE
 
 
 @pytest.mark.parametrize("harmonizer", [pytest.param(h, marks=pytest.mark.slow) for h in (None, *HARMONIZERS)])
-def test_a_game_with_a_harmonizer_and_all_the_rest(harmonizer: str | None, cli: Any) -> None:
-    together = [BALANCERS[name][0] for name in ("ogm-ge", "pmr", "opm", "blend")]
-    result = two_steps(cli, [*([HARMONIZERS[harmonizer]] if harmonizer else []), *together], game=True)
-    ran(result, "train/game", "train/contrast", "train/bottleneck", "balance/factor/image", "train/prototype-image")
+def test_a_game_with_a_harmonizer_and_all_the_rest(harmonizer: str | None, cli: Any, store: Store) -> None:
+    together = ["ogm-ge", "pmr", "opm", "blend"]
+    result, metrics = two_steps(cli, store, [*([harmonizer] if harmonizer else []), *together], game=True)
+    held(
+        result,
+        metrics,
+        "train/game",
+        "train/contrast",
+        "train/bottleneck",
+        "balance/factor/image",
+        "train/prototype-image",
+    )
 
 
 @pytest.mark.slow
@@ -75,11 +103,11 @@ def test_with_missing_modalities(cli: Any) -> None:
     """Trained on, all of a fused recipe is balanced; frozen, there is nothing of a tower to hold back."""
     before = [part for c in ("fusion/emoji", "with/mid-fusion", "on/tiny") for part in ("--config", c)]
     assert cli("fit", *before, "--name", "whole").rc == 0
-    result = two_steps(cli, [BALANCERS["ogm"][0]], "missing/emoji")
+    result = two_steps_of_missing(cli, "ogm")
     assert result.rc == 2 and "is trained, so nothing of it can be held back" in result.refusal, result.err
     free = ["--model.init_args.frozen", "false", "--model.init_args.bank", "null"]
     for name in ("ogm", "pmr", "opm", "mmpareto"):
-        result = two_steps(cli, [BALANCERS[name][0]], "missing/emoji", *free)
+        result = two_steps_of_missing(cli, name, *free)
         assert result.rc == 0, result.err
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.built import Built, Store
+from tests.conftest import Result
 from tests.test_experiments import EXPERIMENTS, begin
 
 PARAMETERS = (
@@ -34,19 +34,40 @@ QUICK = {("masked/emoji", "PCGrad"), ("contrastive/stamps", "Realign"), ("contra
 BOTH = "rule: {class_path: %s}, curriculum: {class_path: Curriculum, init_args: {warmup: 0.0}}"
 
 
-def two_steps(cli: Any, base: str, callback: str, arguments: str) -> Any:
-    text = f"trainer:\n  callbacks+:\n    - {{class_path: {callback}, init_args: {{{arguments}}}}}\n"
-    Path("harmony.yaml").write_text(text)
-    configs = [part for name in (base, "harmony.yaml", "on/tiny") for part in ("--config", name)]
-    return cli("fit", *configs, "--name", "x", "--test", "false", "--trainer.limit_val_batches", "0")
+#: Two steps of few samples: what is looked at is whether they run.
+FEW = ("--data.batch_size", "16")
+#: Each callback of each base is parsed together with all others, and of each fit only one is left.
+CALLBACKS = {
+    **{
+        f"Harmonize-{rule}": f"{{class_path: Harmonize, init_args: {{rule: {{class_path: {rule}}}}}}}"
+        for rule in PARAMETERS
+    },
+    **{
+        f"HarmonizeFeatures-{rule}": f"{{class_path: HarmonizeFeatures, init_args: {{{BOTH % rule}}}}}"
+        for rule in FEATURES
+    },
+}
 
 
-def holds(result: Any, refusal: str | None) -> None:
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return Store(tmp_path_factory.mktemp)
+
+
+def two_steps(cli: Any, store: Store, base: str, callback: str) -> tuple[Result, dict[str, Any]]:
+    def build() -> Built:
+        begin(EXPERIMENTS / f"{base}.yaml", cli)
+        return Built(cli, [base], CALLBACKS, *FEW)
+
+    return store(base, build).fit(cli, callback)
+
+
+def holds(done: tuple[Result, dict[str, Any]], refusal: str | None) -> None:
+    result, metrics = done
     if refusal is not None:
         assert result.rc == 2 and refusal in result.refusal, result.err
         return
     assert result.rc == 0, result.err
-    metrics = json.loads(Path("runs/x/metrics.json").read_text())
     assert metrics["steps"] == 2 and any(name.startswith("harmony/") for name in metrics)
     assert all(value == value for value in metrics.values() if isinstance(value, float))
 
@@ -60,21 +81,20 @@ def cases(rules: tuple[str, ...]) -> list[Any]:
 
 
 @pytest.mark.parametrize(("base", "rule"), cases(PARAMETERS))
-def test_at_the_parameters(base: str, rule: str, cli: Any) -> None:
-    holds(two_steps(cli, base, "Harmonize", f"rule: {{class_path: {rule}}}"), WHERE[base][0])
+def test_at_the_parameters(base: str, rule: str, cli: Any, store: Store) -> None:
+    holds(two_steps(cli, store, base, f"Harmonize-{rule}"), WHERE[base][0])
 
 
 @pytest.mark.parametrize(("base", "rule"), cases(FEATURES))
-def test_at_the_features(base: str, rule: str, cli: Any) -> None:
-    holds(two_steps(cli, base, "HarmonizeFeatures", BOTH % rule), WHERE[base][1])
+def test_at_the_features(base: str, rule: str, cli: Any, store: Store) -> None:
+    holds(two_steps(cli, store, base, f"HarmonizeFeatures-{rule}"), WHERE[base][1])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("base", ALSO)
-def test_of_other_recipes(base: str, cli: Any) -> None:
-    begin(EXPERIMENTS / f"{base}.yaml", cli)
-    holds(two_steps(cli, base, "Harmonize", "rule: {class_path: PCGrad}"), ALSO[base][0])
-    holds(two_steps(cli, base, "HarmonizeFeatures", BOTH % "Realign"), ALSO[base][1])
+def test_of_other_recipes(base: str, cli: Any, store: Store) -> None:
+    holds(two_steps(cli, store, base, "Harmonize-PCGrad"), ALSO[base][0])
+    holds(two_steps(cli, store, base, "HarmonizeFeatures-Realign"), ALSO[base][1])
 
 
 def test_all_rules_are_tried() -> None:
