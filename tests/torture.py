@@ -278,7 +278,7 @@ class Case:
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), "PYTHONFAULTHANDLER": "1", **variables}
         words, log = self.words(name, resume), self.root / f"{name}.log"
         if not (self.cold or launcher):
-            return Fit(dict(_forked(self.root, log, environment | rank, words) for rank in _ranks(self.ranks)))
+            return Fit(dict(forked(self.root, log, environment | rank, words) for rank in _ranks(self.ranks)))
         with log.open("ab") as file:
             process = subprocess.Popen(
                 [sys.executable, *launcher, "-m", "descant", *words],
@@ -327,16 +327,17 @@ def _server() -> Any:
     return context
 
 
-def _forked(
+def forked(
     folder: Path, log: Path, environment: dict[str, str], words: list[str]
 ) -> tuple[int, Callable[[], int | None]]:
-    process = _server().Process(target=_fit, args=(folder, log, environment, words))
+    """Begin ``descant WORDS`` in a process of its own; its id, and what tells its exit code, None while it runs."""
+    process = _server().Process(target=_command, args=(folder, log, environment, words))
     process.start()
     return process.pid, lambda: process.exitcode
 
 
-def _fit(folder: Path, log: Path, environment: dict[str, str], words: list[str]) -> None:
-    """``descant fit`` in a process that was forked for it."""
+def _command(folder: Path, log: Path, environment: dict[str, str], words: list[str]) -> None:
+    """``descant WORDS`` in a process that was forked for it."""
     os.setsid()
     os.chdir(folder)
     os.environ.clear()

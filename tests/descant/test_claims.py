@@ -17,7 +17,7 @@ from descant.claims.spec import Claim
 from descant.errors import Refusal
 from descant.statistics import paired
 from tests.conftest import Result
-from tests.tolerance import F64, ulps
+from tests.forked import fork_runs
 
 CONTENT: dict[str, Any] = {
     "title": "a tower that learns is nearer than one that does not",
@@ -538,8 +538,9 @@ def planted(
 
 @pytest.mark.slow
 def test_a_planted_effect_passes_and_a_planted_nothing_does_not(
-    planted: Callable[..., Result], made: Callable[..., Claim], results: Path
+    planted: Callable[..., Result], made: Callable[..., Claim], results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    fork_runs(monkeypatch)
     pilot = planted("run", "toy-claim.yaml", "--budget", "pilot")
     assert pilot.rc == 0 and "toy-claim: a pilot" in pilot.out, pilot.err
     part = planted("run", "toy-claim.yaml", "--seeds", "0")
@@ -569,8 +570,13 @@ def test_a_planted_effect_passes_and_a_planted_nothing_does_not(
 
 @pytest.mark.slow
 def test_settings_are_tuned_then_tried(
-    planted: Callable[..., Result], made: Callable[..., Claim], results: Path, workplace: Path
+    planted: Callable[..., Result],
+    made: Callable[..., Claim],
+    results: Path,
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    fork_runs(monkeypatch)
     arms = {name: arm for name, arm in TUNED["arms"].items() if name != "alone"}
     made(arms=arms | {"sham": CONTENT["arms"]["sham"]}, tuning=TUNED["tuning"])
     assert "no settings were chosen" in planted("run", "toy-claim.yaml", "--budget", "pilot").refusal

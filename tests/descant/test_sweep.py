@@ -10,6 +10,7 @@ import pytest
 
 from descant import runs, sweep
 from tests.conftest import TRUST, Result
+from tests.forked import fork_runs
 
 Cli = Callable[..., Result]
 ROOT = Path(__file__).parent.parent.parent
@@ -20,7 +21,7 @@ TOYS = ("sweep", "--config", "toy.yaml", *TRUST, "--trainer.max_epochs=1")
 def test_a_sweep_runs_what_is_missing_and_ends_with_the_table(
     cli: Cli, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    fork_runs(monkeypatch)
     first = cli(*TOYS, "--vary", "model.scale=0.5,2.0", "--jobs", "2", "--metrics", "val/gap")
     assert first.rc == 0, first.err
     assert "2 runs, 0 done, 2 at a time" in first.err and first.err.count(": done (") == 2

@@ -1,0 +1,45 @@
+"""Runs that sweeps and claims start, forked from a process that has imported everything, not begun by a command.
+
+A run is a process of its own all the same; it begins in a second of a core in place of eight.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import IO
+
+import pytest
+
+from descant import processes
+from tests.torture import forked
+
+
+class Forked:
+    """What ``descant.processes`` asks of ``subprocess.Popen``, for ``python -P -m descant WORDS`` alone."""
+
+    def __init__(self, command: Sequence[str], stdout: IO[bytes], stderr: IO[bytes], env: Mapping[str, str]) -> None:
+        assert list(command[:4]) == [sys.executable, "-P", "-m", "descant"] and stdout is stderr
+        self.pid, self.poll = forked(Path.cwd(), Path(stdout.name), dict(env), list(command[4:]))
+
+    @property
+    def returncode(self) -> int | None:
+        return self.poll()
+
+    def wait(self) -> int:
+        while (code := self.poll()) is None:
+            time.sleep(0.05)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+def fork_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on ``descant.processes`` forks what it starts."""
+    monkeypatch.setattr(processes, "subprocess", SimpleNamespace(Popen=Forked))
