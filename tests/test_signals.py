@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from descant import manifest, runs
 from descant.callbacks.resume import AGREE_STEPS, CODES
+from tests.rotation import turn
 from tests.torture import Case, differences, wait
 
 #: Phase -> the step in which the run is held there, and the steps done when it stops: saves are at 3, 6 and so on, the
@@ -26,13 +29,41 @@ PHASES = {
 STEPS = ("--trainer.max_epochs", "-1", "--trainer.max_steps", "17")
 slow = pytest.mark.slow
 #: In the tests of every day: one phase of each signal.
-DAILY = {(signal.SIGTERM, "backward"), (signal.SIGINT, "saving"), (signal.SIGUSR1, "validation")}
+DAILY = ((signal.SIGTERM, "backward"), (signal.SIGINT, "saving"), (signal.SIGUSR1, "validation"))
+
+
+def tried(of: Sequence[signal.Signals]) -> list[tuple[signal.Signals, str]]:
+    """A signal for each phase, each signal for two of them."""
+    return [(of[n % len(of)], phase) for n, phase in enumerate(PHASES)]
+
+
+#: Three orders of the signals, by which each is sent in each phase; one has its turn.
+ORDERS = [[*CODES][k:] + [*CODES][:k] for k in range(len(CODES))]
+
+
+def cases() -> list[Any]:
+    (order,) = turn(ORDERS, len(ORDERS))
+    pairs = dict.fromkeys([*DAILY, *tried(order)])
+    return [pytest.param(*p, marks=[] if p in DAILY else slow, id=f"{p[0].name}-{p[1]}") for p in pairs]
+
+
+def test_all_signals_are_sent_in_all_phases_by_turns() -> None:
+    assert {pair for order in ORDERS for pair in tried(order)} == {(number, p) for number in CODES for p in PHASES}
+    assert all({number for number, _ in tried(order)} == set(CODES) for order in ORDERS)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Case:
     """The run that nobody disturbs."""
     case = Case(tmp_path_factory.mktemp("signals"), "gradcache", options=STEPS)
+    case.finish("whole")
+    return case
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """The same on two ranks."""
+    case = Case(tmp_path_factory.mktemp("signals-2"), "gradcache", ranks=2, options=STEPS)
     case.finish("whole")
     return case
 
@@ -60,14 +91,7 @@ def require_unharmed(case: Case, name: str, step: int) -> None:
     assert differences(case, name) == []
 
 
-@pytest.mark.parametrize(
-    ("number", "phase"),
-    [
-        pytest.param(number, phase, marks=[] if (number, phase) in DAILY else slow, id=f"{number.name}-{phase}")
-        for number in CODES
-        for phase in PHASES
-    ],
-)
+@pytest.mark.parametrize(("number", "phase"), cases())
 def test_it_saves_tells_the_truth_and_goes_on_in_the_same_bits(whole: Case, number: signal.Signals, phase: str) -> None:
     name = f"{number.name}-{phase}"
     assert stop(whole, name, number, phase) == CODES[number]
@@ -87,15 +111,16 @@ def test_it_saves_tells_the_truth_and_goes_on_in_the_same_bits(whole: Case, numb
         pytest.param(signal.SIGINT, "optimizer", False, id="INT"),
     ],
 )
-def test_sent_to_one_of_two_ranks_it_stops_both(tmp_path: Path, number: signal.Signals, phase: str, cold: bool) -> None:
+def test_sent_to_one_of_two_ranks_it_stops_both(
+    whole_of_two: Case, number: signal.Signals, phase: str, cold: bool
+) -> None:
     """Held in its phase the second rank is late, so the first waits for it in an all-reduce when the signal comes."""
-    case = Case(tmp_path, "gradcache", ranks=2, options=STEPS)
-    case.finish("whole")
-    launched = Case(tmp_path, "gradcache", ranks=2, options=STEPS, cold=cold)
-    assert stop(launched, "signalled", number, phase, rank=1) == CODES[number]
-    assert f"descant: {number.name}: saving" in (tmp_path / "signalled.log").read_text()
-    point, _ = runs.newest_point(case.folder("signalled"))
+    case, name = whole_of_two, f"signalled-{number.name}"
+    launched = Case(case.root, "gradcache", ranks=2, options=STEPS, cold=cold)
+    assert stop(launched, name, number, phase, rank=1) == CODES[number]
+    assert f"descant: {number.name}: saving" in (case.root / f"{name}.log").read_text()
+    point, _ = runs.newest_point(case.folder(name))
     assert point is not None
     step = manifest.known(point)["step"]
     assert PHASES[phase][1] <= step <= PHASES[phase][1] + AGREE_STEPS + 1
-    require_unharmed(case, "signalled", step)
+    require_unharmed(case, name, step)
