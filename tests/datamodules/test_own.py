@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from descant import dump
 from descant.datamodules.base import BatchDataset
 from descant.datamodules.emoji import PACK
 from descant.datamodules.fields import AudioField, Fields, ImageField, LabelField, TextField
@@ -534,7 +535,9 @@ def test_a_folder_trains_without_a_line_of_code_and_learns(cli: Any) -> None:
     assert [n["sample"] for n in ledger(Path("runs/x/latest"))] == ["007.jpg"]
 
 
-def test_the_command_line_says_what_is_wrong_in_one_line(cli: Any) -> None:
+def test_the_command_line_says_what_is_wrong_in_one_line(cli: Any, written_content: dict[str, Any]) -> None:
+    dump.place().parent.mkdir(parents=True, exist_ok=True)
+    dump.place().write_text(json.dumps(written_content))  # else the first mistake in this cache has it made
     shapes(Path("photos"), 12)
     fit = ("fit", "--config", "contrastive/own", "--config", "on/cpu", "--trainer.max_steps", "1")
     result = cli(*fit)
