@@ -128,8 +128,8 @@ def test_measures_in_numbers() -> None:
     found = measure(torch.stack([half, bar, canvas()]))
     red, blue, black = (list(COLOURS).index(term) for term in ("red", "blue", "black"))
     assert found.share_RK[0, [red, blue]].tolist() == [0.5, 0.5]
-    assert found.y_RK[0, [red, blue]].tolist() == pytest.approx([-0.25, 0.25], abs=ulps(64, F32))
-    assert found.x_RK[0, [red, blue]].tolist() == pytest.approx([0.0, 0.0], abs=ulps(64, F32))
+    assert found.y_RK[0, [red, blue]].tolist() == pytest.approx([-0.25, 0.25], abs=ulps(8, F32))
+    assert found.x_RK[0, [red, blue]].tolist() == pytest.approx([0.0, 0.0], abs=ulps(8, F32))
     assert found.side_R.tolist() == [0.5, 1.0, 0.0] and found.wide_R.tolist() == pytest.approx(
         [1.0, 6.4, 0.0], rel=ulps(8, F32)
     )

@@ -27,16 +27,16 @@ def test_visual_facts_of_a_box() -> None:
     facts_NF = visual_facts(torch.stack([drawing(4, 2, (255, 0, 0)), drawing(2, 4, (0, 0, 0))]))
     share = 8 / 64
     red, green, blue, saturation, spread, edges, area, shape = facts_NF[0].tolist()
-    assert red == pytest.approx(1.0, rel=ulps(64, F32)) and green == blue == pytest.approx(1 - share, rel=ulps(64, F32))
-    assert saturation == pytest.approx(share, rel=ulps(64, F32)) and area == pytest.approx(share, rel=ulps(64, F32))
-    assert spread == pytest.approx(2 / 3 * (share * (1 - share)) ** 0.5, rel=ulps(64, F32))
+    assert red == pytest.approx(1.0, rel=ulps(8, F32)) and green == blue == pytest.approx(1 - share, rel=ulps(8, F32))
+    assert saturation == pytest.approx(share, rel=ulps(8, F32)) and area == pytest.approx(share, rel=ulps(8, F32))
+    assert spread == pytest.approx(2 / 3 * (share * (1 - share)) ** 0.5, rel=ulps(8, F32))
     assert edges == pytest.approx(
-        2 / 3 * (2 * 4 + 2 * 2) / 2 / 56, rel=ulps(64, F32)
+        2 / 3 * (2 * 4 + 2 * 2) / 2 / 56, rel=ulps(8, F32)
     )  # steps down: 2 rows of 4; right: 2 columns of 2
     assert shape == pytest.approx(torch.tensor(2.0).log().item(), rel=ulps(4, F32)) == -facts_NF[1, 7].item()
     assert facts_NF[1, 3] == 0  # black has no saturation
     blank = visual_facts(torch.zeros(1, 4, 8, 8, dtype=torch.uint8))[0]
-    assert blank.tolist() == pytest.approx([1, 1, 1, 0, 0, 0, 0, 0], abs=ulps(64, F32))
+    assert blank.tolist() == pytest.approx([1, 1, 1, 0, 0, 0, 0, 0], abs=ulps(8, F32))
 
 
 def test_text_facts_read_words_and_no_order() -> None:

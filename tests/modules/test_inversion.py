@@ -232,10 +232,10 @@ def test_a_text_tower_is_its_two_parts(causal: bool) -> None:
     x = torch.tensor([[1, 9, 8, 2, 0, 0, 0, 0], [1, 2, 0, 0, 0, 0, 0, 0], [0] * 8])
     whole = tower(x)
     h_BTD = tower.encode(tower.embed(x), x != 0)  # of all columns, where forward leaves out those of padding
-    torch.testing.assert_close(h_BTD, whole.h_BTD, **rounding(256, F32))
+    torch.testing.assert_close(h_BTD, whole.h_BTD, **rounding(64, F32))
     assert not h_BTD[x == 0].any()
     # two layers of sums over 16 to 64 numbers
-    torch.testing.assert_close(tower.encode(tower.embed(x[:1, :4])), whole.h_BTD[:1, :4], **rounding(256, F32))
+    torch.testing.assert_close(tower.encode(tower.embed(x[:1, :4])), whole.h_BTD[:1, :4], **rounding(64, F32))
     assert isinstance(recipe(), Inverts) and isinstance(tower, Encodes)
     assert not isinstance(BagTower(16, 16), Encodes) and not isinstance(ConvTower(widths=[8]), Encodes)
 

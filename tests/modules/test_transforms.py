@@ -12,7 +12,7 @@ from descant.modules.transforms import Augment, Crop, Pixels, reduce_rgba
 from tests.tolerance import F32, conditioned, rounding, statistical, ulps
 
 #: Places on a grid of up to 16 pixels are read between neighbours that are up to 2 apart.
-PLACES = conditioned(2, F32, terms=2 * 16)
+PLACES = conditioned(2, F32, terms=16)
 STILL: dict[str, Any] = dict(
     rotate=0, scale=1, stretch=1, shear=0, shift=0, colour=0, brightness=0, contrast=0, grey=0, background=0
 )

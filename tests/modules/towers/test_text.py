@@ -46,7 +46,7 @@ def test_what_stands_in_padding_does_not_matter(causal):
     tower = text(causal=causal).eval()
     mask_BT = X != 0
     noise = torch.where(mask_BT, X, torch.randint(1, 12, X.shape, generator=torch.Generator().manual_seed(1)))
-    torch.testing.assert_close(tower(noise, mask_BT).h_BTD, tower(X).h_BTD, rtol=0, atol=ulps(128, F32))
+    torch.testing.assert_close(tower(noise, mask_BT).h_BTD, tower(X).h_BTD, rtol=0, atol=ulps(8, F32))
 
 
 def test_padding_comes_out_as_zeros_and_an_empty_row_is_finite():
@@ -75,7 +75,7 @@ def test_causal_tokens_do_not_see_the_right():
     tower = text(causal=True).eval()
     changed = X.clone()
     changed[:, 1] = 11
-    torch.testing.assert_close(tower(X).h_BTD[:, 0], tower(changed).h_BTD[:, 0], **rounding(128, F32))
+    torch.testing.assert_close(tower(X).h_BTD[:, 0], tower(changed).h_BTD[:, 0], **rounding(64, F32))
     assert not torch.allclose(text().eval()(X).h_BTD[:, 0], text().eval()(changed).h_BTD[:, 0])
 
 

@@ -54,7 +54,7 @@ def test_what_stands_in_padding_does_not_matter_and_an_empty_row_is_finite():
     tower, mask_BT = tower_of(BERT).eval(), TEXT != 0
     noise = TEXT.masked_fill(~mask_BT, 11)
     torch.testing.assert_close(
-        tower(noise, mask_BT).h_BTD[mask_BT], tower(TEXT).h_BTD[mask_BT], rtol=0, atol=ulps(128, F32)
+        tower(noise, mask_BT).h_BTD[mask_BT], tower(TEXT).h_BTD[mask_BT], rtol=0, atol=ulps(64, F32)
     )
     empty = tower(torch.zeros_like(TEXT))
     assert torch.isfinite(empty.h_BTD).all() and not empty.mask_BT.any()
@@ -104,7 +104,7 @@ def test_a_language_model_gives_the_states_its_head_would_read():
     assert tokens.mask_BT.tolist() == [[True, True, False, False], [True] * 4]
     changed = tower(torch.tensor([[5, 7, 3, 3], [5, 7, 9, 2]]))
     # the past does not see the future; the last token sees all
-    torch.testing.assert_close(changed.h_BTD[1, :3], tokens.h_BTD[1, :3], **rounding(128, F32))
+    torch.testing.assert_close(changed.h_BTD[1, :3], tokens.h_BTD[1, :3], **rounding(64, F32))
     pooled = LastPool()(tokens)
     assert torch.equal(pooled[0], tokens.h_BTD[0, 1]) and torch.equal(pooled[1], tokens.h_BTD[1, 3])
     assert not torch.allclose(LastPool()(changed)[1], pooled[1])
