@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +33,16 @@ class Device:
         return self.device.type == "acc"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Register the emulated device before the first backward of a process that runs nothing but these tests.
+
+    Autograd makes a queue for each device when it first runs; one that comes later has none.
+    """
+    here = Path(__file__).parent
+    if os.environ.get(VARIABLE, "acc") == "acc" and all(item.path.is_relative_to(here) for item in items):
+        importlib.import_module("tests.device.emulated")
+
+
 @pytest.fixture(scope="module")
 def device() -> Iterator[Device]:
     """The device under test; skips where it is not there. What it changes in torch ends with the file."""
@@ -46,5 +58,11 @@ def device() -> Iterator[Device]:
     from tests.device import emulated
 
     options = ("--trainer.accelerator", emulated.NAME, "--trainer.strategy", ours.STRATEGY, "--trainer.devices", "1")
+    try:
+        torch.ones(1, device=emulated.DEVICE, requires_grad=True).sum().backward()
+    except RuntimeError as error:
+        if "device_ready_queues_" not in str(error):
+            raise
+        pytest.fail("autograd ran in this process before the emulated device was there: run tests/device by itself")
     with emulated.emulation():
         yield Device(emulated.DEVICE, options, {"accelerator": emulated.NAME, "strategy": ours.STRATEGY, "devices": 1})
