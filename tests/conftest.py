@@ -47,6 +47,33 @@ trainer:
 TRUST = ("--trust", "tests.toys")
 
 
+def pytest_report_header() -> str:
+    return f"rotation: {rotation()} (DESCANT_ROTATION={rotation()} chooses the same cases again)"
+
+
+#: Files of `make slow` by how long they take, as far as that matters: a file's tests stay on one worker, and those that
+#: are begun last are to be short, so that the workers end together.
+LONGEST = (
+    *(
+        "slurm/test_slurm.py",
+        "test_torture.py",
+        "test_harmony_everywhere.py",
+        "test_signals.py",
+        "descant/test_claims.py",
+    ),
+    *("test_experiments.py", "descant/test_warnings.py", "descant/test_estimate.py", "test_wheel.py", "test_site.py"),
+    *("descant/test_new.py", "modules/test_configure.py", "test_balance_everywhere.py", "recipes/test_smollm.py"),
+    *("callbacks/test_resume.py", "descant/test_sweep.py", "test_elastic.py", "modules/reinforce/test_trl.py"),
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of slow tests the longest files first; `--no-loadscope-reorder` keeps xdist from another order."""
+    if config.option.markexpr == "slow":
+        place = {Path(__file__).parent / name: number for number, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: place.get(item.path, len(place)))
+
+
 @dataclass
 class Result:
     """What a command came to."""
@@ -131,37 +158,6 @@ def toy(cli: Callable[..., Result]) -> Callable[..., Result]:
         return cli(command, "--config", "toy.yaml", *TRUST, *args)
 
     return call
-
-
-#: Files of `make slow` by how long they take, as far as that matters: a file's tests stay on one worker, and those that
-#: are begun last are to be short, so that the workers end together.
-LONGEST = [
-    "slurm/test_slurm.py",
-    "test_torture.py",
-    "test_experiments.py",
-    "descant/test_warnings.py",
-    "test_harmony_everywhere.py",
-    "test_wheel.py",
-    "descant/test_estimate.py",
-    "test_site.py",
-    "test_signals.py",
-    "descant/test_claims.py",
-    "test_elastic.py",
-    "recipes/test_smollm.py",
-    "modules/test_configure.py",
-    "descant/test_new.py",
-    "descant/test_sweep.py",
-    "callbacks/test_resume.py",
-    "test_balance_everywhere.py",
-    "modules/reinforce/test_trl.py",
-]
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of slow tests the longest files first; `--no-loadscope-reorder` keeps xdist from another order."""
-    if config.option.markexpr == "slow":
-        place = {Path(__file__).parent / name: number for number, name in enumerate(LONGEST)}
-        items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 def _settings() -> dict[str, object]:

@@ -26,6 +26,7 @@ import yaml
 
 from descant.recipes.base import Recipe
 from tests.rotation import turn
+from tests.tolerance import F32, ulps
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 RUNNABLE = sorted(p for p in EXPERIMENTS.glob("*/*.yaml") if p.parent.name not in {"data", "with", "on", "claims"})

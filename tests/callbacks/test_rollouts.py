@@ -259,6 +259,7 @@ def test_with_a_divergence_it_stays_near(tmp_path: Path, plain: list[float]) -> 
     net = reinforced(lr=3e-3, loss=PolicyLoss(kl=KL(3.0)), distill=Distill(Given(reinforced())))
     seen, _ = run(tmp_path, short(), 15, net)
     assert (seen.rolled[0]["reference"] != 0).any()
+    # as above: 168 ulps of float32
     torch.testing.assert_close(seen.rolled[0]["reference"], seen.rolled[0]["old"], atol=2e-5, rtol=0)
     last = float(seen.rolled[-1]["length"].double().mean())
     assert last > plain[14] + 0.3, (last, plain)

@@ -18,6 +18,7 @@ from descant.errors import Refusal
 from descant.statistics import paired
 from tests.conftest import Result
 from tests.forked import fork_runs
+from tests.tolerance import F64, ulps
 
 CONTENT: dict[str, Any] = {
     "title": "a tower that learns is nearer than one that does not",
