@@ -55,6 +55,7 @@ def test_a_cpu_computes_bfloat16_where_torch_does(
     assert precision.choose("cpu")[0] == ("bf16-mixed" if unit else "32-true")
 
 
+@pytest.mark.slow
 def test_a_real_process_below_avx512_takes_float32() -> None:
     code = "from descant import precision; print(precision.choose('cpu')[0])"
     env = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
