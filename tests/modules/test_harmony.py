@@ -5,6 +5,7 @@ Letters: K gradients of D numbers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from itertools import combinations
 from typing import Any
@@ -105,6 +106,12 @@ def exact_min_norm(j: Exact) -> Exact:
     return best * k
 
 
+@functools.cache
+def shortest() -> dict[str, Exact]:
+    """The shortest vector of the hull of each of ``jacobians``."""
+    return {name: exact_min_norm(exact(j_KD)) for name, j_KD in jacobians()}
+
+
 def exact_projection(j: Exact, a: Exact) -> Exact:
     """The nearest vector to ``a`` that conflicts with no gradient."""
     k, best = j.rows, None
@@ -133,7 +140,7 @@ def far(found: Tensor, wanted: Exact, j_KD: Tensor) -> float:
 
 def test_mgda_is_the_shortest_vector_of_the_hull() -> None:
     for name, j_KD in jacobians():
-        assert far(mixed(MGDA(), j_KD), exact_min_norm(exact(j_KD)), j_KD) < EXACT, name
+        assert far(mixed(MGDA(), j_KD), shortest()[name], j_KD) < EXACT, name
 
 
 def test_upgrad_is_the_sum_of_the_projections() -> None:
@@ -164,7 +171,7 @@ def test_cagrad_is_as_good_as_any_step_can_be(radius: float) -> None:
         if w.sum() > 0:
             g_w = exact((w / w.sum())[None]) * j
             bounds.append(dot(g_w, g_0) + radius * size * mpmath.norm(g_w))
-        g_w = exact_min_norm(j) / k  # where 0 is in the hull nobody can gain
+        g_w = shortest()[name] / k  # where 0 is in the hull nobody can gain
         bounds.append(dot(g_w, g_0) + radius * size * mpmath.norm(g_w))
         kinks += radius > 0 and bounds[-1] <= min(bounds)
         if radius > 0:
@@ -261,28 +268,40 @@ ANY_ORDER = tuple(name for name in GRADIENT_RULES if name not in ("pcgrad", "gra
 every_rule = pytest.mark.parametrize("rule", GRADIENT_RULES)
 
 
+def all_mixed(rule: str, change: Callable[[Tensor], Tensor] = torch.clone, draw: int = 0) -> list[Tensor]:
+    """The harmonized gradient of every one of ``jacobians``, changed: those of as many gradients in one batch."""
+    changed = [change(j_KD) for _, j_KD in jacobians()]
+    found: dict[int, Tensor] = {}
+    for k in {len(j_KD) for j_KD in changed}:
+        rows = [n for n, j_KD in enumerate(changed) if len(j_KD) == k]
+        gram_BKK = torch.stack([changed[n] @ changed[n].T for n in rows])
+        mix_BK = GRADIENT_RULES[rule]().mix(gram_BKK, torch.ones(k, dtype=torch.float64), draw)
+        found |= {n: mix_K @ changed[n] for n, mix_K in zip(rows, mix_BK, strict=True)}
+    return [found[n] for n in range(len(changed))]
+
+
 @every_rule
 def test_the_scale_of_all_gradients_is_the_scale_of_their_mix(rule: str) -> None:
-    for name, j_KD in jacobians():
-        wanted = mixed(GRADIENT_RULES[rule](), j_KD, 3)
-        for size in (1e-12, 1e9):
-            found = mixed(GRADIENT_RULES[rule](), j_KD * size, 3) / (1 if rule == "nash" else size)
+    every = all_mixed(rule, draw=3)
+    for size in (1e-12, 1e9):
+        scaled = all_mixed(rule, lambda j_KD, size=size: j_KD * size, 3)  # type: ignore[misc]
+        for (name, j_KD), wanted, g in zip(jacobians(), every, scaled, strict=True):
+            found = g / (1 if rule == "nash" else size)
             longest = max(float(j_KD.norm(dim=1).max()), float(wanted.norm()))
             assert float((found - wanted).norm()) < EXACT * longest, (name, size)
 
 
 @pytest.mark.parametrize("rule", ANY_ORDER)
 def test_the_order_of_terms_is_free(rule: str) -> None:
-    for name, j_KD in jacobians():
-        turned = mixed(GRADIENT_RULES[rule](), j_KD.flip(0))
-        gap = (mixed(GRADIENT_RULES[rule](), j_KD) - turned).norm() / j_KD.norm(dim=1).max()
+    every, other = all_mixed(rule), all_mixed(rule, lambda j_KD: j_KD.flip(0))
+    for (name, j_KD), plain, turned in zip(jacobians(), every, other, strict=True):
+        gap = (plain - turned).norm() / j_KD.norm(dim=1).max()
         assert float(gap) < EXACT, name
 
 
 @pytest.mark.parametrize("rule", PEACEFUL)
 def test_no_term_is_hurt(rule: str) -> None:
-    for name, j_KD in jacobians():
-        g = mixed(GRADIENT_RULES[rule](), j_KD)
+    for (name, j_KD), g in zip(jacobians(), all_mixed(rule), strict=True):
         cos_K = j_KD @ g / j_KD.norm(dim=1) / j_KD.norm(dim=1).max()
         assert float(cos_K.min()) > -EXACT, name
 
