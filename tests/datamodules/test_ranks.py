@@ -105,7 +105,12 @@ def steps(make: Callable[[Path], DataModule], folder: Path, world: int, workers:
 
 
 #: Ranks and workers, each with one kind: processes take time, and what a worker reads does not depend on the kind.
-CUTS = {alone: (2, 2), mixed: (1, 2), weighted: (4, 1), homogeneous: (2, 1)}
+CUTS: dict[Callable[[Path], DataModule], tuple[int, int]] = {
+    alone: (2, 2),
+    mixed: (1, 2),
+    weighted: (4, 1),
+    homogeneous: (2, 1),
+}
 
 
 @pytest.mark.parametrize("make", KINDS)
