@@ -18,7 +18,7 @@ from typing import Any
 
 # numpy's threads wait in a loop for each other, and it reads this when it is imported
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# a graph that another test compiled, or an earlier session, is not what is tested: hits were seen to give other gradients
+# graphs that other tests compiled are not what is tested: cached ones were seen to give other gradients
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
 os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
 
