@@ -50,11 +50,12 @@ def test_a_step_reads_nothing(case: Case, cli: Any, device: Any, workplace: Path
 
 
 @pytest.mark.parametrize("case", [param(case) for case in CHOSEN])
-def test_who_has_to_know_reads_once(case: Case, cli: Any, device: Any, workplace: Path) -> None:
+def test_who_has_to_know_reads_at_most_once(case: Case, cli: Any, device: Any, workplace: Path) -> None:
     if not device.emulated:
         pytest.skip("counted on the emulated accelerator")
-    for counts in measured(case, cli, workplace, device):
-        assert counts.host_reads == case.allowed and case.why, counts.lines()
+    steps = measured(case, cli, workplace, device)
+    assert max(counts.host_reads for counts in steps) <= case.allowed and case.why, [c.lines() for c in steps]
+    for counts in steps:
         assert not counts.uploads, counts.lines()
 
 

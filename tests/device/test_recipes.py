@@ -35,6 +35,10 @@ SHIPPED = (
 )
 
 
+#: What is not exported: they go on from another run, which an export does not carry.
+FROM_A_RUN = ("missing/emoji", "reinforce/emoji")
+
+
 @pytest.mark.parametrize(
     "experiment", [pytest.param(name, marks=pytest.mark.slow if n else []) for n, name in enumerate(SHIPPED)]
 )
@@ -46,5 +50,7 @@ def test_what_ships_trains_resumes_and_is_exported(experiment: str, cli: Any, de
     point = next(Path("runs/x/001/resume").glob("step-0000002.ckpt"))
     state = plain.load_plain(point, map_location="cpu")["state_dict"]
     assert all(x.device == torch.device("cpu") for x in state.values())
+    if experiment in FROM_A_RUN:
+        return
     result = cli("export", "x/001", "--ckpt", "last", "--out", "out")
     assert result.rc == 0, result.err
