@@ -78,8 +78,9 @@ def resized(x_BCHW: Tensor, size: int, name: str = "image") -> Tensor:
         ValueError: for what is no floating-point image, or is not larger than ``size``.
 
     >>> import torch
-    >>> resized(torch.tensor([0.0, 1.0, 2.0, 3.0]).expand(1, 1, 4, 4), 2)[0, 0, 0].tolist()
-    [0.5714285969734192, 2.4285714626312256]
+    >>> x_BCHW = torch.tensor([0.0, 1.0, 2.0, 3.0]).expand(1, 1, 4, 4)
+    >>> [round(x, 2) for x in resized(x_BCHW, 2)[0, 0, 0].tolist()]  # 5 / 7 and 16 / 7
+    [0.71, 2.29]
     """
     if x_BCHW.dim() != 4 or not x_BCHW.is_floating_point():
         raise ValueError(f"ProgressiveResizing: {name} {tuple(x_BCHW.shape)} {x_BCHW.dtype}: no image [B, C, H, W]")
