@@ -61,6 +61,7 @@ class DescantCLI(LightningCLI):
     def __init__(self, request: Request) -> None:
         self.request = request
         self.checking = Check() if request.command == "check" else None
+        self.told: list[str] = []
         self.command = "fit" if request.command == "check" else request.command
         super().__init__(
             Recipe,
@@ -149,7 +150,7 @@ class DescantCLI(LightningCLI):
         resumed = place.checkpoint if self.command == "fit" else None
         kept = runs.precision_of(Path(resumed).parent.parent) if resumed is not None else None
         try:
-            self.options.trainer.precision = precision.resolve(self.options.trainer, kept, say)
+            self.options.trainer.precision = precision.resolve(self.options.trainer, kept, self.told.append)
             if resumed is not None:
                 require_unchanged(Path(resumed), self._saved(), self.options.changed == "allow")
         except Refusal:
@@ -165,6 +166,11 @@ class DescantCLI(LightningCLI):
             return for_fit(root, self.name, options.run, options.resume)
         source = source_of(root, options.run, self.request.configs)
         return for_evaluation(command, root, self.name, source, options.get("ckpt_path"))
+
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        for line in self.told:  # only now: what cannot be built is told in one line alone
+            say(line)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         # first: its folder must say what it is before anything else is written to it
