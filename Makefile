@@ -19,10 +19,9 @@ demo: .venv/.ready  ## Train a CLIP-style model on the emoji pack (5 to 11 minut
 # Processes of their own: autograd makes a queue for each device in its first backward, so theirs is registered before.
 DEVICE := tests/device
 MANY := -n auto --maxprocesses 4 --dist loadfile
-test: .venv/.ready  ## The tests: mechanisms, properties, the command line.
-	$(BIN)/python -m pytest -rfEs -m 'not slow and not gpu' $(MANY) --ignore tests/device tests
+test: .venv/.ready  ## The tests: mechanisms, properties, the command line, every doctest.
+	$(BIN)/python -m pytest -rfEs -m 'not slow and not gpu' $(MANY) --doctest-modules --ignore tests/device tests descant
 	$(BIN)/python -m pytest -rfEs -m 'not slow and not gpu' $(MANY) $(DEVICE)
-	$(BIN)/python -m pytest --doctest-modules -m 'not slow and not gpu' descant
 
 # One worker more than there are cores: a cluster, a browser and killed runs are mostly waited for.
 MORE := -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses 4 --dist loadfile --no-loadscope-reorder

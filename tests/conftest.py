@@ -77,6 +77,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
+def pytest_collection_finish() -> None:
+    """What was imported stays: without it each full collection of garbage walks half as far, a tenth of all time."""
+    gc.collect()
+    gc.freeze()
+
+
 @dataclass
 class Result:
     """What a command came to."""

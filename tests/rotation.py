@@ -9,9 +9,12 @@ import functools
 import hashlib
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import pytest
+from _pytest.mark.structures import ParameterSet
 
 Case = TypeVar("Case")
 
@@ -33,3 +36,16 @@ def rotation() -> str:
 def turn(cases: Sequence[Case], of: int) -> list[Case]:
     """Every ``of``-th case, from one on that the rotation says; ``of`` parts in all, each case in one of them."""
     return list(cases[int(hashlib.sha256(rotation().encode()).hexdigest(), 16) % of :: of])
+
+
+def quick(cases: Iterable[Any], of: int) -> list[Any]:
+    """All cases as parameters of a test: those whose turn it is run in `make test`, the rest in `make slow`."""
+    each = list(cases)
+    mine = turn(range(len(each)), of)
+    return [case if n in mine else _slow(case) for n, case in enumerate(each)]
+
+
+def _slow(case: Any) -> Any:
+    if isinstance(case, ParameterSet):
+        return pytest.param(*case.values, id=case.id, marks=[*case.marks, pytest.mark.slow])
+    return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)

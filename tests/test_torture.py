@@ -52,6 +52,7 @@ LINES = [
 ]
 
 
+@pytest.mark.slow
 def test_killed_twice_a_run_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
     case = Case(tmp_path, "gradcache", options=("--trainer.max_epochs", "2"))
     hits, found = torture(case, kills=2, seed=random.randrange(2**32))

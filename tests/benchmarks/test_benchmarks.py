@@ -184,6 +184,7 @@ def test_control_tells_chance_from_knowledge(learned: bool) -> None:
         list(judged(vendor, {"vendor/i2t_r10": r10 + 0.1, "vendor/i2t_r1": r1}, permutations=30))
 
 
+@pytest.mark.slow
 def test_harmony_is_timed_on_small_batches() -> None:
     from benchmarks.harmonize import overhead
 

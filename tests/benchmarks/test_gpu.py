@@ -21,6 +21,7 @@ import torch
 from benchmarks import accelerated, budget, gpu, timing, wheels
 from benchmarks.budget import Figure, LeftOut, Share, run
 from tests.conftest import TRUST
+from tests.rotation import quick
 
 
 class Clock:
@@ -106,7 +107,7 @@ def test_rounds_end_at_the_share_and_a_block_is_several_calls() -> None:
 ONES = {"precision": 3, "optimizers": 2, "breakdown": 3, "open_clip": 2, "lightly": 4, "generate": 4, "compile": 4}
 
 
-@pytest.mark.parametrize("name", [*ONES, pytest.param("reinforce", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [*quick(ONES, 4), pytest.param("reinforce", marks=pytest.mark.slow)])
 def test_each_benchmark_runs_at_toy_sizes(name: str) -> None:
     pytest.importorskip({"reinforce": "trl", "open_clip": "open_clip"}.get(name, "lightly"))
     _, benchmark = accelerated.Suite("cpu", accelerated.toy()).benchmarks()[name]

@@ -294,6 +294,7 @@ def losses_of(run: str) -> dict[int, float]:
         return {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file) if row.get("train/loss")}
 
 
+@pytest.mark.slow
 def test_a_run_is_stopped_and_goes_on_by_the_command_line(cli: Any) -> None:
     from transformers import PreTrainedTokenizerFast
 

@@ -28,6 +28,7 @@ from descant.recipes import Chat, Reinforced
 from tests.callbacks.test_resume import Act, equal, fit, point, state
 from tests.callbacks.test_rounds import Given
 from tests.ranks import run_ranks
+from tests.rotation import quick
 from tests.small import small_chat
 from tests.step_toy import QUIET
 from tests.tolerance import F32, F64, rounding, ulps
@@ -295,7 +296,7 @@ def never_killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Act, R
     return folder, whole, net, held
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 5])
+@pytest.mark.parametrize("step", quick([1, 2, 3, 5], 2))
 def test_killed_in_a_rollout_or_between_two_it_ends_in_the_same_bits(
     tmp_path: Path, never_killed: tuple[Path, Act, Reinforced, QuestionRollouts], step: int
 ) -> None:

@@ -21,6 +21,7 @@ from descant.recipes import Chat
 from tests.callbacks.test_resume import Act, equal, fit, point, state
 from tests.ranks import run_ranks
 from tests.recipes.test_missing import PatternData
+from tests.rotation import quick
 from tests.small import small_chat
 from tests.step_toy import QUIET
 from tests.tolerance import F32, ulps
@@ -127,7 +128,7 @@ def test_numbers_are_logged(tmp_path: Path) -> None:
     assert found["rounds/student"] < 0.3 and 0.2 < found["rounds/difficult"] <= found["rounds/teacher"]
 
 
-@pytest.mark.parametrize("step", [2, 6, 7])
+@pytest.mark.parametrize("step", quick([2, 6, 7], 3))
 def test_killed_between_rounds_or_in_one_it_ends_in_the_same_bits(tmp_path: Path, step: int) -> None:
     """Three steps an epoch, two epochs a round: after 6 steps the next round begins."""
     whole, rest = Act(), Act()

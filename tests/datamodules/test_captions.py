@@ -203,7 +203,7 @@ def test_fused_says_both() -> None:
 
 @pytest.mark.parametrize("alt", [0.0, 0.1, 0.5, 1.0])
 def test_shares_are_pi_within_chance_and_each_epoch_draws_anew(alt: float) -> None:
-    mixed = mixer(alt, 1 - alt).write(many(2000), CODEC)
+    mixed = mixer(alt, 1 - alt).write(many(500), CODEC)
     n = len(mixed.text_SR[0])
     chosen = []
     for epoch in range(3):

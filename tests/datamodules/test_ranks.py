@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from descant.datamodules.fields import Fields, ImageField, TextField
 from descant.datamodules.mixture import Mixture
 from descant.datamodules.own import Own
 from tests.files import write_tar
+from tests.rotation import quick
 
 #: Of each row: id, draw and pixels.
 Row = tuple[int, int, bytes]
@@ -125,8 +127,7 @@ def test_the_order_of_all_samples_is_one(tmp_path: Path, make: Callable[[Path], 
 STARTS = {(0, 2): weighted, (0, 4): mixed, (1, 0): homogeneous, (1, 3): alone}
 
 
-@pytest.mark.parametrize("make", KINDS)
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize(("make", "start"), quick(itertools.product(KINDS, STARTS), 5))
 def test_it_goes_on_on_other_ranks_in_the_same_order(
     tmp_path: Path, make: Callable[[Path], DataModule], start: tuple[int, int]
 ) -> None:

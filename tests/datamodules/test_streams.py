@@ -30,9 +30,12 @@ from descant.recipes.base import Recipe
 from tests.callbacks.test_resume import Act, equal, fit, point, state
 from tests.files import write_tar
 from tests.ranks import run_ranks
+from tests.rotation import quick
 
 Position = tuple[int, int]
 SHARDS = {"many": (8, 19, 1, 12, 16), "few": (13, 6), "one": (21,)}
+#: Shards x (ranks, workers, batches read ahead).
+PLACES = [(sizes, *of) for sizes in SHARDS for of in ((1, 0, 0), (1, 0, 1), (1, 2, 0), (2, 0, 0), (2, 2, 1))]
 
 
 def noise(*seed: int) -> bytes:
@@ -141,8 +144,7 @@ def to_open(data: Own, rows: list[Any], cut: Position, readers: int) -> tuple[in
 CUTS = [(0, 1), (0, 2), (0, 3), (0, 5), (1, 0), (1, 1), (1, 4)]
 
 
-@pytest.mark.parametrize("sizes", SHARDS)
-@pytest.mark.parametrize(("world", "workers", "ahead"), [(1, 0, 0), (1, 0, 1), (1, 2, 0), (2, 0, 0), (2, 2, 1)])
+@pytest.mark.parametrize(("sizes", "world", "workers", "ahead"), quick(PLACES, 3))
 def test_it_goes_on_from_any_place_as_if_it_had_never_stopped(
     tmp_path: Path, sizes: str, world: int, workers: int, ahead: int
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 
@@ -21,6 +22,7 @@ print(sum(len(batch.index) for batch in batches), all(w.is_alive() for w in batc
 """
 
 
+@functools.cache
 def run(who: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", SCRIPT, who], capture_output=True, text=True, timeout=120)
 

@@ -290,6 +290,7 @@ def test_check_refuses_what_fit_refuses_at_setup(toy: Cli) -> None:
     assert toy("check", "--model.explode", "value").refusal == "the data has no modality 'sound'"
 
 
+@pytest.mark.slow
 def test_check_of_answers_that_nobody_has_drawn_yet(cli: Cli) -> None:
     stages = [f"--data.stages.{name}.epochs=0" for name in ("captions", "answers")]
     result = cli("check", "--config", "staged/emoji_vqa", "--config", "on/tiny", *stages)

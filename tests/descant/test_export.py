@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import itertools
 import re
 import shutil
 import subprocess
@@ -32,6 +33,7 @@ from descant.modules.lean import base_of, lean
 from descant.modules.towers import SavedTower
 from descant.recipes import Contrastive
 from tests.conftest import Result
+from tests.rotation import quick
 from tests.tolerance import F32, ulps
 
 Cli = Callable[..., Result]
@@ -312,8 +314,7 @@ CASES = {
 }  # 8 ulps of float32 where weights are merged, 84 where they are unpacked from 4 bits
 
 
-@pytest.mark.parametrize("merge", [False, True], ids=["kept", "merged"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "merge"), quick(itertools.product(CASES, [False, True]), 4))
 def test_adapted_pretrained_towers_load_without_their_folder(
     cli: Cli, bert: Path, workplace: Path, case: str, merge: bool
 ) -> None:

@@ -211,7 +211,7 @@ def test_a_reader_never_meets_a_writer_half_way(tmp_path: Path) -> None:
 
     reader = threading.Thread(target=read)
     reader.start()
-    for n in range(200):
+    for n in range(60):
         put(path, bytes([n]) * 1000)
     end.set()
     reader.join()

@@ -10,6 +10,7 @@ import pytest
 from descant import check
 from descant.catalogue import experiments
 from tests.conftest import Result
+from tests.rotation import quick
 
 Cli = Callable[..., Result]
 SOUND = ("--config=on/tiny", "--trainer.max_steps=200", "--trainer.log_every_n_steps=10")
@@ -50,7 +51,7 @@ def test_a_sound_run_is_silent(cli: Cli) -> None:
     assert told(cli("check", "--config=contrastive/emoji", *SOUND)) == []
 
 
-@pytest.mark.parametrize("case", ABSURD)
+@pytest.mark.parametrize("case", quick(ABSURD, 3))
 def test_an_absurd_run_is_told_in_one_line(cli: Cli, case: str) -> None:
     Path("same.yaml").write_text(SAME)
     Path("frozen.py").write_text(FROZEN)

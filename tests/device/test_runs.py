@@ -16,6 +16,7 @@ from descant.store import AtomicIO
 from tests.callbacks.test_resume import Act, equal, state
 from tests.callbacks.test_resume import fit as resumed
 from tests.device.runs import RUNS, Run, prepare
+from tests.rotation import quick
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def fit(folder: Path, run: Run, device: Any, path: Path | None = None) -> L.Trai
     return trainer
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", quick(RUNS, 3))
 def test_a_run_trains_is_resumed_and_tested(name: str, before: Path, device: Any, tmp_path: Path) -> None:
     L.seed_everything(0, verbose=False)
     trainer = fit(tmp_path / "a", RUNS[name](before), device)

@@ -26,6 +26,7 @@ from descant.recipes import Masked
 from descant.sharded import Sharded
 from tests.callbacks.test_resume import Act, equal, fit, point, state
 from tests.ranks import run_ranks
+from tests.rotation import quick
 from tests.step_toy import QUIET, KeepGradients, largest_gap
 from tests.tolerance import F32, F64, rounding, ulps
 
@@ -407,7 +408,7 @@ def explained(model: Masked, shift: int = 0) -> float:
     return 1 - float((truth - said).square().sum() / (truth - truth.mean(0)).square().sum())
 
 
-@decoders
+@pytest.mark.parametrize("kind", quick(DECODERS, 2))
 def test_it_learns_to_see_one_modality_in_the_other(kind: str) -> None:
     model = two(kind, TokenBudget(4, subset_first=True), optimizer=lambda params: torch.optim.AdamW(params, lr=3e-3))
     before = explained(model)

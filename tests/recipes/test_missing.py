@@ -306,6 +306,7 @@ def accuracy(model: Any, *only: str) -> float:
         return float(model.scores(b.only(*only) if only else b)["accuracy"].value.mean())
 
 
+@pytest.mark.slow
 def test_it_wins_back_what_the_missing_text_costs_and_its_sham_does_not(runs: dict[str, Path]) -> None:
     frozen, dedicated = descant.load(runs["fusion"]), build(fusion("MidFusion", "image", "text"))
     train(dedicated, 200, "image")

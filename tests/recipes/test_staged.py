@@ -39,6 +39,7 @@ from tests.callbacks.test_resume import Act, equal, fit, point, state
 from tests.callbacks.test_rollouts import G, N
 from tests.callbacks.test_rounds import Given
 from tests.ranks import run_ranks
+from tests.rotation import quick
 from tests.small import small_chat
 from tests.step_toy import QUIET
 from tests.tolerance import F32, F64, ulps
@@ -312,7 +313,7 @@ def test_a_wrong_answer_of_a_pair_is_behind_a_thought_where_the_right_one_is() -
 # going on -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [1, STEPS, STEPS + 1, 2 * STEPS, 3 * STEPS, 3 * STEPS + 1, WHOLE])
+@pytest.mark.parametrize("step", quick([1, STEPS, STEPS + 1, 2 * STEPS, 3 * STEPS, 3 * STEPS + 1, WHOLE], 3))
 def test_from_any_step_of_any_stage_it_ends_in_the_same_bits(folder: Path, tmp_path: Path, step: int) -> None:
     _, act, whole = _left_alone(folder)
     again = Act()
