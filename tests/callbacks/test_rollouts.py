@@ -249,6 +249,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return [float(x["length"].double().mean()) for x in seen.rolled]
 
 
+@pytest.mark.slow
 def test_answers_grow_short_where_that_is_rewarded_and_not_in_the_sham(tmp_path: Path, plain: list[float]) -> None:
     seen, _ = run(tmp_path, short(sham="permute"), 30, reinforced(lr=3e-3))
     lengths = {None: plain, "permute": [float(x["length"].double().mean()) for x in seen.rolled]}
@@ -332,6 +333,7 @@ def _stepped(rank: int, world: int, sham: Any) -> tuple[Tensor, Tensor]:
 # what cannot be ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_model_that_is_split_over_ranks_answers_too() -> None:
     (whole,), (split,) = (run_ranks(1, _answers, sharded) for sharded in (False, True))
     assert torch.equal(whole, split)

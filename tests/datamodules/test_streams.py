@@ -245,7 +245,7 @@ OPTIONS: dict[str, Any] = {"max_epochs": 3, "limit_val_batches": 0}
 
 
 @pytest.mark.parametrize(
-    ("workers", "accumulate", "steps"), [(0, 1, (1, 3, 6, 10, 17)), (2, 1, (3, 10)), (2, 2, (1, 6))]
+    ("workers", "accumulate", "steps"), quick([(0, 1, (1, 3, 6, 10, 17)), (2, 1, (3, 10)), (2, 2, (1, 6))], 3)
 )
 def test_a_run_that_is_resumed_ends_in_the_same_bits(
     tmp_path: Path, workers: int, accumulate: int, steps: tuple[int, ...]

@@ -13,6 +13,7 @@ import pytest
 
 from descant.new import KINDS, camel, fault, render, suggestion
 from tests.conftest import Result
+from tests.rotation import quick
 
 Cli = Callable[..., Result]
 ROOT = Path(__file__).parents[2]
@@ -202,7 +203,8 @@ def test_neither_help_nor_writing_imports_torch(tmp_path: Path, args: list[str])
 
 
 @pytest.mark.parametrize(
-    ("kind", "metric"), [("recipe", "train/align"), ("callback", "share/image"), ("datamodule", "train/image-text")]
+    ("kind", "metric"),
+    quick([("recipe", "train/align"), ("callback", "share/image"), ("datamodule", "train/image-text")], 3),
 )
 def test_its_yaml_trains(cli: Cli, workplace: Path, kind: str, metric: str) -> None:
     name = NAMES[kind]

@@ -253,6 +253,7 @@ def test_pictures_get_smaller_before_one_is_left_out(two: None) -> None:
     assert pictures(groups, 400_000)[1] == ["Pictures are smaller here than in the runs' folders."]
 
 
+@pytest.mark.slow
 def test_a_report_full_of_pictures_stays_below_its_limit(cli: Cli, two: None) -> None:
     for n, run in enumerate(("a/001", "b/001")):
         draw(run, {f"tag{k:02d}": [picture(480, 100 * n + k)] for k in range(15)})

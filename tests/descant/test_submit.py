@@ -13,6 +13,7 @@ import pytest
 
 from descant.submit import grid
 from tests.conftest import Result
+from tests.rotation import quick
 
 Cli = Callable[..., Result]
 FIT = ("fit", "--config", "toy.yaml", "--trust", "tests.toys")
@@ -131,7 +132,7 @@ def test_a_grid_is_all_combinations() -> None:
         ((130, 130), True, 130, False),
     ],
 )
-@pytest.mark.parametrize(("state", "restarts"), [("RUNNING", 0), ("RUNNING", 3), ("COMPLETING", 0)])
+@pytest.mark.parametrize(("state", "restarts"), quick([("RUNNING", 0), ("RUNNING", 3), ("COMPLETING", 0)], 3))
 def test_what_becomes_of_each_way_to_end(
     cli: Cli,
     workplace: Path,

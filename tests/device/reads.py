@@ -84,7 +84,7 @@ RECIPES: dict[str, list[Case]] = {
         Case(("masked/landsat",), slow=True),
     ],
     "Fusion": [
-        Case(("fusion/emoji",)),
+        Case(("fusion/emoji",), slow=True),
         Case(("fusion/emoji", "with/attention-fusion", "with/game"), slow=True),
         Case(("fusion/emoji", "with/margins"), slow=True),
     ],
@@ -92,7 +92,7 @@ RECIPES: dict[str, list[Case]] = {
     "Certified": [Case(("fusion/certified",), slow=True)],
     "Ensemble": [Case(("fusion/ensemble",), slow=True)],
     "MissingModality": [Case(("missing/emoji",), slow=True)],
-    "Chat": [Case(("chat/emoji",)), Case(("chat/frames",), slow=True)],
+    "Chat": [Case(("chat/emoji",), slow=True), Case(("chat/frames",), slow=True)],
     "Reinforced": [Case(("reinforce/emoji",), slow=True)],
     "Staged": [Case(("staged/emoji_vqa",), slow=True)],
     "Matching": [Case(("distill/emoji-teacher",), slow=True)],

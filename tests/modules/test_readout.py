@@ -291,6 +291,7 @@ def planted(n: int = 1500, s: int = 20) -> tuple[Tensor, Tensor, dict[str, Tenso
     return v_NP @ normal(8, 24, seed=5) + normal(n, 24, seed=6) / 2, t_NP @ normal(8, 24, seed=7), kinds
 
 
+@pytest.mark.slow
 def test_only_fused_features_find_where_two_modalities_meet() -> None:
     x_a_NP, x_b_NP, kinds = planted()
     contrast, share = ModelContrast(), {}

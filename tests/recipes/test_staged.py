@@ -366,6 +366,7 @@ def _on_ranks(rank: int, world: int, folder: Path, path: Path | None = None) -> 
 # preferences --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_stage_of_preferences_learns_which_answer_is_right(tmp_path: Path) -> None:
     """Beside what it was when the stage began: right answers gain over wrong ones of problems that it never saw."""
     answers, steps = Questions(batch_size=32, kinds=["colour", "count"], **SEEN), 20
