@@ -11,7 +11,7 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
-demo: .venv/.ready  ## Train a CLIP-style model on the emoji pack (5 to 11 minutes on two cores) into runs/demo.
+demo: .venv/.ready  ## Train a CLIP-style model on the emoji pack (3 to 5 minutes on two cores) into runs/demo.
 	$(BIN)/descant fit --config experiments/contrastive/emoji.yaml --name demo
 
 # A file's tests stay together, since they share what they trained. What is skipped is said with its reason (-rs), what is
