@@ -6,6 +6,7 @@ They are answered from the written schema and the configurations that stand in t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -18,12 +19,18 @@ from descant.schema import Entry, Key, Schema
 
 #: The word that asks for what can be typed next.
 ASKED = "__complete"
+#: A word that no shell expands, however it comes into a line; others, such as odd names of folders, are not offered.
+_PLAIN = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
 #: Keys that stand in no configuration.
 _CALL = {"config": ["str"], "trust": ["str"], "print_config": [], "help": [], "debug": []}
+#: No word that is offered is expanded: compgen -W would run what stands in $(...). Bash 3, as on macOS, has no mapfile.
 _BASH = """\
 _descant() {
-    local IFS=$'\\n' last="${COMP_WORDS[COMP_CWORD]}"
-    COMPREPLY=($(compgen -W "$(descant __complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)" -- "$last"))
+    local word last="${COMP_WORDS[COMP_CWORD]}"
+    COMPREPLY=()
+    while IFS= read -r word; do
+        [[ $word == "$last"* ]] && COMPREPLY+=("$(printf %q "$word")")
+    done < <(descant __complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)
     [[ ${#COMPREPLY[@]} == 1 && ${COMPREPLY[0]} == *[./] ]] && compopt -o nospace
 }
 complete -o default -F _descant descant
@@ -80,7 +87,7 @@ def offered(words: Sequence[str], commands: Mapping[str, str]) -> list[str]:
         found = _values(before[-1][2:], known, before)
     else:
         found = (f"--{name}" for name in _keys(last.removeprefix("--"), known, before))
-    return sorted({text for text in found if text.startswith(last)})
+    return sorted({text for text in found if text.startswith(last) and _PLAIN.fullmatch(text)})
 
 
 def _keys(start: str, known: Schema, words: Sequence[str]) -> Iterator[str]:

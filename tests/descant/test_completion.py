@@ -83,6 +83,30 @@ def test_a_real_shell_offers_them(shell: str, tab: Callable[..., list[str]], tmp
     assert done.stdout.split() == ["--model.width"], done.stderr
 
 
+@pytest.mark.parametrize("shell", ["bash", "fish"])
+def test_names_of_folders_are_not_run(shell: str, tab: Callable[..., list[str]], workplace: Path) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} here")
+    odd = ["$(touch a)", "`touch b`", "x; touch c", "x' 'y", "x\ny", "$HOME", "x\ty", "<(touch d)"]
+    for name in [*odd, "plain"]:
+        (workplace / "runs" / name / "001").mkdir(parents=True)
+        (workplace / "runs" / name / "001/config.yaml").touch()
+    assert tab("test", "--run", "") == ["plain/001"]
+    # whatever is offered: a line of a name is one word, and nothing of it is run
+    (workplace / "offers").write_text("\n".join(f"{name}/001" for name in odd if "\n" not in name) + "\n")
+    asks = {
+        "bash": "COMP_WORDS=(descant test --run ''); COMP_CWORD=3; _descant; "
+        'for word in "${COMPREPLY[@]}"; do eval "printf \'%s\\n\' $word"; done',
+        "fish": "complete -C 'descant test --run '",
+    }
+    stand_in = {"bash": "descant() { cat offers; }", "fish": "function descant; cat offers; end"}
+    (workplace / "script").write_text(f"{SHELLS[shell]}\n{stand_in[shell]}\n{asks[shell]}\n")
+    done = subprocess.run([shell, "script"], capture_output=True, text=True)
+    assert not done.stderr and not {"a", "b", "c", "d"} & {file.name for file in workplace.iterdir()}
+    if shell == "bash":
+        assert done.stdout.splitlines() == (workplace / "offers").read_text().splitlines()
+
+
 def test_the_command_prints_the_script(tab: Callable[..., list[str]], cli: Cli) -> None:
     assert cli("completion", "bash").out == SHELLS["bash"]
     assert cli("completion", "bsh").refusal == "completion bsh: no such shell; nearest: bash"
