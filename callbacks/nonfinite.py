@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from descant import lines
 from descant.callbacks.resume import Resume, say
 from descant.modules.step import UNREAD, Step, Unread
 from descant.modules.trainer import log_interval
@@ -119,9 +120,8 @@ class NonFinite(L.Callback):
         if self._step is not None:
             self._step.raises = False
         self._waiting = []
-        path = _ledger(trainer)
-        lines = path.read_text(encoding="utf-8").splitlines() if trainer.is_global_zero and path.is_file() else []
-        self.entries = trainer.strategy.broadcast([json.loads(line) for line in lines])
+        noted = lines.objects(_ledger(trainer)) if trainer.is_global_zero else []
+        self.entries = trainer.strategy.broadcast(noted)
         self._left_out = {step for entry in self.entries for step in entry.get("leaves_out", [])}
 
     def on_train_batch_start(
@@ -259,8 +259,8 @@ class NonFinite(L.Callback):
         if trainer.is_global_zero:
             path = _ledger(trainer)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+            with path.open("ab+") as file:
+                lines.append(file, json.dumps(entry).encode())
 
 
 def _finite(trainer: L.Trainer, parameters: Iterable[nn.Parameter]) -> bool:

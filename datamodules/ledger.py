@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+from descant import lines
+
 try:
     import fcntl
 except ImportError:  # not on Windows, where two processes might note one sample twice
@@ -29,7 +31,7 @@ class Ledger:
     def __init__(self, folder: Path | None, in_a_row: int = 20) -> None:
         self.path = folder / "ledger.jsonl" if folder is not None else None
         self.in_a_row, self.skipped, self._streak = in_a_row, 0, 0
-        self._noted: set[str] = set()  # the lines of the file, as far as it was read
+        self._noted: set[bytes] = set()  # the lines of the file, as far as it was read
         self._end = 0
 
     def read(self) -> None:
@@ -39,22 +41,20 @@ class Ledger:
         """Note a sample that could not be read. Raises ValueError after ``in_a_row`` of them."""
         self.skipped += 1
         self._streak += 1
-        self._note(json.dumps({"file": file, "sample": sample, "why": why}) + "\n")
+        self._note(json.dumps({"file": file, "sample": sample, "why": why}).encode())
         if self._streak >= self.in_a_row:
             raise ValueError(f"{file}: {self._streak} samples in a row cannot be read; the last is {sample}: {why}")
 
-    def _note(self, line: str) -> None:
+    def _note(self, line: bytes) -> None:
         if self.path is None or line in self._noted:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+", encoding="utf-8") as file:
+        with self.path.open("ab+") as file:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(self._end)  # what other processes have added since
-            self._noted.update(file)
+            self._noted.update(file.read().splitlines())
             if line not in self._noted:
-                file.seek(0, os.SEEK_END)
-                file.write(line)
-                file.flush()
+                lines.append(file, line)
                 self._noted.add(line)
             self._end = file.seek(0, os.SEEK_END)
