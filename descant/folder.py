@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import lightning as L
@@ -28,7 +27,7 @@ class Folder(L.Callback):
             return
         if file.is_file() and file.read_text(encoding="utf-8") != self.config:
             _keep(file)  # a resumed run may have been given other settings: the earlier ones stay readable
-        file.write_text(self.config, encoding="utf-8")
+        runs.write_text(file, self.config)  # at no moment is there none, or half of one
         runs.write_json(self.run.folder / "versions.json", versions())
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
@@ -51,4 +50,4 @@ def _keep(file: Path) -> None:
     number = 1
     while (kept := file.with_name(f"{file.stem}.{number}{file.suffix}")).exists():
         number += 1
-    os.replace(file, kept)
+    runs.write_text(kept, file.read_text(encoding="utf-8"))

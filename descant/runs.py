@@ -197,9 +197,12 @@ def write_json(file: Path, content: Mapping[str, object]) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a file in one atomic step: who reads it sees all of the old one or all of the new."""
+    """Write a file in one atomic step: who reads it sees all of the old one or all of the new, also after a crash."""
     scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    scratch.write_text(text, encoding="utf-8")
+    with scratch.open("w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())  # a name may reach the disk before what it names
     os.replace(scratch, file)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,12 +10,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from descant import manifest, runs
 from descant.errors import Refusal
+from descant.folder import Folder
 from descant.place import for_evaluation, for_fit
 from descant.store import AtomicIO
 from tests.conftest import Result
@@ -78,6 +82,28 @@ def test_auto_goes_on_in_the_same_folder(toy: Cli, workplace: Path) -> None:
     steps = [int(row.split(",")[1]) for row in rows[1:] if row.split(",")[2]]
     assert steps == sorted(set(steps)) and steps[0] == 0 and len(steps) == 12  # continued, nothing twice
     assert (workplace / "runs/toy/001/config.1.yaml").is_file()  # the settings it had before
+
+
+def test_a_configuration_is_there_whole_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever write or renaming of a resume is its last."""
+    trainer = SimpleNamespace(is_global_zero=True)
+    for survived in range(4):
+        run = runs.Run(tmp_path / str(survived), fresh=False)
+        run.folder.mkdir()
+        Folder(run, "old: 1\n").setup(trainer, None, "fit")  # type: ignore[arg-type]
+        left = [survived]
+
+        def stops(path: Any, target: Any, replace: Any = os.replace, left: list[int] = left) -> None:
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            replace(path, target)
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(os, "replace", stops)
+            Folder(run, "new: 1\n").setup(trainer, None, "fit")  # type: ignore[arg-type]
+        assert (run.folder / "config.yaml").read_text() == ("old: 1\n" if survived < 2 else "new: 1\n")
+        assert survived < 1 or (run.folder / "config.1.yaml").read_text() == "old: 1\n"
 
 
 @pytest.mark.parametrize(
