@@ -290,16 +290,28 @@ def as_csv(table: Table) -> str:
     parts = ("difference", "low", "high", "better", "equal", "shared")
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    columns = [name for metric in table.metrics for name in (metric, *(f"{metric}:{part}" for part in parts))]
+    columns = [
+        name for metric in table.metrics for name in (_inert(metric), *(_inert(f"{metric}:{part}") for part in parts))
+    ]
     writer.writerow(["configuration", "baseline", "runs", "seeds", *columns, "seconds"])
     for one, cells, seconds in zip(table.groups, table.cells, table.seconds, strict=True):
-        row: list[object] = [one.name, int(one is table.baseline), " ".join(run.name for run in one.runs.values())]
+        runs = " ".join(run.name for run in one.runs.values())
+        row: list[object] = [_inert(one.name), int(one is table.baseline), _inert(runs)]
         row.append(len(one.runs))
         for metric in table.metrics:
             fields = _fields(cells[metric])
             row += [fields.get(part) for part in ("mean", *parts)]
         writer.writerow([*row, "" if math.isnan(seconds) else round(seconds, 3)])
     return out.getvalue().rstrip("\n")
+
+
+def _inert(text: str) -> str:
+    """A cell that a spreadsheet takes for a text, and never for a formula.
+
+    >>> _inert("=1+1"), _inert("emoji")
+    ("'=1+1", 'emoji')
+    """
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def as_json(table: Table) -> str:

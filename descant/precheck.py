@@ -88,7 +88,12 @@ class Walk:
             elif key in _CALL_ONLY:
                 raise Refusal(f"{node.where}: {key}: {_CALL_ONLY[key]}")
             else:
-                raise Refusal(f"{_at(node, (key,))}: no such key{hint(key, {*keys, *groups} - _dotted(keys))}")
+                raise Refusal(f"{_at(node, (key,))}: no such key{hint(key, self._said(keys, groups, node))}")
+
+    @staticmethod
+    def _said(keys: Mapping[str, Key], groups: set[str], node: Node) -> set[str]:
+        """What may stand where ``node`` stands, without a group before it."""
+        return ({*keys, *groups} - _dotted(keys)) | ({*_CALL_ONLY} if node.typed else set())
 
     def _guarded(self, node: Node, path: Path_, of: Any = None) -> None:
         """What a file may not say by itself, wherever it says it."""

@@ -238,6 +238,14 @@ def test_csv_has_the_figures_of_json(cli: Cli, two: None) -> None:
     assert rows[1]["runs"] == "b/001 b/002 b/003"
 
 
+def test_no_cell_of_csv_is_a_formula(cli: Cli, two: None) -> None:
+    Path("runs/a").rename("runs/=1+1")
+    text = cli("compare", "=1+1", "b", "--format", "csv").out
+    cells = [cell for row in csv.reader(io.StringIO(text)) for cell in row]
+    assert any(cell.startswith("'=1+1/001") for cell in cells), text
+    assert not any(cell.startswith(("=", "+", "@")) for cell in cells)
+
+
 def test_the_baseline_is_a_row_by_its_name_or_by_a_run_in_it(cli: Cli, two: None) -> None:
     for name in ("lr=0.01", "b", "b/002"):
         table = json.loads(cli("compare", "a", "b", "--baseline", name, "--format", "json").out)

@@ -139,6 +139,8 @@ OPTIONS = [
     ("--ckpt_path", "x", "resumes by --resume"),
     ("--weights_only", "false", "always loaded as plain tensors"),
     ("--config", "on/tin", "nearest: on/tiny"),
+    ("--confg", "on/tiny", "nearest: config"),
+    ("--trst", "x", "nearest: trust"),
     ("--resume", "atuo", "no such checkpoint; never, auto or a path"),
     ("--test", "maybe", "expected true or false"),
     ("--trust", "a-b", "not the name of a module"),
