@@ -30,6 +30,8 @@ ABSURD = {
     "a frozen tower with a learning rate": (["--model=frozen.Frozen", "--trust=frozen"], "with a learning rate of"),
     "a learning rate of zero": (["--model.schedule=null", "--model.optimizer.lr=0"], "the learning rate is 0"),
 }
+#: What auto became, and what is made once a machine.
+MADE = ("descant: precision ", "descant: saying ", "descant: preparing ")
 SAME = "trainer: {max_steps: 2}\n"
 FROZEN = """
 from descant.recipes import Contrastive
@@ -76,8 +78,7 @@ def test_what_ships_is_silent(cli: Cli, monkeypatch: pytest.MonkeyPatch, name: s
         pytest.skip("it begins from a run, or from data, that are not here")
     monkeypatch.setattr(check, "estimate", lambda *_: Need())  # the steps that it takes are of no use here
     lines = [line for line in told(cli("check", "--config", name)) if "fetching" not in line]
-    # what auto became, and what is made once a machine
-    lines = [line for line in lines if not line.startswith(("descant: precision ", "descant: saying "))]
+    lines = [line for line in lines if not line.startswith(MADE)]
     assert lines == []
 
 
