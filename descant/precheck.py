@@ -123,6 +123,8 @@ class Walk:
 
     def _value(self, node: Node, owner: Entry | None, name: str, key: Key, path: Path_) -> None:
         """A value of the argument ``name`` of a class, or of the command."""
+        if schema.calls(key.type):
+            self._uncalled(node, key.type, path)
         self._typed(node, key.type, path)
         several, text = isinstance(node.content, list | dict), schema.takes_text(key.type)
         classy = isinstance(node.content, dict | str) or schema.items(key.type) is not None
@@ -134,6 +136,25 @@ class Walk:
             near = nearest(node.plain, words) if isinstance(node.plain, str) else None
             got = _short(node.plain) + (f"; nearest: {near}" if near else "")
             raise Refusal(f"{_at(node, path)}: expected {schema.in_words(key.type)}, got {got}")
+
+    def _uncalled(self, node: Node, kind: Type, path: Path_, inside: bool = False) -> None:
+        """A value that may be a function, or an object that is called: only what the user has named is one."""
+        content, classes = node.content, schema.has_classes(kind)
+        if isinstance(content, list | dict) and "class_path" not in content:
+            for child in content.values() if isinstance(content, dict) else content:
+                self._uncalled(child, kind, path, inside=True)
+            return
+        if isinstance(content, dict):
+            name = str(content["class_path"].content)
+            if classes and not inside:
+                return  # it has to be of their kind
+        elif isinstance(content, str) and "." in content and not (classes and self.schema.is_class(content)):
+            name = content
+        else:
+            return
+        if not trust.named(name, self.trusted):
+            where = name.split(".")[0] if "." in name else "MODULE"
+            raise Refusal(f"{_at(node, path)}: {name} would be called: --trust {where} if you trust it")
 
     def _typed(self, node: Node, kind: Type, path: Path_) -> None:
         """Look into a value of type ``kind`` for classes."""
@@ -191,7 +212,7 @@ class Walk:
                 child = content[extra[0]]
                 raise Refusal(f"{_at(child, (*path, extra[0]))}: not beside class_path; put it under init_args")
         elif path not in {*self.classes, *self.unknown} and (alone := self.schema.alone(classes)) is not None:
-            self._set(alone, path, node.where)
+            self._set(alone, path, node.where)  # it is what was asked for
         if path not in self.classes:
             return
         if "class_path" in content or "init_args" in content:
@@ -228,7 +249,9 @@ class Walk:
         if "." in name:
             self._allowed(name, node.where)
         try:
-            self._set(self.schema.find(name, classes), path, node.where)
+            found = self.schema.find(name, classes)
+            self._kind(found, classes, node.where)
+            self._set(found, path, node.where)
         except LookupError as error:
             raise Refusal(f"{_at(node, path)}: {error}") from error
         except Unknown:
@@ -257,6 +280,14 @@ class Walk:
                 if key not in self.given[path]:
                     where = f"{self.places[path]}: {_dots((*path, key))}"
                     raise Refusal(f"{where}: {cls.name} needs it, and it is not given")
+
+    def _kind(self, found: Entry, classes: Sequence[Part], where: str) -> None:
+        try:
+            kinds = [part["class"] for part in classes if isinstance(part, dict) and part["class"] in found.lineage]
+            trust.require(found.path, self.trusted)  # a short name has not been looked at
+            trust.require_kind(found.path, kinds, self.trusted)
+        except Refusal as refusal:
+            raise Refusal(f"{where}: {refusal}") from None
 
     def _allowed(self, name: str, where: str) -> None:
         try:

@@ -69,6 +69,9 @@ class Schema(Protocol):
     def accepts(self, owner: Entry | None, name: str, value: Any) -> bool:
         """Whether ``value`` may stand at the key ``name`` of a class, or of the command."""
 
+    def is_class(self, name: str) -> bool:
+        """Whether a full name is that of a class, as far as can be told."""
+
 
 # types --------------------------------------------------------------------------------------------------------------
 
@@ -102,6 +105,16 @@ def has_classes(type: Type) -> bool:
 def takes_text(type: Type) -> bool:
     """Whether a text can be a value by itself, and need not name a class or a file."""
     return any(part in ("str", "any") or (isinstance(part, dict) and "choice" in part) for part in type)
+
+
+def calls(type: Type) -> bool:
+    """Whether a value may be a function, or an object that is called, as it is; a factory of classes is none.
+
+    >>> calls([{"list": [{"other": "Callable[[int], float]"}]}, "null"]), calls([{"class": "a.B", "skip": 1}])
+    (True, False)
+    """
+    inner = (part for of in ("list", "map") for part in parts(type, of))
+    return any("Callable" in name for name in parts(type, "other")) or any(map(calls, inner))
 
 
 def kinds(some: Sequence[Part]) -> str:

@@ -108,6 +108,12 @@ class Live:
             return False
         return True
 
+    def is_class(self, name: str) -> bool:
+        try:
+            return inspect.isclass(find_class(name))
+        except (ImportError, AttributeError, ValueError):
+            return False
+
     def entry(self, cls: type, skip: int = 0) -> Entry:
         """What a class takes; a factory's first arguments come from the program, so they are no keys."""
         if (cls, skip) not in self._entries:

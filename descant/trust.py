@@ -11,43 +11,34 @@ from typing import Any
 
 from descant.errors import Refusal
 
-ALLOWED = ("descant", "torch", "lightning", "timm", "transformers", "peft", "bitsandbytes", "torchmetrics")
-#: Parts of the allowed packages that load code, files or processes, or build any class by its name.
-DENIED = (
-    *(
-        "torch.hub",
-        "torch.utils",
-        "torch.jit",
-        "torch.package",
-        "torch.load",
-        "torch.save",
-        "torch.serialization",
-    ),
-    *("torch.ops", "torch.classes", "torch._ops", "torch._classes", "torch.multiprocessing", "torch.fx"),
-    *(
-        "torch.distributed.run",
-        "torch.distributed.launch",
-        "torch.distributed.launcher",
-        "torch.distributed.elastic",
-    ),
-    *(
-        "torch.distributed.rpc",
-        "torch.testing",
-        "torch.onnx",
-        "torch._inductor",
-        "torch._dynamo",
-        "torch.export",
-    ),
-    *("lightning.pytorch.cli", "lightning.fabric.cli", "lightning.app", "lightning.pytorch.core.saving"),
-    *(
-        "transformers.dynamic_module_utils",
-        "transformers.pipeline",
-        "transformers.pipelines",
-        "transformers.commands",
-    ),
-    *("transformers.cli", "transformers.utils"),
-    *("descant.cli", "descant.__main__", "descant.load", "descant.loading", "descant.Embedder"),
+#: Where classes may be from that a configuration builds. What is wanted at a place narrows it further: see PERMITTED.
+ALLOWED = (
+    *("descant", "torch.nn", "torch.optim", "torchvision.transforms.v2", "bitsandbytes.optim"),
+    *("lightning.pytorch", "lightning.fabric.plugins", "lightning.fabric.accelerators", "lightning.fabric.strategies"),
+    *("torch.device", "torch.dtype", "torch.float16", "torch.bfloat16", "torch.float32", "torch.float64", "torch.amp"),
+    *("torch.distributed.fsdp", "torch.distributed.device_mesh"),
 )
+#: Parts of these that start processes, load code, write where they are told, build any class by its name, or only call
+#: what they are given.
+DENIED = (
+    *("descant.cli", "descant.__main__", "descant.load", "descant.loading", "descant.Embedder", "descant.export"),
+    *("descant.folder", "descant.predictions", "descant.check"),
+    *("descant.modules.reinforce.rewards.Judge", "descant.modules.reinforce.Judge", "descant.processes"),
+    *("lightning.pytorch.cli", "lightning.pytorch.core.saving", "lightning.pytorch.demos", "lightning.pytorch.tuner"),
+    *("lightning.pytorch.callbacks.LambdaCallback", "lightning.pytorch.callbacks.lambda_function"),
+    *("torch.optim.lr_scheduler.LambdaLR", "torch.optim.lr_scheduler.MultiplicativeLR"),
+    *("torchvision.transforms.v2.Lambda", "torchvision.transforms.v2._misc.Lambda"),
+)
+#: Kind -> where what is built as one may be from, for kinds that much more is of than belongs into a run. What is of
+#: another kind may be from wherever ALLOWED says.
+PERMITTED = {
+    "torch.nn.modules.module.Module": ("descant", "torch.nn", "torchvision.transforms.v2"),
+    "torch.optim.optimizer.Optimizer": ("descant", "torch.optim", "bitsandbytes.optim"),
+    "lightning.pytorch.core.module.LightningModule": ("descant.recipes",),
+    "lightning.pytorch.core.datamodule.LightningDataModule": ("descant.datamodules",),
+    "lightning.pytorch.callbacks.callback.Callback": ("descant.callbacks", "lightning.pytorch.callbacks"),
+    "lightning.pytorch.loggers.logger.Logger": ("descant.loggers", "lightning.pytorch.loggers"),
+}
 
 #: What ``--trust`` may name beside modules, and what is then allowed to configurations that are files.
 WORDS = {
@@ -95,6 +86,35 @@ def require(path: str, trust: Sequence[str] = ()) -> None:
         raise Refusal(f"class_path {path} is in {part}, which may load code: --trust {part} if you trust it")
     top = path.split(".")[0]
     raise Refusal(f"class_path {path} is outside the allow-list ({', '.join(ALLOWED)}): --trust {top} if you trust it")
+
+
+def require_kind(path: str, kinds: Sequence[str], trust: Sequence[str] = ()) -> None:
+    """Raises Refusal for a class that is of a wanted kind, and does not belong where only some are wanted.
+
+    Args:
+        path: of the class. kinds: full names of what is wanted, one of which it is.
+
+    >>> require_kind("torch.nn.Linear", ["torch.nn.modules.module.Module"])
+    """
+    if named(path, trust) or any(kind not in PERMITTED for kind in kinds):
+        return
+    places = sorted({place for kind in kinds for place in PERMITTED[kind]})
+    if not any(_within(path, place) for place in places):
+        top = path.split(".")[0]
+        raise Refusal(f"class_path {path}: here only what is of {', '.join(places)}: --trust {top} if you trust it")
+
+
+def named(path: str, trust: Sequence[str]) -> bool:
+    """Whether the user has named this very object, or a module that it is in.
+
+    >>> named("mine.parts.Tower", ["mine"]), named("minerva.Tower", ["mine"]), named("torch.nn.Linear", [])
+    (True, False, False)
+    """
+    return any(_within(path, name) for name in trust if name not in WORDS)
+
+
+def _within(path: str, place: str) -> bool:
+    return path == place or path.startswith(f"{place}.")
 
 
 def guard(key: str, value: Any, trust: Sequence[str] = (), of: Any = None) -> None:

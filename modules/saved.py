@@ -9,10 +9,12 @@ from __future__ import annotations
 import difflib
 import json
 import pkgutil
+from collections import abc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from types import UnionType
+from typing import Any, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -193,6 +195,7 @@ def build(kind: type[T] | tuple[type[T], ...], node: Node, place: Path) -> T:
         _policies[-1](name)
         if _is_function(name):  # it would be called, and does what it does
             raise ValueError(f"{place}: class_path {name}: it is no class")
+    _require_uncalled(node, place)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(kind, "part", required=True)
     try:
@@ -213,6 +216,75 @@ def _is_function(name: str) -> bool:
         return not isinstance(pkgutil.resolve_name(name), type)
     except (ImportError, AttributeError, ValueError):  # there is no such thing, which the parser tells
         return False
+
+
+def _require_uncalled(node: object, place: Path) -> None:
+    """Raises ValueError where an argument that is called is a function or an object that the file has chosen."""
+    if isinstance(node, list):
+        for item in node:
+            _require_uncalled(item, place)
+    if not isinstance(node, Mapping):
+        return
+    for value in node.values():
+        _require_uncalled(value, place)
+    arguments = node.get("init_args")
+    cls = _resolved(node.get("class_path"))
+    if not isinstance(cls, type) or not isinstance(arguments, Mapping):
+        return
+    hints = _hints(cls)
+    for key, value in arguments.items():
+        for made in _factories(hints.get(str(key))):
+            for name in _named(value):
+                found = _resolved(name)
+                if not (made and isinstance(found, type) and issubclass(found, made)):
+                    raise ValueError(f"{place}: {cls.__name__}.{key}: {name} would be called")
+
+
+def _resolved(name: object) -> Any:
+    try:
+        return pkgutil.resolve_name(name) if isinstance(name, str) and "." in name else None
+    except (ImportError, AttributeError, ValueError):
+        return None
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """The types of a class's arguments, of those too that it hands on to its bases."""
+    found: dict[str, Any] = {}
+    for base in cls.__mro__:
+        function = base.__dict__.get("__init__")
+        try:
+            hints = get_type_hints(function) if function is not None else {}
+        except Exception:  # of a module that imports what it names for type checkers only
+            hints = getattr(function, "__annotations__", {})
+        found = hints | found
+    return found
+
+
+def _factories(hint: Any) -> Iterator[tuple[type, ...]]:
+    """For each callable in a type the classes that it makes; none where it is called for anything else."""
+    if isinstance(hint, str):
+        yield from [()] * ("Callable" in hint)
+    elif hint is abc.Callable or hint is Callable:
+        yield ()
+    elif get_origin(hint) is abc.Callable:
+        last = get_args(hint)[-1]
+        made = get_args(last) if get_origin(last) in (Union, UnionType) else (last,)
+        plain = any(not isinstance(cls, type) or cls.__module__ == "builtins" or cls is Tensor for cls in made)
+        yield () if plain else made
+    else:
+        for part in get_args(hint):
+            yield from _factories(part)
+
+
+def _named(value: object) -> Iterator[str]:
+    """Texts that may name an object, and classes, at any depth of lists."""
+    if isinstance(value, Mapping) and "class_path" in value:
+        yield str(value["class_path"])
+    elif isinstance(value, str) and "." in value:
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _named(item)
 
 
 def class_paths(node: object) -> Iterator[str]:

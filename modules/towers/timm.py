@@ -16,6 +16,8 @@ from descant.modules.plain import load_plain
 from descant.modules.towers.base import Tokens, Tower
 from descant.modules.towers.image import all_real
 
+#: Options of timm.create_model by which it loads weights from where they say.
+_READS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 Option = bool | int | float | str | list[int] | list[float] | None
 
 
@@ -53,6 +55,8 @@ class TimmTower(Tower):
         if not timm.is_model(name.split(".")[0]):  # also what keeps hf-hub:... and its download out
             close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
             raise ValueError(f"name {name!r}: timm has no such model; the nearest are {', '.join(close) or 'none'}")
+        if outside := sorted(_READS & {*(options or {})}):
+            raise ValueError(f"options {outside[0]}: it reads files or a network; weights names a local file")
         arguments: dict[str, Option] = {"num_classes": 0, **(options or {})}
         if size is not None:
             arguments["img_size"] = size
