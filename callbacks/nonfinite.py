@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from descant import lines
 from descant.callbacks.resume import Resume, say
+from descant.modules import lines
 from descant.modules.step import UNREAD, Step, Unread
 from descant.modules.trainer import log_interval
 

@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from descant import lines
+from descant.modules import lines
 
 try:
     import fcntl

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from descant import lines
 from descant.datamodules.ledger import Ledger
+from descant.modules import lines
 
 
 @pytest.mark.parametrize("cut", [b"", b'{"a": 1', b'{"a": 1}', b'\xff{"', b"[", b'{"b": "\xc3'])
