@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from descant.modules import lines
+from descant.modules.lines import append
 
 try:
     import fcntl
@@ -55,6 +55,6 @@ class Ledger:
             file.seek(self._end)  # what other processes have added since
             self._noted.update(file.read().splitlines())
             if line not in self._noted:
-                lines.append(file, line)
+                append(file, line)
                 self._noted.add(line)
             self._end = file.seek(0, os.SEEK_END)

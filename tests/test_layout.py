@@ -25,7 +25,7 @@ MAY = {
     "datamodules": (
         "descant.datamodules",
         "descant.cache",
-        *(f"descant.modules.{part}" for part in ("audio", "batch", "host", "text", "transforms", "random")),
+        *(f"descant.modules.{part}" for part in ("audio", "batch", "host", "lines", "text", "transforms", "random")),
     ),
 }
 
