@@ -18,16 +18,20 @@ ALLOWED = (
     *("torch.device", "torch.dtype", "torch.float16", "torch.bfloat16", "torch.float32", "torch.float64", "torch.amp"),
     *("torch.distributed.fsdp", "torch.distributed.device_mesh"),
 )
+#: Public name -> where it is defined, which the parser asks about, too; both are among DENIED.
+_DEFINED = {
+    "descant.modules.reinforce.Judge": "descant.modules.reinforce.rewards.Judge",
+    "lightning.pytorch.callbacks.LambdaCallback": "lightning.pytorch.callbacks.lambda_function",
+    "torchvision.transforms.v2.Lambda": "torchvision.transforms.v2._misc.Lambda",
+}
 #: Parts of these that start processes, load code, write where they are told, build any class by its name, or only call
 #: what they are given.
 DENIED = (
     *("descant.cli", "descant.__main__", "descant.load", "descant.loading", "descant.Embedder", "descant.export"),
     *("descant.folder", "descant.predictions", "descant.check"),
-    *("descant.modules.reinforce.rewards.Judge", "descant.modules.reinforce.Judge", "descant.processes"),
+    *("descant.processes", *_DEFINED, *_DEFINED.values()),
     *("lightning.pytorch.cli", "lightning.pytorch.core.saving", "lightning.pytorch.demos", "lightning.pytorch.tuner"),
-    *("lightning.pytorch.callbacks.LambdaCallback", "lightning.pytorch.callbacks.lambda_function"),
     *("torch.optim.lr_scheduler.LambdaLR", "torch.optim.lr_scheduler.MultiplicativeLR"),
-    *("torchvision.transforms.v2.Lambda", "torchvision.transforms.v2._misc.Lambda"),
 )
 #: Kind -> where what is built as one may be from, for kinds that much more is of than belongs into a run. What is of
 #: another kind may be from wherever ALLOWED says.
@@ -83,7 +87,9 @@ def require(path: str, trust: Sequence[str] = ()) -> None:
         return
     part = next((d for d in DENIED if path == d or path.startswith(d + ".")), None)
     if part is not None:
-        raise Refusal(f"class_path {path} is in {part}, which may load code: --trust {part} if you trust it")
+        place = "" if part == path else f" in {part},"
+        why = "may load code, write elsewhere or start processes"
+        raise Refusal(f"class_path {path} is{place} one that {why}: --trust {part} if you trust it")
     top = path.split(".")[0]
     raise Refusal(f"class_path {path} is outside the allow-list ({', '.join(ALLOWED)}): --trust {top} if you trust it")
 
@@ -144,6 +150,7 @@ def enforce(trust: Sequence[str] = ()) -> None:
     """Give jsonargparse the same list: the second wall, for whatever else in a file names an object."""
     from jsonargparse import set_parsing_settings
 
+    trust = [*trust, *(_DEFINED[name] for name in trust if name in _DEFINED)]
     forgotten = sorted(_trusted - set(trust))  # settings are global: what an earlier call trusted is trusted no more
     try:
         set_parsing_settings(

@@ -128,6 +128,15 @@ def test_what_the_user_names_is_called(cli: Cli, workplace: Path) -> None:
     assert "would be called" not in cli("check", "--config", "toy.yaml", "--config", "x.yaml", *TRUST).err
 
 
+def test_a_class_can_be_trusted_by_its_full_name(cli: Cli, workplace: Path) -> None:
+    name = "lightning.pytorch.callbacks.LambdaCallback"
+    (workplace / "x.yaml").write_text(f"trainer: {{callbacks+: [{{class_path: {name}}}]}}\n")
+    words = ("check", "--config", "toy.yaml", "--config", "x.yaml", *TRUST)
+    assert cli(*words).refusal.endswith(f"--trust {name} if you trust it")
+    assert cli(*words, "--trust", name).rc == 0
+    assert cli(*words).rc == 2, "for one call"
+
+
 # what is built ------------------------------------------------------------------------------------------------------
 
 #: What was built before although it reads code, downloads, runs programs or writes where it is told -> where.
