@@ -231,6 +231,11 @@ class Walk:
             if plain not in cls.keys:
                 raise Refusal(f"{_at(child, (*path, key))}: {cls.name} has no such key{self._near(plain, cls.keys)}")
             self.given[path].add(plain)
+            if not (child.typed or child.folder.is_relative_to(ROOT.resolve())):  # the class may be of another file
+                try:
+                    trust.guard(plain, child.plain, self.trusted, cls.name)
+                except Refusal as refusal:
+                    raise Refusal(f"{_at(child, (*path, key))}: {refusal}") from None
             self._value(child, cls, plain, cls.keys[plain], (*path, key))
 
     def _near(self, key: str, known: Mapping[str, Key]) -> str:

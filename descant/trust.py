@@ -5,6 +5,7 @@ A configuration is data. Naming ``os.system`` in it must not run it, and must no
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
@@ -59,7 +60,9 @@ _PLACES = (
 )
 #: The same of some classes, whose keys mean other things elsewhere.
 _PLACES_OF = {"Resume": "folder", "Freeze": "folder", "Cached": "folder", "WandbLogger": "dir"}
-_NAMES = ("name", "version", "sub_dir", "filename", "runs")
+_NAMES = ("name", "version", "sub_dir", "filename", "runs", "run")
+#: What may stand in the braces of a name: a metric, and how many digits of it.
+_BRACES, _FIELD = re.compile(r"\{[^{}]*\}?|\}"), re.compile(r"\{[\w/@. -]*(:0?\d{0,2}(\.\d{1,2})?[defg]?)?\}")
 _trusted: set[str] = set()
 
 
@@ -139,7 +142,8 @@ def guard(key: str, value: Any, trust: Sequence[str] = (), of: Any = None) -> No
     if (key in _PLACES or _PLACES_OF.get(str(of).rpartition(".")[2]) == key) and parts:
         word, why = "writes", "" if parts[0] == "RUN" and not leaves else f"{value} is outside the run's folder, RUN"
     elif key in _NAMES and parts:
-        odd = not str(value).isprintable() or '"' in str(value)  # in the script of a job it would be more than a name
+        text = str(value)  # in the script of a job a quote would be more than a name; formats can make any letter
+        odd = not text.isprintable() or '"' in text or any(not _FIELD.fullmatch(one) for one in _BRACES.findall(text))
         why = f"{value} leads out of the run's folder" if leaves else "no letter of a name" if odd else ""
         word = "writes"
     if word is not None and why and word not in trust:

@@ -176,6 +176,11 @@ GUARDED = {
     "trainer: {callbacks+: {class_path: ModelCheckpoint, init_args: {dirpath: RUN/../../..}}}": "writes",
     "trainer: {callbacks+: {class_path: ModelCheckpoint, init_args: {dirpath: here}}}": "writes",
     "trainer: {callbacks+: {class_path: ModelCheckpoint, init_args: {filename: ../../x}}}": "writes",
+    "trainer: {callbacks+: {class_path: ModelCheckpoint, init_args: {filename: '{step:/>6}'}}}": "writes",
+    "trainer: {callbacks+: {class_path: ModelCheckpoint, init_args: {filename: '{step:c}'}}}": "writes",
+    "trainer: {callbacks+: {class_path: ModelCheckpoint, init_args: {filename: '{step!r:/>6}'}}}": "writes",
+    "run: ../../elsewhere": "writes",
+    "run: /tmp/elsewhere": "writes",
     "trainer: {callbacks+: {class_path: Resume, init_args: {folder: /tmp/elsewhere}}}": "writes",
     "trainer: {logger: {class_path: CSVLogger, init_args: {save_dir: ~/elsewhere}}}": "writes",
     "trainer: {logger: {class_path: TensorBoardLogger, init_args: {save_dir: RUN, name: ../../x}}}": "writes",
@@ -205,6 +210,16 @@ def test_a_file_may_not_write_elsewhere_nor_run_commands(toy: Cli, workplace: Pa
     where = "prof:2: " if "prof" in text.split() or "profiler" in text else "over.yaml:1: "
     assert line.startswith(where) and f"--trust {GUARDED[text]} lets a configuration " in line
     assert sorted(workplace.rglob("*")) == before
+
+
+def test_nor_by_a_key_of_a_class_that_another_file_names(cli: Cli, workplace: Path) -> None:
+    tower = "{class_path: Cached, init_args: {tower: {class_path: BagTower, init_args: {vocab: 9, width: 4}}}}"
+    text = "model: {init_args: {towers: {init_args: {text: SPEC}}}}"
+    (workplace / "one.yaml").write_text(text.replace("SPEC", tower))
+    for two in ("{init_args: {folder: /x}}", "{folder: /x}"):
+        (workplace / "two.yaml").write_text(text.replace("SPEC", two))
+        line = cli("check", *(f"--config={name}" for name in ("contrastive/emoji", "one.yaml", "two.yaml"))).refusal
+        assert line.startswith("two.yaml:1: ") and "--trust writes lets a configuration " in line
 
 
 def test_nor_is_a_file_the_command_line_whatever_its_name(toy: Cli, workplace: Path) -> None:
