@@ -6,7 +6,8 @@ twice: with what was written down of the parser, before torch is imported, and w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +102,8 @@ class Walk:
             named = node.content.get("class_path")
             of = of if named is None else named.plain
             for key, child in node.content.items():
-                try:
+                with _told(_at(child, (*path, key))):
                     trust.guard(key, child.plain, self.trusted, of)
-                except Refusal as refusal:
-                    raise Refusal(f"{_at(child, (*path, key))}: {refusal}") from None
                 self._guarded(child, *((path, of) if key in _SPEC else ((*path, key), None)))
         elif isinstance(node.content, list):
             for item in node.content:
@@ -212,7 +211,7 @@ class Walk:
                 child = content[extra[0]]
                 raise Refusal(f"{_at(child, (*path, extra[0]))}: not beside class_path; put it under init_args")
         elif path not in {*self.classes, *self.unknown} and (alone := self.schema.alone(classes)) is not None:
-            self._set(alone, path, node.where)  # it is what was asked for
+            self._set(alone, path, node.where)
         if path not in self.classes:
             return
         if "class_path" in content or "init_args" in content:
@@ -232,10 +231,8 @@ class Walk:
                 raise Refusal(f"{_at(child, (*path, key))}: {cls.name} has no such key{self._near(plain, cls.keys)}")
             self.given[path].add(plain)
             if not (child.typed or child.folder.is_relative_to(ROOT.resolve())):  # the class may be of another file
-                try:
+                with _told(_at(child, (*path, key))):
                     trust.guard(plain, child.plain, self.trusted, cls.name)
-                except Refusal as refusal:
-                    raise Refusal(f"{_at(child, (*path, key))}: {refusal}") from None
             self._value(child, cls, plain, cls.keys[plain], (*path, key))
 
     def _near(self, key: str, known: Mapping[str, Key]) -> str:
@@ -287,18 +284,14 @@ class Walk:
                     raise Refusal(f"{where}: {cls.name} needs it, and it is not given")
 
     def _kind(self, found: Entry, classes: Sequence[Part], where: str) -> None:
-        try:
-            kinds = [part["class"] for part in classes if isinstance(part, dict) and part["class"] in found.lineage]
+        kinds = [part["class"] for part in classes if isinstance(part, dict) and part["class"] in found.lineage]
+        with _told(where):
             trust.require(found.path, self.trusted)  # a short name has not been looked at
             trust.require_kind(found.path, kinds, self.trusted)
-        except Refusal as refusal:
-            raise Refusal(f"{where}: {refusal}") from None
 
     def _allowed(self, name: str, where: str) -> None:
-        try:
+        with _told(where):
             trust.require(name, self.trusted)
-        except Refusal as refusal:
-            raise Refusal(f"{where}: {refusal}") from None
 
     def _file(self, node: Node) -> Node:
         """The content of a sub-file, where a value names one."""
@@ -313,6 +306,15 @@ class Walk:
             if key == "class_path" and isinstance(child.content, str) and "." in child.content:
                 self._allowed(child.content, child.where)
         return found
+
+
+@contextmanager
+def _told(where: str) -> Iterator[None]:
+    """What is refused inside is refused at this place."""
+    try:
+        yield
+    except Refusal as refusal:
+        raise Refusal(f"{where}: {refusal}") from None
 
 
 def _is_file(text: str) -> bool:

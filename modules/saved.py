@@ -317,9 +317,7 @@ def policy(require: Callable[[str], None]) -> Iterator[None]:
 
 
 def _ours(name: str) -> None:
-    if not name.startswith(
-        ("descant.modules.", "descant.recipes.", "descant.datamodules.", "torch.nn.", "torch.optim.")
-    ):
+    if not name.startswith(_OURS):
         raise ValueError(f"class_path {name} is outside what a saved configuration may name; descant.load has trust=")
 
 
