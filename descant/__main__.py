@@ -40,6 +40,8 @@ def main(args: list[str] | None = None) -> int:
 
     0: done. 1: a fault of the program. 2: a wrong request. 130: interrupted.
     """
+    # for transformers, timm and kernels, which download what a configuration names; read where they are first imported
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         return _dispatch(sys.argv[1:] if args is None else args)
     except Refusal as refusal:

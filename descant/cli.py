@@ -40,7 +40,7 @@ from descant.quiet import quieten
 from descant.recipes.base import Recipe
 from descant.signatures import Live
 from descant.store import AtomicIO
-from descant.trust import enforce
+from descant.trust import enforce, writes
 
 #: Options of a call, not of an experiment: a saved configuration does not hold them.
 CALL = ("config", "runs", "run", "resume", "changed", "test", "sets", "ckpt_path")
@@ -163,7 +163,7 @@ class DescantCLI(LightningCLI):
         if self.request.command == "check":
             return runs.allocate(Path(tempfile.mkdtemp(prefix="descant-")))
         if command == "fit":
-            return for_fit(root, self.name, options.run, options.resume)
+            return for_fit(root, self.name, options.run, options.resume, self.request.trust)
         source = source_of(root, options.run, self.request.configs)
         return for_evaluation(command, root, self.name, source, options.get("ckpt_path"))
 
@@ -182,6 +182,10 @@ class DescantCLI(LightningCLI):
         if self.subcommand == "fit" and not self.place.fresh:
             self._forget_the_undone(config.get("logger"), self.place.checkpoint)
         config["plugins"] = _with_store(config.get("plugins"))
+        if not ("writes" in self.request.trust or any(writes(*option) for option in self.request.options)):
+            for plugin in config["plugins"]:
+                if isinstance(plugin, AtomicIO):
+                    plugin.inside = self.place.folder
         if self.checking is not None:
             # one process and the first step's doorstep: what a cluster would add cannot be tried here
             config |= {"devices": 1, "num_nodes": 1, "callbacks": [*config["callbacks"], self.checking]}

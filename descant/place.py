@@ -12,7 +12,7 @@ from descant.errors import fail, say
 from descant.runs import Run
 
 
-def for_fit(root: Path, name: str, run: str | None, resume: str) -> Run:
+def for_fit(root: Path, name: str, run: str | None, resume: str, trust: Sequence[str] = ()) -> Run:
     """A new folder, or with ``resume="auto"`` the one to go on in, from its newest valid resume point.
 
     Raises:
@@ -27,6 +27,8 @@ def for_fit(root: Path, name: str, run: str | None, resume: str) -> Run:
         if run:
             fail(f"--run {run}: a run is there; --resume auto continues it, and without --run a new one starts")
         return runs.allocate(root / name)
+    if folder is not None:
+        require_contained(folder, trust)
     newest, skipped = runs.newest_point(folder) if folder else (None, [])
     if folder is not None and newest is not None:
         if not os.access(folder, os.W_OK):
@@ -45,6 +47,22 @@ def for_fit(root: Path, name: str, run: str | None, resume: str) -> Run:
     what = "valid resume point" if skipped else "resume point yet"
     say(f"--resume auto: {name} has no {what}; starting {_shown(new.folder)}")
     return new
+
+
+def require_contained(folder: Path, trust: Sequence[str] = ()) -> None:
+    """Nothing in a run's folder leads out of it, by a link: what goes on in it would write there.
+
+    Raises:
+        Refusal: for the first link that does, unless the user trusts configurations to write elsewhere.
+    """
+    if "writes" in trust:
+        return
+    root = folder.resolve()
+    for place, folders, files in os.walk(root):
+        for name in (*folders, *files):
+            path = Path(place, name)
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                fail(f"{_shown(path)}: a link out of the run's folder; --trust writes lets a run write there")
 
 
 def _point(root: Path, resume: str) -> Path:

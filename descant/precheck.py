@@ -214,6 +214,8 @@ class Walk:
             self._set(alone, path, node.where)
         if path not in self.classes:
             return
+        if "dict_kwargs" in content:
+            self._unseen(content["dict_kwargs"], path)
         if "class_path" in content or "init_args" in content:
             inner = content.get("init_args", Node({}, node.where, node.folder, typed=node.typed))
         else:
@@ -234,6 +236,14 @@ class Walk:
                 with _told(_at(child, (*path, key))):
                     trust.guard(plain, child.plain, self.trusted, cls.name)
             self._value(child, cls, plain, cls.keys[plain], (*path, key))
+
+    def _unseen(self, node: Node, path: Path_) -> None:
+        """Arguments that nobody knows the types of: of a file none are taken, but for a class that the user names."""
+        cls = self.classes[path]
+        if node.content and not (node.typed or trust.named(cls.path, self.trusted)):
+            first = next(iter(node.content)) if isinstance(node.content, dict) else ""
+            where = _at(node, (*path, "dict_kwargs", first))
+            raise Refusal(f"{where}: a file may not say them: --trust {cls.path}, or the arguments under init_args")
 
     def _near(self, key: str, known: Mapping[str, Key]) -> str:
         """What was meant: a key that is nearly this one, else this very key of another class."""

@@ -33,10 +33,15 @@ class AtomicIO(CheckpointIO):
         asynchronous: copy the state to CPU memory (as much as the file is large), and write it in a thread while
             training goes on. One save is in flight at most: the next one waits, and raises what stopped the last.
 
+    Attributes:
+        inside: the folder below which checkpoints are written and removed; anywhere where None.
+
     Raises:
         OSError: if a file cannot be written: when it is, or asynchronously at the next call or at the end.
-        ValueError: if a file is not what its manifest tells of.
+        ValueError: if a file is not what its manifest tells of, or would lie outside ``inside``.
     """
+
+    inside: Path | None = None
 
     def __init__(self, asynchronous: bool = False) -> None:
         self.asynchronous = asynchronous
@@ -46,6 +51,7 @@ class AtomicIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Path | str, storage_options: object = None) -> None:
         if storage_options is not None or "://" in str(path):
             raise ValueError(f"{path}: checkpoints go to a folder of this machine, without storage options")
+        self._require_inside(path)
         self.wait()
         mine = checkpoint.get("descant")
         safe = isinstance(mine, Mapping) and mine.get("safe") is True
@@ -70,8 +76,17 @@ class AtomicIO(CheckpointIO):
             return load_plain(stream, path, map_location=map_location)
 
     def remove_checkpoint(self, path: Path | str) -> None:
+        self._require_inside(path)
         sharded = Path(path).is_dir() and not Path(path).is_symlink()
         self._do(lambda: shutil.rmtree(path) if sharded else manifest.remove(Path(path)))
+
+    def _require_inside(self, path: Path | str) -> None:
+        """Whatever made the path: a format, a link, a metric's name."""
+        if self.inside is not None and not Path(path).resolve().is_relative_to(self.inside.resolve()):
+            raise ValueError(
+                f"{path}: a checkpoint outside the run's folder, {self.inside}: --trust writes lets a configuration "
+                "write there"
+            )
 
     def valid(self, path: Path) -> bool:
         """Whether its manifest confirms it, now that all that was asked for is written."""

@@ -24,7 +24,9 @@ _DEFINED = {
     "descant.modules.reinforce.Judge": "descant.modules.reinforce.rewards.Judge",
     "lightning.pytorch.callbacks.LambdaCallback": "lightning.pytorch.callbacks.lambda_function",
     "torchvision.transforms.v2.Lambda": "torchvision.transforms.v2._misc.Lambda",
+    "lightning.pytorch.strategies.DeepSpeedStrategy": "lightning.pytorch.strategies.deepspeed.DeepSpeedStrategy",
 }
+_IO = ("AsyncCheckpointIO", "CheckpointIO", "TorchCheckpointIO", "XLACheckpointIO")
 #: Parts of these that start processes, load code, write where they are told, build any class by its name, or only call
 #: what they are given.
 DENIED = (
@@ -32,6 +34,9 @@ DENIED = (
     *("descant.folder", "descant.predictions", "descant.check"),
     *("descant.processes", *_DEFINED, *_DEFINED.values()),
     *("lightning.pytorch.cli", "lightning.pytorch.core.saving", "lightning.pytorch.demos", "lightning.pytorch.tuner"),
+    # they write checkpoints wherever they are told, which AtomicIO does not
+    *("lightning.fabric.plugins.io", "lightning.pytorch.plugins.io", "lightning.fabric.strategies.deepspeed"),
+    *(f"lightning.{package}.plugins.{name}" for package in ("fabric", "pytorch") for name in _IO),
     *("torch.optim.lr_scheduler.LambdaLR", "torch.optim.lr_scheduler.MultiplicativeLR"),
 )
 #: Kind -> where what is built as one may be from, for kinds that much more is of than belongs into a run. What is of
@@ -50,9 +55,14 @@ WORDS = {
     "shell": "run commands in a shell",
     "packages": "believe packages whose hash is not known",
     "writes": "write outside the run's folder",
+    "network": "reach another machine",
 }
 #: Key -> the word that a file needs to say it. On the command line it is the user who says it.
-_GUARDED = {"allow_pipes": "shell", "accept": "packages"}
+_GUARDED = {"allow_pipes": "shell", "accept": "packages", "model_registry": "network"}
+#: Classes whose purpose is another machine.
+_REMOTE = ("CometLogger", "LitLogger", "MLFlowLogger", "NeptuneLogger", "WandbLogger")
+#: An address, unless it is that of a file; of a pipe its own key has to allow it.
+_ADDRESS = re.compile(r"\s*(?!file:|pipe:)[A-Za-z][A-Za-z0-9+.-]*://", re.IGNORECASE)
 #: Keys that say where to write: below the run's folder, RUN, or a name in it.
 _PLACES = (
     *("dirpath", "save_dir", "log_dir", "root_dir", "default_root_dir", "cache", "cache_dir", "store_dir"),
@@ -60,9 +70,10 @@ _PLACES = (
 )
 #: The same of some classes, whose keys mean other things elsewhere.
 _PLACES_OF = {"Resume": "folder", "Freeze": "folder", "Cached": "folder", "WandbLogger": "dir"}
-_NAMES = ("name", "version", "sub_dir", "filename", "runs", "run")
+_NAMES = ("name", "version", "sub_dir", "filename", "runs", "run", "comment", "filename_suffix")
 #: What may stand in the braces of a name: a metric, and how many digits of it.
-_BRACES, _FIELD = re.compile(r"\{[^{}]*\}?|\}"), re.compile(r"\{[\w/@. -]*(:0?\d{0,2}(\.\d{1,2})?[defg]?)?\}")
+_BRACES = re.compile(r"\{[^{}]*\}?|\}")
+_FIELD = re.compile(r"\{(?!.*\.\.)[\w@][\w/@. -]*(:0?\d{0,2}(\.\d{1,2})?[defg]?)?\}|\{\}")
 _trusted: set[str] = set()
 
 
@@ -137,10 +148,15 @@ def guard(key: str, value: Any, trust: Sequence[str] = (), of: Any = None) -> No
     """
     key = key.removesuffix("+").rpartition(".")[2]
     word, why = _GUARDED.get(key), "" if value in (None, False, []) else "a file may not say that"
+    remote = _remote(key, value)
+    if remote is not None:
+        word, why = "network", f"{remote} is not on this machine"
     parts = PurePath(value).parts if isinstance(value, str) else ()
     leaves = bool(parts) and (".." in parts or PurePath(*parts).is_absolute() or parts[0].startswith("~"))
     if (key in _PLACES or _PLACES_OF.get(str(of).rpartition(".")[2]) == key) and parts:
         word, why = "writes", "" if parts[0] == "RUN" and not leaves else f"{value} is outside the run's folder, RUN"
+    elif key == "strategy" and str(value).startswith("deepspeed"):  # it compiles code, and unloads to any disk
+        word, why = "writes", f"{value} writes outside the run's folder"
     elif key in _NAMES and parts:
         text = str(value)  # in the script of a job a quote would be more than a name; formats can make any letter
         odd = not text.isprintable() or '"' in text or any(not _FIELD.fullmatch(one) for one in _BRACES.findall(text))
@@ -148,6 +164,25 @@ def guard(key: str, value: Any, trust: Sequence[str] = (), of: Any = None) -> No
         word = "writes"
     if word is not None and why and word not in trust:
         raise Refusal(f"{why}: --trust {word} lets a configuration {WORDS[word]}; an option may say it, too")
+
+
+def writes(key: str, value: str | None) -> bool:
+    """Whether an option says where to write: then the user does, and not a file.
+
+    >>> writes("trainer.callbacks.dirpath", "/scratch"), writes("model.width", "8")
+    (True, False)
+    """
+    words = {*_PLACES, *_PLACES_OF.values(), "filename"}
+    return key.rpartition(".")[2] in words or any(word in (value or "") for word in words if len(word) > 6)
+
+
+def _remote(key: str, value: Any) -> str | None:
+    """What of a value is on another machine."""
+    if key == "class_path":
+        name = str(value).rpartition(".")[2]
+        return f"what {name} writes to" if name in _REMOTE else None
+    texts = value if isinstance(value, list) else [value]
+    return next((text for text in texts if isinstance(text, str) and _ADDRESS.match(text)), None)
 
 
 def enforce(trust: Sequence[str] = ()) -> None:

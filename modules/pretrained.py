@@ -84,10 +84,7 @@ def _in_package(package: str, gguf: str | None) -> Place:
 
 
 def _is_model(file: Path) -> bool:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
+    content = json_of(file)
     return isinstance(content, dict) and "model_type" in content
 
 
@@ -97,11 +94,43 @@ def read(place: Place, auto: Any, **options: Any) -> Any:
         if find_spec("gguf") is None:
             raise ValueError(f"{place.said}: reading it needs the gguf package: pip install gguf")
         options["gguf_file"] = place.gguf
+    else:
+        require_no_kernels(json_of(place.folder / "config.json"), place.said)
     try:
         with _quiet():
             return auto.from_pretrained(place.folder, local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:  # each loader has its own errors
         raise ValueError(f"{place.said}: cannot be read ({one_line(error)})") from None
+
+
+def require_no_kernels(config: Any, said: str) -> None:
+    """Raises ValueError for a configuration by which transformers would fetch code from a hub, and run it.
+
+    ``attn_implementation`` and its like may name a repository of kernels there (``OWNER/NAME``), which neither
+    ``trust_remote_code`` nor ``local_files_only`` keeps out. (What a model asks for by itself, such as kernels of its
+    quantization, is the library's own choice; commands set HF_HUB_OFFLINE.)
+
+    >>> require_no_kernels({"text_config": {"attn_implementation": "sdpa"}}, "folder x")
+    """
+    if isinstance(config, dict):
+        for key, value in config.items():
+            named = [value] if isinstance(value, str) else list(value.values()) if isinstance(value, dict) else []
+            if str(key).endswith("_implementation") and any("/" in str(name) for name in named):
+                raise ValueError(f"{said}: {key} {value!r} is code on a hub; sdpa and eager are here")
+            if key in ("use_kernels", "kernel_config") and value:
+                raise ValueError(f"{said}: {key} is code on a hub, which is not read")
+            require_no_kernels(value, said)
+    elif isinstance(config, list):
+        for item in config:
+            require_no_kernels(item, said)
+
+
+def json_of(file: Path) -> Any:
+    """The content of a JSON file, where it is one."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # its loader tells what is wrong with it
+        return None
 
 
 def tokenizer_of(place: Place) -> Any:

@@ -229,6 +229,8 @@ def _require_uncalled(node: object, place: Path) -> None:
         _require_uncalled(value, place)
     arguments = node.get("init_args")
     cls = _resolved(node.get("class_path"))
+    if "class_path" in node and node.get("dict_kwargs"):
+        raise ValueError(f"{place}: {node['class_path']}: dict_kwargs: nobody knows what they are; init_args has types")
     if not isinstance(cls, type) or not isinstance(arguments, Mapping):
         return
     hints = _hints(cls)

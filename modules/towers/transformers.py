@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from descant.modules.pretrained import Place, locate, one_line, padding_of, read, tokenizer_of
+from descant.modules.pretrained import (
+    Place,
+    locate,
+    one_line,
+    padding_of,
+    read,
+    require_no_kernels,
+    tokenizer_of,
+)
 from descant.modules.towers.base import Tokens, Tower
 from descant.modules.towers.image import all_real
 
@@ -159,6 +167,7 @@ def _padding(config: Any, place: Place | None) -> int:
 def _from_config(config: dict[str, Option]) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 
+    require_no_kernels(config, "config")
     kind = str(config.pop("model_type", ""))
     if kind not in CONFIG_MAPPING:
         close = difflib.get_close_matches(kind, list(CONFIG_MAPPING.keys()), n=3, cutoff=0.5)

@@ -76,6 +76,7 @@ class Lab:
         self.separate = os.getuid() == 0 and _may_separate(f"probe{self.port}")
         self.tag = f"lab{self.port}"
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._down: dict[str, float] = {}  # job -> since when it waits for a node that is down
 
     # up and down -----------------------------------------------------------------------------------------------
 
@@ -153,8 +154,18 @@ class Lab:
         return self.state(job)
 
     def _free(self, job: str) -> str:
-        """The state of a job; SLURM holds one that began on a node on its way back, until somebody lets it go."""
+        """The state of a job, for which its operator does what SLURM leaves to one.
+
+        It holds a job that began on a node on its way back, until somebody lets it go, and a node whose processes
+        ended too slowly (or that came back unnoticed) stays out of use, until somebody says that it is well again.
+        """
         told = self.job(job)
+        if told["JobState"] != "PENDING" or "DRAINED" not in told["Reason"]:
+            self._down.pop(job, None)
+        elif time.monotonic() - self._down.setdefault(job, time.monotonic()) > 40:
+            for n in NODES:
+                self.sh("scontrol", "update", f"nodename={self.node(n)}", "state=resume", ok=False)
+            self._down.pop(job)
         if told["JobState"] == "PENDING" and told["Reason"].startswith("launch_failed_requeued_held"):
             self.sh("scontrol", "release", job)
         return told["JobState"]
@@ -163,7 +174,8 @@ class Lab:
         end = time.monotonic() + seconds
         while not true():
             if time.monotonic() > end:
-                raise TimeoutError(f"{what}: not within {seconds} s\n{self.sh('squeue', ok=False)}")
+                told = "\n".join(self.sh(*words, ok=False) for words in (("squeue",), ("sinfo", "-R")))
+                raise TimeoutError(f"{what}: not within {seconds} s\n{told}")
             time.sleep(0.2)
 
     def cut_link(self, n: int) -> None:
