@@ -17,6 +17,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import FSDPStrategy, Strategy
 
 from descant import elastic, manifest, precision, runs
 from descant.arguments import Request
@@ -32,6 +33,7 @@ from descant.explain import inert
 from descant.faults import explain, misfit, parse_fault
 from descant.folder import Folder
 from descant.loading import allowed
+from descant.modules.plain import load_plain
 from descant.modules.saved import policy
 from descant.place import for_evaluation, for_fit, source_of
 from descant.precheck import precheck, wanted
@@ -206,6 +208,7 @@ class DescantCLI(LightningCLI):
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand != "fit":  # Report prints metrics, and predictions go to disk
             kwargs |= {"return_predictions": False} if subcommand == "predict" else {"verbose": False}
+        require_plain(self.trainer.strategy, self.place.checkpoint)
         return {**kwargs, "ckpt_path": self.place.checkpoint, "weights_only": True}
 
     def fit(self, **kwargs: Any) -> None:
@@ -223,6 +226,18 @@ class DescantCLI(LightningCLI):
     def after_fit(self) -> None:
         if self.options.test and not self.trainer.interrupted:
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+
+
+def require_plain(strategy: Strategy, checkpoint: str | None) -> None:
+    """Raises ValueError for a checkpoint that runs code, where the strategy itself unpickles it, as FSDPStrategy does.
+
+    Others read it through the plugin, :class:`~descant.store.AtomicIO`, with weights_only.
+    """
+    if checkpoint is not None and isinstance(strategy, FSDPStrategy):
+        try:
+            load_plain(checkpoint, map_location="cpu", mmap=True)
+        except RuntimeError as error:
+            raise ValueError(f"{checkpoint}: cannot be read ({' '.join(str(error).split())[:120]})") from None
 
 
 class _Parsed(Exception):

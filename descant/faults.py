@@ -30,6 +30,9 @@ def explain(error: BaseException, building: bool, trust: Sequence[str] = ()) -> 
     setting; later only those of our own parts (and of trusted modules and optimizers) are.
     """
     error = _root(error)
+    denied = re.match(r"Importing '([\w.]+)' is not allowed", str(error))
+    if denied is not None:
+        return f"class_path {denied[1]} is not one that a configuration may name: --trust {denied[1]} if you trust it"
     if type(error).__name__ == "MisconfigurationException":
         return one_line(error)
     if building and isinstance(error, TypeError) and "unexpected keyword argument" in str(error):

@@ -256,7 +256,7 @@ class Walk:
     def _named(self, node: Node, classes: Sequence[Part], path: Path_) -> None:
         """Find the class of a ``class_path``, and remember it at this path."""
         name = node.content
-        if not isinstance(name, str):
+        if not isinstance(name, str) or not name.isprintable():
             raise Refusal(f"{_at(node, path)}: class_path is a name, got {_short(name)}")
         if "." in name:
             self._allowed(name, node.where)

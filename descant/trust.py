@@ -5,6 +5,7 @@ A configuration is data. Naming ``os.system`` in it must not run it, and must no
 
 from __future__ import annotations
 
+import pkgutil
 import re
 from collections.abc import Sequence
 from pathlib import PurePath
@@ -185,11 +186,20 @@ def _remote(key: str, value: Any) -> str | None:
     return next((text for text in texts if isinstance(text, str) and _ADDRESS.match(text)), None)
 
 
+def _defined(name: str) -> str:
+    """Where a class is defined that is known by another name, too: the parser asks about that."""
+    try:
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError):
+        return name
+    return f"{found.__module__}.{found.__qualname__}" if isinstance(found, type) else name
+
+
 def enforce(trust: Sequence[str] = ()) -> None:
     """Give jsonargparse the same list: the second wall, for whatever else in a file names an object."""
     from jsonargparse import set_parsing_settings
 
-    trust = [*trust, *(_DEFINED[name] for name in trust if name in _DEFINED)]
+    trust = [*trust, *(_defined(name) for name in trust if name in DENIED)]
     forgotten = sorted(_trusted - set(trust))  # settings are global: what an earlier call trusted is trusted no more
     try:
         set_parsing_settings(
