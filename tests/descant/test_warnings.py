@@ -10,7 +10,7 @@ import pytest
 from descant import check
 from descant.catalogue import experiments
 from tests.conftest import Result
-from tests.rotation import quick
+from tests.rotation import quick, turn
 
 Cli = Callable[..., Result]
 SOUND = ("--config=on/tiny", "--trainer.max_steps=200", "--trainer.log_every_n_steps=10")
@@ -72,7 +72,7 @@ def test_what_is_meant_is_not_told(cli: Cli) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(experiments()))
+@pytest.mark.parametrize("name", turn(sorted(experiments()), 2))
 def test_what_ships_is_silent(cli: Cli, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     if "# Before:" in experiments()[name].read_text() or name == "contrastive/own":
         pytest.skip("it begins from a run, or from data, that are not here")
