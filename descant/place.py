@@ -9,6 +9,7 @@ from typing import Any
 
 from descant import elastic, manifest, runs
 from descant.errors import fail, say
+from descant.modules.checkpoints import judged
 from descant.runs import Run
 
 
@@ -78,6 +79,11 @@ def for_evaluation(command: str, root: Path, name: str, source: Path | None, wan
     if source is None and wanted is not None and Path(wanted).resolve().parent.name in ("checkpoints", "resume"):
         source = Path(wanted).resolve().parent.parent
     checkpoint = _checkpoint(source, wanted)
+    if source is not None:
+        from descant.modules.saved import changed
+
+        if (told := changed(source)) is not None:
+            say(f"warning: {told}")
     if checkpoint is None:
         say(f"no --ckpt_path: {command} sees untrained weights")
     elif wanted is None:
@@ -130,15 +136,13 @@ def _best(source: Path, last: Path) -> Path:
     from descant.modules.plain import load_plain
 
     content: dict[str, Any] = load_plain(last, map_location="cpu", mmap=True)
-    states = [s for key, s in content.get("callbacks", {}).items() if key.startswith("ModelCheckpoint")]
-    states.sort(key=lambda state: state.get("monitor") is None)  # stable: one that monitors comes first
-    for state in states:
-        best = source / "checkpoints" / Path(state.get("best_model_path") or "").name
-        if best.suffix == ".ckpt" and best.exists():
+    for name, monitors in sorted(judged(content), key=lambda pair: not pair[1]):  # stable: one that monitors first
+        best = source / "checkpoints" / name
+        if best.exists():
             why = manifest.fault(best)
             if why in (None, manifest.NONE):
                 return best
-            if state.get("monitor") is not None:
+            if monitors:
                 fail(f"{_shown(best)}: {why}; it was the best, --ckpt_path last takes {last.name}")
             _tell([(best, str(why))])
     return last

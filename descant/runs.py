@@ -19,6 +19,7 @@ import yaml
 
 from descant import manifest
 from descant.errors import Refusal, fail, hint
+from descant.modules.checkpoints import of_run
 
 #: What rank 0 decided (folder, checkpoint and precision), for the ranks that it launches.
 INHERITED = "DESCANT_RUN_DIR"
@@ -176,13 +177,7 @@ def newest_point(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
 
 def checkpoints(folder: Path) -> list[Path]:
     """What a run can be evaluated from, resume points included: unknown steps first, then the last."""
-    found = [path for part in ("checkpoints", "resume") for path in folder.glob(f"{part}/*.ckpt")]
-
-    def order(path: Path) -> tuple[bool, int, bool, int, str]:
-        step = manifest.known(path).get("step")
-        return step is None, step or 0, path.parent.name == "checkpoints", path.lstat().st_mtime_ns, path.name
-
-    return sorted((path for path in found if not path.name.startswith(".")), key=order, reverse=True)
+    return of_run(folder)
 
 
 def point(folder: Path) -> None:
