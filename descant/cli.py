@@ -18,7 +18,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from descant import elastic, manifest, precision, runs
+from descant import elastic, lock, manifest, precision, runs
 from descant.arguments import Request
 from descant.callbacks.nonfinite import RollBack
 from descant.callbacks.resume import Stopped
@@ -132,7 +132,11 @@ class DescantCLI(LightningCLI):
         if self.request.explain:
             print("\n".join(explained(yaml.safe_load(text), self.request.configs, self.request.options)), "\n")
         folder = str(self.place.folder)
-        self.options.trainer.default_root_dir = self.options.trainer.default_root_dir or folder
+        given = _placed(self.options.trainer.default_root_dir, folder)
+        if given and self.request.command == "fit" and runs.rank() == 0:
+            Path(given).mkdir(parents=True, exist_ok=True)
+            lock.take(Path(given))  # what trains writes there, and its points are looked for in the run's folder
+        self.options.trainer.default_root_dir = given or folder
         self.options["trainer"] = _placed(self.options.trainer, folder)
 
     def _saved(self) -> str:
@@ -302,6 +306,7 @@ def run(request: Request) -> int:
         raise Refusal(line) from error
     finally:
         runs.forget()
+        lock.release()
         started, folder = getattr(cli, "folder", None), getattr(cli, "place", None)
         if started is not None and not started.began and folder is not None:
             folder.discard()

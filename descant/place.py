@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from descant import elastic, manifest, runs
+from descant import elastic, lock, manifest, runs
 from descant.errors import fail, say
 from descant.modules.checkpoints import judged
 from descant.runs import Run
@@ -18,16 +18,18 @@ def for_fit(root: Path, name: str, run: str | None, resume: str) -> Run:
 
     Raises:
         Refusal: if the named run or resume point does not exist or is damaged, a run is there and nothing says resume,
-            or nothing can be written there.
+            another process writes it, or nothing can be written there.
     """
     if resume not in ("never", "auto"):
-        return runs.allocate(root / name, checkpoint=str(_point(root, resume).resolve()))
+        return _locked(runs.allocate(root / name, checkpoint=str(_point(root, resume).resolve())))
     before = elastic.begun(root / name)
     folder = runs.existing(root, run) if run else before or runs.latest(root, name)
     if resume == "never":
         if run:
             fail(f"--run {run}: a run is there; --resume auto continues it, and without --run a new one starts")
-        return runs.allocate(root / name)
+        return _locked(runs.allocate(root / name))
+    if folder is not None and runs.rank() == 0 and os.access(folder, os.W_OK):
+        lock.take(folder)  # before a look at what is there: who writes it would add to that
     newest, skipped = runs.newest_point(folder) if folder else (None, [])
     if folder is not None and newest is not None:
         if not os.access(folder, os.W_OK):
@@ -42,10 +44,18 @@ def for_fit(root: Path, name: str, run: str | None, resume: str) -> Run:
     _tell(skipped)
     # what is started again by a cluster or torchrun has one folder, also where it ended before it saved anything
     again = before is not None or runs.identity() is not None
-    new = Run(folder, fresh=False) if folder is not None and again else runs.allocate(root / name)
+    if folder is not None and not again:
+        lock.release(folder)
+    new = Run(folder, fresh=False) if folder is not None and again else _locked(runs.allocate(root / name))
     what = "valid resume point" if skipped else "resume point yet"
     say(f"--resume auto: {name} has no {what}; starting {_shown(new.folder)}")
     return new
+
+
+def _locked(run: Run) -> Run:
+    if runs.rank() == 0:
+        lock.take(run.folder)
+    return run
 
 
 def _point(root: Path, resume: str) -> Path:
