@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,7 +27,16 @@ import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ModelPruning,
+    SpikeDetection,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.callbacks.finetuning import BaseFinetuning
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -41,6 +51,33 @@ CODES = {signal.SIGUSR1: 75, signal.SIGINT: 130, signal.SIGTERM: 143}
 AGREE_STEPS, AGREE_SECONDS = 8, 1.0
 #: Of ModelCheckpoint, which does not save it: without it a resumed run writes other files than an uninterrupted one.
 _BOOKS = ("_last_global_step_saved", "_last_checkpoint_saved", "current_score")
+
+
+#: Callbacks of Lightning whose runs end in other weights after a resume, or break in it -> why, and what to use.
+_INEXACT: dict[type[L.Callback], str] = {
+    StochasticWeightAveraging: "a resumed run ends in other weights; the callback EMA averages and is resumed exactly",
+    GradientAccumulationScheduler: "what it changed is lost in a resume; trainer.accumulate_grad_batches is one number",
+    ModelPruning: "its masks are lost in a resume; prune the model that descant export writes",
+    SpikeDetection: "a resumed run breaks in it; the callback NonFinite and the overlay with/rollback go back exactly",
+}
+#: And those that no run can use: recipes name their parameter groups, and their rate is an argument of the optimizer.
+_USELESS: dict[type[L.Callback], str] = {
+    BaseFinetuning: "the optimizer does not take the parameters that it adds; model.adapt has Freeze",
+    LearningRateFinder: "recipes have no rate that it could set; descant sweep compares some",
+    BatchSizeFinder: "it trains and goes back within a run; descant check estimates memory at data.batch_size",
+}
+
+
+def require_exact(callbacks: Iterable[L.Callback], resumed: bool = True) -> None:
+    """Refuse callbacks that no run can use; of a run that may be ``resumed`` also those that a resume would change.
+
+    Raises:
+        ValueError: naming the first, and what to use instead.
+    """
+    for callback in callbacks:
+        for kind, why in (_USELESS | _INEXACT if resumed else _USELESS).items():
+            if isinstance(callback, kind):
+                raise ValueError(f"trainer.callbacks: {type(callback).__name__}: {why}")
 
 
 class Stopped(Exception):
@@ -143,7 +180,8 @@ class Resume(L.Callback):
         folder: where they lie; ``resume`` in the run's folder where not given.
 
     Raises:
-        ValueError: if ``every`` or ``keep`` is below 1; in setup, for a trainer that cannot be resumed exactly; when a
+        ValueError: if ``every`` or ``keep`` is below 1; in setup, for a trainer that cannot be resumed exactly, or a
+            callback beside it that cannot; when a
             checkpoint is loaded that is no resume point, or is one of other data, another seed or a newer layout.
     """
 
@@ -165,6 +203,7 @@ class Resume(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        require_exact(trainer.callbacks)  # type: ignore[attr-defined]
         accumulate, every = trainer.accumulate_grad_batches, trainer.val_check_interval
         if isinstance(every, int) and every % accumulate:
             raise ValueError(

@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -21,7 +22,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from descant import elastic, lock, manifest, precision, runs
 from descant.arguments import Request
 from descant.callbacks.nonfinite import RollBack
-from descant.callbacks.resume import Stopped
+from descant.callbacks.resume import Resume, Stopped, require_exact
 from descant.catalogue import BASE
 from descant.changes import require_unchanged
 from descant.check import Check, Checked
@@ -144,7 +145,7 @@ class DescantCLI(LightningCLI):
         saved = self.options.clone()
         for key in CALL:
             saved.pop(key, None)
-        text: str = self._parser(self.subcommand).dump(saved, skip_unset=False, skip_validation=True)
+        text: str = self._parser(self.subcommand).dump(_plain(saved), skip_unset=False, skip_validation=True)
         return text
 
     def _decide(self) -> runs.Run:
@@ -180,6 +181,9 @@ class DescantCLI(LightningCLI):
         # first: its folder must say what it is before anything else is written to it
         given = config.get("callbacks") or []
         config["callbacks"] = [self.folder, *once(given if isinstance(given, list) else [given])]
+        if self.subcommand == "fit":
+            resumed = any(isinstance(callback, Resume) for callback in config["callbacks"])
+            require_exact(config["callbacks"], resumed)
         if self.subcommand == "predict":
             sets = str(self.options.get("sets") or "").split(",")
             config["callbacks"].append(Predictions(self.place, [name.strip() for name in sets if name.strip()]))
@@ -264,6 +268,19 @@ def _placed(value: Any, place: str) -> Any:
         return {key: _placed(item, place) for key, item in value.items()}
     if isinstance(value, Namespace):
         return Namespace({key: _placed(item, place) for key, item in vars(value).items()})
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """Defaults that are words of an enumeration (of Timer) as words, which YAML can say."""
+    if isinstance(value, str):
+        return value.value if isinstance(value, Enum) else value
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, Namespace):
+        return Namespace({key: _plain(item) for key, item in vars(value).items()})
     return value
 
 

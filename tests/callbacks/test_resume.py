@@ -13,7 +13,9 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import callbacks as lightnings
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 
 from descant import manifest
@@ -296,6 +298,41 @@ def test_another_recipe_and_a_newer_layout_are_refused(tmp_path: Path) -> None:
 def test_a_validation_inside_a_step_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"val_check_interval 3: .* 4 can"):
         fit(tmp_path, Resume(), accumulate_grad_batches=2, val_check_interval=3)
+
+
+#: Callbacks of Lightning beside which a run is resumed exactly, as tried, and those that are refused.
+EXACT: dict[str, Callable[[], L.Callback]] = {
+    "WeightAveraging": WeightAveraging,
+    "EMAWeightAveraging": lambda: EMAWeightAveraging(decay=0.9, update_every_n_steps=2),
+    "Timer": lambda: lightnings.Timer(duration="00:00:05:00"),
+    "EarlyStopping": lambda: lightnings.EarlyStopping("train/loss", patience=1, strict=False),
+    "ThroughputMonitor": lambda: lightnings.ThroughputMonitor(batch_size_fn=lambda batch: 8),
+    "LambdaCallback": lambda: lightnings.LambdaCallback(on_train_batch_start=lambda *_: None),
+}
+REFUSED: dict[str, Callable[[], L.Callback]] = {
+    "StochasticWeightAveraging": lambda: lightnings.StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1),
+    "GradientAccumulationScheduler": lambda: lightnings.GradientAccumulationScheduler({0: 1, 1: 2}),
+    "ModelPruning": lambda: lightnings.ModelPruning("l1_unstructured", amount=0.3),
+    "SpikeDetection": lightnings.SpikeDetection,
+    "BackboneFinetuning": lightnings.BackboneFinetuning,
+    "LearningRateFinder": lightnings.LearningRateFinder,
+    "BatchSizeFinder": lightnings.BatchSizeFinder,
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_beside_callbacks_of_lightning_it_ends_in_the_same_bits(tmp_path: Path, name: str) -> None:
+    _, whole = fit(tmp_path / "whole", Resume(every=1, keep=99), EXACT[name]())
+    for step in (5, 6, 13):  # within an epoch, and at the end of one
+        _, net = fit(tmp_path / f"{step}", Resume(), EXACT[name](), path=point(tmp_path / "whole", step))
+        assert equal(state(whole), state(net)), step
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_callbacks_that_a_resume_would_change_are_refused_with_what_to_use(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^trainer\.callbacks: {name}: .*; \S+") as caught:
+        fit(tmp_path, Resume(), REFUSED[name]())
+    assert "\n" not in str(caught.value) and not (tmp_path / "resume").exists()
 
 
 @pytest.mark.parametrize("wrong", [{"every": 0}, {"keep": 0}])
