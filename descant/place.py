@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from descant import elastic, lock, manifest, runs
 from descant.errors import fail, say
 from descant.modules.checkpoints import judged
 from descant.runs import Run
+from descant.versions import code
 
 
 def for_fit(root: Path, name: str, run: str | None, resume: str) -> Run:
@@ -38,6 +39,7 @@ def for_fit(root: Path, name: str, run: str | None, resume: str) -> Run:
         for part in ("checkpoints", "resume"):
             manifest.sweep(folder / part)
         say(f"resuming {_shown(folder)} from {newest.name}")
+        _tell_version(folder)
         return Run(folder, fresh=False, checkpoint=str(newest))
     if run:
         fail(f"--run {run}: it has no {_none(skipped)}")
@@ -168,6 +170,25 @@ def _nearest(path: Path, safe: bool = True) -> str:
 def _tell(skipped: Sequence[tuple[Path, str]]) -> None:
     for path, why in skipped:
         say(f"skipped {path.parent.name}/{path.name}: {why}")
+
+
+def _tell_version(folder: Path) -> None:
+    """Say so if another version of Descant, or another revision of it, began the run or went on with it last."""
+    then = runs.versions_of(folder)
+    if not then:
+        return
+    now = code()
+    packages = then.get("packages")
+    before = packages.get("descant") if isinstance(packages, Mapping) else None
+    if before is not None and before != now["descant"]:
+        say(f"saved by descant {before}, resumed with {now['descant']}: numbers may differ from there on")
+    elif then.get("revision") is None:
+        return  # an installed package, of the same version
+    elif then["revision"] != now["revision"]:
+        others = str(now["revision"] or "an installed package")[:12]
+        say(f"saved by revision {str(then['revision'])[:12]}, resumed with {others}: numbers may differ from there on")
+    elif now["dirty"] and not then.get("dirty"):
+        say("saved by a committed revision, resumed with uncommitted changes: numbers may differ from there on")
 
 
 def _none(skipped: Sequence[tuple[Path, str]]) -> str:

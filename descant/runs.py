@@ -138,7 +138,7 @@ def latest(root: Path, name: str) -> Path | None:
     mine = identity()
     found = runs_of(root, name)
     if mine is not None:
-        found = [path for path in found if _versions(path).get("job") == mine]
+        found = [path for path in found if versions_of(path).get("job") == mine]
     return found[-1] if found else None
 
 
@@ -208,12 +208,13 @@ def _link(link: Path, target: str) -> None:
     os.replace(scratch, link)
 
 
-def _versions(folder: Path) -> dict[str, object]:
+def versions_of(folder: Path) -> dict[str, object]:
+    """What versions.json says; nothing where there is none, or none that can be read."""
     try:
-        content: dict[str, object] = json.loads((folder / "versions.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = json.loads((folder / "versions.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
-    return content
+    return content if isinstance(content, dict) else {}
 
 
 def _note(parent: Path) -> Path | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 import zipfile
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+
+_UNREADABLE = "cannot be read as a checkpoint: it is cut short, damaged, or was not written by torch.save"
 
 
 def load_plain(file: Path | str | IO[bytes], name: Path | str | None = None, **options: Any) -> Any:
@@ -26,10 +29,14 @@ def load_plain(file: Path | str | IO[bytes], name: Path | str | None = None, **o
     except pickle.UnpicklingError as error:
         what = str(error).partition("Unsupported global: GLOBAL ")[2].split()[:1] or ["what is no tensor"]
         raise ValueError(f"{name or file}: it holds {what[0]}, which may run code, and is not read") from None
-    except (OSError, MemoryError, torch.OutOfMemoryError):  # of the machine, not of the file
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # torch seeks to before the beginning of what is cut short
+            raise ValueError(f"{name or file}: {_UNREADABLE}") from None
         raise
-    except Exception as error:  # torch's and pickle's parsers raise what they happen to meet
-        raise ValueError(f"{name or file}: cannot be read as a checkpoint ({_first(error)})") from None
+    except (MemoryError, torch.OutOfMemoryError):  # of the machine, not of the file
+        raise
+    except Exception:  # torch's and pickle's parsers raise what they happen to meet
+        raise ValueError(f"{name or file}: {_UNREADABLE}") from None
 
 
 def require_sums(file: Path, only: str = "") -> None:
