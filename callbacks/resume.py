@@ -41,6 +41,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from descant.callbacks import logged
 from descant.modules.random import global_seed, mix
 
 #: The entry of a checkpoint that says where it was saved; its layout.
@@ -110,7 +111,7 @@ class Signals:
         self.code = 0
         self._steps, self._pause, self._began = 0, 1, -math.inf  # since the last message; until the next one
         self._before: dict[signal.Signals, Any] = {}
-        self._group: Any = None
+        self.group: Any = None
         self._travelling: tuple[Any, Tensor] | None = None
 
     def install(self) -> None:
@@ -120,12 +121,12 @@ class Signals:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._raise) for number in CODES}
         if _world() > 1:  # on the CPU whatever the gradients travel by: reading it must not wait for a device
-            self._group = dist.new_group(backend="gloo")
+            self.group = dist.new_group(backend="gloo")
 
     def remove(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._before, self._group, self._travelling = {}, None, None
+        self._before, self.group, self._travelling = {}, None, None
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
@@ -138,7 +139,7 @@ class Signals:
 
     def agreed(self, last: bool = False) -> int:
         """The largest code that any rank has been sent; with ``last`` up to now. Collective."""
-        if self._group is None:
+        if self.group is None:
             return self.code
         known = self._arrived()
         self._steps += 1
@@ -146,7 +147,7 @@ class Signals:
             now = time.monotonic()
             pace = int(AGREE_SECONDS * self._steps / max(now - self._began, 1e-6))  # a coarse clock may stand still
             sent = torch.tensor([self.code, -min(max(pace, 1), AGREE_STEPS)])
-            self._travelling = dist.all_reduce(sent, dist.ReduceOp.MAX, self._group, async_op=True), sent
+            self._travelling = dist.all_reduce(sent, dist.ReduceOp.MAX, self.group, async_op=True), sent
             self._steps, self._began = 0, now
         return max(known, self._arrived()) if last else known
 
@@ -251,6 +252,9 @@ class Resume(L.Callback):
             loop._batches_that_stepped = self._loaded["log_step"]
             # else it takes the whole epoch for a restart, and plateau schedules miss its end
             trainer.fit_loop._restarting = False
+            if "logged" in self._loaded:  # earlier versions had none
+                of_ranks = self._loaded["logged"]
+                logged.again(trainer, of_ranks[trainer.global_rank % len(of_ranks)], bool(self._loaded["batch"]))
             self._saved, self._loaded = trainer.global_step, None
         micro = loop.batch_progress.current.completed % accumulate
         step = trainer.global_step
@@ -303,6 +307,15 @@ class Resume(L.Callback):
             for old in sorted(points, key=_step)[: -self.keep]:
                 trainer.strategy.remove_checkpoint(old)
 
+    def _of_ranks(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
+        """What each rank has. Collective."""
+        group = self.signals.group
+        if group is None:
+            return [mine]
+        found: list[Any] = [None] * _world()
+        dist.all_gather_object(found, mine, group=group)
+        return found
+
     def back_to(self, trainer: L.Trainer, step: int) -> Path | None:
         """The newest valid resume point of ``step`` or before; later ones, of a future undone, are gone. Collective."""
         path = None
@@ -351,6 +364,7 @@ class Resume(L.Callback):
             },
         }
         if self._saving:
+            checkpoint[ENTRY]["logged"] = self._of_ranks(logged.kept(trainer))
             checkpoint["loops"]["fit_loop"] |= _progress(
                 epoch, batches, loop.batch_progress.total.completed, begun=not whole
             )
