@@ -103,13 +103,12 @@ def fit(folder: Path, *callbacks: L.Callback, path: str | Path | None = None, **
     data = options.pop("data", None) or NumberData()
     net = options.pop("net", None) or Net()
     io = options.pop("io", None) or AtomicIO()
-    defaults: dict[str, Any] = dict(max_epochs=3, accelerator="cpu", devices=1, num_sanity_val_steps=0)
+    defaults: dict[str, Any] = dict(max_epochs=3, accelerator="cpu", devices=1, num_sanity_val_steps=0, logger=False)
     trainer = L.Trainer(
         **(defaults | options),
         callbacks=list(callbacks),
         plugins=[io],
         default_root_dir=folder,
-        logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
@@ -403,3 +402,51 @@ def _sharded(rank: int, folder: Path, path: Path | None = None) -> list[tuple[in
 def test_in_shards_it_goes_on_inside_an_epoch(tmp_path: Path) -> None:
     whole = run_ranks(2, _sharded, tmp_path / "whole")
     assert run_ranks(2, _sharded, tmp_path / "on", point(tmp_path / "whole", 3)) == [seen[3:] for seen in whole]
+
+
+class Telling(Net):
+    """Logs what turns by turns, what is solved now and then, and means over an epoch."""
+
+    def on_train_epoch_start(self) -> None:
+        self.log("epoch/begun", float(self.global_step), on_step=False, on_epoch=True)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if self.global_step % 4 == 0:
+            self.log("rule/solved", float(self.global_step))
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        found = super().terms(batch)
+        if self.training:
+            self.log(f"turn/{'odd' if self.global_step % 2 else 'even'}", found["fit"].value.mean())
+            self.log("mean/of_epoch", found["fit"].value.mean(), on_step=True, on_epoch=True)
+            self.log("worst/of_epoch", found["fit"].value.max(), on_step=False, on_epoch=True, reduce_fx="max")
+        return found
+
+
+class InMemory(L.pytorch.loggers.CSVLogger):
+    """Rows in memory."""
+
+    def __init__(self) -> None:
+        super().__init__("/nowhere")
+        self.rows: list[dict[str, Any]] = []
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.rows.append({"step": step, **metrics})
+
+    def save(self) -> None: ...
+
+
+def told(folder: Path, resume: Resume, path: Path | None = None) -> list[dict[str, Any]]:
+    rows = InMemory()
+    fit(folder, resume, net=Telling(), path=path, logger=rows, log_every_n_steps=1)
+    return rows.rows
+
+
+def test_every_row_is_logged_as_in_a_run_that_was_not_stopped(tmp_path: Path) -> None:
+    """Lightning keeps numbers of earlier steps of an epoch in its rows, and averages over all of them."""
+    whole = told(tmp_path / "whole", Resume(every=1, keep=99))
+    assert {"rule/solved", "turn/odd", "turn/even", "mean/of_epoch_step"} < set(whole[4])
+    assert any({"epoch/begun", "mean/of_epoch_epoch", "worst/of_epoch"} <= set(row) for row in whole)
+    for step in range(1, STEPS * 3):
+        rest = told(tmp_path / f"{step}", Resume(), point(tmp_path / "whole", step))
+        assert rest == [row for row in whole if row["step"] >= step], step
