@@ -447,6 +447,6 @@ def test_every_row_is_logged_as_in_a_run_that_was_not_stopped(tmp_path: Path) ->
     whole = told(tmp_path / "whole", Resume(every=1, keep=99))
     assert {"rule/solved", "turn/odd", "turn/even", "mean/of_epoch_step"} < set(whole[4])
     assert any({"epoch/begun", "mean/of_epoch_epoch", "worst/of_epoch"} <= set(row) for row in whole)
-    for step in range(1, STEPS * 3):
+    for step in (1, 2, 5, 6, 7, 12, 17):
         rest = told(tmp_path / f"{step}", Resume(), point(tmp_path / "whole", step))
         assert rest == [row for row in whole if row["step"] >= step], step
