@@ -257,7 +257,8 @@ def _matching(stream: BufferedReader, told: list[Facts] | str) -> Facts | str:
     """The account of the content that the stream has, or why it has none of those told of."""
     if isinstance(told, str):
         return told
-    if (why := _size_fault(os.fstat(stream.fileno()).st_size, told)) is not None:
+    size = os.fstat(stream.fileno()).st_size
+    if (why := _size_fault(size, told)) is not None:
         return why
     digest = hashlib.file_digest(stream, "sha256").hexdigest()
     stream.seek(0)

@@ -128,10 +128,10 @@ def killed(path: Path, root: Path, begun: Path, kills: int, seed: int, cold: boo
 
 
 def cases(overlays: bool = False) -> Iterator[Path]:
-    """Those whose packages are there."""
+    """Those whose packages are there; pretrained ones, which take minutes each, come last."""
     from importlib.util import find_spec
 
-    for path in [*RUNNABLE, *(OVERLAYS if overlays else [])]:
+    for path in sorted([*RUNNABLE, *(OVERLAYS if overlays else [])], key=lambda path: bool(need(path))):
         absent = [line for line in need(path) if find_spec(line.split()[-1].replace("-", "_")) is None]
         if absent:
             print(f"{name(path)}: left out: {absent[0]}", flush=True)

@@ -1,0 +1,65 @@
+"""A fifth of the experiments that ship is killed once and resumed; all of them, three times each, by ``make kills``."""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+from pathlib import Path
+
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from tests.kills import Shipped, cases, events, files, killed, main
+from tests.rotation import turn
+from tests.test_experiments import OVERLAYS, RUNNABLE, name, need
+
+#: Runs that others begin from, each made once a session.
+BEGUN = Path(tempfile.gettempdir()) / f"begun-{os.getpid()}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", turn([path for path in RUNNABLE if not need(path)], 5), ids=name)
+def test_killed_and_resumed_an_experiment_ends_as_if_nothing_had_happened(tmp_path: Path, path: Path) -> None:
+    kills, found = killed(path, tmp_path, BEGUN, kills=1, seed=random.randrange(2**32))
+    assert kills == 1 and found == []
+
+
+def test_every_experiment_and_every_overlay_has_its_turn(capsys: pytest.CaptureFixture[str]) -> None:
+    left_out = len([path for path in RUNNABLE if need(path)])
+    assert len(RUNNABLE) - left_out <= len(list(cases())) <= len(RUNNABLE)
+    assert set(cases(overlays=True)) >= {path for path in [*RUNNABLE, *OVERLAYS] if not need(path)}
+    assert main(["--only", "no/such"]) == 0
+    assert capsys.readouterr().out.endswith("0 kills of 0 experiments, 0 differences\n")
+
+
+def test_an_overlay_is_laid_on_its_base(tmp_path: Path) -> None:
+    (path,) = (path for path in OVERLAYS if path.stem == "turns")
+    case = Shipped(tmp_path, path, tmp_path)
+    assert case.configs == ["fusion/emoji", "with/turns", "on/tiny", "kills.yaml"]
+    assert case.words("killed", "auto")[:9:2] == ["fit", *case.configs]
+
+
+def test_what_was_undone_is_not_shown_and_one_number_is_a_difference(tmp_path: Path) -> None:
+    def write(folder: Path, steps: range, purge: int | None = None, off: float = 0.0) -> None:
+        with SummaryWriter(str(folder), purge_step=purge, filename_suffix=f".{steps.start}") as writer:
+            for step in steps:
+                writer.add_scalar("loss", step + off, step)
+                writer.add_scalar("speed/steps", random.random(), step)
+
+    write(tmp_path / "whole", range(6))
+    write(tmp_path / "killed", range(4), off=0.5)
+    write(tmp_path / "killed", range(6), purge=0)
+    whole, resumed = events(tmp_path / "whole"), events(tmp_path / "killed")
+    assert whole == resumed and list(whole) == [("loss", step) for step in range(6)]
+    write(tmp_path / "killed", range(5, 6), purge=5, off=1e-3)
+    differing = {key for key in whole if whole[key] != events(tmp_path / "killed")[key]}
+    assert differing == {("loss", 5)}
+
+
+def test_files_of_processes_are_not_compared(tmp_path: Path) -> None:
+    names = ("metrics.csv", "records-0.jsonl", "events.out.tfevents.1.x", "config.1.yaml", "config.yaml", ".lock")
+    for each in (*names, "resume/step-1.ckpt", "pictures/a-3.png"):
+        (tmp_path / each).parent.mkdir(exist_ok=True)
+        (tmp_path / each).touch()
+    assert files(tmp_path) == {"metrics.csv", "config.yaml", "pictures/a-3.png"}
