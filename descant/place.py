@@ -22,7 +22,9 @@ def for_fit(root: Path, name: str, run: str | None, resume: str) -> Run:
             another process writes it, or nothing can be written there.
     """
     if resume not in ("never", "auto"):
-        return _locked(runs.allocate(root / name, checkpoint=str(_point(root, resume).resolve())))
+        start = _point(root, resume).resolve()
+        _tell_version(start.parent.parent)
+        return _locked(runs.allocate(root / name, checkpoint=str(start)))
     before = elastic.begun(root / name)
     folder = runs.existing(root, run) if run else before or runs.latest(root, name)
     if resume == "never":

@@ -418,8 +418,10 @@ class Telling(Net):
         found = super().terms(batch)
         if self.training:
             self.log(f"turn/{'odd' if self.global_step % 2 else 'even'}", found["fit"].value.mean())
-            self.log("mean/of_epoch", found["fit"].value.mean(), on_step=True, on_epoch=True)
-            self.log("worst/of_epoch", found["fit"].value.max(), on_step=False, on_epoch=True, reduce_fx="max")
+            many = self.trainer.world_size > 1
+            self.log("mean/of_epoch", found["fit"].value.mean(), on_step=True, on_epoch=True, sync_dist=many)
+            worst = found["fit"].value.max()
+            self.log("worst/of_epoch", worst, on_step=False, on_epoch=True, reduce_fx="max", sync_dist=many)
         return found
 
 
@@ -436,9 +438,9 @@ class InMemory(L.pytorch.loggers.CSVLogger):
     def save(self) -> None: ...
 
 
-def told(folder: Path, resume: Resume, path: Path | None = None) -> list[dict[str, Any]]:
+def told(folder: Path, resume: Resume, path: Path | None = None, **options: Any) -> list[dict[str, Any]]:
     rows = InMemory()
-    fit(folder, resume, net=Telling(), path=path, logger=rows, log_every_n_steps=1)
+    fit(folder, resume, net=Telling(), path=path, logger=rows, log_every_n_steps=1, **options)
     return rows.rows
 
 
@@ -447,6 +449,19 @@ def test_every_row_is_logged_as_in_a_run_that_was_not_stopped(tmp_path: Path) ->
     whole = told(tmp_path / "whole", Resume(every=1, keep=99))
     assert {"rule/solved", "turn/odd", "turn/even", "mean/of_epoch_step"} < set(whole[4])
     assert any({"epoch/begun", "mean/of_epoch_epoch", "worst/of_epoch"} <= set(row) for row in whole)
-    for step in (1, 2, 5, 6, 7, 12, 17):
+    for step in (2, 5, 6, 7, 17):
         rest = told(tmp_path / f"{step}", Resume(), point(tmp_path / "whole", step))
         assert rest == [row for row in whole if row["step"] >= step], step
+
+
+def _told_on_rank(rank: int, folder: Path, path: Path | None = None) -> list[dict[str, Any]]:
+    options = dict(strategy="ddp", devices=2, max_epochs=2, limit_val_batches=0)
+    return told(folder, Resume(every=1, keep=99), path, **options)
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_each_rank_has_its_own_numbers_of_an_epoch_again(tmp_path: Path) -> None:
+    whole, _ = run_ranks(2, _told_on_rank, tmp_path / "whole")
+    rest, _ = run_ranks(2, _told_on_rank, tmp_path / "on", point(tmp_path / "whole", 4))
+    assert len(rest) > STEPS and rest == [row for row in whole if row["step"] >= 4]
