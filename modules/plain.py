@@ -55,6 +55,8 @@ def require_sums(file: Path, only: str = "") -> None:
             return
         with zipfile.ZipFile(file) as archive:
             for member in archive.infolist():
+                if member.compress_type != zipfile.ZIP_STORED:  # which torch.save never does, and which may be a bomb
+                    raise ValueError(f"{member.filename} is compressed")
                 if member.filename.endswith(only):
                     with archive.open(member) as stream:
                         while stream.read(1 << 20):

@@ -439,6 +439,8 @@ def _require_same_files(folder: Path) -> None:
     files = manifest.known(folder / WEIGHTS).get(FILES)
     for name, digest in files.items() if isinstance(files, dict) else ():
         file = folder / name
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{folder / WEIGHTS}: its manifest names {name}, which is no file of the export")
         if not file.is_file():
             raise ValueError(f"{file}: missing; it was part of the export")
         if file_sum(file) != digest:
@@ -449,10 +451,10 @@ def _require_same_files(folder: Path) -> None:
 
 def changed(folder: Path) -> str | None:
     """A line if the configuration in a run's folder is not the one that was written there."""
+    if not (folder / "versions.json").is_file():
+        return None
     try:
         versions = json.loads((folder / "versions.json").read_bytes())
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError, RecursionError):
         return f"{folder / 'versions.json'}: cannot be read, so nothing confirms {CONFIG}"
     digest = versions.get(CONFIG_SUM) if isinstance(versions, dict) else None

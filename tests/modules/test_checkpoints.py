@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -307,3 +308,15 @@ def test_a_fork_compares_for_itself(run: Path) -> None:
     shutil.rmtree(run)
     with loading.trusting(()), pytest.raises(ValueError, match=r"no such run"):
         saved.find(run)
+
+
+def test_a_manifest_leads_nowhere_else_and_an_archive_is_no_bomb(exported: Path, tmp_path: Path) -> None:
+    weights = exported / "model.safetensors"
+    for name in ("../toy.yaml", "/etc/hostname"):
+        manifest.confirm(weights, {saved.FILES: {name: "0" * 64}})
+        with pytest.raises(ValueError, match=r"its manifest names .*, which is no file of the export"):
+            loaded(exported)
+    with zipfile.ZipFile(tmp_path / "bomb.ckpt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data.pkl", b"0" * 1_000_000)
+    with pytest.raises(ValueError, match=r"bomb\.ckpt: damaged: bomb/data\.pkl is compressed"):
+        require_sums(tmp_path / "bomb.ckpt")
