@@ -6,13 +6,16 @@ import os
 import random
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from tests.kills import Shipped, cases, events, files, killed, main
+from tests.kills import SMALL, Shipped, cases, events, files, killed, main
 from tests.rotation import turn
-from tests.test_experiments import OVERLAYS, RUNNABLE, name, need
+from tests.test_experiments import OVERLAYS, RUNNABLE, configs_of, name, need
+from tests.torture import logged
 
 #: Runs that others begin from, each made once a session.
 BEGUN = Path(tempfile.gettempdir()) / f"begun-{os.getpid()}"
@@ -23,6 +26,23 @@ BEGUN = Path(tempfile.gettempdir()) / f"begun-{os.getpid()}"
 def test_killed_and_resumed_an_experiment_ends_as_if_nothing_had_happened(tmp_path: Path, path: Path) -> None:
     kills, found = killed(path, tmp_path, BEGUN, kills=1, seed=random.randrange(2**32))
     assert kills == 1 and found == []
+
+
+#: What was lost of logs once, though no weight was: rules that are solved now and then, turns, numbers of an epoch.
+LOGS = ("with/harmonize", "with/mmpareto", "with/turns", "with/hybrid-captions")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlay", turn(LOGS, 4))
+def test_a_resumed_run_logs_the_rows_of_one_that_was_not_stopped(cli: Any, workplace: Path, overlay: str) -> None:
+    (path,) = (path for path in OVERLAYS if name(path) == overlay)
+    keep = {"class_path": "Resume", "init_args": {"every": 1, "keep": 9}}
+    (workplace / "kills.yaml").write_text(yaml.safe_dump({"trainer": {**SMALL, "callbacks+": keep}}))
+    words = [word for config in (*configs_of(path), "on/tiny", "kills.yaml") for word in ("--config", config)]
+    assert cli("fit", *words, "--name", "whole").rc == 0
+    assert cli("fit", *words, "--name", "rest", "--resume", "runs/whole/001/resume/step-0000005.ckpt").rc == 0
+    rows = [row for row in logged(workplace / "runs/whole/001") if int(row["step"]) >= 5]
+    assert rows and logged(workplace / "runs/rest/001") == rows
 
 
 def test_every_experiment_and_every_overlay_has_its_turn(capsys: pytest.CaptureFixture[str]) -> None:
