@@ -19,11 +19,12 @@ from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging, Wei
 from torch import Tensor, nn
 
 from descant import manifest
-from descant.callbacks import EMA, Resume
+from descant.callbacks import EMA, Harmonize, Resume
 from descant.callbacks.resume import AGREE_STEPS, CODES, ENTRY, Stopped
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.modules.batch import Batch
 from descant.modules.configure import Shard
+from descant.modules.mixing import MGDA, PCGrad, Rule
 from descant.modules.objective import Term
 from descant.modules.schedule import WarmupCosine
 from descant.recipes.base import Recipe
@@ -451,6 +452,29 @@ def test_every_row_is_logged_as_in_a_run_that_was_not_stopped(tmp_path: Path) ->
     assert any({"epoch/begun", "mean/of_epoch_epoch", "worst/of_epoch"} <= set(row) for row in whole)
     for step in (2, 5, 6, 7, 17):
         rest = told(tmp_path / f"{step}", Resume(), point(tmp_path / "whole", step))
+        assert rest == [row for row in whole if row["step"] >= step], step
+
+
+class Pulled(Net):
+    """Two terms that a rule mixes."""
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        fit = super().terms(batch)["fit"]
+        value_B = (self.net(batch.inputs["image"])[:, 0] + 1).square()
+        return {"fit": fit, "low": Term(value_B, valid=batch.present["image"], given=("image",))}
+
+
+@pytest.mark.parametrize("rule", [PCGrad, MGDA])
+def test_a_rule_that_is_solved_now_and_then_is_in_every_row(tmp_path: Path, rule: Callable[[], Rule]) -> None:
+    def rows(folder: Path, resume: Resume, path: Path | None = None) -> list[dict[str, Any]]:
+        logger = InMemory()
+        fit(folder, resume, Harmonize(rule(), every=4), net=Pulled(), path=path, logger=logger, log_every_n_steps=1)
+        return logger.rows
+
+    whole = rows(tmp_path / "whole", Resume(every=1, keep=99))
+    assert "harmony/cos/fit~low" in whole[5]
+    for step in (5, 7, 10):
+        rest = rows(tmp_path / f"{step}", Resume(), point(tmp_path / "whole", step))
         assert rest == [row for row in whole if row["step"] >= step], step
 
 
