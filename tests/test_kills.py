@@ -1,4 +1,4 @@
-"""A fifth of the experiments that ship is killed once and resumed; all of them, three times each, by ``make kills``."""
+"""Four of the experiments that ship, in turn, are killed once and resumed; all, three times each, by ``make kills``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BEGUN = Path(tempfile.gettempdir()) / f"begun-{os.getpid()}"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", turn([path for path in RUNNABLE if not need(path)], 5), ids=name)
+@pytest.mark.parametrize("path", turn([path for path in RUNNABLE if not need(path)], 9), ids=name)
 def test_killed_and_resumed_an_experiment_ends_as_if_nothing_had_happened(tmp_path: Path, path: Path) -> None:
     kills, found = killed(path, tmp_path, BEGUN, kills=1, seed=random.randrange(2**32))
     assert kills == 1 and found == []
