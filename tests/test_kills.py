@@ -1,10 +1,8 @@
-"""Four of the experiments that ship, in turn, are killed once and resumed; all, three times each, by ``make kills``."""
+"""Three of the experiments that ship, in turn, are killed once and resumed; all, three times each, by ``make kills``."""
 
 from __future__ import annotations
 
-import os
 import random
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +15,19 @@ from tests.rotation import turn
 from tests.test_experiments import OVERLAYS, RUNNABLE, configs_of, name, need
 from tests.torture import logged
 
-#: Runs that others begin from, each made once a session.
-BEGUN = Path(tempfile.gettempdir()) / f"begun-{os.getpid()}"
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs that others begin from, each made once."""
+    return tmp_path_factory.mktemp("begun")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", turn([path for path in RUNNABLE if not need(path)], 9), ids=name)
-def test_killed_and_resumed_an_experiment_ends_as_if_nothing_had_happened(tmp_path: Path, path: Path) -> None:
-    kills, found = killed(path, tmp_path, BEGUN, kills=1, seed=random.randrange(2**32))
+@pytest.mark.parametrize("path", turn([path for path in RUNNABLE if not need(path)], 12), ids=name)
+def test_killed_and_resumed_an_experiment_ends_as_if_nothing_had_happened(
+    tmp_path: Path, begun: Path, path: Path
+) -> None:
+    kills, found = killed(path, tmp_path, begun, kills=1, seed=random.randrange(2**32))
     assert kills == 1 and found == []
 
 
