@@ -1,4 +1,4 @@
-"""Three of the experiments that ship, in turn, are killed once and resumed; all, three times each, by ``make kills``."""
+"""Three of the experiments that ship, in turn, are killed once and resumed; `make kills`: all, three times each."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", turn([path for path in RUNNABLE if not need(path)], 12), ids=name)
-def test_killed_and_resumed_an_experiment_ends_as_if_nothing_had_happened(
-    tmp_path: Path, begun: Path, path: Path
-) -> None:
+def test_killed_and_resumed_it_ends_as_if_nothing_had_happened(tmp_path: Path, begun: Path, path: Path) -> None:
     kills, found = killed(path, tmp_path, begun, kills=1, seed=random.randrange(2**32))
     assert kills == 1 and found == []
 
