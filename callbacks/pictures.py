@@ -161,6 +161,16 @@ class Projector(Judge):
                 self._points[name] = z_ND, [(int(rows.index[n]), m, int(rows.key[n])) for n, m in points]
         return {}
 
+    def state_dict(self) -> dict[str, Any]:
+        """What was embedded last is written at the end of a fit, which a resumed run may reach without another look."""
+        return {name: {"z": z_ND, "labels": labels} for name, (z_ND, labels) in self._points.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._points = {
+            name: (kept["z"], [(int(index), str(m), int(key)) for index, m, key in kept["labels"]])
+            for name, kept in state_dict.items()
+        }
+
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._write(trainer)
 

@@ -56,13 +56,15 @@ class Report(L.Callback):
         self._train_began: float | None = None
         self._folder = Path()
         self._shams: list[Sham] = []
+        self._of_data: list[Sham] = []
         self._calls = self._counted = 0  # of finished parts of the run; what shams had counted when this one began
+        self._drawn = 0  # of the data's shams, when the last batch was over: the next one is drawn before it begins
 
     # the clock ----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         seconds = {"seconds": self.seconds, "train_seconds": self.train_seconds}
-        return {"samples": self._samples, "calls": self.calls, **seconds}
+        return {"samples": self._samples, "calls": self.calls - self._ahead, **seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._samples, self._calls = int(state_dict["samples"]), int(state_dict.get("calls", 0))
@@ -83,6 +85,14 @@ class Report(L.Callback):
         """How often the signals of shams were asked for."""
         return self._calls + sum(sham.calls for sham in self._shams) - self._counted
 
+    @property
+    def _ahead(self) -> int:
+        """Of the calls those for a batch that has not begun, which a resumed run draws again."""
+        return sum(sham.calls for sham in self._of_data) - self._drawn
+
+    def _over(self) -> None:
+        self._drawn = sum(sham.calls for sham in self._of_data)
+
     def _pause(self) -> None:
         self._train_seconds, self._train_began = self.train_seconds, None
 
@@ -92,12 +102,15 @@ class Report(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._train_began = time.monotonic()
         self._calls, self._shams = self.calls, list(shams(trainer, pl_module))
+        self._of_data = list(getattr(trainer.datamodule, "shams", ()))  # type: ignore[attr-defined]
         self._counted = sum(sham.calls for sham in self._shams)
+        self._over()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._samples += count_rows(batch) * trainer.world_size
+        self._over()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._pause()
@@ -105,6 +118,7 @@ class Report(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking:
             return
+        self._over()
         self._write(trainer, pl_module)
         if trainer.state.fn == TrainerFn.FITTING:
             self._train_began = time.monotonic()

@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,11 +27,21 @@ import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ModelPruning,
+    SpikeDetection,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.callbacks.finetuning import BaseFinetuning
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from descant.callbacks import logged
 from descant.modules.random import global_seed, mix
 
 #: The entry of a checkpoint that says where it was saved; its layout.
@@ -41,6 +52,33 @@ CODES = {signal.SIGUSR1: 75, signal.SIGINT: 130, signal.SIGTERM: 143}
 AGREE_STEPS, AGREE_SECONDS = 8, 1.0
 #: Of ModelCheckpoint, which does not save it: without it a resumed run writes other files than an uninterrupted one.
 _BOOKS = ("_last_global_step_saved", "_last_checkpoint_saved", "current_score")
+
+
+#: Callbacks of Lightning whose runs end in other weights after a resume, or break in it -> why, and what to use.
+_INEXACT: dict[type[L.Callback], str] = {
+    StochasticWeightAveraging: "a resumed run ends in other weights; the callback EMA averages and is resumed exactly",
+    GradientAccumulationScheduler: "what it changed is lost in a resume; trainer.accumulate_grad_batches is one number",
+    ModelPruning: "its masks are lost in a resume; prune the model that descant export writes",
+    SpikeDetection: "a resumed run breaks in it; the callback NonFinite and the overlay with/rollback go back exactly",
+}
+#: And those that no run can use: recipes name their parameter groups, and their rate is an argument of the optimizer.
+_USELESS: dict[type[L.Callback], str] = {
+    BaseFinetuning: "the optimizer does not take the parameters that it adds; model.adapt has Freeze",
+    LearningRateFinder: "recipes have no rate that it could set; descant sweep compares some",
+    BatchSizeFinder: "it trains and goes back within a run; descant check estimates memory at data.batch_size",
+}
+
+
+def require_exact(callbacks: Iterable[L.Callback], resumed: bool = True) -> None:
+    """Refuse callbacks that no run can use; of a run that may be ``resumed`` also those that a resume would change.
+
+    Raises:
+        ValueError: naming the first, and what to use instead.
+    """
+    for callback in callbacks:
+        for kind, why in (_USELESS | _INEXACT if resumed else _USELESS).items():
+            if isinstance(callback, kind):
+                raise ValueError(f"trainer.callbacks: {type(callback).__name__}: {why}")
 
 
 class Stopped(Exception):
@@ -73,7 +111,7 @@ class Signals:
         self.code = 0
         self._steps, self._pause, self._began = 0, 1, -math.inf  # since the last message; until the next one
         self._before: dict[signal.Signals, Any] = {}
-        self._group: Any = None
+        self.group: Any = None
         self._travelling: tuple[Any, Tensor] | None = None
 
     def install(self) -> None:
@@ -83,12 +121,12 @@ class Signals:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._raise) for number in CODES}
         if _world() > 1:  # on the CPU whatever the gradients travel by: reading it must not wait for a device
-            self._group = dist.new_group(backend="gloo")
+            self.group = dist.new_group(backend="gloo")
 
     def remove(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._before, self._group, self._travelling = {}, None, None
+        self._before, self.group, self._travelling = {}, None, None
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
@@ -101,7 +139,7 @@ class Signals:
 
     def agreed(self, last: bool = False) -> int:
         """The largest code that any rank has been sent; with ``last`` up to now. Collective."""
-        if self._group is None:
+        if self.group is None:
             return self.code
         known = self._arrived()
         self._steps += 1
@@ -109,7 +147,7 @@ class Signals:
             now = time.monotonic()
             pace = int(AGREE_SECONDS * self._steps / max(now - self._began, 1e-6))  # a coarse clock may stand still
             sent = torch.tensor([self.code, -min(max(pace, 1), AGREE_STEPS)])
-            self._travelling = dist.all_reduce(sent, dist.ReduceOp.MAX, self._group, async_op=True), sent
+            self._travelling = dist.all_reduce(sent, dist.ReduceOp.MAX, self.group, async_op=True), sent
             self._steps, self._began = 0, now
         return max(known, self._arrived()) if last else known
 
@@ -143,7 +181,8 @@ class Resume(L.Callback):
         folder: where they lie; ``resume`` in the run's folder where not given.
 
     Raises:
-        ValueError: if ``every`` or ``keep`` is below 1; in setup, for a trainer that cannot be resumed exactly; when a
+        ValueError: if ``every`` or ``keep`` is below 1; in setup, for a trainer that cannot be resumed exactly, or a
+            callback beside it that cannot; when a
             checkpoint is loaded that is no resume point, or is one of other data, another seed or a newer layout.
     """
 
@@ -165,6 +204,7 @@ class Resume(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        require_exact(trainer.callbacks)  # type: ignore[attr-defined]
         accumulate, every = trainer.accumulate_grad_batches, trainer.val_check_interval
         if isinstance(every, int) and every % accumulate:
             raise ValueError(
@@ -212,6 +252,9 @@ class Resume(L.Callback):
             loop._batches_that_stepped = self._loaded["log_step"]
             # else it takes the whole epoch for a restart, and plateau schedules miss its end
             trainer.fit_loop._restarting = False
+            if "logged" in self._loaded:  # earlier versions had none
+                of_ranks = self._loaded["logged"]
+                logged.again(trainer, of_ranks[trainer.global_rank % len(of_ranks)], bool(self._loaded["batch"]))
             self._saved, self._loaded = trainer.global_step, None
         micro = loop.batch_progress.current.completed % accumulate
         step = trainer.global_step
@@ -264,6 +307,15 @@ class Resume(L.Callback):
             for old in sorted(points, key=_step)[: -self.keep]:
                 trainer.strategy.remove_checkpoint(old)
 
+    def _of_ranks(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
+        """What each rank has. Collective."""
+        group = self.signals.group
+        if group is None:
+            return [mine]
+        found: list[Any] = [None] * _world()
+        dist.all_gather_object(found, mine, group=group)
+        return found
+
     def back_to(self, trainer: L.Trainer, step: int) -> Path | None:
         """The newest valid resume point of ``step`` or before; later ones, of a future undone, are gone. Collective."""
         path = None
@@ -312,6 +364,7 @@ class Resume(L.Callback):
             },
         }
         if self._saving:
+            checkpoint[ENTRY]["logged"] = self._of_ranks(logged.kept(trainer))
             checkpoint["loops"]["fit_loop"] |= _progress(
                 epoch, batches, loop.batch_progress.total.completed, begun=not whole
             )

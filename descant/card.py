@@ -14,7 +14,7 @@ from torch import nn
 
 from descant import __version__
 from descant.callbacks.report import blocks, read_json, write_json
-from descant.modules.saved import Saved, read_checkpoint
+from descant.modules.saved import WEIGHTS, Saved, account, read_checkpoint
 from descant.modules.text import Codec
 from descant.recipes.base import Recipe
 
@@ -69,11 +69,11 @@ class About:
         return cls(name, found, recipe, parts, adapted, left, step, averaged, metrics, later)
 
 
-def write(about: About, data: Any, folder: Path) -> None:
-    """``README.md`` and ``metrics.json``."""
+def write(about: About, data: Any, folder: Path, digest: str) -> None:
+    """``README.md`` and ``metrics.json``; ``digest`` is SHA-256 of the weights."""
     write_json(folder / METRICS, {**about.metrics, "step": about.step, "averaged": about.averaged})
     sections = [
-        _what(about),
+        f"{_what(about)}\n\n{_made(about, digest)}",
         ("Use", _use(about, folder)),
         ("Numbers", _measured(about)),
         ("Training", _training(about, data)),
@@ -98,6 +98,15 @@ def _what(about: About) -> str:
         f"# {about.name}\n\n{type(about.recipe).__name__} of {_size(about.recipe):,} parameters; towers: {towers}. "
         f"Made by Descant {__version__} from {source}{step}.{average}"
     )
+
+
+def _made(about: About, digest: str) -> str:
+    """Which bytes these are, of which bytes they were made, and of which step their numbers are."""
+    source = about.found.weights
+    told = account(about.found).get("sha256")
+    of = f"SHA-256 `{told}`" if told else "which no manifest confirmed"
+    step = f"; step {about.step:,}, of which the numbers below are" if about.step is not None and about.metrics else ""
+    return f"`{WEIGHTS}` has SHA-256 `{digest}`. It was made of `{source.parent.name}/{source.name}`, {of}{step}."
 
 
 def _use(about: About, folder: Path) -> str:

@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -19,10 +20,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy, Strategy
 
-from descant import elastic, manifest, precision, runs
+from descant import elastic, lock, manifest, precision, runs
 from descant.arguments import Request
 from descant.callbacks.nonfinite import RollBack
-from descant.callbacks.resume import Stopped
+from descant.callbacks.resume import Resume, Stopped, require_exact
 from descant.catalogue import BASE
 from descant.changes import require_unchanged
 from descant.check import Check, Checked
@@ -134,7 +135,11 @@ class DescantCLI(LightningCLI):
         if self.request.explain:
             print("\n".join(explained(yaml.safe_load(text), self.request.configs, self.request.options)), "\n")
         folder = str(self.place.folder)
-        self.options.trainer.default_root_dir = self.options.trainer.default_root_dir or folder
+        given = _placed(self.options.trainer.default_root_dir, folder)
+        if given and self.request.command == "fit" and runs.rank() == 0:
+            Path(given).mkdir(parents=True, exist_ok=True)
+            lock.take(Path(given))  # what trains writes there, and its points are looked for in the run's folder
+        self.options.trainer.default_root_dir = given or folder
         self.options["trainer"] = _placed(self.options.trainer, folder)
 
     def _saved(self) -> str:
@@ -142,7 +147,7 @@ class DescantCLI(LightningCLI):
         saved = self.options.clone()
         for key in CALL:
             saved.pop(key, None)
-        text: str = self._parser(self.subcommand).dump(saved, skip_unset=False, skip_validation=True)
+        text: str = self._parser(self.subcommand).dump(_plain(saved), skip_unset=False, skip_validation=True)
         return text
 
     def _decide(self) -> runs.Run:
@@ -178,6 +183,9 @@ class DescantCLI(LightningCLI):
         # first: its folder must say what it is before anything else is written to it
         given = config.get("callbacks") or []
         config["callbacks"] = [self.folder, *once(given if isinstance(given, list) else [given])]
+        if self.subcommand == "fit":
+            resumed = any(isinstance(callback, Resume) for callback in config["callbacks"])
+            require_exact(config["callbacks"], resumed)
         if self.subcommand == "predict":
             sets = str(self.options.get("sets") or "").split(",")
             config["callbacks"].append(Predictions(self.place, [name.strip() for name in sets if name.strip()]))
@@ -282,6 +290,19 @@ def _placed(value: Any, place: str) -> Any:
     return value
 
 
+def _plain(value: Any) -> Any:
+    """Defaults that are words of an enumeration (of Timer) as words, which YAML can say."""
+    if isinstance(value, str):
+        return value.value if isinstance(value, Enum) else value
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, Namespace):
+        return Namespace({key: _plain(item) for key, item in vars(value).items()})
+    return value
+
+
 def run(request: Request) -> int:
     """Run one command; returns its exit code.
 
@@ -321,6 +342,7 @@ def run(request: Request) -> int:
         raise Refusal(line) from error
     finally:
         runs.forget()
+        lock.release()
         started, folder = getattr(cli, "folder", None), getattr(cli, "place", None)
         if started is not None and not started.began and folder is not None:
             folder.discard()

@@ -13,6 +13,7 @@ from descant.errors import Refusal, fail, hint, one_line
 from descant.options import Options
 
 if TYPE_CHECKING:
+    from descant.card import About
     from descant.modules.saved import Node, Saved
     from descant.recipes.base import Recipe
 
@@ -144,7 +145,8 @@ def _write(found: Saved, request: argparse.Namespace, folder: Path) -> list[str]
     for notice in [*notices, found.folder / card.NOTICE]:
         if notice.is_file():
             shutil.copyfile(notice, folder / card.NOTICE)
-    card.write(about, prepared, folder)
+    digest = _confirm(folder, about)
+    card.write(about, prepared, folder, digest)
     again = loading.load(folder, trust=request.trust).state_dict()
     differing = [k for k, v in state.items() if k not in again or not torch.equal(again[k].cpu(), v.cpu())]
     if differing or len(again) != len(state):
@@ -155,6 +157,19 @@ def _write(found: Saved, request: argparse.Namespace, folder: Path) -> list[str]
         f"EXPORT  {len(state):,} tensors, {size / 1e6:,.1f} MB, loaded back and equal",
         *(f"  {file.relative_to(folder).as_posix()}" for file in files),
     ]
+
+
+def _confirm(folder: Path, about: About) -> str:
+    """Write the manifest that the export is read by, and return SHA-256 of its weights."""
+    from descant import manifest
+    from descant.modules import saved
+
+    weights = folder / saved.WEIGHTS
+    built = [
+        file for file in sorted(folder.rglob("*")) if file.is_file() and file.suffix not in (".safetensors", ".md")
+    ]
+    files = {file.relative_to(folder).as_posix(): saved.file_sum(file) for file in built}
+    return manifest.confirm(weights, {"step": about.step, saved.FILES: files})
 
 
 def _reduced(whole: Recipe, part: Recipe, dropped: Sequence[str], place: Path) -> Recipe:

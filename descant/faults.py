@@ -37,6 +37,8 @@ def explain(error: BaseException, building: bool, trust: Sequence[str] = ()) -> 
         return one_line(error)
     if building and isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
         return one_line(error)  # of dict_kwargs
+    if (line := _unlike(error)) is not None:
+        return line
     if not isinstance(error, _REQUESTS):
         return None
     names = [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
@@ -62,6 +64,27 @@ def misfit(error: BaseException, model: nn.Module, trust: Sequence[str] = ()) ->
     if found is None or type(error) not in (RuntimeError, IndexError, TypeError):
         return None
     return f"model.{found[0]} ({found[1]}): the first batch does not fit: {one_line(error)}; --debug shows more"
+
+
+def _unlike(error: BaseException) -> str | None:
+    """The first difference between a checkpoint and the model, of what torch tells a line each."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    found = re.match(r"Error\(s\) in loading state_dict for (\w+)", lines[0]) if lines else None
+    if found is None or type(error) is not RuntimeError:
+        return None
+    shapes, others = [], []
+    for line in lines[1:]:
+        sizes = re.match(r"size mismatch for (\S+): .*?torch\.Size\((.*?)\).*?torch\.Size\((.*?)\)", line)
+        keys = re.findall(r'"([^"]+)"', line)
+        if sizes is not None:
+            shapes.append(f"{sizes[1]} is {sizes[2]} in the file and {sizes[3]} in the model")
+        elif line.startswith("Missing key"):
+            others += [f"{key} is not in the file" for key in keys]
+        elif line.startswith("Unexpected key"):
+            others += [f"{key} is in the file, and the model has no such key" for key in keys]
+    told = shapes + others or lines[1:] or ["no key fits"]
+    more = f" (and {len(told) - 1} more differ)" if len(told) > 1 else ""
+    return f"the checkpoint has not the weights of this {found[1]}: {told[0]}{more}"
 
 
 def _root(error: BaseException) -> BaseException:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import lightning as L
 
 from descant import runs
+from descant.modules.saved import CONFIG_SUM
 from descant.versions import versions
 
 
@@ -28,7 +30,8 @@ class Folder(L.Callback):
         if file.is_file() and file.read_text(encoding="utf-8") != self.config:
             _keep(file)  # a resumed run may have been given other settings: the earlier ones stay readable
         runs.write_text(file, self.config)  # at no moment is there none, or half of one
-        runs.write_json(self.run.folder / "versions.json", versions())
+        told = {CONFIG_SUM: hashlib.sha256(self.config.encode()).hexdigest()}
+        runs.write_json(self.run.folder / "versions.json", versions() | told)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
         # from the first step on it is a run: one that is refused before leaves no folder and moves no link

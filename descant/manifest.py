@@ -15,6 +15,7 @@ import re
 import shutil
 import socket
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
@@ -65,6 +66,15 @@ def write(path: Path, fill: Callable[[Any], object], facts: Mapping[str, object]
             _note(path, new)
 
 
+def confirm(path: Path, facts: Mapping[str, object] | None = None) -> str:
+    """Give a file that something else has written its manifest, and return its SHA-256."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        size = os.fstat(stream.fileno()).st_size
+    _note(path, {"sha256": digest, "size": size, "facts": dict(facts or {})})
+    return digest
+
+
 def stage(name: str) -> None:
     """A write is ``filled``, ``synced``, ``noted`` or ``renamed``: here tests slow it down, or end it."""
     time.sleep(float(os.environ.get(SLOW) or 0))
@@ -92,6 +102,20 @@ def sweep(folder: Path) -> None:
 
 def confirmed(path: Path) -> tuple[BufferedReader, Facts] | str:
     """The file, open, each byte as it was written, and its facts; or why not. Of a link: what it points to."""
+    found = _confirmed(path)
+    return found if isinstance(found, str) else (found[0], found[1]["facts"])
+
+
+def account(path: Path) -> Facts | str:
+    """``sha256``, ``size`` and ``facts`` of a file of which each byte is as it was written; or why not."""
+    found = _confirmed(path)
+    if isinstance(found, str):
+        return found
+    found[0].close()
+    return found[1]
+
+
+def _confirmed(path: Path) -> tuple[BufferedReader, Facts] | str:
     before, why = None, "missing"
     while (told := _told(path)) != before:  # what was replaced between two looks is looked at again
         before = told
@@ -109,11 +133,20 @@ def confirmed(path: Path) -> tuple[BufferedReader, Facts] | str:
 
 def fault(path: Path) -> str | None:
     """Why a file is not valid, in a few words, or None if it is."""
-    found = confirmed(path)
-    if isinstance(found, str):
-        return found
-    found[0].close()
-    return None
+    found = account(path)
+    return found if isinstance(found, str) else None
+
+
+def fault_of_size(path: Path) -> str | None:
+    """The same without a look at the bytes: whether there is a manifest, and of a file of this size."""
+    told = _told(path)
+    if isinstance(told, str):
+        return told
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        return "missing" if isinstance(error, FileNotFoundError) else str(error.strerror)
+    return _size_fault(size, told)
 
 
 def known(path: Path) -> Facts:
@@ -195,8 +228,14 @@ def _manifest(path: Path) -> Path:
 
 def _note(path: Path, *told: Facts) -> None:
     with _replacing(_manifest(path)) as stream:
-        stream.write(json.dumps(told).encode())
+        stream.write(json.dumps([each | {"crc32": _crc(each)} for each in told]).encode())
         stream.synced()
+
+
+def _crc(told: Facts) -> int:
+    """Of one account: its facts say which file is the newest, so a damaged one would choose another."""
+    content = {key: told[key] for key in ("sha256", "size", "facts")}
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def _told(path: Path) -> list[Facts] | str:
@@ -204,20 +243,30 @@ def _told(path: Path) -> list[Facts] | str:
     try:
         found = json.loads(_manifest(path.resolve()).read_bytes())
         told = [{"sha256": str(f["sha256"]), "size": int(f["size"]), "facts": dict(f["facts"])} for f in found]
+        for each, read in zip(told, found, strict=True):  # earlier versions wrote no checksum
+            if read.keys() - {*each, "crc32"} or read.get("crc32", _crc(each)) != _crc(each):
+                raise ValueError("changed")
     except FileNotFoundError:
         return NONE
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         told = []
     return told or "its manifest is not readable"
 
 
 def _matching(stream: BufferedReader, told: list[Facts] | str) -> Facts | str:
-    """The facts of the content that the stream has, or why it has none of those told of."""
+    """The account of the content that the stream has, or why it has none of those told of."""
     if isinstance(told, str):
         return told
-    size, sizes = os.fstat(stream.fileno()).st_size, [written["size"] for written in told]
-    if size not in sizes:
-        return f"{size:,} of {sizes[0]:,} bytes" if size < sizes[0] else f"{size:,} bytes, written were {sizes[0]:,}"
+    size = os.fstat(stream.fileno()).st_size
+    if (why := _size_fault(size, told)) is not None:
+        return why
     digest = hashlib.file_digest(stream, "sha256").hexdigest()
     stream.seek(0)
-    return next((each["facts"] for each in told if each["sha256"] == digest), "not the bytes that were written")
+    return next((each for each in told if each["sha256"] == digest), "not the bytes that were written")
+
+
+def _size_fault(size: int, told: list[Facts]) -> str | None:
+    sizes = [written["size"] for written in told]
+    if size in sizes:
+        return None
+    return f"{size:,} of {sizes[0]:,} bytes" if size < sizes[0] else f"{size:,} bytes, written were {sizes[0]:,}"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from descant import elastic, manifest, runs
+from descant import elastic, lock, manifest, runs
 from descant.errors import fail, say
+from descant.modules.checkpoints import judged
 from descant.runs import Run
+from descant.versions import code
 
 
 def for_fit(root: Path, name: str, run: str | None, resume: str, trust: Sequence[str] = ()) -> Run:
@@ -17,18 +19,22 @@ def for_fit(root: Path, name: str, run: str | None, resume: str, trust: Sequence
 
     Raises:
         Refusal: if the named run or resume point does not exist or is damaged, a run is there and nothing says resume,
-            or nothing can be written there.
+            another process writes it, or nothing can be written there.
     """
     if resume not in ("never", "auto"):
-        return runs.allocate(root / name, checkpoint=str(_point(root, resume).resolve()))
+        start = _point(root, resume).resolve()
+        _tell_version(start.parent.parent)
+        return _locked(runs.allocate(root / name, checkpoint=str(start)))
     before = elastic.begun(root / name)
     folder = runs.existing(root, run) if run else before or runs.latest(root, name)
     if resume == "never":
         if run:
             fail(f"--run {run}: a run is there; --resume auto continues it, and without --run a new one starts")
-        return runs.allocate(root / name)
+        return _locked(runs.allocate(root / name))
     if folder is not None:
         require_contained(folder, trust)
+    if folder is not None and runs.rank() == 0 and os.access(folder, os.W_OK):
+        lock.take(folder)  # before a look at what is there: who writes it would add to that
     newest, skipped = runs.newest_point(folder) if folder else (None, [])
     if folder is not None and newest is not None:
         if not os.access(folder, os.W_OK):
@@ -37,13 +43,16 @@ def for_fit(root: Path, name: str, run: str | None, resume: str, trust: Sequence
         for part in ("checkpoints", "resume"):
             manifest.sweep(folder / part)
         say(f"resuming {_shown(folder)} from {newest.name}")
+        _tell_version(folder)
         return Run(folder, fresh=False, checkpoint=str(newest))
     if run:
         fail(f"--run {run}: it has no {_none(skipped)}")
     _tell(skipped)
     # what is started again by a cluster or torchrun has one folder, also where it ended before it saved anything
     again = before is not None or runs.identity() is not None
-    new = Run(folder, fresh=False) if folder is not None and again else runs.allocate(root / name)
+    if folder is not None and not again:
+        lock.release(folder)
+    new = Run(folder, fresh=False) if folder is not None and again else _locked(runs.allocate(root / name))
     what = "valid resume point" if skipped else "resume point yet"
     say(f"--resume auto: {name} has no {what}; starting {_shown(new.folder)}")
     return new
@@ -63,6 +72,11 @@ def require_contained(folder: Path, trust: Sequence[str] = ()) -> None:
             path = Path(place, name)
             if path.is_symlink() and not path.resolve().is_relative_to(root):
                 fail(f"{_shown(path)}: a link out of the run's folder; --trust writes lets a run write there")
+
+def _locked(run: Run) -> Run:
+    if runs.rank() == 0:
+        lock.take(run.folder)
+    return run
 
 
 def _point(root: Path, resume: str) -> Path:
@@ -96,6 +110,11 @@ def for_evaluation(command: str, root: Path, name: str, source: Path | None, wan
     if source is None and wanted is not None and Path(wanted).resolve().parent.name in ("checkpoints", "resume"):
         source = Path(wanted).resolve().parent.parent
     checkpoint = _checkpoint(source, wanted)
+    if source is not None:
+        from descant.modules.saved import changed
+
+        if (told := changed(source)) is not None:
+            say(f"warning: {told}")
     if checkpoint is None:
         say(f"no --ckpt_path: {command} sees untrained weights")
     elif wanted is None:
@@ -148,15 +167,13 @@ def _best(source: Path, last: Path) -> Path:
     from descant.modules.plain import load_plain
 
     content: dict[str, Any] = load_plain(last, map_location="cpu", mmap=True)
-    states = [s for key, s in content.get("callbacks", {}).items() if key.startswith("ModelCheckpoint")]
-    states.sort(key=lambda state: state.get("monitor") is None)  # stable: one that monitors comes first
-    for state in states:
-        best = source / "checkpoints" / Path(state.get("best_model_path") or "").name
-        if best.suffix == ".ckpt" and best.exists():
+    for name, monitors in sorted(judged(content), key=lambda pair: not pair[1]):  # stable: one that monitors first
+        best = source / "checkpoints" / name
+        if best.exists():
             why = manifest.fault(best)
             if why in (None, manifest.NONE):
                 return best
-            if state.get("monitor") is not None:
+            if monitors:
                 fail(f"{_shown(best)}: {why}; it was the best, --ckpt_path last takes {last.name}")
             _tell([(best, str(why))])
     return last
@@ -172,6 +189,25 @@ def _nearest(path: Path, safe: bool = True) -> str:
 def _tell(skipped: Sequence[tuple[Path, str]]) -> None:
     for path, why in skipped:
         say(f"skipped {path.parent.name}/{path.name}: {why}")
+
+
+def _tell_version(folder: Path) -> None:
+    """Say so if another version of Descant, or another revision of it, began the run or went on with it last."""
+    then = runs.versions_of(folder)
+    if not then:
+        return
+    now = code()
+    packages = then.get("packages")
+    before = packages.get("descant") if isinstance(packages, Mapping) else None
+    if before is not None and before != now["descant"]:
+        say(f"saved by descant {before}, resumed with {now['descant']}: numbers may differ from there on")
+    elif then.get("revision") is None:
+        return  # an installed package, of the same version
+    elif then["revision"] != now["revision"]:
+        others = str(now["revision"] or "an installed package")[:12]
+        say(f"saved by revision {str(then['revision'])[:12]}, resumed with {others}: numbers may differ from there on")
+    elif now["dirty"] and not then.get("dirty"):
+        say("saved by a committed revision, resumed with uncommitted changes: numbers may differ from there on")
 
 
 def _none(skipped: Sequence[tuple[Path, str]]) -> str:

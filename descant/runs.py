@@ -19,6 +19,7 @@ import yaml
 
 from descant import manifest
 from descant.errors import Refusal, fail, hint
+from descant.modules.checkpoints import of_run
 
 #: What rank 0 decided (folder, checkpoint and precision), for the ranks that it launches.
 INHERITED = "DESCANT_RUN_DIR"
@@ -137,7 +138,7 @@ def latest(root: Path, name: str) -> Path | None:
     mine = identity()
     found = runs_of(root, name)
     if mine is not None:
-        found = [path for path in found if _versions(path).get("job") == mine]
+        found = [path for path in found if versions_of(path).get("job") == mine]
     return found[-1] if found else None
 
 
@@ -176,13 +177,7 @@ def newest_point(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
 
 def checkpoints(folder: Path) -> list[Path]:
     """What a run can be evaluated from, resume points included: unknown steps first, then the last."""
-    found = [path for part in ("checkpoints", "resume") for path in folder.glob(f"{part}/*.ckpt")]
-
-    def order(path: Path) -> tuple[bool, int, bool, int, str]:
-        step = manifest.known(path).get("step")
-        return step is None, step or 0, path.parent.name == "checkpoints", path.lstat().st_mtime_ns, path.name
-
-    return sorted((path for path in found if not path.name.startswith(".")), key=order, reverse=True)
+    return of_run(folder)
 
 
 def point(folder: Path) -> None:
@@ -213,12 +208,13 @@ def _link(link: Path, target: str) -> None:
     os.replace(scratch, link)
 
 
-def _versions(folder: Path) -> dict[str, object]:
+def versions_of(folder: Path) -> dict[str, object]:
+    """What versions.json says; nothing where there is none, or none that can be read."""
     try:
-        content: dict[str, object] = json.loads((folder / "versions.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = json.loads((folder / "versions.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
-    return content
+    return content if isinstance(content, dict) else {}
 
 
 def _note(parent: Path) -> Path | None:

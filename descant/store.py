@@ -10,13 +10,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from descant import manifest
-from descant.modules.plain import load_plain
+from descant.modules.plain import load_plain, require_sums
 
 
 class AtomicIO(CheckpointIO):
@@ -69,11 +70,13 @@ class AtomicIO(CheckpointIO):
         found = manifest.confirmed(Path(path))
         if found == manifest.NONE:
             rank_zero_warn(f"{path}: no manifest confirms what it holds")
-            return load_plain(path, map_location=map_location)
+            require_sums(Path(path))
+            return _checkpoint(path, load_plain(path, map_location=map_location))
         if isinstance(found, str):
             raise ValueError(f"{path}: {found}")
         with found[0] as stream:
-            return load_plain(stream, path, map_location=map_location)
+            content: dict[str, Any] = load_plain(stream, path, map_location=map_location)
+            return content
 
     def remove_checkpoint(self, path: Path | str) -> None:
         self._require_inside(path)
@@ -130,6 +133,14 @@ class AtomicIO(CheckpointIO):
             atexit.register(self.teardown)  # ModelParallelStrategy never calls it: an error is told, if late
         self._last = self._thread.submit(follow)
         return None
+
+
+def _checkpoint(path: Path | str, content: Any) -> dict[str, Any]:
+    """What was read of another program, if it is a checkpoint; one that says no version is taken as it is."""
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
+        raise ValueError(f"{path}: not a checkpoint: it holds no state_dict")
+    content.setdefault("pytorch-lightning_version", lightning.__version__)  # Lightning would migrate it by that
+    return content
 
 
 def snapshot(state: dict[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,12 @@ def versions() -> dict[str, object]:
     }
 
 
+def code() -> dict[str, object]:
+    """The version, the revision and the state of Descant alone: ``descant``, ``revision``, ``dirty``."""
+    revision, dirty = _git()
+    return {"descant": _version("descant"), "revision": revision, "dirty": dirty}
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

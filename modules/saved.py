@@ -7,8 +7,12 @@ tensors. ``SavedTower`` and ``descant.load`` stand on this file.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
+import os
 import pkgutil
+import sys
+import threading
 from collections import abc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,8 +24,10 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from descant import manifest
+from descant.modules.checkpoints import NAMED, PLACES, judged, nearest, of_run
 from descant.modules.lean import BASE
-from descant.modules.plain import load_plain
+from descant.modules.plain import load_plain, require_sums
 
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
 #: Values that a file may hold, as in descant.document.
@@ -33,17 +39,58 @@ T = TypeVar("T")
 Node = dict[str, Any]
 
 
+class Verified:
+    """What the manifest beside a file of weights says of it, compared in a thread while a model is built.
+
+    Args:
+        file: a checkpoint, or an export's safetensors file.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file, self._pid = file, os.getpid()
+        self._account: manifest.Facts | str | None = None
+        self._told = False
+        self._thread = threading.Thread(target=self._compare, daemon=True)
+        self._thread.start()
+
+    def _compare(self) -> None:
+        self._account = manifest.account(self.file)
+
+    def account(self) -> manifest.Facts:
+        """``sha256``, ``size`` and ``facts``; empty where there is no manifest, which is told once.
+
+        Raises:
+            ValueError: if a byte differs from what was written; without a manifest, if the file's own checksums do.
+        """
+        if self._pid == os.getpid():
+            self._thread.join()
+        if self._account is None:  # forked meanwhile, or the thread had no chance
+            self._compare()
+        if isinstance(self._account, dict):
+            return self._account
+        if self._account != manifest.NONE:
+            raise ValueError(f"{self.file}: {self._account}{nearest(self.file)}")
+        if not self._told:
+            if self.file.is_file():
+                require_sums(self.file)
+                say(f"{self.file}: no manifest confirms what it holds")
+            self._told = True
+        return {}
+
+
 class Saved(NamedTuple):
     """A model on disk.
 
     Attributes:
         folder: of the run or export. weights: a checkpoint of the run, or the export's safetensors file.
         config: the content of config.yaml; its ``model`` has ``class_path`` and ``init_args``.
+        verified: what is known of the file of weights.
     """
 
     folder: Path
     weights: Path
     config: Node
+    verified: Verified | None = None
 
     @property
     def exported(self) -> bool:
@@ -61,14 +108,16 @@ def find(path: Path | str, checkpoint: str = "best") -> Saved:
         path: or the folder of all runs of a name, which means the latest.
         checkpoint: of a run folder: best (what its ModelCheckpoint monitored; else last), last, or a file in it.
 
+    The bytes are compared with the manifest beside them until :func:`read_checkpoint` needs them.
+
     Raises:
-        ValueError: if there is none, or nothing says what the weights are of.
+        ValueError: if there is none, or nothing says what the weights are of, or a file that says it is damaged.
     """
     path = Path(path).expanduser()
     if path.is_dir() and not (path / CONFIG).is_file() and (path / "latest" / CONFIG).is_file():
         path = (path / "latest").resolve()
     if path.is_file():
-        folder, weights = (path.parent.parent if path.parent.name in (*_PLACES, *_NAMED) else path.parent), path
+        folder, weights = (path.parent.parent if path.parent.name in (*PLACES, *NAMED) else path.parent), path
     elif path.is_dir():
         folder, weights = path, path / WEIGHTS
     else:
@@ -76,10 +125,12 @@ def find(path: Path | str, checkpoint: str = "best") -> Saved:
     if not (folder / CONFIG).is_file():
         what = "weights alone do not say what they are of: give a run folder, a checkpoint in one, or an export"
         raise ValueError(f"{path}: no {CONFIG} in {folder}; {what}")
+    _require_same_files(folder)
     config = read_yaml(folder / CONFIG, folder)
     if not isinstance(config.get("model"), dict) or "class_path" not in config["model"]:
         raise ValueError(f"{folder / CONFIG}: no model.class_path in it")
-    return Saved(folder, weights if weights.is_file() else _checkpoint(folder, checkpoint), config)
+    weights = weights if weights.is_file() else _checkpoint(folder, checkpoint)
+    return Saved(folder, weights, config, Verified(weights))
 
 
 def read_yaml(file: Path, folder: Path) -> Node:
@@ -135,9 +186,12 @@ def read_checkpoint(saved: Saved) -> dict[str, Any]:
     """A whole checkpoint, tensors mapped and not read yet; of an export, its weights as ``state_dict``.
 
     Raises:
-        ValueError: if the file is missing, cut short or holds anything but plain values.
+        ValueError: if the file is missing, damaged, or holds anything but plain values.
     """
     file = saved.weights
+    if file.is_dir():
+        raise ValueError(f"{file}: cannot be read (a folder of shards: not one file)")
+    account(saved)
     try:
         if saved.exported:
             from safetensors.torch import load_file
@@ -145,11 +199,19 @@ def read_checkpoint(saved: Saved) -> dict[str, Any]:
             return {"state_dict": load_file(file)}
         content = load_plain(file, map_location="cpu", mmap=True)
     except Exception as error:  # each format has its own errors
-        what = "a folder of shards: not one file" if file.is_dir() else _one_line(error)
-        raise ValueError(f"{file}: cannot be read ({what})") from None
+        raise ValueError(f"{file}: cannot be read ({_one_line(error)})") from None
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
         raise ValueError(f"{file}: not a checkpoint: it holds no state_dict")
     return content
+
+
+def account(saved: Saved) -> manifest.Facts:
+    """``sha256``, ``size`` and ``facts`` of the file of weights; empty where no manifest confirms it.
+
+    Raises:
+        ValueError: if a byte of it is not as it was written.
+    """
+    return (saved.verified or Verified(saved.weights)).account()
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], place: Path) -> None:
@@ -330,32 +392,88 @@ _policies: list[Callable[[str], None]] = [_ours]
 # files --------------------------------------------------------------------------------------------------------------
 
 
-#: Folders of a run that hold checkpoints: those to be judged, and those to go on from.
-_PLACES = ("checkpoints", "resume")
-#: And those of which one is taken by its name only: what each stage left.
-_NAMED = ("stages",)
-
-
 def _checkpoint(folder: Path, which: str) -> Path:
-    found = [f for place in _PLACES for f in (folder / place).glob("*.ckpt") if not f.name.startswith(".")]
+    found = of_run(folder)
     if which not in ("best", "last"):
-        places = [folder / place / which for place in (*_PLACES, *_NAMED)]
+        places = [folder / place / which for place in (*PLACES, *NAMED)]
         named = next((f for f in (*places, folder / which, Path(which)) if f.is_file()), None)
         if named is None:
             raise ValueError(f"{which}: no such checkpoint of {folder}; best, last or {_some(found)}")
         return named
     if not found:
         raise ValueError(f"{folder}: neither {WEIGHTS} nor a checkpoint in it")
-    newest = max(found, key=lambda file: (file.stat().st_mtime_ns, file.name))
+    ours = [file for file in found if manifest.fault_of_size(file) != manifest.NONE]
+    newest = (ours or found)[0]  # what no manifest tells of was not written here: taken where there is nothing else
+    for other in found[: found.index(newest)]:
+        say(f"{other}: no manifest confirms what it holds: passed over for {newest.name}")
     if which == "last":
         return newest
-    content = load_plain(newest, map_location="cpu", mmap=True)
-    for state in content.get("callbacks", {}).values():
-        if isinstance(state, dict) and state.get("monitor") is not None:
-            best = folder / "checkpoints" / Path(state.get("best_model_path") or "").name  # runs may have moved
-            if best.suffix == ".ckpt" and best.exists():
-                return best
+    for name, monitors in judged(_books(newest)):
+        best = folder / "checkpoints" / name
+        if monitors and best.exists():
+            return best
+        if monitors:
+            say(f"{best}: the best, and it is not there: {newest.name} is read")
     return newest
+
+
+def _books(file: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside its tensors, which are neither read nor compared."""
+    why = manifest.fault_of_size(file)
+    if why not in (None, manifest.NONE):
+        raise ValueError(f"{file}: {why}{nearest(file)}")
+    try:
+        require_sums(file, only="/data.pkl")
+        content = load_plain(file, map_location="cpu", mmap=True)
+    except ValueError as error:
+        raise ValueError(f"{error}{nearest(file)}") from None
+    return content if isinstance(content, dict) else {}
+
+
+#: In the facts of an export's manifest: SHA-256 of what its model is built from, file by file.
+FILES = "files"
+#: In versions.json of a run: SHA-256 of its config.yaml.
+CONFIG_SUM = "config_sha256"
+
+
+def _require_same_files(folder: Path) -> None:
+    """Raises ValueError for a file of an export that is not as it was written; of a run's configuration it is told."""
+    files = manifest.known(folder / WEIGHTS).get(FILES)
+    for name, digest in files.items() if isinstance(files, dict) else ():
+        file = folder / name
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{folder / WEIGHTS}: its manifest names {name}, which is no file of the export")
+        if not file.is_file():
+            raise ValueError(f"{file}: missing; it was part of the export")
+        if file_sum(file) != digest:
+            raise ValueError(f"{file}: not the bytes that were exported; export the run again")
+    if (told := changed(folder)) is not None:
+        say(told)
+
+
+def changed(folder: Path) -> str | None:
+    """A line if the configuration in a run's folder is not the one that was written there."""
+    if not (folder / "versions.json").is_file():
+        return None
+    try:
+        versions = json.loads((folder / "versions.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return f"{folder / 'versions.json'}: cannot be read, so nothing confirms {CONFIG}"
+    digest = versions.get(CONFIG_SUM) if isinstance(versions, dict) else None
+    if digest is None or not (folder / CONFIG).is_file() or file_sum(folder / CONFIG) == digest:
+        return None
+    return f"{folder / CONFIG}: not as the run wrote it"
+
+
+def file_sum(file: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def say(line: str) -> None:
+    """One warning to the user, beside the output of the program."""
+    print(f"descant: warning: {line}", file=sys.stderr, flush=True)
 
 
 def _some(files: list[Path]) -> str:

@@ -60,6 +60,7 @@ LONGEST = (
     *(
         "slurm/test_slurm.py",
         "test_torture.py",
+        "test_kills.py",
         "test_harmony_everywhere.py",
         "test_signals.py",
         "descant/test_claims.py",

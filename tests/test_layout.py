@@ -19,7 +19,7 @@ PARTS = ("recipes", "modules", "datamodules", "callbacks")
 
 #: part -> the prefixes of descant that it may import.
 MAY = {
-    "modules": ("descant.modules",),
+    "modules": ("descant.modules", "descant.manifest"),
     "recipes": ("descant.recipes", "descant.modules"),
     "callbacks": ("descant.callbacks", "descant.modules"),
     "datamodules": (

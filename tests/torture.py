@@ -565,13 +565,15 @@ def summary(folder: Path) -> dict[str, float]:
 
 def _timed(key: str) -> bool:
     """Whether a value is how long something took."""
-    return "seconds" in key or "per_s" in key
+    return "seconds" in key or "per_s" in key or "speed/" in key
 
 
 # the command ---------------------------------------------------------------------------------------------------------
 
 
-def torture(case: Case, kills: int, seed: int) -> tuple[list[Hit], list[str]]:
+def torture(
+    case: Case, kills: int, seed: int, compare: Callable[[Case, str], list[str]] = differences
+) -> tuple[list[Hit], list[str]]:
     """Where a run was killed, and what differs from one that nothing happened to."""
     case.finish("whole", resume="never")
     folder = case.folder("whole")
@@ -582,7 +584,7 @@ def torture(case: Case, kills: int, seed: int) -> tuple[list[Hit], list[str]]:
         hits.append(hit(case, "killed"))
         print(f"kill {len(hits)} after step {hits[-1]}", flush=True)
     case.finish("killed")
-    return hits, differences(case, "killed")
+    return hits, compare(case, "killed")
 
 
 def told(hits: Sequence[Hit]) -> str:

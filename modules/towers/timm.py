@@ -12,7 +12,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from descant.modules.plain import load_plain
+from descant.modules.plain import load_plain, require_sums
 from descant.modules.towers.base import Tokens, Tower
 from descant.modules.towers.image import all_real
 
@@ -133,6 +133,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
+        require_sums(path)
         loaded = load_plain(path, map_location="cpu")
     except Exception as error:  # each format has its own errors
         raise ValueError(f"weights {path}: cannot be read ({_one_line(error)})") from None

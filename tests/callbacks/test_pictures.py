@@ -178,3 +178,21 @@ def test_the_projector_keeps_what_an_earlier_process_wrote(tmp_path: Path) -> No
     assert sorted(entries) == ["val:00000", "val:00002"]  # the test's step and the fit's
     for entry in entries.values():
         assert np.loadtxt(tmp_path / "tb" / entry.tensor_path).shape == (4, 6)  # every third of twelve points
+
+
+def test_the_projector_writes_at_the_end_what_was_embedded_before_a_resume(tmp_path: Path) -> None:
+    class Saved(Projector):
+        def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            torch.save(self.state_dict(), tmp_path / "state.ckpt")
+
+    class Resumed(Projector):
+        def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            self.load_state_dict(torch.load(tmp_path / "state.ckpt", weights_only=True))
+
+    run(tmp_path / "whole", Saved(limit=5), Data(), stage="fit", log_every_n_steps=1)
+    run(tmp_path / "resumed", Resumed(limit=5), Data(), stage="fit", log_every_n_steps=1, limit_val_batches=0)
+    whole, resumed = (
+        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.tsv")}
+        for name in ("whole", "resumed")
+    )
+    assert whole == resumed and len(whole) == 2

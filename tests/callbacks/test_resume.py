@@ -13,15 +13,18 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import callbacks as lightnings
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 
 from descant import manifest
-from descant.callbacks import EMA, Resume
+from descant.callbacks import EMA, Harmonize, Resume
 from descant.callbacks.resume import AGREE_STEPS, CODES, ENTRY, Stopped
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.modules.batch import Batch
 from descant.modules.configure import Shard
+from descant.modules.mixing import MGDA, PCGrad, Rule
 from descant.modules.objective import Term
 from descant.modules.schedule import WarmupCosine
 from descant.recipes.base import Recipe
@@ -101,13 +104,12 @@ def fit(folder: Path, *callbacks: L.Callback, path: str | Path | None = None, **
     data = options.pop("data", None) or NumberData()
     net = options.pop("net", None) or Net()
     io = options.pop("io", None) or AtomicIO()
-    defaults: dict[str, Any] = dict(max_epochs=3, accelerator="cpu", devices=1, num_sanity_val_steps=0)
+    defaults: dict[str, Any] = dict(max_epochs=3, accelerator="cpu", devices=1, num_sanity_val_steps=0, logger=False)
     trainer = L.Trainer(
         **(defaults | options),
         callbacks=list(callbacks),
         plugins=[io],
         default_root_dir=folder,
-        logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
@@ -298,6 +300,41 @@ def test_a_validation_inside_a_step_is_refused(tmp_path: Path) -> None:
         fit(tmp_path, Resume(), accumulate_grad_batches=2, val_check_interval=3)
 
 
+#: Callbacks of Lightning beside which a run is resumed exactly, as tried, and those that are refused.
+EXACT: dict[str, Callable[[], L.Callback]] = {
+    "WeightAveraging": WeightAveraging,
+    "EMAWeightAveraging": lambda: EMAWeightAveraging(decay=0.9, update_every_n_steps=2),
+    "Timer": lambda: lightnings.Timer(duration="00:00:05:00"),
+    "EarlyStopping": lambda: lightnings.EarlyStopping("train/loss", patience=1, strict=False),
+    "ThroughputMonitor": lambda: lightnings.ThroughputMonitor(batch_size_fn=lambda batch: 8),
+    "LambdaCallback": lambda: lightnings.LambdaCallback(on_train_batch_start=lambda *_: None),
+}
+REFUSED: dict[str, Callable[[], L.Callback]] = {
+    "StochasticWeightAveraging": lambda: lightnings.StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1),
+    "GradientAccumulationScheduler": lambda: lightnings.GradientAccumulationScheduler({0: 1, 1: 2}),
+    "ModelPruning": lambda: lightnings.ModelPruning("l1_unstructured", amount=0.3),
+    "SpikeDetection": lightnings.SpikeDetection,
+    "BackboneFinetuning": lightnings.BackboneFinetuning,
+    "LearningRateFinder": lightnings.LearningRateFinder,
+    "BatchSizeFinder": lightnings.BatchSizeFinder,
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_beside_callbacks_of_lightning_it_ends_in_the_same_bits(tmp_path: Path, name: str) -> None:
+    _, whole = fit(tmp_path / "whole", Resume(every=1, keep=99), EXACT[name]())
+    for step in (5, 6, 13):  # within an epoch, and at the end of one
+        _, net = fit(tmp_path / f"{step}", Resume(), EXACT[name](), path=point(tmp_path / "whole", step))
+        assert equal(state(whole), state(net)), step
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_callbacks_that_a_resume_would_change_are_refused_with_what_to_use(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^trainer\.callbacks: {name}: .*; \S+") as caught:
+        fit(tmp_path, Resume(), REFUSED[name]())
+    assert "\n" not in str(caught.value) and not (tmp_path / "resume").exists()
+
+
 @pytest.mark.parametrize("wrong", [{"every": 0}, {"keep": 0}])
 def test_wrong_numbers(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="at least 1"):
@@ -366,3 +403,89 @@ def _sharded(rank: int, folder: Path, path: Path | None = None) -> list[tuple[in
 def test_in_shards_it_goes_on_inside_an_epoch(tmp_path: Path) -> None:
     whole = run_ranks(2, _sharded, tmp_path / "whole")
     assert run_ranks(2, _sharded, tmp_path / "on", point(tmp_path / "whole", 3)) == [seen[3:] for seen in whole]
+
+
+class Telling(Net):
+    """Logs what turns by turns, what is solved now and then, and means over an epoch."""
+
+    def on_train_epoch_start(self) -> None:
+        self.log("epoch/begun", float(self.global_step), on_step=False, on_epoch=True)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if self.global_step % 4 == 0:
+            self.log("rule/solved", float(self.global_step))
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        found = super().terms(batch)
+        if self.training:
+            self.log(f"turn/{'odd' if self.global_step % 2 else 'even'}", found["fit"].value.mean())
+            many = self.trainer.world_size > 1
+            self.log("mean/of_epoch", found["fit"].value.mean(), on_step=True, on_epoch=True, sync_dist=many)
+            worst = found["fit"].value.max()
+            self.log("worst/of_epoch", worst, on_step=False, on_epoch=True, reduce_fx="max", sync_dist=many)
+        return found
+
+
+class InMemory(L.pytorch.loggers.CSVLogger):
+    """Rows in memory."""
+
+    def __init__(self) -> None:
+        super().__init__("/nowhere")
+        self.rows: list[dict[str, Any]] = []
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.rows.append({"step": step, **metrics})
+
+    def save(self) -> None: ...
+
+
+def told(folder: Path, resume: Resume, path: Path | None = None, **options: Any) -> list[dict[str, Any]]:
+    rows = InMemory()
+    fit(folder, resume, net=Telling(), path=path, logger=rows, log_every_n_steps=1, **options)
+    return rows.rows
+
+
+def test_every_row_is_logged_as_in_a_run_that_was_not_stopped(tmp_path: Path) -> None:
+    """Lightning keeps numbers of earlier steps of an epoch in its rows, and averages over all of them."""
+    whole = told(tmp_path / "whole", Resume(every=1, keep=99))
+    assert {"rule/solved", "turn/odd", "turn/even", "mean/of_epoch_step"} < set(whole[4])
+    assert any({"epoch/begun", "mean/of_epoch_epoch", "worst/of_epoch"} <= set(row) for row in whole)
+    for step in (2, 5, 6, 7, 17):
+        rest = told(tmp_path / f"{step}", Resume(), point(tmp_path / "whole", step))
+        assert rest == [row for row in whole if row["step"] >= step], step
+
+
+class Pulled(Net):
+    """Two terms that a rule mixes."""
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        fit = super().terms(batch)["fit"]
+        value_B = (self.net(batch.inputs["image"])[:, 0] + 1).square()
+        return {"fit": fit, "low": Term(value_B, valid=batch.present["image"], given=("image",))}
+
+
+@pytest.mark.parametrize("rule", [PCGrad, MGDA])
+def test_a_rule_that_is_solved_now_and_then_is_in_every_row(tmp_path: Path, rule: Callable[[], Rule]) -> None:
+    def rows(folder: Path, resume: Resume, path: Path | None = None) -> list[dict[str, Any]]:
+        logger = InMemory()
+        fit(folder, resume, Harmonize(rule(), every=4), net=Pulled(), path=path, logger=logger, log_every_n_steps=1)
+        return logger.rows
+
+    whole = rows(tmp_path / "whole", Resume(every=1, keep=99))
+    assert "harmony/cos/fit~low" in whole[5]
+    for step in (5, 7, 10):
+        rest = rows(tmp_path / f"{step}", Resume(), point(tmp_path / "whole", step))
+        assert rest == [row for row in whole if row["step"] >= step], step
+
+
+def _told_on_rank(rank: int, folder: Path, path: Path | None = None) -> list[dict[str, Any]]:
+    options = dict(strategy="ddp", devices=2, max_epochs=2, limit_val_batches=0)
+    return told(folder, Resume(every=1, keep=99), path, **options)
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_each_rank_has_its_own_numbers_of_an_epoch_again(tmp_path: Path) -> None:
+    whole, _ = run_ranks(2, _told_on_rank, tmp_path / "whole")
+    rest, _ = run_ranks(2, _told_on_rank, tmp_path / "on", point(tmp_path / "whole", 4))
+    assert len(rest) > STEPS and rest == [row for row in whole if row["step"] >= 4]

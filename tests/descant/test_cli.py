@@ -331,3 +331,15 @@ def test_a_data_set_is_given_by_name(cli: Cli) -> None:
     assert result.rc == 0, result.err
     assert "Emoji" in result.out
     assert "nearest: Emoji" in cli("check", "--config", "contrastive/own", "--data", "emojy").refusal
+
+
+def test_callbacks_of_lightning_that_no_run_can_use_are_refused_without_resume_too(toy: Cli) -> None:
+    options = ("--trainer.callbacks=descant.callbacks.report.Report", "--trainer.callbacks+=LearningRateFinder")
+    assert toy("check", *options).refusal.startswith("trainer.callbacks: LearningRateFinder: recipes have no rate")
+
+
+def test_a_word_of_an_enumeration_is_written_as_a_word(toy: Cli, workplace: Path) -> None:
+    timer = ("--trainer.callbacks+=Timer", "--trainer.callbacks.duration=00:00:05:00")
+    assert toy("fit", *timer, "--trainer.max_epochs", "1").rc == 0
+    saved = yaml.safe_load((workplace / "runs/toy/001/config.yaml").read_text())
+    assert saved["trainer"]["callbacks"][-1]["init_args"]["interval"] == "step"

@@ -270,8 +270,8 @@ def test_last_is_the_last_that_is_whole(
 def test_a_run_without_manifests_can_still_be_evaluated(run: Path) -> None:
     for path in [*run.glob("*/*.manifest"), *run.glob("resume/*.ckpt")]:
         path.unlink()
-    os.utime(run / "checkpoints/0000020.ckpt", (2e9, 2e9))
-    assert evaluate("last").endswith("checkpoints/0000020.ckpt")
+    os.utime(run / "checkpoints/0000020.ckpt", (2e9, 2e9))  # touched, and no newer by that
+    assert evaluate("last").endswith("checkpoints/0000100.ckpt")
     assert evaluate("runs/toy/001/checkpoints/0000100.ckpt").endswith("checkpoints/0000100.ckpt")
 
 
@@ -354,3 +354,51 @@ def test_numbers_grow_past_999(tmp_path: Path) -> None:
 def test_existing_wants_a_run(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match="no such run"):
         runs.existing(tmp_path, "toy/001")
+
+
+@pytest.mark.parametrize(
+    ("then", "says"),
+    [
+        ({}, ""),
+        ({"packages": {"descant": "0.0.1"}, "revision": "abc"}, "descant: saved by descant 0.0.1, resumed with "),
+        ({"revision": "f" * 40}, f"descant: saved by revision {'f' * 12}, resumed with a1: numbers may differ"),
+        (
+            {"revision": "a1", "dirty": False},
+            "descant: saved by a committed revision, resumed with uncommitted",
+        ),
+        ({"revision": "a1", "dirty": True}, ""),
+        ({"revision": None}, ""),
+    ],
+)
+def test_another_version_of_descant_is_told(
+    run: Path, then: dict[str, Any], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = {"descant": "9", "revision": "a1", "dirty": True}
+    monkeypatch.setattr("descant.place.code", lambda: now)
+    (run / "versions.json").write_text(json.dumps({"packages": {"descant": "9"}} | then))
+    fit("auto")
+    first, *told = capsys.readouterr().err.splitlines()
+    assert first.startswith("descant: resuming") and len(told) == bool(says) and "".join(told).startswith(says)
+
+
+def test_what_is_no_checkpoint_of_this_run_is_one_line(toy: Cli, cli: Cli, workplace: Path) -> None:
+    """Other shapes, a bare state dict, a text, an archive that is cut: never a traceback."""
+    assert toy("fit", "--trainer.max_epochs", "1").rc == 0
+    (best,) = (workplace / "runs/toy/001/checkpoints").glob("*.ckpt")
+    (workplace / "wide.yaml").write_text((workplace / "toy.yaml").read_text().replace("width: 8", "width: 16"))
+    wide = cli("validate", "--config", "wide.yaml", "--trust", "tests.toys", "--ckpt_path", best)
+    line = "towers.image.layers.0.weight is [8, 4] in the file and [16, 4] in the model (and 5 more differ)"
+    assert wide.refusal == f"the checkpoint has not the weights of this ToyRecipe: {line}"
+    whole, bad = best.read_bytes(), Path("bad.ckpt")
+    state = torch.load(best, weights_only=True)["state_dict"]
+    for content, says in (
+        (b"hello", "bad.ckpt: cannot be read as a checkpoint: it is cut short, damaged, or was not written by"),
+        (whole[: len(whole) // 2], "bad.ckpt: cannot be read as a checkpoint: it is cut short"),
+        (state, "bad.ckpt: not a checkpoint: it holds no state_dict"),
+    ):
+        bad.write_bytes(content) if isinstance(content, bytes) else torch.save(content, bad)
+        with pytest.warns(UserWarning, match="no manifest confirms what it holds"):
+            assert says in toy("validate", "--ckpt_path", bad).refusal
+    torch.save({"state_dict": state}, bad)  # weights of another program, as they are
+    with pytest.warns(UserWarning, match="no manifest confirms what it holds"):
+        assert toy("validate", "--ckpt_path", bad).rc == 0

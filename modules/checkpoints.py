@@ -1,0 +1,67 @@
+"""Which checkpoints a run has, in the order of their steps, and which of them was judged best.
+
+Times of files are not looked at: a copy, a touch or a restored backup changes them. Nothing here imports torch before
+it has to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from descant import manifest
+
+#: Folders of a run that hold checkpoints: those to be judged, and those to go on from.
+PLACES = ("checkpoints", "resume")
+#: And those of which one is taken by its name only: what each stage left.
+NAMED = ("stages",)
+
+
+def of_run(folder: Path) -> list[Path]:
+    """What a run can be evaluated from, resume points included: unknown steps first, then the last."""
+    found = [path for part in PLACES for path in folder.glob(f"{part}/*.ckpt")]
+
+    def order(path: Path) -> tuple[bool, int, bool, str]:
+        step = step_of(path)
+        return step is None, step or 0, path.parent.name == "checkpoints", path.name
+
+    return sorted((path for path in found if not path.name.startswith(".")), key=order, reverse=True)
+
+
+def step_of(path: Path) -> int | None:
+    """As its manifest tells; of a file without one as it says itself. None where neither does."""
+    why = manifest.fault_of_size(path)
+    if why != manifest.NONE:
+        step = manifest.known(path).get("step")
+    else:
+        from descant.modules.plain import load_plain
+
+        try:
+            content = load_plain(path, map_location="cpu", mmap=True)
+        except (ValueError, OSError):
+            return None
+        step = content.get("global_step") if isinstance(content, Mapping) else None
+    return step if isinstance(step, int) else None
+
+
+def judged(content: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
+    """The names of the files that each ModelCheckpoint of a checkpoint holds best, and whether it monitors anything."""
+    callbacks = content.get("callbacks")
+    for state in callbacks.values() if isinstance(callbacks, Mapping) else ():
+        if isinstance(state, Mapping) and "best_model_path" in state:
+            name = Path(str(state.get("best_model_path") or "")).name  # runs may have moved
+            if name.endswith(".ckpt"):
+                yield name, state.get("monitor") is not None
+
+
+def nearest(path: Path) -> str:
+    """``; nearest: PATH``, the newest whole one of the same run beside ``path``; nothing if there is none."""
+    others = (other for other in of_run(path.absolute().parent.parent) if other.resolve() != path.resolve())
+    found, _ = manifest.first(others)
+    if found is None:
+        return ""
+    try:
+        return f"; nearest: {found.relative_to(Path.cwd())}"
+    except ValueError:
+        return f"; nearest: {found}"

@@ -1,0 +1,178 @@
+"""Kills every experiment that ships at random moments, resumes it, and compares it with one that nothing happened to.
+
+``python -m tests.kills`` ends with ``120 kills of 40 experiments, 0 differences`` and exit code 0, or says what differs
+and exits with 1. ``--overlays`` takes the overlays too, each on its base. What is compared: weights, optimizers and all
+else in the last resume point and in the checkpoints, every batch and validation, metrics.csv, metrics.json, what the
+event files hold, and which files there are. Runs and kills are those of ``tests/torture.py``, of eight steps each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import itertools
+import random
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.rotation import turn
+from tests.test_experiments import OVERLAYS, RUNNABLE, configs_of, name, need
+from tests.torture import Case, _timed, differences, torture
+
+#: What each experiment trains with: two ends of epochs, validations at both, a point every other step.
+SMALL: dict[str, Any] = {
+    "max_steps": 8,
+    "limit_train_batches": 3,
+    "check_val_every_n_epoch": 1,
+    "val_check_interval": 1.0,
+    "limit_val_batches": 1,
+}
+PARTS: list[dict[str, Any]] = [
+    {"class_path": "Resume", "init_args": {"every": 2}},
+    {"class_path": "tests.torture_parts.Record"},
+    {"class_path": "tests.torture_parts.Hold"},
+]
+#: Files of a run that tell of processes, not of what was trained.
+_OWN = re.compile(
+    r"records-\d+\.jsonl|held-\d+|events\.out\.tfevents.*|config\.\d+\.yaml|versions\.json|\.lock|.*\.manifest|.*\.ckpt"
+)
+
+
+class Shipped(Case):
+    """An experiment, or an overlay on its base, in a folder of its own.
+
+    Args:
+        root: the folder. path: the YAML. begun: a folder for the runs that others begin from, each made once.
+    """
+
+    def __init__(self, root: Path, path: Path, begun: Path, cold: bool = False) -> None:
+        self.root, self.name, self.ranks, self.workers = root, name(path), 1, 0
+        self.options, self.cold = [], cold
+        self.path, self.begun = path, begun
+        root.mkdir(parents=True, exist_ok=True)
+        self.configs = [*configs_of(path), "on/tiny", "kills.yaml"]
+        content = {"trainer": {**SMALL, "callbacks+": PARTS}}
+        (root / "kills.yaml").write_text("# Eight steps.\n" + yaml.safe_dump(content, sort_keys=False))
+
+    def begin(self) -> None:
+        """Make the runs that its header asks for, or take those of an earlier experiment."""
+        for before in re.findall(r"^# Before: +(.+)$", self.path.read_text(), re.MULTILINE):
+            words = before.split()[1:]
+            made = self.begun / hashlib.sha256(before.encode()).hexdigest()[:12]
+            if not made.is_dir():
+                maker = Shipped(made.with_suffix(".tmp"), self.path, self.begun)
+                maker.configs, maker.options = [*_after(words, "--config"), "on/tiny"], []
+                (run,) = _after(words, "--name")
+                maker.finish(run, resume="never")
+                maker.root.rename(made)
+            shutil.copytree(made / "runs", self.root / "runs", symlinks=True, dirs_exist_ok=True)
+
+
+def _after(words: Sequence[str], option: str) -> list[str]:
+    return [value for key, value in itertools.pairwise(words) if key == option]
+
+
+# comparing -----------------------------------------------------------------------------------------------------------
+
+
+def events(folder: Path) -> dict[tuple[str, int], str]:
+    """Tag and step -> what TensorBoard shows: a process that goes on strikes out what came after its beginning."""
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    shown: dict[tuple[str, int], str] = {}
+    for file in sorted(folder.glob("events.out.tfevents.*"), key=lambda file: file.name):
+        with contextlib.suppress(Exception):  # a record that a kill has cut ends a file
+            for raw in RawEventFileLoader(str(file)).Load():
+                event = Event.FromString(raw)
+                if event.session_log.status == SessionLog.START:
+                    shown = {key: value for key, value in shown.items() if key[1] < event.step}
+                for value in event.summary.value:
+                    if not _timed(value.tag):
+                        content = value.SerializeToString(deterministic=True)
+                        shown[value.tag, event.step] = hashlib.sha256(content).hexdigest()
+    return shown
+
+
+def files(folder: Path) -> set[str]:
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return {path for path in found if not _OWN.fullmatch(path.rpartition("/")[2])}
+
+
+def all_differences(case: Case, name: str, reference: str = "whole") -> list[str]:
+    """What ``torture.differences`` finds, and what event files and other files differ in."""
+    found = differences(case, name, reference)
+    ours, other = (case.folder(each).resolve() for each in (name, reference))
+    a, b = events(ours), events(other)
+    wrong = sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+    found += [f"events: {len(wrong)} of {len(b)} differ, such as {', '.join(map(str, wrong[:3]))}"] * bool(wrong)
+    left = sorted(files(ours) ^ files(other))
+    return found + [f"files of one of them only: {', '.join(left[:4])}"] * bool(left)
+
+
+def killed(path: Path, root: Path, begun: Path, kills: int, seed: int, cold: bool = False) -> tuple[int, list[str]]:
+    """Kills of an experiment, and what differs after them."""
+    case = Shipped(root, path, begun, cold)
+    case.begin()
+    hits, found = torture(case, kills, seed, all_differences)
+    return len(hits), found
+
+
+def cases(overlays: bool = False) -> Iterator[Path]:
+    """Those whose packages are there; pretrained ones, which take minutes each, come last."""
+    from importlib.util import find_spec
+
+    for path in sorted([*RUNNABLE, *(OVERLAYS if overlays else [])], key=lambda path: bool(need(path))):
+        absent = [line for line in need(path) if find_spec(line.split()[-1].replace("-", "_")) is None]
+        if absent:
+            print(f"{name(path)}: left out: {absent[0]}", flush=True)
+        else:
+            yield path
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m tests.kills", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--kills", type=int, default=3, help="of each experiment")
+    parser.add_argument("--only", action="append", default=[], help="such as chat/emoji or with/turns")
+    parser.add_argument("--overlays", action="store_true", help="and the overlays, each on its base")
+    parser.add_argument("--of", type=int, default=1, help="an n-th part of them, by the rotation of the tests")
+    parser.add_argument("--seed", type=int, default=None, help="of the moments; drawn where not given")
+    parser.add_argument("--keep", type=Path, help="a folder for the runs; a temporary one where not given")
+    options = parser.parse_args(args)
+    seed = options.seed if options.seed is not None else random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}", flush=True)
+    chosen = turn(list(cases(options.overlays or any(each.startswith("with/") for each in options.only))), options.of)
+    total, count, found = 0, 0, list[str]()
+    with tempfile.TemporaryDirectory() as scratch:
+        top = (options.keep or Path(scratch)).absolute()
+        for path in chosen:
+            if options.only and name(path) not in options.only:
+                continue
+            began, root = time.monotonic(), top / name(path).replace("/", "-")
+            try:
+                kills, wrong = killed(path, root, top / "begun", options.kills, seed)
+            except (RuntimeError, TimeoutError) as error:
+                kills, wrong = 0, [f"it did not run: {str(error)[-600:]}"]
+            found += [f"{name(path)}: {line}" for line in wrong]
+            total, count = total + kills, count + 1
+            print(
+                f"{name(path)}: {kills} kills, {len(wrong)} differences, {time.monotonic() - began:.0f} s", flush=True
+            )
+            print("".join(f"  {line}\n" for line in wrong), end="", flush=True)
+            if options.keep is None:
+                shutil.rmtree(root, ignore_errors=True)
+    print("\n".join([*found, f"{total} kills of {count} experiments, {len(found)} differences"]))
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
