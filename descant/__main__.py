@@ -38,10 +38,15 @@ TOOLS = {
 def main(args: list[str] | None = None) -> int:
     """Run one command and return the exit code.
 
-    0: done. 1: a fault of the program. 2: a wrong request. 130: interrupted.
+    0: done. 1: a fault of the program. 2: a wrong request, or a file or disk that does not let it be done.
+    130: interrupted.
     """
+    words = sys.argv[1:] if args is None else args
     try:
-        return _dispatch(sys.argv[1:] if args is None else args)
+        for word in words:
+            if "\0" in word:
+                fail(f"{word}: holds a NUL character, which no name and no text may")
+        return _dispatch(words)
     except Refusal as refusal:
         say(str(refusal))
         return WRONG
@@ -50,6 +55,14 @@ def main(args: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader (head, less) has seen enough; the interpreter must not try again at its exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        from descant.faults import outside
+
+        line = None if "--debug" in words else outside(error)
+        if line is None:
+            raise
+        say(f"{words[0]}: {line}")
+        return WRONG
 
 
 def _dispatch(args: Sequence[str]) -> int:
@@ -75,6 +88,8 @@ def _dispatch(args: Sequence[str]) -> int:
         print(helptext.listing(rest))
         return 0
     if command in TOOLS:
+        if "--debug" in rest and command != "export":  # of main alone: it has let the traceback through
+            rest.remove("--debug")
         return int(importlib.import_module(TOOLS[command]).main(rest))
     if rest and rest[-1] in ("--help", "-h"):
         print(helptext.command(command, COMMANDS[command]))

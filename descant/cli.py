@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import socket
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -13,6 +17,7 @@ from typing import Any, Literal, NoReturn
 import lightning as L
 import yaml
 from jsonargparse import Namespace
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -26,7 +31,7 @@ from descant.catalogue import BASE
 from descant.changes import require_unchanged
 from descant.check import Check, Checked
 from descant.document import shown
-from descant.errors import INTERRUPTED, TERMINATED, Refusal, fail, say
+from descant.errors import INTERRUPTED, TERMINATED, Refusal, disk_fault, fail, say
 from descant.explain import explain as explained
 from descant.explain import inert
 from descant.faults import explain, misfit, parse_fault
@@ -187,6 +192,8 @@ class DescantCLI(LightningCLI):
             config |= {"devices": 1, "num_nodes": 1, "callbacks": [*config["callbacks"], self.checking]}
         trainer = super()._instantiate_trainer(config, callbacks)
         cluster = trainer._accelerator_connector.cluster_environment
+        if trainer.world_size > 1 and isinstance(cluster, LightningEnvironment) and not runs.launched():
+            _require_port(os.environ.get("MASTER_PORT"))
         if isinstance(cluster, SLURMEnvironment):
             cluster.auto_requeue = False  # it saves inside the handler, and a slow rank then waits for ever
         return trainer
@@ -263,6 +270,50 @@ def _placed(value: Any, place: str) -> Any:
     return value
 
 
+def _require_port(text: str | None) -> None:
+    """Refuse a port, given by the environment, that is none or is taken: ranks started first would wait for it in vain.
+
+    Raises:
+        Refusal: with the nearest remedy.
+    """
+    if text is None:
+        return
+    if not (text.isdecimal() and len(text) < 6 and 0 <= int(text) < 65536):
+        fail(f"MASTER_PORT {text}: not the number of a port (0 to 65535)")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the ranks do, so that both find the same
+        try:
+            probe.bind(("", int(text)))
+        except OSError as error:
+            why = "in use on this machine" if error.errno == errno.EADDRINUSE else f"{error.strerror}".lower()
+            fail(f"MASTER_PORT {text}: {why}; another one, or none, by which a free one is taken")
+
+
+def disk_line(error: BaseException, place: runs.Run | None) -> str | None:
+    """The line for a disk that is full or read-only, and where the run goes on; None for other errors."""
+    line = disk_fault(error, place.folder) if place is not None else None
+    if line is None or place is None:
+        return None
+    point, _ = runs.newest_point(place.folder)
+    return line if point is None else f"{line}; --resume auto goes on from {point.name}"
+
+
+@contextlib.contextmanager
+def _threads_told_once() -> Iterator[None]:
+    """TensorBoard's writer keeps an error of its thread, and raises it at the next call: not twice on the screen."""
+    before = threading.excepthook
+
+    def hook(told: threading.ExceptHookArgs) -> None:
+        if not isinstance(told.exc_value, OSError):
+            before(told)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
 def run(request: Request) -> int:
     """Run one command; returns its exit code.
 
@@ -276,7 +327,7 @@ def run(request: Request) -> int:
         sys.path.append(os.getcwd())  # a trusted module is mostly the user's own file; last, so that it hides none
     cli = DescantCLI.__new__(DescantCLI)
     try:
-        with policy(allowed(request.trust)):
+        with policy(allowed(request.trust)), _threads_told_once():
             cli.__init__(request)  # type: ignore[misc]  # in two steps: what is half built must still be cleared away
     except Refusal:
         raise
@@ -294,7 +345,8 @@ def run(request: Request) -> int:
         return INTERRUPTED if trainer is not None and trainer.interrupted else int(stop.code or 0)
     except Exception as error:
         trainer = getattr(cli, "trainer", None)
-        line = explain(error, building=trainer is None, trust=request.trust)
+        line = disk_line(error, getattr(cli, "place", None))
+        line = line or explain(error, building=trainer is None, trust=request.trust)
         if line is None and trainer is not None and (cli.checking is not None or trainer.global_step == 0):
             line = misfit(error, cli.model, request.trust)
         if line is None or request.debug:

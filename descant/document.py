@@ -98,8 +98,9 @@ def _parse(text: str, name: str, folder: Path, lines: bool = True) -> Node:
         get_yaml_default_loader,
     )  # a third of what a Tab takes, which reads no file
 
-    loader = get_yaml_default_loader()(text)
+    loader = None
     try:
+        loader = get_yaml_default_loader()(text)
         root = loader.get_single_node()
         left = [MOST]
         return Node(None, name, folder) if root is None else _convert(root, loader, name, folder, lines, left)
@@ -113,7 +114,8 @@ def _parse(text: str, name: str, folder: Path, lines: bool = True) -> Node:
     except yaml.YAMLError as error:
         raise Refusal(f"{name}: not valid YAML: {' '.join(str(error).split())}") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _convert(node: yaml.Node, loader: Any, name: str, folder: Path, lines: bool, left: list[int]) -> Node:
