@@ -31,7 +31,7 @@ from descant.catalogue import BASE
 from descant.changes import require_unchanged
 from descant.check import Check, Checked
 from descant.document import shown
-from descant.errors import INTERRUPTED, TERMINATED, Refusal, disk_fault, fail, say
+from descant.errors import INTERRUPTED, TERMINATED, Refusal, disk_fault, fail, printable, say
 from descant.explain import explain as explained
 from descant.explain import inert
 from descant.faults import explain, misfit, parse_fault
@@ -130,12 +130,15 @@ class DescantCLI(LightningCLI):
         if self.command == "fit" and not runs.launched():
             for file in inert(self.request.configs, self.walk.default):
                 say(f"warning: --config {shown(file)} changes nothing")
+        if "writes" not in self.request.trust and (self.command == "fit" or not self.options.get("run")):
+            runs.require_name(self.name)
         self.place = runs.agree(Path(self.options.runs) / self.name, self._decide)
         self.options.trainer.precision = self.place.precision  # rank 0's, where nodes differ
         text = self._saved()
         self.folder = Folder(self.place, text)
         if self.request.explain:
-            print("\n".join(explained(yaml.safe_load(text), self.request.configs, self.request.options)), "\n")
+            told = explained(yaml.safe_load(text), self.request.configs, self.request.options)
+            print("\n".join(map(printable, told)), "\n")
         folder = str(self.place.folder)
         self.options.trainer.default_root_dir = self.options.trainer.default_root_dir or folder
         self.options["trainer"] = _placed(self.options.trainer, folder)
