@@ -70,7 +70,8 @@ def _settings(found: Sequence[tuple[str, object, object]], own: str) -> Iterator
 
 
 def _without_callbacks(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
-    trainer = dict(config.get("trainer") or {})
+    given = config.get("trainer")
+    trainer = dict(given) if isinstance(given, dict) else {}
     found = trainer.pop("callbacks", None) or []
     return trainer, found if isinstance(found, list) else [found]
 
@@ -102,7 +103,7 @@ def _by_class(callbacks: Sequence[Any]) -> dict[str, Any]:
         while name in found:
             count += 1
             name = f"{base}#{count}"
-        found[name] = {key: value for key, value in (spec.get("init_args") or {}).items()}
+        found[name] = spec.get("init_args") or {}
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import errno
 import os
 import socket
@@ -20,6 +21,7 @@ from jsonargparse import Namespace
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -49,6 +51,11 @@ from descant.trust import enforce
 
 #: Options of a call, not of an experiment: a saved configuration does not hold them.
 CALL = ("config", "runs", "run", "resume", "changed", "test", "sets", "ckpt_path")
+#: Callbacks of Lightning's that train on trial, from a checkpoint of their own that no resume point is.
+_FINDERS = {
+    BatchSizeFinder: "it cannot try sizes here; descant check tells the memory of one, --data.batch_size sets it",
+    LearningRateFinder: "it cannot try rates here; descant sweep --vary model.optimizer.lr=1e-4,3e-4,1e-3 does",
+}
 #: What begins a text under `trainer` to mean the run's folder.
 PLACE = "RUN"
 
@@ -125,6 +132,9 @@ class DescantCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         self.options["name"] = self.name
+        accumulate = self.options.trainer.accumulate_grad_batches
+        if isinstance(accumulate, int) and accumulate < 1:
+            fail(f"trainer.accumulate_grad_batches {accumulate}: at least 1")
         if self.options.trainer.use_distributed_sampler:
             fail("trainer.use_distributed_sampler: true: the data module itself cuts the batch over ranks")
         if self.command == "fit" and not runs.launched():
@@ -148,6 +158,7 @@ class DescantCLI(LightningCLI):
         saved = self.options.clone()
         for key in CALL:
             saved.pop(key, None)
+        saved["trainer"] = _without_enums(saved.trainer)
         text: str = self._parser(self.subcommand).dump(saved, skip_unset=False, skip_validation=True)
         return text
 
@@ -190,6 +201,9 @@ class DescantCLI(LightningCLI):
         if self.subcommand == "fit" and not self.place.fresh:
             self._forget_the_undone(config.get("logger"), self.place.checkpoint)
         config["plugins"] = _with_store(config.get("plugins"))
+        for callback in config["callbacks"]:
+            if isinstance(callback, BatchSizeFinder | LearningRateFinder):
+                fail(f"trainer.callbacks: {type(callback).__name__}: {_FINDERS[type(callback)]}")
         if self.checking is not None:
             # one process and the first step's doorstep: what a cluster would add cannot be tried here
             config |= {"devices": 1, "num_nodes": 1, "callbacks": [*config["callbacks"], self.checking]}
@@ -315,6 +329,19 @@ def _threads_told_once() -> Iterator[None]:
         yield
     finally:
         threading.excepthook = before
+
+
+def _without_enums(value: Any) -> Any:
+    """Members of enumerations by their values, at any depth: a default may be one, and YAML has no such thing."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, list):
+        return [_without_enums(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_enums(item) for key, item in value.items()}
+    if isinstance(value, Namespace):
+        return Namespace({key: _without_enums(item) for key, item in vars(value).items()})
+    return value
 
 
 def run(request: Request) -> int:

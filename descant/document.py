@@ -11,9 +11,12 @@ import yaml
 
 from descant.catalogue import ROOT
 from descant.errors import Refusal
+from descant.untrusted import text_of
 
 #: Values in one file: aliases of aliases make far more of a few lines than anybody writes.
 MOST = 100_000
+#: Bytes of one file.
+MOST_BYTES = 10_000_000
 _MERGE, _PYTHON = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:python/"
 
 
@@ -59,8 +62,8 @@ def load(file: Path) -> Node:
     """
     name = shown(file)
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = text_of(file, file.resolve().parent, MOST_BYTES)
+    except (OSError, ValueError) as error:
         raise Refusal(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     node = _parse(text, name, file.parent)
     if node.content is None:

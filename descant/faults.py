@@ -141,4 +141,37 @@ def _shorten(message: str) -> str:
         key = f"{outer[1] + '.' if outer else ''}{inner[1]}"
         return f"{key}: null is understood here in a YAML file only, not as an option"
     causes = [line for line in lines if re.search(r"not accepted|required|does not accept|Importing '", line)]
-    return (causes or lines or [message])[-1 if causes else 0]
+    return causes[-1] if causes else _account(message, lines)
+
+
+#: How lines of the parser's account of a union begin that say nothing of the fault.
+_ACCOUNT = (
+    *("Parser key", "Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>"),
+    *("Expected a path but", "Subclass types expect", "a class path (str)", "a dict with"),
+)
+
+
+def _account(message: str, lines: Sequence[str]) -> str:
+    """Key, fault and value out of many lines, whichever of them are there.
+
+    >>> _account("", ['Parser key "model":', "Given value: NestedArg(key='towers', val='Linear')"])
+    "model.towers: not accepted, got 'Linear'"
+    """
+    text = "\n".join(lines)
+    keys = re.search(r'Parser key "([^"]+)"', text)
+    nested = re.search(r"NestedArg\(key='([^']+)', val=(.*)\)", text)
+    key = ".".join(part for part in (keys and keys[1], nested and nested[1]) if part)
+    faults = [line for line in lines if not line.startswith(_ACCOUNT) and "Namespace(" not in line]
+    given = nested[2] if nested else next((line[13:] for line in lines if line.startswith("Given value: ")), "")
+    named = re.search(r"class_path='([^']+)'", given)
+    if "Namespace(" in given:  # a whole configuration
+        given = f"{named[1]} with arguments" if named else "keys"
+    if faults and nested:
+        faults = [line.removeprefix(f"{nested[1].rpartition('.')[2]}: ") for line in faults]
+    fault = (
+        " ".join(faults[: 2 if faults[0].endswith(":") else 1])
+        if faults and not (nested and faults[0] in given)
+        else "not accepted"
+    )
+    got = f", got {given[:80]}" if given and given not in fault else ""
+    return f"{key}: {fault}{got}" if key else (faults or [*lines, message])[0]

@@ -80,8 +80,11 @@ def main(args: Sequence[str]) -> int:
     with_slurm = sorted(_names(todo) & there)
     if with_slurm:
         fail(f"sweep: {with_slurm[0]} is with SLURM: the same command with --slurm says how far it is")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"sweep: --runs {folder.parent.parent}: runs cannot be written there: {error.strerror}")
     say(f"sweep: {len(tasks)} runs, {len(tasks) - len(todo)} done, {given.jobs} at a time, in {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
     try:
         run_beside(todo, given.jobs, _done)
     except KeyboardInterrupt:
@@ -110,9 +113,9 @@ def _seeds(text: str) -> list[int]:
     >>> _seeds("3"), _seeds("4,7"), _seeds("2..4")
     ([0, 1, 2], [4, 7], [2, 3, 4])
     """
-    if text.isdecimal():
-        if int(text) < 1:
-            fail(f"sweep: --seeds {text}: at least 1")
+    if re.fullmatch(r"[0-9]+", text):
+        if len(text) > 4 or int(text) < 1:
+            fail(f"sweep: --seeds {text}: 1 to 9999")
         return list(range(int(text)))
     found = [point["seed_everything"] for point in submit.grid([f"seed_everything={text}"], "sweep: --seeds")]
     if not all(seed.isdecimal() for seed in found):
