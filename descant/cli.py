@@ -6,6 +6,7 @@ import contextlib
 import enum
 import errno
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -295,7 +296,7 @@ def _require_port(text: str | None) -> None:
     """
     if text is None:
         return
-    if not (text.isdecimal() and len(text) < 6 and 0 <= int(text) < 65536):
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
         fail(f"MASTER_PORT {text}: not the number of a port (0 to 65535)")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the ranks do, so that both find the same

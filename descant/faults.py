@@ -166,12 +166,10 @@ def _account(message: str, lines: Sequence[str]) -> str:
     named = re.search(r"class_path='([^']+)'", given)
     if "Namespace(" in given:  # a whole configuration
         given = f"{named[1]} with arguments" if named else "keys"
-    if faults and nested:
+    if nested:
         faults = [line.removeprefix(f"{nested[1].rpartition('.')[2]}: ") for line in faults]
-    fault = (
-        " ".join(faults[: 2 if faults[0].endswith(":") else 1])
-        if faults and not (nested and faults[0] in given)
-        else "not accepted"
-    )
+    fault = "not accepted"
+    if faults and not (nested and faults[0] in given):
+        fault = " ".join(faults[: 2 if faults[0].endswith(":") else 1])
     got = f", got {given[:80]}" if given and given not in fault else ""
     return f"{key}: {fault}{got}" if key else (faults or [*lines, message])[0]

@@ -116,7 +116,10 @@ def identity(environment: Mapping[str, str] = os.environ) -> str | None:
 def runs_of(root: Path, name: str) -> list[Path]:
     """The run folders of a name, oldest first."""
     folder = root / name
-    found = [path for path in folder.glob("*") if path.is_dir() and _NUMBER.fullmatch(path.name)]
+    try:
+        found = [path for path in folder.glob("*") if path.is_dir() and _NUMBER.fullmatch(path.name)]
+    except OSError:  # a name that is too long is none of a run
+        return []
     return sorted(found, key=lambda path: int(path.name))
 
 
