@@ -104,7 +104,7 @@ def _run(command: str, rest: Sequence[str]) -> int:
         request = Request(command, options=[("help", None)])
     else:
         request = with_own(read(command, rest))
-    from descant import dump, helptext
+    from descant import dump, helptext, runs
     from descant.precheck import precheck, wanted
 
     known = dump.read(command)
@@ -115,6 +115,7 @@ def _run(command: str, rest: Sequence[str]) -> int:
             return 0
     elif known is not None:
         precheck(known, request.configs, request.options, request.trust)
+    runs.require_ranks()
     from descant.cli import run  # torch and Lightning are imported here, and not before
 
     try:

@@ -101,6 +101,13 @@ def whole(key: str, environment: Mapping[str, str] = os.environ, default: int = 
     return int(text)
 
 
+def require_ranks(environment: Mapping[str, str] = os.environ) -> None:
+    """Raises Refusal where a launcher's numbers are none: Lightning reads them when it is imported."""
+    for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        if key in environment:
+            whole(key, environment)
+
+
 def launched() -> bool:
     """Whether another rank started this process."""
     return rank() > 0 and INHERITED in os.environ

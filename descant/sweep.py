@@ -10,7 +10,7 @@ from pathlib import Path
 
 from descant import compare, dump, runs, submit
 from descant.arguments import Request, read
-from descant.errors import INTERRUPTED, fail, say
+from descant.errors import INTERRUPTED, fail, nearest, say
 from descant.options import Options
 from descant.precheck import precheck
 from descant.processes import Task, run_beside
@@ -101,7 +101,11 @@ def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
     rest = list(args)
     while rest:
         word = rest.pop(0)
-        if word.startswith("--") and word[2:].partition("=")[0] in _OWN:
+        key = word[2:].partition("=")[0] if word.startswith("--") else ""
+        near = nearest(key, _OWN, cutoff=0.75) if key and key not in _OWN else None
+        if near is not None:
+            fail(f"sweep: --{key}: no such option; nearest: --{near}")
+        if key in _OWN:
             mine.append(f"{word}={rest.pop(0)}" if "=" not in word and rest else word)
         else:
             theirs.append(word)

@@ -484,3 +484,67 @@ def test_many_settings_are_a_line_a_part(tmp_path: Path, capsys: pytest.CaptureF
     assert len(lines) == 4 and all(line.isprintable() and len(line) < 400 for line in lines)  # the refusal is the fifth
     assert [line.split()[1] for line in lines] == ["model:", "data:", "trainer:", "trainer.callbacks:"]
     assert all("the run's own: --config" in line for line in lines) and "and 26 more" in lines[0]
+
+
+# near misses ----------------------------------------------------------------------------------------------------------
+
+NEAR = {
+    "ftt": "fit",
+    "chek": "check",
+    "repport": "report",
+    "comprae": "compare",
+    "lst": "list",
+    "exprot": "export",
+    **{f"fit {' '.join(E)} --{word} 1": "config" for word in ("confg", "confgi", "conf", "cofnig")},
+    f"fit {' '.join(E)} --resum auto": "resume",
+    f"fit {' '.join(E)} --naem x": "name",
+    f"fit {' '.join(E)} --runss x": "runs",
+    f"fit {' '.join(E)} --debugg": "--debug",
+    f"check {' '.join(E)} --explan": "--explain",
+    f"check {' '.join(E)} --trus x": "trust",
+    f"fit {' '.join(E)} --trian.max_steps 1": "trainer",
+    f"fit {' '.join(E)} --trainer.max_stpes 1": "max_steps",
+    f"fit {' '.join(E)} --trainer.devics 1": "devices",
+    f"fit {' '.join(E)} --seed 1": "seed_everything",
+    f"fit {' '.join(E)} --epochs 1": "trainer.max_epochs",
+    f"fit {' '.join(E)} --max_steps 1": "trainer.max_steps",
+    f"fit {' '.join(E)} --batch_size 8": "data.batch_size",
+    f"fit {' '.join(E)} --lr 1": "model.optimizer.lr",
+    f"fit {' '.join(E)} --devices 1": "trainer.devices",
+    f"fit {' '.join(E)} --precision 16": "trainer.precision",
+    "fit --config contrastiv/emoji": "contrastive/emoji",
+    "fit --config contrastive-emoji": "contrastive/emoji",
+    f"fit {' '.join(E)} --config on/tny": "on/tiny",
+    f"fit {' '.join(E)} --config with/no-techer": "with/no-teacher",
+    f"fit {' '.join(E)} --data emojis": "Emoji",
+    f"fit {' '.join(E)} --model Contrastiv": "Contrastive",
+    f"fit {' '.join(E)} --model.optimizer AdmW": "AdamW",
+    f"fit {' '.join(E)} --model.loss InfoNCEE": "InfoNCE",
+    f"fit {' '.join(E)} --model.towers.image ConvTwer": "ConvTower",
+    f"fit {' '.join(E)} --trainer.callbacks+ retrieval": "Retrieval",
+    f"fit {' '.join(E)} --trainer.logger TensorbordLogger": "TensorBoardLogger",
+    "test --ckpt best": "ckpt_path",
+    "compare x --metric a": "--metrics",
+    "compare x --basline a": "--baseline",
+    "report x --ouput y": "--output",
+    "export x --ot y": "--out",
+    f"sweep {' '.join(E)} --vry a=1": "--vary",
+    f"sweep {' '.join(E)} --vary a=1 --seds 1": "--seeds",
+    "submit --tme 9 -- fit": "--time",
+    "submit --time 9 -- fti": "fit",
+    "claims rn": "run",
+    "claims run harmony-fuson": "harmony-fusion",
+    "claims run bm-mae --budgt pilot": "--budget",
+    "claims run bm-mae --budget pilto": "pilot",
+    "claims run bm-mae --arms mehtod": "method",
+    "new recip x": "recipe",
+    "data mke x": "make",
+    "data make x --outt y": "--out",
+    "completion bsah": "bash",
+    "list recipies": "recipes",
+}
+
+
+@pytest.mark.parametrize("words", NEAR)
+def test_a_near_miss_is_told_what_was_meant(typed: Callable[..., Result], words: str) -> None:
+    assert typed(*words.split()).refusal.endswith(f"; nearest: {NEAR[words]}")
