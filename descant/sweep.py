@@ -119,7 +119,7 @@ def _seeds(text: str) -> list[int]:
     """
     if re.fullmatch(r"[0-9]+", text):
         if len(text) > 4 or int(text) < 1:
-            fail(f"sweep: --seeds {text}: 1 to 9999")
+            fail(f"sweep: --seeds {text}: at least 1, and at most 9999")
         return list(range(int(text)))
     found = [point["seed_everything"] for point in submit.grid([f"seed_everything={text}"], "sweep: --seeds")]
     if not all(seed.isdecimal() for seed in found):

@@ -192,7 +192,7 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     ((*LATE, "--array", "a=0..999", "--array", "b=0..999", "--", "fit", *T), "1,000,000 combinations"),
     ((*LATE, "--gpus-per-node", "$(x)", "--", "fit", *T), "--gpus-per-node $(x): a number"),
     (("sweep", *T, "--vary", "model.scale=0..99999999999"), "more than 10,000 values"),
-    (("sweep", *T, "--vary", "model.scale=1", "--seeds", NUMBER), "1 to 9999"),
+    (("sweep", *T, "--vary", "model.scale=1", "--seeds", NUMBER), "at least 1, and at most 9999"),
     (("sweep", *T, "--vary", "model.scale=1", "--runs", "toy.yaml"), "--runs toy.yaml: runs cannot be written there"),
     (("sweep", *T, "--vary", "model.scale=1", "--slurm", "'"), "No closing quotation"),
     # data, templates, completion, schema

@@ -298,7 +298,8 @@ def test_a_page_has_the_same_tags_whatever_a_run_is_called(cli: Cli, workplace: 
         "]]>",
         "javascript:",
     ]
-    plain, fuzzed = set(), set()
+    plain: set[tuple[str, ...]] = set()
+    fuzzed: set[tuple[str, ...]] = set()
     for n in range(25):
         text = "x" if n == 0 else "".join(lot.choice(parts) for _ in range(lot.randrange(1, 12)))
         name = text.replace("/", "|") or "x"
