@@ -38,12 +38,17 @@ TOOLS = {
 def main(args: list[str] | None = None) -> int:
     """Run one command and return the exit code.
 
-    0: done. 1: a fault of the program. 2: a wrong request. 130: interrupted.
+    0: done. 1: a fault of the program. 2: a wrong request, or a file or disk that does not let it be done.
+    130: interrupted.
     """
     # for transformers, timm and kernels, which download what a configuration names; read where they are first imported
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    words = sys.argv[1:] if args is None else args
     try:
-        return _dispatch(sys.argv[1:] if args is None else args)
+        for word in words:
+            if "\0" in word:
+                fail(f"{word}: holds a NUL character, which no name and no text may")
+        return _dispatch(words)
     except Refusal as refusal:
         say(str(refusal))
         return WRONG
@@ -52,6 +57,14 @@ def main(args: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader (head, less) has seen enough; the interpreter must not try again at its exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        from descant.faults import outside
+
+        line = None if "--debug" in words else outside(error)
+        if line is None:
+            raise
+        say(f"{words[0]}: {line}")
+        return WRONG
 
 
 def _dispatch(args: Sequence[str]) -> int:
@@ -77,6 +90,8 @@ def _dispatch(args: Sequence[str]) -> int:
         print(helptext.listing(rest))
         return 0
     if command in TOOLS:
+        if "--debug" in rest and command != "export":  # of main alone: it has let the traceback through
+            rest.remove("--debug")
         return int(importlib.import_module(TOOLS[command]).main(rest))
     if rest and rest[-1] in ("--help", "-h"):
         print(helptext.command(command, COMMANDS[command]))
@@ -91,7 +106,7 @@ def _run(command: str, rest: Sequence[str]) -> int:
         request = Request(command, options=[("help", None)])
     else:
         request = with_own(read(command, rest))
-    from descant import dump, helptext
+    from descant import dump, helptext, runs
     from descant.precheck import precheck, wanted
 
     known = dump.read(command)
@@ -102,6 +117,7 @@ def _run(command: str, rest: Sequence[str]) -> int:
             return 0
     elif known is not None:
         precheck(known, request.configs, request.options, request.trust)
+    runs.require_ranks()
     from descant.cli import run  # torch and Lightning are imported here, and not before
 
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from descant import runs
 from descant.catalogue import find, shipped_data
-from descant.errors import Refusal, fail
+from descant.errors import Refusal, fail, nearest
 
 #: Options of Lightning's command line that Descant's recipes own themselves.
 OWNED = {"optimizer": "--model.optimizer", "lr_scheduler": "--model.schedule"}
@@ -63,7 +63,8 @@ def read(command: str, args: Sequence[str]) -> Request:
         value: str | None = text if equals else None
         if value is None and key.removesuffix("+") not in _FLAGS and not key.endswith(".help"):
             if not rest or rest[0].startswith("--"):
-                fail(f"--{key}: its value is missing")
+                near = nearest(key, _FLAGS, cutoff=0.75)
+                fail(f"--{key}: its value is missing{f'; nearest: --{near}' if near else ''}")
             value = rest.pop(0)
         elif value is None and key.endswith(".help") and rest and not rest[0].startswith("-"):
             value = rest.pop(0)

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import enum
+import errno
 import os
+import re
+import socket
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
-from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import lightning as L
 import yaml
 from jsonargparse import Namespace
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy, Strategy
@@ -28,7 +35,7 @@ from descant.catalogue import BASE
 from descant.changes import require_unchanged
 from descant.check import Check, Checked
 from descant.document import shown
-from descant.errors import INTERRUPTED, TERMINATED, Refusal, fail, say
+from descant.errors import INTERRUPTED, TERMINATED, Refusal, disk_fault, fail, printable, say
 from descant.explain import explain as explained
 from descant.explain import inert
 from descant.faults import explain, misfit, parse_fault
@@ -47,6 +54,11 @@ from descant.trust import enforce, writes
 
 #: Options of a call, not of an experiment: a saved configuration does not hold them.
 CALL = ("config", "runs", "run", "resume", "changed", "test", "sets", "ckpt_path")
+#: Callbacks of Lightning's that train on trial, from a checkpoint of their own that no resume point is.
+_FINDERS = {
+    BatchSizeFinder: "it cannot try sizes here; descant check tells the memory of one, --data.batch_size sets it",
+    LearningRateFinder: "it cannot try rates here; descant sweep --vary model.optimizer.lr=1e-4,3e-4,1e-3 does",
+}
 #: What begins a text under `trainer` to mean the run's folder.
 PLACE = "RUN"
 
@@ -123,17 +135,23 @@ class DescantCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         self.options["name"] = self.name
+        accumulate = self.options.trainer.accumulate_grad_batches
+        if isinstance(accumulate, int) and accumulate < 1:
+            fail(f"trainer.accumulate_grad_batches {accumulate}: at least 1")
         if self.options.trainer.use_distributed_sampler:
             fail("trainer.use_distributed_sampler: true: the data module itself cuts the batch over ranks")
         if self.command == "fit" and not runs.launched():
             for file in inert(self.request.configs, self.walk.default):
                 say(f"warning: --config {shown(file)} changes nothing")
+        if "writes" not in self.request.trust and (self.command == "fit" or not self.options.get("run")):
+            runs.require_name(self.name)
         self.place = runs.agree(Path(self.options.runs) / self.name, self._decide)
         self.options.trainer.precision = self.place.precision  # rank 0's, where nodes differ
         text = self._saved()
         self.folder = Folder(self.place, text)
         if self.request.explain:
-            print("\n".join(explained(yaml.safe_load(text), self.request.configs, self.request.options)), "\n")
+            told = explained(yaml.safe_load(text), self.request.configs, self.request.options)
+            print("\n".join(map(printable, told)), "\n")
         folder = str(self.place.folder)
         given = _placed(self.options.trainer.default_root_dir, folder)
         if given and self.request.command == "fit" and runs.rank() == 0:
@@ -147,7 +165,8 @@ class DescantCLI(LightningCLI):
         saved = self.options.clone()
         for key in CALL:
             saved.pop(key, None)
-        text: str = self._parser(self.subcommand).dump(_plain(saved), skip_unset=False, skip_validation=True)
+        saved["trainer"] = _without_enums(saved.trainer)
+        text: str = self._parser(self.subcommand).dump(saved, skip_unset=False, skip_validation=True)
         return text
 
     def _decide(self) -> runs.Run:
@@ -196,11 +215,16 @@ class DescantCLI(LightningCLI):
             for plugin in config["plugins"]:
                 if isinstance(plugin, AtomicIO):
                     plugin.inside = self.place.folder
+        for callback in config["callbacks"]:
+            if isinstance(callback, BatchSizeFinder | LearningRateFinder):
+                fail(f"trainer.callbacks: {type(callback).__name__}: {_FINDERS[type(callback)]}")
         if self.checking is not None:
             # one process and the first step's doorstep: what a cluster would add cannot be tried here
             config |= {"devices": 1, "num_nodes": 1, "callbacks": [*config["callbacks"], self.checking]}
         trainer = super()._instantiate_trainer(config, callbacks)
         cluster = trainer._accelerator_connector.cluster_environment
+        if trainer.world_size > 1 and isinstance(cluster, LightningEnvironment) and not runs.launched():
+            _require_port(os.environ.get("MASTER_PORT"))
         if isinstance(cluster, SLURMEnvironment):
             cluster.auto_requeue = False  # it saves inside the handler, and a slow rank then waits for ever
         return trainer
@@ -290,16 +314,60 @@ def _placed(value: Any, place: str) -> Any:
     return value
 
 
-def _plain(value: Any) -> Any:
-    """Defaults that are words of an enumeration (of Timer) as words, which YAML can say."""
-    if isinstance(value, str):
-        return value.value if isinstance(value, Enum) else value
+def _require_port(text: str | None) -> None:
+    """Refuse a port, given by the environment, that is none or is taken: ranks started first would wait for it in vain.
+
+    Raises:
+        Refusal: with the nearest remedy.
+    """
+    if text is None:
+        return
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
+        fail(f"MASTER_PORT {text}: not the number of a port (0 to 65535)")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the ranks do, so that both find the same
+        try:
+            probe.bind(("", int(text)))
+        except OSError as error:
+            why = "in use on this machine" if error.errno == errno.EADDRINUSE else f"{error.strerror}".lower()
+            fail(f"MASTER_PORT {text}: {why}; another one, or none, by which a free one is taken")
+
+
+def disk_line(error: BaseException, place: runs.Run | None) -> str | None:
+    """The line for a disk that is full or read-only, and where the run goes on; None for other errors."""
+    line = disk_fault(error, place.folder) if place is not None else None
+    if line is None or place is None:
+        return None
+    point, _ = runs.newest_point(place.folder)
+    return line if point is None else f"{line}; --resume auto goes on from {point.name}"
+
+
+@contextlib.contextmanager
+def _threads_told_once() -> Iterator[None]:
+    """TensorBoard's writer keeps an error of its thread, and raises it at the next call: not twice on the screen."""
+    before = threading.excepthook
+
+    def hook(told: threading.ExceptHookArgs) -> None:
+        if not isinstance(told.exc_value, OSError):
+            before(told)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+def _without_enums(value: Any) -> Any:
+    """Members of enumerations by their values, at any depth: a default may be one, and YAML has no such thing."""
+    if isinstance(value, enum.Enum):
+        return value.value
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [_without_enums(item) for item in value]
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _without_enums(item) for key, item in value.items()}
     if isinstance(value, Namespace):
-        return Namespace({key: _plain(item) for key, item in vars(value).items()})
+        return Namespace({key: _without_enums(item) for key, item in vars(value).items()})
     return value
 
 
@@ -316,7 +384,7 @@ def run(request: Request) -> int:
         sys.path.append(os.getcwd())  # a trusted module is mostly the user's own file; last, so that it hides none
     cli = DescantCLI.__new__(DescantCLI)
     try:
-        with policy(allowed(request.trust)):
+        with policy(allowed(request.trust)), _threads_told_once():
             cli.__init__(request)  # type: ignore[misc]  # in two steps: what is half built must still be cleared away
     except Refusal:
         raise
@@ -334,7 +402,8 @@ def run(request: Request) -> int:
         return INTERRUPTED if trainer is not None and trainer.interrupted else int(stop.code or 0)
     except Exception as error:
         trainer = getattr(cli, "trainer", None)
-        line = explain(error, building=trainer is None, trust=request.trust)
+        line = disk_line(error, getattr(cli, "place", None))
+        line = line or explain(error, building=trainer is None, trust=request.trust)
         if line is None and trainer is not None and (cli.checking is not None or trainer.global_step == 0):
             line = misfit(error, cli.model, request.trust)
         if line is None or request.debug:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+from descant.errors import printable as clean
 from descant.events import read
-from descant.groups import Group, clean
+from descant.groups import Group
+from descant.untrusted import opened
 
 #: One scalar of one run: step -> value, in the order of steps.
 Curve = dict[int, float]
 WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 34
 COLOURS = 8
+#: Bytes of a ``metrics.csv``: what is drawn of it is held in memory.
+MOST = 500_000_000
 
 
 def scalars(folder: Path) -> dict[str, Curve]:
@@ -28,8 +33,8 @@ def scalars(folder: Path) -> dict[str, Curve]:
     """
     found: dict[str, Curve] = {}
     file = folder / "metrics.csv"
-    if file.is_file():
-        with file.open(newline="", encoding="utf-8") as lines:
+    if file.exists():
+        with io.TextIOWrapper(opened(file, folder, MOST), encoding="utf-8", newline="") as lines:
             rows = csv.reader(lines)
             names = [clean(name) for name in next(rows, [])]
             if "step" not in names:

@@ -11,9 +11,12 @@ import yaml
 
 from descant.catalogue import ROOT
 from descant.errors import Refusal
+from descant.untrusted import text_of
 
 #: Values in one file: aliases of aliases make far more of a few lines than anybody writes.
 MOST = 100_000
+#: Bytes of one file.
+MOST_BYTES = 10_000_000
 _MERGE, _PYTHON = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:python/"
 
 
@@ -59,8 +62,8 @@ def load(file: Path) -> Node:
     """
     name = shown(file)
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = text_of(file, file.resolve().parent, MOST_BYTES)
+    except (OSError, ValueError) as error:
         raise Refusal(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     node = _parse(text, name, file.parent)
     if node.content is None:
@@ -98,8 +101,9 @@ def _parse(text: str, name: str, folder: Path, lines: bool = True) -> Node:
         get_yaml_default_loader,
     )  # a third of what a Tab takes, which reads no file
 
-    loader = get_yaml_default_loader()(text)
+    loader = None
     try:
+        loader = get_yaml_default_loader()(text)
         root = loader.get_single_node()
         left = [MOST]
         return Node(None, name, folder) if root is None else _convert(root, loader, name, folder, lines, left)
@@ -113,7 +117,8 @@ def _parse(text: str, name: str, folder: Path, lines: bool = True) -> Node:
     except yaml.YAMLError as error:
         raise Refusal(f"{name}: not valid YAML: {' '.join(str(error).split())}") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _convert(node: yaml.Node, loader: Any, name: str, folder: Path, lines: bool, left: list[int]) -> Node:

@@ -21,6 +21,7 @@ from typing import Any
 from descant import names
 from descant.cache import cache_folder
 from descant.errors import hint
+from descant.modules.lines import loads
 from descant.schema import Entry, Key, Part, Type, Unknown, kinds
 
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -128,7 +129,7 @@ def read(command: str) -> Written | None:
     """The schema of a command, or None where none is written down."""
     file = place()
     try:
-        content = json.loads(file.read_bytes())
+        content = loads(file.read_bytes())
     except (OSError, ValueError):
         return None
     if not isinstance(content, dict) or content.get("of") != file.stem.removeprefix("schema-"):

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
+from descant.runs import whole, word
+from descant.untrusted import json_of
+
 
 def restarts(environment: Mapping[str, str] = os.environ) -> int:
     """How often torchrun has started these workers again."""
-    return int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return whole("TORCHELASTIC_RESTART_COUNT", environment)
 
 
 def begun(parent: Path, environment: Mapping[str, str] = os.environ) -> Path | None:
     """The run in which the workers were before; None where they had none, or are no restart."""
     if not restarts(environment):
         return None
-    notes = list(parent.glob(f".torchrun-{environment['TORCHELASTIC_RUN_ID']}-*"))
+    notes = list(parent.glob(f".torchrun-{word(environment['TORCHELASTIC_RUN_ID'])}-*"))
     if _alone(environment):  # run ids repeat, and the agent of this launch is our parent
         notes = [note for note in notes if note.name.endswith(f"-{os.getppid()}")]
     newest = max(notes, key=lambda note: note.stat().st_mtime_ns, default=None)
-    folder = Path(json.loads(newest.read_text(encoding="utf-8"))[0]) if newest is not None else None
+    folder = Path(json_of(newest)[0]) if newest is not None else None
     return folder if folder is not None and folder.is_dir() else None
 
 
@@ -39,7 +41,7 @@ def own_store(environment: MutableMapping[str, str] = os.environ) -> None:
         return
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    store = TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False)
+    store = TCPStore(environment["MASTER_ADDR"], whole("MASTER_PORT", environment), is_master=False)
     key = f"descant/port/{restarts(environment)}"
     if environment["RANK"] == "0":
         with socket.socket() as probe:

@@ -12,7 +12,10 @@ from typing import Any
 
 from PIL import Image
 
-from descant.groups import Group, Run, clean
+from descant.errors import one_line, say
+from descant.errors import printable as clean
+from descant.groups import Group, Run
+from descant.untrusted import opened
 
 #: Steps of one tag of a run that are shown, and bytes of a record that is no fault.
 _STEPS, _MOST_BYTES = 4, 100_000_000
@@ -45,8 +48,13 @@ def read(folder: Path) -> Iterator[tuple[int, Any]]:
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from tensorboard.compat.proto.event_pb2 import Event
 
-    for file in sorted(path for path in folder.glob("events.out.tfevents.*") if path.is_file()):
-        with file.open("rb") as stream:
+    for file in sorted(path for path in folder.glob("events.out.tfevents.*") if not path.is_dir()):
+        try:
+            stream = opened(file, folder)
+        except (OSError, ValueError) as error:
+            say(f"left out, as it cannot be read: {file}: {one_line(error)}")
+            continue
+        with stream:
             while len(head := stream.read(12)) == 12:  # a record: length, its checksum, data, its checksum
                 length = int.from_bytes(head[:8], "little")
                 data = stream.read(length + 4) if length <= _MOST_BYTES else b""

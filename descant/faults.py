@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import csv
+import pickle
 import re
+import struct
+import tarfile
 import traceback
+import zipfile
+import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+import yaml
 
 from descant.errors import one_line
 
@@ -14,6 +22,15 @@ if TYPE_CHECKING:
 
 #: What the parts raise for a wrong request; anything else is a fault of the program and keeps its traceback.
 _REQUESTS = (ValueError, OSError, FloatingPointError, ImportError)
+#: What a file or the machine brings about, wherever it is met, and whose words are of no help without a place.
+_OUTSIDE = (
+    *(OSError, UnicodeError, RecursionError, MemoryError, EOFError, csv.Error, struct.error, zlib.error),
+    *(pickle.UnpicklingError, tarfile.TarError, yaml.YAMLError, zipfile.BadZipFile, zipfile.LargeZipFile),
+)
+#: Of torch.distributed, by name, so that this file imports without it.
+_NETWORK = ("DistNetworkError", "DistStoreError")
+#: Where Lightning judges arguments: what it raises there itself is about one of them.
+_LIGHTNING = ("lightning.pytorch", "lightning.fabric")
 #: Modules whose frames are in every traceback, so they say nothing of whose fault it is.
 _ENTRY = ("descant.cli", "descant.__main__", "descant.check")
 
@@ -35,18 +52,56 @@ def explain(error: BaseException, building: bool, trust: Sequence[str] = ()) -> 
         return f"class_path {denied[1]} is not one that a configuration may name: --trust {denied[1]} if you trust it"
     if type(error).__name__ == "MisconfigurationException":
         return one_line(error)
+    if type(error).__name__ in _NETWORK:
+        return _network(str(error))
     if building and isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
         return one_line(error)  # of dict_kwargs
     if (line := _unlike(error)) is not None:
         return line
-    if not isinstance(error, _REQUESTS):
-        return None
-    names = [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    ours = [name for name in names if _within(name, ("descant", *trust)) and not _within(name, _ENTRY)]
-    if building or (isinstance(error, OSError) and ours):
+    if isinstance(error, OSError):
         return one_line(error)
+    names = [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
     last = names[-1] if names else ""
-    return one_line(error) if _within(last, ("descant", "torch.optim", *trust)) else None
+    if isinstance(error, (ValueError, TypeError) if building else ValueError) and _within(last, _LIGHTNING):
+        return one_line(error)
+    if not isinstance(error, _REQUESTS):
+        return outside(error)
+    if building:
+        return one_line(error)
+    return one_line(error) if _within(last, ("descant", "torch.optim", *trust)) else outside(error)
+
+
+def outside(error: BaseException) -> str | None:
+    """The line for what a file or the machine brought about, with the line of ours that met it; None for other errors.
+
+    >>> outside(zipfile.BadZipFile("File is not a zip file")), outside(KeyError("x"))
+    ('BadZipFile: File is not a zip file; --debug shows more', None)
+    """
+    if not isinstance(error, _OUTSIDE):
+        return None
+    if isinstance(error, OSError) and error.filename is not None:
+        return one_line(error)
+    met = ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        name = str(frame.f_globals.get("__name__", ""))
+        if _within(name, ("descant",)) and not _within(name, _ENTRY):
+            met = f" (met by {name}:{number})"
+    said = one_line(error)
+    said = said if isinstance(error, OSError | RecursionError | MemoryError) else f"{type(error).__name__}: {said}"
+    return f"{said}{met}; --debug shows more"
+
+
+def _network(message: str) -> str:
+    """Of many lines of C++.
+
+    >>> _network("The server socket has failed to listen. port: 29500, name: EADDRINUSE, message: address in use")
+    'MASTER_PORT 29500: in use on this machine; another one, or none, by which a free one is taken'
+    """
+    port = re.search(r"port: (\d+)", message)
+    if "EADDRINUSE" in message and port is not None:
+        return f"MASTER_PORT {port[1]}: in use on this machine; another one, or none, by which a free one is taken"
+    first = message.strip().partition("\n")[0]
+    return f"the ranks do not find each other (MASTER_ADDR, MASTER_PORT): {' '.join(first.split())}"
 
 
 def misfit(error: BaseException, model: nn.Module, trust: Sequence[str] = ()) -> str | None:
@@ -112,4 +167,35 @@ def _shorten(message: str) -> str:
         key = f"{outer[1] + '.' if outer else ''}{inner[1]}"
         return f"{key}: null is understood here in a YAML file only, not as an option"
     causes = [line for line in lines if re.search(r"not accepted|required|does not accept|Importing '", line)]
-    return (causes or lines or [message])[-1 if causes else 0]
+    return causes[-1] if causes else _account(message, lines)
+
+
+#: How lines of the parser's account of a union begin that say nothing of the fault.
+_ACCOUNT = (
+    *("Parser key", "Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>"),
+    *("Expected a path but", "Subclass types expect", "a class path (str)", "a dict with"),
+)
+
+
+def _account(message: str, lines: Sequence[str]) -> str:
+    """Key, fault and value out of many lines, whichever of them are there.
+
+    >>> _account("", ['Parser key "model":', "Given value: NestedArg(key='towers', val='Linear')"])
+    "model.towers: not accepted, got 'Linear'"
+    """
+    text = "\n".join(lines)
+    keys = re.search(r'Parser key "([^"]+)"', text)
+    nested = re.search(r"NestedArg\(key='([^']+)', val=(.*)\)", text)
+    key = ".".join(part for part in (keys and keys[1], nested and nested[1]) if part)
+    faults = [line for line in lines if not line.startswith(_ACCOUNT) and "Namespace(" not in line]
+    given = nested[2] if nested else next((line[13:] for line in lines if line.startswith("Given value: ")), "")
+    named = re.search(r"class_path='([^']+)'", given)
+    if "Namespace(" in given:  # a whole configuration
+        given = f"{named[1]} with arguments" if named else "keys"
+    if nested:
+        faults = [line.removeprefix(f"{nested[1].rpartition('.')[2]}: ") for line in faults]
+    fault = "not accepted"
+    if faults and not (nested and faults[0] in given):
+        fault = " ".join(faults[: 2 if faults[0].endswith(":") else 1])
+    got = f", got {given[:80]}" if given and given not in fault else ""
+    return f"{key}: {fault}{got}" if key else (faults or [*lines, message])[0]

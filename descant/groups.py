@@ -6,7 +6,6 @@ Run folders are taken for somebody else's: names lose what does not print, and w
 from __future__ import annotations
 
 import glob
-import json
 import math
 import re
 from collections import Counter
@@ -22,6 +21,8 @@ import yaml
 from descant import runs
 from descant.changes import FREE
 from descant.errors import fail, hint, one_line, say
+from descant.errors import printable as clean
+from descant.untrusted import json_of, text_of
 
 #: Callbacks that watch a run: with and without them the same is learned, and the same is measured.
 _WATCHERS = (
@@ -33,7 +34,7 @@ _NO_SETTINGS = (*(key.replace(".init_args", "") for key in FREE), *(f"{_CALLBACK
 #: These lines of a configuration, and those that go on with them: they differ between runs that are the same otherwise.
 _OWN = re.compile(r"^(?:seed_everything|name):.*\n?(?:[ \t].*\n?)*", re.MULTILINE)
 _SEED = re.compile(r"^seed_everything: *(\d{1,18}) *$", re.MULTILINE)
-_MOST_BYTES, _MOST_SETTINGS = 1_000_000, 20_000
+_MOST_SETTINGS = 20_000
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is ten times as fast
 
 
@@ -96,7 +97,7 @@ def load(command: str, words: Sequence[str], root: Path) -> list[Run]:
             found[folder.resolve()] = found.get(folder.resolve(), False) or named
     read, without = [], []
     for folder, named in found.items():
-        if (folder / "metrics.json").is_file():
+        if _measured(folder):
             read.append(_read(command, folder))
         elif named:
             there = [path for path in runs.runs_of(folder.parent.parent, folder.parent.name) if _measured(path)]
@@ -130,42 +131,20 @@ def _find(command: str, word: str, root: Path) -> tuple[list[Path], bool]:
 
 
 def _measured(folder: Path) -> bool:
-    return (folder / "metrics.json").is_file()
+    return (folder / "metrics.json").exists()  # also where it is none to be read, which is told
 
 
 def _name(folder: Path) -> str:
     return clean(f"{folder.parent.name}/{folder.name}")
 
 
-def clean(text: object) -> str:
-    """Text on one line of which everything prints: no control characters, no halves of surrogate pairs.
-
-    >>> clean("a\\x1b[31m\\nb")
-    'a?[31m?b'
-    """
-    return "".join(c if c.isprintable() else "?" for c in str(text))
-
-
-def text_of(file: Path) -> str:
-    """A text file of at most a megabyte.
-
-    Raises:
-        OSError: if it cannot be read. ValueError: if it is no file of text, or larger.
-    """
-    if not file.is_file():
-        raise ValueError("there is no such file")
-    if file.stat().st_size > _MOST_BYTES:
-        raise ValueError(f"larger than {_MOST_BYTES // 1_000_000} MB")
-    return file.read_text(encoding="utf-8")
-
-
 def _read(command: str, folder: Path) -> Run:
     file = folder / "config.yaml"
     try:
-        text = text_of(file)
+        text = text_of(file, folder)
         settings, monitored = _configuration(_OWN.sub("", text))
         file = folder / "metrics.json"
-        metrics = numbers(json.loads(text_of(file)))
+        metrics = numbers(json_of(file, folder))
     except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
         fail(f"{command} {_name(folder)}: {file.name} cannot be read: {clean(one_line(error))}")
     return Run(folder, _name(folder), seed_of(text), settings, metrics, monitored)

@@ -11,7 +11,7 @@ from descant import __version__
 from descant.arguments import Request
 from descant.catalogue import experiments, header, overlays, shipped
 from descant.completion import below
-from descant.errors import fail
+from descant.errors import fail, hint
 from descant.names import of_kind
 from descant.schema import Schema, Unknown, classes, in_words, items
 
@@ -103,7 +103,8 @@ def listing(args: Sequence[str] = ()) -> str:
         if rows:
             blocks.append("\n".join([_GROUPS[group], *_cut(rows, _WIDTH)]))
     if not blocks:
-        fail(f"list {' '.join(args)}: nothing that ships has that in its name or its line")
+        near = hint(args[0], _GROUPS, most=0)
+        fail(f"list {' '.join(args)}: nothing that ships has that in its name or its line{near}")
     if not args:
         blocks.append(f"More: descant list {', '.join(name for name in _GROUPS if name not in _FIRST)}.")
     return "\n\n".join(blocks)

@@ -73,6 +73,7 @@ def require_contained(folder: Path, trust: Sequence[str] = ()) -> None:
             if path.is_symlink() and not path.resolve().is_relative_to(root):
                 fail(f"{_shown(path)}: a link out of the run's folder; --trust writes lets a run write there")
 
+
 def _locked(run: Run) -> Run:
     if runs.rank() == 0:
         lock.take(run.folder)

@@ -24,6 +24,18 @@ _CALL_ONLY = {
     "trust": "a configuration cannot trust itself",
     "config": "files are composed on the command line",
 }
+#: What people type for a key that is elsewhere and is called otherwise.
+_SHORT = {
+    "seed": "seed_everything",
+    "epochs": "max_epochs",
+    "steps": "max_steps",
+    "learning_rate": "lr",
+    "bs": "batch_size",
+    "gpus": "devices",
+    "workers": "num_workers",
+    "ckpt": "ckpt_path",
+    "checkpoint": "ckpt_path",
+}
 Path_ = tuple[str, ...]
 
 
@@ -89,7 +101,16 @@ class Walk:
             elif key in _CALL_ONLY:
                 raise Refusal(f"{node.where}: {key}: {_CALL_ONLY[key]}")
             else:
-                raise Refusal(f"{_at(node, (key,))}: no such key{hint(key, self._said(keys, groups, node))}")
+                near = self._deeper(key, keys) or hint(key, self._said(keys, groups, node))
+                raise Refusal(f"{_at(node, (key,))}: no such key{near}")
+
+    def _deeper(self, key: str, keys: Mapping[str, Key]) -> str:
+        """``; nearest: trainer.max_steps`` for ``max_steps``, where one place or another has the key; else nothing."""
+        wanted = _SHORT.get(key, key)
+        found = [name for name in keys if name.rpartition(".")[2] == wanted]
+        found += [".".join((*path, wanted)) for path, entry in self.classes.items() if wanted in entry.keys]
+        found = sorted((name for name in found if "@" not in name), key=lambda name: (name.count("."), name))
+        return f"; nearest: {found[0]}" if found else ""
 
     @staticmethod
     def _said(keys: Mapping[str, Key], groups: set[str], node: Node) -> set[str]:

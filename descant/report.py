@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,10 +13,12 @@ from descant import __version__
 from descant.compare import Cell, Table, difference, every, number, options, read
 from descant.curves import BOTTOM, HEIGHT, LEFT, WIDTH, Curve, colour, figure, scalars
 from descant.errors import fail, one_line, say
+from descant.errors import printable as clean
 from descant.events import Picture, pictures
-from descant.groups import Group, Run, clean, text_of
+from descant.groups import Group, Run
 from descant.page import page
 from descant.runs import write_text
+from descant.untrusted import json_of, opened, text_of
 
 _HELP = """\
 descant report: table, curves, pictures and configurations of runs in one HTML file
@@ -73,10 +74,14 @@ def main(args: Sequence[str]) -> int:
 
 
 def _require_ours(file: Path) -> None:
-    if file.exists():
+    try:
+        there = file.exists()
+    except OSError as error:  # such as a name that is too long
+        fail(f"report: --output {file}: cannot be written: {error.strerror}")
+    if there:
         try:
-            with file.open(encoding="utf-8") as lines:
-                ours = _MARK in lines.read(2000)
+            with opened(file, file.resolve().parent) as stream:
+                ours = _MARK.encode() in stream.read(2000)
         except (OSError, ValueError):
             ours = False
         if not ours:
@@ -258,7 +263,7 @@ def _configurations(table: Table) -> list[str]:
         rows += [[escape(key), *(_value(some.get(key)) for some in (theirs, ours))] for key in keys]
         parts.append(_table(rows, "left"))
     try:
-        text = text_of(base.first.folder / "config.yaml")
+        text = text_of(base.first.folder / "config.yaml", base.first.folder)
     except (OSError, ValueError) as error:
         text = one_line(error)
     cut = text if len(text) <= _TEXT else f"{text[:_TEXT]}\n... and {len(text) - _TEXT:,} more characters"
@@ -287,8 +292,11 @@ def _versions(groups: Sequence[Group]) -> str:
     total = 0
     for run in (run for one in groups for run in one.runs.values()):
         try:
-            content = json.loads(text_of(run.folder / "versions.json"))
-        except (OSError, ValueError, RecursionError):
+            content = json_of(run.folder / "versions.json", run.folder)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            say(f"report {run.name}: versions.json is left out: {one_line(error)}")
             continue
         total += 1
         for key, value in content.items() if isinstance(content, dict) else ():

@@ -18,12 +18,16 @@ from pathlib import Path
 import yaml
 
 from descant import manifest
-from descant.errors import Refusal, fail, hint
+from descant.errors import Refusal, fail, hint, printable
 from descant.modules.checkpoints import of_run
+from descant.modules.lines import loads
+from descant.untrusted import json_of, text_of
 
 #: What rank 0 decided (folder, checkpoint and precision), for the ranks that it launches.
 INHERITED = "DESCANT_RUN_DIR"
 _NUMBER = re.compile(r"\d{3,}")
+#: Bytes of a part of a run's name: files of 255 may be called after it.
+_LONGEST = 200
 
 
 @dataclass(frozen=True)
@@ -47,15 +51,62 @@ class Run:
                 shutil.rmtree(parent, ignore_errors=True)
 
 
+def require_name(name: str) -> None:
+    """A run's name is one that stays below the folder of all runs, prints on one line and is no run's number.
+
+    Raises:
+        Refusal: for any other, with the nearest that is allowed.
+    """
+    parts = name.split("/")
+    why = (
+        "a name has letters that print"
+        if not name.isprintable()
+        else "a run stays below --runs DIR, which says where"
+        if Path(name).is_absolute() or any(part in ("", ".", "..") for part in parts)
+        else "a name has at most 200 bytes"
+        if any(len(part.encode(errors="replace")) > _LONGEST for part in parts)
+        else "Descant's own name for another thing"
+        if parts[-1] in ("latest", "metrics.json") or _NUMBER.fullmatch(parts[-1])
+        else None
+    )
+    if why is not None:
+        near = re.sub(r"[^\w.,=+-]+", "-", Path(name).name).strip("-.")[:_LONGEST]
+        near = f"run-{near}" if near.isdecimal() or near in ("", "latest", "metrics.json") else near
+        fail(f"--name {printable(name)[:_LONGEST]}: {why}; nearest: {near}")
+
+
 def rank(environment: Mapping[str, str] = os.environ) -> int:
-    """This process's global rank, before any process group exists."""
+    """This process's global rank, before any process group exists.
+
+    Raises:
+        Refusal: if the environment holds something else.
+    """
     for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
         if key in environment:
             interactive = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
             if key == "SLURM_PROCID" and interactive:
                 continue
-            return int(environment[key])
+            return whole(key, environment)
     return 0
+
+
+def whole(key: str, environment: Mapping[str, str] = os.environ, default: int = 0) -> int:
+    """A number that a launcher left in the environment.
+
+    Raises:
+        Refusal: if it is none.
+    """
+    text = environment.get(key, str(default))
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        fail(f"{key}={text} in the environment: expected a whole number, as a launcher leaves it")
+    return int(text)
+
+
+def require_ranks(environment: Mapping[str, str] = os.environ) -> None:
+    """Raises Refusal where a launcher's numbers are none: Lightning reads them when it is imported."""
+    for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        if key in environment:
+            whole(key, environment)
 
 
 def launched() -> bool:
@@ -73,7 +124,10 @@ def identity(environment: Mapping[str, str] = os.environ) -> str | None:
 def runs_of(root: Path, name: str) -> list[Path]:
     """The run folders of a name, oldest first."""
     folder = root / name
-    found = [path for path in folder.glob("*") if path.is_dir() and _NUMBER.fullmatch(path.name)]
+    try:
+        found = [path for path in folder.glob("*") if path.is_dir() and _NUMBER.fullmatch(path.name)]
+    except OSError:  # a name that is too long is none of a run
+        return []
     return sorted(found, key=lambda path: int(path.name))
 
 
@@ -89,7 +143,10 @@ def agree(parent: Path, decide: Callable[[], Run]) -> Run:
         if text is None and note is not None:
             text = _read_note(note)
         if text is not None:
-            folder, checkpoint, precision = json.loads(text)
+            try:
+                folder, checkpoint, precision = loads(text)
+            except (ValueError, TypeError):
+                fail(f"{INHERITED} in the environment is not what another rank leaves there")
             return Run(Path(folder), fresh=False, checkpoint=checkpoint, precision=precision)
     run = decide()
     text = json.dumps([str(run.folder), run.checkpoint, run.precision])
@@ -151,21 +208,27 @@ def existing(root: Path, run: str) -> Path:
     for folder in (root / run, Path(run)):
         if is_run(folder):
             return folder.resolve()
+    if run in ("", "."):
+        fail("--run: of which run? NAME/001, or NAME/latest")
     known = [path.relative_to(root).as_posix() for path in root.glob("*/*") if _NUMBER.fullmatch(path.name)]
     raise Refusal(f"--run {run}: no such run under {root}{hint(run, known)}")
 
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is that of one run: it has a configuration, or a number for a name."""
-    return folder.is_dir() and ((folder / "config.yaml").is_file() or bool(_NUMBER.fullmatch(folder.resolve().name)))
+    try:
+        numbered = bool(_NUMBER.fullmatch(folder.resolve().name))
+        return folder.is_dir() and ((folder / "config.yaml").is_file() or numbered)
+    except (OSError, RuntimeError):  # longer than a name may be, or links in a circle
+        return False
 
 
 def precision_of(folder: Path) -> str | None:
     """``trainer.precision`` that a run was trained in, as its configuration has it; None where that is not known."""
     try:
-        content = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        content = yaml.safe_load(text_of(folder / "config.yaml"))
         precision = content["trainer"]["precision"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, KeyError, TypeError):
         return None
     return None if precision in (None, "auto") else str(precision)
 
@@ -211,7 +274,7 @@ def _link(link: Path, target: str) -> None:
 def versions_of(folder: Path) -> dict[str, object]:
     """What versions.json says; nothing where there is none, or none that can be read."""
     try:
-        content = json.loads((folder / "versions.json").read_text(encoding="utf-8"))
+        content = json_of(folder / "versions.json")
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -220,16 +283,25 @@ def versions_of(folder: Path) -> dict[str, object]:
 def _note(parent: Path) -> Path | None:
     """Where ranks launched by a cluster or by torchrun meet: one file a launch; None for one process."""
     env = os.environ
-    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+    if "SLURM_PROCID" in env and whole("SLURM_NTASKS", default=1) > 1:
         keys = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
-        return parent / (".slurm-" + "-".join(env.get(key, "0") for key in keys))
-    if "TORCHELASTIC_RUN_ID" in env and int(env.get("WORLD_SIZE", "1")) > 1:
+        return parent / (".slurm-" + "-".join(word(env.get(key, "0")) for key in keys))
+    if "TORCHELASTIC_RUN_ID" in env and whole("WORLD_SIZE", default=1) > 1:
         # one agent starts all ranks of a node: its process id tells this launch from an earlier one
         alone = env.get("GROUP_WORLD_SIZE", "1") == "1"
         keys = ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
-        parts = [env.get(key, "0") for key in keys] + ([str(os.getppid())] if alone else [])
+        parts = [word(env.get(key, "0")) for key in keys] + ([str(os.getppid())] if alone else [])
         return parent / (".torchrun-" + "-".join(parts))
     return None
+
+
+def word(text: str) -> str:
+    """A part of a file's name, of a text that may hold anything.
+
+    >>> word("1234"), word("../a")
+    ('1234', '.._a')
+    """
+    return re.sub(r"[^\w.-]", "_", text)[:100]
 
 
 def _read_note(note: Path, seconds: float = 300.0) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
-import json
+import math
 import os
 import re
 import shlex
@@ -19,9 +19,10 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from descant.errors import Refusal, fail, hint
+from descant.errors import Refusal, fail, hint, one_line
 from descant.options import Options
 from descant.sbatch import script
+from descant.untrusted import json_of
 
 _HELP = """\
 descant submit: run a command on a SLURM cluster; it saves before a time limit and goes on by itself
@@ -56,6 +57,8 @@ _COMMANDS = ("fit", "validate", "test", "predict")
 _OURS = {key: f"--{key}" for key in ("nodes", "gpus-per-node", "cpus-per-task", "array", "time", "mem")}
 _OURS |= {"ntasks-per-node": "--tasks-per-node", "signal": "--signal-before", "dependency": "--after"}
 _OURS |= dict.fromkeys(("ntasks", "output", "error", "open-mode", "chdir", "parsable", "wait", "no-requeue"), "")
+#: Values of a key, and combinations of all keys: clusters take no larger array.
+_MOST = 10_000
 #: A comma between values, and none within a list or mapping.
 _LISTED = re.compile(r",(?![^\[{]*[\]}])")
 #: What a shell inside a job, a launcher or a test leaves behind, and no job may inherit.
@@ -137,7 +140,12 @@ def waiting(folder: Path) -> set[str]:
         )
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SQUEUE_")}  # would hide some
     for file in files:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            content = json_of(file)
+            if not re.fullmatch(r"\d+", content["job"]) or not isinstance(content["tasks"], dict):
+                raise ValueError("no number of a job in it")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            fail(f"submit: {file}: not what submit wrote: {one_line(error)}; move it away if its jobs have ended")
         command = ["squeue", "--noheader", "--array", "--format=%i", f"--jobs={content['job']}"]
         command += [f"--clusters={content['cluster']}"] if content.get("cluster") else []
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -180,13 +188,17 @@ def grid(texts: Sequence[str], said: str = "submit: --array") -> list[dict[str, 
     axes: dict[str, list[str]] = {}
     for text in texts:
         key, equals, values = text.removeprefix("--").partition("=")
-        span = re.fullmatch(r"(\d+)\.\.(\d+)", values)
+        span = re.fullmatch(r"([0-9]+)\.\.([0-9]+)", values)
+        if span and (len(values) > 30 or int(span[2]) - int(span[1]) >= _MOST):
+            fail(f"{said} {text}: more than {_MOST:,} values")
         found = [str(n) for n in range(int(span[1]), int(span[2]) + 1)] if span else _LISTED.split(values)
         if not key or not equals or not found or not all(found):
             fail(f"{said} {text}: KEY=0..4 or KEY=a,b,c")
         if key in axes:
             fail(f"{said} {text}: {key} is said twice")
         axes[key] = found
+    if math.prod(map(len, axes.values())) > _MOST:
+        fail(f"{said}: {math.prod(map(len, axes.values())):,} combinations, and {_MOST:,} are the most")
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())] if axes else []
 
 
@@ -212,6 +224,10 @@ def _read(args: Sequence[str]) -> argparse.Namespace:
         fail(f"submit: --after {given.after}: the number of a job")
     if given.time and _seconds(given.time) <= given.signal_before:
         fail(f"submit: --time {given.time}: it ends before --signal-before {given.signal_before} seconds have passed")
+    for key in ("sbatch", "setup"):  # a line of its own would be run, or be an option that nobody has said
+        for line in getattr(given, key):
+            if not line.isprintable():
+                fail(f"submit: --{key} {line!r}: one line of letters that print")
     for option in given.sbatch:
         key = option.removeprefix("--").partition("=")[0]
         if key in _OURS:
@@ -228,7 +244,7 @@ def _seconds(time: str) -> int:
     >>> [_seconds(time) for time in ("90", "1:30", "24:00:00", "2-12", "1-00:00:30")]
     [5400, 90, 86400, 216000, 86430]
     """
-    if not re.fullmatch(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", time):
+    if not re.fullmatch(r"\d{1,9}(:\d{1,9}){0,2}|\d{1,9}-\d{1,9}(:\d{1,9}){0,2}", time):
         fail(f"submit: --time {time}: MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS")
     days, dash, clock = time.rpartition("-")
     parts = [int(part) for part in clock.split(":")]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from descant import compare, dump, runs, submit
 from descant.arguments import Request, read
-from descant.errors import INTERRUPTED, fail, say
+from descant.errors import INTERRUPTED, fail, nearest, say
 from descant.options import Options
 from descant.precheck import precheck
 from descant.processes import Task, run_beside
@@ -80,8 +80,11 @@ def main(args: Sequence[str]) -> int:
     with_slurm = sorted(_names(todo) & there)
     if with_slurm:
         fail(f"sweep: {with_slurm[0]} is with SLURM: the same command with --slurm says how far it is")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"sweep: --runs {folder.parent.parent}: runs cannot be written there: {error.strerror}")
     say(f"sweep: {len(tasks)} runs, {len(tasks) - len(todo)} done, {given.jobs} at a time, in {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
     try:
         run_beside(todo, given.jobs, _done)
     except KeyboardInterrupt:
@@ -98,7 +101,11 @@ def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
     rest = list(args)
     while rest:
         word = rest.pop(0)
-        if word.startswith("--") and word[2:].partition("=")[0] in _OWN:
+        key = word[2:].partition("=")[0] if word.startswith("--") else ""
+        near = nearest(key, _OWN, cutoff=0.75) if key and key not in _OWN else None
+        if near is not None:
+            fail(f"sweep: --{key}: no such option; nearest: --{near}")
+        if key in _OWN:
             mine.append(f"{word}={rest.pop(0)}" if "=" not in word and rest else word)
         else:
             theirs.append(word)
@@ -110,9 +117,9 @@ def _seeds(text: str) -> list[int]:
     >>> _seeds("3"), _seeds("4,7"), _seeds("2..4")
     ([0, 1, 2], [4, 7], [2, 3, 4])
     """
-    if text.isdecimal():
-        if int(text) < 1:
-            fail(f"sweep: --seeds {text}: at least 1")
+    if re.fullmatch(r"[0-9]+", text):
+        if len(text) > 4 or int(text) < 1:
+            fail(f"sweep: --seeds {text}: at least 1, and at most 9999")
         return list(range(int(text)))
     found = [point["seed_everything"] for point in submit.grid([f"seed_everything={text}"], "sweep: --seeds")]
     if not all(seed.isdecimal() for seed in found):

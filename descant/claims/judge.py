@@ -50,6 +50,9 @@ def judge(claim: Claim, runs: Runs) -> Judgement:
     Raises:
         Refusal: naming arm and seed, for a metric that a run lacks, or a budget that differs.
     """
+    for arm in ARMS:
+        if not runs.get(arm) or set(runs[arm]) != set(runs["method"]):
+            fail(f"claims {claim.name}: {arm}: no runs, or of other seeds than the method's")
     require_equal(claim, runs)
     seeds = sorted(runs["method"])
     values = {arm: column(claim, runs, arm, claim.metric.name, seeds) for arm in ("baseline", "method", "sham")}

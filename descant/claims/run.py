@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from collections.abc import Iterable, Sequence
@@ -16,6 +15,7 @@ from descant.claims.spec import BEFORE, TUNE, Claim
 from descant.errors import INTERRUPTED, fail, say
 from descant.groups import numbers, seed_of
 from descant.processes import Task, run_beside
+from descant.untrusted import json_of, text_of
 
 
 @dataclass(frozen=True)
@@ -184,13 +184,13 @@ def _path(place: Place, seed: int, arm: str) -> str:
 
 def _metrics(folder: Path) -> dict[str, float]:
     try:
-        return numbers(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        return numbers(json_of(folder / "metrics.json"))
+    except (OSError, ValueError, OverflowError):
         return {}
 
 
 def _seed(folder: Path) -> int | None:
     try:
-        return seed_of((folder / "config.yaml").read_text(encoding="utf-8"))
-    except OSError:
+        return seed_of(text_of(folder / "config.yaml"))
+    except (OSError, ValueError):
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -12,9 +11,12 @@ from typing import Any
 
 from descant.claims.judge import Runs
 from descant.claims.spec import Claim
-from descant.errors import fail
+from descant.errors import fail, one_line
 from descant.runs import write_json
+from descant.untrusted import json_of
 
+#: Bytes of a result.
+_MOST = 20_000_000
 _PACKAGES = ("descant", "torch", "lightning", "timm", "transformers")
 
 
@@ -30,13 +32,21 @@ def read(folder: Path, name: str, budget: str) -> dict[str, Any] | None:
     """
     file = path(folder, name, budget)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        content["runs"] = {arm: {int(s): m for s, m in of.items()} for arm, of in content["runs"].items()}
+        content: dict[str, Any] = json_of(file, most=_MOST)
+        content["runs"] = {arm: {int(s): _metrics(m) for s, m in of.items()} for arm, of in content["runs"].items()}
+        if not isinstance(content["digest"], str) or not isinstance(content["seconds"], int | float):
+            raise ValueError("no digest or seconds")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, OverflowError, KeyError, AttributeError, TypeError):
         fail(f"{file}: no result of a claim; move it away, and run the claim again")
     return content
+
+
+def _metrics(content: Any) -> dict[str, float]:
+    if not all(isinstance(value, int | float) for value in content.values()):
+        raise ValueError("a metric that is no number")
+    return dict(content)
 
 
 def require_free(folder: Path, claim: Claim, budget: str) -> None:
@@ -51,7 +61,10 @@ def require_free(folder: Path, claim: Claim, budget: str) -> None:
             f"{path(folder, claim.name, budget)}: of configuration {stored['digest']}, and the claim is now "
             f"{claim.digest}; move the file away to run it anew"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--results {folder}: results cannot be written there: {one_line(error)}")
     if not os.access(folder, os.W_OK):
         fail(f"{folder}: no permission to write results there; --results FOLDER")
 
