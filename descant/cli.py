@@ -22,7 +22,6 @@ from jsonargparse import Namespace
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy, Strategy
@@ -54,11 +53,6 @@ from descant.trust import enforce, writes
 
 #: Options of a call, not of an experiment: a saved configuration does not hold them.
 CALL = ("config", "runs", "run", "resume", "changed", "test", "sets", "ckpt_path")
-#: Callbacks of Lightning's that train on trial, from a checkpoint of their own that no resume point is.
-_FINDERS = {
-    BatchSizeFinder: "it cannot try sizes here; descant check tells the memory of one, --data.batch_size sets it",
-    LearningRateFinder: "it cannot try rates here; descant sweep --vary model.optimizer.lr=1e-4,3e-4,1e-3 does",
-}
 #: What begins a text under `trainer` to mean the run's folder.
 PLACE = "RUN"
 
@@ -215,9 +209,6 @@ class DescantCLI(LightningCLI):
             for plugin in config["plugins"]:
                 if isinstance(plugin, AtomicIO):
                     plugin.inside = self.place.folder
-        for callback in config["callbacks"]:
-            if isinstance(callback, BatchSizeFinder | LearningRateFinder):
-                fail(f"trainer.callbacks: {type(callback).__name__}: {_FINDERS[type(callback)]}")
         if self.checking is not None:
             # one process and the first step's doorstep: what a cluster would add cannot be tried here
             config |= {"devices": 1, "num_nodes": 1, "callbacks": [*config["callbacks"], self.checking]}

@@ -122,8 +122,8 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     (("fit", *T, "--trainer.accumulate_grad_batches", "0"), "accumulate_grad_batches 0: at least 1"),
     (("fit", *T, "--trainer.limit_train_batches", "-2"), "limit_train_batches"),
     (("fit", *T, "--trainer.max_time", "abc"), "abc"),
-    (("check", *T, "--trainer.callbacks+", "LearningRateFinder"), "LearningRateFinder: it cannot try rates here; desc"),
-    (("fit", *T, "--trainer.callbacks+", "BatchSizeFinder"), "BatchSizeFinder: it cannot try sizes here"),
+    (("check", *T, "--trainer.callbacks+", "LearningRateFinder"), "LearningRateFinder: recipes have no rate that it"),
+    (("fit", *T, "--trainer.callbacks+", "BatchSizeFinder"), "BatchSizeFinder: it trains and goes back within a run"),
     # places
     (("fit", *T, "--runs", "toy.yaml"), "toy.yaml/toy: a run cannot be written there: Not a directory"),
     (("fit", *T, "--runs", "/proc/x"), "/proc/x"),
