@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ def read(folder: Path) -> Iterator[tuple[int, Any]]:
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from tensorboard.compat.proto.event_pb2 import Event
 
-    for file in sorted(path for path in folder.glob("events.out.tfevents.*") if not path.is_dir()):
+    files = [path for path in folder.glob("events.out.tfevents.*") if not path.is_dir()]
+    for file in sorted(files, key=_in_order):
         try:
             stream = opened(file, folder)
         except (OSError, ValueError) as error:
@@ -65,6 +67,11 @@ def read(folder: Path) -> Iterator[tuple[int, Any]]:
                 except DecodeError:
                     break
                 yield from ((event.step, value) for value in event.summary.value)
+
+
+def _in_order(file: Path) -> list[tuple[int, str]]:
+    """Numbers of a name by size: the tenth file that a process writes in one second follows the ninth."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", file.name)]
 
 
 def pictures(groups: Sequence[Group], budget: int) -> tuple[list[Picture], list[str]]:
