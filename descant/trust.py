@@ -50,9 +50,10 @@ WORDS = {
     "shell": "run commands in a shell",
     "packages": "believe packages whose hash is not known",
     "writes": "write outside the run's folder",
+    "reads": "read files outside the folder of a table",
 }
 #: Key -> the word that a file needs to say it. On the command line it is the user who says it.
-_GUARDED = {"allow_pipes": "shell", "accept": "packages"}
+_GUARDED = {"allow_pipes": "shell", "accept": "packages", "outside": "reads"}
 #: Keys that say where to write: below the run's folder, RUN, or a name in it.
 _PLACES = (
     *("dirpath", "save_dir", "log_dir", "root_dir", "default_root_dir", "cache", "cache_dir", "store_dir"),

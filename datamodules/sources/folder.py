@@ -8,19 +8,31 @@ from __future__ import annotations
 import csv as csv_module
 import json
 import os
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from descant.datamodules.changed import Corpus, Part
 from descant.datamodules.sources.base import (
+    ENTRIES,
+    FIELDS,
     PICTURES,
+    REMEDY,
     SOUNDS,
+    Damaged,
+    Fault,
     Raw,
     Source,
     flat,
+    inside,
+    leaves,
+    many,
     nearest,
     read_file,
+    similar,
     split_named,
 )
 
@@ -28,6 +40,12 @@ TABLES = (".csv", ".tsv", ".jsonl")
 #: Tables that are taken without being named, where a folder holds several.
 _USUAL = ("metadata", "captions", "data", "index")
 _MEDIA = (*PICTURES, *SOUNDS)
+#: Rows of a table that may be left out: one with more is another kind of file, or was cut in the middle.
+_BROKEN = 1000
+
+
+class _Outside(ValueError):
+    """A file that lies outside the folder."""
 
 
 class Folder(Source):
@@ -44,16 +62,25 @@ class Folder(Source):
         root: the folder; paths in the table are relative to it.
         csv: the table, relative to ``root`` too; the only one in ``root`` (or ``metadata.*``, ``captions.*``) where
             not given, and files alone where there is none.
+        damaged: ``skip`` leaves out rows of the table that cannot be read, and ``faults`` tells of each.
+        outside: whether files may lie outside ``root``: named by an absolute path or with .., or behind a link.
 
     Raises:
-        ValueError: if the folder or table is missing, holds no sample, or no column has file names.
+        ValueError: if the folder or table is missing, holds no sample, has a row that cannot be read, or names a file
+            outside ``root``; if no column has file names.
     """
 
-    def __init__(self, root: str | Path, csv: str | Path | None = None) -> None:
-        self.root = Path(root)
+    def __init__(
+        self,
+        root: str | Path,
+        csv: str | Path | None = None,
+        damaged: Damaged = "refuse",
+        outside: bool = False,
+    ) -> None:
+        self.root, self.damaged, self.outside = Path(root), damaged, outside
+        self.faults: list[Fault] = []
         if not self.root.is_dir():
-            beside = [p.name for p in self.root.parent.iterdir()] if self.root.parent.is_dir() else []
-            raise ValueError(f"{self.root}: no such folder{nearest(self.root.name, beside)}")
+            raise ValueError(f"{self.root}: no such folder{similar(self.root)}")
         self.table = self._table(csv)
         self.columns: dict[str, list[str | None]] = {}  # a file's path relative to the root, or a text
         self.files: tuple[str, ...] = ()  # the columns that hold files
@@ -62,6 +89,52 @@ class Folder(Source):
         else:
             self._walk()
         self._places()
+        self.size_FN, self.time_FN = self._stat([self.columns[name] for name in self.files])
+
+    def _stat(self, columns: Sequence[Sequence[str | None]]) -> tuple[np.ndarray, np.ndarray]:
+        """Int64 ``[F, N]``: bytes and times of change of the files of F columns; -1 and 0 where there is none.
+
+        Raises:
+            ValueError: for a file outside the folder, unless that is allowed.
+        """
+        if not self.outside:
+            self._bounded({name for column in columns for name in column if name is not None})
+        root, lstat, size, time = f"{self.root}/", os.lstat, [], []
+        for name in (name for column in columns for name in column):
+            bytes_, changed = -1, 0
+            try:
+                if name is not None:
+                    found = lstat(_joined(root, name))
+                    if stat.S_ISLNK(found.st_mode):
+                        self._linked(name)
+                        found = os.stat(self.root / name)
+                    bytes_, changed = found.st_size, found.st_mtime_ns
+            except _Outside:
+                raise
+            except (OSError, ValueError):  # reading the sample will tell
+                pass
+            size.append(bytes_)
+            time.append(changed)
+        shape = len(columns), len(self.names)
+        return np.array(size, dtype=np.int64).reshape(shape), np.array(time, dtype=np.int64).reshape(shape)
+
+    def _bounded(self, names: set[str]) -> None:
+        """Raises ValueError for a name that leads out of the folder, by itself or by a folder on its way."""
+        try:
+            for name in names:
+                leaves(name)
+        except ValueError as error:
+            raise _Outside(f"{self.table or self.root}: {error}") from None
+        for folder in {name.rpartition("/")[0] for name in names} - {""}:
+            self._linked(folder)
+
+    def _linked(self, name: str) -> None:
+        """Raises ValueError for a link that leads out of the folder."""
+        try:
+            if not self.outside and "\0" not in name:
+                inside(self.root, name)
+        except ValueError as error:
+            raise _Outside(f"{self.table or self.root}: {error}") from None
 
     def _table(self, csv: str | Path | None) -> Path | None:
         if csv is not None:
@@ -85,7 +158,8 @@ class Folder(Source):
     # a table ---------------------------------------------------------------------------------------------------
 
     def _read_table(self, table: Path) -> None:
-        columns = _json_lines(table) if table.suffix.lower() == ".jsonl" else _separated(table)
+        read = _json_lines if table.suffix.lower() == ".jsonl" else _separated
+        columns = read(table, self._bad)
         files = [name for name, values in columns.items() if _holds_files(values)]
         if not files:
             raise ValueError(
@@ -93,10 +167,21 @@ class Folder(Source):
             )
         lead = files[0]
         first = [v for v in columns[lead][:1000] if v][:20]
+        if not self.outside:
+            self._bounded(set(first))
         if not any((self.root / v).is_file() for v in first):
             raise ValueError(f"{table}: column {lead}: there is no {first[0]} in {self.root}")
         self.columns, self.files = _grouped(columns, lead, table)
         self.names = [v or f"{table.name}#{i}" for i, v in enumerate(self.columns[lead])]
+
+    def _bad(self, line: int, why: str) -> None:
+        """Note a row that cannot be read, or refuse it."""
+        place = f"{self.table}: line {line}"
+        if self.damaged == "refuse":
+            raise ValueError(f"{place}{why}; {REMEDY}")
+        if len(self.faults) == _BROKEN:
+            raise ValueError(f"{place}{why}; {_BROKEN:,} rows before it cannot be read either")
+        self.faults.append(Fault(str(self.table), f"line {line}", why.removeprefix(":").strip()))
 
     # files alone -----------------------------------------------------------------------------------------------
 
@@ -119,13 +204,23 @@ class Folder(Source):
         self.files = tuple(kind for kind in ("image", "audio") if any(kind in row for row in rows.values()))
         for kind in self.files:
             self.columns[kind] = [row.get(kind) for row in rows.values()]
+        if not self.outside:
+            for name in (row[kind] for row in rows.values() for kind in ("txt", "json") if kind in row):
+                if os.path.islink(self.root / name):
+                    self._linked(name)
         texts: list[dict[str, str]] = []
         for row in rows.values():
-            text = {}
-            if "txt" in row:
-                text["caption"] = _read_text(self.root / row["txt"])
-            if "json" in row:
-                text |= dict(flat(_json(_read_text(self.root / row["json"]), self.root / row["json"]), "json"))
+            text: dict[str, str] = {}
+            try:
+                if "txt" in row:
+                    text["caption"] = _read_text(self.root / row["txt"])
+                if "json" in row:
+                    text |= _entries(_read_text(self.root / row["json"]), self.root / row["json"], "json")
+            except ValueError as error:
+                if self.damaged == "refuse":
+                    raise ValueError(f"{error}; {REMEDY}") from None
+                lead = row.get("image") or row["audio"]
+                self.faults.append(Fault(str(self.root / lead), lead, str(error)))
             texts.append(text)
         for name in sorted({name for text in texts for name in text}):
             self.columns[name] = [_content(text.get(name)) for text in texts]
@@ -166,6 +261,21 @@ class Folder(Source):
                 found[field] = read_file(self.root / value) if field in self.files else value
         return found
 
+    def corpus(self) -> Corpus:
+        texts = {name: values for name, values in self.columns.items() if name not in self.files}
+        parts = {"samples": Part(self.names, self.name)}
+        parts |= {f"texts of {name}": Part(values, self.name) for name, values in texts.items()}
+        parts |= {f"files of {name}": Part(self.columns[name], self.name) for name in self.files}
+        rows = [(f, n) for f, name in enumerate(self.files) for n, v in enumerate(self.columns[name]) if v is not None]
+        if len(rows) == self.size_FN.size:
+            size_M, time_M = self.size_FN.ravel(), self.time_FN.ravel()
+        else:
+            at = tuple(np.array(rows, dtype=np.int64).reshape(-1, 2).T)
+            size_M, time_M = self.size_FN[at], self.time_FN[at]
+        root = f"{self.root}/"
+        files = [_joined(root, v) for name in self.files for v in self.columns[name] if v is not None]
+        return Corpus(str(self.table or self.root), parts, files, size_M, time_M)
+
     def texts(self, field: str) -> list[str | None]:
         if field in self.files:
             raise ValueError(f"{self.table or self.root}: {field!r} holds files, not texts")
@@ -189,64 +299,162 @@ def _kind(ending: str) -> str | None:
     return "audio" if ending in SOUNDS else ending if ending in ("txt", "json") else None
 
 
+def _joined(root: str, name: str) -> str:
+    return name if name.startswith("/") else root + name
+
+
 def _content(text: str | None) -> str | None:
     return text if text is not None and text.strip() else None
 
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig").strip()
+        return read_file(path).decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from None
 
 
-def _json(text: str, place: Path | str) -> object:
+def _entries(text: str, place: Path | str, name: str) -> dict[str, str]:
+    """The texts in JSON, by dotted names below ``name``. Raises ValueError for what is not JSON, or too much of it."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        found = dict(islice(flat(json.loads(text), name), ENTRIES + 1))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: not JSON ({error})") from None
+    if len(found) > ENTRIES:
+        raise ValueError(f"{place}: more than {ENTRIES:,} entries in one object")
+    return found
 
 
-def _separated(table: Path) -> dict[str, list[str | None]]:
+#: Told the line of a row that cannot be read, and why: how a sentence that begins with the line goes on.
+Bad = Callable[[int, str], None]
+
+
+def _separated(table: Path, bad: Bad) -> dict[str, list[str | None]]:
     """Columns of a CSV or TSV file with a header."""
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as lines:
-            head = lines.readline()
-            lines.seek(0)
-            mark = "\t" if table.suffix.lower() == ".tsv" else max(",;\t", key=head.count)
-            rows = csv_module.reader(lines, delimiter=mark, strict=True)
+    with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        lines = _Lines(file)
+        head = next(lines, "")
+        mark = "\t" if table.suffix.lower() == ".tsv" else max(",;\t", key=head.count)
+        lines.again(0)
+        rows = csv_module.reader(lines, delimiter=mark, strict=True)
+        try:
             header = [name.strip() for name in next(rows, [])]
-            if not any(header) or len(set(header)) < len(header):
-                raise ValueError(f"{table}: the first line names the columns, each once; it has {', '.join(header)!r}")
-            columns: list[list[str | None]] = [[] for _ in header]
-            for row in rows:
-                if not row:
-                    continue
-                if len(row) != len(header):
-                    raise ValueError(f"{table}: line {rows.line_num} has {len(row)} cells, the header {len(header)}")
-                for column, cell in zip(columns, row, strict=True):
-                    column.append(_content(cell))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{table}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except csv_module.Error as error:
-        raise ValueError(f"{table}: line {rows.line_num}: {error}") from None
+        except csv_module.Error as error:
+            raise ValueError(f"{table}: line 1{_quoted(error, 1, lines.number)}") from None
+        if (at := _surrogate(header)) is not None:
+            raise ValueError(f"{table}: line 1: not UTF-8 text (byte 0x{at:02x})")
+        if not any(header) or len(set(header)) < len(header):
+            raise ValueError(f"{table}: the first line names the columns, each once; it has {', '.join(header)!r}")
+        if len(header) > FIELDS:
+            raise ValueError(f"{table}: {many(header)}")
+        columns: list[list[str | None]] = [[] for _ in header]
+        while True:
+            lines.begin()
+            first = lines.number + 1
+            try:
+                row = next(rows)
+            except StopIteration:
+                break
+            except csv_module.Error as error:
+                bad(first, _quoted(error, first, lines.number))
+                lines.again(1)  # the next row begins on the next line, whatever the quotes on this one say
+                rows = csv_module.reader(lines, delimiter=mark, strict=True)
+                continue
+            if len(row) != len(header):
+                if row:
+                    bad(first, f" has {len(row)} cells, the header {len(header)}")
+                continue
+            if not lines.plain and (at := _surrogate(row)) is not None:
+                bad(first, f": not UTF-8 text (byte 0x{at:02x})")
+                continue
+            for column, cell in zip(columns, row, strict=True):
+                column.append(_content(cell))
     if not columns[0]:
         raise ValueError(f"{table}: no rows below the header")
     return dict(zip(header, columns, strict=True))
 
 
-def _json_lines(table: Path) -> dict[str, list[str | None]]:
-    rows = []
-    for number, line in enumerate(_read_text(table).split("\n"), 1):
-        if line.strip():
-            value = _json(line, f"{table}: line {number}")
-            if not isinstance(value, dict):
-                raise ValueError(f"{table}: line {number}: expected an object, got {type(value).__name__}")
-            rows.append(dict(flat(value, "")))
+class _Lines(Iterator[str]):
+    """The lines of a table, of which those since ``begin`` can be read again.
+
+    Attributes:
+        number: of lines that were read. plain: whether those since ``begin`` are ASCII.
+    """
+
+    def __init__(self, file: Iterable[str]) -> None:
+        self.file, self.number = iter(file), 0
+        self.kept: list[str] = []
+        self.ahead: list[str] = []  # in reverse
+
+    @property
+    def plain(self) -> bool:
+        return all(line.isascii() for line in self.kept)
+
+    def __next__(self) -> str:
+        line = self.ahead.pop() if self.ahead else next(self.file)
+        self.kept.append(line)
+        self.number += 1
+        return line
+
+    def begin(self) -> None:
+        self.kept.clear()
+
+    def again(self, after: int) -> None:
+        """Go back to ``after`` lines behind the beginning."""
+        back = self.kept[after:]
+        self.number -= len(back)
+        self.ahead += reversed(back)
+        self.kept.clear()
+
+
+def _quoted(error: Exception, first: int, last: int) -> str:
+    """What is wrong with a row; where it has several lines, a quote was opened and not closed."""
+    what = " ".join(str(error).split())
+    return f": {what}" if last <= first else f": a quote opens that is not closed, as line {last} shows ({what})"
+
+
+def _surrogate(row: Sequence[str]) -> int | None:
+    """A byte that is no UTF-8, if there is one."""
+    return next((ord(c) - 0xDC00 for cell in row for c in cell if "\udc80" <= c <= "\udcff"), None)
+
+
+def _json_lines(table: Path, bad: Bad) -> dict[str, list[str | None]]:
+    rows: list[dict[str, str]] = []
+    names: dict[str, None] = {}
+    with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            if not line.isascii() and (at := _surrogate([line])) is not None:
+                bad(number, f": not UTF-8 text (byte 0x{at:02x})")
+                continue
+            try:
+                row = _object(line)
+            except ValueError as error:
+                bad(number, f": {error}")
+                continue
+            rows.append(row)
+            names.update(dict.fromkeys(row))
+            if len(names) > FIELDS:
+                raise ValueError(f"{table}: line {number}: {many(names)}")
     if not rows:
         raise ValueError(f"{table}: no rows")
-    names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _object(line: str) -> dict[str, str]:
+    try:
+        value = json.loads(line)
+        found = dict(islice(flat(value, ""), ENTRIES + 1))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, got {type(value).__name__}")
+    if len(found) > ENTRIES:
+        raise ValueError(f"more than {ENTRIES:,} entries in one object")
+    return found
 
 
 def _holds_files(values: Sequence[str | None]) -> bool:
