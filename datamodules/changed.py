@@ -76,9 +76,11 @@ class Part:
 def _bytes(values: Values) -> bytes:
     if isinstance(values, np.ndarray):
         return values.tobytes()
-    texts = [value for value in values if value is not None]
-    marks = "" if len(texts) == len(values) else "".join("01"[value is None] for value in values) + "\1"
-    return (marks + "\0".join(texts)).encode("utf-8", "surrogateescape")
+    marks = ""
+    if None in values:
+        marks = "".join("01"[value is None] for value in values) + "\1"
+        values = [value for value in values if value is not None]
+    return (marks + "\0".join(values)).encode("utf-8", "surrogateescape")  # type: ignore[arg-type]  # none is None now
 
 
 @dataclass
@@ -88,7 +90,7 @@ class Corpus:
     Args:
         place: of the source, for messages.
         parts: property, as a message calls it -> its values; ``samples`` are their names, in order.
-        files: paths of the M files that the data lies in.
+        files: paths of the M files that the data lies in, below ``root``.
         size_M, time_M: of each file, bytes and time of change; -1 and 0 where it is missing.
         known: SHA-256 of some, as a manifest tells.
     """
@@ -99,13 +101,14 @@ class Corpus:
     size_M: np.ndarray
     time_M: np.ndarray
     known: Mapping[str, str] = field(default_factory=dict)
+    root: str = ""
     content: list[str] | None = None
 
     def hashed(self, numbers: Sequence[int] | None = None) -> dict[int, str]:
         """SHA-256 of the content of some files, or of all; empty for one that cannot be read."""
         chosen = range(len(self.files)) if numbers is None else numbers
         with ThreadPoolExecutor(8) as pool:
-            return dict(zip(chosen, pool.map(_content, (self.files[k] for k in chosen)), strict=True))
+            return dict(zip(chosen, pool.map(_content, (Path(self.root, self.files[k]) for k in chosen)), strict=True))
 
     def verify(self) -> str | None:
         """Hash all files, and say what is wrong with the first that is not what a manifest tells."""
@@ -113,7 +116,7 @@ class Corpus:
             self.content = list(self.hashed().values())
         for file, digest in zip(self.files, self.content, strict=True):
             if self.known.get(file, digest) != digest:
-                return f"{file}: its content is not what its manifest tells (SHA-256)"
+                return f"{Path(self.root, file)}: its content is not what its manifest tells (SHA-256)"
         return None
 
     def _contents(self) -> Part | None:
@@ -212,9 +215,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _content(file: str) -> str:
+def _content(file: Path) -> str:
     try:
-        return sha256(Path(file))
+        return sha256(file)
     except (OSError, ValueError):
         return ""
 

@@ -12,6 +12,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -42,6 +43,8 @@ _USUAL = ("metadata", "captions", "data", "index")
 _MEDIA = (*PICTURES, *SOUNDS)
 #: Rows of a table that may be left out: one with more is another kind of file, or was cut in the middle.
 _BROKEN = 1000
+#: Files that are asked for their size in one go.
+_AT_ONCE = 4096
 
 
 class _Outside(ValueError):
@@ -89,43 +92,56 @@ class Folder(Source):
         else:
             self._walk()
         self._places()
-        self.size_FN, self.time_FN = self._stat([self.columns[name] for name in self.files])
+        self._stat([self.columns[name] for name in self.files])
 
-    def _stat(self, columns: Sequence[Sequence[str | None]]) -> tuple[np.ndarray, np.ndarray]:
-        """Int64 ``[F, N]``: bytes and times of change of the files of F columns; -1 and 0 where there is none.
+    def _stat(self, columns: Sequence[Sequence[str | None]]) -> None:
+        """Bytes ``size_FN`` and times of change ``time_FN`` of the files of F columns, -1 and 0 where there is none;
+        ``given_FN``: where one is named.
 
         Raises:
             ValueError: for a file outside the folder, unless that is allowed.
         """
+        shape, root = (len(columns), len(self.names)), f"{self.root}/"
+        self.given_FN = np.array([[name is not None for name in column] for column in columns], dtype=bool)
+        names = [name for column in columns for name in column if name is not None]
         if not self.outside:
-            self._bounded({name for column in columns for name in column if name is not None})
-        root, lstat, size, time = f"{self.root}/", os.lstat, [], []
-        for name in (name for column in columns for name in column):
-            bytes_, changed = -1, 0
-            try:
-                if name is not None:
-                    found = lstat(_joined(root, name))
-                    if stat.S_ISLNK(found.st_mode):
-                        self._linked(name)
-                        found = os.stat(self.root / name)
-                    bytes_, changed = found.st_size, found.st_mtime_ns
-            except _Outside:
-                raise
-            except (OSError, ValueError):  # reading the sample will tell
-                pass
-            size.append(bytes_)
-            time.append(changed)
-        shape = len(columns), len(self.names)
-        return np.array(size, dtype=np.int64).reshape(shape), np.array(time, dtype=np.int64).reshape(shape)
+            self._bounded(names)
+        found: list[tuple[int, int]] = []
+        for low in range(0, len(names), _AT_ONCE):
+            some = names[low : low + _AT_ONCE]
+            try:  # nearly always all are plain files
+                each = [(s.st_mode, s.st_size, s.st_mtime_ns) for s in map(os.lstat, [_joined(root, n) for n in some])]
+            except (OSError, ValueError):
+                each = [(stat.S_IFLNK, -1, 0)]
+            if any(stat.S_ISLNK(mode) for mode, _, _ in each):
+                found += [self._one(name) for name in some]
+            else:
+                found += [(size, time) for _, size, time in each]
+        self.size_FN, self.time_FN = np.full(shape, -1, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        facts_M2 = np.array(found, dtype=np.int64).reshape(-1, 2)
+        self.size_FN[self.given_FN], self.time_FN[self.given_FN] = facts_M2.T
 
-    def _bounded(self, names: set[str]) -> None:
-        """Raises ValueError for a name that leads out of the folder, by itself or by a folder on its way."""
+    def _one(self, name: str) -> tuple[int, int]:
+        """Bytes and time of change of a file, behind a link too; -1 and 0 where there is none, as reading will tell."""
         try:
-            for name in names:
+            if os.path.islink(self.root / name):
+                self._linked(name)
+            found = os.stat(self.root / name)
+        except _Outside:
+            raise
+        except (OSError, ValueError):
+            return -1, 0
+        return found.st_size, found.st_mtime_ns
+
+    def _bounded(self, names: Sequence[str]) -> None:
+        """Raises ValueError for a name that leads out of the folder, by itself or by a folder on its way."""
+        every = "\0".join(["", *names])
+        try:
+            for name in names if "\0/" in every or ".." in every else ():
                 leaves(name)
         except ValueError as error:
             raise _Outside(f"{self.table or self.root}: {error}") from None
-        for folder in {name.rpartition("/")[0] for name in names} - {""}:
+        for folder in {name.rpartition("/")[0] for name in names} - {""} if "/" in every else ():
             self._linked(folder)
 
     def _linked(self, name: str) -> None:
@@ -147,7 +163,9 @@ class Folder(Source):
             if table.suffix.lower() not in TABLES:
                 raise ValueError(f"{table}: a table is one of {', '.join('*' + t for t in TABLES)}")
             return table
-        tables = [p for p in sorted(self.root.iterdir()) if p.suffix.lower() in TABLES and p.is_file()]
+        with os.scandir(self.root) as entries:  # a folder may hold a million files, and a Path of each costs more
+            names = [entry.name for entry in entries if os.path.splitext(entry.name)[1].lower() in TABLES]
+        tables = [self.root / name for name in sorted(names) if (self.root / name).is_file()]
         usual = [p for p in tables if p.stem.lower() in _USUAL]
         if len(tables) > 1 and len(usual) != 1:
             raise ValueError(
@@ -168,11 +186,13 @@ class Folder(Source):
         lead = files[0]
         first = [v for v in columns[lead][:1000] if v][:20]
         if not self.outside:
-            self._bounded(set(first))
+            self._bounded(first)
         if not any((self.root / v).is_file() for v in first):
             raise ValueError(f"{table}: column {lead}: there is no {first[0]} in {self.root}")
         self.columns, self.files = _grouped(columns, lead, table)
-        self.names = [v or f"{table.name}#{i}" for i, v in enumerate(self.columns[lead])]
+        named = self.columns[lead]
+        whole = None not in named
+        self.names = cast(list[str], named) if whole else [v or f"{table.name}#{i}" for i, v in enumerate(named)]
 
     def _bad(self, line: int, why: str) -> None:
         """Note a row that cannot be read, or refuse it."""
@@ -262,19 +282,17 @@ class Folder(Source):
         return found
 
     def corpus(self) -> Corpus:
-        texts = {name: values for name, values in self.columns.items() if name not in self.files}
         parts = {"samples": Part(self.names, self.name)}
-        parts |= {f"texts of {name}": Part(values, self.name) for name, values in texts.items()}
-        parts |= {f"files of {name}": Part(self.columns[name], self.name) for name in self.files}
-        rows = [(f, n) for f, name in enumerate(self.files) for n, v in enumerate(self.columns[name]) if v is not None]
-        if len(rows) == self.size_FN.size:
-            size_M, time_M = self.size_FN.ravel(), self.time_FN.ravel()
-        else:
-            at = tuple(np.array(rows, dtype=np.int64).reshape(-1, 2).T)
-            size_M, time_M = self.size_FN[at], self.time_FN[at]
-        root = f"{self.root}/"
-        files = [_joined(root, v) for name in self.files for v in self.columns[name] if v is not None]
-        return Corpus(str(self.table or self.root), parts, files, size_M, time_M)
+        for name, values in self.columns.items():
+            if values is not self.names:
+                what = "files" if name in self.files else "texts"
+                parts[f"{what} of {name}"] = Part(values, self.name)
+        there = self.given_FN.ravel()
+        columns = [self.columns[name] for name in self.files]
+        files = columns[0] if len(columns) == 1 and there.all() else [v for column in columns for v in column if v]
+        size_M, time_M = self.size_FN.ravel()[there], self.time_FN.ravel()[there]
+        place = str(self.table or self.root)
+        return Corpus(place, parts, cast(Sequence[str], files), size_M, time_M, root=str(self.root))
 
     def texts(self, field: str) -> list[str | None]:
         if field in self.files:
@@ -333,30 +351,61 @@ Bad = Callable[[int, str], None]
 
 def _separated(table: Path, bad: Bad) -> dict[str, list[str | None]]:
     """Columns of a CSV or TSV file with a header."""
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            mark = _delimiter(table, file.readline())
+            file.seek(0)
+            rows = csv_module.reader(file, delimiter=mark, strict=True)
+            header = _header(table, next(rows, []))
+            columns: list[list[str | None]] = [[] for _ in header]
+            for row in rows:
+                if len(row) == len(header):
+                    for column, cell in zip(columns, row, strict=True):
+                        column.append(_content(cell))
+                elif row:
+                    raise csv_module.Error
+    except (csv_module.Error, UnicodeDecodeError):
+        header, columns = _one_by_one(table, bad)
+    if not columns[0]:
+        raise ValueError(f"{table}: no rows below the header")
+    return dict(zip(header, columns, strict=True))
+
+
+def _delimiter(table: Path, head: str) -> str:
+    return "\t" if table.suffix.lower() == ".tsv" else max(",;\t", key=head.count)
+
+
+def _header(table: Path, cells: Sequence[str]) -> list[str]:
+    header = [name.strip() for name in cells]
+    if not any(header) or len(set(header)) < len(header):
+        raise ValueError(f"{table}: the first line names the columns, each once; it has {', '.join(header)!r}")
+    if len(header) > FIELDS:
+        raise ValueError(f"{table}: {many(header)}")
+    return header
+
+
+def _one_by_one(table: Path, bad: Bad) -> tuple[list[str], list[list[str | None]]]:
+    """The same of a table that has faults: slower, and it knows where each row begins."""
     with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         lines = _Lines(file)
-        head = next(lines, "")
-        mark = "\t" if table.suffix.lower() == ".tsv" else max(",;\t", key=head.count)
+        mark = _delimiter(table, next(lines, ""))
         lines.again(0)
         rows = csv_module.reader(lines, delimiter=mark, strict=True)
         try:
-            header = [name.strip() for name in next(rows, [])]
+            cells = next(rows, [])
         except csv_module.Error as error:
             raise ValueError(f"{table}: line 1{_quoted(error, 1, lines.number)}") from None
-        if (at := _surrogate(header)) is not None:
+        if (at := _surrogate(cells)) is not None:
             raise ValueError(f"{table}: line 1: not UTF-8 text (byte 0x{at:02x})")
-        if not any(header) or len(set(header)) < len(header):
-            raise ValueError(f"{table}: the first line names the columns, each once; it has {', '.join(header)!r}")
-        if len(header) > FIELDS:
-            raise ValueError(f"{table}: {many(header)}")
+        header = _header(table, cells)
         columns: list[list[str | None]] = [[] for _ in header]
         while True:
-            lines.begin()
+            lines.kept.clear()
             first = lines.number + 1
             try:
                 row = next(rows)
             except StopIteration:
-                break
+                return header, columns
             except csv_module.Error as error:
                 bad(first, _quoted(error, first, lines.number))
                 lines.again(1)  # the next row begins on the next line, whatever the quotes on this one say
@@ -365,41 +414,26 @@ def _separated(table: Path, bad: Bad) -> dict[str, list[str | None]]:
             if len(row) != len(header):
                 if row:
                     bad(first, f" has {len(row)} cells, the header {len(header)}")
-                continue
-            if not lines.plain and (at := _surrogate(row)) is not None:
+            elif (at := _surrogate(row)) is not None:
                 bad(first, f": not UTF-8 text (byte 0x{at:02x})")
-                continue
-            for column, cell in zip(columns, row, strict=True):
-                column.append(_content(cell))
-    if not columns[0]:
-        raise ValueError(f"{table}: no rows below the header")
-    return dict(zip(header, columns, strict=True))
+            else:
+                for column, cell in zip(columns, row, strict=True):
+                    column.append(_content(cell))
 
 
 class _Lines(Iterator[str]):
-    """The lines of a table, of which those since ``begin`` can be read again.
-
-    Attributes:
-        number: of lines that were read. plain: whether those since ``begin`` are ASCII.
-    """
+    """The lines of a table. Those since ``kept`` was cleared can be read again; ``number`` counts what was read."""
 
     def __init__(self, file: Iterable[str]) -> None:
         self.file, self.number = iter(file), 0
         self.kept: list[str] = []
         self.ahead: list[str] = []  # in reverse
 
-    @property
-    def plain(self) -> bool:
-        return all(line.isascii() for line in self.kept)
-
     def __next__(self) -> str:
         line = self.ahead.pop() if self.ahead else next(self.file)
         self.kept.append(line)
         self.number += 1
         return line
-
-    def begin(self) -> None:
-        self.kept.clear()
 
     def again(self, after: int) -> None:
         """Go back to ``after`` lines behind the beginning."""
@@ -417,7 +451,8 @@ def _quoted(error: Exception, first: int, last: int) -> str:
 
 def _surrogate(row: Sequence[str]) -> int | None:
     """A byte that is no UTF-8, if there is one."""
-    return next((ord(c) - 0xDC00 for cell in row for c in cell if "\udc80" <= c <= "\udcff"), None)
+    odd = (cell for cell in row if not cell.isascii())
+    return next((ord(c) - 0xDC00 for cell in odd for c in cell if "\udc80" <= c <= "\udcff"), None)
 
 
 def _json_lines(table: Path, bad: Bad) -> dict[str, list[str | None]]:

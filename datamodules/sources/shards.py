@@ -337,7 +337,7 @@ def index(path: Path) -> dict[str, np.ndarray]:
     text: dict[str, int] = {}
     broken: list[tuple[str, str]] = []
     why: list[str] = []
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     try:
         blank: set[int] = set()  # offsets of texts without content
         for member in members(_File(handle)):
@@ -350,7 +350,8 @@ def index(path: Path) -> dict[str, np.ndarray]:
             if len(row) == MEMBERS:
                 raise ValueError(f"more than {MEMBERS} members of one sample, {key}")
             row[field] = member
-            names_seen.add(field)
+            if field not in names_seen:
+                names_seen.add(field)
             if _is_text(field) and member.size <= _JSON:
                 data = read_at(handle, member.offset, member.size)
                 text[key] = zlib.crc32(data, text.get(key, 0))
@@ -443,15 +444,15 @@ def members(tape: Tape) -> Iterator[Member]:
         if size >= 0 and kind in b"07\0":
             length, size = size, -1
         at += BLOCK
-        shown = name or _text(head[:100])
         if length < 0 or (tape.end is not None and at + length > tape.end):
+            shown = name or _text(head[:100])
             raise ValueError(f"cut off in {shown}: {tape.end or at:,} bytes, and {at + length:,} are needed")
         if kind in (b"L", b"x"):
             if length > _NAME:
                 raise ValueError(f"a name of {length:,} bytes at byte {at}")
             extra = tape.at(at, length)
             if len(extra) < length:
-                raise ValueError(f"cut off in {shown}: {at + len(extra):,} bytes, and {at + length:,} are needed")
+                raise ValueError(f"cut off: {at + len(extra):,} bytes, and {at + length:,} are needed")
             if kind == b"L":
                 name = _text(extra)
             else:
@@ -466,7 +467,7 @@ def members(tape: Tape) -> Iterator[Member]:
             yield Member(name or (f"{before}/{plain}" if before else plain), at, length)
             name = ""
         elif kind == b"S":
-            raise ValueError(f"{shown} is a sparse file, which is not supported")
+            raise ValueError(f"{name or _text(head[:100])} is a sparse file, which is not supported")
         elif kind not in (b"g", b"K"):
             name, size = "", -1  # folders, links and devices are no samples
         at += -(-length // BLOCK) * BLOCK
