@@ -282,7 +282,8 @@ class Folder(Source):
         return found
 
     def corpus(self) -> Corpus:
-        parts = {"samples": Part(self.names, self.name)}
+        names = list(self.columns)
+        parts = {"samples": Part(self.names, self.name), "columns": Part(names, lambda n: names[n])}
         for name, values in self.columns.items():
             if values is not self.names:
                 what = "files" if name in self.files else "texts"

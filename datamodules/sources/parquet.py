@@ -250,7 +250,11 @@ class Parquet(Source):
             table = self._file(file).read_row_group(number, columns=[column], use_threads=False)
         except _UNREADABLE as error:
             raise ValueError(f"{self.paths[file]}: row group {number}: {_first_line(error)}") from None
-        values = table.column(column)
+        values, rows = table.column(column), int(self._first[group + 1] - self._first[group])
+        if len(values) != rows:
+            raise ValueError(
+                f"{self.paths[file]}: row group {number}: {len(values):,} rows, and its footer has {rows:,}"
+            )
         if keep:
             self._kept[key] = values
             while len(self._kept) > 1 and sum(v.nbytes for v in self._kept.values()) > self.memory:

@@ -243,6 +243,7 @@ class Shards(Source):
             "samples": Part(names, self.name),
             "texts": Part(self._text, self.name),
             "members": Part(self._size, self.name),
+            "fields": Part(self.fields, lambda n: self.fields[n]),
         }
         stats = [path.stat() for path in self.paths]
         size_M = np.array([found.st_size for found in stats], dtype=np.int64)
