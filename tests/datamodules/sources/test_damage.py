@@ -13,7 +13,6 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
 from unittest import mock
 
 import numpy as np
@@ -29,7 +28,7 @@ from descant.datamodules.images import Images
 from descant.datamodules.ledger import Ledger
 from descant.datamodules.own import Own
 from descant.datamodules.sources import find
-from descant.datamodules.sources.base import Source
+from descant.datamodules.sources.base import Damaged, Source
 from descant.datamodules.sources.folder import Folder
 from descant.datamodules.sources.parquet import Parquet
 from descant.datamodules.sources.shards import Shards, index
@@ -453,7 +452,7 @@ def test_a_parquet_file_names_no_picture_outside(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damaged", ["refuse", "skip"])
-def test_a_parquet_file_that_cannot_be_read(tmp_path: Path, damaged: Literal[refuse, skip]) -> None:
+def test_a_parquet_file_that_cannot_be_read(tmp_path: Path, damaged: Damaged) -> None:
     data = parquet(tmp_path).read_bytes()
     (tmp_path / "b.parquet").write_bytes(data[:-100])
     (tmp_path / "c.parquet").write_bytes(data[:30] + bytes(40) + data[70:])
