@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test slow torture mutants lint bench gpu wheels docs clean
+.PHONY: demo test slow torture fuzz mutants lint bench gpu wheels docs clean
 .venv: .venv/.ready
 .venv/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Descant needs Python 3.11 or newer"'
@@ -33,6 +33,11 @@ slow: .venv/.ready  ## Longer runs: the wheel, ranks, other CPU kernels, pretrai
 KILLS ?= 20
 torture: .venv/.ready  ## Kill a real fit at random moments, resume it each time, compare with one left alone: bit by bit.
 	$(BIN)/python -m tests.torture --kills $(KILLS) $(TORTURE)
+
+# Not SECONDS, which bash sets itself.
+FUZZ_SECONDS ?= 600
+fuzz: .venv/.ready  ## Damaged files for every reader, ten minutes by default: FUZZ_SECONDS=60, FUZZ='--only tar'
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ)
 
 JOBS ?= 1
 mutants: .venv/.ready  ## Replace 40 core lines, one at a time in a copy of the tree, and see that the nearest tests fail.

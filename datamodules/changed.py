@@ -40,7 +40,7 @@ rules = Rules()
 
 
 @dataclass
-class Part:
+class Property:
     """One property of a corpus: N values, and ``name(n)`` of what has the n-th."""
 
     values: Values
@@ -49,7 +49,7 @@ class Part:
     def state(self, step: int | None = None) -> dict[str, Any]:
         """``n``, ``step`` values a run, ``digest`` of all, ``crc`` int64 ``[K]``.
 
-        >>> state = Part(["a", "b"], str).state()
+        >>> state = Property(["a", "b"], str).state()
         >>> state["n"], state["step"], state["crc"].tolist() == [zlib.crc32(b"a"), zlib.crc32(b"b")]
         (2, 1, True)
         """
@@ -96,7 +96,7 @@ class Corpus:
     """
 
     place: str
-    parts: dict[str, Part]
+    parts: dict[str, Property]
     files: Sequence[str]
     size_M: np.ndarray
     time_M: np.ndarray
@@ -119,22 +119,22 @@ class Corpus:
                 return f"{Path(self.root, file)}: its content is not what its manifest tells (SHA-256)"
         return None
 
-    def _contents(self) -> Part | None:
+    def _contents(self) -> Property | None:
         """What is known of the content of all files: hashed, else by manifests; None where some are not known."""
         if self.content is not None:
-            return Part(self.content, self._file)
+            return Property(self.content, self._file)
         if self.files and all(file in self.known for file in self.files):
-            return Part([self.known[file] for file in self.files], self._file)
+            return Property([self.known[file] for file in self.files], self._file)
         return None
 
     def _file(self, number: int) -> str:
         return Path(self.files[number]).name
 
-    def _sizes(self) -> Part:
-        return Part(self.size_M, self._file)
+    def _sizes(self) -> Property:
+        return Property(self.size_M, self._file)
 
-    def _times(self) -> Part:
-        return Part(self.time_M, self._file)
+    def _times(self) -> Property:
+        return Property(self.time_M, self._file)
 
     def state(self) -> dict[str, Any]:
         """Of plain values and tensors, for a resume point."""
@@ -198,7 +198,7 @@ class Corpus:
         return []
 
 
-def _told(what: str, part: Part, rows: Sequence[int], then: Mapping[str, Any]) -> str:
+def _told(what: str, part: Property, rows: Sequence[int], then: Mapping[str, Any]) -> str:
     if sorted(part.state(int(then["step"]))["crc"].tolist()) == sorted(then["crc"].tolist()) and then["step"] == 1:
         what = f"the same {what} in another order"
     else:

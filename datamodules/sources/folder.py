@@ -16,7 +16,7 @@ from typing import cast
 
 import numpy as np
 
-from descant.datamodules.changed import Corpus, Part
+from descant.datamodules.changed import Corpus, Property
 from descant.datamodules.sources.base import (
     ENTRIES,
     FIELDS,
@@ -92,7 +92,8 @@ class Folder(Source):
         else:
             self._walk()
         self._places()
-        self._stat([self.columns[name] for name in self.files])
+        files: Sequence[str] = self.files
+        self._stat([self.columns[name] for name in files])
 
     def _stat(self, columns: Sequence[Sequence[str | None]]) -> None:
         """Bytes ``size_FN`` and times of change ``time_FN`` of the files of F columns, -1 and 0 where there is none;
@@ -283,11 +284,11 @@ class Folder(Source):
 
     def corpus(self) -> Corpus:
         names = list(self.columns)
-        parts = {"samples": Part(self.names, self.name), "columns": Part(names, lambda n: names[n])}
+        parts = {"samples": Property(self.names, self.name), "columns": Property(names, lambda n: names[n])}
         for name, values in self.columns.items():
             if values is not self.names:
                 what = "files" if name in self.files else "texts"
-                parts[f"{what} of {name}"] = Part(values, self.name)
+                parts[f"{what} of {name}"] = Property(values, self.name)
         there = self.given_FN.ravel()
         columns = [self.columns[name] for name in self.files]
         files = columns[0] if len(columns) == 1 and there.all() else [v for column in columns for v in column if v]

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from descant.datamodules.changed import Corpus, Part
+from descant.datamodules.changed import Corpus, Property
 from descant.datamodules.sources.base import (
     LIMIT,
     PARTS,
@@ -172,9 +172,9 @@ class Parquet(Source):
         return self._masks[field]
 
     def corpus(self) -> Corpus:
-        groups = Part(np.diff(self._first), self._group)
-        parts = {"row groups": groups, "footers": Part(self._footers, lambda n: self.paths[n].name)}
-        parts |= {f"texts of {name}": Part(crc_G, self._group) for name, crc_G in self._texts.items() if len(crc_G)}
+        groups = Property(np.diff(self._first), self._group)
+        parts = {"row groups": groups, "footers": Property(self._footers, lambda n: self.paths[n].name)}
+        parts |= {f"texts of {name}": Property(crc_G, self._group) for name, crc_G in self._texts.items() if len(crc_G)}
         stats = [path.stat() for path in self.paths]
         size_M = np.array([found.st_size for found in stats], dtype=np.int64)
         time_M = np.array([found.st_mtime_ns for found in stats], dtype=np.int64)

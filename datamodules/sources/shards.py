@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import braceexpand
 import numpy as np
 
-from descant.datamodules.changed import Corpus, Part
+from descant.datamodules.changed import Corpus, Property
 from descant.datamodules.sources.base import (
     ENTRIES,
     FIELDS,
@@ -82,7 +82,8 @@ class _File:
     """The bytes of an open file."""
 
     def __init__(self, handle: int) -> None:
-        self.handle, self.end = handle, os.fstat(handle).st_size
+        self.handle = handle
+        self.end: int | None = os.fstat(handle).st_size
 
     def at(self, offset: int, size: int) -> bytes:
         return os.pread(self.handle, size, offset)
@@ -114,7 +115,7 @@ class Shards(Source):
         cache: str | Path | None = None,
         damaged: Damaged = "refuse",
     ) -> None:
-        self.faults = lost(paths, damaged)
+        self.faults: list[Fault] = lost(paths, damaged)
         self.paths = expand(paths)
         self.cache = Path(cache) if cache is not None else None
         with ThreadPoolExecutor(min(8, len(self.paths))) as pool:  # most of an index is waiting for the disk
@@ -239,11 +240,11 @@ class Shards(Source):
     def corpus(self) -> Corpus:
         names = np.concatenate([_digests(part, start) for part, start in zip(self._names, self._start, strict=True)])
         parts = {
-            "shards": Part(self._labels, lambda n: self._labels[n]),
-            "samples": Part(names, self.name),
-            "texts": Part(self._text, self.name),
-            "members": Part(self._size, self.name),
-            "fields": Part(self.fields, lambda n: self.fields[n]),
+            "shards": Property(self._labels, lambda n: self._labels[n]),
+            "samples": Property(names, self.name),
+            "texts": Property(self._text, self.name),
+            "members": Property(self._size, self.name),
+            "fields": Property(self.fields, lambda n: self.fields[n]),
         }
         stats = [path.stat() for path in self.paths]
         size_M = np.array([found.st_size for found in stats], dtype=np.int64)

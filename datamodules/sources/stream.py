@@ -22,7 +22,7 @@ import numpy as np
 from webdataset.gopen import Pipe, gopen_curl, gopen_gsutil, gopen_pipe
 from webdataset.tariterators import base_plus_ext
 
-from descant.datamodules.changed import Corpus, Part
+from descant.datamodules.changed import Corpus, Property
 from descant.datamodules.sources.base import LIMIT, REMEDY, Raw, flat, nearest, text_of
 from descant.datamodules.sources.shards import BLOCK, MEMBERS, _entries, _is_json, _is_text, members
 from descant.datamodules.sources.written import Written, manifest
@@ -132,7 +132,7 @@ class Stream:
         size_M = np.array([found.st_size for found in stats], dtype=np.int64)
         time_M = np.array([found.st_mtime_ns for found in stats], dtype=np.int64)
         known = {str(path): told.sha256 for url, path in files.items() if (told := _written(url)) is not None}
-        parts = {"shards": Part([_name(url) for url in self.urls], lambda n: self.urls[n])}
+        parts = {"shards": Property([_name(url) for url in self.urls], lambda n: self.urls[n])}
         return Corpus(self.urls[0], parts, [str(path) for path in files.values()], size_M, time_M, known)
 
     def read(

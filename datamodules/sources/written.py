@@ -39,12 +39,12 @@ def manifest(folder: Path) -> dict[str, Written]:
     found: dict[str, Written] = {}
     for split in content["splits"].values():
         for shard in _list(split, path):
-            values = (
-                [shard.get(key) for key in ("file", "samples", "bytes", "sha256")] if isinstance(shard, dict) else []
-            )
-            if [type(value) for value in values] != [str, int, int, str]:
+            known = shard if isinstance(shard, dict) else {}
+            name, samples, size, digest = (known.get(key) for key in ("file", "samples", "bytes", "sha256"))
+            texts, numbers = (name, digest), (samples, size)
+            if {type(text) for text in texts} != {str} or {type(number) for number in numbers} != {int}:
                 raise ValueError(f"{path}: a shard in it lacks file, samples, bytes or sha256")
-            found[values[0]] = Written(*values[1:])
+            found[str(name)] = Written(int(samples or 0), int(size or 0), str(digest))
     return found
 
 

@@ -87,9 +87,9 @@ def test_a_shard_is_cut_at_every_block(tmp_path: Path, read: Callable[[Path], Fo
 
 @pytest.mark.parametrize("packed", ["gz", "bz2", "xz"])
 def test_a_packed_stream_is_cut_anywhere(tmp_path: Path, packed: str) -> None:
-    pack = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}[packed]
+    packs: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
     path = tmp_path / f"a.tar.{packed}"
-    data = pack(write_tar(tmp_path / "a.tar", MEMBERS).read_bytes())
+    data = packs[packed](write_tar(tmp_path / "a.tar", MEMBERS).read_bytes())
     path.write_bytes(data)
     whole, why = streamed(path)
     assert why is None and len(whole) == 40
