@@ -271,3 +271,39 @@ def test_large_corpora_keep_few_numbers_and_still_name_a_place() -> None:
     assert Property(names, str).differing(state) == [60_000]
     assert Property(names[:-1], str).differing(state)[-1] == 99_975
     assert Property([], str).differing(state) == [0] and Property([], str).differing(Property([], str).state()) == []
+
+
+# the command line ----------------------------------------------------------------------------------------------------
+
+
+def command(cli: Callable[..., Any], *more: str) -> Any:
+    """A fit of a few steps on shards, whose settings are the same every time."""
+    model = ("--model.towers.image.widths", "[16]", "--model.towers.image.stem", "2", "--model.towers.text.vocab", "64")
+    data = ("--data.path", "s", "--data.batch_size", "8", "--data.fields.image.size", "16", "--data.num_workers", "0")
+    data += ("--data.fields.text.codec.buckets", "64")
+    fit = ("fit", "--config", "contrastive/own", "--config", "on/cpu", "--name", "x", *data, *model)
+    return cli(*fit, "--trainer.max_epochs", "2", "--trainer.check_val_every_n_epoch", "9", *more)
+
+
+@pytest.mark.slow
+def test_the_command_line_refuses_other_data_and_damage(cli: Callable[..., Any]) -> None:
+    make(shapes(Path("photos"), 24), Path("s"), samples=8, holdout=0.1)
+    assert command(cli, "--verify", "true").rc == 0
+    assert command(cli, "--resume", "auto").rc == 0, "a run that has ended, of the same data"
+    shard = Path("s/train-000001.tar")
+    data = shard.read_bytes()
+    shard.write_bytes(data.replace(b"number", b"zahlen"))
+    result = command(cli, "--resume", "auto")
+    line = result.err.splitlines()[-1]
+    assert result.rc == 2 and "s/train-000000.tar and " in line and "the data is not what it was" in line
+    assert line.endswith("--changed allow goes on with it")
+    assert "not what its manifest tells" in command(cli, "--resume", "auto", "--verify", "true").err.splitlines()[-1]
+    assert command(cli, "--resume", "auto", "--changed", "allow").rc == 0
+    shard.write_bytes(data[:5000])
+    refused = command(cli)
+    assert refused.rc == 2 and "of 8 samples are lost; damaged: skip reads the rest" in refused.refusal
+    skipped = command(cli, "--data.damaged", "skip")
+    assert skipped.rc == 0 and "samples are lost" in skipped.err
+    assert "train-000001.tar" in Path("runs/x/latest/ledger.jsonl").read_text()
+    Path("o.yaml").write_text("data: {init_args: {outside: true}}\n")
+    assert "--trust reads lets a configuration read files outside" in command(cli, "--config", "o.yaml").refusal
