@@ -80,7 +80,7 @@ def _bytes(values: Values) -> bytes:
     if None in values:
         marks = "".join("01"[value is None] for value in values) + "\1"
         values = [value for value in values if value is not None]
-    return (marks + "\0".join(values)).encode("utf-8", "surrogateescape")  # type: ignore[arg-type]  # none is None now
+    return (marks + "\0".join(values)).encode("utf-8", "surrogatepass")  # type: ignore[arg-type]  # none is None now
 
 
 @dataclass

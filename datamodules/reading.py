@@ -18,7 +18,7 @@ from descant.datamodules.base import BatchDataset, Rows
 from descant.datamodules.fields import Column, Field, numbered
 from descant.datamodules.ledger import Ledger
 from descant.datamodules.order import Window
-from descant.datamodules.sources.base import REMEDY, Damaged, Raw, Source, text_of
+from descant.datamodules.sources.base import REMEDY, Damaged, Raw, Source, encoded, text_of
 from descant.datamodules.sources.stream import BEGINNING, Mark, Sample, Stream
 from descant.datamodules.sources.synthetic import Taken
 from descant.modules.batch import Batch
@@ -99,7 +99,7 @@ def key_of(text: str) -> int:
     >>> key_of("A  cat") == key_of("a cat\\n"), key_of("a cat") == key_of("a dog")
     (True, False)
     """
-    plain = " ".join(text.split()).casefold().encode("utf-8", "surrogateescape")
+    plain = encoded(" ".join(text.split()).casefold())
     return int.from_bytes(hashlib.blake2b(plain, digest_size=8).digest(), "little") >> 1
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 Raw = bytes | str
 #: Bytes of one field at most: what is larger is no picture and no clip, and one of them must not fill the memory.
 LIMIT = 1 << 28
+#: Characters of a file's name: more than file systems take.
+_NAME = 1000
 #: Names in a folder that are looked at for one like a name that is not there.
 _BESIDE = 10_000
 #: Entries of one JSON object or member, and different fields of a corpus, at most: every sample has or lacks each.
@@ -169,9 +171,26 @@ def held_out(name: str, share: float) -> bool:
     return rank_of(name) < share
 
 
+def encoded(text: str) -> bytes:
+    """UTF-8 of any text, of half an emoji that JSON was cut in too, and bytes of names that were none."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogatepass")
+
+
+def short(text: str, most: int = 200) -> str:
+    """A text that a line quotes, cut where it is longer.
+
+    >>> short("abc", 2)
+    'ab ...'
+    """
+    return text if len(text) <= most else f"{text[:most]} ..."
+
+
 def rank_of(name: str) -> float:
     """A number in [0, 1) that a name always has: samples below a share are held out."""
-    digest = hashlib.blake2b(f"split/{name}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    digest = hashlib.blake2b(encoded(f"split/{name}"), digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2.0**64
 
 
@@ -249,6 +268,8 @@ def leaves(name: str) -> None:
 
 def read_file(path: Path, offset: int = 0, size: int | None = None) -> bytes:
     """A regular file's bytes. Raises OSError where there is none, ValueError where it is larger than ``LIMIT``."""
+    if len(path.name) > _NAME:
+        raise ValueError(f"a name of {len(path.name):,} characters")
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a named pipe must not hang the run
     try:
         found = os.fstat(handle)

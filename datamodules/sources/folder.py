@@ -33,6 +33,7 @@ from descant.datamodules.sources.base import (
     many,
     nearest,
     read_file,
+    short,
     similar,
     split_named,
 )
@@ -182,14 +183,14 @@ class Folder(Source):
         files = [name for name, values in columns.items() if _holds_files(values)]
         if not files:
             raise ValueError(
-                f"{table}: no column holds names of files (such as a.jpg); the columns are {', '.join(columns)}"
+                f"{table}: no column holds names of files (such as a.jpg); the columns are {short(', '.join(columns))}"
             )
         lead = files[0]
         first = [v for v in columns[lead][:1000] if v][:20]
         if not self.outside:
             self._bounded(first)
-        if not any((self.root / v).is_file() for v in first):
-            raise ValueError(f"{table}: column {lead}: there is no {first[0]} in {self.root}")
+        if not any(os.path.isfile(_joined(f"{self.root}/", v)) for v in first):
+            raise ValueError(f"{table}: column {lead}: there is no {short(first[0])} in {self.root}")
         self.columns, self.files = _grouped(columns, lead, table)
         named = self.columns[lead]
         whole = None not in named
@@ -380,7 +381,7 @@ def _delimiter(table: Path, head: str) -> str:
 def _header(table: Path, cells: Sequence[str]) -> list[str]:
     header = [name.strip() for name in cells]
     if not any(header) or len(set(header)) < len(header):
-        raise ValueError(f"{table}: the first line names the columns, each once; it has {', '.join(header)!r}")
+        raise ValueError(f"{table}: the first line names the columns, each once; it has {short(', '.join(header))!r}")
     if len(header) > FIELDS:
         raise ValueError(f"{table}: {many(header)}")
     return header

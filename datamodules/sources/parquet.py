@@ -214,7 +214,12 @@ class Parquet(Source):
                 found += [None] * int(self._first[group + 1] - self._first[group])
                 continue
             for scalar in values:
-                raw = self._raw(scalar, part, Path())
+                try:
+                    raw = self._raw(scalar, part, Path())
+                except ValueError as error:
+                    file, number = self.groups[group]
+                    self._lost(self.paths[file], f"row group {number}, {column}", _first_line(error))
+                    raw = None
                 if isinstance(raw, bytes):
                     raise ValueError(f"{self.paths[0]}: column {field!r} holds bytes, not texts")
                 found.append(raw)
@@ -286,6 +291,15 @@ class Parquet(Source):
         values = self._readable(group, column)
         if values is None:
             return np.zeros(rows, dtype=bool)
+        try:
+            return self._full(values, column, part, text_G)
+        except (pa.ArrowException, ValueError) as error:
+            file, number = self.groups[group]
+            self._lost(self.paths[file], f"row group {number}, {column}", _first_line(error))
+            return np.zeros(rows, dtype=bool)
+
+    def _full(self, values: pa.ChunkedArray, column: str, part: int | str | None, text_G: list[int]) -> np.ndarray:
+        kind = self.schema.field(column).type
         if part is None and _is_bytes(kind):
             return np.asarray(pc.is_valid(values))
         if part is None and _is_media(kind):
