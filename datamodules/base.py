@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -20,7 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from descant.datamodules.changed import Corpus, require
+from descant.datamodules.changed import Corpus, pack, require
 from descant.datamodules.order import Order, Slot, Window
 from descant.modules.batch import Batch
 from descant.modules.random import global_seed, mix_N, uniform_N
@@ -245,8 +246,9 @@ class DataModule(L.LightningDataModule):
     # what is asked when a run is resumed ------------------------------------------------------------------------
 
     def corpora(self) -> dict[str, Corpus]:
-        """Name -> what the data was made of when its index was made; of what nobody can change, nothing."""
-        return {}
+        """Name -> what the data was made of when its index was made: here, of the pack in ``folder``, if it has one."""
+        folder = getattr(self, "folder", None)
+        return {"pack": pack(folder)} if isinstance(folder, Path) and folder.is_dir() and not self.tiny else {}
 
     @cached_property
     def known_corpora(self) -> dict[str, Corpus]:

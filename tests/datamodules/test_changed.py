@@ -19,6 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from descant.data.make import make
 from descant.datamodules import changed
 from descant.datamodules.changed import PARTS, Property
+from descant.datamodules.emoji import PACK, Emoji
 from descant.datamodules.fields import Fields, ImageField, TextField
 from descant.datamodules.mixture import Mixture
 from descant.datamodules.own import Own
@@ -273,13 +274,35 @@ def test_large_corpora_keep_few_numbers_and_still_name_a_place() -> None:
     assert Property([], str).differing(state) == [0] and Property([], str).differing(Property([], str).state()) == []
 
 
+def test_a_pack_of_another_content_is_told(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(PACK, tmp_path / "pack"))
+    state = saved(placed(Emoji(folder=str(PACK), size=16, batch_size=8)))
+    placed(Emoji(folder=str(folder), size=16, batch_size=8)).load_state_dict(state)
+    file = sorted(folder.rglob("*.parquet"))[0]
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"other contents: .*{file.name};"):
+        placed(Emoji(folder=str(folder), size=16, batch_size=8)).load_state_dict(state)
+    assert placed(Emoji(tiny=True, size=16, batch_size=8)).state_dict() == {}
+
+
 # the command line ----------------------------------------------------------------------------------------------------
 
 
 def command(cli: Callable[..., Any], *more: str) -> Any:
     """A fit of a few steps on shards, whose settings are the same every time."""
     model = ("--model.towers.image.widths", "[16]", "--model.towers.image.stem", "2", "--model.towers.text.vocab", "64")
-    data = ("--data.path", "s", "--data.batch_size", "8", "--data.fields.image.size", "16", "--data.num_workers", "0")
+    data: tuple[str, ...] = (
+        "--data.path",
+        "s",
+        "--data.batch_size",
+        "8",
+        "--data.fields.image.size",
+        "16",
+        "--data.num_workers",
+        "0",
+    )
     data += ("--data.fields.text.codec.buckets", "64")
     fit = ("fit", "--config", "contrastive/own", "--config", "on/cpu", "--name", "x", *data, *model)
     return cli(*fit, "--trainer.max_epochs", "2", "--trainer.check_val_every_n_epoch", "9", *more)
