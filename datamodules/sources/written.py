@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +45,8 @@ def manifest(folder: Path) -> dict[str, Written]:
             texts, numbers = (name, digest), (samples, size)
             if {type(text) for text in texts} != {str} or {type(number) for number in numbers} != {int}:
                 raise ValueError(f"{path}: a shard in it lacks file, samples, bytes or sha256")
+            if not 0 < len(str(name)) < 256 or "/" in str(name):
+                raise ValueError(f"{path}: {str(name)[:100]!r} in it is no name of a file")
             found[str(name)] = Written(int(samples or 0), int(size or 0), str(digest))
     return found
 
@@ -67,6 +70,6 @@ def gone(given: Iterable[str]) -> dict[Path, Written]:
         folder = path if path.is_dir() else path.parent
         for name, written in manifest(folder).items():
             file = folder / name
-            if (path.is_dir() or fnmatch.fnmatchcase(str(file), text)) and not file.exists():
+            if (path.is_dir() or fnmatch.fnmatchcase(str(file), text)) and not os.path.exists(file):
                 found[file] = written
     return found
