@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test slow torture kills mutants lint bench gpu wheels docs clean
+.PHONY: demo test slow torture kills fuzz mutants lint bench gpu wheels docs clean
 .venv: .venv/.ready
 .venv/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Descant needs Python 3.11 or newer"'
@@ -36,6 +36,11 @@ torture: .venv/.ready  ## Kill a real fit at random moments, resume it each time
 
 kills: .venv/.ready  ## Kill every experiment that ships three times, resume it each time, compare with one left alone: half an hour.
 	$(BIN)/python -m tests.kills $(EXPERIMENTS)
+
+# Not SECONDS, which bash sets itself.
+FUZZ_SECONDS ?= 600
+fuzz: .venv/.ready  ## Damaged files for every reader, ten minutes by default: FUZZ_SECONDS=60, FUZZ='--only tar'
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ)
 
 JOBS ?= 1
 mutants: .venv/.ready  ## Replace 40 core lines, one at a time in a copy of the tree, and see that the nearest tests fail.

@@ -10,14 +10,18 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from descant.datamodules.changed import Corpus, pack, require
 from descant.datamodules.order import Order, Slot, Window
 from descant.modules.batch import Batch
 from descant.modules.random import global_seed, mix_N, uniform_N
@@ -238,6 +242,29 @@ class DataModule(L.LightningDataModule):
     def picture(self, index: int) -> Tensor | None:
         """The sample's picture as uint8 ``[3, H, W]``, or None where it has none."""
         return None
+
+    # what is asked when a run is resumed ------------------------------------------------------------------------
+
+    def corpora(self) -> dict[str, Corpus]:
+        """Name -> what the data was made of when its index was made: here, of the pack in ``folder``, if it has one."""
+        folder = getattr(self, "folder", None)
+        return {"pack": pack(folder)} if isinstance(folder, Path) and folder.is_dir() and not self.tiny else {}
+
+    @cached_property
+    def known_corpora(self) -> dict[str, Corpus]:
+        return self.corpora()
+
+    def state_dict(self) -> dict[str, Any]:
+        if not self.known_corpora:
+            return {}
+        if "_corpora" not in self.__dict__:  # it does not change while a run goes on
+            self._corpora = {name: corpus.state() for name, corpus in self.known_corpora.items()}
+        return {"corpora": self._corpora}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError where a run goes on with data that is not what it was, unless the call allows that."""
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            require(self.known_corpora, state_dict.get("corpora", {}))
 
     # loaders ---------------------------------------------------------------------------------------------------
 

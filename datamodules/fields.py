@@ -35,6 +35,8 @@ _ABOUT = re.compile(
 _LOOK = 10
 #: The int16 that stands after the end of a sound; the loudest real sample is one above it.
 ENDED = -32768
+#: Bytes that are decoded of one recording at most.
+SOUND = 1 << 28
 
 
 class Column:
@@ -213,6 +215,10 @@ class AudioField(Field):
         try:
             with soundfile.SoundFile(io.BytesIO(data)) as sound:
                 wanted = math.ceil(self.samples * sound.samplerate / self.rate)
+                size = min(wanted, sound.frames) * sound.channels * 4
+                if size > SOUND:
+                    told = f"{sound.channels} channels of {sound.samplerate:,} a second"
+                    raise ValueError(f"{told} are {size:,} bytes when decoded, more than the limit of {SOUND:,}")
                 if sound.seekable() and 0 < wanted < sound.frames:
                     sound.seek(int(start * (sound.frames - wanted + 1)))
                 x_SC = sound.read(wanted, dtype="float32", always_2d=True)
@@ -350,15 +356,17 @@ class Fields:
 
 def kinds(source: Source) -> dict[str, str]:
     """Field -> ``image``, ``audio``, ``text``, ``number`` or ``unknown``, by the first values that it has."""
-    return {field: _kind(source, field) for field in source.fields}
+    looked: dict[int, dict[str, Raw]] = {}  # each sample is read once: a JSON of it may hold a thousand of its fields
+    return {field: _kind(source, field, looked) for field in source.fields}
 
 
-def _kind(source: Source, field: str) -> str:
+def _kind(source: Source, field: str, looked: dict[int, dict[str, Raw]]) -> str:
     texts: list[str] = []
     for index in np.flatnonzero(source.has(field))[:_LOOK].tolist():
-        try:
-            raw = source.read(index, [field])[field]
-        except (OSError, ValueError, KeyError):
+        if index not in looked:
+            looked[index] = _readable(source, index)
+        raw = looked[index].get(field)
+        if raw is None:
             continue
         if media(raw) in ("image", "audio"):
             return media(raw)
@@ -368,6 +376,26 @@ def _kind(source: Source, field: str) -> str:
         return "number" if numbers else "text"
     name = field.rpartition(".")[2].lower()  # nothing of it can be read: what it is called is all there is
     return "image" if name in (*PICTURES, "image") else "audio" if name in (*SOUNDS, "audio") else "unknown"
+
+
+def _readable(source: Source, index: int) -> dict[str, Raw]:
+    """All of a sample that can be read; what is not text by its first bytes."""
+    wanted = [field for field in source.fields if source.has(field)[index]]
+    try:
+        return {field: _begin(raw) for field, raw in source.read(index, wanted).items()}
+    except (OSError, ValueError, KeyError):
+        pass
+    found: dict[str, Raw] = {}
+    for field in wanted:  # one broken file says nothing of the others
+        try:
+            found |= {name: _begin(raw) for name, raw in source.read(index, [field]).items()}
+        except (OSError, ValueError, KeyError):
+            continue
+    return found
+
+
+def _begin(raw: Raw) -> Raw:
+    return raw if isinstance(raw, str) else raw[:64]
 
 
 def _named(source: Source, field: str | None, kind: str) -> Column:

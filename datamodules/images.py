@@ -32,6 +32,15 @@ from descant.modules.random import uniform_NK
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 #: Pixels of the largest picture that is decoded: where Pillow begins to warn of decompression bombs.
 LIMIT = 89_478_485
+#: Bytes of the largest picture as its decoder holds it: the limit above in three bytes a pixel, so it binds where a
+#: pixel has more of them. In a process one picture is decoded at a time.
+BYTES = 1 << 28
+#: Pixels of a large picture that are turned into RGB at a time: over white and from 16 bits that makes many copies.
+_STRIP = 1 << 20
+#: Pillow's modes -> bytes of a pixel in memory; all others have 4.
+_DEPTH = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
+#: What a decoder holds beside the picture: WebP's, which knows animations, the canvas twice.
+_DECODERS = {"WEBP": 12}
 #: As in torchvision's RandomResizedCrop: after so many boxes that do not fit, the largest central one.
 _ATTEMPTS = 10
 #: Evaluation resizes no more of a picture than so many times its shorter side: its central square is all that is seen.
@@ -72,7 +81,8 @@ class Images:
         scale: of the crop's area, as a share of the picture's.
         ratio: of the crop's width to its height.
         flip: probability of a mirrored picture.
-        limit: a picture of more pixels is an error and is not decoded. Pillow, which reads what is not JPEG, warns
+        limit: a picture of more pixels, or more than 256 MiB when decoded (RGBA and 16 bits have more bytes a pixel),
+            is an error and is not decoded. Pillow, which reads what is not JPEG, warns
             above 89,478,485 and refuses above twice that.
         filter: of the resampling, always with antialias.
         gap: a JPEG is decoded at the smallest of 1, 1/2, 1/4 and 1/8 at which the crop still has ``gap * size`` pixels
@@ -147,12 +157,14 @@ class Images:
         box_N4, flipped_N = self.boxes(shape_N2, None if draw_B is None else draw_B[list(headers)])
         read = set()
         out_B = x_B3SS.split(1)
-        for (row, header), box, flipped in zip(headers.items(), box_N4.tolist(), flipped_N.tolist(), strict=True):
+        for row, box, flipped in zip(list(headers), box_N4.tolist(), flipped_N.tolist(), strict=True):
+            header = headers.pop(row)  # with what it decodes into: one picture is held at a time
             try:
                 x_HWC, (top, left, height, width) = self.decode(header, box)
             except ValueError as error:
                 errors[row] = str(error)
                 continue
+            del header
             x_1CHW = torch.from_numpy(x_HWC[None, top : top + height, left : left + width]).permute(0, 3, 1, 2)
             out_13SS = out_B[row]
             if draw_B is None:
@@ -229,6 +241,7 @@ class Images:
             picture = _open(data)
             width, height = picture.size
             self._bound(height, width)
+            _bounded(picture)
             exif = picture.info.get("exif")
         if min(height, width) < 1:
             raise ValueError("no pixels")
@@ -329,6 +342,18 @@ def _open(data: bytes) -> Image.Image:
 
 def rgb_of(picture: Image.Image) -> np.ndarray:
     """uint8 RGB ``[H, W, 3]`` of any of Pillow's modes, over white."""
+    picture.load()
+    strip = max(_STRIP // max(picture.width, 1), 1)
+    if picture.height <= strip:
+        return _strip_of(picture)
+    x_HW3 = np.empty((picture.height, picture.width, 3), dtype=np.uint8)
+    for top in range(0, picture.height, strip):
+        box = (0, top, picture.width, min(top + strip, picture.height))
+        x_HW3[top : top + strip] = _strip_of(picture.crop(box))
+    return x_HW3
+
+
+def _strip_of(picture: Image.Image) -> np.ndarray:
     if picture.mode.startswith("I;16"):  # 16-bit grey, which convert() would clip
         x_HW1 = (np.asarray(picture) >> 8).astype(np.uint8)[:, :, None]
         return np.repeat(x_HW1, 3, axis=2)
@@ -336,6 +361,15 @@ def rgb_of(picture: Image.Image) -> np.ndarray:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return np.array(picture.convert("RGB"))
+
+
+def _bounded(picture: Image.Image) -> None:
+    """Raises ValueError for a picture that would take more than ``BYTES`` when it is decoded."""
+    depth = _DECODERS.get(picture.format or "", _DEPTH.get(picture.mode, 4))
+    size = picture.width * picture.height * depth
+    if size > BYTES:
+        what = f"{picture.width:,} x {picture.height:,} pixels of {picture.mode}"
+        raise ValueError(f"{what} are {size:,} bytes when decoded, more than the limit of {BYTES:,}")
 
 
 def _orientation(exif: bytes | None) -> int:

@@ -39,11 +39,15 @@ class Ledger:
 
     def skip(self, file: str, sample: str, why: str) -> None:
         """Note a sample that could not be read. Raises ValueError after ``in_a_row`` of them."""
-        self.skipped += 1
         self._streak += 1
-        self._note(json.dumps({"file": file, "sample": sample, "why": why}).encode())
+        self.lose(file, sample, why)
         if self._streak >= self.in_a_row:
             raise ValueError(f"{file}: {self._streak} samples in a row cannot be read; the last is {sample}: {why}")
+
+    def lose(self, file: str, sample: str, why: str) -> None:
+        """Note what is known to be lost before anything is read: it says nothing of what lies beside it."""
+        self.skipped += 1
+        self._note(json.dumps({"file": file, "sample": sample, "why": why}).encode())
 
     def _note(self, line: bytes) -> None:
         if self.path is None or line in self._noted:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from descant.datamodules.base import BatchDataset, DataModule
+from descant.datamodules.changed import Corpus
 from descant.datamodules.order import Blocked, Order, Slot, Window
 from descant.datamodules.shuffle import Permutation
 from descant.modules.batch import Batch
@@ -379,6 +380,9 @@ class Mixture(DataModule):
     def prepare_data(self) -> None:
         for part in self.parts.values():
             part.prepare_data()
+
+    def corpora(self) -> dict[str, Corpus]:
+        return {f"{name}.{k}": corpus for name, part in self.parts.items() for k, corpus in part.known_corpora.items()}
 
     def setup(self, stage: str) -> None:
         for part in self.parts.values():

@@ -20,12 +20,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from descant.datamodules.base import BatchDataset, DataModule
+from descant.datamodules.changed import Corpus, rules
 from descant.datamodules.fields import AudioField, Column, Field, Fields, ImageField, TextField, kinds
 from descant.datamodules.ledger import Ledger
 from descant.datamodules.order import Blocked, Order
 from descant.datamodules.reading import Marks, OwnSet, Reader, StreamSet, key_of
 from descant.datamodules.sources import find
-from descant.datamodules.sources.base import Source, held_out, rank_of, split_named, text_of
+from descant.datamodules.sources.base import Damaged, Source, held_out, rank_of, split_named, text_of
 from descant.datamodules.sources.stream import Stream
 from descant.datamodules.sources.synthetic import Synthetic
 from descant.modules.batch import Batch
@@ -64,9 +65,12 @@ class Own(DataModule):
         key: a field whose equal values are the same content, so no negatives of each other; the caption by default.
         augment: training's view of a picture on the device, beside the crops and flips of ``fields.image``; none
             where not given.
+        damaged: ``refuse`` a table with a row that cannot be read, and shards or parquet files that are cut off or
+            missing; or ``skip`` what is lost, which the ledger then tells. A single sample is always skipped.
+        outside: whether a table may name files outside its own folder.
 
     Raises:
-        ValueError: in one line, for data that is not there, ambiguous or unreadable.
+        ValueError: in one line, for data that is not there, ambiguous, unreadable or damaged.
     """
 
     def __init__(
@@ -86,7 +90,10 @@ class Own(DataModule):
         holdout: float = 0.05,
         key: str | None = None,
         augment: Augment | None = None,
+        damaged: Damaged = "refuse",
+        outside: bool = False,
     ) -> None:
+        self.damaged, self.outside = damaged, outside
         self.path, self.source, self.validate, self.test, self.stream = path, source, validate, test, stream
         self.given, self.split, self.holdout, self.key, self.augment = fields, split, holdout, key, augment
         self.tiny = tiny
@@ -140,6 +147,11 @@ class Own(DataModule):
 
     def prepare_data(self) -> None:
         _ = self.splits  # the first process of a machine makes the indices, the others find them in the cache
+        if self.stream is not None and not self.tiny and self.damaged == "refuse":
+            self.stream.require_whole()
+        for corpus in self.known_corpora.values() if rules.verify else ():
+            if (why := corpus.verify()) is not None:
+                raise ValueError(why)
 
     # the corpus and its splits ---------------------------------------------------------------------------------
 
@@ -152,7 +164,7 @@ class Own(DataModule):
         if self.source is not None:
             found = {"train": self.source}
         elif self.path is not None:
-            found = dict(find(self.path))
+            found = dict(find(self.path, self.damaged, self.outside))
             found = {"train": found.pop("")} if "" in found else found
             if "train" not in found:
                 raise ValueError(f"{self.path}: {', '.join(found)} and no training split; name the file by itself")
@@ -269,13 +281,27 @@ class Own(DataModule):
         if self.stream is not None and not self.tiny:
             rank, world, _ = self._world()
             mine = {reader: rows for reader, rows in self._marks.items() if reader // max(self.workers, 1) == rank}
-            return StreamSet(self.stream, self.fields, self.seed, self.ledger, rank, world, self.drop, mine)
+            of = (self.stream, self.fields, self.seed, self.ledger, rank, world, self.drop, mine)
+            return StreamSet(*of, damaged=self.damaged)
         made = self._set("train", training=True)
         for m, has_N in made.has.items():
             if not has_N.any():
                 raise ValueError(f"{self.sources['train'].place(0)}: no training sample has {m}")
         self._told_cut(made)
+        self._told_faults()
         return made
+
+    def _told_faults(self) -> None:
+        """Note what the indices know to be lost, and say once how much that is."""
+        faults = [fault for source in self.sources.values() for fault in source.faults]
+        if not faults or self._world()[0] or "lost" in self.__dict__:
+            return
+        self.lost = len(faults)
+        for fault in faults:
+            self.ledger.lose(*fault)
+        first = f"{faults[0].file}: {faults[0].why}" if faults[0].file else faults[0].why
+        more = f" ({len(faults):,} in all: {self.ledger.path or 'the ledger'})"
+        print(f"descant: warning: {first}{more}", file=sys.stderr, flush=True)
 
     def _told_cut(self, made: OwnSet) -> None:
         """Say once how many captions lose their end, as nothing else would show it."""
@@ -312,6 +338,14 @@ class Own(DataModule):
         # a stream has its own order: here its positions are only counted
         return Order(len(data), self.batch_size, self.seed, shuffle=data.by_position, **cut)
 
+    def corpora(self) -> dict[str, Corpus]:
+        if self.tiny:
+            return {}
+        found = {name: source.corpus() for name, source in self.sources.items()}
+        if self.stream is not None:
+            found["stream"] = self.stream.corpus()
+        return {name: corpus for name, corpus in found.items() if corpus is not None}
+
     # where a stream stands -------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -327,18 +361,21 @@ class Own(DataModule):
         return {**cut, "shards": len(self.stream.urls), "buffer": self.stream.buffer}
 
     def state_dict(self) -> dict[str, Any]:
-        """Of a stream: its cut, and where all ranks' readers stood after their last batches. Collective."""
+        """What the data was; of a stream: its cut, and where all ranks' readers stood after their last batches.
+        Collective."""
         if self._streamed is None:
-            return {}
+            return super().state_dict()
         marks = dict(self._streamed.marks)
         if dist.is_available() and dist.is_initialized():
             parts: list[Marks] = [{} for _ in range(dist.get_world_size())]
             dist.all_gather_object(parts, marks)
             marks = {reader: rows for part in parts for reader, rows in part.items()}
-        return {"cut": self._cut(), "marks": marks}
+        return {**super().state_dict(), "cut": self._cut(), "marks": marks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises ValueError where the stream is read by other ranks or workers than it was, or is cut otherwise."""
+        """Raises ValueError where the data is not what it was, or the stream is read by other ranks or workers than it
+        was, or is cut otherwise."""
+        super().load_state_dict(state_dict)
         fits = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if self.stream is None or self.tiny or not fits:
             return

@@ -18,7 +18,7 @@ from descant.datamodules.base import BatchDataset, Rows
 from descant.datamodules.fields import Column, Field, numbered
 from descant.datamodules.ledger import Ledger
 from descant.datamodules.order import Window
-from descant.datamodules.sources.base import Raw, Source, text_of
+from descant.datamodules.sources.base import REMEDY, Damaged, Raw, Source, encoded, text_of
 from descant.datamodules.sources.stream import BEGINNING, Mark, Sample, Stream
 from descant.datamodules.sources.synthetic import Taken
 from descant.modules.batch import Batch
@@ -99,7 +99,7 @@ def key_of(text: str) -> int:
     >>> key_of("A  cat") == key_of("a cat\\n"), key_of("a cat") == key_of("a dog")
     (True, False)
     """
-    plain = " ".join(text.split()).casefold().encode("utf-8", "surrogateescape")
+    plain = encoded(" ".join(text.split()).casefold())
     return int.from_bytes(hashlib.blake2b(plain, digest_size=8).digest(), "little") >> 1
 
 
@@ -240,9 +240,11 @@ class StreamSet(BatchDataset):
         ledger: where samples and shards that cannot be read are noted.
         drop: modality -> probability that a present sample is made absent.
         marks: of the readers, where an epoch is not begun at its beginning.
+        damaged: ``skip`` goes on after a shard that cannot be read to its end.
 
     Raises:
-        ValueError: on reading, for a batch within an epoch whose predecessor is neither the last one nor in ``marks``.
+        ValueError: on reading, for a shard that cannot be read to its end, unless that is to be skipped; for a batch
+            within an epoch whose predecessor is neither the last one nor in ``marks``.
     """
 
     by_position = False
@@ -257,8 +259,10 @@ class StreamSet(BatchDataset):
         world: int = 1,
         drop: Mapping[str, float] | None = None,
         marks: Marks | None = None,
+        damaged: Damaged = "refuse",
     ) -> None:
         super().__init__(seed, drop)
+        self.damaged = damaged
         self.stream, self.ledger, self.rank, self.world = stream, ledger, rank, world
         self.fields = {m: field.explicit() for m, field in fields.items()}
         self.marks = dict(marks or {})
@@ -279,7 +283,9 @@ class StreamSet(BatchDataset):
         reader, readers = self.rank * workers + number % workers, self.world * workers
         if (epoch, number) != self._next:
             mark = self._after(reader, epoch, number - workers)
-            self._samples = self.stream.read(self.seed, epoch, reader, readers, self._complete, self._skip, mark)
+            self._samples = self.stream.read(
+                self.seed, epoch, reader, readers, self._complete, self._skip, mark, self.ledger.lose
+            )
         self._next = epoch, number + workers
         batch = super().__getitem__(window)
         return Marked(**vars(batch), at=(reader, epoch, number, *self._mark))
@@ -343,4 +349,6 @@ class StreamSet(BatchDataset):
         return all(any(part in raw for n in f.wanted for part in numbered(n, list(raw))) for f in self.fields.values())
 
     def _skip(self, place: str, why: str) -> None:
+        if self.damaged == "refuse":
+            raise ValueError(f"{place}: {why}; {REMEDY}")
         self.ledger.skip(place, place, why)

@@ -74,9 +74,11 @@ class PooledDialogues(Dialogues):
         return dict(pool.arrays())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"version": self.version, **{name: torch.from_numpy(x.copy()) for name, x in self.arrays().items()}}
+        arrays = {name: torch.from_numpy(x.copy()) for name, x in self.arrays().items()}
+        return {**super().state_dict(), "version": self.version, **arrays}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
         if len(state_dict["key"]) != self.items:
             raise ValueError(f"items {self.items}: the checkpoint's pool has {len(state_dict['key'])}")
         every: Columns = self.training_problems.problems

@@ -12,9 +12,10 @@ import yaml
 from descant.document import load, shown
 from descant.errors import fail, printable, say
 
-#: Where a run is made and how it is watched: none of these changes what is learned.
+#: Where a run is made and how it is watched: none of these changes what is learned. (What damaged data has lost is told
+#: by the digests of the data itself.)
 FREE = (
-    *("name", "data.init_args.num_workers", "data.init_args.eval_batch_size"),
+    *("name", *(f"data.init_args.{key}" for key in ("num_workers", "eval_batch_size", "damaged", "outside"))),
     *(f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy", "logger", "plugins")),
     *(f"trainer.{key}" for key in ("default_root_dir", "profiler", "log_every_n_steps", "enable_progress_bar")),
     *("trainer.enable_model_summary", "trainer.detect_anomaly", "trainer.limit_test_batches"),

@@ -33,6 +33,7 @@ from descant.callbacks.resume import Resume, Stopped, require_exact
 from descant.catalogue import BASE
 from descant.changes import require_unchanged
 from descant.check import Check, Checked
+from descant.datamodules.changed import rules
 from descant.document import shown
 from descant.errors import INTERRUPTED, TERMINATED, Refusal, disk_fault, fail, printable, say
 from descant.explain import explain as explained
@@ -52,7 +53,7 @@ from descant.store import AtomicIO
 from descant.trust import enforce, writes
 
 #: Options of a call, not of an experiment: a saved configuration does not hold them.
-CALL = ("config", "runs", "run", "resume", "changed", "test", "sets", "ckpt_path")
+CALL = ("config", "runs", "run", "resume", "changed", "verify", "test", "sets", "ckpt_path")
 #: What begins a text under `trainer` to mean the run's folder.
 PLACE = "RUN"
 
@@ -102,7 +103,8 @@ class DescantCLI(LightningCLI):
         parser.add_argument("--run", type=str | None, default=None, help="An existing run, such as NAME/002.")
         parser.add_argument("--resume", type=str, default="never", help="never, auto or a checkpoint (fit).")
         words = Literal["refuse", "allow"]
-        parser.add_argument("--changed", type=words, default="refuse", help="Resume with other settings: allow.")
+        parser.add_argument("--changed", type=words, default="refuse", help="Resume with other settings, data: allow.")
+        parser.add_argument("--verify", type=bool, default=False, help="Read and hash all data before it is used.")
         parser.add_argument("--test", type=bool, default=False, help="Test the final weights after fit.")
         if self.command == "predict":
             parser.add_argument("--sets", type=str | None, default=None, help="Of what, such as val,vendor or train.")
@@ -132,6 +134,7 @@ class DescantCLI(LightningCLI):
         accumulate = self.options.trainer.accumulate_grad_batches
         if isinstance(accumulate, int) and accumulate < 1:
             fail(f"trainer.accumulate_grad_batches {accumulate}: at least 1")
+        rules.allow, rules.verify = self.options.changed == "allow", bool(self.options.verify)
         if self.options.trainer.use_distributed_sampler:
             fail("trainer.use_distributed_sampler: true: the data module itself cuts the batch over ranks")
         if self.command == "fit" and not runs.launched():

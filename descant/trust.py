@@ -57,9 +57,10 @@ WORDS = {
     "packages": "believe packages whose hash is not known",
     "writes": "write outside the run's folder",
     "network": "reach another machine",
+    "reads": "read files outside the folder of a table",
 }
 #: Key -> the word that a file needs to say it. On the command line it is the user who says it.
-_GUARDED = {"allow_pipes": "shell", "accept": "packages", "model_registry": "network"}
+_GUARDED = {"allow_pipes": "shell", "accept": "packages", "model_registry": "network", "outside": "reads"}
 #: Classes whose purpose is another machine.
 _REMOTE = ("CometLogger", "LitLogger", "MLFlowLogger", "NeptuneLogger", "WandbLogger")
 #: An address, unless it is that of a file; of a pipe its own key has to allow it.

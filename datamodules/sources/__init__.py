@@ -6,50 +6,69 @@ import glob
 from collections.abc import Sequence
 from pathlib import Path
 
-from descant.datamodules.sources.base import Source, nearest, split_named
+from descant.datamodules.sources.base import Damaged, Source, similar, split_named
 from descant.datamodules.sources.folder import TABLES, Folder
 from descant.datamodules.sources.parquet import Parquet
-from descant.datamodules.sources.shards import Shards, expand
+from descant.datamodules.sources.shards import Shards, expand, lost
 
-_KINDS: dict[str, type[Shards] | type[Parquet]] = {".tar": Shards, ".parquet": Parquet}
+_KINDS = (".tar", ".parquet")
 
 
-def find(path: str | Path | Sequence[str | Path]) -> dict[str, Source]:
+def find(
+    path: str | Path | Sequence[str | Path], damaged: Damaged = "refuse", outside: bool = False
+) -> dict[str, Source]:
     """The corpus at a path, by what lies there: split -> source, or the one source under ``""``.
 
     A folder of pictures (or its CSV, TSV or JSON-lines file) is a :class:`Folder`; tar files and patterns of them are
     :class:`Shards`, parquet files :class:`Parquet`, and so are folders that hold them. Files named ``train-*`` and
     ``val-*`` or ``test-*`` are these splits.
 
+    Args:
+        path: files, patterns or a folder.
+        damaged: ``skip`` reads what is left of files that have lost something; their ``faults`` tell.
+        outside: whether tables may name files outside their own folder.
+
     Raises:
         ValueError: where nothing is there, or nothing that is known.
     """
     given = [path] if isinstance(path, (str, Path)) else list(path)
-    if len(given) == 1 and (folder := _folder(Path(given[0]))) is not None:
+    if len(given) == 1 and (folder := _folder(Path(given[0]), damaged, outside)) is not None:
         return {"": folder}
-    for ending, kind in _KINDS.items():
+
+    def kind(files: list[Path]) -> Shards | Parquet:
+        if ending == ".tar":
+            return Shards(files, damaged=damaged)
+        return Parquet(files, damaged=damaged, outside=outside)
+
+    for ending in _KINDS:
         if _holds(given, ending):
+            gone = lost(given, damaged) if ending == ".tar" else []
             files = expand(given, ending)
             splits: dict[str, list[Path]] = {}
             for file in files:
                 splits.setdefault(_split(file), []).append(file)
             if len(splits) == 1:
-                return {"": kind(files)}
+                only = kind(files)
+                only.faults = [*gone, *only.faults]
+                return {"": only}
             if "" in splits:
                 other = next(part[0] for split, part in splits.items() if split)
                 raise ValueError(f"{splits[''][0]}: its name begins with no split, and that of {other.name} does")
-            return {split: kind(part) for split, part in splits.items()}
+            found: dict[str, Source] = {split: kind(part) for split, part in splits.items()}
+            first_found = next(iter(found.values()))
+            first_found.faults = [*gone, *first_found.faults]
+            return found
     first = Path(given[0]) if given else Path()
     if not first.exists() and not glob.has_magic(str(first)) and "{" not in str(first):
-        beside = [p.name for p in first.parent.iterdir()] if first.parent.is_dir() else []
-        raise ValueError(f"{first}: no such file or folder{nearest(first.name, beside)}")
+        raise ValueError(f"{first}: no such file or folder{similar(first)}")
     raise ValueError(f"{first}: data is a folder, or files that end in {', '.join((*TABLES, *_KINDS))}")
 
 
-def _folder(path: Path) -> Folder | None:
+def _folder(path: Path, damaged: Damaged, outside: bool) -> Folder | None:
     if path.is_file() and path.suffix.lower() in TABLES:
-        return Folder(path.parent, path.name)
-    return Folder(path) if path.is_dir() and not any(_holds([path], ending) for ending in _KINDS) else None
+        return Folder(path.parent, path.name, damaged, outside)
+    packed = not path.is_dir() or any(_holds([path], ending) for ending in _KINDS)
+    return None if packed else Folder(path, None, damaged, outside)
 
 
 def _holds(given: Sequence[str | Path], ending: str) -> bool:

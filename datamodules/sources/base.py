@@ -5,25 +5,51 @@ Letters: N samples of a source.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from descant.datamodules.changed import Corpus
 
 #: One field of one sample as it lies on disk: encoded pictures and sound are bytes, captions and labels are texts.
 Raw = bytes | str
 #: Bytes of one field at most: what is larger is no picture and no clip, and one of them must not fill the memory.
 LIMIT = 1 << 28
+#: Characters of a file's name: more than file systems take.
+_NAME = 1000
+#: Names in a folder that are looked at for one like a name that is not there.
+_BESIDE = 10_000
+#: Entries of one JSON object or member, and different fields of a corpus, at most: every sample has or lacks each.
+ENTRIES, FIELDS = 1000, 10_000
 #: Parts of a list (``caption.0`` ...) that become fields.
 PARTS = 32
 
+#: What becomes of a corpus that has lost samples: it is refused, or what is left of it is read and the ledger tells.
+Damaged = Literal["refuse", "skip"]
+#: How a line ends that refuses damaged data.
+REMEDY = "damaged: skip reads the rest"
+#: How a line ends that refuses files of another folder.
+OUTSIDE = "outside: true reads it"
+
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 SOUNDS = ("wav", "flac", "ogg", "opus", "mp3")
+
+
+class Fault(NamedTuple):
+    """What is known to be lost when an index is made: the file, the sample (or the file again, for many), and why."""
+
+    file: str
+    sample: str
+    why: str
 
 
 class Source:
@@ -33,6 +59,9 @@ class Source:
     entry of a JSON member), the column of a parquet file or CSV. A sample may lack any field: ``has`` says so without
     reading the sample, so that what is missing is known before an epoch begins.
     """
+
+    #: What is lost of it, in the order in which it was found.
+    faults: Sequence[Fault] = ()
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -65,6 +94,10 @@ class Source:
     def blocks(self) -> tuple[np.ndarray, int] | None:
         """Int64 ``[N]``, the block that each sample is read with, and how many blocks a process keeps; None where
         samples are read one by one, or all blocks are kept, so that any order costs the same."""
+        return None
+
+    def corpus(self) -> Corpus | None:
+        """What it is made of, by which a change is seen; None for what has no files."""
         return None
 
     def texts(self, field: str) -> list[str | None]:
@@ -102,6 +135,33 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; there are {shown}" if options else ""
 
 
+def similar(path: Path) -> str:
+    """``; nearest: X`` for a path that is not there: a name like it beside the first part that is missing, if any.
+
+    A whole folder is never listed: it may be the root of the file system, or hold a million files.
+
+    >>> similar(Path("/us/share")), similar(Path("/no-such-folder-at-all")), similar(Path("/no-such-folder/x"))
+    ('; nearest: /usr', '', '; there is no /no-such-folder')
+    """
+    first = path
+    while first.parent != first and not first.parent.is_dir():
+        first = first.parent
+    names: list[str] = []
+    with contextlib.suppress(OSError):
+        names = sorted(entry.name for entry in islice(os.scandir(first.parent), _BESIDE))
+    found = difflib.get_close_matches(first.name.lower(), [name.lower() for name in names], n=1, cutoff=0.5)
+    if not found:
+        return "" if first == path else f"; there is no {first}"
+    name = next(name for name in names if name.lower() == found[0])
+    return f"; nearest: {name if first == path else first.parent / name}"
+
+
+def many(names: Iterable[str]) -> str:
+    """Why a corpus of more than ``FIELDS`` fields is refused."""
+    few = ", ".join(sorted(names)[:3])
+    return f"more than {FIELDS:,} different fields ({few} ...): what differs in each sample is no name of a field"
+
+
 def held_out(name: str, share: float) -> bool:
     """Whether a sample belongs to the ``share`` that is kept out of training: a function of its name alone.
 
@@ -111,9 +171,26 @@ def held_out(name: str, share: float) -> bool:
     return rank_of(name) < share
 
 
+def encoded(text: str) -> bytes:
+    """UTF-8 of any text, of half an emoji that JSON was cut in too, and bytes of names that were none."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogatepass")
+
+
+def short(text: str, most: int = 200) -> str:
+    """A text that a line quotes, cut where it is longer.
+
+    >>> short("abc", 2)
+    'ab ...'
+    """
+    return text if len(text) <= most else f"{text[:most]} ..."
+
+
 def rank_of(name: str) -> float:
     """A number in [0, 1) that a name always has: samples below a share are held out."""
-    digest = hashlib.blake2b(f"split/{name}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    digest = hashlib.blake2b(encoded(f"split/{name}"), digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2.0**64
 
 
@@ -166,8 +243,33 @@ def flat(value: Any, name: str) -> Iterator[tuple[str, str]]:
             yield name, text
 
 
+def inside(root: Path, name: str) -> Path:
+    """The path that a table or archive in ``root`` calls ``name``.
+
+    Raises:
+        ValueError: where it is outside ``root``, by its name or by a link on the way.
+    """
+    leaves(name)
+    path = root / name
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
+        raise ValueError(f"{name} leads outside {root} by a link; {OUTSIDE}")
+    return path
+
+
+def leaves(name: str) -> None:
+    """Raises ValueError for the name of a file that is absolute or goes up.
+
+    >>> leaves("a/b.jpg") is None
+    True
+    """
+    if name.startswith("/") or (".." in name and ".." in name.split("/")):
+        raise ValueError(f"{name[:200]!r} is outside the data's own folder; {OUTSIDE}")
+
+
 def read_file(path: Path, offset: int = 0, size: int | None = None) -> bytes:
     """A regular file's bytes. Raises OSError where there is none, ValueError where it is larger than ``LIMIT``."""
+    if len(path.name) > _NAME:
+        raise ValueError(f"a name of {len(path.name):,} characters")
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a named pipe must not hang the run
     try:
         found = os.fstat(handle)

@@ -8,19 +8,33 @@ from __future__ import annotations
 import csv as csv_module
 import json
 import os
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
+from descant.datamodules.changed import Corpus, Property
 from descant.datamodules.sources.base import (
+    ENTRIES,
+    FIELDS,
     PICTURES,
+    REMEDY,
     SOUNDS,
+    Damaged,
+    Fault,
     Raw,
     Source,
     flat,
+    inside,
+    leaves,
+    many,
     nearest,
     read_file,
+    short,
+    similar,
     split_named,
 )
 
@@ -28,6 +42,14 @@ TABLES = (".csv", ".tsv", ".jsonl")
 #: Tables that are taken without being named, where a folder holds several.
 _USUAL = ("metadata", "captions", "data", "index")
 _MEDIA = (*PICTURES, *SOUNDS)
+#: Rows of a table that may be left out: one with more is another kind of file, or was cut in the middle.
+_BROKEN = 1000
+#: Files that are asked for their size in one go.
+_AT_ONCE = 4096
+
+
+class _Outside(ValueError):
+    """A file that lies outside the folder."""
 
 
 class Folder(Source):
@@ -44,16 +66,25 @@ class Folder(Source):
         root: the folder; paths in the table are relative to it.
         csv: the table, relative to ``root`` too; the only one in ``root`` (or ``metadata.*``, ``captions.*``) where
             not given, and files alone where there is none.
+        damaged: ``skip`` leaves out rows of the table that cannot be read, and ``faults`` tells of each.
+        outside: whether files may lie outside ``root``: named by an absolute path or with .., or behind a link.
 
     Raises:
-        ValueError: if the folder or table is missing, holds no sample, or no column has file names.
+        ValueError: if the folder or table is missing, holds no sample, has a row that cannot be read, or names a file
+            outside ``root``; if no column has file names.
     """
 
-    def __init__(self, root: str | Path, csv: str | Path | None = None) -> None:
-        self.root = Path(root)
+    def __init__(
+        self,
+        root: str | Path,
+        csv: str | Path | None = None,
+        damaged: Damaged = "refuse",
+        outside: bool = False,
+    ) -> None:
+        self.root, self.damaged, self.outside = Path(root), damaged, outside
+        self.faults: list[Fault] = []
         if not self.root.is_dir():
-            beside = [p.name for p in self.root.parent.iterdir()] if self.root.parent.is_dir() else []
-            raise ValueError(f"{self.root}: no such folder{nearest(self.root.name, beside)}")
+            raise ValueError(f"{self.root}: no such folder{similar(self.root)}")
         self.table = self._table(csv)
         self.columns: dict[str, list[str | None]] = {}  # a file's path relative to the root, or a text
         self.files: tuple[str, ...] = ()  # the columns that hold files
@@ -62,6 +93,66 @@ class Folder(Source):
         else:
             self._walk()
         self._places()
+        files: Sequence[str] = self.files
+        self._stat([self.columns[name] for name in files])
+
+    def _stat(self, columns: Sequence[Sequence[str | None]]) -> None:
+        """Bytes ``size_FN`` and times of change ``time_FN`` of the files of F columns, -1 and 0 where there is none;
+        ``given_FN``: where one is named.
+
+        Raises:
+            ValueError: for a file outside the folder, unless that is allowed.
+        """
+        shape, root = (len(columns), len(self.names)), f"{self.root}/"
+        self.given_FN = np.array([[name is not None for name in column] for column in columns], dtype=bool)
+        names = [name for column in columns for name in column if name is not None]
+        if not self.outside:
+            self._bounded(names)
+        found: list[tuple[int, int]] = []
+        for low in range(0, len(names), _AT_ONCE):
+            some = names[low : low + _AT_ONCE]
+            try:  # nearly always all are plain files
+                each = [(s.st_mode, s.st_size, s.st_mtime_ns) for s in map(os.lstat, [_joined(root, n) for n in some])]
+            except (OSError, ValueError):
+                each = [(stat.S_IFLNK, -1, 0)]
+            if any(stat.S_ISLNK(mode) for mode, _, _ in each):
+                found += [self._one(name) for name in some]
+            else:
+                found += [(size, time) for _, size, time in each]
+        self.size_FN, self.time_FN = np.full(shape, -1, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        facts_M2 = np.array(found, dtype=np.int64).reshape(-1, 2)
+        self.size_FN[self.given_FN], self.time_FN[self.given_FN] = facts_M2.T
+
+    def _one(self, name: str) -> tuple[int, int]:
+        """Bytes and time of change of a file, behind a link too; -1 and 0 where there is none, as reading will tell."""
+        try:
+            if os.path.islink(self.root / name):
+                self._linked(name)
+            found = os.stat(self.root / name)
+        except _Outside:
+            raise
+        except (OSError, ValueError):
+            return -1, 0
+        return found.st_size, found.st_mtime_ns
+
+    def _bounded(self, names: Sequence[str]) -> None:
+        """Raises ValueError for a name that leads out of the folder, by itself or by a folder on its way."""
+        every = "\0".join(["", *names])
+        try:
+            for name in names if "\0/" in every or ".." in every else ():
+                leaves(name)
+        except ValueError as error:
+            raise _Outside(f"{self.table or self.root}: {error}") from None
+        for folder in {name.rpartition("/")[0] for name in names} - {""} if "/" in every else ():
+            self._linked(folder)
+
+    def _linked(self, name: str) -> None:
+        """Raises ValueError for a link that leads out of the folder."""
+        try:
+            if not self.outside and "\0" not in name:
+                inside(self.root, name)
+        except ValueError as error:
+            raise _Outside(f"{self.table or self.root}: {error}") from None
 
     def _table(self, csv: str | Path | None) -> Path | None:
         if csv is not None:
@@ -74,7 +165,9 @@ class Folder(Source):
             if table.suffix.lower() not in TABLES:
                 raise ValueError(f"{table}: a table is one of {', '.join('*' + t for t in TABLES)}")
             return table
-        tables = [p for p in sorted(self.root.iterdir()) if p.suffix.lower() in TABLES and p.is_file()]
+        with os.scandir(self.root) as entries:  # a folder may hold a million files, and a Path of each costs more
+            names = [entry.name for entry in entries if os.path.splitext(entry.name)[1].lower() in TABLES]
+        tables = [self.root / name for name in sorted(names) if (self.root / name).is_file()]
         usual = [p for p in tables if p.stem.lower() in _USUAL]
         if len(tables) > 1 and len(usual) != 1:
             raise ValueError(
@@ -85,18 +178,32 @@ class Folder(Source):
     # a table ---------------------------------------------------------------------------------------------------
 
     def _read_table(self, table: Path) -> None:
-        columns = _json_lines(table) if table.suffix.lower() == ".jsonl" else _separated(table)
+        read = _json_lines if table.suffix.lower() == ".jsonl" else _separated
+        columns = read(table, self._bad)
         files = [name for name, values in columns.items() if _holds_files(values)]
         if not files:
             raise ValueError(
-                f"{table}: no column holds names of files (such as a.jpg); the columns are {', '.join(columns)}"
+                f"{table}: no column holds names of files (such as a.jpg); the columns are {short(', '.join(columns))}"
             )
         lead = files[0]
         first = [v for v in columns[lead][:1000] if v][:20]
-        if not any((self.root / v).is_file() for v in first):
-            raise ValueError(f"{table}: column {lead}: there is no {first[0]} in {self.root}")
+        if not self.outside:
+            self._bounded(first)
+        if not any(os.path.isfile(_joined(f"{self.root}/", v)) for v in first):
+            raise ValueError(f"{table}: column {lead}: there is no {short(first[0])} in {self.root}")
         self.columns, self.files = _grouped(columns, lead, table)
-        self.names = [v or f"{table.name}#{i}" for i, v in enumerate(self.columns[lead])]
+        named = self.columns[lead]
+        whole = None not in named
+        self.names = cast(list[str], named) if whole else [v or f"{table.name}#{i}" for i, v in enumerate(named)]
+
+    def _bad(self, line: int, why: str) -> None:
+        """Note a row that cannot be read, or refuse it."""
+        place = f"{self.table}: line {line}"
+        if self.damaged == "refuse":
+            raise ValueError(f"{place}{why}; {REMEDY}")
+        if len(self.faults) == _BROKEN:
+            raise ValueError(f"{place}{why}; {_BROKEN:,} rows before it cannot be read either")
+        self.faults.append(Fault(str(self.table), f"line {line}", why.removeprefix(":").strip()))
 
     # files alone -----------------------------------------------------------------------------------------------
 
@@ -119,13 +226,23 @@ class Folder(Source):
         self.files = tuple(kind for kind in ("image", "audio") if any(kind in row for row in rows.values()))
         for kind in self.files:
             self.columns[kind] = [row.get(kind) for row in rows.values()]
+        if not self.outside:
+            for name in (row[kind] for row in rows.values() for kind in ("txt", "json") if kind in row):
+                if os.path.islink(self.root / name):
+                    self._linked(name)
         texts: list[dict[str, str]] = []
         for row in rows.values():
-            text = {}
-            if "txt" in row:
-                text["caption"] = _read_text(self.root / row["txt"])
-            if "json" in row:
-                text |= dict(flat(_json(_read_text(self.root / row["json"]), self.root / row["json"]), "json"))
+            text: dict[str, str] = {}
+            try:
+                if "txt" in row:
+                    text["caption"] = _read_text(self.root / row["txt"])
+                if "json" in row:
+                    text |= _entries(_read_text(self.root / row["json"]), self.root / row["json"], "json")
+            except ValueError as error:
+                if self.damaged == "refuse":
+                    raise ValueError(f"{error}; {REMEDY}") from None
+                lead = row.get("image") or row["audio"]
+                self.faults.append(Fault(str(self.root / lead), lead, str(error)))
             texts.append(text)
         for name in sorted({name for text in texts for name in text}):
             self.columns[name] = [_content(text.get(name)) for text in texts]
@@ -166,6 +283,20 @@ class Folder(Source):
                 found[field] = read_file(self.root / value) if field in self.files else value
         return found
 
+    def corpus(self) -> Corpus:
+        names = list(self.columns)
+        parts = {"samples": Property(self.names, self.name), "columns": Property(names, lambda n: names[n])}
+        for name, values in self.columns.items():
+            if values is not self.names:
+                what = "files" if name in self.files else "texts"
+                parts[f"{what} of {name}"] = Property(values, self.name)
+        there = self.given_FN.ravel()
+        columns = [self.columns[name] for name in self.files]
+        files = columns[0] if len(columns) == 1 and there.all() else [v for column in columns for v in column if v]
+        size_M, time_M = self.size_FN.ravel()[there], self.time_FN.ravel()[there]
+        place = str(self.table or self.root)
+        return Corpus(place, parts, cast(Sequence[str], files), size_M, time_M, root=str(self.root))
+
     def texts(self, field: str) -> list[str | None]:
         if field in self.files:
             raise ValueError(f"{self.table or self.root}: {field!r} holds files, not texts")
@@ -189,64 +320,179 @@ def _kind(ending: str) -> str | None:
     return "audio" if ending in SOUNDS else ending if ending in ("txt", "json") else None
 
 
+def _joined(root: str, name: str) -> str:
+    return name if name.startswith("/") else root + name
+
+
 def _content(text: str | None) -> str | None:
     return text if text is not None and text.strip() else None
 
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig").strip()
+        return read_file(path).decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from None
 
 
-def _json(text: str, place: Path | str) -> object:
+def _entries(text: str, place: Path | str, name: str) -> dict[str, str]:
+    """The texts in JSON, by dotted names below ``name``. Raises ValueError for what is not JSON, or too much of it."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        found = dict(islice(flat(json.loads(text), name), ENTRIES + 1))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: not JSON ({error})") from None
+    if len(found) > ENTRIES:
+        raise ValueError(f"{place}: more than {ENTRIES:,} entries in one object")
+    return found
 
 
-def _separated(table: Path) -> dict[str, list[str | None]]:
+#: Told the line of a row that cannot be read, and why: how a sentence that begins with the line goes on.
+Bad = Callable[[int, str], None]
+
+
+def _separated(table: Path, bad: Bad) -> dict[str, list[str | None]]:
     """Columns of a CSV or TSV file with a header."""
     try:
-        with table.open(encoding="utf-8-sig", newline="") as lines:
-            head = lines.readline()
-            lines.seek(0)
-            mark = "\t" if table.suffix.lower() == ".tsv" else max(",;\t", key=head.count)
-            rows = csv_module.reader(lines, delimiter=mark, strict=True)
-            header = [name.strip() for name in next(rows, [])]
-            if not any(header) or len(set(header)) < len(header):
-                raise ValueError(f"{table}: the first line names the columns, each once; it has {', '.join(header)!r}")
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            mark = _delimiter(table, file.readline())
+            file.seek(0)
+            rows = csv_module.reader(file, delimiter=mark, strict=True)
+            header = _header(table, next(rows, []))
             columns: list[list[str | None]] = [[] for _ in header]
             for row in rows:
-                if not row:
-                    continue
-                if len(row) != len(header):
-                    raise ValueError(f"{table}: line {rows.line_num} has {len(row)} cells, the header {len(header)}")
-                for column, cell in zip(columns, row, strict=True):
-                    column.append(_content(cell))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{table}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except csv_module.Error as error:
-        raise ValueError(f"{table}: line {rows.line_num}: {error}") from None
+                if len(row) == len(header):
+                    for column, cell in zip(columns, row, strict=True):
+                        column.append(_content(cell))
+                elif row:
+                    raise csv_module.Error
+    except (csv_module.Error, UnicodeDecodeError):
+        header, columns = _one_by_one(table, bad)
     if not columns[0]:
         raise ValueError(f"{table}: no rows below the header")
     return dict(zip(header, columns, strict=True))
 
 
-def _json_lines(table: Path) -> dict[str, list[str | None]]:
-    rows = []
-    for number, line in enumerate(_read_text(table).split("\n"), 1):
-        if line.strip():
-            value = _json(line, f"{table}: line {number}")
-            if not isinstance(value, dict):
-                raise ValueError(f"{table}: line {number}: expected an object, got {type(value).__name__}")
-            rows.append(dict(flat(value, "")))
+def _delimiter(table: Path, head: str) -> str:
+    return "\t" if table.suffix.lower() == ".tsv" else max(",;\t", key=head.count)
+
+
+def _header(table: Path, cells: Sequence[str]) -> list[str]:
+    header = [name.strip() for name in cells]
+    if not any(header) or len(set(header)) < len(header):
+        raise ValueError(f"{table}: the first line names the columns, each once; it has {short(', '.join(header))!r}")
+    if len(header) > FIELDS:
+        raise ValueError(f"{table}: {many(header)}")
+    return header
+
+
+def _one_by_one(table: Path, bad: Bad) -> tuple[list[str], list[list[str | None]]]:
+    """The same of a table that has faults: slower, and it knows where each row begins."""
+    with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        lines = _Lines(file)
+        mark = _delimiter(table, next(lines, ""))
+        lines.again(0)
+        rows = csv_module.reader(lines, delimiter=mark, strict=True)
+        try:
+            cells = next(rows, [])
+        except csv_module.Error as error:
+            raise ValueError(f"{table}: line 1{_quoted(error, 1, lines.number)}") from None
+        if (at := _surrogate(cells)) is not None:
+            raise ValueError(f"{table}: line 1: not UTF-8 text (byte 0x{at:02x})")
+        header = _header(table, cells)
+        columns: list[list[str | None]] = [[] for _ in header]
+        while True:
+            lines.kept.clear()
+            first = lines.number + 1
+            try:
+                row = next(rows)
+            except StopIteration:
+                return header, columns
+            except csv_module.Error as error:
+                bad(first, _quoted(error, first, lines.number))
+                lines.again(1)  # the next row begins on the next line, whatever the quotes on this one say
+                rows = csv_module.reader(lines, delimiter=mark, strict=True)
+                continue
+            if len(row) != len(header):
+                if row:
+                    bad(first, f" has {len(row)} cells, the header {len(header)}")
+            elif (at := _surrogate(row)) is not None:
+                bad(first, f": not UTF-8 text (byte 0x{at:02x})")
+            else:
+                for column, cell in zip(columns, row, strict=True):
+                    column.append(_content(cell))
+
+
+class _Lines(Iterator[str]):
+    """The lines of a table. Those since ``kept`` was cleared can be read again; ``number`` counts what was read."""
+
+    def __init__(self, file: Iterable[str]) -> None:
+        self.file, self.number = iter(file), 0
+        self.kept: list[str] = []
+        self.ahead: list[str] = []  # in reverse
+
+    def __next__(self) -> str:
+        line = self.ahead.pop() if self.ahead else next(self.file)
+        self.kept.append(line)
+        self.number += 1
+        return line
+
+    def again(self, after: int) -> None:
+        """Go back to ``after`` lines behind the beginning."""
+        back = self.kept[after:]
+        self.number -= len(back)
+        self.ahead += reversed(back)
+        self.kept.clear()
+
+
+def _quoted(error: Exception, first: int, last: int) -> str:
+    """What is wrong with a row; where it has several lines, a quote was opened and not closed."""
+    what = " ".join(str(error).split())
+    return f": {what}" if last <= first else f": a quote opens that is not closed, as line {last} shows ({what})"
+
+
+def _surrogate(row: Sequence[str]) -> int | None:
+    """A byte that is no UTF-8, if there is one."""
+    odd = (cell for cell in row if not cell.isascii())
+    return next((ord(c) - 0xDC00 for cell in odd for c in cell if "\udc80" <= c <= "\udcff"), None)
+
+
+def _json_lines(table: Path, bad: Bad) -> dict[str, list[str | None]]:
+    rows: list[dict[str, str]] = []
+    names: dict[str, None] = {}
+    with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            if not line.isascii() and (at := _surrogate([line])) is not None:
+                bad(number, f": not UTF-8 text (byte 0x{at:02x})")
+                continue
+            try:
+                row = _object(line)
+            except ValueError as error:
+                bad(number, f": {error}")
+                continue
+            rows.append(row)
+            names.update(dict.fromkeys(row))
+            if len(names) > FIELDS:
+                raise ValueError(f"{table}: line {number}: {many(names)}")
     if not rows:
         raise ValueError(f"{table}: no rows")
-    names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _object(line: str) -> dict[str, str]:
+    try:
+        value = json.loads(line)
+        found = dict(islice(flat(value, ""), ENTRIES + 1))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, got {type(value).__name__}")
+    if len(found) > ENTRIES:
+        raise ValueError(f"more than {ENTRIES:,} entries in one object")
+    return found
 
 
 def _holds_files(values: Sequence[str | None]) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 from descant.cache import cache_folder
 
 #: Of the arrays' layout: another number forgets what older versions kept.
-VERSION = 1
+VERSION = 2
 
 
 def remembered(

@@ -6,6 +6,7 @@ Letters: N samples of all files.
 from __future__ import annotations
 
 import os
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from descant.datamodules.sources.base import LIMIT, PARTS, Raw, Source, flat, nearest, read_file
+from descant.datamodules.changed import Corpus, Property
+from descant.datamodules.sources.base import (
+    LIMIT,
+    PARTS,
+    REMEDY,
+    Damaged,
+    Fault,
+    Raw,
+    Source,
+    flat,
+    inside,
+    nearest,
+    read_file,
+)
 from descant.datamodules.sources.index import remembered
 from descant.datamodules.sources.shards import expand
 
@@ -35,20 +49,34 @@ class Parquet(Source):
     Args:
         paths: files, ``train-{00..07}.parquet``, ``train-*.parquet``, or a folder of them.
         memory: bytes of decoded row groups that one process keeps.
+        damaged: ``skip`` leaves out files and row groups that cannot be read, and ``faults`` tells of each.
+        outside: whether a column of paths may name files outside the folder of its parquet file.
 
     Raises:
         ValueError: naming the file that is missing or unreadable, or whose columns differ from the first one's.
     """
 
-    def __init__(self, paths: str | Path | Sequence[str | Path], memory: int = 1 << 28) -> None:
+    def __init__(
+        self,
+        paths: str | Path | Sequence[str | Path],
+        memory: int = 1 << 28,
+        damaged: Damaged = "refuse",
+        outside: bool = False,
+    ) -> None:
         self.paths = expand(paths, ".parquet")
-        self.memory = memory
+        self.memory, self.damaged, self.outside = memory, damaged, outside
+        self.faults: list[Fault] = []
         self._open: dict[int, pq.ParquetFile] = {}
         self._process = os.getpid()
         self._kept: OrderedDict[tuple[int, str], pa.ChunkedArray] = OrderedDict()
         self._masks: dict[str, np.ndarray] = {}
-        schemas = [_schema(path) for path in self.paths]
+        self._texts: dict[str, np.ndarray] = {}  # CRC-32 of each row group of a text field
+        known = {path: schema for path in self.paths if (schema := self._schema(path)) is not None}
+        self.paths, schemas = list(known), list(known.values())
+        if not schemas:
+            raise ValueError(f"{self.faults[0].file}: {self.faults[0].why}")
         self.schema = schemas[0]
+        self._footers = np.array([_footer(path) for path in self.paths], dtype=np.uint32)
         for path, schema in zip(self.paths, schemas, strict=True):
             other = sorted(set(schema.names) ^ set(self.schema.names))
             if other:
@@ -66,6 +94,21 @@ class Parquet(Source):
         if not self._first[-1]:
             raise ValueError(f"{self.paths[0]}: no rows")
         self._columns: dict[str, tuple[str, int | str | None]] = dict(self._fields())
+
+    def _schema(self, path: Path) -> pa.Schema | None:
+        """None for a file that cannot be read and is left out."""
+        try:
+            return pq.read_schema(path)
+        except _UNREADABLE as error:
+            self._lost(path, "", f"not a readable parquet file ({_first_line(error)})")
+            return None
+
+    def _lost(self, path: Path, part: str, why: str) -> None:
+        """Note what cannot be read, or refuse it."""
+        if self.damaged == "refuse":
+            raise ValueError(f"{path}: {part}{': ' if part else ''}{why}; {REMEDY}")
+        fault = Fault(str(path), part or str(path), why)
+        self.faults += [fault] if fault not in self.faults else []
 
     def _fields(self) -> Iterator[tuple[str, tuple[str, int | str | None]]]:
         """Field -> (column, part): the number in a list, the dotted name in a struct, or None for the whole."""
@@ -88,7 +131,8 @@ class Parquet(Source):
 
     def _most(self, column: str, group: int) -> int:
         """Entries of the longest list of a row group; 0 for lists of numbers as long as embeddings."""
-        return int(pc.max(pc.list_value_length(self._values(group, column))).as_py() or 0)
+        values = self._readable(group, column)
+        return 0 if values is None else int(pc.max(pc.list_value_length(values)).as_py() or 0)
 
     # the contract ----------------------------------------------------------------------------------------------
 
@@ -111,16 +155,35 @@ class Parquet(Source):
         if field not in self._columns:
             raise ValueError(f"{self.paths[0]}: no column {field!r}{nearest(field, self._columns)}")
         if field not in self._masks:
-            masks = []
+            masks, texts = [], []
             for file, path in enumerate(self.paths):
 
                 def build(file: int = file) -> dict[str, np.ndarray]:
                     groups = [g for g, (f, _) in enumerate(self.groups) if f == file]
-                    return {"mask": np.concatenate([np.zeros(0, bool), *(self._mask(g, field) for g in groups)])}
+                    text_G: list[int] = []
+                    masks = [self._mask(g, field, text_G) for g in groups]
+                    return {"mask": np.concatenate([np.zeros(0, bool), *masks]), "text": np.array(text_G, np.uint32)}
 
-                masks.append(remembered(path, f"parquet/{field}", build)["mask"])
-            self._masks[field] = np.concatenate(masks)
+                # what is left out is told at every start, so it is looked for again
+                made = build() if self.damaged == "skip" else remembered(path, f"parquet/{field}", build)
+                masks.append(made["mask"])
+                texts.append(made["text"])
+            self._masks[field], self._texts[field] = np.concatenate(masks), np.concatenate(texts)
         return self._masks[field]
+
+    def corpus(self) -> Corpus:
+        groups = Property(np.diff(self._first), self._group)
+        parts = {"row groups": groups, "footers": Property(self._footers, lambda n: self.paths[n].name)}
+        parts |= {f"texts of {name}": Property(crc_G, self._group) for name, crc_G in self._texts.items() if len(crc_G)}
+        stats = [path.stat() for path in self.paths]
+        size_M = np.array([found.st_size for found in stats], dtype=np.int64)
+        time_M = np.array([found.st_mtime_ns for found in stats], dtype=np.int64)
+        place = str(self.paths[0]) if len(self.paths) == 1 else f"{self.paths[0]} and {len(self.paths) - 1} more"
+        return Corpus(place, parts, [str(path) for path in self.paths], size_M, time_M)
+
+    def _group(self, number: int) -> str:
+        file, group = self.groups[number]
+        return f"{self.paths[file].name} (row group {group})"
 
     def name(self, index: int) -> str:
         file, row = self._row(index)
@@ -135,7 +198,8 @@ class Parquet(Source):
         found: dict[str, Raw] = {}
         for field in fields:
             column, part = self._columns[field]
-            raw = self._raw(self._values(group, column)[row], part, self.paths[self.groups[group][0]].parent)
+            folder = self.paths[self.groups[group][0]].parent
+            raw = self._raw(self._values(group, column)[row], part, folder, self.outside)
             if raw is not None:
                 found[field] = raw
         return found
@@ -145,8 +209,17 @@ class Parquet(Source):
         column, part = self._columns[field]
         found: list[str | None] = []
         for group in range(len(self.groups)):
-            for scalar in self._values(group, column, keep=False):
-                raw = self._raw(scalar, part, Path())
+            values = self._readable(group, column)
+            if values is None:
+                found += [None] * int(self._first[group + 1] - self._first[group])
+                continue
+            for scalar in values:
+                try:
+                    raw = self._raw(scalar, part, Path())
+                except ValueError as error:
+                    file, number = self.groups[group]
+                    self._lost(self.paths[file], f"row group {number}, {column}", _first_line(error))
+                    raw = None
                 if isinstance(raw, bytes):
                     raise ValueError(f"{self.paths[0]}: column {field!r} holds bytes, not texts")
                 found.append(raw)
@@ -166,7 +239,9 @@ class Parquet(Source):
         if file not in self._open:
             if len(self._open) >= 64:
                 self._open.pop(next(iter(self._open))).close()
-            self._open[file] = pq.ParquetFile(self.paths[file], pre_buffer=False, memory_map=False)
+            self._open[file] = pq.ParquetFile(
+                self.paths[file], pre_buffer=False, memory_map=False, page_checksum_verification=True
+            )
         return self._open[file]
 
     def _values(self, group: int, column: str, keep: bool = True) -> pa.ChunkedArray:
@@ -178,17 +253,34 @@ class Parquet(Source):
         file, number = self.groups[group]
         try:
             table = self._file(file).read_row_group(number, columns=[column], use_threads=False)
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{self.paths[file]}: row group {number}: {str(error).splitlines()[0]}") from None
-        values = table.column(column)
+        except _UNREADABLE as error:
+            raise ValueError(f"{self.paths[file]}: row group {number}: {_first_line(error)}") from None
+        values, rows = table.column(column), int(self._first[group + 1] - self._first[group])
+        if len(values) != rows:
+            raise ValueError(
+                f"{self.paths[file]}: row group {number}: {len(values):,} rows, and its footer has {rows:,}"
+            )
         if keep:
             self._kept[key] = values
             while len(self._kept) > 1 and sum(v.nbytes for v in self._kept.values()) > self.memory:
                 self._kept.popitem(last=False)
         return values
 
-    def _mask(self, group: int, field: str) -> np.ndarray:
-        """Bool: which rows of a row group have a field. Bytes are only read where some are null and some not."""
+    def _readable(self, group: int, column: str) -> pa.ChunkedArray | None:
+        """A column of a row group, not kept; None where it cannot be read and is left out."""
+        try:
+            return self._values(group, column, keep=False)
+        except ValueError as error:
+            file, number = self.groups[group]
+            place = f"{self.paths[file]}: row group {number}: "
+            self._lost(self.paths[file], f"row group {number}, {column}", str(error).removeprefix(place))
+            return None
+
+    def _mask(self, group: int, field: str, text_G: list[int]) -> np.ndarray:
+        """Bool: which rows of a row group have a field; the CRC-32 of texts is added to ``text_G``.
+
+        Bytes are only read where some are null and some not.
+        """
         column, part = self._columns[field]
         rows = int(self._first[group + 1] - self._first[group])
         kind = self.schema.field(column).type
@@ -196,7 +288,18 @@ class Parquet(Source):
             nulls = self._nulls(group, column)
             if nulls == 0 or (nulls == rows and _is_bytes(kind)):
                 return np.full(rows, nulls == 0)
-        values = self._values(group, column, keep=False)
+        values = self._readable(group, column)
+        if values is None:
+            return np.zeros(rows, dtype=bool)
+        try:
+            return self._full(values, column, part, text_G)
+        except (pa.ArrowException, ValueError) as error:
+            file, number = self.groups[group]
+            self._lost(self.paths[file], f"row group {number}, {column}", _first_line(error))
+            return np.zeros(rows, dtype=bool)
+
+    def _full(self, values: pa.ChunkedArray, column: str, part: int | str | None, text_G: list[int]) -> np.ndarray:
+        kind = self.schema.field(column).type
         if part is None and _is_bytes(kind):
             return np.asarray(pc.is_valid(values))
         if part is None and _is_media(kind):
@@ -204,6 +307,7 @@ class Parquet(Source):
             parts = [np.asarray(pc.is_valid(pc.struct_field(values, name))) for name in names]
             return np.any(parts, axis=0)
         if part is None and (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            text_G.append(_checksum(values))
             full = pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(values)), 0)
             return np.asarray(pc.fill_null(full, False))
         return np.array([self._raw(scalar, part, Path()) is not None for scalar in values], dtype=bool)
@@ -220,7 +324,7 @@ class Parquet(Source):
         return None
 
     @staticmethod
-    def _raw(scalar: pa.Scalar, part: int | str | None, folder: Path) -> Raw | None:
+    def _raw(scalar: pa.Scalar, part: int | str | None, folder: Path, outside: bool = False) -> Raw | None:
         if not scalar.is_valid:
             return None
         if pa.types.is_dictionary(scalar.type):
@@ -235,7 +339,8 @@ class Parquet(Source):
         if _is_media(kind):
             if value["bytes"] is not None:
                 return bytes(value["bytes"])
-            return read_file(folder / value["path"]) if value.get("path") else None
+            name = value.get("path")
+            return read_file(folder / name if outside else inside(folder, name)) if name else None
         if isinstance(part, int):
             value = value[part] if part < len(value) else None
         return dict(flat(value, "")).get(part if isinstance(part, str) else "")
@@ -244,11 +349,34 @@ class Parquet(Source):
         return {**self.__dict__, "_open": {}, "_kept": OrderedDict(), "_process": -1}
 
 
-def _schema(path: Path) -> pa.Schema:
-    try:
-        return pq.read_schema(path)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+#: What pyarrow raises of a file that is damaged: its own errors, and those of Python for what the footer promises.
+_UNREADABLE = (pa.ArrowException, OSError, ValueError, MemoryError)
+
+
+def _footer(path: Path) -> int:
+    """CRC-32 of a file's footer: types, where each column lies, and the least and greatest values of many."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - 8, 0))
+        length = int.from_bytes(file.read(4), "little")
+        file.seek(max(end - 8 - length, 0))
+        return zlib.crc32(file.read(length))
+
+
+def _checksum(values: pa.ChunkedArray) -> int:
+    """CRC-32 of texts and their lengths, however they are cut into chunks."""
+    found = zlib.crc32(np.asarray(pc.fill_null(pc.binary_length(values), -1)).astype(np.int64).tobytes())
+    for chunk in values.chunks:
+        if len(chunk):
+            _, places, content = chunk.buffers()
+            kind = np.int64 if pa.types.is_large_string(chunk.type) else np.int32
+            edges = np.frombuffer(places, kind)[chunk.offset : chunk.offset + len(chunk) + 1]
+            found = zlib.crc32(memoryview(content)[int(edges[0]) : int(edges[-1])] if content else b"", found)
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _is_bytes(kind: pa.DataType) -> bool:

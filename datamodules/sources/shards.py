@@ -8,18 +8,36 @@ from __future__ import annotations
 import glob
 import json
 import os
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import braceexpand
 import numpy as np
 
-from descant.datamodules.sources.base import Raw, Source, flat, nearest, read_at, text_of
+from descant.datamodules.changed import Corpus, Property
+from descant.datamodules.sources.base import (
+    ENTRIES,
+    FIELDS,
+    REMEDY,
+    Damaged,
+    Fault,
+    Raw,
+    Source,
+    flat,
+    many,
+    nearest,
+    read_at,
+    similar,
+    text_of,
+)
 from descant.datamodules.sources.index import remembered
+from descant.datamodules.sources.written import NAME, Written, gone, manifest
 
 BLOCK = 512
 #: Last part of an extension whose members are texts; a blank one is no text.
@@ -28,6 +46,10 @@ TEXTS = ("txt", "text", "caption", "transcript", "title", "alt", "label", "cls",
 _LOOK = 1 << 12
 #: Bytes of a JSON member at most, and of a long name.
 _JSON, _NAME = 1 << 22, 1 << 16
+#: Zeros after the end of a tar at most: writers fill their last record, of 10 KiB by default, with them.
+_FILLED = 1 << 20
+#: Members of one sample at most.
+MEMBERS = 256
 #: Shards that one process holds open.
 _OPEN = 128
 
@@ -48,6 +70,25 @@ class Member(NamedTuple):
     size: int
 
 
+class Tape(Protocol):
+    """The bytes of a tar. ``at(offset, size)`` gives fewer at its end only; ``end`` is its length, where known."""
+
+    end: int | None
+
+    def at(self, offset: int, size: int) -> bytes: ...
+
+
+class _File:
+    """The bytes of an open file."""
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+        self.end: int | None = os.fstat(handle).st_size
+
+    def at(self, offset: int, size: int) -> bytes:
+        return os.pread(self.handle, size, offset)
+
+
 class Shards(Source):
     """Samples of WebDataset shards: members of one name up to its first dot are one sample, extensions its fields.
 
@@ -55,23 +96,71 @@ class Shards(Source):
     one ``pread`` each, in any order, by any number of processes. A JSON member's entries are fields of their own:
     ``json.caption``. Members of a sample need not stand next to each other.
 
+    A shard is whole if it ends as a tar does, with two empty blocks and nothing behind them, and if it has the size and
+    the number of samples that a ``manifest.json`` beside it tells, where there is one.
+
     Args:
         paths: files, ``data-{000..031}.tar`` or ``data-*.tar``.
         cache: folder of the index; ``$DESCANT_CACHE`` or the user's cache folder where not given.
+        damaged: ``skip`` takes the samples of a shard that can be read, and ``faults`` tells what is lost.
 
     Raises:
-        ValueError: naming the shard that is missing, compressed, cut off or no tar.
+        ValueError: naming the shard that is missing, compressed, cut off or no tar, and how many samples are lost
+            where a manifest tells.
     """
 
-    def __init__(self, paths: str | Path | Sequence[str | Path], cache: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        paths: str | Path | Sequence[str | Path],
+        cache: str | Path | None = None,
+        damaged: Damaged = "refuse",
+    ) -> None:
+        self.faults: list[Fault] = lost(paths, damaged)
         self.paths = expand(paths)
         self.cache = Path(cache) if cache is not None else None
         with ThreadPoolExecutor(min(8, len(self.paths))) as pool:  # most of an index is waiting for the disk
             parts = list(pool.map(self._part, self.paths))
+        self.written = self._manifests(damaged)
+        for path, part in zip(self.paths, parts, strict=True):
+            why = self._damage(path, part)
+            if why is not None and damaged == "refuse":
+                raise ValueError(f"{path}: {why}; {REMEDY}")
+            self.faults += [Fault(str(path), str(path), why)] if why is not None else []
         self._join(parts)
         self._handles: OrderedDict[int, int] = OrderedDict()
         if not len(self):
-            raise ValueError(f"{self.paths[0]}: no samples here: a member is named like 0001.jpg")
+            why = self.faults[0].why if self.faults else "a member is named like 0001.jpg"
+            raise ValueError(f"{self.paths[0]}: no samples here: {why}")
+        for part, low in zip(parts, self._first[:-1], strict=True):
+            for row, why in zip(part["broken"].tolist(), part["whys"].tolist(), strict=True):
+                self.faults.append(Fault(self.place(int(low) + row), self.name(int(low) + row), why))
+
+    def _manifests(self, damaged: Damaged) -> dict[Path, Written]:
+        """Shard -> what is told of it."""
+        found: dict[Path, Written] = {}
+        for folder in dict.fromkeys(path.parent for path in self.paths):
+            try:
+                found |= {folder / name: written for name, written in manifest(folder).items()}
+            except ValueError as error:
+                if damaged == "refuse":
+                    raise ValueError(f"{error}; {REMEDY}") from None
+                self.faults.append(Fault(str(folder / NAME), str(folder / NAME), str(error)))
+        return found
+
+    def _damage(self, path: Path, part: dict[str, np.ndarray]) -> str | None:
+        """Why a shard is not whole, and how many samples are lost, where that is known."""
+        why = next(iter(part["why"].tolist()), None)
+        written, size = self.written.get(path), path.stat().st_size
+        if written is None:
+            return why
+        samples = len(part["start"])
+        if why is None and size != written.bytes:
+            why = f"{size:,} bytes, and its manifest tells of {written.bytes:,}"
+        if samples == written.samples:
+            return why
+        if why is None:
+            why = f"{samples:,} samples, and its manifest tells of {written.samples:,}"
+        return f"{why}; {max(written.samples - samples, 0):,} of {written.samples:,} samples are lost"
 
     def _part(self, path: Path) -> dict[str, np.ndarray]:
         return remembered(path, "tar", lambda: index(path), self.cache)
@@ -79,7 +168,11 @@ class Shards(Source):
     def _join(self, parts: Sequence[dict[str, np.ndarray]]) -> None:
         """The indices of all shards as one; a field that a shard has not is absent there."""
         self._fields = tuple(dict.fromkeys(f for part in parts for f in part["fields"].tolist()))
+        self._column = {f: k for k, f in enumerate(self._fields)}
         keys = tuple(dict.fromkeys(k for part in parts for k in part["keys"].tolist()))
+        self._keys = {key: k for k, key in enumerate(keys)}
+        if len(self._fields) + len(keys) > FIELDS:
+            raise ValueError(f"{self.paths[0]}: {many((*self._fields, *keys))}")
         sizes = [len(part["start"]) for part in parts]
         self._shard = np.repeat(np.arange(len(parts), dtype=np.int32), sizes)
         first = np.cumsum([0, *sizes])
@@ -89,11 +182,11 @@ class Shards(Source):
         self._there = np.zeros((n, len(self._fields)), dtype=bool)
         self._keyed = np.zeros((n, len(keys)), dtype=bool)
         for part, low, high in zip(parts, first[:-1], first[1:], strict=True):
-            at = [self._fields.index(f) for f in part["fields"].tolist()]
+            at = [self._column[f] for f in part["fields"].tolist()]
             self._offset[low:high, at], self._size[low:high, at] = part["offset"], part["size"]
             self._there[low:high, at] = part["there"]
-            self._keyed[low:high, [keys.index(k) for k in part["keys"].tolist()]] = part["keyed"]
-        self._keys = {key: k for k, key in enumerate(keys)}
+            self._keyed[low:high, [self._keys[k] for k in part["keys"].tolist()]] = part["keyed"]
+        self._text = np.concatenate([part["text"] for part in parts])  # CRC-32 of what each sample says
         self._names = [part["names"] for part in parts]  # UTF-8 of all names, and where each begins
         self._start = [np.append(part["start"], len(part["names"])) for part in parts]
         self._first = first
@@ -113,10 +206,10 @@ class Shards(Source):
     def has(self, field: str) -> np.ndarray:
         if field in self._keys:
             return self._keyed[:, self._keys[field]]
-        if field not in self._fields:
+        if field not in self._column:
             where = self.paths[0] if len(self.paths) == 1 else f"{self.paths[0]} and {len(self.paths) - 1} more"
             raise ValueError(f"{where}: no field {field!r}{nearest(field, self.fields)}")
-        return self._there[:, self._fields.index(field)]
+        return self._there[:, self._column[field]]
 
     def name(self, index: int) -> str:
         shard = int(self._shard[index])
@@ -144,8 +237,24 @@ class Shards(Source):
                 found[field] = text_of(data) if _is_text(field) or _is_json(field) else data
         return found
 
+    def corpus(self) -> Corpus:
+        names = np.concatenate([_digests(part, start) for part, start in zip(self._names, self._start, strict=True)])
+        parts = {
+            "shards": Property(self._labels, lambda n: self._labels[n]),
+            "samples": Property(names, self.name),
+            "texts": Property(self._text, self.name),
+            "members": Property(self._size, self.name),
+            "fields": Property(self.fields, lambda n: self.fields[n]),
+        }
+        stats = [path.stat() for path in self.paths]
+        size_M = np.array([found.st_size for found in stats], dtype=np.int64)
+        time_M = np.array([found.st_mtime_ns for found in stats], dtype=np.int64)
+        known = {str(path): self.written[path].sha256 for path in self.paths if path in self.written}
+        place = str(self.paths[0]) if len(self.paths) == 1 else f"{self.paths[0]} and {len(self.paths) - 1} more"
+        return Corpus(place, parts, [str(path) for path in self.paths], size_M, time_M, known)
+
     def _bytes(self, index: int, member: str) -> bytes:
-        column = self._fields.index(member)
+        column = self._column[member]
         return read_at(
             self._handle(int(self._shard[index])), int(self._offset[index, column]), int(self._size[index, column])
         )
@@ -167,6 +276,12 @@ class Shards(Source):
             os.close(handle)
 
 
+def _digests(names: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """A number for each name: CRC-32."""
+    text, edges = names.tobytes(), start.tolist()
+    return np.array([zlib.crc32(text[a:b]) for a, b in pairwise(edges)], dtype=np.uint32)
+
+
 def expand(paths: str | Path | Sequence[str | Path], kind: str = ".tar") -> list[Path]:
     """Files of braces and patterns, in order. Raises ValueError naming the one that is not there, and the nearest."""
     given = [paths] if isinstance(paths, (str, Path)) else list(paths)
@@ -177,8 +292,7 @@ def expand(paths: str | Path | Sequence[str | Path], kind: str = ".tar") -> list
         missing = [f for f in found if not os.path.isfile(f)]
         if missing or not found:
             name = Path(missing[0] if missing else text)
-            beside = sorted(p.name for p in name.parent.iterdir()) if name.parent.is_dir() else []
-            raise ValueError(f"{name}: no such file{nearest(name.name, beside)}")
+            raise ValueError(f"{name}: no such file{similar(name)}")
         files += [Path(f) for f in found]
     if not files:
         raise ValueError("paths: no files given")
@@ -188,30 +302,82 @@ def expand(paths: str | Path | Sequence[str | Path], kind: str = ".tar") -> list
     return files
 
 
+def lost(paths: str | Path | Sequence[str | Path], damaged: Damaged) -> list[Fault]:
+    """The shards of a folder or pattern that its manifest tells of and that are not there.
+
+    Raises:
+        ValueError: for the first of them, unless they are to be skipped.
+    """
+    given = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    try:
+        found = gone(t for p in given for t in braceexpand.braceexpand(str(p)))
+    except ValueError:
+        return []  # of a manifest that cannot be read the reader of the shards tells
+    faults = [
+        Fault(
+            str(file), str(file), f"its manifest tells of it, and it is not there: {written.samples:,} samples are lost"
+        )
+        for file, written in found.items()
+    ]
+    if faults and damaged == "refuse":
+        raise ValueError(f"{faults[0].file}: {faults[0].why}; {REMEDY}")
+    return faults
+
+
 # the index of one shard --------------------------------------------------------------------------------------
 
 
 def index(path: Path) -> dict[str, np.ndarray]:
-    """Where every member of a shard lies: ``offset``, ``size`` and ``there`` ``[N, F]``, ``keyed`` ``[N, K]``."""
+    """Where every member of a shard lies: ``offset``, ``size`` and ``there`` ``[N, F]``, ``keyed`` ``[N, K]``.
+
+    ``why`` has one text where the shard is damaged, and the samples are those before that place. ``broken`` are rows
+    whose texts cannot be read, ``whys`` the reasons, and ``text`` ``[N]`` the CRC-32 of what each sample says.
+    """
     rows: dict[str, dict[str, Member]] = {}
     keyed: dict[str, dict[str, None]] = {}
-    handle = os.open(path, os.O_RDONLY)
+    names_seen: set[str] = set()
+    text: dict[str, int] = {}
+    broken: list[tuple[str, str]] = []
+    why: list[str] = []
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     try:
         blank: set[int] = set()  # offsets of texts without content
-        for member in members(handle, path):
+        for member in members(_File(handle)):
             key, field = split_name(member.name)
             if key is None:
                 continue
             row = rows.setdefault(key, {})
             if field in row:
-                raise ValueError(f"{path}: two members are named {member.name}")
+                raise ValueError(f"two members are named {member.name}")
+            if len(row) == MEMBERS:
+                raise ValueError(f"more than {MEMBERS} members of one sample, {key}")
             row[field] = member
-            if _is_text(field) and member.size <= _LOOK and not read_at(handle, member.offset, member.size).strip():
-                blank.add(member.offset)
+            if field not in names_seen:
+                names_seen.add(field)
+            if _is_text(field) and member.size <= _JSON:
+                data = read_at(handle, member.offset, member.size)
+                text[key] = zlib.crc32(data, text.get(key, 0))
+                if member.size <= _LOOK and not data.strip():
+                    blank.add(member.offset)
             elif _is_json(field):
-                keyed.setdefault(key, {}).update(dict.fromkeys(_keys_of(handle, member, field)))
+                try:
+                    data = _json_bytes(handle, member, field)
+                    text[key] = zlib.crc32(data, text.get(key, 0))
+                    entries = _entries(data, field)
+                except ValueError as error:
+                    broken.append((key, str(error)))
+                    continue
+                keyed.setdefault(key, {}).update(dict.fromkeys(entries))
+                names_seen.update(entries)
+            if len(names_seen) > FIELDS:
+                raise ValueError(many(names_seen))
+    except ValueError as error:
+        why.append(str(error))
+        if len(names_seen) > FIELDS:  # an index of them would be larger than the shard
+            rows, keyed, text, broken = {}, {}, {}, []
     finally:
         os.close(handle)
+    place_of = {key: i for i, key in enumerate(rows)}
     fields = list(dict.fromkeys(field for row in rows.values() for field in row))
     keys = list(dict.fromkeys(name for names in keyed.values() for name in names))
     n = len(rows)
@@ -236,6 +402,10 @@ def index(path: Path) -> dict[str, np.ndarray]:
         "size": size,
         "there": there,
         "keyed": named,
+        "text": np.array([text.get(key, 0) for key in rows], dtype=np.uint32),
+        "broken": np.array([place_of[key] for key, _ in broken], dtype=np.int64),
+        "whys": np.array([reason for _, reason in broken], dtype=np.str_),
+        "why": np.array(why, dtype=np.str_),
     }
 
 
@@ -252,54 +422,83 @@ def split_name(name: str) -> tuple[str | None, str]:
     return f"{folder}{slash}{stem}", ending.lower()
 
 
-def members(handle: int, path: Path) -> Iterator[Member]:
-    """The regular files of an open tar, by its headers alone (POSIX ustar and pax, GNU long names).
+def members(tape: Tape) -> Iterator[Member]:
+    """The regular files of a tar, by its headers alone (POSIX ustar and pax, GNU long names), to its very end.
 
-    Raises ValueError in one line for what is no tar, compressed or cut off.
+    Raises ValueError in one line for what is no tar, compressed or cut off, or goes on after its end.
     """
-    end, at, name, size = os.fstat(handle).st_size, 0, "", -1
-    while at + BLOCK <= end:
-        head = os.pread(handle, BLOCK, at)
+    at, name, size = 0, "", -1
+    while True:
+        head = tape.at(at, BLOCK)
         if at == 0:
-            _plain(head, path)
+            _plain(head)
+        if len(head) < BLOCK:
+            short = at + len(head) if tape.end is None else tape.end
+            if at == 0 or at > short:
+                raise ValueError(f"not a tar file, or cut off ({short:,} bytes)")
+            raise ValueError(f"cut off: {short:,} bytes, and the two empty blocks that end a tar are not there")
         if head.count(0) == BLOCK:
+            _ended(tape, at + BLOCK)
             return
         if not _sound(head):
-            raise ValueError(f"{path}: not a tar file at byte {at}")
+            raise ValueError(f"not a tar file at byte {at}")
         kind, length = head[156:157], _number(head[124:136])
         if size >= 0 and kind in b"07\0":
             length, size = size, -1
         at += BLOCK
-        if length < 0 or at + length > end:
+        if length < 0 or (tape.end is not None and at + length > tape.end):
             shown = name or _text(head[:100])
-            raise ValueError(f"{path}: cut off in {shown}: {end:,} bytes, and {at + length:,} are needed")
+            raise ValueError(f"cut off in {shown}: {tape.end or at:,} bytes, and {at + length:,} are needed")
         if kind in (b"L", b"x"):
             if length > _NAME:
-                raise ValueError(f"{path}: a name of {length:,} bytes at byte {at}")
-            extra = os.pread(handle, length, at)
+                raise ValueError(f"a name of {length:,} bytes at byte {at}")
+            extra = tape.at(at, length)
+            if len(extra) < length:
+                raise ValueError(f"cut off: {at + len(extra):,} bytes, and {at + length:,} are needed")
             if kind == b"L":
                 name = _text(extra)
             else:
-                pax = dict(_pax(extra, path))
-                name, size = pax.get("path", name), int(pax["size"]) if pax.get("size", "").isdigit() else -1
+                pax = dict(_pax(extra))
+                told = pax.get("size", "")
+                name, size = pax.get("path", name), int(told) if told.isascii() and told.isdigit() else -1
+                if any(key.startswith("GNU.sparse") for key in pax):
+                    raise ValueError(f"{pax.get('GNU.sparse.name', name)} is a sparse file, which is not supported")
         elif kind in (b"0", b"7", b"\0"):
             before = _text(head[345:500]) if head[257:263] == b"ustar\0" else ""
             plain = _text(head[:100])
             yield Member(name or (f"{before}/{plain}" if before else plain), at, length)
             name = ""
         elif kind == b"S":
-            raise ValueError(f"{path}: {name or _text(head[:100])} is a sparse file, which is not supported")
+            raise ValueError(f"{name or _text(head[:100])} is a sparse file, which is not supported")
         elif kind not in (b"g", b"K"):
             name, size = "", -1  # folders, links and devices are no samples
         at += -(-length // BLOCK) * BLOCK
-    if end < BLOCK or at < end - BLOCK or at > end:
-        raise ValueError(f"{path}: not a tar file, or cut off ({end:,} bytes)")
 
 
-def _plain(head: bytes, path: Path) -> None:
+def _ended(tape: Tape, at: int) -> None:
+    """Raises ValueError unless a second empty block stands at ``at``, and only some more follow.
+
+    A header that was overwritten with zeros looks like the end, and so does the tail of a file that was never filled.
+    """
+    first = at
+    while at - first <= _FILLED:
+        data = tape.at(at, _FILLED >> 4)
+        if at == first and len(data) < BLOCK:
+            raise ValueError(f"cut off: {at + len(data):,} bytes, and only one of the two empty blocks that end a tar")
+        if data.count(0) < len(data):
+            raise ValueError(
+                f"more follows its end at byte {first - BLOCK:,}: a header was lost, or several tars are in one file"
+            )
+        if not data:
+            return
+        at += len(data)
+    raise ValueError(f"only zeros from byte {first - BLOCK:,} on, for more than {_FILLED:,} bytes: not all was written")
+
+
+def _plain(head: bytes) -> None:
     for magic, what in _PACKED.items():
         if head.startswith(magic):
-            raise ValueError(f"{path}: {what}-compressed; samples are read at random, so unpack it to a plain .tar")
+            raise ValueError(f"{what}-compressed; samples are read at random, so unpack it to a plain .tar")
 
 
 def _sound(head: bytes) -> bool:
@@ -320,12 +519,12 @@ def _text(raw: bytes) -> str:
     return raw.split(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
-def _pax(data: bytes, path: Path) -> Iterator[tuple[str, str]]:
+def _pax(data: bytes) -> Iterator[tuple[str, str]]:
     """``LENGTH KEY=VALUE\\n`` records."""
     while data.strip(b"\0"):
         length, space, _ = data.partition(b" ")
-        if not space or not length.isdigit() or not len(length) < int(length) <= len(data):
-            raise ValueError(f"{path}: a broken extended header")
+        if not space or not length.isdigit() or len(length) > 9 or not len(length) < int(length) <= len(data):
+            raise ValueError("a broken extended header")
         key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
         yield key.decode("utf-8", "replace"), value.decode("utf-8", "surrogateescape")
         data = data[int(length) :]
@@ -353,16 +552,17 @@ def _owner_of(key: str, fields: tuple[str, ...]) -> str:
 
 
 def _entries(data: bytes, member: str) -> dict[str, str]:
+    """Raises ValueError for what is not JSON, and for more entries than fields may come of."""
     try:
-        return dict(flat(json.loads(data), member))
+        found = dict(islice(flat(json.loads(data), member), ENTRIES + 1))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{member}: not JSON ({error})") from None
+    if len(found) > ENTRIES:
+        raise ValueError(f"{member}: more than {ENTRIES:,} entries in one JSON member")
+    return found
 
 
-def _keys_of(handle: int, member: Member, field: str) -> Iterator[str]:
-    """The entries of a JSON member; none where it cannot be read, which reading it will tell."""
-    if member.size <= _JSON:
-        try:
-            yield from _entries(read_at(handle, member.offset, member.size), field)
-        except ValueError:
-            return
+def _json_bytes(handle: int, member: Member, field: str) -> bytes:
+    if member.size > _JSON:
+        raise ValueError(f"{field}: {member.size:,} bytes, more than the {_JSON:,} that a JSON member may have")
+    return read_at(handle, member.offset, member.size)

@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import lzma
+import os
 import re
 import shutil
+import stat
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import braceexpand
 import numpy as np
-from webdataset.gopen import Pipe, gopen
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.gopen import Pipe, gopen_curl, gopen_gsutil, gopen_pipe
+from webdataset.tariterators import base_plus_ext
 
-from descant.datamodules.sources.base import Raw, flat, nearest, text_of
-from descant.datamodules.sources.shards import _entries, _is_json, _is_text
+from descant.datamodules.changed import Corpus, Property
+from descant.datamodules.sources.base import LIMIT, REMEDY, Raw, flat, nearest, text_of
+from descant.datamodules.sources.shards import BLOCK, MEMBERS, _entries, _is_json, _is_text, members
+from descant.datamodules.sources.written import Written, manifest
 from descant.modules.random import mix
 
 #: Scheme -> the program that fetches it; None where Python opens it.
 SCHEMES = {"": None, "file": None, "http": "curl", "https": "curl", "s3": "aws", "gs": "gsutil", "pipe": None}
 #: What an address may consist of; no quotes, spaces or signs that any program between here and there could act on.
 _ADDRESS = re.compile(r"[\w:/.,~%?&=+@#\[\]-]+")
+#: Names of members that are about the shard and belong to no sample.
+_META = re.compile(r"__[^/]*__($|/)")
+#: First bytes -> what unpacks a stream of them; each knows the end of its own format, and checks its content.
+_UNPACK: dict[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b": lambda packed: gzip.GzipFile(fileobj=packed),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ": lzma.LZMAFile,
+}
+_UNPACKING = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError)
 
 
 class Mark(NamedTuple):
@@ -42,12 +62,16 @@ BEGINNING = Mark(0, 0, 0, 0)
 
 
 class Sample(NamedTuple):
-    """One sample of a stream: its key, the shard that it came from, its raw fields, and the mark that follows it."""
+    """One sample of a stream: its key, the shard that it came from, its raw fields, and the mark that follows it.
+
+    ``faults``: why some of its fields cannot be read.
+    """
 
     name: str
     place: str
     raw: dict[str, Raw]
     mark: Mark = BEGINNING
+    faults: tuple[str, ...] = ()
 
 
 class Stream:
@@ -83,6 +107,34 @@ class Stream:
         for url in self.urls:
             _check(url, allow_pipes)
 
+    @property
+    def files(self) -> dict[str, Path]:
+        """Address -> file, of those that are files here."""
+        return {url: _local(url) for url in self.urls if _scheme(url) in ("", "file")}
+
+    def require_whole(self) -> None:
+        """Raises ValueError for the first local shard that is missing or cut off: a look at its last bytes and size.
+
+        What is in the middle of a shard, and all of one that is fetched, is only known when it is read.
+        """
+        for url, path in self.files.items():
+            try:
+                why = _cut(path, _written(url))
+            except (OSError, ValueError) as error:
+                why = _line(error, url)
+            if why is not None:
+                raise ValueError(f"{url}: {why}; {REMEDY}")
+
+    def corpus(self) -> Corpus:
+        """Of addresses their texts; of files here also sizes, times and what a manifest beside them tells."""
+        files = {url: path for url, path in self.files.items() if path.is_file()}
+        stats = [path.stat() for path in files.values()]
+        size_M = np.array([found.st_size for found in stats], dtype=np.int64)
+        time_M = np.array([found.st_mtime_ns for found in stats], dtype=np.int64)
+        known = {str(path): told.sha256 for url, path in files.items() if (told := _written(url)) is not None}
+        parts = {"shards": Property([_name(url) for url in self.urls], lambda n: self.urls[n])}
+        return Corpus(self.urls[0], parts, [str(path) for path in files.values()], size_M, time_M, known)
+
     def read(
         self,
         seed: int,
@@ -92,6 +144,7 @@ class Stream:
         wanted: Callable[[dict[str, Raw]], bool],
         skip: Callable[[str, str], None],
         mark: Mark = BEGINNING,
+        fault: Callable[[str, str, str], None] | None = None,
     ) -> Iterator[Sample]:
         """The samples of one reader in one epoch, without end.
 
@@ -100,6 +153,7 @@ class Stream:
             wanted: whether a sample has what is asked for.
             skip: told (shard, why) of each shard that cannot be read to its end.
             mark: of the sample after which to begin.
+            fault: told (shard, sample, why) of each sample that has a text which cannot be read.
 
         Raises:
             ValueError: where a whole pass yields nothing.
@@ -117,6 +171,8 @@ class Stream:
             for number, sample in enumerate(_samples(url, told)):
                 if number % step == start:
                     seen += 1
+                    if sample.faults and fault is not None:
+                        fault(url, sample.name, "; ".join(sample.faults))
                     if wanted(sample.raw):
                         yield sample
 
@@ -170,8 +226,16 @@ def _shuffled(samples: Iterable[Sample], size: int, rng: np.random.Generator) ->
         yield drawn(), bool(held)
 
 
+def _scheme(url: str) -> str:
+    """What an address begins with; empty for a file."""
+    return url.partition(":")[0].lower() if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", url) else ""
+
+
 def _check(url: str, allow_pipes: bool) -> None:
-    scheme = url.partition(":")[0].lower() if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", url) else ""
+    # a parser of addresses strips these, so what follows would be read by another scheme than the one looked at here
+    if url != url.strip() or not url.isprintable():
+        raise ValueError(f"urls: {url!r} has blanks around it or a control character, which no address has")
+    scheme = _scheme(url)
     if scheme == "pipe":
         if not allow_pipes:
             raise ValueError(f"urls: {url!r} runs a command in a shell; allow_pipes: true allows it")
@@ -188,28 +252,167 @@ def _check(url: str, allow_pipes: bool) -> None:
         raise ValueError("urls: '-' is standard input; a stream is read again in every epoch")
 
 
-def _samples(url: str, skip: Callable[[str, str], None]) -> Iterator[Sample]:
-    """The samples of one shard; what stops it is told to ``skip``."""
-    faults: list[str] = []
+def _local(url: str) -> Path:
+    return Path(url2pathname(urlsplit(url).path) if _scheme(url) == "file" else url)
 
-    def handler(error: Exception) -> bool:
-        faults.append(_line(error, url))
+
+def _name(url: str) -> str:
+    """An address without what may differ where the same files lie elsewhere."""
+    return _local(url).name if _scheme(url) in ("", "file") else url
+
+
+def _written(url: str) -> Written | None:
+    """What the manifest beside a local shard tells of it. Raises ValueError for a manifest that is not readable."""
+    if _scheme(url) not in ("", "file"):
+        return None
+    path = _local(url)
+    return manifest(path.parent).get(path.name)
+
+
+def _cut(path: Path, written: Written | None) -> str | None:
+    """Why a shard is not whole, as far as its size and its last bytes tell."""
+    size = path.stat().st_size
+    lost = "" if written is None else f"; {written.samples:,} samples are in it, of which some are lost"
+    if written is not None and size != written.bytes:
+        return f"{size:,} bytes, and its manifest tells of {written.bytes:,}{lost}"
+    with _open(str(path)) as file:
+        if any(file.read(8).startswith(magic) for magic in _UNPACK):
+            return None  # its own end is only known when it was unpacked
+        file.seek(max(size - 2 * BLOCK, 0))
+        whole = size % BLOCK == 0 and size >= 2 * BLOCK and not any(file.read())
+    return None if whole else f"cut off: {size:,} bytes, and not the two empty blocks that end a tar{lost}"
+
+
+class _Tape:
+    """The bytes of a tar that comes from its beginning to its end."""
+
+    end: int | None = None
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.place, self.packed = stream, 0, False
+        self.waiting = self._more(BLOCK)
+        for magic, unpack in _UNPACK.items():
+            if self.waiting.startswith(magic):
+                self.stream, self.waiting, self.packed = unpack(_Rest(self.waiting, stream)), b"", True
+                break
+
+    def _more(self, size: int) -> bytes:
+        """Up to ``size`` bytes; fewer only at the end."""
+        parts = []
+        while size > 0:
+            part = self.stream.read(min(size, 1 << 20))
+            if not part:
+                break
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)
+
+    def at(self, offset: int, size: int) -> bytes:
+        if size > LIMIT:
+            raise ValueError(f"{size:,} bytes, more than the {LIMIT:,} that one field may have")
+        while self.place < offset and self._take(min(offset - self.place, 1 << 20)):
+            pass
+        return self._take(size) if self.place == offset else b""
+
+    def _take(self, size: int) -> bytes:
+        data, self.waiting = self.waiting[:size], self.waiting[size:]
+        try:
+            data += self._more(size - len(data))
+        except _UNPACKING as error:
+            if not self.packed:
+                raise
+            raise ValueError(f"its compressed data is cut off or broken ({error})") from None
+        self.place += len(data)
+        return data
+
+
+class _Rest:
+    """A stream whose first bytes have been read already."""
+
+    def __init__(self, first: bytes, stream: Any) -> None:
+        self.first, self.stream = first, stream
+
+    def read(self, size: int = -1) -> bytes:
+        if self.first:
+            data, self.first = (self.first, b"") if size < 0 else (self.first[:size], self.first[size:])
+            return data
+        return bytes(self.stream.read(size))
+
+    def seekable(self) -> bool:
+        return False
+
+    def readable(self) -> bool:
         return True
 
+
+def _samples(url: str, skip: Callable[[str, str], None]) -> Iterator[Sample]:
+    """The samples of one shard; what stops it is told to ``skip``, and how many are lost where that is known."""
+    faults: list[str] = []
     stream: Any = None
+    written: Written | None = None
+    count = 0
     try:
-        stream = _open(url)
-        files = tar_file_expander([{"url": url, "stream": stream}], handler=handler)
-        for sample in group_by_keys(files, handler=handler):
-            raw: dict[str, Raw] = {}
-            for field, data in sample.items():
-                if not field.startswith("__"):
-                    raw.update(_fields(field, data))
-            yield Sample(str(sample["__key__"]), url, raw)
-    except OSError as error:
-        faults.append(_line(error, url))
+        try:
+            written = _written(url)
+            stream = _open(url)
+            sample: Sample | None = None
+            held = 0
+            for member, data in _members(_Tape(stream), url, faults):
+                key, field = base_plus_ext(member)
+                if key is None:
+                    continue
+                if sample is None or key != sample.name:
+                    if sample is not None and sample.raw:
+                        count += 1
+                        yield _read(sample)
+                    sample, held = Sample(key, url, {}), 0
+                held += len(data)
+                if field.lower() in sample.raw:
+                    faults.append(f"two members are named {member}")
+                elif len(sample.raw) == MEMBERS:
+                    faults.append(f"more than {MEMBERS} members of one sample, {key}")
+                elif held > 2 * LIMIT:
+                    faults.append(f"more than {2 * LIMIT:,} bytes of one sample, {key}")
+                else:
+                    sample.raw[field.lower()] = data
+            if sample is not None and sample.raw:
+                count += 1
+                yield _read(sample)
+        except (OSError, ValueError) as error:
+            faults.append(_line(error, url))
+        if written is not None and count != written.samples:
+            what = f"{count:,} samples, and its manifest tells of {written.samples:,}"
+            faults.append(f"{faults[-1]}; {what}" if faults else what)
     finally:
         _close(stream, url, faults, skip)
+
+
+def _members(tape: _Tape, url: str, faults: list[str]) -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of each member; what stops them is added to ``faults``."""
+    try:
+        for member in members(tape):
+            if member.size > LIMIT:  # it is read past, not held
+                faults.append(f"{member.name}: {member.size:,} bytes, more than the {LIMIT:,} that one field may have")
+                continue
+            data = tape.at(member.offset, member.size)
+            if len(data) < member.size:
+                raise ValueError(f"cut off in {member.name}, of which {len(data):,} of {member.size:,} bytes are there")
+            if not _META.match(member.name):
+                yield member.name, data
+    except (OSError, ValueError) as error:
+        faults.append(_line(error, url))
+
+
+def _read(sample: Sample) -> Sample:
+    """The fields of a sample by the names that :class:`Shards` gives them."""
+    raw: dict[str, Raw] = {}
+    faults = []
+    for field, data in sample.raw.items():
+        try:
+            raw.update(_fields(field, bytes(data) if not isinstance(data, str) else data.encode()))
+        except ValueError as error:
+            faults.append(str(error))
+    return sample._replace(raw=raw, faults=tuple(faults))
 
 
 def _close(stream: Any, url: str, faults: list[str], skip: Callable[[str, str], None]) -> None:
@@ -224,27 +427,39 @@ def _close(stream: Any, url: str, faults: list[str], skip: Callable[[str, str], 
         except OSError as error:
             faults.append(_line(error, url))
     if faults and not unwinding:
-        skip(url, faults[-1])
+        skip(url, "; ".join(list(dict.fromkeys(faults))[:3]))
 
 
 def _open(url: str) -> Any:
-    if url.startswith("s3://"):  # the library has no opener of its own for it
+    """The bytes of an address, by the scheme that was looked at: no other code decides what it means."""
+    scheme = _scheme(url)
+    if scheme == "pipe":
+        return gopen_pipe(f"pipe:{url[5:]}")
+    if scheme in ("http", "https"):
+        return gopen_curl(url)
+    if scheme == "gs":
+        return gopen_gsutil(url)
+    if scheme == "s3":  # the library has no opener of its own for it
         return Pipe(["aws", "s3", "cp", "--quiet", url, "-"], mode="rb", ignore_status=[141])
-    return gopen(url)
+    handle = os.open(_local(url), os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a named pipe must not hang the run
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ValueError("not a regular file")
+    return os.fdopen(handle, "rb")
 
 
 def _fields(field: str, data: bytes) -> dict[str, Raw]:
-    """As :class:`Shards` names them: entries of JSON members by dotted names, no blank texts."""
+    """As :class:`Shards` names them: entries of JSON members by dotted names, no blank texts.
+
+    Raises ValueError where it is not what its name says.
+    """
     if _is_json(field):
-        try:
-            return dict(_entries(data, field))
-        except ValueError:
-            return {}
+        return dict(_entries(data, field))
     if _is_text(field):
         try:
             return dict(flat(text_of(data), field))
-        except ValueError:
-            return {}
+        except ValueError as error:
+            raise ValueError(f"{field}: {error}") from None
     return {field: data}
 
 

@@ -295,7 +295,7 @@ class Writer:
         if self._tar is None:
             self.shards.append(Shard(f"{self.split}-{len(self.shards):06d}.tar"))
             # times and owners say nothing of the data: the same files make the same bytes
-            path = str(self.folder / self.shards[-1].file)
+            path = str((self.folder / self.shards[-1].file).absolute())  # else a folder named http: is an address
             self._tar = webdataset.TarWriter(path, encoder=False, mtime=0, mode=0o644, user="", group="")
             self._written = 0
         key = f"{sum(shard.samples for shard in self.shards):09d}"

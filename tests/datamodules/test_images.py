@@ -6,8 +6,10 @@ import os
 import pickle
 import struct
 import tracemalloc
+import weakref
 import zlib
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,8 +18,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
+from descant.datamodules import images
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.datamodules.images import LIMIT, Images
+from tests.files import jpeg
 
 # pictures ------------------------------------------------------------------------------------------------------
 
@@ -436,3 +440,46 @@ def test_workers_start_once_and_make_the_same_batches() -> None:
 def test_options_out_of_range_are_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Images(**({"size": 8} | options))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "1", "I;16", "CMYK", "P/transparent"])
+def test_a_large_picture_is_the_same_in_strips(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, out = np.random.default_rng(0), io.BytesIO()
+    if mode == "I;16":
+        picture = Image.fromarray(rng.integers(0, 65536, (37, 23), dtype=np.uint16))
+    else:
+        picture = Image.fromarray(rng.integers(0, 256, (37, 23, 4), dtype=np.uint8), "RGBA")
+        picture = picture if mode == "RGBA" else picture.convert("RGB").convert(mode.partition("/")[0])
+    options = {"transparency": 3} if "/" in mode else {}
+    picture.save(out, "TIFF" if mode == "CMYK" else "PNG", **options)
+    whole = images.rgb_of(Image.open(out))
+    monkeypatch.setattr(images, "_STRIP", 23 * 4)
+    assert np.array_equal(images.rgb_of(Image.open(out)), whole) and whole.shape == (37, 23, 3)
+
+
+def test_bytes_are_bounded_before_a_pixel_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A PNG of 16 bits and four channels below the limit of pixels would be more memory than one of 8 and three."""
+    out = io.BytesIO()
+    Image.new("RGBA", (300, 200)).save(out, "PNG")
+    data, grey = out.getvalue(), jpeg(format="PNG")
+    decoded = mock.Mock(wraps=images.rgb_of)
+    monkeypatch.setattr(images, "rgb_of", decoded)
+    monkeypatch.setattr(images, "BYTES", 300 * 200 * 4 - 1)
+    x_B3SS, errors = Images(8)([data, grey])
+    assert errors[0] == "300 x 200 pixels of RGBA are 240,000 bytes when decoded, more than the limit of 239,999"
+    assert errors[1] is None and decoded.call_count == 1 and not x_B3SS[0].any()
+    monkeypatch.setattr(images, "BYTES", 300 * 200 * 4)
+    assert Images(8)([data])[1] == [None]
+
+
+def test_one_picture_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[Any] = []
+    decode = Images.decode
+
+    def noted(self: Images, header: images.Header, box: Any) -> Any:
+        held.append(weakref.ref(header.picture))
+        assert all(ref() is None for ref in held[:-1]), "those before it are gone"
+        return decode(self, header, box)
+
+    monkeypatch.setattr(Images, "decode", noted)
+    assert Images(8)([jpeg(format="PNG")] * 5)[1] == [None] * 5 and len(held) == 5

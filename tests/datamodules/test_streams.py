@@ -73,7 +73,9 @@ class Place:
 def own(urls: list[str], workers: int = 0, samples: int = 48, **options: Any) -> Own:
     fields = Fields(image=ImageField(field="png", size=6), text=TextField("txt"))
     stream = Stream(urls, samples=samples, buffer=5, allow_pipes=True)
-    return Own(**{"batch_size": 8, "num_workers": workers, "stream": stream, "fields": fields, **options})
+    return Own(
+        **{"batch_size": 8, "num_workers": workers, "stream": stream, "fields": fields, "damaged": "skip", **options}
+    )
 
 
 def on_rank(folder: Path, urls: list[str], rank: int, world: int, workers: int, accumulate: int = 1) -> Own:
