@@ -249,6 +249,9 @@ class Case:
             and begun no thread: a process of its own as well, and four times as fast to begin.
     """
 
+    #: The folder of its runs.
+    runs = "runs"
+
     def __init__(
         self, root: Path, name: str, ranks: int = 1, workers: int = 0, options: Sequence[str] = (), cold: bool = False
     ) -> None:
@@ -292,7 +295,7 @@ class Case:
 
     def folder(self, name: str) -> Path:
         """Of the newest run: the second, where the first was killed before it saved anything."""
-        return max((self.root / "runs" / name).glob("0*"), default=self.root / "runs" / name / "001")
+        return max((self.root / self.runs / name).glob("0*"), default=self.root / self.runs / name / "001")
 
     def finish(self, name: str, resume: str = "auto") -> None:
         """Run or resume to the end."""
@@ -464,7 +467,7 @@ def since_start(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def starts(case: Case, name: str) -> int:
     """How often a run of this name began to train."""
-    return sum("pid" in line for each in (case.root / "runs" / name).glob("0*") for line in records(each))
+    return sum("pid" in line for each in (case.root / case.runs / name).glob("0*") for line in records(each))
 
 
 def differences(case: Case, name: str, reference: str = "whole") -> list[str]:
