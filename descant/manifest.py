@@ -8,12 +8,14 @@ and goes after it, so a file without one was not written here.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 import socket
+import stat
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,6 +28,8 @@ SUFFIX = ".manifest"
 NONE = "no manifest"
 #: In the environment: seconds added to each stage of a write, for tests that kill a process inside one.
 SLOW = "DESCANT_SLOW_SAVE"
+#: Bytes of a manifest that are read.
+_MOST = 10_000_000
 _HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
 _SCRATCH = re.compile(r"\.(?P<name>.+)\.(?P<host>[A-Za-z0-9-]*)\.(?P<pid>\d+)\.tmp")
 _writing: set[Path] = set()
@@ -120,7 +124,7 @@ def _confirmed(path: Path) -> tuple[BufferedReader, Facts] | str:
     while (told := _told(path)) != before:  # what was replaced between two looks is looked at again
         before = told
         try:
-            stream = path.open("rb")
+            stream = _regular(path)
             found = _matching(stream, told)
             if not isinstance(found, str):
                 return stream, found
@@ -222,6 +226,15 @@ def _alive(path: Path, host: str, pid: int) -> bool:
     return True
 
 
+def _regular(path: Path) -> BufferedReader:
+    """A file, open to be read; a pipe or a device, whose reader may wait for ever, is an OSError."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
 def _manifest(path: Path) -> Path:
     return path.with_name(path.name + SUFFIX)
 
@@ -241,14 +254,15 @@ def _crc(told: Facts) -> int:
 def _told(path: Path) -> list[Facts] | str:
     """What the manifest tells, newest first, or what is wrong with it."""
     try:
-        found = json.loads(_manifest(path.resolve()).read_bytes())
+        with _regular(_manifest(path.resolve())) as stream:
+            found = json.loads(stream.read(_MOST))
         told = [{"sha256": str(f["sha256"]), "size": int(f["size"]), "facts": dict(f["facts"])} for f in found]
         for each, read in zip(told, found, strict=True):  # earlier versions wrote no checksum
             if read.keys() - {*each, "crc32"} or read.get("crc32", _crc(each)) != _crc(each):
                 raise ValueError("changed")
     except FileNotFoundError:
         return NONE
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         told = []
     return told or "its manifest is not readable"
 

@@ -297,3 +297,22 @@ def test_a_limit_of_the_system(tmp_path: Path) -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert content_of(path) == b"old" and names(tmp_path) == {"last.ckpt", f"last.ckpt{SUFFIX}"}
+
+
+def test_a_pipe_is_no_file_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    manifest.write(path, lambda stream: stream.write(b"x"))
+    path.unlink()
+    os.mkfifo(path)
+    assert manifest.fault(path) == "not a regular file"
+    other = tmp_path / "y.ckpt"
+    other.write_bytes(b"y")
+    os.mkfifo(tmp_path / "y.ckpt.manifest")
+    assert manifest.fault(other) == "its manifest is not readable"
+
+
+@pytest.mark.parametrize("text", ["1e999", "-1e999", "[" * 100_000, '[{"sha256": 1, "size": 1e999, "facts": {}}]'])
+def test_a_manifest_that_is_none_is_a_fault(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.ckpt").write_bytes(b"x")
+    (tmp_path / "x.ckpt.manifest").write_text(text)
+    assert manifest.fault(tmp_path / "x.ckpt") == "its manifest is not readable"
