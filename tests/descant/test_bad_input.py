@@ -30,6 +30,7 @@ from descant.changes import require_unchanged
 from descant.cli import _require_port
 from descant.errors import Refusal, disk_fault, one_line, say
 from tests.conftest import TOY, TRUST, Result, _forget, _settings
+from tests.rotation import quick
 from tests.descant.test_compare import make
 
 DEEP = "[" * 50_000 + "]" * 50_000
@@ -274,7 +275,7 @@ def _shown(words: tuple[str, ...]) -> str:
     return " ".join(word if len(word) < 40 else f"{word[:20]}..." for word in words).encode("unicode_escape").decode()
 
 
-@pytest.mark.parametrize(("words", "line"), CASES, ids=[_shown(words) for words, _ in CASES])
+@pytest.mark.parametrize(("words", "line"), quick(CASES, 3), ids=[_shown(words) for words, _ in CASES])
 def test_bad_input_is_one_line(typed: Callable[..., Result], place: Path, words: tuple[str, ...], line: str) -> None:
     before = _tree(place)
     result = typed(*words)

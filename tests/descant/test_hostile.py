@@ -28,6 +28,7 @@ from descant.modules.towers import TimmTower, TransformersTower
 from descant.modules.towers import timm as of_timm
 from descant.store import AtomicIO
 from tests.conftest import TRUST, Result
+from tests.rotation import quick
 
 Cli = Callable[..., Result]
 JUDGE = "{class_path: descant.modules.reinforce.rewards.Judge, init_args: {program: \"open('MARK', 'w')\", seconds: 1}}"
@@ -156,7 +157,7 @@ def over(cli: Cli, workplace: Path, text: str, *words: str) -> str:
     return line
 
 
-@pytest.mark.parametrize("text", [*CALLABLE, *MODULE, *PATH, *FORMAT, *YAML])
+@pytest.mark.parametrize("text", quick([*CALLABLE, *MODULE, *PATH, *FORMAT, *YAML], 3))
 def test_a_file_says_it_in_vain(cli: Cli, workplace: Path, text: str) -> None:
     line = over(cli, workplace, text)
     assert line.startswith(("x.yaml:", "passwd:", "/etc/passwd:", "../outside.yaml", "model", "class_path "))

@@ -22,6 +22,7 @@ import pytest
 from descant import elastic, runs
 from descant.errors import Refusal
 from tests.conftest import TOY, TRUST, Result
+from tests.rotation import quick
 from tests.descant.test_compare import make
 
 Cli = Callable[..., Result]
@@ -61,7 +62,7 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES, ids=lambda name: name.encode("unicode_escape").decode()[:20])
+@pytest.mark.parametrize("name", quick(NAMES, 3), ids=lambda name: name.encode("unicode_escape").decode()[:20])
 @pytest.mark.parametrize("command", ["fit", "check"])
 def test_a_run_has_a_name_that_stays_where_it_is(toy: Cli, workplace: Path, command: str, name: str) -> None:
     before = _outside(workplace)
@@ -119,7 +120,7 @@ IN_SCRIPTS = [
 ]
 
 
-@pytest.mark.parametrize("text", IN_SCRIPTS)
+@pytest.mark.parametrize("text", quick(IN_SCRIPTS, 3))
 @pytest.mark.parametrize("where", ["name", "runs", "array", "value"])
 def test_a_script_runs_nothing_of_a_name(
     cli: Cli, workplace: Path, cluster: dict[str, str], text: str, where: str
