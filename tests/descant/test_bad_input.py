@@ -30,8 +30,8 @@ from descant.changes import require_unchanged
 from descant.cli import _require_port
 from descant.errors import Refusal, disk_fault, one_line, say
 from tests.conftest import TOY, TRUST, Result, _forget, _settings
-from tests.rotation import quick
 from tests.descant.test_compare import make
+from tests.rotation import quick
 
 DEEP = "[" * 50_000 + "]" * 50_000
 DEEP_KEYS = '{"a":' * 50_000 + "1" + "}" * 50_000

@@ -22,8 +22,8 @@ import pytest
 from descant import elastic, runs
 from descant.errors import Refusal
 from tests.conftest import TOY, TRUST, Result
-from tests.rotation import quick
 from tests.descant.test_compare import make
+from tests.rotation import quick
 
 Cli = Callable[..., Result]
 pytestmark = pytest.mark.usefixtures("written_content")
