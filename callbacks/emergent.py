@@ -72,7 +72,8 @@ class EmergentRetrieval(Retrieval):
             for a, b in (pair, pair[::-1]):
                 asking = Rows(rows.z, {**rows.present, a: rows.present[a] & far_N}, rows.key, rows.index, rows.targets)
                 for key, value in self.score(asking, a, b).items():
-                    values[f"{letter[a]}2{letter[b]}_{key}"] = value
+                    if "/" not in key:
+                        values[f"{letter[a]}2{letter[b]}_{key}"] = value
         return values
 
     @staticmethod

@@ -27,7 +27,9 @@ from descant.modules.metrics import (
     fit_logistic,
     knn_scores,
     matched_rows,
+    mean_per_group,
     modality_gap,
+    recall_by_chance,
     retrieval_ranks,
     uniformity,
     wide,
@@ -277,6 +279,10 @@ class Retrieval(Judge):
     row (equal key); the score is the dot product; ties and nan count as misses. Keys: ``{set}/i2t_r1``,
     ``{set}/t2i_r10``, ``{set}/i2t_medr`` (1 is best).
 
+    Where some rows share a key (captions that say the same) and others do not, it is easier to be right about these:
+    ``{set}/distinct/i2t_r1`` is the mean over distinct keys of the mean of their queries. ``{set}/chance/i2t_r1`` is
+    what a random order of the gallery comes to, whatever shares a key.
+
     Args:
         pairs: which modalities meet, such as [[image, text]]; all of them where not given.
         at: the k of recall at k.
@@ -302,19 +308,29 @@ class Retrieval(Judge):
             for pair in _pairs(self, self.pairs, rows):
                 for a, b in (pair, pair[::-1]):
                     for key, value in self.score(rows, a, b).items():
-                        values[f"{name}/{letter[a]}2{letter[b]}_{key}"] = value
+                        kind, _, metric = key.rpartition("/")
+                        where = f"{name}/{kind}" if kind else name
+                        values[f"{where}/{letter[a]}2{letter[b]}_{metric}"] = value
         return values
 
     def score(self, rows: Rows, a: str, b: str) -> dict[str, Tensor]:
         """The numbers of one direction; none where no query has a right row."""
         query, gallery = rows.where(a), rows.where(b)
-        rank_Q = retrieval_ranks(rows.z[a][query], rows.key[query], rows.z[b][gallery], rows.key[gallery])
-        rank_Q = rank_Q[rank_Q >= 0]
+        key_Q, key_G = rows.key[query], rows.key[gallery]
+        rank_Q = retrieval_ranks(rows.z[a][query], key_Q, rows.z[b][gallery], key_G)
+        key_Q, rank_Q = key_Q[rank_Q >= 0], rank_Q[rank_Q >= 0]
         if len(rank_Q) == 0:
             return {}
         # rank G is the miss of nan, whatever k is
-        hits = {f"r{k}": (rank_Q < min(k, len(gallery))).double().mean() for k in self.at}
-        return {**hits, "medr": rank_Q.double().quantile(0.5) + 1}
+        hit = {f"r{k}": (rank_Q < min(k, len(gallery))).double() for k in self.at}
+        values = {name: hit_Q.mean() for name, hit_Q in hit.items()}
+        values["medr"] = rank_Q.double().quantile(0.5) + 1
+        known_K, right_K = key_G.unique(return_counts=True)
+        right_Q = right_K[torch.searchsorted(known_K, key_Q)]
+        asked_K = key_Q.unique(return_counts=True)[1]
+        if asked_K.min() < asked_K.max():
+            values |= {f"distinct/{name}": mean_per_group(hit_Q, key_Q) for name, hit_Q in hit.items()}
+        return values | {f"chance/r{k}": recall_by_chance(right_Q, len(gallery), k).mean() for k in self.at}
 
 
 class ZeroShot(Judge):

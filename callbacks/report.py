@@ -21,6 +21,8 @@ from descant.callbacks.throughput import count_rows
 from descant.modules.sham import Sham
 
 WIDTH = 100
+#: What stands between a set and a metric that is measured in another way -> how the table calls its row.
+BESIDE = {"distinct": "per distinct caption", "chance": "by chance"}
 
 
 class Report(L.Callback):
@@ -266,6 +268,9 @@ def blocks(values: Mapping[str, float], width: int = WIDTH) -> Iterator[tuple[li
     sets: dict[str, dict[str, float]] = {}
     for key, value in values.items():
         name, slash, metric = key.partition("/")
+        beside = next((word for word in BESIDE if metric.startswith(f"{word}/")), None)
+        if beside is not None:  # a row of its own, under that of its set
+            name, metric = f"{name}, {BESIDE[beside]}", metric.removeprefix(f"{beside}/")
         if slash and name not in ("speed", "sham"):
             sets.setdefault(name, {})[metric] = value
     for names in _together(sets):

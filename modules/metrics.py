@@ -41,6 +41,35 @@ def retrieval_ranks(z_q_QD: Tensor, key_Q: Tensor, z_g_GD: Tensor, key_G: Tensor
     return torch.cat(ranks)
 
 
+def recall_by_chance(right_Q: Tensor, gallery: int, k: int) -> Tensor:
+    """Recall at k of an order of the gallery that is drawn at random, for each query.
+
+        p_q = 1 - C(G - m_q, k) / C(G, k),   m_q: right rows among the G of the gallery
+
+    Shapes: ``right_Q`` whole numbers, 1 to G -> float64 ``[Q]``.
+
+    >>> recall_by_chance(torch.tensor([1, 2]), gallery=4, k=1).tolist()
+    [0.25, 0.5]
+    """
+    miss_Q = torch.ones_like(right_Q, dtype=torch.float64)
+    for taken in range(min(k, gallery)):
+        miss_Q = miss_Q * ((gallery - right_Q - taken).clamp(min=0) / (gallery - taken))
+    return 1 - miss_Q
+
+
+def mean_per_group(value_N: Tensor, group_N: Tensor) -> Tensor:
+    """The mean over groups of each group's mean: one of many rows counts as much as one of few.
+
+        1 / |groups|  sum over groups g of  mean over n in g of value_n
+
+    >>> mean_per_group(torch.tensor([1.0, 1.0, 0.0]), torch.tensor([7, 7, 9])).item()
+    0.5
+    """
+    _, at_N, rows_K = group_N.unique(return_inverse=True, return_counts=True)
+    sum_K = torch.zeros(len(rows_K), dtype=torch.float64, device=value_N.device)
+    return (sum_K.index_add(0, at_N, value_N.double()) / rows_K).mean()
+
+
 def mean_average_precision(
     z_q_QD: Tensor,
     label_Q: Tensor,

@@ -26,6 +26,8 @@ class Term:
         valid: bool ``[N]`` or None for all rows.
         norm: ``"valid"`` divides by the valid rows of the whole optimizer step (all ranks, all micro-batches);
             ``"local"`` by those of this micro-batch on this rank, on purpose; a number is taken as it is.
+        whole: the value is one number of the rows of all ranks, gathered (:func:`descant.modules.losses.gather`) with
+            gradients: a loss of a batch, such as decorrelation. Without it such a number would be each rank's own.
         given: the modalities whose joint presence is exactly ``valid``. The batch then knows the step's count
             beforehand, which accumulation needs; without it the count is summed over ranks.
 
@@ -39,6 +41,7 @@ class Term:
     valid: Tensor | None = None
     norm: Literal["valid", "local"] | float | Tensor = "valid"
     given: tuple[str, ...] = ()
+    whole: bool = False
 
     def sum(self) -> Tensor:
         """Scalar: ``sum(weight * value * valid)``, where an invalid row adds exactly zero, value and gradient."""

@@ -114,6 +114,7 @@ class Step:
         On an accelerator nothing is read: gradients of a micro-batch with such a term become nan, and that is found by
         :meth:`read`, which is called where numbers of the device are read anyway.
         """
+        self._require_samples(terms, batch)
         norms = self._norms(terms, batch)
         if self.watched:
             self.keep = {}
@@ -137,6 +138,21 @@ class Step:
                 self.require_finite() if self.raises else self.read()
         self.objective = Objective(scalars, self.mix)
         return self.objective
+
+    def _require_samples(self, terms: Mapping[str, Term], batch: Batch) -> None:
+        """Raises ValueError for a loss of a batch that would be one of each rank's or micro-batch's part of it."""
+        for name, term in terms.items():
+            if term.value.numel() != 1 or len(batch) == 1 or term.norm == "local":
+                continue
+            if self.world > 1 and not term.whole:
+                raise ValueError(
+                    f"term {name!r} is one number for {len(batch)} samples: on {self.world} ranks each would have its "
+                    "own; gather(...) what it is made of, and say Term(..., whole=True)"
+                )
+            if self.accumulate > 1:
+                raise ValueError(
+                    f"term {name!r} is one number for a batch: accumulated small batches would each have their own"
+                )
 
     def read(self) -> None:
         """Look at what an accelerator has found since the last time: one read, and more where something is wrong."""

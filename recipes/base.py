@@ -14,6 +14,7 @@ from torch.optim import AdamW
 from descant.modules.batch import Batch
 from descant.modules.configure import Adapt, Checkpointing, Compile, Shard
 from descant.modules.distill import Distill, without_distill
+from descant.modules.norm import synchronize
 from descant.modules.objective import Term
 from descant.modules.optim import parameter_groups
 from descant.modules.protocols import Embeds
@@ -106,6 +107,8 @@ class Recipe(L.LightningModule):
     def setup(self, stage: str) -> None:
         trainer = self.trainer
         self.step.world, self.step.accumulate = trainer.world_size, trainer.accumulate_grad_batches
+        if stage == "fit" and trainer.world_size > 1:
+            synchronize(self)  # so that ranks change nothing that is learned
         if stage == "fit" and self.in_batch_negatives and trainer.accumulate_grad_batches > 1:
             raise ValueError(
                 f"trainer.accumulate_grad_batches {trainer.accumulate_grad_batches}: {type(self).__name__} contrasts "

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from descant.modules.batch import Batch
-from descant.modules.configure import Still
 from descant.modules.cross import CrossEncoder
 from descant.modules.fill import seen
 from descant.modules.host import derived, host_copy, to_device
 from descant.modules.losses.contrastive import promote
+from descant.modules.norm import unseen
 from descant.modules.objective import Term
 from descant.modules.protocols import Scorer
 from descant.modules.random import mix_N
@@ -72,7 +72,7 @@ class Matching(Recipe):
         row_R = row_R if len(row_R) else torch.zeros(1, dtype=torch.long)
         rows_R, absent_R = to_device(row_R, x.device), to_device(~host_B[row_R], x.device)
         x_R = derived(zeroed, x, rows_R, absent_R)  # an absent row may hold anything
-        with running(row_R), nullcontext() if host_B.any() else Still(self.towers[modality]):
+        with running(row_R), nullcontext() if host_B.any() else unseen(self.towers[modality]):
             h_RTD, mask_RT = self.towers[modality](x_R)
         h_BTD = h_RTD.new_zeros(len(x), *h_RTD.shape[1:]).index_put((rows_R,), h_RTD)
         mask_BT = torch.zeros(len(x), mask_RT.shape[1], dtype=torch.bool, device=x.device)

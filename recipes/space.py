@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.batch import Batch
-from descant.modules.configure import Still
 from descant.modules.fill import filled, seen
 from descant.modules.heads import MeanPool, Pool, Pools, Projection
 from descant.modules.host import derived, host_copy, to_device
 from descant.modules.losses.contrastive import promote
+from descant.modules.norm import unseen
 from descant.modules.protocols import Encodes
 from descant.modules.rows import running, zeroed
 from descant.modules.towers import Tokens, Towers
@@ -71,7 +71,7 @@ class SharedSpace(Recipe):
         at_R, out_R = to_device(rows_R, x.device), to_device(absent_R, x.device)
         x_R = derived(zeroed, x, at_R, out_R)
         # zeros that stand for nothing are not to be counted by a tower's batch norms
-        with running(rows_R), nullcontext() if here_B.any() else Still(tower):
+        with running(rows_R), nullcontext() if here_B.any() else unseen(tower):
             h_RD = self.step.chunked(features, x_R, tower).masked_fill(out_R[:, None], 0.0)
         return h_RD.new_zeros(len(x), h_RD.shape[1]).index_put((at_R,), h_RD)
 

@@ -93,8 +93,12 @@ def test_the_recipe_of_the_guide_trains(cli: Cli) -> None:
         r"^```python\n(.*?)^```", (ROOT / "docs/guides/recipe.md").read_text(), re.MULTILINE | re.DOTALL
     )
     Path("shortest.py").write_text("\n".join(blocks))
-    words = ("--model", "shortest.Shortest", "--model.mix", "{align: 0.5}", "--trust", "shortest", "--name", "mine")
-    done = cli("fit", "--config", "contrastive/emoji", "--config", "on/tiny", *words)
-    assert done.rc == 0, done.err
-    header = (Path("runs") / "mine" / "001" / "metrics.csv").read_text()
-    assert "contrast" in header and "align" in header
+    for name, more, terms in (
+        ("Shortest", ("--model.mix", "{align: 0.5}"), ("contrast", "align")),
+        ("Decorrelated", (), ("decorrelate",)),
+    ):
+        words = ("--model", f"shortest.{name}", *more, "--trust", "shortest", "--name", name)
+        done = cli("fit", "--config", "contrastive/emoji", "--config", "on/tiny", *words)
+        assert done.rc == 0, done.err
+        header = (Path("runs") / name / "001" / "metrics.csv").read_text()
+        assert all(term in header for term in terms)

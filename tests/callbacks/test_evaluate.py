@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from descant.callbacks.evaluate import KNN, Geometry, Judge, LinearProbe, Retrieval, Rows, Store, ZeroShot
 from descant.modules.batch import Batch
-from descant.modules.metrics import retrieval_ranks
+from descant.modules.metrics import recall_by_chance, retrieval_ranks
 from tests.ranks import run_ranks
 from tests.tolerance import F32, ulps
 
@@ -126,36 +126,65 @@ def evaluate(
     return {key: float(value) for key, value in run.callback_metrics.items()}
 
 
-def brute_ranks(whole: Batch, a: str, b: str) -> Tensor:
-    """Best positives and those before them, by two loops over rows."""
+def brute_ranks(whole: Batch, a: str, b: str) -> tuple[Tensor, list[int], list[float]]:
+    """How many stand before the best right row, the key of each query, and its share of right rows, by loops."""
     z = {m: F.normalize(x, dim=-1) for m, x in whole.inputs.items()}
     gallery = [j for j in range(len(whole)) if whole.present[b][j]]
-    ranks = []
+    ranks, keys, shares = [], [], []
     for i in range(len(whole)):
         right = [float(z[a][i] @ z[b][j]) for j in gallery if whole.key[j] == whole.key[i]]
         wrong = [float(z[a][i] @ z[b][j]) for j in gallery if whole.key[j] != whole.key[i]]
         if whole.present[a][i] and right:
             ranks.append(sum(s >= max(right) for s in wrong))
-    return torch.tensor(ranks)
+            keys.append(int(whole.key[i]))
+            shares.append(len(right) / len(gallery))
+    return torch.tensor(ranks), keys, shares
 
 
 @pytest.mark.parametrize("stage", ["validate", "test"])
 def test_retrieval_equals_two_loops_on_two_sets(stage):
     data = Data({"one": make(seed=0), "two": make(n=31, seed=1, keys=30)})
     values = evaluate(data, Retrieval(at=[1, 3]), stage=stage)
+    names = [f"{d}_{k}" for d in ("i2t", "t2i") for k in ("r1", "r3")]
+    kinds = ("", "distinct/", "chance/")
     assert sorted(values) == sorted(
-        f"{s}/{d}_{k}" for s in ("one", "two") for d in ("i2t", "t2i") for k in ("r1", "r3", "medr")
+        [f"{s}/{kind}{name}" for s in ("one", "two") for kind in kinds for name in names]
+        + [f"{s}/{d}_medr" for s in ("one", "two") for d in ("i2t", "t2i")]
     )
     for name, whole in data.sets.items():
         for a, b, direction in (("image", "text", "i2t"), ("text", "image", "t2i")):
-            ranks = brute_ranks(whole, a, b)
+            ranks, keys, shares = brute_ranks(whole, a, b)
             for k in (1, 3):
-                expected = float((ranks < k).double().mean())
-                assert abs(values[f"{name}/{direction}_r{k}"] - expected) < ulps(8, F32)
+                hits = [float(rank < k) for rank in ranks]
+                each = [
+                    sum(h for h, key in zip(hits, keys, strict=True) if key == one) / keys.count(one) for one in {*keys}
+                ]
+                for kind, expected in (("", sum(hits) / len(hits)), ("distinct/", sum(each) / len(each))):
+                    assert abs(values[f"{name}/{kind}{direction}_r{k}"] - expected) < ulps(8, F32)
+            assert abs(values[f"{name}/chance/{direction}_r1"] - sum(shares) / len(shares)) < ulps(8, F32)
             assert values[f"{name}/{direction}_medr"] == float(ranks.double().quantile(0.5)) + 1
     # the numbers can tell the sets and directions apart
     assert len({values[f"{s}/{d}_r3"] for s in ("one", "two") for d in ("i2t", "t2i")}) > 2
     assert data.asked == 1
+
+
+def test_chance_is_what_random_embeddings_come_to():
+    """Mean of 400 random orders, within four standard errors; equal keys are right for each other."""
+    keys, found, k = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3, 4, 5]), [], 3
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(400):
+        z = torch.randn(2, len(keys), 8, generator=generator)
+        found.append(float((retrieval_ranks(z[0], keys, z[1], keys) < k).double().mean()))
+    right_Q = (keys[:, None] == keys).sum(1)
+    chance = float(recall_by_chance(right_Q, len(keys), k).mean())
+    error = float(torch.tensor(found).std()) / 400**0.5
+    assert abs(sum(found) / 400 - chance) < 4 * error and abs(chance - k / len(keys)) > 0.1
+
+
+def test_captions_that_all_stand_as_often_need_no_second_number():
+    whole = make(absent=0.0, n=24)
+    whole.key[:] = torch.arange(24) // 2
+    assert not [name for name in evaluate(Data({"val": whole}), Retrieval(at=[1])) if "distinct" in name]
 
 
 def test_retrieval_of_a_collapsed_recipe_is_zero():

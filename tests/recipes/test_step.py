@@ -7,8 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from descant.modules.batch import Batch
 from descant.modules.configure import Checkpointing, Compile, Shard
+from descant.modules.losses import gather
+from descant.modules.objective import Term
+from descant.modules.step import Step
 from tests.ranks import run_ranks
 from tests.step_toy import explicit, largest_gap, lightning_gradients
 from tests.tolerance import F32, F64, ulps
@@ -63,6 +68,39 @@ def test_ranks_equal_the_loop(world: int) -> None:
     for gaps in run_ranks(world, on_a_rank, world):
         assert len(gaps) == 7
         assert {case: gap for case, gap in gaps if gap >= 1} == {}
+
+
+def decorrelated(rank: int, world: int) -> torch.Tensor:
+    """The gradient of a loss of a batch by this rank, as the strategy averages it."""
+    if world > 1:
+        dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    w_DD, x_BD = torch.randn(3, 3, dtype=torch.float64), torch.randn(8, 3, dtype=torch.float64).chunk(world)[rank]
+    w_DD.requires_grad_()
+    present = {"image": torch.ones(len(x_BD), dtype=torch.bool)}
+    z_GD = gather(x_BD @ w_DD)
+    z_GD = (z_GD - z_GD.mean(0)) / z_GD.std(0)
+    off_DD = z_GD.T @ z_GD / len(z_GD) - torch.eye(3)
+    terms = {"decorrelate": Term(off_DD.square().sum()[None], whole=True)}
+    Step(world=world)(terms, Batch({"image": x_BD}, present)).total.backward()
+    assert w_DD.grad is not None
+    return w_DD.grad / world
+
+
+@pytest.mark.ddp
+def test_a_loss_of_a_batch_over_ranks_equals_the_whole() -> None:
+    together = sum(run_ranks(2, decorrelated, 2))
+    torch.testing.assert_close(together, decorrelated(0, 1), rtol=1e-10, atol=1e-10)
+
+
+def test_a_loss_of_a_batch_is_refused_where_it_would_be_of_a_part() -> None:
+    batch = Batch({"image": torch.ones(4, 2)}, {"image": torch.ones(4, dtype=torch.bool)})
+    one = {"decorrelate": Term(torch.ones(1))}
+    with pytest.raises(ValueError, match=r"'decorrelate' is one number for 4 samples: on 2 ranks .* whole=True"):
+        Step(world=2)(one, batch)
+    with pytest.raises(ValueError, match=r"'decorrelate' is one number for a batch: accumulated"):
+        Step(accumulate=2)(one, batch)
+    Step()(one, batch)
 
 
 @pytest.mark.slow
