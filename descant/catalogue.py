@@ -28,6 +28,17 @@ def overlays() -> dict[str, Path]:
     return {name: file for name, file in shipped().items() if name.split("/")[0] in OVERLAYS}
 
 
+def run_name(file: Path) -> str:
+    """How runs of a file are called: ``family-name`` where it ships, since names of files are not unique there.
+
+    >>> run_name(ROOT / "masked/emoji.yaml"), run_name(Path("mine.yaml"))
+    ('masked-emoji', 'mine')
+    """
+    if file.resolve().is_relative_to(ROOT.resolve()):
+        return "-".join(file.resolve().relative_to(ROOT.resolve()).with_suffix("").parts)
+    return file.stem
+
+
 def header(file: Path) -> str:
     """The first line of a YAML's leading comment, without its mark."""
     first = file.read_text(encoding="utf-8").partition("\n")[0]

@@ -40,6 +40,9 @@ def require_unchanged(checkpoint: Path, config: str, allowed: bool) -> None:
     if not file.is_file():
         return  # a resume point by itself: it tells of data, seed and recipe
     then, now = load(file).plain, yaml.safe_load(config)
+    before, here = _class(then), _class(now)
+    if before != here and not allowed:
+        fail(f"--resume: {shown(file.parent)} trains {before}, and this is {here}: --name gives it a run of its own")
     ours, theirs = _without_callbacks(then), _without_callbacks(now)
     found = list(changes(then | {"trainer": ours[0]}, now | {"trainer": theirs[0]}))
     of_callbacks = _of_callbacks(ours[1], theirs[1])
@@ -51,6 +54,12 @@ def require_unchanged(checkpoint: Path, config: str, allowed: bool) -> None:
     count = len(found) + len(of_callbacks)
     if count and not allowed:
         fail(f"--resume: {count} setting(s) differ from the run's own; --changed allow goes on with them")
+
+
+def _class(config: object) -> str:
+    """The short name of the recipe; nothing where there is none."""
+    model = config.get("model") if isinstance(config, dict) else None
+    return str(model.get("class_path", "")).rpartition(".")[2] if isinstance(model, dict) else ""
 
 
 def _settings(found: Sequence[tuple[str, object, object]], own: str) -> Iterator[str]:

@@ -30,7 +30,7 @@ from descant import elastic, lock, manifest, precision, runs
 from descant.arguments import Request
 from descant.callbacks.nonfinite import RollBack
 from descant.callbacks.resume import Resume, Stopped, require_exact
-from descant.catalogue import BASE
+from descant.catalogue import BASE, run_name
 from descant.changes import require_unchanged
 from descant.check import Check, Checked
 from descant.datamodules.changed import rules
@@ -126,8 +126,8 @@ class DescantCLI(LightningCLI):
     @property
     def name(self) -> str:
         """Of the run: given, or the first configuration's."""
-        stem = self.request.configs[0].stem if self.request.configs else self.subcommand
-        return str(self.options.get("name") or stem)
+        own = run_name(self.request.configs[0]) if self.request.configs else self.subcommand
+        return str(self.options.get("name") or own)
 
     def before_instantiate_classes(self) -> None:
         self.options["name"] = self.name

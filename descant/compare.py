@@ -24,8 +24,8 @@ descant compare: runs against each other, a row a configuration, over the seeds 
 
 usage: descant compare RUN ... [--metrics A,B] [--baseline NAME] [--format markdown|csv|json]
 
-  descant compare emoji siglip
-  descant compare 'emoji*' --metrics '*/i2t_r10,vendor/*' --baseline siglip --format csv
+  descant compare contrastive-emoji siglip
+  descant compare '*emoji*' --metrics '*/i2t_r10,vendor/*' --baseline siglip --format csv
 
 Runs that differ in nothing but the seed are one row, named by what sets its configuration apart (not counted:
 names, where it ran, callbacks that watch). Of each metric it shows the mean over seeds, the mean difference
@@ -33,7 +33,7 @@ to the baseline at the same seeds, an interval of 95 % of it (Student's, paired:
 not what it says), and how many seeds are better. Where lower is better, the column says so.
 
 Options:
-  RUN                  a run such as emoji/001, its folder, NAME (all its runs), or a pattern of these
+  RUN                  a run such as demo/001, its folder, NAME (all its runs), or a pattern of these
   --metrics A,B        names or patterns; '*' for all (what the runs' ModelCheckpoint monitors, on every set)
   --baseline NAME      a row by its name, or by the name of a run in it (the first)
   --format FORMAT      markdown, csv or json (markdown)

@@ -103,10 +103,19 @@ def _export(request: argparse.Namespace) -> list[str]:
         with loading.trusting(request.trust):
             found = saved.find(path, request.ckpt)
             lines = _write(found, request, scratch)
+        _as_other_files(scratch)
         os.rename(scratch, out)  # over an empty folder at most: over a full one this is an error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return [line.replace("EXPORT", str(out)) for line in lines]
+
+
+def _as_other_files(folder: Path) -> None:
+    """To be read by whoever may read what the user writes; safetensors makes files that only the user may."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _write(found: Saved, request: argparse.Namespace, folder: Path) -> list[str]:

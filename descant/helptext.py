@@ -151,7 +151,7 @@ def command(name: str, about: str, most: int = 60) -> str:
     if name in ("fit", "check"):
         lines += [f"usage: descant {name} --config contrastive/emoji --config on/tiny --model.width 64", ""]
     else:
-        lines += [f"usage: descant {name} --run emoji/001 --ckpt_path best", ""]
+        lines += [f"usage: descant {name} --run demo/001 --ckpt_path best", ""]
     lines += [*_table(options)]
     tail = [
         f"Overlays are laid over an experiment by one more --config; descant list tells of all {len(_laid_over())}.",

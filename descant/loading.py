@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from descant.datamodules.fields import AudioField, ImageField
@@ -38,7 +39,7 @@ def load(path: Path | str, checkpoint: str = "best", trust: Sequence[str] = ()) 
     the caller casts or autocasts; a run trained in another precision validated in that one.
 
     Args:
-        path: a run folder (``runs/emoji/001``), a checkpoint in one, or a folder that ``descant export`` wrote.
+        path: a run folder (``runs/demo/001``), a checkpoint in one, or a folder that ``descant export`` wrote.
         checkpoint: of a run folder: best (what its ModelCheckpoint monitored; else last), last or a file in it.
         trust: modules that its configuration may name beside Descant's own packages.
 
@@ -53,7 +54,7 @@ def load(path: Path | str, checkpoint: str = "best", trust: Sequence[str] = ()) 
 class Embedder:
     """A model and the preprocessing that it was trained with: texts, pictures and sounds in, unit-length ``z_ND`` out.
 
-    ``Embedder("runs/emoji/001").texts(["a red apple"])`` embeds as validation did: the same tokens, the same view of
+    ``Embedder("runs/demo/001").texts(["a red apple"])`` embeds as validation did: the same tokens, the same view of
     the pixels, the average of the weights.
 
     Args:
@@ -83,19 +84,22 @@ class Embedder:
     def towers(self) -> nn.ModuleDict:
         return self.recipe.towers
 
-    def texts(self, texts: Sequence[str]) -> Tensor:
-        """Strings -> ``z_ND``."""
+    def texts(self, texts: str | Sequence[str]) -> Tensor:
+        """Strings -> ``z_ND``; a string by itself is one text, not its letters."""
         (codec,) = self._parts("text")
-        return self._embed("text", texts, codec)
+        return self._embed("text", [texts] if isinstance(texts, str) else texts, codec)
 
-    def images(self, images: Sequence[Any]) -> Tensor:
-        """Pictures of any sizes, each a PIL image, a file, or uint8 ``[3 or 4, H, W]`` -> ``z_ND``."""
+    def images(self, images: Any) -> Tensor:
+        """Pictures of any sizes, each a PIL image, a file, or uint8 ``[3 or 4, H, W]`` -> ``z_ND``; or one of them."""
         parts = self._parts("image")
+        if isinstance(images, str | Path | Image.Image) or (isinstance(images, Tensor) and images.ndim == 3):
+            images = [images]
         return self._embed("image", images, lambda some: torch.cat([_seen(parts, image) for image in some]))
 
-    def sounds(self, files: Sequence[Path | str]) -> Tensor:
-        """Sound files -> ``z_ND``."""
+    def sounds(self, files: Path | str | Sequence[Path | str]) -> Tensor:
+        """Sound files, or one -> ``z_ND``."""
         (field,) = self._parts("audio")
+        files = [files] if isinstance(files, Path | str) else files
         return self._embed("audio", files, lambda some: torch.cat([_heard(field, Path(file)) for file in some]))
 
     def embed(self, **inputs: Tensor) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ descant report: table, curves, pictures and configurations of runs in one HTML f
 
 usage: descant report RUN ... [--output FILE] [--metrics A,B] [--baseline NAME]
 
-  descant report emoji siglip --output emoji.html
+  descant report contrastive-emoji siglip --output siglip.html
 
 The file needs nothing else and asks no network: send it, or open it from a disk. Runs are grouped as descant
 compare does it; a curve is the mean of a group, with its seeds as thin lines. Pictures are those that
@@ -33,7 +33,7 @@ TensorBoard has. What would make the file larger than 3 MB is made smaller or le
 and the page says so.
 
 Options:
-  RUN                  a run such as emoji/001, its folder, NAME (all its runs), or a pattern of these
+  RUN                  a run such as demo/001, its folder, NAME (all its runs), or a pattern of these
   --output FILE        the file to write (report.html); an earlier report is replaced, nothing else is
   --metrics A,B        of the table, as descant compare takes them
   --baseline NAME      a row by its name, or by the name of a run in it (the first)

@@ -19,6 +19,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from descant.catalogue import run_name
 from descant.errors import Refusal, fail, hint, one_line
 from descant.options import Options
 from descant.sbatch import script
@@ -31,7 +32,7 @@ usage: descant submit [options] -- fit --config NAME ... [-- COMMAND that waits 
 
   descant submit --nodes 2 --gpus-per-node 4 --time 24:00:00 -- fit --config contrastive/emoji
   descant submit --time 60 --array seed_everything=0..4 -- fit --config contrastive/emoji --config on/cpu
-  descant submit --time 60 -- fit --config contrastive/emoji -- test --run emoji/latest
+  descant submit --time 60 -- fit --config contrastive/emoji -- test --run contrastive-emoji/latest
 
 Writes runs/NAME/submit-001.sh, a script to read, keep and submit again; submits it; tells how to watch it.
 One rank runs on each GPU. A run that is signalled, preempted or killed, or loses a node, is requeued and
@@ -291,7 +292,7 @@ def _composed(command: str, args: Sequence[str]) -> tuple[dict[str, Any], str]:
     with redirect_stdout(io.StringIO()) as out:
         run(request)
     config: dict[str, Any] = yaml.safe_load(out.getvalue())
-    return config, str(config.get("name") or request.configs[0].stem)
+    return config, str(config.get("name") or run_name(request.configs[0]))
 
 
 def _divides(config: Mapping[str, Any], world: int) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from descant import compare, dump, runs, submit
 from descant.arguments import Request, read
+from descant.catalogue import run_name
 from descant.errors import INTERRUPTED, fail, nearest, say
 from descant.options import Options
 from descant.precheck import precheck
@@ -69,7 +70,7 @@ def main(args: Sequence[str]) -> int:
     for point in points:
         _look(request, point)
     words = _words(theirs)
-    folder = Path(request.option("runs") or "runs") / "sweeps" / f"{request.configs[0].stem}-{_digest(request)}"
+    folder = Path(request.option("runs") or "runs") / "sweeps" / f"{run_name(request.configs[0])}-{_digest(request)}"
     every = [(point, seed) for seed in seeds for point in points]
     tasks = [_task(words, folder, point, seed) for point, seed in every]
     there = set() if given.slurm is not None and "--dry-run" in given.slurm else submit.waiting(folder)

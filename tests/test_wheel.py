@@ -55,7 +55,7 @@ def test_the_wheel_holds_real_files_packs_and_experiments(installed: Path) -> No
 def test_it_trains_from_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     where = run(installed, tmp_path, "fit", "--config", "contrastive/emoji", "--config", "on/tiny")
     assert where.returncode == 0, where.stderr
-    metrics = json.loads((tmp_path / "runs/emoji/metrics.json").read_text())
+    metrics = json.loads((tmp_path / "runs/contrastive-emoji/metrics.json").read_text())
     assert metrics["steps"] == 2
     source = subprocess.run(
         [sys.executable, "-c", "import descant; print(descant.__file__)"],

@@ -186,7 +186,12 @@ def test_an_export_stands_alone(cli: Cli, here: Path) -> None:
     (here / "out/model").rename(here / "elsewhere/moved")
     after = descant.Embedder("elsewhere/moved")
     assert torch.equal(after.texts(["a red apple", "sun"]), z[0])
-    assert torch.equal(after.images([Image.new("RGB", (40, 20), "red")]), z[1])
+    assert torch.equal(after.texts("sun"), after.texts(["sun"])), "one text, not its letters"
+    picture = Image.new("RGB", (40, 20), "red")
+    assert torch.equal(after.images([picture]), z[1]) and torch.equal(after.images(picture), z[1])
+    (here / "plain").touch()
+    modes = {path.stat().st_mode & 0o777 for path in (here / "elsewhere/moved").iterdir() if path.is_file()}
+    assert modes == {(here / "plain").stat().st_mode & 0o777}
 
 
 def test_the_card_tells_the_runs_own_numbers_and_its_code_works(cli: Cli, here: Path) -> None:

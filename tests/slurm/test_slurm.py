@@ -25,7 +25,7 @@ STEPS = 40
 
 
 def log(place: Path, job: str) -> str:
-    file = place / f"runs/emoji/slurm-{job}.log"
+    file = place / f"runs/contrastive-emoji/slurm-{job}.log"
     return file.read_text() if file.is_file() else ""
 
 
@@ -48,16 +48,16 @@ def under_way(lab: Lab, place: Path, job: str, restart: int, more: int = 3) -> i
 
 
 def weights(place: Path) -> dict[str, Any]:
-    file = max(place.glob("runs/emoji/001/resume/step-*.ckpt"))
+    file = max(place.glob("runs/contrastive-emoji/001/resume/step-*.ckpt"))
     assert file.name == f"step-{STEPS:07d}.ckpt"
     return torch.load(file, weights_only=True)["state_dict"]
 
 
 def assert_as_if_nothing_had_happened(place: Path, whole: dict[str, Any]) -> None:
     """One folder, one curve, and bit by bit the weights of the run that nobody disturbed."""
-    runs = [path.name for path in (place / "runs/emoji").iterdir() if re.fullmatch(r"\d+", path.name)]
+    runs = [path.name for path in (place / "runs/contrastive-emoji").iterdir() if re.fullmatch(r"\d+", path.name)]
     assert runs == ["001"]
-    with (place / "runs/emoji/001/metrics.csv").open(newline="") as rows:
+    with (place / "runs/contrastive-emoji/001/metrics.csv").open(newline="") as rows:
         told = [int(row["step"]) for row in csv.DictReader(rows) if row.get("train/loss")]
     assert told == list(range(STEPS))
     found = weights(place)
@@ -165,9 +165,9 @@ def test_a_grid_and_what_a_person_stops_stays_stopped(lab: Lab, place: Path) -> 
     lab.until(stopped, 180, job)
     assert [lab.ended(task) for task in tasks] == ["COMPLETED", "FAILED", "CANCELLED", "COMPLETED"]
     assert lab.job(tasks[1])["ExitCode"] == "130:0"
-    told = json.loads((place / "runs/emoji/submit-001.json").read_text())
+    told = json.loads((place / "runs/contrastive-emoji/submit-001.json").read_text())
     assert told["job"] == job
-    made = sorted(place.glob("runs/emoji/0*"))
+    made = sorted(place.glob("runs/contrastive-emoji/0*"))
     assert len(made) == 4
     for run in made:
         task = json.loads((run / "versions.json").read_text())["job"].removeprefix(f"{job}_")
