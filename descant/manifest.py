@@ -229,9 +229,10 @@ def _alive(path: Path, host: str, pid: int) -> bool:
 def _regular(path: Path) -> BufferedReader:
     """A file, open to be read; a pipe or a device, whose reader may wait for ever, is an OSError."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a regular file")
+        raise OSError(errno.EINVAL, os.strerror(errno.EISDIR) if stat.S_ISDIR(mode) else "not a regular file")
     return os.fdopen(descriptor, "rb")
 
 

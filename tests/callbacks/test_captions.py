@@ -16,6 +16,7 @@ from descant.modules.text import Ngrams
 from descant.modules.towers import BagTower, ConvTower, Towers
 from descant.recipes import Contrastive
 from tests.callbacks.test_evaluate import Data, make
+from tests.rotation import quick
 from tests.tolerance import F32, ulps
 
 
@@ -72,7 +73,9 @@ def test_data_without_a_mixer_is_refused_in_one_line(tmp_path: Path) -> None:
         fit(Data({"val": make()}), tmp_path, CaptionStatistics())
 
 
-@pytest.mark.parametrize(("overlay", "alt"), [(None, 0.0), ("with/hybrid-captions", 0.5), ("with/alt-captions", 1.0)])
+@pytest.mark.parametrize(
+    ("overlay", "alt"), quick([(None, 0.0), ("with/hybrid-captions", 0.5), ("with/alt-captions", 1.0)], 3)
+)
 def test_overlays_set_the_shares_that_they_say(overlay: str | None, alt: float, cli: Any) -> None:
     names = ["contrastive/emoji-captions", *([overlay] if overlay else []), "on/tiny"]
     result = cli("fit", *(part for name in names for part in ("--config", name)), "--name", "x")

@@ -257,6 +257,7 @@ def test_answers_grow_short_where_that_is_rewarded_and_not_in_the_sham(tmp_path:
     assert lengths["permute"][-1] > lengths[None][-1] + 0.5, lengths["permute"]
 
 
+@pytest.mark.slow
 def test_with_a_divergence_it_stays_near(tmp_path: Path, plain: list[float]) -> None:
     net = reinforced(lr=3e-3, loss=PolicyLoss(kl=KL(3.0)), distill=Distill(Given(reinforced())))
     seen, _ = run(tmp_path, short(), 15, net)

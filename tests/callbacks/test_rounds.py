@@ -107,6 +107,7 @@ def test_half_of_the_next_pool_is_of_what_the_teacher_knows_and_the_student_does
     assert all(n <= there[x] for x, n in Counter(asked[: N // 2]).items()), "each in turn before any comes twice"
 
 
+@pytest.mark.slow
 def test_the_sham_asks_as_many_again_and_others(tmp_path: Path) -> None:
     (own, _), (other, _) = (run(tmp_path / str(m), Rounds(epochs=1, sham=m), 2) for m in (None, "permute"))
     assert own.gaps[0].sum() == other.gaps[0].sum() and not torch.equal(own.gaps[0], other.gaps[0])

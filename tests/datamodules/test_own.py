@@ -30,6 +30,7 @@ from descant.datamodules.sources.synthetic import Taken
 from descant.modules.batch import Batch
 from descant.modules.text import Bpe, Ngrams
 from tests.files import COLOURS, bomb, jpeg, shapes, wav, write_tar
+from tests.rotation import quick
 from tests.tolerance import statistical
 
 
@@ -78,7 +79,7 @@ def uneven(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", quick([0, 2], 2))
 def test_every_sample_is_seen_once_an_epoch(tmp_path: Path, world: int, workers: int) -> None:
     path = uneven(tmp_path / "d")
     orders = []
@@ -469,7 +470,7 @@ def test_captions_that_lose_their_end_are_told_once(tmp_path: Path, capsys: pyte
 # streams -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (2, 0), (2, 2), (4, 2)])
+@pytest.mark.parametrize(("world", "workers"), quick([(1, 0), (1, 2), (2, 0), (2, 2), (4, 2)], 3))
 def test_a_stream_gives_every_rank_the_same_number_of_steps(tmp_path: Path, world: int, workers: int) -> None:
     uneven(tmp_path / "d")
     stream = Stream(str(tmp_path / "d" / "d-{0..2}.tar"), samples=36, buffer=4)

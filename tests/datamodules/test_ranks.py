@@ -115,7 +115,7 @@ CUTS: dict[Callable[[Path], DataModule], tuple[int, int]] = {
 }
 
 
-@pytest.mark.parametrize("make", KINDS)
+@pytest.mark.parametrize("make", quick(KINDS, 2))
 def test_the_order_of_all_samples_is_one(tmp_path: Path, make: Callable[[Path], DataModule]) -> None:
     whole = steps(make, tmp_path, 1, 0)
     for world, workers in [(2, 0), (4, 0), CUTS[make]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 #: Two workers that stay; TERM, INT and USR1 are sent to them by a process that is not their run.
 SCRIPT = """
 import subprocess
@@ -23,6 +25,7 @@ print(left - sum(len(batch.index) for batch in alone), all(w.is_alive() for w in
 """
 
 
+@pytest.mark.slow
 def test_workers_outlive_signals_that_are_not_their_runs_and_end_with_their_program() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -546,6 +546,6 @@ NEAR = {
 }
 
 
-@pytest.mark.parametrize("words", NEAR)
+@pytest.mark.parametrize("words", quick(NEAR, 3))
 def test_a_near_miss_is_told_what_was_meant(typed: Callable[..., Result], words: str) -> None:
     assert typed(*words.split()).refusal.endswith(f"; nearest: {NEAR[words]}")

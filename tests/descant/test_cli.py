@@ -21,6 +21,7 @@ from descant import dump, helptext, names
 from descant.__main__ import COMMANDS, main
 from descant.catalogue import experiments, header, overlays, shipped
 from tests.conftest import Result
+from tests.rotation import quick
 
 Cli = Callable[..., Result]
 
@@ -241,7 +242,7 @@ def test_a_run_replays_to_the_same_weights(toy: Cli, cli: Cli, workplace: Path) 
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
-@pytest.mark.parametrize("which", ["best", "last", "runs/toy/001/checkpoints/0000008.ckpt", None])
+@pytest.mark.parametrize("which", quick(["best", "last", "runs/toy/001/checkpoints/0000008.ckpt", None], 4))
 @pytest.mark.parametrize("command", ["validate", "test"])
 def test_a_run_is_evaluated_from_its_own_configuration(
     toy: Cli, cli: Cli, workplace: Path, command: str, which: str | None

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TOY, Result
+from tests.rotation import quick
 
 Cli = Callable[..., Result]
 
@@ -237,6 +238,7 @@ def test_what_is_no_class_is_told_with_its_place(cli: Cli, workplace: Path, text
     assert NO_CLASS[text] in line and (line.startswith("over.yaml:1: ") or text in NOWHERE), line
 
 
+@pytest.mark.slow
 def test_what_is_put_in_place_of_a_class_needs_nothing_of_that_class(cli: Cli, workplace: Path) -> None:
     (workplace / "own.yaml").write_text(
         "data: {class_path: Own, init_args: {batch_size: 8, stream: {class_path: Stream}}}"
@@ -271,7 +273,7 @@ def test_whom_nobody_may_trust(cli: Cli) -> None:
     )
 
 
-@pytest.mark.parametrize("command", ["check", "fit"])
+@pytest.mark.parametrize("command", quick(["check", "fit"], 2))
 def test_what_the_first_batch_does_not_fit_is_named(cli: Cli, command: str) -> None:
     words = ("--config=contrastive/emoji", "--config=on/tiny", "--model.towers.image.channels=1")
     done = cli(command, *words)

@@ -14,6 +14,7 @@ from descant.dump import Written
 from descant.explain import inert
 from descant.precheck import Walk
 from tests.conftest import Result
+from tests.rotation import quick
 
 Cli = Callable[..., Result]
 OVERLAY = """\
@@ -73,20 +74,23 @@ def test_it_is_a_word_of_check(toy: Cli) -> None:
 
 @pytest.mark.parametrize(
     ("text", "changes"),
-    [
-        ("model: {init_args: {scale: 1.0}}", False),  # its default
-        ("model: {init_args: {scale: 0.5}}", True),
-        ("model: {init_args: {optimizer: torch.optim.AdamW}}", False),
-        ("model: {init_args: {optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.01}}}}", False),
-        ("model: {init_args: {optimizer: {init_args: {lr: 0.02}}}}", True),
-        ("model: {init_args: {optimizer: torch.optim.SGD}}", True),
-        ("trainer: {max_epochs: 2, min_epochs: null}", False),
-        ("trainer: {max_epochs: 3}", True),
-        ("trainer: {callbacks+: {class_path: EMA}}", True),
-        ("trainer: {callbacks: []}", True),
-        ("seed_everything: 0", False),
-        ("{}", False),
-    ],
+    quick(
+        [
+            ("model: {init_args: {scale: 1.0}}", False),  # its default
+            ("model: {init_args: {scale: 0.5}}", True),
+            ("model: {init_args: {optimizer: torch.optim.AdamW}}", False),
+            ("model: {init_args: {optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.01}}}}", False),
+            ("model: {init_args: {optimizer: {init_args: {lr: 0.02}}}}", True),
+            ("model: {init_args: {optimizer: torch.optim.SGD}}", True),
+            ("trainer: {max_epochs: 2, min_epochs: null}", False),
+            ("trainer: {max_epochs: 3}", True),
+            ("trainer: {callbacks+: {class_path: EMA}}", True),
+            ("trainer: {callbacks: []}", True),
+            ("seed_everything: 0", False),
+            ("{}", False),
+        ],
+        3,
+    ),
 )
 def test_an_overlay_that_changes_nothing_is_told(toy: Cli, workplace: Path, text: str, changes: bool) -> None:
     (workplace / "over.yaml").write_text(text)

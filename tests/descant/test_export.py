@@ -476,7 +476,7 @@ def test_raw_inputs_become_the_same_tensors(tmp_path: Path, kind: str) -> None:
 # in another run -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["runs/emoji/001", "exported"])
+@pytest.mark.parametrize("path", quick(["runs/emoji/001", "exported"], 2))
 def test_a_run_trains_with_a_tower_of_another(cli: Cli, here: Path, path: str) -> None:
     if path == "exported":
         assert cli("export", "emoji/001", "--out", "exported").rc == 0

@@ -20,6 +20,7 @@ from descant.sharded import Sharded
 from descant.store import AtomicIO
 from descant.trust import ALLOWED, DENIED, allowed
 from tests.conftest import TOY, Result
+from tests.rotation import quick
 
 Cli = Callable[..., Result]
 TOWER = "{class_path: tests.toys.ToyTower, init_args: {width: 8}}"
@@ -60,7 +61,7 @@ def sentinel(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return mark
 
 
-@pytest.mark.parametrize("path", OUTSIDE)
+@pytest.mark.parametrize("path", quick(OUTSIDE, 3))
 @pytest.mark.parametrize("place", ["tower", "optimizer", "callback", "model", "loose"])
 def test_a_class_outside_the_list_is_neither_built_nor_imported(
     toy: Cli, workplace: Path, sentinel: Path, path: str, place: str

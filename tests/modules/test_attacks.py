@@ -173,6 +173,7 @@ def radii(made: Fusion, b: Batch, y: Tensor, share: float = 1.0) -> Tensor:
         return certified_radius(decided(made, b), fusion.weights, slope, b.present, y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False])
 def test_no_attack_within_the_certified_radius_changes_a_decision_of_linear_towers(whole: bool) -> None:
     """1,000 samples, 100 steps from each of 5 starts, all modalities moving together."""

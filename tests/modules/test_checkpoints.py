@@ -189,10 +189,12 @@ def plainly(path: Path) -> Callable[[], dict[str, Tensor]]:
     return lambda: saved.read_weights(saved.find(path))
 
 
+@pytest.mark.slow
 def test_flips_anywhere_in_a_checkpoint_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert told_or_equal(run / "resume/step-0000110.ckpt", plainly(run), capsys) == PLACES
 
 
+@pytest.mark.slow
 def test_flips_anywhere_in_a_manifest_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of an older point, too: it says which step it is, and may not become the newest."""
     for step in (110, 10):
@@ -200,6 +202,7 @@ def test_flips_anywhere_in_a_manifest_are_refused(run: Path, capsys: pytest.Capt
         assert told_or_equal(file, plainly(run), capsys) == PLACES
 
 
+@pytest.mark.slow
 def test_flips_in_a_file_without_a_manifest_change_no_weight(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of another program: its own checksums have to do."""
     file = run / "theirs.ckpt"
@@ -235,6 +238,7 @@ def test_steps_of_files_without_manifests_are_their_own(tmp_path: Path) -> None:
     assert [path.stem for path in of_run(tmp_path)] == ["110", "10", "9"]
 
 
+@pytest.mark.slow
 def test_a_configuration_that_is_not_the_runs_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = run / "config.yaml"
     (run / "versions.json").write_text(json.dumps({saved.CONFIG_SUM: saved.file_sum(file)}))
@@ -273,6 +277,7 @@ def test_the_card_says_which_bytes_and_of_which_step(exported: Path, run: Path) 
     assert is_of(loaded(exported), 110) and "0.75" in card
 
 
+@pytest.mark.slow
 def test_flips_anywhere_in_an_export_are_refused(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("model.safetensors", "config.yaml", "preprocess.yaml", f"model.safetensors{manifest.SUFFIX}"):
         assert told_or_equal(exported / name, plainly(exported), capsys) == PLACES, name

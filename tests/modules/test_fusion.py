@@ -179,6 +179,7 @@ def accuracy_on_xor(fusion: Fuse) -> float:
         return float((fusion({m: x_BD[512:] for m, x_BD in x.items()}).argmax(1) == label[512:]).float().mean())
 
 
+@pytest.mark.slow
 def test_xor_needs_a_fusion_that_is_not_additive() -> None:
     assert accuracy_on_xor(MidFusion(hidden=32)) > 0.9
     assert accuracy_on_xor(AttentionFusion(width=32, depth=2, heads=4)) > 0.9

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from descant.modules.norm import batch_norm, synchronize, unseen
 from tests.ranks import run_ranks
+from tests.tolerance import F32, F64, ulps
 
+#: Sums over some hundred values, squared and divided, and two more layers of them.
+EXACT = ulps(4096, F64)
 B, C, SIDE = 8, 3, 4
 
 
@@ -64,14 +67,14 @@ def test_ranks_equal_the_whole_batch(cuts: list[int]) -> None:
     together, alone = added(run_ranks(2, of_rank, cuts, False, "float64")), step(net(), *batch())
     assert together.keys() == alone.keys()
     for name, value in alone.items():
-        torch.testing.assert_close(together[name], value, rtol=1e-11, atol=1e-11, msg=name)
+        torch.testing.assert_close(together[name], value, rtol=EXACT, atol=EXACT, msg=name)
 
 
 def test_in_float32_to_a_millionth() -> None:
     together = added(run_ranks(2, of_rank, [4], False, "float32"))
     for name, value in step(net(torch.float32), *batch(torch.float32)).items():
         scale = float(value.abs().max())
-        torch.testing.assert_close(together[name], value, rtol=0, atol=1e-6 * max(scale, 1), msg=name)
+        torch.testing.assert_close(together[name], value, rtol=0, atol=ulps(8, F32) * max(scale, 1), msg=name)
 
 
 def test_a_rank_that_has_no_rows_is_no_part_of_the_statistics() -> None:
@@ -81,12 +84,12 @@ def test_a_rank_that_has_no_rows_is_no_part_of_the_statistics() -> None:
     alone = step(net(), x[:4], target[:4])
     for name, value in alone.items():
         if name == "y":
-            torch.testing.assert_close(told[0]["y"], value, rtol=1e-11, atol=1e-11)
+            torch.testing.assert_close(told[0]["y"], value, rtol=EXACT, atol=EXACT)
         elif not name.endswith("grad"):
-            torch.testing.assert_close(told[1][name], value, rtol=1e-11, atol=1e-11, msg=name)
+            torch.testing.assert_close(told[1][name], value, rtol=EXACT, atol=EXACT, msg=name)
     for name in alone:
         if name.endswith("grad"):
-            torch.testing.assert_close(told[0][name] + told[1][name], alone[name], rtol=1e-10, atol=1e-10, msg=name)
+            torch.testing.assert_close(told[0][name] + told[1][name], alone[name], rtol=EXACT, atol=EXACT, msg=name)
 
 
 def nobody(rank: int) -> dict[str, Tensor]:
@@ -110,9 +113,9 @@ def test_it_is_torchs_own_on_one_rank() -> None:
     norm: Any = nn.BatchNorm2d(C).double()
     mean, var = norm.running_mean.clone(), norm.running_var.clone()
     ours = batch_norm(x, mean, var, norm.weight, norm.bias, 0.1, norm.eps)
-    torch.testing.assert_close(ours, norm(x), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(mean, norm.running_mean, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(var, norm.running_var, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours, norm(x), rtol=EXACT, atol=EXACT)
+    torch.testing.assert_close(mean, norm.running_mean, rtol=EXACT, atol=EXACT)
+    torch.testing.assert_close(var, norm.running_var, rtol=EXACT, atol=EXACT)
 
 
 def test_names_and_evaluation_are_as_before() -> None:

@@ -408,6 +408,7 @@ def explained(model: Masked, shift: int = 0) -> float:
     return 1 - float((truth - said).square().sum() / (truth - truth.mean(0)).square().sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", quick(DECODERS, 2))
 def test_it_learns_to_see_one_modality_in_the_other(kind: str) -> None:
     model = two(kind, TokenBudget(4, subset_first=True), optimizer=lambda params: torch.optim.AdamW(params, lr=3e-3))

@@ -38,6 +38,7 @@ from descant.modules.towers import TextTower
 from descant.recipes import MissingModality, Recipe
 from tests.callbacks.test_resume import Act, equal, fit, point, state
 from tests.ranks import run_ranks
+from tests.rotation import quick
 from tests.tolerance import F32, rounding
 
 C = 4
@@ -163,7 +164,7 @@ def test_the_own_loss_of_a_modality_is_a_mean_over_the_samples_left_with_it(tmp_
 # what is frozen -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["three", "contrastive"])
+@pytest.mark.parametrize("name", quick(["three", "contrastive"], 2))
 @pytest.mark.parametrize("form", [ScaleShift(), LowRank(2)], ids=["scale", "low"])
 def test_every_set_begins_as_the_run_to_the_bit(runs: dict[str, Path], name: str, form: Modulation) -> None:
     model, frozen = adapted(runs[name], form, noise=0.0), descant.load(runs[name])
@@ -529,7 +530,7 @@ def adam(groups: Any) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=1e-2)
 
 
-@pytest.mark.parametrize("fill", [None, PromptFill(), MeanFill()], ids=["bank", "prompt", "mean"])
+@pytest.mark.parametrize("fill", quick([None, PromptFill(), MeanFill()], 3), ids=["bank", "prompt", "mean"])
 def test_a_resumed_run_ends_in_the_same_bits(runs: dict[str, Path], tmp_path: Path, fill: Any) -> None:
     def net() -> Any:
         return adapted(runs["fusion"], noise=0.0, optimizer=adam, fill=copy.deepcopy(fill))

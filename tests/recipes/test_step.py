@@ -90,7 +90,7 @@ def decorrelated(rank: int, world: int) -> torch.Tensor:
 @pytest.mark.ddp
 def test_a_loss_of_a_batch_over_ranks_equals_the_whole() -> None:
     together = sum(run_ranks(2, decorrelated, 2))
-    torch.testing.assert_close(together, decorrelated(0, 1), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(together, decorrelated(0, 1), rtol=EXACT[F64], atol=EXACT[F64])
 
 
 def test_a_loss_of_a_batch_is_refused_where_it_would_be_of_a_part() -> None:
