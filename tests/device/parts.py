@@ -613,7 +613,10 @@ def _sounds(at: Place) -> Any:
 # metrics ------------------------------------------------------------------------------------------------------------
 
 
-@part("retrieval_ranks", "mean_average_precision", "chance_average_precision")
+@part(
+    *("retrieval_ranks", "recall_by_chance", "mean_per_group"),
+    *("mean_average_precision", "chance_average_precision"),
+)
 def _retrieval(at: Place) -> Any:
     z_QD, z_GD, key_Q, key_G = (
         at(unit(4)),
@@ -623,7 +626,9 @@ def _retrieval(at: Place) -> Any:
     )
     ranks = metrics.retrieval_ranks(z_QD, key_Q, z_GD, key_G)
     found = metrics.mean_average_precision(z_QD, key_Q, z_GD, key_G)
-    return ranks, found, metrics.chance_average_precision(key_Q, key_G)
+    right_Q = (key_Q[:, None] == key_G).sum(1)
+    beside = metrics.recall_by_chance(right_Q, len(key_G), k=2), metrics.mean_per_group(ranks.double(), key_Q)
+    return ranks, found, beside, metrics.chance_average_precision(key_Q, key_G)
 
 
 @part("knn_scores", "fit_logistic", "balanced_accuracy")
