@@ -282,11 +282,17 @@ def blocks(values: Mapping[str, float], width: int = WIDTH) -> Iterator[tuple[li
         for metric in metrics:
             wide = 2 + max(len(metric), *map(len, cells[metric]))
             if columns and used + wide > width:
-                yield ["", *columns], [[n, *(cells[m][k] for m in columns)] for k, n in enumerate(names)]
+                yield ["", *columns], _rows(names, columns, cells)
                 columns, used = [], first
             columns.append(metric)
             used += wide
-        yield ["", *columns], [[n, *(cells[m][k] for m in columns)] for k, n in enumerate(names)]
+        yield ["", *columns], _rows(names, columns, cells)
+
+
+def _rows(names: list[str], columns: list[str], cells: Mapping[str, list[str]]) -> list[list[str]]:
+    """Rows of a block; none that has nothing to say in it, as chance has not of a gap."""
+    rows = [[name, *(cells[m][k] for m in columns)] for k, name in enumerate(names)]
+    return [row for row in rows if {*row[1:]} != {"-"}]
 
 
 def _together(sets: Mapping[str, Iterable[str]]) -> list[list[str]]:

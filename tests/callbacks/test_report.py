@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from descant.callbacks.report import WIDTH, Report, write_json
+from descant.callbacks.report import WIDTH, Report, blocks, write_json
 from descant.loggers import CSV
 from descant.modules.sham import Sham
 
@@ -202,3 +202,15 @@ def test_a_table_that_was_cut_off_goes_on(tmp_path: Path) -> None:
         file.write_text(f"step,train/loss\n0,2.5\n19,2.4\n20,2.3\n{cut}")
         logger.forget_after(20)
         assert file.read_text().splitlines() == ["step,train/loss", "0,2.5", "19,2.4"]
+
+
+def test_what_is_measured_in_another_way_has_rows_of_its_own_where_it_says_something() -> None:
+    values = {"v/i2t_r1": 0.5, "v/chance/i2t_r1": 0.1, "v/distinct/i2t_r1": 0.4, "v/gap": 0.2}
+    columns = {f"v/metric_{k:030d}": 0.25 for k in range(3)}
+    first, second = list(blocks(values | columns))
+    assert first[0][1] == "i2t_r1" and [row[:2] for row in first[1]] == [
+        ["v", "0.5"],
+        ["v, by chance", "0.1"],
+        ["v, per distinct caption", "0.4"],
+    ]
+    assert [row[0] for row in second[1]] == ["v"]
