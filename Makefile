@@ -34,8 +34,8 @@ KILLS ?= 20
 torture: .venv/.ready  ## Kill a real fit at random moments, resume it each time, compare with one left alone: bit by bit.
 	$(BIN)/python -m tests.torture --kills $(KILLS) $(TORTURE)
 
-kills: .venv/.ready  ## Kill every experiment that ships three times, resume it each time, compare with one left alone: half an hour.
-	$(BIN)/python -m tests.kills $(EXPERIMENTS)
+kills: .venv/.ready  ## Kill every experiment that ships three times, resume it each time, compare with one left alone: an hour. OF='--only chat/emoji'
+	$(BIN)/python -m tests.kills $(OF)
 
 # Not SECONDS, which bash sets itself.
 FUZZ_SECONDS ?= 600
