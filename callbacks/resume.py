@@ -337,6 +337,8 @@ class Resume(L.Callback):
     # what is in it --------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        for logger in trainer.loggers:  # rows of before this point that wait in memory would be told by nobody
+            logger.save()
         loop, accumulate = trainer.fit_loop.epoch_loop, trainer.accumulate_grad_batches
         epoch: int = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
         batches = loop.batch_progress.current.completed

@@ -455,6 +455,24 @@ def test_every_row_is_logged_as_in_a_run_that_was_not_stopped(tmp_path: Path) ->
         assert rest == [row for row in whole if row["step"] >= step], step
 
 
+def test_rows_that_wait_in_memory_are_written_before_a_point(tmp_path: Path) -> None:
+    """A callback that speaks to a logger by itself does not write; after a kill nobody would say it again."""
+    seen: list[int] = []
+
+    class Direct(L.Callback):
+        def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            if not trainer.sanity_checking:
+                logger.log_metrics({"direct": 1.0}, step=trainer.global_step - 1)
+
+        def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: Any) -> None:
+            file = Path(logger.log_dir, "metrics.csv")
+            seen.append(file.read_text().count("1.0") if file.is_file() else 0)
+
+    logger = L.pytorch.loggers.CSVLogger(tmp_path, flush_logs_every_n_steps=10_000)
+    fit(tmp_path, Resume(every=1, keep=99), Direct(), logger=logger, log_every_n_steps=10_000)
+    assert max(seen) >= 1 and seen == sorted(seen)
+
+
 class Pulled(Net):
     """Two terms that a rule mixes."""
 
