@@ -213,6 +213,13 @@ def test_a_file_may_not_write_elsewhere_nor_run_commands(toy: Cli, workplace: Pa
     assert sorted(workplace.rglob("*")) == before
 
 
+def test_nor_by_a_sub_file_for_a_class_that_only_the_parser_knows(toy: Cli, workplace: Path) -> None:
+    (workplace / "sub.yaml").write_text("class_path: tests.toys.Unwritten\ninit_args: {dirpath: /tmp/elsewhere}\n")
+    (workplace / "over.yaml").write_text("trainer: {callbacks+: sub.yaml}")
+    line = toy("check", "--config", "over.yaml").refusal
+    assert line.startswith("sub.yaml:2: ") and "--trust writes lets a configuration " in line
+
+
 def test_nor_by_a_key_of_a_class_that_another_file_names(cli: Cli, workplace: Path) -> None:
     tower = "{class_path: Cached, init_args: {tower: {class_path: BagTower, init_args: {vocab: 9, width: 4}}}}"
     text = "model: {init_args: {towers: {init_args: {text: SPEC}}}}"
