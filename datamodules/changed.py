@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from descant.datamodules.prepare.package import sha256_of
+
 #: Runs of values that have a CRC of their own at most: 16 KiB of a resume point for each property.
 PARTS = 4096
 #: Bytes of a pack whose content is always read: a tenth of a second.
@@ -226,15 +228,9 @@ def _told(what: str, part: Property, rows: Sequence[int], then: Mapping[str, Any
     return f"{what}: {few}{more}{near}"
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file's content. Raises OSError where it cannot be read."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _content(file: Path) -> str:
     try:
-        return sha256(file)
+        return sha256_of(file)
     except (OSError, ValueError):
         return ""
 

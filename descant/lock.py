@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from descant.document import shown
 from descant.errors import fail
 from descant.runs import identity
 
@@ -168,11 +169,4 @@ def _born(pid: int) -> str | None:
 def _refuse(folder: Path, other: Mapping[str, Any]) -> None:
     who = f"process {other['pid']} on {other.get('host')}" if "pid" in other else "another process"
     away = "" if other.get("host") == socket.gethostname() else f"; if that one is gone, remove {FILE} there"
-    fail(f"{_shown(folder)}: {who} writes this run; wait for its end, or leave out --resume for a new run{away}")
-
-
-def _shown(folder: Path) -> str:
-    try:
-        return folder.relative_to(Path.cwd().resolve()).as_posix()
-    except ValueError:
-        return str(folder)
+    fail(f"{shown(folder)}: {who} writes this run; wait for its end, or leave out --resume for a new run{away}")
