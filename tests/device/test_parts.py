@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten
 
 from tests.device.parts import CPU, PARTS, Place
+from tests.tolerance import Tolerances, ulps
 
 
 def tried(name: str, device: torch.device) -> tuple[list[Any], dict[str, Tensor]]:
@@ -51,8 +52,11 @@ def test_a_part_does_on_the_device_what_it_does_on_the_cpu(name: str, device: An
 
 
 def close(x: Tensor, y: Tensor, device: Any) -> None:
-    """Bit by bit on the emulated device; on a GPU float32 sums of at most some hundred numbers in another order."""
-    exact = device.emulated or not x.is_floating_point()
-    torch.testing.assert_close(  # bits, or on a GPU some hundred roundings of float32 with room
-        x.detach().cpu(), y.detach(), rtol=0 if exact else 1e-3, atol=0 if exact else 1e-4, equal_nan=True
-    )
+    """But for roundings: of kernels that ask where in memory a tensor lies; on a GPU of sums in another order."""
+    if not x.is_floating_point():
+        bound = Tolerances(rtol=0, atol=0)
+    elif device.emulated:
+        bound = Tolerances(rtol=ulps(32, x.dtype), atol=ulps(32, x.dtype))
+    else:
+        bound = Tolerances(rtol=1e-3, atol=1e-4)  # some hundred roundings of float32 with room
+    torch.testing.assert_close(x.detach().cpu(), y.detach(), equal_nan=True, **bound)
