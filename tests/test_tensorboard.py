@@ -28,7 +28,7 @@ def board(cli: Any) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", "runs/seen/latest/", "--port", str(port)]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", "runs", "--port", str(port)]
     server = subprocess.Popen([*command, "--host", "127.0.0.1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     try:

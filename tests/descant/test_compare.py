@@ -395,7 +395,7 @@ def test_nothing_of_a_run_reaches_the_terminal_as_control_characters(cli: Cli, w
     make("a/001", metrics={"x\x1b[2J\n|r1": 0.5, "\ud800/r1": 0.5})
     make("b/001", data__batch_size="8\x1b[0m|")
     out = cli("compare", "a", "b", "--metrics", "*").out
-    assert "\x1b" not in out and len(out.splitlines()) == 4
+    assert "\x1b" not in out and all(len(part.splitlines()) == 4 for part in out.strip().split("\n\n"))
     assert "x?[2J?\\|r1" in out and "?/r1" in out and "batch_size=8?[0m\\|" in out
 
 
