@@ -103,9 +103,10 @@ def main(args: Sequence[str]) -> int:
     _require_shared(table)
     if more:
         say(f"{more} more metrics: --metrics '*', or their names")
-    if hidden := len({key for one in table.groups for key in one.parts}) - MOST_TOLD:
-        if hidden > 0:
-            say(f"{hidden} more settings differ: descant report, or --format json")
+    if (differing := len({key for one in table.groups for key in one.parts})) > MOST_TOLD:
+        say(
+            f"{differing} settings differ, and a row names at most {MOST_TOLD}: all in descant report, or --format json"
+        )
     if unfinished := [f"{run.name} ({run.stopped})" for one in table.groups for run in one.stopped]:
         more = f" and {len(unfinished) - 3} more" if len(unfinished) > 3 else ""
         say(f"stopped before their last step: {', '.join(unfinished[:3])}{more}")
@@ -292,7 +293,7 @@ def markdown(table: Table) -> str:
         column = [head + lower, *(number(cell.mean) for cell in of)] + [chance[k] or "-"] * guessed
         told = ["baseline" if one is table.baseline else difference(c) for one, c in zip(table.groups, of, strict=True)]
         pairs.append((column, ["difference [95 %]; better", *told] + ["-"] * guessed))
-    columns = [["seeds", *map(_counted, table.groups)] + ["-"] * guessed, *(c for pair in pairs for c in pair)]
+    columns = [["seeds", *map(counted, table.groups)] + ["-"] * guessed, *(c for pair in pairs for c in pair)]
     columns = [[cell.replace("|", "\\|") for cell in column] for column in columns]
     seconds += ["-"] * guessed
     seeds, pairs = columns[0], list(zip(columns[1::2], columns[2::2], strict=True))
@@ -322,9 +323,10 @@ def _lined(columns: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def _counted(one: Group) -> str:
+def counted(one: Group) -> str:
     """``5``, or ``5, 1 stopped``: seeds, and those of them whose run has not come to its end."""
-    return f"{len(one.runs)}, {len(one.stopped)} stopped" if one.stopped else str(len(one.runs))
+    count, stopped = len(one.runs), len(one.stopped)
+    return str(count) if not stopped else f"{count} stopped" if stopped == count else f"{count}, {stopped} stopped"
 
 
 def _names(groups: Sequence[Group], most: int) -> tuple[list[str], list[str]]:

@@ -308,8 +308,10 @@ def _label(groups: Sequence[Group]) -> None:
     alike = Counter(one.name for one in groups)  # what differs is the seventh, or values that read alike: 1 and "1"
     for number, one in enumerate(groups, 1):
         if alike[one.name] > 1:
-            one.name = f"{one.name} ({one.first.name})" if len({g.first.name for g in groups}) == len(groups) else (
-                f"{one.name} #{number}"
+            one.name = (
+                f"{one.name} ({one.first.name})"
+                if len({g.first.name for g in groups}) == len(groups)
+                else (f"{one.name} #{number}")
             )
 
 

@@ -1,4 +1,4 @@
-"""Where a run logs to: one ``metrics.csv`` that a resumed run continues, and TensorBoard's events, what counts first."""
+"""Where a run logs to: one ``metrics.csv`` that a resumed run continues, and TensorBoard's events."""
 
 from __future__ import annotations
 
