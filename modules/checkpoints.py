@@ -35,8 +35,8 @@ def followed(path: Path) -> Path:
         try:
             if above.name == LATEST and above.is_file():
                 with above.open("rb") as stream:
-                    name = stream.read(32).decode(errors="replace").strip()
-                if _NUMBER.fullmatch(name):
+                    name = stream.read(33).decode(errors="replace").strip()
+                if _NUMBER.fullmatch(name) and len(name) <= 32:
                     return above.parent / name / path.relative_to(above)
         except OSError:  # longer than a name may be, or nobody may read it
             return path

@@ -197,6 +197,9 @@ def test_seeds_of_other_lengths_are_told(workplace: Path, capsys: pytest.Capture
 def test_runs_by_folder_name_and_pattern(two: None, words: list[str], names: list[str]) -> None:
     Path("runs/a/latest").symlink_to("003")
     assert [run.name for run in load("compare", words, Path("runs"))] == names
+    Path("runs/a/latest").unlink()
+    Path("runs/a/latest").write_text("003\n")
+    assert [run.name for run in load("compare", words, Path("runs"))] == names
 
 
 def test_runs_that_another_folder_holds(cli: Cli, two: None, tmp_path: Path) -> None:
