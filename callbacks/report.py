@@ -296,10 +296,10 @@ def _ordered(metrics: list[str]) -> list[str]:
     >>> _ordered(["loss", "i2t_medr", "i2t_r10", "i2t_r5", "gap"])
     ['loss', 'i2t_r5', 'i2t_r10', 'i2t_medr', 'gap']
     """
-    place = {}
+    first: dict[str, int] = {}
     for n, metric in enumerate(metrics):
-        place[metric] = min((place[m][0] for m in place if order(m)[1] == order(metric)[1]), default=n), *order(metric)
-    return sorted(metrics, key=place.__getitem__)
+        first.setdefault(order(metric)[1], n)
+    return sorted(metrics, key=lambda metric: (first[order(metric)[1]], order(metric)))
 
 
 def _rows(names: list[str], columns: list[str], cells: Mapping[str, list[str]]) -> list[list[str]]:

@@ -108,8 +108,8 @@ def main(args: Sequence[str]) -> int:
             f"{differing} settings differ, and a row names at most {MOST_TOLD}: all in descant report, or --format json"
         )
     if unfinished := [f"{run.name} ({run.stopped})" for one in table.groups for run in one.stopped]:
-        more = f" and {len(unfinished) - 3} more" if len(unfinished) > 3 else ""
-        say(f"stopped before their last step: {', '.join(unfinished[:3])}{more}")
+        rest = f", and {len(unfinished) - 1} others" if len(unfinished) > 1 else ""
+        say(f"stopped before the last step: {unfinished[0]}{rest}")
     print({"markdown": markdown, "csv": as_csv, "json": as_json}[given.format](table))
     return 0
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -81,7 +81,7 @@ class TensorBoard(TensorBoardLogger):
 
     def monitor(self, checkpoints: Iterable[Checkpoint]) -> None:
         """Show first, too, what the ModelCheckpoints of a run monitor."""
-        self.overview |= {c.monitor for c in checkpoints if getattr(c, "monitor", None)}
+        self.overview |= {c.monitor for c in checkpoints if isinstance(c, ModelCheckpoint) and c.monitor}
 
     def shown_first(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """The metrics that the overview has, by the tags that they have there."""

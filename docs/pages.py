@@ -174,11 +174,7 @@ def _sentences(head: list[str]) -> str:
 
 
 def _command(line: str) -> tuple[str, str]:
-    """What of a line can be typed, and what is said of it: behind two spaces, or in brackets.
-
-    >>> _command("descant test --config contrastive/stamps     with random weights")
-    ('descant test --config contrastive/stamps', 'with random weights')
-    """
+    """What of a line can be typed, and what is said of it: behind two spaces, or in brackets."""
     if not line.startswith(("descant ", "make ", "python ", "pip ")):
         return "", line
     found = re.match(r"(.*?)(?:\s{2,}(.*)|\s+\((.*)\))?$", line)

@@ -62,7 +62,7 @@ def test_scalars_pictures_and_projector_are_served(board: str, tmp_path: Path) -
     assert {"train/loss", "train/image-text", "vendor/i2t_r1"} <= scalars
     assert fetch(f"{board}/data/runs") == ["seen/001"]  # once, though ``latest`` names it too
     first = sorted({tag.split("/")[0] for tag in scalars}, key=lambda group: (group[0].isalpha(), group))[0]
-    assert first == "_overview" and {"_overview/train/loss", "_overview/val/i2t_r1"} <= scalars
+    assert first == "_overview" and "_overview/train/loss" in scalars
     images = {tag for tags in fetch(f"{board}/data/plugin/images/tags").values() for tag in tags}
     assert len(images) >= 2
     assert fetch(f"{board}/data/plugin/projector/runs")

@@ -139,9 +139,14 @@ def test_captions_that_repeat_are_asked_and_shown_once(tmp_path: Path, monkeypat
     key = torch.tensor([5, 5, 5, 6, 7, 8])
     rows = Rows({"image": z_ND, "text": z_ND}, dict.fromkeys(("image", "text"), key > 0), key, torch.arange(6), {})
     shown: list[int] = []
-    monkeypatch.setattr("descant.callbacks.pictures._cell", lambda data, index, *_: shown.append(index) or _cell(*SAME))
+    cell = Image.new("RGB", (136, 212))
+
+    def drawn(data: Any, index: int, *_: Any) -> Image.Image:
+        shown.append(index)
+        return cell
+
+    monkeypatch.setattr("descant.callbacks.pictures._cell", drawn)
     trainer = run(tmp_path, L.Callback(), Data())
-    SAME = (trainer.datamodule, 0, GREEN, True)  # type: ignore[attr-defined]
     RetrievalPictures(queries=4, top=3).draw(rows, "image", "text", trainer, "title")
     lines = [shown[n : n + 4] for n in range(0, len(shown), 4)]
     assert [line[0] for line in lines] == [0, 3, 4, 5]  # a query a key

@@ -145,7 +145,8 @@ def test_a_name_holds_three_settings_and_counts_the_others(workplace: Path) -> N
 def test_a_name_holds_six_settings_at_most_and_then_the_run(workplace: Path) -> None:
     more: Any = {f"data__k{n}": 1 for n in range(9)}
     make("a/001", **more)
-    make("b/001", **dict.fromkeys(more, 2))
+    twos: Any = dict.fromkeys(more, 2)
+    make("b/001", **twos)
     make("c/001", **more | {"data__k8": 3})
     told = " ".join(f"k{n}=1" for n in range(6))
     assert [one.name for one in groups("a", "b", "c")] == [
@@ -316,7 +317,7 @@ def test_thirty_mixed_runs_fit_120_columns(cli: Cli, workplace: Path) -> None:
     result = cli("compare", "*")
     assert result.rc == 0, result.err
     lines = result.out.splitlines()
-    assert max(map(len, lines)) <= 120
+    assert max(map(len, [*lines, *result.err.splitlines()])) <= 120
     for table in result.out.split("\n\n"):
         rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
         if rows[0][0] == "configuration":
@@ -327,7 +328,7 @@ def test_thirty_mixed_runs_fit_120_columns(cli: Cli, workplace: Path) -> None:
     assert len(entries) == 30 and len({entry.partition(": ")[0] for entry in entries}) == 30
     assert all(entry.count("=") <= 5 and re.search(r" \+\d+$", entry) for entry in entries), entries  # and a class
     assert "descant: 21 settings differ, and a row names at most 6: all in descant report" in result.err
-    assert "stopped before their last step: " in result.err and " and 3 more" in result.err
+    assert "stopped before the last step: " in result.err and ", and 5 others" in result.err
 
 
 def test_a_metric_that_only_some_runs_have_is_no_column_unless_asked_for(cli: Cli, workplace: Path) -> None:
@@ -345,7 +346,7 @@ def test_a_run_that_stopped_is_marked(cli: Cli, workplace: Path) -> None:
     result = cli("compare", "a", "b")
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in result.out.splitlines()]
     assert (cells[2][1], cells[3][1]) == ("2, 1 stopped", "2")
-    assert "descant: stopped before their last step: a/002 (400 of 1,000 steps)" in result.err.splitlines()
+    assert "descant: stopped before the last step: a/002 (400 of 1,000 steps)" in result.err.splitlines()
     rows = json.loads(cli("compare", "a", "b", "--format", "json").out)["groups"]
     assert [row["stopped"] for row in rows] == [{"a/002": "400 of 1,000 steps"}, {}]
 
