@@ -21,6 +21,7 @@ from benchmarks.timing import cores, threads
 from descant.__main__ import main
 from descant.callbacks.evaluate import Judge
 from descant.callbacks.evaluate import Rows as Embedded
+from descant.modules.checkpoints import LATEST, followed
 from descant.modules.metrics import retrieval_ranks
 
 FILE = "embeddings.pt"
@@ -72,7 +73,7 @@ def train() -> Path:
     )
     if code != 0:
         raise RuntimeError(f"the control run ended with exit code {code}")
-    return (Path("runs") / "control" / "latest").resolve()
+    return followed(Path("runs") / "control" / LATEST).resolve()
 
 
 def control() -> Iterator[Row]:

@@ -328,5 +328,5 @@ def fashion(run: Path = Path("runs/fashion"), bank: int = 20_000) -> Iterator[Ro
     for kind, of in error.items():
         yield Row.at_most(f"masked/fashion_{kind}_error_vs_untrained", of["trained"] / of["untrained"], 0.7)
         yield Row.at_most(f"masked/fashion_{kind}_error_vs_pixels", of["trained"] / of["pixels"], 1.0)
-    metrics = json.loads((run / "latest" / "metrics.json").read_text(encoding="utf-8"))
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     yield Row.at_most("masked/fashion_minutes", float(metrics["train_seconds"]) / 60, 20.0)

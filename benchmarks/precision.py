@@ -15,6 +15,7 @@ from benchmarks import Row
 from benchmarks.contrastive import has_bf16
 from benchmarks.timing import cores, threads
 from descant.__main__ import main
+from descant.modules.checkpoints import LATEST, followed
 
 SEEDS = (0, 1, 2, 3, 4)
 #: On the development split: what is held out there is trained on elsewhere, so the test sets stay unseen.
@@ -66,6 +67,6 @@ def run(precision: str, seed: int) -> dict[str, float]:
         code = main(["validate", "--run", f"{name}/latest", "--ckpt_path", "last"])
     if code != 0:
         raise RuntimeError(f"{name} ended with exit code {code}")
-    file = max(Path("runs", name, "latest").glob("validate-*/metrics.json"))
+    file = max(followed(Path("runs", name, LATEST)).glob("validate-*/metrics.json"))
     metrics: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
     return metrics

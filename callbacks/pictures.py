@@ -26,6 +26,9 @@ from descant.modules.trainer import logged_step
 INK, FAINT, PAPER = (34, 34, 34), (110, 110, 110), (255, 255, 255)
 GREEN, RED, GREY, BLUE = (0, 140, 70), (213, 60, 40), (190, 190, 190), (40, 100, 200)
 TILE, FRAME, GAP, TEXT, TITLE = 128, 4, 12, 15, 19  # pixels
+#: TensorBoard shows a picture in 335 x 215 pixels, until it is clicked: this many queries, and captions in letters as
+#: large as their words allow, are read there (30 pixels of a sheet are 9 of TensorBoard).
+SHOWN, CAPTIONS, ROOM, HEAD = 3, (30, 26, 22, 18), 72, 34
 SPRITE = 8192  # the projector draws no sprite sheet that is wider
 
 
@@ -41,12 +44,14 @@ class Pictured(Protocol):
 class RetrievalPictures(Judge):
     """Queries and the best they find, right ones framed green and wrong ones red, after each evaluation.
 
-    One picture a set and direction (``i2t``, ``t2i``): to every TensorBoard logger as ``pictures/{set}-i2t``,
-    and to ``{run folder}/pictures/{set}-i2t-{step}.png``. The queries are spread evenly over the set by
-    sample id, so they are the same in every evaluation. Nothing is drawn in the sanity check.
+    One picture a set and direction (``i2t``, ``t2i``): to ``{run folder}/pictures/{set}-i2t-{step}.png``, and with
+    three queries at most, which can be read there, to every TensorBoard logger as ``pictures/{set}-i2t``. The
+    queries are spread evenly over the set by sample id, so they are the same in every evaluation; no two of them share
+    a key, and so no caption. Of texts found that share a key, which say the same, the best is shown. Nothing is drawn
+    in the sanity check.
 
     Args:
-        queries: rows of a picture.
+        queries: rows of a picture in the run's folder.
         top: candidates of each query.
         pair: the two modalities.
 
@@ -80,25 +85,35 @@ class RetrievalPictures(Judge):
             if trainer.sanity_checking or not trainer.is_global_zero:
                 continue
             for a, b in (self.pair, self.pair[::-1]):
-                image = self.draw(rows, a, b, trainer, f"{name}: {a} to {b}, step {trainer.global_step}")
+                title = f"{name}: {a} to {b}, step {trainer.global_step}"
+                image = self.draw(rows, a, b, trainer, title)
                 if image is None:
                     continue
+                small = self.draw(rows, a, b, trainer, title, SHOWN) if self.queries > SHOWN else image
                 letter = letters(rows.z)
                 tag = f"{name}-{letter[a]}2{letter[b]}"
-                keep_picture(trainer, folder, image, tag, f"pictures/{tag}")
+                keep_picture(trainer, folder, image, tag, f"pictures/{tag}", small)
         return {}
 
-    def draw(self, rows: Rows, a: str, b: str, trainer: L.Trainer, title: str) -> Image.Image | None:
+    def draw(
+        self, rows: Rows, a: str, b: str, trainer: L.Trainer, title: str, queries: int | None = None
+    ) -> Image.Image | None:
         """The picture of one direction; None where no query has a right row in the gallery."""
         gallery_G = rows.where(b)
         query = rows.where(a)
         query = query[torch.isin(rows.key[query], rows.key[gallery_G])]
+        query = query[first_of_each(rows.key[query])]
         if len(query) == 0:
             return None
-        spread = torch.linspace(0, len(query) - 1, min(self.queries, len(query)), device=query.device)
+        spread = torch.linspace(0, len(query) - 1, min(queries or self.queries, len(query)), device=query.device)
         query = query[spread.round().long()]
         score = rows.z[a][query] @ rows.z[b][gallery_G].T
-        best = gallery_G[score.nan_to_num(-2.0).topk(min(self.top, len(gallery_G)), dim=1).indices]
+        order = score.nan_to_num(-2.0).argsort(dim=1, descending=True, stable=True)
+        if b == "text":  # what is said twice is shown once
+            found = [line[first_of_each(rows.key[gallery_G[line]])] for line in order]
+        else:
+            found = list(order)
+        best = torch.stack([gallery_G[line[: self.top]] for line in found])
         right = rows.key[best] == rows.key[query][:, None]
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         lines = []
@@ -107,8 +122,8 @@ class RetrievalPictures(Judge):
             for n, hit in zip(candidates, hits, strict=True):
                 cells.append(_cell(data, int(rows.index[n]), GREEN if hit else RED, True))
             lines.append(cells)
-        found = right[:, 0].double().mean()
-        return sheet(lines, title, f"first is right: {found:.0%} of {len(query)} shown")
+        first = right[:, 0].double().mean()
+        return sheet(lines, title, f"first is right: {first:.0%} of {len(query)} shown")
 
 
 class Projector(Judge):
@@ -217,12 +232,17 @@ def run_folder(trainer: L.Trainer) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
-def keep_picture(trainer: L.Trainer, folder: Path, image: Image.Image, name: str, tag: str) -> None:
-    """In the run's folder as ``pictures/{name}-{step}.png``, and under a tag in every TensorBoard logger."""
+def keep_picture(
+    trainer: L.Trainer, folder: Path, image: Image.Image, name: str, tag: str, small: Image.Image | None = None
+) -> None:
+    """In the run's folder as ``pictures/{name}-{step}.png``, and under a tag in every TensorBoard logger.
+
+    ``small``: what TensorBoard gets instead.
+    """
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     image.save(folder / "pictures" / f"{name}-{trainer.global_step}.png")
     for writer in writers(trainer):
-        writer.add_image(tag, np.asarray(image), logged_step(trainer), dataformats="HWC")
+        writer.add_image(tag, np.asarray(small or image), logged_step(trainer), dataformats="HWC")
 
 
 def _keep(config: Path, earlier: str) -> None:
@@ -236,6 +256,18 @@ def _keep(config: Path, earlier: str) -> None:
     config.write_text(text_format.MessageToString(now))
 
 
+def first_of_each(key_N: Tensor) -> Tensor:
+    """Positions of the first row of each key, ascending.
+
+    >>> first_of_each(torch.tensor([7, 3, 7, 3, 5])).tolist()
+    [0, 1, 4]
+    """
+    seen: dict[int, int] = {}
+    for n, key in enumerate(key_N.tolist()):
+        seen.setdefault(key, n)
+    return torch.tensor(list(seen.values()), dtype=torch.long, device=key_N.device)
+
+
 # drawing -------------------------------------------------------------------------------------------------
 
 
@@ -247,19 +279,19 @@ def sheet(lines: Sequence[Sequence[Image.Image]], title: str, note: str) -> Imag
 
     >>> cells = [[Image.new("RGB", (100, 80))] * 3] * 2
     >>> sheet(cells, "title", "note").size
-    (372, 232)
+    (372, 247)
     """
     if not lines:
         raise ValueError("a sheet needs at least one row")
     columns, (w, h) = max(len(cells) for cells in lines), lines[0][0].size
-    top, split = 2 * GAP + TITLE + 5, 2 * GAP
+    top, split = 2 * GAP + HEAD + 5, 2 * GAP
     size = (columns * (w + GAP) + GAP + split, top + len(lines) * (h + GAP))
     image = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(image)
-    draw.text((GAP, GAP), title, INK, _font(TITLE, title))
-    room = size[0] - 3 * GAP - draw.textlength(title, _font(TITLE, title))
-    if draw.textlength(note, _font(TEXT, note)) < room:
-        draw.text((size[0] - GAP, GAP + TITLE), note, FAINT, _font(TEXT, note), anchor="rs")
+    draw.text((GAP, GAP), title, INK, _font(HEAD, title))
+    room = size[0] - 3 * GAP - draw.textlength(title, _font(HEAD, title))
+    if draw.textlength(note, _font(CAPTIONS[1], note)) < room:
+        draw.text((size[0] - GAP, GAP + HEAD - 2), note, FAINT, _font(CAPTIONS[1], note), anchor="rs")
     draw.line((GAP, top - 7, size[0] - GAP, top - 7), GREY)
     for i, cells in enumerate(lines):
         for j, cell in enumerate(cells):
@@ -271,17 +303,29 @@ def _cell(data: Any, index: int, colour: tuple[int, int, int], pictured: bool) -
     """A framed picture over its caption; the caption in large letters where there is no picture to show."""
     text = _line(data, index)
     picture = _picture(data, index) if pictured else None
-    width, height = TILE + 2 * FRAME, TILE + 2 * FRAME + 2 * (TEXT + 2) + 6
+    width, height = TILE + 2 * FRAME, TILE + 2 * FRAME + 3 + ROOM
     cell = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(cell)
     draw.rectangle((0, 0, width - 1, TILE + 2 * FRAME - 1), outline=colour, width=FRAME)
-    shown = picture.resize((TILE, TILE), _filter(picture)) if picture else _label(text, TILE)
+    shown = picture.resize((TILE, TILE), _filter(picture)) if picture else _largest(text, TILE, TILE, middle=True)
     cell.paste(shown, (FRAME, FRAME))
     if picture:
-        for i, line in enumerate(_wrapped(text, TEXT, width, 2)):
-            y = TILE + 2 * FRAME + 3 + i * (TEXT + 2)
-            draw.text((width // 2, y), line, INK, _font(TEXT, line), anchor="ma")
+        cell.paste(_largest(text, width, ROOM), (0, TILE + 2 * FRAME + 3))
     return cell
+
+
+def _largest(text: str, width: int, height: int, middle: bool = False) -> Image.Image:
+    """A text in the largest of the captions' letters in which it fits and no word is broken; else in the smallest."""
+    for size in CAPTIONS:
+        lines = _wrapped(text, size, width - 2, height // (size + 2))
+        if " ".join(lines) == text:
+            break
+    image = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(image)
+    top = (height - len(lines) * (size + 2)) / 2 if middle else 0
+    for i, line in enumerate(lines):
+        draw.text((width / 2, top + i * (size + 2)), line, INK, _font(size, line), anchor="ma")
+    return image
 
 
 def _label(text: str, size: int) -> Image.Image:

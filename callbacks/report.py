@@ -19,10 +19,11 @@ from torch import Tensor
 
 from descant.callbacks.throughput import count_rows
 from descant.modules.sham import Sham
+from descant.modules.tags import CHANCE, order
 
 WIDTH = 100
 #: What stands between a set and a metric that is measured in another way -> how the table calls its row.
-BESIDE = {"distinct": "per distinct caption", "chance": "by chance"}
+BESIDE = {"distinct": "per distinct caption", CHANCE: "by chance"}
 
 
 class Report(L.Callback):
@@ -274,7 +275,7 @@ def blocks(values: Mapping[str, float], width: int = WIDTH) -> Iterator[tuple[li
         if slash and name not in ("speed", "sham"):
             sets.setdefault(name, {})[metric] = value
     for names in _together(sets):
-        metrics = list(dict.fromkeys(m for name in names for m in sets[name]))
+        metrics = _ordered(list(dict.fromkeys(m for name in names for m in sets[name])))
         cells = {m: [_number(sets[name].get(m)) for name in names] for m in metrics}
         first = max(map(len, names))
         columns: list[str] = []
@@ -287,6 +288,18 @@ def blocks(values: Mapping[str, float], width: int = WIDTH) -> Iterator[tuple[li
             columns.append(metric)
             used += wide
         yield ["", *columns], _rows(names, columns, cells)
+
+
+def _ordered(metrics: list[str]) -> list[str]:
+    """Recall before ranks, of each direction where its first metric stands; everything else where it stands.
+
+    >>> _ordered(["loss", "i2t_medr", "i2t_r10", "i2t_r5", "gap"])
+    ['loss', 'i2t_r5', 'i2t_r10', 'i2t_medr', 'gap']
+    """
+    first: dict[str, int] = {}
+    for n, metric in enumerate(metrics):
+        first.setdefault(order(metric)[1], n)
+    return sorted(metrics, key=lambda metric: (first[order(metric)[1]], order(metric)))
 
 
 def _rows(names: list[str], columns: list[str], cells: Mapping[str, list[str]]) -> list[list[str]]:

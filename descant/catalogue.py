@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from descant.errors import Refusal, hint
+from descant.modules.checkpoints import followed
 
 ROOT = Path(__file__).resolve().parent / "experiments"
 BASE = ROOT / "base.yaml"
@@ -52,7 +53,7 @@ def find(name: str) -> Path:
         Refusal: if there is neither.
     """
     try:
-        file = Path(name).expanduser()
+        file = followed(Path(name).expanduser())
         if file.is_file():
             return file.resolve()
     except (OSError, RuntimeError):  # longer than any name may be, or the home of nobody

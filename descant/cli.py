@@ -41,6 +41,7 @@ from descant.explain import inert
 from descant.faults import explain, misfit, parse_fault
 from descant.folder import Folder
 from descant.loading import allowed
+from descant.loggers import TensorBoard
 from descant.modules.plain import load_plain
 from descant.modules.saved import policy
 from descant.place import for_evaluation, for_fit, source_of
@@ -216,6 +217,9 @@ class DescantCLI(LightningCLI):
             # one process and the first step's doorstep: what a cluster would add cannot be tried here
             config |= {"devices": 1, "num_nodes": 1, "callbacks": [*config["callbacks"], self.checking]}
         trainer = super()._instantiate_trainer(config, callbacks)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoard):
+                logger.monitor(trainer.checkpoint_callbacks)
         cluster = trainer._accelerator_connector.cluster_environment
         if trainer.world_size > 1 and isinstance(cluster, LightningEnvironment) and not runs.launched():
             _require_port(os.environ.get("MASTER_PORT"))

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import textwrap
 import unicodedata
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from descant.errors import Refusal, fail, hint, say
-from descant.groups import Group, group, load
+from descant.groups import MOST_TOLD, Group, group, load
+from descant.modules.tags import CHANCE, order
 from descant.options import Options
 from descant.statistics import Paired, paired
 
@@ -30,17 +32,22 @@ usage: descant compare RUN ... [--metrics A,B] [--baseline NAME] [--format markd
 Runs that differ in nothing but the seed are one row, named by what sets its configuration apart (not counted:
 names, where it ran, callbacks that watch). Of each metric it shows the mean over seeds, the mean difference
 to the baseline at the same seeds, an interval of 95 % of it (Student's, paired: a bootstrap of a few seeds is
-not what it says), and how many seeds are better. Where lower is better, the column says so.
+not what it says), and how many seeds are better. Where lower is better, the column says so. Runs that stopped
+before their last step are marked, and the last row is what guessing comes to, where the runs measured that.
 
 Options:
   RUN                  a run such as demo/001, its folder, NAME (all its runs), or a pattern of these
-  --metrics A,B        names or patterns; '*' for all (what the runs' ModelCheckpoint monitors, on every set)
+  --metrics A,B        names or patterns; '*' for all (what the runs' ModelCheckpoint monitors, on every set that
+                       all of the runs have)
   --baseline NAME      a row by its name, or by the name of a run in it (the first)
   --format FORMAT      markdown, csv or json (markdown)
   --runs DIR           where run folders live (runs)"""
 _FORMATS = ("markdown", "csv", "json")
 #: Columns that nobody asked for by name, at most.
 _MOST = 6
+#: Letters of a line of the table for people; of a row's name, and of a metric's that is cut to fit into them.
+WIDTH, _NAME, _METRIC = 120, 40, 24
+_BY_CHANCE = "by chance"
 #: Parts of a metric's last name that lower values are better of, unless a ModelCheckpoint says what it is.
 _LOWER = {
     *("loss", "error", "nll", "ppl", "perplexity", "mae", "mse", "rmse", "wer", "cer", "eer", "fid", "medr", "meanr"),
@@ -96,6 +103,13 @@ def main(args: Sequence[str]) -> int:
     _require_shared(table)
     if more:
         say(f"{more} more metrics: --metrics '*', or their names")
+    if (differing := len({key for one in table.groups for key in one.parts})) > MOST_TOLD:
+        say(
+            f"{differing} settings differ, and a row names at most {MOST_TOLD}: all in descant report, or --format json"
+        )
+    if unfinished := [f"{run.name} ({run.stopped})" for one in table.groups for run in one.stopped]:
+        rest = f", and {len(unfinished) - 1} others" if len(unfinished) > 1 else ""
+        say(f"stopped before the last step: {unfinished[0]}{rest}")
     print({"markdown": markdown, "csv": as_csv, "json": as_json}[given.format](table))
     return 0
 
@@ -182,7 +196,28 @@ def _way(groups: Sequence[Group]) -> str:
 def _known(groups: Sequence[Group]) -> list[str]:
     """Metrics of any run: what was evaluated first, then training, then the course of the run."""
     names = {name for one in groups for run in one.runs.values() for name in run.metrics}
-    return sorted(names, key=lambda name: ("/" not in name, name.startswith(("train/", "speed/")), name))
+    return sorted(names, key=lambda name: ("/" not in name, name.startswith(("train/", "speed/")), order(name)))
+
+
+def _shared(groups: Sequence[Group], known: Sequence[str]) -> list[str]:
+    """Those of the metrics that every run has, and that are of a model: what guessing comes to is a row."""
+    runs = [run for one in groups for run in one.runs.values()]
+    return [name for name in known if all(name in run.metrics for run in runs) and not _chance(name)]
+
+
+def _chance(name: str) -> bool:
+    return CHANCE in name.split("/")[1:-1]
+
+
+def by_chance(table: Table) -> list[str]:
+    """Of each metric what guessing comes to: a number, or the range of the groups'; empty where no run measured it."""
+    told = []
+    for metric in table.metrics:
+        of, _, last = metric.rpartition("/")
+        values = [value for one in table.groups for value in _values(one, f"{of}/{CHANCE}/{last}").values()]
+        texts = dict.fromkeys(number(value) for value in sorted({min(values), max(values)} if values else ()))
+        told.append(" to ".join(texts))
+    return told
 
 
 def _modes(groups: Sequence[Group]) -> dict[str, str]:
@@ -216,8 +251,8 @@ def lower_is_better(name: str, modes: Mapping[str, str]) -> bool:
 
 
 def _default(groups: Sequence[Group], known: Sequence[str]) -> list[str]:
-    """What is monitored, on every set; else what was evaluated; else losses. A few of them."""
-    modes = _modes(groups)
+    """What is monitored, on every set; else what was evaluated; else losses. A few of those that all runs have."""
+    modes, known = _modes(groups), _shared(groups, known)
     judged = [name for name in known if "/" in name and not name.startswith(("train/", "speed/"))]
     monitored = [name for name in judged if _last(name) in modes]
     losses = [name for name in known if _last(name) == "loss"]
@@ -246,22 +281,74 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def markdown(table: Table) -> str:
-    """A table for people: two columns a metric, aligned."""
-    head = ["configuration", "seeds"]
-    for metric in table.metrics:
-        head += [f"{metric} (lower is better)" if metric in table.lower else metric, "difference [95 %]; better"]
-    rows = [[*head, "seconds"]]
-    for one, cells, seconds in zip(table.groups, table.cells, table.seconds, strict=True):
-        row = [one.name, str(len(one.runs))]
-        for metric in table.metrics:
-            row += [number(cells[metric].mean), "baseline" if one is table.baseline else difference(cells[metric])]
-        rows.append([*row, f"{seconds:,.1f}" if seconds < 100 else number(seconds, ",.0f")])
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    padded = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    """A table for people: two columns a metric, aligned; where it would be wider than ``WIDTH``, several below it."""
+    seconds = ["seconds", *(f"{s:,.1f}" if s < 100 else number(s, ",.0f") for s in table.seconds)]
+    chance = by_chance(table)
+    guessed = any(chance)
+    pairs = []
+    for k, metric in enumerate(table.metrics):
+        lower = " (lower is better)" if metric in table.lower else ""
+        head = metric if len(metric + lower) <= 2 * _METRIC else _cut(metric, _METRIC)
+        of = [cells[metric] for cells in table.cells]
+        column = [head + lower, *(number(cell.mean) for cell in of)] + [chance[k] or "-"] * guessed
+        told = ["baseline" if one is table.baseline else difference(c) for one, c in zip(table.groups, of, strict=True)]
+        pairs.append((column, ["difference [95 %]; better", *told] + ["-"] * guessed))
+    columns = [["seeds", *map(counted, table.groups)] + ["-"] * guessed, *(c for pair in pairs for c in pair)]
+    columns = [[cell.replace("|", "\\|") for cell in column] for column in columns]
+    seconds += ["-"] * guessed
+    seeds, pairs = columns[0], list(zip(columns[1::2], columns[2::2], strict=True))
+    widest = max((_wide([seeds, *pair, seconds]) for pair in pairs), default=_wide([seeds, seconds]))
+    names, legend = _names(table.groups, min(_NAME, WIDTH - 4 - widest))
+    names = ["configuration", *names] + [_BY_CHANCE] * guessed
+    blocks: list[list[list[str]]] = [[names, seeds]]
+    for pair in pairs:
+        if len(blocks[-1]) > 2 and _wide([*blocks[-1], *pair, seconds]) + 1 > WIDTH:
+            blocks.append([names, seeds])
+        blocks[-1] += pair
+    blocks[0].append(seconds)
+    return "\n\n".join([*map(_lined, blocks), *(["\n".join(legend)] if legend else [])])
+
+
+def _wide(columns: Sequence[Sequence[str]]) -> int:
+    """Letters of these columns with what stands before each."""
+    return sum(3 + max(map(len, column)) for column in columns)
+
+
+def _lined(columns: Sequence[Sequence[str]]) -> str:
+    """Columns as lines of Markdown, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in columns]
+    padded = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in zip(*columns, strict=True)]
     lines = [f"| {' | '.join(row)} |" for row in padded]
     rule = "|" + "|".join(f"{'-' * (w + 1)}{':' if k else '-'}" for k, w in enumerate(widths)) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def counted(one: Group) -> str:
+    """``5``, or ``5, 1 stopped``: seeds, and those of them whose run has not come to its end."""
+    count, stopped = len(one.runs), len(one.stopped)
+    return str(count) if not stopped else f"{count} stopped" if stopped == count else f"{count}, {stopped} stopped"
+
+
+def _names(groups: Sequence[Group], most: int) -> tuple[list[str], list[str]]:
+    """Names of rows in at most so many letters, and what they stand for where the whole of it has no room."""
+    whole = [one.name.replace("|", "\\|") for one in groups]
+    if max(map(len, whole)) <= most:
+        return whole, []
+    short = [_cut(one.first.name.replace("|", "\\|"), most - 5) for one in groups]
+    names = [f"{name} #{n}" if short.count(name) > 1 else name for n, name in enumerate(short, 1)]
+    legend = []
+    for name, one in zip(names, groups, strict=True):
+        shown = one.name.removesuffix(f" ({one.first.name})")
+        legend += textwrap.wrap(f"{name}: {shown}", WIDTH, subsequent_indent="    ", break_on_hyphens=False)
+    return names, legend
+
+
+def _cut(text: str, most: int) -> str:
+    """
+    >>> _cut("vendor/probe_subgroup_top1", 20)
+    'vendor/p...roup_top1'
+    """
+    return text if len(text) <= most else f"{text[: (most - 3) // 2]}...{text[-(most - 2) // 2 :]}"
 
 
 def number(value: float, style: str = ".4g") -> str:
@@ -324,6 +411,7 @@ def as_json(table: Table) -> str:
             "runs": [run.name for run in one.runs.values()],
             "seeds": list(one.runs),
             "settings": one.parts,
+            "stopped": {run.name: run.stopped for run in one.stopped},
             "seconds": None if math.isnan(seconds) else round(seconds, 3),
             "metrics": {metric: _fields(cell) for metric, cell in cells.items()},
         }

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 
 from descant.errors import printable as clean
-from descant.events import read
+from descant.events import OVERVIEW, read
 from descant.groups import Group
 from descant.untrusted import opened
 
@@ -47,7 +47,7 @@ def scalars(folder: Path) -> dict[str, Curve]:
                             _add(found, name, int(row[at]), text)
     else:
         for step, value in read(folder):
-            if value.HasField("simple_value"):
+            if value.HasField("simple_value") and not value.tag.startswith(f"{OVERVIEW}/"):  # told twice
                 _add(found, clean(value.tag), step, value.simple_value)
     return {name: dict(sorted(curve.items())) for name, curve in sorted(found.items())}
 

@@ -18,6 +18,8 @@ from descant.errors import printable as clean
 from descant.groups import Group, Run
 from descant.untrusted import opened
 
+#: The group of tags that TensorBoard opens on: it sorts groups by name, digits and ``_`` before letters.
+OVERVIEW = "_overview"
 #: Steps of one tag of a run that are shown, and bytes of a record that is no fault.
 _STEPS, _MOST_BYTES = 4, 100_000_000
 #: Widths in pixels, and qualities of a JPEG, from the best: below the last a caption could not be read.

@@ -88,13 +88,14 @@ def _export(request: argparse.Namespace) -> list[str]:
     """The export, under another name until it is whole."""
     from descant import loading, runs
     from descant.modules import saved
+    from descant.modules.checkpoints import followed
     from descant.quiet import quieten
 
     quieten()
     out: Path = request.out
-    path = Path(request.run)
+    path = followed(Path(request.run))
     if not path.exists():  # demo/001, or a checkpoint below it
-        path = request.runs / request.run
+        path = followed(request.runs / request.run)
         path = path if path.is_file() else runs.existing(request.runs, request.run)
     scratch = out.with_name(f".{out.name}.{os.getpid()}")
     scratch.parent.mkdir(parents=True, exist_ok=True)

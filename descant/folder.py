@@ -13,7 +13,7 @@ from descant.versions import versions
 
 
 class Folder(L.Callback):
-    """Writes ``config.yaml`` and ``versions.json``; points ``latest`` and ``metrics.json`` to it.
+    """Writes ``config.yaml`` and ``versions.json``; makes ``latest`` name it, and ``metrics.json`` beside it a link.
 
     Args:
         run: where.

@@ -22,6 +22,7 @@ from descant import runs
 from descant.changes import FREE
 from descant.errors import fail, hint, one_line, say
 from descant.errors import printable as clean
+from descant.modules.checkpoints import followed
 from descant.untrusted import json_of, text_of
 
 #: Callbacks that watch a run: with and without them the same is learned, and the same is measured.
@@ -35,6 +36,8 @@ _NO_SETTINGS = (*(key.replace(".init_args", "") for key in FREE), *(f"{_CALLBACK
 _OWN = re.compile(r"^(?:seed_everything|name):.*\n?(?:[ \t].*\n?)*", re.MULTILINE)
 _SEED = re.compile(r"^seed_everything: *(\d{1,18}) *$", re.MULTILINE)
 _MOST_SETTINGS = 20_000
+#: Settings in the name of a group.
+MOST_TOLD = 6
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is ten times as fast
 
 
@@ -50,6 +53,7 @@ class Run:
         folder: where. name: ``NAME/001``. seed: of ``seed_everything``; None where none was set.
         settings: dotted key -> value, of all that decides what is learned; null is as good as not there.
         metrics: of ``metrics.json``, where finite. monitored: metric -> min or max, of its ModelCheckpoints.
+        stopped: ``400 of 1,000 steps``, of a run that has not come to the end that its Trainer was given; else empty.
     """
 
     folder: Path
@@ -58,6 +62,7 @@ class Run:
     settings: Mapping[str, object]
     metrics: Mapping[str, float]
     monitored: Mapping[str, str]
+    stopped: str = ""
 
 
 @dataclass
@@ -75,6 +80,11 @@ class Group:
     @property
     def first(self) -> Run:
         return next(iter(self.runs.values()))
+
+    @property
+    def stopped(self) -> list[Run]:
+        """Those of its runs that have not come to their end."""
+        return [run for run in self.runs.values() if run.stopped]
 
     @property
     def seeds(self) -> list[int]:
@@ -114,14 +124,14 @@ def load(command: str, words: Sequence[str], root: Path) -> list[Run]:
 
 def _find(command: str, word: str, root: Path) -> tuple[list[Path], bool]:
     """Run folders that a word means, and whether it names one by itself."""
-    for path in (root / word, Path(word)):
+    for path in (followed(root / word), followed(Path(word))):
         if runs.is_run(path):
             return [path], True
         if several := runs.runs_of(path.parent, path.name):
             return several, False
     matches = [root / found for found in glob.glob(word, root_dir=root)] or [Path(found) for found in glob.glob(word)]
     folders: list[Path] = []
-    for path in sorted(matches):
+    for path in sorted(map(followed, matches)):
         folders += [path] if runs.is_run(path) else runs.runs_of(path.parent, path.name)
     if not folders:
         known = [path for path in root.glob("*/*") if runs.is_run(path) and not path.is_symlink()]
@@ -147,7 +157,29 @@ def _read(command: str, folder: Path) -> Run:
         metrics = numbers(json_of(file, folder))
     except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
         fail(f"{command} {_name(folder)}: {file.name} cannot be read: {clean(one_line(error))}")
-    return Run(folder, _name(folder), seed_of(text), settings, metrics, monitored)
+    return Run(folder, _name(folder), seed_of(text), settings, metrics, monitored, stopped(settings, metrics))
+
+
+def stopped(settings: Mapping[str, object], metrics: Mapping[str, float]) -> str:
+    """How far a run came, where that is not as far as its Trainer was to go; empty where it is, or nothing tells.
+
+    An EarlyStopping or a ``max_time`` ends a run as it should, wherever that is.
+
+    >>> stopped({"trainer.max_steps": 1000, "trainer.max_epochs": -1}, {"steps": 400, "epochs": 3})
+    '400 of 1,000 steps'
+    >>> stopped({"trainer.max_steps": 1000, "trainer.max_epochs": 3}, {"steps": 400, "epochs": 3})
+    ''
+    """
+    if any(key in settings for key in ("trainer.max_time", f"{_CALLBACKS}.EarlyStopping")):
+        return ""
+    told = []
+    for unit in ("steps", "epochs"):
+        most, done = settings.get(f"trainer.max_{unit}"), metrics.get(unit)
+        if isinstance(most, int) and most > 0 and done is not None:
+            if done >= most:
+                return ""
+            told.append(f"{done:,.0f} of {most:,} {unit}")
+    return told[0] if told else ""
 
 
 def seed_of(text: str) -> int | None:
@@ -258,7 +290,7 @@ def group(found: Iterable[Run]) -> list[Group]:
 
 
 def _label(groups: Sequence[Group]) -> None:
-    """Name each group by what sets it apart: three settings, or as many as it takes."""
+    """Name each group by what sets it apart: three settings, or as many as it takes, six at most; then by a run."""
     if len(groups) == 1:
         groups[0].name = clean(groups[0].first.folder.parent.name)
         return
@@ -267,14 +299,20 @@ def _label(groups: Sequence[Group]) -> None:
     often = Counter(end for key in keys for end in _ends(key))
     short = {key: next((end for end in _ends(key) if often[end] == 1), key) for key in keys}
     most = max(len(one.parts) for one in groups)
-    for width in range(min(3, most), most + 1):
+    for width in range(min(3, most), min(most, MOST_TOLD) + 1):
         for one in groups:
             told = [_told(short[key], value) for key, value in one.parts.items()]
             one.name = " ".join(told[:width]) + (f" +{len(told) - width}" if len(told) > width else "")
         if len({one.name for one in groups}) == len(groups):
             return
-    for number, one in enumerate(groups, 1):  # values that read alike: 1 and "1"
-        one.name = f"{one.name} #{number}"
+    alike = Counter(one.name for one in groups)  # what differs is the seventh, or values that read alike: 1 and "1"
+    for number, one in enumerate(groups, 1):
+        if alike[one.name] > 1:
+            one.name = (
+                f"{one.name} ({one.first.name})"
+                if len({g.first.name for g in groups}) == len(groups)
+                else (f"{one.name} #{number}")
+            )
 
 
 def _part(groups: Sequence[Group]) -> None:

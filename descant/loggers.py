@@ -1,14 +1,18 @@
-"""The CSV of a run: one ``metrics.csv`` in the run folder that a resumed run continues."""
+"""Where a run logs to: one ``metrics.csv`` that a resumed run continues, and TensorBoard's events."""
 
 from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning_utilities.core.rank_zero import rank_zero_only
+
+from descant.events import OVERVIEW
 
 
 class _Continued(ExperimentWriter):
@@ -56,3 +60,33 @@ class CSV(CSVLogger):
             writer.writeheader()
             writer.writerows(kept)
         os.replace(scratch, file)
+
+
+class TensorBoard(TensorBoardLogger):
+    """Writes TensorBoard's events into ``save_dir``, the loss and what is monitored once more under ``_overview/``.
+
+    TensorBoard sorts groups of tags by name and opens the first two, which were those of an evaluation set such as
+    ``apart``. Every tag keeps its own name; other files of a run have no ``_overview``.
+
+    Args:
+        save_dir: the run's folder.
+
+    >>> TensorBoard("runs/demo/001").shown_first({"train/loss": 2.0, "apart/i2t_r1": 0.5})
+    {'_overview/train/loss': 2.0}
+    """
+
+    def __init__(self, save_dir: str) -> None:
+        super().__init__(save_dir, name="", version="", default_hp_metric=False)
+        self.overview = {"train/loss"}
+
+    def monitor(self, checkpoints: Iterable[Checkpoint]) -> None:
+        """Show first, too, what the ModelCheckpoints of a run monitor."""
+        self.overview |= {c.monitor for c in checkpoints if isinstance(c, ModelCheckpoint) and c.monitor}
+
+    def shown_first(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The metrics that the overview has, by the tags that they have there."""
+        return {f"{OVERVIEW}/{name}": value for name, value in metrics.items() if name in self.overview}
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        super().log_metrics({**metrics, **self.shown_first(metrics)}, step)

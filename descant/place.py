@@ -9,7 +9,7 @@ from typing import Any
 
 from descant import elastic, lock, manifest, runs
 from descant.errors import fail, say
-from descant.modules.checkpoints import judged
+from descant.modules.checkpoints import followed, judged
 from descant.runs import Run
 from descant.versions import code
 
@@ -82,7 +82,7 @@ def _locked(run: Run) -> Run:
 
 def _point(root: Path, resume: str) -> Path:
     """The resume point that ``--resume PATH`` means: a file, or the newest valid one of a run."""
-    for folder in (root / resume, Path(resume)):
+    for folder in (followed(root / resume), followed(Path(resume))):
         if runs.is_run(folder):
             newest, skipped = runs.newest_point(folder)
             if newest is None:
@@ -90,7 +90,7 @@ def _point(root: Path, resume: str) -> Path:
             _tell(skipped)
             say(f"starting from {_shown(newest)}")
             return newest
-    path = Path(resume)
+    path = followed(Path(resume))
     if not path.exists():
         fail(f"--resume {resume}: no such checkpoint; never, auto or a path of a resume point or run")
     found = manifest.confirmed(path)
@@ -108,6 +108,7 @@ def for_evaluation(command: str, root: Path, name: str, source: Path | None, wan
     Raises:
         Refusal: if the checkpoint does not exist, or is said relative to a run and none is given.
     """
+    wanted = str(followed(Path(wanted))) if wanted not in (None, "best", "last") else wanted
     if source is None and wanted is not None and Path(wanted).resolve().parent.name in ("checkpoints", "resume"):
         source = Path(wanted).resolve().parent.parent
     checkpoint = _checkpoint(source, wanted)

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 
 from descant import __version__
-from descant.compare import Cell, Table, difference, every, number, options, read
+from descant.compare import Cell, Table, by_chance, counted, difference, every, number, options, read
 from descant.curves import BOTTOM, HEIGHT, LEFT, WIDTH, Curve, colour, figure, scalars
 from descant.errors import fail, one_line, say
 from descant.errors import printable as clean
@@ -154,7 +154,9 @@ def _comparison(table: Table) -> str:
     rows = [["configuration", "seeds", *(_metric(table, metric) for metric in table.metrics), "seconds"]]
     for n, one in enumerate(table.groups):
         cells = [_cell(table.cells[n][metric], one is table.baseline) for metric in table.metrics]
-        rows.append([_key(n, one.name), str(len(one.runs)), *cells, number(table.seconds[n], ",.0f")])
+        rows.append([_key(n, one.name), counted(one), *cells, number(table.seconds[n], ",.0f")])
+    if any(chance := by_chance(table)):
+        rows.append(["by chance", "-", *(escape(told or "-") for told in chance), "-"])
     note = (
         "Means over seeds; below them the difference to the baseline at the same seeds, its interval of 95 % "
         "(Student's, paired), and how many seeds are better. Bold: of three seeds or more, "
@@ -282,6 +284,7 @@ def _runs(groups: Sequence[Group]) -> str:
     for n, one in enumerate(groups):
         for run in one.runs.values():
             figures = [number(run.metrics.get(name, math.nan), ",.0f") for name in course]
+            figures[0] += f"<br><small>stopped: {escape(run.stopped)}</small>" if run.stopped else ""
             rows.append([escape(run.name), _key(n, one.name), str(run.seed), *figures])
     return _table(rows, "runs")
 

@@ -19,7 +19,7 @@ import yaml
 
 from descant import manifest
 from descant.errors import Refusal, fail, hint, printable
-from descant.modules.checkpoints import of_run
+from descant.modules.checkpoints import LATEST, followed, of_run
 from descant.modules.lines import loads
 from descant.untrusted import json_of, text_of
 
@@ -66,12 +66,12 @@ def require_name(name: str) -> None:
         else "a name has at most 200 bytes"
         if any(len(part.encode(errors="replace")) > _LONGEST for part in parts)
         else "Descant's own name for another thing"
-        if parts[-1] in ("latest", "metrics.json") or _NUMBER.fullmatch(parts[-1])
+        if parts[-1] in (LATEST, "metrics.json") or _NUMBER.fullmatch(parts[-1])
         else None
     )
     if why is not None:
         near = re.sub(r"[^\w.,=+-]+", "-", Path(name).name).strip("-.")[:_LONGEST]
-        near = f"run-{near}" if near.isdecimal() or near in ("", "latest", "metrics.json") else near
+        near = f"run-{near}" if near.isdecimal() or near in ("", LATEST, "metrics.json") else near
         fail(f"--name {printable(name)[:_LONGEST]}: {why}; nearest: {near}")
 
 
@@ -205,7 +205,7 @@ def existing(root: Path, run: str) -> Path:
     Raises:
         Refusal: if there is none.
     """
-    for folder in (root / run, Path(run)):
+    for folder in (followed(root / run), followed(Path(run))):
         if is_run(folder):
             return folder.resolve()
     if run in ("", "."):
@@ -244,9 +244,9 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def point(folder: Path) -> None:
-    """Make ``latest`` and ``metrics.json`` beside a run point to it, each in one atomic step."""
-    _link(folder.parent / "latest", folder.name)
-    _link(folder.parent / "metrics.json", "latest/metrics.json")
+    """Make ``latest`` beside a run name it and ``metrics.json`` link to its own, each in one atomic step."""
+    write_text(folder.parent / LATEST, f"{folder.name}\n")  # no link: see followed
+    _link(folder.parent / "metrics.json", f"{folder.name}/metrics.json")
 
 
 def write_json(file: Path, content: Mapping[str, object]) -> None:

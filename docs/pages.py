@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
 import mkdocs_gen_files
+import yaml
 
 from descant.catalogue import ROOT as EXPERIMENTS
 from descant.catalogue import experiments, overlays
@@ -25,6 +27,23 @@ PARTS = {"recipes": "Recipes", "modules": "Modules", "datamodules": "Data", "cal
 GROUPS = {
     "Guides": ("guides", ("own-data", "devices", "slurm", "survive", "recipe")),
     "Mechanisms": ("mechanisms", ("contrastive", "masked", "harmony", "balance", "answers")),
+}
+#: Pictures in docs/ of what experiments came to; of others the figure of their claim is shown.
+PICTURES = {
+    "chat/emoji": "answers.png",
+    "contrastive/emoji": "retrieval.png",
+    "contrastive/own": "look.png",
+    "contrastive/stamps": "stamps.png",
+    "fusion/emoji": "drowned.png",
+    "masked/emoji": "reconstruction.png",
+    "staged/emoji_vqa": "stages.png",
+}
+#: Family -> the experiment whose picture stands for those that have none of their own.
+STAND_IN = {
+    **{family: f"{family}/emoji" for family in ("chat", "contrastive", "fusion", "masked", "missing")},
+    "distill": "distill/emoji-rank",
+    "reinforce": "staged/emoji_vqa",
+    "staged": "staged/emoji_vqa",
 }
 _LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]*)(#[^)\s]*)?\)")
 
@@ -53,19 +72,70 @@ def _own(page: str) -> str:
 
 
 def _gallery() -> Iterator[str]:
-    """One page a family of experiments, and one of overlays: each file's head in words, and the whole of it."""
+    """A page of all experiments by their pictures, one page a family of experiments, and one of overlays."""
     named = sorted(experiments().items())
-    for family, some in groupby(named, key=lambda of: of[0].partition("/")[0]):
-        yield _gallery_page(family, f"experiments/{family}.md", some)
-    yield _gallery_page("overlays", "experiments/overlays.md", sorted(overlays().items()))
+    families = [(family, list(some)) for family, some in groupby(named, key=lambda of: of[0].partition("/")[0])]
+    shown = _pictures()
+    cards = ["# Experiments", "Click one for its command, what to expect of it, and the whole of its file."]
+    for family, some in families:
+        cards.append(f"## {family.capitalize()}\n")
+        cards.append('<div class="gallery" markdown>')
+        for name, file in some:
+            of, picture = _shown(name, shown)
+            told = _told(file.read_text(encoding="utf-8"))
+            of = "" if of == name else f"<br><small>picture: {of}</small>"
+            cards.append(
+                f"[![{name}]({_up(picture, 1)}){{ loading=lazy }} **{name}**<br>{told}{of}]"
+                f"({family}.md#{_anchor(name)}){{ .card }}"
+            )
+        cards.append("</div>")
+    _write("experiments/index.md", "\n\n".join(cards) + "\n")
+    yield "    * [All experiments](experiments/index.md)"
+    for family, some in families:
+        yield _gallery_page(family, f"experiments/{family}.md", some, shown)
+    yield _gallery_page("overlays", "experiments/overlays.md", sorted(overlays().items()), shown)
 
 
-def _gallery_page(title: str, page: str, some: Iterable[tuple[str, Path]]) -> str:
+def _pictures() -> dict[str, str]:
+    """Experiment -> its picture, by its place below docs/: of what it came to, else the figure of the first claim."""
+    found: dict[str, str] = {}
+    for file in sorted((EXPERIMENTS / "claims").glob("*.yaml")):
+        name = yaml.safe_load(file.read_text(encoding="utf-8"))["experiment"]
+        if (ROOT / "docs" / "claims" / f"{file.stem}.svg").is_file():
+            found.setdefault(name, f"claims/{file.stem}.svg")
+    return found | PICTURES
+
+
+def _shown(name: str, shown: dict[str, str]) -> tuple[str, str]:
+    """The picture of an experiment, and of which experiment it is."""
+    of = name if name in shown else STAND_IN[name.partition("/")[0]]
+    return of, shown[of]
+
+
+def _up(place: str, folders: int) -> str:
+    return "../" * folders + place
+
+
+def _told(text: str) -> str:
+    """The first sentence of a file's head."""
+    first = []
+    for line in (line.removeprefix("#").strip() for line in _head(text)):
+        if re.match(r"(Claim|Source|Command|Before|Expect|Base):", line):
+            break
+        first.append(line)
+    return re.split(r"(?<=[.:])\s", " ".join(first))[0].rstrip(".:")
+
+
+def _gallery_page(title: str, page: str, some: Iterable[tuple[str, Path]], shown: dict[str, str]) -> str:
+    """Of each file a picture, its head in words, its commands, and the whole of it."""
     parts = [f"# {title.capitalize()}"]
     for name, file in some:
         text = file.read_text(encoding="utf-8")
         head = [line.removeprefix("#").strip() for line in _head(text)]
-        parts.append(f"## {name.removeprefix(f'{title}/')} {{ #{_anchor(name)} }}\n\n{_sentences(head)}")
+        parts.append(f"## {name.removeprefix(f'{title}/')} {{ #{_anchor(name)} }}")
+        if name in shown:
+            parts.append(f"![{name}]({_up(shown[name], 1)}){{ .thumbnail loading=lazy }}")
+        parts.append(_sentences(head))
         parts.append(f'??? example "{name}.yaml"\n\n' + _indented(f"```yaml\n{text[len(''.join(_lines(text))) :]}```"))
     _write(page, "\n\n".join(parts) + "\n")
     return f"    * [{title.capitalize()}]({page})"
@@ -81,23 +151,45 @@ def _head(text: str) -> list[str]:
 
 
 def _sentences(head: list[str]) -> str:
-    """``Claim: ...`` and its kin as a list; commands as code."""
-    first, told = [], list[str]()
+    """``Claim: ...`` and its kin as a list; commands as a block that can be pasted."""
+    first, told, commands, notes = [], list[str](), list[str](), list[str]()
+    kind = ""
     for line in head:
+        text = line
         if match := re.match(r"(Claim|Source|Command|Before|Expect|Base): +(.*)", line):
-            told.append(f"- **{match[1]}**: {match[2]}")
+            kind, text = match[1], match[2]
+        if kind in ("Command", "Before"):
+            command, note = _command(text)
+            (commands if command else notes).append(command or note)
+            if command and note:
+                commands[-1] += f"  # {note}"
+        elif match:
+            told.append(f"- **{kind}**: {text}")
         elif told:
-            told[-1] += " " + line
+            told[-1] += " " + text
         else:
-            first.append(line)
-    lines = [re.sub(r"(descant (?:fit|check|test)[^()]*[^() ])", r"`\1`", line) for line in told]
-    return " ".join(first) + "\n\n" + "\n".join(lines)
+            first.append(text)
+    block = ["```text", *commands, "```"] if commands else []
+    return "\n\n".join(part for part in (" ".join(first), "\n".join(block), " ".join(notes), "\n".join(told)) if part)
+
+
+def _command(line: str) -> tuple[str, str]:
+    """What of a line can be typed, and what is said of it: behind two spaces, or in brackets."""
+    if not line.startswith(("descant ", "make ", "python ", "pip ")):
+        return "", line
+    found = re.match(r"(.*?)(?:\s{2,}(.*)|\s+\((.*)\))?$", line)
+    assert found is not None
+    return found[1], found[2] or found[3] or ""
 
 
 def _reference() -> Iterator[str]:
-    """One page a file, under the folders of the repository."""
+    """A page of all, one a folder, and one page a file, under the folders of the repository."""
+    root = ["# Reference", "What a configuration can name, and what it is made of, by the folders of the repository."]
+    nav = []
     for part, title in PARTS.items():
-        yield f"    * {title}"
+        nav.append(f"    * {title}")
+        nav.append(f"        * [{title}](reference/{part}/index.md)")
+        listed = [f"# {title}", _first_line(ROOT / part / "__init__.py"), "| file | what it is |\n|---|---|"]
         for file in sorted((ROOT / part).rglob("*.py")):
             inner = file.relative_to(ROOT).with_suffix("")
             if any(name.startswith("_") and name != "__init__" for name in inner.parts) or not _documented(file):
@@ -105,9 +197,22 @@ def _reference() -> Iterator[str]:
             names = inner.parts[:-1] if inner.name == "__init__" else inner.parts
             if len(names) == 1:
                 continue
-            page = f"reference/{'/'.join(inner.parts).replace('__init__', 'index')}.md"
+            place = "/".join(inner.parts[1:]).replace("__init__", "index")
+            page = f"reference/{part}/{place}.md"
             _write(page, f"# {'.'.join(names[1:])}\n\n::: descant.{'.'.join(names)}\n")
-            yield f"        * [{'.'.join(names[1:])}]({page})"
+            nav.append(f"        * [{'.'.join(names[1:])}]({page})")
+            listed[-1] += f"\n| [{'.'.join(names[1:])}]({place}.md) | {_first_line(file)} |"
+        _write(f"reference/{part}/index.md", "\n\n".join(listed) + "\n")
+        root.append(f"- [{title}]({part}/index.md): {_first_line(ROOT / part / '__init__.py')}")
+    _write("reference/index.md", "\n\n".join([*root[:2], "\n".join(root[2:])]) + "\n")
+    yield "    * [All of it](reference/index.md)"
+    yield from nav
+
+
+def _first_line(file: Path) -> str:
+    """The first sentence of a file's docstring, for a cell of a table."""
+    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return " ".join(text.split("\n\n")[0].split()).replace("|", "\\|")
 
 
 def _documented(file: Path) -> bool:

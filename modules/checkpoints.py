@@ -6,6 +6,7 @@ it has to.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,30 @@ from descant import manifest
 PLACES = ("checkpoints", "resume")
 #: And those of which one is taken by its name only: what each stage left.
 NAMED = ("stages",)
+#: Beside the runs of a name: the file that names the newest of them.
+LATEST = "latest"
+_NUMBER = re.compile(r"\d{3,}")
+
+
+def followed(path: Path) -> Path:
+    """``path`` with ``NAME/latest`` replaced by the run that it names; any other path as it is.
+
+    A text file and no link: TensorBoard follows links, and showed the newest run of every name twice. The links that
+    earlier versions made are followed by the file system.
+
+    >>> followed(Path("runs/demo/001/checkpoints"))
+    PosixPath('runs/demo/001/checkpoints')
+    """
+    for above in (path, *path.parents):
+        try:
+            if above.name == LATEST and above.is_file():
+                with above.open("rb") as stream:
+                    name = stream.read(33).decode(errors="replace").strip()
+                if _NUMBER.fullmatch(name) and len(name) <= 32:
+                    return above.parent / name / path.relative_to(above)
+        except OSError:  # longer than a name may be, or nobody may read it
+            return path
+    return path
 
 
 def of_run(folder: Path) -> list[Path]:

@@ -25,7 +25,7 @@ import yaml
 from torch import Tensor, nn
 
 from descant import manifest
-from descant.modules.checkpoints import NAMED, PLACES, judged, nearest, of_run
+from descant.modules.checkpoints import LATEST, NAMED, PLACES, followed, judged, nearest, of_run
 from descant.modules.lean import BASE
 from descant.modules.plain import load_plain, require_sums
 
@@ -105,7 +105,7 @@ def find(path: Path | str, checkpoint: str = "best") -> Saved:
     """The model that ``path`` means: a run folder, a checkpoint in one, or an export.
 
     Args:
-        path: or the folder of all runs of a name, which means the latest.
+        path: or the folder of all runs of a name, which means the latest, as ``NAME/latest`` does.
         checkpoint: of a run folder: best (what its ModelCheckpoint monitored; else last), last, or a file in it.
 
     The bytes are compared with the manifest beside them until :func:`read_checkpoint` needs them.
@@ -114,8 +114,9 @@ def find(path: Path | str, checkpoint: str = "best") -> Saved:
         ValueError: if there is none, or nothing says what the weights are of, or a file that says it is damaged.
     """
     path = Path(path).expanduser()
-    if path.is_dir() and not (path / CONFIG).is_file() and (path / "latest" / CONFIG).is_file():
-        path = (path / "latest").resolve()
+    path = followed(path)
+    if path.is_dir() and not (path / CONFIG).is_file() and (followed(path / LATEST) / CONFIG).is_file():
+        path = followed(path / LATEST).resolve()
     if path.is_file():
         folder, weights = (path.parent.parent if path.parent.name in (*PLACES, *NAMED) else path.parent), path
     elif path.is_dir():

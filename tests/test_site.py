@@ -57,3 +57,34 @@ def test_a_page_asks_no_other_host_and_every_picture_is_there(site: Path) -> Non
 def test_doctests_are_code(site: Path) -> None:
     text = (site / "reference" / "modules" / "losses" / "contrastive" / "index.html").read_text()
     assert "0.3133" in text and "&gt;&gt;&gt;" not in re.sub(r"<pre.*?</pre>", "", text, flags=re.DOTALL)
+
+
+@pytest.mark.slow
+def test_the_gallery_has_a_picture_of_every_experiment(site: Path) -> None:
+    text = (site / "experiments" / "index.html").read_text()
+    cards = re.findall(r'<a class="card" href="([^"]+)">.*?<img[^>]+src="([^"]+)"', text, re.DOTALL)
+    places = {f"{name.split('/')[0]}/#{name.replace('/', '-')}" for name in experiments()}
+    assert {place for place, _ in cards} == places
+    assert all((site / "experiments" / picture).resolve().is_file() for _, picture in cards)
+
+
+@pytest.mark.slow
+def test_each_command_of_the_gallery_is_a_line_that_can_be_pasted(site: Path) -> None:
+    for name, file in experiments().items():
+        head = re.findall(
+            r"^# (?:Command:|Before:|       ) +(descant .*?)(?: {2,}.*| \(.*\))?$", file.read_text(), re.MULTILINE
+        )
+        page = (site / "experiments" / name.split("/")[0] / "index.html").read_text()
+        part = page.partition(f'id="{name.replace("/", "-")}"')[2].partition("<h2")[0]
+        code = re.search(r"<code>(.*?)</code></pre>", part, re.DOTALL)
+        assert code is not None, name
+        lines = re.sub(r"<[^>]+>", "", code[1]).strip().splitlines()
+        assert [line.partition("  # ")[0] for line in lines] == head, name
+
+
+@pytest.mark.slow
+def test_the_reference_has_a_page_at_its_root_and_one_a_folder(site: Path) -> None:
+    root = (site / "reference" / "index.html").read_text()
+    for kind in (*ROOTS, "modules"):
+        assert f'href="{kind}/"' in root
+        assert "<table>" in (site / "reference" / kind / "index.html").read_text()

@@ -28,7 +28,7 @@ def board(cli: Any) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", "runs/seen/latest/", "--port", str(port)]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", "runs", "--port", str(port)]
     server = subprocess.Popen([*command, "--host", "127.0.0.1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     try:
@@ -60,6 +60,9 @@ def fetch(address: str) -> Any:
 def test_scalars_pictures_and_projector_are_served(board: str, tmp_path: Path) -> None:
     scalars = {tag for tags in fetch(f"{board}/data/plugin/scalars/tags").values() for tag in tags}
     assert {"train/loss", "train/image-text", "vendor/i2t_r1"} <= scalars
+    assert fetch(f"{board}/data/runs") == ["seen/001"]  # once, though ``latest`` names it too
+    first = sorted({tag.split("/")[0] for tag in scalars}, key=lambda group: (group[0].isalpha(), group))[0]
+    assert first == "_overview" and "_overview/train/loss" in scalars
     images = {tag for tags in fetch(f"{board}/data/plugin/images/tags").values() for tag in tags}
     assert len(images) >= 2
     assert fetch(f"{board}/data/plugin/projector/runs")

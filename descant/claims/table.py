@@ -25,10 +25,11 @@ paired runs: the same initial weights and the same batches in every arm. The *sh
 permuted; a method that does not beat its sham has shown nothing. *gain* is the method's over the baseline, above zero
 is better, with the 90 % interval of its mean over seeds; *passed* asks for the margin, a gain in all seeds but one, an
 interval above zero, half the margin over the sham where the claim says nothing else, and all that is asked as well: a
-claim may gain more than is needed and not pass. Rule and margins were fixed on other seeds than those that count.
+claim may gain more than is needed and not pass, and *what it lacks* is the first of its reasons. Rule and margins were
+fixed on other seeds than those that count.
 
-| claim | paper | verdict | gain | needed | better in | sham's gain | time |
-|---|---|---|---|---|---|---|---|
+| claim | paper | verdict | gain | needed | better in | sham's gain | time | what it lacks |
+|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -39,7 +40,7 @@ def write(claims: Sequence[Claim], results: Path, page: Path) -> list[str]:
         stored = store.read(results, claim.name, "full")
         if stored is None:
             without.append(claim.name)
-            rows.append(f"| {claim.name} | {_paper(claim)} | not run yet | | | | | |")
+            rows.append(f"| {claim.name} | {_paper(claim)} | not run yet | | | | | | |")
             continue
         found = judge(claim, stored["runs"])
         rows.append(_row(claim, found, stored))
@@ -64,8 +65,14 @@ def _row(claim: Claim, found: Judgement, stored: Mapping[str, Any]) -> str:
     wins = f"{claim.metric.margin:g} | {found.method.wins} of {found.method.n}"
     return (
         f"| [{claim.name}](#{claim.name}) | {_paper(claim)} | {found.verdict}{stale} | {gain} | "
-        f"{wins} | {found.sham.mean:+.3f} | {stored['seconds'] / 60:.1f} min |"
+        f"{wins} | {found.sham.mean:+.3f} | {stored['seconds'] / 60:.1f} min | {lacking(found)} |"
     )
+
+
+def lacking(found: Judgement) -> str:
+    """The first reason why a claim does not pass, and how many others there are; empty where it passes."""
+    more = f", and {len(found.reasons) - 1} more" if len(found.reasons) > 1 else ""
+    return f"{found.reasons[0]}{more}" if found.reasons else ""
 
 
 def _part(

@@ -17,7 +17,8 @@ from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from descant.callbacks.pictures import GREEN, RED, Projector, RetrievalPictures, sheet
+from descant.callbacks.evaluate import Rows
+from descant.callbacks.pictures import CAPTIONS, GREEN, INK, RED, Projector, RetrievalPictures, _cell, sheet
 from descant.modules.batch import Batch
 
 
@@ -131,6 +132,47 @@ def test_the_picture_changes_with_the_ranks_and_shows_both_ways(tmp_path: Path) 
 def test_nothing_is_drawn_in_the_sanity_check(tmp_path: Path) -> None:
     run(tmp_path, RetrievalPictures(), Data(), stage="fit", num_sanity_val_steps=1, log_every_n_steps=1)
     assert list(pictures(tmp_path)) == ["val-i2t-2.png", "val-t2i-2.png"]
+
+
+def test_captions_that_repeat_are_asked_and_shown_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    z_ND = torch.eye(6)[[0, 0, 0, 1, 2, 3]]  # the first three say the same
+    key = torch.tensor([5, 5, 5, 6, 7, 8])
+    rows = Rows({"image": z_ND, "text": z_ND}, dict.fromkeys(("image", "text"), key > 0), key, torch.arange(6), {})
+    shown: list[int] = []
+    cell = Image.new("RGB", (136, 212))
+
+    def drawn(data: Any, index: int, *_: Any) -> Image.Image:
+        shown.append(index)
+        return cell
+
+    monkeypatch.setattr("descant.callbacks.pictures._cell", drawn)
+    trainer = run(tmp_path, L.Callback(), Data())
+    RetrievalPictures(queries=4, top=3).draw(rows, "image", "text", trainer, "title")
+    lines = [shown[n : n + 4] for n in range(0, len(shown), 4)]
+    assert [line[0] for line in lines] == [0, 3, 4, 5]  # a query a key
+    assert all(len({int(key[n]) for n in line[1:]}) == 3 for line in lines), lines  # three keys found
+    shown.clear()  # pictures of one key are different pictures
+    RetrievalPictures(queries=1, top=3).draw(rows, "text", "image", trainer, "title")
+    assert shown == [0, 0, 1, 2]
+
+
+def test_tensorboard_gets_three_queries_and_captions_that_are_read_there(tmp_path: Path) -> None:
+    run(tmp_path, RetrievalPictures(queries=6, top=5), Data(), stage="test")
+    events = EventAccumulator(str(tmp_path / "tb"), size_guidance={"images": 0})
+    events.Reload()
+    (logged,) = events.Images("pictures/val-i2t")
+    whole = pictures(tmp_path)["val-i2t-0.png"]
+    assert logged.width == whole.width and logged.height < 0.6 * whole.height
+    scale = min(335 / logged.width, 215 / logged.height)  # into a card of TensorBoard's first page
+    assert scale * CAPTIONS[0] > 8
+
+    class Named(Data):
+        def describe(self, index: int) -> str:
+            return "apple"
+
+    cell = np.asarray(_cell(Named(), 0, GREEN, True))[136:]  # the caption below a picture
+    inked = (cell == INK).all(-1).any(1).nonzero()[0]
+    assert inked.max() - inked.min() > 20  # of 15 pixels they were 13 high
 
 
 def test_captions_of_any_length_and_script_fit(tmp_path: Path) -> None:

@@ -527,13 +527,13 @@ def test_a_folder_trains_without_a_line_of_code_and_learns(cli: Any) -> None:
         *("--trainer.max_epochs", "8", "--trainer.log_every_n_steps", "1", "--trainer.check_val_every_n_epoch", "8"),
     )
     assert result.rc == 0, result.err
-    rows = Path("runs/x/latest/metrics.csv").read_text().splitlines()
+    rows = Path("runs/x/001/metrics.csv").read_text().splitlines()
     column = rows[0].split(",").index("train/loss")
     losses = [float(row.split(",")[column]) for row in rows[1:] if row.split(",")[column]]
     assert np.mean(losses[-4:]) < 0.7 * np.mean(losses[:4]), losses
     metrics = json.loads(Path("runs/x/metrics.json").read_text())
     assert metrics["val/i2t_r10"] > 0
-    assert [n["sample"] for n in ledger(Path("runs/x/latest"))] == ["007.jpg"]
+    assert [n["sample"] for n in ledger(Path("runs/x/001"))] == ["007.jpg"]
 
 
 def test_the_command_line_says_what_is_wrong_in_one_line(cli: Any, written_content: dict[str, Any]) -> None:

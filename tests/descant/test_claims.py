@@ -438,9 +438,21 @@ def test_the_page_and_the_list_say_what_is_stored(made: Callable[..., Claim], re
     assert table.write([claim], results, workplace / "CLAIMS.md") == []
     page = (workplace / "CLAIMS.md").read_text()
     assert "| a planted effect | passed | +0.600 [+0.431, +0.769] | 0.01 | 3 of 3 | +0.020 | 1.0 min |" in page
+    assert "| time | what it lacks |" in page and "| 1.0 min |  |" in page
     assert "| test/gap | 1.000 ± 0.000 | 0.400 ± 0.100 | 0.980 ± 0.072 |" in page
     figure = (workplace / "docs/claims/toy-claim.svg").read_text()
     assert figure.count("<circle") == 9 and "sham, seed 2: 1.04" in figure
+
+
+def test_the_page_says_first_what_a_claim_lacks(made: Callable[..., Claim], results: Path, workplace: Path) -> None:
+    claim = made()
+    results.mkdir()
+    store.write(results, claim, "full", runs_of([0.5, 0.6, 0.7], [0.5, 0.7, 0.8]), 61.0)
+    reasons = judge(claim, runs_of([0.5, 0.6, 0.7], [0.5, 0.7, 0.8])).reasons
+    assert reasons[0].startswith("only ") and len(reasons) == 1
+    table.write([claim], results, workplace / "CLAIMS.md")
+    row = next(line for line in (workplace / "CLAIMS.md").read_text().splitlines() if line.startswith("| [toy-claim]"))
+    assert row.endswith(f"| 1.0 min | {reasons[0]} |")
 
 
 def test_what_ships_is_judged_by_what_is_stored_and_shown_as_it_is(workplace: Path) -> None:

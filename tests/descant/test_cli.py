@@ -20,6 +20,7 @@ import yaml
 from descant import dump, helptext, names
 from descant.__main__ import COMMANDS, main
 from descant.catalogue import experiments, header, overlays, shipped
+from descant.modules.checkpoints import followed
 from tests.conftest import Result
 from tests.rotation import quick
 
@@ -256,7 +257,7 @@ def test_a_run_is_evaluated_from_its_own_configuration(
     assert {path: path.read_bytes() for path in before} == before
     key = {"validate": "val", "test": "test"}[command]
     assert (run / f"{command}-001/metrics.csv").is_file() and f"{key}" in result.out
-    assert (workplace / "runs/toy/latest").resolve() == run and len(list((workplace / "runs/toy").iterdir())) == 3
+    assert followed(workplace / "runs/toy/latest") == run and len(list((workplace / "runs/toy").iterdir())) == 3
 
 
 def test_best_is_what_the_monitor_chose(toy: Cli, cli: Cli, workplace: Path) -> None:

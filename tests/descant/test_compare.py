@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -141,6 +142,20 @@ def test_a_name_holds_three_settings_and_counts_the_others(workplace: Path) -> N
     assert [one.name for one in groups("a", "b", "c")][2] == "k0=1 k1=1 k2=1 k3=1 k4=3"
 
 
+def test_a_name_holds_six_settings_at_most_and_then_the_run(workplace: Path) -> None:
+    more: Any = {f"data__k{n}": 1 for n in range(9)}
+    make("a/001", **more)
+    twos: Any = dict.fromkeys(more, 2)
+    make("b/001", **twos)
+    make("c/001", **more | {"data__k8": 3})
+    told = " ".join(f"k{n}=1" for n in range(6))
+    assert [one.name for one in groups("a", "b", "c")] == [
+        f"{told} +3 (a/001)",
+        " ".join(f"k{n}=2" for n in range(6)) + " +3",
+        f"{told} +3 (c/001)",
+    ]
+
+
 def test_the_order_of_a_list_is_a_setting(workplace: Path) -> None:
     flip, crop = {"class_path": "x.Flip"}, {"class_path": "x.Crop"}
     make("a/001", data__augment=[flip, crop])
@@ -182,6 +197,9 @@ def test_seeds_of_other_lengths_are_told(workplace: Path, capsys: pytest.Capture
 )
 def test_runs_by_folder_name_and_pattern(two: None, words: list[str], names: list[str]) -> None:
     Path("runs/a/latest").symlink_to("003")
+    assert [run.name for run in load("compare", words, Path("runs"))] == names
+    Path("runs/a/latest").unlink()
+    Path("runs/a/latest").write_text("003\n")
     assert [run.name for run in load("compare", words, Path("runs"))] == names
 
 
@@ -279,6 +297,72 @@ def test_a_metric_that_one_group_lacks_is_a_dash(cli: Cli, two: None) -> None:
     make("c/001", 0, {"only/r1": 0.5}, data__batch_size=4)
     lines = cli("compare", "a", "c", "--metrics", "only/r1").out.splitlines()
     assert [line.split("|")[3].strip() for line in lines[2:]] == ["-", "0.5"]
+
+
+def mixed() -> None:
+    """Thirty runs of three recipes: some stopped, each recipe with metrics and settings of its own."""
+    for n in range(30):
+        recipe = ("Contrastive", "Fusion", "Masked")[n % 3]
+        family = recipe.lower()
+        model = {"class_path": f"descant.recipes.{recipe}", "init_args": {"depth": n}}
+        data: dict[str, Any] = {f"setting_{k}": f"a-value-of-{n}-that-is-long" for k in range(20)}
+        metrics: dict[str, Any] = {"train/loss": 2.0 + n, "steps": 1000 if n % 5 else 400, "vendor/i2t_r1": 0.5}
+        metrics |= {f"{family}/only_{k}": 0.5 for k in range(3)} | {"val/r1": 0.5, "val/medr": 9.0}
+        more: Any = {f"data__{key}": value for key, value in data.items()}
+        make(f"{family}-of-a-long-name/{n + 1:03d}", 0, metrics, trainer__max_steps=1000, model=model, **more)
+
+
+def test_thirty_mixed_runs_fit_120_columns(cli: Cli, workplace: Path) -> None:
+    mixed()
+    result = cli("compare", "*")
+    assert result.rc == 0, result.err
+    lines = result.out.splitlines()
+    assert max(map(len, [*lines, *result.err.splitlines()])) <= 120
+    for table in result.out.split("\n\n"):
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+        if rows[0][0] == "configuration":
+            means = [column for column in zip(*rows, strict=True) if "difference" not in column[0]]
+            assert all(set(column[2:]) != {"-"} and "-" not in column[2:] for column in means), table
+    legend = result.out.split("\n\n")[-1]  # of every run six settings at most
+    entries = legend.replace("\n    ", " ").splitlines()
+    assert len(entries) == 30 and len({entry.partition(": ")[0] for entry in entries}) == 30
+    assert all(entry.count("=") <= 5 and re.search(r" \+\d+$", entry) for entry in entries), entries  # and a class
+    assert "descant: 21 settings differ, and a row names at most 6: all in descant report" in result.err
+    assert "stopped before the last step: " in result.err and ", and 5 others" in result.err
+
+
+def test_a_metric_that_only_some_runs_have_is_no_column_unless_asked_for(cli: Cli, workplace: Path) -> None:
+    make("a/001", 0, {"far/r1": 0.5})
+    make("b/001", 0, data__batch_size=4)
+    (head, _, *rows) = cli("compare", "a", "b").out.splitlines()
+    assert "val/r1" in head and "far/r1" not in head and len(rows) == 2
+    assert "far/r1" in cli("compare", "a", "b", "--metrics", "*r1").out
+
+
+def test_a_run_that_stopped_is_marked(cli: Cli, workplace: Path) -> None:
+    for n, steps in enumerate((1000, 400)):
+        make(f"a/00{n + 1}", n, {"steps": steps}, trainer__max_steps=1000)
+        make(f"b/00{n + 1}", n, {"steps": 7, "epochs": 2}, trainer__max_epochs=2, model__chunks=2)
+    result = cli("compare", "a", "b")
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in result.out.splitlines()]
+    assert (cells[2][1], cells[3][1]) == ("2, 1 stopped", "2")
+    assert "descant: stopped before the last step: a/002 (400 of 1,000 steps)" in result.err.splitlines()
+    rows = json.loads(cli("compare", "a", "b", "--format", "json").out)["groups"]
+    assert [row["stopped"] for row in rows] == [{"a/002": "400 of 1,000 steps"}, {}]
+
+
+def test_recall_comes_before_ranks_and_chance_is_a_row(cli: Cli, workplace: Path) -> None:
+    chance = {"val/chance/i2t_r1": 0.125, "val/chance/i2t_r10": 0.75}
+    scores = {"val/i2t_r1": 0.5, "val/i2t_r10": 0.875, "val/i2t_medr": 2.0, "val/distinct/i2t_r1": 0.25}
+    make("a/001", 0, chance | scores)
+    make("b/001", 0, chance | scores | {"val/chance/i2t_r1": 0.25}, data__batch_size=4)
+    lines = cli("compare", "a", "b", "--metrics", "val/i2t_*").out.splitlines()
+    heads = [cell.strip() for line in lines if line.startswith("| conf") for cell in line.split("|") if "val/" in cell]
+    assert heads == ["val/i2t_r1", "val/i2t_r10", "val/i2t_medr (lower is better)"]
+    cells = [cell.strip() for line in lines if line.startswith("| by chance") for cell in line.split("|") if cell]
+    assert [cell for cell in cells if cell not in ("by chance", "-")] == ["0.125 to 0.25", "0.75"]
+    shown = json.loads(cli("compare", "a", "b", "--format", "json").out)["groups"][0]["metrics"]
+    assert not any("chance" in name for name in shown)
 
 
 def test_it_reads_what_a_fit_writes(toy: Cli, cli: Cli) -> None:
@@ -395,7 +479,7 @@ def test_nothing_of_a_run_reaches_the_terminal_as_control_characters(cli: Cli, w
     make("a/001", metrics={"x\x1b[2J\n|r1": 0.5, "\ud800/r1": 0.5})
     make("b/001", data__batch_size="8\x1b[0m|")
     out = cli("compare", "a", "b", "--metrics", "*").out
-    assert "\x1b" not in out and len(out.splitlines()) == 4
+    assert "\x1b" not in out and all(len(part.splitlines()) == 4 for part in out.strip().split("\n\n"))
     assert "x?[2J?\\|r1" in out and "?/r1" in out and "batch_size=8?[0m\\|" in out
 
 

@@ -415,3 +415,13 @@ def test_a_browser_runs_nothing_of_a_run(cli: Cli, workplace: Path, browser: Bro
     assert browser.js("document.title") == "a, b" and browser.js("document.scripts.length") == 1
     assert browser.requests() == [Path("report.html").resolve().as_uri()]
     assert browser.complaints() == []
+
+
+def test_a_run_that_stopped_is_marked_and_chance_is_a_row(cli: Any, workplace: Path) -> None:
+    chance = {"val/i2t_r1": 0.5, "val/chance/i2t_r1": 0.125}
+    make("a/001", 0, chance | {"steps": 400}, trainer__max_steps=1000)
+    make("b/001", 0, chance, trainer__max_steps=100)
+    assert cli("report", "a", "b", "--metrics", "val/i2t_r1", "--output", "r.html").rc == 0
+    page = Path("r.html").read_text()
+    assert "<td>by chance</td><td>-</td><td>0.125</td>" in page
+    assert page.count("<td>1 stopped</td>") == 1 and page.count("stopped: 400 of 1,000 steps") == 1

@@ -19,7 +19,7 @@ from torch import Tensor
 import descant
 from descant import loading, manifest
 from descant.modules import saved
-from descant.modules.checkpoints import of_run
+from descant.modules.checkpoints import followed, of_run
 from descant.modules.inherit import Begin, Inherit
 from descant.modules.plain import load_plain, require_sums
 from descant.modules.towers import SavedTower
@@ -325,3 +325,20 @@ def test_a_manifest_leads_nowhere_else_and_an_archive_is_no_bomb(exported: Path,
         archive.writestr("bomb/data.pkl", b"0" * 1_000_000)
     with pytest.raises(ValueError, match=r"bomb\.ckpt: damaged: bomb/data\.pkl is compressed"):
         require_sums(tmp_path / "bomb.ckpt")
+
+
+@pytest.mark.parametrize(
+    "content, path, wanted",
+    [
+        ("002\n", "demo/latest", "demo/002"),
+        ("002\n", "demo/latest/checkpoints/best.ckpt", "demo/002/checkpoints/best.ckpt"),
+        ("../../secret\n", "demo/latest", "demo/latest"),
+        ("", "demo/latest/config.yaml", "demo/latest/config.yaml"),
+        ("002" * 50, "demo/latest", "demo/latest"),
+        ("002\n", "demo/001/config.yaml", "demo/001/config.yaml"),
+    ],
+)
+def test_latest_is_a_text_file_that_names_a_run(tmp_path: Path, content: str, path: str, wanted: str) -> None:
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo/latest").write_text(content)
+    assert followed(tmp_path / path) == tmp_path / wanted

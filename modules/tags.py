@@ -1,0 +1,24 @@
+"""Names of metrics, ``set/metric``: their order in tables. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import re
+
+#: ``SET/chance/METRIC`` is what guessing comes to.
+CHANCE = "chance"
+_RECALL = re.compile(r"(.*?)(?:^|(?<=_))r(\d+)$")
+_RANK = re.compile(r"(.*?)(?:^|(?<=_))(medr|meanr)$")
+
+
+def order(name: str) -> tuple[str, str, int, int, str]:
+    """A key to sort by: of one set and direction recall before ranks, and recall at 5 before recall at 10.
+
+    >>> sorted(["v/i2t_medr", "v/t2i_r1", "v/i2t_r10", "v/i2t_r5", "v/distinct/i2t_r1", "v/accuracy"], key=order)
+    ['v/accuracy', 'v/i2t_r5', 'v/i2t_r10', 'v/i2t_medr', 'v/t2i_r1', 'v/distinct/i2t_r1']
+    """
+    of, _, last = name.rpartition("/")
+    if found := _RECALL.match(last):
+        return of, found[1], 1, int(found[2]), name
+    if found := _RANK.match(last):
+        return of, found[1], 2, 0, name
+    return of, last, 0, 0, name
