@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, TextIO
 
 import lightning as L
@@ -14,8 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
+from descant.callbacks.progressive_resizing import ProgressiveResizing
 from descant.callbacks.throughput import Meter, count_rows
-from descant.modules.trainer import log_interval, run_steps
+from descant.modules.trainer import first_validation, log_interval, run_steps
+
+#: Optimizer steps whose time says how long a run will take, after some that make what is made once; or so many seconds.
+_SKIPPED, _MEASURED, _SECONDS = 2, 8, 20.0
+#: Seconds of a run of which nothing is said ahead, and of a first validation that comes late.
+_SHORT, _LATE = 30.0, 60.0
 
 
 def clock(seconds: float) -> str:
@@ -46,6 +53,9 @@ class Progress(ProgressBar):
     prints. Samples per second and the wait for data are of the time since the last line or redraw and leave
     evaluation out; the time left includes it, at the pace of the run so far.
 
+    Once ten steps are timed, one line on stderr says how long the run will take and when its first validation is due;
+    where that is late, which option brings it nearer. Runs of less than half a minute have no such line.
+
     Args:
         metric: a logged metric to show beside the loss.
         refresh: seconds between two redraws on a terminal.
@@ -74,6 +84,7 @@ class Progress(ProgressBar):
         self._begin = (0.0, 0)  # when training began, and at which step
         self._drawn = -math.inf
         self._line = -1  # step of the last line
+        self._trial: Meter | None = None  # of the steps by which the run's time is estimated, until that is said
         self._read: dict[str, tuple[Any, float]] = {}  # what was logged last, and its number
 
     # what Lightning asks of a progress bar ------------------------------------------------------------------
@@ -100,6 +111,7 @@ class Progress(ProgressBar):
             (time.monotonic(), trainer.global_step),
             trainer.global_step,
         )
+        self._trial = Meter() if self._enabled and self._total else None
         self._every = self.lines_every or 0
         batches = trainer.num_training_batches
         if not self._every and self._total and self._total <= math.ceil(batches / trainer.accumulate_grad_batches):
@@ -108,11 +120,15 @@ class Progress(ProgressBar):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._meter.wait(time.perf_counter())
+        if self._trial is not None:
+            self._trial.wait(time.perf_counter())
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._meter.work(time.perf_counter())
+        if self._trial is not None:
+            self._trial.work(time.perf_counter())
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -120,6 +136,9 @@ class Progress(ProgressBar):
         self._meter.done(time.perf_counter(), count_rows(batch) * trainer.world_size)
         if not self._enabled:
             return
+        if self._trial is not None:
+            self._trial.done(time.perf_counter(), 0)
+            self._tell_time(trainer, self._trial)
         step = trainer.global_step
         if self._bar is not None:
             if step % log_interval(trainer) == 0:  # where a device is read anyway, and not at the next redraw
@@ -142,6 +161,52 @@ class Progress(ProgressBar):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._close()
+
+    def _tell_time(self, trainer: L.Trainer, trial: Meter) -> None:
+        """The line about the whole run's time, as soon as enough steps are timed."""
+        assert self._total is not None
+        accumulate = trainer.accumulate_grad_batches
+        if trial.batches == _SKIPPED * accumulate and trainer.global_step - self._begin[1] <= _SKIPPED:
+            trial.clear()
+            return
+        steps = trial.batches / accumulate
+        if steps < _MEASURED and (trial.seconds < _SECONDS or steps < 1):
+            return
+        self._trial = None
+        whole, wait = trial.seconds / steps, trial.waited / steps
+        left = self._total - self._begin[1]
+        # what is read the first time only is waited for in the first epoch only
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        epoch = math.ceil(trainer.num_training_batches / accumulate)
+        slow = min(left, epoch) if getattr(data, "warms", False) else left
+
+        def seconds(steps: float) -> float:
+            return whole * min(steps, slow) + (whole - wait) * max(steps - slow, 0)
+
+        if seconds(left) < _SHORT:
+            return
+        print(f"descant: {self._time_line(trainer, seconds(left), left, seconds)}", file=sys.stderr, flush=True)
+
+    def _time_line(self, trainer: L.Trainer, whole: float, left: int, seconds: Callable[[float], float]) -> str:
+        told = f"about {clock(whole)} of training for {left:,} steps"
+        if any(isinstance(callback, ProgressiveResizing) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            told += " at the present size of images"
+        accumulate = trainer.accumulate_grad_batches
+        batches = first_validation(trainer)
+        first = batches / accumulate
+        if self._begin[1] or not first <= left:  # a resumed run may have validated
+            return told
+        told += f"; first validation after about {clock(seconds(first))}"
+        if seconds(first) <= _LATE:
+            return told
+        epoch = math.ceil(trainer.num_training_batches / accumulate)
+        every = trainer.check_val_every_n_epoch or 1
+        soon = next((n for n in range(every - 1, 0, -1) if seconds(n * epoch) <= _LATE), None)
+        if soon is not None:
+            return f"{told}: --trainer.check_val_every_n_epoch {soon} validates sooner"
+        sooner = max(int(_LATE / seconds(1)), 1) * accumulate
+        epochs = " --trainer.check_val_every_n_epoch 1" if every > 1 else ""
+        return f"{told}:{epochs} --trainer.val_check_interval {sooner} validates sooner"
 
     def _finished(self, trainer: L.Trainer) -> bool:
         return trainer.should_stop or (self._total is not None and trainer.global_step >= self._total)
@@ -180,6 +245,8 @@ class Progress(ProgressBar):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._meter.wait(None)
+        if self._trial is not None:
+            self._trial.wait(None)
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._open("validating", _total(trainer.num_val_batches))
         elif self._bar is not None and self._task is not None:

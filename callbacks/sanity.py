@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, LinearLR, SequentialLR
 from descant.modules.batch import Batch
 from descant.modules.chunks import looks_at_the_batch
 from descant.modules.protocols import Embeds, HasObjective, HasTowers
-from descant.modules.trainer import log_interval, run_steps
+from descant.modules.trainer import first_validation, log_interval, run_steps
 
 #: What is looked at before the first step.
 Before = Literal["rate", "interval", "batch", "frozen", "chunks", "validation", "logger", "mix"]
@@ -269,15 +269,7 @@ def _validation(trainer: L.Trainer, total: float) -> str:
     by_clock = trainer._val_check_time_interval is not None  # type: ignore[attr-defined]
     if not trainer.enable_validation or by_clock:
         return ""
-    every, batches = trainer.check_val_every_n_epoch, trainer.num_training_batches
-    check = trainer.val_check_batch
-    first: float
-    if every is None:
-        first = check or math.inf
-    elif check is None or math.isinf(check):
-        first = every * batches  # at the end of an epoch
-    else:
-        first = (every - 1) * batches + check
+    first = first_validation(trainer)
     run = total * trainer.accumulate_grad_batches
     if first <= run or not math.isfinite(run):
         return ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -119,17 +119,21 @@ class Rows:
 class Loader(DataLoader[Any]):
     """A DataLoader whose workers' errors arrive as what they are: a ValueError of one line, without their traceback.
 
-    Its data set is told of each batch as it is handed over.
+    Its data set is told of each batch as it is handed over, and ``ended`` is called with the last one of an epoch.
     """
+
+    ended: Callable[[], None] | None = None
 
     def __iter__(self) -> Any:
         assert isinstance(self.dataset, BatchDataset)
-        return _Plain(super().__iter__(), self.dataset)
+        return _Plain(super().__iter__(), self.dataset, len(self), self.ended)
 
 
 class _Plain(Iterator[Any]):
-    def __init__(self, batches: Iterator[Any], data: BatchDataset) -> None:
-        self.batches, self.data = batches, data
+    def __init__(
+        self, batches: Iterator[Any], data: BatchDataset, left: int, ended: Callable[[], None] | None = None
+    ) -> None:
+        self.batches, self.data, self.left, self.ended = batches, data, left, ended
 
     def __next__(self) -> Any:
         try:
@@ -137,6 +141,9 @@ class _Plain(Iterator[Any]):
         except ValueError as error:
             raise ValueError(_last_line(error)) from error
         self.data.arrived(batch)
+        self.left -= 1
+        if self.left == 0 and self.ended is not None:  # who knows how many there are does not ask for one more
+            self.ended()
         return batch
 
 
@@ -219,6 +226,11 @@ class DataModule(L.LightningDataModule):
     def prompts(self, target: str) -> tuple[Tensor, list[str]]:
         """For zero-shot classification of ``target``: token ids ``[C, P, T]`` (P prompts a class) and class names."""
         raise NotImplementedError
+
+    @property
+    def warms(self) -> bool:
+        """Whether a run's first epoch reads slower than those after it, since what it decodes is kept."""
+        return False
 
     def sample_name(self, index: int) -> str:
         """The sample's own name in its corpus (its file, its key), by its id."""

@@ -17,7 +17,8 @@ import soundfile
 import torch
 from torch import Tensor
 
-from descant.datamodules.images import LIMIT, Images
+from descant.datamodules.images import LIMIT, Images, Reduced
+from descant.datamodules.kept import Kept
 from descant.datamodules.sources.base import PICTURES, SOUNDS, Raw, Source, media, nearest, text_of
 from descant.modules.audio import AudioAugment, LogMel, resample
 from descant.modules.random import uniform_N
@@ -96,11 +97,21 @@ class Field:
         """Raises ValueError where the source has no such field, naming the nearest, or the choice is not unique."""
         raise NotImplementedError
 
-    def decode(self, raw_B: Sequence[Raw | None], draw_B: np.ndarray | None) -> tuple[Tensor, list[str | None]]:
+    def decode(
+        self, raw_B: Sequence[Raw | Reduced | None], draw_B: np.ndarray | None
+    ) -> tuple[Tensor, list[str | None]]:
         """``[B, ...]`` and, for each row, why it could not be read; a row of None is zero (or padding), without error.
 
-        Without ``draw_B`` nothing is random: evaluation's view.
+        Without ``draw_B`` nothing is random: evaluation's view. Only a field that keeps pictures is given reduced ones.
         """
+        raise NotImplementedError
+
+    def memory(self, rows: int) -> Kept | None:
+        """Where what is decoded of a source's rows is kept, if it is."""
+        return None
+
+    def reduced(self, raw: Raw) -> Reduced:
+        """What is kept of a sample, by a field with a ``memory``. Raises ValueError where it cannot be read."""
         raise NotImplementedError
 
 
@@ -113,6 +124,13 @@ class ImageField(Field):
         size: S, pixels out.
         scale, ratio, flip, filter, limit: of the crops and the decoder, as in :class:`Images`.
         mean, std: of each colour on the device, as a pretrained tower was trained with; -1..1 where not given.
+        keep: a picture is decoded once, and ``keep * size`` pixels a side of it stay in memory (of 2 GiB of pictures
+            at most), of which crops are taken from then on; 1.5 is enough for crops of half the area. Where not
+            given, pictures are decoded whenever they are read. For folders, tables, parquet and shards: of a stream
+            nothing comes twice.
+
+    Raises:
+        ValueError: where ``keep`` is less than 1, or an option of Images is out of its range.
 
     >>> ImageField(size=8).decode([b"no picture", None], None)[1][1] is None
     True
@@ -131,8 +149,11 @@ class ImageField(Field):
         limit: int = LIMIT,
         mean: Colour = HALF,
         std: Colour = HALF,
+        keep: float | None = None,
     ) -> None:
-        self.field, self.size = field, size
+        if keep is not None and not 1 <= keep < math.inf:
+            raise ValueError(f"keep {keep:g}: 1 or more times the size, or pictures would be enlarged")
+        self.field, self.size, self.keep = field, size, keep
         self.pixels = Pixels(size, mean, std)
         self.images = Images(size, scale=scale, ratio=ratio, flip=flip, filter=filter, limit=limit)
 
@@ -148,7 +169,16 @@ class ImageField(Field):
     def column(self, source: Source) -> Column:
         return _named(source, self.field, self.kind)
 
-    def decode(self, raw_B: Sequence[Raw | None], draw_B: np.ndarray | None) -> tuple[Tensor, list[str | None]]:
+    def memory(self, rows: int) -> Kept | None:
+        return None if self.keep is None else Kept(rows, round(self.keep * self.size))
+
+    def reduced(self, raw: Raw) -> Reduced:
+        assert self.keep is not None
+        return self.images.reduced(raw.encode() if isinstance(raw, str) else raw, round(self.keep * self.size))
+
+    def decode(
+        self, raw_B: Sequence[Raw | Reduced | None], draw_B: np.ndarray | None
+    ) -> tuple[Tensor, list[str | None]]:
         return self.images([raw.encode() if isinstance(raw, str) else raw for raw in raw_B], draw_B)
 
 
@@ -194,12 +224,14 @@ class AudioField(Field):
     def column(self, source: Source) -> Column:
         return _named(source, self.field, self.kind)
 
-    def decode(self, raw_B: Sequence[Raw | None], draw_B: np.ndarray | None) -> tuple[Tensor, list[str | None]]:
+    def decode(
+        self, raw_B: Sequence[Raw | Reduced | None], draw_B: np.ndarray | None
+    ) -> tuple[Tensor, list[str | None]]:
         x_BS = torch.full((len(raw_B), self.samples), ENDED, dtype=torch.int16)
         errors: list[str | None] = [None] * len(raw_B)
         u_B = None if draw_B is None else uniform_N(draw_B, "audio/start").tolist()
         for row, raw in enumerate(raw_B):
-            if raw is None:
+            if raw is None or isinstance(raw, Reduced):
                 continue
             try:
                 x_S = self._read(raw if isinstance(raw, bytes) else raw.encode(), 0.0 if u_B is None else u_B[row])
@@ -283,12 +315,14 @@ class TextField(Field):
         has_NF = np.stack([source.has(name) for name in names], axis=1)
         return Column(names, has_NF, group_F, list(asked.values()))
 
-    def decode(self, raw_B: Sequence[Raw | None], draw_B: np.ndarray | None) -> tuple[Tensor, list[str | None]]:
+    def decode(
+        self, raw_B: Sequence[Raw | Reduced | None], draw_B: np.ndarray | None
+    ) -> tuple[Tensor, list[str | None]]:
         errors: list[str | None] = [None] * len(raw_B)
         rows = []
         for row, raw in enumerate(raw_B):
             ids: list[int] = []
-            if raw is not None:
+            if raw is not None and not isinstance(raw, Reduced):
                 try:
                     ids = self.codec.ids(text_of(raw))
                 except ValueError as error:

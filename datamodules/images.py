@@ -67,6 +67,14 @@ class Header(NamedTuple):
     picture: Image.Image | None
 
 
+class Reduced(NamedTuple):
+    """A decoded picture of ``height`` x ``width`` pixels, averaged down to a square: uint8 ``[S', S', 3]``."""
+
+    height: int
+    width: int
+    x_SS3: np.ndarray
+
+
 class Images:
     """Encoded pictures -> uint8 ``[B, 3, S, S]``: random-resized crops with flips; in evaluation the central square.
 
@@ -134,23 +142,23 @@ class Images:
         return twin
 
     def __call__(
-        self, data: Sequence[bytes | None], draw_B: np.ndarray | None = None
+        self, data: Sequence[bytes | Reduced | None], draw_B: np.ndarray | None = None
     ) -> tuple[Tensor, list[str | None]]:
         """The batch, and for each row why it could not be read: None where it was, or where it has no data.
 
         Args:
-            data: one encoded picture a row; None where the sample has none, and its row is zero.
+            data: one encoded (or :meth:`reduced`) picture a row; None where the sample has none, and its row is zero.
             draw_B: each sample's key, or None for evaluation: the central square, nothing random.
         """
         # numpy's memory, because it asks for huge pages: touching fresh ones is a twentieth of the time otherwise
         x_BSS3 = np.empty((len(data), self.size, self.size, 3), dtype=np.uint8)
         x_B3SS = torch.from_numpy(x_BSS3).permute(0, 3, 1, 2)
         errors: list[str | None] = [None] * len(data)
-        headers: dict[int, Header] = {}
+        headers: dict[int, Header | Reduced] = {}
         for row, encoded in enumerate(data):
             try:
                 if encoded is not None:
-                    headers[row] = self.header(encoded)
+                    headers[row] = encoded if isinstance(encoded, Reduced) else self.header(encoded)
             except ValueError as error:
                 errors[row] = str(error)
         shape_N2 = np.array([header[:2] for header in headers.values()], dtype=np.int64).reshape(-1, 2)
@@ -160,7 +168,8 @@ class Images:
         for row, box, flipped in zip(list(headers), box_N4.tolist(), flipped_N.tolist(), strict=True):
             header = headers.pop(row)  # with what it decodes into: one picture is held at a time
             try:
-                x_HWC, (top, left, height, width) = self.decode(header, box)
+                found = _within(header, box) if isinstance(header, Reduced) else self.decode(header, box)
+                x_HWC, (top, left, height, width) = found
             except ValueError as error:
                 errors[row] = str(error)
                 continue
@@ -178,6 +187,25 @@ class Images:
             if row not in read:
                 x_B3SS[row] = 0
         return x_B3SS, errors
+
+    def reduced(self, data: bytes, side: int) -> Reduced:
+        """The whole of an encoded picture, averaged to ``side`` x ``side`` pixels whatever its shape, which it keeps
+        as numbers: crops of it lie where those of the picture lie, and only that they are resampled twice differs.
+
+        Raises:
+            ValueError: for a picture that cannot be read.
+
+        >>> whole = Images(8).reduced(simplejpeg.encode_jpeg(np.full((30, 40, 3), 255, dtype=np.uint8)), 12)
+        >>> whole.height, whole.width, whole.x_SS3.shape
+        (30, 40, (12, 12, 3))
+        """
+        header = self.header(data)
+        box_4 = self.boxes(np.array([header[:2]], dtype=np.int64), None)[0][0].tolist()
+        x_HWC, (top, left, height, width) = self.decode(header, box_4)
+        x_SS3 = np.empty((1, side, side, 3), dtype=np.uint8)
+        x_1CHW = torch.from_numpy(x_HWC[None, top : top + height, left : left + width]).permute(0, 3, 1, 2)
+        self._resample(x_1CHW, torch.from_numpy(x_SS3).permute(0, 3, 1, 2))
+        return Reduced(box_4[2], box_4[3], x_SS3[0])
 
     def _resample(self, x_1CHW: Tensor, out_1CHW: Tensor) -> None:
         _RESAMPLE[self.filter](x_1CHW, list(out_1CHW.shape[2:]), False, None, None, out=out_1CHW)
@@ -287,6 +315,15 @@ class Images:
         """
         spare = min(box[2:]) / (self.gap * self.size)
         return max(times for times in (1, 2, 4, 8) if times == 1 or times <= spare)
+
+
+def _within(picture: Reduced, box: Sequence[int]) -> tuple[np.ndarray, list[int]]:
+    """The pixels of a reduced picture, and where a box of the picture itself lies in them: a pixel a side at least."""
+    side = len(picture.x_SS3)
+    down, across = side / picture.height, side / picture.width
+    top, left = min(round(box[0] * down), side - 1), min(round(box[1] * across), side - 1)
+    bottom, right = round((box[0] + box[2]) * down), round((box[1] + box[3]) * across)
+    return picture.x_SS3, [top, left, max(bottom - top, 1), max(right - left, 1)]
 
 
 # formats -------------------------------------------------------------------------------------------------------

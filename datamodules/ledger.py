@@ -49,6 +49,12 @@ class Ledger:
         self.skipped += 1
         self._note(json.dumps({"file": file, "sample": sample, "why": why}).encode())
 
+    def noted(self) -> list[dict[str, str]]:
+        """All that any process has noted in the file, in its order; nothing where there is none."""
+        if self.path is None or not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_bytes().splitlines()]
+
     def _note(self, line: bytes) -> None:
         if self.path is None or line in self._noted:
             return

@@ -483,6 +483,10 @@ class Mixture(DataModule):
     def prompts(self, target: str) -> tuple[Tensor, list[str]]:
         return self.parts[self.bank].prompts(target)
 
+    @property
+    def warms(self) -> bool:
+        return any(part.warms for part in self.parts.values())
+
     def sample_name(self, index: int) -> str:
         part, own = self._part(index)
         return part.sample_name(own)

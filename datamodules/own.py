@@ -19,7 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from descant.datamodules.base import BatchDataset, DataModule
+from descant.datamodules.base import BatchDataset, DataModule, Loader
 from descant.datamodules.changed import Corpus, rules
 from descant.datamodules.fields import AudioField, Column, Field, Fields, ImageField, TextField, kinds
 from descant.datamodules.ledger import Ledger
@@ -112,6 +112,7 @@ class Own(DataModule):
         self._workers = num_workers
         self._streamed: StreamSet | None = None  # the set that training reads
         self._marks: Marks = {}  # of a resume point
+        self._unread = 0  # samples of which it was said that they could not be read
         super().__init__(batch_size, eval_batch_size, num_workers or 0, drop, tiny)
         image = self.given.image if self.given is not None else None
         if augment is not None and image is not None and augment.size != image.size:
@@ -135,6 +136,10 @@ class Own(DataModule):
         else:
             cores //= self.trainer.num_devices if self.trainer is not None else 1
         return 0 if self.tiny else max(0, min(cores - 1, _WORKERS))
+
+    @property
+    def warms(self) -> bool:
+        return self.stream is None and any(getattr(field, "keep", None) for field in self.fields.values())
 
     @property
     def codec(self) -> Codec | None:
@@ -201,7 +206,7 @@ class Own(DataModule):
         readers = {}
         for name, source in self.sources.items():
             columns: dict[str, Column] = {m: field.column(source) for m, field in self.fields.items()}
-            readers[name] = Reader(source, self.fields, columns)
+            readers[name] = Reader(source, self.fields, columns, keep=True)
         return readers
 
     @cached_property
@@ -287,9 +292,51 @@ class Own(DataModule):
         for m, has_N in made.has.items():
             if not has_N.any():
                 raise ValueError(f"{self.sources['train'].place(0)}: no training sample has {m}")
+        self._told_rows()
         self._told_cut(made)
         self._told_faults()
         return made
+
+    def _told_rows(self) -> None:
+        """Say once what was read, merged and left out, before anything is trained on, and where the rest will stand."""
+        if self.tiny or self._world()[0] or "rows_told" in self.__dict__:
+            return
+        self.rows_told = True
+        sources = self.sources.values()
+        merged, lost = sum(s.merged for s in sources), sum(len(s.faults) for s in sources)
+        there = {split: self._there(*at) for split, at in self.splits.items()}
+        out = [f"{lost:,} left out"] if lost else []
+        out += [f"{merged:,} merged with another row of the same file"] if merged else []
+        empty = sum(len(row_N) for _, row_N in self.splits.values()) - sum(len(has) for has in there.values())
+        out += [f"{empty:,} samples without {' or '.join(self.fields)} left out"] if empty else []
+        for k, m in enumerate(self.fields):
+            without = sum(int((~has[:, k]).sum()) for has in there.values())
+            out += [f"{without:,} without {m}"] if without else []
+        absent = sum(s.absent for s in sources)
+        out += [f"{absent:,} files named but not there"] if absent else []
+        read = sum(len(s) for s in sources) + merged + lost
+        samples = ", ".join(f"{split} {len(has):,}" for split, has in there.items())
+        told = "; ".join([f"{read:,} rows read", *out, f"samples: {samples}"])
+        where = f"; what cannot be read is listed in {self.ledger.path}" if self.ledger.path is not None else ""
+        print(f"descant: data: {told}{where}", flush=True)
+
+    def _there(self, name: str, row_N: np.ndarray) -> np.ndarray:
+        """Which modalities (columns) those samples (rows) have that have any."""
+        columns = self.readers[name].columns
+        has_NM = np.stack([columns[m].present_N[row_N] for m in self.fields], axis=1)
+        return np.asarray(has_NM[has_NM.any(axis=1)])
+
+    def _told_unread(self) -> None:
+        """At the end of an epoch: say how many samples could not be read, where that is known of more than before."""
+        noted = self.ledger.noted()
+        count = len({(note["file"], note["sample"]) for note in noted}) - getattr(self, "lost", 0)
+        if count <= self._unread:
+            return
+        self._unread = count
+        last = noted[-1]
+        more = f", the last {last['sample']}: {last['why']}" if count > 1 else f": {last['sample']}: {last['why']}"
+        told = f"{count:,} samples could not be read{more}" if count > 1 else f"1 sample could not be read{more}"
+        print(f"descant: warning: data: {told}; all of them: {self.ledger.path}", file=sys.stderr, flush=True)
 
     def _told_faults(self) -> None:
         """Note what the indices know to be lost, and say once how much that is."""
@@ -350,6 +397,8 @@ class Own(DataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         loader = super().train_dataloader()
+        if isinstance(loader, Loader) and not self._world()[0]:
+            loader.ended = self._told_unread
         self._streamed = loader.dataset if isinstance(loader.dataset, StreamSet) else None
         return loader
 

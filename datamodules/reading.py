@@ -16,6 +16,8 @@ from torch.utils.data import get_worker_info
 
 from descant.datamodules.base import BatchDataset, Rows
 from descant.datamodules.fields import Column, Field, numbered
+from descant.datamodules.images import Reduced
+from descant.datamodules.kept import Kept
 from descant.datamodules.ledger import Ledger
 from descant.datamodules.order import Window
 from descant.datamodules.sources.base import REMEDY, Damaged, Raw, Source, encoded, text_of
@@ -41,33 +43,53 @@ class Reader:
         source: of the raw fields.
         fields: modality -> what becomes of them.
         columns: modality -> where they lie in the source.
+        keep: whether what a field keeps in memory is kept; of rows that are read once it would be a waste.
     """
 
-    def __init__(self, source: Source, fields: Mapping[str, Field], columns: Mapping[str, Column]) -> None:
+    def __init__(
+        self, source: Source, fields: Mapping[str, Field], columns: Mapping[str, Column], keep: bool = False
+    ) -> None:
         self.source, self.fields, self.columns = source, dict(fields), dict(columns)
+        memories = {m: field.memory(len(source)) for m, field in fields.items()} if keep else {}
+        self.kept: dict[str, Kept] = {m: kept for m, kept in memories.items() if kept is not None}
 
     def read(self, row_B: np.ndarray, draw_B: np.ndarray | None) -> Read:
         """The samples at ``row_B`` of the source; nothing is random without ``draw_B``."""
         picks = {m: column.pick(row_B, draw_B, f"field/{m}") for m, column in self.columns.items()}
         told = self.columns["text"].pick(row_B, None, "") if "text" in self.columns else np.full(len(row_B), -1)
-        raws: dict[str, list[Raw | None]] = {m: [None] * len(row_B) for m in self.columns}
+        raws: dict[str, list[Raw | Reduced | None]] = {m: [None] * len(row_B) for m in self.columns}
         errors: dict[tuple[str, int], str] = {}
         key_B = np.zeros(len(row_B), dtype=np.int64)
         for b, row in enumerate(row_B.tolist()):
             wanted = {m: self.columns[m].names[pick_B[b]] for m, pick_B in picks.items() if pick_B[b] >= 0}
             caption = self.columns["text"].names[told[b]] if told[b] >= 0 else None
+            for m, kept in self.kept.items():
+                if m in wanted and (picture := kept.get(row)) is not None:
+                    raws[m][b] = picture
+                    del wanted[m]
             found, faults = self._raw(row, {*wanted.values(), *([caption] if caption else [])})
             for m, name in wanted.items():
                 if name in faults:
                     errors[m, b] = faults[name]
                 else:
-                    raws[m][b] = found[name]
+                    raws[m][b] = self._kept(m, row, found[name]) if m in self.kept else found[name]
             key_B[b] = self._key(row, found.get(caption) if caption else None)
         inputs = {}
         for m, field in self.fields.items():
             inputs[m], why_B = field.decode(raws[m], draw_B)
             errors |= {(m, b): why for b, why in enumerate(why_B) if why is not None}
         return Read(inputs, key_B, errors)
+
+    def _kept(self, m: str, row: int, raw: Raw) -> Raw | Reduced:
+        """A raw field as it is kept from now on; itself where it cannot be read, or another may be picked next time."""
+        if self.columns[m].has_NF[row].sum() > 1:
+            return raw
+        try:
+            picture = self.fields[m].reduced(raw)
+        except ValueError:
+            return raw  # decoding it tells why
+        self.kept[m].put(row, picture)
+        return picture
 
     def _raw(self, row: int, names: set[str]) -> tuple[dict[str, Raw], dict[str, str]]:
         """What a sample has of some fields, and why it has not the others."""

@@ -33,7 +33,9 @@ TRAIN = "train"
 class Predictions(L.Callback):
     """Writes ``embeddings-SET.parquet`` for each set, group by group; it appears whole or not at all.
 
-    Columns: ``index`` (int64, the sample's stable id), ``name`` (the data's own line about it), and for each modality
+    Columns: ``index`` (int64, the sample's stable id), ``name`` (the data's own line about it, such as its caption),
+    ``sample`` (its own name in the corpus, by which rows are joined to files: of a folder the path, of a shard the key,
+    of data whose samples have no name the id), and for each modality
     ``z_MODALITY``, a list of D float32, null where the sample lacks the modality. Rows without any (padding that keeps
     the shape of a batch) are left out. Several ranks write a folder of that name with a part each, which readers of
     parquet take as one table. The schema's metadata has one entry, ``descant``: JSON of the run, the checkpoint, its
@@ -138,7 +140,7 @@ class _Table:
         self.target = target if rank is None else target / f"part-{rank:05d}.parquet"
         self.scratch = folder / f".{target.name}.{0 if rank is None else rank}"
         columns = {f"z_{m}": pa.list_(pa.float32(), width) for m, width in widths.items()}
-        fields = {"index": pa.int64(), "name": pa.string(), **columns}
+        fields = {"index": pa.int64(), "name": pa.string(), "sample": pa.string(), **columns}
         self.schema = pa.schema(list(fields.items()), metadata={"descant": json.dumps(about)})
         self.writer = pq.ParquetWriter(self.scratch, self.schema, compression="zstd")
         self.kept: list[pa.RecordBatch] = []
@@ -151,7 +153,9 @@ class _Table:
             return
         index = outputs["index"].cpu()[rows].tolist()
         describe = getattr(self.data, "describe", str)
+        sample = getattr(self.data, "sample_name", str)
         columns = [pa.array(index, pa.int64()), pa.array([describe(i) for i in index], pa.string())]
+        columns.append(pa.array([_utf8(sample(i)) for i in index], pa.string()))
         for modality, width in self.widths.items():
             z_BD = outputs["z"].get(modality)
             if z_BD is None:
@@ -179,6 +183,15 @@ class _Table:
     def drop(self) -> None:
         self.writer.close()
         self.scratch.unlink(missing_ok=True)
+
+
+def _utf8(name: str) -> str:
+    """A name that parquet takes: bytes of a file's name that are no UTF-8 are written out.
+
+    >>> _utf8("a.png"), _utf8("\\udcff.png")
+    ('a.png', '\\\\xff.png')
+    """
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _vectors(z_BD: Tensor, present_B: Tensor, width: int) -> pa.Array:

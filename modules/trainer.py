@@ -45,6 +45,25 @@ def run_steps(trainer: Any) -> float:
     return steps if trainer.max_steps < 0 else min(steps, float(trainer.max_steps))
 
 
+def first_validation(trainer: Any) -> float:
+    """Micro-batches of a fit before its first validation; infinity where there is none, or the clock says when.
+
+    >>> from types import SimpleNamespace
+    >>> plain = SimpleNamespace(enable_validation=True, num_training_batches=20, check_val_every_n_epoch=5)
+    >>> plain._val_check_time_interval, plain.val_check_batch = None, 20
+    >>> first_validation(plain)
+    100.0
+    """
+    if not trainer.enable_validation or trainer._val_check_time_interval is not None:
+        return math.inf
+    every, batches, check = trainer.check_val_every_n_epoch, trainer.num_training_batches, trainer.val_check_batch
+    if every is None:
+        return float(check or math.inf)
+    if check is None or math.isinf(check):
+        return float(every * batches)  # at the end of an epoch
+    return float((every - 1) * batches + check)
+
+
 def data_now(trainer: Any) -> Any:
     """The data module that is trained on: of a run in stages, that of the stage."""
     data = trainer.datamodule

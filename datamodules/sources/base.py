@@ -62,6 +62,10 @@ class Source:
 
     #: What is lost of it, in the order in which it was found.
     faults: Sequence[Fault] = ()
+    #: Rows on disk that became one sample with another row, of the same file.
+    merged: int = 0
+    #: Files that are named and not there, as far as that is known before they are read.
+    absent: int = 0
 
     def __len__(self) -> int:
         raise NotImplementedError

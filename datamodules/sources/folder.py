@@ -9,7 +9,7 @@ import csv as csv_module
 import json
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import cast
@@ -41,6 +41,8 @@ from descant.datamodules.sources.base import (
 TABLES = (".csv", ".tsv", ".jsonl")
 #: Tables that are taken without being named, where a folder holds several.
 _USUAL = ("metadata", "captions", "data", "index")
+#: What data hubs call the table of a sub-folder; others there, such as captions.csv, may belong to other corpora.
+_INNER = "metadata"
 _MEDIA = (*PICTURES, *SOUNDS)
 #: Rows of a table that may be left out: one with more is another kind of file, or was cut in the middle.
 _BROKEN = 1000
@@ -57,7 +59,9 @@ class Folder(Source):
 
     With a table (``csv``), a sample is a file of its first file column; every other column is a field: a column of
     file names is read as bytes, all others are texts. Rows of one file are one sample: a column in which they differ
-    (five captions of one picture) becomes ``caption.0``, ``caption.1``, ... Without a table, a sample is a picture or
+    (five captions of one picture) becomes ``caption.0``, ``caption.1``, ...; ``merged`` counts the rows beyond the
+    first of a file. Where the sub-folders hold tables instead (``train/metadata.jsonl``, the layout of data hubs), all
+    of them are read, and what each names is relative to its own folder. Without a table, a sample is a picture or
     a recording of the folder, at any depth; what stands beside it under the same name belongs to it: fields
     ``image``, ``audio``, ``caption`` (from ``name.txt``), ``json.*``. Where files lie in sub-folders, ``folder`` is
     the name of the one, and ``split`` that of the first, if it is one (train, val, test).
@@ -89,7 +93,9 @@ class Folder(Source):
         self.columns: dict[str, list[str | None]] = {}  # a file's path relative to the root, or a text
         self.files: tuple[str, ...] = ()  # the columns that hold files
         if self.table is not None:
-            self._read_table(self.table)
+            self._read_tables({"": self.table})
+        elif inner := self._inner():
+            self._read_tables(inner)
         else:
             self._walk()
         self._places()
@@ -121,6 +127,7 @@ class Folder(Source):
                 found += [(size, time) for _, size, time in each]
         self.size_FN, self.time_FN = np.full(shape, -1, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         facts_M2 = np.array(found, dtype=np.int64).reshape(-1, 2)
+        self.absent = int((facts_M2[:, 0] < 0).sum())
         self.size_FN[self.given_FN], self.time_FN[self.given_FN] = facts_M2.T
 
     def _one(self, name: str) -> tuple[int, int]:
@@ -177,22 +184,55 @@ class Folder(Source):
 
     # a table ---------------------------------------------------------------------------------------------------
 
-    def _read_table(self, table: Path) -> None:
-        read = _json_lines if table.suffix.lower() == ".jsonl" else _separated
-        columns = read(table, self._bad)
-        files = [name for name, values in columns.items() if _holds_files(values)]
-        if not files:
-            raise ValueError(
-                f"{table}: no column holds names of files (such as a.jpg); the columns are {short(', '.join(columns))}"
-            )
-        lead = files[0]
-        first = [v for v in columns[lead][:1000] if v][:20]
-        if not self.outside:
-            self._bounded(first)
-        if not any(os.path.isfile(_joined(f"{self.root}/", v)) for v in first):
-            raise ValueError(f"{table}: column {lead}: there is no {short(first[0])} in {self.root}")
+    def _inner(self) -> dict[str, Path]:
+        """Sub-folder -> its table; what lies in a sub-folder without one is lost, and noted."""
+        with os.scandir(self.root) as entries:
+            folders = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        found: dict[str, Path] = {}
+        for folder in folders:
+            known = (self.root / folder / f"{_INNER}{ending}" for ending in TABLES)
+            tables = [table for table in known if table.is_file()]
+            if len(tables) > 1:
+                raise ValueError(f"{tables[0]} and {tables[1].name}: two tables of one folder; remove one of them")
+            found |= dict(zip([folder], tables, strict=False))
+        for folder in sorted({*folders} - {*found}) if found else ():
+            lost = sum(name.rpartition(".")[2].lower() in _MEDIA for name in _files(self.root / folder))
+            if lost:
+                why = f"{lost:,} files in a folder without a table, which {next(iter(found))} has"
+                self.faults.append(Fault(str(self.root / folder), folder, why))
+        return found
+
+    def _read_tables(self, tables: Mapping[str, Path]) -> None:
+        """``tables``: where names of files are relative to, below the root, -> table; of each, all rows are read."""
+        columns: dict[str, list[str | None]] = {}
+        lead, rows = "", 0
+        for inner, table in tables.items():
+            self.table = table
+            read = _json_lines if table.suffix.lower() == ".jsonl" else _separated
+            part = read(table, self._bad)
+            files = [name for name, values in part.items() if _holds_files(values)]
+            if not files:
+                has = short(", ".join(part))
+                raise ValueError(f"{table}: no column holds names of files (such as a.jpg); the columns are {has}")
+            for name in files if inner else ():  # an absolute name stays one, and is refused as such
+                part[name] = [v if v is None or v.startswith("/") else f"{inner}/{v}" for v in part[name]]
+            first = [v for v in part[files[0]][:1000] if v][:20]
+            if not self.outside:
+                self._bounded(first)
+            if not any(os.path.isfile(_joined(f"{self.root}/", v)) for v in first):
+                raise ValueError(f"{table}: column {files[0]}: there is no {short(first[0])} in {self.root}")
+            lead = lead or files[0]
+            if lead not in part:
+                part[lead] = part.pop(files[0])
+            size = len(part[lead])
+            for name in {**columns, **part}:
+                columns.setdefault(name, [None] * rows).extend(part.get(name) or [None] * size)
+            rows += size
+        if len(tables) > 1:
+            self.table = None
         self.columns, self.files = _grouped(columns, lead, table)
         named = self.columns[lead]
+        self.merged = rows - len(named)
         whole = None not in named
         self.names = cast(list[str], named) if whole else [v or f"{table.name}#{i}" for i, v in enumerate(named)]
 

@@ -27,6 +27,8 @@ READ, DECODED = 20_000, 500
 #: Shares of samples of which a length is told.
 _SHARES = {"least": 0.0, "5%": 0.05, "half": 0.5, "95%": 0.95, "most": 1.0}
 _TILES = 24
+#: Unreadable samples that are named; the JSON names all.
+_NAMED = 50
 
 
 @dataclass
@@ -97,6 +99,7 @@ def report(view: View, every: bool = False) -> dict[str, Any]:
     return {
         "what": view.title,
         "samples": total,
+        "rows": _rows(view, total),
         "splits": {split: _split(view, numbers) for split, numbers in view.splits.items()},
         "fields": {name: {"kind": kind, "samples": n} for name, (kind, n) in view.fields.items()},
         "captions": {split: _lengths(view, numbers, texts[split]) for split, numbers in view.splits.items()},
@@ -110,6 +113,14 @@ def report(view: View, every: bool = False) -> dict[str, Any]:
         },
         "echoes": _echoes(texts),
     }
+
+
+def _rows(view: View, total: int) -> dict[str, int]:
+    """Rows of tables and shards: all that were read, those merged with another, left out, and files not there."""
+    sources = getattr(view, "sources", [])
+    merged, left_out = sum(s.merged for s in sources), sum(len(s.faults) for s in sources)
+    read = sum(len(s) for s in sources) + merged + left_out if sources else total
+    return {"read": read, "merged": merged, "left_out": left_out, "absent": sum(s.absent for s in sources)}
 
 
 def _split(view: View, numbers: np.ndarray) -> dict[str, Any]:
@@ -142,7 +153,7 @@ def _content(view: View, contents: Mapping[int, Content]) -> dict[str, Any]:
     faults = {view.name(i): c.fault for i, c in contents.items() if c.fault is not None}
     decoded = sum(c.decoded for c in contents.values())
     found: dict[str, Any] = {"read": len(contents), "decoded": decoded, "unreadable": len(faults)}
-    found["examples"] = dict(list(faults.items())[:5])
+    found["examples"] = faults
     if sizes:
         found["width"], found["height"] = (_quantiles([float(size[k]) for size in sizes]) for k in (0, 1))
         found["formats"] = dict(Counter(size[2] for size in sizes).most_common())
@@ -205,6 +216,12 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     """The numbers as a person reads them."""
     out = [f"{found['what']}: {found['samples']:,} samples", ""]
     out += _table(found["splits"])
+    rows = found["rows"]
+    told = [f"{rows['merged']:,} merged with another row of the same file"] if rows["merged"] else []
+    told += [f"{rows['left_out']:,} left out"] if rows["left_out"] else []
+    told += [f"{rows['absent']:,} files named but not there"] if rows["absent"] else []
+    if told:
+        out += ["", f"rows        {rows['read']:,} read; {'; '.join(told)}"]
     if found["fields"]:
         told = [f"{name} ({f['kind']}) {f['samples']:,}" for name, f in found["fields"].items()]
         out += ["", *_wrapped("fields", ", ".join(told))]
@@ -256,7 +273,10 @@ def _content_lines(content: Mapping[str, Any], samples: int) -> list[str]:
         out.append(f"recordings  seconds {_range(content['seconds'])}")
     part = "" if content["decoded"] >= samples else " (--all decodes every one)"
     out.append(f"unreadable  {content['unreadable']:,} of {content['decoded']:,} decoded{part}")
-    out += [f"            {name}: {why}" for name, why in content["examples"].items()]
+    named = list(content["examples"].items())
+    out += [f"            {name}: {why}" for name, why in named[:_NAMED]]
+    if len(named) > _NAMED:
+        out.append(f"            and {len(named) - _NAMED:,} more: --json FILE lists all of them")
     return out
 
 

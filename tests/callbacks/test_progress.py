@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import re
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -158,3 +160,69 @@ def test_refusals() -> None:
         Progress(refresh=-1)
     with pytest.raises(ValueError, match="lines_every 0"):
         Progress(lines_every=0)
+
+
+# the time of a run, ahead ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batches", "warms", "kwargs", "line"),
+    [
+        # a second of work for each of 100 steps, and one of waiting: in the first epoch only where pictures are kept
+        (20, False, {}, "about 3m20s of training for 100 steps; first validation after about 40s"),
+        (20, True, {}, "about 2m00s of training for 100 steps; first validation after about 40s"),
+        (
+            *(20, True, {"check_val_every_n_epoch": 5}),
+            "about 2m00s of training for 100 steps; first validation after about 2m00s: "
+            "--trainer.check_val_every_n_epoch 2 validates sooner",
+        ),
+        (
+            *(100, False, {"max_epochs": 2, "check_val_every_n_epoch": 2, "limit_train_batches": 40}),
+            "about 2m40s of training for 80 steps; first validation after about 2m40s: "
+            "--trainer.check_val_every_n_epoch 1 --trainer.val_check_interval 30 validates sooner",
+        ),
+        (
+            *(20, False, {"accumulate_grad_batches": 2}),
+            "about 3m20s of training for 50 steps; first validation after about 40s",
+        ),
+        (20, False, {"limit_val_batches": 0}, "about 3m20s of training for 100 steps"),
+        (14, False, {"max_epochs": 1}, ""),  # less than half a minute
+        (8, False, {"max_epochs": 1}, ""),  # too few steps to tell
+    ],
+)
+def test_the_time_of_a_run_is_said_after_a_few_steps(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    batches: int,
+    warms: bool,
+    kwargs: dict[str, Any],
+    line: str,
+) -> None:
+    clock = [0.0]
+
+    class Timed(Toy):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            clock[0] += 1
+            return super().training_step(batch, batch_idx)
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if not warms or self.trainer.current_epoch == 0:
+                clock[0] += 1  # until the next batch is there
+
+    class Data(L.LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return DataLoader(TensorDataset(torch.randn(B * batches, 2)), batch_size=B)
+
+        val_dataloader = train_dataloader
+
+    data = Data()
+    data.warms = warms  # type: ignore[attr-defined]
+    now = SimpleNamespace(perf_counter=lambda: clock[0], monotonic=time.monotonic)
+    monkeypatch.setattr("descant.callbacks.progress.time", now)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "accelerator": "cpu"}
+    L.Trainer(**{"max_epochs": 5, **quiet, **kwargs}, default_root_dir=tmp_path, callbacks=[Progress()]).fit(
+        Timed(), data
+    )
+    found = [text for text in capsys.readouterr().err.splitlines() if text.startswith("descant:")]
+    assert found == ([f"descant: {line}"] if line else [])

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import json
+import pickle
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from descant import dump
 from descant.datamodules.base import BatchDataset
 from descant.datamodules.emoji import PACK
 from descant.datamodules.fields import AudioField, Fields, ImageField, LabelField, TextField
+from descant.datamodules.images import Reduced
+from descant.datamodules.kept import Kept
 from descant.datamodules.ledger import Ledger
 from descant.datamodules.mixture import Mixture
 from descant.datamodules.order import Order
@@ -263,6 +268,104 @@ def test_several_processes_note_a_sample_once(tmp_path: Path) -> None:
     resumed.skip("f.tar", "b", "broken")
     resumed.skip("f.tar", "c", "broken")
     assert [n["sample"] for n in ledger(tmp_path)] == ["a", "b", "c"]
+
+
+def test_what_was_read_merged_and_left_out_is_one_line_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shapes(tmp_path / "d", 12)
+    rows = [f"{i:03}.jpg,c {i}" for i in range(12)]
+    rows += ["003.jpg,another", "003.jpg,c 3", "gone.jpg,c", "005.jpg,too,many", "006.jpg,"]
+    rows[7] = "007.jpg,"
+    (tmp_path / "d" / "captions.csv").write_text("\n".join(["image,caption", *rows]))
+    (tmp_path / "d" / "001.jpg").write_bytes(b"nothing")
+    options: dict[str, Any] = {
+        "path": str(tmp_path / "d"),
+        "holdout": 0.0,
+        "fields": small(),
+        "damaged": "skip",
+        "num_workers": 0,
+    }
+    data = own(tmp_path / "run", **options)
+    loader = data.train_dataloader()
+    # 17 rows: one is damaged, three name a file that another names, and one of the 13 files is not there
+    place = tmp_path / "run" / "ledger.jsonl"
+    said = capsys.readouterr()
+    assert said.out.strip() == (
+        "descant: data: 17 rows read; 1 left out; 3 merged with another row of the same file; 1 without text; "
+        f"1 files named but not there; samples: train 13; what cannot be read is listed in {place}"
+    )
+    assert said.err.startswith("descant: warning: ") and "captions.csv: has 3 cells, the header 2" in said.err
+    data.train_dataloader()
+    assert capsys.readouterr() == ("", ""), "once"
+    for _ in zip(range(len(loader)), loader, strict=False):
+        pass  # as a trainer does, which asks for no batch beyond the last
+    # the file that is not there and the one that is no picture are known once an epoch has met them
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith("descant: warning: data: 2 samples could not be read, the last ")
+    assert told.endswith(f": {place}")
+    assert {n["sample"] for n in ledger(tmp_path / "run")} == {"001.jpg", "gone.jpg", "line 17"}
+    list(loader)
+    assert capsys.readouterr() == ("", ""), "nothing new"
+    other = own(tmp_path / "run", 1, 2, **options)
+    list(other.train_dataloader())
+    assert capsys.readouterr() == ("", ""), "the first rank speaks"
+
+
+# what is kept --------------------------------------------------------------------------------------------------
+
+
+def kept(size: int, keep: float | None) -> Fields:
+    return Fields(image=ImageField(size=size, keep=keep), text=TextField())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_kept_pictures_are_decoded_once_by_all_readers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    folder = shapes(tmp_path / "d", 24)
+    (folder / "005.jpg").write_bytes(b"nothing")
+    data = own(tmp_path / "run", path=str(folder), holdout=0.0, fields=kept(8, 1.5), num_workers=workers)
+    loader = data.train_dataloader()
+    first = list(loader)
+    memory = data.readers["train"].kept["image"]
+    assert [memory.get(i) is not None for i in range(24)] == [i != 5 for i in range(24)]
+    for picture in folder.glob("*.jpg"):
+        picture.unlink()  # nothing is read of them again, which every process knows
+    again = list(loader)
+    assert len(again) == len(first) and all(bool(b.present["image"].all()) for b in again)
+    assert {n["sample"] for n in ledger(tmp_path / "run")} == {"005.jpg"}
+    plain = own(tmp_path / "run", path=str(shapes(tmp_path / "e", 24)), holdout=0.0, fields=kept(8, None))
+    assert not plain.readers["train"].kept and not plain.warms and data.warms
+
+
+def test_crops_of_kept_pictures_lie_where_those_of_the_pictures_lie(tmp_path: Path) -> None:
+    """A left half red and a right half blue: each crop has the same share of both, to the pixels of the copy."""
+    x_HW3 = np.zeros((90, 240, 3), dtype=np.uint8)
+    x_HW3[:, :120, 0] = x_HW3[:, 120:, 2] = 255
+    out = io.BytesIO()
+    Image.fromarray(x_HW3).save(out, "PNG")
+    field = ImageField(size=16, scale=(0.2, 0.6), keep=1.5)
+    draw_B = np.arange(64)
+    whole_B3SS, _ = field.decode([out.getvalue()] * 64, draw_B)
+    small_B3SS, errors = field.decode([field.reduced(out.getvalue())] * 64, draw_B)
+    assert errors == [None] * 64
+    difference_BS = (whole_B3SS.float() - small_B3SS.float()).abs().mean(dim=(1, 2)) / 255
+    # an edge moves by at most a pixel of the copy, which the narrowest crop shows 16 * 240 / 24 / 51 = 3.2 columns wide
+    assert float(difference_BS.sum(dim=1).max()) <= 3.2
+    central = [field.decode([raw], None)[0] for raw in (out.getvalue(), field.reduced(out.getvalue()))]
+    assert float((central[0].float() - central[1].float()).abs().mean()) <= 255 * 3 / 16
+
+
+def test_what_is_kept_has_a_limit_and_is_no_smaller_than_what_is_seen(tmp_path: Path) -> None:
+    memory = Kept(100, side=8, most=10 * 3 * 64)
+    for row in (9, 10):
+        memory.put(row, Reduced(30, 40, np.full((8, 8, 3), row, dtype=np.uint8)))
+    assert memory.get(9) is not None and memory.get(10) is None and memory.get(0) is None
+    again = pickle.loads(pickle.dumps(memory))
+    assert again.N == 10 and again.get(9) is None
+    with pytest.raises(ValueError, match=r"keep 0\.9: 1 or more times the size"):
+        ImageField(size=8, keep=0.9)
 
 
 # splits, keys, labels ------------------------------------------------------------------------------------------

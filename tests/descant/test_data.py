@@ -17,10 +17,11 @@ import webdataset
 import yaml
 from PIL import Image
 
+from descant.data.look import lines, report
 from descant.data.make import make, smaller
 from descant.data.sheet import Tile, sheet
 from descant.data.twins import echoes
-from descant.data.views import thumbnail
+from descant.data.views import thumbnail, view_of
 from descant.datamodules.own import Own
 from descant.datamodules.sources.shards import Shards
 from tests.files import bomb
@@ -253,6 +254,24 @@ def test_look_counts_what_is_there(photos: Path, data: Callable[..., Any]) -> No
     assert (content["decoded"], content["unreadable"]) == (40, 1) and "03.jpg" in content["examples"]
     assert found["duplicates"]["image"]["extra"] == 1
     assert Image.open("sheet.png").size[0] == 1058
+
+
+def test_look_names_all_that_cannot_be_read_and_counts_merged_rows(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("01.jpg", "02.jpg", "04.jpg", "05.jpg", "06.jpg", "07.jpg", "09.jpg"):
+        (photos / name).write_bytes(b"nothing")
+    with (photos / "captions.csv").open("a", encoding="utf-8") as table:
+        row = (photos / "captions.csv").read_text().splitlines()[1]
+        table.write(f"{row}\n{row}\n")
+    found = report(view_of([str(photos)], None, "caption", 0.05), every=True)
+    assert found["rows"] == {"read": 42, "merged": 2, "left_out": 0, "absent": 0}
+    told = lines(found)
+    assert "rows        42 read; 2 merged with another row of the same file" in told
+    assert found["content"]["unreadable"] == 8 == sum(line.startswith("            0") for line in told)
+    monkeypatch.setattr("descant.data.look._NAMED", 3)
+    told = lines(found)
+    assert "            and 5 more: --json FILE lists all of them" in told and len(found["content"]["examples"]) == 8
 
 
 def test_look_sees_what_two_splits_share(photos: Path, data: Callable[..., Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,10 +19,12 @@ from torch import Tensor
 
 from descant import predictions
 from descant.datamodules.base import BatchDataset, DataModule, Rows
+from descant.datamodules.own import Own
 from descant.errors import Refusal
 from descant.predictions import Predictions
 from descant.runs import Run
 from tests.conftest import Result
+from tests.files import shapes
 from tests.tolerance import F32, ulps
 
 Cli = Callable[..., Result]
@@ -194,6 +197,30 @@ def test_a_set_may_begin_without_a_modality(tmp_path: Path) -> None:
     run.batch([2], {"image": vectors(1), "text": vectors(1)}, {"image": [True], "text": [True]})
     run.end()
     assert [row["z_text"] for row in read(tmp_path / "embeddings-near.parquet")[0]] == [None, [0.0, 1.0]]
+
+
+def test_rows_of_own_data_have_the_path_of_their_file(tmp_path: Path) -> None:
+    """Two pictures of one caption have one name, and only their paths tell them apart."""
+    folder = shapes(tmp_path / "d", 5)
+    odd = os.fsdecode(b"\xff.jpg")  # a name that is no UTF-8, which parquet does not take
+    (folder / "004.jpg").rename(folder / odd)
+    names = ["000.jpg", "001.jpg", "002.jpg", "003.jpg", odd]
+    (folder / "captions.csv").unlink()
+    for name, caption in zip(names, ("twice", "twice", "c 2", "c 3", "c 4"), strict=True):
+        (folder / name).with_suffix(".txt").write_text(caption)
+    run = Callbacks(tmp_path)
+    run.trainer.datamodule = Own(path=str(folder), holdout=0.5)
+    run.callback.names = ["val"]
+    run.batch(list(range(5)), {"image": vectors(5)}, {"image": [True] * 5})
+    run.end()
+    found, _ = read(tmp_path / "embeddings-val.parquet")
+    assert {row["sample"]: row["name"] for row in found} == {
+        "000.jpg": "twice",
+        "001.jpg": "twice",
+        "002.jpg": "c 2",
+        "003.jpg": "c 3",
+        "\\xff.jpg": "c 4",
+    }
 
 
 def test_memory_is_bounded_by_the_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,6 +117,37 @@ def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
         Folder(tmp_path / "bytes")
 
 
+def test_a_hubs_folders_with_a_table_each(tmp_path: Path) -> None:
+    """The layout of Hugging Face's imagefolder: names are relative to the table, and folders are splits."""
+    for split, text in {
+        "train": '{"file_name": "000.jpg", "text": "a"}\n{"file_name": "001.jpg", "text": "b"}\n',
+        "validation": '{"file_name": "000.jpg", "text": "c", "more": "m"}\n',
+    }.items():
+        shapes(tmp_path / "hub" / split, 2)
+        (tmp_path / "hub" / split / "captions.csv").unlink()
+        (tmp_path / "hub" / split / "metadata.jsonl").write_text(text)
+    source = Folder(tmp_path / "hub")
+    assert [source.name(i) for i in range(len(source))] == ["train/000.jpg", "train/001.jpg", "validation/000.jpg"]
+    assert source.texts("split") == ["train", "train", "val"] and source.texts("text") == ["a", "b", "c"]
+    assert source.texts("more") == [None, None, "m"] and source.files == ("file_name",) and not source.faults
+    assert source.read(2, ["file_name"])["file_name"] == (tmp_path / "hub/validation/000.jpg").read_bytes()
+    # another column of files, in a CSV; and a folder that its table left behind
+    shapes(tmp_path / "hub" / "test", 1)
+    (tmp_path / "hub" / "test" / "captions.csv").rename(tmp_path / "hub" / "test" / "metadata.csv")
+    shapes(tmp_path / "hub" / "new", 3)
+    source = Folder(tmp_path / "hub")
+    assert source.name(0) == "test/000.jpg" and len(source) == 4
+    (fault,) = source.faults
+    assert fault.sample == "new" and fault.why == "3 files in a folder without a table, which test has"
+    (tmp_path / "hub" / "train" / "metadata.csv").write_text("file_name,text\n000.jpg,a\n")
+    with pytest.raises(ValueError, match=r"metadata\.csv and metadata\.jsonl: two tables of one folder"):
+        Folder(tmp_path / "hub")
+    (tmp_path / "hub" / "train" / "metadata.csv").write_text("file_name,text\n../test/000.jpg,a\n")
+    (tmp_path / "hub" / "train" / "metadata.jsonl").unlink()
+    with pytest.raises(ValueError, match="outside the data's own folder"):
+        Folder(tmp_path / "hub")
+
+
 def test_a_missing_file_and_a_named_pipe_are_errors_of_that_sample(tmp_path: Path) -> None:
     source = Folder(table(tmp_path, "image,caption\n0.jpg,a\n7.jpg,b\np.jpg,c\n"))
     os.mkfifo(tmp_path / "p.jpg")
