@@ -25,6 +25,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy, Strategy
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from descant import elastic, lock, manifest, precision, runs
 from descant.arguments import Request
@@ -47,6 +48,7 @@ from descant.place import for_evaluation, for_fit, source_of
 from descant.precheck import precheck, wanted
 from descant.predictions import Predictions
 from descant.quiet import quieten
+from descant.ranks import Ended, Ranks
 from descant.recipes.base import Recipe
 from descant.signatures import Live
 from descant.store import AtomicIO
@@ -72,6 +74,7 @@ class DescantCLI(LightningCLI):
         self.request = request
         self.checking = Check() if request.command == "check" else None
         self.told: list[str] = []
+        self.ranks: Ranks | None = None
         self.command = "fit" if request.command == "check" else request.command
         super().__init__(
             Recipe,
@@ -221,6 +224,10 @@ class DescantCLI(LightningCLI):
             _require_port(os.environ.get("MASTER_PORT"))
         if isinstance(cluster, SLURMEnvironment):
             cluster.auto_requeue = False  # it saves inside the handler, and a slow rank then waits for ever
+        launcher = trainer.strategy.launcher
+        if isinstance(launcher, _SubprocessScriptLauncher):
+            self.ranks = Ranks(launcher, self.place.folder, (Stopped, RollBack), lambda: clear(self))
+            launcher.launch = self.ranks.launch  # type: ignore[method-assign]  # its own leaves ranks behind
         return trainer
 
     def _forget_the_undone(self, loggers: Any, point: str | Path | None) -> None:
@@ -377,11 +384,42 @@ def run(request: Request) -> int:
     if request.trust and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a trusted module is mostly the user's own file; last, so that it hides none
     cli = DescantCLI.__new__(DescantCLI)
+    fault = None
+    try:
+        code = _answered(cli, request)
+        fault = cli.ranks.join() if cli.ranks is not None else None
+    finally:
+        ranks: Ranks | None = getattr(cli, "ranks", None)  # of what is half built
+        if ranks is not None:
+            ranks.kill()  # nothing, where they have ended
+        clear(cli)
+    return _told(fault) if fault is not None and code == 0 else code
+
+
+def clear(cli: DescantCLI) -> None:
+    """Give back what the call held; the folder of a run that never began is removed."""
+    runs.forget()
+    lock.release()
+    started, folder = getattr(cli, "folder", None), getattr(cli, "place", None)
+    if started is not None and not started.began and folder is not None:
+        folder.discard()
+
+
+def _told(fault: Ended) -> int:
+    if fault.line:
+        say(fault.line)
+    return fault.code
+
+
+def _answered(cli: DescantCLI, request: Request) -> int:
+    """Run one command on a command line that is not built yet; returns its exit code."""
     try:
         with policy(allowed(request.trust)), _threads_told_once():
             cli.__init__(request)  # type: ignore[misc]  # in two steps: what is half built must still be cleared away
     except Refusal:
         raise
+    except Ended as fault:
+        return _told(fault)
     except Stopped as stop:
         if cli.trainer.is_global_zero:
             say(f"{stop}; --resume auto goes on there")
@@ -403,10 +441,4 @@ def run(request: Request) -> int:
         if line is None or request.debug:
             raise
         raise Refusal(line) from error
-    finally:
-        runs.forget()
-        lock.release()
-        started, folder = getattr(cli, "folder", None), getattr(cli, "place", None)
-        if started is not None and not started.began and folder is not None:
-            folder.discard()
     return 0
