@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn
 
 import lightning as L
 import yaml
@@ -39,7 +39,7 @@ from descant.document import shown
 from descant.errors import INTERRUPTED, TERMINATED, Refusal, disk_fault, fail, printable, say
 from descant.explain import explain as explained
 from descant.explain import inert
-from descant.faults import explain, misfit, parse_fault
+from descant.faults import explain, misfit, outside_ours, parse_fault, unbuilt
 from descant.folder import Folder
 from descant.loading import allowed
 from descant.modules.plain import load_plain
@@ -61,10 +61,26 @@ PLACE = "RUN"
 
 
 class Parser(LightningArgumentParser):
-    """Raises one-line refusals where argparse prints its usage and exits."""
+    """Raises one-line refusals where argparse prints its usage and exits, and keeps which class failed to be built."""
+
+    #: The first class of the last call that could not be built, and why: a union of attempts loses both.
+    failed: ClassVar[tuple[type, Exception] | None] = None
+
+    def instantiate(self, namespace: Namespace, instantiate_groups: bool = True, **kwargs: Any) -> Namespace:
+        kwargs["instantiators"] = [(_built, object, True)]
+        made: Namespace = super().instantiate(namespace, instantiate_groups, **kwargs)
+        return made
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise Refusal(parse_fault(message, ex)) from ex
+
+
+def _built(cls: type, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return cls(*args, **kwargs)
+    except Exception as error:
+        Parser.failed = Parser.failed or (cls, error)
+        raise
 
 
 class DescantCLI(LightningCLI):
@@ -194,6 +210,7 @@ class DescantCLI(LightningCLI):
         return for_evaluation(command, root, self.name, source, options.get("ckpt_path"))
 
     def instantiate_classes(self) -> None:
+        Parser.failed = None
         super().instantiate_classes()
         for line in self.told:  # only now: what cannot be built is told in one line alone
             say(line)
@@ -435,9 +452,11 @@ def _answered(cli: DescantCLI, request: Request) -> int:
     except Exception as error:
         trainer = getattr(cli, "trainer", None)
         line = disk_line(error, getattr(cli, "place", None))
+        if trainer is None and Parser.failed is not None:
+            line = line or unbuilt(*Parser.failed, request.trust)
         line = line or explain(error, building=trainer is None, trust=request.trust)
         if line is None and trainer is not None and (cli.checking is not None or trainer.global_step == 0):
-            line = misfit(error, cli.model, request.trust)
+            line = misfit(error, cli.model, request.trust) or outside_ours(error, request.trust)
         if line is None or request.debug:
             raise
         raise Refusal(line) from error
