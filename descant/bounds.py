@@ -1,7 +1,7 @@
 """What numbers an argument takes, by its name: one table for all of Descant's classes, looked at before any is built.
 
-A size below 1 or a probability above 1 is a mistake whatever class takes it; some classes say so themselves, others pass
-it on to torch, which fails far from the cause or trains on nonsense. The nearest number that is taken is named.
+A size below 1 or a probability above 1 is a mistake whatever class takes it; some classes say so themselves, others
+pass it on to torch, which fails far from the cause or trains on nonsense.
 """
 
 from __future__ import annotations
@@ -15,9 +15,31 @@ _INFINITE = math.inf
 OF_NAMES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(
         (
-            *("answer_length", "bank", "batch_size", "buckets", "buffer", "channels", "chunks", "classes", "components"),
+            *(
+                "answer_length",
+                "bank",
+                "batch_size",
+                "buckets",
+                "buffer",
+                "channels",
+                "chunks",
+                "classes",
+                "components",
+            ),
             *("depth", "digits", "embedding", "eval_batch_size", "folds", "grid", "group", "heads", "hidden", "hop"),
-            *("items", "keep", "kernel", "key_heads", "layers", "length", "mels", "memory", "new", "numbers", "objects"),
+            *(
+                "items",
+                "keep",
+                "kernel",
+                "key_heads",
+                "layers",
+                "length",
+                "mels",
+                "memory",
+                "new",
+                "numbers",
+                "objects",
+            ),
             *("passes", "patch", "permutations", "queries", "r", "rows", "samples", "scenes", "side", "size", "sizes"),
             *("stem", "stride", "tokens", "vocab", "width", "width_in", "widths", "blocks"),
         ),

@@ -32,13 +32,13 @@ from descant.arguments import Request
 from descant.callbacks.nonfinite import RollBack
 from descant.callbacks.resume import Resume, Stopped, require_exact
 from descant.catalogue import BASE, run_name
-from descant.changes import require_unchanged
+from descant.changes import of_another, require_unchanged
 from descant.check import Check, Checked
 from descant.datamodules.changed import rules
 from descant.document import shown
 from descant.errors import INTERRUPTED, TERMINATED, Refusal, disk_fault, fail, printable, say
 from descant.explain import explain as explained
-from descant.explain import inert
+from descant.explain import inert, resized, two_whole
 from descant.faults import explain, misfit, outside_ours, parse_fault, unbuilt
 from descant.folder import Folder
 from descant.loading import allowed
@@ -159,11 +159,18 @@ class DescantCLI(LightningCLI):
         if self.command == "fit" and not runs.launched():
             for file in inert(self.request.configs, self.walk.default):
                 say(f"warning: --config {shown(file)} changes nothing")
+            for line in (*two_whole(self.request.configs), *resized(self.request.configs, self.request.options)):
+                say(f"warning: {line}")
         if "writes" not in self.request.trust and (self.command == "fit" or not self.options.get("run")):
             runs.require_name(self.name)
         self.place = runs.agree(Path(self.options.runs) / self.name, self._decide)
         self.options.trainer.precision = self.place.precision  # rank 0's, where nodes differ
         text = self._saved()
+        if self.command != "fit" and self.place.checkpoint is not None and runs.rank() == 0:
+            source = source_of(Path(self.options.runs), self.options.run, self.request.configs)
+            told = of_another(Path(self.place.checkpoint), source, text)
+            if told is not None:
+                say(f"warning: {told}")
         self.folder = Folder(self.place, text)
         if self.request.explain:
             told = explained(yaml.safe_load(text), self.request.configs, self.request.options)

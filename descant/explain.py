@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from descant.catalogue import BASE
-from descant.document import Node, load, option
+from descant.document import Node, load, option, shown
 from descant.signatures import in_text
 
 #: A place in a configuration: keys, and numbers in lists; ``init_args`` is no step of it.
@@ -44,6 +44,46 @@ def inert(files: Sequence[Path], default: Callable[[Place], str | None]) -> list
     for file in (BASE, *files[:1]):
         origin.source(load(file))
     return [file for file in files[1:] if not origin.source(load(file))]
+
+
+def two_whole(files: Sequence[Path]) -> list[str]:
+    """A line where two files each choose a recipe and its data: their other keys are mixed, which is seldom meant."""
+    whole = []
+    for file in files:
+        plain = load(file).plain
+        if all(isinstance(plain.get(key), Mapping) and "class_path" in plain[key] for key in ("model", "data")):
+            whole.append(shown(file))
+    if len(whole) < 2:
+        return []
+    return [f"--config {' and --config '.join(whole)}: each is a whole experiment; keys of both count, the last wins"]
+
+
+def resized(files: Sequence[Path], options: Sequence[tuple[str, str | None]]) -> list[str]:
+    """A line where a data set that is laid over an experiment has pictures of another size than the experiment's.
+
+    A size that is typed as an option is meant.
+    """
+    shipped = [Path(value) for key, value in options if key == "data" and value and value.endswith(".yaml")]
+    typed = {key for key, _ in options if key.rpartition(".")[2] == "size"}
+    sizes = [(shown(file), found) for file in files if (found := _picture_size(load(file).plain.get("data")))]
+    sizes += [(shown(file), found) for file in shipped if (found := _picture_size(load(file).plain))]
+    if len(sizes) < 2 or sizes[-1][1][1] == sizes[0][1][1] or sizes[-1][1][0] in typed:
+        return []
+    (first, (_, before)), (last, (key, now)) = sizes[0], sizes[-1]
+    slower = f", {(now / before) ** 2:.0f} times as many pixels a sample" if now > before else ""
+    return [f"{last}: pictures of {now} px, where {first} has {before}{slower}; --{key} {before} keeps them"]
+
+
+def _picture_size(data: Any) -> tuple[str, int] | None:
+    """Dotted key and value of the size of pictures in a data module's part of a configuration."""
+    args = data.get("init_args", data) if isinstance(data, Mapping) else {}
+    if isinstance(args.get("size"), int):
+        return "data.size", args["size"]
+    for step in ("fields", "image"):
+        args = args.get(step) if isinstance(args, Mapping) else None
+        args = args.get("init_args", args) if isinstance(args, Mapping) else None
+    size = args.get("size") if isinstance(args, Mapping) else None
+    return ("data.fields.image.size", size) if isinstance(size, int) else None
 
 
 class Origin:

@@ -60,7 +60,9 @@ def precheck(
     for file in (BASE, *files):
         root = load(file)
         if not root.content:
-            raise Refusal(f"{root.where}: it says nothing: a configuration is a mapping of keys, such as model: and data:")
+            raise Refusal(
+                f"{root.where}: it says nothing: a configuration is a mapping of keys, such as model: and data:"
+            )
         walk.source(root)
     for key, value in options:
         if value is not None and not key.endswith(("help", "print_config")):
@@ -70,7 +72,9 @@ def precheck(
 
 
 def _one_experiment(files: Sequence[Path]) -> None:
-    """Raises Refusal for two experiments that ship: the keys of both would be mixed, and the faults be told of neither."""
+    """Raises Refusal for two experiments that ship: their keys would be mixed, and a fault be told of neither."""
+    if len(files) < 2:
+        return
     names = {file.resolve(): name for name, file in experiments().items()}
     given = list(dict.fromkeys(names[file.resolve()] for file in files if file.resolve() in names))
     if len(given) > 1:

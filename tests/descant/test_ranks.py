@@ -24,7 +24,9 @@ from descant.ranks import Ended, Ranks
 from tests.conftest import TOY, TRUST
 
 #: A started rank in place of a Descant that imports torch for seconds: it ends with its parent, as that does.
-RANK = "import sys, time, os, signal; sys.path.insert(0, {root!r}); from descant import ranks; ranks.end_with_parent(); "
+RANK = (
+    "import sys, time, os, signal; sys.path.insert(0, {root!r}); from descant import ranks; ranks.end_with_parent(); "
+)
 ROOT = Path(__file__).resolve().parents[2]
 #: Seconds in which ranks have to end; a shared machine is slow.
 SOON = 20.0
@@ -220,7 +222,7 @@ def test_a_real_rank_is_killed(tmp_path: Path, rank: int) -> None:
         assert first.wait(SOON) != 0
         waits(lambda: not any(alive(pid) for pid in started))
         said = [line for line in (tmp_path / "log").read_text().splitlines() if "warning" not in line]
-        assert len(said) == rank and (rank == 0 or "rank 1 (process" in said[0] and "SIGKILL" in said[0]), said
+        assert len(said) == rank and (rank == 0 or ("rank 1 (process" in said[0] and "SIGKILL" in said[0])), said
     finally:
         for pid in (first.pid, *below(first.pid)):
             with contextlib.suppress(ProcessLookupError):
