@@ -37,8 +37,8 @@ from descant.check import Check, Checked
 from descant.datamodules.changed import rules
 from descant.document import shown
 from descant.errors import INTERRUPTED, TERMINATED, Refusal, disk_fault, fail, printable, say
+from descant.explain import composed, inert
 from descant.explain import explain as explained
-from descant.explain import inert, resized, two_whole
 from descant.faults import explain, misfit, outside_ours, parse_fault, unbuilt
 from descant.folder import Folder
 from descant.loading import allowed
@@ -159,7 +159,7 @@ class DescantCLI(LightningCLI):
         if self.command == "fit" and not runs.launched():
             for file in inert(self.request.configs, self.walk.default):
                 say(f"warning: --config {shown(file)} changes nothing")
-            for line in (*two_whole(self.request.configs), *resized(self.request.configs, self.request.options)):
+            for line in composed(self.request.configs, self.request.options):
                 say(f"warning: {line}")
         if "writes" not in self.request.trust and (self.command == "fit" or not self.options.get("run")):
             runs.require_name(self.name)
@@ -168,9 +168,9 @@ class DescantCLI(LightningCLI):
         text = self._saved()
         if self.command != "fit" and self.place.checkpoint is not None and runs.rank() == 0:
             source = source_of(Path(self.options.runs), self.options.run, self.request.configs)
-            told = of_another(Path(self.place.checkpoint), source, text)
-            if told is not None:
-                say(f"warning: {told}")
+            other = of_another(Path(self.place.checkpoint), source, text)
+            if other is not None:
+                say(f"warning: {other}")
         self.folder = Folder(self.place, text)
         if self.request.explain:
             told = explained(yaml.safe_load(text), self.request.configs, self.request.options)

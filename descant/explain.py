@@ -46,32 +46,33 @@ def inert(files: Sequence[Path], default: Callable[[Place], str | None]) -> list
     return [file for file in files[1:] if not origin.source(load(file))]
 
 
-def two_whole(files: Sequence[Path]) -> list[str]:
-    """A line where two files each choose a recipe and its data: their other keys are mixed, which is seldom meant."""
-    whole = []
-    for file in files:
-        plain = load(file).plain
-        if all(isinstance(plain.get(key), Mapping) and "class_path" in plain[key] for key in ("model", "data")):
-            whole.append(shown(file))
-    if len(whole) < 2:
-        return []
-    return [f"--config {' and --config '.join(whole)}: each is a whole experiment; keys of both count, the last wins"]
+def composed(files: Sequence[Path], options: Sequence[tuple[str, str | None]]) -> list[str]:
+    """Lines for files that are laid over one another and hardly meant so.
 
-
-def resized(files: Sequence[Path], options: Sequence[tuple[str, str | None]]) -> list[str]:
-    """A line where a data set that is laid over an experiment has pictures of another size than the experiment's.
-
-    A size that is typed as an option is meant.
+    Two that each choose a recipe and its data, whose other keys are then mixed; and data whose pictures have another
+    size than the experiment's, unless an option says the size.
     """
-    shipped = [Path(value) for key, value in options if key == "data" and value and value.endswith(".yaml")]
-    typed = {key for key, _ in options if key.rpartition(".")[2] == "size"}
-    sizes = [(shown(file), found) for file in files if (found := _picture_size(load(file).plain.get("data")))]
-    sizes += [(shown(file), found) for file in shipped if (found := _picture_size(load(file).plain))]
-    if len(sizes) < 2 or sizes[-1][1][1] == sizes[0][1][1] or sizes[-1][1][0] in typed:
+    given = [Path(value) for key, value in options if key == "data" and value and value.endswith(".yaml")]
+    if len(files) + len(given) < 2:
         return []
-    (first, (_, before)), (last, (key, now)) = sizes[0], sizes[-1]
-    slower = f", {(now / before) ** 2:.0f} times as many pixels a sample" if now > before else ""
-    return [f"{last}: pictures of {now} px, where {first} has {before}{slower}; --{key} {before} keeps them"]
+    parts = [(shown(file), load(file).plain) for file in files]
+    whole = [name for name, part in parts if all(_chooses(part.get(key)) for key in ("model", "data"))]
+    lines = []
+    if len(whole) > 1:
+        names = " and --config ".join(whole)
+        lines.append(f"--config {names}: each is a whole experiment; keys of both count, the last wins")
+    of_data = [(name, part.get("data")) for name, part in parts] + [(shown(f), load(f).plain) for f in given]
+    sizes = [(name, found) for name, part in of_data if (found := _picture_size(part))]
+    typed = {key for key, _ in options}
+    if len(sizes) > 1 and sizes[-1][1][1] != sizes[0][1][1] and sizes[-1][1][0] not in typed:
+        (first, (_, before)), (last, (key, now)) = sizes[0], sizes[-1]
+        slower = f", {(now / before) ** 2:.0f} times as many pixels a sample" if now > before else ""
+        lines.append(f"{last}: pictures of {now} px, where {first} has {before}{slower}; --{key} {before} keeps them")
+    return lines
+
+
+def _chooses(part: Any) -> bool:
+    return isinstance(part, Mapping) and "class_path" in part
 
 
 def _picture_size(data: Any) -> tuple[str, int] | None:

@@ -22,6 +22,7 @@ def require_objects(owner: object, /, **given: tuple[object, type]) -> None:
     Traceback (most recent call last):
     ValueError: object: rule is 'pcgrad', and an object of kind Rule is wanted: descant.modules.mixing.PCGrad()
     """
+    found: type | None
     for name, (value, kind) in given.items():
         if value is None or isinstance(value, kind):
             continue
@@ -46,7 +47,8 @@ def _nearest(text: str, kind: type) -> type | None:
 
 
 def _below(kind: type) -> Iterator[type]:
-    for cls in kind.__subclasses__():
+    below: list[type] = kind.__subclasses__()
+    for cls in below:
         yield from _below(cls)
         yield cls
     yield kind
