@@ -106,7 +106,7 @@ def _run(command: str, rest: Sequence[str]) -> int:
         request = Request(command, options=[("help", None)])
     else:
         request = with_own(read(command, rest))
-    from descant import dump, helptext, ranks, runs
+    from descant import dump, helptext, runs
     from descant.precheck import precheck, wanted
 
     known = dump.read(command)
@@ -118,6 +118,8 @@ def _run(command: str, rest: Sequence[str]) -> int:
     elif known is not None:
         precheck(known, request.configs, request.options, request.trust)
     runs.require_ranks()
+    from descant import ranks
+
     ranks.end_with_parent()
     from descant.cli import run  # torch and Lightning are imported here, and not before
 

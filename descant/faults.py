@@ -47,6 +47,8 @@ def explain(error: BaseException, building: bool, trust: Sequence[str] = ()) -> 
     setting; later only those of our own parts (and of trusted modules and optimizers) are.
     """
     error = _root(error)
+    if building and "jsonargparse" in _raiser(error) and "\n" in str(error).strip():
+        return parse_fault(str(error), error)  # an account of many lines
     denied = re.match(r"Importing '([\w.]+)' is not allowed", str(error))
     if denied is not None:
         return f"class_path {denied[1]} is not one that a configuration may name: --trust {denied[1]} if you trust it"
@@ -238,6 +240,8 @@ def _account(message: str, lines: Sequence[str]) -> str:
 
     >>> _account("", ['Parser key "model":', "Given value: NestedArg(key='towers', val='Linear')"])
     "model.towers: not accepted, got 'Linear'"
+    >>> _account("", ['Parser key "data":']), _account("", ["Unexpected config:"])
+    ('data: not accepted', 'Unexpected config: the parser says no more; --debug shows where')
     """
     text = "\n".join(lines)
     keys = re.search(r'Parser key "([^"]+)"', text)
@@ -257,4 +261,5 @@ def _account(message: str, lines: Sequence[str]) -> str:
     if key:
         return f"{key}: {fault}{got}"
     told = faults or [*lines, message]
-    return " ".join(told)[:200] if told[0].endswith(":") else told[0]
+    text = " ".join(told)[:200] if told[0].endswith(":") else told[0]
+    return f"{text.rstrip(':')}: the parser says no more; --debug shows where" if text.endswith(":") else text

@@ -13,7 +13,7 @@ from typing import Any
 
 from descant import bounds, names, schema, trust
 from descant.arguments import Request
-from descant.catalogue import BASE, ROOT, experiments
+from descant.catalogue import BASE, OVERLAYS, ROOT
 from descant.document import Node, load, option
 from descant.errors import Refusal, hint, nearest
 from descant.schema import Entry, Key, Part, Schema, Type, Unknown
@@ -75,8 +75,11 @@ def _one_experiment(files: Sequence[Path]) -> None:
     """Raises Refusal for two experiments that ship: their keys would be mixed, and a fault be told of neither."""
     if len(files) < 2:
         return
-    names = {file.resolve(): name for name, file in experiments().items()}
-    given = list(dict.fromkeys(names[file.resolve()] for file in files if file.resolve() in names))
+    root, given = ROOT.resolve(), list[str]()
+    for file in (file.resolve() for file in files):
+        name = file.relative_to(root).with_suffix("").as_posix() if file.is_relative_to(root) else ""
+        if name and name not in given and name.partition("/")[0] not in (*OVERLAYS, "claims", BASE.stem):
+            given.append(name)
     if len(given) > 1:
         told = " and ".join(f"--config {name}" for name in given[:3])
         raise Refusal(f"{told}: {len(given)} experiments at once; one, and overlays (data/, with/, on/: descant list)")

@@ -13,8 +13,6 @@ Ranks that srun or torchrun starts are not touched: those launchers end them the
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import multiprocessing
 import os
 import re
 import signal
@@ -58,8 +56,10 @@ def end_with_parent(environment: MutableMapping[str, str] = os.environ) -> None:
     """Have this process end when the rank that started it is gone, however that was; nothing for other processes."""
     global _lines
     text, lines = environment.pop(PARENT, ""), environment.pop(LINES, "")  # no rank of what this process starts
-    if not text.isdecimal() or "SLURM_PROCID" in environment or environment.get("LOCAL_RANK", "0") == "0":
+    if not text.isdecimal() or environment.get("LOCAL_RANK", "0") == "0":
         return
+    import ctypes
+
     parent, _lines = int(text), Path(lines) if lines else None
     prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
     if prctl is None or prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
@@ -200,6 +200,8 @@ class Ranks:
                 self.kill()
                 with contextlib.suppress(Exception):
                     self.clear()
+                import multiprocessing  # its readers of data
+
                 for child in multiprocessing.active_children():
                     child.kill()
                 sys.stdout.flush()

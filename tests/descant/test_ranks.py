@@ -182,8 +182,15 @@ def test_a_killed_first_process_leaves_no_rank(watched: bool) -> None:
 
 def test_ranks_of_other_launchers_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("ended"))
-    for extra in ({}, {"LOCAL_RANK": "0"}, {"LOCAL_RANK": "1", "SLURM_PROCID": "1"}):
-        ranks.end_with_parent({"LOCAL_RANK": "1"} if not extra else {ranks.PARENT: "1", **extra})
+    environments: list[dict[str, str]] = [
+        {"LOCAL_RANK": "1", "SLURM_PROCID": "1"},  # of srun and torchrun: nothing of ours is in them
+        {"LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "a"},
+        {"LOCAL_RANK": "0", ranks.PARENT: "1"},  # the first process, and what it starts that is no rank
+        {ranks.PARENT: "1"},
+    ]
+    for environment in environments:
+        ranks.end_with_parent(environment)
+        assert ranks.PARENT not in environment
     assert not ranks.hand_over("a line")
 
 
