@@ -36,6 +36,7 @@ from descant.callbacks.pictures import (
 from descant.callbacks.subsets import OwnPass
 from descant.modules.batch import Batch
 from descant.modules.configure import nearest
+from descant.modules.given import require_objects
 from descant.modules.language import Sampling
 from descant.modules.language.judges import spoken
 from descant.modules.objective import Term
@@ -109,6 +110,7 @@ class Answering(OwnPass):
         validate: bool = False,
     ) -> None:
         super().__init__(sets, limit, every, validate)
+        require_objects(self, sampling=(sampling, Sampling))
         if new < 1 or table < 0:
             raise ValueError(f"Answering: new {new} and table {table}: 1 and 0 are the least")
         self.new, self.by, self.sampling, self.controls, self.table = new, by, sampling, controls, table

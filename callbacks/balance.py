@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from descant.callbacks.harmonize import Harmonize, read_together, total_of_ranks
+from descant.modules.given import require_objects
 from descant.modules.host import to_device
 from descant.modules.pacing import Pacing
 from descant.modules.protocols import Contends
@@ -86,6 +87,7 @@ class Balance(L.Callback):
         self, pacing: Pacing, noise: bool = False, until: float = 1.0, sham: Literal["permute"] | None = None
     ) -> None:
         super().__init__()
+        require_objects(self, pacing=(pacing, Pacing))
         if not 0 < until <= 1:
             raise ValueError(f"Balance: until {until:g}: a share of the run, above 0 and at most 1")
         self.pacing, self.noise, self.until, self.sham = pacing, noise, until, Sham(sham)

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from descant.callbacks.cosines import Track, cosine_map
 from descant.callbacks.pictures import keep_picture, run_folder
+from descant.modules.given import require_objects
 from descant.modules.host import host_copy, to_device
 from descant.modules.losses.ranks import world
 from descant.modules.mixing import Rule
@@ -68,6 +69,7 @@ class Harmonize(L.Callback):
         sham: Literal["permute"] | None = None,
     ) -> None:
         super().__init__()
+        require_objects(self, rule=(rule, Rule))
         if every < 1:
             raise ValueError(f"Harmonize: every {every}: 1 is the least")
         if every > 1 and not rule.reads_gradients:

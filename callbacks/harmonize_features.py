@@ -19,6 +19,7 @@ from descant.callbacks.pictures import writers
 from descant.modules.batch import Batch
 from descant.modules.configure import nearest
 from descant.modules.curriculum import Curriculum
+from descant.modules.given import require_objects
 from descant.modules.host import to_device
 from descant.modules.losses.contrastive import promote
 from descant.modules.losses.ranks import gather
@@ -65,6 +66,7 @@ class HarmonizeFeatures(L.Callback):
         audit: str | None = None,
     ) -> None:
         super().__init__()
+        require_objects(self, rule=(rule, Rule), curriculum=(curriculum, Curriculum))
         if rule is None and curriculum is None:
             raise ValueError("HarmonizeFeatures: a rule, a curriculum or both; without either it does nothing")
         if rule is not None and not rule.per_sample:

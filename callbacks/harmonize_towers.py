@@ -14,6 +14,7 @@ from torch import Tensor
 
 from descant.callbacks.harmonize import Harmonize, gradients, gram, mean_of_ranks, read_together, standing
 from descant.callbacks.harmonize_features import HarmonizeFeatures
+from descant.modules.given import require_objects
 from descant.modules.host import to_device
 from descant.modules.mixing import Rule
 from descant.modules.protocols import Contends, Forks
@@ -47,6 +48,7 @@ class HarmonizeTowers(L.Callback):
 
     def __init__(self, rule: Rule, every: int = 1) -> None:
         super().__init__()
+        require_objects(self, rule=(rule, Rule))
         name = type(rule).__name__
         if every < 1:
             raise ValueError(f"HarmonizeTowers: every {every}: 1 is the least")

@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from descant.callbacks.evaluate import Judge, Rows, ZeroShot
+from descant.modules.given import require_objects
 from descant.modules.inversion import Inverted, ModalityInversion, patch_frame, split_template, text_frame, tower_of
 from descant.modules.metrics import chance_average_precision, mean_average_precision
 from descant.modules.protocols import Inverts
@@ -177,6 +178,7 @@ class Inversion(_Late):
         validate: bool = False,
     ) -> None:
         super().__init__(sets, validate)
+        require_objects(self, oti=(oti, ModalityInversion), ovi=(ovi, ModalityInversion))
         split_template(template)
         if limit < 2:
             raise ValueError(f"Inversion: limit {limit}: the sham needs another query; 2 is the least")

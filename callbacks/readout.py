@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from descant.callbacks.evaluate import Judge, Rows, Store
 from descant.modules.batch import Batch
+from descant.modules.given import require_objects
 from descant.modules.protocols import Features
 from descant.modules.random import mix_N
 from descant.modules.readout import ModelContrast, Products, Reading, RidgeReadout
@@ -71,6 +72,7 @@ class Readout(Judge):
         shuffle: bool = False,
     ) -> None:
         super().__init__()
+        require_objects(self, ridge=(ridge, RidgeReadout), contrast=(contrast, ModelContrast))
         if not targets:
             raise ValueError("Readout: targets: none to read; such as [visual]")
         if modality == against:

@@ -34,6 +34,7 @@ from descant.callbacks.pictures import (
 from descant.callbacks.subsets import OwnPass
 from descant.modules.batch import NEGATIVE, Batch
 from descant.modules.configure import nearest
+from descant.modules.given import require_objects
 from descant.modules.masking import Corruption, Hide
 from descant.modules.metrics import psnr, ridge_weights, wide
 from descant.modules.protocols import Rebuilt, Reconstructs
@@ -441,6 +442,7 @@ class ReconstructionPictures(OwnPass):
         name: str = "reconstruction",
     ) -> None:
         super().__init__(sets, None, every, validate)
+        require_objects(self, corruption=(corruption, Corruption))
         if count < 1:
             raise ValueError(f"ReconstructionPictures: count {count}; 1 is the least")
         self.count, self.modalities, self.corruption, self.name = count, modalities, corruption, name

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from descant.callbacks.rounds import added
 from descant.callbacks.told import Told
+from descant.modules.given import require_objects
 from descant.modules.language import Generated
 from descant.modules.protocols import Rolled, Rolls
 from descant.modules.random import global_seed, mix_N
@@ -68,6 +69,7 @@ class Rollouts(Callback):
         sham: Literal["permute"] | None = None,
     ) -> None:
         super().__init__()
+        require_objects(self, rewards=(rewards, Rewards), advantage=(advantage, Advantage))
         if passes < 1 or resample < 0:
             raise ValueError(f"Rollouts: passes {passes} and resample {resample}: 1 and 0 are the least")
         self.rewards, self.advantage = rewards, advantage or GroupScaled()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from descant.callbacks.told import Told
 from descant.modules.batch import Batch
+from descant.modules.given import require_objects
 from descant.modules.language.judges import AnswerJudge, Answers, ExactJudge
 from descant.modules.protocols import Pooled, Replies
 from descant.modules.random import global_seed, mix_N
@@ -66,6 +67,7 @@ class Rounds(Callback):
         sham: Literal["permute"] | None = None,
     ) -> None:
         super().__init__()
+        require_objects(self, judge=(judge, AnswerJudge))
         if epochs < 1:
             raise ValueError(f"Rounds: epochs {epochs}: 1 is the least")
         if not 0 <= hard <= 1:

@@ -13,22 +13,25 @@ import lightning as L
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, SequentialLR
 
-from descant.modules.batch import Batch
+from descant.modules.batch import NEGATIVE, Batch
 from descant.modules.chunks import looks_at_the_batch
 from descant.modules.protocols import Embeds, HasObjective, HasTowers
-from descant.modules.trainer import first_validation, log_interval, run_steps
+from descant.modules.trainer import data_now, first_validation, log_interval, run_steps
 
 #: What is looked at before the first step.
-Before = Literal["rate", "interval", "batch", "frozen", "chunks", "validation", "logger", "mix"]
+Before = Literal["rate", "interval", "batch", "frozen", "chunks", "validation", "logger", "mix", "modality"]
 #: Losses of which a mean is made, and renewals of answers in a row that earn the same.
 _FEW, _FLAT = 10, 3
+#: Rates above which no run of ours or of a paper trains, of optimizers that divide by a gradient's size, and of others.
+_ADAPTIVE, _PLAIN = 1.0, 100.0
 
 
 class Sanity(L.Callback):
     """Warns of inert or absurd settings, one line each on stderr, before the first optimizer step.
 
-    A warm-up that outlasts the run, a learning rate of zero, a log interval longer than the run, a batch
-    larger than its data set, a model that is frozen whole or has trainable parameters in no optimizer, a
+    A warm-up that outlasts the run, a learning rate of zero or far above any that trains, a modality of the data that
+    no tower reads or a tower whose modality the data lacks, a run without a step, a log interval longer than the run, a
+    batch larger than its data set, a model that is frozen whole or has trainable parameters in no optimizer, a
     validation that the run never reaches, batch norms that see a chunk of the batch, frozen parameters that have a
     learning rate, a term that is multiplied by zero, a run of which nothing is logged, and a first backward that leaves
     no gradient. Once, ``late`` steps after the start: a loss that is where it began, embeddings of different samples
@@ -48,6 +51,11 @@ class Sanity(L.Callback):
         self._look = False
         self._first, self._last = list[torch.Tensor](), list[torch.Tensor]()
         self._flat = 0
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.max_steps == 0 or trainer.max_epochs == 0:  # then there is no start of training
+            name = "max_steps" if trainer.max_steps == 0 else "max_epochs"
+            _warn(trainer, f"trainer.{name} 0: the run has no step to take, and nothing will change")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # findings() runs on every rank, since counting steps may load data
@@ -113,6 +121,7 @@ class Sanity(L.Callback):
             "validation": [_validation(trainer, total)],
             "logger": [_nothing_logged(trainer)],
             "mix": _unused_terms(pl_module),
+            "modality": _unused_modalities(trainer, pl_module),
         }
         return [line for name, lines in found.items() if name not in self.meant for line in lines if line]
 
@@ -134,7 +143,18 @@ def _learning_rate(trainer: L.Trainer, total: float) -> list[str]:
     rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
     if rates and not trainer.lr_scheduler_configs and not any(float(rate) for rate in rates):
         lines.append("the learning rate is 0: nothing will change")
-    return lines
+    return [*lines, *_too_fast(trainer)]
+
+
+def _too_fast(trainer: L.Trainer) -> list[str]:
+    """Rates, at their highest, far above any that trains: what a step of Adam moves a weight by is its rate."""
+    found = {}
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            rate, most = float(group.get("initial_lr", group["lr"])), _ADAPTIVE if "betas" in group else _PLAIN
+            if rate > most:
+                found[f"a learning rate of {rate:.4g} is far above what {type(optimizer).__name__} trains by"] = most
+    return [f"{line} (more than {most:g}): the loss will not fall" for line, most in found.items()]
 
 
 def _only_rises(scheduler: Any, ticks: int) -> bool:
@@ -224,6 +244,23 @@ def _unused_terms(pl_module: L.LightningModule) -> list[str]:
         return []
     unused = [name for name, factor in pl_module.step.mix.items() if factor == 0]
     return [f"mix {name}: 0: the term is computed and thrown away" for name in unused]
+
+
+def _unused_modalities(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
+    """What the data reads for nobody, and towers that nothing reaches, of a recipe that says what it reads."""
+    reads = getattr(pl_module, "reads", None)
+    there = getattr(data_now(trainer), "modalities", ()) if trainer.datamodule is not None else ()  # type: ignore[attr-defined]
+    if not isinstance(pl_module, HasTowers) or reads is None or not there:
+        return []
+    used = {*pl_module.towers, *reads}
+    lines = [
+        f"the data has {m}, and no tower reads it: it is loaded for nothing (model.towers.{m}, or other data)"
+        for m in there
+        if m not in used and not m.endswith(NEGATIVE)
+    ]
+    return lines + [
+        f"tower {m} gets no input: the data has {', '.join(there)}" for m in pl_module.towers if m not in there
+    ]
 
 
 def _still(first: list[torch.Tensor], last: list[torch.Tensor], steps: int) -> list[str]:

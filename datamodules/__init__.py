@@ -1,1 +1,73 @@
-"""The corpora: they know files, and hand out :class:`descant.modules.batch.Batch`."""
+"""The corpora: they know files, and hand out :class:`descant.modules.batch.Batch`.
+
+``from descant.datamodules import Emoji`` imports the one module that has it, and none of the others.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from descant.datamodules.base import DataModule as DataModule
+    from descant.datamodules.crops import CropModule as CropModule
+    from descant.datamodules.described import Descriptions as Descriptions
+    from descant.datamodules.dialogues import Dialogues as Dialogues
+    from descant.datamodules.emoji import Emoji as Emoji
+    from descant.datamodules.fashion import Fashion as Fashion
+    from descant.datamodules.frames import FrameRollouts as FrameRollouts
+    from descant.datamodules.frames import Frames as Frames
+    from descant.datamodules.landsat import Landsat as Landsat
+    from descant.datamodules.mixture import Mixture as Mixture
+    from descant.datamodules.own import Own as Own
+    from descant.datamodules.pool import PooledQuestions as PooledQuestions
+    from descant.datamodules.pool import QuestionPool as QuestionPool
+    from descant.datamodules.pool import QuestionRollouts as QuestionRollouts
+    from descant.datamodules.questions import QuestionPairs as QuestionPairs
+    from descant.datamodules.questions import Questions as Questions
+    from descant.datamodules.rolled import PooledDialogues as PooledDialogues
+    from descant.datamodules.rolled import RolledDialogues as RolledDialogues
+    from descant.datamodules.scenes import Scenes as Scenes
+    from descant.datamodules.staged import StagedData as StagedData
+    from descant.datamodules.stamps import Stamps as Stamps
+    from descant.datamodules.tasks import TaskRollouts as TaskRollouts
+    from descant.datamodules.tasks import TextTasks as TextTasks
+    from descant.datamodules.volumes import Volumes as Volumes
+
+#: Module -> its data modules.
+_HOMES = {
+    "base": ("DataModule",),
+    "crops": ("CropModule",),
+    "described": ("Descriptions",),
+    "dialogues": ("Dialogues",),
+    "emoji": ("Emoji",),
+    "fashion": ("Fashion",),
+    "frames": ("FrameRollouts", "Frames"),
+    "landsat": ("Landsat",),
+    "mixture": ("Mixture",),
+    "own": ("Own",),
+    "pool": ("PooledQuestions", "QuestionPool", "QuestionRollouts"),
+    "questions": ("QuestionPairs", "Questions"),
+    "rolled": ("PooledDialogues", "RolledDialogues"),
+    "scenes": ("Scenes",),
+    "staged": ("StagedData",),
+    "stamps": ("Stamps",),
+    "tasks": ("TaskRollouts", "TextTasks"),
+    "volumes": ("Volumes",),
+}
+_MODULES = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # jsonargparse asks here for a shorter path of a class, and would write that into config.yaml, where runs of
+    # earlier versions have the full one: a resume would be told of another class
+    if sys._getframe(1).f_code.co_name == "get_import_path":
+        raise AttributeError(name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULES])

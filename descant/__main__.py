@@ -118,12 +118,16 @@ def _run(command: str, rest: Sequence[str]) -> int:
     elif known is not None:
         precheck(known, request.configs, request.options, request.trust)
     runs.require_ranks()
+    from descant import ranks
+
+    ranks.end_with_parent()
     from descant.cli import run  # torch and Lightning are imported here, and not before
 
     try:
         code = run(request)
     except Refusal as refusal:
-        say(str(refusal))
+        if not ranks.hand_over(str(refusal)):
+            say(str(refusal))
         code = WRONG
     if known is None and (command == "check" or code == WRONG):
         dump.write()  # once: the next mistake is answered at once

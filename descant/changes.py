@@ -24,6 +24,13 @@ FREE = (
 _MOST = 4
 #: Settings and callbacks that are named in the line of a part, and letters of a value.
 _NAMED, _LETTERS = 4, 60
+#: Of a model, what only its training asks about.
+_TRAINING = (
+    "model.init_args.optimizer",
+    "model.init_args.schedule",
+    "model.init_args.compile",
+    "model.init_args.chunks",
+)
 _CALLBACKS = "trainer.callbacks"
 _PARTS = ("data", "model", "trainer")
 
@@ -54,6 +61,31 @@ def require_unchanged(checkpoint: Path, config: str, allowed: bool) -> None:
     count = len(found) + len(of_callbacks)
     if count and not allowed:
         fail(f"--resume: {count} setting(s) differ from the run's own; --changed allow goes on with them")
+
+
+def of_another(checkpoint: Path, source: Path | None, config: str) -> str | None:
+    """What to say where a checkpoint is not of the run, or not of the model, that is evaluated; None where it is.
+
+    Weights of the same shapes load whatever they were trained as, and the numbers look like those of the run.
+
+    Args:
+        source: the run whose configuration is evaluated; None where that is another file.
+        config: the configuration, as YAML.
+    """
+    own = checkpoint.resolve().parent.parent
+    if not (own / "config.yaml").is_file() or (source is not None and source.resolve() == own):
+        return None
+    then, now = load(own / "config.yaml").plain, yaml.safe_load(config)
+    found = [
+        f"{key.replace('.init_args', '')} {_short(before)} there, {_short(here)} here"
+        for key, before, here in changes({"model": then.get("model")}, {"model": now.get("model")})
+        if not key.startswith(_TRAINING)
+    ]
+    if source is None and not found:
+        return None
+    here = f"the configuration of {shown(source)}" if source is not None else "this configuration"
+    differs = f": {_several(found)}" if found else ", which trained the same model"
+    return f"the checkpoint is of {shown(own)}, and is evaluated under {here}{differs}"
 
 
 def _class(config: object) -> str:

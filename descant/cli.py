@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn
 
 import lightning as L
 import yaml
@@ -25,20 +25,21 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy, Strategy
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from descant import elastic, lock, manifest, precision, runs
 from descant.arguments import Request
 from descant.callbacks.nonfinite import RollBack
 from descant.callbacks.resume import Resume, Stopped, require_exact
 from descant.catalogue import BASE, run_name
-from descant.changes import require_unchanged
+from descant.changes import of_another, require_unchanged
 from descant.check import Check, Checked
 from descant.datamodules.changed import rules
 from descant.document import shown
 from descant.errors import INTERRUPTED, TERMINATED, Refusal, disk_fault, fail, printable, say
+from descant.explain import composed, inert
 from descant.explain import explain as explained
-from descant.explain import inert
-from descant.faults import explain, misfit, parse_fault
+from descant.faults import explain, misfit, outside_ours, parse_fault, unbuilt
 from descant.folder import Folder
 from descant.loading import allowed
 from descant.loggers import TensorBoard
@@ -48,6 +49,7 @@ from descant.place import for_evaluation, for_fit, source_of
 from descant.precheck import precheck, wanted
 from descant.predictions import Predictions
 from descant.quiet import quieten
+from descant.ranks import Ended, Ranks
 from descant.recipes.base import Recipe
 from descant.signatures import Live
 from descant.store import AtomicIO
@@ -60,10 +62,26 @@ PLACE = "RUN"
 
 
 class Parser(LightningArgumentParser):
-    """Raises one-line refusals where argparse prints its usage and exits."""
+    """Raises one-line refusals where argparse prints its usage and exits, and keeps which class failed to be built."""
+
+    #: The first class of the last call that could not be built, and why: a union of attempts loses both.
+    failed: ClassVar[tuple[type, Exception] | None] = None
+
+    def instantiate(self, namespace: Namespace, instantiate_groups: bool = True, **kwargs: Any) -> Namespace:
+        kwargs["instantiators"] = [(_built, object, True)]
+        made: Namespace = super().instantiate(namespace, instantiate_groups, **kwargs)
+        return made
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise Refusal(parse_fault(message, ex)) from ex
+
+
+def _built(cls: type, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return cls(*args, **kwargs)
+    except Exception as error:
+        Parser.failed = Parser.failed or (cls, error)
+        raise
 
 
 class DescantCLI(LightningCLI):
@@ -73,6 +91,7 @@ class DescantCLI(LightningCLI):
         self.request = request
         self.checking = Check() if request.command == "check" else None
         self.told: list[str] = []
+        self.ranks: Ranks | None = None
         self.command = "fit" if request.command == "check" else request.command
         super().__init__(
             Recipe,
@@ -141,11 +160,18 @@ class DescantCLI(LightningCLI):
         if self.command == "fit" and not runs.launched():
             for file in inert(self.request.configs, self.walk.default):
                 say(f"warning: --config {shown(file)} changes nothing")
+            for line in composed(self.request.configs, self.request.options):
+                say(f"warning: {line}")
         if "writes" not in self.request.trust and (self.command == "fit" or not self.options.get("run")):
             runs.require_name(self.name)
         self.place = runs.agree(Path(self.options.runs) / self.name, self._decide)
         self.options.trainer.precision = self.place.precision  # rank 0's, where nodes differ
         text = self._saved()
+        if self.command != "fit" and self.place.checkpoint is not None and runs.rank() == 0:
+            source = source_of(Path(self.options.runs), self.options.run, self.request.configs)
+            other = of_another(Path(self.place.checkpoint), source, text)
+            if other is not None:
+                say(f"warning: {other}")
         self.folder = Folder(self.place, text)
         if self.request.explain:
             told = explained(yaml.safe_load(text), self.request.configs, self.request.options)
@@ -192,6 +218,7 @@ class DescantCLI(LightningCLI):
         return for_evaluation(command, root, self.name, source, options.get("ckpt_path"))
 
     def instantiate_classes(self) -> None:
+        Parser.failed = None
         super().instantiate_classes()
         for line in self.told:  # only now: what cannot be built is told in one line alone
             say(line)
@@ -225,6 +252,10 @@ class DescantCLI(LightningCLI):
             _require_port(os.environ.get("MASTER_PORT"))
         if isinstance(cluster, SLURMEnvironment):
             cluster.auto_requeue = False  # it saves inside the handler, and a slow rank then waits for ever
+        launcher = trainer.strategy.launcher
+        if isinstance(launcher, _SubprocessScriptLauncher):
+            self.ranks = Ranks(launcher, self.place.folder, (Stopped, RollBack), lambda: clear(self))
+            launcher.launch = self.ranks.launch  # type: ignore[method-assign]  # its own leaves ranks behind
         return trainer
 
     def _forget_the_undone(self, loggers: Any, point: str | Path | None) -> None:
@@ -381,11 +412,42 @@ def run(request: Request) -> int:
     if request.trust and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a trusted module is mostly the user's own file; last, so that it hides none
     cli = DescantCLI.__new__(DescantCLI)
+    fault = None
+    try:
+        code = _answered(cli, request)
+        fault = cli.ranks.join() if cli.ranks is not None else None
+    finally:
+        ranks: Ranks | None = getattr(cli, "ranks", None)  # of what is half built
+        if ranks is not None:
+            ranks.kill()  # nothing, where they have ended
+        clear(cli)
+    return _told(fault) if fault is not None and code == 0 else code
+
+
+def clear(cli: DescantCLI) -> None:
+    """Give back what the call held; the folder of a run that never began is removed."""
+    runs.forget()
+    lock.release()
+    started, folder = getattr(cli, "folder", None), getattr(cli, "place", None)
+    if started is not None and not started.began and folder is not None:
+        folder.discard()
+
+
+def _told(fault: Ended) -> int:
+    if fault.line:
+        say(fault.line)
+    return fault.code
+
+
+def _answered(cli: DescantCLI, request: Request) -> int:
+    """Run one command on a command line that is not built yet; returns its exit code."""
     try:
         with policy(allowed(request.trust)), _threads_told_once():
             cli.__init__(request)  # type: ignore[misc]  # in two steps: what is half built must still be cleared away
     except Refusal:
         raise
+    except Ended as fault:
+        return _told(fault)
     except Stopped as stop:
         if cli.trainer.is_global_zero:
             say(f"{stop}; --resume auto goes on there")
@@ -401,16 +463,12 @@ def run(request: Request) -> int:
     except Exception as error:
         trainer = getattr(cli, "trainer", None)
         line = disk_line(error, getattr(cli, "place", None))
+        if trainer is None and Parser.failed is not None:
+            line = line or unbuilt(*Parser.failed, request.trust)
         line = line or explain(error, building=trainer is None, trust=request.trust)
         if line is None and trainer is not None and (cli.checking is not None or trainer.global_step == 0):
-            line = misfit(error, cli.model, request.trust)
+            line = misfit(error, cli.model, request.trust) or outside_ours(error, request.trust)
         if line is None or request.debug:
             raise
         raise Refusal(line) from error
-    finally:
-        runs.forget()
-        lock.release()
-        started, folder = getattr(cli, "folder", None), getattr(cli, "place", None)
-        if started is not None and not started.began and folder is not None:
-            folder.discard()
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from descant.catalogue import BASE
-from descant.document import Node, load, option
+from descant.document import Node, load, option, shown
 from descant.signatures import in_text
 
 #: A place in a configuration: keys, and numbers in lists; ``init_args`` is no step of it.
@@ -44,6 +44,47 @@ def inert(files: Sequence[Path], default: Callable[[Place], str | None]) -> list
     for file in (BASE, *files[:1]):
         origin.source(load(file))
     return [file for file in files[1:] if not origin.source(load(file))]
+
+
+def composed(files: Sequence[Path], options: Sequence[tuple[str, str | None]]) -> list[str]:
+    """Lines for files that are laid over one another and hardly meant so.
+
+    Two that each choose a recipe and its data, whose other keys are then mixed; and data whose pictures have another
+    size than the experiment's, unless an option says the size.
+    """
+    given = [Path(value) for key, value in options if key == "data" and value and value.endswith(".yaml")]
+    if len(files) + len(given) < 2:
+        return []
+    parts = [(shown(file), load(file).plain) for file in files]
+    whole = [name for name, part in parts if all(_chooses(part.get(key)) for key in ("model", "data"))]
+    lines = []
+    if len(whole) > 1:
+        names = " and --config ".join(whole)
+        lines.append(f"--config {names}: each is a whole experiment; keys of both count, the last wins")
+    of_data = [(name, part.get("data")) for name, part in parts] + [(shown(f), load(f).plain) for f in given]
+    sizes = [(name, found) for name, part in of_data if (found := _picture_size(part))]
+    typed = {key for key, _ in options}
+    if len(sizes) > 1 and sizes[-1][1][1] != sizes[0][1][1] and sizes[-1][1][0] not in typed:
+        (first, (_, before)), (last, (key, now)) = sizes[0], sizes[-1]
+        slower = f", {(now / before) ** 2:.0f} times as many pixels a sample" if now > before else ""
+        lines.append(f"{last}: pictures of {now} px, where {first} has {before}{slower}; --{key} {before} keeps them")
+    return lines
+
+
+def _chooses(part: Any) -> bool:
+    return isinstance(part, Mapping) and "class_path" in part
+
+
+def _picture_size(data: Any) -> tuple[str, int] | None:
+    """Dotted key and value of the size of pictures in a data module's part of a configuration."""
+    args = data.get("init_args", data) if isinstance(data, Mapping) else {}
+    if isinstance(args.get("size"), int):
+        return "data.size", args["size"]
+    for step in ("fields", "image"):
+        args = args.get(step) if isinstance(args, Mapping) else None
+        args = args.get("init_args", args) if isinstance(args, Mapping) else None
+    size = args.get("size") if isinstance(args, Mapping) else None
+    return ("data.fields.image.size", size) if isinstance(size, int) else None
 
 
 class Origin:

@@ -47,11 +47,13 @@ def explain(error: BaseException, building: bool, trust: Sequence[str] = ()) -> 
     setting; later only those of our own parts (and of trusted modules and optimizers) are.
     """
     error = _root(error)
+    if building and "jsonargparse" in _raiser(error) and "\n" in str(error).strip():
+        return parse_fault(str(error), error)  # an account of many lines
     denied = re.match(r"Importing '([\w.]+)' is not allowed", str(error))
     if denied is not None:
         return f"class_path {denied[1]} is not one that a configuration may name: --trust {denied[1]} if you trust it"
     if type(error).__name__ == "MisconfigurationException":
-        return one_line(error)
+        return _without_gpu(str(error)) or one_line(error)
     if type(error).__name__ in _NETWORK:
         return _network(str(error))
     if building and isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
@@ -69,6 +71,62 @@ def explain(error: BaseException, building: bool, trust: Sequence[str] = ()) -> 
     if building:
         return one_line(error)
     return one_line(error) if _within(last, ("descant", "torch.optim", *trust)) else outside(error)
+
+
+def _without_gpu(message: str) -> str | None:
+    """What to do where a GPU is asked for and there is none.
+
+    >>> _without_gpu("No supported gpu backend found!")
+    'trainer.accelerator: no GPU that torch can use on this machine; --config on/cpu trains on the CPU'
+    """
+    if not re.search(r"No supported gpu backend found|cannot run on your system since the accelerator", message):
+        return None
+    return "trainer.accelerator: no GPU that torch can use on this machine; --config on/cpu trains on the CPU"
+
+
+def unbuilt(cls: type, error: Exception, trust: Sequence[str] = ()) -> str | None:
+    """The line for a class of the configuration that could not be built, where :func:`explain` has none or loses it.
+
+    A package that is missing is named with the command that installs it; what a library says of a size or a type gets
+    the name of the class that passed it on. None for what the parts say themselves, and for the user's own classes.
+    """
+    if isinstance(error, ImportError):
+        asked = re.search(r"Requirement '([\w.-]+)([^']*)' not met", str(error))
+        name, of = (asked[1], asked[2]) if asked else (str(error.name or "").partition(".")[0], "")
+        if name:
+            wanted = f"'{name}{of}'" if of else name
+            return f"{cls.__name__}: the package {name} is not installed: pip install {wanted}"
+    if isinstance(error, (*_REQUESTS, *_OUTSIDE)) or _within(cls.__module__, trust):
+        return None
+    if not isinstance(error, (RuntimeError, TypeError, ArithmeticError, IndexError, AssertionError)):
+        return None
+    return f"{cls.__name__}: it cannot be built: {_worded(error)}; --debug shows more"
+
+
+def outside_ours(error: BaseException, trust: Sequence[str] = ()) -> str | None:
+    """The line for what a library raised before the first step, which a setting has brought about, with who called it.
+
+    None where our own code or the user's raised it: that is a fault of the program, and keeps its traceback.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names = [str(frame.f_globals.get("__name__", "")) for frame in frames]
+    if not names or any(_within(name, trust) for name in names) or not isinstance(error, Exception):
+        return None
+    if _within(names[-1], ("descant",)) and not isinstance(error, ArithmeticError):
+        return None
+    if not isinstance(error, (ValueError, RuntimeError, TypeError, ArithmeticError, IndexError)):
+        return None
+    for frame, name in reversed(list(zip(frames, names, strict=True))):
+        if _within(name, ("descant",)) and not _within(name, _ENTRY):
+            owner = type(frame.f_locals["self"]).__name__ if "self" in frame.f_locals else name
+            return f"{owner} ({name}.{frame.f_code.co_name}): {_worded(error)}; --debug shows more"
+    return None
+
+
+def _worded(error: BaseException) -> str:
+    """What a library says, with its type where the words alone say little."""
+    text = one_line(error)
+    return text[:200] if len(text) > 40 else f"{type(error).__name__}: {text}"
 
 
 def outside(error: BaseException) -> str | None:
@@ -182,6 +240,8 @@ def _account(message: str, lines: Sequence[str]) -> str:
 
     >>> _account("", ['Parser key "model":', "Given value: NestedArg(key='towers', val='Linear')"])
     "model.towers: not accepted, got 'Linear'"
+    >>> _account("", ['Parser key "data":']), _account("", ["Unexpected config:"])
+    ('data: not accepted', 'Unexpected config: the parser says no more; --debug shows where')
     """
     text = "\n".join(lines)
     keys = re.search(r'Parser key "([^"]+)"', text)
@@ -198,4 +258,8 @@ def _account(message: str, lines: Sequence[str]) -> str:
     if faults and not (nested and faults[0] in given):
         fault = " ".join(faults[: 2 if faults[0].endswith(":") else 1])
     got = f", got {given[:80]}" if given and given not in fault else ""
-    return f"{key}: {fault}{got}" if key else (faults or [*lines, message])[0]
+    if key:
+        return f"{key}: {fault}{got}"
+    told = faults or [*lines, message]
+    text = " ".join(told)[:200] if told[0].endswith(":") else told[0]
+    return f"{text.rstrip(':')}: the parser says no more; --debug shows where" if text.endswith(":") else text

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from descant import names, schema, trust
+from descant import bounds, names, schema, trust
 from descant.arguments import Request
-from descant.catalogue import BASE, ROOT
+from descant.catalogue import BASE, OVERLAYS, ROOT
 from descant.document import Node, load, option
 from descant.errors import Refusal, hint, nearest
 from descant.schema import Entry, Key, Part, Schema, Type, Unknown
@@ -56,13 +56,33 @@ def precheck(
         Refusal: for the first unknown key, unknown or untrusted class, or value of a wrong type.
     """
     walk = Walk(known, trusted)
+    _one_experiment(files)
     for file in (BASE, *files):
-        walk.source(load(file))
+        root = load(file)
+        if not root.content:
+            raise Refusal(
+                f"{root.where}: it says nothing: a configuration is a mapping of keys, such as model: and data:"
+            )
+        walk.source(root)
     for key, value in options:
         if value is not None and not key.endswith(("help", "print_config")):
             walk.source(option(key, value))
     walk.required()
     return walk
+
+
+def _one_experiment(files: Sequence[Path]) -> None:
+    """Raises Refusal for two experiments that ship: their keys would be mixed, and a fault be told of neither."""
+    if len(files) < 2:
+        return
+    root, given = ROOT.resolve(), list[str]()
+    for file in (file.resolve() for file in files):
+        name = file.relative_to(root).with_suffix("").as_posix() if file.is_relative_to(root) else ""
+        if name and name not in given and name.partition("/")[0] not in (*OVERLAYS, "claims", BASE.stem):
+            given.append(name)
+    if len(given) > 1:
+        told = " and ".join(f"--config {name}" for name in given[:3])
+        raise Refusal(f"{told}: {len(given)} experiments at once; one, and overlays (data/, with/, on/: descant list)")
 
 
 class Walk:
@@ -156,6 +176,10 @@ class Walk:
             near = nearest(node.plain, words) if isinstance(node.plain, str) else None
             got = _short(node.plain) + (f"; nearest: {near}" if near else "")
             raise Refusal(f"{_at(node, path)}: expected {schema.in_words(key.type)}, got {got}")
+        if owner is None or owner.path.startswith("descant."):
+            why = bounds.wrong(name, node.plain, bounds.OF_COMMAND if owner is None else bounds.OF_NAMES)
+            if why is not None:
+                raise Refusal(f"{_at(node, path)}: {why}")
 
     def _uncalled(self, node: Node, kind: Type, path: Path_, inside: bool = False) -> None:
         """A value that may be a function, or an object that is called: only what the user has named is one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,8 +11,11 @@ from descant.datamodules.sources.base import Damaged, Source, similar, split_nam
 from descant.datamodules.sources.folder import TABLES, Folder
 from descant.datamodules.sources.parquet import Parquet
 from descant.datamodules.sources.shards import Shards, expand, lost
+from descant.datamodules.sources.stream import SCHEMES
 
 _KINDS = (".tar", ".parquet")
+#: What begins as an address does; a drive of Windows has one letter.
+_ADDRESS = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+://|pipe:")
 
 
 def find(
@@ -32,6 +36,9 @@ def find(
         ValueError: where nothing is there, or nothing that is known.
     """
     given = [path] if isinstance(path, (str, Path)) else list(path)
+    address = next((str(p) for p in given if _ADDRESS.match(str(p))), None)
+    if address is not None:
+        raise ValueError(_streamed(address))
     if len(given) == 1 and (folder := _folder(Path(given[0]), damaged, outside)) is not None:
         return {"": folder}
 
@@ -62,6 +69,19 @@ def find(
     if not first.exists() and not glob.has_magic(str(first)) and "{" not in str(first):
         raise ValueError(f"{first}: no such file or folder{similar(first)}")
     raise ValueError(f"{first}: data is a folder, or files that end in {', '.join((*TABLES, *_KINDS))}")
+
+
+def _streamed(address: str) -> str:
+    """What to do with an address: it has no positions, so nobody knows how many samples an epoch of it has."""
+    scheme = address.partition(":")[0].lower()
+    if scheme == "pipe" or (scheme in SCHEMES and ".tar" in address):
+        allowed = " --data.stream.allow_pipes true" if scheme == "pipe" else ""
+        return (
+            f"{address}: path takes what lies on this machine; shards elsewhere are streamed: --data stream "
+            f"--data.stream.urls '{address}' --data.stream.samples N (of an epoch){allowed}"
+        )
+    read = ", ".join(f"{name}://" for name in ("http", "https", "s3", "gs"))
+    return f"{address}: not read from there; shards (*.tar) of {read} are streamed, all else is fetched by you first"
 
 
 def _folder(path: Path, damaged: Damaged, outside: bool) -> Folder | None:

@@ -424,7 +424,22 @@ def _header(table: Path, cells: Sequence[str]) -> list[str]:
         raise ValueError(f"{table}: the first line names the columns, each once; it has {short(', '.join(header))!r}")
     if len(header) > FIELDS:
         raise ValueError(f"{table}: {many(header)}")
+    sample = next((name for name in header if _is_media(name)), None)
+    if sample is not None:  # read as names of columns, the first sample would be lost without a word
+        raise ValueError(
+            f"{table}: line 1 is a sample ({short(sample)}) and no header: put a line such as file,caption above it"
+        )
     return header
+
+
+def _is_media(name: str) -> bool:
+    """Whether a cell of a header is the name of a picture or a recording.
+
+    >>> _is_media("a/cat.jpg"), _is_media("jpg"), _is_media("image.path")
+    (True, False, False)
+    """
+    stem, dot, ending = name.rpartition(".")
+    return bool(stem and dot) and ending.lower() in _MEDIA and "://" not in name
 
 
 def _one_by_one(table: Path, bad: Bad) -> tuple[list[str], list[list[str | None]]]:

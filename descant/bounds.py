@@ -1,0 +1,100 @@
+"""What numbers an argument takes, by its name: one table for all of Descant's classes, looked at before any is built.
+
+A size below 1 or a probability above 1 is a mistake whatever class takes it; some classes say so themselves, others
+pass it on to torch, which fails far from the cause or trains on nonsense.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+_INFINITE = math.inf
+#: Arguments of Descant's classes -> least and most. Names that mean other things to other classes stand in no line.
+OF_NAMES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(
+        (
+            *(
+                "answer_length",
+                "bank",
+                "batch_size",
+                "buckets",
+                "buffer",
+                "channels",
+                "chunks",
+                "classes",
+                "components",
+            ),
+            *("depth", "digits", "embedding", "eval_batch_size", "folds", "grid", "group", "heads", "hidden", "hop"),
+            *(
+                "items",
+                "keep",
+                "kernel",
+                "key_heads",
+                "layers",
+                "length",
+                "mels",
+                "memory",
+                "new",
+                "numbers",
+                "objects",
+            ),
+            *("passes", "patch", "permutations", "queries", "r", "rows", "samples", "scenes", "side", "size", "sizes"),
+            *("stem", "stride", "tokens", "vocab", "width", "width_in", "widths", "blocks"),
+        ),
+        (1, _INFINITE),
+    ),
+    **dict.fromkeys(
+        ("num_workers", "capacity", "extra", "lr", "weight_decay", "l2", "tolerance", "resample"), (0, _INFINITE)
+    ),
+    **dict.fromkeys(
+        (
+            *("dropout", "token_dropout", "name_only", "nameless", "flip", "grey", "erase", "invert", "mirror", "drop"),
+            *("decay", "share", "smoothing", "fdr"),
+        ),
+        (0, 1),
+    ),
+}
+#: Of numbers that have to be above zero, which no least says.
+ABOVE_ZERO = ("seconds", "mlp_ratio", "expand", "temperature", "tempo", "peak_flops")
+#: Of the command and its trainer, which passes them on as they are.
+OF_COMMAND: dict[str, tuple[float, float]] = {
+    "trainer.num_nodes": (1, _INFINITE),
+    "trainer.gradient_clip_val": (0, _INFINITE),
+    "trainer.log_every_n_steps": (0, _INFINITE),
+    "seed_everything": (0, 2**32 - 1),
+}
+
+
+def wrong(name: str, value: Any, table: Mapping[str, tuple[float, float]] = OF_NAMES) -> str | None:
+    """Why a number, or one in a list or mapping, is none that the argument takes; None where it is.
+
+    >>> wrong("width", -4), wrong("drop", {"text": 5}), wrong("dropout", 0.1), wrong("mean", -4)
+    ('at least 1, got -4', 'between 0 and 1, got 5', None, None)
+    >>> wrong("seconds", 0)
+    'above 0, got 0'
+    """
+    if name in ABOVE_ZERO and table is OF_NAMES:
+        return next((f"above 0, got {number:g}" for number in _numbers(value) if not number > 0), None)
+    if name not in table:
+        return None
+    least, most = table[name]
+    for number in _numbers(value):
+        if not least <= number <= most:
+            bound = f"at least {least:g}" if most == _INFINITE else f"between {least:g} and {most:.10g}"
+            return f"{bound}, got {number:.10g}"
+    return None
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, bool):
+        return
+    if isinstance(value, int | float):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _numbers(inner)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for inner in value:
+            yield from _numbers(inner)
