@@ -317,7 +317,10 @@ def _cell(data: Any, index: int, colour: tuple[int, int, int], pictured: bool) -
 def _largest(text: str, width: int, height: int, middle: bool = False) -> Image.Image:
     """A text in the largest of the captions' letters in which it fits and no word is broken; else in the smallest."""
     for size in CAPTIONS:
-        lines = _wrapped(text, size, width - 2, height // (size + 2))
+        most = height // (size + 2)
+        if size > CAPTIONS[-1] and _font(size, text).getlength(text) > width * most:
+            continue  # it cannot fit, and wrapping a long text takes milliseconds
+        lines = _wrapped(text, size, width - 2, most)
         if " ".join(lines) == text:
             break
     image = Image.new("RGB", (width, height), PAPER)
