@@ -42,6 +42,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from descant.callbacks import logged
+from descant.modules.checkpoints import EVERY, MINUTES, due
 from descant.modules.random import global_seed, mix
 
 #: The entry of a checkpoint that says where it was saved; its layout.
@@ -182,9 +183,10 @@ class Resume(L.Callback):
     """Saves resume points and continues from them; turns signals into a save and an honest exit code.
 
     ``RUN/resume/step-0000500.ckpt`` is written every ``every`` optimizer steps, ``minutes`` after the last one at the
-    latest, at the end, and when INT, TERM or USR1 arrive; the newest ``keep`` stay. A run that is killed at any moment and resumed on as many ranks ends in the same
-    bits: weights, optimizers, schedules, averages and what callbacks and recipe keep in their state. On other ranks it
-    sees the same samples in the same order, and its gradients differ in rounding only.
+    latest, at the end, and when INT, TERM or USR1 arrive; the newest ``keep`` stay. A run that is killed at any moment
+    and resumed on as many ranks ends in the same bits: weights, optimizers, schedules, averages and what callbacks and
+    recipe keep in their state. On other ranks it sees the same samples in the same order, and its gradients differ in
+    rounding only.
 
     Checkpoints of ModelCheckpoint are for evaluation. They are written in the middle of things, and not resumed from.
 
@@ -199,16 +201,16 @@ class Resume(L.Callback):
         folder: where they lie; ``resume`` in the run's folder where not given.
 
     Raises:
-        ValueError: if ``every`` or ``keep`` is below 1, or ``minutes`` not above 0; in setup, for a trainer that cannot be resumed exactly, or a
-            callback beside it that cannot; when a
-            checkpoint is loaded that is no resume point, or is one of other data, another seed or a newer layout.
+        ValueError: if ``every`` or ``keep`` is below 1, or ``minutes`` not above 0; in setup, for a trainer that cannot
+            be resumed exactly, or a callback beside it that cannot; when a checkpoint is loaded that is no resume
+            point, or is one of other data, another seed or a newer layout.
     """
 
     #: Said twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(
-        self, every: int = 500, keep: int = 2, folder: str | None = None, minutes: float | None = 5.0
+        self, every: int = EVERY, keep: int = 2, folder: str | None = None, minutes: float | None = MINUTES
     ) -> None:
         if every < 1 or keep < 1:
             raise ValueError(f"every {every}, keep {keep}: at least 1 each")
@@ -316,6 +318,13 @@ class Resume(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.signals.remove()
+        step, saved = trainer.global_step, self._saved
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero and step > max(saved, 0):
+            if saved < 0:
+                when = due(self.every, self.minutes)
+                say(f"interrupted before the first resume point ({when}): {step} step(s) are lost")
+            else:
+                say(f"interrupted: {step - saved} step(s) since step {saved} are lost; --resume auto goes on there")
 
     def save(self, trainer: L.Trainer) -> None:
         """Write the resume point of this moment. Collective."""

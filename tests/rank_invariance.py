@@ -3,8 +3,8 @@
 ``python -m tests.rank_invariance [NAME ...]`` prints the largest relative difference of each: of the first loss in
 float32, and of twenty steps in float64. Float64 tells a difference (another draw, another count, statistics of a part)
 from rounding: a sum in another order is 1e-16 apart there, and 1e-13 after twenty steps (1e-7 where a loss itself is
-computed in float32). In float32 Adam makes steps of full size of gradients that are zero but for rounding (a bias before a norm), so that losses of the
-same run are up to 1e-3 apart after twenty.
+computed in float32). In float32 Adam makes steps of full size of gradients that are zero but for rounding (a bias
+before a norm), so that losses of the same run are up to 1e-3 apart after twenty.
 """
 
 from __future__ import annotations

@@ -287,7 +287,9 @@ def test_a_signal_saves_at_the_next_step_and_tells_the_truth(tmp_path: Path, whe
     assert stop.seen + rest.seen == whole.seen and equal(state(net), state(again))
 
 
-def test_a_second_interrupt_is_at_once(tmp_path: Path) -> None:
+def test_a_second_interrupt_is_at_once_and_says_what_is_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def twice(trainer: L.Trainer) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -295,6 +297,12 @@ def test_a_second_interrupt_is_at_once(tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         fit(tmp_path, Resume(), Act("on_before_backward", 2, twice))
     assert points(tmp_path) == []
+    lost = "interrupted before the first resume point (due after 500 steps or 5 minutes): 1 step(s) are lost"
+    assert f"descant: {lost}" in capsys.readouterr().err.splitlines()
+    with pytest.raises(SystemExit):
+        fit(tmp_path, Resume(every=2), Act("on_before_backward", 4, twice))
+    lost = "interrupted: 1 step(s) since step 2 are lost; --resume auto goes on there"
+    assert points(tmp_path) == [2] and f"descant: {lost}" in capsys.readouterr().err.splitlines()
 
 
 def test_the_strongest_signal_gives_the_code(tmp_path: Path) -> None:
