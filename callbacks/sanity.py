@@ -16,10 +16,11 @@ from torch.optim.lr_scheduler import LambdaLR, LinearLR, SequentialLR
 from descant.modules.batch import Batch
 from descant.modules.chunks import looks_at_the_batch
 from descant.modules.protocols import Embeds, HasObjective, HasTowers
+from descant.modules.random import drawn_by_rank
 from descant.modules.trainer import log_interval, run_steps
 
 #: What is looked at before the first step.
-Before = Literal["rate", "interval", "batch", "frozen", "chunks", "validation", "logger", "mix"]
+Before = Literal["rate", "interval", "batch", "frozen", "chunks", "validation", "logger", "mix", "ranks"]
 #: Losses of which a mean is made, and renewals of answers in a row that earn the same.
 _FEW, _FLAT = 10, 3
 
@@ -30,8 +31,9 @@ class Sanity(L.Callback):
     A warm-up that outlasts the run, a learning rate of zero, a log interval longer than the run, a batch
     larger than its data set, a model that is frozen whole or has trainable parameters in no optimizer, a
     validation that the run never reaches, batch norms that see a chunk of the batch, frozen parameters that have a
-    learning rate, a term that is multiplied by zero, a run of which nothing is logged, and a first backward that leaves
-    no gradient. Once, ``late`` steps after the start: a loss that is where it began, embeddings of different samples
+    learning rate, a term that is multiplied by zero, a run of which nothing is logged, dropout that another number of
+    ranks draws otherwise, and a first backward that leaves no gradient. Once, ``late`` steps after the start: a loss
+    that is where it began, embeddings of different samples
     that are all alike, and rewards that are all the same. Nothing is stopped: a test may want any of these.
 
     Args:
@@ -113,6 +115,7 @@ class Sanity(L.Callback):
             "validation": [_validation(trainer, total)],
             "logger": [_nothing_logged(trainer)],
             "mix": _unused_terms(pl_module),
+            "ranks": [_by_rank(trainer, pl_module)],
         }
         return [line for name, lines in found.items() if name not in self.meant for line in lines if line]
 
@@ -213,6 +216,18 @@ def chunked_norms(pl_module: L.LightningModule) -> list[str]:
         for name, tower in pl_module.towers.items()
         if looks_at_the_batch(tower)
     ]
+
+
+def _by_rank(trainer: L.Trainer, pl_module: L.LightningModule) -> str:
+    """What makes a loss on several ranks another one than on one; the data, norms and losses that ship do not."""
+    names = list(drawn_by_rank(pl_module))
+    if trainer.world_size == 1 or not names:
+        return ""
+    more = f" and {len(names) - 1} more draw" if len(names) > 1 else " draws"
+    return (
+        f"{names[0]}{more} dropout for {trainer.world_size} ranks: losses differ from those on another number of ranks "
+        "by this draw"
+    )
 
 
 def _nothing_logged(trainer: L.Trainer) -> str:

@@ -455,7 +455,7 @@ def _clocked(rank: int, folder: Path, steps: int) -> list[int]:
         clock, saved = Clock(patch, 100.0 * rank), list[int]()
         saver = Act("on_save_checkpoint", 0)
         saver.on_save_checkpoint = lambda trainer, *_: saved.append(trainer.global_step)  # type: ignore[method-assign]
-        options = dict(strategy="ddp", devices=2, max_epochs=-1, max_steps=steps, limit_val_batches=0)
+        options: dict[str, Any] = dict(strategy="ddp", devices=2, max_epochs=-1, max_steps=steps, limit_val_batches=0)
         fit(folder, Resume(keep=99), clock.batches, saver, net=Net(dropout=0.0), **options)
     return saved
 
