@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, LinearLR, SequentialLR
 from descant.modules.batch import Batch
 from descant.modules.chunks import looks_at_the_batch
 from descant.modules.protocols import Embeds, HasObjective, HasTowers
-from descant.modules.random import drawn_by_rank
+from descant.modules.random import by_rank, drawn_by_rank
 from descant.modules.trainer import log_interval, run_steps
 
 #: What is looked at before the first step.
@@ -115,7 +115,7 @@ class Sanity(L.Callback):
             "validation": [_validation(trainer, total)],
             "logger": [_nothing_logged(trainer)],
             "mix": _unused_terms(pl_module),
-            "ranks": [_by_rank(trainer, pl_module)],
+            "ranks": _by_rank(trainer, pl_module),
         }
         return [line for name, lines in found.items() if name not in self.meant for line in lines if line]
 
@@ -218,16 +218,15 @@ def chunked_norms(pl_module: L.LightningModule) -> list[str]:
     ]
 
 
-def _by_rank(trainer: L.Trainer, pl_module: L.LightningModule) -> str:
-    """What makes a loss on several ranks another one than on one; the data, norms and losses that ship do not."""
+def _by_rank(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
+    """What makes losses on several ranks others than on one; the data, norms and losses that ship do not."""
+    if trainer.world_size == 1:
+        return []
+    differ = f"on {trainer.world_size} ranks losses differ from those on another number of ranks"
+    lines = [f"{name} {does}: {differ}" for name, does in by_rank(pl_module).items()]
     names = list(drawn_by_rank(pl_module))
-    if trainer.world_size == 1 or not names:
-        return ""
     more = f" and {len(names) - 1} more draw" if len(names) > 1 else " draws"
-    return (
-        f"{names[0]}{more} dropout for {trainer.world_size} ranks: losses differ from those on another number of ranks "
-        "by this draw"
-    )
+    return [*lines, f"{names[0]}{more} dropout by rank: {differ} by this draw"] if names else lines
 
 
 def _nothing_logged(trainer: L.Trainer) -> str:

@@ -126,6 +126,20 @@ def seeded(*parts: int | str) -> Iterator[None]:
         generator.set_state(state)
 
 
+def by_rank(module: nn.Module) -> dict[str, str]:
+    """What makes losses on several ranks others than on one: name of a part -> what it does, as its ``by_rank`` says.
+
+    Such a part looks at other samples than its own, and only at those of its rank.
+
+    >>> part = nn.Identity()
+    >>> part.by_rank = "draws of the rows of a rank"
+    >>> by_rank(nn.Sequential(nn.Linear(2, 2), part))
+    {'1 (Identity)': 'draws of the rows of a rank'}
+    """
+    parts = ((name, part, getattr(part, "by_rank", None)) for name, part in module.named_modules())
+    return {f"{name} ({type(part).__name__})".strip(): why for name, part, why in parts if isinstance(why, str)}
+
+
 def drawn_by_rank(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """Where a network drops at random, by torch's global generator: name -> the part, and its probability's name.
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from descant.callbacks.sanity import Sanity, _by_rank
 from descant.modules.batch import Batch
 from descant.modules.objective import Term
+from descant.modules.ranking import RankTarget
 from descant.modules.schedule import WarmupCosine
 from descant.modules.towers import TextTower
 from descant.recipes.base import Recipe
@@ -219,11 +220,17 @@ def test_what_draws_by_rank_is_named_on_several() -> None:
     net = nn.ModuleDict({"text": text, "plain": nn.Linear(2, 2), "off": nn.Dropout(0.0), "taught": nn.Dropout(0.5)})
     net["taught"].eval()
     trainer: Any = SimpleNamespace(world_size=2)
-    line = _by_rank(trainer, net)  # type: ignore[arg-type]
-    assert line.startswith("text.layers.0 and 1 more draw dropout for 2 ranks: losses differ from those on another")
-    assert _by_rank(trainer, nn.ModuleDict({"plain": nn.Linear(2, 2)})) == ""  # type: ignore[arg-type]
+    differ = "on 2 ranks losses differ from those on another number of ranks"
+    dropout = f"text.layers.0 and 1 more draw dropout by rank: {differ} by this draw"
+    assert _by_rank(trainer, net) == [dropout]  # type: ignore[arg-type]
+    net["lists"] = RankTarget()
+    assert _by_rank(trainer, net) == [  # type: ignore[arg-type]
+        f"lists (RankTarget) draws its lists of the rows of a rank: {differ}",
+        dropout,
+    ]
+    assert _by_rank(trainer, nn.ModuleDict({"plain": nn.Linear(2, 2)})) == []  # type: ignore[arg-type]
     trainer.world_size = 1
-    assert _by_rank(trainer, net) == ""  # type: ignore[arg-type]
+    assert _by_rank(trainer, net) == []  # type: ignore[arg-type]
 
 
 def test_nothing_is_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
