@@ -43,7 +43,7 @@ def run_name(file: Path) -> str:
 def made_by(run: str) -> str:
     """``; COMMAND makes it`` for a run that is not there: what the experiments say comes before, else of its name.
 
-    >>> made_by("runs/contrastive-emoji/001/config.yaml"), made_by("whole")[:49]
+    >>> made_by("runs/contrastive-emoji/001/config.yaml"), made_by("whole")[:50]
     ('; `descant fit --config contrastive/emoji` makes it', '; `descant fit --config fusion/emoji --config with')
     >>> made_by("mine/latest")
     '; `descant fit --config EXPERIMENT --name mine` makes it'

@@ -1,4 +1,4 @@
-"""Every command of the README and of the guides, in order, in an empty folder for each part of a page; one part a commit."""
+"""Every command of the README and the guides, in order, in an empty folder for each part of a page; one a commit."""
 
 from __future__ import annotations
 
