@@ -82,7 +82,11 @@ ALONE = {
 }
 
 
-@pytest.mark.parametrize("command", [pytest.param(c, marks=[pytest.mark.slow] * ("reinforce" in c)) for c in ALONE])
+#: Those that are refused when the model or the data is built.
+LATE = ("descant fit --config contrastive/own", "descant fit --config reinforce")
+
+
+@pytest.mark.parametrize("command", [pytest.param(c, marks=[pytest.mark.slow] * c.startswith(LATE)) for c in ALONE])
 def test_a_command_without_the_one_before_names_it_in_a_line(command: str, cli: Cli, workplace: Path) -> None:
     told = cli(*words(command)).refusal
     assert ALONE[command] in told and told.endswith(("makes it", "writes one of yours")), told
