@@ -42,6 +42,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from descant.callbacks import logged
+from descant.modules.checkpoints import EVERY, MINUTES, due
 from descant.modules.random import global_seed, mix
 
 #: The entry of a checkpoint that says where it was saved; its layout.
@@ -50,6 +51,8 @@ ENTRY, FORMAT = "descant", 1
 CODES = {signal.SIGUSR1: 75, signal.SIGINT: 130, signal.SIGTERM: 143}
 #: Ranks tell each other of signals at least once in so many steps, or in so many seconds if that is sooner.
 AGREE_STEPS, AGREE_SECONDS = 8, 1.0
+#: Saving takes at most about one part in so many of a run, where points are due by time.
+_SHARE = 20
 #: Of ModelCheckpoint, which does not save it: without it a resumed run writes other files than an uninterrupted one.
 _BOOKS = ("_last_global_step_saved", "_last_checkpoint_saved", "current_score")
 
@@ -104,11 +107,14 @@ class Signals:
 
         min(8, the steps of a second),   the least over the ranks, which travels with the signals
 
-    so that long steps are cut short as soon as ever, and short ones pay little.
+    so that long steps are cut short as soon as ever, and short ones pay little. With them travels whether a resume
+    point is due by the clock of any rank, for the same price; ``due`` is what the ranks agreed on.
     """
 
     def __init__(self) -> None:
         self.code = 0
+        self.due = False
+        self._deadline, self._asked, self._outdated = math.inf, math.nan, False
         self._steps, self._pause, self._began = 0, 1, -math.inf  # since the last message; until the next one
         self._before: dict[signal.Signals, Any] = {}
         self.group: Any = None
@@ -118,6 +124,7 @@ class Signals:
         """Collective: every rank at the same time."""
         self.code, self._pid, self._travelling = 0, os.getpid(), None
         self._steps, self._pause, self._began = 0, 1, -math.inf
+        self.due, self._deadline, self._asked, self._outdated = False, math.inf, math.nan, False
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._raise) for number in CODES}
         if _world() > 1:  # on the CPU whatever the gradients travel by: reading it must not wait for a device
@@ -139,15 +146,20 @@ class Signals:
 
     def agreed(self, last: bool = False) -> int:
         """The largest code that any rank has been sent; with ``last`` up to now. Collective."""
+        now = time.monotonic()
+        step, self._asked = now - self._asked, now  # how long the last one took: nan at first
         if self.group is None:
+            self.due = now >= self._deadline or now + step > self._deadline
             return self.code
+        self.due = False
         known = self._arrived()
         self._steps += 1
         if last or self._steps >= self._pause:
-            now = time.monotonic()
             pace = int(AGREE_SECONDS * self._steps / max(now - self._began, 1e-6))  # a coarse clock may stand still
-            sent = torch.tensor([self.code, -min(max(pace, 1), AGREE_STEPS)])
+            due = now >= self._deadline or now + 2 * step > self._deadline  # it is read a step later
+            sent = torch.tensor([self.code, -min(max(pace, 1), AGREE_STEPS), int(due)])
             self._travelling = dist.all_reduce(sent, dist.ReduceOp.MAX, self.group, async_op=True), sent
+            self._outdated = False
             self._steps, self._began = 0, now
         return max(known, self._arrived()) if last else known
 
@@ -157,18 +169,24 @@ class Signals:
         work, sent = self._travelling
         work.wait()
         self._travelling = None
-        code, pause = sent.tolist()
-        self._pause = -pause
+        code, pause, due = sent.tolist()
+        self._pause, self.due = -pause, bool(due) and not self._outdated
         return int(code)
+
+    def due_in(self, seconds: float) -> None:
+        """A point has been saved, or the run begins: the next one is due so much later. Every rank at the same step."""
+        self._deadline, self.due = time.monotonic() + seconds, False
+        self._outdated = True  # what travels now was asked before
 
 
 class Resume(L.Callback):
     """Saves resume points and continues from them; turns signals into a save and an honest exit code.
 
-    ``RUN/resume/step-0000500.ckpt`` is written every ``every`` optimizer steps, at the end, and when INT, TERM or USR1
-    arrive; the newest ``keep`` stay. A run that is killed at any moment and resumed on as many ranks ends in the same
-    bits: weights, optimizers, schedules, averages and what callbacks and recipe keep in their state. On other ranks it
-    sees the same samples in the same order, and its gradients differ in rounding only.
+    ``RUN/resume/step-0000500.ckpt`` is written every ``every`` optimizer steps, ``minutes`` after the last one at the
+    latest, at the end, and when INT, TERM or USR1 arrive; the newest ``keep`` stay. A run that is killed at any moment
+    and resumed on as many ranks ends in the same bits: weights, optimizers, schedules, averages and what callbacks and
+    recipe keep in their state. On other ranks it sees the same samples in the same order, and its gradients differ in
+    rounding only.
 
     Checkpoints of ModelCheckpoint are for evaluation. They are written in the middle of things, and not resumed from.
 
@@ -178,21 +196,27 @@ class Resume(L.Callback):
     Args:
         every: optimizer steps between two resume points.
         keep: of the newest resume points; 2, so that one is left if the newest turns out to be broken.
+        minutes: between two points at most, whatever a step costs (a step that is longer by itself, a validation and
+            what 20 savings take are waited for); null for points by steps alone. No weight depends on it.
         folder: where they lie; ``resume`` in the run's folder where not given.
 
     Raises:
-        ValueError: if ``every`` or ``keep`` is below 1; in setup, for a trainer that cannot be resumed exactly, or a
-            callback beside it that cannot; when a
-            checkpoint is loaded that is no resume point, or is one of other data, another seed or a newer layout.
+        ValueError: if ``every`` or ``keep`` is below 1, or ``minutes`` not above 0; in setup, for a trainer that cannot
+            be resumed exactly, or a callback beside it that cannot; when a checkpoint is loaded that is no resume
+            point, or is one of other data, another seed or a newer layout.
     """
 
     #: Said twice (by an experiment and an overlay), the last one counts.
     once = True
 
-    def __init__(self, every: int = 500, keep: int = 2, folder: str | None = None) -> None:
+    def __init__(
+        self, every: int = EVERY, keep: int = 2, folder: str | None = None, minutes: float | None = MINUTES
+    ) -> None:
         if every < 1 or keep < 1:
             raise ValueError(f"every {every}, keep {keep}: at least 1 each")
-        self.every, self.keep, self.folder = every, keep, folder
+        if minutes is not None and not minutes > 0:
+            raise ValueError(f"minutes {minutes:g}: above 0; or null, for points by steps alone")
+        self.every, self.keep, self.folder, self.minutes = every, keep, folder, minutes
         self.at_start = False  # whether step 0 is saved too, for who may go back to it
         self.signals = Signals()
         self._saved = -1  # the step of the newest resume point
@@ -222,6 +246,7 @@ class Resume(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.signals.install()
+        self._await()
         if isinstance(trainer.strategy.model, DistributedDataParallel):
             settle_buckets(trainer.strategy.model)
         if self._loaded is not None:
@@ -260,7 +285,8 @@ class Resume(L.Callback):
         step = trainer.global_step
         if micro == 0:
             code = self.signals.agreed()
-            if step != self._saved and (code or (step % self.every == 0 and (step > 0 or self.at_start))):
+            due = self.signals.due or step % self.every == 0
+            if step != self._saved and (code or (due and (step > 0 or self.at_start))):
                 self.save(trainer)
             if code:
                 _settled(trainer)
@@ -292,20 +318,36 @@ class Resume(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.signals.remove()
+        step, saved = trainer.global_step, self._saved
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero and step > max(saved, 0):
+            if saved < 0:
+                when = due(self.every, self.minutes)
+                say(f"interrupted before the first resume point ({when}): {step} step(s) are lost")
+            else:
+                say(f"interrupted: {step - saved} step(s) since step {saved} are lost; --resume auto goes on there")
 
     def save(self, trainer: L.Trainer) -> None:
         """Write the resume point of this moment. Collective."""
-        path = self._path(trainer)
+        path, began = self._path(trainer), time.monotonic()
         self._saving = True
         try:
             trainer.save_checkpoint(path)
         finally:
             self._saving = False
         self._saved = trainer.global_step
+        self._await(time.monotonic() - began)
         if trainer.is_global_zero:
             points = {*path.parent.glob("step-*.ckpt"), path}  # a save in a thread has no file yet
-            for old in sorted(points, key=_step)[: -self.keep]:
+            kept = set(sorted(points, key=_step)[-self.keep :])
+            if self.at_start:  # who goes back counts on those by steps: points by time push none of them out
+                kept |= set(sorted((p for p in points if _step(p) % self.every == 0), key=_step)[-self.keep :])
+            for old in sorted(points - kept, key=_step):
                 trainer.strategy.remove_checkpoint(old)
+
+    def _await(self, saving: float = 0.0) -> None:
+        """When the next point is due by time, after one that took so many seconds to save."""
+        if self.minutes is not None:
+            self.signals.due_in(max(60 * self.minutes, _SHARE * saving))
 
     def _of_ranks(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
         """What each rank has. Collective."""

@@ -16,10 +16,11 @@ from torch.optim.lr_scheduler import LambdaLR, LinearLR, SequentialLR
 from descant.modules.batch import NEGATIVE, Batch
 from descant.modules.chunks import looks_at_the_batch
 from descant.modules.protocols import Embeds, HasObjective, HasTowers
+from descant.modules.random import by_rank, drawn_by_rank
 from descant.modules.trainer import data_now, first_validation, log_interval, run_steps
 
 #: What is looked at before the first step.
-Before = Literal["rate", "interval", "batch", "frozen", "chunks", "validation", "logger", "mix", "modality"]
+Before = Literal["rate", "interval", "batch", "frozen", "chunks", "validation", "logger", "mix", "modality", "ranks"]
 #: Losses of which a mean is made, and renewals of answers in a row that earn the same.
 _FEW, _FLAT = 10, 3
 #: Rates above which no run of ours or of a paper trains, of optimizers that divide by a gradient's size, and of others.
@@ -33,8 +34,9 @@ class Sanity(L.Callback):
     no tower reads or a tower whose modality the data lacks, a run without a step, a log interval longer than the run, a
     batch larger than its data set, a model that is frozen whole or has trainable parameters in no optimizer, a
     validation that the run never reaches, batch norms that see a chunk of the batch, frozen parameters that have a
-    learning rate, a term that is multiplied by zero, a run of which nothing is logged, and a first backward that leaves
-    no gradient. Once, ``late`` steps after the start: a loss that is where it began, embeddings of different samples
+    learning rate, a term that is multiplied by zero, a run of which nothing is logged, dropout that another number of
+    ranks draws otherwise, and a first backward that leaves no gradient. Once, ``late`` steps after the start: a loss
+    that is where it began, embeddings of different samples
     that are all alike, and rewards that are all the same. Nothing is stopped: a test may want any of these.
 
     Args:
@@ -122,6 +124,7 @@ class Sanity(L.Callback):
             "logger": [_nothing_logged(trainer)],
             "mix": _unused_terms(pl_module),
             "modality": _unused_modalities(trainer, pl_module),
+            "ranks": _by_rank(trainer, pl_module),
         }
         return [line for name, lines in found.items() if name not in self.meant for line in lines if line]
 
@@ -233,6 +236,17 @@ def chunked_norms(pl_module: L.LightningModule) -> list[str]:
         for name, tower in pl_module.towers.items()
         if looks_at_the_batch(tower)
     ]
+
+
+def _by_rank(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
+    """What makes losses on several ranks others than on one; the data, norms and losses that ship do not."""
+    if trainer.world_size == 1:
+        return []
+    differ = f"on {trainer.world_size} ranks losses differ from those on another number of ranks"
+    lines = [f"{name} {does}: {differ}" for name, does in by_rank(pl_module).items()]
+    names = list(drawn_by_rank(pl_module))
+    more = f" and {len(names) - 1} more draw" if len(names) > 1 else " draws"
+    return [*lines, f"{names[0]}{more} dropout by rank: {differ} by this draw"] if names else lines
 
 
 def _nothing_logged(trainer: L.Trainer) -> str:

@@ -40,8 +40,11 @@ class Source:
     #: Asked instead of the source's own question: which one it is by its ``name``, or of what ``group``.
     about: Literal["name", "group"] | None = None
 
-    def prepare(self, data: Frames) -> None:
-        """Fetches what it shows, on one rank of a machine."""
+    def prepare(self) -> None:
+        """Fetches what it shows, on one rank of a machine: what is set here, other ranks lack."""
+
+    def join(self, data: Frames) -> None:
+        """Takes over what is said of the whole data, in every process that shows frames."""
 
     def asks(self, data: Frames, concept: int, others: np.ndarray, key: int) -> tuple[str, str]:
         if self.about is None:
@@ -122,10 +125,12 @@ class Slices(Stacks):
         super().__init__(frames)
         self.volumes = volumes
 
-    def prepare(self, data: Frames) -> None:
+    def join(self, data: Frames) -> None:
         self.volumes.tiny = self.volumes.tiny or data.tiny
         if self.volumes.size != data.size:
             raise ValueError(f"volumes.size {self.volumes.size} is not the frames' size {data.size}")
+
+    def prepare(self) -> None:
         self.volumes.prepare_data()
 
     def shows(
@@ -197,6 +202,10 @@ class FrameSet(QuestionSet):
 
     data: Frames
 
+    def __init__(self, data: Frames, *args: Any, **kwargs: Any) -> None:
+        super().__init__(data, *args, **kwargs)
+        data.join()
+
     def front(self, of: Any, question: str) -> list[int]:
         ids, frames = self.data.asked(question), self.data.sources[of[0]].frames
         at = ids.index(self.data.codec.vocabulary)
@@ -260,8 +269,14 @@ class Frames(Questions):
 
     def prepare_data(self) -> None:
         super().prepare_data()
+        self.join()
         for kind in self.kinds:
-            self.sources[kind].prepare(self)
+            self.sources[kind].prepare()
+
+    def join(self) -> None:
+        """Tells all sources what is said of the whole data: on every rank, whatever was prepared on one."""
+        for kind in self.kinds:
+            self.sources[kind].join(self)
 
     def wording(
         self, kind: str, concept: int, vendor: int, others: np.ndarray, count: int, key: int

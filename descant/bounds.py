@@ -11,50 +11,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 _INFINITE = math.inf
+_COUNTS = """
+answer_length bank batch_size blocks buckets buffer channels chunks classes components depth digits embedding
+eval_batch_size folds grid group heads hidden hop items keep kernel key_heads layers length mels memory new numbers
+objects passes patch permutations queries r rows samples scenes side size sizes stem stride tokens vocab width width_in
+widths
+"""
+_NOT_NEGATIVE = "capacity extra l2 lr num_workers resample tolerance weight_decay"
+_SHARES = """
+decay drop dropout erase fdr flip grey invert mirror name_only nameless share smoothing token_dropout
+"""
 #: Arguments of Descant's classes -> least and most. Names that mean other things to other classes stand in no line.
 OF_NAMES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(
-        (
-            *(
-                "answer_length",
-                "bank",
-                "batch_size",
-                "buckets",
-                "buffer",
-                "channels",
-                "chunks",
-                "classes",
-                "components",
-            ),
-            *("depth", "digits", "embedding", "eval_batch_size", "folds", "grid", "group", "heads", "hidden", "hop"),
-            *(
-                "items",
-                "keep",
-                "kernel",
-                "key_heads",
-                "layers",
-                "length",
-                "mels",
-                "memory",
-                "new",
-                "numbers",
-                "objects",
-            ),
-            *("passes", "patch", "permutations", "queries", "r", "rows", "samples", "scenes", "side", "size", "sizes"),
-            *("stem", "stride", "tokens", "vocab", "width", "width_in", "widths", "blocks"),
-        ),
-        (1, _INFINITE),
-    ),
-    **dict.fromkeys(
-        ("num_workers", "capacity", "extra", "lr", "weight_decay", "l2", "tolerance", "resample"), (0, _INFINITE)
-    ),
-    **dict.fromkeys(
-        (
-            *("dropout", "token_dropout", "name_only", "nameless", "flip", "grey", "erase", "invert", "mirror", "drop"),
-            *("decay", "share", "smoothing", "fdr"),
-        ),
-        (0, 1),
-    ),
+    **dict.fromkeys(_COUNTS.split(), (1, _INFINITE)),
+    **dict.fromkeys(_NOT_NEGATIVE.split(), (0, _INFINITE)),
+    **dict.fromkeys(_SHARES.split(), (0, 1)),
 }
 #: Of numbers that have to be above zero, which no least says.
 ABOVE_ZERO = ("seconds", "mlp_ratio", "expand", "temperature", "tempo", "peak_flops")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from descant.errors import Refusal, hint
@@ -40,6 +41,43 @@ def run_name(file: Path) -> str:
     return file.stem
 
 
+def made_by(run: str) -> str:
+    """``; COMMAND makes it`` for a run that is not there: what the experiments say comes before, else of its name.
+
+    >>> made_by("runs/contrastive-emoji/001/config.yaml"), made_by("whole")[:50]
+    ('; `descant fit --config contrastive/emoji` makes it', '; `descant fit --config fusion/emoji --config with')
+    >>> made_by("mine/latest")
+    '; `descant fit --config EXPERIMENT --name mine` makes it'
+    """
+    name = re.sub(r"^runs/|/(\d{3,}|latest)(/.*)?$", "", run)
+    if not re.fullmatch(r"[\w.-]+", name):  # a pattern, a path, or nothing that one would type
+        return ""
+    said = (f"fit --config {full}" for full, file in experiments().items() if run_name(file) == name)
+    before = (
+        line[1]
+        for file in shipped().values()
+        for line in re.finditer(r"^# Before: +descant (fit .*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+        if line[1].endswith(f"--name {name}")
+    )
+    command = next(said, None) or next(before, None) or f"fit --config EXPERIMENT --name {name}"
+    return f"; `descant {command}` makes it"
+
+
+def with_maker(line: str) -> str:
+    """A line that ends by what is not there, and the command that makes it.
+
+    >>> with_maker("runs/whole: no such run, checkpoint or export").partition("; ")[2][:36]
+    '`descant fit --config fusion/emoji -'
+    >>> with_maker("shards: no such file or folder")
+    'shards: no such file or folder; yours, or of shards: `descant data make FOLDER --out shards` makes it'
+    """
+    if found := re.search(r"([^\s:]+): no such run, checkpoint or export$", line):
+        return line + made_by(found[1])
+    if found := re.search(r"^([\w/-]+): no such file or folder$", line):
+        return f"{line}; yours, or of shards: `descant data make FOLDER --out {found[1]}` makes it"
+    return line
+
+
 def header(file: Path) -> str:
     """The first line of a YAML's leading comment, without its mark."""
     first = file.read_text(encoding="utf-8").partition("\n")[0]
@@ -66,7 +104,12 @@ def find(name: str) -> Path:
     same = [full for full in experiments() if full.split("/")[-1] == plain]
     if len(same) == 1:
         return known[same[0]]
-    raise Refusal(f"--config {name}: no such file, and nothing of that name ships{hint(plain, known)}")
+    near = hint(plain, known)
+    if not near and (run := re.fullmatch(r"(runs/.+/(?:\d{3,}|latest))/config\.yaml", name)):
+        near = made_by(run[1])
+    elif not near and (own := re.fullmatch(r"(\w+)\.yaml", name)):
+        near = f"; `descant new recipe {own[1]}` writes one of yours"
+    raise Refusal(f"--config {name}: no such file, and nothing of that name ships{near}")
 
 
 def shipped_data(name: str | None) -> Path | None:

@@ -20,6 +20,8 @@ FREE = (
     *(f"trainer.{key}" for key in ("default_root_dir", "profiler", "log_every_n_steps", "enable_progress_bar")),
     *("trainer.enable_model_summary", "trainer.detect_anomaly", "trainer.limit_test_batches"),
 )
+#: And when and where resume points are saved.
+_FREE_CALLBACKS = tuple(f"Resume.{key}" for key in ("every", "keep", "folder", "minutes"))
 #: Settings that are told one a line; of more, a line a part.
 _MOST = 4
 #: Settings and callbacks that are named in the line of a part, and letters of a value.
@@ -129,7 +131,7 @@ def _of_callbacks(then: Sequence[Any], now: Sequence[Any]) -> list[str]:
     found += [f"{name} only here" for name in second if name not in first]
     for name in (name for name in first if name in second):
         args = changes({name: first[name]}, {name: second[name]})
-        found += [f"{key} {_short(before)} -> {_short(after)}" for key, before, after in args]
+        found += [f"{key} {_short(old)} -> {_short(new)}" for key, old, new in args if key not in _FREE_CALLBACKS]
     if not found and list(first) != list(second):
         found = ["in another order"]
     return found

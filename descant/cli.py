@@ -31,7 +31,7 @@ from descant import elastic, lock, manifest, precision, runs
 from descant.arguments import Request
 from descant.callbacks.nonfinite import RollBack
 from descant.callbacks.resume import Resume, Stopped, require_exact
-from descant.catalogue import BASE, run_name
+from descant.catalogue import BASE, run_name, with_maker
 from descant.changes import of_another, require_unchanged
 from descant.check import Check, Checked
 from descant.datamodules.changed import rules
@@ -470,5 +470,5 @@ def _answered(cli: DescantCLI, request: Request) -> int:
             line = misfit(error, cli.model, request.trust) or outside_ours(error, request.trust)
         if line is None or request.debug:
             raise
-        raise Refusal(line) from error
+        raise Refusal(with_maker(line)) from error
     return 0

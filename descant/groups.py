@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from descant import runs
+from descant.catalogue import made_by
 from descant.changes import FREE
 from descant.errors import fail, hint, one_line, say
 from descant.errors import printable as clean
@@ -136,7 +137,7 @@ def _find(command: str, word: str, root: Path) -> tuple[list[Path], bool]:
     if not folders:
         known = [path for path in root.glob("*/*") if runs.is_run(path) and not path.is_symlink()]
         names = {path.parent.name for path in known} | {_name(path) for path in known}
-        fail(f"{command} {word}: no such run under {root}{hint(word, names)}")
+        fail(f"{command} {word}: no such run under {root}{hint(word, names) or made_by(word)}")
     return folders, False
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from descant import elastic, lock, manifest, runs
-from descant.errors import fail, say
-from descant.modules.checkpoints import followed, judged
+from descant.curves import scalars
+from descant.document import load
+from descant.errors import Refusal, fail, say
+from descant.modules.checkpoints import due, followed, judged
 from descant.runs import Run
 from descant.versions import code
 
@@ -55,7 +58,30 @@ def for_fit(root: Path, name: str, run: str | None, resume: str, trust: Sequence
     new = Run(folder, fresh=False) if folder is not None and again else _locked(runs.allocate(root / name))
     what = "valid resume point" if skipped else "resume point yet"
     say(f"--resume auto: {name} has no {what}; starting {_shown(new.folder)}")
+    if folder is not None and not skipped and (lost := _lost(folder)) is not None:
+        say(lost)
     return new
+
+
+def _lost(folder: Path) -> str | None:
+    """Of a run that ended before its first resume point: what is lost, and when that was due; None of no run."""
+    try:
+        trainer = load(folder / "config.yaml").plain.get("trainer")
+        callbacks = trainer.get("callbacks") if isinstance(trainer, dict) else None
+        trained = [step for curve in scalars(folder).values() for step in curve]
+    except (Refusal, OSError, ValueError, csv.Error):  # it had hardly begun, or was not ours
+        return None
+    steps = f"at least {max(trained) + 1} steps" if trained else "no step was logged"
+    said = {str(one.get("class_path")).rpartition(".")[2]: one for one in callbacks or [] if isinstance(one, dict)}
+    if "Resume" not in said:
+        return f"{_shown(folder)} saves no resume points (no callback Resume): what it trained is lost ({steps})"
+    given = said["Resume"].get("init_args")
+    kinds = {"every": int, "minutes": float | int | None}
+    known = {key: given[key] for key in kinds if isinstance(given, dict) and key in given}
+    if not all(isinstance(value, kinds[key]) for key, value in known.items()):
+        return None
+    when = due(**known)
+    return f"{_shown(folder)} ended before its first resume point ({when}): what it trained is lost ({steps})"
 
 
 def require_contained(folder: Path, trust: Sequence[str] = ()) -> None:

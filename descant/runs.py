@@ -18,6 +18,7 @@ from pathlib import Path
 import yaml
 
 from descant import manifest
+from descant.catalogue import made_by
 from descant.errors import Refusal, fail, hint, printable
 from descant.modules.checkpoints import LATEST, followed, of_run
 from descant.modules.lines import loads
@@ -211,7 +212,7 @@ def existing(root: Path, run: str) -> Path:
     if run in ("", "."):
         fail("--run: of which run? NAME/001, or NAME/latest")
     known = [path.relative_to(root).as_posix() for path in root.glob("*/*") if _NUMBER.fullmatch(path.name)]
-    raise Refusal(f"--run {run}: no such run under {root}{hint(run, known)}")
+    raise Refusal(f"--run {run}: no such run under {root}{hint(run, known) or made_by(run)}")
 
 
 def is_run(folder: Path) -> bool:

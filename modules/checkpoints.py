@@ -43,6 +43,19 @@ def followed(path: Path) -> Path:
     return path
 
 
+#: When resume points are due where nothing else is said: optimizer steps between two, and minutes.
+EVERY, MINUTES = 500, 5.0
+
+
+def due(every: int = EVERY, minutes: float | None = MINUTES) -> str:
+    """When the next resume point comes, in words.
+
+    >>> due(), due(20, None)
+    ('due after 500 steps or 5 minutes', 'due after 20 steps')
+    """
+    return f"due after {every} steps" + ("" if minutes is None else f" or {minutes:g} minutes")
+
+
 def of_run(folder: Path) -> list[Path]:
     """What a run can be evaluated from, resume points included: unknown steps first, then the last."""
     found = [path for part in PLACES for path in folder.glob(f"{part}/*.ckpt")]

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from descant.modules.host import host_copy, to_device
 
@@ -124,3 +124,38 @@ def seeded(*parts: int | str) -> Iterator[None]:
         yield
     finally:
         generator.set_state(state)
+
+
+def by_rank(module: nn.Module) -> dict[str, str]:
+    """What makes losses on several ranks others than on one: name of a part -> what it does, as its ``by_rank`` says.
+
+    Such a part looks at other samples than its own, and only at those of its rank.
+
+    >>> part = nn.Identity()
+    >>> part.by_rank = "draws of the rows of a rank"
+    >>> by_rank(nn.Sequential(nn.Linear(2, 2), part))
+    {'1 (Identity)': 'draws of the rows of a rank'}
+    """
+    parts = ((name, part, getattr(part, "by_rank", None)) for name, part in module.named_modules())
+    return {f"{name} ({type(part).__name__})".strip(): why for name, part, why in parts if isinstance(why, str)}
+
+
+def drawn_by_rank(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Where a network drops at random, by torch's global generator: name -> the part, and its probability's name.
+
+    Everything else here is drawn by sample. The global generator is seeded by (seed, step, rank): with as many ranks a
+    step is drawn again to the bit, and other ranks draw other elements with the same probability. Parts in eval mode
+    drop nothing.
+
+    >>> drawn_by_rank(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5), nn.Dropout(0.0))).keys()
+    dict_keys(['1'])
+    """
+    found = {}
+    for name, part in ((name, part) for name, part in module.named_modules() if part.training):
+        keys = (
+            ["p"] if isinstance(part, nn.modules.dropout._DropoutNd) else [key for key in vars(part) if "drop" in key]
+        )
+        for key in keys:
+            if isinstance(vars(part)[key], float) and 0 < vars(part)[key] <= 1:
+                found[name] = part, key
+    return found

@@ -46,6 +46,8 @@ class Matching(Recipe):
     """
 
     in_batch_negatives = True
+    #: Told at the start of a run on several ranks: all tokens of all ranks would have to travel.
+    by_rank = "pairs a sample with others of its rank"
 
     def __init__(self, towers: Towers, cross: CrossEncoder, negatives: int = 7, **kwargs: object) -> None:
         super().__init__(**kwargs)  # type: ignore[arg-type]  # the base's own typed arguments

@@ -56,6 +56,17 @@ def test_who_may_import_whom(part: str) -> None:
                 assert any(name == p or name.startswith(f"{p}.") for p in MAY[part]), f"{file}: {name}"
 
 
+def test_what_one_rank_prepares_sets_nothing_that_the_others_lack() -> None:
+    preparing = 0
+    for file in sorted((TOP / "datamodules").rglob("*.py")):
+        for method in ast.walk(ast.parse(file.read_text())):
+            if isinstance(method, ast.FunctionDef) and method.name in ("prepare", "prepare_data"):
+                preparing += 1
+                names = [ast.unparse(n) for n in ast.walk(method) if isinstance(getattr(n, "ctx", None), ast.Store)]
+                assert not [name for name in names if name.startswith("self.")], f"{file}: {method.name}: {names}"
+    assert preparing >= 10
+
+
 def test_recipes_do_not_import_each_other() -> None:
     for file in sorted((TOP / "recipes").glob("*.py")):
         if file.name != "__init__.py":

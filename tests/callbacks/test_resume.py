@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -185,6 +186,56 @@ def test_points_are_kept_by_number_and_every_so_many_steps(tmp_path: Path) -> No
     assert points(tmp_path) == [16, 18]
 
 
+class Clock:
+    """Time that passes when a test says so: ``step`` seconds a batch, ``save`` seconds a checkpoint."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, step: float = 0.0, save: float = 0.0) -> None:
+        self.now = 1e6
+        monkeypatch.setattr("descant.callbacks.resume.time", SimpleNamespace(monotonic=lambda: self.now))
+        self.batches = Act()
+        self.batches.on_train_batch_end = lambda *_: self.passes(step)  # type: ignore[method-assign]
+        self.batches.on_save_checkpoint = lambda *_: self.passes(save)  # type: ignore[method-assign]
+
+    def passes(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize(
+    ("step", "save", "minutes", "found"),
+    [
+        (60.0, 0.0, 5.0, [5, 10, 15, 18]),
+        (90.0, 0.0, 5.0, [3, 6, 9, 12, 15, 18]),  # the fourth step would end a minute too late
+        (200.0, 0.0, 5.0, list(range(1, 19))),
+        (60.0, 30.0, 5.0, [5, 15, 18]),  # ten minutes after one that took half of one
+        (60.0, 0.0, None, [18]),
+    ],
+)
+def test_points_come_by_the_clock_too_whatever_a_step_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: float, save: float, minutes: float | None, found: list[int]
+) -> None:
+    clock = Clock(monkeypatch, step, save)
+    fit(tmp_path, Resume(keep=99, minutes=minutes), clock.batches, limit_val_batches=0)
+    assert points(tmp_path) == found
+
+
+def test_from_a_point_by_the_clock_it_ends_in_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, net = fit(tmp_path / "plain", Resume(), EMA(0.8))
+    clock = Clock(monkeypatch, 70.0)
+    _, same = fit(tmp_path / "a", Resume(keep=99), EMA(0.8), clock.batches)
+    assert points(tmp_path / "a") == [4, 8, 12, 16, 18]
+    _, again = fit(tmp_path / "b", Resume(), EMA(0.8), clock.batches, path=point(tmp_path / "a", 4))
+    assert equal(state(net), state(same)) and equal(state(net), state(again))
+
+
+def test_points_by_the_clock_push_out_none_that_a_run_may_go_back_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, resume = Clock(monkeypatch, 200.0), Resume(every=8)
+    resume.at_start = True
+    fit(tmp_path, resume, clock.batches, max_epochs=-1, max_steps=15)
+    assert points(tmp_path) == [0, 8, 14, 15]
+
+
 def test_a_thread_leaves_as_many_points_and_none_of_a_future_undone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,7 +287,9 @@ def test_a_signal_saves_at_the_next_step_and_tells_the_truth(tmp_path: Path, whe
     assert stop.seen + rest.seen == whole.seen and equal(state(net), state(again))
 
 
-def test_a_second_interrupt_is_at_once(tmp_path: Path) -> None:
+def test_a_second_interrupt_is_at_once_and_says_what_is_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def twice(trainer: L.Trainer) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -244,6 +297,12 @@ def test_a_second_interrupt_is_at_once(tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         fit(tmp_path, Resume(), Act("on_before_backward", 2, twice))
     assert points(tmp_path) == []
+    lost = "interrupted before the first resume point (due after 500 steps or 5 minutes): 1 step(s) are lost"
+    assert f"descant: {lost}" in capsys.readouterr().err.splitlines()
+    with pytest.raises(SystemExit):
+        fit(tmp_path, Resume(every=2), Act("on_before_backward", 4, twice))
+    lost = "interrupted: 1 step(s) since step 2 are lost; --resume auto goes on there"
+    assert points(tmp_path) == [2] and f"descant: {lost}" in capsys.readouterr().err.splitlines()
 
 
 def test_the_strongest_signal_gives_the_code(tmp_path: Path) -> None:
@@ -335,9 +394,9 @@ def test_callbacks_that_a_resume_would_change_are_refused_with_what_to_use(tmp_p
     assert "\n" not in str(caught.value) and not (tmp_path / "resume").exists()
 
 
-@pytest.mark.parametrize("wrong", [{"every": 0}, {"keep": 0}])
+@pytest.mark.parametrize("wrong", [{"every": 0}, {"keep": 0}, {"minutes": 0}, {"minutes": float("nan")}])
 def test_wrong_numbers(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match=r"at least 1|minutes (0|nan): above 0; or null"):
         Resume(**wrong)
 
 
@@ -388,6 +447,24 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path: Path) -> None
     assert 4 <= step <= 5 + AGREE_STEPS
     rest = run_ranks(2, _on_rank, tmp_path / "cut", 2, point(tmp_path / "cut", step), 20)
     assert equal(rest[0]["state"], whole[0]["state"])
+
+
+def _clocked(rank: int, folder: Path, steps: int) -> list[int]:
+    """Trains on two ranks, of which the second alone has a clock that goes; the steps at which it saved."""
+    with pytest.MonkeyPatch.context() as patch:
+        clock, saved = Clock(patch, 100.0 * rank), list[int]()
+        saver = Act("on_save_checkpoint", 0)
+        saver.on_save_checkpoint = lambda trainer, *_: saved.append(trainer.global_step)  # type: ignore[method-assign]
+        options: dict[str, Any] = dict(strategy="ddp", devices=2, max_epochs=-1, max_steps=steps, limit_val_batches=0)
+        fit(folder, Resume(keep=99), clock.batches, saver, net=Net(dropout=0.0), **options)
+    return saved
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_ranks_agree_on_a_point_that_is_due_by_the_clock_of_one(tmp_path: Path) -> None:
+    one, two = run_ranks(2, _clocked, tmp_path, 9)
+    assert one == two == [3, 6, 9]
 
 
 def _sharded(rank: int, folder: Path, path: Path | None = None) -> list[tuple[int, list[int]]]:

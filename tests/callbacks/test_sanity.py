@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, SequentialLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from descant.callbacks.sanity import Sanity
+from descant.callbacks.sanity import Sanity, _by_rank
 from descant.modules.batch import Batch
 from descant.modules.objective import Term
+from descant.modules.ranking import RankTarget
 from descant.modules.schedule import WarmupCosine
+from descant.modules.towers import TextTower
 from descant.recipes.base import Recipe
 from tests.toys import ToyData
 
@@ -210,6 +213,24 @@ def test_embeddings_that_are_all_alike_and_a_term_that_is_thrown_away(
 def test_a_mix_of_no_term(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (line,) = late(tmp_path, capsys, Embedding(False, mix={"oen": 0.5}), ToyData(batch_size=4))
     assert line.endswith("mix oen: no such term in the first step; there is one, two")
+
+
+def test_what_draws_by_rank_is_named_on_several() -> None:
+    text = TextTower(vocab=8, width=8, depth=2, heads=2, length=4, dropout=0.1)
+    net = nn.ModuleDict({"text": text, "plain": nn.Linear(2, 2), "off": nn.Dropout(0.0), "taught": nn.Dropout(0.5)})
+    net["taught"].eval()
+    trainer: Any = SimpleNamespace(world_size=2)
+    differ = "on 2 ranks losses differ from those on another number of ranks"
+    dropout = f"text.layers.0 and 1 more draw dropout by rank: {differ} by this draw"
+    assert _by_rank(trainer, net) == [dropout]  # type: ignore[arg-type]
+    net["lists"] = RankTarget()
+    assert _by_rank(trainer, net) == [  # type: ignore[arg-type]
+        f"lists (RankTarget) draws its lists of the rows of a rank: {differ}",
+        dropout,
+    ]
+    assert _by_rank(trainer, nn.ModuleDict({"plain": nn.Linear(2, 2)})) == []  # type: ignore[arg-type]
+    trainer.world_size = 1
+    assert _by_rank(trainer, net) == []  # type: ignore[arg-type]
 
 
 def test_nothing_is_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

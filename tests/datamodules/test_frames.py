@@ -114,6 +114,16 @@ def test_slices_are_of_one_place_but_for_one_and_of_the_region_of_their_split() 
         frames(sources={"brain": Slices(Volumes(tiny=True, size=16))}).prepare_data()
 
 
+def test_a_rank_that_prepares_nothing_shows_the_slices_of_the_one_that_does() -> None:
+    shown = []
+    for prepares in (True, False):
+        data = frames(sources={"brain": Slices(Volumes(size=24))})  # which are told of ``tiny`` by the data alone
+        if prepares:
+            data.prepare_data()
+        shown.append(every(data, data.training_set(), 8).inputs["image"])
+    assert shown[0].any() and torch.equal(*shown)
+
+
 def _places(volumes: Volumes, region: str) -> list[list[int]]:
     """Where slices of a region's crops may lie."""
     starts = [volumes._place(int(p)) for p in volumes.places[region]]

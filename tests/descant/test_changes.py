@@ -6,13 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from descant.changes import changes
+from descant.changes import _of_callbacks, changes
 
 
 def test_what_does_not_change_the_run_is_free() -> None:
     then = {"name": "a", "trainer": {"devices": 1, "strategy": "ddp", "max_steps": 10}, "data": {"init_args": {}}}
     now = {"name": "b", "trainer": {"devices": 4, "strategy": {"class_path": "x"}, "max_steps": 10, "profiler": None}}
     assert list(changes(then, now)) == []
+
+
+def test_when_points_are_saved_is_free_and_how_a_run_goes_back_is_not() -> None:
+    def of(name: str, **args: object) -> dict[str, object]:
+        return {"class_path": f"descant.callbacks.{name}", "init_args": args}
+
+    then = [of("resume.Resume", every=500, keep=2), of("nonfinite.NonFinite", window=1)]
+    now = [of("resume.Resume", every=20, keep=3, minutes=5.0), of("nonfinite.NonFinite", window=2)]
+    assert _of_callbacks(then, now) == ["NonFinite.window 1 -> 2"]
 
 
 def test_lists_and_what_is_set_only_once() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -70,6 +71,25 @@ def test_auto_without_a_checkpoint_starts_and_says_so(toy: Cli) -> None:
     result = toy("fit", "--resume", "auto")
     assert result.rc == 0
     assert "descant: --resume auto: toy has no resume point yet; starting runs/toy/001" in result.err.splitlines()
+
+
+def test_auto_says_what_was_lost_of_a_run_without_a_point(toy: Cli, workplace: Path) -> None:
+    assert toy("fit", "--trainer.log_every_n_steps", "1").rc == 0
+    for place in ("resume", "checkpoints"):  # as if it had been killed before its first
+        shutil.rmtree(workplace / "runs/toy/001" / place)
+    lost = "runs/toy/001 ended before its first resume point (due after {}): what it trained is lost (at least 8 steps)"
+    result = toy("fit", "--resume", "auto")
+    assert f"descant: {lost.format('500 steps or 5 minutes')}" in result.err.splitlines()
+    run = workplace / "runs/toy/002"
+    shutil.rmtree(run / "resume")
+    file = run / "config.yaml"
+    file.write_text(re.sub(r"every: 500", "every: 20", file.read_text()).replace("minutes: 5.0", "minutes: null"))
+    (run / "metrics.csv").write_text("step,train/loss\n")
+    lines = toy("fit", "--resume", "auto", "--name", "toy").err.splitlines()
+    assert (
+        "descant: runs/toy/002 ended before its first resume point (due after 20 steps): what it trained is lost"
+        in [line.removesuffix(" (no step was logged)") for line in lines]
+    )
 
 
 def test_auto_goes_on_in_the_same_folder(toy: Cli, workplace: Path) -> None:
