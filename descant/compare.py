@@ -37,7 +37,7 @@ before their last step are marked, and the last row is what guessing comes to, w
 
 Options:
   RUN                  a run such as demo/001, its folder, NAME (all its runs), or a pattern of these
-  --metrics A,B        names or patterns; '*' for all (what the runs' ModelCheckpoint monitors, on every set that
+  --metrics A,B        names or patterns; '*' for all (what ModelCheckpoint monitors, on every set that
                        all of the runs have)
   --baseline NAME      a row by its name, or by the name of a run in it (the first)
   --format FORMAT      markdown, csv or json (markdown)
