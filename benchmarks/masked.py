@@ -292,7 +292,7 @@ def absent(size: Size | None = None, pairs: int = 40) -> Iterator[Row]:
     yield Row.at_most("masked/half_absent_flops", flops[0] / flops[1], 0.52)
 
 
-def fashion(run: Path = Path("runs/fashion"), bank: int = 20_000) -> Iterator[Row]:
+def fashion(run: Path = Path("runs/masked-fashion"), bank: int = 20_000) -> Iterator[Row]:
     """The newest run of ``masked/fashion`` here: errors of k-NN and linear probe over those of its twin and of pixels.
 
     The twin is the same model with random weights; all three are judged alike, on the usual test set, from the same

@@ -30,6 +30,7 @@ from descant.__main__ import main as descant
 from descant.callbacks import Rollouts
 from descant.catalogue import experiments
 from descant.modules.batch import Batch
+from descant.modules.checkpoints import followed
 from descant.modules.random import by_rank, drawn_by_rank
 from descant.modules.reinforce.rewards import Rewards
 from tests.ranks import run_ranks
@@ -125,7 +126,7 @@ def compare(name: str, double: bool = False, steps: int = STEPS) -> Compared:
                 break
         else:
             raise RuntimeError(f"{name} does not run on {1 if one is None else 2} rank(s)")
-        named = list(json.loads((Path(folder) / "runs/ranks2/latest/by_rank.json").read_text()))
+        named = list(json.loads((followed(Path(folder, "runs/ranks2/latest")) / "by_rank.json").read_text()))
     assert one and one.keys() == two.keys()
     assert len(one["train/loss"]) == len(two["train/loss"]) == steps and any(one["train/loss"])
     off = {key: [_off(a, b) for a, b in zip(one[key], two[key], strict=True)] for key in one}
@@ -141,7 +142,7 @@ def _fitted(folder: str, name: str, world: int, steps: int, double: bool, *more:
     Path(folder, "compared.yaml").write_text(COMPARED.format(precision="64-true" if double else "32-true"))
     words += ["--config", "compared.yaml", "--trust", "tests.rank_invariance"]
     codes = run_ranks(world, fit, folder, words, world)
-    return None if any(codes) else losses(Path(folder) / f"runs/ranks{world}/latest")
+    return None if any(codes) else losses(followed(Path(folder, f"runs/ranks{world}/latest")))
 
 
 def _off(a: float, b: float) -> float:

@@ -13,7 +13,7 @@ import pytest
 
 from descant.new import KINDS, camel, fault, render, suggestion
 from tests.conftest import Result
-from tests.rotation import quick
+from tests.rotation import by_turns, quick
 
 Cli = Callable[..., Result]
 ROOT = Path(__file__).parents[2]
@@ -300,6 +300,7 @@ FAULTS = [
 
 
 @pytest.mark.slow
+@by_turns(0, 2)
 def test_every_fault_fails_its_test(tmp_path: Path) -> None:
     for number, (kind, whole, broken) in enumerate(FAULTS):
         name = f"broken_{number}"

@@ -72,7 +72,7 @@ def test_what_is_meant_is_not_told(cli: Cli) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", turn(sorted(experiments()), 2))
+@pytest.mark.parametrize("name", turn(sorted(experiments()), 5))
 def test_what_ships_is_silent(cli: Cli, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     if "# Before:" in experiments()[name].read_text() or name == "contrastive/own":
         pytest.skip("it begins from a run, or from data, that are not here")
