@@ -18,6 +18,7 @@ from descant.modules.towers.cached import Cached
 from descant.recipes import Preferred, Recipe
 from tests.device import reads
 from tests.device.reads import CHOSEN, DISTILL, RECIPES, Case
+from tests.rotation import turn
 from tests.small import small_chat
 
 #: Recipes without a case of their own: why.
@@ -27,8 +28,10 @@ ELSEWHERE = {
 }
 
 
-def param(case: Case) -> Any:
-    return pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.slow else [])
+def params(cases: list[Case]) -> list[Any]:
+    """All that are quick, and half of the others at a commit."""
+    mine = [*(case for case in cases if not case.slow), *turn([case for case in cases if case.slow], 2)]
+    return [pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.slow else []) for case in mine]
 
 
 def measured(case: Case, cli: Any, workplace: Path, device: Any) -> list[Any]:
@@ -39,7 +42,7 @@ def measured(case: Case, cli: Any, workplace: Path, device: Any) -> list[Any]:
     return reads.measured(case, run, workplace, device.options, "Windows" if device.emulated else "Strict")
 
 
-@pytest.mark.parametrize("case", [param(case) for case in [*(c for of in RECIPES.values() for c in of), *DISTILL]])
+@pytest.mark.parametrize("case", params([*(c for of in RECIPES.values() for c in of), *DISTILL]))
 def test_a_step_reads_nothing(case: Case, cli: Any, device: Any, workplace: Path) -> None:
     """On CUDA torch itself says where it waits, as an error."""
     if device.device.type not in ("acc", "cuda"):
@@ -49,7 +52,7 @@ def test_a_step_reads_nothing(case: Case, cli: Any, device: Any, workplace: Path
         assert not counts.uploads, counts.lines()  # copies to a GPU that wait until it has done what it was given
 
 
-@pytest.mark.parametrize("case", [param(case) for case in CHOSEN])
+@pytest.mark.parametrize("case", params(CHOSEN))
 def test_who_has_to_know_reads_at_most_once(case: Case, cli: Any, device: Any, workplace: Path) -> None:
     if not device.emulated:
         pytest.skip("counted on the emulated accelerator")
