@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -18,6 +19,7 @@ from descant.modules.norm import synchronize
 from descant.modules.objective import Term
 from descant.modules.optim import parameter_groups
 from descant.modules.protocols import Embeds
+from descant.modules.random import global_seed, mix
 from descant.modules.schedule import Schedule
 from descant.modules.step import Step
 from descant.modules.text import Codec, require_fit
@@ -88,10 +90,13 @@ class Recipe(L.LightningModule):
         if self._configured:
             return
         self._configured = True
-        for part in self._parts:
-            if isinstance(part, Shard):
-                self._learn_of_teacher()  # what is learned of it is split with the rest, and its gradients averaged
-            part.apply(self)
+        with torch.random.fork_rng(devices=[]):
+            # adapters begin alike on any number of ranks: several have begun their generators anew, one has not
+            torch.default_generator.manual_seed(mix(global_seed(), "adapt"))
+            for part in self._parts:
+                if isinstance(part, Shard):
+                    self._learn_of_teacher()  # what is learned of it is split with the rest, and its gradients averaged
+                part.apply(self)
         self._learn_of_teacher()
 
     def _learn_of_teacher(self) -> None:

@@ -1,6 +1,6 @@
 """Experiments that ship, by the command line, on the device: two steps, validation, resume, test and export.
 
-Every recipe and callback runs two steps in test_runs.py; here one goes the whole way, and the others in `make slow` by turns.
+Every recipe and callback runs two steps in test_runs.py; here one goes the whole way, in `make slow` others by turns.
 """
 
 from __future__ import annotations

@@ -70,6 +70,25 @@ def test_lora_starts_at_the_base_and_moves_adapters_only(dora):
     assert all(torch.equal(after[name], before[name]) for name in after.keys() - adapters)
 
 
+def test_adapters_begin_alike_whatever_was_drawn_before():
+    """Several ranks begin the global generator anew before a model is adapted, and one rank does not."""
+    adapters = []
+    for seed in (1, 2):
+        torch.manual_seed(0)
+        recipe = Contrastive(
+            Towers(image=PatchTower(8, 4, 8, 1, 2), text=BagTower(9, 8)), 8, adapt=[Lora(r=2, towers=["image"])]
+        )
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        recipe.configure_model()
+        assert torch.equal(torch.get_rng_state(), before)
+        adapters.append({name: p for name, p in recipe.named_parameters() if "lora_A" in name})
+    one, other = adapters
+    assert one and all(torch.equal(one[name], other[name]) and one[name].any() for name in one)
+    first, *rest = (p for p in one.values())
+    assert any(p.shape == first.shape and not torch.equal(p, first) for p in rest)  # and each has its own draws
+
+
 def test_lora_all_linear_and_regular_expressions():
     recipe = recipe_of()
     Lora(r=2, targets="all-linear", towers=["image"]).apply(recipe)
