@@ -9,6 +9,7 @@ import pickle
 import random
 import tarfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -198,13 +199,14 @@ def _count(path: Path) -> int:
 def test_several_processes_read_and_index_at_once(tmp_path: Path, cache: Path) -> None:
     path = write_tar(tmp_path / "a.tar", list(samples(30)))
     context = multiprocessing.get_context("fork")
-    with context.Pool(4) as pool:
-        assert pool.map(_count, [path] * 8) == [30] * 8
+    # not multiprocessing.Pool, which ends its processes by SIGTERM: where a test left a handler of it, they wait for ever
+    with ProcessPoolExecutor(4, mp_context=context) as pool:
+        assert list(pool.map(_count, [path] * 8)) == [30] * 8
     assert [p.suffix for p in (cache / "index").iterdir()] == [".npz"]
     source = Shards(path)
     expected = _read_all(source)  # the handle is open before the fork: children share it
-    with context.Pool(4) as pool:
-        assert pool.map(_read_all, [source] * 8) == [expected] * 8
+    with ProcessPoolExecutor(4, mp_context=context) as pool:
+        assert list(pool.map(_read_all, [source] * 8)) == [expected] * 8
     assert _read_all(pickle.loads(pickle.dumps(source))) == expected
 
 
