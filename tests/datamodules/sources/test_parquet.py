@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -121,8 +122,8 @@ def _all(source: Parquet) -> list[object]:
 def test_forked_and_pickled_sources_read_the_same(tmp_path: Path) -> None:
     source = Parquet(write(tmp_path / "a.parquet"))
     expected = _all(source)
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        assert pool.map(_all, [source] * 4) == [expected] * 4
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:
+        assert list(pool.map(_all, [source] * 4)) == [expected] * 4
     assert _all(pickle.loads(pickle.dumps(source))) == expected
 
 

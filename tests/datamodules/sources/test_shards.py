@@ -199,7 +199,7 @@ def _count(path: Path) -> int:
 def test_several_processes_read_and_index_at_once(tmp_path: Path, cache: Path) -> None:
     path = write_tar(tmp_path / "a.tar", list(samples(30)))
     context = multiprocessing.get_context("fork")
-    # not multiprocessing.Pool, which ends its processes by SIGTERM: where a test left a handler of it, they wait for ever
+    # multiprocessing.Pool ends its processes by SIGTERM: where a test left a handler of it, they wait for ever
     with ProcessPoolExecutor(4, mp_context=context) as pool:
         assert list(pool.map(_count, [path] * 8)) == [30] * 8
     assert [p.suffix for p in (cache / "index").iterdir()] == [".npz"]
