@@ -35,7 +35,8 @@ def remembered(
     mark = f"{VERSION}\0{kind}\0{file.resolve()}\0{found.st_size}\0{found.st_mtime_ns}"
     name = hashlib.blake2b(mark.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
     place = (folder or cache_folder()) / "index" / f"{file.name[:80]}-{name}.npz"
-    broken = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+    # SystemError: of threads that parse NumPy's headers at once, in CPython 3.11 (its AST counts one depth for all)
+    broken = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, SystemError)
     with contextlib.suppress(*broken), np.load(place, allow_pickle=False) as kept:
         return dict(kept)
     arrays = dict(build())
