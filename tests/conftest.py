@@ -141,23 +141,13 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def cli(workplace: Path) -> Iterator[Callable[..., Result]]:
     """``cli("fit", "--config", "toy.yaml")``: one command in process, in an empty folder, with what it printed."""
-    settings = _settings()
-    before, path = dict(settings), list(sys.path)
+    path = list(sys.path)
     levels = {name: logging.getLogger(name).level for name in ("lightning", "lightning.pytorch", "lightning.fabric")}
-
-    def call(*args: str | Path) -> Result:
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
-            rc = main([str(arg) for arg in args])
-        return Result(rc, out.getvalue(), err.getvalue())
-
-    yield call
-    settings.clear()
-    settings.update(before)
+    with settings_kept():
+        yield captured
     sys.path[:] = path
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
-    _forget()
 
 
 @pytest.fixture
@@ -170,7 +160,23 @@ def toy(cli: Callable[..., Result]) -> Callable[..., Result]:
     return call
 
 
-def _settings() -> dict[str, object]:
+def captured(*args: str | Path) -> Result:
+    """One command in this process, with what it printed."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+        rc = main([str(arg) for arg in args])
+    return Result(rc, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def settings_kept() -> Iterator[None]:
+    """What commands inside set for the whole process is as before: the parser's settings, the seed, the run folder."""
     from jsonargparse import _common
 
-    return _common.parsing_settings
+    before = dict(_common.parsing_settings)
+    try:
+        yield
+    finally:
+        _common.parsing_settings.clear()
+        _common.parsing_settings.update(before)
+        _forget()

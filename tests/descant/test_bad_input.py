@@ -6,16 +6,13 @@ parsers of other libraries, file systems or threads.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import io
 import json
 import os
 import shutil
 import signal
 import socket
 import threading
-import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,11 +22,10 @@ import pytest
 
 import descant
 from descant import faults
-from descant.__main__ import main
 from descant.changes import require_unchanged
 from descant.cli import _require_port
 from descant.errors import Refusal, disk_fault, one_line, say
-from tests.conftest import TOY, TRUST, Result, _forget, _settings
+from tests.conftest import TOY, TRUST, Result, captured, settings_kept
 from tests.descant.test_compare import make
 from tests.rotation import quick
 
@@ -213,13 +209,11 @@ CASES: list[tuple[tuple[str, ...], str]] = [
 def place(tmp_path_factory: pytest.TempPathFactory, written_content: dict[str, Any]) -> Iterator[Path]:
     """A folder with a run of the toy, one that was cut, and all of FILES."""
     folder = tmp_path_factory.mktemp("bad")
-    before, settings = Path.cwd(), dict(_settings())
+    before = Path.cwd()
     os.chdir(folder)
     (folder / "toy.yaml").write_text(TOY)
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        assert main(["fit", *T, "--trainer.max_epochs", "1"]) == 0
-    _settings().clear()
-    _settings().update(settings)
+    with settings_kept():
+        assert captured("fit", *T, "--trainer.max_epochs", "1").rc == 0
     shutil.copytree("runs/toy/001", "runs/cut/001")
     for file in Path("runs/cut/001").rglob("*.ckpt"):
         file.write_bytes(file.read_bytes()[:100])
@@ -244,7 +238,6 @@ def place(tmp_path_factory: pytest.TempPathFactory, written_content: dict[str, A
 def typed(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Result]]:
     """``typed("fit", ...)`` in that folder; what waits for longer than half a minute is interrupted."""
     monkeypatch.chdir(place)
-    settings = dict(_settings())
 
     def late(*_: object) -> None:
         raise AssertionError("it waits")
@@ -252,19 +245,15 @@ def typed(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[...
     handler = signal.signal(signal.SIGALRM, late)
 
     def call(*args: str) -> Result:
-        out, err = io.StringIO(), io.StringIO()
         signal.alarm(30)
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
-            rc = main(list(args))
+        done = captured(*args)
         signal.alarm(0)
-        return Result(rc, out.getvalue(), err.getvalue())
+        return done
 
-    yield call
+    with settings_kept():
+        yield call
     signal.alarm(0)
     signal.signal(signal.SIGALRM, handler)
-    _settings().clear()
-    _settings().update(settings)
-    _forget()
 
 
 def _tree(folder: Path) -> list[str]:

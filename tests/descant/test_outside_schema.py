@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import io
 import os
 import socket
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,11 +20,10 @@ import pytest
 import torch
 
 from descant import bounds, callbacks, datamodules, names
-from descant.__main__ import main
 from descant.explain import composed
 from descant.modules.given import require_objects
 from descant.modules.mixing import PCGrad, Rule
-from tests.conftest import TOY, TRUST, Result, _forget, _settings
+from tests.conftest import TOY, TRUST, Result, captured, settings_kept
 from tests.rotation import quick
 
 MOST = 5
@@ -184,7 +181,7 @@ CASES = [
 def place(tmp_path_factory: pytest.TempPathFactory, written_content: dict[str, Any]) -> Iterator[Path]:
     """A folder with FILES, three runs of the toy and one of another recipe."""
     folder = tmp_path_factory.mktemp("outside")
-    before, settings = Path.cwd(), dict(_settings())
+    before = Path.cwd()
     os.chdir(folder)
     for name, text in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -200,11 +197,9 @@ def place(tmp_path_factory: pytest.TempPathFactory, written_content: dict[str, A
         (*FIT, *one, "--name=wide", "--model.image.width=16", "--model.text.width=16"),
         ("fit", "--config", "contrastive/emoji", *SHORT, *one, "--test=false", "--name=emoji"),
     ):
-        with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
-            assert main([*words]) == 0, err.getvalue()
-        _settings().clear()
-        _settings().update(settings)
-        _forget()
+        with settings_kept():
+            done = captured(*words)
+        assert done.rc == 0, done.err
     os.chdir(before)
     yield folder
 
@@ -212,18 +207,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, written_content: dict[str, A
 @pytest.fixture
 def typed(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Result]]:
     monkeypatch.chdir(place)
-    settings = dict(_settings())
-
-    def call(*args: str) -> Result:
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
-            rc = main(list(args))
-        return Result(rc, out.getvalue(), err.getvalue())
-
-    yield call
-    _settings().clear()
-    _settings().update(settings)
-    _forget()
+    with settings_kept():
+        yield captured
 
 
 @pytest.mark.parametrize("case", quick(CASES, 4), ids=[f"{n}-{case.kind}" for n, case in enumerate(CASES)])
