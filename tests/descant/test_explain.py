@@ -87,7 +87,6 @@ def test_it_is_a_word_of_check(toy: Cli) -> None:
             ("trainer: {callbacks+: {class_path: EMA}}", True),
             ("trainer: {callbacks: []}", True),
             ("seed_everything: 0", False),
-            ("{}", False),
         ],
         3,
     ),
