@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import Row
-from descant.errors import WRONG, hint
+from descant.cli.errors import WRONG, hint
 
 #: Name -> where it is; a name before the slash runs all of its group.
 BENCHMARKS = {

@@ -24,10 +24,10 @@ from torch import nn
 from benchmarks import contrastive, masked
 from benchmarks.budget import Benchmark, Figure, LeftOut, Share
 from benchmarks.timing import Laps, interleaved, median, wait
-from descant import check, estimate
 from descant.__main__ import main as descant
-from descant.callbacks.throughput import FlopCount, matmul_peak
-from descant.modules.configure import Compile
+from descant.callbacks.run.throughput import FlopCount, matmul_peak
+from descant.cli import check, estimate
+from descant.modules.engine.configure import Compile
 
 #: Dense bfloat16 FLOP/s that the maker states, by the name the driver gives.
 STATED = {

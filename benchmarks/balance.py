@@ -13,14 +13,14 @@ import numpy as np
 from benchmarks import Row
 from benchmarks.harmonize import steps_of, towers
 from benchmarks.timing import interleaved, median
-from descant.callbacks.balance import Balance
-from descant.callbacks.dropout import DropAhead
-from descant.callbacks.harmonize_towers import HarmonizeTowers
-from descant.callbacks.prototypes import Prototypes
-from descant.modules.fusion import MidFusion
-from descant.modules.games import GreedyGame, LabelContrast, Regularizer
-from descant.modules.mixing import Pareto
-from descant.modules.pacing import AGM, OGM
+from descant.callbacks.balance.balance import Balance
+from descant.callbacks.balance.opm import DropAhead
+from descant.callbacks.balance.pmr import Prototypes
+from descant.callbacks.harmonize.towers import HarmonizeTowers
+from descant.modules.balance.gradient_modulation import AGM, OGM
+from descant.modules.balance.mcr import GreedyGame, LabelContrast, Regularizer
+from descant.modules.fusion.classifiers import MidFusion
+from descant.modules.multitask.rules import Pareto
 from descant.recipes import Fusion
 
 #: What only looks at scores, and what plays a game.

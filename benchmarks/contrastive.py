@@ -37,16 +37,16 @@ from torchvision.transforms import v2
 from benchmarks import Row
 from benchmarks.timing import AS_FAST, Ratio, interleaved, median, ratio
 from descant.callbacks import Progress, Report, Sanity
+from descant.cli.precision import cpu_bfloat16
 from descant.datamodules.base import BatchDataset, DataModule, Rows
-from descant.loggers import CSV
-from descant.modules.batch import Batch
-from descant.modules.configure import Checkpointing
-from descant.modules.heads import Projection
+from descant.modules.core.batch import Batch
+from descant.modules.engine.configure import Checkpointing
+from descant.modules.engine.loggers import CSV
+from descant.modules.engine.optim import parameter_groups
 from descant.modules.losses import InfoNCE
-from descant.modules.optim import parameter_groups
 from descant.modules.towers import PatchTower, TextTower, Tokens, Tower, Towers
-from descant.modules.transforms import Augment, over_white
-from descant.precision import cpu_bfloat16
+from descant.modules.towers.heads import Projection
+from descant.modules.transforms.image import Augment, over_white
 from descant.recipes.contrastive import Contrastive
 
 # the step beside open_clip ---------------------------------------------------------------------------------

@@ -19,10 +19,10 @@ from torch import Tensor
 from benchmarks import Row
 from benchmarks.timing import cores, threads
 from descant.__main__ import main
-from descant.callbacks.evaluate import Judge
-from descant.callbacks.evaluate import Rows as Embedded
-from descant.modules.checkpoints import LATEST, followed
-from descant.modules.metrics import retrieval_ranks
+from descant.callbacks.evaluate.embeddings import Judge
+from descant.callbacks.evaluate.embeddings import Rows as Embedded
+from descant.modules.evaluation.metrics import retrieval_ranks
+from descant.modules.io.checkpoints import LATEST, followed
 
 FILE = "embeddings.pt"
 

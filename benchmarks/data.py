@@ -25,9 +25,9 @@ from torchvision.transforms import InterpolationMode
 from benchmarks import Row
 from benchmarks.timing import AS_FAST, ratio
 from descant.datamodules.base import BatchDataset, DataModule, Rows
-from descant.datamodules.images import Images
+from descant.datamodules.fields.images import Images
 from descant.datamodules.sources.shards import Shards
-from descant.modules.transforms import Pixels
+from descant.modules.transforms.image import Pixels
 
 #: In scikit-image's wheel: people, animals, things, indoors and outdoors.
 NAMES = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "motorcycle_right.png")

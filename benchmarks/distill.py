@@ -11,8 +11,8 @@ import torch
 
 from benchmarks import Row
 from benchmarks.timing import ratio
-from descant.modules.batch import Batch
-from descant.modules.cross import CrossEncoder
+from descant.modules.core.batch import Batch
+from descant.modules.fusion.cross_encoder import CrossEncoder
 from descant.modules.towers import ConvTower, TextTower, Towers
 from descant.recipes import Contrastive, Matching
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import Row
-from descant import dump
-from descant.dump import Written
+from descant.cli import dump
+from descant.cli.dump import Written
 from tests.descant.test_warnings import ABSURD, FROZEN, SAME, SOUND
 from tests.mistakes import drawn
 

@@ -15,9 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import Row
 from benchmarks.contrastive import peak_bytes
 from benchmarks.timing import ratio
-from descant.datamodules.questions import Questions
+from descant.datamodules.tasks.questions import Questions
+from descant.modules.core.objective import means
 from descant.modules.language import CausalLM, Packed, Sampling, generate, log_probabilities, pack
-from descant.modules.objective import means
 
 #: transformers' time / ours, without and with prompts that are shared; and what logits may differ by.
 DECODE, GROUPS, SAME = 1.8, 2.5, 1e-5

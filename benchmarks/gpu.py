@@ -171,7 +171,7 @@ def main(args: Sequence[str] | None = None) -> int:
         print(SKIPPED)
         return 0
     from benchmarks.accelerated import Sizes, Suite, toy
-    from descant.errors import hint
+    from descant.cli.errors import hint
 
     cuda = options.device == "cuda"
     if not cuda:

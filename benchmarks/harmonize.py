@@ -16,15 +16,15 @@ from torch.optim import AdamW
 
 from benchmarks import Row
 from benchmarks.timing import interleaved, median
-from descant.callbacks.harmonize import Harmonize
-from descant.callbacks.harmonize_features import HarmonizeFeatures
-from descant.modules.batch import Batch
-from descant.modules.curriculum import Curriculum
+from descant.callbacks.harmonize.features import HarmonizeFeatures
+from descant.callbacks.harmonize.terms import Harmonize
+from descant.modules.core.batch import Batch
+from descant.modules.engine.optim import parameter_groups
 from descant.modules.losses import InfoNCE
-from descant.modules.mixing import PCGrad, Realign, UPGrad
-from descant.modules.optim import parameter_groups
+from descant.modules.multitask.rules import PCGrad, Realign, UPGrad
+from descant.modules.objectives.curriculum import Curriculum
 from descant.modules.towers import BagTower, ConvTower, LogMelTower, Towers
-from descant.recipes.base import Recipe
+from descant.recipes.base.recipe import Recipe
 from descant.recipes.contrastive import Contrastive
 
 #: Of the parameters: steps from one look at the gradients to the next.

@@ -22,12 +22,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import Row, contrastive
 from benchmarks.timing import AS_FAST, interleaved, median, ratio
 from descant.callbacks import KNN, LinearProbe
-from descant.modules.adapters import Adapters, PatchAdapter
-from descant.modules.batch import Batch
-from descant.modules.decoders import At, Encoded, JointDecoder
-from descant.modules.masking import UniformMask
-from descant.modules.optim import parameter_groups
-from descant.modules.vit import Layout, Trunk, from_timm
+from descant.modules.core.batch import Batch
+from descant.modules.engine.optim import parameter_groups
+from descant.modules.masking.adapters import Adapters, PatchAdapter
+from descant.modules.masking.corruptions import UniformMask
+from descant.modules.masking.decoders import At, Encoded, JointDecoder
+from descant.modules.towers.vit import Layout, Trunk, from_timm
 from descant.recipes.masked import Masked
 
 
@@ -301,9 +301,9 @@ def fashion(run: Path = Path("runs/masked-fashion"), bank: int = 20_000) -> Iter
     if not (run / "latest").exists():
         print(f"masked/fashion: skipped, no {run} (descant fit --config masked/fashion makes it)", flush=True)
         return
-    from descant.datamodules.fashion import Fashion
-    from descant.modules import saved
-    from descant.recipes.rebuilt import build, rebuild
+    from descant.datamodules.corpora.fashion import Fashion
+    from descant.modules.io import saved
+    from descant.recipes.base.rebuild import build, rebuild
 
     found = saved.find(run)
     data = Fashion(size=int(found.config["data"]["init_args"]["size"]), bank=bank, eval_batch_size=500)

@@ -15,7 +15,7 @@ from benchmarks import Row
 from benchmarks.contrastive import has_bf16
 from benchmarks.timing import cores, threads
 from descant.__main__ import main
-from descant.modules.checkpoints import LATEST, followed
+from descant.modules.io.checkpoints import LATEST, followed
 
 SEEDS = (0, 1, 2, 3, 4)
 #: On the development split: what is held out there is trained on elsewhere, so the test sets stay unseen.

@@ -26,13 +26,13 @@ from benchmarks.generate import LENGTH, V, llama, ours_of
 from benchmarks.timing import ratio, wait
 from descant.callbacks import Rollouts
 from descant.datamodules.base import BatchDataset, Rows
-from descant.datamodules.dialogues import DialogueSet
-from descant.datamodules.rolled import RolledDialogues
-from descant.datamodules.tasks import TaskProblems, TextTasks
-from descant.modules.batch import Batch
+from descant.datamodules.tasks.dialogues import DialogueSet
+from descant.datamodules.tasks.rollout_buffer import RolledDialogues
+from descant.datamodules.tasks.text_tasks import TaskProblems, TextTasks
+from descant.modules.core.batch import Batch
 from descant.modules.language import Generated
-from descant.modules.reinforce.rewards import Answer, Rewards, Verifier
-from descant.modules.text import BOS, EOS, PAD, Codec
+from descant.modules.policy.rewards import Answer, Rewards, Verifier
+from descant.modules.tokenizers.text import BOS, EOS, PAD, Codec
 from descant.recipes import Reinforced
 
 #: TRL's time / ours, and generation's share of our step.

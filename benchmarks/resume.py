@@ -21,12 +21,12 @@ from benchmarks import Row
 from benchmarks.contrastive import Memory, adamw_callable
 from benchmarks.timing import median
 from descant.callbacks import Resume
-from descant.callbacks.resume import Signals, seed_all
+from descant.callbacks.run.resume import Signals, seed_all
+from descant.cli.quiet import quieten
 from descant.datamodules.order import Order
 from descant.modules.towers import PatchTower, TextTower, Towers
-from descant.quiet import quieten
 from descant.recipes.contrastive import Contrastive
-from descant.store import AtomicIO
+from descant.run.store import AtomicIO
 
 #: What a block of steps begins with: no save, one in the thread, one that training waits for.
 ARMS = ("none", "asynchronous", "in_line")

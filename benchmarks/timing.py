@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from descant.precision import cpu_bfloat16
+from descant.cli.precision import cpu_bfloat16
 
 #: Fewer pairs give no interval worth a claim.
 LEAST = 30

@@ -1,4 +1,4 @@
-"""The corpora: they know files, and hand out :class:`descant.modules.batch.Batch`.
+"""The corpora: they know files, and hand out :class:`descant.modules.core.batch.Batch`.
 
 ``from descant.datamodules import Emoji`` imports the one module that has it, and none of the others.
 """
@@ -11,29 +11,29 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from descant.datamodules.base import DataModule as DataModule
-    from descant.datamodules.crops import CropModule as CropModule
-    from descant.datamodules.described import Descriptions as Descriptions
-    from descant.datamodules.dialogues import Dialogues as Dialogues
-    from descant.datamodules.emoji import Emoji as Emoji
-    from descant.datamodules.fashion import Fashion as Fashion
-    from descant.datamodules.frames import FrameRollouts as FrameRollouts
-    from descant.datamodules.frames import Frames as Frames
-    from descant.datamodules.landsat import Landsat as Landsat
+    from descant.datamodules.corpora.crops import CropModule as CropModule
+    from descant.datamodules.corpora.emoji import Emoji as Emoji
+    from descant.datamodules.corpora.fashion import Fashion as Fashion
+    from descant.datamodules.corpora.frames import FrameRollouts as FrameRollouts
+    from descant.datamodules.corpora.frames import Frames as Frames
+    from descant.datamodules.corpora.landsat import Landsat as Landsat
+    from descant.datamodules.corpora.scenes import Scenes as Scenes
+    from descant.datamodules.corpora.stamps import Stamps as Stamps
+    from descant.datamodules.corpora.volumes import Volumes as Volumes
     from descant.datamodules.mixture import Mixture as Mixture
-    from descant.datamodules.own import Own as Own
-    from descant.datamodules.pool import PooledQuestions as PooledQuestions
-    from descant.datamodules.pool import QuestionPool as QuestionPool
-    from descant.datamodules.pool import QuestionRollouts as QuestionRollouts
-    from descant.datamodules.questions import QuestionPairs as QuestionPairs
-    from descant.datamodules.questions import Questions as Questions
-    from descant.datamodules.rolled import PooledDialogues as PooledDialogues
-    from descant.datamodules.rolled import RolledDialogues as RolledDialogues
-    from descant.datamodules.scenes import Scenes as Scenes
-    from descant.datamodules.staged import StagedData as StagedData
-    from descant.datamodules.stamps import Stamps as Stamps
-    from descant.datamodules.tasks import TaskRollouts as TaskRollouts
-    from descant.datamodules.tasks import TextTasks as TextTasks
-    from descant.datamodules.volumes import Volumes as Volumes
+    from descant.datamodules.stages import StagedData as StagedData
+    from descant.datamodules.tasks.descriptions import Descriptions as Descriptions
+    from descant.datamodules.tasks.dialogues import Dialogues as Dialogues
+    from descant.datamodules.tasks.question_pool import PooledQuestions as PooledQuestions
+    from descant.datamodules.tasks.question_pool import QuestionPool as QuestionPool
+    from descant.datamodules.tasks.question_pool import QuestionRollouts as QuestionRollouts
+    from descant.datamodules.tasks.questions import QuestionPairs as QuestionPairs
+    from descant.datamodules.tasks.questions import Questions as Questions
+    from descant.datamodules.tasks.rollout_buffer import PooledDialogues as PooledDialogues
+    from descant.datamodules.tasks.rollout_buffer import RolledDialogues as RolledDialogues
+    from descant.datamodules.tasks.text_tasks import TaskRollouts as TaskRollouts
+    from descant.datamodules.tasks.text_tasks import TextTasks as TextTasks
+    from descant.datamodules.user_data import Own as Own
 
 #: Module -> its data modules.
 _HOMES = {

@@ -21,11 +21,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from descant.datamodules.changed import Corpus, pack, require
+from descant.datamodules.changes import Corpus, pack, require
 from descant.datamodules.order import Order, Slot, Window
-from descant.modules.batch import Batch
-from descant.modules.random import global_seed, mix_N, uniform_N
-from descant.modules.text import Codec
+from descant.modules.core.batch import Batch
+from descant.modules.core.rng import global_seed, mix_N, uniform_N
+from descant.modules.tokenizers.text import Codec
 
 
 class BatchDataset(Dataset[Batch]):

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from descant.datamodules.base import BatchDataset, DataModule
-from descant.datamodules.changed import Corpus
+from descant.datamodules.changes import Corpus
 from descant.datamodules.order import Blocked, Order, Slot, Window
 from descant.datamodules.shuffle import Permutation
-from descant.modules.batch import Batch
-from descant.modules.random import mix, mix_N
-from descant.modules.text import Codec
+from descant.modules.core.batch import Batch
+from descant.modules.core.rng import mix, mix_N
+from descant.modules.tokenizers.text import Codec
 
 #: A sample's id in a mixture is ``number of its part << _BITS | its id there``.
 _BITS = 48

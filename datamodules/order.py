@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from descant.datamodules.shuffle import Permutation
-from descant.modules.random import mix
+from descant.modules.core.rng import mix
 
 
 class Slot(NamedTuple):

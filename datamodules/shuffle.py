@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from descant.modules.random import mix, mix_N
+from descant.modules.core.rng import mix, mix_N
 
 #: Up to so many numbers the whole permutation is drawn at once (less than a second, 64 MB).
 WHOLE = 1 << 23

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from descant import callbacks, datamodules, modules, recipes
-    from descant.loading import Embedder, load
+    from descant.export.loading import Embedder, load
 
 __version__ = "0.1.0"
 __all__ = ["Embedder", "__version__", "callbacks", "datamodules", "load", "modules", "recipes"]
@@ -30,5 +30,5 @@ def __getattr__(name: str) -> Any:
     if name in _PARTS:
         return importlib.import_module(f"descant.{name}")
     if name in _LOADING:
-        return getattr(importlib.import_module("descant.loading"), name)
+        return getattr(importlib.import_module("descant.export.loading"), name)
     raise AttributeError(f"module 'descant' has no attribute {name!r}")

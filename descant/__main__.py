@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from descant.errors import INTERRUPTED, WRONG, Refusal, fail, hint, say
+from descant.cli.errors import INTERRUPTED, WRONG, Refusal, fail, hint, say
 
 COMMANDS = {
     "fit": "train, and validate on the way",
@@ -30,8 +30,8 @@ COMMANDS = {
 #: Commands with a parser of their own: module -> its ``main(args) -> exit code``. They import what they need, late.
 TOOLS = {
     **{name: f"descant.{name}" for name in ("data", "sweep", "compare", "claims", "report", "export", "new", "submit")},
-    "completion": "descant.completion",
-    "schema": "descant.editor",
+    "completion": "descant.cli.completion",
+    "schema": "descant.cli.editor",
 }
 
 
@@ -58,7 +58,7 @@ def main(args: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        from descant.faults import outside
+        from descant.run.faults import outside
 
         line = None if "--debug" in words else outside(error)
         if line is None:
@@ -69,11 +69,11 @@ def main(args: list[str] | None = None) -> int:
 
 def _dispatch(args: Sequence[str]) -> int:
     if args and args[0] == "__complete":
-        from descant.completion import offered
+        from descant.cli.completion import offered
 
         print("\n".join(offered(args[1:], COMMANDS)))
         return 0
-    from descant import helptext
+    from descant.cli import helptext
 
     if not args or args[0] in ("--help", "-h", "help"):
         print(helptext.top(COMMANDS))
@@ -100,14 +100,15 @@ def _dispatch(args: Sequence[str]) -> int:
 
 
 def _run(command: str, rest: Sequence[str]) -> int:
-    from descant.arguments import Request, read, with_own
+    from descant.cli.arguments import Request, read, with_own
 
     if list(rest[-2:]) in (["--help", "all"], ["-h", "all"]):
         request = Request(command, options=[("help", None)])
     else:
         request = with_own(read(command, rest))
-    from descant import dump, helptext, runs
-    from descant.precheck import precheck, wanted
+    from descant.cli import dump, helptext
+    from descant.cli.precheck import precheck, wanted
+    from descant.run import runs
 
     known = dump.read(command)
     if known is not None and not wanted(request):
@@ -118,10 +119,10 @@ def _run(command: str, rest: Sequence[str]) -> int:
     elif known is not None:
         precheck(known, request.configs, request.options, request.trust)
     runs.require_ranks()
-    from descant import ranks
+    from descant.run import ranks
 
     ranks.end_with_parent()
-    from descant.cli import run  # torch and Lightning are imported here, and not before
+    from descant.cli.main import run  # torch and Lightning are imported here, and not before
 
     try:
         code = run(request)

@@ -11,8 +11,8 @@ from pathlib import Path
 import mkdocs_gen_files
 import yaml
 
-from descant.catalogue import ROOT as EXPERIMENTS
-from descant.catalogue import experiments, overlays
+from descant.cli.catalogue import ROOT as EXPERIMENTS
+from descant.cli.catalogue import experiments, overlays
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Files of the repository -> pages of the site.

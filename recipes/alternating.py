@@ -26,14 +26,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from descant.modules.batch import Batch
-from descant.modules.fusion import SharedHead
-from descant.modules.heads import Pool, Pools
-from descant.modules.losses.ranks import gather
-from descant.modules.modulation import reached
-from descant.modules.objective import Term
+from descant.modules.adaptation.modulation import reached
+from descant.modules.core.batch import Batch
+from descant.modules.core.objective import Term
+from descant.modules.core.ranks import gather
+from descant.modules.fusion.classifiers import SharedHead
 from descant.modules.towers import Towers
-from descant.recipes.classifier import Classifier
+from descant.modules.towers.heads import Pool, Pools
+from descant.recipes.base.classifier import Classifier
 
 
 class Alternating(Classifier):

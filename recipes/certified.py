@@ -21,16 +21,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from descant.modules import saved
-from descant.modules.attacks import certified_radius, steepest
-from descant.modules.batch import Batch
-from descant.modules.fusion import OrthogonalFusion
-from descant.modules.objective import Term
-from descant.modules.sham import Sham
+from descant.modules.core.batch import Batch
+from descant.modules.core.objective import Term
+from descant.modules.core.sham import Sham
+from descant.modules.engine.trainer import bank_batches
+from descant.modules.evaluation.attacks import certified_radius, steepest
+from descant.modules.fusion.classifiers import OrthogonalFusion
+from descant.modules.io import saved
 from descant.modules.towers import Towers
-from descant.modules.trainer import bank_batches
-from descant.recipes.classifier import Classifier
-from descant.recipes.rebuilt import rebuild
+from descant.recipes.base.classifier import Classifier
+from descant.recipes.base.rebuild import rebuild
 
 
 class Certified(Classifier):

@@ -21,21 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descant.modules.batch import Batch
-from descant.modules.host import derived, host_copy, to_device
+from descant.modules.core.batch import Batch
+from descant.modules.core.host import derived, host_copy, to_device
+from descant.modules.core.objective import Term, means
+from descant.modules.core.rows import running
+from descant.modules.core.step import Said
+from descant.modules.engine.trainer import data_parts
 from descant.modules.language import CausalLM, Generated, Sampling, generate_some, log_probabilities
 from descant.modules.language.interleave import Interleaved, interleave, placed, shown, unillustrated
 from descant.modules.language.judges import answered_with
 from descant.modules.language.packing import through
 from descant.modules.language.positions import VisualSteps
 from descant.modules.language.projectors import EachToken, ImageProjector
-from descant.modules.objective import Term, means
-from descant.modules.rows import running
-from descant.modules.step import Said
-from descant.modules.text import EOS
+from descant.modules.tokenizers.text import EOS
 from descant.modules.towers import Towers
-from descant.modules.trainer import data_parts
-from descant.recipes.base import Recipe
+from descant.recipes.base.recipe import Recipe
 
 
 class Chat(Recipe):

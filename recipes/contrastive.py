@@ -23,16 +23,16 @@ from itertools import combinations
 
 from torch import Tensor, nn
 
-from descant.modules.batch import NEGATIVE, Batch
-from descant.modules.heads import Pool, Pools
+from descant.modules.core.batch import NEGATIVE, Batch
+from descant.modules.core.objective import Term
+from descant.modules.core.protocols import Scaled, Scorer
 from descant.modules.losses import ContrastiveLoss, InfoNCE, Intra
-from descant.modules.negatives import Negatives
-from descant.modules.objective import Term
-from descant.modules.protocols import Scaled, Scorer
-from descant.modules.text import Codec, require_fit
+from descant.modules.losses.hard_negatives import Negatives
+from descant.modules.tokenizers.text import Codec, require_fit
 from descant.modules.towers import Towers
-from descant.modules.triples import TripleEncoder
-from descant.recipes.space import SharedSpace
+from descant.modules.towers.heads import Pool, Pools
+from descant.modules.towers.triples import TripleEncoder
+from descant.recipes.base.shared_space import SharedSpace
 
 
 class Contrastive(SharedSpace):

@@ -14,13 +14,13 @@ from typing import cast
 
 from torch import nn
 
-from descant.modules import saved
-from descant.modules.batch import Batch
-from descant.modules.fusion import LateFusion, Votes
-from descant.modules.objective import Term
+from descant.modules.core.batch import Batch
+from descant.modules.core.objective import Term
+from descant.modules.fusion.classifiers import LateFusion, Votes
+from descant.modules.io import saved
 from descant.modules.towers import Tower, Towers
-from descant.recipes.classifier import Classifier
-from descant.recipes.rebuilt import rebuild
+from descant.recipes.base.classifier import Classifier
+from descant.recipes.base.rebuild import rebuild
 
 
 class Ensemble(Classifier):

@@ -20,15 +20,15 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-from descant.modules.batch import Batch
-from descant.modules.fusion import Fuse, LateFusion, only
-from descant.modules.games import Asked, Regularizer
-from descant.modules.heads import Pool, Pools
+from descant.modules.balance.mcr import Asked, Regularizer
+from descant.modules.core.batch import Batch
+from descant.modules.core.objective import Term
+from descant.modules.core.step import Decided
+from descant.modules.fusion.classifiers import Fuse, LateFusion, only
 from descant.modules.losses.contrastive import promote
-from descant.modules.objective import Term
-from descant.modules.step import Decided
 from descant.modules.towers import Towers
-from descant.recipes.classifier import Classifier
+from descant.modules.towers.heads import Pool, Pools
+from descant.recipes.base.classifier import Classifier
 
 FUSED = "fused"
 

@@ -22,17 +22,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from descant.modules.adapters import Adapters
-from descant.modules.batch import Batch
-from descant.modules.decoders import At, Decoder, Encoded, JointDecoder
-from descant.modules.host import derived
-from descant.modules.masking import Corruption, Masks, UniformMask, corrupted
-from descant.modules.objective import Term
-from descant.modules.protocols import Rebuilt
-from descant.modules.rows import running
-from descant.modules.sham import Sham
-from descant.modules.vit import Layout, Trunk
-from descant.recipes.base import Recipe
+from descant.modules.core.batch import Batch
+from descant.modules.core.host import derived
+from descant.modules.core.objective import Term
+from descant.modules.core.protocols import Rebuilt
+from descant.modules.core.rows import running
+from descant.modules.core.sham import Sham
+from descant.modules.masking.adapters import Adapters
+from descant.modules.masking.corruptions import Corruption, Masks, UniformMask, corrupted
+from descant.modules.masking.decoders import At, Decoder, Encoded, JointDecoder
+from descant.modules.towers.vit import Layout, Trunk
+from descant.recipes.base.recipe import Recipe
 
 
 class Masked(Recipe):

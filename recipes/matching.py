@@ -19,18 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descant.modules.batch import Batch
-from descant.modules.cross import CrossEncoder
-from descant.modules.fill import seen
-from descant.modules.host import derived, host_copy, to_device
+from descant.modules.adaptation.imputation import seen
+from descant.modules.core.batch import Batch
+from descant.modules.core.host import derived, host_copy, to_device
+from descant.modules.core.objective import Term
+from descant.modules.core.protocols import Scorer
+from descant.modules.core.rng import mix_N
+from descant.modules.core.rows import running, zeroed
+from descant.modules.engine.sync_batch_norm import unseen
+from descant.modules.fusion.cross_encoder import CrossEncoder
 from descant.modules.losses.contrastive import promote
-from descant.modules.norm import unseen
-from descant.modules.objective import Term
-from descant.modules.protocols import Scorer
-from descant.modules.random import mix_N
-from descant.modules.rows import running, zeroed
 from descant.modules.towers import Tokens, Towers
-from descant.recipes.base import Recipe
+from descant.recipes.base.recipe import Recipe
 
 
 class Matching(Recipe):

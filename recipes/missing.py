@@ -28,16 +28,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from descant.modules import saved
-from descant.modules.batch import NEGATIVE, Batch, some
-from descant.modules.fill import Fill, standing_in
-from descant.modules.losses.ranks import gather, world
-from descant.modules.modulation import AvailableSets, ModulationBank, reached
-from descant.modules.objective import Term
+from descant.modules.adaptation.imputation import Fill, standing_in
+from descant.modules.adaptation.modulation import AvailableSets, ModulationBank, reached
+from descant.modules.core.batch import NEGATIVE, Batch, some
+from descant.modules.core.objective import Term
+from descant.modules.core.ranks import gather, world
+from descant.modules.io import saved
 from descant.modules.towers import Frozen, Towers
-from descant.recipes.base import Recipe
-from descant.recipes.rebuilt import rebuild
-from descant.recipes.space import SharedSpace
+from descant.recipes.base.rebuild import rebuild
+from descant.recipes.base.recipe import Recipe
+from descant.recipes.base.shared_space import SharedSpace
 
 #: Methods that are this recipe's where they are the inner one's: those that take a batch, and those that take latents.
 OF_BATCHES = ("embed", "scores", "latents", "present_features", "reconstruct", "generate")

@@ -18,12 +18,12 @@ from typing import Any, cast
 
 from torch import nn
 
-from descant.modules.batch import Batch
-from descant.modules.distill import DecisionTarget, Lesson, Says, SoftTarget
-from descant.modules.objective import Term
-from descant.modules.protocols import Scores
-from descant.modules.step import Said
-from descant.recipes.base import Recipe
+from descant.modules.core.batch import Batch
+from descant.modules.core.objective import Term
+from descant.modules.core.protocols import Scores
+from descant.modules.core.step import Said
+from descant.modules.distill.distill import DecisionTarget, Lesson, Says, SoftTarget
+from descant.recipes.base.recipe import Recipe
 
 
 class Peers(Recipe):

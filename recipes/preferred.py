@@ -17,11 +17,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from descant.modules.batch import Batch
-from descant.modules.host import host_copy, to_device
+from descant.modules.core.batch import Batch
+from descant.modules.core.host import host_copy, to_device
+from descant.modules.core.objective import Term, counted
 from descant.modules.language import log_probabilities
-from descant.modules.objective import Term, counted
-from descant.modules.reinforce import DPO
+from descant.modules.policy import DPO
 from descant.recipes.chat import Chat
 
 

@@ -8,7 +8,7 @@ Claim: a model that has learned to answer learns more of a verifier that only sa
 
 Log-probabilities when drawn are those of generation itself: no pass of its own, and none of a reference without a KL.
 What the loss divides by is of the whole step and known beforehand, so micro-batches and ranks change nothing.
-Source: Shao 2024 (GRPO, arXiv 2402.03300); the losses' own in descant.modules.reinforce.
+Source: Shao 2024 (GRPO, arXiv 2402.03300); the losses' own in descant.modules.policy.
 Letters: B answers, R of them drawn, N tokens, M tokens of an answer, W width.
 """
 
@@ -19,13 +19,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from descant.modules.batch import Batch
-from descant.modules.host import derived, host_copy, to_device
+from descant.modules.core.batch import Batch
+from descant.modules.core.host import derived, host_copy, to_device
+from descant.modules.core.objective import Term, counted
 from descant.modules.language import Generated, Sampling, log_probabilities
-from descant.modules.objective import Term, counted
-from descant.modules.reinforce import Counts, Drawn, PolicyLoss
-from descant.modules.reinforce.policy import FAR
-from descant.modules.text import EOS, PAD
+from descant.modules.policy import Counts, Drawn, PolicyLoss
+from descant.modules.policy.losses import FAR
+from descant.modules.tokenizers.text import EOS, PAD
 from descant.recipes.chat import Chat
 
 

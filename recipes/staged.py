@@ -16,13 +16,13 @@ from typing import Any
 
 from torch import nn
 
-from descant.modules.batch import Batch
-from descant.modules.configure import Shard, nearest
-from descant.modules.objective import Term
-from descant.modules.protocols import InStages
-from descant.modules.trainer import run_steps
+from descant.modules.core.batch import Batch
+from descant.modules.core.objective import Term
+from descant.modules.core.protocols import InStages
+from descant.modules.engine.configure import Shard, nearest
+from descant.modules.engine.trainer import run_steps
+from descant.recipes.base.stage import Prefer, Reinforce, Stage
 from descant.recipes.reinforced import Reinforced
-from descant.recipes.stage import Prefer, Reinforce, Stage
 
 
 class Staged(Reinforced):

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
 
-from descant.arguments import Request
-from descant.cli import DescantCLI
-from descant.errors import Refusal
-from descant.folder import Folder
+from descant.cli.arguments import Request
+from descant.cli.errors import Refusal
+from descant.cli.main import DescantCLI
+from descant.run.folder import Folder
 from tests.conftest import Result
 
 Cli = Callable[..., Result]

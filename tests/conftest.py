@@ -25,8 +25,8 @@ os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
 import pytest
 import torch
 
-from descant import dump
 from descant.__main__ import main
+from descant.cli import dump
 from tests.rotation import rotation
 
 torch.set_num_threads(1)  # many small tensors: more threads only wait for each other, or for other jobs

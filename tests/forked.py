@@ -15,12 +15,12 @@ from typing import IO
 
 import pytest
 
-from descant import processes
+from descant.run import processes
 from tests.torture import forked
 
 
 class Forked:
-    """What ``descant.processes`` asks of ``subprocess.Popen``, for ``python -P -m descant WORDS`` alone."""
+    """What ``descant.run.processes`` asks of ``subprocess.Popen``, for ``python -P -m descant WORDS`` alone."""
 
     def __init__(self, command: Sequence[str], stdout: IO[bytes], stderr: IO[bytes], env: Mapping[str, str]) -> None:
         assert list(command[:4]) == [sys.executable, "-P", "-m", "descant"] and stdout is stderr
@@ -41,5 +41,5 @@ class Forked:
 
 
 def fork_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From here on ``descant.processes`` forks what it starts."""
+    """From here on ``descant.run.processes`` forks what it starts."""
     monkeypatch.setattr(processes, "subprocess", SimpleNamespace(Popen=Forked))

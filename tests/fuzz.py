@@ -40,16 +40,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from descant import manifest
 from descant.__main__ import main as descant
-from descant.datamodules.fields import AudioField, ImageField, kinds
+from descant.cli.errors import Refusal, one_line
+from descant.datamodules.fields.fields import AudioField, ImageField, kinds
 from descant.datamodules.sources import find
 from descant.datamodules.sources.base import Source
 from descant.datamodules.sources.stream import Stream, _samples
-from descant.errors import Refusal, one_line
-from descant.modules.saved import find as find_saved
-from descant.modules.saved import read_checkpoint, read_yaml
-from tests.descant.test_compare import make as make_run
+from descant.modules.io import manifest
+from descant.modules.io.saved import find as find_saved
+from descant.modules.io.saved import read_checkpoint, read_yaml
+from tests.descant.report.test_compare import make as make_run
 from tests.files import jpeg, wav, write_tar
 
 #: Seconds that one case may take, and bytes that it may add to the process.

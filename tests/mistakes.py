@@ -6,13 +6,13 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from descant import schema
-from descant.catalogue import BASE, experiments
-from descant.document import load
-from descant.dump import Written
-from descant.errors import Refusal
-from descant.precheck import Walk
-from descant.schema import Entry, Key
+from descant.cli import schema
+from descant.cli.catalogue import BASE, experiments
+from descant.cli.document import load
+from descant.cli.dump import Written
+from descant.cli.errors import Refusal
+from descant.cli.precheck import Walk
+from descant.cli.schema import Entry, Key
 
 COMMANDS = ("fit", "check", "validate", "test", "predict")
 

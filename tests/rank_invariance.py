@@ -28,11 +28,11 @@ import lightning as L
 
 from descant.__main__ import main as descant
 from descant.callbacks import Rollouts
-from descant.catalogue import experiments
-from descant.modules.batch import Batch
-from descant.modules.checkpoints import followed
-from descant.modules.random import by_rank, drawn_by_rank
-from descant.modules.reinforce.rewards import Rewards
+from descant.cli.catalogue import experiments
+from descant.modules.core.batch import Batch
+from descant.modules.core.rng import by_rank, drawn_by_rank
+from descant.modules.io.checkpoints import followed
+from descant.modules.policy.rewards import Rewards
 from tests.ranks import run_ranks
 from tests.torture_parts import Letters
 

@@ -28,7 +28,7 @@ from torch.multiprocessing.spawn import start_processes
 #: How a rank is started. A fork of the tests' own process would have its threads' locks and its random state.
 START = "forkserver" if sys.platform == "linux" else "spawn"
 #: What the server imports before the first rank. What is imported with a single thread forks safely.
-PRELOAD = ["pytest", "torch.distributed.fsdp", "lightning.pytorch", "descant.cli", "tests.recipes.test_fusion"]
+PRELOAD = ["pytest", "torch.distributed.fsdp", "lightning.pytorch", "descant.cli.main", "tests.recipes.test_fusion"]
 #: Seconds after which a rank tells where it hangs and ends, so that a test fails and the others are run.
 LONGEST = 900
 

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from descant.datamodules.base import BatchDataset, DataModule, Rows
-from descant.modules.batch import Batch
-from descant.modules.objective import Term
+from descant.modules.core.batch import Batch
+from descant.modules.core.objective import Term
 from descant.modules.towers.base import Tokens, Tower
-from descant.recipes.base import Recipe
+from descant.recipes.base.recipe import Recipe
 
 #: A trainer that writes nothing, on the CPU, without validation; the data's sampler cuts the batch over ranks.
 QUIET: dict[str, Any] = {

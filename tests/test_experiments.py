@@ -24,7 +24,7 @@ import lightning as L
 import pytest
 import yaml
 
-from descant.recipes.base import Recipe
+from descant.recipes.base.recipe import Recipe
 from tests.rotation import by_turns, quick, turn
 from tests.tolerance import F32, ulps
 

@@ -98,7 +98,7 @@ def test_of_other_recipes(base: str, cli: Any, store: Store) -> None:
 
 
 def test_all_rules_are_tried() -> None:
-    from descant.modules import mixing
+    from descant.modules.multitask import rules as mixing
 
     rules = {
         name for name, kind in vars(mixing).items() if isinstance(kind, type) and kind.__module__ == mixing.__name__

@@ -10,21 +10,21 @@ from pathlib import Path
 import pytest
 import yaml
 
-from descant.catalogue import ROOT
-from descant.names import table
-from descant.trust import allowed
+from descant.cli.catalogue import ROOT
+from descant.cli.names import table
+from descant.cli.trust import allowed
 
 TOP = Path(__file__).resolve().parent.parent
 PARTS = ("recipes", "modules", "datamodules", "callbacks")
 
 #: part -> the prefixes of descant that it may import.
 MAY = {
-    "modules": ("descant.modules", "descant.manifest"),
+    "modules": ("descant.modules", "descant.modules.io.manifest"),
     "recipes": ("descant.recipes", "descant.modules"),
     "callbacks": ("descant.callbacks", "descant.modules"),
     "datamodules": (
         "descant.datamodules",
-        "descant.cache",
+        "descant.modules.io.cache",
         *(f"descant.modules.{part}" for part in ("audio", "batch", "host", "lines", "text", "transforms", "random")),
     ),
 }

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from descant import submit, sweep
 from descant.__main__ import COMMANDS, TOOLS, main
-from descant.arguments import read
-from descant.catalogue import experiments
 from descant.claims import spec
-from descant.dump import Written
-from descant.precheck import precheck, wanted
+from descant.cli.arguments import read
+from descant.cli.catalogue import experiments
+from descant.cli.dump import Written
+from descant.cli.precheck import precheck, wanted
+from descant.slurm import submit, sweep
 from tests.conftest import Result
 
 Cli = Callable[..., Result]

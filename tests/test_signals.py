@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from descant import manifest, runs
-from descant.callbacks.resume import AGREE_STEPS, CODES
+from descant.callbacks.run.resume import AGREE_STEPS, CODES
+from descant.modules.io import manifest
+from descant.run import runs
 from tests.rotation import turn
 from tests.torture import Case, differences, wait
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from descant.catalogue import experiments, overlays
-from descant.names import of_kind
+from descant.cli.catalogue import experiments, overlays
+from descant.cli.names import of_kind
 
 ROOT = Path(__file__).parent.parent
 ROOTS = {"recipes": "Recipe", "callbacks": "Callback", "datamodules": "DataModule"}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from descant import manifest
+from descant.modules.io import manifest
 from tests.rotation import turn
 from tests.torture import (
     CASES,

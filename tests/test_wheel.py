@@ -36,7 +36,7 @@ def run(installed: Path, folder: Path, *args: str) -> subprocess.CompletedProces
 def test_the_wheel_holds_real_files_packs_and_experiments(installed: Path) -> None:
     for part in (
         "recipes/contrastive.py",
-        "modules/step.py",
+        "modules/core/step.py",
         "experiments/base.yaml",
         "experiments/contrastive/emoji.yaml",
         "templates/recipe/my_recipe.py",

@@ -104,7 +104,7 @@ _CHAT = {
     },
 }
 _ALWAYS: list[dict[str, Any]] = [
-    {"class_path": "descant.callbacks.report.Report"},
+    {"class_path": "descant.callbacks.run.report.Report"},
     {"class_path": "Resume", "init_args": {"every": 3}},
     {"class_path": "ModelCheckpoint", "init_args": {"dirpath": "RUN/checkpoints", "save_last": True}},
     {"class_path": "Accuracy"},
@@ -324,7 +324,7 @@ def _ranks(world: int) -> Iterator[dict[str, str]]:
 def _server() -> Any:
     """What forks: one thread, and everything imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["descant.cli", "descant.datamodules.emoji", "tests.torture_parts"])
+    context.set_forkserver_preload(["descant.cli.main", "descant.datamodules.corpora.emoji", "tests.torture_parts"])
     with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(HERE.parent)):
         forkserver.ensure_running()
     return context

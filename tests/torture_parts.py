@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant import manifest
-from descant.modules.batch import Batch
-from descant.modules.heads import MeanPool
-from descant.modules.objective import Term
-from descant.modules.reinforce.rewards import Answer, Verifier
+from descant.modules.core.batch import Batch
+from descant.modules.core.objective import Term
+from descant.modules.engine.trainer import data_parts
+from descant.modules.io import manifest
+from descant.modules.policy.rewards import Answer, Verifier
 from descant.modules.towers import Towers
-from descant.modules.trainer import data_parts
-from descant.recipes.base import Recipe
+from descant.modules.towers.heads import MeanPool
+from descant.recipes.base.recipe import Recipe
 
 
 class Pair(Recipe):

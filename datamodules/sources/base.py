@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
-    from descant.datamodules.changed import Corpus
+    from descant.datamodules.changes import Corpus
 
 #: One field of one sample as it lies on disk: encoded pictures and sound are bytes, captions and labels are texts.
 Raw = bytes | str

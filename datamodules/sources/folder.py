@@ -16,7 +16,7 @@ from typing import cast
 
 import numpy as np
 
-from descant.datamodules.changed import Corpus, Property
+from descant.datamodules.changes import Corpus, Property
 from descant.datamodules.sources.base import (
     ENTRIES,
     FIELDS,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from descant.cache import cache_folder
+from descant.modules.io.cache import cache_folder
 
 #: Of the arrays' layout: another number forgets what older versions kept.
 VERSION = 2

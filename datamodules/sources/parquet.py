@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from descant.datamodules.changed import Corpus, Property
+from descant.datamodules.changes import Corpus, Property
 from descant.datamodules.sources.base import (
     LIMIT,
     PARTS,

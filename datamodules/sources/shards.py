@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import braceexpand
 import numpy as np
 
-from descant.datamodules.changed import Corpus, Property
+from descant.datamodules.changes import Corpus, Property
 from descant.datamodules.sources.base import (
     ENTRIES,
     FIELDS,

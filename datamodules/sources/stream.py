@@ -22,11 +22,11 @@ import numpy as np
 from webdataset.gopen import Pipe, gopen_curl, gopen_gsutil, gopen_pipe
 from webdataset.tariterators import base_plus_ext
 
-from descant.datamodules.changed import Corpus, Property
+from descant.datamodules.changes import Corpus, Property
 from descant.datamodules.sources.base import LIMIT, REMEDY, Raw, flat, nearest, text_of
 from descant.datamodules.sources.shards import BLOCK, MEMBERS, _entries, _is_json, _is_text, members
 from descant.datamodules.sources.written import Written, manifest
-from descant.modules.random import mix
+from descant.modules.core.rng import mix
 
 #: Scheme -> the program that fetches it; None where Python opens it.
 SCHEMES = {"": None, "file": None, "http": "curl", "https": "curl", "s3": "aws", "gs": "gsutil", "pipe": None}

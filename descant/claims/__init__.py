@@ -14,8 +14,8 @@ from typing import Any
 from descant.claims import run, spec, store
 from descant.claims.judge import Judgement, judge
 from descant.claims.spec import BUDGETS, TUNE, Claim
-from descant.errors import fail, hint, say
-from descant.options import Options
+from descant.cli.errors import fail, hint, say
+from descant.cli.options import Options
 
 _HELP = """\
 descant claims: does each mechanism do what its paper says? Paired runs, a sham, and a rule fixed beforehand

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from descant.claims.spec import ARMS, EQUAL, LEAST_TIME, Claim, Condition, Metric
-from descant.errors import fail, hint
-from descant.statistics import Paired, paired
+from descant.cli.errors import fail, hint
+from descant.report.statistics import Paired, paired
 
 PASSED, FAILED, NOT = "passed", "failed", "not reproduced at this scale"
 #: Of the interval of the difference: a method that does nothing stays below 0 in 95 of 100 claims.

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from descant import runs as folders
 from descant.claims.judge import Runs
 from descant.claims.spec import BEFORE, TUNE, Claim
-from descant.errors import INTERRUPTED, fail, say
-from descant.groups import numbers, seed_of
-from descant.processes import Task, run_beside
-from descant.untrusted import json_of, text_of
+from descant.cli.errors import INTERRUPTED, fail, say
+from descant.cli.untrusted import json_of, text_of
+from descant.run import runs as folders
+from descant.run.groups import numbers, seed_of
+from descant.run.processes import Task, run_beside
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def submit(place: Place, arms: Sequence[str], seeds: Sequence[int], options: str
 
     What others begin from is submitted alone at first; then these, an array of its own for each seed.
     """
-    from descant.submit import main
+    from descant.slurm.submit import main
 
     todo = place.missing(arms, seeds)
     first = [one for one in todo if not place.waits(*one, todo)]

@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from descant.catalogue import ROOT, find
-from descant.errors import Refusal, fail, hint, one_line
+from descant.cli.catalogue import ROOT, find
+from descant.cli.errors import Refusal, fail, hint, one_line
 
 #: What every claim compares; it may have more arms, such as an oracle.
 ARMS = ("baseline", "method", "sham")

@@ -11,9 +11,9 @@ from typing import Any
 
 from descant.claims.judge import Runs
 from descant.claims.spec import Claim
-from descant.errors import fail, one_line
-from descant.runs import write_json
-from descant.untrusted import json_of
+from descant.cli.errors import fail, one_line
+from descant.cli.untrusted import json_of
+from descant.run.runs import write_json
 
 #: Bytes of a result.
 _MOST = 20_000_000

@@ -12,7 +12,7 @@ from typing import Any
 from descant.claims import store
 from descant.claims.judge import Judgement, Runs, column, judge
 from descant.claims.spec import BEFORE, EQUAL, TUNE, Claim
-from descant.runs import write_text
+from descant.run.runs import write_text
 
 #: Arms that a table has as columns, and whose names stand side by side.
 MOST_COLUMNS = 8

@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from descant.errors import fail, hint, one_line
-from descant.options import Options
+from descant.cli.errors import fail, hint, one_line
+from descant.cli.options import Options
 
 _TOP = """\
 descant data: make shards from your own files, or look at a data set

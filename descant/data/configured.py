@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from descant.arguments import Request
-from descant.catalogue import find
-from descant.cli import DescantCLI
+from descant.cli.arguments import Request
+from descant.cli.catalogue import find
+from descant.cli.errors import Refusal, fail
+from descant.cli.main import DescantCLI
+from descant.cli.quiet import quieten
+from descant.cli.trust import enforce
 from descant.datamodules.base import DataModule
-from descant.errors import Refusal, fail
-from descant.faults import explain
-from descant.quiet import quieten
-from descant.trust import enforce
+from descant.run.faults import explain
 
 
 class _DataOnly(DescantCLI):

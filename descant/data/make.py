@@ -21,15 +21,15 @@ import yaml
 from PIL import Image, ImageOps
 
 from descant import __version__
+from descant.cli.errors import fail
 from descant.data.media import fault
 from descant.data.views import captions_of
-from descant.datamodules.fields import kinds
-from descant.datamodules.images import rgb_of
-from descant.datamodules.ledger import Ledger
-from descant.datamodules.own import Own
+from descant.datamodules.fields.fields import kinds
+from descant.datamodules.fields.images import rgb_of
 from descant.datamodules.sources.base import Source, text_of
 from descant.datamodules.sources.folder import Folder
-from descant.errors import fail
+from descant.datamodules.sources.ledger import Ledger
+from descant.datamodules.user_data import Own
 
 SPLITS = ("train", "val", "test")
 #: Extension of a member by the format that Pillow names; anything else keeps its kind as extension.

@@ -7,8 +7,8 @@ import io
 import soundfile
 from PIL import Image
 
-from descant.datamodules.fields import AudioField
-from descant.datamodules.images import Images
+from descant.datamodules.fields.fields import AudioField
+from descant.datamodules.fields.images import Images
 
 _images, _sounds = Images(32), AudioField(seconds=1.0)
 

@@ -13,14 +13,14 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from descant.datamodules.base import BatchDataset, DataModule
-from descant.datamodules.fields import TextField, kinds, numbered
-from descant.datamodules.images import LIMIT, rgb_of
+from descant.datamodules.fields.fields import TextField, kinds, numbered
+from descant.datamodules.fields.images import LIMIT, rgb_of
 from descant.datamodules.order import Slot, Window
-from descant.datamodules.own import Own
 from descant.datamodules.sources.base import Source
 from descant.datamodules.sources.folder import Folder
-from descant.modules.batch import Batch
-from descant.modules.text import Codec
+from descant.datamodules.user_data import Own
+from descant.modules.core.batch import Batch
+from descant.modules.tokenizers.text import Codec
 
 #: What stands for a picture that is only known decoded.
 PIXELS = "pixels"

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from descant.modules.core.rng import uniform_N
 from descant.modules.language.model import CausalLM, Layer, turned
-from descant.modules.random import uniform_N
 
 #: Rows leave together, when this share of those that are computed has finished.
 LEAVE = 0.25

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from descant.modules.batch import Batch
-from descant.modules.host import derived, host_copy, to_device
-from descant.modules.text import PAD
+from descant.modules.core.batch import Batch
+from descant.modules.core.host import derived, host_copy, to_device
+from descant.modules.tokenizers.text import PAD
 
 
 class Shown(NamedTuple):

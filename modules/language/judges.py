@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from descant.modules.batch import Batch
-from descant.modules.protocols import Replies
-from descant.modules.text import EOS, PAD
+from descant.modules.core.batch import Batch
+from descant.modules.core.protocols import Replies
+from descant.modules.tokenizers.text import EOS, PAD
 
 
 @dataclass(frozen=True)

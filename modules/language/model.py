@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.modules.host import derived, host_copy
+from descant.modules.core.host import derived, host_copy
 
 #: The segment of padding.
 NOWHERE = 0

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from descant.modules.host import derived, host_copy, to_device
+from descant.modules.core.host import derived, host_copy, to_device
 from descant.modules.language.model import NOWHERE, CausalLM
 
 

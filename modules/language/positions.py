@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from descant.modules.host import host_copy, to_device
+from descant.modules.core.host import host_copy, to_device
+from descant.modules.core.rng import uniform_N
 from descant.modules.language.interleave import Interleaved
-from descant.modules.random import uniform_N
 
 
 class VisualSteps:

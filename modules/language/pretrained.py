@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from descant.modules.io.pretrained import locate, read
 from descant.modules.language.model import CausalLM
-from descant.modules.pretrained import locate, read
 
 #: What of a Llama this model has no part for, and what it has to be.
 PLAIN = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "pretraining_tp": 1}

@@ -1,8 +1,8 @@
 """Losses: pure functions of tensors, one value a sample."""
 
+from descant.modules.core.ranks import gather
 from descant.modules.losses.contrastive import ContrastiveLoss, InfoNCE, Intra, SigLIP
 from descant.modules.losses.hinge import HardestInBatchHinge, PairMarginLoss
-from descant.modules.losses.ranks import gather
 from descant.modules.losses.ring import RingSigLIP
 
 __all__ = [

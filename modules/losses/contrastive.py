@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.modules import sham as shams  # the module, since it imports the ranks of this package
-from descant.modules.heads import Projection
-from descant.modules.losses.ranks import first_row, gather, gather_both, world
+from descant.modules.core import sham as shams  # the module, since it imports the ranks of this package
+from descant.modules.core.ranks import first_row, gather, gather_both, world
+from descant.modules.towers.heads import Projection
 
 
 def excluded(key_B: Tensor, valid_B: Tensor, key_G: Tensor, valid_G: Tensor, diagonal: int | None = None) -> Tensor:

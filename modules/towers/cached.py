@@ -20,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from descant.modules.batch import chosen
-from descant.modules.heads import MeanPool, Pool
-from descant.modules.host import host_copy, to_device
+from descant.modules.core.batch import chosen
+from descant.modules.core.host import host_copy, to_device
 from descant.modules.towers.base import Frozen, Tokens, Tower
+from descant.modules.towers.heads import MeanPool, Pool
 
 #: Bytes of a digest: two different rows share one with probability 2^-128 a pair.
 DIGEST = 16

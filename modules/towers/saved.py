@@ -36,9 +36,9 @@ class SavedTower(Tower):
 
     def __init__(self, path: Path, tower: str, checkpoint: str = "best") -> None:
         super().__init__()
-        from descant.modules import merge, saved
-        from descant.modules.configure import Adapt, nearest
-        from descant.modules.lean import completed
+        from descant.modules.engine.configure import Adapt, nearest
+        from descant.modules.io import merge, saved
+        from descant.modules.io.lean import completed
 
         found = saved.find(path, checkpoint)
         recipe = found.model.get("init_args", {})

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.modules.host import derived, host_copy
+from descant.modules.core.host import derived, host_copy
 from descant.modules.towers.base import Tokens, Tower
 from descant.modules.towers.image import Block, all_real
 

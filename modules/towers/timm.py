@@ -12,7 +12,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from descant.modules.plain import load_plain, require_sums
+from descant.modules.io.plain import load_plain, require_sums
 from descant.modules.towers.base import Tokens, Tower
 from descant.modules.towers.image import all_real
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from descant.modules.pretrained import (
+from descant.modules.io.pretrained import (
     Place,
     locate,
     one_line,

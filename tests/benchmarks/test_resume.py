@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import resume
 from descant.callbacks import Resume
-from descant.store import AtomicIO
+from descant.run.store import AtomicIO
 from tests.tolerance import F64, ulps
 
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from descant.datamodules.base import BatchDataset, DataModule, Rows
-from descant.datamodules.emoji import Emoji
-from descant.datamodules.fields import Fields, ImageField, TextField
+from descant.datamodules.corpora.emoji import Emoji
+from descant.datamodules.fields.fields import Fields, ImageField, TextField
 from descant.datamodules.mixture import MixedOrder, Mixture, Shares, tempered
-from descant.datamodules.own import Own
 from descant.datamodules.sources.stream import Stream
-from descant.modules.batch import Batch
-from descant.modules.random import uniform_N
-from descant.modules.text import Codec, Ngrams
+from descant.datamodules.user_data import Own
+from descant.modules.core.batch import Batch
+from descant.modules.core.rng import uniform_N
+from descant.modules.tokenizers.text import Codec, Ngrams
 from tests.files import shapes
 from tests.tolerance import F32, statistical, ulps
 

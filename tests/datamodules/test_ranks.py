@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from descant.datamodules.base import DataModule
-from descant.datamodules.fields import Fields, ImageField, TextField
+from descant.datamodules.fields.fields import Fields, ImageField, TextField
 from descant.datamodules.mixture import Mixture
-from descant.datamodules.own import Own
+from descant.datamodules.user_data import Own
 from tests.files import write_tar
 from tests.rotation import quick
 

@@ -20,14 +20,14 @@ from PIL import Image
 from torch import nn
 
 from descant.callbacks import Resume
-from descant.callbacks.resume import Stopped
-from descant.datamodules.fields import Fields, ImageField, TextField
-from descant.datamodules.own import Own
+from descant.callbacks.run.resume import Stopped
+from descant.datamodules.fields.fields import Fields, ImageField, TextField
 from descant.datamodules.sources.stream import BEGINNING, Mark, Stream
-from descant.modules.batch import Batch
-from descant.modules.objective import Term
-from descant.recipes.base import Recipe
-from tests.callbacks.test_resume import Act, equal, fit, point, state
+from descant.datamodules.user_data import Own
+from descant.modules.core.batch import Batch
+from descant.modules.core.objective import Term
+from descant.recipes.base.recipe import Recipe
+from tests.callbacks.run.test_resume import Act, equal, fit, point, state
 from tests.files import write_tar
 from tests.ranks import run_ranks
 from tests.rotation import by_turns, quick

@@ -10,7 +10,7 @@ import pytest
 #: Two workers that stay; TERM, INT and USR1 are sent to them by a process that is not their run.
 SCRIPT = """
 import subprocess
-from descant.datamodules.emoji import Emoji
+from descant.datamodules.corpora.emoji import Emoji
 
 data = Emoji(tiny=True, size=32, batch_size=16, num_workers=2)
 batches = iter(data.train_dataloader())

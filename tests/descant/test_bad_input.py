@@ -21,12 +21,12 @@ from typing import Any
 import pytest
 
 import descant
-from descant import faults
-from descant.changes import require_unchanged
-from descant.cli import _require_port
-from descant.errors import Refusal, disk_fault, one_line, say
+from descant.cli.errors import Refusal, disk_fault, one_line, say
+from descant.cli.main import _require_port
+from descant.run import faults
+from descant.run.changes import require_unchanged
 from tests.conftest import TOY, TRUST, Result, captured, settings_kept
-from tests.descant.test_compare import make
+from tests.descant.report.test_compare import make
 from tests.rotation import quick
 
 DEEP = "[" * 50_000 + "]" * 50_000

@@ -14,8 +14,8 @@ import yaml
 from descant.claims import run, spec, store, summary, table
 from descant.claims.judge import FAILED, NOT, PASSED, decide, judge
 from descant.claims.spec import Claim
-from descant.errors import Refusal
-from descant.statistics import paired
+from descant.cli.errors import Refusal
+from descant.report.statistics import paired
 from tests.conftest import Result
 from tests.forked import fork_runs
 from tests.tolerance import F64, ulps

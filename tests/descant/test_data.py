@@ -22,8 +22,8 @@ from descant.data.make import make, smaller
 from descant.data.sheet import Tile, sheet
 from descant.data.twins import echoes
 from descant.data.views import thumbnail, view_of
-from descant.datamodules.own import Own
 from descant.datamodules.sources.shards import Shards
+from descant.datamodules.user_data import Own
 from tests.files import bomb
 
 SHAPES, COLOURS = ("square", "circle"), {"red": (220, 30, 30), "blue": (30, 60, 200), "green": (20, 160, 70)}

@@ -20,18 +20,18 @@ import pytest
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
 
-from descant.cli import require_plain
-from descant.modules import saved
-from descant.modules.plain import load_plain
-from descant.modules.saved import Saved, read_weights
+from descant.cli.main import require_plain
+from descant.modules.io import saved
+from descant.modules.io.plain import load_plain
+from descant.modules.io.saved import Saved, read_weights
 from descant.modules.towers import TimmTower, TransformersTower
 from descant.modules.towers import timm as of_timm
-from descant.store import AtomicIO
+from descant.run.store import AtomicIO
 from tests.conftest import TRUST, Result
 from tests.rotation import quick
 
 Cli = Callable[..., Result]
-JUDGE = "{class_path: descant.modules.reinforce.rewards.Judge, init_args: {program: \"open('MARK', 'w')\", seconds: 1}}"
+JUDGE = "{class_path: descant.modules.policy.rewards.Judge, init_args: {program: \"open('MARK', 'w')\", seconds: 1}}"
 SHORT = "{class_path: Judge, init_args: {program: \"open('MARK', 'w')\", seconds: 1}}"
 
 
@@ -82,10 +82,20 @@ MODULE = [
         *("torchvision.transforms.v2.Lambda", "torchvision.transforms.v2._misc.Lambda", "torch.jit.ScriptModule"),
         *("torch.fx.GraphModule", "torch.package.PackageImporter", "torch.export.ExportedProgram"),
         *("torch.nn.modules.module.torch.hub.load", "torch.nn.functional.torch.jit.load", "torch.optim.torch.load"),
-        *("descant.modules.reinforce.rewards.subprocess.Popen", "descant.modules.reinforce.rewards.importlib"),
-        *("descant.export.run", "descant.processes.run_beside", "descant.cli.DescantCLI", "descant.versions._ask"),
+        *("descant.modules.policy.rewards.subprocess.Popen", "descant.modules.policy.rewards.importlib"),
+        *(
+            "descant.export.export.run",
+            "descant.run.processes.run_beside",
+            "descant.cli.main.DescantCLI",
+            "descant.run.versions._ask",
+        ),
         *("lightning.pytorch.callbacks.os.remove", "lightning.pytorch.trainer.Trainer", "builtins.open"),
-        *("descant.modules.text.__builtins__", "descant..modules.towers.SavedTower", ".descant.modules", "descant."),
+        *(
+            "descant.modules.tokenizers.text.__builtins__",
+            "descant..modules.towers.SavedTower",
+            ".descant.modules",
+            "descant.",
+        ),
         *("DESCANT.modules.towers.SavedTower", "torch\\u2024nn.Linear", '"torch.nn.Linear\\n"', '" os.system"'),
     )
 ]
@@ -132,7 +142,7 @@ YAML = [
     "model: !!python/object/new:subprocess.Popen [[touch, MARK]]",
     "model: !!python/name:os.system",
     "model: !!python/module:os",
-    "trainer: {callbacks+: [!!python/object:descant.callbacks.resume.Resume {}]}",
+    "trainer: {callbacks+: [!!python/object:descant.callbacks.run.resume.Resume {}]}",
     "x: &x {class_path: os.system}\nmodel: {init_args: {text: *x}}",
     "model:\n  init_args:\n    text:\n      <<: {class_path: os.system}\n",
     "model: {init_args: {text: {class_path: torch.nn.Linear, class_path: os.system}}}",

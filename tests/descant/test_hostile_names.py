@@ -19,10 +19,10 @@ from typing import Any
 
 import pytest
 
-from descant import elastic, runs
-from descant.errors import Refusal
+from descant.cli.errors import Refusal
+from descant.run import elastic, runs
 from tests.conftest import TOY, TRUST, Result
-from tests.descant.test_compare import make
+from tests.descant.report.test_compare import make
 from tests.rotation import quick
 
 Cli = Callable[..., Result]
@@ -161,7 +161,7 @@ def test_options_of_sbatch_are_one_line_each(cli: Cli, workplace: Path, words: t
 
 @pytest.mark.parametrize("job", ["1; touch ran", "$(touch ran)", "--format=x", "../x", "\x1b[31m", 7, None, ["1"]])
 def test_a_job_that_a_file_names_is_a_number(workplace: Path, job: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    from descant import submit
+    from descant.slurm import submit
 
     monkeypatch.setattr("shutil.which", lambda _: "/bin/false")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a program was started"))

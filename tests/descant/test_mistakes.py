@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from descant.dump import Written
+from descant.cli.dump import Written
 from tests.conftest import Result
 from tests.mistakes import drawn
 

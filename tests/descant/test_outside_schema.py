@@ -19,10 +19,11 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 
-from descant import bounds, callbacks, datamodules, names
-from descant.explain import composed
-from descant.modules.given import require_objects
-from descant.modules.mixing import PCGrad, Rule
+from descant import callbacks, datamodules
+from descant.cli import bounds, names
+from descant.cli.explain import composed
+from descant.modules.core.objects import require_objects
+from descant.modules.multitask.rules import PCGrad, Rule
 from tests.conftest import TOY, TRUST, Result, captured, settings_kept
 from tests.rotation import quick
 

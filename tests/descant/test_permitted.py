@@ -13,18 +13,18 @@ import torch
 import yaml
 
 import descant
-from descant import schema
-from descant.document import Node, load
-from descant.dump import Written
-from descant.errors import Refusal
-from descant.modules import saved
+from descant.cli import schema
+from descant.cli.document import Node, load
+from descant.cli.dump import Written
+from descant.cli.errors import Refusal
+from descant.cli.precheck import Walk
+from descant.cli.trust import PERMITTED, allowed, require_kind
+from descant.modules.io import saved
 from descant.modules.towers import TimmTower
-from descant.precheck import Walk
-from descant.trust import PERMITTED, allowed, require_kind
 from tests.conftest import TRUST, Result
 
 Cli = Callable[..., Result]
-JUDGE = "descant.modules.reinforce.rewards.Judge"
+JUDGE = "descant.modules.policy.rewards.Judge"
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_nor_one_that_a_run_or_an_export_names(cli: Cli, workplace: Path, way: s
     file = workplace / "runs/a/001/config.yaml"
     content = yaml.safe_load(file.read_text())
     node = overlay(way, program(workplace))["model"]["schedule"]
-    content["model"]["init_args"]["schedule"] = {**node, "class_path": "descant.modules.schedule.TorchSchedule"}
+    content["model"]["init_args"]["schedule"] = {**node, "class_path": "descant.modules.engine.schedule.TorchSchedule"}
     file.write_text(yaml.safe_dump(content))
     for command in (("validate", "--run", "a/001"), ("predict", "--run", "a/001")):
         assert cli(*command, *TRUST).rc == 2
@@ -149,8 +149,8 @@ ELSEWHERE = {
     "lightning.pytorch.demos.boring_classes.BoringDataModule": "lightning.pytorch.core.datamodule.LightningDataModule",
     "lightning.pytorch.demos.boring_classes.BoringModel": "lightning.pytorch.core.module.LightningModule",
     "lightning.pytorch.callbacks.LambdaCallback": "lightning.pytorch.callbacks.callback.Callback",
-    "descant.folder.Folder": "lightning.pytorch.callbacks.callback.Callback",
-    "descant.predictions.Predictions": "lightning.pytorch.callbacks.callback.Callback",
+    "descant.run.folder.Folder": "lightning.pytorch.callbacks.callback.Callback",
+    "descant.report.predictions.Predictions": "lightning.pytorch.callbacks.callback.Callback",
 }
 
 
@@ -187,14 +187,16 @@ def test_of_every_wide_kind_what_ships_is_permitted(written_content: dict[str, A
     shipped = {path for path in written_content["classes"] if path.startswith("descant.")}
     for kind in PERMITTED:
         for path in shipped & set(written_content["kinds"].get(kind, {"paths": []})["paths"]):
-            ours = allowed(path) and not path.startswith(("descant.folder", "descant.predictions", "descant.check"))
-            if ours and not path.startswith("descant.loggers"):
+            ours = allowed(path) and not path.startswith(
+                ("descant.run.folder", "descant.report.predictions", "descant.cli.check")
+            )
+            if ours and not path.startswith("descant.modules.engine.loggers"):
                 require_kind(path, [kind])
 
 
 def test_experiments_build_nothing_else() -> None:
     """What ships names no class that a user could not."""
-    from descant.catalogue import experiments, overlays
+    from descant.cli.catalogue import experiments, overlays
 
     for file in [*experiments().values(), *overlays().values()]:
         for key, node in load(file).walk():

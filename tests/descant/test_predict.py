@@ -17,12 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from descant import predictions
+from descant.cli.errors import Refusal
 from descant.datamodules.base import BatchDataset, DataModule, Rows
-from descant.datamodules.own import Own
-from descant.errors import Refusal
-from descant.predictions import Predictions
-from descant.runs import Run
+from descant.datamodules.user_data import Own
+from descant.report import predictions
+from descant.report.predictions import Predictions
+from descant.run.runs import Run
 from tests.conftest import Result
 from tests.files import shapes
 from tests.tolerance import F32, ulps

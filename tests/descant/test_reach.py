@@ -19,14 +19,14 @@ import pytest
 import yaml
 
 import descant
-from descant import schema, trust
-from descant.errors import Refusal
-from descant.modules.configure import bitsandbytes
+from descant.cli import schema, trust
+from descant.cli.errors import Refusal
+from descant.modules.engine.configure import bitsandbytes
 
 LIST = yaml.safe_load((Path(__file__).parent / "reach.yaml").read_text())
 #: Whether what is installed is what was listed: of another version arguments may be new, and are no fault of ours.
 LISTED = all(version(name).partition("+")[0] == str(told) for name, told in LIST["versions"].items())
-GUARDED = "a file may say it only with --trust (descant/trust.py, guard)"
+GUARDED = "a file may say it only with --trust (descant/cli/trust.py, guard)"
 DATA = "a local file or folder that is read as data; tensors and texts, without code"
 
 
@@ -189,5 +189,7 @@ def test_every_call_that_opens_writes_starts_or_loads_has_a_reason(written_conte
 
 
 def test_the_walk_sees_such_calls() -> None:
-    assert "subprocess.Popen" in calls("descant.processes") and "torch.save" in calls("descant.store")
-    assert calls("descant.modules.vit") == set() and Path(descant.__file__).is_file() and "descant" in sys.modules
+    assert "subprocess.Popen" in calls("descant.run.processes") and "torch.save" in calls("descant.run.store")
+    assert (
+        calls("descant.modules.towers.vit") == set() and Path(descant.__file__).is_file() and "descant" in sys.modules
+    )

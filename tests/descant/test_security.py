@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from descant.errors import Refusal
-from descant.modules import saved
-from descant.processes import Task, run_beside
-from descant.sharded import Sharded
-from descant.store import AtomicIO
-from descant.trust import ALLOWED, DENIED, allowed
+from descant.cli.errors import Refusal
+from descant.cli.trust import ALLOWED, DENIED, allowed
+from descant.modules.io import saved
+from descant.run.processes import Task, run_beside
+from descant.run.sharded import Sharded
+from descant.run.store import AtomicIO
 from tests.conftest import TOY, Result
 from tests.rotation import quick
 
@@ -43,7 +43,7 @@ OUTSIDE = [
         "torch.package.PackageImporter",
     ),
     *("torch.utils.cpp_extension.load", "torch.ops.load_library", "torch.multiprocessing.spawn"),
-    *("lightning.pytorch.cli.instantiate_class", "transformers.pipeline", "descant.cli.run"),
+    *("lightning.pytorch.cli.instantiate_class", "transformers.pipeline", "descant.cli.main.run"),
     *("transformers.dynamic_module_utils.get_class_from_dynamic_module", "jsonargparse.set_parsing_settings"),
 ]
 
@@ -142,7 +142,7 @@ def test_a_checkpoint_runs_no_code(toy: Cli, workplace: Path, command: str) -> N
 
 def test_nor_do_weights_of_any_other_kind(workplace: Path) -> None:
     """What recipes, towers and teachers read: a run's checkpoint, the newest of which is asked what was best."""
-    from descant.modules.saved import Saved, find, read_weights
+    from descant.modules.io.saved import Saved, find, read_weights
     from descant.modules.towers.timm import read_weights as of_tower
 
     mark, run = workplace / "ran", workplace / "run"
@@ -235,7 +235,7 @@ def test_nor_is_a_file_the_command_line_whatever_its_name(toy: Cli, workplace: P
     assert "--trust writes" in toy("check", "--config", "./--minus.yaml").refusal
 
 
-@pytest.mark.parametrize("path", ["descant.load", "descant.loading.load", "timm.create_model"])
+@pytest.mark.parametrize("path", ["descant.load", "descant.export.loading.load", "timm.create_model"])
 def test_a_function_is_not_called(cli: Cli, workplace: Path, sentinel: Path, path: str) -> None:
     """descant.load would read another configuration, and trust whom it is told to."""
     (workplace / "other").mkdir()
@@ -278,7 +278,7 @@ def test_a_name_is_no_line_of_a_script(toy: Cli, workplace: Path, name: str) -> 
 
 
 def toy_submit(toy: Cli, name: str) -> Result:
-    from descant.submit import main
+    from descant.slurm.submit import main
 
     try:
         main(
@@ -355,7 +355,7 @@ WAV = b"RIFF" + struct.pack("<I8sIHHIIHH4sI", 2**31, b"WAVEfmt ", 16, 1, 2, 192_
 
 @pytest.mark.parametrize("data", [_png(50_000, 50_000), _png(2**31 - 1, 2**31 - 1), GIF, WEBP])
 def test_a_picture_that_claims_too_much_is_a_fault_of_its_sample(data: bytes) -> None:
-    from descant.datamodules.fields import ImageField
+    from descant.datamodules.fields.fields import ImageField
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     _, (error,) = ImageField(size=32).decode([data], None)
@@ -364,7 +364,7 @@ def test_a_picture_that_claims_too_much_is_a_fault_of_its_sample(data: bytes) ->
 
 
 def test_a_sound_is_as_long_as_its_bytes() -> None:
-    from descant.datamodules.fields import AudioField
+    from descant.datamodules.fields.fields import AudioField
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     x_BS, (error,) = AudioField(rate=16_000, seconds=1.0).decode([WAV + bytes(1000)], None)
@@ -373,7 +373,7 @@ def test_a_sound_is_as_long_as_its_bytes() -> None:
 
 
 def test_weights_that_claim_too_much(tmp_path: Path) -> None:
-    from descant.modules.saved import Saved, read_weights
+    from descant.modules.io.saved import Saved, read_weights
 
     file = tmp_path / "model.safetensors"
     file.write_bytes(struct.pack("<Q", 2**60) + b"{}")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from descant import check
-from descant.catalogue import experiments
+from descant.cli import check
+from descant.cli.catalogue import experiments
 from tests.conftest import Result
 from tests.rotation import quick, turn
 

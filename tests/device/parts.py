@@ -17,40 +17,56 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from descant.callbacks.accuracy import Mean
-from descant.callbacks.evaluate import Store
-from descant.modules import adapters, decoders, games, heads, masking, metrics, mixing, modulation, pacing, ranking
-from descant.modules import attacks as attack
-from descant.modules.audio import AudioAugment, LogMel
-from descant.modules.batch import Batch
-from descant.modules.configure import Checkpointing, Freeze, Lora, Still
-from descant.modules.cross import CrossEncoder
-from descant.modules.curriculum import Curriculum
-from descant.modules.distill import FeatureTarget, HardTarget, SoftTarget, in_common
-from descant.modules.fill import MeanFill, PromptFill, ZeroFill
-from descant.modules.fusion import AttentionFusion, Fuse, LateFusion, MidFusion, OrthogonalFusion, SharedHead, Votes
+from descant.callbacks.evaluate.accuracy import Mean
+from descant.callbacks.evaluate.embeddings import Store
+from descant.modules.adaptation import modulation
+from descant.modules.adaptation.imputation import MeanFill, PromptFill, ZeroFill
+from descant.modules.balance import gradient_modulation as pacing
+from descant.modules.balance import mcr as games
+from descant.modules.core.batch import Batch
+from descant.modules.core.objective import Term
+from descant.modules.core.sham import Sham
+from descant.modules.core.step import Decided, Step
+from descant.modules.distill import ranking
+from descant.modules.distill.distill import FeatureTarget, HardTarget, SoftTarget, in_common
+from descant.modules.engine.configure import Checkpointing, Freeze, Lora, Still
+from descant.modules.engine.optim import Member, OptimizerGroup, parameter_groups
+from descant.modules.engine.schedule import TorchSchedule, WarmupCosine
+from descant.modules.evaluation import attacks as attack
+from descant.modules.evaluation import metrics
+from descant.modules.evaluation.readout import ModelContrast, Products, RidgeReadout
+from descant.modules.fusion.classifiers import (
+    AttentionFusion,
+    Fuse,
+    LateFusion,
+    MidFusion,
+    OrthogonalFusion,
+    SharedHead,
+    Votes,
+)
+from descant.modules.fusion.cross_encoder import CrossEncoder
 from descant.modules.language.generate import Sampling
 from descant.modules.language.judges import Answers, EditJudge, ExactJudge
 from descant.modules.language.model import CausalLM
 from descant.modules.language.projectors import EachToken, PooledGrid, Resampler
 from descant.modules.losses.contrastive import InfoNCE, Intra, SigLIP
+from descant.modules.losses.hard_negatives import Negatives
 from descant.modules.losses.hinge import HardestInBatchHinge, PairMarginLoss
 from descant.modules.losses.ring import RingSigLIP
-from descant.modules.negatives import Negatives
-from descant.modules.objective import Term
-from descant.modules.optim import Member, OptimizerGroup, parameter_groups
-from descant.modules.readout import ModelContrast, Products, RidgeReadout
-from descant.modules.reinforce import advantages, policy
-from descant.modules.reinforce.preference import DPO
-from descant.modules.schedule import TorchSchedule, WarmupCosine
-from descant.modules.sham import Sham
-from descant.modules.step import Decided, Step
-from descant.modules.towers import BagTower, ConvTower, LogMelTower, PatchTower, TextTower, Tokens, Towers
+from descant.modules.masking import adapters, decoders
+from descant.modules.masking import corruptions as masking
+from descant.modules.multitask import rules as mixing
+from descant.modules.objectives.curriculum import Curriculum
+from descant.modules.policy import advantages
+from descant.modules.policy import losses as policy
+from descant.modules.policy.preference import DPO
+from descant.modules.towers import BagTower, ConvTower, LogMelTower, PatchTower, TextTower, Tokens, Towers, heads
 from descant.modules.towers.base import Frozen, Tower
 from descant.modules.towers.cached import Cached
-from descant.modules.transforms import Augment, Crop, Pixels
-from descant.modules.triples import TripleEncoder
-from descant.modules.vit import Layout, RaggedBlock, Trunk
+from descant.modules.towers.triples import TripleEncoder
+from descant.modules.towers.vit import Layout, RaggedBlock, Trunk
+from descant.modules.transforms.audio import AudioAugment, LogMel
+from descant.modules.transforms.image import Augment, Crop, Pixels
 from descant.recipes import Contrastive, Fusion
 
 
@@ -515,7 +531,7 @@ def _decisions(at: Place) -> Any:
 
 @part("RankTarget", "FeatureTarget", "Lesson", "Distill")
 def _lesson(at: Place) -> Any:
-    from descant.modules.distill import Distill, Teacher
+    from descant.modules.distill.distill import Distill, Teacher
 
     class Other(Teacher):
         def network(self, student: nn.Module) -> nn.Module:

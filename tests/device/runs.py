@@ -16,41 +16,41 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from descant import callbacks as c
-from descant.callbacks.answering import Answering
-from descant.datamodules.captions import AltText, CaptionMixer, SyntheticCaption
-from descant.datamodules.described import Descriptions
-from descant.datamodules.emoji import Emoji
-from descant.datamodules.pool import QuestionPool, QuestionRollouts
-from descant.datamodules.questions import QuestionPairs, Questions
-from descant.datamodules.scenes import Scenes
-from descant.datamodules.staged import During, StagedData
-from descant.modules import games
-from descant.modules.adapters import Adapters, CategoryAdapter, PatchAdapter
-from descant.modules.cross import CrossEncoder
-from descant.modules.curriculum import Curriculum
-from descant.modules.decoders import CrossDecoder
-from descant.modules.distill import Distill, SoftTarget
-from descant.modules.fill import PromptFill
-from descant.modules.fusion import LateFusion, MidFusion
-from descant.modules.inherit import Begin, Inherit
-from descant.modules.inversion import ModalityInversion
+from descant.callbacks.evaluate.answering import Answering
+from descant.datamodules.corpora.captions import AltText, CaptionMixer, SyntheticCaption
+from descant.datamodules.corpora.emoji import Emoji
+from descant.datamodules.corpora.scenes import Scenes
+from descant.datamodules.stages import During, StagedData
+from descant.datamodules.tasks.descriptions import Descriptions
+from descant.datamodules.tasks.question_pool import QuestionPool, QuestionRollouts
+from descant.datamodules.tasks.questions import QuestionPairs, Questions
+from descant.modules.adaptation.imputation import PromptFill
+from descant.modules.adaptation.modulation import ModulationBank
+from descant.modules.balance import mcr as games
+from descant.modules.balance.gradient_modulation import AGM
+from descant.modules.distill.distill import Distill, SoftTarget
+from descant.modules.distill.ranking import RankTarget, Sure
+from descant.modules.engine.schedule import WarmupCosine
+from descant.modules.evaluation.inversion import ModalityInversion
+from descant.modules.evaluation.readout import ModelContrast, RidgeReadout
+from descant.modules.fusion.classifiers import LateFusion, MidFusion
+from descant.modules.fusion.cross_encoder import CrossEncoder
+from descant.modules.io.inherit import Begin, Inherit
 from descant.modules.language.judges import LikelihoodJudge
 from descant.modules.language.positions import VisualSteps
 from descant.modules.losses import InfoNCE, Intra
-from descant.modules.masking import TokenBudget
-from descant.modules.mixing import GradVac, Pareto, PCGrad
-from descant.modules.modulation import ModulationBank
-from descant.modules.negatives import Negatives
-from descant.modules.pacing import AGM
-from descant.modules.ranking import RankTarget, Sure
-from descant.modules.readout import ModelContrast, RidgeReadout
-from descant.modules.reinforce import KL, PolicyLoss
-from descant.modules.reinforce.rewards import ExactAnswer, Rewards
-from descant.modules.schedule import WarmupCosine
-from descant.modules.text import Ngrams
+from descant.modules.losses.hard_negatives import Negatives
+from descant.modules.masking.adapters import Adapters, CategoryAdapter, PatchAdapter
+from descant.modules.masking.corruptions import TokenBudget
+from descant.modules.masking.decoders import CrossDecoder
+from descant.modules.multitask.rules import GradVac, Pareto, PCGrad
+from descant.modules.objectives.curriculum import Curriculum
+from descant.modules.policy import KL, PolicyLoss
+from descant.modules.policy.rewards import ExactAnswer, Rewards
+from descant.modules.tokenizers.text import Ngrams
 from descant.modules.towers import BagTower, ConvTower, PatchTower, SavedTower, TextTower, Towers
-from descant.modules.triples import TripleEncoder
-from descant.modules.vit import Trunk
+from descant.modules.towers.triples import TripleEncoder
+from descant.modules.towers.vit import Trunk
 from descant.recipes import (
     Alternating,
     Certified,
@@ -72,7 +72,7 @@ from descant.recipes import (
     TeacherRun,
     TeacherStage,
 )
-from descant.recipes.teachers import Teachers
+from descant.recipes.base.teachers import Teachers
 from tests.recipes.test_certified import Banked
 from tests.recipes.test_missing import PatternData, build, fusion, node, write
 from tests.recipes.test_staged import letters

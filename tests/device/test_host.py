@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from descant.modules import host
-from descant.modules.batch import Batch
+from descant.modules.core import host
+from descant.modules.core.batch import Batch
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import descant.recipes as recipes
-from descant.datamodules.questions import QuestionPairs
-from descant.modules.batch import Batch
-from descant.modules.distill import Distill, Teacher
+from descant.datamodules.tasks.questions import QuestionPairs
+from descant.modules.core.batch import Batch
+from descant.modules.distill.distill import Distill, Teacher
 from descant.modules.towers import TextTower
 from descant.modules.towers.cached import Cached
 from descant.recipes import Preferred, Recipe

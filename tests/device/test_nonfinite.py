@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from descant.callbacks import NonFinite, Resume
-from descant.modules import plain
-from descant.modules.batch import Batch
-from descant.modules.objective import Term
-from descant.modules.step import Step
-from tests.callbacks.test_nonfinite import BAD, Spoiled, Watch, ledger
-from tests.callbacks.test_resume import fit
+from descant.modules.core.batch import Batch
+from descant.modules.core.objective import Term
+from descant.modules.core.step import Step
+from descant.modules.io import plain
+from tests.callbacks.run.test_nonfinite import BAD, Spoiled, Watch, ledger
+from tests.callbacks.run.test_resume import fit
 
 
 def net(where: str = "loss", fused: bool = True) -> Spoiled:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from descant.modules import plain
+from descant.modules.io import plain
 from tests.rotation import turn
 from tests.test_experiments import EXPERIMENTS, begin
 

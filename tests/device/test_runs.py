@@ -11,10 +11,10 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from descant.callbacks import Resume
-from descant.modules.plain import load_plain
-from descant.store import AtomicIO
-from tests.callbacks.test_resume import Act, equal, state
-from tests.callbacks.test_resume import fit as resumed
+from descant.modules.io.plain import load_plain
+from descant.run.store import AtomicIO
+from tests.callbacks.run.test_resume import Act, equal, state
+from tests.callbacks.run.test_resume import fit as resumed
 from tests.device.runs import RUNS, Run, prepare
 from tests.rotation import quick
 

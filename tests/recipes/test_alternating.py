@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from descant.callbacks.balance import Balance
-from descant.modules.batch import Batch
-from descant.modules.fusion import SharedHead
-from descant.modules.pacing import OGM
-from descant.modules.protocols import Classifies, Contends, Embeds, Fuses, HasObjective, Scores, Unimodal
+from descant.callbacks.balance.balance import Balance
+from descant.modules.balance.gradient_modulation import OGM
+from descant.modules.core.batch import Batch
+from descant.modules.core.protocols import Classifies, Contends, Embeds, Fuses, HasObjective, Scores, Unimodal
+from descant.modules.fusion.classifiers import SharedHead
 from descant.modules.towers import Towers
 from descant.recipes import Alternating
-from tests.callbacks.test_balance import whole
+from tests.callbacks.balance.test_balance import whole
 from tests.ranks import run_ranks
 from tests.recipes.test_fusion import WIDTHS, Line, SignData, Signs, double
 from tests.step_toy import QUIET

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from descant.modules.batch import Batch
+from descant.modules.core.batch import Batch
 from descant.modules.losses import ContrastiveLoss, InfoNCE, Intra, RingSigLIP, SigLIP
 from descant.modules.towers import Tokens, Tower, Towers
 from descant.recipes import Contrastive

@@ -13,11 +13,20 @@ import torch
 from torch import Tensor
 
 from descant.callbacks import Resume
-from descant.modules.attacks import Nudge, certified_radius, slopes
-from descant.modules.fusion import OrthogonalFusion
-from descant.modules.protocols import Classifies, Contends, Embeds, Fuses, HasObjective, HasTowers, Scores, Unimodal
+from descant.modules.core.protocols import (
+    Classifies,
+    Contends,
+    Embeds,
+    Fuses,
+    HasObjective,
+    HasTowers,
+    Scores,
+    Unimodal,
+)
+from descant.modules.evaluation.attacks import Nudge, certified_radius, slopes
+from descant.modules.fusion.classifiers import OrthogonalFusion
 from descant.recipes import Certified
-from tests.callbacks.test_resume import Act, equal, fit, point, state
+from tests.callbacks.run.test_resume import Act, equal, fit, point, state
 from tests.ranks import run_ranks
 from tests.recipes.test_missing import PatternData, batch, build, fusion, train, write
 from tests.step_toy import QUIET

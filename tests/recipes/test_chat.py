@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from descant.modules.batch import Batch
+from descant.modules.core.batch import Batch
+from descant.modules.core.protocols import Generates, HasObjective, HasTerms, HasTowers, Scores
 from descant.modules.language import CausalLM
 from descant.modules.language.projectors import EachToken, ImageProjector, PooledGrid, Resampler
-from descant.modules.protocols import Generates, HasObjective, HasTerms, HasTowers, Scores
 from descant.modules.towers import ConvTower, Tokens, Tower, Towers
 from descant.recipes import Chat
 from tests.tolerance import F32, F64, rounding

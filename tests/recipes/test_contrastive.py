@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from descant.datamodules.base import BatchDataset, DataModule, Rows
-from descant.modules.batch import Batch
+from descant.modules.core.batch import Batch
+from descant.modules.core.protocols import Embeds, Forks, HasObjective, HasTowers
+from descant.modules.evaluation.metrics import retrieval_ranks
 from descant.modules.losses import InfoNCE, Intra, SigLIP
-from descant.modules.metrics import retrieval_ranks
-from descant.modules.negatives import Negatives
-from descant.modules.protocols import Embeds, Forks, HasObjective, HasTowers
+from descant.modules.losses.hard_negatives import Negatives
 from descant.modules.towers import Tokens, Tower, Towers
 from descant.recipes import Contrastive
 from tests.step_toy import QUIET

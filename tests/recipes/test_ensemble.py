@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from descant.modules.protocols import Classifies, Contends, Embeds, Fuses, Scores, Unimodal
+from descant.modules.core.protocols import Classifies, Contends, Embeds, Fuses, Scores, Unimodal
 from descant.recipes import Ensemble
 from tests.recipes.test_missing import build, fusion, node, some_absent, train, write
 from tests.tolerance import F32, rounding

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.datamodules.base import BatchDataset, DataModule, Rows
-from descant.modules.batch import Batch
-from descant.modules.fusion import AttentionFusion, Fuse, LateFusion, MidFusion, cross_entropy
-from descant.modules.games import CollaborativeGame, IndependentGame
-from descant.modules.protocols import Contends, Embeds, Forks, Fuses, HasObjective, HasTowers, Scores, Unimodal
+from descant.modules.balance.mcr import CollaborativeGame, IndependentGame
+from descant.modules.core.batch import Batch
+from descant.modules.core.protocols import Contends, Embeds, Forks, Fuses, HasObjective, HasTowers, Scores, Unimodal
+from descant.modules.fusion.classifiers import AttentionFusion, Fuse, LateFusion, MidFusion, cross_entropy
 from descant.modules.towers import Tokens, Tower, Towers
 from descant.recipes import Fusion
 from tests.ranks import run_ranks

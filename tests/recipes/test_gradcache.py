@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from descant.callbacks.sanity import chunked_norms
-from descant.modules.batch import Batch
-from descant.modules.configure import Checkpointing, Compile, Shard
+from descant.callbacks.run.sanity import chunked_norms
+from descant.modules.core.batch import Batch
+from descant.modules.engine.configure import Checkpointing, Compile, Shard
 from descant.modules.losses import ContrastiveLoss, RingSigLIP
 from descant.modules.towers import BagTower, ConvTower, PatchTower, TextTower, Tower, Towers
 from descant.recipes import Contrastive

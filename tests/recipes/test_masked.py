@@ -15,16 +15,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from descant.callbacks import EMA, Resume
 from descant.datamodules.base import BatchDataset, DataModule, Rows
-from descant.modules.adapters import Adapters, CategoryAdapter, PatchAdapter, TableAdapter, TokenAdapter
-from descant.modules.batch import Batch
-from descant.modules.configure import Shard
-from descant.modules.decoders import CrossDecoder, Decoder, JointDecoder
-from descant.modules.masking import Corruption, Grid, Masks, TokenBudget, UniformMask
-from descant.modules.protocols import Embeds, HasObjective, HasTowers, Reconstructs, Scores
-from descant.modules.vit import Trunk
+from descant.modules.core.batch import Batch
+from descant.modules.core.protocols import Embeds, HasObjective, HasTowers, Reconstructs, Scores
+from descant.modules.engine.configure import Shard
+from descant.modules.masking.adapters import Adapters, CategoryAdapter, PatchAdapter, TableAdapter, TokenAdapter
+from descant.modules.masking.corruptions import Corruption, Grid, Masks, TokenBudget, UniformMask
+from descant.modules.masking.decoders import CrossDecoder, Decoder, JointDecoder
+from descant.modules.towers.vit import Trunk
 from descant.recipes import Masked
-from descant.sharded import Sharded
-from tests.callbacks.test_resume import Act, equal, fit, point, state
+from descant.run.sharded import Sharded
+from tests.callbacks.run.test_resume import Act, equal, fit, point, state
 from tests.ranks import run_ranks
 from tests.rotation import quick
 from tests.step_toy import QUIET, KeepGradients, largest_gap

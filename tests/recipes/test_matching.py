@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from descant.modules import cross as module
-from descant.modules.batch import Batch
-from descant.modules.cross import CrossEncoder
-from descant.modules.protocols import HasObjective, HasTerms, HasTowers, Matches, Scores
-from descant.modules.random import mix_N
+from descant.modules.core.batch import Batch
+from descant.modules.core.protocols import HasObjective, HasTerms, HasTowers, Matches, Scores
+from descant.modules.core.rng import mix_N
+from descant.modules.fusion import cross_encoder as module
+from descant.modules.fusion.cross_encoder import CrossEncoder
 from descant.modules.towers import BagTower, ConvTower, TextTower, Towers
 from descant.recipes import Matching
 from tests.ranks import run_ranks

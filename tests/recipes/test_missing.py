@@ -18,12 +18,10 @@ from torch import Tensor, nn
 import descant
 from descant.callbacks import EMA, Resume
 from descant.datamodules.base import BatchDataset, DataModule, Rows
-from descant.modules import saved
-from descant.modules.batch import Batch
-from descant.modules.configure import Compile, Freeze, Lora, Quantize
-from descant.modules.fill import Fill, MeanFill, PromptFill, ZeroFill, filled, standing_in
-from descant.modules.modulation import AvailableSets, LowRank, Modulation, ModulationBank, ScaleShift
-from descant.modules.protocols import (
+from descant.modules.adaptation.imputation import Fill, MeanFill, PromptFill, ZeroFill, filled, standing_in
+from descant.modules.adaptation.modulation import AvailableSets, LowRank, Modulation, ModulationBank, ScaleShift
+from descant.modules.core.batch import Batch
+from descant.modules.core.protocols import (
     Embeds,
     Features,
     Forks,
@@ -34,9 +32,11 @@ from descant.modules.protocols import (
     Scores,
     Unimodal,
 )
+from descant.modules.engine.configure import Compile, Freeze, Lora, Quantize
+from descant.modules.io import saved
 from descant.modules.towers import TextTower
 from descant.recipes import MissingModality, Recipe
-from tests.callbacks.test_resume import Act, equal, fit, point, state
+from tests.callbacks.run.test_resume import Act, equal, fit, point, state
 from tests.ranks import run_ranks
 from tests.rotation import quick
 from tests.tolerance import F32, rounding
@@ -56,7 +56,7 @@ def node(name: str, *modalities: str, **more: Any) -> dict[str, Any]:
 
 
 def fusion(kind: str, *modalities: str) -> dict[str, Any]:
-    part = {"class_path": f"descant.modules.fusion.{kind}"}
+    part = {"class_path": f"descant.modules.fusion.classifiers.{kind}"}
     return node("Fusion", *modalities, target="label", classes=C, fusion=part)
 
 
@@ -247,16 +247,25 @@ def test_samples_of_several_sets_are_what_each_is_alone(runs: dict[str, Path], n
 
 def masked() -> dict[str, Any]:
     adapters = {
-        "image": {"class_path": "descant.modules.adapters.PatchAdapter", "init_args": {"size": [8, 8], "patch": 4}},
+        "image": {
+            "class_path": "descant.modules.masking.adapters.PatchAdapter",
+            "init_args": {"size": [8, 8], "patch": 4},
+        },
         "sketch": {
-            "class_path": "descant.modules.adapters.PatchAdapter",
+            "class_path": "descant.modules.masking.adapters.PatchAdapter",
             "init_args": {"size": [8, 8], "patch": 4, "channels": 1},
         },
     }
     arguments = {
-        "adapters": {"class_path": "descant.modules.adapters.Adapters", "init_args": adapters},
-        "encoder": {"class_path": "descant.modules.vit.Trunk", "init_args": {"width": 24, "depth": 2, "heads": 3}},
-        "decoder": {"class_path": "descant.modules.decoders.JointDecoder", "init_args": {"width": 24, "heads": 3}},
+        "adapters": {"class_path": "descant.modules.masking.adapters.Adapters", "init_args": adapters},
+        "encoder": {
+            "class_path": "descant.modules.towers.vit.Trunk",
+            "init_args": {"width": 24, "depth": 2, "heads": 3},
+        },
+        "decoder": {
+            "class_path": "descant.modules.masking.decoders.JointDecoder",
+            "init_args": {"width": 24, "heads": 3},
+        },
     }
     return {"class_path": "descant.recipes.Masked", "init_args": arguments}
 
@@ -390,7 +399,10 @@ def test_lora_is_a_baseline_that_leaves_the_rest(tmp_path: Path) -> None:
 
 
 def test_towers_that_the_run_had_frozen_are_adapted_too(tmp_path: Path) -> None:
-    freeze = {"class_path": "descant.modules.configure.Freeze", "init_args": {"towers": ["image"], "capacity": 99}}
+    freeze = {
+        "class_path": "descant.modules.engine.configure.Freeze",
+        "init_args": {"towers": ["image"], "capacity": 99},
+    }
     model = fusion("MidFusion", "image", "text")
     model["init_args"]["adapt"] = [freeze]
     recipe = build(model)
@@ -550,7 +562,7 @@ def test_a_resumed_run_ends_in_the_same_bits(runs: dict[str, Path], tmp_path: Pa
 
 def test_a_run_is_loaded_with_its_bank(runs: dict[str, Path], tmp_path: Path) -> None:
     model = adapted(runs["fusion"])
-    kind = "descant.modules.modulation."
+    kind = "descant.modules.adaptation.modulation."
     bank = {"class_path": f"{kind}ModulationBank", "init_args": {"sets": [["text"], ["image"]]}}
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1}}
     arguments: dict[str, Any] = {"path": str(runs["fusion"]), "bank": bank, "optimizer": optimizer}

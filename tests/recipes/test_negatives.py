@@ -15,15 +15,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from descant.datamodules.scenes import Scenes
-from descant.modules.batch import Batch
-from descant.modules.heads import FlattenPool, LastPool, MeanPool, Pools
+from descant.datamodules.corpora.scenes import Scenes
+from descant.modules.core.batch import Batch
+from descant.modules.core.protocols import Forks
 from descant.modules.losses import HardestInBatchHinge, PairMarginLoss
-from descant.modules.negatives import Negatives
-from descant.modules.protocols import Forks
-from descant.modules.text import Ngrams
+from descant.modules.losses.hard_negatives import Negatives
+from descant.modules.tokenizers.text import Ngrams
 from descant.modules.towers import ConvTower, TextTower, Towers
-from descant.modules.triples import TripleEncoder
+from descant.modules.towers.heads import FlattenPool, LastPool, MeanPool, Pools
+from descant.modules.towers.triples import TripleEncoder
 from descant.recipes import Contrastive
 from tests.ranks import run_ranks
 from tests.recipes.test_big_batch import EXACT, Curve, gap

@@ -17,27 +17,27 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from descant.callbacks import Resume, Rollouts, Stages
-from descant.callbacks.pictures import FAINT, GAP, TEXT, TITLE
-from descant.datamodules.described import Descriptions
-from descant.datamodules.emoji import DEVELOPMENT_VENDOR
-from descant.datamodules.pool import QuestionRollouts
-from descant.datamodules.questions import PairSet, QuestionPairs, Questions
-from descant.datamodules.staged import During, StagedData, StagedOrder
-from descant.datamodules.tasks import Arithmetic, TextTasks
-from descant.modules.configure import Shard
-from descant.modules.distill import Distill
-from descant.modules.inherit import Begin
+from descant.callbacks.plots.images import FAINT, GAP, TEXT, TITLE
+from descant.datamodules.corpora.emoji import DEVELOPMENT_VENDOR
+from descant.datamodules.stages import During, StagedData, StagedOrder
+from descant.datamodules.tasks.descriptions import Descriptions
+from descant.datamodules.tasks.question_pool import QuestionRollouts
+from descant.datamodules.tasks.questions import PairSet, QuestionPairs, Questions
+from descant.datamodules.tasks.text_tasks import Arithmetic, TextTasks
+from descant.modules.distill.distill import Distill
+from descant.modules.engine.configure import Shard
+from descant.modules.engine.schedule import WarmupCosine
+from descant.modules.io.inherit import Begin
 from descant.modules.language.packing import through
 from descant.modules.language.positions import VisualSteps
-from descant.modules.reinforce import DPO, KL, PolicyLoss
-from descant.modules.reinforce.rewards import Answer, Rewards, Verifier
-from descant.modules.schedule import WarmupCosine
+from descant.modules.policy import DPO, KL, PolicyLoss
+from descant.modules.policy.rewards import Answer, Rewards, Verifier
 from descant.recipes import Chat, Prefer, Reinforce, Stage, Staged
-from descant.recipes.distillation import TeacherStage
+from descant.recipes.base.distillation import TeacherStage
 from descant.recipes.preferred import whole
-from tests.callbacks.test_resume import Act, equal, fit, point, state
-from tests.callbacks.test_rollouts import G, N
-from tests.callbacks.test_rounds import Given
+from tests.callbacks.policy.test_rollouts import G, N
+from tests.callbacks.policy.test_rounds import Given
+from tests.callbacks.run.test_resume import Act, equal, fit, point, state
 from tests.ranks import run_ranks
 from tests.rotation import quick
 from tests.small import small_chat

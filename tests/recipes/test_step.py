@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from descant.modules.batch import Batch
-from descant.modules.configure import Checkpointing, Compile, Shard
+from descant.modules.core.batch import Batch
+from descant.modules.core.objective import Term
+from descant.modules.core.step import Step
+from descant.modules.engine.configure import Checkpointing, Compile, Shard
 from descant.modules.losses import gather
-from descant.modules.objective import Term
-from descant.modules.step import Step
 from tests.ranks import run_ranks
 from tests.step_toy import explicit, largest_gap, lightning_gradients
 from tests.tolerance import F32, F64, ulps

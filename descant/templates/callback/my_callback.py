@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from descant.modules.protocols import HasTowers
-from descant.modules.trainer import log_interval
+from descant.modules.core.protocols import HasTowers
+from descant.modules.engine.trainer import log_interval
 
 
 class MyCallback(L.Callback):

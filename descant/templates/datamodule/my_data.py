@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from descant.datamodules.base import BatchDataset, DataModule, Rows
-from descant.modules.batch import Batch
-from descant.modules.random import mix_N, uniform_N
-from descant.modules.transforms import Pixels
+from descant.modules.core.batch import Batch
+from descant.modules.core.rng import mix_N, uniform_N
+from descant.modules.transforms.image import Pixels
 
 #: What a file holds, and the dimensions of each array.
 ARRAYS = {"image": 4, "text": 3, "label": 1}

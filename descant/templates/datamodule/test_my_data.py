@@ -11,7 +11,7 @@ import torch
 
 from descant.datamodules.base import BatchDataset
 from descant.datamodules.order import Order
-from descant.modules.batch import Batch
+from descant.modules.core.batch import Batch
 from descant.templates.datamodule.my_data import MyData, draw, read
 
 

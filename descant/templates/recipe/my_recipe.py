@@ -20,11 +20,11 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.modules.batch import Batch
-from descant.modules.heads import MeanPool, Projection
+from descant.modules.core.batch import Batch
+from descant.modules.core.objective import Term
 from descant.modules.losses import ContrastiveLoss, InfoNCE
-from descant.modules.objective import Term
 from descant.modules.towers import Towers
+from descant.modules.towers.heads import MeanPool, Projection
 from descant.recipes import Recipe
 
 MODALITIES = ("image", "text")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from descant.modules.batch import Batch
+from descant.modules.core.batch import Batch
+from descant.modules.core.protocols import Embeds, Forks, HasObjective, HasTowers
+from descant.modules.evaluation.metrics import retrieval_ranks
 from descant.modules.losses import InfoNCE
-from descant.modules.metrics import retrieval_ranks
-from descant.modules.protocols import Embeds, Forks, HasObjective, HasTowers
 from descant.modules.towers import Tokens, Tower, Towers
 from descant.templates.recipe.my_recipe import MyRecipe, align
 

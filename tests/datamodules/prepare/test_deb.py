@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from descant.cache import cache_folder
 from descant.datamodules.prepare import deb as module
 from descant.datamodules.prepare.deb import Deb, unpack
 from descant.datamodules.prepare.package import scratch, sha256_of, unpacked
+from descant.modules.io.cache import cache_folder
 
 CONTENT = {"./usr/share/pack/a/one.txt": b"one", "./usr/share/pack/two.bin": bytes(range(256)) * 999}
 

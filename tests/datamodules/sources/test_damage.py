@@ -22,17 +22,17 @@ import pytest
 from PIL import Image
 
 from descant.data.make import make
-from descant.datamodules.changed import Corpus
-from descant.datamodules.fields import kinds
-from descant.datamodules.images import Images
-from descant.datamodules.ledger import Ledger
-from descant.datamodules.own import Own
+from descant.datamodules.changes import Corpus
+from descant.datamodules.fields.fields import kinds
+from descant.datamodules.fields.images import Images
 from descant.datamodules.sources import find
 from descant.datamodules.sources.base import Damaged, Source
 from descant.datamodules.sources.folder import Folder
+from descant.datamodules.sources.ledger import Ledger
 from descant.datamodules.sources.parquet import Parquet
 from descant.datamodules.sources.shards import Shards, index
 from descant.datamodules.sources.stream import Sample, Stream, _samples
+from descant.datamodules.user_data import Own
 from tests.files import jpeg, shapes, write_tar
 
 Found = tuple[list[tuple[str, object]], str | None]

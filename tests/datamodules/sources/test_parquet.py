@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from descant.datamodules.fields import kinds
+from descant.datamodules.fields.fields import kinds
 from descant.datamodules.sources import find
 from descant.datamodules.sources.parquet import Parquet
 from tests.files import jpeg

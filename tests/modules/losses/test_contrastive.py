@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from descant.modules.core.sham import Sham
 from descant.modules.losses import InfoNCE, Intra, RingSigLIP, SigLIP
-from descant.modules.sham import Sham
 from tests.modules.losses import _asserts
 from tests.modules.losses._asserts import embeddings, everyone
 from tests.tolerance import F32, F64, rounding, ulps

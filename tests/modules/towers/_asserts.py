@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from descant.modules.configure import Checkpointing, Compile
+from descant.modules.engine.configure import Checkpointing, Compile
 from descant.modules.towers import Frozen, Tokens, Tower, Towers
 from tests.tolerance import F32, rounding, ulps
 

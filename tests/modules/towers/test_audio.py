@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from descant.modules.heads import MeanPool
 from descant.modules.towers import LogMelTower
+from descant.modules.towers.heads import MeanPool
 from tests.modules.towers import _asserts
 from tests.tolerance import F32, ulps
 

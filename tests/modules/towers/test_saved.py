@@ -12,9 +12,9 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from descant.modules import saved
-from descant.modules.configure import Adapt, Freeze, Lora, Quantize
-from descant.modules.lean import base_of, lean
+from descant.modules.engine.configure import Adapt, Freeze, Lora, Quantize
+from descant.modules.io import saved
+from descant.modules.io.lean import base_of, lean
 from descant.modules.towers import ConvTower, Frozen, SavedTower, TextTower, Tower, Towers
 from descant.modules.towers.cached import Cached
 
@@ -49,7 +49,7 @@ def write_run(folder: Path, adapt: list[dict[str, Any]] | None = None, name: str
 
 
 def part(cls: type, **arguments: Any) -> dict[str, Any]:
-    return {"class_path": f"descant.modules.configure.{cls.__name__}", "init_args": arguments}
+    return {"class_path": f"descant.modules.engine.configure.{cls.__name__}", "init_args": arguments}
 
 
 def out(tower: nn.Module, x: Tensor) -> Tensor:
@@ -223,8 +223,8 @@ def test_weights_of_another_model_name_the_first_difference(tmp_path: Path) -> N
         ("os.system", "class_path os.system is outside what a saved configuration may name"),
         (f"{__name__}.Touched", "is outside what a saved configuration may name"),
         (
-            "descant.modules.heads.Projection",
-            "descant.modules.heads.Projection does not correspond to a subclass of Tower",
+            "descant.modules.towers.heads.Projection",
+            "descant.modules.towers.heads.Projection does not correspond to a subclass of Tower",
         ),
         ("descant.modules.towers.TextTowr", "descant.modules.towers.TextTowr"),
     ],

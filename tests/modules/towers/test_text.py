@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from descant.modules.heads import MeanPool
 from descant.modules.towers import BagTower, TextTower, Tokens
+from descant.modules.towers.heads import MeanPool
 from tests.modules.towers import _asserts
 from tests.tolerance import F32, rounding, ulps
 

@@ -12,10 +12,10 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 
-from descant.modules import pretrained
-from descant.modules.heads import LastPool, MeanPool
-from descant.modules.text import Pretrained
+from descant.modules.io import pretrained
+from descant.modules.tokenizers.text import Pretrained
 from descant.modules.towers import TransformersTower
+from descant.modules.towers.heads import LastPool, MeanPool
 from tests.modules.towers import _asserts
 from tests.tolerance import F32, rounding, ulps
 

@@ -1,0 +1,167 @@
+"""Voices that drown the others are held back: the gradients of each modality's tower, paced by how well it does alone.
+
+Letters: B samples, C classes, M modalities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from descant.callbacks.harmonize.terms import Harmonize, read_together, total_of_ranks
+from descant.modules.balance.gradient_modulation import Pacing
+from descant.modules.core.host import to_device
+from descant.modules.core.objects import require_objects
+from descant.modules.core.protocols import Contends
+from descant.modules.core.rng import global_seed, mix
+from descant.modules.core.sham import Sham
+from descant.modules.engine.trainer import log_interval, share_of_run
+
+
+def measured(pl_module: Contends, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Float64 ``[2, M]`` of the last forward: of each modality the sum of its samples' scores, and how many there are.
+
+    ``score(share_BC, label_B) -> [B]``.
+    """
+    decided, sums = pl_module.step.decided, []
+    assert decided is not None, f"{type(pl_module).__name__} told its step of no decision"
+    with torch.no_grad():
+        shares = pl_module.shares({m: z.detach() for m, z in decided.z.items()}, decided.present)
+        for m in pl_module.modalities:
+            valid_B = decided.present[m] & (decided.label_B >= 0)
+            score_B = score(shares[m], decided.label_B.clamp(min=0)).double()
+            sums.append(torch.stack([torch.where(valid_B, score_B, 0.0).sum(), valid_B.sum().double()]))
+    return torch.stack(sums, dim=1)
+
+
+def require_contenders(callback: str, pl_module: L.LightningModule) -> tuple[str, ...]:
+    """The modalities of a recipe that has several. Raises ValueError for any other."""
+    name = type(pl_module).__name__
+    if not isinstance(pl_module, Contends):
+        raise ValueError(f"{callback} needs the protocol Contends (step, shares, of_modality); {name} lacks it")
+    return require_several(callback, pl_module)
+
+
+def require_several(callback: str, pl_module: Any) -> tuple[str, ...]:
+    """The modalities of a recipe. Raises ValueError for one alone."""
+    name, modalities = type(pl_module).__name__, tuple(pl_module.modalities)
+    if len(modalities) < 2:
+        raise ValueError(f"{callback}: {name} has one modality, {modalities[0]}: there is nothing to balance")
+    return modalities
+
+
+class Balance(L.Callback):
+    """Scale the gradients of each modality's own parameters, once an optimizer step.
+
+        g_m <- factor_m g_m,    factor = pacing(s),    s_m = mean over the step's samples of score(share_m, label)
+
+    with the shares that modalities have of the logits (Shapley values; together with what nobody says, shared alike,
+    they add up to the logits), of all ranks and micro-batches. Gradients are scaled when they are whole, so nothing
+    compounds over micro-batches; then they are clipped. In a step in which a modality has no labelled sample, or a
+    score is not finite, all learn as they would, and it is counted.
+
+    It logs ``balance/score/{modality}``, ``balance/factor/{modality}`` and ``balance/fallbacks``.
+
+    Args:
+        pacing: from scores to factors.
+        noise: to each matrix add normal noise of its own gradient's deviation (OGM-GE), alike on all ranks.
+        until: share of the run after which all learn as they would.
+        sham: ``permute`` hands the factors on: each modality has that of the one before it.
+
+    Raises:
+        ValueError: for a share that is none; at setup, for a recipe without the protocol Contends, fewer than two
+            modalities, one without trained parameters of its own, or Harmonize behind it; in training, for noise where
+            parameters are split over ranks.
+    """
+
+    #: Said twice (by an experiment and an overlay), the last one counts.
+    once = True
+
+    def __init__(
+        self, pacing: Pacing, noise: bool = False, until: float = 1.0, sham: Literal["permute"] | None = None
+    ) -> None:
+        super().__init__()
+        require_objects(self, pacing=(pacing, Pacing))
+        if not 0 < until <= 1:
+            raise ValueError(f"Balance: until {until:g}: a share of the run, above 0 and at most 1")
+        self.pacing, self.noise, self.until, self.sham = pacing, noise, until, Sham(sham)
+        self.fallbacks = 0
+        self._modalities: tuple[str, ...] = ()
+        self._sums_2M: Tensor | None = None  # of the micro-batches of this step so far: scores, and samples
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"fallbacks": self.fallbacks, "pacing": self.pacing.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.fallbacks = int(state_dict["fallbacks"])
+        self.pacing.load_state_dict(state_dict["pacing"])
+
+    # the hooks -------------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._sums_2M = None  # of a step that was left in its middle, such as for a loss that was not finite
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._modalities = require_contenders("Balance", pl_module)
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        behind = callbacks[callbacks.index(self) + 1 :] if self in callbacks else []
+        if any(isinstance(other, Harmonize) for other in behind):
+            raise ValueError("Balance: Harmonize comes behind it and would undo it; name Harmonize first")
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, Contends)
+        seen: dict[nn.Parameter, str] = {}
+        for m in self._modalities:
+            own = [p for p in pl_module.of_modality(m) if p.requires_grad]
+            if not own:
+                raise ValueError(f"Balance: nothing of {m} is trained, so nothing of it can be held back")
+            twice = next((seen[p] for p in own if p in seen), None)
+            if twice is not None:
+                raise ValueError(f"Balance: {m} and {twice} share parameters, which cannot have two factors")
+            seen.update(dict.fromkeys(own, m))
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        assert isinstance(pl_module, Contends)
+        if share_of_run(trainer) >= self.until:
+            return
+        sums_2M = measured(pl_module, self.pacing.score)
+        self._sums_2M = sums_2M if self._sums_2M is None else self._sums_2M + sums_2M
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        assert isinstance(pl_module, Contends)
+        if self._sums_2M is None:  # its share of the run is over
+            return
+        (read_2M,) = read_together(total_of_ranks(self._sums_2M))  # once a step
+        (sum_M, count_M), self._sums_2M = read_2M, None
+        score_M = sum_M / count_M
+        if not score_M.isfinite().all():
+            self.fallbacks += 1
+            return
+        factor_M = self.sham.handed_on(self.pacing.pace(score_M))
+        for m, factor in zip(self._modalities, factor_M.tolist(), strict=True):
+            for n, p in enumerate(pl_module.of_modality(m)):
+                if p.grad is not None:
+                    self._scale(p.grad, factor, mix(global_seed(), "balance", trainer.global_step, m, n))
+        if (trainer.global_step + 1) % log_interval(trainer) == 0:
+            values = {f"balance/score/{m}": s for m, s in zip(self._modalities, score_M, strict=True)}
+            values |= {f"balance/factor/{m}": k for m, k in zip(self._modalities, factor_M, strict=True)}
+            values["balance/fallbacks"] = torch.tensor(float(self.fallbacks))
+            pl_module.log_dict({name: value.float() for name, value in values.items()}, batch_size=1)
+
+    def _scale(self, grad: Tensor, factor: float, draw: int) -> None:
+        if not self.noise or grad.ndim < 2 or grad.numel() < 2:
+            grad.mul_(factor)
+            return
+        if isinstance(grad, DTensor):
+            raise ValueError("Balance: noise where parameters are split over ranks would not be the same; noise false")
+        # drawn on the CPU, so that it is the same on every device
+        generator = torch.Generator().manual_seed(draw)
+        noise = to_device(torch.randn(grad.shape, generator=generator, dtype=torch.float32), grad.device).to(grad.dtype)
+        deviation = grad.std()
+        grad.mul_(factor).add_(noise * deviation)

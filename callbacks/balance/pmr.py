@@ -1,0 +1,144 @@
+"""Who is behind is pulled to the middle of its classes (PMR).
+
+Letters: B samples, C classes, D width of latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from descant.callbacks.balance.balance import require_contenders
+from descant.callbacks.harmonize.terms import read_together, total_of_ranks
+from descant.modules.balance.mcr import Asked
+from descant.modules.core.host import derived, host_copy, to_device
+from descant.modules.core.objective import Term
+from descant.modules.core.protocols import Contends
+from descant.modules.core.ranks import rank
+from descant.modules.engine.trainer import log_interval
+
+
+class Prototypes(L.Callback):
+    """A loss of their own for latents of the modality that is behind: to be nearest to the middle of their class.
+
+        loss_m,b = - alpha log softmax_c(- |z_mb - p_mc|)_label        for the m with the lowest s_m, else 0
+        s_m = mean softmax(- |z_mb - p_m|)_label                       of the optimizer step before, all ranks
+        p_mc <- beta p_mc + (1 - beta) mean of z_mb over label_b = c   of the last ``every`` steps, all ranks
+
+    One term a modality, ``prototype-{modality}``, which is zero while it is not behind and until there are prototypes.
+    Classes that were not seen yet are no candidates, and their samples have no such loss.
+
+    Who is behind is known from the step before, so that all micro-batches and ranks pull at the same one; and the
+    means are of latents that training saw anyway, where the paper passes over a tenth of the data every epoch: our
+    reading. Source: Fan 2023, arXiv 2211.07089, without its entropy term.
+
+    It logs ``balance/score/{modality}``.
+
+    Args:
+        alpha: weight of the loss.
+        beta: how much of the old prototypes stays.
+        every: optimizer steps from one prototype to the next.
+
+    Raises:
+        ValueError: for numbers out of range; at setup, for a recipe without the protocol Contends or with one modality.
+    """
+
+    #: Said twice (by an experiment and an overlay), the last one counts.
+    once = True
+
+    def __init__(self, alpha: float = 0.6, beta: float = 0.5, every: int = 20) -> None:
+        super().__init__()
+        if not alpha >= 0:
+            raise ValueError(f"Prototypes: alpha {alpha:g}: 0 or more")
+        if not 0 <= beta < 1:
+            raise ValueError(f"Prototypes: beta {beta:g}: at least 0 and below 1")
+        if every < 1:
+            raise ValueError(f"Prototypes: every {every}: 1 is the least")
+        self.alpha, self.beta, self.every = alpha, beta, every
+        self.middle: dict[str, Tensor] = {}  # modality -> p_CD, nan where a class was never seen
+        self.behind: str | None = None
+        self._sums: dict[str, Tensor] = {}  # modality -> [C, D + 1]: latents, and how many, since the last prototypes
+        self._score: dict[str, Tensor] = {}  # modality -> [2]: sum and count of this step
+
+    def state_dict(self) -> dict[str, Any]:
+        sums = {m: total_of_ranks(x.clone()) for m, x in self._sums.items()}  # every rank is asked, and one writes
+        tensors = {"middle": self.middle, "sums": sums}
+        copies = {name: {m: x.clone() for m, x in of.items()} for name, of in tensors.items()}
+        return {**copies, "behind": self.behind}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.middle, self.behind, self._score = dict(state_dict["middle"]), state_dict["behind"], {}
+        self._sums = {m: x if rank() == 0 else torch.zeros_like(x) for m, x in state_dict["sums"].items()}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        require_contenders("Prototypes", pl_module)
+        assert isinstance(pl_module, Contends)
+        if stage == "fit":
+            pl_module.step.extras.append(self.terms)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if isinstance(pl_module, Contends) and self.terms in pl_module.step.extras:
+            pl_module.step.extras.remove(self.terms)
+
+    def terms(self, asked: Asked) -> dict[str, Term]:
+        z, present, label_B = asked.decided
+        C, found = asked.logits_BC.shape[1], {}
+        for m, z_BD in z.items():
+            here_B = derived(_labelled, present[m], label_B)
+            here_r = to_device(host_copy(here_B).nonzero()[:, 0], z_BD.device)
+            self._remember(m, z_BD.detach()[here_r].double(), label_B[here_r], C)
+            value_B = z_BD.new_zeros(len(z_BD)) * z_BD.sum(dim=1)  # reaches the tower on every rank
+            if m in self.middle:
+                p_CD = self.middle[m].to(z_BD)
+                known_C = p_CD.isfinite().all(dim=1)
+                here_B = here_B & known_C[label_B.clamp(min=0)]
+                far_BC = torch.cdist(z_BD, torch.where(known_C[:, None], p_CD, 0.0))
+                log_BC = torch.where(known_C, -far_BC, -torch.inf).log_softmax(dim=1)
+                own_B = log_BC.gather(1, label_B.clamp(min=0)[:, None])[:, 0]
+                own_B = torch.where(here_B, own_B, 0.0)
+                self._add(self._score, m, torch.stack([(own_B.detach().double().exp() * here_B).sum(), here_B.sum()]))
+                value_B = value_B - self.alpha * own_B * float(m == self.behind)
+            found[f"prototype-{m}"] = Term(value_B, valid=here_B, norm=asked.rows)
+        return found
+
+    def _remember(self, m: str, z_RD: Tensor, label_R: Tensor, C: int) -> None:
+        fine_R = z_RD.isfinite().all(dim=1)  # of a step that is left out; one row would spoil all classes
+        z_RD = torch.where(fine_R[:, None], z_RD, 0.0)
+        rows_RC = (label_R[:, None] == torch.arange(C, device=label_R.device)).to(z_RD)
+        ones_R1 = fine_R[:, None].to(z_RD)
+        self._add(self._sums, m, rows_RC.T @ torch.cat([z_RD, ones_R1], dim=1))
+
+    @staticmethod
+    def _add(to: dict[str, Tensor], m: str, x: Tensor) -> None:
+        to[m] = to[m].to(x.device) + x if m in to else x
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        if self._score:
+            score = {m: total_of_ranks(x.clone()) for m, x in self._score.items()}
+            read = zip(score, read_together(*score.values()), strict=True)  # once a step, for who is behind in the next
+            mean = {m: float(s / n) for m, (s, n) in read if n > 0}
+            # without a sample of one there is nothing to compare
+            self.behind = min(mean, key=lambda m: mean[m]) if len(mean) == len(score) > 1 else self.behind
+            if (trainer.global_step + 1) % log_interval(trainer) == 0:
+                pl_module.log_dict({f"balance/score/{m}": s for m, s in mean.items()}, batch_size=1)
+            self._score = {}
+        if (trainer.global_step + 1) % self.every == 0:
+            self._move({m: total_of_ranks(x.clone()) for m, x in self._sums.items()})
+            self._sums = {}
+
+    def _move(self, sums: Mapping[str, Tensor]) -> None:
+        for m, sum_CD in sums.items():
+            count_C1 = sum_CD[:, -1:]
+            new_CD = sum_CD[:, :-1] / count_C1  # nan where there is none
+            old_CD = self.middle.get(m, torch.full_like(new_CD, torch.nan)).to(new_CD)
+            both_CD = torch.where(old_CD.isfinite(), self.beta * old_CD + (1 - self.beta) * new_CD, new_CD)
+            self.middle[m] = torch.where(count_C1 > 0, both_CD, old_CD)
+
+
+def _labelled(present_B: Tensor, label_B: Tensor) -> Tensor:
+    return present_B & (label_B >= 0)

@@ -1,0 +1,130 @@
+"""How well a recipe does on each evaluation set, by its own scores. Letters: B rows of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torchmetrics import Metric
+
+from descant.modules.core.batch import Batch
+from descant.modules.core.objective import Term
+from descant.modules.core.protocols import Scores
+from descant.modules.evaluation.metrics import wide
+
+
+class Mean(Metric):
+    """``sum(value * valid) / sum(valid)`` of a score over the rows of all batches and ranks, and the valid rows.
+
+    Two sums, so ranks only add. A weight of a term belongs to training, and changes nothing here.
+
+    >>> mean = Mean()
+    >>> mean.update(Term(torch.tensor([1.0, 0.0, 9.0]), valid=torch.tensor([True, True, False])))
+    >>> mean.update(Term(torch.tensor([1.0])))
+    >>> [round(float(x), 4) for x in mean.compute()]
+    [0.6667, 3.0]
+    """
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        kind = wide(torch.device(device))
+        self.add_state("total", torch.zeros((), dtype=kind), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.to(device)
+
+    def update(self, term: Term) -> None:
+        kept = Term(term.value.detach().to(self.total.dtype), valid=term.valid)
+        self.total += kept.sum()
+        self.count += kept.count()
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        return self.total / self.count, self.count
+
+
+class Means:
+    """A :class:`Mean` a key, such as ``val/accuracy``."""
+
+    def __init__(self) -> None:
+        self._means: dict[Any, Mean] = {}
+
+    def add(self, key: Hashable, term: Term) -> None:
+        if key not in self._means:
+            self._means[key] = Mean(term.value.device)
+        self._means[key].update(term)
+
+    def found(self) -> dict[Any, Tensor]:
+        """Of all ranks, which have the same keys; a key without a valid row has no number."""
+        found = {key: mean.compute() for key, mean in self._means.items()}
+        return {key: value for key, (value, count) in found.items() if int(count)}
+
+
+class Accuracy(Callback):
+    """The mean of every score of a recipe on each evaluation set, such as ``{set}/accuracy`` and ``{set}/loss``.
+
+        {set}/{score} = sum_n value_n valid_n / sum_n valid_n        over the rows of all ranks
+
+    It takes the ``scores`` that the validation step returns, or else asks for them. Padding has no modality, so its
+    rows are not valid; a set without a valid row has no number.
+
+    Raises:
+        ValueError: at setup, if the recipe lacks the protocol Scores.
+    """
+
+    #: Said twice (by an experiment and an overlay), the last one counts.
+    once = True
+
+    def __init__(self) -> None:
+        self._means = Means()
+        self._names: dict[str, list[str]] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if not isinstance(pl_module, Scores):
+            name = type(pl_module).__name__
+            raise ValueError(f"Accuracy needs the protocol Scores (scores(batch)), such as Fusion has; {name} lacks it")
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._means, self._names = Means(), {}
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._means = Means()
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if isinstance(outputs, Mapping) and "scores" in outputs:
+            scores = outputs["scores"]
+        else:
+            assert isinstance(pl_module, Scores)
+            with torch.no_grad(), trainer.precision_plugin.val_step_context():
+                scores = pl_module.scores(batch)
+        for name, term in scores.items():
+            self._means.add((dataloader_idx, name), term)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for (number, name), value in self._means.found().items():
+            key = f"{self._set_name(trainer, number)}/{name}"
+            pl_module.log(key, value.float(), add_dataloader_idx=False, sync_dist=False, batch_size=1)
+        self._means = Means()
+
+    on_test_epoch_start, on_test_batch_end = on_validation_epoch_start, on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
+
+    def _set_name(self, trainer: L.Trainer, number: int) -> str:
+        stage = "test" if trainer.testing else "validate"
+        if stage not in self._names:
+            self._names[stage] = list(trainer.datamodule.evaluation_sets(stage))  # type: ignore[attr-defined]
+        return self._names[stage][number]

@@ -1,0 +1,145 @@
+"""What is left of a decision where one modality is attacked or missing, and how far inputs may move.
+
+Letters: B rows of a batch, M modalities, C classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from descant.callbacks.evaluate.accuracy import Means
+from descant.callbacks.evaluate.subsets import OwnPass
+from descant.modules.core.batch import Batch
+from descant.modules.core.objective import Term
+from descant.modules.core.protocols import Classifies, Fuses
+from descant.modules.engine.configure import nearest
+from descant.modules.evaluation.attacks import Nudge, attacked, certified_radius, steepest
+from descant.modules.fusion.classifiers import OrthogonalFusion
+
+
+class Attacks(OwnPass):
+    """Of each evaluation set, over the rows that have all modalities and a label:
+
+        {set}/attacked/{m}       accuracy where an attacker moves the input of m, the embeddings of its tokens if it is
+                                 of ids, by at most radius |x_m - mean x_m| (l2): projected gradient ascent
+        {set}/attacked_worst     rows right whichever single modality is attacked
+        {set}/absent/{m}         accuracy without m
+        {set}/absent_worst       rows right whichever single modality is missing
+        {set}/unharmed           accuracy of the same rows, as they are
+
+    and of a recipe whose fusion has margins (OrthogonalFusion), with ``certify``:
+
+        {set}/certified/radius   mean over rows of how far all inputs may move together before another class can win;
+                                 0 for a row that is wrong
+        {set}/certified/share    rows for which that is at least ``certify``, which is in the units of the inputs
+
+    Radii are estimates of the slopes of some training samples, and proved only for linear towers; a gradient attack is
+    one that some attacker can do, not the worst there is. Towers that run without gradients cannot be attacked.
+    Each attack costs ``steps`` passes forward and backward; drawn starts depend on the sample alone.
+
+    Args:
+        radius: of attacks, in sizes of the input; or one a modality.
+        steps, restarts: of the ascent; the first start is the input itself.
+        certify: a radius to certify, or none for no certificates.
+        rows: training samples whose slopes are measured for them, at every evaluation.
+        sets, limit, every, validate: as of other judges.
+
+    Raises:
+        ValueError: for a count below 1 or a radius not above 0; at setup, for a recipe without the protocols Classifies
+            and Fuses, an unknown modality, or certificates of another fusion or without a bank of training samples.
+    """
+
+    #: Said twice (by an experiment and an overlay), the last one counts.
+    once = True
+
+    def __init__(
+        self,
+        radius: float | dict[str, float] = 0.3,
+        steps: int = 20,
+        restarts: int = 1,
+        certify: float | None = None,
+        rows: int = 512,
+        sets: list[str] | None = None,
+        limit: int | None = None,
+        every: int = 1,
+        validate: bool = False,
+    ) -> None:
+        super().__init__(sets, limit, every, validate)
+        for name, count in (("steps", steps), ("restarts", restarts), ("rows", rows)):
+            if count < 1:
+                raise ValueError(f"Attacks: {name} {count}: 1 is the least")
+        for value in (*(radius.values() if isinstance(radius, dict) else (radius,)), certify):
+            if value is not None and not value > 0:
+                raise ValueError(f"Attacks: a radius of {value:g}: above 0, such as 0.3")
+        self.radius, self.steps, self.restarts, self.certify, self.rows = radius, steps, restarts, certify, rows
+        self._means = Means()
+        self._slope_MC: Tensor | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        name = type(pl_module).__name__
+        if not isinstance(pl_module, Classifies) or not isinstance(pl_module, Fuses):
+            raise ValueError(
+                f"Attacks needs the protocols Classifies (labels) and Fuses (latents, fuse); {name} lacks one"
+            )
+        for m in self.radius if isinstance(self.radius, dict) else ():
+            if m not in pl_module.modalities:
+                raise ValueError(f"Attacks: radius {m!r}: {nearest(m, pl_module.modalities)}")
+        if self.certify is not None:
+            if not isinstance(getattr(pl_module, "fusion", None), OrthogonalFusion):
+                raise ValueError(f"Attacks: certify: {name} has no OrthogonalFusion, whose margins are certified")
+            self._require(trainer, "bank_dataloader")
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._means, self._slope_MC = Means(), None
+
+    def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
+        assert isinstance(pl_module, Classifies)
+        label_B, modalities = pl_module.labels(batch), pl_module.modalities
+        all_B = keep_B & (label_B >= 0) & batch.both(*modalities)
+        # where no row counts one is tried and not counted: ranks add up the same numbers, and know them by name
+        chosen = all_B.nonzero().flatten() if all_B.any() else torch.zeros(1, dtype=torch.long, device=batch.device)
+        rows, all_B = batch.select(chosen), all_B[chosen]
+        for key, value_B in self._of_rows(trainer, pl_module, rows).items():
+            self._means.add(f"{name}/{key}", Term(value_B.to(torch.float32), valid=all_B))
+
+    def _of_rows(self, trainer: L.Trainer, pl_module: Any, rows: Batch) -> dict[str, Tensor]:
+        label_B = pl_module.labels(rows).clamp(min=0)
+        with torch.no_grad():
+            logits_BC = pl_module.fuse(pl_module.latents(rows), rows.present)
+        right_B = logits_BC.argmax(dim=1) == label_B
+        found: dict[str, Tensor] = {"unharmed": right_B}
+        attacks, absents = right_B.clone(), torch.ones_like(right_B)
+        for m in pl_module.modalities:
+            nudge = Nudge(pl_module, rows, [m])
+            radius = self.radius[m] if isinstance(self.radius, dict) else self.radius
+            wrong_B = attacked(nudge, radius * nudge.size_B(), label_B, self.steps, self.restarts)
+            found[f"attacked/{m}"] = ~wrong_B
+            attacks &= ~wrong_B
+            if len(pl_module.modalities) > 1:
+                others = [other for other in pl_module.modalities if other != m]
+                with torch.no_grad():
+                    left = rows.only(*others)
+                    without_BC = pl_module.fuse(pl_module.latents(left), left.present)
+                found[f"absent/{m}"] = without_BC.argmax(dim=1) == label_B
+                absents &= found[f"absent/{m}"]
+        found["attacked_worst"] = attacks
+        if len(pl_module.modalities) > 1:
+            found["absent_worst"] = absents
+        if self.certify is not None:
+            if self._slope_MC is None:
+                self._slope_MC = steepest(pl_module, self._bank_batches(trainer), self.rows)
+            slope = dict(zip(pl_module.modalities, self._slope_MC, strict=True))
+            with torch.no_grad():
+                radius_B = certified_radius(logits_BC, pl_module.fusion.weights, slope, rows.present, label_B)
+            found["certified/radius"] = radius_B.clamp(min=0)
+            found["certified/share"] = radius_B >= self.certify
+        return found
+
+    def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
+        return self._means.found()

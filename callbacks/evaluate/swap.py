@@ -1,0 +1,98 @@
+"""Is a picture nearer to its caption than to the caption's hard negative? Letters: B rows of a batch, N of a set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+
+from descant.callbacks.evaluate.embeddings import Judge, Rows, Store, embed
+from descant.modules.core.batch import NEGATIVE, Batch
+from descant.modules.evaluation.metrics import swap_accuracy
+
+
+class SwapAccuracy(Judge):
+    """How often what fits wins over its hard negative, the mean over the kinds of negatives.
+
+        hit_n = [z_a . z_b > z_a . z_neg]_n, or 1/2 where both score the same
+
+    Chance is 1/2. A bag of words scores the same for every caption whose words change places, so ties are no failure of
+    the metric but of the model, and their share stands beside it. A hard negative is embedded as what it is a negative
+    of, with all that goes with it (the triples of its own graph), so any recipe that embeds can be judged. Keys:
+    ``{set}/swap`` and ``{set}/swap_ties``, for the sets that have hard negatives.
+
+    Args:
+        modality: that has hard negatives.
+        against: whose embedding judges.
+        target: which of the data's targets holds the kind of a negative; a kind below 0 is left out.
+        tolerance: difference of scores up to which they are the same: the rounding of float32.
+
+    Raises:
+        ValueError: for equal modalities or a negative tolerance; at evaluation, if nothing has hard negatives, or
+            there is no such embedding or target.
+
+    >>> SwapAccuracy(against="text")
+    Traceback (most recent call last):
+    ValueError: SwapAccuracy: 'text' against itself; such as modality text against image
+    """
+
+    def __init__(
+        self, modality: str = "text", against: str = "image", target: str = "relation", tolerance: float = 1e-6
+    ) -> None:
+        super().__init__()
+        self.modality, self.against, self.target, self.tolerance = modality, against, target, tolerance
+        self._negatives: dict[int, Store] = {}
+        if modality == against:
+            raise ValueError(f"SwapAccuracy: {modality!r} against itself; such as modality text against image")
+        if tolerance < 0:
+            raise ValueError(f"SwapAccuracy: tolerance {tolerance} is no difference of scores; 0 or more, such as 1e-6")
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(modality=self.modality, against=self.against)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._negatives = {}
+
+    def _collect(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, dataloader_idx: int
+    ) -> None:
+        super()._collect(trainer, pl_module, outputs, batch, dataloader_idx)
+        name = self.modality + NEGATIVE
+        if name not in batch.inputs:
+            return
+        z = embed(trainer, pl_module, batch.negatives())
+        store = self._negatives.setdefault(dataloader_idx, Store().to(pl_module.device))
+        store.update({name: z[self.modality]}, batch)
+
+    def judge(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
+        lead = self._lead(trainer)
+        values: dict[str, Tensor] = {}
+        for number, store in self._negatives.items():
+            name = lead._set_name(trainer, number)
+            # both stores are sorted by sample id, so their rows are the same samples
+            rows, negative = sets[name], store.compute()
+            for m in (self.modality, self.against):
+                if m not in rows.z:
+                    raise ValueError(f"SwapAccuracy: no embedding of {m!r}; the recipe has {', '.join(rows.z)}")
+            if self.target not in rows.targets:
+                known = ", ".join(sorted(rows.targets)) or "none"
+                raise ValueError(f"SwapAccuracy: no target {self.target!r} in the data; it has {known}")
+            kind_N, (neg,) = rows.targets[self.target], negative.z
+            valid_N = rows.present[self.against] & rows.present[self.modality] & negative.present[neg] & (kind_N >= 0)
+            if not bool(valid_N.any()):
+                continue
+            z_a_ND, z_b_ND, z_neg_ND = (
+                z_ND[valid_N].double() for z_ND in (rows.z[self.against], rows.z[self.modality], negative.z[neg])
+            )
+            score_N, score_neg_N = (z_a_ND * z_b_ND).sum(dim=1), (z_a_ND * z_neg_ND).sum(dim=1)
+            values[f"{name}/swap"], values[f"{name}/swap_ties"] = swap_accuracy(
+                score_N, score_neg_N, kind_N[valid_N], self.tolerance
+            )
+        if not self._negatives:
+            raise ValueError(
+                f"SwapAccuracy: no hard negatives {self.modality + NEGATIVE!r} in the data; Scenes has them"
+            )
+        return values

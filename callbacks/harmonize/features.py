@@ -1,0 +1,227 @@
+"""Harmony sample by sample, where terms share a feature.
+
+Letters: B samples, G samples of all ranks, D width, K terms, Q pairs of them, R counts.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torchmetrics.functional.classification import binary_auroc
+
+from descant.callbacks.harmonize.terms import Harmonize, mean_of_ranks, read_together, total_of_ranks
+from descant.callbacks.plots.images import writers
+from descant.modules.core.batch import Batch
+from descant.modules.core.host import to_device
+from descant.modules.core.objects import require_objects
+from descant.modules.core.protocols import Forks
+from descant.modules.core.ranks import gather
+from descant.modules.core.rng import global_seed, mix
+from descant.modules.core.step import Step
+from descant.modules.engine.configure import nearest
+from descant.modules.engine.trainer import log_interval, share_of_run
+from descant.modules.losses.contrastive import promote
+from descant.modules.multitask.rules import Rule
+from descant.modules.objectives.curriculum import Curriculum
+
+
+class HarmonizeFeatures(L.Callback):
+    """Harmony sample by sample, where terms share a feature: one backward, however many terms there are.
+
+        dL/dz_i = sum_k mix_ik g_ik,    mix_i = rule(G_i),    G_ikl = <g_ik, g_il>,    g_ik = d term_k / d z_i
+
+    of the features that the recipe forks (:meth:`Step.fork`). With in-batch negatives g_ik is the gradient of all
+    samples' losses at the feature of sample i, and not of its own loss alone.
+
+    It logs ``harmony/conflict``, the share of samples with terms more than 90 degrees apart, ``harmony/cosine``, the
+    mean, ``harmony/kept``, and with an ``audit`` ``harmony/auc``: how well the conflict tells noise, and
+    ``harmony/auc_tenth``: how well it did when a tenth of the run was over. What a curriculum keeps of a micro-batch is
+    divided by its own number, of all ranks.
+
+    Args:
+        rule: of each sample; the plain sum if not given.
+        curriculum: which samples count at all.
+        feature: the modality whose feature is looked at; if not given all that several terms share, and the first of
+            them for a curriculum.
+        audit: a target of the data that is true where a sample is noise; it changes nothing.
+
+    Raises:
+        ValueError: for neither rule nor curriculum, or a rule that no sample can have for itself; at setup, for a
+            recipe without the protocol Forks, a feature that no two terms share, or another harmonizer.
+    """
+
+    #: Said twice (by an experiment and an overlay), the last one counts.
+    once = True
+
+    def __init__(
+        self,
+        rule: Rule | None = None,
+        curriculum: Curriculum | None = None,
+        feature: str | None = None,
+        audit: str | None = None,
+    ) -> None:
+        super().__init__()
+        require_objects(self, rule=(rule, Rule), curriculum=(curriculum, Curriculum))
+        if rule is None and curriculum is None:
+            raise ValueError("HarmonizeFeatures: a rule, a curriculum or both; without either it does nothing")
+        if rule is not None and not rule.per_sample:
+            raise ValueError(f"HarmonizeFeatures: {type(rule).__name__} is a rule for Harmonize, at the parameters")
+        self.rule, self.curriculum, self.feature, self.audit = rule, curriculum, feature, audit
+        self.sham = curriculum.sham if curriculum is not None else None  # a run's report counts its calls
+        self._few: int | Tensor = 0
+        self._auc_tenth: float | None = None
+        self._names: tuple[str, ...] = ()  # of the terms that meet where it looks
+        self._batch: Batch | None = None
+        self._step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        rule = self.rule.state_dict() if self.rule else {}
+        return {"fallbacks": self.fallbacks, "auc_tenth": self._auc_tenth, "rule": rule}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._few, self._auc_tenth = int(state_dict["fallbacks"]), state_dict["auc_tenth"]
+        if self.rule is not None:
+            self.rule.load_state_dict(state_dict["rule"])
+
+    @property
+    def fallbacks(self) -> int:
+        """Steps that would have kept too few samples, in which all count."""
+        return int(self._few)
+
+    # the hooks -------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        name = type(pl_module).__name__
+        if not isinstance(pl_module, Forks):
+            raise ValueError(f"HarmonizeFeatures needs the protocol Forks (step, forks); {name} lacks it")
+        if any(isinstance(other, Harmonize) for other in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError("HarmonizeFeatures: Harmonize acts at the parameters already; one of the two")
+        met = {m: names for m, names in pl_module.forks.items() if len(names) > 1}
+        if not met:
+            raise ValueError(f"HarmonizeFeatures: no feature of this {name} is shared by two terms")
+        if self.feature is not None and self.feature not in met:
+            raise ValueError(f"HarmonizeFeatures: feature {self.feature!r}: {nearest(self.feature, met)}")
+        self._names = met[self.feature or next(iter(met))]
+        if self.curriculum is not None:
+            unknown = [term for term in self.curriculum.only or () if term not in self._names]
+            if unknown:
+                raise ValueError(f"Curriculum: only {unknown[0]!r}: {nearest(unknown[0], self._names)}")
+        step = pl_module.step
+        step.watched = stage == "fit"
+        step.rule = self._ruled if self.rule is not None and stage == "fit" else None
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if isinstance(pl_module, Forks):
+            pl_module.step.watched, pl_module.step.rule, pl_module.step.forked = False, None, []
+        self._batch = None
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, Forks)
+        pl_module.step.forked, self._batch = [], batch
+        self._step = trainer.global_step
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        assert isinstance(pl_module, Forks) and self._batch is not None
+        step, logs = pl_module.step, (trainer.global_step + 1) % log_interval(trainer) == 0
+        found = next(((names, z) for names, z in step.forked if names == self._names), None)
+        if found is None or (self.curriculum is None and not logs):
+            step.forked = []
+            return
+        assert step.objective is not None
+        g_KBD = self._gradients(step, *found)
+        gram_BKK = torch.einsum("kbd,lbd->bkl", g_KBD, g_KBD)
+        norm_BK = gram_BKK.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+        pairs = list(combinations(range(len(self._names)), 2))
+        sizes_BQ = torch.stack([norm_BK[:, i] * norm_BK[:, j] for i, j in pairs], dim=1)
+        dots_BQ = torch.stack([gram_BKK[:, i, j] for i, j in pairs], dim=1)
+        both_BQ = sizes_BQ > 0
+        cos_BQ = torch.where(both_BQ, dots_BQ / sizes_BQ.clamp(min=torch.finfo(sizes_BQ.dtype).tiny), torch.inf)
+        cos_B, valid_B = cos_BQ.amin(dim=1), both_BQ.any(dim=1)  # the worst of the pairs that a sample has
+        cos_B = torch.where(valid_B, cos_B, 0.0)
+        kept_B = torch.ones_like(valid_B)
+        if self.curriculum is not None:
+            cos_B = self.curriculum.seen(cos_B, valid_B, self._batch)
+            kept_B = self._drop(trainer, step, cos_B, valid_B)
+        if logs:
+            self._log(trainer, pl_module, cos_B, valid_B, kept_B)
+        step.forked = []
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        if self.rule is not None:
+            # what rules remember is on the CPU, and ranks may talk by their devices alone
+            self.rule.learn(lambda seen: mean_of_ranks(seen.to(pl_module.device, copy=True)).to(seen.device))
+
+    # what it does ----------------------------------------------------------------------------------------------------
+
+    def _ruled(self, g_KBD: Tensor, names: tuple[str, ...]) -> Tensor:
+        if self.rule is None or (self.feature is not None and names != self._names):
+            return g_KBD.sum(dim=0)
+        wide_KBD = promote(g_KBD)
+        gram_BKK = torch.einsum("kbd,lbd->bkl", wide_KBD, wide_KBD).double()
+        (gram_BKK,) = read_together(gram_BKK)  # a rule works on the CPU: an accelerator is read once for it
+        finite_B = gram_BKK.isfinite().all(dim=(1, 2))
+        gram_BKK = torch.where(finite_B[:, None, None], gram_BKK, torch.zeros_like(gram_BKK))
+        draw = mix(global_seed(), "harmony", self._step, *names)
+        mix_BK = self.rule.mix(gram_BKK, torch.ones(len(names)), draw).to(wide_KBD.dtype)
+        return torch.einsum("bk,kbd->bd", to_device(mix_BK, wide_KBD.device), wide_KBD).to(g_KBD.dtype)
+
+    @staticmethod
+    def _gradients(step: Step, names: tuple[str, ...], copies: tuple[Tensor, ...]) -> Tensor:
+        """``[K, B, D]`` at the copies: of what comes after them alone, so that no tower is differentiated."""
+        assert step.objective is not None
+        terms, base = step.objective.terms, dict(zip(step.objective.terms, step.objective.mix, strict=True))
+        grads = []
+        for name, z_BD in zip(names, copies, strict=True):
+            (g_BD,) = torch.autograd.grad(terms[name] * base[name], z_BD, retain_graph=True, allow_unused=True)
+            grads.append(torch.zeros_like(z_BD) if g_BD is None else g_BD)
+        return promote(torch.stack(grads))
+
+    def _drop(self, trainer: L.Trainer, step: Step, cos_B: Tensor, valid_B: Tensor) -> Tensor:
+        assert self.curriculum is not None and self._batch is not None
+        kept_B = self.curriculum.kept(cos_B, valid_B, self._batch, share_of_run(trainer))
+        dropping = [name for name in self._names if self.curriculum.only is None or name in self.curriculum.only]
+        rows = [valid_B & kept_B, valid_B]
+        for name in dropping:
+            of = step.terms[name].valid
+            of = torch.ones_like(valid_B) if of is None else of
+            if of.shape != kept_B.shape:
+                raise ValueError(f"HarmonizeFeatures: {name} has {len(of)} rows, and the batch {len(kept_B)} samples")
+            rows += [of & kept_B, of]
+        count_R = total_of_ranks(torch.stack([row.sum() for row in rows]).double())
+        few = (count_R[0] < self.curriculum.floor * count_R[1]) | ~(count_R[2::2] > 0).all()
+        self._few = self._few + few if isinstance(self._few, Tensor) else few.long() + self._few
+        # chosen where the counts are, so that nobody waits for them
+        for n, name in enumerate(dropping):
+            scaled_B = kept_B.double() * (count_R[3 + 2 * n] / count_R[2 + 2 * n])
+            step.keep[name] = torch.where(few, 1.0, scaled_B)
+        return kept_B | few
+
+    def _log(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, cos_B: Tensor, valid_B: Tensor, kept_B: Tensor
+    ) -> None:
+        assert self._batch is not None
+        rows = [valid_B, valid_B & (cos_B < 0), valid_B & kept_B, valid_B * cos_B]
+        count, *sums = total_of_ranks(torch.stack([row.double().sum() for row in rows]))
+        values = {n: x / count.clamp(min=1) for n, x in zip(("conflict", "kept", "cosine"), sums, strict=True)}
+        values["fallbacks"] = torch.tensor(float(self.fallbacks))
+        if self.audit is not None:
+            noise_B = self._batch.targets[self.audit].bool()
+            cos_G, noise_G, valid_G = (gather(x_B.double()) for x_B in (cos_B, noise_B, valid_B))
+            noise_G, conflict_G = noise_G[valid_G > 0] > 0, (1 - cos_G[valid_G > 0]) / 2
+            if noise_G.any() and not noise_G.all():
+                values["auc"] = binary_auroc(conflict_G, noise_G)
+                if self._auc_tenth is None and share_of_run(trainer) >= 0.1:
+                    self._auc_tenth = float(values["auc"])
+            if self._auc_tenth is not None:
+                values["auc_tenth"] = torch.tensor(self._auc_tenth)
+        pl_module.log_dict({f"harmony/{name}": value.float() for name, value in values.items()}, batch_size=1)
+        if trainer.is_global_zero and valid_B.any():  # a batch may have no sample with two terms
+            for writer in writers(trainer):
+                writer.add_histogram("harmony/cosine_of_samples", cos_B[valid_B].float().cpu(), trainer.global_step)

@@ -1,0 +1,312 @@
+"""Voices that pull against each other, brought into harmony, for any recipe whose terms are mixed by a Step.
+
+Letters: K terms, P numbers of a parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import combinations
+from typing import Any, Literal
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from descant.callbacks.plots.cosines import Track, cosine_map
+from descant.callbacks.plots.images import keep_picture, run_folder
+from descant.modules.core.host import host_copy, to_device
+from descant.modules.core.objects import require_objects
+from descant.modules.core.protocols import HasObjective
+from descant.modules.core.ranks import world
+from descant.modules.core.rng import global_seed, mix
+from descant.modules.core.sham import Sham
+from descant.modules.core.step import Step
+from descant.modules.engine.trainer import log_interval
+from descant.modules.multitask.rules import Rule
+
+
+class Harmonize(L.Callback):
+    """Mix the terms of a loss by a rule that looks at their gradients on the parameters that they share.
+
+        loss = sum_k mix_k term_k,      mix = rule(G) * base,      G_kl = <g_k, g_l>,  g_k = base_k d term_k / d shared
+
+    with the recipe's own mix as ``base``, and gradients of all ranks. They are taken term by term before Lightning's
+    own backward, which then adds up the terms as the rule has it: schedules, clipping, precision and strategies are as
+    ever. Where G is not finite the step is the plain sum, and counted.
+
+    It logs ``harmony/mix/{term}``, ``harmony/norm/{term}``, ``harmony/cos/{term}~{term}``, and of the run so far
+    ``harmony/conflict``, the share of pairs whose gradients had an angle above 90 degrees, and ``harmony/fallbacks``.
+    A picture shows the cosines over the run: to TensorBoard as ``harmony/cosines``, and in ``{run folder}/pictures/``.
+
+    Args:
+        rule: from gradients, or values, to the mix.
+        every: optimizer steps from one look at the gradients to the next; the mix stays between them.
+        window: whose gradients are looked at: each micro-batch's own, or with ``step`` those of all micro-batches of
+            the optimizer step together, as of one large batch; K gradients are kept for it.
+        sham: ``permute`` hands the rule's mix on: each term has what was found for the one before it.
+
+    Raises:
+        ValueError: for a number below 1, or of steps between looks of a rule that does not look; at setup, for a recipe
+            without the protocol HasObjective, or with a rule at its features; in training, for a single term, or for
+            terms that are other ones than before.
+    """
+
+    #: Said twice (by an experiment and an overlay), the last one counts.
+    once = True
+
+    def __init__(
+        self,
+        rule: Rule,
+        every: int = 1,
+        window: Literal["micro", "step"] = "micro",
+        sham: Literal["permute"] | None = None,
+    ) -> None:
+        super().__init__()
+        require_objects(self, rule=(rule, Rule))
+        if every < 1:
+            raise ValueError(f"Harmonize: every {every}: 1 is the least")
+        if every > 1 and not rule.reads_gradients:
+            raise ValueError(f"Harmonize: every {every}: {type(rule).__name__} looks at no gradient; leave it out")
+        self.rule, self.every, self.window, self.sham = rule, every, window, Sham(sham)
+        self.names: tuple[str, ...] = ()
+        self.mix_K: Tensor | None = None
+        self.looks = self.conflicts = self.fallbacks = 0
+        self.track = Track()
+        self._sums: list[Tensor] = []  # ``[K, ...]`` a parameter, of the micro-batches of this step so far
+        self._base_K = self._value_K = torch.zeros(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        counts = {"looks": self.looks, "conflicts": self.conflicts, "fallbacks": self.fallbacks}
+        seen = {"rule": self.rule.state_dict(), "track": self.track.state_dict()}
+        return {**counts, **seen, "names": self.names, "mix": self.mix_K}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.looks, self.conflicts, self.fallbacks = (state_dict[n] for n in ("looks", "conflicts", "fallbacks"))
+        self.names, self.mix_K = tuple(state_dict["names"]), state_dict["mix"]
+        self.rule.load_state_dict(state_dict["rule"])
+        self.track.load_state_dict(state_dict["track"])
+
+    # the hooks -------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if not isinstance(pl_module, HasObjective):
+            raise ValueError(
+                "Harmonize needs the protocol HasObjective (step, shared_parameters()); "
+                f"{type(pl_module).__name__} lacks it"
+            )
+        if pl_module.step.rule is not None:
+            raise ValueError("Harmonize: a rule acts at the features already; one of the two")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._sums = []  # of a step that was left in its middle, such as for a loss that was not finite
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        assert isinstance(pl_module, HasObjective) and pl_module.step.objective is not None
+        step, objective = pl_module.step, pl_module.step.objective
+        self._know(tuple(objective.terms))
+        if trainer.global_step % self.every == 0 or self.mix_K is None:
+            self._base_K = objective.mix.detach().double()
+            value_K = mean_of_ranks(torch.stack([term.detach().double() for term in objective.terms.values()]))
+            if self._gathers(trainer):
+                with standing(pl_module):
+                    grads = gradients(step, _trained(pl_module))
+                first = not self._sums
+                self._value_K = value_K if first else self._value_K + value_K
+                self._sums = grads if first else [a + b for a, b in zip(self._sums, grads, strict=True)]
+                return
+            gram_KK = torch.zeros(0)
+            if self.rule.reads_gradients:
+                with standing(pl_module):
+                    grads = gradients(step, list(pl_module.shared_parameters()))
+                gram_KK = gram([mean_of_ranks(g) for g in grads])
+            self._decide(trainer, pl_module, gram_KK, value_K)
+        assert self.mix_K is not None
+        objective.mix.mul_(to_device(self.mix_K.to(objective.mix.dtype), objective.mix.device))
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        if self._sums:
+            assert isinstance(pl_module, HasObjective)
+            trained, shared = _trained(pl_module), set(pl_module.shared_parameters())
+            # each is divided as Lightning divides a loss, and averaged as ranks are
+            sums = [mean_of_ranks(g) / trainer.accumulate_grad_batches for g in self._sums]
+            gram_KK = gram([g for g, p in zip(sums, trained, strict=True) if p in shared])
+            self._decide(trainer, pl_module, gram_KK, self._value_K / trainer.accumulate_grad_batches)
+            assert self.mix_K is not None
+            mix_K = to_device(self.mix_K, self._base_K.device) * self._base_K
+            for p, g in zip(trained, sums, strict=True):
+                if p.grad is not None:
+                    _put(torch.tensordot(mix_K.to(g), g, dims=1), p.grad)
+            self._sums = []
+        if trainer.global_step % self.every == 0:
+            self.rule.learn(lambda seen: seen)  # the Gram matrix is that of all ranks already
+
+    # what it does ----------------------------------------------------------------------------------------------------
+
+    def _gathers(self, trainer: L.Trainer) -> bool:
+        return self.window == "step" and self.rule.reads_gradients and trainer.accumulate_grad_batches > 1
+
+    def _know(self, names: tuple[str, ...]) -> None:
+        if len(names) < 2:
+            raise ValueError(f"Harmonize: one term, {names[0]}: there is nothing to harmonize it with")
+        if self.names not in ((), names):
+            raise ValueError(
+                f"Harmonize: terms {', '.join(names)}, before {', '.join(self.names)}: always the same ones"
+            )
+        self.names = names
+
+    def _decide(self, trainer: L.Trainer, pl_module: L.LightningModule, gram_KK: Tensor, value_K: Tensor) -> None:
+        """The mix of these gradients, unmixed as they are.
+
+        Worked out on the CPU: an accelerator is read once, and not once for each small matrix of a rule.
+        """
+        gram_KK, value_K, base_K = read_together(gram_KK, value_K, self._base_K)
+        read, finite = self.rule.reads_gradients, bool(gram_KK.isfinite().all() & value_K.isfinite().all())
+        if read:
+            gram_KK = gram_KK * base_K[:, None] * base_K
+        self.mix_K = torch.ones(len(self.names), dtype=torch.float64)
+        if finite:
+            draw = mix(global_seed(), "harmony", trainer.global_step)
+            self.mix_K = self.sham.handed_on(self.rule.mix(gram_KK[None] if read else gram_KK, value_K, draw)[0])
+        else:
+            self.fallbacks += 1
+        if read and finite:
+            cos_Q = _cosines(gram_KK)
+            self.looks += len(cos_Q)
+            self.conflicts += int((cos_Q < 0).sum())
+            self.track.add(trainer.global_step, cos_Q.tolist())
+        # the mix of this look is that of the steps up to the next, one of which may be logged
+        now, each = trainer.global_step, log_interval(trainer)
+        if (now + self.every) // each > now // each:
+            self._log(pl_module, gram_KK if read and finite else None)
+
+    def _log(self, pl_module: L.LightningModule, gram_KK: Tensor | None) -> None:
+        assert self.mix_K is not None
+        values = {f"harmony/mix/{name}": value for name, value in zip(self.names, self.mix_K, strict=True)}
+        values["harmony/fallbacks"] = torch.tensor(float(self.fallbacks))
+        if gram_KK is not None:
+            norm_K = gram_KK.diagonal().clamp(min=0).sqrt()
+            values |= {f"harmony/norm/{name}": value for name, value in zip(self.names, norm_K, strict=True)}
+            cosines = zip(combinations(self.names, 2), _cosines(gram_KK), strict=True)
+            values |= {f"harmony/cos/{a}~{b}": cos for (a, b), cos in cosines}
+            values["harmony/conflict"] = torch.tensor(self.conflicts / max(self.looks, 1))
+        pl_module.log_dict({name: value.float() for name, value in values.items()}, batch_size=1)
+
+    # what is looked at ------------------------------------------------------------------------------------------------
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING:
+            self._draw(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._draw(trainer)
+
+    def _draw(self, trainer: L.Trainer) -> None:
+        folder = run_folder(trainer)
+        if not trainer.is_global_zero or not self.track.steps or trainer.fast_dev_run or not trainer.loggers:  # type: ignore[attr-defined]
+            return
+        title = f"harmony by {type(self.rule).__name__}, step {trainer.global_step}"
+        image = cosine_map(title, list(combinations(self.names, 2)), *self.track.seen())
+        keep_picture(trainer, folder, image, "harmony", "harmony/cosines")
+
+
+def read_together(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Float64 tensors on the CPU: an accelerator is read once for all of them.
+
+    >>> [x.tolist() for x in read_together(torch.ones(1, 2).double(), torch.zeros(1).double())]
+    [[[1.0, 1.0]], [0.0]]
+    """
+    away = [x for x in tensors if not x.is_cpu]
+    if not away:
+        return tensors
+    pieces = iter(host_copy(torch.cat([x.double().flatten() for x in away])).split([x.numel() for x in away]))
+    return tuple(x if x.is_cpu else next(pieces).view(x.shape) for x in tensors)
+
+
+@contextmanager
+def standing(pl_module: nn.Module) -> Iterator[None]:
+    """Inside, backward passes leave parameters that are split over ranks whole, for the one that counts (FSDP2).
+
+    Raises:
+        ValueError: naming one that is in parts already: no gradient of a term is whole anywhere then.
+    """
+    split = next((name for name, p in pl_module.named_parameters() if isinstance(p, DTensor)), None)
+    if split is not None:
+        raise ValueError(
+            f"Harmonize: {split} is freed between forward and backward, and no gradient of one term is whole anywhere; "
+            "model.shard.init_args.reshard_after_forward false"
+        )
+    if not isinstance(pl_module, FSDPModule):
+        yield
+        return
+    pl_module.set_reshard_after_backward(False)
+    try:
+        yield
+    finally:
+        pl_module.set_reshard_after_backward(True)
+
+
+def _put(whole: Tensor, grad: Tensor) -> None:
+    """A whole gradient, alike on all ranks, where it belongs."""
+    mine = distribute_tensor(whole, grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else whole
+    grad.copy_(mine)
+
+
+def _cosines(gram_KK: Tensor) -> Tensor:
+    """``[Q]`` of the pairs of terms; 0 where one has no gradient."""
+    norm_K = gram_KK.diagonal().clamp(min=0).sqrt().clamp(min=torch.finfo(gram_KK.dtype).tiny)
+    i_Q, j_Q = torch.triu_indices(len(norm_K), len(norm_K), offset=1, device=norm_K.device)
+    return gram_KK[i_Q, j_Q] / norm_K[i_Q] / norm_K[j_Q]
+
+
+def gradients(step: Step, parameters: Sequence[nn.Parameter], names: Sequence[str] | None = None) -> list[Tensor]:
+    """``[K, ...]`` a parameter: the gradient of each term of the step's objective, on this rank, unmixed.
+
+    Of all terms where no names are given.
+
+    The graph stays, and forks pass gradients through untouched meanwhile. Zeros where a term does not reach.
+    """
+    assert step.objective is not None
+    step.probing = True
+    try:
+        each = [
+            torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+            for term in (step.objective.terms[name] for name in names or step.objective.terms)
+        ]
+    finally:
+        step.probing = False
+    found = []
+    for p, *of_terms in zip(parameters, *each, strict=True):
+        found.append(torch.stack([torch.zeros_like(p) if g is None else g for g in of_terms]))
+    return found
+
+
+def gram(grads: Sequence[Tensor]) -> Tensor:
+    """Float64 ``[K, K]``: ``sum_p <g_kp, g_lp>`` of ``[K, ...]`` a parameter."""
+    total_KK = torch.zeros(len(grads[0]), len(grads[0]), dtype=torch.float64, device=grads[0].device)
+    for g in grads:
+        g_KP = g.reshape(len(g), -1).double()  # a scalar has no axis of its own
+        total_KK += g_KP @ g_KP.T
+    return total_KK
+
+
+def _trained(pl_module: L.LightningModule) -> list[nn.Parameter]:
+    return [p for p in pl_module.parameters() if p.requires_grad]
+
+
+def total_of_ranks(x: Tensor) -> Tensor:
+    """The sum over ranks, in place."""
+    if world() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def mean_of_ranks(x: Tensor) -> Tensor:
+    """The mean over ranks, in place."""
+    return total_of_ranks(x).div_(world()) if world() > 1 else x

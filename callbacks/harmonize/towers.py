@@ -1,0 +1,122 @@
+"""Harmony tower by tower: where a modality's own loss meets the joint one.
+
+Letters: K terms, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from descant.callbacks.harmonize.features import HarmonizeFeatures
+from descant.callbacks.harmonize.terms import Harmonize, gradients, gram, mean_of_ranks, read_together, standing
+from descant.modules.core.host import to_device
+from descant.modules.core.objects import require_objects
+from descant.modules.core.protocols import Contends, Forks
+from descant.modules.core.rng import global_seed, mix
+from descant.modules.engine.trainer import log_interval
+from descant.modules.multitask.rules import Rule
+
+
+class HarmonizeTowers(L.Callback):
+    """Mix the terms that meet at a modality's latents by a rule of their gradients at that modality's own parameters.
+
+        dL/dz_m = sum_k mix_mk dterm_k/dz_m,    mix_m = rule(G_m),    G_mkl = <g_k, g_l>,  g_k = d term_k / d theta_m
+
+    over the terms that the recipe forks there (of a classifier the joint loss and the modality's own), of all ranks, in
+    each micro-batch. What comes after the latents, heads and fusion, learns as it would. Where G is not finite a tower
+    takes the plain sum, and that is counted.
+
+    It logs ``harmony/mix/{modality}/{term}``, ``harmony/cos/{modality}`` (of two terms) and ``harmony/fallbacks``.
+
+    Args:
+        rule: from gradients to the mix; one that remembers something would have to tell modalities apart, and is
+            refused.
+        every: optimizer steps from one look at the gradients to the next; the mix stays between them.
+
+    Raises:
+        ValueError: for a number below 1 or a rule that does not look or remembers; at setup, for a recipe without the
+            protocols Contends and Forks, latents that no two terms share, or another harmonizer.
+    """
+
+    #: Said twice (by an experiment and an overlay), the last one counts.
+    once = True
+
+    def __init__(self, rule: Rule, every: int = 1) -> None:
+        super().__init__()
+        require_objects(self, rule=(rule, Rule))
+        name = type(rule).__name__
+        if every < 1:
+            raise ValueError(f"HarmonizeTowers: every {every}: 1 is the least")
+        if not rule.reads_gradients or rule.remembers:
+            raise ValueError(f"HarmonizeTowers: {name} is a rule for Harmonize; here such as Pareto, PCGrad or MGDA")
+        self.rule, self.every, self.fallbacks = rule, every, 0
+        self._met: Mapping[str, tuple[str, ...]] = {}
+        self.mix: dict[str, Tensor] = {}  # modality -> [K]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"fallbacks": self.fallbacks, "mix": {m: mix_K.clone() for m, mix_K in self.mix.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.fallbacks, self.mix = int(state_dict["fallbacks"]), dict(state_dict["mix"])
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        name = type(pl_module).__name__
+        if not isinstance(pl_module, Contends) or not isinstance(pl_module, Forks):
+            raise ValueError(f"HarmonizeTowers needs the protocols Contends and Forks; {name} lacks one")
+        others = [c for c in trainer.callbacks if isinstance(c, Harmonize | HarmonizeFeatures)]  # type: ignore[attr-defined]
+        if others:
+            raise ValueError(f"HarmonizeTowers: {type(others[0]).__name__} is there already; one of the two")
+        self._met = {m: names for m, names in pl_module.forks.items() if len(names) > 1}
+        if not self._met:
+            raise ValueError(f"HarmonizeTowers: no two terms of {name} meet at a modality; such as model.unimodal true")
+        pl_module.step.rule = self._ruled if stage == "fit" else None
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if isinstance(pl_module, Forks):
+            pl_module.step.rule = None
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        assert isinstance(pl_module, Contends)
+        objective = pl_module.step.objective
+        assert objective is not None
+        if trainer.global_step % self.every and self.mix:
+            return
+        base = dict(zip(objective.terms, objective.mix.detach().double(), strict=True))
+        grams = []
+        for m, names in self._met.items():
+            own = [p for p in pl_module.of_modality(m) if p.requires_grad]
+            with standing(pl_module):
+                grads = gradients(pl_module.step, own, names)
+            base_K = torch.stack([base[name] for name in names])
+            grams.append(gram([mean_of_ranks(g) for g in grads]) * base_K[:, None] * base_K)
+        # rules work on the CPU: an accelerator is read once, and not once for each small matrix
+        for (m, names), gram_KK in zip(self._met.items(), read_together(*grams), strict=True):
+            base_K = torch.ones(len(names), dtype=gram_KK.dtype)
+            self.mix[m] = torch.ones_like(base_K)
+            if gram_KK.isfinite().all():
+                draw = mix(global_seed(), "harmony", trainer.global_step, m)
+                self.mix[m] = self.rule.mix(gram_KK[None], torch.ones_like(base_K), draw)[0]
+            else:
+                self.fallbacks += 1
+            if (trainer.global_step + 1) % log_interval(trainer) == 0:
+                self._log(pl_module, m, names, gram_KK)
+
+    def _ruled(self, g_KBD: Tensor, names: tuple[str, ...]) -> Tensor:
+        met = [m for m, of in self._met.items() if of == names]
+        if not met or met[0] not in self.mix:
+            return g_KBD.sum(dim=0)
+        mix_K = to_device(self.mix[met[0]].to(g_KBD.dtype), g_KBD.device)
+        return torch.einsum("k,kbd->bd", mix_K, g_KBD)
+
+    def _log(self, pl_module: L.LightningModule, m: str, names: tuple[str, ...], gram_KK: Tensor) -> None:
+        values = {f"harmony/mix/{m}/{name}": k for name, k in zip(names, self.mix[m], strict=True)}
+        values["harmony/fallbacks"] = torch.tensor(float(self.fallbacks))
+        if len(names) == 2:
+            norm = (gram_KK[0, 0] * gram_KK[1, 1]).sqrt()
+            values[f"harmony/cos/{m}"] = torch.where(norm > 0, gram_KK[0, 1] / norm, 0.0)
+        pl_module.log_dict({name: value.float() for name, value in values.items()}, batch_size=1)

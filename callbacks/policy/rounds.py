@@ -1,0 +1,196 @@
+"""Rounds of competition: what the student cannot do and its teacher can is asked again, in other words (CoMD).
+
+Letters: N problems of the pool, B of a batch, M tokens of an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, cast
+
+import lightning as L
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from descant.callbacks.run.resumable_log import Told
+from descant.modules.core.batch import Batch
+from descant.modules.core.objects import require_objects
+from descant.modules.core.protocols import Pooled, Replies
+from descant.modules.core.rng import global_seed, mix_N
+from descant.modules.core.sham import Sham
+from descant.modules.engine.trainer import bank_batches, data_now, data_parts, epoch_now
+from descant.modules.language.judges import AnswerJudge, Answers, ExactJudge
+
+
+class Rounds(Callback):
+    """Renews the pool of a :class:`descant.modules.core.protocols.Pooled` data module at the beginning of rounds.
+
+    At the first epoch the teacher answers the pool (imitate). At the first epoch of each later round both answer all of
+    it, and a judge scores both (assess):
+
+        gap_n = judge(teacher's answer) - judge(student's answer),      difficult: gap_n > tau,     easy: the rest
+
+    ``hard`` of the next pool are variants of difficult problems, the rest variants of easy ones, against forgetting
+    (augment); the teacher answers it. Both answer by the likeliest tokens, in eval mode, each rank a part, and all
+    ranks come to the same pool, which is in the data module's state. Logs ``rounds/difficult`` (share),
+    ``rounds/teacher`` and ``rounds/student`` (mean scores) and ``rounds/version``; metrics.json has them of each round,
+    ``rounds/difficult/1``, too.
+    Source: CoMD (Li 2023, arXiv 2311.08213), no code released; our reading, after Lion (Jiang 2023, arXiv 2305.12870):
+    the judge of the paper is a language model that is asked twice, in both orders; these score one answer at a time.
+
+    Args:
+        epochs: of a round.
+        judge: of answers; exact where not given.
+        tau: a larger gap is difficult.
+        hard: share of variants of difficult problems.
+        mine: who is asked again: by the gap; or ``random`` problems of the training split, not looked at.
+        sham: ``permute`` for the control: problems have each other's gaps.
+
+    Raises:
+        ValueError: for no epoch, or a share outside [0, 1]; at setup, for data without a pool, a recipe that answers
+            no questions, or one without a teacher that does (model.distill).
+    """
+
+    once = True
+
+    def __init__(
+        self,
+        epochs: int = 4,
+        judge: AnswerJudge | None = None,
+        tau: float = 0.3,
+        hard: float = 0.5,
+        mine: Literal["gap", "random"] = "gap",
+        sham: Literal["permute"] | None = None,
+    ) -> None:
+        super().__init__()
+        require_objects(self, judge=(judge, AnswerJudge))
+        if epochs < 1:
+            raise ValueError(f"Rounds: epochs {epochs}: 1 is the least")
+        if not 0 <= hard <= 1:
+            raise ValueError(f"Rounds: hard {hard:g}: a share from 0 to 1, such as 0.5")
+        self.epochs, self.judge, self.tau, self.hard, self.mine = epochs, judge or ExactJudge(), tau, hard, mine
+        self.sham = Sham(sham)
+        self.history: dict[str, float] = {}
+        self.told = Told()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        parts = data_parts(trainer)
+        if not any(isinstance(part, Pooled) for part in parts):
+            raise ValueError(
+                f"Rounds needs data with a pool, such as QuestionPool; {type(parts[-1]).__name__} has none"
+            )
+        if not isinstance(pl_module, Replies):
+            raise ValueError(f"Rounds needs a recipe that answers, such as Chat; {type(pl_module).__name__} does not")
+        if stage == "fit" and getattr(pl_module, "distill", None) is None:
+            raise ValueError("Rounds needs a teacher: model.distill with a TeacherRun of a Chat")
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        data = data_now(trainer)
+        if not isinstance(data, Pooled):
+            return
+        teacher = cast(nn.Module, pl_module.distill.network).to(pl_module.device)  # type: ignore[union-attr]
+        if not isinstance(teacher, Replies):
+            raise ValueError(f"Rounds: the teacher, {type(teacher).__name__}, answers no questions; Chat does")
+        now = epoch_now(trainer) // self.epochs
+        if data.version >= now:
+            return
+        problems, log = data.pool, {"rounds/version": float(now)}
+        if data.version >= 0:
+            t_N = self.scores(trainer, pl_module, teacher, cast(nn.Module, teacher))
+            s_N = self.scores(trainer, pl_module, pl_module, cast(nn.Module, teacher))
+            key_N = torch.from_numpy(np.asarray(problems.key_N))
+            gap_N = self.sham.everywhere(t_N - s_N, key_N)
+            shares = {"difficult": (gap_N > self.tau).float(), "teacher": t_N, "student": s_N}
+            for name, x_N in shares.items():
+                log |= {f"rounds/{name}": float(x_N.mean()), f"rounds/{name}/{now}": float(x_N.mean())}
+            if self.mine == "random":
+                problems = data.fresh(now)
+            else:
+                problems = data.variants(self.chosen(gap_N > self.tau, key_N, now), now)
+        said_NM = self.answers(trainer, pl_module, teacher, problems)
+        data.renew(problems, said_NM, now)
+        self.told.say(trainer, {k: v for k, v in log.items() if k.count("/") == 1})
+        self.history |= log
+        self._tell(trainer)
+
+    def _tell(self, trainer: L.Trainer) -> None:
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.history.items()})
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._tell(trainer)  # of the rounds before a resume
+        self.told.again(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": dict(self.history), "told": self.told.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = dict(state_dict["history"])
+        self.told.load_state_dict(state_dict["told"])
+
+    def chosen(self, difficult_N: Tensor, key_N: Tensor, round: int) -> Tensor:
+        """Numbers of N problems of the pool: difficult ones, in turn until there are enough, and then easy ones."""
+        turn_N = torch.from_numpy(mix_N(key_N, "rounds", global_seed(), round))
+        order_N = turn_N.argsort(stable=True)
+        hard_N, easy_N = (order_N[mask[order_N]] for mask in (difficult_N, ~difficult_N))
+        N = len(key_N)
+        want = int(self.hard * N + 0.5)
+        if want and not len(hard_N):
+            rank_zero_warn(f"Rounds: round {round}: no problem is difficult, so easy ones alone are asked again")
+        want = want if len(hard_N) else 0
+        want = want if len(easy_N) else N
+        return torch.cat([cycled(hard_N, want), cycled(easy_N, N - want)])
+
+    # who says what ------------------------------------------------------------------------------------------------
+
+    def scores(self, trainer: L.Trainer, pl_module: L.LightningModule, network: Any, teacher: nn.Module) -> Tensor:
+        """``[N]``: the judge's of the answers of a network to the pool."""
+        data = cast(Pooled, data_now(trainer))
+        score_N = torch.zeros(len(data.pool))
+        for batch, said_BM in self._said(trainer, pl_module, network, data.pool):
+            score_B = self.judge(Answers(batch, said_BM, batch.targets["answer"], teacher))
+            here_B = batch.present["text"].cpu()
+            score_N[batch.index.cpu()[here_B]] = score_B.cpu()[here_B]
+        return added(score_N, pl_module.device)
+
+    def answers(self, trainer: L.Trainer, pl_module: L.LightningModule, network: Any, problems: Any) -> Tensor:
+        """``[N, M]``: what a network says to some problems."""
+        data = cast(Pooled, data_now(trainer))
+        found_NM = torch.zeros(len(problems), data.answer_length, dtype=torch.long)
+        for batch, said_BM in self._said(trainer, pl_module, network, problems):
+            here_B = batch.present["text"].cpu()
+            found_NM[batch.index.cpu()[here_B]] = said_BM.cpu()[here_B]
+        return added(found_NM, pl_module.device)
+
+    def _said(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, network: Any, problems: Any
+    ) -> Iterator[tuple[Batch, Tensor]]:
+        data = cast(Pooled, data_now(trainer))
+        training = network.training
+        network.eval()
+        try:
+            for batch in bank_batches(trainer, data.asking(problems)):
+                with torch.no_grad(), trainer.precision_plugin.val_step_context():
+                    yield batch, network.generate(batch, new=data.answer_length)
+        finally:
+            network.train(training)
+
+
+def cycled(x_N: Tensor, n: int) -> Tensor:
+    """The first n of x, x, x, ...
+
+    >>> cycled(torch.tensor([4, 7]), 5).tolist()
+    [4, 7, 4, 7, 4]
+    """
+    return x_N.repeat(-(-n // max(len(x_N), 1)))[:n]
+
+
+def added(x: Tensor, device: torch.device) -> Tensor:
+    """Of all ranks, each of which filled another part of zeros."""
+    if dist.is_available() and dist.is_initialized():
+        x = x.to(device)
+        dist.all_reduce(x)
+    return x.cpu()

@@ -1,0 +1,54 @@
+"""Noise that is known: pairs that do not belong together, planted in training. Letters: B samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from descant.modules.core.batch import Batch
+from descant.modules.core.host import derived, to_device
+from descant.modules.core.rng import global_seed, uniform_N
+from descant.modules.core.sham import Sham
+
+
+class Misalign(Callback):
+    """Some training samples have a modality of another sample, and a target that says so: to test what finds noise.
+
+        noise_i = uniform(seed, i) < share          a sample is noise in all epochs, or in none
+
+    Samples that are noise hand the modality on in a circle through the batch of all ranks, so whose it is changes with
+    the epoch. Evaluation sees nothing of it, and neither does the recipe of the target.
+
+    Args:
+        modality: that is handed on.
+        share: of the samples that have it.
+        target: what the batch says by, bool ``[B]``.
+
+    Raises:
+        ValueError: for a share that is none; in training, for a modality that the data has not.
+    """
+
+    def __init__(self, modality: str, share: float = 0.4, target: str = "misaligned") -> None:
+        super().__init__()
+        if not 0 <= share <= 1:
+            raise ValueError(f"Misalign: share {share:g} of the samples; nearest: {min(max(share, 0.0), 1.0):g}")
+        self.modality, self.share, self.target = modality, share, target
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(modality=self.modality)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(batch, Batch)
+        if self.modality not in batch.inputs:
+            raise ValueError(f"Misalign: the data has no modality {self.modality!r}, only {', '.join(batch.inputs)}")
+        x_B, there_B = batch.inputs[self.modality], batch.present[self.modality]
+        drawn_B = uniform_N(batch.index, "misalign", self.modality, global_seed())
+        noise_B = derived(torch.logical_and, there_B, to_device(drawn_B < self.share, x_B.device))
+        batch.inputs[self.modality] = Sham.permute(x_B, batch.draw, noise_B)
+        batch.targets[self.target] = noise_B

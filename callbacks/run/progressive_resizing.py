@@ -1,0 +1,89 @@
+"""Progressive resizing: smaller images early in a run. Letters: B samples, C channels, H, W and S pixels."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+
+import lightning as L
+from torch import Tensor
+from torch.nn import functional as F
+
+from descant.modules.core.batch import Batch
+from descant.modules.engine.trainer import share_of_run
+
+
+class ProgressiveResizing(L.Callback):
+    """Train on images of ``sizes[k]`` pixels until the share ``until[k]`` of the run, then on those of the data.
+
+        x_BCSS = resize(x_BCHW, S_t),    S_t = sizes[k] while t / T < until[k], the data's own size after the last
+
+    Images are averaged down on the device (bilinear with antialias), after augmentation, so a sample's augmentation is
+    the same at every size. Only training batches are resized: validation and test see the data's own size. What a step
+    costs falls with S_t^2. The size follows from the step, so a resumed run goes on with the same one. Source:
+    fast.ai's DAWNBench entry (Howard 2018); EfficientNetV2 (Tan and Le 2021, arXiv 2104.00298), which lets its
+    augmentation grow as well, and this does not.
+
+    List it before callbacks that look at the batch, such as Throughput.
+
+    Args:
+        sizes: side of the images in pixels, rising.
+        until: share of the run's steps at which each of them ends, rising, above 0 and at most 1.
+        modalities: the inputs that are resized, with their second views.
+
+    Raises:
+        ValueError: for lists of other lengths or orders; at the first batch, for a modality that it lacks, that is no
+            floating-point image ``[B, C, H, W]``, or whose images are not larger than ``sizes``.
+
+    >>> grow = ProgressiveResizing(sizes=[16, 24], until=[0.5, 0.8])
+    >>> grow.size_at(0.0), grow.size_at(0.5), grow.size_at(0.8)
+    (16, 24, None)
+    """
+
+    #: Listed twice (by an experiment and an overlay), the last one counts.
+    once = True
+
+    def __init__(self, sizes: list[int], until: list[float], modalities: list[str] | None = None) -> None:
+        if len(sizes) != len(until):
+            raise ValueError(f"ProgressiveResizing: {len(sizes)} sizes and {len(until)} shares: one share a size")
+        if not all(a < b for a, b in zip([0, *sizes], sizes, strict=False)):
+            raise ValueError(f"ProgressiveResizing: sizes {sizes}: pixels, each more than the one before")
+        if not all(a < b for a, b in zip([0.0, *until], [*until, 1.0 + 1e-9], strict=True)):
+            raise ValueError(f"ProgressiveResizing: until {until}: shares of the run above 0 and at most 1, rising")
+        self.sizes, self.until, self.modalities = sizes, until, modalities or ["image"]
+
+    def size_at(self, share: float) -> int | None:
+        """Pixels at a share of the run; None for the data's own."""
+        return [*self.sizes, None][bisect_right(self.until, share)]
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        size = self.size_at(share_of_run(trainer))
+        if size is None:
+            return
+        for modality in self.modalities:
+            if modality not in batch.inputs:
+                raise ValueError(
+                    f"ProgressiveResizing: modalities: the data has no {modality!r}, only {', '.join(batch.inputs)}"
+                )
+            for name in (modality, f"{modality}@2"):
+                if name in batch.inputs:
+                    batch.inputs[name] = resized(batch.inputs[name], size, name)
+
+
+def resized(x_BCHW: Tensor, size: int, name: str = "image") -> Tensor:
+    """Images averaged down to ``size`` pixels a side, float ``[B, C, size, size]``.
+
+    Raises:
+        ValueError: for what is no floating-point image, or is not larger than ``size``.
+
+    >>> import torch
+    >>> x_BCHW = torch.tensor([0.0, 1.0, 2.0, 3.0]).expand(1, 1, 4, 4)
+    >>> [round(x, 2) for x in resized(x_BCHW, 2)[0, 0, 0].tolist()]  # 5 / 7 and 16 / 7
+    [0.71, 2.29]
+    """
+    if x_BCHW.dim() != 4 or not x_BCHW.is_floating_point():
+        raise ValueError(f"ProgressiveResizing: {name} {tuple(x_BCHW.shape)} {x_BCHW.dtype}: no image [B, C, H, W]")
+    if min(x_BCHW.shape[2:]) < size:
+        raise ValueError(f"ProgressiveResizing: sizes: {size} pixels, and the data's {name} has {x_BCHW.shape[-1]}")
+    return F.interpolate(x_BCHW, size=(size, size), mode="bilinear", antialias=True)

@@ -1,0 +1,331 @@
+"""What a run came to: `metrics.json` in its folder, and a table at its end."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from descant.callbacks.run.throughput import count_rows
+from descant.modules.core.metric_names import CHANCE, order
+from descant.modules.core.sham import Sham
+
+WIDTH = 100
+#: What stands between a set and a metric that is measured in another way -> how the table calls its row.
+BESIDE = {"distinct": "per distinct caption", CHANCE: "by chance"}
+
+
+class Report(L.Callback):
+    """Owns ``metrics.json``: one flat object, rewritten at every validation and at the end of fit and test.
+
+    It holds the newest value of every logged metric under its own name (null where it is not finite), and of
+    the run:
+
+    * ``steps``, ``epochs``: optimizer steps and finished epochs.
+    * ``seconds``: wall time of the fit; ``train_seconds``: the same without evaluation and without setting
+    up.
+    * ``samples``: training rows of all ranks; ``samples_per_second = samples / train_seconds``.
+    * ``parameters``, ``parameters_trainable``: of the recipe, shared weights counted once.
+    * ``sham/calls``: where a part has a sham, how often a step its signal was asked for: in the method as in the sham.
+
+    A resumed run goes on counting seconds and samples. A test adds its metrics to the file of the fit. The
+    file is replaced in one move, so a reader never sees half of it. Rank 0 writes it, to the folder of the
+    first logger that has one, else to the Trainer's ``default_root_dir``.
+
+    At the end of a command the table shows what that command measured: a row a set, a column a metric.
+    """
+
+    #: Said twice (by an experiment and an overlay), the last one counts.
+    once = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[str, float] = {}
+        self._shown: dict[str, float] = {}
+        self._samples = 0
+        self._seconds = self._train_seconds = 0.0  # of finished parts of the run
+        self._fit_began: float | None = None
+        self._train_began: float | None = None
+        self._folder = Path()
+        self._shams: list[Sham] = []
+        self._of_data: list[Sham] = []
+        self._calls = self._counted = 0  # of finished parts of the run; what shams had counted when this one began
+        self._drawn = 0  # of the data's shams, when the last batch was over: the next one is drawn before it begins
+
+    # the clock ----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        seconds = {"seconds": self.seconds, "train_seconds": self.train_seconds}
+        return {"samples": self._samples, "calls": self.calls - self._ahead, **seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._samples, self._calls = int(state_dict["samples"]), int(state_dict.get("calls", 0))
+        self._shams, self._counted = [], 0  # what they have counted since is undone
+        self._seconds, self._train_seconds = float(state_dict["seconds"]), float(state_dict["train_seconds"])
+
+    @property
+    def seconds(self) -> float:
+        return self._seconds + (time.monotonic() - self._fit_began if self._fit_began is not None else 0.0)
+
+    @property
+    def train_seconds(self) -> float:
+        running = time.monotonic() - self._train_began if self._train_began is not None else 0.0
+        return self._train_seconds + running
+
+    @property
+    def calls(self) -> int:
+        """How often the signals of shams were asked for."""
+        return self._calls + sum(sham.calls for sham in self._shams) - self._counted
+
+    @property
+    def _ahead(self) -> int:
+        """Of the calls those for a batch that has not begun, which a resumed run draws again."""
+        return sum(sham.calls for sham in self._of_data) - self._drawn
+
+    def _over(self) -> None:
+        self._drawn = sum(sham.calls for sham in self._of_data)
+
+    def _pause(self) -> None:
+        self._train_seconds, self._train_began = self.train_seconds, None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._fit_began = time.monotonic()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._train_began = time.monotonic()
+        self._calls, self._shams = self.calls, list(shams(trainer, pl_module))
+        self._of_data = list(getattr(trainer.datamodule, "shams", ()))  # type: ignore[attr-defined]
+        self._counted = sum(sham.calls for sham in self._shams)
+        self._over()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._samples += count_rows(batch) * trainer.world_size
+        self._over()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._pause()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        self._over()
+        self._write(trainer, pl_module)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._train_began = time.monotonic()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._pause()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._seconds, self._fit_began = self.seconds, None
+        self._write(trainer, pl_module)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write(trainer, pl_module)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._pause()
+        self._seconds, self._fit_began = self.seconds, None
+
+    # the file -----------------------------------------------------------------------------------------------
+
+    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # An epoch's metrics are reduced over ranks when they are first read, so every rank reads them.
+        metrics = trainer.callback_metrics
+        if not trainer.is_global_zero:
+            return
+        values = {name: float(value) for name, value in metrics.items() if _is_number(value)}
+        if trainer.state.fn == TrainerFn.FITTING:
+            values |= self._run(trainer, pl_module)
+        self.values.update(values)
+        self._folder = run_folder(trainer)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        path = self._folder / "metrics.json"
+        write_json(path, read_json(path) | self.values)
+
+    def _run(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, float]:
+        parameters = list(pl_module.parameters())
+        seconds = self.train_seconds
+        calls = {"sham/calls": self.calls / trainer.global_step} if self._shams and trainer.global_step else {}
+        return calls | {
+            "steps": trainer.global_step,
+            "epochs": trainer.current_epoch,
+            "seconds": round(self.seconds, 3),
+            "train_seconds": round(seconds, 3),
+            "samples": self._samples,
+            "samples_per_second": round(self._samples / seconds, 3) if seconds > 0 else 0.0,
+            "parameters": sum(p.numel() for p in parameters),
+            "parameters_trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        }
+
+    # the table ----------------------------------------------------------------------------------------------
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if trainer.is_global_zero and stage in ("fit", "validate", "test"):
+            self.show()
+
+    def show(self) -> None:
+        """Print what is new since the last table; nothing where nothing is."""
+        new = {name: value for name, value in self.values.items() if self._shown.get(name) != value}
+        if not new:
+            return
+        self._shown = dict(self.values)
+        console = Console()
+        if not sys.stdout.isatty() or console.is_dumb_terminal:
+            print(self.table(new), flush=True)
+            return
+        for columns, rows in blocks(new):
+            table = Table(box=None, pad_edge=False, header_style="bold")
+            for k, column in enumerate(columns):
+                table.add_column(column, justify="left" if k == 0 else "right")
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
+        console.print(self.summary(new), highlight=False, soft_wrap=True)
+
+    def table(self, values: Mapping[str, float] | None = None) -> str:
+        """The table as plain text of at most 100 columns, and a last line: steps, time, speed, run folder."""
+        values = self.values if values is None else values
+        lines = []
+        for columns, rows in blocks(values):
+            widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+            for row in (columns, *rows):
+                cells = [row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
+                lines.append("  ".join(cells).rstrip())
+            lines.append("")
+        return "\n".join([*lines, self.summary(values)])
+
+    def summary(self, values: Mapping[str, float] | None = None) -> str:
+        """One line: steps, seconds, samples per second (of a fit), and the run folder."""
+        values = self.values if values is None else values
+        parts = []
+        if "steps" in values:
+            parts = [
+                f"{values['steps']:,.0f} steps",
+                f"{values.get('seconds', math.nan):,.1f} s",
+                f"{values.get('samples_per_second', math.nan):,.0f} samples/s",
+            ]
+        return "  ".join([*parts, str(self._folder)])
+
+
+def run_folder(trainer: L.Trainer) -> Path:
+    """The folder of the first logger that has one, else the Trainer's ``default_root_dir``."""
+    # not trainer.log_dir: it is a collective, and takes a first logger without a folder at its word
+    folders = (getattr(logger, "log_dir", None) for logger in trainer.loggers)
+    return Path(next((f for f in folders if isinstance(f, str | Path)), trainer.default_root_dir))
+
+
+def shams(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[Sham]:
+    """Every part of recipe, data and callbacks that a control can take the signal from."""
+    yield from (part for part in pl_module.modules() if isinstance(part, Sham))
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        yield from (part for part in vars(callback).values() if isinstance(part, Sham))
+    yield from getattr(trainer.datamodule, "shams", ())  # type: ignore[attr-defined]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file; empty where there is no file or it is not an object."""
+    try:
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Replace a JSON file in one move; numbers that are not finite become null."""
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in sorted(values.items())}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    temporary.write_text(json.dumps(clean, indent=1, allow_nan=False) + "\n")
+    os.replace(temporary, path)
+
+
+def blocks(values: Mapping[str, float], width: int = WIDTH) -> Iterator[tuple[list[str], list[list[str]]]]:
+    """Metrics ``set/metric`` as tables of a row a set: sets that share a metric stand together.
+
+    Speed and counts of the run are left out, training comes last, and a table wider than ``width`` goes on
+    below.
+
+    >>> for columns, rows in blocks({"vendor/r1": 0.25, "concept/r1": 0.5, "train/loss": 2.0}):
+    ...     print(columns, rows)
+    ['', 'r1'] [['vendor', '0.25'], ['concept', '0.5']]
+    ['', 'loss'] [['train', '2']]
+    """
+    sets: dict[str, dict[str, float]] = {}
+    for key, value in values.items():
+        name, slash, metric = key.partition("/")
+        beside = next((word for word in BESIDE if metric.startswith(f"{word}/")), None)
+        if beside is not None:  # a row of its own, under that of its set
+            name, metric = f"{name}, {BESIDE[beside]}", metric.removeprefix(f"{beside}/")
+        if slash and name not in ("speed", "sham"):
+            sets.setdefault(name, {})[metric] = value
+    for names in _together(sets):
+        metrics = _ordered(list(dict.fromkeys(m for name in names for m in sets[name])))
+        cells = {m: [_number(sets[name].get(m)) for name in names] for m in metrics}
+        first = max(map(len, names))
+        columns: list[str] = []
+        used = first
+        for metric in metrics:
+            wide = 2 + max(len(metric), *map(len, cells[metric]))
+            if columns and used + wide > width:
+                yield ["", *columns], _rows(names, columns, cells)
+                columns, used = [], first
+            columns.append(metric)
+            used += wide
+        yield ["", *columns], _rows(names, columns, cells)
+
+
+def _ordered(metrics: list[str]) -> list[str]:
+    """Recall before ranks, of each direction where its first metric stands; everything else where it stands.
+
+    >>> _ordered(["loss", "i2t_medr", "i2t_r10", "i2t_r5", "gap"])
+    ['loss', 'i2t_r5', 'i2t_r10', 'i2t_medr', 'gap']
+    """
+    first: dict[str, int] = {}
+    for n, metric in enumerate(metrics):
+        first.setdefault(order(metric)[1], n)
+    return sorted(metrics, key=lambda metric: (first[order(metric)[1]], order(metric)))
+
+
+def _rows(names: list[str], columns: list[str], cells: Mapping[str, list[str]]) -> list[list[str]]:
+    """Rows of a block; none that has nothing to say in it, as chance has not of a gap."""
+    rows = [[name, *(cells[m][k] for m in columns)] for k, name in enumerate(names)]
+    return [row for row in rows if {*row[1:]} != {"-"}]
+
+
+def _together(sets: Mapping[str, Iterable[str]]) -> list[list[str]]:
+    """Names of sets in groups, where any two that share a metric are in one group."""
+    groups: list[tuple[list[str], set[str]]] = []
+    for name, metrics in sets.items():
+        names, union = [name], set(metrics)
+        for group in [g for g in groups if g[1] & union]:
+            groups.remove(group)
+            names, union = [*group[0], *names], union | group[1]
+        groups.append((names, union))
+    # what was judged comes first
+    return sorted((names for names, _ in groups), key=lambda names: "train" in names)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}"
+
+
+def _is_number(value: Any) -> bool:
+    return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, int | float)

@@ -1,0 +1,328 @@
+"""Settings that quietly do nothing, said in one line each before the first step, and runs that do so, a little later.
+
+Letters: B samples, D width.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch.optim.lr_scheduler import LambdaLR, LinearLR, SequentialLR
+
+from descant.modules.core.batch import NEGATIVE, Batch
+from descant.modules.core.chunks import looks_at_the_batch
+from descant.modules.core.protocols import Embeds, HasObjective, HasTowers
+from descant.modules.core.rng import by_rank, drawn_by_rank
+from descant.modules.engine.trainer import data_now, first_validation, log_interval, run_steps
+
+#: What is looked at before the first step.
+Before = Literal["rate", "interval", "batch", "frozen", "chunks", "validation", "logger", "mix", "modality", "ranks"]
+#: Losses of which a mean is made, and renewals of answers in a row that earn the same.
+_FEW, _FLAT = 10, 3
+#: Rates above which no run of ours or of a paper trains, of optimizers that divide by a gradient's size, and of others.
+_ADAPTIVE, _PLAIN = 1.0, 100.0
+
+
+class Sanity(L.Callback):
+    """Warns of inert or absurd settings, one line each on stderr, before the first optimizer step.
+
+    A warm-up that outlasts the run, a learning rate of zero or far above any that trains, a modality of the data that
+    no tower reads or a tower whose modality the data lacks, a run without a step, a log interval longer than the run, a
+    batch larger than its data set, a model that is frozen whole or has trainable parameters in no optimizer, a
+    validation that the run never reaches, batch norms that see a chunk of the batch, frozen parameters that have a
+    learning rate, a term that is multiplied by zero, a run of which nothing is logged, dropout that another number of
+    ranks draws otherwise, and a first backward that leaves no gradient. Once, ``late`` steps after the start: a loss
+    that is where it began, embeddings of different samples
+    that are all alike, and rewards that are all the same. Nothing is stopped: a test may want any of these.
+
+    Args:
+        late: steps after which a run should have learned something.
+        meant: what is not told of before the first step, since the experiment means it.
+    """
+
+    #: Said twice (by an experiment and an overlay), the last one counts.
+    once = True
+
+    def __init__(self, late: int = 200, meant: list[Before] | None = None) -> None:
+        super().__init__()
+        self.late, self.meant = late, frozenset(meant or ())
+        self._look = False
+        self._first, self._last = list[torch.Tensor](), list[torch.Tensor]()
+        self._flat = 0
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.max_steps == 0 or trainer.max_epochs == 0:  # then there is no start of training
+            name = "max_steps" if trainer.max_steps == 0 else "max_epochs"
+            _warn(trainer, f"trainer.{name} 0: the run has no step to take, and nothing will change")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # findings() runs on every rank, since counting steps may load data
+        for line in self.findings(trainer, pl_module):
+            _warn(trainer, line)
+        self._look = True
+        self._first, self._last, self._flat = [], [], 0
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._look:
+            return
+        self._look = False
+        if isinstance(pl_module, HasObjective) and pl_module.step.objective is not None:
+            terms = pl_module.step.objective.terms
+            for name in (name for name in pl_module.step.mix if name not in terms):
+                _warn(trainer, f"mix {name}: no such term in the first step; there is {', '.join(terms)}")
+        trainable = [p for p in pl_module.parameters() if p.requires_grad]
+        # sums: a rank may hold none of a small sharded parameter, and nothing has no largest value
+        norms = [p.grad.detach().abs().sum().float() for p in trainable if p.grad is not None and p.numel()]
+        # one number for the whole model, so that a device is waited for once; a NaN is not "no gradient"
+        if trainable and (not norms or float(torch.stack(norms).max()) == 0):
+            _warn(
+                trainer,
+                "no parameter got a gradient from the first batch: its loss does not depend on the model",
+            )
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if step > self.late or not isinstance(loss, torch.Tensor):
+            return
+        seen = self._first if step <= _FEW else self._last if step > self.late - _FEW else None
+        if seen is not None:
+            seen.append(loss.detach().float())
+        if step == self.late and not trainer.fit_loop.epoch_loop._should_accumulate():
+            for line in (*_still(self._first, self._last, self.late), *_alike(trainer, pl_module, batch)):
+                _warn(trainer, line)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        flat = trainer.callback_metrics.get("rollouts/flat")
+        self._flat = self._flat + 1 if flat is not None and float(flat) == 1 else 0
+        if self._flat == _FLAT:
+            reward = float(trainer.callback_metrics["rollouts/reward"])
+            _warn(
+                trainer,
+                f"all answers to each question earned the same, {_FLAT} times (mean {reward:.3g}): nothing is learned",
+            )
+
+    def findings(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
+        """The warnings of a run that is about to take its first step."""
+        total = run_steps(trainer)
+        left = total - trainer.global_step
+        if left <= 0:
+            return []
+        found: dict[Before, list[str]] = {
+            "rate": _learning_rate(trainer, total),
+            "interval": [_log_interval(trainer, total)],
+            "batch": [_batch_size(trainer)],
+            "frozen": _frozen(trainer, pl_module),
+            "chunks": chunked_norms(pl_module),
+            "validation": [_validation(trainer, total)],
+            "logger": [_nothing_logged(trainer)],
+            "mix": _unused_terms(pl_module),
+            "modality": _unused_modalities(trainer, pl_module),
+            "ranks": _by_rank(trainer, pl_module),
+        }
+        return [line for name, lines in found.items() if name not in self.meant for line in lines if line]
+
+
+def _warn(trainer: L.Trainer, line: str) -> None:
+    if trainer.is_global_zero:
+        print(f"descant: warning: {line}", file=sys.stderr, flush=True)
+
+
+def _learning_rate(trainer: L.Trainer, total: float) -> list[str]:
+    lines = []
+    for config in trainer.lr_scheduler_configs:
+        ticks = total if config.interval == "step" else trainer.max_epochs or math.inf
+        ticks = ticks / max(config.frequency, 1)
+        if math.isfinite(ticks) and ticks > 1 and _only_rises(config.scheduler, int(ticks)):
+            lines.append(
+                f"the learning rate still warms up when the run ends after {total:,.0f} steps: shorten the warm-up"
+            )
+    rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    if rates and not trainer.lr_scheduler_configs and not any(float(rate) for rate in rates):
+        lines.append("the learning rate is 0: nothing will change")
+    return [*lines, *_too_fast(trainer)]
+
+
+def _too_fast(trainer: L.Trainer) -> list[str]:
+    """Rates, at their highest, far above any that trains: what a step of Adam moves a weight by is its rate."""
+    found = {}
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            rate, most = float(group.get("initial_lr", group["lr"])), _ADAPTIVE if "betas" in group else _PLAIN
+            if rate > most:
+                found[f"a learning rate of {rate:.4g} is far above what {type(optimizer).__name__} trains by"] = most
+    return [f"{line} (more than {most:g}): the loss will not fall" for line, most in found.items()]
+
+
+def _only_rises(scheduler: Any, ticks: int) -> bool:
+    if isinstance(scheduler, SequentialLR):
+        first = scheduler._schedulers[0]
+        return scheduler._milestones[0] >= ticks and _only_rises(first, ticks)
+    if isinstance(scheduler, LinearLR):
+        return scheduler.start_factor < scheduler.end_factor and scheduler.total_iters >= ticks
+    if isinstance(scheduler, LambdaLR):
+        factor = scheduler.lr_lambdas[0]
+        at = sorted({round(k * (ticks - 1) / 32) for k in range(33)})
+        factors = [float(factor(t)) for t in at]
+        # still higher after the end: a warm-up that ends with the run, to the step, has at least done its
+        # work
+        steps = zip(factors, [*factors[1:], float(factor(ticks))], strict=True)
+        return all(a < b for a, b in steps)
+    return False
+
+
+def _log_interval(trainer: L.Trainer, total: float) -> str:
+    every = log_interval(trainer)
+    if not trainer.loggers or every <= total or math.isinf(every):
+        return ""
+    return (
+        f"trainer.log_every_n_steps {every} is more than the {total:,.0f} steps of the run: "
+        "no training metric is logged"
+    )
+
+
+def _batch_size(trainer: L.Trainer) -> str:
+    loader = trainer.train_dataloader
+    size = getattr(trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
+    if not isinstance(size, int):
+        size = getattr(loader, "batch_size", None)
+        size = size * trainer.world_size if isinstance(size, int) else None
+    try:
+        rows = len(loader.dataset)  # type: ignore[union-attr]
+    except (AttributeError, TypeError, NotImplementedError):  # a stream has no length
+        return ""
+    if size is None or size <= rows:
+        return ""
+    return f"the batch of {size:,} is larger than the data set of {rows:,}"
+
+
+def _frozen(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
+    trainable = {id(p): p.numel() for p in pl_module.parameters() if p.requires_grad}
+    if not trainable:
+        return [f"every parameter of {type(pl_module).__name__} is frozen: nothing will change"]
+    held = {id(p) for optimizer in trainer.optimizers for g in optimizer.param_groups for p in g["params"]}
+    if not held:  # Lightning puts an empty one where configure_optimizers returns None
+        return [f"{type(pl_module).__name__} has no optimizer: nothing will change"]
+    if getattr(trainer.strategy, "restore_checkpoint_after_setup", False):
+        return []  # sharded strategies may hand the optimizer other tensors than the module's
+    lost = sum(n for i, n in trainable.items() if i not in held)
+    idle: dict[float, int] = {}
+    for group in (group for optimizer in trainer.optimizers for group in optimizer.param_groups):
+        size = sum(p.numel() for p in group["params"] if not p.requires_grad)
+        if size and float(group["lr"]):
+            idle[float(group["lr"])] = idle.get(float(group["lr"]), 0) + size
+    if idle:
+        return [f"{size:,} parameters with a learning rate of {rate:.3g} are frozen" for rate, size in idle.items()]
+    if lost:
+        return [
+            f"{lost:,} of {sum(trainable.values()):,} trainable parameters are in no optimizer: they will not change"
+        ]
+    return []
+
+
+def chunked_norms(pl_module: L.LightningModule) -> list[str]:
+    """Towers whose batch norms see a chunk where the loss sees the batch: other gradients than the whole batch's."""
+    if not isinstance(pl_module, HasObjective) or not isinstance(pl_module, HasTowers) or pl_module.step.chunks == 1:
+        return []
+    return [
+        f"chunks {pl_module.step.chunks}: tower {name} has batch norms, whose statistics are then of a chunk and not "
+        "of the batch; norms of groups or layers have the same gradients for any chunks"
+        for name, tower in pl_module.towers.items()
+        if looks_at_the_batch(tower)
+    ]
+
+
+def _by_rank(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
+    """What makes losses on several ranks others than on one; the data, norms and losses that ship do not."""
+    if trainer.world_size == 1:
+        return []
+    differ = f"on {trainer.world_size} ranks losses differ from those on another number of ranks"
+    lines = [f"{name} {does}: {differ}" for name, does in by_rank(pl_module).items()]
+    names = list(drawn_by_rank(pl_module))
+    more = f" and {len(names) - 1} more draw" if len(names) > 1 else " draws"
+    return [*lines, f"{names[0]}{more} dropout by rank: {differ} by this draw"] if names else lines
+
+
+def _nothing_logged(trainer: L.Trainer) -> str:
+    return "" if trainer.loggers else "nothing is logged: trainer.logger leaves no logger"
+
+
+def _unused_terms(pl_module: L.LightningModule) -> list[str]:
+    if not isinstance(pl_module, HasObjective):
+        return []
+    unused = [name for name, factor in pl_module.step.mix.items() if factor == 0]
+    return [f"mix {name}: 0: the term is computed and thrown away" for name in unused]
+
+
+def _unused_modalities(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
+    """What the data reads for nobody, and towers that nothing reaches, of a recipe that says what it reads."""
+    reads = getattr(pl_module, "reads", None)
+    there = getattr(data_now(trainer), "modalities", ()) if trainer.datamodule is not None else ()  # type: ignore[attr-defined]
+    if not isinstance(pl_module, HasTowers) or reads is None or not there:
+        return []
+    used = {*pl_module.towers, *reads}
+    lines = [
+        f"the data has {m}, and no tower reads it: it is loaded for nothing (model.towers.{m}, or other data)"
+        for m in there
+        if m not in used and not m.endswith(NEGATIVE)
+    ]
+    return lines + [
+        f"tower {m} gets no input: the data has {', '.join(there)}" for m in pl_module.towers if m not in there
+    ]
+
+
+def _still(first: list[torch.Tensor], last: list[torch.Tensor], steps: int) -> list[str]:
+    """Where the loss is no lower than it began, by a hundredth at least: what has a chance level is still at it."""
+    if len(first) < _FEW or not last:
+        return []
+    began, now = (
+        float(torch.stack(losses).mean()) for losses in (first, last)
+    )  # the first and only wait for the device
+    if not (began > 0 and now > 0.99 * began):  # losses below zero are no errors, such as those of rewards
+        return []
+    return [f"after {steps} steps the loss is {now / began:.1%} of what it began with: nothing is learned so far"]
+
+
+@torch.no_grad()
+def _alike(trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> list[str]:
+    """Where embeddings are the same whatever is embedded."""
+    compiled = any(module._compiled_call_impl is not None for module in pl_module.modules())  # it would be once more
+    if not isinstance(pl_module, Embeds) or not isinstance(batch, Batch) or compiled:
+        return []
+    was = pl_module.training
+    pl_module.eval()  # draws nothing at random, and counts nothing into the norms
+    try:
+        with trainer.precision_plugin.forward_context():
+            found = pl_module.embed(batch.select(slice(0, 64)))
+    finally:
+        pl_module.train(was)
+    lines = []
+    for name, z_BD in found.items():
+        if z_BD.ndim != 2:
+            continue
+        z_BD = z_BD[z_BD.norm(dim=1) > 0.5].float()  # of what is absent they are zero
+        if len(z_BD) > 1:
+            cosine = (z_BD.sum(0).square().sum() - len(z_BD)) / (len(z_BD) * (len(z_BD) - 1))
+            if float(cosine) > 0.99:
+                lines.append(
+                    f"the embeddings of {name} are all alike (mean cosine {float(cosine):.3f}): they have collapsed"
+                )
+    return lines
+
+
+def _validation(trainer: L.Trainer, total: float) -> str:
+    by_clock = trainer._val_check_time_interval is not None  # type: ignore[attr-defined]
+    if not trainer.enable_validation or by_clock:
+        return ""
+    first = first_validation(trainer)
+    run = total * trainer.accumulate_grad_batches
+    if first <= run or not math.isfinite(run):
+        return ""
+    steps = f"{math.ceil(first / trainer.accumulate_grad_batches):,}" if math.isfinite(first) else "more"
+    return f"the first validation is due after {steps} steps and the run has {total:,.0f}: it never runs"

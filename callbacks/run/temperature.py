@@ -1,0 +1,91 @@
+"""A higher temperature for the end of a run. No letters: scales are scalars."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+
+from descant.modules.core.protocols import Scaled
+from descant.modules.engine.trainer import run_steps
+
+
+class Temperature(Callback):
+    """Divide every learned scale of the losses by a factor late in the run, and hold it there.
+
+        s_t = learned s_t        before step t* = ceil(at * steps of the run)
+        s_t = s_t* / factor      from then on, whatever its gradient says
+
+    A contrastive loss of small scale (a high temperature) looks at all negatives and not at the nearest, so what tells
+    one modality from the other costs more: training on with it narrows the gap between them (Liang et al. 2022,
+    arXiv 2203.02053, section 4; as a remedy in arXiv 2502.04263). What it does is part of the checkpoint, so a resumed
+    run holds the same scale.
+
+    Args:
+        factor: by which a scale is divided and a temperature multiplied.
+        at: share of the run's steps after which.
+
+    Raises:
+        ValueError: if the factor is not positive, or ``at`` is not in [0, 1); at setup, if nothing has a learned scale.
+
+    >>> Temperature(factor=0.0)
+    Traceback (most recent call last):
+    ValueError: Temperature: factor 0.0 is not positive; 4 makes the temperature four times as high
+    """
+
+    #: Said twice (by an experiment and an overlay), the last one counts.
+    once = True
+
+    def __init__(self, factor: float = 4.0, at: float = 0.7) -> None:
+        self.factor, self.at, self.held = factor, at, False
+        if factor <= 0:
+            raise ValueError(
+                f"Temperature: factor {factor} is not positive; 4 makes the temperature four times as high"
+            )
+        if not 0 <= at < 1:
+            raise ValueError(f"Temperature: at {at} is no share of the run's steps; 0.7 leaves the last 30 % to it")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"held": self.held}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.held = bool(state_dict["held"])
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit" and not any(True for _ in _scaled(pl_module)):
+            raise ValueError(
+                f"Temperature: nothing in {type(pl_module).__name__} has a learned scale (log_scale); "
+                "InfoNCE and SigLIP have one"
+            )
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # a share of the whole run, which resuming does not change
+        if self.held or trainer.global_step < math.ceil(self.at * run_steps(trainer)):
+            return
+        self.held = True
+        with torch.no_grad():
+            for part in _scaled(pl_module):
+                part.scale()  # which brings it within its bound: that is the scale in use
+                part.log_scale.sub_(math.log(self.factor))
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if self.held:
+            for part in _scaled(pl_module):
+                part.log_scale.grad = None  # no optimizer moves what has no gradient, be it by momentum or by decay
+
+
+def _scaled(module: nn.Module) -> Iterator[Scaled]:
+    """All parts with a learned scale, in the order of the module."""
+    for part in module.modules():
+        scale = dict(part.named_parameters(recurse=False)).get("log_scale")
+        if scale is not None and scale.requires_grad:
+            yield cast(Scaled, part)

@@ -1,0 +1,296 @@
+"""How fast a run is, how long it waits for data, and how much of the machine it uses.
+
+Letters: B rows, N and M sides of a matrix product.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from descant.modules.engine.trainer import log_interval
+
+#: The CPU's fused attention is missing from torch's table of formulas.
+_ATTENTION_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_ATTENTION_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def image_shapes(batch: Any) -> str:
+    """Of a batch with ``inputs``: the shapes ``[C, H, W]`` of its images, since what a step costs depends on them.
+
+    >>> from types import SimpleNamespace
+    >>> image_shapes(SimpleNamespace(inputs={"image": torch.zeros(2, 3, 8, 8), "text": torch.zeros(2, 5)}))
+    'image 3x8x8'
+    """
+    inputs = getattr(batch, "inputs", None) or {}
+    shapes = {name: x.shape[1:] for name, x in inputs.items() if isinstance(x, Tensor) and x.dim() >= 4}
+    return ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
+
+
+def count_rows(batch: Any) -> int:
+    """Rows of a batch: of a :class:`Batch`, a tensor, or the first tensor of a mapping or sequence; else 0.
+
+    >>> count_rows((torch.zeros(4, 2), torch.zeros(4))), count_rows({"x": torch.zeros(3, 1)}), count_rows(0)
+    (4, 3, 0)
+    """
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.ndim else 1
+    if isinstance(batch, Mapping):
+        batch = tuple(batch.values())
+    if isinstance(batch, list | tuple):
+        return next((n for n in map(count_rows, batch) if n), 0)
+    return len(batch) if hasattr(batch, "__len__") and not isinstance(batch, str | bytes) else 0
+
+
+class Meter:
+    """Rows and seconds of training, split into work and waiting for data; evaluation counts as neither.
+
+    Waiting is the time from the end of one micro-batch to the start of the next. What the trainer does there
+    besides fetching (schedulers, loggers) is in it too, so it is an upper bound.
+
+    >>> meter = Meter()
+    >>> meter.wait(0.0); meter.work(1.0); meter.done(4.0, rows=8); meter.work(5.0); meter.done(6.0, rows=8)
+    >>> meter.rows, meter.seconds, meter.waited, round(meter.rows_per_second, 2), round(meter.data_wait, 2)
+    (16, 6.0, 2.0, 2.67, 0.33)
+    """
+
+    def __init__(self) -> None:
+        self.rows = self.batches = 0
+        self.seconds = self.waited = 0.0
+        self._waiting: float | None = None
+        self._working: float | None = None
+
+    def wait(self, now: float | None) -> None:
+        """From ``now`` the loop waits for data; None: what follows (an evaluation) is not counted."""
+        self._waiting = now
+
+    def work(self, now: float) -> None:
+        """A micro-batch begins."""
+        if self._waiting is not None:
+            self.waited += now - self._waiting
+            self.seconds += now - self._waiting
+        self._working, self._waiting = now, None
+
+    def done(self, now: float, rows: int) -> None:
+        """A micro-batch ends."""
+        if self._working is not None:
+            self.seconds += now - self._working
+        self.rows, self.batches, self._working, self._waiting = self.rows + rows, self.batches + 1, None, now
+
+    def clear(self) -> None:
+        """A new window; a wait that has begun goes on."""
+        self.rows, self.batches, self.seconds, self.waited = 0, 0, 0.0, 0.0
+
+    @property
+    def rows_per_second(self) -> float:
+        return self.rows / self.seconds if self.seconds > 0 else math.nan
+
+    @property
+    def data_wait(self) -> float:
+        """Waiting as a share of the time, 0 to 1."""
+        return self.waited / self.seconds if self.seconds > 0 else math.nan
+
+
+class FlopCount(TorchDispatchMode):
+    """Adds up the floating-point operations of the matrix products, convolutions and attention inside it.
+
+    A product ``[B, N] x [N, M]`` counts ``2 B N M``. Formulas are torch's own (``torch.utils.flop_counter``);
+    unlike FlopCounterMode it decomposes no operator and hooks no module, so the counted step computes bit for
+    bit what an uncounted one does. Kernels without a formula (custom, Triton, bitsandbytes) count nothing.
+
+    >>> with FlopCount() as count:
+    ...     _ = torch.zeros(5, 3) @ torch.zeros(3, 2)
+    >>> count.flops
+    60
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        packet = getattr(func, "_overloadpacket", None)
+        if packet is _ATTENTION_CPU:
+            count: Any = sdpa_flop_count
+            self.flops += count(*(x.shape for x in args[:3]))
+        elif packet is _ATTENTION_CPU_BACKWARD:
+            count = sdpa_backward_flop_count
+            self.flops += count(*(x.shape for x in args[:4]))
+        elif packet in flop_registry:
+            self.flops += int(flop_registry[packet](*args, **kwargs, out_val=out))
+        return out
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.25) -> float:
+    """The best rate of a square matrix product on this device, in FLOP/s.
+
+    Sizes double while the budget lasts and are then measured in turn, so that a disturbance does not hit one
+    size alone. Random numbers come from a generator of its own: the run's stay as they are.
+
+    >>> matmul_peak(torch.device("cpu"), torch.float32, seconds=0.01) > 0
+    True
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    end = time.perf_counter() + seconds
+    squares: list[Tensor] = []
+    best = last = 0.0
+    n = 128
+    # a doubled product takes up to eight times as long: stop before one that would outlast the budget
+    while n <= 8192 and time.perf_counter() + 2 * 8 * last < end:
+        x_NN = torch.randn(n, n, generator=generator, device=device).to(dtype)
+        _time_matmul(x_NN)  # the first call of a size chooses and loads its kernel
+        last = _time_matmul(x_NN)
+        best = max(best, 2 * n**3 / last)
+        squares.append(x_NN)
+        n *= 2
+    while time.perf_counter() < end:
+        for x_NN in squares[-2:]:
+            best = max(best, 2 * x_NN.shape[0] ** 3 / _time_matmul(x_NN))
+    return best
+
+
+@torch.no_grad()
+def _time_matmul(x_NN: Tensor) -> float:
+    _wait_for(x_NN.device)
+    start = time.perf_counter()
+    x_NN @ x_NN
+    _wait_for(x_NN.device)
+    return max(time.perf_counter() - start, 1e-9)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    """The type that matrix products run in at a Trainer's ``precision``.
+
+    >>> compute_dtype("bf16-mixed"), compute_dtype("32-true")
+    (torch.bfloat16, torch.float32)
+    """
+    if precision.startswith("bf16"):
+        return torch.bfloat16
+    if precision.startswith("64"):
+        return torch.float64
+    return torch.float16 if precision.startswith("16") else torch.float32
+
+
+class Throughput(L.Callback):
+    """Logs speed at every logging step, each figure over the steps since the last one.
+
+    * ``speed/samples_per_second``: rows of all ranks, evaluation left out.
+    * ``speed/data_wait``: share of the time spent waiting for data, 0 to 1.
+    * ``speed/mfu``: model FLOPs utilisation of one device,
+      ``flops_per_step * steps_per_second / peak_flops``.
+
+    ``flops_per_step`` is counted once for each shape of images, in the forward and backward of the first real
+    micro-batch that has it (times those of an optimizer step); nothing is run twice. It includes what activation
+    checkpointing recomputes and what a probe differentiates. A compiled model runs its counted micro-batch
+    uncompiled, since a compiler that meets a counter gives up on the model for the rest of the run. The count
+    travels in the checkpoint, so a resumed run counts nothing.
+
+    Args:
+        peak_flops: FLOP/s of the device; measured for a quarter of a second at the start of the fit (a matrix
+        product
+            in the run's precision) where None.
+
+    Raises:
+        ValueError: if ``peak_flops`` is not positive.
+    """
+
+    #: Said twice (by an experiment and an overlay), the last one counts.
+    once = True
+
+    def __init__(self, peak_flops: float | None = None) -> None:
+        if peak_flops is not None and not peak_flops > 0:
+            raise ValueError(f"peak_flops {peak_flops} is not a positive number of FLOP/s")
+        self.peak_flops = peak_flops
+        self.flops_per_step = 0
+        self._flops: dict[str, int] = {}  # by the shapes of a sample's images
+        self._shapes = ""
+        self._peak = 0.0
+        self._meter = Meter()
+        self._step = 0
+        self._count: FlopCount | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"flops_per_step": self.flops_per_step, "flops": dict(self._flops)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.flops_per_step = int(state_dict["flops_per_step"])
+        self._flops = dict(state_dict.get("flops", {}))
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        dtype = compute_dtype(str(trainer.precision))
+        self._peak = self.peak_flops or matmul_peak(pl_module.device, dtype)
+        self._meter = Meter()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._step = trainer.global_step
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._meter.wait(time.perf_counter())
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._meter.work(time.perf_counter())
+        self._shapes = image_shapes(batch)
+        if self.flops_per_step and not self._flops:  # of a checkpoint that held one count
+            self._flops[self._shapes] = self.flops_per_step
+        self.flops_per_step = self._flops.get(self._shapes, 0)
+        if not self.flops_per_step:
+            torch.compiler.set_stance("force_eager")
+            self._count = FlopCount()
+            self._count.__enter__()
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if pl_module.automatic_optimization:  # a manual step may call backward several times
+            self._stop_counting(trainer)
+
+    def _stop_counting(self, trainer: L.Trainer) -> None:
+        if self._count is None:
+            return
+        count, self._count = self._count, None
+        count.__exit__(None, None, None)
+        torch.compiler.set_stance("default")
+        self._flops[self._shapes] = self.flops_per_step = count.flops * trainer.accumulate_grad_batches
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._stop_counting(trainer)
+        stepped, self._step = trainer.global_step > self._step, trainer.global_step
+        logging = stepped and trainer.global_step % log_interval(trainer) == 0
+        if logging:
+            _wait_for(pl_module.device)  # work still queued on the device belongs to this window
+        meter = self._meter
+        meter.done(time.perf_counter(), count_rows(batch))
+        if not logging or meter.seconds <= 0:
+            return
+        values = {
+            "speed/samples_per_second": meter.rows_per_second * trainer.world_size,
+            "speed/data_wait": meter.data_wait,
+        }
+        if self.flops_per_step:
+            steps_per_second = meter.batches / trainer.accumulate_grad_batches / meter.seconds
+            values["speed/mfu"] = self.flops_per_step * steps_per_second / self._peak
+        pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+        meter.clear()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._meter.wait(None)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._stop_counting(trainer)

@@ -1,0 +1,289 @@
+"""Crops of one field: a single volume or scene as a corpus, with its regions held apart.
+
+One scan is one sample; what it has many of is places. Training draws crops anywhere in its region, evaluation takes
+those of a fixed grid in another, and a gap between the two keeps what is judged from touching what was learned.
+Letters: A axes of space, B samples, C channels, N crops of a set, P places (A axes of numbers), S side of a crop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from torch import Tensor
+
+from descant.datamodules.base import BatchDataset, DataModule, Rows
+from descant.datamodules.order import Slot, Window
+from descant.modules.core.batch import Batch
+from descant.modules.core.host import to_device
+from descant.modules.core.rng import mix_N, uniform_NK
+
+#: The sets of such a corpus, which are its regions.
+REGIONS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Box:
+    """The places ``low <= p < high`` on each axis."""
+
+    low: tuple[int, ...]
+    high: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(max(0, high - low) for low, high in zip(self.low, self.high, strict=True))
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        return tuple(slice(low, high) for low, high in zip(self.low, self.high, strict=True))
+
+
+def share_of(mask: np.ndarray, size: int) -> np.ndarray:
+    """Share of True in the crop that begins at each place, on A axes: float64, ``size - 1`` shorter on each.
+
+    >>> share_of(np.array([[0, 1, 1], [0, 1, 1]]) > 0, 2).tolist()
+    [[0.5, 1.0]]
+    """
+    total = mask.astype(np.int64)
+    for axis in range(mask.ndim):  # a sum over a box is a sum over each axis in turn
+        total = np.moveaxis(total, axis, 0)
+        total = np.concatenate([np.zeros_like(total[:1]), np.cumsum(total, axis=0)])
+        total = np.moveaxis(total[size:] - total[:-size], 0, axis)
+    return total / size**mask.ndim
+
+
+class CropSet(BatchDataset):
+    """Crops of some fields that lie over each other: all of ``start_N`` once, or ``samples`` that are drawn of them.
+
+        p_b = start[mix(draw_b, "crop") mod N], crop_b = field[:, p_b ... p_b + S]
+
+    A crop's id, and its key, is the number of its first place in the whole field, whichever set holds it.
+
+    Args:
+        fields: modality -> uint8 ``[C, *space]``, all of one space.
+        start_N: int64, numbers of first places.
+        size: S.
+        samples: crops of an epoch that are drawn anew at each visit; None takes each once, as it lies.
+        flip: with probability 1/2 on each axis, the drawn crop is reversed, in all modalities alike.
+        turn: likewise the last two axes change places: with flips, all eight positions of a square.
+    """
+
+    def __init__(
+        self,
+        fields: Mapping[str, np.ndarray],
+        start_N: np.ndarray,
+        size: int,
+        seed: int,
+        samples: int | None = None,
+        flip: bool = False,
+        turn: bool = False,
+        drop: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(seed, drop)
+        self.fields, self.start_N, self.size, self.samples = dict(fields), start_N, size, samples
+        self.space = next(iter(self.fields.values())).shape[1:]
+        self.flip, self.turn = flip, turn
+
+    def __len__(self) -> int:
+        return len(self.start_N) if self.samples is None else self.samples
+
+    def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
+        return {modality: torch.ones(len(index_N), dtype=torch.bool) for modality in self.fields}
+
+    def ids(self, index_B: np.ndarray, draw_B: np.ndarray) -> np.ndarray:
+        """Which crops some samples are, drawn by these keys."""
+        return self.start_N[index_B if self.samples is None else mix_N(draw_B, "crop") % len(self.start_N)]
+
+    def identity(self, index_B: np.ndarray) -> np.ndarray:
+        """Of samples that are drawn anew at each visit: what the first epoch draws."""
+        return self.ids(index_B, self.draws([Slot(0, int(i), True) for i in index_B]))
+
+    def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
+        id_B = self.ids(index_B, draw_B)
+        inputs = self.crops(id_B)
+        if self.samples is not None:
+            inputs = {modality: self._moved(x, draw_B) for modality, x in inputs.items()}
+        return Rows(inputs, {}, torch.from_numpy(id_B))
+
+    def __getitem__(self, window: Window) -> Batch:
+        batch = super().__getitem__(window)
+        return replace(batch, index=batch.key)  # what this visit drew, not what the first one did
+
+    def crops(self, id_B: np.ndarray) -> dict[str, Tensor]:
+        """Modality -> uint8 ``[B, C, S, ...]`` as they lie in the field."""
+        place_AB = np.unravel_index(id_B, self.space)
+        size, axes = (self.size,) * len(self.space), tuple(range(1, 1 + len(self.space)))
+        at: tuple[Any, ...] = (slice(None), *place_AB)
+        # a view of all crops there are; only those of the batch are copied out of it
+        windows = {modality: sliding_window_view(field, size, axis=axes) for modality, field in self.fields.items()}
+        return {modality: torch.from_numpy(np.moveaxis(x[at], 1, 0).copy()) for modality, x in windows.items()}
+
+    def _moved(self, x: Tensor, draw_B: np.ndarray) -> Tensor:
+        axes = range(2, x.ndim)
+        u_BK = uniform_NK(draw_B, [*(f"crop/flip{axis - 2}" for axis in axes), "crop/turn"])
+        half_KB = (u_BK < 0.5).T.reshape(-1, len(x), *[1] * (x.ndim - 1))
+        if self.flip:
+            for axis in axes:
+                x = torch.where(half_KB[axis - 2], x.flip(axis), x)
+        return torch.where(half_KB[-1], x.transpose(-1, -2), x) if self.turn else x
+
+
+class CropModule(DataModule):
+    """Base of data modules of one field; a subclass says where it comes from, how it is cut, and what is in it.
+
+    A batch holds uint8 ``[B, C, S, ...]`` of each modality, and on the device float32 ``(x - mean) / std``, with mean
+    and deviation of each channel over the crops of ``bank_set``: the training region, and nothing else.
+
+    Args:
+        batch_size, eval_batch_size, num_workers, drop, tiny: as in :class:`DataModule`.
+        size: S. samples: training crops of an epoch.
+        stride: places from one crop of the grids to the next; half of ``size`` where not given.
+        flip, turn: of training crops.
+
+    Raises:
+        ValueError: for a number that is less than 1; at first use, for a region smaller than a crop.
+    """
+
+    #: What each axis of space is called.
+    axes: tuple[str, ...]
+    #: What a crop is asked to hold at least a share of, for the message where none does.
+    content = "content"
+
+    def __init__(
+        self,
+        batch_size: int,
+        eval_batch_size: int,
+        num_workers: int,
+        drop: dict[str, float] | None,
+        tiny: bool,
+        size: int,
+        samples: int,
+        stride: int | None,
+        flip: bool,
+        turn: bool,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, num_workers, drop, tiny)
+        self.size, self.samples, self.stride = size, samples, max(1, size // 2) if stride is None else stride
+        self.flip, self.turn = flip, turn
+        for name, value in (("size", size), ("samples", samples), ("stride", self.stride)):
+            if value < 1:
+                raise ValueError(f"{name} {value}: at least 1")
+
+    # what a subclass says ------------------------------------------------------------------------------------------
+
+    def read(self) -> dict[str, np.ndarray]:
+        """Modality -> uint8 ``[C, *space]``, fetched where it has to be."""
+        raise NotImplementedError
+
+    def cut(self, space: tuple[int, ...], size: int) -> dict[str, Box]:
+        """``train``, ``val`` and ``test`` of a space, for crops of a size."""
+        raise NotImplementedError
+
+    def worth(self) -> tuple[np.ndarray, float]:
+        """Bool ``[*space]``, and the least share of it that a crop is taken with."""
+        return np.ones(self.space, dtype=bool), 0.0
+
+    # the corpus and its splits -------------------------------------------------------------------------------------
+
+    @cached_property
+    def fields(self) -> dict[str, np.ndarray]:
+        """Modality -> uint8 ``[C, *space]``."""
+        return self.read()
+
+    @property
+    def space(self) -> tuple[int, ...]:
+        return next(iter(self.fields.values())).shape[1:]
+
+    @cached_property
+    def regions(self) -> dict[str, Box]:
+        """The box of each set, in which its crops lie whole."""
+        found = self.cut(self.space, self.size)
+        for name, box in found.items():
+            if min(box.shape) < self.size:
+                fits = (s for s in range(self.size, 0, -1) if all(min(b.shape) >= s for b in self._cut(s)))
+                sides = " x ".join(map(str, box.shape))
+                near = next(fits, None)
+                hint = "no size fits" if near is None else f"nearest: {near}"
+                raise ValueError(f"size {self.size}: the {name} region has only {sides} places; {hint}")
+        return found
+
+    def _cut(self, size: int) -> list[Box]:
+        return list(self.cut(self.space, size).values())
+
+    @cached_property
+    def places(self) -> dict[str, np.ndarray]:
+        """Region -> int64, the numbers of all first places whose crop lies in the region and holds enough."""
+        mask, least = self.worth()
+        found = {}
+        for name, box in self.regions.items():
+            share_P = share_of(mask[box.slices], self.size)
+            inside = np.nonzero(share_P >= least)
+            if not len(inside[0]):
+                told = f"the fullest of the {name} region holds {share_P.max():.3f}"
+                raise ValueError(f"{self.content} {least:g}: no crop of {self.size} holds so much; {told}")
+            at = [place + low for place, low in zip(inside, box.low, strict=True)]
+            found[name] = np.ravel_multi_index(at, self.space).astype(np.int64)
+        return found
+
+    def grid(self, region: str) -> np.ndarray:
+        """int64 ``[N]``: those of ``places`` that lie on the grid; where none does, the middle one of them."""
+        id_P, box = self.places[region], self.regions[region]
+        at_AP = np.stack(np.unravel_index(id_P, self.space)) - np.array(box.low)[:, None]
+        on_P = (at_AP % self.stride == 0).all(axis=0)
+        return id_P[on_P] if on_P.any() else id_P[len(id_P) // 2 :][:1]
+
+    @cached_property
+    def statistics(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Modality -> mean and standard deviation ``[C]`` in float32, of the crops of the bank."""
+        found = {}
+        for modality, x in self.bank_set().crops(self.grid("train")).items():
+            count_CV = [np.bincount(channel.flatten().numpy(), minlength=256) for channel in x.unbind(1)]
+            value_V = np.arange(256.0)
+            mean_C = np.array([np.average(value_V, weights=count_V) for count_V in count_CV])
+            square_C = np.array([np.average(value_V**2, weights=count_V) for count_V in count_CV])
+            std_C = np.sqrt(np.maximum(square_C - mean_C**2, 0))
+            std_C[std_C == 0] = 1  # a channel of one value says nothing, and stays finite
+            found[modality] = torch.from_numpy(mean_C).float(), torch.from_numpy(std_C).float()
+        return found
+
+    def training_set(self) -> CropSet:
+        samples = min(self.samples, 256) if self.tiny else self.samples
+        options = {"samples": samples, "flip": self.flip, "turn": self.turn, "drop": self.drop}
+        return CropSet(self.fields, self.places["train"], self.size, self.seed, **options)  # type: ignore[arg-type]
+
+    def bank_set(self) -> CropSet:
+        return CropSet(self.fields, self.grid("train"), self.size, self.seed)
+
+    def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
+        name = "val" if stage == "validate" else "test"
+        return {name: CropSet(self.fields, self.grid(name), self.size, self.seed)}
+
+    # what evaluation asks ------------------------------------------------------------------------------------------
+
+    def _place(self, index: int) -> list[int]:
+        """First place of a crop, by its id."""
+        whole = math.prod(self.space)
+        if not 0 <= index < whole:
+            raise ValueError(f"index {index}: crops have ids from 0 to {whole - 1:,}")
+        return [int(place) for place in np.unravel_index(index, self.space)]
+
+    def describe(self, index: int) -> str:
+        spans = zip(self.axes, self._place(index), strict=True)
+        return ", ".join(f"{axis} {place} to {place + self.size - 1}" for axis, place in spans)
+
+    # numbers on the device -----------------------------------------------------------------------------------------
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        for modality, (mean_C, std_C) in self.statistics.items():
+            x = batch.inputs[modality].float()
+            shape = (-1, *[1] * (x.ndim - 2))
+            batch.inputs[modality] = x.sub_(to_device(mean_C, x.device).view(shape)).div_(
+                to_device(std_C, x.device).view(shape)
+            )
+        return batch

@@ -1,0 +1,200 @@
+"""Fashion-MNIST: small grey pictures of ten kinds of clothes (the Debian package dataset-fashion-mnist).
+
+60,000 pictures to train on, a twelfth of which is kept for validation by a hash of its number, and the usual 10,000
+to test on. Letters: B samples of a batch, N of a set, M of the whole corpus, S pixels out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from descant.datamodules.base import BatchDataset, DataModule, Rows
+from descant.datamodules.prepare.fashion import CLASSES, DEB, SIDE, Pictures
+from descant.datamodules.prepare.package import unpacked
+from descant.modules.core.batch import Batch
+from descant.modules.core.rng import mix_N
+from descant.modules.transforms.image import Crop
+
+#: One training picture in so many is kept for validation: 5,000 of 60,000.
+KEPT = 12
+
+
+class FashionSet(BatchDataset):
+    """Some pictures of the corpus, as they are.
+
+    Args:
+        image: uint8 ``[M, 28, 28]``. label: int64 ``[M]``. Of all M pictures.
+        id_N: which of them are in this set; a picture's place in the corpus is its id.
+    """
+
+    def __init__(
+        self, image: Tensor, label: Tensor, id_N: np.ndarray, seed: int, drop: Mapping[str, float] | None = None
+    ) -> None:
+        super().__init__(seed, drop)
+        self.image, self.label, self.id_N = image, label, id_N
+
+    def __len__(self) -> int:
+        return len(self.id_N)
+
+    def identity(self, index_B: np.ndarray) -> np.ndarray:
+        return self.id_N[index_B]
+
+    def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
+        return {"image": torch.ones(len(index_N), dtype=torch.bool)}
+
+    def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
+        id_B = torch.from_numpy(self.id_N[index_B])
+        return Rows({"image": self.image[id_B, None]}, {"label": self.label[id_B]}, id_B)
+
+
+class Fashion(DataModule):
+    """Fashion-MNIST as one modality, ``image``, with the target ``label``.
+
+    A batch holds uint8 ``[B, 1, 28, 28]``, and on the device float32 ``[B, 1, S, S]`` in -1..1, black around.
+    Evaluation sets: "validate" has ``val``, the twelfth of the training pictures that comes first by
+    ``mix(i, "fashion/split")`` and is left out of training; "test" has ``test``, the usual 10,000.
+
+    The package is fetched once by ``apt-get download``, or given as a file, and unpacked into the cache (30 MB).
+
+    Args:
+        batch_size: rows of one whole optimizer step.
+        eval_batch_size: rows of an evaluation batch on each rank.
+        num_workers: processes that read ahead; the corpus is in memory, so 0 is best.
+        drop: modality -> probability that a training sample is made absent.
+        tiny: 600 + 100 drawn pictures of the same shapes, for tests and for `check`; nothing is fetched.
+        size: S, 32 (two black pixels around) or 28.
+        augment: training's view, on the device; none where not given.
+        limit: training pictures that are used, the first in the order of the split; all where not given.
+        bank: training pictures that k-NN and probes are fitted on, at most; all where not given.
+        deb: the package as a file; asked of apt where not given.
+        accept: SHA-256 of packages to believe beside the known ones.
+        cache: folder to keep the corpus in.
+
+    Raises:
+        ValueError: for a size or number that cannot be, or without the package.
+
+    >>> data = Fashion(tiny=True, batch_size=8)
+    >>> batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+    >>> batch.inputs["image"].shape, len(data.training_set()), len(data.evaluation_sets("validate")["val"])
+    (torch.Size([8, 1, 32, 32]), 550, 50)
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 256,
+        eval_batch_size: int = 512,
+        num_workers: int = 0,
+        drop: dict[str, float] | None = None,
+        tiny: bool = False,
+        size: int = 32,
+        augment: Crop | None = None,
+        limit: int | None = None,
+        bank: int | None = 20_000,
+        deb: str | None = None,
+        accept: list[str] | None = None,
+        cache: str | None = None,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, num_workers, drop, tiny)
+        self.size, self.augment, self.limit, self.bank = size, augment, limit, bank
+        self.deb, self.accept, self.cache = deb, accept, cache
+        if size not in (SIDE, 32):
+            near = SIDE if abs(size - SIDE) <= abs(size - 32) else 32
+            raise ValueError(f"size {size}: the pictures have {SIDE} pixels, 32 with black around; nearest: {near}")
+        if augment is not None and augment.size != size:
+            raise ValueError(f"augment.size {augment.size} is not the data's size {size}")
+        for name, count in (("limit", limit), ("bank", bank)):
+            if count is not None and count < 1:
+                raise ValueError(f"{name} {count}: at least 1 picture, or none given for all")
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return ("image",)
+
+    @property
+    def classes(self) -> dict[str, list[str]]:
+        return {"label": CLASSES}
+
+    # the corpus and its splits -------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Fetch and unpack, on one rank of a machine; the others wait."""
+        if not self.tiny:
+            unpacked(DEB, self.deb, self.accept or (), self.cache)
+
+    @cached_property
+    def parts(self) -> tuple[Pictures, Pictures]:
+        """To train on, and to test on."""
+        if self.tiny:
+            return synthetic(600, 0), synthetic(100, 1)
+        folder = unpacked(DEB, self.deb, self.accept or (), self.cache)
+        return Pictures.load(folder, "train"), Pictures.load(folder, "t10k")
+
+    @cached_property
+    def image(self) -> Tensor:
+        """uint8 ``[M, 28, 28]``: training pictures, then those of the test."""
+        return torch.from_numpy(np.concatenate([part.image for part in self.parts]))
+
+    @cached_property
+    def label(self) -> Tensor:
+        """int64 ``[M]``."""
+        return torch.from_numpy(np.concatenate([part.label for part in self.parts]))
+
+    @cached_property
+    def order_N(self) -> np.ndarray:
+        """Ids of the training pictures by their hash: the first twelfth validates, ``limit`` cuts the rest short."""
+        return np.argsort(mix_N(np.arange(len(self.parts[0])), "fashion/split"), kind="stable")
+
+    @property
+    def _train_N(self) -> np.ndarray:
+        return self.order_N[len(self.order_N) // KEPT :][: self.limit]
+
+    def _set(self, id_N: np.ndarray, drop: Mapping[str, float] | None = None) -> FashionSet:
+        return FashionSet(self.image, self.label, id_N, self.seed, drop)
+
+    def training_set(self) -> FashionSet:
+        return self._set(self._train_N, self.drop)
+
+    def bank_set(self) -> FashionSet:
+        return self._set(self._train_N[: self.bank])
+
+    def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
+        if stage == "validate":
+            return {"val": self._set(np.sort(self.order_N[: len(self.order_N) // KEPT]))}
+        return {"test": self._set(np.arange(len(self.order_N), len(self.label)))}
+
+    # what evaluation asks ------------------------------------------------------------------------------------------
+
+    def describe(self, index: int) -> str:
+        return f"{CLASSES[int(self.label[index])]} {index}"
+
+    def picture(self, index: int) -> Tensor:
+        return self.image[index].expand(3, -1, -1).clone()
+
+    # pixels on the device ------------------------------------------------------------------------------------------
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        around = (self.size - SIDE) // 2
+        x_B1SS = F.pad(batch.inputs["image"], (around,) * 4)
+        if self.augment is not None and self.trainer is not None and self.trainer.training:
+            batch.inputs["image"] = self.augment(x_B1SS, batch.draw)
+        else:
+            batch.inputs["image"] = x_B1SS.float().div_(127.5).sub_(1)
+        return batch
+
+
+def synthetic(pictures: int, seed: int) -> Pictures:
+    """Ten classes that can be learned: a soft bar through the middle, its angle the class; width and shade vary."""
+    random = np.random.default_rng(seed)
+    label = np.arange(pictures) % len(CLASSES)
+    y, x = np.meshgrid(np.linspace(-1, 1, SIDE), np.linspace(-1, 1, SIDE), indexing="ij")
+    angle_N11 = (np.pi * label / len(CLASSES))[:, None, None]
+    across = x * np.sin(angle_N11) - y * np.cos(angle_N11)
+    width_N11, shade_N11 = random.uniform(0.1, 0.3, (pictures, 1, 1)), random.uniform(150, 255, (pictures, 1, 1))
+    shape = shade_N11 * np.exp(-((across / width_N11) ** 2)) * (np.hypot(x, y) < 0.9)
+    return Pictures(np.clip(shape + random.normal(0, 4, shape.shape), 0, 255).astype(np.uint8), label)

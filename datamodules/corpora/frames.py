@@ -1,0 +1,359 @@
+"""Stills, stacks of slices and clips, asked about in one layout: every frame is a picture of its own, in turn.
+
+What is asked of a stack or a clip no single frame can answer. Letters: B samples of a batch, F frames, N problems,
+S pixels of a side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from descant.datamodules.base import BatchDataset
+from descant.datamodules.corpora.emoji import DEVELOPMENT_VENDOR, VENDORS
+from descant.datamodules.corpora.volumes import Volumes
+from descant.datamodules.mixture import MixedOrder, Shares, require_temperature, tempered
+from descant.datamodules.names import require_known
+from descant.datamodules.order import Order
+from descant.datamodules.tasks.dialogues import SPLITS, in_split
+from descant.datamodules.tasks.questions import Problems, Questions, QuestionSet
+from descant.datamodules.tasks.rollout_buffer import RolledDialogues
+from descant.modules.core.batch import Batch
+from descant.modules.core.host import derived
+from descant.modules.core.rng import mix_N, uniform_N
+
+PLACES = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
+WAYS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
+
+
+class Source:
+    """Where frames come from: ``asks`` a question with its answer, and ``shows`` uint8 RGBA ``[F, 4, S, S]``.
+
+    What is asked is of the problem's key alone; ``visit`` is drawn anew each time it is shown in training.
+    """
+
+    frames: int = 1
+    #: Asked instead of the source's own question: which one it is by its ``name``, or of what ``group``.
+    about: Literal["name", "group"] | None = None
+
+    def prepare(self) -> None:
+        """Fetches what it shows, on one rank of a machine: what is set here, other ranks lack."""
+
+    def join(self, data: Frames) -> None:
+        """Takes over what is said of the whole data, in every process that shows frames."""
+
+    def asks(self, data: Frames, concept: int, others: np.ndarray, key: int) -> tuple[str, str]:
+        if self.about is None:
+            return self.own(key)
+        return Questions.wording(data, self.about, concept, 0, others, 0, key)
+
+    def own(self, key: int) -> tuple[str, str]:
+        raise NotImplementedError
+
+    def shows(
+        self, data: Frames, concept: int, others: np.ndarray, vendors: Sequence[int], key: int, visit: int
+    ) -> Tensor:
+        raise NotImplementedError
+
+
+class Stills(Source):
+    """One drawing, and four names or kinds to choose from.
+
+    Args:
+        about: what is asked: which one it is by its ``name``, or of what ``group``.
+    """
+
+    def __init__(self, about: Literal["name", "group"] = "name") -> None:
+        self.about = about
+
+    def shows(
+        self, data: Frames, concept: int, others: np.ndarray, vendors: Sequence[int], key: int, visit: int
+    ) -> Tensor:
+        return data.drawing(_one(vendors, visit, 0), concept)[None]
+
+
+class Stacks(Source):
+    """Slices that show one thing, each as another vendor draws it, but for one slice: which one?
+
+    Args:
+        frames: slices, 3 to 8.
+        about: asked instead, of slices that all show one thing: as of Stills.
+
+    Raises:
+        ValueError: for fewer or more.
+    """
+
+    def __init__(self, frames: int = 4, about: Literal["name", "group"] | None = None) -> None:
+        if not 3 <= frames <= len(PLACES):
+            raise ValueError(f"Stacks: frames {frames}: from 3 to {len(PLACES)}")
+        self.frames, self.about = frames, about
+
+    #: The question.
+    asked = "which slice is another thing?"
+
+    def _odd(self, key: int) -> int:
+        return int(_uniform(key, "frames/odd") * self.frames)
+
+    def own(self, key: int) -> tuple[str, str]:
+        return self.asked, PLACES[self._odd(key)]
+
+    def shows(
+        self, data: Frames, concept: int, others: np.ndarray, vendors: Sequence[int], key: int, visit: int
+    ) -> Tensor:
+        odd = self._odd(key) if self.about is None else -1
+        shown = [int(others[0]) if f == odd else concept for f in range(self.frames)]
+        return torch.stack([data.drawing(_one(vendors, visit, f), one) for f, one in enumerate(shown)])
+
+
+class Slices(Stacks):
+    """Level slices of a real volume, from below to above, but for one of another place: which one?
+
+    A problem of training is asked of the training region of the brain, one to choose by or to test by of theirs.
+
+    Args:
+        volumes: of crops as large as frames.
+        frames: slices, 3 to 8.
+    """
+
+    asked = "which slice is of another place?"
+
+    def __init__(self, volumes: Volumes, frames: int = 4) -> None:
+        super().__init__(frames)
+        self.volumes = volumes
+
+    def join(self, data: Frames) -> None:
+        self.volumes.tiny = self.volumes.tiny or data.tiny
+        if self.volumes.size != data.size:
+            raise ValueError(f"volumes.size {self.volumes.size} is not the frames' size {data.size}")
+
+    def prepare(self) -> None:
+        self.volumes.prepare_data()
+
+    def shows(
+        self, data: Frames, concept: int, others: np.ndarray, vendors: Sequence[int], key: int, visit: int
+    ) -> Tensor:
+        region = next(name for name in SPLITS if in_split(np.array([key]), name))
+        place_P = self.volumes.places["test" if data.unseen_C[concept] else region]
+        own, odd = self._crop(place_P, visit, "place"), self._odd(key)
+        # of a few the one that looks most different: at the rim of the head most do not
+        there = [self._crop(place_P, visit, f"other{attempt}")[odd] for attempt in range(4)]
+        own[odd] = max(there, key=lambda x_SS: float(np.abs(x_SS.astype(int) - own[odd]).mean()))
+        x = torch.full((self.frames, 4, data.size, data.size), 255, dtype=torch.uint8)
+        x[:, :3] = torch.from_numpy(own)[:, None]
+        return x
+
+    def _crop(self, place_P: np.ndarray, visit: int, what: str) -> np.ndarray:
+        """uint8 ``[F, S, S]``: the slices of a crop that is drawn."""
+        S = self.volumes.size
+        a, b, c = self.volumes._place(int(place_P[int(_uniform(visit, f"frames/{what}") * len(place_P))]))
+        levels = [c + f * (S - 1) // (self.frames - 1) for f in range(self.frames)]
+        return np.stack([self.volumes.fields["t1"][0, a : a + S, b : b + S, level] for level in levels])
+
+
+class Clips(Source):
+    """A drawing of half the size that moves: which way?
+
+    Args:
+        frames: 2 to 64; the longer the slower it moves.
+        about: asked instead, of what moves: as of Stills.
+
+    Raises:
+        ValueError: for fewer or more.
+    """
+
+    def __init__(self, frames: int = 8, about: Literal["name", "group"] | None = None) -> None:
+        if not 2 <= frames <= 64:
+            raise ValueError(f"Clips: frames {frames}: from 2 to 64")
+        self.frames, self.about = frames, about
+
+    def own(self, key: int) -> tuple[str, str]:
+        return "which way does it move?", list(WAYS)[int(_uniform(key, "frames/way") * len(WAYS))]
+
+    def shows(
+        self, data: Frames, concept: int, others: np.ndarray, vendors: Sequence[int], key: int, visit: int
+    ) -> Tensor:
+        half, room = data.size // 2, data.size - data.size // 2
+        drawing = data.drawing(_one(vendors, visit, 0), concept, half)
+        way = WAYS[self.own(key)[1]]
+        aside = round(_uniform(visit, "frames/aside") * room)
+        canvas = torch.zeros(self.frames, 4, data.size, data.size, dtype=torch.uint8)
+        for f in range(self.frames):
+            gone = round(f / (self.frames - 1) * room)
+            top, left = (aside if step == 0 else gone if step > 0 else room - gone for step in way)
+            canvas[f, :, top : top + half, left : left + half] = drawing
+        return canvas
+
+
+def _uniform(key: int, purpose: str) -> float:
+    return float(uniform_N(np.array([key]), purpose)[0])
+
+
+def _one(vendors: Sequence[int], visit: int, frame: int) -> int:
+    """Who draws a frame."""
+    return int(vendors[int(_uniform(visit, f"frames/vendor{frame}") * len(vendors))])
+
+
+class FrameSet(QuestionSet):
+    """Problems as frames and dialogues: ``<bos> <image> ... <image> question <answer> answer <eos>``."""
+
+    data: Frames
+
+    def __init__(self, data: Frames, *args: Any, **kwargs: Any) -> None:
+        super().__init__(data, *args, **kwargs)
+        data.join()
+
+    def front(self, of: Any, question: str) -> list[int]:
+        ids, frames = self.data.asked(question), self.data.sources[of[0]].frames
+        at = ids.index(self.data.codec.vocabulary)
+        return [*ids[:at], *ids[at : at + 1] * frames, *ids[at + 1 :]]
+
+    def _canvas(
+        self, p: Problems, vendor_B: np.ndarray, other_B: np.ndarray, count_B: np.ndarray, visit_B: np.ndarray
+    ) -> Tensor:
+        """uint8 RGBA ``[B, F, 4, S, S]``, empty behind the frames that there are."""
+        data, other_B3 = self.data, self._others(p)
+        x = torch.zeros(len(p), data.most, 4, data.size, data.size, dtype=torch.uint8)
+        for b, (kind, concept, key, visit) in enumerate(zip(p.kind_N, p.concept_N, p.key_N, visit_B, strict=True)):
+            source = data.sources[data.every[kind]]
+            shown = source.shows(data, int(concept), other_B3[b], self.vendors.tolist(), int(key), int(visit))
+            x[b, : len(shown)] = shown
+        return x
+
+
+class Frames(Questions):
+    """Questions about emoji in stills, stacks and clips; more of one than of another, as data of the world is.
+
+    Evaluation sets are those of Questions, for each source: ``still-val``; ``still-problems``, ``still-vendor``,
+    ``still-concept``, and so on. WorstGroup tells which source fares worst.
+
+    Args:
+        sources: name -> where its frames come from; Stills, Stacks and Clips where not given.
+        train: name -> how many problems of it training has; all that there are where not given.
+        alpha: a source's share of training goes as its problems ** alpha; by their number where not given.
+        times: with alpha, how often problems of a small source are seen at most while the others' are seen once.
+        sham: ``permute`` for the control of alpha: as many problems come as often, and which ones is drawn by lot.
+        kwargs: as of Questions, whose kinds are the sources here.
+
+    Raises:
+        ValueError: what Questions raises; for a source of another name, or fewer problems than 1.
+
+    >>> data = Frames(tiny=True, batch_size=8, length=64)
+    >>> batch = next(iter(data.train_dataloader()))
+    >>> batch.inputs["image"].shape, sorted(set((batch.inputs["text"] == data.image_token).sum(dim=1).tolist()))
+    (torch.Size([8, 8, 4, 48, 48]), [1, 4, 8])
+    """
+
+    def __init__(
+        self,
+        sources: dict[str, Source] | None = None,
+        train: dict[str, int] | None = None,
+        alpha: float | None = None,
+        times: float | None = None,
+        sham: Literal["permute"] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.sources = dict(sources or {"still": Stills(), "stack": Stacks(), "clip": Clips()})
+        self.every = tuple(self.sources)
+        super().__init__(**kwargs)
+        require_known("train", list(train or {}), self.every)
+        for name, most in (train or {}).items():
+            if most < 1:
+                raise ValueError(f"train: {name} {most}: 1 is the least; kinds leaves a source out")
+        require_temperature(alpha, times, "sources")
+        self.train, self.alpha, self.times, self.sham = train or {}, alpha, times, sham
+        self.most = max(self.sources[kind].frames for kind in self.kinds)
+
+    def prepare_data(self) -> None:
+        super().prepare_data()
+        self.join()
+        for kind in self.kinds:
+            self.sources[kind].prepare()
+
+    def join(self) -> None:
+        """Tells all sources what is said of the whole data: on every rank, whatever was prepared on one."""
+        for kind in self.kinds:
+            self.sources[kind].join(self)
+
+    def wording(
+        self, kind: str, concept: int, vendor: int, others: np.ndarray, count: int, key: int
+    ) -> tuple[str, str]:
+        return self.sources[kind].asks(self, concept, others, key)
+
+    def training_set(self) -> QuestionSet:
+        found = self._set("train", False, self.vendors, of=FrameSet, random=True)
+        p = found.problems
+        kept = [self._first(p, np.flatnonzero(p.kind_N == self.every.index(kind)), kind) for kind in self.kinds]
+        kept_N = np.concatenate(kept)  # source after source, as the order counts them
+        if self.sham == "permute":
+            kept_N = kept_N[mix_N(p.key_N[kept_N], "frames/sham").argsort(kind="stable")]
+        found.problems = p.where(kept_N)
+        return found
+
+    def _first(self, p: Problems, here: np.ndarray, kind: str) -> np.ndarray:
+        """The problems of one source that training has."""
+        turn = mix_N(p.key_N[here], "frames/train").argsort(kind="stable")
+        return here[turn][: self.train.get(kind, len(here))]
+
+    def sizes(self, problems: Problems) -> list[int]:
+        return [int((problems.kind_N == self.every.index(kind)).sum()) for kind in self.kinds]
+
+    def order(self, data: BatchDataset, **cut: int) -> Order:
+        if self.alpha is None or not isinstance(data, FrameSet):
+            return super().order(data, **cut)
+        sizes = self.sizes(data.problems)
+        weights = tempered(sizes, self.alpha, self.times)
+        return MixedOrder(sizes, self.kinds, weights, sum(sizes), self.batch_size, self.seed, False, None, **cut)
+
+    def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
+        sets: dict[str, BatchDataset] = {}
+        for kind in self.kinds:
+            asks: dict[str, Any] = {"of": FrameSet, "kinds": [kind]}
+            if stage == "validate":
+                sets[f"{kind}-val"] = self._set("val", False, [DEVELOPMENT_VENDOR], **asks)
+            else:
+                sets[f"{kind}-problems"] = self._set("test", False, self.vendors, **asks)
+                sets[f"{kind}-vendor"] = self._set("test", False, [VENDORS[3]], **asks)
+                sets[f"{kind}-concept"] = self._set(None, True, self.vendors, **asks)
+        return sets
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """All frames of a sample are seen alike."""
+        whole = batch.inputs["image"]
+        B, F = whole.shape[:2]
+        batch.inputs["image"], draw_B = whole.flatten(0, 1), batch.draw
+        batch.draw = derived(lambda x_B: x_B.repeat_interleave(F), draw_B)
+        batch = super().on_after_batch_transfer(batch, dataloader_idx)
+        batch.inputs["image"], batch.draw = batch.inputs["image"].unflatten(0, (B, F)), draw_B
+        return batch
+
+
+class FrameRollouts(RolledDialogues, Frames):
+    """Frames whose questions the model answers itself, of each source as many as its share says.
+
+    An epoch is one pass over what was answered; what RolledDialogues and Frames take and raise.
+    """
+
+    def asked_set(self, problems: Problems) -> FrameSet:
+        numbers = [VENDORS.index(v) for v in self.vendors]
+        return FrameSet(self, problems, numbers, np.flatnonzero(~self.unseen_C))
+
+    def fresh(self, round: int, again: int = 0) -> Problems:
+        if self.alpha is None:
+            found: Problems = super().fresh(round, again)
+            return found
+        every: Problems = self.training_problems.problems
+        sizes = self.sizes(every)
+        shares = Shares(tempered(sizes, self.alpha, self.times))
+        tries = round * 64 + again  # a round may ask so often
+        low, high = shares.at(tries * self.items), shares.at((tries + 1) * self.items)
+        taken = []
+        for size, first, start, stop in zip(sizes, np.cumsum([0, *sizes]), low, high, strict=False):
+            here = np.arange(first, first + size)  # by their places, which the sham gives to others
+            for number in range(start // size, -(-stop // size)):  # the source is gone through anew, in another order
+                order = mix_N(every.key_N[here], "pool", self.seed, number).argsort(kind="stable")
+                taken.append(here[order[max(start - number * size, 0) : stop - number * size]])
+        return every.where(np.concatenate(taken))

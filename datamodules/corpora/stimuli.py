@@ -1,0 +1,115 @@
+"""What is known of drawings and their texts in numbers: targets that a readout is measured on.
+
+Letters: N drawings or texts, F = 8 numbers of each, H x W pixels, C channels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from descant.modules.core.rng import salt, uniform_NK
+from descant.modules.transforms.image import over_white
+
+FACTS = 8
+
+
+def visual_facts(x_N4HW: Tensor) -> Tensor:
+    """Colour and shape of RGBA drawings: uint8 ``[N, 4, H, W] -> [N, 8]`` float32.
+
+    Over white: mean red, green and blue, saturation (mean of the largest less the smallest channel), spread of
+    brightness (its standard deviation), and edges (mean of its absolute steps right and down); of the opacity: its
+    mean, and log(width / height) of the box of what is at least half opaque. All 0..1 but the last.
+
+    >>> x_N4HW = torch.zeros(1, 4, 4, 4, dtype=torch.uint8)
+    >>> x_N4HW[0, 0, :2] = x_N4HW[0, 3, :2] = 255  # the upper half is red
+    >>> [round(v, 3) for v in visual_facts(x_N4HW)[0].tolist()]
+    [1.0, 0.5, 0.5, 0.5, 0.333, 0.111, 0.5, 0.693]
+    """
+    facts = []
+    for x in x_N4HW.split(256):  # all as floats would be gigabytes
+        x_bCHW = x.float() / 255
+        rgb_b3HW, alpha_bHW = over_white(x_bCHW), x_bCHW[:, 3]
+        light_bHW = rgb_b3HW.mean(1)
+        colour_b3 = rgb_b3HW.mean((2, 3))
+        saturation_b = (rgb_b3HW.amax(1) - rgb_b3HW.amin(1)).mean((1, 2))
+        spread_b = light_bHW.flatten(1).std(1, correction=0)
+        steps = [light_bHW.diff(dim=dim).abs().mean((1, 2)) for dim in (1, 2)]
+        opaque_bHW = alpha_bHW >= 0.5
+        width_b, height_b = (_extent(opaque_bHW.any(dim)) for dim in (1, 2))
+        others = [saturation_b, spread_b, sum(steps) / 2, alpha_bHW.mean((1, 2)), (width_b / height_b).log()]
+        facts.append(torch.cat([colour_b3, torch.stack(others, dim=1)], dim=1))
+    return torch.cat(facts)
+
+
+def _extent(hit_bW: Tensor) -> Tensor:
+    """Places from the first hit to the last, 1 where there is none."""
+    place_W = torch.arange(1, hit_bW.shape[1] + 1)
+    last_b = (hit_bW * place_W).amax(1)
+    first_b = (hit_bW * place_W.flip(0)).amax(1)
+    return (last_b + first_b - hit_bW.shape[1]).clamp(min=1).float()
+
+
+def text_facts(texts: Sequence[Sequence[str]]) -> Tensor:
+    """What texts are like, whatever they mean: a name and keywords each ``-> [N, 8]`` float32.
+
+    Letters and words of the name, number of keywords, mean letters of a word; and four shares of the distinct words,
+    each of a half of all words that a hash draws.
+
+    >>> text_facts([["grinning face", "happy"]])[0, :4].tolist()
+    [12.0, 2.0, 1.0, 5.666666507720947]
+    """
+    facts = []
+    for name, *keywords in texts:
+        words = sorted(set(_words(" ".join([name, *keywords])))) or [""]
+        own = _words(name)
+        sizes = [sum(map(len, own)), len(own), len(keywords), sum(map(len, words)) / len(words)]
+        bits = [sum(salt(f"fact/{word}") >> k & 1 for word in words) / len(words) for k in range(4)]
+        facts.append([*sizes, *bits])
+    return torch.tensor(facts, dtype=torch.float32)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W\d_]+", text.casefold())
+
+
+def noise_facts(names: Sequence[str]) -> Tensor:
+    """Normal numbers that are a pure function of a name: ``[N, 8]`` float32, to calibrate by.
+
+    >>> bool((noise_facts(["1F600", "1F601"])[1] == noise_facts(["1F601"])[0]).all())
+    True
+    """
+    key_N = np.array([salt(f"noise/{name}") for name in names], dtype=np.uint64)
+    u_NF = uniform_NK(key_N, [f"noise{k}" for k in range(FACTS)])
+    return torch.special.ndtri((u_NF + 2.0**-25).double()).float()
+
+
+def product_facts(a_NF: Tensor, b_NF: Tensor, name: str = "product") -> Tensor:
+    """Products of a random combination of one and a random combination of the other: ``[N, 8]`` float32, standardised.
+
+        y_k = z(z(a) u_k) z(z(b) v_k),   u, v normal and fixed by ``name``
+
+    >>> product_facts(torch.randn(50, 8), torch.randn(50, 8)).std(0, correction=0).round(decimals=4).unique()
+    tensor([1.])
+    """
+    u_FF, v_FF = (noise_facts([f"{name}/{side}/{k}" for k in range(FACTS)]) for side in "ab")
+    return _z(_z(_z(a_NF) @ u_FF) * _z(_z(b_NF) @ v_FF))
+
+
+def _z(x_NF: Tensor) -> Tensor:
+    std_F, mean_F = torch.std_mean(x_NF, dim=0, correction=0)
+    return (x_NF - mean_F) / std_F.where(std_F > 0, torch.ones_like(std_F))
+
+
+def valence_facts(hexcodes: Sequence[str], rated: Mapping[str, Sequence[Any]]) -> Tensor:
+    """Mean valence by hexcode, ``[N]`` float32: nan where none of a concept's words is rated.
+
+    >>> valence_facts(["1F600", "1F699"], {"1F600": [2.0, 3]}).tolist()
+    [2.0, nan]
+    """
+    return torch.tensor([float(rated[code][0]) if code in rated else float("nan") for code in hexcodes])

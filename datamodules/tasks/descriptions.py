@@ -1,0 +1,54 @@
+"""Emoji and what can be said of them: captions for a language model that sees, before anybody asks it anything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from descant.datamodules.tasks.questions import Questions
+from descant.modules.core.rng import salt, uniform_NK
+from descant.modules.transforms.image import BASIC_COLOURS
+
+#: Keywords of a caption at most.
+WORDS = 4
+
+
+class Descriptions(Questions):
+    """Captions: name, kind, colour where it is clear, and some keywords, such as ``red apple, food drink, red, fruit``.
+
+    In the form of Questions, ``<bos> <image> what does it show? <answer> caption <eos>``, so that what learns one
+    learns the other; eight captions of each concept. Sets are those of Questions: concepts that its test asks of are
+    in no caption that is trained on.
+
+    Args:
+        kwargs: as of Questions, whose kinds of questions there are none of.
+
+    Raises:
+        ValueError: what Questions raises.
+
+    >>> data = Descriptions(tiny=True, batch_size=8)
+    >>> data.wording("name", 0, 0, np.arange(1, 4), 0, key=7)
+    ('what does it show?', 'keycap: #, symbols, grey')
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(kinds=["name"], think=False, **kwargs)
+
+    def keys_of(self, kind_N: np.ndarray, concept_N: np.ndarray, variant_N: np.ndarray) -> np.ndarray:
+        return super().keys_of(kind_N, concept_N, variant_N) ^ (salt("described") >> 1)
+
+    def wording(
+        self, kind: str, concept: int, vendor: int, others: np.ndarray, count: int, key: int
+    ) -> tuple[str, str]:
+        row = self.pack.rows[concept]
+        words = [row["names"]["en"], row["group"].replace("-", " ")]
+        colour = self.colour_VC[vendor, concept]
+        if colour >= 0:
+            words.append(list(BASIC_COLOURS)[colour])
+        more = [word for word in row["keywords"]["en"] or [] if word.strip() and word not in words]
+        if more:
+            u_K = uniform_NK(np.array([key]), [f"described/{k}" for k in range(len(more) + 1)])[0].numpy()
+            order = u_K[:-1].argsort()[: 1 + int(u_K[-1] * WORDS)]
+            words += [more[k] for k in order]
+        return "what does it show?", ", ".join(words)

@@ -1,0 +1,106 @@
+"""``descant check``: everything that fit does up to the first step, and what a step needs, in a scratch folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+
+from descant.callbacks.run.throughput import count_rows
+from descant.cli.estimate import estimate
+from descant.modules.core.batch import Batch
+from descant.modules.engine.trainer import data_now, run_steps
+from descant.recipes.base.recipe import Recipe
+
+
+class Checked(Exception):
+    """Raised at the first step: the configuration works."""
+
+
+class Check(L.Callback):
+    """Stops at the first step and keeps what there is to say about the run."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, Recipe)
+        self.lines = [*_model(pl_module), *_data(trainer), *_terms(trainer, pl_module), *_optimizers(trainer)]
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if isinstance(batch, Batch):
+            try:
+                self.lines += estimate(trainer, pl_module, batch).lines()
+            except torch.OutOfMemoryError:
+                self.lines.append(
+                    f"memory     half a batch of {count_rows(batch):,} rows is more than {pl_module.device} has"
+                )
+        raise Checked
+
+
+def _model(model: L.LightningModule) -> list[str]:
+    total, trainable = _count(model)
+    lines = [f"recipe     {type(model).__name__}, {total:,} parameters, {trainable:,} of them trained"]
+    towers = getattr(model, "towers", None)
+    if isinstance(towers, nn.Module):
+        for name, tower in towers.named_children():
+            lines.append(f"tower      {name}: {type(tower).__name__}, {_count(tower)[0]:,} parameters")
+    return lines
+
+
+def _data(trainer: L.Trainer) -> list[str]:
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    steps = run_steps(trainer)
+    lines = [f"data       {type(data).__name__}, {trainer.num_training_batches} batches an epoch, {steps:.0f} steps"]
+    if hasattr(data, "training_set"):
+        lines[0] += f", {len(data.training_set()):,} samples, batch_size {data.batch_size}"
+        sets = {
+            f"{stage}/{name}": len(s)
+            for stage in ("validate", "test")
+            for name, s in data.evaluation_sets(stage).items()
+        }
+        lines += [f"set        {name}: {size:,} samples" for name, size in sets.items()]
+    return lines
+
+
+def _terms(trainer: L.Trainer, model: Recipe) -> list[str]:
+    if getattr(data_now(trainer), "version", 0) < 0:  # a pool that somebody is to answer first
+        return ["term       of answers, which come first; what it takes to draw them is not in the memory below"]
+    batch: Any = next(iter(trainer.train_dataloader))  # type: ignore[arg-type]
+    batch = batch.select(slice(0, 2)) if hasattr(batch, "select") else batch
+    batch = trainer.strategy.batch_to_device(batch)
+    was = model.training
+    model.eval()  # batch statistics of two samples must not enter the model
+    with torch.no_grad(), trainer.precision_plugin.forward_context():
+        terms = model.terms(batch)
+    model.train(was)
+    lines = []
+    for name, term in terms.items():
+        rows = int(term.valid.sum()) if isinstance(term.valid, torch.Tensor) else len(term.value)
+        value = float(term.sum().detach()) / max(rows, 1)
+        lines.append(f"term       {name}: {value:.4g} on {rows} samples")
+        if value != value:
+            raise FloatingPointError(f"loss term {name!r} is nan on the first two samples")
+    return lines
+
+
+def _optimizers(trainer: L.Trainer) -> list[str]:
+    lines = []
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            size = sum(p.numel() for p in group["params"])
+            decay = group.get("weight_decay", 0)
+            lines.append(
+                f"optimizer  {type(optimizer).__name__}: {size:,} parameters, "
+                f"decay {decay:g}, first lr {group['lr']:.3g}"
+            )
+    return lines
+
+
+def _count(module: nn.Module) -> tuple[int, int]:
+    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)

@@ -1,0 +1,163 @@
+"""What can be typed next: scripts for shells, which ask ``descant __complete WORDS`` at every Tab.
+
+They are answered from the written schema and the configurations that stand in the line already: after
+``--config contrastive/emoji`` the keys offered below ``--model.`` are those of its recipe.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from descant.cli import dump, schema
+from descant.cli.catalogue import BASE, experiments, find, shipped
+from descant.cli.document import load
+from descant.cli.errors import Refusal, fail, hint
+from descant.cli.precheck import Walk
+from descant.cli.schema import Entry, Key, Schema
+
+#: The word that asks for what can be typed next.
+ASKED = "__complete"
+#: A word that no shell expands, however it comes into a line; others, such as odd names of folders, are not offered.
+_PLAIN = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
+#: Keys that stand in no configuration.
+_CALL = {"config": ["str"], "trust": ["str"], "print_config": [], "help": [], "debug": []}
+#: No word that is offered is expanded: compgen -W would run what stands in $(...). Bash 3, as on macOS, has no mapfile.
+_BASH = """\
+_descant() {
+    local word last="${COMP_WORDS[COMP_CWORD]}"
+    COMPREPLY=()
+    while IFS= read -r word; do
+        [[ $word == "$last"* ]] && COMPREPLY+=("$(printf %q "$word")")
+    done < <(descant __complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)
+    [[ ${#COMPREPLY[@]} == 1 && ${COMPREPLY[0]} == *[./] ]] && compopt -o nospace
+}
+complete -o default -F _descant descant
+"""
+_ZSH = """\
+#compdef descant
+_descant() {
+    local -a found
+    found=("${(@f)$(descant __complete "${(@)words[2,CURRENT]}" 2>/dev/null)}")
+    [[ -n "$found" ]] && compadd -S '' -- $found || _files
+}
+compdef _descant descant
+"""
+_FISH = """\
+complete -c descant -a '(descant __complete (commandline -opc)[2..] (commandline -ct) 2>/dev/null)'
+"""
+SHELLS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
+_HELP = """\
+descant completion: a script that lets a shell complete commands, experiments, keys and class names
+
+usage: descant completion bash|zsh|fish
+
+  source <(descant completion bash)              in ~/.bashrc
+  source <(descant completion zsh)               in ~/.zshrc, after compinit
+  descant completion fish | source               in config.fish"""
+
+
+def main(args: Sequence[str]) -> int:
+    """``descant completion SHELL``."""
+    if not args or args[0] in ("--help", "-h"):
+        print(_HELP)
+        return 0
+    if args[0] not in SHELLS:
+        fail(f"completion {args[0]}: no such shell{hint(args[0], SHELLS)}")
+    print(SHELLS[args[0]], end="")
+    if dump.read("fit") is None:
+        dump.write()
+    return 0
+
+
+def offered(words: Sequence[str], commands: Mapping[str, str]) -> list[str]:
+    """What the last of ``words`` may become, sorted; nothing where only the shell knows, such as files."""
+    *before, last = words or [""]
+    if not before:
+        return sorted(name for name in [*commands, "--help", "--version"] if name.startswith(last))
+    command = before[0]
+    if command == "completion":
+        return sorted(SHELLS)
+    known = dump.read(command) if command in (*dump.COMMANDS, "check") else None
+    if known is None:
+        return []
+    found: Iterator[str]
+    if before[-1].startswith("--") and "=" not in before[-1] and not last.startswith("--"):
+        found = _values(before[-1][2:], known, before)
+    else:
+        found = (f"--{name}" for name in _keys(last.removeprefix("--"), known, before))
+    return sorted({text for text in found if text.startswith(last) and _PLAIN.fullmatch(text)})
+
+
+def _keys(start: str, known: Schema, words: Sequence[str]) -> Iterator[str]:
+    *path, _ = start.split(".")
+    if not path:
+        yield from _CALL
+        for name in known.command():
+            group, dot, _ = name.partition(".")
+            yield group + dot
+        yield from ("model.", "data.")
+        return
+    for name, key in below(path, known, words).items():
+        full = ".".join((*path, name))
+        yield full
+        if schema.has_classes(key.type):
+            yield f"{full}."
+        if schema.items(key.type) is not None and schema.has_classes(key.type):
+            yield f"{full}+"
+
+
+def _values(option: str, known: Schema, words: Sequence[str]) -> Iterator[str]:
+    *path, last = option.removesuffix("+").split(".")
+    if not path and last == "config":
+        yield from shipped()
+        yield from experiments()
+        return
+    if not path and last == "run":
+        yield from (file.parent.relative_to("runs").as_posix() for file in Path("runs").glob("*/*/config.yaml"))
+        return
+    keys = known.command() if not path else below(path, known, words)
+    key = keys.get(last)
+    for part in [] if key is None else [*key.type, *(schema.items(key.type) or [])]:
+        if isinstance(part, dict) and "choice" in part:
+            yield from map(str, part["choice"])
+        elif isinstance(part, dict) and "class" in part:
+            yield from known.names([part])
+        elif part in ("bool", "null"):
+            yield from {"bool": ("true", "false"), "null": ("null",)}[str(part)]
+
+
+def below(path: Sequence[str], known: Schema, words: Sequence[str]) -> Mapping[str, Key]:
+    """The keys under a dotted path: of the class that stands there, or of all that may."""
+    command = known.command()
+    group = f"{path[0]}."
+    if len(path) == 1 and any(name.startswith(group) for name in command):
+        return {name.removeprefix(group): key for name, key in command.items() if name.startswith(group)}
+    steps = [step for step in path if step != "init_args"]
+    classes = _chosen(known, words)
+    keys: Mapping[str, Key] = command
+    for depth, step in enumerate(steps, 1):
+        if step not in keys:
+            return {}
+        standing = classes.get(tuple(steps[:depth]))
+        some = [standing] if standing is not None else _all(known, keys[step])
+        keys = {name: key for entry in some for name, key in entry.keys.items()}
+    return keys
+
+
+def _chosen(known: Schema, words: Sequence[str]) -> Mapping[tuple[str, ...], Entry]:
+    """The classes that the configurations in the line choose."""
+    walk = Walk(known, [])
+    names = [words[n + 1] for n, word in enumerate(words[:-1]) if word in ("--config", "-c")]
+    try:
+        for file in (BASE, *map(find, names)):
+            walk.source(load(file))
+    except Refusal:  # a mistake is told when the line is run
+        pass
+    return walk.classes
+
+
+def _all(known: Schema, key: Key) -> list[Entry]:
+    kinds = schema.classes(key.type)
+    return [known.find(path, kinds) for path in known.names(kinds).values()]

@@ -1,0 +1,148 @@
+"""YAML with the place of every key, so that an error can name file and line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from descant.cli.catalogue import ROOT
+from descant.cli.errors import Refusal
+from descant.cli.untrusted import text_of
+
+#: Values in one file: aliases of aliases make far more of a few lines than anybody writes.
+MOST = 100_000
+#: Bytes of one file.
+MOST_BYTES = 10_000_000
+_MERGE, _PYTHON = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:python/"
+
+
+@dataclass
+class Node:
+    """One value: ``content`` is a dict of nodes, a list of nodes, or a plain value.
+
+    ``where`` names file and line (or the option) that wrote it; relative files in it are of ``folder``.
+    ``raw`` is the text of a value from the command line, else None. ``typed``: whether it is from there.
+    """
+
+    content: Any
+    where: str
+    folder: Path
+    raw: str | None = None
+    typed: bool = False
+
+    @property
+    def plain(self) -> Any:
+        """The value without places."""
+        if isinstance(self.content, dict):
+            return {key: node.plain for key, node in self.content.items()}
+        if isinstance(self.content, list):
+            return [node.plain for node in self.content]
+        return self.content
+
+    def walk(self) -> Iterator[tuple[str, Node]]:
+        """Every (key, node) below this one, at any depth; items of lists have the key of their list."""
+        items = self.content.items() if isinstance(self.content, dict) else ()
+        for key, node in items:
+            yield key, node
+            yield from node.walk()
+        if isinstance(self.content, list):
+            for node in self.content:
+                yield from node.walk()
+
+
+def load(file: Path) -> Node:
+    """A YAML file as nodes.
+
+    Raises:
+        Refusal: if it cannot be read, is no YAML, holds no mapping, or says a key twice.
+    """
+    name = shown(file)
+    try:
+        text = text_of(file, file.resolve().parent, MOST_BYTES)
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    node = _parse(text, name, file.parent)
+    if node.content is None:
+        return Node({}, name, file.parent)
+    if not isinstance(node.content, dict):
+        raise Refusal(f"{name}: a configuration is a mapping of keys, and this is not one")
+    return node
+
+
+def option(key: str, text: str) -> Node:
+    """An option of the command line as nested nodes: ``model.width=3`` is ``{model: {width: 3}}``."""
+    where, here = f"--{key}", Path.cwd()
+    try:
+        node = _parse(text, where, here, lines=False)
+    except Refusal:  # a text such as "a: b: c" is no YAML, but it may be a fine text
+        node = Node(text, where, here)
+    node.raw = text
+    for part in reversed(key.split(".")):
+        node = Node({part: node}, where, here)
+    for child in (node, *(child for _, child in node.walk())):
+        child.typed = True
+    return node
+
+
+def shown(file: Path) -> str:
+    """How a file is named to the user: as short as it is clear."""
+    for root, prefix in ((Path.cwd(), ""), (ROOT, "experiments/"), (ROOT.resolve(), "experiments/")):
+        if file.is_relative_to(root):
+            return prefix + file.relative_to(root).as_posix()
+    return str(file)
+
+
+def _parse(text: str, name: str, folder: Path, lines: bool = True) -> Node:
+    from jsonargparse._loaders_dumpers import (
+        get_yaml_default_loader,
+    )  # a third of what a Tab takes, which reads no file
+
+    loader = None
+    try:
+        loader = get_yaml_default_loader()(text)
+        root = loader.get_single_node()
+        left = [MOST]
+        return Node(None, name, folder) if root is None else _convert(root, loader, name, folder, lines, left)
+    except RecursionError:
+        raise Refusal(f"{name}: nested too deeply, or within itself") from None
+    except (ValueError, TypeError, AttributeError) as error:  # of a value that is not what it looks like, such as 0x_
+        raise Refusal(f"{name}: not valid YAML: {' '.join(str(error).split())}") from error
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise Refusal(f"{name}{line}: not valid YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise Refusal(f"{name}: not valid YAML: {' '.join(str(error).split())}") from error
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _convert(node: yaml.Node, loader: Any, name: str, folder: Path, lines: bool, left: list[int]) -> Node:
+    left[0] -= 1
+    if left[0] < 0:
+        raise Refusal(f"{name}: more than {MOST:,} values, aliases included")
+    where = f"{name}:{node.start_mark.line + 1}" if lines else name
+    if node.tag.startswith(_PYTHON):
+        raise Refusal(f"{where}: !!{node.tag.removeprefix('tag:yaml.org,2002:')}: objects are not read from YAML")
+    if isinstance(node, yaml.SequenceNode):
+        return Node([_convert(item, loader, name, folder, lines, left) for item in node.value], where, folder)
+    if not isinstance(node, yaml.MappingNode):
+        return Node(loader.construct_object(node), where, folder)
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise Refusal(f"{name}:{key.start_mark.line + 1}: a key is a word, and this is not one")
+        if key.tag != _MERGE and key.value in seen:
+            raise Refusal(f"{name}:{key.start_mark.line + 1}: {key.value}: said twice")
+        seen.add(key.value)
+    loader.flatten_mapping(node)
+    content: dict[str, Node] = {}
+    for key, value in node.value:
+        child = _convert(value, loader, name, folder, lines, left)
+        child.where = f"{name}:{key.start_mark.line + 1}" if lines else name
+        content[str(key.value)] = child
+    return Node(content, where, folder)

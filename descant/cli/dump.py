@@ -1,0 +1,219 @@
+"""The schema written down, so that most mistakes are answered without torch: ``python -m descant.cli.dump`` makes it.
+
+It is kept in the user's cache under a hash of what it was made of: Descant's own files and the versions of what they
+stand on. Another hash is another schema; one that fits no more is never read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from descant.cli import names
+from descant.cli.errors import hint
+from descant.cli.schema import Entry, Key, Part, Type, Unknown, kinds
+from descant.modules.io.cache import cache_folder
+from descant.modules.io.jsonl import loads
+
+COMMANDS = ("fit", "validate", "test", "predict")
+#: Of these packages every class is written down that an argument may be; of others only the parser knows.
+PACKAGES = ("descant.", "lightning.pytorch.", "torch.optim.")
+_STANDS_ON = ("torch", "lightning", "jsonargparse", "torchmetrics")
+#: Schemas of other installations, and of other states of this one, that stay in the cache.
+KEPT = 8
+
+
+class Written:
+    """A schema that was written down.
+
+    Args:
+        content: what :func:`make` made.
+        command: one of COMMANDS.
+    """
+
+    def __init__(self, content: Mapping[str, Any], command: str) -> None:
+        self._content, self._name = content, command
+
+    @cached_property
+    def _command(self) -> dict[str, Key]:
+        return {name: Key(*key) for name, key in self._content["commands"][self._name].items()}
+
+    def command(self) -> Mapping[str, Key]:
+        return self._command
+
+    def find(self, name: str, kinds_: Sequence[Part]) -> Entry:
+        path = name if "." in name else self._short(name, kinds_)
+        path = self._content["aliases"].get(path, path)
+        if path not in self._content["classes"]:
+            module, _, last = path.rpartition(".")
+            if last in self._content["modules"].get(module, {last: None}):
+                raise Unknown(name)
+            raise LookupError(f"there is no {name}{hint(last, self.names(kinds_), 0)}")
+        skip = max(part.get("skip", 0) for part in kinds_ if isinstance(part, dict))
+        entry = self.entry(path, skip)
+        if not any(isinstance(part, dict) and part["class"] in entry.lineage for part in kinds_):
+            raise LookupError(f"{name} is not of kind {kinds(kinds_)}{hint(name, self.names(kinds_), 0)}")
+        return entry
+
+    def _short(self, name: str, kinds_: Sequence[Part]) -> str:
+        known, ours = self.names(kinds_), names.full(name)
+        if name in known:
+            return known[name]
+        if ours is not None:
+            return ours
+        if any(self._kind(part)["open"] for part in kinds_) or len(names.table().get(name, ())) > 1:
+            raise Unknown(name)
+        near = hint(name, {**known, **dict.fromkeys(names.table())})
+        raise LookupError(f"no class {name} of kind {kinds(kinds_)}{near}")
+
+    def names(self, kinds_: Sequence[Part]) -> Mapping[str, str]:
+        return {path.rpartition(".")[2]: path for part in kinds_ for path in self._kind(part)["paths"]}
+
+    def alone(self, kinds_: Sequence[Part]) -> Entry | None:
+        if len(kinds_) != 1 or not isinstance(part := kinds_[0], dict):
+            return None
+        path = self._content["aliases"].get(part["class"], part["class"])
+        if path not in self._content["classes"]:
+            return None
+        entry = self.entry(path, part.get("skip", 0))
+        return None if entry.abstract else entry
+
+    def accepts(self, owner: Entry | None, name: str, value: Any) -> bool:
+        from descant.cli.schema import fits
+
+        return fits((self._command if owner is None else owner.keys)[name].type, value)
+
+    def is_class(self, name: str) -> bool:
+        return True  # nothing is imported here
+
+    def entry(self, path: str, skip: int = 0) -> Entry:
+        """A class by its path; a factory's first arguments come from the program, so they are no keys."""
+        fields = dict(self._content["classes"][path])
+        keys = {name: Key(*key) for name, key in fields["keys"].items()}
+        given = list(keys)[:skip]
+        for name in given:
+            del keys[name]
+        return Entry(**{**fields, "keys": keys, "required": [name for name in fields["required"] if name not in given]})
+
+    def _kind(self, part: Part) -> Mapping[str, Any]:
+        assert isinstance(part, dict)
+        kind: Mapping[str, Any] = self._content["kinds"].get(part["class"], {"paths": [], "open": True})
+        return kind
+
+
+def fingerprint() -> str:
+    """Of everything that a schema is made of."""
+    found = hashlib.sha256("|".join([sys.version, *map(version, _STANDS_ON)]).encode())
+    for file in sorted(names.PACKAGE.rglob("*.py")) + sorted(
+        file for part in names.PARTS for file in (names.PACKAGE / part).rglob("*.py")
+    ):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def place() -> Path:
+    """Where the schema of this installation is kept."""
+    return cache_folder() / f"schema-{fingerprint()}.json"
+
+
+def read(command: str) -> Written | None:
+    """The schema of a command, or None where none is written down."""
+    file = place()
+    try:
+        content = loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(content, dict) or content.get("of") != file.stem.removeprefix("schema-"):
+        return None
+    return Written(content, "fit" if command == "check" else command)
+
+
+def write() -> None:
+    """Have it written down by a process in which nothing else is loaded; quietly, since it helps the next call only."""
+    if not place().exists():
+        subprocess.run([sys.executable, "-P", "-m", "descant.cli.dump"], capture_output=True, check=False)
+
+
+# how it is made -----------------------------------------------------------------------------------------------------
+
+
+def make() -> dict[str, Any]:
+    """Everything that the live parsers say of what is in PACKAGES."""
+    from descant.cli.main import live
+
+    for ours in names.table().values():
+        for path in ours:
+            names.import_path(path)
+    parsers = {command: live(command) for command in COMMANDS}
+    known = parsers["fit"]
+    commands = {name: parser.command() for name, parser in parsers.items()}
+    classes: dict[str, Entry] = {}
+    found: dict[str, dict[str, Any]] = {}
+    todo = [part for keys in commands.values() for key in keys.values() for part in _classes(key.type)]
+    while todo:
+        kind = todo.pop()["class"]
+        if kind in found:
+            continue
+        paths = known.paths([{"class": kind}])
+        entries = list(known.entries([{"class": kind}], PACKAGES))
+        within = sorted({entry.path for entry in entries} & paths)
+        found[kind] = {"paths": within, "open": any(not path.startswith(PACKAGES) for path in paths)}
+        for entry in entries:
+            if entry.path not in classes:
+                classes[entry.path] = entry
+                todo += [part for key in entry.keys.values() for part in _classes(key.type)]
+    return {
+        "of": fingerprint(),
+        "commands": {name: {key: _key(value) for key, value in keys.items()} for name, keys in commands.items()},
+        "classes": {path: _entry(entry) for path, entry in sorted(classes.items())},
+        "aliases": {entry.lineage[0]: path for path, entry in classes.items() if entry.lineage[0] != path},
+        "kinds": found,
+        "modules": _modules({path.rpartition(".")[0] for e in classes.values() for path in (e.path, e.lineage[0])}),
+    }
+
+
+def _classes(type: Type) -> Iterable[dict[str, Any]]:
+    """Every kind of class in a type, at any depth."""
+    for part in type:
+        if isinstance(part, dict):
+            if "class" in part:
+                yield part
+            yield from _classes(part.get("list") or part.get("map") or [])
+
+
+def _key(key: Key) -> list[Any]:
+    return [key.type, key.default, key.about]
+
+
+def _entry(entry: Entry) -> dict[str, Any]:
+    fields = {name: getattr(entry, name) for name in ("path", "lineage", "required", "abstract", "about")}
+    return {**fields, "keys": {name: _key(key) for name, key in entry.keys.items()}}
+
+
+def _modules(some: Iterable[str]) -> dict[str, dict[str, None]]:
+    """The names of each module: what is not among them is nowhere."""
+    return {name: dict.fromkeys(sorted(vars(importlib.import_module(name)))) for name in sorted(some)}
+
+
+def main() -> None:
+    file, content = place(), json.dumps(make())
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(f".{os.getpid()}")
+    draft.write_text(content, encoding="utf-8")
+    draft.replace(file)
+    kept = sorted(file.parent.glob("schema-*.json"), key=lambda other: -other.stat().st_mtime_ns)
+    for other in kept[KEPT:]:
+        other.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()

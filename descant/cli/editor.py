@@ -1,0 +1,181 @@
+"""``descant schema``: a JSON schema of configurations, by which an editor completes and checks YAML while it is typed.
+
+JSON Schema draft 7, which editors' YAML servers read. It is as strict as can be said without the program: of a class
+that it knows every key is checked; of one that it does not know, such as your own, none is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from descant.claims import spec
+from descant.cli import dump, schema
+from descant.cli.dump import Written
+from descant.cli.errors import fail
+from descant.cli.schema import Entry, Key, Part, Type
+
+DRAFT = "http://json-schema.org/draft-07/schema#"
+#: JSON Schema's words for plain parts; texts are read as what they look like where no text is expected.
+_PLAIN: dict[str, dict[str, Any]] = {
+    "int": {"type": "integer"},
+    "float": {"anyOf": [{"type": "number"}, {"type": "string", "pattern": r"^[-+.\d][\d.]*([eE][-+]?\d+)?$"}]},
+    "bool": {"type": "boolean"},
+    "str": {"type": "string"},
+    "null": {"type": "null"},
+    "any": {},
+}
+_HELP = """\
+descant schema: a JSON schema of configurations, for editors
+
+usage: descant schema [data|claim] > FILE
+
+  descant schema > descant.cli.schema.json         of experiments and overlays
+  descant schema data > data.schema.json       of what stands under data, as for --data FILE
+  descant schema claim > claim.schema.json     of claims
+
+A YAML file that begins with this line is then completed and checked in editors with a YAML language server:
+  # yaml-language-server: $schema=descant.cli.schema.json"""
+
+
+def main(args: Sequence[str]) -> int:
+    """``descant schema [data|claim]``."""
+    if args and args[0] in ("--help", "-h"):
+        print(_HELP)
+        return 0
+    if list(args) not in ([], ["data"], ["claim"]):
+        fail(f"schema {' '.join(args)}: nothing, data or claim")
+    if args and args[0] == "claim":
+        print(json.dumps(claim(), indent=1))
+        return 0
+    known = dump.read("fit")
+    if known is None:
+        dump.write()
+        known = dump.read("fit")
+    if known is None:
+        fail(f"schema: it could not be written under {dump.place().parent}")
+    print(json.dumps(of(known, *args), indent=1))
+    return 0
+
+
+def of(known: Written, root: str = "") -> dict[str, Any]:
+    """The JSON schema of a configuration, or of what stands under its key ``root``."""
+    made = _Schema(known)
+    command = dict(known.command())
+    groups = {name.partition(".")[0] for name in command if "." in name}
+    keys = {name: made.key(key, name) for name, key in command.items() if "." not in name}
+    for group in groups:
+        inner = {n.partition(".")[2]: key for n, key in command.items() if n.startswith(f"{group}.")}
+        keys[group] = {"anyOf": [{"type": "string"}, made.keys(inner)]}
+    if root:
+        return {"$schema": DRAFT, "title": f"Descant: {root}", **keys[root], "definitions": made.definitions}
+    top = {"type": "object", "properties": keys, "additionalProperties": False}
+    return {"$schema": DRAFT, "title": "Descant: a configuration", **top, "definitions": made.definitions}
+
+
+def claim() -> dict[str, Any]:
+    """The JSON schema of a claim; which metrics, arms and options there are is told by ``descant claims run``."""
+    number, text, options = {"type": "number"}, {"type": "string"}, {"type": "object"}
+    texts = {"type": "array", "items": text}
+    seeds, way = {"type": "array", "items": {"type": "integer"}}, {"enum": list(spec.WAYS)}
+
+    def an_object(keys: Iterable[str], kinds: Mapping[str, Any], needed: Sequence[str] = ()) -> dict[str, Any]:
+        properties = {key: kinds.get(key, text) for key in keys}
+        return {"type": "object", "properties": properties, "required": list(needed), "additionalProperties": False}
+
+    arm = {"configs": texts, "options": options, "settings": {"type": "array", "minItems": 1}}
+    metric = an_object(spec.METRIC_KEYS, {"better": way, "margin": {**number, "minimum": 0}}, spec.METRIC_KEYS)
+    bound = {key: number for key in ("times", "at_least", "at_most")}
+    condition = an_object(spec.CONDITION_KEYS, bound, ("metric", "arm"))
+    condition["anyOf"] = [{"required": ["at_least"]}, {"required": ["at_most"]}]
+    an_arm = {"anyOf": [{"type": "null"}, an_object(spec.ARM_KEYS, arm)]}
+    kinds = {
+        "seed": {"type": "integer", "description": "of the paper, in the list of papers"},
+        "options": options,
+        "arms": {"type": "object", "required": list(spec.ARMS), "additionalProperties": an_arm},
+        "before": an_object(("experiment", *spec.ARM_KEYS), arm, ("experiment",)),
+        "metric": metric,
+        "sham_margin": number,
+        "also": {"type": "array", "items": condition},
+        "secondary": texts,
+        "alone": texts,
+        "seeds": an_object(spec.BUDGETS, dict.fromkeys(spec.BUDGETS, seeds), spec.BUDGETS),
+        "budget": an_object(
+            ("equal", *spec.BUDGETS), {"equal": {"enum": list(spec.EQUAL)}, **dict.fromkeys(spec.BUDGETS, options)}
+        ),
+        "status": {"enum": list(spec.STATUS)},
+        "tuning": an_object(
+            spec.TUNING_KEYS, {"seed": {"type": "integer"}, "better": way, "options": options}, ("seed",)
+        ),
+    }
+    return {"$schema": DRAFT, "title": "Descant: a claim", **an_object(spec.KEYS, kinds, spec.NEEDED)}
+
+
+class _Schema:
+    """Definitions, made as they are asked for: one a kind and one a class."""
+
+    def __init__(self, known: Written) -> None:
+        self.known, self.definitions = known, dict[str, Any]()
+
+    def key(self, key: Key, _: str = "") -> dict[str, Any]:
+        found = self.type(key.type)
+        said = {"description": key.about} if key.about else {}
+        return {**found, **said}
+
+    def keys(self, some: Mapping[str, Key]) -> dict[str, Any]:
+        """An object of these keys; a list is added to by its name and a plus."""
+        found = {name: self.key(key) for name, key in some.items()}
+        for name, key in some.items():
+            if (items := schema.items(key.type)) is not None:
+                one = self.type(items)
+                found[f"{name}+"] = {"anyOf": [one, {"type": "array", "items": one}]}
+        return {"type": "object", "properties": found, "additionalProperties": False}
+
+    def type(self, type: Type) -> dict[str, Any]:
+        parts = [self.part(part) for part in type]
+        if not parts or {} in parts:
+            return {}
+        return parts[0] if len(parts) == 1 else {"anyOf": parts}
+
+    def part(self, part: Part) -> dict[str, Any]:
+        if isinstance(part, str):
+            return _PLAIN[part]
+        if "choice" in part:
+            return {"enum": part["choice"]}
+        if "list" in part:
+            return {"type": "array", "items": self.type(part["list"])}
+        if "map" in part:
+            return {"type": "object", "additionalProperties": self.type(part["map"])}
+        return {} if "other" in part else self.kind(part)
+
+    def kind(self, part: dict[str, Any]) -> dict[str, Any]:
+        """A name, or a class and its arguments, or arguments of the class that another file names."""
+        name = "_".join(str(word) for word in part.values())
+        if name not in self.definitions:
+            self.definitions[name] = {}  # classes may be made of their own kind
+            paths = self.known.names([part])
+            cases = [self.case(path, part) for path in sorted(paths.values())]
+            known = {"class_path": {"anyOf": [{"enum": sorted(paths)}, {"type": "string"}]}}
+            spec = {"type": "object", "properties": {**known, "init_args": {}, "dict_kwargs": {}}}
+            alone = self.known.alone([part])
+            loose = (
+                self.keys(alone.keys) if alone is not None else {"type": "object", "not": {"required": ["class_path"]}}
+            )
+            named = {**spec, "additionalProperties": False, **({"allOf": cases} if cases else {})}
+            self.definitions[name] = {"anyOf": [{"type": "string"}, named, loose]}
+        return {"$ref": f"#/definitions/{name}"}
+
+    def case(self, path: str, part: dict[str, Any]) -> dict[str, Any]:
+        """If the class is this one, its arguments are its own."""
+        entry: Entry = self.known.find(path, [part])
+        name = f"{path}_{part.get('skip', 0)}"
+        if name not in self.definitions:
+            self.definitions[name] = {}
+            said = {"description": entry.about} if entry.about else {}
+            self.definitions[name] = {**self.keys(entry.keys), **said}
+        names: Iterable[str] = {entry.name, path, entry.lineage[0]}
+        return {
+            "if": {"required": ["class_path"], "properties": {"class_path": {"enum": sorted(names)}}},
+            "then": {"properties": {"init_args": {"$ref": f"#/definitions/{name}"}}},
+        }

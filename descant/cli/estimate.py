@@ -1,0 +1,206 @@
+"""What a step will need: memory and arithmetic, from a few steps on slices of the first batch.
+
+    peak(n) = resident + a + b n + c n^2,    fitted to an eighth, a quarter and a half of the batch
+
+The quadratic part is of losses that compare all with all. Steps are real ones: whatever callbacks, mixes of gradients,
+chunks and the optimizer hold is in them. Letters: n rows of a batch.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from descant.callbacks.run.throughput import FlopCount, count_rows
+
+#: Slices of a batch, as parts of it.
+PARTS = (8, 4, 2)
+#: Times a batch beyond which the curve says nothing.
+FAR = 100
+#: Of a device's memory, what may be counted on.
+USABLE = 0.9
+
+
+class Ledger(TorchDispatchMode):
+    """Bytes of the tensors that are made inside and are alive, and the most there were at once.
+
+    What a kernel takes for itself and gives back is not seen.
+
+    >>> with Ledger() as ledger:
+    ...     x = torch.zeros(1000) + 1
+    >>> ledger.live, ledger.peak
+    (4000, 8000)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._held: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in given:
+                self._hold(storage)  # a view makes nothing
+        return out
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._held and size:
+            self._held.add(key)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._held.discard(key)
+        self.live -= size
+
+
+@dataclass(frozen=True)
+class Need:
+    """Of a step of ``rows`` rows on one rank: bytes that stay, the most at once, operations, rows that would fit."""
+
+    rows: int
+    resident: int
+    peak: float
+    flops: float
+    most: int
+    total: int
+
+    def lines(self) -> list[str]:
+        """As ``descant check`` shows it."""
+        stays = f"{_size(self.resident)} of them weights, averages and optimizer"
+        if self.most > FAR * self.rows:
+            fits = f"more than {FAR * self.rows:,} rows fit in {_size(self.total)}"
+        else:
+            fits = (
+                f"about {self.most:,} rows fit in {_size(self.total)}"
+                if self.most
+                else f"more than {_size(self.total)}"
+            )
+        return [
+            f"memory     about {_size(self.peak)} at once in a step of {self.rows:,} rows, {stays}; {fits}",
+            f"compute    {_count(self.flops)}FLOP a step",
+        ]
+
+
+def estimate(trainer: L.Trainer, model: L.LightningModule, batch: Any) -> Need:
+    """Measured on slices of ``batch``; the model has taken some steps afterwards."""
+    rows = count_rows(batch)
+    sizes = sorted({max(rows // part, 1) for part in PARTS})
+    _step(trainer, batch, sizes[0])  # what is made once is made now
+    resident = sum(tensor.nbytes for tensor in _stays(trainer, model))
+    peaks, flops = [], []
+    for n in sizes:
+        peak, count = _measured(trainer, model, batch, n)
+        peaks.append(peak)
+        flops.append(count)
+    curve = _fitted(sizes, peaks)
+    total = _memory(model.device)
+    return Need(
+        rows,
+        resident,
+        resident + max(float(np.polyval(curve, rows)), peaks[-1]),
+        max(float(np.polyval(_fitted(sizes, flops), rows)), flops[-1]),
+        _most(curve, USABLE * total - resident),
+        total,
+    )
+
+
+def _fitted(sizes: list[int], values: list[float]) -> np.ndarray:
+    """Coefficients, the highest first; nothing falls off as a batch grows, so a curve that bends down is a line."""
+    curve = np.polyfit(sizes, values, len(sizes) - 1)
+    return curve if len(sizes) < 3 or curve[0] > 0 else np.polyfit(sizes, values, 1)
+
+
+def _measured(trainer: L.Trainer, model: L.LightningModule, batch: Any, n: int) -> tuple[float, float]:
+    """Bytes beyond what stays, and operations, of a step on ``n`` rows, the second: the gradients of the one before it
+    are there until its own backward.
+
+    On CUDA all that the allocator has given out counts: libraries' workspaces too, and ``n`` rows of the batch itself.
+    """
+    on_cuda = model.device.type == "cuda"
+    with FlopCount() as count, Ledger() as ledger:
+        _step(trainer, batch, n)
+        ledger.peak, count.flops = ledger.live, 0
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats(model.device)
+        _step(trainer, batch, n)
+    if not on_cuda:
+        return float(ledger.peak), float(count.flops)
+    others = (1 - n / count_rows(batch)) * sum(tensor.nbytes for tensor in _once(tree_leaves(vars(batch))))
+    resident = sum(tensor.nbytes for tensor in _stays(trainer, model))
+    return torch.cuda.max_memory_allocated(model.device) - resident - others, float(count.flops)
+
+
+def _step(trainer: L.Trainer, batch: Any, n: int) -> None:
+    """One step of the trainer's own loop on some rows."""
+    kwargs = OrderedDict(batch=batch.select(slice(0, n)), batch_idx=0)
+    trainer.fit_loop.epoch_loop.automatic_optimization.run(trainer.optimizers[0], 0, kwargs)
+
+
+def _stays(trainer: L.Trainer, model: L.LightningModule) -> Iterator[Tensor]:
+    """Every tensor that is on the model's device from one step to the next, once."""
+    states = (state for optimizer in trainer.optimizers for state in optimizer.state.values())
+    held = (vars(callback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    some = _once([*model.parameters(), *model.buffers(), *tree_leaves([*states, *held])])
+    return (tensor for tensor in some if tensor.device.type == model.device.type)
+
+
+def _once(some: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among ``some``, those of one storage once."""
+    seen: set[int] = set()
+    for tensor in some:
+        if isinstance(tensor, Tensor) and (key := tensor.untyped_storage()._cdata) not in seen:
+            seen.add(key)
+            yield tensor
+
+
+def _most(curve: np.ndarray, room: float) -> int:
+    """The most rows whose peak is within ``room``."""
+    low, high = 0, 1 << 24
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if float(np.polyval(curve, middle)) <= room else (low, middle - 1)
+    return low
+
+
+def _memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _size(count: float) -> str:
+    """
+    >>> _size(123), _size(45_600_000), _size(16_800_000_000)
+    ('123 B', '46 MB', '16.8 GB')
+    """
+    for unit, size in {"GB": 1e9, "MB": 1e6, "kB": 1e3}.items():
+        if count >= size:
+            return f"{count / size:.1f} {unit}" if unit == "GB" else f"{count / size:.0f} {unit}"
+    return f"{count:.0f} B"
+
+
+def _count(count: float) -> str:
+    """
+    >>> _count(123_000_000), _count(4.5e12)
+    ('123 M', '4.5 T')
+    """
+    for unit, size in {"T": 1e12, "G": 1e9, "M": 1e6}.items():
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} "

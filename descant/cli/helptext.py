@@ -1,0 +1,209 @@
+"""The short help: what a user types most, and what can be typed. The long help is the parser's own."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from descant import __version__
+from descant.cli.arguments import Request
+from descant.cli.catalogue import experiments, header, overlays, shipped
+from descant.cli.completion import below
+from descant.cli.errors import fail, hint
+from descant.cli.names import of_kind
+from descant.cli.schema import Schema, Unknown, classes, in_words, items
+
+_OPTIONS = {
+    "--config NAME": "a file, or the name of what ships; later ones win, options win over all",
+    "--name NAME": "of the run; default: the first configuration's",
+    "--runs DIR": "where run folders live (runs)",
+    "--run NAME/002": "an existing run",
+    "--resume never|auto|PATH": "continue from a resume point: this run's newest, or a given one (never)",
+    "--changed refuse|allow": "resume with other settings or data (refuse); --verify true hashes all data",
+    "--test true": "test the final weights after training (false)",
+    "--ckpt_path best|last|PATH": "the weights to evaluate (the run's best)",
+    "--sets val,train,NAME": "which sets to embed (all test sets)",
+    "--trust MODULE": "allow a package, such as yours; or shell, packages, writes, reads (SECURITY.md)",
+    "--seed_everything N": "seed of weights, order and augmentation (0)",
+    "--trainer.max_steps N": "length of training; trainer.* are Lightning's own options",
+    "--model.KEY, --data.KEY": "any argument of the recipe or of the data",
+    "--trainer.callbacks+=NAME": "add a callback",
+    "--explain": "where each value comes from: file and line, option or default",
+    "--print_config, --debug": "the composed configuration and no run; tracebacks in place of lines",
+}
+_NOT_FIT = ("--ckpt_path best|last|PATH",)
+#: Commands that run no experiment.
+_BESIDE = ("list", "data", "sweep", "compare", "claims", "report", "export", "new", "completion", "schema", "submit")
+_LIST = """\
+descant list: what ships with Descant, one line each
+
+usage: descant list [GROUP] [WORD ...]
+
+  descant list              experiments, overlays and data sets
+  descant list GROUP        of recipes, callbacks, datamodules, experiments, overlays, data, claims
+  descant list emoji        of all groups those with "emoji" in their name or line; of several words, with all"""
+#: Columns of what is printed.
+_WIDTH = 110
+#: How classes begin that are there to be built upon.
+_BASES = ("Base of", "Stands before")
+_PREDICT_ONLY = ("--sets val,train,NAME",)
+_CHECK_ONLY = ("--explain",)
+_FIT_ONLY = ("--resume never|auto|PATH", "--changed refuse|allow", "--test true", "--run NAME/002")
+
+
+def version() -> str:
+    return f"descant {__version__}"
+
+
+def top(commands: Mapping[str, str]) -> str:
+    """Help of the program itself."""
+    lines = [f"descant {__version__}: multimodal pre-training and adaptation on PyTorch Lightning", ""]
+    lines += ["usage: descant COMMAND [--config NAME ...] [--key value ...]", ""]
+    lines += _table({name: about for name, about in commands.items() if name not in _BESIDE})
+    lines += ["", "beside them:"]
+    lines += _table({name: about for name, about in commands.items() if name in _BESIDE})
+    lines += [
+        "",
+        "descant COMMAND --help tells more of one command; of those that take --config, --help all tells everything.",
+    ]
+    return "\n".join(lines)
+
+
+#: Group -> what it is, and how one is chosen.
+_GROUPS = {
+    "experiments": "Experiments (descant fit --config NAME):",
+    "overlays": "Overlays (one more --config NAME each):",
+    "data": "Data sets (--data NAME in place of an experiment's own):",
+    "recipes": "Recipes (--model NAME):",
+    "datamodules": "Data modules (--data NAME):",
+    "callbacks": "Callbacks (--trainer.callbacks+ NAME):",
+    "claims": "Claims (descant claims run NAME):",
+}
+#: What is shown where nothing is asked for.
+_FIRST = ("experiments", "overlays", "data")
+
+
+def listing(args: Sequence[str] = ()) -> str:
+    """What ships, one line each: a group, or with words those of all groups that have them all.
+
+    Raises:
+        Refusal: if an argument is an option, or nothing has all the words.
+    """
+    if "--help" in args or "-h" in args:
+        return _LIST
+    for word in args:
+        if word.startswith("-"):
+            fail(f"{word}: list takes a group and words to look for, and no options")
+    chosen, words = ([args[0]], args[1:]) if args and args[0] in _GROUPS else ([], args)
+    blocks = []
+    for group in chosen or (_GROUPS if words else _FIRST):
+        rows = {name: about for name, about in _rows(group).items() if _has(f"{name} {about}", words)}
+        if rows:
+            blocks.append("\n".join([_GROUPS[group], *_cut(rows, _WIDTH)]))
+    if not blocks:
+        near = hint(args[0], _GROUPS, most=0)
+        fail(f"list {' '.join(args)}: nothing that ships has that in its name or its line{near}")
+    if not args:
+        blocks.append(f"More: descant list {', '.join(name for name in _GROUPS if name not in _FIRST)}.")
+    return "\n\n".join(blocks)
+
+
+def _rows(group: str) -> dict[str, str]:
+    """Name -> line of all that is in a group."""
+    kinds = {"recipes": "Recipe", "datamodules": "LightningDataModule", "callbacks": "Callback"}
+    if group in kinds:
+        found = of_kind(kinds[group], group)
+        return {name: about for name, about in found.items() if not about.startswith(_BASES)}
+    if group == "claims":
+        titles = {file.stem: _title(file) for name, file in shipped().items() if name.startswith("claims/")}
+        return dict(sorted(titles.items()))
+    files = {
+        "experiments": experiments(),
+        "overlays": _laid_over(),
+        "data": {name: file for name, file in overlays().items() if name.startswith("data/")},
+    }[group]
+    return {name: header(files[name]) for name in sorted(files)}
+
+
+def _title(claim: Path) -> str:
+    """What a claim claims, without reading the rest of it."""
+    lines = claim.read_text(encoding="utf-8").splitlines()
+    return next(line.removeprefix("title:").strip(" \"'") for line in lines if line.startswith("title:"))
+
+
+def _laid_over() -> dict[str, Path]:
+    """Overlays that are whole configurations; the data sets are what stands under ``data`` in one."""
+    return {name: file for name, file in overlays().items() if not name.startswith("data/")}
+
+
+def _has(text: str, words: Sequence[str]) -> bool:
+    return all(word.lower() in text.lower() for word in words)
+
+
+def command(name: str, about: str, most: int = 60) -> str:
+    """Help of one command in at most ``most`` lines."""
+    skip = [*(_NOT_FIT if name in ("fit", "check") else _FIT_ONLY[:2]), *(() if name == "predict" else _PREDICT_ONLY)]
+    skip += () if name == "check" else _CHECK_ONLY
+    options = {key: text for key, text in _OPTIONS.items() if key not in skip}
+    lines = [f"descant {name}: {about}", ""]
+    if name in ("fit", "check"):
+        lines += [f"usage: descant {name} --config contrastive/emoji --config on/tiny --model.width 64", ""]
+    else:
+        lines += [f"usage: descant {name} --run demo/001 --ckpt_path best", ""]
+    lines += [*_table(options)]
+    tail = [
+        f"Overlays are laid over an experiment by one more --config; descant list tells of all {len(_laid_over())}.",
+        f"descant {name} --help all lists every option; --model.help NAME those of one class.",
+    ]
+    rows = _cut(_rows("experiments"), _WIDTH)
+    room = most - len(lines) - len(tail) - 1
+    if len(rows) > room:
+        rows = [*rows[: room - 1], f"  ... and {len(rows) - room + 1} more: descant list"]
+    return "\n".join([*lines, "Experiments:", *rows, *tail])
+
+
+def of_class(known: Schema, request: Request) -> str | None:
+    """What ``--model.optimizer.help AdamW`` asks for; None where only the parser can say.
+
+    Raises:
+        Refusal: where a class is asked for that is none of the kind.
+    """
+    asked = [(key, value) for key, value in request.options if key.endswith(".help")]
+    if len(asked) != 1:
+        return None
+    (option, name), configs = asked[0], [word for file in request.configs for word in ("--config", str(file))]
+    *path, last = option.removesuffix(".help").split(".")
+    keys = below(path, known, configs) if path else known.command()
+    kinds = classes(keys[last].type) + classes(items(keys[last].type) or []) if last in keys else []
+    if not kinds:
+        return None
+    if name is None:
+        names = sorted(known.names(kinds))
+        return f"--{option} NAME tells of one of:\n" + "\n".join(textwrap.wrap(", ".join(names), _WIDTH))
+    try:
+        entry = known.find(name, kinds)
+    except LookupError as error:
+        fail(f"--{option}: {error}")
+    except Unknown:
+        return None
+    lines = [*textwrap.wrap(f"{entry.name}: {entry.about}", _WIDTH), f"class_path: {entry.path}", ""]
+    for key, what in entry.keys.items():
+        default = "needed" if key in entry.required else what.default
+        head = f"  {key}: {in_words(what.type)} ({default})"
+        lines += textwrap.wrap(head, _WIDTH, subsequent_indent="    ")
+        lines += textwrap.wrap(what.about, _WIDTH, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+def _table(rows: Mapping[str, str]) -> list[str]:
+    width = max(map(len, rows), default=0)
+    return [f"  {key:<{width}}  {text}" for key, text in rows.items()]
+
+
+def _cut(rows: Mapping[str, str], width: int) -> list[str]:
+    """Name and line of each, cut after a word."""
+    room = width - max(map(len, rows), default=0) - 4
+    cut = partial(textwrap.shorten, width=room, break_on_hyphens=False, placeholder=" ...")
+    return _table({name: cut(about) for name, about in rows.items()})

@@ -1,0 +1,476 @@
+"""fit, validate, test, predict: LightningCLI in subclass mode, with run folders and one-line errors."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import errno
+import os
+import re
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NoReturn
+
+import lightning as L
+import yaml
+from jsonargparse import Namespace
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import FSDPStrategy, Strategy
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+
+from descant.callbacks.run.nonfinite import RollBack
+from descant.callbacks.run.resume import Resume, Stopped, require_exact
+from descant.cli import precision
+from descant.cli.arguments import Request
+from descant.cli.catalogue import BASE, run_name, with_maker
+from descant.cli.check import Check, Checked
+from descant.cli.document import shown
+from descant.cli.errors import INTERRUPTED, TERMINATED, Refusal, disk_fault, fail, printable, say
+from descant.cli.explain import composed, inert
+from descant.cli.explain import explain as explained
+from descant.cli.precheck import precheck, wanted
+from descant.cli.quiet import quieten
+from descant.cli.signatures import Live
+from descant.cli.trust import enforce, writes
+from descant.datamodules.changes import rules
+from descant.export.loading import allowed
+from descant.modules.engine.loggers import TensorBoard
+from descant.modules.io import manifest
+from descant.modules.io.plain import load_plain
+from descant.modules.io.saved import policy
+from descant.recipes.base.recipe import Recipe
+from descant.report.predictions import Predictions
+from descant.run import elastic, lock, runs
+from descant.run.changes import of_another, require_unchanged
+from descant.run.checkpoint_resolver import for_evaluation, for_fit, source_of
+from descant.run.faults import explain, misfit, outside_ours, parse_fault, unbuilt
+from descant.run.folder import Folder
+from descant.run.ranks import Ended, Ranks
+from descant.run.store import AtomicIO
+
+#: Options of a call, not of an experiment: a saved configuration does not hold them.
+CALL = ("config", "runs", "run", "resume", "changed", "verify", "test", "sets", "ckpt_path")
+#: What begins a text under `trainer` to mean the run's folder.
+PLACE = "RUN"
+
+
+class Parser(LightningArgumentParser):
+    """Raises one-line refusals where argparse prints its usage and exits, and keeps which class failed to be built."""
+
+    #: The first class of the last call that could not be built, and why: a union of attempts loses both.
+    failed: ClassVar[tuple[type, Exception] | None] = None
+
+    def instantiate(self, namespace: Namespace, instantiate_groups: bool = True, **kwargs: Any) -> Namespace:
+        kwargs["instantiators"] = [(_built, object, True)]
+        made: Namespace = super().instantiate(namespace, instantiate_groups, **kwargs)
+        return made
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise Refusal(parse_fault(message, ex)) from ex
+
+
+def _built(cls: type, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return cls(*args, **kwargs)
+    except Exception as error:
+        Parser.failed = Parser.failed or (cls, error)
+        raise
+
+
+class DescantCLI(LightningCLI):
+    """One command: parsed, built and run by the constructor, as LightningCLI does."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.checking = Check() if request.command == "check" else None
+        self.told: list[str] = []
+        self.ranks: Ranks | None = None
+        self.command = "fit" if request.command == "check" else request.command
+        super().__init__(
+            Recipe,
+            L.LightningDataModule,
+            save_config_callback=None,
+            trainer_class=precision.Trainer,
+            seed_everything_default=0,
+            # on the main parser: given to a subcommand it has no effect
+            parser_kwargs={"allow_abbrev": False, self.command: {"default_config_files": [str(BASE)]}},
+            parser_class=Parser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=[self.command, *request.arguments()],
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # static there, and called on self
+        """What is no option of the command that was asked for; of that one only, since each parser costs time."""
+        skip = {"model", "datamodule", "dataloaders", "weights_only"}
+        skip |= {"verbose", "return_predictions"}  # Report prints the metrics, and predictions go to disk
+        if self.command == "fit":
+            skip |= {"train_dataloaders", "val_dataloaders", "ckpt_path"}
+        return {self.command: skip}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--name", type=str | None, default=None, help="Name of the run.")
+        parser.add_argument("--runs", type=str, default="runs", help="Folder of all runs.")
+        parser.add_argument("--run", type=str | None, default=None, help="An existing run, such as NAME/002.")
+        parser.add_argument("--resume", type=str, default="never", help="never, auto or a checkpoint (fit).")
+        words = Literal["refuse", "allow"]
+        parser.add_argument("--changed", type=words, default="refuse", help="Resume with other settings, data: allow.")
+        parser.add_argument("--verify", type=bool, default=False, help="Read and hash all data before it is used.")
+        parser.add_argument("--test", type=bool, default=False, help="Test the final weights after fit.")
+        if self.command == "predict":
+            parser.add_argument("--sets", type=str | None, default=None, help="Of what, such as val,vendor or train.")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        command, request = args[0], self.request
+        if wanted(request):
+            self.walk = precheck(Live(self._parser(command)), request.configs, request.options, request.trust)
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Checkpoints hold no hyper-parameters: nothing of theirs goes into the configuration."""
+
+    @property
+    def options(self) -> Namespace:
+        """The configuration of the chosen subcommand."""
+        return self.config[self.config["subcommand"]]
+
+    @property
+    def name(self) -> str:
+        """Of the run: given, or the first configuration's."""
+        own = run_name(self.request.configs[0]) if self.request.configs else self.subcommand
+        return str(self.options.get("name") or own)
+
+    def before_instantiate_classes(self) -> None:
+        self.options["name"] = self.name
+        accumulate = self.options.trainer.accumulate_grad_batches
+        if isinstance(accumulate, int) and accumulate < 1:
+            fail(f"trainer.accumulate_grad_batches {accumulate}: at least 1")
+        rules.allow, rules.verify = self.options.changed == "allow", bool(self.options.verify)
+        if self.options.trainer.use_distributed_sampler:
+            fail("trainer.use_distributed_sampler: true: the data module itself cuts the batch over ranks")
+        if self.command == "fit" and not runs.launched():
+            for file in inert(self.request.configs, self.walk.default):
+                say(f"warning: --config {shown(file)} changes nothing")
+            for line in composed(self.request.configs, self.request.options):
+                say(f"warning: {line}")
+        if "writes" not in self.request.trust and (self.command == "fit" or not self.options.get("run")):
+            runs.require_name(self.name)
+        self.place = runs.agree(Path(self.options.runs) / self.name, self._decide)
+        self.options.trainer.precision = self.place.precision  # rank 0's, where nodes differ
+        text = self._saved()
+        if self.command != "fit" and self.place.checkpoint is not None and runs.rank() == 0:
+            source = source_of(Path(self.options.runs), self.options.run, self.request.configs)
+            other = of_another(Path(self.place.checkpoint), source, text)
+            if other is not None:
+                say(f"warning: {other}")
+        self.folder = Folder(self.place, text)
+        if self.request.explain:
+            told = explained(yaml.safe_load(text), self.request.configs, self.request.options)
+            print("\n".join(map(printable, told)), "\n")
+        folder = str(self.place.folder)
+        given = _placed(self.options.trainer.default_root_dir, folder)
+        if given and self.request.command == "fit" and runs.rank() == 0:
+            Path(given).mkdir(parents=True, exist_ok=True)
+            lock.take(Path(given))  # what trains writes there, and its points are looked for in the run's folder
+        self.options.trainer.default_root_dir = given or folder
+        self.options["trainer"] = _placed(self.options.trainer, folder)
+
+    def _saved(self) -> str:
+        """The configuration as ``config.yaml`` holds it."""
+        saved = self.options.clone()
+        for key in CALL:
+            saved.pop(key, None)
+        saved["trainer"] = _without_enums(saved.trainer)
+        text: str = self._parser(self.subcommand).dump(saved, skip_unset=False, skip_validation=True)
+        return text
+
+    def _decide(self) -> runs.Run:
+        """Rank 0 only: the folder, the checkpoint and the precision of this call."""
+        precision.chosen(self.options.trainer)  # refused before a folder is made
+        place = self._place()
+        resumed = place.checkpoint if self.command == "fit" else None
+        kept = runs.precision_of(Path(resumed).parent.parent) if resumed is not None else None
+        try:
+            self.options.trainer.precision = precision.resolve(self.options.trainer, kept, self.told.append)
+            if resumed is not None:
+                require_unchanged(Path(resumed), self._saved(), self.options.changed == "allow")
+        except Refusal:
+            place.discard()
+            raise
+        return replace(place, precision=self.options.trainer.precision)
+
+    def _place(self) -> runs.Run:
+        options, root, command = self.options, Path(self.options.runs), str(self.subcommand)
+        if self.request.command == "check":
+            return runs.allocate(Path(tempfile.mkdtemp(prefix="descant-")))
+        if command == "fit":
+            return for_fit(root, self.name, options.run, options.resume, self.request.trust)
+        source = source_of(root, options.run, self.request.configs)
+        return for_evaluation(command, root, self.name, source, options.get("ckpt_path"))
+
+    def instantiate_classes(self) -> None:
+        Parser.failed = None
+        super().instantiate_classes()
+        for line in self.told:  # only now: what cannot be built is told in one line alone
+            say(line)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
+        # first: its folder must say what it is before anything else is written to it
+        given = config.get("callbacks") or []
+        config["callbacks"] = [self.folder, *once(given if isinstance(given, list) else [given])]
+        if self.subcommand == "fit":
+            resumed = any(isinstance(callback, Resume) for callback in config["callbacks"])
+            require_exact(config["callbacks"], resumed)
+        if self.subcommand == "predict":
+            sets = str(self.options.get("sets") or "").split(",")
+            config["callbacks"].append(Predictions(self.place, [name.strip() for name in sets if name.strip()]))
+        if self.subcommand == "fit" and not self.place.fresh:
+            self._forget_the_undone(config.get("logger"), self.place.checkpoint)
+        config["plugins"] = _with_store(config.get("plugins"))
+        if not ("writes" in self.request.trust or any(writes(*option) for option in self.request.options)):
+            for plugin in config["plugins"]:
+                if isinstance(plugin, AtomicIO):
+                    plugin.inside = self.place.folder
+        if self.checking is not None:
+            # one process and the first step's doorstep: what a cluster would add cannot be tried here
+            config |= {"devices": 1, "num_nodes": 1, "callbacks": [*config["callbacks"], self.checking]}
+        trainer = super()._instantiate_trainer(config, callbacks)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoard):
+                logger.monitor(trainer.checkpoint_callbacks)
+        cluster = trainer._accelerator_connector.cluster_environment
+        if trainer.world_size > 1 and isinstance(cluster, LightningEnvironment) and not runs.launched():
+            _require_port(os.environ.get("MASTER_PORT"))
+        if isinstance(cluster, SLURMEnvironment):
+            cluster.auto_requeue = False  # it saves inside the handler, and a slow rank then waits for ever
+        launcher = trainer.strategy.launcher
+        if isinstance(launcher, _SubprocessScriptLauncher):
+            self.ranks = Ranks(launcher, self.place.folder, (Stopped, RollBack), lambda: clear(self))
+            launcher.launch = self.ranks.launch  # type: ignore[method-assign]  # its own leaves ranks behind
+        return trainer
+
+    def _forget_the_undone(self, loggers: Any, point: str | Path | None) -> None:
+        """What TensorBoard holds of steps after ``point``: its writer strikes that out when it opens the file."""
+        facts = manifest.known(Path(point)) if point is not None else {}
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            if isinstance(logger, TensorBoardLogger):
+                logger._kwargs["purge_step"] = facts.get("log_step") or 0
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand != "fit":  # Report prints metrics, and predictions go to disk
+            kwargs |= {"return_predictions": False} if subcommand == "predict" else {"verbose": False}
+        require_plain(self.trainer.strategy, self.place.checkpoint)
+        return {**kwargs, "ckpt_path": self.place.checkpoint, "weights_only": True}
+
+    def fit(self, **kwargs: Any) -> None:
+        """``Trainer.fit``, and again from an earlier point where a callback asks for it."""
+        while True:
+            try:
+                return self.trainer.fit(**kwargs)
+            except RollBack as back:
+                kwargs["ckpt_path"] = str(back.path)
+                for logger in self.trainer.loggers:
+                    if isinstance(logger, TensorBoardLogger):
+                        logger._experiment = None  # the next one begins by striking out what is undone
+                self._forget_the_undone(self.trainer.loggers, back.path)
+
+    def after_fit(self) -> None:
+        if self.options.test and not self.trainer.interrupted:
+            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+
+
+def require_plain(strategy: Strategy, checkpoint: str | None) -> None:
+    """Raises ValueError for a checkpoint that runs code, where the strategy itself unpickles it, as FSDPStrategy does.
+
+    Others read it through the plugin, :class:`~descant.run.store.AtomicIO`, with weights_only.
+    """
+    if checkpoint is not None and isinstance(strategy, FSDPStrategy):
+        try:
+            load_plain(checkpoint, map_location="cpu", mmap=True)
+        except RuntimeError as error:
+            raise ValueError(f"{checkpoint}: cannot be read ({' '.join(str(error).split())[:120]})") from None
+
+
+class _Parsed(Exception):
+    """Raised where only the parser was wanted."""
+
+
+def live(command: str) -> Live:
+    """What the parser of a command says of all that it takes."""
+
+    class Asked(DescantCLI):
+        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+            raise _Parsed
+
+    asked = Asked.__new__(Asked)
+    with contextlib.suppress(_Parsed):
+        asked.__init__(Request(command))  # type: ignore[misc]
+    return Live(asked._parser(command))
+
+
+def once(callbacks: list[L.Callback]) -> list[L.Callback]:
+    """Of callbacks that make sense once only (``once = True``), the last of each class: overlays override."""
+    last = {type(callback): callback for callback in callbacks}
+    return [c for c in callbacks if not getattr(c, "once", False) or last[type(c)] is c]
+
+
+def _with_store(given: Any) -> list[Any]:
+    """The plugins of a trainer, one of which writes checkpoints: ours, unless another one was given."""
+    plugins = given if isinstance(given, list) else [given] * (given is not None)
+    return plugins if any(isinstance(plugin, CheckpointIO) for plugin in plugins) else [*plugins, AtomicIO()]
+
+
+def _placed(value: Any, place: str) -> Any:
+    """``RUN`` at the beginning of texts replaced by the run's folder, at any depth."""
+    if isinstance(value, str):
+        return place + value[len(PLACE) :] if value == PLACE or value.startswith(f"{PLACE}/") else value
+    if isinstance(value, list):
+        return [_placed(item, place) for item in value]
+    if isinstance(value, dict):
+        return {key: _placed(item, place) for key, item in value.items()}
+    if isinstance(value, Namespace):
+        return Namespace({key: _placed(item, place) for key, item in vars(value).items()})
+    return value
+
+
+def _require_port(text: str | None) -> None:
+    """Refuse a port, given by the environment, that is none or is taken: ranks started first would wait for it in vain.
+
+    Raises:
+        Refusal: with the nearest remedy.
+    """
+    if text is None:
+        return
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
+        fail(f"MASTER_PORT {text}: not the number of a port (0 to 65535)")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the ranks do, so that both find the same
+        try:
+            probe.bind(("", int(text)))
+        except OSError as error:
+            why = "in use on this machine" if error.errno == errno.EADDRINUSE else f"{error.strerror}".lower()
+            fail(f"MASTER_PORT {text}: {why}; another one, or none, by which a free one is taken")
+
+
+def disk_line(error: BaseException, place: runs.Run | None) -> str | None:
+    """The line for a disk that is full or read-only, and where the run goes on; None for other errors."""
+    line = disk_fault(error, place.folder) if place is not None else None
+    if line is None or place is None:
+        return None
+    point, _ = runs.newest_point(place.folder)
+    return line if point is None else f"{line}; --resume auto goes on from {point.name}"
+
+
+@contextlib.contextmanager
+def _threads_told_once() -> Iterator[None]:
+    """TensorBoard's writer keeps an error of its thread, and raises it at the next call: not twice on the screen."""
+    before = threading.excepthook
+
+    def hook(told: threading.ExceptHookArgs) -> None:
+        if not isinstance(told.exc_value, OSError):
+            before(told)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+def _without_enums(value: Any) -> Any:
+    """Members of enumerations by their values, at any depth: a default may be one, and YAML has no such thing."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, list):
+        return [_without_enums(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_enums(item) for key, item in value.items()}
+    if isinstance(value, Namespace):
+        return Namespace({key: _without_enums(item) for key, item in vars(value).items()})
+    return value
+
+
+def run(request: Request) -> int:
+    """Run one command; returns its exit code.
+
+    Raises:
+        Refusal: with one line, for whatever the user can put right.
+    """
+    quieten()
+    enforce(request.trust)
+    elastic.own_store()
+    if request.trust and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a trusted module is mostly the user's own file; last, so that it hides none
+    cli = DescantCLI.__new__(DescantCLI)
+    fault = None
+    try:
+        code = _answered(cli, request)
+        fault = cli.ranks.join() if cli.ranks is not None else None
+    finally:
+        ranks: Ranks | None = getattr(cli, "ranks", None)  # of what is half built
+        if ranks is not None:
+            ranks.kill()  # nothing, where they have ended
+        clear(cli)
+    return _told(fault) if fault is not None and code == 0 else code
+
+
+def clear(cli: DescantCLI) -> None:
+    """Give back what the call held; the folder of a run that never began is removed."""
+    runs.forget()
+    lock.release()
+    started, folder = getattr(cli, "folder", None), getattr(cli, "place", None)
+    if started is not None and not started.began and folder is not None:
+        folder.discard()
+
+
+def _told(fault: Ended) -> int:
+    if fault.line:
+        say(fault.line)
+    return fault.code
+
+
+def _answered(cli: DescantCLI, request: Request) -> int:
+    """Run one command on a command line that is not built yet; returns its exit code."""
+    try:
+        with policy(allowed(request.trust)), _threads_told_once():
+            cli.__init__(request)  # type: ignore[misc]  # in two steps: what is half built must still be cleared away
+    except Refusal:
+        raise
+    except Ended as fault:
+        return _told(fault)
+    except Stopped as stop:
+        if cli.trainer.is_global_zero:
+            say(f"{stop}; --resume auto goes on there")
+        # the rank that launched this one answers for both, and is killed where this one fails before it has ended
+        return 0 if runs.launched() else stop.code
+    except Checked:
+        print("\n".join(cli.checking.lines) if cli.checking else "")
+    except SystemExit as stop:
+        trainer = getattr(cli, "trainer", None)
+        if trainer is not None and trainer.received_sigterm:
+            return TERMINATED
+        return INTERRUPTED if trainer is not None and trainer.interrupted else int(stop.code or 0)
+    except Exception as error:
+        trainer = getattr(cli, "trainer", None)
+        line = disk_line(error, getattr(cli, "place", None))
+        if trainer is None and Parser.failed is not None:
+            line = line or unbuilt(*Parser.failed, request.trust)
+        line = line or explain(error, building=trainer is None, trust=request.trust)
+        if line is None and trainer is not None and (cli.checking is not None or trainer.global_step == 0):
+            line = misfit(error, cli.model, request.trust) or outside_ours(error, request.trust)
+        if line is None or request.debug:
+            raise
+        raise Refusal(with_maker(line)) from error
+    return 0

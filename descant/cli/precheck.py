@@ -1,0 +1,395 @@
+"""A look at every key before the real parse: the first fault is told with its place and the nearest key.
+
+The parser finds the same faults, but says them in the middle of a long union of attempts and names no file. It is done
+twice: with what was written down of the parser, before torch is imported, and with the parser itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from descant.cli import bounds, names, schema, trust
+from descant.cli.arguments import Request
+from descant.cli.catalogue import BASE, OVERLAYS, ROOT
+from descant.cli.document import Node, load, option
+from descant.cli.errors import Refusal, hint, nearest
+from descant.cli.schema import Entry, Key, Part, Schema, Type, Unknown
+
+_SPEC = ("class_path", "init_args", "dict_kwargs")
+#: Keys of the command line only.
+_CALL_ONLY = {
+    "trust": "a configuration cannot trust itself",
+    "config": "files are composed on the command line",
+}
+#: What people type for a key that is elsewhere and is called otherwise.
+_SHORT = {
+    "seed": "seed_everything",
+    "epochs": "max_epochs",
+    "steps": "max_steps",
+    "learning_rate": "lr",
+    "bs": "batch_size",
+    "gpus": "devices",
+    "workers": "num_workers",
+    "ckpt": "ckpt_path",
+    "checkpoint": "ckpt_path",
+}
+Path_ = tuple[str, ...]
+
+
+def wanted(request: Request) -> bool:
+    """Whether a request is to be looked at: one for help is answered, whatever else it says."""
+    return not any(key == "help" or key.endswith(".help") for key, _ in request.options)
+
+
+def precheck(
+    known: Schema,
+    files: Sequence[Path],
+    options: Sequence[tuple[str, str | None]],
+    trusted: Sequence[str],
+) -> Walk:
+    """Check configurations and options in the order in which they count; what was found on the way.
+
+    Raises:
+        Refusal: for the first unknown key, unknown or untrusted class, or value of a wrong type.
+    """
+    walk = Walk(known, trusted)
+    _one_experiment(files)
+    for file in (BASE, *files):
+        root = load(file)
+        if not root.content:
+            raise Refusal(
+                f"{root.where}: it says nothing: a configuration is a mapping of keys, such as model: and data:"
+            )
+        walk.source(root)
+    for key, value in options:
+        if value is not None and not key.endswith(("help", "print_config")):
+            walk.source(option(key, value))
+    walk.required()
+    return walk
+
+
+def _one_experiment(files: Sequence[Path]) -> None:
+    """Raises Refusal for two experiments that ship: their keys would be mixed, and a fault be told of neither."""
+    if len(files) < 2:
+        return
+    root, given = ROOT.resolve(), list[str]()
+    for file in (file.resolve() for file in files):
+        name = file.relative_to(root).with_suffix("").as_posix() if file.is_relative_to(root) else ""
+        if name and name not in given and name.partition("/")[0] not in (*OVERLAYS, "claims", BASE.stem):
+            given.append(name)
+    if len(given) > 1:
+        told = " and ".join(f"--config {name}" for name in given[:3])
+        raise Refusal(f"{told}: {len(given)} experiments at once; one, and overlays (data/, with/, on/: descant list)")
+
+
+class Walk:
+    """The state of a check: which class stands at each path so far, and which of its keys are given."""
+
+    def __init__(self, known: Schema, trusted: Sequence[str]) -> None:
+        self.schema, self.trusted = known, trusted
+        self.classes: dict[Path_, Entry] = {}
+        self.unknown: set[Path_] = set()
+        self.places: dict[Path_, str] = {}
+        self.given: dict[Path_, set[str]] = {}
+        self.last: dict[Path_, Path_] = {}  # list -> its last item
+        self.added = 0  # items that options have added
+
+    def default(self, place: Sequence[str | int]) -> str | None:
+        """The default at a place, as text; None where there is none, or nobody knows."""
+        *path, last = map(str, place)
+        entry = self.classes.get(tuple(path))
+        key = entry.keys.get(last) if entry is not None else self.schema.command().get(".".join((*path, last)))
+        return key.default if key is not None else None
+
+    def source(self, root: Node) -> None:
+        """One file or option."""
+        for key, node in root.walk():
+            if key == "class_path" and isinstance(node.content, str) and "." in node.content:
+                self._allowed(node.content, node.where)
+        if not (root.typed or root.folder.is_relative_to(ROOT.resolve())):
+            self._guarded(root, ())
+        keys = self.schema.command()
+        groups = {key.split(".")[0] for key in keys if "." in key}
+        for key, node in root.content.items():
+            if key in groups:
+                self._group(key, node, keys)
+            elif key in keys:
+                self._value(node, None, key, keys[key], (key,))
+            elif key in _CALL_ONLY:
+                raise Refusal(f"{node.where}: {key}: {_CALL_ONLY[key]}")
+            else:
+                near = self._deeper(key, keys) or hint(key, self._said(keys, groups, node))
+                raise Refusal(f"{_at(node, (key,))}: no such key{near}")
+
+    def _deeper(self, key: str, keys: Mapping[str, Key]) -> str:
+        """``; nearest: trainer.max_steps`` for ``max_steps``, where one place or another has the key; else nothing."""
+        wanted = _SHORT.get(key, key)
+        found = [name for name in keys if name.rpartition(".")[2] == wanted]
+        found += [".".join((*path, wanted)) for path, entry in self.classes.items() if wanted in entry.keys]
+        found = sorted((name for name in found if "@" not in name), key=lambda name: (name.count("."), name))
+        return f"; nearest: {found[0]}" if found else ""
+
+    @staticmethod
+    def _said(keys: Mapping[str, Key], groups: set[str], node: Node) -> set[str]:
+        """What may stand where ``node`` stands, without a group before it."""
+        return ({*keys, *groups} - _dotted(keys)) | ({*_CALL_ONLY} if node.typed else set())
+
+    def _guarded(self, node: Node, path: Path_, of: Any = None) -> None:
+        """What a file may not say by itself, wherever it says it."""
+        if isinstance(node.content, dict):
+            named = node.content.get("class_path")
+            of = of if named is None else named.plain
+            for key, child in node.content.items():
+                with _told(_at(child, (*path, key))):
+                    trust.guard(key, child.plain, self.trusted, of)
+                self._guarded(child, *((path, of) if key in _SPEC else ((*path, key), None)))
+        elif isinstance(node.content, list):
+            for item in node.content:
+                self._guarded(item, path, None)
+
+    def _group(self, group: str, node: Node, keys: Mapping[str, Key]) -> None:
+        node = self._file(node)
+        known = {name.removeprefix(f"{group}."): key for name, key in keys.items() if name.startswith(f"{group}.")}
+        if not isinstance(node.content, dict):
+            raise Refusal(f"{_at(node, (group,))}: expected keys, got {node.content!r}")
+        for key, child in node.content.items():
+            plain = key.removesuffix("+")
+            if plain not in known:
+                raise Refusal(f"{_at(child, (group, key))}: no such key{self._near(plain, known)}")
+            self._value(child, None, f"{group}.{plain}", known[plain], (group, key))
+
+    def _value(self, node: Node, owner: Entry | None, name: str, key: Key, path: Path_) -> None:
+        """A value of the argument ``name`` of a class, or of the command."""
+        if schema.calls(key.type):
+            self._uncalled(node, key.type, path)
+        self._typed(node, key.type, path)
+        several, text = isinstance(node.content, list | dict), schema.takes_text(key.type)
+        classy = isinstance(node.content, dict | str) or schema.items(key.type) is not None
+        if path[-1].endswith("+") or (classy and schema.has_classes(key.type)):
+            return  # each class was looked at by itself
+        value = node.plain if node.raw is None or (several and not text) else node.raw
+        if not self.schema.accepts(owner, name, value):
+            words = [str(word) for choice in schema.parts(key.type, "choice") for word in choice]
+            near = nearest(node.plain, words) if isinstance(node.plain, str) else None
+            got = _short(node.plain) + (f"; nearest: {near}" if near else "")
+            raise Refusal(f"{_at(node, path)}: expected {schema.in_words(key.type)}, got {got}")
+        if owner is None or owner.path.startswith("descant."):
+            why = bounds.wrong(name, node.plain, bounds.OF_COMMAND if owner is None else bounds.OF_NAMES)
+            if why is not None:
+                raise Refusal(f"{_at(node, path)}: {why}")
+
+    def _uncalled(self, node: Node, kind: Type, path: Path_, inside: bool = False) -> None:
+        """A value that may be a function, or an object that is called: only what the user has named is one."""
+        content, classes = node.content, schema.has_classes(kind)
+        if isinstance(content, list | dict) and "class_path" not in content:
+            for child in content.values() if isinstance(content, dict) else content:
+                self._uncalled(child, kind, path, inside=True)
+            return
+        if isinstance(content, dict):
+            name = str(content["class_path"].content)
+            if classes and not inside:
+                return  # it has to be of their kind
+        elif isinstance(content, str) and "." in content and not (classes and self.schema.is_class(content)):
+            name = content
+        else:
+            return
+        if not trust.named(name, self.trusted):
+            where = name.split(".")[0] if "." in name else "MODULE"
+            raise Refusal(f"{_at(node, path)}: {name} would be called: --trust {where} if you trust it")
+
+    def _typed(self, node: Node, kind: Type, path: Path_) -> None:
+        """Look into a value of type ``kind`` for classes."""
+        items, base = schema.items(kind), (*path[:-1], path[-1].removesuffix("+"))
+        if isinstance(node.content, list):
+            if items is None:
+                return
+            if base == path:
+                self._forget(path)  # a list replaces the one before it
+            for number, item in enumerate(node.content):
+                self._item(item, items, base, f"{number}@{item.where}")
+        elif path != base and items is not None:
+            self.added += 1
+            self._item(node, items, base, f"@{node.where}{self.added}")
+        elif isinstance(node.content, dict) and node.typed and items and base in self.last:
+            self._typed(node, items, self.last[base])  # an option below a list speaks of its last item
+        elif classes := schema.classes(kind):
+            self._class(node, kind, classes, path)
+        elif isinstance(node.content, dict) and (values := schema.values(kind)) is not None:
+            for key, child in node.content.items():
+                self._typed(child, values, (*path, key))
+
+    def _item(self, node: Node, items: Type, base: Path_, name: str) -> None:
+        self.last[base] = (*base, name)
+        self._typed(node, items, self.last[base])
+
+    def _forget(self, path: Path_) -> None:
+        self.last.pop(path, None)
+        for state in (self.classes, self.places, self.given):
+            for key in [key for key in state if key[: len(path)] == path]:
+                state.pop(key)
+
+    def _class(self, node: Node, kind: Type, classes: Sequence[Part], path: Path_) -> None:
+        if isinstance(node.content, str):
+            text = node.content
+            if schema.takes_text(kind) and text not in names.table() and text not in self.schema.names(classes):
+                if not (node.folder / text).is_file():
+                    self._forget(path)
+                    return
+                node = self._file(node)  # the parser reads it, whatever its name
+            elif _is_file(text):
+                node = self._file(node)
+            else:
+                node = Node({"class_path": node}, node.where, node.folder, typed=node.typed)
+        if not isinstance(node.content, dict):
+            if not schema.fits(kind, node.content):
+                raise Refusal(f"{_at(node, path)}: expected {schema.in_words(kind)}, got {_short(node.plain)}")
+            self._forget(path)  # what stood there before is gone, and what it needed
+            return
+        content = node.content
+        if "class_path" in content:
+            self._named(content["class_path"], classes, path)
+            extra = [key for key in content if key not in _SPEC]
+            if extra:
+                child = content[extra[0]]
+                raise Refusal(f"{_at(child, (*path, extra[0]))}: not beside class_path; put it under init_args")
+        elif path not in {*self.classes, *self.unknown} and (alone := self.schema.alone(classes)) is not None:
+            self._set(alone, path, node.where)
+        if path not in self.classes:
+            return
+        if "dict_kwargs" in content:
+            self._unseen(content["dict_kwargs"], path)
+        if "class_path" in content or "init_args" in content:
+            inner = content.get("init_args", Node({}, node.where, node.folder, typed=node.typed))
+        else:
+            told = {k: v for k, v in content.items() if k != "dict_kwargs"}
+            inner = Node(told, node.where, node.folder, typed=node.typed)
+        if not isinstance(inner.content, dict):
+            raise Refusal(f"{_at(inner, path)}: init_args are keys, got {_short(inner.plain)}")
+        self._arguments(inner, path)
+
+    def _arguments(self, node: Node, path: Path_) -> None:
+        cls = self.classes[path]
+        for key, child in node.content.items():
+            plain = key.removesuffix("+")
+            if plain not in cls.keys:
+                raise Refusal(f"{_at(child, (*path, key))}: {cls.name} has no such key{self._near(plain, cls.keys)}")
+            self.given[path].add(plain)
+            if not (child.typed or child.folder.is_relative_to(ROOT.resolve())):  # the class may be of another file
+                with _told(_at(child, (*path, key))):
+                    trust.guard(plain, child.plain, self.trusted, cls.name)
+            self._value(child, cls, plain, cls.keys[plain], (*path, key))
+
+    def _unseen(self, node: Node, path: Path_) -> None:
+        """Arguments that nobody knows the types of: of a file none are taken, but for a class that the user names."""
+        cls = self.classes[path]
+        if node.content and not (node.typed or trust.named(cls.path, self.trusted)):
+            first = next(iter(node.content)) if isinstance(node.content, dict) else ""
+            where = _at(node, (*path, "dict_kwargs", first))
+            raise Refusal(f"{where}: a file may not say them: --trust {cls.path}, or the arguments under init_args")
+
+    def _near(self, key: str, known: Mapping[str, Key]) -> str:
+        """What was meant: a key that is nearly this one, else this very key of another class."""
+        homes = [_dots(path) for path, cls in self.classes.items() if key in cls.keys]
+        homes += ["trainer"] if f"trainer.{key}" in self.schema.command() else []
+        if homes and nearest(key, known, cutoff=0.75) is None:
+            return f"; {homes[0]} has it: {homes[0]}.{key}"
+        return hint(key, known)
+
+    def _named(self, node: Node, classes: Sequence[Part], path: Path_) -> None:
+        """Find the class of a ``class_path``, and remember it at this path."""
+        name = node.content
+        if not isinstance(name, str) or not name.isprintable():
+            raise Refusal(f"{_at(node, path)}: class_path is a name, got {_short(name)}")
+        if "." in name:
+            self._allowed(name, node.where)
+        try:
+            found = self.schema.find(name, classes)
+            self._kind(found, classes, node.where)
+            self._set(found, path, node.where)
+        except LookupError as error:
+            raise Refusal(f"{_at(node, path)}: {error}") from error
+        except Unknown:
+            self._forget(path)
+            self.unknown.add(path)
+
+    def _set(self, cls: Entry, path: Path_, where: str) -> None:
+        before = self.classes.get(path)
+        self.unknown.discard(path)
+        if before is not None and before.path == cls.path:
+            return
+        if before is not None:
+            for child in [child for child in self.classes if child[: len(path)] == path and child != path]:
+                if child[len(path)].partition("@")[0] not in cls.keys:
+                    self._forget(child)  # of the class before it alone
+        self.classes[path], self.places[path] = cls, where
+        self.given[path] = {key for key in self.given.get(path, ()) if key in cls.keys}
+
+    def required(self) -> None:
+        """What no source has given."""
+        for key in ("model", "data"):
+            if (key,) not in self.classes and (key,) not in self.unknown:
+                raise Refusal(f"no {key}: --config NAME chooses an experiment (descant list)")
+        for path, cls in self.classes.items():
+            for key in cls.required:
+                if key not in self.given[path]:
+                    where = f"{self.places[path]}: {_dots((*path, key))}"
+                    raise Refusal(f"{where}: {cls.name} needs it, and it is not given")
+
+    def _kind(self, found: Entry, classes: Sequence[Part], where: str) -> None:
+        kinds = [part["class"] for part in classes if isinstance(part, dict) and part["class"] in found.lineage]
+        with _told(where):
+            trust.require(found.path, self.trusted)  # a short name has not been looked at
+            trust.require_kind(found.path, kinds, self.trusted)
+
+    def _allowed(self, name: str, where: str) -> None:
+        with _told(where):
+            trust.require(name, self.trusted)
+
+    def _file(self, node: Node) -> Node:
+        """The content of a sub-file, where a value names one."""
+        if not isinstance(node.content, str):
+            return node
+        file = node.folder / node.content
+        if not file.is_file():
+            raise Refusal(f"{node.where}: no such file: {file}")
+        found = load(file)
+        self._guarded(found, ())
+        for key, child in found.walk():
+            if key == "class_path" and isinstance(child.content, str) and "." in child.content:
+                self._allowed(child.content, child.where)
+        return found
+
+
+@contextmanager
+def _told(where: str) -> Iterator[None]:
+    """What is refused inside is refused at this place."""
+    try:
+        yield
+    except Refusal as refusal:
+        raise Refusal(f"{where}: {refusal}") from None
+
+
+def _is_file(text: str) -> bool:
+    return text.endswith((".yaml", ".yml", ".json"))
+
+
+def _dots(path: Path_) -> str:
+    """The path as a user writes it; items of lists have no name there."""
+    return ".".join(part for part in path if "@" not in part)
+
+
+def _at(node: Node, path: Path_) -> str:
+    """``FILE:LINE: KEY``; an option says its key already."""
+    return node.where if node.typed else f"{node.where}: {_dots(path)}"
+
+
+def _dotted(actions: Mapping[str, Any]) -> set[str]:
+    return {key for key in actions if "." in key}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,161 @@
+"""``trainer.precision: auto``: bfloat16 where a machine computes it natively, resolved before the Trainer exists."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.fabric.connector import _PRECISION_INPUT  # type: ignore[attr-defined]  # Lightning names it nowhere else
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
+
+from descant.cli.errors import fail
+
+AUTO = "auto"
+_FULL, _HALF = "32-true", "bf16-mixed"
+#: What the product that :func:`slowdown` measures is made of: large enough for a vectorised kernel, a few milliseconds.
+_SIDE, _REPEATS = 256, 3
+
+
+class Trainer(L.Trainer):
+    """Lightning's Trainer, whose ``precision`` may be ``auto`` in a configuration.
+
+    Args:
+        precision: one of Lightning's, or auto: bf16-mixed where the device computes bfloat16 natively, else 32-true.
+            The command line replaces auto before this class is built.
+    """
+
+    def __init__(
+        self,
+        *,
+        accelerator: str | Accelerator = AUTO,
+        precision: _PRECISION_INPUT | Literal["auto"] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        resolved: Any = choose(accelerator)[0] if precision == AUTO else precision
+        super().__init__(accelerator=accelerator, precision=resolved, **kwargs)
+
+
+def choose(accelerator: object = AUTO) -> tuple[Any, str]:
+    """The precision for an accelerator on this machine, and the reason in a few words.
+
+    Args:
+        accelerator: as ``trainer.accelerator``: auto, gpu, cpu, cuda, mps or another name.
+
+    Raises:
+        Refusal: for an accelerator of which nothing is known; it wants the precision named.
+    """
+    kind = accelerator if accelerator is not None else AUTO
+    if kind == AUTO:
+        kind = _AcceleratorConnector._choose_auto_accelerator()
+    elif kind == "gpu":  # only what torch has; Lightning refuses the rest, with its reason
+        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cuda"
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            return _FULL, "no CUDA device is available"
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return _HALF, f"{torch.cuda.get_device_name()} computes bfloat16 natively"
+        return _FULL, f"{torch.cuda.get_device_name()} has no bfloat16 units"
+    if kind == "cpu":
+        unit = cpu_bfloat16()
+        return (_HALF, f"this CPU has {unit}") if unit else (_FULL, "this CPU would have to emulate bfloat16")
+    if kind != "mps":
+        fail(f"trainer.precision: auto knows cpu, cuda and mps, not {_name(kind)}; name one, such as 32-true")
+    return _FULL, "float32 on MPS"
+
+
+def cpu_bfloat16() -> str | None:
+    """The instructions by which torch multiplies bfloat16 on this CPU, or None where it would emulate them.
+
+    ``ATEN_CPU_CAPABILITY`` counts: kernels below AVX-512 convert every operand to float32.
+    """
+    if not torch.backends.mkldnn.is_available() or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return None
+    if torch.cpu._is_amx_tile_supported():
+        return "AMX"
+    return "AVX512-BF16" if torch.cpu._is_avx512_bf16_supported() else None
+
+
+def chosen(trainer: Any) -> tuple[Any, str]:
+    """What ``trainer.precision`` becomes on this machine, and the reason where that was auto.
+
+    Args:
+        trainer: the options of the Trainer: accelerator, strategy, plugins, precision.
+
+    Raises:
+        Refusal: for auto where a plugin or the strategy sets the precision, or the accelerator is unknown.
+    """
+    wanted = trainer.get("precision")
+    if wanted != AUTO:
+        return wanted, ""
+    owner = _owner(trainer.get("strategy"), trainer.get("plugins"))
+    if owner is not None:
+        fail(f"trainer.precision: auto, but {owner} sets the precision itself; trainer.precision: null leaves it so")
+    return choose(trainer.get("accelerator"))
+
+
+def resolve(trainer: Any, kept: str | None, tell: Callable[[str], None]) -> str | None:
+    """The value of ``trainer.precision`` from here on; tells what auto became, or what is slow, in one line.
+
+    Args:
+        trainer: see :func:`chosen`, which raises what this raises.
+        kept: the precision of the run that is resumed, which auto keeps.
+        tell: prints a line.
+    """
+    wanted, why = chosen(trainer)
+    if why and kept is not None:
+        wanted, why = kept, "that of the run which is resumed"
+    if why:
+        tell(f"precision {wanted}: {why}")
+    if str(wanted).startswith("bf16") and _on_cpu(trainer.get("accelerator")) and cpu_bfloat16() is None:
+        tell(
+            f"warning: trainer.precision {wanted}: this CPU emulates bfloat16, a matrix product takes {slowdown():.0f} "
+            f"times as long as in float32; --trainer.precision {_FULL} is faster"
+        )
+    return None if wanted is None else str(wanted)
+
+
+def slowdown() -> float:
+    """Time of a matrix product in bfloat16 / in float32 on this CPU, measured now.
+
+    >>> slowdown() > 0
+    True
+    """
+    return _seconds(torch.bfloat16) / _seconds(torch.float32)
+
+
+def _seconds(dtype: torch.dtype) -> float:
+    x_NN = torch.full((_SIDE, _SIDE), 0.5, dtype=dtype)
+    torch.mm(x_NN, x_NN)
+    best = float("inf")
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        torch.mm(x_NN, x_NN)
+        best = min(best, time.perf_counter() - start)
+    return max(best, 1e-9)
+
+
+def _on_cpu(accelerator: object) -> bool:
+    if accelerator in (None, AUTO):
+        accelerator = _AcceleratorConnector._choose_auto_accelerator()
+    return accelerator == "cpu"
+
+
+def _owner(strategy: Any, plugins: Any) -> str | None:
+    """The part of the configuration that sets a precision of its own: a precision plugin, or an XLA strategy."""
+    for plugin in plugins if isinstance(plugins, Iterable) and not isinstance(plugins, str) else [plugins]:
+        if "Precision" in _name(plugin):
+            return f"trainer.plugins {_name(plugin)}"
+    inside = getattr(strategy, "init_args", None)
+    if inside is not None and inside.get("precision_plugin") is not None:
+        return f"trainer.strategy {_name(strategy)}.precision_plugin"
+    return f"trainer.strategy {_name(strategy)}" if "xla" in _name(strategy).lower() else None
+
+
+def _name(part: Any) -> str:
+    """The short name of a part of the configuration: a text, a class_path, an object."""
+    path = part if isinstance(part, str) else getattr(part, "class_path", None) or type(part).__name__
+    return str(path).rpartition(".")[2]

@@ -1,0 +1,199 @@
+"""What a configuration may say, as plain data: no torch, no imports of what it names.
+
+Two hold it: the parser itself (:mod:`descant.cli.signatures`), and what was written down of it
+(:mod:`descant.cli.dump`).
+
+A type is a list of parts, any of which a value may be: "null", "int", "float", "bool", "str", "any", {"choice": words},
+{"list": type}, {"map": type}, {"class": path, "skip": what a factory gets from the program}, {"other": name}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+#: A part of a type; a type.
+Part = str | dict[str, Any]
+Type = list[Part]
+
+
+@dataclass(frozen=True)
+class Key:
+    """One argument: its type, its default as text (None where it must be given), and what is said of it."""
+
+    type: Type
+    default: str | None = None
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A class: ``path`` that names it, those of all classes that it is, and its arguments in their order."""
+
+    path: str
+    lineage: Sequence[str]
+    keys: Mapping[str, Key]
+    required: Sequence[str] = ()
+    abstract: bool = False
+    about: str = ""
+    source: Any = field(default=None, compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition(".")[2]
+
+
+class Unknown(Exception):
+    """Only the parser itself can say: the class is of a module that was not written down."""
+
+
+class Schema(Protocol):
+    """Who knows what may be said."""
+
+    def command(self) -> Mapping[str, Key]:
+        """Dotted key -> argument, of a command and its trainer."""
+
+    def find(self, name: str, kinds: Sequence[Part]) -> Entry:
+        """The class that ``name``, short or full, means where one of ``kinds`` is expected.
+
+        Raises:
+            LookupError: where there is none, with the rest of the line that says so. Unknown: see there.
+        """
+
+    def names(self, kinds: Sequence[Part]) -> Mapping[str, str]:
+        """Short name -> path of what is of one of ``kinds``."""
+
+    def alone(self, kinds: Sequence[Part]) -> Entry | None:
+        """The class that is meant where none is named: the only one that is expected, if it can be made."""
+
+    def accepts(self, owner: Entry | None, name: str, value: Any) -> bool:
+        """Whether ``value`` may stand at the key ``name`` of a class, or of the command."""
+
+    def is_class(self, name: str) -> bool:
+        """Whether a full name is that of a class, as far as can be told."""
+
+
+# types --------------------------------------------------------------------------------------------------------------
+
+
+def parts(type: Type, of: str) -> Iterator[Any]:
+    """What stands under ``of`` in the parts that have it."""
+    yield from (part[of] for part in type if isinstance(part, dict) and of in part)
+
+
+def classes(type: Type) -> list[Part]:
+    """The parts that ``class_path`` and ``init_args`` may build, directly or by a factory."""
+    return [part for part in type if isinstance(part, dict) and "class" in part]
+
+
+def items(type: Type) -> Type | None:
+    """The type of the items of a list, or None."""
+    found = [part for inner in parts(type, "list") for part in inner]
+    return found or None
+
+
+def values(type: Type) -> Type | None:
+    """The type of the values of a mapping, or None."""
+    found = [part for inner in parts(type, "map") for part in inner]
+    return found or None
+
+
+def has_classes(type: Type) -> bool:
+    return bool(classes(type)) or any(has_classes(inner) for inner in (items(type), values(type)) if inner)
+
+
+def takes_text(type: Type) -> bool:
+    """Whether a text can be a value by itself, and need not name a class or a file."""
+    return any(part in ("str", "any") or (isinstance(part, dict) and "choice" in part) for part in type)
+
+
+def calls(type: Type) -> bool:
+    """Whether a value may be a function, or an object that is called, as it is; a factory of classes is none.
+
+    >>> calls([{"list": [{"other": "Callable[[int], float]"}]}, "null"]), calls([{"class": "a.B", "skip": 1}])
+    (True, False)
+    """
+    inner = (part for of in ("list", "map") for part in parts(type, of))
+    return any("Callable" in name for name in parts(type, "other")) or any(map(calls, inner))
+
+
+def kinds(some: Sequence[Part]) -> str:
+    """How kinds are called."""
+    return " or ".join(dict.fromkeys(part["class"].rpartition(".")[2] for part in some if isinstance(part, dict)))
+
+
+_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "any": "anything"}
+
+
+def in_words(type: Type) -> str:
+    """A type as a user would say it.
+
+    >>> in_words(["int", "null"]), in_words([{"map": ["float"]}]), in_words([{"list": [{"list": ["int"]}]}])
+    ('a whole number or null', 'a mapping of names to numbers', 'a list of lists of whole numbers')
+    """
+    words: list[str] = []
+    for part in type:
+        if isinstance(part, str):
+            words.append(_WORDS.get(part, part))
+        elif "choice" in part:
+            words += [str(choice) for choice in part["choice"]]
+        elif "list" in part:
+            words.append(f"a list of {_many(in_words(part['list']))}" if part["list"] else "a list")
+        elif "map" in part:
+            words.append(f"a mapping of names to {_many(in_words(part['map']))}" if part["map"] else "a mapping")
+        else:
+            words.append(f"a class of kind {kinds([part])}" if "class" in part else part["other"])
+    unique = list(dict.fromkeys(words))
+    unique.sort(key=lambda word: word == "null")
+    return unique[0] if len(unique) == 1 else f"{', '.join(unique[:-1])} or {unique[-1]}"
+
+
+def _many(word: str) -> str:
+    """Several of what is one of; a choice stays as it is."""
+    if " or " in word or not word.startswith("a "):
+        return word
+    noun, of, rest = word.removeprefix("a ").partition(" of ")
+    return f"{noun}{'es' if noun.endswith('s') else 's'}{of}{rest}"
+
+
+def fits(type: Type, value: Any) -> bool:
+    """Whether a value may be of a type, as far as can be told without the program: what is in doubt fits.
+
+    >>> fits(["int", "null"], 3), fits(["int"], 3.5), fits([{"list": ["float"]}], ["x"]), fits(["int"], "3")
+    (True, False, False, True)
+    """
+    return not type or any(_fits(part, value) for part in type)
+
+
+def _fits(part: Part, value: Any) -> bool:
+    if isinstance(part, dict):
+        if "choice" in part:
+            return value in part["choice"] or (isinstance(value, str) and _number(value) in part["choice"])
+        if "list" in part:
+            return isinstance(value, list) and all(fits(part["list"], item) for item in value)
+        if "map" in part:
+            return isinstance(value, dict) and all(fits(part["map"], item) for item in value.values())
+        return "other" in part or isinstance(value, str | dict)
+    if part == "null":
+        return value is None or (isinstance(value, str) and _number(value) is None)
+    if part == "str":
+        return isinstance(value, str)
+    if part == "any":
+        return True
+    plain = _number(value) if isinstance(value, str) else value
+    if part == "bool":
+        return isinstance(plain, bool)
+    number = (int, float) if part == "float" else (int,)
+    return isinstance(plain, number) and not isinstance(plain, bool)
+
+
+def _number(text: str) -> Any:
+    """What the parser reads in a text where no text is expected."""
+    import yaml
+    from jsonargparse._loaders_dumpers import get_yaml_default_loader
+
+    try:
+        return yaml.load(text, get_yaml_default_loader())  # safe: it is a SafeLoader that reads 1e-3 as a number
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError):  # 0x_ looks like a number, and is none
+        return text

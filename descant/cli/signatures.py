@@ -1,0 +1,264 @@
+"""What a class accepts, as the parser itself sees it. The one file that reaches into jsonargparse's insides.
+
+Asking the parser's own sub-parsers keeps the early check and the real parse from disagreeing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections.abc as abc
+import inspect
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
+from functools import cached_property
+from typing import Any, Literal, Union, get_args, get_origin
+
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse._actions import ActionConfigFile, filter_non_parsing_actions
+from jsonargparse._common import parser_context
+from jsonargparse._required import iter_required_keys
+from jsonargparse._typehints import ActionTypeHint, get_all_subclass_paths
+from jsonargparse._util import import_object
+from torch import Tensor
+
+from descant.cli import names
+from descant.cli.errors import hint, one_line
+from descant.cli.schema import Entry, Key, Part, Type, Unknown, kinds
+from descant.cli.trust import allowed
+
+_UNIONS = (Union, types.UnionType)
+_LISTS = (list, tuple, set, abc.Sequence, abc.Iterable, abc.Collection)
+_MAPS = (dict, abc.Mapping, abc.MutableMapping)
+_PLAIN: dict[Any, Part] = {
+    int: "int",
+    float: "float",
+    bool: "bool",
+    str: "str",
+    type(None): "null",
+    Any: "any",
+    object: "any",
+    inspect.Parameter.empty: "any",
+}
+
+
+class Live:
+    """The schema of a running parser; it knows of every class that can be imported.
+
+    Args:
+        parser: of a command.
+    """
+
+    def __init__(self, parser: ArgumentParser) -> None:
+        self.parser = parser
+        self._classes: dict[str, type] = {}
+        self._entries: dict[tuple[type, int], Entry] = {}
+
+    @cached_property
+    def _command(self) -> dict[str, Key]:
+        return {key: self._key(action) for key, action in _actions(self.parser).items()}
+
+    def command(self) -> Mapping[str, Key]:
+        return self._command
+
+    def find(self, name: str, kinds_: Sequence[Part]) -> Entry:
+        found = self._full(name, kinds_) if "." in name else self._short(name, kinds_)
+        if not inspect.isclass(found):
+            if allowed(name):  # a function would be called, and does what it does
+                raise LookupError(f"{name} is no class")
+            raise Unknown(name)  # of the user's own
+        if not issubclass(found, self._of(kinds_)):
+            raise LookupError(f"{name} is not of kind {kinds(kinds_)}{hint(name, self.names(kinds_), 0)}")
+        return self.entry(found, max(part.get("skip", 0) for part in kinds_ if isinstance(part, dict)))
+
+    def _full(self, name: str, kinds_: Sequence[Part]) -> Any:
+        try:
+            return find_class(name)
+        except (ImportError, AttributeError, ValueError) as error:
+            missing = isinstance(error, ModuleNotFoundError) and not name.startswith(f"{error.name}.")
+            if missing or type(error).__name__ == "ImportDenied":
+                raise LookupError(f"{name}: {one_line(error)}") from error
+            near = hint(name.rpartition(".")[2], self.names(kinds_), 0)
+            raise LookupError(f"there is no {name}{near}") from error
+
+    def _short(self, name: str, kinds_: Sequence[Part]) -> Any:
+        ours = names.full(name)
+        if ours is not None:
+            names.import_path(ours)
+        same = sorted(path for path in self.paths(kinds_) if path.rpartition(".")[2] == name)
+        if len(same) > 1:
+            raise LookupError(f"{name} is the name of {' and '.join(same)}: give the full path of one")
+        if not same and ours is None:
+            known = self.names(kinds_)
+            near = hint(name, {**known, **dict.fromkeys(names.table())}) if known else ""
+            raise LookupError(f"no class {name} of kind {kinds(kinds_)}{near}")
+        return find_class(same[0] if same else str(ours))
+
+    def names(self, kinds_: Sequence[Part]) -> Mapping[str, str]:
+        return {path.rpartition(".")[2]: path for path in self.paths(kinds_)}
+
+    def accepts(self, owner: Entry | None, name: str, value: Any) -> bool:
+        parser = self.parser if owner is None else owner.source
+        action = _actions(parser)[name]
+        try:
+            with parser_context(load_value_mode=parser.parser_mode, parent_parser=parser):
+                parser._check_value_key(action, value, action.dest, Namespace())
+        except (TypeError, ValueError, KeyError, argparse.ArgumentError):
+            return False
+        return True
+
+    def is_class(self, name: str) -> bool:
+        try:
+            return inspect.isclass(find_class(name))
+        except (ImportError, AttributeError, ValueError):
+            return False
+
+    def entry(self, cls: type, skip: int = 0) -> Entry:
+        """What a class takes; a factory's first arguments come from the program, so they are no keys."""
+        if (cls, skip) not in self._entries:
+            with parser_context(parent_parser=self.parser, load_value_mode=self.parser.parser_mode):
+                parser: ArgumentParser = ActionTypeHint.get_class_parser(
+                    cls, {"fail_untyped": False}, skip_args={skip} if skip else None
+                )
+            self._entries[cls, skip] = Entry(
+                path=_canonical(cls),
+                lineage=[_path(base) for base in cls.__mro__ if base is not object],
+                keys={key: self._key(action) for key, action in _actions(parser).items()},
+                required=sorted({key.split(".")[0] for key in iter_required_keys(parser)}),
+                abstract=inspect.isabstract(cls),
+                about=_first_line(cls),
+                source=parser,
+            )
+        return self._entries[cls, skip]
+
+    def alone(self, kinds_: Sequence[Part]) -> Entry | None:
+        """The class that is meant where none is named: the only one that is expected, if it can be made."""
+        if len(kinds_) != 1 or not isinstance(kinds_[0], dict) or inspect.isabstract(self._of(kinds_)[0]):
+            return None
+        return self.entry(self._of(kinds_)[0], kinds_[0].get("skip", 0))
+
+    def paths(self, kinds_: Sequence[Part]) -> set[str]:
+        """The paths of all that is loaded and of one of some kinds."""
+        return {path for cls in self._of(kinds_) for path in get_all_subclass_paths(cls)}
+
+    def entries(self, kinds_: Sequence[Part], packages: tuple[str, ...]) -> Iterator[Entry]:
+        """What is of some kinds, these too, and of some packages; what no parser can be made for is left out."""
+        bases = {_canonical(cls): cls for cls in self._of(kinds_)}
+        for path in sorted({*bases, *self.paths(kinds_)}):
+            if path.startswith(packages):
+                try:
+                    yield self.entry(bases.get(path) or find_class(path))
+                except (ValueError, ImportError):
+                    continue
+
+    def _of(self, kinds_: Sequence[Part]) -> tuple[type, ...]:
+        return tuple(self._classes[part["class"]] for part in kinds_ if isinstance(part, dict))
+
+    def _key(self, action: argparse.Action) -> Key:
+        about = " ".join(str(action.help or "").split()) if action.help != argparse.SUPPRESS else ""
+        default = None if action.default is inspect.Parameter.empty or action.required else in_text(action.default)
+        return Key(self._type(action._typehint), default, about.split(" (type: ")[0])  # type: ignore[attr-defined]
+
+    def _type(self, hint: Any) -> Type:
+        found: Type = []
+        for part in _parts(hint):
+            for plain in self._part(part):
+                if plain not in found:
+                    found.append(plain)
+        return found
+
+    def _part(self, part: Any) -> Iterator[Part]:
+        if part is Tensor:  # `float | Tensor` means a number here
+            return
+        if isinstance(part, abc.Hashable) and part in _PLAIN:
+            yield _PLAIN[part]
+        elif get_origin(part) is Literal:
+            yield {"choice": list(get_args(part))}
+        elif get_origin(part) in _LISTS:
+            yield {"list": self._type(Union[tuple(a for a in get_args(part) if a is not ...)])}  # noqa: UP007
+        elif part in _LISTS:
+            yield {"list": []}
+        elif get_origin(part) in _MAPS:
+            yield {"map": self._type(get_args(part)[1]) if len(get_args(part)) == 2 else []}
+        elif part in _MAPS:
+            yield {"map": []}
+        elif get_origin(part) is abc.Callable and self._made(get_args(part)):
+            for made in self._made(get_args(part)):
+                yield {**made, "skip": len(part.__args__) - 1} if isinstance(made, dict) else made
+        elif inspect.isclass(cls := get_origin(part) or part) and ActionTypeHint.is_subclass_typehint(part):
+            self._classes[_path(cls)] = cls
+            yield {"class": _path(cls)}
+        elif inspect.isclass(part) and issubclass(part, Enum):
+            yield {"choice": [*part.__members__]}
+        elif inspect.isclass(part) and issubclass(part, str):
+            yield "str"
+        else:
+            yield {"other": part.__name__ if inspect.isclass(part) else str(part).replace("typing.", "")}
+
+    def _made(self, arguments: Sequence[Any]) -> Type:
+        """The classes of what a factory returns."""
+        return (
+            [part for part in self._type(arguments[-1]) if isinstance(part, dict) and "class" in part]
+            if arguments
+            else []
+        )
+
+
+def find_class(path: str) -> Any:
+    """The object of a full path, under the import policy.
+
+    Raises:
+        ImportError, AttributeError, ValueError: where there is none, or it is not allowed.
+    """
+    return import_object(path)
+
+
+def _actions(parser: ArgumentParser) -> dict[str, argparse.Action]:
+    """Key -> action of everything that a parser takes as configuration."""
+    found = filter_non_parsing_actions(parser._actions)
+    # a group such as `trainer` has an action for a sub-configuration: its keys are the group's
+    return {a.dest: a for a in found if not isinstance(a, ActionConfigFile) and hasattr(a, "_typehint")}
+
+
+def _parts(hint: Any) -> Iterator[Any]:
+    """The members of a union, or the type itself; annotations and aliases are looked through."""
+    if hasattr(hint, "__value__"):
+        yield from _parts(hint.__value__)
+    elif get_origin(hint) is typing.Annotated:
+        yield from _parts(get_args(hint)[0])
+    elif get_origin(hint) in _UNIONS:
+        for part in get_args(hint):
+            yield from _parts(part)
+    else:
+        yield hint
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _canonical(cls: type) -> str:
+    """The shortest path that imports a class."""
+    from jsonargparse._util import get_import_path
+
+    return str(get_import_path(cls))
+
+
+def _first_line(cls: type) -> str:
+    """What a class says of itself, in one line; a class that says nothing does not speak by its base."""
+    lines = inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0].split()
+    return " ".join(lines)
+
+
+def in_text(default: Any) -> str:
+    """A default as a user would write it."""
+    if default is None or isinstance(default, bool):
+        return {None: "null", True: "true", False: "false"}[default]
+    if isinstance(default, Namespace | dict) and default.get("class_path"):
+        return str(default["class_path"]).rpartition(".")[2]
+    if isinstance(default, str | int | float | Enum):
+        return default.name if isinstance(default, Enum) else str(default)
+    if isinstance(default, list | tuple):
+        return f"[{', '.join(map(in_text, default))}]"
+    return str(default) if isinstance(default, dict) else type(default).__name__

@@ -1,0 +1,220 @@
+"""Which classes a configuration may name: an allow-list, checked before anything of that name is imported.
+
+A configuration is data. Naming ``os.system`` in it must not run it, and must not even import the module.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import re
+from collections.abc import Sequence
+from pathlib import PurePath
+from typing import Any
+
+from descant.cli.errors import Refusal
+
+#: Where classes may be from that a configuration builds. What is wanted at a place narrows it further: see PERMITTED.
+ALLOWED = (
+    *("descant", "torch.nn", "torch.optim", "torchvision.transforms.v2", "bitsandbytes.optim"),
+    *("lightning.pytorch", "lightning.fabric.plugins", "lightning.fabric.accelerators", "lightning.fabric.strategies"),
+    *("torch.device", "torch.dtype", "torch.float16", "torch.bfloat16", "torch.float32", "torch.float64", "torch.amp"),
+    *("torch.distributed.fsdp", "torch.distributed.device_mesh"),
+)
+#: Public name -> where it is defined, which the parser asks about, too; both are among DENIED.
+_DEFINED = {
+    "descant.modules.policy.Judge": "descant.modules.policy.rewards.Judge",
+    "lightning.pytorch.callbacks.LambdaCallback": "lightning.pytorch.callbacks.lambda_function",
+    "torchvision.transforms.v2.Lambda": "torchvision.transforms.v2._misc.Lambda",
+    "lightning.pytorch.strategies.DeepSpeedStrategy": "lightning.pytorch.strategies.deepspeed.DeepSpeedStrategy",
+}
+_IO = ("AsyncCheckpointIO", "CheckpointIO", "TorchCheckpointIO", "XLACheckpointIO")
+#: Parts of these that start processes, load code, write where they are told, build any class by its name, or only call
+#: what they are given.
+DENIED = (
+    *(
+        "descant.cli.main",
+        "descant.__main__",
+        "descant.load",
+        "descant.export.loading",
+        "descant.Embedder",
+        "descant.export.export",
+    ),
+    *("descant.run.folder", "descant.report.predictions", "descant.cli.check"),
+    *("descant.run.processes", *_DEFINED, *_DEFINED.values()),
+    *("lightning.pytorch.cli", "lightning.pytorch.core.saving", "lightning.pytorch.demos", "lightning.pytorch.tuner"),
+    # they write checkpoints wherever they are told, which AtomicIO does not
+    *("lightning.fabric.plugins.io", "lightning.pytorch.plugins.io", "lightning.fabric.strategies.deepspeed"),
+    *(f"lightning.{package}.plugins.{name}" for package in ("fabric", "pytorch") for name in _IO),
+    *("torch.optim.lr_scheduler.LambdaLR", "torch.optim.lr_scheduler.MultiplicativeLR"),
+)
+#: Kind -> where what is built as one may be from, for kinds that much more is of than belongs into a run. What is of
+#: another kind may be from wherever ALLOWED says.
+PERMITTED = {
+    "torch.nn.modules.module.Module": ("descant", "torch.nn", "torchvision.transforms.v2"),
+    "torch.optim.optimizer.Optimizer": ("descant", "torch.optim", "bitsandbytes.optim"),
+    "lightning.pytorch.core.module.LightningModule": ("descant.recipes",),
+    "lightning.pytorch.core.datamodule.LightningDataModule": ("descant.datamodules",),
+    "lightning.pytorch.callbacks.callback.Callback": ("descant.callbacks", "lightning.pytorch.callbacks"),
+    "lightning.pytorch.loggers.logger.Logger": ("descant.modules.engine.loggers", "lightning.pytorch.loggers"),
+}
+
+#: What ``--trust`` may name beside modules, and what is then allowed to configurations that are files.
+WORDS = {
+    "shell": "run commands in a shell",
+    "packages": "believe packages whose hash is not known",
+    "writes": "write outside the run's folder",
+    "network": "reach another machine",
+    "reads": "read files outside the folder of a table",
+}
+#: Key -> the word that a file needs to say it. On the command line it is the user who says it.
+_GUARDED = {"allow_pipes": "shell", "accept": "packages", "model_registry": "network", "outside": "reads"}
+#: Classes whose purpose is another machine.
+_REMOTE = ("CometLogger", "LitLogger", "MLFlowLogger", "NeptuneLogger", "WandbLogger")
+#: An address, unless it is that of a file; of a pipe its own key has to allow it.
+_ADDRESS = re.compile(r"\s*(?!file:|pipe:)[A-Za-z][A-Za-z0-9+.-]*://", re.IGNORECASE)
+#: Keys that say where to write: below the run's folder, RUN, or a name in it.
+_PLACES = (
+    *("dirpath", "save_dir", "log_dir", "root_dir", "default_root_dir", "cache", "cache_dir", "store_dir"),
+    *("exclude_batches_path", "nvme_path", "tracking_uri", "offline_directory"),
+)
+#: The same of some classes, whose keys mean other things elsewhere.
+_PLACES_OF = {"Resume": "folder", "Freeze": "folder", "Cached": "folder", "WandbLogger": "dir"}
+_NAMES = ("name", "version", "sub_dir", "filename", "runs", "run", "comment", "filename_suffix")
+#: What may stand in the braces of a name: a metric, and how many digits of it.
+_BRACES = re.compile(r"\{[^{}]*\}?|\}")
+_FIELD = re.compile(r"\{(?!.*\.\.)[\w@][\w/@. -]*(:0?\d{0,2}(\.\d{1,2})?[defg]?)?\}|\{\}")
+_trusted: set[str] = set()
+
+
+def allowed(path: str, trust: Sequence[str] = ()) -> bool:
+    """Whether a class path lies in an allowed package and in no denied part of it: the longest entry decides.
+
+    >>> [allowed(path) for path in ("torch.optim.AdamW", "torch.hub.load", "os.system")]
+    [True, False, False]
+    >>> allowed("os.system", ["os"])
+    True
+    """
+    verdicts = {**dict.fromkeys(ALLOWED, True), **dict.fromkeys(DENIED, False)}
+    verdicts |= {name: True for name in trust if name not in WORDS}
+    parts = path.split(".")
+    for n in range(len(parts), 0, -1):
+        entry = ".".join(parts[:n])
+        if entry in verdicts:
+            return verdicts[entry]
+    return False
+
+
+def require(path: str, trust: Sequence[str] = ()) -> None:
+    """Raises Refusal if a class path is outside the allow-list."""
+    if allowed(path, trust):
+        return
+    part = next((d for d in DENIED if path == d or path.startswith(d + ".")), None)
+    if part is not None:
+        place = "" if part == path else f" in {part},"
+        why = "may load code, write elsewhere or start processes"
+        raise Refusal(f"class_path {path} is{place} one that {why}: --trust {part} if you trust it")
+    top = path.split(".")[0]
+    raise Refusal(f"class_path {path} is outside the allow-list ({', '.join(ALLOWED)}): --trust {top} if you trust it")
+
+
+def require_kind(path: str, kinds: Sequence[str], trust: Sequence[str] = ()) -> None:
+    """Raises Refusal for a class that is of a wanted kind, and does not belong where only some are wanted.
+
+    Args:
+        path: of the class. kinds: full names of what is wanted, one of which it is.
+
+    >>> require_kind("torch.nn.Linear", ["torch.nn.modules.module.Module"])
+    """
+    if named(path, trust) or any(kind not in PERMITTED for kind in kinds):
+        return
+    places = sorted({place for kind in kinds for place in PERMITTED[kind]})
+    if not any(_within(path, place) for place in places):
+        top = path.split(".")[0]
+        raise Refusal(f"class_path {path}: here only what is of {', '.join(places)}: --trust {top} if you trust it")
+
+
+def named(path: str, trust: Sequence[str]) -> bool:
+    """Whether the user has named this very object, or a module that it is in.
+
+    >>> named("mine.parts.Tower", ["mine"]), named("minerva.Tower", ["mine"]), named("torch.nn.Linear", [])
+    (True, False, False)
+    """
+    return any(_within(path, name) for name in trust if name not in WORDS)
+
+
+def _within(path: str, place: str) -> bool:
+    return path == place or path.startswith(f"{place}.")
+
+
+def guard(key: str, value: Any, trust: Sequence[str] = (), of: Any = None) -> None:
+    """Raises Refusal for what a file may not say by itself: to run commands, believe a package, or write elsewhere.
+
+    Args:
+        of: the class whose argument it is, as the file calls it.
+
+    >>> guard("dirpath", "RUN/checkpoints"), guard("allow_pipes", False), guard("dirpath", "/etc", ["writes"])
+    (None, None, None)
+    """
+    key = key.removesuffix("+").rpartition(".")[2]
+    word, why = _GUARDED.get(key), "" if value in (None, False, []) else "a file may not say that"
+    remote = _remote(key, value)
+    if remote is not None:
+        word, why = "network", f"{remote} is not on this machine"
+    parts = PurePath(value).parts if isinstance(value, str) else ()
+    leaves = bool(parts) and (".." in parts or PurePath(*parts).is_absolute() or parts[0].startswith("~"))
+    if (key in _PLACES or _PLACES_OF.get(str(of).rpartition(".")[2]) == key) and parts:
+        word, why = "writes", "" if parts[0] == "RUN" and not leaves else f"{value} is outside the run's folder, RUN"
+    elif key == "strategy" and str(value).startswith("deepspeed"):  # it compiles code, and unloads to any disk
+        word, why = "writes", f"{value} writes outside the run's folder"
+    elif key in _NAMES and parts:
+        text = str(value)  # in the script of a job a quote would be more than a name; formats can make any letter
+        odd = not text.isprintable() or '"' in text or any(not _FIELD.fullmatch(one) for one in _BRACES.findall(text))
+        why = f"{value} leads out of the run's folder" if leaves else "no letter of a name" if odd else ""
+        word = "writes"
+    if word is not None and why and word not in trust:
+        raise Refusal(f"{why}: --trust {word} lets a configuration {WORDS[word]}; an option may say it, too")
+
+
+def writes(key: str, value: str | None) -> bool:
+    """Whether an option says where to write: then the user does, and not a file.
+
+    >>> writes("trainer.callbacks.dirpath", "/scratch"), writes("model.width", "8")
+    (True, False)
+    """
+    words = {*_PLACES, *_PLACES_OF.values(), "filename"}
+    return key.rpartition(".")[2] in words or any(word in (value or "") for word in words if len(word) > 6)
+
+
+def _remote(key: str, value: Any) -> str | None:
+    """What of a value is on another machine."""
+    if key == "class_path":
+        name = str(value).rpartition(".")[2]
+        return f"what {name} writes to" if name in _REMOTE else None
+    texts = value if isinstance(value, list) else [value]
+    return next((text for text in texts if isinstance(text, str) and _ADDRESS.match(text)), None)
+
+
+def _defined(name: str) -> str:
+    """Where a class is defined that is known by another name, too: the parser asks about that."""
+    try:
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError):
+        return name
+    return f"{found.__module__}.{found.__qualname__}" if isinstance(found, type) else name
+
+
+def enforce(trust: Sequence[str] = ()) -> None:
+    """Give jsonargparse the same list: the second wall, for whatever else in a file names an object."""
+    from jsonargparse import set_parsing_settings
+
+    trust = [*trust, *(_defined(name) for name in trust if name in DENIED)]
+    forgotten = sorted(_trusted - set(trust))  # settings are global: what an earlier call trusted is trusted no more
+    try:
+        set_parsing_settings(
+            import_path_denylist=["*", *DENIED, *forgotten],
+            import_path_allowlist=[*ALLOWED, *(name for name in trust if name not in WORDS)],
+            instantiate_subclass_spec_in_any=False,
+        )
+    except ValueError as error:  # such as jsonargparse itself, by which anything could be made
+        raise Refusal(f"--trust {' '.join(trust)}: {' '.join(str(error).split())}") from None
+    _trusted.update(trust)

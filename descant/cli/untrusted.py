@@ -1,0 +1,57 @@
+"""Small files in a folder that somebody else may have made: regular ones of a bounded size, which lie below it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from descant.modules.io.jsonl import loads
+
+#: Bytes of a configuration, of metrics, of versions.
+MOST = 1_000_000
+
+
+def opened(file: Path, below: Path, most: int | None = None) -> BinaryIO:
+    """A file, open to be read, if it is a regular one of at most ``most`` bytes that lies below a folder.
+
+    A link that stays below the folder is followed. A pipe or device is not opened for longer than a look: a reader of
+    one may wait for ever.
+
+    Raises:
+        OSError: if it cannot be opened. ValueError: if it is anything else.
+    """
+    real = file.resolve()
+    if not real.is_relative_to(below.resolve()):
+        raise ValueError(f"a link out of its folder, to {real}")
+    descriptor = os.open(real, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("not a regular file")
+        if most is not None and found.st_size > most:
+            raise ValueError(f"larger than {most / 1e6:,.0f} MB")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def text_of(file: Path, below: Path | None = None, most: int = MOST) -> str:
+    """A text file below a folder (its own where none is given).
+
+    Raises:
+        OSError: if it cannot be read. ValueError: if it is no such file, larger, or no text in UTF-8.
+    """
+    with opened(file, file.parent if below is None else below, most) as stream:
+        return stream.read(most + 1).decode("utf-8")
+
+
+def json_of(file: Path, below: Path | None = None, most: int = MOST) -> Any:
+    """The same of JSON.
+
+    Raises:
+        OSError, ValueError: as :func:`text_of`, and for what is no JSON or is nested too deeply.
+    """
+    return loads(text_of(file, below, most))

@@ -1,0 +1,206 @@
+"""``descant export``: a run's model in one folder that needs nothing else: weights, configuration, card."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from descant.cli.errors import Refusal, fail, hint, one_line
+from descant.cli.options import Options
+
+if TYPE_CHECKING:
+    from descant.modules.io.saved import Node, Saved
+    from descant.recipes.base.recipe import Recipe
+    from descant.report.card import About
+
+_HELP = """\
+descant export: a run's weights, configuration and card in one folder
+
+usage: descant export RUN --out DIR [--ckpt best|last|PATH] [--towers image,text] [--merge]
+
+  descant export demo/001 --out demo-model
+
+Writes model.safetensors (the average, where the run kept one), config.yaml, preprocess.yaml, metrics.json,
+README.md (the model card, with code to copy) and, for a tower that came from transformers, a folder
+towers/NAME that transformers loads. Nothing in it points to another file of this machine. It is loaded back
+and compared, weight by weight, before it appears; an existing folder is never touched.
+
+Options:
+  RUN                   a run such as demo/001, a checkpoint in one, or an export
+  --out DIR             the folder to write
+  --ckpt best|last|PATH the weights of a run (best: what its ModelCheckpoint monitored; else last)
+  --towers A,B          only these towers and what belongs to them
+  --merge               fold adapters into their layers, and quantised weights back into floats
+  --runs DIR            where run folders live (runs)
+  --trust MODULE        allow class paths of another package, such as yours
+
+Then, in Python: descant.Embedder("DIR").texts(["a red apple"]), or descant.load("DIR") for the recipe itself;
+in YAML: {class_path: SavedTower, init_args: {path: DIR, tower: image}}."""
+
+
+def main(args: Sequence[str]) -> int:
+    """Write the export.
+
+    Raises:
+        Refusal: with one line, for whatever the user can put right.
+    """
+    if not args or "--help" in args or "-h" in args:
+        print(_HELP)
+        return 0
+    request = _read(args)
+    if request.out.exists():
+        fail(f"--out {request.out}: it is there already, and an export never overwrites")
+    try:
+        lines = _export(request)
+    except (ValueError, OSError, ImportError) as error:
+        if request.debug:
+            raise
+        raise Refusal(one_line(error)) from error
+    print("\n".join(lines))
+    return 0
+
+
+def _read(args: Sequence[str]) -> argparse.Namespace:
+    parser = Options(prog="descant export", add_help=False)
+    parser.add_argument("run", nargs="?")
+    parser.add_argument("--debug", action="store_true")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--ckpt", default="best")
+    parser.add_argument("--towers", default="")
+    parser.add_argument("--merge", action="store_true")
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--trust", action="append", default=[])
+    request, unknown = parser.parse_known_args(list(args))
+    if unknown:
+        options = [option for action in parser._actions for option in action.option_strings]
+        fail(f"export {unknown[0]}: no such option{hint(unknown[0], options)}")
+    for key, value in (("RUN", request.run), ("--out DIR", request.out)):
+        if value is None:
+            fail(f"export: {key} is missing: descant export demo/001 --out demo-model")
+    return request
+
+
+def _export(request: argparse.Namespace) -> list[str]:
+    """The export, under another name until it is whole."""
+    from descant.cli.quiet import quieten
+    from descant.export import loading
+    from descant.modules.io import saved
+    from descant.modules.io.checkpoints import followed
+    from descant.run import runs
+
+    quieten()
+    out: Path = request.out
+    path = followed(Path(request.run))
+    if not path.exists():  # demo/001, or a checkpoint below it
+        path = followed(request.runs / request.run)
+        path = path if path.is_file() else runs.existing(request.runs, request.run)
+    scratch = out.with_name(f".{out.name}.{os.getpid()}")
+    scratch.parent.mkdir(parents=True, exist_ok=True)
+    scratch.mkdir()
+    try:
+        with loading.trusting(request.trust):
+            found = saved.find(path, request.ckpt)
+            lines = _write(found, request, scratch)
+        _as_other_files(scratch)
+        os.rename(scratch, out)  # over an empty folder at most: over a full one this is an error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return [line.replace("EXPORT", str(out)) for line in lines]
+
+
+def _as_other_files(folder: Path) -> None:
+    """To be read by whoever may read what the user writes; safetensors makes files that only the user may."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
+def _write(found: Saved, request: argparse.Namespace, folder: Path) -> list[str]:
+    import torch
+    from safetensors.torch import save_file
+
+    from descant.export import loading
+    from descant.modules.io import merge, saved
+    from descant.recipes.base.rebuild import build, rebuild
+    from descant.report import card
+    from descant.run import portable
+
+    keep = [name.strip() for name in request.towers.split(",") if name.strip()]
+    kept, recipe = found, rebuild(found)
+    if keep:
+        kept = found._replace(config={**found.config, "model": portable.only(found.model, keep)})
+        recipe = _reduced(recipe, build(kept), portable.dropped(found.model, keep), found.weights)
+    prepared = loading.datamodule(found) if not found.exported else None
+    parts = loading.parts(prepared) if prepared is not None else loading.preprocess(found)
+    model = portable.carried(kept.model, recipe, folder, next(iter(parts.get("text", [])), None))
+    changed = merge.changed(recipe)
+    if request.merge:
+        merge.plain(recipe)
+        model = portable.merged(model)
+    given = (
+        saved.read_yaml(found.folder / loading.PREPROCESS, found.folder)
+        if found.exported
+        else found.config.get("data", {})
+    )
+    parts = {modality: part for modality, part in parts.items() if modality in recipe.towers}
+    nodes, left = portable.preprocess(parts, given, folder)
+    state = recipe.state_dict()
+    save_file({key: value.contiguous().clone() for key, value in state.items()}, folder / saved.WEIGHTS)
+    _yaml(folder / saved.CONFIG, "A model that Descant trained: descant.load(FOLDER)", {"model": model})
+    _yaml(folder / loading.PREPROCESS, "How raw data becomes what the towers read", nodes)
+    about = card.About.of(found, request.out.name, recipe, parts, changed and not request.merge, left)
+    notices = [Path(str(place)) / "NOTICE.md" for place in [getattr(prepared, "folder", None)] if place is not None]
+    for notice in [*notices, found.folder / card.NOTICE]:
+        if notice.is_file():
+            shutil.copyfile(notice, folder / card.NOTICE)
+    digest = _confirm(folder, about)
+    card.write(about, prepared, folder, digest)
+    again = loading.load(folder, trust=request.trust).state_dict()
+    differing = [k for k, v in state.items() if k not in again or not torch.equal(again[k].cpu(), v.cpu())]
+    if differing or len(again) != len(state):
+        raise ValueError(f"{request.run}: what was written does not load back: {(differing or list(again))[0]} differs")
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    size = sum(file.stat().st_size for file in files)
+    return [
+        f"EXPORT  {len(state):,} tensors, {size / 1e6:,.1f} MB, loaded back and equal",
+        *(f"  {file.relative_to(folder).as_posix()}" for file in files),
+    ]
+
+
+def _confirm(folder: Path, about: About) -> str:
+    """Write the manifest that the export is read by, and return SHA-256 of its weights."""
+    from descant.modules.io import manifest, saved
+
+    weights = folder / saved.WEIGHTS
+    built = [
+        file for file in sorted(folder.rglob("*")) if file.is_file() and file.suffix not in (".safetensors", ".md")
+    ]
+    files = {file.relative_to(folder).as_posix(): saved.file_sum(file) for file in built}
+    return manifest.confirm(weights, {"step": about.step, saved.FILES: files})
+
+
+def _reduced(whole: Recipe, part: Recipe, dropped: Sequence[str], place: Path) -> Recipe:
+    """``part`` with the weights of ``whole``, less those of the towers that are left out."""
+    from descant.modules.io import saved
+
+    own, state = part.state_dict(), whole.state_dict()
+    kept = {k: v for k, v in state.items() if k in own or not any(name in _words(k) for name in dropped)}
+    saved.load_exactly(part, kept, place)
+    return part
+
+
+def _words(key: str) -> list[str]:
+    """``losses.image-audio.scale`` is of image and of audio."""
+    return [word for part in key.split(".") for word in part.split("-")]
+
+
+def _yaml(file: Path, title: str, content: Node | dict[str, Any]) -> None:
+    import yaml
+
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
+    file.write_text(f"# {title}.\n{text}", encoding="utf-8")

@@ -1,0 +1,422 @@
+"""``descant compare``: what finished runs came to, a row a configuration, as differences over the seeds they share."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+import textwrap
+import unicodedata
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from descant.cli.errors import Refusal, fail, hint, say
+from descant.cli.options import Options
+from descant.modules.core.metric_names import CHANCE, order
+from descant.report.statistics import Paired, paired
+from descant.run.groups import MOST_TOLD, Group, group, load
+
+_HELP = """\
+descant compare: runs against each other, a row a configuration, over the seeds that they share
+
+usage: descant compare RUN ... [--metrics A,B] [--baseline NAME] [--format markdown|csv|json]
+
+  descant compare contrastive-emoji siglip
+  descant compare '*emoji*' --metrics '*/i2t_r10,vendor/*' --baseline siglip --format csv
+
+Runs that differ in nothing but the seed are one row, named by what sets its configuration apart (not counted:
+names, where it ran, callbacks that watch). Of each metric it shows the mean over seeds, the mean difference
+to the baseline at the same seeds, an interval of 95 % of it (Student's, paired: a bootstrap of a few seeds is
+not what it says), and how many seeds are better. Where lower is better, the column says so. Runs that stopped
+before their last step are marked, and the last row is what guessing comes to, where the runs measured that.
+
+Options:
+  RUN                  a run such as demo/001, its folder, NAME (all its runs), or a pattern of these
+  --metrics A,B        names or patterns; '*' for all (what ModelCheckpoint monitors, on every set that
+                       all of the runs have)
+  --baseline NAME      a row by its name, or by the name of a run in it (the first)
+  --format FORMAT      markdown, csv or json (markdown)
+  --runs DIR           where run folders live (runs)"""
+_FORMATS = ("markdown", "csv", "json")
+#: Columns that nobody asked for by name, at most.
+_MOST = 6
+#: Letters of a line of the table for people; of a row's name, and of a metric's that is cut to fit into them.
+WIDTH, _NAME, _METRIC = 120, 40, 24
+_BY_CHANCE = "by chance"
+#: Parts of a metric's last name that lower values are better of, unless a ModelCheckpoint says what it is.
+_LOWER = {
+    *("loss", "error", "nll", "ppl", "perplexity", "mae", "mse", "rmse", "wer", "cer", "eer", "fid", "medr", "meanr"),
+    *("gap", "align", "uniform", "seconds", "wait"),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One metric of one group: its mean over seeds, the difference to the baseline, and seeds that are better."""
+
+    mean: float
+    paired: Paired | None = None
+    better: int = 0
+
+    @property
+    def decided(self) -> bool:
+        """Whether the interval leaves out zero. Two seeds decide nothing: a coarse metric often differs by the same."""
+        return self.paired is not None and self.paired.n > 2 and (self.paired.low > 0 or self.paired.high < 0)
+
+
+@dataclass
+class Table:
+    """A row a group; ``lower``: the metrics of which lower is better."""
+
+    groups: list[Group]
+    baseline: Group
+    metrics: list[str]
+    lower: set[str]
+    cells: list[dict[str, Cell]] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> list[float]:
+        """Mean wall time of a fit of each group; nan where none was fitted."""
+        return [_mean(list(_values(one, "seconds").values())) for one in self.groups]
+
+
+def main(args: Sequence[str]) -> int:
+    """Print the table.
+
+    Raises:
+        Refusal: for a run, metric, baseline or format that is not there, or groups that share no seed.
+    """
+    if not args or "--help" in args or "-h" in args:
+        print(_HELP)
+        return 0
+    parser = options("compare")
+    parser.add_argument("--format", default=_FORMATS[0])
+    given = parser.parse_args(list(args))
+    if given.format not in _FORMATS:
+        fail(f"compare: --format {given.format}: no such format{hint(given.format, _FORMATS)}")
+    table, more = read("compare", given)
+    _require_shared(table)
+    if more:
+        say(f"{more} more metrics: --metrics '*', or their names")
+    if (differing := len({key for one in table.groups for key in one.parts})) > MOST_TOLD:
+        say(
+            f"{differing} settings differ, and a row names at most {MOST_TOLD}: all in descant report, or --format json"
+        )
+    if unfinished := [f"{run.name} ({run.stopped})" for one in table.groups for run in one.stopped]:
+        rest = f", and {len(unfinished) - 1} others" if len(unfinished) > 1 else ""
+        say(f"stopped before the last step: {unfinished[0]}{rest}")
+    print({"markdown": markdown, "csv": as_csv, "json": as_json}[given.format](table))
+    return 0
+
+
+def options(command: str) -> Options:
+    """A parser of what is compared."""
+    parser = Options(prog=f"descant {command}", add_help=False)
+    parser.add_argument("run", nargs="*")
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--metrics", default="")
+    parser.add_argument("--baseline", default="")
+    return parser
+
+
+def read(command: str, given: Namespace) -> tuple[Table, int]:
+    """The table that was asked for, and how many metrics there are beside it, if nobody said which."""
+    if not given.run:
+        fail(f"{command}: of which runs? descant {command} NAME, or NAME/001 NAME/002 ...")
+    groups = group(load(command, given.run, given.runs))
+    baseline = _baseline(command, groups, given.baseline)
+    known, lower = _known(groups), _lower(groups)
+    chosen = _chosen(command, given.metrics, known) if given.metrics else _default(groups, known)
+    return fill(groups, baseline, chosen, lower), 0 if given.metrics else len(known) - len(chosen)
+
+
+def every(table: Table) -> Table:
+    """The same rows with all metrics there are."""
+    return fill(table.groups, table.baseline, _known(table.groups), table.lower)
+
+
+def fill(groups: list[Group], base: Group, metrics: list[str], lower: set[str]) -> Table:
+    """A table with all its cells: differences are over the seeds that a group shares with the baseline."""
+    table = Table(groups, base, metrics, lower)
+    for one in groups:
+        cells = {}
+        for metric in table.metrics:
+            ours, theirs = _values(one, metric), _values(base, metric)
+            shared = [seed for seed in ours if isinstance(seed, int) and seed in theirs]
+            cells[metric] = Cell(_mean(list(ours.values())))
+            if shared and one is not base:
+                found = paired([ours[seed] for seed in shared], [theirs[seed] for seed in shared])
+                better = found.losses if metric in table.lower else found.wins
+                cells[metric] = Cell(cells[metric].mean, found, better)
+        table.cells.append(cells)
+    return table
+
+
+def _baseline(command: str, groups: Sequence[Group], name: str) -> Group:
+    if not name:
+        return groups[0]
+    exact = [one for one in groups if one.name == name]
+    named = [one for one in groups if any(name in (run.name, run.folder.parent.name) for run in one.runs.values())]
+    found = exact or named
+    if len(found) == 1:
+        return found[0]
+    if named:
+        fail(f"{command}: --baseline {name}: runs of {len(named)} rows; one of {', '.join(one.name for one in named)}")
+    known = {one.name for one in groups} | {run.folder.parent.name for one in groups for run in one.runs.values()}
+    raise Refusal(f"{command}: --baseline {name}: no such row or run among those compared{hint(name, known)}")
+
+
+def _require_shared(table: Table) -> None:
+    for one in table.groups:
+        if one is not table.baseline and not set(one.seeds) & set(table.baseline.seeds):
+            pair = f"{_seeds(one)} and the baseline {_seeds(table.baseline)}"
+            fail(f"compare: {pair} have no seed in common{_way(table.groups)}")
+
+
+def _seeds(one: Group) -> str:
+    return f"{one.name} (seeds {', '.join(map(str, one.seeds)) or 'not set'})"
+
+
+def _way(groups: Sequence[Group]) -> str:
+    """``; nearest: --baseline NAME``, where some group shares a seed with every other."""
+    for one in groups:
+        if all(set(one.seeds) & set(other.seeds) for other in groups):
+            return f"; nearest: --baseline '{one.name}'"
+    return "; train one with a seed of the other: --seed_everything N"
+
+
+# metrics --------------------------------------------------------------------------------------------------------
+
+
+def _known(groups: Sequence[Group]) -> list[str]:
+    """Metrics of any run: what was evaluated first, then training, then the course of the run."""
+    names = {name for one in groups for run in one.runs.values() for name in run.metrics}
+    return sorted(names, key=lambda name: ("/" not in name, name.startswith(("train/", "speed/")), order(name)))
+
+
+def _shared(groups: Sequence[Group], known: Sequence[str]) -> list[str]:
+    """Those of the metrics that every run has, and that are of a model: what guessing comes to is a row."""
+    runs = [run for one in groups for run in one.runs.values()]
+    return [name for name in known if all(name in run.metrics for run in runs) and not _chance(name)]
+
+
+def _chance(name: str) -> bool:
+    return CHANCE in name.split("/")[1:-1]
+
+
+def by_chance(table: Table) -> list[str]:
+    """Of each metric what guessing comes to: a number, or the range of the groups'; empty where no run measured it."""
+    told = []
+    for metric in table.metrics:
+        of, _, last = metric.rpartition("/")
+        values = [value for one in table.groups for value in _values(one, f"{of}/{CHANCE}/{last}").values()]
+        texts = dict.fromkeys(number(value) for value in sorted({min(values), max(values)} if values else ()))
+        told.append(" to ".join(texts))
+    return told
+
+
+def _modes(groups: Sequence[Group]) -> dict[str, str]:
+    """``i2t_r1`` -> ``max``, of what ModelCheckpoints monitor."""
+    found = {name: mode for one in groups for run in one.runs.values() for name, mode in run.monitored.items()}
+    return {_last(name): mode for name, mode in found.items()}
+
+
+def _last(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def _lower(groups: Sequence[Group]) -> set[str]:
+    modes = _modes(groups)
+    return {name for name in _known(groups) if lower_is_better(name, modes)}
+
+
+def lower_is_better(name: str, modes: Mapping[str, str]) -> bool:
+    """Whether a lower value is the better one: as a ModelCheckpoint's mode says, else by the name.
+
+    All that training logs is a loss, but its learning rate.
+
+    >>> [lower_is_better(n, {"score": "min"}) for n in ("val/i2t_r1", "val/i2t_medr", "train/image-text", "val/score")]
+    [False, True, True, True]
+    """
+    last = _last(name)
+    if last in modes:
+        return modes[last] == "min"
+    inner = name.partition("/")[2] or name  # of one set; a metric of some modalities names them last
+    return bool(_LOWER & set(re.split(r"[_\W]", inner))) or (name.startswith("train/") and last != "lr")
+
+
+def _default(groups: Sequence[Group], known: Sequence[str]) -> list[str]:
+    """What is monitored, on every set; else what was evaluated; else losses. A few of those that all runs have."""
+    modes, known = _modes(groups), _shared(groups, known)
+    judged = [name for name in known if "/" in name and not name.startswith(("train/", "speed/"))]
+    monitored = [name for name in judged if _last(name) in modes]
+    losses = [name for name in known if _last(name) == "loss"]
+    return (monitored or judged or losses or list(known))[:_MOST]
+
+
+def _chosen(command: str, metrics: str, known: Sequence[str]) -> list[str]:
+    chosen: dict[str, None] = {}
+    for word in metrics.split(","):
+        found = [name for name in known if name == word] or [name for name in known if fnmatchcase(name, word)]
+        if not found:
+            fail(f"{command}: --metrics {word}: no run has it{hint(word, known)}")
+        chosen |= dict.fromkeys(found)
+    return list(chosen)
+
+
+def _values(one: Group, metric: str) -> dict[int | str, float]:
+    return {seed: run.metrics[metric] for seed, run in one.runs.items() if metric in run.metrics}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+# formats --------------------------------------------------------------------------------------------------------
+
+
+def markdown(table: Table) -> str:
+    """A table for people: two columns a metric, aligned; where it would be wider than ``WIDTH``, several below it."""
+    seconds = ["seconds", *(f"{s:,.1f}" if s < 100 else number(s, ",.0f") for s in table.seconds)]
+    chance = by_chance(table)
+    guessed = any(chance)
+    pairs = []
+    for k, metric in enumerate(table.metrics):
+        lower = " (lower is better)" if metric in table.lower else ""
+        head = metric if len(metric + lower) <= 2 * _METRIC else _cut(metric, _METRIC)
+        of = [cells[metric] for cells in table.cells]
+        column = [head + lower, *(number(cell.mean) for cell in of)] + [chance[k] or "-"] * guessed
+        told = ["baseline" if one is table.baseline else difference(c) for one, c in zip(table.groups, of, strict=True)]
+        pairs.append((column, ["difference [95 %]; better", *told] + ["-"] * guessed))
+    columns = [["seeds", *map(counted, table.groups)] + ["-"] * guessed, *(c for pair in pairs for c in pair)]
+    columns = [[cell.replace("|", "\\|") for cell in column] for column in columns]
+    seconds += ["-"] * guessed
+    seeds, pairs = columns[0], list(zip(columns[1::2], columns[2::2], strict=True))
+    widest = max((_wide([seeds, *pair, seconds]) for pair in pairs), default=_wide([seeds, seconds]))
+    names, legend = _names(table.groups, min(_NAME, WIDTH - 4 - widest))
+    names = ["configuration", *names] + [_BY_CHANCE] * guessed
+    blocks: list[list[list[str]]] = [[names, seeds]]
+    for pair in pairs:
+        if len(blocks[-1]) > 2 and _wide([*blocks[-1], *pair, seconds]) + 1 > WIDTH:
+            blocks.append([names, seeds])
+        blocks[-1] += pair
+    blocks[0].append(seconds)
+    return "\n\n".join([*map(_lined, blocks), *(["\n".join(legend)] if legend else [])])
+
+
+def _wide(columns: Sequence[Sequence[str]]) -> int:
+    """Letters of these columns with what stands before each."""
+    return sum(3 + max(map(len, column)) for column in columns)
+
+
+def _lined(columns: Sequence[Sequence[str]]) -> str:
+    """Columns as lines of Markdown, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in columns]
+    padded = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in zip(*columns, strict=True)]
+    lines = [f"| {' | '.join(row)} |" for row in padded]
+    rule = "|" + "|".join(f"{'-' * (w + 1)}{':' if k else '-'}" for k, w in enumerate(widths)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def counted(one: Group) -> str:
+    """``5``, or ``5, 1 stopped``: seeds, and those of them whose run has not come to its end."""
+    count, stopped = len(one.runs), len(one.stopped)
+    return str(count) if not stopped else f"{count} stopped" if stopped == count else f"{count}, {stopped} stopped"
+
+
+def _names(groups: Sequence[Group], most: int) -> tuple[list[str], list[str]]:
+    """Names of rows in at most so many letters, and what they stand for where the whole of it has no room."""
+    whole = [one.name.replace("|", "\\|") for one in groups]
+    if max(map(len, whole)) <= most:
+        return whole, []
+    short = [_cut(one.first.name.replace("|", "\\|"), most - 5) for one in groups]
+    names = [f"{name} #{n}" if short.count(name) > 1 else name for n, name in enumerate(short, 1)]
+    legend = []
+    for name, one in zip(names, groups, strict=True):
+        shown = one.name.removesuffix(f" ({one.first.name})")
+        legend += textwrap.wrap(f"{name}: {shown}", WIDTH, subsequent_indent="    ", break_on_hyphens=False)
+    return names, legend
+
+
+def _cut(text: str, most: int) -> str:
+    """
+    >>> _cut("vendor/probe_subgroup_top1", 20)
+    'vendor/p...roup_top1'
+    """
+    return text if len(text) <= most else f"{text[: (most - 3) // 2]}...{text[-(most - 2) // 2 :]}"
+
+
+def number(value: float, style: str = ".4g") -> str:
+    return "-" if math.isnan(value) else format(value, style)
+
+
+def difference(cell: Cell) -> str:
+    """``+0.012 [+0.003, +0.021]; 4 of 5``: mean, interval, seeds that are better; a dash where nothing is shared."""
+    found = cell.paired
+    if found is None:
+        return "-"
+    interval = f" [{found.low:+.3g}, {found.high:+.3g}]" if found.n > 1 else ""
+    return f"{found.mean:+.3g}{interval}; {cell.better} of {found.n}"
+
+
+def _fields(cell: Cell) -> dict[str, float | int | None]:
+    found = cell.paired
+    values: dict[str, float | int | None] = {"mean": cell.mean}
+    if found is not None:
+        values |= {"difference": found.mean, "low": found.low, "high": found.high}
+        values |= {"better": cell.better, "equal": found.ties, "shared": found.n}
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+
+
+def as_csv(table: Table) -> str:
+    """A column a figure: ``METRIC``, its mean, then ``METRIC:difference``, ``METRIC:low`` and so on."""
+    parts = ("difference", "low", "high", "better", "equal", "shared")
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    columns = [
+        name for metric in table.metrics for name in (_inert(metric), *(_inert(f"{metric}:{part}") for part in parts))
+    ]
+    writer.writerow(["configuration", "baseline", "runs", "seeds", *columns, "seconds"])
+    for one, cells, seconds in zip(table.groups, table.cells, table.seconds, strict=True):
+        runs = " ".join(run.name for run in one.runs.values())
+        row: list[object] = [_inert(one.name), int(one is table.baseline), _inert(runs)]
+        row.append(len(one.runs))
+        for metric in table.metrics:
+            fields = _fields(cells[metric])
+            row += [fields.get(part) for part in ("mean", *parts)]
+        writer.writerow([*row, "" if math.isnan(seconds) else round(seconds, 3)])
+    return out.getvalue().rstrip("\n")
+
+
+def _inert(text: str) -> str:
+    """A cell that a spreadsheet takes for a text, and never for a formula: not after spaces, nor in wide letters.
+
+    >>> _inert("=1+1"), _inert(" \uff1d1"), _inert("emoji")
+    ("'=1+1", "' \uff1d1", 'emoji')
+    """
+    first = unicodedata.normalize("NFKC", text.strip())[:1]
+    return f"'{text}" if first in ("=", "+", "-", "@") or text[:1] in ("\t", "\r") else text
+
+
+def as_json(table: Table) -> str:
+    """All there is: of each group its runs, seeds and settings that set it apart, and of each metric its figures."""
+    rows = [
+        {
+            "name": one.name,
+            "runs": [run.name for run in one.runs.values()],
+            "seeds": list(one.runs),
+            "settings": one.parts,
+            "stopped": {run.name: run.stopped for run in one.stopped},
+            "seconds": None if math.isnan(seconds) else round(seconds, 3),
+            "metrics": {metric: _fields(cell) for metric, cell in cells.items()},
+        }
+        for one, cells, seconds in zip(table.groups, table.cells, table.seconds, strict=True)
+    ]
+    lower = [metric for metric in table.metrics if metric in table.lower]
+    content = {"baseline": table.baseline.name, "level": 0.95, "lower_is_better": lower, "groups": rows}
+    return json.dumps(content, indent=1)

@@ -1,0 +1,219 @@
+"""What ``descant predict`` writes: the embeddings of a set with the ids of its samples, as parquet.
+
+Letters: B rows of a batch, D width.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from descant import __version__
+from descant.cli.errors import fail, hint
+from descant.datamodules.base import BatchDataset, DataModule
+from descant.run.runs import Run
+
+#: Rows gathered before they are written as one group: readers skip by groups, and small ones cost them time.
+GROUP = 4096
+#: The name by which ``--sets`` asks for the training samples, as evaluation sees them.
+TRAIN = "train"
+
+
+class Predictions(L.Callback):
+    """Writes ``embeddings-SET.parquet`` for each set, group by group; it appears whole or not at all.
+
+    Columns: ``index`` (int64, the sample's stable id), ``name`` (the data's own line about it, such as its caption),
+    ``sample`` (its own name in the corpus, by which rows are joined to files: of a folder the path, of a shard the key,
+    of data whose samples have no name the id), and for each modality
+    ``z_MODALITY``, a list of D float32, null where the sample lacks the modality. Rows without any (padding that keeps
+    the shape of a batch) are left out. Several ranks write a folder of that name with a part each, which readers of
+    parquet take as one table. The schema's metadata has one entry, ``descant``: JSON of the run, the checkpoint, its
+    step, the set and the widths.
+
+    Args:
+        run: where to write, and which checkpoint is read.
+        sets: names of sets, of the test, then the validation; ``train`` is the training samples. All test sets where
+            none are named.
+
+    Raises:
+        Refusal: in ``setup``, if the data has no set of that name.
+    """
+
+    def __init__(self, run: Run, sets: Sequence[str] = ()) -> None:
+        self.run, self.sets = run, tuple(sets)
+        self.step: int | None = None
+        self.names: list[str] = []
+        self._table: _Table | None = None
+        self._finished: list[_Table] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, DataModule):
+            chosen = _chosen(data, self.sets)
+            self.names = list(chosen)
+            # the hook that Lightning calls, in this one object: which sets are asked for is a matter of the command
+            data.predict_dataloader = partial(_loaders, data, chosen)  # type: ignore[method-assign]
+        elif self.sets:
+            fail(f"--sets: {type(data).__name__} names no sets")
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.step = int(checkpoint["global_step"])
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if not isinstance(outputs, Mapping) or not outputs.get("z"):
+            raise ValueError(f"{type(pl_module).__name__} embeds nothing, so there is nothing to write")
+        name = self.names[dataloader_idx] if self.names else str(dataloader_idx)
+        if self._table is None or self._table.name != name:
+            self._finish()
+            self._table = self._open(trainer, pl_module, name, outputs)
+        self._table.add(outputs)
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._finish()
+        for table in self._finished:
+            table.publish()
+            if trainer.is_global_zero:
+                print(f"{table.target}  {table.rows:,} rows", flush=True)
+        self._finished = []
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        for table in [*self._finished, *([self._table] if self._table else [])]:
+            table.drop()
+        self._table, self._finished = None, []
+
+    def _finish(self) -> None:
+        if self._table is not None:
+            self._table.close()
+            self._finished.append(self._table)
+            self._table = None
+
+    def _open(self, trainer: L.Trainer, pl_module: L.LightningModule, name: str, outputs: Mapping[str, Any]) -> _Table:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        widths = {modality: int(z_BD.shape[1]) for modality, z_BD in outputs["z"].items()}
+        # a set may begin with a batch that lacks a modality; one space has one width
+        common = set(widths.values())
+        towers = getattr(pl_module, "towers", {})
+        for modality in getattr(data, "modalities", ()):
+            if modality in towers and modality not in widths and len(common) == 1:
+                widths[modality] = next(iter(common))
+        source = self.run.folder.parent if self.run.folder.parent.joinpath("config.yaml").is_file() else None
+        about = {
+            "version": __version__,
+            "recipe": type(pl_module).__name__,
+            "run": "/".join(source.parts[-2:]) if source else None,
+            "checkpoint": Path(self.run.checkpoint).name if self.run.checkpoint else None,
+            "step": self.step,
+            "set": name,
+            "width": widths,
+        }
+        rank = trainer.global_rank if trainer.world_size > 1 else None
+        return _Table(self.run.folder, name, widths, about, data, rank)
+
+
+class _Table:
+    """One file on its way, or one rank's part of it."""
+
+    def __init__(
+        self, folder: Path, name: str, widths: Mapping[str, int], about: Mapping[str, Any], data: Any, rank: int | None
+    ) -> None:
+        self.name, self.widths, self.data = name, widths, data
+        target = folder / f"embeddings-{name.replace('/', '-')}.parquet"
+        self.target = target if rank is None else target / f"part-{rank:05d}.parquet"
+        self.scratch = folder / f".{target.name}.{0 if rank is None else rank}"
+        columns = {f"z_{m}": pa.list_(pa.float32(), width) for m, width in widths.items()}
+        fields = {"index": pa.int64(), "name": pa.string(), "sample": pa.string(), **columns}
+        self.schema = pa.schema(list(fields.items()), metadata={"descant": json.dumps(about)})
+        self.writer = pq.ParquetWriter(self.scratch, self.schema, compression="zstd")
+        self.kept: list[pa.RecordBatch] = []
+        self.rows = 0
+
+    def add(self, outputs: Mapping[str, Any]) -> None:
+        present = {m: mask_B.bool().cpu() for m, mask_B in outputs["present"].items()}
+        rows = torch.stack(list(present.values())).any(dim=0)
+        if not rows.any():
+            return
+        index = outputs["index"].cpu()[rows].tolist()
+        describe = getattr(self.data, "describe", str)
+        sample = getattr(self.data, "sample_name", str)
+        columns = [pa.array(index, pa.int64()), pa.array([describe(i) for i in index], pa.string())]
+        columns.append(pa.array([_utf8(sample(i)) for i in index], pa.string()))
+        for modality, width in self.widths.items():
+            z_BD = outputs["z"].get(modality)
+            if z_BD is None:
+                columns.append(pa.nulls(len(index), pa.list_(pa.float32(), width)))
+            else:
+                columns.append(_vectors(z_BD.detach().float().cpu()[rows], present[modality][rows], width))
+        self.rows += len(index)
+        self.kept.append(pa.RecordBatch.from_arrays(columns, schema=self.schema))
+        if sum(len(batch) for batch in self.kept) >= GROUP:
+            self._write()
+
+    def _write(self) -> None:
+        if self.kept:
+            self.writer.write_table(pa.Table.from_batches(self.kept).combine_chunks())
+            self.kept = []
+
+    def close(self) -> None:
+        self._write()
+        self.writer.close()
+
+    def publish(self) -> None:
+        self.target.parent.mkdir(exist_ok=True)
+        os.replace(self.scratch, self.target)
+
+    def drop(self) -> None:
+        self.writer.close()
+        self.scratch.unlink(missing_ok=True)
+
+
+def _utf8(name: str) -> str:
+    """A name that parquet takes: bytes of a file's name that are no UTF-8 are written out.
+
+    >>> _utf8("a.png"), _utf8("\\udcff.png")
+    ('a.png', '\\\\xff.png')
+    """
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def _vectors(z_BD: Tensor, present_B: Tensor, width: int) -> pa.Array:
+    """Lists of D float32, null where absent."""
+    if z_BD.shape[1] != width:
+        raise ValueError(f"embeddings of width {z_BD.shape[1]} in a set that began with {width}")
+    flat = pa.array(z_BD.contiguous().view(-1).numpy(), pa.float32())
+    return pa.FixedSizeListArray.from_arrays(flat, width, mask=pa.array((~present_B).numpy()))
+
+
+def _chosen(data: DataModule, sets: Sequence[str]) -> dict[str, BatchDataset]:
+    """Name -> set. Only the stages that are needed are built."""
+    found = data.evaluation_sets("test")
+    if not sets:
+        return found
+    if any(name not in found and name != TRAIN for name in sets):
+        found = {**data.evaluation_sets("validate"), **found}
+    for name in sets:
+        if name not in found and name != TRAIN:
+            fail(f"--sets {name}: no such set{hint(name, [*found, TRAIN])}")
+    return {name: data.bank_set() if name == TRAIN and TRAIN not in found else found[name] for name in sets}
+
+
+def _loaders(data: DataModule, chosen: Mapping[str, BatchDataset]) -> list[DataLoader[Any]]:
+    return [data.evaluation_loader(part) for part in chosen.values()]

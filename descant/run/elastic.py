@@ -1,0 +1,55 @@
+"""torchrun starts all ranks again when one of them dies: in the run that they began, at a store of their own."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+
+from descant.cli.untrusted import json_of
+from descant.run.runs import whole, word
+
+
+def restarts(environment: Mapping[str, str] = os.environ) -> int:
+    """How often torchrun has started these workers again."""
+    return whole("TORCHELASTIC_RESTART_COUNT", environment)
+
+
+def begun(parent: Path, environment: Mapping[str, str] = os.environ) -> Path | None:
+    """The run in which the workers were before; None where they had none, or are no restart."""
+    if not restarts(environment):
+        return None
+    notes = list(parent.glob(f".torchrun-{word(environment['TORCHELASTIC_RUN_ID'])}-*"))
+    if _alone(environment):  # run ids repeat, and the agent of this launch is our parent
+        notes = [note for note in notes if note.name.endswith(f"-{os.getppid()}")]
+    newest = max(notes, key=lambda note: note.stat().st_mtime_ns, default=None)
+    folder = Path(json_of(newest)[0]) if newest is not None else None
+    return folder if folder is not None and folder.is_dir() else None
+
+
+def own_store(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Have the ranks of a restart meet at a store of their own.
+
+    torchrun's outlives them and still tells the addresses of ranks that are gone: who asks too early fails
+    (github.com/pytorch/pytorch/issues/135712). On several nodes counts of restarts may differ, so there it stays:
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps where the rendezvous is c10d.
+    """
+    if not restarts(environment) or not _alone(environment):
+        return
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    store = TCPStore(environment["MASTER_ADDR"], whole("MASTER_PORT", environment), is_master=False)
+    key = f"descant/port/{restarts(environment)}"
+    if environment["RANK"] == "0":
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            store.set(key, str(probe.getsockname()[1]))
+    environment.update(MASTER_PORT=store.get(key).decode(), TORCHELASTIC_USE_AGENT_STORE="False")
+
+
+def _alone(environment: Mapping[str, str]) -> bool:
+    """Whether one agent starts all ranks."""
+    return environment.get("GROUP_WORLD_SIZE", "1") == "1"

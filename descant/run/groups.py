@@ -1,0 +1,354 @@
+"""Finished runs, read from their folders, and grouped: one configuration under several seeds is one group.
+
+Run folders are taken for somebody else's: names lose what does not print, and what has no end is refused.
+"""
+
+from __future__ import annotations
+
+import glob
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import accumulate, islice
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from descant.cli.catalogue import made_by
+from descant.cli.errors import fail, hint, one_line, say
+from descant.cli.errors import printable as clean
+from descant.cli.untrusted import json_of, text_of
+from descant.modules.io.checkpoints import followed
+from descant.run import runs
+from descant.run.changes import FREE
+
+#: Callbacks that watch a run: with and without them the same is learned, and the same is measured.
+_WATCHERS = (
+    *("Report", "Progress", "Sanity", "Resume", "ModelCheckpoint", "LeanCheckpoint", "Throughput"),
+    *("RetrievalPictures", "Projector"),
+)
+_CALLBACKS = "trainer.callbacks"
+_NO_SETTINGS = (*(key.replace(".init_args", "") for key in FREE), *(f"{_CALLBACKS}.{name}" for name in _WATCHERS))
+#: These lines of a configuration, and those that go on with them: they differ between runs that are the same otherwise.
+_OWN = re.compile(r"^(?:seed_everything|name):.*\n?(?:[ \t].*\n?)*", re.MULTILINE)
+_SEED = re.compile(r"^seed_everything: *(\d{1,18}) *$", re.MULTILINE)
+_MOST_SETTINGS = 20_000
+#: Settings in the name of a group.
+MOST_TOLD = 6
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is ten times as fast
+
+
+class Class(str):
+    """The name of a class, where a configuration chooses one."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder.
+
+    Attributes:
+        folder: where. name: ``NAME/001``. seed: of ``seed_everything``; None where none was set.
+        settings: dotted key -> value, of all that decides what is learned; null is as good as not there.
+        metrics: of ``metrics.json``, where finite. monitored: metric -> min or max, of its ModelCheckpoints.
+        stopped: ``400 of 1,000 steps``, of a run that has not come to the end that its Trainer was given; else empty.
+    """
+
+    folder: Path
+    name: str
+    seed: int | None
+    settings: Mapping[str, object]
+    metrics: Mapping[str, float]
+    monitored: Mapping[str, str]
+    stopped: str = ""
+
+
+@dataclass
+class Group:
+    """Runs that differ in nothing but their seed, by it; one without a seed stands under its name.
+
+    Attributes:
+        name: what sets it apart from the other groups. parts: the same, by dotted key.
+    """
+
+    runs: dict[int | str, Run]
+    name: str = ""
+    parts: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def first(self) -> Run:
+        return next(iter(self.runs.values()))
+
+    @property
+    def stopped(self) -> list[Run]:
+        """Those of its runs that have not come to their end."""
+        return [run for run in self.runs.values() if run.stopped]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [seed for seed in self.runs if isinstance(seed, int)]
+
+
+# reading --------------------------------------------------------------------------------------------------------
+
+
+def load(command: str, words: Sequence[str], root: Path) -> list[Run]:
+    """The runs that ``words`` name: a folder, NAME (all runs of that name), NAME/001, or a pattern of these.
+
+    Raises:
+        Refusal: for a word that names no run, one named by itself without metrics, or a folder that cannot be read.
+    """
+    found: dict[Path, bool] = {}
+    for word in words:
+        folders, named = _find(command, word, root)
+        for folder in folders:
+            found[folder.resolve()] = found.get(folder.resolve(), False) or named
+    read, without = [], []
+    for folder, named in found.items():
+        if _measured(folder):
+            read.append(_read(command, folder))
+        elif named:
+            there = [path for path in runs.runs_of(folder.parent.parent, folder.parent.name) if _measured(path)]
+            name = _name(folder)
+            fail(f"{command} {name}: no metrics.json: nothing was evaluated yet{hint(name, map(_name, there))}")
+        else:
+            without.append(_name(folder))
+    if not read:
+        fail(f"{command} {' '.join(words)}: none of these runs has a metrics.json: nothing was evaluated yet")
+    if without:
+        say(f"left out, as nothing was evaluated yet: {', '.join(without)}")
+    return read
+
+
+def _find(command: str, word: str, root: Path) -> tuple[list[Path], bool]:
+    """Run folders that a word means, and whether it names one by itself."""
+    for path in (followed(root / word), followed(Path(word))):
+        if runs.is_run(path):
+            return [path], True
+        if several := runs.runs_of(path.parent, path.name):
+            return several, False
+    matches = [root / found for found in glob.glob(word, root_dir=root)] or [Path(found) for found in glob.glob(word)]
+    folders: list[Path] = []
+    for path in sorted(map(followed, matches)):
+        folders += [path] if runs.is_run(path) else runs.runs_of(path.parent, path.name)
+    if not folders:
+        known = [path for path in root.glob("*/*") if runs.is_run(path) and not path.is_symlink()]
+        names = {path.parent.name for path in known} | {_name(path) for path in known}
+        fail(f"{command} {word}: no such run under {root}{hint(word, names) or made_by(word)}")
+    return folders, False
+
+
+def _measured(folder: Path) -> bool:
+    return (folder / "metrics.json").exists()  # also where it is none to be read, which is told
+
+
+def _name(folder: Path) -> str:
+    return clean(f"{folder.parent.name}/{folder.name}")
+
+
+def _read(command: str, folder: Path) -> Run:
+    file = folder / "config.yaml"
+    try:
+        text = text_of(file, folder)
+        settings, monitored = _configuration(_OWN.sub("", text))
+        file = folder / "metrics.json"
+        metrics = numbers(json_of(file, folder))
+    except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
+        fail(f"{command} {_name(folder)}: {file.name} cannot be read: {clean(one_line(error))}")
+    return Run(folder, _name(folder), seed_of(text), settings, metrics, monitored, stopped(settings, metrics))
+
+
+def stopped(settings: Mapping[str, object], metrics: Mapping[str, float]) -> str:
+    """How far a run came, where that is not as far as its Trainer was to go; empty where it is, or nothing tells.
+
+    An EarlyStopping or a ``max_time`` ends a run as it should, wherever that is.
+
+    >>> stopped({"trainer.max_steps": 1000, "trainer.max_epochs": -1}, {"steps": 400, "epochs": 3})
+    '400 of 1,000 steps'
+    >>> stopped({"trainer.max_steps": 1000, "trainer.max_epochs": 3}, {"steps": 400, "epochs": 3})
+    ''
+    """
+    if any(key in settings for key in ("trainer.max_time", f"{_CALLBACKS}.EarlyStopping")):
+        return ""
+    told = []
+    for unit in ("steps", "epochs"):
+        most, done = settings.get(f"trainer.max_{unit}"), metrics.get(unit)
+        if isinstance(most, int) and most > 0 and done is not None:
+            if done >= most:
+                return ""
+            told.append(f"{done:,.0f} of {most:,} {unit}")
+    return told[0] if told else ""
+
+
+def seed_of(text: str) -> int | None:
+    """What a configuration says of ``seed_everything``; None where it is no number.
+
+    >>> seed_of("seed_everything: 3\\n")
+    3
+    """
+    found = _SEED.search(text)
+    return int(found[1]) if found else None
+
+
+def numbers(content: object) -> dict[str, float]:
+    """The finite numbers of an object by name.
+
+    >>> numbers({"val/r1": 0.5, "val/loss": None, "note": "x"})
+    {'val/r1': 0.5}
+    """
+    items = content.items() if isinstance(content, dict) else ()
+    kept = {clean(k): v for k, v in items if isinstance(v, int | float) and not isinstance(v, bool)}
+    return {key: float(value) for key, value in kept.items() if math.isfinite(value)}
+
+
+@cache  # the seeds of a group share a text, and reading YAML is nearly all that this takes
+def _configuration(text: str) -> tuple[dict[str, object], dict[str, str]]:
+    """Settings, and what ModelCheckpoints monitor."""
+    config = yaml.load(text, Loader=_LOADER)
+    every = list(islice(_flat(config), _MOST_SETTINGS + 1))
+    if len(every) > _MOST_SETTINGS:  # a few lines of YAML can stand for billions of values
+        raise ValueError(f"more than {_MOST_SETTINGS:,} settings")
+    flat = {key: value for key, value in every if value is not None}
+    checkpoints = [key for key, value in flat.items() if value == "ModelCheckpoint" and key.startswith(_CALLBACKS)]
+    monitored = {str(flat[f"{k}.monitor"]): str(flat.get(f"{k}.mode")) for k in checkpoints if f"{k}.monitor" in flat}
+    return {key: value for key, value in flat.items() if not _free(key)}, monitored
+
+
+def _free(key: str) -> bool:
+    plain = re.sub(r"#\d+", "", key)
+    return any(plain == free or plain.startswith(f"{free}.") for free in _NO_SETTINGS)
+
+
+def _flat(value: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """Every setting by its dotted path; a class is the value of its path, and its arguments stand below.
+
+    Whatever is looked at is told, if only as None, so that whoever takes so many takes no longer.
+
+    >>> dict(_flat({"model": {"class_path": "a.B", "init_args": {"n": 1, "k": None}}, "at": [1, 5]}))
+    {'model': 'B', 'model.n': 1, 'model.k': None, 'at': '[1, 5]'}
+    """
+    if isinstance(value, tuple | set):  # of YAML's !!pairs, !!omap and !!set
+        value = list(value)
+    if isinstance(value, dict):
+        if _is_class(value):
+            yield path, Class(_class(value))
+            value = value.get("init_args")
+            if not isinstance(value, dict):
+                return
+        elif not value:
+            yield path, None
+        for key, inner in value.items():
+            yield from _flat(inner, clean(f"{path}.{key}" if path else key))
+    elif isinstance(value, list) and value and all(map(_is_class, value)):
+        names = [_class(item) for item in value]
+        if path != _CALLBACKS:  # where their order says nothing
+            yield path, clean(", ".join(names))
+        for n, (name, item) in enumerate(zip(names, value, strict=True)):
+            before = names[:n].count(name)
+            yield from _flat(item, f"{path}.{name}{f'#{before + 1}' if before else ''}")
+    elif isinstance(value, list) and any(isinstance(item, dict | list | tuple | set) for item in value):
+        for n, item in enumerate(value):
+            yield from _flat(item, f"{path}.{n}")
+    else:
+        yield path, value if value is None or isinstance(value, bool | int | float) else clean(value)
+
+
+def _is_class(node: object) -> bool:
+    return isinstance(node, dict) and isinstance(node.get("class_path"), str)
+
+
+def _class(node: Mapping[str, object]) -> str:
+    return clean(node["class_path"]).rpartition(".")[2]
+
+
+# grouping -------------------------------------------------------------------------------------------------------
+
+
+def group(found: Iterable[Run]) -> list[Group]:
+    """Groups in the order of their first run; of two runs of one group with one seed the later counts, and is told."""
+    groups: dict[frozenset[tuple[str, object]], Group] = {}
+    again = []
+    for run in found:
+        members = groups.setdefault(frozenset(run.settings.items()), Group({})).runs
+        seed = run.name if run.seed is None else run.seed
+        if seed in members:
+            again.append(f"{run.name} and not {members[seed].name}")
+        members[seed] = run
+    for one in groups.values():
+        one.runs = dict(sorted(one.runs.items(), key=lambda item: (isinstance(item[0], str), item[0])))
+        steps = [run.metrics.get("steps", 0) for run in one.runs.values()]
+        if min(steps) < max(steps):
+            say(f"{one.first.name} and its other seeds have {min(steps):,.0f} to {max(steps):,.0f} steps")
+    if again:
+        more = f" ({len(again) - 1} more)" if len(again) > 1 else ""
+        say(f"runs of the same configuration and seed: {again[0]} counts{more}")
+    found_groups = list(groups.values())
+    _label(found_groups)
+    return found_groups
+
+
+def _label(groups: Sequence[Group]) -> None:
+    """Name each group by what sets it apart: three settings, or as many as it takes, six at most; then by a run."""
+    if len(groups) == 1:
+        groups[0].name = clean(groups[0].first.folder.parent.name)
+        return
+    _part(groups)
+    keys = {key for one in groups for key in one.parts}
+    often = Counter(end for key in keys for end in _ends(key))
+    short = {key: next((end for end in _ends(key) if often[end] == 1), key) for key in keys}
+    most = max(len(one.parts) for one in groups)
+    for width in range(min(3, most), min(most, MOST_TOLD) + 1):
+        for one in groups:
+            told = [_told(short[key], value) for key, value in one.parts.items()]
+            one.name = " ".join(told[:width]) + (f" +{len(told) - width}" if len(told) > width else "")
+        if len({one.name for one in groups}) == len(groups):
+            return
+    alike = Counter(one.name for one in groups)  # what differs is the seventh, or values that read alike: 1 and "1"
+    for number, one in enumerate(groups, 1):
+        if alike[one.name] > 1:
+            one.name = (
+                f"{one.name} ({one.first.name})"
+                if len({g.first.name for g in groups}) == len(groups)
+                else (f"{one.name} #{number}")
+            )
+
+
+def _part(groups: Sequence[Group]) -> None:
+    """Into ``parts`` go the outermost settings that differ; groups that these do not part are parted among themselves.
+
+    A class that differs stands for its arguments.
+    """
+    settings = [one.first.settings for one in groups]
+    differ = {key for key in set().union(*settings) if any(s.get(key) != settings[0].get(key) for s in settings)}
+    outer = [key for key in differ if not any(above in differ for above in accumulate(key.split(".")[:-1], _under))]
+    outer.sort(key=lambda key: (not any(isinstance(s.get(key), Class) for s in settings), key))
+    alike: dict[tuple[object, ...], list[Group]] = {}
+    for one in groups:
+        one.parts |= {key: one.first.settings.get(key) for key in outer}
+        alike.setdefault(tuple(one.first.settings.get(key) for key in outer), []).append(one)
+    for some in alike.values():
+        if len(some) > 1:
+            _part(some)
+
+
+def _under(above: str, part: str) -> str:
+    return f"{above}.{part}"
+
+
+def _ends(key: str) -> list[str]:
+    """
+    >>> _ends("model.optimizer.lr")
+    ['lr', 'optimizer.lr', 'model.optimizer.lr']
+    """
+    parts = key.split(".")
+    return [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+
+
+def _told(key: str, value: object) -> str:
+    if value is None:
+        return f"no {key}"
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if isinstance(value, Class) else f"{key}={text if len(text) <= 40 else f'{text[:37]}...'}"

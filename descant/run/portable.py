@@ -1,0 +1,269 @@
+"""A model's configuration and parts without the files that they were made from: what an export can carry anywhere."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Union, cast, get_args, get_type_hints
+
+import torch
+from torch import nn
+
+from descant.cli.errors import fail, hint
+from descant.cli.signatures import find_class
+from descant.datamodules.fields.fields import AudioField
+from descant.modules.engine.configure import Lora, Quantize
+from descant.modules.io import merge
+from descant.modules.io.saved import PLACE, WEIGHTS, Node
+from descant.modules.tokenizers.text import Bpe, Codec, Ngrams, Pretrained
+from descant.modules.towers import SavedTower, TransformersTower
+from descant.recipes.base.rebuild import untrained
+from descant.recipes.base.recipe import Recipe
+
+#: Fields of a transformers configuration that are of a file or a moment, not of the model.
+_PASSING = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "model_type")
+
+
+# the configuration --------------------------------------------------------------------------------------------------
+
+
+def only(model: Node, keep: Sequence[str]) -> Node:
+    """The same recipe with some of its towers."""
+    arguments = copy.deepcopy(model["init_args"])
+    towers = (arguments.get("towers") or {}).get("init_args") or {}
+    known = [name for name, node in towers.items() if node is not None]
+    for name in keep:
+        if name not in known:
+            fail(f"--towers {name}: no such tower{hint(name, known)}")
+    towers |= dict.fromkeys(dropped(model, keep))
+    if arguments.get("pairs"):
+        arguments["pairs"] = [pair for pair in arguments["pairs"] if set(pair) <= set(keep)]
+    adapt = arguments.get("adapt") or []
+    for part in adapt:
+        if (part.get("init_args") or {}).get("towers") is not None:
+            part["init_args"]["towers"] = [name for name in part["init_args"]["towers"] if name in keep]
+    if adapt:
+        arguments["adapt"] = [part for part in adapt if (part.get("init_args") or {}).get("towers") != []]
+    for key, value in arguments.items():  # a part of one modality goes with it
+        if _is_class(value) and (value.get("init_args") or {}).get("modality") in dropped(model, keep):
+            arguments[key] = None
+    return {**model, "init_args": arguments}
+
+
+def dropped(model: Node, keep: Sequence[str]) -> list[str]:
+    """The names of the towers that are left out."""
+    towers = ((model.get("init_args") or {}).get("towers") or {}).get("init_args") or {}
+    return [name for name, node in towers.items() if keep and node is not None and name not in keep]
+
+
+def merged(model: Node) -> Node:
+    """The same recipe without what :func:`descant.modules.io.merge.plain` folds into plain layers."""
+    arguments = dict(model["init_args"])
+    folded = (Lora, Quantize)
+    arguments["adapt"] = [
+        part for part in arguments.get("adapt") or [] if not issubclass(find_class(part["class_path"]), folded)
+    ] or None
+    return {**model, "init_args": arguments}
+
+
+def carried(model: Node, recipe: Recipe, folder: Path, codec: Codec | None) -> Node:
+    """The configuration of ``recipe`` as it can be built from ``folder`` alone; towers of other runs become plain ones.
+
+    Changes ``recipe`` in place where a tower holds another, and writes ``towers/NAME`` for those of transformers.
+
+    Raises:
+        ValueError: if a part needs a file that cannot be left out.
+    """
+    node = {"class_path": model["class_path"], "init_args": copy.deepcopy(untrained(model))}
+    return _carried(node, recipe, folder, (), codec)
+
+
+def _carried(node: Node, module: nn.Module | None, folder: Path, path: tuple[str, ...], codec: Codec | None) -> Node:
+    cls = find_class(node["class_path"])
+    while module is not None and not isinstance(module, cls):  # an adaptation may have put a tower into another
+        inner = getattr(module, "tower", None)
+        module = inner if isinstance(inner, nn.Module) else None
+    arguments = dict(node.get("init_args") or {})
+    for key, value in arguments.items():
+        if _is_class(value):
+            spec, child = _released(value, module, key)
+            arguments[key] = _carried(spec, child, folder, (*path, key), codec)
+        elif isinstance(value, list):
+            arguments[key] = [_carried(v, None, folder, (*path, key), codec) if _is_class(v) else v for v in value]
+    if isinstance(module, TransformersTower):
+        arguments = _transformers(module, folder, _tower_name(path), codec)
+    else:
+        arguments = {key: _without_file(cls, key, value) for key, value in arguments.items()}
+    return {"class_path": node["class_path"], **({"init_args": arguments} if arguments else {})}
+
+
+def _released(node: Node, module: nn.Module | None, key: str) -> tuple[Node, nn.Module | None]:
+    """What stands at ``key`` of a module; a tower of another run gives way to the tower inside it."""
+    holder, child = module, _child(module, key)
+    while child is not None and not isinstance(child, find_class(node["class_path"])):
+        holder, key, child = child, "tower", _child(child, "tower")
+    while isinstance(child, SavedTower):
+        node, child = child.spec, child.tower
+        _put(cast(nn.Module, holder), key, child)
+    return node, child
+
+
+def _without_file(cls: type, key: str, value: Any) -> Any:
+    """An argument that names a file is left out: what was read from it is in the weights."""
+    if value is None or not _is_path(cls, key):
+        return value
+    if inspect.signature(cls).parameters[key].default is not None:
+        raise ValueError(f"{cls.__name__}.{key}: {value} is a file, which an export cannot carry")
+    return None
+
+
+def _is_path(cls: Any, key: str) -> bool:
+    kind = get_type_hints(cls.__init__).get(key)
+    return any(inspect.isclass(part) and issubclass(part, Path) for part in (kind, *get_args(kind or Union[int])))  # noqa: UP007
+
+
+def _is_class(value: object) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("class_path"), str)
+
+
+def _child(module: nn.Module | None, key: str) -> nn.Module | None:
+    found = dict(module.items()).get(key) if isinstance(module, nn.ModuleDict) else getattr(module, key, None)
+    return found if isinstance(found, nn.Module) else None
+
+
+def _put(module: nn.Module, key: str, child: nn.Module) -> None:
+    if isinstance(module, nn.ModuleDict):
+        module[key] = child
+    else:
+        setattr(module, key, child)
+
+
+def _tower_name(path: tuple[str, ...]) -> str:
+    """``("towers", "text", "tower")`` is of text."""
+    return path[1] if len(path) > 1 and path[0] == "towers" else "-".join(path)
+
+
+# towers of transformers ---------------------------------------------------------------------------------------------
+
+
+def _transformers(tower: TransformersTower, folder: Path, name: str, codec: Codec | None) -> Node:
+    """The tower's arguments from now on; what transformers loads is written to ``towers/NAME``."""
+    place = folder / "towers" / name
+    write_transformers(tower, place, codec if name == "text" else None)
+    fields = {k: v for k, v in tower.model.config.to_diff_dict().items() if k not in _PASSING and not k.startswith("_")}
+    arguments = {"config": {"model_type": tower.kind, **fields, "pad_token_id": tower.pad}}
+    own = {key: value.shape for key, value in _plain(tower).state_dict().items()}
+    if all(_is_plain(value) for value in fields.values()):
+        try:
+            with torch.device("meta"):
+                built = TransformersTower(**arguments)  # type: ignore[arg-type]
+        except (ValueError, NotImplementedError):
+            built = None
+        if built is not None and {key: value.shape for key, value in built.state_dict().items()} == own:
+            return arguments
+    # a configuration of several levels: it stays in the form that its library reads
+    return {"folder": f"{PLACE}/towers/{name}"}
+
+
+def write_transformers(tower: TransformersTower, folder: Path, codec: Codec | None) -> None:
+    """A folder that ``AutoModel.from_pretrained`` loads, and with the model's own tokenizer ``AutoTokenizer`` too."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    model = _plain(tower).model
+    config = copy.deepcopy(tower.model.config)
+    config.architectures, config.pad_token_id = [type(model).__name__], tower.pad
+    config.save_pretrained(folder)
+    state = {key: value.contiguous().clone() for key, value in model.state_dict().items()}
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    if isinstance(codec, Pretrained):
+        _write_tokenizer(codec, folder)
+
+
+def _plain(tower: TransformersTower) -> TransformersTower:
+    """The tower itself, or where adapted or quantised a copy of plain layers."""
+    return cast(TransformersTower, merge.plain(copy.deepcopy(tower))) if merge.changed(tower) else tower
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(isinstance(item, bool | int | float | str) for item in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _write_tokenizer(codec: Pretrained, folder: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    pad = codec.tokenizer.id_to_token(codec.pad)
+    whole = PreTrainedTokenizerFast(
+        tokenizer_object=codec.tokenizer, pad_token=pad, model_max_length=codec.length, padding_side="right"
+    )
+    whole.save_pretrained(folder)
+
+
+# preprocessing ------------------------------------------------------------------------------------------------------
+
+
+def preprocess(parts: Mapping[str, Sequence[Any]], data: Node, folder: Path) -> tuple[dict[str, list[Node]], list[str]]:
+    """Modality -> the configurations of what prepares it, files included; and the modalities where that cannot be."""
+    nodes: dict[str, list[Node]] = {}
+    for modality, steps in parts.items():
+        described = [node for node in (_described(part, data, folder) for part in steps) if node is not None]
+        if len(described) == len(steps):
+            nodes[modality] = described
+    return nodes, [modality for modality in parts if modality not in nodes]
+
+
+def _described(part: Any, data: Node, folder: Path) -> Node | None:
+    cls = type(part)
+    path = f"{cls.__module__}.{cls.__qualname__}"
+    if isinstance(part, Bpe):
+        part.tokenizer.save(str(folder / "tokenizer.json"))
+        return {"class_path": path, "init_args": {"path": f"{PLACE}/tokenizer.json", "length": part.length}}
+    if isinstance(part, Pretrained):
+        found = sorted(folder.glob("towers/*/tokenizer.json"))
+        if not found:
+            return None
+        place = f"{PLACE}/{found[0].parent.relative_to(folder).as_posix()}"
+        return {"class_path": path, "init_args": {"folder": place, "length": part.length}}
+    if isinstance(part, Ngrams):
+        return {"class_path": path, "init_args": {"n": part.n, "buckets": part.vocabulary, "length": part.length}}
+    if isinstance(part, AudioField):
+        inner = _described(part.log_mel, data, folder)
+        return inner and {
+            "class_path": path,
+            "init_args": {"rate": part.rate, "seconds": part.samples / part.rate, "log_mel": inner},
+        }
+    arguments = {name: getattr(part, name) for name in inspect.signature(cls).parameters if hasattr(part, name)}
+    arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in arguments.items()}
+    if len(arguments) == len(inspect.signature(cls).parameters) and all(map(_is_plain, arguments.values())):
+        return {"class_path": path, "init_args": arguments}
+    # it does not keep all its arguments: the configuration does, unless it was made of defaults
+    given = [node for node in _nodes(data) if node["class_path"] == path]
+    if not given and all(map(_is_plain, arguments.values())) and _same(part, cls, arguments):
+        return {"class_path": path, "init_args": arguments}
+    if len(given) != 1 or any(v and _is_path(cls, key) for key, v in (given[0].get("init_args") or {}).items()):
+        return None
+    return copy.deepcopy(given[0])
+
+
+def _same(part: Any, cls: Any, arguments: Node) -> bool:
+    """Whether a module with these arguments, and the defaults of the others, holds the same numbers."""
+    if not isinstance(part, nn.Module):
+        return False
+    own, new = dict(part.named_buffers()), dict(cls(**arguments).named_buffers())
+    return own.keys() == new.keys() and all(torch.equal(own[name], new[name]) for name in own)
+
+
+def _nodes(value: object) -> Iterable[Node]:
+    """Every class in a configuration, at any depth."""
+    if isinstance(value, Mapping):
+        if isinstance(value.get("class_path"), str):
+            yield cast(Node, value)
+        for inner in value.values():
+            yield from _nodes(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _nodes(inner)

@@ -1,0 +1,87 @@
+"""Runs side by side: processes of descant's own commands, each with a log and its share of the cores."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from descant.cli.errors import fail
+
+
+@dataclass(frozen=True)
+class Task:
+    """``descant WORDS``, what it is called, and where what it prints goes."""
+
+    label: str
+    words: tuple[str, ...]
+    log: Path
+
+
+@dataclass
+class _Job:
+    task: Task
+    process: subprocess.Popen[bytes]
+    log: IO[bytes]
+    began: float = field(default_factory=time.monotonic)
+
+
+def run_beside(
+    tasks: Sequence[Task],
+    jobs: int,
+    tell: Callable[[Task, float], None],
+    waits: Callable[[Task, Sequence[Task]], bool] = lambda task, unfinished: False,
+) -> None:
+    """Run all tasks, ``jobs`` at a time, in their order.
+
+    Args:
+        tell: called with each task that ended well, and its seconds.
+        waits: whether a task must wait for some of those that have not ended.
+
+    Raises:
+        Refusal: with the last line of its log, for the first task that fails; those beside it end first.
+        KeyboardInterrupt: after all that ran have saved and ended: the terminal has told them too.
+    """
+    todo, working, failed = list(tasks), list[_Job](), None
+    try:
+        while (todo and failed is None) or working:
+            while failed is None and len(working) < jobs:
+                unfinished = [*todo, *(job.task for job in working)]
+                ready = next((task for task in todo if not waits(task, unfinished)), None)
+                if ready is None:
+                    break
+                todo.remove(ready)
+                working.append(_start(ready, jobs))
+            time.sleep(0.1)
+            for job in [job for job in working if job.process.poll() is not None]:
+                working.remove(job)
+                job.log.close()
+                if job.process.returncode:
+                    failed = failed or job
+                else:
+                    tell(job.task, time.monotonic() - job.began)
+    except KeyboardInterrupt:
+        for job in working:
+            job.process.wait()
+        raise
+    finally:
+        for job in working:
+            job.process.send_signal(signal.SIGTERM)
+    if failed is not None:
+        lines = failed.task.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        last = lines[-1].removeprefix("descant: ") if lines else f"exit code {failed.process.returncode}"
+        fail(f"{failed.task.label}: {last} (log: {failed.task.log})")
+
+
+def _start(task: Task, jobs: int) -> _Job:
+    threads = str(max((os.cpu_count() or 1) // jobs, 1))
+    log = task.log.open("wb")
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    command = [sys.executable, "-P", "-m", "descant", *task.words]  # -P: not what lies about here
+    return _Job(task, subprocess.Popen(command, stdout=log, stderr=log, env=environment), log)

@@ -1,0 +1,126 @@
+"""The text of a SLURM job: options of sbatch, ranks by srun, and what becomes of each way to end."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from descant.cli.errors import fail
+
+_START = r"""
+trap : TERM USR1 INT  # signals are for the ranks, which save; this script waits for them
+unset ${!MASTER_@} ${!TORCHELASTIC_@} RANK LOCAL_RANK WORLD_SIZE DESCANT_RUN_DIR
+export MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not ask sbatch
+export ended="$folder/.ended-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
+
+# One rank. The first to end notes its code: srun tells the highest one, which may be of a rank that srun killed.
+# A rank that saved (75, 130, 143) ends with 0 here, or srun would kill the others while they finish theirs.
+rank() {
+  trap : TERM USR1 INT
+  "$@"
+  local code=$?
+  [ $code -eq 0 ] || (set -o noclobber; echo $code > "$ended") 2> /dev/null || [ -e "$ended" ] || exit $code
+  case $code in 75 | 130 | 143) exit 0 ;; *) exit $code ;; esac
+}
+export -f rank
+"""
+_END = r"""
+code=$?
+if [ -s "$ended" ]; then code=$(cat "$ended"); elif [ $code -ne 0 ]; then code=137; fi  # none lived to note anything
+rm -f "$ended"
+# A rank may end with 1 because the node of another is gone: do all nodes answer?
+[ $code -ne 1 ] || timeout 60 srun --overlap --ntasks-per-node=1 true || code=137
+
+job=$(scontrol show job --oneliner "$SLURM_JOB_ID")
+if [ $code -eq 0 ]; then
+  [ -z "$mark" ] || : > "$mark"
+  exit 0
+elif [ $code -ne 75 ] && { [ $code -le 128 ] || [ $code -eq 130 ]; }; then
+  echo "descant: ended with $code: not requeued"  # a fault, a wrong request, or stopped by a person
+elif [[ " $job " != *" JobState=RUNNING "* && " $job " != *" Reason=TimeLimit "* ]]; then
+  echo "descant: ended with $code: left to SLURM"  # cancelled, or SLURM requeues it itself: preempted, a lost node
+elif [ "${SLURM_RESTART_COUNT:-0}" -ge "$requeues" ]; then
+  echo "descant: ended with $code: not requeued after $requeues restarts"
+elif scontrol requeue "$SLURM_JOB_ID"; then
+  echo "descant: ended with $code: requeued"
+else
+  echo "descant: ended with $code: not requeued, as scontrol cannot"
+fi
+exit $code
+"""
+
+
+def script(
+    given: argparse.Namespace,
+    stage: Sequence[str],
+    folder: Path,
+    grid: Sequence[Mapping[str, str]] = (),
+    head: str = "",
+    marks: Sequence[Path] = (),
+) -> str:
+    """One job.
+
+    Args:
+        given: the options of ``descant submit``.
+        stage: the command and its arguments.
+        folder: where its runs go; script and log are kept there.
+        grid: of an array, the options of each task.
+        head: a comment, such as the command that asked for it.
+        marks: of an array, the file that each task leaves once it has ended well.
+    """
+    parts = ["#!/bin/bash", f"# {head}".replace("\n", " "), *_options(given, folder, len(grid)), ""]
+    parts += [f"folder={shlex.quote(str(folder))} requeues={given.requeues} mark=", *given.setup, _START.strip(), ""]
+    if grid:
+        told = [shlex.join(part for key, value in task.items() for part in (f"--{key}", value)) for task in grid]
+        told = [f"set -- {text}" for text in told]
+        told = [f"{text}; mark={shlex.quote(str(m))}" for text, m in zip(told, marks, strict=True)] if marks else told
+        parts += ['case "$SLURM_ARRAY_TASK_ID" in', *(f"  {n}) {text} ;;" for n, text in enumerate(told))]
+        parts += ["esac", ""]
+    return "\n".join([*parts, _step(given, *stage), _END.strip(), ""])
+
+
+def _options(given: argparse.Namespace, folder: Path, tasks: int) -> list[str]:
+    span = f"0-{tasks - 1}" + (f"%{given.at_once}" if given.at_once else "") if tasks else ""
+    options = {
+        "job-name": folder.name,
+        "chdir": str(Path.cwd()),
+        "output": f"{str(folder).replace('%', '%%')}/slurm-{'%A_%a' if tasks else '%j'}.log",
+        "open-mode": "append",
+        "nodes": given.nodes,
+        "ntasks-per-node": given.tasks_per_node,
+        "signal": f"USR1@{given.signal_before}",
+        "array": span,
+        **{key: getattr(given, key.replace("-", "_")) for key in ("gpus-per-node", "cpus-per-task", "mem", "time")},
+        **{key: getattr(given, key) for key in ("partition", "account", "qos")},
+    }
+    lines = [f"#SBATCH --{key}={_quoted(str(value))}" for key, value in options.items() if value]
+    lines += ["#SBATCH --requeue", "#SBATCH --kill-on-invalid-dep=yes"]
+    return lines + [f"#SBATCH --{option.removeprefix('--')}" for option in given.sbatch]
+
+
+def _quoted(text: str) -> str:
+    if not text.isprintable() or '"' in text:  # a line of its own would be run
+        fail(f"submit: {text!r}: a name of printable letters, without quotation marks")
+    return f'"{text}"' if re.search(r"\s", text) else text
+
+
+def _step(given: argparse.Namespace, command: str, *args: str) -> str:
+    """One option a line."""
+    rest = list(args)
+    if command == "fit":  # after the experiment, which names the run; before what is laid over it
+        first = next((n for n, arg in enumerate(rest) if arg.partition("=")[0] in ("--config", "-c")), len(rest))
+        after = first + (1 if "=" in "".join(rest[first : first + 1]) else 2)
+        rest[after:after] = ["--config", "on/slurm"]
+    rest += ["--trainer.num_nodes", str(given.nodes), "--trainer.devices", str(given.tasks_per_node)]
+    lines = [f"{shlex.quote(sys.executable)} -P -m descant {command}"]
+    for arg in rest:
+        if arg.startswith("--") or arg == "-c":
+            lines.append(shlex.quote(arg))
+        else:
+            lines[-1] += f" {shlex.quote(arg)}"
+    return " \\\n  ".join(["srun --kill-on-bad-exit=1 bash -c 'rank \"$@\"' rank", *lines, '"$@"'])

@@ -1,0 +1,167 @@
+"""What stands in the place of a modality that a sample lacks, where a network is to see something there.
+
+Letters: B samples of a batch, D width of the features, S sets of available modalities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple, Self, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from descant.modules.adaptation.modulation import Sets
+from descant.modules.core.host import derived, to_device
+from descant.modules.core.ranks import world
+
+
+class Fill(nn.Module):
+    """``fill(h_BD, modality, has, lacks_B) -> h_BD``: the rows where ``lacks_B`` are replaced, the others stay.
+
+    A recipe of frozen parts masks what is absent; with a fill it takes every modality for present and finds these
+    features there. ``has``: modality -> bool ``[B]``, what the samples really have. ``build`` comes before.
+    """
+
+    def build(self, widths: Mapping[str, int], sets: Sequence[Sequence[str]]) -> Fill:
+        """For modality -> D of its features, and the sets of available modalities that are trained; returns itself."""
+        return self
+
+    def forward(self, h_BD: Tensor, modality: str, has: Mapping[str, Tensor], lacks_B: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class ZeroFill(Fill):
+    """``h_b = 0`` where sample b lacks the modality.
+
+    >>> here_B = torch.tensor([True, False])
+    >>> ZeroFill()(torch.ones(2, 1), "text", {"text": here_B}, ~here_B).tolist()
+    [[1.0], [0.0]]
+    """
+
+    def forward(self, h_BD: Tensor, modality: str, has: Mapping[str, Tensor], lacks_B: Tensor) -> Tensor:
+        return h_BD.masked_fill(lacks_B[:, None], 0.0)
+
+
+class MeanFill(Fill):
+    """``h_b = mean over all rows of the modality that training has seen``, of all ranks; zeros before the first.
+
+    Sums are kept in float64 and counted in train mode, each step before its own use of the mean: what has been trained
+    for longer has seen more. Values of a network that trains along are of all its past.
+
+    >>> fill, here_B = MeanFill().build({"text": 1}, []), torch.tensor([True, True, False])
+    >>> fill(torch.tensor([[1.0], [3.0], [0.0]]), "text", {"text": here_B}, ~here_B).tolist()
+    [[1.0], [3.0], [2.0]]
+    """
+
+    def build(self, widths: Mapping[str, int], sets: Sequence[Sequence[str]]) -> Fill:
+        for m, width in widths.items():
+            # the last entry counts the rows
+            self.register_buffer(f"sum_{m}", torch.zeros(width + 1, dtype=torch.float64))
+        return self
+
+    def forward(self, h_BD: Tensor, modality: str, has: Mapping[str, Tensor], lacks_B: Tensor) -> Tensor:
+        sum_D1 = cast(Tensor, getattr(self, f"sum_{modality}"))
+        if self.training:
+            self._count(h_BD.detach(), has[modality], sum_D1)
+        mean_D = (sum_D1[:-1] / sum_D1[-1].clamp(min=1)).to(h_BD.dtype)
+        return torch.where(lacks_B[:, None], mean_D, h_BD)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Sums move to a device, and keep their precision whatever the model's is: half of it stops counting soon."""
+        sums = {name: x for name, x in self._buffers.items() if x is not None}
+        super()._apply(fn, recurse)
+        for name, x in sums.items():
+            moved = self._buffers[name]
+            assert moved is not None
+            self._buffers[name] = x.to(moved.device)
+        return self
+
+    @staticmethod
+    @torch.no_grad()
+    def _count(h_BD: Tensor, has_B: Tensor, sum_D1: Tensor) -> None:
+        rows_D = h_BD.double().masked_fill(~has_B[:, None], 0.0).sum(dim=0)
+        here_D1 = torch.cat([rows_D, has_B.sum().double()[None]])
+        if world() > 1:
+            dist.all_reduce(here_D1)
+        sum_D1 += here_D1
+
+
+class PromptFill(Fill):
+    """``h_b = p_{S, m}``, learned for each set S of available modalities and each m that it lacks; zeros at the start.
+
+    After missing-aware prompts (Lee 2023, arXiv 2303.03369), which stand among the tokens of one transformer: as
+    features of a modality, and for late fusions too, they are our reading.
+
+    Raises:
+        ValueError: in forward, for samples whose set has none.
+
+    >>> fill = PromptFill().build({"image": 2, "text": 3}, [["image"], ["text"]])
+    >>> {name: list(p.shape) for name, p in fill.named_parameters()}
+    {'prompts.image.text': [3], 'prompts.text.image': [2]}
+    """
+
+    def build(self, widths: Mapping[str, int], sets: Sequence[Sequence[str]]) -> Fill:
+        self.sets = Sets(list(widths), sets)
+        self.prompts = nn.ModuleDict()
+        for name, members in zip(self.sets.names, self.sets.sets, strict=True):
+            lacking = {m: nn.Parameter(torch.zeros(width)) for m, width in widths.items() if m not in members}
+            self.prompts[name] = nn.ParameterDict(lacking)
+        return self
+
+    def forward(self, h_BD: Tensor, modality: str, has: Mapping[str, Tensor], lacks_B: Tensor) -> Tensor:
+        set_B = self.sets.known(has, "the fill")
+        nothing_D = torch.zeros(h_BD.shape[1], device=h_BD.device)
+        prompts = [cast(nn.ParameterDict, p) for p in self.prompts.values()]
+        rows = [p.get(modality, nothing_D) for p in prompts]
+        # the last row is for samples that have everything
+        prompt_SD = torch.stack([*rows, nothing_D]).to(h_BD.dtype)
+        return torch.where(lacks_B[:, None], prompt_SD[to_device(set_B, h_BD.device)], h_BD)
+
+
+# what a recipe asks ---------------------------------------------------------------------------------------------------
+
+
+class _Standing(NamedTuple):
+    fill: Fill
+    has: Mapping[str, Tensor]
+
+
+_standing: ContextVar[_Standing | None] = ContextVar("fill", default=None)
+
+
+@contextmanager
+def standing_in(fill: Fill, has: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, modalities that samples lack have the features of ``fill``, wherever a recipe takes them for present.
+
+    Args:
+        fill: of the features.
+        has: modality -> bool ``[B]``: what the samples really have.
+
+    >>> has = {"text": torch.tensor([True, False])}
+    >>> with standing_in(ZeroFill(), has):
+    ...     print(seen("text", torch.tensor([True, True])).tolist())
+    [True, False]
+    """
+    token = _standing.set(_Standing(fill, has))
+    try:
+        yield
+    finally:
+        _standing.reset(token)
+
+
+def seen(modality: str, present_B: Tensor) -> Tensor:
+    """Bool ``[B]``: the rows for which a tower runs, of those that a recipe takes for present."""
+    standing = _standing.get()
+    return present_B if standing is None else derived(torch.logical_and, present_B, standing.has[modality])
+
+
+def filled(h_BD: Tensor, modality: str, present_B: Tensor) -> Tensor:
+    """Features of all rows that a recipe takes for present: of a tower, or what stands in for them."""
+    standing = _standing.get()
+    if standing is None:
+        return h_BD
+    return cast(Tensor, standing.fill(h_BD, modality, standing.has, present_B & ~standing.has[modality]))

@@ -1,0 +1,269 @@
+"""Games that modalities play for one decision (MCR): terms beside a classifier's own.
+
+Letters: B samples, D width of a modality's latents, C classes, S permutations, M modalities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from descant.modules.core.batch import Batch
+from descant.modules.core.host import derived
+from descant.modules.core.objective import Term
+from descant.modules.core.ranks import gather
+from descant.modules.core.sham import partners
+from descant.modules.core.step import Decided
+from descant.modules.fusion.classifiers import OrthogonalFusion
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a regularizer may ask: what was decided of in a forward, by which logits, and what others would give.
+
+    Attributes:
+        decided: latents, presence and labels. heard: who the decision heard of, all where nobody is kept from it.
+        logits_BC: what was said of them.
+        fuse: from latents and presence to logits. fusion: the module that does it.
+        batch: of the samples. rows: how many of the whole step have a modality, which terms are divided by.
+    """
+
+    decided: Decided
+    heard: Mapping[str, Tensor]
+    logits_BC: Tensor
+    fuse: Callable[[dict[str, Tensor], Mapping[str, Tensor] | None], Tensor]
+    fusion: nn.Module
+    batch: Batch
+    rows: Tensor
+
+
+class Regularizer(nn.Module):
+    """``regularizer(asked)`` -> named terms, that join the recipe's own."""
+
+    #: Whether samples of the batch are compared, so that micro-batches of a step would have fewer of them.
+    in_batch_negatives = False
+
+    def build(self, widths: Mapping[str, int], classes: int) -> Self:
+        """Makes its layers, if it has some, for modality -> width of its latents."""
+        return self
+
+    def forward(self, asked: Asked) -> dict[str, Term]:
+        raise NotImplementedError
+
+
+def js_divergence(a_BC: Tensor, b_BC: Tensor) -> Tensor:
+    """``[B]``: ``(KL(p, m) + KL(q, m)) / 2`` of the softmax p and q of two logits, ``m = (p + q) / 2``; in nats.
+
+    >>> js_divergence(torch.tensor([[50.0, 0.0], [1.0, 2.0]]), torch.tensor([[0.0, 50.0], [1.0, 2.0]])).tolist()
+    [0.6931471824645996, 0.0]
+    """
+    log_p, log_q = a_BC.log_softmax(dim=-1), b_BC.log_softmax(dim=-1)
+    log_m = torch.logaddexp(log_p, log_q) - torch.full((), 2.0, dtype=log_p.dtype, device=log_p.device).log()
+    kl = [F.kl_div(log_m, log, reduction="none", log_target=True).sum(dim=-1) for log in (log_p, log_q)]
+    return (kl[0] + kl[1]) / 2
+
+
+class Game(Regularizer):
+    """What a player does about how much the decision hangs on whom: one term, "game".
+
+        D(a; i) = mean_s JS(f with z_i of other samples, f),        where of z only z_a takes a gradient
+        value_b = weight sum over players a and modalities i of  stake(a, i) D_b(a; i)
+
+    f with z_i of others: in one of S random circles through the samples of this micro-batch that have i, latents alone
+    are handed on, so no tower runs again. The undisturbed f takes its gradient too, and so does the fusion. Samples
+    with one modality add zero. With a game the decision has to be trained (a cross-entropy), or logits grow for ever.
+    Source: Kontras 2024 (MCR, arXiv 2411.07335), for two modalities; the sum over more is our reading.
+
+    Args:
+        weight: of the term. permutations: S.
+    """
+
+    def __init__(self, weight: float = 0.1, permutations: int = 8) -> None:
+        super().__init__()
+        if permutations < 1:
+            raise ValueError(f"permutations {permutations}: 1 is the least")
+        self.weight, self.permutations = weight, permutations
+
+    def stake(self, player: str, disturbed: str, modalities: int) -> float:
+        """What ``player`` makes of D(player; disturbed): below zero it is raised, above zero lowered."""
+        raise NotImplementedError
+
+    def forward(self, asked: Asked) -> dict[str, Term]:
+        z, present = asked.decided.z, asked.heard
+        several_B = derived(_several, *present.values())
+        value_B = torch.zeros_like(asked.logits_BC[:, 0])
+        for i in z:
+            plays_B = derived(torch.logical_and, several_B, present[i])
+            sources = [partners(asked.batch.draw, plays_B, "game", i, s) for s in range(self.permutations)]
+            source_SB = torch.stack(sources).flatten()
+            for a in z:
+                stake = self.stake(a, i, len(z))
+                if stake:
+                    moving = self.moving(z, a)
+                    d_B = self.disturbed(asked, moving, present, i, source_SB)
+                    value_B = value_B + stake * torch.where(plays_B & present[a], d_B, 0.0)
+        return {"game": Term(self.weight * value_B, valid=several_B, norm=asked.rows)}
+
+    def moving(self, z: Mapping[str, Tensor], player: str) -> dict[str, Tensor]:
+        """Latents of which only the player's take a gradient."""
+        return {m: z_BD if m == player else z_BD.detach() for m, z_BD in z.items()}
+
+    def disturbed(
+        self, asked: Asked, z: dict[str, Tensor], present: Mapping[str, Tensor], i: str, source_SB: Tensor
+    ) -> Tensor:
+        """``d_B``: mean divergence from the logits as they are, with z_i handed on by S circles."""
+        S = self.permutations
+        z_SB = {m: z_BD[source_SB] if m == i else z_BD.repeat(S, 1) for m, z_BD in z.items()}
+        f_SBC = asked.fuse(z_SB, {m: derived(lambda x: x.repeat(S), x_B) for m, x_B in present.items()})
+        return js_divergence(f_SBC, asked.logits_BC.repeat(S, 1)).unflatten(0, (S, -1)).mean(dim=0)
+
+
+def _several(*masks: Tensor) -> Tensor:
+    return torch.stack(masks).sum(dim=0) > 1
+
+
+class IndependentGame(Game):
+    """Each player raises what hangs on itself: ``- sum_a D(a; a)``."""
+
+    def stake(self, player: str, disturbed: str, modalities: int) -> float:
+        return -1.0 if player == disturbed else 0.0
+
+
+class GreedyGame(Game):
+    """Each player raises what hangs on itself and lowers what hangs on the others:
+
+        sum_a ( - D(a; a) + 1 / (M - 1) sum_{i != a} D(a; i) )
+
+    For two modalities that all samples have its value is always zero, and its gradients at the latents are not.
+    """
+
+    def stake(self, player: str, disturbed: str, modalities: int) -> float:
+        return -1.0 if player == disturbed else 1.0 / (modalities - 1)
+
+
+class CollaborativeGame(Game):
+    """All raise what hangs on each: ``- sum_i D(i)``, where all latents take a gradient."""
+
+    def stake(self, player: str, disturbed: str, modalities: int) -> float:
+        return -1.0 if player == disturbed else 0.0  # once each; nobody stands still in `moving`
+
+    def moving(self, z: Mapping[str, Tensor], player: str) -> dict[str, Tensor]:
+        return dict(z)
+
+
+class LabelContrast(Regularizer):
+    """Latents of two modalities are near where labels are equal: one term, "contrast".
+
+        value_b = mean over p with y_p = y_b of  - log softmax_p (z_a,b . z_c,p / temperature),  both ways, all pairs
+
+    of unit length, over the samples of all ranks that have both. Source: supervised contrast (Khosla 2020, arXiv
+    2004.11362) between modalities, as MCR has it.
+
+    Args:
+        weight: of the term. temperature: what similarities are divided by.
+    """
+
+    in_batch_negatives = True
+
+    def __init__(self, weight: float = 1.0, temperature: float = 0.1) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"temperature {temperature:g}: above 0, such as 0.1")
+        self.weight, self.temperature = weight, temperature
+
+    def forward(self, asked: Asked) -> dict[str, Term]:
+        z, present, label_B = asked.decided
+        u = {m: F.normalize(z_BD, dim=1) for m, z_BD in z.items()}
+        label_G, all_G = gather(label_B), {m: gather(u_BD) for m, u_BD in u.items()}
+        total_B, any_B = torch.zeros_like(asked.logits_BC[:, 0]), torch.zeros_like(label_B, dtype=torch.bool)
+        for a, c in combinations(z, 2):
+            both_B = present[a] & present[c] & (label_B >= 0)
+            both_G = gather(both_B)
+            same_BG = (label_B[:, None] == label_G) & both_G
+            for one, other in ((a, c), (c, a)):
+                sim_BG = (u[one] @ all_G[other].T / self.temperature).masked_fill(~both_G, -torch.inf)
+                # rows that lack one are level, so that they stay finite
+                sim_BG = torch.where(both_B[:, None], sim_BG, 0.0)
+                log_BG = torch.where(same_BG, sim_BG.log_softmax(dim=1), 0.0)
+                value_B = -log_BG.sum(dim=1) / same_BG.sum(dim=1).clamp(min=1)
+                total_B = total_B + torch.where(both_B, value_B, 0.0) / 2
+            any_B = any_B | both_B
+        return {"contrast": Term(self.weight * total_B, valid=any_B, norm=asked.rows)}
+
+
+class Bottleneck(Regularizer):
+    """Latents say what the decision says, and nothing more: one term, "bottleneck".
+
+        value_b = mean over numbers of  ([z_1 ... z_M]_b - g(logits_b))^2,      g: two linear layers, no bias
+
+    with no gradient to the logits (the conditional entropy bound of MCR). Of absent modalities nothing counts.
+
+    Args:
+        weight: of the term. hidden: width inside g.
+    """
+
+    def __init__(self, weight: float = 1.0, hidden: int = 256) -> None:
+        super().__init__()
+        self.weight, self.hidden = weight, hidden
+
+    def build(self, widths: Mapping[str, int], classes: int) -> Self:
+        self.widths = dict(widths)
+        out = sum(widths.values())
+        self.g = nn.Sequential(
+            nn.Linear(classes, self.hidden, bias=False), nn.ReLU(), nn.Linear(self.hidden, out, bias=False)
+        )
+        return self
+
+    def forward(self, asked: Asked) -> dict[str, Term]:
+        z, present, _ = asked.decided
+        guess = dict(
+            zip(self.widths, self.g(asked.logits_BC.detach()).split(list(self.widths.values()), 1), strict=True)
+        )
+        here = {m: present[m][:, None] for m in self.widths}
+        off_B = torch.stack([torch.where(here[m], z[m] - guess[m], 0.0).square().sum(dim=1) for m in self.widths]).sum(
+            dim=0
+        )
+        count_B = torch.stack([present[m] * width for m, width in self.widths.items()]).sum(dim=0)
+        return {"bottleneck": Term(self.weight * off_B / count_B.clamp(min=1), valid=count_B > 0, norm=asked.rows)}
+
+
+class UnimodalMargin(Regularizer):
+    """Each modality alone tells the label from all other classes by a wide margin (CRMT): one term, "margin".
+
+        value_b = log( sum_m sum_{k != y_b} exp(s_bmk - s_bmy) + 1e-5 )
+
+    over the modalities that the sample has, with s of an :class:`descant.modules.fusion.classifiers.OrthogonalFusion`.
+    Source: Yang 2024, arXiv 2402.06244.
+
+    Args:
+        weight: of the term.
+
+    Raises:
+        ValueError: in training, for another fusion.
+    """
+
+    def __init__(self, weight: float = 2.0) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, asked: Asked) -> dict[str, Term]:
+        if not isinstance(asked.fusion, OrthogonalFusion):
+            raise ValueError(
+                f"UnimodalMargin: model.fusion OrthogonalFusion has margins; {type(asked.fusion).__name__} not"
+            )
+        z, present, label_B = asked.decided
+        at_B1 = label_B.clamp(min=0)[:, None]
+        over = []
+        for m, s_BC in asked.fusion.alone(z, present).items():
+            off_BC = (s_BC - s_BC.gather(1, at_B1)).scatter(1, at_B1, -torch.inf)
+            over.append(off_BC.masked_fill(~present[m][:, None], -torch.inf))
+        floor_B1 = torch.full_like(over[0][:, :1], 1e-5).log()
+        value_B = torch.cat([*over, floor_B1], dim=1).logsumexp(dim=1)
+        some_B = torch.stack([present[m] for m in z]).any(dim=0)
+        return {"margin": Term(self.weight * value_B, valid=some_B & (label_B >= 0), norm=asked.rows)}

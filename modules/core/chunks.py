@@ -1,0 +1,74 @@
+"""GradCache: features of a large batch, of which one chunk's activations are alive at a time.
+
+Letters: B samples, C chunks, R rows of one chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from descant.modules.core.host import has_host_copy, host_copy, with_host_copy
+from descant.modules.engine.configure import Still
+
+
+def chunked(function: Callable[[Tensor], Tensor], x_B: Tensor, chunks: int, module: nn.Module) -> Tensor:
+    """``cat_c(function(x_c))`` of C chunks of the rows, each computed again in backward (Gao 2021, GradCache).
+
+    Gradients are those of ``function(x_B)`` where rows do not meet inside it. The paper's three passes (features
+    without activations, the loss of all features, each chunk again with its features' gradient) are one ordinary
+    backward here: autograd frees a chunk before it computes the next. So hooks of DDP fire once, and clipping, scalers
+    and gradient probes see nothing new. Random draws are the same in the second pass. Without gradients the batch is
+    not cut. Source: arXiv 2101.06983.
+
+    Args:
+        function: rows to rows.
+        x_B: at least C rows.
+        chunks: C; their sizes differ by at most one row.
+        module: what ``function`` runs: its batch norms count each chunk once.
+
+    >>> layer, x_BD = nn.Linear(2, 1, bias=False), torch.arange(6.0).view(3, 2)
+    >>> chunked(layer, x_BD, 2, layer).sum().backward()
+    >>> layer.weight.grad.tolist()
+    [[6.0, 9.0]]
+    """
+    if chunks == 1 or not torch.is_grad_enabled():
+        return function(x_B)
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), Still(module)
+
+    parts = []
+    for c, x_R in enumerate(x_B.tensor_split(chunks)):
+        if has_host_copy(x_B):
+            x_R = with_host_copy(x_R, partial(_piece, x_B, chunks, c))
+        # a weight that is cast once for all chunks would add up their gradients in half precision
+        torch.clear_autocast_cache()
+        parts.append(checkpoint(function, x_R, use_reentrant=False, context_fn=contexts))
+    torch.clear_autocast_cache()
+    return torch.cat(parts)
+
+
+def _piece(x_B: Tensor, chunks: int, c: int) -> Tensor:
+    return host_copy(x_B).tensor_split(chunks)[c]
+
+
+def looks_at_the_batch(module: nn.Module) -> bool:
+    """Whether rows meet inside a module: whether it has a batch norm in train mode."""
+    return any(isinstance(part, _BatchNorm) and part.training for part in module.modules())
+
+
+def nearest_divisor(rows: int, chunks: int) -> int:
+    """Of the numbers that divide ``rows``, the one nearest to ``chunks`` (the larger of two: it takes less memory).
+
+    >>> nearest_divisor(64, 3), nearest_divisor(64, 6), nearest_divisor(7, 9)
+    (4, 8, 7)
+    """
+    divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+    return min(divisors, key=lambda n: (abs(n - chunks), -n))

@@ -1,0 +1,122 @@
+"""A loss stays per sample until the very end: terms, and the mix that adds them.
+
+Letters: N rows of one term (samples or tokens), K terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from descant.modules.core.host import has_host_copy, host_copy, to_device
+
+
+@dataclass
+class Term:
+    """One named loss term, ``contribution = sum(weight * value * valid) / norm``.
+
+    Attributes:
+        value: float ``[N]``, one loss a row; rows that are not valid may hold anything finite or not.
+        weight: float ``[N]`` or None for ones. Never divided by its own sum: one weight changes one sample's
+            gradient and no other (three public releases average first, and their weights are inert).
+        valid: bool ``[N]`` or None for all rows.
+        norm: ``"valid"`` divides by the valid rows of the whole optimizer step (all ranks, all micro-batches);
+            ``"local"`` by those of this micro-batch on this rank, on purpose; a number is taken as it is.
+        whole: the value is one number of the rows of all ranks, gathered (:func:`descant.modules.losses.gather`) with
+            gradients: a loss of a batch, such as decorrelation. Without it such a number would be each rank's own.
+        given: the modalities whose joint presence is exactly ``valid``. The batch then knows the step's count
+            beforehand, which accumulation needs; without it the count is summed over ranks.
+
+    >>> term = Term(torch.tensor([1.0, 2.0, 9.0]), valid=torch.tensor([True, True, False]))
+    >>> float(term.sum() / term.count())
+    1.5
+    """
+
+    value: Tensor
+    weight: Tensor | None = None
+    valid: Tensor | None = None
+    norm: Literal["valid", "local"] | float | Tensor = "valid"
+    given: tuple[str, ...] = ()
+    whole: bool = False
+
+    def sum(self) -> Tensor:
+        """Scalar: ``sum(weight * value * valid)``, where an invalid row adds exactly zero, value and gradient."""
+        value_N = self.value if self.weight is None else self.value * self.weight
+        if self.valid is not None:
+            # where, not a product: 0 * inf would be nan, in the value and in the gradient
+            value_N = torch.where(self.valid, value_N, torch.zeros((), dtype=value_N.dtype, device=value_N.device))
+        return value_N.sum()
+
+    def count(self) -> Tensor:
+        """Int64 scalar: valid rows here (this micro-batch, this rank)."""
+        if self.valid is None:
+            return torch.full((), self.value.numel(), device=self.value.device)  # made there: nothing is copied
+        return self.valid.sum()
+
+
+class _Mix(torch.autograd.Function):
+    """``sum_k mix_k * term_k`` whose coefficients are read at backward time, from the live tensor."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, mix_K: Tensor, *terms: Tensor) -> Tensor:
+        # kept on ctx, not saved: a callback may rewrite the coefficients between forward and backward
+        ctx.mix_K = mix_K  # type: ignore[attr-defined]
+        terms_K = torch.stack(terms)
+        return (mix_K.to(terms_K.dtype) * terms_K).sum()
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        mix_K: Tensor = ctx.mix_K  # type: ignore[attr-defined]
+        return None, *(grad * mix_k.to(grad.dtype) for mix_k in mix_K.unbind())
+
+
+class Objective:
+    """The terms of one backward, already normalised, and the coefficients that mix them.
+
+    ``terms``: name -> scalar. ``mix``: float ``[K]`` in the order of ``terms``, ones to begin with; a harmonizer
+    writes it in place before the backward reaches the mix. ``total``: ``sum_k mix_k * term_k``.
+
+    >>> x = torch.ones((), requires_grad=True)
+    >>> objective = Objective({"a": 2 * x, "b": 3 * x})
+    >>> objective.mix.copy_(torch.tensor([1.0, 10.0])) is objective.mix
+    True
+    >>> objective.total.backward(); float(x.grad)
+    32.0
+    """
+
+    def __init__(self, terms: Mapping[str, Tensor], mix: Mapping[str, float] | None = None) -> None:
+        if not terms:
+            raise ValueError("an objective needs at least one term; the recipe's terms() returned none")
+        self.terms = dict(terms)
+        first = next(iter(self.terms.values()))
+        # float32 at least: a coefficient is not an activation
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        mix_K = torch.tensor([(mix or {}).get(name, 1.0) for name in self.terms], dtype=dtype)
+        self.mix = to_device(mix_K, first.device)
+        self.total: Tensor = _Mix.apply(self.mix, *self.terms.values())
+
+
+def means(value_N: Tensor, sample_N: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    """The mean of each sample's rows ``[B]``, and which samples have some: all count alike, whatever their length.
+
+    >>> means(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 2]), 3)
+    (tensor([2., 0., 5.]), tensor([ True, False,  True]))
+    """
+    total_B = value_N.new_zeros(samples).index_add(0, sample_N, value_N)
+    count_B = counted(sample_N, samples)
+    return total_B / count_B.clamp(min=1), count_B > 0
+
+
+def counted(sample_N: Tensor, samples: int) -> Tensor:
+    """Int64 ``[B]``: how many rows each sample has.
+
+    >>> counted(torch.tensor([0, 2, 2]), 4).tolist()
+    [1, 0, 2, 0]
+    """
+    if has_host_copy(sample_N):  # on a device counting waits, to learn the largest number
+        return to_device(torch.bincount(host_copy(sample_N), minlength=samples), sample_N.device)
+    return sample_N.new_zeros(samples).index_add(0, sample_N, torch.ones_like(sample_N))

@@ -1,0 +1,101 @@
+"""The control of a method: the same code, in which samples are handed what belongs to others.
+
+Letters: B samples on this rank, G samples on all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from descant.modules.core.batch import Batch, chosen
+from descant.modules.core.host import everyone, host_copy, to_device
+from descant.modules.core.ranks import first_row, gather, world
+from descant.modules.core.rng import mix_N
+
+
+def partners(draw_B: Tensor, valid_B: Tensor, *purpose: int | str) -> Tensor:
+    """int64 ``[B]``: who hands its own to each row, a random circle through the rows that are valid; all others stay.
+
+    A pure function of the samples' draw keys: the order of the rows does not matter.
+    """
+    turn_B = torch.from_numpy(mix_N(draw_B, *purpose))
+    rows_V = host_copy(valid_B).nonzero()[:, 0]
+    circle_V = rows_V[turn_B[rows_V].argsort(stable=True)]
+    source_B = torch.arange(len(valid_B))
+    source_B[circle_V] = circle_V.roll(-1)
+    return to_device(source_B, valid_B.device)
+
+
+class Sham(nn.Module):
+    """``x_b``, or ``x_pi(b)`` where the mode is ``permute``: what a method goes by, or the same of other samples.
+
+    A part that scores, weighs or chooses samples passes its signal through one of these and takes ``sham: permute``
+    from YAML: all that its control does differently is who gets which signal. Both count their ``calls``, so that a
+    test can hold that both ran the same code as often.
+
+    Args:
+        mode: ``permute``, or none for the method itself.
+
+    Shapes: ``x_B [B, ...]``, ``draw_B`` int64, ``valid_B`` bool ``-> [B, ...]``, of the same dtype; gradients go to the
+    rows that the values came from.
+
+    >>> x_B, draw_B = torch.tensor([1.0, 2.0, 3.0]), torch.arange(3)
+    >>> method, control = Sham(), Sham("permute")
+    >>> method(x_B, draw_B).tolist(), control(x_B, draw_B).tolist(), method.calls, control.calls
+    ([1.0, 2.0, 3.0], [3.0, 1.0, 2.0], 1, 1)
+    """
+
+    def __init__(self, mode: Literal["permute"] | None = None) -> None:
+        super().__init__()
+        self.mode, self.calls = mode, 0
+
+    def forward(self, x_B: Tensor, draw_B: Tensor, valid_B: Tensor | None = None) -> Tensor:
+        self.calls += 1
+        return x_B if self.mode is None else self.permute(x_B, draw_B, valid_B)
+
+    def handed_on(self, x_K: Tensor) -> Tensor:
+        """Of what is no sample, such as terms or modalities: each takes what was found for the one before it.
+
+        >>> Sham("permute").handed_on(torch.tensor([1.0, 2.0, 3.0])).tolist()
+        [3.0, 1.0, 2.0]
+        """
+        self.calls += 1
+        return x_K if self.mode is None else x_K.roll(1, dims=0)
+
+    def everywhere(self, x_N: Tensor, draw_N: Tensor) -> Tensor:
+        """Of rows that every rank has all of: each takes what the next one has, and ranks go on agreeing.
+
+        >>> Sham("permute").everywhere(torch.tensor([1.0, 2.0, 3.0]), torch.arange(3)).tolist()
+        [3.0, 1.0, 2.0]
+        """
+        self.calls += 1
+        all_N = everyone(len(draw_N), draw_N.device)
+        return x_N if self.mode is None else x_N[partners(draw_N, all_N, "sham").to(x_N.device)]
+
+    def torn(self, batch: Batch, modalities: Sequence[str]) -> Batch:
+        """The batch with these modalities of every sample, together, as they are or as the mode hands them on."""
+        inputs, present = (
+            {m: self(x, batch.draw) if m in modalities else x for m, x in tensors.items()}
+            for tensors in (batch.inputs, batch.present)
+        )
+        return replace(batch, inputs=inputs, present=present)
+
+    @staticmethod
+    def permute(x_B: Tensor, draw_B: Tensor, valid_B: Tensor | None = None) -> Tensor:
+        """``x_pi(b)``: in the order of ``mix(draw, "sham")`` over all ranks, each row takes what the next one has.
+
+        One cycle, so no row keeps its own (unless it is alone), and a pure function of the samples' draw keys: neither
+        the order of the rows nor their ranks matter. Rows that are not valid neither give nor take.
+        """
+        valid_B = everyone(len(draw_B), draw_B.device) if valid_B is None else valid_B
+        if world() == 1:
+            return chosen(x_B, partners(draw_B, valid_B, "sham"))
+        draw_G, valid_G = gather(torch.stack([draw_B, valid_B.to(draw_B.dtype)], dim=1)).unbind(dim=1)
+        source_G = partners(draw_G, valid_G.to(x_B.device), "sham")
+        first = first_row(len(x_B))
+        return gather(x_B)[source_G[first : first + len(x_B)]]

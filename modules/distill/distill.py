@@ -1,0 +1,314 @@
+"""Learning from another network: what it says (soft), what it chooses (hard), what it sees (features).
+
+    loss = own terms + sum over targets:  weight mean over samples b of the whole step of  value_b
+
+A teacher says what it says without gradients, in eval mode, of the very batch that the student sees.
+Letters: B samples, N decisions (a sample has one, or one a token), K choices, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Protocol, Self, cast, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from descant.modules.core.batch import Batch, chosen, some
+from descant.modules.core.host import host_copy, to_device
+from descant.modules.core.objective import Term, means
+from descant.modules.core.protocols import Embeds
+from descant.modules.core.step import Said, Step
+from descant.modules.losses.contrastive import promote
+
+#: Logits that are there at once.
+CELLS = 1 << 22
+
+
+@runtime_checkable
+class Says(Protocol):
+    """``says(batch)``: its decisions; ``choices``: between how many. Training leaves them in ``step.said``."""
+
+    step: Step
+
+    @property
+    def choices(self) -> int: ...
+
+    def says(self, batch: Batch) -> Said: ...
+
+
+class Teacher(nn.Module):
+    """Where a teacher comes from: ``network(student)``, asked once, before training.
+
+    ``follow(student)`` is called after every optimizer step.
+    """
+
+    def network(self, student: nn.Module) -> nn.Module:
+        raise NotImplementedError
+
+    def follow(self, student: nn.Module) -> None:
+        """Nothing, unless the teacher changes."""
+
+    def begin(self, student: nn.Module) -> None:
+        """Told of each stage of a run in stages; nothing, unless the teacher is what the stage began with."""
+
+
+class Lesson:
+    """What a student and its teacher have to say of one batch; each is asked once, and only where a target asks.
+
+    Args:
+        student: in training, after its own terms. teacher: taken as it is, without gradients.
+        batch: of both.
+        taught: what the teacher said, where that is known.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, batch: Batch, taught: Said | None = None) -> None:
+        self.student, self.teacher, self.batch, self._taught = student, teacher, batch, taught
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """How many samples of the whole step have a modality: what targets are divided by."""
+        return some(*self.batch.step.values()).sum().clamp(min=1)
+
+    @cached_property
+    def said(self) -> Said:
+        said = cast(Says, self.student).step.said
+        if said is None:
+            raise ValueError(f"distill: {type(self.student).__name__} decides nothing that a target could look at")
+        return said()
+
+    @cached_property
+    def taught(self) -> Said:
+        if self._taught is not None:
+            return self._taught
+        with torch.no_grad():
+            return cast(Says, self.teacher).says(self.batch)
+
+
+class Target(nn.Module):
+    """``target(lesson)`` -> named terms, that join the student's own.
+
+    Raises:
+        ValueError: in ``build``, before training, if one of the two lacks what the target compares.
+    """
+
+    def build(self, student: nn.Module, teacher: nn.Module) -> Self:
+        """Makes its layers, if it has some."""
+        return self
+
+    def forward(self, lesson: Lesson) -> dict[str, Term]:
+        raise NotImplementedError
+
+
+class Distill(nn.Module):
+    """What a recipe learns from another network, beside its own terms (``model.distill``).
+
+    Args:
+        teacher: a run, or the student's own average.
+        targets: what is learned of it; none for a teacher that only a callback asks (Rounds).
+
+    Raises:
+        ValueError: in the first step, for two targets whose terms have one name.
+    """
+
+    def __init__(self, teacher: Teacher, targets: list[Target] | None = None) -> None:
+        super().__init__()
+        self.teacher, self.targets = teacher, nn.ModuleList(targets or [])
+        self._network: list[nn.Module] = []  # a list, so that a teacher that stands still is no part of the run
+
+    @property
+    def prepared(self) -> bool:
+        return bool(self._network)
+
+    @property
+    def network(self) -> nn.Module:
+        """The teacher, in eval mode, once training has begun."""
+        return self._network[0].eval()
+
+    def prepare(self, student: nn.Module) -> None:
+        """Once, before training."""
+        if not self._network:
+            network = self.teacher.network(student).requires_grad_(False).eval()
+            self._network.append(network)
+            for target in self.targets:
+                cast(Target, target).build(student, network)
+
+    def forward(self, student: nn.Module, batch: Batch) -> dict[str, Term]:
+        network = self.network.to(batch.device)
+        lesson, found = Lesson(student, network, batch), dict[str, Term]()
+        for target in self.targets:
+            for name, term in target(lesson).items():
+                if name in found:
+                    raise ValueError(f"distill.targets: two of them make a term {name!r}; each may be there once")
+                found[name] = term
+        return found
+
+
+def require_says(student: nn.Module, teacher: nn.Module) -> None:
+    """Raises ValueError unless both decide, between as many choices."""
+    for who, network in (("the student", student), ("the teacher", teacher)):
+        if not isinstance(network, Says):
+            raise ValueError(f"distill: {who}, {type(network).__name__}, has no decisions; Fusion and Chat have")
+    assert isinstance(student, Says) and isinstance(teacher, Says)
+    if student.choices != teacher.choices:
+        raise ValueError(
+            f"distill: the teacher decides between {teacher.choices}, the student between {student.choices}: the same "
+            "classes, in the same order, are needed"
+        )
+
+
+class DecisionTarget(Target):
+    """A target of decisions: one value each, and of a sample their mean."""
+
+    name = ""
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def build(self, student: nn.Module, teacher: nn.Module) -> Self:
+        require_says(student, teacher)
+        return self
+
+    def forward(self, lesson: Lesson) -> dict[str, Term]:
+        said, taught, B = lesson.said, lesson.taught, len(lesson.batch)
+        mine_N, theirs_N = in_common(said.sample_N, taught.sample_N)
+        choices = max(cast(Says, lesson.student).choices, 1)
+        rows, all_at_once = max(CELLS // choices, 1), len(mine_N) * choices <= CELLS
+
+        def part(mine_n: Tensor, theirs_n: Tensor) -> Tensor:
+            with torch.no_grad():
+                t_nK = taught.logits(theirs_n)
+            return self.value(said.logits(mine_n), t_nK.detach())
+
+        # logits that do not fit are made once more in backward, and never all kept
+        parts = [
+            part(i, j) if all_at_once else checkpoint(part, i, j, use_reentrant=False)
+            for i, j in zip(mine_N.split(rows), theirs_N.split(rows), strict=True)
+        ]
+        value_B, valid_B = means(torch.cat(parts), chosen(said.sample_N, mine_N), B)
+        return {self.name: Term(self.weight * value_B, valid=valid_B, norm=lesson.rows)}
+
+    def value(self, s_NK: Tensor, t_NK: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class SoftTarget(DecisionTarget):
+    """``T^2 KL(softmax(t / T), softmax(s / T))`` of the teacher's logits t and the student's s; one term, "soft".
+
+    Source: Hinton 2015, arXiv 1503.02531.
+
+    Args:
+        temperature: T. weight: of the term.
+
+    >>> s, t = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+    >>> round(SoftTarget().value(s, t).item(), 4), round(SoftTarget(temperature=10).value(s, t).item(), 4)
+    (0.3278, 0.4975)
+    """
+
+    name = "soft"
+
+    def __init__(self, temperature: float = 1.0, weight: float = 1.0) -> None:
+        super().__init__(weight)
+        if not temperature > 0:
+            raise ValueError(f"SoftTarget: temperature {temperature:g}: above 0, such as 2")
+        self.temperature = temperature
+
+    def value(self, s_NK: Tensor, t_NK: Tensor) -> Tensor:
+        return divergence(s_NK, t_NK, self.temperature)
+
+
+class HardTarget(DecisionTarget):
+    """``- log softmax(s)[argmax t]``: what the teacher would choose is the label; one term, "hard".
+
+    >>> round(HardTarget().value(torch.tensor([[0.0, 1.0]]), torch.tensor([[3.0, 2.0]])).item(), 4)
+    1.3133
+    """
+
+    name = "hard"
+
+    def value(self, s_NK: Tensor, t_NK: Tensor) -> Tensor:
+        return F.cross_entropy(s_NK.float(), t_NK.argmax(dim=1), reduction="none")
+
+
+class FeatureTarget(Target):
+    """``1 - cos(W z_b, t_b)`` of the embeddings of one modality, z the student's and t the teacher's.
+
+    W is learned and only of training. One term a modality, ``features-{modality}``. Source: FitNets (Romero 2015,
+    arXiv 1412.6550), with a cosine in place of squares.
+
+    Args:
+        modality: whose embeddings. weight: of the term.
+    """
+
+    def __init__(self, modality: str, weight: float = 1.0) -> None:
+        super().__init__()
+        self.modality, self.weight = modality, weight
+
+    def build(self, student: nn.Module, teacher: nn.Module) -> Self:
+        for who, network in (("the student", student), ("the teacher", teacher)):
+            if not isinstance(network, Embeds) or self.modality not in getattr(network, "towers", ()):
+                raise ValueError(f"distill: {who}, {type(network).__name__}, has no embeddings of {self.modality!r}")
+            if not cast(int, getattr(network, "width", 0)) > 0:
+                raise ValueError(f"distill: {who}, {type(network).__name__}, does not say how wide its embeddings are")
+        self.map = nn.Linear(cast(int, student.width), cast(int, teacher.width))
+        return self
+
+    def forward(self, lesson: Lesson) -> dict[str, Term]:
+        m, batch = self.modality, lesson.batch
+        z = cast(Says, lesson.student).step.latents
+        if m not in z:
+            known = ", ".join(z) or "none"
+            raise ValueError(
+                f"distill: {type(lesson.student).__name__} trains no embeddings of {m!r}; there is {known}"
+            )
+        z_BD = z[m]
+        with torch.no_grad():
+            t_BD = cast(Embeds, lesson.teacher).embed(batch)[m]
+        if t_BD.shape[1] != self.map.out_features:
+            what = f"{t_BD.shape[1]} wide, and it says {self.map.out_features}"
+            raise ValueError(f"distill: embeddings of the teacher, {type(lesson.teacher).__name__}, are {what}")
+        value_B = 1 - F.cosine_similarity(promote(self.map(z_BD)), t_BD.to(z_BD.device), dim=1)
+        return {f"features-{m}": Term(self.weight * value_B, valid=batch.present[m], norm=lesson.rows)}
+
+
+def in_common(sample_N: Tensor, other_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Which decisions are of the same samples, as numbers of both.
+
+    All where both have the same in the same order; else a sample has one, and some are known to one of the two alone.
+
+    Raises:
+        ValueError: for decisions of different tokens of samples that have several.
+
+    >>> in_common(torch.tensor([0, 2, 3]), torch.tensor([1, 2, 3]))
+    (tensor([1, 2]), tensor([1, 2]))
+    """
+    device, sample_N, other_M = sample_N.device, host_copy(sample_N), host_copy(other_M)
+    if torch.equal(sample_N, other_M):
+        every_N = to_device(torch.arange(len(sample_N)), device)
+        return every_N, every_N
+    if any(len(x.unique()) != len(x) for x in (sample_N, other_M)):
+        raise ValueError("distill: teacher and student do not decide of the same tokens")
+    pairs = ((sample_N, other_M), (other_M, sample_N))
+    mine_N, theirs_N = (to_device(torch.isin(a, b).nonzero()[:, 0], device) for a, b in pairs)
+    return mine_N, theirs_N
+
+
+def divergence(s_NK: Tensor, t_NK: Tensor, temperature: float = 1.0) -> Tensor:
+    """``[N]``: ``T^2 KL(softmax(t / T), softmax(s / T))``, in float32 or what is finer.
+
+    T^2 keeps gradients at the student's logits of one size, whatever T is. Choices of -inf in both count 0.
+    """
+    s_NK, t_NK = (promote(x_NK) / temperature for x_NK in (s_NK, t_NK))
+    log_t_NK = t_NK.log_softmax(dim=1)
+    p_NK = log_t_NK.exp()
+    off_NK = torch.where(p_NK > 0, p_NK * (log_t_NK - s_NK.log_softmax(dim=1)), 0.0)
+    return temperature**2 * off_NK.sum(dim=1)
+
+
+def without_distill(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A recipe's state dict less what served its training alone."""
+    return {name: value for name, value in state.items() if not name.startswith("distill.")}

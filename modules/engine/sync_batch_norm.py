@@ -1,0 +1,148 @@
+"""Batch norms whose statistics are of the whole batch, wherever its rows are: on any device and any backend.
+
+Letters: R ranks, B rows of this rank, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from descant.modules.core.ranks import gather, rank, world
+from descant.modules.engine.configure import Still
+
+
+def synchronize(module: nn.Module) -> int:
+    """Let every batch norm of a module, in train mode, normalise by the rows of all ranks; how many there are.
+
+    In place: parameters, buffers and their names stay. ``torch.nn.SyncBatchNorm`` runs on accelerators only, and takes
+    the place of plain batch norms only; here subclasses with a forward of their own (timm's with an activation) count.
+    Evaluation, and a world of one rank, are as before.
+
+    >>> net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    >>> synchronize(net), synchronize(net), type(net[1]).__name__
+    (1, 0, 'SynchronizedBatchNorm1d')
+    """
+    plain = [m for m in module.modules() if isinstance(m, _BatchNorm) and not getattr(type(m), "_synchronized", False)]
+    for norm in plain:
+        cls = type(norm)
+        if not isinstance(norm, nn.SyncBatchNorm):
+            own = {"forward": _forward(cls.forward), "_synchronized": True, "counted": True}
+            norm.__class__ = type(f"Synchronized{cls.__name__}", (cls,), own)
+    return len(plain)
+
+
+@contextmanager
+def unseen(module: nn.Module) -> Iterator[None]:
+    """For a while, what the batch norms of a module see is no part of any statistics: running ones, or of all ranks."""
+    norms: list[Any] = [m for m in module.modules() if getattr(type(m), "_synchronized", False)]
+    for norm in norms:
+        norm.counted = False
+    try:
+        with Still(module) if not norms else nullcontext():
+            yield
+    finally:
+        for norm in norms:
+            norm.counted = True
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean_C: Tensor | None,
+    running_var_C: Tensor | None,
+    weight_C: Tensor | None,
+    bias_C: Tensor | None,
+    momentum: float,
+    eps: float,
+    counted: bool = True,
+) -> Tensor:
+    """``(x - mean_C) / sqrt(var_C + eps) * weight_C + bias_C``, with mean and variance over the rows of all ranks.
+
+    Of each rank the count, mean and sum of squared deviations travel, in one exchange (and one on the way back), and
+    are put together as by Chan, Golub and LeVeque 1979. Running statistics move by ``momentum``, as in torch.
+
+    Args:
+        x: ``[B, C, ...]``; ranks may have different numbers of rows. Statistics are float32 or finer.
+        counted: whether this rank's rows are part of the statistics; they are normalised all the same.
+
+    >>> x_BC = torch.tensor([[1.0], [3.0]])
+    >>> batch_norm(x_BC, None, None, None, None, 0.1, 0.0).tolist()
+    [[-1.0], [1.0]]
+    """
+    axes = [0, *range(2, x.ndim)]
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean_C = wide.mean(axes)
+    squares_C = (wide - _over(mean_C, x)).square().sum(axes)
+    rows = torch.full_like(mean_C[:1], x.numel() // x.shape[1] if counted else 0)
+    told = gather(torch.cat([rows, mean_C, squares_C])[None])
+    rows_R1, mean_RC, squares_RC = told[:, :1], *told[:, 1:].chunk(2, dim=1)
+    moved = momentum * (rows_R1.sum() > 0).to(mean_C.dtype)
+    if not counted:  # where no rank counts, each is alone with its own
+        alone_R1 = torch.zeros_like(rows_R1)
+        alone_R1[rank()] = x.numel() // x.shape[1]
+        rows_R1 = torch.where(rows_R1.sum() > 0, rows_R1, alone_R1)
+    total = rows_R1.sum()
+    mean_C = (rows_R1 * mean_RC).sum(0) / total
+    squares_C = (squares_RC * (rows_R1 > 0)).sum(0) + (rows_R1 * (mean_RC - mean_C).square()).sum(0)
+    var_C = squares_C / total
+    with torch.no_grad():
+        if running_mean_C is not None and running_var_C is not None:
+            var_C1 = squares_C / (total - 1).clamp(min=1)
+            running_mean_C.lerp_(mean_C.to(running_mean_C.dtype), moved.to(running_mean_C.dtype))
+            running_var_C.lerp_(var_C1.to(running_var_C.dtype), moved.to(running_var_C.dtype))
+    scale_C = torch.rsqrt(var_C + eps)
+    if weight_C is not None:
+        scale_C = scale_C * weight_C
+    y = (wide - _over(mean_C, x)) * _over(scale_C, x)
+    return (y if bias_C is None else y + _over(bias_C, x)).to(x.dtype)
+
+
+def _over(a_C: Tensor, x: Tensor) -> Tensor:
+    return a_C.view(1, -1, *[1] * (x.ndim - 2))
+
+
+class _OfAllRanks(TorchFunctionMode):
+    """``F.batch_norm`` in here is :func:`batch_norm`, whichever subclass calls it."""
+
+    def __init__(self, counted: bool) -> None:
+        super().__init__()
+        self.counted = counted
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.batch_norm:
+            return func(*args, **(kwargs or {}))
+        return batch_norm(**_named(*args, **(kwargs or {})), counted=self.counted)
+
+
+def _named(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> dict[str, Any]:
+    """The arguments of ``F.batch_norm``, as here."""
+    return {
+        **dict(x=input, running_mean_C=running_mean, running_var_C=running_var, weight_C=weight, bias_C=bias),
+        **dict(momentum=momentum, eps=eps),
+    }
+
+
+def _forward(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if not self.training or world() == 1:
+            return plain(self, x)
+        with _OfAllRanks(self.counted):
+            return plain(self, x)
+
+    return forward

@@ -1,0 +1,233 @@
+"""Inputs a little off, in the direction that does most harm: attacks on some of a sample's modalities.
+
+Letters: B samples, N numbers of all inputs that are moved, C classes, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from descant.modules.core.batch import Batch
+from descant.modules.core.ranks import world
+from descant.modules.core.rng import normal_NK, uniform_N
+from descant.modules.core.rows import rows
+
+
+class Nudge:
+    """``z = nudge(delta_BN)``: latents of a batch whose inputs are moved by delta, with gradients to it.
+
+    What is moved of a modality: its input where that is of numbers, the embeddings of its tokens where it is of ids.
+    Numbers that are not finite, which mean "nothing there", stay. All tensors are copies, so that it works inside
+    evaluation, with gradients or without.
+
+    Args:
+        recipe: with towers and latents.
+        batch: of it. modalities: which of its inputs are moved.
+
+    Raises:
+        ValueError: for a modality without a tower, or ids whose tower embeds nothing.
+    """
+
+    def __init__(self, recipe: Any, batch: Batch, modalities: Sequence[str]) -> None:
+        self.recipe = recipe
+        self.clean: dict[str, Tensor] = {}
+        with torch.inference_mode(False):  # what is made within an evaluation could not be differentiated
+            copies = {name: x.clone() for name, x in batch.inputs.items()}
+            self.batch = replace(batch, inputs=copies, present={m: x.clone() for m, x in batch.present.items()})
+            for m in modalities:
+                if m not in recipe.towers or m not in copies:
+                    raise ValueError(f"no modality {m!r} to attack, only {', '.join(recipe.towers)}")
+                self.clean[m] = copies[m] if copies[m].is_floating_point() else self._embeddings(m)
+        self.sizes = [math.prod(x.shape[1:]) for x in self.clean.values()]
+
+    def zero(self) -> Tensor:
+        """``delta_BN`` of nothing."""
+        return torch.zeros(len(self.batch), sum(self.sizes), device=self.batch.device, dtype=self._dtype())
+
+    def _dtype(self) -> torch.dtype:
+        return next(iter(self.clean.values())).dtype
+
+    def size_B(self) -> Tensor:
+        """``|x_b - mean x_b|``: how far an input is from one that says nothing, over all that is moved."""
+        square_B = torch.zeros(len(self.batch), device=self.batch.device, dtype=self._dtype())
+        for x in self.clean.values():
+            x_BN = x.flatten(1)
+            real_BN = x_BN.isfinite()
+            mean_B1 = torch.where(real_BN, x_BN, 0.0).sum(1, keepdim=True) / real_BN.sum(1, keepdim=True).clamp(min=1)
+            square_B = square_B + torch.where(real_BN, x_BN - mean_B1, 0.0).square().sum(dim=1)
+        return square_B.sqrt()
+
+    def __call__(self, delta_BN: Tensor) -> dict[str, Tensor]:
+        inputs = dict(self.batch.inputs)
+        with ExitStack() as stack:
+            for (m, x), delta in zip(self.clean.items(), delta_BN.split(self.sizes, dim=1), strict=True):
+                moved = delta.view_as(x)
+                if inputs[m].is_floating_point():
+                    inputs[m] = torch.where(x.isfinite(), x + moved, x)
+                else:
+                    stack.enter_context(_moved(_embedding(self.recipe, m), moved))
+            return self.recipe.latents(replace(self.batch, inputs=inputs))
+
+    def gradient(self, value: Tensor, delta_BN: Tensor) -> Tensor:
+        """``d value / d delta``. Raises ValueError where there is none, as behind a tower that runs without."""
+        found = None
+        if value.requires_grad:
+            (found,) = torch.autograd.grad(value, delta_BN, retain_graph=True, allow_unused=True)
+        if found is None:
+            raise ValueError(f"{', '.join(self.clean)}: a tower that gives no gradient to what it takes in")
+        return found
+
+    def _embeddings(self, m: str) -> Tensor:
+        found: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, out: Tensor) -> None:
+            some, at = out.detach(), rows()
+            whole = some.new_zeros(len(self.batch), *some.shape[1:])
+            found.append(some if at is None else whole.index_put((at,), some))
+
+        handle = _embedding(self.recipe, m).register_forward_hook(keep)
+        try:
+            with torch.no_grad():
+                self.recipe.latents(self.batch)
+        finally:
+            handle.remove()
+        return found[0].clone()
+
+
+def _embedding(recipe: Any, m: str) -> nn.Module:
+    found = next((x for x in recipe.towers[m].modules() if isinstance(x, nn.Embedding | nn.EmbeddingBag)), None)
+    if found is None:
+        name = type(recipe.towers[m]).__name__
+        raise ValueError(f"{m}: {name} takes ids and embeds none, so there is nothing to move")
+    return found
+
+
+@contextmanager
+def _moved(embedding: nn.Module, delta: Tensor) -> Iterator[None]:
+    def move(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        at = rows()
+        return out + (delta if at is None else delta[at]).to(out)
+
+    handle = embedding.register_forward_hook(move)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def attacked(
+    nudge: Nudge, radius_B: Tensor, label_B: Tensor, steps: int = 20, restarts: int = 1, step: float = 2.5
+) -> Tensor:
+    """Bool ``[B]``: whether projected gradient ascent finds an input within a radius that is not given its label.
+
+        delta <- project(delta + step radius / steps  g / |g|),   g = d cross_entropy(fuse(z(delta)), label) / d delta
+
+    onto ``|delta_b| <= radius_b``, from zero and, in further restarts, from drawn places; all places on the way count.
+    A lower bound of what an attacker can do, and no proof. Source: Madry 2018, arXiv 1706.06083, in the l2 norm.
+
+    Raises:
+        ValueError: where the input has no gradient, as behind a tower that is run without.
+    """
+    recipe, draw_B = nudge.recipe, nudge.batch.draw
+    wrong_B = torch.zeros_like(label_B, dtype=torch.bool)
+    radius_B1 = radius_B[:, None]
+    with torch.inference_mode(False), torch.enable_grad():
+        label_B = label_B.clone()
+        for restart in range(restarts):
+            delta_BN = nudge.zero()
+            if restart:
+                delta_BN = _within(draw_B, restart, delta_BN, radius_B1)
+            for _ in range(steps):
+                delta_BN.requires_grad_()
+                logits_BC = recipe.fuse(nudge(delta_BN), nudge.batch.present)
+                wrong_B = wrong_B | (logits_BC.argmax(dim=1) != label_B)
+                loss = F.cross_entropy(logits_BC, label_B, reduction="sum")
+                g_BN = nudge.gradient(loss, delta_BN)
+                with torch.no_grad():
+                    g_BN = g_BN / g_BN.norm(dim=1, keepdim=True).clamp(min=torch.finfo(g_BN.dtype).tiny)
+                    moved_BN = delta_BN + step / steps * radius_B1 * g_BN
+                    far_B1 = moved_BN.norm(dim=1, keepdim=True)
+                    delta_BN = moved_BN * (radius_B1 / far_B1.clamp(min=torch.finfo(g_BN.dtype).tiny)).clamp(max=1.0)
+            with torch.no_grad():
+                wrong_B = wrong_B | (recipe.fuse(nudge(delta_BN), nudge.batch.present).argmax(dim=1) != label_B)
+    return wrong_B
+
+
+def _within(draw_B: Tensor, restart: int, like_BN: Tensor, radius_B1: Tensor) -> Tensor:
+    """A place in the ball for each sample: even in direction, and in volume for few numbers."""
+    x_BN = normal_NK(draw_B, like_BN.shape[1], f"attack/{restart}", like_BN.device).to(like_BN)
+    far_B1 = uniform_N(draw_B, f"attack/far/{restart}")[:, None].to(like_BN) ** (1 / like_BN.shape[1])
+    return x_BN / x_BN.norm(dim=1, keepdim=True) * far_B1 * radius_B1
+
+
+# certificates ------------------------------------------------------------------------------------------------------
+
+
+def slopes(nudge: Nudge, m: str) -> Tensor:
+    """``tau_BC = |d s_bmk / d x_bm|``: how steeply what a modality says of each class changes with its input.
+
+    Of a fusion with margins (:class:`descant.modules.fusion.classifiers.OrthogonalFusion`), before its weights; sample by
+    sample, so that towers have to be in eval mode. A backward pass a class.
+    """
+    fusion: Any = nudge.recipe.fusion
+    with torch.inference_mode(False), torch.enable_grad():
+        delta_BN = nudge.zero().requires_grad_()
+        s_BC = fusion.alone(nudge(delta_BN), nudge.batch.present)[m]
+        each = [nudge.gradient(s_BC[:, k].sum(), delta_BN).norm(dim=1) for k in range(s_BC.shape[1])]
+    return torch.stack(each, dim=1)
+
+
+def steepest(recipe: Any, batches: Iterable[Batch], rows: int) -> Tensor:
+    """``tau_MC``: the steepest slopes over at least so many rows of these batches, of all ranks."""
+    most_MC = torch.zeros(len(recipe.modalities), recipe.classes, device=recipe.device, dtype=recipe.dtype)
+    seen = 0
+    for batch in batches:
+        for i, m in enumerate(recipe.modalities):
+            here_BC = torch.where(batch.present[m][:, None], slopes(Nudge(recipe, batch, [m]), m), 0.0)
+            most_MC[i] = torch.maximum(most_MC[i], here_BC.amax(dim=0))
+        seen += len(batch) * world()
+        if seen >= rows:
+            break
+    if world() > 1:
+        dist.all_reduce(most_MC, op=dist.ReduceOp.MAX)
+    return most_MC
+
+
+def certified_radius(
+    logits_BC: Tensor,
+    weights: Mapping[str, Tensor],
+    slope: Mapping[str, Tensor],
+    present: Mapping[str, Tensor],
+    label_B: Tensor,
+) -> Tensor:
+    """How far the inputs of a sample may move, all together, before another class can win (CRMT): ``[B]``.
+
+        radius_b = min over k != y of  (h_by - h_bk) / sqrt( sum_m (a_my tau_my + a_mk tau_mk)^2 )
+
+    h: logits of an OrthogonalFusion, a: its weights ``[C]`` a modality, tau: the steepest slope of each class ``[C]``,
+    of the modalities that a sample has. Below zero where another class wins already. With slopes that hold everywhere
+    (a linear tower's) it is proved; with those of some samples it is an estimate. Source: Yang 2024, arXiv 2402.06244,
+    for the runner-up alone, which another class may be nearer than.
+
+    >>> one, here = {"image": torch.ones(2)}, {"image": torch.tensor([True])}
+    >>> certified_radius(torch.tensor([[3.0, 1.0]]), one, one, here, torch.tensor([0])).item()
+    1.0
+    """
+    at_B1 = label_B.clamp(min=0)[:, None]
+    margin_BC = logits_BC.gather(1, at_B1) - logits_BC
+    square_BC = torch.zeros_like(margin_BC)
+    for m, a_C in weights.items():
+        reach_C = a_C * slope[m].to(a_C)
+        both_BC = reach_C[at_B1] + reach_C
+        square_BC = square_BC + torch.where(present[m][:, None], both_BC, 0.0).square()
+    radius_BC = margin_BC / square_BC.clamp(min=torch.finfo(margin_BC.dtype).tiny).sqrt()
+    return radius_BC.scatter(1, at_B1, torch.inf).amin(dim=1)

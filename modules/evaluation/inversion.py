@@ -1,0 +1,236 @@
+"""Modality inversion: pseudo-tokens of one modality that a tower embeds where the embedding of another one lies.
+
+Letters: B samples, T tokens, V pseudo-tokens, D width, K marks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from descant.modules.core.protocols import Encodes, Inverts
+from descant.modules.core.rng import uniform_N
+from descant.modules.tokenizers.text import Codec
+
+MARK = 50  # steps from one look at the loss to the next
+
+
+class Frame(NamedTuple):
+    """What stands around the pseudo-tokens: ``h_TD``, with nothing but positions at the places ``place_V``."""
+
+    h_TD: Tensor
+    place_V: Tensor
+
+    def filled(self, v_BVD: Tensor) -> Tensor:
+        """``h_BTD``: the frame of each sample, with its pseudo-tokens in it.
+
+        >>> frame = Frame(torch.tensor([[1.0], [10.0], [2.0]]), torch.tensor([1]))
+        >>> frame.filled(torch.tensor([[[3.0]], [[4.0]]])).squeeze(2).tolist()
+        [[1.0, 13.0, 2.0], [1.0, 14.0, 2.0]]
+        """
+        h_BTD = self.h_TD.expand(len(v_BVD), -1, -1)
+        return h_BTD.index_add(1, self.place_V, v_BVD.to(h_BTD.dtype))
+
+
+class Inverted(NamedTuple):
+    """``z_BD``: unit-length embeddings of the pseudo-tokens ``v_BVD``; ``cos_B``: how near they came to their targets;
+    ``loss_KB``: 1 - cos before the first step, after every 50th and after the last."""
+
+    z_BD: Tensor
+    v_BVD: Tensor
+    cos_B: Tensor
+    loss_KB: Tensor
+
+    def monotone(self) -> Tensor:
+        """Share of the marks at which the mean loss is lower than at the mark before; 1 is a loss that only falls."""
+        mean_K = self.loss_KB.mean(dim=1)
+        return (mean_K[1:] < mean_K[:-1]).float().mean()
+
+
+class ModalityInversion:
+    """Find the pseudo-tokens whose embedding lies where a target of another modality does (Mistretta 2025).
+
+        v_b = argmin over v of  1 - cos(f(frame with v), z_b)
+
+    By AdamW from N(0, std^2), encoders frozen: f's parameters take no gradient, keep their bytes, their flags and
+    their mode. No sample sees another: the start of each is a function of its own key, and every element has an Adam
+    state of its own, so neither the batch nor its order matters. Weight decay holds the norm of v, which the loss does
+    not see behind a layer norm. OTI is this through a text tower (150 steps), OVI through one of patches (1000).
+
+    Args:
+        steps: of the optimizer.
+        lr: its learning rate.
+        weight_decay: its decoupled weight decay.
+        tokens: V.
+        std: of the pseudo-tokens at the start.
+        batch: samples inverted at once.
+
+    Raises:
+        ValueError: for less than one step, token or sample, a learning rate that is not positive, or a negative
+            weight decay or std.
+
+    Source: arXiv 2502.04263.
+
+    >>> ModalityInversion(steps=0)
+    Traceback (most recent call last):
+    ValueError: ModalityInversion: steps 0; 1 is the least
+    """
+
+    def __init__(
+        self,
+        steps: int = 150,
+        lr: float = 2e-2,
+        weight_decay: float = 0.01,
+        tokens: int = 1,
+        std: float = 0.02,
+        batch: int = 64,
+    ) -> None:
+        self.steps, self.lr, self.weight_decay = steps, lr, weight_decay
+        self.tokens, self.std, self.batch = tokens, std, batch
+        for name, count in (("steps", steps), ("tokens", tokens), ("batch", batch)):
+            if count < 1:
+                raise ValueError(f"ModalityInversion: {name} {count}; 1 is the least")
+        if lr <= 0:
+            raise ValueError(f"ModalityInversion: lr {lr} is not positive; such as 0.02")
+        for name, value in (("weight_decay", weight_decay), ("std", std)):
+            if value < 0:
+                raise ValueError(f"ModalityInversion: {name} {value} is negative; 0 is the least")
+
+    def __call__(self, model: Inverts, modality: str, frame: Frame, target_BD: Tensor, key_B: Tensor) -> Inverted:
+        """Pseudo-tokens of ``modality`` for unit-length ``target_BD``; ``key_B`` int64 says whose start is whose.
+
+        Runs under ``no_grad`` and ``inference_mode`` alike.
+        """
+        if len(target_BD) == 0:
+            raise ValueError("ModalityInversion: no target to invert")
+        with _still(model), torch.inference_mode(False), torch.enable_grad():
+            # tensors made under inference mode take no part in autograd; their clones do
+            frame = Frame(*(part.detach().clone() for part in frame))
+            parts = [
+                self._invert(model, modality, frame, z_BD.clone(), keys_B)
+                for z_BD, keys_B in zip(target_BD.detach().split(self.batch), key_B.split(self.batch), strict=True)
+            ]
+        z, v, cos, loss = zip(*parts, strict=True)
+        return Inverted(torch.cat(z), torch.cat(v), torch.cat(cos), torch.cat(loss, dim=1))
+
+    def _invert(self, model: Inverts, modality: str, frame: Frame, target_BD: Tensor, key_B: Tensor) -> Inverted:
+        kind = torch.promote_types(frame.h_TD.dtype, torch.float32)
+        target_BD = F.normalize(target_BD.to(kind), dim=-1)
+        shape = (len(key_B), len(frame.place_V), frame.h_TD.shape[1])
+        v_BVD = (self.std * normal(key_B, shape[1] * shape[2]).view(shape)).to(target_BD).requires_grad_()
+        mask_BT = torch.ones(len(key_B), len(frame.h_TD), dtype=torch.bool, device=v_BVD.device)
+        optimizer = torch.optim.AdamW([v_BVD], lr=self.lr, weight_decay=self.weight_decay)
+        marks = []
+        for step in range(self.steps + 1):
+            z_BD = model.encoded(frame.filled(v_BVD), mask_BT, modality).to(kind)
+            loss_B = 1 - (z_BD * target_BD).sum(dim=1)
+            if step % MARK == 0 or step == self.steps:
+                marks.append(loss_B.detach())
+            if step < self.steps:
+                # of the tokens alone: no parameter of an encoder gets a gradient, whatever its flag is
+                (v_BVD.grad,) = torch.autograd.grad(loss_B.sum(), v_BVD)
+                optimizer.step()
+        return Inverted(z_BD.detach(), v_BVD.detach(), 1 - loss_B.detach(), torch.stack(marks))
+
+
+def text_frame(model: Inverts, modality: str, codec: Codec, template: str, tokens: int) -> Frame:
+    """The frame of a template such as ``a picture of {}``, with room for ``tokens`` pseudo-tokens at the braces.
+
+    Raises:
+        ValueError: for a template without one place, or too long for the codec; for a tower that has no ``embed`` and
+            ``encode``.
+    """
+    tower, (before, after) = tower_of(model, modality), split_template(template)
+    left, right = [*codec.begin, *codec.encode(before)], [*codec.encode(after), *codec.end]
+    length = len(left) + tokens + len(right)
+    if length > codec.length:
+        raise ValueError(
+            f"template {template!r}: {length} tokens with its place; this codec has rows of {codec.length}"
+        )
+    with torch.no_grad():
+        positions_TD = _positions(tower)[:length]
+        place_V = torch.arange(len(left), len(left) + tokens, device=positions_TD.device)
+        ids_T = torch.tensor([*left, *[codec.pad] * tokens, *right], device=positions_TD.device)
+        assert isinstance(tower, Encodes)
+        h_TD = tower.embed(ids_T[None])[0].detach().clone()
+        h_TD[place_V] = positions_TD[place_V].to(h_TD.dtype)
+    return Frame(h_TD, place_V)
+
+
+def patch_frame(model: Inverts, modality: str, tokens: int) -> Frame:
+    """Pseudo-tokens in place of the patches of an image, at the positions of the first of them.
+
+    Our reading: the paper keeps the class token beside them, and our tower has none; its mean is over pseudo-tokens.
+
+    Raises:
+        ValueError: for more tokens than patches; for a tower that has no ``embed`` and ``encode``.
+    """
+    positions_TD = _positions(tower_of(model, modality))
+    if tokens > len(positions_TD):
+        raise ValueError(f"tokens {tokens}: tower {modality} has places for {len(positions_TD)} patches")
+    h_TD = positions_TD[:tokens].detach().clone()
+    return Frame(h_TD, torch.arange(tokens, device=h_TD.device))
+
+
+def tower_of(model: Inverts, modality: str) -> nn.Module:
+    """The tower that inversion goes through. Raises ValueError for one that has no token embeddings."""
+    if modality not in model.towers:
+        raise ValueError(f"no tower {modality!r}; the towers are {', '.join(model.towers)}")
+    tower = model.towers[modality]
+    if not isinstance(tower, Encodes) or not hasattr(tower, "positions_TD"):
+        raise ValueError(
+            f"tower {modality}: inversion goes through embed, positions_TD and encode, which {type(tower).__name__} "
+            "lacks; TextTower and PatchTower have them"
+        )
+    return tower
+
+
+def split_template(template: str) -> tuple[str, str]:
+    """What stands before and after the one place of a template.
+
+    >>> split_template("{}, emoji")
+    ('', ', emoji')
+    """
+    parts = template.split("{}")
+    if len(parts) != 2:
+        raise ValueError(f"template {template!r} has {len(parts) - 1} places {{}}; one is needed: 'a picture of {{}}'")
+    return parts[0].strip(), parts[1].rstrip()
+
+
+def normal(key_B: Tensor, count: int) -> Tensor:
+    """``[B, count]`` draws from N(0, 1), each a pure function of its sample's key (Box and Muller 1958), on the CPU.
+
+    >>> wide_BN = normal(torch.arange(100), 100)
+    >>> torch.equal(wide_BN[7:8], normal(torch.tensor([7]), 100)), round(wide_BN.std().item(), 1)
+    (True, 1.0)
+    """
+    key_B1, place_N = key_B.cpu().numpy()[:, None], np.arange(count, dtype=np.uint64)
+    u_BN, turn_BN = (uniform_N(key_B1, f"inversion/{part}", place_N).double() for part in ("radius", "turn"))
+    return ((-2 * (1 - u_BN).log()).sqrt() * (2 * math.pi * turn_BN).cos()).float()
+
+
+def _positions(tower: nn.Module) -> Tensor:
+    positions_TD = tower.positions_TD
+    assert isinstance(positions_TD, Tensor)
+    return positions_TD
+
+
+@contextlib.contextmanager
+def _still(model: object) -> Iterator[None]:
+    """Eval mode, and afterwards the mode of every part as it was."""
+    parts = list(model.modules()) if isinstance(model, nn.Module) else []
+    modes = [part.training for part in parts]
+    try:
+        for part in parts:
+            part.training = False
+        yield
+    finally:
+        for part, mode in zip(parts, modes, strict=True):
+            part.training = mode

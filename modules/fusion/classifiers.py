@@ -1,0 +1,423 @@
+"""Fusion: from one latent vector a modality to the logits of the classes, and how much of them is whose.
+
+Letters: B samples, T tokens (one of the class, one a modality), D width of a modality's latents, W width inside a
+fusion, C classes, M modalities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations, pairwise
+from math import factorial
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import _Orthogonal, orthogonal
+
+from descant.modules.core.host import derived, everyone, host_copy
+from descant.modules.core.rows import running
+from descant.modules.towers.image import Block
+
+
+class Fuse(nn.Module):
+    """``fusion(z, present) -> logits_BC``: what all modalities of a sample say together.
+
+    A subclass implements ``made`` (its layers, once widths are known) and ``logits``, which gets zeros in place of the
+    latents of absent samples: what those rows hold, nan or inf, changes nothing and takes no gradient.
+
+    Shapes: ``z``: modality -> float ``[B, D_m]``; ``present``: modality -> bool ``[B]``, all there where not given.
+
+    Raises:
+        ValueError: in forward, for a modality that is missing in ``z`` or ``present``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widths: dict[str, int] = {}
+
+    def build(self, widths: Mapping[str, int], classes: int) -> Self:
+        """Makes the layers for modality -> width of its latents, and this number of classes; returns itself.
+
+        Raises:
+            ValueError: without a modality, or for fewer than two classes.
+        """
+        if not widths:
+            raise ValueError("widths: a fusion needs at least one modality")
+        if classes < 2:
+            raise ValueError(f"classes {classes}: at least 2, or there is nothing to tell apart")
+        self.widths = dict(widths)
+        self.made(self.widths, classes)
+        return self
+
+    def made(self, widths: dict[str, int], classes: int) -> None:
+        raise NotImplementedError
+
+    def logits(self, z: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> Tensor:
+        return self.logits(*self.checked(z, present))
+
+    def parts(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Modality -> its own share of the logits ``[B, C]``; with the logits of no modality they add up to all.
+
+            phi_m = sum over S without m of  |S|! (M - |S| - 1)! / M!  (f(S and m) - f(S))
+            f(all) = f(none) + sum_m phi_m
+
+        f(S) are the logits where only the modalities in S are present, and phi the Shapley values (Shapley 1953; as
+        shares of a fusion: AGM, Li 2023, arXiv 2308.07686, whose sum lacks the empty set). An absent modality has a
+        share of exactly zero. This costs 2^M fusions, but nothing where shares add up anyway (LateFusion).
+        """
+        z, present = self.checked(z, present)
+        names = tuple(self.widths)
+        f = {subset: self(z, only(present, *subset)) for subset in coalitions(names)}
+        return {m: share_BC.masked_fill(~present[m][:, None], 0.0) for m, share_BC in shapley(f, names).items()}
+
+    def checked(
+        self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Latents with zeros where a sample is absent, and who is present, in the order of the widths."""
+        for name, given in (("z", z), ("present", present)):
+            missing = [m for m in self.widths if given is not None and m not in given]
+            if missing and given is not None:
+                raise ValueError(f"{name}: no modality {missing[0]!r}, only {', '.join(given) or 'none'}")
+        if present is None:
+            present = {m: everyone(len(z[m]), z[m].device) for m in self.widths}
+        # where, not a product: 0 * inf would be nan, in the value and in the gradient
+        filled = {m: torch.where(present[m][:, None], z[m], torch.zeros_like(z[m])) for m in self.widths}
+        return filled, {m: present[m] for m in self.widths}
+
+
+def coalitions(names: Sequence[str]) -> list[tuple[str, ...]]:
+    """All sets of these, the empty one first, each in the order of the names."""
+    return [subset for size in range(len(names) + 1) for subset in combinations(names, size)]
+
+
+def shapley(f: Mapping[tuple[str, ...], Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """``sum over S without m of |S|! (M - |S| - 1)! / M! (f(S and m) - f(S))``, of f by :func:`coalitions`.
+
+    >>> f = {(): torch.tensor(0.0), ("a",): torch.tensor(1.0), ("b",): torch.tensor(2.0), ("a", "b"): torch.tensor(5.0)}
+    >>> {m: float(x) for m, x in shapley(f, ("a", "b")).items()}
+    {'a': 2.0, 'b': 3.0}
+    """
+    M, shares = len(names), {m: torch.zeros_like(f[()]) for m in names}
+    for subset in f:
+        for m in subset:
+            rest = tuple(n for n in subset if n != m)
+            weight = factorial(len(rest)) * factorial(M - len(rest) - 1) / factorial(M)
+            shares[m] = shares[m] + weight * (f[subset] - f[rest])
+    return shares
+
+
+def only(present: Mapping[str, Tensor], *modalities: str) -> dict[str, Tensor]:
+    """Presence ``[B]`` by modality, with no other modality than these."""
+    return {m: mask_B if m in modalities else derived(torch.zeros_like, mask_B) for m, mask_B in present.items()}
+
+
+class LateFusion(Fuse):
+    """``logits_b = bias + sum_m W_m z_bm``, over the modalities that sample b has: each adds its own.
+
+    The shares ``W_m z_m`` are the Shapley values, at no further cost.
+
+    >>> fusion = LateFusion().build({"image": 4, "text": 3}, classes=2)
+    >>> z = {"image": torch.ones(5, 4), "text": torch.ones(5, 3)}
+    >>> torch.allclose(fusion(z), fusion.bias_C + fusion.parts(z)["image"] + fusion.parts(z)["text"])
+    True
+    """
+
+    def made(self, widths: dict[str, int], classes: int) -> None:
+        self.maps = nn.ModuleDict({m: nn.Linear(width, classes, bias=False) for m, width in widths.items()})
+        self.bias_C = nn.Parameter(torch.zeros(classes))
+
+    def logits(self, z: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        shares_MBC = torch.stack([self.maps[m](z_BD) for m, z_BD in z.items()])
+        return self.bias_C + shares_MBC.sum(dim=0)
+
+    def parts(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        return {m: self.maps[m](z_BD) for m, z_BD in self.checked(z, present)[0].items()}
+
+
+class OrthogonalFusion(Fuse):
+    """``logits_bk = bias_k + sum_m a_mk s_bmk``, with ``s_bm = V_m z_bm``, ``V_m V_m^T = 1`` and ``a > 0`` (CRMT).
+
+    What each modality says of a class (s, whose gradient at z is one unit long and orthogonal to every other class's)
+    stands apart from how much it counts (a, a number a class and modality), so that the one can be trained after the
+    other. Source: Yang 2024, arXiv 2402.06244; its code only normalises the rows of V, and lets a fall below zero.
+
+    Args:
+        weight: a, to begin with; 0.1 in the paper, whose latents are several times as long.
+
+    Raises:
+        ValueError: for a weight not above 0; when built, for more classes than a modality's latents have numbers.
+
+    >>> fusion = OrthogonalFusion().build({"image": 4, "text": 3}, classes=2)
+    >>> z = {"image": torch.randn(5, 4), "text": torch.randn(5, 3)}
+    >>> v_CD = fusion.maps["image"].weight
+    >>> torch.allclose(v_CD @ v_CD.T, torch.eye(2), atol=1e-6)
+    True
+    >>> torch.allclose(fusion(z), fusion.alone(z)["image"] + fusion.alone(z)["text"])
+    True
+    """
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        if not weight > 0:
+            raise ValueError(f"weight {weight:g}: above 0, such as 1")
+        self.weight = weight
+
+    def made(self, widths: dict[str, int], classes: int) -> None:
+        narrow = next((m for m, width in widths.items() if width < classes), None)
+        if narrow is not None:
+            raise ValueError(
+                f"classes {classes}: no more than {widths[narrow]} directions of {narrow} are orthogonal; a width of "
+                f"{classes} is the least"
+            )
+        # of the maps that keep V orthogonal, Householder's turns it so far a step that no tower can follow
+        self.maps = nn.ModuleDict({m: _orthogonal(nn.Linear(w, classes, bias=False)) for m, w in widths.items()})
+        log = torch.full((classes,), self.weight).log()
+        self.log_weights = nn.ParameterDict({m: nn.Parameter(log.clone()) for m in widths})
+        self.bias_C = nn.Parameter(torch.zeros(classes))
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Modality -> ``a_C``, above zero."""
+        return {m: log_C.exp() for m, log_C in self.log_weights.items()}
+
+    def alone(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Modality -> ``s_BC``, what it says of the classes; zero where it is absent."""
+        return {m: self.maps[m](z_BD) for m, z_BD in self.checked(z, present)[0].items()}
+
+    def parts(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        a = self.weights
+        return {m: a[m] * s_BC for m, s_BC in self.alone(z, present).items()}
+
+    def logits(self, z: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        return self.bias_C + torch.stack(list(self.parts(z, present).values())).sum(dim=0)
+
+
+class _Cayley(_Orthogonal):
+    """torch's own Cayley map of W, ``(I - A/2)^-1 (I + A/2)`` with ``A = tril(W) - tril(W)^T``, to the bit.
+
+    It does not ask whether the system could be solved, for which an accelerator would have to be waited for: it always
+    can, since all eigenvalues of A are imaginary.
+    """
+
+    def forward(self, X: Tensor) -> Tensor:
+        wide = X.shape[-2] < X.shape[-1]
+        X = (X.mT if wide else X).tril()
+        n, k = X.shape[-2:]
+        X = X if n == k else torch.cat([X, X.new_zeros(n, n - k)], dim=-1)
+        A, one = X - X.mT, torch.eye(n, dtype=X.dtype, device=X.device)
+        Q, _ = torch.linalg.solve_ex(torch.add(one, A, alpha=-0.5), torch.add(one, A, alpha=0.5))
+        Q = self.base @ Q[..., :k]
+        return Q.mT if wide else Q
+
+
+def _orthogonal(linear: nn.Linear) -> nn.Module:
+    made = orthogonal(linear, orthogonal_map="cayley")
+    cast(Any, made).parametrizations.weight[0].__class__ = _Cayley
+    return made
+
+
+class SharedHead(Fuse):
+    """``logits_b = sum_m w_bm f(z_bm)`` over who is there, with one linear f for all modalities (MLA).
+
+        w_b = softmax over present m of  - H(softmax f(z_bm)),        H the entropy in nats
+
+    so that who is sure of a sample is listened to. Source: Zhang 2024, arXiv 2311.10707; its code takes entropies over
+    the batch instead of the classes, so that all samples share two numbers.
+
+    Raises:
+        ValueError: when built, for latents of different widths.
+
+    >>> fusion = SharedHead().build({"image": 4, "text": 4}, classes=2)
+    >>> z, here = {"image": torch.randn(1, 4), "text": torch.randn(1, 4)}, torch.tensor([True])
+    >>> torch.allclose(fusion(z, {"image": here, "text": ~here}), fusion.head(z["image"]))
+    True
+    """
+
+    def made(self, widths: dict[str, int], classes: int) -> None:
+        if len(set(widths.values())) > 1:
+            each = ", ".join(f"{m} {width}" for m, width in widths.items())
+            raise ValueError(f"fusion: one head for all modalities needs latents of one width; here {each}")
+        self.head = nn.Linear(next(iter(widths.values())), classes)
+
+    def logits(self, z: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        f_MBC = torch.stack([self.head(z_BD) for z_BD in z.values()])
+        here_MB = torch.stack([present[m] for m in z])
+        log_MBC = f_MBC.log_softmax(dim=2)
+        entropy_MB = -(log_MBC.exp() * log_MBC).sum(dim=2)
+        # finite where nobody is there: the rows are zero then
+        w_MB = torch.where(here_MB, -entropy_MB, torch.finfo(entropy_MB.dtype).min).softmax(dim=0) * here_MB
+        return (w_MB[..., None] * f_MBC).sum(dim=0)
+
+
+class Votes(Fuse):
+    """``logits_b = log sum_m w_m softmax(f_m(z_bm))`` over who is there: networks of one modality each, that vote.
+
+    ``w = softmax(log_weights)`` over the modalities that a sample has: equal to begin with, and all there is to train.
+
+    Args:
+        members: modality -> the fusion of a network of this modality alone, built already.
+
+    >>> one = LateFusion().build({"image": 4}, classes=2)
+    >>> votes = Votes({"image": one}).build({"image": 4}, classes=2)
+    >>> z = {"image": torch.randn(3, 4)}
+    >>> torch.allclose(votes(z), one(z).log_softmax(dim=1))
+    True
+    """
+
+    def __init__(self, members: Mapping[str, Fuse]) -> None:
+        super().__init__()
+        self.members = nn.ModuleDict(members)
+
+    def made(self, widths: dict[str, int], classes: int) -> None:
+        self.log_weights = nn.ParameterDict({m: nn.Parameter(torch.zeros(())) for m in widths})
+
+    def logits(self, z: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        said = []
+        for m, z_BD in z.items():
+            log_BC = self.members[m]({m: z_BD}, {m: present[m]}).log_softmax(dim=1)
+            said.append((self.log_weights[m] + log_BC).masked_fill(~present[m][:, None], -torch.inf))
+        some_B1 = torch.stack(list(present.values())).any(dim=0)[:, None]
+        # of nobody nothing is said: zeros before the logarithm, so that no gradient is nan
+        said_MBC = torch.where(some_B1, torch.stack(said), 0.0)
+        return torch.where(some_B1, said_MBC.logsumexp(dim=0).log_softmax(dim=1), 0.0)
+
+
+class MidFusion(Fuse):
+    """``logits_b = MLP(concat_m z_bm)``, with zeros for the modalities that sample b lacks.
+
+    Args:
+        hidden: width of the hidden layers.
+        layers: how many linear layers, at least 2: one alone would be LateFusion.
+
+    Raises:
+        ValueError: if ``layers`` is below 2.
+
+    >>> fusion = MidFusion(hidden=8).build({"image": 4, "text": 3}, classes=2)
+    >>> sum(p.numel() for p in fusion.parameters())  # 7 * 8 + 8, 8 * 2 + 2
+    82
+    """
+
+    def __init__(self, hidden: int = 256, layers: int = 2) -> None:
+        super().__init__()
+        if layers < 2:
+            raise ValueError(f"layers {layers}: at least 2; one linear layer of all modalities is LateFusion")
+        self.hidden, self.layers = hidden, layers
+
+    def made(self, widths: dict[str, int], classes: int) -> None:
+        parts: list[nn.Module] = []
+        for a, b in pairwise([sum(widths.values()), *[self.hidden] * (self.layers - 1)]):
+            parts += [nn.Linear(a, b), nn.GELU()]
+        self.mlp = nn.Sequential(*parts, nn.Linear(self.hidden, classes))
+
+    def logits(self, z: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        return self.mlp(torch.cat(list(z.values()), dim=1))
+
+
+class AttentionFusion(Fuse):
+    """``logits_b = V norm(h_b0)``, ``h_b = blocks(c, W_1 z_b1 + e_1, ..., W_M z_bM + e_M)``: one token a modality.
+
+    c is the token of the class, e_m says which modality a token is of, and nobody looks at the token of an absent
+    modality. Of a modality that no sample has there is no token, here as on any rank.
+
+    Args:
+        width: W of the tokens.
+        depth: number of blocks.
+        heads: of the attention.
+        mlp_ratio: hidden width of a block's MLP over W.
+        dropout: on the attention weights and on both branches of a block.
+
+    Raises:
+        ValueError: if ``depth`` is below 1, or ``heads`` does not divide ``width``.
+
+    >>> fusion = AttentionFusion(width=8, depth=1, heads=2).build({"image": 4, "text": 3}, classes=2)
+    >>> z, here = {"image": torch.ones(1, 4), "text": torch.ones(1, 3)}, torch.tensor([True])
+    >>> lone = fusion(z, {"image": here, "text": ~here})
+    >>> torch.equal(lone, fusion(z | {"text": torch.full((1, 3), torch.nan)}, {"image": here, "text": ~here}))
+    True
+    """
+
+    def __init__(
+        self, width: int = 128, depth: int = 1, heads: int = 4, mlp_ratio: float = 2.0, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        if depth < 1:
+            raise ValueError(f"depth {depth}: at least 1; without blocks no token sees another")
+        self.width = width
+        self.layers = nn.ModuleList(Block(width, heads, mlp_ratio, dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+
+    def made(self, widths: dict[str, int], classes: int) -> None:
+        self.maps = nn.ModuleDict({m: nn.Linear(width, self.width) for m, width in widths.items()})
+        self.embeddings = nn.ParameterDict({m: nn.Parameter(torch.randn(self.width) * 0.02) for m in widths})
+        self.class_W = nn.Parameter(torch.randn(self.width) * 0.02)
+        self.out = nn.Linear(self.width, classes)
+
+    def logits(self, z: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        some = [m for m in z if bool(host_copy(present[m]).any())]
+        rows, device = len(next(iter(z.values()))), self.class_W.device
+        tokens = [self.class_W.expand(rows, -1), *(self.token(z[m], m) for m in some)]
+        h_BTW = torch.stack(tokens, dim=1)
+        seen_BT = torch.stack([torch.ones(rows, dtype=torch.bool, device=device), *(present[m] for m in some)], dim=1)
+        for layer in self.layers:
+            h_BTW = layer(h_BTW, seen_BT[:, None, None])
+        logits_BC = self.out(self.norm(h_BTW[:, 0]))
+        if torch.is_grad_enabled():
+            # a rank without a modality reaches the same parameters as the others: by one row of zeros
+            for m in z:
+                if m not in some:
+                    with running(torch.zeros(1, dtype=torch.long)):
+                        idle_1W = self.token(torch.zeros_like(z[m][:1]), m)
+                    logits_BC = logits_BC + 0.0 * idle_1W.sum()
+        return logits_BC
+
+    def token(self, z_BD: Tensor, modality: str) -> Tensor:
+        """``[B, D] -> [B, W]``."""
+        return self.maps[modality](z_BD) + self.embeddings[modality]
+
+
+# labels ------------------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(logits_BC: Tensor, label_B: Tensor, smoothing: float = 0.0) -> Tensor:
+    """``-sum_c q_bc log softmax(logits_b)_c``, ``q_bc = (1 - smoothing) [c = label_b] + smoothing / C``: ``[B]``.
+
+    Rows with a label below 0, which is none, hold some number.
+
+    >>> round(float(cross_entropy(torch.zeros(1, 4), torch.tensor([2]))), 4)  # log 4
+    1.3863
+    """
+    return F.cross_entropy(logits_BC, label_B.clamp(min=0), reduction="none", label_smoothing=smoothing)
+
+
+def class_labels(targets: Mapping[str, Tensor], target: str, classes: int) -> Tensor:
+    """Int64 ``[B]``: the labels of one target, below 0 where a sample has none.
+
+    Raises:
+        ValueError: if there is no such target, it is no class, or a label is not below ``classes``.
+    """
+    if target not in targets:
+        raise ValueError(f"target: the data has no {target!r}, only {', '.join(targets) or 'none'}")
+    label_B = targets[target]
+    if label_B.ndim != 1 or label_B.is_floating_point():
+        raise ValueError(f"target: {target!r} is no class of a sample, which is an int64 number")
+    most = int(host_copy(label_B).max())
+    if most >= classes:
+        raise ValueError(f"classes {classes}: a label of {target!r} is {most}")
+    return label_B
+
+
+def require_classes(known: Mapping[str, Sequence[str]], target: str, classes: int, tiny: bool = False) -> None:
+    """Raises ValueError with the right number or names unless the data's ``target`` has so many classes.
+
+    A ``tiny`` stand-in of the data need not have every class.
+    """
+    if target not in known:
+        raise ValueError(f"target: no classes of {target!r} in the data, only of {', '.join(known) or 'none'}")
+    count = len(known[target])
+    if count > classes or (count < classes and not tiny):
+        raise ValueError(f"classes {classes}: the data has {count} of {target!r}")

@@ -1,0 +1,259 @@
+"""From visible tokens to what is said of masked ones.
+
+Letters: B samples, T tokens of a modality, N tokens of all samples, D width of the encoder, E width of the decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from descant.modules.core.host import host_copy, to_device
+from descant.modules.core.rows import running
+from descant.modules.losses.contrastive import promote
+from descant.modules.masking.corruptions import Grid
+from descant.modules.towers.image import checked_heads, sincos
+from descant.modules.towers.vit import EPS, Layout, RaggedBlock, attend, take
+
+
+class At(NamedTuple):
+    """Some tokens of one modality: of which sample and place each is, and how many a sample has.
+
+    ``row_N``, ``place_N``: int64, one sample after the other. ``count_B``: int64, on the CPU, as it decides shapes.
+    """
+
+    row_N: Tensor
+    place_N: Tensor
+    count_B: Tensor
+
+    @staticmethod
+    def of(mask_BT: Tensor) -> At:
+        """Those that are true.
+
+        >>> At.of(torch.tensor([[True, False, True]])).place_N.tolist()
+        [0, 2]
+        """
+        host_BT = host_copy(mask_BT)
+        row_N, place_N = (to_device(x_N, mask_BT.device) for x_N in host_BT.nonzero().unbind(dim=1))
+        return At(row_N, place_N, host_BT.sum(dim=1))
+
+    @property
+    def host_row_N(self) -> Tensor:
+        """``row_N`` on the CPU."""
+        return host_copy(self.row_N)
+
+
+@dataclass
+class Encoded:
+    """What an encoder makes of the visible tokens.
+
+    Attributes:
+        h: modality -> ``[N, D]`` of its visible tokens. at: modality -> which they are.
+        global_BD: of the global tokens.
+    """
+
+    h: dict[str, Tensor]
+    at: dict[str, At]
+    global_BD: Tensor
+
+    def pooled(self, whole: bool = False) -> Tensor:
+        """Unit-length ``z_BD``: the mean of a sample's tokens, or its global token; float32 at least."""
+        z_BD = promote(self.global_BD)
+        if not whole:
+            z_BD = torch.zeros_like(z_BD)  # of unit length in the end: the sum serves as the mean
+            for m, h_ND in self.h.items():
+                z_BD = z_BD.index_add(0, self.at[m].row_N, promote(h_ND))
+        return F.normalize(z_BD, dim=-1)
+
+
+class Places(nn.Module):
+    """``sincos(place) + modality`` of tokens in a decoder's width, for each modality of a model.
+
+    >>> Places({"image": (2, 2)}, 8)("image", torch.tensor([0, 3])).shape
+    torch.Size([2, 8])
+    """
+
+    def __init__(self, grids: Mapping[str, Grid], width: int) -> None:
+        super().__init__()
+        self.modality = nn.ParameterDict({m: nn.Parameter(torch.randn(width) * 0.02) for m in grids})
+        for m, grid in grids.items():
+            self.register_buffer(f"place_{m}", sincos(grid, width), persistent=False)
+
+    def forward(self, modality: str, place_N: Tensor) -> Tensor:
+        return getattr(self, f"place_{modality}")[place_N] + self.modality[modality]
+
+
+class Decoder(nn.Module):
+    """``decoder(encoded, targets) -> {modality: h_NE}``, of the tokens that are asked for. ``build`` is called once.
+
+    Args:
+        width: E.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def build(self, grids: Mapping[str, Grid], width: int) -> None:
+        """Layers for an encoder of D = ``width`` and modalities of these grids."""
+        raise NotImplementedError
+
+    def forward(self, encoded: Encoded, targets: Mapping[str, At]) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+class JointDecoder(Decoder):
+    """One small transformer over all tokens of all modalities, a mask token where one is asked for (MAE, BM-MAE).
+
+        [g; h; y] = norm(block_n(... block_1([W g; W h + place; mask + place])))
+
+    Args:
+        width: E.
+        depth: number of blocks.
+        heads: of the attention.
+        mlp_ratio: hidden width of the MLP over E.
+
+    Source: arXiv 2111.06377.
+
+    >>> decoder = JointDecoder(width=8, depth=1, heads=2)
+    >>> decoder.build({"image": (2, 2)}, width=16)
+    >>> seen = At.of(torch.tensor([[True, False, False, True]]))
+    >>> encoded = Encoded({"image": torch.randn(2, 16)}, {"image": seen}, torch.randn(1, 16))
+    >>> decoder(encoded, {"image": At.of(torch.tensor([[False, True, False, False]]))})["image"].shape
+    torch.Size([1, 8])
+    """
+
+    def __init__(self, width: int = 96, depth: int = 2, heads: int = 3, mlp_ratio: float = 4.0) -> None:
+        super().__init__(width)
+        checked_heads(width, heads)
+        self.layers = nn.ModuleList(RaggedBlock(width, heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, EPS)
+
+    def build(self, grids: Mapping[str, Grid], width: int) -> None:
+        self.inward = nn.Linear(width, self.width)
+        self.mask_E = nn.Parameter(torch.randn(self.width) * 0.02)
+        self.places = Places(grids, self.width)
+
+    def forward(self, encoded: Encoded, targets: Mapping[str, At]) -> dict[str, Tensor]:
+        kinds = [self.inward(encoded.global_BD)]
+        counts = [torch.ones(len(encoded.global_BD), dtype=torch.long)]
+        for m, at in encoded.at.items():
+            with running(at.host_row_N):
+                kinds.append(self.inward(encoded.h[m]) + self.places(m, at.place_N))
+            counts.append(at.count_B)
+        for m, at in targets.items():
+            kinds.append((self.mask_E + self.places(m, at.place_N)).to(kinds[0].dtype))
+            counts.append(at.count_B)
+        layout = Layout(counts, device=encoded.global_BD.device)
+        h_ME = layout.join(kinds)
+        with running(layout.rows):
+            for layer in self.layers:
+                h_ME = layer(h_ME, layout)
+            h_ME = self.norm(h_ME)
+        return dict(zip(targets, layout.part(h_ME)[1 + len(encoded.at) :], strict=True))
+
+
+class CrossDecoder(Decoder):
+    """A small decoder of its own for each modality, that looks at the visible tokens of all (MultiMAE).
+
+        q = [W h_m + place; mask + place],   c = [W g; W h + place]   of all modalities
+        y = attention(norm(q), norm(c)),   y = y + mlp(norm(y)),   y = block_n(... block_1(y)) within the modality
+
+    Args:
+        width: E.
+        depth: blocks of self-attention after the one look; 0 leaves the look alone.
+        heads: of the attention.
+        mlp_ratio: hidden width of the MLP over E.
+
+    Source: arXiv 2204.01678, whose official code adds no query to what it looks up, and ends without a norm.
+
+    >>> decoder = CrossDecoder(width=8, depth=1, heads=2)
+    >>> decoder.build({"image": (2, 2), "depth": (2, 2)}, width=16)
+    >>> seen, none = At.of(torch.tensor([[True, False, False, True]])), At.of(torch.zeros(1, 4, dtype=torch.bool))
+    >>> encoded = Encoded(
+    ...     h={"image": torch.randn(2, 16), "depth": torch.randn(0, 16)},
+    ...     at={"image": seen, "depth": none},
+    ...     global_BD=torch.randn(1, 16),
+    ... )
+    >>> decoder(encoded, {"depth": At.of(torch.ones(1, 4, dtype=torch.bool))})["depth"].shape
+    torch.Size([4, 8])
+    """
+
+    def __init__(self, width: int = 96, depth: int = 2, heads: int = 3, mlp_ratio: float = 4.0) -> None:
+        super().__init__(width)
+        self.depth, self.heads, self.mlp_ratio = depth, checked_heads(width, heads), mlp_ratio
+
+    def build(self, grids: Mapping[str, Grid], width: int) -> None:
+        each = {m: _Look(grids, width, self.width, self.depth, self.heads, self.mlp_ratio) for m in grids}
+        self.each = nn.ModuleDict(each)
+
+    def forward(self, encoded: Encoded, targets: Mapping[str, At]) -> dict[str, Tensor]:
+        return {m: self.each[m](m, encoded, at) for m, at in targets.items()}
+
+
+class _Look(nn.Module):
+    """The decoder of one modality."""
+
+    def __init__(
+        self, grids: Mapping[str, Grid], width: int, out: int, depth: int, heads: int, mlp_ratio: float
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.inward = nn.Linear(width, out)
+        self.mask_E = nn.Parameter(torch.randn(out) * 0.02)
+        self.places = Places(grids, out)
+        self.query_norm, self.context_norm, self.out_norm = (nn.LayerNorm(out, EPS) for _ in range(3))
+        self.query, self.context, self.out = nn.Linear(out, out), nn.Linear(out, 2 * out), nn.Linear(out, out)
+        hidden = int(out * mlp_ratio)
+        self.mlp = nn.Sequential(nn.Linear(out, hidden), nn.GELU(), nn.Linear(hidden, out))
+        for layer in (self.query, self.context, self.out, self.mlp[0], self.mlp[2]):
+            nn.init.xavier_uniform_(layer.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        self.layers = nn.ModuleList(RaggedBlock(out, heads, mlp_ratio) for _ in range(depth))
+
+    def forward(self, modality: str, encoded: Encoded, at: At) -> Tensor:
+        seen = {}
+        for m, h_ND in encoded.h.items():
+            with running(encoded.at[m].host_row_N):
+                seen[m] = self.inward(h_ND) + self.places(m, encoded.at[m].place_N)
+        global_BE = self.inward(encoded.global_BD)
+        mask_NE = (self.mask_E + self.places(modality, at.place_N)).to(global_BE.dtype)
+        device = global_BE.device
+        one_B = torch.ones(len(global_BE), dtype=torch.long)
+        # a sample of which nothing is asked has no queries either
+        own_B = encoded.at[modality].count_B * (at.count_B > 0)
+        own_NE = seen[modality]
+        if bool((own_B < encoded.at[modality].count_B).any()):
+            asked_N = (at.count_B > 0)[encoded.at[modality].host_row_N]
+            own_NE = take(own_NE, to_device(asked_N.nonzero().squeeze(1), device))
+        counts = [one_B, *(encoded.at[m].count_B for m in seen)]
+        asked_B, context_B = own_B + at.count_B, torch.stack(counts).sum(dim=0)
+        by_B = asked_B * (context_B.max() + 1) + context_B
+        layout, beside = Layout([own_B, at.count_B], by_B, device), Layout(counts, by_B, device)
+        y_ME = self.look(layout.join([own_NE, mask_NE]), layout, beside.join([global_BE, *seen.values()]), beside)
+        with running(layout.rows):
+            y_ME = y_ME + self.mlp(self.out_norm(y_ME))
+            for layer in self.layers:
+                y_ME = layer(y_ME, layout)
+        return layout.part(y_ME)[1]
+
+    def look(self, q_ME: Tensor, layout: Layout, c_KE: Tensor, beside: Layout) -> Tensor:
+        E, found = q_ME.shape[1], []
+        with running(layout.rows):
+            q_ME = self.query(self.query_norm(q_ME))
+        with running(beside.rows):
+            kv_KE = self.context(self.context_norm(c_KE))
+        for q, kv in zip(layout.split(q_ME), beside.split(kv_KE), strict=True):
+            if q.shape[1]:
+                q = q.unflatten(2, (self.heads, E // self.heads)).transpose(1, 2)
+                k, v = kv.unflatten(2, (2, self.heads, E // self.heads)).permute(2, 0, 3, 1, 4).unbind(0)
+                found.append(attend(q, k, v).transpose(1, 2).reshape(-1, E))
+        # where nothing is asked, every parameter is still reached, by nothing
+        nothing = q_ME + kv_KE[:0, :E] if len(q_ME) == 0 else q_ME
+        with running(layout.rows):
+            return self.out(torch.cat(found) if len(found) > 1 else found[0] if found else nothing)

@@ -1,0 +1,324 @@
+"""A vision transformer over whatever tokens there are: of all modalities, of visible patches only, of as many a sample
+as it has. With the tokens of one modality it is timm's plain ViT, weight for weight.
+
+Letters: B samples, S kinds of tokens, N tokens of all samples, M with global ones, K tokens of one sample, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from descant.modules.core.host import host_copy, to_device
+from descant.modules.core.rows import running
+from descant.modules.towers.base import Tokens, Tower
+from descant.modules.towers.image import Block, checked_heads
+from descant.modules.towers.timm import load_exactly, read_weights
+
+if TYPE_CHECKING:
+    from descant.modules.masking.adapters import PatchAdapter
+
+#: Of the norms, as in timm's vision transformers.
+EPS = 1e-6
+
+
+class Layout:
+    """How tokens of several kinds, of samples of all lengths, lie in memory so that attention runs on dense pieces.
+
+    Samples of equal length lie together, and of a sample kind after kind; ``join`` and ``part`` go there and back.
+
+    Args:
+        counts: int64 ``[B]`` of each kind, on the CPU: tokens of each sample.
+        by: int64 ``[B]``: what samples of a piece have in common, where that is more than their length; two layouts by
+            the same have the same pieces.
+        device: where the tokens are; that of the counts where not given.
+
+    Attributes:
+        pieces: (samples, tokens a sample), in the order of memory.
+        sample_B: the samples in that order, on the CPU as the counts are.
+        order_M: where the tokens of all kinds, one kind after the other, are taken from; None where all samples have as
+            many of each kind, and nothing is looked up.
+
+    >>> layout = Layout([torch.tensor([1, 1, 1]), torch.tensor([2, 0, 2])])
+    >>> layout.pieces, layout.sample_B.tolist(), layout.order_M.tolist()
+    ([(1, 1), (2, 3)], [1, 0, 2], [1, 0, 3, 4, 2, 5, 6])
+    """
+
+    def __init__(self, counts: Sequence[Tensor], by: Tensor | None = None, device: torch.device | None = None) -> None:
+        device = counts[0].device if device is None else device
+        count_SB = torch.stack([host_copy(count_B) for count_B in counts])
+        by = None if by is None else host_copy(by)
+        kept_SB = count_SB if by is None else torch.cat([count_SB, by[None]])
+        self.count_SB = count_SB
+        self.sizes: list[int] | None = None
+        self.order_M: Tensor | None = None
+        B = count_SB.shape[1]
+        if bool((kept_SB == kept_SB[:, :1]).all()):
+            self.sizes = count_SB[:, 0].tolist()
+            self.pieces = [(B, sum(self.sizes))]
+            self.sample_B = torch.arange(B)
+            return
+        total_B = count_SB.sum(dim=0)
+        length_B = total_B if by is None else by
+        self.sample_B = length_B.argsort(stable=True)
+        rows = torch.unique_consecutive(length_B[self.sample_B], return_counts=True)[1].tolist()
+        tokens = total_B[self.sample_B][torch.tensor(rows).cumsum(0) - 1].tolist()
+        self.pieces = list(zip(rows, tokens, strict=True))
+        place_B = torch.empty_like(self.sample_B)
+        place_B[self.sample_B] = torch.arange(B)
+        place_M = torch.cat([place_B.repeat_interleave(count_B) for count_B in count_SB])
+        self.order_M = to_device(place_M.argsort(stable=True), device)
+
+    def join(self, kinds: Sequence[Tensor]) -> Tensor:
+        """``[M, D]`` in the order of memory, of ``[N, D]`` a kind, one sample after the other."""
+        if self.order_M is not None:
+            return take(torch.cat(list(kinds)), self.order_M)
+        assert self.sizes is not None
+        rows = self.pieces[0][0]
+        return torch.cat([h.view(rows, n, h.shape[1]) for h, n in zip(kinds, self.sizes, strict=True)], dim=1).flatten(
+            0, 1
+        )
+
+    def part(self, h_MD: Tensor) -> list[Tensor]:
+        """The inverse of ``join``."""
+        if self.order_M is not None:
+            inverse_M = torch.empty_like(self.order_M)
+            inverse_M[self.order_M] = torch.arange(len(inverse_M), device=inverse_M.device)
+            return list(take(h_MD, inverse_M).split(self.count_SB.sum(dim=1).tolist()))
+        assert self.sizes is not None
+        parts = h_MD.view(*self.pieces[0], h_MD.shape[1]).split(self.sizes, dim=1)
+        return [part.reshape(-1, h_MD.shape[1]) for part in parts]
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """Int64 ``[M]`` on the CPU: the sample of each token, as they lie in memory."""
+        return self.sample_B.repeat_interleave(self.count_SB.sum(dim=0)[self.sample_B])
+
+    def split(self, h_MD: Tensor) -> list[Tensor]:
+        """``[samples, tokens, ...]`` of each piece."""
+        if len(self.pieces) == 1:
+            return [h_MD.view(*self.pieces[0], *h_MD.shape[1:])]  # the backward of a split is a copy
+        parts = h_MD.split([rows * tokens for rows, tokens in self.pieces])
+        return [part.view(*piece, *h_MD.shape[1:]) for part, piece in zip(parts, self.pieces, strict=True)]
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, h_ND: Tensor, index_K: Tensor) -> Tensor:
+        ctx.save_for_backward(index_K)
+        ctx.rows = len(h_ND)  # type: ignore[attr-defined]
+        return h_ND.index_select(0, index_K)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad_KD: Tensor) -> tuple[Tensor, None]:
+        (index_K,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad_ND = grad_KD.new_zeros(ctx.rows, *grad_KD.shape[1:])  # type: ignore[attr-defined]
+        return grad_ND.index_copy_(0, index_K, grad_KD), None
+
+
+def take(h_ND: Tensor, index_K: Tensor) -> Tensor:
+    """``h_ND[index_K]`` where no row is taken twice, so that its gradient is copied, where indexing would add.
+
+    >>> take(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([2, 0])).tolist()
+    [[3.0], [1.0]]
+    """
+    return _Take.apply(h_ND, index_K)
+
+
+#: Keys up to which attention in bfloat16 on a CPU is written out; its weights are kept for backward.
+SHORT = 512
+
+
+def attend(q_BHQE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, dropout: float = 0.0) -> Tensor:
+    """``softmax(q k^T / sqrt(E)) v``, by torch's fused attention but for short bfloat16 sequences on a CPU.
+
+    There the backward of the fused one takes 3 to 12 times as long as two matrix products (33 to 145 tokens, AMX); what
+    is written out rounds the logits to bfloat16, as attention under autocast did before it was fused.
+
+    >>> attend(*(torch.ones(1, 1, 2, 4) for _ in range(3)))[0, 0, 0].tolist()
+    [1.0, 1.0, 1.0, 1.0]
+    """
+    slow = q_BHQE.device.type == "cpu" and q_BHQE.dtype == torch.bfloat16 and q_BHQE.requires_grad
+    if not slow or k_BHKE.shape[2] > SHORT:
+        return F.scaled_dot_product_attention(q_BHQE, k_BHKE, v_BHKE, dropout_p=dropout)
+    weight_BHQK = torch.softmax(q_BHQE * q_BHQE.shape[-1] ** -0.5 @ k_BHKE.transpose(-2, -1), dim=-1)
+    return F.dropout(weight_BHQK, dropout) @ v_BHKE
+
+
+class RaggedBlock(Block):
+    """The pre-norm block on tokens ``[N, D]`` of all samples; attention runs within each, on dense pieces.
+
+    >>> layout = Layout([torch.tensor([2, 3])])
+    >>> RaggedBlock(8, 2)(torch.randn(5, 8), layout).shape
+    torch.Size([5, 8])
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, dropout: float = 0.0) -> None:
+        super().__init__(width, heads, mlp_ratio, dropout)
+        self.norm_1, self.norm_2 = nn.LayerNorm(width, EPS), nn.LayerNorm(width, EPS)
+
+    def forward(self, h_ND: Tensor, layout: Layout) -> Tensor:  # type: ignore[override]  # tokens of all samples
+        h_ND = h_ND + self._drop(self.ragged(self.norm_1(h_ND), layout))
+        return h_ND + self._drop(self.mlp(self.norm_2(h_ND)))
+
+    def ragged(self, h_ND: Tensor, layout: Layout) -> Tensor:
+        D, p, mixed = h_ND.shape[1], self.dropout if self.training else 0.0, []
+        qkv_N3D = self.qkv(h_ND)
+        for qkv in layout.split(qkv_N3D):
+            q, k, v = qkv.unflatten(2, (3, self.heads, D // self.heads)).permute(2, 0, 3, 1, 4).unbind(0)
+            if qkv.shape[1]:
+                mixed.append(attend(q, k, v, p).transpose(1, 2).reshape(-1, D))
+        return self.out(torch.cat(mixed) if len(mixed) > 1 else mixed[0] if mixed else qkv_N3D[:, :D])
+
+
+class Trunk(Tower):
+    """``h = norm(block_n(... block_1([cls; tokens])))`` within each sample, of the tokens of all.
+
+    ``[N, D] -> [B + N, D]``.
+
+    Each sample begins with one global token (timm's class token). As a tower of the recipe it can be adapted,
+    checkpointed, compiled and sharded as any.
+
+    Args:
+        width: D.
+        depth: number of blocks.
+        heads: of the attention.
+        mlp_ratio: hidden width of the MLP over D.
+        dropout: on the attention weights and on both branches of a block.
+        weights: a local file of a plain timm ViT (safetensors, or torch's read without code): blocks, norm and class
+            token; what it has of patches and positions is the adapters'.
+
+    Raises:
+        ValueError: if ``heads`` does not divide ``width``, or the weights are of another ViT.
+
+    >>> layout = Layout([torch.tensor([1, 1]), torch.tensor([2, 3])])  # global tokens, and five of a modality
+    >>> Trunk(width=8, depth=1, heads=2)(torch.randn(5, 8), layout).h_BTD.shape
+    torch.Size([7, 8])
+    """
+
+    def __init__(
+        self,
+        width: int = 192,
+        depth: int = 12,
+        heads: int = 3,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        weights: Path | None = None,
+    ) -> None:
+        super().__init__()
+        checked_heads(width, heads)
+        self.width, self.heads, self.depth, self.mlp_ratio = width, heads, depth, mlp_ratio
+        self.cls_D = nn.Parameter(torch.randn(width) * 0.02)
+        self.layers = nn.ModuleList(RaggedBlock(width, heads, mlp_ratio, dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, EPS)
+        if weights is not None:
+            state = {k: v for k, v in from_timm(read_weights(weights)).items() if not k.startswith(OUTSIDE)}
+            load_exactly(self, state, weights, f"a ViT of width {width} and depth {depth}")
+
+    def forward(self, x: Tensor, mask: Tensor | Layout | None = None) -> Tokens:
+        """Global tokens and the others.
+
+        Args:
+            x: ``[N, D]``, tokens with their positions, of all samples and one kind after the other.
+            mask: the layout of one global token a sample and of those kinds; or ``x`` is ``[B, K, D]``, and this is a
+                bool ``[B, K]``, or None: tokens that it leaves out are not computed, and zero in what comes back,
+                which then is as ``x`` is, without the global ones.
+        """
+        if isinstance(mask, Layout):
+            sizes = mask.count_SB.sum(dim=1).tolist()
+            kinds = [self.cls_D.to(x.dtype).expand(sizes[0], -1), *x.split(sizes[1:])]
+            h_MD = mask.join(kinds)
+            with running(mask.rows):
+                for layer in self.layers:
+                    h_MD = layer(h_MD, mask)
+                h_MD = self.norm(h_MD)
+            h_MD = torch.cat(mask.part(h_MD))
+            return Tokens(h_MD, torch.ones(len(h_MD), dtype=torch.bool, device=h_MD.device))
+        host_BK = None if mask is None else host_copy(mask)
+        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
+        count_B = torch.full((len(x),), x.shape[1]) if host_BK is None else host_BK.sum(dim=1)
+        layout = Layout([torch.ones_like(count_B), count_B], device=x.device)
+        if host_BK is None or bool(host_BK.all()):
+            h_MD = self(x.flatten(0, 1), layout).h_BTD
+            return Tokens(h_MD[len(x) :].view(x.shape), mask)
+        at_N = to_device(host_BK.flatten().nonzero()[:, 0], x.device)
+        h_MD = self(x.flatten(0, 1)[at_N], layout).h_BTD
+        h_ND = h_MD.new_zeros(len(x) * x.shape[1], x.shape[2]).index_copy(0, at_N, h_MD[len(x) :])
+        return Tokens(h_ND.view(x.shape), mask)
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.layers)
+
+
+# timm's names -------------------------------------------------------------------------------------------------------
+
+#: What of a timm ViT is not the trunk's.
+OUTSIDE = ("patch_embed.", "pos_embed", "head.", "fc_norm.", "head_dist.")
+_NAMES = {
+    "norm_1": "norm1",
+    "norm_2": "norm2",
+    "qkv": "attn.qkv",
+    "out": "attn.proj",
+    "mlp.0": "mlp.fc1",
+    "mlp.2": "mlp.fc2",
+}
+
+
+def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A timm ViT's weights under the trunk's names; what is not the trunk's keeps its own."""
+    back = {f"{theirs}.": f"{ours}." for ours, theirs in _NAMES.items()}
+    return {
+        ("cls_D" if k == "cls_token" else _named(k, "blocks.", "layers.", back)): _flat(k, v) for k, v in state.items()
+    }
+
+
+def to_timm(trunk: Trunk, adapter: PatchAdapter) -> dict[str, Tensor]:
+    """The weights of a plain ViT of timm that sees what the trunk sees of one modality alone.
+
+    It is timm's ``VisionTransformer`` of the same sizes with ``class_token=True, num_classes=0``, which takes all of
+    them (``load_state_dict``) and gives the same features; its classifiers and fine-tuning begin from there.
+
+    Raises:
+        ValueError: for patches of other than two axes, or inputs that the adapter standardises.
+
+    >>> from descant.modules.masking.adapters import PatchAdapter
+    >>> adapter = PatchAdapter(size=[8, 8], patch=4)
+    >>> adapter.build(width=8, out=0)
+    >>> state = to_timm(Trunk(width=8, depth=1, heads=2), adapter)
+    >>> state["patch_embed.proj.weight"].shape, state["pos_embed"].shape
+    (torch.Size([8, 3, 4, 4]), torch.Size([1, 5, 8]))
+    """
+    if len(adapter.patch) != 2 or (adapter.mean, adapter.spread) != (0.0, 1.0):
+        raise ValueError("a ViT of timm takes pixels as they are, in patches of two axes; this adapter does not")
+    names = {f"{ours}.": f"{theirs}." for ours, theirs in _NAMES.items()}
+    state = {_named(k, "layers.", "blocks.", names): v for k, v in trunk.state_dict().items() if k != "cls_D"}
+    place_TD = adapter.place_TD + adapter.modality_D.detach()
+    inward = adapter.inward.state_dict()
+    return {
+        **state,
+        "cls_token": trunk.cls_D.detach()[None, None],
+        "pos_embed": torch.cat([torch.zeros_like(place_TD[:1]), place_TD])[None],
+        "patch_embed.proj.weight": inward["weight"].unflatten(1, (adapter.channels, *adapter.patch)),
+        "patch_embed.proj.bias": inward["bias"],
+    }
+
+
+def _named(key: str, before: str, after: str, names: Mapping[str, str]) -> str:
+    if not key.startswith(before):
+        return key
+    number, _, rest = key.removeprefix(before).partition(".")
+    for old, new in names.items():
+        if rest.startswith(old):
+            rest = new + rest.removeprefix(old)
+            break
+    return f"{after}{number}.{rest}"
+
+
+def _flat(key: str, value: Tensor) -> Tensor:
+    return value.flatten() if key == "cls_token" else value

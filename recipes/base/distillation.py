@@ -1,0 +1,102 @@
+"""Teachers: a run that stands still, the student's own average, and what it was before.
+
+    model:
+      init_args:
+        distill:
+          class_path: Distill
+          init_args:
+            teacher: {class_path: TeacherRun, init_args: {path: runs/big}}
+            targets: [{class_path: SoftTarget, init_args: {temperature: 2}}]
+
+Any recipe learns from any other that decides between as many classes, embeds the same modalities or scores the same
+pairs; the student's checkpoint and export are those of the student alone. Networks that teach each other: Peers.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from descant.modules.distill.distill import Teacher
+from descant.modules.engine.configure import Shard
+from descant.modules.io import saved
+from descant.recipes.base.rebuild import rebuild
+from descant.recipes.base.recipe import Recipe
+
+
+class TeacherRun(Teacher):
+    """A run, as it is: frozen, and read when training begins; nothing of it is saved with the student.
+
+    Args:
+        path: a run folder, a checkpoint in one, or an export. checkpoint: of a run folder: best, last or a file in it.
+
+    Raises:
+        ValueError: before training, for no such run.
+    """
+
+    def __init__(self, path: str, checkpoint: str = "best") -> None:
+        super().__init__()
+        self.path, self.checkpoint = path, checkpoint
+
+    def network(self, student: nn.Module) -> nn.Module:
+        return rebuild(saved.find(Path(self.path), self.checkpoint))
+
+
+class TeacherAverage(Teacher):
+    """The student's own weights, averaged over steps: ``t = decay t + (1 - decay) s`` after each, buffers as they are.
+
+    Saved with the student, so that a resumed run goes on with the same teacher. Source: mean teacher (Tarvainen 2017,
+    arXiv 1703.01780).
+
+    Args:
+        decay: of the average.
+
+    Raises:
+        ValueError: for a decay outside [0, 1).
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        super().__init__()
+        if not 0 <= decay < 1:
+            raise ValueError(f"TeacherAverage: decay {decay:g}: at least 0 and below 1, such as 0.999")
+        self.decay = decay
+
+    def network(self, student: nn.Module) -> nn.Module:
+        assert isinstance(student, Recipe)
+        if any(isinstance(part, Shard) for part in student._parts):
+            raise ValueError("TeacherAverage: no average is kept of parameters that are split over ranks (shard)")
+        distill, student.distill = student.distill, None
+        try:
+            self.average = copy.deepcopy(student)
+        finally:
+            student.distill = distill
+        return self.average
+
+    @torch.no_grad()
+    def follow(self, student: nn.Module) -> None:
+        mine = dict(self.average.named_parameters())
+        for name, p in student.named_parameters():
+            if name in mine:
+                mine[name].lerp_(p.to(mine[name]), 1 - self.decay)
+        held = dict(student.named_buffers())
+        for name, buffer in self.average.named_buffers():
+            buffer.copy_(held[name])
+
+
+class TeacherStage(TeacherAverage):
+    """What the student was when the stage began that it is in: what reinforcement is to stay near to (a KL).
+
+    Saved with the student, as an average is.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(decay=0.0)
+
+    def follow(self, student: nn.Module) -> None:
+        """Nothing: it stands still."""
+
+    def begin(self, student: nn.Module) -> None:
+        super().follow(student)

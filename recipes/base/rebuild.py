@@ -1,0 +1,40 @@
+"""A recipe of a run or an export, as it is on disk: what is loaded, and what other recipes begin from."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+
+from descant.modules.distill.distill import without_distill
+from descant.modules.io import saved
+from descant.modules.io.lean import completed
+from descant.modules.io.saved import Node, Saved
+from descant.recipes.base.recipe import Recipe
+
+#: Arguments of every recipe that say how it trains, not what it is.
+TRAINING = tuple(name for name in inspect.signature(Recipe.__init__).parameters if name not in ("self", "adapt"))
+
+
+def rebuild(found: Saved) -> Recipe:
+    """The recipe that a configuration describes, with the weights beside it, in eval mode.
+
+    Raises:
+        ValueError: if a class is not allowed, or the weights are not of what the configuration describes.
+    """
+    recipe = build(found)
+    saved.load_exactly(recipe, completed(without_distill(saved.read_weights(found)), recipe), found.weights)
+    return recipe
+
+
+def build(found: Saved) -> Recipe:
+    """The same with the weights that it has before training: random, or of pretrained files."""
+    with torch.random.fork_rng(devices=[]):  # random weights that are overwritten should not shift anybody's draws
+        recipe = saved.build(Recipe, {**found.model, "init_args": untrained(found.model)}, found.folder)
+        recipe.configure_model()
+    return recipe.eval()
+
+
+def untrained(model: Node) -> Node:
+    """A recipe's arguments without those of its training."""
+    return {key: value for key, value in (model.get("init_args") or {}).items() if key not in TRAINING}

@@ -1,0 +1,178 @@
+"""The base of all recipes: optimizers and schedules, the configured model, the step, and logging. Nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from descant.modules.core.batch import Batch
+from descant.modules.core.objective import Term
+from descant.modules.core.protocols import Embeds
+from descant.modules.core.rng import global_seed, mix
+from descant.modules.core.step import Step
+from descant.modules.distill.distill import Distill, without_distill
+from descant.modules.engine.configure import Adapt, Checkpointing, Compile, Shard
+from descant.modules.engine.optim import parameter_groups
+from descant.modules.engine.schedule import Schedule
+from descant.modules.engine.sync_batch_norm import synchronize
+from descant.modules.engine.trainer import log_interval
+from descant.modules.tokenizers.text import Codec, require_fit
+
+
+class Recipe(L.LightningModule):
+    """A recipe implements ``terms(batch)``; the base adds the terms, and callbacks weigh them.
+
+    Args:
+        optimizer: class and arguments of the optimizer; its parameters come in groups, so that norms, biases and
+            scalars take no weight decay.
+        schedule: shape of the learning rate over the run; None keeps it constant.
+        mix: fixed coefficients of terms by name (1 where absent).
+        chunks: cut each rank's batch into so many pieces for the towers, one at a time in memory (GradCache): the
+            gradients of the whole batch, for about a third more compute. For terms with in-batch negatives.
+        adapt: changes to the model before training, in order: LoRA, quantised layers.
+        checkpointing: recompute activations in backward instead of keeping them.
+        compile: compile the towers.
+        shard: split parameters over ranks (FSDP2).
+        distill: what is learned of another network beside the recipe's own terms; of no use after training.
+    """
+
+    #: True where a term contrasts samples of a batch: accumulating small batches is then another method.
+    in_batch_negatives: bool = False
+    towers: nn.ModuleDict
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable = AdamW,
+        schedule: Schedule | None = None,
+        mix: dict[str, float] | None = None,
+        chunks: int = 1,
+        adapt: list[Adapt] | None = None,
+        checkpointing: Checkpointing | None = None,
+        compile: Compile | None = None,
+        shard: Shard | None = None,
+        distill: Distill | None = None,
+    ) -> None:
+        super().__init__()
+        if chunks < 1:
+            raise ValueError(f"chunks {chunks}: at least 1")
+        if chunks > 1 and not self.in_batch_negatives:
+            raise ValueError(
+                f"chunks {chunks}: no term of {type(self).__name__} contrasts samples of a batch, and "
+                f"trainer.accumulate_grad_batches {chunks} equals the big batch for less compute; use that"
+            )
+        self.step = Step(mix=mix or {}, chunks=chunks)
+        self._optimizer, self._schedule = optimizer, schedule
+        self._parts = [part for part in (*(adapt or []), checkpointing, compile, shard) if part is not None]
+        self._configured = False
+        self.distill = distill
+
+    # what a recipe is ------------------------------------------------------------------------------------------
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        """The loss, term by term and sample by sample."""
+        raise NotImplementedError
+
+    def shared_parameters(self) -> Iterable[nn.Parameter]:
+        """The parameters that several terms share: what a parameter-level harmonizer looks at."""
+        return (p for p in self.parameters() if p.requires_grad)
+
+    # what the base owns ----------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Adapt, checkpoint, compile, shard: in that order, once (Lightning calls this at every stage)."""
+        if self._configured:
+            return
+        self._configured = True
+        with torch.random.fork_rng(devices=[]):
+            # adapters begin alike on any number of ranks: several have begun their generators anew, one has not
+            torch.default_generator.manual_seed(mix(global_seed(), "adapt"))
+            for part in self._parts:
+                if isinstance(part, Shard):
+                    self._learn_of_teacher()  # what is learned of it is split with the rest, and its gradients averaged
+                part.apply(self)
+        self._learn_of_teacher()
+
+    def _learn_of_teacher(self) -> None:
+        training = self._trainer is not None and self.trainer.training
+        if self.distill is not None and training and not self.distill.prepared:
+            self.distill.prepare(self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # a checkpoint in shards has its weights elsewhere
+        if "state_dict" in checkpoint and (self.distill is None or not self.distill.prepared):
+            checkpoint["state_dict"] = without_distill(checkpoint["state_dict"])
+
+    def setup(self, stage: str) -> None:
+        trainer = self.trainer
+        self.step.world, self.step.accumulate = trainer.world_size, trainer.accumulate_grad_batches
+        if stage == "fit" and trainer.world_size > 1:
+            synchronize(self)  # so that ranks change nothing that is learned
+        if stage == "fit" and self.in_batch_negatives and trainer.accumulate_grad_batches > 1:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches {trainer.accumulate_grad_batches}: {type(self).__name__} contrasts "
+                "samples of one batch, and accumulated small batches have fewer negatives; use "
+                f"model.chunks {trainer.accumulate_grad_batches}, which has them all in the same memory"
+            )
+        codec = getattr(trainer.datamodule, "codec", None)  # type: ignore[attr-defined]
+        if isinstance(codec, Codec) and "text" in getattr(self, "towers", {}):
+            require_fit(codec, self.towers["text"])
+
+    def configure_optimizers(self) -> Any:
+        return self.optimized(self._optimizer, self._schedule)
+
+    def optimized(self, make: OptimizerCallable, schedule: Schedule | None) -> Any:
+        """An optimizer of what trains now, and its schedule over the steps that there are for it."""
+        optimizer = make(parameter_groups(self))
+        if schedule is None:
+            return optimizer
+        config = {"scheduler": schedule(optimizer, self.schedule_steps()), "interval": schedule.interval}
+        if schedule.monitor is not None:
+            config["monitor"] = schedule.monitor
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def schedule_steps(self) -> int:
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise ValueError(
+                "schedule: the run has no end that it could count to; give trainer.max_steps or max_epochs"
+            )
+        return int(steps)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.step.require_chunks(len(batch))
+        terms = self.terms(batch)
+        if self.distill is not None:
+            terms |= self.distill(self, batch)
+        objective = self.step(terms, batch)
+        if (self.global_step + 1) % log_interval(self.trainer) == 0:  # logging costs more than small steps do
+            if self.step.raises:
+                self.step.require_finite()  # where an accelerator is read anyway
+            world = self.step.world
+            values = {f"train/{name}": value.detach() for name, value in objective.terms.items()}
+            values["train/loss"] = objective.total.detach()
+            self.log_dict(values, sync_dist=world > 1, batch_size=len(batch))
+            self.log("train/lr", self.optimizers().param_groups[0]["lr"], batch_size=len(batch))  # type: ignore[union-attr]
+        return objective.total
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
+        if self.distill is not None and stepped:
+            self.distill.teacher.follow(self)
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """The embeddings of a batch, where the recipe has some; callbacks judge them."""
+        return {"z": self.embed(batch)} if isinstance(self, Embeds) else {}
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        return self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        z = self.embed(batch) if isinstance(self, Embeds) else {}
+        return {"index": batch.index, "present": {**batch.present, **{m: batch.there(m) for m in z}}, "z": z}

@@ -1,0 +1,94 @@
+"""Several modalities in one shared space: what recipes of embeddings have in common.
+
+    h_m = pool(tower_m(x_m))        z_m = normalise(head_m(h_m))        for every modality m that is present
+
+Letters: B samples, R of them seen by a tower, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from descant.modules.adaptation.imputation import filled, seen
+from descant.modules.core.batch import Batch
+from descant.modules.core.host import derived, host_copy, to_device
+from descant.modules.core.protocols import Encodes
+from descant.modules.core.rows import running, zeroed
+from descant.modules.engine.sync_batch_norm import unseen
+from descant.modules.losses.contrastive import promote
+from descant.modules.towers import Tokens, Towers
+from descant.modules.towers.heads import MeanPool, Pool, Pools, Projection
+from descant.recipes.base.recipe import Recipe
+
+
+class SharedSpace(Recipe):
+    """Base of recipes of one space: towers, pools and heads. A recipe on top brings the terms.
+
+    Args:
+        towers: one tower a modality.
+        width: of the shared embedding space.
+        pool: tokens to one vector, a copy for each modality; or one a modality.
+    """
+
+    def __init__(self, towers: Towers, width: int = 128, pool: Pool | Pools | None = None, **kwargs: object) -> None:
+        super().__init__(**kwargs)  # type: ignore[arg-type]  # the base's own typed arguments
+        self.towers, self.modalities, self.width = towers, tuple(towers), width
+        self.pools = nn.ModuleDict(
+            {m: pool.of(m) if isinstance(pool, Pools) else copy.deepcopy(pool or MeanPool()) for m in towers}
+        )
+        self.heads = nn.ModuleDict({m: Projection(towers.width(m), width) for m in towers})
+
+    def of_modality(self, modality: str) -> Iterator[nn.Parameter]:
+        """The parameters that are of this modality alone."""
+        return (p for part in (self.towers, self.pools, self.heads) for p in part[modality].parameters())
+
+    def features(self, x: Tensor, modality: str) -> Tensor:
+        """``[B, ...] -> h_BD``: tower and pool."""
+        return self.pools[modality](self.towers[modality](x))
+
+    def present_features(self, batch: Batch, modality: str, view: str = "") -> Tensor:
+        """``h_BD`` of one modality; the tower sees present rows only, and absent rows are zero."""
+        present_B = batch.present[modality]
+        h_BD = self._seen_features(batch.inputs[modality + view], seen(modality, present_B), modality)
+        return filled(h_BD, modality, present_B)
+
+    def _seen_features(self, x: Tensor, present_B: Tensor, modality: str) -> Tensor:
+        features, tower = partial(self.features, modality=modality), self.towers[modality]
+        here_B = host_copy(present_B)  # of the loader, so that no step waits for a device to know its shapes
+        if here_B.all():
+            return self.step.chunked(features, x, tower)
+        # a rank without this modality still runs one row a chunk, of zeros: every rank's backward reaches the same
+        # parameters as often
+        rows_R = (~here_B).int().argsort(stable=True)[: max(int(here_B.sum()), self.step.chunks)]
+        absent_R = ~here_B[rows_R]
+        at_R, out_R = to_device(rows_R, x.device), to_device(absent_R, x.device)
+        x_R = derived(zeroed, x, at_R, out_R)
+        # zeros that stand for nothing are not to be counted by a tower's batch norms
+        with running(rows_R), nullcontext() if here_B.any() else unseen(tower):
+            h_RD = self.step.chunked(features, x_R, tower).masked_fill(out_R[:, None], 0.0)
+        return h_RD.new_zeros(len(x), h_RD.shape[1]).index_put((at_R,), h_RD)
+
+    def encoded(self, h_BTD: Tensor, mask_BT: Tensor, modality: str) -> Tensor:
+        """``z_BD`` of token embeddings: what comes after the ``embed`` of a tower."""
+        tower = self.towers[modality]
+        assert isinstance(tower, Encodes)
+        tokens = Tokens(tower.encode(h_BTD, mask_BT), mask_BT)
+        return self.project(self.pools[modality](tokens), modality, mask_BT.any(dim=1))
+
+    def project(self, h_BD: Tensor, modality: str, present_B: Tensor) -> Tensor:
+        z_BD = F.normalize(promote(self.heads[modality](h_BD)), dim=-1)
+        return torch.where(present_B[:, None], z_BD, torch.zeros_like(z_BD))
+
+    def embed(self, batch: Batch) -> dict[str, Tensor]:
+        return self.together({m: self.present_features(batch, m) for m in self.towers if m in batch.inputs}, batch)
+
+    def together(self, h: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Modality -> ``z_BD`` in the shared space, of its features ``h_BD``."""
+        return {m: self.project(h_BD, m, batch.present[m]) for m, h_BD in h.items()}

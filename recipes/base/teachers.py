@@ -1,0 +1,69 @@
+"""Networks that learned one modality alone, as teachers of that modality's tower (UMT).
+
+Letters: B samples, D width of latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from descant.modules.balance.mcr import Asked, Regularizer
+from descant.modules.core.objective import Term
+from descant.modules.core.protocols import Fuses
+from descant.modules.io import saved
+from descant.recipes.base.rebuild import rebuild
+
+
+class Teachers(Regularizer):
+    """Latents as those of networks that learned one modality alone: a term a modality, ``teacher-{modality}``.
+
+        value_b = weight mean_d (z_mbd - t_m(x_mb)_d)^2
+
+    Teachers are frozen, read when training begins, and neither saved with the run nor needed after it: what they are
+    shown is the student's own view of a sample, with that one modality. Source: Du 2023, arXiv 2305.01233 (UMT).
+
+    Args:
+        paths: modality -> a run folder, a checkpoint in one, or an export, of a recipe with latents of that modality.
+        weight: of each term. checkpoint: of a run folder: best, last or a file in it.
+
+    Raises:
+        ValueError: for no path; in the first step, for a modality that the recipe lacks, a run that is not there, or a
+            teacher without latents of the modality or of another width.
+    """
+
+    def __init__(self, paths: dict[str, str], weight: float = 10.0, checkpoint: str = "best") -> None:
+        super().__init__()
+        if not paths:
+            raise ValueError("Teachers: paths: none; such as {image: runs/image-alone}")
+        self.paths, self.weight, self.checkpoint = dict(paths), weight, checkpoint
+        self._teachers: list[tuple[str, nn.Module]] = []  # a list, so that they are no part of the run
+
+    def forward(self, asked: Asked) -> dict[str, Term]:
+        z, present, _ = asked.decided
+        if not self._teachers:
+            self._teachers = [(m, self._teacher(m, z)) for m in self.paths]
+        found = {}
+        for m, teacher in self._teachers:
+            teacher.to(z[m].device)
+            assert isinstance(teacher, Fuses)
+            with torch.no_grad():
+                t_BD = teacher.latents(asked.batch.only(m))[m]
+            if t_BD.shape != z[m].shape:
+                raise ValueError(
+                    f"{self.paths[m]}: latents of {t_BD.shape[1]} numbers, and the recipe's {m} has {z[m].shape[1]}"
+                )
+            off_B = (z[m] - t_BD.to(z[m])).square().mean(dim=1)
+            found[f"teacher-{m}"] = Term(self.weight * off_B, valid=present[m], norm=asked.rows)
+        return found
+
+    def _teacher(self, m: str, z: Mapping[str, Tensor]) -> nn.Module:
+        if m not in z:
+            raise ValueError(f"Teachers: paths: no modality {m!r} here, only {', '.join(z)}")
+        recipe = rebuild(saved.find(Path(self.paths[m]), self.checkpoint)).requires_grad_(False)
+        if not isinstance(recipe, Fuses) or m not in getattr(recipe, "modalities", ()):
+            raise ValueError(f"{self.paths[m]}: {type(recipe).__name__} has no latents of {m}")
+        return recipe

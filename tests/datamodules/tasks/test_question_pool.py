@@ -1,0 +1,94 @@
+"""A pool of questions that a teacher answers: what is learned is what it said, and new problems belong to training."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from descant.datamodules.order import Order
+from descant.datamodules.tasks.dialogues import in_split
+from descant.datamodules.tasks.question_pool import QuestionPool
+from descant.datamodules.tasks.questions import KINDS
+from descant.modules.core.batch import Batch
+from descant.modules.tokenizers.text import EOS, PAD
+
+N = 64
+
+
+@pytest.fixture
+def data() -> QuestionPool:
+    return QuestionPool(tiny=True, batch_size=16, items=N, size=24)
+
+
+def all_of(data: QuestionPool) -> Batch:
+    return data.training_set()[next(iter(Order(N, N, seed=0, shuffle=False)))]
+
+
+def test_what_is_to_be_said_is_what_the_teacher_said(data: QuestionPool) -> None:
+    said = torch.arange(10, 10 + 3 * N).view(N, 3)
+    said[5, 1:] = torch.tensor([EOS, 77])
+    said[6] = PAD
+    data.renew(data.pool, said, 0)
+    batch = all_of(data)
+    for n in range(N):
+        learned = batch.inputs["text"][n][batch.inputs["text_said"][n]].tolist()
+        wanted = said[n].tolist() if n not in (5, 6) else said[n, :1].tolist() if n == 5 else []
+        assert learned == [*wanted, EOS]
+    plain = data.training_problems
+    right = {int(key): row for key, row in zip(plain.problems.key_N, range(len(plain)), strict=True)}
+    at = [right[int(key)] for key in batch.key]
+    every = plain[next(iter(Order(len(plain), len(plain), seed=0, shuffle=False)))]
+    assert torch.equal(batch.targets["answer"], every.targets["answer"][at]), "what is right stays known"
+
+
+def test_a_new_pool_is_read_at_once_and_nobody_reads_one_without_answers(data: QuestionPool) -> None:
+    rows = data.training_set()
+    with pytest.raises(ValueError, match="nobody has answered it; the callback Rounds"):
+        rows[next(iter(Order(N, N, seed=0, shuffle=False)))]
+    data.renew(data.pool, torch.full((N, 2), 9), 0)
+    first = rows[next(iter(Order(N, N, seed=0, shuffle=False)))]
+    data.renew(data.fresh(1), torch.full((N, 2), 8), 1)
+    second = rows[next(iter(Order(N, N, seed=0, shuffle=False)))]
+    assert not torch.equal(first.key, second.key) and not torch.equal(first.inputs["text"], second.inputs["text"])
+    again = QuestionPool(tiny=True, batch_size=16, items=N, size=24)
+    again.load_state_dict(data.state_dict())
+    assert again.version == 1 and torch.equal(all_of(again).inputs["text"], all_of(data).inputs["text"])
+
+
+def test_variants_are_other_problems_of_the_same_kind_and_concept_and_of_training_alone(data: QuestionPool) -> None:
+    index = torch.tensor([3, 3, 3, *range(N)])
+    found = data.variants(index, 1)
+    some = data.pool.where(index.numpy())
+    assert np.array_equal(found.kind_N, some.kind_N) and np.array_equal(found.concept_N, some.concept_N)
+    other = some.kind_N != KINDS.index("colour")
+    assert (found.key_N != some.key_N)[other].all() and in_split(found.key_N, "train").all()
+    assert len(set(found.key_N[other].tolist())) == int(other.sum())
+    assert not set(found.key_N[other].tolist()) & set(data.training_problems.problems.key_N.tolist())
+    for rows in (*data.evaluation_sets("test").values(), *data.evaluation_sets("validate").values()):
+        assert not set(found.key_N.tolist()) & set(rows.problems.key_N.tolist())  # type: ignore[attr-defined]
+    assert np.array_equal(data.variants(index, 1).key_N, found.key_N)
+    assert not np.array_equal(data.variants(index, 2).key_N, found.key_N)
+
+
+def test_asking_shows_all_problems_once_as_evaluation_sees_them(data: QuestionPool) -> None:
+    seen: list[int] = []
+    for batch in data.asking(data.pool):
+        assert data.plain
+        seen += batch.index[batch.present["text"]].tolist()
+    assert seen == list(range(N)) and not data.plain
+
+
+def test_what_cannot_be(data: QuestionPool) -> None:
+    for options, message in (
+        ({"items": 8}, "items 8: a step has 16"),
+        ({"items": 64, "num_workers": 2}, "num_workers 2: readers would not see"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            QuestionPool(tiny=True, batch_size=16, size=24, **options)
+    with pytest.raises(ValueError, match=r"items \d+: there are \d+ problems to train on"):
+        QuestionPool(tiny=True, batch_size=16, size=24, items=999999).fresh(0)
+    with pytest.raises(ValueError, match="64 problems and 3 answers; it has 64"):
+        data.renew(data.pool, torch.zeros(3, 2), 0)
+    with pytest.raises(ValueError, match="items 32: the checkpoint's pool has 64"):
+        QuestionPool(tiny=True, batch_size=16, size=24, items=32).load_state_dict(data.state_dict())

@@ -1,0 +1,156 @@
+"""Questions: what is asked is shown, answers are right, and what is held out is asked nowhere else."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from descant.datamodules.corpora.emoji import VENDORS
+from descant.datamodules.order import Order
+from descant.datamodules.tasks.questions import COUNTS, KINDS, LETTERS, MORE, Questions, QuestionSet
+from descant.modules.core.batch import Batch
+from descant.modules.tokenizers.text import BOS, EOS, PAD
+from descant.modules.transforms.image import BASIC_COLOURS
+
+
+@pytest.fixture(scope="module")
+def data() -> Questions:
+    return Questions(tiny=True, batch_size=64)
+
+
+def all_of(rows: QuestionSet, epoch: int = 0) -> Batch:
+    return rows[next(iter(Order(len(rows), len(rows), seed=0, shuffle=False, epoch=epoch)))]
+
+
+def worded(data: Questions, batch: Batch, row: int) -> tuple[str, str]:
+    ids = batch.inputs["text"][row].tolist()
+    front, back = ids[: ids.index(data.answer_token)], ids[ids.index(data.answer_token) + 1 :]
+    assert front[:2] == [BOS, data.image_token]
+    decode = data.codec.tokenizer.decode  # type: ignore[attr-defined]
+    return decode(front[2:]).strip(), decode(back[: back.index(EOS)]).strip()
+
+
+def test_what_is_to_be_said_is_the_answer_and_the_end(data: Questions) -> None:
+    batch = all_of(data.training_set())
+    for ids, said, answer in zip(
+        batch.inputs["text"].tolist(), batch.inputs["text_said"].tolist(), batch.targets["answer"].tolist(), strict=True
+    ):
+        learned = [i for i, is_said in zip(ids, said, strict=True) if is_said]
+        assert learned == [*(i for i in answer if i != PAD), EOS]
+        assert ids.count(EOS) == ids.count(data.answer_token) == ids.count(data.image_token) == 1
+        assert not any(ids[ids.index(EOS) + 1 :])
+
+
+@pytest.mark.parametrize("by_letter", [True, False])
+def test_answers_are_right_and_letters_all_as_likely(by_letter: bool) -> None:
+    data = Questions(tiny=True, batch_size=64, letters=by_letter)
+    rows = data.training_set()
+    batch = all_of(rows)
+    letters: Counter[str] = Counter()
+    for row, (kind, concept) in enumerate(zip(batch.targets["kind"], batch.targets["concept"], strict=True)):
+        question, answer = worded(data, batch, row)
+        of = data.pack.rows[int(concept)]
+        if KINDS[kind] in ("name", "group"):
+            options = dict(part.split(") ", 1) for part in _options(question))
+            assert len(set(options.values())) == 4 and set(options) == set(LETTERS)
+            right = of["names"]["en"] if KINDS[kind] == "name" else of["group"].replace("-", " ")
+            there = {option.strip().casefold(): letter for letter, option in options.items()}
+            assert right.casefold() == (options[answer].strip() if by_letter else answer).casefold()
+            letters[there[right.casefold()]] += 1
+        elif KINDS[kind] == "count":
+            assert int(answer) in COUNTS and question.casefold() == f"how many: {of['names']['en'].casefold()}?"
+        else:
+            assert answer in BASIC_COLOURS
+    assert min(letters.values()) > 0.8 * max(letters.values())
+
+
+def _options(question: str) -> list[str]:
+    places = [question.index(f"{letter}) ") for letter in LETTERS]
+    return [question[a:b] for a, b in zip(places, [*places[1:], len(question)], strict=True)]
+
+
+def test_scenes_show_as_many_as_are_counted(data: Questions) -> None:
+    rows = data._set("train", False, ["noto"], kinds=["count"])
+    batch, cell = all_of(rows), data.size // 3
+    for image, concept, answer in zip(
+        batch.inputs["image"], batch.targets["concept"], batch.targets["answer"][:, 0], strict=True
+    ):
+        wanted = data.drawing(VENDORS.index("noto"), int(concept), cell)
+        cells = image.unfold(1, cell, cell).unfold(2, cell, cell).permute(1, 2, 0, 3, 4).flatten(0, 1)
+        shown = sum(torch.equal(x, wanted) for x in cells)
+        assert shown == int(data.codec.tokenizer.id_to_token(int(answer)).strip("Ġ▁ "))  # type: ignore[attr-defined]
+        assert 0 <= sum(bool(x.any()) for x in cells) - shown <= 2
+
+
+def test_what_is_held_out_is_asked_nowhere_else(data: Questions) -> None:
+    train = data.training_set()
+    sets = data.evaluation_sets("test") | data.evaluation_sets("validate")
+    keys = {name: set(rows.problems.key_N.tolist()) for name, rows in sets.items() if isinstance(rows, QuestionSet)}
+    own = set(train.problems.key_N.tolist())
+    assert len(own) == len(train) and all(not own & other for other in keys.values())
+    assert (
+        not keys["val"] & (keys["problems"] | keys["concept"]) and keys["counts"] <= keys["problems"] | keys["vendor"]
+    )
+    seen = set(train.problems.concept_N.tolist())
+    concept = sets["concept"]
+    assert isinstance(concept, QuestionSet)
+    assert not seen & set(concept.problems.concept_N.tolist()) and not seen & set(concept.pool.tolist())
+    assert set(train.vendors.tolist()) == {0, 1, 2} and sets["vendor"].vendors.tolist() == [3]  # type: ignore[attr-defined]
+    counts = all_of(sets["counts"])  # type: ignore[arg-type]
+    assert {int(worded(data, counts, row)[1]) for row in range(len(counts))} == set(MORE)
+
+
+def test_training_draws_vendors_and_places_anew_and_problems_never_change(data: Questions) -> None:
+    rows = data.training_set()
+    one, two = all_of(rows), all_of(rows, epoch=1)
+    assert torch.equal(one.inputs["text"], two.inputs["text"])
+    changed = (one.inputs["image"] != two.inputs["image"]).flatten(1).any(dim=1)
+    assert changed.float().mean() > 0.5
+    fixed = data._set("train", False, data.vendors)
+    assert torch.equal(all_of(fixed).inputs["image"], all_of(fixed, epoch=1).inputs["image"])
+
+
+def test_a_problem_is_the_same_whatever_else_is_asked(data: Questions) -> None:
+    rows = data.training_set()
+    whole = all_of(rows)
+    part = rows.rows(np.array([7, 3]), whole.draw.numpy()[[7, 3]])
+    assert torch.equal(part.inputs["text"], whole.inputs["text"][[7, 3]])
+    assert torch.equal(part.inputs["image"], whole.inputs["image"][[7, 3]])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"kinds": ["nmae"]}, "kinds.*nmae.* is not one of name, group, colour, count"),
+        ({"vendors": ["fluent"]}, "vendors.*fluent"),
+        ({"kinds": []}, "kinds: none; such as name"),
+        ({"size": 50}, "size 50: a multiple of 3 from 24 to 63"),
+    ],
+)
+def test_what_cannot_be_is_refused(options: dict[str, object], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Questions(tiny=True, **options)  # type: ignore[arg-type]
+
+
+def test_a_question_that_does_not_fit_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^length 12: 'wh.* and its answer are \d+ tokens$"):
+        all_of(Questions(tiny=True, length=12).training_set())
+
+
+def test_an_answer_behind_its_thought_is_judged_by_what_stands_last() -> None:
+    data = Questions(tiny=True, batch_size=32, size=24, length=96, kinds=["name"], letters=True, think=True)
+    batch = next(iter(data.train_dataloader()))
+    said = [row[mask].tolist()[:-1] for row, mask in zip(batch.inputs["text"], batch.inputs["text_said"], strict=True)]
+    right = [[t for t in row if t] for row in batch.targets["answer"].tolist()]
+    for b, words in enumerate(map(data.spell, said)):
+        of = data.pack.rows[int(batch.targets["concept"][b])]
+        assert words.startswith(f"think {of['group'].replace('-', ' ')}") and data.spell(right[b]) in "abcd"
+        assert data.is_right(said[b], right[b]) and data.is_right(data.ids(f"answer {data.spell(right[b])}"), right[b])
+        other = data.ids("answer " + "abcd"[("abcd".index(data.spell(right[b])) + 1) % 4])
+        assert not data.is_right(other, right[b]) and not data.is_right([], right[b])
+    assert len({len(row) for row in said}) > 1 and max(map(len, said)) <= data.answer_length
+    plain = Questions(tiny=True, batch_size=8, size=24)
+    assert plain.is_right([5, 6], [5, 6]) and not plain.is_right([5, 6, 7], [5, 6])

@@ -1,0 +1,216 @@
+"""The scripts of ``descant submit``, and what it refuses before anything is submitted. No SLURM here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from descant.slurm.submit import grid
+from tests.conftest import Result
+from tests.rotation import quick
+
+Cli = Callable[..., Result]
+FIT = ("fit", "--config", "toy.yaml", "--trust", "tests.toys")
+
+
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An sbatch that numbers its jobs, and keeps what it was given; without it there is none on PATH."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    body = f'#!/bin/bash\necho "$@" >> {tmp_path}/calls\nenv > {tmp_path}/env\nwc -l < {tmp_path}/calls\n'
+    for name, text in (("sbatch", body), ("scontrol", "#!/bin/bash\n")):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    return tmp_path
+
+
+def test_dry_run_prints_the_script_and_writes_nothing(cli: Cli, workplace: Path) -> None:
+    options = (
+        "--nodes",
+        "2",
+        "--gpus-per-node",
+        "a100:4",
+        "--time",
+        "24:00:00",
+        "--cpus-per-task",
+        "6",
+        "--mem",
+        "64G",
+    )
+    more = ("--partition", "long", "--setup", "module load cuda", "--sbatch", "exclusive", "--sbatch=--nice=5")
+    before = sorted(workplace.rglob("*"))
+    result = cli("submit", *options, *more, "--dry-run", "--", *FIT, "--name", "my run", "--model.scale", "-1.5")
+    assert result.rc == 0, result.err
+    assert sorted(workplace.rglob("*")) == before
+    said = re.findall(r"^#SBATCH --(.+)$", result.out, re.MULTILINE)
+    assert said == [
+        'job-name="my run"',
+        f"chdir={workplace}",
+        'output="runs/my run/slurm-%j.log"',
+        "open-mode=append",
+        "nodes=2",
+        "ntasks-per-node=4",
+        "signal=USR1@120",
+        "gpus-per-node=a100:4",
+        "cpus-per-task=6",
+        "mem=64G",
+        "time=24:00:00",
+        "partition=long",
+        "requeue",
+        "kill-on-invalid-dep=yes",
+        "exclusive",
+        "nice=5",
+    ]
+    assert "\nmodule load cuda\n" in result.out
+    (command,) = re.findall(r"^srun (?:.|\n)+?\n(?=code)", result.out, re.MULTILINE)
+    assert [line.removesuffix(" \\") for line in command.splitlines()[2:]] == [
+        "  --config toy.yaml",
+        "  --config on/slurm",
+        "  --trust tests.toys",
+        "  --name 'my run'",
+        "  --model.scale -1.5",
+        "  --trainer.num_nodes 2",
+        "  --trainer.devices 4",
+        '  "$@"',
+    ]
+    assert subprocess.run(["bash", "-n"], input=result.out, text=True).returncode == 0
+
+
+def test_submitting_keeps_script_and_meaning_and_chains(cli: Cli, tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_NTASKS", "SLURM_CONF", "MASTER_PORT", "PYTEST_XDIST", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "7")
+    axes = ("--array", "seed_everything=0..1", "--array", "model.scale=1,2", "--at-once", "2")
+    evaluation = ("test", "--run", "toy/latest", "--trust", "tests.toys")
+    result = cli("submit", *axes, "--after", "99", "--", *FIT, "--", *evaluation)
+    assert result.rc == 0, result.err
+    assert (tools / "calls").read_text().splitlines() == [
+        "--parsable --dependency=afterok:99 runs/toy/submit-001.sh",
+        "--parsable --dependency=afterok:1 runs/toy/submit-002.sh",
+    ]
+    assert json.loads((tools / "runs/toy/submit-001.json").read_text())["tasks"]["1"] == {
+        "seed_everything": "0",
+        "model.scale": "2",
+    }
+    first, second = ((tools / f"runs/toy/submit-00{n}.sh").read_text() for n in (1, 2))
+    assert "#SBATCH --array=0-3%2\n" in first and "  1) set -- --seed_everything 0 --model.scale 2 ;;\n" in first
+    assert "--array=" not in second and "on/slurm" not in second and " -m descant test \\\n" in second
+    for word in ("submitted 1, 4 tasks", "after 1: runs", "squeue -j 1", "slurm-1_0.log", "--logdir runs/toy"):
+        assert word in result.out, word
+    names = {line.partition("=")[0] for line in (tools / "env").read_text().splitlines()}
+    assert "SLURM_CONF" in names
+    assert not names & {"SLURM_NTASKS", "MASTER_PORT", "PYTEST_XDIST", "LOCAL_RANK", "PYTEST_CURRENT_TEST"}
+
+
+def test_a_grid_is_all_combinations() -> None:
+    tasks = grid(["seed_everything=0..4", "model.optimizer.lr=0.1,0.2,1e-3"])
+    assert len(tasks) == 15 == len({tuple(task.items()) for task in tasks})
+    assert tasks[0] == {"seed_everything": "0", "model.optimizer.lr": "0.1"} and grid([]) == []
+
+
+# how a job ends, without SLURM: srun runs the ranks here, and scontrol keeps what it is told ---------------------
+
+
+@pytest.mark.parametrize(
+    ("codes", "answer", "ended", "again"),
+    [
+        ((0, 0), True, 0, False),
+        ((1, 0), True, 1, False),
+        ((1, 0), False, 137, True),  # a node is gone, and the first noticed
+        ((2, 137), True, 2, False),  # the second was killed because of the first
+        ((137, 1), True, 137, True),  # the second lost the first
+        ((75, 75), True, 75, True),
+        ((143, 0), True, 143, True),
+        ((138, 138), True, 138, True),
+        ((130, 130), True, 130, False),
+    ],
+)
+@pytest.mark.parametrize(("state", "restarts"), quick([("RUNNING", 0), ("RUNNING", 3), ("COMPLETING", 0)], 3))
+def test_what_becomes_of_each_way_to_end(
+    cli: Cli,
+    workplace: Path,
+    codes: tuple[int, int],
+    answer: bool,
+    ended: int,
+    again: bool,
+    state: str,
+    restarts: int,
+) -> None:
+    text = cli("submit", "--dry-run", "--requeues", "3", "--", *FIT).out
+    command = re.search(r"/\S+ -P -m descant fit", text)
+    assert command is not None
+    job = text.replace(command[0], f"{workplace}/rank")
+    programs = {
+        "rank": "exit $CODE",
+        # the second begins when the first has ended
+        "srun": f'[ "$1" != --overlap ] || exit {int(not answer)}\nshift; worst=0\n'
+        + "".join(f'CODE={code} "$@"; r=$?; [ $r -gt $worst ] && worst=$r\n' for code in codes)
+        + "exit $worst",
+        "scontrol": f'case "$*" in *hostnames*) echo n1 ;; *show*) echo "JobState={state} x=1" ;;'
+        ' requeue*) touch "$HOME/requeued" ;; esac',
+    }
+    for name, body in programs.items():
+        (workplace / name).write_text(f"#!/bin/bash\n{body}\n")
+        (workplace / name).chmod(0o755)
+    (workplace / "runs/toy").mkdir(parents=True)
+    environment = {"PATH": f"{workplace}:{os.environ['PATH']}", "HOME": str(workplace), "SLURM_JOB_ID": "5"}
+    environment |= {"SLURM_JOB_NODELIST": "n1", "SLURM_RESTART_COUNT": str(restarts)}
+    done = subprocess.run(["bash", "-s"], input=job, text=True, capture_output=True, env=environment, cwd=workplace)
+    assert done.returncode == ended, done
+    assert (workplace / "requeued").exists() == (again and state == "RUNNING" and restarts < 3)
+    assert len(done.stdout.splitlines()) == (0 if ended == 0 else 1)
+    assert not list((workplace / "runs/toy").iterdir())
+
+
+# what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (("--nodse", "2", "--", *FIT), "submit: --nodse: no such option; nearest: --nodes"),
+        (("--nodes", "0", "--", *FIT), "submit: --nodes 0: at least 1"),
+        (("--time", "soon", "--", *FIT), "submit: --time soon: MINUTES, HOURS:MINUTES:SECONDS or "),
+        (("--time", "2", "--", *FIT), "submit: --time 2: it ends before --signal-before 120 seconds have passed"),
+        (("--gpus-per-node", "all", "--", *FIT), "submit: --gpus-per-node all: a number, or TYPE:NUMBER"),
+        (("--after", "last", "--", *FIT), "submit: --after last: the number of a job"),
+        (("--array", "seed", "--", *FIT), "submit: --array seed: KEY=0..4 or KEY=a,b,c"),
+        (("--array", "a=1,2", "--array", "a=3", "--", *FIT), "submit: --array a=3: a is said twice"),
+        (("--sbatch", "nodes=3", "--", *FIT), "submit: --sbatch nodes=3: say --nodes"),
+        (("--sbatch", "output=x", "--", *FIT), "submit: --sbatch output=x: the script needs its own"),
+        (("--nodes", "2"), "submit: of what? The command comes after --"),
+        (("--dry-run", "--", "fti"), "submit: fti: only fit, validate, test, predict can be submitted; nearest: fit"),
+        (("--dry-run", "--", *FIT, "--trainer.devices", "3"), "submit: --trainer.devices: submit says it itself"),
+        (("--dry-run", "--", *FIT, "--resume", "never"), "submit: --resume: submit says it itself"),
+        (("--dry-run", "--", *FIT, "--model.scael", "2"), "--model.scael: ToyRecipe has no such key; nearest: scale"),
+        (("--dry-run", "--array", "model.scale=1,big", "--", *FIT), "--model.scale: expected a number, got 'big'"),
+        (
+            ("--dry-run", "--nodes", "3", "--", "fit", "--config", "contrastive/emoji"),
+            "data.batch_size: batch_size 256 is the whole step's, and 3 rank(s) x 1 micro-batch(es) do not divide it",
+        ),
+    ],
+)
+def test_what_is_wrong_is_refused_before_anything_is_submitted(
+    cli: Cli, tools: Path, args: tuple[str, ...], line: str
+) -> None:
+    assert cli("submit", *args).refusal.startswith(line)
+    assert not (tools / "calls").exists() and not (tools / "runs").exists()
+
+
+def test_without_slurm(cli: Cli, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert cli("submit", "--", *FIT).refusal.startswith("submit: sbatch is not on PATH")
+    assert not (workplace / "runs").exists()
+
+
+def test_what_sbatch_refuses_is_told_in_its_words_and_leaves_no_script(cli: Cli, tools: Path) -> None:
+    (tools / "bin/sbatch").write_text("#!/bin/bash\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
+    assert cli("submit", "--partition", "nope", "--", *FIT).refusal == "sbatch: error: invalid partition"
+    assert not list(tools.glob("runs/toy/*"))

@@ -1,0 +1,218 @@
+"""Lists that a teacher mines: gradients by hand, columns that stay aligned, weights that are not inert.
+
+Letters: B samples, K of a list.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from descant.modules.core.batch import Batch
+from descant.modules.core.step import Step
+from descant.modules.distill.distill import Lesson
+from descant.modules.distill.ranking import (
+    Alike,
+    AsReleased,
+    Behind,
+    ListKL,
+    ListMSE,
+    Lists,
+    RankTarget,
+    Sure,
+    Unsure,
+    Weighting,
+)
+from tests.recipes.test_missing import batch
+from tests.tolerance import F32, conditioned, rounding, ulps
+
+B = 10
+
+
+class Scores(nn.Module):
+    """A network whose scores of all pairs are a matrix."""
+
+    pairs = ("image-text",)
+
+    def __init__(self, s_BB: Tensor) -> None:
+        super().__init__()
+        self.s_BB, self.step = s_BB, Step()
+        self.step.pairs = self.scorers(None)
+        self.asked = 0
+
+    def scorers(self, batch: Any) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+        return {"image-text": self.score}
+
+    def score(self, row_N: Tensor, column_N: Tensor) -> Tensor:
+        self.asked = len(row_N)
+        return self.s_BB[row_N, column_N]
+
+
+def samples(rows: int = B) -> Batch:
+    b = batch(rows, modalities=("image", "text"))
+    b.key = torch.arange(rows)
+    return b
+
+
+def matrix(seed: int = 0, rows: int = B) -> Tensor:
+    return torch.randn(rows, rows, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def lesson(teacher_BB: Tensor, student_BB: Tensor, b: Batch) -> Lesson:
+    return Lesson(Scores(student_BB), Scores(teacher_BB), b)
+
+
+def by_hand(t_BB: Tensor, b: Batch, kept: int) -> list[list[int]]:
+    """The own text, then the best of all others in the teacher's eyes."""
+    found = []
+    for i in range(len(b)):
+        others = [j for j in range(len(b)) if b.present["text"][j] and b.present["image"][j] and b.key[i] != b.key[j]]
+        found.append([i, *sorted(others, key=lambda j: -float(t_BB[i, j]))[:kept]])
+    return found
+
+
+def test_lists_are_the_own_text_and_those_that_the_teacher_scores_highest() -> None:
+    b, t_BB = samples(), matrix()
+    b.present["text"][3] = False
+    b.key[5] = b.key[6]
+    column_BK, t_BK, valid_B = RankTarget(kept=4).mined(b, Scores(t_BB).score)
+    for i, wanted in enumerate(by_hand(t_BB, b, 4)):
+        assert bool(valid_B[i]) == (i != 3)
+        if i != 3:
+            assert column_BK[i].tolist() == wanted
+            torch.testing.assert_close(t_BK[i], t_BB[i, wanted].float(), **rounding(2, F32))
+
+
+def test_the_teacher_is_asked_for_what_is_drawn_alone_and_draws_follow_the_samples() -> None:
+    b, teacher = samples(), Scores(matrix())
+    target = RankTarget(drawn=5, kept=3)
+    column_BK, _, valid_B = target.mined(b, teacher.score)
+    assert teacher.asked == B * 6 and valid_B.all()
+    order = torch.randperm(B, generator=torch.Generator().manual_seed(1))
+    again_BK, _, _ = target.mined(b.select(order), lambda r, c: teacher.score(order[r], order[c]))
+    assert torch.equal(order[again_BK], column_BK[order])
+    rest = RankTarget(drawn=5, kept=3, mine="random").mined(b, teacher.score)[0]
+    assert not torch.equal(rest, column_BK)
+    assert set(map(tuple, column_BK.tolist())) != set(map(tuple, rest.tolist()))
+
+
+def test_columns_stay_aligned_where_the_teacher_errs() -> None:
+    """A student that scores as a teacher whose own text is never the first has nothing to learn of it."""
+    t_BB = matrix()
+    t_BB.fill_diagonal_(-5.0)
+    for imitation in (ListMSE(), ListKL(2.0)):
+        terms = RankTarget(kept=4, imitation=imitation)(lesson(t_BB, t_BB.clone(), samples()))
+        assert terms["rank"].value.abs().max() < ulps(8, F32)
+    released_BK = t_BB[:, :5].sort(dim=1, descending=True).values  # sorted by score, as the release leaves them
+    assert (released_BK - t_BB[:, :5]).abs().max() > 1
+
+
+def entropy(t: list[float]) -> float:
+    total = sum(math.exp(x) for x in t)
+    return -sum(math.exp(x) / total * math.log(math.exp(x) / total) for x in t) / math.log(len(t))
+
+
+def ce(x: list[float]) -> float:
+    return math.log(sum(math.exp(v) for v in x)) - x[0]
+
+
+FORMULAS: list[tuple[Weighting, Callable[[list[float], list[float]], float]]] = [
+    (Alike(), lambda t, s: 1.0),
+    (Sure(), lambda t, s: 1 - entropy(t)),
+    (Unsure(), lambda t, s: entropy(t)),
+    (Behind(), lambda t, s: 1 - math.exp(-ce(s) / ce(t))),
+]
+
+
+@pytest.mark.parametrize(("weighting", "formula"), FORMULAS, ids=lambda x: type(x).__name__)
+def test_every_weight_scales_the_gradient_of_its_sample_and_of_no_other(
+    weighting: Weighting, formula: Callable[[list[float], list[float]], float]
+) -> None:
+    b, t_BB, s_BB = samples(), matrix(0), matrix(1)
+    lists = by_hand(t_BB, b, 4)
+    w = [formula(t_BB[i, k].tolist(), s_BB[i, k].tolist()) for i, k in enumerate(lists)]
+    w = [x * B / sum(w) for x in w]
+    for name, at in (("rank", {"weigh": weighting}), ("truth", {"weigh_truth": weighting})):
+        grads = []
+        for options in (at, {}):
+            leaf_BB = s_BB.clone().requires_grad_()
+            term = RankTarget(kept=4, imitation=ListMSE(), **options)(lesson(t_BB, leaf_BB, b))[name]  # type: ignore[arg-type]
+            Step()({name: term}, b).total.backward()
+            assert leaf_BB.grad is not None
+            grads.append(leaf_BB.grad)
+        weighed_BB, plain_BB = grads
+        assert plain_BB.abs().sum(dim=1).min() > 1e-4
+        torch.testing.assert_close(
+            weighed_BB, torch.tensor(w, dtype=torch.float64)[:, None] * plain_BB, rtol=2e-5, atol=1e-9
+        )  # float32 weights: exponentials of scores up to 10, in sums of 4 and of all samples: 168 ulps
+    # what the release does: the mean first, and weights of it that add up to 1
+    if not isinstance(weighting, Alike):
+        assert max(w) / min(w) > 1.05
+
+
+def test_the_released_weights_hardly_differ() -> None:
+    t_BK = 3 * torch.randn(128, 8, generator=torch.Generator().manual_seed(2))
+    w_B = AsReleased()(Lists(t_BK, t_BK, torch.ones(128, dtype=torch.bool)))
+    assert w_B.sum().item() == pytest.approx(1, rel=ulps(128, F32)) and 1.0 < w_B.max() / w_B.min() < 1.05
+
+
+def test_terms_by_hand() -> None:
+    b, t_BB, s_BB = samples(), matrix(0), matrix(1)
+    target = RankTarget(kept=4, imitation=ListKL(2.0), rank=3.0, truth=0.5)
+    terms = target(lesson(t_BB, s_BB, b))
+    for i, k in enumerate(by_hand(t_BB, b, 4)):
+        t, s = t_BB[i, k], s_BB[i, k]
+        p = [math.exp(x / 2) for x in t.tolist()]
+        q = [math.exp(x / 2) for x in s.tolist()]
+        kl = sum(a / sum(p) * math.log(a / sum(p) * sum(q) / c) for a, c in zip(p, q, strict=True))
+        # logarithms that cancel down to an eighth
+        assert float(terms["rank"].value[i]) == pytest.approx(3 * 4 * kl, rel=conditioned(8, F32, terms=10))
+        assert float(terms["truth"].value[i]) == pytest.approx(0.5 * ce(s.tolist()), rel=ulps(64, F32))
+
+
+def test_the_sham_hands_weights_on() -> None:
+    b, t_BB = samples(), matrix()
+    own, other = (
+        RankTarget(kept=4, weigh=Sure(), sham=mode)(lesson(t_BB, matrix(1), b))["rank"] for mode in (None, "permute")
+    )
+    assert own.weight is not None and other.weight is not None
+    assert (own.weight != other.weight).all()
+    torch.testing.assert_close(own.weight.sort().values, other.weight.sort().values, **rounding(8, F32))
+    assert own.weight.mean().item() == pytest.approx(1, rel=ulps(64, F32))
+
+
+def test_absent_samples_change_nothing_and_too_few_make_no_list() -> None:
+    b, t_BB, s_BB = samples(), matrix(0), matrix(1).requires_grad_()
+    b.present["image"][2] = b.present["text"][7] = False
+    b.step = dict(b.present)
+    terms = RankTarget(kept=3, weigh=Sure())(lesson(t_BB, s_BB, b))
+    Step()(terms, b).total.backward()
+    assert s_BB.grad is not None and s_BB.grad.isfinite().all()
+    for row in (2, 7):
+        assert not s_BB.grad[row].any() and not s_BB.grad[:, row].any()
+    few = samples(3)
+    terms = RankTarget(kept=4)(lesson(matrix(0, 3), matrix(1, 3), few))
+    assert not cast(Tensor, terms["rank"].valid).any()
+    assert Step()(terms, few).total == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RankTarget(drawn=3, kept=4), "kept 4 of drawn 3"),
+        (lambda: ListKL(0), "temperature 0: above 0"),
+        (
+            lambda: RankTarget("image-audio").build(Scores(matrix()), Scores(matrix())),
+            "no pair 'image-audio', only image-text",
+        ),
+        (lambda: RankTarget().build(nn.Linear(1, 1), Scores(matrix())), "the student, Linear, scores no pairs"),
+    ],
+)
+def test_what_cannot_be(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

