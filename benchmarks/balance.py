@@ -14,13 +14,13 @@ from benchmarks import Row
 from benchmarks.harmonize import steps_of, towers
 from benchmarks.timing import interleaved, median
 from descant.callbacks.balance.balance import Balance
-from descant.callbacks.balance.opm import DropAhead
-from descant.callbacks.balance.pmr import Prototypes
+from descant.callbacks.balance.opm import OPM
+from descant.callbacks.balance.pmr import PMR
 from descant.callbacks.harmonize.towers import HarmonizeTowers
 from descant.modules.balance.gradient_modulation import AGM, OGM
 from descant.modules.balance.mcr import GreedyGame, LabelContrast, Regularizer
 from descant.modules.fusion.classifiers import MidFusion
-from descant.modules.multitask.rules import Pareto
+from descant.modules.multitask.rules import MMPareto
 from descant.recipes import Fusion
 
 #: What only looks at scores, and what plays a game.
@@ -37,10 +37,10 @@ def overhead(rounds: int = 30, rows: int = 160) -> Iterator[Row]:
     callbacks: dict[str, tuple[Any, float | None]] = {
         "ogm": (Balance(OGM()), SCORES),
         "agm": (Balance(AGM()), SCORES),
-        "pmr": (Prototypes(), SCORES),
-        "opm": (DropAhead(), SCORES),
+        "pmr": (PMR(), SCORES),
+        "opm": (OPM(), SCORES),
         "ogm_ge": (Balance(OGM(), noise=True), None),
-        "mmpareto": (HarmonizeTowers(Pareto()), None),
+        "mmpareto": (HarmonizeTowers(MMPareto()), None),
     }
     games: dict[str, tuple[Callable[[], Fusion], float | None]] = {
         "mcr_8_permutations": (lambda: recipe(GreedyGame(permutations=8)), GAME),

@@ -21,7 +21,7 @@ from descant.callbacks.harmonize.terms import Harmonize
 from descant.modules.core.batch import Batch
 from descant.modules.engine.optim import parameter_groups
 from descant.modules.losses import InfoNCE
-from descant.modules.multitask.rules import PCGrad, Realign, UPGrad
+from descant.modules.multitask.rules import CMGH, PCGrad, UPGrad
 from descant.modules.objectives.curriculum import Curriculum
 from descant.modules.towers import BagTower, ConvTower, LogMelTower, Towers
 from descant.recipes.base.recipe import Recipe
@@ -96,8 +96,8 @@ def steps_of(
 def overhead(rounds: int = 30, rows: int = 160) -> Iterator[Row]:
     """Time of four steps of three terms with a harmonizer over that of four plain ones."""
     arms = {
-        "features": HarmonizeFeatures(Realign()),
-        "curriculum": HarmonizeFeatures(Realign(), Curriculum(warmup=0.0), feature="image"),
+        "features": HarmonizeFeatures(CMGH()),
+        "curriculum": HarmonizeFeatures(CMGH(), Curriculum(warmup=0.0), feature="image"),
         "parameters_every_4": Harmonize(PCGrad(), every=EVERY),
         "parameters_every_4_upgrad": Harmonize(UPGrad(), every=EVERY),
         "parameters_every_step": Harmonize(PCGrad()),

@@ -32,7 +32,7 @@ from descant.datamodules.tasks.text_tasks import TaskProblems, TextTasks
 from descant.modules.core.batch import Batch
 from descant.modules.language import Generated
 from descant.modules.policy.rewards import Answer, Rewards, Verifier
-from descant.modules.tokenizers.text import BOS, EOS, PAD, Codec
+from descant.modules.tokenizers.text import BOS, EOS, PAD, Tokenizer
 from descant.recipes import Reinforced
 
 #: TRL's time / ours, and generation's share of our step.
@@ -77,7 +77,7 @@ class Even(Verifier):
         return even(answer.said)
 
 
-class Words(Codec):
+class WordTokenizer(Tokenizer):
     """Token i is the word ``wi``."""
 
     vocabulary = V - 2
@@ -87,7 +87,7 @@ class Words(Codec):
 
 
 class Prompts(DialogueSet):
-    def __init__(self, data: Asked, problems: TaskProblems) -> None:
+    def __init__(self, data: PromptTask, problems: TaskProblems) -> None:
         super().__init__(data, problems)
         self.data = data
 
@@ -98,18 +98,18 @@ class Prompts(DialogueSet):
         p = self.problems.where(index_B)
         text_BT, said_BT = self.data.replied(prompts()[p.number_N].tolist(), [[FIRST]] * len(p))
         answer = torch.full((len(p), self.data.answer_length), PAD)
-        return Rows({"text": text_BT, "text_said": said_BT}, {"answer": answer}, torch.from_numpy(p.key_N))
+        return Rows({"text": text_BT, "loss_mask": said_BT}, {"answer": answer}, torch.from_numpy(p.key_N))
 
 
-class Asked(RolledDialogues, TextTasks):
+class PromptTask(RolledDialogues, TextTasks):
     """The prompts, N at a time."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(items=N, group=G, tasks={"even": None}, length=T + NEW + 1, answer_length=NEW, **kwargs)
 
     @cached_property
-    def codec(self) -> Codec:
-        return Words(self.length)
+    def codec(self) -> Tokenizer:
+        return WordTokenizer(self.length)
 
     def asked_set(self, problems: TaskProblems) -> Prompts:
         return Prompts(self, problems)
@@ -216,7 +216,7 @@ class Ours(L.Callback):
             gradient_clip_val=1.0,
             callbacks=[self, Rollouts(Rewards({"even": Even()}))],
         )
-        trainer.fit(net, datamodule=Asked(batch_size=N * G))
+        trainer.fit(net, datamodule=PromptTask(batch_size=N * G))
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
@@ -224,7 +224,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers.models import WordLevel
 
     made = Tokenizer(WordLevel({f"w{i}": i for i in range(V)}, unk_token=f"w{PAD}"))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.WhitespaceSplit(), decoders.Fuse()
+    made.pre_tokenizer, made.decoder = pre_tokenizers.WhitespaceSplit(), decoders.FusionHead()
     return PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token=f"w{PAD}", eos_token=f"w{EOS}", bos_token=f"w{BOS}", padding_side="left"
     )

@@ -1,9 +1,9 @@
 """The callbacks: they know the protocols of :mod:`descant.modules.core.protocols`, and never a recipe."""
 
 from descant.callbacks.balance.balance import Balance as Balance
-from descant.callbacks.balance.g_blending import Blend as Blend
-from descant.callbacks.balance.opm import DropAhead as DropAhead
-from descant.callbacks.balance.pmr import Prototypes as Prototypes
+from descant.callbacks.balance.g_blending import GradientBlending as GradientBlending
+from descant.callbacks.balance.opm import OPM as OPM
+from descant.callbacks.balance.pmr import PMR as PMR
 from descant.callbacks.evaluate.accuracy import Accuracy as Accuracy
 from descant.callbacks.evaluate.answering import Answering as Answering
 from descant.callbacks.evaluate.attacks import Attacks as Attacks

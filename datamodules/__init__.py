@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from descant.datamodules.tasks.rollout_buffer import RolledDialogues as RolledDialogues
     from descant.datamodules.tasks.text_tasks import TaskRollouts as TaskRollouts
     from descant.datamodules.tasks.text_tasks import TextTasks as TextTasks
-    from descant.datamodules.user_data import Own as Own
+    from descant.datamodules.user_data import UserData as UserData
 
 #: Module -> its data modules.
 _HOMES = {
@@ -46,7 +46,7 @@ _HOMES = {
     "frames": ("FrameRollouts", "Frames"),
     "landsat": ("Landsat",),
     "mixture": ("Mixture",),
-    "own": ("Own",),
+    "own": ("UserData",),
     "pool": ("PooledQuestions", "QuestionPool", "QuestionRollouts"),
     "questions": ("QuestionPairs", "Questions"),
     "rolled": ("PooledDialogues", "RolledDialogues"),

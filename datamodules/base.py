@@ -25,7 +25,7 @@ from descant.datamodules.changes import Corpus, pack, require
 from descant.datamodules.order import Order, Slot, Window
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import global_seed, mix_N, uniform_N
-from descant.modules.tokenizers.text import Codec
+from descant.modules.tokenizers.text import Tokenizer
 
 
 class BatchDataset(Dataset[Batch]):
@@ -237,7 +237,7 @@ class DataModule(L.LightningDataModule):
         return str(index)
 
     @property
-    def codec(self) -> Codec | None:
+    def codec(self) -> Tokenizer | None:
         """How texts become token ids, where there are texts: what shares a text tower must share it."""
         return None
 

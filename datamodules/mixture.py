@@ -20,11 +20,11 @@ from torch import Tensor
 
 from descant.datamodules.base import BatchDataset, DataModule
 from descant.datamodules.changes import Corpus
-from descant.datamodules.order import Blocked, Order, Slot, Window
+from descant.datamodules.order import BlockShuffle, Order, Slot, Window
 from descant.datamodules.shuffle import Permutation
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import mix, mix_N
-from descant.modules.tokenizers.text import Codec
+from descant.modules.tokenizers.text import Tokenizer
 
 #: A sample's id in a mixture is ``number of its part << _BITS | its id there``.
 _BITS = 48
@@ -106,7 +106,7 @@ class MixedOrder(Order):
         batch_size: int,
         seed: int,
         homogeneous: bool = False,
-        blocked: Mapping[int, Blocked] | None = None,
+        blocked: Mapping[int, BlockShuffle] | None = None,
         **cut: int,
     ) -> None:
         super().__init__(samples, batch_size, seed, **cut)  # type: ignore[arg-type]  # cut holds no shuffle
@@ -362,7 +362,7 @@ class Mixture(DataModule):
         return max(part.workers for part in self.parts.values()) if self._workers is None else self._workers
 
     @property
-    def codec(self) -> Codec | None:
+    def codec(self) -> Tokenizer | None:
         return next((part.codec for part in self.parts.values() if part.codec is not None), None)
 
     # the hooks that parts have ---------------------------------------------------------------------------------
@@ -473,9 +473,9 @@ class Mixture(DataModule):
         blocked = {}
         for part, (name, member) in enumerate(zip(names, data.members.values(), strict=True)):
             own = self.parts[name].order(member)
-            if isinstance(own, Blocked):
+            if isinstance(own, BlockShuffle):
                 seed = mix(self.seed, "order", name)
-                blocked[part] = Blocked(own.block_N.numpy(), own.together, own.batch_size, seed)
+                blocked[part] = BlockShuffle(own.block_N.numpy(), own.together, own.batch_size, seed)
         return MixedOrder(sizes, names, weights, samples, size, self.seed, alone, blocked, **cut)
 
     # what evaluation asks --------------------------------------------------------------------------------------

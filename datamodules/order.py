@@ -114,7 +114,7 @@ class Order:
         return Window(step[micro * self.world + self.rank :: self.world * self.accumulate], step)
 
 
-class Blocked(Order):
+class BlockShuffle(Order):
     """An order for what is read a block at a time: blocks are shuffled, then the samples of a few blocks at once.
 
     A reader that keeps ``together`` blocks reads each of them once an epoch; samples of one block meet those of the
@@ -125,7 +125,7 @@ class Blocked(Order):
         together: blocks that are shuffled as one.
         batch_size, seed, cut: as of Order.
 
-    >>> order = Blocked(np.array([0, 0, 1, 1, 2, 2]), together=1, batch_size=6, seed=3)
+    >>> order = BlockShuffle(np.array([0, 0, 1, 1, 2, 2]), together=1, batch_size=6, seed=3)
     >>> (order.permutation(0) // 2).tolist()
     [2, 2, 0, 0, 1, 1]
     """

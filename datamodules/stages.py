@@ -13,10 +13,10 @@ from descant.datamodules.base import BatchDataset, DataModule
 from descant.datamodules.order import Order, Window
 from descant.datamodules.tasks.rollout_buffer import PooledDialogues
 from descant.modules.core.batch import Batch
-from descant.modules.tokenizers.text import Codec
+from descant.modules.tokenizers.text import Tokenizer
 
 
-class During:
+class StageData:
     """What a stage is trained on, and how long.
 
     Args:
@@ -31,7 +31,7 @@ class During:
 
     def __init__(self, data: DataModule, epochs: int = 1, steps: int | None = None) -> None:
         if epochs < 0 or (steps is not None and steps < 1):
-            raise ValueError(f"During: epochs {epochs}, steps {steps}: 0 (no such stage) and 1 are the least")
+            raise ValueError(f"StageData: epochs {epochs}, steps {steps}: 0 (no such stage) and 1 are the least")
         self.data, self.epochs, self.steps = data, epochs, steps
 
 
@@ -80,7 +80,7 @@ class StagedOrder(Order):
 
 
 class StagedData(DataModule):
-    """Trains on one data module after the other, each in its :class:`During`; the recipe is Staged.
+    """Trains on one data module after the other, each in its :class:`StageData`; the recipe is Staged.
 
     Epochs are counted through all stages, and their sum ends the run. Whatever is asked of it beside training batches
     is answered by one of its parts, the last one if not told otherwise: one yardstick from the first step to the last.
@@ -98,13 +98,13 @@ class StagedData(DataModule):
 
     def __init__(
         self,
-        stages: dict[str, During],
+        stages: dict[str, StageData],
         evaluate: str | None = None,
         num_workers: int | None = None,
         tiny: bool = False,
     ) -> None:
         if not stages:
-            raise ValueError("stages: none; such as {answers: {class_path: During, init_args: {data: ...}}}")
+            raise ValueError("stages: none; such as {answers: {class_path: StageData, init_args: {data: ...}}}")
         if not any(during.epochs for during in stages.values()):
             raise ValueError(f"stages {', '.join(stages)}: all have 0 epochs; at least one is needed")
         if evaluate is not None and evaluate not in stages:
@@ -265,7 +265,7 @@ class StagedData(DataModule):
     # what evaluation asks ---------------------------------------------------------------------------------------
 
     @property
-    def codec(self) -> Codec | None:
+    def codec(self) -> Tokenizer | None:
         return self.evaluated.codec
 
     @property

@@ -22,15 +22,15 @@ from torch.utils.data import DataLoader
 from descant.datamodules.base import BatchDataset, DataModule, Loader
 from descant.datamodules.changes import Corpus, rules
 from descant.datamodules.fields.fields import AudioField, Column, Field, Fields, ImageField, TextField, kinds
-from descant.datamodules.order import Blocked, Order
+from descant.datamodules.order import BlockShuffle, Order
 from descant.datamodules.sources import find
 from descant.datamodules.sources.base import Damaged, Source, held_out, rank_of, split_named, text_of
 from descant.datamodules.sources.ledger import Ledger
-from descant.datamodules.sources.reading import Marks, OwnSet, Reader, StreamSet, key_of
+from descant.datamodules.sources.reading import Marks, Reader, StreamSet, UserDataset, key_of
 from descant.datamodules.sources.stream import Stream
 from descant.datamodules.sources.synthetic import Synthetic
 from descant.modules.core.batch import Batch
-from descant.modules.tokenizers.text import Codec
+from descant.modules.tokenizers.text import Tokenizer
 from descant.modules.transforms.image import Augment
 
 #: Columns that are taken for the split where none is named.
@@ -41,7 +41,7 @@ _WORKERS = 12
 _SAMPLE = 500
 
 
-class Own(DataModule):
+class UserData(DataModule):
     """Your own data, found by its ``path``: pictures, captions and recordings, any of which a sample may lack.
 
     Evaluation sets: "validate" has ``val``; "test" has ``test`` where there is such a split, else ``val`` again. The
@@ -142,7 +142,7 @@ class Own(DataModule):
         return self.stream is None and any(getattr(field, "keep", None) for field in self.fields.values())
 
     @property
-    def codec(self) -> Codec | None:
+    def codec(self) -> Tokenizer | None:
         text = self.fields.get("text")
         return text.codec if isinstance(text, TextField) else None
 
@@ -265,9 +265,9 @@ class Own(DataModule):
     def ledger(self) -> Ledger:
         return Ledger(Path(self.trainer.default_root_dir) if self.trainer is not None else None)
 
-    def _set(self, split: str, training: bool) -> OwnSet:
+    def _set(self, split: str, training: bool) -> UserDataset:
         name, row_N = self.splits[split]
-        made = OwnSet(
+        made = UserDataset(
             self.readers[name],
             row_N,
             seed=self.seed,
@@ -350,7 +350,7 @@ class Own(DataModule):
         more = f" ({len(faults):,} in all: {self.ledger.path or 'the ledger'})"
         print(f"descant: warning: {first}{more}", file=sys.stderr, flush=True)
 
-    def _told_cut(self, made: OwnSet) -> None:
+    def _told_cut(self, made: UserDataset) -> None:
         """Say once how many captions lose their end, as nothing else would show it."""
         text = self.fields.get("text")
         if not isinstance(text, TextField) or self.tiny or "cut" in self.__dict__:
@@ -378,10 +378,10 @@ class Own(DataModule):
         return {name: self._set(name, training=False)} if name in self.splits else {}
 
     def order(self, data: BatchDataset, **cut: int) -> Order:
-        blocks = data.reader.source.blocks if isinstance(data, OwnSet) else None
+        blocks = data.reader.source.blocks if isinstance(data, UserDataset) else None
         if blocks is not None:
-            assert isinstance(data, OwnSet)
-            return Blocked(blocks[0][data.row_N], blocks[1], self.batch_size, self.seed, **cut)
+            assert isinstance(data, UserDataset)
+            return BlockShuffle(blocks[0][data.row_N], blocks[1], self.batch_size, self.seed, **cut)
         # a stream has its own order: here its positions are only counted
         return Order(len(data), self.batch_size, self.seed, shuffle=data.by_position, **cut)
 

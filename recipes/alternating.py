@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from descant.modules.adaptation.modulation import reached
+from descant.modules.adaptation.modulation import touch_parameters
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
 from descant.modules.core.ranks import gather
@@ -86,7 +86,7 @@ class Alternating(Classifier):
             self._seen.append(torch.cat([sum_D, count[None].to(sum_D)]))
         term = self.term(self.head(z_BD), label_B, batch.present[m], batch.step[m])
         # every rank's backward reaches all parameters, in every step
-        return {m: Term(reached(term.value, self._idle(m)), valid=term.valid, norm=term.norm)}
+        return {m: Term(touch_parameters(term.value, self._idle(m)), valid=term.valid, norm=term.norm)}
 
     def _idle(self, turn: str) -> Iterator[nn.Parameter]:
         return (p for m in self.modalities if m != turn for p in self.of_modality(m) if p.requires_grad)

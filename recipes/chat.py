@@ -25,7 +25,7 @@ from descant.modules.core.batch import Batch
 from descant.modules.core.host import derived, host_copy, to_device
 from descant.modules.core.objective import Term, means
 from descant.modules.core.rows import running
-from descant.modules.core.step import Said
+from descant.modules.core.step import Decisions
 from descant.modules.engine.trainer import data_parts
 from descant.modules.language import CausalLM, Generated, Sampling, generate_some, log_probabilities
 from descant.modules.language.interleave import Interleaved, interleave, placed, shown, unillustrated
@@ -41,7 +41,7 @@ from descant.recipes.base.recipe import Recipe
 class Chat(Recipe):
     """A language model that may see, fine-tuned on dialogues.
 
-    The data's ``text`` are ids, ``text_said`` the tokens to learn, and target ``answer`` what an answer has to be.
+    The data's ``text`` are ids, ``loss_mask`` the tokens to learn, and target ``answer`` what an answer has to be.
 
     Args:
         towers: one for pictures, ``image``, where there are some.
@@ -121,7 +121,7 @@ class Chat(Recipe):
 
     # training -----------------------------------------------------------------------------------------------------
 
-    def as_it_answers(self) -> None:
+    def disable_dropout(self) -> None:
         """Without dropout, and batch norms by their running statistics: for losses of what a model has answered, or of
         how much likelier an answer is than to another model."""
         for name, part in self.named_children():
@@ -139,13 +139,13 @@ class Chat(Recipe):
     def choices(self) -> int:
         return self.lm.vocabulary
 
-    def says(self, batch: Batch) -> Said:
+    def says(self, batch: Batch) -> Decisions:
         """What it says at each token of the answers that the batch has."""
         before_NW, _, sample_N = self.answered(batch)
         return self._said(before_NW, sample_N)
 
-    def _said(self, before_NW: Tensor, sample_N: Tensor) -> Said:
-        return Said(lambda at: self.lm.logits(before_NW[at]), sample_N)
+    def _said(self, before_NW: Tensor, sample_N: Tensor) -> Decisions:
+        return Decisions(lambda at: self.lm.logits(before_NW[at]), sample_N)
 
     # evaluation ---------------------------------------------------------------------------------------------------
 
@@ -188,9 +188,9 @@ class Chat(Recipe):
         return generate_some(self.lm, h_BSW, asked_BS, new, group, stop, how, seed_R, row.position_BS)
 
     @torch.no_grad()
-    def likelihood(self, batch: Batch, said_BM: Tensor) -> Tensor:
+    def likelihood(self, batch: Batch, answer_ids_BM: Tensor) -> Tensor:
         """``[B]``: ``exp(mean_t log p(said_bt))``, the end included; 0 where nothing is asked."""
-        before_NW, token_N, sample_N = self.answered(answered_with(batch, said_BM, self.answer_token))
+        before_NW, token_N, sample_N = self.answered(answered_with(batch, answer_ids_BM, self.answer_token))
         log_B, some_B = means(log_probabilities(before_NW, self.lm.head.weight, token_N), sample_N, len(batch))
         return torch.where(some_B, log_B.exp(), 0.0)
 

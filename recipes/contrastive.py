@@ -28,7 +28,7 @@ from descant.modules.core.objective import Term
 from descant.modules.core.protocols import Scaled, Scorer
 from descant.modules.losses import ContrastiveLoss, InfoNCE, Intra
 from descant.modules.losses.hard_negatives import Negatives
-from descant.modules.tokenizers.text import Codec, require_fit
+from descant.modules.tokenizers.text import Tokenizer, require_fit
 from descant.modules.towers import Towers
 from descant.modules.towers.heads import Pool, Pools
 from descant.modules.towers.triples import TripleEncoder
@@ -74,7 +74,7 @@ class Contrastive(SharedSpace):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         codec = getattr(self.trainer.datamodule, "codec", None)  # type: ignore[attr-defined]
-        if isinstance(codec, Codec) and self.knowledge is not None:
+        if isinstance(codec, Tokenizer) and self.knowledge is not None:
             require_fit(codec, self.knowledge, "knowledge")
 
     def together(self, h: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:

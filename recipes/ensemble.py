@@ -16,7 +16,7 @@ from torch import nn
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
-from descant.modules.fusion.classifiers import LateFusion, Votes
+from descant.modules.fusion.classifiers import LateFusion, SoftVoting
 from descant.modules.io import saved
 from descant.modules.towers import Tower, Towers
 from descant.recipes.base.classifier import Classifier
@@ -51,7 +51,7 @@ class Ensemble(Classifier):
         super().__init__(towers, first.target, first.classes, 1, None, LateFusion(), 0.0, **kwargs)
         for part in ("pools", "heads"):
             setattr(self, part, nn.ModuleDict({m: getattr(member, part)[m] for m, member in members.items()}))
-        self.fusion = Votes({m: member.fusion for m, member in members.items()})
+        self.fusion = SoftVoting({m: member.fusion for m, member in members.items()})
         widths = {member.width for member in members.values()}
         self.width = widths.pop() if len(widths) == 1 else 0  # else each has its own
         self.requires_grad_(False)

@@ -20,11 +20,11 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-from descant.modules.balance.mcr import Asked, Regularizer
+from descant.modules.balance.mcr import FusionContext, Regularizer
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
-from descant.modules.core.step import Decided
-from descant.modules.fusion.classifiers import Fuse, LateFusion, only
+from descant.modules.core.step import FusionInputs
+from descant.modules.fusion.classifiers import FusionHead, LateFusion, only
 from descant.modules.losses.contrastive import promote
 from descant.modules.towers import Towers
 from descant.modules.towers.heads import Pool, Pools
@@ -53,7 +53,7 @@ class Fusion(Classifier):
         classes: int,
         width: int = 128,
         pool: Pool | Pools | None = None,
-        fusion: Fuse | None = None,
+        fusion: FusionHead | None = None,
         unimodal: bool = False,
         smoothing: float = 0.0,
         regularizers: list[Regularizer] | None = None,
@@ -93,7 +93,7 @@ class Fusion(Classifier):
 
     def terms(self, batch: Batch) -> dict[str, Term]:
         label_B, z = self.labels(batch), self.latents(batch)
-        self.step.decided = Decided(z, batch.present, label_B)
+        self.step.decided = FusionInputs(z, batch.present, label_B)
         copies = {m: self.step.fork(z_BD, self.forks[m]) for m, z_BD in z.items()}
         callbacks = self.step.extras if self.training else []
         heard = self.step.hears(batch) if self.step.hears and self.training else batch.present
@@ -103,7 +103,7 @@ class Fusion(Classifier):
         if self.own:
             own = self.unimodal({m: copy[m] for m, copy in copies.items()}, batch.present)
             terms |= {m: self.term(own[m], label_B, batch.present[m], batch.step[m]) for m in own}
-        asked = Asked(self.step.decided, heard, fused_BC, self.fuse, self.fusion, batch, self.rows(batch))
+        asked = FusionContext(self.step.decided, heard, fused_BC, self.fuse, self.fusion, batch, self.rows(batch))
         for more in (*self.regularizers, *callbacks):
             found = more(asked)
             if twice := found.keys() & terms.keys():

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from descant.modules.core.batch import Batch
 from descant.modules.core.host import derived
 from descant.modules.core.objective import Term
-from descant.modules.core.protocols import Rebuilt
+from descant.modules.core.protocols import ReconstructionOutput
 from descant.modules.core.rows import running
 from descant.modules.core.sham import Sham
 from descant.modules.masking.adapters import Adapters
@@ -80,7 +80,7 @@ class Masked(Recipe):
 
     def terms(self, batch: Batch) -> dict[str, Term]:
         if self.training:
-            batch = self.sham.torn(batch, self.modalities[1:])
+            batch = self.sham.permute_modalities(batch, self.modalities[1:])
         raw, real = self.raw(batch)
         masks = corrupted(self.corruption, real, self.grids, batch.draw)
         return self.predicted(raw, masks, batch)
@@ -147,7 +147,7 @@ class Masked(Recipe):
         valid_B = torch.stack([term.valid for term in terms.values() if term.valid is not None]).any(dim=0)
         return {"loss": Term(torch.stack([term.value for term in terms.values()]).sum(dim=0), valid=valid_B), **each}
 
-    def reconstruct(self, batch: Batch, corruption: Corruption | None = None) -> dict[str, Rebuilt]:
+    def reconstruct(self, batch: Batch, corruption: Corruption | None = None) -> dict[str, ReconstructionOutput]:
         """What is seen stays as it is, what is masked is predicted; padding stays what it is.
 
         Raises:
@@ -172,7 +172,9 @@ class Masked(Recipe):
             )
             there_B = batch.present[m].view(-1, *[1] * (target.ndim - 1))
             truth = batch.inputs[m].view_as(target).masked_fill(~there_B, 0)
-            rebuilt[m] = Rebuilt(truth, visible, torch.where(target, adapter.input(y_BTP).to(truth.dtype), truth))
+            rebuilt[m] = ReconstructionOutput(
+                truth, visible, torch.where(target, adapter.input(y_BTP).to(truth.dtype), truth)
+            )
         return rebuilt
 
 

@@ -28,8 +28,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from descant.modules.adaptation.imputation import Fill, standing_in
-from descant.modules.adaptation.modulation import AvailableSets, ModulationBank, reached
+from descant.modules.adaptation.imputation import Imputer, imputing
+from descant.modules.adaptation.modulation import AvailableSets, ModulationBank, touch_parameters
 from descant.modules.core.batch import NEGATIVE, Batch, some
 from descant.modules.core.objective import Term
 from descant.modules.core.ranks import gather, world
@@ -69,7 +69,7 @@ class MissingModality(Recipe):
         path: Path | str,
         checkpoint: str = "best",
         bank: ModulationBank | None = None,
-        fill: Fill | None = None,
+        fill: Imputer | None = None,
         available: AvailableSets | None = None,
         frozen: bool = True,
         **kwargs: object,
@@ -161,7 +161,7 @@ class MissingModality(Recipe):
             if self.bank is not None:
                 stack.enter_context(self.bank.route(batch.present))
             if self.fill is not None:
-                stack.enter_context(standing_in(self.fill, batch.present))
+                stack.enter_context(imputing(self.fill, batch.present))
                 batch = replace(batch, present=self._all(batch.present), step=self._all(batch.step))
             yield batch
 
@@ -179,7 +179,7 @@ class MissingModality(Recipe):
             self._learns = True
         extra = [p for part in (self.bank, self.fill) if part is not None for p in part.parameters()]
         first, term = next(iter(terms.items()))
-        return {**terms, first: replace(term, value=reached(term.value, extra))}
+        return {**terms, first: replace(term, value=touch_parameters(term.value, extra))}
 
     def _require(self, terms: Mapping[str, Term]) -> None:
         """One line if some set would train nothing."""

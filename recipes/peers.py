@@ -21,8 +21,8 @@ from torch import nn
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
 from descant.modules.core.protocols import Scores
-from descant.modules.core.step import Said
-from descant.modules.distill.distill import DecisionTarget, Lesson, Says, SoftTarget
+from descant.modules.core.step import Decisions
+from descant.modules.distill.distill import DecisionTarget, DistillContext, MakesDecisions, SoftTarget
 from descant.recipes.base.recipe import Recipe
 
 
@@ -76,14 +76,14 @@ class Peers(Recipe):
 
     def terms(self, batch: Batch) -> dict[str, Term]:
         own = [student.terms(batch) for student in self.peers]
-        said = [cast(Callable[[], Said], student.step.said)() for student in self.peers]
+        said = [cast(Callable[[], Decisions], student.step.said)() for student in self.peers]
         terms: dict[str, Term] = {}
         for i, student in enumerate(self.peers):
             terms |= {_named(name, i): term for name, term in own[i].items()}
             for j, other in enumerate(self.peers):
                 if i == j:
                     continue
-                lesson = Lesson(student, other, batch, _as_it_is(said[j]))
+                lesson = DistillContext(student, other, batch, _as_it_is(said[j]))
                 for target in self.targets:
                     for name, term in target(lesson).items():
                         share = replace(term, value=term.value / (len(self.students) - 1))
@@ -95,10 +95,10 @@ class Peers(Recipe):
 
     @property
     def choices(self) -> int:
-        return cast(Says, self.students[0]).choices
+        return cast(MakesDecisions, self.students[0]).choices
 
-    def says(self, batch: Batch) -> Said:
-        return cast(Says, self.students[0]).says(batch)
+    def says(self, batch: Batch) -> Decisions:
+        return cast(MakesDecisions, self.students[0]).says(batch)
 
     def scores(self, batch: Batch) -> dict[str, Term]:
         """Of all: ``accuracy`` of the first, ``accuracy/1`` of the next."""
@@ -117,5 +117,5 @@ def _named(name: str, i: int) -> str:
     return f"{name}/{i}" if i else name
 
 
-def _as_it_is(said: Said) -> Said:
-    return Said(lambda at: said.logits(at).detach(), said.sample_N)
+def _as_it_is(said: Decisions) -> Decisions:
+    return Decisions(lambda at: said.logits(at).detach(), said.sample_N)

@@ -43,7 +43,7 @@ class Preferred(Chat):
 
     def train(self, mode: bool = True) -> Preferred:
         super().train(mode)
-        self.as_it_answers()  # as the policy that it is measured by does
+        self.disable_dropout()  # as the policy that it is measured by does
         return self
 
     def terms(self, batch: Batch) -> dict[str, Term]:
@@ -60,7 +60,7 @@ def preference(model: Chat, batch: Batch, loss: DPO) -> dict[str, Term]:
         raise ValueError("pairs of answers are needed, such as those of QuestionPairs")
     worse = replace(
         batch,
-        inputs={**batch.inputs, "text": batch.inputs["text_neg"], "text_said": batch.inputs["text_said_neg"]},
+        inputs={**batch.inputs, "text": batch.inputs["text_neg"], "loss_mask": batch.inputs["loss_mask_neg"]},
     )
     assert model.distill is not None
     reference = cast(Chat, model.distill.network.to(batch.device))

@@ -23,7 +23,7 @@ from descant.modules.core.batch import Batch
 from descant.modules.core.host import derived, host_copy, to_device
 from descant.modules.core.objective import Term, counted
 from descant.modules.language import Generated, Sampling, log_probabilities
-from descant.modules.policy import Counts, Drawn, PolicyLoss
+from descant.modules.policy import Counts, PolicyBatch, PolicyLoss
 from descant.modules.policy.losses import FAR
 from descant.modules.tokenizers.text import EOS, PAD
 from descant.recipes.chat import Chat
@@ -61,7 +61,7 @@ class Reinforced(Chat):
 
     def train(self, mode: bool = True) -> Reinforced:
         super().train(mode)
-        self.as_it_answers()
+        self.disable_dropout()
         return self
 
     # beside the steps ---------------------------------------------------------------------------------------------
@@ -92,18 +92,18 @@ class Reinforced(Chat):
         log_N, sample_N, place_N = self.log_of(self, batch)
         its = batch.targets
         old_N, near_N = (its[name][sample_N, place_N].to(log_N) for name in ("old", "reference"))
-        live_B = derived(torch.logical_and, its["live"], batch.present["text"])
-        drawn = Drawn(log_N, old_N, sample_N, its["advantage"], live_B, near_N if self.needs_reference else None)
+        valid_B = derived(torch.logical_and, its["live"], batch.present["text"])
+        drawn = PolicyBatch(log_N, old_N, sample_N, its["advantage"], valid_B, near_N if self.needs_reference else None)
         terms, seen = self.loss(drawn, Counts(*its["step"][0]))
         self.watch(drawn, seen)
         return terms
 
-    def watch(self, drawn: Drawn, seen: dict[str, Tensor]) -> None:
+    def watch(self, drawn: PolicyBatch, seen: dict[str, Tensor]) -> None:
         """Shares of clipped tokens, and ``moved``: the k3 estimate of KL(when it answered || now)."""
         if self._trainer is None:
             return
         off_N = drawn.log_N.detach() - drawn.old_N
-        live_n = to_device(host_copy(drawn.live_N).nonzero()[:, 0], off_N.device)
+        live_n = to_device(host_copy(drawn.valid_N).nonzero()[:, 0], off_N.device)
         for name, x_N in {**seen, "moved": off_N.clamp(-FAR, FAR).exp() - off_N - 1}.items():
             x_N = x_N[live_n]
-            self.log(f"policy/{name}", x_N.mean() if len(x_N) else x_N.new_zeros(()), batch_size=len(drawn.live_B))
+            self.log(f"policy/{name}", x_N.mean() if len(x_N) else x_N.new_zeros(()), batch_size=len(drawn.valid_B))

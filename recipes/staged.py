@@ -18,7 +18,7 @@ from torch import nn
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
-from descant.modules.core.protocols import InStages
+from descant.modules.core.protocols import StagedDataModule
 from descant.modules.engine.configure import Shard, nearest
 from descant.modules.engine.trainer import run_steps
 from descant.recipes.base.stage import Prefer, Reinforce, Stage
@@ -82,7 +82,7 @@ class Staged(Reinforced):
         if stage == "fit":
             for load in (one.load for one in self.stages.values() if one.load is not None):
                 load.find()  # now, and not when its stage begins
-            if isinstance(data, InStages):
+            if isinstance(data, StagedDataModule):
                 self.stage = data.stage  # the first one that has epochs; a checkpoint may know another
 
     def configure_model(self) -> None:

@@ -17,14 +17,14 @@ BALANCERS: dict[str, tuple[str, str | None]] = {
     "ogm": ("{class_path: Balance, init_args: {pacing: {class_path: OGM}}}", "balance/factor/image"),
     "ogm-ge": ("{class_path: Balance, init_args: {pacing: {class_path: OGM}, noise: true}}", "balance/factor/image"),
     "agm": ("{class_path: Balance, init_args: {pacing: {class_path: AGM}}}", "balance/factor/image"),
-    "pmr": ("{class_path: Prototypes, init_args: {every: 1}}", "balance/score/image"),
-    "opm": ("{class_path: DropAhead}", "balance/dropped/image"),
-    "blend": ("{class_path: Blend}", None),
-    "mmpareto": ("{class_path: HarmonizeTowers, init_args: {rule: {class_path: Pareto}}}", "harmony/mix/image/fused"),
+    "pmr": ("{class_path: PMR, init_args: {every: 1}}", "balance/score/image"),
+    "opm": ("{class_path: OPM}", "balance/dropped/image"),
+    "blend": ("{class_path: GradientBlending}", None),
+    "mmpareto": ("{class_path: HarmonizeTowers, init_args: {rule: {class_path: MMPareto}}}", "harmony/mix/image/fused"),
 }
 HARMONIZERS: dict[str, str] = {
     "parameters": "{class_path: Harmonize, init_args: {rule: {class_path: PCGrad}}}",
-    "features": "{class_path: HarmonizeFeatures, init_args: {rule: {class_path: Realign}}}",
+    "features": "{class_path: HarmonizeFeatures, init_args: {rule: {class_path: CMGH}}}",
 }
 GAME = "[{class_path: GreedyGame}, {class_path: LabelContrast}, {class_path: Bottleneck}]"
 #: Balancers that are harmonizers themselves.
@@ -116,8 +116,8 @@ def test_with_missing_modalities(cli: Any) -> None:
     [
         ("with/harmonize", "Harmonize: one term, .*: there is nothing to harmonize it with"),
         ("with/realign", "HarmonizeFeatures needs the protocol Forks .*; Alternating lacks it"),
-        ("with/mmpareto", "HarmonizeTowers needs the protocols Contends and Forks; Alternating lacks one"),
-        ("with/balance", "Balance needs the protocol Contends .*; Alternating lacks it"),
+        ("with/mmpareto", "HarmonizeTowers needs the protocols MultimodalClassifier and Forks; Alternating lacks one"),
+        ("with/balance", "Balance needs the protocol MultimodalClassifier .*; Alternating lacks it"),
     ],
 )
 def test_turns_leave_nothing_to_harmonize_or_to_balance(overlay: str, says: str, cli: Any) -> None:

@@ -11,10 +11,10 @@ from tests.conftest import Result
 from tests.test_experiments import EXPERIMENTS, begin
 
 PARAMETERS = (
-    *("PCGrad", "Realign", "GradVac", "CAGrad", "MGDA", "UPGrad"),
-    *("NashMTL", "IMTLG", "AlignedMTL", "GradNorm", "Uncertainty", "DWA"),
+    *("PCGrad", "CMGH", "GradVac", "CAGrad", "MGDA", "UPGrad"),
+    *("NashMTL", "IMTLG", "AlignedMTL", "GradNorm", "UncertaintyWeighting", "DWA"),
 )
-FEATURES = ("PCGrad", "Realign", "GradVac", "CAGrad", "MGDA")
+FEATURES = ("PCGrad", "CMGH", "GradVac", "CAGrad", "MGDA")
 #: An experiment of each recipe, and of each way of having terms: what refuses both, and what each says.
 WHERE: dict[str, tuple[str | None, str | None]] = {
     "contrastive/stamps": (None, None),
@@ -30,7 +30,7 @@ ALSO: dict[str, tuple[str | None, str | None]] = {
     "distill/emoji-rank": (None, "is shared by two terms"),
     "chat/emoji": ("there is nothing to harmonize it with", "needs the protocol Forks"),
 }
-QUICK = {("masked/emoji", "PCGrad"), ("contrastive/stamps", "Realign"), ("contrastive/emoji", "PCGrad")}
+QUICK = {("masked/emoji", "PCGrad"), ("contrastive/stamps", "CMGH"), ("contrastive/emoji", "PCGrad")}
 BOTH = "rule: {class_path: %s}, curriculum: {class_path: Curriculum, init_args: {warmup: 0.0}}"
 
 
@@ -94,7 +94,7 @@ def test_at_the_features(base: str, rule: str, cli: Any, store: Store) -> None:
 @pytest.mark.parametrize("base", ALSO)
 def test_of_other_recipes(base: str, cli: Any, store: Store) -> None:
     holds(two_steps(cli, store, base, "Harmonize-PCGrad"), ALSO[base][0])
-    holds(two_steps(cli, store, base, "HarmonizeFeatures-Realign"), ALSO[base][1])
+    holds(two_steps(cli, store, base, "HarmonizeFeatures-CMGH"), ALSO[base][1])
 
 
 def test_all_rules_are_tried() -> None:
@@ -103,5 +103,5 @@ def test_all_rules_are_tried() -> None:
     rules = {
         name for name, kind in vars(mixing).items() if isinstance(kind, type) and kind.__module__ == mixing.__name__
     }
-    assert rules == {"Rule", "Solved", "Pareto", *PARAMETERS}  # Pareto is for towers: test_balance_everywhere
+    assert rules == {"Rule", "SolverRule", "MMPareto", *PARAMETERS}  # Pareto is for towers: test_balance_everywhere
     assert {name for name in PARAMETERS if getattr(mixing, name).per_sample} == set(FEATURES)

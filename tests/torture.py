@@ -119,7 +119,7 @@ _LETTERS = {"letters": {"class_path": "tests.torture_parts.Letters"}}
 
 def _during(name: str, epochs: int, steps: int | None, **options: Any) -> dict[str, Any]:
     data = {"class_path": name, "init_args": {"tiny": True, **options}}
-    return {"class_path": "During", "init_args": {"data": data, "epochs": epochs, "steps": steps}}
+    return {"class_path": "StageData", "init_args": {"data": data, "epochs": epochs, "steps": steps}}
 
 
 TAUGHT: dict[str, tuple[str, dict[str, Any]]] = {

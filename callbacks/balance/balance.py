@@ -18,13 +18,13 @@ from descant.callbacks.harmonize.terms import Harmonize, read_together, total_of
 from descant.modules.balance.gradient_modulation import Pacing
 from descant.modules.core.host import to_device
 from descant.modules.core.objects import require_objects
-from descant.modules.core.protocols import Contends
+from descant.modules.core.protocols import MultimodalClassifier
 from descant.modules.core.rng import global_seed, mix
 from descant.modules.core.sham import Sham
 from descant.modules.engine.trainer import log_interval, share_of_run
 
 
-def measured(pl_module: Contends, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def measured(pl_module: MultimodalClassifier, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Float64 ``[2, M]`` of the last forward: of each modality the sum of its samples' scores, and how many there are.
 
     ``score(share_BC, label_B) -> [B]``.
@@ -43,8 +43,10 @@ def measured(pl_module: Contends, score: Callable[[Tensor, Tensor], Tensor]) -> 
 def require_contenders(callback: str, pl_module: L.LightningModule) -> tuple[str, ...]:
     """The modalities of a recipe that has several. Raises ValueError for any other."""
     name = type(pl_module).__name__
-    if not isinstance(pl_module, Contends):
-        raise ValueError(f"{callback} needs the protocol Contends (step, shares, of_modality); {name} lacks it")
+    if not isinstance(pl_module, MultimodalClassifier):
+        raise ValueError(
+            f"{callback} needs the protocol MultimodalClassifier (step, shares, of_modality); {name} lacks it"
+        )
     return require_several(callback, pl_module)
 
 
@@ -75,9 +77,9 @@ class Balance(L.Callback):
         sham: ``permute`` hands the factors on: each modality has that of the one before it.
 
     Raises:
-        ValueError: for a share that is none; at setup, for a recipe without the protocol Contends, fewer than two
-            modalities, one without trained parameters of its own, or Harmonize behind it; in training, for noise where
-            parameters are split over ranks.
+        ValueError: for a share that is none; at setup, for a recipe without the protocol MultimodalClassifier, fewer
+            than two modalities, one without trained parameters of its own, or Harmonize behind it; in training, for
+            noise where parameters are split over ranks.
     """
 
     #: Said twice (by an experiment and an overlay), the last one counts.
@@ -115,7 +117,7 @@ class Balance(L.Callback):
             raise ValueError("Balance: Harmonize comes behind it and would undo it; name Harmonize first")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, Contends)
+        assert isinstance(pl_module, MultimodalClassifier)
         seen: dict[nn.Parameter, str] = {}
         for m in self._modalities:
             own = [p for p in pl_module.of_modality(m) if p.requires_grad]
@@ -127,14 +129,14 @@ class Balance(L.Callback):
             seen.update(dict.fromkeys(own, m))
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        assert isinstance(pl_module, Contends)
+        assert isinstance(pl_module, MultimodalClassifier)
         if share_of_run(trainer) >= self.until:
             return
         sums_2M = measured(pl_module, self.pacing.score)
         self._sums_2M = sums_2M if self._sums_2M is None else self._sums_2M + sums_2M
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        assert isinstance(pl_module, Contends)
+        assert isinstance(pl_module, MultimodalClassifier)
         if self._sums_2M is None:  # its share of the run is over
             return
         (read_2M,) = read_together(total_of_ranks(self._sums_2M))  # once a step

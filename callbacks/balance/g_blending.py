@@ -18,7 +18,7 @@ from descant.modules.core.ranks import rank
 from descant.modules.core.sham import Sham
 
 
-class Blend(L.Callback):
+class GradientBlending(L.Callback):
     """Weigh the terms of a loss anew after each validation, by what they gained there for what they overfitted.
 
         w_k = K v_k / sum v,    v_k = max(dG_k, 0) / dO_k^2
@@ -46,7 +46,7 @@ class Blend(L.Callback):
     def __init__(self, every: int = 1, sham: Literal["permute"] | None = None) -> None:
         super().__init__()
         if every < 1:
-            raise ValueError(f"Blend: every {every}: 1 is the least")
+            raise ValueError(f"GradientBlending: every {every}: 1 is the least")
         self.every, self.sham = every, Sham(sham)
         self.names: tuple[str, ...] = ()
         self.weight_K: Tensor | None = None
@@ -78,9 +78,11 @@ class Blend(L.Callback):
         assert objective is not None
         names = tuple(objective.terms)
         if len(names) < 2:
-            raise ValueError(f"Blend: one term, {names[0]}: there is nothing to weigh it against")
+            raise ValueError(f"GradientBlending: one term, {names[0]}: there is nothing to weigh it against")
         if self.names not in ((), names):
-            raise ValueError(f"Blend: terms {', '.join(names)}, before {', '.join(self.names)}: always the same ones")
+            raise ValueError(
+                f"GradientBlending: terms {', '.join(names)}, before {', '.join(self.names)}: always the same ones"
+            )
         self.names = names
         value_K = torch.stack([term.detach().double() for term in objective.terms.values()])
         seen_2K = torch.stack([value_K, torch.ones_like(value_K)])

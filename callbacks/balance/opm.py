@@ -17,21 +17,21 @@ from descant.callbacks.harmonize.terms import read_together, total_of_ranks
 from descant.modules.balance.gradient_modulation import OGM
 from descant.modules.core.batch import Batch, some
 from descant.modules.core.host import derived, to_device
-from descant.modules.core.protocols import Contends
+from descant.modules.core.protocols import MultimodalClassifier
 from descant.modules.core.rng import uniform_N
 from descant.modules.core.sham import Sham
 from descant.modules.engine.trainer import log_interval
 
 
-class DropAhead(L.Callback):
+class OPM(L.Callback):
     """The decision does without a modality that is ahead, sample by sample at random.
 
         q_m = q (1 + alpha tanh(rho_m - 1)) where rho_m > 1, else 0        rho_m = s_m / mean_{n != m} s_n
 
     with s as in :class:`descant.modules.balance.gradient_modulation.OGM`, of the optimizer step before and all ranks.
-    A dropped modality is absent for the joint decision alone: own losses of the modalities hear it. A sample is never left without any.
-    Source: on-the-fly prediction modulation (OPM), Wei 2024, arXiv 2410.11582; the step before, and the mean over
-    several others, are our reading.
+    A dropped modality is absent for the joint decision alone: own losses of the modalities hear it. A sample is never
+    left without any. Source: on-the-fly prediction modulation (OPM), Wei 2024, arXiv 2410.11582; the step before, and
+    the mean over several others, are our reading.
 
     It logs ``balance/score/{modality}`` and ``balance/dropped/{modality}``, the probability.
 
@@ -40,8 +40,8 @@ class DropAhead(L.Callback):
         sham: ``permute`` hands the probabilities on: each modality has that of the one before it.
 
     Raises:
-        ValueError: for a probability that is none; at setup, for a recipe without the protocol Contends or with one
-            modality.
+        ValueError: for a probability that is none; at setup, for a recipe without the protocol MultimodalClassifier or
+            with one modality.
     """
 
     #: Said twice (by an experiment and an overlay), the last one counts.
@@ -50,7 +50,7 @@ class DropAhead(L.Callback):
     def __init__(self, q: float = 0.4, alpha: float = 0.5, sham: Literal["permute"] | None = None) -> None:
         super().__init__()
         if not 0 <= q <= q * (1 + alpha) < 1:
-            raise ValueError(f"DropAhead: q {q:g} and alpha {alpha:g}: q (1 + alpha) is a probability, below 1")
+            raise ValueError(f"OPM: q {q:g} and alpha {alpha:g}: q (1 + alpha) is a probability, below 1")
         self.q, self.alpha, self.sham = q, alpha, Sham(sham)
         self.probability: dict[str, float] = {}
         self._sums_2M: Tensor | None = None
@@ -65,12 +65,12 @@ class DropAhead(L.Callback):
         self._sums_2M = None  # of a step that was left in its middle, such as for a loss that was not finite
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        require_contenders("DropAhead", pl_module)
-        assert isinstance(pl_module, Contends)
+        require_contenders("OPM", pl_module)
+        assert isinstance(pl_module, MultimodalClassifier)
         pl_module.step.hears = self.hears if stage == "fit" else None
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if isinstance(pl_module, Contends):
+        if isinstance(pl_module, MultimodalClassifier):
             pl_module.step.hears = None
 
     def hears(self, batch: Batch) -> dict[str, Tensor]:
@@ -84,12 +84,12 @@ class DropAhead(L.Callback):
         return {m: derived(torch.where, some_B, mask_B, batch.present[m]) for m, mask_B in left.items()}
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        assert isinstance(pl_module, Contends)
+        assert isinstance(pl_module, MultimodalClassifier)
         sums_2M = measured(pl_module, OGM().score)
         self._sums_2M = sums_2M if self._sums_2M is None else self._sums_2M + sums_2M
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        assert isinstance(pl_module, Contends) and self._sums_2M is not None
+        assert isinstance(pl_module, MultimodalClassifier) and self._sums_2M is not None
         (read_2M,) = read_together(total_of_ranks(self._sums_2M))  # once a step, for who is heard in the next
         (sum_M, count_M), self._sums_2M = read_2M, None
         score_M, modalities = sum_M / count_M, pl_module.modalities

@@ -15,15 +15,15 @@ from torch.optim import Optimizer
 
 from descant.callbacks.balance.balance import require_contenders
 from descant.callbacks.harmonize.terms import read_together, total_of_ranks
-from descant.modules.balance.mcr import Asked
+from descant.modules.balance.mcr import FusionContext
 from descant.modules.core.host import derived, host_copy, to_device
 from descant.modules.core.objective import Term
-from descant.modules.core.protocols import Contends
+from descant.modules.core.protocols import MultimodalClassifier
 from descant.modules.core.ranks import rank
 from descant.modules.engine.trainer import log_interval
 
 
-class Prototypes(L.Callback):
+class PMR(L.Callback):
     """A loss of their own for latents of the modality that is behind: to be nearest to the middle of their class.
 
         loss_m,b = - alpha log softmax_c(- |z_mb - p_mc|)_label        for the m with the lowest s_m, else 0
@@ -45,7 +45,8 @@ class Prototypes(L.Callback):
         every: optimizer steps from one prototype to the next.
 
     Raises:
-        ValueError: for numbers out of range; at setup, for a recipe without the protocol Contends or with one modality.
+        ValueError: for numbers out of range; at setup, for a recipe without the protocol MultimodalClassifier or with
+            one modality.
     """
 
     #: Said twice (by an experiment and an overlay), the last one counts.
@@ -54,11 +55,11 @@ class Prototypes(L.Callback):
     def __init__(self, alpha: float = 0.6, beta: float = 0.5, every: int = 20) -> None:
         super().__init__()
         if not alpha >= 0:
-            raise ValueError(f"Prototypes: alpha {alpha:g}: 0 or more")
+            raise ValueError(f"PMR: alpha {alpha:g}: 0 or more")
         if not 0 <= beta < 1:
-            raise ValueError(f"Prototypes: beta {beta:g}: at least 0 and below 1")
+            raise ValueError(f"PMR: beta {beta:g}: at least 0 and below 1")
         if every < 1:
-            raise ValueError(f"Prototypes: every {every}: 1 is the least")
+            raise ValueError(f"PMR: every {every}: 1 is the least")
         self.alpha, self.beta, self.every = alpha, beta, every
         self.middle: dict[str, Tensor] = {}  # modality -> p_CD, nan where a class was never seen
         self.behind: str | None = None
@@ -76,16 +77,16 @@ class Prototypes(L.Callback):
         self._sums = {m: x if rank() == 0 else torch.zeros_like(x) for m, x in state_dict["sums"].items()}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        require_contenders("Prototypes", pl_module)
-        assert isinstance(pl_module, Contends)
+        require_contenders("PMR", pl_module)
+        assert isinstance(pl_module, MultimodalClassifier)
         if stage == "fit":
             pl_module.step.extras.append(self.terms)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if isinstance(pl_module, Contends) and self.terms in pl_module.step.extras:
+        if isinstance(pl_module, MultimodalClassifier) and self.terms in pl_module.step.extras:
             pl_module.step.extras.remove(self.terms)
 
-    def terms(self, asked: Asked) -> dict[str, Term]:
+    def terms(self, asked: FusionContext) -> dict[str, Term]:
         z, present, label_B = asked.decided
         C, found = asked.logits_BC.shape[1], {}
         for m, z_BD in z.items():

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from descant.callbacks.evaluate.accuracy import Means
-from descant.callbacks.evaluate.subsets import OwnPass
+from descant.callbacks.evaluate.subsets import ForwardEvaluator
 from descant.callbacks.plots.images import (
     FAINT,
     GAP,
@@ -57,7 +57,7 @@ class Spells(Protocol):
     def spell(self, ids: list[int]) -> str: ...
 
 
-class Shown(NamedTuple):
+class ShownImages(NamedTuple):
     """One row of the table."""
 
     order: int
@@ -68,7 +68,7 @@ class Shown(NamedTuple):
     good: bool
 
 
-class Answering(OwnPass):
+class Answering(ForwardEvaluator):
     """Answers to the questions of each evaluation set, said token by token, and judged whole:
 
         {set}/answered            share that is right to the last token, and nothing more
@@ -115,7 +115,7 @@ class Answering(OwnPass):
             raise ValueError(f"Answering: new {new} and table {table}: 1 and 0 are the least")
         self.new, self.by, self.sampling, self.controls, self.table = new, by, sampling, controls, table
         self._means = Means()
-        self._shown: dict[str, list[Shown]] = {}
+        self._shown: dict[str, list[ShownImages]] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -140,12 +140,12 @@ class Answering(OwnPass):
             assert isinstance(pl_module, Generates)
             how: Any = {} if sampling is None else {"sampling": sampling}
             with torch.no_grad(), trainer.precision_plugin.val_step_context():
-                said_BM = pl_module.generate(view, new=self.new, **how)  # type: ignore[call-arg]
-            both = zip(said_BM.tolist(), right_BA.tolist(), strict=True)
+                answer_ids_BM = pl_module.generate(view, new=self.new, **how)  # type: ignore[call-arg]
+            both = zip(answer_ids_BM.tolist(), right_BA.tolist(), strict=True)
             found = [is_right(spoken(said), spoken(right)) for said, right in both]
-            return said_BM, torch.tensor(found, device=batch.device)
+            return answer_ids_BM, torch.tensor(found, device=batch.device)
 
-        said_BM, good_B = good(batch)
+        answer_ids_BM, good_B = good(batch)
         self._count(f"{name}/answered", good_B, here_B)
         if self.by is not None:
             classes = getattr(data, "classes", {})
@@ -161,13 +161,13 @@ class Answering(OwnPass):
             self._count(f"{name}/answered_other", good(exchanged)[1], here_B)
             self._count(f"{name}/answered_blind", good(batch.only("text"))[1], here_B)
         if self.table and trainer.is_global_zero:
-            self._keep(trainer, batch, said_BM, good_B, here_B, name)
+            self._keep(trainer, batch, answer_ids_BM, good_B, here_B, name)
 
     def _count(self, key: str, good_B: Tensor, valid_B: Tensor) -> None:
         self._means.add(key, Term(good_B.float(), valid=valid_B))
 
     def _keep(
-        self, trainer: L.Trainer, batch: Batch, said_BM: Tensor, good_B: Tensor, here_B: Tensor, name: str
+        self, trainer: L.Trainer, batch: Batch, answer_ids_BM: Tensor, good_B: Tensor, here_B: Tensor, name: str
     ) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         order_B = mix_N(batch.index, "answers")
@@ -178,9 +178,9 @@ class Answering(OwnPass):
             seen = "image" in batch.present and bool(batch.present["image"][n])
             picture = _pixels(batch.inputs["image"][n]) if seen else None
             words: Callable[[list[int]], str] = data.spell
-            right, said = words(spoken(batch.targets["answer"][n].tolist())), words(spoken(said_BM[n].tolist()))
+            right, said = words(spoken(batch.targets["answer"][n].tolist())), words(spoken(answer_ids_BM[n].tolist()))
             self._shown.setdefault(name, []).append(
-                Shown(int(order_B[n]), picture, words(asked), right, said, bool(good_B[n]))
+                ShownImages(int(order_B[n]), picture, words(asked), right, said, bool(good_B[n]))
             )
 
     def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
@@ -200,10 +200,10 @@ def _pixels(x: Tensor) -> np.ndarray:
     return ((x[:3].float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
-def table(rows: list[Shown], title: str) -> Image.Image:
+def table(rows: list[ShownImages], title: str) -> Image.Image:
     """Picture, question, what is right and what was said, a row each: green where it is right, else red.
 
-    >>> table([Shown(0, None, "what colour is it?", "red", "green", False)], "val: answers").size
+    >>> table([ShownImages(0, None, "what colour is it?", "red", "green", False)], "val: answers").size
     (916, 178)
     """
     left = [GAP, 2 * GAP + SIDE, 3 * GAP + SIDE + ASKED, 4 * GAP + SIDE + ASKED + SAID]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from descant.callbacks.evaluate.accuracy import Means
-from descant.callbacks.evaluate.subsets import OwnPass
+from descant.callbacks.evaluate.subsets import ForwardEvaluator
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
 from descant.modules.core.protocols import Classifies, Fuses
@@ -21,7 +21,7 @@ from descant.modules.evaluation.attacks import Nudge, attacked, certified_radius
 from descant.modules.fusion.classifiers import OrthogonalFusion
 
 
-class Attacks(OwnPass):
+class Attacks(ForwardEvaluator):
     """Of each evaluation set, over the rows that have all modalities and a label:
 
         {set}/attacked/{m}       accuracy where an attacker moves the input of m, the embeddings of its tokens if it is

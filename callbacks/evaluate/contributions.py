@@ -13,7 +13,7 @@ from torch import Tensor
 
 from descant.callbacks.balance.balance import require_several
 from descant.callbacks.evaluate.embeddings import Rows, Store
-from descant.callbacks.evaluate.subsets import OwnPass
+from descant.callbacks.evaluate.subsets import ForwardEvaluator
 from descant.callbacks.plots.cosines import Track
 from descant.callbacks.plots.curves import lines
 from descant.callbacks.plots.images import keep_picture, run_folder
@@ -23,7 +23,7 @@ from descant.modules.core.sham import partners
 from descant.modules.fusion.classifiers import coalitions, only, shapley
 
 
-class Contributions(OwnPass):
+class Contributions(ForwardEvaluator):
     """Of each evaluation set, over the rows that have all modalities and a label:
 
         {set}/alone/{m}       accuracy of the modality's own head, or of the decision were there no other modality

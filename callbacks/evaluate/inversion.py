@@ -26,7 +26,7 @@ from descant.modules.evaluation.inversion import (
     tower_of,
 )
 from descant.modules.evaluation.metrics import chance_average_precision, mean_average_precision
-from descant.modules.tokenizers.text import Codec
+from descant.modules.tokenizers.text import Tokenizer
 
 
 class _Late(Judge):
@@ -207,7 +207,7 @@ class Inversion(_Late):
             )
         self._require(trainer, "codec")
         codec = trainer.datamodule.codec  # type: ignore[attr-defined]
-        if not isinstance(codec, Codec):
+        if not isinstance(codec, Tokenizer):
             raise ValueError("Inversion: the data module has no codec, so nothing reads the template; Emoji has one")
         self._codec = codec
         text_frame(pl_module, self.through, codec, self.template, self.oti.tokens)

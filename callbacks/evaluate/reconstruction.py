@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from descant.callbacks.evaluate.embeddings import Rows, Store
 from descant.callbacks.evaluate.inversion import another
-from descant.callbacks.evaluate.subsets import OwnPass
+from descant.callbacks.evaluate.subsets import ForwardEvaluator
 from descant.callbacks.plots.images import (
     FAINT,
     GAP,
@@ -34,7 +34,7 @@ from descant.callbacks.plots.images import (
 )
 from descant.modules.core.batch import NEGATIVE, Batch
 from descant.modules.core.objects import require_objects
-from descant.modules.core.protocols import Rebuilt, Reconstructs
+from descant.modules.core.protocols import ReconstructionOutput, Reconstructs
 from descant.modules.core.rng import mix, mix_N
 from descant.modules.engine.configure import nearest
 from descant.modules.evaluation.metrics import psnr, ridge_weights, wide
@@ -91,7 +91,7 @@ class Inputs:
         return Batch(inputs, present, {}, rows.index[ids_B], rows.key[ids_B])
 
 
-class Reconstruction(OwnPass):
+class Reconstruction(ForwardEvaluator):
     """How well a whole modality is rebuilt from others, beside what needs no model and what a sham can do.
 
         r2   = 1 - sum (x - x')^2 / sum (x - mean)^2      over all rows and numbers of a set, mean: the bank's, by place
@@ -403,7 +403,7 @@ class _Fit:
         self.sums[name] = value + self.sums[name] if name in self.sums else value
 
 
-class ReconstructionPictures(OwnPass):
+class ReconstructionPictures(ForwardEvaluator):
     """What a recipe is shown, what it makes of it, and what was there: a picture a set, of the same samples each time.
 
     A row a sample, and for each modality three columns: the input with its hidden part grey, the prediction beside what
@@ -513,14 +513,14 @@ class ReconstructionPictures(OwnPass):
 
 def reconstruct(
     trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, corruption: Corruption | None
-) -> dict[str, Rebuilt]:
+) -> dict[str, ReconstructionOutput]:
     """A recipe's ``reconstruct(batch, corruption)`` as a validation step runs it: no gradients, its precision."""
     assert isinstance(pl_module, Reconstructs)
     with torch.no_grad(), trainer.precision_plugin.val_step_context():
         return pl_module.reconstruct(batch, corruption)
 
 
-def _require_reconstructs(callback: OwnPass, pl_module: L.LightningModule) -> None:
+def _require_reconstructs(callback: ForwardEvaluator, pl_module: L.LightningModule) -> None:
     if not isinstance(pl_module, Reconstructs):
         raise ValueError(
             f"{type(callback).__name__} needs the protocol Reconstructs (reconstruct(batch, corruption)); "
@@ -532,11 +532,11 @@ def _over_ranks(trainer: L.Trainer, value: Tensor, how: str = "sum") -> Tensor:
     return value if trainer.world_size == 1 else trainer.strategy.reduce(value.clone(), reduce_op=how)
 
 
-def _as_input(rebuilt: Rebuilt, x_B: Tensor) -> Rebuilt | None:
+def _as_input(rebuilt: ReconstructionOutput, x_B: Tensor) -> ReconstructionOutput | None:
     """In the shape of the input, where an axis of one channel is all that differs; None where more does."""
     if rebuilt.prediction[0].numel() != x_B[0].numel():
         return None
-    return Rebuilt(*(t.expand_as(rebuilt.prediction).reshape(x_B.shape) for t in rebuilt))
+    return ReconstructionOutput(*(t.expand_as(rebuilt.prediction).reshape(x_B.shape) for t in rebuilt))
 
 
 def _mean(x: Tensor) -> Tensor:
@@ -622,7 +622,7 @@ def _joined(a: Batch, b: Batch) -> Batch:
 
 
 def gallery(
-    rebuilt: Mapping[str, Rebuilt], present: Mapping[str, Tensor], names: Sequence[str], title: str
+    rebuilt: Mapping[str, ReconstructionOutput], present: Mapping[str, Tensor], names: Sequence[str], title: str
 ) -> Image.Image | None:
     """A row a sample under its name, three tiles a modality: seen, predicted, truth; None of nothing to draw.
 
@@ -633,7 +633,8 @@ def gallery(
         title: the first line.
 
     >>> x_B = torch.zeros(2, 3, 8, 8)
-    >>> image = gallery({"image": Rebuilt(x_B, x_B > 1, x_B)}, {"image": torch.tensor([True, False])}, "ab", "title")
+    >>> shown = {"image": ReconstructionOutput(x_B, x_B > 1, x_B)}
+    >>> image = gallery(shown, {"image": torch.tensor([True, False])}, "ab", "title")
     >>> image.size
     (426, 293)
     """
@@ -662,12 +663,12 @@ def gallery(
                 draw.rectangle((left, y, left + wide - 5, y + TILE - 1), outline=HIDDEN)
                 draw.text((left + wide // 2, y + TILE // 2), "absent", FAINT, _font(TEXT, "absent"), anchor="mm")
                 continue
-            for k, tile in enumerate(_tiles(Rebuilt(*(t[i].cpu() for t in rebuilt[m])))):
+            for k, tile in enumerate(_tiles(ReconstructionOutput(*(t[i].cpu() for t in rebuilt[m])))):
                 image.paste(tile, (left + k * (TILE + 4), y))
     return image
 
 
-def _tiles(one: Rebuilt) -> list[Image.Image]:
+def _tiles(one: ReconstructionOutput) -> list[Image.Image]:
     """What was seen of one sample, what was predicted beside it, and the truth."""
     kind = one.truth
     truth, visible, prediction = (_plane(t, kind) for t in (one.truth, one.visible, one.prediction.to(kind.dtype)))

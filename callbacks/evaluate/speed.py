@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from descant.callbacks.balance.balance import require_contenders
-from descant.modules.core.protocols import Contends
+from descant.modules.core.protocols import MultimodalClassifier
 from descant.modules.core.step import UNREAD
 from descant.modules.engine.trainer import log_interval
 
@@ -31,7 +31,8 @@ class LearningSpeed(L.Callback):
         every: optimizer steps from one look to the next; the sum is over looks, so it stands for all steps.
 
     Raises:
-        ValueError: for a number below 1; at setup, for a recipe without the protocol Contends or with one modality.
+        ValueError: for a number below 1; at setup, for a recipe without the protocol MultimodalClassifier or with one
+            modality.
     """
 
     #: Said twice (by an experiment and an overlay), the last one counts.
@@ -70,7 +71,7 @@ class LearningSpeed(L.Callback):
         require_contenders("LearningSpeed", pl_module)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        assert isinstance(pl_module, Contends)
+        assert isinstance(pl_module, MultimodalClassifier)
         if trainer.global_step % self.every == 0:
             for m in pl_module.modalities:
                 own = [p for p in pl_module.of_modality(m) if p.grad is not None]

@@ -43,7 +43,7 @@ RAMP = ((240, 246, 252), (107, 174, 214), (8, 48, 107))  # of a heat map: from t
 CELL, DOT = 28, 7  # pixels
 
 
-class OwnPass(Judge):
+class ForwardEvaluator(Judge):
     """Base of the judges that run the recipe on evaluation batches themselves, whatever protocol it has.
 
     A subclass implements ``run``, called with every batch of a chosen set, and ``results``, called once an evaluation
@@ -127,7 +127,7 @@ class OwnPass(Judge):
     ) -> None:
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         judges = [c for c in callbacks if isinstance(c, Judge)]
-        if any(not isinstance(c, OwnPass) or (c.reads_rows and c._taking) for c in judges):
+        if any(not isinstance(c, ForwardEvaluator) or (c.reads_rows and c._taking) for c in judges):
             super()._collect(trainer, pl_module, outputs, batch, dataloader_idx)
         name = self._lead(trainer)._set_name(trainer, dataloader_idx)
         if self._taking and (self.sets is None or name in self.sets):
@@ -157,7 +157,7 @@ class OwnPass(Judge):
         return (uniform_N(index_N, "evaluation/limit") < self._shares[stage][name]).to(index_N.device)
 
 
-class ModalitySubsetEval(OwnPass):
+class ModalitySubsetEval(ForwardEvaluator):
     """Evaluation over all ``2^M - 1`` subsets of the modalities: what a recipe can do with some of them alone.
 
         {set}/{score}/{S} = mean of the score over the rows of the set, given the modalities in S and no other

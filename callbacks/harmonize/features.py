@@ -19,7 +19,7 @@ from descant.callbacks.plots.images import writers
 from descant.modules.core.batch import Batch
 from descant.modules.core.host import to_device
 from descant.modules.core.objects import require_objects
-from descant.modules.core.protocols import Forks
+from descant.modules.core.protocols import ForksFeatures
 from descant.modules.core.ranks import gather
 from descant.modules.core.rng import global_seed, mix
 from descant.modules.core.step import Step
@@ -97,7 +97,7 @@ class HarmonizeFeatures(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         name = type(pl_module).__name__
-        if not isinstance(pl_module, Forks):
+        if not isinstance(pl_module, ForksFeatures):
             raise ValueError(f"HarmonizeFeatures needs the protocol Forks (step, forks); {name} lacks it")
         if any(isinstance(other, Harmonize) for other in trainer.callbacks):  # type: ignore[attr-defined]
             raise ValueError("HarmonizeFeatures: Harmonize acts at the parameters already; one of the two")
@@ -116,19 +116,19 @@ class HarmonizeFeatures(L.Callback):
         step.rule = self._ruled if self.rule is not None and stage == "fit" else None
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if isinstance(pl_module, Forks):
+        if isinstance(pl_module, ForksFeatures):
             pl_module.step.watched, pl_module.step.rule, pl_module.step.forked = False, None, []
         self._batch = None
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, Forks)
+        assert isinstance(pl_module, ForksFeatures)
         pl_module.step.forked, self._batch = [], batch
         self._step = trainer.global_step
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        assert isinstance(pl_module, Forks) and self._batch is not None
+        assert isinstance(pl_module, ForksFeatures) and self._batch is not None
         step, logs = pl_module.step, (trainer.global_step + 1) % log_interval(trainer) == 0
         found = next(((names, z) for names, z in step.forked if names == self._names), None)
         if found is None or (self.curriculum is None and not logs):

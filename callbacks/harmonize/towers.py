@@ -16,7 +16,7 @@ from descant.callbacks.harmonize.features import HarmonizeFeatures
 from descant.callbacks.harmonize.terms import Harmonize, gradients, gram, mean_of_ranks, read_together, standing
 from descant.modules.core.host import to_device
 from descant.modules.core.objects import require_objects
-from descant.modules.core.protocols import Contends, Forks
+from descant.modules.core.protocols import ForksFeatures, MultimodalClassifier
 from descant.modules.core.rng import global_seed, mix
 from descant.modules.engine.trainer import log_interval
 from descant.modules.multitask.rules import Rule
@@ -40,7 +40,7 @@ class HarmonizeTowers(L.Callback):
 
     Raises:
         ValueError: for a number below 1 or a rule that does not look or remembers; at setup, for a recipe without the
-            protocols Contends and Forks, latents that no two terms share, or another harmonizer.
+            protocols MultimodalClassifier and Forks, latents that no two terms share, or another harmonizer.
     """
 
     #: Said twice (by an experiment and an overlay), the last one counts.
@@ -66,8 +66,8 @@ class HarmonizeTowers(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         name = type(pl_module).__name__
-        if not isinstance(pl_module, Contends) or not isinstance(pl_module, Forks):
-            raise ValueError(f"HarmonizeTowers needs the protocols Contends and Forks; {name} lacks one")
+        if not isinstance(pl_module, MultimodalClassifier) or not isinstance(pl_module, ForksFeatures):
+            raise ValueError(f"HarmonizeTowers needs the protocols MultimodalClassifier and Forks; {name} lacks one")
         others = [c for c in trainer.callbacks if isinstance(c, Harmonize | HarmonizeFeatures)]  # type: ignore[attr-defined]
         if others:
             raise ValueError(f"HarmonizeTowers: {type(others[0]).__name__} is there already; one of the two")
@@ -77,11 +77,11 @@ class HarmonizeTowers(L.Callback):
         pl_module.step.rule = self._ruled if stage == "fit" else None
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if isinstance(pl_module, Forks):
+        if isinstance(pl_module, ForksFeatures):
             pl_module.step.rule = None
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        assert isinstance(pl_module, Contends)
+        assert isinstance(pl_module, MultimodalClassifier)
         objective = pl_module.step.objective
         assert objective is not None
         if trainer.global_step % self.every and self.mix:

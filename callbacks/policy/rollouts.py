@@ -15,9 +15,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from descant.callbacks.policy.rounds import added
-from descant.callbacks.run.resumable_log import Told
+from descant.callbacks.run.resumable_log import ResumableLog
 from descant.modules.core.objects import require_objects
-from descant.modules.core.protocols import Rolled, Rolls
+from descant.modules.core.protocols import RolloutData, RolloutPolicy
 from descant.modules.core.rng import global_seed, mix_N
 from descant.modules.core.sham import Sham
 from descant.modules.engine.trainer import bank_batches, data_now, data_parts, epoch_now
@@ -27,7 +27,8 @@ from descant.modules.policy.rewards import Answer, Rewards
 
 
 class Rollouts(Callback):
-    """Renews the answers of a :class:`descant.modules.core.protocols.Rolled` data module at the beginning of epochs.
+    """Renews the answers of a :class:`descant.modules.core.protocols.RolloutData` data module at the beginning of
+    epochs.
 
     G answers are drawn to each question by the model as it is, in eval mode; verifiers reward them; advantages are of
     all answers of all ranks together. A question whose answers were all as good as each other teaches nothing: with
@@ -74,7 +75,7 @@ class Rollouts(Callback):
             raise ValueError(f"Rollouts: passes {passes} and resample {resample}: 1 and 0 are the least")
         self.rewards, self.advantage = rewards, advantage or GroupScaled()
         self.passes, self.resample, self.flat, self.cut, self.sham = passes, resample, flat, cut, Sham(sham)
-        self.show, self.told = show, Told()
+        self.show, self.told = show, ResumableLog()
         self._shown: list[str] = []  # a table's lines
 
     def state_dict(self) -> dict[str, Any]:
@@ -85,12 +86,12 @@ class Rollouts(Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         parts = data_parts(trainer)
-        rolled = [part for part in parts if isinstance(part, Rolled)]
+        rolled = [part for part in parts if isinstance(part, RolloutData)]
         if not rolled:
             raise ValueError(
                 f"Rollouts needs data of answers, such as QuestionRollouts, not {type(parts[-1]).__name__}"
             )
-        if not isinstance(pl_module, Rolls):
+        if not isinstance(pl_module, RolloutPolicy):
             raise ValueError(
                 f"Rollouts needs a recipe that draws answers, such as Reinforced, not {type(pl_module).__name__}"
             )
@@ -104,7 +105,7 @@ class Rollouts(Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data: Any = data_now(trainer)
         now = epoch_now(trainer) // self.passes
-        if not isinstance(data, Rolled) or data.version >= now:
+        if not isinstance(data, RolloutData) or data.version >= now:
             return
         problems, drawn, r_RK, log = self._asked(trainer, pl_module, now)
         group_R = torch.arange(data.items).repeat_interleave(data.group)
@@ -114,7 +115,7 @@ class Rollouts(Callback):
         if not live_R.any():
             rank_zero_warn(f"Rollouts: rollout {now}: all answers to each question were as good: nothing is learned")
         data.renew(problems, {**drawn, "advantage": judged.advantage_B, "live": live_R}, now)
-        assert isinstance(pl_module, Rolls)
+        assert isinstance(pl_module, RolloutPolicy)
         if pl_module.needs_reference:
             data.renew(problems, {"reference": self._reference(trainer, pl_module)}, now)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in log.items()})

@@ -16,18 +16,19 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from descant.callbacks.run.resumable_log import Told
+from descant.callbacks.run.resumable_log import ResumableLog
 from descant.modules.core.batch import Batch
 from descant.modules.core.objects import require_objects
-from descant.modules.core.protocols import Pooled, Replies
+from descant.modules.core.protocols import AnswersQuestions, QuestionPoolData
 from descant.modules.core.rng import global_seed, mix_N
 from descant.modules.core.sham import Sham
 from descant.modules.engine.trainer import bank_batches, data_now, data_parts, epoch_now
-from descant.modules.language.judges import AnswerJudge, Answers, ExactJudge
+from descant.modules.language.judges import Answers, AnswerScorer, ExactMatchScorer
 
 
 class Rounds(Callback):
-    """Renews the pool of a :class:`descant.modules.core.protocols.Pooled` data module at the beginning of rounds.
+    """Renews the pool of a :class:`descant.modules.core.protocols.QuestionPoolData` data module at the beginning of
+    rounds.
 
     At the first epoch the teacher answers the pool (imitate). At the first epoch of each later round both answer all of
     it, and a judge scores both (assess):
@@ -60,40 +61,40 @@ class Rounds(Callback):
     def __init__(
         self,
         epochs: int = 4,
-        judge: AnswerJudge | None = None,
+        judge: AnswerScorer | None = None,
         tau: float = 0.3,
         hard: float = 0.5,
         mine: Literal["gap", "random"] = "gap",
         sham: Literal["permute"] | None = None,
     ) -> None:
         super().__init__()
-        require_objects(self, judge=(judge, AnswerJudge))
+        require_objects(self, judge=(judge, AnswerScorer))
         if epochs < 1:
             raise ValueError(f"Rounds: epochs {epochs}: 1 is the least")
         if not 0 <= hard <= 1:
             raise ValueError(f"Rounds: hard {hard:g}: a share from 0 to 1, such as 0.5")
-        self.epochs, self.judge, self.tau, self.hard, self.mine = epochs, judge or ExactJudge(), tau, hard, mine
+        self.epochs, self.judge, self.tau, self.hard, self.mine = epochs, judge or ExactMatchScorer(), tau, hard, mine
         self.sham = Sham(sham)
         self.history: dict[str, float] = {}
-        self.told = Told()
+        self.told = ResumableLog()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         parts = data_parts(trainer)
-        if not any(isinstance(part, Pooled) for part in parts):
+        if not any(isinstance(part, QuestionPoolData) for part in parts):
             raise ValueError(
                 f"Rounds needs data with a pool, such as QuestionPool; {type(parts[-1]).__name__} has none"
             )
-        if not isinstance(pl_module, Replies):
+        if not isinstance(pl_module, AnswersQuestions):
             raise ValueError(f"Rounds needs a recipe that answers, such as Chat; {type(pl_module).__name__} does not")
         if stage == "fit" and getattr(pl_module, "distill", None) is None:
             raise ValueError("Rounds needs a teacher: model.distill with a TeacherRun of a Chat")
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data = data_now(trainer)
-        if not isinstance(data, Pooled):
+        if not isinstance(data, QuestionPoolData):
             return
         teacher = cast(nn.Module, pl_module.distill.network).to(pl_module.device)  # type: ignore[union-attr]
-        if not isinstance(teacher, Replies):
+        if not isinstance(teacher, AnswersQuestions):
             raise ValueError(f"Rounds: the teacher, {type(teacher).__name__}, answers no questions; Chat does")
         now = epoch_now(trainer) // self.epochs
         if data.version >= now:
@@ -111,8 +112,8 @@ class Rounds(Callback):
                 problems = data.fresh(now)
             else:
                 problems = data.variants(self.chosen(gap_N > self.tau, key_N, now), now)
-        said_NM = self.answers(trainer, pl_module, teacher, problems)
-        data.renew(problems, said_NM, now)
+        answer_ids_NM = self.answers(trainer, pl_module, teacher, problems)
+        data.renew(problems, answer_ids_NM, now)
         self.told.say(trainer, {k: v for k, v in log.items() if k.count("/") == 1})
         self.history |= log
         self._tell(trainer)
@@ -148,27 +149,27 @@ class Rounds(Callback):
 
     def scores(self, trainer: L.Trainer, pl_module: L.LightningModule, network: Any, teacher: nn.Module) -> Tensor:
         """``[N]``: the judge's of the answers of a network to the pool."""
-        data = cast(Pooled, data_now(trainer))
+        data = cast(QuestionPoolData, data_now(trainer))
         score_N = torch.zeros(len(data.pool))
-        for batch, said_BM in self._said(trainer, pl_module, network, data.pool):
-            score_B = self.judge(Answers(batch, said_BM, batch.targets["answer"], teacher))
+        for batch, answer_ids_BM in self._said(trainer, pl_module, network, data.pool):
+            score_B = self.judge(Answers(batch, answer_ids_BM, batch.targets["answer"], teacher))
             here_B = batch.present["text"].cpu()
             score_N[batch.index.cpu()[here_B]] = score_B.cpu()[here_B]
         return added(score_N, pl_module.device)
 
     def answers(self, trainer: L.Trainer, pl_module: L.LightningModule, network: Any, problems: Any) -> Tensor:
         """``[N, M]``: what a network says to some problems."""
-        data = cast(Pooled, data_now(trainer))
+        data = cast(QuestionPoolData, data_now(trainer))
         found_NM = torch.zeros(len(problems), data.answer_length, dtype=torch.long)
-        for batch, said_BM in self._said(trainer, pl_module, network, problems):
+        for batch, answer_ids_BM in self._said(trainer, pl_module, network, problems):
             here_B = batch.present["text"].cpu()
-            found_NM[batch.index.cpu()[here_B]] = said_BM.cpu()[here_B]
+            found_NM[batch.index.cpu()[here_B]] = answer_ids_BM.cpu()[here_B]
         return added(found_NM, pl_module.device)
 
     def _said(
         self, trainer: L.Trainer, pl_module: L.LightningModule, network: Any, problems: Any
     ) -> Iterator[tuple[Batch, Tensor]]:
-        data = cast(Pooled, data_now(trainer))
+        data = cast(QuestionPoolData, data_now(trainer))
         training = network.training
         network.eval()
         try:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from descant.callbacks.run.resume import Resume, say
-from descant.modules.core.step import UNREAD, Step, Unread
+from descant.modules.core.step import UNREAD, Step, UnreadTerms
 from descant.modules.engine.trainer import log_interval
 from descant.modules.io import jsonl as lines
 
@@ -40,7 +40,7 @@ class _Waiting(NamedTuple):
     step: int
     epoch: int
     finite: Tensor
-    unread: list[Unread]
+    unread: list[UnreadTerms]
 
 
 class NonFinite(L.Callback):
@@ -168,7 +168,7 @@ class NonFinite(L.Callback):
     def _wait(self, trainer: L.Trainer, optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
         """Note this step to be looked at later, and let the device leave it out if it can."""
         finite = _all_finite(parameters)
-        unread: list[Unread] = []
+        unread: list[UnreadTerms] = []
         if self._step is not None:
             unread, self._step.unread = self._step.unread, unread
         self._waiting.append(_Waiting(trainer.global_step, trainer.current_epoch, finite, unread))

@@ -10,7 +10,7 @@ import lightning as L
 from descant.callbacks.plots.images import writers
 
 
-class Told:
+class ResumableLog:
     """The last numbers that a callback logged between two steps.
 
     A run that goes on from the point of that very step has struck out what was logged since the step before, and begins

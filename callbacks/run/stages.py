@@ -18,9 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from descant.callbacks.plots.curves import lines
 from descant.callbacks.plots.images import keep_picture, run_folder
 from descant.callbacks.policy.rollouts import Rollouts
-from descant.callbacks.run.resumable_log import Told
+from descant.callbacks.run.resumable_log import ResumableLog
 from descant.callbacks.run.resume import Resume, settle_buckets
-from descant.modules.core.protocols import Advances, InStages, Rolled
+from descant.modules.core.protocols import RolloutData, StagedDataModule, StagedRecipe
 from descant.modules.engine.configure import nearest
 
 
@@ -52,7 +52,7 @@ class Stages(Callback):
         self.watch = list(watch or [])
         self.seen: dict[str, list[tuple[int, float]]] = {name: [] for name in self.watch}
         self.begun: dict[str, int] = {}  # stage -> its first step
-        self.told = Told()
+        self.told = ResumableLog()
         self._sets: list[str] = []  # whose metrics come of validations
 
     def state_dict(self) -> dict[str, Any]:
@@ -70,9 +70,9 @@ class Stages(Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(pl_module, Advances):
+        if not isinstance(pl_module, StagedRecipe):
             raise ValueError(f"Stages needs a recipe in stages, such as Staged, not {type(pl_module).__name__}")
-        if not isinstance(data, InStages):
+        if not isinstance(data, StagedDataModule):
             raise ValueError(f"Stages needs data in stages, StagedData, not {type(data).__name__}")
         theirs, ours = list(data.stages), list(pl_module.stages)
         if theirs != ours:
@@ -81,7 +81,7 @@ class Stages(Callback):
             raise ValueError(f"data.stages {', '.join(theirs)}, model.stages {', '.join(ours)}: {hint}")
         asks = any(isinstance(c, Rollouts) for c in trainer.callbacks)  # type: ignore[attr-defined]
         for name, during in data.stages.items() if stage == "fit" else ():
-            if isinstance(during.data, Rolled) and during.epochs and not asks:
+            if isinstance(during.data, RolloutData) and during.epochs and not asks:
                 raise ValueError(
                     f"stage {name!r}: its data are the model's own answers, and the callback Rollouts asks"
                 )

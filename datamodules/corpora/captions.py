@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from descant.modules.core.rng import mix, uniform_N
-from descant.modules.tokenizers.text import Codec
+from descant.modules.tokenizers.text import Tokenizer
 
 #: The eleven basic colour terms of English (Berlin and Kay 1969), each with the CSS colours that stand for it.
 COLOURS = {
@@ -80,7 +80,7 @@ def _nearest() -> tuple[Tensor, Tensor]:
 
 
 @dataclass
-class Measured:
+class MeasuredCaption:
     """What is measured in R drawings: ``share_RK`` of each colour in the area, and where it lies.
 
     ``x_RK``, ``y_RK``: its centre less that of the drawing, in sides of the drawing's box (right and down are
@@ -107,7 +107,7 @@ class Measured:
         return [int(k) for i, k in enumerate(order) if self.share_RK[r, k] >= (SECOND if i else 1e-9)]
 
 
-def measure(pictures_R4HW: Tensor) -> Measured:
+def measure(pictures_R4HW: Tensor) -> MeasuredCaption:
     """Colours, extent and rim of RGBA drawings, uint8 ``[R, 4, H, W]``; only pixels that are mostly opaque count.
 
     A pixel's colour is the term whose nearest prototype is nearest to it in Oklab.
@@ -119,7 +119,7 @@ def measure(pictures_R4HW: Tensor) -> Measured:
     (['red'], 0.5, 1.0)
     """
     parts = [_measure(part) for part in pictures_R4HW.split(256)]  # floats of a whole corpus would be gigabytes
-    return Measured(*(np.concatenate([part[i] for part in parts]) for i in range(len(parts[0]))))
+    return MeasuredCaption(*(np.concatenate([part[i] for part in parts]) for i in range(len(parts[0]))))
 
 
 def _measure(x_R4HW: Tensor) -> list[np.ndarray]:
@@ -223,16 +223,16 @@ class Drawings:
         return [f"{self.code_C[c]}/{self.hands[h]}" for c, h in pairs]
 
     @cached_property
-    def measured(self) -> Measured:
+    def measured(self) -> MeasuredCaption:
         """Of each drawing, once: a picture is looked at before training, at its full size."""
-        found: list[Measured] = []
+        found: list[MeasuredCaption] = []
         order = []
         for hand in np.unique(self.hand_R):
             rows = np.flatnonzero(self.hand_R == hand)
             found.append(measure(self.pictures(int(hand))[torch.from_numpy(self.concept_R[rows])]))
             order.append(rows)
         back = np.argsort(np.concatenate(order), kind="stable")
-        return Measured(*(np.concatenate([getattr(m, name) for m in found])[back] for name in vars(found[0])))
+        return MeasuredCaption(*(np.concatenate([getattr(m, name) for m in found])[back] for name in vars(found[0])))
 
     def permuted(self) -> Drawings:
         """Each drawing is handed the alt-text of the next one, in one cycle through the drawings of each hand in turn.
@@ -307,7 +307,7 @@ class AltText(CaptionSource):
         return told if drawings.told_R is None else [told[r] for r in drawings.told_R.tolist()]
 
 
-def _places(m: Measured, r: int) -> list[str]:
+def _places(m: MeasuredCaption, r: int) -> list[str]:
     """Where each main colour lies: on one side of the drawing, at its rim, at its heart, or nowhere in particular."""
     terms, said = list(COLOURS), []
     for k in m.colours(r):
@@ -357,19 +357,19 @@ class SyntheticCaption(CaptionSource):
         return [self._write(m, r, kind) for r, kind in enumerate(kinds)]
 
     @staticmethod
-    def short(m: Measured, r: int, kind: str) -> str:
+    def short(m: MeasuredCaption, r: int, kind: str) -> str:
         terms = list(COLOURS)
         return f"{' and '.join(terms[k] for k in m.colours(r))} {kind}".strip()
 
     @classmethod
-    def descriptive(cls, m: Measured, r: int, kind: str) -> str:
+    def descriptive(cls, m: MeasuredCaption, r: int, kind: str) -> str:
         size = _word(m.side_R[r], (0.6, 0.88), ("small", "medium", "large"))
         shape = _word(m.wide_R[r], (0.8, 1.25), ("tall", "square", "wide"))
         fill = _word(m.filled_R[r], (0.45, 0.72), ("thin", "loose", "full"))
         return ", ".join([cls.short(m, r, kind), size, shape, fill])
 
     @classmethod
-    def dense(cls, m: Measured, r: int, kind: str) -> str:
+    def dense(cls, m: MeasuredCaption, r: int, kind: str) -> str:
         outline = "dark outline" if m.dark_R[r] > 0.5 else "no outline"
         light = _word(m.light_R[r], (0.55, 0.8), ("dim", "plain", "bright"))
         mirror = "symmetric" if m.mirror_R[r] > 0.85 else "lopsided"
@@ -485,7 +485,7 @@ class CaptionMixer:
         u_B = uniform_N(draw_B, "caption/source").double().numpy()
         return (u_B[:, None] >= edge_BS).sum(axis=-1)
 
-    def write(self, drawings: Drawings, codec: Codec) -> MixedCaptions:
+    def write(self, drawings: Drawings, codec: Tokenizer) -> MixedCaptions:
         """All that may be said of some drawings, as token ids."""
         handed = drawings if self.sham is None else drawings.permuted()
         return MixedCaptions(self, [source.texts(handed) for source in self.sources.values()], codec)
@@ -499,7 +499,7 @@ class MixedCaptions:
         texts: for each source R texts.
     """
 
-    def __init__(self, mixer: CaptionMixer, texts: Sequence[Sequence[str]], codec: Codec) -> None:
+    def __init__(self, mixer: CaptionMixer, texts: Sequence[Sequence[str]], codec: Tokenizer) -> None:
         self.mixer, self.codec = mixer, codec
         number: dict[str, int] = {}
         self.text_SR = np.array([[number.setdefault(text, len(number)) for text in row] for row in texts])

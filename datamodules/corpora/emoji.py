@@ -24,14 +24,14 @@ from torchvision.io import ImageReadMode, decode_webp
 
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.datamodules.corpora.captions import CaptionMixer, Drawings, MixedCaptions
-from descant.datamodules.corpora.spoken import SaidNames, SpokenNames
+from descant.datamodules.corpora.spoken import SpokenNames, SpokenNamesSource
 from descant.datamodules.corpora.stimuli import noise_facts, product_facts, text_facts, valence_facts, visual_facts
 from descant.datamodules.names import require_known
 from descant.datamodules.order import Slot
 from descant.datamodules.sources.ledger import Ledger
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import seeded, uniform_N, uniform_NK
-from descant.modules.tokenizers.text import Bpe, Codec
+from descant.modules.tokenizers.text import BPETokenizer, Tokenizer
 from descant.modules.transforms.image import Augment, Pixels, colour_names, edges, over_white, reduce_rgba
 
 PACK = Path(__file__).parents[1] / "packs" / "emoji"
@@ -121,7 +121,7 @@ class Captions:
     def __init__(
         self,
         pack: Pack,
-        codec: Codec,
+        codec: Tokenizer,
         languages: Sequence[str],
         name_only: float,
         nameless: float,
@@ -205,7 +205,7 @@ class EmojiSet(BatchDataset):
         mixed: MixedCaptions | None = None,
         drawn: Sequence[str] = (),
         facts: Mapping[str, Mapping[int, Tensor]] | None = None,
-        said: SaidNames | None = None,
+        said: SpokenNamesSource | None = None,
     ) -> None:
         super().__init__(seed, drop)
         self.mixed, self.drawn, self.facts, self.said = mixed, drawn, facts or {}, said
@@ -334,7 +334,7 @@ class Emoji(DataModule):
         drop: dict[str, float] | None = None,
         tiny: bool = False,
         size: int = 32,
-        text: Codec | None = None,
+        text: Tokenizer | None = None,
         languages: list[str] | None = None,
         vendors: list[str] | None = None,
         name_only: float = 0.3,
@@ -396,7 +396,7 @@ class Emoji(DataModule):
         return [row["names"]["en"] for row in self.pack.rows]
 
     @cached_property
-    def said(self) -> SaidNames | None:
+    def said(self) -> SpokenNamesSource | None:
         return None if self.speech is None else self.speech.said(self.names, self.tiny)
 
     @cached_property
@@ -414,8 +414,8 @@ class Emoji(DataModule):
         return json.loads((self.folder / "pack.json").read_text(encoding="utf-8"))
 
     @cached_property
-    def codec(self) -> Codec:
-        return self.text or Bpe(self.folder / "tokenizer.json")
+    def codec(self) -> Tokenizer:
+        return self.text or BPETokenizer(self.folder / "tokenizer.json")
 
     @cached_property
     def captions(self) -> Captions:

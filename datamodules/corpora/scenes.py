@@ -25,7 +25,7 @@ from descant.datamodules.order import Slot
 from descant.datamodules.sources.ledger import Ledger
 from descant.modules.core.batch import NEGATIVE, Batch
 from descant.modules.core.rng import mix_N, salt, uniform_NK
-from descant.modules.tokenizers.text import Codec, Words
+from descant.modules.tokenizers.text import Tokenizer, WordTokenizer
 from descant.modules.transforms.image import Augment, Pixels, over_white
 
 #: Named in one word, drawn unlike each other, and none of them held out where the emoji pack is split by concept.
@@ -128,7 +128,7 @@ class World:
         pack: Pack,
         names: Sequence[str],
         relations: Sequence[str],
-        codec: Codec,
+        codec: Tokenizer,
         size: int,
         grid: int,
         objects: int,
@@ -431,7 +431,7 @@ class Scenes(DataModule):
         relations: list[str] | None = None,
         sizes: bool = False,
         vendors: list[str] | None = None,
-        text: Codec | None = None,
+        text: Tokenizer | None = None,
         scenes: int = 600,
         exchanged: bool = False,
         augment: Augment | None = None,
@@ -482,13 +482,13 @@ class Scenes(DataModule):
         return World(pack, self.concepts, self.relations, self.codec, self.size, self.grid, self.objects, self.sizes)
 
     @cached_property
-    def codec(self) -> Codec:
+    def codec(self) -> Tokenizer:
         if self.text is not None:
             return self.text
         texts = ["the", "is", "and", *SIZES, *self.relations, *self.concepts]
         words = dict.fromkeys(word for text in texts for word in text.split())
         # <bos>, <eos>, nine words a clause at most, and "and" between
-        return Words(list(words), length=2 + 9 * (self.objects - 1) + self.objects - 2 + 2 * self.sizes)
+        return WordTokenizer(list(words), length=2 + 9 * (self.objects - 1) + self.objects - 2 + 2 * self.sizes)
 
     @property
     def classes(self) -> dict[str, list[str]]:

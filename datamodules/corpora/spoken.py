@@ -75,11 +75,11 @@ class SpokenNames:
         """Fetch the synthesizer and let it say all names; at once where that is done."""
         prepared(names, self._all, self.wheel, self.accept, self.cache)
 
-    def said(self, names: Sequence[str], tiny: bool) -> SaidNames:
+    def said(self, names: Sequence[str], tiny: bool) -> SpokenNamesSource:
         """The clips of all names, in their order; tiny: of tones, a pitch a letter, and nothing is fetched."""
         if tiny:
-            return SaidNames(hummed(names, len(self._all)), self)
-        return SaidNames(Spoken.load(prepared(names, self._all, self.wheel, self.accept, self.cache)), self)
+            return SpokenNamesSource(hummed(names, len(self._all)), self)
+        return SpokenNamesSource(Spoken.load(prepared(names, self._all, self.wheel, self.accept, self.cache)), self)
 
     def view(self, batch: Batch, training: bool) -> None:
         """From waveforms to features, on the device: ``audio`` and ``audio_length`` -> ``audio`` ``[B, F, T]``."""
@@ -90,7 +90,7 @@ class SpokenNames:
         batch.inputs["audio"] = self.augment(x_BFT, batch.draw) if training else x_BFT
 
 
-class SaidNames:
+class SpokenNamesSource:
     """The clips of a list of names."""
 
     def __init__(self, spoken: Spoken, how: SpokenNames) -> None:

@@ -24,7 +24,7 @@ from descant.datamodules.prepare.stamps import ENGLISH, RATE, SECONDS, SOUND, Co
 from descant.datamodules.sources.ledger import Ledger
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import uniform_NK
-from descant.modules.tokenizers.text import Codec, Ngrams
+from descant.modules.tokenizers.text import NgramTokenizer, Tokenizer
 from descant.modules.transforms.audio import AudioAugment, LogMel
 from descant.modules.transforms.image import Augment, Pixels, over_white, reduce_rgba
 
@@ -56,7 +56,7 @@ class StampsSet(BatchDataset):
         stamp_N: np.ndarray,
         spoken: Sequence[str],
         written: Sequence[str],
-        codec: Codec,
+        codec: Tokenizer,
         images: Tensor,
         seed: int,
         key: np.ndarray,
@@ -183,7 +183,7 @@ class Stamps(DataModule):
         tiny: bool = False,
         size: int = 32,
         seconds: float = 2.5,
-        text: Codec | None = None,
+        text: Tokenizer | None = None,
         text_languages: list[str] | None = None,
         spoken: list[str] | None = None,
         speech: str = "fr",
@@ -247,8 +247,8 @@ class Stamps(DataModule):
         return corpus
 
     @cached_property
-    def codec(self) -> Codec:
-        return self.text or Ngrams()
+    def codec(self) -> Tokenizer:
+        return self.text or NgramTokenizer()
 
     @cached_property
     def images(self) -> Tensor:

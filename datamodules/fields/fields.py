@@ -17,11 +17,11 @@ import soundfile
 import torch
 from torch import Tensor
 
-from descant.datamodules.fields.image_cache import Kept
+from descant.datamodules.fields.image_cache import ImageCache
 from descant.datamodules.fields.images import LIMIT, Images, Reduced
 from descant.datamodules.sources.base import PICTURES, SOUNDS, Raw, Source, media, nearest, text_of
 from descant.modules.core.rng import uniform_N
-from descant.modules.tokenizers.text import Codec, Ngrams
+from descant.modules.tokenizers.text import NgramTokenizer, Tokenizer
 from descant.modules.transforms.audio import AudioAugment, LogMel, resample
 from descant.modules.transforms.image import HALF, Colour, Pixels
 
@@ -106,7 +106,7 @@ class Field:
         """
         raise NotImplementedError
 
-    def memory(self, rows: int) -> Kept | None:
+    def memory(self, rows: int) -> ImageCache | None:
         """Where what is decoded of a source's rows is kept, if it is."""
         return None
 
@@ -169,8 +169,8 @@ class ImageField(Field):
     def column(self, source: Source) -> Column:
         return _named(source, self.field, self.kind)
 
-    def memory(self, rows: int) -> Kept | None:
-        return None if self.keep is None else Kept(rows, round(self.keep * self.size))
+    def memory(self, rows: int) -> ImageCache | None:
+        return None if self.keep is None else ImageCache(rows, round(self.keep * self.size))
 
     def reduced(self, raw: Raw) -> Reduced:
         assert self.keep is not None
@@ -286,9 +286,9 @@ class TextField(Field):
 
     kind = "text"
 
-    def __init__(self, captions: str | dict[str, float] | None = None, codec: Codec | None = None) -> None:
+    def __init__(self, captions: str | dict[str, float] | None = None, codec: Tokenizer | None = None) -> None:
         self.captions = {captions: 1.0} if isinstance(captions, str) else captions
-        self.codec = codec or Ngrams()
+        self.codec = codec or NgramTokenizer()
         for name, weight in (self.captions or {}).items():
             if not 0 <= weight < math.inf:
                 raise ValueError(f"captions: {name} {weight} is no weight; it is 0 or more")

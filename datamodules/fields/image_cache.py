@@ -13,7 +13,7 @@ from descant.datamodules.fields.images import Reduced
 MOST = 1 << 31
 
 
-class Kept:
+class ImageCache:
     """Row -> its reduced picture, uint8 ``[S, S, 3]`` with its shape, once some process has decoded it.
 
     The memory is shared with the processes that are forked after this is made (readers of a loader), and is taken page
@@ -25,7 +25,7 @@ class Kept:
         side: S.
         most: bytes; rows beyond them are never kept.
 
-    >>> kept = Kept(2, side=1)
+    >>> kept = ImageCache(2, side=1)
     >>> kept.put(1, Reduced(30, 40, np.full((1, 1, 3), 7, dtype=np.uint8)))
     >>> kept.get(0) is None, kept.get(1).width, kept.get(1).x_SS3.tolist()
     (True, 40, [[[7, 7, 7]]])
@@ -40,8 +40,8 @@ class Kept:
         self.x_NSS3 = np.frombuffer(pixels, np.uint8, self.N * 3 * side * side).reshape(self.N, side, side, 3)
         self.shape_N2 = np.frombuffer(shape, np.int32, self.N * 2).reshape(self.N, 2)
 
-    def __reduce__(self) -> tuple[type[Kept], tuple[int, int, int]]:
-        return Kept, (self.rows, self.side, self.most)
+    def __reduce__(self) -> tuple[type[ImageCache], tuple[int, int, int]]:
+        return ImageCache, (self.rows, self.side, self.most)
 
     def get(self, row: int) -> Reduced | None:
         """The picture of a row; None where it has not been decoded, or is beyond ``most``."""

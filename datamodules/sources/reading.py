@@ -16,7 +16,7 @@ from torch.utils.data import get_worker_info
 
 from descant.datamodules.base import BatchDataset, Rows
 from descant.datamodules.fields.fields import Column, Field, numbered
-from descant.datamodules.fields.image_cache import Kept
+from descant.datamodules.fields.image_cache import ImageCache
 from descant.datamodules.fields.images import Reduced
 from descant.datamodules.order import Window
 from descant.datamodules.sources.base import REMEDY, Damaged, Raw, Source, encoded, text_of
@@ -51,7 +51,7 @@ class Reader:
     ) -> None:
         self.source, self.fields, self.columns = source, dict(fields), dict(columns)
         memories = {m: field.memory(len(source)) for m, field in fields.items()} if keep else {}
-        self.kept: dict[str, Kept] = {m: kept for m, kept in memories.items() if kept is not None}
+        self.kept: dict[str, ImageCache] = {m: kept for m, kept in memories.items() if kept is not None}
 
     def read(self, row_B: np.ndarray, draw_B: np.ndarray | None) -> Read:
         """The samples at ``row_B`` of the source; nothing is random without ``draw_B``."""
@@ -131,7 +131,7 @@ def _why(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-class OwnSet(BatchDataset):
+class UserDataset(BatchDataset):
     """Some samples of a source.
 
     A training set never changes its counts: a sample that cannot be read gives its place to the next one that has the

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from descant.datamodules.base import BatchDataset, DataModule
 from descant.modules.core.rng import uniform_N
-from descant.modules.tokenizers.text import EOS, PAD, Codec
+from descant.modules.tokenizers.text import EOS, PAD, Tokenizer
 
 #: Share of problems: what the test asks, what settings are chosen by, what is trained on.
 SPLITS = {"test": 0.1, "val": 0.2, "train": 1.0}
@@ -87,7 +87,7 @@ class DialogueSet(BatchDataset):
 class Dialogues(DataModule):
     """Base of data that asks and is answered.
 
-    Inputs: ``text`` ``[B, T]``, and ``text_said``, bool ``[B, T]``: the tokens of the answer and the end behind it.
+    Inputs: ``text`` ``[B, T]``, and ``loss_mask``, bool ``[B, T]``: the tokens of the answer and the end behind it.
     Targets: ``answer`` ``[B, A]``, the tokens that an answer has to have.
 
     Args:
@@ -103,7 +103,7 @@ class Dialogues(DataModule):
         self.plain = False  # inputs as evaluation sees them, in training too
 
     @property
-    def codec(self) -> Codec:
+    def codec(self) -> Tokenizer:
         raise NotImplementedError
 
     @property

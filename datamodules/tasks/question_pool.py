@@ -36,7 +36,7 @@ class PoolSet(QuestionSet):
         return super().rows(index_B, draw_B)
 
     def replies(self, each: list[Any], index_B: np.ndarray, right: Sequence[str]) -> list[list[int]]:
-        return [[int(x) for x in said if x != PAD] for said in self.held.said_NM[index_B]]
+        return [[int(x) for x in said if x != PAD] for said in self.held.answer_ids_NM[index_B]]
 
 
 class PooledQuestions(PooledDialogues, Questions):
@@ -93,7 +93,7 @@ class QuestionPool(PooledQuestions):
             self.items = max(items // 12, self.batch_size)
         if self.items < self.batch_size:
             raise ValueError(f"items {items}: a step has {self.batch_size}")
-        self.said_NM = np.full((self.items, self.answer_length), PAD)
+        self.answer_ids_NM = np.full((self.items, self.answer_length), PAD)
 
     def variants(self, index_N: Tensor, round: int) -> Problems:
         """For each of these numbers another problem of the same kind and concept: other options, another number of
@@ -110,16 +110,18 @@ class QuestionPool(PooledQuestions):
         key_N = np.where(some.kind_N == KINDS.index("colour"), some.key_N, key_N)
         return Problems(some.kind_N, some.concept_N, key_N)
 
-    def renew(self, problems: Problems, said_NM: Tensor, version: int) -> None:
+    def renew(self, problems: Problems, answer_ids_NM: Tensor, version: int) -> None:
         """Raises ValueError for another number of problems or answers."""
-        if not len(problems) == len(said_NM) == self.items:
-            raise ValueError(f"QuestionPool: {len(problems)} problems and {len(said_NM)} answers; it has {self.items}")
+        if not len(problems) == len(answer_ids_NM) == self.items:
+            raise ValueError(
+                f"QuestionPool: {len(problems)} problems and {len(answer_ids_NM)} answers; it has {self.items}"
+            )
         self._pool, self.version = problems, version
-        self.said_NM = np.full((self.items, self.answer_length), PAD)
-        for n, said in enumerate(said_NM.tolist()):
+        self.answer_ids_NM = np.full((self.items, self.answer_length), PAD)
+        for n, said in enumerate(answer_ids_NM.tolist()):
             end = next((i for i, token in enumerate(said) if token in (EOS, PAD)), len(said))
             end = min(end, self.answer_length)
-            self.said_NM[n, :end] = said[:end]
+            self.answer_ids_NM[n, :end] = said[:end]
 
     # loaders and state ---------------------------------------------------------------------------------------------
 
@@ -127,8 +129,8 @@ class QuestionPool(PooledQuestions):
         return PoolSet(self)
 
     def arrays(self) -> dict[str, Any]:
-        return {**super().arrays(), "said": self.said_NM}
+        return {**super().arrays(), "said": self.answer_ids_NM}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self.said_NM = state_dict["said"].numpy()
+        self.answer_ids_NM = state_dict["said"].numpy()

@@ -24,7 +24,7 @@ from descant.datamodules.sources.ledger import Ledger
 from descant.datamodules.tasks.dialogues import ANSWER, Columns, Dialogues, DialogueSet, in_split
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import mix_N, salt, uniform_N, uniform_NK
-from descant.modules.tokenizers.text import Bpe, Codec
+from descant.modules.tokenizers.text import BPETokenizer, Tokenizer
 from descant.modules.transforms.image import BASIC_COLOURS, Augment, Pixels, colour_names, over_white
 
 #: What can be asked.
@@ -87,7 +87,7 @@ class QuestionSet(DialogueSet):
         inputs = {
             "image": self._canvas(p, vendor_B, other_B3[:, 0], count_B, visit_B),
             "text": text_BT,
-            "text_said": said_BT,
+            "loss_mask": said_BT,
             **self.more(each, front, visit_B),
         }
         targets = {
@@ -146,7 +146,7 @@ class PairSet(QuestionSet):
         data = self.data
         wrong = [data.ids(data.reply(of, data.wrong(turn, *of))) for of, turn in zip(each, turn_B, strict=True)]
         text_BT, said_BT = self.data.replied(front, wrong)
-        return {"text_neg": text_BT, "text_said_neg": said_BT}
+        return {"text_neg": text_BT, "loss_mask_neg": said_BT}
 
 
 class Questions(Dialogues):
@@ -200,7 +200,7 @@ class Questions(Dialogues):
         letters: bool = False,
         think: bool = False,
         vendors: list[str] | None = None,
-        text: Codec | None = None,
+        text: Tokenizer | None = None,
         augment: Augment | None = None,
         folder: str | None = None,
     ) -> None:
@@ -242,8 +242,8 @@ class Questions(Dialogues):
         return pack
 
     @cached_property
-    def codec(self) -> Codec:
-        return self.text or Bpe(self.folder / "tokenizer.json", self.length)
+    def codec(self) -> Tokenizer:
+        return self.text or BPETokenizer(self.folder / "tokenizer.json", self.length)
 
     @cached_property
     def key_C(self) -> np.ndarray:
@@ -414,7 +414,7 @@ class Questions(Dialogues):
 
 
 class QuestionPairs(Questions):
-    """Questions with a right answer and a wrong one, which is to be less likely: ``text_neg`` and ``text_said_neg``.
+    """Questions with a right answer and a wrong one, which is to be less likely: ``text_neg`` and ``loss_mask_neg``.
 
     Evaluation is that of Questions.
 

@@ -107,8 +107,8 @@ class RolloutSet(BatchDataset):
     def __getitem__(self, window: Window) -> Batch:
         batch, held = super().__getitem__(window), self.held
         row_N = np.array([slot.sample for slot in window.step if slot.real])
-        live_N, length_N = held.live_R[row_N], held.length_R[row_N]
-        counts = torch.tensor([(live_N & (length_N > 0)).sum(), (live_N * length_N).sum()])
+        valid_N, length_N = held.live_R[row_N], held.length_R[row_N]
+        counts = torch.tensor([(valid_N & (length_N > 0)).sum(), (valid_N * length_N).sum()])
         batch.targets["step"] = counts.expand(len(batch), -1)
         return batch
 
@@ -123,16 +123,16 @@ class RolloutSet(BatchDataset):
         text_BT, said_BT = held.replied(asked, self._said(index_B))
         for b in np.flatnonzero(~held.ended_R[index_B]):  # an end that it did not say is not to be learned
             said_BT[b, int(said_BT[b].nonzero().max())] = False
-        rows.inputs |= {"text": text_BT, "text_said": said_BT}
+        rows.inputs |= {"text": text_BT, "loss_mask": said_BT}
         for name in ("advantage", "live", "old", "reference"):
             rows.targets[name] = torch.from_numpy(held.rolled[name][index_B])
         return rows
 
     def _said(self, index_B: np.ndarray) -> list[list[int]]:
         """Of answers the tokens before the end."""
-        said_BM, held = self.held.said_RM[index_B], self.held
+        answer_ids_BM, held = self.held.said_RM[index_B], self.held
         lengths = held.length_R[index_B] - held.ended_R[index_B]
-        return [said_M[:n].tolist() for said_M, n in zip(said_BM, lengths, strict=True)]
+        return [said_M[:n].tolist() for said_M, n in zip(answer_ids_BM, lengths, strict=True)]
 
 
 class RolledDialogues(PooledDialogues):

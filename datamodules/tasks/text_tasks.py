@@ -20,7 +20,7 @@ from descant.datamodules.names import require_known
 from descant.datamodules.tasks.dialogues import Columns, Dialogues, DialogueSet, in_split
 from descant.datamodules.tasks.rollout_buffer import RolledDialogues
 from descant.modules.core.rng import mix
-from descant.modules.tokenizers.text import Bytes, Codec
+from descant.modules.tokenizers.text import ByteTokenizer, Tokenizer
 
 #: What can be done with two numbers.
 SIGNS = {"plus": "+", "minus": "-", "times": "*"}
@@ -190,7 +190,7 @@ class TaskSet(DialogueSet):
         right = [problem.answer for problem in made]
         text_BT, said_BT = self.data.dialogues([x.question for x in made], [self.data.ids(answer) for answer in right])
         targets = {"task": torch.from_numpy(p.task_N), "answer": self.data.answers(right)}
-        return Rows({"text": text_BT, "text_said": said_BT}, targets, torch.from_numpy(p.key_N))
+        return Rows({"text": text_BT, "loss_mask": said_BT}, targets, torch.from_numpy(p.key_N))
 
 
 class TextTasks(Dialogues):
@@ -223,7 +223,7 @@ class TextTasks(Dialogues):
         numbers: int = 10_000,
         held: int = 500,
         length: int = 64,
-        text: Codec | None = None,
+        text: Tokenizer | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(length, **kwargs)
@@ -239,8 +239,8 @@ class TextTasks(Dialogues):
         return ("text",)
 
     @cached_property
-    def codec(self) -> Codec:
-        return self.text or Bytes(self.length)
+    def codec(self) -> Tokenizer:
+        return self.text or ByteTokenizer(self.length)
 
     @property
     def classes(self) -> dict[str, list[str]]:

@@ -310,11 +310,11 @@ class _Parsed(Exception):
 def live(command: str) -> Live:
     """What the parser of a command says of all that it takes."""
 
-    class Asked(DescantCLI):
+    class FusionContext(DescantCLI):
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
             raise _Parsed
 
-    asked = Asked.__new__(Asked)
+    asked = FusionContext.__new__(FusionContext)
     with contextlib.suppress(_Parsed):
         asked.__init__(Request(command))  # type: ignore[misc]
     return Live(asked._parser(command))

@@ -29,7 +29,7 @@ from descant.datamodules.fields.images import rgb_of
 from descant.datamodules.sources.base import Source, text_of
 from descant.datamodules.sources.folder import Folder
 from descant.datamodules.sources.ledger import Ledger
-from descant.datamodules.user_data import Own
+from descant.datamodules.user_data import UserData
 
 SPLITS = ("train", "val", "test")
 #: Extension of a member by the format that Pillow names; anything else keeps its kind as extension.
@@ -114,7 +114,7 @@ def make(
     out = Path(out)
     if out.exists():
         fail(f"--out {out}: already there, and nothing is overwritten; give a new folder")
-    own = Own(source=Folder(folder, csv), holdout=holdout)
+    own = UserData(source=Folder(folder, csv), holdout=holdout)
     source = own.sources["train"]
     plan = Plan(source, caption, resize)
     splits = {row: split for split, (_, row_N) in own.splits.items() for row in row_N.tolist()}
@@ -331,7 +331,7 @@ class Writer:
 def overlay(out: Path, made: Made) -> str:
     """A configuration that puts these shards in the place of an experiment's data."""
     sizes = ", ".join(f"{made.samples(split):,} {split}" for split in made.shards)
-    data = {"data": {"class_path": "Own", "init_args": {"path": str(out.resolve())}}}
+    data = {"data": {"class_path": "UserData", "init_args": {"path": str(out.resolve())}}}
     return f"# Shards on disk: {sizes}.\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}"
 
 

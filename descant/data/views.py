@@ -18,9 +18,9 @@ from descant.datamodules.fields.images import LIMIT, rgb_of
 from descant.datamodules.order import Slot, Window
 from descant.datamodules.sources.base import Source
 from descant.datamodules.sources.folder import Folder
-from descant.datamodules.user_data import Own
+from descant.datamodules.user_data import UserData
 from descant.modules.core.batch import Batch
-from descant.modules.tokenizers.text import Codec
+from descant.modules.tokenizers.text import Tokenizer
 
 #: What stands for a picture that is only known decoded.
 PIXELS = "pixels"
@@ -44,7 +44,7 @@ class View:
     splits: dict[str, np.ndarray]
     fields: dict[str, tuple[str, int]]
     has: dict[str, np.ndarray]
-    codec: Codec | None
+    codec: Tokenizer | None
 
     def name(self, i: int) -> str:
         raise NotImplementedError
@@ -74,7 +74,7 @@ class View:
 
 
 class SourceView(View):
-    """The sources of an :class:`Own`, with its splits.
+    """The sources of an :class:`UserData`, with its splits.
 
     Args:
         own: the data.
@@ -83,7 +83,9 @@ class SourceView(View):
         codec: of the captions.
     """
 
-    def __init__(self, own: Own, title: str, columns: Mapping[str, Sequence[str]], codec: Codec | None) -> None:
+    def __init__(
+        self, own: UserData, title: str, columns: Mapping[str, Sequence[str]], codec: Tokenizer | None
+    ) -> None:
         self.title, self.codec = title, codec
         self.sources = list(own.sources.values())
         sizes = [len(source) for source in self.sources]
@@ -213,17 +215,17 @@ def thumbnail(data: bytes, side: int = 320) -> Image.Image:
 # opening what the user names -----------------------------------------------------------------------------------
 
 
-def own_of(what: Sequence[str | Path], csv: Path | None = None, holdout: float = 0.05) -> Own:
+def own_of(what: Sequence[str | Path], csv: Path | None = None, holdout: float = 0.05) -> UserData:
     """The data at a place, with the splits that training on it has.
 
     Raises:
         ValueError: for what is not there, or no folder, table, parquet file or shard.
     """
     if csv is None:
-        return Own(path=[str(path) for path in what], holdout=holdout)
+        return UserData(path=[str(path) for path in what], holdout=holdout)
     if len(what) != 1:
         raise ValueError(f"--csv {csv}: it belongs to one folder")
-    return Own(source=Folder(what[0], csv), holdout=holdout)
+    return UserData(source=Folder(what[0], csv), holdout=holdout)
 
 
 def view_of(what: Sequence[str], csv: Path | None, caption: str | None, holdout: float) -> SourceView:
@@ -239,7 +241,7 @@ def view_of(what: Sequence[str], csv: Path | None, caption: str | None, holdout:
 
 def view_of_module(data: DataModule, title: str) -> View:
     """The view of what a configuration builds."""
-    if not isinstance(data, Own) or data.stream is not None:
+    if not isinstance(data, UserData) or data.stream is not None:
         return ModuleView(data, title)
     columns = {
         m: list(dict.fromkeys(n for r in data.readers.values() for n in r.columns[m].names)) for m in data.fields

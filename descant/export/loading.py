@@ -23,7 +23,7 @@ from descant.datamodules.fields.images import Images
 from descant.modules.core.batch import Batch
 from descant.modules.io import saved
 from descant.modules.io.saved import Node, Saved
-from descant.modules.tokenizers.text import Codec
+from descant.modules.tokenizers.text import Tokenizer
 from descant.modules.transforms.audio import LogMel
 from descant.recipes.base.rebuild import rebuild
 from descant.recipes.base.recipe import Recipe
@@ -208,7 +208,7 @@ def _asked(data: Any, name: str) -> Any:
 
 
 #: What an export's preprocessing may be made of.
-_KINDS = (Codec, Images, AudioField, nn.Module)
+_KINDS = (Tokenizer, Images, AudioField, nn.Module)
 
 
 def _seen(parts: Sequence[Any], image: Any) -> Tensor:

@@ -15,7 +15,7 @@ from torch import nn
 from descant import __version__
 from descant.callbacks.run.report import blocks, read_json, write_json
 from descant.modules.io.saved import WEIGHTS, Saved, account, read_checkpoint
-from descant.modules.tokenizers.text import Codec
+from descant.modules.tokenizers.text import Tokenizer
 from descant.recipes.base.recipe import Recipe
 
 CARD, METRICS, NOTICE = "README.md", "metrics.json", "DATA-NOTICE.md"
@@ -194,7 +194,7 @@ def _limits(about: About, data: Any) -> str:
             f"Its texts were of {'the language' if len(languages) == 1 else 'the languages'} {_joined(languages)}."
         )
     codec = next(iter(about.parts.get("text", [])), None)
-    if isinstance(codec, Codec):
+    if isinstance(codec, Tokenizer):
         lines.append(f"Of a text it reads {codec.length} tokens; longer ones are cut.")
     size = getattr(about.parts.get("image", [None])[-1], "size", None)
     if size is not None:

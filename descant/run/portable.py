@@ -17,7 +17,7 @@ from descant.datamodules.fields.fields import AudioField
 from descant.modules.engine.configure import Lora, Quantize
 from descant.modules.io import merge
 from descant.modules.io.saved import PLACE, WEIGHTS, Node
-from descant.modules.tokenizers.text import Bpe, Codec, Ngrams, Pretrained
+from descant.modules.tokenizers.text import BPETokenizer, NgramTokenizer, PretrainedTokenizer, Tokenizer
 from descant.modules.towers import SavedTower, TransformersTower
 from descant.recipes.base.rebuild import untrained
 from descant.recipes.base.recipe import Recipe
@@ -68,7 +68,7 @@ def merged(model: Node) -> Node:
     return {**model, "init_args": arguments}
 
 
-def carried(model: Node, recipe: Recipe, folder: Path, codec: Codec | None) -> Node:
+def carried(model: Node, recipe: Recipe, folder: Path, codec: Tokenizer | None) -> Node:
     """The configuration of ``recipe`` as it can be built from ``folder`` alone; towers of other runs become plain ones.
 
     Changes ``recipe`` in place where a tower holds another, and writes ``towers/NAME`` for those of transformers.
@@ -80,7 +80,9 @@ def carried(model: Node, recipe: Recipe, folder: Path, codec: Codec | None) -> N
     return _carried(node, recipe, folder, (), codec)
 
 
-def _carried(node: Node, module: nn.Module | None, folder: Path, path: tuple[str, ...], codec: Codec | None) -> Node:
+def _carried(
+    node: Node, module: nn.Module | None, folder: Path, path: tuple[str, ...], codec: Tokenizer | None
+) -> Node:
     cls = find_class(node["class_path"])
     while module is not None and not isinstance(module, cls):  # an adaptation may have put a tower into another
         inner = getattr(module, "tower", None)
@@ -148,7 +150,7 @@ def _tower_name(path: tuple[str, ...]) -> str:
 # towers of transformers ---------------------------------------------------------------------------------------------
 
 
-def _transformers(tower: TransformersTower, folder: Path, name: str, codec: Codec | None) -> Node:
+def _transformers(tower: TransformersTower, folder: Path, name: str, codec: Tokenizer | None) -> Node:
     """The tower's arguments from now on; what transformers loads is written to ``towers/NAME``."""
     place = folder / "towers" / name
     write_transformers(tower, place, codec if name == "text" else None)
@@ -167,7 +169,7 @@ def _transformers(tower: TransformersTower, folder: Path, name: str, codec: Code
     return {"folder": f"{PLACE}/towers/{name}"}
 
 
-def write_transformers(tower: TransformersTower, folder: Path, codec: Codec | None) -> None:
+def write_transformers(tower: TransformersTower, folder: Path, codec: Tokenizer | None) -> None:
     """A folder that ``AutoModel.from_pretrained`` loads, and with the model's own tokenizer ``AutoTokenizer`` too."""
     from safetensors.torch import save_file
 
@@ -178,7 +180,7 @@ def write_transformers(tower: TransformersTower, folder: Path, codec: Codec | No
     config.save_pretrained(folder)
     state = {key: value.contiguous().clone() for key, value in model.state_dict().items()}
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-    if isinstance(codec, Pretrained):
+    if isinstance(codec, PretrainedTokenizer):
         _write_tokenizer(codec, folder)
 
 
@@ -193,7 +195,7 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _write_tokenizer(codec: Pretrained, folder: Path) -> None:
+def _write_tokenizer(codec: PretrainedTokenizer, folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     pad = codec.tokenizer.id_to_token(codec.pad)
@@ -219,16 +221,16 @@ def preprocess(parts: Mapping[str, Sequence[Any]], data: Node, folder: Path) -> 
 def _described(part: Any, data: Node, folder: Path) -> Node | None:
     cls = type(part)
     path = f"{cls.__module__}.{cls.__qualname__}"
-    if isinstance(part, Bpe):
+    if isinstance(part, BPETokenizer):
         part.tokenizer.save(str(folder / "tokenizer.json"))
         return {"class_path": path, "init_args": {"path": f"{PLACE}/tokenizer.json", "length": part.length}}
-    if isinstance(part, Pretrained):
+    if isinstance(part, PretrainedTokenizer):
         found = sorted(folder.glob("towers/*/tokenizer.json"))
         if not found:
             return None
         place = f"{PLACE}/{found[0].parent.relative_to(folder).as_posix()}"
         return {"class_path": path, "init_args": {"folder": place, "length": part.length}}
-    if isinstance(part, Ngrams):
+    if isinstance(part, NgramTokenizer):
         return {"class_path": path, "init_args": {"n": part.n, "buckets": part.vocabulary, "length": part.length}}
     if isinstance(part, AudioField):
         inner = _described(part.log_mel, data, folder)

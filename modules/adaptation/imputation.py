@@ -19,14 +19,14 @@ from descant.modules.core.host import derived, to_device
 from descant.modules.core.ranks import world
 
 
-class Fill(nn.Module):
+class Imputer(nn.Module):
     """``fill(h_BD, modality, has, lacks_B) -> h_BD``: the rows where ``lacks_B`` are replaced, the others stay.
 
     A recipe of frozen parts masks what is absent; with a fill it takes every modality for present and finds these
     features there. ``has``: modality -> bool ``[B]``, what the samples really have. ``build`` comes before.
     """
 
-    def build(self, widths: Mapping[str, int], sets: Sequence[Sequence[str]]) -> Fill:
+    def build(self, widths: Mapping[str, int], sets: Sequence[Sequence[str]]) -> Imputer:
         """For modality -> D of its features, and the sets of available modalities that are trained; returns itself."""
         return self
 
@@ -34,11 +34,11 @@ class Fill(nn.Module):
         raise NotImplementedError
 
 
-class ZeroFill(Fill):
+class ZeroImputer(Imputer):
     """``h_b = 0`` where sample b lacks the modality.
 
     >>> here_B = torch.tensor([True, False])
-    >>> ZeroFill()(torch.ones(2, 1), "text", {"text": here_B}, ~here_B).tolist()
+    >>> ZeroImputer()(torch.ones(2, 1), "text", {"text": here_B}, ~here_B).tolist()
     [[1.0], [0.0]]
     """
 
@@ -46,18 +46,18 @@ class ZeroFill(Fill):
         return h_BD.masked_fill(lacks_B[:, None], 0.0)
 
 
-class MeanFill(Fill):
+class MeanImputer(Imputer):
     """``h_b = mean over all rows of the modality that training has seen``, of all ranks; zeros before the first.
 
     Sums are kept in float64 and counted in train mode, each step before its own use of the mean: what has been trained
     for longer has seen more. Values of a network that trains along are of all its past.
 
-    >>> fill, here_B = MeanFill().build({"text": 1}, []), torch.tensor([True, True, False])
+    >>> fill, here_B = MeanImputer().build({"text": 1}, []), torch.tensor([True, True, False])
     >>> fill(torch.tensor([[1.0], [3.0], [0.0]]), "text", {"text": here_B}, ~here_B).tolist()
     [[1.0], [3.0], [2.0]]
     """
 
-    def build(self, widths: Mapping[str, int], sets: Sequence[Sequence[str]]) -> Fill:
+    def build(self, widths: Mapping[str, int], sets: Sequence[Sequence[str]]) -> Imputer:
         for m, width in widths.items():
             # the last entry counts the rows
             self.register_buffer(f"sum_{m}", torch.zeros(width + 1, dtype=torch.float64))
@@ -90,7 +90,7 @@ class MeanFill(Fill):
         sum_D1 += here_D1
 
 
-class PromptFill(Fill):
+class PromptImputer(Imputer):
     """``h_b = p_{S, m}``, learned for each set S of available modalities and each m that it lacks; zeros at the start.
 
     After missing-aware prompts (Lee 2023, arXiv 2303.03369), which stand among the tokens of one transformer: as
@@ -99,12 +99,12 @@ class PromptFill(Fill):
     Raises:
         ValueError: in forward, for samples whose set has none.
 
-    >>> fill = PromptFill().build({"image": 2, "text": 3}, [["image"], ["text"]])
+    >>> fill = PromptImputer().build({"image": 2, "text": 3}, [["image"], ["text"]])
     >>> {name: list(p.shape) for name, p in fill.named_parameters()}
     {'prompts.image.text': [3], 'prompts.text.image': [2]}
     """
 
-    def build(self, widths: Mapping[str, int], sets: Sequence[Sequence[str]]) -> Fill:
+    def build(self, widths: Mapping[str, int], sets: Sequence[Sequence[str]]) -> Imputer:
         self.sets = Sets(list(widths), sets)
         self.prompts = nn.ModuleDict()
         for name, members in zip(self.sets.names, self.sets.sets, strict=True):
@@ -126,7 +126,7 @@ class PromptFill(Fill):
 
 
 class _Standing(NamedTuple):
-    fill: Fill
+    fill: Imputer
     has: Mapping[str, Tensor]
 
 
@@ -134,7 +134,7 @@ _standing: ContextVar[_Standing | None] = ContextVar("fill", default=None)
 
 
 @contextmanager
-def standing_in(fill: Fill, has: Mapping[str, Tensor]) -> Iterator[None]:
+def imputing(fill: Imputer, has: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside, modalities that samples lack have the features of ``fill``, wherever a recipe takes them for present.
 
     Args:
@@ -142,7 +142,7 @@ def standing_in(fill: Fill, has: Mapping[str, Tensor]) -> Iterator[None]:
         has: modality -> bool ``[B]``: what the samples really have.
 
     >>> has = {"text": torch.tensor([True, False])}
-    >>> with standing_in(ZeroFill(), has):
+    >>> with imputing(ZeroImputer(), has):
     ...     print(seen("text", torch.tensor([True, True])).tolist())
     [True, False]
     """

@@ -369,9 +369,9 @@ class ModulationBank(nn.Module):
         h' = f_S(h), with S what the sample of this row has; f is the identity where it has everything
 
     A row goes by the sample that it is of (:mod:`descant.modules.core.rows`), so samples of several sets may share a
-    batch; where all rows have one set, its parameters are used as they are. Layers are hooked: no name in the network changes,
-    and a network whose samples have everything computes what it always did, to the bit. Layers of a modality's tower,
-    pool and adapter have nothing for sets without it, since they do not run then.
+    batch; where all rows have one set, its parameters are used as they are. Layers are hooked: no name in the
+    network changes, and a network whose samples have everything computes what it always did, to the bit. Layers of a
+    modality's tower, pool and adapter have nothing for sets without it, since they do not run then.
 
     The paper puts adaptable layers after each layer of encoders and fusion, one set of parameters a combination; which
     kinds of layers, which subsets, and rows of several sets in one batch are our reading. Source: arXiv 2310.03986.
@@ -547,7 +547,7 @@ def _matches(end: str, name: str, layer: nn.Module) -> bool:
     return f".{name}.".startswith(f".{end}.") or name.endswith(f".{end}") or type(layer).__name__ == end
 
 
-def reached(value: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
+def touch_parameters(value: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
     """``value``, whose backward reaches all of these parameters: with zeros, beside whatever else does.
 
     So a set that occurs on one rank only has a gradient on all, and an optimizer does the same whoever has the sample.

@@ -19,12 +19,12 @@ from descant.modules.core.host import derived
 from descant.modules.core.objective import Term
 from descant.modules.core.ranks import gather
 from descant.modules.core.sham import partners
-from descant.modules.core.step import Decided
+from descant.modules.core.step import FusionInputs
 from descant.modules.fusion.classifiers import OrthogonalFusion
 
 
 @dataclass(frozen=True)
-class Asked:
+class FusionContext:
     """What a regularizer may ask: what was decided of in a forward, by which logits, and what others would give.
 
     Attributes:
@@ -34,7 +34,7 @@ class Asked:
         batch: of the samples. rows: how many of the whole step have a modality, which terms are divided by.
     """
 
-    decided: Decided
+    decided: FusionInputs
     heard: Mapping[str, Tensor]
     logits_BC: Tensor
     fuse: Callable[[dict[str, Tensor], Mapping[str, Tensor] | None], Tensor]
@@ -53,7 +53,7 @@ class Regularizer(nn.Module):
         """Makes its layers, if it has some, for modality -> width of its latents."""
         return self
 
-    def forward(self, asked: Asked) -> dict[str, Term]:
+    def forward(self, asked: FusionContext) -> dict[str, Term]:
         raise NotImplementedError
 
 
@@ -94,7 +94,7 @@ class Game(Regularizer):
         """What ``player`` makes of D(player; disturbed): below zero it is raised, above zero lowered."""
         raise NotImplementedError
 
-    def forward(self, asked: Asked) -> dict[str, Term]:
+    def forward(self, asked: FusionContext) -> dict[str, Term]:
         z, present = asked.decided.z, asked.heard
         several_B = derived(_several, *present.values())
         value_B = torch.zeros_like(asked.logits_BC[:, 0])
@@ -115,7 +115,7 @@ class Game(Regularizer):
         return {m: z_BD if m == player else z_BD.detach() for m, z_BD in z.items()}
 
     def disturbed(
-        self, asked: Asked, z: dict[str, Tensor], present: Mapping[str, Tensor], i: str, source_SB: Tensor
+        self, asked: FusionContext, z: dict[str, Tensor], present: Mapping[str, Tensor], i: str, source_SB: Tensor
     ) -> Tensor:
         """``d_B``: mean divergence from the logits as they are, with z_i handed on by S circles."""
         S = self.permutations
@@ -177,7 +177,7 @@ class LabelContrast(Regularizer):
             raise ValueError(f"temperature {temperature:g}: above 0, such as 0.1")
         self.weight, self.temperature = weight, temperature
 
-    def forward(self, asked: Asked) -> dict[str, Term]:
+    def forward(self, asked: FusionContext) -> dict[str, Term]:
         z, present, label_B = asked.decided
         u = {m: F.normalize(z_BD, dim=1) for m, z_BD in z.items()}
         label_G, all_G = gather(label_B), {m: gather(u_BD) for m, u_BD in u.items()}
@@ -220,7 +220,7 @@ class Bottleneck(Regularizer):
         )
         return self
 
-    def forward(self, asked: Asked) -> dict[str, Term]:
+    def forward(self, asked: FusionContext) -> dict[str, Term]:
         z, present, _ = asked.decided
         guess = dict(
             zip(self.widths, self.g(asked.logits_BC.detach()).split(list(self.widths.values()), 1), strict=True)
@@ -252,7 +252,7 @@ class UnimodalMargin(Regularizer):
         super().__init__()
         self.weight = weight
 
-    def forward(self, asked: Asked) -> dict[str, Term]:
+    def forward(self, asked: FusionContext) -> dict[str, Term]:
         if not isinstance(asked.fusion, OrthogonalFusion):
             raise ValueError(
                 f"UnimodalMargin: model.fusion OrthogonalFusion has margins; {type(asked.fusion).__name__} not"

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from descant.modules.core.host import has_host_copy, host_copy, with_host_copy
-from descant.modules.engine.configure import Still
+from descant.modules.engine.configure import FrozenBatchNormStats
 
 
 def chunked(function: Callable[[Tensor], Tensor], x_B: Tensor, chunks: int, module: nn.Module) -> Tensor:
@@ -42,7 +42,7 @@ def chunked(function: Callable[[Tensor], Tensor], x_B: Tensor, chunks: int, modu
         return function(x_B)
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), Still(module)
+        return nullcontext(), FrozenBatchNormStats(module)
 
     parts = []
     for c, x_R in enumerate(x_B.tensor_split(chunks)):

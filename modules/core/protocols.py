@@ -43,7 +43,7 @@ class HasTowers(Protocol):
 
 
 @runtime_checkable
-class Forks(Protocol):
+class ForksFeatures(Protocol):
     """Shares features between terms through :meth:`Step.fork`; ``forks`` names who meets where."""
 
     step: Step
@@ -139,7 +139,7 @@ class Classifies(Protocol):
 
 
 @runtime_checkable
-class Contends(Classifies, Protocol):
+class MultimodalClassifier(Classifies, Protocol):
     """Modalities that contend for one decision, which it tells its step of (``step.decided``) in every forward.
 
     ``shares(z, present)``: modality -> its part of the logits ``[B, C]``; they add up to what is decided by.
@@ -164,7 +164,7 @@ class Scores(Protocol):
     def scores(self, batch: Batch) -> dict[str, Term]: ...
 
 
-class Rebuilt(NamedTuple):
+class ReconstructionOutput(NamedTuple):
     """What a recipe makes of a modality that it did not see, or saw in part; all in the shape and units of its input.
 
     Attributes:
@@ -180,9 +180,10 @@ class Rebuilt(NamedTuple):
 
 @runtime_checkable
 class Reconstructs(Protocol):
-    """``reconstruct(batch, corruption)``: modality -> :class:`Rebuilt`, from what the corruption leaves visible."""
+    """``reconstruct(batch, corruption)``: modality -> :class:`ReconstructionOutput`, from what the corruption leaves
+    visible."""
 
-    def reconstruct(self, batch: Batch, corruption: Corruption | None = None) -> dict[str, Rebuilt]: ...
+    def reconstruct(self, batch: Batch, corruption: Corruption | None = None) -> dict[str, ReconstructionOutput]: ...
 
 
 @runtime_checkable
@@ -193,17 +194,17 @@ class Generates(Protocol):
 
 
 @runtime_checkable
-class Replies(Protocol):
-    """Answers questions, as :class:`Generates`, and ``likelihood(batch, said_BM)`` is how likely it thinks answers are:
-    ``[B]``, the geometric mean of their tokens' probabilities, 0 where nothing is asked."""
+class AnswersQuestions(Protocol):
+    """Answers questions, as :class:`Generates`, and ``likelihood(batch, answer_ids_BM)`` is how likely it thinks
+    answers are: ``[B]``, the geometric mean of their tokens' probabilities, 0 where nothing is asked."""
 
     def generate(self, batch: Batch) -> Tensor: ...
 
-    def likelihood(self, batch: Batch, said_BM: Tensor) -> Tensor: ...
+    def likelihood(self, batch: Batch, answer_ids_BM: Tensor) -> Tensor: ...
 
 
 @runtime_checkable
-class Rolls(Protocol):
+class RolloutPolicy(Protocol):
     """Draws answers to learn of: ``roll_out(batch, group, seed_R)`` -> ``group`` to each question, of ``new`` tokens at
     most.
 
@@ -222,12 +223,12 @@ class Rolls(Protocol):
 
 
 @runtime_checkable
-class Rolled(Protocol):
+class RolloutData(Protocol):
     """Data whose training set is what a model answered: ``group`` answers to each of ``items`` questions.
 
     ``version``: which rollout it is, -1 before the first. ``fresh(round, again)``: as many questions as it has;
-    ``asking(problems)``: a loader of them, as of :class:`Pooled`; ``rows()``: one of the answers, by their numbers.
-    ``renew(problems, rolled, version)``: these questions, and tensors of the answers by name, or some of them.
+    ``asking(problems)``: a loader of them, as of :class:`QuestionPoolData`; ``rows()``: one of the answers, by their
+    numbers. ``renew(problems, rolled, version)``: these questions, and tensors of the answers by name, or some of them.
     ``spell(ids)`` writes tokens out, an answer begins behind ``answer_token``. ``entry(problems, number)``: what a task
     knows of one of them, for :class:`descant.modules.policy.rewards.TaskAnswer`, or None.
     """
@@ -254,7 +255,7 @@ class Rolled(Protocol):
 
 
 @runtime_checkable
-class InStages(Protocol):
+class StagedDataModule(Protocol):
     """Data of a run in stages.
 
     ``stages``: by name, in order; ``steps``: optimizer steps of each, once it has made a loader. ``stage``: which one
@@ -279,7 +280,7 @@ class InStages(Protocol):
 
 
 @runtime_checkable
-class Advances(Protocol):
+class StagedRecipe(Protocol):
     """A recipe in stages: ``stage`` is the name of the one that is on, of ``stages``; ``begin_stage(name)`` goes on to
     another."""
 
@@ -290,14 +291,14 @@ class Advances(Protocol):
 
 
 @runtime_checkable
-class Pooled(Protocol):
+class QuestionPoolData(Protocol):
     """Data whose training set is a pool of problems with answers, which is renewed.
 
     ``version``: how often it was, -1 before anybody answered. ``pool``: the problems that it asks, an object with a
     length. ``fresh(round)``: as many of the training split, drawn anew; ``variants(index_N, round)``: other problems
     about the same as those of the pool at these numbers. ``asking(problems)``: a loader of them as evaluation sees
-    them, this rank's part; a batch's ``index`` are numbers of problems. ``renew(problems, said_NM, version)``: the
-    pool, and what is to be answered, int64 of at most ``answer_length`` tokens.
+    them, this rank's part; a batch's ``index`` are numbers of problems. ``renew(problems, answer_ids_NM, version)``:
+    the pool, and what is to be answered, int64 of at most ``answer_length`` tokens.
     """
 
     version: int
@@ -312,4 +313,4 @@ class Pooled(Protocol):
 
     def asking(self, problems: Any) -> Iterable[Batch]: ...
 
-    def renew(self, problems: Any, said_NM: Tensor, version: int) -> None: ...
+    def renew(self, problems: Any, answer_ids_NM: Tensor, version: int) -> None: ...

@@ -77,7 +77,7 @@ class Sham(nn.Module):
         all_N = everyone(len(draw_N), draw_N.device)
         return x_N if self.mode is None else x_N[partners(draw_N, all_N, "sham").to(x_N.device)]
 
-    def torn(self, batch: Batch, modalities: Sequence[str]) -> Batch:
+    def permute_modalities(self, batch: Batch, modalities: Sequence[str]) -> Batch:
         """The batch with these modalities of every sample, together, as they are or as the mode hands them on."""
         inputs, present = (
             {m: self(x, batch.draw) if m in modalities else x for m, x in tensors.items()}

@@ -27,7 +27,7 @@ UNREAD = 1000
 ForkRule = Callable[[Tensor, tuple[str, ...]], Tensor]
 
 
-class Decided(NamedTuple):
+class FusionInputs(NamedTuple):
     """What a classifier decided of in a forward: latents ``[B, D]`` and presence ``[B]`` by modality, and labels.
 
     ``label_B``: int64, below 0 where there is none.
@@ -38,7 +38,7 @@ class Decided(NamedTuple):
     label_B: Tensor
 
 
-class Said(NamedTuple):
+class Decisions(NamedTuple):
     """What a network decided of a batch: N decisions, of which a sample has one, or one a token.
 
     ``logits(at_n)``: ``[n, K]`` of the decisions with these numbers, made when they are asked for; ``sample_N``: int64,
@@ -49,7 +49,7 @@ class Said(NamedTuple):
     sample_N: Tensor
 
 
-class Unread(NamedTuple):
+class UnreadTerms(NamedTuple):
     """Of a micro-batch on an accelerator: whether its terms are finite (0-d, bool), and what to tell where not."""
 
     finite: Tensor
@@ -79,7 +79,7 @@ class Step:
         said: makes the decisions of the last forward in training, for those who compare them with a teacher's.
         latents: its embeddings by modality. pairs: by the name of a pair how well ``(row_N, column_N)`` fit, ``[N]``.
         hears: what a callback lets a classifier's decision hear of who is present in a training batch, or None for all.
-        extras: what callbacks add to the terms of a classifier, of :class:`descant.modules.balance.mcr.Asked`.
+        extras: what callbacks add to the terms of a classifier, of :class:`descant.modules.balance.mcr.FusionContext`.
         raises: at once for a term that is not finite; on an accelerator, which would have to be waited for, when
             :meth:`require_finite` is called. If not, all gradients of the step become nan, so that whoever looks at
             them knows on every rank, and ``faults`` holds name -> (value, ids of the samples it began in).
@@ -98,15 +98,15 @@ class Step:
     keep: dict[str, Tensor] = field(default_factory=dict)
     probing: bool = False
     objective: Objective | None = None
-    decided: Decided | None = None
-    said: Callable[[], Said] | None = None
+    decided: FusionInputs | None = None
+    said: Callable[[], Decisions] | None = None
     latents: Mapping[str, Tensor] = field(default_factory=dict)
     pairs: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
     hears: Callable[[Batch], Mapping[str, Tensor]] | None = None
     extras: list[Callable[[Any], Mapping[str, Term]]] = field(default_factory=list)
     raises: bool = True
     faults: dict[str, tuple[float, list[int]]] = field(default_factory=dict)
-    unread: list[Unread] = field(default_factory=list)
+    unread: list[UnreadTerms] = field(default_factory=list)
 
     def __call__(self, terms: Mapping[str, Term], batch: Batch) -> Objective:
         """The objective of this micro-batch. Raises FloatingPointError naming a term that is not finite: see raises.
@@ -132,7 +132,7 @@ class Step:
         else:
             factor = torch.where(finite, 1.0, math.nan)
             kept = {name: replace(term, value=term.value.detach(), weight=None) for name, term in terms.items()}
-            self.unread.append(Unread(finite, kept, {n: s.detach() for n, s in scalars.items()}, batch.index))
+            self.unread.append(UnreadTerms(finite, kept, {n: s.detach() for n, s in scalars.items()}, batch.index))
             scalars = {name: scalar * factor.to(scalar.dtype) for name, scalar in scalars.items()}
             if len(self.unread) == UNREAD:  # whoever never asks is told all the same
                 self.require_finite() if self.raises else self.read()

@@ -21,7 +21,7 @@ from descant.modules.core.batch import Batch, chosen, some
 from descant.modules.core.host import host_copy, to_device
 from descant.modules.core.objective import Term, means
 from descant.modules.core.protocols import Embeds
-from descant.modules.core.step import Said, Step
+from descant.modules.core.step import Decisions, Step
 from descant.modules.losses.contrastive import promote
 
 #: Logits that are there at once.
@@ -29,7 +29,7 @@ CELLS = 1 << 22
 
 
 @runtime_checkable
-class Says(Protocol):
+class MakesDecisions(Protocol):
     """``says(batch)``: its decisions; ``choices``: between how many. Training leaves them in ``step.said``."""
 
     step: Step
@@ -37,7 +37,7 @@ class Says(Protocol):
     @property
     def choices(self) -> int: ...
 
-    def says(self, batch: Batch) -> Said: ...
+    def says(self, batch: Batch) -> Decisions: ...
 
 
 class Teacher(nn.Module):
@@ -56,7 +56,7 @@ class Teacher(nn.Module):
         """Told of each stage of a run in stages; nothing, unless the teacher is what the stage began with."""
 
 
-class Lesson:
+class DistillContext:
     """What a student and its teacher have to say of one batch; each is asked once, and only where a target asks.
 
     Args:
@@ -65,7 +65,7 @@ class Lesson:
         taught: what the teacher said, where that is known.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, batch: Batch, taught: Said | None = None) -> None:
+    def __init__(self, student: nn.Module, teacher: nn.Module, batch: Batch, taught: Decisions | None = None) -> None:
         self.student, self.teacher, self.batch, self._taught = student, teacher, batch, taught
 
     @cached_property
@@ -74,18 +74,18 @@ class Lesson:
         return some(*self.batch.step.values()).sum().clamp(min=1)
 
     @cached_property
-    def said(self) -> Said:
-        said = cast(Says, self.student).step.said
+    def said(self) -> Decisions:
+        said = cast(MakesDecisions, self.student).step.said
         if said is None:
             raise ValueError(f"distill: {type(self.student).__name__} decides nothing that a target could look at")
         return said()
 
     @cached_property
-    def taught(self) -> Said:
+    def taught(self) -> Decisions:
         if self._taught is not None:
             return self._taught
         with torch.no_grad():
-            return cast(Says, self.teacher).says(self.batch)
+            return cast(MakesDecisions, self.teacher).says(self.batch)
 
 
 class Target(nn.Module):
@@ -99,7 +99,7 @@ class Target(nn.Module):
         """Makes its layers, if it has some."""
         return self
 
-    def forward(self, lesson: Lesson) -> dict[str, Term]:
+    def forward(self, lesson: DistillContext) -> dict[str, Term]:
         raise NotImplementedError
 
 
@@ -138,7 +138,7 @@ class Distill(nn.Module):
 
     def forward(self, student: nn.Module, batch: Batch) -> dict[str, Term]:
         network = self.network.to(batch.device)
-        lesson, found = Lesson(student, network, batch), dict[str, Term]()
+        lesson, found = DistillContext(student, network, batch), dict[str, Term]()
         for target in self.targets:
             for name, term in target(lesson).items():
                 if name in found:
@@ -147,12 +147,12 @@ class Distill(nn.Module):
         return found
 
 
-def require_says(student: nn.Module, teacher: nn.Module) -> None:
+def require_decisions(student: nn.Module, teacher: nn.Module) -> None:
     """Raises ValueError unless both decide, between as many choices."""
     for who, network in (("the student", student), ("the teacher", teacher)):
-        if not isinstance(network, Says):
+        if not isinstance(network, MakesDecisions):
             raise ValueError(f"distill: {who}, {type(network).__name__}, has no decisions; Fusion and Chat have")
-    assert isinstance(student, Says) and isinstance(teacher, Says)
+    assert isinstance(student, MakesDecisions) and isinstance(teacher, MakesDecisions)
     if student.choices != teacher.choices:
         raise ValueError(
             f"distill: the teacher decides between {teacher.choices}, the student between {student.choices}: the same "
@@ -170,13 +170,13 @@ class DecisionTarget(Target):
         self.weight = weight
 
     def build(self, student: nn.Module, teacher: nn.Module) -> Self:
-        require_says(student, teacher)
+        require_decisions(student, teacher)
         return self
 
-    def forward(self, lesson: Lesson) -> dict[str, Term]:
+    def forward(self, lesson: DistillContext) -> dict[str, Term]:
         said, taught, B = lesson.said, lesson.taught, len(lesson.batch)
         mine_N, theirs_N = in_common(said.sample_N, taught.sample_N)
-        choices = max(cast(Says, lesson.student).choices, 1)
+        choices = max(cast(MakesDecisions, lesson.student).choices, 1)
         rows, all_at_once = max(CELLS // choices, 1), len(mine_N) * choices <= CELLS
 
         def part(mine_n: Tensor, theirs_n: Tensor) -> Tensor:
@@ -257,9 +257,9 @@ class FeatureTarget(Target):
         self.map = nn.Linear(cast(int, student.width), cast(int, teacher.width))
         return self
 
-    def forward(self, lesson: Lesson) -> dict[str, Term]:
+    def forward(self, lesson: DistillContext) -> dict[str, Term]:
         m, batch = self.modality, lesson.batch
-        z = cast(Says, lesson.student).step.latents
+        z = cast(MakesDecisions, lesson.student).step.latents
         if m not in z:
             known = ", ".join(z) or "none"
             raise ValueError(

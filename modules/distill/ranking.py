@@ -28,7 +28,7 @@ from descant.modules.core.protocols import Matches, Scorer
 from descant.modules.core.ranks import gather
 from descant.modules.core.rng import mix_N
 from descant.modules.core.sham import Sham
-from descant.modules.distill.distill import Lesson, Target, divergence
+from descant.modules.distill.distill import DistillContext, Target, divergence
 from descant.modules.losses.contrastive import promote
 
 
@@ -53,17 +53,18 @@ class Weighting(nn.Module):
         raise NotImplementedError
 
 
-class Alike(Weighting):
+class UniformWeighting(Weighting):
     """All samples count 1."""
 
     def forward(self, lists: Lists) -> Tensor:
         return torch.ones_like(lists.t_BK[:, 0])
 
 
-class Sure(Weighting):
+class TeacherConfidence(Weighting):
     """``1 - H_b / log K``, H the entropy of the teacher's list: who is sure is imitated (our reading of DCD).
 
-    >>> sure = Sure()(Lists(torch.tensor([[0.0, 0.0], [9.0, 0.0]]), torch.zeros(2, 2), torch.ones(2).bool()))
+    >>> lists = Lists(torch.tensor([[0.0, 0.0], [9.0, 0.0]]), torch.zeros(2, 2), torch.ones(2).bool())
+    >>> sure = TeacherConfidence()(lists)
     >>> [round(x, 3) for x in sure.tolist()]
     [0.0, 0.998]
     """
@@ -72,10 +73,11 @@ class Sure(Weighting):
         return (1 - lists.entropy()).clamp(0, 1)
 
 
-class Unsure(Weighting):
+class TeacherUncertainty(Weighting):
     """``H_b``: what the teacher doubts is learned of the labels (DCD).
 
-    >>> unsure = Unsure()(Lists(torch.tensor([[0.0, 0.0], [9.0, 0.0]]), torch.zeros(2, 2), torch.ones(2).bool()))
+    >>> lists = Lists(torch.tensor([[0.0, 0.0], [9.0, 0.0]]), torch.zeros(2, 2), torch.ones(2).bool())
+    >>> unsure = TeacherUncertainty()(lists)
     >>> [round(x, 3) for x in unsure.tolist()]
     [1.0, 0.002]
     """
@@ -99,11 +101,11 @@ class AsReleased(Weighting):
         return (square_B - all_G.masked_fill(~valid_G, -torch.inf).logsumexp(dim=0)).exp()
 
 
-class Behind(Weighting):
+class StudentLag(Weighting):
     """``1 - exp(- CE(s_b) / CE(t_b))``: more for what the student tells worse than the teacher does (DCD's other one).
 
     >>> lists = Lists(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), torch.ones(1).bool())
-    >>> round(Behind()(lists).item(), 4)
+    >>> round(StudentLag()(lists).item(), 4)
     0.9849
     """
 
@@ -189,7 +191,11 @@ class RankTarget(Target):
             raise ValueError(f"RankTarget: kept {kept} of drawn {drawn}: at least 1, and no more than are drawn")
         self.pair, self.drawn, self.kept, self.mine = pair, drawn, kept, mine
         self.imitation, self.rank, self.truth = imitation or ListKL(), rank, truth
-        self.weigh, self.weigh_truth, self.sham = weigh or Alike(), weigh_truth or Alike(), Sham(sham)
+        self.weigh, self.weigh_truth, self.sham = (
+            weigh or UniformWeighting(),
+            weigh_truth or UniformWeighting(),
+            Sham(sham),
+        )
 
     def build(self, student: nn.Module, teacher: nn.Module) -> Self:
         for who, network in (("the student", student), ("the teacher", teacher)):
@@ -200,7 +206,7 @@ class RankTarget(Target):
                 raise ValueError(f"distill: {who} scores no pair {self.pair!r}, only {', '.join(names)}")
         return self
 
-    def forward(self, lesson: Lesson) -> dict[str, Term]:
+    def forward(self, lesson: DistillContext) -> dict[str, Term]:
         batch, step = lesson.batch, cast(Matches, lesson.student).step
         with torch.no_grad():
             scorer = cast(Matches, lesson.teacher).scorers(batch)[self.pair]

@@ -318,7 +318,7 @@ def _recompute(block: nn.Module, preserve_rng: bool) -> None:
             return plain.forward(self, *args, **kwargs)
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), Still(self)
+            return nullcontext(), FrozenBatchNormStats(self)
 
         options: dict[str, Any] = {"context_fn": contexts} if norms and not torch.compiler.is_compiling() else {}
         return checkpoint(
@@ -334,7 +334,7 @@ def _recompute(block: nn.Module, preserve_rng: bool) -> None:
     block.__class__ = type(f"Recomputed{plain.__name__}", (plain,), {"forward": forward, "_recomputed": True})
 
 
-class Still(AbstractContextManager[None]):
+class FrozenBatchNormStats(AbstractContextManager[None]):
     """Batch norms of a module compute as in training but leave their running statistics alone.
 
     May be entered again after it was left: a probe goes backward more than once, each time through a second pass.

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from descant.modules.core.ranks import gather, rank, world
-from descant.modules.engine.configure import Still
+from descant.modules.engine.configure import FrozenBatchNormStats
 
 
 def synchronize(module: nn.Module) -> int:
@@ -46,7 +46,7 @@ def unseen(module: nn.Module) -> Iterator[None]:
     for norm in norms:
         norm.counted = False
     try:
-        with Still(module) if not norms else nullcontext():
+        with FrozenBatchNormStats(module) if not norms else nullcontext():
             yield
     finally:
         for norm in norms:

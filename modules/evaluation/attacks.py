@@ -175,8 +175,8 @@ def _within(draw_B: Tensor, restart: int, like_BN: Tensor, radius_B1: Tensor) ->
 def slopes(nudge: Nudge, m: str) -> Tensor:
     """``tau_BC = |d s_bmk / d x_bm|``: how steeply what a modality says of each class changes with its input.
 
-    Of a fusion with margins (:class:`descant.modules.fusion.classifiers.OrthogonalFusion`), before its weights; sample by
-    sample, so that towers have to be in eval mode. A backward pass a class.
+    Of a fusion with margins (:class:`descant.modules.fusion.classifiers.OrthogonalFusion`), before its weights; sample
+    by sample, so that towers have to be in eval mode. A backward pass a class.
     """
     fusion: Any = nudge.recipe.fusion
     with torch.inference_mode(False), torch.enable_grad():

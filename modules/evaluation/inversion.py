@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from descant.modules.core.protocols import Encodes, Inverts
 from descant.modules.core.rng import uniform_N
-from descant.modules.tokenizers.text import Codec
+from descant.modules.tokenizers.text import Tokenizer
 
 MARK = 50  # steps from one look at the loss to the next
 
@@ -140,7 +140,7 @@ class ModalityInversion:
         return Inverted(z_BD.detach(), v_BVD.detach(), 1 - loss_B.detach(), torch.stack(marks))
 
 
-def text_frame(model: Inverts, modality: str, codec: Codec, template: str, tokens: int) -> Frame:
+def text_frame(model: Inverts, modality: str, codec: Tokenizer, template: str, tokens: int) -> Frame:
     """The frame of a template such as ``a picture of {}``, with room for ``tokens`` pseudo-tokens at the braces.
 
     Raises:

@@ -21,7 +21,7 @@ from descant.modules.core.rows import running
 from descant.modules.towers.image import Block
 
 
-class Fuse(nn.Module):
+class FusionHead(nn.Module):
     """``fusion(z, present) -> logits_BC``: what all modalities of a sample say together.
 
     A subclass implements ``made`` (its layers, once widths are known) and ``logits``, which gets zeros in place of the
@@ -116,7 +116,7 @@ def only(present: Mapping[str, Tensor], *modalities: str) -> dict[str, Tensor]:
     return {m: mask_B if m in modalities else derived(torch.zeros_like, mask_B) for m, mask_B in present.items()}
 
 
-class LateFusion(Fuse):
+class LateFusion(FusionHead):
     """``logits_b = bias + sum_m W_m z_bm``, over the modalities that sample b has: each adds its own.
 
     The shares ``W_m z_m`` are the Shapley values, at no further cost.
@@ -139,7 +139,7 @@ class LateFusion(Fuse):
         return {m: self.maps[m](z_BD) for m, z_BD in self.checked(z, present)[0].items()}
 
 
-class OrthogonalFusion(Fuse):
+class OrthogonalFusion(FusionHead):
     """``logits_bk = bias_k + sum_m a_mk s_bmk``, with ``s_bm = V_m z_bm``, ``V_m V_m^T = 1`` and ``a > 0`` (CRMT).
 
     What each modality says of a class (s, whose gradient at z is one unit long and orthogonal to every other class's)
@@ -221,7 +221,7 @@ def _orthogonal(linear: nn.Linear) -> nn.Module:
     return made
 
 
-class SharedHead(Fuse):
+class SharedHead(FusionHead):
     """``logits_b = sum_m w_bm f(z_bm)`` over who is there, with one linear f for all modalities (MLA).
 
         w_b = softmax over present m of  - H(softmax f(z_bm)),        H the entropy in nats
@@ -254,7 +254,7 @@ class SharedHead(Fuse):
         return (w_MB[..., None] * f_MBC).sum(dim=0)
 
 
-class Votes(Fuse):
+class SoftVoting(FusionHead):
     """``logits_b = log sum_m w_m softmax(f_m(z_bm))`` over who is there: networks of one modality each, that vote.
 
     ``w = softmax(log_weights)`` over the modalities that a sample has: equal to begin with, and all there is to train.
@@ -263,13 +263,13 @@ class Votes(Fuse):
         members: modality -> the fusion of a network of this modality alone, built already.
 
     >>> one = LateFusion().build({"image": 4}, classes=2)
-    >>> votes = Votes({"image": one}).build({"image": 4}, classes=2)
+    >>> votes = SoftVoting({"image": one}).build({"image": 4}, classes=2)
     >>> z = {"image": torch.randn(3, 4)}
     >>> torch.allclose(votes(z), one(z).log_softmax(dim=1))
     True
     """
 
-    def __init__(self, members: Mapping[str, Fuse]) -> None:
+    def __init__(self, members: Mapping[str, FusionHead]) -> None:
         super().__init__()
         self.members = nn.ModuleDict(members)
 
@@ -287,7 +287,7 @@ class Votes(Fuse):
         return torch.where(some_B1, said_MBC.logsumexp(dim=0).log_softmax(dim=1), 0.0)
 
 
-class MidFusion(Fuse):
+class MidFusion(FusionHead):
     """``logits_b = MLP(concat_m z_bm)``, with zeros for the modalities that sample b lacks.
 
     Args:
@@ -318,7 +318,7 @@ class MidFusion(Fuse):
         return self.mlp(torch.cat(list(z.values()), dim=1))
 
 
-class AttentionFusion(Fuse):
+class AttentionFusion(FusionHead):
     """``logits_b = V norm(h_b0)``, ``h_b = blocks(c, W_1 z_b1 + e_1, ..., W_M z_bM + e_M)``: one token a modality.
 
     c is the token of the class, e_m says which modality a token is of, and nobody looks at the token of an absent

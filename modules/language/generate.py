@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.core.rng import uniform_N
-from descant.modules.language.model import CausalLM, Layer, turned
+from descant.modules.language.model import CausalLM, Layer, apply_rope
 
 #: Rows leave together, when this share of those that are computed has finished.
 LEAVE = 0.25
@@ -217,17 +217,17 @@ class _Layer:
             self.norm_2, self.gate_up = _after(layer.norm_2, layer.gate_up)
             self.out, self.down = (_turned(part.weight) for part in (layer.out, layer.down))
 
-    def heads_of(self, h_SD: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def split_qkv(self, h_SD: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``q_SHE``, ``k_SKE``, ``v_SKE``; ``turn``: complex ``[S, 1, E / 2]``."""
         layer = self.layer
         x = torch.mm(self.norm_1(h_SD), self.qkv) if self.plain else layer.qkv(layer.norm_1(h_SD))
         qk, v = x.view(len(x), -1, layer.head_width).split([layer.heads + layer.key_heads, layer.key_heads], dim=1)
-        q, k = turned(qk, turn).split([layer.heads, layer.key_heads], dim=1)
+        q, k = apply_rope(qk, turn).split([layer.heads, layer.key_heads], dim=1)
         return q, k, v
 
-    def close(self, h_SD: Tensor, attended_SD: Tensor) -> Tensor:
+    def residual_mlp(self, h_SD: Tensor, attended_SD: Tensor) -> Tensor:
         if not self.plain:
-            return self.layer.close(h_SD, attended_SD)
+            return self.layer.residual_mlp(h_SD, attended_SD)
         h_SD = torch.addmm(h_SD, attended_SD, self.out)
         gate, up = torch.mm(self.norm_2(h_SD), self.gate_up).chunk(2, dim=1)
         return torch.addmm(h_SD, F.silu(gate).mul_(up), self.down)
@@ -293,13 +293,13 @@ class _State:
         self.said += 1
         S = len(h_SD)
         for i, layer in enumerate(layers):
-            q, k, v = layer.heads_of(h_SD, turn)
+            q, k, v = layer.split_qkv(h_SD, turn)
             K, E = k.shape[1:]
             if g > 1:  # the grid as caches have it: prompts, key heads, who shares them
                 q, k, v = (x.view(S // g, g, K, -1, E).transpose(1, 2) for x in (q, k, v))
             keys, values = self.own[i]
             keys.view(*k.shape, -1)[..., at], values.view(*k.shape[:-1], -1, E)[..., at, :] = k, v
-            h_SD = layer.close(h_SD, self._attended(q.reshape(S * K, -1, E), i))
+            h_SD = layer.residual_mlp(h_SD, self._attended(q.reshape(S * K, -1, E), i))
         return h_SD
 
     def _attended(self, q: Tensor, i: int) -> Tensor:
@@ -361,10 +361,10 @@ def _read(lm: CausalLM, h_PTD: Tensor, mask_PT: Tensor, turn: Tensor, new: int, 
     group //= copies
     prompt, own, before = [], [], 0 if group > 1 else T
     for layer in lm.blocks():
-        q, k, v = layer.heads_of(h_PTD, turn)
+        q, k, v = layer.split_qkv(h_PTD, turn)
         # padding stands behind all that is real, so what is causal never looks at it
         a_BHTE = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
-        h_PTD = layer.close(h_PTD, a_BHTE.transpose(1, 2).reshape(P, T, D))
+        h_PTD = layer.residual_mlp(h_PTD, a_BHTE.transpose(1, 2).reshape(P, T, D))
         if copies > 1:
             k, v = k.repeat_interleave(copies, dim=0), v.repeat_interleave(copies, dim=0)
         keys, values = k.flatten(0, 1).transpose(1, 2), v.flatten(0, 1)

@@ -15,7 +15,7 @@ from descant.modules.core.host import derived, host_copy, to_device
 from descant.modules.tokenizers.text import PAD
 
 
-class Shown(NamedTuple):
+class ShownImages(NamedTuple):
     """The pictures that prompts name and samples have: ``x_P``, whose each is, and the word in whose place it stands,
     these two on the CPU.
 
@@ -28,7 +28,7 @@ class Shown(NamedTuple):
     some: bool
 
 
-def shown(batch: Batch, image_token: int) -> Shown:
+def shown(batch: Batch, image_token: int) -> ShownImages:
     """Pictures stand where they are named, in turn: ``image`` is ``[B, C, H, W]``, or ``[B, K, C, H, W]`` of several.
 
     Raises:
@@ -42,10 +42,10 @@ def shown(batch: Batch, image_token: int) -> Shown:
         raise ValueError(f"sample {where}: its prompt names {named} pictures, and it has {image.shape[1]}")
     sample_P, word_P = (named_BT & host_copy(batch.present["image"])[:, None]).nonzero(as_tuple=True)
     if not len(sample_P):
-        return Shown(torch.zeros_like(image[:1, 0]), torch.zeros(1, dtype=torch.long), word_P, some=False)
+        return ShownImages(torch.zeros_like(image[:1, 0]), torch.zeros(1, dtype=torch.long), word_P, some=False)
     number_P = (named_BT.cumsum(dim=1) - 1)[sample_P, word_P]
     at = (to_device(sample_P, image.device), to_device(number_P, image.device))
-    return Shown(image[at], sample_P, word_P, some=True)
+    return ShownImages(image[at], sample_P, word_P, some=True)
 
 
 class Interleaved(NamedTuple):
@@ -64,7 +64,7 @@ class Interleaved(NamedTuple):
     position_BS: Tensor | None = None
 
 
-def placed(h_BSW: Tensor, seen_PIW: Tensor, pictures: Shown, row: Interleaved) -> Tensor:
+def placed(h_BSW: Tensor, seen_PIW: Tensor, pictures: ShownImages, row: Interleaved) -> Tensor:
     """``h_BSW`` with what is seen of each picture in its place; where there is none it costs parameters nothing."""
     h_BSW = h_BSW + 0.0 * seen_PIW.sum().to(h_BSW)
     if not pictures.some:
@@ -77,7 +77,7 @@ def unillustrated(batch: Batch) -> Interleaved:
     """The rows of what has no pictures, as they are."""
     ids_BT = batch.inputs["text"]
     real_BT = derived(_real, ids_BT, batch.present["text"])
-    said_BT = derived(torch.logical_and, batch.inputs["text_said"], real_BT)
+    said_BT = derived(torch.logical_and, batch.inputs["loss_mask"], real_BT)
     return Interleaved(ids_BT, said_BT, real_BT, torch.zeros(0, 0, dtype=torch.long))
 
 
@@ -85,16 +85,16 @@ def _real(ids_BT: Tensor, present_B: Tensor) -> Tensor:
     return (ids_BT != PAD) & present_B[:, None]
 
 
-def interleave(batch: Batch, pictures: Shown, cells: int, image_token: int) -> Interleaved:
+def interleave(batch: Batch, pictures: ShownImages, cells: int, image_token: int) -> Interleaved:
     """Room for ``cells`` tokens in the place of each picture that is shown: words move to the right of them.
 
     >>> text = torch.tensor([[1, 9, 5, 9, 6], [1, 9, 5, 0, 0]])
     >>> present = {"image": torch.tensor([True, False]), "text": torch.tensor([True, True])}
-    >>> batch = Batch({"image": torch.zeros(2, 2, 3, 4, 4), "text": text, "text_said": text > 4}, present)
+    >>> batch = Batch({"image": torch.zeros(2, 2, 3, 4, 4), "text": text, "loss_mask": text > 4}, present)
     >>> interleave(batch, shown(batch, 9), 2, 9).ids_BS.tolist()
     [[1, 9, 9, 5, 9, 9, 6], [1, 5, 0, 0, 0, 0, 0]]
     """
-    ids_BT, said_BT, device = host_copy(batch.inputs["text"]), host_copy(batch.inputs["text_said"]), batch.device
+    ids_BT, said_BT, device = host_copy(batch.inputs["text"]), host_copy(batch.inputs["loss_mask"]), batch.device
     B, T = ids_BT.shape
     named_BT = ids_BT == image_token
     before_BT = named_BT.cumsum(dim=1) - named_BT.int()  # pictures that stand before

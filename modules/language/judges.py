@@ -12,23 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from descant.modules.core.batch import Batch
-from descant.modules.core.protocols import Replies
+from descant.modules.core.protocols import AnswersQuestions
 from descant.modules.tokenizers.text import EOS, PAD
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Of a batch: ``said_BM``, int64, to its end and zeros behind it; ``right_BA`` likewise, without an end; and the
-    network that teaches, for those who ask it."""
+    """Of a batch: ``answer_ids_BM``, int64, to its end and zeros behind it; ``right_BA`` likewise, without an end; and
+    the network that teaches, for those who ask it."""
 
     batch: Batch
-    said_BM: Tensor
+    answer_ids_BM: Tensor
     right_BA: Tensor
     teacher: nn.Module
 
     def rows(self) -> list[tuple[list[int], list[int]]]:
         """Tokens said and right, without ends and padding."""
-        both = zip(self.said_BM.tolist(), self.right_BA.tolist(), strict=True)
+        both = zip(self.answer_ids_BM.tolist(), self.right_BA.tolist(), strict=True)
         return [(spoken(said), spoken(right)) for said, right in both]
 
 
@@ -42,37 +42,37 @@ def spoken(tokens: Sequence[int]) -> list[int]:
     return list(tokens[:end])
 
 
-class AnswerJudge(nn.Module):
+class AnswerScorer(nn.Module):
     """``judge(answers)`` -> float32 scores ``[B]`` in [0, 1]."""
 
     def forward(self, answers: Answers) -> Tensor:
         raise NotImplementedError
 
 
-class ExactJudge(AnswerJudge):
+class ExactMatchScorer(AnswerScorer):
     """1 where every token is right and nothing else was said, else 0."""
 
     def forward(self, answers: Answers) -> Tensor:
         return torch.tensor([float(said == right) for said, right in answers.rows()])
 
 
-class EditJudge(AnswerJudge):
+class EditDistanceScorer(AnswerScorer):
     """``1 - edits / max(M, A)``: the fewest tokens put in, taken out or exchanged that make right of what was said."""
 
     def forward(self, answers: Answers) -> Tensor:
         return torch.tensor([1 - edits(a, b) / max(len(a), len(b), 1) for a, b in answers.rows()])
 
 
-class LikelihoodJudge(AnswerJudge):
+class LikelihoodScorer(AnswerScorer):
     """``exp(mean over tokens of log p(token | picture, question))`` in the teacher's eyes, the end included.
 
     Nobody looks at what is right.
     """
 
     def forward(self, answers: Answers) -> Tensor:
-        if not isinstance(answers.teacher, Replies):
-            raise ValueError(f"LikelihoodJudge: {type(answers.teacher).__name__} weighs no answers; Chat does")
-        return answers.teacher.likelihood(answers.batch, answers.said_BM).float().cpu()
+        if not isinstance(answers.teacher, AnswersQuestions):
+            raise ValueError(f"LikelihoodScorer: {type(answers.teacher).__name__} weighs no answers; Chat does")
+        return answers.teacher.likelihood(answers.batch, answers.answer_ids_BM).float().cpu()
 
 
 def edits(a: Sequence[int], b: Sequence[int]) -> int:
@@ -89,14 +89,14 @@ def edits(a: Sequence[int], b: Sequence[int]) -> int:
     return row[-1]
 
 
-def answered_with(batch: Batch, said_BM: Tensor, answer_token: int) -> Batch:
+def answered_with(batch: Batch, answer_ids_BM: Tensor, answer_token: int) -> Batch:
     """The batch with other answers to the same questions, all of whose tokens, and an end, are to be learned.
 
-    ``said_BM``: int64, to its end or padding; an answer without one gets one.
+    ``answer_ids_BM``: int64, to its end or padding; an answer without one gets one.
     """
     text_BT = batch.inputs["text"]
     rows = []
-    for ids, said in zip(text_BT.tolist(), said_BM.tolist(), strict=True):
+    for ids, said in zip(text_BT.tolist(), answer_ids_BM.tolist(), strict=True):
         asked = ids[: ids.index(answer_token) + 1] if answer_token in ids else ids
         rows.append((asked, [*spoken(said), EOS] if answer_token in ids else []))
     T = max(max((len(asked) + len(back) for asked, back in rows), default=0), 1)
@@ -104,5 +104,5 @@ def answered_with(batch: Batch, said_BM: Tensor, answer_token: int) -> Batch:
     for b, (asked, back) in enumerate(rows):
         text[b, : len(asked) + len(back)] = torch.tensor(asked + back)
         learned[b, len(asked) : len(asked) + len(back)] = True
-    new = {"text": text.to(text_BT), "text_said": learned.to(text_BT.device)}
+    new = {"text": text.to(text_BT), "loss_mask": learned.to(text_BT.device)}
     return replace(batch, inputs={**batch.inputs, **new})

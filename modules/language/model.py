@@ -32,23 +32,23 @@ class Layer(nn.Module):
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
 
-    def heads_of(self, h_BTD: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def split_qkv(self, h_BTD: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``q_BHTE``, ``k_BKTE`` and ``v_BKTE``, turned by their positions."""
         B, T, _ = h_BTD.shape
         x = self.qkv(self.norm_1(h_BTD)).view(B, T, -1, self.head_width).transpose(1, 2)
         qk, v = x.split([self.heads + self.key_heads, self.key_heads], dim=1)
-        q, k = turned(qk, turn).split([self.heads, self.key_heads], dim=1)
+        q, k = apply_rope(qk, turn).split([self.heads, self.key_heads], dim=1)
         return q, k, v
 
     def forward(self, h_BTD: Tensor, turn: Tensor, see: Tensor | None) -> Tensor:
         """``see``: bool, broadcastable to ``[B, H, T, T]``; every token and what is left of it where not given."""
-        q, k, v = self.heads_of(h_BTD, turn)
+        q, k, v = self.split_qkv(h_BTD, turn)
         a_BHTE = F.scaled_dot_product_attention(
             q, k, v, attn_mask=see, is_causal=see is None, enable_gqa=k.shape[1] != q.shape[1]
         )
-        return self.close(h_BTD, a_BHTE.transpose(1, 2).reshape(h_BTD.shape))
+        return self.residual_mlp(h_BTD, a_BHTE.transpose(1, 2).reshape(h_BTD.shape))
 
-    def close(self, h_BTD: Tensor, attended_BTD: Tensor) -> Tensor:
+    def residual_mlp(self, h_BTD: Tensor, attended_BTD: Tensor) -> Tensor:
         h_BTD = h_BTD + self.out(attended_BTD)
         gate, up = self.gate_up(self.norm_2(h_BTD)).chunk(2, dim=-1)
         return h_BTD + self.down(F.silu(gate) * up)
@@ -201,7 +201,7 @@ def turn_frequencies(theta: float, head_width: int, device: torch.device | None 
     return theta ** (-torch.arange(0, head_width, 2, device=device).float() / head_width)
 
 
-def turned(x_BHTE: Tensor, turn: Tensor) -> Tensor:
+def apply_rope(x_BHTE: Tensor, turn: Tensor) -> Tensor:
     """Rotary positions (Su 2021, arXiv 2104.09864): numbers 2 i and 2 i + 1 of a head as one complex number."""
     pairs = torch.view_as_complex(x_BHTE.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turn).flatten(-2).to(x_BHTE.dtype)

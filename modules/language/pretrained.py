@@ -17,8 +17,9 @@ PLAIN = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "pret
 class PretrainedLM(CausalLM):
     """The :class:`CausalLM` that a pretrained Llama is, weight for weight, in float32. Nothing is downloaded.
 
-    Its ids are those of its own tokenizer (``modules.text.Pretrained`` with the same arguments), and behind them
-    ``extra`` more, such as of a picture and of the beginning of an answer, that begin as the mean of all embeddings.
+    Its ids are those of its own tokenizer (``modules.text.PretrainedTokenizer`` with the same arguments), and behind
+    them ``extra`` more, such as of a picture and of the beginning of an answer, that begin as the mean of all
+    embeddings.
 
     Args:
         folder: with config.json and weights, as ``save_pretrained`` writes it.

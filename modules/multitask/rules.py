@@ -60,7 +60,7 @@ class Rule:
         self.state = {name: value.clone() for name, value in state.items()}
 
 
-class Solved(Rule):
+class SolverRule(Rule):
     """A rule that correlations and lengths of the gradients decide alone: nothing is drawn or remembered."""
 
     def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
@@ -87,7 +87,7 @@ def orders(terms: int, draw: int) -> list[list[int]]:
 class PCGrad(Rule):
     """Each gradient loses its part against every other one that it conflicts with, one after another, in a drawn order.
 
-    See :func:`descant.modules.multitask.solvers.one_after_another`. Source: Yu 2020, arXiv 2001.06782.
+    See :func:`descant.modules.multitask.solvers.pcgrad`. Source: Yu 2020, arXiv 2001.06782.
 
     >>> conflict = torch.tensor([[1.0, -0.5], [-0.5, 1.0]], dtype=torch.float64)
     >>> PCGrad().mix(conflict[None], torch.ones(2), 0).tolist()  # g_a + g_b / 2, and g_b + g_a / 2
@@ -98,23 +98,23 @@ class PCGrad(Rule):
 
     def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
         order = orders(gram_BKK.shape[-1], draw)
-        return harmony.harmonized(gram_BKK, lambda c, d, live: harmony.one_after_another(c, d, _among(order, live)))
+        return harmony.harmonized(gram_BKK, lambda c, d, live: harmony.pcgrad(c, d, _among(order, live)))
 
 
-class Realign(Solved):
+class CMGH(SolverRule):
     """As PCGrad, and against the other gradients as they came: nothing is drawn, and no order matters.
 
     See :func:`descant.modules.multitask.solvers.realigned`. Source: Wu 2022, arXiv 2211.02077 (CMGH), for two terms.
 
     >>> conflict = torch.tensor([[4.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
-    >>> Realign().mix(conflict[None], torch.ones(2), 0).tolist()
+    >>> CMGH().mix(conflict[None], torch.ones(2), 0).tolist()
     [[1.25, 2.0]]
     """
 
     per_sample = True
 
     def solve(self, c_BKK: Tensor, d_BK: Tensor) -> Tensor:
-        return harmony.realigned(c_BKK, d_BK)
+        return harmony.cmgh(c_BKK, d_BK)
 
 
 class GradVac(Rule):
@@ -144,7 +144,7 @@ class GradVac(Rule):
 
         def solve(c: Tensor, d: Tensor, live: Tensor) -> Tensor:
             at = live.nonzero()[:, 0]
-            a_BK, cos_BKK = harmony.towards(c, d, aim_KK[at[:, None], at], _among(order, live))
+            a_BK, cos_BKK = harmony.gradvac(c, d, aim_KK[at[:, None], at], _among(order, live))
             met_KK[at[:, None], at] += cos_BKK.sum(dim=0)
             rows_KK[at[:, None], at] += len(c)
             return a_BK
@@ -162,7 +162,7 @@ class GradVac(Rule):
         super().learn(total)
 
 
-class CAGrad(Solved):
+class CAGrad(SolverRule):
     """The step near the mean that is best for the term that gains least.
 
     See :func:`descant.modules.multitask.solvers.cagrad`. Source: Liu 2021, arXiv 2110.14048.
@@ -183,7 +183,7 @@ class CAGrad(Solved):
         return harmony.cagrad(c_BKK, d_BK, self.radius) if self.radius else d_BK
 
 
-class MGDA(Solved):
+class MGDA(SolverRule):
     """The shortest vector of the convex hull of the gradients: no term gets worse, and the least gradient rules.
 
     See :func:`descant.modules.multitask.solvers.min_norm`. Source: Sener 2018, arXiv 1810.04650.
@@ -195,7 +195,7 @@ class MGDA(Solved):
         return harmony.min_norm(c_BKK, d_BK)
 
 
-class UPGrad(Solved):
+class UPGrad(SolverRule):
     """The sum of what each gradient is, once it conflicts with no other.
 
     See :func:`descant.modules.multitask.solvers.upgrad`. Source: Quinton 2024, arXiv 2406.16232.
@@ -205,37 +205,37 @@ class UPGrad(Solved):
         return harmony.upgrad(c_BKK, d_BK)
 
 
-class NashMTL(Solved):
+class NashMTL(SolverRule):
     """The bargain in which each term gains alike, in proportion to its own gradient's length.
 
-    See :func:`descant.modules.multitask.solvers.nash`. Source: Navon 2022, arXiv 2202.01017.
+    See :func:`descant.modules.multitask.solvers.nash_mtl`. Source: Navon 2022, arXiv 2202.01017.
     """
 
     def solve(self, c_BKK: Tensor, d_BK: Tensor) -> Tensor:
-        return harmony.nash(c_BKK, d_BK)
+        return harmony.nash_mtl(c_BKK, d_BK)
 
 
-class IMTLG(Solved):
+class IMTLG(SolverRule):
     """A step that goes as far along each gradient as along every other.
 
-    See :func:`descant.modules.multitask.solvers.even`. Source: Liu 2021, Towards Impartial Multi-task Learning (ICLR).
+    See :func:`descant.modules.multitask.solvers.imtl_g`. Source: Liu 2021, Towards Impartial Multi-task Learning.
     """
 
     def solve(self, c_BKK: Tensor, d_BK: Tensor) -> Tensor:
-        return harmony.even(c_BKK, d_BK)
+        return harmony.imtl_g(c_BKK, d_BK)
 
 
-class AlignedMTL(Solved):
+class AlignedMTL(SolverRule):
     """All principal directions of the gradients made as short as the shortest of them.
 
-    See :func:`descant.modules.multitask.solvers.aligned`. Source: Senushkin 2023, arXiv 2305.19000.
+    See :func:`descant.modules.multitask.solvers.aligned_mtl`. Source: Senushkin 2023, arXiv 2305.19000.
     """
 
     def solve(self, c_BKK: Tensor, d_BK: Tensor) -> Tensor:
-        return harmony.aligned(c_BKK, d_BK)
+        return harmony.aligned_mtl(c_BKK, d_BK)
 
 
-class Pareto(Solved):
+class MMPareto(SolverRule):
     """Two terms that conflict take the shortest step that is good for both, made as long as their sum would be:
 
         h = g_a + g_b where <g_a, g_b> >= 0, else 2 (w g_a + (1 - w) g_b) of the least length, then times
@@ -246,7 +246,7 @@ class Pareto(Solved):
     (MMPareto).
 
     >>> conflict = torch.tensor([[4.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
-    >>> mix = Pareto(gamma=1).mix(conflict[None], torch.ones(2), 0)[0]  # (4/7, 10/7), and sqrt 7/4 times as long
+    >>> mix = MMPareto(gamma=1).mix(conflict[None], torch.ones(2), 0)[0]  # (4/7, 10/7), and sqrt 7/4 times as long
     >>> [round(k, 4) for k in mix.tolist()]
     [0.7559, 1.8898]
     """
@@ -254,12 +254,12 @@ class Pareto(Solved):
     def __init__(self, gamma: float = 1.5) -> None:
         super().__init__()
         if not gamma > 0:
-            raise ValueError(f"Pareto: gamma {gamma:g}: above 0, such as 1.5")
+            raise ValueError(f"MMPareto: gamma {gamma:g}: above 0, such as 1.5")
         self.gamma = gamma
 
     def solve(self, c_BKK: Tensor, d_BK: Tensor) -> Tensor:
         if d_BK.shape[1] > 2:
-            raise ValueError(f"Pareto: {d_BK.shape[1]} terms; it is for two, a joint loss and a modality's own")
+            raise ValueError(f"MMPareto: {d_BK.shape[1]} terms; it is for two, a joint loss and a modality's own")
         if d_BK.shape[1] < 2:
             return self.gamma * d_BK  # one of them is zero
         cos_B1 = c_BKK[:, 0, 1:]
@@ -321,7 +321,7 @@ class GradNorm(Rule):
 # of values ------------------------------------------------------------------------------------------------------------
 
 
-class Uncertainty(Rule):
+class UncertaintyWeighting(Rule):
     """Each term by a noise of its own that is learned: ``sum_k exp(-s_k) L_k + s_k`` (Kendall 2018, 1705.07115).
 
         s_k <- s_k - lr (1 - exp(-s_k) L_k),        mix_k = exp(-s_k),       from s = 0 on

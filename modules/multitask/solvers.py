@@ -119,7 +119,7 @@ def min_norm(c_BKK: Tensor, d_BK: Tensor) -> Tensor:
     return best.found() * d_BK.amin(dim=1, keepdim=True) * k
 
 
-def into_cone(c_BKK: Tensor, a_BK: Tensor) -> Tensor:
+def project_to_dual_cone(c_BKK: Tensor, a_BK: Tensor) -> Tensor:
     """The nearest vector to ``sum_k a_k g_k/|g_k|`` that conflicts with no gradient: ``<v, g_k> >= 0`` for all k.
 
     Exactly: v = a + l with l >= 0, (C v)_S = 0 on the set S of those that are touched, (C v)_j >= 0 off it.
@@ -143,7 +143,7 @@ def into_cone(c_BKK: Tensor, a_BK: Tensor) -> Tensor:
 def upgrad(c_BKK: Tensor, d_BK: Tensor) -> Tensor:
     """``sum_i`` of each gradient's projection into the cone without conflicts (UPGrad, Quinton 2024, 2406.16232)."""
     eye_KK = torch.eye(d_BK.shape[1], dtype=d_BK.dtype, device=d_BK.device)
-    each = [into_cone(c_BKK, e_K.expand_as(d_BK)) * d_BK[:, i, None] for i, e_K in enumerate(eye_KK)]
+    each = [project_to_dual_cone(c_BKK, e_K.expand_as(d_BK)) * d_BK[:, i, None] for i, e_K in enumerate(eye_KK)]
     return torch.stack(each).sum(dim=0)
 
 
@@ -178,7 +178,7 @@ def cagrad(c_BKK: Tensor, d_BK: Tensor, radius: float) -> Tensor:
         wrong_B = torch.maximum(_below(u_BK), _below(off_BK)) / size_B
         short_B = (-root_B / (q_B**2 + p_B * r_B.abs() + torch.finfo(d_BK.dtype).tiny)).clamp(min=0)
         best.add(d, torch.where((p_B > 0) & ~flat_B, torch.maximum(wrong_B, short_B), torch.inf))
-    calm_BK = into_cone(c_BKK, s_BK)
+    calm_BK = project_to_dual_cone(c_BKK, s_BK)
     moved_BK = calm_BK - s_BK
     far_B = (moved_BK * _times(c_BKK, moved_BK)).sum(dim=1).clamp(min=0).sqrt() - reach_B
     hull_BK = min_norm(c_BKK, torch.ones_like(d_BK)) / k
@@ -187,7 +187,7 @@ def cagrad(c_BKK: Tensor, d_BK: Tensor, radius: float) -> Tensor:
     return best.found() * unit_B1 * k
 
 
-def one_after_another(c_BKK: Tensor, d_BK: Tensor, orders: Sequence[Sequence[int]]) -> Tensor:
+def pcgrad(c_BKK: Tensor, d_BK: Tensor, orders: Sequence[Sequence[int]]) -> Tensor:
     """Each gradient loses its part against each other one that it conflicts with, in turn (PCGrad, 2001.06782).
 
     v_i = g_i;  for j in orders[i]:  if <v_i, g_j> < 0:  v_i -= <v_i, g_j> / |g_j|^2 g_j;      g = sum_i v_i
@@ -202,7 +202,7 @@ def one_after_another(c_BKK: Tensor, d_BK: Tensor, orders: Sequence[Sequence[int
     return total_BK
 
 
-def realigned(c_BKK: Tensor, d_BK: Tensor) -> Tensor:
+def cmgh(c_BKK: Tensor, d_BK: Tensor) -> Tensor:
     """As PCGrad, and against the others as they came: no order matters (CMGH, Wu 2022, 2211.02077, of two terms).
 
         h_i = g_i - sum_{j: <g_i, g_j> < 0} <g_i, g_j> / |g_j|^2 g_j
@@ -213,7 +213,7 @@ def realigned(c_BKK: Tensor, d_BK: Tensor) -> Tensor:
     return d_BK - off_BKK.sum(dim=1) + off_BKK.diagonal(dim1=1, dim2=2)
 
 
-def towards(c_BKK: Tensor, d_BK: Tensor, aim_KK: Tensor, orders: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+def gradvac(c_BKK: Tensor, d_BK: Tensor, aim_KK: Tensor, orders: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Each gradient is turned until its cosine with another one is what is aimed at (GradVac, Wang 2021, 2010.05874).
 
         if cos < phi:  v_i += |v_i| (phi sqrt(1 - cos^2) - cos sqrt(1 - phi^2)) / (|g_j| sqrt(1 - phi^2)) g_j
@@ -238,7 +238,7 @@ def towards(c_BKK: Tensor, d_BK: Tensor, aim_KK: Tensor, orders: Sequence[Sequen
     return total_BK, met_BKK
 
 
-def nash(c_BKK: Tensor, d_BK: Tensor, steps: int = 100) -> Tensor:
+def nash_mtl(c_BKK: Tensor, d_BK: Tensor, steps: int = 100) -> Tensor:
     """The bargain in which each gains in proportion: ``a_k (G a)_k = 1`` (Nash-MTL, Navon 2022, 2202.01017).
 
     In unit-length gradients ``x_k (C x)_k = 1``: the minimum of ``x.Cx / 2 - sum log x``, which is self-concordant, so
@@ -261,7 +261,7 @@ def nash(c_BKK: Tensor, d_BK: Tensor, steps: int = 100) -> Tensor:
     return torch.where((wrong_BK.amax(dim=1) < 1e-6)[:, None], x_BK, 0.0)
 
 
-def even(c_BKK: Tensor, d_BK: Tensor) -> Tensor:
+def imtl_g(c_BKK: Tensor, d_BK: Tensor) -> Tensor:
     """As far along each gradient as along any: ``<g, g_k> / |g_k|`` alike (IMTL-G, Liu 2021). Coefficients sum to K.
 
     ``C x = 1`` with ``mix = x / d``; one may be below zero. Where they sum to zero no such step exists: zeros.
@@ -273,7 +273,7 @@ def even(c_BKK: Tensor, d_BK: Tensor) -> Tensor:
     return torch.where(known, x_BK / total_B1 * d_BK.shape[1], 0.0)
 
 
-def aligned(c_BKK: Tensor, d_BK: Tensor) -> Tensor:
+def aligned_mtl(c_BKK: Tensor, d_BK: Tensor) -> Tensor:
     """All principal directions of the gradients made as short as the shortest (Aligned-MTL, 2305.19000).
 
         G = V S^2 V^T:    mix = s_min V S^-1 V^T 1        over the directions in which there is anything

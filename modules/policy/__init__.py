@@ -1,6 +1,6 @@
 """Reinforcement of answers: how much better than others one was, and the losses that make it likelier."""
 
-from descant.modules.policy.advantages import Advantage, BatchScaled, Centred, EachScaled, GroupScaled, Judged
+from descant.modules.policy.advantages import Advantage, AdvantageOutput, BatchScaled, Centred, EachScaled, GroupScaled
 from descant.modules.policy.losses import (
     CISPO,
     KL,
@@ -8,8 +8,8 @@ from descant.modules.policy.losses import (
     AnswerRatio,
     Clipped,
     Counts,
-    Drawn,
     LocalTokenMean,
+    PolicyBatch,
     PolicyLoss,
     Ratio,
     SequenceMean,
@@ -25,17 +25,17 @@ __all__ = [
     "DPO",
     "KL",
     "Advantage",
+    "AdvantageOutput",
     "Aggregation",
     "AnswerRatio",
     "BatchScaled",
     "Centred",
     "Clipped",
     "Counts",
-    "Drawn",
     "EachScaled",
     "GroupScaled",
-    "Judged",
     "LocalTokenMean",
+    "PolicyBatch",
     "PolicyLoss",
     "Ratio",
     "SequenceMean",

@@ -19,7 +19,7 @@ from torch import Tensor
 EPSILON = 1e-4
 
 
-class Judged(NamedTuple):
+class AdvantageOutput(NamedTuple):
     """``advantage_B``: 0 where nothing can be learned. ``reward_B``: r, nan where none applies. ``flat_B``: of a group
     whose answers were all as good as each other, or of which fewer than two were judged: nothing to learn of it."""
 
@@ -31,13 +31,13 @@ class Judged(NamedTuple):
 class Advantage:
     """``advantage(r_BK, w_K, group_B)``: rewards, their weights, and whose answer each is (any int64 a prompt)."""
 
-    def __call__(self, r_BK: Tensor, w_K: Tensor, group_B: Tensor) -> Judged:
+    def __call__(self, r_BK: Tensor, w_K: Tensor, group_B: Tensor) -> AdvantageOutput:
         r_BK, w_K = r_BK.double(), w_K.double()
         _, id_B = torch.unique(group_B, return_inverse=True)
         reward_B = summed(r_BK, w_K)
         advantage_B = self.value(r_BK, w_K, id_B).nan_to_num(0.0)
         flat_BK = torch.stack([flat(x_B, id_B) for x_B in self.told_apart_by(r_BK, w_K, reward_B).unbind(1)], dim=1)
-        return Judged(advantage_B, reward_B, flat_BK.all(dim=1))
+        return AdvantageOutput(advantage_B, reward_B, flat_BK.all(dim=1))
 
     def value(self, r_BK: Tensor, w_K: Tensor, id_B: Tensor) -> Tensor:
         raise NotImplementedError

@@ -24,7 +24,7 @@ from descant.modules.core.objective import Term, counted, means
 FAR = 20.0
 
 
-class Drawn(NamedTuple):
+class PolicyBatch(NamedTuple):
     """Answers as they were drawn, and what the policy thinks of them now.
 
     Attributes:
@@ -38,7 +38,7 @@ class Drawn(NamedTuple):
     old_N: Tensor
     sample_N: Tensor
     advantage_B: Tensor
-    live_B: Tensor
+    valid_B: Tensor
     reference_N: Tensor | None = None
 
     @property
@@ -46,12 +46,12 @@ class Drawn(NamedTuple):
         return self.advantage_B.to(self.log_N.dtype)[self.sample_N]
 
     @property
-    def live_N(self) -> Tensor:
-        return chosen(self.live_B, self.sample_N)
+    def valid_N(self) -> Tensor:
+        return chosen(self.valid_B, self.sample_N)
 
     @property
     def length_B(self) -> Tensor:
-        return counted(self.sample_N, len(self.live_B))
+        return counted(self.sample_N, len(self.valid_B))
 
 
 class Counts(NamedTuple):
@@ -61,13 +61,13 @@ class Counts(NamedTuple):
     tokens: Tensor
 
     @classmethod
-    def of(cls, length_B: Tensor, live_B: Tensor) -> Counts:
+    def of(cls, length_B: Tensor, valid_B: Tensor) -> Counts:
         """Of these alone; those of ranks and micro-batches are added up by whoever knows them.
 
         >>> [int(x) for x in Counts.of(torch.tensor([3, 0, 2]), torch.tensor([True, True, False]))]
         [1, 3]
         """
-        return cls((live_B & (length_B > 0)).sum(), (length_B * live_B).sum())
+        return cls((valid_B & (length_B > 0)).sum(), (length_B * valid_B).sum())
 
 
 # how much likelier ----------------------------------------------------------------------------------------------------
@@ -76,14 +76,14 @@ class Counts(NamedTuple):
 class Ratio:
     """``ratio(drawn)`` -> ``log w_N``, with its gradient."""
 
-    def __call__(self, drawn: Drawn) -> Tensor:
+    def __call__(self, drawn: PolicyBatch) -> Tensor:
         raise NotImplementedError
 
 
 class TokenRatio(Ratio):
     """``log w_n = l_n - l_n at the draw``, at most 20 either way."""
 
-    def __call__(self, drawn: Drawn) -> Tensor:
+    def __call__(self, drawn: PolicyBatch) -> Tensor:
         return (drawn.log_N - drawn.old_N).clamp(-FAR, FAR)
 
 
@@ -93,8 +93,8 @@ class AnswerRatio(Ratio):
     Source: Zheng 2025, arXiv 2507.18071, whose bounds are 3e-4 and 4e-4.
     """
 
-    def __call__(self, drawn: Drawn) -> Tensor:
-        mean_B, _ = means(drawn.log_N - drawn.old_N, drawn.sample_N, len(drawn.live_B))
+    def __call__(self, drawn: PolicyBatch) -> Tensor:
+        mean_B, _ = means(drawn.log_N - drawn.old_N, drawn.sample_N, len(drawn.valid_B))
         return mean_B.clamp(-FAR, FAR)[drawn.sample_N]
 
 
@@ -107,7 +107,7 @@ class Surrogate:
     def __init__(self, ratio: Ratio | None = None) -> None:
         self.ratio = ratio or TokenRatio()
 
-    def __call__(self, drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, drawn: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
         raise NotImplementedError
 
 
@@ -125,8 +125,8 @@ class Clipped(Surrogate):
     Raises:
         ValueError: for a bound that leaves nothing.
 
-    >>> drawn = Drawn(torch.tensor([1.5, 1.5]).log(), torch.zeros(2), torch.tensor([0, 1]), torch.tensor([1.0, -1.0]),
-    ...     torch.tensor([True, True]))
+    >>> drawn = PolicyBatch(torch.tensor([1.5, 1.5]).log(), torch.zeros(2), torch.tensor([0, 1]),
+    ...     torch.tensor([1.0, -1.0]), torch.tensor([True, True]))
     >>> [round(x, 2) for x in Clipped()(drawn)[0].tolist()]
     [-1.2, 1.5]
     """
@@ -150,7 +150,7 @@ class Clipped(Surrogate):
             raise ValueError(f"Clipped: dual {dual:g}: above 1, such as 3")
         self.low, self.high, self.cap, self.dual = low, high, cap, dual
 
-    def __call__(self, drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, drawn: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
         w_N, a_N = self.ratio(drawn).exp(), drawn.advantage_N
         free_N = w_N if self.cap is None else w_N.clamp(max=self.cap)
         value_N = -torch.minimum(free_N * a_N, w_N.clamp(1 - self.low, 1 + self.high) * a_N)
@@ -179,7 +179,7 @@ class CISPO(Surrogate):
             raise ValueError(f"CISPO: high {high:g}: above 0, such as 5")
         self.high = high
 
-    def __call__(self, drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, drawn: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
         w_N, a_N = self.ratio(drawn).exp().detach(), drawn.advantage_N
         value_N = -w_N.clamp(max=self.high) * a_N * drawn.log_N
         return value_N, {"clipped_high": ((w_N > self.high) & (a_N > 0)).to(w_N)}
@@ -204,7 +204,7 @@ class KL:
             raise ValueError(f"KL: beta {beta:g}: above 0; without a KL a reference is not needed at all")
         self.beta, self.corrected, self.ratio = beta, corrected, ratio or TokenRatio()
 
-    def __call__(self, drawn: Drawn) -> Tensor:
+    def __call__(self, drawn: PolicyBatch) -> Tensor:
         if drawn.reference_N is None:
             raise ValueError("KL: no log-probabilities of a reference")
         d_N = (drawn.reference_N - drawn.log_N).clamp(-FAR, FAR)
@@ -218,16 +218,16 @@ class KL:
 class Aggregation:
     """``aggregation(value_N, drawn, counts)``: from what each token costs to a term."""
 
-    def __call__(self, value_N: Tensor, drawn: Drawn, counts: Counts) -> Term:
+    def __call__(self, value_N: Tensor, drawn: PolicyBatch, counts: Counts) -> Term:
         raise NotImplementedError
 
 
 class SequenceMean(Aggregation):
     """Every answer counts alike (GRPO): ``mean_b mean_t L``; a token of a long one counts less."""
 
-    def __call__(self, value_N: Tensor, drawn: Drawn, counts: Counts) -> Term:
-        value_B, some_B = means(value_N, drawn.sample_N, len(drawn.live_B))
-        return Term(value_B, valid=drawn.live_B & some_B, norm=counts.answers.clamp(min=1))
+    def __call__(self, value_N: Tensor, drawn: PolicyBatch, counts: Counts) -> Term:
+        value_B, some_B = means(value_N, drawn.sample_N, len(drawn.valid_B))
+        return Term(value_B, valid=drawn.valid_B & some_B, norm=counts.answers.clamp(min=1))
 
 
 class SequenceSum(Aggregation):
@@ -245,28 +245,28 @@ class SequenceSum(Aggregation):
             raise ValueError(f"SequenceSum: length {length}: 1 is the least; usually the most tokens of an answer")
         self.length = length
 
-    def __call__(self, value_N: Tensor, drawn: Drawn, counts: Counts) -> Term:
+    def __call__(self, value_N: Tensor, drawn: PolicyBatch, counts: Counts) -> Term:
         value_B = added(value_N, drawn) / self.length
-        return Term(value_B, valid=drawn.live_B, norm=counts.answers.clamp(min=1))
+        return Term(value_B, valid=drawn.valid_B, norm=counts.answers.clamp(min=1))
 
 
 class TokenMean(Aggregation):
     """Every token of the step counts alike (DAPO): ``sum_n L / tokens``."""
 
-    def __call__(self, value_N: Tensor, drawn: Drawn, counts: Counts) -> Term:
-        return Term(added(value_N, drawn), valid=drawn.live_B, norm=counts.tokens.clamp(min=1))
+    def __call__(self, value_N: Tensor, drawn: PolicyBatch, counts: Counts) -> Term:
+        return Term(added(value_N, drawn), valid=drawn.valid_B, norm=counts.tokens.clamp(min=1))
 
 
 class LocalTokenMean(Aggregation):
     """Every token of a micro-batch counts alike, and every micro-batch (BNPO): it depends on how a step is cut."""
 
-    def __call__(self, value_N: Tensor, drawn: Drawn, counts: Counts) -> Term:
-        return Term(value_N, valid=drawn.live_N, norm="local")
+    def __call__(self, value_N: Tensor, drawn: PolicyBatch, counts: Counts) -> Term:
+        return Term(value_N, valid=drawn.valid_N, norm="local")
 
 
-def added(value_N: Tensor, drawn: Drawn) -> Tensor:
+def added(value_N: Tensor, drawn: PolicyBatch) -> Tensor:
     """``[B]``: what the tokens of each answer cost."""
-    return value_N.new_zeros(len(drawn.live_B)).index_add(0, drawn.sample_N, value_N)
+    return value_N.new_zeros(len(drawn.valid_B)).index_add(0, drawn.sample_N, value_N)
 
 
 class PolicyLoss(nn.Module):
@@ -284,7 +284,7 @@ class PolicyLoss(nn.Module):
         super().__init__()
         self.surrogate, self.aggregation, self.kl = surrogate or Clipped(), aggregation or TokenMean(), kl
 
-    def forward(self, drawn: Drawn, counts: Counts) -> tuple[dict[str, Term], dict[str, Tensor]]:
+    def forward(self, drawn: PolicyBatch, counts: Counts) -> tuple[dict[str, Term], dict[str, Tensor]]:
         value_N, seen = self.surrogate(drawn)
         terms = {"policy": self.aggregation(value_N, drawn, counts)}
         if self.kl is not None:

@@ -11,8 +11,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import tokenizers
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from descant.modules.core.rng import salt
@@ -25,7 +25,7 @@ SPECIAL = 8
 PLACE = "\x00"
 
 
-class Codec:
+class Tokenizer:
     """Text -> token ids. A subclass sets ``vocabulary`` (ids in all) and ``comma`` (ids between two pieces).
 
     A row begins with ``begin``, ends with ``end`` and is filled up with ``pad``: here ``<bos>`` 1, ``<eos>`` 2 and
@@ -85,14 +85,14 @@ class Codec:
         return torch.tensor([self.row([self.ids(text)]) for text in texts])
 
 
-def require_fit(codec: Codec, tower: nn.Module, name: str = "text") -> None:
+def require_fit(codec: Tokenizer, tower: nn.Module, name: str = "text") -> None:
     """Refuse ids that a tower has no embedding for or never learned, and padding that it would read as a word.
 
     Raises:
         ValueError: if the codec has more ids than the tower or another padding, or the tower is pretrained and the
             codec makes ids of our own.
 
-    >>> require_fit(Ngrams(buckets=99), nn.Embedding(9, 4))  # it does not say how many ids it knows
+    >>> require_fit(NgramTokenizer(buckets=99), nn.Embedding(9, 4))  # it does not say how many ids it knows
     """
     known = getattr(tower, "vocabulary", None)
     if known is None:
@@ -101,7 +101,7 @@ def require_fit(codec: Codec, tower: nn.Module, name: str = "text") -> None:
     if codec.vocabulary > known:
         kind = type(codec).__name__
         raise ValueError(f"data.text: {kind} has {codec.vocabulary} ids, and tower {name} embeds {known}{own}")
-    if getattr(tower, "pretrained", False) and isinstance(codec, (Bpe, Bytes, Ngrams)):
+    if getattr(tower, "pretrained", False) and isinstance(codec, (BPETokenizer, ByteTokenizer, NgramTokenizer)):
         raise ValueError(
             f"data.text: tower {name} is pretrained and never learned the ids of {type(codec).__name__}{own}"
         )
@@ -113,7 +113,7 @@ def _maybe(token: int | None) -> list[int]:
     return [] if token is None else [token]
 
 
-class Bpe(Codec):
+class BPETokenizer(Tokenizer):
     """A ``tokenizer.json`` of the tokenizers library, with ``<pad>`` 0, ``<bos>`` 1, ``<eos>`` 2.
 
     Args:
@@ -130,7 +130,7 @@ class Bpe(Codec):
         if not path.is_file():
             raise ValueError(f"{path}: no such tokenizer file")
         try:
-            self.tokenizer = Tokenizer.from_file(str(path))
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises a bare Exception
             raise ValueError(f"{path}: not a tokenizer file ({error})") from None
         self.vocabulary = self.tokenizer.get_vocab_size()
@@ -144,7 +144,7 @@ class Bpe(Codec):
         return self.tokenizer.decode(list(ids)).removeprefix(self.ahead)
 
 
-class Pretrained(Codec):
+class PretrainedTokenizer(Tokenizer):
     """The tokenizer of a pretrained model: the same ids as its own ``__call__`` gives, padded on the right.
 
     ``codec([text]) == tokenizer([text], padding="max_length", truncation=True, max_length=length)``: its own ends
@@ -176,7 +176,7 @@ class Pretrained(Codec):
         backend, pad = getattr(whole, "backend_tokenizer", None), padding_of(whole)
         if backend is None or pad is None:
             raise ValueError(f"{place.said}: its tokenizer has no {'padding' if backend else 'tokenizer.json'}")
-        self.tokenizer: Tokenizer = backend
+        self.tokenizer: tokenizers.Tokenizer = backend
         self.whole, self.said, self.template = whole, place.said, getattr(whole, "chat_template", None)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
@@ -232,13 +232,13 @@ class Pretrained(Codec):
         return self._filled([*self.begin, *ids[:room], *self.end])
 
 
-class Bytes(Codec):
+class ByteTokenizer(Tokenizer):
     """One id a byte of the text's UTF-8: any language, nothing forgotten, and every digit a token of its own.
 
     Args:
         length: T, tokens of a row.
 
-    >>> codec = Bytes(length=6)
+    >>> codec = ByteTokenizer(length=6)
     >>> codec.row([codec.ids("7+5")]), codec.vocabulary, codec.decode(codec.ids("naïve"))
     ([1, 63, 51, 61, 2, 0], 264, 'naïve')
     """
@@ -255,7 +255,7 @@ class Bytes(Codec):
         return bytes(i - SPECIAL for i in ids if SPECIAL <= i < self.vocabulary).decode(errors="replace")
 
 
-class Words(Codec):
+class WordTokenizer(Tokenizer):
     """One id a word of a closed list, in the order of the text: for small worlds that are written about in few words.
 
     Args:
@@ -265,7 +265,7 @@ class Words(Codec):
     Raises:
         ValueError: for a word twice, or nothing; in ``ids``, for a word that is not in the list.
 
-    >>> codec = Words(["the", "fox", "apple"], length=6)
+    >>> codec = WordTokenizer(["the", "fox", "apple"], length=6)
     >>> codec.row([codec.ids("The fox")]), codec.vocabulary
     ([1, 8, 9, 2, 0, 0], 11)
     """
@@ -291,7 +291,7 @@ class Words(Codec):
         return " ".join(self.words[i - SPECIAL] for i in ids if i >= SPECIAL)
 
 
-class Ngrams(Codec):
+class NgramTokenizer(Tokenizer):
     """Words and their character n-grams, hashed into buckets (fastText; Bojanowski 2017, arXiv 1607.04606).
 
     ``ids(text)`` holds, once each, a bucket for every word ``w`` and one for every n-gram of ``<w>``. What rare words
@@ -303,7 +303,7 @@ class Ngrams(Codec):
         buckets: ids in all; two texts that fall into one bucket are not told apart.
         length: T, tokens of a row.
 
-    >>> codec = Ngrams(n=3)
+    >>> codec = NgramTokenizer(n=3)
     >>> shared = set(codec.ids("sunglasses")) & set(codec.ids("sun"))
     >>> len(codec.ids("sun")), len(shared)  # the word, <su, sun, un>; of these <su and sun are shared
     (4, 2)

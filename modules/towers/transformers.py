@@ -35,7 +35,7 @@ class TransformersTower(Tower):
     for image models, samples or features for audio models. Of an encoder-decoder, the encoder; of a causal language
     model, the hidden states that its head would read (``LastPool`` takes the one that saw all).
     A pooler is left out: pooling is a separate part. Nothing is downloaded. The ids that a pretrained text model
-    expects come from its own tokenizer: ``modules.text.Pretrained`` with the same arguments.
+    expects come from its own tokenizer: ``modules.text.PretrainedTokenizer`` with the same arguments.
 
     Args:
         folder: a local folder with config.json and weights, as ``save_pretrained`` writes it.

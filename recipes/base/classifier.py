@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from descant.modules.core.batch import Batch, some
 from descant.modules.core.host import host_copy, to_device
 from descant.modules.core.objective import Term
-from descant.modules.core.step import Said
-from descant.modules.fusion.classifiers import Fuse, class_labels, cross_entropy, only, require_classes
+from descant.modules.core.step import Decisions
+from descant.modules.fusion.classifiers import FusionHead, class_labels, cross_entropy, only, require_classes
 from descant.modules.losses.contrastive import promote
 from descant.modules.towers import Towers
 from descant.modules.towers.heads import Pool, Pools
@@ -53,7 +53,7 @@ class Classifier(SharedSpace):
         classes: int,
         width: int,
         pool: Pool | Pools | None,
-        fusion: Fuse,
+        fusion: FusionHead,
         smoothing: float,
         **kwargs: object,
     ) -> None:
@@ -105,13 +105,13 @@ class Classifier(SharedSpace):
     def choices(self) -> int:
         return self.classes
 
-    def says(self, batch: Batch) -> Said:
+    def says(self, batch: Batch) -> Decisions:
         """The decision of every sample that has a modality."""
         return self._said(self.fuse(self.latents(batch), batch.present), batch)
 
-    def _said(self, logits_BC: Tensor, batch: Batch) -> Said:
+    def _said(self, logits_BC: Tensor, batch: Batch) -> Decisions:
         sample_N = to_device(host_copy(self.some(batch.present)).nonzero()[:, 0], batch.device)
-        return Said(lambda at: logits_BC[sample_N[at]], sample_N)
+        return Decisions(lambda at: logits_BC[sample_N[at]], sample_N)
 
     # evaluation -----------------------------------------------------------------------------------------------
 

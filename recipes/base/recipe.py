@@ -23,7 +23,7 @@ from descant.modules.engine.optim import parameter_groups
 from descant.modules.engine.schedule import Schedule
 from descant.modules.engine.sync_batch_norm import synchronize
 from descant.modules.engine.trainer import log_interval
-from descant.modules.tokenizers.text import Codec, require_fit
+from descant.modules.tokenizers.text import Tokenizer, require_fit
 
 
 class Recipe(L.LightningModule):
@@ -121,7 +121,7 @@ class Recipe(L.LightningModule):
                 f"model.chunks {trainer.accumulate_grad_batches}, which has them all in the same memory"
             )
         codec = getattr(trainer.datamodule, "codec", None)  # type: ignore[attr-defined]
-        if isinstance(codec, Codec) and "text" in getattr(self, "towers", {}):
+        if isinstance(codec, Tokenizer) and "text" in getattr(self, "towers", {}):
             require_fit(codec, self.towers["text"])
 
     def configure_optimizers(self) -> Any:

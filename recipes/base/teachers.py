@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from descant.modules.balance.mcr import Asked, Regularizer
+from descant.modules.balance.mcr import FusionContext, Regularizer
 from descant.modules.core.objective import Term
 from descant.modules.core.protocols import Fuses
 from descant.modules.io import saved
@@ -42,7 +42,7 @@ class Teachers(Regularizer):
         self.paths, self.weight, self.checkpoint = dict(paths), weight, checkpoint
         self._teachers: list[tuple[str, nn.Module]] = []  # a list, so that they are no part of the run
 
-    def forward(self, asked: Asked) -> dict[str, Term]:
+    def forward(self, asked: FusionContext) -> dict[str, Term]:
         z, present, _ = asked.decided
         if not self._teachers:
             self._teachers = [(m, self._teacher(m, z)) for m in self.paths]

@@ -23,7 +23,7 @@ from descant.datamodules.corpora.emoji import PACK, Emoji
 from descant.datamodules.fields.fields import Fields, ImageField, TextField
 from descant.datamodules.mixture import Mixture
 from descant.datamodules.sources.stream import Stream
-from descant.datamodules.user_data import Own
+from descant.datamodules.user_data import UserData
 from descant.modules.io.checkpoints import followed
 from tests.files import COLOURS, jpeg, shapes
 
@@ -74,8 +74,8 @@ MAKE: dict[str, Callable[[Path], str]] = {
 }
 
 
-def own(path: str, **options: Any) -> Own:
-    data = Own(batch_size=4, num_workers=0, path=path, **{"holdout": 0.0, "fields": fields(), **options})
+def own(path: str, **options: Any) -> UserData:
+    data = UserData(batch_size=4, num_workers=0, path=path, **{"holdout": 0.0, "fields": fields(), **options})
     return placed(data)
 
 
@@ -240,7 +240,7 @@ def test_verify_asks_the_manifest(tmp_path: Path) -> None:
         own(str(path)).prepare_data()
     urls = [str(file) for file in sorted(path.glob("*.tar"))]
     with pytest.raises(ValueError, match=r"train-000002\.tar: its content"):
-        placed(Own(stream=Stream(urls, samples=8), batch_size=4, fields=fields())).prepare_data()
+        placed(UserData(stream=Stream(urls, samples=8), batch_size=4, fields=fields())).prepare_data()
     shard.write_bytes(data)
     own(str(path)).prepare_data()
 
@@ -249,8 +249,8 @@ def test_streams_and_mixtures_know_their_shards(tmp_path: Path) -> None:
     path = Path(MAKE["shards"](tmp_path))
     urls = [str(file) for file in sorted(path.glob("*.tar"))]
 
-    def stream() -> Own:
-        return placed(Own(stream=Stream(urls, samples=8), batch_size=4, fields=fields()))
+    def stream() -> UserData:
+        return placed(UserData(stream=Stream(urls, samples=8), batch_size=4, fields=fields()))
 
     def mixture() -> Mixture:
         return placed(Mixture({"a": own(str(path)), "b": own(MAKE["csv"](tmp_path / "csv"))}, batch_size=4))

@@ -16,10 +16,10 @@ from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.fields.fields import Fields, ImageField, TextField
 from descant.datamodules.mixture import MixedOrder, Mixture, Shares, tempered
 from descant.datamodules.sources.stream import Stream
-from descant.datamodules.user_data import Own
+from descant.datamodules.user_data import UserData
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import uniform_N
-from descant.modules.tokenizers.text import Codec, Ngrams
+from descant.modules.tokenizers.text import NgramTokenizer, Tokenizer
 from tests.files import shapes
 from tests.tolerance import F32, statistical, ulps
 
@@ -55,7 +55,7 @@ class Toy(DataModule):
         plus: float = 0.0,
         shapes: dict[str, tuple[list[int], torch.dtype]] | None = None,
         classes: list[str] | None = None,
-        codec: Codec | None = None,
+        codec: Tokenizer | None = None,
         keys: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -68,7 +68,7 @@ class Toy(DataModule):
         return tuple(m for m in self.shapes if "@" not in m)
 
     @property
-    def codec(self) -> Codec | None:
+    def codec(self) -> Tokenizer | None:
         return self._codec
 
     @property
@@ -401,14 +401,14 @@ def test_bank_and_prompts_are_the_chosen_parts() -> None:
 def test_tiny_and_hooks_reach_the_parts() -> None:
     called: list[str] = []
 
-    class Told(Toy):
+    class ResumableLog(Toy):
         def prepare_data(self) -> None:
             called.append("prepare")
 
         def setup(self, stage: str) -> None:
             called.append(stage)
 
-    part = Told(8)
+    part = ResumableLog(8)
     parts: dict[str, DataModule] = {"a": part}
     data = Mixture(parts, tiny=True, batch_size=4)
     assert part.tiny
@@ -421,7 +421,7 @@ def test_tiny_and_hooks_reach_the_parts() -> None:
 
 
 def test_real_parts_with_other_vendors_and_augmentation() -> None:
-    codec = Ngrams(length=24)
+    codec = NgramTokenizer(length=24)
     parts: dict[str, DataModule] = {
         "noto": Emoji(tiny=True, vendors=["noto"], text=codec),
         "twemoji": Emoji(tiny=True, vendors=["twemoji"], text=codec, views={"image": 1}),
@@ -485,12 +485,15 @@ def shaped(**shapes: tuple[list[int], torch.dtype]) -> Toy:
             shaped(**{"image": ([3, 2, 2], torch.uint8), "image@2": ([3, 2, 2], torch.uint8)}),
             "part 'b' has image@2 and part 'a' has not: give both the views",
         ),
-        (Toy(8, codec=Ngrams(n=4)), "parts 'a' and 'b' make other token ids of the same text; give them one codec"),
+        (
+            Toy(8, codec=NgramTokenizer(n=4)),
+            "parts 'a' and 'b' make other token ids of the same text; give them one codec",
+        ),
         (Toy(8, classes=["x", "z", "y"]), "target 'label': parts 'a' and 'b' number other classes; give both"),
     ],
 )
 def test_parts_that_do_not_go_together_are_refused(other: Toy, says: str) -> None:
-    data = Mixture({"a": Toy(8, codec=Ngrams(n=3), classes=["x", "y", "z"]), "b": other}, batch_size=4)
+    data = Mixture({"a": Toy(8, codec=NgramTokenizer(n=3), classes=["x", "y", "z"]), "b": other}, batch_size=4)
     with pytest.raises(ValueError, match=says):
         data.train_dataloader()
 
@@ -515,7 +518,7 @@ def test_options_without_sense_are_refused(kwargs: dict[str, Any], says: str) ->
 
 
 def test_streams_and_empty_parts_are_refused() -> None:
-    streamed = Own(stream=Stream("shards-{000..003}.tar", samples=100))
+    streamed = UserData(stream=Stream("shards-{000..003}.tar", samples=100))
     with pytest.raises(ValueError, match="part 'b' is a stream, and a mixture reads by position"):
         Mixture({"a": Toy(4), "b": streamed}).training_set()
     with pytest.raises(ValueError, match="part 'b' has no training sample; weight 0 leaves it out"):
@@ -537,7 +540,8 @@ def test_ids_too_large_to_be_told_apart_are_refused() -> None:
 
 def test_the_bank_of_a_part_without_an_evaluation_set(tmp_path: Any) -> None:
     parts: dict[str, DataModule] = {
-        name: Own(path=str(shapes(tmp_path / name, 12)), fields=small(), holdout=held) for name, held in HELD.items()
+        name: UserData(path=str(shapes(tmp_path / name, 12)), fields=small(), holdout=held)
+        for name, held in HELD.items()
     }
     made = Mixture(parts, batch_size=4)
     assert list(made.evaluation_sets("validate")) == ["b-val"]

@@ -17,7 +17,7 @@ from PIL import Image
 from descant.datamodules.base import DataModule
 from descant.datamodules.fields.fields import Fields, ImageField, TextField
 from descant.datamodules.mixture import Mixture
-from descant.datamodules.user_data import Own
+from descant.datamodules.user_data import UserData
 from tests.files import write_tar
 from tests.rotation import quick
 
@@ -32,7 +32,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DESCANT_CACHE", str(tmp_path / "cache"))
 
 
-def shards(folder: Path, sizes: tuple[int, ...]) -> Own:
+def shards(folder: Path, sizes: tuple[int, ...]) -> UserData:
     """As many shards as sizes, of pictures of noise; what is there already is the same."""
     fresh = not folder.exists()
     folder.mkdir(exist_ok=True)
@@ -45,7 +45,7 @@ def shards(folder: Path, sizes: tuple[int, ...]) -> Own:
             members += [(f"{i}.png", out.getvalue()), (f"{i}.txt", b"%d %d" % (k, i))]
         write_tar(folder / f"{k}.tar", members)
     fields = Fields(image=ImageField(size=6), text=TextField())
-    return Own(path=str(folder / "*.tar"), batch_size=8, num_workers=0, holdout=0.0, fields=fields)
+    return UserData(path=str(folder / "*.tar"), batch_size=8, num_workers=0, holdout=0.0, fields=fields)
 
 
 def alone(folder: Path) -> DataModule:

@@ -23,7 +23,7 @@ from descant.callbacks import Resume
 from descant.callbacks.run.resume import Stopped
 from descant.datamodules.fields.fields import Fields, ImageField, TextField
 from descant.datamodules.sources.stream import BEGINNING, Mark, Stream
-from descant.datamodules.user_data import Own
+from descant.datamodules.user_data import UserData
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
 from descant.recipes.base.recipe import Recipe
@@ -70,15 +70,15 @@ class Place:
         self.default_root_dir, self.state = str(folder), SimpleNamespace(fn=TrainerFn.FITTING)
 
 
-def own(urls: list[str], workers: int = 0, samples: int = 48, **options: Any) -> Own:
+def own(urls: list[str], workers: int = 0, samples: int = 48, **options: Any) -> UserData:
     fields = Fields(image=ImageField(field="png", size=6), text=TextField("txt"))
     stream = Stream(urls, samples=samples, buffer=5, allow_pipes=True)
-    return Own(
+    return UserData(
         **{"batch_size": 8, "num_workers": workers, "stream": stream, "fields": fields, "damaged": "skip", **options}
     )
 
 
-def on_rank(folder: Path, urls: list[str], rank: int, world: int, workers: int, accumulate: int = 1) -> Own:
+def on_rank(folder: Path, urls: list[str], rank: int, world: int, workers: int, accumulate: int = 1) -> UserData:
     data = own(urls, workers, drop={"text": 0.3})
     data.trainer = Place(folder / "run", rank, world, accumulate)  # type: ignore[assignment]
     return data
@@ -94,7 +94,7 @@ def saved(states: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def read(
-    data: Own, start: Position = (0, 0), epochs: int = 2, ahead: int = 0
+    data: UserData, start: Position = (0, 0), epochs: int = 2, ahead: int = 0
 ) -> Iterator[tuple[Position, Batch, dict[str, Any]]]:
     """Position, batch, and what is saved there: before the batch is trained on, and when ``ahead`` more are there."""
     data.position = start
@@ -128,7 +128,7 @@ def openings(folder: Path) -> list[int]:
     return found
 
 
-def to_open(data: Own, rows: list[Any], cut: Position, readers: int) -> tuple[int, list[Mark]]:
+def to_open(data: UserData, rows: list[Any], cut: Position, readers: int) -> tuple[int, list[Mark]]:
     """How many shards a rank's readers have to open from a cut on, and where they stand there."""
     stood: dict[tuple[int, int], Mark] = {}
     ended: dict[tuple[int, int], Mark] = {}
@@ -177,7 +177,7 @@ def test_it_goes_on_from_any_place_as_if_it_had_never_stopped(
 def test_interruptions_in_a_row_before_all_readers_were_heard_of(tmp_path: Path, workers: int) -> None:
     urls = shards(tmp_path, SHARDS["many"])
 
-    def ranks() -> list[Own]:
+    def ranks() -> list[UserData]:
         return [on_rank(tmp_path, urls, rank, 2, workers, accumulate=2) for rank in (0, 1)]
 
     whole = [list(read(data)) for data in ranks()]

@@ -19,7 +19,7 @@ from descant.cli import dump
 from descant.datamodules.base import BatchDataset
 from descant.datamodules.corpora.emoji import PACK
 from descant.datamodules.fields.fields import AudioField, Fields, ImageField, LabelField, TextField
-from descant.datamodules.fields.image_cache import Kept
+from descant.datamodules.fields.image_cache import ImageCache
 from descant.datamodules.fields.images import Reduced
 from descant.datamodules.mixture import Mixture
 from descant.datamodules.order import Order
@@ -31,9 +31,9 @@ from descant.datamodules.sources.parquet import Parquet
 from descant.datamodules.sources.reading import key_of
 from descant.datamodules.sources.stream import Stream
 from descant.datamodules.sources.synthetic import Taken
-from descant.datamodules.user_data import Own
+from descant.datamodules.user_data import UserData
 from descant.modules.core.batch import Batch
-from descant.modules.tokenizers.text import Bpe, Ngrams
+from descant.modules.tokenizers.text import BPETokenizer, NgramTokenizer
 from tests.files import COLOURS, bomb, jpeg, shapes, wav, write_tar
 from tests.rotation import quick
 from tests.tolerance import statistical
@@ -60,8 +60,8 @@ class Place:
         self.default_root_dir, self.training = str(folder), True
 
 
-def own(folder: Path, rank: int = 0, world: int = 1, **options: Any) -> Own:
-    data = Own(**{"batch_size": 8, "num_workers": 0, **options})
+def own(folder: Path, rank: int = 0, world: int = 1, **options: Any) -> UserData:
+    data = UserData(**{"batch_size": 8, "num_workers": 0, **options})
     data.trainer = Place(folder, rank, world)  # type: ignore[assignment]
     return data
 
@@ -358,7 +358,7 @@ def test_crops_of_kept_pictures_lie_where_those_of_the_pictures_lie(tmp_path: Pa
 
 
 def test_what_is_kept_has_a_limit_and_is_no_smaller_than_what_is_seen(tmp_path: Path) -> None:
-    memory = Kept(100, side=8, most=10 * 3 * 64)
+    memory = ImageCache(100, side=8, most=10 * 3 * 64)
     for row in (9, 10):
         memory.put(row, Reduced(30, 40, np.full((8, 8, 3), row, dtype=np.uint8)))
     assert memory.get(9) is not None and memory.get(10) is None and memory.get(0) is None
@@ -562,10 +562,10 @@ def test_wrong_requests_are_one_line(tmp_path: Path) -> None:
 
 
 def test_captions_that_lose_their_end_are_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from descant.modules.tokenizers.text import Ngrams
+    from descant.modules.tokenizers.text import NgramTokenizer
 
     shapes(tmp_path / "d", 40)
-    data = own(tmp_path, path=str(tmp_path / "d"), fields=Fields(text=TextField(codec=Ngrams(length=6))))
+    data = own(tmp_path, path=str(tmp_path / "d"), fields=Fields(text=TextField(codec=NgramTokenizer(length=6))))
     data.training_set(), data.training_set()
     assert capsys.readouterr().err.count("descant: warning: 100% of the captions are longer than 6 tokens") == 1
 
@@ -665,7 +665,7 @@ def test_what_is_marked_test_is_not_trained_on_wherever_validation_lies(tmp_path
     assert list(data.evaluation_sets("test")) == ["test"] and data.splits["val"][0] == "val"
 
 
-@pytest.mark.parametrize("codec", [Ngrams(), Bpe(PACK / "tokenizer.json")])
+@pytest.mark.parametrize("codec", [NgramTokenizer(), BPETokenizer(PACK / "tokenizer.json")])
 def test_half_an_emoji_is_a_fault_of_its_sample(tmp_path: Path, codec: Any) -> None:
     shapes(tmp_path / "d", 12)
     rows = [{"image": f"{i:03}.jpg", "caption": "nice \ud83d" if i == 3 else f"number {i}"} for i in range(12)]
@@ -691,4 +691,4 @@ def test_broken_samples_of_a_stream_are_in_a_row_only_where_they_are(tmp_path: P
 def test_what_a_stream_cannot_know_is_not_asked_of_it(tmp_path: Path, asked: dict[str, Any]) -> None:
     labels = asked.pop("labels", None)
     with pytest.raises(ValueError, match="a stream is read once"):
-        Own(8, stream=Stream(["s.tar"], samples=8), fields=small(labels=labels), **asked)
+        UserData(8, stream=Stream(["s.tar"], samples=8), fields=small(labels=labels), **asked)

@@ -23,7 +23,7 @@ from descant.data.sheet import Tile, sheet
 from descant.data.twins import echoes
 from descant.data.views import thumbnail, view_of
 from descant.datamodules.sources.shards import Shards
-from descant.datamodules.user_data import Own
+from descant.datamodules.user_data import UserData
 from tests.files import bomb
 
 SHAPES, COLOURS = ("square", "circle"), {"red": (220, 30, 30), "blue": (30, 60, 200), "green": (20, 160, 70)}
@@ -147,13 +147,13 @@ def test_a_split_column_says_who_goes_where(photos: Path, data: Callable[..., An
     data("make", photos, "--out", "shards")
     for n, split in enumerate(("train", "val", "test")):
         assert {int(name[:2]) % 3 for name in samples(Path("shards"), split)} == {n}
-    own = Own(path="shards")
+    own = UserData(path="shards")
     assert {name: len(rows) for name, (_, rows) in own.splits.items()} == {"train": 13, "val": 13, "test": 13}
 
 
 def test_held_out_as_training_on_the_folder_would(photos: Path, data: Callable[..., Any]) -> None:
     data("make", photos, "--out", "shards", "--holdout", "0.3")
-    own = Own(path=str(photos), holdout=0.3)
+    own = UserData(path=str(photos), holdout=0.3)
     name, rows = own.splits["val"]
     held = {own.sources[name].name(row) for row in rows.tolist()} - {"03.jpg"}
     assert samples(Path("shards"), "val").keys() == held
@@ -296,14 +296,14 @@ def test_look_tells_of_a_picture_that_is_too_large_by_its_name_alone(
 
 
 def test_look_tells_what_a_codec_cuts(photos: Path, data: Callable[..., Any]) -> None:
-    codec = {"class_path": "Ngrams", "init_args": {"length": 12}}
+    codec = {"class_path": "NgramTokenizer", "init_args": {"length": 12}}
     text = {"class_path": "TextField", "init_args": {"codec": codec}}
     image = {"class_path": "ImageField", "init_args": {"size": 16}}
     fields = {"class_path": "Fields", "init_args": {"image": image, "text": text}}
-    own = {"class_path": "Own", "init_args": {"path": str(photos), "fields": fields}}
+    own = {"class_path": "UserData", "init_args": {"path": str(photos), "fields": fields}}
     Path("short.yaml").write_text("# rows of 12\n" + yaml.safe_dump({"data": own}))
     found = numbers(data, "--config", "contrastive/own", "--config", "short.yaml")
-    assert found["captions"]["train"]["cut_share"] == 1 and found["codec"] == "Ngrams, rows of 12"
+    assert found["captions"]["train"]["cut_share"] == 1 and found["codec"] == "NgramTokenizer, rows of 12"
     assert found["captions"]["train"]["tokens"]["least"] > 12
 
 

@@ -113,7 +113,7 @@ CASES = [
     Case("shape", (*VIT, f"{IMAGE}channels", "1"), "image (3, 64, 64): this tower takes (1, 64, 64)"),
     Case("shape", (*VIT, f"{IMAGE}size", "32"), "image (3, 64, 64): this tower takes (3, 32, 32)"),
     Case("shape", (*EMOJI, "--data.size", "3"), "model.towers.image.stem.0 (Conv2d): the first batch does not fit"),
-    Case("shape", (*EMOJI, f"{TEXT}vocab", "10"), "Ngrams has 16384 ids, and tower text embeds 10"),
+    Case("shape", (*EMOJI, f"{TEXT}vocab", "10"), "NgramTokenizer has 16384 ids, and tower text embeds 10"),
     Case("shape", (*EMOJI, "--model.chunks", "7"), "chunks 7 does not divide the 32 rows of a rank's batch"),
     Case(
         "shape", ("check", "--config", "masked/emoji", *SHORT, "--data.size", "33"), "augment.size 32 is not the data's"

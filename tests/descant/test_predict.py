@@ -19,7 +19,7 @@ from torch import Tensor
 
 from descant.cli.errors import Refusal
 from descant.datamodules.base import BatchDataset, DataModule, Rows
-from descant.datamodules.user_data import Own
+from descant.datamodules.user_data import UserData
 from descant.report import predictions
 from descant.report.predictions import Predictions
 from descant.run.runs import Run
@@ -30,7 +30,7 @@ from tests.tolerance import F32, ulps
 Cli = Callable[..., Result]
 EMOJI = (
     *("--config", "contrastive/emoji", "--config", "on/tiny", "--model.width", "16", "--data.size", "16"),
-    *("--data.text", "Ngrams", "--data.text.buckets", "512", "--model.towers.text.vocab", "512"),
+    *("--data.text", "NgramTokenizer", "--data.text.buckets", "512", "--model.towers.text.vocab", "512"),
     *("--model.towers.image.widths", "[8,16]", "--test", "false"),
 )
 
@@ -209,7 +209,7 @@ def test_rows_of_own_data_have_the_path_of_their_file(tmp_path: Path) -> None:
     for name, caption in zip(names, ("twice", "twice", "c 2", "c 3", "c 4"), strict=True):
         (folder / name).with_suffix(".txt").write_text(caption)
     run = Callbacks(tmp_path)
-    run.trainer.datamodule = Own(path=str(folder), holdout=0.5)
+    run.trainer.datamodule = UserData(path=str(folder), holdout=0.5)
     run.callback.names = ["val"]
     run.batch(list(range(5)), {"image": vectors(5)}, {"image": [True] * 5})
     run.end()

@@ -38,7 +38,7 @@ def open_ended(kind: schema.Type) -> bool:
     return any("other" in part for part in kind if isinstance(part, dict)) or any(map(open_ended, inner))
 
 
-def reached(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def touch_parameters(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(class, argument) of all that takes a text or anything; the command's own of no class.
 
     Left out is what is called, which test_permitted.py has.
@@ -65,14 +65,14 @@ def held(path: str) -> bool:
 
 
 def test_every_argument_that_takes_a_text_has_a_reason(written_content: dict[str, Any]) -> None:
-    every = list(reached(written_content))
+    every = list(touch_parameters(written_content))
     assert len(every) > 300
     assert [(path, key) for path, key in every if held(path) and not reasons(path, key)] == []
 
 
 @pytest.mark.skipif(not LISTED, reason="of these versions of what Descant stands on not every argument is listed")
 def test_every_reason_is_of_an_argument_that_is_there(written_content: dict[str, Any]) -> None:
-    every = list(reached(written_content))
+    every = list(touch_parameters(written_content))
     there = {key for _, key in every} | {f"{path.rpartition('.')[2]}.{key}" for path, key in every}
     assert sorted({key for keys in LIST["arguments"].values() for key in keys} - there) == []
 
@@ -85,7 +85,7 @@ def test_what_is_said_to_be_guarded_is(written_content: dict[str, Any]) -> None:
         "trainer.model_registry": "me/model",
     }
     tried = 0
-    for path, key in reached(written_content):
+    for path, key in touch_parameters(written_content):
         if GUARDED in reasons(path, key):
             for value in [bad[key]] if key in bad else ["/tmp/elsewhere", "../elsewhere", "~/elsewhere", "a/../../b"]:
                 with pytest.raises(Refusal, match="--trust"):
@@ -96,7 +96,7 @@ def test_what_is_said_to_be_guarded_is(written_content: dict[str, Any]) -> None:
 
 def test_what_is_of_a_class_that_needs_trust_is(written_content: dict[str, Any]) -> None:
     reason = "of a class that a file may name only with --trust, network or the class"
-    owners = {path for path, key in reached(written_content) if reason in reasons(path, key) and held(path)}
+    owners = {path for path, key in touch_parameters(written_content) if reason in reasons(path, key) and held(path)}
     for path in owners:
         with pytest.raises(Refusal, match="--trust"):
             trust.require(path)
@@ -104,7 +104,7 @@ def test_what_is_of_a_class_that_needs_trust_is(written_content: dict[str, Any])
 
 
 def test_only_our_own_readers_take_files(written_content: dict[str, Any]) -> None:
-    readers = {path for path, key in reached(written_content) if DATA in reasons(path, key)}
+    readers = {path for path, key in touch_parameters(written_content) if DATA in reasons(path, key)}
     assert len(readers) > 30 and all(path.startswith("descant.") for path in readers)
 
 

@@ -197,7 +197,7 @@ GUARDED = {
     "model: {init_args: {text: {class_path: descant.modules.towers.Cached, init_args: {folder: /x}}}}": "writes",
     "trainer: {profiler: prof}": "writes",
     'name: "x\\ntouch imported #"': "writes",
-    "data: {class_path: Own, init_args: {batch_size: 8, stream: {class_path: Stream, init_args: "
+    "data: {class_path: UserData, init_args: {batch_size: 8, stream: {class_path: Stream, init_args: "
     "{urls: 'pipe:touch imported', samples: 8, allow_pipes: true}}}}": "shell",
 }
 

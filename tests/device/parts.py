@@ -20,16 +20,16 @@ from torch.utils._pytree import tree_map
 from descant.callbacks.evaluate.accuracy import Mean
 from descant.callbacks.evaluate.embeddings import Store
 from descant.modules.adaptation import modulation
-from descant.modules.adaptation.imputation import MeanFill, PromptFill, ZeroFill
+from descant.modules.adaptation.imputation import MeanImputer, PromptImputer, ZeroImputer
 from descant.modules.balance import gradient_modulation as pacing
 from descant.modules.balance import mcr as games
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
 from descant.modules.core.sham import Sham
-from descant.modules.core.step import Decided, Step
+from descant.modules.core.step import FusionInputs, Step
 from descant.modules.distill import ranking
 from descant.modules.distill.distill import FeatureTarget, HardTarget, SoftTarget, in_common
-from descant.modules.engine.configure import Checkpointing, Freeze, Lora, Still
+from descant.modules.engine.configure import Checkpointing, Freeze, FrozenBatchNormStats, Lora
 from descant.modules.engine.optim import Member, OptimizerGroup, parameter_groups
 from descant.modules.engine.schedule import TorchSchedule, WarmupCosine
 from descant.modules.evaluation import attacks as attack
@@ -37,16 +37,16 @@ from descant.modules.evaluation import metrics
 from descant.modules.evaluation.readout import ModelContrast, Products, RidgeReadout
 from descant.modules.fusion.classifiers import (
     AttentionFusion,
-    Fuse,
+    FusionHead,
     LateFusion,
     MidFusion,
     OrthogonalFusion,
     SharedHead,
-    Votes,
+    SoftVoting,
 )
 from descant.modules.fusion.cross_encoder import CrossEncoder
 from descant.modules.language.generate import Sampling
-from descant.modules.language.judges import Answers, EditJudge, ExactJudge
+from descant.modules.language.judges import Answers, EditDistanceScorer, ExactMatchScorer
 from descant.modules.language.model import CausalLM
 from descant.modules.language.projectors import EachToken, PooledGrid, Resampler
 from descant.modules.losses.contrastive import InfoNCE, Intra, SigLIP
@@ -259,7 +259,7 @@ def latents() -> dict[str, Tensor]:
     return {m: torch.randn(B, D) for m in HAS}
 
 
-def _fuse(make: Callable[[], Fuse]) -> Part:
+def _fuse(make: Callable[[], FusionHead]) -> Part:
     def use(at: Place) -> Any:
         fusion, z, here = at(make().build(dict.fromkeys(HAS, D), C)), at(latents()), at(present())
         return fusion(z, here), fusion.parts(z, here)
@@ -272,7 +272,7 @@ part("OrthogonalFusion")(_fuse(OrthogonalFusion))
 part("SharedHead")(_fuse(SharedHead))
 part("MidFusion")(_fuse(lambda: MidFusion(hidden=8)))
 part("AttentionFusion")(_fuse(lambda: AttentionFusion(width=8, heads=2)))
-part("Votes")(_fuse(lambda: Votes({m: LateFusion().build({m: D}, C) for m in HAS})))
+part("SoftVoting")(_fuse(lambda: SoftVoting({m: LateFusion().build({m: D}, C) for m in HAS})))
 
 SETS = [["image"], ["text"]]
 
@@ -288,9 +288,9 @@ def _fill(make: Callable[[], Any]) -> Part:
     return use
 
 
-part("ZeroFill")(_fill(ZeroFill))
-part("MeanFill")(_fill(MeanFill))
-part("PromptFill")(_fill(PromptFill))
+part("ZeroImputer")(_fill(ZeroImputer))
+part("MeanImputer")(_fill(MeanImputer))
+part("PromptImputer")(_fill(PromptImputer))
 
 
 def _regularizer(make: Callable[[], games.Regularizer]) -> Part:
@@ -300,14 +300,14 @@ def _regularizer(make: Callable[[], games.Regularizer]) -> Part:
         regularizer = at(make().build(widths, C))
         z, batch = {m: z_BD.requires_grad_() for m, z_BD in at(latents()).items()}, at(a_batch())
         logits_BC = fusion(z, batch.present)
-        decided = Decided(z, batch.present, batch.targets["kind"])
-        asked = games.Asked(decided, batch.present, logits_BC, fusion, fusion, batch, at(torch.tensor(5)))
+        decided = FusionInputs(z, batch.present, batch.targets["kind"])
+        asked = games.FusionContext(decided, batch.present, logits_BC, fusion, fusion, batch, at(torch.tensor(5)))
         return {name: (term.sum(), term.valid) for name, term in regularizer(asked).items()}
 
     return use
 
 
-part("Asked", "GreedyGame")(_regularizer(lambda: games.GreedyGame(permutations=2)))
+part("FusionContext", "GreedyGame")(_regularizer(lambda: games.GreedyGame(permutations=2)))
 part("IndependentGame")(_regularizer(lambda: games.IndependentGame(permutations=2)))
 part("CollaborativeGame")(_regularizer(lambda: games.CollaborativeGame(permutations=2)))
 part("LabelContrast")(_regularizer(games.LabelContrast))
@@ -339,7 +339,7 @@ def _rule(make: Callable[[], mixing.Rule], terms: int = 3) -> Part:
 
 for _name in (
     "PCGrad",
-    "Realign",
+    "CMGH",
     "GradVac",
     "CAGrad",
     "MGDA",
@@ -348,11 +348,11 @@ for _name in (
     "IMTLG",
     "AlignedMTL",
     "GradNorm",
-    "Uncertainty",
+    "UncertaintyWeighting",
 ):
     part(_name)(_rule(getattr(mixing, _name)))
 part("DWA")(_rule(lambda: mixing.DWA(window=1)))
-part("Pareto")(_rule(mixing.Pareto, terms=2))
+part("MMPareto")(_rule(mixing.MMPareto, terms=2))
 
 
 def _pacing(make: Callable[[], pacing.Pacing]) -> Part:
@@ -387,7 +387,7 @@ def _sham(at: Place) -> Any:
         sham(x_B, draw_B, at(present()["text"])),
         sham.handed_on(x_B),
         sham.everywhere(x_B, draw_B),
-        sham.torn(at(a_batch()), ["text"]).inputs,
+        sham.permute_modalities(at(a_batch()), ["text"]).inputs,
     )
 
 
@@ -508,7 +508,7 @@ def lists(at: Place) -> ranking.Lists:
     return ranking.Lists(at(torch.randn(B, 3)), at(torch.randn(B, 3)).requires_grad_(), at(present()["image"]))
 
 
-for _name in ("Alike", "Sure", "Unsure", "AsReleased", "Behind"):
+for _name in ("UniformWeighting", "TeacherConfidence", "TeacherUncertainty", "AsReleased", "StudentLag"):
     part(_name)(lambda at, name=_name: getattr(ranking, name)()(lists(at)))  # type: ignore[misc]  # of two parameters
 for _name in ("ListKL", "ListMSE"):
     part(_name)(lambda at, name=_name: getattr(ranking, name)()(lists(at)))  # type: ignore[misc]
@@ -529,7 +529,7 @@ def _decisions(at: Place) -> Any:
     )
 
 
-@part("RankTarget", "FeatureTarget", "Lesson", "Distill")
+@part("RankTarget", "FeatureTarget", "DistillContext", "Distill")
 def _lesson(at: Place) -> Any:
     from descant.modules.distill.distill import Distill, Teacher
 
@@ -538,7 +538,9 @@ def _lesson(at: Place) -> Any:
             return other
 
     student, other = Contrastive(small_towers(), width=D), Contrastive(small_towers(), width=4)
-    distill = Distill(Other(), [ranking.RankTarget(drawn=4, kept=2, weigh=ranking.Sure()), FeatureTarget("image")])
+    distill = Distill(
+        Other(), [ranking.RankTarget(drawn=4, kept=2, weigh=ranking.TeacherConfidence()), FeatureTarget("image")]
+    )
     distill.prepare(student)
     at(student), at(other), at(distill)
     batch = at(replace(a_batch(), present={m: torch.ones(B, dtype=torch.bool) for m in HAS}, step={}))
@@ -557,10 +559,10 @@ def _language(at: Place) -> Any:
     return h_BTD, drawn
 
 
-@part("Answers", "ExactJudge", "EditJudge")
+@part("Answers", "ExactMatchScorer", "EditDistanceScorer")
 def _judges(at: Place) -> Any:
     answers = Answers(at(a_batch()), at(torch.tensor([[5, 6, 2]])), at(torch.tensor([[5, 7, 0]])), nn.Identity())
-    return CPU(ExactJudge()(answers)), CPU(EditJudge()(answers))
+    return CPU(ExactMatchScorer()(answers)), CPU(EditDistanceScorer()(answers))
 
 
 for _name in ("GroupScaled", "BatchScaled", "Centred", "EachScaled"):
@@ -575,18 +577,18 @@ for _name in ("GroupScaled", "BatchScaled", "Centred", "EachScaled"):
         return tuple(judged)
 
 
-def drawn(at: Place) -> policy.Drawn:
+def drawn(at: Place) -> policy.PolicyBatch:
     log_N, old_N, reference_N = (-torch.rand(7) for _ in range(3))
     sample_N = torch.tensor([0, 0, 1, 1, 1, 2, 2])
-    live_B, advantage_B = torch.tensor([True, True, False]), torch.tensor([1.0, -1.0, 0.5])
-    moved = (at(x) for x in (old_N, sample_N, advantage_B, live_B, reference_N))
-    return policy.Drawn(at(log_N).requires_grad_(), *moved)
+    valid_B, advantage_B = torch.tensor([True, True, False]), torch.tensor([1.0, -1.0, 0.5])
+    moved = (at(x) for x in (old_N, sample_N, advantage_B, valid_B, reference_N))
+    return policy.PolicyBatch(at(log_N).requires_grad_(), *moved)
 
 
 def _policy(**given: Any) -> Part:
     def use(at: Place) -> Any:
         answers, seen = drawn(at), None
-        counts = policy.Counts.of(answers.length_B, answers.live_B)
+        counts = policy.Counts.of(answers.length_B, answers.valid_B)
         terms, seen = policy.PolicyLoss(**copy.deepcopy(given))(answers, counts)
         return {name: term.sum() for name, term in terms.items()}, seen
 
@@ -700,7 +702,7 @@ def _store(at: Place) -> Any:
 # the step, and what changes a model before it -------------------------------------------------------------------------
 
 
-@part("Step", "Term", "Objective", "Batch", "Decided")
+@part("Step", "Term", "Objective", "Batch", "FusionInputs")
 def _step(at: Place) -> Any:
     step, batch, z_BD = Step(mix={"a": 0.5}), at(a_batch()), at(unit()).requires_grad_()
     step.watched, step.rule = True, lambda g_KBD, names: g_KBD.mean(dim=0)
@@ -714,7 +716,7 @@ def _step(at: Place) -> Any:
     return objective.total.detach(), g_BD, batch.select(at(torch.tensor([0, 2]))).inputs
 
 
-@part("Lora", "Freeze", "Checkpointing", "Still", "Towers")
+@part("Lora", "Freeze", "Checkpointing", "FrozenBatchNormStats", "Towers")
 def _adapted(at: Place) -> Any:
     recipe = Contrastive(
         Towers(image=ConvTower([D], stem=4), text=TextTower(20, 8, 1, 2, 5)),
@@ -724,7 +726,7 @@ def _adapted(at: Place) -> Any:
     )
     recipe.configure_model()
     at(recipe)
-    with Still(recipe):
+    with FrozenBatchNormStats(recipe):
         return {name: term.value for name, term in recipe.terms(at(a_batch())).items()}
 
 

@@ -20,34 +20,34 @@ from descant.callbacks.evaluate.answering import Answering
 from descant.datamodules.corpora.captions import AltText, CaptionMixer, SyntheticCaption
 from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.corpora.scenes import Scenes
-from descant.datamodules.stages import During, StagedData
+from descant.datamodules.stages import StageData, StagedData
 from descant.datamodules.tasks.descriptions import Descriptions
 from descant.datamodules.tasks.question_pool import QuestionPool, QuestionRollouts
 from descant.datamodules.tasks.questions import QuestionPairs, Questions
-from descant.modules.adaptation.imputation import PromptFill
+from descant.modules.adaptation.imputation import PromptImputer
 from descant.modules.adaptation.modulation import ModulationBank
 from descant.modules.balance import mcr as games
 from descant.modules.balance.gradient_modulation import AGM
 from descant.modules.distill.distill import Distill, SoftTarget
-from descant.modules.distill.ranking import RankTarget, Sure
+from descant.modules.distill.ranking import RankTarget, TeacherConfidence
 from descant.modules.engine.schedule import WarmupCosine
 from descant.modules.evaluation.inversion import ModalityInversion
 from descant.modules.evaluation.readout import ModelContrast, RidgeReadout
 from descant.modules.fusion.classifiers import LateFusion, MidFusion
 from descant.modules.fusion.cross_encoder import CrossEncoder
 from descant.modules.io.inherit import Begin, Inherit
-from descant.modules.language.judges import LikelihoodJudge
+from descant.modules.language.judges import LikelihoodScorer
 from descant.modules.language.positions import VisualSteps
 from descant.modules.losses import InfoNCE, Intra
 from descant.modules.losses.hard_negatives import Negatives
 from descant.modules.masking.adapters import Adapters, CategoryAdapter, PatchAdapter
 from descant.modules.masking.corruptions import TokenBudget
 from descant.modules.masking.decoders import CrossDecoder
-from descant.modules.multitask.rules import GradVac, Pareto, PCGrad
+from descant.modules.multitask.rules import GradVac, MMPareto, PCGrad
 from descant.modules.objectives.curriculum import Curriculum
 from descant.modules.policy import KL, PolicyLoss
 from descant.modules.policy.rewards import ExactAnswer, Rewards
-from descant.modules.tokenizers.text import Ngrams
+from descant.modules.tokenizers.text import NgramTokenizer
 from descant.modules.towers import BagTower, ConvTower, PatchTower, SavedTower, TextTower, Towers
 from descant.modules.towers.triples import TripleEncoder
 from descant.modules.towers.vit import Trunk
@@ -175,7 +175,7 @@ def mixed_captions(before: Path) -> Run:
     mixer = CaptionMixer({"alt": AltText(), "looks": SyntheticCaption("dense")}, {"alt": 0.3, "looks": 0.7})
     recipe = Contrastive(Towers(image=ConvTower([8], stem=4), text=BagTower(512, 8)), 8, optimizer=adamw)
     readout = c.Readout(["visual"], ridge=RidgeReadout(folds=2), contrast=ModelContrast(resamples=8))
-    data = emoji(text=Ngrams(buckets=512, length=24), mixer=mixer, readout=True)
+    data = emoji(text=NgramTokenizer(buckets=512, length=24), mixer=mixer, readout=True)
     return Run(recipe, data, [c.CaptionStatistics(), readout, c.Retrieval()])
 
 
@@ -219,7 +219,9 @@ def matching(before: Path) -> Run:
 @run
 def ranked(before: Path) -> Run:
     """Begins as another run ended, and learns of it."""
-    distill = Distill(TeacherRun(str(before / "clip"), "last"), [RankTarget(drawn=4, kept=2, weigh=Sure())])
+    distill = Distill(
+        TeacherRun(str(before / "clip"), "last"), [RankTarget(drawn=4, kept=2, weigh=TeacherConfidence())]
+    )
     towers = Towers(image=ConvTower([16, 32]), text=BagTower(20, 16))
     begin = Begin(before / "clip", "last")
     return Run(Contrastive(towers, 16, adapt=[begin], distill=distill, optimizer=adamw), PatternData())
@@ -238,8 +240,8 @@ def balanced(before: Path) -> Run:
         [
             c.Harmonize(PCGrad()),
             c.Balance(AGM(), noise=True),
-            c.DropAhead(),
-            c.Blend(),
+            c.OPM(),
+            c.GradientBlending(),
             c.LearningSpeed(),
             c.Contributions(circles=1),
             c.Attacks(steps=2, limit=8, validate=True),
@@ -261,13 +263,13 @@ def towers_harmonized(before: Path) -> Run:
         distill=distill,
         schedule=WarmupCosine(0.5),
     )
-    seen = [c.HarmonizeTowers(Pareto()), c.Prototypes(every=1), c.Accuracy()]
+    seen = [c.HarmonizeTowers(MMPareto()), c.PMR(every=1), c.Accuracy()]
     return Run(recipe, PatternData(), seen, {"precision": "bf16-mixed"})
 
 
 @run
 def missing(before: Path) -> Run:
-    recipe = MissingModality(before / "both", "last", bank=ModulationBank(), fill=PromptFill(), optimizer=adamw)
+    recipe = MissingModality(before / "both", "last", bank=ModulationBank(), fill=PromptImputer(), optimizer=adamw)
     return Run(recipe, Banked(), [c.Accuracy(), c.ModalitySubsetEval()])
 
 
@@ -334,7 +336,7 @@ def rounds(before: Path) -> Run:
     distill = Distill(TeacherAverage(0.5))
     recipe = Chat(**small_chat(), distill=distill, optimizer=adamw)
     data = QuestionPool(**ASKED | {"items": 16})
-    return Run(recipe, data, [c.Rounds(epochs=1, judge=LikelihoodJudge())], {"max_epochs": 3})
+    return Run(recipe, data, [c.Rounds(epochs=1, judge=LikelihoodScorer())], {"max_epochs": 3})
 
 
 @run
@@ -359,9 +361,9 @@ def staged(before: Path) -> Run:
     seen = {name: value for name, value in ASKED.items() if name != "kinds"}
     data = StagedData(
         {
-            "captions": During(Descriptions(**seen), 1, 1),
-            "reward": During(rolled, 1),
-            "pairs": During(QuestionPairs(**ASKED), 1, 1),
+            "captions": StageData(Descriptions(**seen), 1, 1),
+            "reward": StageData(rolled, 1),
+            "pairs": StageData(QuestionPairs(**ASKED), 1, 1),
         },
         evaluate="captions",
     )

@@ -19,11 +19,11 @@ from tests.device.runs import RUNS, prepare
 #: What needs no device, or more than one: name -> why.
 NEEDLESS = {
     # of the CPU, whatever trains
-    "Bpe": "text to token ids, in the loader",
-    "Bytes": "text to token ids, in the loader",
-    "Ngrams": "text to token ids, in the loader",
-    "Words": "text to token ids, in the loader",
-    "Pretrained": "text to token ids, in the loader",
+    "BPETokenizer": "text to token ids, in the loader",
+    "ByteTokenizer": "text to token ids, in the loader",
+    "NgramTokenizer": "text to token ids, in the loader",
+    "WordTokenizer": "text to token ids, in the loader",
+    "PretrainedTokenizer": "text to token ids, in the loader",
     "TaskAnswer": "judges strings",
     "NumericAnswer": "judges strings",
     "Format": "judges strings",

@@ -16,7 +16,15 @@ from torch import Tensor
 from descant.callbacks.balance.balance import Balance
 from descant.modules.balance.gradient_modulation import OGM
 from descant.modules.core.batch import Batch
-from descant.modules.core.protocols import Classifies, Contends, Embeds, Fuses, HasObjective, Scores, Unimodal
+from descant.modules.core.protocols import (
+    Classifies,
+    Embeds,
+    Fuses,
+    HasObjective,
+    MultimodalClassifier,
+    Scores,
+    Unimodal,
+)
 from descant.modules.fusion.classifiers import SharedHead
 from descant.modules.towers import Towers
 from descant.recipes import Alternating
@@ -193,9 +201,9 @@ def test_protocols_and_what_cannot_be() -> None:
     at = model()
     for protocol in (HasObjective, Embeds, Fuses, Unimodal, Scores, Classifies):
         assert isinstance(at, protocol), protocol
-    assert not isinstance(at, Contends), "no decision of all is trained"
+    assert not isinstance(at, MultimodalClassifier), "no decision of all is trained"
     trainer = L.Trainer(max_steps=1, callbacks=[Balance(OGM())], **QUIET)
-    with pytest.raises(ValueError, match=r"Balance needs the protocol Contends .*; Alternating lacks it"):
+    with pytest.raises(ValueError, match=r"Balance needs the protocol MultimodalClassifier .*; Alternating lacks it"):
         trainer.fit(model(), datamodule=SignData(whole=False))
     with pytest.raises(ValueError, match=r"^alpha 0: above 0, such as 0\.1$"):
         model(alpha=0.0)

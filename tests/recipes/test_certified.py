@@ -15,11 +15,11 @@ from torch import Tensor
 from descant.callbacks import Resume
 from descant.modules.core.protocols import (
     Classifies,
-    Contends,
     Embeds,
     Fuses,
     HasObjective,
     HasTowers,
+    MultimodalClassifier,
     Scores,
     Unimodal,
 )
@@ -150,7 +150,7 @@ def test_protocols_and_what_cannot_be(runs: dict[str, Path]) -> None:
     model = Certified(runs["margins"], checkpoint="last")
     for protocol in (HasObjective, HasTowers, Embeds, Fuses, Unimodal, Scores, Classifies):
         assert isinstance(model, protocol), protocol
-    assert not isinstance(model, Contends) and isinstance(model.fusion, OrthogonalFusion)
+    assert not isinstance(model, MultimodalClassifier) and isinstance(model.fusion, OrthogonalFusion)
     cases: list[tuple[Callable[[], Any], str]] = [
         (lambda: Certified(runs["late"], checkpoint="last"), "no classifier with a fusion OrthogonalFusion"),
         (lambda: Certified(runs["margins"], rows=0), "rows 0: 1 is the least"),

@@ -75,7 +75,7 @@ def batch(rows: int = 7) -> Batch:
     present["image"][[1, 3]], present["text"][[2, 3]] = False, False
     image = torch.randn(rows, 4, generator=g).double()
     image[[1, 3]] = torch.nan
-    return Batch({"image": image, "text": text, "text_said": said}, present)
+    return Batch({"image": image, "text": text, "loss_mask": said}, present)
 
 
 def alone(made: Chat, b: Batch, n: int) -> tuple[Tensor, list[bool]]:
@@ -90,7 +90,7 @@ def alone(made: Chat, b: Batch, n: int) -> tuple[Tensor, list[bool]]:
                 learned += [-1] * len(seen)
             continue
         parts.append(made.lm.embed(torch.tensor([i])))
-        learned.append(i if b.inputs["text_said"][n, t] else -1)
+        learned.append(i if b.inputs["loss_mask"][n, t] else -1)
     log = made.lm.logits(made.lm(torch.cat(parts)[None]))[0].log_softmax(dim=1)
     at = [t for t, i in enumerate(learned) if i >= 0]
     values = torch.stack([-log[t - 1, learned[t]] for t in at])
@@ -125,7 +125,7 @@ def test_several_pictures_stand_where_they_are_named_each_in_its_turn() -> None:
     said[:, 0] = False
     image = torch.randn(4, 2, 3, 8, 8, dtype=torch.float64)
     present = {"image": torch.tensor([True, True, True, False]), "text": torch.ones(4, dtype=torch.bool)}
-    b = Batch({"image": image, "text": text, "text_said": said}, present)
+    b = Batch({"image": image, "text": text, "loss_mask": said}, present)
     (term,) = made.terms(b).values()
     for n in range(4):
         ids, parts, learned, shown = [i for i in text[n].tolist() if i], list[Tensor](), list[int](), 0
@@ -180,7 +180,7 @@ def test_answers_are_generated_from_the_question_alone() -> None:
             row[0, : len(front) + 1] = torch.tensor([*front, 7])
             mark = torch.zeros(1, 16, dtype=torch.bool)
             one = Batch(
-                {"image": b.inputs["image"][n : n + 1], "text": row, "text_said": mark},
+                {"image": b.inputs["image"][n : n + 1], "text": row, "loss_mask": mark},
                 {m: x[n : n + 1] for m, x in b.present.items()},
             )
             h, row_of = made.sequence(one)
@@ -199,11 +199,11 @@ def test_without_a_tower_it_is_one_whose_pictures_are_all_absent() -> None:
     reading.lm.load_state_dict(seeing.lm.state_dict())
     assert not reading.towers and not hasattr(reading, "projector") and reading.modalities == ("text",)
     assert {name.split(".")[0] for name, _ in reading.named_parameters()} == {"lm"}
-    text, said = torch.zeros_like(b.inputs["text"]), torch.zeros_like(b.inputs["text_said"])
+    text, said = torch.zeros_like(b.inputs["text"]), torch.zeros_like(b.inputs["loss_mask"])
     for n, ids in enumerate(b.inputs["text"]):
         words = ids != IMAGE
-        text[n, : int(words.sum())], said[n, : int(words.sum())] = ids[words], b.inputs["text_said"][n][words]
-    plain = Batch({"text": text, "text_said": said}, {"text": b.present["text"]})
+        text[n, : int(words.sum())], said[n, : int(words.sum())] = ids[words], b.inputs["loss_mask"][n][words]
+    plain = Batch({"text": text, "loss_mask": said}, {"text": b.present["text"]})
     nobody = b.only("text")
     found, wanted = (net.terms(its)["answer"] for net, its in ((reading, plain), (seeing, nobody)))
     assert found.valid is not None and wanted.valid is not None and torch.equal(found.valid, wanted.valid)
@@ -214,9 +214,11 @@ def test_without_a_tower_it_is_one_whose_pictures_are_all_absent() -> None:
     )
     for x, y in zip(one, two, strict=True):
         torch.testing.assert_close(x, y, **TURNED)
-    said_BM = reading.eval().generate(plain, new=5)
-    assert torch.equal(said_BM, seeing.eval().generate(nobody, new=5)) and said_BM.any()
-    torch.testing.assert_close(reading.likelihood(plain, said_BM), seeing.likelihood(nobody, said_BM), **TURNED)
+    answer_ids_BM = reading.eval().generate(plain, new=5)
+    assert torch.equal(answer_ids_BM, seeing.eval().generate(nobody, new=5)) and answer_ids_BM.any()
+    torch.testing.assert_close(
+        reading.likelihood(plain, answer_ids_BM), seeing.likelihood(nobody, answer_ids_BM), **TURNED
+    )
 
 
 def looking(rows: int, seed: int, permuted: bool = False) -> Batch:
@@ -233,7 +235,7 @@ def looking(rows: int, seed: int, permuted: bool = False) -> Batch:
     if permuted:
         image = image.roll(1, dims=0)
     present = {m: torch.ones(rows, dtype=torch.bool) for m in ("image", "text")}
-    return Batch({"image": image, "text": text, "text_said": said}, present)
+    return Batch({"image": image, "text": text, "loss_mask": said}, present)
 
 
 def accuracy(made: Chat, b: Batch) -> float:

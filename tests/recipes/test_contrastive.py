@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.modules.core.batch import Batch
-from descant.modules.core.protocols import Embeds, Forks, HasObjective, HasTowers
+from descant.modules.core.protocols import Embeds, ForksFeatures, HasObjective, HasTowers
 from descant.modules.evaluation.metrics import retrieval_ranks
 from descant.modules.losses import InfoNCE, Intra, SigLIP
 from descant.modules.losses.hard_negatives import Negatives
@@ -165,7 +165,7 @@ def test_protocols() -> None:
     assert isinstance(model, HasObjective)
     assert isinstance(model, HasTowers)
     assert isinstance(model, Embeds)
-    assert isinstance(model, Forks)
+    assert isinstance(model, ForksFeatures)
 
 
 class Pairs(BatchDataset):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from descant.modules.core.protocols import Classifies, Contends, Embeds, Fuses, Scores, Unimodal
+from descant.modules.core.protocols import Classifies, Embeds, Fuses, MultimodalClassifier, Scores, Unimodal
 from descant.recipes import Ensemble
 from tests.recipes.test_missing import build, fusion, node, some_absent, train, write
 from tests.tolerance import F32, rounding
@@ -71,7 +71,7 @@ def test_protocols_and_what_cannot_be(runs: dict[str, str]) -> None:
     model = ensemble(runs)
     for protocol in (Embeds, Fuses, Unimodal, Scores, Classifies):
         assert isinstance(model, protocol), protocol
-    assert not isinstance(model, Contends)
+    assert not isinstance(model, MultimodalClassifier)
     unlike = {"image": runs["image"], "text": runs["five"]}
     cases: list[tuple[Callable[[], Any], str]] = [
         (lambda: Ensemble({}), "paths: none; such as"),

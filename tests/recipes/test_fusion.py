@@ -15,8 +15,17 @@ from torch.nn import functional as F
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.modules.balance.mcr import CollaborativeGame, IndependentGame
 from descant.modules.core.batch import Batch
-from descant.modules.core.protocols import Contends, Embeds, Forks, Fuses, HasObjective, HasTowers, Scores, Unimodal
-from descant.modules.fusion.classifiers import AttentionFusion, Fuse, LateFusion, MidFusion, cross_entropy
+from descant.modules.core.protocols import (
+    Embeds,
+    ForksFeatures,
+    Fuses,
+    HasObjective,
+    HasTowers,
+    MultimodalClassifier,
+    Scores,
+    Unimodal,
+)
+from descant.modules.fusion.classifiers import AttentionFusion, FusionHead, LateFusion, MidFusion, cross_entropy
 from descant.modules.towers import Tokens, Tower, Towers
 from descant.recipes import Fusion
 from tests.ranks import run_ranks
@@ -49,7 +58,7 @@ class Line(Tower):
 def recipe(kind: str = "late", unimodal: bool = True, classes: int = 4, **options: Any) -> Fusion:
     torch.manual_seed(0)
     towers = Towers(**{m: Line(width) for m, width in WIDTHS.items()})
-    fusion: Fuse = FUSIONS[kind]()
+    fusion: FusionHead = FUSIONS[kind]()
     return Fusion(towers, "kind", classes, width=8, fusion=fusion, unimodal=unimodal, **options)
 
 
@@ -228,7 +237,7 @@ def test_scores_and_embeddings() -> None:
 
 
 def test_protocols() -> None:
-    for protocol in (HasObjective, HasTowers, Embeds, Forks, Fuses, Unimodal, Scores, Contends):
+    for protocol in (HasObjective, HasTowers, Embeds, ForksFeatures, Fuses, Unimodal, Scores, MultimodalClassifier):
         assert isinstance(recipe(), protocol)
 
 

@@ -212,7 +212,7 @@ def test_zeros_in_place_of_what_is_absent_are_seen_and_not_asked_for() -> None:
 
 def test_the_control_tears_the_first_modality_from_the_others_in_training_alone() -> None:
     method, control, b = recipe(), recipe(sham="permute"), batch()
-    turned = control.sham.torn(b, control.modalities[1:])
+    turned = control.sham.permute_modalities(b, control.modalities[1:])
     control.sham.calls = 0
     assert torch.equal(turned.inputs["image"].nan_to_num(), b.inputs["image"].nan_to_num())
     order = [(turned.inputs["text"] == row).all(dim=1).nonzero()[0].item() for row in b.inputs["text"]]

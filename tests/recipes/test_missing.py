@@ -18,13 +18,13 @@ from torch import Tensor, nn
 import descant
 from descant.callbacks import EMA, Resume
 from descant.datamodules.base import BatchDataset, DataModule, Rows
-from descant.modules.adaptation.imputation import Fill, MeanFill, PromptFill, ZeroFill, filled, standing_in
+from descant.modules.adaptation.imputation import Imputer, MeanImputer, PromptImputer, ZeroImputer, filled, imputing
 from descant.modules.adaptation.modulation import AvailableSets, LowRank, Modulation, ModulationBank, ScaleShift
 from descant.modules.core.batch import Batch
 from descant.modules.core.protocols import (
     Embeds,
     Features,
-    Forks,
+    ForksFeatures,
     Fuses,
     HasObjective,
     HasTowers,
@@ -338,20 +338,20 @@ def test_it_wins_back_what_the_missing_text_costs_and_its_sham_does_not(runs: di
 # what stands in -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fill", [ZeroFill(), MeanFill(), PromptFill()], ids=["zero", "mean", "prompt"])
-def test_a_fill_is_what_the_fusion_sees_of_an_absent_modality(runs: dict[str, Path], fill: Fill) -> None:
+@pytest.mark.parametrize("fill", [ZeroImputer(), MeanImputer(), PromptImputer()], ids=["zero", "mean", "prompt"])
+def test_a_fill_is_what_the_fusion_sees_of_an_absent_modality(runs: dict[str, Path], fill: Imputer) -> None:
     model = MissingModality(runs["three"], fill=copy.deepcopy(fill))
     frozen: Any = descant.load(runs["three"])
-    train(model, 3) if isinstance(fill, PromptFill) else model.train().terms(batch())
+    train(model, 3) if isinstance(fill, PromptImputer) else model.train().terms(batch())
     model.eval()
     b = some_absent()
     assert model.fill is not None
     whole, z = {m: torch.ones(len(b), dtype=torch.bool) for m in MODALITIES}, {}
     for m in MODALITIES:
-        with standing_in(model.fill, b.present):
+        with imputing(model.fill, b.present):
             h_BD = filled(torch.zeros(len(b), frozen.towers.width(m)), m, whole[m])
         h_BD = torch.where(b.present[m][:, None], frozen.present_features(b, m), h_BD)
-        assert bool(h_BD[~b.present[m]].any()) != isinstance(fill, ZeroFill)
+        assert bool(h_BD[~b.present[m]].any()) != isinstance(fill, ZeroImputer)
         z[m] = frozen.heads[m](h_BD)
     with torch.no_grad():
         wanted, found = frozen.fuse(z, whole), model.fuse(model.latents(b), whole)  # type: ignore[operator]
@@ -363,7 +363,7 @@ def test_a_fill_is_what_the_fusion_sees_of_an_absent_modality(runs: dict[str, Pa
 
 
 def test_a_mean_is_that_of_the_features_that_training_saw(runs: dict[str, Path]) -> None:
-    model, frozen = MissingModality(runs["fusion"], fill=MeanFill()), descant.load(runs["fusion"])
+    model, frozen = MissingModality(runs["fusion"], fill=MeanImputer()), descant.load(runs["fusion"])
     rows = []
     for seed in range(3):
         b = batch(seed=seed)
@@ -429,7 +429,7 @@ def test_all_of_it_may_train_on(runs: dict[str, Path]) -> None:
 
 def test_protocols_are_those_of_the_inner_recipe(runs: dict[str, Path]) -> None:
     fuses, contrasts = adapted(runs["fusion"]), adapted(runs["contrastive"])
-    for protocol in (HasObjective, HasTowers, Embeds, Features, Forks):
+    for protocol in (HasObjective, HasTowers, Embeds, Features, ForksFeatures):
         assert isinstance(fuses, protocol) and isinstance(contrasts, protocol)
     for claimed in (Fuses, Unimodal, Scores):
         assert isinstance(fuses, claimed) and not isinstance(contrasts, claimed)
@@ -542,7 +542,7 @@ def adam(groups: Any) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=1e-2)
 
 
-@pytest.mark.parametrize("fill", quick([None, PromptFill(), MeanFill()], 3), ids=["bank", "prompt", "mean"])
+@pytest.mark.parametrize("fill", quick([None, PromptImputer(), MeanImputer()], 3), ids=["bank", "prompt", "mean"])
 def test_a_resumed_run_ends_in_the_same_bits(runs: dict[str, Path], tmp_path: Path, fill: Any) -> None:
     def net() -> Any:
         return adapted(runs["fusion"], noise=0.0, optimizer=adam, fill=copy.deepcopy(fill))
@@ -598,7 +598,7 @@ def on_a_rank(rank: int, world: int, path: Path, name: str, options: dict[str, A
 
 
 def gradients(path: Path, name: str, options: dict[str, Any], world: int, rows: slice) -> dict[str, Tensor]:
-    model = adapted(path, fill=PromptFill() if name == "three" else None, **options)
+    model = adapted(path, fill=PromptImputer() if name == "three" else None, **options)
     model.step.world = world
     b = batch(16)
     if name == "contrastive":
@@ -618,7 +618,7 @@ def test_two_ranks_equal_one(runs: dict[str, Path], name: str, per: Any) -> None
     sets = [["image", "text"], ["image", "sketch"]] if name == "contrastive" else None
     options: dict[str, Any] = {"available": AvailableSets(sets, per=per)}
     wanted = gradients(runs[name], name, options, 1, slice(None))
-    model = adapted(runs[name], fill=PromptFill() if name == "three" else None, **options)
+    model = adapted(runs[name], fill=PromptImputer() if name == "three" else None, **options)
     assert set(wanted) == {n for n, p in model.named_parameters() if p.requires_grad}
     assert sum(bool(grad.any()) for grad in wanted.values()) > 10
     for found in run_ranks(2, on_a_rank, 2, runs[name], name, options):

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 from descant.datamodules.corpora.scenes import Scenes
 from descant.modules.core.batch import Batch
-from descant.modules.core.protocols import Forks
+from descant.modules.core.protocols import ForksFeatures
 from descant.modules.losses import HardestInBatchHinge, PairMarginLoss
 from descant.modules.losses.hard_negatives import Negatives
-from descant.modules.tokenizers.text import Ngrams
+from descant.modules.tokenizers.text import NgramTokenizer
 from descant.modules.towers import ConvTower, TextTower, Towers
 from descant.modules.towers.heads import FlattenPool, LastPool, MeanPool, Pools
 from descant.modules.towers.triples import TripleEncoder
@@ -167,7 +167,7 @@ def test_both_arms_run_the_same_code_as_often() -> None:
 
 def test_a_fork_hands_the_term_its_own_copy() -> None:
     model, met = recipe_of("negatives"), []
-    assert isinstance(model, Forks)
+    assert isinstance(model, ForksFeatures)
     assert model.forks == {"image": ("image-text", NAME), "text": ("image-text", NAME)}
 
     def rule(g_KBD: Tensor, names: tuple[str, ...]) -> Tensor:
@@ -240,6 +240,6 @@ def test_two_steps_on_scenes_and_a_codec_that_does_not_fit() -> None:
     small = scenes_recipe(knowledge=TripleEncoder(vocab=16, out=16, width=16, depth=1, heads=2))
     with pytest.raises(ValueError, match=r"data\.text: Words has 30 ids, and tower knowledge embeds 16"):
         trainer(max_steps=1).fit(small, datamodule=Scenes(tiny=True, batch_size=16))
-    with pytest.raises(ValueError, match=r"data\.text: Ngrams has 99 ids, and tower text embeds 64"):
-        data = Scenes(tiny=True, batch_size=16, text=Ngrams(buckets=99))
+    with pytest.raises(ValueError, match=r"data\.text: NgramTokenizer has 99 ids, and tower text embeds 64"):
+        data = Scenes(tiny=True, batch_size=16, text=NgramTokenizer(buckets=99))
         trainer(max_steps=1).fit(scenes_recipe(), datamodule=data)

@@ -19,7 +19,7 @@ from torch import Tensor
 from descant.callbacks import Resume, Rollouts, Stages
 from descant.callbacks.plots.images import FAINT, GAP, TEXT, TITLE
 from descant.datamodules.corpora.emoji import DEVELOPMENT_VENDOR
-from descant.datamodules.stages import During, StagedData, StagedOrder
+from descant.datamodules.stages import StageData, StagedData, StagedOrder
 from descant.datamodules.tasks.descriptions import Descriptions
 from descant.datamodules.tasks.question_pool import QuestionRollouts
 from descant.datamodules.tasks.questions import PairSet, QuestionPairs, Questions
@@ -84,15 +84,15 @@ def data(batch_size: int = N * G, **options: Any) -> StagedData:
     rolled = QuestionRollouts(items=N, group=G, batch_size=batch_size, kinds=["colour", "count"], **SEEN)
     return StagedData(
         {
-            "captions": During(Descriptions(batch_size=16, **SEEN), EPOCHS[0], STEPS),
-            "answers": During(Questions(batch_size=16, kinds=["colour", "count"], **SEEN), EPOCHS[1], STEPS),
-            "reward": During(rolled, EPOCHS[2]),
+            "captions": StageData(Descriptions(batch_size=16, **SEEN), EPOCHS[0], STEPS),
+            "answers": StageData(Questions(batch_size=16, kinds=["colour", "count"], **SEEN), EPOCHS[1], STEPS),
+            "reward": StageData(rolled, EPOCHS[2]),
         },
         **options,
     )
 
 
-class Kept(L.Callback):
+class ImageCache(L.Callback):
     """The weights, what trains and what the optimizer holds, at the start of every epoch and at the end."""
 
     def __init__(self) -> None:
@@ -123,8 +123,8 @@ def run(folder: Path, *more: Any, net: Staged | None = None, **options: Any) -> 
 
 
 @functools.cache
-def _left_alone(folder: Path) -> tuple[Kept, Act, dict[str, Tensor]]:
-    kept, act = Kept(), Act()
+def _left_alone(folder: Path) -> tuple[ImageCache, Act, dict[str, Tensor]]:
+    kept, act = ImageCache(), Act()
     trainer, net = run(folder, kept, act, Resume(every=1, keep=99))
     assert trainer.global_step == WHOLE
     return kept, act, state(net)
@@ -181,7 +181,7 @@ def run_one(folder: Path, net: Staged, held: StagedData) -> None:
     fit(folder, Stages(), Resume(), net=net, data=held, max_epochs=-1, limit_val_batches=0)
 
 
-class Asked(Rollouts):
+class FusionContext(Rollouts):
     def _drawn(self, trainer: L.Trainer, pl_module: Any, *rest: Any) -> Any:
         stages.append(pl_module.stage)
         return super()._drawn(trainer, pl_module, *rest)
@@ -193,7 +193,15 @@ stages: list[str] = []
 def test_the_model_is_asked_in_its_own_stage_alone(tmp_path: Path) -> None:
     stages.clear()
     # told last what comes first: Stages goes before whoever acts at the start of an epoch
-    fit(tmp_path, Asked(letters().rewards), Stages(), net=model(), data=data(), max_epochs=-1, limit_val_batches=0)
+    fit(
+        tmp_path,
+        FusionContext(letters().rewards),
+        Stages(),
+        net=model(),
+        data=data(),
+        max_epochs=-1,
+        limit_val_batches=0,
+    )
     assert stages == ["reward", "reward"]
 
 
@@ -203,7 +211,7 @@ def test_a_stage_may_load_other_weights(tmp_path: Path, folder: Path) -> None:
     stages["answers"].load = Loaded(
         {name: x + 1.0 if x.is_floating_point() else x for name, x in state(model()).items()}
     )
-    kept = Kept()
+    kept = ImageCache()
     run(tmp_path, kept, net=model(stages))
     assert equal(kept.weights[1], stages["answers"].load.weights)
 
@@ -221,7 +229,7 @@ class Loaded(Begin):
 
 
 def test_a_stage_without_epochs_is_left_out(tmp_path: Path) -> None:
-    kept, held = Kept(), data()
+    kept, held = ImageCache(), data()
     held.stages["captions"].epochs = held.stages["reward"].epochs = 0
     trainer, net = run(tmp_path, kept, data=held)
     assert trainer.global_step == 2 * STEPS and net.stage == "answers" and kept.kinds == ["SGD", "SGD"]
@@ -230,7 +238,7 @@ def test_a_stage_without_epochs_is_left_out(tmp_path: Path) -> None:
 def test_a_reference_is_what_the_stage_began_with(tmp_path: Path) -> None:
     stages = model().stages
     stages["reward"] = Stage(Reinforce(PolicyLoss(kl=KL(0.1))))
-    net, kept = model(stages, distill=Distill(TeacherStage())), Kept()
+    net, kept = model(stages, distill=Distill(TeacherStage())), ImageCache()
     run(tmp_path, kept, net=net)
     reference: Any = net.distill.teacher.average  # type: ignore[union-attr]
     mine = {name: x for name, x in kept.weights[3].items() if not name.startswith("distill.")}
@@ -258,7 +266,7 @@ def test_a_reference_is_what_the_stage_loaded_whoever_taught_that(tmp_path: Path
     stages |= {"reward": Stage(Reinforce(PolicyLoss(kl=KL(0.1))), load=begin)}
     held = data()
     held = StagedData({name: held.stages[name] for name in stages})
-    net, kept = model(stages, distill=Distill(TeacherStage())), Kept()
+    net, kept = model(stages, distill=Distill(TeacherStage())), ImageCache()
     run(tmp_path, kept, net=net, data=held)
     wanted = {name: x for name, x in state(other).items() if not name.startswith("distill.")}
     taught: Any = net.distill
@@ -283,7 +291,9 @@ def test_what_a_stage_left_is_found_by_its_name_and_missed_before_training(tmp_p
 
 def test_tokens_of_every_stage_are_those_of_the_model(tmp_path: Path) -> None:
     sums = TextTasks({"sums": Arithmetic(digits=1)}, batch_size=16, tiny=True)
-    held = StagedData({"sums": During(sums, 1, 1), "answers": During(Questions(**SEEN), 1, 1)}, evaluate="answers")
+    held = StagedData(
+        {"sums": StageData(sums, 1, 1), "answers": StageData(Questions(**SEEN), 1, 1)}, evaluate="answers"
+    )
     net = model({"sums": Stage(), "answers": Stage()})
     with pytest.raises(ValueError, match=r"image_token 8192: TextTasks has None"):
         fit(tmp_path, Stages(), net=net, data=held, max_epochs=-1, limit_val_batches=0)
@@ -304,7 +314,7 @@ def test_a_wrong_answer_of_a_pair_is_behind_a_thought_where_the_right_one_is() -
     batch = next(iter(held.train_dataloader()))
     for b in range(8):
         right, wrong = (
-            held.spell(batch.inputs[f"text{end}"][b][batch.inputs[f"text_said{end}"][b]].tolist())
+            held.spell(batch.inputs[f"text{end}"][b][batch.inputs[f"loss_mask{end}"][b]].tolist())
             for end in ("", "_neg")
         )
         assert right != wrong and right.split(" answer ")[0] == wrong.split(" answer ")[0]
@@ -372,8 +382,8 @@ def test_a_stage_of_preferences_learns_which_answer_is_right(tmp_path: Path) -> 
     answers, steps = Questions(batch_size=32, kinds=["colour", "count"], **SEEN), 20
     held = StagedData(
         {
-            "answers": During(answers, 1, steps),
-            "pairs": During(QuestionPairs(batch_size=32, kinds=["colour", "count"], **SEEN), 2, steps),
+            "answers": StageData(answers, 1, steps),
+            "pairs": StageData(QuestionPairs(batch_size=32, kinds=["colour", "count"], **SEEN), 2, steps),
         },
         evaluate="answers",
     )
@@ -413,9 +423,9 @@ def test_preferences_are_the_loop_over_pairs(tmp_path: Path) -> None:
     for b in range(8):
         gain = 0.0
         for sign, end in ((1, ""), (-1, "_neg")):
-            ids, said = batch.inputs[f"text{end}"][b], batch.inputs[f"text_said{end}"][b]
+            ids, said = batch.inputs[f"text{end}"][b], batch.inputs[f"loss_mask{end}"][b]
             one = batch.select(slice(b, b + 1))
-            one.inputs |= {"text": ids[None], "text_said": said[None]}
+            one.inputs |= {"text": ids[None], "loss_mask": said[None]}
             for network, of in ((net, 1), (reference, -1)):
                 h_SW, row = network.sequence(one)
                 logits = network.lm.logits(through(network.lm, h_SW, row.real_BS, network.row))[0].log_softmax(-1)
@@ -429,7 +439,7 @@ def test_preferences_are_the_loop_over_pairs(tmp_path: Path) -> None:
 
 
 def test_stages_are_marked_and_their_weights_kept(tmp_path: Path) -> None:
-    logger, kept = TensorBoardLogger(tmp_path, name="", version=""), Kept()
+    logger, kept = TensorBoardLogger(tmp_path, name="", version=""), ImageCache()
     trainer = L.Trainer(
         **{**QUIET, "logger": logger, "limit_val_batches": 1, "check_val_every_n_epoch": 1, "log_every_n_steps": 1},
         max_epochs=-1,
@@ -493,10 +503,10 @@ def test_stretches_are_the_walk_itself() -> None:
         (lambda _: Staged(stages={}), "stages: none; such as"),
         (lambda _: StagedData({}), "stages: none; such as"),
         (
-            lambda _: During(Questions(**SEEN), epochs=-1),
+            lambda _: StageData(Questions(**SEEN), epochs=-1),
             "epochs -1, steps None: 0 .no such stage. and 1 are the least",
         ),
-        (lambda _: StagedData({"a": During(Questions(**SEEN), 0)}), "stages a: all have 0 epochs; at least one is"),
+        (lambda _: StagedData({"a": StageData(Questions(**SEEN), 0)}), "stages a: all have 0 epochs; at least one is"),
         (lambda _: data(evaluate="reword"), "evaluate: no stage 'reword'; there is captions, answers, reward"),
         (lambda _: model({"reward": Stage(Reinforce(PolicyLoss(kl=KL(0.1))))}), "stages.reward: near to whom?"),
         (
@@ -528,7 +538,7 @@ def test_stretches_are_the_walk_itself() -> None:
         ),
         (
             lambda p: fit(
-                p, letters(), Stages(), net=model({"a": Stage()}), data=StagedData({"a": During(QUESTIONS, 3)})
+                p, letters(), Stages(), net=model({"a": Stage()}), data=StagedData({"a": StageData(QUESTIONS, 3)})
             ),
             "Rollouts needs data of answers, such as QuestionRollouts, not Questions",
         ),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from descant.modules.core.batch import Batch
-from descant.modules.core.protocols import Embeds, Forks, HasObjective, HasTowers
+from descant.modules.core.protocols import Embeds, ForksFeatures, HasObjective, HasTowers
 from descant.modules.evaluation.metrics import retrieval_ranks
 from descant.modules.losses import InfoNCE
 from descant.modules.towers import Tokens, Tower, Towers
@@ -146,7 +146,7 @@ def test_it_learns_what_was_held_out() -> None:
 
 
 def test_callbacks_know_it() -> None:
-    for protocol in (HasObjective, HasTowers, Embeds, Forks):
+    for protocol in (HasObjective, HasTowers, Embeds, ForksFeatures):
         assert isinstance(recipe(), protocol), protocol.__name__
 
 

@@ -310,7 +310,7 @@ def tied() -> Fusion:
         (lambda: Balance(OGM(), until=0), "until 0: a share of the run"),
         (lambda: OGM(alpha=-1), "alpha -1"),
         (lambda: AGM(alpha=-1), "alpha -1"),
-        (lambda: fit(BoringModel(), Balance(OGM())), "the protocol Contends .*; BoringModel lacks it"),
+        (lambda: fit(BoringModel(), Balance(OGM())), "the protocol MultimodalClassifier .*; BoringModel lacks it"),
         (lambda: fit(one(), Balance(OGM())), "one modality, image: there is nothing to balance"),
         (lambda: fit(frozen(), Balance(OGM())), "nothing of text is trained"),
         (lambda: fit(tied(), Balance(OGM())), "text and image share parameters"),

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor
 
-from descant.callbacks.balance.g_blending import Blend
+from descant.callbacks.balance.g_blending import GradientBlending
 from descant.datamodules.base import BatchDataset
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Objective
@@ -32,14 +32,14 @@ EPOCHS = 5
 Seen = tuple[list[tuple[dict[str, Tensor], dict[str, Tensor]]], dict[str, Any]]
 
 
-class Judged(SignData):
+class AdvantageOutput(SignData):
     def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
         return {"val": Signs(16, seed=1, whole=False), "more": Signs(8, seed=2, whole=False)}
 
 
 def fitted(accumulate: int = 1, world: int = 1, sham: Any = None) -> Seen:
     """Epochs of one step each, and a validation after each."""
-    watch, blend = Watch(), Blend(sham=sham)
+    watch, blend = Watch(), GradientBlending(sham=sham)
     options = {name: value for name, value in QUIET.items() if name != "limit_val_batches"}
     trainer = L.Trainer(
         max_epochs=EPOCHS,
@@ -50,12 +50,12 @@ def fitted(accumulate: int = 1, world: int = 1, sham: Any = None) -> Seen:
         callbacks=[blend, watch],
         **options,
     )
-    trainer.fit(model(), datamodule=Judged(batch_size=24, whole=False))
+    trainer.fit(model(), datamodule=AdvantageOutput(batch_size=24, whole=False))
     return watch.steps, blend.state_dict()
 
 
 def held_out() -> list[Batch]:
-    sets = Judged(batch_size=24, whole=False).evaluation_sets("validate").values()
+    sets = AdvantageOutput(batch_size=24, whole=False).evaluation_sets("validate").values()
     return [double(Batch(dict(s.x), dict(s.has), {"kind": s.label})) for s in sets if isinstance(s, Signs)]
 
 
@@ -117,20 +117,20 @@ def test_two_ranks_equal_the_loop_and_each_other() -> None:
 def test_weights_by_hand() -> None:
     before = torch.tensor([[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]])
     now = torch.tensor([[1.0, 1.5, 2.5], [0.5, 1.0, 1.0]])  # the third one got worse
-    assert Blend.weighed(before, now).tolist() == pytest.approx([2.0, 1.0, 0.0], abs=ulps(8, F32))
+    assert GradientBlending.weighed(before, now).tolist() == pytest.approx([2.0, 1.0, 0.0], abs=ulps(8, F32))
     worse = torch.tensor([[3.0, 3.0, 3.0], [1.0, 1.0, 1.0]])
-    assert Blend.weighed(before, worse).tolist() == [1.0] * 3, "nobody got better"
+    assert GradientBlending.weighed(before, worse).tolist() == [1.0] * 3, "nobody got better"
     even = torch.tensor([[1.0, 1.5, 2.0], [1.0, 1.5, 2.0]])
-    assert Blend.weighed(before, even).tolist() == pytest.approx([2.0, 1.0, 0.0], abs=ulps(8, F32)), (
+    assert GradientBlending.weighed(before, even).tolist() == pytest.approx([2.0, 1.0, 0.0], abs=ulps(8, F32)), (
         "no gap opened: by the gains alone"
     )
     exact = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.5, 0.5]])
-    assert Blend.weighed(before, exact).isfinite().all()
+    assert GradientBlending.weighed(before, exact).isfinite().all()
 
 
 def test_it_goes_on_where_it_was() -> None:
     _, state = fitted()
-    again = Blend()
+    again = GradientBlending()
     again.load_state_dict(state)
     assert again.validations == EPOCHS and again.weight_K is not None and torch.equal(again.weight_K, state["weight_K"])
     assert again.before_2K is not None and again.names == NAMES
@@ -143,9 +143,9 @@ def fit(recipe: Any, *callbacks: L.Callback) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Blend(every=0), "every 0: 1 is the least"),
-        (lambda: fit(BoringModel(), Blend()), "the protocol HasTerms .*; BoringModel lacks it"),
-        (lambda: fit(recipe(unimodal=False, classes=2).double(), Blend()), "one term, fused"),
+        (lambda: GradientBlending(every=0), "every 0: 1 is the least"),
+        (lambda: fit(BoringModel(), GradientBlending()), "the protocol HasTerms .*; BoringModel lacks it"),
+        (lambda: fit(recipe(unimodal=False, classes=2).double(), GradientBlending()), "one term, fused"),
     ],
 )
 def test_what_cannot_be_is_one_line(make: Callable[[], Any], message: str) -> None:
@@ -154,7 +154,7 @@ def test_what_cannot_be_is_one_line(make: Callable[[], Any], message: str) -> No
 
 
 def test_a_step_that_is_left_out_says_nothing() -> None:
-    rule, recipe = Blend(), Fusion.__new__(Fusion)
+    rule, recipe = GradientBlending(), Fusion.__new__(Fusion)
     for values in ([1.0, 2.0], [math.nan, 4.0]):
         terms = {name: torch.tensor(value, requires_grad=True) for name, value in zip("ab", values, strict=True)}
         object.__setattr__(recipe, "step", SimpleNamespace(objective=Objective(terms)))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-from descant.callbacks.balance.opm import DropAhead
+from descant.callbacks.balance.opm import OPM
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import uniform_N
 from tests.callbacks.balance.test_balance import Steps, Watch, model, one, scores, whole
@@ -68,14 +68,14 @@ def gap(seen: tuple[Steps, list[dict[int, int]]], q: float, alpha: float, sham: 
 
 def test_each_step_equals_the_loop() -> None:
     for accumulate in (1, 4):
-        largest, deaf = gap(fitted(DropAhead(q=0.6, alpha=0.5), accumulate), 0.6, 0.5)
+        largest, deaf = gap(fitted(OPM(q=0.6, alpha=0.5), accumulate), 0.6, 0.5)
         assert largest < ulps(4096, F64) and deaf > 4, accumulate
-    largest, deaf = gap(fitted(DropAhead(q=0.6, alpha=0.5, sham="permute")), 0.6, 0.5, sham=True)
+    largest, deaf = gap(fitted(OPM(q=0.6, alpha=0.5, sham="permute")), 0.6, 0.5, sham=True)
     assert largest < ulps(4096, F64) and deaf > 4
 
 
 def on_a_rank(rank: int) -> list[tuple[Steps, list[dict[int, int]]]]:
-    return [fitted(DropAhead(q=0.6), accumulate=n, world=2) for n in (1, 2)]
+    return [fitted(OPM(q=0.6), accumulate=n, world=2) for n in (1, 2)]
 
 
 @pytest.mark.slow
@@ -87,7 +87,7 @@ def test_two_ranks_equal_the_loop() -> None:
 
 
 def test_nobody_is_left_without_a_voice_and_own_losses_hear_all() -> None:
-    callback = DropAhead(q=0.5, alpha=0.9)
+    callback = OPM(q=0.5, alpha=0.9)
     callback.probability = {"image": 0.6, "text": 0.6}
     b = whole()
     b.draw = torch.arange(len(b))
@@ -103,10 +103,10 @@ def test_nobody_is_left_without_a_voice_and_own_losses_hear_all() -> None:
 
 
 def test_its_state_and_its_end() -> None:
-    callback, at = DropAhead(), model()
+    callback, at = OPM(), model()
     L.Trainer(max_steps=1, callbacks=[callback], **QUIET).fit(at, datamodule=SignData(24, whole=False))
     assert at.step.hears is None and set(callback.probability) == set(WIDTHS)
-    again = DropAhead()
+    again = OPM()
     again.load_state_dict(callback.state_dict())
     assert again.probability == callback.probability
 
@@ -118,10 +118,10 @@ def fit(recipe: Any, callback: L.Callback) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DropAhead(q=0.7, alpha=0.5), r"q \(1 \+ alpha\) is a probability"),
-        (lambda: DropAhead(q=-0.1), "q -0.1"),
-        (lambda: fit(BoringModel(), DropAhead()), "DropAhead needs the protocol Contends .*; BoringModel lacks it"),
-        (lambda: fit(one(), DropAhead()), "DropAhead: Fusion has one modality, image"),
+        (lambda: OPM(q=0.7, alpha=0.5), r"q \(1 \+ alpha\) is a probability"),
+        (lambda: OPM(q=-0.1), "q -0.1"),
+        (lambda: fit(BoringModel(), OPM()), "OPM needs the protocol MultimodalClassifier .*; BoringModel lacks it"),
+        (lambda: fit(one(), OPM()), "OPM: Fusion has one modality, image"),
     ],
 )
 def test_what_cannot_be_is_one_line(make: Callable[[], Any], message: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor
 
-from descant.callbacks.balance.pmr import Prototypes
+from descant.callbacks.balance.pmr import PMR
 from descant.recipes import Fusion
 from tests.callbacks.balance.test_balance import Steps, model, one, whole
 from tests.callbacks.balance.test_balance import fitted as balanced
@@ -73,7 +73,7 @@ def loop(steps: Steps, alpha: float, every: int) -> tuple[float, list[str]]:
 @pytest.mark.parametrize("every", [1, 2])
 def test_each_step_equals_the_loop(every: int) -> None:
     for accumulate in (1, 4):
-        largest, pulled = loop(fitted(Prototypes(alpha=0.6, every=every), accumulate=accumulate), 0.6, every)
+        largest, pulled = loop(fitted(PMR(alpha=0.6, every=every), accumulate=accumulate), 0.6, every)
         assert largest < ulps(4096, F64), accumulate
         # prototypes, then scores of them, then a pull
         assert pulled[: every + 1] == ["nobody"] * (every + 1) and set(pulled[every + 1 :]) <= set(WIDTHS)
@@ -81,7 +81,7 @@ def test_each_step_equals_the_loop(every: int) -> None:
 
 
 def on_a_rank(rank: int) -> list[Any]:
-    return [fitted(Prototypes(every=1), accumulate=n, world=2) for n in (1, 2)]
+    return [fitted(PMR(every=1), accumulate=n, world=2) for n in (1, 2)]
 
 
 @pytest.mark.slow
@@ -93,7 +93,7 @@ def test_two_ranks_equal_the_loop_and_each_other() -> None:
 
 
 def test_only_the_tower_that_is_behind_is_pulled_at() -> None:
-    plain, pulled = fitted(Prototypes(alpha=0.0, every=1)), fitted(Prototypes(alpha=0.6, every=1))
+    plain, pulled = fitted(PMR(alpha=0.0, every=1)), fitted(PMR(alpha=0.6, every=1))
     _, who = loop(pulled, 0.6, 1)
     step = who.index(next(w for w in who if w != "nobody"))
     assert largest_gap(plain[step - 1][1], pulled[step - 1][1]) == 0
@@ -110,7 +110,7 @@ def test_a_class_that_was_never_seen_is_no_candidate_and_is_not_pulled() -> None
             data.label[data.label == 1] = -1
             return data
 
-    callback = Prototypes(every=1)
+    callback = PMR(every=1)
     steps = fitted(callback, data=Rare(24, whole=False))
     assert all(g.isfinite().all() for _, found in steps for g in found.values())
     assert callback.middle["image"].isfinite().all(dim=1).tolist() == [True, False]
@@ -119,9 +119,9 @@ def test_a_class_that_was_never_seen_is_no_candidate_and_is_not_pulled() -> None
 
 
 def test_it_goes_on_where_it_was() -> None:
-    callback = Prototypes(every=2)
+    callback = PMR(every=2)
     fitted(callback)
-    again = Prototypes(every=2)
+    again = PMR(every=2)
     again.load_state_dict(callback.state_dict())
     assert again.behind == callback.behind
     for name in ("middle", "_sums"):
@@ -136,18 +136,18 @@ def fit(recipe: Any, callback: L.Callback) -> None:
 
 def test_nothing_of_it_is_left_behind() -> None:
     model_: Fusion = model()
-    fit(model_, Prototypes())
+    fit(model_, PMR())
     assert model_.step.extras == []
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Prototypes(alpha=-1), "alpha -1"),
-        (lambda: Prototypes(beta=1), "beta 1"),
-        (lambda: Prototypes(every=0), "every 0"),
-        (lambda: fit(BoringModel(), Prototypes()), "the protocol Contends .*; BoringModel lacks it"),
-        (lambda: fit(one(), Prototypes()), "one modality"),
+        (lambda: PMR(alpha=-1), "alpha -1"),
+        (lambda: PMR(beta=1), "beta 1"),
+        (lambda: PMR(every=0), "every 0"),
+        (lambda: fit(BoringModel(), PMR()), "the protocol MultimodalClassifier .*; BoringModel lacks it"),
+        (lambda: fit(one(), PMR()), "one modality"),
     ],
 )
 def test_what_cannot_be_is_one_line(make: Callable[[], Any], message: str) -> None:
@@ -156,7 +156,7 @@ def test_what_cannot_be_is_one_line(make: Callable[[], Any], message: str) -> No
 
 
 def test_a_row_that_is_not_finite_spoils_no_class() -> None:
-    rule = Prototypes()
+    rule = PMR()
     z_RD, label_R = torch.randn(6, 3).double(), torch.arange(6) % 3
     rule._remember("image", z_RD, label_R, 3)
     whole = rule._sums["image"].clone()
@@ -171,11 +171,11 @@ def test_what_is_saved_is_of_all_ranks_and_counted_once_behind_a_resume() -> Non
 
 def _resumed(rank: int) -> tuple[Tensor, Tensor]:
     torch.distributed.init_process_group("gloo")
-    rule = Prototypes()
+    rule = PMR()
     rule._remember("image", torch.eye(3)[rank : rank + 1].double(), torch.tensor([rank]), 3)
     state = rule.state_dict()
     first = [state]
     torch.distributed.broadcast_object_list(first)  # one file, which rank 0 wrote
-    resumed = Prototypes()
+    resumed = PMR()
     resumed.load_state_dict(first[0])
     return state["sums"]["image"], resumed._sums["image"]

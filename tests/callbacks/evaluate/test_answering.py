@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from descant.callbacks import Answering
-from descant.callbacks.evaluate.answering import Shown, table
+from descant.callbacks.evaluate.answering import ShownImages, table
 from descant.datamodules.tasks.questions import KINDS, Questions
 from descant.modules.core.batch import Batch
 from descant.modules.core.sham import Sham
@@ -105,19 +105,21 @@ def test_a_real_chat_is_judged_in_test_and_its_table_is_kept(tmp_path: Path) -> 
     trainer.test(chat(), datamodule=Some(), verbose=False)
     assert set(trainer.callback_metrics) >= {f"problems/answered{x}" for x in ("", "_other", "_blind")}
     image = Image.open(tmp_path / "pictures/problems-answers-0.png")
-    one = table([Shown(0, None, "which?", "a", "b", True)] * 5, "x")
+    one = table([ShownImages(0, None, "which?", "a", "b", True)] * 5, "x")
     assert image.size == one.size and len(np.unique(np.asarray(image))) > 50
 
 
 def test_answers_are_drawn_as_they_would_be_rewarded(tmp_path: Path) -> None:
-    class Sure(Looks):
+    class TeacherConfidence(Looks):
         def generate(self, batch: Batch, new: int = 16, sampling: Sampling | None = None) -> Tensor:
             right = super().generate(batch, new)
             if sampling is not None:
                 right[batch.key % 4 == 0] = round(9 * sampling.temperature)
             return right
 
-    found = judged(tmp_path, Answering(controls=False, table=0, sampling=Sampling(temperature=1.0)), Sure())
+    found = judged(
+        tmp_path, Answering(controls=False, table=0, sampling=Sampling(temperature=1.0)), TeacherConfidence()
+    )
     share = sum(int((raw.key % 4 != 0)[raw.present["text"]].sum()) for raw in Some().val_dataloader()[0]) / N
     assert found["val/answered"] == 1.0 and found["val/answered_drawn"] == pytest.approx(share, rel=ulps(4, F32))
     net = chat()
@@ -128,7 +130,7 @@ def test_answers_are_drawn_as_they_would_be_rewarded(tmp_path: Path) -> None:
 def test_a_table_shows_what_is_right_in_green() -> None:
     def green(good: bool) -> int:
         """The greenest pixel of what was said, above its red."""
-        made = table([Shown(0, np.full((4, 4, 3), 255, np.uint8), "how many?", "3", "eight", good)], "x")
+        made = table([ShownImages(0, np.full((4, 4, 3), 255, np.uint8), "how many?", "3", "eight", good)], "x")
         pixels = np.asarray(made).astype(int)[:, -190:]
         return int((pixels[..., 1] - pixels[..., 0]).max() + (pixels[..., 1] - pixels[..., 0]).min())
 

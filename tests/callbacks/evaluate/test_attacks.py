@@ -17,7 +17,7 @@ from descant.modules.evaluation.attacks import Nudge, attacked, certified_radius
 from descant.modules.fusion.classifiers import OrthogonalFusion
 from descant.recipes import Fusion
 from tests.callbacks.balance.test_balance import one
-from tests.callbacks.balance.test_g_blending import Judged
+from tests.callbacks.balance.test_g_blending import AdvantageOutput
 from tests.callbacks.evaluate.test_contributions import OPTIONS, Blind
 from tests.ranks import run_ranks
 from tests.recipes.test_fusion import WIDTHS, Signs, double, recipe
@@ -32,7 +32,7 @@ def model() -> Fusion:
     return made.double()
 
 
-class Data(Judged):
+class Data(AdvantageOutput):
     def bank_set(self) -> BatchDataset:
         return Signs(20, whole=False)
 

@@ -12,7 +12,7 @@ import pytest
 from descant.callbacks import CaptionStatistics
 from descant.datamodules.corpora.captions import AltText, CaptionMixer, SyntheticCaption
 from descant.datamodules.corpora.emoji import Emoji
-from descant.modules.tokenizers.text import Ngrams
+from descant.modules.tokenizers.text import NgramTokenizer
 from descant.modules.towers import BagTower, ConvTower, Towers
 from descant.recipes import Contrastive
 from tests.callbacks.evaluate.test_embeddings import Data, make
@@ -41,7 +41,7 @@ def fit(data: Any, folder: Path, callback: L.Callback) -> L.Trainer:
 
 
 def emoji(mixer: CaptionMixer | None) -> Emoji:
-    return Emoji(batch_size=64, tiny=True, text=Ngrams(buckets=512, length=24), mixer=mixer)
+    return Emoji(batch_size=64, tiny=True, text=NgramTokenizer(buckets=512, length=24), mixer=mixer)
 
 
 class Watched(CaptionStatistics):

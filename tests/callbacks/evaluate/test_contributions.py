@@ -20,7 +20,7 @@ from descant.callbacks.plots.curves import COLOURS
 from descant.datamodules.base import BatchDataset
 from descant.modules.core.sham import partners
 from tests.callbacks.balance.test_balance import model, one
-from tests.callbacks.balance.test_g_blending import Judged
+from tests.callbacks.balance.test_g_blending import AdvantageOutput
 from tests.ranks import run_ranks
 from tests.recipes.test_fusion import FUSIONS, WIDTHS, Signs
 from tests.step_toy import QUIET
@@ -30,7 +30,7 @@ LOGGED = ulps(8, F32)  # numbers up to 1, as differences of logged ones, which a
 OPTIONS = {name: value for name, value in QUIET.items() if name != "limit_val_batches"}
 
 
-class Data(Judged):
+class Data(AdvantageOutput):
     def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
         return {"val": Signs(16, seed=1, whole=False), "blind": Blind()}
 

@@ -17,7 +17,7 @@ from descant.datamodules.corpora.emoji import Emoji
 from descant.modules.core.batch import Batch
 from descant.modules.evaluation.inversion import ModalityInversion
 from descant.modules.evaluation.metrics import mean_average_precision
-from descant.modules.tokenizers.text import Words
+from descant.modules.tokenizers.text import WordTokenizer
 from descant.modules.towers import BagTower, ConvTower, PatchTower, TextTower, Tower, Towers
 from descant.recipes import Contrastive
 from tests.callbacks.evaluate.test_embeddings import Data, Recipe, evaluate, make
@@ -54,11 +54,11 @@ class Invertible(Recipe):
         return F.normalize(h_BTD.sum(dim=1) @ self.turn, dim=-1)
 
 
-class Told(Data):
-    codec = Words(["a", "picture", "of"], length=8)
+class ResumableLog(Data):
+    codec = WordTokenizer(["a", "picture", "of"], length=8)
 
 
-def data(sets: int = 1, prompts: bool = True) -> Told:
+def data(sets: int = 1, prompts: bool = True) -> ResumableLog:
     """Sets whose rows' content is in a bank of 60, with labels that the pictures show a little."""
     generator = torch.Generator().manual_seed(9)
     ids_CPT = F.one_hot(torch.arange(3), 4)[:, None].float() + 0.2 * torch.randn(3, 2, 4, generator=generator)
@@ -71,7 +71,7 @@ def data(sets: int = 1, prompts: bool = True) -> Told:
         batch.inputs["image"] += code_KD[batch.key]
     bank.index[:5] = whole["s0"].index[:5]  # rows of a set that are in the bank too
     bank.targets["group"][3] = -1
-    return Told(whole, bank, ids_CPT if prompts else None)
+    return ResumableLog(whole, bank, ids_CPT if prompts else None)
 
 
 def by_hand(whole: Batch, bank: Batch, target: str | None, at: list[int] | None = None) -> float:

@@ -24,7 +24,7 @@ from descant.callbacks import Reconstruction, ReconstructionPictures
 from descant.callbacks.evaluate.inversion import another
 from descant.callbacks.evaluate.reconstruction import HIDDEN, PALETTE, TILE, gallery
 from descant.modules.core.batch import Batch
-from descant.modules.core.protocols import Rebuilt, Reconstructs
+from descant.modules.core.protocols import ReconstructionOutput, Reconstructs
 from descant.modules.evaluation.metrics import ridge_weights
 from descant.modules.masking.corruptions import Corruption, Hide, Masks
 from tests.callbacks.evaluate.test_embeddings import Data, evaluate, trainer
@@ -48,7 +48,7 @@ class Linear(L.LightningModule):
         self.leak, self.constant, self.fill = leak, constant, fill
         self.rows: list[int] = []
 
-    def reconstruct(self, batch: Batch, corruption: Corruption | None = None) -> dict[str, Rebuilt]:
+    def reconstruct(self, batch: Batch, corruption: Corruption | None = None) -> dict[str, ReconstructionOutput]:
         assert not self.training and not torch.is_grad_enabled()
         self.rows.append(len(batch))
         real = {m: mask_B[:, None].expand(-1, 2) for m, mask_B in batch.present.items()}
@@ -63,7 +63,7 @@ class Linear(L.LightningModule):
                 made = torch.where(seen, x, e * COLOUR_C[:, None, None])
             if m == "image" and self.constant is not None:
                 made = self.constant.expand_as(x)
-            found[m] = Rebuilt(x, seen, x if self.leak else made)
+            found[m] = ReconstructionOutput(x, seen, x if self.leak else made)
         return found
 
     @staticmethod
@@ -83,7 +83,7 @@ class Linear(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-class Told(Data):
+class ResumableLog(Data):
     """As the other toy data, less what it takes off on the device; some rows of padding in each batch."""
 
     def loader(self, whole: Batch) -> DataLoader[Any]:
@@ -161,7 +161,7 @@ def judged(data: L.LightningDataModule, judge: Reconstruction, recipe: L.Lightni
 @pytest.mark.parametrize("stage", ["validate", "test"])
 @pytest.mark.parametrize("size,batch", [(5, 64), (40, 7)])
 def test_every_number_equals_its_formula_whatever_the_batches(size: int, batch: int, stage: str) -> None:
-    data = Told({"one": make(), "two": make(60, seed=1)}, bank=make(90, seed=2), size=size)
+    data = ResumableLog({"one": make(), "two": make(60, seed=1)}, bank=make(90, seed=2), size=size)
     judge = Reconstruction(["image"], ["edges"], patch=4, l2=0.01, batch=batch)
     values = judged(data, judge, Linear(), stage=stage)
     assert len(values) == 2 * 7
@@ -175,7 +175,7 @@ def test_every_number_equals_its_formula_whatever_the_batches(size: int, batch: 
 
 
 def test_two_nulls_and_two_fakes() -> None:
-    data = Told({"one": make(80)}, bank=make(90, seed=2))
+    data = ResumableLog({"one": make(80)}, bank=make(90, seed=2))
     key = "one/r2_image_from_edges"
     rows = data.bank.both("image", "edges")
     constant = judged(
@@ -196,14 +196,14 @@ def test_what_is_given_comes_from_another_content() -> None:
     seen: list[tuple[int, int, int]] = []
 
     class Spy(Linear):
-        def reconstruct(self, batch: Batch, corruption: Corruption | None = None) -> dict[str, Rebuilt]:
+        def reconstruct(self, batch: Batch, corruption: Corruption | None = None) -> dict[str, ReconstructionOutput]:
             assert isinstance(corruption, Hide) and corruption.modalities == ["image"]
             assert not bool(batch.present["palette"].any()) and not bool(batch.inputs["palette"].any())
             owner = {m: (1000 * batch.inputs[m][:, 0, 0, 0]).round().long().tolist() for m in ("image", "edges")}
             seen.extend(zip(batch.index.tolist(), owner["image"], owner["edges"], strict=True))
             return super().reconstruct(batch, corruption)
 
-    judged(Told({"one": whole}, bank=make(40, seed=1)), Reconstruction(["image"], ["edges"]), Spy())
+    judged(ResumableLog({"one": whole}, bank=make(40, seed=1)), Reconstruction(["image"], ["edges"]), Spy())
     key = dict(zip(whole.index.tolist(), whole.key.tolist(), strict=True))
     assert len(set(key.values())) < 30 and len(seen) == 60
     assert all(index == image for index, image, _ in seen)
@@ -230,7 +230,7 @@ def test_ridge_is_exact_where_the_truth_is_linear_in_two_and_three_dimensions() 
             inputs = {"image": target, "given": given, "label": label}
             return Batch(inputs, dict.fromkeys(inputs, torch.ones(n, dtype=torch.bool)))
 
-        data = Told({"one": volumes(20, 1)}, bank=volumes(90, 2))
+        data = ResumableLog({"one": volumes(20, 1)}, bank=volumes(90, 2))
         values = judged(data, Reconstruction(["image"], ["given", "label"], patch=patch, l2=0.0), Linear())
         assert values["one/r2_image_from_given+label_ridge"] == pytest.approx(1, abs=ulps(8, F32))
         x = data.sets["one"].inputs["image"].double()
@@ -257,7 +257,7 @@ def test_padding_of_a_spectrogram_does_not_count() -> None:
         inputs = {"sound": sound, "video": video}
         return Batch(inputs, dict.fromkeys(inputs, torch.ones(n, dtype=torch.bool)))
 
-    data = Told({"one": sounds(20, 0)}, bank=sounds(30, 1))
+    data = ResumableLog({"one": sounds(20, 0)}, bank=sounds(30, 1))
     values = judged(data, Reconstruction(["sound"], ["video"], patch=2), Linear(fill=0.5))
     x, x_bank = (b.inputs["sound"].double() for b in (data.sets["one"], data.bank))
     real, real_bank = x.isfinite(), x_bank.isfinite()
@@ -268,7 +268,7 @@ def test_padding_of_a_spectrogram_does_not_count() -> None:
 
 
 def on_a_rank(rank: int | None) -> dict[str, float]:
-    data = Told({"one": make(37), "two": make(60, seed=1)}, bank=make(90, seed=2), size=6)
+    data = ResumableLog({"one": make(37), "two": make(60, seed=1)}, bank=make(90, seed=2), size=6)
     options: dict[str, Any] = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
     judge = Reconstruction(["image"], ["edges"], patch=4, batch=9, limit=45)
     return judged(data, judge, Linear(), **({} if rank is None else options))
@@ -284,7 +284,7 @@ def test_two_ranks_equal_one() -> None:
 
 
 def test_the_bank_is_read_once_and_not_in_the_sanity_check() -> None:
-    class Counted(Told):
+    class Counted(ResumableLog):
         def bank_dataloader(self) -> DataLoader[Any]:
             return Count(super().bank_dataloader())  # type: ignore[return-value]
 
@@ -330,20 +330,20 @@ def test_refusals_in_one_line() -> None:
             return None
 
     class Peeks(Linear):
-        def reconstruct(self, batch: Batch, corruption: Corruption | None = None) -> dict[str, Rebuilt]:
+        def reconstruct(self, batch: Batch, corruption: Corruption | None = None) -> dict[str, ReconstructionOutput]:
             return super().reconstruct(batch, Hide(["edges"]))
 
     class Units(Linear):
-        def reconstruct(self, batch: Batch, corruption: Corruption | None = None) -> dict[str, Rebuilt]:
+        def reconstruct(self, batch: Batch, corruption: Corruption | None = None) -> dict[str, ReconstructionOutput]:
             found = super().reconstruct(batch, corruption)
             return found | {"image": found["image"]._replace(truth=2 * batch.inputs["image"])}
 
     class Small(Linear):
-        def reconstruct(self, batch: Batch, corruption: Corruption | None = None) -> dict[str, Rebuilt]:
+        def reconstruct(self, batch: Batch, corruption: Corruption | None = None) -> dict[str, ReconstructionOutput]:
             found = super().reconstruct(batch, corruption)
-            return found | {"image": Rebuilt(*(t[:, :1] for t in found["image"]))}
+            return found | {"image": ReconstructionOutput(*(t[:, :1] for t in found["image"]))}
 
-    data = Told({"one": make()}, bank=make(seed=1))
+    data = ResumableLog({"one": make()}, bank=make(seed=1))
     good = (["image"], ["edges"])
     faults: list[tuple[L.LightningModule, Reconstruction, str]] = [
         (Mute(), Reconstruction(*good), r"needs the protocol Reconstructs .*; Mute lacks it$"),
@@ -426,7 +426,9 @@ def test_hidden_is_grey_and_what_was_seen_is_pasted() -> None:
     truth = torch.ones(1, 3, 8, 8)
     visible = torch.zeros(1, 3, 8, 8, dtype=torch.bool)
     visible[..., :4, :] = True
-    image = gallery({"image": Rebuilt(truth, visible, -truth)}, {"image": torch.tensor([True])}, ["a"], "title")
+    image = gallery(
+        {"image": ReconstructionOutput(truth, visible, -truth)}, {"image": torch.tensor([True])}, ["a"], "title"
+    )
     assert image is not None
     half = TILE // 2
     seen, predicted, whole = (tile(image, 0, k) for k in range(3))
@@ -443,7 +445,7 @@ def test_every_kind_of_input_has_its_picture() -> None:
     }
     kinds["volume"][:, :, 2] = torch.arange(8.0)  # the middle slice
     kinds["sound"][:, 0] = 9.0  # the lowest bin
-    rebuilt = {m: Rebuilt(x, torch.ones_like(x, dtype=torch.bool), x) for m, x in kinds.items()}
+    rebuilt = {m: ReconstructionOutput(x, torch.ones_like(x, dtype=torch.bool), x) for m, x in kinds.items()}
     image = gallery(rebuilt, dict.fromkeys(kinds, torch.tensor([True])), ["a"], "title")
     assert image is not None
     volume, sound, label = (tile(image, 0, 2, group) for group in range(3))
@@ -456,7 +458,7 @@ def test_every_kind_of_input_has_its_picture() -> None:
 
 
 def test_the_same_samples_each_time_on_any_batches_and_to_tensorboard(tmp_path: Path) -> None:
-    data = Told({"one": make(40), "two": make(30, seed=3)}, bank=make(seed=1), size=7)
+    data = ResumableLog({"one": make(40), "two": make(30, seed=3)}, bank=make(seed=1), size=7)
     logger = TensorBoardLogger(tmp_path, name="", version="")
     pictures = ReconstructionPictures(every=2, count=3)
     run = trainer(pictures, logger=logger, max_epochs=4, num_sanity_val_steps=1, log_every_n_steps=1)
@@ -475,14 +477,14 @@ def test_the_same_samples_each_time_on_any_batches_and_to_tensorboard(tmp_path: 
         5,
         7,
     ]  # as its numbers are, which a resume from there keeps
-    other = Told(data.sets, bank=data.bank, size=40)
+    other = ResumableLog(data.sets, bank=data.bank, size=40)
     evaluate(other, ReconstructionPictures(count=3), recipe=Linear(), default_root_dir=tmp_path / "other")
     again = np.asarray(Image.open(tmp_path / "other/pictures/one-reconstruction-0.png"))
     assert np.array_equal(again[60:], first[60:])
 
 
 def drawn_on_a_rank(rank: int | None, folder: Path) -> None:
-    data = Told({"one": make(40)}, bank=make(seed=1), size=7)
+    data = ResumableLog({"one": make(40)}, bank=make(seed=1), size=7)
     options: dict[str, Any] = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
     pictures = ReconstructionPictures(count=5, modalities=["image", "palette"])
     evaluate(data, pictures, recipe=Linear(), default_root_dir=folder, **({} if rank is None else options))
@@ -498,7 +500,7 @@ def test_two_ranks_draw_the_same(tmp_path: Path) -> None:
 
 
 def test_pictures_refuse_in_one_line() -> None:
-    data = Told({"one": make()}, bank=make(seed=1))
+    data = ResumableLog({"one": make()}, bank=make(seed=1))
     with pytest.raises(ValueError, match=r"modality 'imgae': no such name; did you mean image\?"):
         evaluate(data, ReconstructionPictures(modalities=["imgae"]), recipe=Linear())
     with pytest.raises(ValueError, match="count 0; 1 is the least"):

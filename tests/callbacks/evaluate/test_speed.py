@@ -84,6 +84,9 @@ def test_it_is_part_of_the_checkpoint() -> None:
 def test_what_cannot_be_is_one_line() -> None:
     with pytest.raises(ValueError, match="every 0: 1 is the least"):
         LearningSpeed(0)
-    for recipe, message in ((BoringModel(), "Contends .*; BoringModel lacks it"), (one(), "one modality, image")):
+    for recipe, message in (
+        (BoringModel(), "MultimodalClassifier .*; BoringModel lacks it"),
+        (one(), "one modality, image"),
+    ):
         with pytest.raises(ValueError, match=message):
             L.Trainer(max_steps=1, callbacks=[LearningSpeed()], **QUIET).fit(recipe, datamodule=SignData(whole=False))

@@ -15,7 +15,7 @@ from tests.callbacks.run.test_resume import Net, NumberData, fit
 from tests.tolerance import F32, ulps
 
 
-class Told(L.Callback):
+class ResumableLog(L.Callback):
     """Numbers that another judge would find, better in every evaluation."""
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Told(L.Callback):
 
 
 def test_the_worst_the_mean_and_the_gap(tmp_path: Path) -> None:
-    trainer, _ = fit(tmp_path, Told(), WorstGroup(["answered", "loss"]), max_epochs=2)
+    trainer, _ = fit(tmp_path, ResumableLog(), WorstGroup(["answered", "loss"]), max_epochs=2)
     found = {
         name: float(x) for name, x in trainer.callback_metrics.items() if name.split("/")[1] in ("worst", "mean", "gap")
     }
@@ -55,7 +55,7 @@ def test_the_worst_the_mean_and_the_gap(tmp_path: Path) -> None:
 
 def test_a_checkpoint_may_go_by_the_worst(tmp_path: Path) -> None:
     best = ModelCheckpoint(tmp_path, monitor="val/worst/answered", mode="max", filename="{epoch}")
-    fit(tmp_path, best, Told(), WorstGroup(["answered"]), max_epochs=3)
+    fit(tmp_path, best, ResumableLog(), WorstGroup(["answered"]), max_epochs=3)
     assert (
         float(best.best_model_score or 0) == pytest.approx(0.3, abs=ulps(8, F32)) and "epoch=2" in best.best_model_path
     )

@@ -14,14 +14,14 @@ from torch import Tensor
 from descant.callbacks.harmonize.features import HarmonizeFeatures
 from descant.callbacks.harmonize.terms import Harmonize
 from descant.modules.core.rng import mix
-from descant.modules.multitask.rules import MGDA, CAGrad, GradVac, NashMTL, PCGrad, Realign, Rule
+from descant.modules.multitask.rules import CMGH, MGDA, CAGrad, GradVac, NashMTL, PCGrad, Rule
 from descant.modules.objectives.curriculum import Curriculum
 from tests.ranks import run_ranks
 from tests.step_toy import MIX, QUIET, KeepGradients, N, ToyData, ToyRecipe, content, explicit, largest_gap
 from tests.tolerance import F32, F64, ulps
 
 RULES: dict[str, Callable[[], Rule]] = {
-    "realign": Realign,
+    "realign": CMGH,
     "pcgrad": PCGrad,
     "gradvac": GradVac,
     "cagrad": CAGrad,
@@ -113,7 +113,7 @@ def test_each_sample_has_a_mix_of_its_own(rule: str) -> None:
 
 
 def test_two_terms_are_realigned_as_the_toy_projects_them() -> None:
-    assert largest_gap(loop(Realign()), explicit(True)) < ulps(4096, F64)
+    assert largest_gap(loop(CMGH()), explicit(True)) < ulps(4096, F64)
     assert largest_gap(loop(None), explicit(False)) < ulps(4096, F64)
 
 
@@ -206,7 +206,7 @@ def test_the_audit_of_the_tenth_stays_and_outlives_a_restart() -> None:
     callback, steps = audited(20)
     tenths = [step.get("harmony/auc_tenth") for step in steps]
     assert tenths[:2] == [None, None] and tenths[2:] == [pytest.approx(steps[2]["harmony/auc"], rel=ulps(4, F32))] * 18
-    again = HarmonizeFeatures(Realign(), audit="odd")
+    again = HarmonizeFeatures(CMGH(), audit="odd")
     again.load_state_dict({**callback.state_dict(), "rule": again.state_dict()["rule"]})
     assert again.state_dict()["auc_tenth"] == pytest.approx(tenths[-1], rel=ulps(4, F32))
 
@@ -215,7 +215,7 @@ def _on_a_rank(rank: int) -> tuple[dict[str, dict[str, Tensor]], float]:
     curriculum = Curriculum(start=-0.2, end=-0.2, warmup=0)
     gradients = {
         **{name: fitted(HarmonizeFeatures(rule()), devices=2).gradients for name, rule in RULES.items()},
-        "kept": fitted(HarmonizeFeatures(Realign(), curriculum), devices=2).gradients,
+        "kept": fitted(HarmonizeFeatures(CMGH(), curriculum), devices=2).gradients,
     }
     return gradients, audited(devices=2)[1][0]["harmony/auc"]
 
@@ -225,7 +225,7 @@ def test_two_ranks_equal_the_loop() -> None:
     for found, found_auc in run_ranks(2, _on_a_rank):
         for name, rule in RULES.items():
             assert largest_gap(found[name], loop(rule())) < ulps(4096, F64), name
-        assert largest_gap(found["kept"], loop(Realign(), -0.2)) < ulps(4096, F64)
+        assert largest_gap(found["kept"], loop(CMGH(), -0.2)) < ulps(4096, F64)
         assert found_auc == pytest.approx(auc(samples()[-1]), abs=ulps(4, F32))
 
 
@@ -240,12 +240,12 @@ class Unforked(ToyRecipe):
         (lambda: HarmonizeFeatures(NashMTL()), "NashMTL is a rule for Harmonize, at the parameters"),
         (lambda: Curriculum(warmup=0.6, until=0.5), "warmup 0.6, until 0.5"),
         (lambda: Curriculum(floor=2), "floor 2"),
-        (lambda: fit(Forked(), HarmonizeFeatures(Realign(), feature="y")), "feature 'y': no such name"),
+        (lambda: fit(Forked(), HarmonizeFeatures(CMGH(), feature="y")), "feature 'y': no such name"),
         (lambda: fit(Forked(), HarmonizeFeatures(None, Curriculum(only=["c"]))), "only 'c': no such name"),
-        (lambda: fit(Unforked(harmonize=False), HarmonizeFeatures(Realign())), "no feature of this Unforked is shared"),
-        (lambda: fit(Forked(), HarmonizeFeatures(Realign()), Harmonize(PCGrad())), "one of the two"),
-        (lambda: fit(Forked(), Harmonize(PCGrad()), HarmonizeFeatures(Realign())), "one of the two"),
-        (lambda: fit(BoringModel(), HarmonizeFeatures(Realign())), "the protocol Forks .*; BoringModel lacks it"),
+        (lambda: fit(Unforked(harmonize=False), HarmonizeFeatures(CMGH())), "no feature of this Unforked is shared"),
+        (lambda: fit(Forked(), HarmonizeFeatures(CMGH()), Harmonize(PCGrad())), "one of the two"),
+        (lambda: fit(Forked(), Harmonize(PCGrad()), HarmonizeFeatures(CMGH())), "one of the two"),
+        (lambda: fit(BoringModel(), HarmonizeFeatures(CMGH())), "the protocol Forks .*; BoringModel lacks it"),
     ],
 )
 def test_what_cannot_be_is_one_line(make: Callable[[], Any], message: str) -> None:

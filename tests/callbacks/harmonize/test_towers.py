@@ -20,7 +20,7 @@ from descant.callbacks.harmonize.terms import Harmonize
 from descant.callbacks.harmonize.towers import HarmonizeTowers
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import mix
-from descant.modules.multitask.rules import DWA, MGDA, GradVac, Pareto, PCGrad, Rule
+from descant.modules.multitask.rules import DWA, MGDA, GradVac, MMPareto, PCGrad, Rule
 from descant.recipes import Fusion
 from tests.callbacks.balance.test_balance import Steps, Watch, model, whole
 from tests.callbacks.balance.test_balance import fitted as balanced
@@ -30,7 +30,7 @@ from tests.recipes.test_fusion import FUSIONS, WIDTHS, SignData, recipe
 from tests.step_toy import QUIET, largest_gap
 from tests.tolerance import F32, F64, rounding, ulps
 
-RULES: dict[str, Callable[[], Rule]] = {"pareto": lambda: Pareto(gamma=1.5), "pcgrad": PCGrad, "mgda": MGDA}
+RULES: dict[str, Callable[[], Rule]] = {"pareto": lambda: MMPareto(gamma=1.5), "pcgrad": PCGrad, "mgda": MGDA}
 UNEVEN = {"fused": 0.5, "image": 2.0}  # the recipe's own mix
 
 
@@ -126,7 +126,7 @@ def test_two_ranks_equal_the_loop_and_each_other() -> None:
 
 
 def test_heads_and_fusion_learn_as_they_would() -> None:
-    plain, mixed = fitted(None)[0][0][1], fitted(HarmonizeTowers(Pareto()))[0][0][1]
+    plain, mixed = fitted(None)[0][0][1], fitted(HarmonizeTowers(MMPareto()))[0][0][1]
     for name, g in plain.items():
         after = name.split(".")[0] in ("own", "fusion")
         assert torch.allclose(mixed[name], g, **rounding(64, F64)) == after or not g.any(), name
@@ -141,7 +141,7 @@ def test_pareto_takes_the_sum_or_what_is_good_for_both_as_long_as_the_sum() -> N
     conflicts = 0
     for _ in range(200):
         g = random.normal(size=(2, 5)) * 10.0 ** random.uniform(-6, 6, (2, 1))
-        found = Pareto(gamma=1.5).mix(torch.tensor(g @ g.T)[None], torch.ones(2), 0)[0].numpy() @ g
+        found = MMPareto(gamma=1.5).mix(torch.tensor(g @ g.T)[None], torch.ones(2), 0)[0].numpy() @ g
         total = g.sum(axis=0)
         if g[0] @ g[1] >= 0:
             # neither gradient is longer than their sum: a few roundings of that
@@ -160,7 +160,7 @@ def test_pareto_takes_the_sum_or_what_is_good_for_both_as_long_as_the_sum() -> N
 
 
 def test_pareto_stands_still_where_gradients_are_opposite() -> None:
-    rule = Pareto()
+    rule = MMPareto()
     for ratio in (1.0, 3.0, 1e-6):
         g = torch.tensor([[1.0, 2.0], [-ratio, -2 * ratio]], dtype=torch.float64)
         assert rule.mix((g @ g.T)[None], torch.ones(2), 0).abs().max() == 0
@@ -206,9 +206,12 @@ def fit(recipe: Any, *callbacks: L.Callback) -> None:
         (lambda: HarmonizeTowers(PCGrad(), every=0), "every 0: 1 is the least"),
         (lambda: HarmonizeTowers(DWA()), "DWA is a rule for Harmonize"),
         (lambda: HarmonizeTowers(GradVac()), "GradVac is a rule for Harmonize"),
-        (lambda: Pareto(gamma=0), "gamma 0: above 0"),
-        (lambda: Pareto().mix(torch.eye(3)[None].double(), torch.ones(3), 0), "3 terms; it is for two"),
-        (lambda: fit(BoringModel(), HarmonizeTowers(PCGrad())), "Contends and Forks; BoringModel lacks one"),
+        (lambda: MMPareto(gamma=0), "gamma 0: above 0"),
+        (lambda: MMPareto().mix(torch.eye(3)[None].double(), torch.ones(3), 0), "3 terms; it is for two"),
+        (
+            lambda: fit(BoringModel(), HarmonizeTowers(PCGrad())),
+            "MultimodalClassifier and Forks; BoringModel lacks one",
+        ),
         (lambda: fit(recipe(unimodal=False, classes=2).double(), HarmonizeTowers(PCGrad())), "model.unimodal true"),
         (lambda: fit(model(), HarmonizeTowers(PCGrad()), Harmonize(PCGrad())), "one of the two"),
         (lambda: fit(model(), HarmonizeFeatures(PCGrad()), HarmonizeTowers(PCGrad())), "one of the two"),

@@ -21,7 +21,7 @@ from descant.datamodules.tasks.questions import Questions
 from descant.modules.distill.distill import Distill
 from descant.modules.engine.configure import Shard
 from descant.modules.language import Sampling
-from descant.modules.policy import KL, Clipped, Drawn, LocalTokenMean, PolicyLoss, SequenceMean, TokenMean
+from descant.modules.policy import KL, Clipped, LocalTokenMean, PolicyBatch, PolicyLoss, SequenceMean, TokenMean
 from descant.modules.policy.rewards import Answer, Rewards, Verifier
 from descant.modules.tokenizers.text import EOS, PAD
 from descant.recipes import Chat, Reinforced
@@ -116,7 +116,7 @@ def test_what_is_trained_on_is_what_was_drawn(tmp_path: Path) -> None:
         batch = held.on_after_batch_transfer(raw, 0)
         log_N, sample_N, place_N = net.log_of(net, batch)
         row_N = batch.index[sample_N]
-        said_N = batch.inputs["text"][batch.inputs["text_said"]]
+        said_N = batch.inputs["text"][batch.inputs["loss_mask"]]
         assert torch.equal(said_N, rolled["said"][row_N, place_N]), "an end where there was one, and no other"
         assert torch.equal(torch.bincount(row_N, minlength=N * G), rolled["length"])
         # 168 ulps: said one by one and all at once, through layers of some 32 numbers; logarithms of 5
@@ -213,8 +213,8 @@ def test_how_far_it_moved_is_a_divergence_of_what_was_drawn(tmp_path: Path) -> N
     logged = {}
     net.log = lambda name, value, **_: logged.update({name: float(value)})  # type: ignore[method-assign]
     net._trainer = object()  # type: ignore[assignment]
-    sample_N, live_B = torch.zeros(10, dtype=torch.long), torch.tensor([True])
-    net.watch(Drawn(new_V.log()[drawn_N], old_V.log()[drawn_N], sample_N, torch.zeros(1), live_B, None), {})
+    sample_N, valid_B = torch.zeros(10, dtype=torch.long), torch.tensor([True])
+    net.watch(PolicyBatch(new_V.log()[drawn_N], old_V.log()[drawn_N], sample_N, torch.zeros(1), valid_B, None), {})
     assert logged["policy/moved"] == pytest.approx(float((old_V * (old_V / new_V).log()).sum()), rel=ulps(84, F32))
 
 

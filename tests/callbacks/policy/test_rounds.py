@@ -16,7 +16,7 @@ from descant.callbacks import Resume, Rounds
 from descant.datamodules.tasks.question_pool import QuestionPool
 from descant.modules.core.batch import Batch
 from descant.modules.distill.distill import Distill, SoftTarget, Teacher
-from descant.modules.language.judges import Answers, EditJudge, ExactJudge, LikelihoodJudge
+from descant.modules.language.judges import Answers, EditDistanceScorer, ExactMatchScorer, LikelihoodScorer
 from descant.recipes import Chat
 from tests.callbacks.run.test_resume import Act, equal, fit, point, state
 from tests.ranks import run_ranks
@@ -81,7 +81,7 @@ class Watch(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pool = trainer.datamodule  # type: ignore[attr-defined]
-        self.pools.append((pool.version, pool.pool, pool.said_NM.copy()))
+        self.pools.append((pool.version, pool.pool, pool.answer_ids_NM.copy()))
 
 
 def run(folder: Path, rounds: Rounds, epochs: int = 4, net: Chat | None = None) -> tuple[Watch, Chat]:
@@ -145,7 +145,7 @@ def test_killed_between_rounds_or_in_one_it_ends_in_the_same_bits(tmp_path: Path
     _, again = fit(tmp_path / "b", *last, net=net(), data=two, path=point(tmp_path / "a", step), **options)
     assert equal(state(model), state(again)) and rest.losses == whole.losses[step:]
     assert last[1].history == judged.history and "rounds/difficult/1" in judged.history
-    assert one.version == two.version == 1 and (one.said_NM == two.said_NM).all()
+    assert one.version == two.version == 1 and (one.answer_ids_NM == two.answer_ids_NM).all()
     assert (one.pool.key_N == two.pool.key_N).all()
 
 
@@ -164,18 +164,18 @@ def _pool(rank: int, world: int, sham: Any) -> tuple[Tensor, Tensor]:
     strategy = "ddp" if world > 1 else "auto"
     rounds = Rounds(epochs=1, sham=sham)
     L.Trainer(max_epochs=2, devices=world, strategy=strategy, callbacks=[rounds], **QUIET).fit(net, datamodule=held)
-    return torch.from_numpy(held.pool.key_N), torch.from_numpy(held.said_NM)
+    return torch.from_numpy(held.pool.key_N), torch.from_numpy(held.answer_ids_NM)
 
 
 def test_judges_by_hand() -> None:
     said = torch.tensor([[5, 6, 2, 9], [5, 6, 7, 2], [0, 0, 0, 0], [8, 5, 6, 2]])
     right = torch.tensor([[5, 6], [5, 6], [0, 0], [5, 6]])
     asked = Answers(_batch(4), said, right, Knows())
-    assert ExactJudge()(asked).tolist() == [1, 0, 1, 0]
-    assert EditJudge()(asked).tolist() == pytest.approx([1, 2 / 3, 1, 2 / 3], rel=ulps(4, F32))
-    assert LikelihoodJudge()(asked).tolist() == [0.25] * 4
+    assert ExactMatchScorer()(asked).tolist() == [1, 0, 1, 0]
+    assert EditDistanceScorer()(asked).tolist() == pytest.approx([1, 2 / 3, 1, 2 / 3], rel=ulps(4, F32))
+    assert LikelihoodScorer()(asked).tolist() == [0.25] * 4
     with pytest.raises(ValueError, match="Linear weighs no answers; Chat does"):
-        LikelihoodJudge()(Answers(_batch(4), said, right, nn.Linear(1, 1)))
+        LikelihoodScorer()(Answers(_batch(4), said, right, nn.Linear(1, 1)))
 
 
 def _batch(rows: int) -> Batch:
@@ -194,7 +194,7 @@ def test_likelihood_is_of_the_answer_and_its_end() -> None:
         asked = ids[: ids.index(8193) + 1]
         one = b.select(slice(n, n + 1))
         text = torch.tensor([[*asked, *spoken, 2]])
-        one.inputs = {**one.inputs, "text": text, "text_said": torch.arange(text.shape[1])[None] >= len(asked)}
+        one.inputs = {**one.inputs, "text": text, "loss_mask": torch.arange(text.shape[1])[None] >= len(asked)}
         with torch.no_grad():
             before, token, _ = net.answered(one)
             wanted = net.lm.logits(before).log_softmax(1).gather(1, token[:, None]).mean().exp()

@@ -111,7 +111,7 @@ def test_what_a_task_knows_of_a_problem_reaches_the_verifier_that_asks(tmp_path:
         def score(self, said: str) -> float:
             return 0.0
 
-    class Own(Verifier):
+    class UserData(Verifier):
         def __init__(self) -> None:
             self.seen: list[Answer] = []
 
@@ -123,7 +123,7 @@ def test_what_a_task_knows_of_a_problem_reaches_the_verifier_that_asks(tmp_path:
         def make(self, number: int, far: bool = False) -> Problem:
             return Problem(f"{number:03d}", str(number % 10), Number(number))
 
-    own = Own()
+    own = UserData()
     held = data(tasks={"named": Named()})
     fit(tmp_path, Rollouts(Rewards({"own": own})), net=reinforced(), data=held, max_epochs=1)
     numbers = [a.entry.value for a in own.seen if isinstance(a.entry, Number)]

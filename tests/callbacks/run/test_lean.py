@@ -273,7 +273,7 @@ EXPERIMENT: dict[str, Any] = {
         "init_args": {
             "tiny": True,
             "batch_size": 128,
-            "text": {"class_path": "Pretrained", "init_args": {"folder": "bert", "length": 24}},
+            "text": {"class_path": "PretrainedTokenizer", "init_args": {"folder": "bert", "length": 24}},
         },
     },
     "trainer": {

@@ -30,10 +30,10 @@ from descant.datamodules.order import Order
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import mix_N
 from descant.modules.losses import InfoNCE
-from descant.modules.tokenizers.text import Ngrams, Words
+from descant.modules.tokenizers.text import NgramTokenizer, WordTokenizer
 from tests.tolerance import F32, F64, ulps
 
-CODEC = Ngrams(n=3, buckets=16384, length=80)
+CODEC = NgramTokenizer(n=3, buckets=16384, length=80)
 
 
 def mixer(alt: float, synthetic: float, noise: float = 0.5, **more: Any) -> CaptionMixer:
@@ -383,7 +383,7 @@ def test_statistics_by_hand() -> None:
         def texts(self, drawings: Drawings) -> list[str]:
             return self.said
 
-    codec = Words(["a", "b", "c", "d", "e"], length=5)  # three words fit between the ends
+    codec = WordTokenizer(["a", "b", "c", "d", "e"], length=5)  # three words fit between the ends
     mixed = CaptionMixer({"x": Fixed(["a b c", "a b c d e", "a b"])}, {"x": 1.0}).write(drawings([canvas()] * 3), codec)
     found = mixed.statistics(np.array([0, 1, 1, 2]), np.arange(4), np.zeros(4))
     assert found == {

@@ -18,7 +18,7 @@ from descant.datamodules.corpora.emoji import PACK, VENDORS
 from descant.datamodules.corpora.scenes import CONCEPTS, HELD_OUT_VENDOR, SETS, Scenes, SceneSet
 from descant.datamodules.order import Order
 from descant.modules.core.batch import Batch
-from descant.modules.tokenizers.text import Ngrams, Words
+from descant.modules.tokenizers.text import NgramTokenizer, WordTokenizer
 from descant.modules.transforms.image import Augment
 
 #: Kinds of worlds: two objects; sizes; chains of objects with a relation that has no negative.
@@ -56,7 +56,7 @@ def every_set(data: Scenes) -> dict[str, SceneSet]:
 
 def sentences(data: Scenes, ids_BT: torch.Tensor) -> list[str]:
     codec = data.codec
-    assert isinstance(codec, Words)
+    assert isinstance(codec, WordTokenizer)
     word = {number: text for text, number in codec.known.items()}
     return [" ".join(word[i] for i in row if i in word) for row in ids_BT.tolist()]
 
@@ -328,7 +328,7 @@ def test_the_control_of_knowledge_exchanges_heads_and_tails_and_nothing_else() -
 
 
 def test_longer_elements_are_cut() -> None:
-    data = Scenes(text=Ngrams(buckets=4096), tiny=True)
+    data = Scenes(text=NgramTokenizer(buckets=4096), tiny=True)
     x_BK3W = whole(data.training_set(), most=8).inputs["triples"]
     assert x_BK3W.shape == (8, 6, 3, 5)
     assert (x_BK3W[:, 0] != 0).all(dim=2).any()

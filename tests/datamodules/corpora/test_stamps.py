@@ -18,7 +18,7 @@ from descant.datamodules.order import Order
 from descant.datamodules.prepare.package import sha256_of
 from descant.datamodules.prepare.stamps import DEB, Corpus, families
 from descant.modules.core.batch import Batch
-from descant.modules.tokenizers.text import BOS, Ngrams
+from descant.modules.tokenizers.text import BOS, NgramTokenizer
 from tests.datamodules.prepare.test_deb import deb_of, tar_of
 from tests.datamodules.prepare.test_stamps import CONTENT
 from tests.tolerance import printed, statistical
@@ -265,7 +265,7 @@ def test_dropped_tokens_leave_the_beginning() -> None:
 def test_prompts_names_and_pictures(data: Stamps) -> None:
     ids_CPT, names = data.prompts("category")
     assert names == ["line", "plane"] and ids_CPT.shape == (2, 3, 80)
-    assert ids_CPT[0, 1].tolist() == Ngrams()(["a picture of line"])[0].tolist()
+    assert ids_CPT[0, 1].tolist() == NgramTokenizer()(["a picture of line"])[0].tolist()
     with pytest.raises(ValueError, match="target: 'colour' is not one of category"):
         data.prompts("colour")
     assert data.describe(2) == "en bar ac." and data.sample_name(2) == "line/ac_bar"

@@ -32,7 +32,7 @@ from descant.datamodules.sources.ledger import Ledger
 from descant.datamodules.sources.parquet import Parquet
 from descant.datamodules.sources.shards import Shards, index
 from descant.datamodules.sources.stream import Sample, Stream, _samples
-from descant.datamodules.user_data import Own
+from descant.datamodules.user_data import UserData
 from tests.files import jpeg, shapes, write_tar
 
 Found = tuple[list[tuple[str, object]], str | None]
@@ -184,10 +184,10 @@ def test_a_stream_of_local_shards_is_looked_at_before_it_is_read(made: Path, tmp
         ValueError, match=r"train-000002\.tar: [\d,]+ bytes, and its manifest tells .*10 samples are in it"
     ):
         stream.require_whole()
-    own = Own(stream=stream, batch_size=8)
+    own = UserData(stream=stream, batch_size=8)
     with pytest.raises(ValueError, match="train-000002"):
         own.prepare_data()
-    Own(stream=stream, batch_size=8, damaged="skip").prepare_data()
+    UserData(stream=stream, batch_size=8, damaged="skip").prepare_data()
     (folder / "train-000002.tar").unlink()
     with pytest.raises(ValueError, match=r"train-000002\.tar: no such file; damaged: skip"):
         stream.require_whole()
@@ -397,7 +397,7 @@ def test_a_table_of_many_bad_rows_is_refused_whole(tmp_path: Path) -> None:
 
 def test_the_ledger_tells_what_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = table(tmp_path / "d", "image,caption\n0.jpg,a\n1.jpg,b,c\n2.jpg,c\n")
-    data = Own(batch_size=2, num_workers=0, path=str(folder), holdout=0.0, damaged="skip")
+    data = UserData(batch_size=2, num_workers=0, path=str(folder), holdout=0.0, damaged="skip")
     data.__dict__["ledger"] = Ledger(tmp_path / "run")
     data.training_set()
     data.training_set()

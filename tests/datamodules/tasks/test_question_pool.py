@@ -32,7 +32,7 @@ def test_what_is_to_be_said_is_what_the_teacher_said(data: QuestionPool) -> None
     data.renew(data.pool, said, 0)
     batch = all_of(data)
     for n in range(N):
-        learned = batch.inputs["text"][n][batch.inputs["text_said"][n]].tolist()
+        learned = batch.inputs["text"][n][batch.inputs["loss_mask"][n]].tolist()
         wanted = said[n].tolist() if n not in (5, 6) else said[n, :1].tolist() if n == 5 else []
         assert learned == [*wanted, EOS]
     plain = data.training_problems

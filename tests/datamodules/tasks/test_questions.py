@@ -36,7 +36,7 @@ def worded(data: Questions, batch: Batch, row: int) -> tuple[str, str]:
 def test_what_is_to_be_said_is_the_answer_and_the_end(data: Questions) -> None:
     batch = all_of(data.training_set())
     for ids, said, answer in zip(
-        batch.inputs["text"].tolist(), batch.inputs["text_said"].tolist(), batch.targets["answer"].tolist(), strict=True
+        batch.inputs["text"].tolist(), batch.inputs["loss_mask"].tolist(), batch.targets["answer"].tolist(), strict=True
     ):
         learned = [i for i, is_said in zip(ids, said, strict=True) if is_said]
         assert learned == [*(i for i in answer if i != PAD), EOS]
@@ -143,7 +143,7 @@ def test_a_question_that_does_not_fit_is_named() -> None:
 def test_an_answer_behind_its_thought_is_judged_by_what_stands_last() -> None:
     data = Questions(tiny=True, batch_size=32, size=24, length=96, kinds=["name"], letters=True, think=True)
     batch = next(iter(data.train_dataloader()))
-    said = [row[mask].tolist()[:-1] for row, mask in zip(batch.inputs["text"], batch.inputs["text_said"], strict=True)]
+    said = [row[mask].tolist()[:-1] for row, mask in zip(batch.inputs["text"], batch.inputs["loss_mask"], strict=True)]
     right = [[t for t in row if t] for row in batch.targets["answer"].tolist()]
     for b, words in enumerate(map(data.spell, said)):
         of = data.pack.rows[int(batch.targets["concept"][b])]

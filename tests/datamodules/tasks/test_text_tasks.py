@@ -28,7 +28,7 @@ from descant.datamodules.tasks.text_tasks import (
 )
 from descant.modules.core.batch import Batch
 from descant.modules.policy.rewards import Answer, ExactAnswer, NumericAnswer, TaskAnswer, Verifier
-from descant.modules.tokenizers.text import BOS, EOS, PAD, Words
+from descant.modules.tokenizers.text import BOS, EOS, PAD, WordTokenizer
 
 N, G = 6, 4
 GYM = {"min_digits": 1, "max_digits": 2, "max_terms": 3}
@@ -133,13 +133,13 @@ def test_rows_are_the_question_the_mark_the_answer_and_the_end() -> None:
     data = tasks()
     rows = data.training_set()
     batch, codec = all_of(rows), data.codec
-    assert set(batch.inputs) == {"text", "text_said"} and set(batch.present) == {"text"}
+    assert set(batch.inputs) == {"text", "loss_mask"} and set(batch.present) == {"text"}
     assert data.image_token is None and data.answer_token == codec.vocabulary + 1
     for n in range(len(rows)):
         question, answer, _ = data.problem(rows.problems, n)
         ids = [BOS, *codec.ids(question), data.answer_token, *codec.ids(answer), EOS]
         assert batch.inputs["text"][n].tolist() == ids + [PAD] * (data.length - len(ids))
-        assert batch.inputs["text"][n][batch.inputs["text_said"][n]].tolist() == [*codec.ids(answer), EOS]
+        assert batch.inputs["text"][n][batch.inputs["loss_mask"][n]].tolist() == [*codec.ids(answer), EOS]
         assert data.spell([i for i in batch.targets["answer"][n].tolist() if i]) == answer
     names = [data.classes["task"][k] for k in batch.targets["task"].tolist()]
     signs = {"plus": "+", "times": "*"}
@@ -265,7 +265,7 @@ def test_rows_of_rollouts_are_the_questions_and_what_was_said_to_them() -> None:
         end = [] if said[-1] == EOS else [EOS]
         ids = [i for i in batch.inputs["text"][r].tolist() if i != PAD]
         assert ids == [*asked, *said, *end]
-        assert batch.inputs["text"][r][batch.inputs["text_said"][r]].tolist() == said, "no end that it did not say"
+        assert batch.inputs["text"][r][batch.inputs["loss_mask"][r]].tolist() == said, "no end that it did not say"
     assert torch.equal(batch.targets["advantage"], rolled["advantage"].double())
     assert batch.targets["step"][0].tolist() == [
         int(rolled["live"].sum()),
@@ -324,7 +324,7 @@ def test_a_rollout_asks_training_problems_alone_in_an_order_of_its_own() -> None
         (lambda: tasks(tasks={"few": Few()}).evaluation_sets("validate"), "no question of few falls to val: raise"),
         (lambda: all_of(tasks(length=6).training_set()), r"length 6: '\d+.\d+=' and its answer are \d+ tokens"),
         (lambda: all_of(tasks(answer_length=2).training_set()), r"answer_length 2: '\d+' has 3 tokens"),
-        (lambda: tasks(text=Words(["a"])).training_set()[_first()], r"'\d+' is none of the 1 words"),
+        (lambda: tasks(text=WordTokenizer(["a"])).training_set()[_first()], r"'\d+' is none of the 1 words"),
         (lambda: rollouts(group=1), "group 1: an answer is judged beside others"),
         (lambda: rollouts(batch_size=7), "batch_size 7: 6 questions x 4 answers make no whole steps"),
         (lambda: rollouts(items=600, batch_size=24).pool, r"items 600: there are \d+ problems to train on"),

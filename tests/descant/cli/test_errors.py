@@ -241,7 +241,7 @@ def test_what_is_no_class_is_told_with_its_place(cli: Cli, workplace: Path, text
 @pytest.mark.slow
 def test_what_is_put_in_place_of_a_class_needs_nothing_of_that_class(cli: Cli, workplace: Path) -> None:
     (workplace / "own.yaml").write_text(
-        "data: {class_path: Own, init_args: {batch_size: 8, stream: {class_path: Stream}}}"
+        "data: {class_path: UserData, init_args: {batch_size: 8, stream: {class_path: Stream}}}"
     )
     (workplace / "taught.yaml").write_text("model: {init_args: {distill: {class_path: Distill}}}")
     base = ("check", "--config=contrastive/emoji", "--config=on/tiny")

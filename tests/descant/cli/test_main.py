@@ -125,7 +125,7 @@ def test_list_tells_of_recipes_data_modules_and_claims(cli: Cli) -> None:
 
     theirs = [n for n in recipes.__all__ if n != "Recipe" and issubclass(getattr(recipes, n), recipes.Recipe)]
     assert shown("recipes") == sorted(theirs)
-    assert {"Emoji", "Own", "Mixture"} <= set(shown("datamodules")) and "DataModule" not in shown("datamodules")
+    assert {"Emoji", "UserData", "Mixture"} <= set(shown("datamodules")) and "DataModule" not in shown("datamodules")
     assert {"EMA", "Harmonize", "Rollouts"} <= set(shown("callbacks")) and "Judge" not in shown("callbacks")
     assert "harmony-triplets" in shown("claims") and shown("overlays") == [
         n for n in sorted(overlays()) if "data/" not in n

@@ -52,7 +52,7 @@ TEXT = torch.tensor([[1, 5, 9, 2, 0, 0], [1, 7, 2, 0, 0, 0]])
 PICTURES = torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
 SMALL = (
     *("--config", "contrastive/emoji", "--config", "on/tiny", "--model.width", "16", "--data.size", "16"),
-    *("--data.text", "Ngrams", "--data.text.buckets", "512", "--model.towers.text.vocab", "512"),
+    *("--data.text", "NgramTokenizer", "--data.text.buckets", "512", "--model.towers.text.vocab", "512"),
     *("--model.towers.image.widths", "[8,16]"),
 )
 
@@ -374,7 +374,7 @@ def test_the_models_own_tokenizer_travels(cli: Cli, bert: Path, workplace: Path)
     by_hand(workplace / "run", tower("TransformersTower", folder=str(bert)))
     config = yaml.safe_load((workplace / "run/config.yaml").read_text())
     codec = {
-        "class_path": "descant.modules.tokenizers.text.Pretrained",
+        "class_path": "descant.modules.tokenizers.text.PretrainedTokenizer",
         "init_args": {"folder": str(bert), "length": 6},
     }
     config["data"] = {"class_path": "descant.datamodules.corpora.emoji.Emoji", "init_args": {"text": codec, "size": 16}}
@@ -450,11 +450,11 @@ def pictures(folder: Path) -> Path:
 def test_raw_inputs_become_the_same_tensors(tmp_path: Path, kind: str) -> None:
     from descant.datamodules.corpora.emoji import Emoji
     from descant.datamodules.corpora.stamps import Stamps
-    from descant.datamodules.user_data import Own
+    from descant.datamodules.user_data import UserData
 
     data: Any = {
         "emoji": lambda: Emoji(size=16),
-        "own": lambda: Own(batch_size=2, path=str(pictures(tmp_path / "mine"))),
+        "own": lambda: UserData(batch_size=2, path=str(pictures(tmp_path / "mine"))),
         "stamps": lambda: Stamps(tiny=True),
     }[kind]()
     parts = loading.parts(data)

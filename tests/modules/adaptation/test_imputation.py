@@ -7,7 +7,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from descant.modules.adaptation.imputation import Fill, MeanFill, PromptFill, ZeroFill, filled, seen, standing_in
+from descant.modules.adaptation.imputation import (
+    Imputer,
+    MeanImputer,
+    PromptImputer,
+    ZeroImputer,
+    filled,
+    imputing,
+    seen,
+)
 from tests.ranks import run_ranks
 from tests.tolerance import BF16, F32, F64, rounding, ulps
 
@@ -29,7 +37,7 @@ def test_without_a_fill_nothing_changes() -> None:
 
 
 def test_a_tower_runs_for_what_is_there_and_the_rest_is_filled() -> None:
-    with standing_in(PromptFill().build(WIDTHS, [["image"], ["text"]]), HAS):
+    with imputing(PromptImputer().build(WIDTHS, [["image"], ["text"]]), HAS):
         assert torch.equal(seen("text", SOME), HAS["text"])
         assert not seen("text", torch.zeros(5, dtype=torch.bool)).any()
         h_BD = filled(features("text"), "text", SOME)
@@ -39,36 +47,36 @@ def test_a_tower_runs_for_what_is_there_and_the_rest_is_filled() -> None:
 
 def test_zeros() -> None:
     h_BD = torch.ones(5, 2)
-    with standing_in(ZeroFill(), HAS):
+    with imputing(ZeroImputer(), HAS):
         assert filled(h_BD, "text", SOME).sum(dim=1).tolist() == [2.0, 0.0, 2.0, 2.0, 2.0]
 
 
 def test_means_are_of_all_rows_that_training_has_seen() -> None:
-    fill = MeanFill().build(WIDTHS, [])
+    fill = MeanImputer().build(WIDTHS, [])
     rows = []
     for step in range(3):
         h_BD = features("image", step)
         rows.append(h_BD[HAS["image"]])
-        with standing_in(fill, HAS):
+        with imputing(fill, HAS):
             out = filled(h_BD, "image", SOME)
         mean = torch.cat(rows).double().mean(dim=0).float()
         torch.testing.assert_close(out[2], mean, **rounding(2, F32))  # both sums are float64
         assert torch.equal(out[[0, 1, 3, 4]], h_BD[[0, 1, 3, 4]])
     fill.eval()
-    with standing_in(fill, HAS):
+    with imputing(fill, HAS):
         torch.testing.assert_close(filled(features("image", 9), "image", SOME)[2], mean, **rounding(2, F32))
-    again = MeanFill().build(WIDTHS, [])
+    again = MeanImputer().build(WIDTHS, [])
     again.load_state_dict(fill.state_dict())
-    with standing_in(again.eval(), HAS):
+    with imputing(again.eval(), HAS):
         assert torch.equal(filled(features("image", 9), "image", SOME)[2], out[2])
 
 
 def test_a_prompt_for_each_set_and_modality_takes_its_own_gradient() -> None:
-    fill = PromptFill().build(WIDTHS, [["image"], ["text"]])
+    fill = PromptImputer().build(WIDTHS, [["image"], ["text"]])
     with torch.no_grad():
         for k, p in enumerate(fill.parameters()):
             p.fill_(k + 1.0)
-    with standing_in(fill, HAS):
+    with imputing(fill, HAS):
         text, image = (filled(features(m), m, SOME) for m in ("text", "image"))
     assert text[1].tolist() == [1.0, 1.0] and image[2].tolist() == [2.0, 2.0, 2.0]
     assert torch.equal(text[[0, 2, 3, 4]], features("text")[[0, 2, 3, 4]])
@@ -78,9 +86,9 @@ def test_a_prompt_for_each_set_and_modality_takes_its_own_gradient() -> None:
 
 
 def test_a_set_without_a_prompt_is_one_line() -> None:
-    fill: Fill = PromptFill().build(WIDTHS, [["image"]])
+    fill: Imputer = PromptImputer().build(WIDTHS, [["image"]])
     says = "the fill has nothing for samples with text only; the nearest that it has is image"
-    with standing_in(fill, HAS), pytest.raises(ValueError, match=says):
+    with imputing(fill, HAS), pytest.raises(ValueError, match=says):
         filled(features("text"), "text", SOME)
 
 
@@ -94,8 +102,8 @@ def on_a_rank(rank: int, world: int) -> Tensor:
 def summed(rows: slice) -> Tensor:
     g = torch.Generator().manual_seed(0)
     h_BD, here_B = torch.randn(8, 3, generator=g)[rows], (torch.arange(8) % 3 > 0)[rows]
-    fill = MeanFill().build({"image": 3}, [])
-    with standing_in(fill, {"image": here_B}):
+    fill = MeanImputer().build({"image": 3}, [])
+    with imputing(fill, {"image": here_B}):
         filled(h_BD, "image", torch.ones_like(here_B))
     return fill.state_dict()["sum_image"]
 
@@ -109,7 +117,7 @@ def test_means_are_of_all_ranks() -> None:
 
 
 def test_sums_keep_their_precision_whatever_the_models_is() -> None:
-    fill = MeanFill().build({"text": 1}, []).bfloat16()
+    fill = MeanImputer().build({"text": 1}, []).bfloat16()
     here_B = torch.ones(64, dtype=torch.bool)
     for value in [1.0] * 300 + [5.0] * 1700:
         fill(torch.full((64, 1), value, dtype=torch.bfloat16), "text", {"text": here_B}, ~here_B)

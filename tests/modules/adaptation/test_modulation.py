@@ -20,7 +20,7 @@ from descant.modules.adaptation.modulation import (
     ModulationBank,
     ScaleShift,
     Sets,
-    reached,
+    touch_parameters,
 )
 from descant.modules.core.rows import running
 from tests.tolerance import F32, rounding
@@ -306,7 +306,7 @@ def test_a_copy_goes_by_its_own_parameters() -> None:
 
 def test_reached_adds_no_value_and_zero_gradients() -> None:
     used, idle = (nn.Parameter(torch.full((2,), torch.inf if k else 1.0)) for k in range(2))
-    value = reached((2 * used).sum(), [used, idle])
+    value = touch_parameters((2 * used).sum(), [used, idle])
     assert float(value.detach()) == 4.0
     value.backward()
     assert used.grad is not None and used.grad.tolist() == [2.0, 2.0]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from descant.modules.balance.mcr import (
-    Asked,
     Bottleneck,
     CollaborativeGame,
+    FusionContext,
     Game,
     GreedyGame,
     IndependentGame,
@@ -27,7 +27,7 @@ from descant.modules.balance.mcr import (
 )
 from descant.modules.core.batch import Batch
 from descant.modules.core.sham import partners
-from descant.modules.core.step import Decided
+from descant.modules.core.step import FusionInputs
 from descant.modules.fusion.classifiers import OrthogonalFusion
 from descant.modules.towers import Towers
 from descant.recipes import Fusion
@@ -48,11 +48,11 @@ STAKES = {
 }
 
 
-def asked(kind: str, b: Batch, z: dict[str, Tensor] | None = None) -> Asked:
+def asked(kind: str, b: Batch, z: dict[str, Tensor] | None = None) -> FusionContext:
     model = recipe(kind).double()
     z = model.latents(b) if z is None else z
-    decided, logits_BC = Decided(z, b.present, b.targets["kind"]), model.fuse(dict(z), b.present)
-    return Asked(decided, b.present, logits_BC, model.fuse, model.fusion, b, model.rows(b))
+    decided, logits_BC = FusionInputs(z, b.present, b.targets["kind"]), model.fuse(dict(z), b.present)
+    return FusionContext(decided, b.present, logits_BC, model.fuse, model.fusion, b, model.rows(b))
 
 
 def full() -> Batch:

@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.step import Step
-from descant.modules.distill.distill import Lesson
+from descant.modules.distill.distill import DistillContext
 from descant.modules.distill.ranking import (
-    Alike,
     AsReleased,
-    Behind,
     ListKL,
     ListMSE,
     Lists,
     RankTarget,
-    Sure,
-    Unsure,
+    StudentLag,
+    TeacherConfidence,
+    TeacherUncertainty,
+    UniformWeighting,
     Weighting,
 )
 from tests.recipes.test_missing import batch
@@ -63,8 +63,8 @@ def matrix(seed: int = 0, rows: int = B) -> Tensor:
     return torch.randn(rows, rows, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def lesson(teacher_BB: Tensor, student_BB: Tensor, b: Batch) -> Lesson:
-    return Lesson(Scores(student_BB), Scores(teacher_BB), b)
+def lesson(teacher_BB: Tensor, student_BB: Tensor, b: Batch) -> DistillContext:
+    return DistillContext(Scores(student_BB), Scores(teacher_BB), b)
 
 
 def by_hand(t_BB: Tensor, b: Batch, kept: int) -> list[list[int]]:
@@ -122,10 +122,10 @@ def ce(x: list[float]) -> float:
 
 
 FORMULAS: list[tuple[Weighting, Callable[[list[float], list[float]], float]]] = [
-    (Alike(), lambda t, s: 1.0),
-    (Sure(), lambda t, s: 1 - entropy(t)),
-    (Unsure(), lambda t, s: entropy(t)),
-    (Behind(), lambda t, s: 1 - math.exp(-ce(s) / ce(t))),
+    (UniformWeighting(), lambda t, s: 1.0),
+    (TeacherConfidence(), lambda t, s: 1 - entropy(t)),
+    (TeacherUncertainty(), lambda t, s: entropy(t)),
+    (StudentLag(), lambda t, s: 1 - math.exp(-ce(s) / ce(t))),
 ]
 
 
@@ -151,7 +151,7 @@ def test_every_weight_scales_the_gradient_of_its_sample_and_of_no_other(
             weighed_BB, torch.tensor(w, dtype=torch.float64)[:, None] * plain_BB, rtol=2e-5, atol=1e-9
         )  # float32 weights: exponentials of scores up to 10, in sums of 4 and of all samples: 168 ulps
     # what the release does: the mean first, and weights of it that add up to 1
-    if not isinstance(weighting, Alike):
+    if not isinstance(weighting, UniformWeighting):
         assert max(w) / min(w) > 1.05
 
 
@@ -178,7 +178,8 @@ def test_terms_by_hand() -> None:
 def test_the_sham_hands_weights_on() -> None:
     b, t_BB = samples(), matrix()
     own, other = (
-        RankTarget(kept=4, weigh=Sure(), sham=mode)(lesson(t_BB, matrix(1), b))["rank"] for mode in (None, "permute")
+        RankTarget(kept=4, weigh=TeacherConfidence(), sham=mode)(lesson(t_BB, matrix(1), b))["rank"]
+        for mode in (None, "permute")
     )
     assert own.weight is not None and other.weight is not None
     assert (own.weight != other.weight).all()
@@ -190,7 +191,7 @@ def test_absent_samples_change_nothing_and_too_few_make_no_list() -> None:
     b, t_BB, s_BB = samples(), matrix(0), matrix(1).requires_grad_()
     b.present["image"][2] = b.present["text"][7] = False
     b.step = dict(b.present)
-    terms = RankTarget(kept=3, weigh=Sure())(lesson(t_BB, s_BB, b))
+    terms = RankTarget(kept=3, weigh=TeacherConfidence())(lesson(t_BB, s_BB, b))
     Step()(terms, b).total.backward()
     assert s_BB.grad is not None and s_BB.grad.isfinite().all()
     for row in (2, 7):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from descant.modules.core.batch import Batch
 from descant.modules.evaluation.attacks import Nudge, attacked, certified_radius, slopes, steepest
-from descant.modules.fusion.classifiers import Fuse, OrthogonalFusion
+from descant.modules.fusion.classifiers import FusionHead, OrthogonalFusion
 from descant.modules.towers import BagTower, TextTower, Tokens, Tower, Towers
 from descant.recipes import Fusion
 from tests.tolerance import F64, rounding, ulps
@@ -31,7 +31,7 @@ class Straight(Tower):
         return Tokens((h_BD.tanh() if self.bent else h_BD)[:, None], torch.ones(len(x), 1, dtype=torch.bool))
 
 
-def recipe(fusion: Fuse | None = None, bent: bool = False, classes: int = 5) -> Fusion:
+def recipe(fusion: FusionHead | None = None, bent: bool = False, classes: int = 5) -> Fusion:
     torch.manual_seed(0)
     towers = Towers(**{m: Straight(width, bent=bent) for m, width in WIDTHS.items()})
     made = Fusion(towers, "kind", classes, width=8, fusion=fusion or OrthogonalFusion())

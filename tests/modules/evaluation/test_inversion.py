@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from descant.modules.core.protocols import Encodes, Inverts
 from descant.modules.evaluation.inversion import Frame, ModalityInversion, normal, patch_frame, text_frame
-from descant.modules.tokenizers.text import Words
+from descant.modules.tokenizers.text import WordTokenizer
 from descant.modules.towers import BagTower, ConvTower, PatchTower, TextTower, Tower, Towers
 from descant.recipes import Contrastive
 from tests.tolerance import F32, F64, conditioned, rounding, statistical, ulps
@@ -22,7 +22,7 @@ from tests.tolerance import F32, F64, conditioned, rounding, statistical, ulps
 STARTS = ulps(0.1, F32)
 #: A step of Adam divides by a gradient, here of 1e-4 at the least, and sums over 16 to 64 numbers lie before it.
 STEPS = conditioned(1e4, F64, terms=64)
-CODEC = Words(["a", "picture", "of", "fox"], length=8)
+CODEC = WordTokenizer(["a", "picture", "of", "fox"], length=8)
 
 
 class Linear(nn.Module):

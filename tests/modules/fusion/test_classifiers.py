@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.modules.fusion.classifiers import AttentionFusion, Fuse, LateFusion, MidFusion, OrthogonalFusion
+from descant.modules.fusion.classifiers import AttentionFusion, FusionHead, LateFusion, MidFusion, OrthogonalFusion
 from tests.tolerance import F64, ulps
 
 CLOSE = ulps(512, F64)  # two or three layers of sums over up to 32 numbers, of each of eight subsets; logits of 3
 WIDTHS = {"image": 5, "text": 3, "audio": 4}
-MAKERS: list[Callable[[], Fuse]] = [
+MAKERS: list[Callable[[], FusionHead]] = [
     LateFusion,
     lambda: MidFusion(hidden=16),
     lambda: MidFusion(hidden=8, layers=3),
@@ -28,7 +28,7 @@ IDS = ["late", "mid", "deep-mid", "attention"]
 every = pytest.mark.parametrize("make", MAKERS, ids=IDS)
 
 
-def built(make: Callable[[], Fuse], widths: dict[str, int] = WIDTHS, classes: int = 4) -> Fuse:
+def built(make: Callable[[], FusionHead], widths: dict[str, int] = WIDTHS, classes: int = 4) -> FusionHead:
     torch.manual_seed(0)
     fusion = make().build(widths, classes).double()
     with torch.no_grad():
@@ -53,7 +53,7 @@ def nowhere(rows: int = 7) -> dict[str, Tensor]:
 
 
 @every
-def test_shares_and_the_logits_of_nothing_add_up_to_the_logits(make: Callable[[], Fuse]) -> None:
+def test_shares_and_the_logits_of_nothing_add_up_to_the_logits(make: Callable[[], FusionHead]) -> None:
     fusion, z, present = built(make), latents(), presence()
     shares = fusion.parts(z, present)
     whole_BC = fusion(z, nowhere()) + torch.stack(list(shares.values())).sum(dim=0)
@@ -66,7 +66,7 @@ def test_shares_and_the_logits_of_nothing_add_up_to_the_logits(make: Callable[[]
 def test_late_shares_are_its_maps_and_the_shapley_values() -> None:
     fusion, z, present = built(LateFusion), latents(), presence()
     assert isinstance(fusion, LateFusion)
-    cheap, shapley = fusion.parts(z, present), Fuse.parts(fusion, z, present)
+    cheap, shapley = fusion.parts(z, present), FusionHead.parts(fusion, z, present)
     for m in WIDTHS:
         torch.testing.assert_close(cheap[m], shapley[m], rtol=0, atol=CLOSE)
         weight_CD = fusion.get_parameter(f"maps.{m}.weight")
@@ -99,7 +99,7 @@ def test_permuting_the_latents_of_a_modality_moves_its_share_alone() -> None:
 
 
 @every
-def test_what_absent_rows_hold_changes_no_bit(make: Callable[[], Fuse]) -> None:
+def test_what_absent_rows_hold_changes_no_bit(make: Callable[[], FusionHead]) -> None:
     fusion, z, present = built(make), latents(), presence()
     wanted, shares = fusion(z, present), fusion.parts(z, present)
     for junk in (1e9, torch.inf, -torch.inf, torch.nan):
@@ -109,7 +109,7 @@ def test_what_absent_rows_hold_changes_no_bit(make: Callable[[], Fuse]) -> None:
 
 
 @every
-def test_every_present_modality_changes_its_rows_and_no_other(make: Callable[[], Fuse]) -> None:
+def test_every_present_modality_changes_its_rows_and_no_other(make: Callable[[], FusionHead]) -> None:
     fusion, z, present = built(make), latents(), presence()
     for m in WIDTHS:
         moved_B = (fusion(z | {m: z[m] + 1.0}, present) - fusion(z, present)).abs().amax(dim=1) > 1e-6
@@ -132,7 +132,7 @@ def test_attention_gives_an_absent_modality_no_weight() -> None:
 
 
 @every
-def test_absent_modalities_take_no_gradient_and_every_parameter_is_reached(make: Callable[[], Fuse]) -> None:
+def test_absent_modalities_take_no_gradient_and_every_parameter_is_reached(make: Callable[[], FusionHead]) -> None:
     fusion, present = built(make), presence()
     present["audio"] = torch.zeros(7, dtype=torch.bool)
     z = {m: z_BD.masked_fill(~present[m][:, None], torch.nan).requires_grad_() for m, z_BD in latents().items()}
@@ -164,7 +164,7 @@ def test_a_modality_that_is_nowhere_has_no_token() -> None:
 # a task that no modality solves alone ------------------------------------------------------------------------------
 
 
-def accuracy_on_xor(fusion: Fuse) -> float:
+def accuracy_on_xor(fusion: FusionHead) -> float:
     """The label is whether the signs of two modalities agree; accuracy on samples that were not trained on."""
     torch.manual_seed(0)
     x = {"image": torch.randn(1024, 2), "text": torch.randn(1024, 2)}
@@ -208,7 +208,7 @@ def test_bad_input_is_one_line() -> None:
 
 
 @pytest.mark.parametrize("fusion", [LateFusion, OrthogonalFusion])
-def test_a_tower_learns_through_it(fusion: type[Fuse]) -> None:
+def test_a_tower_learns_through_it(fusion: type[FusionHead]) -> None:
     """Maps that a step turns far (Householder's do) leave the loss at chance, 3.6."""
     torch.manual_seed(0)
     x, head = torch.randn(512, 32), fusion().build({"a": 64}, 40)

@@ -47,7 +47,7 @@ def batch(F: int = 3, B: int = 4) -> Batch:
     said = (text == 7) | (text == EOS)
     there = torch.ones(B, dtype=torch.bool)
     return Batch(
-        {"image": image, "text": text, "text_said": said},
+        {"image": image, "text": text, "loss_mask": said},
         {"image": there, "text": there},
         index=torch.arange(B),
         key=torch.arange(B),
@@ -70,7 +70,7 @@ def test_generation_is_at_the_positions_of_the_packed_rows(step: float) -> None:
     net = chat(VisualSteps(step))
     said = net.roll(batch(), new=2, group=2, sampling=Sampling(temperature=1.0), stop=())
     again = batch().select(torch.arange(4).repeat_interleave(2))
-    text, mask = again.inputs["text"], again.inputs["text_said"]
+    text, mask = again.inputs["text"], again.inputs["loss_mask"]
     for r, row in enumerate(said.token_RN.tolist()):
         at = int(mask[r].nonzero()[0, 0])
         text[r, at : at + 2] = torch.tensor(row)

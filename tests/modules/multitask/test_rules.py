@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from descant.modules.multitask.rules import DWA, Rule, Uncertainty
+from descant.modules.multitask.rules import DWA, Rule, UncertaintyWeighting
 
 #: Float64 on both sides, of a few operations each: some units in the last place.
 EXACT = 1e-14
@@ -25,14 +25,14 @@ def mixed(rule: Rule, *steps: list[float]) -> list[list[float]]:
 
 def test_uncertainty_is_its_recurrence() -> None:
     lr, s, steps = 0.1, [0.0, 0.0], [[4.0, 0.5], [3.0, 0.25], [5.0, 2.0]]
-    for values, found in zip(steps, mixed(Uncertainty(lr), *steps), strict=True):
+    for values, found in zip(steps, mixed(UncertaintyWeighting(lr), *steps), strict=True):
         assert found == pytest.approx([math.exp(-x) for x in s], rel=EXACT)
         s = [x - lr * (1 - math.exp(-x) * value) for x, value in zip(s, values, strict=True)]
 
 
 def test_uncertainty_weighs_a_term_by_the_inverse_of_its_value() -> None:
     """Where ``d/ds (exp(-s) L + s)`` is zero; near it a step brings it nearer by the factor 1 - lr."""
-    assert mixed(Uncertainty(lr=0.5), *[[4.0, 0.5]] * 100)[-1] == pytest.approx([1 / 4, 2.0], rel=EXACT)
+    assert mixed(UncertaintyWeighting(lr=0.5), *[[4.0, 0.5]] * 100)[-1] == pytest.approx([1 / 4, 2.0], rel=EXACT)
 
 
 def test_dwa_weighs_windows_by_how_their_means_fell() -> None:
@@ -46,7 +46,7 @@ def test_dwa_weighs_windows_by_how_their_means_fell() -> None:
 
 def test_values_of_micro_batches_are_a_mean_before_the_rule_learns() -> None:
     def of(*values: float) -> Tensor:
-        rule = Uncertainty(lr=0.1)
+        rule = UncertaintyWeighting(lr=0.1)
         for value in values:
             rule.mix(torch.zeros(0), torch.tensor([value], dtype=torch.float64), 0)
         rule.learn(lambda seen: seen)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from descant.modules.multitask.rules import (
+    CMGH,
     IMTLG,
     MGDA,
     AlignedMTL,
@@ -24,7 +25,6 @@ from descant.modules.multitask.rules import (
     GradVac,
     NashMTL,
     PCGrad,
-    Realign,
     Rule,
     UPGrad,
     orders,
@@ -227,7 +227,7 @@ def test_aligned_makes_all_directions_as_short_as_the_shortest() -> None:
 def test_pcgrad_gradvac_and_realignment_are_loops_over_vectors() -> None:
     for n, (name, j_KD) in enumerate(jacobians()):
         order, k = orders(len(j_KD), n), len(j_KD)
-        projected, vaccinated, realigned = (torch.zeros_like(j_KD[0]) for _ in range(3))
+        projected, vaccinated, cmgh = (torch.zeros_like(j_KD[0]) for _ in range(3))
         aim = torch.rand(k, k, generator=torch.Generator().manual_seed(n), dtype=torch.float64) * 0.8 - 0.2
         for i in range(k):
             v, u, h = j_KD[i].clone(), j_KD[i].clone(), j_KD[i].clone()
@@ -240,12 +240,12 @@ def test_pcgrad_gradvac_and_realignment_are_loops_over_vectors() -> None:
                     rest = (1 - phi**2).sqrt()
                     turn = phi * (1 - cos**2).clamp(min=0).sqrt() - cos * rest
                     u = u + u.norm() * turn / (g.norm() * rest) * g
-            projected, vaccinated, realigned = projected + v, vaccinated + u, realigned + h
+            projected, vaccinated, cmgh = projected + v, vaccinated + u, cmgh + h
         rule = GradVac()
         rule.state["phi"] = aim
         longest = float(j_KD.norm(dim=1).max())
         assert float((mixed(PCGrad(), j_KD, n) - projected).norm()) < EXACT * longest, name
-        assert float((mixed(Realign(), j_KD) - realigned).norm()) < EXACT * longest, name
+        assert float((mixed(CMGH(), j_KD) - cmgh).norm()) < EXACT * longest, name
         if "opposite" not in name:  # at 180 degrees the plane that it is turned in is any
             # a sine as the root of 1 - cos^2: of nearly parallel ones half the digits, 1.5e-8, are left
             assert float((mixed(rule, j_KD, n) - vaccinated).norm()) < 1e-7 * longest, name
@@ -255,7 +255,7 @@ def test_pcgrad_gradvac_and_realignment_are_loops_over_vectors() -> None:
 
 GRADIENT_RULES: dict[str, Callable[[], Rule]] = {
     "pcgrad": PCGrad,
-    "realign": Realign,
+    "realign": CMGH,
     "gradvac": GradVac,
     "cagrad": CAGrad,
     "mgda": MGDA,
@@ -347,7 +347,7 @@ def test_two_that_conflict_are_realigned_by_what_the_paper_gives() -> None:
         h_a, h_b = a - d / (b @ b) * b, b - d / (a @ a) * a
         # 1 - cos^2 is what is left of 1
         assert float(h_a @ h_b) == pytest.approx(float(-d * (1 - cos**2)), rel=conditioned(100, F64, terms=8))
-        torch.testing.assert_close(mixed(Realign(), torch.stack([a, b])), h_a + h_b, **rounding(64, F64))
+        torch.testing.assert_close(mixed(CMGH(), torch.stack([a, b])), h_a + h_b, **rounding(64, F64))
 
 
 def test_torchjd_agrees_where_it_is_exact() -> None:

@@ -18,8 +18,8 @@ from descant.modules.policy import (
     AnswerRatio,
     Clipped,
     Counts,
-    Drawn,
     LocalTokenMean,
+    PolicyBatch,
     PolicyLoss,
     SequenceMean,
     SequenceSum,
@@ -33,7 +33,7 @@ LENGTHS = (4, 1, 0, 6, 3, 5)
 LIVE = (True, True, True, False, True, True)
 
 
-def drawn(seed: int = 0, lengths: tuple[int, ...] = LENGTHS, live: tuple[bool, ...] = LIVE) -> Drawn:
+def drawn(seed: int = 0, lengths: tuple[int, ...] = LENGTHS, live: tuple[bool, ...] = LIVE) -> PolicyBatch:
     g = torch.Generator().manual_seed(seed)
     n = sum(lengths)
     log_N = -torch.rand(n, generator=g, dtype=torch.float64) * 3
@@ -41,7 +41,9 @@ def drawn(seed: int = 0, lengths: tuple[int, ...] = LENGTHS, live: tuple[bool, .
     reference_N = log_N + torch.randn(n, generator=g, dtype=torch.float64) * 0.5
     sample_N = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     advantage_B = torch.randn(len(lengths), generator=g, dtype=torch.float64)
-    return Drawn(log_N.requires_grad_(), log_N.detach() - moved, sample_N, advantage_B, torch.tensor(live), reference_N)
+    return PolicyBatch(
+        log_N.requires_grad_(), log_N.detach() - moved, sample_N, advantage_B, torch.tensor(live), reference_N
+    )
 
 
 def whole(term: Term) -> Tensor:
@@ -50,20 +52,20 @@ def whole(term: Term) -> Tensor:
     return term.sum() / norm
 
 
-def counts(d: Drawn) -> Counts:
-    return Counts.of(d.length_B, d.live_B)
+def counts(d: PolicyBatch) -> Counts:
+    return Counts.of(d.length_B, d.valid_B)
 
 
 # explicit loops -----------------------------------------------------------------------------------------------------
 
 
-def tokens_of(d: Drawn, b: int) -> list[int]:
+def tokens_of(d: PolicyBatch, b: int) -> list[int]:
     return [n for n in range(len(d.log_N)) if int(d.sample_N[n]) == b]
 
 
-def ratios(d: Drawn, whole_answers: bool) -> dict[int, Tensor]:
+def ratios(d: PolicyBatch, whole_answers: bool) -> dict[int, Tensor]:
     found = {}
-    for b in range(len(d.live_B)):
+    for b in range(len(d.valid_B)):
         own = tokens_of(d, b)
         for n in own:
             if whole_answers:
@@ -73,7 +75,9 @@ def ratios(d: Drawn, whole_answers: bool) -> dict[int, Tensor]:
     return found
 
 
-def clipped(d: Drawn, low: float, high: float, sequence: bool, cap: float | None, dual: float | None) -> list[Tensor]:
+def clipped(
+    d: PolicyBatch, low: float, high: float, sequence: bool, cap: float | None, dual: float | None
+) -> list[Tensor]:
     w, values = ratios(d, sequence), []
     for n in range(len(d.log_N)):
         a, r = float(d.advantage_B[d.sample_N[n]]), w[n]
@@ -87,12 +91,12 @@ def clipped(d: Drawn, low: float, high: float, sequence: bool, cap: float | None
     return values
 
 
-def cispo(d: Drawn, high: float) -> list[Tensor]:
+def cispo(d: PolicyBatch, high: float) -> list[Tensor]:
     w = ratios(d, False)
     return [-min(w[n].item(), high) * float(d.advantage_B[d.sample_N[n]]) * d.log_N[n] for n in range(len(d.log_N))]
 
 
-def kl(d: Drawn, beta: float, corrected: bool) -> list[Tensor]:
+def kl(d: PolicyBatch, beta: float, corrected: bool) -> list[Tensor]:
     assert d.reference_N is not None
     values = []
     for n in range(len(d.log_N)):
@@ -102,8 +106,8 @@ def kl(d: Drawn, beta: float, corrected: bool) -> list[Tensor]:
     return values
 
 
-def aggregated(values: list[Tensor], d: Drawn, how: str, length: int = 8) -> Tensor:
-    live = [b for b in range(len(d.live_B)) if bool(d.live_B[b]) and tokens_of(d, b)]
+def aggregated(values: list[Tensor], d: PolicyBatch, how: str, length: int = 8) -> Tensor:
+    live = [b for b in range(len(d.valid_B)) if bool(d.valid_B[b]) and tokens_of(d, b)]
     sums = {b: sum((values[n] for n in tokens_of(d, b)), ZERO) for b in live}
     if how == "sequence-mean":
         return sum((sums[b] / len(tokens_of(d, b)) for b in live), ZERO) / len(live)
@@ -118,7 +122,7 @@ AGGREGATIONS: dict[str, Callable[[], Any]] = {
     "token-mean": TokenMean,
     "local": LocalTokenMean,
 }
-SURROGATES: dict[str, tuple[Any, Callable[[Drawn], list[Tensor]]]] = {
+SURROGATES: dict[str, tuple[Any, Callable[[PolicyBatch], list[Tensor]]]] = {
     "ppo": (Clipped(), lambda d: clipped(d, 0.2, 0.2, False, None, None)),
     "clip-higher": (Clipped(0.1, 0.28), lambda d: clipped(d, 0.1, 0.28, False, None, None)),
     "two-sided": (Clipped(cap=1.3), lambda d: clipped(d, 0.2, 0.2, False, 1.3, None)),
@@ -128,7 +132,7 @@ SURROGATES: dict[str, tuple[Any, Callable[[Drawn], list[Tensor]]]] = {
 }
 
 
-def gradient(value: Tensor, d: Drawn) -> Tensor:
+def gradient(value: Tensor, d: PolicyBatch) -> Tensor:
     return torch.autograd.grad(value, d.log_N, retain_graph=True)[0]
 
 
@@ -181,7 +185,7 @@ def test_the_gradient_of_an_answers_ratio_by_finite_differences() -> None:
 def test_what_was_clipped() -> None:
     log_N = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1], dtype=torch.float64).log()
     signs = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0], dtype=torch.float64)
-    d = Drawn(log_N, torch.zeros(5, dtype=torch.float64), torch.arange(5), signs, torch.ones(5, dtype=torch.bool))
+    d = PolicyBatch(log_N, torch.zeros(5, dtype=torch.float64), torch.arange(5), signs, torch.ones(5, dtype=torch.bool))
     seen = Clipped()(d)[1]
     assert seen["clipped_high"].tolist() == [1, 0, 0, 0, 0] and seen["clipped_low"].tolist() == [0, 0, 0, 1, 0]
     assert CISPO(1.2)(d)[1]["clipped_high"].tolist() == [1, 0, 0, 0, 0]
@@ -198,12 +202,12 @@ def test_a_step_cut_in_four_has_the_gradient_of_the_whole_one(aggregation: str, 
     for part in parts:
         at_N = torch.isin(d.sample_N, torch.tensor(part))
         number = {b: k for k, b in enumerate(part)}
-        cut = Drawn(
+        cut = PolicyBatch(
             d.log_N[at_N],
             d.old_N[at_N],
             torch.tensor([number[int(b)] for b in d.sample_N[at_N]], dtype=torch.long),
             d.advantage_B[part],
-            d.live_B[part],
+            d.valid_B[part],
         )
         term = loss(cut, counts(d))[0]["policy"]
         norm = term.count().clamp(min=1) * len(parts) if isinstance(term.norm, str) else term.norm
@@ -215,8 +219,8 @@ def test_a_step_cut_in_four_has_the_gradient_of_the_whole_one(aggregation: str, 
 def test_answers_that_do_not_count_add_exactly_nothing() -> None:
     for make in AGGREGATIONS.values():
         d = drawn(8)
-        assert (gradient(whole(PolicyLoss(None, make())(d, counts(d))[0]["policy"]), d)[~d.live_N] == 0).all()
-        none = d._replace(live_B=torch.zeros_like(d.live_B))
+        assert (gradient(whole(PolicyLoss(None, make())(d, counts(d))[0]["policy"]), d)[~d.valid_N] == 0).all()
+        none = d._replace(valid_B=torch.zeros_like(d.valid_B))
         assert float(whole(PolicyLoss(None, make())(none, counts(none))[0]["policy"])) == 0
 
 

@@ -25,7 +25,7 @@ from descant.modules.policy.rewards import (
 from tests.tolerance import F64, ulps
 
 
-class Says(Verifier):
+class MakesDecisions(Verifier):
     def __init__(self, value: float | None) -> None:
         self.value = value
 
@@ -39,7 +39,7 @@ class Breaks(Verifier):
 
 
 def test_each_reward_by_name_weight_and_whether_it_applies() -> None:
-    rewards = Rewards({"right": ExactAnswer(), "form": Format(r"[a-z]+"), "never": Says(None)}, {"form": 0.1})
+    rewards = Rewards({"right": ExactAnswer(), "form": Format(r"[a-z]+"), "never": MakesDecisions(None)}, {"form": 0.1})
     r_BK = rewards([Answer("pear", "pear"), Answer("Pear!", "pear"), Answer("", "pear")])
     assert r_BK[:, :2].tolist() == [[1, 1], [0, 0], [0, 0]] and r_BK[:, 2].isnan().all()
     assert rewards.names == ("right", "form", "never") and rewards.weight_K.tolist() == [1, 0.1, 1]
@@ -50,21 +50,21 @@ def test_each_reward_by_name_weight_and_whether_it_applies() -> None:
     ("verifier", "says"),
     [
         (Breaks(), r"reward 'mine' of the answer '': ZeroDivisionError: "),
-        (Says(math.nan), r"reward 'mine' of the answer '': nan; a number, or None"),
-        (Says(math.inf), r"reward 'mine' of the answer '': inf"),
+        (MakesDecisions(math.nan), r"reward 'mine' of the answer '': nan; a number, or None"),
+        (MakesDecisions(math.inf), r"reward 'mine' of the answer '': inf"),
     ],
 )
 def test_one_that_breaks_is_named(verifier: Verifier, says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        Rewards({"fine": Says(1.0), "mine": verifier})([Answer("", "")])
+        Rewards({"fine": MakesDecisions(1.0), "mine": verifier})([Answer("", "")])
 
 
 @pytest.mark.parametrize(
     ("made", "says"),
     [
         (lambda: Rewards({}), "none; such as"),
-        (lambda: Rewards({"a": Says(1.0)}, {"b": 1.0}), "no reward 'b'; there is a"),
-        (lambda: Rewards({"a": Says(1.0)}, {"a": 0.0}), "all are 0"),
+        (lambda: Rewards({"a": MakesDecisions(1.0)}, {"b": 1.0}), "no reward 'b'; there is a"),
+        (lambda: Rewards({"a": MakesDecisions(1.0)}, {"a": 0.0}), "all are 0"),
         (lambda: Format("("), "pattern '[(]'"),
         (lambda: Overlong(4, 5), "cushion 5: from 1 to most, which is 4"),
         (lambda: JsonTable(-1.0), "tolerance -1"),
@@ -150,7 +150,7 @@ def test_what_a_model_may_say_never_ends_the_run() -> None:
     assert table(Answer('[{"a": 1' + "0" * 400 + "}]", json.dumps(TABLE))) == 0
     assert table(Answer("[]", "[]")) == 1 and table(Answer("[]", json.dumps(TABLE))) == 0
     with pytest.raises(ValueError, match=r"reward 'mine' of the answer 'a': 'no'; a number, or None"):
-        Rewards({"mine": Says("no")})([Answer("a", "a")])  # type: ignore[arg-type]
+        Rewards({"mine": MakesDecisions("no")})([Answer("a", "a")])  # type: ignore[arg-type]
 
 
 def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

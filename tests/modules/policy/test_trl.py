@@ -17,8 +17,8 @@ from descant.modules.policy import (
     AnswerRatio,
     Clipped,
     Counts,
-    Drawn,
     LocalTokenMean,
+    PolicyBatch,
     PolicyLoss,
     SequenceMean,
     SequenceSum,
@@ -104,7 +104,7 @@ def test_value_and_gradient_are_those_of_trl(case: str) -> None:
         a_B = torch.randn(B, generator=g, dtype=torch.float64)
         wanted = theirs(log_BT, old_BT, reference_BT, mask_BT, a_B, told)
         here = mask_BT.bool()
-        drawn = Drawn(
+        drawn = PolicyBatch(
             log_BT[here],
             old_BT[here],
             torch.repeat_interleave(torch.arange(B), torch.tensor(LENGTHS)),
@@ -112,7 +112,7 @@ def test_value_and_gradient_are_those_of_trl(case: str) -> None:
             torch.ones(B, dtype=torch.bool),
             reference_BT[here],
         )
-        terms, _ = make()(drawn, Counts.of(drawn.length_B, drawn.live_B))
+        terms, _ = make()(drawn, Counts.of(drawn.length_B, drawn.valid_B))
         norms = {n: t.count() if isinstance(t.norm, str) else t.norm for n, t in terms.items()}
         found = sum((t.sum() / norms[n] for n, t in terms.items()), torch.zeros((), dtype=torch.float64))
         torch.testing.assert_close(found, wanted, rtol=0, atol=ulps(1000, F64))

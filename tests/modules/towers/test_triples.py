@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from descant.modules.tokenizers.text import Ngrams, require_fit
+from descant.modules.tokenizers.text import NgramTokenizer, require_fit
 from descant.modules.towers.triples import TripleEncoder
 from tests.tolerance import F64, rounding
 
@@ -99,5 +99,5 @@ def test_gradients_reach_everything() -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="triples 2: the data has 6 a sample; raise it to 6"):
         encoder(triples=2)(torch.zeros(1, 6), triples((FOX, LEFT, APPLE)))
-    with pytest.raises(ValueError, match=r"Ngrams has 8192 ids, and tower knowledge embeds 32"):
-        require_fit(Ngrams(), encoder(), "knowledge")
+    with pytest.raises(ValueError, match=r"NgramTokenizer has 8192 ids, and tower knowledge embeds 32"):
+        require_fit(NgramTokenizer(), encoder(), "knowledge")
