@@ -27,7 +27,7 @@ def classes() -> dict[str, tuple[Found, ...]]:
     """Class name -> the classes that carry it (nearly always one), private ones too."""
     found: dict[str, list[Found]] = {}
     files = [file for part in PARTS for file in sorted((PACKAGE / part).rglob("*.py"))]
-    for file in [*files, PACKAGE / "loggers.py"]:
+    for file in files:
         module = ".".join(("descant", *file.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
         for name, bases, about in _CLASS.findall(file.read_text(encoding="utf-8")):
             plain = tuple(base.strip().rpartition(".")[2] for base in bases.split(","))
