@@ -29,7 +29,14 @@ COMMANDS = {
 }
 #: Commands with a parser of their own: module -> its ``main(args) -> exit code``. They import what they need, late.
 TOOLS = {
-    **{name: f"descant.{name}" for name in ("data", "sweep", "compare", "claims", "report", "export", "new", "submit")},
+    "data": "descant.data",
+    "claims": "descant.claims",
+    "sweep": "descant.slurm.sweep",
+    "submit": "descant.slurm.submit",
+    "compare": "descant.report.compare",
+    "report": "descant.report.report",
+    "export": "descant.export.export",
+    "new": "descant.cli.new",
     "completion": "descant.cli.completion",
     "schema": "descant.cli.editor",
 }
