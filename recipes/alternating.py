@@ -20,6 +20,7 @@ Letters: B samples, D width, C classes, M modalities.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from torch.optim import Optimizer
 from descant.modules.adaptation.modulation import touch_parameters
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
+from descant.modules.core.output import Output
 from descant.modules.core.ranks import gather
 from descant.modules.fusion.classifiers import SharedHead
 from descant.modules.towers import Towers
@@ -58,7 +60,7 @@ class Alternating(Classifier):
         pool: Pool | Pools | None = None,
         smoothing: float = 0.0,
         alpha: float | None = 0.1,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> None:
         if alpha is not None and not alpha > 0:
             raise ValueError(f"alpha {alpha:g}: above 0, such as 0.1")
@@ -78,7 +80,7 @@ class Alternating(Classifier):
         rounds, place = divmod(self.global_step, len(self.modalities))
         return self.modalities[(rounds + place) % len(self.modalities)]
 
-    def terms(self, batch: Batch) -> dict[str, Term]:
+    def forward(self, batch: Batch) -> Output:
         m, label_B = self.turn, self.labels(batch)
         z_BD = self.latents(batch, m)[m]
         if self.training and self.alpha is not None:
@@ -86,7 +88,7 @@ class Alternating(Classifier):
             self._seen.append(torch.cat([sum_D, count[None].to(sum_D)]))
         term = self.term(self.head(z_BD), label_B, batch.present[m], batch.step[m])
         # every rank's backward reaches all parameters, in every step
-        return {m: Term(touch_parameters(term.value, self._idle(m)), valid=term.valid, norm=term.norm)}
+        return Output({m: Term(touch_parameters(term.value, self._idle(m)), valid=term.valid, norm=term.norm)})
 
     def _idle(self, turn: str) -> Iterator[nn.Parameter]:
         return (p for m in self.modalities if m != turn for p in self.of_modality(m) if p.requires_grad)

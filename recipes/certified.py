@@ -16,13 +16,14 @@ Letters: B samples, M modalities, C classes.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
+from descant.modules.core.output import Output
 from descant.modules.core.sham import Sham
 from descant.modules.engine.trainer import bank_batches
 from descant.modules.evaluation.attacks import certified_radius, steepest
@@ -58,7 +59,7 @@ class Certified(Classifier):
         checkpoint: str = "best",
         rows: int = 512,
         sham: Literal["permute"] | None = None,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> None:
         if rows < 1:
             raise ValueError(f"rows {rows}: 1 is the least")
@@ -92,11 +93,11 @@ class Certified(Classifier):
             raise ValueError("Certified needs bank_set() of the data module: training samples, to measure on") from None
         self.slope_MC.copy_(steepest(self, bank_batches(self.trainer, loader), self.rows_measured))
 
-    def terms(self, batch: Batch) -> dict[str, Term]:
+    def forward(self, batch: Batch) -> Output:
         with torch.no_grad():
             z = self.latents(batch)
         label_B, slope_MC = self.labels(batch), self.sham.handed_on(self.slope_MC)
         slope = dict(zip(self.modalities, slope_MC, strict=True))
         radius_B = certified_radius(self.fuse(z, batch.present), self.fusion.weights, slope, batch.present, label_B)
         some_B = self.some(batch.present) & (label_B >= 0)
-        return {"radius": Term(-radius_B, valid=some_B, norm=self.some(batch.step).sum().clamp(min=1))}
+        return Output({"radius": Term(-radius_B, valid=some_B, norm=self.some(batch.step).sum().clamp(min=1))})

@@ -20,12 +20,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from itertools import combinations
+from typing import Any
 
 from torch import Tensor, nn
 
 from descant.modules.core.batch import NEGATIVE, Batch
+from descant.modules.core.capabilities import has
 from descant.modules.core.objective import Term
-from descant.modules.core.protocols import Scaled, Scorer
+from descant.modules.core.output import Output, Scorer
+from descant.modules.core.protocols import Scaled
 from descant.modules.losses import ContrastiveLoss, InfoNCE, Intra
 from descant.modules.losses.hard_negatives import Negatives
 from descant.modules.tokenizers.text import Tokenizer, require_fit
@@ -61,7 +64,7 @@ class Contrastive(SharedSpace):
         intra: Intra | None = None,
         negatives: Negatives | None = None,
         knowledge: TripleEncoder | None = None,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> None:
         super().__init__(towers, width, pool, **kwargs)
         self.pairs = _pairs(pairs, tuple(towers))
@@ -112,21 +115,20 @@ class Contrastive(SharedSpace):
         def scorer(name: str, a: str, b: str) -> Scorer:
             def score(row_N: Tensor, column_N: Tensor) -> Tensor:
                 loss = self.losses[name]
-                scale = loss.scale() if isinstance(loss, Scaled) else 1.0
+                scale = loss.scale() if has(loss, Scaled) else 1.0
                 return scale * (z[a][row_N] * z[b][column_N]).sum(dim=-1)
 
             return score
 
         return {name: scorer(name, a, b) for name, (a, b) in self.pairs.items()}
 
-    def terms(self, batch: Batch) -> dict[str, Term]:
+    def forward(self, batch: Batch) -> Output:
         missing = [m for m in self.reads if m not in batch.inputs]
         if missing:
             raise ValueError(f"the data has no modality {missing[0]!r}, only {', '.join(batch.inputs)}")
         h = {m: self.present_features(batch, m) for m in self.met}
-        self.step.latents = self.together(h, batch)
-        self.step.pairs = self._scorers(self.step.latents)
-        copies = {m: self.step.fork(z_BD, self.forks[m]) for m, z_BD in self.step.latents.items()}
+        z = self.together(h, batch)
+        copies = {m: self.hooks.fork(z_BD, self.forks[m]) for m, z_BD in z.items()}
         terms = {}
         for name, (a, b) in self.pairs.items():
             valid_B = batch.both(a, b)
@@ -144,7 +146,7 @@ class Contrastive(SharedSpace):
             z_neg_BD = self.embed(batch.negatives())[b]  # as its positive: the same towers, and knowledge of its own
             value_B = self.negatives(copies[a][name], copies[b][name], z_neg_BD, batch.draw, valid_B)
             terms[name] = Term(value_B, valid=valid_B, given=self.negatives.given)
-        return terms
+        return Output(terms, latents=z, pairs=self._scorers(z))
 
 
 def _pairs(pairs: list[list[str]] | None, modalities: tuple[str, ...]) -> dict[str, tuple[str, str]]:

@@ -10,12 +10,12 @@ Letters: B samples, C classes.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
 from descant.modules.core.batch import Batch
-from descant.modules.core.objective import Term
+from descant.modules.core.output import Output
 from descant.modules.fusion.classifiers import LateFusion, SoftVoting
 from descant.modules.io import saved
 from descant.modules.towers import Tower, Towers
@@ -36,7 +36,7 @@ class Ensemble(Classifier):
         ValueError: for no path, no such run, or one of another recipe, modality, target or number of classes.
     """
 
-    def __init__(self, paths: dict[str, str], checkpoint: str = "best", **kwargs: object) -> None:
+    def __init__(self, paths: dict[str, str], checkpoint: str = "best", **kwargs: Any) -> None:
         if not paths:
             raise ValueError("Ensemble: paths: none; such as {image: runs/image-alone}")
         members = {m: _member(m, path, checkpoint) for m, path in paths.items()}
@@ -64,9 +64,9 @@ class Ensemble(Classifier):
             part.eval()
         return self
 
-    def terms(self, batch: Batch) -> dict[str, Term]:
+    def forward(self, batch: Batch) -> Output:
         logits_BC, label_B = self.fuse(self.latents(batch), batch.present), self.labels(batch)
-        return {"mixture": self.term(logits_BC, label_B, self.some(batch.present), self.some(batch.step))}
+        return Output({"mixture": self.term(logits_BC, label_B, self.some(batch.present), self.some(batch.step))})
 
 
 def _member(m: str, path: str, checkpoint: str) -> Classifier:

@@ -16,14 +16,15 @@ Letters: B samples, G samples of the whole optimizer step, D width, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
 from descant.modules.balance.mcr import FusionContext, Regularizer
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
-from descant.modules.core.step import FusionInputs
+from descant.modules.core.output import FusionInputs, Output
 from descant.modules.fusion.classifiers import FusionHead, LateFusion, only
 from descant.modules.losses.contrastive import promote
 from descant.modules.towers import Towers
@@ -57,13 +58,15 @@ class Fusion(Classifier):
         unimodal: bool = False,
         smoothing: float = 0.0,
         regularizers: list[Regularizer] | None = None,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> None:
         self.in_batch_negatives = any(part.in_batch_negatives for part in regularizers or ())
         super().__init__(towers, target, classes, width, pool, fusion or LateFusion(), smoothing, **kwargs)
         self.own = nn.ModuleDict({m: nn.Linear(width, classes) for m in towers} if unimodal else {})
         widths = dict.fromkeys(towers, width)
         self.regularizers = nn.ModuleList(part.build(widths, classes) for part in regularizers or ())
+        #: Of a training batch: the presence masks that the fusion gets; all that are present where None.
+        self.modality_mask: Callable[[Batch], Mapping[str, Tensor]] | None = None
 
     # who says what --------------------------------------------------------------------------------------------
 
@@ -91,25 +94,32 @@ class Fusion(Classifier):
         parts = (self.towers, self.pools, self.heads)
         return (p for part in parts for p in part.parameters() if p.requires_grad)
 
-    def terms(self, batch: Batch) -> dict[str, Term]:
+    def forward(self, batch: Batch) -> Output:
         label_B, z = self.labels(batch), self.latents(batch)
-        self.step.decided = FusionInputs(z, batch.present, label_B)
-        copies = {m: self.step.fork(z_BD, self.forks[m]) for m, z_BD in z.items()}
-        callbacks = self.step.extras if self.training else []
-        heard = self.step.hears(batch) if self.step.hears and self.training else batch.present
-        fused_BC = self.fuse({m: copy[FUSED] for m, copy in copies.items()}, heard)
-        self.step.said, self.step.latents = lambda: self._said(fused_BC, batch), z
+        copies = {m: self.hooks.fork(z_BD, self.forks[m]) for m, z_BD in z.items()}
+        mask = self.modality_mask if self.training else None
+        fused_present = batch.present if mask is None else mask(batch)
+        fused_BC = self.fuse({m: copy[FUSED] for m, copy in copies.items()}, fused_present)
         terms = {FUSED: self.term(fused_BC, label_B, self.some(batch.present), self.some(batch.step))}
         if self.own:
             own = self.unimodal({m: copy[m] for m, copy in copies.items()}, batch.present)
             terms |= {m: self.term(own[m], label_B, batch.present[m], batch.step[m]) for m in own}
-        asked = FusionContext(self.step.decided, heard, fused_BC, self.fuse, self.fusion, batch, self.rows(batch))
-        for more in (*self.regularizers, *callbacks):
-            found = more(asked)
-            if twice := found.keys() & terms.keys():
-                raise ValueError(f"two parts have a term {min(twice)!r}: {type(more).__name__} and one before it")
-            terms |= found
-        return terms
+        inputs = FusionInputs(z, batch.present, label_B)
+        context = FusionContext(inputs, fused_present, fused_BC, self.fuse, self.fusion, batch, self.rows(batch))
+        aux = self.regularized(context, terms)
+        return Output(terms, z, lambda: self._decisions(fused_BC, batch), aux=aux, fusion=inputs)
+
+    def regularized(self, context: FusionContext, terms: Mapping[str, Term]) -> dict[str, Term]:
+        """Terms of all regularizers. Raises ValueError for a name that is taken."""
+        aux: dict[str, Term] = {}
+        for regularizer in self.regularizers:
+            more = regularizer(context)
+            if twice := more.keys() & {*terms, *aux}:
+                raise ValueError(
+                    f"two parts have a term {min(twice)!r}: {type(regularizer).__name__} and one before it"
+                )
+            aux |= more
+        return aux
 
     def rows(self, batch: Batch) -> Tensor:
         """How many samples of the whole step have a modality which this recipe has a tower for."""

@@ -17,7 +17,7 @@ Letters: B samples, T tokens of a modality, N tokens of all samples, P raw numbe
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from descant.modules.core.batch import Batch
 from descant.modules.core.host import derived
 from descant.modules.core.objective import Term
+from descant.modules.core.output import Output
 from descant.modules.core.protocols import ReconstructionOutput
-from descant.modules.core.rows import running
 from descant.modules.core.sham import Sham
 from descant.modules.masking.adapters import Adapters
 from descant.modules.masking.corruptions import Corruption, Masks, UniformMask, corrupted
@@ -63,9 +63,9 @@ class Masked(Recipe):
         pool_global: bool = False,
         zeros: bool = False,
         sham: Literal["permute"] | None = None,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)  # type: ignore[arg-type]  # the base's own typed arguments
+        super().__init__(**kwargs)
         self.adapters, self.towers = adapters, nn.ModuleDict({"encoder": encoder})
         self.modalities, self.grids = tuple(adapters), {m: adapter.grid for m, adapter in adapters.each().items()}
         self.decoder, self.corruption = decoder or JointDecoder(), corruption or UniformMask()
@@ -78,12 +78,12 @@ class Masked(Recipe):
 
     # the method --------------------------------------------------------------------------------------------------
 
-    def terms(self, batch: Batch) -> dict[str, Term]:
+    def forward(self, batch: Batch) -> Output:
         if self.training:
             batch = self.sham.permute_modalities(batch, self.modalities[1:])
         raw, real = self.raw(batch)
         masks = corrupted(self.corruption, real, self.grids, batch.draw)
-        return self.predicted(raw, masks, batch)
+        return Output(self.predicted(raw, masks, batch))
 
     def raw(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Modality -> raw content ``[B, T, P]``, and bool ``[B, T]``: tokens that a sample has."""
@@ -103,7 +103,7 @@ class Masked(Recipe):
         at, adapters = {m: At.of(mask_BT) for m, mask_BT in visible.items()}, self.adapters.each()
         kinds = []
         for m, (row_N, place_N, _) in at.items():
-            with running(at[m].host_row_N):
+            with self.row_tracker.select(at[m].host_row_N):
                 kinds.append(adapters[m].embed(raw[m][row_N, place_N], place_N))
         counts = [at_m.count_B for at_m in at.values()]
         x_ND = torch.cat(kinds)
@@ -119,7 +119,7 @@ class Masked(Recipe):
         for m, (row_N, place_N, _) in asked.items():
             counts_BT = masks.loss[m] & batch.present[m][:, None]
             count_B = counts_BT.sum(dim=1)
-            with running(asked[m].host_row_N):
+            with self.row_tracker.select(asked[m].host_row_N):
                 losses = adapters[m].losses(said[m], raw[m][row_N, place_N], place_N)
             for name, loss_N in losses.items():
                 loss_N = torch.where(counts_BT[row_N, place_N], loss_N, 0.0)
@@ -165,7 +165,7 @@ class Masked(Recipe):
         said, rebuilt = self.decoder(self.encode(raw, masks.visible), asked), {}
         for m, adapter in self.adapters.each().items():
             (row_N, place_N, _), y_BTP = asked[m], raw[m].clone()
-            with running(asked[m].host_row_N):
+            with self.row_tracker.select(asked[m].host_row_N):
                 y_BTP[row_N, place_N] = adapter.predict(said[m], place_N).to(y_BTP.dtype)
             visible, target = (
                 adapter.whole(mask[m][..., None].expand_as(y_BTP)) for mask in (masks.visible, masks.target)

@@ -19,13 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descant.modules.adaptation.imputation import seen
 from descant.modules.core.batch import Batch
 from descant.modules.core.host import derived, host_copy, to_device
 from descant.modules.core.objective import Term
-from descant.modules.core.protocols import Scorer
+from descant.modules.core.output import Output, Scorer
 from descant.modules.core.rng import mix_N
-from descant.modules.core.rows import running, zeroed
+from descant.modules.core.rows import zeroed
 from descant.modules.engine.sync_batch_norm import unseen
 from descant.modules.fusion.cross_encoder import CrossEncoder
 from descant.modules.losses.contrastive import promote
@@ -49,8 +48,8 @@ class Matching(Recipe):
     #: Told at the start of a run on several ranks: all tokens of all ranks would have to travel.
     by_rank = "pairs a sample with others of its rank"
 
-    def __init__(self, towers: Towers, cross: CrossEncoder, negatives: int = 7, **kwargs: object) -> None:
-        super().__init__(**kwargs)  # type: ignore[arg-type]  # the base's own typed arguments
+    def __init__(self, towers: Towers, cross: CrossEncoder, negatives: int = 7, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         if len(towers) != 2:
             raise ValueError(f"towers: {', '.join(towers)}: a match is of two modalities")
         if self.step.chunks > 1:
@@ -70,11 +69,11 @@ class Matching(Recipe):
         here_B = batch.present[modality]
         x = batch.inputs[modality]
         host_B = host_copy(here_B)
-        row_R = host_copy(seen(modality, here_B)).nonzero()[:, 0]
+        row_R = host_copy(here_B).nonzero()[:, 0]
         row_R = row_R if len(row_R) else torch.zeros(1, dtype=torch.long)
         rows_R, absent_R = to_device(row_R, x.device), to_device(~host_B[row_R], x.device)
         x_R = derived(zeroed, x, rows_R, absent_R)  # an absent row may hold anything
-        with running(row_R), nullcontext() if host_B.any() else unseen(self.towers[modality]):
+        with self.row_tracker.select(row_R), nullcontext() if host_B.any() else unseen(self.towers[modality]):
             h_RTD, mask_RT = self.towers[modality](x_R)
         h_BTD = h_RTD.new_zeros(len(x), *h_RTD.shape[1:]).index_put((rows_R,), h_RTD)
         mask_BT = torch.zeros(len(x), mask_RT.shape[1], dtype=torch.bool, device=x.device)
@@ -85,11 +84,9 @@ class Matching(Recipe):
         a, b = (self.tokens(batch, m) for m in self.pair)
         return {self.name: lambda row_N, column_N: self.cross(a, b, row_N, column_N)}
 
-    def lists(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def lists(self, batch: Batch, pairs: dict[str, Scorer]) -> tuple[Tensor, Tensor]:
         """``s_VK``: how picture ``circle_V[v]`` fits the text k places on, the own one first; and ``circle_V``."""
-        scorer = self.scorers(batch)[self.name]
-        if self.training:
-            self.step.pairs = {self.name: scorer}
+        scorer = pairs[self.name]
         here_V = host_copy(batch.both(*self.pair)).nonzero()[:, 0]
         turn_V = torch.from_numpy(mix_N(host_copy(batch.draw)[here_V], "match"))
         circle_V = to_device(here_V[turn_V.argsort(stable=True)], batch.device)
@@ -104,8 +101,9 @@ class Matching(Recipe):
 
     # training -----------------------------------------------------------------------------------------------------
 
-    def terms(self, batch: Batch) -> dict[str, Term]:
-        s_VK, circle_V = self.lists(batch)
+    def forward(self, batch: Batch) -> Output:
+        pairs = self.scorers(batch)
+        s_VK, circle_V = self.lists(batch, pairs)
         V, K = s_VK.shape
         place_K = torch.arange(K, device=s_VK.device)
         row_VK = (torch.arange(V, device=s_VK.device)[:, None] - place_K) % max(V, 1)
@@ -113,13 +111,13 @@ class Matching(Recipe):
         log_VK = s_VK.log_softmax(dim=1) + of_text_VK.log_softmax(dim=1)
         loss_V = -log_VK[:, 0] / 2 if K else s_VK.sum(dim=1)
         value_B = s_VK.new_zeros(len(batch)).index_put((circle_V,), loss_V)
-        return {self.name: Term(value_B, valid=batch.both(*self.pair), given=self.pair)}
+        return Output({self.name: Term(value_B, valid=batch.both(*self.pair), given=self.pair)}, pairs=pairs)
 
     # evaluation ---------------------------------------------------------------------------------------------------
 
     def scores(self, batch: Batch) -> dict[str, Term]:
         """``accuracy``: whether a picture's own text fits best of its list; half if another fits as well."""
-        s_VK, circle_V = self.lists(batch)
+        s_VK, circle_V = self.lists(batch, self.scorers(batch))
         above_V = (s_VK[:, 1:] > s_VK[:, :1]).any(dim=1)
         equal_V = (s_VK[:, 1:] == s_VK[:, :1]).any(dim=1)
         right_V = torch.where(above_V, 0.0, torch.where(equal_V, 0.5, 1.0))

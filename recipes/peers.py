@@ -20,8 +20,8 @@ from torch import nn
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
+from descant.modules.core.output import Decisions, Output
 from descant.modules.core.protocols import Scores
-from descant.modules.core.step import Decisions
 from descant.modules.distill.distill import DecisionTarget, DistillContext, MakesDecisions, SoftTarget
 from descant.recipes.base.recipe import Recipe
 
@@ -41,8 +41,8 @@ class Peers(Recipe):
             between other choices.
     """
 
-    def __init__(self, students: list[Recipe], targets: list[DecisionTarget] | None = None, **kwargs: object) -> None:
-        super().__init__(**kwargs)  # type: ignore[arg-type]  # the base's own typed arguments
+    def __init__(self, students: list[Recipe], targets: list[DecisionTarget] | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         if len(students) < 2:
             raise ValueError(f"students: {len(students)}; two are the fewest that can teach each other")
         if any(student.distill is not None for student in students):
@@ -74,22 +74,22 @@ class Peers(Recipe):
             student.configure_model()
         super().configure_model()
 
-    def terms(self, batch: Batch) -> dict[str, Term]:
-        own = [student.terms(batch) for student in self.peers]
-        said = [cast(Callable[[], Decisions], student.step.said)() for student in self.peers]
+    def forward(self, batch: Batch) -> Output:
+        outputs = [student.forward(batch) for student in self.peers]
+        decisions = [cast(Callable[[], Decisions], output.decisions)() for output in outputs]
         terms: dict[str, Term] = {}
         for i, student in enumerate(self.peers):
-            terms |= {_named(name, i): term for name, term in own[i].items()}
+            terms |= {_named(name, i): term for name, term in outputs[i].all_terms().items()}
             for j, other in enumerate(self.peers):
                 if i == j:
                     continue
-                lesson = DistillContext(student, other, batch, _as_it_is(said[j]))
+                context = DistillContext(student, other, batch, outputs[i], _detached(decisions[j]))
                 for target in self.targets:
-                    for name, term in target(lesson).items():
+                    for name, term in target(context).items():
                         share = replace(term, value=term.value / (len(self.students) - 1))
                         name = _named(name, i)
                         terms[name] = replace(share, value=terms[name].value + share.value) if name in terms else share
-        return terms
+        return Output(terms)
 
     # evaluation ---------------------------------------------------------------------------------------------------
 
@@ -97,8 +97,8 @@ class Peers(Recipe):
     def choices(self) -> int:
         return cast(MakesDecisions, self.students[0]).choices
 
-    def says(self, batch: Batch) -> Decisions:
-        return cast(MakesDecisions, self.students[0]).says(batch)
+    def decide(self, batch: Batch) -> Decisions:
+        return cast(MakesDecisions, self.students[0]).decide(batch)
 
     def scores(self, batch: Batch) -> dict[str, Term]:
         """Of all: ``accuracy`` of the first, ``accuracy/1`` of the next."""
@@ -117,5 +117,5 @@ def _named(name: str, i: int) -> str:
     return f"{name}/{i}" if i else name
 
 
-def _as_it_is(said: Decisions) -> Decisions:
-    return Decisions(lambda at: said.logits(at).detach(), said.sample_N)
+def _detached(decisions: Decisions) -> Decisions:
+    return Decisions(lambda at: decisions.logits(at).detach(), decisions.sample_N)

@@ -1,63 +1,77 @@
-"""One run in stages: captions, then answers, then what its own answers earn.
+"""Any recipe trained in stages: pre-training, supervised fine-tuning (SFT), then GRPO or DPO.
 
-Claim: each stage gives what the others cannot, and each begins where the one before it ended.
+Claim: each stage adds what the others cannot, and each begins where the one before it ended.
 
     for each stage:   theta <- argmin over the stage's part of theta of  loss_stage(theta; data_stage)
 
-Weights are handed on and nothing else: every stage has an optimizer and a schedule of its own, over the parameters that
-it trains; all others stand still to the bit, statistics of their batch norms too. Data: StagedData, stages of the same
-names; the callback Stages changes them.
+Weights carry over and nothing else: every stage has an optimizer and a schedule of its own, over the parameters that it
+trains; all others keep their values to the bit, statistics of their batch norms too. Data: StagedData, with stages of
+the same names and their length; the callback Stages goes from one to the next.
 Source: Patho-R1 (Zhang 2025, arXiv 2505.11404): continued pre-training, fine-tuning, GRPO and DAPO.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from descant.modules.core.batch import Batch
-from descant.modules.core.objective import Term
+from descant.modules.core.capabilities import has
+from descant.modules.core.errors import nearest
 from descant.modules.core.protocols import StagedDataModule
-from descant.modules.engine.configure import Shard, nearest
+from descant.modules.engine.configure import Shard
 from descant.modules.engine.trainer import run_steps
-from descant.recipes.base.stage import Prefer, Reinforce, Stage
-from descant.recipes.reinforced import Reinforced
+from descant.recipes.base.recipe import Recipe
+from descant.recipes.base.settings import read_setting, write_setting
+from descant.recipes.base.stage import Stage
+from descant.recipes.base.wrapper import Wrapper
 
 
-class Staged(Reinforced):
-    """A model that is trained in stages.
+class Staged(Wrapper):
+    """Train a recipe in stages (SFT, GRPO, DPO, ...), each with its own objective, parameters, optimizer and data.
 
     Args:
-        stages: name -> what is learned in it, in this order.
+        recipe: what is trained; its training options (optimizer, distill ...) are given here, not there.
+        stages: name -> what it trains and how, in this order.
 
     Raises:
-        ValueError: for no stage; before training, for one that trains no parameter, and for stages that train different
-            parameters of a model that is split over ranks; what Reinforced raises.
+        ValueError: for no stage; before training, for one that trains no parameter or needs a reference policy without
+            ``distill``, and for stages that train different parameters of a model that is split over ranks.
     """
 
-    def __init__(self, stages: dict[str, Stage], **kwargs: Any) -> None:
+    def __init__(self, recipe: Recipe, stages: dict[str, Stage], **kwargs: Any) -> None:
         if not stages:
             raise ValueError("stages: none; such as {answers: {class_path: Stage}}")
         self.stages, self.stage = dict(stages), next(iter(stages))
-        super().__init__(**kwargs)
-        near = [name for name, stage in self.stages.items() if stage.near]
-        if near and self.distill is None:
-            raise ValueError(f"stages.{near[0]}: near to whom? model.distill, such as with a TeacherStage, says it")
-        self._given, self._can = self.loss, list[str]()
+        super().__init__(recipe, **kwargs)
+        self._objective = getattr(recipe, "objective", None)
+        self._own = {name: read_setting(recipe, name) for stage in stages.values() for name in stage.set}
+        for name, stage in stages.items():
+            self._require_objective(name, stage)
+        self._trainable: list[str] = []
+        self._choose_objective()
+
+    def _require_objective(self, name: str, stage: Stage) -> None:
+        if stage.objective is None:
+            return
+        if self._objective is None:
+            raise ValueError(f"stages.{name}.objective: {type(self.inner).__name__} has no choice; VisionLanguage has")
+        try:
+            stage.objective.require(self.inner)  # type: ignore[arg-type]  # a recipe with objectives is such a model
+        except ValueError as error:
+            raise ValueError(f"stages.{name}: {error}") from None
 
     @property
     def now(self) -> Stage:
+        """The current stage."""
         return self.stages[self.stage]
-
-    def terms(self, batch: Batch) -> dict[str, Term]:
-        return self.now.learns.terms(self, batch)
 
     # from one stage to the next -----------------------------------------------------------------------------------
 
     def begin_stage(self, name: str) -> None:
-        """With the weights as they are, or those that the stage is to load."""
-        self.stage, self.step.said = name, None
+        """Go on to a stage, with the weights as they are, or those that the stage is to load."""
+        self.stage = name
         if self.now.load is not None:
             self.now.load.apply(self)
         self._choose()
@@ -65,16 +79,22 @@ class Staged(Reinforced):
             self.distill.teacher.begin(self)
 
     def _choose(self) -> None:
-        """Let the stage's parameters train, and no other."""
-        chosen = {name for name in self._can if self.now.train.search(name)}
+        """Settings, objective and trainable parameters of the current stage, and no others."""
+        chosen = {name for name in self._trainable if self.now.train.search(name)}
         if not chosen:
-            known = nearest(self.now.train.pattern, dict.fromkeys(name.split(".")[0] for name in self._can))
+            known = nearest(self.now.train.pattern, dict.fromkeys(name.split(".")[0] for name in self._trainable))
             raise ValueError(f"stages.{self.stage}.train {self.now.train.pattern!r} matches no parameter; {known}")
-        for name, parameter in self.named_parameters():
+        for name, parameter in self.inner.named_parameters():
             parameter.requires_grad_(name in chosen)
             parameter.grad = None
-        self.loss = self.now.loss or self._given
+        for name, value in {**self._own, **self.now.set}.items():
+            write_setting(self.inner, name, value)
+        self._choose_objective()
         self.train(self.training)
+
+    def _choose_objective(self) -> None:
+        if self._objective is not None:
+            self.inner.objective = self.now.objective or self._objective  # type: ignore[assignment]
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -82,8 +102,9 @@ class Staged(Reinforced):
         if stage == "fit":
             for load in (one.load for one in self.stages.values() if one.load is not None):
                 load.find()  # now, and not when its stage begins
-            if isinstance(data, StagedDataModule):
-                self.stage = data.stage  # the first one that has epochs; a checkpoint may know another
+            if has(data, StagedDataModule):
+                self.stage = data.stage  # the first one that has epochs; a checkpoint may hold another
+                self._choose_objective()
 
     def configure_model(self) -> None:
         if self._configured:
@@ -92,8 +113,8 @@ class Staged(Reinforced):
         if not alike and any(isinstance(part, Shard) for part in self._parts):
             raise ValueError("shard: what trains is settled when parameters are split; give all stages the same train")
         super().configure_model()
-        self._can = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
-        for name in [*self.stages, self.stage]:  # a mistake in any is told before the first step of all
+        self._trainable = [name for name, parameter in self.inner.named_parameters() if parameter.requires_grad]
+        for name in [*self.stages, self.stage]:  # a mistake in any is reported before the first step of all
             self.stage = name
             self._choose()
         if self.now.load is not None:
@@ -110,17 +131,17 @@ class Staged(Reinforced):
         return int(self.trainer.datamodule.steps[self.stage])  # type: ignore[attr-defined]
 
     def train(self, mode: bool = True) -> Staged:
-        if isinstance(self.now.learns, Reinforce | Prefer):
-            super().train(mode)
+        super().train(mode)
+        objective = getattr(self.inner, "objective", None)
+        if objective is not None and objective.deterministic:
             return self
-        nn.Module.train(self, mode)
-        for module in self.modules():  # what stands still does so in what it has counted, too
+        for module in self.inner.modules():  # frozen modules keep their statistics, too
             parameters = list(module.parameters())
-            if module is not self and parameters and not any(p.requires_grad for p in parameters):
-                module.eval()
+            if module is not self.inner and parameters and not any(p.requires_grad for p in parameters):
+                nn.Module.train(module, False)
         return self
 
-    # what a checkpoint knows --------------------------------------------------------------------------------------
+    # checkpoints --------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["stage"] = self.stage
@@ -131,5 +152,19 @@ class Staged(Reinforced):
         if name not in self.stages:
             raise ValueError(f"the checkpoint is of the stage {name!r}; {nearest(name, self.stages)}")
         self.stage = name
-        if self._can:
+        if "state_dict" in checkpoint:
+            checkpoint["state_dict"] = inside(checkpoint["state_dict"])
+        if self._trainable:
             self._choose()
+
+
+def inside(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a staged run by the names that they have now: those of earlier versions had no ``inner.``."""
+    average = "distill.teacher.average."
+
+    def now(name: str) -> str:
+        if name.startswith(average) and not name.startswith(f"{average}inner."):
+            return f"{average}inner.{name.removeprefix(average)}"
+        return name if name.startswith(("inner.", "distill.")) else f"inner.{name}"
+
+    return {now(name): value for name, value in state.items()}

@@ -46,11 +46,11 @@ FEATURES = """
 trainer:
   callbacks+:
     class_path: HarmonizeFeatures
-    init_args: {rule: {class_path: UPGrad}, curriculum: {class_path: Curriculum}}
+    init_args: {rule: {class_path: Realign}, curriculum: {class_path: Curriculum}}
 """
 TOWERS = "{trainer: {callbacks+: {class_path: HarmonizeTowers, init_args: {rule: {class_path: Pareto}}}}}"
 BALANCE = """
-model: {init_args: {regularizers: [{class_path: GreedyGame}, {class_path: LabelContrast}, {class_path: Bottleneck}]}}
+model: {init_args: {regularizers: [{class_path: GreedyGame}, {class_path: Bottleneck}]}}
 trainer:
   callbacks+:
     - {class_path: Balance, init_args: {pacing: {class_path: OGM}, noise: true}}
@@ -91,7 +91,7 @@ RUNS = {
     "masked": Golden(
         (
             fit("--config masked/emoji --config over.yaml", 6),
-            "fit --resume runs/golden/latest --trainer.max_steps 12",
+            fit("--config masked/emoji --config over.yaml --resume auto"),
         ),
         EMA,
     ),

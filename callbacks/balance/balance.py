@@ -1,4 +1,4 @@
-"""Voices that drown the others are held back: the gradients of each modality's tower, paced by how well it does alone.
+"""Per-modality gradient modulation (OGM-GE, AGM, ...): scale each tower's gradients by how well its modality does alone.
 
 Letters: B samples, C classes, M modalities.
 """
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from descant.callbacks.harmonize.terms import Harmonize, read_together, total_of_ranks
 from descant.modules.balance.gradient_modulation import Pacing
+from descant.modules.core.capabilities import has, require
 from descant.modules.core.host import to_device
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import MultimodalClassifier
@@ -24,37 +25,35 @@ from descant.modules.core.sham import Sham
 from descant.modules.engine.trainer import log_interval, share_of_run
 
 
-def measured(pl_module: MultimodalClassifier, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Float64 ``[2, M]`` of the last forward: of each modality the sum of its samples' scores, and how many there are.
+def modality_scores(pl_module: MultimodalClassifier, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Float64 ``[2, M]`` of the last forward: by modality the sum of its samples' scores, and their number.
 
     ``score(share_BC, label_B) -> [B]``.
     """
-    decided, sums = pl_module.step.decided, []
-    assert decided is not None, f"{type(pl_module).__name__} told its step of no decision"
+    assert pl_module.output is not None and pl_module.output.fusion is not None
+    (z, present, label_B), sums = pl_module.output.fusion, []
     with torch.no_grad():
-        shares = pl_module.shares({m: z.detach() for m, z in decided.z.items()}, decided.present)
+        shares = pl_module.shares({m: z_BD.detach() for m, z_BD in z.items()}, present)
         for m in pl_module.modalities:
-            valid_B = decided.present[m] & (decided.label_B >= 0)
-            score_B = score(shares[m], decided.label_B.clamp(min=0)).double()
+            valid_B = present[m] & (label_B >= 0)
+            score_B = score(shares[m], label_B.clamp(min=0)).double()
             sums.append(torch.stack([torch.where(valid_B, score_B, 0.0).sum(), valid_B.sum().double()]))
     return torch.stack(sums, dim=1)
 
 
-def require_contenders(callback: str, pl_module: L.LightningModule) -> tuple[str, ...]:
-    """The modalities of a recipe that has several. Raises ValueError for any other."""
-    name = type(pl_module).__name__
-    if not isinstance(pl_module, MultimodalClassifier):
-        raise ValueError(
-            f"{callback} needs the protocol MultimodalClassifier (step, shares, of_modality); {name} lacks it"
-        )
+def require_multimodal(callback: L.Callback, pl_module: L.LightningModule) -> tuple[str, ...]:
+    """The modalities of a multimodal classifier. Raises ValueError for another module, or one modality."""
+    require(callback, pl_module, MultimodalClassifier)
     return require_several(callback, pl_module)
 
 
-def require_several(callback: str, pl_module: Any) -> tuple[str, ...]:
+def require_several(callback: L.Callback, pl_module: Any) -> tuple[str, ...]:
     """The modalities of a recipe. Raises ValueError for one alone."""
     name, modalities = type(pl_module).__name__, tuple(pl_module.modalities)
     if len(modalities) < 2:
-        raise ValueError(f"{callback}: {name} has one modality, {modalities[0]}: there is nothing to balance")
+        raise ValueError(
+            f"{type(callback).__name__}: {name} has one modality, {modalities[0]}: there is nothing to balance"
+        )
     return modalities
 
 
@@ -110,14 +109,14 @@ class Balance(L.Callback):
         self._sums_2M = None  # of a step that was left in its middle, such as for a loss that was not finite
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._modalities = require_contenders("Balance", pl_module)
+        self._modalities = require_multimodal(self, pl_module)
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         behind = callbacks[callbacks.index(self) + 1 :] if self in callbacks else []
         if any(isinstance(other, Harmonize) for other in behind):
             raise ValueError("Balance: Harmonize comes behind it and would undo it; name Harmonize first")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, MultimodalClassifier)
+        assert has(pl_module, MultimodalClassifier)
         seen: dict[nn.Parameter, str] = {}
         for m in self._modalities:
             own = [p for p in pl_module.of_modality(m) if p.requires_grad]
@@ -129,14 +128,14 @@ class Balance(L.Callback):
             seen.update(dict.fromkeys(own, m))
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        assert isinstance(pl_module, MultimodalClassifier)
+        assert has(pl_module, MultimodalClassifier)
         if share_of_run(trainer) >= self.until:
             return
-        sums_2M = measured(pl_module, self.pacing.score)
+        sums_2M = modality_scores(pl_module, self.pacing.score)
         self._sums_2M = sums_2M if self._sums_2M is None else self._sums_2M + sums_2M
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        assert isinstance(pl_module, MultimodalClassifier)
+        assert has(pl_module, MultimodalClassifier)
         if self._sums_2M is None:  # its share of the run is over
             return
         (read_2M,) = read_together(total_of_ranks(self._sums_2M))  # once a step

@@ -1,4 +1,4 @@
-"""Terms count by how well what they learn generalizes (G-Blending).
+"""Gradient blending (G-Blending): weigh loss terms by how well what they learn generalizes.
 
 Letters: K terms.
 """
@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from descant.callbacks.harmonize.terms import total_of_ranks
+from descant.modules.core.capabilities import has, require
 from descant.modules.core.protocols import HasTerms
 from descant.modules.core.ranks import rank
 from descant.modules.core.sham import Sham
@@ -69,11 +70,10 @@ class GradientBlending(L.Callback):
             self._train_2K = torch.zeros_like(self._train_2K)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if not isinstance(pl_module, HasTerms):
-            raise ValueError(f"Blend needs the protocol HasTerms (step, terms); {type(pl_module).__name__} lacks it")
+        require(self, pl_module, HasTerms)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        assert isinstance(pl_module, HasTerms)
+        assert has(pl_module, HasTerms)
         objective = pl_module.step.objective
         assert objective is not None
         names = tuple(objective.terms)
@@ -102,9 +102,9 @@ class GradientBlending(L.Callback):
     ) -> None:
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or not self.names:
             return
-        assert isinstance(pl_module, HasTerms)
+        assert has(pl_module, HasTerms)
         with torch.no_grad(), trainer.precision_plugin.val_step_context():
-            terms = pl_module.terms(batch)
+            terms = pl_module.forward(batch).all_terms()
         seen = [torch.stack([terms[n].sum().double(), terms[n].count().double()]) for n in self.names]
         seen_2K = torch.stack(seen, dim=1)
         self._val_2K = seen_2K if self._val_2K is None else self._val_2K + seen_2K
@@ -127,7 +127,7 @@ class GradientBlending(L.Callback):
         """``w_K`` of validation and training means, before and now.
 
         >>> before, now = torch.tensor([[2.0, 2.0], [2.0, 2.0]]), torch.tensor([[1.0, 1.5], [0.5, 1.0]])
-        >>> Blend.weighed(before, now).tolist()  # gains 1 and 1/2, gaps opened by 1/2 and 1/2
+        >>> GradientBlending.weighed(before, now).tolist()  # gains 1 and 1/2, gaps opened by 1/2 and 1/2
         [1.3333333333333333, 0.6666666666666666]
         """
         (val_K, train_K), (old_val_K, old_train_K) = now_2K.double(), before_2K.double()

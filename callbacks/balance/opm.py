@@ -1,4 +1,4 @@
-"""Who is ahead is not heard now and then (OPM).
+"""On-the-fly prediction modulation (OPM): drop the leading modality from the fusion input at random.
 
 Letters: B samples, M modalities.
 """
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from descant.callbacks.balance.balance import measured, require_contenders
+from descant.callbacks.balance.balance import modality_scores, require_multimodal
 from descant.callbacks.harmonize.terms import read_together, total_of_ranks
 from descant.modules.balance.gradient_modulation import OGM
 from descant.modules.core.batch import Batch, some
+from descant.modules.core.capabilities import has
 from descant.modules.core.host import derived, to_device
 from descant.modules.core.protocols import MultimodalClassifier
 from descant.modules.core.rng import uniform_N
@@ -65,16 +66,16 @@ class OPM(L.Callback):
         self._sums_2M = None  # of a step that was left in its middle, such as for a loss that was not finite
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        require_contenders("OPM", pl_module)
-        assert isinstance(pl_module, MultimodalClassifier)
-        pl_module.step.hears = self.hears if stage == "fit" else None
+        require_multimodal(self, pl_module)
+        assert has(pl_module, MultimodalClassifier)
+        pl_module.modality_mask = self.modality_mask if stage == "fit" else None
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if isinstance(pl_module, MultimodalClassifier):
-            pl_module.step.hears = None
+        if has(pl_module, MultimodalClassifier):
+            pl_module.modality_mask = None
 
-    def hears(self, batch: Batch) -> dict[str, Tensor]:
-        """Who is there for the decision: whoever is left, or all where nobody would be."""
+    def modality_mask(self, batch: Batch) -> dict[str, Tensor]:
+        """Presence masks for the fusion: what the draw leaves of a sample, or all of it where nothing would be left."""
         left = dict(batch.present)
         for m, q in self.probability.items():
             if q > 0:
@@ -84,12 +85,12 @@ class OPM(L.Callback):
         return {m: derived(torch.where, some_B, mask_B, batch.present[m]) for m, mask_B in left.items()}
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        assert isinstance(pl_module, MultimodalClassifier)
-        sums_2M = measured(pl_module, OGM().score)
+        assert has(pl_module, MultimodalClassifier)
+        sums_2M = modality_scores(pl_module, OGM().score)
         self._sums_2M = sums_2M if self._sums_2M is None else self._sums_2M + sums_2M
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        assert isinstance(pl_module, MultimodalClassifier) and self._sums_2M is not None
+        assert has(pl_module, MultimodalClassifier) and self._sums_2M is not None
         (read_2M,) = read_together(total_of_ranks(self._sums_2M))  # once a step, for who is heard in the next
         (sum_M, count_M), self._sums_2M = read_2M, None
         score_M, modalities = sum_M / count_M, pl_module.modalities

@@ -1,4 +1,4 @@
-"""Who is behind is pulled to the middle of its classes (PMR).
+"""Prototypical modality rebalancing (PMR): pull latents of the slower modality to their class prototypes.
 
 Letters: B samples, C classes, D width of latents.
 """
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from descant.callbacks.balance.balance import require_contenders
+from descant.callbacks.balance.balance import require_multimodal
 from descant.callbacks.harmonize.terms import read_together, total_of_ranks
-from descant.modules.balance.mcr import FusionContext
+from descant.modules.balance.mcr import FusionContext, Regularizer
+from descant.modules.core.capabilities import has
 from descant.modules.core.host import derived, host_copy, to_device
 from descant.modules.core.objective import Term
 from descant.modules.core.protocols import MultimodalClassifier
@@ -77,22 +78,27 @@ class PMR(L.Callback):
         self._sums = {m: x if rank() == 0 else torch.zeros_like(x) for m, x in state_dict["sums"].items()}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        require_contenders("PMR", pl_module)
-        assert isinstance(pl_module, MultimodalClassifier)
+        require_multimodal(self, pl_module)
+        assert has(pl_module, MultimodalClassifier)
         if stage == "fit":
-            pl_module.step.extras.append(self.terms)
+            pl_module.regularizers.append(_PrototypeLoss(self))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if isinstance(pl_module, MultimodalClassifier) and self.terms in pl_module.step.extras:
-            pl_module.step.extras.remove(self.terms)
+        if has(pl_module, MultimodalClassifier):
+            for at in reversed(
+                [n for n, part in enumerate(pl_module.regularizers) if isinstance(part, _PrototypeLoss)]
+            ):
+                del pl_module.regularizers[at]
 
-    def terms(self, asked: FusionContext) -> dict[str, Term]:
-        z, present, label_B = asked.decided
-        C, found = asked.logits_BC.shape[1], {}
+    def terms(self, context: FusionContext, training: bool = True) -> dict[str, Term]:
+        """One term a modality; in training, latents are added to the sums of the next prototypes."""
+        z, present, label_B = context.inputs
+        C, terms = context.logits_BC.shape[1], {}
         for m, z_BD in z.items():
             here_B = derived(_labelled, present[m], label_B)
             here_r = to_device(host_copy(here_B).nonzero()[:, 0], z_BD.device)
-            self._remember(m, z_BD.detach()[here_r].double(), label_B[here_r], C)
+            if training:
+                self._remember(m, z_BD.detach()[here_r].double(), label_B[here_r], C)
             value_B = z_BD.new_zeros(len(z_BD)) * z_BD.sum(dim=1)  # reaches the tower on every rank
             if m in self.middle:
                 p_CD = self.middle[m].to(z_BD)
@@ -102,10 +108,12 @@ class PMR(L.Callback):
                 log_BC = torch.where(known_C, -far_BC, -torch.inf).log_softmax(dim=1)
                 own_B = log_BC.gather(1, label_B.clamp(min=0)[:, None])[:, 0]
                 own_B = torch.where(here_B, own_B, 0.0)
-                self._add(self._score, m, torch.stack([(own_B.detach().double().exp() * here_B).sum(), here_B.sum()]))
+                if training:
+                    score_B = own_B.detach().double().exp() * here_B
+                    self._add(self._score, m, torch.stack([score_B.sum(), here_B.sum()]))
                 value_B = value_B - self.alpha * own_B * float(m == self.behind)
-            found[f"prototype-{m}"] = Term(value_B, valid=here_B, norm=asked.rows)
-        return found
+            terms[f"prototype-{m}"] = Term(value_B, valid=here_B, norm=context.rows)
+        return terms
 
     def _remember(self, m: str, z_RD: Tensor, label_R: Tensor, C: int) -> None:
         fine_R = z_RD.isfinite().all(dim=1)  # of a step that is left out; one row would spoil all classes
@@ -139,6 +147,17 @@ class PMR(L.Callback):
             old_CD = self.middle.get(m, torch.full_like(new_CD, torch.nan)).to(new_CD)
             both_CD = torch.where(old_CD.isfinite(), self.beta * old_CD + (1 - self.beta) * new_CD, new_CD)
             self.middle[m] = torch.where(count_C1 > 0, both_CD, old_CD)
+
+
+class _PrototypeLoss(Regularizer):
+    """The callback's terms among the regularizers of a recipe, while it trains."""
+
+    def __init__(self, callback: PMR) -> None:
+        super().__init__()
+        self.callback = callback
+
+    def forward(self, context: FusionContext) -> dict[str, Term]:
+        return self.callback.terms(context, self.training)
 
 
 def _labelled(present_B: Tensor, label_B: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from descant.modules.core.batch import Batch
+from descant.modules.core.capabilities import has
 from descant.modules.core.objective import Term
 from descant.modules.core.protocols import Scores
 from descant.modules.evaluation.metrics import wide
@@ -86,7 +87,7 @@ class Accuracy(Callback):
         self._names: dict[str, list[str]] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if not isinstance(pl_module, Scores):
+        if not has(pl_module, Scores):
             name = type(pl_module).__name__
             raise ValueError(f"Accuracy needs the protocol Scores (scores(batch)), such as Fusion has; {name} lacks it")
 
@@ -108,7 +109,7 @@ class Accuracy(Callback):
         if isinstance(outputs, Mapping) and "scores" in outputs:
             scores = outputs["scores"]
         else:
-            assert isinstance(pl_module, Scores)
+            assert has(pl_module, Scores)
             with torch.no_grad(), trainer.precision_plugin.val_step_context():
                 scores = pl_module.scores(batch)
         for name, term in scores.items():

@@ -35,6 +35,7 @@ from descant.callbacks.plots.images import (
     run_folder,
 )
 from descant.modules.core.batch import Batch
+from descant.modules.core.capabilities import has
 from descant.modules.core.objective import Term
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import Generates
@@ -120,7 +121,7 @@ class Answering(ForwardEvaluator):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(pl_module, Generates):
+        if not has(pl_module, Generates):
             raise ValueError(f"Answering needs a recipe that answers, such as Chat, not {type(pl_module).__name__}")
         if not isinstance(data, Spells):
             raise ValueError(f"Answering needs data of dialogues, such as Questions; {type(data).__name__} has none")
@@ -137,7 +138,7 @@ class Answering(ForwardEvaluator):
         is_right: Callable[[list[int], list[int]], bool] = getattr(data, "is_right", operator.eq)
 
         def good(view: Batch, sampling: Sampling | None = None) -> tuple[Tensor, Tensor]:
-            assert isinstance(pl_module, Generates)
+            assert has(pl_module, Generates)
             how: Any = {} if sampling is None else {"sampling": sampling}
             with torch.no_grad(), trainer.precision_plugin.val_step_context():
                 answer_ids_BM = pl_module.generate(view, new=self.new, **how)  # type: ignore[call-arg]

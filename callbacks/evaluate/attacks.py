@@ -14,6 +14,7 @@ from torch import Tensor
 from descant.callbacks.evaluate.accuracy import Means
 from descant.callbacks.evaluate.subsets import ForwardEvaluator
 from descant.modules.core.batch import Batch
+from descant.modules.core.capabilities import has
 from descant.modules.core.objective import Term
 from descant.modules.core.protocols import Classifies, Fuses
 from descant.modules.engine.configure import nearest
@@ -82,7 +83,7 @@ class Attacks(ForwardEvaluator):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         name = type(pl_module).__name__
-        if not isinstance(pl_module, Classifies) or not isinstance(pl_module, Fuses):
+        if not has(pl_module, Classifies) or not has(pl_module, Fuses):
             raise ValueError(
                 f"Attacks needs the protocols Classifies (labels) and Fuses (latents, fuse); {name} lacks one"
             )
@@ -99,7 +100,7 @@ class Attacks(ForwardEvaluator):
         self._means, self._slope_MC = Means(), None
 
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
-        assert isinstance(pl_module, Classifies)
+        assert has(pl_module, Classifies)
         label_B, modalities = pl_module.labels(batch), pl_module.modalities
         all_B = keep_B & (label_B >= 0) & batch.both(*modalities)
         # where no row counts one is tried and not counted: ranks add up the same numbers, and know them by name

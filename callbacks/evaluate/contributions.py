@@ -18,6 +18,7 @@ from descant.callbacks.plots.cosines import Track
 from descant.callbacks.plots.curves import lines
 from descant.callbacks.plots.images import keep_picture, run_folder
 from descant.modules.core.batch import Batch
+from descant.modules.core.capabilities import has
 from descant.modules.core.protocols import Classifies, Fuses, Unimodal
 from descant.modules.core.sham import partners
 from descant.modules.fusion.classifiers import coalitions, only, shapley
@@ -75,19 +76,19 @@ class Contributions(ForwardEvaluator):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if not all(isinstance(pl_module, protocol) for protocol in (Classifies, Fuses, Unimodal)):
+        if not all(has(pl_module, protocol) for protocol in (Classifies, Fuses, Unimodal)):
             raise ValueError(
                 "Contributions needs the protocols Classifies (labels), Fuses (latents, fuse) and Unimodal (unimodal); "
                 f"{type(pl_module).__name__} lacks one"
             )
-        require_several("Contributions", pl_module)
+        require_several(self, pl_module)
 
     def _forget(self) -> None:
         super()._forget()
         self._held = {}
 
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
-        assert isinstance(pl_module, Classifies) and isinstance(pl_module, Fuses)
+        assert has(pl_module, Classifies) and has(pl_module, Fuses)
         with torch.no_grad(), trainer.precision_plugin.val_step_context():
             z = pl_module.latents(batch)
         label_B, self._dtype = pl_module.labels(batch), next(iter(z.values())).dtype
@@ -133,7 +134,7 @@ class Contributions(ForwardEvaluator):
         folder = run_folder(trainer)
         if not trainer.is_global_zero or not self.tracks or trainer.fast_dev_run or not trainer.loggers:  # type: ignore[attr-defined]
             return
-        assert isinstance(pl_module, Classifies)
+        assert has(pl_module, Classifies)
         names = [*(f"{m} alone" for m in pl_module.modalities), "all together"]
         panels = {name: (names, *track.seen()) for name, track in self.tracks.items()}
         image = lines(f"accuracy, step {trainer.global_step}", panels)

@@ -20,6 +20,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 from torchmetrics.utilities import dim_zero_cat
 
 from descant.modules.core.batch import Batch, parts
+from descant.modules.core.capabilities import has
 from descant.modules.core.protocols import Embeds
 from descant.modules.engine.trainer import bank_batches
 from descant.modules.evaluation.metrics import (
@@ -178,7 +179,7 @@ class Judge(Callback):
     # the hooks --------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if not isinstance(pl_module, Embeds):
+        if not has(pl_module, Embeds):
             raise ValueError(
                 f"{type(self).__name__} needs the protocol Embeds (embed(batch)); {_name(pl_module)} lacks it"
             )
@@ -593,7 +594,7 @@ class Geometry(Judge):
 
 def embed(trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch) -> dict[str, Tensor]:
     """The recipe's ``embed(batch)`` as a validation step runs it: no gradients, the run's precision."""
-    assert isinstance(pl_module, Embeds)
+    assert has(pl_module, Embeds)
     with torch.no_grad(), trainer.precision_plugin.val_step_context():
         return pl_module.embed(batch)
 

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from descant.callbacks.evaluate.embeddings import Judge, Rows, Store
 from descant.modules.core.batch import Batch
+from descant.modules.core.capabilities import has
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import Features
 from descant.modules.core.rng import mix_N
@@ -107,7 +108,7 @@ class Readout(Judge):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if not isinstance(pl_module, Features):
+        if not has(pl_module, Features):
             raise ValueError(
                 "Readout needs the protocol Features (present_features(batch, modality)); "
                 f"{type(pl_module).__name__} lacks it"
@@ -207,7 +208,7 @@ def weights(module: nn.Module, state: Mapping[str, Tensor] | None) -> Iterator[N
 
 
 def _features(trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, modality: str) -> Tensor:
-    assert isinstance(pl_module, Features)
+    assert has(pl_module, Features)
     with torch.no_grad(), trainer.precision_plugin.val_step_context():
         return pl_module.present_features(batch, modality)
 

@@ -33,6 +33,7 @@ from descant.callbacks.plots.images import (
     run_folder,
 )
 from descant.modules.core.batch import NEGATIVE, Batch
+from descant.modules.core.capabilities import has
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import ReconstructionOutput, Reconstructs
 from descant.modules.core.rng import mix, mix_N
@@ -515,13 +516,13 @@ def reconstruct(
     trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, corruption: Corruption | None
 ) -> dict[str, ReconstructionOutput]:
     """A recipe's ``reconstruct(batch, corruption)`` as a validation step runs it: no gradients, its precision."""
-    assert isinstance(pl_module, Reconstructs)
+    assert has(pl_module, Reconstructs)
     with torch.no_grad(), trainer.precision_plugin.val_step_context():
         return pl_module.reconstruct(batch, corruption)
 
 
 def _require_reconstructs(callback: ForwardEvaluator, pl_module: L.LightningModule) -> None:
-    if not isinstance(pl_module, Reconstructs):
+    if not has(pl_module, Reconstructs):
         raise ValueError(
             f"{type(callback).__name__} needs the protocol Reconstructs (reconstruct(batch, corruption)); "
             f"{type(pl_module).__name__} lacks it"

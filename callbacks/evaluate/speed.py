@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from descant.callbacks.balance.balance import require_contenders
+from descant.callbacks.balance.balance import require_multimodal
+from descant.modules.core.capabilities import has
+from descant.modules.core.faults import UNREAD
 from descant.modules.core.protocols import MultimodalClassifier
-from descant.modules.core.step import UNREAD
 from descant.modules.engine.trainer import log_interval
 
 
@@ -68,10 +69,10 @@ class LearningSpeed(L.Callback):
         self._sums, self._unread = dict(state_dict["sums"]), []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        require_contenders("LearningSpeed", pl_module)
+        require_multimodal(self, pl_module)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        assert isinstance(pl_module, MultimodalClassifier)
+        assert has(pl_module, MultimodalClassifier)
         if trainer.global_step % self.every == 0:
             for m in pl_module.modalities:
                 own = [p for p in pl_module.of_modality(m) if p.grad is not None]

@@ -33,6 +33,7 @@ from descant.callbacks.plots.images import (
     run_folder,
 )
 from descant.modules.core.batch import NEGATIVE, Batch
+from descant.modules.core.capabilities import has
 from descant.modules.core.protocols import Embeds, Scores
 from descant.modules.core.rng import mix, uniform_N
 from descant.modules.engine.configure import nearest
@@ -245,7 +246,7 @@ class ModalitySubsetEval(ForwardEvaluator):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         recipe = type(pl_module).__name__
-        self._scored, embeds = isinstance(pl_module, Scores), isinstance(pl_module, Embeds)
+        self._scored, embeds = has(pl_module, Scores), has(pl_module, Embeds)
         if not self._scored and not embeds:
             raise ValueError(
                 "ModalitySubsetEval needs the protocol Scores (scores(batch)) or Embeds (embed(batch)); "
@@ -305,7 +306,7 @@ class ModalitySubsetEval(ForwardEvaluator):
         parts: Mapping[tuple[str, ...], Tensor],
         name: str,
     ) -> None:
-        assert isinstance(pl_module, Scores)
+        assert has(pl_module, Scores)
         value: dict[tuple[str, tuple[str, ...]], Tensor] = {}
         valid: dict[tuple[str, tuple[str, ...]], Tensor] = {}
         for subset, rows_B in parts.items():

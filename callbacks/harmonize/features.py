@@ -1,4 +1,4 @@
-"""Harmony sample by sample, where terms share a feature.
+"""Gradient harmonization at shared features, sample by sample (CMGH, PCGrad, GradVac, ...).
 
 Letters: B samples, G samples of all ranks, D width, K terms, Q pairs of them, R counts.
 """
@@ -17,6 +17,8 @@ from torchmetrics.functional.classification import binary_auroc
 from descant.callbacks.harmonize.terms import Harmonize, mean_of_ranks, read_together, total_of_ranks
 from descant.callbacks.plots.images import writers
 from descant.modules.core.batch import Batch
+from descant.modules.core.capabilities import has, require
+from descant.modules.core.hooks import GradientHooks
 from descant.modules.core.host import to_device
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import ForksFeatures
@@ -35,7 +37,7 @@ class HarmonizeFeatures(L.Callback):
 
         dL/dz_i = sum_k mix_ik g_ik,    mix_i = rule(G_i),    G_ikl = <g_ik, g_il>,    g_ik = d term_k / d z_i
 
-    of the features that the recipe forks (:meth:`Step.fork`). With in-batch negatives g_ik is the gradient of all
+    of the features that the recipe forks (:meth:`GradientHooks.fork`). With in-batch negatives g_ik is the gradient of all
     samples' losses at the feature of sample i, and not of its own loss alone.
 
     It logs ``harmony/conflict``, the share of samples with terms more than 90 degrees apart, ``harmony/cosine``, the
@@ -97,8 +99,8 @@ class HarmonizeFeatures(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         name = type(pl_module).__name__
-        if not isinstance(pl_module, ForksFeatures):
-            raise ValueError(f"HarmonizeFeatures needs the protocol Forks (step, forks); {name} lacks it")
+        require(self, pl_module, ForksFeatures)
+        assert has(pl_module, ForksFeatures)
         if any(isinstance(other, Harmonize) for other in trainer.callbacks):  # type: ignore[attr-defined]
             raise ValueError("HarmonizeFeatures: Harmonize acts at the parameters already; one of the two")
         met = {m: names for m, names in pl_module.forks.items() if len(names) > 1}
@@ -111,31 +113,29 @@ class HarmonizeFeatures(L.Callback):
             unknown = [term for term in self.curriculum.only or () if term not in self._names]
             if unknown:
                 raise ValueError(f"Curriculum: only {unknown[0]!r}: {nearest(unknown[0], self._names)}")
-        step = pl_module.step
-        step.watched = stage == "fit"
-        step.rule = self._ruled if self.rule is not None and stage == "fit" else None
+        pl_module.hooks.watched = stage == "fit"
+        pl_module.hooks.rule = self._ruled if self.rule is not None and stage == "fit" else None
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if isinstance(pl_module, ForksFeatures):
-            pl_module.step.watched, pl_module.step.rule, pl_module.step.forked = False, None, []
+        if has(pl_module, ForksFeatures):
+            pl_module.hooks.watched, pl_module.hooks.rule, pl_module.hooks.forked = False, None, []
         self._batch = None
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, ForksFeatures)
-        pl_module.step.forked, self._batch = [], batch
+        assert has(pl_module, ForksFeatures)
+        pl_module.hooks.forked, self._batch = [], batch
         self._step = trainer.global_step
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        assert isinstance(pl_module, ForksFeatures) and self._batch is not None
-        step, logs = pl_module.step, (trainer.global_step + 1) % log_interval(trainer) == 0
-        found = next(((names, z) for names, z in step.forked if names == self._names), None)
+        assert has(pl_module, ForksFeatures) and self._batch is not None
+        hooks, logs = pl_module.hooks, (trainer.global_step + 1) % log_interval(trainer) == 0
+        found = next(((names, z) for names, z in hooks.forked if names == self._names), None)
         if found is None or (self.curriculum is None and not logs):
-            step.forked = []
+            hooks.forked = []
             return
-        assert step.objective is not None
-        g_KBD = self._gradients(step, *found)
+        g_KBD = self._gradients(pl_module.step, *found)
         gram_BKK = torch.einsum("kbd,lbd->bkl", g_KBD, g_KBD)
         norm_BK = gram_BKK.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
         pairs = list(combinations(range(len(self._names)), 2))
@@ -148,10 +148,10 @@ class HarmonizeFeatures(L.Callback):
         kept_B = torch.ones_like(valid_B)
         if self.curriculum is not None:
             cos_B = self.curriculum.seen(cos_B, valid_B, self._batch)
-            kept_B = self._drop(trainer, step, cos_B, valid_B)
+            kept_B = self._drop(trainer, hooks, cos_B, valid_B)
         if logs:
             self._log(trainer, pl_module, cos_B, valid_B, kept_B)
-        step.forked = []
+        hooks.forked = []
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         if self.rule is not None:
@@ -183,13 +183,13 @@ class HarmonizeFeatures(L.Callback):
             grads.append(torch.zeros_like(z_BD) if g_BD is None else g_BD)
         return promote(torch.stack(grads))
 
-    def _drop(self, trainer: L.Trainer, step: Step, cos_B: Tensor, valid_B: Tensor) -> Tensor:
+    def _drop(self, trainer: L.Trainer, hooks: GradientHooks, cos_B: Tensor, valid_B: Tensor) -> Tensor:
         assert self.curriculum is not None and self._batch is not None
         kept_B = self.curriculum.kept(cos_B, valid_B, self._batch, share_of_run(trainer))
         dropping = [name for name in self._names if self.curriculum.only is None or name in self.curriculum.only]
         rows = [valid_B & kept_B, valid_B]
         for name in dropping:
-            of = step.terms[name].valid
+            of = hooks.terms[name].valid
             of = torch.ones_like(valid_B) if of is None else of
             if of.shape != kept_B.shape:
                 raise ValueError(f"HarmonizeFeatures: {name} has {len(of)} rows, and the batch {len(kept_B)} samples")
@@ -200,7 +200,7 @@ class HarmonizeFeatures(L.Callback):
         # chosen where the counts are, so that nobody waits for them
         for n, name in enumerate(dropping):
             scaled_B = kept_B.double() * (count_R[3 + 2 * n] / count_R[2 + 2 * n])
-            step.keep[name] = torch.where(few, 1.0, scaled_B)
+            hooks.keep[name] = torch.where(few, 1.0, scaled_B)
         return kept_B | few
 
     def _log(

@@ -1,4 +1,4 @@
-"""Voices that pull against each other, brought into harmony, for any recipe whose terms are mixed by a Step.
+"""Gradient harmonization at shared parameters (PCGrad, CAGrad, MGDA, ...) for any module whose terms a Step mixes.
 
 Letters: K terms, P numbers of a parameter.
 """
@@ -21,13 +21,14 @@ from torch.optim import Optimizer
 
 from descant.callbacks.plots.cosines import Track, cosine_map
 from descant.callbacks.plots.images import keep_picture, run_folder
+from descant.modules.core.capabilities import has, require
+from descant.modules.core.hooks import GradientHooks
 from descant.modules.core.host import host_copy, to_device
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import HasObjective
 from descant.modules.core.ranks import world
 from descant.modules.core.rng import global_seed, mix
 from descant.modules.core.sham import Sham
-from descant.modules.core.step import Step
 from descant.modules.engine.trainer import log_interval
 from descant.modules.multitask.rules import Rule
 
@@ -96,27 +97,23 @@ class Harmonize(L.Callback):
     # the hooks -------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if not isinstance(pl_module, HasObjective):
-            raise ValueError(
-                "Harmonize needs the protocol HasObjective (step, shared_parameters()); "
-                f"{type(pl_module).__name__} lacks it"
-            )
-        if pl_module.step.rule is not None:
+        require(self, pl_module, HasObjective)
+        if hooks_of(pl_module).rule is not None:
             raise ValueError("Harmonize: a rule acts at the features already; one of the two")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._sums = []  # of a step that was left in its middle, such as for a loss that was not finite
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        assert isinstance(pl_module, HasObjective) and pl_module.step.objective is not None
-        step, objective = pl_module.step, pl_module.step.objective
+        assert has(pl_module, HasObjective) and pl_module.step.objective is not None
+        objective = pl_module.step.objective
         self._know(tuple(objective.terms))
         if trainer.global_step % self.every == 0 or self.mix_K is None:
             self._base_K = objective.mix.detach().double()
             value_K = mean_of_ranks(torch.stack([term.detach().double() for term in objective.terms.values()]))
             if self._gathers(trainer):
                 with standing(pl_module):
-                    grads = gradients(step, _trained(pl_module))
+                    grads = gradients(pl_module, _trained(pl_module))
                 first = not self._sums
                 self._value_K = value_K if first else self._value_K + value_K
                 self._sums = grads if first else [a + b for a, b in zip(self._sums, grads, strict=True)]
@@ -124,7 +121,7 @@ class Harmonize(L.Callback):
             gram_KK = torch.zeros(0)
             if self.rule.reads_gradients:
                 with standing(pl_module):
-                    grads = gradients(step, list(pl_module.shared_parameters()))
+                    grads = gradients(pl_module, list(pl_module.shared_parameters()))
                 gram_KK = gram([mean_of_ranks(g) for g in grads])
             self._decide(trainer, pl_module, gram_KK, value_K)
         assert self.mix_K is not None
@@ -132,7 +129,7 @@ class Harmonize(L.Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         if self._sums:
-            assert isinstance(pl_module, HasObjective)
+            assert has(pl_module, HasObjective)
             trained, shared = _trained(pl_module), set(pl_module.shared_parameters())
             # each is divided as Lightning divides a loss, and averaged as ranks are
             sums = [mean_of_ranks(g) / trainer.accumulate_grad_batches for g in self._sums]
@@ -265,22 +262,31 @@ def _cosines(gram_KK: Tensor) -> Tensor:
     return gram_KK[i_Q, j_Q] / norm_K[i_Q] / norm_K[j_Q]
 
 
-def gradients(step: Step, parameters: Sequence[nn.Parameter], names: Sequence[str] | None = None) -> list[Tensor]:
+def hooks_of(pl_module: object) -> GradientHooks:
+    """The gradient hooks of a module; new ones for a module without."""
+    hooks = getattr(pl_module, "hooks", None)
+    return hooks if isinstance(hooks, GradientHooks) else GradientHooks()
+
+
+def gradients(
+    pl_module: HasObjective, parameters: Sequence[nn.Parameter], names: Sequence[str] | None = None
+) -> list[Tensor]:
     """``[K, ...]`` a parameter: the gradient of each term of the step's objective, on this rank, unmixed.
 
     Of all terms where no names are given.
 
     The graph stays, and forks pass gradients through untouched meanwhile. Zeros where a term does not reach.
     """
-    assert step.objective is not None
-    step.probing = True
+    hooks, objective = hooks_of(pl_module), pl_module.step.objective
+    assert objective is not None
+    hooks.probing = True
     try:
         each = [
             torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-            for term in (step.objective.terms[name] for name in names or step.objective.terms)
+            for term in (objective.terms[name] for name in names or objective.terms)
         ]
     finally:
-        step.probing = False
+        hooks.probing = False
     found = []
     for p, *of_terms in zip(parameters, *each, strict=True):
         found.append(torch.stack([torch.zeros_like(p) if g is None else g for g in of_terms]))

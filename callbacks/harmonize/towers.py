@@ -1,4 +1,4 @@
-"""Harmony tower by tower: where a modality's own loss meets the joint one.
+"""Gradient harmonization tower by tower (MMPareto, ...): a modality's own loss against the joint one.
 
 Letters: K terms, D width.
 """
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from descant.callbacks.harmonize.features import HarmonizeFeatures
 from descant.callbacks.harmonize.terms import Harmonize, gradients, gram, mean_of_ranks, read_together, standing
+from descant.modules.core.capabilities import has, require
 from descant.modules.core.host import to_device
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import ForksFeatures, MultimodalClassifier
@@ -66,22 +67,22 @@ class HarmonizeTowers(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         name = type(pl_module).__name__
-        if not isinstance(pl_module, MultimodalClassifier) or not isinstance(pl_module, ForksFeatures):
-            raise ValueError(f"HarmonizeTowers needs the protocols MultimodalClassifier and Forks; {name} lacks one")
+        require(self, pl_module, MultimodalClassifier, ForksFeatures)
+        assert has(pl_module, ForksFeatures)
         others = [c for c in trainer.callbacks if isinstance(c, Harmonize | HarmonizeFeatures)]  # type: ignore[attr-defined]
         if others:
             raise ValueError(f"HarmonizeTowers: {type(others[0]).__name__} is there already; one of the two")
         self._met = {m: names for m, names in pl_module.forks.items() if len(names) > 1}
         if not self._met:
             raise ValueError(f"HarmonizeTowers: no two terms of {name} meet at a modality; such as model.unimodal true")
-        pl_module.step.rule = self._ruled if stage == "fit" else None
+        pl_module.hooks.rule = self._ruled if stage == "fit" else None
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if isinstance(pl_module, ForksFeatures):
-            pl_module.step.rule = None
+        if has(pl_module, ForksFeatures):
+            pl_module.hooks.rule = None
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        assert isinstance(pl_module, MultimodalClassifier)
+        assert has(pl_module, MultimodalClassifier)
         objective = pl_module.step.objective
         assert objective is not None
         if trainer.global_step % self.every and self.mix:
@@ -91,7 +92,7 @@ class HarmonizeTowers(L.Callback):
         for m, names in self._met.items():
             own = [p for p in pl_module.of_modality(m) if p.requires_grad]
             with standing(pl_module):
-                grads = gradients(pl_module.step, own, names)
+                grads = gradients(pl_module, own, names)
             base_K = torch.stack([base[name] for name in names])
             grams.append(gram([mean_of_ranks(g) for g in grads]) * base_K[:, None] * base_K)
         # rules work on the CPU: an accelerator is read once, and not once for each small matrix

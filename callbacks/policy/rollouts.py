@@ -16,6 +16,7 @@ from torch import Tensor
 
 from descant.callbacks.policy.rounds import added
 from descant.callbacks.run.resumable_log import ResumableLog
+from descant.modules.core.capabilities import has
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import RolloutData, RolloutPolicy
 from descant.modules.core.rng import global_seed, mix_N
@@ -86,12 +87,12 @@ class Rollouts(Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         parts = data_parts(trainer)
-        rolled = [part for part in parts if isinstance(part, RolloutData)]
+        rolled = [part for part in parts if has(part, RolloutData)]
         if not rolled:
             raise ValueError(
                 f"Rollouts needs data of answers, such as QuestionRollouts, not {type(parts[-1]).__name__}"
             )
-        if not isinstance(pl_module, RolloutPolicy):
+        if not has(pl_module, RolloutPolicy):
             raise ValueError(
                 f"Rollouts needs a recipe that draws answers, such as Reinforced, not {type(pl_module).__name__}"
             )
@@ -105,7 +106,7 @@ class Rollouts(Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data: Any = data_now(trainer)
         now = epoch_now(trainer) // self.passes
-        if not isinstance(data, RolloutData) or data.version >= now:
+        if not has(data, RolloutData) or data.version >= now:
             return
         problems, drawn, r_RK, log = self._asked(trainer, pl_module, now)
         group_R = torch.arange(data.items).repeat_interleave(data.group)
@@ -115,7 +116,7 @@ class Rollouts(Callback):
         if not live_R.any():
             rank_zero_warn(f"Rollouts: rollout {now}: all answers to each question were as good: nothing is learned")
         data.renew(problems, {**drawn, "advantage": judged.advantage_B, "live": live_R}, now)
-        assert isinstance(pl_module, RolloutPolicy)
+        assert has(pl_module, RolloutPolicy)
         if pl_module.needs_reference:
             data.renew(problems, {"reference": self._reference(trainer, pl_module)}, now)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in log.items()})

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from descant.callbacks.run.resumable_log import ResumableLog
 from descant.modules.core.batch import Batch
+from descant.modules.core.capabilities import has
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import AnswersQuestions, QuestionPoolData
 from descant.modules.core.rng import global_seed, mix_N
@@ -80,21 +81,21 @@ class Rounds(Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         parts = data_parts(trainer)
-        if not any(isinstance(part, QuestionPoolData) for part in parts):
+        if not any(has(part, QuestionPoolData) for part in parts):
             raise ValueError(
                 f"Rounds needs data with a pool, such as QuestionPool; {type(parts[-1]).__name__} has none"
             )
-        if not isinstance(pl_module, AnswersQuestions):
+        if not has(pl_module, AnswersQuestions):
             raise ValueError(f"Rounds needs a recipe that answers, such as Chat; {type(pl_module).__name__} does not")
         if stage == "fit" and getattr(pl_module, "distill", None) is None:
             raise ValueError("Rounds needs a teacher: model.distill with a TeacherRun of a Chat")
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data = data_now(trainer)
-        if not isinstance(data, QuestionPoolData):
+        if not has(data, QuestionPoolData):
             return
         teacher = cast(nn.Module, pl_module.distill.network).to(pl_module.device)  # type: ignore[union-attr]
-        if not isinstance(teacher, AnswersQuestions):
+        if not has(teacher, AnswersQuestions):
             raise ValueError(f"Rounds: the teacher, {type(teacher).__name__}, answers no questions; Chat does")
         now = epoch_now(trainer) // self.epochs
         if data.version >= now:

@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from descant.callbacks.run.resume import Resume, say
-from descant.modules.core.step import UNREAD, Step, UnreadTerms
+from descant.modules.core.faults import UNREAD, Unread
+from descant.modules.core.step import Step
 from descant.modules.engine.trainer import log_interval
 from descant.modules.io import jsonl as lines
 
@@ -40,7 +41,7 @@ class _Waiting(NamedTuple):
     step: int
     epoch: int
     finite: Tensor
-    unread: list[UnreadTerms]
+    unread: list[Unread]
 
 
 class NonFinite(L.Callback):
@@ -118,7 +119,7 @@ class NonFinite(L.Callback):
         step = getattr(pl_module, "step", None)
         self._step = step if isinstance(step, Step) and not _scaler(trainer) else None
         if self._step is not None:
-            self._step.raises = False
+            self._step.faults.raises = False
         self._waiting = []
         noted = lines.objects(_ledger(trainer)) if trainer.is_global_zero else []
         self.entries = trainer.strategy.broadcast(noted)
@@ -145,7 +146,7 @@ class NonFinite(L.Callback):
             return
         if _finite(trainer, parameters):
             if self._step is not None:
-                self._step.unread.clear()
+                self._step.faults.unread.clear()
             return
         entry = {"step": step, "epoch": trainer.current_epoch, "action": self.policy, **self._fault(trainer)}
         known = any(e["step"] == step and e["action"] == self.policy for e in self.entries)
@@ -168,9 +169,9 @@ class NonFinite(L.Callback):
     def _wait(self, trainer: L.Trainer, optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
         """Note this step to be looked at later, and let the device leave it out if it can."""
         finite = _all_finite(parameters)
-        unread: list[UnreadTerms] = []
+        unread: list[Unread] = []
         if self._step is not None:
-            unread, self._step.unread = self._step.unread, unread
+            unread, self._step.faults.unread = self._step.faults.unread, unread
         self._waiting.append(_Waiting(trainer.global_step, trainer.current_epoch, finite, unread))
         if getattr(optimizer, "_step_supports_amp_scaling", False):  # as under a scaler: a kernel that does nothing
             optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
@@ -190,7 +191,7 @@ class NonFinite(L.Callback):
         if wrong is None:
             return
         if self._step is not None:
-            self._step.unread = wrong.unread
+            self._step.faults.unread = wrong.unread
         entry = {"step": wrong.step, "epoch": wrong.epoch, "action": "raise", **self._fault(trainer)}
         self._note(trainer, entry)
         raise FloatingPointError(f"step {wrong.step}: {_told(entry)} (read at step {trainer.global_step})")
@@ -235,17 +236,17 @@ class NonFinite(L.Callback):
             for buffer, before in zip(pl_module.buffers(), self._buffers, strict=True):
                 buffer.copy_(before)
         if self._step is not None:
-            self._step.faults.clear()
-            self._step.unread.clear()
+            self._step.faults.terms.clear()
+            self._step.faults.unread.clear()
 
     def _fault(self, trainer: L.Trainer) -> dict[str, Any]:
         """Which terms were not finite, and of which samples, over all ranks. Collective."""
         if self._step is not None:
-            self._step.read()
-        faults = dict(self._step.faults) if self._step is not None else {}
+            self._step.faults.read()
+        faults = dict(self._step.faults.terms) if self._step is not None else {}
         every = [faults]
         if self._step is not None:
-            self._step.faults.clear()
+            self._step.faults.terms.clear()
         if trainer.world_size > 1:
             every = [{} for _ in range(trainer.world_size)]
             dist.all_gather_object(every, faults)

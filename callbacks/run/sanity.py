@@ -14,6 +14,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, SequentialLR
 
 from descant.modules.core.batch import NEGATIVE, Batch
+from descant.modules.core.capabilities import has
 from descant.modules.core.chunks import looks_at_the_batch
 from descant.modules.core.protocols import Embeds, HasObjective, HasTowers
 from descant.modules.core.rng import by_rank, drawn_by_rank
@@ -70,7 +71,7 @@ class Sanity(L.Callback):
         if not self._look:
             return
         self._look = False
-        if isinstance(pl_module, HasObjective) and pl_module.step.objective is not None:
+        if has(pl_module, HasObjective) and pl_module.step.objective is not None:
             terms = pl_module.step.objective.terms
             for name in (name for name in pl_module.step.mix if name not in terms):
                 _warn(trainer, f"mix {name}: no such term in the first step; there is {', '.join(terms)}")
@@ -228,7 +229,7 @@ def _frozen(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
 
 def chunked_norms(pl_module: L.LightningModule) -> list[str]:
     """Towers whose batch norms see a chunk where the loss sees the batch: other gradients than the whole batch's."""
-    if not isinstance(pl_module, HasObjective) or not isinstance(pl_module, HasTowers) or pl_module.step.chunks == 1:
+    if not has(pl_module, HasObjective) or not has(pl_module, HasTowers) or pl_module.step.chunks == 1:
         return []
     return [
         f"chunks {pl_module.step.chunks}: tower {name} has batch norms, whose statistics are then of a chunk and not "
@@ -254,7 +255,7 @@ def _nothing_logged(trainer: L.Trainer) -> str:
 
 
 def _unused_terms(pl_module: L.LightningModule) -> list[str]:
-    if not isinstance(pl_module, HasObjective):
+    if not has(pl_module, HasObjective):
         return []
     unused = [name for name, factor in pl_module.step.mix.items() if factor == 0]
     return [f"mix {name}: 0: the term is computed and thrown away" for name in unused]
@@ -264,7 +265,7 @@ def _unused_modalities(trainer: L.Trainer, pl_module: L.LightningModule) -> list
     """What the data reads for nobody, and towers that nothing reaches, of a recipe that says what it reads."""
     reads = getattr(pl_module, "reads", None)
     there = getattr(data_now(trainer), "modalities", ()) if trainer.datamodule is not None else ()  # type: ignore[attr-defined]
-    if not isinstance(pl_module, HasTowers) or reads is None or not there:
+    if not has(pl_module, HasTowers) or reads is None or not there:
         return []
     used = {*pl_module.towers, *reads}
     lines = [
@@ -293,7 +294,7 @@ def _still(first: list[torch.Tensor], last: list[torch.Tensor], steps: int) -> l
 def _alike(trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> list[str]:
     """Where embeddings are the same whatever is embedded."""
     compiled = any(module._compiled_call_impl is not None for module in pl_module.modules())  # it would be once more
-    if not isinstance(pl_module, Embeds) or not isinstance(batch, Batch) or compiled:
+    if not has(pl_module, Embeds) or not isinstance(batch, Batch) or compiled:
         return []
     was = pl_module.training
     pl_module.eval()  # draws nothing at random, and counts nothing into the norms

@@ -20,6 +20,7 @@ from descant.callbacks.plots.images import keep_picture, run_folder
 from descant.callbacks.policy.rollouts import Rollouts
 from descant.callbacks.run.resumable_log import ResumableLog
 from descant.callbacks.run.resume import Resume, settle_buckets
+from descant.modules.core.capabilities import has
 from descant.modules.core.protocols import RolloutData, StagedDataModule, StagedRecipe
 from descant.modules.engine.configure import nearest
 
@@ -70,9 +71,9 @@ class Stages(Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(pl_module, StagedRecipe):
+        if not has(pl_module, StagedRecipe):
             raise ValueError(f"Stages needs a recipe in stages, such as Staged, not {type(pl_module).__name__}")
-        if not isinstance(data, StagedDataModule):
+        if not has(data, StagedDataModule):
             raise ValueError(f"Stages needs data in stages, StagedData, not {type(data).__name__}")
         theirs, ours = list(data.stages), list(pl_module.stages)
         if theirs != ours:
@@ -81,7 +82,7 @@ class Stages(Callback):
             raise ValueError(f"data.stages {', '.join(theirs)}, model.stages {', '.join(ours)}: {hint}")
         asks = any(isinstance(c, Rollouts) for c in trainer.callbacks)  # type: ignore[attr-defined]
         for name, during in data.stages.items() if stage == "fit" else ():
-            if isinstance(during.data, RolloutData) and during.epochs and not asks:
+            if has(during.data, RolloutData) and during.epochs and not asks:
                 raise ValueError(
                     f"stage {name!r}: its data are the model's own answers, and the callback Rollouts asks"
                 )

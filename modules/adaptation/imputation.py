@@ -1,13 +1,11 @@
-"""What stands in the place of a modality that a sample lacks, where a network is to see something there.
+"""Imputation of missing modalities: features in place of those that a sample lacks.
 
 Letters: B samples of a batch, D width of the features, S sets of available modalities.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Self, cast
 
 import torch
@@ -122,46 +120,21 @@ class PromptImputer(Imputer):
         return torch.where(lacks_B[:, None], prompt_SD[to_device(set_B, h_BD.device)], h_BD)
 
 
-# what a recipe asks ---------------------------------------------------------------------------------------------------
+class Imputation(NamedTuple):
+    """An imputer and the modalities that the samples of a batch really have: ``has``: modality -> bool ``[B]``."""
 
-
-class _Standing(NamedTuple):
-    fill: Imputer
+    imputer: Imputer
     has: Mapping[str, Tensor]
 
+    def seen(self, modality: str, present_B: Tensor) -> Tensor:
+        """Bool ``[B]``: the rows for which a tower runs, of those that a recipe takes for present.
 
-_standing: ContextVar[_Standing | None] = ContextVar("fill", default=None)
+        >>> has = {"text": torch.tensor([True, False])}
+        >>> Imputation(ZeroImputer(), has).seen("text", torch.tensor([True, True])).tolist()
+        [True, False]
+        """
+        return derived(torch.logical_and, present_B, self.has[modality])
 
-
-@contextmanager
-def imputing(fill: Imputer, has: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, modalities that samples lack have the features of ``fill``, wherever a recipe takes them for present.
-
-    Args:
-        fill: of the features.
-        has: modality -> bool ``[B]``: what the samples really have.
-
-    >>> has = {"text": torch.tensor([True, False])}
-    >>> with imputing(ZeroImputer(), has):
-    ...     print(seen("text", torch.tensor([True, True])).tolist())
-    [True, False]
-    """
-    token = _standing.set(_Standing(fill, has))
-    try:
-        yield
-    finally:
-        _standing.reset(token)
-
-
-def seen(modality: str, present_B: Tensor) -> Tensor:
-    """Bool ``[B]``: the rows for which a tower runs, of those that a recipe takes for present."""
-    standing = _standing.get()
-    return present_B if standing is None else derived(torch.logical_and, present_B, standing.has[modality])
-
-
-def filled(h_BD: Tensor, modality: str, present_B: Tensor) -> Tensor:
-    """Features of all rows that a recipe takes for present: of a tower, or what stands in for them."""
-    standing = _standing.get()
-    if standing is None:
-        return h_BD
-    return cast(Tensor, standing.fill(h_BD, modality, standing.has, present_B & ~standing.has[modality]))
+    def filled(self, h_BD: Tensor, modality: str, present_B: Tensor) -> Tensor:
+        """Features of all rows that a recipe takes for present, imputed where the sample lacks the modality."""
+        return cast(Tensor, self.imputer(h_BD, modality, self.has, present_B & ~self.has[modality]))

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from descant.modules.core.host import host_copy, to_device
 from descant.modules.core.ranks import gather, world
 from descant.modules.core.rng import uniform_N
-from descant.modules.core.rows import rows
+from descant.modules.core.rows import RowTracker, share_rows
 from descant.modules.core.sham import Sham
 from descant.modules.engine.configure import nearest
 
@@ -348,13 +348,13 @@ def _axis(layer: nn.Module) -> int:
 class _Route:
     """The sets of the samples that run now."""
 
-    def __init__(self, set_B: Tensor, device: torch.device) -> None:
-        self.set_B, self.device = set_B, device
+    def __init__(self, set_B: Tensor, device: torch.device, tracker: RowTracker) -> None:
+        self.set_B, self.device, self.tracker = set_B, device, tracker
         self._seen: dict[int, tuple[Tensor | None, Tensor, list[int]]] = {}
 
     def here(self) -> tuple[Tensor, list[int]]:
         """The number of each row's set among those that occur, on the device, and which these are."""
-        row_R = rows()
+        row_R = self.tracker.current
         if id(row_R) not in self._seen:
             set_R = self.set_B if row_R is None else self.set_B[host_copy(row_R)]
             found_S, number_R = set_R.unique(return_inverse=True)
@@ -426,6 +426,7 @@ class ModulationBank(nn.Module):
             modalities: in their order.
             drawn: the sets that samples are left with in training; all subsets where not given.
         """
+        self._tracker = share_rows(network)
         self.sets = Sets(modalities, drawn if self.chosen is None else self.chosen)
         trained = self.sets if drawn is None else Sets(modalities, drawn)
         if not len(self.sets):
@@ -514,7 +515,7 @@ class ModulationBank(nn.Module):
         if self.sham.mode == "permute" and not self.training:
             set_B = torch.where(set_B == WHOLE, set_B, (set_B + 1) % len(self.sets))
         before = self._route
-        self._route = _Route(set_B, next(iter(present.values())).device)
+        self._route = _Route(set_B, next(iter(present.values())).device, self._tracker)
         try:
             yield
         finally:

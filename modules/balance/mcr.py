@@ -1,4 +1,4 @@
-"""Games that modalities play for one decision (MCR): terms beside a classifier's own.
+"""Regularizers of a multimodal classifier, such as those of MCR: loss terms beside its own.
 
 Letters: B samples, D width of a modality's latents, C classes, S permutations, M modalities.
 """
@@ -17,25 +17,25 @@ from torch.nn import functional as F
 from descant.modules.core.batch import Batch
 from descant.modules.core.host import derived
 from descant.modules.core.objective import Term
+from descant.modules.core.output import FusionInputs
 from descant.modules.core.ranks import gather
 from descant.modules.core.sham import partners
-from descant.modules.core.step import FusionInputs
 from descant.modules.fusion.classifiers import OrthogonalFusion
 
 
 @dataclass(frozen=True)
 class FusionContext:
-    """What a regularizer may ask: what was decided of in a forward, by which logits, and what others would give.
+    """What a regularizer reads of a forward pass: fusion inputs, logits, and the fusion itself.
 
     Attributes:
-        decided: latents, presence and labels. heard: who the decision heard of, all where nobody is kept from it.
-        logits_BC: what was said of them.
+        inputs: latents, presence and labels. present: presence masks that the fusion got, after a callback's dropout.
+        logits_BC: of the fusion.
         fuse: from latents and presence to logits. fusion: the module that does it.
-        batch: of the samples. rows: how many of the whole step have a modality, which terms are divided by.
+        batch: of the samples. rows: samples of the whole step with a modality, which terms are divided by.
     """
 
-    decided: FusionInputs
-    heard: Mapping[str, Tensor]
+    inputs: FusionInputs
+    present: Mapping[str, Tensor]
     logits_BC: Tensor
     fuse: Callable[[dict[str, Tensor], Mapping[str, Tensor] | None], Tensor]
     fusion: nn.Module
@@ -44,7 +44,7 @@ class FusionContext:
 
 
 class Regularizer(nn.Module):
-    """``regularizer(asked)`` -> named terms, that join the recipe's own."""
+    """``regularizer(context)`` -> named terms that join the recipe's own."""
 
     #: Whether samples of the batch are compared, so that micro-batches of a step would have fewer of them.
     in_batch_negatives = False
@@ -53,7 +53,7 @@ class Regularizer(nn.Module):
         """Makes its layers, if it has some, for modality -> width of its latents."""
         return self
 
-    def forward(self, asked: FusionContext) -> dict[str, Term]:
+    def forward(self, context: FusionContext) -> dict[str, Term]:
         raise NotImplementedError
 
 
@@ -94,34 +94,34 @@ class Game(Regularizer):
         """What ``player`` makes of D(player; disturbed): below zero it is raised, above zero lowered."""
         raise NotImplementedError
 
-    def forward(self, asked: FusionContext) -> dict[str, Term]:
-        z, present = asked.decided.z, asked.heard
+    def forward(self, context: FusionContext) -> dict[str, Term]:
+        z, present = context.inputs.z, context.present
         several_B = derived(_several, *present.values())
-        value_B = torch.zeros_like(asked.logits_BC[:, 0])
+        value_B = torch.zeros_like(context.logits_BC[:, 0])
         for i in z:
             plays_B = derived(torch.logical_and, several_B, present[i])
-            sources = [partners(asked.batch.draw, plays_B, "game", i, s) for s in range(self.permutations)]
+            sources = [partners(context.batch.draw, plays_B, "game", i, s) for s in range(self.permutations)]
             source_SB = torch.stack(sources).flatten()
             for a in z:
                 stake = self.stake(a, i, len(z))
                 if stake:
                     moving = self.moving(z, a)
-                    d_B = self.disturbed(asked, moving, present, i, source_SB)
+                    d_B = self.disturbed(context, moving, present, i, source_SB)
                     value_B = value_B + stake * torch.where(plays_B & present[a], d_B, 0.0)
-        return {"game": Term(self.weight * value_B, valid=several_B, norm=asked.rows)}
+        return {"game": Term(self.weight * value_B, valid=several_B, norm=context.rows)}
 
     def moving(self, z: Mapping[str, Tensor], player: str) -> dict[str, Tensor]:
         """Latents of which only the player's take a gradient."""
         return {m: z_BD if m == player else z_BD.detach() for m, z_BD in z.items()}
 
     def disturbed(
-        self, asked: FusionContext, z: dict[str, Tensor], present: Mapping[str, Tensor], i: str, source_SB: Tensor
+        self, context: FusionContext, z: dict[str, Tensor], present: Mapping[str, Tensor], i: str, source_SB: Tensor
     ) -> Tensor:
         """``d_B``: mean divergence from the logits as they are, with z_i handed on by S circles."""
         S = self.permutations
         z_SB = {m: z_BD[source_SB] if m == i else z_BD.repeat(S, 1) for m, z_BD in z.items()}
-        f_SBC = asked.fuse(z_SB, {m: derived(lambda x: x.repeat(S), x_B) for m, x_B in present.items()})
-        return js_divergence(f_SBC, asked.logits_BC.repeat(S, 1)).unflatten(0, (S, -1)).mean(dim=0)
+        f_SBC = context.fuse(z_SB, {m: derived(lambda x: x.repeat(S), x_B) for m, x_B in present.items()})
+        return js_divergence(f_SBC, context.logits_BC.repeat(S, 1)).unflatten(0, (S, -1)).mean(dim=0)
 
 
 def _several(*masks: Tensor) -> Tensor:
@@ -177,11 +177,11 @@ class LabelContrast(Regularizer):
             raise ValueError(f"temperature {temperature:g}: above 0, such as 0.1")
         self.weight, self.temperature = weight, temperature
 
-    def forward(self, asked: FusionContext) -> dict[str, Term]:
-        z, present, label_B = asked.decided
+    def forward(self, context: FusionContext) -> dict[str, Term]:
+        z, present, label_B = context.inputs
         u = {m: F.normalize(z_BD, dim=1) for m, z_BD in z.items()}
         label_G, all_G = gather(label_B), {m: gather(u_BD) for m, u_BD in u.items()}
-        total_B, any_B = torch.zeros_like(asked.logits_BC[:, 0]), torch.zeros_like(label_B, dtype=torch.bool)
+        total_B, any_B = torch.zeros_like(context.logits_BC[:, 0]), torch.zeros_like(label_B, dtype=torch.bool)
         for a, c in combinations(z, 2):
             both_B = present[a] & present[c] & (label_B >= 0)
             both_G = gather(both_B)
@@ -194,7 +194,7 @@ class LabelContrast(Regularizer):
                 value_B = -log_BG.sum(dim=1) / same_BG.sum(dim=1).clamp(min=1)
                 total_B = total_B + torch.where(both_B, value_B, 0.0) / 2
             any_B = any_B | both_B
-        return {"contrast": Term(self.weight * total_B, valid=any_B, norm=asked.rows)}
+        return {"contrast": Term(self.weight * total_B, valid=any_B, norm=context.rows)}
 
 
 class Bottleneck(Regularizer):
@@ -220,17 +220,17 @@ class Bottleneck(Regularizer):
         )
         return self
 
-    def forward(self, asked: FusionContext) -> dict[str, Term]:
-        z, present, _ = asked.decided
+    def forward(self, context: FusionContext) -> dict[str, Term]:
+        z, present, _ = context.inputs
         guess = dict(
-            zip(self.widths, self.g(asked.logits_BC.detach()).split(list(self.widths.values()), 1), strict=True)
+            zip(self.widths, self.g(context.logits_BC.detach()).split(list(self.widths.values()), 1), strict=True)
         )
         here = {m: present[m][:, None] for m in self.widths}
         off_B = torch.stack([torch.where(here[m], z[m] - guess[m], 0.0).square().sum(dim=1) for m in self.widths]).sum(
             dim=0
         )
         count_B = torch.stack([present[m] * width for m, width in self.widths.items()]).sum(dim=0)
-        return {"bottleneck": Term(self.weight * off_B / count_B.clamp(min=1), valid=count_B > 0, norm=asked.rows)}
+        return {"bottleneck": Term(self.weight * off_B / count_B.clamp(min=1), valid=count_B > 0, norm=context.rows)}
 
 
 class UnimodalMargin(Regularizer):
@@ -252,18 +252,18 @@ class UnimodalMargin(Regularizer):
         super().__init__()
         self.weight = weight
 
-    def forward(self, asked: FusionContext) -> dict[str, Term]:
-        if not isinstance(asked.fusion, OrthogonalFusion):
+    def forward(self, context: FusionContext) -> dict[str, Term]:
+        if not isinstance(context.fusion, OrthogonalFusion):
             raise ValueError(
-                f"UnimodalMargin: model.fusion OrthogonalFusion has margins; {type(asked.fusion).__name__} not"
+                f"UnimodalMargin: model.fusion OrthogonalFusion has margins; {type(context.fusion).__name__} not"
             )
-        z, present, label_B = asked.decided
+        z, present, label_B = context.inputs
         at_B1 = label_B.clamp(min=0)[:, None]
         over = []
-        for m, s_BC in asked.fusion.alone(z, present).items():
+        for m, s_BC in context.fusion.alone(z, present).items():
             off_BC = (s_BC - s_BC.gather(1, at_B1)).scatter(1, at_B1, -torch.inf)
             over.append(off_BC.masked_fill(~present[m][:, None], -torch.inf))
         floor_B1 = torch.full_like(over[0][:, :1], 1e-5).log()
         value_B = torch.cat([*over, floor_B1], dim=1).logsumexp(dim=1)
         some_B = torch.stack([present[m] for m in z]).any(dim=0)
-        return {"margin": Term(self.weight * value_B, valid=some_B & (label_B >= 0), norm=asked.rows)}
+        return {"margin": Term(self.weight * value_B, valid=some_B & (label_B >= 0), norm=context.rows)}

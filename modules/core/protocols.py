@@ -11,7 +11,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from descant.modules.core.batch import Batch
+from descant.modules.core.hooks import GradientHooks
 from descant.modules.core.objective import Term
+from descant.modules.core.output import Output, Scorer
 from descant.modules.core.step import Step
 from descant.modules.masking.corruptions import Corruption
 
@@ -27,11 +29,12 @@ class HasObjective(Protocol):
 
 @runtime_checkable
 class HasTerms(Protocol):
-    """``terms(batch)``: the loss term by term, which a :class:`Step` mixes."""
+    """``forward(batch)``: the loss term by term, which a :class:`Step` mixes; ``output``: of the last forward."""
 
     step: Step
+    output: Output | None
 
-    def terms(self, batch: Batch) -> dict[str, Term]: ...
+    def forward(self, batch: Batch) -> Output: ...
 
 
 @runtime_checkable
@@ -44,9 +47,10 @@ class HasTowers(Protocol):
 
 @runtime_checkable
 class ForksFeatures(Protocol):
-    """Shares features between terms through :meth:`Step.fork`; ``forks`` names who meets where."""
+    """Shares features between terms through ``hooks.fork``; ``forks``: modality -> the terms that share its feature."""
 
     step: Step
+    hooks: GradientHooks
 
     @property
     def forks(self) -> Mapping[str, tuple[str, ...]]: ...
@@ -88,16 +92,10 @@ class Scaled(Protocol):
     def scale(self) -> Tensor: ...
 
 
-#: ``scorer(row_N, column_N)`` -> ``[N]``: how well sample row_N's one modality fits sample column_N's other.
-Scorer = Callable[[Tensor, Tensor], Tensor]
-
-
 @runtime_checkable
 class Matches(Protocol):
-    """``scorers(batch)``: by the name of a pair of modalities, such as "image-text". Training leaves them in
-    ``step.pairs``."""
-
-    step: Step
+    """``scorers(batch)``: by the name of a pair of modalities, such as "image-text". Training has them in
+    ``Output.pairs``."""
 
     def scorers(self, batch: Batch) -> Mapping[str, Scorer]: ...
 
@@ -139,14 +137,17 @@ class Classifies(Protocol):
 
 
 @runtime_checkable
-class MultimodalClassifier(Classifies, Protocol):
-    """Modalities that contend for one decision, which it tells its step of (``step.decided``) in every forward.
+class MultimodalClassifier(Classifies, HasObjective, Protocol):
+    """Classifier of several modalities, whose fusion inputs are in ``output.fusion`` after every forward.
 
     ``shares(z, present)``: modality -> its part of the logits ``[B, C]``; they add up to what is decided by.
     ``of_modality(m)``: the parameters that are of this modality alone.
     """
 
     step: Step
+    output: Output | None
+    modality_mask: Callable[[Batch], Mapping[str, Tensor]] | None
+    regularizers: nn.ModuleList
 
     def shares(self, z: dict[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]: ...
 

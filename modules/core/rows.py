@@ -1,40 +1,52 @@
-"""Which rows of a batch run through a module right now.
+"""Rows of a batch that run through a module: samples that have its modality, or tokens of an encoder.
 
-A tower sees the samples that have its modality, an encoder of visible tokens sees tokens: what is inside them and goes
-by samples asks here. Numbers of rows are on the CPU, which chooses them. Letters: R rows that run.
+Parts whose parameters depend on the sample, such as a modulation bank, read them. Numbers of rows are on the CPU.
+Letters: R rows that run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
-from torch import Tensor
-
-_running: ContextVar[Tensor | None] = ContextVar("rows", default=None)
+from torch import Tensor, nn
 
 
-@contextmanager
-def running(row_R: Tensor) -> Iterator[None]:
-    """Inside, row r of what modules see is row ``row_R[r]`` of what they would have seen outside (on the CPU).
+class RowTracker:
+    """The row of the batch that each row of a module's input is.
 
-    >>> import torch
-    >>> with running(torch.tensor([4, 7, 9])), running(torch.tensor([2, 0])):
-    ...     print(rows().tolist())
-    [9, 4]
+    A module that runs some of its rows says so by ``with self.row_tracker.select(row_R):``. All modules of a network share one
+    tracker once :func:`share_rows` was called; before, each has its own, which nobody reads.
     """
-    outer = _running.get()
-    token = _running.set(row_R if outer is None else outer[row_R])
-    try:
-        yield
-    finally:
-        _running.reset(token)
+
+    def __init__(self) -> None:
+        self.current: Tensor | None = None
+
+    @contextmanager
+    def select(self, row_R: Tensor) -> Iterator[None]:
+        """Inside, row r of what modules see is row ``row_R[r]`` of what they would have seen outside (on the CPU).
+
+        >>> import torch
+        >>> rows = RowTracker()
+        >>> with rows.select(torch.tensor([4, 7, 9])), rows.select(torch.tensor([2, 0])):
+        ...     print(rows.current.tolist())
+        [9, 4]
+        """
+        outer = self.current
+        self.current = row_R if outer is None else outer[row_R]
+        try:
+            yield
+        finally:
+            self.current = outer
 
 
-def rows() -> Tensor | None:
-    """Int64 ``[R]`` on the CPU: the row of the batch that each row here is; None where all of it runs, in its order."""
-    return _running.get()
+def share_rows(network: nn.Module) -> RowTracker:
+    """One tracker, the network's own where it has one, for all of its modules with a ``row_tracker``."""
+    parts = [module for module in network.modules() if isinstance(getattr(module, "row_tracker", None), RowTracker)]
+    tracker: RowTracker = getattr(network, "row_tracker", None) or RowTracker()
+    for part in parts:
+        vars(part)["row_tracker"] = tracker
+    return tracker
 
 
 def zeroed(x: Tensor, row_R: Tensor, absent_R: Tensor) -> Tensor:

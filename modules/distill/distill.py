@@ -18,10 +18,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from descant.modules.core.batch import Batch, chosen, some
+from descant.modules.core.capabilities import has
 from descant.modules.core.host import host_copy, to_device
 from descant.modules.core.objective import Term, means
+from descant.modules.core.output import Decisions, Output
 from descant.modules.core.protocols import Embeds
-from descant.modules.core.step import Decisions, Step
 from descant.modules.losses.contrastive import promote
 
 #: Logits that are there at once.
@@ -30,14 +31,12 @@ CELLS = 1 << 22
 
 @runtime_checkable
 class MakesDecisions(Protocol):
-    """``says(batch)``: its decisions; ``choices``: between how many. Training leaves them in ``step.said``."""
-
-    step: Step
+    """``decide(batch)``: its decisions; ``choices``: between how many. Training has them in ``Output.decisions``."""
 
     @property
     def choices(self) -> int: ...
 
-    def says(self, batch: Batch) -> Decisions: ...
+    def decide(self, batch: Batch) -> Decisions: ...
 
 
 class Teacher(nn.Module):
@@ -57,16 +56,24 @@ class Teacher(nn.Module):
 
 
 class DistillContext:
-    """What a student and its teacher have to say of one batch; each is asked once, and only where a target asks.
+    """A student's output and its teacher on the same batch; decisions are computed once, and only if a target reads them.
 
     Args:
-        student: in training, after its own terms. teacher: taken as it is, without gradients.
+        student: in training mode. teacher: used without gradients.
         batch: of both.
-        taught: what the teacher said, where that is known.
+        output: of the student.
+        taught: the teacher's decisions, where they are computed already.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, batch: Batch, taught: Decisions | None = None) -> None:
-        self.student, self.teacher, self.batch, self._taught = student, teacher, batch, taught
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        batch: Batch,
+        output: Output,
+        taught: Decisions | None = None,
+    ) -> None:
+        self.student, self.teacher, self.batch, self.output, self._taught = student, teacher, batch, output, taught
 
     @cached_property
     def rows(self) -> Tensor:
@@ -74,22 +81,22 @@ class DistillContext:
         return some(*self.batch.step.values()).sum().clamp(min=1)
 
     @cached_property
-    def said(self) -> Decisions:
-        said = cast(MakesDecisions, self.student).step.said
-        if said is None:
-            raise ValueError(f"distill: {type(self.student).__name__} decides nothing that a target could look at")
-        return said()
+    def decisions(self) -> Decisions:
+        """The student's."""
+        if self.output.decisions is None:
+            raise ValueError(f"distill: {type(self.student).__name__} has no decisions for a target to compare")
+        return self.output.decisions()
 
     @cached_property
     def taught(self) -> Decisions:
         if self._taught is not None:
             return self._taught
         with torch.no_grad():
-            return cast(MakesDecisions, self.teacher).says(self.batch)
+            return cast(MakesDecisions, self.teacher).decide(self.batch)
 
 
 class Target(nn.Module):
-    """``target(lesson)`` -> named terms, that join the student's own.
+    """``target(context)`` -> named terms that join the student's own.
 
     Raises:
         ValueError: in ``build``, before training, if one of the two lacks what the target compares.
@@ -99,7 +106,7 @@ class Target(nn.Module):
         """Makes its layers, if it has some."""
         return self
 
-    def forward(self, lesson: DistillContext) -> dict[str, Term]:
+    def forward(self, context: DistillContext) -> dict[str, Term]:
         raise NotImplementedError
 
 
@@ -136,23 +143,25 @@ class Distill(nn.Module):
             for target in self.targets:
                 cast(Target, target).build(student, network)
 
-    def forward(self, student: nn.Module, batch: Batch) -> dict[str, Term]:
-        network = self.network.to(batch.device)
-        lesson, found = DistillContext(student, network, batch), dict[str, Term]()
+    def forward(self, student: nn.Module, batch: Batch, output: Output) -> dict[str, Term]:
+        context = DistillContext(student, self.network.to(batch.device), batch, output)
+        terms: dict[str, Term] = {}
         for target in self.targets:
-            for name, term in target(lesson).items():
-                if name in found:
+            for name, term in target(context).items():
+                if name in terms:
                     raise ValueError(f"distill.targets: two of them make a term {name!r}; each may be there once")
-                found[name] = term
-        return found
+                terms[name] = term
+        return terms
 
 
 def require_decisions(student: nn.Module, teacher: nn.Module) -> None:
     """Raises ValueError unless both decide, between as many choices."""
     for who, network in (("the student", student), ("the teacher", teacher)):
-        if not isinstance(network, MakesDecisions):
-            raise ValueError(f"distill: {who}, {type(network).__name__}, has no decisions; Fusion and Chat have")
-    assert isinstance(student, MakesDecisions) and isinstance(teacher, MakesDecisions)
+        if not has(network, MakesDecisions):
+            raise ValueError(
+                f"distill: {who}, {type(network).__name__}, has no decisions; Fusion and VisionLanguage have"
+            )
+    assert has(student, MakesDecisions) and has(teacher, MakesDecisions)
     if student.choices != teacher.choices:
         raise ValueError(
             f"distill: the teacher decides between {teacher.choices}, the student between {student.choices}: the same "
@@ -173,24 +182,24 @@ class DecisionTarget(Target):
         require_decisions(student, teacher)
         return self
 
-    def forward(self, lesson: DistillContext) -> dict[str, Term]:
-        said, taught, B = lesson.said, lesson.taught, len(lesson.batch)
-        mine_N, theirs_N = in_common(said.sample_N, taught.sample_N)
-        choices = max(cast(MakesDecisions, lesson.student).choices, 1)
+    def forward(self, context: DistillContext) -> dict[str, Term]:
+        decisions, taught, B = context.decisions, context.taught, len(context.batch)
+        mine_N, theirs_N = in_common(decisions.sample_N, taught.sample_N)
+        choices = max(cast(MakesDecisions, context.student).choices, 1)
         rows, all_at_once = max(CELLS // choices, 1), len(mine_N) * choices <= CELLS
 
         def part(mine_n: Tensor, theirs_n: Tensor) -> Tensor:
             with torch.no_grad():
                 t_nK = taught.logits(theirs_n)
-            return self.value(said.logits(mine_n), t_nK.detach())
+            return self.value(decisions.logits(mine_n), t_nK.detach())
 
         # logits that do not fit are made once more in backward, and never all kept
         parts = [
             part(i, j) if all_at_once else checkpoint(part, i, j, use_reentrant=False)
             for i, j in zip(mine_N.split(rows), theirs_N.split(rows), strict=True)
         ]
-        value_B, valid_B = means(torch.cat(parts), chosen(said.sample_N, mine_N), B)
-        return {self.name: Term(self.weight * value_B, valid=valid_B, norm=lesson.rows)}
+        value_B, valid_B = means(torch.cat(parts), chosen(decisions.sample_N, mine_N), B)
+        return {self.name: Term(self.weight * value_B, valid=valid_B, norm=context.rows)}
 
     def value(self, s_NK: Tensor, t_NK: Tensor) -> Tensor:
         raise NotImplementedError
@@ -250,29 +259,28 @@ class FeatureTarget(Target):
 
     def build(self, student: nn.Module, teacher: nn.Module) -> Self:
         for who, network in (("the student", student), ("the teacher", teacher)):
-            if not isinstance(network, Embeds) or self.modality not in getattr(network, "towers", ()):
+            if not has(network, Embeds) or self.modality not in getattr(network, "towers", ()):
                 raise ValueError(f"distill: {who}, {type(network).__name__}, has no embeddings of {self.modality!r}")
             if not cast(int, getattr(network, "width", 0)) > 0:
                 raise ValueError(f"distill: {who}, {type(network).__name__}, does not say how wide its embeddings are")
         self.map = nn.Linear(cast(int, student.width), cast(int, teacher.width))
         return self
 
-    def forward(self, lesson: DistillContext) -> dict[str, Term]:
-        m, batch = self.modality, lesson.batch
-        z = cast(MakesDecisions, lesson.student).step.latents
+    def forward(self, context: DistillContext) -> dict[str, Term]:
+        m, batch, z = self.modality, context.batch, context.output.latents
         if m not in z:
             known = ", ".join(z) or "none"
             raise ValueError(
-                f"distill: {type(lesson.student).__name__} trains no embeddings of {m!r}; there is {known}"
+                f"distill: {type(context.student).__name__} trains no embeddings of {m!r}; there is {known}"
             )
         z_BD = z[m]
         with torch.no_grad():
-            t_BD = cast(Embeds, lesson.teacher).embed(batch)[m]
+            t_BD = cast(Embeds, context.teacher).embed(batch)[m]
         if t_BD.shape[1] != self.map.out_features:
             what = f"{t_BD.shape[1]} wide, and it says {self.map.out_features}"
-            raise ValueError(f"distill: embeddings of the teacher, {type(lesson.teacher).__name__}, are {what}")
+            raise ValueError(f"distill: embeddings of the teacher, {type(context.teacher).__name__}, are {what}")
         value_B = 1 - F.cosine_similarity(promote(self.map(z_BD)), t_BD.to(z_BD.device), dim=1)
-        return {f"features-{m}": Term(self.weight * value_B, valid=batch.present[m], norm=lesson.rows)}
+        return {f"features-{m}": Term(self.weight * value_B, valid=batch.present[m], norm=context.rows)}
 
 
 def in_common(sample_N: Tensor, other_M: Tensor) -> tuple[Tensor, Tensor]:

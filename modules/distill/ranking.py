@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from descant.modules.core.batch import Batch
+from descant.modules.core.capabilities import has
 from descant.modules.core.host import host_copy, to_device
 from descant.modules.core.objective import Term
-from descant.modules.core.protocols import Matches, Scorer
+from descant.modules.core.output import Scorer
+from descant.modules.core.protocols import Matches
 from descant.modules.core.ranks import gather
 from descant.modules.core.rng import mix_N
 from descant.modules.core.sham import Sham
@@ -199,27 +201,27 @@ class RankTarget(Target):
 
     def build(self, student: nn.Module, teacher: nn.Module) -> Self:
         for who, network in (("the student", student), ("the teacher", teacher)):
-            if not isinstance(network, Matches):
+            if not has(network, Matches):
                 raise ValueError(f"distill: {who}, {type(network).__name__}, scores no pairs; Contrastive does")
             names = tuple(getattr(network, "pairs", ()))
             if self.pair not in names:
                 raise ValueError(f"distill: {who} scores no pair {self.pair!r}, only {', '.join(names)}")
         return self
 
-    def forward(self, lesson: DistillContext) -> dict[str, Term]:
-        batch, step = lesson.batch, cast(Matches, lesson.student).step
+    def forward(self, context: DistillContext) -> dict[str, Term]:
+        batch = context.batch
         with torch.no_grad():
-            scorer = cast(Matches, lesson.teacher).scorers(batch)[self.pair]
+            scorer = cast(Matches, context.teacher).scorers(batch)[self.pair]
             column_BK, t_BK, valid_B = self.mined(batch, scorer)
         row_BK = torch.arange(len(batch), device=column_BK.device)[:, None].expand_as(column_BK)
-        s_BK = promote(step.pairs[self.pair](row_BK.flatten(), column_BK.flatten()).view_as(row_BK))
+        s_BK = promote(context.output.pairs[self.pair](row_BK.flatten(), column_BK.flatten()).view_as(row_BK))
         lists = Lists(t_BK.detach(), s_BK, valid_B)
         u_B = self.sham(self._weights(self.weigh, lists), batch.draw, valid_B)
         v_B = self.sham(self._weights(self.weigh_truth, lists), batch.draw, valid_B)
         truth_B = -lists.s_BK.log_softmax(dim=1)[:, 0]
         return {
-            "rank": Term(self.rank * self.imitation(lists), weight=u_B, valid=valid_B, norm=lesson.rows),
-            "truth": Term(self.truth * truth_B, weight=v_B, valid=valid_B, norm=lesson.rows),
+            "rank": Term(self.rank * self.imitation(lists), weight=u_B, valid=valid_B, norm=context.rows),
+            "truth": Term(self.truth * truth_B, weight=v_B, valid=valid_B, norm=context.rows),
         }
 
     def mined(self, batch: Batch, scorer: Scorer) -> tuple[Tensor, Tensor, Tensor]:

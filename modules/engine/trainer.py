@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from descant.modules.core.batch import Batch
+from descant.modules.core.capabilities import has
 from descant.modules.core.protocols import StagedDataModule
 
 
@@ -37,7 +38,7 @@ def run_steps(trainer: Any) -> float:
     """Optimizer steps of the whole run, infinity where there is no end; of stages all together, of which Lightning sees
     one. It may load data, so all ranks ask."""
     data = getattr(trainer, "datamodule", None)
-    if not isinstance(data, StagedDataModule):
+    if not has(data, StagedDataModule):
         return float(trainer.estimated_stepping_batches)
     if trainer.train_dataloader is None:
         trainer.fit_loop.setup_data()
@@ -67,13 +68,13 @@ def first_validation(trainer: Any) -> float:
 def data_now(trainer: Any) -> Any:
     """The data module that is trained on: of a run in stages, that of the stage."""
     data = trainer.datamodule
-    return data.current if isinstance(data, StagedDataModule) else data
+    return data.current if has(data, StagedDataModule) else data
 
 
 def data_parts(trainer: Any) -> list[Any]:
     """All data modules that are trained on, one for each stage of a run in stages."""
     data = trainer.datamodule
-    return [during.data for during in data.stages.values()] if isinstance(data, StagedDataModule) else [data]
+    return [during.data for during in data.stages.values()] if has(data, StagedDataModule) else [data]
 
 
 def logged_step(trainer: Any) -> int:
@@ -85,7 +86,7 @@ def logged_step(trainer: Any) -> int:
 def epoch_now(trainer: Any) -> int:
     """Epochs since the run began, or the stage of it that is on."""
     data = trainer.datamodule
-    return int(trainer.current_epoch - data.since if isinstance(data, StagedDataModule) else trainer.current_epoch)
+    return int(trainer.current_epoch - data.since if has(data, StagedDataModule) else trainer.current_epoch)
 
 
 def bank_batches(trainer: Any, loader: Any) -> Iterator[Batch]:

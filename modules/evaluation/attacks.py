@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from descant.modules.core.batch import Batch
 from descant.modules.core.ranks import world
 from descant.modules.core.rng import normal_NK, uniform_N
-from descant.modules.core.rows import rows
+from descant.modules.core.rows import RowTracker, share_rows
 
 
 class Nudge:
@@ -74,7 +74,7 @@ class Nudge:
                 if inputs[m].is_floating_point():
                     inputs[m] = torch.where(x.isfinite(), x + moved, x)
                 else:
-                    stack.enter_context(_moved(_embedding(self.recipe, m), moved))
+                    stack.enter_context(_moved(_embedding(self.recipe, m), moved, share_rows(self.recipe)))
             return self.recipe.latents(replace(self.batch, inputs=inputs))
 
     def gradient(self, value: Tensor, delta_BN: Tensor) -> Tensor:
@@ -88,9 +88,10 @@ class Nudge:
 
     def _embeddings(self, m: str) -> Tensor:
         found: list[Tensor] = []
+        tracker = share_rows(self.recipe)
 
         def keep(module: nn.Module, args: Any, out: Tensor) -> None:
-            some, at = out.detach(), rows()
+            some, at = out.detach(), tracker.current
             whole = some.new_zeros(len(self.batch), *some.shape[1:])
             found.append(some if at is None else whole.index_put((at,), some))
 
@@ -112,9 +113,9 @@ def _embedding(recipe: Any, m: str) -> nn.Module:
 
 
 @contextmanager
-def _moved(embedding: nn.Module, delta: Tensor) -> Iterator[None]:
+def _moved(embedding: nn.Module, delta: Tensor, tracker: RowTracker) -> Iterator[None]:
     def move(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-        at = rows()
+        at = tracker.current
         return out + (delta if at is None else delta[at]).to(out)
 
     handle = embedding.register_forward_hook(move)

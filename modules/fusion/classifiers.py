@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import _Orthogonal, orthogonal
 
 from descant.modules.core.host import derived, everyone, host_copy
-from descant.modules.core.rows import running
+from descant.modules.core.rows import RowTracker
 from descant.modules.towers.image import Block
 
 
@@ -35,6 +35,7 @@ class FusionHead(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.row_tracker = RowTracker()
         self.widths: dict[str, int] = {}
 
     def build(self, widths: Mapping[str, int], classes: int) -> Self:
@@ -370,7 +371,7 @@ class AttentionFusion(FusionHead):
             # a rank without a modality reaches the same parameters as the others: by one row of zeros
             for m in z:
                 if m not in some:
-                    with running(torch.zeros(1, dtype=torch.long)):
+                    with self.row_tracker.select(torch.zeros(1, dtype=torch.long)):
                         idle_1W = self.token(torch.zeros_like(z[m][:1]), m)
                     logits_BC = logits_BC + 0.0 * idle_1W.sum()
         return logits_BC

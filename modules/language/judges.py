@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from descant.modules.core.batch import Batch
+from descant.modules.core.capabilities import has
 from descant.modules.core.protocols import AnswersQuestions
 from descant.modules.tokenizers.text import EOS, PAD
 
@@ -70,7 +71,7 @@ class LikelihoodScorer(AnswerScorer):
     """
 
     def forward(self, answers: Answers) -> Tensor:
-        if not isinstance(answers.teacher, AnswersQuestions):
+        if not has(answers.teacher, AnswersQuestions):
             raise ValueError(f"LikelihoodScorer: {type(answers.teacher).__name__} weighs no answers; Chat does")
         return answers.teacher.likelihood(answers.batch, answers.answer_ids_BM).float().cpu()
 

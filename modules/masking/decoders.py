@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.core.host import host_copy, to_device
-from descant.modules.core.rows import running
+from descant.modules.core.rows import RowTracker
 from descant.modules.losses.contrastive import promote
 from descant.modules.masking.corruptions import Grid
 from descant.modules.towers.image import checked_heads, sincos
@@ -97,6 +97,7 @@ class Decoder(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        self.row_tracker = RowTracker()
         self.width = width
 
     def build(self, grids: Mapping[str, Grid], width: int) -> None:
@@ -143,7 +144,7 @@ class JointDecoder(Decoder):
         kinds = [self.inward(encoded.global_BD)]
         counts = [torch.ones(len(encoded.global_BD), dtype=torch.long)]
         for m, at in encoded.at.items():
-            with running(at.host_row_N):
+            with self.row_tracker.select(at.host_row_N):
                 kinds.append(self.inward(encoded.h[m]) + self.places(m, at.place_N))
             counts.append(at.count_B)
         for m, at in targets.items():
@@ -151,7 +152,7 @@ class JointDecoder(Decoder):
             counts.append(at.count_B)
         layout = Layout(counts, device=encoded.global_BD.device)
         h_ME = layout.join(kinds)
-        with running(layout.rows):
+        with self.row_tracker.select(layout.rows):
             for layer in self.layers:
                 h_ME = layer(h_ME, layout)
             h_ME = self.norm(h_ME)
@@ -203,6 +204,7 @@ class _Look(nn.Module):
         self, grids: Mapping[str, Grid], width: int, out: int, depth: int, heads: int, mlp_ratio: float
     ) -> None:
         super().__init__()
+        self.row_tracker = RowTracker()
         self.heads = heads
         self.inward = nn.Linear(width, out)
         self.mask_E = nn.Parameter(torch.randn(out) * 0.02)
@@ -219,7 +221,7 @@ class _Look(nn.Module):
     def forward(self, modality: str, encoded: Encoded, at: At) -> Tensor:
         seen = {}
         for m, h_ND in encoded.h.items():
-            with running(encoded.at[m].host_row_N):
+            with self.row_tracker.select(encoded.at[m].host_row_N):
                 seen[m] = self.inward(h_ND) + self.places(m, encoded.at[m].place_N)
         global_BE = self.inward(encoded.global_BD)
         mask_NE = (self.mask_E + self.places(modality, at.place_N)).to(global_BE.dtype)
@@ -236,7 +238,7 @@ class _Look(nn.Module):
         by_B = asked_B * (context_B.max() + 1) + context_B
         layout, beside = Layout([own_B, at.count_B], by_B, device), Layout(counts, by_B, device)
         y_ME = self.look(layout.join([own_NE, mask_NE]), layout, beside.join([global_BE, *seen.values()]), beside)
-        with running(layout.rows):
+        with self.row_tracker.select(layout.rows):
             y_ME = y_ME + self.mlp(self.out_norm(y_ME))
             for layer in self.layers:
                 y_ME = layer(y_ME, layout)
@@ -244,9 +246,9 @@ class _Look(nn.Module):
 
     def look(self, q_ME: Tensor, layout: Layout, c_KE: Tensor, beside: Layout) -> Tensor:
         E, found = q_ME.shape[1], []
-        with running(layout.rows):
+        with self.row_tracker.select(layout.rows):
             q_ME = self.query(self.query_norm(q_ME))
-        with running(beside.rows):
+        with self.row_tracker.select(beside.rows):
             kv_KE = self.context(self.context_norm(c_KE))
         for q, kv in zip(layout.split(q_ME), beside.split(kv_KE), strict=True):
             if q.shape[1]:
@@ -255,5 +257,5 @@ class _Look(nn.Module):
                 found.append(attend(q, k, v).transpose(1, 2).reshape(-1, E))
         # where nothing is asked, every parameter is still reached, by nothing
         nothing = q_ME + kv_KE[:0, :E] if len(q_ME) == 0 else q_ME
-        with running(layout.rows):
+        with self.row_tracker.select(layout.rows):
             return self.out(torch.cat(found) if len(found) > 1 else found[0] if found else nothing)

@@ -18,11 +18,10 @@ from descant.modules.policy.losses import (
     TokenMean,
     TokenRatio,
 )
-from descant.modules.policy.preference import DPO
+from descant.modules.policy.preference import DPOLoss
 
 __all__ = [
     "CISPO",
-    "DPO",
     "KL",
     "Advantage",
     "AdvantageOutput",
@@ -32,6 +31,7 @@ __all__ = [
     "Centred",
     "Clipped",
     "Counts",
+    "DPOLoss",
     "EachScaled",
     "GroupScaled",
     "LocalTokenMean",

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-class DPO:
+class DPOLoss:
     """``- logsigmoid(beta (gain_good - gain_bad))``, ``gain = l - l of the reference``, l of whole answers.
 
     Source: Rafailov 2023, arXiv 2305.18290. With lengths each gain is divided by its answer's own: one that is only
@@ -21,7 +21,7 @@ class DPO:
         ValueError: for a beta not above 0.
 
     >>> good_B, bad_B, zero_B = torch.tensor([2.0]), torch.tensor([1.0]), torch.zeros(1)
-    >>> round(DPO(beta=1.0)(good_B, bad_B, zero_B, zero_B).item(), 4)  # - log sigmoid(1)
+    >>> round(DPOLoss(beta=1.0)(good_B, bad_B, zero_B, zero_B).item(), 4)  # - log sigmoid(1)
     0.3133
     """
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.core.host import host_copy, to_device
-from descant.modules.core.rows import running
+from descant.modules.core.rows import RowTracker
 from descant.modules.towers.base import Tokens, Tower
 from descant.modules.towers.image import Block, checked_heads
 from descant.modules.towers.timm import load_exactly, read_weights
@@ -212,6 +212,7 @@ class Trunk(Tower):
         weights: Path | None = None,
     ) -> None:
         super().__init__()
+        self.row_tracker = RowTracker()
         checked_heads(width, heads)
         self.width, self.heads, self.depth, self.mlp_ratio = width, heads, depth, mlp_ratio
         self.cls_D = nn.Parameter(torch.randn(width) * 0.02)
@@ -234,7 +235,7 @@ class Trunk(Tower):
             sizes = mask.count_SB.sum(dim=1).tolist()
             kinds = [self.cls_D.to(x.dtype).expand(sizes[0], -1), *x.split(sizes[1:])]
             h_MD = mask.join(kinds)
-            with running(mask.rows):
+            with self.row_tracker.select(mask.rows):
                 for layer in self.layers:
                     h_MD = layer(h_MD, mask)
                 h_MD = self.norm(h_MD)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from descant.modules.core.batch import Batch, some
 from descant.modules.core.host import host_copy, to_device
 from descant.modules.core.objective import Term
-from descant.modules.core.step import Decisions
+from descant.modules.core.output import Decisions
 from descant.modules.fusion.classifiers import FusionHead, class_labels, cross_entropy, only, require_classes
 from descant.modules.losses.contrastive import promote
 from descant.modules.towers import Towers
@@ -55,7 +55,7 @@ class Classifier(SharedSpace):
         pool: Pool | Pools | None,
         fusion: FusionHead,
         smoothing: float,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> None:
         super().__init__(towers, width, pool, **kwargs)
         if not 0 <= smoothing < 1:
@@ -105,11 +105,11 @@ class Classifier(SharedSpace):
     def choices(self) -> int:
         return self.classes
 
-    def says(self, batch: Batch) -> Decisions:
+    def decide(self, batch: Batch) -> Decisions:
         """The decision of every sample that has a modality."""
-        return self._said(self.fuse(self.latents(batch), batch.present), batch)
+        return self._decisions(self.fuse(self.latents(batch), batch.present), batch)
 
-    def _said(self, logits_BC: Tensor, batch: Batch) -> Decisions:
+    def _decisions(self, logits_BC: Tensor, batch: Batch) -> Decisions:
         sample_N = to_device(host_copy(self.some(batch.present)).nonzero()[:, 0], batch.device)
         return Decisions(lambda at: logits_BC[sample_N[at]], sample_N)
 

@@ -1,4 +1,4 @@
-"""The base of all recipes: optimizers and schedules, the configured model, the step, and logging. Nothing else."""
+"""Base class of all recipes: optimizers and schedules, model configuration, the training step, and logging."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from descant.modules.core.batch import Batch
+from descant.modules.core.capabilities import has
+from descant.modules.core.hooks import GradientHooks
 from descant.modules.core.objective import Term
+from descant.modules.core.output import Output
 from descant.modules.core.protocols import Embeds
 from descant.modules.core.rng import global_seed, mix
+from descant.modules.core.rows import RowTracker
 from descant.modules.core.step import Step
 from descant.modules.distill.distill import Distill, without_distill
 from descant.modules.engine.configure import Adapt, Checkpointing, Compile, Shard
@@ -27,7 +31,7 @@ from descant.modules.tokenizers.text import Tokenizer, require_fit
 
 
 class Recipe(L.LightningModule):
-    """A recipe implements ``terms(batch)``; the base adds the terms, and callbacks weigh them.
+    """A LightningModule that implements ``forward(batch) -> Output``; the base adds the terms, and callbacks weigh them.
 
     Args:
         optimizer: class and arguments of the optimizer; its parameters come in groups, so that norms, biases and
@@ -67,17 +71,30 @@ class Recipe(L.LightningModule):
                 f"chunks {chunks}: no term of {type(self).__name__} contrasts samples of a batch, and "
                 f"trainer.accumulate_grad_batches {chunks} equals the big batch for less compute; use that"
             )
-        self.step = Step(mix=mix or {}, chunks=chunks)
+        self.step, self.hooks = Step(mix=mix or {}, chunks=chunks), GradientHooks()
+        self.row_tracker = RowTracker()
+        #: Of the micro-batch between its forward and its backward pass, for callbacks that get only the loss.
+        self.output: Output | None = None
         self._optimizer, self._schedule = optimizer, schedule
         self._parts = [part for part in (*(adapt or []), checkpointing, compile, shard) if part is not None]
         self._configured = False
         self.distill = distill
+        self._outer: list[Recipe] = []  # the recipe that wraps this one; a list, so that it is no submodule
 
     # what a recipe is ------------------------------------------------------------------------------------------
 
-    def terms(self, batch: Batch) -> dict[str, Term]:
-        """The loss, term by term and sample by sample."""
+    def forward(self, batch: Batch) -> Output:
+        """Loss terms of a batch by name, one value a sample, and what callbacks and teachers read beside them."""
         raise NotImplementedError
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        """Terms and auxiliary terms of :meth:`forward`."""
+        return self.forward(batch).all_terms()
+
+    @property
+    def teaching(self) -> Distill | None:
+        """``distill`` of this recipe, or of the one that wraps it."""
+        return self._outer[0].teaching if self._outer else self.distill
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         """The parameters that several terms share: what a parameter-level harmonizer looks at."""
@@ -147,13 +164,14 @@ class Recipe(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.step.require_chunks(len(batch))
-        terms = self.terms(batch)
+        self.output = self.forward(batch)
+        terms = self.output.all_terms()
         if self.distill is not None:
-            terms |= self.distill(self, batch)
-        objective = self.step(terms, batch)
+            terms |= self.distill(self, batch, self.output)
+        objective = self.step(self.hooks.watch(terms), batch)
         if (self.global_step + 1) % log_interval(self.trainer) == 0:  # logging costs more than small steps do
-            if self.step.raises:
-                self.step.require_finite()  # where an accelerator is read anyway
+            if self.step.faults.raises:
+                self.step.faults.require_finite()  # where an accelerator is read anyway
             world = self.step.world
             values = {f"train/{name}": value.detach() for name, value in objective.terms.items()}
             values["train/loss"] = objective.total.detach()
@@ -162,17 +180,18 @@ class Recipe(L.LightningModule):
         return objective.total
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        self.output = None
         stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
         if self.distill is not None and stepped:
             self.distill.teacher.follow(self)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """The embeddings of a batch, where the recipe has some; callbacks judge them."""
-        return {"z": self.embed(batch)} if isinstance(self, Embeds) else {}
+        return {"z": self.embed(batch)} if has(self, Embeds) else {}
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         return self.validation_step(batch, batch_idx, dataloader_idx)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        z = self.embed(batch) if isinstance(self, Embeds) else {}
+        z = self.embed(batch) if has(self, Embeds) else {}
         return {"index": batch.index, "present": {**batch.present, **{m: batch.there(m) for m in z}}, "z": z}

@@ -11,16 +11,18 @@ import copy
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.modules.adaptation.imputation import filled, seen
+from descant.modules.adaptation.imputation import Imputation
 from descant.modules.core.batch import Batch
+from descant.modules.core.capabilities import has
 from descant.modules.core.host import derived, host_copy, to_device
 from descant.modules.core.protocols import Encodes
-from descant.modules.core.rows import running, zeroed
+from descant.modules.core.rows import zeroed
 from descant.modules.engine.sync_batch_norm import unseen
 from descant.modules.losses.contrastive import promote
 from descant.modules.towers import Tokens, Towers
@@ -37,12 +39,14 @@ class SharedSpace(Recipe):
         pool: tokens to one vector, a copy for each modality; or one a modality.
     """
 
-    def __init__(self, towers: Towers, width: int = 128, pool: Pool | Pools | None = None, **kwargs: object) -> None:
-        super().__init__(**kwargs)  # type: ignore[arg-type]  # the base's own typed arguments
+    def __init__(self, towers: Towers, width: int = 128, pool: Pool | Pools | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.towers, self.modalities, self.width = towers, tuple(towers), width
         self.pools = nn.ModuleDict(
             {m: pool.of(m) if isinstance(pool, Pools) else copy.deepcopy(pool or MeanPool()) for m in towers}
         )
+        #: Set around a forward pass: features in place of missing modalities.
+        self.imputation: Imputation | None = None
         self.heads = nn.ModuleDict({m: Projection(towers.width(m), width) for m in towers})
 
     def of_modality(self, modality: str) -> Iterator[nn.Parameter]:
@@ -56,8 +60,11 @@ class SharedSpace(Recipe):
     def present_features(self, batch: Batch, modality: str, view: str = "") -> Tensor:
         """``h_BD`` of one modality; the tower sees present rows only, and absent rows are zero."""
         present_B = batch.present[modality]
-        h_BD = self._seen_features(batch.inputs[modality + view], seen(modality, present_B), modality)
-        return filled(h_BD, modality, present_B)
+        x, imputation = batch.inputs[modality + view], self.imputation
+        if imputation is None:
+            return self._seen_features(x, present_B, modality)
+        h_BD = self._seen_features(x, imputation.seen(modality, present_B), modality)
+        return imputation.filled(h_BD, modality, present_B)
 
     def _seen_features(self, x: Tensor, present_B: Tensor, modality: str) -> Tensor:
         features, tower = partial(self.features, modality=modality), self.towers[modality]
@@ -71,14 +78,14 @@ class SharedSpace(Recipe):
         at_R, out_R = to_device(rows_R, x.device), to_device(absent_R, x.device)
         x_R = derived(zeroed, x, at_R, out_R)
         # zeros that stand for nothing are not to be counted by a tower's batch norms
-        with running(rows_R), nullcontext() if here_B.any() else unseen(tower):
+        with self.row_tracker.select(rows_R), nullcontext() if here_B.any() else unseen(tower):
             h_RD = self.step.chunked(features, x_R, tower).masked_fill(out_R[:, None], 0.0)
         return h_RD.new_zeros(len(x), h_RD.shape[1]).index_put((at_R,), h_RD)
 
     def encoded(self, h_BTD: Tensor, mask_BT: Tensor, modality: str) -> Tensor:
         """``z_BD`` of token embeddings: what comes after the ``embed`` of a tower."""
         tower = self.towers[modality]
-        assert isinstance(tower, Encodes)
+        assert has(tower, Encodes)
         tokens = Tokens(tower.encode(h_BTD, mask_BT), mask_BT)
         return self.project(self.pools[modality](tokens), modality, mask_BT.any(dim=1))
 

@@ -1,81 +1,45 @@
-"""What is learned in one stage of a run, and by which parameters."""
+"""One stage of a staged run: objective, trainable parameters, optimizer, schedule, settings and initial weights."""
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from lightning.pytorch.cli import OptimizerCallable
 
-from descant.modules.core.batch import Batch
-from descant.modules.core.objective import Term
 from descant.modules.engine.schedule import Schedule
 from descant.modules.io.inherit import Begin
-from descant.modules.policy import DPO, PolicyLoss
-from descant.recipes.chat import Chat
-from descant.recipes.preferred import preference
-from descant.recipes.reinforced import Reinforced
-
-
-class Imitate:
-    """To say what the data says: captions (continued pre-training) or answers (fine-tuning)."""
-
-    def terms(self, model: Reinforced, batch: Batch) -> dict[str, Term]:
-        return Chat.terms(model, batch)
-
-
-class Reinforce(Imitate):
-    """To say more often what earned more; the callback Rollouts asks. ``loss``: the recipe's where not given."""
-
-    def __init__(self, loss: PolicyLoss | None = None) -> None:
-        self.loss = loss
-
-    def terms(self, model: Reinforced, batch: Batch) -> dict[str, Term]:
-        return Reinforced.terms(model, batch)
-
-
-class Prefer(Imitate):
-    """To say the better of two answers rather than the worse, beside ``model.distill``, such as of a TeacherStage."""
-
-    def __init__(self, loss: DPO | None = None) -> None:
-        self.loss = loss or DPO()
-
-    def terms(self, model: Reinforced, batch: Batch) -> dict[str, Term]:
-        return preference(model, batch, self.loss)
+from descant.modules.objectives.language import LanguageObjective
 
 
 class Stage:
-    """What is learned in a stage, and by which parameters.
+    """What one stage of a run trains, and how. Its data and its length are in the data module's stage of this name.
 
     Args:
-        learns: Imitate where not given.
-        train: a regular expression, searched in the names of parameters; all train that can where it is empty.
+        objective: of a recipe with a choice of objectives, such as VisionLanguage: SFT, GRPO or DPO; the recipe's own
+            where not given.
+        train: a regular expression, searched in the names of parameters; all trainable ones train where it is empty.
         optimizer, schedule: of the stage, whose steps the schedule counts; the recipe's where not given.
-        load: weights to begin with, in place of those that the stage before it left.
+        load: weights to begin with, in place of those that the stage before left.
+        set: other fields of the recipe in this stage: dotted name -> number, word, true or false, such as
+            ``{zeros: true}`` or ``{losses.image-text.max_scale: 50}``; the stages after it begin with the recipe's own.
 
     Raises:
-        ValueError: for an expression that is none.
+        ValueError: for an invalid expression; before training, for a field that the recipe lacks.
     """
 
     def __init__(
         self,
-        learns: Imitate | None = None,
+        objective: LanguageObjective | None = None,
         train: str = "",
         optimizer: OptimizerCallable | None = None,
         schedule: Schedule | None = None,
         load: Begin | None = None,
+        set: dict[str, float | str | bool | None] | None = None,
     ) -> None:
         try:
             self.train = re.compile(train)
         except re.error as error:
             raise ValueError(f"train {train!r}: {error}") from None
-        self.learns, self.optimizer, self.schedule, self.load = learns or Imitate(), optimizer, schedule, load
-
-    @property
-    def loss(self) -> PolicyLoss | None:
-        """Of reinforcement, where the stage has one of its own."""
-        return self.learns.loss if isinstance(self.learns, Reinforce) else None
-
-    @property
-    def near(self) -> bool:
-        """Whether it is measured by a policy that stands still."""
-        return isinstance(self.learns, Prefer) or (self.loss is not None and self.loss.kl is not None)
+        self.objective, self.optimizer, self.schedule, self.load = objective, optimizer, schedule, load
+        self.set: dict[str, Any] = dict(set or {})

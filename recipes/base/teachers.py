@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from descant.modules.balance.mcr import FusionContext, Regularizer
+from descant.modules.core.capabilities import has
 from descant.modules.core.objective import Term
 from descant.modules.core.protocols import Fuses
 from descant.modules.io import saved
@@ -42,28 +43,28 @@ class Teachers(Regularizer):
         self.paths, self.weight, self.checkpoint = dict(paths), weight, checkpoint
         self._teachers: list[tuple[str, nn.Module]] = []  # a list, so that they are no part of the run
 
-    def forward(self, asked: FusionContext) -> dict[str, Term]:
-        z, present, _ = asked.decided
+    def forward(self, context: FusionContext) -> dict[str, Term]:
+        z, present, _ = context.inputs
         if not self._teachers:
             self._teachers = [(m, self._teacher(m, z)) for m in self.paths]
         found = {}
         for m, teacher in self._teachers:
             teacher.to(z[m].device)
-            assert isinstance(teacher, Fuses)
+            assert has(teacher, Fuses)
             with torch.no_grad():
-                t_BD = teacher.latents(asked.batch.only(m))[m]
+                t_BD = teacher.latents(context.batch.only(m))[m]
             if t_BD.shape != z[m].shape:
                 raise ValueError(
                     f"{self.paths[m]}: latents of {t_BD.shape[1]} numbers, and the recipe's {m} has {z[m].shape[1]}"
                 )
             off_B = (z[m] - t_BD.to(z[m])).square().mean(dim=1)
-            found[f"teacher-{m}"] = Term(self.weight * off_B, valid=present[m], norm=asked.rows)
+            found[f"teacher-{m}"] = Term(self.weight * off_B, valid=present[m], norm=context.rows)
         return found
 
     def _teacher(self, m: str, z: Mapping[str, Tensor]) -> nn.Module:
         if m not in z:
             raise ValueError(f"Teachers: paths: no modality {m!r} here, only {', '.join(z)}")
         recipe = rebuild(saved.find(Path(self.paths[m]), self.checkpoint)).requires_grad_(False)
-        if not isinstance(recipe, Fuses) or m not in getattr(recipe, "modalities", ()):
+        if not has(recipe, Fuses) or m not in getattr(recipe, "modalities", ()):
             raise ValueError(f"{self.paths[m]}: {type(recipe).__name__} has no latents of {m}")
         return recipe

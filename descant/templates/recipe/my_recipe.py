@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
+from descant.modules.core.output import Output
 from descant.modules.losses import ContrastiveLoss, InfoNCE
 from descant.modules.towers import Towers
 from descant.modules.towers.heads import MeanPool, Projection
@@ -94,19 +95,20 @@ class MyRecipe(Recipe):
         """Modality -> the terms that share its embedding."""
         return dict.fromkeys(MODALITIES, TERMS)
 
-    def terms(self, batch: Batch) -> dict[str, Term]:
+    def forward(self, batch: Batch) -> Output:
         missing = [m for m in MODALITIES if m not in batch.inputs]
         if missing:
             raise ValueError(f"the data has no modality {missing[0]!r}, only {', '.join(batch.inputs)}")
         # each term gets its own copy: where they meet again, a callback may harmonize what they ask for
-        z = {m: self.step.fork(z_BD, TERMS) for m, z_BD in self.embed(batch).items()}
+        z = {m: self.hooks.fork(z_BD, TERMS) for m, z_BD in self.embed(batch).items()}
         valid_B = batch.both(*MODALITIES)
         contrast_B = self.loss(z["image"]["contrast"], z["text"]["contrast"], batch.key, valid_B)
         align_B, weight_B = align(z["image"]["align"], z["text"]["align"], self.focus)
-        return {
+        terms = {
             "contrast": Term(contrast_B, valid=valid_B, given=MODALITIES),
             "align": Term(align_B, weight=weight_B, valid=valid_B, given=MODALITIES),
         }
+        return Output(terms)
 
 
 def align(z_a_BD: Tensor, z_b_BD: Tensor, focus: float) -> tuple[Tensor, Tensor]:

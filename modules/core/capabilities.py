@@ -1,0 +1,60 @@
+"""What a module can do, as callbacks ask for it: protocols, also through recipes that wrap another recipe."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
+P = TypeVar("P")
+
+#: Protocol -> recipes that have it, named where a callback refuses another module.
+HAD_BY = {
+    "AnswersQuestions": "VisionLanguage",
+    "ClassifiesSamples": "Fusion",
+    "Embeds": "Contrastive, Masked and Fusion",
+    "Features": "Contrastive and Fusion",
+    "ForksFeatures": "Contrastive and Fusion",
+    "Fuses": "Fusion",
+    "Generates": "VisionLanguage",
+    "Inverts": "Contrastive",
+    "MultimodalClassifier": "Fusion",
+    "Reconstructs": "Masked",
+    "RolloutPolicy": "VisionLanguage",
+    "Scores": "Fusion and Masked",
+    "StagedRecipe": "Staged",
+    "Unimodal": "Fusion",
+}
+
+
+def has(module: object, protocol: type[P]) -> TypeIs[P]:
+    """Whether a module has all members of a protocol; one that wraps another recipe (``inner``) has what that has.
+
+    >>> from torch import nn
+    >>> from descant.modules.core.protocols import Embeds
+    >>> has(nn.Linear(1, 1), Embeds)
+    False
+    """
+    inner = getattr(module, "inner", None)
+    return isinstance(module, protocol) and (inner is None or has(inner, protocol))
+
+
+def require(callback: Any, module: object, *protocols: type) -> None:
+    """Raises ValueError naming the callback, the first protocol that the module lacks, and recipes that have it."""
+    for protocol in protocols:
+        if not has(module, protocol):
+            name, inner = type(module).__name__, getattr(module, "inner", None)
+            name += f" of {type(inner).__name__}" if inner is not None else ""
+            who = callback if isinstance(callback, str) else type(callback).__name__
+            having = HAD_BY.get(protocol.__name__, "")
+            raise ValueError(
+                f"{who} needs the protocol {protocol.__name__} ({', '.join(_members(protocol))}); {name} lacks it"
+                + (f", {having} have it" if " and " in having else f", {having} has it" if having else "")
+            )
+
+
+def _members(protocol: type) -> list[str]:
+    classes = [cls for cls in protocol.__mro__ if getattr(cls, "_is_protocol", False) and cls.__module__ != "typing"]
+    names = {name for cls in classes for name in (*cls.__dict__.get("__annotations__", {}), *cls.__dict__)}
+    return sorted(name for name in names if not name.startswith("_"))

@@ -1,0 +1,72 @@
+"""What a recipe's forward gives back: named losses, and what callbacks and teachers look at beside them.
+
+Letters: B samples, N decisions (a sample has one, or one a token), K choices, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+from descant.modules.core.objective import Term
+
+#: ``scorer(row_N, column_N)`` -> ``[N]``: how well sample row_N's one modality matches sample column_N's other.
+Scorer = Callable[[Tensor, Tensor], Tensor]
+
+
+class Decisions(NamedTuple):
+    """Logits of N decisions of a batch, and the sample that each belongs to.
+
+    ``logits(at_n)``: ``[n, K]`` of the decisions with these numbers, computed when they are asked for; ``sample_N``:
+    int64, in the order of samples.
+    """
+
+    logits: Callable[[Tensor], Tensor]
+    sample_N: Tensor
+
+
+class FusionInputs(NamedTuple):
+    """Inputs of the fusion head: latents ``[B, D]`` and presence masks ``[B]`` by modality, and labels.
+
+    ``label_B``: int64, below 0 where there is none.
+    """
+
+    z: Mapping[str, Tensor]
+    present: Mapping[str, Tensor]
+    label_B: Tensor
+
+
+@dataclass
+class Output:
+    """Result of ``recipe(batch)``.
+
+    Attributes:
+        terms: loss terms by name, one value a sample.
+        latents: embeddings ``z_BD`` by modality, as trained.
+        decisions: makes the decisions of the batch, for distillation; None for a recipe that decides nothing.
+        pairs: by the name of a pair of modalities, how well rows match columns.
+        aux: further terms of the network's own parts, such as router balance, codebook commitment or regularizers; the
+            base adds them to the terms.
+        fusion: inputs of a classifier's fusion head, for callbacks that weigh its modalities.
+
+    >>> import torch
+    >>> list(Output({"loss": Term(torch.zeros(2))}).all_terms())
+    ['loss']
+    """
+
+    terms: dict[str, Term]
+    latents: Mapping[str, Tensor] = field(default_factory=dict)
+    decisions: Callable[[], Decisions] | None = None
+    pairs: Mapping[str, Scorer] = field(default_factory=dict)
+    aux: dict[str, Term] = field(default_factory=dict)
+    fusion: FusionInputs | None = None
+
+    def all_terms(self) -> dict[str, Term]:
+        """Terms and auxiliary terms. Raises ValueError for a name that is in both."""
+        twice = self.terms.keys() & self.aux.keys()
+        if twice:
+            raise ValueError(f"term {min(twice)!r}: both a term and an auxiliary term; rename one")
+        return {**self.terms, **self.aux}

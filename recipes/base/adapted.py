@@ -1,0 +1,76 @@
+"""Checks and preparation of a recipe that is adapted to missing modalities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from torch import nn
+
+from descant.modules.adaptation.imputation import Imputer
+from descant.modules.adaptation.modulation import ModulationBank
+from descant.modules.core.batch import NEGATIVE
+from descant.modules.core.objective import Term
+from descant.modules.core.ranks import gather
+from descant.modules.io.saved import Saved
+from descant.modules.towers import Frozen, Towers
+from descant.recipes.base.recipe import Recipe
+from descant.recipes.base.shared_space import SharedSpace
+from descant.recipes.base.wrapper import Wrapper
+
+
+def require_adaptable(found: Saved, inner: Recipe, bank: ModulationBank | None, options: Mapping[str, Any]) -> None:
+    """Raises ValueError for a recipe without towers, one that is a wrapper, or options that a bank does not allow."""
+    again = [name for name in ("checkpointing", "compile") if options.get(name) is not None]
+    again += ["chunks"] if int(options.get("chunks", 1)) > 1 else []
+    if bank is not None and again:
+        raise ValueError(f"{again[0]}: layers run outside the routing of a bank then; leave it out")
+    if not len(getattr(inner, "towers", ())):
+        raise ValueError(f"{found.folder}: {type(inner).__name__} has no towers, so no modality that may be absent")
+    if isinstance(inner, Wrapper):
+        adapts = found.model["init_args"]["path"]
+        raise ValueError(f"{found.folder}: it is adapted already; give the run that it adapts, {adapts}")
+
+
+def unfreeze_inside(inner: Recipe) -> list[nn.Module]:
+    """Freeze all of a recipe, without the wrapper that keeps gradients out; returns its modules."""
+    for m, tower in inner.towers.items():
+        while isinstance(tower, Frozen):  # without gradients nothing inside could be adapted
+            inner.towers[m] = tower = tower.tower
+    inner.requires_grad_(False)
+    return list(inner.modules())
+
+
+def build_imputer(fill: Imputer, inner: Recipe, modalities: Sequence[str], sets: Sequence[Sequence[str]]) -> None:
+    """Raises ValueError for a recipe without one feature vector a modality."""
+    if not isinstance(inner, SharedSpace):
+        raise ValueError(f"fill: {type(inner).__name__} has no one vector a modality to put something for")
+    fill.build({m: cast(Towers, inner.towers).width(m) for m in modalities}, sets)
+
+
+def require_towers_of(recipe: Any, stage: str) -> None:
+    """Raises ValueError for accumulation, or a modality of the data that has no tower."""
+    accumulate = recipe.trainer.accumulate_grad_batches
+    if stage == "fit" and accumulate > 1:
+        raise ValueError(
+            f"trainer.accumulate_grad_batches {accumulate}: what is left of the other micro-batches is not known; "
+            "1 and a smaller data.batch_size"
+        )
+    data = getattr(recipe.trainer.datamodule, "modalities", ())
+    extra = [m for m in data if m not in recipe.modalities and not m.endswith(NEGATIVE)]
+    if extra:
+        raise ValueError(f"{recipe.path}: no tower for {extra[0]!r} of the data, only {', '.join(recipe.modalities)}")
+
+
+def require_learning(recipe: Any, terms: Mapping[str, Term]) -> None:
+    """Raises ValueError if some set of modalities would train nothing."""
+    name = type(recipe.inner).__name__
+    needs = [{m for m in term.given if m in recipe.modalities} for term in terms.values()]
+    for s in recipe.available.of(recipe.modalities) if recipe.fill is None and all(needs) else ():
+        if not any(need <= set(s) for need in needs):
+            raise ValueError(
+                f"available: no term of {name} has a valid row where only {'+'.join(s)} is there, so nothing is "
+                "learned for it; name other sets"
+            )
+    if not sum(int(gather(term.count()[None]).sum()) for term in terms.values()):
+        raise ValueError(f"no term of {name} has a valid row: nothing would be learned")

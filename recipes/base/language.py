@@ -1,0 +1,146 @@
+"""Causal language model over words and image tokens: hidden states of answers, decisions, generation and rollouts.
+
+Letters: B samples, P images, I tokens of one, S of a sample, W width, N answer tokens, M new ones, R answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from descant.modules.core.batch import Batch
+from descant.modules.core.host import derived, host_copy, to_device
+from descant.modules.core.objective import Term, means
+from descant.modules.core.output import Decisions
+from descant.modules.language import CausalLM, Generated, Sampling, generate_some, log_probabilities
+from descant.modules.language.interleave import Interleaved, interleave, placed, shown, unillustrated
+from descant.modules.language.judges import answered_with
+from descant.modules.language.packing import through
+from descant.modules.language.positions import VisualSteps
+from descant.modules.language.projectors import ImageProjector
+from descant.modules.objectives.language import LanguageObjective, answer_log_probabilities
+from descant.modules.tokenizers.text import EOS, PAD
+from descant.recipes.base.recipe import Recipe
+
+
+class LanguageRecipe(Recipe):
+    """Base of recipes of one language model; a recipe on top brings the parts, set in its constructor."""
+
+    lm: CausalLM
+    projector: ImageProjector
+    image_token: int | None
+    answer_token: int
+    marks: dict[str, int]
+    row: int
+    new: int
+    visual: VisualSteps
+    sampling: Sampling
+    objective: LanguageObjective
+
+    # from a batch to what the model reads -------------------------------------------------------------------------
+
+    def sequence(self, batch: Batch) -> tuple[Tensor, Interleaved]:
+        """``h_BSW``, words and the pictures among them, and what each token is."""
+        if self.image_token is None:
+            row = unillustrated(batch)
+            return self.lm.embed(row.ids_BS), row
+        pictures = shown(batch, self.image_token)
+        with self.row_tracker.select(pictures.sample_P):
+            seen_PIW = self.projector(self.towers["image"](pictures.x_P))
+        row = interleave(batch, pictures, seen_PIW.shape[1], self.image_token)
+        h_BSW = placed(self.lm.embed(row.ids_BS), seen_PIW, pictures, row)
+        return h_BSW, self.visual(row, self.image_token, batch.draw, self.lm.training)
+
+    def answered(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Of learned tokens: what the head reads before each ``[N, W]``, its id, and the sample it is of, ``[N]``."""
+        h_BSW, row = self.sequence(batch)
+        place_BS = None if row.position_BS is None else derived(lambda x_BS: x_BS[:, :-1], row.position_BS)
+        h_BSW = through(self.lm, h_BSW, row.real_BS, self.row, place_BS)
+        found = host_copy(row.said_BS).nonzero(as_tuple=True)
+        sample_N, at_N = (to_device(x_N, h_BSW.device) for x_N in found)
+        return h_BSW[sample_N, at_N - 1], row.ids_BS[sample_N, at_N], sample_N
+
+    # decisions and scores ------------------------------------------------------------------------------------------
+
+    @property
+    def choices(self) -> int:
+        return self.lm.vocabulary
+
+    def decide(self, batch: Batch) -> Decisions:
+        """Next-token decisions at each token of the batch's answers."""
+        before_NW, _, sample_N = self.answered(batch)
+        return self.decisions(before_NW, sample_N)
+
+    def decisions(self, before_NW: Tensor, sample_N: Tensor) -> Decisions:
+        return Decisions(lambda at: self.lm.logits(before_NW[at]), sample_N)
+
+    def scores(self, batch: Batch) -> dict[str, Term]:
+        """``accuracy``, whether the likeliest answer is the right one to its end, and ``loss``, of its tokens.
+
+        Token by token the likeliest answer is right if each of its tokens is the likeliest behind the right ones.
+        """
+        before_NW, token_N, sample_N = self.answered(batch)
+        log_N = log_probabilities(before_NW, self.lm.head.weight, token_N)
+        right_N = self.lm.logits(before_NW).argmax(dim=1) == token_N
+        loss_B, valid_B = means(-log_N, sample_N, len(batch))
+        share_B, _ = means(right_N.to(log_N), sample_N, len(batch))
+        exact_B = (share_B > 1 - 1e-6).to(log_N)
+        return {"accuracy": Term(exact_B, valid=valid_B), "loss": Term(loss_B, valid=valid_B)}
+
+    def generate(self, batch: Batch, new: int = 8, sampling: Sampling | None = None) -> Tensor:
+        """Int64 ``[B, M]``: answers, to their end; by the likeliest tokens where nothing else is asked for."""
+        return self.roll(batch, new, sampling=sampling or Sampling(temperature=0)).token_RN
+
+    @torch.no_grad()
+    def roll(
+        self,
+        batch: Batch,
+        new: int = 8,
+        group: int = 1,
+        sampling: Sampling | None = None,
+        seed_R: Tensor | None = None,
+        stop: Sequence[int] = (EOS,),
+    ) -> Generated:
+        """``group`` answers to each question, one behind the other, drawn by seeds of their own; none where nothing is
+        asked."""
+        h_BSW, row = self.sequence(batch)
+        begins_BS = row.ids_BS == self.answer_token
+        asked_BS = row.real_BS & (begins_BS.cumsum(dim=1) == begins_BS.int())
+        if seed_R is None:
+            turn_R = torch.arange(len(batch) * group, device=batch.index.device) % group
+            seed_R = batch.index.repeat_interleave(group) + (turn_R << 40)  # the first of each as if it were alone
+        how = sampling or Sampling()
+        return generate_some(self.lm, h_BSW, asked_BS, new, group, stop, how, seed_R, row.position_BS)
+
+    @torch.no_grad()
+    def likelihood(self, batch: Batch, answer_ids_BM: Tensor) -> Tensor:
+        """``[B]``: ``exp(mean_t log p(said_bt))``, the end included; 0 where nothing is asked."""
+        before_NW, token_N, sample_N = self.answered(answered_with(batch, answer_ids_BM, self.answer_token))
+        log_B, some_B = means(log_probabilities(before_NW, self.lm.head.weight, token_N), sample_N, len(batch))
+        return torch.where(some_B, log_B.exp(), 0.0)
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        return {"scores": self.scores(batch)}
+
+    # rollouts of GRPO ---------------------------------------------------------------------------------------------
+
+    def roll_out(self, batch: Batch, group: int, seed_R: Tensor) -> Generated:
+        """``group`` answers to each question; a token that no answer has ends one, and is not part of it."""
+        answers = self.roll(batch, self.new, group, self.sampling, seed_R, (EOS, PAD, *self.marks.values()))
+        last_R1 = (answers.length_R - 1).clamp(min=0)[:, None]
+        ended_R = answers.ended_R & (answers.length_R > 0) & (answers.token_RN.gather(1, last_R1)[:, 0] == EOS)
+        length_R = answers.length_R - (answers.ended_R & ~ended_R & (answers.length_R > 0)).long()
+        return answers.cut(length_R, ended_R)
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.objective.needs_reference
+
+    def reference(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities ``[N]`` of the answers' tokens under the reference; the sample of each, and its place."""
+        assert self.teaching is not None
+        network = self.teaching.network.to(self.device)
+        return answer_log_probabilities(network, batch, self.sampling.temperature)

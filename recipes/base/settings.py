@@ -1,0 +1,40 @@
+"""Fields of a recipe by dotted names: what a stage may set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from descant.modules.core.errors import nearest
+
+
+def read_setting(recipe: nn.Module, name: str) -> Any:
+    """The value of a field, such as ``zeros`` or ``losses.image-text.max_scale``.
+
+    Raises:
+        ValueError: for a field that is not there, or holds no number, word, true, false or none.
+    """
+    owner, last = _owner(recipe, name)
+    fields = {key: value for key, value in vars(owner).items() if isinstance(value, float | int | str | None)}
+    known = [key for key in fields if not key.startswith("_") and key != "training"]
+    if last not in known:
+        raise ValueError(f"set {name!r}: {type(owner).__name__}: {nearest(last, known)}")
+    return fields[last]
+
+
+def write_setting(recipe: nn.Module, name: str, value: Any) -> None:
+    """Set a field that :func:`read_setting` reads."""
+    owner, last = _owner(recipe, name)
+    setattr(owner, last, value)
+
+
+def _owner(recipe: nn.Module, name: str) -> tuple[Any, str]:
+    owner: Any = recipe
+    *path, last = name.split(".")
+    for step in path:
+        parts = dict(owner.named_children()) if isinstance(owner, nn.Module) else {}
+        if step not in parts:
+            raise ValueError(f"set {name!r}: {type(owner).__name__}: {nearest(step, parts)}")
+        owner = parts[step]
+    return owner, last

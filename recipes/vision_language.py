@@ -1,0 +1,125 @@
+"""Vision-language model: image tokens among words, trained by SFT, GRPO or DPO.
+
+Claim: a small language model that reads an image's tokens in place of a word answers questions about it; one that
+already answers improves from a verifier (GRPO) or from preferences (DPO).
+
+    h    = embed(words),  with projector(tower(image)) in place of each <image>
+    h    = lm(pack(h))                      documents of all lengths in few rows, none of which attends to another
+    loss = objective(h, tokens)             SFT: mean over samples of the mean over answer tokens of - log p(token)
+
+Logits of the vocabulary are computed for a few tokens at a time. A sample without an image has no tokens in its place;
+a model without a tower only reads text.
+Source: Liu 2023 (LLaVA, arXiv 2304.08485); packing as in Krell 2021 (arXiv 2107.02027); objectives in
+descant.modules.objectives.language.
+Letters: B samples, P images, I tokens of one, S of a sample, W width, N answer tokens, M new ones, R answers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from descant.modules.core.batch import Batch
+from descant.modules.core.output import Output
+from descant.modules.engine.trainer import data_parts
+from descant.modules.language import CausalLM, Sampling
+from descant.modules.language.positions import VisualSteps
+from descant.modules.language.projectors import EachToken, ImageProjector
+from descant.modules.objectives.language import SFT, LanguageObjective
+from descant.modules.towers import Towers
+from descant.recipes.base.language import LanguageRecipe
+
+
+class VisionLanguage(LanguageRecipe):
+    """A causal language model with an optional image tower (LLaVA-style), for SFT, GRPO and DPO.
+
+    The data's ``text`` are token ids, ``loss_mask`` the tokens to learn, target ``answer`` the reference answer.
+
+    Args:
+        towers: one for pictures, ``image``, where there are some.
+        lm: the language model.
+        image_token: the id in whose place a picture's tokens stand.
+        answer_token: the id behind which an answer begins.
+        projector: from the tower's tokens to the model's; each becomes one where not given.
+        visual: how far the tokens of a picture move positions on; like words where not given.
+        row: tokens of a packed row; the model's length where not given.
+        objective: SFT where not given; GRPO of sampled answers (callback Rollouts), or DPO of pairs. Its reference
+            policy, where it has one, is the teacher of ``distill``, without targets.
+        sampling: how answers are sampled for GRPO. new: most tokens of a sampled answer.
+
+    Raises:
+        ValueError: for another tower, a tower, image_token or projector without the others, ids that the model has no
+            embedding for, or what the objective raises; at setup, for ids other than the data's; in training, for a
+            document that is longer than a row.
+    """
+
+    def __init__(
+        self,
+        *,
+        towers: Towers | None = None,
+        lm: CausalLM,
+        image_token: int | None = None,
+        answer_token: int,
+        projector: ImageProjector | None = None,
+        visual: VisualSteps | None = None,
+        row: int | None = None,
+        objective: LanguageObjective | None = None,
+        sampling: Sampling | None = None,
+        new: int = 12,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if new < 1:
+            raise ValueError(f"new {new}: 1 is the least")
+        towers = towers or Towers()
+        if tuple(towers) not in ((), ("image",)):
+            raise ValueError(f"towers: {', '.join(towers)}; only one is used, image")
+        if (image_token is None) == bool(towers) or (projector and not towers):
+            raise ValueError(
+                "towers, image_token, projector: a model that sees has the first two, one that only reads has none"
+            )
+        marks = {"image_token": image_token, "answer_token": answer_token}
+        self.marks = {name: token for name, token in marks.items() if token is not None}
+        if not max(self.marks.values()) < lm.vocabulary:
+            said = " and ".join(f"{name} {token}" for name, token in self.marks.items())
+            least = max(self.marks.values()) + 1
+            raise ValueError(f"lm.vocab {lm.vocabulary}: {said} are ids too; {least} is the least")
+        self.row, self.visual = lm.length if row is None else row, visual or VisualSteps()
+        self.towers, self.lm, self.modalities = towers, lm, (*towers, "text")
+        if towers:
+            self.projector = (projector or EachToken()).build(towers.width("image"), lm.width)
+        self.image_token, self.answer_token = image_token, answer_token
+        self.objective, self.sampling, self.new = objective or SFT(), sampling or Sampling(), new
+        self.objective.require(self)
+        self.train()
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        for data in data_parts(self.trainer):  # of every stage
+            for name in ("image_token", "answer_token"):
+                mine, its = getattr(self, name), getattr(data, name, getattr(self, name))
+                if its != mine:
+                    raise ValueError(f"{name} {mine}: {type(data).__name__} has {its}")
+
+    # training -----------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch) -> Output:
+        return self.objective(self, batch)
+
+    def train(self, mode: bool = True) -> VisionLanguage:
+        super().train(mode)
+        if self.objective.deterministic:
+            self.disable_dropout()
+        return self
+
+    def disable_dropout(self) -> None:
+        """Eval mode of all parts: no dropout, running statistics of batch norms."""
+        for name, part in self.named_children():
+            if name in ("towers", "projector", "lm"):
+                part.eval()
+
+    def record(self, name: str, value: Tensor, rows: int) -> None:
+        """Log a value of the objective, where a trainer is attached."""
+        if self._trainer is not None:
+            self.trainer.lightning_module.log(name, value, batch_size=rows)
