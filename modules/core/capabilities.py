@@ -36,8 +36,10 @@ def has(module: object, protocol: type[P]) -> TypeIs[P]:
     >>> has(nn.Linear(1, 1), Embeds)
     False
     """
-    inner = getattr(module, "inner", None)
-    return isinstance(module, protocol) and (inner is None or has(inner, protocol))
+    if not isinstance(module, protocol):
+        return False
+    delegated = getattr(type(module), "DELEGATED", frozenset[str]())
+    return delegated.isdisjoint(_members(protocol)) or has(getattr(module, "inner", None), protocol)
 
 
 def require(callback: Any, module: object, *protocols: type) -> None:

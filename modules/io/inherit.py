@@ -96,6 +96,7 @@ class Begin(Adapt):
     def apply(self, recipe: nn.Module) -> None:
         found = self.find()
         state = {key: value for key, value in saved.read_weights(found).items() if not key.startswith("distill.")}
+        recipe = getattr(recipe, "inner", recipe)
         theirs: Any = recipe  # a teacher of either is nobody's beginning
         taught, theirs.distill = getattr(recipe, "distill", None), None
         try:

@@ -78,6 +78,10 @@ class Verified:
         return {}
 
 
+#: Recipes that wrap another for training alone -> the argument that is the other; their runs are read as that one's.
+INSIDE = {"Staged": "recipe", "CompetitiveDistillation": "student"}
+
+
 class Saved(NamedTuple):
     """A model on disk.
 
@@ -98,7 +102,10 @@ class Saved(NamedTuple):
 
     @property
     def model(self) -> Node:
-        return cast(Node, self.config["model"])
+        """Class and arguments of the recipe; of one that serves training alone (Staged ...), of the one inside."""
+        model = cast(Node, self.config["model"])
+        inside = INSIDE.get(str(model.get("class_path")).rpartition(".")[2])
+        return model if inside is None else cast(Node, model["init_args"][inside])
 
 
 def find(path: Path | str, checkpoint: str = "best") -> Saved:
@@ -170,7 +177,10 @@ def read_weights(saved: Saved) -> dict[str, Tensor]:
     Raises:
         ValueError: if the file is missing, cut short or holds anything else.
     """
-    return cast(dict[str, Tensor], read_checkpoint(saved)["state_dict"])
+    state = cast(dict[str, Tensor], read_checkpoint(saved)["state_dict"])
+    if saved.model is saved.config["model"] or not any(name.startswith("inner.") for name in state):
+        return state
+    return part_of(state, "inner.")
 
 
 def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -28,6 +28,8 @@ class Wrapper(Recipe):
         inner: the recipe.
     """
 
+    #: Members that a wrapper has if the recipe inside has them.
+    DELEGATED: frozenset[str]
     inner: Recipe
 
     def __init__(self, inner: Recipe, **kwargs: Any) -> None:
@@ -180,3 +182,6 @@ class Wrapper(Recipe):
 
     def of_modality(self, modality: str) -> Iterable[nn.Parameter]:
         return self._inner.of_modality(modality)
+
+
+Wrapper.DELEGATED = frozenset(vars(Wrapper)) - {"__init__", "forward", "setup", "of_batch", "of_latents"}
