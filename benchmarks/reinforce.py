@@ -33,7 +33,7 @@ from descant.modules.core.batch import Batch
 from descant.modules.language import Generated
 from descant.modules.policy.rewards import Answer, Rewards, Verifier
 from descant.modules.tokenizers.text import BOS, EOS, PAD, Tokenizer
-from descant.recipes import Reinforced
+from descant.recipes import VisionLanguage
 
 #: TRL's time / ours, and generation's share of our step.
 STEP, GENERATION = 1.7, 0.45
@@ -163,7 +163,7 @@ class Gate:
         self._thread.join(timeout)
 
 
-class Timed(Reinforced):
+class Timed(VisionLanguage):
     """Tells how long it generates."""
 
     told: Ours
@@ -224,7 +224,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers.models import WordLevel
 
     made = Tokenizer(WordLevel({f"w{i}": i for i in range(V)}, unk_token=f"w{PAD}"))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.WhitespaceSplit(), decoders.FusionHead()
+    made.pre_tokenizer, made.decoder = pre_tokenizers.WhitespaceSplit(), decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token=f"w{PAD}", eos_token=f"w{EOS}", bos_token=f"w{BOS}", padding_side="left"
     )

@@ -91,7 +91,7 @@ RUNS = {
     "masked": Golden(
         (
             fit("--config masked/emoji --config over.yaml", 6),
-            fit("--config masked/emoji --config over.yaml --resume auto"),
+            fit("--config masked/emoji --config over.yaml --resume auto --changed allow"),
         ),
         EMA,
     ),

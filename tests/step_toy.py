@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
+from descant.modules.core.output import Output
 from descant.modules.towers.base import Tokens, Tower
 from descant.recipes.base.recipe import Recipe
 
@@ -121,18 +122,19 @@ class ToyRecipe(Recipe):
             for parameter in self.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 2)
         if harmonize:
-            self.step.rule = project_conflicts
+            self.hooks.rule = project_conflicts
 
-    def terms(self, batch: Batch) -> dict[str, Term]:
+    def forward(self, batch: Batch) -> Output:
         z_BD = self.towers["trunk"](batch.inputs["a"]).h_BTD[:, 0]
-        copies = self.step.fork(z_BD, ("a", "b"))
+        copies = self.hooks.fork(z_BD, ("a", "b"))
         y, weight = batch.targets["y"], batch.targets["weight"]
         a_B = F.mse_loss(self.heads["a"](copies["a"]), y, reduction="none").sum(1)
         b_B = F.mse_loss(self.heads["b"](copies["b"]), -y, reduction="none").sum(1)
-        return {
+        terms = {
             "a": Term(a_B, weight=weight, valid=batch.present["a"], given=("a",) if self.given else ()),
             "b": Term(b_B, weight=weight, valid=batch.present["b"], given=("b",) if self.given else ()),
         }
+        return Output(terms)
 
 
 class KeepGradients(L.Callback):

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
+from descant.modules.core.output import Output
 from descant.modules.engine.trainer import data_parts
 from descant.modules.io import manifest
 from descant.modules.policy.rewards import Answer, Verifier
@@ -39,12 +40,12 @@ class Pair(Recipe):
         h = {m: self.heads[m](self.pool(self.towers[m](batch.inputs[m]))) for m in self.towers}
         return {m: F.normalize(F.dropout(h_BD, self.dropout, self.training), dim=-1) for m, h_BD in h.items()}
 
-    def terms(self, batch: Batch) -> dict[str, Term]:
+    def forward(self, batch: Batch) -> Output:
         z = self.embed(batch)
         value_B = (z["image"] - z["text"]).square().sum(1) + 0.1 * (z["image"] @ self.queue.clone().T).square().mean(1)
         with torch.no_grad():
             self.queue.copy_(torch.cat([z["image"].detach(), self.queue])[: len(self.queue)])
-        return {"image-text": Term(value_B, valid=batch.both("image", "text"), given=("image", "text"))}
+        return Output({"image-text": Term(value_B, valid=batch.both("image", "text"), given=("image", "text"))})
 
 
 class Letters(Verifier):

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
+from descant.modules.core.output import Output
 from descant.modules.core.rng import mix
 from descant.recipes.base.recipe import Recipe
 
@@ -66,7 +67,7 @@ class ToyRecipe(Recipe):
     def embed(self, batch: Batch) -> dict[str, Tensor]:
         return {name: tower(batch.inputs[name]) for name, tower in self.towers.items()}
 
-    def terms(self, batch: Batch) -> dict[str, Term]:
+    def forward(self, batch: Batch) -> Output:
         if self.explode == "value":
             raise ValueError("the data has no modality 'sound'")
         if self.explode == "type":
@@ -75,7 +76,7 @@ class ToyRecipe(Recipe):
         value_B = self.scale * (z["image"] - z["text"]).square().mean(1)
         if self.explode == "nan":
             value_B = value_B * float("nan")
-        return {"image-text": Term(value_B, valid=batch.both("image", "text"))}
+        return Output({"image-text": Term(value_B, valid=batch.both("image", "text"))})
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         z = self.embed(batch)

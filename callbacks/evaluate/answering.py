@@ -122,7 +122,9 @@ class Answering(ForwardEvaluator):
         super().setup(trainer, pl_module, stage)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if not has(pl_module, Generates):
-            raise ValueError(f"Answering needs a recipe that answers, such as Chat, not {type(pl_module).__name__}")
+            raise ValueError(
+                f"Answering needs a recipe that answers, such as VisionLanguage, not {type(pl_module).__name__}"
+            )
         if not isinstance(data, Spells):
             raise ValueError(f"Answering needs data of dialogues, such as Questions; {type(data).__name__} has none")
 

@@ -86,7 +86,9 @@ class Rounds(Callback):
                 f"Rounds needs data with a pool, such as QuestionPool; {type(parts[-1]).__name__} has none"
             )
         if not has(pl_module, AnswersQuestions):
-            raise ValueError(f"Rounds needs a recipe that answers, such as Chat; {type(pl_module).__name__} does not")
+            raise ValueError(
+                f"Rounds needs a recipe that answers, such as VisionLanguage; {type(pl_module).__name__} does not"
+            )
         if stage == "fit" and getattr(pl_module, "distill", None) is None:
             raise ValueError("Rounds needs a teacher: model.distill with a TeacherRun of a Chat")
 
@@ -96,7 +98,9 @@ class Rounds(Callback):
             return
         teacher = cast(nn.Module, pl_module.distill.network).to(pl_module.device)  # type: ignore[union-attr]
         if not has(teacher, AnswersQuestions):
-            raise ValueError(f"Rounds: the teacher, {type(teacher).__name__}, answers no questions; Chat does")
+            raise ValueError(
+                f"Rounds: the teacher, {type(teacher).__name__}, answers no questions; VisionLanguage does"
+            )
         now = epoch_now(trainer) // self.epochs
         if data.version >= now:
             return

@@ -72,7 +72,9 @@ class LikelihoodScorer(AnswerScorer):
 
     def forward(self, answers: Answers) -> Tensor:
         if not has(answers.teacher, AnswersQuestions):
-            raise ValueError(f"LikelihoodScorer: {type(answers.teacher).__name__} weighs no answers; Chat does")
+            raise ValueError(
+                f"LikelihoodScorer: {type(answers.teacher).__name__} has no answer likelihoods; VisionLanguage has"
+            )
         return answers.teacher.likelihood(answers.batch, answers.answer_ids_BM).float().cpu()
 
 

@@ -26,6 +26,7 @@ from descant.datamodules.sources.stream import BEGINNING, Mark, Stream
 from descant.datamodules.user_data import UserData
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
+from descant.modules.core.output import Output
 from descant.recipes.base.recipe import Recipe
 from tests.callbacks.run.test_resume import Act, equal, fit, point, state
 from tests.files import write_tar
@@ -237,10 +238,10 @@ class Net(Recipe):
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Flatten(), nn.Linear(108, 4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 1))
 
-    def terms(self, batch: Batch) -> dict[str, Term]:
+    def forward(self, batch: Batch) -> Output:
         image_BD = batch.inputs["image"].float()
         value_B = (self.net(image_BD)[:, 0] - (batch.index % 97) / 97).square()
-        return {"fit": Term(value_B, valid=batch.present["image"], given=("image",))}
+        return Output({"fit": Term(value_B, valid=batch.present["image"], given=("image",))})
 
 
 OPTIONS: dict[str, Any] = {"max_epochs": 3, "limit_val_batches": 0}

@@ -147,7 +147,7 @@ def test_nor_do_weights_of_any_other_kind(workplace: Path) -> None:
 
     mark, run = workplace / "ran", workplace / "run"
     (run / "checkpoints").mkdir(parents=True)
-    (run / "config.yaml").write_text("model: {class_path: descant.recipes.Chat}\n")
+    (run / "config.yaml").write_text("model: {class_path: descant.recipes.VisionLanguage}\n")
     bad = run / "checkpoints" / "bad.ckpt"
     torch.save({"state_dict": {}, "bomb": _Bomb(str(mark))}, bad)
     for read in (lambda: find(run), lambda: read_weights(Saved(run, bad, {})), lambda: of_tower(bad)):

@@ -24,9 +24,11 @@ from descant.modules.adaptation.imputation import MeanImputer, PromptImputer, Ze
 from descant.modules.balance import gradient_modulation as pacing
 from descant.modules.balance import mcr as games
 from descant.modules.core.batch import Batch
+from descant.modules.core.hooks import GradientHooks
 from descant.modules.core.objective import Term
+from descant.modules.core.output import FusionInputs
 from descant.modules.core.sham import Sham
-from descant.modules.core.step import FusionInputs, Step
+from descant.modules.core.step import Step
 from descant.modules.distill import ranking
 from descant.modules.distill.distill import FeatureTarget, HardTarget, SoftTarget, in_common
 from descant.modules.engine.configure import Checkpointing, Freeze, FrozenBatchNormStats, Lora
@@ -59,7 +61,7 @@ from descant.modules.multitask import rules as mixing
 from descant.modules.objectives.curriculum import Curriculum
 from descant.modules.policy import advantages
 from descant.modules.policy import losses as policy
-from descant.modules.policy.preference import DPO
+from descant.modules.policy.preference import DPOLoss
 from descant.modules.towers import BagTower, ConvTower, LogMelTower, PatchTower, TextTower, Tokens, Towers, heads
 from descant.modules.towers.base import Frozen, Tower
 from descant.modules.towers.cached import Cached
@@ -605,11 +607,11 @@ part("AnswerRatio", "SequenceSum")(
 part("LocalTokenMean")(_policy(aggregation=policy.LocalTokenMean()))
 
 
-@part("DPO")
+@part("DPOLoss")
 def _dpo(at: Place) -> Any:
     good_B, bad_B, reference_B = (at(-torch.rand(B)) for _ in range(3))
     length_B2 = at(torch.randint(1, 5, (B, 2)))
-    return DPO(by_length=True)(good_B.requires_grad_(), bad_B, reference_B, reference_B, length_B2)
+    return DPOLoss(by_length=True)(good_B.requires_grad_(), bad_B, reference_B, reference_B, length_B2)
 
 
 # pictures and sounds as input ---------------------------------------------------------------------------------------
@@ -705,13 +707,14 @@ def _store(at: Place) -> Any:
 @part("Step", "Term", "Objective", "Batch", "FusionInputs")
 def _step(at: Place) -> Any:
     step, batch, z_BD = Step(mix={"a": 0.5}), at(a_batch()), at(unit()).requires_grad_()
-    step.watched, step.rule = True, lambda g_KBD, names: g_KBD.mean(dim=0)
-    both = step.fork(z_BD, ["a", "b"])
+    hooks = GradientHooks(watched=True)
+    hooks.rule = lambda g_KBD, names: g_KBD.mean(dim=0)
+    both = hooks.fork(z_BD, ["a", "b"])
     terms = {
         "a": Term(both["a"].sum(dim=1), valid=batch.both("image", "text"), given=("image", "text")),
         "b": Term(both["b"].square().sum(dim=1), weight=at(torch.rand(B)), norm="local"),
     }
-    objective = step(terms, batch)
+    objective = step(hooks.watch(terms), batch)
     (g_BD,) = torch.autograd.grad(objective.total, z_BD)
     return objective.total.detach(), g_BD, batch.select(at(torch.tensor([0, 2]))).inputs
 

@@ -92,8 +92,11 @@ RECIPES: dict[str, list[Case]] = {
     "Certified": [Case(("fusion/certified",), slow=True)],
     "Ensemble": [Case(("fusion/ensemble",), slow=True)],
     "MissingModality": [Case(("missing/emoji",), slow=True)],
-    "Chat": [Case(("chat/emoji",), slow=True), Case(("chat/frames",), slow=True)],
-    "Reinforced": [Case(("reinforce/emoji",), slow=True)],
+    "VisionLanguage": [
+        Case(("chat/emoji",), slow=True),
+        Case(("chat/frames",), slow=True),
+        Case(("reinforce/emoji",), slow=True),
+    ],
     "Staged": [Case(("staged/emoji_vqa",), slow=True)],
     "Matching": [Case(("distill/emoji-teacher",), slow=True)],
     "Peers": [Case(("distill/emoji-peers",), slow=True)],

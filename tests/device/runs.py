@@ -52,9 +52,10 @@ from descant.modules.towers import BagTower, ConvTower, PatchTower, SavedTower, 
 from descant.modules.towers.triples import TripleEncoder
 from descant.modules.towers.vit import Trunk
 from descant.recipes import (
+    DPO,
+    GRPO,
     Alternating,
     Certified,
-    Chat,
     Contrastive,
     Ensemble,
     Fusion,
@@ -62,15 +63,12 @@ from descant.recipes import (
     Matching,
     MissingModality,
     Peers,
-    Prefer,
-    Preferred,
     Recipe,
-    Reinforce,
-    Reinforced,
     Stage,
     TeacherAverage,
     TeacherRun,
     TeacherStage,
+    VisionLanguage,
 )
 from descant.recipes.base.teachers import Teachers
 from tests.recipes.test_certified import Banked
@@ -326,7 +324,7 @@ def masked(before: Path) -> Run:
 
 @run
 def chat(before: Path) -> Run:
-    recipe = Chat(**small_chat(), visual=VisualSteps(0.5), optimizer=adamw)
+    recipe = VisionLanguage(**small_chat(), visual=VisualSteps(0.5), optimizer=adamw)
     answering = Answering(new=2, by="kind", limit=8, validate=True)
     return Run(recipe, Questions(**ASKED), [c.Accuracy(), answering], {"precision": "bf16-mixed"})
 
@@ -334,20 +332,25 @@ def chat(before: Path) -> Run:
 @run
 def rounds(before: Path) -> Run:
     distill = Distill(TeacherAverage(0.5))
-    recipe = Chat(**small_chat(), distill=distill, optimizer=adamw)
+    recipe = VisionLanguage(**small_chat(), distill=distill, optimizer=adamw)
     data = QuestionPool(**ASKED | {"items": 16})
     return Run(recipe, data, [c.Rounds(epochs=1, judge=LikelihoodScorer())], {"max_epochs": 3})
 
 
 @run
 def preferred(before: Path) -> Run:
-    return Run(Preferred(**small_chat(), distill=Distill(TeacherStage()), optimizer=adamw), QuestionPairs(**ASKED))
+    return Run(
+        VisionLanguage(**small_chat(), objective=DPO(), distill=Distill(TeacherStage()), optimizer=adamw),
+        QuestionPairs(**ASKED),
+    )
 
 
 @run
 def reinforced(before: Path) -> Run:
     loss = PolicyLoss(kl=KL(0.1))
-    recipe = Reinforced(**small_chat(), loss=loss, new=3, distill=Distill(TeacherStage()), optimizer=adamw)
+    recipe = VisionLanguage(
+        **small_chat(), objective=GRPO(loss), new=3, distill=Distill(TeacherStage()), optimizer=adamw
+    )
     data = QuestionRollouts(**ASKED | {"items": 4, "group": 4})
     rollouts = c.Rollouts(Rewards({"right": ExactAnswer()}), resample=1)
     return Run(recipe, data, [rollouts], {"max_epochs": 3})
@@ -356,7 +359,7 @@ def reinforced(before: Path) -> Run:
 @run
 def staged(before: Path) -> Run:
     """One step of each kind of stage."""
-    stages = {"captions": Stage(), "reward": Stage(Reinforce(), r"^lm"), "pairs": Stage(Prefer())}
+    stages = {"captions": Stage(), "reward": Stage(GRPO(), r"^lm"), "pairs": Stage(DPO())}
     rolled = QuestionRollouts(**ASKED | {"items": 4, "group": 4})
     seen = {name: value for name, value in ASKED.items() if name != "kinds"}
     data = StagedData(

@@ -15,7 +15,7 @@ from descant.modules.core.batch import Batch
 from descant.modules.distill.distill import Distill, Teacher
 from descant.modules.towers import TextTower
 from descant.modules.towers.cached import Cached
-from descant.recipes import Preferred, Recipe
+from descant.recipes import DPO, Recipe, VisionLanguage
 from tests.device import reads
 from tests.device.reads import CHOSEN, DISTILL, RECIPES, Case
 from tests.rotation import turn
@@ -24,7 +24,7 @@ from tests.small import small_chat
 #: Recipes without a case of their own: why.
 ELSEWHERE = {
     "Recipe": "the base",
-    "Preferred": "test_preferences_read_nothing, below: no experiment of it ships",
+    "CompetitiveDistillation": "distill of the cases of other recipes",
 }
 
 
@@ -74,7 +74,7 @@ def test_preferences_read_nothing(device: Any) -> None:
     from tests.device.emulated import counting
 
     torch.manual_seed(0)
-    recipe = Preferred(**small_chat(), distill=Distill(Again()))
+    recipe = VisionLanguage(**small_chat(), objective=DPO(), distill=Distill(Again()))
     assert recipe.distill is not None
     recipe.distill.prepare(recipe)
     recipe.to(device.device)

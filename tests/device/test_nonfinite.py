@@ -11,6 +11,7 @@ import torch
 
 from descant.callbacks import NonFinite, Resume
 from descant.modules.core.batch import Batch
+from descant.modules.core.faults import Faults
 from descant.modules.core.objective import Term
 from descant.modules.core.step import Step
 from descant.modules.io import plain
@@ -104,17 +105,17 @@ def test_without_the_callback_a_recipe_tells_at_the_next_step_that_is_logged(tmp
 
 
 def test_a_step_tells_which_micro_batch_was_not_finite(device: Any) -> None:
-    step = Step(raises=False)
+    step = Step(faults=Faults(raises=False))
     for values in ([1.0, 2.0], [1.0, float("inf")], [3.0, 4.0]):
         batch = Batch({}, {"image": torch.ones(2, dtype=torch.bool)}, index=torch.tensor([5, 6])).to(device.device)
         x_B = torch.tensor(values).to(device.device).requires_grad_()
         step({"a": Term(x_B, given=("image",)), "b": Term(2 * x_B.detach(), given=("image",))}, batch).total.backward()
         assert x_B.grad is not None
         assert bool(x_B.grad.isnan().all()) == (values[1] == float("inf"))
-    assert not step.faults and len(step.unread) == 3
-    step.read()
-    assert step.faults == {"a": (float("inf"), [6]), "b": (float("inf"), [6])} and not step.unread
-    step.raises = True
+    assert not step.faults.terms and len(step.faults.unread) == 3
+    step.faults.read()
+    assert step.faults.terms == {"a": (float("inf"), [6]), "b": (float("inf"), [6])} and not step.faults.unread
+    step.faults.raises = True
     with pytest.raises(FloatingPointError, match="loss term 'a' is inf: not finite"):
-        step.require_finite()
-    step.require_finite()
+        step.faults.require_finite()
+    step.faults.require_finite()

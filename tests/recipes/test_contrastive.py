@@ -142,7 +142,7 @@ def test_a_rule_at_the_fork_meets_both_pairs_of_a_modality() -> None:
         return g_KBD.sum(0)
 
     plain = gradients(model, batch())
-    model.step.rule = rule
+    model.hooks.rule = rule
     ruled = gradients(model, batch())
     assert {names for names, _ in met} == set(model.forks.values())
     assert {shape for _, shape in met} == {(2, 6, 8)}

@@ -156,7 +156,7 @@ def test_the_fork_meets_the_joint_term_and_the_modality_own() -> None:
         return g_KBD.sum(0)
 
     plain = gradients(model, b)
-    model.step.rule = rule
+    model.hooks.rule = rule
     ruled = gradients(model, b)
     assert set(met) == {(("fused", m), (2, 8, 8)) for m in WIDTHS}
     for name, grad in plain.items():
@@ -209,7 +209,7 @@ def test_shares_add_up_to_what_is_decided_by(kind: str) -> None:
             own_BC = torch.where(b.present[m][:, None], model.fusion.maps[m](z[m]), 0.0)
             torch.testing.assert_close(share_BC, own_BC + model.fusion.bias_C / 2, **CLOSE)
     terms = model.terms(b)
-    decided = model.step.decided
+    decided = model(b).fusion
     assert decided is not None and terms and torch.equal(decided.label_B, b.targets["kind"])
     assert all(torch.equal(decided.z[m], z[m]) for m in WIDTHS) and decided.present is b.present
 

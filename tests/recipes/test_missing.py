@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import descant
 from descant.callbacks import EMA, Resume
 from descant.datamodules.base import BatchDataset, DataModule, Rows
-from descant.modules.adaptation.imputation import Imputer, MeanImputer, PromptImputer, ZeroImputer, filled, imputing
+from descant.modules.adaptation.imputation import Imputation, Imputer, MeanImputer, PromptImputer, ZeroImputer
 from descant.modules.adaptation.modulation import AvailableSets, LowRank, Modulation, ModulationBank, ScaleShift
 from descant.modules.core.batch import Batch
 from descant.modules.core.protocols import (
@@ -348,16 +348,16 @@ def test_a_fill_is_what_the_fusion_sees_of_an_absent_modality(runs: dict[str, Pa
     assert model.fill is not None
     whole, z = {m: torch.ones(len(b), dtype=torch.bool) for m in MODALITIES}, {}
     for m in MODALITIES:
-        with imputing(model.fill, b.present):
-            h_BD = filled(torch.zeros(len(b), frozen.towers.width(m)), m, whole[m])
+        nothing_BD = torch.zeros(len(b), frozen.towers.width(m))
+        h_BD = Imputation(model.fill, b.present).filled(nothing_BD, m, whole[m])
         h_BD = torch.where(b.present[m][:, None], frozen.present_features(b, m), h_BD)
         assert bool(h_BD[~b.present[m]].any()) != isinstance(fill, ZeroImputer)
         z[m] = frozen.heads[m](h_BD)
     with torch.no_grad():
-        wanted, found = frozen.fuse(z, whole), model.fuse(model.latents(b), whole)  # type: ignore[operator]
+        wanted, found = frozen.fuse(z, whole), model.fuse(model.latents(b), whole)
         torch.testing.assert_close(found, wanted, **rounding(64, F32))
         assert not torch.allclose(found, frozen.fuse(frozen.latents(b), b.present), atol=1e-3)
-        assert not model.embed(b)["text"][~b.present["text"]].any()  # type: ignore[operator]
+        assert not model.embed(b)["text"][~b.present["text"]].any()
         everything = batch(12)
         assert same(said(model, everything), said(frozen, everything))
 

@@ -174,7 +174,7 @@ def test_a_fork_hands_the_term_its_own_copy() -> None:
         met.append((names, g_KBD.any(dim=2).any(dim=1).tolist()))
         return g_KBD.sum(0)
 
-    model.step.rule = rule
+    model.hooks.rule = rule
     total(model, big_batch()).backward()
     assert met == [(("image-text", NAME), [True, True])] * 2
 

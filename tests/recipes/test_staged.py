@@ -30,11 +30,11 @@ from descant.modules.engine.schedule import WarmupCosine
 from descant.modules.io.inherit import Begin
 from descant.modules.language.packing import through
 from descant.modules.language.positions import VisualSteps
-from descant.modules.policy import DPO, KL, PolicyLoss
+from descant.modules.objectives.language import _whole as whole
+from descant.modules.policy import KL, PolicyLoss
 from descant.modules.policy.rewards import Answer, Rewards, Verifier
-from descant.recipes import Chat, Prefer, Reinforce, Stage, Staged
+from descant.recipes import DPO, GRPO, Stage, Staged, VisionLanguage
 from descant.recipes.base.distillation import TeacherStage
-from descant.recipes.preferred import whole
 from tests.callbacks.policy.test_rollouts import G, N
 from tests.callbacks.policy.test_rounds import Given
 from tests.callbacks.run.test_resume import Act, equal, fit, point, state
@@ -67,15 +67,14 @@ def letters() -> Rollouts:
 def model(stages: dict[str, Stage] | None = None, **options: Any) -> Staged:
     torch.manual_seed(0)
     return Staged(
-        stages=stages
+        VisionLanguage(**small_chat(), new=3),
+        stages
         or {
             "captions": Stage(train=r"^projector|^lm\.blocks", schedule=WarmupCosine(warmup=1)),
             "answers": Stage(optimizer=lambda groups: torch.optim.SGD(groups, lr=0.05, momentum=0.9)),
-            "reward": Stage(Reinforce(), r"^lm"),
+            "reward": Stage(GRPO(), r"^lm"),
         },
-        **small_chat(),
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2),
-        new=3,
         **options,
     )
 
@@ -146,11 +145,13 @@ def test_what_a_stage_does_not_train_stands_still_to_the_bit(folder: Path) -> No
     kept, _, _ = _left_alone(folder)
     begin, answers, _, reward, _, end = kept.weights
     moved = changed(begin, answers)
-    assert moved and all(name.startswith(("projector", "lm.blocks")) for name in moved)
+    assert moved and all(name.startswith(("inner.projector", "inner.lm.blocks")) for name in moved)
     moved = changed(answers, reward)
-    assert any("running_mean" in name for name in moved) and any(name.startswith("lm.embedding") for name in moved)
+    assert any("running_mean" in name for name in moved) and any(
+        name.startswith("inner.lm.embedding") for name in moved
+    )
     moved = changed(reward, end)
-    assert moved and all(name.startswith("lm") for name in moved), "and no running statistics"
+    assert moved and all(name.startswith("inner.lm") for name in moved), "and no running statistics"
 
 
 def test_every_stage_has_a_fresh_optimizer_and_a_schedule_of_its_own(folder: Path) -> None:
@@ -181,7 +182,7 @@ def run_one(folder: Path, net: Staged, held: StagedData) -> None:
     fit(folder, Stages(), Resume(), net=net, data=held, max_epochs=-1, limit_val_batches=0)
 
 
-class FusionContext(Rollouts):
+class RecordingRollouts(Rollouts):
     def _drawn(self, trainer: L.Trainer, pl_module: Any, *rest: Any) -> Any:
         stages.append(pl_module.stage)
         return super()._drawn(trainer, pl_module, *rest)
@@ -195,7 +196,7 @@ def test_the_model_is_asked_in_its_own_stage_alone(tmp_path: Path) -> None:
     # told last what comes first: Stages goes before whoever acts at the start of an epoch
     fit(
         tmp_path,
-        FusionContext(letters().rewards),
+        RecordingRollouts(letters().rewards),
         Stages(),
         net=model(),
         data=data(),
@@ -237,7 +238,7 @@ def test_a_stage_without_epochs_is_left_out(tmp_path: Path) -> None:
 
 def test_a_reference_is_what_the_stage_began_with(tmp_path: Path) -> None:
     stages = model().stages
-    stages["reward"] = Stage(Reinforce(PolicyLoss(kl=KL(0.1))))
+    stages["reward"] = Stage(GRPO(PolicyLoss(kl=KL(0.1))))
     net, kept = model(stages, distill=Distill(TeacherStage())), ImageCache()
     run(tmp_path, kept, net=net)
     reference: Any = net.distill.teacher.average  # type: ignore[union-attr]
@@ -263,7 +264,7 @@ def test_a_reference_is_what_the_stage_loaded_whoever_taught_that(tmp_path: Path
             parameter.add_(0.1)
     stages = {} if first else {"answers": Stage()}
     begin = Begin(left(tmp_path / "other", other), "answers.ckpt")
-    stages |= {"reward": Stage(Reinforce(PolicyLoss(kl=KL(0.1))), load=begin)}
+    stages |= {"reward": Stage(GRPO(PolicyLoss(kl=KL(0.1))), load=begin)}
     held = data()
     held = StagedData({name: held.stages[name] for name in stages})
     net, kept = model(stages, distill=Distill(TeacherStage())), ImageCache()
@@ -302,7 +303,7 @@ def test_tokens_of_every_stage_are_those_of_the_model(tmp_path: Path) -> None:
 def test_preferences_begin_at_no_preference_though_towers_look_at_the_batch() -> None:
     held = QuestionPairs(batch_size=8, kinds=["name", "count"], **SEEN)
     batch = held.on_after_batch_transfer(next(iter(held.train_dataloader())), 0)
-    stages = {"pairs": Stage(Prefer(DPO(0.3)))}
+    stages = {"pairs": Stage(DPO(0.3))}
     net = model(stages, visual=VisualSteps(0.25, drawn=[1.0, 0.25]), distill=Distill(TeacherStage()))
     net.distill.prepare(net)  # type: ignore[union-attr]
     net.train()
@@ -387,7 +388,7 @@ def test_a_stage_of_preferences_learns_which_answer_is_right(tmp_path: Path) -> 
         },
         evaluate="answers",
     )
-    net = model({"answers": Stage(), "pairs": Stage(Prefer(DPO(beta=1.0)))}, distill=Distill(TeacherStage()))
+    net = model({"answers": Stage(), "pairs": Stage(DPO(beta=1.0))}, distill=Distill(TeacherStage()))
     trainer, _ = fit(tmp_path, Stages(), net=net, data=held, max_epochs=-1, limit_val_batches=0, log_every_n_steps=1)
     assert float(trainer.callback_metrics["train/preference"]) < math.log(2) - 0.1
     gain, before = right_over_wrong(net), right_over_wrong(net.distill.teacher.average)  # type: ignore[union-attr]
@@ -408,15 +409,20 @@ def right_over_wrong(net: Any) -> float:
     return float(torch.cat(found).mean())
 
 
+def inner(net: Staged) -> VisionLanguage:
+    assert isinstance(net.inner, VisionLanguage)
+    return net.inner
+
+
 def test_preferences_are_the_loop_over_pairs(tmp_path: Path) -> None:
     held = QuestionPairs(batch_size=8, kinds=["name", "count"], **SEEN)
     batch = held.on_after_batch_transfer(next(iter(held.train_dataloader())), 0)
     torch.manual_seed(1)
     reference = model().double().eval()
-    net = model({"pairs": Stage(Prefer(DPO(0.3)))}, distill=Distill(Given(reference))).double().eval()
+    net = model({"pairs": Stage(DPO(0.3))}, distill=Distill(Given(reference))).double().eval()
     net.distill.prepare(net)  # type: ignore[union-attr]
     with torch.no_grad():
-        for parameter in net.lm.parameters():
+        for parameter in inner(net).lm.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     batch.inputs["image"] = batch.inputs["image"].double()
     found = net.terms(batch)["preference"].value
@@ -426,7 +432,7 @@ def test_preferences_are_the_loop_over_pairs(tmp_path: Path) -> None:
             ids, said = batch.inputs[f"text{end}"][b], batch.inputs[f"loss_mask{end}"][b]
             one = batch.select(slice(b, b + 1))
             one.inputs |= {"text": ids[None], "loss_mask": said[None]}
-            for network, of in ((net, 1), (reference, -1)):
+            for network, of in ((inner(net), 1), (inner(reference), -1)):
                 h_SW, row = network.sequence(one)
                 logits = network.lm.logits(through(network.lm, h_SW, row.real_BS, network.row))[0].log_softmax(-1)
                 for s in row.said_BS[0].nonzero()[:, 0].tolist():
@@ -500,7 +506,7 @@ def test_stretches_are_the_walk_itself() -> None:
     ("what", "message"),
     [
         (lambda _: Stage(train="("), r"train '\(': "),
-        (lambda _: Staged(stages={}), "stages: none; such as"),
+        (lambda _: Staged(VisionLanguage(**small_chat()), {}), "stages: none; such as"),
         (lambda _: StagedData({}), "stages: none; such as"),
         (
             lambda _: StageData(Questions(**SEEN), epochs=-1),
@@ -508,13 +514,16 @@ def test_stretches_are_the_walk_itself() -> None:
         ),
         (lambda _: StagedData({"a": StageData(Questions(**SEEN), 0)}), "stages a: all have 0 epochs; at least one is"),
         (lambda _: data(evaluate="reword"), "evaluate: no stage 'reword'; there is captions, answers, reward"),
-        (lambda _: model({"reward": Stage(Reinforce(PolicyLoss(kl=KL(0.1))))}), "stages.reward: near to whom?"),
         (
-            lambda p: run(p, net=model(model().stages | {"reward": Stage(Reinforce(), "projektor")})),
+            lambda _: model({"reward": Stage(GRPO(PolicyLoss(kl=KL(0.1))))}),
+            "stages.reward: GRPO: loss.kl needs a reference policy",
+        ),
+        (
+            lambda p: run(p, net=model(model().stages | {"reward": Stage(GRPO(), "projektor")})),
             r"stages.reward.train 'projektor' matches no parameter; no such name; did you mean projector\?",
         ),
         (
-            lambda p: run(p, net=model({"captions": Stage(), "answer": Stage(), "reward": Stage(Reinforce())})),
+            lambda p: run(p, net=model({"captions": Stage(), "answer": Stage(), "reward": Stage(GRPO())})),
             r"data.stages captions, answers, reward, model.stages captions, answer, reward: 'answers': no such name; "
             r"did you mean answer\?",
         ),
@@ -526,7 +535,7 @@ def test_stretches_are_the_walk_itself() -> None:
         ),
         (
             lambda p: fit(p, Stages(), net=chat(), data=data(), max_epochs=-1),
-            "Stages needs a recipe in stages, such as Staged, not Chat",
+            "Stages needs a recipe in stages, such as Staged, not VisionLanguage",
         ),
         (
             lambda p: fit(p, letters(), net=model(), data=data()),
@@ -551,6 +560,6 @@ def test_a_mistake_is_one_line(tmp_path: Path, what: Any, message: str) -> None:
 
 
 def chat() -> Any:
-    return Chat(
+    return VisionLanguage(
         **small_chat(),
     )

@@ -57,7 +57,7 @@ def gap(seen: tuple[Steps, list[dict[int, int]]], q: float, alpha: float, sham: 
                 if left and b.present[m][n] and m not in left:
                     heard[m][n] = False
                     deaf += 1
-        at.step.hears = lambda batch, heard=heard: heard
+        at.modality_mask = lambda batch, heard=heard: heard
         largest = max(largest, largest_gap(found, gradients(at, b)))
         one_, other = scores(at, b, "ogm")
         lead = [one_ / other, other / one_]
@@ -91,12 +91,12 @@ def test_nobody_is_left_without_a_voice_and_own_losses_hear_all() -> None:
     callback.probability = {"image": 0.6, "text": 0.6}
     b = whole()
     b.draw = torch.arange(len(b))
-    left = callback.hears(b)
+    left = callback.modality_mask(b)
     assert torch.equal(left["image"] | left["text"], b.present["image"] | b.present["text"])
     assert any(left[m].sum() < b.present[m].sum() for m in WIDTHS)
     at = model()
     plain = at.terms(b)
-    at.step.hears = callback.hears
+    at.modality_mask = callback.modality_mask
     deaf = at.terms(b)
     assert all(torch.equal(plain[m].value, deaf[m].value) for m in WIDTHS)
     assert not torch.equal(plain["fused"].value, deaf["fused"].value)
@@ -105,7 +105,7 @@ def test_nobody_is_left_without_a_voice_and_own_losses_hear_all() -> None:
 def test_its_state_and_its_end() -> None:
     callback, at = OPM(), model()
     L.Trainer(max_steps=1, callbacks=[callback], **QUIET).fit(at, datamodule=SignData(24, whole=False))
-    assert at.step.hears is None and set(callback.probability) == set(WIDTHS)
+    assert at.modality_mask is None and set(callback.probability) == set(WIDTHS)
     again = OPM()
     again.load_state_dict(callback.state_dict())
     assert again.probability == callback.probability

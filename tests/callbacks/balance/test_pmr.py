@@ -137,7 +137,7 @@ def fit(recipe: Any, callback: L.Callback) -> None:
 def test_nothing_of_it_is_left_behind() -> None:
     model_: Fusion = model()
     fit(model_, PMR())
-    assert model_.step.extras == []
+    assert len(model_.regularizers) == 0
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,10 @@ def test_what_cannot_be(tmp_path: Path) -> None:
     cases: list[tuple[Callable[[], Any], str]] = [
         (lambda: Answering(new=0), "new 0 and table 8: 1 and 0 are the least"),
         (lambda: judged(tmp_path, Answering(by="kidn")), "by 'kidn': no such name; did you mean kind"),
-        (lambda: judged(tmp_path, Answering(), build(fusion("LateFusion", "image"))), "such as Chat, not Fusion"),
+        (
+            lambda: judged(tmp_path, Answering(), build(fusion("LateFusion", "image"))),
+            "such as VisionLanguage, not Fusion",
+        ),
         (lambda: judged(tmp_path, Answering(), None, PatternData()), "such as Questions; PatternData has none"),
     ]
     for make, message in cases:

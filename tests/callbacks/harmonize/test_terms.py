@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from descant.callbacks.harmonize.terms import Harmonize, gram
 from descant.callbacks.plots.cosines import cosine_map
 from descant.modules.core.objective import Term
+from descant.modules.core.output import Output
 from descant.modules.core.rng import mix
 from descant.modules.engine.configure import Checkpointing, Compile, Shard
 from descant.modules.multitask.rules import (
@@ -233,10 +234,10 @@ def test_what_is_planted_is_mixed_as_the_formula_says() -> None:
     """Two terms pull one weight apart, and one of them another weight: cos = -1/sqrt 2, found by hand."""
 
     class Planted(ToyRecipe):
-        def terms(self, batch: Any) -> Any:
+        def forward(self, batch: Any) -> Any:
             w: Any = self.heads["a"].bias
             rows = torch.ones(len(batch), dtype=w.dtype)
-            return {"a": Term(w[0] * rows), "b": Term((w[1] - w[0]) * rows)}
+            return Output({"a": Term(w[0] * rows), "b": Term((w[1] - w[0]) * rows)})
 
         def shared_parameters(self) -> Any:
             return [self.heads["a"].bias]
@@ -326,11 +327,11 @@ def test_what_a_rule_remembers_is_in_the_checkpoint() -> None:
 
 def test_a_gradient_that_is_not_finite_leaves_the_plain_sum_and_is_counted() -> None:
     class Broken(ToyRecipe):
-        def terms(self, batch: Any) -> Any:
-            terms = super().terms(batch)
+        def forward(self, batch: Any) -> Any:
+            output = super().forward(batch)
             if self.global_step == 1:
-                terms["a"].value.register_hook(lambda g: g * torch.nan if self.step.probing else g)
-            return terms
+                output.terms["a"].value.register_hook(lambda g: g * torch.nan if self.hooks.probing else g)
+            return output
 
     watch, harmonize = Watch(), Harmonize(PCGrad())
     trainer = L.Trainer(max_steps=STEPS, callbacks=[harmonize, watch], **QUIET)
@@ -342,14 +343,14 @@ def test_a_gradient_that_is_not_finite_leaves_the_plain_sum_and_is_counted() -> 
 
 
 class OneTerm(ToyRecipe):
-    def terms(self, batch: Any) -> Any:
-        return {"a": super().terms(batch)["a"]}
+    def forward(self, batch: Any) -> Any:
+        return Output({"a": super().forward(batch).terms["a"]})
 
 
 class OtherTerms(ToyRecipe):
-    def terms(self, batch: Any) -> Any:
-        terms = super().terms(batch)
-        return terms if self.global_step == 0 else {"a": terms["a"], "c": terms["b"]}
+    def forward(self, batch: Any) -> Any:
+        terms = super().forward(batch).terms
+        return Output(terms if self.global_step == 0 else {"a": terms["a"], "c": terms["b"]})
 
 
 @pytest.mark.parametrize(

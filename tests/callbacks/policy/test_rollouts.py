@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
@@ -21,10 +21,11 @@ from descant.datamodules.tasks.questions import Questions
 from descant.modules.distill.distill import Distill
 from descant.modules.engine.configure import Shard
 from descant.modules.language import Sampling
+from descant.modules.objectives.language import answer_log_probabilities
 from descant.modules.policy import KL, Clipped, LocalTokenMean, PolicyBatch, PolicyLoss, SequenceMean, TokenMean
 from descant.modules.policy.rewards import Answer, Rewards, Verifier
 from descant.modules.tokenizers.text import EOS, PAD
-from descant.recipes import Chat, Reinforced
+from descant.recipes import GRPO, VisionLanguage
 from tests.callbacks.policy.test_rounds import Given
 from tests.callbacks.run.test_resume import Act, equal, fit, point, state
 from tests.ranks import run_ranks
@@ -49,10 +50,11 @@ class Never(Verifier):
         return 0.0
 
 
-def reinforced(seed: int = 0, lr: float = 1e-2, sgd: bool = False, **options: Any) -> Reinforced:
+def reinforced(seed: int = 0, lr: float = 1e-2, sgd: bool = False, **options: Any) -> VisionLanguage:
     torch.manual_seed(seed)
-    made = Reinforced(
+    made = VisionLanguage(
         **small_chat(),
+        objective=GRPO(options.pop("loss", None)),
         optimizer=lambda groups: torch.optim.SGD(groups, lr=lr) if sgd else torch.optim.AdamW(groups, lr=lr),
         **(dict[str, Any](new=NEW, sampling=Sampling(temperature=1.5)) | options),
     )
@@ -64,7 +66,7 @@ def reinforced(seed: int = 0, lr: float = 1e-2, sgd: bool = False, **options: An
 def _spoken() -> dict[str, Tensor]:
     """What 80 steps of answering colours and counts leave: answers of one or two tokens, and now and then of more."""
     torch.manual_seed(0)
-    net = Chat(
+    net = VisionLanguage(
         **small_chat(),
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=2e-2),
     )
@@ -114,7 +116,7 @@ def test_what_is_trained_on_is_what_was_drawn(tmp_path: Path) -> None:
     assert rolled["length"].min() >= 0 and rolled["ended"].any() and not rolled["ended"].all()
     for raw in held.rows():
         batch = held.on_after_batch_transfer(raw, 0)
-        log_N, sample_N, place_N = net.log_of(net, batch)
+        log_N, sample_N, place_N = answer_log_probabilities(net, batch, net.sampling.temperature)
         row_N = batch.index[sample_N]
         said_N = batch.inputs["text"][batch.inputs["loss_mask"]]
         assert torch.equal(said_N, rolled["said"][row_N, place_N]), "an end where there was one, and no other"
@@ -211,10 +213,11 @@ def test_how_far_it_moved_is_a_divergence_of_what_was_drawn(tmp_path: Path) -> N
     drawn_N = torch.tensor([0] * 5 + [1] * 3 + [2] * 2)
     net = reinforced()
     logged = {}
-    net.log = lambda name, value, **_: logged.update({name: float(value)})  # type: ignore[method-assign]
-    net._trainer = object()  # type: ignore[assignment]
+    net.record = lambda name, value, rows: logged.update({name: float(value)})  # type: ignore[method-assign]
     sample_N, valid_B = torch.zeros(10, dtype=torch.long), torch.tensor([True])
-    net.watch(PolicyBatch(new_V.log()[drawn_N], old_V.log()[drawn_N], sample_N, torch.zeros(1), valid_B, None), {})
+    cast(GRPO, net.objective)._record(
+        net, PolicyBatch(new_V.log()[drawn_N], old_V.log()[drawn_N], sample_N, torch.zeros(1), valid_B, None), {}
+    )
     assert logged["policy/moved"] == pytest.approx(float((old_V * (old_V / new_V).log()).sum()), rel=ulps(84, F32))
 
 
@@ -287,12 +290,12 @@ def test_a_step_in_four_micro_batches_is_the_step(tmp_path: Path, aggregation: A
     assert (float((ends[0] - ends[1]).abs().max() / moved) < 1e-4) == same
 
 
-def parts() -> tuple[Reinforced, QuestionRollouts]:
+def parts() -> tuple[VisionLanguage, QuestionRollouts]:
     return reinforced(1, loss=PolicyLoss(Clipped(0.2, 0.28))), data(N * G // 2)
 
 
 @pytest.fixture(scope="module")
-def never_killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Act, Reinforced, QuestionRollouts]:
+def never_killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Act, VisionLanguage, QuestionRollouts]:
     folder, whole, (net, held) = tmp_path_factory.mktemp("whole"), Act(), parts()
     fit(folder, Resume(every=1, keep=99), short(passes=2), whole, net=net, data=held, max_epochs=4)
     return folder, whole, net, held
@@ -300,7 +303,7 @@ def never_killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Act, R
 
 @pytest.mark.parametrize("step", quick([1, 2, 3, 5], 2))
 def test_killed_in_a_rollout_or_between_two_it_ends_in_the_same_bits(
-    tmp_path: Path, never_killed: tuple[Path, Act, Reinforced, QuestionRollouts], step: int
+    tmp_path: Path, never_killed: tuple[Path, Act, VisionLanguage, QuestionRollouts], step: int
 ) -> None:
     """Two steps a pass, two passes a rollout: the second rollout begins after four steps."""
     folder, whole, one, held = never_killed

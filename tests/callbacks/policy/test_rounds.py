@@ -17,7 +17,7 @@ from descant.datamodules.tasks.question_pool import QuestionPool
 from descant.modules.core.batch import Batch
 from descant.modules.distill.distill import Distill, SoftTarget, Teacher
 from descant.modules.language.judges import Answers, EditDistanceScorer, ExactMatchScorer, LikelihoodScorer
-from descant.recipes import Chat
+from descant.recipes import VisionLanguage
 from tests.callbacks.run.test_resume import Act, equal, fit, point, state
 from tests.ranks import run_ranks
 from tests.recipes.test_missing import PatternData
@@ -50,9 +50,9 @@ class Given(Teacher):
         return self._given[0]
 
 
-def chat(seed: int = 0, teacher: nn.Module | None = None, *targets: Any) -> Chat:
+def chat(seed: int = 0, teacher: nn.Module | None = None, *targets: Any) -> VisionLanguage:
     torch.manual_seed(seed)
-    made = Chat(
+    made = VisionLanguage(
         **small_chat(),
         distill=Distill(Given(teacher or Knows()), list(targets)),
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2),
@@ -84,7 +84,9 @@ class Watch(L.Callback):
         self.pools.append((pool.version, pool.pool, pool.answer_ids_NM.copy()))
 
 
-def run(folder: Path, rounds: Rounds, epochs: int = 4, net: Chat | None = None) -> tuple[Watch, Chat]:
+def run(
+    folder: Path, rounds: Rounds, epochs: int = 4, net: VisionLanguage | None = None
+) -> tuple[Watch, VisionLanguage]:
     watch = Watch(rounds)
     _, model = fit(folder, rounds, watch, net=net or chat(), data=data(), max_epochs=epochs)
     return watch, model  # type: ignore[return-value]
@@ -135,7 +137,7 @@ def test_killed_between_rounds_or_in_one_it_ends_in_the_same_bits(tmp_path: Path
     whole, rest = Act(), Act()
     teacher, options = chat(5), dict[str, Any](max_epochs=4)
 
-    def net() -> Chat:
+    def net() -> VisionLanguage:
         return chat(1, teacher, SoftTarget())
 
     one, two, every = data(), data(), Resume(every=1, keep=99)
@@ -174,7 +176,7 @@ def test_judges_by_hand() -> None:
     assert ExactMatchScorer()(asked).tolist() == [1, 0, 1, 0]
     assert EditDistanceScorer()(asked).tolist() == pytest.approx([1, 2 / 3, 1, 2 / 3], rel=ulps(4, F32))
     assert LikelihoodScorer()(asked).tolist() == [0.25] * 4
-    with pytest.raises(ValueError, match="Linear weighs no answers; Chat does"):
+    with pytest.raises(ValueError, match="Linear has no answer likelihoods; VisionLanguage has"):
         LikelihoodScorer()(Answers(_batch(4), said, right, nn.Linear(1, 1)))
 
 

@@ -19,7 +19,7 @@ from descant.datamodules.tasks.text_tasks import Arithmetic, Problem, Task, Task
 from descant.modules.language import CausalLM
 from descant.modules.policy.rewards import Answer, Rewards, TaskAnswer, Verifier
 from descant.modules.towers import ConvTower, Towers
-from descant.recipes import Chat, Reinforced
+from descant.recipes import GRPO, VisionLanguage
 from tests.callbacks.run.test_resume import equal, fit, point, state
 from tests.ranks import run_ranks
 from tests.step_toy import QUIET
@@ -44,9 +44,9 @@ class Digit(Task):
 ASKED: dict[str, Any] = {"tasks": {"digit": Digit()}, "numbers": 400, "held": 30, "length": 12}
 
 
-def network(kind: type[Chat] = Reinforced, seed: int = 0, lr: float = 3e-3, sgd: bool = False, **options: Any) -> Any:
+def network(seed: int = 0, lr: float = 3e-3, sgd: bool = False, **options: Any) -> Any:
     torch.manual_seed(seed)
-    return kind(
+    return VisionLanguage(
         lm=CausalLM(266, 32, 2, 2, length=32),
         answer_token=265,
         optimizer=lambda groups: torch.optim.SGD(groups, lr=lr) if sgd else torch.optim.AdamW(groups, lr=lr),
@@ -57,13 +57,13 @@ def network(kind: type[Chat] = Reinforced, seed: int = 0, lr: float = 3e-3, sgd:
 @functools.cache
 def _spoken() -> dict[str, Tensor]:
     """What 20 steps leave: some are right."""
-    net = network(Chat, lr=1e-2)
+    net = network(lr=1e-2)
     L.Trainer(max_steps=20, max_epochs=-1, **QUIET).fit(net, datamodule=TextTasks(**ASKED, batch_size=32))
     return net.state_dict()
 
 
-def reinforced(seed: int = 0, **options: Any) -> Reinforced:
-    made = network(seed=seed, **({"new": NEW} | options))
+def reinforced(seed: int = 0, **options: Any) -> VisionLanguage:
+    made = network(seed=seed, objective=GRPO(options.pop("loss", None)), **({"new": NEW} | options))
     made.load_state_dict(_spoken())
     return made
 
@@ -166,7 +166,7 @@ def _stepped(rank: int, world: int) -> tuple[Tensor, Tensor]:
 def test_answers_are_judged_by_task_without_any_picture(tmp_path: Path) -> None:
     made = {"digit": Digit(), "sums": Arithmetic(["plus"], digits=1)}
     held = TextTasks(made, numbers=200, held=20, length=12, batch_size=16)
-    net = network(Chat)
+    net = network()
     trainer, _ = fit(
         tmp_path, Accuracy(), Answering(new=NEW, by="task", validate=True), net=net, data=held, max_steps=1
     )
@@ -180,7 +180,7 @@ def test_answers_are_judged_by_task_without_any_picture(tmp_path: Path) -> None:
     ("make", "says"),
     [
         (
-            lambda p: fit(p, net=network(Chat), data=QuestionRollouts(tiny=True)),
+            lambda p: fit(p, net=network(), data=QuestionRollouts(tiny=True)),
             "image_token None: QuestionRollouts has 8192",
         ),
         (
@@ -195,5 +195,7 @@ def test_what_cannot_be(tmp_path: Path, make: Any, says: str) -> None:
         make(tmp_path)
 
 
-def _seeing() -> Chat:
-    return Chat(towers=Towers(image=ConvTower([8, 8])), lm=CausalLM(266, 32, 1, 2), image_token=264, answer_token=265)
+def _seeing() -> VisionLanguage:
+    return VisionLanguage(
+        towers=Towers(image=ConvTower([8, 8])), lm=CausalLM(266, 32, 1, 2), image_token=264, answer_token=265
+    )

@@ -18,6 +18,7 @@ from descant.callbacks import EMA, NonFinite, Resume
 from descant.callbacks.run.nonfinite import RollBack
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
+from descant.modules.core.output import Output
 from tests.callbacks.run.test_resume import Act, Net, equal, fit, point, points, state
 from tests.conftest import Result
 from tests.ranks import run_ranks
@@ -33,7 +34,7 @@ class Spoiled(Net):
         self.where, self.bad = where, bad
         self.norm = nn.BatchNorm1d(3)
 
-    def terms(self, batch: Batch) -> dict[str, Term]:
+    def forward(self, batch: Batch) -> Output:
         spoilt_B = batch.index == self.bad
         x_BD = self.norm(batch.inputs["image"])
         value_B = (self.net(x_BD)[:, 0] - batch.index / 44).square()
@@ -43,7 +44,7 @@ class Spoiled(Net):
             value_B = (self.net(self.norm(batch.inputs["image"] / (~spoilt_B[:, None])))[:, 0]).square()
         elif self.where == "gradient":  # finite forward: sqrt(0) has an infinite slope, and 0 * inf is nan
             value_B = value_B + (value_B * (~spoilt_B)).sqrt() * (~spoilt_B)
-        return {"fit": Term(value_B, valid=batch.present["image"], given=("image",))}
+        return Output({"fit": Term(value_B, valid=batch.present["image"], given=("image",))})
 
 
 class Watch(L.Callback):

@@ -24,6 +24,7 @@ from descant.callbacks.run.resume import AGREE_STEPS, CODES, ENTRY, Stopped
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
+from descant.modules.core.output import Output
 from descant.modules.engine.configure import Shard
 from descant.modules.engine.schedule import WarmupCosine
 from descant.modules.io import manifest
@@ -76,9 +77,9 @@ class Net(Recipe):
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, 1))
 
-    def terms(self, batch: Batch) -> dict[str, Term]:
+    def forward(self, batch: Batch) -> Output:
         value_B = (self.net(batch.inputs["image"])[:, 0] - batch.index / N).square()
-        return {"fit": Term(value_B, valid=batch.present["image"], given=("image",))}
+        return Output({"fit": Term(value_B, valid=batch.present["image"], given=("image",))})
 
 
 class Act(L.Callback):
@@ -492,15 +493,16 @@ class Telling(Net):
         if self.global_step % 4 == 0:
             self.log("rule/solved", float(self.global_step))
 
-    def terms(self, batch: Batch) -> dict[str, Term]:
-        found = super().terms(batch)
+    def forward(self, batch: Batch) -> Output:
+        output = super().forward(batch)
+        found = output.terms
         if self.training:
             self.log(f"turn/{'odd' if self.global_step % 2 else 'even'}", found["fit"].value.mean())
             many = self.trainer.world_size > 1
             self.log("mean/of_epoch", found["fit"].value.mean(), on_step=True, on_epoch=True, sync_dist=many)
             worst = found["fit"].value.max()
             self.log("worst/of_epoch", worst, on_step=False, on_epoch=True, reduce_fx="max", sync_dist=many)
-        return found
+        return output
 
 
 class InMemory(L.pytorch.loggers.CSVLogger):
@@ -553,10 +555,10 @@ def test_rows_that_wait_in_memory_are_written_before_a_point(tmp_path: Path) -> 
 class Pulled(Net):
     """Two terms that a rule mixes."""
 
-    def terms(self, batch: Batch) -> dict[str, Term]:
-        fit = super().terms(batch)["fit"]
+    def forward(self, batch: Batch) -> Output:
+        fit = super().forward(batch).terms["fit"]
         value_B = (self.net(batch.inputs["image"])[:, 0] + 1).square()
-        return {"fit": fit, "low": Term(value_B, valid=batch.present["image"], given=("image",))}
+        return Output({"fit": fit, "low": Term(value_B, valid=batch.present["image"], given=("image",))})
 
 
 @pytest.mark.parametrize("rule", [PCGrad, MGDA])

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from descant.callbacks.run.sanity import Sanity, _by_rank
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
+from descant.modules.core.output import Output
 from descant.modules.distill.ranking import RankTarget
 from descant.modules.engine.schedule import WarmupCosine
 from descant.modules.towers import TextTower
@@ -162,9 +163,10 @@ class Embedding(Recipe):
         z_BD = self.a(batch.inputs["image"]) * (0 if self.collapsed else 1) + (1.0 if self.collapsed else 0.0)
         return {"image": nn.functional.normalize(z_BD, dim=1)}
 
-    def terms(self, batch: Batch) -> dict[str, Term]:
+    def forward(self, batch: Batch) -> Output:
         value_B = self.a(batch.inputs["image"]).square().mean(1)
-        return {"one": Term(value_B, valid=batch.present["image"]), "two": Term(value_B, valid=batch.present["image"])}
+        one, two = (Term(value_B, valid=batch.present["image"]) for _ in range(2))
+        return Output({"one": one, "two": two})
 
 
 def late(

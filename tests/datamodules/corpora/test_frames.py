@@ -28,7 +28,7 @@ from descant.datamodules.order import Slot, Window
 from descant.modules.core.batch import Batch
 from descant.modules.language.positions import VisualSteps
 from descant.modules.policy.rewards import Answer, Rewards, Verifier
-from descant.recipes import Reinforced
+from descant.recipes import GRPO, VisionLanguage
 from tests.callbacks.run.test_resume import fit
 from tests.small import small_chat
 from tests.tolerance import F32, ulps
@@ -243,8 +243,9 @@ class Long(Verifier):
 
 def test_answers_are_trained_at_the_positions_that_they_were_given_at(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    net = Reinforced(
+    net = VisionLanguage(
         **small_chat(),
+        objective=GRPO(),
         visual=VisualSteps(0.5),
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2),
         new=2,

@@ -8,13 +8,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from descant.modules.adaptation.imputation import (
+    Imputation,
     Imputer,
     MeanImputer,
     PromptImputer,
     ZeroImputer,
-    filled,
-    imputing,
-    seen,
 )
 from tests.ranks import run_ranks
 from tests.tolerance import BF16, F32, F64, rounding, ulps
@@ -30,25 +28,16 @@ def features(modality: str, seed: int = 0) -> Tensor:
     return torch.randn(5, WIDTHS[modality], generator=g).masked_fill(~HAS[modality][:, None], 0.0)
 
 
-def test_without_a_fill_nothing_changes() -> None:
-    h_BD = features("text")
-    assert filled(h_BD, "text", HAS["text"]) is h_BD
-    assert seen("text", SOME) is SOME
-
-
-def test_a_tower_runs_for_what_is_there_and_the_rest_is_filled() -> None:
-    with imputing(PromptImputer().build(WIDTHS, [["image"], ["text"]]), HAS):
-        assert torch.equal(seen("text", SOME), HAS["text"])
-        assert not seen("text", torch.zeros(5, dtype=torch.bool)).any()
-        h_BD = filled(features("text"), "text", SOME)
-    assert torch.equal(h_BD, features("text"))  # prompts begin as zeros
-    assert torch.equal(seen("text", SOME), SOME)
+def test_a_tower_runs_for_what_is_present_and_the_rest_is_filled() -> None:
+    imputation = Imputation(PromptImputer().build(WIDTHS, [["image"], ["text"]]), HAS)
+    assert torch.equal(imputation.seen("text", SOME), HAS["text"])
+    assert not imputation.seen("text", torch.zeros(5, dtype=torch.bool)).any()
+    assert torch.equal(imputation.filled(features("text"), "text", SOME), features("text"))  # prompts begin as zeros
 
 
 def test_zeros() -> None:
     h_BD = torch.ones(5, 2)
-    with imputing(ZeroImputer(), HAS):
-        assert filled(h_BD, "text", SOME).sum(dim=1).tolist() == [2.0, 0.0, 2.0, 2.0, 2.0]
+    assert Imputation(ZeroImputer(), HAS).filled(h_BD, "text", SOME).sum(dim=1).tolist() == [2.0, 0.0, 2.0, 2.0, 2.0]
 
 
 def test_means_are_of_all_rows_that_training_has_seen() -> None:
@@ -57,18 +46,17 @@ def test_means_are_of_all_rows_that_training_has_seen() -> None:
     for step in range(3):
         h_BD = features("image", step)
         rows.append(h_BD[HAS["image"]])
-        with imputing(fill, HAS):
-            out = filled(h_BD, "image", SOME)
+        out = Imputation(fill, HAS).filled(h_BD, "image", SOME)
         mean = torch.cat(rows).double().mean(dim=0).float()
         torch.testing.assert_close(out[2], mean, **rounding(2, F32))  # both sums are float64
         assert torch.equal(out[[0, 1, 3, 4]], h_BD[[0, 1, 3, 4]])
     fill.eval()
-    with imputing(fill, HAS):
-        torch.testing.assert_close(filled(features("image", 9), "image", SOME)[2], mean, **rounding(2, F32))
+    torch.testing.assert_close(
+        Imputation(fill, HAS).filled(features("image", 9), "image", SOME)[2], mean, **rounding(2, F32)
+    )
     again = MeanImputer().build(WIDTHS, [])
     again.load_state_dict(fill.state_dict())
-    with imputing(again.eval(), HAS):
-        assert torch.equal(filled(features("image", 9), "image", SOME)[2], out[2])
+    assert torch.equal(Imputation(again.eval(), HAS).filled(features("image", 9), "image", SOME)[2], out[2])
 
 
 def test_a_prompt_for_each_set_and_modality_takes_its_own_gradient() -> None:
@@ -76,8 +64,7 @@ def test_a_prompt_for_each_set_and_modality_takes_its_own_gradient() -> None:
     with torch.no_grad():
         for k, p in enumerate(fill.parameters()):
             p.fill_(k + 1.0)
-    with imputing(fill, HAS):
-        text, image = (filled(features(m), m, SOME) for m in ("text", "image"))
+    text, image = (Imputation(fill, HAS).filled(features(m), m, SOME) for m in ("text", "image"))
     assert text[1].tolist() == [1.0, 1.0] and image[2].tolist() == [2.0, 2.0, 2.0]
     assert torch.equal(text[[0, 2, 3, 4]], features("text")[[0, 2, 3, 4]])
     (text.sum() * 3).backward()
@@ -88,8 +75,8 @@ def test_a_prompt_for_each_set_and_modality_takes_its_own_gradient() -> None:
 def test_a_set_without_a_prompt_is_one_line() -> None:
     fill: Imputer = PromptImputer().build(WIDTHS, [["image"]])
     says = "the fill has nothing for samples with text only; the nearest that it has is image"
-    with imputing(fill, HAS), pytest.raises(ValueError, match=says):
-        filled(features("text"), "text", SOME)
+    with pytest.raises(ValueError, match=says):
+        Imputation(fill, HAS).filled(features("text"), "text", SOME)
 
 
 def on_a_rank(rank: int, world: int) -> Tensor:
@@ -103,8 +90,7 @@ def summed(rows: slice) -> Tensor:
     g = torch.Generator().manual_seed(0)
     h_BD, here_B = torch.randn(8, 3, generator=g)[rows], (torch.arange(8) % 3 > 0)[rows]
     fill = MeanImputer().build({"image": 3}, [])
-    with imputing(fill, {"image": here_B}):
-        filled(h_BD, "image", torch.ones_like(here_B))
+    Imputation(fill, {"image": here_B}).filled(h_BD, "image", torch.ones_like(here_B))
     return fill.state_dict()["sum_image"]
 
 

@@ -22,7 +22,6 @@ from descant.modules.adaptation.modulation import (
     Sets,
     touch_parameters,
 )
-from descant.modules.core.rows import running
 from tests.tolerance import F32, rounding
 
 NAMES = ["image", "text", "audio"]
@@ -164,7 +163,7 @@ def test_rows_of_several_sets_are_those_of_one_set_at_a_time(form: Modulation, n
     for x in inputs()[name]:
         with bank.route(present()):
             mixed = net[name](x)
-            with running(order_R):
+            with bank._tracker.select(order_R):
                 some = net[name](x[order_R])
         alone = []
         for i in range(len(x)):

@@ -26,8 +26,8 @@ from descant.modules.balance.mcr import (
     js_divergence,
 )
 from descant.modules.core.batch import Batch
+from descant.modules.core.output import FusionInputs
 from descant.modules.core.sham import partners
-from descant.modules.core.step import FusionInputs
 from descant.modules.fusion.classifiers import OrthogonalFusion
 from descant.modules.towers import Towers
 from descant.recipes import Fusion
@@ -51,8 +51,8 @@ STAKES = {
 def asked(kind: str, b: Batch, z: dict[str, Tensor] | None = None) -> FusionContext:
     model = recipe(kind).double()
     z = model.latents(b) if z is None else z
-    decided, logits_BC = FusionInputs(z, b.present, b.targets["kind"]), model.fuse(dict(z), b.present)
-    return FusionContext(decided, b.present, logits_BC, model.fuse, model.fusion, b, model.rows(b))
+    inputs, logits_BC = FusionInputs(z, b.present, b.targets["kind"]), model.fuse(dict(z), b.present)
+    return FusionContext(inputs, b.present, logits_BC, model.fuse, model.fusion, b, model.rows(b))
 
 
 def full() -> Batch:
@@ -155,7 +155,7 @@ def test_contrast_by_hand() -> None:
     b = double(batch())
     question = asked("late", b)
     term = LabelContrast(weight=0.5, temperature=0.2)(question)["contrast"]
-    z, y = question.decided.z, b.targets["kind"].tolist()
+    z, y = question.inputs.z, b.targets["kind"].tolist()
     u = {m: (z[m] / z[m].norm(dim=1, keepdim=True)).tolist() for m in WIDTHS}
     both = [n for n in range(len(b)) if b.present["image"][n] and b.present["text"][n] and y[n] >= 0]
     for n in range(len(b)):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from descant.modules.core.batch import Batch
+from descant.modules.core.hooks import GradientHooks
 from descant.modules.core.objective import Objective, Term
 from descant.modules.core.step import Step
 from tests.tolerance import F32, ulps
@@ -79,12 +80,12 @@ def test_no_terms_is_an_error() -> None:
 
 
 def test_probing_passes_forks_through() -> None:
-    step = Step(rule=lambda g_KBD, names: g_KBD.sum(0) * 0)
+    hooks = GradientHooks(rule=lambda g_KBD, names: g_KBD.sum(0) * 0)
     z = torch.ones(2, 3, requires_grad=True)
-    copies = step.fork(z, ("a", "b"))
+    copies = hooks.fork(z, ("a", "b"))
     total = copies["a"].sum() + 2 * copies["b"].sum()
     (ruled,) = torch.autograd.grad(total, z, retain_graph=True)
-    step.probing = True
+    hooks.probing = True
     (probed,) = torch.autograd.grad(total, z)
     assert ruled.unique().tolist() == [0.0]
     assert probed.unique().tolist() == [3.0]

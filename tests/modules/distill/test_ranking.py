@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from descant.modules.core.batch import Batch
+from descant.modules.core.output import Output
 from descant.modules.core.step import Step
 from descant.modules.distill.distill import DistillContext
 from descant.modules.distill.ranking import (
@@ -41,8 +42,7 @@ class Scores(nn.Module):
 
     def __init__(self, s_BB: Tensor) -> None:
         super().__init__()
-        self.s_BB, self.step = s_BB, Step()
-        self.step.pairs = self.scorers(None)
+        self.s_BB = s_BB
         self.asked = 0
 
     def scorers(self, batch: Any) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
@@ -64,7 +64,8 @@ def matrix(seed: int = 0, rows: int = B) -> Tensor:
 
 
 def lesson(teacher_BB: Tensor, student_BB: Tensor, b: Batch) -> DistillContext:
-    return DistillContext(Scores(student_BB), Scores(teacher_BB), b)
+    student = Scores(student_BB)
+    return DistillContext(student, Scores(teacher_BB), b, Output({}, pairs=student.scorers(b)))
 
 
 def by_hand(t_BB: Tensor, b: Batch, kept: int) -> list[list[int]]:

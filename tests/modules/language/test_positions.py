@@ -14,15 +14,15 @@ from descant.modules.language.positions import VisualSteps
 from descant.modules.language.projectors import PooledGrid
 from descant.modules.tokenizers.text import EOS
 from descant.modules.towers import ConvTower, Towers
-from descant.recipes import Chat
+from descant.recipes import VisionLanguage
 from tests.tolerance import F32, rounding
 
 IMAGE, ANSWER = 30, 31
 
 
-def chat(visual: VisualSteps | None = None, length: int = 64) -> Chat:
+def chat(visual: VisualSteps | None = None, length: int = 64) -> VisionLanguage:
     torch.manual_seed(0)
-    net = Chat(
+    net = VisionLanguage(
         towers=Towers(image=ConvTower([8, 8], stem=4)),
         lm=CausalLM(32, 16, 2, 2, length=length),
         image_token=IMAGE,

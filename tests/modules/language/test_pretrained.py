@@ -15,8 +15,8 @@ from descant.datamodules.corpora.emoji import PACK
 from descant.modules.engine.configure import Checkpointing, Freeze, Lora, Quantize
 from descant.modules.language import CausalLM, PretrainedLM, Sampling, generate
 from descant.modules.tokenizers.text import PretrainedTokenizer
-from descant.recipes import Chat
-from tests.recipes.test_chat import batch, sees
+from descant.recipes import VisionLanguage
+from tests.recipes.test_vision_language import batch, sees
 from tests.rotation import by_turns
 from tests.tolerance import F32, F64, rounding
 
@@ -48,9 +48,9 @@ def test_it_says_what_the_file_says_and_has_room_for_more(folder: Path) -> None:
     assert ours.vocabulary == V + 2 and ours.length == 64 and ours.head.weight is ours.embedding.weight
 
 
-def chat(folder: Path, *adapt: Any, **options: Any) -> Chat:
+def chat(folder: Path, *adapt: Any, **options: Any) -> VisionLanguage:
     torch.manual_seed(0)
-    made = Chat(**sees(PretrainedLM(folder)), adapt=list(adapt), **options)
+    made = VisionLanguage(**sees(PretrainedLM(folder)), adapt=list(adapt), **options)
     made.configure_model()
     return made.double() if not any(isinstance(a, Quantize) for a in adapt) else made
 

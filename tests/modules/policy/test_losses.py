@@ -13,11 +13,11 @@ from torch import Tensor
 from descant.modules.core.objective import Term
 from descant.modules.policy import (
     CISPO,
-    DPO,
     KL,
     AnswerRatio,
     Clipped,
     Counts,
+    DPOLoss,
     LocalTokenMean,
     PolicyBatch,
     PolicyLoss,
@@ -236,7 +236,7 @@ def test_preferences_by_hand() -> None:
     l_4B = -torch.rand(4, 5, generator=g, dtype=torch.float64) * 20
     length_B2 = torch.tensor([[3, 5], [1, 1], [8, 2], [4, 4], [2, 9]])
     for lengths in (None, length_B2):
-        found = DPO(0.3)(l_4B[0], l_4B[1], l_4B[2], l_4B[3], lengths)
+        found = DPOLoss(0.3)(l_4B[0], l_4B[1], l_4B[2], l_4B[3], lengths)
         for b in range(5):
             a, c = (1, 1) if lengths is None else lengths[b].tolist()
             gain = float(l_4B[0, b] - l_4B[2, b]) / a - float(l_4B[1, b] - l_4B[3, b]) / c
@@ -252,7 +252,7 @@ def test_preferences_by_hand() -> None:
         (lambda: CISPO(0.0), "high 0"),
         (lambda: KL(0.0), "beta 0: above 0"),
         (lambda: SequenceSum(0), "length 0"),
-        (lambda: DPO(0.0), "beta 0"),
+        (lambda: DPOLoss(0.0), "beta 0"),
         (lambda: KL(0.1)(drawn()._replace(reference_N=None)), "of a reference"),
     ],
 )

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from descant.modules.core.batch import Batch
-from descant.modules.core.rows import rows
 from descant.modules.engine.configure import Checkpointing, Lora
 from descant.modules.masking.adapters import Adapters, PatchAdapter
 from descant.modules.masking.decoders import JointDecoder
@@ -101,9 +100,9 @@ def test_attention_that_is_written_out_is_attention(queries: int) -> None:
 def test_modules_inside_know_whose_tokens_they_see() -> None:
     seen: list[Any] = []
     trunk: Any = Trunk(8, 1, 2)
-    trunk.layers[0].mlp.register_forward_hook(lambda module, args, out: seen.append(rows()))
+    trunk.layers[0].mlp.register_forward_hook(lambda module, args, out: seen.append(trunk.row_tracker.current))
     trunk(torch.randn(5, 8), Layout(counts([1, 1], [1, 4])))
-    assert seen[0].tolist() == [0, 0, 1, 1, 1, 1, 1] and rows() is None
+    assert seen[0].tolist() == [0, 0, 1, 1, 1, 1, 1] and trunk.row_tracker.current is None
 
 
 def test_compute_falls_with_what_is_absent() -> None:

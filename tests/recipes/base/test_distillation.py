@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from descant.callbacks import Resume
-from descant.modules.core.step import Decisions
+from descant.modules.core.output import Decisions, Output
 from descant.modules.distill import distill as parts
 from descant.modules.distill.distill import Distill, DistillContext, FeatureTarget, HardTarget, SoftTarget, Target
 from descant.modules.distill.ranking import RankTarget
@@ -97,12 +97,10 @@ def test_decisions_a_few_at_a_time_are_all_at_once(monkeypatch: pytest.MonkeyPat
 
         def __init__(self, h: Tensor) -> None:
             super().__init__()
-            self.step = type(
-                "Slot", (), {"said": staticmethod(lambda: Decisions(lambda at: h[at] @ w_KW.T, sample_N))}
-            )()
+            self.output = Output({}, decisions=lambda: Decisions(lambda at: h[at] @ w_KW.T, sample_N))
             self.largest = 0
 
-        def says(self, b: Any) -> Decisions:
+        def decide(self, b: Any) -> Decisions:
             def logits(at: Tensor) -> Tensor:
                 self.largest = max(self.largest, len(t_NK[at]))
                 return t_NK[at]
@@ -114,7 +112,7 @@ def test_decisions_a_few_at_a_time_are_all_at_once(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(parts, "CELLS", cells)
         leaf = h_NW.clone().requires_grad_()
         net, b = Net(leaf), batch(3)
-        (term,) = SoftTarget(2.0)(DistillContext(net, net, b)).values()
+        (term,) = SoftTarget(2.0)(DistillContext(net, net, b, net.output)).values()
         term.sum().backward()
         assert term.valid is not None and term.valid.tolist() == [True, False, True]
         found[cells] = term.value.detach(), leaf.grad, net.largest

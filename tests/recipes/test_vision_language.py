@@ -17,7 +17,7 @@ from descant.modules.core.protocols import Generates, HasObjective, HasTerms, Ha
 from descant.modules.language import CausalLM
 from descant.modules.language.projectors import EachToken, ImageProjector, PooledGrid, Resampler
 from descant.modules.towers import ConvTower, Tokens, Tower, Towers
-from descant.recipes import Chat
+from descant.recipes import VisionLanguage
 from tests.tolerance import F32, F64, rounding
 
 #: Queries and keys are turned in float32, where roundings of float64 tip a last bit now and then.
@@ -52,10 +52,10 @@ def sees(lm: CausalLM, towers: Towers | None = None) -> dict[str, Any]:
     }
 
 
-def recipe(kind: str = "each", row: int | None = None) -> Chat:
+def recipe(kind: str = "each", row: int | None = None) -> VisionLanguage:
     torch.manual_seed(0)
     lm = CausalLM(20, 12, 2, 2, length=64)
-    made = Chat(**sees(lm), projector=PROJECTORS[kind](), row=row)
+    made = VisionLanguage(**sees(lm), projector=PROJECTORS[kind](), row=row)
     with torch.no_grad():
         for p in made.parameters():
             p.mul_(3 if p.ndim > 1 else 1)
@@ -78,7 +78,7 @@ def batch(rows: int = 7) -> Batch:
     return Batch({"image": image, "text": text, "loss_mask": said}, present)
 
 
-def alone(made: Chat, b: Batch, n: int) -> tuple[Tensor, list[bool]]:
+def alone(made: VisionLanguage, b: Batch, n: int) -> tuple[Tensor, list[bool]]:
     """Mean of -log p over the answer of one sample, by one pass over one row, and what is likeliest."""
     ids = [i for i in b.inputs["text"][n].tolist() if i]
     parts, learned = [], []
@@ -116,7 +116,7 @@ def test_each_sample_is_what_it_is_alone(kind: str, row: int | None) -> None:
 def test_several_pictures_stand_where_they_are_named_each_in_its_turn() -> None:
     torch.manual_seed(0)
     towers = Towers(image=ConvTower([8, 8], norm="group"))
-    made = Chat(**sees(CausalLM(20, 12, 2, 2, length=64), towers), projector=PooledGrid(2)).double().eval()
+    made = VisionLanguage(**sees(CausalLM(20, 12, 2, 2, length=64), towers), projector=PooledGrid(2)).double().eval()
     text = torch.zeros(4, 12, dtype=torch.long)
     for n, ids in enumerate(([1, IMAGE, 7, IMAGE, 8, ANSWER, 9, 2], [1, 8, IMAGE, ANSWER, 9, 2], [1, 7, ANSWER, 9, 2])):
         text[n, : len(ids)] = torch.tensor(ids)
@@ -195,7 +195,7 @@ def test_answers_are_generated_from_the_question_alone() -> None:
 
 def test_without_a_tower_it_is_one_whose_pictures_are_all_absent() -> None:
     seeing, b = recipe(), batch()
-    reading = Chat(lm=CausalLM(20, 12, 2, 2, length=64), answer_token=ANSWER).double()
+    reading = VisionLanguage(lm=CausalLM(20, 12, 2, 2, length=64), answer_token=ANSWER).double()
     reading.lm.load_state_dict(seeing.lm.state_dict())
     assert not reading.towers and not hasattr(reading, "projector") and reading.modalities == ("text",)
     assert {name.split(".")[0] for name, _ in reading.named_parameters()} == {"lm"}
@@ -238,7 +238,7 @@ def looking(rows: int, seed: int, permuted: bool = False) -> Batch:
     return Batch({"image": image, "text": text, "loss_mask": said}, present)
 
 
-def accuracy(made: Chat, b: Batch) -> float:
+def accuracy(made: VisionLanguage, b: Batch) -> float:
     made.eval()
     with torch.no_grad():
         return float(made.scores(b)["accuracy"].value.mean())
@@ -247,7 +247,7 @@ def accuracy(made: Chat, b: Batch) -> float:
 def test_it_learns_to_look() -> None:
     torch.manual_seed(0)
     towers = Towers(image=ConvTower([8, 16]))
-    made = Chat(**sees(CausalLM(20, 32, 2, 2, length=32), towers), projector=PooledGrid(2))
+    made = VisionLanguage(**sees(CausalLM(20, 32, 2, 2, length=32), towers), projector=PooledGrid(2))
     optimizer = torch.optim.AdamW(made.parameters(), lr=3e-3)
     for step in range(60):
         b = looking(64, step)
@@ -265,19 +265,19 @@ def test_protocols_and_what_cannot_be() -> None:
     for protocol in (HasObjective, HasTerms, HasTowers, Scores, Generates):
         assert isinstance(made, protocol), protocol
     with pytest.raises(ValueError, match=r"^towers: audio; a chat sees through one tower, image$"):
-        Chat(**sees(CausalLM(20, 12, 1, 2), Towers(audio=Patches())))
+        VisionLanguage(**sees(CausalLM(20, 12, 1, 2), Towers(audio=Patches())))
     with pytest.raises(
         ValueError, match=r"^lm.vocab 20: image_token 20 and answer_token 5 are ids too; 21 is the least$"
     ):
-        Chat(**{**sees(CausalLM(20, 12, 1, 2)), "image_token": 20})
+        VisionLanguage(**{**sees(CausalLM(20, 12, 1, 2)), "image_token": 20})
     lm = CausalLM(20, 12, 1, 2)
     for options in ({"image_token": IMAGE}, {"towers": Towers(image=Patches())}, {"projector": EachToken()}):
         with pytest.raises(
             ValueError, match=r"^towers, image_token, projector: a chat that sees has the first two, one"
         ):
-            Chat(lm=lm, answer_token=ANSWER, **options)
+            VisionLanguage(lm=lm, answer_token=ANSWER, **options)
     with pytest.raises(ValueError, match=r"^lm.vocab 20: answer_token 20 are ids too; 21 is the least$"):
-        Chat(lm=lm, answer_token=20)
+        VisionLanguage(lm=lm, answer_token=20)
     b = batch()
     b.inputs["text"][0, 2] = IMAGE
     with pytest.raises(ValueError, match=r"^sample 0: its prompt names 2 pictures, and it has 1$"):
