@@ -1,4 +1,4 @@
-"""Per-modality gradient modulation (OGM-GE, AGM, ...): scale each tower's gradients by how well its modality does alone.
+"""Per-modality gradient modulation (OGM-GE, AGM, ...): scale each tower's gradients by its modality's own score.
 
 Letters: B samples, C classes, M modalities.
 """

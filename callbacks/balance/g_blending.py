@@ -5,7 +5,7 @@ Letters: K terms.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
@@ -73,8 +73,7 @@ class GradientBlending(L.Callback):
         require(self, pl_module, HasTerms)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        assert has(pl_module, HasTerms)
-        objective = pl_module.step.objective
+        objective = cast(HasTerms, pl_module).step.objective
         assert objective is not None
         names = tuple(objective.terms)
         if len(names) < 2:

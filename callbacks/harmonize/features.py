@@ -37,8 +37,8 @@ class HarmonizeFeatures(L.Callback):
 
         dL/dz_i = sum_k mix_ik g_ik,    mix_i = rule(G_i),    G_ikl = <g_ik, g_il>,    g_ik = d term_k / d z_i
 
-    of the features that the recipe forks (:meth:`GradientHooks.fork`). With in-batch negatives g_ik is the gradient of all
-    samples' losses at the feature of sample i, and not of its own loss alone.
+    of the features that the recipe forks (:meth:`GradientHooks.fork`). With in-batch negatives g_ik is the gradient of
+    all samples' losses at the feature of sample i, and not of its own loss alone.
 
     It logs ``harmony/conflict``, the share of samples with terms more than 90 degrees apart, ``harmony/cosine``, the
     mean, ``harmony/kept``, and with an ``audit`` ``harmony/auc``: how well the conflict tells noise, and

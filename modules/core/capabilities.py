@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -58,5 +59,5 @@ def require(callback: Any, module: object, *protocols: type) -> None:
 
 def _members(protocol: type) -> list[str]:
     classes = [cls for cls in protocol.__mro__ if getattr(cls, "_is_protocol", False) and cls.__module__ != "typing"]
-    names = {name for cls in classes for name in (*cls.__dict__.get("__annotations__", {}), *cls.__dict__)}
+    names = {name for cls in classes for name in (*inspect.get_annotations(cls), *vars(cls))}
     return sorted(name for name in names if not name.startswith("_"))

@@ -56,7 +56,7 @@ class Teacher(nn.Module):
 
 
 class DistillContext:
-    """A student's output and its teacher on the same batch; decisions are computed once, and only if a target reads them.
+    """A student's output and its teacher on one batch; decisions are computed once, and only if a target reads them.
 
     Args:
         student: in training mode. teacher: used without gradients.

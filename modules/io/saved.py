@@ -104,8 +104,12 @@ class Saved(NamedTuple):
     def model(self) -> Node:
         """Class and arguments of the recipe; of one that serves training alone (Staged ...), of the one inside."""
         model = cast(Node, self.config["model"])
-        inside = INSIDE.get(str(model.get("class_path")).rpartition(".")[2])
-        return model if inside is None else cast(Node, model["init_args"][inside])
+        return cast(Node, (model.get("init_args") or {}).get(self.inside, model)) if self.inside else model
+
+    @property
+    def inside(self) -> str | None:
+        """The argument that is the recipe itself, of one that serves training alone."""
+        return INSIDE.get(str(self.config["model"].get("class_path")).rpartition(".")[2])
 
 
 def find(path: Path | str, checkpoint: str = "best") -> Saved:
@@ -178,9 +182,8 @@ def read_weights(saved: Saved) -> dict[str, Tensor]:
         ValueError: if the file is missing, cut short or holds anything else.
     """
     state = cast(dict[str, Tensor], read_checkpoint(saved)["state_dict"])
-    if saved.model is saved.config["model"] or not any(name.startswith("inner.") for name in state):
-        return state
-    return part_of(state, "inner.")
+    wrapped = saved.inside is not None and any(name.startswith("inner.") for name in state)
+    return part_of(state, "inner.") if wrapped else state
 
 
 def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

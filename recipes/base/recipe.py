@@ -31,7 +31,7 @@ from descant.modules.tokenizers.text import Tokenizer, require_fit
 
 
 class Recipe(L.LightningModule):
-    """A LightningModule that implements ``forward(batch) -> Output``; the base adds the terms, and callbacks weigh them.
+    """A LightningModule with ``forward(batch) -> Output``; the base adds the terms, and callbacks weigh them.
 
     Args:
         optimizer: class and arguments of the optimizer; its parameters come in groups, so that norms, biases and

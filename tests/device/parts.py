@@ -547,7 +547,10 @@ def _lesson(at: Place) -> Any:
     at(student), at(other), at(distill)
     batch = at(replace(a_batch(), present={m: torch.ones(B, dtype=torch.bool) for m in HAS}, step={}))
     student.terms(batch)
-    return {name: (term.value, term.valid, term.weight) for name, term in distill(student, batch).items()}
+    return {
+        name: (term.value, term.valid, term.weight)
+        for name, term in distill(student, batch, student.forward(batch)).items()
+    }
 
 
 # language and reinforcement -----------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.modules.adaptation.imputation import Imputation, Imputer, MeanImputer, PromptImputer, ZeroImputer
 from descant.modules.adaptation.modulation import AvailableSets, LowRank, Modulation, ModulationBank, ScaleShift
 from descant.modules.core.batch import Batch
+from descant.modules.core.capabilities import has
 from descant.modules.core.protocols import (
     Embeds,
     Features,
@@ -137,7 +138,7 @@ def said(model: Any, b: Batch) -> dict[str, Tensor]:
     model.eval()
     with torch.no_grad():
         z = model.embed(b)
-        if hasattr(model, "fuse"):
+        if has(model, Fuses) and has(model, Scores):
             z = z | {f"score_{name}": term.value for name, term in model.scores(b).items()}
             z["logits"] = model.fuse(model.latents(b), b.present)
     return z
@@ -430,11 +431,11 @@ def test_all_of_it_may_train_on(runs: dict[str, Path]) -> None:
 def test_protocols_are_those_of_the_inner_recipe(runs: dict[str, Path]) -> None:
     fuses, contrasts = adapted(runs["fusion"]), adapted(runs["contrastive"])
     for protocol in (HasObjective, HasTowers, Embeds, Features, ForksFeatures):
-        assert isinstance(fuses, protocol) and isinstance(contrasts, protocol)
+        assert has(fuses, protocol) and has(contrasts, protocol)
     for claimed in (Fuses, Unimodal, Scores):
-        assert isinstance(fuses, claimed) and not isinstance(contrasts, claimed)
+        assert has(fuses, claimed) and not has(contrasts, claimed)
     assert contrasts.in_batch_negatives and not fuses.in_batch_negatives
-    assert fuses.inner.step is fuses.step and not isinstance(contrasts, Reconstructs)
+    assert fuses.inner.step is fuses.step and not has(contrasts, Reconstructs)
     twin, b = copy.deepcopy(fuses), batch().only("image")
     with torch.no_grad():
         for p in twin.parameters():

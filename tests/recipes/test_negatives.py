@@ -238,7 +238,7 @@ def test_two_steps_on_scenes_and_a_codec_that_does_not_fit() -> None:
     moved = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
     assert any(name.startswith("knowledge") for name in moved) and any(name.startswith("towers.text") for name in moved)
     small = scenes_recipe(knowledge=TripleEncoder(vocab=16, out=16, width=16, depth=1, heads=2))
-    with pytest.raises(ValueError, match=r"data\.text: Words has 30 ids, and tower knowledge embeds 16"):
+    with pytest.raises(ValueError, match=r"data\.text: WordTokenizer has 30 ids, and tower knowledge embeds 16"):
         trainer(max_steps=1).fit(small, datamodule=Scenes(tiny=True, batch_size=16))
     with pytest.raises(ValueError, match=r"data\.text: NgramTokenizer has 99 ids, and tower text embeds 64"):
         data = Scenes(tiny=True, batch_size=16, text=NgramTokenizer(buckets=99))

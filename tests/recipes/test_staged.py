@@ -64,10 +64,10 @@ def letters() -> Rollouts:
     return Rollouts(Rewards({"letters": Letters()}))
 
 
-def model(stages: dict[str, Stage] | None = None, **options: Any) -> Staged:
+def model(stages: dict[str, Stage] | None = None, visual: VisualSteps | None = None, **options: Any) -> Staged:
     torch.manual_seed(0)
     return Staged(
-        VisionLanguage(**small_chat(), new=3),
+        VisionLanguage(**small_chat(), visual=visual, new=3),
         stages
         or {
             "captions": Stage(train=r"^projector|^lm\.blocks", schedule=WarmupCosine(warmup=1)),

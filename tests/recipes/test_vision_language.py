@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from descant.modules.core.batch import Batch
+from descant.modules.core.capabilities import has
 from descant.modules.core.protocols import Generates, HasObjective, HasTerms, HasTowers, Scores
 from descant.modules.language import CausalLM
 from descant.modules.language.projectors import EachToken, ImageProjector, PooledGrid, Resampler
@@ -263,8 +264,8 @@ def test_it_learns_to_look() -> None:
 def test_protocols_and_what_cannot_be() -> None:
     made = recipe()
     for protocol in (HasObjective, HasTerms, HasTowers, Scores, Generates):
-        assert isinstance(made, protocol), protocol
-    with pytest.raises(ValueError, match=r"^towers: audio; a chat sees through one tower, image$"):
+        assert has(made, protocol), protocol
+    with pytest.raises(ValueError, match=r"^towers: audio; only one is used, image$"):
         VisionLanguage(**sees(CausalLM(20, 12, 1, 2), Towers(audio=Patches())))
     with pytest.raises(
         ValueError, match=r"^lm.vocab 20: image_token 20 and answer_token 5 are ids too; 21 is the least$"
@@ -273,7 +274,7 @@ def test_protocols_and_what_cannot_be() -> None:
     lm = CausalLM(20, 12, 1, 2)
     for options in ({"image_token": IMAGE}, {"towers": Towers(image=Patches())}, {"projector": EachToken()}):
         with pytest.raises(
-            ValueError, match=r"^towers, image_token, projector: a chat that sees has the first two, one"
+            ValueError, match=r"^towers, image_token, projector: a model that sees has the first two, one"
         ):
             VisionLanguage(lm=lm, answer_token=ANSWER, **options)
     with pytest.raises(ValueError, match=r"^lm.vocab 20: answer_token 20 are ids too; 21 is the least$"):

@@ -245,7 +245,10 @@ class Unforked(ToyRecipe):
         (lambda: fit(Unforked(harmonize=False), HarmonizeFeatures(CMGH())), "no feature of this Unforked is shared"),
         (lambda: fit(Forked(), HarmonizeFeatures(CMGH()), Harmonize(PCGrad())), "one of the two"),
         (lambda: fit(Forked(), Harmonize(PCGrad()), HarmonizeFeatures(CMGH())), "one of the two"),
-        (lambda: fit(BoringModel(), HarmonizeFeatures(CMGH())), "the protocol Forks .*; BoringModel lacks it"),
+        (
+            lambda: fit(BoringModel(), HarmonizeFeatures(CMGH())),
+            "ForksFeatures .*; BoringModel lacks it, Contrastive and Fusion",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line(make: Callable[[], Any], message: str) -> None:

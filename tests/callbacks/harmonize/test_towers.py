@@ -210,7 +210,7 @@ def fit(recipe: Any, *callbacks: L.Callback) -> None:
         (lambda: MMPareto().mix(torch.eye(3)[None].double(), torch.ones(3), 0), "3 terms; it is for two"),
         (
             lambda: fit(BoringModel(), HarmonizeTowers(PCGrad())),
-            "MultimodalClassifier and Forks; BoringModel lacks one",
+            "the protocol MultimodalClassifier .*; BoringModel lacks it, Fusion has it",
         ),
         (lambda: fit(recipe(unimodal=False, classes=2).double(), HarmonizeTowers(PCGrad())), "model.unimodal true"),
         (lambda: fit(model(), HarmonizeTowers(PCGrad()), Harmonize(PCGrad())), "one of the two"),

@@ -361,7 +361,7 @@ def test_what_cannot_be(tmp_path: Path) -> None:
         (lambda: short(passes=0), "passes 0"),
         (lambda: reinforced(sampling=Sampling(temperature=0)), "temperature 0"),
         (lambda: reinforced(new=0), "new 0"),
-        (lambda: reinforced(loss=PolicyLoss(kl=KL(0.1))), "loss.kl: to whom"),
+        (lambda: reinforced(loss=PolicyLoss(kl=KL(0.1))), "GRPO: loss.kl needs a reference policy"),
         (lambda: QuestionRollouts(group=1, tiny=True), "group 1"),
         (lambda: data(batch_size=7), "batch_size 7: 6 questions x 4 answers make no whole steps"),
     ):

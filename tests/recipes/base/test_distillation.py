@@ -59,8 +59,7 @@ def taught(student: Any, network: Any, *targets: Target) -> Distill:
 
 def test_soft_and_hard_by_hand_over_who_is_there(runs: dict[str, str]) -> None:
     student, network, b = build(fusion("LateFusion", *NAMES)).eval(), teacher(runs), some_absent().only(*NAMES)
-    student.terms(b)
-    terms = taught(student, network, SoftTarget(3.0, weight=2.0), HardTarget())(student, b)
+    terms = taught(student, network, SoftTarget(3.0, weight=2.0), HardTarget())(student, b, student.forward(b))
     some_B = b.present["image"] | b.present["text"]
     with torch.no_grad():
         s_BK = student.fuse(student.latents(b), b.present)
@@ -81,9 +80,8 @@ def test_soft_and_hard_by_hand_over_who_is_there(runs: dict[str, str]) -> None:
 
 def test_no_term_is_lost_to_another_of_its_name(runs: dict[str, str]) -> None:
     student, b = build(fusion("LateFusion", *NAMES)), batch(8, modalities=NAMES)
-    student.terms(b)
     with pytest.raises(ValueError, match="two of them make a term 'soft'"):
-        taught(student, teacher(runs), SoftTarget(), SoftTarget(2.0))(student, b)
+        taught(student, teacher(runs), SoftTarget(), SoftTarget(2.0))(student, b, student.forward(b))
 
 
 def test_decisions_a_few_at_a_time_are_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,8 +123,7 @@ def test_decisions_a_few_at_a_time_are_all_at_once(monkeypatch: pytest.MonkeyPat
 def test_where_one_knows_samples_that_the_other_does_not_those_in_common_are_compared(runs: dict[str, str]) -> None:
     """A student of pictures and a teacher of both: samples without a picture teach nothing."""
     student, network, b = build(fusion("LateFusion", "image")).eval(), teacher(runs), some_absent().only(*NAMES)
-    student.terms(b)
-    (term,) = taught(student, network, SoftTarget())(student, b).values()
+    (term,) = taught(student, network, SoftTarget())(student, b, student.forward(b)).values()
     assert term.valid is not None and torch.equal(term.valid, b.present["image"])
     with torch.no_grad():
         s_BK, t_BK = student.fuse(student.latents(b), b.present), network.fuse(network.latents(b), b.present)
@@ -138,9 +135,8 @@ def test_where_one_knows_samples_that_the_other_does_not_those_in_common_are_com
 
 def test_features_by_hand(runs: dict[str, str]) -> None:
     student, network, b = build(node("Contrastive", *NAMES)).eval(), teacher(runs, "clip"), some_absent().only(*NAMES)
-    student.terms(b)
     target = FeatureTarget("image", weight=3.0)
-    (term,) = taught(student, network, target)(student, b).values()
+    (term,) = taught(student, network, target)(student, b, student.forward(b)).values()
     with torch.no_grad():
         z_BD, t_BD = target.map(student.embed(b)["image"]), network.embed(b)["image"]
         wanted = 3 * (1 - nn.functional.cosine_similarity(z_BD, t_BD))
@@ -160,9 +156,8 @@ def test_a_student_learns_of_its_teacher_alone(runs: dict[str, str]) -> None:
         optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
         for step in range(60):
             seen = batch(seed=1000 + step, modalities=NAMES)
-            student.terms(seen)
             optimizer.zero_grad()
-            student.step(lessons(student, seen), seen).total.backward()
+            student.step(lessons(student, seen, student.forward(seen)), seen).total.backward()
             optimizer.step()
         with torch.no_grad():
             agreed.append(float((student.eval().fuse(student.latents(b)).argmax(dim=1) == wanted_B).float().mean()))
