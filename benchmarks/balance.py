@@ -17,10 +17,12 @@ from descant.callbacks.balance.balance import Balance
 from descant.callbacks.balance.opm import OPM
 from descant.callbacks.balance.pmr import PMR
 from descant.callbacks.harmonize.towers import HarmonizeTowers
-from descant.modules.balance.gradient_modulation import AGM, OGM
-from descant.modules.balance.mcr import GreedyGame, LabelContrast, Regularizer
+from descant.modules.balance.agm import AGM
+from descant.modules.balance.mcr import GreedyGame, LabelContrast
+from descant.modules.balance.ogm import OGM
+from descant.modules.balance.regularizer import Regularizer
 from descant.modules.fusion.classifiers import MidFusion
-from descant.modules.multitask.rules import MMPareto
+from descant.modules.multitask import MMPareto
 from descant.recipes import Fusion
 
 #: What only looks at scores, and what plays a game.

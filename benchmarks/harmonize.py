@@ -21,7 +21,7 @@ from descant.callbacks.harmonize.terms import Harmonize
 from descant.modules.core.batch import Batch
 from descant.modules.engine.optim import parameter_groups
 from descant.modules.losses import InfoNCE
-from descant.modules.multitask.rules import CMGH, PCGrad, UPGrad
+from descant.modules.multitask import CMGH, PCGrad, UPGrad
 from descant.modules.objectives.curriculum import Curriculum
 from descant.modules.towers import BagTower, ConvTower, LogMelTower, Towers
 from descant.recipes.base.recipe import Recipe

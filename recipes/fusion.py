@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from descant.modules.balance.mcr import FusionContext, Regularizer
+from descant.modules.balance.regularizer import FusionContext, Regularizer
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
 from descant.modules.core.output import FusionInputs, Output

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from descant.callbacks.harmonize.terms import Harmonize, read_together, total_of_ranks
-from descant.modules.balance.gradient_modulation import Pacing
+from descant.modules.balance.base import Pacing
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.host import to_device
 from descant.modules.core.objects import require_objects

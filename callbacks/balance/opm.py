@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from descant.callbacks.balance.balance import modality_scores, require_multimodal
 from descant.callbacks.harmonize.terms import read_together, total_of_ranks
-from descant.modules.balance.gradient_modulation import OGM
+from descant.modules.balance.ogm import OGM
 from descant.modules.core.batch import Batch, some
 from descant.modules.core.capabilities import has
 from descant.modules.core.host import derived, to_device
@@ -29,7 +29,7 @@ class OPM(L.Callback):
 
         q_m = q (1 + alpha tanh(rho_m - 1)) where rho_m > 1, else 0        rho_m = s_m / mean_{n != m} s_n
 
-    with s as in :class:`descant.modules.balance.gradient_modulation.OGM`, of the optimizer step before and all ranks.
+    with s as in :class:`descant.modules.balance.ogm.OGM`, of the optimizer step before and all ranks.
     A dropped modality is absent for the joint decision alone: own losses of the modalities hear it. A sample is never
     left without any. Source: on-the-fly prediction modulation (OPM), Wei 2024, arXiv 2410.11582; the step before, and
     the mean over several others, are our reading.

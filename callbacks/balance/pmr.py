@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from descant.callbacks.balance.balance import require_multimodal
 from descant.callbacks.harmonize.terms import read_together, total_of_ranks
-from descant.modules.balance.mcr import FusionContext, Regularizer
+from descant.modules.balance.regularizer import FusionContext, Regularizer
 from descant.modules.core.capabilities import has
 from descant.modules.core.host import derived, host_copy, to_device
 from descant.modules.core.objective import Term

@@ -28,7 +28,7 @@ from descant.modules.core.step import Step
 from descant.modules.engine.configure import nearest
 from descant.modules.engine.trainer import log_interval, share_of_run
 from descant.modules.losses.contrastive import promote
-from descant.modules.multitask.rules import Rule
+from descant.modules.multitask import Rule
 from descant.modules.objectives.curriculum import Curriculum
 
 

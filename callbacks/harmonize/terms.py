@@ -30,7 +30,7 @@ from descant.modules.core.ranks import world
 from descant.modules.core.rng import global_seed, mix
 from descant.modules.core.sham import Sham
 from descant.modules.engine.trainer import log_interval
-from descant.modules.multitask.rules import Rule
+from descant.modules.multitask import Rule
 
 
 class Harmonize(L.Callback):

@@ -20,7 +20,7 @@ from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import ForksFeatures, MultimodalClassifier
 from descant.modules.core.rng import global_seed, mix
 from descant.modules.engine.trainer import log_interval
-from descant.modules.multitask.rules import Rule
+from descant.modules.multitask import Rule
 
 
 class HarmonizeTowers(L.Callback):

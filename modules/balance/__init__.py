@@ -1,0 +1,1 @@
+"""Modality balancing: one file a method, named after its paper."""

@@ -1,12 +1,11 @@
-"""Regularizers of a multimodal classifier, such as those of MCR: loss terms beside its own.
+"""MCR, multimodal competition regularizer: mutual-information games, label contrast and bottleneck (arXiv 2411.07335).
 
 Letters: B samples, D width of a modality's latents, C classes, S permutations, M modalities.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from itertools import combinations
 from typing import Self
 
@@ -14,47 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.modules.core.batch import Batch
+from descant.modules.balance.regularizer import FusionContext, Regularizer
 from descant.modules.core.host import derived
 from descant.modules.core.objective import Term
-from descant.modules.core.output import FusionInputs
 from descant.modules.core.ranks import gather
 from descant.modules.core.sham import partners
-from descant.modules.fusion.classifiers import OrthogonalFusion
-
-
-@dataclass(frozen=True)
-class FusionContext:
-    """What a regularizer reads of a forward pass: fusion inputs, logits, and the fusion itself.
-
-    Attributes:
-        inputs: latents, presence and labels. present: presence masks that the fusion got, after a callback's dropout.
-        logits_BC: of the fusion.
-        fuse: from latents and presence to logits. fusion: the module that does it.
-        batch: of the samples. rows: samples of the whole step with a modality, which terms are divided by.
-    """
-
-    inputs: FusionInputs
-    present: Mapping[str, Tensor]
-    logits_BC: Tensor
-    fuse: Callable[[dict[str, Tensor], Mapping[str, Tensor] | None], Tensor]
-    fusion: nn.Module
-    batch: Batch
-    rows: Tensor
-
-
-class Regularizer(nn.Module):
-    """``regularizer(context)`` -> named terms that join the recipe's own."""
-
-    #: Whether samples of the batch are compared, so that micro-batches of a step would have fewer of them.
-    in_batch_negatives = False
-
-    def build(self, widths: Mapping[str, int], classes: int) -> Self:
-        """Makes its layers, if it has some, for modality -> width of its latents."""
-        return self
-
-    def forward(self, context: FusionContext) -> dict[str, Term]:
-        raise NotImplementedError
 
 
 def js_divergence(a_BC: Tensor, b_BC: Tensor) -> Tensor:
@@ -70,13 +33,13 @@ def js_divergence(a_BC: Tensor, b_BC: Tensor) -> Tensor:
 
 
 class Game(Regularizer):
-    """What a player does about how much the decision hangs on whom: one term, "game".
+    """Mutual-information game of the modalities over the fused logits: one term, "game".
 
         D(a; i) = mean_s JS(f with z_i of other samples, f),        where of z only z_a takes a gradient
         value_b = weight sum over players a and modalities i of  stake(a, i) D_b(a; i)
 
-    f with z_i of others: in one of S random circles through the samples of this micro-batch that have i, latents alone
-    are handed on, so no tower runs again. The undisturbed f takes its gradient too, and so does the fusion. Samples
+    f with z_i of others: latents are permuted along S random cycles through the samples of this micro-batch that have i,
+    so no tower runs again. The undisturbed f takes its gradient too, and so does the fusion. Samples
     with one modality add zero. With a game the decision has to be trained (a cross-entropy), or logits grow for ever.
     Source: Kontras 2024 (MCR, arXiv 2411.07335), for two modalities; the sum over more is our reading.
 
@@ -91,7 +54,7 @@ class Game(Regularizer):
         self.weight, self.permutations = weight, permutations
 
     def stake(self, player: str, disturbed: str, modalities: int) -> float:
-        """What ``player`` makes of D(player; disturbed): below zero it is raised, above zero lowered."""
+        """Coefficient of D(player; disturbed): negative to maximise it, positive to minimise it."""
         raise NotImplementedError
 
     def forward(self, context: FusionContext) -> dict[str, Term]:
@@ -129,14 +92,14 @@ def _several(*masks: Tensor) -> Tensor:
 
 
 class IndependentGame(Game):
-    """Each player raises what hangs on itself: ``- sum_a D(a; a)``."""
+    """Each modality maximises the influence of its own latents: ``- sum_a D(a; a)``."""
 
     def stake(self, player: str, disturbed: str, modalities: int) -> float:
         return -1.0 if player == disturbed else 0.0
 
 
 class GreedyGame(Game):
-    """Each player raises what hangs on itself and lowers what hangs on the others:
+    """Each modality maximises the influence of its own latents and minimises that of the others:
 
         sum_a ( - D(a; a) + 1 / (M - 1) sum_{i != a} D(a; i) )
 
@@ -148,7 +111,7 @@ class GreedyGame(Game):
 
 
 class CollaborativeGame(Game):
-    """All raise what hangs on each: ``- sum_i D(i)``, where all latents take a gradient."""
+    """All modalities maximise the influence of each: ``- sum_i D(i)``, where all latents take a gradient."""
 
     def stake(self, player: str, disturbed: str, modalities: int) -> float:
         return -1.0 if player == disturbed else 0.0  # once each; nobody stands still in `moving`
@@ -158,7 +121,7 @@ class CollaborativeGame(Game):
 
 
 class LabelContrast(Regularizer):
-    """Latents of two modalities are near where labels are equal: one term, "contrast".
+    """Supervised contrast between latents of two modalities: one term, "contrast".
 
         value_b = mean over p with y_p = y_b of  - log softmax_p (z_a,b . z_c,p / temperature),  both ways, all pairs
 
@@ -198,7 +161,7 @@ class LabelContrast(Regularizer):
 
 
 class Bottleneck(Regularizer):
-    """Latents say what the decision says, and nothing more: one term, "bottleneck".
+    """Conditional-entropy bottleneck: predict the latents from the logits; one term, "bottleneck".
 
         value_b = mean over numbers of  ([z_1 ... z_M]_b - g(logits_b))^2,      g: two linear layers, no bias
 
@@ -231,39 +194,3 @@ class Bottleneck(Regularizer):
         )
         count_B = torch.stack([present[m] * width for m, width in self.widths.items()]).sum(dim=0)
         return {"bottleneck": Term(self.weight * off_B / count_B.clamp(min=1), valid=count_B > 0, norm=context.rows)}
-
-
-class UnimodalMargin(Regularizer):
-    """Each modality alone tells the label from all other classes by a wide margin (CRMT): one term, "margin".
-
-        value_b = log( sum_m sum_{k != y_b} exp(s_bmk - s_bmy) + 1e-5 )
-
-    over the modalities that the sample has, with s of an :class:`descant.modules.fusion.classifiers.OrthogonalFusion`.
-    Source: Yang 2024, arXiv 2402.06244.
-
-    Args:
-        weight: of the term.
-
-    Raises:
-        ValueError: in training, for another fusion.
-    """
-
-    def __init__(self, weight: float = 2.0) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, context: FusionContext) -> dict[str, Term]:
-        if not isinstance(context.fusion, OrthogonalFusion):
-            raise ValueError(
-                f"UnimodalMargin: model.fusion OrthogonalFusion has margins; {type(context.fusion).__name__} not"
-            )
-        z, present, label_B = context.inputs
-        at_B1 = label_B.clamp(min=0)[:, None]
-        over = []
-        for m, s_BC in context.fusion.alone(z, present).items():
-            off_BC = (s_BC - s_BC.gather(1, at_B1)).scatter(1, at_B1, -torch.inf)
-            over.append(off_BC.masked_fill(~present[m][:, None], -torch.inf))
-        floor_B1 = torch.full_like(over[0][:, :1], 1e-5).log()
-        value_B = torch.cat([*over, floor_B1], dim=1).logsumexp(dim=1)
-        some_B = torch.stack([present[m] for m in z]).any(dim=0)
-        return {"margin": Term(self.weight * value_B, valid=some_B & (label_B >= 0), norm=context.rows)}

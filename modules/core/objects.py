@@ -16,11 +16,12 @@ def require_objects(owner: object, /, **given: tuple[object, type]) -> None:
     Raises:
         ValueError: for the first that is not, with the nearest class of the kind.
 
-    >>> from descant.modules.multitask.rules import PCGrad, Rule
-    >>> require_objects(object(), rule=(PCGrad(), Rule), other=(None, Rule))
-    >>> require_objects(object(), rule=("pcgrad", Rule))
+    >>> from descant.modules.balance.ogm import OGM
+    >>> from descant.modules.balance.base import Pacing
+    >>> require_objects(object(), pacing=(OGM(), Pacing), other=(None, Pacing))
+    >>> require_objects(object(), pacing=("ogm", Pacing))
     Traceback (most recent call last):
-    ValueError: object: rule is 'pcgrad', and an object of kind Rule is wanted: descant.modules.multitask.rules.PCGrad()
+    ValueError: object: pacing is 'ogm', and an object of kind Pacing is wanted: descant.modules.balance.ogm.OGM()
     """
     found: type | None
     for name, (value, kind) in given.items():

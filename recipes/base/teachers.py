@@ -1,4 +1,4 @@
-"""Networks that learned one modality alone, as teachers of that modality's tower (UMT).
+"""Unimodal teachers of each modality's tower (UMT).
 
 Letters: B samples, D width of latents.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from descant.modules.balance.mcr import FusionContext, Regularizer
+from descant.modules.balance.regularizer import FusionContext, Regularizer
 from descant.modules.core.capabilities import has
 from descant.modules.core.objective import Term
 from descant.modules.core.protocols import Fuses
@@ -20,12 +20,12 @@ from descant.recipes.base.rebuild import rebuild
 
 
 class Teachers(Regularizer):
-    """Latents as those of networks that learned one modality alone: a term a modality, ``teacher-{modality}``.
+    """Match latents to those of unimodal teachers (UMT): a term a modality, ``teacher-{modality}``.
 
         value_b = weight mean_d (z_mbd - t_m(x_mb)_d)^2
 
-    Teachers are frozen, read when training begins, and neither saved with the run nor needed after it: what they are
-    shown is the student's own view of a sample, with that one modality. Source: Du 2023, arXiv 2305.01233 (UMT).
+    Teachers are frozen, read when training begins, and neither saved with the run nor needed after it. They get the
+    student's own view of a sample, with that one modality. Source: Du 2023, arXiv 2305.01233 (UMT).
 
     Args:
         paths: modality -> a run folder, a checkpoint in one, or an export, of a recipe with latents of that modality.

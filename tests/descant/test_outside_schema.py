@@ -23,7 +23,7 @@ from descant import callbacks, datamodules
 from descant.cli import bounds, names
 from descant.cli.explain import composed
 from descant.modules.core.objects import require_objects
-from descant.modules.multitask.rules import PCGrad, Rule
+from descant.modules.multitask import PCGrad, Rule
 from tests.conftest import TOY, TRUST, Result, captured, settings_kept
 from tests.rotation import quick
 

@@ -19,10 +19,15 @@ from torch.utils._pytree import tree_map
 
 from descant.callbacks.evaluate.accuracy import Mean
 from descant.callbacks.evaluate.embeddings import Store
+from descant.modules import multitask as mixing
 from descant.modules.adaptation import modulation
 from descant.modules.adaptation.imputation import MeanImputer, PromptImputer, ZeroImputer
-from descant.modules.balance import gradient_modulation as pacing
 from descant.modules.balance import mcr as games
+from descant.modules.balance.agm import AGM
+from descant.modules.balance.base import Pacing
+from descant.modules.balance.crmt import UnimodalMargin
+from descant.modules.balance.ogm import OGM
+from descant.modules.balance.regularizer import FusionContext, Regularizer
 from descant.modules.core.batch import Batch
 from descant.modules.core.hooks import GradientHooks
 from descant.modules.core.objective import Term
@@ -57,7 +62,6 @@ from descant.modules.losses.hinge import HardestInBatchHinge, PairMarginLoss
 from descant.modules.losses.ring import RingSigLIP
 from descant.modules.masking import adapters, decoders
 from descant.modules.masking import corruptions as masking
-from descant.modules.multitask import rules as mixing
 from descant.modules.objectives.curriculum import Curriculum
 from descant.modules.policy import advantages
 from descant.modules.policy import losses as policy
@@ -295,7 +299,7 @@ part("MeanImputer")(_fill(MeanImputer))
 part("PromptImputer")(_fill(PromptImputer))
 
 
-def _regularizer(make: Callable[[], games.Regularizer]) -> Part:
+def _regularizer(make: Callable[[], Regularizer]) -> Part:
     def use(at: Place) -> Any:
         widths = dict.fromkeys(HAS, D)
         fusion = at(OrthogonalFusion().build(widths, C))
@@ -303,7 +307,7 @@ def _regularizer(make: Callable[[], games.Regularizer]) -> Part:
         z, batch = {m: z_BD.requires_grad_() for m, z_BD in at(latents()).items()}, at(a_batch())
         logits_BC = fusion(z, batch.present)
         decided = FusionInputs(z, batch.present, batch.targets["kind"])
-        asked = games.FusionContext(decided, batch.present, logits_BC, fusion, fusion, batch, at(torch.tensor(5)))
+        asked = FusionContext(decided, batch.present, logits_BC, fusion, fusion, batch, at(torch.tensor(5)))
         return {name: (term.sum(), term.valid) for name, term in regularizer(asked).items()}
 
     return use
@@ -314,7 +318,7 @@ part("IndependentGame")(_regularizer(lambda: games.IndependentGame(permutations=
 part("CollaborativeGame")(_regularizer(lambda: games.CollaborativeGame(permutations=2)))
 part("LabelContrast")(_regularizer(games.LabelContrast))
 part("Bottleneck")(_regularizer(lambda: games.Bottleneck(hidden=8)))
-part("UnimodalMargin")(_regularizer(games.UnimodalMargin))
+part("UnimodalMargin")(_regularizer(UnimodalMargin))
 
 
 # harmony and balance: what is remembered comes back from a checkpoint, which is read to the CPU -----------------------
@@ -357,7 +361,7 @@ part("DWA")(_rule(lambda: mixing.DWA(window=1)))
 part("MMPareto")(_rule(mixing.MMPareto, terms=2))
 
 
-def _pacing(make: Callable[[], pacing.Pacing]) -> Part:
+def _pacing(make: Callable[[], Pacing]) -> Part:
     def use(at: Place) -> Any:
         pace, found = make(), []
         for _ in range(3):
@@ -371,8 +375,8 @@ def _pacing(make: Callable[[], pacing.Pacing]) -> Part:
     return use
 
 
-part("OGM")(_pacing(pacing.OGM))
-part("AGM")(_pacing(pacing.AGM))
+part("OGM")(_pacing(OGM))
+part("AGM")(_pacing(AGM))
 
 
 @part("Curriculum")

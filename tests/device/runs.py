@@ -27,7 +27,7 @@ from descant.datamodules.tasks.questions import QuestionPairs, Questions
 from descant.modules.adaptation.imputation import PromptImputer
 from descant.modules.adaptation.modulation import ModulationBank
 from descant.modules.balance import mcr as games
-from descant.modules.balance.gradient_modulation import AGM
+from descant.modules.balance.agm import AGM
 from descant.modules.distill.distill import Distill, SoftTarget
 from descant.modules.distill.ranking import RankTarget, TeacherConfidence
 from descant.modules.engine.schedule import WarmupCosine
@@ -43,7 +43,7 @@ from descant.modules.losses.hard_negatives import Negatives
 from descant.modules.masking.adapters import Adapters, CategoryAdapter, PatchAdapter
 from descant.modules.masking.corruptions import TokenBudget
 from descant.modules.masking.decoders import CrossDecoder
-from descant.modules.multitask.rules import GradVac, MMPareto, PCGrad
+from descant.modules.multitask import GradVac, MMPareto, PCGrad
 from descant.modules.objectives.curriculum import Curriculum
 from descant.modules.policy import KL, PolicyLoss
 from descant.modules.policy.rewards import ExactAnswer, Rewards

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from descant.callbacks.balance.balance import Balance
-from descant.modules.balance.gradient_modulation import OGM
+from descant.modules.balance.ogm import OGM
 from descant.modules.core.batch import Batch
 from descant.modules.core.protocols import (
     Classifies,

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from descant.callbacks.balance.balance import Balance
 from descant.callbacks.harmonize.terms import Harmonize
-from descant.modules.balance.gradient_modulation import AGM, OGM, Pacing
+from descant.modules.balance.agm import AGM
+from descant.modules.balance.base import Pacing
+from descant.modules.balance.ogm import OGM
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import mix
-from descant.modules.multitask.rules import PCGrad
+from descant.modules.multitask import PCGrad
 from descant.recipes import Fusion
 from tests.ranks import run_ranks
 from tests.recipes.test_fusion import FUSIONS, WIDTHS, SignData, Signs, double, gradients, recipe

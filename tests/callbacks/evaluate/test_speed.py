@@ -11,7 +11,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor
 
 from descant.callbacks import Balance, LearningSpeed
-from descant.modules.balance.gradient_modulation import OGM
+from descant.modules.balance.ogm import OGM
 from tests.callbacks.balance.test_balance import Watch, model, one
 from tests.ranks import run_ranks
 from tests.recipes.test_fusion import WIDTHS, SignData

@@ -14,7 +14,7 @@ from torch import Tensor
 from descant.callbacks.harmonize.features import HarmonizeFeatures
 from descant.callbacks.harmonize.terms import Harmonize
 from descant.modules.core.rng import mix
-from descant.modules.multitask.rules import CMGH, MGDA, CAGrad, GradVac, NashMTL, PCGrad, Rule
+from descant.modules.multitask import CMGH, MGDA, CAGrad, GradVac, NashMTL, PCGrad, Rule
 from descant.modules.objectives.curriculum import Curriculum
 from tests.ranks import run_ranks
 from tests.step_toy import MIX, QUIET, KeepGradients, N, ToyData, ToyRecipe, content, explicit, largest_gap

@@ -25,7 +25,7 @@ from descant.modules.core.objective import Term
 from descant.modules.core.output import Output
 from descant.modules.core.rng import mix
 from descant.modules.engine.configure import Checkpointing, Compile, Shard
-from descant.modules.multitask.rules import (
+from descant.modules.multitask import (
     CMGH,
     DWA,
     IMTLG,

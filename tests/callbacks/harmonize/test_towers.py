@@ -20,7 +20,7 @@ from descant.callbacks.harmonize.terms import Harmonize
 from descant.callbacks.harmonize.towers import HarmonizeTowers
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import mix
-from descant.modules.multitask.rules import DWA, MGDA, GradVac, MMPareto, PCGrad, Rule
+from descant.modules.multitask import DWA, MGDA, GradVac, MMPareto, PCGrad, Rule
 from descant.recipes import Fusion
 from tests.callbacks.balance.test_balance import Steps, Watch, model, whole
 from tests.callbacks.balance.test_balance import fitted as balanced

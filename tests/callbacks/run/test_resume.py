@@ -28,7 +28,7 @@ from descant.modules.core.output import Output
 from descant.modules.engine.configure import Shard
 from descant.modules.engine.schedule import WarmupCosine
 from descant.modules.io import manifest
-from descant.modules.multitask.rules import MGDA, PCGrad, Rule
+from descant.modules.multitask import MGDA, PCGrad, Rule
 from descant.recipes.base.recipe import Recipe
 from descant.run.sharded import Sharded
 from descant.run.store import AtomicIO

@@ -13,18 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from descant.modules.balance.crmt import UnimodalMargin
 from descant.modules.balance.mcr import (
     Bottleneck,
     CollaborativeGame,
-    FusionContext,
     Game,
     GreedyGame,
     IndependentGame,
     LabelContrast,
-    Regularizer,
-    UnimodalMargin,
     js_divergence,
 )
+from descant.modules.balance.regularizer import FusionContext, Regularizer
 from descant.modules.core.batch import Batch
 from descant.modules.core.output import FusionInputs
 from descant.modules.core.sham import partners

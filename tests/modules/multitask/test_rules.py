@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from descant.modules.multitask.rules import DWA, Rule, UncertaintyWeighting
+from descant.modules.multitask import DWA, Rule, UncertaintyWeighting
 
 #: Float64 on both sides, of a few operations each: some units in the last place.
 EXACT = 1e-14

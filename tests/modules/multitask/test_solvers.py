@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from descant.modules.multitask.rules import (
+from descant.modules.multitask import (
     CMGH,
     IMTLG,
     MGDA,
@@ -27,8 +27,8 @@ from descant.modules.multitask.rules import (
     PCGrad,
     Rule,
     UPGrad,
-    orders,
 )
+from descant.modules.multitask.base import orders
 from tests.rotation import quick
 from tests.tolerance import F64, conditioned, rounding, ulps
 

@@ -1,0 +1,85 @@
+"""Rules that mix the terms of a loss, from their gradients or their values.
+
+    loss = sum_k mix_k term_k,        mix = rule(G, values) * (the recipe's own mix)
+
+Rules get the same numbers on every rank and give the same mix; their state is in the checkpoint.
+Letters: B Gram matrices (1 of parameters, samples of a feature), K terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from descant.modules.multitask.solvers import harmonized
+
+#: Values below it are taken for it, where they divide.
+LEAST = 1e-12
+
+
+class Rule:
+    """Coefficients of the loss terms: ``mix`` reads the state, ``learn`` updates it once an optimizer step.
+
+    ``mix(gram_BKK, value_K, draw)`` gives float64 ``[B, K]``, about 1 where terms do not conflict, of:
+
+        gram_BKK: float64 dot products of the gradients of the terms; empty for a rule that does not read them.
+        value_K: the terms' values, of all ranks; of a feature, ones.
+        draw: random seed of this step, the same on every rank.
+    """
+
+    #: Whether it needs the gradients.
+    reads_gradients = True
+    #: Whether each sample of a feature may have a mix of its own.
+    per_sample = False
+    #: Whether a mix depends on earlier steps.
+    remembers = False
+
+    def __init__(self) -> None:
+        self.state: dict[str, Tensor] = {}
+        self.seen: dict[str, Tensor] = {}  # sums, since it last learned
+
+    def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
+        raise NotImplementedError
+
+    def learn(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Update the state; ``total`` sums over ranks what differs between them."""
+        self.seen = {}
+
+    def see(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self.seen[name] = self.seen[name] + value if name in self.seen else value
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self.state.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.state = {name: value.clone() for name, value in state.items()}
+
+
+class SolverRule(Rule):
+    """A deterministic, stateless rule of the correlations and lengths of the gradients."""
+
+    def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
+        return harmonized(gram_BKK, lambda c_BKK, d_BK, live_K: self.solve(c_BKK, d_BK))
+
+    def solve(self, c_BKK: Tensor, d_BK: Tensor) -> Tensor:
+        """As a :data:`descant.modules.multitask.solvers.Solver`."""
+        raise NotImplementedError
+
+
+def orders(terms: int, draw: int) -> list[list[int]]:
+    """For each term the others, in random order.
+
+    >>> orders(3, 0) == orders(3, 0), [sorted(order) for order in orders(3, 0)]
+    (True, [[1, 2], [0, 2], [0, 1]])
+    """
+    generator = torch.Generator().manual_seed(draw)
+    return [[j for j in torch.randperm(terms, generator=generator).tolist() if j != i] for i in range(terms)]
+
+
+def among(order: list[list[int]], live: Tensor) -> list[list[int]]:
+    """The orders of the terms with a gradient, by their places among them."""
+    place = {k: n for n, k in enumerate(live.nonzero()[:, 0].tolist())}
+    return [[place[j] for j in order[i] if j in place] for i in place]

@@ -1,0 +1,34 @@
+"""IMTL-G: equal projections onto all gradients (Liu 2021, Towards Impartial Multi-task Learning).
+
+Letters: B Gram matrices (1 of parameters, samples of a feature), K terms.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from descant.modules.multitask.base import SolverRule
+from descant.modules.multitask.solvers import FLAT, NOISE, times
+
+
+def imtl_g(c_BKK: Tensor, d_BK: Tensor) -> Tensor:
+    """Equal projections onto all gradients: ``<g, g_k> / |g_k|`` alike (IMTL-G, Liu 2021). Coefficients sum to K.
+
+    ``C x = 1`` with ``mix = x / d``; one may be below zero. Where they sum to zero no such step exists: zeros.
+    """
+    x_BK = times(torch.linalg.pinv(c_BKK, rtol=FLAT, hermitian=True), torch.ones_like(d_BK))
+    mix_BK = x_BK / d_BK
+    total_B1 = mix_BK.sum(dim=1, keepdim=True)
+    known = total_B1.abs() > NOISE * mix_BK.abs().sum(dim=1, keepdim=True)
+    return torch.where(known, x_BK / total_B1 * d_BK.shape[1], 0.0)
+
+
+class IMTLG(SolverRule):
+    """Step with equal projections onto all gradients.
+
+    See :func:`imtl_g`. Source: Liu 2021, Towards Impartial Multi-task Learning.
+    """
+
+    def solve(self, c_BKK: Tensor, d_BK: Tensor) -> Tensor:
+        return imtl_g(c_BKK, d_BK)
