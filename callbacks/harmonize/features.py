@@ -163,12 +163,14 @@ class HarmonizeFeatures(L.Callback):
     def _ruled(self, g_KBD: Tensor, names: tuple[str, ...]) -> Tensor:
         if self.rule is None or (self.feature is not None and names != self._names):
             return g_KBD.sum(dim=0)
+        draw = mix(global_seed(), "harmony", self._step, *names)
         wide_KBD = promote(g_KBD)
+        if self.rule.whole_gradients:
+            return self.rule.combine(wide_KBD, draw).to(g_KBD.dtype)
         gram_BKK = torch.einsum("kbd,lbd->bkl", wide_KBD, wide_KBD).double()
         (gram_BKK,) = read_together(gram_BKK)  # a rule works on the CPU: an accelerator is read once for it
         finite_B = gram_BKK.isfinite().all(dim=(1, 2))
         gram_BKK = torch.where(finite_B[:, None, None], gram_BKK, torch.zeros_like(gram_BKK))
-        draw = mix(global_seed(), "harmony", self._step, *names)
         mix_BK = self.rule.mix(gram_BKK, torch.ones(len(names)), draw).to(wide_KBD.dtype)
         return torch.einsum("bk,kbd->bd", to_device(mix_BK, wide_KBD.device), wide_KBD).to(g_KBD.dtype)
 

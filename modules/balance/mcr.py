@@ -38,8 +38,8 @@ class Game(Regularizer):
         D(a; i) = mean_s JS(f with z_i of other samples, f),        where of z only z_a takes a gradient
         value_b = weight sum over players a and modalities i of  stake(a, i) D_b(a; i)
 
-    f with z_i of others: latents are permuted along S random cycles through the samples of this micro-batch that have i,
-    so no tower runs again. The undisturbed f takes its gradient too, and so does the fusion. Samples
+    f with z_i of others: latents are permuted along S random cycles through the samples of this micro-batch that
+    have i, so no tower runs again. The undisturbed f takes its gradient too, and so does the fusion. Samples
     with one modality add zero. With a game the decision has to be trained (a cross-entropy), or logits grow for ever.
     Source: Kontras 2024 (MCR, arXiv 2411.07335), for two modalities; the sum over more is our reading.
 

@@ -31,6 +31,8 @@ class Rule:
 
     #: Whether it needs the gradients.
     reads_gradients = True
+    #: Whether it combines whole gradients at a feature (``combine``), and not by their dot products.
+    whole_gradients = False
     #: Whether each sample of a feature may have a mix of its own.
     per_sample = False
     #: Whether a mix depends on earlier steps.
@@ -41,6 +43,10 @@ class Rule:
         self.seen: dict[str, Tensor] = {}  # sums, since it last learned
 
     def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
+        raise NotImplementedError
+
+    def combine(self, g_KBD: Tensor, draw: int) -> Tensor:
+        """``g_BD`` of the gradients of K terms at a shared feature; for a rule with ``whole_gradients``."""
         raise NotImplementedError
 
     def learn(self, total: Callable[[Tensor], Tensor]) -> None:

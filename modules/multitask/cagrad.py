@@ -18,9 +18,10 @@ def cagrad(c_BKK: Tensor, d_BK: Tensor, radius: float) -> Tensor:
         max_d min_k <g_k, d>,    |d - g_0| <= c |g_0|
 
     Exactly: with b = 1/d, s the coefficients of g_0, p = C_SS^-1 b_S and q = C_SS^-1 (C s)_S on the face S of the terms
-    that improve least, d = s + mu p - q, where mu is the greater root of mu^2 (b.p) - 2 mu (b.q) + (C s).q - c^2 |g_0|^2 = 0; S is
-    the one with mu p - q >= 0, and (C d)_j >= mu b_j off it. Where 0 lies in the hull of the gradients no step improves all:
-    then d may be the nearest to g_0 that conflicts with none. Source: Liu 2021, arXiv 2110.14048.
+    that improve least, d = s + mu p - q, where mu is the greater root of
+    mu^2 (b.p) - 2 mu (b.q) + (C s).q - c^2 |g_0|^2 = 0; S is the one with mu p - q >= 0, and (C d)_j >= mu b_j off it.
+    Where 0 lies in the hull of the gradients no step improves all: then d may be the nearest to g_0 that conflicts
+    with none. Source: Liu 2021, arXiv 2110.14048.
     """
     k = d_BK.shape[1]
     unit_B1 = d_BK.amax(dim=1, keepdim=True)

@@ -42,8 +42,8 @@ def gradvac(c_BKK: Tensor, d_BK: Tensor, aim_KK: Tensor, orders: Sequence[Sequen
 class GradVac(Rule):
     """Rotate each gradient until its cosine with every other one is their running mean, in random order.
 
-    ``phi_ij <- (1 - beta) phi_ij + beta cos_ij``, from 0 on, of the cosines measured on the way; of a feature, their mean
-    over the samples. See :func:`gradvac`. Source: Wang 2021, arXiv 2010.05874.
+    ``phi_ij <- (1 - beta) phi_ij + beta cos_ij``, from 0 on, of the cosines measured on the way; of a feature,
+    their mean over the samples. See :func:`gradvac`. Source: Wang 2021, arXiv 2010.05874.
 
     Args:
         beta: rate of the running mean.
