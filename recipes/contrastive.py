@@ -19,22 +19,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from itertools import combinations
 from typing import Any
 
 from torch import Tensor, nn
 
 from descant.modules.core.batch import NEGATIVE, Batch
-from descant.modules.core.capabilities import has
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output, Scorer
-from descant.modules.core.protocols import Scaled
 from descant.modules.losses import ContrastiveLoss, InfoNCE, Intra
 from descant.modules.losses.hard_negatives import Negatives
 from descant.modules.tokenizers.text import Tokenizer, require_fit
 from descant.modules.towers import Towers
 from descant.modules.towers.heads import Pool, Pools
 from descant.modules.towers.triples import TripleEncoder
+from descant.recipes.base.pairs import modality_pairs, pair_scorers
 from descant.recipes.base.shared_space import SharedSpace
 
 
@@ -67,7 +65,7 @@ class Contrastive(SharedSpace):
         **kwargs: Any,
     ) -> None:
         super().__init__(towers, width, pool, **kwargs)
-        self.pairs = _pairs(pairs, tuple(towers))
+        self.pairs = modality_pairs(pairs, tuple(towers))
         self.losses = nn.ModuleDict({name: copy.deepcopy(loss or InfoNCE()) for name in self.pairs})
         self.intra, self.negatives, self.knowledge = intra, negatives, knowledge
         asked = {"negatives": negatives.pair if negatives else (), "intra": (intra.modality,) if intra else ()}
@@ -108,19 +106,7 @@ class Contrastive(SharedSpace):
         return (*own, *(m + NEGATIVE for m in own if m in (self.negatives.pair[1], "triples")))
 
     def scorers(self, batch: Batch) -> dict[str, Scorer]:
-        """By the name of a pair: how well rows of one fit rows of the other, ``scale z_a . z_b``."""
-        return self._scorers(self.embed(batch))
-
-    def _scorers(self, z: Mapping[str, Tensor]) -> dict[str, Scorer]:
-        def scorer(name: str, a: str, b: str) -> Scorer:
-            def score(row_N: Tensor, column_N: Tensor) -> Tensor:
-                loss = self.losses[name]
-                scale = loss.scale() if has(loss, Scaled) else 1.0
-                return scale * (z[a][row_N] * z[b][column_N]).sum(dim=-1)
-
-            return score
-
-        return {name: scorer(name, a, b) for name, (a, b) in self.pairs.items()}
+        return pair_scorers(self.pairs, self.losses, self.embed(batch))
 
     def forward(self, batch: Batch) -> Output:
         missing = [m for m in self.reads if m not in batch.inputs]
@@ -146,16 +132,4 @@ class Contrastive(SharedSpace):
             z_neg_BD = self.embed(batch.negatives())[b]  # as its positive: the same towers, and knowledge of its own
             value_B = self.negatives(copies[a][name], copies[b][name], z_neg_BD, batch.draw, valid_B)
             terms[name] = Term(value_B, valid=valid_B, given=self.negatives.given)
-        return Output(terms, latents=z, pairs=self._scorers(z))
-
-
-def _pairs(pairs: list[list[str]] | None, modalities: tuple[str, ...]) -> dict[str, tuple[str, str]]:
-    if len(modalities) < 2:
-        raise ValueError(f"towers: contrast needs two modalities, got {', '.join(modalities) or 'none'}")
-    for pair in pairs or []:
-        unknown = [m for m in pair if m not in modalities]
-        if unknown or not len(set(pair)) == len(pair) == 2:
-            fault = f"no tower {unknown[0]!r}" if unknown else "not two modalities"
-            raise ValueError(f"pairs: {pair}: {fault}; the towers are {', '.join(modalities)}")
-    chosen = [(a, b) for a, b in pairs] if pairs else list(combinations(modalities, 2))
-    return {f"{a}-{b}": (a, b) for a, b in chosen}
+        return Output(terms, latents=z, pairs=pair_scorers(self.pairs, self.losses, z))

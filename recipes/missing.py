@@ -17,22 +17,20 @@ Source: Reza 2023 (arXiv 2310.03986). Letters: B samples, D width, N rows of a t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from descant.modules.adaptation.imputation import Imputation, Imputer
+from descant.modules.adaptation.imputation import Imputer
 from descant.modules.adaptation.modulation import AvailableSets, ModulationBank, touch_parameters
-from descant.modules.core.batch import Batch, some
+from descant.modules.core.batch import Batch
 from descant.modules.core.output import Output
 from descant.modules.core.ranks import gather, world
 from descant.modules.io import saved
 from descant.recipes.base.adapted import (
+    AdaptedRecipe,
     build_imputer,
     require_adaptable,
     require_learning,
@@ -40,11 +38,9 @@ from descant.recipes.base.adapted import (
     unfreeze_inside,
 )
 from descant.recipes.base.rebuild import rebuild
-from descant.recipes.base.shared_space import SharedSpace
-from descant.recipes.base.wrapper import Wrapper
 
 
-class MissingModality(Wrapper):
+class MissingModality(AdaptedRecipe):
     """Adapt a trained recipe to missing modalities.
 
     The run at ``path`` is read whenever this recipe is built anew (resumed, validated, loaded). What the inner recipe
@@ -113,24 +109,6 @@ class MissingModality(Wrapper):
         step = present if world() == 1 else {m: gather(mask_B) for m, mask_B in present.items()}
         return replace(batch, present=present, step=dict(step))
 
-    @contextmanager
-    def routed(self, batch: Batch) -> Iterator[Batch]:
-        """Inside, layers use the parameters of what each sample has; gives the batch for the inner recipe."""
-        with ExitStack() as stack:
-            if self.bank is not None:
-                stack.enter_context(self.bank.route(batch.present))
-            if self.fill is None:
-                yield batch
-                return
-            space = cast(SharedSpace, self.inner)
-            space.imputation = Imputation(self.fill, batch.present)
-            stack.callback(setattr, space, "imputation", None)
-            yield replace(batch, present=self._all(batch.present), step=self._all(batch.step))
-
-    def _all(self, present: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        any_B = some(*(present[m] for m in self.modalities if m in present))
-        return {m: any_B if m in self.modalities else mask for m, mask in present.items()}
-
     def forward(self, batch: Batch) -> Output:
         with self.routed(self.left(batch)) as routed:
             output = self.inner.forward(routed)
@@ -140,38 +118,3 @@ class MissingModality(Wrapper):
         extra = [p for part in (self.bank, self.fill) if part is not None for p in part.parameters()]
         first, term = next(iter(output.terms.items()))
         return replace(output, terms={**output.terms, first: replace(term, value=touch_parameters(term.value, extra))})
-
-    # evaluation ---------------------------------------------------------------------------------------------------
-
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        with self.routed(batch) as routed:
-            outputs = self.inner.validation_step(routed, batch_idx, dataloader_idx)
-        return {**outputs, "z": self._masked(outputs["z"], batch)} if "z" in outputs else outputs
-
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        with self.routed(batch) as routed:
-            outputs = self.inner.predict_step(routed, batch_idx, dataloader_idx)
-        present = {**batch.present, **{m: batch.there(m) for m in outputs["z"]}}
-        return {**outputs, "present": present, "z": self._masked(outputs["z"], batch)}
-
-    def on_validation_epoch_end(self) -> None:
-        """``trainable/share``: trained parameters over all that the recipe had, norms and heads counted."""
-        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        self.log("trainable/share", trained / self.size)
-
-    def of_batch(self, name: str, batch: Batch, *args: Any, **kwargs: Any) -> Any:
-        with self.routed(batch) as routed:
-            result = getattr(self.inner, name)(routed, *args, **kwargs)
-        return self._masked(result, batch) if name == "embed" else result
-
-    def of_latents(self, name: str, z: dict[str, Tensor], present: Mapping[str, Tensor] | None) -> Any:
-        with ExitStack() as stack:
-            if self.bank is not None and present is not None:  # without it all are present, and nothing is changed
-                stack.enter_context(self.bank.route(present))
-            return getattr(self.inner, name)(z, present)
-
-    def _masked(self, z: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        """Embeddings of absent samples are zero, whatever was imputed for them."""
-        if self.fill is None:
-            return dict(z)
-        return {m: torch.where(batch.there(m)[:, None], x, torch.zeros_like(x)) for m, x in z.items()}

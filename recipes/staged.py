@@ -12,16 +12,16 @@ Source: Patho-R1 (Zhang 2025, arXiv 2505.11404): continued pre-training, fine-tu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from descant.modules.core.capabilities import has
 from descant.modules.core.errors import nearest
 from descant.modules.core.protocols import StagedDataModule
 from descant.modules.engine.configure import Shard
 from descant.modules.engine.trainer import run_steps
+from descant.modules.io.upgrade import with_inner
 from descant.recipes.base.recipe import Recipe
 from descant.recipes.base.settings import read_setting, write_setting
 from descant.recipes.base.stage import Stage
@@ -48,19 +48,9 @@ class Staged(Wrapper):
         self._objective = getattr(recipe, "objective", None)
         self._own = {name: read_setting(recipe, name) for stage in stages.values() for name in stage.set}
         for name, stage in stages.items():
-            self._require_objective(name, stage)
+            stage.require(name, recipe)
         self._trainable: list[str] = []
         self._choose_objective()
-
-    def _require_objective(self, name: str, stage: Stage) -> None:
-        if stage.objective is None:
-            return
-        if self._objective is None:
-            raise ValueError(f"stages.{name}.objective: {type(self.inner).__name__} has no choice; VisionLanguage has")
-        try:
-            stage.objective.require(self.inner)  # type: ignore[arg-type]  # a recipe with objectives is such a model
-        except ValueError as error:
-            raise ValueError(f"stages.{name}: {error}") from None
 
     @property
     def now(self) -> Stage:
@@ -153,18 +143,6 @@ class Staged(Wrapper):
             raise ValueError(f"the checkpoint is of the stage {name!r}; {nearest(name, self.stages)}")
         self.stage = name
         if "state_dict" in checkpoint:
-            checkpoint["state_dict"] = inside(checkpoint["state_dict"])
+            checkpoint["state_dict"] = with_inner(checkpoint["state_dict"])
         if self._trainable:
             self._choose()
-
-
-def inside(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a staged run by the names that they have now: those of earlier versions had no ``inner.``."""
-    average = "distill.teacher.average."
-
-    def now(name: str) -> str:
-        if name.startswith(average) and not name.startswith(f"{average}inner."):
-            return f"{average}inner.{name.removeprefix(average)}"
-        return name if name.startswith(("inner.", "distill.")) else f"inner.{name}"
-
-    return {now(name): value for name, value in state.items()}

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 Node = dict[str, Any]
 
 #: Arguments of every recipe that say how it trains: they stay with a recipe that wraps another.
@@ -94,3 +96,15 @@ CHANGES: dict[str, Callable[[Node], Node | None]] = {
     "Stage": _stage,
     "Staged": _staged,
 }
+
+
+def with_inner(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a staged run by the names that they have now: those of earlier versions had no ``inner.``."""
+    average = "distill.teacher.average."
+
+    def now(name: str) -> str:
+        if name.startswith(average) and not name.startswith(f"{average}inner."):
+            return f"{average}inner.{name.removeprefix(average)}"
+        return name if name.startswith(("inner.", "distill.")) else f"inner.{name}"
+
+    return {now(name): value for name, value in state.items()}

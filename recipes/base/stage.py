@@ -43,3 +43,14 @@ class Stage:
             raise ValueError(f"train {train!r}: {error}") from None
         self.objective, self.optimizer, self.schedule, self.load = objective, optimizer, schedule, load
         self.set: dict[str, Any] = dict(set or {})
+
+    def require(self, name: str, recipe: Any) -> None:
+        """Raises ValueError for a recipe that cannot have this stage's objective."""
+        if self.objective is None:
+            return
+        if not isinstance(getattr(recipe, "objective", None), LanguageObjective):
+            raise ValueError(f"stages.{name}.objective: {type(recipe).__name__} has no choice; VisionLanguage has")
+        try:
+            self.objective.require(recipe)
+        except ValueError as error:
+            raise ValueError(f"stages.{name}: {error}") from None

@@ -1,0 +1,113 @@
+"""Masked modelling: tokens of all modalities, their encoder, embeddings, scores and reconstruction.
+
+Letters: B samples, T tokens of a modality, N tokens of all samples, P raw numbers of a token, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from descant.modules.core.batch import Batch
+from descant.modules.core.host import derived
+from descant.modules.core.objective import Term
+from descant.modules.core.protocols import ReconstructionOutput
+from descant.modules.masking.adapters import Adapters
+from descant.modules.masking.corruptions import Corruption, corrupted
+from descant.modules.masking.decoders import At, Decoder, Encoded
+from descant.modules.towers.vit import Layout
+from descant.recipes.base.recipe import Recipe
+
+
+class MaskedRecipe(Recipe):
+    """Base of masked models; a recipe on top brings the parts and the terms."""
+
+    adapters: Adapters
+    decoder: Decoder
+    corruption: Corruption
+    grids: dict[str, tuple[int, ...]]
+    embeds: list[tuple[str, ...]]
+    pool_global: bool
+    zeros: bool
+
+    #: An embedding of several modalities is another than those of each: what is absent changes it.
+    joint_embedding = True
+
+    def raw(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Modality -> raw content ``[B, T, P]``, and bool ``[B, T]``: tokens that a sample has."""
+        missing = [m for m in self.adapters if m not in batch.inputs]
+        if missing:
+            raise ValueError(f"the data has no modality {missing[0]!r}, only {', '.join(batch.inputs)}")
+        raw, real = dict[str, Tensor](), dict[str, Tensor]()
+        for m, adapter in self.adapters.each().items():
+            raw[m], real_BT = adapter.raw(batch.inputs[m])
+            real[m] = derived(_of_present, real_BT, batch.present[m])
+            if self.zeros:
+                raw[m], real[m] = raw[m].masked_fill(~real[m][..., None], 0), derived(torch.ones_like, real[m])
+        return raw, real
+
+    def encode(self, raw: dict[str, Tensor], visible: dict[str, Tensor]) -> Encoded:
+        """The encoder over visible tokens alone."""
+        at, adapters = {m: At.of(mask_BT) for m, mask_BT in visible.items()}, self.adapters.each()
+        kinds = []
+        for m, (row_N, place_N, _) in at.items():
+            with self.row_tracker.select(at[m].host_row_N):
+                kinds.append(adapters[m].embed(raw[m][row_N, place_N], place_N))
+        counts = [at_m.count_B for at_m in at.values()]
+        x_ND = torch.cat(kinds)
+        layout = Layout([torch.ones_like(counts[0]), *counts], device=x_ND.device)
+        h_ND = self.towers["encoder"](x_ND, layout).h_BTD
+        global_BD, *h = h_ND.split([len(counts[0]), *(len(at_m.row_N) for at_m in at.values())])
+        return Encoded(dict(zip(at, h, strict=True)), at, global_BD)
+
+    # what callbacks ask for ----------------------------------------------------------------------------------------
+
+    def embed(self, batch: Batch) -> dict[str, Tensor]:
+        raw, real = self.raw(batch)
+        z = {}
+        for together in self.embeds:
+            shown = {m: real[m] if m in together else derived(torch.zeros_like, real[m]) for m in real}
+            name = "+".join(together)
+            z[name] = torch.where(batch.there(name)[:, None], self.encode(raw, shown).pooled(self.pool_global), 0.0)
+        return z
+
+    def scores(self, batch: Batch) -> dict[str, Term]:
+        """``loss`` of all terms, and ``loss_{term}`` of each."""
+        terms = self.terms(batch)
+        each = {f"loss_{name.removeprefix('mask/')}": term for name, term in terms.items()}
+        valid_B = torch.stack([term.valid for term in terms.values() if term.valid is not None]).any(dim=0)
+        return {"loss": Term(torch.stack([term.value for term in terms.values()]).sum(dim=0), valid=valid_B), **each}
+
+    def reconstruct(self, batch: Batch, corruption: Corruption | None = None) -> dict[str, ReconstructionOutput]:
+        """What is seen stays as it is, what is masked is predicted; padding stays what it is.
+
+        Raises:
+            ValueError: for an adapter that predicts no input, but patches less their own mean and spread alone.
+        """
+        relative = [m for m, adapter in self.adapters.each().items() if adapter.relative]
+        if relative:
+            raise ValueError(
+                f"{relative[0]}: nothing can be rebuilt of patches less their own mean and spread; "
+                "give its adapter a loss of raw numbers too: losses: [{class_path: MSE}, ...]"
+            )
+        raw, real = self.raw(batch)
+        masks = corrupted(corruption or self.corruption, real, self.grids, batch.draw)
+        asked = {m: At.of(mask_BT) for m, mask_BT in masks.target.items()}
+        said, rebuilt = self.decoder(self.encode(raw, masks.visible), asked), {}
+        for m, adapter in self.adapters.each().items():
+            (row_N, place_N, _), y_BTP = asked[m], raw[m].clone()
+            with self.row_tracker.select(asked[m].host_row_N):
+                y_BTP[row_N, place_N] = adapter.predict(said[m], place_N).to(y_BTP.dtype)
+            visible, target = (
+                adapter.whole(mask[m][..., None].expand_as(y_BTP)) for mask in (masks.visible, masks.target)
+            )
+            there_B = batch.present[m].view(-1, *[1] * (target.ndim - 1))
+            truth = batch.inputs[m].view_as(target).masked_fill(~there_B, 0)
+            rebuilt[m] = ReconstructionOutput(
+                truth, visible, torch.where(target, adapter.input(y_BTP).to(truth.dtype), truth)
+            )
+        return rebuilt
+
+
+def _of_present(real_BT: Tensor, present_B: Tensor) -> Tensor:
+    return real_BT & present_B[:, None]
