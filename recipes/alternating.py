@@ -76,7 +76,7 @@ class Alternating(Classifier):
 
     @property
     def turn(self) -> str:
-        """Whose turn it is. Each round begins one later, so that whoever looks every tenth step sees all of them."""
+        """The modality of this step. Each round begins one later, so that every tenth step does not see only one."""
         rounds, place = divmod(self.global_step, len(self.modalities))
         return self.modalities[(rounds + place) % len(self.modalities)]
 
@@ -107,5 +107,5 @@ class Alternating(Classifier):
         r_D = total[:-1] / total[-1].clamp(min=1)
         q_D = P_DD @ r_D  # Sherman and Morrison: the inverse with one more r r^T
         less_DD = P_DD - torch.outer(q_D, q_D) / (self.alpha + r_D @ q_D)
-        # chosen where P is, so that nobody waits to hear whether the step was finite
+        # chosen on the device, so that no step waits to know whether it was finite
         P_DD.copy_(torch.where(r_D.isfinite().all(), less_DD, P_DD))

@@ -1,6 +1,6 @@
 """Classification of samples that come in several modalities, any of which may be absent.
 
-Claim: towers trained together tell classes apart that no modality tells apart alone.
+Claim: towers trained together separate classes that no modality separates alone.
 
     z_m    = head_m(pool(tower_m(x_m)))                  for every modality m that is present
     logits = fusion({z_m})                               late, mid or attention fusion
@@ -68,7 +68,7 @@ class Fusion(Classifier):
         #: Of a training batch: the presence masks that the fusion gets; all that are present where None.
         self.modality_mask: Callable[[Batch], Mapping[str, Tensor]] | None = None
 
-    # who says what --------------------------------------------------------------------------------------------
+    # logits by modality -----------------------------------------------------------------------------------------------
 
     def unimodal(self, z: dict[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Modality -> ``logits_BC`` of it alone: its own head's, or the fusion's as if there were no other."""
@@ -77,7 +77,7 @@ class Fusion(Classifier):
         return {m: promote(self.own[m](z_BD)) for m, z_BD in self.fusion.checked(z, present)[0].items()}
 
     def shares(self, z: dict[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Modality -> its part of ``logits_BC``, by Shapley; what is said of no modality is shared alike."""
+        """Modality -> its part of ``logits_BC``, by Shapley; logits of no modality are shared equally."""
         z, present = self.fusion.checked(z, present)
         nobody_BC = self.fuse(z, only(present)) / len(z)
         return {m: promote(part_BC) + nobody_BC for m, part_BC in self.fusion.parts(z, present).items()}

@@ -81,14 +81,14 @@ class Masked(MaskedRecipe):
         return Output(self.predicted(raw, masks, batch))
 
     def predicted(self, raw: dict[str, Tensor], masks: Masks, batch: Batch) -> dict[str, Term]:
-        """What is said of the targets, token by token; a sample's number is the mean over those that count."""
+        """Predict target tokens; the value of a sample is the mean over its counted tokens."""
         asked, adapters = {m: At.of(mask_BT) for m, mask_BT in masks.target.items()}, self.adapters.each()
-        said, terms = self.decoder(self.encode(raw, masks.visible), asked), dict[str, Term]()
+        predicted, terms = self.decoder(self.encode(raw, masks.visible), asked), dict[str, Term]()
         for m, (row_N, place_N, _) in asked.items():
             counts_BT = masks.loss[m] & batch.present[m][:, None]
             count_B = counts_BT.sum(dim=1)
             with self.row_tracker.select(asked[m].host_row_N):
-                losses = adapters[m].losses(said[m], raw[m][row_N, place_N], place_N)
+                losses = adapters[m].losses(predicted[m], raw[m][row_N, place_N], place_N)
             for name, loss_N in losses.items():
                 loss_N = torch.where(counts_BT[row_N, place_N], loss_N, 0.0)
                 value_B = loss_N.new_zeros(len(batch)).index_add(0, row_N, loss_N) / count_B.clamp(min=1)

@@ -1,10 +1,10 @@
-"""Networks that teach each other: no teacher stands above the others, and none is finished.
+"""Deep mutual learning: networks that train together, each with the others as teachers.
 
-Claim: two small networks that imitate each other while they learn tell more than each would alone.
+Claim: two small networks that imitate each other while they train end above each alone.
 
-    loss = sum over peers i:  own terms of i  +  mean over the others j of  target(i, what j said)
+    loss = sum over peers i:  own terms of i  +  mean over the others j of  target(i, decisions of j)
 
-What a peer said is taken as it is: gradients go to who listens. All see the same batch, in training mode.
+Decisions of a peer are detached: gradients go to the student. All see the same batch, in training mode.
 Source: deep mutual learning (Zhang 2018, arXiv 1706.00384), where peers take turns; here they step together.
 Letters: P peers.
 """
@@ -33,7 +33,7 @@ class Peers(Recipe):
     embeds, is exported and taken by others is the first.
 
     Args:
-        students: P recipes, at least two; how they train is said here, not there.
+        students: P recipes, at least two; their training options are given here, not there.
         targets: what one learns of another; SoftTarget where not given.
 
     Raises:

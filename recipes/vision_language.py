@@ -82,9 +82,9 @@ class VisionLanguage(LanguageRecipe):
         marks = {"image_token": image_token, "answer_token": answer_token}
         self.marks = {name: token for name, token in marks.items() if token is not None}
         if not max(self.marks.values()) < lm.vocabulary:
-            said = " and ".join(f"{name} {token}" for name, token in self.marks.items())
+            listed = " and ".join(f"{name} {token}" for name, token in self.marks.items())
             least = max(self.marks.values()) + 1
-            raise ValueError(f"lm.vocab {lm.vocabulary}: {said} are ids too; {least} is the least")
+            raise ValueError(f"lm.vocab {lm.vocabulary}: {listed} are ids too; {least} is the least")
         self.row, self.visual = lm.length if row is None else row, visual or VisualSteps()
         self.towers, self.lm, self.modalities = towers, lm, (*towers, "text")
         if towers:

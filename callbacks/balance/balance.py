@@ -62,7 +62,7 @@ class Balance(L.Callback):
 
         g_m <- factor_m g_m,    factor = pacing(s),    s_m = mean over the step's samples of score(share_m, label)
 
-    with the shares that modalities have of the logits (Shapley values; together with what nobody says, shared alike,
+    with the shares that modalities have of the logits (Shapley values; with the logits of no modality, shared equally,
     they add up to the logits), of all ranks and micro-batches. Gradients are scaled when they are whole, so nothing
     compounds over micro-batches; then they are clipped. In a step in which a modality has no labelled sample, or a
     score is not finite, all learn as they would, and it is counted.
@@ -81,7 +81,7 @@ class Balance(L.Callback):
             noise where parameters are split over ranks.
     """
 
-    #: Said twice (by an experiment and an overlay), the last one counts.
+    #: Given twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(

@@ -20,7 +20,7 @@ from descant.modules.core.sham import Sham
 
 
 class GradientBlending(L.Callback):
-    """Weigh the terms of a loss anew after each validation, by what they gained there for what they overfitted.
+    """Weigh loss terms after each validation by generalisation gain over overfitting (G-Blending).
 
         w_k = K v_k / sum v,    v_k = max(dG_k, 0) / dO_k^2
         dG_k = V_k' - V_k,      dO_k = (V_k - T_k) - (V_k' - T_k')
@@ -41,7 +41,7 @@ class GradientBlending(L.Callback):
             single term, or for terms that are other ones than before.
     """
 
-    #: Said twice (by an experiment and an overlay), the last one counts.
+    #: Given twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(self, every: int = 1, sham: Literal["permute"] | None = None) -> None:
@@ -85,7 +85,7 @@ class GradientBlending(L.Callback):
         self.names = names
         value_K = torch.stack([term.detach().double() for term in objective.terms.values()])
         seen_2K = torch.stack([value_K, torch.ones_like(value_K)])
-        seen_2K = torch.where(value_K.isfinite(), seen_2K, 0.0)  # a step that is left out says nothing
+        seen_2K = torch.where(value_K.isfinite(), seen_2K, 0.0)  # a skipped step does not count
         self._train_2K = seen_2K if self._train_2K is None else self._train_2K.to(seen_2K) + seen_2K
         if self.weight_K is not None:
             objective.mix.mul_(self.weight_K.to(objective.mix))

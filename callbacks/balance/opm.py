@@ -25,19 +25,19 @@ from descant.modules.engine.trainer import log_interval
 
 
 class OPM(L.Callback):
-    """The decision does without a modality that is ahead, sample by sample at random.
+    """Drop a leading modality from the fusion input, sample by sample at random (OPM).
 
         q_m = q (1 + alpha tanh(rho_m - 1)) where rho_m > 1, else 0        rho_m = s_m / mean_{n != m} s_n
 
     with s as in :class:`descant.modules.balance.ogm.OGM`, of the optimizer step before and all ranks.
-    A dropped modality is absent for the joint decision alone: own losses of the modalities hear it. A sample is never
+    A dropped modality is absent for the joint decision alone: own losses of the modalities keep it. A sample is never
     left without any. Source: on-the-fly prediction modulation (OPM), Wei 2024, arXiv 2410.11582; the step before, and
     the mean over several others, are our reading.
 
     It logs ``balance/score/{modality}`` and ``balance/dropped/{modality}``, the probability.
 
     Args:
-        q: probability of the one that is barely ahead. alpha: how it grows with the lead; q (1 + alpha) is the most.
+        q: drop probability of a modality that is barely ahead. alpha: how it grows with the lead, up to q (1 + alpha).
         sham: ``permute`` hands the probabilities on: each modality has that of the one before it.
 
     Raises:
@@ -45,7 +45,7 @@ class OPM(L.Callback):
             with one modality.
     """
 
-    #: Said twice (by an experiment and an overlay), the last one counts.
+    #: Given twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(self, q: float = 0.4, alpha: float = 0.5, sham: Literal["permute"] | None = None) -> None:
@@ -91,7 +91,7 @@ class OPM(L.Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         assert has(pl_module, MultimodalClassifier) and self._sums_2M is not None
-        (read_2M,) = read_together(total_of_ranks(self._sums_2M))  # once a step, for who is heard in the next
+        (read_2M,) = read_together(total_of_ranks(self._sums_2M))  # once a step, for the masks of the next
         (sum_M, count_M), self._sums_2M = read_2M, None
         score_M, modalities = sum_M / count_M, pl_module.modalities
         if not score_M.isfinite().all():  # a modality was nowhere: as in the step before

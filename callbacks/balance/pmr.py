@@ -25,7 +25,7 @@ from descant.modules.engine.trainer import log_interval
 
 
 class PMR(L.Callback):
-    """A loss of their own for latents of the modality that is behind: to be nearest to the middle of their class.
+    """Prototype loss on latents of the slower modality (PMR).
 
         loss_m,b = - alpha log softmax_c(- |z_mb - p_mc|)_label        for the m with the lowest s_m, else 0
         s_m = mean softmax(- |z_mb - p_m|)_label                       of the optimizer step before, all ranks
@@ -34,7 +34,7 @@ class PMR(L.Callback):
     One term a modality, ``prototype-{modality}``, which is zero while it is not behind and until there are prototypes.
     Classes that were not seen yet are no candidates, and their samples have no such loss.
 
-    Who is behind is known from the step before, so that all micro-batches and ranks pull at the same one; and the
+    The slower modality is that of the step before, so that all micro-batches and ranks pull at the same one; and the
     means are of latents that training saw anyway, where the paper passes over a tenth of the data every epoch: our
     reading. Source: Fan 2023, arXiv 2211.07089, without its entropy term.
 
@@ -50,7 +50,7 @@ class PMR(L.Callback):
             one modality.
     """
 
-    #: Said twice (by an experiment and an overlay), the last one counts.
+    #: Given twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(self, alpha: float = 0.6, beta: float = 0.5, every: int = 20) -> None:

@@ -41,7 +41,7 @@ class HarmonizeFeatures(L.Callback):
     all samples' losses at the feature of sample i, and not of its own loss alone.
 
     It logs ``harmony/conflict``, the share of samples with terms more than 90 degrees apart, ``harmony/cosine``, the
-    mean, ``harmony/kept``, and with an ``audit`` ``harmony/auc``: how well the conflict tells noise, and
+    mean, ``harmony/kept``, and with an ``audit`` ``harmony/auc``: how well conflict detects noise, and
     ``harmony/auc_tenth``: how well it did when a tenth of the run was over. What a curriculum keeps of a micro-batch is
     divided by its own number, of all ranks.
 
@@ -57,7 +57,7 @@ class HarmonizeFeatures(L.Callback):
             recipe without the protocol Forks, a feature that no two terms share, or another harmonizer.
     """
 
-    #: Said twice (by an experiment and an overlay), the last one counts.
+    #: Given twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(
@@ -199,7 +199,7 @@ class HarmonizeFeatures(L.Callback):
         count_R = total_of_ranks(torch.stack([row.sum() for row in rows]).double())
         few = (count_R[0] < self.curriculum.floor * count_R[1]) | ~(count_R[2::2] > 0).all()
         self._few = self._few + few if isinstance(self._few, Tensor) else few.long() + self._few
-        # chosen where the counts are, so that nobody waits for them
+        # chosen on the device, so that no step waits for the counts
         for n, name in enumerate(dropping):
             scaled_B = kept_B.double() * (count_R[3 + 2 * n] / count_R[2 + 2 * n])
             hooks.keep[name] = torch.where(few, 1.0, scaled_B)

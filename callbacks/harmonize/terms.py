@@ -59,7 +59,7 @@ class Harmonize(L.Callback):
             terms that are other ones than before.
     """
 
-    #: Said twice (by an experiment and an overlay), the last one counts.
+    #: Given twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(

@@ -29,13 +29,13 @@ class HarmonizeTowers(L.Callback):
         dL/dz_m = sum_k mix_mk dterm_k/dz_m,    mix_m = rule(G_m),    G_mkl = <g_k, g_l>,  g_k = d term_k / d theta_m
 
     over the terms that the recipe forks there (of a classifier the joint loss and the modality's own), of all ranks, in
-    each micro-batch. What comes after the latents, heads and fusion, learns as it would. Where G is not finite a tower
+    each micro-batch. What comes after the latents, heads and fusion, is unchanged. Where G is not finite a tower
     takes the plain sum, and that is counted.
 
     It logs ``harmony/mix/{modality}/{term}``, ``harmony/cos/{modality}`` (of two terms) and ``harmony/fallbacks``.
 
     Args:
-        rule: from gradients to the mix; one that remembers something would have to tell modalities apart, and is
+        rule: from gradients to the mix; one that remembers something would need a state a modality, and is
             refused.
         every: optimizer steps from one look at the gradients to the next; the mix stays between them.
 
@@ -44,7 +44,7 @@ class HarmonizeTowers(L.Callback):
             protocols MultimodalClassifier and Forks, latents that no two terms share, or another harmonizer.
     """
 
-    #: Said twice (by an experiment and an overlay), the last one counts.
+    #: Given twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(self, rule: Rule, every: int = 1) -> None:

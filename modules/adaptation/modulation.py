@@ -40,7 +40,7 @@ class Sets:
         sets: some of their subsets, none empty; a set of all modalities has no number. All subsets where not given.
 
     Raises:
-        ValueError: for an unknown modality, an empty set, or a set that is said twice.
+        ValueError: for an unknown modality, an empty set, or a set that is given twice.
 
     >>> sets = Sets(["image", "text"])
     >>> sets.names
@@ -551,7 +551,7 @@ def _matches(end: str, name: str, layer: nn.Module) -> bool:
 def touch_parameters(value: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
     """``value``, whose backward reaches all of these parameters: with zeros, beside whatever else does.
 
-    So a set that occurs on one rank only has a gradient on all, and an optimizer does the same whoever has the sample.
+    So a set that occurs on one rank only has a gradient on all, and an optimizer does the same on every rank.
 
     >>> x, idle = torch.ones(2, requires_grad=True), nn.Parameter(torch.ones(3))
     >>> reached(x.sum(), [idle]).backward()

@@ -114,7 +114,7 @@ class CollaborativeGame(Game):
     """All modalities maximise the influence of each: ``- sum_i D(i)``, where all latents take a gradient."""
 
     def stake(self, player: str, disturbed: str, modalities: int) -> float:
-        return -1.0 if player == disturbed else 0.0  # once each; nobody stands still in `moving`
+        return -1.0 if player == disturbed else 0.0  # once each; nothing is detached in `moving`
 
     def moving(self, z: Mapping[str, Tensor], player: str) -> dict[str, Tensor]:
         return dict(z)

@@ -22,7 +22,7 @@ class Batch:
     """``B`` samples of several modalities. Absent is a mask, never a shape and never a guess from zeros.
 
     On an accelerator each tensor remembers its original on the CPU (:mod:`descant.modules.core.host`), and so does what
-    is made of presence here: nobody has to wait for the device to know who is absent.
+    is made of presence here: no step waits for the device to know which samples are absent.
 
     Attributes:
         inputs: modality -> tensor ``[B, ...]``; rows of absent samples hold anything (zeros by custom).
@@ -84,7 +84,7 @@ class Batch:
         return self._each(lambda x: to_device(x, to))
 
     def pin_memory(self) -> Batch:
-        """The batch in memory that an accelerator copies from by itself; loaders call it where they are told to pin."""
+        """The batch in memory that an accelerator copies from by itself; loaders call it with ``pin_memory``."""
         return self._each(lambda x: x.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:

@@ -1,4 +1,4 @@
-"""Values of a batch that the CPU knows, so that no training step waits for an accelerator to tell them.
+"""Host copies of a batch's values, so that no training step reads them back from an accelerator.
 
 Reading a number of a tensor that lies on an accelerator (``item``, ``bool``, ``nonzero``, a mask as an index) makes the
 CPU wait for all work that is queued there, and then the accelerator wait for the CPU. What shapes and branches of a

@@ -28,13 +28,13 @@ def require_objects(owner: object, /, **given: tuple[object, type]) -> None:
         if value is None or isinstance(value, kind):
             continue
         if inspect.isclass(value) and issubclass(value, kind):
-            told, found = f"the class {value.__name__}", value
+            given_as, found = f"the class {value.__name__}", value
         else:
-            told = repr(value) if len(repr(value)) <= 60 else f"a {type(value).__name__}"
+            given_as = repr(value) if len(repr(value)) <= 60 else f"a {type(value).__name__}"
             found = _nearest(str(value), kind)
         wanted = f": {found.__module__}.{found.__name__}()" if found is not None else ""
         raise ValueError(
-            f"{type(owner).__name__}: {name} is {told}, and an object of kind {kind.__name__} is wanted{wanted}"
+            f"{type(owner).__name__}: {name} is {given_as}, and an object of kind {kind.__name__} is wanted{wanted}"
         )
 
 

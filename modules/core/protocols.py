@@ -156,10 +156,10 @@ class MultimodalClassifier(Classifies, HasObjective, Protocol):
 
 @runtime_checkable
 class Scores(Protocol):
-    """``scores(batch)``: name -> one number a sample that says how well it went, such as accuracy (1 or 0) or a loss.
+    """``scores(batch)``: name -> one quality number a sample, such as accuracy (1 or 0) or a loss.
 
-    Names of losses begin with ``loss``: less is better; of all others more is. ``valid`` of a term says which samples
-    have a number. Whatever modalities ``batch.present`` leaves out are not looked at.
+    Names of losses begin with ``loss``: less is better; of all others more is. ``valid`` of a term marks the samples
+    that have a number. Whatever modalities ``batch.present`` leaves out are not looked at.
     """
 
     def scores(self, batch: Batch) -> dict[str, Term]: ...

@@ -32,7 +32,7 @@ def first_row(rows: int) -> int:
 def gather(x_B: Tensor) -> Tensor:
     """``[B, ...] -> [G, ...]``: the rows of all ranks, in rank order, with true gradients for floats.
 
-    Every rank holds the same B (the sampler pads). Backward adds up what every rank's loss says about a row.
+    Every rank holds the same B (the sampler pads). Backward sums the gradients of every rank's loss for a row.
     """
     if world() == 1:
         return x_B

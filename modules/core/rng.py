@@ -127,7 +127,7 @@ def seeded(*parts: int | str) -> Iterator[None]:
 
 
 def by_rank(module: nn.Module) -> dict[str, str]:
-    """What makes losses on several ranks others than on one: name of a part -> what it does, as its ``by_rank`` says.
+    """Parts whose losses differ between one rank and several: name -> what they do, their ``by_rank``.
 
     Such a part looks at other samples than its own, and only at those of its rank.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 class RowTracker:
     """The row of the batch that each row of a module's input is.
 
-    A module that runs some of its rows says so by ``with self.row_tracker.select(row_R):``. All modules of a network
+    A module that runs some of its rows wraps them in ``with self.row_tracker.select(row_R):``. All modules of a network
     share one tracker once :func:`share_rows` was called; before, each has its own, which nothing reads.
     """
 

@@ -1,8 +1,8 @@
-"""Learning from another network: what it says (soft), what it chooses (hard), what it sees (features).
+"""Knowledge distillation: soft targets (logits), hard targets (labels) and feature targets of a teacher.
 
     loss = own terms + sum over targets:  weight mean over samples b of the whole step of  value_b
 
-A teacher says what it says without gradients, in eval mode, of the very batch that the student sees.
+The teacher runs without gradients, in eval mode, on the batch that the student sees.
 Letters: B samples, N decisions (a sample has one, or one a token), K choices, D width.
 """
 
@@ -277,7 +277,7 @@ class FeatureTarget(Target):
         with torch.no_grad():
             t_BD = cast(Embeds, context.teacher).embed(batch)[m]
         if t_BD.shape[1] != self.map.out_features:
-            what = f"{t_BD.shape[1]} wide, and it says {self.map.out_features}"
+            what = f"{t_BD.shape[1]} wide, and its recipe has width {self.map.out_features}"
             raise ValueError(f"distill: embeddings of the teacher, {type(context.teacher).__name__}, are {what}")
         value_B = 1 - F.cosine_similarity(promote(self.map(z_BD)), t_BD.to(z_BD.device), dim=1)
         return {f"features-{m}": Term(self.weight * value_B, valid=batch.present[m], norm=context.rows)}

@@ -1,4 +1,4 @@
-"""Learning from a teacher that is slow and sure which pairs are hard, and how sure it is (DCD).
+"""DCD: ranking distillation from a cross-encoder that mines hard negatives, weighted by its confidence.
 
 For each image the teacher scores F drawn texts; the own text and the wrong ones that it scores highest make a list, in
 one order for both:
@@ -43,7 +43,7 @@ class Lists:
     valid_B: Tensor
 
     def entropy(self) -> Tensor:
-        """``[B]``: of ``softmax_k t_b``, over log K: 0 for a teacher that is sure, 1 for one that cannot tell."""
+        """``[B]``: of ``softmax_k t_b``, over log K: 0 for a confident teacher, 1 for a uniform one."""
         log_BK = self.t_BK.log_softmax(dim=1)
         return -(log_BK.exp() * log_BK).sum(dim=1) / torch.tensor(float(self.t_BK.shape[1])).log()
 
@@ -104,7 +104,7 @@ class AsReleased(Weighting):
 
 
 class StudentLag(Weighting):
-    """``1 - exp(- CE(s_b) / CE(t_b))``: more for what the student tells worse than the teacher does (DCD's other one).
+    """``1 - exp(- CE(s_b) / CE(t_b))``: more where the student is worse than the teacher (DCD's other weighting).
 
     >>> lists = Lists(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), torch.ones(1).bool())
     >>> round(StudentLag()(lists).item(), 4)
@@ -154,7 +154,7 @@ class ListMSE(Imitation):
 
 
 class RankTarget(Target):
-    """Lists of texts that a teacher finds hard, to tell right (``truth``) and to score as it does (``rank``).
+    """DCD: lists of hard negative texts mined by a teacher, to classify (``truth``) and to rank as it does (``rank``).
 
     Texts are of the same rank's batch, never of a sample without the pair or of the same content. A sample for which
     there are fewer than ``kept`` has no list.

@@ -28,7 +28,7 @@ def nash_mtl(c_BKK: Tensor, d_BK: Tensor, steps: int = 100) -> Tensor:
         move_BK, _ = torch.linalg.solve_ex(hessian_BKK, -slope_BK * x_BK)
         gap_B = (-slope_BK * x_BK * move_BK).sum(dim=1).clamp(min=0).sqrt()
         x_BK = x_BK * (1 + move_BK / torch.where(gap_B > 0.25, 1 + gap_B, 1.0)[:, None])
-        x_BK = x_BK.clamp(max=FLAT**-0.5)  # beyond it there is no bargain, as far as correlations can tell
+        x_BK = x_BK.clamp(max=FLAT**-0.5)  # beyond it there is no solution, within the precision of correlations
         if bool((gap_B < 1e-13).all()):
             break
     wrong_BK = (x_BK * times(c_BKK, x_BK) - 1).abs()

@@ -1,4 +1,4 @@
-"""What counts in a step, and from when on. Letters: B samples."""
+"""Curriculum over samples: which of them count, and from when on. Letters: B samples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from descant.modules.core.sham import Sham
 
 
 class Curriculum:
-    """Which samples count, by the cosine of their terms' gradients: conflict tells that they do not belong together.
+    """Which samples count, by the cosine of their terms' gradients: conflict marks pairs that do not belong together.
 
         keep_i = cos_i > threshold(t),      t a share of the run: ``start`` at ``warmup``, ``end`` at ``until``
 
@@ -24,7 +24,7 @@ class Curriculum:
         warmup, until: shares of the run's steps.
         floor: share of the samples of a step.
         only: the terms that lose a sample, such as those of the modality that is noisy; all that meet if not given.
-        oracle: a target of the data that is true where a sample is noise: that is dropped, whatever the cosine says.
+        oracle: a target of the data that is true where a sample is noise: that is dropped, whatever its cosine.
         sham: ``permute`` drops as many, by the cosines of other samples.
     """
 

@@ -78,9 +78,10 @@ class LanguageRecipe(Recipe):
         return Decisions(lambda at: self.lm.logits(before_NW[at]), sample_N)
 
     def scores(self, batch: Batch) -> dict[str, Term]:
-        """``accuracy``, whether the likeliest answer is the right one to its end, and ``loss``, of its tokens.
+        """``accuracy``, whether the greedy answer is correct to its end, and ``loss``, of its tokens.
 
-        Token by token the likeliest answer is right if each of its tokens is the likeliest behind the right ones.
+        With teacher forcing: an answer is correct if each of its tokens is the most probable one after the correct
+            ones.
         """
         before_NW, token_N, sample_N = self.answered(batch)
         log_N = log_probabilities(before_NW, self.lm.head.weight, token_N)
@@ -91,7 +92,7 @@ class LanguageRecipe(Recipe):
         return {"accuracy": Term(exact_B, valid=valid_B), "loss": Term(loss_B, valid=valid_B)}
 
     def generate(self, batch: Batch, new: int = 8, sampling: Sampling | None = None) -> Tensor:
-        """Int64 ``[B, M]``: answers, to their end; by the likeliest tokens where nothing else is asked for."""
+        """Int64 ``[B, M]``: answers, to their end; greedy by default."""
         return self.roll(batch, new, sampling=sampling or Sampling(temperature=0)).token_RN
 
     @torch.no_grad()

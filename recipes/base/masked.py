@@ -93,11 +93,11 @@ class MaskedRecipe(Recipe):
         raw, real = self.raw(batch)
         masks = corrupted(corruption or self.corruption, real, self.grids, batch.draw)
         asked = {m: At.of(mask_BT) for m, mask_BT in masks.target.items()}
-        said, rebuilt = self.decoder(self.encode(raw, masks.visible), asked), {}
+        predicted, rebuilt = self.decoder(self.encode(raw, masks.visible), asked), {}
         for m, adapter in self.adapters.each().items():
             (row_N, place_N, _), y_BTP = asked[m], raw[m].clone()
             with self.row_tracker.select(asked[m].host_row_N):
-                y_BTP[row_N, place_N] = adapter.predict(said[m], place_N).to(y_BTP.dtype)
+                y_BTP[row_N, place_N] = adapter.predict(predicted[m], place_N).to(y_BTP.dtype)
             visible, target = (
                 adapter.whole(mask[m][..., None].expand_as(y_BTP)) for mask in (masks.visible, masks.target)
             )
