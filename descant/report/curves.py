@@ -110,14 +110,16 @@ def chart(groups: Sequence[Group], curves: Sequence[Mapping[str, Curve]], points
     marks: dict[str, dict[str, str]] = {}
     wide, high = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
     with figures.style():
-        made = figures.figure(_WIDTH, _HEIGHT, facecolor="none")
+        made = figures.figure(_WIDTH, _HEIGHT)
         axes = made.add_axes(
             (_LEFT / _WIDTH, _BOTTOM / _HEIGHT, wide / _WIDTH, high / _HEIGHT), xlim=(x0, x1), ylim=(y0, y1)
         )
         axes.grid(visible=False, axis="x")
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        made.patch.set_visible(False)
+        axes.patch.set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.6g}")
         axes.set_xlabel("step", color=figures.FAINT, labelpad=2)
         for kind, lines in (("seed", seeds), ("mean", means)):  # means lie over seeds
