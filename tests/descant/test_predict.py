@@ -85,7 +85,7 @@ def test_data_without_named_sets(toy: Cli, cli: Cli, workplace: Path) -> None:
     rows, about = read(workplace / "runs/toy/001/predict-001/embeddings-0.parquet")
     assert len(rows) == 32 and len(rows[0]["z_image"]) == 8 and about["step"] == 8
     result = cli("predict", "--run", "toy/001", "--trust", "tests.toys", "--sets", "val")
-    assert result.rc == 2 and "--sets: ToyData names no sets" in result.err
+    assert result.rc == 2 and "--sets: ToyData has no named sets" in result.err
     assert "sets" in toy("fit", "--sets", "val").refusal  # of predict only
 
 
@@ -228,7 +228,7 @@ def test_memory_is_bounded_by_the_group(tmp_path: Path, monkeypatch: pytest.Monk
     run = Callbacks(tmp_path)
     for first in range(0, 12, 2):
         run.batch([first, first + 1], {"image": vectors(2)}, {"image": [True, True]})
-        assert run.callback._table is not None and sum(len(b) for b in run.callback._table.kept) < 4
+        assert run.callback._table is not None and sum(len(b) for b in run.callback._table.batches) < 4
     run.end()
     file = pq.ParquetFile(tmp_path / "embeddings-near.parquet")
     assert file.metadata.num_row_groups == 3 and file.metadata.num_rows == 12
@@ -264,9 +264,9 @@ def test_what_was_interrupted_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_model_that_embeds_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="embeds nothing"):
+    with pytest.raises(ValueError, match="gives no embeddings"):
         Callbacks(tmp_path).batch([1], {}, {"image": [True]})
     run = Callbacks(tmp_path)
     run.batch([1], {"image": vectors(1)}, {"image": [True]})
-    with pytest.raises(ValueError, match="embeddings of width 3 in a set that began with 2"):
+    with pytest.raises(ValueError, match="embeddings of width 3 after embeddings of width 2"):
         run.batch([1], {"image": vectors(1, 3)}, {"image": [True]})

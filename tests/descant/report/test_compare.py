@@ -327,7 +327,7 @@ def test_thirty_mixed_runs_fit_120_columns(cli: Cli, workplace: Path) -> None:
     entries = legend.replace("\n    ", " ").splitlines()
     assert len(entries) == 30 and len({entry.partition(": ")[0] for entry in entries}) == 30
     assert all(entry.count("=") <= 5 and re.search(r" \+\d+$", entry) for entry in entries), entries  # and a class
-    assert "descant: 21 settings differ, and a row names at most 6: all in descant report" in result.err
+    assert "descant: 21 settings differ, a row names at most 6: descant report" in result.err
     assert "stopped before the last step: " in result.err and ", and 5 others" in result.err
 
 
@@ -389,7 +389,7 @@ def test_torch_is_not_imported(two: None) -> None:
 @pytest.mark.parametrize(
     "args, line",
     [
-        ([], "compare: of which runs? descant compare NAME, or NAME/001 NAME/002 ..."),
+        ([], "compare: no run given: descant compare NAME, or NAME/001 NAME/002 ..."),
         (["aa/001"], "compare aa/001: no such run under runs; nearest: a/001"),
         (["zz"], "compare zz: no such run under runs; known: a, a/001, a/002, a/003, b, b/001, b/002, b/003"),
         (["a/04*"], "compare a/04*: no such run under runs; nearest: a/003"),
@@ -412,7 +412,7 @@ def test_one_line_and_the_nearest_choice(cli: Cli, two: None, args: list[str], l
 def test_a_baseline_of_several_rows_is_refused(cli: Cli, two: None) -> None:
     make("a/004", 0, data__batch_size=4)
     line = cli("compare", "a", "b", "--baseline", "a").refusal
-    assert line == ("compare: --baseline a: runs of 2 rows; one of batch_size=8 lr=0.001, batch_size=4 lr=0.001")
+    assert line == ("compare: --baseline a: its runs are in 2 rows; choose one of batch_size=8 lr=0.001, batch_size=4 lr=0.001")
 
 
 def test_groups_without_a_common_seed_are_refused(cli: Cli, two: None) -> None:

@@ -200,7 +200,7 @@ def test_only_a_report_is_replaced(cli: Cli, two: None) -> None:
 
 def test_wrong_requests_are_those_of_compare(cli: Cli, two: None) -> None:
     assert cli("report", "aa").refusal.endswith("report aa: no such run under runs; nearest: a")
-    assert cli("report", "--runs", "runs").refusal.startswith("report: of which runs?")
+    assert cli("report", "--runs", "runs").refusal.startswith("report: no run given")
     Path("runs/a/001/metrics.csv").write_bytes(b"step\n\xff")
     assert cli("report", "a").refusal.startswith("report a/001: its curves cannot be read: ")
 
