@@ -29,16 +29,16 @@ def render(template: str, **values: Any) -> str:
 def _environment() -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    found = Environment(
+    made = Environment(
         loader=FileSystemLoader(_FOLDER),
-        autoescape=True,
+        autoescape=lambda name: not (name or "").endswith(".md"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters |= {"sha256": _sha256, "colour": colour, "counted": compare.counted}
-    found.filters |= {"number": compare.number, "difference": compare.difference}
-    return found
+    made.filters |= {"sha256": _sha256, "colour": colour, "counted": compare.counted}
+    made.filters |= {"number": compare.number, "difference": compare.difference}
+    return made
 
 
 def _sha256(text: str) -> str:
