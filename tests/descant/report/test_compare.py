@@ -412,7 +412,9 @@ def test_one_line_and_the_nearest_choice(cli: Cli, two: None, args: list[str], l
 def test_a_baseline_of_several_rows_is_refused(cli: Cli, two: None) -> None:
     make("a/004", 0, data__batch_size=4)
     line = cli("compare", "a", "b", "--baseline", "a").refusal
-    assert line == ("compare: --baseline a: its runs are in 2 rows; choose one of batch_size=8 lr=0.001, batch_size=4 lr=0.001")
+    assert line == (
+        "compare: --baseline a: its runs are in 2 rows; choose one of batch_size=8 lr=0.001, batch_size=4 lr=0.001"
+    )
 
 
 def test_groups_without_a_common_seed_are_refused(cli: Cli, two: None) -> None:
