@@ -48,32 +48,18 @@ def _make(args: Sequence[str]) -> int:
     parser.add_argument("--csv", metavar="FILE", type=Path, help="CSV, TSV or JSON lines; default: the folder's own")
     parser.add_argument("--caption", metavar="COLUMN", help="text field written as .txt; default: the only one")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument(
-        "--samples-per-shard", metavar="N", type=_positive(int), help="most samples of a shard; default: by --size"
-    )
-    size.add_argument(
-        "--size", metavar="MB", type=_positive(float), default=256.0, help="most megabytes of a shard (256)"
-    )
-    parser.add_argument(
-        "--resize", metavar="PX", type=_positive(int), help="resize larger images to this shorter side, as JPEG"
-    )
+    samples_help = "most samples of a shard; default: by --size"
+    size.add_argument("--samples-per-shard", dest="samples", metavar="N", type=_positive(int), help=samples_help)
+    size_help = "most megabytes of a shard (256)"
+    size.add_argument("--size", dest="megabytes", metavar="MB", type=_positive(float), default=256.0, help=size_help)
+    resize_help = "resize larger images to this shorter side, as JPEG"
+    parser.add_argument("--resize", metavar="PX", type=_positive(int), help=resize_help)
     parser.add_argument("--holdout", metavar="SHARE", type=_share, default=0.05, help="share held out as val (0.05)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the order of samples (0)")
     options = parser.parse_args(list(args))
     from descant.data.make import make
 
-    made = make(
-        options.folder,
-        options.out,
-        csv=options.csv,
-        caption=options.caption,
-        samples=options.samples_per_shard,
-        megabytes=options.size,
-        resize=options.resize,
-        holdout=options.holdout,
-        seed=options.seed,
-    )
-    print(made.report())
+    print(make(**vars(options)).report())
     return 0
 
 
@@ -86,36 +72,27 @@ def _look(args: Sequence[str]) -> int:
         "descant data look --config contrastive/emoji --data.size 64",
     )
     parser.add_argument("what", metavar="WHAT", nargs="*", help="a folder, parquet files, or shards (patterns too)")
-    parser.add_argument("--config", metavar="NAME", action="append", help="the data of an experiment")
-    parser.add_argument("--trust", metavar="MODULE", action="append", help="allow class paths of MODULE in --config")
+    trust_help = "allow class paths of MODULE in --config"
+    parser.add_argument(
+        "--config", dest="configs", metavar="NAME", action="append", default=[], help="data of an experiment"
+    )
+    parser.add_argument("--trust", metavar="MODULE", action="append", default=[], help=trust_help)
     parser.add_argument("--csv", metavar="FILE", type=Path, help="table of a folder; default: its own")
     parser.add_argument("--caption", metavar="COLUMN", help="text field with the captions; default: the only one")
-    parser.add_argument(
-        "--holdout", metavar="SHARE", type=_share, default=0.05, help="share held out as val, as in training (0.05)"
-    )
-    parser.add_argument("--all", action="store_true", help="read and decode all samples, not some thousands")
-    parser.add_argument("--out", metavar="PNG", type=Path, help="contact sheet (look-NAME.png)")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the statistics there")
+    holdout_help = "share held out as val, as in training (0.05)"
+    parser.add_argument("--holdout", metavar="SHARE", type=_share, default=0.05, help=holdout_help)
+    parser.add_argument("--all", dest="every", action="store_true", help="read and decode all samples")
+    parser.add_argument("--out", dest="sheet", metavar="PNG", type=Path, help="contact sheet (look-NAME.png)")
+    parser.add_argument("--json", dest="numbers", metavar="FILE", type=Path, help="also write the statistics there")
     data, rest = _data_options(parser, args)
     options = parser.parse_args(rest)
-    if bool(options.what) == bool(options.config):
+    if bool(options.what) == bool(options.configs):
         fail("data look: give either a folder, parquet files or shards, or --config NAME")
-    if data and not options.config:
+    if data and not options.configs:
         fail(f"data look: --{data[0][0]}: only with --config")
     from descant.data.look import look
 
-    look(
-        options.what,
-        configs=options.config or [],
-        options=data,
-        trust=options.trust or [],
-        csv=options.csv,
-        caption=options.caption,
-        holdout=options.holdout,
-        every=options.all,
-        sheet=options.out,
-        numbers=options.json,
-    )
+    look(options=data, **vars(options))
     return 0
 
 

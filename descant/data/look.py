@@ -277,11 +277,11 @@ def _duplicate_lines(statistics: Mapping[str, Any]) -> list[str]:
     out = []
     read = statistics["content"]["read"]
     part = "" if read >= statistics["samples"] else f" among the {read:,} read (--all reads all)"
-    for kind, found in statistics["duplicates"].items():
-        across = ", ".join(f"{pair} {n:,}" for pair, n in found["across"].items())
-        copies = f"{found['extra']:,} cop{'y' if found['extra'] == 1 else 'ies'} of another"
+    for kind, same in statistics["duplicates"].items():
+        across = ", ".join(f"{pair} {n:,}" for pair, n in same["across"].items())
+        copies = f"{same['extra']:,} cop{'y' if same['extra'] == 1 else 'ies'} of another"
         out.append(f"duplicates  {kind}: {copies}{part}; across splits: {across or 'none'}")
-        out += [f"            {' = '.join(names)}" for names in found["examples"]]
+        out += [f"            {' = '.join(names)}" for names in same["examples"]]
     for pair, shared in statistics["echoes"].items():
         counts = f"{shared['equal']:,} equal, {shared['near']:,} nearly equal"
         out.append(f"captions    {pair}: {counts}, of {shared['captions']:,} different")

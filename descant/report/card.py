@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,52 +28,41 @@ class About:
     """What the card states about an export.
 
     Attributes:
-        name: name of its folder. found: the run or export it is made from. recipe: the model.
-        parts: modality -> its preprocessing. left: modalities whose preprocessing is not included.
-        adapted: whether it has adapters or quantised layers. step: training step of the weights.
+        source: the run or export it is made from. name: name of its folder. recipe: the model.
+        parts: modality -> its preprocessing. adapted: whether it has adapters or quantised layers.
+        left: modalities whose preprocessing is not included. step: training step of the weights.
         averaged: whether the weights are an average over training. metrics: metrics of these weights.
         later: metrics of the run's last weights, where those are not the exported ones.
     """
 
+    source: Saved
     name: str
-    found: Saved
     recipe: Recipe
     parts: Mapping[str, Sequence[Any]]
     adapted: bool
     left: Sequence[str]
-    step: int | None
-    averaged: bool
-    metrics: dict[str, float]
-    later: dict[str, float]
+    step: int | None = field(init=False)
+    averaged: bool = field(init=False)
+    metrics: dict[str, float] = field(init=False)
+    later: dict[str, float] = field(init=False, default_factory=dict)
 
-    @classmethod
-    def of(
-        cls,
-        found: Saved,
-        name: str,
-        recipe: Recipe,
-        parts: Mapping[str, Sequence[Any]],
-        adapted: bool,
-        left: Sequence[str],
-    ) -> About:
-        run = read_json(found.folder / METRICS)
-        if found.exported:
-            return cls(
-                name, found, recipe, parts, adapted, left, run.get("step"), bool(run.get("averaged")), _numbers(run), {}
-            )
-        checkpoint = read_checkpoint(found)
-        step, averaged = checkpoint.get("global_step"), "averaging_state" in checkpoint
-        metrics, later = _numbers(run), dict[str, float]()
-        if step is not None and step != run.get("steps"):
-            metrics, last = _metrics_at(found.folder / "metrics.csv", step), metrics
-            later = {key: value for key, value in last.items() if metrics.get(key) != value}
-        return cls(name, found, recipe, parts, adapted, left, step, averaged, metrics, later)
+    def __post_init__(self) -> None:
+        run = read_json(self.source.folder / METRICS)
+        self.metrics = _numbers(run)
+        if self.source.exported:
+            self.step, self.averaged = run.get("step"), bool(run.get("averaged"))
+            return
+        checkpoint = read_checkpoint(self.source)
+        self.step, self.averaged = checkpoint.get("global_step"), "averaging_state" in checkpoint
+        if self.step is not None and self.step != run.get("steps"):
+            last, self.metrics = self.metrics, _metrics_at(self.source.folder / "metrics.csv", self.step)
+            self.later = {key: value for key, value in last.items() if self.metrics.get(key) != value}
 
 
 def write(about: About, data: Any, folder: Path, digest: str) -> None:
     """Write ``README.md`` and ``metrics.json``; ``digest``: SHA-256 of the exported weights."""
     write_json(folder / METRICS, {**about.metrics, "step": about.step, "averaged": about.averaged})
-    run, towers = about.found, about.recipe.towers
+    run, towers = about.source, about.recipe.towers
     place = f"the export {run.folder.name}" if run.exported else f"run {'/'.join(run.folder.resolve().parts[-2:])}"
     text = render(
         "card.md",
@@ -103,7 +92,7 @@ def write(about: About, data: Any, folder: Path, digest: str) -> None:
 
 def _training(about: About) -> dict[str, str]:
     """Rows of the table: data, budget, loss, optimizer, versions; what the run does not know is left out."""
-    folder, config = about.found.folder, about.found.config
+    folder, config = about.source.folder, about.source.config
     run, versions = read_json(folder / METRICS), read_json(folder / "versions.json")
     model, trainer = (config.get("model") or {}).get("init_args") or {}, config.get("trainer") or {}
     data = config.get("data") or {}
@@ -149,7 +138,7 @@ def _limits(about: About, data: Any) -> list[str]:
     size = getattr(about.parts.get("image", [None])[-1], "size", None)
     if size is not None:
         lines.append(f"Images are resized to {size} by {size} pixels.")
-    precision = (about.found.config.get("trainer") or {}).get("precision")
+    precision = (about.source.config.get("trainer") or {}).get("precision")
     if precision not in (None, "32-true", "32", 32):
         lines.append(f"It was evaluated in {precision}; a loaded model computes in float32, which differs slightly.")
     if about.adapted:
@@ -161,7 +150,7 @@ def _limits(about: About, data: Any) -> list[str]:
 
 def _copied(about: About, title: str) -> str:
     """A section from the card of the export that this one is made from."""
-    file = about.found.folder / CARD
+    file = about.source.folder / CARD
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     return text.partition(f"## {title}\n")[2].partition("\n## ")[0].strip() or "Not known: the card is missing."
 
