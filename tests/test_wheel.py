@@ -39,6 +39,7 @@ def test_the_wheel_holds_real_files_packs_and_experiments(installed: Path) -> No
         "modules/core/step.py",
         "experiments/base.yaml",
         "experiments/contrastive/emoji.yaml",
+        "templates/html/report.html",
         "templates/recipe/my_recipe.py",
         "templates/recipe/my_recipe.yaml",
         "templates/recipe/test_my_recipe.py",

@@ -1,32 +1,33 @@
-"""``CLAIMS.md`` and its figures, from the stored results alone."""
+"""``descant claims table``: writes CLAIMS.md and its SVG figures from stored results; runs nothing."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from descant.claims import store
 from descant.claims.judge import Judgement, Runs, column, judge
 from descant.claims.spec import BEFORE, EQUAL, TUNE, Claim
+from descant.report import figures
 from descant.run.runs import write_text
 
-#: Arms that a table has as columns, and whose names stand side by side.
-MOST_COLUMNS = 8
+#: Most arms that a table shows as columns.
+_MAX_COLUMNS = 8
+_COLOURS = {"baseline": figures.FAINT, "method": figures.BLUE, "sham": figures.VERMILLION}
 
 _HEAD = """\
 # Claims
 
-Each mechanism against the claim of its paper, at the scale of two cores, by `descant claims run NAME`. A row is made of
-paired runs: the same initial weights and the same batches in every arm. The *sham* runs the same code with its signal
-permuted; a method that does not beat its sham has shown nothing. *gain* is the method's over the baseline, above zero
-is better, with the 90 % interval of its mean over seeds; *passed* asks for the margin, a gain in all seeds but one, an
-interval above zero, half the margin over the sham where the claim says nothing else, and all that is asked as well: a
-claim may gain more than is needed and not pass, and *what it lacks* is the first of its reasons. Rule and margins were
-fixed on other seeds than those that count.
+Each mechanism tested against the claim of its paper, at the scale of two cores, by `descant claims run NAME`. Each row
+comes from paired runs: every arm has the same initial weights and the same batches. The *sham* runs the same code with
+its signal permuted; a method that does not beat its sham has no demonstrated effect. *gain* is method less baseline
+(above zero is better), with the 90 % interval of its mean over seeds. *passed* requires a gain of at least the margin
+(*needed*), a gain in all seeds but one, an interval above zero, half the margin over the sham unless the claim sets
+another, and all further conditions of the claim: a claim can exceed its margin and still not pass. *what it lacks* is
+the first unmet requirement. Rule and margins were fixed on other seeds than those reported.
 
 | claim | paper | verdict | gain | needed | better in | sham's gain | time | what it lacks |
 |---|---|---|---|---|---|---|---|---|
@@ -34,49 +35,44 @@ fixed on other seeds than those that count.
 
 
 def write(claims: Sequence[Claim], results: Path, page: Path) -> list[str]:
-    """Write the page and one figure a claim beside it; returns the names of claims that have no full result."""
-    rows, parts, without = [], [], []
+    """Write the page, and a figure per claim in ``docs/claims`` beside it; returns the claims without a full result."""
+    rows, sections, without = [], [], []
     for claim in claims:
         stored = store.read(results, claim.name, "full")
         if stored is None:
             without.append(claim.name)
             rows.append(f"| {claim.name} | {_paper(claim)} | not run yet | | | | | | |")
             continue
-        found = judge(claim, stored["runs"])
-        rows.append(_row(claim, found, stored))
+        judgement = judge(claim, stored["runs"])
+        rows.append(_row(claim, judgement, stored))
         figure = page.parent / "docs" / "claims" / f"{claim.name}.svg"
         figure.parent.mkdir(parents=True, exist_ok=True)
         write_text(figure, svg(claim, stored["runs"]))
         tuned = store.read(results, claim.name, TUNE)
-        parts.append(_part(claim, found, stored, figure.relative_to(page.parent).as_posix(), tuned))
-    write_text(page, _HEAD + "\n".join(rows) + "\n" + "".join(parts))
+        sections.append(_section(claim, judgement, stored, figure.relative_to(page.parent).as_posix(), tuned))
+    write_text(page, _HEAD + "\n".join(rows) + "\n" + "".join(sections))
     return without
 
 
 def _paper(claim: Claim) -> str:
-    """The paper whose claim it is, as its source names it first."""
-    found = re.search(r"arXiv (\d{4}\.\d{5})", claim.source)
-    return f"[{found[1]}](https://arxiv.org/abs/{found[1]})" if found else claim.source.split(";")[0]
+    """Link to the first paper that the source names."""
+    number = re.search(r"arXiv (\d{4}\.\d{5})", claim.source)
+    return f"[{number[1]}](https://arxiv.org/abs/{number[1]})" if number else claim.source.split(";")[0]
 
 
-def _row(claim: Claim, found: Judgement, stored: Mapping[str, Any]) -> str:
+def _row(claim: Claim, judgement: Judgement, stored: Mapping[str, Any]) -> str:
     stale = "" if stored["digest"] == claim.digest else " (of an earlier configuration)"
-    gain = f"{found.method.mean:+.3f} [{found.method.low:+.3f}, {found.method.high:+.3f}]"
-    wins = f"{claim.metric.margin:g} | {found.method.wins} of {found.method.n}"
+    gain, reasons = judgement.method, judgement.reasons
+    lacks = "".join(reasons[:1]) + (f", and {len(reasons) - 1} more" if len(reasons) > 1 else "")
     return (
-        f"| [{claim.name}](#{claim.name}) | {_paper(claim)} | {found.verdict}{stale} | {gain} | "
-        f"{wins} | {found.sham.mean:+.3f} | {stored['seconds'] / 60:.1f} min | {lacking(found)} |"
+        f"| [{claim.name}](#{claim.name}) | {_paper(claim)} | {judgement.verdict}{stale} | "
+        f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] | {claim.metric.margin:g} | {gain.wins} of {gain.n} | "
+        f"{judgement.sham.mean:+.3f} | {stored['seconds'] / 60:.1f} min | {lacks} |"
     )
 
 
-def lacking(found: Judgement) -> str:
-    """The first reason why a claim does not pass, and how many others there are; empty where it passes."""
-    more = f", and {len(found.reasons) - 1} more" if len(found.reasons) > 1 else ""
-    return f"{found.reasons[0]}{more}" if found.reasons else ""
-
-
-def _part(
-    claim: Claim, found: Judgement, stored: Mapping[str, Any], figure: str, tuned: Mapping[str, Any] | None = None
+def _section(
+    claim: Claim, judgement: Judgement, stored: Mapping[str, Any], figure: str, tuned: Mapping[str, Any] | None
 ) -> str:
     runs: Runs = stored["runs"]
     lines = [
@@ -84,16 +80,18 @@ def _part(
         f"{claim.title} ({claim.source})\n",
         f"![{claim.metric.name} of each seed]({figure})\n",
     ]
-    cells = {arm: {metric: _cell(runs[arm], metric) for metric in _asked(claim, arm)} for arm in runs}
-    if len(runs) > MOST_COLUMNS:  # a row an arm, then
+    cells = {arm: {metric: _cell(runs[arm], metric) for metric in _measured(claim, arm)} for arm in runs}
+    if len(runs) > _MAX_COLUMNS:  # one row per arm
         metrics = claim.metrics()
         lines.append("| arm | " + " | ".join(metrics) + " |\n|---|" + "---|" * len(metrics))
-        lines += [f"| {arm} | " + " | ".join(found.get(m, "") for m in metrics) + " |" for arm, found in cells.items()]
+        lines += [
+            f"| {arm} | " + " | ".join(values.get(m, "") for m in metrics) + " |" for arm, values in cells.items()
+        ]
     else:
         lines.append("| metric | " + " | ".join(runs) + " |\n|---|" + "---|" * len(runs))
         for metric in claim.metrics():
             lines.append(f"| {metric} | " + " | ".join(cells[arm].get(metric, "") for arm in runs) + " |")
-    spent = max(found[claim.equal] for found in runs["method"].values())
+    spent = max(metrics[claim.equal] for metrics in runs["method"].values())
     clock = claim.equal == EQUAL["seconds"]
     timed = "seconds of training, or nearly as many, or more," if clock else claim.equal
     where = "in every arm but the sham, which takes the method's steps" if clock else "in every arm"
@@ -105,11 +103,13 @@ def _part(
     )
     if claim.note is not None:
         lines.append(f"\n{claim.note}")
-    if found.asked:
+    if judgement.asked:
         lines.append("\n| asked as well | it is | |\n|---|---|---|")
-        lines += [f"| {what} | {value:.4g} | {'met' if met else '**not met**'} |" for what, value, met in found.asked]
-    if found.lacks:
-        lines += ["", *(f"- Not met: {reason}." for reason in found.lacks)]
+        lines += [
+            f"| {what} | {value:.4g} | {'met' if met else '**not met**'} |" for what, value, met in judgement.asked
+        ]
+    if judgement.lacks:
+        lines += ["", *(f"- Not met: {reason}." for reason in judgement.lacks)]
     if claim.tuning is not None and tuned is not None:
         best = claim.chosen(tuned["runs"])
         each = (f"{arm} {claim.arms[arm].settings[i]} of {list(claim.arms[arm].settings)}" for arm, i in best.items())
@@ -122,13 +122,15 @@ def _part(
     return "\n".join(lines) + "\n"
 
 
-def _asked(claim: Claim, arm: str) -> list[str]:
+def _measured(claim: Claim, arm: str) -> list[str]:
+    """The metrics that an arm reports."""
     return claim.needed(arm) if arm in claim.alone else claim.metrics()
 
 
-def _cell(found: Mapping[int, Mapping[str, float]], metric: str) -> str:
-    values = [of[metric] for of in found.values() if metric in of]
-    if len(values) < len(found):
+def _cell(seeds: Mapping[int, Mapping[str, float]], metric: str) -> str:
+    """Mean and standard deviation over seeds; empty where a seed lacks the metric."""
+    values = [metrics[metric] for metrics in seeds.values() if metric in metrics]
+    if len(values) < len(seeds):
         return ""
     mean = math.fsum(values) / len(values)
     spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1))
@@ -136,66 +138,35 @@ def _cell(found: Mapping[int, Mapping[str, float]], metric: str) -> str:
 
 
 def svg(claim: Claim, runs: Runs) -> str:
-    """Arms side by side, a point a seed; the points of one seed are joined, since they are paired. 640 x 300 pixels,
-    or as high as long names need."""
-    name = claim.metric.name
-    arms = [a for a in runs if a != BEFORE and name in _asked(claim, a) and all(name in m for m in runs[a].values())]
-    seeds = sorted(runs[arms[0]])
-    values = {arm: dict(zip(seeds, column(claim, runs, arm, name, seeds), strict=True)) for arm in arms}
-    every = [v for of in values.values() for v in of.values()]
-    ticks = _ticks(min(every), max(every))
-    left, right, top, bottom = 70, 620, 30, 250
-    better = "more" if claim.metric.higher else "less"
-    longest = max(map(len, arms))
-    turned = 6.2 * longest > (right - left) / len(arms)  # names would run into each other
-    height = max(300, bottom + 20 + round(3.2 * longest)) if turned else 300
+    """SVG figure of a claim's metric: a column an arm, a point a seed, a bar at the mean, and a line through each seed.
 
-    def x(arm: int) -> float:
-        return left + (right - left) * (arm + 0.5) / len(arms)
-
-    def y(value: float) -> float:
-        return bottom - (bottom - top) * (value - ticks[0]) / (ticks[-1] - ticks[0])
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {height}" font-family="sans-serif" font-size="12" '
-        f'role="img" aria-label="{escape(name)} by arm">',
-        f'<rect width="640" height="{height}" fill="#fff"/>',
-        f'<text x="{left}" y="18" fill="#222">{escape(name)}, {better} is better</text>',
-    ]
-    for tick in ticks:
-        parts.append(f'<line x1="{left}" x2="{right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}" stroke="#e4e4e4"/>')
-        parts.append(f'<text x="{left - 8}" y="{y(tick) + 4:.1f}" text-anchor="end" fill="#555">{tick:g}</text>')
-    for seed in seeds:
-        points = " ".join(f"{x(n):.1f},{y(values[arm][seed]):.1f}" for n, arm in enumerate(arms))
-        parts.append(f'<polyline points="{points}" fill="none" stroke="#c4ccd8"/>')
-    for n, arm in enumerate(arms):
-        mean = math.fsum(values[arm].values()) / len(seeds)
-        color = {"baseline": "#6b7280", "method": "#1d5fbf", "sham": "#b4541e"}.get(arm, "#3f7d3a")
-        half = min(22.0, 0.4 * (right - left) / len(arms))
-        parts.append(f'<path d="M{x(n) - half:.1f} {y(mean):.1f}h{2 * half:g}" stroke="{color}" stroke-width="2"/>')
-        parts += [
-            f'<circle cx="{x(n):.1f}" cy="{y(v):.1f}" r="4" fill="{color}" fill-opacity="0.75">'
-            f"<title>{escape(arm)}, seed {seed}: {v:.4g}</title></circle>"
-            for seed, v in values[arm].items()
-        ]
-        place = f'x="{x(n):.1f}" y="{bottom + 22}" text-anchor="middle"'
-        if turned:
-            place = f'transform="translate({x(n) + 8:.1f} {bottom + 14}) rotate(-35)" text-anchor="end" font-size="10"'
-        parts.append(f'<text {place} fill="#222">{escape(arm)}</text>')
-    parts.append(f'<text x="{right}" y="18" text-anchor="end" fill="#555">a point a seed; the bar is their mean</text>')
-    return "\n".join([*parts, "</svg>\n"])
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers from below ``low`` to above ``high``, about five of them.
-
-    >>> _ticks(0.12, 0.43)
-    [0.1, 0.2, 0.3, 0.4, 0.5]
+    It has 640 x 300 pixels, more in height where long names of arms are rotated; arms without the metric are left out.
     """
-    span = high - low or abs(high) or 1.0
-    rough = span / 4
-    size = 10.0 ** math.floor(math.log10(rough))
-    step = next(size * k for k in (1, 2, 5, 10) if size * k >= rough)
-    first, last = math.floor(low / step), math.ceil(high / step)
-    last = max(last, first + 1)
-    return [round(n * step, 12) for n in range(first, last + 1)]
+    name = claim.metric.name
+    arms = [a for a in runs if a != BEFORE and name in _measured(claim, a) and all(name in m for m in runs[a].values())]
+    seeds = sorted(runs[arms[0]])
+    values = [column(claim, runs, arm, name, seeds) for arm in arms]
+    longest = max(map(len, arms))
+    rotated = 6.2 * longest > 560 / len(arms)  # names would overlap
+    tooltips = {}
+    bottom = 40 + round(3.6 * longest) * rotated
+    with figures.style():
+        made = figures.figure(640, 260 + bottom)
+        axes = made.add_axes((60 / 640, bottom / (260 + bottom), 560 / 640, 230 / (260 + bottom)))
+        axes.set_xlim(-0.5, len(arms) - 0.5)
+        axes.grid(visible=False, axis="x")
+        axes.set_title(f"{name}, {'more' if claim.metric.higher else 'less'} is better", loc="left", fontsize=12)
+        axes.set_title("points are seeds, bars are means", loc="right", fontsize=11, color=figures.FAINT)
+        turned = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if rotated else {"fontsize": 12}
+        axes.set_xticks(range(len(arms)), arms, color=figures.INK, **turned)
+        for of_seed in zip(*values, strict=True):
+            axes.plot(range(len(arms)), of_seed, color="#c4ccd8", linewidth=1, zorder=1)
+        for n, arm in enumerate(arms):
+            colour = _COLOURS.get(arm, figures.GREEN)
+            half = min(0.4, 25 * len(arms) / 640)
+            axes.hlines(math.fsum(values[n]) / len(seeds), n - half, n + half, color=colour, linewidth=2)
+            for seed, value in zip(seeds, values[n], strict=True):
+                gid = f"{n}-{seed}"
+                axes.plot([n], [value], "o", color=colour, alpha=0.75, markersize=7, markeredgewidth=0, gid=gid)
+                tooltips[gid] = {"title": f"{arm}, seed {seed}: {value:.4g}"}
+        return figures.to_svg(made, tooltips)

@@ -1,4 +1,4 @@
-"""``descant data make|look``: shards from a folder of your own files, and what a data set holds."""
+"""``descant data make|look``: shards from a folder of your own files, and statistics of a data set."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from descant.cli.errors import fail, hint, one_line
 from descant.cli.options import Options
 
 _TOP = """\
-descant data: make shards from your own files, or look at a data set
+descant data: make shards from your own files, or show statistics of a data set
 
 usage: descant data make FOLDER --out DIR [options]
        descant data look WHAT [options]
 
-  make  WebDataset shards from a folder of pictures (or recordings) with captions, verified byte by byte
-  look  counts, missing modalities, captions, duplicates across splits, and a sheet of pictures
+  make  WebDataset shards from a folder of images (or recordings) with captions, verified byte by byte
+  look  counts, missing modalities, captions, duplicates across splits, and a contact sheet of images
 
-descant data make --help and descant data look --help tell more."""
+Options: descant data make --help, descant data look --help."""
 
 
 def main(args: Sequence[str]) -> int:
@@ -31,89 +31,74 @@ def main(args: Sequence[str]) -> int:
         fail(f"data {args[0]}: no such command{hint(args[0], commands)}")
     try:
         return commands[args[0]](args[1:])
-    except (ValueError, OSError) as error:  # what sources and data modules say of a wrong request
+    except (ValueError, OSError) as error:  # sources and data modules refuse a wrong request by these
         fail(one_line(error))
 
 
 def _make(args: Sequence[str]) -> int:
     parser = Options(
         "descant data make",
-        description="WebDataset shards from a folder of pictures or recordings, with captions in a table or in text "
-        "files beside them. Bytes are copied as they are; every member is read back and compared. Splits follow a "
+        description="WebDataset shards from a folder of images or recordings, with captions in a table or in text "
+        "files beside them. Bytes are copied unchanged; every member is read back and compared. Splits follow a "
         "column (or sub-folders) named train, val and test; without one, a fixed share is held out as val.",
         epilog="example: descant data make photos --csv captions.csv --out shards",
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path)
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="a new folder; nothing is overwritten")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="new folder; nothing is overwritten")
     parser.add_argument("--csv", metavar="FILE", type=Path, help="CSV, TSV or JSON lines; default: the folder's own")
-    parser.add_argument("--caption", metavar="COLUMN", help="the text that becomes .txt; default: the only one")
+    parser.add_argument("--caption", metavar="COLUMN", help="text field written as .txt; default: the only one")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--samples-per-shard", metavar="N", type=_positive(int), help="default: by size")
-    size.add_argument("--size", metavar="MB", type=_positive(float), default=256.0, help="of a shard, at most (256)")
-    parser.add_argument("--resize", metavar="PX", type=_positive(int), help="shorter side of larger pictures, as JPEG")
-    parser.add_argument("--holdout", metavar="SHARE", type=_share, default=0.05, help="held out as val (0.05)")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the order of samples (0)")
+    samples_help = "most samples of a shard; default: by --size"
+    size.add_argument("--samples-per-shard", dest="samples", metavar="N", type=_positive(int), help=samples_help)
+    size_help = "most megabytes of a shard (256)"
+    size.add_argument("--size", dest="megabytes", metavar="MB", type=_positive(float), default=256.0, help=size_help)
+    resize_help = "resize larger images to this shorter side, as JPEG"
+    parser.add_argument("--resize", metavar="PX", type=_positive(int), help=resize_help)
+    parser.add_argument("--holdout", metavar="SHARE", type=_share, default=0.05, help="share held out as val (0.05)")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the order of samples (0)")
     options = parser.parse_args(list(args))
     from descant.data.make import make
 
-    made = make(
-        options.folder,
-        options.out,
-        csv=options.csv,
-        caption=options.caption,
-        samples=options.samples_per_shard,
-        megabytes=options.size,
-        resize=options.resize,
-        holdout=options.holdout,
-        seed=options.seed,
-    )
-    print(made.report())
+    print(make(**vars(options)).report())
     return 0
 
 
 def _look(args: Sequence[str]) -> int:
     parser = Options(
         "descant data look",
-        description="What a data set holds: counts, missing modalities, lengths of captions and what the codec cuts "
-        "off, sizes of pictures, duplicates within and across splits, and a sheet of pictures to look at.",
+        description="Statistics of a data set: counts, missing modalities, lengths of captions and how many the "
+        "tokenizer cuts, sizes of images, duplicates within and across splits, and a contact sheet of images.",
         epilog="examples: descant data look photos; descant data look 'shards/*.tar'; "
         "descant data look --config contrastive/emoji --data.size 64",
     )
     parser.add_argument("what", metavar="WHAT", nargs="*", help="a folder, parquet files, or shards (patterns too)")
-    parser.add_argument("--config", metavar="NAME", action="append", help="the data of an experiment instead")
-    parser.add_argument("--trust", metavar="MODULE", action="append", help="allow its class paths in --config")
-    parser.add_argument("--csv", metavar="FILE", type=Path, help="of a folder; default: its own")
-    parser.add_argument("--caption", metavar="COLUMN", help="the text that is the caption; default: the only one")
-    parser.add_argument("--holdout", metavar="SHARE", type=_share, default=0.05, help="as training holds out (0.05)")
-    parser.add_argument("--all", action="store_true", help="read and decode every sample, not some thousands")
-    parser.add_argument("--out", metavar="PNG", type=Path, help="of the sheet (look-NAME.png here)")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers there")
+    trust_help = "allow class paths of MODULE in --config"
+    parser.add_argument(
+        "--config", dest="configs", metavar="NAME", action="append", default=[], help="data of an experiment"
+    )
+    parser.add_argument("--trust", metavar="MODULE", action="append", default=[], help=trust_help)
+    parser.add_argument("--csv", metavar="FILE", type=Path, help="table of a folder; default: its own")
+    parser.add_argument("--caption", metavar="COLUMN", help="text field with the captions; default: the only one")
+    holdout_help = "share held out as val, as in training (0.05)"
+    parser.add_argument("--holdout", metavar="SHARE", type=_share, default=0.05, help=holdout_help)
+    parser.add_argument("--all", dest="every", action="store_true", help="read and decode all samples")
+    parser.add_argument("--out", dest="sheet", metavar="PNG", type=Path, help="contact sheet (look-NAME.png)")
+    parser.add_argument("--json", dest="numbers", metavar="FILE", type=Path, help="also write the statistics there")
     data, rest = _data_options(parser, args)
     options = parser.parse_args(rest)
-    if bool(options.what) == bool(options.config):
-        fail("data look: give a folder, parquet files or shards, or --config NAME; one of them")
-    if data and not options.config:
+    if bool(options.what) == bool(options.configs):
+        fail("data look: give either a folder, parquet files or shards, or --config NAME")
+    if data and not options.configs:
         fail(f"data look: --{data[0][0]}: only with --config")
     from descant.data.look import look
 
-    look(
-        options.what,
-        configs=options.config or [],
-        options=data,
-        trust=options.trust or [],
-        csv=options.csv,
-        caption=options.caption,
-        holdout=options.holdout,
-        every=options.all,
-        sheet=options.out,
-        numbers=options.json,
-    )
+    look(options=data, **vars(options))
     return 0
 
 
 def _data_options(parser: Options, args: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
-    """``--data.KEY VALUE`` and ``--data.KEY=VALUE`` as pairs, and the other arguments."""
-    found, rest, left = [], [], list(args)
+    """Separate ``--data.KEY VALUE`` and ``--data.KEY=VALUE``, as pairs, from the other arguments."""
+    pairs, rest, left = [], [], list(args)
     while left:
         token = left.pop(0)
         if not token.startswith("--data."):
@@ -124,8 +109,8 @@ def _data_options(parser: Options, args: Sequence[str]) -> tuple[list[tuple[str,
             if not left or left[0].startswith("--"):
                 parser.error(f"--{key}: its value is missing")
             value = left.pop(0)
-        found.append((key, value))
-    return found, rest
+        pairs.append((key, value))
+    return pairs, rest
 
 
 def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
@@ -142,5 +127,5 @@ def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
 def _share(text: str) -> float:
     value = float(text)
     if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no share: 0 <= share < 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a share: 0 <= share < 1")
     return value

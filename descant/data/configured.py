@@ -1,4 +1,4 @@
-"""The data module of an experiment, built without its model."""
+"""Build the data module of an experiment without its model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from descant.run.faults import explain
 
 
 class _DataOnly(DescantCLI):
-    """Parsed and checked as ``descant check`` does; of what is configured, only the data is built."""
+    """Parses and checks a configuration as ``descant check`` does, and builds only its data module."""
 
     def before_instantiate_classes(self) -> None:
         """No run folder: nothing is run."""
@@ -29,10 +29,10 @@ class _DataOnly(DescantCLI):
 
 
 def datamodule(configs: Sequence[str], options: Sequence[tuple[str, str]], trust: Sequence[str]) -> DataModule:
-    """The data module that ``--config NAME ... --data.KEY value`` means, ready to be read.
+    """The prepared data module of ``--config NAME ... --data.KEY value``.
 
     Raises:
-        Refusal: in one line, for whatever is wrong with the configuration.
+        Refusal: in one line, for any error in the configuration.
     """
     quieten()
     enforce(list(trust))
@@ -40,7 +40,7 @@ def datamodule(configs: Sequence[str], options: Sequence[tuple[str, str]], trust
     try:
         data = _DataOnly(request).datamodule
         if not isinstance(data, DataModule):
-            fail(f"--config {configs[0]}: its data is a {type(data).__name__}, which cannot be read by position")
+            fail(f"--config {configs[0]}: {type(data).__name__} is not a Descant data module")
         data.prepare_data()
         data.setup("fit")
     except Refusal:

@@ -1,4 +1,4 @@
-"""What an encoded picture or recording is: whether Descant can read it, and its size."""
+"""Encoded images and recordings: whether training can decode them, and their size by the header."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from PIL import Image
 from descant.datamodules.fields.fields import AudioField
 from descant.datamodules.fields.images import Images
 
-_images, _sounds = Images(32), AudioField(seconds=1.0)
+_images, _audio = Images(32), AudioField(seconds=1.0)
 
 
 def fault(kind: str, data: bytes) -> str | None:
-    """Why training could not read a picture (``image``) or recording (``audio``), by its own decoders; else None.
+    """Why training could not decode an ``image`` or ``audio``, by its own decoders; None where it can.
 
     >>> fault("audio", b""), fault("image", b"\\xff\\xd8\\xff") is None
     ('an empty file', False)
     """
-    decode = _sounds.decode if kind == "audio" else _images
+    decode = _audio.decode if kind == "audio" else _images
     return decode([data], None)[1][0]
 
 
-def size_of(data: bytes) -> tuple[int, int, str] | None:
-    """Width, height and format of a picture by its header; None where it has none."""
+def image_size(data: bytes) -> tuple[int, int, str] | None:
+    """Width, height and format of an image by its header; None where it has none."""
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            return (*picture.size, picture.format or "unknown")
+        with Image.open(io.BytesIO(data)) as image:
+            return (*image.size, image.format or "unknown")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
 
 
-def seconds_of(data: bytes) -> float | None:
+def audio_seconds(data: bytes) -> float | None:
     """Length of a recording by its header; None where it has none."""
     try:
         return float(soundfile.info(io.BytesIO(data)).duration)

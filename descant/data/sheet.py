@@ -1,4 +1,4 @@
-"""A sheet of samples to look at: pictures in a grid, each with its split and caption."""
+"""Contact sheet of samples: a grid of images, each with its split and caption."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from PIL import Image, ImageDraw, ImageFont
 
 _TILE, _GAP, _TEXT, _LINES, _TITLE = 160, 14, 13, 3, 20  # pixels, and lines of a caption
 _INK, _FAINT, _PAPER, _EMPTY = (30, 30, 30), (120, 120, 120), (255, 255, 255), (238, 238, 238)
-_COLOURS = ((40, 100, 200), (200, 110, 20), (0, 140, 90), (150, 70, 170), (190, 50, 60), (90, 90, 90), (0, 150, 170))
+#: Colours of splits, by Okabe and Ito: they differ for readers with any kind of colour blindness.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 @dataclass
 class Tile:
-    """One sample: its picture (None: ``note`` says why there is none), its split and caption."""
+    """One sample: its image (None: ``note`` says why there is none), split and caption."""
 
-    picture: Image.Image | None
+    image: Image.Image | None
     split: str
     caption: str
-    note: str = "no picture"
+    note: str = "no image"
 
 
 def sheet(tiles: Sequence[Tile], title: str, columns: int = 6) -> Image.Image:
-    """The tiles row by row, under a title; a coloured line below each picture is its split.
+    """The tiles row by row under a title; a coloured line below each image marks its split.
 
     >>> sheet([Tile(Image.new("RGB", (50, 20)), "train", "a cat")] * 8, "cats").size
     (1058, 540)
@@ -36,39 +37,37 @@ def sheet(tiles: Sequence[Tile], title: str, columns: int = 6) -> Image.Image:
     page = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(page)
     font = _font(_TITLE, title)
-    draw.text((_GAP, _GAP), _lines(title, font, size[0] - 2 * _GAP, 1)[0], _INK, font)
+    draw.text((_GAP, _GAP), _wrap(title, font, size[0] - 2 * _GAP, 1)[0], _INK, font)
     splits = list(dict.fromkeys(tile.split for tile in tiles))
     for n, tile in enumerate(tiles):
         x, y = _GAP + n % columns * (_TILE + _GAP), top + n // columns * (high + _GAP)
-        _picture(page, draw, tile, x, y)
+        _draw_image(page, draw, tile, x, y)
         colour = _COLOURS[splits.index(tile.split) % len(_COLOURS)]
         draw.rectangle((x, y + _TILE, x + _TILE - 1, y + _TILE + 2), fill=colour)
         draw.text((x, y + _TILE + 6), tile.split, colour, _font(_TEXT, tile.split))
         font = _font(_TEXT, tile.caption)
         ink = _INK if tile.caption else _FAINT
-        for k, line in enumerate(_lines(tile.caption or "no caption", font, _TILE, _LINES)):
+        for k, line in enumerate(_wrap(tile.caption or "no caption", font, _TILE, _LINES)):
             draw.text((x, y + _TILE + 6 + (k + 1) * (_TEXT + 3)), line, ink, font)
     return page
 
 
-def _picture(page: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, x: int, y: int) -> None:
+def _draw_image(page: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, x: int, y: int) -> None:
     draw.rectangle((x, y, x + _TILE - 1, y + _TILE - 1), fill=_EMPTY)
-    if tile.picture is None:
+    if tile.image is None:
         font = _font(_TEXT, tile.note)
-        lines = _lines(tile.note, font, _TILE - 12, 5)
-        for k, line in enumerate(lines):
-            middle = y + _TILE / 2 + (k - (len(lines) - 1) / 2) * (_TEXT + 3)
-            draw.text((x + _TILE / 2, middle), line, _FAINT, font, anchor="mm")
+        text = "\n".join(_wrap(tile.note, font, _TILE - 12, 5))
+        draw.text((x + _TILE / 2, y + _TILE / 2), text, _FAINT, font, anchor="mm", align="center")
         return
-    scale = _TILE / max(tile.picture.size)
-    wide, high = (max(1, round(n * scale)) for n in tile.picture.size)
-    # small pictures show their pixels, others stay smooth
-    kind = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
-    page.paste(tile.picture.resize((wide, high), kind), (x + (_TILE - wide) // 2, y + (_TILE - high) // 2))
+    scale = _TILE / max(tile.image.size)
+    wide, high = (max(1, round(n * scale)) for n in tile.image.size)
+    # enlarged images show their pixels
+    method = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
+    page.paste(tile.image.resize((wide, high), method), (x + (_TILE - wide) // 2, y + (_TILE - high) // 2))
 
 
-def _lines(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int) -> list[str]:
-    """``text`` in at most ``most`` lines of ``width`` pixels; an ellipsis where it had to be cut."""
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int) -> list[str]:
+    """``text`` in at most ``most`` lines of ``width`` pixels, with an ellipsis where it is cut."""
     text = " ".join(text.split())[:1000]
     columns = max(1, min(len(text), round(width / max(font.getlength(text) / max(len(text), 1), 1)) + 6))
     lines = [text]
@@ -83,7 +82,7 @@ def _lines(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width:
 
 
 def _font(size: int, text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font, the same on every machine; DejaVu, where installed, for letters that it lacks."""
+    """Pillow's own font, the same on every machine; DejaVu, where installed, for characters that it lacks."""
     if any(ord(c) > 0x24F and not 0x2010 <= ord(c) <= 0x2026 for c in text):
         try:
             return ImageFont.truetype("DejaVuSans.ttf", size)

@@ -1,4 +1,4 @@
-"""A data set as ``descant data look`` sees it: a source on disk, or any data module.
+"""Uniform view of a data set for ``descant data look``: sources on disk, or any data module.
 
 Letters: N samples, R rows of a window.
 """
@@ -6,11 +6,13 @@ Letters: N samples, R rows of a window.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from descant.datamodules.base import BatchDataset, DataModule
 from descant.datamodules.fields.fields import TextField, kinds, numbered
@@ -22,82 +24,79 @@ from descant.datamodules.user_data import UserData
 from descant.modules.core.batch import Batch
 from descant.modules.tokenizers.text import Tokenizer
 
-#: What stands for a picture that is only known decoded.
+#: Key of an image that is available as pixels only, not encoded.
 PIXELS = "pixels"
-#: Rows of a data module that are read at once.
+#: Rows of a data module that are read in one batch.
 _ROWS = 256
 _SPLITS = ("train", "val", "test")
 
 
 class View:
-    """N samples in splits, and what can be asked of each.
+    """Data set of N numbered samples in splits, with captions, images and encoded content of each.
 
     Attributes:
-        title: what it is, in a few words.
+        title: short description.
         splits: name -> sample numbers.
-        fields: name -> (kind, how many have it); empty where there are no raw fields.
+        fields: name -> (kind, number of samples that have it); empty where there are no raw fields.
         has: modality -> bool ``[N]``.
-        codec: how captions become tokens, or None.
+        tokenizer: of the captions, or None.
     """
 
     title: str
     splits: dict[str, np.ndarray]
     fields: dict[str, tuple[str, int]]
     has: dict[str, np.ndarray]
-    codec: Tokenizer | None
+    tokenizer: Tokenizer | None
 
     def name(self, i: int) -> str:
         raise NotImplementedError
 
     def identity(self, i: int) -> int:
-        """Of the sample itself: sets of one data module may share samples."""
+        """Id of the underlying sample: sets of one data module may share samples."""
         return i
 
     def captions(self, i: int) -> list[str]:
-        """All captions of a sample."""
         raise NotImplementedError
 
     def raw(self, i: int) -> dict[str, bytes]:
-        """Modality -> encoded content, of pictures and recordings; raises OSError or ValueError where unreadable."""
+        """Modality -> encoded image or recording; raises OSError or ValueError where it cannot be read."""
         raise NotImplementedError
 
-    def picture(self, i: int) -> Image.Image | None:
-        """Something to look at, None where there is no picture or it cannot be read."""
+    def image(self, i: int) -> Image.Image | None:
+        """An image to show; None where there is none or it cannot be read."""
         raise NotImplementedError
 
     def tokens(self, numbers: Sequence[int]) -> tuple[list[int], int]:
-        """Tokens of each caption of some samples, ends included, and how many captions the codec cuts."""
-        assert self.codec is not None
-        around = len(self.codec.begin) + len(self.codec.end)
-        found = [len(self.codec.encode(text)) + around for i in numbers for text in self.captions(i)]
-        return found, sum(n > self.codec.length for n in found)
+        """Number of tokens of each caption of these samples, special tokens included, and how many captions are cut."""
+        assert self.tokenizer is not None
+        around = len(self.tokenizer.begin) + len(self.tokenizer.end)
+        lengths = [len(self.tokenizer.encode(text)) + around for i in numbers for text in self.captions(i)]
+        return lengths, sum(n > self.tokenizer.length for n in lengths)
 
 
 class SourceView(View):
-    """The sources of an :class:`UserData`, with its splits.
+    """View of the sources of a :class:`UserData`, with its splits.
 
     Args:
-        own: the data.
+        data: the data.
         title: of the view.
         columns: modality -> the fields that it is read from.
-        codec: of the captions.
+        tokenizer: of the captions.
     """
 
     def __init__(
-        self, own: UserData, title: str, columns: Mapping[str, Sequence[str]], codec: Tokenizer | None
+        self, data: UserData, title: str, columns: Mapping[str, Sequence[str]], tokenizer: Tokenizer | None
     ) -> None:
-        self.title, self.codec = title, codec
-        self.sources = list(own.sources.values())
-        sizes = [len(source) for source in self.sources]
-        self.firsts = np.cumsum([0, *sizes[:-1]])
-        first = dict(zip(own.sources, self.firsts.tolist(), strict=True))
-        self.splits = {
-            split: own.splits[split][1] + first[own.splits[split][0]] for split in _SPLITS if split in own.splits
-        }
-        self.fields, self.has, self.columns = {}, {}, {m: list(names) for m, names in columns.items() if names}
+        self.title, self.tokenizer = title, tokenizer
+        self.sources = list(data.sources.values())
+        self.firsts = np.cumsum([0, *(len(source) for source in self.sources[:-1])])
+        first = dict(zip(data.sources, self.firsts.tolist(), strict=True))
+        splits = {split: data.splits[split] for split in _SPLITS if split in data.splits}
+        self.splits = {split: rows_N + first[source] for split, (source, rows_N) in splits.items()}
+        self.columns = {m: list(names) for m, names in columns.items() if names}
         has = {name: self._has(name) for source in self.sources for name in source.fields}
-        known = {name: kind for source in self.sources for name, kind in kinds(source).items()}
-        self.fields = {name: (known[name], int(mask_N.sum())) for name, mask_N in has.items()}
+        types = _kinds(self.sources)
+        self.fields = {name: (types[name], int(mask_N.sum())) for name, mask_N in has.items()}
         self.has = {m: np.any([has[name] for name in names], axis=0) for m, names in self.columns.items()}
         self.texts = [
             [source.texts(name) if name in source.fields else None for name in self.columns.get("text", ())]
@@ -105,11 +104,10 @@ class SourceView(View):
         ]
 
     def _has(self, name: str) -> np.ndarray:
-        masks = [s.has(name) if name in s.fields else np.zeros(len(s), dtype=bool) for s in self.sources]
-        return np.concatenate(masks)
+        return np.concatenate([s.has(name) if name in s.fields else np.zeros(len(s), dtype=bool) for s in self.sources])
 
     def _at(self, i: int) -> tuple[int, int]:
-        """The number of a sample's source, and its row there."""
+        """Index of a sample's source, and its row there."""
         part = int(np.searchsorted(self.firsts, i, side="right")) - 1
         return part, i - int(self.firsts[part])
 
@@ -123,15 +121,15 @@ class SourceView(View):
 
     def raw(self, i: int) -> dict[str, bytes]:
         part, row = self._at(i)
-        source, found = self.sources[part], {}
+        source, content = self.sources[part], {}
         for kind in ("image", "audio"):
             names = [name for name in self.columns.get(kind, ()) if name in source.fields]
             for name, raw in source.read(row, names).items():
-                # a second picture of a sample goes by its field's name
-                found[kind if kind not in found else name] = raw if isinstance(raw, bytes) else raw.encode()
-        return found
+                # a second image of a sample has its field's name as key
+                content[kind if kind not in content else name] = raw if isinstance(raw, bytes) else raw.encode()
+        return content
 
-    def picture(self, i: int) -> Image.Image | None:
+    def image(self, i: int) -> Image.Image | None:
         try:
             data = self.raw(i).get("image")
             return None if data is None else thumbnail(data)
@@ -140,26 +138,25 @@ class SourceView(View):
 
 
 class ModuleView(View):
-    """The sets of a data module. What is present and how long captions are is asked of the sets themselves."""
+    """View of the training and evaluation sets of a data module; presence and token counts come from its batches."""
 
     def __init__(self, data: DataModule, title: str) -> None:
-        self.data, self.title, self.codec, self.fields = data, title, data.codec, {}
+        self.data, self.title, self.tokenizer, self.fields = data, title, data.codec, {}
         sets: dict[str, BatchDataset] = {"train": data.training_set()}
         if not sets["train"].by_position:
-            raise ValueError(f"{title}: a stream cannot be looked at by position; name its shards themselves")
+            raise ValueError(f"{title}: a stream has no samples by position; give its shards instead")
         for stage in ("validate", "test"):
-            for name, found in data.evaluation_sets(stage).items():
-                sets[name if name not in sets else f"{stage}-{name}"] = found
-        self.sets, sizes = sets, [len(s) for s in sets.values()]
-        first = np.cumsum([0, *sizes])
+            for name, one in data.evaluation_sets(stage).items():
+                sets[name if name not in sets else f"{stage}-{name}"] = one
+        self.sets = sets
+        first = np.cumsum([0, *map(len, sets.values())])
         self.splits = {name: np.arange(a, b) for name, a, b in zip(sets, first, first[1:], strict=False)}
         present = {name: s.present(np.arange(len(s))) for name, s in sets.items()}
         self.has = {
             m: np.concatenate([np.asarray(present[name].get(m, np.zeros(len(s), bool))) for name, s in sets.items()])
             for m in data.modalities
         }
-        ids = [s.identity(np.arange(len(s))) for s in sets.values()]
-        self.ids = np.concatenate(ids)
+        self.ids = np.concatenate([s.identity(np.arange(len(s))) for s in sets.values()])
 
     def name(self, i: int) -> str:
         return f"{self.data.sample_name(int(self.ids[i]))} ({self.data.describe(int(self.ids[i]))})"
@@ -170,77 +167,76 @@ class ModuleView(View):
     def captions(self, i: int) -> list[str]:
         return [self.data.describe(int(self.ids[i]))] if "text" not in self.has or self.has["text"][i] else []
 
+    def _pixels(self, i: int) -> Tensor | None:
+        return self.data.picture(int(self.ids[i])) if "image" not in self.has or self.has["image"][i] else None
+
     def raw(self, i: int) -> dict[str, bytes]:
-        pixels = self.data.picture(int(self.ids[i])) if self.has.get("image", np.ones(i + 1, bool))[i] else None
+        pixels = self._pixels(i)
         return {} if pixels is None else {PIXELS: bytes(str(tuple(pixels.shape)), "ascii") + pixels.numpy().tobytes()}
 
-    def picture(self, i: int) -> Image.Image | None:
-        if not self.has.get("image", np.ones(i + 1, bool))[i]:
-            return None
-        pixels = self.data.picture(int(self.ids[i]))
+    def image(self, i: int) -> Image.Image | None:
+        pixels = self._pixels(i)
         return None if pixels is None else Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
     def tokens(self, numbers: Sequence[int]) -> tuple[list[int], int]:
-        assert self.codec is not None
+        assert self.tokenizer is not None
         lengths: list[int] = []
         cut = 0
         for batch in self._batches(numbers):
             rows_RT = batch.inputs["text"][batch.present["text"]]
-            real_RT = rows_RT != self.codec.pad
+            real_RT = rows_RT != self.tokenizer.pad
             lengths += real_RT.sum(dim=1).tolist()
-            if self.codec.end and len(rows_RT):  # a row that was cut is full and has lost its end
-                cut += int((real_RT.all(dim=1) & (rows_RT[:, -1] != self.codec.end[-1])).sum())
+            if self.tokenizer.end and len(rows_RT):  # a cut row is full and has no end token
+                cut += int((real_RT.all(dim=1) & (rows_RT[:, -1] != self.tokenizer.end[-1])).sum())
         return lengths, cut
 
     def _batches(self, numbers: Sequence[int]) -> Iterator[Batch]:
         for split, data in self.sets.items():
             low, high = self.splits[split][0] if len(data) else 0, self.splits[split][-1] + 1 if len(data) else 0
-            mine = [int(i - low) for i in numbers if low <= i < high]
-            for k in range(0, len(mine), _ROWS):
-                slots = [Slot(0, i, True) for i in mine[k : k + _ROWS]]
+            rows = [int(i - low) for i in numbers if low <= i < high]
+            for k in range(0, len(rows), _ROWS):
+                slots = [Slot(0, i, True) for i in rows[k : k + _ROWS]]
                 yield data[Window(slots, slots)]
 
 
 def thumbnail(data: bytes, side: int = 320) -> Image.Image:
-    """A small upright picture of encoded bytes; raises ValueError for one that is too large to decode."""
-    with Image.open(io.BytesIO(data)) as picture:
-        if picture.width * picture.height > LIMIT:
-            raise ValueError(f"{picture.width} x {picture.height} pixels")
-        picture.draft("RGB", (side, side))
-        small = Image.fromarray(rgb_of(ImageOps.exif_transpose(picture)))
+    """A small upright version of an encoded image; raises ValueError for one that is too large to decode."""
+    with Image.open(io.BytesIO(data)) as image:
+        if image.width * image.height > LIMIT:
+            raise ValueError(f"{image.width} x {image.height} pixels")
+        image.draft("RGB", (side, side))
+        small = Image.fromarray(rgb_of(ImageOps.exif_transpose(image)))
         small.thumbnail((side, side))
         return small
 
 
-# opening what the user names -----------------------------------------------------------------------------------
-
-
-def own_of(what: Sequence[str | Path], csv: Path | None = None, holdout: float = 0.05) -> UserData:
-    """The data at a place, with the splits that training on it has.
-
-    Raises:
-        ValueError: for what is not there, or no folder, table, parquet file or shard.
-    """
-    if csv is None:
-        return UserData(path=[str(path) for path in what], holdout=holdout)
-    if len(what) != 1:
-        raise ValueError(f"--csv {csv}: it belongs to one folder")
-    return UserData(source=Folder(what[0], csv), holdout=holdout)
+# opening --------------------------------------------------------------------------------------------------------
 
 
 def view_of(what: Sequence[str], csv: Path | None, caption: str | None, holdout: float) -> SourceView:
-    """The view of a folder, of parquet files, or of shards."""
-    own = own_of(what, csv, holdout)
-    sources = list(own.sources.values())
-    found = {name: kind for source in sources for name, kind in kinds(source).items()}
-    columns = {kind: [name for name, k in found.items() if k == kind] for kind in ("image", "audio")}
-    text = captions_of(sources[0], caption)
+    """The view of a folder, parquet files or shards, with the splits that training on them has.
+
+    Raises:
+        ValueError: for a path that does not exist or is no folder, table, parquet file or shard.
+    """
+    if csv is not None and len(what) != 1:
+        raise ValueError(f"--csv {csv}: only with exactly one folder")
+    source = None if csv is None else Folder(what[0], csv)
+    data = UserData(path=None if source else [str(path) for path in what], source=source, holdout=holdout)
+    sources = list(data.sources.values())
+    types = _kinds(sources)
+    columns = {kind: [name for name, k in types.items() if k == kind] for kind in ("image", "audio")}
+    columns["text"] = captions_of(sources[0], caption)
     title = f"{what[0]}{f' and {len(what) - 1} more' if len(what) > 1 else ''} ({type(sources[0]).__name__})"
-    return SourceView(own, title, {**columns, "text": text}, TextField().codec)
+    return SourceView(data, title, columns, TextField().codec)
+
+
+def _kinds(sources: Sequence[Source]) -> dict[str, str]:
+    return {name: kind for source in sources for name, kind in kinds(source).items()}
 
 
 def view_of_module(data: DataModule, title: str) -> View:
-    """The view of what a configuration builds."""
+    """The view of a configured data module."""
     if not isinstance(data, UserData) or data.stream is not None:
         return ModuleView(data, title)
     columns = {
@@ -250,21 +246,21 @@ def view_of_module(data: DataModule, title: str) -> View:
 
 
 def captions_of(source: Source, given: str | None = None) -> list[str]:
-    """The fields that hold captions: ``given`` (or its parts, ``given.0`` ...), else the only ones that can be.
+    """The fields that hold captions: ``given`` (or its parts, ``given.0`` ...), else the only candidates, if any.
 
-    Raises ValueError where ``given`` is not there, holds no texts, or the choice is not unique; none is no error.
+    Raises:
+        ValueError: if ``given`` does not exist or holds no texts, or if several fields are candidates.
     """
     if given is not None:
         names = numbered(given, source.fields)
         for name in names:
             source.has(name)
             if kinds(source)[name] in ("image", "audio"):
-                raise ValueError(f"--caption {given}: it holds {kinds(source)[name]}, not texts")
+                raise ValueError(f"--caption {given}: holds {kinds(source)[name]}, not texts")
         return names
     try:
         return list(TextField().column(source).names)
     except ValueError as error:
-        if "may all be" in str(error):
-            choice = str(error).removeprefix("captions: ").split(" may all be")[0]
-            raise ValueError(f"--caption: {choice} may all be captions; name one") from None
+        if several := re.match(r"captions: (.+?) (?:may|can|could) ", str(error)):
+            raise ValueError(f"--caption: {several[1]} may all be captions; choose one") from None
         return []

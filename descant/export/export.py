@@ -153,7 +153,7 @@ def _write(found: Saved, request: argparse.Namespace, folder: Path) -> list[str]
     save_file({key: value.contiguous().clone() for key, value in state.items()}, folder / saved.WEIGHTS)
     _yaml(folder / saved.CONFIG, "A model that Descant trained: descant.load(FOLDER)", {"model": model})
     _yaml(folder / loading.PREPROCESS, "How raw data becomes what the towers read", nodes)
-    about = card.About.of(found, request.out.name, recipe, parts, changed and not request.merge, left)
+    about = card.About(found, request.out.name, recipe, parts, changed and not request.merge, left)
     notices = [Path(str(place)) / "NOTICE.md" for place in [getattr(prepared, "folder", None)] if place is not None]
     for notice in [*notices, found.folder / card.NOTICE]:
         if notice.is_file():

@@ -1,4 +1,4 @@
-"""``descant compare``: what finished runs came to, a row a configuration, as differences over the seeds they share."""
+"""``descant compare``: metrics of runs by configuration, with paired differences to a baseline over shared seeds."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ from descant.report.statistics import Paired, paired
 from descant.run.groups import MOST_TOLD, Group, group, load
 
 _HELP = """\
-descant compare: runs against each other, a row a configuration, over the seeds that they share
+descant compare: metrics of finished runs, a row per configuration, paired by the seeds they share
 
 usage: descant compare RUN ... [--metrics A,B] [--baseline NAME] [--format markdown|csv|json]
 
   descant compare contrastive-emoji siglip
   descant compare '*emoji*' --metrics '*/i2t_r10,vendor/*' --baseline siglip --format csv
 
-Runs that differ in nothing but the seed are one row, named by what sets its configuration apart (not counted:
-names, where it ran, callbacks that watch). Of each metric it shows the mean over seeds, the mean difference
-to the baseline at the same seeds, an interval of 95 % of it (Student's, paired: a bootstrap of a few seeds is
-not what it says), and how many seeds are better. Where lower is better, the column says so. Runs that stopped
-before their last step are marked, and the last row is what guessing comes to, where the runs measured that.
+Runs that differ only in their seed form one row, named by the settings that set it apart (names, devices and
+callbacks that only watch do not count). For each metric the table shows the mean over seeds, the mean difference
+to the baseline at the same seeds with its 95 % interval (Student's t, paired; a bootstrap of so few seeds is
+too narrow), and how many seeds are better. Metrics of which lower values are better are marked, and so are runs
+that stopped before their last step. The last row is chance level, where the runs measured it.
 
 Options:
   RUN                  a run such as demo/001, its folder, NAME (all its runs), or a pattern of these
-  --metrics A,B        names or patterns; '*' for all (what ModelCheckpoint monitors, on every set that
-                       all of the runs have)
-  --baseline NAME      a row by its name, or by the name of a run in it (the first)
+  --metrics A,B        names or patterns; '*' for all (default: what ModelCheckpoint monitors, on every set
+                       that all runs have)
+  --baseline NAME      name of a row, or of a run in it (default: the first row)
   --format FORMAT      markdown, csv or json (markdown)
-  --runs DIR           where run folders live (runs)"""
+  --runs DIR           folder of the runs (runs)"""
 _FORMATS = ("markdown", "csv", "json")
-#: Columns that nobody asked for by name, at most.
-_MOST = 6
-#: Letters of a line of the table for people; of a row's name, and of a metric's that is cut to fit into them.
+#: Most metrics shown where --metrics names none.
+_MAX_METRICS = 6
+#: Characters of a line of the Markdown table, of a row's name, and of a metric's name that is shortened.
 WIDTH, _NAME, _METRIC = 120, 40, 24
 _BY_CHANCE = "by chance"
-#: Parts of a metric's last name that lower values are better of, unless a ModelCheckpoint says what it is.
+#: Words in a metric's name that mean lower is better, unless a ModelCheckpoint has a mode for it.
 _LOWER = {
     *("loss", "error", "nll", "ppl", "perplexity", "mae", "mse", "rmse", "wer", "cer", "eer", "fid", "medr", "meanr"),
     *("gap", "align", "uniform", "seconds", "wait"),
@@ -57,7 +57,7 @@ _LOWER = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One metric of one group: its mean over seeds, the difference to the baseline, and seeds that are better."""
+    """One metric of one group: mean over seeds, paired difference to the baseline, and number of better seeds."""
 
     mean: float
     paired: Paired | None = None
@@ -65,13 +65,13 @@ class Cell:
 
     @property
     def decided(self) -> bool:
-        """Whether the interval leaves out zero. Two seeds decide nothing: a coarse metric often differs by the same."""
+        """Whether the interval excludes zero, for at least 3 seeds: differences of 2 are often equal."""
         return self.paired is not None and self.paired.n > 2 and (self.paired.low > 0 or self.paired.high < 0)
 
 
 @dataclass
 class Table:
-    """A row a group; ``lower``: the metrics of which lower is better."""
+    """Rows (groups) and columns (metrics) of a comparison; ``lower``: the metrics of which lower is better."""
 
     groups: list[Group]
     baseline: Group
@@ -81,7 +81,7 @@ class Table:
 
     @property
     def seconds(self) -> list[float]:
-        """Mean wall time of a fit of each group; nan where none was fitted."""
+        """Mean wall time of the fits of each group; nan where none was fitted."""
         return [_mean(list(_values(one, "seconds").values())) for one in self.groups]
 
 
@@ -89,7 +89,7 @@ def main(args: Sequence[str]) -> int:
     """Print the table.
 
     Raises:
-        Refusal: for a run, metric, baseline or format that is not there, or groups that share no seed.
+        Refusal: for an unknown run, metric, baseline or format, or groups that share no seed with the baseline.
     """
     if not args or "--help" in args or "-h" in args:
         print(_HELP)
@@ -104,9 +104,7 @@ def main(args: Sequence[str]) -> int:
     if more:
         say(f"{more} more metrics: --metrics '*', or their names")
     if (differing := len({key for one in table.groups for key in one.parts})) > MOST_TOLD:
-        say(
-            f"{differing} settings differ, and a row names at most {MOST_TOLD}: all in descant report, or --format json"
-        )
+        say(f"{differing} settings differ, a row names at most {MOST_TOLD}: descant report and --format json show all")
     if unfinished := [f"{run.name} ({run.stopped})" for one in table.groups for run in one.stopped]:
         rest = f", and {len(unfinished) - 1} others" if len(unfinished) > 1 else ""
         say(f"stopped before the last step: {unfinished[0]}{rest}")
@@ -115,7 +113,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def options(command: str) -> Options:
-    """A parser of what is compared."""
+    """The options that ``compare`` and ``report`` share."""
     parser = Options(prog=f"descant {command}", add_help=False)
     parser.add_argument("run", nargs="*")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
@@ -125,9 +123,9 @@ def options(command: str) -> Options:
 
 
 def read(command: str, given: Namespace) -> tuple[Table, int]:
-    """The table that was asked for, and how many metrics there are beside it, if nobody said which."""
+    """The requested table, and how many more metrics there are where ``--metrics`` names none."""
     if not given.run:
-        fail(f"{command}: of which runs? descant {command} NAME, or NAME/001 NAME/002 ...")
+        fail(f"{command}: no run given: descant {command} NAME, or NAME/001 NAME/002 ...")
     groups = group(load(command, given.run, given.runs))
     baseline = _baseline(command, groups, given.baseline)
     known, lower = _known(groups), _lower(groups)
@@ -136,12 +134,12 @@ def read(command: str, given: Namespace) -> tuple[Table, int]:
 
 
 def every(table: Table) -> Table:
-    """The same rows with all metrics there are."""
+    """The same rows with all metrics of any run."""
     return fill(table.groups, table.baseline, _known(table.groups), table.lower)
 
 
 def fill(groups: list[Group], base: Group, metrics: list[str], lower: set[str]) -> Table:
-    """A table with all its cells: differences are over the seeds that a group shares with the baseline."""
+    """Compute all cells; differences are over the seeds that a group shares with the baseline."""
     table = Table(groups, base, metrics, lower)
     for one in groups:
         cells = {}
@@ -150,9 +148,9 @@ def fill(groups: list[Group], base: Group, metrics: list[str], lower: set[str]) 
             shared = [seed for seed in ours if isinstance(seed, int) and seed in theirs]
             cells[metric] = Cell(_mean(list(ours.values())))
             if shared and one is not base:
-                found = paired([ours[seed] for seed in shared], [theirs[seed] for seed in shared])
-                better = found.losses if metric in table.lower else found.wins
-                cells[metric] = Cell(cells[metric].mean, found, better)
+                change = paired([ours[seed] for seed in shared], [theirs[seed] for seed in shared])
+                better = change.losses if metric in table.lower else change.wins
+                cells[metric] = Cell(cells[metric].mean, change, better)
         table.cells.append(cells)
     return table
 
@@ -160,13 +158,13 @@ def fill(groups: list[Group], base: Group, metrics: list[str], lower: set[str]) 
 def _baseline(command: str, groups: Sequence[Group], name: str) -> Group:
     if not name:
         return groups[0]
-    exact = [one for one in groups if one.name == name]
-    named = [one for one in groups if any(name in (run.name, run.folder.parent.name) for run in one.runs.values())]
-    found = exact or named
-    if len(found) == 1:
-        return found[0]
-    if named:
-        fail(f"{command}: --baseline {name}: runs of {len(named)} rows; one of {', '.join(one.name for one in named)}")
+    by_run = [one for one in groups if any(name in (run.name, run.folder.parent.name) for run in one.runs.values())]
+    matches = [one for one in groups if one.name == name] or by_run
+    if len(matches) == 1:
+        return matches[0]
+    if by_run:
+        rows = ", ".join(one.name for one in by_run)
+        fail(f"{command}: --baseline {name}: its runs are in {len(by_run)} rows; choose one of {rows}")
     known = {one.name for one in groups} | {run.folder.parent.name for one in groups for run in one.runs.values()}
     raise Refusal(f"{command}: --baseline {name}: no such row or run among those compared{hint(name, known)}")
 
@@ -175,15 +173,15 @@ def _require_shared(table: Table) -> None:
     for one in table.groups:
         if one is not table.baseline and not set(one.seeds) & set(table.baseline.seeds):
             pair = f"{_seeds(one)} and the baseline {_seeds(table.baseline)}"
-            fail(f"compare: {pair} have no seed in common{_way(table.groups)}")
+            fail(f"compare: {pair} have no seed in common{_advice(table.groups)}")
 
 
 def _seeds(one: Group) -> str:
     return f"{one.name} (seeds {', '.join(map(str, one.seeds)) or 'not set'})"
 
 
-def _way(groups: Sequence[Group]) -> str:
-    """``; nearest: --baseline NAME``, where some group shares a seed with every other."""
+def _advice(groups: Sequence[Group]) -> str:
+    """``; nearest: --baseline NAME``, if some group shares a seed with every other."""
     for one in groups:
         if all(set(one.seeds) & set(other.seeds) for other in groups):
             return f"; nearest: --baseline '{one.name}'"
@@ -194,13 +192,13 @@ def _way(groups: Sequence[Group]) -> str:
 
 
 def _known(groups: Sequence[Group]) -> list[str]:
-    """Metrics of any run: what was evaluated first, then training, then the course of the run."""
+    """Metrics of any run: evaluation first, then training, then counts and times."""
     names = {name for one in groups for run in one.runs.values() for name in run.metrics}
     return sorted(names, key=lambda name: ("/" not in name, name.startswith(("train/", "speed/")), order(name)))
 
 
 def _shared(groups: Sequence[Group], known: Sequence[str]) -> list[str]:
-    """Those of the metrics that every run has, and that are of a model: what guessing comes to is a row."""
+    """Metrics that every run has, without chance levels, which are a row of their own."""
     runs = [run for one in groups for run in one.runs.values()]
     return [name for name in known if all(name in run.metrics for run in runs) and not _chance(name)]
 
@@ -210,20 +208,20 @@ def _chance(name: str) -> bool:
 
 
 def by_chance(table: Table) -> list[str]:
-    """Of each metric what guessing comes to: a number, or the range of the groups'; empty where no run measured it."""
-    told = []
+    """Chance level of each metric: a number, or the range over groups; empty where no run measured it."""
+    levels = []
     for metric in table.metrics:
         of, _, last = metric.rpartition("/")
         values = [value for one in table.groups for value in _values(one, f"{of}/{CHANCE}/{last}").values()]
         texts = dict.fromkeys(number(value) for value in sorted({min(values), max(values)} if values else ()))
-        told.append(" to ".join(texts))
-    return told
+        levels.append(" to ".join(texts))
+    return levels
 
 
 def _modes(groups: Sequence[Group]) -> dict[str, str]:
-    """``i2t_r1`` -> ``max``, of what ModelCheckpoints monitor."""
-    found = {name: mode for one in groups for run in one.runs.values() for name, mode in run.monitored.items()}
-    return {_last(name): mode for name, mode in found.items()}
+    """``i2t_r1`` -> ``max``, from what ModelCheckpoints monitor."""
+    runs = (run for one in groups for run in one.runs.values())
+    return {_last(name): mode for run in runs for name, mode in run.monitored.items()}
 
 
 def _last(name: str) -> str:
@@ -236,9 +234,9 @@ def _lower(groups: Sequence[Group]) -> set[str]:
 
 
 def lower_is_better(name: str, modes: Mapping[str, str]) -> bool:
-    """Whether a lower value is the better one: as a ModelCheckpoint's mode says, else by the name.
+    """Whether lower values of a metric are better: by the mode of a ModelCheckpoint, else by its name.
 
-    All that training logs is a loss, but its learning rate.
+    Everything logged in training is a loss, except the learning rate.
 
     >>> [lower_is_better(n, {"score": "min"}) for n in ("val/i2t_r1", "val/i2t_medr", "train/image-text", "val/score")]
     [False, True, True, True]
@@ -246,26 +244,26 @@ def lower_is_better(name: str, modes: Mapping[str, str]) -> bool:
     last = _last(name)
     if last in modes:
         return modes[last] == "min"
-    inner = name.partition("/")[2] or name  # of one set; a metric of some modalities names them last
+    inner = name.partition("/")[2] or name  # without the set; words may stand anywhere: val/loss/image+text
     return bool(_LOWER & set(re.split(r"[_\W]", inner))) or (name.startswith("train/") and last != "lr")
 
 
 def _default(groups: Sequence[Group], known: Sequence[str]) -> list[str]:
-    """What is monitored, on every set; else what was evaluated; else losses. A few of those that all runs have."""
+    """Of the metrics that all runs have: the monitored ones on every set, else all of evaluation, else losses."""
     modes, known = _modes(groups), _shared(groups, known)
-    judged = [name for name in known if "/" in name and not name.startswith(("train/", "speed/"))]
-    monitored = [name for name in judged if _last(name) in modes]
+    evaluated = [name for name in known if "/" in name and not name.startswith(("train/", "speed/"))]
+    monitored = [name for name in evaluated if _last(name) in modes]
     losses = [name for name in known if _last(name) == "loss"]
-    return (monitored or judged or losses or list(known))[:_MOST]
+    return (monitored or evaluated or losses or list(known))[:_MAX_METRICS]
 
 
 def _chosen(command: str, metrics: str, known: Sequence[str]) -> list[str]:
     chosen: dict[str, None] = {}
     for word in metrics.split(","):
-        found = [name for name in known if name == word] or [name for name in known if fnmatchcase(name, word)]
-        if not found:
+        matches = [name for name in known if name == word] or [name for name in known if fnmatchcase(name, word)]
+        if not matches:
             fail(f"{command}: --metrics {word}: no run has it{hint(word, known)}")
-        chosen |= dict.fromkeys(found)
+        chosen |= dict.fromkeys(matches)
     return list(chosen)
 
 
@@ -281,7 +279,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def markdown(table: Table) -> str:
-    """A table for people: two columns a metric, aligned; where it would be wider than ``WIDTH``, several below it."""
+    """Aligned Markdown, two columns a metric; metrics beyond ``WIDTH`` characters go into further tables below."""
     seconds = ["seconds", *(f"{s:,.1f}" if s < 100 else number(s, ",.0f") for s in table.seconds)]
     chance = by_chance(table)
     guessed = any(chance)
@@ -291,8 +289,10 @@ def markdown(table: Table) -> str:
         head = metric if len(metric + lower) <= 2 * _METRIC else _cut(metric, _METRIC)
         of = [cells[metric] for cells in table.cells]
         column = [head + lower, *(number(cell.mean) for cell in of)] + [chance[k] or "-"] * guessed
-        told = ["baseline" if one is table.baseline else difference(c) for one, c in zip(table.groups, of, strict=True)]
-        pairs.append((column, ["difference [95 %]; better", *told] + ["-"] * guessed))
+        texts = [
+            "baseline" if one is table.baseline else difference(c) for one, c in zip(table.groups, of, strict=True)
+        ]
+        pairs.append((column, ["difference [95 %]; better", *texts] + ["-"] * guessed))
     columns = [["seeds", *map(counted, table.groups)] + ["-"] * guessed, *(c for pair in pairs for c in pair)]
     columns = [[cell.replace("|", "\\|") for cell in column] for column in columns]
     seconds += ["-"] * guessed
@@ -310,12 +310,12 @@ def markdown(table: Table) -> str:
 
 
 def _wide(columns: Sequence[Sequence[str]]) -> int:
-    """Letters of these columns with what stands before each."""
+    """Width of columns in characters, with their separators."""
     return sum(3 + max(map(len, column)) for column in columns)
 
 
 def _lined(columns: Sequence[Sequence[str]]) -> str:
-    """Columns as lines of Markdown, the first to the left and the others to the right."""
+    """Columns as lines of Markdown, the first left-aligned and the others right-aligned."""
     widths = [max(map(len, column)) for column in columns]
     padded = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in zip(*columns, strict=True)]
     lines = [f"| {' | '.join(row)} |" for row in padded]
@@ -324,13 +324,13 @@ def _lined(columns: Sequence[Sequence[str]]) -> str:
 
 
 def counted(one: Group) -> str:
-    """``5``, or ``5, 1 stopped``: seeds, and those of them whose run has not come to its end."""
+    """``5``, or ``5, 1 stopped``: number of seeds, and of runs that stopped before their last step."""
     count, stopped = len(one.runs), len(one.stopped)
     return str(count) if not stopped else f"{count} stopped" if stopped == count else f"{count}, {stopped} stopped"
 
 
 def _names(groups: Sequence[Group], most: int) -> tuple[list[str], list[str]]:
-    """Names of rows in at most so many letters, and what they stand for where the whole of it has no room."""
+    """Row names of at most ``most`` characters, and a legend where they had to be shortened."""
     whole = [one.name.replace("|", "\\|") for one in groups]
     if max(map(len, whole)) <= most:
         return whole, []
@@ -344,7 +344,8 @@ def _names(groups: Sequence[Group], most: int) -> tuple[list[str], list[str]]:
 
 
 def _cut(text: str, most: int) -> str:
-    """
+    """Text shortened in its middle.
+
     >>> _cut("vendor/probe_subgroup_top1", 20)
     'vendor/p...roup_top1'
     """
@@ -356,45 +357,39 @@ def number(value: float, style: str = ".4g") -> str:
 
 
 def difference(cell: Cell) -> str:
-    """``+0.012 [+0.003, +0.021]; 4 of 5``: mean, interval, seeds that are better; a dash where nothing is shared."""
-    found = cell.paired
-    if found is None:
+    """``+0.012 [+0.003, +0.021]; 4 of 5``: mean, interval, better seeds; a dash where no seed is shared."""
+    change = cell.paired
+    if change is None:
         return "-"
-    interval = f" [{found.low:+.3g}, {found.high:+.3g}]" if found.n > 1 else ""
-    return f"{found.mean:+.3g}{interval}; {cell.better} of {found.n}"
+    interval = f" [{change.low:+.3g}, {change.high:+.3g}]" if change.n > 1 else ""
+    return f"{change.mean:+.3g}{interval}; {cell.better} of {change.n}"
 
 
 def _fields(cell: Cell) -> dict[str, float | int | None]:
-    found = cell.paired
     values: dict[str, float | int | None] = {"mean": cell.mean}
-    if found is not None:
-        values |= {"difference": found.mean, "low": found.low, "high": found.high}
-        values |= {"better": cell.better, "equal": found.ties, "shared": found.n}
+    if (change := cell.paired) is not None:
+        values |= {"difference": change.mean, "low": change.low, "high": change.high}
+        values |= {"better": cell.better, "equal": change.ties, "shared": change.n}
     return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
 
 
 def as_csv(table: Table) -> str:
-    """A column a figure: ``METRIC``, its mean, then ``METRIC:difference``, ``METRIC:low`` and so on."""
+    """CSV with columns ``METRIC`` (its mean), ``METRIC:difference``, ``METRIC:low`` and so on."""
     parts = ("difference", "low", "high", "better", "equal", "shared")
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    columns = [
-        name for metric in table.metrics for name in (_inert(metric), *(_inert(f"{metric}:{part}") for part in parts))
-    ]
+    columns = [_inert(name) for m in table.metrics for name in (m, *(f"{m}:{part}" for part in parts))]
     writer.writerow(["configuration", "baseline", "runs", "seeds", *columns, "seconds"])
     for one, cells, seconds in zip(table.groups, table.cells, table.seconds, strict=True):
         runs = " ".join(run.name for run in one.runs.values())
-        row: list[object] = [_inert(one.name), int(one is table.baseline), _inert(runs)]
-        row.append(len(one.runs))
-        for metric in table.metrics:
-            fields = _fields(cells[metric])
-            row += [fields.get(part) for part in ("mean", *parts)]
-        writer.writerow([*row, "" if math.isnan(seconds) else round(seconds, 3)])
+        values = [_fields(cells[metric]).get(part) for metric in table.metrics for part in ("mean", *parts)]
+        time = "" if math.isnan(seconds) else round(seconds, 3)
+        writer.writerow([_inert(one.name), int(one is table.baseline), _inert(runs), len(one.runs), *values, time])
     return out.getvalue().rstrip("\n")
 
 
 def _inert(text: str) -> str:
-    """A cell that a spreadsheet takes for a text, and never for a formula: not after spaces, nor in wide letters.
+    """A CSV cell that no spreadsheet takes for a formula, even after spaces or in full-width characters.
 
     >>> _inert("=1+1"), _inert(" \uff1d1"), _inert("emoji")
     ("'=1+1", "' \uff1d1", 'emoji')
@@ -404,7 +399,7 @@ def _inert(text: str) -> str:
 
 
 def as_json(table: Table) -> str:
-    """All there is: of each group its runs, seeds and settings that set it apart, and of each metric its figures."""
+    """JSON with the runs, seeds and distinguishing settings of each group, and the statistics of each metric."""
     rows = [
         {
             "name": one.name,

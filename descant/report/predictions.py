@@ -1,4 +1,4 @@
-"""What ``descant predict`` writes: the embeddings of a set with the ids of its samples, as parquet.
+"""``descant predict``: writes embeddings with sample ids to parquet, one file per set.
 
 Letters: B rows of a batch, D width.
 """
@@ -24,27 +24,25 @@ from descant.cli.errors import fail, hint
 from descant.datamodules.base import BatchDataset, DataModule
 from descant.run.runs import Run
 
-#: Rows gathered before they are written as one group: readers skip by groups, and small ones cost them time.
+#: Rows of a parquet row group: small groups are slow to read.
 GROUP = 4096
-#: The name by which ``--sets`` asks for the training samples, as evaluation sees them.
+#: Name of the training samples, under the transforms of evaluation, in ``--sets``.
 TRAIN = "train"
 
 
 class Predictions(L.Callback):
-    """Writes ``embeddings-SET.parquet`` for each set, group by group; it appears whole or not at all.
+    """Writes embeddings to ``embeddings-SET.parquet``, one file per set, complete or not at all.
 
-    Columns: ``index`` (int64, the sample's stable id), ``name`` (the data's own line about it, such as its caption),
-    ``sample`` (its own name in the corpus, by which rows are joined to files: of a folder the path, of a shard the key,
-    of data whose samples have no name the id), and for each modality
-    ``z_MODALITY``, a list of D float32, null where the sample lacks the modality. Rows without any (padding that keeps
-    the shape of a batch) are left out. Several ranks write a folder of that name with a part each, which readers of
-    parquet take as one table. The schema's metadata has one entry, ``descant``: JSON of the run, the checkpoint, its
-    step, the set and the widths.
+    Columns: ``index`` (int64, the sample's stable id); ``name`` (a description of the sample, such as its caption);
+    ``sample`` (its name in the corpus, to join rows to files: path in a folder, key in a shard, else the id); and for
+    each modality ``z_MODALITY``, a list of D float32, null where the sample lacks the modality. Padding rows, which
+    have no modality, are left out. Several ranks write a folder of that name with one part each, which parquet readers
+    open as one table. The schema's metadata has one entry, ``descant``: JSON with run, checkpoint, step, set and
+    widths.
 
     Args:
-        run: where to write, and which checkpoint is read.
-        sets: names of sets, of the test, then the validation; ``train`` is the training samples. All test sets where
-            none are named.
+        run: the folder to write to, and the checkpoint that is read.
+        sets: names of test or validation sets; ``train`` is the training samples. Default: all test sets.
 
     Raises:
         Refusal: in ``setup``, if the data has no set of that name.
@@ -62,10 +60,10 @@ class Predictions(L.Callback):
         if isinstance(data, DataModule):
             chosen = _chosen(data, self.sets)
             self.names = list(chosen)
-            # the hook that Lightning calls, in this one object: which sets are asked for is a matter of the command
+            # overrides the hook of this one object: the command chooses the sets, not the data module
             data.predict_dataloader = partial(_loaders, data, chosen)  # type: ignore[method-assign]
         elif self.sets:
-            fail(f"--sets: {type(data).__name__} names no sets")
+            fail(f"--sets: {type(data).__name__} has no named sets")
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self.step = int(checkpoint["global_step"])
@@ -80,7 +78,7 @@ class Predictions(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if not isinstance(outputs, Mapping) or not outputs.get("z"):
-            raise ValueError(f"{type(pl_module).__name__} embeds nothing, so there is nothing to write")
+            raise ValueError(f"{type(pl_module).__name__} gives no embeddings, so there is nothing to write")
         name = self.names[dataloader_idx] if self.names else str(dataloader_idx)
         if self._table is None or self._table.name != name:
             self._finish()
@@ -109,7 +107,7 @@ class Predictions(L.Callback):
     def _open(self, trainer: L.Trainer, pl_module: L.LightningModule, name: str, outputs: Mapping[str, Any]) -> _Table:
         data = trainer.datamodule  # type: ignore[attr-defined]
         widths = {modality: int(z_BD.shape[1]) for modality, z_BD in outputs["z"].items()}
-        # a set may begin with a batch that lacks a modality; one space has one width
+        # the first batch may lack a modality: its width is that of the shared space
         common = set(widths.values())
         towers = getattr(pl_module, "towers", {})
         for modality in getattr(data, "modalities", ()):
@@ -130,7 +128,7 @@ class Predictions(L.Callback):
 
 
 class _Table:
-    """One file on its way, or one rank's part of it."""
+    """A parquet file that is being written under a temporary name, or one rank's part of it."""
 
     def __init__(
         self, folder: Path, name: str, widths: Mapping[str, int], about: Mapping[str, Any], data: Any, rank: int | None
@@ -143,7 +141,7 @@ class _Table:
         fields = {"index": pa.int64(), "name": pa.string(), "sample": pa.string(), **columns}
         self.schema = pa.schema(list(fields.items()), metadata={"descant": json.dumps(about)})
         self.writer = pq.ParquetWriter(self.scratch, self.schema, compression="zstd")
-        self.kept: list[pa.RecordBatch] = []
+        self.batches: list[pa.RecordBatch] = []
         self.rows = 0
 
     def add(self, outputs: Mapping[str, Any]) -> None:
@@ -163,14 +161,14 @@ class _Table:
             else:
                 columns.append(_vectors(z_BD.detach().float().cpu()[rows], present[modality][rows], width))
         self.rows += len(index)
-        self.kept.append(pa.RecordBatch.from_arrays(columns, schema=self.schema))
-        if sum(len(batch) for batch in self.kept) >= GROUP:
+        self.batches.append(pa.RecordBatch.from_arrays(columns, schema=self.schema))
+        if sum(len(batch) for batch in self.batches) >= GROUP:
             self._write()
 
     def _write(self) -> None:
-        if self.kept:
-            self.writer.write_table(pa.Table.from_batches(self.kept).combine_chunks())
-            self.kept = []
+        if self.batches:
+            self.writer.write_table(pa.Table.from_batches(self.batches).combine_chunks())
+            self.batches = []
 
     def close(self) -> None:
         self._write()
@@ -186,7 +184,7 @@ class _Table:
 
 
 def _utf8(name: str) -> str:
-    """A name that parquet takes: bytes of a file's name that are no UTF-8 are written out.
+    """A name as valid UTF-8, which parquet needs: other bytes of a file's name are escaped.
 
     >>> _utf8("a.png"), _utf8("\\udcff.png")
     ('a.png', '\\\\xff.png')
@@ -195,24 +193,24 @@ def _utf8(name: str) -> str:
 
 
 def _vectors(z_BD: Tensor, present_B: Tensor, width: int) -> pa.Array:
-    """Lists of D float32, null where absent."""
+    """Embeddings as lists of D float32, null where absent."""
     if z_BD.shape[1] != width:
-        raise ValueError(f"embeddings of width {z_BD.shape[1]} in a set that began with {width}")
+        raise ValueError(f"embeddings of width {z_BD.shape[1]} after embeddings of width {width} in one set")
     flat = pa.array(z_BD.contiguous().view(-1).numpy(), pa.float32())
     return pa.FixedSizeListArray.from_arrays(flat, width, mask=pa.array((~present_B).numpy()))
 
 
 def _chosen(data: DataModule, sets: Sequence[str]) -> dict[str, BatchDataset]:
-    """Name -> set. Only the stages that are needed are built."""
-    found = data.evaluation_sets("test")
+    """Name -> requested set; validation sets are built only where one is requested."""
+    known = data.evaluation_sets("test")
     if not sets:
-        return found
-    if any(name not in found and name != TRAIN for name in sets):
-        found = {**data.evaluation_sets("validate"), **found}
+        return known
+    if any(name not in known and name != TRAIN for name in sets):
+        known = {**data.evaluation_sets("validate"), **known}
     for name in sets:
-        if name not in found and name != TRAIN:
-            fail(f"--sets {name}: no such set{hint(name, [*found, TRAIN])}")
-    return {name: data.bank_set() if name == TRAIN and TRAIN not in found else found[name] for name in sets}
+        if name not in known and name != TRAIN:
+            fail(f"--sets {name}: no such set{hint(name, [*known, TRAIN])}")
+    return {name: data.bank_set() if name == TRAIN and TRAIN not in known else known[name] for name in sets}
 
 
 def _loaders(data: DataModule, chosen: Mapping[str, BatchDataset]) -> list[DataLoader[Any]]:

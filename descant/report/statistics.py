@@ -1,4 +1,4 @@
-"""What several seeds say of one method against another, trained from the same seeds."""
+"""Paired comparison of two methods over seeds: mean difference and Student's t interval."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from functools import cache
 
 @dataclass(frozen=True)
 class Paired:
-    """A method less its baseline over ``n`` seeds, in the units of the metric.
+    """Difference of a method to its baseline over ``n`` paired seeds, in the units of the metric.
 
     Attributes:
-        mean: of the differences.
-        low, high: the interval of their expectation; nan for one seed, which tells nothing of the spread.
-        wins: seeds with a difference above zero. ties: seeds with none.
-        n: seeds.
+        mean: mean difference.
+        low, high: confidence interval of the expected difference; nan for one seed.
+        wins: seeds with a difference above zero. ties: seeds with a difference of zero.
+        n: number of seeds.
     """
 
     mean: float
@@ -32,13 +32,12 @@ class Paired:
 
 
 def paired(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Paired:
-    """The mean of ``d_s = a_s - b_s`` over seeds ``s``, with Student's interval of it.
+    """Paired comparison: mean of ``d_s = a_s - b_s`` over seeds ``s``, with Student's t interval.
 
-    The interval is ``mean(d) +- t(level, n - 1) sd(d) / sqrt(n)``, and no bootstrap, since with a handful of seeds none
-    is what it says. Every mean that a percentile or BCa interval can draw lies between the smallest and the largest
-    difference, which for symmetric noise miss the truth in ``2^(1-n)`` of all cases: with 3, 4, 5 seeds neither can
-    cover more than 75, 87.5, 93.75 %. The studentised bootstrap fails at 3, and at 5 it is a third wider than this.
-    Measured: how many of 20,000 intervals "of 95 %" held the truth, for normal differences:
+    The interval is ``mean(d) +- t(level, n - 1) sd(d) / sqrt(n)``. A bootstrap is too narrow for a handful of seeds:
+    percentile and BCa intervals lie between the smallest and the largest difference, which miss the expectation of
+    symmetric noise with probability ``2^(1-n)``, so 3, 4 and 5 seeds cover at most 75, 87.5 and 93.75 %. Measured
+    coverage of 20,000 intervals at level 0.95, for normal differences:
 
     =====  ==========  ======  ===========  =========
     seeds  percentile  BCa     bootstrap-t  Student's
@@ -51,30 +50,29 @@ def paired(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Paire
     10     89.8 %      89.8 %  94.6 %       95.1 %
     =====  ==========  ======  ===========  =========
 
-    Student's asks for normal differences. Those of a method that does nothing are at least symmetric, since the two
-    arms could be exchanged. For differences as skewed as an exponential it covers 88 to 90 % (percentile: 62 to 86 %).
+    Student's t assumes normal differences. Without an effect they are at least symmetric, since the arms are
+    exchangeable; for differences as skewed as an exponential it covers 88 to 90 % (percentile: 62 to 86 %).
 
-    What ``low > 0`` decides at 5 seeds: of methods that do nothing 2.5 % pass; of those that are better by twice the
-    standard deviation of the differences 91 %. If that is twice the noise of a single arm, and the arms share none of
-    it, 66 % pass; with ``level=0.9`` 83 %, and 5 % of those that do nothing.
-
-    Where all differences are equal the interval has no width. A metric of a few rows does that by chance, and its
-    intervals are still honest from 3 seeds on (17 and 20 rows: 3.7 to 5.0 % miss), but not at 2 (8 to 10 %).
+    With 5 seeds, ``low > 0`` holds for 2.5 % of methods without effect, and for 91 % of those with an effect of twice
+    the standard deviation of the differences; for an effect of twice the noise of a single arm, with independent arms,
+    66 % (``level=0.9``: 83 %, and 5 % without effect). Equal differences give an interval of zero width; a metric of
+    a few rows does that by chance, and still keeps its coverage from 3 seeds on (17 and 20 rows: 3.7 to 5.0 % miss),
+    but not at 2 (8 to 10 %).
 
     Args:
-        a: the method's metric, a value a seed.
-        b: the baseline's, of the same seeds in the same order.
-        level: share of all claims whose interval holds the truth.
+        a: the method's metric, one value per seed.
+        b: the baseline's metric, for the same seeds in the same order.
+        level: coverage of the interval.
 
     Raises:
-        ValueError: for no seeds, other numbers of them, a value that is not finite, or a level outside (0, 1).
+        ValueError: for no values, different numbers of values, a value that is not finite, or a level outside (0, 1).
 
-    >>> found = paired([0.5, 0.75, 0.625], [0.25, 0.25, 0.625])
-    >>> round(found.low, 3), found.mean, round(found.high, 3), found.wins
+    >>> change = paired([0.5, 0.75, 0.625], [0.25, 0.25, 0.625])
+    >>> round(change.low, 3), change.mean, round(change.high, 3), change.wins
     (-0.371, 0.25, 0.871, 2)
     """
     if len(a) != len(b) or not len(a):
-        raise ValueError(f"paired: {len(a)} and {len(b)} values: as many of each, and one at least")
+        raise ValueError(f"paired: {len(a)} and {len(b)} values: the same number of each is needed, at least one")
     if not all(map(math.isfinite, (*a, *b))):
         raise ValueError("paired: a value is not finite")
     n = len(a)
@@ -88,9 +86,9 @@ def paired(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Paire
 
 @cache
 def t_quantile(level: float, freedom: int) -> float:
-    """The ``t`` with ``P(|T| <= t) = level`` for Student's ``T`` with ``freedom`` degrees of freedom.
+    """Two-sided quantile of Student's t: the ``t`` with ``P(|T| <= t) = level`` for ``freedom`` degrees of freedom.
 
-    By bisection of the closed form for whole degrees (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+    Bisection of the closed form for integer degrees (Abramowitz and Stegun, 26.7.3 and 26.7.4).
 
     Raises:
         ValueError: for a level outside (0, 1) or less than one degree of freedom.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -441,7 +442,7 @@ def test_the_page_and_the_list_say_what_is_stored(made: Callable[..., Claim], re
     assert "| time | what it lacks |" in page and "| 1.0 min |  |" in page
     assert "| test/gap | 1.000 ± 0.000 | 0.400 ± 0.100 | 0.980 ± 0.072 |" in page
     figure = (workplace / "docs/claims/toy-claim.svg").read_text()
-    assert figure.count("<circle") == 9 and "sham, seed 2: 1.04" in figure
+    assert figure.count("<title>") == 9 and "<title>sham, seed 2: 1.04</title>" in figure
 
 
 def test_the_page_says_first_what_a_claim_lacks(made: Callable[..., Claim], results: Path, workplace: Path) -> None:
@@ -469,8 +470,11 @@ def test_what_ships_is_judged_by_what_is_stored_and_shown_as_it_is(workplace: Pa
         assert full is not None and set(full["runs"]["method"]) == set(claim.seeds["full"])
     table.write(claims, folder, workplace / "CLAIMS.md")
     root = Path(__file__).parents[2]
-    for name in ("CLAIMS.md", *(f"docs/claims/{claim.name}.svg" for claim in claims)):
-        assert (workplace / name).read_text() == (root / name).read_text(), f"{name}: descant claims table"
+    assert (workplace / "CLAIMS.md").read_text() == (root / "CLAIMS.md").read_text(), "descant claims table"
+    for claim in claims:  # the layout of a figure depends on the version of matplotlib, its points do not
+        figures = [(folder / f"docs/claims/{claim.name}.svg").read_text() for folder in (workplace, root)]
+        points, stored_points = (re.findall("<title>(.*)</title>", figure) for figure in figures)
+        assert points == stored_points and len(points) >= 6, f"{claim.name}: descant claims table"
 
 
 def test_runs_of_an_array_are_found_by_their_seed(made: Callable[..., Claim], workplace: Path) -> None:

@@ -17,10 +17,10 @@ import webdataset
 import yaml
 from PIL import Image
 
+from descant.data.duplicates import caption_overlap
 from descant.data.look import lines, report
-from descant.data.make import make, smaller
+from descant.data.make import make, resized
 from descant.data.sheet import Tile, sheet
-from descant.data.twins import echoes
 from descant.data.views import thumbnail, view_of
 from descant.datamodules.sources.shards import Shards
 from descant.datamodules.user_data import UserData
@@ -29,7 +29,7 @@ from tests.files import bomb
 SHAPES, COLOURS = ("square", "circle"), {"red": (220, 30, 30), "blue": (30, 60, 200), "green": (20, 160, 70)}
 
 
-def picture(n: int, size: tuple[int, int] = (40, 30), form: str = "JPEG") -> bytes:
+def image(n: int, size: tuple[int, int] = (40, 30), form: str = "JPEG") -> bytes:
     noise = np.random.default_rng(n).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
     out = io.BytesIO()
     Image.fromarray(noise).save(out, form)
@@ -50,14 +50,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """40 pictures: one is cut off, one is twice there, four lack a caption."""
+    """40 images: one is truncated, one is a copy of another, four lack a caption."""
     folder = tmp_path / "photos"
     folder.mkdir()
     rows = []
     for i in range(40):
         form = "PNG" if i % 8 == 0 else "JPEG"
         name = f"{i:02d}.{'png' if form == 'PNG' else 'jpg'}"
-        data = picture(i, form=form)
+        data = image(i, form=form)
         (folder / name).write_bytes(data[: len(data) // 2] if i == 3 else data)
         caption = "" if i % 10 == 7 else f"picture {i} of {list(COLOURS)[i % 3]} dots"
         rows.append({"image": name, "caption": caption, "label": SHAPES[i % 2]})
@@ -68,7 +68,7 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def data(cli: Callable[..., Any]) -> Callable[..., Any]:
-    """``data("make", ...)``: a command that must succeed."""
+    """``data("make", ...)`` runs a command that must succeed."""
 
     def call(*args: str | Path) -> Any:
         result = cli("data", *args)
@@ -87,15 +87,15 @@ def members(shard: Path) -> dict[str, bytes]:
 
 
 def samples(folder: Path, split: str) -> dict[str, dict[str, bytes]]:
-    """The file's name in its folder -> members by extension."""
-    found: dict[str, dict[str, bytes]] = {}
+    """Name of the source file -> members by extension."""
+    result: dict[str, dict[str, bytes]] = {}
     for shard in sorted(folder.glob(f"{split}-*.tar")):
         rows: dict[str, dict[str, bytes]] = {}
         for name, content in members(shard).items():
             key, _, ending = name.partition(".")
             rows.setdefault(key, {})[ending] = content
-        found |= {json.loads(row["json"])["file"]: row for row in rows.values()}
-    return found
+        result |= {json.loads(row["json"])["file"]: row for row in rows.values()}
+    return result
 
 
 def test_shards_hold_the_bytes_of_the_folder(photos: Path, data: Callable[..., Any]) -> None:
@@ -121,10 +121,10 @@ def test_the_manifest_counts_and_hashes(photos: Path, data: Callable[..., Any]) 
     data("make", photos, "--out", "shards", "--size", "0.05")
     manifest = json.loads(Path("shards/manifest.json").read_text())
     assert sum(split["samples"] for split in manifest["splits"].values()) == 39 and manifest["left_out"] == 1
-    for split, told in manifest["splits"].items():
-        assert len(told["shards"]) == len(list(Path("shards").glob(f"{split}-*.tar")))
-        assert sum(shard["samples"] for shard in told["shards"]) == told["samples"] == told["fields"]["json"]
-        for shard in told["shards"]:
+    for split, listed in manifest["splits"].items():
+        assert len(listed["shards"]) == len(list(Path("shards").glob(f"{split}-*.tar")))
+        assert sum(shard["samples"] for shard in listed["shards"]) == listed["samples"] == listed["fields"]["json"]
+        for shard in listed["shards"]:
             content = (Path("shards") / shard["file"]).read_bytes()
             assert hashlib.sha256(content).hexdigest() == shard["sha256"] and len(content) == shard["bytes"]
     sizes = [shard["bytes"] for shard in manifest["splits"]["train"]["shards"]]
@@ -140,30 +140,30 @@ def test_the_same_seed_writes_the_same_bytes_and_another_shuffles(photos: Path, 
     assert samples(Path("a"), "train").keys() == samples(Path("c"), "train").keys()
 
 
-def test_a_split_column_says_who_goes_where(photos: Path, data: Callable[..., Any]) -> None:
+def test_a_split_column_assigns_splits(photos: Path, data: Callable[..., Any]) -> None:
     rows = list(csv.DictReader((photos / "captions.csv").open()))
     words = ["training", "validation", "test"]
     write_table(photos, [{**row, "split": words[i % 3]} for i, row in enumerate(rows)])
     data("make", photos, "--out", "shards")
     for n, split in enumerate(("train", "val", "test")):
         assert {int(name[:2]) % 3 for name in samples(Path("shards"), split)} == {n}
-    own = UserData(path="shards")
-    assert {name: len(rows) for name, (_, rows) in own.splits.items()} == {"train": 13, "val": 13, "test": 13}
+    user_data = UserData(path="shards")
+    assert {name: len(rows) for name, (_, rows) in user_data.splits.items()} == {"train": 13, "val": 13, "test": 13}
 
 
-def test_held_out_as_training_on_the_folder_would(photos: Path, data: Callable[..., Any]) -> None:
+def test_holdout_is_that_of_training_on_the_folder(photos: Path, data: Callable[..., Any]) -> None:
     data("make", photos, "--out", "shards", "--holdout", "0.3")
-    own = UserData(path=str(photos), holdout=0.3)
-    name, rows = own.splits["val"]
-    held = {own.sources[name].name(row) for row in rows.tolist()} - {"03.jpg"}
+    user_data = UserData(path=str(photos), holdout=0.3)
+    name, rows = user_data.splits["val"]
+    held = {user_data.sources[name].name(row) for row in rows.tolist()} - {"03.jpg"}
     assert samples(Path("shards"), "val").keys() == held
 
 
-def test_resize_shrinks_only_what_is_larger(tmp_path: Path, data: Callable[..., Any]) -> None:
+def test_resize_shrinks_larger_images_only(tmp_path: Path, data: Callable[..., Any]) -> None:
     folder = tmp_path / "sizes"
     folder.mkdir()
     for name, size in (("small.png", (20, 50)), ("wide.png", (200, 80)), ("tall.jpg", (64, 640))):
-        (folder / name).write_bytes(picture(1, size, "PNG" if name.endswith("png") else "JPEG"))
+        (folder / name).write_bytes(image(1, size, "PNG" if name.endswith("png") else "JPEG"))
     data("make", folder, "--out", "shards", "--resize", "32", "--holdout", "0")
     rows = samples(Path("shards"), "train")
     assert rows["small.png"]["png"] == (folder / "small.png").read_bytes()
@@ -171,19 +171,19 @@ def test_resize_shrinks_only_what_is_larger(tmp_path: Path, data: Callable[..., 
     assert Image.open(io.BytesIO(rows["tall.jpg"]["jpg"])).size == (32, 320)
 
 
-def test_a_smaller_picture_is_upright_over_white_and_close_to_the_larger_one() -> None:
+def test_a_resized_image_is_upright_over_white_and_close_to_the_original() -> None:
     ramp = np.tile(np.linspace(0, 255, 200, dtype=np.uint8)[None, :, None], (100, 1, 3))
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rows are columns
+    exif[0x0112] = 6  # rotated camera: rows are columns
     out = io.BytesIO()
     Image.fromarray(ramp).save(out, "JPEG", exif=exif, quality=95)
     with Image.open(out) as turned:
-        small = Image.open(io.BytesIO(smaller(turned, 50)))
+        small = Image.open(io.BytesIO(resized(turned, 50)))
     assert small.size == (50, 100)
     x = np.asarray(small.convert("L"), dtype=float)
     assert x[0].mean() < 10 and x[-1].mean() > 245 and np.abs(np.diff(x.mean(axis=1))).max() < 6
     clear = Image.new("RGBA", (80, 80), (255, 0, 0, 0))
-    white = np.asarray(Image.open(io.BytesIO(smaller(clear, 40))))
+    white = np.asarray(Image.open(io.BytesIO(resized(clear, 40))))
     assert white.min() > 250
 
 
@@ -192,7 +192,7 @@ def test_recordings_and_captions_of_several(tmp_path: Path, data: Callable[..., 
     folder.mkdir()
     rows = []
     for i in range(6):
-        (folder / f"{i}.jpg").write_bytes(picture(i))
+        (folder / f"{i}.jpg").write_bytes(image(i))
         sound = folder / f"{i}.wav"
         soundfile.write(sound, np.sin(np.arange(4000) * 0.05 * (i + 1)), 8000)
         if i == 2:
@@ -204,15 +204,15 @@ def test_recordings_and_captions_of_several(tmp_path: Path, data: Callable[..., 
     shards = Shards("shards/train-000000.tar")
     assert len(shards) == 6 and "txt" not in shards.fields
     assert {"jpg", "wav", "json.caption.0", "json.caption.1"} <= set(shards.fields)
-    assert int(shards.has("wav").sum()) == 5  # the empty recording goes, its picture stays
+    assert int(shards.has("wav").sum()) == 5  # without the empty recording, its image stays
 
 
-def test_what_is_there_is_never_overwritten_and_a_failure_leaves_nothing(
+def test_nothing_is_overwritten_and_a_failure_leaves_nothing(
     photos: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("shards").mkdir()
     assert cli("data", "make", photos, "--out", "shards").refusal == (
-        "--out shards: already there, and nothing is overwritten; give a new folder"
+        "--out shards: exists, and nothing is overwritten; give a new folder"
     )
     write = webdataset.TarWriter.write
 
@@ -233,11 +233,11 @@ def test_what_is_there_is_never_overwritten_and_a_failure_leaves_nothing(
 
 def numbers(call: Callable[..., Any], *args: str | Path) -> dict[str, Any]:
     call("look", *args, "--json", "numbers.json")
-    found: dict[str, Any] = json.loads(Path("numbers.json").read_text())
-    return found
+    result: dict[str, Any] = json.loads(Path("numbers.json").read_text())
+    return result
 
 
-def test_look_counts_what_is_there(photos: Path, data: Callable[..., Any]) -> None:
+def test_look_counts_samples_fields_and_captions(photos: Path, data: Callable[..., Any]) -> None:
     found = numbers(data, photos, "--holdout", "0.2", "--out", "sheet.png")
     train, val = found["splits"]["train"], found["splits"]["val"]
     assert found["samples"] == train["samples"] + val["samples"] == 40
@@ -256,7 +256,7 @@ def test_look_counts_what_is_there(photos: Path, data: Callable[..., Any]) -> No
     assert Image.open("sheet.png").size[0] == 1058
 
 
-def test_look_names_all_that_cannot_be_read_and_counts_merged_rows(
+def test_look_lists_unreadable_samples_and_counts_merged_rows(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("01.jpg", "02.jpg", "04.jpg", "05.jpg", "06.jpg", "07.jpg", "09.jpg"):
@@ -266,48 +266,48 @@ def test_look_names_all_that_cannot_be_read_and_counts_merged_rows(
         table.write(f"{row}\n{row}\n")
     found = report(view_of([str(photos)], None, "caption", 0.05), every=True)
     assert found["rows"] == {"read": 42, "merged": 2, "left_out": 0, "absent": 0}
-    told = lines(found)
-    assert "rows        42 read; 2 merged with another row of the same file" in told
-    assert found["content"]["unreadable"] == 8 == sum(line.startswith("            0") for line in told)
+    text = lines(found)
+    assert "rows        42 read; 2 merged with another row of the same file" in text
+    assert found["content"]["unreadable"] == 8 == sum(line.startswith("            0") for line in text)
     monkeypatch.setattr("descant.data.look._NAMED", 3)
-    told = lines(found)
-    assert "            and 5 more: --json FILE lists all of them" in told and len(found["content"]["examples"]) == 8
+    text = lines(found)
+    assert "            and 5 more: --json FILE lists all of them" in text and len(found["content"]["examples"]) == 8
 
 
-def test_look_sees_what_two_splits_share(photos: Path, data: Callable[..., Any]) -> None:
+def test_look_finds_duplicates_across_splits(photos: Path, data: Callable[..., Any]) -> None:
     rows = list(csv.DictReader((photos / "captions.csv").open()))
     rows = [{**row, "split": "val" if i in (6, 11) else "train"} for i, row in enumerate(rows)]
-    rows[11]["caption"] = "Picture 12 of red dots!"  # but for case and a mark, the caption of a training picture
+    rows[11]["caption"] = "Picture 12 of red dots!"  # except for case and punctuation, a training caption
     write_table(photos, rows)
     found = numbers(data, photos)
     assert found["duplicates"]["image"]["across"] == {"train/val": 1}
     assert found["duplicates"]["image"]["examples"] == [["train: 05.jpg", "val: 06.jpg"]]
-    told = found["echoes"]["val in train"]
-    assert (told["captions"], told["equal"], told["near"]) == (2, 1, 0)
+    shared = found["echoes"]["val in train"]
+    assert (shared["captions"], shared["equal"], shared["near"]) == (2, 1, 0)
 
 
-def test_look_tells_of_a_picture_that_is_too_large_by_its_name_alone(
+def test_look_names_an_image_above_the_pixel_limit_without_a_warning(
     photos: Path, data: Callable[..., Any], recwarn: pytest.WarningsRecorder
 ) -> None:
-    (photos / "00.png").write_bytes(bomb(side=10_000))  # Pillow would only warn of it, in two lines without a name
-    told = data("look", photos)
-    assert "00.png: 10,000 x 10,000 pixels, more than the limit" in told.out
+    (photos / "00.png").write_bytes(bomb(side=10_000))  # Pillow alone would warn, without the file's name
+    result = data("look", photos)
+    assert "00.png: 10,000 x 10,000 pixels, more than the limit" in result.out
     assert not [warning for warning in recwarn if warning.category is Image.DecompressionBombWarning]
 
 
-def test_look_tells_what_a_codec_cuts(photos: Path, data: Callable[..., Any]) -> None:
+def test_look_counts_captions_that_the_tokenizer_cuts(photos: Path, data: Callable[..., Any]) -> None:
     codec = {"class_path": "NgramTokenizer", "init_args": {"length": 12}}
     text = {"class_path": "TextField", "init_args": {"codec": codec}}
     image = {"class_path": "ImageField", "init_args": {"size": 16}}
     fields = {"class_path": "Fields", "init_args": {"image": image, "text": text}}
-    own = {"class_path": "UserData", "init_args": {"path": str(photos), "fields": fields}}
-    Path("short.yaml").write_text("# rows of 12\n" + yaml.safe_dump({"data": own}))
+    user_data = {"class_path": "UserData", "init_args": {"path": str(photos), "fields": fields}}
+    Path("short.yaml").write_text("# rows of 12\n" + yaml.safe_dump({"data": user_data}))
     found = numbers(data, "--config", "contrastive/own", "--config", "short.yaml")
     assert found["captions"]["train"]["cut_share"] == 1 and found["codec"] == "NgramTokenizer, rows of 12"
     assert found["captions"]["train"]["tokens"]["least"] > 12
 
 
-def test_look_at_shards_and_parquet_agrees_with_the_folder(photos: Path, data: Callable[..., Any]) -> None:
+def test_shards_and_parquet_give_the_statistics_of_the_folder(photos: Path, data: Callable[..., Any]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -333,7 +333,7 @@ def test_look_at_a_configuration(data: Callable[..., Any]) -> None:
     assert 0 <= found["captions"]["vendor"]["cut_share"] < 1 and found["captions"]["train"]["tokens"]["least"] >= 2
 
 
-def test_near_captions_are_those_of_a_jaccard_similarity() -> None:
+def test_near_captions_have_a_jaccard_similarity_above_the_threshold() -> None:
     rng = np.random.default_rng(0)
     words = [f"w{k}" for k in range(30)]
     ours, theirs = (
@@ -346,14 +346,14 @@ def test_near_captions_are_those_of_a_jaccard_similarity() -> None:
         return len(x & y) / len(x | y)
 
     best = [max(similar(a, b) for b in theirs) for a in ours]
-    found = echoes(ours, theirs)
+    found = caption_overlap(ours, theirs)
     assert found.equal == sum(value == 1 for value in best)
     assert found.near == sum(0.8 <= value < 1 for value in best) > 0
 
 
-def test_a_sheet_of_odd_samples_can_be_drawn() -> None:
+def test_a_contact_sheet_of_unusual_samples() -> None:
     tiles = [
-        Tile(None, "train", "no picture at all, and a caption that is much longer than three lines of a tile " * 3),
+        Tile(None, "train", "no image at all, and a caption that is much longer than three lines of a tile " * 3),
         Tile(Image.new("RGB", (1, 900)), "val", ""),
         Tile(Image.new("RGB", (3000, 2)), "val", "Ein Wort-das-nicht-aufhört" * 20),
         Tile(Image.new("RGB", (8, 8), "red"), "test", "кошка"),
@@ -367,7 +367,9 @@ def test_a_sheet_of_odd_samples_can_be_drawn() -> None:
 # from the folder to a trained model ----------------------------------------------------------------------------
 
 
-def test_a_folder_becomes_shards_that_train(photos: Path, data: Callable[..., Any], cli: Callable[..., Any]) -> None:
+def test_a_folder_becomes_shards_that_a_fit_reads(
+    photos: Path, data: Callable[..., Any], cli: Callable[..., Any]
+) -> None:
     data("make", photos, "--out", "shards")
     data("look", "shards")
     place = ("--config", "contrastive/own", "--config", "shards/data.yaml", "--config", "on/cpu")
@@ -383,7 +385,7 @@ def test_a_folder_becomes_shards_that_train(photos: Path, data: Callable[..., An
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "line"),
     [
         (["lok"], "data lok: no such command; nearest: look"),
         (["make"], "data make: the following arguments are required: FOLDER, --out"),
@@ -393,20 +395,20 @@ def test_a_folder_becomes_shards_that_train(photos: Path, data: Callable[..., An
             "data make: --seeed: no such option; nearest: --seed",
         ),
         (["make", "photos", "--out", "x", "--size", "0"], "data make: argument --size: 0 is not above 0"),
-        (["make", "photos", "--out", "x", "--holdout", "2"], "data make: argument --holdout: 2 is no share"),
+        (["make", "photos", "--out", "x", "--holdout", "2"], "data make: argument --holdout: 2 is not a share"),
         (["make", "photos", "--out", "x", "--csv", "caption.csv"], "no such table; nearest: captions.csv"),
         (["make", "photos", "--out", "x", "--caption", "captoin"], "no column 'captoin'; nearest: caption"),
-        (["make", "photos", "--out", "x", "--caption", "image"], "--caption image: it holds image, not texts"),
-        (["look"], "data look: give a folder, parquet files or shards, or --config NAME; one of them"),
-        (["look", "photos", "--config", "contrastive/emoji"], "one of them"),
+        (["make", "photos", "--out", "x", "--caption", "image"], "--caption image: holds image, not texts"),
+        (["look"], "data look: give either a folder, parquet files or shards, or --config NAME"),
+        (["look", "photos", "--config", "contrastive/emoji"], "give either a folder"),
         (["look", "photos", "--data.size", "3"], "data look: --data.size: only with --config"),
         (["look", "shard-*.tar"], "shard-*.tar: no such file"),
         (["look", "--config", "contrastive/emojy"], "nearest: contrastive/emoji"),
         (["look", "--config", "contrastive/emoji", "--data.sice", "3"], "nearest: size"),
     ],
 )
-def test_a_wrong_request_is_one_line(photos: Path, cli: Callable[..., Any], args: list[str], says: str) -> None:
-    assert says in cli("data", *args).refusal
+def test_a_wrong_request_is_one_line(photos: Path, cli: Callable[..., Any], args: list[str], line: str) -> None:
+    assert line in cli("data", *args).refusal
     assert not Path("x").exists()
 
 
@@ -416,7 +418,7 @@ def test_a_folder_in_which_nothing_can_be_read_is_refused(tmp_path: Path, cli: C
     for i in range(3):
         (folder / f"{i}.jpg").write_bytes(b"no picture")
     refusal = cli("data", "make", folder, "--out", "x").refusal
-    assert "not one of 3 samples can be read" in refusal and not Path("x").exists()
+    assert "none of 3 samples can be read" in refusal and not Path("x").exists()
 
 
 @pytest.mark.parametrize("command", [["data", "--help"], ["data", "make", "--help"], ["data", "look", "--help"]])
@@ -432,36 +434,36 @@ def test_help_is_short_and_needs_no_torch(command: list[str]) -> None:
     assert 5 < len(lines) <= 32 and max(map(len, lines)) <= 110
 
 
-def test_the_caption_that_is_named_is_the_one(tmp_path: Path) -> None:
+def test_the_named_caption_field_is_used(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     for i in range(6):
-        (tmp_path / "d" / f"{i}.jpg").write_bytes(picture(i))
+        (tmp_path / "d" / f"{i}.jpg").write_bytes(image(i))
         (tmp_path / "d" / f"{i}.txt").write_text(f"from text {i}")
         (tmp_path / "d" / f"{i}.json").write_text(json.dumps({"caption": f"from json {i}", "file": "theirs"}))
     make(tmp_path / "d", tmp_path / "out", caption="caption", holdout=0.0)
     for name, held in samples(tmp_path / "out", "train").items():
-        told = json.loads(held["json"])
+        texts = json.loads(held["json"])
         assert held["txt"].decode().startswith("from text "), name
-        assert told["json.caption"].startswith("from json ") and told["file"] == "theirs" and "file_name" in told
+        assert texts["json.caption"].startswith("from json ") and texts["file"] == "theirs" and "file_name" in texts
 
 
-def test_columns_of_files_that_are_gone_are_faults_and_no_more(tmp_path: Path) -> None:
+def test_missing_files_of_a_column_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     rows = []
     for i in range(8):
-        (tmp_path / "d" / f"{i}.jpg").write_bytes(picture(i))
+        (tmp_path / "d" / f"{i}.jpg").write_bytes(image(i))
         rows.append({"image": f"{i}.jpg", "other": f"o{i}.jpg", "third": f"t{i}.jpg", "caption": f"number {i}"})
-    (tmp_path / "d" / "o0.jpg").write_bytes(picture(0))
-    (tmp_path / "d" / "t0.jpg").write_bytes(picture(0))
+    (tmp_path / "d" / "o0.jpg").write_bytes(image(0))
+    (tmp_path / "d" / "t0.jpg").write_bytes(image(0))
     write_table(tmp_path / "d", rows)
     assert make(tmp_path / "d", tmp_path / "out", holdout=0.0).samples("train") == 8
 
 
-def test_sixteen_bits_of_grey_stay_grey() -> None:
+def test_sixteen_bit_grey_images_keep_their_range() -> None:
     ramp = Image.fromarray(np.linspace(0, 65535, 200 * 200).reshape(200, 200).astype(np.uint16))
     out = io.BytesIO()
     ramp.save(out, "PNG")
     with Image.open(io.BytesIO(out.getvalue())) as opened:
-        small = np.asarray(Image.open(io.BytesIO(smaller(opened, 64))))
+        small = np.asarray(Image.open(io.BytesIO(resized(opened, 64))))
     assert abs(small.mean() - 127.5) < 2 and small.std() > 60
     assert abs(np.asarray(thumbnail(out.getvalue())).mean() - 127.5) < 2

@@ -36,7 +36,7 @@ EMOJI = (
 
 
 def read(file: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows, and what the schema tells."""
+    """Rows and the metadata of the schema."""
     table = pq.read_table(file)
     return table.to_pylist(), json.loads(table.schema.metadata[b"descant"])
 
@@ -55,7 +55,7 @@ def test_one_file_a_set_with_ids_names_and_nulls(cli: Cli, workplace: Path) -> N
     rows, about = read(folder / "embeddings-vendor.parquet")
     assert about["run"] == "emoji/001" and about["checkpoint"] == "step-0000002.ckpt" and about["step"] == 2
     assert about["set"] == "vendor" and about["width"] == {"image": 16, "text": 16}
-    # every name of the pack is in the gallery, and pictures of training concepts alone
+    # every name of the pack is in the gallery, but images of training concepts only
     pictures = [row for row in rows if row["z_image"] is not None]
     assert len({row["index"] for row in rows}) == len(rows) == 133 and len(pictures) == 116
     assert all(row["z_text"] is not None for row in rows)
@@ -85,7 +85,7 @@ def test_data_without_named_sets(toy: Cli, cli: Cli, workplace: Path) -> None:
     rows, about = read(workplace / "runs/toy/001/predict-001/embeddings-0.parquet")
     assert len(rows) == 32 and len(rows[0]["z_image"]) == 8 and about["step"] == 8
     result = cli("predict", "--run", "toy/001", "--trust", "tests.toys", "--sets", "val")
-    assert result.rc == 2 and "--sets: ToyData names no sets" in result.err
+    assert result.rc == 2 and "--sets: ToyData has no named sets" in result.err
     assert "sets" in toy("fit", "--sets", "val").refusal  # of predict only
 
 
@@ -177,12 +177,12 @@ def vectors(rows: int, width: int = 2, start: float = 0.0) -> Tensor:
     return start + torch.arange(rows * width, dtype=torch.float64).view(rows, width).bfloat16()
 
 
-def test_absent_is_null_and_padding_is_no_row(tmp_path: Path) -> None:
+def test_absent_modalities_are_null_and_padding_has_no_row(tmp_path: Path) -> None:
     run = Callbacks(tmp_path)
     z = vectors(3)
     run.batch([7, 8, 7], {"image": z, "text": z}, {"image": [True, False, False], "text": [True, True, False]})
     run.batch([9], {"image": vectors(1)}, {"image": [True]})  # a batch without text
-    assert not list(tmp_path.glob("[!.]*"))  # nothing that a reader could take for the whole
+    assert not list(tmp_path.glob("[!.]*"))  # no file that a reader could take for complete
     run.end()
     rows, about = read(tmp_path / "embeddings-near.parquet")
     assert [(row["index"], row["name"]) for row in rows] == [(7, "sample 7"), (8, "sample 8"), (9, "sample 9")]
@@ -199,10 +199,10 @@ def test_a_set_may_begin_without_a_modality(tmp_path: Path) -> None:
     assert [row["z_text"] for row in read(tmp_path / "embeddings-near.parquet")[0]] == [None, [0.0, 1.0]]
 
 
-def test_rows_of_own_data_have_the_path_of_their_file(tmp_path: Path) -> None:
-    """Two pictures of one caption have one name, and only their paths tell them apart."""
+def test_rows_of_user_data_have_the_path_of_their_file(tmp_path: Path) -> None:
+    """Two images with one caption have the same name, and only their paths differ."""
     folder = shapes(tmp_path / "d", 5)
-    odd = os.fsdecode(b"\xff.jpg")  # a name that is no UTF-8, which parquet does not take
+    odd = os.fsdecode(b"\xff.jpg")  # not valid UTF-8, which parquet needs
     (folder / "004.jpg").rename(folder / odd)
     names = ["000.jpg", "001.jpg", "002.jpg", "003.jpg", odd]
     (folder / "captions.csv").unlink()
@@ -223,12 +223,12 @@ def test_rows_of_own_data_have_the_path_of_their_file(tmp_path: Path) -> None:
     }
 
 
-def test_memory_is_bounded_by_the_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_bounded_by_the_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predictions, "GROUP", 4)
     run = Callbacks(tmp_path)
     for first in range(0, 12, 2):
         run.batch([first, first + 1], {"image": vectors(2)}, {"image": [True, True]})
-        assert run.callback._table is not None and sum(len(b) for b in run.callback._table.kept) < 4
+        assert run.callback._table is not None and sum(len(b) for b in run.callback._table.batches) < 4
     run.end()
     file = pq.ParquetFile(tmp_path / "embeddings-near.parquet")
     assert file.metadata.num_row_groups == 3 and file.metadata.num_rows == 12
@@ -255,7 +255,7 @@ def test_two_ranks_make_one_table(tmp_path: Path) -> None:
     assert [row["index"] for row in rows] == [0, 2, 1]
 
 
-def test_what_was_interrupted_leaves_nothing(tmp_path: Path) -> None:
+def test_an_interrupted_run_leaves_no_file(tmp_path: Path) -> None:
     run = Callbacks(tmp_path, sets=("near", "val"))
     run.batch([1], {"image": vectors(1)}, {"image": [True]})
     run.batch([1], {"image": vectors(1)}, {"image": [True]}, 1)
@@ -263,10 +263,10 @@ def test_what_was_interrupted_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_that_embeds_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="embeds nothing"):
+def test_a_model_without_embeddings_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="gives no embeddings"):
         Callbacks(tmp_path).batch([1], {}, {"image": [True]})
     run = Callbacks(tmp_path)
     run.batch([1], {"image": vectors(1)}, {"image": [True]})
-    with pytest.raises(ValueError, match="embeddings of width 3 in a set that began with 2"):
+    with pytest.raises(ValueError, match="embeddings of width 3 after embeddings of width 2"):
         run.batch([1], {"image": vectors(1, 3)}, {"image": [True]})

@@ -1,4 +1,4 @@
-"""``descant compare``: which runs are one group, what a group is called, and every figure of its row."""
+"""``descant compare``: how runs are grouped and named, and the statistics of each row."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def groups(*words: str) -> list[Any]:
     return group(load("compare", words, Path("runs")))
 
 
-# one group or two ---------------------------------------------------------------------------------------------------
+# groups -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def groups(*words: str) -> list[Any]:
     ],
     ids=str,
 )
-def test_what_decides_nothing_parts_nothing(workplace: Path, changed: dict[str, Any]) -> None:
+def test_settings_without_effect_on_training_do_not_split_a_group(workplace: Path, changed: dict[str, Any]) -> None:
     make("a/001", 0)
     make("other/001", 1, **changed)
     (one,) = groups("a", "other")
@@ -115,13 +115,15 @@ def test_what_decides_nothing_parts_nothing(workplace: Path, changed: dict[str, 
     ],
     ids=str,
 )
-def test_a_group_is_called_by_what_sets_it_apart(workplace: Path, changed: dict[str, Any], names: list[str]) -> None:
+def test_a_group_is_named_by_its_distinguishing_settings(
+    workplace: Path, changed: dict[str, Any], names: list[str]
+) -> None:
     make("a/001")
     make("b/001", **changed)
     assert [one.name for one in groups("a", "b")] == names
 
 
-def test_groups_of_one_class_are_parted_by_its_arguments(workplace: Path) -> None:
+def test_groups_of_one_class_are_distinguished_by_its_arguments(workplace: Path) -> None:
     make("a/001")
     make("b/001", model__loss={"class_path": "x.SigLIP", "init_args": {"bias": -10}})
     make("c/001", model__loss__temperature=0.5)
@@ -132,7 +134,7 @@ def test_groups_of_one_class_are_parted_by_its_arguments(workplace: Path) -> Non
     ]
 
 
-def test_a_name_holds_three_settings_and_counts_the_others(workplace: Path) -> None:
+def test_a_name_has_three_settings_and_counts_the_others(workplace: Path) -> None:
     more: Any = {f"data__k{n}": 1 for n in range(5)}
     make("a/001", **more)
     more_b: Any = dict.fromkeys(more, 2)
@@ -142,17 +144,17 @@ def test_a_name_holds_three_settings_and_counts_the_others(workplace: Path) -> N
     assert [one.name for one in groups("a", "b", "c")][2] == "k0=1 k1=1 k2=1 k3=1 k4=3"
 
 
-def test_a_name_holds_six_settings_at_most_and_then_the_run(workplace: Path) -> None:
+def test_a_name_has_at_most_six_settings_and_then_the_run(workplace: Path) -> None:
     more: Any = {f"data__k{n}": 1 for n in range(9)}
     make("a/001", **more)
     twos: Any = dict.fromkeys(more, 2)
     make("b/001", **twos)
     make("c/001", **more | {"data__k8": 3})
-    told = " ".join(f"k{n}=1" for n in range(6))
+    ones = " ".join(f"k{n}=1" for n in range(6))
     assert [one.name for one in groups("a", "b", "c")] == [
-        f"{told} +3 (a/001)",
+        f"{ones} +3 (a/001)",
         " ".join(f"k{n}=2" for n in range(6)) + " +3",
-        f"{told} +3 (c/001)",
+        f"{ones} +3 (c/001)",
     ]
 
 
@@ -163,7 +165,7 @@ def test_the_order_of_a_list_is_a_setting(workplace: Path) -> None:
     assert [one.name for one in groups("a", "b")] == ["augment=Flip, Crop", "augment=Crop, Flip"]
 
 
-def test_of_the_same_seed_twice_the_later_counts(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_later_of_two_runs_with_one_seed_counts(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make("a/001", metrics={"val/r1": 0.0})
     make("a/002", metrics={"val/r1": 1.0})
     (one,) = groups("a")
@@ -171,14 +173,14 @@ def test_of_the_same_seed_twice_the_later_counts(workplace: Path, capsys: pytest
     assert capsys.readouterr().err.strip().endswith("a/002 and not a/001 counts")
 
 
-def test_seeds_of_other_lengths_are_told(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_different_lengths_of_runs_are_reported(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make("a/001", 0, {"steps": 1000})
     make("a/002", 1, {"steps": 400})
     groups("a")
     assert "a/001 and its other seeds have 400 to 1,000 steps" in capsys.readouterr().err
 
 
-# which runs -----------------------------------------------------------------------------------------------------------
+# runs -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -209,10 +211,10 @@ def test_runs_that_another_folder_holds(cli: Cli, two: None, tmp_path: Path) -> 
     assert cli("compare", tmp_path / "elsewhere/a", "elsewhere/b/001").rc == 0
 
 
-# figures --------------------------------------------------------------------------------------------------------------
+# statistics -----------------------------------------------------------------------------------------------------------
 
 
-def test_figures_are_over_the_seeds_that_both_have(cli: Cli, two: None) -> None:
+def test_differences_are_over_shared_seeds(cli: Cli, two: None) -> None:
     table = json.loads(cli("compare", "a", "b", "--metrics", "val/r1,val/loss", "--format", "json").out)
     first, second = table["groups"]
     assert (table["baseline"], table["lower_is_better"]) == ("lr=0.001", ["val/loss"])
@@ -245,7 +247,7 @@ def test_markdown_has_a_row_a_group(cli: Cli, two: None) -> None:
     assert len({len(line) for line in lines}) == 1 and result.err == ""
 
 
-def test_csv_has_the_figures_of_json(cli: Cli, two: None) -> None:
+def test_csv_has_the_statistics_of_json(cli: Cli, two: None) -> None:
     rows = list(csv.DictReader(io.StringIO(cli("compare", "a", "b", "--format", "csv").out)))
     assert [(row["configuration"], row["baseline"], row["seeds"]) for row in rows] == [
         ("lr=0.001", "1", "3"),
@@ -256,7 +258,7 @@ def test_csv_has_the_figures_of_json(cli: Cli, two: None) -> None:
     assert rows[1]["runs"] == "b/001 b/002 b/003"
 
 
-def test_no_cell_of_csv_is_a_formula(cli: Cli, two: None) -> None:
+def test_no_csv_cell_is_a_formula(cli: Cli, two: None) -> None:
     Path("runs/a").rename("runs/=1+1")
     text = cli("compare", "=1+1", "b", "--format", "csv").out
     cells = [cell for row in csv.reader(io.StringIO(text)) for cell in row]
@@ -271,7 +273,7 @@ def test_the_baseline_is_a_row_by_its_name_or_by_a_run_in_it(cli: Cli, two: None
         assert table["groups"][0]["metrics"]["val/r1"]["difference"] == -0.125
 
 
-def test_metrics_are_what_is_monitored_or_names_or_patterns(cli: Cli, workplace: Path) -> None:
+def test_metrics_are_monitored_ones_or_names_or_patterns(cli: Cli, workplace: Path) -> None:
     more = {"far/r1": 0.1, "far/r5": 0.3, "train/loss": 2.0, "train/term": 2.0, "note": "x", "val/broken": None}
     make("a/001", metrics=more)
 
@@ -286,7 +288,7 @@ def test_metrics_are_what_is_monitored_or_names_or_patterns(cli: Cli, workplace:
     assert "val/broken" not in shown("--metrics", "*")
 
 
-def test_a_mode_says_which_way_is_better(cli: Cli, workplace: Path) -> None:
+def test_a_checkpoint_mode_gives_the_direction(cli: Cli, workplace: Path) -> None:
     watch = {"class_path": "x.ModelCheckpoint", "init_args": {"monitor": "val/score", "mode": "min"}}
     make("a/001", metrics={"val/score": 1.0}, trainer__callbacks=[watch])
     table = json.loads(cli("compare", "a", "--metrics", "*", "--format", "json").out)
@@ -300,7 +302,7 @@ def test_a_metric_that_one_group_lacks_is_a_dash(cli: Cli, two: None) -> None:
 
 
 def mixed() -> None:
-    """Thirty runs of three recipes: some stopped, each recipe with metrics and settings of its own."""
+    """Thirty runs of three recipes, some stopped, each recipe with different metrics and settings."""
     for n in range(30):
         recipe = ("Contrastive", "Fusion", "Masked")[n % 3]
         family = recipe.lower()
@@ -327,11 +329,11 @@ def test_thirty_mixed_runs_fit_120_columns(cli: Cli, workplace: Path) -> None:
     entries = legend.replace("\n    ", " ").splitlines()
     assert len(entries) == 30 and len({entry.partition(": ")[0] for entry in entries}) == 30
     assert all(entry.count("=") <= 5 and re.search(r" \+\d+$", entry) for entry in entries), entries  # and a class
-    assert "descant: 21 settings differ, and a row names at most 6: all in descant report" in result.err
+    assert "descant: 21 settings differ, a row names at most 6: descant report" in result.err
     assert "stopped before the last step: " in result.err and ", and 5 others" in result.err
 
 
-def test_a_metric_that_only_some_runs_have_is_no_column_unless_asked_for(cli: Cli, workplace: Path) -> None:
+def test_a_metric_of_some_runs_only_is_shown_on_request(cli: Cli, workplace: Path) -> None:
     make("a/001", 0, {"far/r1": 0.5})
     make("b/001", 0, data__batch_size=4)
     (head, _, *rows) = cli("compare", "a", "b").out.splitlines()
@@ -339,7 +341,7 @@ def test_a_metric_that_only_some_runs_have_is_no_column_unless_asked_for(cli: Cl
     assert "far/r1" in cli("compare", "a", "b", "--metrics", "*r1").out
 
 
-def test_a_run_that_stopped_is_marked(cli: Cli, workplace: Path) -> None:
+def test_stopped_runs_are_marked(cli: Cli, workplace: Path) -> None:
     for n, steps in enumerate((1000, 400)):
         make(f"a/00{n + 1}", n, {"steps": steps}, trainer__max_steps=1000)
         make(f"b/00{n + 1}", n, {"steps": 7, "epochs": 2}, trainer__max_epochs=2, model__chunks=2)
@@ -365,7 +367,7 @@ def test_recall_comes_before_ranks_and_chance_is_a_row(cli: Cli, workplace: Path
     assert not any("chance" in name for name in shown)
 
 
-def test_it_reads_what_a_fit_writes(toy: Cli, cli: Cli) -> None:
+def test_runs_of_a_real_fit(toy: Cli, cli: Cli) -> None:
     for seed, depth in ((0, 1), (1, 1), (0, 2), (1, 2)):
         args = ("--seed_everything", str(seed), "--model.image.depth", str(depth), "--trainer.max_epochs", "1")
         assert toy("fit", "--name", f"d{depth}", *args).rc == 0
@@ -383,13 +385,13 @@ def test_torch_is_not_imported(two: None) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
 
 
-# what is wrong --------------------------------------------------------------------------------------------------------
+# refusals -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "args, line",
     [
-        ([], "compare: of which runs? descant compare NAME, or NAME/001 NAME/002 ..."),
+        ([], "compare: no run given: descant compare NAME, or NAME/001 NAME/002 ..."),
         (["aa/001"], "compare aa/001: no such run under runs; nearest: a/001"),
         (["zz"], "compare zz: no such run under runs; known: a, a/001, a/002, a/003, b, b/001, b/002, b/003"),
         (["a/04*"], "compare a/04*: no such run under runs; nearest: a/003"),
@@ -412,7 +414,9 @@ def test_one_line_and_the_nearest_choice(cli: Cli, two: None, args: list[str], l
 def test_a_baseline_of_several_rows_is_refused(cli: Cli, two: None) -> None:
     make("a/004", 0, data__batch_size=4)
     line = cli("compare", "a", "b", "--baseline", "a").refusal
-    assert line == ("compare: --baseline a: runs of 2 rows; one of batch_size=8 lr=0.001, batch_size=4 lr=0.001")
+    assert line == (
+        "compare: --baseline a: its runs are in 2 rows; choose one of batch_size=8 lr=0.001, batch_size=4 lr=0.001"
+    )
 
 
 def test_groups_without_a_common_seed_are_refused(cli: Cli, two: None) -> None:
@@ -446,7 +450,7 @@ def test_a_run_without_metrics_is_refused_or_left_out(cli: Cli, two: None) -> No
 
 
 def bomb(first: str, last: str) -> str:
-    """A few lines of YAML that stand for 8 ** 12 values, and one more line."""
+    """A few lines of YAML that expand to 8 ** 12 values, and one more line."""
     lines = [f"{b}: &{b} [{', '.join([f'*{a}'] * 8)}]" for a, b in zip("abcdefghijkl", "bcdefghijklm", strict=True)]
     return "\n".join([f"a: &a {first}", *lines, last])
 
@@ -468,14 +472,14 @@ def bomb(first: str, last: str) -> str:
     ],
     ids=lambda value: str(value)[:20],
 )  # fmt: skip
-def test_a_folder_that_cannot_be_read_is_one_line(cli: Cli, two: None, file: str, text: str | bytes, word: str) -> None:
+def test_an_unreadable_run_folder_is_one_line(cli: Cli, two: None, file: str, text: str | bytes, word: str) -> None:
     path = Path("runs/a/001") / file
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     line = cli("compare", "a").refusal
     assert line.startswith("compare a/001: ") and word in line
 
 
-def test_nothing_of_a_run_reaches_the_terminal_as_control_characters(cli: Cli, workplace: Path) -> None:
+def test_no_control_characters_of_a_run_reach_the_terminal(cli: Cli, workplace: Path) -> None:
     make("a/001", metrics={"x\x1b[2J\n|r1": 0.5, "\ud800/r1": 0.5})
     make("b/001", data__batch_size="8\x1b[0m|")
     out = cli("compare", "a", "b", "--metrics", "*").out

@@ -1,4 +1,4 @@
-"""Paired statistics: values by hand, how often the interval holds the truth, and what it decides."""
+"""Paired statistics: values by hand, coverage of the interval, and the power of the decision."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def test_by_hand() -> None:
     assert (found.low, found.high) == pytest.approx((2 - half, 2 + half), abs=printed(6))
 
 
-def test_the_other_way_round_is_the_mirror_image() -> None:
+def test_swapping_the_arms_negates_the_interval() -> None:
     a, b = [0.3, 0.5, 0.1], [0.2, 0.1, 0.4]
     there, back = paired(a, b), paired(b, a)
     assert (back.mean, back.low, back.high) == pytest.approx((-there.mean, -there.high, -there.low), rel=ulps(16, F64))
     assert (back.wins, back.losses) == (there.losses, there.wins) == (1, 2)
 
 
-def test_the_same_values_give_the_same_bits_whatever_they_are_kept_in() -> None:
+def test_lists_tuples_and_arrays_give_bit_identical_results() -> None:
     a, b = np.random.default_rng(0).normal(size=(2, 5))
     assert paired(list(a), list(b)) == paired(a.tolist(), b.tolist()) == paired(tuple(a), tuple(b))
 
@@ -63,12 +63,12 @@ def test_without_spread_the_interval_has_no_width() -> None:
         ([1.0, 2.0], [1.0, 2.0], 1.0, "level 1.0"),
     ],
 )
-def test_what_has_no_answer_is_refused(a: list[float], b: list[float], level: float, word: str) -> None:
+def test_invalid_input_is_refused(a: list[float], b: list[float], level: float, word: str) -> None:
     with pytest.raises(ValueError, match=word):
         paired(a, b, level)
 
 
-# how often it holds the truth, which is zero -----------------------------------------------------------------------
+# coverage of the true difference, zero ----------------------------------------------------------------------------
 
 
 def normal(rng: np.random.Generator, n: int) -> np.ndarray:
@@ -91,7 +91,7 @@ def coverage(draw: Callable[[np.random.Generator, int], np.ndarray], n: int) -> 
 
 
 def percentile(n: int) -> float:
-    """Coverage of the percentile bootstrap, over every resample there is."""
+    """Coverage of the percentile bootstrap, over all resamples."""
     d = normal(np.random.default_rng(n), n)[:1000]
     means = d[:, list(itertools.product(range(n), repeat=n))].mean(-1)
     low, high = np.quantile(means, [0.025, 0.975], axis=1)
@@ -99,14 +99,14 @@ def percentile(n: int) -> float:
 
 
 @pytest.mark.parametrize("n", [3, 4, 5, 6, 8, 10])
-def test_the_interval_holds_the_truth_as_often_as_it_says(n: int) -> None:
+def test_coverage_is_the_nominal_level(n: int) -> None:
     assert coverage(normal, n) == pytest.approx(0.95, abs=0.01)  # three standard errors
     assert coverage(coarse, n) == pytest.approx(0.95, abs=0.012)  # so here, and some ends are 0
     assert 0.87 <= coverage(skewed, n) <= 0.92
 
 
 @pytest.mark.parametrize("n, value", [(3, 0.675), (4, 0.799), (5, 0.840)])
-def test_the_percentile_bootstrap_does_not(n: int, value: float) -> None:
+def test_coverage_of_the_percentile_bootstrap_is_too_low(n: int, value: float) -> None:
     assert percentile(n) == pytest.approx(value, abs=0.035)  # 1000 draws: 2.4 standard errors
     assert percentile(n) < 1 - 2 ** (1 - n)
 
@@ -115,7 +115,7 @@ def test_the_percentile_bootstrap_does_not(n: int, value: float) -> None:
     "effect, level, share",
     [(0.0, 0.95, 0.025), (0.0, 0.9, 0.05), (2.0, 0.95, 0.909), (2**0.5, 0.95, 0.662), (2**0.5, 0.9, 0.826)],
 )
-def test_what_it_decides_at_five_seeds(effect: float, level: float, share: float) -> None:
+def test_power_at_five_seeds(effect: float, level: float, share: float) -> None:
     rng = np.random.default_rng(7)
     passed = [paired(d, [0.0] * 5, level).low > 0 for d in (effect + normal(rng, 5)).tolist()]
     assert np.mean(passed) == pytest.approx(share, abs=0.022)  # 4000 draws: three standard errors
