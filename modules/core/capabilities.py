@@ -13,7 +13,7 @@ P = TypeVar("P")
 #: Protocol -> recipes that have it, named where a callback refuses another module.
 HAD_BY = {
     "AnswersQuestions": "VisionLanguage",
-    "ClassifiesSamples": "Fusion",
+    "Classifies": "Fusion",
     "Embeds": "Contrastive, Masked and Fusion",
     "Features": "Contrastive and Fusion",
     "ForksFeatures": "Contrastive and Fusion",
