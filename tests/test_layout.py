@@ -105,3 +105,62 @@ def test_classes_in_yaml_exist(file: Path) -> None:
         elif path not in table():
             homes = ["torch.optim", "torch.nn", "torch.optim.lr_scheduler", "lightning.pytorch.callbacks"]
             assert any(hasattr(importlib.import_module(home), path) for home in homes), path
+
+
+def graph() -> dict[str, set[str]]:
+    """File -> the files that it imports when it is imported, of the whole package."""
+    files = {file: file for part in PARTS for file in (TOP / part).rglob("*.py")}
+    ours = [file for file in (TOP / "descant").glob("**/*.py") if "templates" not in file.parts]
+    files |= {file: file for file in ours if not any(p.is_symlink() for p in file.parents)}
+
+    def name(file: Path) -> str:
+        parts = file.relative_to(TOP).with_suffix("").parts
+        return ".".join(parts if parts[0] == "descant" else ("descant", *parts)).removesuffix(".__init__")
+
+    known = {name(file): file for file in files}
+    found: dict[str, set[str]] = {}
+    for own, file in known.items():
+        found[own] = set()
+        for node in toplevel(ast.parse(file.read_text()).body):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                both = [f"{node.module}.{alias.name}" for alias in node.names]
+                found[own] |= {one if one in known else node.module for one in both} & known.keys()
+            elif isinstance(node, ast.Import):
+                found[own] |= {alias.name for alias in node.names} & known.keys()
+    return found
+
+
+def toplevel(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """What runs when a file is imported, without what only type checkers read."""
+    for node in body:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test):
+            yield from toplevel(node.body + node.orelse)
+        elif isinstance(node, ast.Try):
+            yield from toplevel(node.body)
+        else:
+            yield node
+
+
+def circle(edges: dict[str, set[str]]) -> list[str]:
+    """Names on a circle of the graph; empty where there is none."""
+    left = {name: set(to) for name, to in edges.items()}
+    while ends := [name for name, to in left.items() if not to]:
+        left = {name: to - set(ends) for name, to in left.items() if name not in ends}
+    return sorted(left)
+
+
+def test_files_import_one_another_in_no_circle() -> None:
+    edges = graph()
+    assert len(edges) > 250
+    assert not circle(edges)
+
+
+def test_folders_of_modules_import_one_another_in_no_circle() -> None:
+    rooms: dict[str, set[str]] = {}
+    for own, others in graph().items():
+        if own.startswith("descant.modules.") and own.count(".") > 2:
+            room = own.split(".")[2]
+            rooms.setdefault(room, set())
+            rooms[room] |= {o.split(".")[2] for o in others if o.startswith("descant.modules.")} - {room}
+    assert rooms["core"] == set(), f"core is below all others: {rooms['core']}"
+    assert not circle(rooms), rooms

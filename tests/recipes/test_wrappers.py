@@ -107,5 +107,5 @@ def test_a_refusal_names_the_callback_the_module_and_who_has_it() -> None:
         for recipe in having.replace(" and ", ", ").split(", "):
             kind = getattr(recipes, recipe)
             assert issubclass(kind, Recipe)
-            members = {m for m in protocol.__dict__ if not m.startswith("_")}
+            members = {m for m, x in vars(protocol).items() if callable(x) and not m.startswith("_")}
             assert all(hasattr(kind, m) for m in members), f"{recipe} has no {name}"
