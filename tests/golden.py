@@ -84,7 +84,7 @@ data:
 RUNS = {
     "contrastive": Golden((fit("--config contrastive/emoji-slip --config over.yaml"),), HARMONIZE),
     "gradcache": Golden((fit(f"--config contrastive/emoji --config with/gradcache {TWO}"),)),
-    "features": Golden((fit(f"--config contrastive/scenes --config over.yaml {TWO}"),), FEATURES),
+    "features": Golden((fit(f"--config fusion/emoji --config over.yaml {TWO}"),), FEATURES),
     "balance": Golden((fit("--config fusion/emoji --config over.yaml --trainer.accumulate_grad_batches 2"),), BALANCE),
     "towers": Golden((fit(f"--config fusion/emoji --config over.yaml {TWO}"),), TOWERS),
     "blend": Golden((fit("--config fusion/emoji --config over.yaml --trainer.check_val_every_n_epoch 1"),), BLEND),
