@@ -328,7 +328,7 @@ def _stepped(rank: int, world: int, sham: Any) -> tuple[Tensor, Tensor]:
     strategy = "ddp" if world > 1 else "auto"
     trainer = L.Trainer(max_epochs=1, devices=world, strategy=strategy, callbacks=[short(sham=sham)], **QUIET)
     trainer.fit(net, datamodule=held)
-    return torch.from_numpy(held.said_RM), torch.cat([p.detach().flatten() for p in net.parameters()])
+    return torch.from_numpy(held.answer_ids_RM), torch.cat([p.detach().flatten() for p in net.parameters()])
 
 
 # what cannot be ------------------------------------------------------------------------------------------------------
