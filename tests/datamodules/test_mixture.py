@@ -14,7 +14,8 @@ from torch import Tensor
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.fields.fields import Fields, ImageField, TextField
-from descant.datamodules.mixture import MixedOrder, Mixture, Shares, tempered
+from descant.datamodules.mixture import Mixture
+from descant.datamodules.mixture_order import MixedOrder, Shares, tempered
 from descant.datamodules.sources.stream import Stream
 from descant.datamodules.user_data import UserData
 from descant.modules.core.batch import Batch
@@ -448,7 +449,7 @@ def test_real_parts_with_other_vendors_and_augmentation() -> None:
         ({"a": 1, "b": -1}, "weights: b -1 is no share of the samples"),
         ({"a": 1, "b": float("nan")}, "weights: b nan is no share of the samples"),
         ({"a": 1, "c": 1}, "weights: no part 'c'; the parts are a, b"),
-        ({"a": 1}, "weights: part 'b' has none; 0 leaves it out of training"),
+        ({"a": 1}, "weights: part 'b' has none; 0 trains on none of it"),
     ],
 )
 def test_weights_without_sense_are_refused(weights: dict[str, float], says: str) -> None:
@@ -459,12 +460,14 @@ def test_weights_without_sense_are_refused(weights: dict[str, float], says: str)
 def test_a_part_that_runs_dry_is_refused_where_it_may_not_repeat() -> None:
     parts: dict[str, DataModule] = {"a": Toy(10), "b": Toy(90)}
     data = Mixture(parts, {"a": 1, "b": 1}, repeat=False, batch_size=10)
-    with pytest.raises(ValueError, match="part 'a' runs dry: an epoch asks 50 samples of it and there are 10; lower"):
+    with pytest.raises(
+        ValueError, match="part 'a' is too small: an epoch needs 50 samples of it and there are 10; lower"
+    ):
         data.train_dataloader()
     assert len(Mixture(parts, {"a": 1, "b": 1}, samples=20, repeat=False, batch_size=10).train_dataloader()) == 2
     assert len(Mixture(parts, repeat=False, batch_size=10).train_dataloader()) == 10
     alone = Mixture(parts, {"a": 1, "b": 1}, repeat=False, batch_size=10, batches="homogeneous")
-    with pytest.raises(ValueError, match="an epoch asks 5 batches of it and there are 1"):
+    with pytest.raises(ValueError, match="an epoch needs 5 batches of it and there are 1"):
         alone.train_dataloader()
 
 
@@ -483,13 +486,13 @@ def shaped(**shapes: tuple[list[int], torch.dtype]) -> Toy:
         (shaped(text=([4], torch.int32)), r"text: a sample is \[4\] int64 in part 'a' and \[4\] int32 in part 'b'"),
         (
             shaped(**{"image": ([3, 2, 2], torch.uint8), "image@2": ([3, 2, 2], torch.uint8)}),
-            "part 'b' has image@2 and part 'a' has not: give both the views",
+            "part 'b' has image@2 and part 'a' has not: set views of both",
         ),
         (
             Toy(8, codec=NgramTokenizer(n=4)),
-            "parts 'a' and 'b' make other token ids of the same text; give them one codec",
+            "parts 'a' and 'b' have different token ids of one text; give them one tokenizer",
         ),
-        (Toy(8, classes=["x", "z", "y"]), "target 'label': parts 'a' and 'b' number other classes; give both"),
+        (Toy(8, classes=["x", "z", "y"]), "target 'label': parts 'a' and 'b' have different classes; give both"),
     ],
 )
 def test_parts_that_do_not_go_together_are_refused(other: Toy, says: str) -> None:
@@ -507,7 +510,7 @@ def test_parts_that_do_not_go_together_are_refused(other: Toy, says: str) -> Non
         ({"parts": {"a": Toy(4)}, "samples": 3}, "samples 3 of an epoch are less than one batch of 256"),
         ({"parts": {"a": Toy(4)}, "drop": {"sound": 0.5}}, "drop: no modality 'sound'"),
         ({"parts": {"a": Toy(4)}, "alpha": 2.0}, "alpha 2: from 0, all parts alike, to 1, by their sizes"),
-        ({"parts": {"a": Toy(4)}, "alpha": 0.5, "weights": {"a": 1}}, "alpha: weights say already what each"),
+        ({"parts": {"a": Toy(4)}, "alpha": 0.5, "weights": {"a": 1}}, "alpha: weights already set the shares"),
         ({"parts": {"a": Toy(4)}, "alpha": 0.5, "times": 1.0}, "times 1: more than 1, and with an alpha; such as 4"),
         ({"parts": {"a": Toy(4)}, "times": 4.0}, "times 4: more than 1, and with an alpha; such as 4"),
     ],

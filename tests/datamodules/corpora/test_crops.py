@@ -55,7 +55,7 @@ class Field(CropModule):
             "test": Box((0, 21), (high, wide)),
         }
 
-    def worth(self) -> tuple[np.ndarray, float]:
+    def content_mask(self) -> tuple[np.ndarray, float]:
         return self.fields["a"][0] > 125, self.full
 
 
@@ -160,7 +160,7 @@ def test_crops_are_standardised_by_the_training_region_alone() -> None:
 def test_impossible_cuts_are_refused_in_one_line() -> None:
     with pytest.raises(ValueError, match=r"^size 9: the val region has only 40 x 6 places; nearest: 6$"):
         _ = Field(size=9).places
-    with pytest.raises(ValueError, match=r"^content 2: no crop of 4 holds so much; the fullest of the train region "):
+    with pytest.raises(ValueError, match=r"^content 2: no crop of 4 has so much; the most in the train region is "):
         _ = Field(full=2.0).places
     for name in ("size", "samples", "stride"):
         with pytest.raises(ValueError, match=f"^{name} 0: at least 1$"):

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from descant.datamodules.base import BatchDataset
-from descant.datamodules.corpora.emoji import PACK, VENDORS, Emoji, Pack
+from descant.datamodules.corpora.emoji import Emoji
+from descant.datamodules.corpora.emoji_pack import PACK, VENDORS, Pack
 from descant.datamodules.order import Order
 from descant.datamodules.sources.ledger import Ledger
 from descant.modules.core.batch import Batch
@@ -82,7 +83,7 @@ def test_no_drawing_of_a_test_is_trained_on_byte_by_byte(data: Emoji) -> None:
         return {hashlib.sha256(data.pack.rows[i // 4][VENDORS[i % 4]]).hexdigest() for i in ids.tolist()}
 
     def keys(rows: BatchDataset) -> set[int]:
-        return set(data.key_N[sorted(concepts(all_ids(rows, "image")))].tolist())
+        return set(data.pack.key_N[sorted(concepts(all_ids(rows, "image")))].tolist())
 
     trained, tests = data.training_set(), data.evaluation_sets("test")
     for name, rows in [*tests.items(), *data.evaluation_sets("validate").items()]:
@@ -187,16 +188,16 @@ def test_captions_vary_and_carry_the_name(data: Emoji) -> None:
     draws = np.arange(50)
     seen = {tuple(row) for row in captions.random(np.full(50, concept), draws)}
     assert len(seen) > 10
-    name = tuple(captions.codec.row([captions.codec.ids(data.pack.rows[concept]["names"]["en"])]))
+    name = tuple(captions.tokenizer.row([captions.tokenizer.ids(data.pack.rows[concept]["names"]["en"])]))
     assert name in seen
     assert tuple(captions.fixed(concept, keywords=False)) == name
 
 
 def test_shuffled_captions_name_other_concepts_and_nothing_else_changes() -> None:
     plain, control = Emoji().training_set(), Emoji(shuffle_captions=True).training_set()
-    moved = float((plain.told_N != control.told_N).mean())
+    moved = float((plain.caption_N != control.caption_N).mean())
     assert moved > 0.99
-    assert sorted(set(plain.told_N.tolist())) == sorted(set(control.told_N.tolist()))
+    assert sorted(set(plain.caption_N.tolist())) == sorted(set(control.caption_N.tolist()))
     window = next(iter(Order(len(plain), 16, 0)))
     assert torch.equal(plain[window].inputs["image"], control[window].inputs["image"])
     assert not torch.equal(plain[window].inputs["text"], control[window].inputs["text"])
@@ -227,7 +228,7 @@ def test_foreign_languages_are_sets_of_their_own_and_never_trained() -> None:
     rows = data.evaluation_sets("test")["de"]
     batch = whole(rows)
     names = [data.pack.rows[int(i) // len(VENDORS)]["names"] for i in batch.index]
-    assert [data.codec.row([data.codec.ids(n["de"])]) for n in names] == batch.inputs["text"].tolist()
+    assert [data.tokenizer.row([data.tokenizer.ids(n["de"])]) for n in names] == batch.inputs["text"].tolist()
     assert batch.targets["distance"].tolist() == [_edits(n["de"].casefold(), n["en"].casefold()) for n in names]
     assert bool(batch.present["sketch"].all())
     trained = {tuple(row) for row in whole(data.training_set()).inputs["text"].tolist()}
@@ -342,4 +343,4 @@ def test_an_unknown_language_is_named() -> None:
 
 def test_an_empty_caption_is_refused(data: Emoji) -> None:
     with pytest.raises(ValueError, match="empty caption"):
-        data.codec.ids("  ")
+        data.tokenizer.ids("  ")

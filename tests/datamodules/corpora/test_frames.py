@@ -263,7 +263,7 @@ def test_answers_are_trained_at_the_positions_that_they_were_given_at(tmp_path: 
         (lambda: Stacks(2), "Stacks: frames 2: from 3 to 8"),
         (lambda: Clips(1), "Clips: frames 1: from 2 to 64"),
         (lambda: frames(train={"stil": 3}), "train: 'stil' is not one of still, stack, clip"),
-        (lambda: frames(train={"still": 0}), "train: still 0: 1 is the least; kinds leaves a source out"),
+        (lambda: frames(train={"still": 0}), "train: still 0: at least 1; leave a source out by kinds"),
         (lambda: frames(alpha=3.0), "alpha 3: from 0, all sources alike, to 1"),
         (lambda: frames(times=4.0), "times 4: more than 1, and with an alpha; such as 4"),
         (lambda: frames(sources={"one": Stills()}, kinds=["still"]), "kinds"),

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from descant.datamodules.base import BatchDataset
-from descant.datamodules.corpora.emoji import PACK, VENDORS
+from descant.datamodules.corpora.emoji_pack import PACK, VENDORS
 from descant.datamodules.corpora.scenes import CONCEPTS, HELD_OUT_VENDOR, SETS, Scenes, SceneSet
 from descant.datamodules.order import Order
 from descant.modules.core.batch import Batch
@@ -55,7 +55,7 @@ def every_set(data: Scenes) -> dict[str, SceneSet]:
 
 
 def sentences(data: Scenes, ids_BT: torch.Tensor) -> list[str]:
-    codec = data.codec
+    codec = data.tokenizer
     assert isinstance(codec, WordTokenizer)
     word = {number: text for text, number in codec.known.items()}
     return [" ".join(word[i] for i in row if i in word) for row in ids_BT.tolist()]
@@ -366,8 +366,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"objects": 5}, r"objects 5: 2 to 4 have room"),
     ({"objects": 7, "grid": 3, "sizes": True}, r"objects 7: 2 to 5 have room"),
     ({"augment": Augment(32)}, r"augment\.size 32 is not the data's size 48"),
-    ({"augment": Augment(48, mirror=0.5)}, r"augment\.mirror 0\.5 and rotate 15: left and right have to stay"),
-    ({"augment": Augment(48, rotate=90)}, r"augment\.mirror 0\.0 and rotate 90: left and right have to stay"),
+    ({"augment": Augment(48, mirror=0.5)}, r"augment\.mirror 0\.5 and rotate 15: captions say left and right"),
+    ({"augment": Augment(48, rotate=90)}, r"augment\.mirror 0\.0 and rotate 90: captions say left and right"),
 ]
 
 

@@ -66,10 +66,10 @@ def test_a_shuffled_caption_is_said_as_it_is_written() -> None:
     data = emoji(shuffle_captions=True)
     rows = data.training_set()
     batch = rows[next(iter(Order(len(rows), 64, seed=0)))]
-    assert (rows.told_N != rows.concept_N).mean() > 0.9
+    assert (rows.caption_N != rows.concept_N).mean() > 0.9
     index = [int(np.flatnonzero(rows.identity(np.arange(len(rows))) == i)[0]) for i in batch.index.tolist()]
     for n, audio_S in zip(index, batch.inputs["audio"].numpy(), strict=True):
-        assert any(np.array_equal(clip(data, int(rows.told_N[n]), v), audio_S) for v in (1, 2, 3))
+        assert any(np.array_equal(clip(data, int(rows.caption_N[n]), v), audio_S) for v in (1, 2, 3))
 
 
 def test_towers_hear_features_and_training_hears_them_changed() -> None:
@@ -93,7 +93,7 @@ def test_names_are_hummed_letter_by_letter() -> None:
     [
         ({"voices": []}, "voices: none"),
         ({"seconds": 0}, "seconds 0"),
-        ({"features": LogMel(rate=8000)}, "features.rate 8000: names are kept at 16000"),
+        ({"features": LogMel(rate=8000)}, "features.rate 8000: clips have 16000"),
     ],
 )
 def test_bad_input_is_one_line(options: dict[str, object], line: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from descant.datamodules.corpora import stamps as module
+from descant.datamodules.corpora.base import name_hash
 from descant.datamodules.corpora.stamps import Stamps, StampsSet, synthetic
 from descant.datamodules.order import Order
 from descant.datamodules.prepare.package import sha256_of
@@ -38,7 +38,7 @@ def data() -> Stamps:
 
 
 def caption(data: Stamps, stamp: int, language: str) -> list[int]:
-    return data.codec.row([data.codec.ids(data.corpus.texts[stamp][language])])
+    return data.tokenizer.row([data.tokenizer.ids(data.corpus.texts[stamp][language])])
 
 
 # splits ----------------------------------------------------------------------------------------------------------
@@ -69,10 +69,10 @@ def test_the_split_hangs_on_the_family_alone(data: Stamps) -> None:
 
 
 def test_shares_are_about_70_10_20() -> None:
-    share = np.array([module._share(f"word {i}") for i in range(4000)])
+    share = np.array([name_hash(f"stamps/word {i}") / 2**64 for i in range(4000)])
     assert (share < 0.7).mean() == pytest.approx(0.7, abs=statistical(0.458, 4000, errors=3))
     assert (share < 0.8).mean() == pytest.approx(0.8, abs=statistical(0.4, 4000, errors=3))
-    assert module._share("word ant") == pytest.approx(0.7613, abs=printed(4)), "the same in every version"
+    assert name_hash("stamps/word ant") / 2**64 == pytest.approx(0.7613, abs=printed(4)), "the same in every version"
 
 
 def test_sets_hold_what_they_say(data: Stamps) -> None:
@@ -279,8 +279,8 @@ def test_prompts_names_and_pictures(data: Stamps) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"size": 65}, "size 65: the pictures are kept at 64 pixels"),
-        ({"seconds": 5.0}, "seconds 5: the recordings are kept to 4 seconds"),
+        ({"size": 65}, "size 65: the images have 64 pixels"),
+        ({"seconds": 5.0}, "seconds 5: recordings are 4 seconds long"),
         ({"spoken": ["es", "fr"]}, "spoken: es is held out of training"),
         ({"drop": {"sound": 0.1}}, "drop: no modality 'sound'"),
     ],

@@ -4,15 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+from descant.datamodules.fields.columns import Column, kinds
 from descant.datamodules.fields.fields import (
     ENDED,
     AudioField,
-    Column,
     Fields,
     ImageField,
     LabelField,
     TextField,
-    kinds,
 )
 from descant.datamodules.sources.synthetic import Taken
 from tests.files import bomb, jpeg, wav

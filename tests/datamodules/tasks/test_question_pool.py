@@ -44,7 +44,7 @@ def test_what_is_to_be_said_is_what_the_teacher_said(data: QuestionPool) -> None
 
 def test_a_new_pool_is_read_at_once_and_nobody_reads_one_without_answers(data: QuestionPool) -> None:
     rows = data.training_set()
-    with pytest.raises(ValueError, match="nobody has answered it; the callback Rounds"):
+    with pytest.raises(ValueError, match="no answers yet; the callback Rounds"):
         rows[next(iter(Order(N, N, seed=0, shuffle=False)))]
     data.renew(data.pool, torch.full((N, 2), 9), 0)
     first = rows[next(iter(Order(N, N, seed=0, shuffle=False)))]
@@ -81,12 +81,12 @@ def test_asking_shows_all_problems_once_as_evaluation_sees_them(data: QuestionPo
 
 def test_what_cannot_be(data: QuestionPool) -> None:
     for options, message in (
-        ({"items": 8}, "items 8: a step has 16"),
-        ({"items": 64, "num_workers": 2}, "num_workers 2: readers would not see"),
+        ({"items": 8}, "items 8: at least 16, the rows of a step"),
+        ({"items": 64, "num_workers": 2}, "num_workers 2: workers would not see"),
     ):
         with pytest.raises(ValueError, match=message):
             QuestionPool(tiny=True, batch_size=16, size=24, **options)
-    with pytest.raises(ValueError, match=r"items \d+: there are \d+ problems to train on"):
+    with pytest.raises(ValueError, match=r"items \d+: there are \d+ training problems"):
         QuestionPool(tiny=True, batch_size=16, size=24, items=999999).fresh(0)
     with pytest.raises(ValueError, match="64 problems and 3 answers; it has 64"):
         data.renew(data.pool, torch.zeros(3, 2), 0)

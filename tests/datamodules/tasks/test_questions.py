@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from descant.datamodules.corpora.emoji import VENDORS
+from descant.datamodules.corpora.emoji_pack import VENDORS
 from descant.datamodules.order import Order
 from descant.datamodules.tasks.questions import COUNTS, KINDS, LETTERS, MORE, Questions, QuestionSet
 from descant.modules.core.batch import Batch
@@ -29,7 +29,7 @@ def worded(data: Questions, batch: Batch, row: int) -> tuple[str, str]:
     ids = batch.inputs["text"][row].tolist()
     front, back = ids[: ids.index(data.answer_token)], ids[ids.index(data.answer_token) + 1 :]
     assert front[:2] == [BOS, data.image_token]
-    decode = data.codec.tokenizer.decode  # type: ignore[attr-defined]
+    decode = data.tokenizer.tokenizer.decode  # type: ignore[attr-defined]
     return decode(front[2:]).strip(), decode(back[: back.index(EOS)]).strip()
 
 
@@ -81,7 +81,7 @@ def test_scenes_show_as_many_as_are_counted(data: Questions) -> None:
         wanted = data.drawing(VENDORS.index("noto"), int(concept), cell)
         cells = image.unfold(1, cell, cell).unfold(2, cell, cell).permute(1, 2, 0, 3, 4).flatten(0, 1)
         shown = sum(torch.equal(x, wanted) for x in cells)
-        assert shown == int(data.codec.tokenizer.id_to_token(int(answer)).strip("Ġ▁ "))  # type: ignore[attr-defined]
+        assert shown == int(data.tokenizer.tokenizer.id_to_token(int(answer)).strip("Ġ▁ "))  # type: ignore[attr-defined]
         assert 0 <= sum(bool(x.any()) for x in cells) - shown <= 2
 
 

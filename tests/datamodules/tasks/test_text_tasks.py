@@ -132,7 +132,7 @@ def test_held_out_problems_are_the_same_however_many_are_trained_on() -> None:
 def test_rows_are_the_question_the_mark_the_answer_and_the_end() -> None:
     data = tasks()
     rows = data.training_set()
-    batch, codec = all_of(rows), data.codec
+    batch, codec = all_of(rows), data.tokenizer
     assert set(batch.inputs) == {"text", "loss_mask"} and set(batch.present) == {"text"}
     assert data.image_token is None and data.answer_token == codec.vocabulary + 1
     for n in range(len(rows)):
@@ -251,9 +251,7 @@ def answered(data: TaskRollouts, seed: int = 0) -> dict[str, torch.Tensor]:
 
 def test_rows_of_rollouts_are_the_questions_and_what_was_said_to_them() -> None:
     data = rollouts()
-    with pytest.raises(
-        ValueError, match=r"^TaskRollouts: nothing is answered yet; the callback Rollouts lets the model"
-    ):
+    with pytest.raises(ValueError, match=r"^TaskRollouts: no answers yet; the callback Rollouts samples them"):
         all_of(data.training_set())
     rolled = answered(data)
     data.renew(data.fresh(2), rolled, 2)
@@ -261,7 +259,7 @@ def test_rows_of_rollouts_are_the_questions_and_what_was_said_to_them() -> None:
     for r in range(N * G):
         question = data.problem(data.pool, r // G).question
         said = rolled["said"][r, : int(rolled["length"][r])].tolist()
-        asked = [BOS, *data.codec.ids(question), data.answer_token]
+        asked = [BOS, *data.tokenizer.ids(question), data.answer_token]
         end = [] if said[-1] == EOS else [EOS]
         ids = [i for i in batch.inputs["text"][r].tolist() if i != PAD]
         assert ids == [*asked, *said, *end]
@@ -316,27 +314,30 @@ def test_a_rollout_asks_training_problems_alone_in_an_order_of_its_own() -> None
     [
         (lambda: Arithmetic(["pluss"]), "operations: 'pluss' is not one of plus, minus, times"),
         (lambda: Arithmetic([]), "operations: none; such as plus"),
-        (lambda: Arithmetic(digits=3, far_digits=2), "digits 3, far_digits 2: in this order, from 1 to 15"),
-        (lambda: Arithmetic(far_digits=16), "digits 2, far_digits 16: in this order, from 1 to 15"),
+        (lambda: Arithmetic(digits=3, far_digits=2), "digits 3, far_digits 2: ascending, from 1 to 15"),
+        (lambda: Arithmetic(far_digits=16), "digits 2, far_digits 16: ascending, from 1 to 15"),
         (lambda: TextTasks({}), "tasks: none; such as"),
-        (lambda: tasks(held=0), "numbers 400, held 0: 1 is the least"),
+        (lambda: tasks(held=0), "numbers 400, held 0: at least 1"),
         (lambda: tasks(drop={"image": 0.5}), "drop: no modality 'image'; this data has text"),
-        (lambda: tasks(tasks={"few": Few()}).evaluation_sets("validate"), "no question of few falls to val: raise"),
+        (
+            lambda: tasks(tasks={"few": Few()}).evaluation_sets("validate"),
+            "no question of few is in the split val: increase",
+        ),
         (lambda: all_of(tasks(length=6).training_set()), r"length 6: '\d+.\d+=' and its answer are \d+ tokens"),
         (lambda: all_of(tasks(answer_length=2).training_set()), r"answer_length 2: '\d+' has 3 tokens"),
         (lambda: tasks(text=WordTokenizer(["a"])).training_set()[_first()], r"'\d+' is none of the 1 words"),
-        (lambda: rollouts(group=1), "group 1: an answer is judged beside others"),
+        (lambda: rollouts(group=1), "group 1: at least 2 answers to a question"),
         (lambda: rollouts(batch_size=7), "batch_size 7: 6 questions x 4 answers make no whole steps"),
-        (lambda: rollouts(items=600, batch_size=24).pool, r"items 600: there are \d+ problems to train on"),
-        (lambda: rollouts(num_workers=1), "num_workers 1: readers would not see a new pool"),
+        (lambda: rollouts(items=600, batch_size=24).pool, r"items 600: there are \d+ training problems"),
+        (lambda: rollouts(num_workers=1), "num_workers 1: workers would not see a new pool"),
         (lambda: gym("chain_sm"), r"dataset: 'chain_sm' is not one of \d+; nearest: chain_sum"),
         (lambda: gym(config={"max_trms": 2}), "config: 'max_trms' is not one of min_terms, max_terms"),
         (lambda: gym(far={"max_trms": 2}), "far: 'max_trms' is not one of"),
         (lambda: gym(config={"min_terms": 9}), "config of 'chain_sum': max_terms must be >= min_terms"),
-        (lambda: gym(config={"size": 5}).make(5), "config.size 5 of 'chain_sum': problem 5 is asked for; raise it"),
-        (lambda: gym("rush_hour"), "dataset 'rush_hour': it names no right answer"),
-        *((lambda name=name: gym(name), f"dataset '{name}': its questions hang") for name in UNSTEADY),
-        *((lambda name=name: gym(name), f"dataset '{name}': its scores run what a model says") for name in EVALUATING),
+        (lambda: gym(config={"size": 5}).make(5), "config.size 5 of 'chain_sum': problem 5 is needed; increase it"),
+        (lambda: gym("rush_hour"), "dataset 'rush_hour': it has no correct answer"),
+        *((lambda name=name: gym(name), f"dataset '{name}': its questions differ") for name in UNSTEADY),
+        *((lambda name=name: gym(name), f"dataset '{name}': its scores execute answers") for name in EVALUATING),
     ],
 )
 def test_what_cannot_be_is_one_line(make: Any, says: str) -> None:
