@@ -105,7 +105,7 @@ def test_oklab_is_as_published() -> None:
         ("801090", "purple"),
     ],
 )
-def test_a_square_is_called_what_it_is(code: str, term: str) -> None:
+def test_a_square_has_its_colour_term(code: str, term: str) -> None:
     assert SyntheticCaption().texts(drawings([canvas((code, 8, 8, 56, 56))])) == [f"{term} food fruit"]
 
 
@@ -139,7 +139,7 @@ def test_measures_in_numbers() -> None:
     assert measure(lopsided[None]).mirror_R[0] < 0.8
 
 
-def test_longer_forms_say_more_and_it_is_true() -> None:
+def test_descriptive_and_dense_captions() -> None:
     flag = canvas(("ff0000", 20, 0, 32, 64), ("0000ff", 32, 0, 44, 64))
     ring = canvas(("000000", 0, 0, 40, 40), ("ffff00", 3, 3, 37, 37))
     descriptive, dense = (SyntheticCaption(form).texts(drawings([flag, ring])) for form in ("descriptive", "dense"))
@@ -153,7 +153,7 @@ def test_longer_forms_say_more_and_it_is_true() -> None:
     ]
 
 
-def test_drawings_of_several_hands_are_each_measured() -> None:
+def test_drawings_of_several_artists_are_each_measured() -> None:
     red, green = canvas(("ff0000", 8, 8, 56, 56)), canvas(("008000", 8, 8, 56, 56))
     pictures = {0: torch.stack([red, green]), 1: torch.stack([green, red])}
     mixed = Drawings(
@@ -166,7 +166,7 @@ def test_drawings_of_several_hands_are_each_measured() -> None:
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.25, 0.5, 1.0])
-def test_noise_tells_its_share_wrong_and_the_same_drawings_always(noise: float) -> None:
+def test_the_share_of_wrong_names_is_exact_and_fixed(noise: float) -> None:
     some = many()
     texts, own = AltText(noise).texts(some), [some.name_C[c] for c in some.concept_R]
     wrong = np.array([a != b for a, b in zip(texts, own, strict=True)])
@@ -182,7 +182,7 @@ def test_noise_tells_its_share_wrong_and_the_same_drawings_always(noise: float) 
         assert len({t for t, w in zip(texts, wrong, strict=True) if w}) > 250  # not one name for all
 
 
-def test_noise_depends_on_the_drawing_not_on_its_place() -> None:
+def test_noise_is_independent_of_the_order_of_drawings() -> None:
     some = many(50)
     order = np.random.default_rng(0).permutation(len(some))
     moved = Drawings(
@@ -192,7 +192,7 @@ def test_noise_depends_on_the_drawing_not_on_its_place() -> None:
     assert AltText().texts(moved) == [texts[r] for r in order]
 
 
-def test_fused_says_both() -> None:
+def test_fused_joins_both_captions() -> None:
     some = drawings([canvas(("ff0000", 8, 8, 56, 56))])
     assert Fused(AltText(0.0), SyntheticCaption()).texts(some) == ["red food fruit, thing 0"]
 
@@ -201,7 +201,7 @@ def test_fused_says_both() -> None:
 
 
 @pytest.mark.parametrize("alt", [0.0, 0.1, 0.5, 1.0])
-def test_shares_are_pi_within_chance_and_each_epoch_draws_anew(alt: float) -> None:
+def test_shares_of_sources_are_pi_and_independent_between_epochs(alt: float) -> None:
     mixed = mixer(alt, 1 - alt).write(many(500), TOKENIZER)
     n = len(mixed.text_SR[0])
     chosen = []
@@ -232,7 +232,7 @@ def sources(data: Emoji, epoch: int, world: int = 1, workers: int = 0) -> dict[i
     return found
 
 
-def test_ranks_and_workers_do_not_matter_and_epochs_do(data: Emoji) -> None:
+def test_captions_depend_on_epochs_not_on_ranks_or_workers(data: Emoji) -> None:
     whole = sources(data, 0)
     assert len(whole) == len(data.training_set())
     assert sources(data, 0, world=2) == whole
@@ -243,7 +243,7 @@ def test_ranks_and_workers_do_not_matter_and_epochs_do(data: Emoji) -> None:
     assert other == pytest.approx(0.5, abs=4 * np.sqrt(0.25 / len(whole)))
 
 
-def test_what_loaders_give_is_what_was_written(data: Emoji) -> None:
+def test_loaders_return_the_written_captions(data: Emoji) -> None:
     mixed, rows = trained(data), data.training_set()
     concepts = {int(i): r for r, i in enumerate(rows.identity(np.arange(len(rows))))}
     told = {0: 0, 1: 0}
@@ -254,7 +254,7 @@ def test_what_loaders_give_is_what_was_written(data: Emoji) -> None:
     assert min(told.values()) > 0.35 * len(rows)
 
 
-def test_without_a_mixer_batches_are_as_ever() -> None:
+def test_a_mixer_changes_training_captions_only() -> None:
     plain, mixed = (Emoji(batch_size=64, tiny=True, mixer=m) for m in (None, mixer(0.0, 1.0)))
     window = next(iter(Order(len(plain.training_set()), 64, 0)))
     a, b = plain.training_set()[window], mixed.training_set()[window]
@@ -269,7 +269,7 @@ def test_without_a_mixer_batches_are_as_ever() -> None:
         assert torch.equal(one.inputs["text"], two.inputs["text"]) and torch.equal(one.key, two.key)
 
 
-def test_a_schedule_moves_the_shares_and_ends() -> None:
+def test_a_schedule_is_linear_and_ends() -> None:
     moving = mixer(0.0, 1.0, schedule=Drift({"alt": 1.0}, epochs=4))
     assert moving.pi(np.array([0, 1, 2, 4, 9]))[:, 0].tolist() == [0.0, 0.25, 0.5, 1.0, 1.0]
     data = Emoji(batch_size=64, text=TOKENIZER, tiny=True, mixer=moving)
@@ -285,7 +285,7 @@ def test_a_schedule_moves_the_shares_and_ends() -> None:
         assert torch.equal(rows[window].inputs["text"], mixed.tokens_UT[torch.tensor(taken)])
 
 
-def test_a_schedule_in_a_mixture_goes_by_the_passes_of_its_part() -> None:
+def test_a_schedule_in_a_mixture_counts_passes_of_its_part() -> None:
     moving = mixer(0.0, 1.0, schedule=Drift({"alt": 1.0}, epochs=1))
     whole = Mixture(
         {"one": Emoji(text=TOKENIZER, mixer=moving), "two": Emoji(text=TOKENIZER)}, batch_size=64, tiny=True
@@ -324,7 +324,7 @@ def test_two_drawings_of_one_concept_share_the_key_of_its_name() -> None:
     assert torch.equal(key_B[:20], key_B[20:]) and len(key_B.unique()) == 20
 
 
-def test_equal_captions_do_not_push_each_other_away() -> None:
+def test_equal_captions_are_no_negatives() -> None:
     """Drawings of one caption: a third one's loss pulls, these two have no gradient from each other's text."""
     red = [canvas(("ff0000", 8, 8, 56, 56)), canvas(("e01010", 4, 4, 60, 60)), canvas(("0000ff", 8, 8, 56, 56))]
     mixed = mixer(0.0, 1.0).write(drawings(red), TOKENIZER)
@@ -346,7 +346,7 @@ def test_equal_captions_do_not_push_each_other_away() -> None:
 # the control -----------------------------------------------------------------------------------------------------
 
 
-def test_the_control_tells_each_drawing_what_is_anothers_and_nothing_else_differs() -> None:
+def test_the_sham_permutes_alt_texts_and_changes_nothing_else() -> None:
     some = many()
     method, control = (mixer(0.5, 0.5, sham=sham) for sham in (None, "permute"))
     ours, theirs = (m.write(some, TOKENIZER) for m in (method, control))
@@ -397,7 +397,7 @@ def test_statistics_by_hand() -> None:
     assert mixed.mixer.calls == 0
 
 
-def test_long_forms_are_cut_and_that_is_seen(data: Emoji) -> None:
+def test_truncation_of_long_captions_is_reported(data: Emoji) -> None:
     cut = {}
     for form in ("short", "dense"):
         one = CaptionMixer({"synthetic": SyntheticCaption(form)}, {"synthetic": 1.0})
@@ -407,7 +407,7 @@ def test_long_forms_are_cut_and_that_is_seen(data: Emoji) -> None:
     assert cut["short"] == 0 and cut["dense"] > 0.5
 
 
-def test_statistics_are_of_what_training_reads(data: Emoji) -> None:
+def test_statistics_equal_those_of_training_batches(data: Emoji) -> None:
     read, found = sources(data, 2), data.caption_statistics(2)
     assert found is not None
     rows = torch.tensor([ids for ids, _ in read.values()])
@@ -434,13 +434,13 @@ def test_statistics_are_of_what_training_reads(data: Emoji) -> None:
         ({"sources": {"a/b": AltText()}}, "sources: 'a/b': letters"),
     ],
 )
-def test_bad_mixtures_are_one_line(options: dict[str, Any], line: str) -> None:
+def test_bad_mixers_raise_one_line(options: dict[str, Any], line: str) -> None:
     good: dict[str, Any] = {"sources": {"alt": AltText(), "synthetic": SyntheticCaption()}, "probs": {"alt": 1.0}}
     with pytest.raises(ValueError, match=line):
         CaptionMixer(**(good | options))
 
 
-def test_bad_arguments_are_one_line() -> None:
+def test_bad_arguments_raise_one_line() -> None:
     with pytest.raises(ValueError, match=r"noise 1.5 is no share of the drawings; nearest: 1.0"):
         AltText(1.5)
     with pytest.raises(ValueError, match="form: 'densely' is not one of short, descriptive, dense"):
