@@ -23,9 +23,6 @@ from descant.modules.core.batch import Batch
 from descant.modules.core.host import to_device
 from descant.modules.core.rng import mix_N, uniform_NK
 
-#: The sets of such a corpus, which are its regions.
-REGIONS = ("train", "val", "test")
-
 
 @dataclass(frozen=True)
 class Box:

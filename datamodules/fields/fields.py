@@ -16,7 +16,8 @@ import soundfile
 import torch
 from torch import Tensor
 
-from descant.datamodules.fields.columns import Column, caption_fields, named_column, split_names
+from descant.datamodules.fields.columns import Column as Column
+from descant.datamodules.fields.columns import caption_fields, named_column, split_names
 from descant.datamodules.fields.columns import kinds as kinds
 from descant.datamodules.fields.columns import numbered as numbered
 from descant.datamodules.fields.image_cache import ImageCache

@@ -23,11 +23,12 @@ def emoji(**options: object) -> Emoji:
 
 
 def clip(data: Emoji, concept: int, voice: int) -> np.ndarray:
-    """By hand: what voice number ``voice`` says of a concept, in 2 seconds."""
-    assert data.said is not None
-    first, length = data.said.spoken.clips[voice, concept]
+    """Explicitly: 2 seconds of a concept in voice number ``voice``."""
+    assert data.spoken is not None
+    clips = data.spoken.spoken
+    first, length = clips.clips[voice, concept]
     row = np.zeros(2 * RATE, np.int16)
-    row[: min(length, len(row))] = data.said.spoken.wave[first : first + min(length, len(row))]
+    row[: min(length, len(row))] = clips.wave[first : first + min(length, len(row))]
     return row
 
 
