@@ -62,7 +62,9 @@ class ImageViews:
 class Tokenized:
     """Mixin of data modules with a ``tokenizer``, which recipes and callbacks read as ``codec``."""
 
-    tokenizer: Tokenizer
+    @property
+    def tokenizer(self) -> Tokenizer:
+        raise NotImplementedError
 
     @property
     def codec(self) -> Tokenizer:

@@ -164,7 +164,7 @@ class Emoji(ImageViews, Tokenized, DataModule):
         return json.loads((self.folder / "pack.json").read_text(encoding="utf-8"))
 
     @cached_property
-    def tokenizer(self) -> Tokenizer:  # type: ignore[override]  # written once, as the mixin has it
+    def tokenizer(self) -> Tokenizer:
         return self.text or BPETokenizer(self.folder / "tokenizer.json")
 
     @cached_property

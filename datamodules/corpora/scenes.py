@@ -256,7 +256,7 @@ class Scenes(ImageViews, Tokenized, DataModule):
         )
 
     @cached_property
-    def tokenizer(self) -> Tokenizer:  # type: ignore[override]  # written once, as the mixin has it
+    def tokenizer(self) -> Tokenizer:
         if self.text is not None:
             return self.text
         texts = ["the", "is", "and", *SIZES, *self.relations, *self.concepts]

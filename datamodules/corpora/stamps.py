@@ -239,7 +239,7 @@ class Stamps(ImageViews, Tokenized, Packaged, DataModule):
         return corpus
 
     @cached_property
-    def tokenizer(self) -> Tokenizer:  # type: ignore[override]  # written once, as the mixin has it
+    def tokenizer(self) -> Tokenizer:
         return self.text or NgramTokenizer()
 
     @cached_property

@@ -240,7 +240,7 @@ class Questions(ImageViews, Dialogues):
         return load_pack(self.folder, run_ledger(self.trainer), self.tiny)
 
     @cached_property
-    def tokenizer(self) -> Tokenizer:  # type: ignore[override]  # written once, as the mixin has it
+    def tokenizer(self) -> Tokenizer:
         return self.text or BPETokenizer(self.folder / "tokenizer.json", self.length)
 
     @cached_property

@@ -240,7 +240,7 @@ class TextTasks(Dialogues):
         return ("text",)
 
     @cached_property
-    def tokenizer(self) -> Tokenizer:  # type: ignore[override]  # written once, as the mixin has it
+    def tokenizer(self) -> Tokenizer:
         return self.text or ByteTokenizer(self.length)
 
     @property
