@@ -96,7 +96,7 @@ class Prompts(DialogueSet):
 
     def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
         p = self.problems.where(index_B)
-        text_BT, said_BT = self.data.replied(prompts()[p.number_N].tolist(), [[FIRST]] * len(p))
+        text_BT, said_BT = self.data.dialogue_rows(prompts()[p.number_N].tolist(), [[FIRST]] * len(p))
         answer = torch.full((len(p), self.data.answer_length), PAD)
         return Rows({"text": text_BT, "loss_mask": said_BT}, {"answer": answer}, torch.from_numpy(p.key_N))
 

@@ -1,6 +1,6 @@
-"""The corpora: they know files, and hand out :class:`descant.modules.core.batch.Batch`.
+"""Data modules: corpora of files, mixtures and tasks, each of which makes :class:`descant.modules.core.batch.Batch`.
 
-``from descant.datamodules import Emoji`` imports the one module that has it, and none of the others.
+``from descant.datamodules import Emoji`` imports the module of Emoji and none of the others.
 """
 
 from __future__ import annotations
@@ -36,36 +36,34 @@ if TYPE_CHECKING:
     from descant.datamodules.user_data import UserData as UserData
 
 #: Module -> its data modules.
-_HOMES = {
-    "base": ("DataModule",),
-    "crops": ("CropModule",),
-    "described": ("Descriptions",),
-    "dialogues": ("Dialogues",),
-    "emoji": ("Emoji",),
-    "fashion": ("Fashion",),
-    "frames": ("FrameRollouts", "Frames"),
-    "landsat": ("Landsat",),
-    "mixture": ("Mixture",),
-    "own": ("UserData",),
-    "pool": ("PooledQuestions", "QuestionPool", "QuestionRollouts"),
-    "questions": ("QuestionPairs", "Questions"),
-    "rolled": ("PooledDialogues", "RolledDialogues"),
-    "scenes": ("Scenes",),
-    "staged": ("StagedData",),
-    "stamps": ("Stamps",),
-    "tasks": ("TaskRollouts", "TextTasks"),
-    "volumes": ("Volumes",),
+_CLASSES = {
+    "base": "DataModule",
+    "corpora.crops": "CropModule",
+    "corpora.emoji": "Emoji",
+    "corpora.fashion": "Fashion",
+    "corpora.frames": "FrameRollouts Frames",
+    "corpora.landsat": "Landsat",
+    "corpora.scenes": "Scenes",
+    "corpora.stamps": "Stamps",
+    "corpora.volumes": "Volumes",
+    "mixture": "Mixture",
+    "stages": "StagedData",
+    "tasks.descriptions": "Descriptions",
+    "tasks.dialogues": "Dialogues",
+    "tasks.question_pool": "PooledQuestions QuestionPool QuestionRollouts",
+    "tasks.questions": "QuestionPairs Questions",
+    "tasks.rollout_buffer": "PooledDialogues RolledDialogues",
+    "tasks.text_tasks": "TaskRollouts TextTasks",
+    "user_data": "UserData",
 }
-_MODULES = {name: module for module, names in _HOMES.items() for name in names}
+_MODULES = {name: module for module, names in _CLASSES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    # jsonargparse looks for a class in each parent package of its module, to write the shortest path into config.yaml.
+    # It has no option for the full path, which runs have had so far and which a resumed run is compared with.
+    if name not in _MODULES or sys._getframe(1).f_code.co_name == "get_import_path":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # jsonargparse asks here for a shorter path of a class, and would write that into config.yaml, where runs of
-    # earlier versions have the full one: a resume would be told of another class
-    if sys._getframe(1).f_code.co_name == "get_import_path":
-        raise AttributeError(name)
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 

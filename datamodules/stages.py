@@ -1,4 +1,4 @@
-"""Data of a run in stages: one data module after the other."""
+"""Staged data: a sequence of data modules, one a stage of training."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from descant.modules.tokenizers.text import Tokenizer
 
 
 class StageData:
-    """What a stage is trained on, and how long.
+    """Data and length of a stage.
 
     Args:
-        data: its batches are as large as it says itself.
-        epochs: of the stage; 0 leaves it out.
-        steps: optimizer steps of an epoch, which goes on in the data's own order where the epoch before it ended; a
-            whole pass where not given.
+        data: of the stage, with its own batch size.
+        epochs: of the stage; 0 skips it.
+        steps: optimizer steps of an epoch, which continues in the data's order where the previous one ended; by
+            default a whole pass.
 
     Raises:
         ValueError: for less than 0 epochs, or no step.
@@ -31,16 +31,18 @@ class StageData:
 
     def __init__(self, data: DataModule, epochs: int = 1, steps: int | None = None) -> None:
         if epochs < 0 or (steps is not None and steps < 1):
-            raise ValueError(f"StageData: epochs {epochs}, steps {steps}: 0 (no such stage) and 1 are the least")
+            raise ValueError(
+                f"StageData: epochs {epochs}, steps {steps}: at least 0 epochs (a skipped stage) and 1 step"
+            )
         self.data, self.epochs, self.steps = data, epochs, steps
 
 
 class StagedOrder(Order):
-    """An order whose epochs are stretches of another one's walk; facts are those of all stages.
+    """An order whose epochs are consecutive pieces of another order; ``facts`` are those of all stages.
 
     Args:
         order: of the stage's data.
-        steps: of an epoch; a whole pass where not given.
+        steps: of an epoch; by default a whole pass.
         since: the stage's first epoch; facts: of the run.
         epoch, first: where to start, ``first`` in micro-batches.
 
@@ -70,11 +72,11 @@ class StagedOrder(Order):
 
     def __iter__(self) -> Iterator[Window]:
         begin = (self.epoch - self.since) * len(self)
-        windows, turn = iter(list[Window]()), -1
+        windows, current = iter(list[Window]()), -1
         for position in range(self.first, len(self)):
-            now, at = divmod(begin + position, len(self.order))
-            if now != turn:
-                self.order.epoch, self.order.first, turn = now, at, now
+            epoch, first = divmod(begin + position, len(self.order))
+            if epoch != current:
+                self.order.epoch, self.order.first, current = epoch, first, epoch
                 windows = iter(self.order)
             yield next(windows)._replace(number=position)
 
@@ -82,18 +84,18 @@ class StagedOrder(Order):
 class StagedData(DataModule):
     """Trains on one data module after the other, each in its :class:`StageData`; the recipe is Staged.
 
-    Epochs are counted through all stages, and their sum ends the run. Whatever is asked of it beside training batches
-    is answered by one of its parts, the last one if not told otherwise: one yardstick from the first step to the last.
+    Epochs are counted through all stages, and their sum ends the run. Evaluation is the same in all stages: everything
+    but training batches comes from the data of one stage, by default the last.
 
     Args:
-        stages: name -> what is trained on, in this order.
-        evaluate: the stage whose evaluation sets are looked at, all through the run.
-        num_workers: of all parts, but of those that are renewed, which read in the main process; as each says itself
-            where not given.
-        tiny: passed on to the parts.
+        stages: name -> data and length, in this order.
+        evaluate: the stage whose data has the evaluation sets.
+        num_workers: of all stages except those of rollouts or pools, which read in the main process; by default that
+            of each stage's data.
+        tiny: of the data of all stages.
 
     Raises:
-        ValueError: for no stage, or one of another name to evaluate; at setup, for other epochs of the trainer.
+        ValueError: for no stage, or an unknown one to evaluate; at setup, for other epochs of the trainer.
     """
 
     def __init__(
@@ -105,7 +107,7 @@ class StagedData(DataModule):
     ) -> None:
         if not stages:
             raise ValueError("stages: none; such as {answers: {class_path: StageData, init_args: {data: ...}}}")
-        if not any(during.epochs for during in stages.values()):
+        if not any(stage.epochs for stage in stages.values()):
             raise ValueError(f"stages {', '.join(stages)}: all have 0 epochs; at least one is needed")
         if evaluate is not None and evaluate not in stages:
             raise ValueError(f"evaluate: no stage {evaluate!r}; there is {', '.join(stages)}")
@@ -122,35 +124,35 @@ class StagedData(DataModule):
 
     @property
     def parts(self) -> list[DataModule]:
-        return [during.data for during in self.stages.values()]
+        return [stage.data for stage in self.stages.values()]
 
     @property
     def modalities(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(m for part in self.parts for m in part.modalities))
 
-    # where the run is -------------------------------------------------------------------------------------------
+    # the current stage ------------------------------------------------------------------------------------------
 
     @property
     def epochs(self) -> int:
-        return sum(during.epochs for during in self.stages.values())
+        return sum(stage.epochs for stage in self.stages.values())
 
     @property
     def since(self) -> int:
-        """The first epoch of the stage that is on."""
+        """The first epoch of the current stage."""
         return self._begins(self.stage)
 
     @property
     def stage(self) -> str:
-        """The name of the one that is on."""
+        """The name of the current stage."""
         return self.stage_at(self.position[0])
 
     def stage_at(self, epoch: int) -> str:
-        """Whose an epoch is; beyond the end the last one's."""
-        for name, during in self.stages.items():
-            if epoch < during.epochs:
+        """The name of the stage of an epoch; of the last one beyond the end."""
+        for name, stage in self.stages.items():
+            if epoch < stage.epochs:
                 return name
-            epoch -= during.epochs
-        return [name for name, during in self.stages.items() if during.epochs][-1]
+            epoch -= stage.epochs
+        return [name for name, stage in self.stages.items() if stage.epochs][-1]
 
     def _begins(self, stage: str) -> int:
         names = list(self.stages)
@@ -158,16 +160,16 @@ class StagedData(DataModule):
 
     @property
     def current(self) -> DataModule:
-        """What is trained on now."""
+        """The data of the current stage."""
         return self.stages[self.stage].data
 
     def __getattr__(self, name: str) -> Any:
-        # what only some data have, such as the words of dialogues, evaluation asks for
+        # attributes that only some data modules have, such as ``spell`` of dialogues
         if name.startswith("_") or "evaluated" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__} has no {name!r}")
         return getattr(self.__dict__["evaluated"], name)
 
-    # the hooks that parts have ----------------------------------------------------------------------------------
+    # the hooks of the parts -------------------------------------------------------------------------------------
 
     @property
     def trainer(self) -> L.Trainer | None:
@@ -190,13 +192,11 @@ class StagedData(DataModule):
             return
         if not any(getattr(callback, "advances", False) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
             raise ValueError(
-                "StagedData: who goes from one stage to the next? The callback Stages: trainer.callbacks+=Stages"
+                "StagedData: the callback Stages, which moves to the next stage, is missing: trainer.callbacks+=Stages"
             )
         loop, given = self.trainer.fit_loop, self.trainer.max_epochs
         if given not in (None, -1, self.epochs):
-            raise ValueError(
-                f"trainer.max_epochs {given}: the stages have {self.epochs} together; -1 leaves it to them"
-            )
+            raise ValueError(f"trainer.max_epochs {given}: the stages have {self.epochs} together; set it to -1")
         loop.max_epochs = self.epochs
 
     def teardown(self, stage: str) -> None:
@@ -204,12 +204,12 @@ class StagedData(DataModule):
             part.teardown(stage)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"stage": self.stage, "parts": {name: during.data.state_dict() for name, during in self.stages.items()}}
+        return {"stage": self.stage, "parts": {name: stage.data.state_dict() for name, stage in self.stages.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if list(state_dict["parts"]) != list(self.stages):
             raise ValueError(f"stages {', '.join(self.stages)}: the checkpoint has {', '.join(state_dict['parts'])}")
-        self.position = (self._begins(state_dict["stage"]), 0)  # a resume point says it more exactly
+        self.position = (self._begins(state_dict["stage"]), 0)  # a resume point is more exact
         for name, state in state_dict["parts"].items():
             self.stages[name].data.load_state_dict(state)
 
@@ -221,20 +221,20 @@ class StagedData(DataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         rank, world, accumulate = self._world()
         cut = {"rank": rank, "world": world, "accumulate": accumulate}
-        if not self._facts:  # of all, before the first step: what a later stage lacks is told now
-            for name, during in self.stages.items():
-                data = during.data.training_set()
+        if not self._facts:  # of all stages, so that errors of later ones are raised before the first step
+            for name, stage in self.stages.items():
+                data = stage.data.training_set()
                 if not data.by_position:
-                    raise ValueError(f"stage {name!r}: a stream has no place to come back to; give it shards on disk")
-                its = during.data.order(data, **cut)
-                self._facts |= {f"{name}.{key}": value for key, value in its.facts.items()}
-                self._facts |= {f"{name}.epochs": during.epochs, f"{name}.steps": during.steps}
-                self.steps[name] = during.epochs * (during.steps or len(its) // accumulate)
-        during, (epoch, first) = self.stages[self.stage], self.position
-        data = during.data.training_set()
-        self.batch_size = during.data.batch_size
-        order = during.data.order(data, **cut)
-        return during.data._loader(data, StagedOrder(order, during.steps, self.since, self._facts, epoch, first))
+                    raise ValueError(f"stage {name!r}: a stream cannot continue where it stopped; use shards on disk")
+                order = stage.data.order(data, **cut)
+                self._facts |= {f"{name}.{key}": value for key, value in order.facts.items()}
+                self._facts |= {f"{name}.epochs": stage.epochs, f"{name}.steps": stage.steps}
+                self.steps[name] = stage.epochs * (stage.steps or len(order) // accumulate)
+        stage, (epoch, first) = self.stages[self.stage], self.position
+        data = stage.data.training_set()
+        self.batch_size = stage.data.batch_size
+        order = stage.data.order(data, **cut)
+        return stage.data._loader(data, StagedOrder(order, stage.steps, self.since, self._facts, epoch, first))
 
     def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
         return self.evaluated.evaluation_sets(stage)
@@ -262,7 +262,7 @@ class StagedData(DataModule):
         training = self.trainer is not None and self.trainer.training
         return self.current if training else self.evaluated
 
-    # what evaluation asks ---------------------------------------------------------------------------------------
+    # what evaluation reads --------------------------------------------------------------------------------------
 
     @property
     def codec(self) -> Tokenizer | None:

@@ -1,7 +1,6 @@
-"""Crops of one field: a single volume or scene as a corpus, with its regions held apart.
+"""Crops of one scan or scene as a corpus: random crops of a training region, a grid of crops of the others.
 
-One scan is one sample; what it has many of is places. Training draws crops anywhere in its region, evaluation takes
-those of a fixed grid in another, and a gap between the two keeps what is judged from touching what was learned.
+Regions have gaps between them, so no evaluation crop touches a training crop.
 Letters: A axes of space, B samples, C channels, N crops of a set, P places (A axes of numbers), S side of a crop.
 """
 
@@ -23,9 +22,6 @@ from descant.datamodules.order import Slot, Window
 from descant.modules.core.batch import Batch
 from descant.modules.core.host import to_device
 from descant.modules.core.rng import mix_N, uniform_NK
-
-#: The sets of such a corpus, which are its regions.
-REGIONS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -59,19 +55,19 @@ def share_of(mask: np.ndarray, size: int) -> np.ndarray:
 
 
 class CropSet(BatchDataset):
-    """Crops of some fields that lie over each other: all of ``start_N`` once, or ``samples`` that are drawn of them.
+    """Crops of aligned fields: all of ``start_N`` once, or ``samples`` of them at random.
 
         p_b = start[mix(draw_b, "crop") mod N], crop_b = field[:, p_b ... p_b + S]
 
-    A crop's id, and its key, is the number of its first place in the whole field, whichever set holds it.
+    A crop's id and content key is the number of its first place in the whole field, in all sets.
 
     Args:
         fields: modality -> uint8 ``[C, *space]``, all of one space.
         start_N: int64, numbers of first places.
         size: S.
-        samples: crops of an epoch that are drawn anew at each visit; None takes each once, as it lies.
-        flip: with probability 1/2 on each axis, the drawn crop is reversed, in all modalities alike.
-        turn: likewise the last two axes change places: with flips, all eight positions of a square.
+        samples: crops of an epoch, sampled anew at each visit; None takes each of ``start_N`` once, unchanged.
+        flip: with probability 1/2 on each axis, a sampled crop is reversed, in all modalities alike.
+        turn: likewise the last two axes are exchanged: with flips, all eight positions of a square.
     """
 
     def __init__(
@@ -97,34 +93,34 @@ class CropSet(BatchDataset):
         return {modality: torch.ones(len(index_N), dtype=torch.bool) for modality in self.fields}
 
     def ids(self, index_B: np.ndarray, draw_B: np.ndarray) -> np.ndarray:
-        """Which crops some samples are, drawn by these keys."""
+        """The crops of some samples with these seeds."""
         return self.start_N[index_B if self.samples is None else mix_N(draw_B, "crop") % len(self.start_N)]
 
     def identity(self, index_B: np.ndarray) -> np.ndarray:
-        """Of samples that are drawn anew at each visit: what the first epoch draws."""
+        """Of samples that differ at each visit: those of the first epoch."""
         return self.ids(index_B, self.draws([Slot(0, int(i), True) for i in index_B]))
 
     def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
         id_B = self.ids(index_B, draw_B)
         inputs = self.crops(id_B)
         if self.samples is not None:
-            inputs = {modality: self._moved(x, draw_B) for modality, x in inputs.items()}
+            inputs = {modality: self._augmented(x, draw_B) for modality, x in inputs.items()}
         return Rows(inputs, {}, torch.from_numpy(id_B))
 
     def __getitem__(self, window: Window) -> Batch:
         batch = super().__getitem__(window)
-        return replace(batch, index=batch.key)  # what this visit drew, not what the first one did
+        return replace(batch, index=batch.key)  # of this visit, not of the first epoch
 
     def crops(self, id_B: np.ndarray) -> dict[str, Tensor]:
-        """Modality -> uint8 ``[B, C, S, ...]`` as they lie in the field."""
+        """Modality -> uint8 ``[B, C, S, ...]``, neither flipped nor turned."""
         place_AB = np.unravel_index(id_B, self.space)
         size, axes = (self.size,) * len(self.space), tuple(range(1, 1 + len(self.space)))
         at: tuple[Any, ...] = (slice(None), *place_AB)
-        # a view of all crops there are; only those of the batch are copied out of it
+        # a view of all crops; only those of the batch are copied
         windows = {modality: sliding_window_view(field, size, axis=axes) for modality, field in self.fields.items()}
         return {modality: torch.from_numpy(np.moveaxis(x[at], 1, 0).copy()) for modality, x in windows.items()}
 
-    def _moved(self, x: Tensor, draw_B: np.ndarray) -> Tensor:
+    def _augmented(self, x: Tensor, draw_B: np.ndarray) -> Tensor:
         axes = range(2, x.ndim)
         u_BK = uniform_NK(draw_B, [*(f"crop/flip{axis - 2}" for axis in axes), "crop/turn"])
         half_KB = (u_BK < 0.5).T.reshape(-1, len(x), *[1] * (x.ndim - 1))
@@ -135,24 +131,24 @@ class CropSet(BatchDataset):
 
 
 class CropModule(DataModule):
-    """Base of data modules of one field; a subclass says where it comes from, how it is cut, and what is in it.
+    """Base of data modules of crops of one field; a subclass implements ``read``, ``cut`` and ``content_mask``.
 
     A batch holds uint8 ``[B, C, S, ...]`` of each modality, and on the device float32 ``(x - mean) / std``, with mean
-    and deviation of each channel over the crops of ``bank_set``: the training region, and nothing else.
+    and deviation of each channel over the crops of ``bank_set``, which are of the training region.
 
     Args:
         batch_size, eval_batch_size, num_workers, drop, tiny: as in :class:`DataModule`.
         size: S. samples: training crops of an epoch.
-        stride: places from one crop of the grids to the next; half of ``size`` where not given.
+        stride: places from one crop of the grids to the next; half of ``size`` by default.
         flip, turn: of training crops.
 
     Raises:
         ValueError: for a number that is less than 1; at first use, for a region smaller than a crop.
     """
 
-    #: What each axis of space is called.
+    #: Names of the axes of space.
     axes: tuple[str, ...]
-    #: What a crop is asked to hold at least a share of, for the message where none does.
+    #: Name of what ``content_mask`` marks, for messages.
     content = "content"
 
     def __init__(
@@ -175,18 +171,18 @@ class CropModule(DataModule):
             if value < 1:
                 raise ValueError(f"{name} {value}: at least 1")
 
-    # what a subclass says ------------------------------------------------------------------------------------------
+    # what a subclass implements ------------------------------------------------------------------------------------
 
     def read(self) -> dict[str, np.ndarray]:
-        """Modality -> uint8 ``[C, *space]``, fetched where it has to be."""
+        """Modality -> uint8 ``[C, *space]``, fetched if necessary."""
         raise NotImplementedError
 
     def cut(self, space: tuple[int, ...], size: int) -> dict[str, Box]:
         """``train``, ``val`` and ``test`` of a space, for crops of a size."""
         raise NotImplementedError
 
-    def worth(self) -> tuple[np.ndarray, float]:
-        """Bool ``[*space]``, and the least share of it that a crop is taken with."""
+    def content_mask(self) -> tuple[np.ndarray, float]:
+        """Bool ``[*space]``, and the least share of it that a crop must have."""
         return np.ones(self.space, dtype=bool), 0.0
 
     # the corpus and its splits -------------------------------------------------------------------------------------
@@ -202,37 +198,35 @@ class CropModule(DataModule):
 
     @cached_property
     def regions(self) -> dict[str, Box]:
-        """The box of each set, in which its crops lie whole."""
-        found = self.cut(self.space, self.size)
-        for name, box in found.items():
+        """The box of each set, which contains its crops."""
+        regions = self.cut(self.space, self.size)
+        for name, box in regions.items():
             if min(box.shape) < self.size:
-                fits = (s for s in range(self.size, 0, -1) if all(min(b.shape) >= s for b in self._cut(s)))
-                sides = " x ".join(map(str, box.shape))
+                sizes = range(self.size, 0, -1)
+                fits = (s for s in sizes if all(min(b.shape) >= s for b in self.cut(self.space, s).values()))
                 near = next(fits, None)
                 hint = "no size fits" if near is None else f"nearest: {near}"
+                sides = " x ".join(map(str, box.shape))
                 raise ValueError(f"size {self.size}: the {name} region has only {sides} places; {hint}")
-        return found
-
-    def _cut(self, size: int) -> list[Box]:
-        return list(self.cut(self.space, size).values())
+        return regions
 
     @cached_property
     def places(self) -> dict[str, np.ndarray]:
-        """Region -> int64, the numbers of all first places whose crop lies in the region and holds enough."""
-        mask, least = self.worth()
-        found = {}
+        """Region -> int64, the numbers of all first places whose crop is in the region and has enough content."""
+        mask, least = self.content_mask()
+        places = {}
         for name, box in self.regions.items():
             share_P = share_of(mask[box.slices], self.size)
             inside = np.nonzero(share_P >= least)
             if not len(inside[0]):
-                told = f"the fullest of the {name} region holds {share_P.max():.3f}"
-                raise ValueError(f"{self.content} {least:g}: no crop of {self.size} holds so much; {told}")
+                most = f"the most in the {name} region is {share_P.max():.3f}"
+                raise ValueError(f"{self.content} {least:g}: no crop of {self.size} has so much; {most}")
             at = [place + low for place, low in zip(inside, box.low, strict=True)]
-            found[name] = np.ravel_multi_index(at, self.space).astype(np.int64)
-        return found
+            places[name] = np.ravel_multi_index(at, self.space).astype(np.int64)
+        return places
 
     def grid(self, region: str) -> np.ndarray:
-        """int64 ``[N]``: those of ``places`` that lie on the grid; where none does, the middle one of them."""
+        """int64 ``[N]``: the ``places`` on the grid, or else the middle one of them."""
         id_P, box = self.places[region], self.regions[region]
         at_AP = np.stack(np.unravel_index(id_P, self.space)) - np.array(box.low)[:, None]
         on_P = (at_AP % self.stride == 0).all(axis=0)
@@ -241,16 +235,16 @@ class CropModule(DataModule):
     @cached_property
     def statistics(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Modality -> mean and standard deviation ``[C]`` in float32, of the crops of the bank."""
-        found = {}
+        statistics = {}
         for modality, x in self.bank_set().crops(self.grid("train")).items():
             count_CV = [np.bincount(channel.flatten().numpy(), minlength=256) for channel in x.unbind(1)]
             value_V = np.arange(256.0)
             mean_C = np.array([np.average(value_V, weights=count_V) for count_V in count_CV])
             square_C = np.array([np.average(value_V**2, weights=count_V) for count_V in count_CV])
             std_C = np.sqrt(np.maximum(square_C - mean_C**2, 0))
-            std_C[std_C == 0] = 1  # a channel of one value says nothing, and stays finite
-            found[modality] = torch.from_numpy(mean_C).float(), torch.from_numpy(std_C).float()
-        return found
+            std_C[std_C == 0] = 1  # a channel of one value stays finite
+            statistics[modality] = torch.from_numpy(mean_C).float(), torch.from_numpy(std_C).float()
+        return statistics
 
     def training_set(self) -> CropSet:
         samples = min(self.samples, 256) if self.tiny else self.samples
@@ -264,7 +258,7 @@ class CropModule(DataModule):
         name = "val" if stage == "validate" else "test"
         return {name: CropSet(self.fields, self.grid(name), self.size, self.seed)}
 
-    # what evaluation asks ------------------------------------------------------------------------------------------
+    # what evaluation reads -----------------------------------------------------------------------------------------
 
     def _place(self, index: int) -> list[int]:
         """First place of a crop, by its id."""
@@ -277,13 +271,9 @@ class CropModule(DataModule):
         spans = zip(self.axes, self._place(index), strict=True)
         return ", ".join(f"{axis} {place} to {place + self.size - 1}" for axis, place in spans)
 
-    # numbers on the device -----------------------------------------------------------------------------------------
-
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         for modality, (mean_C, std_C) in self.statistics.items():
             x = batch.inputs[modality].float()
-            shape = (-1, *[1] * (x.ndim - 2))
-            batch.inputs[modality] = x.sub_(to_device(mean_C, x.device).view(shape)).div_(
-                to_device(std_C, x.device).view(shape)
-            )
+            mean, std = (to_device(t_C, x.device).view(-1, *[1] * (x.ndim - 2)) for t_C in (mean_C, std_C))
+            batch.inputs[modality] = x.sub_(mean).div_(std)
         return batch

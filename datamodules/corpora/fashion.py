@@ -1,7 +1,7 @@
-"""Fashion-MNIST: small grey pictures of ten kinds of clothes (the Debian package dataset-fashion-mnist).
+"""Fashion-MNIST: grey images of ten classes of clothes (the Debian package dataset-fashion-mnist).
 
-60,000 pictures to train on, a twelfth of which is kept for validation by a hash of its number, and the usual 10,000
-to test on. Letters: B samples of a batch, N of a set, M of the whole corpus, S pixels out.
+60,000 training images, a twelfth of which, by a hash of its number, is for validation, and the usual 10,000 for
+the test. Letters: B samples of a batch, N of a set, M of the whole corpus, S pixels out.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from descant.datamodules.base import BatchDataset, DataModule, Rows
+from descant.datamodules.corpora.base import Packaged, is_training, require_size
 from descant.datamodules.prepare.fashion import CLASSES, DEB, SIDE, Pictures
-from descant.datamodules.prepare.package import unpacked
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import mix_N
 from descant.modules.transforms.image import Crop
 
-#: One training picture in so many is kept for validation: 5,000 of 60,000.
-KEPT = 12
+#: One training image in so many is for validation: 5,000 of 60,000.
+VALIDATION = 12
 
 
 class FashionSet(BatchDataset):
-    """Some pictures of the corpus, as they are.
+    """Some images of the corpus.
 
     Args:
-        image: uint8 ``[M, 28, 28]``. label: int64 ``[M]``. Of all M pictures.
-        id_N: which of them are in this set; a picture's place in the corpus is its id.
+        image, label: uint8 ``[M, 28, 28]`` and int64 ``[M]`` of all M images.
+        id_N: which of them are in this set; an image's place in the corpus is its id.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class FashionSet(BatchDataset):
         return Rows({"image": self.image[id_B, None]}, {"label": self.label[id_B]}, id_B)
 
 
-class Fashion(DataModule):
+class Fashion(Packaged, DataModule):
     """Fashion-MNIST as one modality, ``image``, with the target ``label``.
 
-    A batch holds uint8 ``[B, 1, 28, 28]``, and on the device float32 ``[B, 1, S, S]`` in -1..1, black around.
-    Evaluation sets: "validate" has ``val``, the twelfth of the training pictures that comes first by
-    ``mix(i, "fashion/split")`` and is left out of training; "test" has ``test``, the usual 10,000.
+    A batch holds uint8 ``[B, 1, 28, 28]``, and on the device float32 ``[B, 1, S, S]`` in -1..1, padded with black.
+    Evaluation sets: "validate" has ``val``, the twelfth of the training images that is first by
+    ``mix(i, "fashion/split")`` and left out of training; "test" has ``test``, the usual 10,000.
 
     The package is fetched once by ``apt-get download``, or given as a file, and unpacked into the cache (30 MB).
 
@@ -67,17 +67,17 @@ class Fashion(DataModule):
         eval_batch_size: rows of an evaluation batch on each rank.
         num_workers: processes that read ahead; the corpus is in memory, so 0 is best.
         drop: modality -> probability that a training sample is made absent.
-        tiny: 600 + 100 drawn pictures of the same shapes, for tests and for `check`; nothing is fetched.
-        size: S, 32 (two black pixels around) or 28.
-        augment: training's view, on the device; none where not given.
-        limit: training pictures that are used, the first in the order of the split; all where not given.
-        bank: training pictures that k-NN and probes are fitted on, at most; all where not given.
-        deb: the package as a file; asked of apt where not given.
-        accept: SHA-256 of packages to believe beside the known ones.
-        cache: folder to keep the corpus in.
+        tiny: 600 + 100 synthetic images of the same shapes, for tests and for `check`; nothing is fetched.
+        size: S, 32 (padded by two black pixels) or 28.
+        augment: of training images, on the device; none by default.
+        limit: number of training images, the first in the order of the split; all by default.
+        bank: most training images that k-NN and probes are fitted on; None for all.
+        deb: the package as a file; fetched by apt by default.
+        accept: SHA-256 of packages to accept beside the known ones.
+        cache: folder of the corpus.
 
     Raises:
-        ValueError: for a size or number that cannot be, or without the package.
+        ValueError: for a size or number out of range, or without the package.
 
     >>> data = Fashion(tiny=True, batch_size=8)
     >>> batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
@@ -102,15 +102,15 @@ class Fashion(DataModule):
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers, drop, tiny)
         self.size, self.augment, self.limit, self.bank = size, augment, limit, bank
-        self.deb, self.accept, self.cache = deb, accept, cache
+        self._package = DEB, deb, accept or (), cache
         if size not in (SIDE, 32):
             near = SIDE if abs(size - SIDE) <= abs(size - 32) else 32
-            raise ValueError(f"size {size}: the pictures have {SIDE} pixels, 32 with black around; nearest: {near}")
-        if augment is not None and augment.size != size:
-            raise ValueError(f"augment.size {augment.size} is not the data's size {size}")
+            raise ValueError(f"size {size}: the images have {SIDE} pixels, 32 with padding; nearest: {near}")
+        if augment is not None:
+            require_size(augment.size, size)
         for name, count in (("limit", limit), ("bank", bank)):
             if count is not None and count < 1:
-                raise ValueError(f"{name} {count}: at least 1 picture, or none given for all")
+                raise ValueError(f"{name} {count}: at least 1 image; leave it out for all")
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -122,22 +122,17 @@ class Fashion(DataModule):
 
     # the corpus and its splits -------------------------------------------------------------------------------------
 
-    def prepare_data(self) -> None:
-        """Fetch and unpack, on one rank of a machine; the others wait."""
-        if not self.tiny:
-            unpacked(DEB, self.deb, self.accept or (), self.cache)
-
     @cached_property
     def parts(self) -> tuple[Pictures, Pictures]:
-        """To train on, and to test on."""
+        """Training images, and test images."""
         if self.tiny:
             return synthetic(600, 0), synthetic(100, 1)
-        folder = unpacked(DEB, self.deb, self.accept or (), self.cache)
+        folder = self.package_folder()
         return Pictures.load(folder, "train"), Pictures.load(folder, "t10k")
 
     @cached_property
     def image(self) -> Tensor:
-        """uint8 ``[M, 28, 28]``: training pictures, then those of the test."""
+        """uint8 ``[M, 28, 28]``: training images, then those of the test."""
         return torch.from_numpy(np.concatenate([part.image for part in self.parts]))
 
     @cached_property
@@ -147,12 +142,12 @@ class Fashion(DataModule):
 
     @cached_property
     def order_N(self) -> np.ndarray:
-        """Ids of the training pictures by their hash: the first twelfth validates, ``limit`` cuts the rest short."""
+        """Ids of the training images by their hash: the first twelfth validates, ``limit`` cuts the rest."""
         return np.argsort(mix_N(np.arange(len(self.parts[0])), "fashion/split"), kind="stable")
 
     @property
     def _train_N(self) -> np.ndarray:
-        return self.order_N[len(self.order_N) // KEPT :][: self.limit]
+        return self.order_N[len(self.order_N) // VALIDATION :][: self.limit]
 
     def _set(self, id_N: np.ndarray, drop: Mapping[str, float] | None = None) -> FashionSet:
         return FashionSet(self.image, self.label, id_N, self.seed, drop)
@@ -165,10 +160,10 @@ class Fashion(DataModule):
 
     def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
         if stage == "validate":
-            return {"val": self._set(np.sort(self.order_N[: len(self.order_N) // KEPT]))}
+            return {"val": self._set(np.sort(self.order_N[: len(self.order_N) // VALIDATION]))}
         return {"test": self._set(np.arange(len(self.order_N), len(self.label)))}
 
-    # what evaluation asks ------------------------------------------------------------------------------------------
+    # what evaluation reads -----------------------------------------------------------------------------------------
 
     def describe(self, index: int) -> str:
         return f"{CLASSES[int(self.label[index])]} {index}"
@@ -176,12 +171,9 @@ class Fashion(DataModule):
     def picture(self, index: int) -> Tensor:
         return self.image[index].expand(3, -1, -1).clone()
 
-    # pixels on the device ------------------------------------------------------------------------------------------
-
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        around = (self.size - SIDE) // 2
-        x_B1SS = F.pad(batch.inputs["image"], (around,) * 4)
-        if self.augment is not None and self.trainer is not None and self.trainer.training:
+        x_B1SS = F.pad(batch.inputs["image"], ((self.size - SIDE) // 2,) * 4)
+        if self.augment is not None and is_training(self.trainer):
             batch.inputs["image"] = self.augment(x_B1SS, batch.draw)
         else:
             batch.inputs["image"] = x_B1SS.float().div_(127.5).sub_(1)
@@ -189,7 +181,7 @@ class Fashion(DataModule):
 
 
 def synthetic(pictures: int, seed: int) -> Pictures:
-    """Ten classes that can be learned: a soft bar through the middle, its angle the class; width and shade vary."""
+    """Ten classes for tests: a soft bar through the middle, its angle is the class; width and shade vary."""
     random = np.random.default_rng(seed)
     label = np.arange(pictures) % len(CLASSES)
     y, x = np.meshgrid(np.linspace(-1, 1, SIDE), np.linspace(-1, 1, SIDE), indexing="ij")

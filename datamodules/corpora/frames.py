@@ -1,22 +1,22 @@
-"""Stills, stacks of slices and clips, asked about in one layout: every frame is a picture of its own, in turn.
+"""Frames: questions about stills, stacks of slices and clips, each frame an image token of the dialogue.
 
-What is asked of a stack or a clip no single frame can answer. Letters: B samples of a batch, F frames, N problems,
+No single frame answers a question about a stack or a clip. Letters: B samples of a batch, F frames, N problems,
 S pixels of a side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from descant.datamodules.base import BatchDataset
-from descant.datamodules.corpora.emoji import DEVELOPMENT_VENDOR, VENDORS
+from descant.datamodules.corpora.emoji_pack import DEVELOPMENT_VENDOR, VENDORS
 from descant.datamodules.corpora.volumes import Volumes
-from descant.datamodules.mixture import MixedOrder, Shares, require_temperature, tempered
+from descant.datamodules.mixture_order import MixedOrder, Shares, require_temperature, tempered
 from descant.datamodules.names import require_known
 from descant.datamodules.order import Order
 from descant.datamodules.tasks.dialogues import SPLITS, in_split
@@ -31,27 +31,27 @@ WAYS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 
 
 class Source:
-    """Where frames come from: ``asks`` a question with its answer, and ``shows`` uint8 RGBA ``[F, 4, S, S]``.
+    """A source of frames: ``asks`` is a question and its answer, ``shows`` uint8 RGBA ``[F, 4, S, S]``.
 
-    What is asked is of the problem's key alone; ``visit`` is drawn anew each time it is shown in training.
+    The question is a function of the problem's key; ``visit`` is sampled anew at each visit of training.
     """
 
     frames: int = 1
-    #: Asked instead of the source's own question: which one it is by its ``name``, or of what ``group``.
+    #: Replaces the source's own question: the concept's ``name``, or its ``group``.
     about: Literal["name", "group"] | None = None
 
     def prepare(self) -> None:
-        """Fetches what it shows, on one rank of a machine: what is set here, other ranks lack."""
+        """Fetch files, on one rank of a machine. Attributes set here are missing on other ranks."""
 
     def join(self, data: Frames) -> None:
-        """Takes over what is said of the whole data, in every process that shows frames."""
+        """Take options from the data module, in every process that reads frames."""
 
     def asks(self, data: Frames, concept: int, others: np.ndarray, key: int) -> tuple[str, str]:
         if self.about is None:
-            return self.own(key)
+            return self.question(key)
         return Questions.wording(data, self.about, concept, 0, others, 0, key)
 
-    def own(self, key: int) -> tuple[str, str]:
+    def question(self, key: int) -> tuple[str, str]:
         raise NotImplementedError
 
     def shows(
@@ -61,10 +61,10 @@ class Source:
 
 
 class Stills(Source):
-    """One drawing, and four names or kinds to choose from.
+    """One drawing, and a choice of four names or groups.
 
     Args:
-        about: what is asked: which one it is by its ``name``, or of what ``group``.
+        about: the question: the concept's ``name``, or its ``group``.
     """
 
     def __init__(self, about: Literal["name", "group"] = "name") -> None:
@@ -77,11 +77,11 @@ class Stills(Source):
 
 
 class Stacks(Source):
-    """Slices that show one thing, each as another vendor draws it, but for one slice: which one?
+    """Slices of one concept by different vendors, except for one slice of another concept: which one?
 
     Args:
         frames: slices, 3 to 8.
-        about: asked instead, of slices that all show one thing: as of Stills.
+        about: replaces that question, with slices of one concept only: as of Stills.
 
     Raises:
         ValueError: for fewer or more.
@@ -93,13 +93,13 @@ class Stacks(Source):
         self.frames, self.about = frames, about
 
     #: The question.
-    asked = "which slice is another thing?"
+    text = "which slice is another thing?"
 
     def _odd(self, key: int) -> int:
         return int(_uniform(key, "frames/odd") * self.frames)
 
-    def own(self, key: int) -> tuple[str, str]:
-        return self.asked, PLACES[self._odd(key)]
+    def question(self, key: int) -> tuple[str, str]:
+        return self.text, PLACES[self._odd(key)]
 
     def shows(
         self, data: Frames, concept: int, others: np.ndarray, vendors: Sequence[int], key: int, visit: int
@@ -110,16 +110,16 @@ class Stacks(Source):
 
 
 class Slices(Stacks):
-    """Level slices of a real volume, from below to above, but for one of another place: which one?
+    """Axial slices of a real volume in order, except for one from another place: which one?
 
-    A problem of training is asked of the training region of the brain, one to choose by or to test by of theirs.
+    Problems of a split are about the same region of the brain, so test problems show no training voxels.
 
     Args:
-        volumes: of crops as large as frames.
+        volumes: of crops of the size of the frames.
         frames: slices, 3 to 8.
     """
 
-    asked = "which slice is of another place?"
+    text = "which slice is of another place?"
 
     def __init__(self, volumes: Volumes, frames: int = 4) -> None:
         super().__init__(frames)
@@ -138,16 +138,16 @@ class Slices(Stacks):
     ) -> Tensor:
         region = next(name for name in SPLITS if in_split(np.array([key]), name))
         place_P = self.volumes.places["test" if data.unseen_C[concept] else region]
-        own, odd = self._crop(place_P, visit, "place"), self._odd(key)
-        # of a few the one that looks most different: at the rim of the head most do not
-        there = [self._crop(place_P, visit, f"other{attempt}")[odd] for attempt in range(4)]
-        own[odd] = max(there, key=lambda x_SS: float(np.abs(x_SS.astype(int) - own[odd]).mean()))
+        crop_FSS, odd = self._crop(place_P, visit, "place"), self._odd(key)
+        # of four candidates the most different one: at the rim of the head slices are alike
+        others_SS = [self._crop(place_P, visit, f"other{attempt}")[odd] for attempt in range(4)]
+        crop_FSS[odd] = max(others_SS, key=lambda x_SS: float(np.abs(x_SS.astype(int) - crop_FSS[odd]).mean()))
         x = torch.full((self.frames, 4, data.size, data.size), 255, dtype=torch.uint8)
-        x[:, :3] = torch.from_numpy(own)[:, None]
+        x[:, :3] = torch.from_numpy(crop_FSS)[:, None]
         return x
 
     def _crop(self, place_P: np.ndarray, visit: int, what: str) -> np.ndarray:
-        """uint8 ``[F, S, S]``: the slices of a crop that is drawn."""
+        """uint8 ``[F, S, S]``: the slices of a random crop."""
         S = self.volumes.size
         a, b, c = self.volumes._place(int(place_P[int(_uniform(visit, f"frames/{what}") * len(place_P))]))
         levels = [c + f * (S - 1) // (self.frames - 1) for f in range(self.frames)]
@@ -158,8 +158,8 @@ class Clips(Source):
     """A drawing of half the size that moves: which way?
 
     Args:
-        frames: 2 to 64; the longer the slower it moves.
-        about: asked instead, of what moves: as of Stills.
+        frames: 2 to 64; more are slower.
+        about: replaces that question: as of Stills.
 
     Raises:
         ValueError: for fewer or more.
@@ -170,7 +170,7 @@ class Clips(Source):
             raise ValueError(f"Clips: frames {frames}: from 2 to 64")
         self.frames, self.about = frames, about
 
-    def own(self, key: int) -> tuple[str, str]:
+    def question(self, key: int) -> tuple[str, str]:
         return "which way does it move?", list(WAYS)[int(_uniform(key, "frames/way") * len(WAYS))]
 
     def shows(
@@ -178,7 +178,7 @@ class Clips(Source):
     ) -> Tensor:
         half, room = data.size // 2, data.size - data.size // 2
         drawing = data.drawing(_one(vendors, visit, 0), concept, half)
-        way = WAYS[self.own(key)[1]]
+        way = WAYS[self.question(key)[1]]
         aside = round(_uniform(visit, "frames/aside") * room)
         canvas = torch.zeros(self.frames, 4, data.size, data.size, dtype=torch.uint8)
         for f in range(self.frames):
@@ -193,7 +193,7 @@ def _uniform(key: int, purpose: str) -> float:
 
 
 def _one(vendors: Sequence[int], visit: int, frame: int) -> int:
-    """Who draws a frame."""
+    """The vendor of a frame."""
     return int(vendors[int(_uniform(visit, f"frames/vendor{frame}") * len(vendors))])
 
 
@@ -207,14 +207,14 @@ class FrameSet(QuestionSet):
         data.join()
 
     def front(self, of: Any, question: str) -> list[int]:
-        ids, frames = self.data.asked(question), self.data.sources[of[0]].frames
-        at = ids.index(self.data.codec.vocabulary)
+        ids, frames = self.data.prompt_ids(question), self.data.sources[of[0]].frames
+        at = ids.index(self.data.tokenizer.vocabulary)
         return [*ids[:at], *ids[at : at + 1] * frames, *ids[at + 1 :]]
 
     def _canvas(
         self, p: Problems, vendor_B: np.ndarray, other_B: np.ndarray, count_B: np.ndarray, visit_B: np.ndarray
     ) -> Tensor:
-        """uint8 RGBA ``[B, F, 4, S, S]``, empty behind the frames that there are."""
+        """uint8 RGBA ``[B, F, 4, S, S]``, empty after the last frame."""
         data, other_B3 = self.data, self._others(p)
         x = torch.zeros(len(p), data.most, 4, data.size, data.size, dtype=torch.uint8)
         for b, (kind, concept, key, visit) in enumerate(zip(p.kind_N, p.concept_N, p.key_N, visit_B, strict=True)):
@@ -225,21 +225,21 @@ class FrameSet(QuestionSet):
 
 
 class Frames(Questions):
-    """Questions about emoji in stills, stacks and clips; more of one than of another, as data of the world is.
+    """Questions about emoji in stills, stacks and clips, with unequal numbers of problems.
 
     Evaluation sets are those of Questions, for each source: ``still-val``; ``still-problems``, ``still-vendor``,
-    ``still-concept``, and so on. WorstGroup tells which source fares worst.
+    ``still-concept``, and so on. The callback WorstGroup reports the worst source.
 
     Args:
-        sources: name -> where its frames come from; Stills, Stacks and Clips where not given.
-        train: name -> how many problems of it training has; all that there are where not given.
-        alpha: a source's share of training goes as its problems ** alpha; by their number where not given.
+        sources: name -> source of frames; Stills, Stacks and Clips by default.
+        train: name -> number of its training problems; all by default.
+        alpha: a source's share of training is proportional to its problems ** alpha; to their number by default.
         times: with alpha, how often problems of a small source are seen at most while the others' are seen once.
-        sham: ``permute`` for the control of alpha: as many problems come as often, and which ones is drawn by lot.
+        sham: ``permute`` for the control of alpha: it permutes which problems are the frequent ones.
         kwargs: as of Questions, whose kinds are the sources here.
 
     Raises:
-        ValueError: what Questions raises; for a source of another name, or fewer problems than 1.
+        ValueError: what Questions raises; for an unknown source, or fewer problems than 1.
 
     >>> data = Frames(tiny=True, batch_size=8, length=64)
     >>> batch = next(iter(data.train_dataloader()))
@@ -262,7 +262,7 @@ class Frames(Questions):
         require_known("train", list(train or {}), self.every)
         for name, most in (train or {}).items():
             if most < 1:
-                raise ValueError(f"train: {name} {most}: 1 is the least; kinds leaves a source out")
+                raise ValueError(f"train: {name} {most}: at least 1; leave a source out by kinds")
         require_temperature(alpha, times, "sources")
         self.train, self.alpha, self.times, self.sham = train or {}, alpha, times, sham
         self.most = max(self.sources[kind].frames for kind in self.kinds)
@@ -274,7 +274,7 @@ class Frames(Questions):
             self.sources[kind].prepare()
 
     def join(self) -> None:
-        """Tells all sources what is said of the whole data: on every rank, whatever was prepared on one."""
+        """Hand the options of this data module to all sources, on every rank."""
         for kind in self.kinds:
             self.sources[kind].join(self)
 
@@ -284,19 +284,17 @@ class Frames(Questions):
         return self.sources[kind].asks(self, concept, others, key)
 
     def training_set(self) -> QuestionSet:
-        found = self._set("train", False, self.vendors, of=FrameSet, random=True)
-        p = found.problems
-        kept = [self._first(p, np.flatnonzero(p.kind_N == self.every.index(kind)), kind) for kind in self.kinds]
-        kept_N = np.concatenate(kept)  # source after source, as the order counts them
+        data = self._set("train", False, self.vendors, of=FrameSet, random=True)
+        p, selected = data.problems, []
+        for kind in self.kinds:  # source after source, as the order counts them
+            rows_N = np.flatnonzero(p.kind_N == self.every.index(kind))
+            order_N = mix_N(p.key_N[rows_N], "frames/train").argsort(kind="stable")
+            selected.append(rows_N[order_N][: self.train.get(kind, len(rows_N))])
+        selected_N = np.concatenate(selected)
         if self.sham == "permute":
-            kept_N = kept_N[mix_N(p.key_N[kept_N], "frames/sham").argsort(kind="stable")]
-        found.problems = p.where(kept_N)
-        return found
-
-    def _first(self, p: Problems, here: np.ndarray, kind: str) -> np.ndarray:
-        """The problems of one source that training has."""
-        turn = mix_N(p.key_N[here], "frames/train").argsort(kind="stable")
-        return here[turn][: self.train.get(kind, len(here))]
+            selected_N = selected_N[mix_N(p.key_N[selected_N], "frames/sham").argsort(kind="stable")]
+        data.problems = p.where(selected_N)
+        return data
 
     def sizes(self, problems: Problems) -> list[int]:
         return [int((problems.kind_N == self.every.index(kind)).sum()) for kind in self.kinds]
@@ -321,10 +319,9 @@ class Frames(Questions):
         return sets
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """All frames of a sample are seen alike."""
-        whole = batch.inputs["image"]
-        B, F = whole.shape[:2]
-        batch.inputs["image"], draw_B = whole.flatten(0, 1), batch.draw
+        """All frames of a sample are augmented alike."""
+        B, F = batch.inputs["image"].shape[:2]
+        batch.inputs["image"], draw_B = batch.inputs["image"].flatten(0, 1), batch.draw
         batch.draw = derived(lambda x_B: x_B.repeat_interleave(F), draw_B)
         batch = super().on_after_batch_transfer(batch, dataloader_idx)
         batch.inputs["image"], batch.draw = batch.inputs["image"].unflatten(0, (B, F)), draw_B
@@ -332,9 +329,9 @@ class Frames(Questions):
 
 
 class FrameRollouts(RolledDialogues, Frames):
-    """Frames whose questions the model answers itself, of each source as many as its share says.
+    """Rollouts of questions about frames: the model's own answers, with the shares of sources of Frames.
 
-    An epoch is one pass over what was answered; what RolledDialogues and Frames take and raise.
+    An epoch is one pass over the answers; arguments and errors are those of RolledDialogues and Frames.
     """
 
     def asked_set(self, problems: Problems) -> FrameSet:
@@ -343,17 +340,16 @@ class FrameRollouts(RolledDialogues, Frames):
 
     def fresh(self, round: int, again: int = 0) -> Problems:
         if self.alpha is None:
-            found: Problems = super().fresh(round, again)
-            return found
-        every: Problems = self.training_problems.problems
-        sizes = self.sizes(every)
+            return cast(Problems, super().fresh(round, again))
+        problems: Problems = self.training_problems.problems
+        sizes = self.sizes(problems)
         shares = Shares(tempered(sizes, self.alpha, self.times))
-        tries = round * 64 + again  # a round may ask so often
+        tries = round * 64 + again  # at most 64 tries a round
         low, high = shares.at(tries * self.items), shares.at((tries + 1) * self.items)
         taken = []
         for size, first, start, stop in zip(sizes, np.cumsum([0, *sizes]), low, high, strict=False):
-            here = np.arange(first, first + size)  # by their places, which the sham gives to others
-            for number in range(start // size, -(-stop // size)):  # the source is gone through anew, in another order
-                order = mix_N(every.key_N[here], "pool", self.seed, number).argsort(kind="stable")
-                taken.append(here[order[max(start - number * size, 0) : stop - number * size]])
-        return every.where(np.concatenate(taken))
+            rows = np.arange(first, first + size)  # by position, which the sham permutes
+            for number in range(start // size, -(-stop // size)):  # passes over the source, each in another order
+                order = mix_N(problems.key_N[rows], "pool", self.seed, number).argsort(kind="stable")
+                taken.append(rows[order[max(start - number * size, 0) : stop - number * size]])
+        return problems.where(np.concatenate(taken))

@@ -9,37 +9,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from descant.datamodules.corpora.base import Packaged
 from descant.datamodules.corpora.crops import Box, CropModule
 from descant.datamodules.prepare.landsat import DEB, load
-from descant.datamodules.prepare.package import unpacked
 
 
-class Landsat(CropModule):
+class Landsat(Packaged, CropModule):
     """Crops of one scene: modalities ``visible`` (bands 1, 2, 3) and ``infrared`` (4, 5, 7), float32 ``[B, 3, S, S]``.
 
     Regions: ``test`` is the left third of the scene; of the rest, ``val`` is the lower quarter and ``train`` what is
-    above it. Between any two of them lie at least S pixels that no set has. The sea lies to the right: were that third
-    the test, it would ask for what training never saw (infrared from visible light, by least squares on colours: R^2
-    of 0.28, 0.69 and 0.80 on the left third, and below -0.5 on the right one, trained on the rest).
+    above it, with gaps of at least S pixels. The sea is on the right, so a test on that third would be of what training
+    has none of (infrared from visible light, by least squares on colours trained on the rest: R^2 of 0.28, 0.69 and
+    0.80 on the left third, below -0.5 on the right one).
 
     Crops are standardised by the mean and deviation of the training region. An epoch is ``samples`` crops at random
-    places, turned and mirrored into one of eight positions; evaluation takes those of a grid, upright.
+    places, rotated and mirrored into one of eight positions; evaluation takes those of a grid, upright.
 
-    The package is fetched once by ``apt-get download``, or given as a file, and one picture is read of it.
+    The package is fetched once by ``apt-get download``, or given as a file; one image of it is read.
 
     Args:
         batch_size: rows of one whole optimizer step.
         eval_batch_size: rows of an evaluation batch on each rank.
         num_workers: processes that read ahead; the scene is in memory, so 0 is best.
         drop: modality -> probability that a training sample is made absent.
-        tiny: a drawn scene that suits the size, for tests and for `check`; nothing is fetched.
+        tiny: a synthetic scene that fits the size, for tests and for `check`; nothing is fetched.
         size: S, at most 88.
         samples: training crops of an epoch.
-        stride: pixels from one crop of the grids to the next; half of ``size`` where not given.
-        turn: training crops in all eight positions, or as they lie.
-        deb: the package as a file; asked of apt where not given.
-        accept: SHA-256 of packages to believe beside the known ones.
-        cache: folder to keep the corpus in.
+        stride: pixels from one crop of the grids to the next; half of ``size`` by default.
+        turn: training crops in all eight positions, or upright.
+        deb: the package as a file; fetched by apt by default.
+        accept: SHA-256 of packages to accept beside the known ones.
+        cache: folder of the corpus.
 
     Raises:
         ValueError: for a size that fits into no region, or without the package.
@@ -68,21 +68,14 @@ class Landsat(CropModule):
         cache: str | None = None,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers, drop, tiny, size, samples, stride, turn, turn)
-        self.deb, self.accept, self.cache = deb, accept, cache
+        self._package = DEB, deb, accept or (), cache
 
     @property
     def modalities(self) -> tuple[str, ...]:
         return ("visible", "infrared")
 
-    def prepare_data(self) -> None:
-        """Fetch and unpack, on one rank of a machine; the others wait."""
-        if not self.tiny:
-            unpacked(DEB, self.deb, self.accept or (), self.cache)
-
     def read(self) -> dict[str, np.ndarray]:
-        if self.tiny:
-            return synthetic(6 * self.size)
-        return load(unpacked(DEB, self.deb, self.accept or (), self.cache))
+        return synthetic(6 * self.size) if self.tiny else load(self.package_folder())
 
     def cut(self, space: tuple[int, ...], size: int) -> dict[str, Box]:
         high, wide = space
@@ -101,7 +94,7 @@ class Landsat(CropModule):
 
 
 def synthetic(side: int) -> dict[str, np.ndarray]:
-    """Three kinds of ground in soft patches, each with its own brightness in six bands."""
+    """A scene for tests: soft patches of three classes of ground, each with its own brightness in six bands."""
     random = np.random.default_rng(0)
     y, x = np.meshgrid(np.linspace(0, 1, side), np.linspace(0, 1, side), indexing="ij")
     ground_KHW = np.zeros((3, side, side))

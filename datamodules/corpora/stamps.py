@@ -1,14 +1,12 @@
-"""Stamps: pictures, their captions in many languages, and people who say them aloud (tuxpaint-stamps-default).
+"""Stamps: images, captions in many languages and recorded speech, some of it missing (tuxpaint-stamps-default).
 
 702 stamps (951 with symbols), their recordings in up to 13 languages. Held out of training: families of stamps, split
-70/10/20 by a hash of the family's name, and one spoken language. Not every stamp was spoken in every language: what is
-missing here is really missing. Letters: B samples of a batch, N of a set, L spoken languages, K choices of a sample,
-S samples of a waveform, T tokens.
+70/10/20 by a hash of the family's name, and one spoken language. Missing recordings are missing in the corpus.
+Letters: B samples of a batch, N of a set, L spoken languages, K choices of a sample, S samples of a waveform, T tokens.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,36 +16,45 @@ import torch
 from torch import Tensor
 
 from descant.datamodules.base import BatchDataset, DataModule, Rows
+from descant.datamodules.corpora.base import (
+    ImageViews,
+    Packaged,
+    Tokenized,
+    class_prompts,
+    drop_tokens,
+    flattened,
+    name_hash,
+    run_ledger,
+)
 from descant.datamodules.corpora.spoken import cut
 from descant.datamodules.names import require_known
-from descant.datamodules.prepare.stamps import ENGLISH, RATE, SECONDS, SOUND, Corpus, families, prepared
-from descant.datamodules.sources.ledger import Ledger
+from descant.datamodules.prepare.stamps import DEB, ENGLISH, RATE, SECONDS, SOUND, Corpus, families, prepared
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import uniform_NK
 from descant.modules.tokenizers.text import NgramTokenizer, Tokenizer
 from descant.modules.transforms.audio import AudioAugment, LogMel
-from descant.modules.transforms.image import Augment, Pixels, over_white, reduce_rgba
+from descant.modules.transforms.image import Augment, reduce_rgba
 
-#: In ``text_languages``: the caption in the language that is spoken.
+#: In ``text_languages``: the language of the recording.
 SAME = "same"
 SPLITS = {"train": 0.7, "val": 0.8, "test": 1.0}  # where each ends
 
 
 class StampsSet(BatchDataset):
-    """One row a stamp; what is spoken and written of it is drawn anew at each visit, or fixed.
+    """One row a stamp; the languages of its recording and caption are sampled at each visit, or fixed.
 
     Args:
-        corpus: where everything comes from.
+        corpus: all M stamps.
         stamp_N: the id of each row's stamp.
-        spoken: languages of the recordings: one is drawn of those that the stamp has.
-        written: languages of the captions, in which ``same`` stands for the one spoken: drawn likewise, or with
-            ``random`` False the first that the stamp has; English where it has none of them.
-        codec: of the captions.
-        images: uint8 ``[M, 4, H, W]`` of all M stamps of the corpus.
-        key, label: of all M stamps.
+        spoken: languages of the recordings: one is sampled of those that the stamp has.
+        written: languages of the captions, ``same`` being that of the recording: sampled likewise, or with ``random``
+            False the first that the stamp has; English if it has none of them.
+        tokenizer: of the captions.
+        images: uint8 ``[M, 4, H, W]`` of all stamps.
+        key, label: of all stamps.
         samples: S.
-        random: drawn anew at each visit.
-        token_dropout: share of the tokens of a caption left out.
+        random: sampled anew at each visit.
+        token_dropout: share of the tokens of a caption that become padding.
     """
 
     def __init__(
@@ -56,7 +63,7 @@ class StampsSet(BatchDataset):
         stamp_N: np.ndarray,
         spoken: Sequence[str],
         written: Sequence[str],
-        codec: Tokenizer,
+        tokenizer: Tokenizer,
         images: Tensor,
         seed: int,
         key: np.ndarray,
@@ -67,13 +74,13 @@ class StampsSet(BatchDataset):
         drop: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(seed, drop)
-        self.corpus, self.stamp_N, self.codec, self.images = corpus, stamp_N, codec, images
+        self.corpus, self.stamp_N, self.tokenizer, self.images = corpus, stamp_N, tokenizer, images
         self.spoken, self.written = tuple(spoken), tuple(written)
         self.key, self.label, self.samples = key, label, samples
         self.random, self.token_dropout = random, token_dropout
         self.clips = corpus.clips[[corpus.languages.index(language) for language in spoken]]
         self.has = self.clips[:, :, 1] > 0
-        # the recordings that each stamp has come first: a draw of one is a look-up
+        # the recordings that each stamp has are first: sampling one is a look-up
         self.choice = np.argsort(~self.has, axis=0, kind="stable")
         self._tokens: dict[tuple[int, str], list[int]] = {}
 
@@ -98,43 +105,36 @@ class StampsSet(BatchDataset):
         u_B2 = uniform_NK(draw_B, ("speech/language", "text/language")).numpy()
         spoken_B = self.choice[(u_B2[:, 0] * count_B).astype(np.int64), stamp_B]
         audio_BS, length_B = cut(self.corpus.wave, self.clips[spoken_B, stamp_B], self.samples)
-        said = [self.spoken[k] if n else "" for k, n in zip(spoken_B, count_B, strict=True)]
-        text = [self._caption(int(s), language, u) for s, language, u in zip(stamp_B, said, u_B2[:, 1], strict=True)]
+        languages = [self.spoken[k] if n else "" for k, n in zip(spoken_B, count_B, strict=True)]
+        columns = zip(stamp_B, languages, u_B2[:, 1], strict=True)
+        text_BT = torch.from_numpy(np.array([self._caption(int(s), language, u) for s, language, u in columns]))
         inputs = {
             "image": self.images[torch.from_numpy(stamp_B)],
-            "text": torch.from_numpy(np.array(text)),
+            "text": drop_tokens(text_BT, self.token_dropout, draw_B, self.tokenizer.pad),
             "audio": audio_BS,
             "audio_length": length_B,
         }
-        if self.token_dropout > 0:
-            inputs["text"] = self._drop_tokens(inputs["text"], draw_B)
         targets = {name: torch.from_numpy(label[stamp_B]) for name, label in self.label.items()}
         return Rows(inputs, targets, torch.from_numpy(self.key[stamp_B]))
 
-    def _caption(self, stamp: int, said: str, u: float) -> list[int]:
+    def _caption(self, stamp: int, spoken: str, u: float) -> list[int]:
         texts = self.corpus.texts[stamp]
-        wanted = [said if language == SAME else language for language in self.written]
-        found = [language for language in wanted if language in texts] or [ENGLISH]
-        language = found[int(u * len(found))] if self.random else found[0]
+        languages = [spoken if language == SAME else language for language in self.written]
+        available = [language for language in languages if language in texts] or [ENGLISH]
+        language = available[int(u * len(available))] if self.random else available[0]
         if (stamp, language) not in self._tokens:
-            pieces = [self.codec.ids(texts[language])] if language in texts else []
-            self._tokens[stamp, language] = self.codec.row(pieces)
+            pieces = [self.tokenizer.ids(texts[language])] if language in texts else []
+            self._tokens[stamp, language] = self.tokenizer.row(pieces)
         return self._tokens[stamp, language]
 
-    def _drop_tokens(self, x_BT: Tensor, draw_B: np.ndarray) -> Tensor:
-        """Tokens become padding at random, but never ``<bos>``: a caption keeps at least that."""
-        u_BT = uniform_NK(draw_B, [f"caption/token{t}" for t in range(x_BT.shape[1])])
-        u_BT[:, 0] = 1.0
-        return x_BT.masked_fill(u_BT < self.token_dropout, self.codec.pad)
 
-
-class Stamps(DataModule):
+class Stamps(ImageViews, Tokenized, Packaged, DataModule):
     """Stamps as image-text-speech triplets, in which some speech is missing.
 
     Evaluation sets: "validate" has ``val``; "test" has ``stamps`` (held-out families, spoken in ``speech``),
     ``language`` (training stamps, spoken in the held-out language) and ``both`` (held-out families in the held-out
-    language). Stamps of equal English caption count as one: each finds all of them. The stamps of ``language`` are
-    those of the bank, so that k-NN finds the very pictures there: it says something on the other sets only.
+    language). Stamps of equal English caption have one content key. The stamps of ``language`` are those of the bank,
+    so k-NN accuracy means something on the other sets only.
 
     The package is fetched once by ``apt-get download``, or given as a file, and decoded into the cache: about 500 MB
     in ``DESCANT_CACHE``, or ``descant`` in the platform's folder for caches.
@@ -145,25 +145,25 @@ class Stamps(DataModule):
         num_workers: processes that read ahead; the corpus is in memory, so 0 is best.
         drop: modality -> probability that a training sample is made absent.
         tiny: 96 synthetic stamps of the same shapes, for tests and for `check`; nothing is fetched.
-        size: pixels of the pictures that towers see, at most 64.
-        seconds: of speech that towers hear, at most 4; nine in ten recordings are shorter than 2.5.
-        text: how captions become token ids; character trigrams in rows of 80 where not given.
-        text_languages: of the captions; ``same`` stands for the language that is spoken. Training draws one, evaluation
+        size: pixels of a side of the images, at most 64.
+        seconds: of speech in an input, at most 4; nine in ten recordings are shorter than 2.5.
+        text: the tokenizer; character trigrams in rows of 80 by default.
+        text_languages: of the captions; ``same`` is the language of the recording. Training samples one, evaluation
             takes the first.
-        spoken: languages of the training recordings; all but the held-out one where not given. ``sound`` is the stamp's
-            own sound (a lion's roar), which 134 stamps have.
+        spoken: languages of the training recordings; all but the held-out one by default. ``sound`` is the sound of
+            what the stamp shows (a lion's roar), which 134 stamps have.
         speech: language of the evaluation recordings.
-        held_out: the spoken language that training never hears.
+        held_out: the spoken language that is not in training.
         symbols: with the 249 stamps of letters, coins, digits and signs. Not by default: their captions are templates
-            ("The letter j."), so nothing that is learned of one says which another is, and as a quarter of the corpus
-            in one class that is easy to tell they would lift every accuracy.
-        token_dropout: probability that a token of a training caption is left out (becomes padding).
-        augment: training's view of a picture, on the device.
-        augment_audio: training's view of the features of speech, on the device.
-        features: from waveforms to what the audio tower hears, on the device.
-        deb: the package as a file; asked of apt where not given.
-        accept: SHA-256 of packages to believe beside the known ones.
-        cache: folder to keep the corpus in.
+            ("The letter j."), from which nothing is learned for others, and as a quarter of the corpus in one easy
+            class they would raise every accuracy.
+        token_dropout: probability that a token of a training caption becomes padding.
+        augment: of training images, on the device.
+        augment_audio: of the features of training speech, on the device.
+        features: from waveforms to the input of the audio tower, on the device.
+        deb: the package as a file; fetched by apt by default.
+        accept: SHA-256 of packages to accept beside the known ones.
+        cache: folder of the corpus.
 
     Raises:
         ValueError: for an unknown language, a size or length that the corpus does not have, or without the package.
@@ -198,23 +198,19 @@ class Stamps(DataModule):
         cache: str | None = None,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers, drop, tiny)
-        self.size, self.seconds, self.text = size, seconds, text
+        self.seconds, self.text = seconds, text
         self.text_languages, self.spoken = text_languages or [ENGLISH], spoken
         self.speech, self.held_out, self.symbols = speech, held_out, symbols
         self.token_dropout = token_dropout
-        self.augment, self.pixels = augment or Augment(size), Pixels(size)
         self.augment_audio, self.features = augment_audio or AudioAugment(), features or LogMel()
-        self.deb, self.accept, self.cache = deb, accept, cache
+        self._package = DEB, deb, accept or [], cache
         if not 1 <= size <= 64:
-            raise ValueError(f"size {size}: the pictures are kept at 64 pixels; 1 to 64")
+            raise ValueError(f"size {size}: the images have 64 pixels; 1 to 64")
         if not 0 < seconds <= SECONDS:
-            raise ValueError(
-                f"seconds {seconds:g}: the recordings are kept to {SECONDS:g} seconds; more than 0, at most that"
-            )
-        if self.augment.size != size:
-            raise ValueError(f"augment.size {self.augment.size} is not the data's size {size}")
+            raise ValueError(f"seconds {seconds:g}: recordings are {SECONDS:g} seconds long; more than 0, at most that")
+        self.set_views(size, augment or Augment(size))
         if self.features.rate != RATE:
-            raise ValueError(f"features.rate {self.features.rate}: the recordings are kept at {RATE}")
+            raise ValueError(f"features.rate {self.features.rate}: recordings have {RATE}")
         if held_out in (spoken or ()):
             raise ValueError(f"spoken: {held_out} is held out of training; choose another held_out to train on it")
 
@@ -224,19 +220,15 @@ class Stamps(DataModule):
 
     # the corpus and its splits -------------------------------------------------------------------------------------
 
-    def prepare_data(self) -> None:
-        """Fetch and decode, on one rank of a machine; the others wait."""
-        if not self.tiny:
-            self._folder()
-
-    def _folder(self) -> Path:
-        return prepared(Path(self.deb) if self.deb else None, self.accept, Path(self.cache) if self.cache else None)
+    def package_folder(self) -> Path:
+        _, deb, accept, cache = self._package
+        return prepared(Path(deb) if deb else None, list(accept), Path(cache) if cache else None)
 
     @cached_property
     def corpus(self) -> Corpus:
-        corpus = synthetic() if self.tiny else Corpus.load(self._folder())
-        ledger = Ledger(Path(self.trainer.default_root_dir) if self.trainer is not None else None)
-        for skipped in corpus.skipped:  # when the corpus was prepared; every run that lacks them says so
+        corpus = synthetic() if self.tiny else Corpus.load(self.package_folder())
+        ledger = run_ledger(self.trainer)
+        for skipped in corpus.skipped:  # when the corpus was prepared; every run reports them
             ledger.skip(*skipped)
             ledger.read()
         require_known("spoken", self.spoken or [], corpus.languages)
@@ -247,7 +239,7 @@ class Stamps(DataModule):
         return corpus
 
     @cached_property
-    def codec(self) -> Tokenizer:
+    def tokenizer(self) -> Tokenizer:
         return self.text or NgramTokenizer()
 
     @cached_property
@@ -259,13 +251,14 @@ class Stamps(DataModule):
     @cached_property
     def split_M(self) -> np.ndarray:
         """The split of every stamp, by a hash of its family's name alone; "" for a symbol that is left out."""
-        splits = [next(s for s, end in SPLITS.items() if _share(family) < end) for family in families(self.corpus)]
+        shares = [name_hash(f"stamps/{family}") / 2**64 for family in families(self.corpus)]
+        splits = [next(split for split, end in SPLITS.items() if share < end) for share in shares]
         used = [self.symbols or not name.startswith("symbols/") for name in self.corpus.names]
         return np.array([split if use else "" for split, use in zip(splits, used, strict=True)])
 
     @cached_property
     def key_M(self) -> np.ndarray:
-        """Stamps of equal English caption share a key; one without any has its own."""
+        """Content keys: stamps of equal English caption share one; a stamp without a caption has a key of its own."""
         first: dict[str, int] = {}
         captions = [texts.get(ENGLISH, f"\n{i}").casefold() for i, texts in enumerate(self.corpus.texts)]
         return np.array([first.setdefault(caption, i) for i, caption in enumerate(captions)])
@@ -286,7 +279,7 @@ class Stamps(DataModule):
             np.flatnonzero(self.split_M == split),
             spoken,
             self.text_languages,
-            self.codec,
+            self.tokenizer,
             self.images,
             self.seed,
             self.key_M,
@@ -311,14 +304,11 @@ class Stamps(DataModule):
             "both": self._set("test", [self.held_out]),
         }
 
-    # what evaluation asks ------------------------------------------------------------------------------------------
+    # what evaluation reads -----------------------------------------------------------------------------------------
 
     def prompts(self, target: str) -> tuple[Tensor, list[str]]:
-        require_known("target", [target], tuple(self.classes))
-        names = self.classes[target]
         forms = ("{}", "a picture of {}", "one of the {}")
-        spoken = [name.replace("naturalforces", "natural forces") for name in names]
-        return torch.stack([self.codec([form.format(name) for form in forms]) for name in spoken]), names
+        return class_prompts(target, self.classes, {"naturalforces": "natural forces"}, forms, self.tokenizer)
 
     def sample_name(self, index: int) -> str:
         return self.corpus.names[index]
@@ -329,23 +319,18 @@ class Stamps(DataModule):
     def picture(self, index: int) -> Tensor | None:
         if not self.corpus.pictured[index]:
             return None
-        image = torch.from_numpy(np.array(self.corpus.images[index]))
-        return (over_white(image[None].float() / 255)[0] * 255).round().to(torch.uint8)
-
-    # pixels and sound on the device --------------------------------------------------------------------------------
+        return flattened(torch.from_numpy(np.array(self.corpus.images[index])))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        training = self.trainer is not None and self.trainer.training
-        view = self.augment if training else self.pixels
-        batch.inputs["image"] = view(batch.inputs["image"], batch.draw)
+        batch = super().on_after_batch_transfer(batch, dataloader_idx)
         features = self.features.to(batch.device)
         x_BFT = features(batch.inputs["audio"], batch.inputs.pop("audio_length"))
-        batch.inputs["audio"] = self.augment_audio(x_BFT, batch.draw) if training else x_BFT
+        batch.inputs["audio"] = self.augment_audio(x_BFT, batch.draw) if self.training else x_BFT
         return batch
 
 
 def synthetic(stamps: int = 96) -> Corpus:
-    """Shapes in colours that are named and hummed: the least that has all parts of the corpus, and can be learned."""
+    """A corpus for tests: shapes in colours, their names as captions, and tones for recordings; some are missing."""
     things, languages = ["disc", "square", "bar", "cross"], ["fr", "ru", "es", ENGLISH, SOUND]
     place = np.stack(np.meshgrid(np.linspace(-1, 1, 64), np.linspace(-1, 1, 64)))
     shapes = [
@@ -366,7 +351,7 @@ def synthetic(stamps: int = 96) -> Corpus:
         texts.append({language: f"{language} {things[thing]} {_letters(i)}." for language in languages[:-1]})
         for k in range(len(languages)):
             if random.uniform() < 0.2:
-                continue  # missing, as it is in the corpus
+                continue  # missing, as in the corpus
             time = np.arange(random.integers(RATE // 4, 2 * RATE)) / RATE
             pitch = 200 * (1 + thing) * (1 + 0.1 * k)
             parts.append((9000 * np.sin(2 * np.pi * pitch * time)).astype(np.int16))
@@ -378,8 +363,3 @@ def synthetic(stamps: int = 96) -> Corpus:
 
 def _letters(i: int) -> str:
     return "".join(chr(ord("a") + digit) for digit in divmod(i, 26))
-
-
-def _share(family: str) -> float:
-    """Where a family falls between 0 and 1: the same in every process and version."""
-    return int.from_bytes(hashlib.sha256(f"stamps/{family}".encode()).digest()[:8], "little") / 2**64

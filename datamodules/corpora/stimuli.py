@@ -1,4 +1,4 @@
-"""What is known of drawings and their texts in numbers: targets that a readout is measured on.
+"""Float targets of drawings and their texts, for linear readouts: visual, textual, their products, and noise.
 
 Letters: N drawings or texts, F = 8 numbers of each, H x W pixels, C channels.
 """
@@ -20,7 +20,7 @@ FACTS = 8
 
 
 def visual_facts(x_N4HW: Tensor) -> Tensor:
-    """Colour and shape of RGBA drawings: uint8 ``[N, 4, H, W] -> [N, 8]`` float32.
+    """Colour and shape statistics of RGBA drawings: uint8 ``[N, 4, H, W] -> [N, 8]`` float32.
 
     Over white: mean red, green and blue, saturation (mean of the largest less the smallest channel), spread of
     brightness (its standard deviation), and edges (mean of its absolute steps right and down); of the opacity: its
@@ -48,7 +48,7 @@ def visual_facts(x_N4HW: Tensor) -> Tensor:
 
 
 def _extent(hit_bW: Tensor) -> Tensor:
-    """Places from the first hit to the last, 1 where there is none."""
+    """Length from the first hit to the last, 1 where there is none."""
     place_W = torch.arange(1, hit_bW.shape[1] + 1)
     last_b = (hit_bW * place_W).amax(1)
     first_b = (hit_bW * place_W.flip(0)).amax(1)
@@ -56,10 +56,10 @@ def _extent(hit_bW: Tensor) -> Tensor:
 
 
 def text_facts(texts: Sequence[Sequence[str]]) -> Tensor:
-    """What texts are like, whatever they mean: a name and keywords each ``-> [N, 8]`` float32.
+    """Surface statistics of texts, a name and keywords each: ``-> [N, 8]`` float32.
 
     Letters and words of the name, number of keywords, mean letters of a word; and four shares of the distinct words,
-    each of a half of all words that a hash draws.
+    each of words in a half that a hash selects.
 
     >>> text_facts([["grinning face", "happy"]])[0, :4].tolist()
     [12.0, 2.0, 1.0, 5.666666507720947]
@@ -67,8 +67,8 @@ def text_facts(texts: Sequence[Sequence[str]]) -> Tensor:
     facts = []
     for name, *keywords in texts:
         words = sorted(set(_words(" ".join([name, *keywords])))) or [""]
-        own = _words(name)
-        sizes = [sum(map(len, own)), len(own), len(keywords), sum(map(len, words)) / len(words)]
+        name_words = _words(name)
+        sizes = [sum(map(len, name_words)), len(name_words), len(keywords), sum(map(len, words)) / len(words)]
         bits = [sum(salt(f"fact/{word}") >> k & 1 for word in words) / len(words) for k in range(4)]
         facts.append([*sizes, *bits])
     return torch.tensor(facts, dtype=torch.float32)
@@ -79,7 +79,7 @@ def _words(text: str) -> list[str]:
 
 
 def noise_facts(names: Sequence[str]) -> Tensor:
-    """Normal numbers that are a pure function of a name: ``[N, 8]`` float32, to calibrate by.
+    """Normal noise that is a pure function of a name: ``[N, 8]`` float32, for calibration.
 
     >>> bool((noise_facts(["1F600", "1F601"])[1] == noise_facts(["1F601"])[0]).all())
     True

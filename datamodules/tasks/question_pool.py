@@ -1,6 +1,6 @@
-"""Questions whose answers a teacher gives, or the model itself, and which are asked anew round after round.
+"""Pools of questions about emoji, renewed in rounds, with answers of a teacher or of the model itself.
 
-Letters: N problems of the pool, V variants that are tried, M tokens of an answer.
+Letters: N problems of the pool, V candidate variants, M tokens of an answer.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ from descant.datamodules.tasks.rollout_buffer import PooledDialogues, RolledDial
 from descant.modules.core.rng import mix_N
 from descant.modules.tokenizers.text import EOS, PAD
 
-#: New variants of a problem that are looked at, one in five of which belongs to another split.
+#: Candidate variants of a problem, one in five of which is of another split.
 TRIES = 16
 
 
 class PoolSet(QuestionSet):
-    """The pool as it is now: what it asks, and what a teacher said to it."""
+    """The questions of the pool at present, with the teacher's answers."""
 
     def __init__(self, data: QuestionPool) -> None:
         super().__init__(data, data.pool, data.numbers, data.seen_C, random=True)
-        self.held = data
+        self.source = data
 
     def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Any:
-        if self.held.version < 0:
-            raise ValueError("QuestionPool: nobody has answered it; the callback Rounds lets a teacher do so")
-        self.problems = self.held.pool
+        if self.source.version < 0:
+            raise ValueError("QuestionPool: no answers yet; the callback Rounds generates them by a teacher")
+        self.problems = self.source.pool
         return super().rows(index_B, draw_B)
 
-    def replies(self, each: list[Any], index_B: np.ndarray, right: Sequence[str]) -> list[list[int]]:
-        return [[int(x) for x in said if x != PAD] for said in self.held.answer_ids_NM[index_B]]
+    def replies(self, each: list[Any], index_B: np.ndarray, correct: Sequence[str]) -> list[list[int]]:
+        return [[int(x) for x in ids if x != PAD] for ids in self.source.answer_ids_NM[index_B]]
 
 
 class PooledQuestions(PooledDialogues, Questions):
-    """Questions of which training sees ``items`` at a time; what PooledDialogues and Questions take and raise."""
+    """Questions of which training has ``items`` at a time; arguments and errors of PooledDialogues and Questions."""
 
     @property
     def numbers(self) -> list[int]:
-        """Of the vendors that are trained on."""
-        rows = self.training_problems
-        assert isinstance(rows, QuestionSet)
-        return rows.vendors.tolist()
+        """Numbers of the training vendors."""
+        data = self.training_problems
+        assert isinstance(data, QuestionSet)
+        return data.vendors.tolist()
 
     @property
     def seen_C(self) -> np.ndarray:
@@ -58,9 +58,9 @@ class PooledQuestions(PooledDialogues, Questions):
 
 
 class QuestionRollouts(RolledDialogues, PooledQuestions):
-    """Questions about emoji that the model answers itself, ``group`` times each, renewed by the callback Rollouts.
+    """Rollouts of questions about emoji: ``group`` answers of the model to each, renewed by the callback Rollouts.
 
-    An epoch is one pass over what was answered; what RolledDialogues and Questions take and raise.
+    An epoch is one pass over the answers; arguments and errors are those of RolledDialogues and Questions.
 
     >>> data = QuestionRollouts(items=4, group=4, tiny=True, batch_size=8)
     >>> len(data.pool), len(data.training_set()), data.version
@@ -69,18 +69,18 @@ class QuestionRollouts(RolledDialogues, PooledQuestions):
 
 
 class QuestionPool(PooledQuestions):
-    """Questions about emoji that a teacher answers: ``items`` of the training split, renewed by the callback Rounds.
+    """A pool of questions about emoji with a teacher's answers: ``items`` of the training split, renewed by Rounds.
 
-    What training learns to say is what the teacher said, right or wrong; target ``answer`` is what is right. Evaluation
-    sets are those of Questions. The pool is in every checkpoint.
+    Training is on the teacher's answers, correct or not; target ``answer`` is the correct one. Evaluation sets are
+    those of Questions. The pool is in every checkpoint.
 
     Args:
-        items: N; of a tiny pack a twelfth, if that is a step.
+        items: N; of a tiny pack a twelfth, but at least a step.
         kwargs: as of Questions.
 
     Raises:
-        ValueError: for fewer items than a step has, for workers, which would not see a new pool, or more items than
-            there are problems.
+        ValueError: for fewer items than rows of a step, for workers, which would not see a new pool, or more items
+            than training problems.
 
     >>> data = QuestionPool(tiny=True, batch_size=8, items=16)
     >>> len(data.pool), data.version
@@ -92,23 +92,22 @@ class QuestionPool(PooledQuestions):
         if self.tiny and items >= 12 * self.batch_size:
             self.items = max(items // 12, self.batch_size)
         if self.items < self.batch_size:
-            raise ValueError(f"items {items}: a step has {self.batch_size}")
+            raise ValueError(f"items {items}: at least {self.batch_size}, the rows of a step")
         self.answer_ids_NM = np.full((self.items, self.answer_length), PAD)
 
     def variants(self, index_N: Tensor, round: int) -> Problems:
-        """For each of these numbers another problem of the same kind and concept: other options, another number of
-        objects. Of the training split, and no two alike; of its colour nothing else can be asked, so it stays."""
-        some = self.pool.where(index_N.numpy())
-        n, place_N = len(some), np.arange(len(some))
-        draw_NV = mix_N(some.key_N[:, None], "variant", self.seed, round, np.arange(TRIES, dtype=np.uint64)[None])
-        draw_NV = mix_N(draw_NV, "row", place_N[:, None].astype(np.uint64))  # the same problem may be asked for twice
-        shape = (n, TRIES)
-        kind_NV, concept_NV = (np.broadcast_to(x[:, None], shape) for x in (some.kind_N, some.concept_N))
+        """For each of these numbers another training problem of the same kind and concept, of other options or counts.
+        Of colour there is one problem a concept, which stays."""
+        old = self.pool.where(index_N.numpy())
+        row_N, shape = np.arange(len(old)), (len(old), TRIES)
+        draw_NV = mix_N(old.key_N[:, None], "variant", self.seed, round, np.arange(TRIES, dtype=np.uint64)[None])
+        draw_NV = mix_N(draw_NV, "row", row_N[:, None].astype(np.uint64))  # one problem may be listed twice
+        kind_NV, concept_NV = (np.broadcast_to(x[:, None], shape) for x in (old.kind_N, old.concept_N))
         key_NV = self.keys_of(kind_NV, concept_NV, draw_NV)
         good_NV = in_split(key_NV.ravel(), "train").reshape(shape)
-        key_N = np.where(good_NV.any(axis=1), key_NV[place_N, good_NV.argmax(axis=1)], some.key_N)
-        key_N = np.where(some.kind_N == KINDS.index("colour"), some.key_N, key_N)
-        return Problems(some.kind_N, some.concept_N, key_N)
+        key_N = np.where(good_NV.any(axis=1), key_NV[row_N, good_NV.argmax(axis=1)], old.key_N)
+        key_N = np.where(old.kind_N == KINDS.index("colour"), old.key_N, key_N)
+        return Problems(old.kind_N, old.concept_N, key_N)
 
     def renew(self, problems: Problems, answer_ids_NM: Tensor, version: int) -> None:
         """Raises ValueError for another number of problems or answers."""
@@ -118,10 +117,10 @@ class QuestionPool(PooledQuestions):
             )
         self._pool, self.version = problems, version
         self.answer_ids_NM = np.full((self.items, self.answer_length), PAD)
-        for n, said in enumerate(answer_ids_NM.tolist()):
-            end = next((i for i, token in enumerate(said) if token in (EOS, PAD)), len(said))
+        for n, ids in enumerate(answer_ids_NM.tolist()):
+            end = next((i for i, token in enumerate(ids) if token in (EOS, PAD)), len(ids))
             end = min(end, self.answer_length)
-            self.answer_ids_NM[n, :end] = said[:end]
+            self.answer_ids_NM[n, :end] = ids[:end]
 
     # loaders and state ---------------------------------------------------------------------------------------------
 

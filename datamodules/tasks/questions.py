@@ -1,8 +1,8 @@
-"""Questions about emoji: which one it is, of what kind, of what colour, and how many there are of it.
+"""Questions about emoji: its name, its group, its colour, and how many there are.
 
-Problems are what is asked of which concept with which options; each has a key, and a tenth of all keys is for choosing
-settings, another for the test. Held out beside: 200 concepts, the vendor Fluent, and larger counts. Letters: B samples
-of a batch, N problems, C concepts, P of a pool, V vendors, K colours, S pixels of a side, T tokens, A of an answer.
+A problem is a kind of question, a concept and options; each has a key, and by a hash of it a tenth of all problems is
+for validation and another for the test. Also held out: 200 concepts, the vendor Fluent, and larger counts. Letters:
+B samples of a batch, N problems, C concepts, P of a pool, V vendors, K colours, S pixels of a side.
 """
 
 from __future__ import annotations
@@ -18,27 +18,26 @@ import torch
 from torch import Tensor
 
 from descant.datamodules.base import BatchDataset, Rows
-from descant.datamodules.corpora.emoji import DEVELOPMENT_VENDOR, PACK, VENDORS, Pack
+from descant.datamodules.corpora.base import ImageViews, run_ledger
+from descant.datamodules.corpora.emoji_pack import DEVELOPMENT_VENDOR, PACK, VENDORS, Pack, load_pack
 from descant.datamodules.names import require_known
-from descant.datamodules.sources.ledger import Ledger
 from descant.datamodules.tasks.dialogues import ANSWER, Columns, Dialogues, DialogueSet, in_split
-from descant.modules.core.batch import Batch
 from descant.modules.core.rng import mix_N, salt, uniform_N, uniform_NK
 from descant.modules.tokenizers.text import BPETokenizer, Tokenizer
-from descant.modules.transforms.image import BASIC_COLOURS, Augment, Pixels, colour_names, over_white
+from descant.modules.transforms.image import BASIC_COLOURS, Augment, colour_names, over_white
 
-#: What can be asked.
+#: Kinds of questions.
 KINDS = ("name", "group", "colour", "count")
 LETTERS = ("a", "b", "c", "d")
-#: Objects of a scene that training counts, and those that only the test asks for; cells of a side.
+#: Numbers of objects in training and in the test of counts; cells of a side.
 COUNTS, MORE, GRID = range(1, 6), range(6, 9), 3
 VARIANTS = 8  # problems of one kind and concept
-THOUGHT = 24  # tokens of an answer with what it goes by
+THOUGHT = 24  # tokens of an answer with its reasoning
 
 
 @dataclass(frozen=True)
 class Problems(Columns):
-    """N of them: ``kind_N`` (number of a kind), ``concept_N``, ``key_N`` (int64, all that is drawn of a problem)."""
+    """N of them: ``kind_N`` (number of a kind), ``concept_N``, ``key_N`` (int64, the seed of options and counts)."""
 
     kind_N: np.ndarray
     concept_N: np.ndarray
@@ -46,14 +45,14 @@ class Problems(Columns):
 
 
 class QuestionSet(DialogueSet):
-    """Problems as pictures and dialogues.
+    """Problems as images and dialogues.
 
     Args:
-        data: whose words and drawings these are.
-        problems: one a row. vendors: numbers of those that draw: one is drawn at each visit in training.
-        pool: concepts that may stand among the options, or beside what is counted.
-        counts: how many there may be.
-        random: drawn anew at each visit; else by the problem alone.
+        data: module with the texts and drawings.
+        problems: one a row. vendors: their numbers: one is sampled at each visit in training.
+        pool: concepts that may be wrong options, or beside the counted ones.
+        counts: numbers of objects to sample.
+        random: sampled anew at each visit; else a function of the problem.
     """
 
     def __init__(
@@ -69,8 +68,8 @@ class QuestionSet(DialogueSet):
         self.data, self.vendors, self.pool, self.counts = data, np.array(vendors), pool, np.array(counts)
 
     def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
-        everything = torch.ones(len(index_N), dtype=torch.bool)
-        return {"image": everything, "text": everything.clone()}
+        all_N = torch.ones(len(index_N), dtype=torch.bool)
+        return {"image": all_N, "text": all_N.clone()}
 
     def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
         p = self.problems.where(index_B)
@@ -81,38 +80,38 @@ class QuestionSet(DialogueSet):
         columns = (p.kind_N, p.concept_N, vendor_B, other_B3, count_B, p.key_N)
         every = self.data.every
         each = [(every[k], int(c), int(v), o, int(n), int(key)) for k, c, v, o, n, key in zip(*columns, strict=True)]
-        asked, right = (list(said) for said in zip(*(self.data.wording(*of) for of in each), strict=True))
-        front = [self.front(of, question) for of, question in zip(each, asked, strict=True)]
-        text_BT, said_BT = self.data.replied(front, self.replies(each, index_B, right))
+        questions, correct = (list(texts) for texts in zip(*(self.data.wording(*of) for of in each), strict=True))
+        prompts = [self.front(of, question) for of, question in zip(each, questions, strict=True)]
+        text_BT, loss_mask_BT = self.data.dialogue_rows(prompts, self.replies(each, index_B, correct))
         inputs = {
             "image": self._canvas(p, vendor_B, other_B3[:, 0], count_B, visit_B),
             "text": text_BT,
-            "loss_mask": said_BT,
-            **self.more(each, front, visit_B),
+            "loss_mask": loss_mask_BT,
+            **self.more(each, prompts, visit_B),
         }
         targets = {
             "kind": torch.from_numpy(p.kind_N),
             "concept": torch.from_numpy(p.concept_N),
-            "answer": self.data.answers(right),
+            "answer": self.data.answers(correct),
         }
         return Rows(inputs, targets, torch.from_numpy(p.key_N))
 
     def front(self, of: Any, question: str) -> list[int]:
-        """The ids of a problem, as arguments of ``wording``, up to where its answer begins."""
-        return self.data.asked(question)
+        """The ids of a problem, as arguments of ``wording``, up to its answer."""
+        return self.data.prompt_ids(question)
 
-    def more(self, each: list[Any], front: list[list[int]], visit_B: np.ndarray) -> dict[str, Tensor]:
-        """Other inputs of these problems."""
+    def more(self, each: list[Any], prompts: list[list[int]], visit_B: np.ndarray) -> dict[str, Tensor]:
+        """Further inputs of these problems."""
         return {}
 
-    def replies(self, each: list[Any], index_B: np.ndarray, right: Sequence[str]) -> list[list[int]]:
-        """The tokens that are to be said: those of the right answers."""
-        return [self.data.ids(self.data.reply(of, answer)) for of, answer in zip(each, right, strict=True)]
+    def replies(self, each: list[Any], index_B: np.ndarray, correct: Sequence[str]) -> list[list[int]]:
+        """The answers to train on, as ids."""
+        return [self.data.ids(self.data.reply(of, answer)) for of, answer in zip(each, correct, strict=True)]
 
     def _others(self, p: Problems) -> np.ndarray:
-        """``other_B3``: concepts of the pool, none of them the problem's own or of its name, all different."""
+        """``other_B3``: three different concepts of the pool, none of the name of the problem's concept."""
         order_BP = mix_N(p.key_N[:, None], "question/other", self.pool.astype(np.uint64))
-        names_C = self.data.key_C
+        names_C = self.data.pack.key_N
         same_BP = names_C[self.pool] == names_C[p.concept_N][:, None]
         order_BP[same_BP] = np.iinfo(np.int64).max
         return self.pool[np.argsort(order_BP, axis=1)[:, :3]]
@@ -120,7 +119,7 @@ class QuestionSet(DialogueSet):
     def _canvas(
         self, p: Problems, vendor_B: np.ndarray, other_B: np.ndarray, count_B: np.ndarray, visit_B: np.ndarray
     ) -> Tensor:
-        """uint8 RGBA ``[B, 4, S, S]``: the drawing, or a scene of so many and up to two of another."""
+        """uint8 RGBA ``[B, 4, S, S]``: the drawing, or ``count`` copies of it with up to two others beside them."""
         data = self.data
         image = torch.stack([data.drawing(int(v), int(c)) for v, c in zip(vendor_B, p.concept_N, strict=True)])
         cell = data.size // GRID
@@ -139,24 +138,24 @@ class QuestionSet(DialogueSet):
 
 
 class PairSet(QuestionSet):
-    """Beside each right answer a wrong one to the same question, drawn anew at each visit."""
+    """With each correct answer a wrong one to the same question, sampled anew at each visit."""
 
-    def more(self, each: list[Any], front: list[list[int]], visit_B: np.ndarray) -> dict[str, Tensor]:
-        turn_B = (uniform_N(visit_B, "question/wrong") * 3).long().tolist()
+    def more(self, each: list[Any], prompts: list[list[int]], visit_B: np.ndarray) -> dict[str, Tensor]:
+        choice_B = (uniform_N(visit_B, "question/wrong") * 3).long().tolist()
         data = self.data
-        wrong = [data.ids(data.reply(of, data.wrong(turn, *of))) for of, turn in zip(each, turn_B, strict=True)]
-        text_BT, said_BT = self.data.replied(front, wrong)
-        return {"text_neg": text_BT, "loss_mask_neg": said_BT}
+        wrong = [data.ids(data.reply(of, data.wrong(choice, *of))) for of, choice in zip(each, choice_B, strict=True)]
+        text_BT, loss_mask_BT = self.data.dialogue_rows(prompts, wrong)
+        return {"text_neg": text_BT, "loss_mask_neg": loss_mask_BT}
 
 
-class Questions(Dialogues):
-    """Questions about emoji, multiple choice, of colours and of counts.
+class Questions(ImageViews, Dialogues):
+    """Visual question answering about emoji: multiple choice, colours and counts.
 
-    Inputs: ``image``, and those of dialogues. Targets: ``kind`` and ``concept`` besides.
+    Inputs: ``image``, and those of Dialogues. More targets: ``kind`` and ``concept``.
 
-    Evaluation sets: "validate" has ``val`` (a tenth of the problems, as Twemoji draws them); "test" has ``problems``
-    (another tenth, training concepts and vendors), ``vendor`` (these as Fluent draws them), ``concept`` (200 concepts
-    that training never sees, options of theirs) and ``counts`` (six to eight, where training counts to five).
+    Evaluation sets: "validate" has ``val`` (a tenth of the problems, drawn by Twemoji); "test" has ``problems``
+    (another tenth, training concepts and vendors), ``vendor`` (these drawn by Fluent), ``concept`` (200 held-out
+    concepts, also as options) and ``counts`` (six to eight; training has one to five).
 
     Args:
         batch_size: rows of one whole optimizer step.
@@ -165,18 +164,19 @@ class Questions(Dialogues):
         drop: modality -> probability that a training sample is made absent.
         tiny: a twelfth of the pack, for tests and for `check`.
         size: S, at most 64 and a multiple of 3.
-        length: T.
-        kinds: what is asked.
-        letters: an option is chosen by its letter; else by its words, which small models learn sooner.
-        think: an answer stands behind what it goes by, ``think kind colour answer right``; what stands behind the last
-            "answer" is judged.
-        vendors: whose drawings are trained on.
-        text: of a pretrained language model, whose chat template then writes the dialogues; else the pack's tokens.
-        augment: training's view of a picture, on the device.
+        length: tokens of a row.
+        kinds: of questions.
+        letters: answers are letters of options; else their words, which small models learn sooner.
+        think: answers have reasoning before them, ``think group colour answer ANSWER``; the text after the last
+            "answer" is scored.
+        vendors: of the training images.
+        text: the tokenizer of a pretrained language model, whose chat template writes the dialogues; by default the
+            pack's own.
+        augment: of training images, on the device.
         folder: of the pack.
 
     Raises:
-        ValueError: for an unknown kind or vendor, or a size without room for a scene.
+        ValueError: for an unknown kind or vendor, or a size that is too small for counts.
 
     >>> data = Questions(tiny=True, batch_size=8)
     >>> batch = next(iter(data.train_dataloader()))
@@ -184,7 +184,7 @@ class Questions(Dialogues):
     (torch.Size([8, 4, 48, 48]), torch.Size([8, 48]))
     """
 
-    #: What may be asked; a problem's kind is its number here.
+    #: All kinds of questions, by number.
     every: tuple[str, ...] = KINDS
 
     def __init__(
@@ -221,35 +221,27 @@ class Questions(Dialogues):
             raise ValueError(f"{'kinds' if not self.kinds else 'vendors'}: none; such as {self.every[0]}")
         if not GRID * 8 <= size <= 64 or size % GRID:
             raise ValueError(f"size {size}: a multiple of {GRID} from {GRID * 8} to 63")
-        self.size, self.letters, self.think, self.text = size, letters, think, text
-        self.augment, self.pixels = augment or Augment(size), Pixels(size)
-        if self.augment.size != size:
-            raise ValueError(f"augment.size {self.augment.size} is not the data's size {size}")
+        self.letters, self.think, self.text = letters, think, text
+        self.set_views(size, augment or Augment(size))
         self.folder = PACK if folder is None else Path(folder)
 
     @property
     def modalities(self) -> tuple[str, ...]:
         return ("image", "text")
 
-    # what there is -------------------------------------------------------------------------------------------------
+    @property
+    def training(self) -> bool:
+        return super().training and not self.plain
+
+    # the problems --------------------------------------------------------------------------------------------------
 
     @cached_property
     def pack(self) -> Pack:
-        run = Path(self.trainer.default_root_dir) if self.trainer is not None else None
-        pack = Pack(self.folder, Ledger(run))
-        if self.tiny:
-            pack.keep(range(0, len(pack), 12))
-        return pack
+        return load_pack(self.folder, run_ledger(self.trainer), self.tiny)
 
     @cached_property
-    def codec(self) -> Tokenizer:
+    def tokenizer(self) -> Tokenizer:
         return self.text or BPETokenizer(self.folder / "tokenizer.json", self.length)
-
-    @cached_property
-    def key_C(self) -> np.ndarray:
-        """Concepts of equal name share a number."""
-        names = [row["names"]["en"].casefold() for row in self.pack.rows]
-        return np.array([names.index(name) for name in names])
 
     @cached_property
     def groups(self) -> list[str]:
@@ -261,7 +253,7 @@ class Questions(Dialogues):
 
     @cached_property
     def unseen_C(self) -> np.ndarray:
-        """Bool: concepts that training never sees."""
+        """Bool: concepts that are not in training."""
         return np.array([row["split"] == "test" for row in self.pack.rows])
 
     def drawing(self, vendor: int, concept: int, size: int | None = None) -> Tensor:
@@ -270,8 +262,8 @@ class Questions(Dialogues):
 
     @cached_property
     def colour_VC(self) -> np.ndarray:
-        """The basic colour of most of what each vendor drew; -1 where two are about as much."""
-        found = np.full((len(VENDORS), len(self.pack)), -1)
+        """The basic colour of most pixels of each drawing; -1 where no colour clearly prevails."""
+        colour_VC = np.full((len(VENDORS), len(self.pack)), -1)
         for v, vendor in enumerate(VENDORS):
             x = self.pack.reduced(vendor, 32)
             named_CHW = colour_names(over_white(x.float() / 255) * 2 - 1)
@@ -279,11 +271,11 @@ class Questions(Dialogues):
             count_KC = [((named_CHW == k) & solid_CHW).sum(dim=(1, 2)) for k in range(len(BASIC_COLOURS))]
             count_CK = torch.stack(count_KC, dim=1)
             most, at = count_CK.topk(2, dim=1)
-            found[v] = torch.where(most[:, 0] > 1.5 * most[:, 1], at[:, 0], -1).numpy()
-        return found
+            colour_VC[v] = torch.where(most[:, 0] > 1.5 * most[:, 1], at[:, 0], -1).numpy()
+        return colour_VC
 
     def problems(self, unseen: bool, kinds: Sequence[str], vendors: Sequence[int]) -> Problems:
-        """All that can be asked of some concepts: of their colour only where all these vendors clearly agree on it."""
+        """All problems of some concepts; about colour only where it clearly is the same for all these vendors."""
         good_C = np.logical_and.reduce([self.pack.drawings(VENDORS[v])[1] for v in vendors])
         concepts = np.flatnonzero((self.unseen_C == unseen) & good_C)
         kind_N, concept_N, variant_N = (
@@ -295,18 +287,14 @@ class Questions(Dialogues):
             return Problems(kind_N, concept_N, key_N)
         colour_VC = self.colour_VC[list(vendors)]
         clear_C = (colour_VC >= 0).all(axis=0) & (colour_VC == colour_VC[0]).all(axis=0)
-        # nothing of a colour's problem is drawn, so there is one of each
-        kept_N = (kind_N != self.every.index("colour")) | (clear_C[concept_N] & (variant_N == 0))
-        return Problems(kind_N, concept_N, key_N).where(kept_N)
+        # problems about colour have no options, so there is one of each concept
+        valid_N = (kind_N != self.every.index("colour")) | (clear_C[concept_N] & (variant_N == 0))
+        return Problems(kind_N, concept_N, key_N).where(valid_N)
 
     def keys_of(self, kind_N: np.ndarray, concept_N: np.ndarray, variant_N: np.ndarray) -> np.ndarray:
-        """int64: all that is drawn of these problems."""
-        own_C = np.array([salt(f"question/{row['hexcode']}") for row in self.pack.rows], dtype=np.uint64)
-        return mix_N(own_C[concept_N], "problem", kind_N.astype(np.uint64), variant_N.astype(np.uint64))
-
-    def split(self, problems: Problems, name: str) -> Problems:
-        """The problems of a split, by a hash of their keys."""
-        return problems.where(in_split(problems.key_N, name))
+        """int64: the seeds of these problems."""
+        code_C = np.array([salt(f"question/{row['hexcode']}") for row in self.pack.rows], dtype=np.uint64)
+        return mix_N(code_C[concept_N], "problem", kind_N.astype(np.uint64), variant_N.astype(np.uint64))
 
     def _set(
         self,
@@ -319,7 +307,7 @@ class Questions(Dialogues):
         numbers = [VENDORS.index(v) for v in vendors]
         kinds = options.pop("kinds", self.kinds)
         problems = self.problems(unseen, kinds, numbers)  # type: ignore[arg-type]
-        problems = problems if split is None else self.split(problems, split)
+        problems = problems if split is None else problems.where(in_split(problems.key_N, split))
         return of(self, problems, numbers, np.flatnonzero(self.unseen_C == unseen), **options)  # type: ignore[arg-type]
 
     def training_set(self) -> QuestionSet:
@@ -340,81 +328,76 @@ class Questions(Dialogues):
             sets["counts"] = self._set("test", False, self.vendors, kinds=["count"], counts=MORE)
         return sets
 
-    # words ---------------------------------------------------------------------------------------------------------
+    # questions and answers -----------------------------------------------------------------------------------------
 
     def wording(
         self, kind: str, concept: int, vendor: int, others: np.ndarray, count: int, key: int
     ) -> tuple[str, str]:
-        """What is asked, and the right answer."""
-        right = self.right(kind, concept, vendor, count)
+        """The question, and the correct answer."""
+        correct = self.right(kind, concept, vendor, count)
         if kind == "colour":
-            return "what colour is it?", right
+            return "what colour is it?", correct
         if kind == "count":
-            return f"how many: {self.pack.rows[concept]['names']['en']}?", right
-        place, wrong = self._place(key), self.wrongs(kind, right, others, key)
-        options = [*wrong[:place], right, *wrong[place:]]
+            return f"how many: {self.pack.names[concept]}?", correct
+        place, wrong = self._place(key), self.wrongs(kind, correct, others, key)
+        options = [*wrong[:place], correct, *wrong[place:]]
         what = "which is it?" if kind == "name" else "what kind is it?"
         listed = " ".join(f"{letter}) {option}" for letter, option in zip(LETTERS, options, strict=True))
-        return f"{what} {listed}", LETTERS[place] if self.letters else right
+        return f"{what} {listed}", LETTERS[place] if self.letters else correct
 
-    def reply(self, of: tuple[Any, ...], right: str) -> str:
-        """All that is to be said to a problem, as arguments of ``wording``."""
+    def reply(self, of: tuple[Any, ...], correct: str) -> str:
+        """The answer to train on, with reasoning if asked for, of a problem as arguments of ``wording``."""
         if not self.think:
-            return right
+            return correct
         _, concept, vendor, *_ = of
-        words = [self.pack.rows[concept]["group"].replace("-", " ")]
+        words = [self._group(concept)]
         if (colour := self.colour_VC[vendor, concept]) >= 0:
             words.append(list(BASIC_COLOURS)[colour])
-        return f"think {' '.join(words)} answer {right}"
+        return f"think {' '.join(words)} answer {correct}"
 
-    def is_right(self, said: Sequence[int], right: Sequence[int]) -> bool:
+    def is_right(self, answer: Sequence[int], correct: Sequence[int]) -> bool:
         if not self.think:
-            return super().is_right(said, right)
-        return f" {self.spell(said)}".rpartition(" answer ")[2] == self.spell(right)
+            return super().is_right(answer, correct)
+        return f" {self.spell(answer)}".rpartition(" answer ")[2] == self.spell(correct)
 
     def _place(self, key: int) -> int:
-        """Where the right one stands among the options."""
+        """The place of the correct option."""
         return int(uniform_N(np.array([key]), "question/place")[0] * len(LETTERS))
 
     def right(self, kind: str, concept: int, vendor: int, count: int) -> str:
-        """The right answer in words."""
+        """The correct answer in words."""
         if kind == "colour":
             return list(BASIC_COLOURS)[self.colour_VC[vendor, concept]]
         if kind == "count":
             return str(count)
-        row = self.pack.rows[concept]
-        return row["names"]["en"] if kind == "name" else row["group"].replace("-", " ")
+        return self.pack.names[concept] if kind == "name" else self._group(concept)
 
-    def wrongs(self, kind: str, right: str, others: np.ndarray, key: int) -> list[str]:
-        """Three wrong answers in words: those that are offered, where some are."""
+    def _group(self, concept: int) -> str:
+        return self.pack.rows[concept]["group"].replace("-", " ")
+
+    def wrongs(self, kind: str, correct: str, others: np.ndarray, key: int) -> list[str]:
+        """Three wrong answers in words: the wrong options of multiple choice."""
         if kind == "name":
-            return [self.pack.rows[c]["names"]["en"] for c in others]
-        every = {"colour": list(BASIC_COLOURS), "count": [str(n) for n in (*COUNTS, *MORE)]}
-        left = [
-            other for other in every.get(kind, [group.replace("-", " ") for group in self.groups]) if other != right
-        ]
-        order = np.argsort(uniform_NK(np.array([key]), [f"question/{kind}{k}" for k in range(len(left))])[0].numpy())
-        return [left[k] for k in order[:3]]
+            return [self.pack.names[c] for c in others]
+        answers = {"colour": list(BASIC_COLOURS), "count": [str(n) for n in (*COUNTS, *MORE)]}
+        wrong = [x for x in answers.get(kind, [group.replace("-", " ") for group in self.groups]) if x != correct]
+        order = np.argsort(uniform_NK(np.array([key]), [f"question/{kind}{k}" for k in range(len(wrong))])[0].numpy())
+        return [wrong[k] for k in order[:3]]
 
-    def wrong(self, turn: int, *of: Any) -> str:
-        """One of the wrong answers to a problem, as arguments of ``wording``: the first, second or third."""
+    def wrong(self, choice: int, *of: Any) -> str:
+        """The first, second or third wrong answer to a problem, as arguments of ``wording``."""
         kind, concept, vendor, others, count, key = of
         if self.letters and kind in ("name", "group"):
             place = self._place(key)
-            return [letter for k, letter in enumerate(LETTERS) if k != place][turn]
-        return self.wrongs(kind, self.right(kind, concept, vendor, count), others, key)[turn]
+            return [letter for k, letter in enumerate(LETTERS) if k != place][choice]
+        return self.wrongs(kind, self.right(kind, concept, vendor, count), others, key)[choice]
 
     def spell(self, ids: Sequence[int]) -> str:
         return " ".join(super().spell(ids).split())
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        training = self.trainer is not None and self.trainer.training and not self.plain
-        batch.inputs["image"] = (self.augment if training else self.pixels)(batch.inputs["image"], batch.draw)
-        return batch
-
 
 class QuestionPairs(Questions):
-    """Questions with a right answer and a wrong one, which is to be less likely: ``text_neg`` and ``loss_mask_neg``.
+    """Preference pairs: questions with a correct and a wrong answer, inputs ``text_neg`` and ``loss_mask_neg``.
 
     Evaluation is that of Questions.
 

@@ -1,4 +1,4 @@
-"""Dialogues of which training sees some at a time, and those that a model answers itself, whatever they are about.
+"""Pools and rollout buffers of dialogues: training problems in rounds, and the model's own answers to them.
 
 Letters: N problems, M tokens of an answer, G answers to a question, R = N G, B samples of a batch.
 """
@@ -22,26 +22,26 @@ from descant.modules.tokenizers.text import PAD
 
 
 class PooledDialogues(Dialogues):
-    """Stands before data of dialogues, as in ``class PooledQuestions(PooledDialogues, Questions)``: training sees
+    """Mixin before a Dialogues class, as in ``class PooledQuestions(PooledDialogues, Questions)``: training has
     ``items`` of its training problems at a time.
 
     Args:
         items: N.
-        kwargs: as of that data.
+        kwargs: as of that class.
 
     Raises:
-        ValueError: for workers, which would not see a new pool, or more items than there are problems.
+        ValueError: for workers, which would not see a new pool, or more items than training problems.
     """
 
     def __init__(self, items: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if self.num_workers:
-            raise ValueError(f"num_workers {self.num_workers}: readers would not see a new pool; 0 is best in memory")
+            raise ValueError(f"num_workers {self.num_workers}: workers would not see a new pool; use 0")
         self.items, self.version = items, -1
         self._pool: Any = None
 
     def asked_set(self, problems: Any) -> DialogueSet:
-        """Some problems as evaluation sees them."""
+        """Some problems as an evaluation set."""
         raise NotImplementedError
 
     @cached_property
@@ -55,18 +55,18 @@ class PooledDialogues(Dialogues):
         return self._pool
 
     def fresh(self, round: int, again: int = 0) -> Any:
-        """Problems of the training split, drawn by (seed, round), or the next ones of the same round."""
-        every = self.training_problems.problems
-        if len(every) < self.items:
-            raise ValueError(f"items {self.items}: there are {len(every)} problems to train on")
-        order = mix_N(every.key_N, "pool", self.seed, round).argsort(kind="stable")
-        return every.where(order[(again * self.items + np.arange(self.items)) % len(order)])
+        """Training problems in random order by (seed, round): the first ``items``, or with ``again`` later ones."""
+        problems = self.training_problems.problems
+        if len(problems) < self.items:
+            raise ValueError(f"items {self.items}: there are {len(problems)} training problems")
+        order = mix_N(problems.key_N, "pool", self.seed, round).argsort(kind="stable")
+        return problems.where(order[(again * self.items + np.arange(self.items)) % len(order)])
 
     def asking(self, problems: Any) -> Iterator[Batch]:
-        rows = self.asked_set(problems)
-        rows.numbered = True
+        data = self.asked_set(problems)
+        data.numbered = True
         with self.as_evaluated():
-            yield from self.evaluation_loader(rows)
+            yield from self.evaluation_loader(data)
 
     def arrays(self) -> dict[str, Any]:
         """The problems, for a checkpoint."""
@@ -81,82 +81,76 @@ class PooledDialogues(Dialogues):
         super().load_state_dict(state_dict)
         if len(state_dict["key"]) != self.items:
             raise ValueError(f"items {self.items}: the checkpoint's pool has {len(state_dict['key'])}")
-        every: Columns = self.training_problems.problems
+        problems: Columns = self.training_problems.problems
         self.version = state_dict["version"]
-        self._pool = every.of({name: state_dict[name].numpy() for name in every.arrays()})
+        self._pool = problems.of({name: state_dict[name].numpy() for name in problems.arrays()})
 
 
 class RolloutSet(BatchDataset):
-    """What the model itself has answered, G answers to each question, and what they earned.
+    """The model's own answers, G to each question, and their advantages.
 
-    Inputs are those that it saw when it answered. Targets besides: ``advantage``, ``live``, log-probabilities of the
-    tokens when they were drawn, ``old`` ``[B, M]``, and of a reference, ``reference`` ``[B, M]``, and ``step``
-    ``[B, 2]``: live answers and their tokens in the whole optimizer step.
+    Inputs are those of the rollout. More targets: ``advantage``, ``live`` (valid answers), log-probabilities of the
+    tokens when they were sampled, ``old`` ``[B, M]``, and by a reference, ``reference`` ``[B, M]``, and ``step``
+    ``[B, 2]``: valid answers and their tokens in the whole optimizer step.
     """
 
     def __init__(self, data: RolledDialogues) -> None:
         super().__init__(data.seed)
-        self.held = data
+        self.data = data
 
     def __len__(self) -> int:
-        return self.held.items * self.held.group
+        return self.data.items * self.data.group
 
     def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
-        return self.held.asked_set(self.held.pool).present(index_N // self.held.group)
+        return self.data.asked_set(self.data.pool).present(index_N // self.data.group)
 
     def __getitem__(self, window: Window) -> Batch:
-        batch, held = super().__getitem__(window), self.held
+        batch, data = super().__getitem__(window), self.data
         row_N = np.array([slot.sample for slot in window.step if slot.real])
-        valid_N, length_N = held.live_R[row_N], held.length_R[row_N]
+        valid_N, length_N = data.valid_R[row_N], data.length_R[row_N]
         counts = torch.tensor([(valid_N & (length_N > 0)).sum(), (valid_N * length_N).sum()])
         batch.targets["step"] = counts.expand(len(batch), -1)
         return batch
 
     def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
-        held = self.held
-        if held.version < 0:
-            raise ValueError(
-                f"{type(held).__name__}: nothing is answered yet; the callback Rollouts lets the model do so"
-            )
-        rows = held.asked_set(held.pool).rows(index_B // held.group, draw_B)
-        asked = [ids[: ids.index(held.answer_token) + 1] for ids in rows.inputs["text"].tolist()]
-        text_BT, said_BT = held.replied(asked, self._said(index_B))
-        for b in np.flatnonzero(~held.ended_R[index_B]):  # an end that it did not say is not to be learned
-            said_BT[b, int(said_BT[b].nonzero().max())] = False
-        rows.inputs |= {"text": text_BT, "loss_mask": said_BT}
+        data = self.data
+        if data.version < 0:
+            raise ValueError(f"{type(data).__name__}: no answers yet; the callback Rollouts samples them")
+        rows = data.asked_set(data.pool).rows(index_B // data.group, draw_B)
+        prompts = [ids[: ids.index(data.answer_token) + 1] for ids in rows.inputs["text"].tolist()]
+        lengths = data.length_R[index_B] - data.ended_R[index_B]
+        answers = [ids_M[:n].tolist() for ids_M, n in zip(data.answer_ids_RM[index_B], lengths, strict=True)]
+        text_BT, loss_mask_BT = data.dialogue_rows(prompts, answers)
+        for b in np.flatnonzero(~data.ended_R[index_B]):  # no loss on an end that was not sampled
+            loss_mask_BT[b, int(loss_mask_BT[b].nonzero().max())] = False
+        rows.inputs |= {"text": text_BT, "loss_mask": loss_mask_BT}
         for name in ("advantage", "live", "old", "reference"):
-            rows.targets[name] = torch.from_numpy(held.rolled[name][index_B])
+            rows.targets[name] = torch.from_numpy(data.rolled[name][index_B])
         return rows
-
-    def _said(self, index_B: np.ndarray) -> list[list[int]]:
-        """Of answers the tokens before the end."""
-        answer_ids_BM, held = self.held.said_RM[index_B], self.held
-        lengths = held.length_R[index_B] - held.ended_R[index_B]
-        return [said_M[:n].tolist() for said_M, n in zip(answer_ids_BM, lengths, strict=True)]
 
 
 class RolledDialogues(PooledDialogues):
-    """Stands before data of dialogues that the model answers itself, ``group`` times each, renewed by the callback
-    Rollouts.
+    """Mixin before a Dialogues class: a buffer of ``group`` answers of the model to each question, renewed by the
+    callback Rollouts.
 
-    An epoch is one pass over what was answered: ``items x group / batch_size`` optimizer steps. The answers are in
-    every checkpoint, so that a run goes on in the middle of them.
+    An epoch is one pass over the answers: ``items x group / batch_size`` optimizer steps. The answers are in every
+    checkpoint, so that a run resumes in the middle of them.
 
     Args:
         items: N, questions of a rollout.
         group: G, answers to each.
-        kwargs: as of that data.
+        kwargs: as of that class.
 
     Raises:
-        ValueError: what PooledDialogues raises, ``drop``, fewer than two answers, or answers that make no whole steps.
+        ValueError: what PooledDialogues raises; for ``drop``, fewer than two answers, or answers of no whole steps.
     """
 
     def __init__(self, items: int = 32, group: int = 8, **kwargs: Any) -> None:
         super().__init__(items, **kwargs)
         if self.drop:
-            raise ValueError(f"drop {self.drop}: the model answers to all that is there; leave it out")
+            raise ValueError(f"drop {self.drop}: rollouts have all modalities; leave it out")
         if group < 2:
-            raise ValueError(f"group {group}: an answer is judged beside others to the same question; 2 are the fewest")
+            raise ValueError(f"group {group}: at least 2 answers to a question, as advantages compare them")
         if items * group % self.batch_size:
             raise ValueError(f"batch_size {self.batch_size}: {items} questions x {group} answers make no whole steps")
         self.group, R, M = group, items * group, self.answer_length
@@ -171,12 +165,12 @@ class RolledDialogues(PooledDialogues):
         }
 
     @property
-    def said_RM(self) -> np.ndarray:
+    def answer_ids_RM(self) -> np.ndarray:
         return self.rolled["said"]
 
     @property
     def length_R(self) -> np.ndarray:
-        """Tokens of answers, an end counted."""
+        """Tokens of answers, including an end."""
         return self.rolled["length"]
 
     @property
@@ -184,19 +178,19 @@ class RolledDialogues(PooledDialogues):
         return self.rolled["ended"]
 
     @property
-    def live_R(self) -> np.ndarray:
+    def valid_R(self) -> np.ndarray:
         return self.rolled["live"]
 
     def training_set(self) -> Any:
         return RolloutSet(self)
 
     def rows(self) -> Iterator[Batch]:
-        """All that was answered, this rank's part; a batch's ``index`` are numbers of answers."""
+        """Batches of all answers, this rank's part; their ``index`` are numbers of answers."""
         with self.as_evaluated():
             yield from self.evaluation_loader(RolloutSet(self))
 
     def entry(self, problems: Any, number: int) -> Any:
-        """What is known of one of some problems beside its right answer, for a verifier; of most nothing is."""
+        """More about one of some problems than its correct answer, for a verifier, or None."""
         return None
 
     def renew(self, problems: Any, rolled: Mapping[str, Tensor], version: int) -> None:
@@ -215,10 +209,10 @@ class RolledDialogues(PooledDialogues):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        if state_dict["said"].shape != self.said_RM.shape:
+        if state_dict["said"].shape != self.answer_ids_RM.shape:
             raise ValueError(f"group {self.group}: the checkpoint's has {len(state_dict['said']) // self.items}")
         self.rolled = {name: state_dict[name].numpy() for name in self.rolled}
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        with self.as_evaluated():  # the model is to see what it has answered
+        with self.as_evaluated():  # the inputs of the rollout
             return super().on_after_batch_transfer(batch, dataloader_idx)

@@ -19,7 +19,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from descant.data.make import make
 from descant.datamodules import changed
 from descant.datamodules.changes import PARTS, Property
-from descant.datamodules.corpora.emoji import PACK, Emoji
+from descant.datamodules.corpora.emoji import Emoji
+from descant.datamodules.corpora.emoji_pack import PACK
 from descant.datamodules.fields.fields import Fields, ImageField, TextField
 from descant.datamodules.mixture import Mixture
 from descant.datamodules.sources.stream import Stream

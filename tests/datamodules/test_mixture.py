@@ -14,7 +14,8 @@ from torch import Tensor
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.fields.fields import Fields, ImageField, TextField
-from descant.datamodules.mixture import MixedOrder, Mixture, Shares, tempered
+from descant.datamodules.mixture import Mixture
+from descant.datamodules.mixture_order import MixedOrder, Shares, tempered
 from descant.datamodules.sources.stream import Stream
 from descant.datamodules.user_data import UserData
 from descant.modules.core.batch import Batch
@@ -120,7 +121,7 @@ def epochs(made: MixedOrder, n: int) -> list[list[Any]]:
 # shares --------------------------------------------------------------------------------------------------------
 
 
-def test_shares_are_near_their_weights_never_fall_and_add_up() -> None:
+def test_shares_are_near_their_weights_monotone_and_sum_to_n() -> None:
     rng = random.Random(0)
     for trial in range(80):
         k = rng.randint(1, 12)
@@ -148,7 +149,7 @@ def test_by_size_an_epoch_sees_every_sample_once() -> None:
         assert Counter(slot.sample for step in epoch for slot in step) == Counter(range(39))
 
 
-def test_a_part_that_is_asked_three_times_its_size_sees_each_sample_three_times() -> None:
+def test_a_part_of_three_times_its_size_has_each_sample_three_times() -> None:
     sizes = [100, 700]
     made = order(sizes, [3, 5], 800, 32)
     for number, epoch in enumerate(epochs(made, 2)):
@@ -161,7 +162,7 @@ def test_a_part_that_is_asked_three_times_its_size_sees_each_sample_three_times(
         assert {turn for turn, sample in visits if sample < 100} == {3 * number, 3 * number + 1, 3 * number + 2}
 
 
-def test_every_step_takes_what_the_weights_say_and_no_sample_twice_a_pass() -> None:
+def test_every_step_follows_the_weights_and_no_sample_is_twice_in_a_pass() -> None:
     sizes, weights = [40, 31, 300], [Fraction(1, 2), Fraction(3, 10), Fraction(1, 5)]
     made = MixedOrder(sizes, ["a", "b", "c"], weights, 160, 16, seed=0)
     given, walks = [0, 0, 0], [Counter[tuple[int, int]]() for _ in sizes]
@@ -193,7 +194,7 @@ def test_the_global_order_does_not_depend_on_the_cut(world: int, accumulate: int
         assert Counter(s for windows in ranks for m in micro for s in windows[m].slots) == Counter(step)
 
 
-def test_starting_in_the_middle_gives_the_rest() -> None:
+def test_an_order_from_the_middle_equals_the_rest() -> None:
     whole = list(order([13, 40], ["0.7", "0.3"], 60, 8, epoch=3))
     made = order([13, 40], ["0.7", "0.3"], 60, 8, epoch=3, first=5)
     assert list(made) == whole[5:]
@@ -202,7 +203,7 @@ def test_starting_in_the_middle_gives_the_rest() -> None:
     assert list(made) != whole
 
 
-def test_a_parts_own_order_does_not_depend_on_its_neighbours() -> None:
+def test_the_order_of_a_part_is_independent_of_the_others() -> None:
     alone = MixedOrder([30], ["a"], [Fraction(1)], 30, 10, seed=0)
     beside = MixedOrder([7, 30], ["b", "a"], [Fraction(7), Fraction(30)], 37, 10, seed=0)
     mine = [slot.sample for window in alone for slot in window.step if slot.real]
@@ -213,7 +214,7 @@ def test_a_parts_own_order_does_not_depend_on_its_neighbours() -> None:
 @pytest.mark.parametrize(
     ("alpha", "times", "wanted"), [(1.0, None, [400, 40]), (0.0, None, [220, 220]), (0.5, 2.0, [360, 80])]
 )
-def test_small_parts_come_more_often_by_their_temperature(alpha: float, times: float | None, wanted: list[int]) -> None:
+def test_shares_by_temperature(alpha: float, times: float | None, wanted: list[int]) -> None:
     """Seen from the batches of one epoch of as many samples as there are: 40 of 440 are small."""
     data = Mixture({"large": Toy(400), "small": Toy(40)}, alpha=alpha, times=times, batch_size=20)
     source = torch.cat([batch.source for batch in data.train_dataloader()])
@@ -271,7 +272,7 @@ def batches(data: Mixture) -> list[Batch]:
     return list(data.train_dataloader())
 
 
-def test_what_a_part_lacks_is_absent_and_has_the_others_shape() -> None:
+def test_missing_modalities_are_absent_and_have_the_shape_of_the_others() -> None:
     data = two()
     for batch in batches(data):
         drawn = batch.source == 0
@@ -309,7 +310,7 @@ def test_workers_change_nothing() -> None:
         assert all(torch.equal(a.inputs[m], b.inputs[m]) for m in a.inputs)
 
 
-def test_ids_and_keys_of_parts_do_not_meet_and_ids_lead_back() -> None:
+def test_ids_and_keys_of_parts_are_disjoint_and_ids_name_the_part() -> None:
     parts: dict[str, DataModule] = {"a": Toy(30, 1.0), "b": Toy(30, 2.0)}
     data = Mixture(parts, batch_size=10)
     ids: dict[int, set[int]] = {0: set(), 1: set()}
@@ -339,13 +340,13 @@ def test_parts_that_number_the_same_content_share_keys() -> None:
     assert keys[0] == keys[1] and not keys[0] & keys[2]
 
 
-def test_equal_samples_of_two_parts_are_drawn_apart() -> None:
+def test_equal_samples_of_two_parts_have_different_seeds() -> None:
     batch = batches(Mixture({"a": Toy(20), "b": Toy(20)}, batch_size=40))[0]
     assert len(set(batch.draw.tolist())) == 40
 
 
 @pytest.mark.parametrize("kind", ["mixed", "homogeneous"])
-def test_each_parts_transform_sees_its_own_rows_only(kind: Any) -> None:
+def test_transforms_apply_to_the_rows_of_their_part(kind: Any) -> None:
     data = two(batches=kind)
     for batch in batches(data):
         assert batch.inputs["image"].dtype == torch.uint8  # until here
@@ -358,7 +359,7 @@ def test_each_parts_transform_sees_its_own_rows_only(kind: Any) -> None:
         assert torch.equal(after.source, source)
 
 
-def test_pictures_with_and_without_alpha_go_together() -> None:
+def test_images_with_and_without_alpha_mix() -> None:
     rgba = {"image": ([4, 2, 2], torch.uint8), "text": ([4], torch.int64)}
     data = Mixture({"rgb": Toy(10, 100.0), "rgba": Toy(10, 200.0, shapes=rgba)}, batch_size=20)
     batch = batches(data)[0]
@@ -379,7 +380,7 @@ def test_drop_works_in_a_part_and_in_the_mixture() -> None:
     assert np.allclose(shares, [[0.5, 1], [0.5, 0.5], [0.25, 0.5]], rtol=0, atol=statistical(0.5, 2000))
 
 
-def test_evaluation_sets_hold_all_modalities_and_one_part() -> None:
+def test_evaluation_sets_have_all_modalities_and_one_part() -> None:
     data = two(weights={"drawn": 1, "spoken": 0})
     assert all((batch.source == 0).all() for batch in batches(data))
     sets = data.evaluation_sets("validate")
@@ -448,23 +449,25 @@ def test_real_parts_with_other_vendors_and_augmentation() -> None:
         ({"a": 1, "b": -1}, "weights: b -1 is no share of the samples"),
         ({"a": 1, "b": float("nan")}, "weights: b nan is no share of the samples"),
         ({"a": 1, "c": 1}, "weights: no part 'c'; the parts are a, b"),
-        ({"a": 1}, "weights: part 'b' has none; 0 leaves it out of training"),
+        ({"a": 1}, "weights: part 'b' has none; 0 trains on none of it"),
     ],
 )
-def test_weights_without_sense_are_refused(weights: dict[str, float], says: str) -> None:
+def test_bad_weights_raise_one_line(weights: dict[str, float], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Mixture({"a": Toy(4), "b": Toy(4)}, weights)
 
 
-def test_a_part_that_runs_dry_is_refused_where_it_may_not_repeat() -> None:
+def test_without_repeat_a_part_that_is_too_small_is_an_error() -> None:
     parts: dict[str, DataModule] = {"a": Toy(10), "b": Toy(90)}
     data = Mixture(parts, {"a": 1, "b": 1}, repeat=False, batch_size=10)
-    with pytest.raises(ValueError, match="part 'a' runs dry: an epoch asks 50 samples of it and there are 10; lower"):
+    with pytest.raises(
+        ValueError, match="part 'a' is too small: an epoch needs 50 samples of it and there are 10; lower"
+    ):
         data.train_dataloader()
     assert len(Mixture(parts, {"a": 1, "b": 1}, samples=20, repeat=False, batch_size=10).train_dataloader()) == 2
     assert len(Mixture(parts, repeat=False, batch_size=10).train_dataloader()) == 10
     alone = Mixture(parts, {"a": 1, "b": 1}, repeat=False, batch_size=10, batches="homogeneous")
-    with pytest.raises(ValueError, match="an epoch asks 5 batches of it and there are 1"):
+    with pytest.raises(ValueError, match="an epoch needs 5 batches of it and there are 1"):
         alone.train_dataloader()
 
 
@@ -483,16 +486,16 @@ def shaped(**shapes: tuple[list[int], torch.dtype]) -> Toy:
         (shaped(text=([4], torch.int32)), r"text: a sample is \[4\] int64 in part 'a' and \[4\] int32 in part 'b'"),
         (
             shaped(**{"image": ([3, 2, 2], torch.uint8), "image@2": ([3, 2, 2], torch.uint8)}),
-            "part 'b' has image@2 and part 'a' has not: give both the views",
+            "part 'b' has image@2 and part 'a' has not: set views of both",
         ),
         (
             Toy(8, codec=NgramTokenizer(n=4)),
-            "parts 'a' and 'b' make other token ids of the same text; give them one codec",
+            "parts 'a' and 'b' have different token ids of one text; give them one tokenizer",
         ),
-        (Toy(8, classes=["x", "z", "y"]), "target 'label': parts 'a' and 'b' number other classes; give both"),
+        (Toy(8, classes=["x", "z", "y"]), "target 'label': parts 'a' and 'b' have different classes; give both"),
     ],
 )
-def test_parts_that_do_not_go_together_are_refused(other: Toy, says: str) -> None:
+def test_incompatible_parts_raise_one_line(other: Toy, says: str) -> None:
     data = Mixture({"a": Toy(8, codec=NgramTokenizer(n=3), classes=["x", "y", "z"]), "b": other}, batch_size=4)
     with pytest.raises(ValueError, match=says):
         data.train_dataloader()
@@ -507,12 +510,12 @@ def test_parts_that_do_not_go_together_are_refused(other: Toy, says: str) -> Non
         ({"parts": {"a": Toy(4)}, "samples": 3}, "samples 3 of an epoch are less than one batch of 256"),
         ({"parts": {"a": Toy(4)}, "drop": {"sound": 0.5}}, "drop: no modality 'sound'"),
         ({"parts": {"a": Toy(4)}, "alpha": 2.0}, "alpha 2: from 0, all parts alike, to 1, by their sizes"),
-        ({"parts": {"a": Toy(4)}, "alpha": 0.5, "weights": {"a": 1}}, "alpha: weights say already what each"),
+        ({"parts": {"a": Toy(4)}, "alpha": 0.5, "weights": {"a": 1}}, "alpha: weights already set the shares"),
         ({"parts": {"a": Toy(4)}, "alpha": 0.5, "times": 1.0}, "times 1: more than 1, and with an alpha; such as 4"),
         ({"parts": {"a": Toy(4)}, "times": 4.0}, "times 4: more than 1, and with an alpha; such as 4"),
     ],
 )
-def test_options_without_sense_are_refused(kwargs: dict[str, Any], says: str) -> None:
+def test_bad_options_raise_one_line(kwargs: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Mixture(**kwargs)
 
@@ -525,7 +528,7 @@ def test_streams_and_empty_parts_are_refused() -> None:
         Mixture({"a": Toy(4), "b": Toy(0)}, batch_size=2).train_dataloader()
 
 
-def test_ids_too_large_to_be_told_apart_are_refused() -> None:
+def test_ids_beyond_48_bits_are_an_error() -> None:
     class Wide(ToySet):
         def identity(self, index_B: np.ndarray) -> np.ndarray:
             return index_B + (1 << 60)

@@ -1,4 +1,4 @@
-"""A stream goes on where it was: same samples, same batches, same draws, and no shard that is done is opened again."""
+"""Resume of streams: the same samples and batches, and no finished shard is opened again."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ CUTS = [(0, 1), (0, 2), (0, 3), (0, 5), (1, 0), (1, 1), (1, 4)]
 
 
 @pytest.mark.parametrize(("sizes", "world", "workers", "ahead"), quick(PLACES, 3))
-def test_it_goes_on_from_any_place_as_if_it_had_never_stopped(
+def test_resume_at_any_place_equals_an_uninterrupted_stream(
     tmp_path: Path, sizes: str, world: int, workers: int, ahead: int
 ) -> None:
     urls, readers = shards(tmp_path, SHARDS[sizes]), world * max(workers, 1)
@@ -175,7 +175,7 @@ def test_it_goes_on_from_any_place_as_if_it_had_never_stopped(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_interruptions_in_a_row_before_all_readers_were_heard_of(tmp_path: Path, workers: int) -> None:
+def test_several_interruptions_before_all_workers_reported(tmp_path: Path, workers: int) -> None:
     urls = shards(tmp_path, SHARDS["many"])
 
     def ranks() -> list[UserData]:
@@ -196,7 +196,7 @@ def test_interruptions_in_a_row_before_all_readers_were_heard_of(tmp_path: Path,
 # what is refused -------------------------------------------------------------------------------------------------
 
 
-def test_other_ranks_workers_or_shards_are_one_line(tmp_path: Path) -> None:
+def test_other_ranks_workers_or_shards_raise_one_line(tmp_path: Path) -> None:
     urls = shards(tmp_path, SHARDS["many"])
     data = on_rank(tmp_path, urls, 0, 2, 2)
     next(read(data, ahead=1))
@@ -222,7 +222,7 @@ def test_other_ranks_workers_or_shards_are_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_place_that_nothing_tells_of_is_one_line(tmp_path: Path, workers: int) -> None:
+def test_a_missing_resume_mark_raises_one_line(tmp_path: Path, workers: int) -> None:
     data = on_rank(tmp_path, shards(tmp_path, SHARDS["many"]), 0, 1, workers)
     with pytest.raises(ValueError, match=r"nothing tells where reader . stood after batch . of epoch 0") as caught:
         list(read(data, (0, 3)))
@@ -250,9 +250,7 @@ OPTIONS: dict[str, Any] = {"max_epochs": 3, "limit_val_batches": 0}
 @pytest.mark.parametrize(
     ("workers", "accumulate", "steps"), quick([(0, 1, (1, 3, 6, 10, 17)), (2, 1, (3, 10)), (2, 2, (1, 6))], 3)
 )
-def test_a_run_that_is_resumed_ends_in_the_same_bits(
-    tmp_path: Path, workers: int, accumulate: int, steps: tuple[int, ...]
-) -> None:
+def test_a_resumed_run_is_bit_identical(tmp_path: Path, workers: int, accumulate: int, steps: tuple[int, ...]) -> None:
     urls, whole = shards(tmp_path, SHARDS["many"]), Act()
     options: dict[str, Any] = {**OPTIONS, "accumulate_grad_batches": accumulate}
     _, net = fit(tmp_path / "a", Resume(every=1, keep=100), whole, net=Net(), data=own(urls, workers), **options)
@@ -264,7 +262,7 @@ def test_a_run_that_is_resumed_ends_in_the_same_bits(
         assert rest.seen == whole.seen[step * accumulate :] and rest.losses == whole.losses[step * accumulate :]
 
 
-def test_a_run_that_is_stopped_twice_ends_in_the_same_bits(tmp_path: Path) -> None:
+def test_a_run_that_is_stopped_twice_is_bit_identical(tmp_path: Path) -> None:
     urls, whole, parts, path = shards(tmp_path, SHARDS["many"]), Act(), [], None
     _, net = fit(tmp_path / "a", Resume(), whole, net=Net(), data=own(urls, 2), **OPTIONS)
     for batches in (4, 3):
@@ -286,7 +284,7 @@ def test_a_run_on_other_workers_is_refused(tmp_path: Path) -> None:
             fit(tmp_path, Resume(), net=Net(), data=own(urls, 3), path=point(tmp_path, step), **OPTIONS)
 
 
-def test_one_worker_reads_what_none_does(tmp_path: Path) -> None:
+def test_one_worker_reads_the_same_as_none(tmp_path: Path) -> None:
     urls, whole, rest = shards(tmp_path, SHARDS["many"]), Act(), Act()
     fit(tmp_path / "a", Resume(every=4, keep=9), whole, net=Net(), data=own(urls), **OPTIONS)
     fit(tmp_path / "b", Resume(), rest, net=Net(), data=own(urls, 1), path=point(tmp_path / "a", 8), **OPTIONS)
@@ -306,7 +304,7 @@ def _on_rank(rank: int, folder: Path, urls: list[str], world: int, path: Path | 
 @by_turns(1, 2)
 @pytest.mark.ddp
 @pytest.mark.slow
-def test_two_ranks_go_on_and_one_is_refused(tmp_path: Path) -> None:
+def test_two_ranks_resume_and_one_is_refused(tmp_path: Path) -> None:
     urls = shards(tmp_path, SHARDS["many"])
     whole = run_ranks(2, _on_rank, tmp_path / "a", urls, 2, None)
     rest = run_ranks(2, _on_rank, tmp_path / "b", urls, 2, point(tmp_path / "a", 2))

@@ -17,7 +17,7 @@ from PIL import Image
 
 from descant.cli import dump
 from descant.datamodules.base import BatchDataset
-from descant.datamodules.corpora.emoji import PACK
+from descant.datamodules.corpora.emoji_pack import PACK
 from descant.datamodules.fields.fields import AudioField, Fields, ImageField, LabelField, TextField
 from descant.datamodules.fields.image_cache import ImageCache
 from descant.datamodules.fields.images import Reduced

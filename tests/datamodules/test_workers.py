@@ -1,4 +1,4 @@
-"""The processes that read ahead: they outlive a signal to everybody, and end with their run."""
+"""Workers of loaders: they ignore signals to the process group, and end with their run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ print(left - sum(len(batch.index) for batch in alone), all(w.is_alive() for w in
 
 
 @pytest.mark.slow
-def test_workers_outlive_signals_that_are_not_their_runs_and_end_with_their_program() -> None:
+def test_workers_ignore_signals_and_end_with_their_run() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["0", "True"]

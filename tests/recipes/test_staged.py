@@ -18,7 +18,7 @@ from torch import Tensor
 
 from descant.callbacks import Resume, Rollouts, Stages
 from descant.callbacks.plots.images import FAINT, GAP, TEXT, TITLE
-from descant.datamodules.corpora.emoji import DEVELOPMENT_VENDOR
+from descant.datamodules.corpora.emoji_pack import DEVELOPMENT_VENDOR
 from descant.datamodules.stages import StageData, StagedData, StagedOrder
 from descant.datamodules.tasks.descriptions import Descriptions
 from descant.datamodules.tasks.question_pool import QuestionRollouts
@@ -510,7 +510,7 @@ def test_stretches_are_the_walk_itself() -> None:
         (lambda _: StagedData({}), "stages: none; such as"),
         (
             lambda _: StageData(Questions(**SEEN), epochs=-1),
-            "epochs -1, steps None: 0 .no such stage. and 1 are the least",
+            "epochs -1, steps None: at least 0 epochs .a skipped stage. and 1 step",
         ),
         (lambda _: StagedData({"a": StageData(Questions(**SEEN), 0)}), "stages a: all have 0 epochs; at least one is"),
         (lambda _: data(evaluate="reword"), "evaluate: no stage 'reword'; there is captions, answers, reward"),
@@ -527,7 +527,7 @@ def test_stretches_are_the_walk_itself() -> None:
             r"data.stages captions, answers, reward, model.stages captions, answer, reward: 'answers': no such name; "
             r"did you mean answer\?",
         ),
-        (lambda p: run(p, max_epochs=7), "trainer.max_epochs 7: the stages have 5 together; -1 leaves it to them"),
+        (lambda p: run(p, max_epochs=7), "trainer.max_epochs 7: the stages have 5 together; set it to -1"),
         (lambda p: run(p, net=model(shard=Shard())), "shard: what trains is settled when parameters are split"),
         (
             lambda p: fit(p, Stages(), net=model(), data=Questions(**SEEN), max_epochs=1),
@@ -539,7 +539,7 @@ def test_stretches_are_the_walk_itself() -> None:
         ),
         (
             lambda p: fit(p, letters(), net=model(), data=data()),
-            "who goes from one stage to the next. The callback Stages",
+            "the callback Stages, which moves to the next stage, is missing",
         ),
         (
             lambda p: fit(p, Stages(), net=model(), data=data(), max_epochs=-1),

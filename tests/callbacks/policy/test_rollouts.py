@@ -331,7 +331,7 @@ def _stepped(rank: int, world: int, sham: Any) -> tuple[Tensor, Tensor]:
     strategy = "ddp" if world > 1 else "auto"
     trainer = L.Trainer(max_epochs=1, devices=world, strategy=strategy, callbacks=[short(sham=sham)], **QUIET)
     trainer.fit(net, datamodule=held)
-    return torch.from_numpy(held.said_RM), torch.cat([p.detach().flatten() for p in net.parameters()])
+    return torch.from_numpy(held.answer_ids_RM), torch.cat([p.detach().flatten() for p in net.parameters()])
 
 
 # what cannot be ------------------------------------------------------------------------------------------------------
@@ -371,5 +371,5 @@ def test_what_cannot_be(tmp_path: Path) -> None:
         run(tmp_path, short(), 1, reinforced(new=17))
     with pytest.raises(ValueError, match="Rollouts needs data of answers, such as QuestionRollouts, not QuestionPool"):
         run(tmp_path, short(), 1, data=QuestionPool(tiny=True, batch_size=8, items=16, size=24, length=64))
-    with pytest.raises(ValueError, match="nothing is answered yet"):
+    with pytest.raises(ValueError, match="no answers yet"):
         fit(tmp_path, net=reinforced(), data=data(), max_epochs=1)

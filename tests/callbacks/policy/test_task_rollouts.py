@@ -160,7 +160,7 @@ def _stepped(rank: int, world: int) -> tuple[Tensor, Tensor]:
     strategy = "ddp" if world > 1 else "auto"
     trainer = L.Trainer(max_epochs=1, devices=world, strategy=strategy, callbacks=[odd()], **QUIET)
     trainer.fit(net, datamodule=held)
-    return torch.from_numpy(held.said_RM), torch.cat([p.detach().flatten() for p in net.parameters()])
+    return torch.from_numpy(held.answer_ids_RM), torch.cat([p.detach().flatten() for p in net.parameters()])
 
 
 def test_answers_are_judged_by_task_without_any_picture(tmp_path: Path) -> None:

@@ -298,7 +298,7 @@ def losses_of(run: str) -> dict[int, float]:
 def test_a_run_is_stopped_and_goes_on_by_the_command_line(cli: Any) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    from descant.datamodules.corpora.emoji import PACK
+    from descant.datamodules.corpora.emoji_pack import PACK
     from descant.modules.towers import TransformersTower
 
     names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}

@@ -1,4 +1,4 @@
-"""Captions: what is measured is there, noise has its share, each visit draws anew, and equal texts never repel."""
+"""Captions: measurements, noise, sampling of sources at each visit, content keys of equal captions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from descant.datamodules.corpora.captions import (
-    COLOURS,
     AltText,
     CaptionMixer,
     CaptionSource,
@@ -21,10 +20,10 @@ from descant.datamodules.corpora.captions import (
     Fused,
     MixedCaptions,
     SyntheticCaption,
-    measure,
-    oklab,
 )
-from descant.datamodules.corpora.emoji import VENDORS, Emoji
+from descant.datamodules.corpora.emoji import Emoji
+from descant.datamodules.corpora.emoji_pack import VENDORS
+from descant.datamodules.corpora.measure import COLOURS, measure, oklab
 from descant.datamodules.mixture import Mixture
 from descant.datamodules.order import Order
 from descant.modules.core.batch import Batch
@@ -33,7 +32,7 @@ from descant.modules.losses import InfoNCE
 from descant.modules.tokenizers.text import NgramTokenizer, WordTokenizer
 from tests.tolerance import F32, F64, ulps
 
-CODEC = NgramTokenizer(n=3, buckets=16384, length=80)
+TOKENIZER = NgramTokenizer(n=3, buckets=16384, length=80)
 
 
 def mixer(alt: float, synthetic: float, noise: float = 0.5, **more: Any) -> CaptionMixer:
@@ -51,9 +50,9 @@ def canvas(*boxes: tuple[str, int, int, int, int], size: int = 64) -> Tensor:
     return x_4HW
 
 
-def drawings(pictures: list[Tensor], kinds: list[str] | None = None) -> Drawings:
-    n = len(pictures)
-    whole = torch.stack(pictures)
+def drawings(images: list[Tensor], kinds: list[str] | None = None) -> Drawings:
+    n = len(images)
+    whole = torch.stack(images)
     names, codes = [f"thing {i}" for i in range(n)], [f"{i:x}" for i in range(n)]
     return Drawings(
         names, kinds or ["food-fruit"] * n, codes, np.arange(n), np.zeros(n, dtype=int), ["me"], lambda hand: whole
@@ -71,7 +70,7 @@ def many(concepts: int = 500, hands: int = 2) -> Drawings:
 
 @pytest.fixture(scope="module")
 def data() -> Emoji:
-    return Emoji(batch_size=64, text=CODEC, mixer=mixer(0.5, 0.5), tiny=True)
+    return Emoji(batch_size=64, text=TOKENIZER, mixer=mixer(0.5, 0.5), tiny=True)
 
 
 def trained(data: Emoji) -> MixedCaptions:
@@ -106,7 +105,7 @@ def test_oklab_is_as_published() -> None:
         ("801090", "purple"),
     ],
 )
-def test_a_square_is_called_what_it_is(code: str, term: str) -> None:
+def test_a_square_has_its_colour_term(code: str, term: str) -> None:
     assert SyntheticCaption().texts(drawings([canvas((code, 8, 8, 56, 56))])) == [f"{term} food fruit"]
 
 
@@ -140,7 +139,7 @@ def test_measures_in_numbers() -> None:
     assert measure(lopsided[None]).mirror_R[0] < 0.8
 
 
-def test_longer_forms_say_more_and_it_is_true() -> None:
+def test_descriptive_and_dense_captions() -> None:
     flag = canvas(("ff0000", 20, 0, 32, 64), ("0000ff", 32, 0, 44, 64))
     ring = canvas(("000000", 0, 0, 40, 40), ("ffff00", 3, 3, 37, 37))
     descriptive, dense = (SyntheticCaption(form).texts(drawings([flag, ring])) for form in ("descriptive", "dense"))
@@ -154,7 +153,7 @@ def test_longer_forms_say_more_and_it_is_true() -> None:
     ]
 
 
-def test_drawings_of_several_hands_are_each_measured() -> None:
+def test_drawings_of_several_artists_are_each_measured() -> None:
     red, green = canvas(("ff0000", 8, 8, 56, 56)), canvas(("008000", 8, 8, 56, 56))
     pictures = {0: torch.stack([red, green]), 1: torch.stack([green, red])}
     mixed = Drawings(
@@ -167,7 +166,7 @@ def test_drawings_of_several_hands_are_each_measured() -> None:
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.25, 0.5, 1.0])
-def test_noise_tells_its_share_wrong_and_the_same_drawings_always(noise: float) -> None:
+def test_the_share_of_wrong_names_is_exact_and_fixed(noise: float) -> None:
     some = many()
     texts, own = AltText(noise).texts(some), [some.name_C[c] for c in some.concept_R]
     wrong = np.array([a != b for a, b in zip(texts, own, strict=True)])
@@ -183,17 +182,17 @@ def test_noise_tells_its_share_wrong_and_the_same_drawings_always(noise: float) 
         assert len({t for t, w in zip(texts, wrong, strict=True) if w}) > 250  # not one name for all
 
 
-def test_noise_depends_on_the_drawing_not_on_its_place() -> None:
+def test_noise_is_independent_of_the_order_of_drawings() -> None:
     some = many(50)
     order = np.random.default_rng(0).permutation(len(some))
     moved = Drawings(
-        some.name_C, some.kind_C, some.code_C, some.concept_R[order], some.hand_R[order], some.hands, some.pictures
+        some.name_C, some.kind_C, some.code_C, some.concept_R[order], some.hand_R[order], some.hands, some.images
     )
     texts = AltText().texts(some)
     assert AltText().texts(moved) == [texts[r] for r in order]
 
 
-def test_fused_says_both() -> None:
+def test_fused_joins_both_captions() -> None:
     some = drawings([canvas(("ff0000", 8, 8, 56, 56))])
     assert Fused(AltText(0.0), SyntheticCaption()).texts(some) == ["red food fruit, thing 0"]
 
@@ -202,8 +201,8 @@ def test_fused_says_both() -> None:
 
 
 @pytest.mark.parametrize("alt", [0.0, 0.1, 0.5, 1.0])
-def test_shares_are_pi_within_chance_and_each_epoch_draws_anew(alt: float) -> None:
-    mixed = mixer(alt, 1 - alt).write(many(500), CODEC)
+def test_shares_of_sources_are_pi_and_independent_between_epochs(alt: float) -> None:
+    mixed = mixer(alt, 1 - alt).write(many(500), TOKENIZER)
     n = len(mixed.text_SR[0])
     chosen = []
     for epoch in range(3):
@@ -220,7 +219,7 @@ def sources(data: Emoji, epoch: int, world: int = 1, workers: int = 0) -> dict[i
     """Of each sample of an epoch: its token ids and key, as the loaders of all ranks give them."""
     found: dict[int, tuple[Any, ...]] = {}
     for rank in range(world):
-        one: Any = Emoji(batch_size=64, num_workers=workers, text=CODEC, mixer=data.mixer, tiny=True)
+        one: Any = Emoji(batch_size=64, num_workers=workers, text=TOKENIZER, mixer=data.mixer, tiny=True)
         one.trainer = SimpleNamespace(
             global_rank=rank, world_size=world, accumulate_grad_batches=1, default_root_dir=".", training=True
         )
@@ -233,7 +232,7 @@ def sources(data: Emoji, epoch: int, world: int = 1, workers: int = 0) -> dict[i
     return found
 
 
-def test_ranks_and_workers_do_not_matter_and_epochs_do(data: Emoji) -> None:
+def test_captions_depend_on_epochs_not_on_ranks_or_workers(data: Emoji) -> None:
     whole = sources(data, 0)
     assert len(whole) == len(data.training_set())
     assert sources(data, 0, world=2) == whole
@@ -244,24 +243,24 @@ def test_ranks_and_workers_do_not_matter_and_epochs_do(data: Emoji) -> None:
     assert other == pytest.approx(0.5, abs=4 * np.sqrt(0.25 / len(whole)))
 
 
-def test_what_loaders_give_is_what_was_written(data: Emoji) -> None:
+def test_loaders_return_the_written_captions(data: Emoji) -> None:
     mixed, rows = trained(data), data.training_set()
     concepts = {int(i): r for r, i in enumerate(rows.identity(np.arange(len(rows))))}
     told = {0: 0, 1: 0}
     for index, (ids, _) in sources(data, 0).items():
         texts = [mixed.texts[mixed.text_SR[s, concepts[index]]] for s in (0, 1)]
-        kind = [tuple(CODEC.row([CODEC.ids(text)])) for text in texts].index(ids)
+        kind = [tuple(TOKENIZER.row([TOKENIZER.ids(text)])) for text in texts].index(ids)
         told[kind] += 1
     assert min(told.values()) > 0.35 * len(rows)
 
 
-def test_without_a_mixer_batches_are_as_ever() -> None:
+def test_a_mixer_changes_training_captions_only() -> None:
     plain, mixed = (Emoji(batch_size=64, tiny=True, mixer=m) for m in (None, mixer(0.0, 1.0)))
     window = next(iter(Order(len(plain.training_set()), 64, 0)))
     a, b = plain.training_set()[window], mixed.training_set()[window]
     draw, concept = a.draw.numpy(), (a.index // len(VENDORS)).numpy()
     assert a.inputs["text"].tolist() == plain.captions.random(concept, draw)
-    assert torch.equal(a.key, torch.from_numpy(plain.key_N[concept]))
+    assert torch.equal(a.key, torch.from_numpy(plain.pack.key_N[concept]))
     assert not torch.equal(a.inputs["text"], b.inputs["text"])
     assert torch.equal(a.inputs["image"], b.inputs["image"]) and torch.equal(a.index, b.index)
     for name, rows in plain.evaluation_sets("test").items():
@@ -270,10 +269,10 @@ def test_without_a_mixer_batches_are_as_ever() -> None:
         assert torch.equal(one.inputs["text"], two.inputs["text"]) and torch.equal(one.key, two.key)
 
 
-def test_a_schedule_moves_the_shares_and_ends() -> None:
+def test_a_schedule_is_linear_and_ends() -> None:
     moving = mixer(0.0, 1.0, schedule=Drift({"alt": 1.0}, epochs=4))
     assert moving.pi(np.array([0, 1, 2, 4, 9]))[:, 0].tolist() == [0.0, 0.25, 0.5, 1.0, 1.0]
-    data = Emoji(batch_size=64, text=CODEC, tiny=True, mixer=moving)
+    data = Emoji(batch_size=64, text=TOKENIZER, tiny=True, mixer=moving)
     shares = [data.caption_statistics(epoch) for epoch in (0, 2, 4)]
     n = len(data.training_set())
     expected = pytest.approx([0.0, 0.5, 1.0], abs=4 * np.sqrt(0.25 / n))
@@ -286,9 +285,11 @@ def test_a_schedule_moves_the_shares_and_ends() -> None:
         assert torch.equal(rows[window].inputs["text"], mixed.tokens_UT[torch.tensor(taken)])
 
 
-def test_a_schedule_in_a_mixture_goes_by_the_passes_of_its_part() -> None:
+def test_a_schedule_in_a_mixture_counts_passes_of_its_part() -> None:
     moving = mixer(0.0, 1.0, schedule=Drift({"alt": 1.0}, epochs=1))
-    whole = Mixture({"one": Emoji(text=CODEC, mixer=moving), "two": Emoji(text=CODEC)}, batch_size=64, tiny=True)
+    whole = Mixture(
+        {"one": Emoji(text=TOKENIZER, mixer=moving), "two": Emoji(text=TOKENIZER)}, batch_size=64, tiny=True
+    )
     for epoch, kind in ((0, 1), (1, 0)):
         loader: Any = whole.train_dataloader()
         loader.sampler.set_epoch(epoch)
@@ -310,7 +311,7 @@ def twins(data: Emoji) -> Batch:
 
 
 def test_equal_captions_share_a_key_and_no_others_do() -> None:
-    batch = twins(Emoji(batch_size=64, text=CODEC, mixer=mixer(0.5, 0.5)))
+    batch = twins(Emoji(batch_size=64, text=TOKENIZER, mixer=mixer(0.5, 0.5)))
     texts = [tuple(ids) for ids in batch.inputs["text"].tolist()]
     same_text = torch.tensor([[a == b for a in texts] for b in texts])
     assert torch.equal(same_text, batch.key[:, None] == batch.key)
@@ -318,15 +319,15 @@ def test_equal_captions_share_a_key_and_no_others_do() -> None:
 
 def test_two_drawings_of_one_concept_share_the_key_of_its_name() -> None:
     some = many(20)
-    mixed = mixer(1.0, 0.0, noise=0.0).write(some, CODEC)
+    mixed = mixer(1.0, 0.0, noise=0.0).write(some, TOKENIZER)
     _, key_B = mixed.draw(np.arange(40), np.arange(40), np.zeros(40))
     assert torch.equal(key_B[:20], key_B[20:]) and len(key_B.unique()) == 20
 
 
-def test_equal_captions_do_not_push_each_other_away() -> None:
+def test_equal_captions_are_no_negatives() -> None:
     """Drawings of one caption: a third one's loss pulls, these two have no gradient from each other's text."""
     red = [canvas(("ff0000", 8, 8, 56, 56)), canvas(("e01010", 4, 4, 60, 60)), canvas(("0000ff", 8, 8, 56, 56))]
-    mixed = mixer(0.0, 1.0).write(drawings(red), CODEC)
+    mixed = mixer(0.0, 1.0).write(drawings(red), TOKENIZER)
     _, key_B = mixed.draw(np.arange(3), np.arange(3), np.zeros(3))
     assert key_B[0] == key_B[1] != key_B[2]
     generator = torch.Generator().manual_seed(0)
@@ -345,11 +346,11 @@ def test_equal_captions_do_not_push_each_other_away() -> None:
 # the control -----------------------------------------------------------------------------------------------------
 
 
-def test_the_control_tells_each_drawing_what_is_anothers_and_nothing_else_differs() -> None:
+def test_the_sham_permutes_alt_texts_and_changes_nothing_else() -> None:
     some = many()
     method, control = (mixer(0.5, 0.5, sham=sham) for sham in (None, "permute"))
-    ours, theirs = (m.write(some, CODEC) for m in (method, control))
-    told = some.permuted().told_R
+    ours, theirs = (m.write(some, TOKENIZER) for m in (method, control))
+    told = some.permuted().alt_R
     assert told is not None and not (told == np.arange(len(some))).any()
     assert (some.concept_R[told] != some.concept_R).all()
     at, seen = 0, set()
@@ -396,23 +397,23 @@ def test_statistics_by_hand() -> None:
     assert mixed.mixer.calls == 0
 
 
-def test_long_forms_are_cut_and_that_is_seen(data: Emoji) -> None:
+def test_truncation_of_long_captions_is_reported(data: Emoji) -> None:
     cut = {}
     for form in ("short", "dense"):
         one = CaptionMixer({"synthetic": SyntheticCaption(form)}, {"synthetic": 1.0})
-        found = Emoji(text=CODEC, tiny=True, mixer=one).caption_statistics(0)
+        found = Emoji(text=TOKENIZER, tiny=True, mixer=one).caption_statistics(0)
         assert found is not None
         cut[form] = found["truncated"]
     assert cut["short"] == 0 and cut["dense"] > 0.5
 
 
-def test_statistics_are_of_what_training_reads(data: Emoji) -> None:
+def test_statistics_equal_those_of_training_batches(data: Emoji) -> None:
     read, found = sources(data, 2), data.caption_statistics(2)
     assert found is not None
     rows = torch.tensor([ids for ids, _ in read.values()])
     content = rows > 2
     assert found["tokens"] == pytest.approx(float(content.sum(1).double().mean()), rel=ulps(4, F64))
-    assert found["coverage"] == len(rows[content].unique()) / CODEC.vocabulary
+    assert found["coverage"] == len(rows[content].unique()) / TOKENIZER.vocabulary
     assert found["distinct"] == len({ids for ids, _ in read.values()}) / len(read)
     assert found["alt_share"] + found["synthetic_share"] == 1
 
@@ -423,32 +424,32 @@ def test_statistics_are_of_what_training_reads(data: Emoji) -> None:
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"probs": {"alts": 1.0}}, "probs: no source 'alts' among alt, synthetic; nearest: alt"),
+        ({"probs": {"alts": 1.0}}, "probs: 'alts' is not one of alt, synthetic"),
         ({"probs": {"alt": -0.5}}, "probs: alt -0.5 is no probability; nearest: 0"),
         ({"probs": {"alt": float("nan")}}, "probs: alt nan is no probability"),
         ({"probs": {"alt": 0.0}}, r"probs: no source has a probability above 0; nearest: \{alt: 1.0\}"),
         ({"probs": {}}, "probs: no source has a probability above 0"),
-        ({"schedule": Drift({"synthetik": 1.0}, 3)}, "schedule.to: no source 'synthetik' .*; nearest: synthetic"),
+        ({"schedule": Drift({"synthetik": 1.0}, 3)}, "schedule.to: 'synthetik' is not one of alt, synthetic"),
         ({"sources": {}}, "sources: a mixer needs at least one"),
         ({"sources": {"a/b": AltText()}}, "sources: 'a/b': letters"),
     ],
 )
-def test_bad_mixtures_are_one_line(options: dict[str, Any], line: str) -> None:
+def test_bad_mixers_raise_one_line(options: dict[str, Any], line: str) -> None:
     good: dict[str, Any] = {"sources": {"alt": AltText(), "synthetic": SyntheticCaption()}, "probs": {"alt": 1.0}}
     with pytest.raises(ValueError, match=line):
         CaptionMixer(**(good | options))
 
 
-def test_bad_arguments_are_one_line() -> None:
+def test_bad_arguments_raise_one_line() -> None:
     with pytest.raises(ValueError, match=r"noise 1.5 is no share of the drawings; nearest: 1.0"):
         AltText(1.5)
-    with pytest.raises(ValueError, match="form 'densely' is none of short, descriptive, dense; nearest: dense"):
+    with pytest.raises(ValueError, match="form: 'densely' is not one of short, descriptive, dense"):
         SyntheticCaption("densely")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="schedule: epochs 0"):
         Drift({"alt": 1.0}, 0)
     with pytest.raises(ValueError, match="all drawings have the name 'thing 0'"):
         AltText(1.0).texts(drawings([canvas()]))
-    with pytest.raises(ValueError, match="shuffle_captions: with a mixer"):
+    with pytest.raises(ValueError, match="shuffle_captions: a mixer has its own control"):
         Emoji(mixer=mixer(1, 0), shuffle_captions=True)
     with pytest.raises(ValueError, match=r"languages \['es'\]: a mixer writes English"):
         Emoji(mixer=mixer(1, 0), languages=["es"])

@@ -1,4 +1,4 @@
-"""Crops of one field: what is drawn, what lies where, and the same on any ranks."""
+"""Crops of one field: sampling, regions, and equal batches on any ranks."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ class Field(CropModule):
             "test": Box((0, 21), (high, wide)),
         }
 
-    def worth(self) -> tuple[np.ndarray, float]:
+    def content_mask(self) -> tuple[np.ndarray, float]:
         return self.fields["a"][0] > 125, self.full
 
 
 @pytest.mark.parametrize("space", [(9, 7), (6, 5, 8)])
-def test_shares_are_what_a_loop_counts(space: tuple[int, ...]) -> None:
+def test_shares_equal_an_explicit_count(space: tuple[int, ...]) -> None:
     mask = np.random.default_rng(0).random(space) < 0.4
     share = share_of(mask, 3)
     assert share.shape == tuple(s - 2 for s in space)
@@ -70,7 +70,7 @@ def test_shares_are_what_a_loop_counts(space: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("space", [(9, 7), (6, 5, 8)])
-def test_a_crop_is_the_part_of_the_field_that_its_id_says(space: tuple[int, ...]) -> None:
+def test_a_crop_is_the_part_of_the_field_at_its_id(space: tuple[int, ...]) -> None:
     field = np.random.default_rng(1).integers(0, 256, (2, *space)).astype(np.uint8)
     start_N = np.ravel_multi_index(np.nonzero(np.ones([s - 2 for s in space])), space)
     rows = CropSet({"x": field}, start_N, 3, seed=0)
@@ -82,7 +82,7 @@ def test_a_crop_is_the_part_of_the_field_that_its_id_says(space: tuple[int, ...]
         np.testing.assert_array_equal(crop.numpy(), part)
 
 
-def test_training_draws_all_places_of_its_region_alike() -> None:
+def test_training_samples_all_places_of_its_region_uniformly() -> None:
     data = Field(samples=30_000)
     rows = data.training_set()
     batch = whole(rows)
@@ -99,7 +99,7 @@ def test_training_draws_all_places_of_its_region_alike() -> None:
         np.testing.assert_array_equal(crop[0].numpy(), data.fields["a"][0, row : row + 4, column : column + 4])
 
 
-def test_flips_and_turns_make_all_eight_positions_alike_and_together() -> None:
+def test_flips_and_turns_are_uniform_and_equal_in_all_modalities() -> None:
     data = Field(samples=8000, flip=True, turn=True)
     batch = whole(data.training_set())
     assert torch.equal(batch.inputs["b"][:, :1], batch.inputs["a"]), "both modalities lie alike"
@@ -113,7 +113,7 @@ def test_flips_and_turns_make_all_eight_positions_alike_and_together() -> None:
     assert counts.sum() == 8000 and (np.abs(counts - 1000) < 5 * np.sqrt(1000)).all()
 
 
-def test_evaluation_takes_a_grid_as_it_lies() -> None:
+def test_evaluation_takes_an_unflipped_grid() -> None:
     data = Field(flip=True, turn=True)
     rows = data.evaluation_sets("test")["test"]
     assert isinstance(rows, CropSet)
@@ -125,7 +125,7 @@ def test_evaluation_takes_a_grid_as_it_lies() -> None:
     assert [divmod(i, 30) for i in Field(stride=20).grid("test").tolist()] == [(0, 21), (20, 21)]
 
 
-def test_where_no_place_of_the_grid_is_worth_it_the_middle_one_stands_in() -> None:
+def test_without_a_place_on_the_grid_the_middle_place_is_used() -> None:
     data = Field(full=1.0, stride=36)
     assert len(data.places["val"]) > 2 and data.grid("val").tolist() == [
         data.places["val"][len(data.places["val"]) // 2]
@@ -160,7 +160,7 @@ def test_crops_are_standardised_by_the_training_region_alone() -> None:
 def test_impossible_cuts_are_refused_in_one_line() -> None:
     with pytest.raises(ValueError, match=r"^size 9: the val region has only 40 x 6 places; nearest: 6$"):
         _ = Field(size=9).places
-    with pytest.raises(ValueError, match=r"^content 2: no crop of 4 holds so much; the fullest of the train region "):
+    with pytest.raises(ValueError, match=r"^content 2: no crop of 4 has so much; the most in the train region is "):
         _ = Field(full=2.0).places
     for name in ("size", "samples", "stride"):
         with pytest.raises(ValueError, match=f"^{name} 0: at least 1$"):
@@ -232,7 +232,7 @@ def test_batches_are_the_same_on_any_ranks(make: Callable[..., DataModule]) -> N
 
 
 @pytest.mark.parametrize("make", KINDS)
-def test_a_sample_is_a_function_of_its_key_in_any_batch(make: Callable[..., DataModule]) -> None:
+def test_a_sample_is_a_function_of_its_seed_in_any_batch(make: Callable[..., DataModule]) -> None:
     rows = make().training_set()
     index = np.array([3, 1, 7, 7, 0])
     draw = np.array([11, 5, 9, 10, 2]) * 10**15
@@ -245,7 +245,7 @@ def test_a_sample_is_a_function_of_its_key_in_any_batch(make: Callable[..., Data
 
 
 @pytest.mark.parametrize("make", KINDS)
-def test_a_seed_changes_what_is_drawn(make: Callable[..., DataModule], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_seed_changes_the_crops(make: Callable[..., DataModule], monkeypatch: pytest.MonkeyPatch) -> None:
     first = epoch_of(make, 1, 0)
     monkeypatch.setenv("PL_GLOBAL_SEED", "1")
     assert epoch_of(make, 1, 0) != first

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from descant.datamodules.base import BatchDataset
-from descant.datamodules.corpora.emoji import PACK, VENDORS, Emoji, Pack
+from descant.datamodules.corpora.emoji import Emoji
+from descant.datamodules.corpora.emoji_pack import PACK, VENDORS, Pack
 from descant.datamodules.order import Order
 from descant.datamodules.sources.ledger import Ledger
 from descant.modules.core.batch import Batch
@@ -62,7 +63,7 @@ def all_ids(rows: object, modality: str) -> np.ndarray:
     return rows.identity(index[rows.present(index)[modality].numpy()])  # type: ignore[attr-defined]
 
 
-def test_training_never_meets_what_is_held_out(data: Emoji) -> None:
+def test_training_has_no_held_out_samples(data: Emoji) -> None:
     trained = all_ids(data.training_set(), "image")
     test = set(np.flatnonzero(data.test_N).tolist())
     assert len(test) == 200
@@ -74,7 +75,7 @@ def test_training_never_meets_what_is_held_out(data: Emoji) -> None:
     assert not concepts(val) & test
 
 
-def test_no_drawing_of_a_test_is_trained_on_byte_by_byte(data: Emoji) -> None:
+def test_no_test_drawing_equals_a_training_drawing(data: Emoji) -> None:
     """Nor is a concept, a content key or a drawing of what settings are chosen on."""
 
     def drawings(rows: BatchDataset) -> set[str]:
@@ -82,7 +83,7 @@ def test_no_drawing_of_a_test_is_trained_on_byte_by_byte(data: Emoji) -> None:
         return {hashlib.sha256(data.pack.rows[i // 4][VENDORS[i % 4]]).hexdigest() for i in ids.tolist()}
 
     def keys(rows: BatchDataset) -> set[int]:
-        return set(data.key_N[sorted(concepts(all_ids(rows, "image")))].tolist())
+        return set(data.pack.key_N[sorted(concepts(all_ids(rows, "image")))].tolist())
 
     trained, tests = data.training_set(), data.evaluation_sets("test")
     for name, rows in [*tests.items(), *data.evaluation_sets("validate").items()]:
@@ -97,7 +98,7 @@ def test_no_drawing_of_a_test_is_trained_on_byte_by_byte(data: Emoji) -> None:
             assert not drawings(rows) & drawings(tests[test]), (name, test)
 
 
-def test_test_sets_are_what_they_say(data: Emoji) -> None:
+def test_contents_of_the_test_sets(data: Emoji) -> None:
     sets = data.evaluation_sets("test")
     assert list(sets) == ["vendor", "concept", "both", "apart"]
     fluent, test = VENDORS.index("fluent"), set(np.flatnonzero(data.test_N).tolist())
@@ -116,7 +117,7 @@ def test_test_sets_are_what_they_say(data: Emoji) -> None:
     assert len(texts["apart"]) == 200
 
 
-def test_development_leaves_the_test_sets_alone() -> None:
+def test_development_uses_no_test_samples() -> None:
     data, real = Emoji(development=True), Emoji()
     held = set(np.flatnonzero(real.test_N).tolist())
     for rows in (data.training_set(), *data.evaluation_sets("validate").values()):
@@ -128,7 +129,7 @@ def test_development_leaves_the_test_sets_alone() -> None:
     assert not development & concepts(all_ids(data.training_set(), "image"))
 
 
-def test_paired_sets_have_every_picture_with_its_own_text_and_nothing_else(data: Emoji) -> None:
+def test_paired_sets_have_every_image_with_its_text_only(data: Emoji) -> None:
     paired = Emoji(batch_size=16, paired=True)
     assert len(paired.training_set()) == len(data.training_set())
     sizes = {"validate": {"val": 184}, "test": {"vendor": 1386, "concept": 600, "both": 200, "apart": 378}}
@@ -165,7 +166,7 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index(data: Emoji) -> None:
     assert not torch.equal(a.draw, other.draw)
 
 
-def test_missingness_is_a_policy_of_the_right_size() -> None:
+def test_missingness_has_its_probability() -> None:
     data = Emoji(batch_size=512, drop={"text": 0.3})
     batch = first_batch(data, batch_size=512)
     real = batch.present["image"]  # nothing drops it, so only padding lacks it
@@ -187,22 +188,22 @@ def test_captions_vary_and_carry_the_name(data: Emoji) -> None:
     draws = np.arange(50)
     seen = {tuple(row) for row in captions.random(np.full(50, concept), draws)}
     assert len(seen) > 10
-    name = tuple(captions.codec.row([captions.codec.ids(data.pack.rows[concept]["names"]["en"])]))
+    name = tuple(captions.tokenizer.row([captions.tokenizer.ids(data.pack.rows[concept]["names"]["en"])]))
     assert name in seen
     assert tuple(captions.fixed(concept, keywords=False)) == name
 
 
-def test_shuffled_captions_name_other_concepts_and_nothing_else_changes() -> None:
+def test_shuffled_captions_are_of_other_concepts_and_change_nothing_else() -> None:
     plain, control = Emoji().training_set(), Emoji(shuffle_captions=True).training_set()
-    moved = float((plain.told_N != control.told_N).mean())
+    moved = float((plain.caption_N != control.caption_N).mean())
     assert moved > 0.99
-    assert sorted(set(plain.told_N.tolist())) == sorted(set(control.told_N.tolist()))
+    assert sorted(set(plain.caption_N.tolist())) == sorted(set(control.caption_N.tolist()))
     window = next(iter(Order(len(plain), 16, 0)))
     assert torch.equal(plain[window].inputs["image"], control[window].inputs["image"])
     assert not torch.equal(plain[window].inputs["text"], control[window].inputs["text"])
 
 
-def test_token_dropout_leaves_out_its_share_and_no_other_token_changes() -> None:
+def test_token_dropout_pads_its_share_and_changes_no_other_token() -> None:
     plain, dropped = Emoji().training_set(), Emoji(token_dropout=0.25).training_set()
     window = next(iter(Order(len(plain), 256, 0)))
     before, after = plain[window].inputs["text"], dropped[window].inputs["text"]
@@ -227,7 +228,7 @@ def test_foreign_languages_are_sets_of_their_own_and_never_trained() -> None:
     rows = data.evaluation_sets("test")["de"]
     batch = whole(rows)
     names = [data.pack.rows[int(i) // len(VENDORS)]["names"] for i in batch.index]
-    assert [data.codec.row([data.codec.ids(n["de"])]) for n in names] == batch.inputs["text"].tolist()
+    assert [data.tokenizer.row([data.tokenizer.ids(n["de"])]) for n in names] == batch.inputs["text"].tolist()
     assert batch.targets["distance"].tolist() == [_edits(n["de"].casefold(), n["en"].casefold()) for n in names]
     assert bool(batch.present["sketch"].all())
     trained = {tuple(row) for row in whole(data.training_set()).inputs["text"].tolist()}
@@ -244,7 +245,7 @@ def _edits(a: str, b: str) -> int:
     return min(_edits(a[1:], b) + 1, _edits(a, b[1:]) + 1, _edits(a[1:], b[1:]) + (a[0] != b[0]))
 
 
-def test_a_sketch_is_the_edges_of_what_the_image_tower_sees() -> None:
+def test_a_sketch_is_the_edges_of_the_image_input() -> None:
     data = Emoji(tiny=True, sketch=True, size=16)
     rows = data.evaluation_sets("test")["vendor"]
     batch = data.on_after_batch_transfer(whole(rows), 0)
@@ -259,7 +260,7 @@ def test_a_sketch_is_the_edges_of_what_the_image_tower_sees() -> None:
     assert torch.allclose(sketch[:, 0, y, x], wanted, rtol=0, atol=ulps(16, F32)) and sketch.std() > 0.1
 
 
-def test_prompts_and_pictures(data: Emoji) -> None:
+def test_prompts_and_images(data: Emoji) -> None:
     tokens_CPT, names = data.prompts("group")
     assert tokens_CPT.shape[:2] == (len(names), 3)
     assert data.describe(0) == data.pack.rows[0]["names"]["en"]
@@ -330,7 +331,7 @@ def test_many_undecodable_images_in_a_row_are_an_error(tmp_path: Path) -> None:
         ({"views": {"text": 2}}, "views: 'text' is not one of image"),
     ],
 )
-def test_bad_arguments_are_one_line(options: dict[str, object], line: str) -> None:
+def test_bad_arguments_raise_one_line(options: dict[str, object], line: str) -> None:
     with pytest.raises(ValueError, match=line):
         Emoji(**options)  # type: ignore[arg-type]
 
@@ -342,4 +343,4 @@ def test_an_unknown_language_is_named() -> None:
 
 def test_an_empty_caption_is_refused(data: Emoji) -> None:
     with pytest.raises(ValueError, match="empty caption"):
-        data.codec.ids("  ")
+        data.tokenizer.ids("  ")

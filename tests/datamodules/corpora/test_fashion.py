@@ -1,4 +1,4 @@
-"""Fashion-MNIST: what is held out, what training sees of a picture, and files that are not what they say."""
+"""Fashion-MNIST: splits, views of an image, and broken files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def ids(rows: Any) -> set[int]:
     return set(found)
 
 
-def test_every_picture_is_in_one_set() -> None:
+def test_every_image_is_in_one_set() -> None:
     data = fashion()
     train, val, test = (
         ids(rows)
@@ -49,7 +49,7 @@ def test_every_picture_is_in_one_set() -> None:
     assert ids(data.bank_set()) == train
 
 
-def test_what_is_held_out_hangs_on_no_seed_and_on_the_number_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_split_depends_on_the_number_only(monkeypatch: pytest.MonkeyPatch) -> None:
     first = ids(fashion().evaluation_sets("validate")["val"])
     monkeypatch.setenv("PL_GLOBAL_SEED", "7")
     again = fashion(limit=30, drop={"image": 0.5})
@@ -65,7 +65,7 @@ def test_limits_cut_training_and_the_bank() -> None:
     assert len(ids(fashion(limit=10**6).training_set())) == 550
 
 
-def test_a_batch_holds_pictures_and_labels_of_its_ids() -> None:
+def test_a_batch_has_the_images_and_labels_of_its_ids() -> None:
     data = fashion()
     batch = next(iter(data.train_dataloader()))
     assert batch.inputs["image"].dtype == torch.uint8 and batch.inputs["image"].shape == (16, 1, 28, 28)
@@ -74,7 +74,7 @@ def test_a_batch_holds_pictures_and_labels_of_its_ids() -> None:
     assert torch.equal(batch.key, batch.index)
 
 
-def test_evaluation_sees_pixels_in_one_range_with_black_around() -> None:
+def test_evaluation_images_are_normalised_and_padded_with_black() -> None:
     data = fashion()
     batch = whole(data.evaluation_sets("test")["test"])
     raw = batch.inputs["image"].clone()
@@ -100,7 +100,7 @@ def test_training_is_augmented_and_nothing_else_is() -> None:
     assert torch.equal(data.on_after_batch_transfer(whole(rows), 0).inputs["image"], unseen)
 
 
-def test_names_and_pictures() -> None:
+def test_names_and_images() -> None:
     data = fashion()
     assert data.classes == {"label": CLASSES} and len(CLASSES) == 10
     assert data.describe(613) == "dress 613"
@@ -109,7 +109,7 @@ def test_names_and_pictures() -> None:
     assert all(torch.equal(channel, data.image[613]) for channel in picture)
 
 
-def test_the_stand_in_can_be_learned() -> None:
+def test_the_synthetic_corpus_can_be_learned() -> None:
     """The nearest training picture has the same class far more often than by chance, and not always."""
     train, test = synthetic(600, 0), synthetic(100, 1)
     x, y = (p.image.reshape(len(p), -1).astype(np.float32) for p in (train, test))
@@ -129,7 +129,7 @@ def test_the_stand_in_can_be_learned() -> None:
         ({"drop": {"text": 0.1}}, "drop: no modality 'text'; this data has image"),
     ],
 )
-def test_options_that_cannot_be_are_refused(options: dict[str, Any], says: str) -> None:
+def test_options_out_of_range_raise_one_line(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         fashion(**options)
 
@@ -195,7 +195,7 @@ def test_a_broken_idx_file_is_named(data: bytes, says: str, tmp_path: Path) -> N
     assert "\n" not in str(error.value)
 
 
-def test_pictures_and_labels_must_fit(tmp_path: Path) -> None:
+def test_images_and_labels_must_match(tmp_path: Path) -> None:
     def load(images: np.ndarray, labels: list[int]) -> Pictures:
         (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(idx_of(images))
         (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(idx_of(np.array(labels)))
@@ -214,7 +214,7 @@ def test_pictures_and_labels_must_fit(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_package_as_it_is() -> None:
+def test_the_real_package() -> None:
     """The real corpus, from the user's cache or apt."""
     try:
         data = Fashion()

@@ -48,7 +48,7 @@ def said(data: Frames, batch: Batch) -> list[str]:
     return [data.spell([t for t in row if t]) for row in batch.targets["answer"].tolist()]
 
 
-def test_a_sample_has_as_many_pictures_as_frames_and_nothing_behind_them() -> None:
+def test_a_sample_has_its_frames_and_zeros_after_them() -> None:
     data = frames()
     batch = every(data, data.training_set())
     named_B = torch.eq(batch.inputs["text"], data.image_token or 0).sum(dim=1)
@@ -59,7 +59,7 @@ def test_a_sample_has_as_many_pictures_as_frames_and_nothing_behind_them() -> No
         assert all(x.any() for x in x_F[:n]) and not x_F[n:].any()
 
 
-def test_the_odd_slice_is_the_one_that_is_said() -> None:
+def test_the_answer_is_the_odd_slice() -> None:
     """Seen from the pictures alone: all vendors' drawings of one concept, but for one."""
     data = frames(kinds=["stack"])
     held = data.training_set()
@@ -74,7 +74,7 @@ def test_the_odd_slice_is_the_one_that_is_said() -> None:
     assert len(set(said(data, batch))) == 4
 
 
-def test_one_question_may_be_asked_of_all_sources() -> None:
+def test_one_question_for_all_sources() -> None:
     """Of a stack all of whose slices show one thing, and of what moves; the right one stands among those offered."""
     asked: dict[str, Source] = {"still": Stills("group"), "stack": Stacks(about="group"), "clip": Clips(about="name")}
     data = frames(sources=asked)
@@ -89,7 +89,7 @@ def test_one_question_may_be_asked_of_all_sources() -> None:
         assert all(any(torch.equal(x, drawing) for drawing in drawings) for x in batch.inputs["image"][b][:4])
 
 
-def test_slices_are_of_one_place_but_for_one_and_of_the_region_of_their_split() -> None:
+def test_all_slices_but_one_are_of_one_place_in_the_region_of_their_split() -> None:
     volumes = Volumes(tiny=True, size=24)
     data = frames(sources={"brain": Slices(volumes)})
     data.prepare_data()
@@ -114,7 +114,7 @@ def test_slices_are_of_one_place_but_for_one_and_of_the_region_of_their_split() 
         frames(sources={"brain": Slices(Volumes(tiny=True, size=16))}).prepare_data()
 
 
-def test_a_rank_that_prepares_nothing_shows_the_slices_of_the_one_that_does() -> None:
+def test_ranks_that_prepare_nothing_have_the_same_slices() -> None:
     shown = []
     for prepares in (True, False):
         data = frames(sources={"brain": Slices(Volumes(size=24))})  # which are told of ``tiny`` by the data alone
@@ -135,7 +135,7 @@ def middle(x_4SS: Tensor) -> np.ndarray:
     return np.array([float(at.double().mean()) for at in (x_4SS[3] > 0).nonzero(as_tuple=True)])
 
 
-def test_it_moves_the_way_that_is_said() -> None:
+def test_the_answer_is_the_direction_of_motion() -> None:
     data = frames(kinds=["clip"])
     batch = every(data, data.training_set())
     for x_F, word in zip(batch.inputs["image"], said(data, batch), strict=True):
@@ -147,7 +147,7 @@ def test_it_moves_the_way_that_is_said() -> None:
     assert len(set(said(data, batch))) == 4
 
 
-def test_what_is_asked_is_of_the_problem_and_what_is_shown_of_the_visit() -> None:
+def test_questions_depend_on_the_problem_and_images_on_the_visit() -> None:
     data = frames(kinds=["stack", "clip"])
     held, slots = data.training_set(), [Slot(epoch, 3, True) for epoch in range(8)]
     batch = held[Window(slots, slots)]
@@ -171,7 +171,7 @@ def test_sets_are_of_one_source_and_share_no_problem_with_training() -> None:
         assert bool(data.unseen_C[held.problems.concept_N].all()) == name.endswith("concept")
 
 
-def test_small_sources_come_as_often_as_their_share_says() -> None:
+def test_small_sources_have_their_share() -> None:
     sizes = {"still": 300, "stack": 48, "clip": 12}
     for alpha, times, wanted in ((None, None, [300, 48, 12]), (0.0, None, [120] * 3), (0.5, 2.0, [240, 96, 24])):
         data = frames(train=sizes, alpha=alpha, times=times)
@@ -182,7 +182,7 @@ def test_small_sources_come_as_often_as_their_share_says() -> None:
     assert len({p for p in data.training_set().problems.key_N}) == 360
 
 
-def test_the_sham_repeats_as_many_problems_of_any_source() -> None:
+def test_the_sham_has_equal_repeats_of_all_sources() -> None:
     found = {}
     for sham in (None, "permute"):
         data = frames(train={"still": 300, "stack": 48, "clip": 12}, alpha=0.0, sham=sham)
@@ -194,7 +194,7 @@ def test_the_sham_repeats_as_many_problems_of_any_source() -> None:
     assert np.abs(found[None][1] - 1 / 3).max() < 0.01 and abs(found["permute"][1][0] - 300 / 360) < 0.1
 
 
-def test_rollouts_ask_by_shares_and_go_on_where_they_stopped() -> None:
+def test_rollouts_have_shares_and_resume() -> None:
     data = FrameRollouts(
         items=12,
         group=2,
@@ -216,19 +216,19 @@ def asking(**options: Any) -> FrameRollouts:
     return FrameRollouts(**given)
 
 
-def test_every_problem_is_asked_in_time_whatever_the_sizes() -> None:
+def test_every_problem_is_in_some_rollout() -> None:
     data = asking(items=48, train={"still": 64, "stack": 64, "clip": 64})
     asked = np.concatenate([data.fresh(round).key_N for round in range(40)])
     assert len(set(asked)) == 192, "not the same few, where sizes and shares have factors in common"
 
 
-def test_a_small_source_comes_around_within_a_rollout() -> None:
+def test_a_small_source_repeats_within_a_rollout() -> None:
     data = asking(items=48, train={"still": 64, "stack": 64, "clip": 10})
     (clips,) = (p.key_N[p.kind_N == data.every.index("clip")] for p in [data.fresh(0)])
     assert len(clips) == 16 and len(set(clips)) == 10
 
 
-def test_the_sham_of_rollouts_asks_as_many_of_any_source() -> None:
+def test_the_sham_of_rollouts_has_equal_repeats_of_all_sources() -> None:
     sizes = {"still": 300, "stack": 48, "clip": 12}
     method, sham = (asking(items=36, train=sizes, sham=how) for how in (None, "permute"))
     shares = [np.bincount(np.concatenate([d.fresh(r).kind_N for r in range(30)]), minlength=3) for d in (method, sham)]
@@ -241,7 +241,7 @@ class Long(Verifier):
         return float(len(answer.said))
 
 
-def test_answers_are_trained_at_the_positions_that_they_were_given_at(tmp_path: Path) -> None:
+def test_answers_are_trained_at_their_positions_in_the_rollout(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = VisionLanguage(
         **small_chat(),
@@ -264,13 +264,13 @@ def test_answers_are_trained_at_the_positions_that_they_were_given_at(tmp_path: 
         (lambda: Stacks(2), "Stacks: frames 2: from 3 to 8"),
         (lambda: Clips(1), "Clips: frames 1: from 2 to 64"),
         (lambda: frames(train={"stil": 3}), "train: 'stil' is not one of still, stack, clip"),
-        (lambda: frames(train={"still": 0}), "train: still 0: 1 is the least; kinds leaves a source out"),
+        (lambda: frames(train={"still": 0}), "train: still 0: at least 1; leave a source out by kinds"),
         (lambda: frames(alpha=3.0), "alpha 3: from 0, all sources alike, to 1"),
         (lambda: frames(times=4.0), "times 4: more than 1, and with an alpha; such as 4"),
         (lambda: frames(sources={"one": Stills()}, kinds=["still"]), "kinds"),
     ],
 )
-def test_mistakes_are_one_line(make: Any, says: str) -> None:
+def test_mistakes_raise_one_line(make: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says) as error:
         make()
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Landsat: which pixels are held out, which bands are which, and what a broken file says."""
+"""Landsat: held-out pixels, bands, and broken files."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def regions_are_apart(data: Landsat) -> None:
 
 
 @pytest.mark.parametrize("size", [8, 16])
-def test_the_sets_are_a_crop_apart(size: int) -> None:
+def test_sets_have_gaps_of_a_crop(size: int) -> None:
     regions_are_apart(landsat(size=size))
 
 
-def test_a_batch_holds_both_lights_of_one_place() -> None:
+def test_a_batch_has_both_modalities_of_one_place() -> None:
     data = landsat(turn=False)
     batch = next(iter(data.train_dataloader()))
     assert sorted(batch.inputs) == ["infrared", "visible"] == sorted(batch.present)
@@ -69,7 +69,7 @@ def test_a_batch_holds_both_lights_of_one_place() -> None:
         assert x.mean((0, 2, 3)).abs().max() < 1e-4 and (x.std((0, 2, 3)) - 1).abs().max() < 1e-3
 
 
-def test_turns_are_made_in_training_alone_and_in_both_lights_alike() -> None:
+def test_turns_are_in_training_only_and_equal_in_both_modalities() -> None:
     turned, plain = landsat(samples=64).training_set(), landsat(samples=64, turn=False).training_set()
     a, b = whole(turned), whole(plain)
     assert torch.equal(a.index, b.index)
@@ -85,7 +85,7 @@ def test_turns_are_made_in_training_alone_and_in_both_lights_alike() -> None:
     np.testing.assert_array_equal(test.inputs["visible"][3].numpy(), part)
 
 
-def test_pictures_are_in_true_colours() -> None:
+def test_images_are_in_true_colours() -> None:
     data = landsat()
     row, column = 5, 7
     picture = data.picture(row * data.space[1] + column)
@@ -95,7 +95,7 @@ def test_pictures_are_in_true_colours() -> None:
     assert data.describe(row * data.space[1] + column) == "row 5 to 20, column 7 to 22"
 
 
-def test_in_the_stand_in_one_light_tells_of_the_other() -> None:
+def test_synthetic_modalities_predict_each_other() -> None:
     scene = synthetic(96)
     x, y = (scene[m].reshape(3, -1).T.astype(float) for m in ("visible", "infrared"))
     x = np.concatenate([x, np.ones((len(x), 1))], 1)
@@ -104,7 +104,7 @@ def test_in_the_stand_in_one_light_tells_of_the_other() -> None:
     assert all(len(np.unique(band)) > 20 for band in scene["visible"])
 
 
-def test_drop_makes_a_light_absent() -> None:
+def test_drop_makes_a_modality_absent() -> None:
     batch = whole(landsat(drop={"infrared": 0.5}, samples=200).training_set())
     assert 60 < int(batch.present["infrared"].sum()) < 140 and batch.present["visible"].all()
     with pytest.raises(ValueError, match=r"^drop: no modality 'image'; this data has visible, infrared$"):
@@ -155,7 +155,7 @@ def test_a_broken_file_is_named_in_one_line(data: bytes, says: str, tmp_path: Pa
     assert "\n" not in str(error.value)
 
 
-def test_a_bomb_is_refused_by_what_it_announces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bomb_is_refused_by_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x.tif").write_bytes(tiff(SCENE))
     monkeypatch.setattr(module, "MAX_PIXELS", 96 * 90 - 1)
     with pytest.raises(ValueError, match=r"an array of \(96, 90, 6\)"):
@@ -165,7 +165,7 @@ def test_a_bomb_is_refused_by_what_it_announces(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
-def test_the_package_as_it_is() -> None:
+def test_the_real_package() -> None:
     """The real scene, from the user's cache or apt; why its right third cannot be the test."""
     try:
         data = Landsat()

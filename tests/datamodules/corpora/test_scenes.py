@@ -1,4 +1,4 @@
-"""Scenes: that what is said is true and its negative false, that the splits are apart, and that all of it is drawn."""
+"""Scenes: captions are true and negatives false, splits are disjoint, and images match."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from descant.datamodules.base import BatchDataset
-from descant.datamodules.corpora.emoji import PACK, VENDORS
-from descant.datamodules.corpora.scenes import CONCEPTS, HELD_OUT_VENDOR, SETS, Scenes, SceneSet
+from descant.datamodules.corpora.emoji_pack import PACK, VENDORS
+from descant.datamodules.corpora.scene_world import CONCEPTS
+from descant.datamodules.corpora.scenes import HELD_OUT_VENDOR, SETS, Scenes, SceneSet
 from descant.datamodules.order import Order
 from descant.modules.core.batch import Batch
 from descant.modules.tokenizers.text import NgramTokenizer, WordTokenizer
@@ -55,7 +56,7 @@ def every_set(data: Scenes) -> dict[str, SceneSet]:
 
 
 def sentences(data: Scenes, ids_BT: torch.Tensor) -> list[str]:
-    codec = data.codec
+    codec = data.tokenizer
     assert isinstance(codec, WordTokenizer)
     word = {number: text for text, number in codec.known.items()}
     return [" ".join(word[i] for i in row if i in word) for row in ids_BT.tolist()]
@@ -113,7 +114,7 @@ def test_sizes_are_exchanged_only_where_they_differ() -> None:
 
 
 @pytest.mark.parametrize("name", WORLDS)
-def test_a_scene_shows_its_drawings_where_it_says(name: str) -> None:
+def test_drawings_are_at_their_places(name: str) -> None:
     data = world(name)
     rows = data.training_set()
     index, draw = np.arange(40) * 31, np.arange(40)
@@ -173,7 +174,7 @@ def test_held_out_pairs_never_appear_in_training(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WORLDS)
-def test_what_settings_are_chosen_on_is_in_no_other_set(name: str) -> None:
+def test_validation_pairs_and_vendor_are_in_no_other_set(name: str) -> None:
     """Neither a pair, nor a key, nor a drawing."""
     data = world(name)
     sets = every_set(data)
@@ -191,7 +192,7 @@ def test_what_settings_are_chosen_on_is_in_no_other_set(name: str) -> None:
         assert not set(batches[name].key.tolist()) & set(batches["train"].key.tolist())
 
 
-def test_who_draws() -> None:
+def test_vendors_of_the_sets() -> None:
     sets = every_set(world("pairs"))
     drawn = {
         name: {VENDORS[v] for v in np.unique(rows.scene(np.arange(200), np.arange(200)).vendor_BK)}
@@ -218,7 +219,7 @@ def test_equal_content_has_equal_keys() -> None:
     assert len(set(meaning)) == 790 * 4  # of eight captions a pair
 
 
-def test_the_key_of_a_chain_is_the_set_of_what_is_said() -> None:
+def test_the_key_of_a_chain_is_of_its_set_of_clauses() -> None:
     data = Scenes(objects=3, grid=3)
     rows = data.training_set()
     index = np.arange(len(rows))
@@ -238,7 +239,7 @@ def test_the_key_of_a_chain_is_the_set_of_what_is_said() -> None:
     assert len({key for keys in said.values() for key in keys}) == len(said)
 
 
-def test_a_symmetric_relation_makes_the_scenes_of_a_row_alike() -> None:
+def test_scenes_of_a_symmetric_relation() -> None:
     """ "Next to" is true of "left of": neither may be the other's negative."""
     data = Scenes(relations=["left of", "next to", "above"])
     batch = whole(data.training_set(), most=len(data.training_set()))
@@ -271,7 +272,7 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index() -> None:
     assert not torch.equal(later.inputs["image"], small.inputs["image"])
 
 
-def test_evaluation_shows_the_same_scenes_in_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_has_the_same_scenes_in_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for seed in ("0", "7"):
         monkeypatch.setenv("PL_GLOBAL_SEED", seed)
@@ -283,7 +284,7 @@ def test_evaluation_shows_the_same_scenes_in_every_run(monkeypatch: pytest.Monke
     assert not torch.equal(train.inputs["image"], other.inputs["image"])
 
 
-def test_a_sample_is_shown_by_its_id() -> None:
+def test_description_and_image_of_an_id() -> None:
     data = world("chains")
     rows = every_set(data)["both"]
     batch = whole(rows, most=20)
@@ -300,7 +301,7 @@ def test_a_sample_is_shown_by_its_id() -> None:
 
 
 @pytest.mark.parametrize("name", WORLDS)
-def test_triples_say_what_the_caption_says(name: str) -> None:
+def test_triples_equal_the_caption(name: str) -> None:
     data = world(name)
     batch = whole(data.training_set(), most=100)
     for end in ("", "_neg"):
@@ -315,7 +316,7 @@ def test_triples_say_what_the_caption_says(name: str) -> None:
             assert told == wanted + [("", "", "")] * (6 - len(wanted))
 
 
-def test_the_control_of_knowledge_exchanges_heads_and_tails_and_nothing_else() -> None:
+def test_the_control_exchanges_heads_and_tails_only() -> None:
     data = Scenes(exchanged=True)
     sets = data.evaluation_sets("test")
     assert list(sets) == ["vendor", "pairs", "both", "exchanged"]
@@ -327,7 +328,7 @@ def test_the_control_of_knowledge_exchanges_heads_and_tails_and_nothing_else() -
     assert torch.equal(control.inputs["triples"], both.inputs["triples_neg"])
 
 
-def test_longer_elements_are_cut() -> None:
+def test_longer_elements_are_truncated() -> None:
     data = Scenes(text=NgramTokenizer(buckets=4096), tiny=True)
     x_BK3W = whole(data.training_set(), most=8).inputs["triples"]
     assert x_BK3W.shape == (8, 6, 3, 5)
@@ -366,17 +367,17 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"objects": 5}, r"objects 5: 2 to 4 have room"),
     ({"objects": 7, "grid": 3, "sizes": True}, r"objects 7: 2 to 5 have room"),
     ({"augment": Augment(32)}, r"augment\.size 32 is not the data's size 48"),
-    ({"augment": Augment(48, mirror=0.5)}, r"augment\.mirror 0\.5 and rotate 15: left and right have to stay"),
-    ({"augment": Augment(48, rotate=90)}, r"augment\.mirror 0\.0 and rotate 90: left and right have to stay"),
+    ({"augment": Augment(48, mirror=0.5)}, r"augment\.mirror 0\.5 and rotate 15: captions say left and right"),
+    ({"augment": Augment(48, rotate=90)}, r"augment\.mirror 0\.0 and rotate 90: captions say left and right"),
 ]
 
 
 @pytest.mark.parametrize(("options", "line"), REFUSED, ids=lambda x: str(x)[:30])
-def test_what_cannot_be_is_refused(options: dict[str, Any], line: str) -> None:
+def test_options_out_of_range_raise_one_line(options: dict[str, Any], line: str) -> None:
     with pytest.raises(ValueError, match=line):
         Scenes(**options)
 
 
-def test_what_the_pack_does_not_have_is_refused() -> None:
+def test_concepts_that_the_pack_lacks_are_refused() -> None:
     with pytest.raises(ValueError, match=r"concepts: 'foxx' is not one of"):
         Scenes(concepts=["foxx", "cat"]).training_set()

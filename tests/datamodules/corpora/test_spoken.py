@@ -1,4 +1,4 @@
-"""Spoken names: which clip of which voice a row gets, and the synthesizer itself."""
+"""Spoken names: clips and voices of a row, and the synthesizer."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ def emoji(**options: object) -> Emoji:
 
 
 def clip(data: Emoji, concept: int, voice: int) -> np.ndarray:
-    """By hand: what voice number ``voice`` says of a concept, in 2 seconds."""
-    assert data.said is not None
-    first, length = data.said.spoken.clips[voice, concept]
+    """Explicitly: 2 seconds of a concept in voice number ``voice``."""
+    assert data.spoken is not None
+    clips = data.spoken.spoken
+    first, length = clips.clips[voice, concept]
     row = np.zeros(2 * RATE, np.int16)
-    row[: min(length, len(row))] = data.said.spoken.wave[first : first + min(length, len(row))]
+    row[: min(length, len(row))] = clips.wave[first : first + min(length, len(row))]
     return row
 
 
-def test_training_hears_all_its_voices_and_evaluation_one_of_its_own() -> None:
+def test_training_has_all_its_voices_and_evaluation_a_fixed_one() -> None:
     data = emoji()
     assert data.modalities == ("image", "text", "audio")
     rows = data.training_set()
@@ -53,7 +54,7 @@ def test_training_hears_all_its_voices_and_evaluation_one_of_its_own() -> None:
     )
 
 
-def test_speech_is_there_where_the_name_is_and_is_dropped_by_itself() -> None:
+def test_speech_is_present_where_the_text_is_and_dropped_independently() -> None:
     val = emoji().evaluation_sets("validate")["val"]
     present = val.present(np.arange(len(val)))
     assert torch.equal(present["audio"], present["text"]) and not present["audio"].all()
@@ -62,17 +63,17 @@ def test_speech_is_there_where_the_name_is_and_is_dropped_by_itself() -> None:
     assert 0.2 < batch.present["audio"][batch.present["text"]].float().mean() < 0.8
 
 
-def test_a_shuffled_caption_is_said_as_it_is_written() -> None:
+def test_a_shuffled_caption_has_its_own_speech() -> None:
     data = emoji(shuffle_captions=True)
     rows = data.training_set()
     batch = rows[next(iter(Order(len(rows), 64, seed=0)))]
-    assert (rows.told_N != rows.concept_N).mean() > 0.9
+    assert (rows.caption_N != rows.concept_N).mean() > 0.9
     index = [int(np.flatnonzero(rows.identity(np.arange(len(rows))) == i)[0]) for i in batch.index.tolist()]
     for n, audio_S in zip(index, batch.inputs["audio"].numpy(), strict=True):
-        assert any(np.array_equal(clip(data, int(rows.told_N[n]), v), audio_S) for v in (1, 2, 3))
+        assert any(np.array_equal(clip(data, int(rows.caption_N[n]), v), audio_S) for v in (1, 2, 3))
 
 
-def test_towers_hear_features_and_training_hears_them_changed() -> None:
+def test_features_are_augmented_in_training() -> None:
     data = emoji()
     rows = data.training_set()
     batch = data.on_after_batch_transfer(rows[next(iter(Order(len(rows), 64, seed=0)))], 0)
@@ -81,7 +82,7 @@ def test_towers_hear_features_and_training_hears_them_changed() -> None:
     assert bool((x_BFT[:, :, 0] > -torch.inf).all()) and bool((x_BFT[:, :, -1] == -torch.inf).any())
 
 
-def test_names_are_hummed_letter_by_letter() -> None:
+def test_synthetic_clips_have_a_tone_a_letter() -> None:
     spoken = hummed(["ab", "b"], 2)
     assert spoken.clips[:, :, 1].tolist() == [[1600, 800]] * 2
     assert np.array_equal(spoken.wave[800:1600], spoken.wave[1600:2400]), "b is b wherever it stands"
@@ -93,15 +94,15 @@ def test_names_are_hummed_letter_by_letter() -> None:
     [
         ({"voices": []}, "voices: none"),
         ({"seconds": 0}, "seconds 0"),
-        ({"features": LogMel(rate=8000)}, "features.rate 8000: names are kept at 16000"),
+        ({"features": LogMel(rate=8000)}, "features.rate 8000: clips have 16000"),
     ],
 )
-def test_bad_input_is_one_line(options: dict[str, object], line: str) -> None:
+def test_bad_input_raises_one_line(options: dict[str, object], line: str) -> None:
     with pytest.raises(ValueError, match=line):
         SpokenNames(**options)  # type: ignore[arg-type]
 
 
-def test_a_library_of_another_machine_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_library_of_another_machine_raises_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     name = LIBRARIES.get(sys.platform, LIBRARIES["linux"])
     file = wheel_of(tmp_path / "espeakng_loader-1.0-py3-none-any.whl", {f"espeakng_loader/{name}": b"\x7fELF nonsense"})
     with pytest.raises(ValueError, match=f"espeakng-loader: {name} of the wheel cannot be loaded here"):
@@ -110,7 +111,7 @@ def test_a_library_of_another_machine_is_one_line_and_leaves_nothing(tmp_path: P
 
 
 @pytest.mark.slow
-def test_the_synthesizer_says_names_alike_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_synthesizer_is_deterministic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names, voices = ["cat", "grinning face with big eyes", "cat", "日本"], list(VOICES)
     folder = prepared(names, voices)  # by pip, once
     spoken = Spoken.load(folder)
@@ -130,7 +131,7 @@ def test_the_synthesizer_says_names_alike_each_time(tmp_path: Path, monkeypatch:
             prepared(names, [voice], cache=str(tmp_path))
 
 
-def test_noise_is_as_loud_as_asked_for_new_in_training_and_fixed_in_evaluation() -> None:
+def test_noise_has_its_ratio_is_new_in_training_and_fixed_in_evaluation() -> None:
     data = Emoji(tiny=True, batch_size=64, speech=SpokenNames(["en-us"], snr=-3.0))
     assert data.speech is not None
     heard: list[torch.Tensor] = []

@@ -1,4 +1,4 @@
-"""Stamps: splits, missingness, languages, and what is drawn from a sample's key."""
+"""Stamps: splits, missingness, languages, and sampling by a sample's seed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from descant.datamodules.corpora import stamps as module
+from descant.datamodules.corpora.base import name_hash
 from descant.datamodules.corpora.stamps import Stamps, StampsSet, synthetic
 from descant.datamodules.order import Order
 from descant.datamodules.prepare.package import sha256_of
@@ -38,20 +38,20 @@ def data() -> Stamps:
 
 
 def caption(data: Stamps, stamp: int, language: str) -> list[int]:
-    return data.codec.row([data.codec.ids(data.corpus.texts[stamp][language])])
+    return data.tokenizer.row([data.tokenizer.ids(data.corpus.texts[stamp][language])])
 
 
 # splits ----------------------------------------------------------------------------------------------------------
 
 
-def test_no_family_is_on_two_sides(data: Stamps) -> None:
+def test_no_family_is_in_two_splits(data: Stamps) -> None:
     family = np.array(families(data.corpus))
     split = {name: set(family[data.split_M == name]) for name in ("train", "val", "test")}
     assert all(split.values())
     assert not split["train"] & split["val"] and not (split["train"] | split["val"]) & split["test"]
 
 
-def test_the_split_hangs_on_the_family_alone(data: Stamps) -> None:
+def test_the_split_depends_on_the_family_only(data: Stamps) -> None:
     other = stamps(symbols=True)
     corpus = synthetic()
     keep = [i for i in range(len(corpus)) if i % 3]
@@ -69,13 +69,13 @@ def test_the_split_hangs_on_the_family_alone(data: Stamps) -> None:
 
 
 def test_shares_are_about_70_10_20() -> None:
-    share = np.array([module._share(f"word {i}") for i in range(4000)])
+    share = np.array([name_hash(f"stamps/word {i}") / 2**64 for i in range(4000)])
     assert (share < 0.7).mean() == pytest.approx(0.7, abs=statistical(0.458, 4000, errors=3))
     assert (share < 0.8).mean() == pytest.approx(0.8, abs=statistical(0.4, 4000, errors=3))
-    assert module._share("word ant") == pytest.approx(0.7613, abs=printed(4)), "the same in every version"
+    assert name_hash("stamps/word ant") / 2**64 == pytest.approx(0.7613, abs=printed(4)), "the same in every version"
 
 
-def test_sets_hold_what_they_say(data: Stamps) -> None:
+def test_contents_of_the_sets(data: Stamps) -> None:
     ids = {s: set(np.flatnonzero(data.split_M == s).tolist()) for s in ("train", "val", "test")}
     sets = {**data.evaluation_sets("validate"), **data.evaluation_sets("test")}
     assert list(sets) == ["val", "stamps", "language", "both"]
@@ -91,7 +91,7 @@ def test_sets_hold_what_they_say(data: Stamps) -> None:
     assert bank.spoken == ("fr",) and not bank.random
 
 
-def test_symbols_are_left_out_unless_asked_for() -> None:
+def test_symbols_are_left_out_by_default() -> None:
     few, all_of_them = stamps(), stamps(symbols=True)
     corpus = synthetic()
     corpus.names = [name.replace("line/", "symbols/") for name in corpus.names]
@@ -109,7 +109,7 @@ def test_symbols_are_left_out_unless_asked_for() -> None:
 # what a batch holds ----------------------------------------------------------------------------------------------
 
 
-def test_shapes_and_what_is_absent(data: Stamps) -> None:
+def test_shapes_and_presence(data: Stamps) -> None:
     batch = first_batch(data.training_set(), 24)
     assert batch.inputs["image"].shape == (24, 4, 32, 32) and batch.inputs["image"].dtype == torch.uint8
     assert batch.inputs["audio"].shape == (24, 16000) and batch.inputs["audio"].dtype == torch.int16
@@ -134,7 +134,7 @@ def test_missing_speech_is_missing_for_the_fixed_language_too(data: Stamps) -> N
     assert (present == has).all() and 0 < has.sum() < len(has)
 
 
-def test_what_is_heard_is_the_recording(data: Stamps) -> None:
+def test_audio_is_the_recording(data: Stamps) -> None:
     rows = data.bank_set()
     batch = first_batch(rows, 12)
     fr = data.corpus.languages.index("fr")
@@ -145,7 +145,7 @@ def test_what_is_heard_is_the_recording(data: Stamps) -> None:
         assert not heard[length:].any()
 
 
-def test_each_visit_draws_a_language_that_the_stamp_has(data: Stamps) -> None:
+def test_each_visit_samples_a_language_that_the_stamp_has(data: Stamps) -> None:
     rows = data.training_set()
     stamp = int(np.flatnonzero(rows.has[:, rows.stamp_N].sum(axis=0) == 2)[0])
     spoken = [k for k in range(len(rows.spoken)) if rows.has[k, rows.stamp_N[stamp]]]
@@ -204,7 +204,7 @@ def test_captions_are_english_by_default(data: Stamps) -> None:
         assert ids == caption(data, stamp, "en")
 
 
-def test_same_is_the_caption_that_is_spoken() -> None:
+def test_same_is_the_caption_in_the_language_of_the_recording() -> None:
     data = stamps(text_languages=["same"])
     rows = data.training_set()
     batch = first_batch(rows)
@@ -238,7 +238,7 @@ def test_same_is_the_caption_that_is_spoken() -> None:
             assert ids == caption(data, stamp, language if there else "en")
 
 
-def test_text_languages_are_drawn_in_training_and_the_first_in_evaluation() -> None:
+def test_text_languages_are_sampled_in_training_and_the_first_in_evaluation() -> None:
     data = stamps(text_languages=["ru", "en"])
     rows = data.training_set()
     found = rows.rows(np.zeros(300, int), np.arange(300) * 7919).inputs["text"].tolist()
@@ -251,7 +251,7 @@ def test_text_languages_are_drawn_in_training_and_the_first_in_evaluation() -> N
     assert batch.inputs["text"][0].tolist() == caption(data, int(batch.index[0]), "ru")
 
 
-def test_dropped_tokens_leave_the_beginning() -> None:
+def test_token_dropout_keeps_the_first_token() -> None:
     rows = stamps(token_dropout=0.5).training_set()
     full = stamps().training_set()
     a, b = first_batch(rows).inputs["text"], first_batch(full).inputs["text"]
@@ -262,7 +262,7 @@ def test_dropped_tokens_leave_the_beginning() -> None:
 # what evaluation asks --------------------------------------------------------------------------------------------
 
 
-def test_prompts_names_and_pictures(data: Stamps) -> None:
+def test_prompts_names_and_images(data: Stamps) -> None:
     ids_CPT, names = data.prompts("category")
     assert names == ["line", "plane"] and ids_CPT.shape == (2, 3, 80)
     assert ids_CPT[0, 1].tolist() == NgramTokenizer()(["a picture of line"])[0].tolist()
@@ -279,13 +279,13 @@ def test_prompts_names_and_pictures(data: Stamps) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"size": 65}, "size 65: the pictures are kept at 64 pixels"),
-        ({"seconds": 5.0}, "seconds 5: the recordings are kept to 4 seconds"),
+        ({"size": 65}, "size 65: the images have 64 pixels"),
+        ({"seconds": 5.0}, "seconds 5: recordings are 4 seconds long"),
         ({"spoken": ["es", "fr"]}, "spoken: es is held out of training"),
         ({"drop": {"sound": 0.1}}, "drop: no modality 'sound'"),
     ],
 )
-def test_options_that_cannot_be_are_refused(options: dict[str, Any], says: str) -> None:
+def test_options_out_of_range_raise_one_line(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         stamps(**options)
 
@@ -331,7 +331,7 @@ def pictured_cake(data: Stamps) -> bool:
 
 
 @pytest.mark.slow
-def test_the_package_as_it_is() -> None:
+def test_the_real_package() -> None:
     """The real corpus, from the user's cache or a file named by DESCANT_STAMPS_DEB."""
     try:
         data = Stamps(deb=os.environ.get("DESCANT_STAMPS_DEB"))

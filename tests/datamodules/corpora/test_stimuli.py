@@ -1,4 +1,4 @@
-"""What is measured in drawings and texts, on drawings whose numbers are known, and on the pack."""
+"""Measurements of drawings and texts, on known drawings and on the pack."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from descant.datamodules.corpora.emoji import PACK, Emoji
+from descant.datamodules.corpora.emoji import Emoji
+from descant.datamodules.corpora.emoji_pack import PACK
 from descant.datamodules.corpora.stimuli import noise_facts, product_facts, text_facts, valence_facts, visual_facts
 from descant.datamodules.order import Order
 from descant.modules.core.batch import Batch
@@ -39,7 +40,7 @@ def test_visual_facts_of_a_box() -> None:
     assert blank.tolist() == pytest.approx([1, 1, 1, 0, 0, 0, 0, 0], abs=ulps(8, F32))
 
 
-def test_text_facts_read_words_and_no_order() -> None:
+def test_text_facts_are_independent_of_order() -> None:
     a, b, c = text_facts([["red apple", "fruit", "sweet"], ["apple red", "sweet", "fruit"], ["red apple", "fruit"]])
     assert torch.equal(a, b)
     assert a[:4].tolist() == pytest.approx([8, 2, 2, (3 + 5 + 5 + 5) / 4], rel=ulps(8, F32))
@@ -54,7 +55,7 @@ def test_noise_is_fixed_and_normal() -> None:
     assert torch.corrcoef(noise_NF.T).triu(1).abs().max() < 0.06
 
 
-def test_products_are_of_both_and_linear_in_neither() -> None:
+def test_products_depend_on_both_and_are_linear_in_neither() -> None:
     generator = torch.Generator().manual_seed(0)
     a_NF, b_NF = torch.randn(2, 4000, 8, generator=generator).unbind()
     y_NF = product_facts(3 * a_NF + 2, b_NF)
@@ -76,7 +77,7 @@ def rows(data: Emoji, name: str = "vendor") -> Batch:
     return data_set[next(iter(Order(len(data_set), len(data_set), 0, shuffle=False)))]
 
 
-def test_targets_are_there_only_where_they_are_asked_for() -> None:
+def test_targets_are_optional() -> None:
     plain, asked = Emoji(tiny=True), Emoji(tiny=True, readout=True)
     assert set(rows(plain).targets) == {"group", "subgroup"}
     batch = rows(asked)

@@ -1,4 +1,4 @@
-"""Volumes: nothing near what is judged is trained on, nor its mirror image, and what a broken file says."""
+"""Volumes: gaps between training and evaluation, mirror images, and broken files."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ def regions_are_apart(data: Volumes) -> None:
     assert not (near(held["test"] | held["test"][::-1], GAP) & held["val"]).any()
 
 
-def test_no_voxel_within_the_gap_of_a_held_out_one_is_trained_on() -> None:
+def test_training_keeps_the_gap_to_held_out_voxels() -> None:
     regions_are_apart(volumes(brain=0.0))
 
 
-def test_what_training_draws_is_of_the_places_that_were_looked_at() -> None:
+def test_training_samples_the_listed_places() -> None:
     data = volumes(samples=200)
     allowed = set(data.places["train"].tolist())
     rows = data.training_set()
@@ -93,7 +93,7 @@ def test_a_batch_holds_three_maps_of_one_place() -> None:
         assert x.dtype == torch.float32 and abs(float(x.mean())) < 1e-4 and abs(float(x.std()) - 1) < 1e-3
 
 
-def test_drop_makes_maps_absent_in_training_alone() -> None:
+def test_drop_makes_modalities_absent_in_training_only() -> None:
     data = volumes(drop={"white": 0.5}, samples=200)
     batch = whole(data.training_set())
     assert 60 < int(batch.present["white"].sum()) < 140 and batch.present["t1"].all()
@@ -127,12 +127,12 @@ def test_crops_reach_every_height_of_their_region() -> None:
         ({"drop": {"t2": 0.1}}, r"^drop: no modality 't2'; this data has t1, grey, white$"),
     ],
 )
-def test_options_that_cannot_be_are_refused(options: dict[str, Any], says: str) -> None:
+def test_options_out_of_range_raise_one_line(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         volumes(**options)
 
 
-def test_pictures_and_names() -> None:
+def test_images_and_names() -> None:
     data = volumes()
     index = int(np.ravel_multi_index((20, 30, 10), data.space))
     assert data.describe(index) == "x 20 to 35, y 30 to 45, z 10 to 25"
@@ -145,7 +145,7 @@ def test_pictures_and_names() -> None:
         assert picture[0, 15 - front, right] == picture[2, 15 - front, right] == t1[right, front, level]
 
 
-def test_the_stand_in_is_symmetric_and_its_maps_tell_of_each_other() -> None:
+def test_the_synthetic_head_is_symmetric_and_its_maps_predict_each_other() -> None:
     maps = synthetic(48)
     for x in maps.values():
         assert x.dtype == np.uint8 and x.shape == (1, 48, 48, 48)
@@ -184,7 +184,7 @@ def test_from_a_wheel_to_a_batch(tmp_path: Path) -> None:
         _ = volumes(**{**options, "size": 40}).places
 
 
-def test_axes_are_turned_so_that_they_lead_right_front_and_up(tmp_path: Path) -> None:
+def test_axes_are_reoriented_to_right_front_and_up(tmp_path: Path) -> None:
     x = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4)
     # the file's axes lead to the front, up, and to the left
     affine = np.array([[0, 0, -1, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1.0]])
@@ -212,14 +212,14 @@ def test_a_broken_file_is_named_in_one_line(data: bytes, says: str, tmp_path: Pa
     assert "\n" not in str(error.value)
 
 
-def test_a_bomb_is_refused_by_what_it_announces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bomb_is_refused_by_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x.nii.gz").write_bytes(nifti(np.zeros((64, 64, 64), np.uint8)))
     monkeypatch.setattr(module, "MAX_VOXELS", 64**3 - 1)
     with pytest.raises(ValueError, match="where a volume of at most 262,143 is expected"):
         volume(tmp_path / "x.nii.gz")
 
 
-def test_all_three_maps_must_be_there_and_of_one_shape(tmp_path: Path) -> None:
+def test_all_three_maps_are_needed_in_one_shape(tmp_path: Path) -> None:
     for modality in FILES:
         side = 5 if modality == "white" else 4
         (tmp_path / name_of(modality)).write_bytes(nifti(np.zeros((4, 4, side), np.uint8)))
@@ -231,7 +231,7 @@ def test_all_three_maps_must_be_there_and_of_one_shape(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_wheel_as_it_is() -> None:
+def test_the_real_wheel() -> None:
     """The real template, from the user's cache or pip; why no hemisphere can be held out of it."""
     try:
         data = Volumes()

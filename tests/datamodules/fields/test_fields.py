@@ -4,15 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+from descant.datamodules.fields.columns import Column, kinds
 from descant.datamodules.fields.fields import (
     ENDED,
     AudioField,
-    Column,
     Fields,
     ImageField,
     LabelField,
     TextField,
-    kinds,
 )
 from descant.datamodules.sources.synthetic import Taken
 from tests.files import bomb, jpeg, wav
@@ -23,7 +22,7 @@ def taken(*samples: dict) -> Taken:
     return Taken([(str(k), raw) for k, raw in enumerate(samples)])
 
 
-def test_kinds_are_told_by_content() -> None:
+def test_kinds_of_fields_by_content() -> None:
     source = taken(
         {"a": b"", "b": wav(), "c": "a cat", "d": "17", "e": b"\0\1", "f": jpeg(format="PNG")},
         {"a": jpeg(), "d": "3.5"},
@@ -54,11 +53,11 @@ def test_a_lone_field_of_a_kind_is_found() -> None:
         ({"json.caption": "a b", "json.width": "17"}, ["json.caption"]),
     ],
 )
-def test_the_caption_is_found_where_there_is_no_doubt(sample: dict, choice: list[str]) -> None:
+def test_a_single_caption_field_is_found(sample: dict, choice: list[str]) -> None:
     assert list(TextField().column(taken({k: v for k, v in sample.items() if v != "i"})).names) == choice
 
 
-def test_captions_in_doubt_list_the_choice() -> None:
+def test_several_caption_fields_are_listed() -> None:
     with pytest.raises(ValueError, match=r"captions: alt, title may all be: name one as data\.fields\.text\.captions"):
         TextField().column(taken({"alt": "a b", "title": "c d"}))
     with pytest.raises(ValueError, match=r"no field of captions: fields are jpg \(image\), label \(text\)"):
@@ -104,7 +103,7 @@ def test_texts_become_ids() -> None:
     assert field.cut(words) == 2
 
 
-def test_pictures_become_pixels_and_bombs_errors() -> None:
+def test_images_become_pixels_and_bombs_errors() -> None:
     field = ImageField(size=8)
     x_BCSS, errors = field.decode([jpeg("red", (40, 20)), None, bomb(), jpeg()[:60], b""], None)
     assert x_BCSS.shape == (5, 3, 8, 8) and x_BCSS.dtype == torch.uint8
@@ -128,7 +127,7 @@ def test_recordings_become_int16_with_a_known_end() -> None:
     assert features.isfinite().all(1).sum(1).tolist() == [frames, frames, -(-4000 // field.log_mel.hop), 0, 0, 0, 0]
 
 
-def test_a_long_recording_is_cut_at_random_in_training_and_at_its_beginning_in_evaluation() -> None:
+def test_excerpts_are_random_in_training_and_the_beginning_in_evaluation() -> None:
     ramp = np.linspace(-0.9, 0.9, 8000)
     import io
 
@@ -162,6 +161,6 @@ def test_fields_need_one() -> None:
     assert list(Fields(text=TextField(), image=ImageField()).of) == ["image", "text"]
 
 
-def test_a_column_of_alternatives_takes_the_first_that_is_there() -> None:
+def test_a_column_of_alternatives_takes_the_first_present_one() -> None:
     column = Column(["jpg", "png"], np.array([[True, True], [False, True], [False, False]]))
     assert column.pick(np.arange(3), None, "x").tolist() == [0, 1, -1]

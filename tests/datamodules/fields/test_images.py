@@ -109,7 +109,7 @@ def test_evaluation_is_torchvisions_resize_and_central_crop(shape: tuple[int, in
 
 
 @pytest.mark.parametrize("shape", [(6000, 9), (9, 6000), (900, 100)])
-def test_very_long_pictures_cost_what_their_middle_costs(shape: tuple[int, int]) -> None:
+def test_of_very_long_images_only_the_middle_is_resized(shape: tuple[int, int]) -> None:
     """The central square of a gradient along the long side is its middle value, and no strip is resized for it."""
     ramp = np.linspace(0, 255, max(shape)).astype(np.uint8)
     grey = np.tile(ramp, (min(shape), 1)) if shape[0] > shape[1] else np.tile(ramp[:, None], (1, min(shape)))
@@ -119,7 +119,7 @@ def test_very_long_pictures_cost_what_their_middle_costs(shape: tuple[int, int])
     assert float(one(images, data).mean()) == pytest.approx(127.5, abs=1.5)
 
 
-def test_what_lies_outside_the_box_is_not_seen() -> None:
+def test_pixels_outside_the_box_have_no_effect() -> None:
     images = Images(32, scale=(0.2, 0.5))
     ((top, left, height, width),) = images.boxes(np.array([[64, 96]]), KEYS[:1])[0].tolist()
     picture = Image.new("RGB", (96, 64), "red")
@@ -130,7 +130,7 @@ def test_what_lies_outside_the_box_is_not_seen() -> None:
 
 @pytest.mark.parametrize("kind", ["bicubic", "bilinear"])
 @pytest.mark.parametrize(("side", "times"), [(448, 2), (640, 4), (1100, 8)])
-def test_reduced_decoding_stays_close_to_all_pixels(side: int, times: int, kind: Any) -> None:
+def test_reduced_decoding_is_close_to_full_decoding(side: int, times: int, kind: Any) -> None:
     """Peak signal to noise against decoding everything, with a crop at a grid that both share."""
     data = encoded(scene(side, side))
     reduced, full = Images(96, filter=kind), Images(96, filter=kind, gap=math.inf)
@@ -140,7 +140,7 @@ def test_reduced_decoding_stays_close_to_all_pixels(side: int, times: int, kind:
 
 
 @pytest.mark.parametrize("shape", [(897, 643), (643, 897), (1023, 1021)])
-def test_reduced_crops_lie_where_the_full_ones_do(shape: tuple[int, int]) -> None:
+def test_reduced_crops_are_at_the_places_of_full_ones(shape: tuple[int, int]) -> None:
     """Of sides that no fraction divides, and of lying pictures: at most half a reduced pixel beside."""
     y, x = np.mgrid[0 : shape[1], 0 : shape[0]]
     ramp = np.stack([x * 255 / shape[0], y * 255 / shape[1], 0 * x], axis=2).astype(np.uint8)
@@ -184,7 +184,7 @@ def test_crops_are_inside_and_spread_as_torchvisions(shape: tuple[int, int], sca
     assert abs(mirrored.mean() - 0.5) < 0.04
 
 
-def test_a_pictures_crop_depends_on_its_own_key_alone() -> None:
+def test_a_crop_depends_on_its_seed_only() -> None:
     images = Images(32, scale=(0.2, 1.0))
     data = [encoded(scene(70 + k, 60, seed=k)) for k in range(5)]
     whole, _ = images([*data[:3], None, *data[3:], b"broken"], KEYS[[0, 1, 2, 3, 4, 5, 6]])
@@ -194,7 +194,7 @@ def test_a_pictures_crop_depends_on_its_own_key_alone() -> None:
     assert not torch.equal(other[0], whole[1])
 
 
-def test_two_streams_are_two_views_and_travel_to_workers() -> None:
+def test_two_streams_are_two_views_and_picklable() -> None:
     images = Images(16, scale=(0.2, 1.0))
     data = [encoded(scene(64, 64))] * 3
     twin = pickle.loads(pickle.dumps(images.stream_copy("image@2")))
@@ -203,7 +203,7 @@ def test_two_streams_are_two_views_and_travel_to_workers() -> None:
 
 
 @pytest.mark.parametrize(("flip", "share"), [(0.0, 0.0), (1.0, 1.0)])
-def test_flips_mirror_the_picture(flip: float, share: float) -> None:
+def test_flips_mirror_the_image(flip: float, share: float) -> None:
     picture = Image.new("RGB", (40, 40), "black")
     picture.paste("white", (0, 0, 20, 40))
     out, _ = Images(8, scale=(1, 1), ratio=(1, 1), flip=flip)([encoded(picture, "PNG")] * 9, KEYS[:9])
@@ -274,7 +274,7 @@ def test_transparency_is_laid_over_white(mode: str) -> None:
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_upright_as_exif_says(form: str, orientation: int) -> None:
+def test_images_are_rotated_by_exif(form: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x010F], exif[0x0112] = "a camera", orientation
     data = encoded(scene(80, 60), form, exif=exif)
@@ -287,7 +287,7 @@ def test_pictures_are_upright_as_exif_says(form: str, orientation: int) -> None:
     "exif", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\1" * 40, b"\0" * 30]
 )
 @pytest.mark.filterwarnings("error")
-def test_broken_exif_spoils_no_picture(exif: bytes) -> None:
+def test_broken_exif_is_ignored(exif: bytes) -> None:
     plain, data = encoded(scene(40, 40)), encoded(scene(40, 40), exif=exif)
     assert float((one(Images(40), data) - pixels(plain)).abs().mean()) < 0.5
 
@@ -313,7 +313,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("data", BOMBS.values(), ids=BOMBS)
-def test_bombs_cost_no_memory_and_say_their_size(data: bytes) -> None:
+def test_bombs_use_no_memory_and_report_their_size(data: bytes) -> None:
     tracemalloc.start()
     try:
         out, errors = Images(8)([data], KEYS[:1])
@@ -324,7 +324,7 @@ def test_bombs_cost_no_memory_and_say_their_size(data: bytes) -> None:
     assert peak < 2**20 and int(out.sum()) == 0
 
 
-def test_bombs_spend_no_memory_of_decoders() -> None:
+def test_bombs_use_no_memory_of_decoders() -> None:
     """What libraries allocate, Python does not trace: the process's own peak says it."""
     resource = pytest.importorskip("resource")
 
@@ -346,7 +346,7 @@ def test_the_limit_is_the_users() -> None:
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF"])
 @pytest.mark.parametrize("share", [0.03, 0.5, 0.9])
-def test_what_is_cut_off_is_an_error_and_spoils_no_other_row(form: str, share: float) -> None:
+def test_truncated_data_is_an_error_of_its_row_only(form: str, share: float) -> None:
     data = encoded(scene(64, 64), form)
     out, errors = Images(16)([data, data[: int(len(data) * share)], data])
     assert errors[0] is None and errors[2] is None and errors[1]
@@ -355,7 +355,7 @@ def test_what_is_cut_off_is_an_error_and_spoils_no_other_row(form: str, share: f
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xd8", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"\x89PNG\r\n\x1a\n", b"<svg/>"])
-def test_what_is_no_picture_is_an_error(data: bytes) -> None:
+def test_data_of_no_image_is_an_error(data: bytes) -> None:
     assert Images(8)([data])[1][0]
 
 
@@ -443,7 +443,7 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], says: str) ->
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "1", "I;16", "CMYK", "P/transparent"])
-def test_a_large_picture_is_the_same_in_strips(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strips_of_a_large_image_equal_the_whole(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rng, out = np.random.default_rng(0), io.BytesIO()
     if mode == "I;16":
         picture = Image.fromarray(rng.integers(0, 65536, (37, 23), dtype=np.uint16))
@@ -472,7 +472,7 @@ def test_bytes_are_bounded_before_a_pixel_is_decoded(monkeypatch: pytest.MonkeyP
     assert Images(8)([data])[1] == [None]
 
 
-def test_one_picture_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_decoded_image_is_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[Any] = []
     decode = Images.decode
 

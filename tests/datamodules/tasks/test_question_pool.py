@@ -1,4 +1,4 @@
-"""A pool of questions that a teacher answers: what is learned is what it said, and new problems belong to training."""
+"""Pools of questions: training on a teacher's answers, and new problems of the training split."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def all_of(data: QuestionPool) -> Batch:
     return data.training_set()[next(iter(Order(N, N, seed=0, shuffle=False)))]
 
 
-def test_what_is_to_be_said_is_what_the_teacher_said(data: QuestionPool) -> None:
+def test_training_is_on_the_teachers_answers(data: QuestionPool) -> None:
     said = torch.arange(10, 10 + 3 * N).view(N, 3)
     said[5, 1:] = torch.tensor([EOS, 77])
     said[6] = PAD
@@ -42,9 +42,9 @@ def test_what_is_to_be_said_is_what_the_teacher_said(data: QuestionPool) -> None
     assert torch.equal(batch.targets["answer"], every.targets["answer"][at]), "what is right stays known"
 
 
-def test_a_new_pool_is_read_at_once_and_nobody_reads_one_without_answers(data: QuestionPool) -> None:
+def test_a_new_pool_is_used_at_once_and_one_without_answers_is_an_error(data: QuestionPool) -> None:
     rows = data.training_set()
-    with pytest.raises(ValueError, match="nobody has answered it; the callback Rounds"):
+    with pytest.raises(ValueError, match="no answers yet; the callback Rounds"):
         rows[next(iter(Order(N, N, seed=0, shuffle=False)))]
     data.renew(data.pool, torch.full((N, 2), 9), 0)
     first = rows[next(iter(Order(N, N, seed=0, shuffle=False)))]
@@ -56,7 +56,7 @@ def test_a_new_pool_is_read_at_once_and_nobody_reads_one_without_answers(data: Q
     assert again.version == 1 and torch.equal(all_of(again).inputs["text"], all_of(data).inputs["text"])
 
 
-def test_variants_are_other_problems_of_the_same_kind_and_concept_and_of_training_alone(data: QuestionPool) -> None:
+def test_variants_are_other_training_problems_of_the_same_kind_and_concept(data: QuestionPool) -> None:
     index = torch.tensor([3, 3, 3, *range(N)])
     found = data.variants(index, 1)
     some = data.pool.where(index.numpy())
@@ -71,7 +71,7 @@ def test_variants_are_other_problems_of_the_same_kind_and_concept_and_of_trainin
     assert not np.array_equal(data.variants(index, 2).key_N, found.key_N)
 
 
-def test_asking_shows_all_problems_once_as_evaluation_sees_them(data: QuestionPool) -> None:
+def test_asking_has_all_problems_once_without_augmentation(data: QuestionPool) -> None:
     seen: list[int] = []
     for batch in data.asking(data.pool):
         assert data.plain
@@ -79,14 +79,14 @@ def test_asking_shows_all_problems_once_as_evaluation_sees_them(data: QuestionPo
     assert seen == list(range(N)) and not data.plain
 
 
-def test_what_cannot_be(data: QuestionPool) -> None:
+def test_bad_pools_raise_one_line(data: QuestionPool) -> None:
     for options, message in (
-        ({"items": 8}, "items 8: a step has 16"),
-        ({"items": 64, "num_workers": 2}, "num_workers 2: readers would not see"),
+        ({"items": 8}, "items 8: at least 16, the rows of a step"),
+        ({"items": 64, "num_workers": 2}, "num_workers 2: workers would not see"),
     ):
         with pytest.raises(ValueError, match=message):
             QuestionPool(tiny=True, batch_size=16, size=24, **options)
-    with pytest.raises(ValueError, match=r"items \d+: there are \d+ problems to train on"):
+    with pytest.raises(ValueError, match=r"items \d+: there are \d+ training problems"):
         QuestionPool(tiny=True, batch_size=16, size=24, items=999999).fresh(0)
     with pytest.raises(ValueError, match="64 problems and 3 answers; it has 64"):
         data.renew(data.pool, torch.zeros(3, 2), 0)

@@ -1,4 +1,4 @@
-"""Questions: what is asked is shown, answers are right, and what is held out is asked nowhere else."""
+"""Questions: images match, answers are correct, and held-out problems are in no other set."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from descant.datamodules.corpora.emoji import VENDORS
+from descant.datamodules.corpora.emoji_pack import VENDORS
 from descant.datamodules.order import Order
 from descant.datamodules.tasks.questions import COUNTS, KINDS, LETTERS, MORE, Questions, QuestionSet
 from descant.modules.core.batch import Batch
@@ -29,11 +29,11 @@ def worded(data: Questions, batch: Batch, row: int) -> tuple[str, str]:
     ids = batch.inputs["text"][row].tolist()
     front, back = ids[: ids.index(data.answer_token)], ids[ids.index(data.answer_token) + 1 :]
     assert front[:2] == [BOS, data.image_token]
-    decode = data.codec.tokenizer.decode  # type: ignore[attr-defined]
+    decode = data.tokenizer.tokenizer.decode  # type: ignore[attr-defined]
     return decode(front[2:]).strip(), decode(back[: back.index(EOS)]).strip()
 
 
-def test_what_is_to_be_said_is_the_answer_and_the_end(data: Questions) -> None:
+def test_the_loss_mask_is_the_answer_and_its_end(data: Questions) -> None:
     batch = all_of(data.training_set())
     for ids, said, answer in zip(
         batch.inputs["text"].tolist(), batch.inputs["loss_mask"].tolist(), batch.targets["answer"].tolist(), strict=True
@@ -45,7 +45,7 @@ def test_what_is_to_be_said_is_the_answer_and_the_end(data: Questions) -> None:
 
 
 @pytest.mark.parametrize("by_letter", [True, False])
-def test_answers_are_right_and_letters_all_as_likely(by_letter: bool) -> None:
+def test_answers_are_correct_and_letters_uniform(by_letter: bool) -> None:
     data = Questions(tiny=True, batch_size=64, letters=by_letter)
     rows = data.training_set()
     batch = all_of(rows)
@@ -72,7 +72,7 @@ def _options(question: str) -> list[str]:
     return [question[a:b] for a, b in zip(places, [*places[1:], len(question)], strict=True)]
 
 
-def test_scenes_show_as_many_as_are_counted(data: Questions) -> None:
+def test_scenes_have_the_counted_number_of_objects(data: Questions) -> None:
     rows = data._set("train", False, ["noto"], kinds=["count"])
     batch, cell = all_of(rows), data.size // 3
     for image, concept, answer in zip(
@@ -81,11 +81,11 @@ def test_scenes_show_as_many_as_are_counted(data: Questions) -> None:
         wanted = data.drawing(VENDORS.index("noto"), int(concept), cell)
         cells = image.unfold(1, cell, cell).unfold(2, cell, cell).permute(1, 2, 0, 3, 4).flatten(0, 1)
         shown = sum(torch.equal(x, wanted) for x in cells)
-        assert shown == int(data.codec.tokenizer.id_to_token(int(answer)).strip("Ġ▁ "))  # type: ignore[attr-defined]
+        assert shown == int(data.tokenizer.tokenizer.id_to_token(int(answer)).strip("Ġ▁ "))  # type: ignore[attr-defined]
         assert 0 <= sum(bool(x.any()) for x in cells) - shown <= 2
 
 
-def test_what_is_held_out_is_asked_nowhere_else(data: Questions) -> None:
+def test_held_out_problems_are_in_no_other_set(data: Questions) -> None:
     train = data.training_set()
     sets = data.evaluation_sets("test") | data.evaluation_sets("validate")
     keys = {name: set(rows.problems.key_N.tolist()) for name, rows in sets.items() if isinstance(rows, QuestionSet)}
@@ -103,7 +103,7 @@ def test_what_is_held_out_is_asked_nowhere_else(data: Questions) -> None:
     assert {int(worded(data, counts, row)[1]) for row in range(len(counts))} == set(MORE)
 
 
-def test_training_draws_vendors_and_places_anew_and_problems_never_change(data: Questions) -> None:
+def test_vendors_and_places_vary_between_visits_and_problems_do_not(data: Questions) -> None:
     rows = data.training_set()
     one, two = all_of(rows), all_of(rows, epoch=1)
     assert torch.equal(one.inputs["text"], two.inputs["text"])
@@ -113,7 +113,7 @@ def test_training_draws_vendors_and_places_anew_and_problems_never_change(data: 
     assert torch.equal(all_of(fixed).inputs["image"], all_of(fixed, epoch=1).inputs["image"])
 
 
-def test_a_problem_is_the_same_whatever_else_is_asked(data: Questions) -> None:
+def test_a_problem_is_independent_of_the_other_kinds(data: Questions) -> None:
     rows = data.training_set()
     whole = all_of(rows)
     part = rows.rows(np.array([7, 3]), whole.draw.numpy()[[7, 3]])
@@ -130,17 +130,17 @@ def test_a_problem_is_the_same_whatever_else_is_asked(data: Questions) -> None:
         ({"size": 50}, "size 50: a multiple of 3 from 24 to 63"),
     ],
 )
-def test_what_cannot_be_is_refused(options: dict[str, object], says: str) -> None:
+def test_options_out_of_range_raise_one_line(options: dict[str, object], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Questions(tiny=True, **options)  # type: ignore[arg-type]
 
 
-def test_a_question_that_does_not_fit_is_named() -> None:
+def test_a_question_that_is_too_long_is_named() -> None:
     with pytest.raises(ValueError, match=r"^length 12: 'wh.* and its answer are \d+ tokens$"):
         all_of(Questions(tiny=True, length=12).training_set())
 
 
-def test_an_answer_behind_its_thought_is_judged_by_what_stands_last() -> None:
+def test_an_answer_after_reasoning_is_scored_by_its_last_part() -> None:
     data = Questions(tiny=True, batch_size=32, size=24, length=96, kinds=["name"], letters=True, think=True)
     batch = next(iter(data.train_dataloader()))
     said = [row[mask].tolist()[:-1] for row, mask in zip(batch.inputs["text"], batch.inputs["loss_mask"], strict=True)]

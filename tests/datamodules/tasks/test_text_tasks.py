@@ -1,4 +1,4 @@
-"""Tasks in words: a number is one problem, splits go by what is asked, and right answers earn 1."""
+"""Text-only tasks: reproducible problems, splits by question, and scores of answers."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def gym(dataset: str = "chain_sum", **options: Any) -> ReasoningGym:
 
 
 @pytest.mark.parametrize("far", [False, True])
-def test_arithmetic_is_exact_and_a_number_makes_one_problem(far: bool) -> None:
+def test_arithmetic_is_exact_and_reproducible(far: bool) -> None:
     task = Arithmetic(digits=2, far_digits=4)
     made = [task.make(n, far) for n in range(600)]
     assert made == [Arithmetic(digits=2, far_digits=4).make(n, far) for n in range(600)]
@@ -92,7 +92,7 @@ def _operands(question: str) -> list[int]:
     return [int(x) for x in question[:-1].split(sign)]
 
 
-def test_far_problems_are_larger_than_any_that_training_asks() -> None:
+def test_far_problems_are_larger_than_training_problems() -> None:
     data = tasks(tasks={"any": Arithmetic(digits=2, far_digits=3)}, numbers=2000)
     sets = every_set(data)
     largest = {name: max(max(_operands(q)) for q in questions(data, rows)) for name, rows in sets.items()}
@@ -100,7 +100,7 @@ def test_far_problems_are_larger_than_any_that_training_asks() -> None:
     assert max(largest["train"], largest["val"], largest["problems"]) <= 99 < 100 <= least_far, (largest, least_far)
 
 
-def test_splits_are_disjoint_by_what_is_asked() -> None:
+def test_splits_are_disjoint_by_question() -> None:
     """Of two numbers that ask the same, one alone is kept, and no split has what another has."""
     data = tasks(tasks={"few": Few(), "one": Arithmetic(["plus"], digits=1), "again": Arithmetic(["plus"], digits=1)})
     asked = {name: questions(data, rows) for name, rows in every_set(data).items()}
@@ -119,7 +119,7 @@ def test_splits_are_disjoint_by_what_is_asked() -> None:
     assert sizes["val"] == pytest.approx(sizes["problems"], rel=0.2)  # 300 each: 6% is one standard error
 
 
-def test_held_out_problems_are_the_same_however_many_are_trained_on() -> None:
+def test_held_out_problems_are_independent_of_the_number_of_training_problems() -> None:
     few, many = every_set(tasks(numbers=100)), every_set(tasks(numbers=4000))
     for name in ("val", "problems", "far"):
         assert np.array_equal(few[name].problems.key_N, many[name].problems.key_N)
@@ -132,7 +132,7 @@ def test_held_out_problems_are_the_same_however_many_are_trained_on() -> None:
 def test_rows_are_the_question_the_mark_the_answer_and_the_end() -> None:
     data = tasks()
     rows = data.training_set()
-    batch, codec = all_of(rows), data.codec
+    batch, codec = all_of(rows), data.tokenizer
     assert set(batch.inputs) == {"text", "loss_mask"} and set(batch.present) == {"text"}
     assert data.image_token is None and data.answer_token == codec.vocabulary + 1
     for n in range(len(rows)):
@@ -147,7 +147,7 @@ def test_rows_are_the_question_the_mark_the_answer_and_the_end() -> None:
     assert torch.equal(batch.key, torch.from_numpy(rows.problems.key_N)) and torch.equal(batch.index, batch.key)
 
 
-def test_what_is_asked_does_not_hang_on_who_reads_it() -> None:
+def test_problems_are_the_same_in_all_processes() -> None:
     """Two ranks, or two micro-batches, read the rows that one reads."""
     data = tasks()
     rows = data.training_set()
@@ -177,7 +177,7 @@ def test_what_is_asked_does_not_hang_on_who_reads_it() -> None:
         (lambda: gym("rotate_matrix"), TaskAnswer),
     ],
 )
-def test_a_right_answer_earns_one_and_a_wrong_one_nothing(task: Any, verifier: type[Verifier]) -> None:
+def test_a_correct_answer_scores_one_and_a_wrong_one_zero(task: Any, verifier: type[Verifier]) -> None:
     if verifier is NumericAnswer:
         pytest.importorskip("math_verify")
     made, judge = task(), verifier()
@@ -188,7 +188,7 @@ def test_a_right_answer_earns_one_and_a_wrong_one_nothing(task: Any, verifier: t
         assert judge(right._replace(said="")) == 0
 
 
-def test_the_task_itself_knows_more_right_answers_than_one() -> None:
+def test_a_task_may_accept_several_answers() -> None:
     problem = gym(config=GYM).make(3)
     said = f"{problem.answer}.0"
     assert TaskAnswer()(Answer(said, problem.answer, entry=problem.entry)) == 1
@@ -199,7 +199,7 @@ def test_the_task_itself_knows_more_right_answers_than_one() -> None:
     assert TaskAnswer()(Answer("no idea", broken.answer, entry=broken.entry)) == 0, "an unreadable answer ends no run"
 
 
-def test_reasoning_gym_asks_farther_where_it_is_told_to() -> None:
+def test_far_problems_of_reasoning_gym() -> None:
     made = gym(config=GYM, far={"min_digits": 3, "max_digits": 3})
     data = tasks(tasks={"sums": made}, length=128)
     digits = {
@@ -211,7 +211,7 @@ def test_reasoning_gym_asks_farther_where_it_is_told_to() -> None:
 
 
 @pytest.mark.slow
-def test_no_task_of_reasoning_gym_that_is_taken_asks_something_else_in_another_process() -> None:
+def test_accepted_tasks_of_reasoning_gym_are_the_same_in_all_processes() -> None:
     pytest.importorskip("reasoning_gym")
     found = [
         subprocess.run([sys.executable, "-c", _ASKED], capture_output=True, text=True, env={"PYTHONHASHSEED": seed})
@@ -249,11 +249,9 @@ def answered(data: TaskRollouts, seed: int = 0) -> dict[str, torch.Tensor]:
     return {"said": said, "length": length, "ended": ended, "live": ended, "advantage": x_RM[:, 0], "old": x_RM}
 
 
-def test_rows_of_rollouts_are_the_questions_and_what_was_said_to_them() -> None:
+def test_rows_of_rollouts_are_questions_and_sampled_answers() -> None:
     data = rollouts()
-    with pytest.raises(
-        ValueError, match=r"^TaskRollouts: nothing is answered yet; the callback Rollouts lets the model"
-    ):
+    with pytest.raises(ValueError, match=r"^TaskRollouts: no answers yet; the callback Rollouts samples them"):
         all_of(data.training_set())
     rolled = answered(data)
     data.renew(data.fresh(2), rolled, 2)
@@ -261,7 +259,7 @@ def test_rows_of_rollouts_are_the_questions_and_what_was_said_to_them() -> None:
     for r in range(N * G):
         question = data.problem(data.pool, r // G).question
         said = rolled["said"][r, : int(rolled["length"][r])].tolist()
-        asked = [BOS, *data.codec.ids(question), data.answer_token]
+        asked = [BOS, *data.tokenizer.ids(question), data.answer_token]
         end = [] if said[-1] == EOS else [EOS]
         ids = [i for i in batch.inputs["text"][r].tolist() if i != PAD]
         assert ids == [*asked, *said, *end]
@@ -273,7 +271,7 @@ def test_rows_of_rollouts_are_the_questions_and_what_was_said_to_them() -> None:
     ]
 
 
-def test_a_checkpoint_has_the_answers_and_goes_on_with_the_same_questions() -> None:
+def test_a_checkpoint_restores_questions_and_answers() -> None:
     data, again = rollouts(), rollouts()
     data.renew(data.fresh(3), answered(data), 3)
     again.load_state_dict(data.state_dict())
@@ -292,7 +290,7 @@ def test_a_checkpoint_has_the_answers_and_goes_on_with_the_same_questions() -> N
             other.load_state_dict(data.state_dict())
 
 
-def test_a_rollout_asks_training_problems_alone_in_an_order_of_its_own() -> None:
+def test_rollouts_have_training_problems_only_in_random_order() -> None:
     data = rollouts()
     train = set(data.training_problems.problems.key_N.tolist())
     first, next_one, later = data.fresh(0), data.fresh(0, 1), data.fresh(1)
@@ -316,30 +314,33 @@ def test_a_rollout_asks_training_problems_alone_in_an_order_of_its_own() -> None
     [
         (lambda: Arithmetic(["pluss"]), "operations: 'pluss' is not one of plus, minus, times"),
         (lambda: Arithmetic([]), "operations: none; such as plus"),
-        (lambda: Arithmetic(digits=3, far_digits=2), "digits 3, far_digits 2: in this order, from 1 to 15"),
-        (lambda: Arithmetic(far_digits=16), "digits 2, far_digits 16: in this order, from 1 to 15"),
+        (lambda: Arithmetic(digits=3, far_digits=2), "digits 3, far_digits 2: ascending, from 1 to 15"),
+        (lambda: Arithmetic(far_digits=16), "digits 2, far_digits 16: ascending, from 1 to 15"),
         (lambda: TextTasks({}), "tasks: none; such as"),
-        (lambda: tasks(held=0), "numbers 400, held 0: 1 is the least"),
+        (lambda: tasks(held=0), "numbers 400, held 0: at least 1"),
         (lambda: tasks(drop={"image": 0.5}), "drop: no modality 'image'; this data has text"),
-        (lambda: tasks(tasks={"few": Few()}).evaluation_sets("validate"), "no question of few falls to val: raise"),
+        (
+            lambda: tasks(tasks={"few": Few()}).evaluation_sets("validate"),
+            "no question of few is in the split val: increase",
+        ),
         (lambda: all_of(tasks(length=6).training_set()), r"length 6: '\d+.\d+=' and its answer are \d+ tokens"),
         (lambda: all_of(tasks(answer_length=2).training_set()), r"answer_length 2: '\d+' has 3 tokens"),
         (lambda: tasks(text=WordTokenizer(["a"])).training_set()[_first()], r"'\d+' is none of the 1 words"),
-        (lambda: rollouts(group=1), "group 1: an answer is judged beside others"),
+        (lambda: rollouts(group=1), "group 1: at least 2 answers to a question"),
         (lambda: rollouts(batch_size=7), "batch_size 7: 6 questions x 4 answers make no whole steps"),
-        (lambda: rollouts(items=600, batch_size=24).pool, r"items 600: there are \d+ problems to train on"),
-        (lambda: rollouts(num_workers=1), "num_workers 1: readers would not see a new pool"),
+        (lambda: rollouts(items=600, batch_size=24).pool, r"items 600: there are \d+ training problems"),
+        (lambda: rollouts(num_workers=1), "num_workers 1: workers would not see a new pool"),
         (lambda: gym("chain_sm"), r"dataset: 'chain_sm' is not one of \d+; nearest: chain_sum"),
         (lambda: gym(config={"max_trms": 2}), "config: 'max_trms' is not one of min_terms, max_terms"),
         (lambda: gym(far={"max_trms": 2}), "far: 'max_trms' is not one of"),
         (lambda: gym(config={"min_terms": 9}), "config of 'chain_sum': max_terms must be >= min_terms"),
-        (lambda: gym(config={"size": 5}).make(5), "config.size 5 of 'chain_sum': problem 5 is asked for; raise it"),
-        (lambda: gym("rush_hour"), "dataset 'rush_hour': it names no right answer"),
-        *((lambda name=name: gym(name), f"dataset '{name}': its questions hang") for name in UNSTEADY),
-        *((lambda name=name: gym(name), f"dataset '{name}': its scores run what a model says") for name in EVALUATING),
+        (lambda: gym(config={"size": 5}).make(5), "config.size 5 of 'chain_sum': problem 5 is needed; increase it"),
+        (lambda: gym("rush_hour"), "dataset 'rush_hour': it has no correct answer"),
+        *((lambda name=name: gym(name), f"dataset '{name}': its questions differ") for name in UNSTEADY),
+        *((lambda name=name: gym(name), f"dataset '{name}': its scores execute answers") for name in EVALUATING),
     ],
 )
-def test_what_cannot_be_is_one_line(make: Any, says: str) -> None:
+def test_mistakes_raise_one_line(make: Any, says: str) -> None:
     with pytest.raises(ValueError, match=f"^{says}") as told:
         make()
     assert "\n" not in str(told.value)
@@ -349,7 +350,7 @@ def _first() -> Any:
     return next(iter(Order(16, 16, seed=0, shuffle=False)))
 
 
-def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
     def without(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -362,7 +363,7 @@ def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -
         ReasoningGym("chain_sum")
 
 
-def test_columns_are_made_of_their_arrays_again() -> None:
+def test_columns_from_their_arrays() -> None:
     some = TaskProblems(*(np.arange(4) + 10 * k for k in range(4)))
     assert list(some.arrays()) == ["task", "number", "far", "key"]
     both = some.where(np.array([2])).and_then(TaskProblems.of(some.arrays()))

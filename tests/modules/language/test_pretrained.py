@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from descant.datamodules.corpora.emoji import PACK
+from descant.datamodules.corpora.emoji_pack import PACK
 from descant.modules.engine.configure import Checkpointing, Freeze, Lora, Quantize
 from descant.modules.language import CausalLM, PretrainedLM, Sampling, generate
 from descant.modules.tokenizers.text import PretrainedTokenizer

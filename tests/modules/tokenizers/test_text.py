@@ -10,7 +10,7 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from descant.datamodules.corpora.emoji import PACK
+from descant.datamodules.corpora.emoji_pack import PACK
 from descant.modules.tokenizers.text import (
     BOS,
     EOS,

