@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from descant.callbacks import Answering
-from descant.callbacks.evaluate.answering import ShownImages, table
+from descant.callbacks.plots.answers import AnswerRow, answer_table
+from descant.callbacks.plots.style import pixels
 from descant.datamodules.tasks.questions import KINDS, Questions
 from descant.modules.core.batch import Batch
 from descant.modules.core.sham import Sham
@@ -105,8 +106,8 @@ def test_a_real_chat_is_judged_in_test_and_its_table_is_kept(tmp_path: Path) -> 
     trainer.test(chat(), datamodule=Some(), verbose=False)
     assert set(trainer.callback_metrics) >= {f"problems/answered{x}" for x in ("", "_other", "_blind")}
     image = Image.open(tmp_path / "pictures/problems-answers-0.png")
-    one = table([ShownImages(0, None, "which?", "a", "b", True)] * 5, "x")
-    assert image.size == one.size and len(np.unique(np.asarray(image))) > 50
+    one = pixels(answer_table([AnswerRow(None, "which?", "a", "b", True)] * 5, "x"))
+    assert image.size == one.shape[1::-1] and len(np.unique(np.asarray(image))) > 50
 
 
 def test_answers_are_drawn_as_they_would_be_rewarded(tmp_path: Path) -> None:
@@ -130,9 +131,9 @@ def test_answers_are_drawn_as_they_would_be_rewarded(tmp_path: Path) -> None:
 def test_a_table_shows_what_is_right_in_green() -> None:
     def green(good: bool) -> int:
         """The greenest pixel of what was said, above its red."""
-        made = table([ShownImages(0, np.full((4, 4, 3), 255, np.uint8), "how many?", "3", "eight", good)], "x")
-        pixels = np.asarray(made).astype(int)[:, -190:]
-        return int((pixels[..., 1] - pixels[..., 0]).max() + (pixels[..., 1] - pixels[..., 0]).min())
+        table = answer_table([AnswerRow(torch.ones(3, 4, 4), "how many?", "3", "eight", good)], "x")
+        image = pixels(table).astype(int)[:, -190:]
+        return int((image[..., 1] - image[..., 0]).max() + (image[..., 1] - image[..., 0]).min())
 
     assert green(True) > 60 and green(False) < -60
 

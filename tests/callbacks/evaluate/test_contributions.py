@@ -129,7 +129,7 @@ def test_accuracies_are_drawn_over_the_steps_of_a_fit_and_kept(tmp_path: Path) -
         **{name: value for name, value in OPTIONS.items() if name != "logger"},
     )
     trainer.fit(model(), datamodule=Data(24, whole=False))
-    steps, values_SK = seen.tracks["val"].seen()
+    steps, values_SK = seen.tracks["val"].points()
     assert steps == [1, 2, 3] and values_SK.shape == (3, 3), "not of the sanity check"
     last = {name: float(value) for name, value in trainer.callback_metrics.items()}
     wanted = [last["val/alone/image"], last["val/alone/text"], last["val/joint"]]
@@ -139,4 +139,4 @@ def test_accuracies_are_drawn_over_the_steps_of_a_fit_and_kept(tmp_path: Path) -
     assert len({tuple(pixel) for pixel in picture.reshape(-1, 3)} & set(COLOURS)) >= 2, "a line of each modality"
     again = Contributions()
     again.load_state_dict(seen.state_dict())
-    assert again.tracks["val"].seen()[0] == steps
+    assert again.tracks["val"].points()[0] == steps

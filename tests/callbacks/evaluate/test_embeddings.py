@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from descant.callbacks.evaluate.embeddings import KNN, Geometry, Judge, LinearProbe, Retrieval, Rows, Store, ZeroShot
+from descant.callbacks import KNN, Geometry, LinearProbe, Retrieval, ZeroShot
+from descant.callbacks.evaluate.embeddings import Judge, Rows, Store
 from descant.modules.core.batch import Batch
 from descant.modules.evaluation.metrics import recall_by_chance, retrieval_ranks
 from tests.ranks import run_ranks

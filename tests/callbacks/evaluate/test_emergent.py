@@ -61,7 +61,7 @@ def test_a_validation_without_its_sets_asks_nothing() -> None:
     ("options", "says"),
     [
         ({"sets": ["de", "it"]}, "EmergentRetrieval: sets: no 'it' in the data, only en, de"),
-        ({"sets": ["de"], "target": "edits"}, "target: no 'edits' in set de; it has .*distance"),
+        ({"sets": ["de"], "target": "edits"}, "no target 'edits' in set de; it has .*distance"),
     ],
 )
 def test_what_is_not_there_is_named(options: dict[str, Any], says: str) -> None:

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.callbacks import IntraModal, Inversion, Retrieval
-from descant.callbacks.evaluate.inversion import another
 from descant.datamodules.corpora.emoji import Emoji
 from descant.modules.core.batch import Batch
-from descant.modules.evaluation.inversion import ModalityInversion
+from descant.modules.evaluation.inversion import ModalityInversion, rows_of_other_keys
 from descant.modules.evaluation.metrics import mean_average_precision
 from descant.modules.tokenizers.text import WordTokenizer
 from descant.modules.towers import BagTower, ConvTower, PatchTower, TextTower, Tower, Towers
@@ -187,15 +186,15 @@ def test_texts_through_pseudo_patches() -> None:
     assert set(recipe.asked) == {"text", "image"}
 
 
-def test_another_has_another_key_and_is_a_function_of_the_keys() -> None:
+def test_rows_of_other_keys_are_a_function_of_the_keys() -> None:
     key_N = torch.randint(9, (50,), generator=torch.Generator().manual_seed(0))
     key_N = key_N.sort().values
-    given = dict(zip(key_N.tolist(), key_N[another(key_N)].tolist(), strict=True))
+    given = dict(zip(key_N.tolist(), key_N[rows_of_other_keys(key_N)].tolist(), strict=True))
     assert all(a != b for a, b in given.items())
     assert sorted(given.values()) == sorted(given)  # one cycle: every content is somebody's other
     order = torch.randperm(50, generator=torch.Generator().manual_seed(1))
     moved = key_N[order]
-    assert dict(zip(moved.tolist(), moved[another(moved)].tolist(), strict=True)) == given
+    assert dict(zip(moved.tolist(), moved[rows_of_other_keys(moved)].tolist(), strict=True)) == given
 
 
 def test_a_fits_validations_are_spared_unless_asked() -> None:

@@ -21,10 +21,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from descant.callbacks import Reconstruction, ReconstructionPictures
-from descant.callbacks.evaluate.inversion import another
-from descant.callbacks.evaluate.reconstruction import HIDDEN, PALETTE, TILE, gallery
+from descant.callbacks.plots.reconstruction import HIDDEN, PALETTE, TILE, gallery
+from descant.callbacks.plots.style import pixels
 from descant.modules.core.batch import Batch
 from descant.modules.core.protocols import ReconstructionOutput, Reconstructs
+from descant.modules.evaluation.inversion import rows_of_other_keys
 from descant.modules.evaluation.metrics import ridge_weights
 from descant.modules.masking.corruptions import Corruption, Hide, Masks
 from tests.callbacks.evaluate.test_embeddings import Data, evaluate, trainer
@@ -126,7 +127,7 @@ def by_hand(whole: Batch, bank: Batch, patch: int, l2: float) -> dict[str, float
     def r2(made: Tensor) -> float:
         return float(1 - (x - made).square().sum() / (x - mean).square().sum())
 
-    model, shuffled = e * COLOUR_C[:, None, None], e[another(whole.key[at])] * COLOUR_C[:, None, None]
+    model, shuffled = e * COLOUR_C[:, None, None], e[rows_of_other_keys(whole.key[at])] * COLOUR_C[:, None, None]
     edge_K = e_bank.flatten(1).mean(1).quantile(torch.linspace(0.1, 0.9, 9, dtype=torch.float64))
     bin_bank, bin_N = (torch.bucketize(t.flatten(1).mean(1), edge_K) for t in (e_bank, e))
     nulls = [x_bank[bin_bank == k].mean(0) if bool((bin_bank == k).any()) else mean for k in range(10)]
@@ -350,9 +351,9 @@ def test_refusals_in_one_line() -> None:
         (Linear(), Reconstruction(["imgae"], ["edges"]), r"modality 'imgae': no such name; did you mean image\?"),
         (Linear(), Reconstruction(["palette"], ["edges"]), "'palette' holds categories"),
         (Linear(), Reconstruction(*good, patch=5), "patch 5 does not divide 8; 4 does$"),
-        (Peeks(), Reconstruction(*good), "Peeks shows itself 'image', all of which is to be hidden$"),
-        (Units(), Reconstruction(*good), "the truth of 'image' that Units gives is not its input"),
-        (Small(), Reconstruction(*good), r"Small makes \(1, 8, 8\) of 'image'; .* input's shape \(3, 8, 8\)$"),
+        (Peeks(), Reconstruction(*good), "Peeks leaves some of 'image' visible; all of it has to be hidden$"),
+        (Units(), Reconstruction(*good), "the truth of 'image' that Units returns is not the input"),
+        (Small(), Reconstruction(*good), r"Small predicts \(1, 8, 8\) for 'image'; .* input's shape \(3, 8, 8\)$"),
         (Linear(), Reconstruction(*good, sets=["tow"]), r"sets 'tow': no such name \(known: one\)$"),
     ]
     for recipe, judge, line in faults:
@@ -415,21 +416,24 @@ def test_hide_masks_all_of_one_and_nothing_of_the_others() -> None:
 
 # pictures ---------------------------------------------------------------------------------------------------------
 
+TOP = 2 * 12 + 18 + 14 + 12 + 12  # of the first row of tiles
 
-def tile(image: Image.Image, row: int, column: int, group: int = 0) -> np.ndarray:
-    top = image.height - 12 - (TILE + 4) * ((image.height - 90) // (TILE + 4))
-    x, y = 12 + 96 + group * (3 * (TILE + 4) + 12) + column * (TILE + 4), top + row * (TILE + 4)
-    return np.asarray(image)[y : y + TILE, x : x + TILE]
+
+def tile(image_HW3: np.ndarray, row: int, column: int, group: int = 0) -> np.ndarray:
+    step = TILE + 4
+    x, y = 12 + 96 + group * (3 * step + 12) + column * step, TOP + row * step
+    return image_HW3[y : y + TILE, x : x + TILE]
 
 
 def test_hidden_is_grey_and_what_was_seen_is_pasted() -> None:
     truth = torch.ones(1, 3, 8, 8)
     visible = torch.zeros(1, 3, 8, 8, dtype=torch.bool)
     visible[..., :4, :] = True
-    image = gallery(
+    figure = gallery(
         {"image": ReconstructionOutput(truth, visible, -truth)}, {"image": torch.tensor([True])}, ["a"], "title"
     )
-    assert image is not None
+    assert figure is not None
+    image = pixels(figure)
     half = TILE // 2
     seen, predicted, whole = (tile(image, 0, k) for k in range(3))
     assert (seen[:half] == 255).all() and (seen[half:] == np.array(HIDDEN)).all()
@@ -446,14 +450,15 @@ def test_every_kind_of_input_has_its_picture() -> None:
     kinds["volume"][:, :, 2] = torch.arange(8.0)  # the middle slice
     kinds["sound"][:, 0] = 9.0  # the lowest bin
     rebuilt = {m: ReconstructionOutput(x, torch.ones_like(x, dtype=torch.bool), x) for m, x in kinds.items()}
-    image = gallery(rebuilt, dict.fromkeys(kinds, torch.tensor([True])), ["a"], "title")
-    assert image is not None
+    figure = gallery(rebuilt, dict.fromkeys(kinds, torch.tensor([True])), ["a"], "title")
+    assert figure is not None
+    image = pixels(figure)
     volume, sound, label = (tile(image, 0, 2, group) for group in range(3))
     step = TILE // 8
     assert volume[0, ::step, 0].tolist() == [round(255 * k / 7) for k in range(8)]
     assert (sound[-step:] == 255).all() and (sound[:-step] == 0).all()
     assert [tuple(p) for p in label[0, ::step].tolist()] == list(PALETTE[:8])
-    assert image.width == 12 + 96 + 3 * (3 * (TILE + 4) + 12) + 6  # and none of the text
+    assert image.shape[1] == 12 + 96 + 3 * (3 * (TILE + 4) + 12) + 6  # and none of the text
     assert gallery({"text": rebuilt["text"]}, {"text": torch.tensor([True])}, ["a"], "title") is None
 
 
@@ -468,7 +473,7 @@ def test_the_same_samples_each_time_on_any_batches_and_to_tensorboard(tmp_path: 
     assert [f.name for f in files] == [f"{s}-reconstruction-{step}.png" for s in ("one", "two") for step in (2, 6, 8)]
     assert set(recipe.rows) == {3}
     first, last = (np.asarray(Image.open(tmp_path / "pictures" / f"one-reconstruction-{step}.png")) for step in (2, 8))
-    assert np.array_equal(first[60:], last[60:]) and first[60:].std() > 10
+    assert np.array_equal(first[TOP - 4 :], last[TOP - 4 :]) and first[TOP:].std() > 10
     events = EventAccumulator(str(tmp_path), size_guidance={"images": 0})
     events.Reload()
     assert sorted(events.Tags()["images"]) == ["pictures/one-reconstruction", "pictures/two-reconstruction"]
@@ -480,7 +485,7 @@ def test_the_same_samples_each_time_on_any_batches_and_to_tensorboard(tmp_path: 
     other = ResumableLog(data.sets, bank=data.bank, size=40)
     evaluate(other, ReconstructionPictures(count=3), recipe=Linear(), default_root_dir=tmp_path / "other")
     again = np.asarray(Image.open(tmp_path / "other/pictures/one-reconstruction-0.png"))
-    assert np.array_equal(again[60:], first[60:])
+    assert np.array_equal(again[TOP - 4 :], first[TOP - 4 :])
 
 
 def drawn_on_a_rank(rank: int | None, folder: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -22,11 +23,12 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from descant.callbacks import KNN, ModalitySubsetEval, Report, Retrieval
-from descant.callbacks.evaluate.subsets import heat_map, subsets_of
-from descant.callbacks.plots.images import RED
+from descant.callbacks.plots.style import VERMILLION, pixels, rgb
+from descant.callbacks.plots.subsets import heat_map
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
 from descant.modules.evaluation.metrics import knn_scores
+from descant.modules.evaluation.subsets import subsets_of
 from descant.modules.towers import PatchTower, TextTower, Towers
 from descant.recipes import Contrastive
 from tests.callbacks.evaluate.test_embeddings import Data, Recipe, evaluate, make, trainer
@@ -368,13 +370,12 @@ def test_a_picture_shows_the_numbers_and_frames_the_worst() -> None:
     cells: dict[str, dict[tuple[str, ...], float]]
     cells = {"val": {("a",): 0.25, ("b",): 0.75, ("a", "b"): 0.9}, "test": {("a",): 0.5, ("b",): 0.1}}
     for less in (False, True):
-        image = heat_map("score", ["a", "b"], subsets, cells, {"val": 9, "test": 1200}, less=less)
-        pixels = torch.tensor(list(image.getdata())).reshape(image.height, image.width, 3)
-        red_YX = (pixels == torch.tensor(RED)).all(-1)
-        body = image.height - 12 - 28 * 3
-        framed = [int(red_YX[body + 28 * j : body + 28 * (j + 1)].sum()) for j in range(3)]
+        image = pixels(heat_map("score", ["a", "b"], subsets, cells, {"val": 9, "test": 1200}, less=less))
+        framed_YX = (image == np.array(rgb(VERMILLION))).all(-1)
+        body = len(image) - 12 - 28 * 3
+        framed = [int(framed_YX[body + 28 * j : body + 28 * (j + 1)].sum()) for j in range(3)]
         assert (framed[0] > 0) and (framed[1] > 0) != less and (framed[2] > 0) == less  # val a, test b; or b's 0.9
-        assert not bool(red_YX[:body].any())
+        assert not framed_YX[:body].any()
 
 
 def test_random_subsets_have_the_full_set_and_the_single_ones() -> None:
