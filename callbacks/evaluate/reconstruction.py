@@ -208,9 +208,11 @@ class Reconstruction(ForwardEvaluator):
             real_B = place_B < len(at_N)
             at_B, other_B = (x_N[place_B.clamp(max=len(at_N) - 1)] for x_N in (at_N, other_N))
             x_B = rows.targets[target][at_B].to(wide(at_N.device))
-            given = {m: rows.targets[m][at_B] for m in self.given}
-            rebuild = partial(self._rebuilt, trainer, pl_module, inputs, rows, target, at_B, real_B)
-            predictions = {"model": rebuild(at_B), "shuffled": rebuild(other_B), **null.predictions(given, x_B)}
+            predictions = null.predictions({m: rows.targets[m][at_B] for m in self.given}, x_B)
+            for name, given_B in (("model", at_B), ("shuffled", other_B)):
+                batch = inputs.batch(rows, {target: at_B, **dict.fromkeys(self.given, given_B)}, real_B, at_B)
+                rebuilt = reconstruct(trainer, pl_module, batch, Hide([target]))
+                predictions[name] = self._checked(rebuilt, batch.inputs[target], target, real_B, pl_module)
             counts_B = x_B.isfinite() & real_B.reshape(-1, *[1] * (x_B.ndim - 1))
             # where, not a product: 0 * inf would be nan
             error = {k: torch.where(counts_B, (x_B - x).square(), 0.0).sum() for k, x in predictions.items()}
@@ -218,38 +220,24 @@ class Reconstruction(ForwardEvaluator):
             sums = {name: value + sums.get(name, torch.zeros_like(value)) for name, value in error.items()}
         return dict(zip(sums, _reduce(trainer, torch.stack(list(sums.values()))).unbind(), strict=True))
 
-    def _rebuilt(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        inputs: Inputs,
-        rows: Rows,
-        target: str,
-        at_B: Tensor,
-        real_B: Tensor,
-        given_B: Tensor,
+    @staticmethod
+    def _checked(
+        rebuilt: Mapping[str, ReconstructionOutput], x_B: Tensor, target: str, real_B: Tensor, recipe: object
     ) -> Tensor:
-        """Reconstructions of the targets of the rows ``at_B`` from the given modalities of the rows ``given_B``."""
-        batch = inputs.batch(rows, {target: at_B, **dict.fromkeys(self.given, given_B)}, real_B, at_B)
-        rebuilt = reconstruct(trainer, pl_module, batch, Hide([target]))
-        name = type(pl_module).__name__
+        """The prediction, if all of the target was hidden and the truth is the input."""
+        name = type(recipe).__name__
         if target not in rebuilt:
             raise ValueError(f"Reconstruction: targets {target!r}, of {name}: {nearest(target, rebuilt)}")
-        x_B = batch.inputs[target]
         output = _as_input(rebuilt[target], x_B)
         if output is None:
-            shape = tuple(rebuilt[target].prediction.shape[1:])
-            raise ValueError(
-                f"Reconstruction: {name} predicts {shape} for {target!r}; a prediction has the input's shape "
-                f"{tuple(x_B.shape[1:])}"
-            )
+            shapes = [tuple(x.shape[1:]) for x in (rebuilt[target].prediction, x_B)]
+            what = f"{name} predicts {shapes[0]} for {target!r}"
+            raise ValueError(f"Reconstruction: {what}; a prediction has the input's shape {shapes[1]}")
         if bool((output.visible.flatten(1).any(1) & real_B).any()):
             raise ValueError(f"Reconstruction: {name} leaves some of {target!r} visible; all of it has to be hidden")
         finite_B = x_B.isfinite() & real_B.reshape(-1, *[1] * (x_B.ndim - 1))
         if not torch.allclose(output.truth[finite_B].to(x_B), x_B[finite_B], rtol=1e-3, atol=1e-4):
-            raise ValueError(
-                f"Reconstruction: the truth of {target!r} that {name} returns is not the input; same units?"
-            )
+            raise ValueError(f"Reconstruction: {name} returns a truth of {target!r} other than its input; same units?")
         return output.prediction.to(wide(x_B.device))
 
     def _fit(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Nulls]:

@@ -97,9 +97,8 @@ def curves(
             axes.set_xlim(0, len(bounds) - 1)
             named = [f"{name}\n{step:,}" for name, step in sorted(marks.items(), key=lambda mark: mark[1])]
             axes.set_xticks(range(len(bounds)), [*named, f"step\n{bounds[-1]:,}"])
-            for label in axes.get_xticklabels()[:-1]:
-                label.set_horizontalalignment("left")
-            axes.get_xticklabels()[-1].set_horizontalalignment("right")
+            for k, tick in enumerate(axes.get_xticklabels(), 1):
+                tick.set_horizontalalignment("left" if k < len(bounds) else "right")
             for part in range(1, len(bounds) - 1):
                 axes.axvline(part, color=FAINT, linewidth=1)
         else:
@@ -110,8 +109,8 @@ def curves(
             axes.locator_params(axis="x", integer=True)
         for k, label in enumerate(labels[panel]):
             colour = INK if k == x_SK.shape[1] - 1 > 0 else CYCLE[k % len(CYCLE)]
-            dots = {"marker": "o", "markersize": 5} if len(steps) < 40 else {}
-            axes.plot(x_S, np.where(np.isfinite(x_SK[:, k]), x_SK[:, k], np.nan), color=colour, label=label, **dots)
+            y_S = np.where(np.isfinite(x_SK[:, k]), x_SK[:, k], np.nan)
+            axes.plot(x_S, y_S, color=colour, label=label, marker="o" if len(steps) < 40 else "", markersize=5)
         finite = x_SK[np.isfinite(x_SK)]
         axes.set_ylim(0, max(float(finite.max(initial=0.0)) or 1.0, 1e-12) * 1.04)
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
@@ -144,8 +143,8 @@ def cosine_map(title: str, pairs: Sequence[tuple[str, str]], steps: Sequence[int
     axes.set_yticks(range(len(names)), names)
     axes.hlines(np.arange(1, len(names)) - 0.5, -0.5, len(steps) - 0.5, color="white", linewidth=4)
     axes.set_xticks([-0.5, len(steps) - 0.5], [f"step {steps[0]:,}", f"{steps[-1]:,}"])
-    for label, side in zip(axes.get_xticklabels(), ("left", "right"), strict=True):
-        label.set_horizontalalignment(side)
+    for k, tick in enumerate(axes.get_xticklabels()):
+        tick.set_horizontalalignment("right" if k else "left")
     scale = made.add_axes(((left + 170) / width, 32 / height, 220 / width, 10 / height))
     made.colorbar(image, cax=scale, orientation="horizontal", ticks=[-most, 0, most], format="{x:.2f}")
     scale.tick_params(length=0, pad=2)

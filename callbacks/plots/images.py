@@ -277,7 +277,7 @@ def sheet(rows: Sequence[Sequence[Cell]], title: str, note: str) -> Figure:
         ValueError: without a row.
 
     >>> pixels(sheet([[Cell(None, "a caption", GREEN)] * 3] * 2, "title", "note")).shape
-    (501, 480, 3)
+    (509, 480, 3)
     """
     if not rows:
         raise ValueError("a sheet needs at least one row")

@@ -70,8 +70,8 @@ def gallery(
     for i, name in enumerate(names):
         lines = "\n".join(wrap(name, SMALL, LABEL - 8, 5))
         axes.text(GAP, top + i * step, lines, fontsize=SMALL, va="top")
-    for x, y in absent:
-        axes.text(x, y, "absent", fontsize=SMALL, color=FAINT, ha="center", va="center")
+    for centre in absent:
+        axes.text(*centre, "absent", fontsize=SMALL, color=FAINT, ha="center", va="center")
     return figure
 
 

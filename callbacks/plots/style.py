@@ -9,7 +9,7 @@ import functools
 import textwrap
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 DPI = 72  # so that a point, the unit of font sizes and line widths, is a pixel
 FONT = "DejaVu Sans"  # comes with matplotlib, so a figure is the same on every machine
@@ -28,7 +29,7 @@ BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 SKY, VERMILLION, YELLOW = "#56B4E9", "#D55E00", "#F0E442"
 CYCLE = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION)
 
-RC = {
+RC: dict[str, Any] = {
     "figure.dpi": DPI,
     "savefig.dpi": DPI,
     "figure.facecolor": PAPER,
@@ -42,7 +43,6 @@ RC = {
     "axes.edgecolor": FAINT,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.axisbelow": True,
     "xtick.labelsize": SMALL,
     "ytick.labelsize": SMALL,
     "xtick.color": FAINT,
@@ -53,7 +53,6 @@ RC = {
     "legend.fontsize": SMALL,
     "legend.frameon": False,
     "lines.linewidth": 2,
-    "svg.hashsalt": "descant",
 }
 
 
@@ -130,7 +129,7 @@ def wrap(text: str, size: int, width: float, lines: int) -> list[str]:
     """``text`` in at most ``lines`` lines of ``width`` pixels, with an ellipsis where it is cut.
 
     >>> wrap("a rather long caption", 12, 90, 2), wrap("a rather long caption", 12, 70, 1)
-    (['a rather', 'long caption'], ['a rat...'])
+    (['a rather long', 'caption'], ['a rather...'])
     """
     for columns in range(max(int(3 * width / size), 4), 3, -1):
         wrapped = textwrap.wrap(text, columns) or [text]

@@ -65,8 +65,8 @@ def heat_map(
     dots.set(xlim=(-0.5, len(modalities) - 0.5), ylim=(len(subsets) - 0.5, -0.5), yticks=[])
     for filled, colour in ((False, GRID), (True, INK)):
         at = [(x, y) for y, s in enumerate(subsets) for x, m in enumerate(modalities) if (m in s) == filled]
-        x, y = np.array(at).reshape(-1, 2).T
-        dots.scatter(x, y, s=150, color=colour if filled else PAPER, edgecolors=colour)
+        place_2P = np.array(at).reshape(-1, 2).T
+        dots.scatter(place_2P[0], place_2P[1], s=150, color=colour if filled else PAPER, edgecolors=colour)
     dots.set_xticks(range(len(modalities)), modalities)
 
     heat = made.add_axes(
@@ -81,11 +81,10 @@ def heat_map(
         for j, s in enumerate(subsets):
             if s in by_subset:
                 dark = np.isfinite(by_subset[s]) and sum(image.to_rgba(np.array([by_subset[s]]))[0, :3]) < 1.5
-                place = {"fontsize": SMALL, "ha": "center", "va": "center", "color": PAPER if dark else INK}
-                heat.text(k, j, _number(by_subset[s]), **place)
-        x, y = k - 0.5 + 2 / cell, subsets.index(worst[name]) - 0.5 + 2 / CELL
-        frame = {"fill": False, "edgecolor": VERMILLION, "linewidth": 3, "joinstyle": "miter"}
-        heat.add_patch(Rectangle((x, y), 1 - 4 / cell, 1 - 4 / CELL, **frame))
+                colour = PAPER if dark else INK
+                heat.text(k, j, _number(by_subset[s]), fontsize=SMALL, color=colour, ha="center", va="center")
+        corner, size = (k - 0.5 + 2 / cell, subsets.index(worst[name]) - 0.5 + 2 / CELL), (1 - 4 / cell, 1 - 4 / CELL)
+        heat.add_patch(Rectangle(corner, *size, fill=False, edgecolor=VERMILLION, linewidth=3, joinstyle="miter"))
     heat.set(yticks=[])
     heat.set_xticks(range(len(heads)), heads)
     for axes in (dots, heat):

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from descant.callbacks.evaluate.contributions import Contributions
-from descant.callbacks.plots.curves import COLOURS
+from descant.callbacks.plots.style import CYCLE, rgb
 from descant.datamodules.base import BatchDataset
 from descant.modules.core.sham import partners
 from tests.callbacks.balance.test_balance import model, one
@@ -135,8 +135,8 @@ def test_accuracies_are_drawn_over_the_steps_of_a_fit_and_kept(tmp_path: Path) -
     wanted = [last["val/alone/image"], last["val/alone/text"], last["val/joint"]]
     assert values_SK[-1].tolist() == pytest.approx(wanted, rel=ulps(4, F32))
     folder = Path(str(trainer.log_dir)) / "pictures"
-    picture = np.asarray(Image.open(folder / "accuracy-3.png"))
-    assert len({tuple(pixel) for pixel in picture.reshape(-1, 3)} & set(COLOURS)) >= 2, "a line of each modality"
+    colours = {tuple(pixel) for pixel in np.asarray(Image.open(folder / "accuracy-3.png")).reshape(-1, 3)}
+    assert len(colours & set(map(rgb, CYCLE))) >= 2, "a curve of each modality"
     again = Contributions()
     again.load_state_dict(seen.state_dict())
     assert again.tracks["val"].points()[0] == steps

@@ -207,10 +207,10 @@ def test_two_ranks_equal_one() -> None:
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"targets": []}, "Readout: targets: none to read"),
+        ({"targets": []}, "Readout: targets: none given"),
         ({"targets": ["one"], "against": "image"}, "Readout: 'image' against itself"),
         ({"targets": ["two"]}, "Readout: no target 'two' in 'val'; it has group, linear, meet, noise, one"),
-        ({"targets": ["group"]}, "Readout: target 'group' holds classes, not numbers; LinearProbe reads those"),
+        ({"targets": ["group"]}, "Readout: target 'group' holds classes, not numbers; use LinearProbe for those"),
         ({"targets": ["one"], "modality": "audio"}, "Readout: no features of 'audio'; the data has image, text"),
         ({"targets": ["one"], "sets": ["vendor"]}, "Readout: sets: no set 'vendor'; the data has val"),
     ],

@@ -352,7 +352,7 @@ def test_refusals_in_one_line() -> None:
         (Linear(), Reconstruction(["palette"], ["edges"]), "'palette' holds categories"),
         (Linear(), Reconstruction(*good, patch=5), "patch 5 does not divide 8; 4 does$"),
         (Peeks(), Reconstruction(*good), "Peeks leaves some of 'image' visible; all of it has to be hidden$"),
-        (Units(), Reconstruction(*good), "the truth of 'image' that Units returns is not the input"),
+        (Units(), Reconstruction(*good), "Units returns a truth of 'image' other than its input"),
         (Small(), Reconstruction(*good), r"Small predicts \(1, 8, 8\) for 'image'; .* input's shape \(3, 8, 8\)$"),
         (Linear(), Reconstruction(*good, sets=["tow"]), r"sets 'tow': no such name \(known: one\)$"),
     ]

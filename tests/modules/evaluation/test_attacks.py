@@ -146,7 +146,7 @@ def test_what_cannot_be_attacked_is_one_line() -> None:
     with pytest.raises(ValueError, match=r"^no modality 'text' to attack, only image, audio$"):
         Nudge(made, b, ["text"])
     b.inputs["audio"] = torch.ones(4, 9, dtype=torch.long)
-    with pytest.raises(ValueError, match=r"^audio: Straight takes ids and embeds none"):
+    with pytest.raises(ValueError, match=r"^audio: Straight takes ids and has no embedding"):
         Nudge(made, b, ["audio"])
     b = batch(4)
     for p in made.parameters():
@@ -158,7 +158,7 @@ def test_what_cannot_be_attacked_is_one_line() -> None:
             return own(*args, **kwargs)
 
     made.towers["audio"].forward = blind
-    with pytest.raises(ValueError, match=r"^audio: a tower that gives no gradient"):
+    with pytest.raises(ValueError, match=r"^audio: a tower without a gradient"):
         attacked(Nudge(made, b, ["audio"]), torch.ones(4).double(), torch.zeros(4).long())
 
 

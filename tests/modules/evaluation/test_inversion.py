@@ -260,7 +260,7 @@ def test_refusals_in_one_line() -> None:
         patch_frame(model, "audio", 1)
     with pytest.raises(ValueError, match="tokens 5: tower image has places for 4 patches"):
         patch_frame(model, "image", 5)
-    with pytest.raises(ValueError, match="9 tokens with its place; this codec has rows of 8"):
+    with pytest.raises(ValueError, match="9 tokens with its place; this tokenizer has rows of 8"):
         text_frame(model, "text", CODEC, "a picture of a fox {}", 2)
     for name, options in (("tokens 0", {"tokens": 0}), ("lr 0", {"lr": 0}), ("std -1", {"std": -1})):
         with pytest.raises(ValueError, match=f"ModalityInversion: {name}"):
