@@ -155,16 +155,16 @@ def by_hand(whole: Batch, bank: Batch, patch: int, l2: float) -> dict[str, float
     }
 
 
-def judged(data: L.LightningDataModule, judge: Reconstruction, recipe: L.LightningModule, **options: Any) -> Any:
-    return evaluate(data, judge, recipe=recipe, **options)
+def evaluated(data: L.LightningDataModule, evaluator: Reconstruction, recipe: L.LightningModule, **options: Any) -> Any:
+    return evaluate(data, evaluator, recipe=recipe, **options)
 
 
 @pytest.mark.parametrize("stage", ["validate", "test"])
 @pytest.mark.parametrize("size,batch", [(5, 64), (40, 7)])
 def test_every_number_equals_its_formula_whatever_the_batches(size: int, batch: int, stage: str) -> None:
     data = ResumableLog({"one": make(), "two": make(60, seed=1)}, bank=make(90, seed=2), size=size)
-    judge = Reconstruction(["image"], ["edges"], patch=4, l2=0.01, batch=batch)
-    values = judged(data, judge, Linear(), stage=stage)
+    evaluator = Reconstruction(["image"], ["edges"], patch=4, l2=0.01, batch=batch)
+    values = evaluated(data, evaluator, Linear(), stage=stage)
     assert len(values) == 2 * 7
     for name, whole in data.sets.items():
         wanted = by_hand(whole, data.bank, 4, 0.01)
@@ -175,22 +175,22 @@ def test_every_number_equals_its_formula_whatever_the_batches(size: int, batch: 
         assert wanted["r2_{}"] > wanted["r2_{}_null"] > wanted["r2_{}_shuffled"]
 
 
-def test_two_nulls_and_two_fakes() -> None:
+def test_a_constant_prediction_and_a_leak_have_no_gain() -> None:
     data = ResumableLog({"one": make(80)}, bank=make(90, seed=2))
     key = "one/r2_image_from_edges"
     rows = data.bank.both("image", "edges")
-    constant = judged(
+    constant = evaluated(
         data, Reconstruction(["image"], ["edges"]), Linear(constant=data.bank.inputs["image"][rows].mean(0))
     )
     assert abs(constant[key]) < ulps(8, F32) and constant[f"{key}_shuffled"] == pytest.approx(
         constant[key], abs=ulps(8, F32)
     )
     assert constant[f"{key}_gain"] < 0
-    leaky = judged(data, Reconstruction(["image"], ["edges"]), Linear(leak=True))
+    leaky = evaluated(data, Reconstruction(["image"], ["edges"]), Linear(leak=True))
     assert leaky[key] == leaky[f"{key}_shuffled"] == 1 and leaky[f"{key}_gain"] == 0  # it does not need what is given
 
 
-def test_what_is_given_comes_from_another_content() -> None:
+def test_the_sham_takes_given_inputs_from_other_content() -> None:
     whole = make(30, absent=0.0)
     for m in ("image", "edges"):  # each input says whose it is
         whole.inputs[m][:, 0, 0, 0] = whole.index / 1000
@@ -204,7 +204,7 @@ def test_what_is_given_comes_from_another_content() -> None:
             seen.extend(zip(batch.index.tolist(), owner["image"], owner["edges"], strict=True))
             return super().reconstruct(batch, corruption)
 
-    judged(ResumableLog({"one": whole}, bank=make(40, seed=1)), Reconstruction(["image"], ["edges"]), Spy())
+    evaluated(ResumableLog({"one": whole}, bank=make(40, seed=1)), Reconstruction(["image"], ["edges"]), Spy())
     key = dict(zip(whole.index.tolist(), whole.key.tolist(), strict=True))
     assert len(set(key.values())) < 30 and len(seen) == 60
     assert all(index == image for index, image, _ in seen)
@@ -232,7 +232,7 @@ def test_ridge_is_exact_where_the_truth_is_linear_in_two_and_three_dimensions() 
             return Batch(inputs, dict.fromkeys(inputs, torch.ones(n, dtype=torch.bool)))
 
         data = ResumableLog({"one": volumes(20, 1)}, bank=volumes(90, 2))
-        values = judged(data, Reconstruction(["image"], ["given", "label"], patch=patch, l2=0.0), Linear())
+        values = evaluated(data, Reconstruction(["image"], ["given", "label"], patch=patch, l2=0.0), Linear())
         assert values["one/r2_image_from_given+label_ridge"] == pytest.approx(1, abs=ulps(8, F32))
         x = data.sets["one"].inputs["image"].double()
         if len(extent) == 3:
@@ -245,7 +245,7 @@ def test_ridge_is_exact_where_the_truth_is_linear_in_two_and_three_dimensions() 
             )  # as of the decibels above
         else:
             assert not any(key.endswith("over_mean") for key in values)
-        alone = judged(data, Reconstruction(["image"], ["given"], patch=patch, l2=0.0), Linear())
+        alone = evaluated(data, Reconstruction(["image"], ["given"], patch=patch, l2=0.0), Linear())
         assert alone["one/r2_image_from_given_ridge"] < 0.95  # the categories had their part
 
 
@@ -259,7 +259,7 @@ def test_padding_of_a_spectrogram_does_not_count() -> None:
         return Batch(inputs, dict.fromkeys(inputs, torch.ones(n, dtype=torch.bool)))
 
     data = ResumableLog({"one": sounds(20, 0)}, bank=sounds(30, 1))
-    values = judged(data, Reconstruction(["sound"], ["video"], patch=2), Linear(fill=0.5))
+    values = evaluated(data, Reconstruction(["sound"], ["video"], patch=2), Linear(fill=0.5))
     x, x_bank = (b.inputs["sound"].double() for b in (data.sets["one"], data.bank))
     real, real_bank = x.isfinite(), x_bank.isfinite()
     mean = x_bank.where(real_bank, 0.0).sum(0) / real_bank.sum(0)
@@ -271,8 +271,8 @@ def test_padding_of_a_spectrogram_does_not_count() -> None:
 def on_a_rank(rank: int | None) -> dict[str, float]:
     data = ResumableLog({"one": make(37), "two": make(60, seed=1)}, bank=make(90, seed=2), size=6)
     options: dict[str, Any] = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
-    judge = Reconstruction(["image"], ["edges"], patch=4, batch=9, limit=45)
-    return judged(data, judge, Linear(), **({} if rank is None else options))
+    evaluator = Reconstruction(["image"], ["edges"], patch=4, batch=9, limit=45)
+    return evaluated(data, evaluator, Linear(), **({} if rank is None else options))
 
 
 @pytest.mark.slow
@@ -300,10 +300,10 @@ def test_the_bank_is_read_once_and_not_in_the_sanity_check() -> None:
             return iter(self.loader)
 
     data = Counted({"one": make()}, bank=make(90, seed=2))
-    judge = Reconstruction(["image"], ["edges"], patch=4)
-    run = trainer(judge, max_epochs=3, num_sanity_val_steps=1)
+    evaluator = Reconstruction(["image"], ["edges"], patch=4)
+    run = trainer(evaluator, max_epochs=3, num_sanity_val_steps=1)
     run.fit(Linear(), datamodule=data)
-    assert Count.passes == 4 and judge.evaluations == 3  # two in the check, of a part; two for all evaluations
+    assert Count.passes == 4 and evaluator.evaluations == 3  # two in the check, of a part; two for all evaluations
     wanted = by_hand(data.sets["one"], data.bank, 4, 1e-3)
     assert float(run.callback_metrics["one/r2_image_from_edges_ridge"]) == pytest.approx(
         wanted["r2_{}_ridge"], abs=ulps(84, F32)
@@ -356,9 +356,9 @@ def test_refusals_in_one_line() -> None:
         (Small(), Reconstruction(*good), r"Small predicts \(1, 8, 8\) for 'image'; .* input's shape \(3, 8, 8\)$"),
         (Linear(), Reconstruction(*good, sets=["tow"]), r"sets 'tow': no such name \(known: one\)$"),
     ]
-    for recipe, judge, line in faults:
+    for recipe, evaluator, line in faults:
         with pytest.raises(ValueError, match=line) as error:
-            judged(data, judge, recipe, stage="test")
+            evaluated(data, evaluator, recipe, stage="test")
         assert "\n" not in str(error.value)
     for options, line in (
         ({"targets": [], "given": ["a"]}, "targets: none given"),
@@ -425,7 +425,7 @@ def tile(image_HW3: np.ndarray, row: int, column: int, group: int = 0) -> np.nda
     return image_HW3[y : y + TILE, x : x + TILE]
 
 
-def test_hidden_is_grey_and_what_was_seen_is_pasted() -> None:
+def test_hidden_parts_are_grey_and_visible_ones_are_pasted_into_predictions() -> None:
     truth = torch.ones(1, 3, 8, 8)
     visible = torch.zeros(1, 3, 8, 8, dtype=torch.bool)
     visible[..., :4, :] = True
@@ -440,7 +440,7 @@ def test_hidden_is_grey_and_what_was_seen_is_pasted() -> None:
     assert (predicted[:half] == 255).all() and (predicted[half:] == 0).all() and (whole == 255).all()
 
 
-def test_every_kind_of_input_has_its_picture() -> None:
+def test_volumes_spectrograms_and_categories_are_drawn() -> None:
     kinds = {
         "volume": torch.zeros(1, 1, 5, 8, 8),
         "sound": torch.zeros(1, 8, 8),
@@ -462,7 +462,7 @@ def test_every_kind_of_input_has_its_picture() -> None:
     assert gallery({"text": rebuilt["text"]}, {"text": torch.tensor([True])}, ["a"], "title") is None
 
 
-def test_the_same_samples_each_time_on_any_batches_and_to_tensorboard(tmp_path: Path) -> None:
+def test_the_same_samples_are_drawn_in_each_evaluation_whatever_the_batches(tmp_path: Path) -> None:
     data = ResumableLog({"one": make(40), "two": make(30, seed=3)}, bank=make(seed=1), size=7)
     logger = TensorBoardLogger(tmp_path, name="", version="")
     pictures = ReconstructionPictures(every=2, count=3)
@@ -504,7 +504,7 @@ def test_two_ranks_draw_the_same(tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(one), np.asarray(two))
 
 
-def test_pictures_refuse_in_one_line() -> None:
+def test_wrong_arguments_of_pictures_are_one_line() -> None:
     data = ResumableLog({"one": make()}, bank=make(seed=1))
     with pytest.raises(ValueError, match=r"modality 'imgae': no such name; did you mean image\?"):
         evaluate(data, ReconstructionPictures(modalities=["imgae"]), recipe=Linear())

@@ -53,7 +53,7 @@ def test_numbers_by_hand(every: int) -> None:
     assert found == pytest.approx(by_hand(steps, every), rel=ulps(84, F32))
 
 
-def test_behind_a_balancer_it_sees_what_that_made() -> None:
+def test_after_a_balancer_it_measures_balanced_gradients() -> None:
     plain, _ = fitted(LearningSpeed(), Balance(OGM(alpha=3.0)))
     found, steps = fitted(Balance(OGM(alpha=3.0)), LearningSpeed())
     assert (
@@ -81,7 +81,7 @@ def test_it_is_part_of_the_checkpoint() -> None:
     assert b.sums == a.sums and set(a.sums) == set(WIDTHS)
 
 
-def test_what_cannot_be_is_one_line() -> None:
+def test_wrong_arguments_are_one_line() -> None:
     with pytest.raises(ValueError, match="every 0: 1 is the least"):
         LearningSpeed(0)
     for recipe, message in (

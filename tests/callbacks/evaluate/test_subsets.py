@@ -107,10 +107,10 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("complete", [True, False])
 @pytest.mark.parametrize("stage", ["validate", "test"])
-def test_each_subset_scores_what_its_modalities_are_worth(stage: str, complete: bool, tmp_path: Path) -> None:
+def test_scores_of_subsets_equal_loops_over_rows(stage: str, complete: bool, tmp_path: Path) -> None:
     data = Data({"one": three(), "two": three(40, seed=1)})
-    judge = ModalitySubsetEval(complete=complete)
-    values = evaluate(data, judge, stage=stage, recipe=Worth(), default_root_dir=tmp_path)
+    evaluator = ModalitySubsetEval(complete=complete)
+    values = evaluate(data, evaluator, stage=stage, recipe=Worth(), default_root_dir=tmp_path)
     for name, whole in data.sets.items():
         wanted = {s: by_hand(whole, s, complete) for s in SUBSETS}
         for subset, number in wanted.items():
@@ -128,8 +128,8 @@ def test_there_are_as_many_forwards_as_subsets_and_batches(tmp_path: Path) -> No
     evaluate(Data({"one": three()}, size=5), ModalitySubsetEval(), recipe=recipe, default_root_dir=tmp_path)
     assert len(recipe.calls) == 7 * 6  # 29 rows in batches of 5 (and padding)
     chosen = Worth()
-    judge = ModalitySubsetEval(modalities=["audio", "text"])
-    values = evaluate(Data({"one": three()}, size=40), judge, recipe=chosen, default_root_dir=tmp_path)
+    evaluator = ModalitySubsetEval(modalities=["audio", "text"])
+    values = evaluate(Data({"one": three()}, size=40), evaluator, recipe=chosen, default_root_dir=tmp_path)
     assert chosen.calls == [("audio",), ("text",), ("text", "audio")]
     assert {key for key in values if "part/" in key} == {"one/part/audio", "one/part/text", "one/part/audio+text"}
 
@@ -153,7 +153,7 @@ def test_only_chosen_sets_and_a_limit_by_ids(tmp_path: Path) -> None:
         evaluate(Data(whole), ModalitySubsetEval(sets=["tow"]), stage="test", recipe=Worth(), default_root_dir=tmp_path)
 
 
-def test_a_set_without_complete_rows_has_no_number_but_a_line(tmp_path: Path) -> None:
+def test_a_set_without_complete_rows_is_skipped_with_a_warning(tmp_path: Path) -> None:
     whole = three()
     whole.present["audio"] = ~whole.present["image"]
     with pytest.warns(
@@ -216,8 +216,8 @@ def labelled() -> Data:
 @pytest.mark.parametrize("complete", [True, False])
 def test_fused_neighbours_equal_loops_over_rows_without_a_further_forward(complete: bool, tmp_path: Path) -> None:
     data, recipe = labelled(), Recipe()
-    judge = ModalitySubsetEval("group", k=5, temperature=0.2, complete=complete)
-    values = evaluate(data, judge, recipe=recipe, default_root_dir=tmp_path)
+    evaluator = ModalitySubsetEval("group", k=5, temperature=0.2, complete=complete)
+    values = evaluate(data, evaluator, recipe=recipe, default_root_dir=tmp_path)
     for name, whole in data.sets.items():
         for subset in (("image",), ("text",), ("image", "text")):
             wanted = neighbours(whole, data.bank, subset, complete)
@@ -226,9 +226,9 @@ def test_fused_neighbours_equal_loops_over_rows_without_a_further_forward(comple
     sizes = (60 + 2 * 12, 50 + 2 * 10, 80 + 2 * 16)
     assert recipe.embedded == sum(sizes)  # each set once, and the bank once
     beside = Recipe()
-    others = evaluate(data, judge, KNN("group"), Retrieval(), recipe=beside, default_root_dir=tmp_path)
+    others = evaluate(data, evaluator, KNN("group"), Retrieval(), recipe=beside, default_root_dir=tmp_path)
     assert {key: others[key] for key in values} == values and beside.embedded == sum(sizes)
-    ahead = evaluate(data, Retrieval(), judge, recipe=Recipe(), default_root_dir=tmp_path)
+    ahead = evaluate(data, Retrieval(), evaluator, recipe=Recipe(), default_root_dir=tmp_path)
     assert {key: ahead[key] for key in values} == values
 
 
@@ -246,10 +246,10 @@ class Joint(Recipe):
         return {"joint": torch.where(some_B[:, None], F.normalize(z_BD, dim=-1), torch.zeros_like(z_BD))}
 
 
-def test_a_joint_embedding_is_made_of_each_subset(tmp_path: Path) -> None:
+def test_joint_embeddings_are_computed_for_each_subset(tmp_path: Path) -> None:
     data, recipe = labelled(), Joint()
-    judge = ModalitySubsetEval("group", k=5, temperature=0.2)
-    values = evaluate(data, judge, recipe=recipe, default_root_dir=tmp_path)
+    evaluator = ModalitySubsetEval("group", k=5, temperature=0.2)
+    values = evaluate(data, evaluator, recipe=recipe, default_root_dir=tmp_path)
     rows = data.bank.present["image"] | data.bank.present["text"]
     bank_ND = Joint().embed(data.bank)["joint"][rows]
     for name, whole in data.sets.items():
@@ -274,8 +274,8 @@ class Named(Recipe):
 
 def test_an_embedding_that_is_named_after_a_subset_is_that_subset(tmp_path: Path) -> None:
     data = labelled()
-    judge = ModalitySubsetEval("group", k=5, temperature=0.2)
-    values = evaluate(data, judge, recipe=Named(), default_root_dir=tmp_path)
+    evaluator = ModalitySubsetEval("group", k=5, temperature=0.2)
+    values = evaluate(data, evaluator, recipe=Named(), default_root_dir=tmp_path)
     z_bank, bank = Named().eval(), data.bank
     rows = bank.present["image"] | bank.present["text"]
     with torch.no_grad():
@@ -290,10 +290,10 @@ def test_an_embedding_that_is_named_after_a_subset_is_that_subset(tmp_path: Path
                 assert values[f"{name}/knn_group/{subset}"] == pytest.approx(float(wanted), abs=ulps(8, F32))
 
 
-def test_other_judges_are_served_while_it_rests(tmp_path: Path) -> None:
+def test_other_evaluators_run_in_evaluations_that_it_skips(tmp_path: Path) -> None:
     data = labelled()
-    judge = ModalitySubsetEval("group", k=3, every=9)
-    run = trainer(judge, KNN("group", k=3), max_epochs=2, num_sanity_val_steps=0, default_root_dir=tmp_path)
+    evaluator = ModalitySubsetEval("group", k=3, every=9)
+    run = trainer(evaluator, KNN("group", k=3), max_epochs=2, num_sanity_val_steps=0, default_root_dir=tmp_path)
     seen: list[set[str]] = []
 
     class Spy(L.Callback):
@@ -311,7 +311,7 @@ def test_other_judges_are_served_while_it_rests(tmp_path: Path) -> None:
 # compute --------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_absent_costs_one_row() -> None:
+def test_an_absent_modality_costs_one_row() -> None:
     torch.manual_seed(0)
     towers = Towers(
         image=PatchTower(size=16, patch=4, width=32, depth=2, heads=2),
@@ -340,11 +340,11 @@ def test_what_is_absent_costs_one_row() -> None:
 
 def test_in_a_fit_it_logs_a_curve_a_subset_and_draws_a_heat_map(tmp_path: Path) -> None:
     data = Data({"one": three(), "two": three(40, seed=1)})
-    judge = ModalitySubsetEval(every=2)
+    evaluator = ModalitySubsetEval(every=2)
     logger = TensorBoardLogger(tmp_path, name="", version="")
     # the toy data's hook changes its batches, so each epoch needs its own
     run = trainer(
-        judge, Report(), logger=logger, max_epochs=4, log_every_n_steps=1, reload_dataloaders_every_n_epochs=1
+        evaluator, Report(), logger=logger, max_epochs=4, log_every_n_steps=1, reload_dataloaders_every_n_epochs=1
     )
     run.fit(Worth(), datamodule=data)
     events = EventAccumulator(str(tmp_path))
@@ -356,7 +356,7 @@ def test_in_a_fit_it_logs_a_curve_a_subset_and_draws_a_heat_map(tmp_path: Path) 
     }
     values = json.loads((tmp_path / "metrics.json").read_text())
     assert {"one/part_worst", "one/part_mean", "one/part_full", "two/loss/text"} <= set(values)
-    assert judge.evaluations == 4
+    assert evaluator.evaluations == 4
     spared = Worth()
     quiet = trainer(ModalitySubsetEval(validate=False), max_epochs=1, num_sanity_val_steps=0)
     quiet.fit(spared, datamodule=data)
@@ -365,7 +365,7 @@ def test_in_a_fit_it_logs_a_curve_a_subset_and_draws_a_heat_map(tmp_path: Path) 
     assert spared.calls
 
 
-def test_a_picture_shows_the_numbers_and_frames_the_worst() -> None:
+def test_the_heat_map_frames_the_worst_subsets() -> None:
     subsets: list[tuple[str, ...]] = [("a",), ("b",), ("a", "b")]
     cells: dict[str, dict[tuple[str, ...], float]]
     cells = {"val": {("a",): 0.25, ("b",): 0.75, ("a", "b"): 0.9}, "test": {("a",): 0.5, ("b",): 0.1}}
@@ -411,9 +411,9 @@ def test_refusals_in_one_line(tmp_path: Path) -> None:
         ),
         (Fickle(), ModalitySubsetEval(), r"scores\(batch\) of Fickle names 'score8', which an earlier batch had not"),
     ]
-    for recipe, judge, line in faults:
+    for recipe, evaluator, line in faults:
         with pytest.raises(ValueError, match=line) as error:
-            evaluate(data, judge, recipe=recipe, default_root_dir=tmp_path)
+            evaluate(data, evaluator, recipe=recipe, default_root_dir=tmp_path)
         assert "\n" not in str(error.value)
     for options, line in (
         ({"subsets": 0}, "subsets 0; 1 is the least"),

@@ -27,7 +27,7 @@ def test_no_callback_imports_matplotlib_before_it_draws() -> None:
         assert "pyplot" not in "".join(ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Import)), file
 
 
-def test_figures_have_the_size_they_say_and_depend_on_no_setting_of_the_process() -> None:
+def test_figures_have_exact_sizes_and_ignore_the_settings_of_the_process() -> None:
     import matplotlib
 
     @styled

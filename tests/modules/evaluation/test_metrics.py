@@ -162,7 +162,7 @@ def test_knn_takes_the_whole_of_a_small_bank_and_survives_a_tiny_temperature():
     assert scores.isfinite().all() and (scores.amax(1) == 1).all()
 
 
-def test_the_probe_finds_what_can_be_separated_and_not_what_cannot():
+def test_the_probe_separates_separable_classes_alone():
     generator = torch.Generator().manual_seed(0)
     label = torch.arange(300) % 3
     x = 4 * F.one_hot(label, 3).double() + torch.rand(300, 3, generator=generator).double()
@@ -195,7 +195,7 @@ def test_the_probe_fits_where_no_gradients_are_recorded():
     assert w.abs().sum() > 0
 
 
-def test_balanced_accuracy_is_the_mean_recall_of_what_occurs():
+def test_balanced_accuracy_is_the_mean_recall_of_occurring_classes():
     label = torch.tensor([0] * 90 + [2] * 10)
     assert balanced_accuracy(torch.zeros(100, dtype=torch.long), label, classes=4) == 0.5
     predicted = label.clone()
