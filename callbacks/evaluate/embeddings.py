@@ -32,12 +32,7 @@ class Rows:
     """
 
     def __init__(
-        self,
-        z: dict[str, Tensor],
-        present: dict[str, Tensor],
-        key: Tensor,
-        index: Tensor,
-        targets: dict[str, Tensor],
+        self, z: dict[str, Tensor], present: dict[str, Tensor], key: Tensor, index: Tensor, targets: dict[str, Tensor]
     ) -> None:
         self.z, self.present, self.key, self.index, self.targets = z, present, key, index, targets
 

@@ -93,11 +93,7 @@ class IntraModal(_SetEvaluator):
     """
 
     def __init__(
-        self,
-        modality: str = "image",
-        target: str | None = None,
-        sets: list[str] | None = None,
-        validate: bool = False,
+        self, modality: str = "image", target: str | None = None, sets: list[str] | None = None, validate: bool = False
     ) -> None:
         super().__init__(sets, validate)
         self.modality, self.target = modality, target

@@ -165,12 +165,7 @@ class ModalitySubsetEval(ForwardEvaluator):
         return present_MN.all(0) if self.complete else present_MN.any(0)
 
     def _score(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        batch: Batch,
-        parts: Mapping[Subset, Tensor],
-        name: str,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, parts: Mapping[Subset, Tensor], name: str
     ) -> None:
         assert isinstance(pl_module, Scores)
         value: dict[tuple[str, Subset], Tensor] = {}

@@ -147,13 +147,7 @@ def _matches(
 
 
 def knn_scores(
-    z_QD: Tensor,
-    z_bank_ND: Tensor,
-    label_N: Tensor,
-    classes: int,
-    k: int,
-    temperature: float,
-    cells: int = CELLS,
+    z_QD: Tensor, z_bank_ND: Tensor, label_N: Tensor, classes: int, k: int, temperature: float, cells: int = CELLS
 ) -> Tensor:
     """Class scores of weighted k-NN (instance discrimination, Wu et al. 2018, arXiv 1805.01978; DINO).
 

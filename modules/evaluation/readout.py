@@ -109,11 +109,7 @@ class RidgeReadout:
     """
 
     def __init__(
-        self,
-        alphas: Sequence[float] = ALPHAS,
-        folds: int = 5,
-        eps: float | None = 0.1,
-        seed: int = 0,
+        self, alphas: Sequence[float] = ALPHAS, folds: int = 5, eps: float | None = 0.1, seed: int = 0
     ) -> None:
         if not alphas or not min(alphas) > 0:
             raise ValueError(f"alphas {list(alphas)}: at least one, all positive, such as 0.1")

@@ -207,13 +207,7 @@ def test_a_broken_recipe_misses_at_any_k():
 
 def test_one_embedding_serves_all_evaluators_without_padding():
     data, recipe = Data({"val": make()}, bank=make(seed=7)), Recipe()
-    evaluators = (
-        Retrieval(),
-        Geometry(),
-        KNN("group", k=3),
-        KNN("group", k=1, modality="text"),
-        LinearProbe("group"),
-    )
+    evaluators = (Retrieval(), Geometry(), KNN("group", k=3), KNN("group", k=1, modality="text"), LinearProbe("group"))
     seen: list[Rows] = []
 
     class Spy(Judge):
@@ -296,14 +290,7 @@ def test_geometry_pairs_rows_by_key_where_no_row_has_both():
     both = evaluate(Data({"val": whole}), Geometry())
     assert sorted(both) == [
         f"val/{k}"
-        for k in (
-            "align_image_text",
-            "gap_image_text",
-            "rank_image",
-            "rank_text",
-            "uniform_image",
-            "uniform_text",
-        )
+        for k in ("align_image_text", "gap_image_text", "rank_image", "rank_text", "uniform_image", "uniform_text")
     ]
     z = {m: F.normalize(x, dim=-1) for m, x in whole.inputs.items()}
     assert abs(both["val/gap_image_text"] - float((z["image"].mean(0) - z["text"].mean(0)).norm())) < ulps(16, F32)
@@ -391,11 +378,7 @@ def test_missing_protocols_and_names_are_one_line():
     data = Data({"val": make()}, bank=make(), prompts=torch.zeros(2, 1, 4))
     faults: list[tuple[L.LightningModule, Judge, str]] = [
         (Mute(), Retrieval(), r"Retrieval needs the protocol Embeds \(embed\(batch\)\); Mute lacks it"),
-        (
-            Silent(),
-            Geometry(),
-            "Geometry reads the embeddings that validation_step returns .*; Silent returned Tensor",
-        ),
+        (Silent(), Geometry(), "Geometry reads the embeddings that validation_step returns .*; Silent returned Tensor"),
         (Recipe(), Retrieval([["image", "sound"]]), "no embedding of 'sound'; the recipe has image, text"),
         (Recipe(), LinearProbe("group", modality="sound"), "no embedding of 'sound'"),
         (Recipe(), ZeroShot("colour"), "'colour' is not one of group"),

@@ -202,10 +202,7 @@ def test_validations_of_a_fit_run_only_with_validate() -> None:
         recipe = Invertible()
         options: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
         trainer = L.Trainer(
-            callbacks=[
-                Inversion(oti=ModalityInversion(steps=1), validate=validate),
-                IntraModal(validate=validate),
-            ],
+            callbacks=[Inversion(oti=ModalityInversion(steps=1), validate=validate), IntraModal(validate=validate)],
             max_epochs=1,
             accelerator="cpu",
             enable_checkpointing=False,

@@ -22,12 +22,7 @@ from tests.tolerance import F32, ulps
 def fitted(*callbacks: L.Callback, world: int = 1) -> tuple[dict[str, float], Any]:
     watch, strategy = Watch(), "ddp" if world > 1 else "auto"
     trainer = L.Trainer(
-        max_steps=4,
-        devices=world,
-        strategy=strategy,
-        log_every_n_steps=4,
-        callbacks=[*callbacks, watch],
-        **QUIET,
+        max_steps=4, devices=world, strategy=strategy, log_every_n_steps=4, callbacks=[*callbacks, watch], **QUIET
     )
     trainer.fit(model("mid"), datamodule=SignData(batch_size=24, whole=False))
     return {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("speed")}, watch.steps

@@ -171,11 +171,7 @@ def on_a_rank(rank: int | None, folder: Path) -> dict[str, float]:
     options: dict[str, Any] = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
     data = Data({"one": three(), "two": three(40, seed=1)}, size=6)
     return evaluate(
-        data,
-        ModalitySubsetEval(limit=30),
-        recipe=Worth(),
-        default_root_dir=folder,
-        **({} if rank is None else options),
+        data, ModalitySubsetEval(limit=30), recipe=Worth(), default_root_dir=folder, **({} if rank is None else options)
     )
 
 

@@ -34,10 +34,7 @@ def test_ranks_equal_a_double_loop_whatever_the_chunk(cells):
     # few distinct values: many exact ties
     z_q = torch.randint(-1, 2, (40, 3), generator=generator).float()
     z_g = torch.randint(-1, 2, (60, 3), generator=generator).float()
-    key_q, key_g = (
-        torch.randint(20, (40,), generator=generator),
-        torch.randint(15, (60,), generator=generator),
-    )
+    key_q, key_g = (torch.randint(20, (40,), generator=generator), torch.randint(15, (60,), generator=generator))
     expected = []
     for q in range(40):
         right = [float(z_q[q] @ z_g[g]) for g in range(60) if key_g[g] == key_q[q]]
