@@ -57,8 +57,8 @@ def answer_table(rows: Sequence[AnswerRow], title: str) -> Figure:
             (left[2], row.reference, ANSWER, INK),
             (left[3], answer, ANSWER, GREEN if row.correct else VERMILLION),
         ):
-            lines = "\n".join(wrap(text, TEXT, width, 5))
-            axes.text(x, top + k * step + TEXT, lines, color=colour, va="baseline")
+            for i, line in enumerate(wrap(text, TEXT, width, 5)):
+                axes.text(x, top + k * step + TEXT + i * (TEXT + 4), line, color=colour, va="baseline")
     return figure
 
 
