@@ -220,16 +220,11 @@ class Projector(Judge):
 
     def _sprites(self, data: Any, labels: Sequence[tuple[int, str, int]]) -> np.ndarray:
         """uint8 ``[N, size, size, 3]``."""
-        images = [_picture(data, index) for index, _, _ in labels]
         lines = [_line(data, index) for index, _, _ in labels]
+        images = [_picture(data, index, self.size) for index, _, _ in labels]
         texts = list(dict.fromkeys(line for line, image in zip(lines, images, strict=True) if image is None))
         written = dict(zip(texts, text_tiles(texts, self.size), strict=True))
-        sprites = np.stack(
-            [
-                written[line] if image is None else _resized(image, self.size, smooth=True)
-                for line, image in zip(lines, images, strict=True)
-            ]
-        )
+        sprites = np.stack([written[line] if x is None else x for line, x in zip(lines, images, strict=True)])
         framed_N = np.array([m == "text" for _, m, _ in labels])
         frame_SS1 = np.ones((self.size, self.size, 1), dtype=bool)
         frame_SS1[3:-3, 3:-3] = False
@@ -350,9 +345,13 @@ def _resized(image_HW3: np.ndarray, side: int, smooth: bool = False) -> np.ndarr
     return np.asarray(Image.fromarray(image_HW3).resize((side, side), how))
 
 
-def _picture(data: Any, index: int) -> np.ndarray | None:
+def _picture(data: Any, index: int, size: int | None = None) -> np.ndarray | None:
+    """uint8 ``[H, W, 3]``, or ``[size, size, 3]``; None if the data module has none."""
     image = data.picture(index) if isinstance(data, Pictured) else None
-    return None if image is None else image.permute(1, 2, 0).contiguous().cpu().numpy()
+    if image is None:
+        return None
+    image_HW3 = image.permute(1, 2, 0).contiguous().cpu().numpy()
+    return image_HW3 if size is None else _resized(image_HW3, size, smooth=True)
 
 
 def _line(data: Any, index: int) -> str:

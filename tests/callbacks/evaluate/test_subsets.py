@@ -28,7 +28,6 @@ from descant.callbacks.plots.subsets import heat_map
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
 from descant.modules.evaluation.metrics import knn_scores
-from descant.modules.evaluation.subsets import subsets_of
 from descant.modules.towers import PatchTower, TextTower, Towers
 from descant.recipes import Contrastive
 from tests.callbacks.evaluate.test_embeddings import Data, Recipe, evaluate, make, trainer
@@ -372,17 +371,6 @@ def test_the_heat_map_frames_the_worst_subsets() -> None:
         framed = [int(framed_YX[body + 28 * j : body + 28 * (j + 1)].sum()) for j in range(3)]
         assert (framed[0] > 0) and (framed[1] > 0) != less and (framed[2] > 0) == less  # val a, test b; or b's 0.9
         assert not framed_YX[:body].any()
-
-
-def test_random_subsets_have_the_full_set_and_the_single_ones() -> None:
-    names = [f"m{i}" for i in range(12)]
-    drawn = subsets_of(names, 20)
-    assert len(set(drawn)) == 20 and tuple(names) in drawn and all((m,) in drawn for m in names)
-    assert drawn == subsets_of(names, 20) and [len(s) for s in drawn] == sorted(len(s) for s in drawn)
-    assert subsets_of(names, 1) == [tuple(names)] and len(subsets_of(names, 5)) == 5
-    assert subsets_of(MODALITIES, 99) == subsets_of(MODALITIES) == SUBSETS
-    with pytest.raises(ValueError, match="12 modalities have 4095 subsets; give `subsets`, such as 64"):
-        subsets_of(names)
 
 
 def test_refusals_in_one_line(tmp_path: Path) -> None:

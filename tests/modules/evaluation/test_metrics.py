@@ -19,6 +19,7 @@ from descant.modules.evaluation.metrics import (
     mean_average_precision,
     modality_gap,
     retrieval_ranks,
+    ridge_weights,
     uniformity,
 )
 from tests.tolerance import F32, F64, conditioned, ulps
@@ -235,3 +236,18 @@ def test_gap_alignment_and_uniformity():
     for cells in (1, 50, 1 << 24):
         assert abs(float(uniformity(z, cells=cells)) - expected) < ulps(64, F32)
     assert uniformity(z[:1]).isnan()
+
+
+def test_ridge_weights_shrink_and_leave_constants_alone() -> None:
+    g = torch.Generator().manual_seed(0)
+    x_NP = torch.randn(50, 3, generator=g, dtype=torch.float64)
+    x_NP[:, 1] = 4.0
+    y_N1 = 2 * x_NP[:, :1] + 1
+    z = torch.cat([torch.ones(50, 1), x_NP, y_N1], 1)
+    w = ridge_weights(z.T @ z, 3, 0.0)
+    # Gram matrices of 50 rows with a constant column, which a ridge of nothing alone keeps from 0
+    torch.testing.assert_close(
+        w.flatten(), torch.tensor([1.0, 2.0, 0.0, 0.0], dtype=torch.float64), rtol=0, atol=conditioned(1e7, F64)
+    )
+    assert 0 < float(ridge_weights(z.T @ z, 3, 10.0)[1]) < 1
+    assert bool(ridge_weights(z.T @ z * torch.nan, 3, 0.0).isnan().all())
