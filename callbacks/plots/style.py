@@ -87,9 +87,14 @@ def page(image_HW3: np.ndarray) -> tuple[Figure, Axes]:
     >>> pixels(made).shape, int(pixels(made).max())
     ((20, 30, 3), 7)
     """
+    from matplotlib.transforms import IdentityTransform
+
     height, width = image_HW3.shape[:2]
     made = figure(width, height)
-    made.figimage(image_HW3, zorder=-1)
+    rgba_HW4 = np.dstack([image_HW3, np.full((height, width), 255, dtype=np.uint8)])[::-1]
+    background: Any = made.figimage(image_HW3, zorder=-1)
+    # its pixels are final: resampling them would take most of the time of a figure
+    background.make_image = lambda *_, **__: (rgba_HW4, 0, 0, IdentityTransform())
     axes = made.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.axis("off")

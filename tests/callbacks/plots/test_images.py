@@ -145,7 +145,7 @@ def test_equal_captions_are_queried_and_shown_once(tmp_path: Path, monkeypatch: 
         shown.append(index)
         return Cell(None, "", GREEN)
 
-    monkeypatch.setattr("descant.callbacks.plots.images._cell", cell)
+    monkeypatch.setitem(RetrievalPictures.draw.__globals__, "_cell", cell)
     trainer = run(tmp_path, L.Callback(), Data())
     RetrievalPictures(queries=4, top=3).draw(rows, "image", "text", trainer, "title")
     lines = [shown[n : n + 4] for n in range(0, len(shown), 4)]
