@@ -1,4 +1,4 @@
-"""How well a recipe does on each evaluation set, by its own scores. Letters: B rows of a batch."""
+"""Mean of a recipe's scores on each evaluation set. Letters: B rows of a batch."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from descant.modules.evaluation.metrics import wide
 
 
 class Mean(Metric):
-    """``sum(value * valid) / sum(valid)`` of a score over the rows of all batches and ranks, and the valid rows.
+    """``sum(value * valid) / sum(valid)`` over the rows of all batches and ranks, and the number of valid rows.
 
-    Two sums, so ranks only add. A weight of a term belongs to training, and changes nothing here.
+    Weights of terms, which are for training, have no effect.
 
     >>> mean = Mean()
     >>> mean.update(Term(torch.tensor([1.0, 0.0, 9.0]), valid=torch.tensor([True, True, False])))
@@ -36,15 +36,15 @@ class Mean(Metric):
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         super().__init__()
-        kind = wide(torch.device(device))
-        self.add_state("total", torch.zeros((), dtype=kind), dist_reduce_fx="sum")
+        dtype = wide(torch.device(device))
+        self.add_state("total", torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
         self.to(device)
 
     def update(self, term: Term) -> None:
-        kept = Term(term.value.detach().to(self.total.dtype), valid=term.valid)
-        self.total += kept.sum()
-        self.count += kept.count()
+        unweighted = Term(term.value.detach().to(self.total.dtype), valid=term.valid)
+        self.total += unweighted.sum()
+        self.count += unweighted.count()
 
     def compute(self) -> tuple[Tensor, Tensor]:
         return self.total / self.count, self.count
@@ -61,10 +61,10 @@ class Means:
             self._means[key] = Mean(term.value.device)
         self._means[key].update(term)
 
-    def found(self) -> dict[Any, Tensor]:
-        """Of all ranks, which have the same keys; a key without a valid row has no number."""
-        found = {key: mean.compute() for key, mean in self._means.items()}
-        return {key: value for key, (value, count) in found.items() if int(count)}
+    def compute(self) -> dict[Any, Tensor]:
+        """Over all ranks, which have the same keys; without the keys that have no valid row."""
+        means = {key: mean.compute() for key, mean in self._means.items()}
+        return {key: value for key, (value, count) in means.items() if int(count)}
 
 
 class Accuracy(Callback):
@@ -72,14 +72,14 @@ class Accuracy(Callback):
 
         {set}/{score} = sum_n value_n valid_n / sum_n valid_n        over the rows of all ranks
 
-    It takes the ``scores`` that the validation step returns, or else asks for them. Padding has no modality, so its
-    rows are not valid; a set without a valid row has no number.
+    Uses the ``scores`` that the validation step returns, or else computes them. Padding has no modality, so its rows
+    are not valid; a set without a valid row has no metric.
 
     Raises:
         ValueError: at setup, if the recipe lacks the protocol Scores.
     """
 
-    #: Said twice (by an experiment and an overlay), the last one counts.
+    #: If listed twice (by an experiment and an overlay), the last one applies.
     once = True
 
     def __init__(self) -> None:
@@ -116,16 +116,16 @@ class Accuracy(Callback):
             self._means.add((dataloader_idx, name), term)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for (number, name), value in self._means.found().items():
-            key = f"{self._set_name(trainer, number)}/{name}"
+        for (dataloader_idx, name), value in self._means.compute().items():
+            key = f"{self._set_name(trainer, dataloader_idx)}/{name}"
             pl_module.log(key, value.float(), add_dataloader_idx=False, sync_dist=False, batch_size=1)
         self._means = Means()
 
     on_test_epoch_start, on_test_batch_end = on_validation_epoch_start, on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
 
-    def _set_name(self, trainer: L.Trainer, number: int) -> str:
+    def _set_name(self, trainer: L.Trainer, dataloader_idx: int) -> str:
         stage = "test" if trainer.testing else "validate"
         if stage not in self._names:
             self._names[stage] = list(trainer.datamodule.evaluation_sets(stage))  # type: ignore[attr-defined]
-        return self._names[stage][number]
+        return self._names[stage][dataloader_idx]

@@ -1,4 +1,4 @@
-"""What is left of a decision where one modality is attacked or missing, and how far inputs may move.
+"""Robustness of a classifier: adversarial attacks on single modalities, missing modalities, certified radii.
 
 Letters: B rows of a batch, M modalities, C classes.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from descant.callbacks.evaluate.accuracy import Means
-from descant.callbacks.evaluate.subsets import ForwardEvaluator
+from descant.callbacks.evaluate.forward import ForwardEvaluator
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.objective import Term
@@ -23,38 +23,38 @@ from descant.modules.fusion.classifiers import OrthogonalFusion
 
 
 class Attacks(ForwardEvaluator):
-    """Of each evaluation set, over the rows that have all modalities and a label:
+    """Adversarial and missing-modality accuracy of each evaluation set, over the rows with all modalities and a label:
 
-        {set}/attacked/{m}       accuracy where an attacker moves the input of m, the embeddings of its tokens if it is
-                                 of ids, by at most radius |x_m - mean x_m| (l2): projected gradient ascent
-        {set}/attacked_worst     rows right whichever single modality is attacked
+        {set}/attacked/{m}       accuracy under projected gradient ascent on the input of m (of ids: on the embeddings
+                                 of its tokens), within an l2 ball of radius |x_m - mean x_m|
+        {set}/attacked_worst     share of rows that are correct whichever single modality is attacked
         {set}/absent/{m}         accuracy without m
-        {set}/absent_worst       rows right whichever single modality is missing
-        {set}/unharmed           accuracy of the same rows, as they are
+        {set}/absent_worst       share of rows that are correct whichever single modality is missing
+        {set}/unharmed           clean accuracy of the same rows
 
     and of a recipe whose fusion has margins (OrthogonalFusion), with ``certify``:
 
-        {set}/certified/radius   mean over rows of how far all inputs may move together before another class can win;
-                                 0 for a row that is wrong
+        {set}/certified/radius   mean over rows of the distance all inputs may move before another class can win; 0 for
+                                 a row that is wrong
         {set}/certified/share    rows for which that is at least ``certify``, which is in the units of the inputs
 
-    Radii are estimates of the slopes of some training samples, and proved only for linear towers; a gradient attack is
-    one that some attacker can do, not the worst there is. Towers that run without gradients cannot be attacked.
-    Each attack costs ``steps`` passes forward and backward; drawn starts depend on the sample alone.
+    Radii rest on slopes estimated from some training samples, and are proved only for linear towers; a gradient attack
+    is a lower bound of the worst case. Towers that run without gradients cannot be attacked. Each attack costs
+    ``steps`` forward and backward passes; random starts depend on the sample alone.
 
     Args:
-        radius: of attacks, in sizes of the input; or one a modality.
-        steps, restarts: of the ascent; the first start is the input itself.
+        radius: of attacks, relative to the size of the input; or one a modality.
+        steps, restarts: of the ascent; the first start is the clean input.
         certify: a radius to certify, or none for no certificates.
-        rows: training samples whose slopes are measured for them, at every evaluation.
-        sets, limit, every, validate: as of other judges.
+        rows: training samples of the slopes, measured at every evaluation.
+        sets, limit, every, validate: see :class:`ForwardEvaluator`.
 
     Raises:
         ValueError: for a count below 1 or a radius not above 0; at setup, for a recipe without the protocols Classifies
             and Fuses, an unknown modality, or certificates of another fusion or without a bank of training samples.
     """
 
-    #: Said twice (by an experiment and an overlay), the last one counts.
+    #: If listed twice (by an experiment and an overlay), the last one applies.
     once = True
 
     def __init__(
@@ -103,44 +103,44 @@ class Attacks(ForwardEvaluator):
         assert has(pl_module, Classifies)
         label_B, modalities = pl_module.labels(batch), pl_module.modalities
         all_B = keep_B & (label_B >= 0) & batch.both(*modalities)
-        # where no row counts one is tried and not counted: ranks add up the same numbers, and know them by name
-        chosen = all_B.nonzero().flatten() if all_B.any() else torch.zeros(1, dtype=torch.long, device=batch.device)
-        rows, all_B = batch.select(chosen), all_B[chosen]
-        for key, value_B in self._of_rows(trainer, pl_module, rows).items():
+        # without a valid row one is computed and not counted, so that all ranks have the same keys
+        at_R = all_B.nonzero().flatten() if all_B.any() else torch.zeros(1, dtype=torch.long, device=batch.device)
+        rows, all_B = batch.select(at_R), all_B[at_R]
+        for key, value_B in self._metrics(trainer, pl_module, rows).items():
             self._means.add(f"{name}/{key}", Term(value_B.to(torch.float32), valid=all_B))
 
-    def _of_rows(self, trainer: L.Trainer, pl_module: Any, rows: Batch) -> dict[str, Tensor]:
+    def _metrics(self, trainer: L.Trainer, pl_module: Any, rows: Batch) -> dict[str, Tensor]:
         label_B = pl_module.labels(rows).clamp(min=0)
         with torch.no_grad():
             logits_BC = pl_module.fuse(pl_module.latents(rows), rows.present)
-        right_B = logits_BC.argmax(dim=1) == label_B
-        found: dict[str, Tensor] = {"unharmed": right_B}
-        attacks, absents = right_B.clone(), torch.ones_like(right_B)
+        correct_B = logits_BC.argmax(dim=1) == label_B
+        values: dict[str, Tensor] = {"unharmed": correct_B}
+        attacked_B, absent_B = correct_B.clone(), torch.ones_like(correct_B)
         for m in pl_module.modalities:
             nudge = Nudge(pl_module, rows, [m])
             radius = self.radius[m] if isinstance(self.radius, dict) else self.radius
             wrong_B = attacked(nudge, radius * nudge.size_B(), label_B, self.steps, self.restarts)
-            found[f"attacked/{m}"] = ~wrong_B
-            attacks &= ~wrong_B
+            values[f"attacked/{m}"] = ~wrong_B
+            attacked_B &= ~wrong_B
             if len(pl_module.modalities) > 1:
                 others = [other for other in pl_module.modalities if other != m]
                 with torch.no_grad():
-                    left = rows.only(*others)
-                    without_BC = pl_module.fuse(pl_module.latents(left), left.present)
-                found[f"absent/{m}"] = without_BC.argmax(dim=1) == label_B
-                absents &= found[f"absent/{m}"]
-        found["attacked_worst"] = attacks
+                    rest = rows.only(*others)
+                    without_BC = pl_module.fuse(pl_module.latents(rest), rest.present)
+                values[f"absent/{m}"] = without_BC.argmax(dim=1) == label_B
+                absent_B &= values[f"absent/{m}"]
+        values["attacked_worst"] = attacked_B
         if len(pl_module.modalities) > 1:
-            found["absent_worst"] = absents
+            values["absent_worst"] = absent_B
         if self.certify is not None:
             if self._slope_MC is None:
                 self._slope_MC = steepest(pl_module, self._bank_batches(trainer), self.rows)
             slope = dict(zip(pl_module.modalities, self._slope_MC, strict=True))
             with torch.no_grad():
                 radius_B = certified_radius(logits_BC, pl_module.fusion.weights, slope, rows.present, label_B)
-            found["certified/radius"] = radius_B.clamp(min=0)
-            found["certified/share"] = radius_B >= self.certify
-        return found
+            values["certified/radius"] = radius_B.clamp(min=0)
+            values["certified/share"] = radius_B >= self.certify
+        return values
 
     def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
-        return self._means.found()
+        return self._means.compute()

@@ -1,4 +1,4 @@
-"""What captions training reads, in numbers: how long, how many are cut, how many words, and of which kind."""
+"""Statistics of training captions: length, truncation, vocabulary coverage, sources."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import lightning as L
 
 
 class CaptionStatistics(L.Callback):
-    """Logs what the data module's ``caption_statistics(epoch)`` says of the captions that an epoch of training reads.
+    """Logs the data module's ``caption_statistics(epoch)`` of the captions of a training epoch:
 
-    * ``captions/tokens``: mean length in tokens, before a row is filled up or cut.
-    * ``captions/truncated``: share that the codec cuts, whose end is never read.
-    * ``captions/coverage``: distinct tokens that are read, over the codec's vocabulary.
+    * ``captions/tokens``: mean length in tokens, before padding or truncation.
+    * ``captions/truncated``: share that the tokenizer truncates.
+    * ``captions/coverage``: distinct tokens over the tokenizer's vocabulary.
     * ``captions/distinct``: distinct captions over captions.
-    * ``captions/{source}_share``: share of each kind of caption, as drawn.
+    * ``captions/{source}_share``: share of each source of captions, as sampled.
 
-    Once an epoch, of the whole epoch (of all ranks, and also where a run stops before its end): what a visit draws is
-    known without reading it, so nothing is counted twice after a resume and no rank has to tell another.
+    Once an epoch, over the whole epoch and all ranks, even if a run stops before its end: which captions are sampled is
+    computed in advance, so a resume counts nothing twice.
 
     Raises:
-        ValueError: at setup, if the data module has no such numbers or no mixer to draw captions.
+        ValueError: at setup, if the data module has no such statistics or no mixer of captions.
     """
 
-    #: Said twice (by an experiment and an overlay), the last one counts.
+    #: If listed twice (by an experiment and an overlay), the last one applies.
     once = True
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -1,4 +1,4 @@
-"""What each modality brings to a decision, beside what it could say alone.
+"""Contribution of each modality to a classifier: unimodal accuracy, Shapley values, permutation importance.
 
 Letters: B rows of a batch, N rows of a set, C classes, M modalities.
 """
@@ -13,41 +13,39 @@ from torch import Tensor
 
 from descant.callbacks.balance.balance import require_several
 from descant.callbacks.evaluate.embeddings import Rows, Store
-from descant.callbacks.evaluate.subsets import ForwardEvaluator
-from descant.callbacks.plots.cosines import Track
-from descant.callbacks.plots.curves import lines
-from descant.callbacks.plots.images import keep_picture, run_folder
+from descant.callbacks.evaluate.forward import ForwardEvaluator
+from descant.callbacks.plots.curves import Track, curves
+from descant.callbacks.plots.output import run_folder, save_figure
 from descant.modules.core.batch import Batch
-from descant.modules.core.capabilities import has
 from descant.modules.core.protocols import Classifies, Fuses, Unimodal
 from descant.modules.core.sham import partners
 from descant.modules.fusion.classifiers import coalitions, only, shapley
 
 
 class Contributions(ForwardEvaluator):
-    """Of each evaluation set, over the rows that have all modalities and a label:
+    """Modality contributions on each evaluation set, over the rows that have all modalities and a label:
 
-        {set}/alone/{m}       accuracy of the modality's own head, or of the decision were there no other modality
+        {set}/alone/{m}       accuracy of the modality's own head, or of the fused decision without other modalities
         {set}/shapley/{m}     sum over S without m of |S|! (M - |S| - 1)! / M! (accuracy(S and m) - accuracy(S))
-        {set}/importance/{m}  accuracy less that with z_m of another row: the mean over a few random circles
-        {set}/joint           accuracy of the decision; the Shapley values add up to it less what is guessed of nothing
+        {set}/importance/{m}  accuracy less that with z_m of another row: the mean over a few random permutations
+        {set}/joint           accuracy with all modalities: the sum of Shapley values plus the accuracy without any
 
-    accuracy(S) is that of the decision with the modalities in S. A modality that says little alone was drowned, if a
-    tower that is trained by itself says more; one that says much alone and brings little was made needless.
-    What each says alone, and all together, is drawn over the steps of a fit, a panel a set: to every TensorBoard logger
-    as ``contributions/accuracy`` and to ``{run folder}/pictures/``. Latents are computed once; neither batches nor
-    ranks change a number. Rows of a set are held in memory on each rank.
+    accuracy(S) is that of the fused decision with the modalities in S. A modality with low ``alone`` is under-trained
+    if a tower trained by itself does better; one with high ``alone`` and low Shapley value is redundant. The accuracies
+    alone and together are plotted over the steps of a fit, a panel a set: to every TensorBoard logger as
+    ``contributions/accuracy`` and to ``{run folder}/pictures/``. Latents are computed once; results depend on neither
+    batches nor ranks. Rows of a set are held in memory on each rank.
 
     Args:
-        circles: random orders of the importance.
-        sets, limit, every, validate: as of other judges.
+        circles: random permutations of the importance.
+        sets, limit, every, validate: see :class:`ForwardEvaluator`.
 
     Raises:
         ValueError: for a count below 1; at setup, for a recipe without the protocols Classifies, Fuses and Unimodal, or
             with one modality.
     """
 
-    #: Said twice (by an experiment and an overlay), the last one counts.
+    #: If listed twice (by an experiment and an overlay), the last one applies.
     once = True
 
     def __init__(
@@ -62,9 +60,9 @@ class Contributions(ForwardEvaluator):
         if circles < 1:
             raise ValueError(f"Contributions: circles {circles}: 1 is the least")
         self.circles = circles
-        self._held: dict[str, Store] = {}
+        self._stores_z: dict[str, Store] = {}
         self._dtype = torch.float32
-        self.tracks: dict[str, Track] = {}  # set -> accuracies of each modality alone, and of all
+        self.tracks: dict[str, Track] = {}  # set -> accuracies of each modality alone, and joint
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "tracks": {name: dict(x.state_dict()) for name, x in self.tracks.items()}}
@@ -76,66 +74,68 @@ class Contributions(ForwardEvaluator):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if not all(has(pl_module, protocol) for protocol in (Classifies, Fuses, Unimodal)):
+        if not all(isinstance(pl_module, protocol) for protocol in (Classifies, Fuses, Unimodal)):
             raise ValueError(
                 "Contributions needs the protocols Classifies (labels), Fuses (latents, fuse) and Unimodal (unimodal); "
                 f"{type(pl_module).__name__} lacks one"
             )
-        require_several(self, pl_module)
+        require_several("Contributions", pl_module)
 
     def _forget(self) -> None:
         super()._forget()
-        self._held = {}
+        self._stores_z = {}
 
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
-        assert has(pl_module, Classifies) and has(pl_module, Fuses)
+        assert isinstance(pl_module, Classifies) and isinstance(pl_module, Fuses)
         with torch.no_grad(), trainer.precision_plugin.val_step_context():
             z = pl_module.latents(batch)
         label_B, self._dtype = pl_module.labels(batch), next(iter(z.values())).dtype
         all_B = keep_B & (label_B >= 0) & torch.stack([batch.present[m] for m in pl_module.modalities]).all(dim=0)
         rows = Batch({}, dict.fromkeys(z, all_B), {"label": label_B}, batch.index, batch.key)
-        self._held.setdefault(name, Store().to(pl_module.device)).update(z, rows)
+        self._stores_z.setdefault(name, Store().to(pl_module.device)).update(z, rows)
 
     def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for name, store in self._held.items():
+        values: dict[str, Tensor] = {}
+        for name, store in self._stores_z.items():
             rows = store.compute()
             if len(rows.index):
-                of = self._of_set(pl_module, rows)
-                found |= {f"{name}/{key}": value for key, value in of.items()}
+                metrics = self._metrics(pl_module, rows)
+                values |= {f"{name}/{key}": value for key, value in metrics.items()}
                 if trainer.validating or (trainer.training and not trainer.sanity_checking):
-                    values = [float(value) for key, value in of.items() if key.startswith("alone/")]
-                    self.tracks.setdefault(name, Track()).add(trainer.global_step, [*values, float(of["joint"])])
-        self._held = {}
-        return found
+                    alone = [float(value) for key, value in metrics.items() if key.startswith("alone/")]
+                    self.tracks.setdefault(name, Track()).add(trainer.global_step, [*alone, float(metrics["joint"])])
+        self._stores_z = {}
+        return values
 
     @torch.no_grad()
-    def _of_set(self, pl_module: Any, rows: Rows) -> dict[str, Tensor]:
+    def _metrics(self, pl_module: Any, rows: Rows) -> dict[str, Tensor]:
         label_N, modalities = rows.targets["label"], pl_module.modalities
         z = {m: z_ND.to(self._dtype) for m, z_ND in rows.z.items()}
-        every = {m: torch.ones_like(label_N, dtype=torch.bool) for m in modalities}
+        present = {m: torch.ones_like(label_N, dtype=torch.bool) for m in modalities}
 
         def accuracy(logits_NC: Tensor) -> Tensor:
             return (logits_NC.argmax(dim=1) == label_N).double().mean()
 
-        of = {subset: accuracy(pl_module.fuse(dict(z), only(every, *subset))) for subset in coalitions(modalities)}
-        found = {"joint": of[modalities]}
-        found |= {f"alone/{m}": accuracy(x_NC) for m, x_NC in pl_module.unimodal(dict(z), every).items()}
-        found |= {f"shapley/{m}": value for m, value in shapley(of, modalities).items()}
+        by_subset = {
+            subset: accuracy(pl_module.fuse(dict(z), only(present, *subset))) for subset in coalitions(modalities)
+        }
+        values = {"joint": by_subset[modalities]}
+        values |= {f"alone/{m}": accuracy(x_NC) for m, x_NC in pl_module.unimodal(dict(z), present).items()}
+        values |= {f"shapley/{m}": value for m, value in shapley(by_subset, modalities).items()}
         for m in modalities:
-            others = []
+            permuted = []
             for s in range(self.circles):
-                source_N = partners(rows.index, every[m], "importance", m, s)
-                others.append(accuracy(pl_module.fuse({**z, m: z[m][source_N]}, every)))
-            found[f"importance/{m}"] = found["joint"] - torch.stack(others).mean()
-        return found
+                source_N = partners(rows.index, present[m], "importance", m, s)
+                permuted.append(accuracy(pl_module.fuse({**z, m: z[m][source_N]}, present)))
+            values[f"importance/{m}"] = values["joint"] - torch.stack(permuted).mean()
+        return values
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         folder = run_folder(trainer)
         if not trainer.is_global_zero or not self.tracks or trainer.fast_dev_run or not trainer.loggers:  # type: ignore[attr-defined]
             return
-        assert has(pl_module, Classifies)
-        names = [*(f"{m} alone" for m in pl_module.modalities), "all together"]
-        panels = {name: (names, *track.seen()) for name, track in self.tracks.items()}
-        image = lines(f"accuracy, step {trainer.global_step}", panels)
-        keep_picture(trainer, folder, image, "accuracy", "contributions/accuracy")
+        assert isinstance(pl_module, Classifies)
+        names = [*(f"{m} alone" for m in pl_module.modalities), "joint"]
+        panels = {name: (names, *track.points()) for name, track in self.tracks.items()}
+        figure = curves(f"accuracy, step {trainer.global_step}", panels)
+        save_figure(trainer, folder, figure, "accuracy", "contributions/accuracy")

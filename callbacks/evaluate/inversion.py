@@ -1,4 +1,4 @@
-"""Retrieval within one modality, natively and through modality inversion.
+"""Intra-modal retrieval, and modality inversion (OTI, OVI).
 
 Letters: N rows of a set, Q queries, G gallery rows, D width, C classes, K keys.
 """
@@ -9,19 +9,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from descant.callbacks.evaluate.embeddings import Judge, Rows, ZeroShot
-from descant.modules.core.capabilities import has
+from descant.callbacks.evaluate.classification import ZeroShot
+from descant.callbacks.evaluate.embeddings import Judge, Rows
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import Inverts
-from descant.modules.core.rng import mix_N
 from descant.modules.evaluation.inversion import (
     Inverted,
     ModalityInversion,
     patch_frame,
+    rows_of_other_keys,
     split_template,
     text_frame,
     tower_of,
@@ -30,64 +29,61 @@ from descant.modules.evaluation.metrics import chance_average_precision, mean_av
 from descant.modules.tokenizers.text import Tokenizer
 
 
-class _Late(Judge):
-    """A judge of some sets that takes part in ``validate`` and ``test``, and in a fit's validations where asked to."""
+class _SetEvaluator(Judge):
+    """Evaluates some sets in ``validate`` and ``test``, and with ``validate`` in the validations of a fit too."""
 
     def __init__(self, sets: list[str] | None, validate: bool) -> None:
         super().__init__()
         self.sets, self.validate = sets, validate
-        self._of_the_test: Callable[[str], Mapping[str, Any]] | None = None
+        self._test_sets: Callable[[str], Mapping[str, Any]] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        self._of_the_test = getattr(data, "evaluation_sets", None) if stage != "test" else None
+        self._test_sets = getattr(data, "evaluation_sets", None) if stage != "test" else None
         self._require(trainer, "bank_dataloader")
 
-    def _asked(self, trainer: L.Trainer) -> bool:
+    def _due(self, trainer: L.Trainer) -> bool:
         return self.validate or trainer.state.fn != TrainerFn.FITTING
 
     def _chosen(self, sets: dict[str, Rows], modality: str) -> dict[str, Rows]:
-        """The named sets that this evaluation has, or all of them; those of the test are for the test."""
+        """The named sets, or all; in a validation, those that only the test has are skipped."""
         name = type(self).__name__
         unknown = [s for s in self.sets or [] if s not in sets]
-        if unknown and self._of_the_test is not None:
-            later = self._of_the_test("test")
-            unknown = [s for s in unknown if s not in later]
+        if unknown and self._test_sets is not None:
+            test_sets = self._test_sets("test")
+            unknown = [s for s in unknown if s not in test_sets]
         if unknown:
             raise ValueError(f"{name}: no set {unknown[0]!r}; this evaluation has {', '.join(sets)}")
         for rows in sets.values():
-            if modality not in rows.z:
-                raise ValueError(f"{name}: no embedding of {modality!r}; the recipe has {', '.join(rows.z)}")
+            self.require_embedding(rows, modality)
         return {s: sets[s] for s in self.sets or sets if s in sets}
 
     def _labels(self, rows: Rows, gallery: Rows, target: str | None) -> dict[str, tuple[Tensor, Tensor]]:
-        """Suffix of a key -> what makes a gallery row right, of all rows: equal content, or an equal target."""
+        """Suffix of a key -> labels of all rows and of the gallery whose equality is a match: content, or target."""
         labels = {"": (rows.key, gallery.key)}
         if target is not None:
-            if target not in rows.targets or target not in gallery.targets:
-                known = ", ".join(sorted(rows.targets)) or "none"
-                raise ValueError(f"{type(self).__name__}: no target {target!r} in the data; it has {known}")
+            self.require_target(target, set(rows.targets) & set(gallery.targets))
             labels[f"_{target}"] = rows.targets[target], gallery.targets[target]
         return labels
 
 
-class IntraModal(_Late):
+class IntraModal(_SetEvaluator):
     """Mean average precision of retrieval within one modality, with the data module's bank as the gallery.
 
-        AP_q = 1 / |right_q|  sum over right g of  #{right rows up to rank g} / rank g
+        AP_q = 1 / |matches_q|  sum over matches g of  #{matches up to rank g} / rank g
 
-    A query is a row of an evaluation set, such as a drawing by a vendor that was never seen; right are the training
-    drawings of the same content (equal key), or those with the same ``target``. Its own row is no part of the
-    gallery, and queries without a right row do not count. A random order has ``modules.metrics.
-    chance_average_precision``: about (R + ln G) / G for R right rows among G. Keys: ``{set}/map_{modality}`` and
-    ``{set}/map_{target}_{modality}``, for the sets with such queries.
+    A query is a row of an evaluation set, such as a drawing by a vendor without training data; matches are the training
+    samples of the same content (equal key), or those with the same ``target``. A query's own row is excluded from the
+    gallery, and queries without a match do not count. A random order has
+    :func:`~descant.modules.evaluation.metrics.chance_average_precision`: about (R + ln G) / G for R matches among G.
+    Keys: ``{set}/map_{modality}`` and ``{set}/map_{target}_{modality}``, for the sets with such queries.
 
     Args:
-        modality: that is searched in itself.
-        target: which of the data's targets makes a right row as well, or none.
-        sets: the evaluation sets that queries come from; all of them where not given.
-        validate: take part in the validations of a fit too, and not in ``validate`` and ``test`` alone.
+        modality: of queries and gallery.
+        target: a target of the data whose equality is a match as well, or none.
+        sets: the evaluation sets of the queries; all of them where not given.
+        validate: run in the validations of a fit too, not only in ``validate`` and ``test``.
 
     Raises:
         ValueError: at setup, for a data module without a bank; at evaluation, for an unknown modality, target or set.
@@ -97,11 +93,7 @@ class IntraModal(_Late):
     """
 
     def __init__(
-        self,
-        modality: str = "image",
-        target: str | None = None,
-        sets: list[str] | None = None,
-        validate: bool = False,
+        self, modality: str = "image", target: str | None = None, sets: list[str] | None = None, validate: bool = False
     ) -> None:
         super().__init__(sets, validate)
         self.modality, self.target = modality, target
@@ -111,7 +103,7 @@ class IntraModal(_Late):
         return self._generate_state_key(modality=self.modality, target=self.target)
 
     def judge(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
-        if not self._asked(trainer):
+        if not self._due(trainer):
             return {}
         m, values = self.modality, {}
         chosen, bank = self._chosen(sets, m), self.bank(trainer, pl_module)
@@ -127,42 +119,43 @@ class IntraModal(_Late):
                     rows.index[at_Q],
                     bank.index[at_G],
                 )
-        return _known(values)
+        return _defined(values)
 
 
-class Inversion(_Late):
-    """Retrieval within a modality by way of another one: does comparing across the two (OTI, OVI) find more?
+class Inversion(_SetEvaluator):
+    """Intra-modal retrieval by modality inversion (OTI, OVI): queries mapped into the other modality first.
 
-        OTI:  v_q = pseudo-words such that f_text("a picture of v_q") lies where z_image_q does;
-              the gallery of images is searched with f_text("a picture of v_q") in place of z_image_q
+        OTI:  v_q = pseudo-words such that f_text("a picture of v_q") is closest to z_image_q;
+              f_text("a picture of v_q") replaces z_image_q as the query of the gallery of images
         OVI:  the same for texts, with pseudo-patches and the image tower, where ``ovi`` is given
 
     Keys of OTI (of OVI: ``ovi_...``, and ``native_..._text``), on the same queries and the same gallery:
-    ``{set}/oti_cos``, mean cosine of what was inverted and its target; ``oti_monotone``, share of 50-step marks at
-    which the mean loss fell; ``oti_map`` and ``native_map``, mean average precision of both ways; ``oti_gain``, the
-    first less the second; ``oti_map_sham``, with the inverted vector of a query of other content; ``oti_map_chance``,
-    of a random order. These five of retrieval again with ``_{target}`` behind ``map`` or ``gain``, where right is an
-    equal target and not equal content. For the targets in ``named`` also ``zeroshot_{target}``, the accuracy of naming
-    the image by prompts, and ``zeroshot_{target}_oti``, that of naming what was inverted: text compared with text. So
-    are ``names_map`` and ``names_map_oti`` for the texts of the set, where right is equal content.
+    ``{set}/oti_cos``, mean cosine of inverted embedding and target; ``oti_monotone``, share of 50-step marks at which
+    the mean loss fell; ``oti_map`` and ``native_map``, mean average precision with and without inversion; ``oti_gain``,
+    their difference; ``oti_map_sham``, with the inverted embeddings permuted among queries of other content;
+    ``oti_map_chance``, of a random order. These five again with ``_{target}`` after ``map`` or ``gain``, where a match
+    is an equal target, not equal content. For the targets in ``named`` also ``zeroshot_{target}``, zero-shot accuracy
+    by prompts, and ``zeroshot_{target}_oti``, that of the inverted embedding: text compared with text. Likewise
+    ``names_map`` and ``names_map_oti`` for the texts of the set, where a match is equal content.
 
-    The gallery of OTI is the data module's bank, that of OVI the texts of the set. A query's own row is part of
-    neither, nor is a text of equal content part of the latter: without a target OVI has cosine and monotony alone.
+    The gallery of OTI is the data module's bank, that of OVI the texts of the set. A query's own row is excluded from
+    both, and texts of equal content from the latter: without a target OVI has cosine and monotony alone.
 
     Args:
         template: of the text around the pseudo-words, with ``{}`` in their place.
-        modality: of OTI's queries. through: the modality that they are inverted into.
-        target: which of the data's targets makes a right row as well, or none.
-        named: the targets whose classes name the queries; ``target`` alone where not given.
-        sets: the evaluation sets that queries come from; all of them where not given.
-        limit: queries of a set, evenly spread over it.
-        oti: how to invert; 150 steps where not given.
-        ovi: how to invert texts into pseudo-patches, such as 1000 steps, or none. For towers of patches.
-        validate: take part in the validations of a fit too, and not in ``validate`` and ``test`` alone.
+        modality: of OTI's queries.
+        through: the modality that they are inverted into.
+        target: a target of the data whose equality is a match as well, or none.
+        named: the targets of zero-shot classification; ``target`` alone where not given.
+        sets: the evaluation sets of the queries; all of them where not given.
+        limit: queries of a set, evenly spaced over it.
+        oti: the optimization; 150 steps where not given.
+        ovi: that of texts into pseudo-patches, such as 1000 steps, or none. For towers of patches.
+        validate: run in the validations of a fit too, not only in ``validate`` and ``test``.
 
     Raises:
         ValueError: for a template without its place, or a limit below 2; at setup, for a recipe that lacks the protocol
-            Inverts, a tower without ``embed`` and ``encode``, a data module without a bank or a codec, or without
+            Inverts, a tower without ``embed`` and ``encode``, a data module without a bank, a tokenizer (``codec``) or
             prompts of the target; at evaluation, for an unknown modality, target or set.
 
     Source: arXiv 2502.04263.
@@ -201,61 +194,61 @@ class Inversion(_Late):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if not has(pl_module, Inverts):
+        if not isinstance(pl_module, Inverts):
             raise ValueError(
                 "Inversion needs the protocol Inverts (encoded(h_BTD, mask_BT, modality)); "
                 f"{type(pl_module).__name__} lacks it"
             )
         self._require(trainer, "codec")
-        codec = trainer.datamodule.codec  # type: ignore[attr-defined]
-        if not isinstance(codec, Tokenizer):
-            raise ValueError("Inversion: the data module has no codec, so nothing reads the template; Emoji has one")
-        self._codec = codec
-        text_frame(pl_module, self.through, codec, self.template, self.oti.tokens)
+        tokenizer = trainer.datamodule.codec  # type: ignore[attr-defined]
+        if not isinstance(tokenizer, Tokenizer):
+            raise ValueError("Inversion: the data module has no tokenizer (codec) for the template; Emoji has one")
+        self._tokenizer = tokenizer
+        text_frame(pl_module, self.through, tokenizer, self.template, self.oti.tokens)
         if self.ovi is not None:
             tower_of(pl_module, self.modality)
         for prompts in self._prompts.values():
             prompts.setup(trainer, pl_module, stage)
 
     def judge(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
-        if not self._asked(trainer):
+        if not self._due(trainer):
             return {}
-        assert has(pl_module, Inverts)
+        assert isinstance(pl_module, Inverts)
         values: dict[str, Tensor] = {}
         a, b, bank = self.modality, self.through, self.bank(trainer, pl_module)
         classes = {target: prompts.classifier(trainer, pl_module) for target, prompts in self._prompts.items()}
-        frame = text_frame(pl_module, b, self._codec, self.template, self.oti.tokens)
+        frame = text_frame(pl_module, b, self._tokenizer, self.template, self.oti.tokens)
         for name, rows in self._chosen(sets, a).items():
             at_Q = self._queries(rows, a)
             if len(at_Q) == 0:
                 continue
-            found = self.oti(pl_module, b, frame, rows.z[a][at_Q], rows.index[at_Q])
-            values |= self._judged(f"{name}/", "oti", found, rows, at_Q, bank, a, bank.index, rows.index)
+            inverted = self.oti(pl_module, b, frame, rows.z[a][at_Q], rows.index[at_Q])
+            values |= self._scores(f"{name}/", "oti", inverted, rows, at_Q, bank, a, bank.index, rows.index)
             at_G = rows.where(b)
             rest = rows.key[at_Q], rows.z[b][at_G], rows.key[at_G]
             values[f"{name}/names_map"] = mean_average_precision(rows.z[a][at_Q], *rest)
-            values[f"{name}/names_map_oti"] = mean_average_precision(found.z_BD.to(rest[1]), *rest)
+            values[f"{name}/names_map_oti"] = mean_average_precision(inverted.z_BD.to(rest[1]), *rest)
             for target, w_CD in classes.items():
-                values |= self._named(f"{name}/zeroshot_{target}", target, found, rows, at_Q, w_CD)
+                values |= self._named(f"{name}/zeroshot_{target}", target, inverted, rows, at_Q, w_CD)
         if self.ovi is None:
-            return _known(values)
+            return _defined(values)
         frame = patch_frame(pl_module, a, self.ovi.tokens)
         for name, rows in self._chosen(sets, b).items():
             at_Q = self._queries(rows, b)
             if len(at_Q) > 0:
-                found = self.ovi(pl_module, a, frame, rows.z[b][at_Q], rows.index[at_Q])
-                values |= self._judged(f"{name}/", "ovi", found, rows, at_Q, rows, b, rows.key, rows.key)
-        return _known(values)
+                inverted = self.ovi(pl_module, a, frame, rows.z[b][at_Q], rows.index[at_Q])
+                values |= self._scores(f"{name}/", "ovi", inverted, rows, at_Q, rows, b, rows.key, rows.key)
+        return _defined(values)
 
     def _queries(self, rows: Rows, modality: str) -> Tensor:
         at_N = rows.where(modality)
         return at_N[:: max(-(-len(at_N) // self.limit), 1)]
 
-    def _judged(
+    def _scores(
         self,
         place: str,
         way: str,
-        found: Inverted,
+        inverted: Inverted,
         rows: Rows,
         at_Q: Tensor,
         gallery: Rows,
@@ -263,16 +256,16 @@ class Inversion(_Late):
         id_gallery_N: Tensor,
         id_N: Tensor,
     ) -> dict[str, Tensor]:
-        """All but naming: the queries are ``at_Q`` of ``rows``, ids say which gallery rows are a query itself."""
-        values = {f"{place}{way}_cos": found.cos_B.mean(), f"{place}{way}_monotone": found.monotone()}
+        """All but zero-shot: queries are ``at_Q`` of ``rows``; gallery rows with the id of a query are excluded."""
+        values = {f"{place}{way}_cos": inverted.cos_B.mean(), f"{place}{way}_monotone": inverted.monotone()}
         at_G, of = gallery.where(modality), "" if modality == self.modality else f"_{modality}"
         z_Q, z_G = rows.z[modality][at_Q], gallery.z[modality][at_G]
-        other_Q = another(rows.key[at_Q])
+        other_Q, z_inverted_Q = rows_of_other_keys(rows.key[at_Q]), inverted.z_BD.to(z_G)
         for suffix, (label_N, label_gallery_N) in self._labels(rows, gallery, self.target).items():
             keep = label_N[at_Q] >= 0
             rest = (label_N[at_Q][keep], z_G, label_gallery_N[at_G], id_N[at_Q][keep], id_gallery_N[at_G])
             native, across, sham = (
-                mean_average_precision(z[keep], *rest) for z in (z_Q, found.z_BD.to(z_G), found.z_BD.to(z_G)[other_Q])
+                mean_average_precision(z[keep], *rest) for z in (z_Q, z_inverted_Q, z_inverted_Q[other_Q])
             )
             values[f"{place}native_map{suffix}{of}"], values[f"{place}{way}_map{suffix}"] = native, across
             values[f"{place}{way}_gain{suffix}"] = across - native
@@ -282,35 +275,16 @@ class Inversion(_Late):
         return values
 
     def _named(
-        self, key: str, target: str, found: Inverted, rows: Rows, at_Q: Tensor, w_CD: Tensor
+        self, key: str, target: str, inverted: Inverted, rows: Rows, at_Q: Tensor, w_CD: Tensor
     ) -> dict[str, Tensor]:
         label_Q = rows.targets[target][at_Q]
         keep, z_Q = label_Q >= 0, rows.z[self.modality][at_Q]
         return {
             name: ((z_QD @ w_CD.T).argmax(dim=1) == label_Q)[keep].double().mean()
-            for name, z_QD in ((key, z_Q), (f"{key}_oti", found.z_BD.to(z_Q)))
+            for name, z_QD in ((key, z_Q), (f"{key}_oti", inverted.z_BD.to(z_Q)))
         }
 
 
-def another(key_N: Tensor) -> Tensor:
-    """Row numbers ``[N]``: for each row one of another key (itself, where there is no other), in one cycle of the keys.
-
-    A pure function of the keys and of their first rows.
-
-    >>> key_N = torch.tensor([5, 5, 8, 9])
-    >>> bool((key_N[another(key_N)] != key_N).all()), another(torch.tensor([3, 3])).tolist()
-    (True, [0, 0])
-    """
-    keys, of_N = key_N.unique(return_inverse=True)
-    first_K = torch.full_like(keys, len(key_N)).scatter_reduce(
-        0, of_N, torch.arange(len(key_N), device=key_N.device), reduce="amin"
-    )
-    order_K = torch.from_numpy(mix_N(keys, "sham")).to(key_N.device).argsort(stable=True)
-    next_K = torch.empty_like(order_K)
-    next_K[order_K] = order_K.roll(-1)
-    return first_K[next_K[of_N]]
-
-
-def _known(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Less what no query has a right row for."""
+def _defined(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the metrics for which no query has a match."""
     return {key: value for key, value in values.items() if not bool(value.isnan())}

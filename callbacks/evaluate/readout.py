@@ -1,4 +1,4 @@
-"""What frozen tower features tell linearly of targets, and what they tell beside other features of the same stimuli.
+"""Linear readout of frozen tower features, compared with an untrained twin and with both modalities fused.
 
 Letters: B rows of a batch, N rows of a set, P features, S columns of a target.
 """
@@ -30,27 +30,27 @@ class Readout(Judge):
 
         {set}/readout_{target} = mean over the target's columns of  mean over contiguous folds of Pearson r
 
-    With a ``contrast``, tests say beside it, as shares of the target's columns that are flagged:
+    With a ``contrast``, tests also log shares of the target's columns that are significant:
 
-    ``{set}/readout_{target}_random``, ``_beats_random``: r of the twin, the same network with the weights that it had
-        before training, and where the trained one reads better.
-    ``{set}/readout_{target}_integration``: where both modalities fused, side by side and with products of their
-        principal components, read better than either alone *and* than both side by side.
-    ``{set}/readout_{target}_integration_concat``: where both side by side read better than either alone.
+    ``{set}/readout_{target}_random``, ``_beats_random``: r of the twin, the same network with its weights before
+        training, and where the trained one predicts better.
+    ``{set}/readout_{target}_integration``: where both modalities fused, concatenated with products of their principal
+        components, predict better than either alone *and* than the concatenation.
+    ``{set}/readout_{target}_integration_concat``: where the concatenation predicts better than either alone.
 
-    Behind the name of the target stands ``_{modality}`` where that is not image. Rows are read by sample id, so a
-    corpus in an order of kinds or of time is cut into contiguous blocks. Set apart are the sets without such a target
-    and targets with too few values. The twin's weights are part of the checkpoint.
+    After the name of the target follows ``_{modality}`` where that is not image. Rows are sorted by sample id, so a
+    corpus ordered by class or time is cut into contiguous blocks. Sets without such a target and targets with too few
+    values are skipped. The twin's weights are part of the checkpoint.
 
     Args:
         targets: float targets of the data, ``[N]`` or ``[N, S]``; nan is no value.
-        modality: whose features are read.
+        modality: whose features predict.
         against: the other modality of integration.
-        sets: which sets; all of them where not given.
+        sets: names of evaluation sets; all of them where not given.
         ridge: the readout.
-        contrast: what flags columns, or none for r alone.
+        contrast: the significance test, or none for r alone.
         components: principal components of each modality in products.
-        shuffle: a control: every row is read from the features of another.
+        shuffle: a sham: the features are permuted among rows.
 
     Raises:
         ValueError: for no targets or equal modalities; at setup, if the recipe lacks the protocol Features or splits
@@ -58,7 +58,7 @@ class Readout(Judge):
 
     >>> Readout(targets=[])
     Traceback (most recent call last):
-    ValueError: Readout: targets: none to read; such as [visual]
+    ValueError: Readout: targets: none given; such as [visual]
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Readout(Judge):
         super().__init__()
         require_objects(self, ridge=(ridge, RidgeReadout), contrast=(contrast, ModelContrast))
         if not targets:
-            raise ValueError("Readout: targets: none to read; such as [visual]")
+            raise ValueError("Readout: targets: none given; such as [visual]")
         if modality == against:
             raise ValueError(f"Readout: {modality!r} against itself; such as modality image against text")
         self.targets, self.modality, self.against, self.sets = targets, modality, against, sets
@@ -91,11 +91,11 @@ class Readout(Judge):
     # the twin ------------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.contrast is None or self._twin is not None:  # a resumed run has the twin of its first start
+        if self.contrast is None or self._twin is not None:  # a resumed run has the twin of its start
             return
         state = pl_module.state_dict()
         if any(isinstance(value, DTensor) for value in state.values()):
-            raise ValueError("Readout: contrast: the twin needs whole parameters, and these are split over ranks")
+            raise ValueError("Readout: contrast: the twin needs whole parameters, and these are sharded over ranks")
         self._twin = {name: value.detach().cpu().clone() for name, value in state.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -125,17 +125,17 @@ class Readout(Judge):
         if self.sets is not None and self._lead(trainer)._set_name(trainer, dataloader_idx) not in self.sets:
             return
         contrasted = self.contrast is not None and trainer.testing
-        kinds = {TRAINED: (self.modality, self.against) if contrasted else (self.modality,)}
+        networks = {TRAINED: (self.modality, self.against) if contrasted else (self.modality,)}
         if contrasted and self._twin is not None:
-            kinds[RANDOM] = (self.modality,)
-        for kind, modalities in kinds.items():
-            with weights(pl_module, self._twin if kind == RANDOM else None):
+            networks[RANDOM] = (self.modality,)
+        for network, modalities in networks.items():
+            with weights(pl_module, self._twin if network == RANDOM else None):
                 h = {m: _features(trainer, pl_module, batch, m) for m in modalities if m in batch.inputs}
             if self.modality not in h:
                 raise ValueError(f"Readout: no features of {self.modality!r}; the data has {', '.join(batch.present)}")
-            self._features.setdefault((dataloader_idx, kind), Store().to(pl_module.device)).update(h, batch)
+            self._features.setdefault((dataloader_idx, network), Store().to(pl_module.device)).update(h, batch)
 
-    # judging -------------------------------------------------------------------------------------------------------
+    # evaluating ----------------------------------------------------------------------------------------------------
 
     def judge(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
         unknown = [name for name in self.sets or [] if name not in sets]
@@ -145,29 +145,28 @@ class Readout(Judge):
         for number, name in enumerate(sets):
             if (number, TRAINED) not in self._features:
                 continue
-            kinds = {kind: store.compute() for (n, kind), store in self._features.items() if n == number}
-            known = [target for target in self.targets if target in kinds[TRAINED].targets]
+            networks = {network: store.compute() for (n, network), store in self._features.items() if n == number}
+            known = [target for target in self.targets if target in networks[TRAINED].targets]
             if not known:
-                there = ", ".join(sorted(kinds[TRAINED].targets)) or "none"
-                raise ValueError(f"Readout: no target {self.targets[0]!r} in {name!r}; it has {there}")
+                self.require_target(self.targets[0], networks[TRAINED].targets, repr(name))
             for target in known:
                 suffix = "" if self.modality == "image" else f"_{self.modality}"
                 key = f"{name}/readout_{target}{suffix}"
-                values |= {key + end: value for end, value in self._read(kinds, target).items()}
+                values |= {key + end: value for end, value in self._read(networks, target).items()}
         return values
 
-    def _read(self, kinds: Mapping[str, Rows], target: str) -> dict[str, Tensor]:
-        rows = kinds[TRAINED]
+    def _read(self, networks: Mapping[str, Rows], target: str) -> dict[str, Tensor]:
+        rows = networks[TRAINED]
         y = rows.targets[target]
         if not y.is_floating_point():
-            raise ValueError(f"Readout: target {target!r} holds classes, not numbers; LinearProbe reads those")
+            raise ValueError(f"Readout: target {target!r} holds classes, not numbers; use LinearProbe for those")
         here = rows.where(self.modality)
         trained = self.ridge(self._x(rows, self.modality, here), y[here])
         values = _mean("", trained)
         if self.contrast is None or not values:
             return values
-        if RANDOM in kinds:
-            twin = self.ridge(self._x(kinds[RANDOM], self.modality, here), y[here])
+        if RANDOM in networks:
+            twin = self.ridge(self._x(networks[RANDOM], self.modality, here), y[here])
             values |= _mean("_random", twin)
             values["_beats_random"] = self.contrast.beats(trained, twin).double().mean()
         if self.against in rows.z:
@@ -184,27 +183,27 @@ class Readout(Judge):
 
     def _x(self, rows: Rows, modality: str, here: Tensor) -> Tensor:
         x_NP = rows.z[modality][here]
-        if self.shuffle:  # one cycle in a random order of the samples, so none keeps its own
+        if self.shuffle:  # a cycle in a random order of the samples, so each gets another's
             order_N = torch.from_numpy(mix_N(rows.index[here], "readout/shuffle")).to(here.device).argsort(stable=True)
             x_NP = x_NP.clone().index_copy_(0, order_N, x_NP[order_N.roll(-1)])
         return x_NP
 
 
-# what it is made of ------------------------------------------------------------------------------------------------
+# helpers -----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def weights(module: nn.Module, state: Mapping[str, Tensor] | None) -> Iterator[None]:
-    """A module with other weights for a while, and its own again; None changes nothing."""
+    """Context: a module with other weights, restored afterwards; None changes nothing."""
     if state is None:
         yield
         return
-    own = {name: value.detach().clone() for name, value in module.state_dict().items()}
+    before = {name: value.detach().clone() for name, value in module.state_dict().items()}
     try:
         module.load_state_dict(dict(state))
         yield
     finally:
-        module.load_state_dict(own)
+        module.load_state_dict(before)
 
 
 def _features(trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, modality: str) -> Tensor:
@@ -214,7 +213,7 @@ def _features(trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, mo
 
 
 def _mean(end: str, reading: Reading) -> dict[str, Tensor]:
-    """The mean r of the columns that have one; nan where features are broken, nothing where a target has no values."""
+    """The mean r of the columns that have one; nan for features that are not finite, {} for a target without values."""
     if not bool((reading.fold >= 0).any()):
         return {}
     broken = bool(reading.predicted[reading.fold >= 0].isnan().any())

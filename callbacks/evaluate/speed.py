@@ -1,4 +1,4 @@
-"""How fast each modality's own parameters learn. Letters: M modalities."""
+"""Learning speed of each modality, from gradient norms."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from descant.modules.engine.trainer import log_interval
 
 
 class LearningSpeed(L.Callback):
-    """Of the gradients that the optimizer gets:
+    """Conditional learning speed of each modality, from the gradients that the optimizer gets:
 
         speed/{m}       log( sum over steps so far of |g_m|^2 / |theta_m|^2 )
         speed/ahead     the largest of these less the smallest
 
-    with the parameters that are of modality m alone. A modality that lags far behind learns what the others leave over:
-    balancing has something to do. Named behind a balancer it sees what that has made of gradients. Source: Wu 2022
-    (arXiv 2202.05306), whose conditional speed compares a network's parts by this measure.
+    with the parameters of modality m alone. A modality that lags far behind is under-trained: a balancer may help.
+    Listed after a balancer, this measures the balanced gradients. Source: Wu 2022 (arXiv 2202.05306), whose conditional
+    speed compares a network's parts by this measure.
 
     Args:
-        every: optimizer steps from one look to the next; the sum is over looks, so it stands for all steps.
+        every: optimizer steps between two measurements, each of which counts for all steps up to the next.
 
     Raises:
         ValueError: for a number below 1; at setup, for a recipe without the protocol MultimodalClassifier or with one
             modality.
     """
 
-    #: Said twice (by an experiment and an overlay), the last one counts.
+    #: If listed twice (by an experiment and an overlay), the last one applies.
     once = True
 
     def __init__(self, every: int = 1) -> None:
@@ -54,13 +54,13 @@ class LearningSpeed(L.Callback):
         return self._sums
 
     def _read(self) -> None:
-        """What a device has found since the last time, all at once."""
+        """Adds the norms measured since the last time, in one transfer from the device."""
         unread, self._unread = self._unread, []
         if unread:
-            norms = torch.stack([torch.stack([moved, size]).double() for _, moved, size in unread]).tolist()
-            for (m, _, _), (moved, size) in zip(unread, norms, strict=True):
-                if math.isfinite(moved**2):  # what is skipped moves nothing
-                    self._sums[m] = self._sums.get(m, 0.0) + self.every * moved**2 / max(size**2, 1e-300)
+            norms = torch.stack([torch.stack(pair).double() for _, *pair in unread]).tolist()
+            for (m, _, _), (gradient, size) in zip(unread, norms, strict=True):
+                if math.isfinite(gradient**2):  # skipped steps change no parameter
+                    self._sums[m] = self._sums.get(m, 0.0) + self.every * gradient**2 / max(size**2, 1e-300)
 
     def state_dict(self) -> dict[str, Any]:
         return {"sums": dict(self.sums)}
@@ -75,9 +75,9 @@ class LearningSpeed(L.Callback):
         assert has(pl_module, MultimodalClassifier)
         if trainer.global_step % self.every == 0:
             for m in pl_module.modalities:
-                own = [p for p in pl_module.of_modality(m) if p.grad is not None]
-                moved = _norm([p.grad for p in own if p.grad is not None], pl_module.device)
-                self._unread.append((m, moved, _norm([p.detach() for p in own], pl_module.device)))
+                trained = [p for p in pl_module.of_modality(m) if p.grad is not None]
+                gradient = _norm([p.grad for p in trained if p.grad is not None], pl_module.device)
+                self._unread.append((m, gradient, _norm([p.detach() for p in trained], pl_module.device)))
             if pl_module.device.type == "cpu" or len(self._unread) > UNREAD:
                 self._read()
         if (trainer.global_step + 1) % log_interval(trainer) == 0 and self.sums:
@@ -88,7 +88,7 @@ class LearningSpeed(L.Callback):
 
 
 def _norm(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """Of all of them, whole where they are split over ranks."""
+    """The norm of all tensors together, over ranks where they are sharded."""
     if not tensors:
         return torch.zeros((), device=device)
     norm = torch.nn.utils.get_total_norm(tensors)

@@ -1,4 +1,4 @@
-"""Is a picture nearer to its caption than to the caption's hard negative? Letters: B rows of a batch, N of a set."""
+"""Accuracy against hard negatives (SugarCrepe, ARO). Letters: B rows of a batch, N of a set."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from descant.modules.evaluation.metrics import swap_accuracy
 
 
 class SwapAccuracy(Judge):
-    """How often what fits wins over its hard negative, the mean over the kinds of negatives.
+    """How often a positive scores higher than its hard negative, averaged over the types of negatives.
 
-        hit_n = [z_a . z_b > z_a . z_neg]_n, or 1/2 where both score the same
+        hit_n = [z_a . z_b > z_a . z_neg]_n, or 1/2 for equal scores
 
-    Chance is 1/2. A bag of words scores the same for every caption whose words change places, so ties are no failure of
-    the metric but of the model, and their share stands beside it. A hard negative is embedded as what it is a negative
-    of, with all that goes with it (the triples of its own graph), so any recipe that embeds can be judged. Keys:
-    ``{set}/swap`` and ``{set}/swap_ties``, for the sets that have hard negatives.
+    Chance is 1/2. A bag-of-words model scores captions with swapped words equally: such ties are its failure, and
+    their share is logged too. A hard negative is embedded like the positive, with all that belongs to it (the triples
+    of its own graph), so any recipe that embeds can be evaluated. Keys: ``{set}/swap`` and ``{set}/swap_ties``, for the
+    sets that have hard negatives.
 
     Args:
         modality: that has hard negatives.
-        against: whose embedding judges.
-        target: which of the data's targets holds the kind of a negative; a kind below 0 is left out.
-        tolerance: difference of scores up to which they are the same: the rounding of float32.
+        against: the modality of the queries.
+        target: which of the data's targets holds the type of a negative; a type below 0 is left out.
+        tolerance: difference up to which scores are equal: the rounding of float32.
 
     Raises:
         ValueError: for equal modalities or a negative tolerance; at evaluation, if nothing has hard negatives, or
@@ -75,13 +75,10 @@ class SwapAccuracy(Judge):
             # both stores are sorted by sample id, so their rows are the same samples
             rows, negative = sets[name], store.compute()
             for m in (self.modality, self.against):
-                if m not in rows.z:
-                    raise ValueError(f"SwapAccuracy: no embedding of {m!r}; the recipe has {', '.join(rows.z)}")
-            if self.target not in rows.targets:
-                known = ", ".join(sorted(rows.targets)) or "none"
-                raise ValueError(f"SwapAccuracy: no target {self.target!r} in the data; it has {known}")
-            kind_N, (neg,) = rows.targets[self.target], negative.z
-            valid_N = rows.present[self.against] & rows.present[self.modality] & negative.present[neg] & (kind_N >= 0)
+                self.require_embedding(rows, m)
+            self.require_target(self.target, rows.targets)
+            type_N, (neg,) = rows.targets[self.target], negative.z
+            valid_N = rows.present[self.against] & rows.present[self.modality] & negative.present[neg] & (type_N >= 0)
             if not bool(valid_N.any()):
                 continue
             z_a_ND, z_b_ND, z_neg_ND = (
@@ -89,7 +86,7 @@ class SwapAccuracy(Judge):
             )
             score_N, score_neg_N = (z_a_ND * z_b_ND).sum(dim=1), (z_a_ND * z_neg_ND).sum(dim=1)
             values[f"{name}/swap"], values[f"{name}/swap_ties"] = swap_accuracy(
-                score_N, score_neg_N, kind_N[valid_N], self.tolerance
+                score_N, score_neg_N, type_N[valid_N], self.tolerance
             )
         if not self._negatives:
             raise ValueError(

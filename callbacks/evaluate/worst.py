@@ -1,4 +1,4 @@
-"""Of several groups the one that fares worst: what a mean over all samples hides."""
+"""Worst-group metrics."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from descant.modules.engine.trainer import logged_step
 
 
 class WorstGroup(Callback):
-    """Of the parts of a mixture, whose evaluation sets are called ``part-set``:
+    """Worst, mean and gap over the parts of a mixture, whose evaluation sets are named ``part-set``:
 
-        {set}/worst/{metric}    the least of what the parts have (the most, of what begins with loss)
-        {set}/mean/{metric}     their mean, every part counted alike
+        {set}/worst/{metric}    the least over the parts (the largest, for names that begin with loss)
+        {set}/mean/{metric}     their mean, with equal weights
         {set}/gap/{metric}      between the best and the worst
 
-    after each evaluation, before others look at what came of it, so that a checkpoint may go by the worst.
+    after each evaluation and before all other callbacks, so that a checkpoint can monitor the worst.
 
     Args:
-        metrics: names behind the set, such as answered or accuracy; a set that two parts lack has none.
+        metrics: names after the set, such as answered or accuracy; needs a set that two parts have.
 
     Raises:
         ValueError: for no metric.
@@ -39,27 +39,28 @@ class WorstGroup(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._tell(trainer)
+            self._report(trainer)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._tell(trainer)
+        self._report(trainer)
         if not any(name.split("/")[1:2] == ["worst"] for name in trainer.callback_metrics):
             rank_zero_warn(f"WorstGroup: no two parts have any of {', '.join(self.metrics)}")
 
-    def _tell(self, trainer: L.Trainer) -> None:
-        found: dict[tuple[str, str], list[float]] = {}
+    def _report(self, trainer: L.Trainer) -> None:
+        by_metric: dict[tuple[str, str], list[float]] = {}
         for name, value in trainer.callback_metrics.items():
             group, _, metric = name.partition("/")
-            dash, of = group.partition("-")[1:]
+            dash, set_name = group.partition("-")[1:]
             if dash and metric in self.metrics:
-                found.setdefault((of, metric), []).append(float(value))
+                by_metric.setdefault((set_name, metric), []).append(float(value))
         log: dict[str, float] = {}
-        for (of, metric), values in found.items():
+        for (set_name, metric), values in by_metric.items():
             if len(values) > 1:
                 worst, best = (max, min) if metric.startswith("loss") else (min, max)
-                log |= {f"{of}/worst/{metric}": worst(values), f"{of}/mean/{metric}": sum(values) / len(values)}
-                log[f"{of}/gap/{metric}"] = abs(best(values) - worst(values))
-        told: dict[str, Any] = {name: torch.tensor(value) for name, value in log.items()}
-        trainer.callback_metrics.update(told)
+                log[f"{set_name}/worst/{metric}"] = worst(values)
+                log[f"{set_name}/mean/{metric}"] = sum(values) / len(values)
+                log[f"{set_name}/gap/{metric}"] = abs(best(values) - worst(values))
+        metrics: dict[str, Any] = {name: torch.tensor(value) for name, value in log.items()}
+        trainer.callback_metrics.update(metrics)
         for logger in trainer.loggers if log else []:
             logger.log_metrics(log, step=logged_step(trainer))

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torchmetrics.functional.classification import binary_auroc
 
 from descant.callbacks.harmonize.terms import Harmonize, mean_of_ranks, read_together, total_of_ranks
-from descant.callbacks.plots.images import writers
+from descant.callbacks.plots.output import writers
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.hooks import GradientHooks

@@ -19,8 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from descant.callbacks.plots.cosines import Track, cosine_map
-from descant.callbacks.plots.images import keep_picture, run_folder
+from descant.callbacks.plots.curves import Track, cosine_map
+from descant.callbacks.plots.output import run_folder, save_figure
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.hooks import GradientHooks
 from descant.modules.core.host import host_copy, to_device
@@ -209,8 +209,8 @@ class Harmonize(L.Callback):
         if not trainer.is_global_zero or not self.track.steps or trainer.fast_dev_run or not trainer.loggers:  # type: ignore[attr-defined]
             return
         title = f"harmony by {type(self.rule).__name__}, step {trainer.global_step}"
-        image = cosine_map(title, list(combinations(self.names, 2)), *self.track.seen())
-        keep_picture(trainer, folder, image, "harmony", "harmony/cosines")
+        figure = cosine_map(title, list(combinations(self.names, 2)), *self.track.points())
+        save_figure(trainer, folder, figure, "harmony", "harmony/cosines")
 
 
 def read_together(*tensors: Tensor) -> tuple[Tensor, ...]:

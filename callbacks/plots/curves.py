@@ -1,93 +1,153 @@
-"""Numbers in the course of a run, as lines. Letters: S steps, K lines."""
+"""Numbers in the course of a run, recorded and drawn. Letters: S steps, K curves, Q pairs of terms."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw
 
-from descant.callbacks.plots.images import FAINT, GAP, GREEN, INK, PAPER, RED, TEXT, TITLE, _font
+from descant.callbacks.plots.style import CYCLE, FAINT, INK, SMALL, TITLE, figure, styled, text_width
 
-WIDE, HIGH, LEFT, PAD = 560, 220, 48, 14  # pixels of a panel, and of what stands around it
-#: Told apart by whoever sees no red, and in print: the colours differ in lightness too.
-COLOURS = ((27, 94, 168), (226, 120, 20), (110, 60, 140), (90, 170, 200), RED, GREEN)
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOST = 512  # points of a track; at the limit, neighbours are averaged
+LEFT, WIDE, HIGH = 56, 560, 220  # pixels of a panel and of its left margin
 
 
-def lines(
+class Track:
+    """A series of vectors with at most 512 points: whenever it is full, each two neighbours become their mean.
+
+    >>> track = Track()
+    >>> for step in range(2000):
+    ...     track.add(step, [float(step)])
+    >>> steps, values = track.points()
+    >>> len(steps), steps[:2], values[0].tolist(), values[1].tolist()
+    (500, [0, 4], [1.5], [5.5])
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.sums: list[list[float]] = []
+        self.counts: list[int] = []
+        self.each = 1
+
+    def add(self, step: int, values: Sequence[float]) -> None:
+        if not self.steps or self.counts[-1] == self.each:
+            if len(self.steps) == MOST:
+                self._halve()
+            self.steps.append(step)
+            self.sums.append([0.0] * len(values))
+            self.counts.append(0)
+        self.sums[-1] = [a + b for a, b in zip(self.sums[-1], values, strict=True)]
+        self.counts[-1] += 1
+
+    def _halve(self) -> None:
+        self.each *= 2
+        self.steps = self.steps[::2]
+        pairs = zip(self.sums[::2], self.sums[1::2], strict=True)
+        self.sums = [[x + y for x, y in zip(a, b, strict=True)] for a, b in pairs]
+        self.counts = [a + b for a, b in zip(self.counts[::2], self.counts[1::2], strict=True)]
+
+    def points(self) -> tuple[list[int], np.ndarray]:
+        """Steps, and values ``[S, Q]``."""
+        return self.steps, np.array([[x / n for x in row] for row, n in zip(self.sums, self.counts, strict=True)])
+
+    def state_dict(self) -> dict[str, object]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+
+
+@styled
+def curves(
     title: str,
     panels: Mapping[str, tuple[Sequence[str], Sequence[int], np.ndarray]],
     marks: Mapping[str, int] | None = None,
-) -> Image.Image:
-    """A panel for each of ``name -> (names of lines, steps, values_SK)``, from 0 to the largest value; the last of
-    several lines is black. What is not finite leaves a gap. With ``marks``, the first steps of parts of the run by
-    their names, all panels are of the whole run, and its parts are equally wide, however long they are.
+) -> Figure:
+    """A panel for each of ``name -> (names of curves, steps, values_SK)``; values that are not finite leave gaps.
+
+    The last of several curves is black; the legend has their last values. With ``marks``, parts of the run by name and
+    first step, all panels cover the whole run and each part is equally wide, however long it is.
 
     >>> values = np.array([[0.1, 0.2], [0.3, np.nan], [0.5, 0.6]])
-    >>> lines("title", {"val": (["image", "joint"], [0, 10, 20], values)}).size
-    (765, 331)
+    >>> len(curves("title", {"val": (["image", "joint"], [0, 10, 20], values)}).axes)
+    1
     """
-    names = [name for of, _, _ in panels.values() for name in of]
-    right = LEFT + WIDE + 2 * GAP + max(100, *(int(_font(TEXT, n).getlength(n)) + 80 for n in names))
-    tall = TEXT + GAP + HIGH + PAD + TEXT + GAP
-    image = Image.new("RGB", (right + GAP, GAP + TITLE + GAP + tall * len(panels)), PAPER)
-    draw = ImageDraw.Draw(image)
-    draw.text((GAP, GAP), title, INK, _font(TITLE, title))
-    for p, (panel, (of, steps, values_SK)) in enumerate(panels.items()):
-        top = GAP + TITLE + GAP + p * tall
-        draw.text((LEFT, top), panel, INK, _font(TEXT, panel))
-        every = [step for _, its, _ in panels.values() for step in its] if marks else steps
-        first, last = min([*every, *(marks or {}).values()]), max(every)
-        _panel(draw, (LEFT, top + TEXT + GAP // 2), of, steps, values_SK, (first, last), marks or {})
-    return image
+    labels = {
+        panel: [_label(*of) for of in zip(names, x_SK.T, strict=True)] for panel, (names, _, x_SK) in panels.items()
+    }
+    right = 60 + max(text_width(label, SMALL) for of in labels.values() for label in of)
+    panel_height = HIGH + (78 if marks else 62)
+    width, height = LEFT + WIDE + right, 44 + panel_height * len(panels)
+    made = figure(max(width, LEFT + text_width(title, TITLE)), height)
+    width = made.bbox.width
+    made.text(12 / width, 1 - 12 / height, title, fontsize=TITLE, va="top")
+    every_step = [step for _, steps, _ in panels.values() for step in steps]
+    for p, (panel, (_, steps, x_SK)) in enumerate(panels.items()):
+        bottom = height - 44 - p * panel_height - 24 - HIGH
+        axes = made.add_axes((LEFT / width, bottom / height, WIDE / width, HIGH / height))
+        axes.set_title(panel)
+        axes.grid(axis="y")
+        if marks:
+            bounds = [*sorted(marks.values()), max(every_step)]
+            x_S = np.interp(steps, bounds, np.arange(len(bounds)))
+            axes.set_xlim(0, len(bounds) - 1)
+            named = [f"{name}\n{step:,}" for name, step in sorted(marks.items(), key=lambda mark: mark[1])]
+            axes.set_xticks(range(len(bounds)), [*named, f"step\n{bounds[-1]:,}"])
+            for k, tick in enumerate(axes.get_xticklabels(), 1):
+                tick.set_horizontalalignment("left" if k < len(bounds) else "right")
+            for part in range(1, len(bounds) - 1):
+                axes.axvline(part, color=FAINT, linewidth=1)
+        else:
+            x_S = np.asarray(steps, dtype=float)
+            axes.set_xlim(min(steps), max(max(steps), min(steps) + 1))
+            axes.set_xlabel("step", loc="right")
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+            axes.locator_params(axis="x", integer=True)
+        for k, label in enumerate(labels[panel]):
+            colour = INK if k == x_SK.shape[1] - 1 > 0 else CYCLE[k % len(CYCLE)]
+            y_S = np.where(np.isfinite(x_SK[:, k]), x_SK[:, k], np.nan)
+            axes.plot(x_S, y_S, color=colour, label=label, marker="o" if len(steps) < 40 else "", markersize=5)
+        finite = x_SK[np.isfinite(x_SK)]
+        axes.set_ylim(0, max(float(finite.max(initial=0.0)) or 1.0, 1e-12) * 1.04)
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return made
 
 
-def _panel(
-    draw: ImageDraw.ImageDraw,
-    corner: tuple[int, int],
-    names: Sequence[str],
-    steps: Sequence[int],
-    x_SK: np.ndarray,
-    ends_at: tuple[int, int],
-    marks: Mapping[str, int],
-) -> None:
-    left, top = corner
-    real = x_SK[np.isfinite(x_SK)]
-    most = max(float(real.max()) if len(real) else 1.0, 1e-12)
-    bounds = [*sorted(marks.values()), ends_at[1]] if marks else list(ends_at)
+def _label(name: str, x_S: np.ndarray) -> str:
+    finite = x_S[np.isfinite(x_S)]
+    return f"{name} {finite[-1]:.3f}" if len(finite) else name
 
-    def across(step: int) -> float:
-        part = max(sum(step >= bound for bound in bounds[:-1]) - 1, 0)
-        low, high = bounds[part], bounds[part + 1]
-        return left + (part + (step - low) / max(high - low, 1)) / (len(bounds) - 1) * WIDE
 
-    for share in (0.0, 0.5, 1.0):
-        y = top + HIGH - round(share * HIGH)
-        draw.line((left, y, left + WIDE, y), (225, 225, 225))
-        draw.text((left - 6, y), f"{share * most:.2g}", FAINT, _font(TEXT, ""), anchor="rm")
-    for name, step in marks.items():
-        draw.line((across(step), top, across(step), top + HIGH), FAINT)
-        draw.text((across(step), top + HIGH + PAD // 2), f"{name}, {step:,}", FAINT, _font(TEXT, name))
-    if not marks:
-        draw.text((left, top + HIGH + PAD // 2), f"step {ends_at[0]:,}", FAINT, _font(TEXT, ""))
-    draw.text((left + WIDE, top + HIGH + PAD // 2), f"{ends_at[1]:,}", FAINT, _font(TEXT, ""), anchor="ra")
-    ends: list[tuple[float, str, tuple[int, int, int]]] = []
-    for k, name in enumerate(names):
-        colour = INK if k == len(names) - 1 > 0 else COLOURS[k % len(COLOURS)]
-        points = [
-            (across(step), top + HIGH - value / most * HIGH) for step, value in zip(steps, x_SK[:, k], strict=True)
-        ]
-        for a, b in pairwise(points):
-            if np.isfinite([*a, *b]).all():
-                draw.line((*a, *b), colour, 2)
-        for x, y in points if len(points) < 40 else ():
-            if np.isfinite(y):
-                draw.ellipse((x - 2, y - 2, x + 2, y + 2), colour)
-        last = [(y, value) for (_, y), value in zip(points, x_SK[:, k], strict=True) if np.isfinite(y)]
-        if last:
-            ends.append((last[-1][0], f"{name} {last[-1][1]:.3f}", colour))
-    at: float = -np.inf
-    for place, text, colour in sorted(ends):  # below each other, however near the lines end
-        at = max(place, at + TEXT + 2)
-        draw.text((left + WIDE + GAP, at), text, colour, _font(TEXT, text), anchor="lm")
+@styled
+def cosine_map(title: str, pairs: Sequence[tuple[str, str]], steps: Sequence[int], cos_SQ: np.ndarray) -> Figure:
+    """A row a pair of terms, over the steps of a run: blue where their gradients agree, red where they conflict.
+
+    >>> made = cosine_map("title", [("a", "b")], [0, 1], np.array([[-1.0], [0.5]]))
+    >>> made.axes[0].images[0].get_array().shape
+    (1, 2)
+    """
+    names = [f"{a} ~ {b}" for a, b in pairs]
+    left = 24 + max(text_width(name, SMALL) for name in names)
+    body = 28 * len(pairs)
+    height, width = 108 + body, max(left + WIDE + 24, 24 + text_width(title, TITLE))
+    made = figure(width, height)
+    made.text(12 / width, 1 - 12 / height, title, fontsize=TITLE, va="top")
+    axes = made.add_axes((left / width, 60 / height, WIDE / width, body / height))
+    most = max(float(np.abs(cos_SQ).max()), 1e-3)
+    image = axes.imshow(cos_SQ.T, cmap="RdBu", vmin=-most, vmax=most, aspect="auto", interpolation="nearest")
+    axes.spines[:].set_visible(False)
+    axes.set_yticks(range(len(names)), names)
+    axes.hlines(np.arange(1, len(names)) - 0.5, -0.5, len(steps) - 0.5, color="white", linewidth=4)
+    axes.set_xticks([-0.5, len(steps) - 0.5], [f"step {steps[0]:,}", f"{steps[-1]:,}"])
+    for k, tick in enumerate(axes.get_xticklabels()):
+        tick.set_horizontalalignment("right" if k else "left")
+    scale = made.add_axes(((left + 170) / width, 32 / height, 220 / width, 10 / height))
+    made.colorbar(image, cax=scale, orientation="horizontal", ticks=[-most, 0, most], format="{x:.2f}")
+    scale.tick_params(length=0, pad=2)
+    made.text((left + 160) / width, 37 / height, "conflict", fontsize=SMALL, ha="right", va="center")
+    made.text((left + 400) / width, 37 / height, "agreement (cosine)", fontsize=SMALL, va="center")
+    return made

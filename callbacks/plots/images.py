@@ -1,35 +1,49 @@
-"""What a model finds, to look at: retrieval as pictures, and the embedding projector.
+"""Retrieval results as images, and TensorBoard's embedding projector.
 
 Letters: N rows of an evaluation set, G gallery rows, D width.
 """
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import lightning as L
 import numpy as np
 import torch
 from google.protobuf import text_format  # type: ignore[import-untyped]
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from torch import Tensor
 
 from descant.callbacks.evaluate.embeddings import Judge, Rows, letters
-from descant.modules.engine.trainer import logged_step
+from descant.callbacks.plots.output import run_folder, save_figure, writers
+from descant.callbacks.plots.style import (
+    BLUE,
+    FAINT,
+    GREEN,
+    GRID,
+    INK,
+    SMALL,
+    VERMILLION,
+    page,
+    pixels,
+    rgb,
+    styled,
+    text_width,
+    wrap,
+)
 
-INK, FAINT, PAPER = (34, 34, 34), (110, 110, 110), (255, 255, 255)
-GREEN, RED, GREY, BLUE = (0, 140, 70), (213, 60, 40), (190, 190, 190), (40, 100, 200)
-TILE, FRAME, GAP, TEXT, TITLE = 128, 4, 12, 15, 19  # pixels
-#: TensorBoard shows a picture in 335 x 215 pixels, until it is clicked: this many queries, and captions in letters as
-#: large as their words allow, are read there (30 pixels of a sheet are 9 of TensorBoard).
-SHOWN, CAPTIONS, ROOM, HEAD = 3, (30, 26, 22, 18), 72, 34
-SPRITE = 8192  # the projector draws no sprite sheet that is wider
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TILE, FRAME, GAP = 128, 4, 12  # pixels
+#: TensorBoard shows an image in 335 x 215 pixels until it is clicked. This many queries, and captions in the largest of
+#: these sizes that fits, are readable there (30 pixels of a sheet are 9 of TensorBoard).
+SHOWN, CAPTIONS, ROOM, HEAD = 3, (28, 23, 18, 14), 72, 30
+SPRITE = 8192  # the projector shows no sprite sheet that is wider
 
 
 @runtime_checkable
@@ -42,29 +56,28 @@ class Pictured(Protocol):
 
 
 class RetrievalPictures(Judge):
-    """Queries and the best they find, right ones framed green and wrong ones red, after each evaluation.
+    """Image grids of queries and their best candidates: correct ones framed green, wrong ones orange-red.
 
-    One picture a set and direction (``i2t``, ``t2i``): to ``{run folder}/pictures/{set}-i2t-{step}.png``, and with
-    three queries at most, which can be read there, to every TensorBoard logger as ``pictures/{set}-i2t``. The
-    queries are spread evenly over the set by sample id, so they are the same in every evaluation; no two of them share
-    a key, and so no caption. Of texts found that share a key, which say the same, the best is shown. Nothing is drawn
-    in the sanity check.
+    One figure a set and direction (``i2t``, ``t2i``) after each evaluation: to
+    ``{run folder}/pictures/{set}-i2t-{step}.png``, and with at most three queries, which are readable there, to every
+    TensorBoard logger as ``pictures/{set}-i2t``. Queries are evenly spaced over the set by sample id, hence the same in
+    every evaluation, and no two share a key. Of retrieved texts that share a key only the best is shown. The sanity
+    check draws nothing.
 
     Args:
-        queries: rows of a picture in the run's folder.
-        top: candidates of each query.
+        queries: rows of the figure in the run's folder.
+        top: candidates per query.
         pair: the two modalities.
 
     Raises:
-        ValueError: a pair that is not two modalities, queries or top below 1; at evaluation, an unknown
-            modality.
+        ValueError: a pair that is not two modalities, queries or top below 1; at evaluation, an unknown modality.
 
     >>> RetrievalPictures(top=0)
     Traceback (most recent call last):
     ValueError: RetrievalPictures: queries 8 and top 0: 1 is the least
     """
 
-    #: Said twice (by an experiment and an overlay), the last one counts.
+    #: If listed twice (by an experiment and an overlay), the last one applies.
     once = True
 
     def __init__(self, queries: int = 8, top: int = 5, pair: list[str] | None = None) -> None:
@@ -76,29 +89,27 @@ class RetrievalPictures(Judge):
             raise ValueError(f"RetrievalPictures: pair: {self.pair} is not two modalities")
 
     def judge(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
-        folder = run_folder(trainer)  # asks all ranks, so it stands before the ways part
+        folder = run_folder(trainer)  # a collective, so before ranks diverge
         for name, rows in sets.items():
             for m in self.pair:
-                if m not in rows.z:
-                    known = ", ".join(rows.z)
-                    raise ValueError(f"RetrievalPictures: no embedding of {m!r}; the recipe has {known}")
+                self.require_embedding(rows, m)
             if trainer.sanity_checking or not trainer.is_global_zero:
                 continue
             for a, b in (self.pair, self.pair[::-1]):
                 title = f"{name}: {a} to {b}, step {trainer.global_step}"
-                image = self.draw(rows, a, b, trainer, title)
-                if image is None:
+                figure = self.draw(rows, a, b, trainer, title)
+                if figure is None:
                     continue
-                small = self.draw(rows, a, b, trainer, title, SHOWN) if self.queries > SHOWN else image
+                small = self.draw(rows, a, b, trainer, title, SHOWN) if self.queries > SHOWN else None
                 letter = letters(rows.z)
                 tag = f"{name}-{letter[a]}2{letter[b]}"
-                keep_picture(trainer, folder, image, tag, f"pictures/{tag}", small)
+                save_figure(trainer, folder, figure, tag, f"pictures/{tag}", small)
         return {}
 
     def draw(
         self, rows: Rows, a: str, b: str, trainer: L.Trainer, title: str, queries: int | None = None
-    ) -> Image.Image | None:
-        """The picture of one direction; None where no query has a right row in the gallery."""
+    ) -> Figure | None:
+        """The figure of one direction; None where no query has a match in the gallery."""
         gallery_G = rows.where(b)
         query = rows.where(a)
         query = query[torch.isin(rows.key[query], rows.key[gallery_G])]
@@ -108,43 +119,40 @@ class RetrievalPictures(Judge):
         spread = torch.linspace(0, len(query) - 1, min(queries or self.queries, len(query)), device=query.device)
         query = query[spread.round().long()]
         score = rows.z[a][query] @ rows.z[b][gallery_G].T
-        order = score.nan_to_num(-2.0).argsort(dim=1, descending=True, stable=True)
-        if b == "text":  # what is said twice is shown once
-            found = [line[first_of_each(rows.key[gallery_G[line]])] for line in order]
-        else:
-            found = list(order)
-        best = torch.stack([gallery_G[line[: self.top]] for line in found])
-        right = rows.key[best] == rows.key[query][:, None]
+        ranked = list(score.nan_to_num(-2.0).argsort(dim=1, descending=True, stable=True))
+        if b == "text":  # equal texts are shown once
+            ranked = [line[first_of_each(rows.key[gallery_G[line]])] for line in ranked]
+        best = torch.stack([gallery_G[line[: self.top]] for line in ranked])
+        correct = rows.key[best] == rows.key[query][:, None]
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        lines = []
-        for q, candidates, hits in zip(query.tolist(), best.tolist(), right.tolist(), strict=True):
-            cells = [_cell(data, int(rows.index[q]), GREY, a != "text")]
+        cells = []
+        for q, candidates, hits in zip(query.tolist(), best.tolist(), correct.tolist(), strict=True):
+            cells.append([_cell(data, int(rows.index[q]), GRID, a != "text")])
             for n, hit in zip(candidates, hits, strict=True):
-                cells.append(_cell(data, int(rows.index[n]), GREEN if hit else RED, True))
-            lines.append(cells)
-        first = right[:, 0].double().mean()
-        return sheet(lines, title, f"first is right: {first:.0%} of {len(query)} shown")
+                cells[-1].append(_cell(data, int(rows.index[n]), GREEN if hit else VERMILLION, True))
+        first = correct[:, 0].double().mean()
+        return sheet(cells, title, f"first is correct: {first:.0%} of {len(query)} shown")
 
 
 class Projector(Judge):
-    """The embeddings of the last evaluation in TensorBoard's projector: at the end of a fit, and of a test.
+    """The embeddings of the last evaluation in TensorBoard's projector, written at the end of a fit and of a test.
 
-    One entry a set holds all modalities in their common space, labelled by sample, modality and key, each
-    point drawn as the sample's picture, with a blue frame where it is the text that was embedded.
+    One entry a set holds all modalities in their common space, labelled by sample, modality and key. Each point is
+    shown as the sample's image, with a blue frame where the embedded one is the text.
 
     Args:
-        limit: points of one set, evenly spread by sample id.
-        size: pixels of a point's picture.
+        limit: points of one set, evenly spaced by sample id.
+        size: pixels of a point's image.
 
     Raises:
-        ValueError: limit or size below 2, or a sheet of pictures wider than the projector draws.
+        ValueError: limit or size below 2, or a sheet of images wider than the projector shows.
 
     >>> Projector(limit=40000)
     Traceback (most recent call last):
-    ValueError: Projector: 40000 pictures of 48 pixels make a sheet of 9600; the projector draws up to 8192
+    ValueError: Projector: 40000 images of 48 pixels make a sheet of 9600; the projector shows up to 8192
     """
 
-    #: Said twice (by an experiment and an overlay), the last one counts.
+    #: If listed twice (by an experiment and an overlay), the last one applies.
     once = True
 
     def __init__(self, limit: int = 2000, size: int = 48) -> None:
@@ -155,14 +163,13 @@ class Projector(Judge):
         wide = int(np.ceil(limit**0.5)) * size
         if wide > SPRITE:
             raise ValueError(
-                f"Projector: {limit} pictures of {size} pixels make a sheet of {wide}; "
-                f"the projector draws up to {SPRITE}"
+                f"Projector: {limit} images of {size} pixels make a sheet of {wide}; the projector shows up to {SPRITE}"
             )
-        self._points: dict[str, tuple[Tensor, list[tuple[int, str, int]]]] = {}
+        self._points: dict[str, tuple[Tensor, list[tuple[int, str, int]]]] = {}  # set -> z_ND; index, modality, key
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if trainer.loggers and not writers(trainer):  # without any, Sanity says so
+        if trainer.loggers and not writers(trainer):  # without any logger, Sanity reports it
             rank_zero_warn("Projector: none of the loggers is a TensorBoardLogger, so nothing will be written")
 
     def judge(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
@@ -177,13 +184,13 @@ class Projector(Judge):
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What was embedded last is written at the end of a fit, which a resumed run may reach without another look."""
+        """The last embeddings: a resumed run may reach the end of the fit without another evaluation."""
         return {name: {"z": z_ND, "labels": labels} for name, (z_ND, labels) in self._points.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._points = {
-            name: (kept["z"], [(int(index), str(m), int(key)) for index, m, key in kept["labels"]])
-            for name, kept in state_dict.items()
+            name: (saved["z"], [(int(index), str(m), int(key)) for index, m, key in saved["labels"]])
+            for name, saved in state_dict.items()
         }
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -200,59 +207,37 @@ class Projector(Judge):
             config = Path(writer.log_dir) / "projector_config.pbtxt"
             earlier = config.read_text() if config.exists() else ""
             for name, (z_ND, labels) in points.items():
-                marks = [[_line(data, index), m, str(key)] for index, m, key in labels]
-                tiles = [self._tile(data, index, m) for index, m, _ in labels]
                 writer.add_embedding(
                     z_ND,
-                    metadata=marks,
+                    metadata=[[_line(data, index), m, str(key)] for index, m, key in labels],
                     metadata_header=["sample", "modality", "key"],
-                    label_img=torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2).float() / 255,
+                    label_img=torch.from_numpy(self._sprites(data, labels)).permute(0, 3, 1, 2).float() / 255,
                     tag=name,
                     global_step=trainer.global_step,
                 )
             if earlier and points:
-                _keep(config, earlier)
+                _merge(config, earlier)
 
-    def _tile(self, data: Any, index: int, modality: str) -> np.ndarray:
-        image = _picture(data, index) or _label(_line(data, index), TILE)
-        tile = Image.new("RGB", (self.size, self.size), PAPER)
-        tile.paste(image.resize((self.size, self.size), Image.Resampling.BICUBIC))
-        if modality == "text":
-            ImageDraw.Draw(tile).rectangle((0, 0, self.size - 1, self.size - 1), outline=BLUE, width=3)
-        return np.asarray(tile)
-
-
-def writers(trainer: L.Trainer) -> list[Any]:
-    """The SummaryWriters of the TensorBoard loggers."""
-    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-
-
-def run_folder(trainer: L.Trainer) -> Path:
-    """Where the run's files go; to be called on every rank, since ranks agree on it."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    def _sprites(self, data: Any, labels: Sequence[tuple[int, str, int]]) -> np.ndarray:
+        """uint8 ``[N, size, size, 3]``."""
+        lines = [_line(data, index) for index, _, _ in labels]
+        images = [_picture(data, index, self.size) for index, _, _ in labels]
+        texts = list(dict.fromkeys(line for line, image in zip(lines, images, strict=True) if image is None))
+        written = dict(zip(texts, text_tiles(texts, self.size), strict=True))
+        sprites = np.stack([written[line] if x is None else x for line, x in zip(lines, images, strict=True)])
+        framed_N = np.array([m == "text" for _, m, _ in labels])
+        frame_SS1 = np.ones((self.size, self.size, 1), dtype=bool)
+        frame_SS1[3:-3, 3:-3] = False
+        return np.where(framed_N[:, None, None, None] & frame_SS1, np.array(rgb(BLUE), dtype=np.uint8), sprites)
 
 
-def keep_picture(
-    trainer: L.Trainer, folder: Path, image: Image.Image, name: str, tag: str, small: Image.Image | None = None
-) -> None:
-    """In the run's folder as ``pictures/{name}-{step}.png``, and under a tag in every TensorBoard logger.
-
-    ``small``: what TensorBoard gets instead.
-    """
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
-    image.save(folder / "pictures" / f"{name}-{trainer.global_step}.png")
-    for writer in writers(trainer):
-        writer.add_image(tag, np.asarray(small or image), logged_step(trainer), dataformats="HWC")
-
-
-def _keep(config: Path, earlier: str) -> None:
-    """Entries of an earlier process of this run: a SummaryWriter knows its own, and overwrites the list."""
+def _merge(config: Path, earlier: str) -> None:
+    """Adds the entries that an earlier process of this run wrote: a SummaryWriter overwrites the list with its own."""
     merged, now = ProjectorConfig(), ProjectorConfig()
     text_format.Parse(earlier, merged)
     text_format.Parse(config.read_text(), now)
-    ours = {entry.tensor_name for entry in now.embeddings}
-    kept = [entry for entry in merged.embeddings if entry.tensor_name not in ours]
-    now.embeddings.extend(kept)
+    names = {entry.tensor_name for entry in now.embeddings}
+    now.embeddings.extend(entry for entry in merged.embeddings if entry.tensor_name not in names)
     config.write_text(text_format.MessageToString(now))
 
 
@@ -262,118 +247,113 @@ def first_of_each(key_N: Tensor) -> Tensor:
     >>> first_of_each(torch.tensor([7, 3, 7, 3, 5])).tolist()
     [0, 1, 4]
     """
-    seen: dict[int, int] = {}
+    first: dict[int, int] = {}
     for n, key in enumerate(key_N.tolist()):
-        seen.setdefault(key, n)
-    return torch.tensor(list(seen.values()), dtype=torch.long, device=key_N.device)
+        first.setdefault(key, n)
+    return torch.tensor(list(first.values()), dtype=torch.long, device=key_N.device)
 
 
 # drawing -------------------------------------------------------------------------------------------------
 
 
-def sheet(lines: Sequence[Sequence[Image.Image]], title: str, note: str) -> Image.Image:
+class Cell(NamedTuple):
+    """A tile of a sheet: an image ``[H, W, 3]`` over its caption, or the caption alone."""
+
+    image: np.ndarray | None
+    caption: str
+    frame: str  # colour
+
+
+@styled
+def sheet(rows: Sequence[Sequence[Cell]], title: str, note: str) -> Figure:
     """Rows of cells under a header line; the first cell of a row, the query, stands a little apart.
 
     Raises:
         ValueError: without a row.
 
-    >>> cells = [[Image.new("RGB", (100, 80))] * 3] * 2
-    >>> sheet(cells, "title", "note").size
-    (372, 247)
+    >>> pixels(sheet([[Cell(None, "a caption", GREEN)] * 3] * 2, "title", "note")).shape
+    (509, 480, 3)
     """
-    if not lines:
+    if not rows:
         raise ValueError("a sheet needs at least one row")
-    columns, (w, h) = max(len(cells) for cells in lines), lines[0][0].size
-    top, split = 2 * GAP + HEAD + 5, 2 * GAP
-    size = (columns * (w + GAP) + GAP + split, top + len(lines) * (h + GAP))
-    image = Image.new("RGB", size, PAPER)
-    draw = ImageDraw.Draw(image)
-    draw.text((GAP, GAP), title, INK, _font(HEAD, title))
-    room = size[0] - 3 * GAP - draw.textlength(title, _font(HEAD, title))
-    if draw.textlength(note, _font(CAPTIONS[1], note)) < room:
-        draw.text((size[0] - GAP, GAP + HEAD - 2), note, FAINT, _font(CAPTIONS[1], note), anchor="rs")
-    draw.line((GAP, top - 7, size[0] - GAP, top - 7), GREY)
-    for i, cells in enumerate(lines):
-        for j, cell in enumerate(cells):
-            image.paste(cell, (GAP + j * (w + GAP) + (split if j else 0), top + i * (h + GAP)))
-    return image
+    side = TILE + 2 * FRAME
+    columns, top, split = max(len(cells) for cells in rows), 2 * GAP + HEAD + 9, 2 * GAP
+    height, width = top + len(rows) * (side + 3 + ROOM + GAP), columns * (side + GAP) + GAP + split
+    canvas = np.full((height, width, 3), 255, dtype=np.uint8)
+    places = [
+        (GAP + j * (side + GAP) + (split if j else 0), top + i * (side + 3 + ROOM + GAP), cell)
+        for i, cells in enumerate(rows)
+        for j, cell in enumerate(cells)
+    ]
+    for x, y, cell in places:
+        canvas[y : y + side, x : x + side] = rgb(cell.frame)
+        tile = 255 if cell.image is None else _resized(cell.image, TILE)
+        canvas[y + FRAME : y + FRAME + TILE, x + FRAME : x + FRAME + TILE] = tile
+    figure, axes = page(canvas)
+    for x, y, cell in places:
+        if cell.image is None:
+            _caption(axes, cell.caption, x + side / 2, y + side / 2, TILE, TILE, "center")
+        else:
+            _caption(axes, cell.caption, x + side / 2, y + side + 3, side, ROOM, "top")
+    axes.text(GAP, GAP, title, fontsize=HEAD, va="top")
+    if text_width(note, CAPTIONS[-1]) < width - 3 * GAP - text_width(title, HEAD):
+        axes.text(width - GAP, GAP + HEAD, note, fontsize=CAPTIONS[-1], color=FAINT, ha="right", va="bottom")
+    axes.plot([GAP, width - GAP], [top - 7, top - 7], color=GRID, linewidth=1)
+    return figure
 
 
-def _cell(data: Any, index: int, colour: tuple[int, int, int], pictured: bool) -> Image.Image:
-    """A framed picture over its caption; the caption in large letters where there is no picture to show."""
-    text = _line(data, index)
-    picture = _picture(data, index) if pictured else None
-    width, height = TILE + 2 * FRAME, TILE + 2 * FRAME + 3 + ROOM
-    cell = Image.new("RGB", (width, height), PAPER)
-    draw = ImageDraw.Draw(cell)
-    draw.rectangle((0, 0, width - 1, TILE + 2 * FRAME - 1), outline=colour, width=FRAME)
-    shown = picture.resize((TILE, TILE), _filter(picture)) if picture else _largest(text, TILE, TILE, middle=True)
-    cell.paste(shown, (FRAME, FRAME))
-    if picture:
-        cell.paste(_largest(text, width, ROOM), (0, TILE + 2 * FRAME + 3))
-    return cell
-
-
-def _largest(text: str, width: int, height: int, middle: bool = False) -> Image.Image:
-    """A text in the largest of the captions' letters in which it fits and no word is broken; else in the smallest."""
+def _caption(axes: Any, text: str, x: float, y: float, width: float, height: float, va: str) -> None:
+    """A text in the largest size of captions at which it fits and no word is broken; else in the smallest."""
     for size in CAPTIONS:
-        most = height // (size + 2)
-        if size > CAPTIONS[-1] and _font(size, text).getlength(text) > width * most:
+        most = int(height // (1.2 * size))
+        if size > CAPTIONS[-1] and text_width(text, size) > width * most:
             continue  # it cannot fit, and wrapping a long text takes milliseconds
-        lines = _wrapped(text, size, width - 2, most)
+        lines = wrap(text, size, width - 2, most)
         if " ".join(lines) == text:
             break
-    image = Image.new("RGB", (width, height), PAPER)
-    draw = ImageDraw.Draw(image)
-    top = (height - len(lines) * (size + 2)) / 2 if middle else 0
-    for i, line in enumerate(lines):
-        draw.text((width / 2, top + i * (size + 2)), line, INK, _font(size, line), anchor="ma")
-    return image
+    axes.text(x, y, "\n".join(lines), fontsize=size, color=INK, ha="center", va=va, linespacing=1.0)
 
 
-def _label(text: str, size: int) -> Image.Image:
-    image = Image.new("RGB", (size, size), PAPER)
-    lines = _wrapped(text, TEXT + 2, size - 8, 5)
-    draw, step = ImageDraw.Draw(image), TEXT + 5
-    for i, line in enumerate(lines):
-        y = size / 2 + (i - (len(lines) - 1) / 2) * step
-        draw.text((size / 2, y), line, INK, _font(TEXT + 2, line), anchor="mm")
-    return image
+@styled
+def text_tiles(texts: Sequence[str], size: int) -> np.ndarray:
+    """Each text in a tile of its own: uint8 ``[N, size, size, 3]``.
+
+    >>> text_tiles(["a", "b", "c"], 48).shape
+    (3, 48, 48, 3)
+    """
+    columns = max(int(np.ceil(len(texts) ** 0.5)), 1)
+    rows = -(-len(texts) // columns)
+    if not texts:
+        return np.zeros((0, size, size, 3), dtype=np.uint8)
+    figure, axes = page(np.full((rows * size, columns * size, 3), 255, dtype=np.uint8))
+    for k, text in enumerate(texts):
+        lines = wrap(text, SMALL, size - 4, max(size // (SMALL + 2), 1))
+        place = (k % columns + 0.5) * size, (k // columns + 0.5) * size
+        axes.text(*place, "\n".join(lines), fontsize=SMALL, ha="center", va="center", linespacing=1.0)
+    sheets = pixels(figure).reshape(rows, size, columns, size, 3)
+    return sheets.swapaxes(1, 2).reshape(-1, size, size, 3)[: len(texts)]
 
 
-def _wrapped(text: str, size: int, width: int, most: int) -> list[str]:
-    """``text`` in at most ``most`` lines of ``width`` pixels; an ellipsis where it had to be cut."""
-    font = _font(size, text)
-    for columns in range(40, 3, -1):
-        lines = textwrap.wrap(text, columns) or [text]
-        if all(font.getlength(line) <= width for line in lines[:most]):
-            break
-    if len(lines) > most:
-        lines = [*lines[: most - 1], lines[most - 1][: max(columns - 2, 1)].rstrip() + "..."]
-    return lines
+def _cell(data: Any, index: int, frame: str, pictured: bool) -> Cell:
+    return Cell(_picture(data, index) if pictured else None, _line(data, index), frame)
 
 
-def _font(size: int, text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font, the same on every machine; DejaVu, where installed, for letters it lacks."""
-    # beyond Latin letters (to 0x24F) and dashes, quotes and the ellipsis (0x2010 to 0x2026)
-    if any(ord(c) > 0x24F and not 0x2010 <= ord(c) <= 0x2026 for c in text):
-        try:
-            return ImageFont.truetype("DejaVuSans.ttf", size)
-        except OSError:
-            pass
-    return ImageFont.load_default(size)
+def _resized(image_HW3: np.ndarray, side: int, smooth: bool = False) -> np.ndarray:
+    """``[side, side, 3]``; tiny images show their pixels, others are smooth."""
+    nearest = max(image_HW3.shape) <= TILE // 4 and not smooth
+    how = Image.Resampling.NEAREST if nearest else Image.Resampling.BICUBIC
+    return np.asarray(Image.fromarray(image_HW3).resize((side, side), how))
 
 
-def _filter(image: Image.Image) -> Image.Resampling:
-    # tiny pictures show their pixels, others stay smooth
-    return Image.Resampling.NEAREST if max(image.size) <= TILE // 4 else Image.Resampling.BICUBIC
-
-
-def _picture(data: Any, index: int) -> Image.Image | None:
-    pixels = data.picture(index) if isinstance(data, Pictured) else None
-    return None if pixels is None else Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
+def _picture(data: Any, index: int, size: int | None = None) -> np.ndarray | None:
+    """uint8 ``[H, W, 3]``, or ``[size, size, 3]``; None if the data module has none."""
+    image = data.picture(index) if isinstance(data, Pictured) else None
+    if image is None:
+        return None
+    image_HW3 = image.permute(1, 2, 0).contiguous().cpu().numpy()
+    return image_HW3 if size is None else _resized(image_HW3, size, smooth=True)
 
 
 def _line(data: Any, index: int) -> str:
     text = data.describe(index) if hasattr(data, "describe") else str(index)
-    return " ".join(text.split()) or str(index)  # the projector's tables know no tabs and no empty cells
+    return " ".join(text.split()) or str(index)  # the projector's tables have no tabs and no empty cells

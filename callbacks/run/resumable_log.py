@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 
-from descant.callbacks.plots.images import writers
+from descant.callbacks.plots.output import writers
 
 
 class ResumableLog:

@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch.nn.parallel import DistributedDataParallel
 
-from descant.callbacks.plots.curves import lines
-from descant.callbacks.plots.images import keep_picture, run_folder
+from descant.callbacks.plots.curves import curves
+from descant.callbacks.plots.output import run_folder, save_figure
 from descant.callbacks.policy.rollouts import Rollouts
 from descant.callbacks.run.resumable_log import ResumableLog
 from descant.callbacks.run.resume import Resume, settle_buckets
@@ -162,7 +162,7 @@ class Stages(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         folder = run_folder(trainer)
         if any(self.seen.values()) and trainer.is_global_zero:
-            keep_picture(trainer, folder, self.picture(), "stages", "pictures/stages")
+            save_figure(trainer, folder, self.picture(), "stages", "pictures/stages")
 
     def picture(self) -> Any:
         """What was watched: a panel for each part of the run that numbers come from."""
@@ -176,4 +176,4 @@ class Stages(Callback):
                     for step, value in self.seen[name]:
                         x_SK[steps.index(step), k] = value
                 panels[panel] = ([name.partition("/")[2] for name in of], steps, x_SK)
-        return lines("what the stages gave", panels, self.begun)
+        return curves("metrics by stage", panels, self.begun)

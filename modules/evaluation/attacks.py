@@ -1,6 +1,6 @@
-"""Inputs a little off, in the direction that does most harm: attacks on some of a sample's modalities.
+"""Adversarial attacks (PGD) on some of a sample's modalities, and certified radii (CRMT).
 
-Letters: B samples, N numbers of all inputs that are moved, C classes, T tokens, D width.
+Letters: B samples, N numbers of all perturbed inputs, C classes, M modalities.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from torch.nn import functional as F
 from descant.modules.core.batch import Batch
 from descant.modules.core.ranks import world
 from descant.modules.core.rng import normal_NK, uniform_N
-from descant.modules.core.rows import RowTracker, share_rows
+from descant.modules.core.rows import rows
 
 
 class Nudge:
-    """``z = nudge(delta_BN)``: latents of a batch whose inputs are moved by delta, with gradients to it.
+    """``z = nudge(delta_BN)``: latents of a batch whose inputs are perturbed by delta, differentiable by delta.
 
-    What is moved of a modality: its input where that is of numbers, the embeddings of its tokens where it is of ids.
-    Numbers that are not finite, which mean "nothing there", stay. All tensors are copies, so that it works inside
-    evaluation, with gradients or without.
+    Perturbs the inputs of a modality if they are floats, or else the embeddings of its tokens. Numbers that are not
+    finite are padding and do not change. All tensors are copies, so that it works inside evaluation and inference mode.
 
     Args:
         recipe: with towers and latents.
-        batch: of it. modalities: which of its inputs are moved.
+        batch: of it.
+        modalities: whose inputs are perturbed.
 
     Raises:
-        ValueError: for a modality without a tower, or ids whose tower embeds nothing.
+        ValueError: for a modality without a tower, or ids whose tower has no embedding.
     """
 
     def __init__(self, recipe: Any, batch: Batch, modalities: Sequence[str]) -> None:
         self.recipe = recipe
         self.clean: dict[str, Tensor] = {}
-        with torch.inference_mode(False):  # what is made within an evaluation could not be differentiated
+        with torch.inference_mode(False):  # inference tensors have no autograd
             copies = {name: x.clone() for name, x in batch.inputs.items()}
             self.batch = replace(batch, inputs=copies, present={m: x.clone() for m, x in batch.present.items()})
             for m in modalities:
@@ -50,14 +50,14 @@ class Nudge:
         self.sizes = [math.prod(x.shape[1:]) for x in self.clean.values()]
 
     def zero(self) -> Tensor:
-        """``delta_BN`` of nothing."""
+        """A ``delta_BN`` of zeros."""
         return torch.zeros(len(self.batch), sum(self.sizes), device=self.batch.device, dtype=self._dtype())
 
     def _dtype(self) -> torch.dtype:
         return next(iter(self.clean.values())).dtype
 
     def size_B(self) -> Tensor:
-        """``|x_b - mean x_b|``: how far an input is from one that says nothing, over all that is moved."""
+        """``|x_b - mean x_b|``: the distance of the perturbed inputs from constant ones."""
         square_B = torch.zeros(len(self.batch), device=self.batch.device, dtype=self._dtype())
         for x in self.clean.values():
             x_BN = x.flatten(1)
@@ -70,55 +70,54 @@ class Nudge:
         inputs = dict(self.batch.inputs)
         with ExitStack() as stack:
             for (m, x), delta in zip(self.clean.items(), delta_BN.split(self.sizes, dim=1), strict=True):
-                moved = delta.view_as(x)
+                delta = delta.view_as(x)
                 if inputs[m].is_floating_point():
-                    inputs[m] = torch.where(x.isfinite(), x + moved, x)
+                    inputs[m] = torch.where(x.isfinite(), x + delta, x)
                 else:
-                    stack.enter_context(_moved(_embedding(self.recipe, m), moved, share_rows(self.recipe)))
+                    stack.enter_context(_perturbed(_embedding(self.recipe, m), delta))
             return self.recipe.latents(replace(self.batch, inputs=inputs))
 
     def gradient(self, value: Tensor, delta_BN: Tensor) -> Tensor:
-        """``d value / d delta``. Raises ValueError where there is none, as behind a tower that runs without."""
-        found = None
+        """``d value / d delta``. Raises ValueError if there is none, as for a tower that runs without gradients."""
+        gradient = None
         if value.requires_grad:
-            (found,) = torch.autograd.grad(value, delta_BN, retain_graph=True, allow_unused=True)
-        if found is None:
-            raise ValueError(f"{', '.join(self.clean)}: a tower that gives no gradient to what it takes in")
-        return found
+            (gradient,) = torch.autograd.grad(value, delta_BN, retain_graph=True, allow_unused=True)
+        if gradient is None:
+            raise ValueError(f"{', '.join(self.clean)}: a tower without a gradient to its input")
+        return gradient
 
     def _embeddings(self, m: str) -> Tensor:
-        found: list[Tensor] = []
-        tracker = share_rows(self.recipe)
+        outputs: list[Tensor] = []
 
-        def keep(module: nn.Module, args: Any, out: Tensor) -> None:
-            some, at = out.detach(), tracker.current
+        def record(module: nn.Module, args: Any, out: Tensor) -> None:
+            some, at = out.detach(), rows()
             whole = some.new_zeros(len(self.batch), *some.shape[1:])
-            found.append(some if at is None else whole.index_put((at,), some))
+            outputs.append(some if at is None else whole.index_put((at,), some))
 
-        handle = _embedding(self.recipe, m).register_forward_hook(keep)
+        handle = _embedding(self.recipe, m).register_forward_hook(record)
         try:
             with torch.no_grad():
                 self.recipe.latents(self.batch)
         finally:
             handle.remove()
-        return found[0].clone()
+        return outputs[0].clone()
 
 
 def _embedding(recipe: Any, m: str) -> nn.Module:
-    found = next((x for x in recipe.towers[m].modules() if isinstance(x, nn.Embedding | nn.EmbeddingBag)), None)
-    if found is None:
+    embedding = next((x for x in recipe.towers[m].modules() if isinstance(x, nn.Embedding | nn.EmbeddingBag)), None)
+    if embedding is None:
         name = type(recipe.towers[m]).__name__
-        raise ValueError(f"{m}: {name} takes ids and embeds none, so there is nothing to move")
-    return found
+        raise ValueError(f"{m}: {name} takes ids and has no embedding to perturb")
+    return embedding
 
 
 @contextmanager
-def _moved(embedding: nn.Module, delta: Tensor, tracker: RowTracker) -> Iterator[None]:
-    def move(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-        at = tracker.current
+def _perturbed(embedding: nn.Module, delta: Tensor) -> Iterator[None]:
+    def add(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        at = rows()
         return out + (delta if at is None else delta[at]).to(out)
 
-    handle = embedding.register_forward_hook(move)
+    handle = embedding.register_forward_hook(add)
     try:
         yield
     finally:
@@ -128,15 +127,15 @@ def _moved(embedding: nn.Module, delta: Tensor, tracker: RowTracker) -> Iterator
 def attacked(
     nudge: Nudge, radius_B: Tensor, label_B: Tensor, steps: int = 20, restarts: int = 1, step: float = 2.5
 ) -> Tensor:
-    """Bool ``[B]``: whether projected gradient ascent finds an input within a radius that is not given its label.
+    """Bool ``[B]``: whether projected gradient ascent (PGD) finds a misclassified input within a radius.
 
         delta <- project(delta + step radius / steps  g / |g|),   g = d cross_entropy(fuse(z(delta)), label) / d delta
 
-    onto ``|delta_b| <= radius_b``, from zero and, in further restarts, from drawn places; all places on the way count.
-    A lower bound of what an attacker can do, and no proof. Source: Madry 2018, arXiv 1706.06083, in the l2 norm.
+    onto ``|delta_b| <= radius_b``, from zero and, in further restarts, from random points; all points on the way count.
+    A lower bound of the worst case. Source: Madry 2018, arXiv 1706.06083, in the l2 norm.
 
     Raises:
-        ValueError: where the input has no gradient, as behind a tower that is run without.
+        ValueError: where the input has no gradient, as for a tower that runs without gradients.
     """
     recipe, draw_B = nudge.recipe, nudge.batch.draw
     wrong_B = torch.zeros_like(label_B, dtype=torch.bool)
@@ -164,7 +163,7 @@ def attacked(
 
 
 def _within(draw_B: Tensor, restart: int, like_BN: Tensor, radius_B1: Tensor) -> Tensor:
-    """A place in the ball for each sample: even in direction, and in volume for few numbers."""
+    """A random point in the ball for each sample, uniform in volume."""
     x_BN = normal_NK(draw_B, like_BN.shape[1], f"attack/{restart}", like_BN.device).to(like_BN)
     far_B1 = uniform_N(draw_B, f"attack/far/{restart}")[:, None].to(like_BN) ** (1 / like_BN.shape[1])
     return x_BN / x_BN.norm(dim=1, keepdim=True) * far_B1 * radius_B1
@@ -174,10 +173,10 @@ def _within(draw_B: Tensor, restart: int, like_BN: Tensor, radius_B1: Tensor) ->
 
 
 def slopes(nudge: Nudge, m: str) -> Tensor:
-    """``tau_BC = |d s_bmk / d x_bm|``: how steeply what a modality says of each class changes with its input.
+    """``tau_BC = |d s_bmk / d x_bm|``: gradient norms of a modality's logits with respect to its input.
 
-    Of a fusion with margins (:class:`descant.modules.fusion.classifiers.OrthogonalFusion`), before its weights; sample
-    by sample, so that towers have to be in eval mode. A backward pass a class.
+    Of a fusion with margins (:class:`descant.modules.fusion.classifiers.OrthogonalFusion`), before its weights. Towers
+    have to be in eval mode, where samples are independent. A backward pass a class.
     """
     fusion: Any = nudge.recipe.fusion
     with torch.inference_mode(False), torch.enable_grad():
@@ -188,7 +187,7 @@ def slopes(nudge: Nudge, m: str) -> Tensor:
 
 
 def steepest(recipe: Any, batches: Iterable[Batch], rows: int) -> Tensor:
-    """``tau_MC``: the steepest slopes over at least so many rows of these batches, of all ranks."""
+    """``tau_MC``: the largest :func:`slopes` over at least so many rows of these batches, of all ranks."""
     most_MC = torch.zeros(len(recipe.modalities), recipe.classes, device=recipe.device, dtype=recipe.dtype)
     seen = 0
     for batch in batches:
@@ -210,14 +209,14 @@ def certified_radius(
     present: Mapping[str, Tensor],
     label_B: Tensor,
 ) -> Tensor:
-    """How far the inputs of a sample may move, all together, before another class can win (CRMT): ``[B]``.
+    """Certified radius (CRMT) ``[B]``: how far all inputs of a sample together may move before another class can win.
 
         radius_b = min over k != y of  (h_by - h_bk) / sqrt( sum_m (a_my tau_my + a_mk tau_mk)^2 )
 
-    h: logits of an OrthogonalFusion, a: its weights ``[C]`` a modality, tau: the steepest slope of each class ``[C]``,
-    of the modalities that a sample has. Below zero where another class wins already. With slopes that hold everywhere
-    (a linear tower's) it is proved; with those of some samples it is an estimate. Source: Yang 2024, arXiv 2402.06244,
-    for the runner-up alone, which another class may be nearer than.
+    h: logits of an OrthogonalFusion, a: its weights ``[C]`` a modality, tau: the largest slope of each class ``[C]``,
+    over the modalities that a sample has. Negative where another class wins already. Proved for slopes that hold
+    everywhere (of linear towers); an estimate for those of some samples. Source: Yang 2024, arXiv 2402.06244, for the
+    runner-up alone, although another class may be nearer.
 
     >>> one, here = {"image": torch.ones(2)}, {"image": torch.tensor([True])}
     >>> certified_radius(torch.tensor([[3.0, 1.0]]), one, one, here, torch.tensor([0])).item()

@@ -1,6 +1,6 @@
-"""Modality inversion: pseudo-tokens of one modality that a tower embeds where the embedding of another one lies.
+"""Modality inversion: pseudo-tokens of one modality, optimized to match an embedding of another.
 
-Letters: B samples, T tokens, V pseudo-tokens, D width, K marks.
+Letters: B samples, T tokens, V pseudo-tokens, D width, K marks (in ``rows_of_other_keys``: keys), N rows.
 """
 
 from __future__ import annotations
@@ -15,22 +15,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.modules.core.capabilities import has
 from descant.modules.core.protocols import Encodes, Inverts
-from descant.modules.core.rng import uniform_N
+from descant.modules.core.rng import mix_N, uniform_N
 from descant.modules.tokenizers.text import Tokenizer
 
-MARK = 50  # steps from one look at the loss to the next
+MARK = 50  # steps between two recorded losses
 
 
 class Frame(NamedTuple):
-    """What stands around the pseudo-tokens: ``h_TD``, with nothing but positions at the places ``place_V``."""
+    """The embeddings ``h_TD`` around the pseudo-tokens, with positions alone at the places ``place_V``."""
 
     h_TD: Tensor
     place_V: Tensor
 
     def filled(self, v_BVD: Tensor) -> Tensor:
-        """``h_BTD``: the frame of each sample, with its pseudo-tokens in it.
+        """``h_BTD``: the frame with the pseudo-tokens of each sample in it.
 
         >>> frame = Frame(torch.tensor([[1.0], [10.0], [2.0]]), torch.tensor([1]))
         >>> frame.filled(torch.tensor([[[3.0]], [[4.0]]])).squeeze(2).tolist()
@@ -41,7 +40,7 @@ class Frame(NamedTuple):
 
 
 class Inverted(NamedTuple):
-    """``z_BD``: unit-length embeddings of the pseudo-tokens ``v_BVD``; ``cos_B``: how near they came to their targets;
+    """``z_BD``: unit-length embeddings of the pseudo-tokens ``v_BVD``; ``cos_B``: their cosines with the targets;
     ``loss_KB``: 1 - cos before the first step, after every 50th and after the last."""
 
     z_BD: Tensor
@@ -50,27 +49,25 @@ class Inverted(NamedTuple):
     loss_KB: Tensor
 
     def monotone(self) -> Tensor:
-        """Share of the marks at which the mean loss is lower than at the mark before; 1 is a loss that only falls."""
+        """Share of the marks with a lower mean loss than the mark before; 1 for a loss that only falls."""
         mean_K = self.loss_KB.mean(dim=1)
         return (mean_K[1:] < mean_K[:-1]).float().mean()
 
 
 class ModalityInversion:
-    """Find the pseudo-tokens whose embedding lies where a target of another modality does (Mistretta 2025).
+    """Optimizes pseudo-tokens until their embedding matches a target of another modality (Mistretta 2025).
 
         v_b = argmin over v of  1 - cos(f(frame with v), z_b)
 
-    By AdamW from N(0, std^2), encoders frozen: f's parameters take no gradient, keep their bytes, their flags and
-    their mode. No sample sees another: the start of each is a function of its own key, and every element has an Adam
-    state of its own, so neither the batch nor its order matters. Weight decay holds the norm of v, which the loss does
-    not see behind a layer norm. OTI is this through a text tower (150 steps), OVI through one of patches (1000).
+    By AdamW from N(0, std^2), with frozen encoders: f's parameters get no gradient and do not change, nor do their
+    flags and modes. Samples are independent, whatever the batch and its order: each starts from a function of its key,
+    and Adam is elementwise. Weight decay bounds the norm of v, on which the loss does not depend behind a layer norm.
+    OTI is this through a text tower (150 steps), OVI through one of patches (1000).
 
     Args:
-        steps: of the optimizer.
-        lr: its learning rate.
-        weight_decay: its decoupled weight decay.
+        steps, lr, weight_decay: of the optimizer.
         tokens: V.
-        std: of the pseudo-tokens at the start.
+        std: of the initial pseudo-tokens.
         batch: samples inverted at once.
 
     Raises:
@@ -105,13 +102,13 @@ class ModalityInversion:
                 raise ValueError(f"ModalityInversion: {name} {value} is negative; 0 is the least")
 
     def __call__(self, model: Inverts, modality: str, frame: Frame, target_BD: Tensor, key_B: Tensor) -> Inverted:
-        """Pseudo-tokens of ``modality`` for unit-length ``target_BD``; ``key_B`` int64 says whose start is whose.
+        """Pseudo-tokens of ``modality`` for unit-length ``target_BD``; ``key_B`` int64 seeds each sample.
 
         Runs under ``no_grad`` and ``inference_mode`` alike.
         """
         if len(target_BD) == 0:
             raise ValueError("ModalityInversion: no target to invert")
-        with _still(model), torch.inference_mode(False), torch.enable_grad():
+        with _eval_mode(model), torch.inference_mode(False), torch.enable_grad():
             # tensors made under inference mode take no part in autograd; their clones do
             frame = Frame(*(part.detach().clone() for part in frame))
             parts = [
@@ -135,31 +132,31 @@ class ModalityInversion:
             if step % MARK == 0 or step == self.steps:
                 marks.append(loss_B.detach())
             if step < self.steps:
-                # of the tokens alone: no parameter of an encoder gets a gradient, whatever its flag is
+                # of the tokens alone: no encoder parameter gets a gradient, whatever its flag
                 (v_BVD.grad,) = torch.autograd.grad(loss_B.sum(), v_BVD)
                 optimizer.step()
         return Inverted(z_BD.detach(), v_BVD.detach(), 1 - loss_B.detach(), torch.stack(marks))
 
 
-def text_frame(model: Inverts, modality: str, codec: Tokenizer, template: str, tokens: int) -> Frame:
+def text_frame(model: Inverts, modality: str, tokenizer: Tokenizer, template: str, tokens: int) -> Frame:
     """The frame of a template such as ``a picture of {}``, with room for ``tokens`` pseudo-tokens at the braces.
 
     Raises:
-        ValueError: for a template without one place, or too long for the codec; for a tower that has no ``embed`` and
+        ValueError: for a template without one place, or too long for the tokenizer; for a tower without ``embed`` and
             ``encode``.
     """
     tower, (before, after) = tower_of(model, modality), split_template(template)
-    left, right = [*codec.begin, *codec.encode(before)], [*codec.encode(after), *codec.end]
+    left, right = [*tokenizer.begin, *tokenizer.encode(before)], [*tokenizer.encode(after), *tokenizer.end]
     length = len(left) + tokens + len(right)
-    if length > codec.length:
+    if length > tokenizer.length:
         raise ValueError(
-            f"template {template!r}: {length} tokens with its place; this codec has rows of {codec.length}"
+            f"template {template!r}: {length} tokens with its place; this tokenizer has rows of {tokenizer.length}"
         )
     with torch.no_grad():
         positions_TD = _positions(tower)[:length]
         place_V = torch.arange(len(left), len(left) + tokens, device=positions_TD.device)
-        ids_T = torch.tensor([*left, *[codec.pad] * tokens, *right], device=positions_TD.device)
-        assert has(tower, Encodes)
+        ids_T = torch.tensor([*left, *[tokenizer.pad] * tokens, *right], device=positions_TD.device)
+        assert isinstance(tower, Encodes)
         h_TD = tower.embed(ids_T[None])[0].detach().clone()
         h_TD[place_V] = positions_TD[place_V].to(h_TD.dtype)
     return Frame(h_TD, place_V)
@@ -168,7 +165,7 @@ def text_frame(model: Inverts, modality: str, codec: Tokenizer, template: str, t
 def patch_frame(model: Inverts, modality: str, tokens: int) -> Frame:
     """Pseudo-tokens in place of the patches of an image, at the positions of the first of them.
 
-    Our reading: the paper keeps the class token beside them, and our tower has none; its mean is over pseudo-tokens.
+    Our reading: the paper has a class token beside them, and our tower has none; its mean is over pseudo-tokens.
 
     Raises:
         ValueError: for more tokens than patches; for a tower that has no ``embed`` and ``encode``.
@@ -181,20 +178,20 @@ def patch_frame(model: Inverts, modality: str, tokens: int) -> Frame:
 
 
 def tower_of(model: Inverts, modality: str) -> nn.Module:
-    """The tower that inversion goes through. Raises ValueError for one that has no token embeddings."""
+    """The tower of inversion. Raises ValueError for one without token embeddings."""
     if modality not in model.towers:
         raise ValueError(f"no tower {modality!r}; the towers are {', '.join(model.towers)}")
     tower = model.towers[modality]
-    if not has(tower, Encodes) or not hasattr(tower, "positions_TD"):
+    if not isinstance(tower, Encodes) or not hasattr(tower, "positions_TD"):
         raise ValueError(
-            f"tower {modality}: inversion goes through embed, positions_TD and encode, which {type(tower).__name__} "
-            "lacks; TextTower and PatchTower have them"
+            f"tower {modality}: inversion needs embed, positions_TD and encode, which {type(tower).__name__} lacks; "
+            "TextTower and PatchTower have them"
         )
     return tower
 
 
 def split_template(template: str) -> tuple[str, str]:
-    """What stands before and after the one place of a template.
+    """The texts before and after the one place of a template.
 
     >>> split_template("{}, emoji")
     ('', ', emoji')
@@ -203,6 +200,25 @@ def split_template(template: str) -> tuple[str, str]:
     if len(parts) != 2:
         raise ValueError(f"template {template!r} has {len(parts) - 1} places {{}}; one is needed: 'a picture of {{}}'")
     return parts[0].strip(), parts[1].rstrip()
+
+
+def rows_of_other_keys(key_N: Tensor) -> Tensor:
+    """Row numbers ``[N]`` of a sham: for each row one of another key (or itself, if none), in a cycle of the keys.
+
+    A pure function of the keys and of their first rows.
+
+    >>> key_N = torch.tensor([5, 5, 8, 9])
+    >>> bool((key_N[rows_of_other_keys(key_N)] != key_N).all()), rows_of_other_keys(torch.tensor([3, 3])).tolist()
+    (True, [0, 0])
+    """
+    key_K, k_N = key_N.unique(return_inverse=True)
+    first_K = torch.full_like(key_K, len(key_N)).scatter_reduce(
+        0, k_N, torch.arange(len(key_N), device=key_N.device), reduce="amin"
+    )
+    order_K = torch.from_numpy(mix_N(key_K, "sham")).to(key_N.device).argsort(stable=True)
+    next_K = torch.empty_like(order_K)
+    next_K[order_K] = order_K.roll(-1)
+    return first_K[next_K[k_N]]
 
 
 def normal(key_B: Tensor, count: int) -> Tensor:
@@ -224,8 +240,8 @@ def _positions(tower: nn.Module) -> Tensor:
 
 
 @contextlib.contextmanager
-def _still(model: object) -> Iterator[None]:
-    """Eval mode, and afterwards the mode of every part as it was."""
+def _eval_mode(model: object) -> Iterator[None]:
+    """Eval mode; afterwards the mode of every part as before."""
     parts = list(model.modules()) if isinstance(model, nn.Module) else []
     modes = [part.training for part in parts]
     try:

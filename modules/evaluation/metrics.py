@@ -1,4 +1,4 @@
-"""What evaluation measures, as pure functions of embeddings.
+"""Evaluation metrics as pure functions: retrieval, k-NN, probes, geometry of embeddings, hard negatives, PSNR, ridge.
 
 Letters: Q queries, G gallery rows, N rows, D width, C classes, R query rows of one chunk, k neighbours.
 """
@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CELLS = 1 << 24  # scores held at once: 64 MB of float32, so a gallery of 100,000 rows costs no N x N memory
+CELLS = 1 << 24  # scores computed at once: 64 MB of float32, so a gallery of 100,000 rows needs no N x N memory
 
 
 def retrieval_ranks(z_q_QD: Tensor, key_Q: Tensor, z_g_GD: Tensor, key_G: Tensor, cells: int = CELLS) -> Tensor:
-    """How many wrong gallery rows stand before a query's best right one; right is a row of equal key.
+    """The number of wrong gallery rows ranked before a query's best match; a match is a row of equal key.
 
         rank_q = #{g : key_g != key_q and not z_q . z_g < best_q}
         best_q = max over key_g = key_q of z_q . z_g
 
-    Ties count against the query, and so does nan, be it a wrong row's score or (rank ``G``) all that right
-    rows have: a collapsed model scores nothing. hit@k is ``rank < k``.
+    Ties count against the query, and so does nan, as the score of a wrong row or (rank ``G``) of all matches: a
+    collapsed model has no hits. hit@k is ``rank < k``.
 
-    Shapes: ``z_q_QD, key_Q, z_g_GD, key_G -> rank_Q`` int64, 0 at best, -1 where no gallery row is right.
+    Shapes: ``z_q_QD, key_Q, z_g_GD, key_G -> rank_Q`` int64, 0 at best, -1 without a match in the gallery.
 
     >>> z_q_QD = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     >>> z_g_GD = torch.tensor([[0.9, 0.1], [1.0, 0.0], [1.0, 0.2]])
@@ -33,32 +33,32 @@ def retrieval_ranks(z_q_QD: Tensor, key_Q: Tensor, z_g_GD: Tensor, key_G: Tensor
     ranks = []
     for rows in _chunks(len(z_q_QD), len(z_g_GD), cells):
         score_RG = z_q_QD[rows] @ z_g_GD.T
-        right_RG = key_Q[rows, None] == key_G
-        best_R = score_RG.masked_fill(~right_RG | score_RG.isnan(), -torch.inf).amax(1)
-        rank_R = (~right_RG & ~(score_RG < best_R[:, None])).sum(1)
+        match_RG = key_Q[rows, None] == key_G
+        best_R = score_RG.masked_fill(~match_RG | score_RG.isnan(), -torch.inf).amax(1)
+        rank_R = (~match_RG & ~(score_RG < best_R[:, None])).sum(1)
         rank_R = rank_R.masked_fill(best_R == -torch.inf, len(z_g_GD))
-        ranks.append(rank_R.masked_fill(~right_RG.any(1), -1))
+        ranks.append(rank_R.masked_fill(~match_RG.any(1), -1))
     return torch.cat(ranks)
 
 
-def recall_by_chance(right_Q: Tensor, gallery: int, k: int) -> Tensor:
-    """Recall at k of an order of the gallery that is drawn at random, for each query.
+def recall_by_chance(matches_Q: Tensor, gallery: int, k: int) -> Tensor:
+    """Expected recall at k of a random order of the gallery, for each query.
 
-        p_q = 1 - C(G - m_q, k) / C(G, k),   m_q: right rows among the G of the gallery
+        p_q = 1 - C(G - m_q, k) / C(G, k),   m_q: matches among the G rows of the gallery
 
-    Shapes: ``right_Q`` whole numbers, 1 to G -> float64 ``[Q]``.
+    Shapes: ``matches_Q`` whole numbers, 1 to G -> float64 ``[Q]``.
 
     >>> recall_by_chance(torch.tensor([1, 2]), gallery=4, k=1).tolist()
     [0.25, 0.5]
     """
-    miss_Q = torch.ones_like(right_Q, dtype=torch.float64)
+    miss_Q = torch.ones_like(matches_Q, dtype=torch.float64)
     for taken in range(min(k, gallery)):
-        miss_Q = miss_Q * ((gallery - right_Q - taken).clamp(min=0) / (gallery - taken))
+        miss_Q = miss_Q * ((gallery - matches_Q - taken).clamp(min=0) / (gallery - taken))
     return 1 - miss_Q
 
 
 def mean_per_group(value_N: Tensor, group_N: Tensor) -> Tensor:
-    """The mean over groups of each group's mean: one of many rows counts as much as one of few.
+    """Macro average: the mean over groups of each group's mean.
 
         1 / |groups|  sum over groups g of  mean over n in g of value_n
 
@@ -79,34 +79,34 @@ def mean_average_precision(
     id_G: Tensor | None = None,
     cells: int = CELLS,
 ) -> Tensor:
-    """Mean average precision of retrieval; right is a row of equal label.
+    """Mean average precision of retrieval; a match is a row of equal label.
 
-        AP_q = 1 / |right_q|  sum over right g of  #{right rows up to rank g} / rank g
+        AP_q = 1 / |matches_q|  sum over matches g of  #{matches up to rank g} / rank g
 
-    Ties count against the query (a wrong row stands before a right one of the same score), and so does nan. A gallery
-    row whose ``id`` is the query's own is left out; queries without a right row do not count. (In
-    torchmetrics 1.9, RetrievalMAP takes no right row of score 0 or below for one, which embeddings do have.)
+    Ties count against the query (a wrong row ranks before a match of the same score), and so does nan. A gallery row
+    with the ``id`` of the query is excluded; queries without a match do not count. (RetrievalMAP of torchmetrics 1.9
+    ignores matches with a score of 0 or below, which embeddings do have.)
 
     Shapes: ``z_q_QD, label_Q, z_g_GD, label_G``, ids int64 ``-> []`` float64 (float32 where the device has none); nan
-    where no query has a right row.
+    without any match.
 
     >>> z_GD = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.5, 0.5], [0.0, 1.0]])
     >>> label_G, id_G = torch.tensor([0, 1, 0, 0]), torch.arange(4)
     >>> round(float(mean_average_precision(z_GD[:1], label_G[:1], z_GD, label_G, id_G[:1], id_G)), 4)  # (1/2 + 2/3) / 2
     0.5833
     """
-    kind = wide(z_q_QD.device)
-    rank_G = torch.arange(1, len(z_g_GD) + 1, device=z_q_QD.device, dtype=kind)
-    total, queries = torch.zeros((), device=z_q_QD.device, dtype=kind), 0
+    dtype = wide(z_q_QD.device)
+    rank_G = torch.arange(1, len(z_g_GD) + 1, device=z_q_QD.device, dtype=dtype)
+    total, queries = torch.zeros((), device=z_q_QD.device, dtype=dtype), 0
     for rows in _chunks(len(z_q_QD), len(z_g_GD), cells):
-        right_RG, own_RG = _right(rows, label_Q, label_G, id_Q, id_G)
+        match_RG, self_RG = _matches(rows, label_Q, label_G, id_Q, id_G)
         score_RG = z_q_QD[rows] @ z_g_GD.T
-        score_RG = score_RG.masked_fill(score_RG.isnan() & ~right_RG, torch.inf)
-        score_RG = score_RG.masked_fill(score_RG.isnan() | own_RG, -torch.inf)
-        # among equal scores wrong rows, then right ones, and behind all others the query itself
-        order_RG = (right_RG.int() + 2 * own_RG.int()).argsort(dim=1, stable=True)
+        score_RG = score_RG.masked_fill(score_RG.isnan() & ~match_RG, torch.inf)
+        score_RG = score_RG.masked_fill(score_RG.isnan() | self_RG, -torch.inf)
+        # among equal scores wrong rows first, then matches; the query itself last of all
+        order_RG = (match_RG.int() + 2 * self_RG.int()).argsort(dim=1, stable=True)
         order_RG = order_RG.gather(1, score_RG.gather(1, order_RG).argsort(dim=1, stable=True, descending=True))
-        hit_RG = right_RG.gather(1, order_RG).to(kind)
+        hit_RG = match_RG.gather(1, order_RG).to(dtype)
         count_R = hit_RG.sum(dim=1)
         total += ((hit_RG * hit_RG.cumsum(dim=1) / rank_G).sum(dim=1) / count_R.clamp(min=1)).sum()
         queries += int((count_R > 0).sum())
@@ -116,51 +116,45 @@ def mean_average_precision(
 def chance_average_precision(
     label_Q: Tensor, label_G: Tensor, id_Q: Tensor | None = None, id_G: Tensor | None = None, cells: int = CELLS
 ) -> Tensor:
-    """What :func:`mean_average_precision` of a random order is on average, for these labels.
+    """Expected :func:`mean_average_precision` of a random order, for these labels.
 
-        E AP = (H_G + (R - 1) / (G - 1) (G - H_G)) / G,   H_G = 1 + 1/2 + ... + 1/G,   R right rows among G
+        E AP = (H_G + (R - 1) / (G - 1) (G - H_G)) / G,   H_G = 1 + 1/2 + ... + 1/G,   R matches among G
 
     Shapes: as there, ``-> []`` float64 (float32 where the device has none).
 
     >>> round(float(chance_average_precision(torch.tensor([0]), torch.tensor([0, 1]))), 4)  # rank 1 or rank 2
     0.75
     """
-    kind = wide(label_Q.device)
-    h_G = (1 / torch.arange(1, len(label_G) + 1, device=label_Q.device, dtype=kind)).cumsum(dim=0)
+    dtype = wide(label_Q.device)
+    h_G = (1 / torch.arange(1, len(label_G) + 1, device=label_Q.device, dtype=dtype)).cumsum(dim=0)
     chances = [h_G[:0]]
     for rows in _chunks(len(label_Q), len(label_G), cells):
-        right_RG, own_RG = _right(rows, label_Q, label_G, id_Q, id_G)
-        count_R, size_R = right_RG.sum(dim=1), (~own_RG).sum(dim=1)
+        match_RG, self_RG = _matches(rows, label_Q, label_G, id_Q, id_G)
+        count_R, size_R = match_RG.sum(dim=1), (~self_RG).sum(dim=1)
         count_R, size_R = count_R[count_R > 0], size_R[count_R > 0]
         h_R = h_G[size_R - 1]
         chances.append((h_R + (count_R - 1) / (size_R - 1).clamp(min=1) * (size_R - h_R)) / size_R)
     return torch.cat(chances).mean()
 
 
-def _right(
+def _matches(
     rows: slice, label_Q: Tensor, label_G: Tensor, id_Q: Tensor | None, id_G: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Bool ``[R, G]`` twice: the right rows of some queries, less the queries themselves, and where those are."""
-    right_RG = label_Q[rows, None] == label_G
-    own_RG = torch.zeros_like(right_RG) if id_Q is None or id_G is None else id_Q[rows, None] == id_G
-    return right_RG & ~own_RG, own_RG
+    """Bool ``[R, G]`` twice: the matches of some queries without the queries themselves, and where those are."""
+    match_RG = label_Q[rows, None] == label_G
+    self_RG = torch.zeros_like(match_RG) if id_Q is None or id_G is None else id_Q[rows, None] == id_G
+    return match_RG & ~self_RG, self_RG
 
 
 def knn_scores(
-    z_QD: Tensor,
-    z_bank_ND: Tensor,
-    label_N: Tensor,
-    classes: int,
-    k: int,
-    temperature: float,
-    cells: int = CELLS,
+    z_QD: Tensor, z_bank_ND: Tensor, label_N: Tensor, classes: int, k: int, temperature: float, cells: int = CELLS
 ) -> Tensor:
-    """Weighted k-NN of instance discrimination (Wu et al. 2018, arXiv 1805.01978) and DINO.
+    """Class scores of weighted k-NN (instance discrimination, Wu et al. 2018, arXiv 1805.01978; DINO).
 
         score_c = sum over the k nearest n with label_n = c of exp(z . z_n / temperature)
 
-    Shapes: ``z_QD, z_bank_ND, label_N -> score_QC``; ``k`` is cut to the bank. Scores are relative to the
-    nearest neighbour's, ``exp((s - s_1) / temperature)``: no order changes, no temperature overflows.
+    Shapes: ``z_QD, z_bank_ND, label_N -> score_QC``; ``k`` is at most the bank's size. Scores are relative to the
+    nearest neighbour's, ``exp((s - s_1) / temperature)``, which changes no order and cannot overflow.
 
     >>> bank_ND, label_N = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), torch.tensor([0, 1, 1])
     >>> score_QC = knn_scores(torch.tensor([[1.0, 0.0]]), bank_ND, label_N, classes=2, k=2, temperature=0.2)
@@ -177,7 +171,7 @@ def knn_scores(
 
 
 def fit_logistic(x_ND: Tensor, y_N: Tensor, classes: int, l2: float = 1e-3, steps: int = 200) -> tuple[Tensor, Tensor]:
-    """Multinomial logistic regression by L-BFGS, in the precision of ``x``; the biases are not penalised.
+    """Multinomial logistic regression by L-BFGS, in the precision of ``x``, without a penalty on the biases.
 
         W, b = argmin  mean_n cross_entropy(W x_n + b, y_n) + l2 / 2 * ||W||^2
 
@@ -189,7 +183,7 @@ def fit_logistic(x_ND: Tensor, y_N: Tensor, classes: int, l2: float = 1e-3, step
     [0, 0, 1, 1]
     """
     with torch.inference_mode(False), torch.enable_grad():
-        # tensors made under inference mode take no part in autograd; their clones do
+        # inference tensors have no autograd; their clones do
         x_ND, y_N = x_ND.detach().clone(), y_N.detach().clone()
         w_CD = x_ND.new_zeros(classes, x_ND.shape[1], requires_grad=True)
         b_C = x_ND.new_zeros(classes, requires_grad=True)
@@ -208,8 +202,8 @@ def fit_logistic(x_ND: Tensor, y_N: Tensor, classes: int, l2: float = 1e-3, step
 def balanced_accuracy(predicted_N: Tensor, label_N: Tensor, classes: int) -> Tensor:
     """Mean recall of the classes that occur; nan without rows.
 
-    A class that is predicted but never occurs has no recall and is left out (torchmetrics' macro average
-    counts it as 0, which would make the number depend on what a small set happens to lack).
+    A class that is predicted but does not occur has no recall and is left out (torchmetrics' macro average counts it
+    as 0, so that the result would depend on the classes missing in a small set).
 
     Shapes: ``predicted_N, label_N`` int64 ``-> []``.
 
@@ -217,21 +211,21 @@ def balanced_accuracy(predicted_N: Tensor, label_N: Tensor, classes: int) -> Ten
     0.75
     """
     count_C = label_N.bincount(minlength=classes)
-    right_C = label_N[predicted_N == label_N].bincount(minlength=classes)
-    return (right_C / count_C)[count_C > 0].mean()
+    correct_C = label_N[predicted_N == label_N].bincount(minlength=classes)
+    return (correct_C / count_C)[count_C > 0].mean()
 
 
 def swap_accuracy(
-    score_N: Tensor, score_neg_N: Tensor, kind_N: Tensor, tolerance: float = 1e-6
+    score_N: Tensor, score_neg_N: Tensor, type_N: Tensor, tolerance: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """How often a score is above that of the hard negative, and how often they are the same.
+    """Accuracy against hard negatives, and the share of ties.
 
-        accuracy = mean over the kinds of negatives that occur of  mean_n [s_n > s'_n] + [s_n ~ s'_n] / 2
+        accuracy = mean over the types of negatives that occur of  mean_n [s_n > s'_n] + [s_n ~ s'_n] / 2
 
-    Scores within ``tolerance`` are the same; nan is a miss and no tie. Chance is 1/2, and a model that cannot tell
-    the two apart has it exactly; both are nan without rows.
+    Scores within ``tolerance`` are ties; nan is a miss and no tie. Chance is 1/2, exactly so for a model that scores
+    both the same; both are nan without rows.
 
-    Shapes: ``score_N, score_neg_N`` floats, ``kind_N`` int64 ``-> [], []``.
+    Shapes: ``score_N, score_neg_N`` floats, ``type_N`` int64 ``-> [], []``.
 
     >>> score_N, score_neg_N = torch.tensor([0.9, 0.5, 0.5, 0.1]), torch.tensor([0.1, 0.5, 0.2, 0.2])
     >>> [float(x) for x in swap_accuracy(score_N, score_neg_N, torch.tensor([0, 0, 0, 1]))]
@@ -239,13 +233,13 @@ def swap_accuracy(
     """
     tie_N = (score_N - score_neg_N).abs() <= tolerance
     hit_N = ((score_N > score_neg_N) & ~tie_N).double() + tie_N.double() / 2
-    count_C = kind_N.bincount()
-    sum_C = torch.zeros(len(count_C), dtype=hit_N.dtype, device=hit_N.device).index_add_(0, kind_N, hit_N)
+    count_C = type_N.bincount()
+    sum_C = torch.zeros(len(count_C), dtype=hit_N.dtype, device=hit_N.device).index_add_(0, type_N, hit_N)
     return (sum_C / count_C)[count_C > 0].mean(), tie_N.double().mean()
 
 
 def psnr(mse: Tensor, span: Tensor) -> Tensor:
-    """Peak signal to noise in dB, ``10 log10(span^2 / mse)``, of scalars; span: the largest number less the smallest.
+    """Peak signal-to-noise ratio in dB, ``10 log10(span^2 / mse)``; span: the largest number less the smallest.
 
     >>> round(float(psnr(torch.tensor(0.01), torch.tensor(2.0))), 2)
     26.02
@@ -254,15 +248,15 @@ def psnr(mse: Tensor, span: Tensor) -> Tensor:
 
 
 def ridge_weights(moments_RR: Tensor, features: int, l2: float) -> Tensor:
-    """Ridge regression from moments that add up over batches and ranks, with an intercept that is not penalised.
+    """Ridge regression from moments that add up over batches and ranks, with an unpenalized intercept.
 
         W, b = argmin  mean_n ||y_n - W x_n - b||^2 + l2 v ||W||^2,   v: the mean variance of the features
 
-    A direction in which the features do not vary has weight 0.
+    Directions in which the features do not vary have weight 0.
 
     Args:
         moments_RR: ``sum_n z_n z_n'`` of ``z = [1, x, y]``, float64.
-        features: P, numbers of x; the others are y's Q.
+        features: P, the width of x; the rest, Q, is y's.
         l2: strength of the penalty.
 
     Shapes: ``[1 + P + Q, 1 + P + Q] -> [1 + P, Q]``, b in the first row; nan where the moments are not finite.
@@ -284,7 +278,7 @@ def ridge_weights(moments_RR: Tensor, features: int, l2: float) -> Tensor:
 
 
 def matched_rows(present_a_N: Tensor, present_b_N: Tensor, key_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The P positive pairs of two modalities: a row with itself, or with the first row of its key that has b.
+    """The P positive pairs of two modalities: a row with itself, or else with the first row of its key that has b.
 
     Shapes: bool ``[N]``, bool ``[N]``, ``key_N`` -> row numbers, two int64 ``[P]``, the first ascending.
 
@@ -304,7 +298,7 @@ def matched_rows(present_a_N: Tensor, present_b_N: Tensor, key_N: Tensor) -> tup
 
 
 def modality_gap(z_a_ND: Tensor, z_b_ND: Tensor) -> Tensor:
-    """``|| mean z_a - mean z_b ||`` over pairs (Liang et al. 2022, arXiv 2203.02053).
+    """Modality gap ``|| mean z_a - mean z_b ||`` over pairs (Liang et al. 2022, arXiv 2203.02053).
 
     Shapes: ``z_a_ND, z_b_ND -> []``.
 
@@ -315,10 +309,10 @@ def modality_gap(z_a_ND: Tensor, z_b_ND: Tensor) -> Tensor:
 
 
 def effective_rank(z_ND: Tensor) -> Tensor:
-    """RankMe (Garrido et al. 2023, arXiv 2210.02885): ``exp(entropy(s / sum s))``, s the singular values.
+    """Effective rank, RankMe (Garrido et al. 2023, arXiv 2210.02885): ``exp(entropy(s / sum s))``, s singular values.
 
-    Between 1 (all rows on one line) and ``min(N, D)``. Found from the smaller Gram matrix in float64, so that
-    100,000 rows cost one matrix product. 0 where all rows are zero.
+    Between 1 (all rows on a line) and ``min(N, D)``; 0 if all rows are zero. Computed from the smaller Gram matrix in
+    float64, so that 100,000 rows cost one matrix product.
 
     Shapes: ``z_ND -> []`` float64 (float32 where the device has no float64).
 
@@ -327,10 +321,10 @@ def effective_rank(z_ND: Tensor) -> Tensor:
     """
     x_ND = z_ND.to(wide(z_ND.device))
     if not bool(x_ND.isfinite().all()):
-        return x_ND.new_tensor(torch.nan)  # the eigenvalue solver would raise, and end the run instead of showing it
+        return x_ND.new_tensor(torch.nan)  # where the eigenvalue solver would raise and end the run
     gram = x_ND.T @ x_ND if x_ND.shape[0] >= x_ND.shape[1] else x_ND @ x_ND.T
     value = torch.linalg.eigvalsh(gram)
-    # below the rounding of the product nothing is known, and square roots would turn that noise into rank
+    # square roots would turn the rounding errors of the product into rank
     noise = len(value) * torch.finfo(value.dtype).eps * value.amax()
     s = value.where(value > noise, torch.zeros_like(value)).sqrt()
     if not bool(s.sum() > 0):
@@ -340,7 +334,7 @@ def effective_rank(z_ND: Tensor) -> Tensor:
 
 
 def alignment(z_a_ND: Tensor, z_b_ND: Tensor) -> Tensor:
-    """``mean ||z_a - z_b||^2`` over positive pairs (Wang & Isola 2020, arXiv 2005.10242); 0 is best.
+    """Alignment ``mean ||z_a - z_b||^2`` over positive pairs (Wang & Isola 2020, arXiv 2005.10242); 0 is best.
 
     Shapes: ``z_a_ND, z_b_ND -> []``.
 
@@ -351,7 +345,7 @@ def alignment(z_a_ND: Tensor, z_b_ND: Tensor) -> Tensor:
 
 
 def uniformity(z_ND: Tensor, t: float = 2.0, cells: int = CELLS) -> Tensor:
-    """``log mean over pairs n != m of exp(-t ||z_n - z_m||^2)`` (Wang & Isola 2020); collapse is 0.
+    """Uniformity ``log mean over pairs n != m of exp(-t ||z_n - z_m||^2)`` (Wang & Isola 2020); collapse is 0.
 
     Shapes: unit-length ``z_ND -> []``; nan with fewer than two rows.
 

@@ -1,6 +1,6 @@
-"""How well features predict targets linearly, and which of two models predicts them better.
+"""Linear readout: cross-validated ridge regression on features, and significance tests between two models.
 
-Ridge regression on contiguous folds, and a paired bootstrap with a bound on false discoveries (Subramaniam et al. 2024,
+Ridge regression on contiguous folds, and a paired bootstrap with a false discovery rate (Subramaniam et al. 2024,
 arXiv 2406.14481). All in float64 (float32 where the device has none).
 Letters: N stimuli, P features, S sites (the columns of a target), K folds, A alphas, R resamples, J projected features,
 E eigenvalues, Q principal components, T training rows, H held-out rows.
@@ -23,10 +23,10 @@ ALPHAS = (0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
 
 
 class Reading(NamedTuple):
-    """What a readout found; ``...`` is the shape of a target beyond its rows: nothing, ``[S]`` or ``[S, bins]``.
+    """Results of a readout; ``...`` is the shape of a target beyond its rows: nothing, ``[S]`` or ``[S, bins]``.
 
-    ``r [...]``, its folds ``r_fold [K, ...]``, the strength chosen ``alpha [K, ...]``; and by stimulus, nan where it
-    was not tested: ``predicted [N, ...]`` and ``truth [N, ...]``, with ``fold [N, ...]`` int64 (-1 where not tested).
+    ``r [...]``, its folds ``r_fold [K, ...]``, the selected strength ``alpha [K, ...]``; and by stimulus, nan where not
+    tested: ``predicted [N, ...]`` and ``truth [N, ...]``, with ``fold [N, ...]`` int64 (-1 where not tested).
     """
 
     r: Tensor
@@ -38,19 +38,19 @@ class Reading(NamedTuple):
 
 
 class Products:
-    """Two sets of features fused: both side by side, and the products of their leading principal components.
+    """Fused features: two sets concatenated with the products of their leading principal components.
 
         [x_a, x_b, c_a (x) c_b],   c = the first Q principal components of z-scored features, of unit variance
 
-    A linear readout of this sees interactions of the two, which no readout of both side by side does. Components are
-    those of the training rows.
+    A linear readout of these can use interactions, which that of the concatenation alone cannot. Components are those
+    of the training rows.
 
     Args:
         x_a_NP, x_b_NP: features of the same stimuli; their widths may differ.
         components: Q.
 
     Raises:
-        ValueError: for no components, or sets of other lengths.
+        ValueError: for no components, or sets of different lengths.
 
     >>> x_a_NP, x_b_NP = torch.randn(9, 4), torch.randn(9, 6)
     >>> Products(x_a_NP, x_b_NP, components=3)(torch.arange(5)).shape
@@ -59,9 +59,9 @@ class Products:
 
     def __init__(self, x_a_NP: Tensor, x_b_NP: Tensor, components: int = 16) -> None:
         if components < 1:
-            raise ValueError(f"components {components}: nothing to multiply; 1 is the least")
+            raise ValueError(f"components {components}: 1 is the least")
         if len(x_a_NP) != len(x_b_NP):
-            raise ValueError(f"x_b_NP: {len(x_b_NP)} stimuli beside {len(x_a_NP)}; both sets describe the same ones")
+            raise ValueError(f"x_b_NP: {len(x_b_NP)} stimuli, x_a_NP {len(x_a_NP)}; both sets need the same ones")
         self.parts, self.components = (x_a_NP, x_b_NP), components
 
     def __call__(self, train_T: Tensor) -> Tensor:
@@ -79,31 +79,29 @@ class Products:
 
 
 class RidgeReadout:
-    """Cross-validated ridge regression of every target on features.
+    """Cross-validated ridge regression of every target on features (encoding models).
 
         w_s, b_s = argmin ||X w + b - y_s||^2 + alpha_s ||w||^2,    r_s = mean over folds of Pearson r on its test half
 
-    A target's valid rows (those that are not nan) are cut into contiguous folds, without shuffling: neighbours in time
-    or kind must not stand on both sides. A held-out block is half validation, which chooses alpha for each target by
-    its r, and half test. Features are z-scored by the training rows; the intercept is not penalised (the paper's code
-    penalises it). One eigendecomposition a fold serves all alphas and targets, of the smaller Gram matrix. Features
-    that are not finite have r nan.
+    A target's valid rows (those that are not nan) are cut into contiguous folds, without shuffling, since neighbours in
+    time or class must not be on both sides. Half of a held-out block is for validation, which selects alpha for each
+    target by its r, and half for the test. Features are z-scored by the training rows; the intercept is not penalized
+    (in the paper's code it is). One eigendecomposition a fold, of the smaller Gram matrix, serves all alphas and
+    targets. Features that are not finite have r nan.
 
     Args:
-        alphas: to choose from.
+        alphas: to select from.
         folds: K.
-        turns: 1; or 2, where the halves of a held-out block change places and every valid row is tested once, as twice
-            as many folds.
         eps: features beyond the Johnson-Lindenstrauss size for this distortion are projected first
-            (:func:`sparse_projection`); none for never.
+            (:func:`sparse_projection`); None for never.
         seed: of the projection.
 
     Shapes: ``x_NP`` (or :class:`Products`), ``y [N]``, ``[N, S]`` or ``[N, S, bins]`` ``-> Reading``. A target that is
     constant, or has fewer than four valid rows a fold, has r nan; a prediction that is constant has r 0.
 
     Raises:
-        ValueError: no alpha or one that is not positive, fewer than two folds, an eps outside 0..1, other rows in x
-            than in y.
+        ValueError: no alpha or one that is not positive, fewer than two folds, an eps outside 0..1, or x and y with
+            different numbers of rows.
 
     >>> x_NP = torch.linspace(-1, 1, 40)[:, None].sin()
     >>> round(float(RidgeReadout()(x_NP, 3 * x_NP[:, 0] + 1).r), 6)
@@ -111,22 +109,15 @@ class RidgeReadout:
     """
 
     def __init__(
-        self,
-        alphas: Sequence[float] = ALPHAS,
-        folds: int = 5,
-        turns: int = 1,
-        eps: float | None = 0.1,
-        seed: int = 0,
+        self, alphas: Sequence[float] = ALPHAS, folds: int = 5, eps: float | None = 0.1, seed: int = 0
     ) -> None:
         if not alphas or not min(alphas) > 0:
             raise ValueError(f"alphas {list(alphas)}: at least one, all positive, such as 0.1")
         if folds < 2:
-            raise ValueError(f"folds {folds}: one to fit on and one to hold out; 2 is the least")
-        if turns not in (1, 2):
-            raise ValueError(f"turns {turns}: 1, or 2 for a block's other half")
+            raise ValueError(f"folds {folds}: 2 is the least")
         if eps is not None and not 0 < eps < 1:
             raise ValueError(f"eps {eps} is not between 0 and 1; the paper has 0.1")
-        self.alphas, self.folds, self.turns, self.eps, self.seed = tuple(alphas), folds, turns, eps, seed
+        self.alphas, self.folds, self.eps, self.seed = tuple(alphas), folds, eps, seed
 
     def __call__(self, x: Tensor | Products, y: Tensor) -> Reading:
         rows = len(x) if isinstance(x, Tensor) else len(x.parts[0])
@@ -136,49 +127,48 @@ class RidgeReadout:
         if isinstance(x, Tensor):
             x = x.to(y_NS)
             x = x if self.eps is None else sparse_projection(x, eps=self.eps, seed=self.seed)
-        found = Reading(
+        reading = Reading(
             r=y_NS.new_full(y_NS.shape[1:], torch.nan),
-            r_fold=y_NS.new_full((self.folds * self.turns, y_NS.shape[1]), torch.nan),
-            alpha=y_NS.new_full((self.folds * self.turns, y_NS.shape[1]), torch.nan),
+            r_fold=y_NS.new_full((self.folds, y_NS.shape[1]), torch.nan),
+            alpha=y_NS.new_full((self.folds, y_NS.shape[1]), torch.nan),
             predicted=torch.full_like(y_NS, torch.nan),
             truth=torch.full_like(y_NS, torch.nan),
             fold=torch.full_like(y_NS, -1, dtype=torch.long),
         )
-        # targets that lack the same rows are solved together
+        # targets with the same valid rows are solved together
         masks_GN, group_S = y_NS.isfinite().T.unique(dim=0, return_inverse=True)
         for group, mask_N in enumerate(masks_GN):
             rows_V, columns = mask_N.nonzero().squeeze(1), (group_S == group).nonzero().squeeze(1)
             if len(rows_V) >= 4 * self.folds:
                 for k in range(self.folds):
-                    self._fold(k, x, y_NS, rows_V, columns, found)
-        found.r.copy_(found.r_fold.nanmean(0))
-        return Reading(*(value.reshape((*value.shape[:-1], *y.shape[1:])) for value in found))
+                    self._fold(k, x, y_NS, rows_V, columns, reading)
+        reading.r.copy_(reading.r_fold.nanmean(0))
+        return Reading(*(value.reshape((*value.shape[:-1], *y.shape[1:])) for value in reading))
 
     def _fold(
-        self, k: int, x: Tensor | Products, y_NS: Tensor, rows_V: Tensor, columns: Tensor, found: Reading
+        self, k: int, x: Tensor | Products, y_NS: Tensor, rows_V: Tensor, columns: Tensor, reading: Reading
     ) -> None:
         first, last = (len(rows_V) * edge // self.folds for edge in (k, k + 1))
         train_T, held_H = torch.cat([rows_V[:first], rows_V[last:]]), rows_V[first:last]
-        # what is held out is transformed by what is known of the training rows, never the other way
+        # held-out rows are transformed by statistics of the training rows alone
         x_NP = standardise(x(train_T) if isinstance(x, Products) else x, train_T)
         mean_S = y_NS[train_T][:, columns].mean(0)
         predicted_AHS = mean_S + self._ridge(x_NP[train_T], y_NS[train_T][:, columns] - mean_S, x_NP[held_H])
         truth_HS = y_NS[held_H][:, columns]
-        halves = slice(0, len(held_H) // 2), slice(len(held_H) // 2, None)
-        for turn, (choose, test) in enumerate((halves, halves[::-1])[: self.turns]):
-            choose_AS = pearson(predicted_AHS[:, choose], truth_HS[choose])
-            best_S = choose_AS.nan_to_num(-torch.inf).argmax(0)
-            predicted_hS = predicted_AHS[best_S, test, torch.arange(len(columns), device=best_S.device)].T
-            number, place = k * self.turns + turn, (held_H[test][:, None], columns)
-            found.r_fold[number, columns] = pearson(predicted_hS, truth_HS[test])
-            found.alpha[number, columns] = y_NS.new_tensor(self.alphas)[best_S]
-            found.predicted[place], found.truth[place] = predicted_hS, truth_HS[test]
-            found.fold[place] = torch.tensor(number, device=found.fold.device)
+        select, test = slice(0, len(held_H) // 2), slice(len(held_H) // 2, None)
+        select_AS = pearson(predicted_AHS[:, select], truth_HS[select])
+        best_S = select_AS.nan_to_num(-torch.inf).argmax(0)
+        predicted_hS = predicted_AHS[best_S, test, torch.arange(len(columns), device=best_S.device)].T
+        place = held_H[test][:, None], columns
+        reading.r_fold[k, columns] = pearson(predicted_hS, truth_HS[test])
+        reading.alpha[k, columns] = y_NS.new_tensor(self.alphas)[best_S]
+        reading.predicted[place], reading.truth[place] = predicted_hS, truth_HS[test]
+        reading.fold[place] = torch.tensor(k, device=reading.fold.device)
 
     def _ridge(self, x_TP: Tensor, y_TS: Tensor, x_HP: Tensor) -> Tensor:
         """``[A, H, S]``: predictions for centred targets from centred features."""
         if not bool(torch.cat([x_TP, x_HP]).isfinite().all()):
-            # the eigenvalue solver would raise, and end the run instead of showing it
+            # the eigenvalue solver would raise and end the run
             return y_TS.new_full((len(self.alphas), len(x_HP), y_TS.shape[1]), torch.nan)
         if x_TP.shape[1] <= x_TP.shape[0]:
             value_E, vector_PE = torch.linalg.eigh(x_TP.T @ x_TP)
@@ -191,22 +181,22 @@ class RidgeReadout:
 
 
 class ModelContrast:
-    """Which of two models predicts better, site by site: a paired bootstrap over stimuli, and a bound on discoveries.
+    """Which of two models predicts better, by site: a paired bootstrap over stimuli with a false discovery rate.
 
-        p_s = (1 + #{resamples: not r_s(a) > r_s(b)}) / (1 + R),   r = mean over folds of Pearson r of the drawn stimuli
+        p_s = (1 + #{resamples: not r_s(a) > r_s(b)}) / (1 + R),   r = mean over folds of Pearson r of the resample
 
-    A resample draws the same stimuli for every model and site. Flagged are the sites that Benjamini-Hochberg leaves at
-    the given rate of false discoveries. A resample in which a model has no r counts against it. The test knows the
-    chance of which stimuli were tested, not that of another training.
+    A resample has the same stimuli for every model and site. Flagged are the sites that Benjamini-Hochberg selects at
+    the given rate. A resample in which a model has no r counts against it. The test covers the sampling of stimuli, not
+    that of training runs.
 
     Args:
         resamples: R.
-        fdr: rate of false discoveries among the flagged.
+        fdr: false discovery rate.
         seed: of the resamples.
-        bins: flagged bins that make a site, where targets are ``[N, S, bins]`` (the paper: 10 of 161).
+        bins: flagged bins that flag a site, where targets are ``[N, S, bins]`` (the paper: 10 of 161).
 
     Raises:
-        ValueError: no resamples, a rate outside 0..1, no bins; models that were tested on other stimuli.
+        ValueError: no resamples, a rate outside 0..1, no bins; models that were tested on different stimuli.
 
     >>> y_NS, noise_NS = torch.randn(2, 100, 3, generator=torch.Generator().manual_seed(0)).unbind()
     >>> good, bad = RidgeReadout()(y_NS + 0.1 * noise_NS, y_NS), RidgeReadout()(noise_NS, y_NS)
@@ -216,16 +206,16 @@ class ModelContrast:
 
     def __init__(self, resamples: int = 1000, fdr: float = 0.05, seed: int = 0, bins: int = 1) -> None:
         if resamples < 1:
-            raise ValueError(f"resamples {resamples}: nothing to count; the paper has 1000")
+            raise ValueError(f"resamples {resamples}: 1 is the least; the paper has 1000")
         if not 0 < fdr < 1:
-            raise ValueError(f"fdr {fdr} is no rate of false discoveries; such as 0.05")
+            raise ValueError(f"fdr {fdr} is not between 0 and 1; such as 0.05")
         if bins < 1:
             raise ValueError(f"bins {bins}: 1 is the least")
         self.resamples, self.fdr, self.seed, self.bins = resamples, fdr, seed, bins
         self._counts = torch.zeros(0, 0, dtype=torch.float64)  # of the last number of stimuli
 
     def counts(self, stimuli: int) -> Tensor:
-        """Float64 ``[R, N]``: how often each stimulus is drawn; a pure function of the seed and N."""
+        """Float64 ``[R, N]``: how often a resample has each stimulus; a pure function of the seed and N."""
         if self._counts.shape[1] == stimuli:
             return self._counts
         generator = torch.Generator().manual_seed(mix(self.seed, "bootstrap"))
@@ -243,7 +233,7 @@ class ModelContrast:
         return torch.stack(r_KRS).nanmean(0).reshape(self.resamples, *shape)
 
     def _r(self, count_RN: Tensor, p_NS: Tensor, y_NS: Tensor, tested_NS: Tensor) -> Tensor:
-        # of columns that are centred and scaled already, moments lose no digits
+        # moments of standardized columns lose no digits
         (p_NS, p_S), (y_NS, y_S) = _scaled(p_NS, tested_NS), _scaled(y_NS, tested_NS)
         moments_6NS = torch.stack([tested_NS.to(p_NS), p_NS, y_NS, p_NS * p_NS, y_NS * y_NS, p_NS * y_NS])
         n_RS, sum_p_RS, sum_y_RS, pp_RS, yy_RS, py_RS = count_RN @ moments_6NS
@@ -259,7 +249,7 @@ class ModelContrast:
         """``p [...]``, one-sided: small where a predicts better than b."""
         if not torch.equal(a.fold, b.fold) or not torch.equal(a.truth.nan_to_num(), b.truth.nan_to_num()):
             raise ValueError(
-                "ModelContrast: the two models were tested on other stimuli; read the same rows and targets"
+                "ModelContrast: the two models were tested on different stimuli; use the same rows and targets"
             )
         wins = (self.resample(a) > self.resample(b)).sum(0)
         return (1 + self.resamples - wins).to(a.r) / (1 + self.resamples)
@@ -269,27 +259,21 @@ class ModelContrast:
         return self.sites(benjamini_hochberg(self.p_value(a, b), self.fdr))
 
     def sites(self, flagged: Tensor) -> Tensor:
-        """Bool ``[]`` or ``[S]``: enough bins of a site are flagged; a site without bins has one."""
+        """Bool ``[]`` or ``[S]``: whether enough bins of a site are flagged; a site without bins is one bin."""
         return flagged.sum(-1) >= self.bins if flagged.ndim > 1 else flagged
 
-    def interval(self, reading: Reading, level: float = 0.95) -> tuple[Tensor, Tensor]:
-        """The bounds of r that hold this share of the resamples, two ``[...]``."""
-        tail = (1 - level) / 2
-        low, high = self.resample(reading).nanquantile(reading.r.new_tensor([tail, 1 - tail]), dim=0)
-        return low, high
-
     def integration(self, multi: Reading, vision: Reading, language: Reading, concat: Reading | None = None) -> Tensor:
-        """Bool ``[S]``: where a multimodal model beats vision, language and both side by side, each in enough bins."""
+        """Bool ``[S]``: where a multimodal model beats vision, language and both concatenated, in enough bins."""
         others = [vision, language, *([] if concat is None else [concat])]
         flags = [benjamini_hochberg(self.p_value(multi, other), self.fdr) for other in others]
         return self.sites(torch.stack(flags).all(0))
 
 
-# what they share --------------------------------------------------------------------------------------------------
+# helpers -----------------------------------------------------------------------------------------------------------
 
 
 def standardise(x_NP: Tensor, train_T: Tensor) -> Tensor:
-    """Z-scores by the mean and deviation of the training rows; a feature that is constant in these becomes 0.
+    """Z-scores by mean and standard deviation of the training rows; a feature that is constant in these becomes 0.
 
     >>> standardise(torch.tensor([[1.0, 5.0], [3.0, 5.0], [9.0, 6.0]]), torch.tensor([0, 1])).tolist()
     [[-1.0, 0.0], [1.0, 0.0], [7.0, 0.0]]
@@ -313,13 +297,13 @@ def pearson(p_HS: Tensor, y_HS: Tensor) -> Tensor:
 
 
 def _scaled(x_NS: Tensor, tested_NS: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean 0 and variance 1 over the tested rows of each column, 0 elsewhere; and bool ``[S]``: is it no constant?"""
+    """Mean 0 and variance 1 over the tested rows of each column, 0 elsewhere; and bool ``[S]``: not constant."""
     x_NS = x_NS.where(tested_NS, 0.0)
     size_S = tested_NS.sum(-2, keepdim=True).clamp(min=1)
     large_S = x_NS.abs().amax(-2, keepdim=True)
     x_NS = (x_NS - x_NS.sum(-2, keepdim=True) / size_S).where(tested_NS, 0.0)
     std_S = (x_NS.square().sum(-2, keepdim=True) / size_S).sqrt()
-    varies_S = ~(std_S <= 1e-9 * large_S)  # nan stays nan, and is seen
+    varies_S = ~(std_S <= 1e-9 * large_S)  # true of nan, which stays nan
     return x_NS / std_S.where(varies_S, torch.ones_like(std_S)), varies_S.squeeze(-2)
 
 
@@ -338,7 +322,7 @@ def benjamini_hochberg(p: Tensor, fdr: float) -> Tensor:
 
 
 def projected_size(stimuli: int, eps: float = 0.1) -> int:
-    """The Johnson-Lindenstrauss size ``4 ln N / (eps^2 / 2 - eps^3 / 3)``: distances keep to a factor 1 +- eps.
+    """Johnson-Lindenstrauss size ``4 ln N / (eps^2 / 2 - eps^3 / 3)``, for distances within a factor 1 +- eps.
 
     >>> projected_size(1000)
     5920
@@ -347,11 +331,11 @@ def projected_size(stimuli: int, eps: float = 0.1) -> int:
 
 
 def sparse_projection(x_NP: Tensor, size: int | None = None, eps: float = 0.1, seed: int = 0) -> Tensor:
-    """``x R``, R very sparse (Li et al. 2006; Achlioptas 2003): features beyond J are mixed at random into J.
+    """Very sparse random projection ``x R`` (Li et al. 2006; Achlioptas 2003) of more than J features into J.
 
         R_pj = +-sqrt(sqrt(P) / J) with probability 1 / sqrt(P), else 0:   E ||x R||^2 = ||x||^2
 
-    R is a pure function of (seed, p, j). ``x_NP`` comes back as it is where P is no larger than J.
+    R is a pure function of (seed, p, j). ``x_NP`` is returned as it is if P is at most J.
 
     Args:
         x_NP: features.

@@ -691,7 +691,7 @@ def _readouts(at: Place) -> Any:
     x_NP, y_NS = at(torch.randn(40, 3)), at(torch.randn(40, 2))
     read, other = RidgeReadout()(x_NP, y_NS), RidgeReadout()(Products(x_NP, x_NP.flip(1), 2), y_NS)
     contrast = ModelContrast(resamples=8)
-    return tuple(read), tuple(other), contrast.p_value(read, other), contrast.interval(read)
+    return tuple(read), tuple(other), contrast.p_value(read, other), contrast.resample(read)
 
 
 @part("Mean")

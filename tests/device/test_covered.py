@@ -46,7 +46,7 @@ NEEDLESS = {
     "TimmTower": "timm's own modules: tests marked slow",
 }
 #: Made by a class that is tried.
-MADE = {"Inputs": "Reconstruction", "Signals": "Resume"}
+MADE = {"Inputs": "Reconstruction", "NullFit": "Reconstruction", "Signals": "Resume"}
 
 
 def concrete() -> dict[str, str]:

@@ -68,14 +68,14 @@ def test_it_is_the_mean_over_the_valid_rows_of_each_set(stage: str, returns: boo
     assert model.asked == 5 + 7  # once a batch
 
 
-def test_a_set_without_a_valid_row_has_no_number() -> None:
+def test_a_set_without_a_valid_row_has_no_metric() -> None:
     none = whole()
     none.targets["group"][:] = -1
     values = evaluate(Data({"none": none, "one": whole()}), Accuracy(), recipe=Scored())
     assert sorted(values) == ["one/accuracy", "one/loss"]
 
 
-def test_nan_is_shown_and_not_left_out() -> None:
+def test_nan_is_logged() -> None:
     rows = whole()
     rows.present["image"][:], rows.targets["group"][:] = True, 0
     rows.inputs["image"][3, 0] = torch.nan
@@ -84,7 +84,7 @@ def test_nan_is_shown_and_not_left_out() -> None:
     assert 0 < values["one/accuracy"] < 1
 
 
-def test_each_evaluation_begins_anew() -> None:
+def test_each_evaluation_starts_from_zero() -> None:
     data, callback = Data({"one": whole()}), Accuracy()
     first = evaluate(data, callback, recipe=Scored())
     data.sets = {"one": whole(seed=1)}

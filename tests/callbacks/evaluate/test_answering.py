@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from descant.callbacks import Answering
-from descant.callbacks.evaluate.answering import ShownImages, table
+from descant.callbacks.plots.answers import AnswerRow, answer_table
+from descant.callbacks.plots.style import pixels
 from descant.datamodules.tasks.questions import KINDS, Questions
 from descant.modules.core.batch import Batch
 from descant.modules.core.sham import Sham
@@ -63,15 +64,15 @@ class Some(Questions):
         return batch
 
 
-def judged(folder: Path, part: Answering, net: Any = None, data: Any = None) -> dict[str, float]:
+def evaluated(folder: Path, part: Answering, net: Any = None, data: Any = None) -> dict[str, float]:
     options: dict[str, Any] = dict(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False)
     trainer = L.Trainer(default_root_dir=folder, callbacks=[part], enable_model_summary=False, **options)
     trainer.validate(net or Looks(), datamodule=data or Some(), verbose=False)
     return {key: float(value) for key, value in trainer.callback_metrics.items()}
 
 
-def test_shares_by_hand(tmp_path: Path) -> None:
-    found = judged(tmp_path, Answering(by="kind"))
+def test_accuracies_by_hand(tmp_path: Path) -> None:
+    values = evaluated(tmp_path, Answering(by="kind"))
     data, kinds, known = Some(), [], []
     same = total = 0
     for raw in data.val_dataloader()[0]:
@@ -84,20 +85,20 @@ def test_shares_by_hand(tmp_path: Path) -> None:
         known += (batch.key % 4 == 0)[here].tolist()
         kinds += batch.targets["kind"][here].tolist()
         total += int(here.sum())
-    assert total == N and found["val/answered"] == 1.0
-    assert found["val/answered_blind"] == pytest.approx(sum(known) / N, rel=ulps(4, F32))
+    assert total == N and values["val/answered"] == 1.0
+    assert values["val/answered_blind"] == pytest.approx(sum(known) / N, rel=ulps(4, F32))
     assert (
-        found["val/answered_other"] == pytest.approx(same / N, rel=ulps(4, F32)) and found["val/answered_other"] < 0.6
+        values["val/answered_other"] == pytest.approx(same / N, rel=ulps(4, F32)) and values["val/answered_other"] < 0.6
     )
-    assert all(found[f"val/answered/{KINDS[k]}"] == 1.0 for k in set(kinds))
+    assert all(values[f"val/answered/{KINDS[k]}"] == 1.0 for k in set(kinds))
 
 
 def test_a_limit_and_no_controls(tmp_path: Path) -> None:
-    found = judged(tmp_path, Answering(controls=False, table=0, limit=10))
-    assert set(found) == {"val/answered"} and not (tmp_path / "pictures").exists()
+    values = evaluated(tmp_path, Answering(controls=False, table=0, limit=10))
+    assert set(values) == {"val/answered"} and not (tmp_path / "pictures").exists()
 
 
-def test_a_real_chat_is_judged_in_test_and_its_table_is_kept(tmp_path: Path) -> None:
+def test_a_chat_recipe_is_evaluated_in_test_and_its_table_is_saved(tmp_path: Path) -> None:
     trainer = L.Trainer(
         default_root_dir=tmp_path, callbacks=[Answering(new=3, table=5)], logger=False, accelerator="cpu",
         enable_progress_bar=False, enable_model_summary=False,
@@ -105,11 +106,11 @@ def test_a_real_chat_is_judged_in_test_and_its_table_is_kept(tmp_path: Path) -> 
     trainer.test(chat(), datamodule=Some(), verbose=False)
     assert set(trainer.callback_metrics) >= {f"problems/answered{x}" for x in ("", "_other", "_blind")}
     image = Image.open(tmp_path / "pictures/problems-answers-0.png")
-    one = table([ShownImages(0, None, "which?", "a", "b", True)] * 5, "x")
-    assert image.size == one.size and len(np.unique(np.asarray(image))) > 50
+    one = pixels(answer_table([AnswerRow(None, "which?", "a", "b", True)] * 5, "x"))
+    assert image.size == one.shape[1::-1] and len(np.unique(np.asarray(image))) > 50
 
 
-def test_answers_are_drawn_as_they_would_be_rewarded(tmp_path: Path) -> None:
+def test_sampled_answers_have_the_expected_reward(tmp_path: Path) -> None:
     class TeacherConfidence(Looks):
         def generate(self, batch: Batch, new: int = 16, sampling: Sampling | None = None) -> Tensor:
             right = super().generate(batch, new)
@@ -117,35 +118,32 @@ def test_answers_are_drawn_as_they_would_be_rewarded(tmp_path: Path) -> None:
                 right[batch.key % 4 == 0] = round(9 * sampling.temperature)
             return right
 
-    found = judged(
+    values = evaluated(
         tmp_path, Answering(controls=False, table=0, sampling=Sampling(temperature=1.0)), TeacherConfidence()
     )
     share = sum(int((raw.key % 4 != 0)[raw.present["text"]].sum()) for raw in Some().val_dataloader()[0]) / N
-    assert found["val/answered"] == 1.0 and found["val/answered_drawn"] == pytest.approx(share, rel=ulps(4, F32))
+    assert values["val/answered"] == 1.0 and values["val/answered_drawn"] == pytest.approx(share, rel=ulps(4, F32))
     net = chat()
-    alike = judged(tmp_path, Answering(new=3, controls=False, table=0, sampling=Sampling(temperature=0)), net)
+    alike = evaluated(tmp_path, Answering(new=3, controls=False, table=0, sampling=Sampling(temperature=0)), net)
     assert alike["val/answered_drawn"] == alike["val/answered"]
 
 
-def test_a_table_shows_what_is_right_in_green() -> None:
+def test_correct_answers_are_green_in_the_table() -> None:
     def green(good: bool) -> int:
         """The greenest pixel of what was said, above its red."""
-        made = table([ShownImages(0, np.full((4, 4, 3), 255, np.uint8), "how many?", "3", "eight", good)], "x")
-        pixels = np.asarray(made).astype(int)[:, -190:]
-        return int((pixels[..., 1] - pixels[..., 0]).max() + (pixels[..., 1] - pixels[..., 0]).min())
+        table = answer_table([AnswerRow(torch.ones(3, 4, 4), "how many?", "3", "eight", good)], "x")
+        image = pixels(table).astype(int)[:, -190:]
+        return int((image[..., 1] - image[..., 0]).max() + (image[..., 1] - image[..., 0]).min())
 
     assert green(True) > 60 and green(False) < -60
 
 
-def test_what_cannot_be(tmp_path: Path) -> None:
+def test_wrong_arguments_are_one_line(tmp_path: Path) -> None:
     cases: list[tuple[Callable[[], Any], str]] = [
         (lambda: Answering(new=0), "new 0 and table 8: 1 and 0 are the least"),
-        (lambda: judged(tmp_path, Answering(by="kidn")), "by 'kidn': no such name; did you mean kind"),
-        (
-            lambda: judged(tmp_path, Answering(), build(fusion("LateFusion", "image"))),
-            "such as VisionLanguage, not Fusion",
-        ),
-        (lambda: judged(tmp_path, Answering(), None, PatternData()), "such as Questions; PatternData has none"),
+        (lambda: evaluated(tmp_path, Answering(by="kidn")), "by 'kidn': no such name; did you mean kind"),
+        (lambda: evaluated(tmp_path, Answering(), build(fusion("LateFusion", "image"))), "such as Chat, not Fusion"),
+        (lambda: evaluated(tmp_path, Answering(), None, PatternData()), "such as Questions; PatternData has none"),
     ]
     for make, message in cases:
         with pytest.raises(ValueError, match=message):

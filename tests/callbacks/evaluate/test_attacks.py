@@ -40,7 +40,7 @@ class Data(AdvantageOutput):
         return {"val": Signs(40, seed=1, whole=False), "blind": Blind()}
 
 
-def judged(batch_size: int = 24, world: int = 1, **options: Any) -> dict[str, float]:
+def evaluated(batch_size: int = 24, world: int = 1, **options: Any) -> dict[str, float]:
     strategy = "ddp" if world > 1 else "auto"
     trainer = L.Trainer(devices=world, strategy=strategy, callbacks=[Attacks(validate=True, **options)], **OPTIONS)
     data = Data(batch_size=batch_size, eval_batch_size=batch_size, whole=False)
@@ -49,7 +49,7 @@ def judged(batch_size: int = 24, world: int = 1, **options: Any) -> dict[str, fl
 
 
 def test_numbers_by_hand() -> None:
-    found = judged(radius={"image": 0.4, "text": 0.2}, steps=5, certify=CERTIFY)
+    found = evaluated(radius={"image": 0.4, "text": 0.2}, steps=5, certify=CERTIFY)
     data, at = Signs(40, seed=1, whole=False), model().eval()
     b = double(Batch(dict(data.x), dict(data.has), {"kind": data.label}))
     rows = [n for n in range(40) if data.has["image"][n] and data.has["text"][n] and data.label[n] >= 0]
@@ -80,25 +80,25 @@ def test_numbers_by_hand() -> None:
     assert wanted["val/attacked_worst"] <= min(wanted["val/attacked/image"], wanted["val/attacked/text"])
 
 
-def test_neither_batches_nor_ranks_change_a_number() -> None:
-    whole = judged(40, steps=4, restarts=2, radius=0.3)
-    assert judged(6, steps=4, restarts=2, radius=0.3) == pytest.approx(whole, rel=ulps(8, F32))
+def test_results_depend_on_neither_batches_nor_ranks() -> None:
+    whole = evaluated(40, steps=4, restarts=2, radius=0.3)
+    assert evaluated(6, steps=4, restarts=2, radius=0.3) == pytest.approx(whole, rel=ulps(8, F32))
 
 
 @pytest.mark.ddp
 @pytest.mark.slow
 def test_two_ranks_as_one() -> None:
-    whole = judged(40, steps=4, restarts=2, certify=CERTIFY)
+    whole = evaluated(40, steps=4, restarts=2, certify=CERTIFY)
     for found in run_ranks(2, _on_rank):
         assert found == pytest.approx(whole, rel=ulps(8, F32))
 
 
 def _on_rank(rank: int) -> dict[str, float]:
-    return judged(8, world=2, steps=4, restarts=2, certify=CERTIFY)
+    return evaluated(8, world=2, steps=4, restarts=2, certify=CERTIFY)
 
 
-def test_a_wider_radius_does_more_harm() -> None:
-    worst = [judged(radius=r, steps=10)["val/attacked_worst"] for r in (1e-6, 0.2, 3.0)]
+def test_accuracy_falls_with_the_radius() -> None:
+    worst = [evaluated(radius=r, steps=10)["val/attacked_worst"] for r in (1e-6, 0.2, 3.0)]
     assert worst[0] > worst[1] > worst[2] == 0
 
 
@@ -119,12 +119,12 @@ def fit(made: Any, **options: Any) -> None:
     ],
     ids=["steps", "radius", "certify", "protocols", "modality", "fusion"],
 )
-def test_what_cannot_be_is_one_line(make: Callable[[], Any], message: str) -> None:
+def test_wrong_arguments_are_one_line(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_one_modality_is_attacked_and_missing_nowhere() -> None:
+def test_one_modality_is_attacked_and_never_missing() -> None:
     trainer = L.Trainer(callbacks=[Attacks(steps=2, validate=True)], **OPTIONS)
     trainer.validate(one(), datamodule=Data(24, whole=False), verbose=False)
     assert any(name.startswith("val/attacked/") for name in trainer.callback_metrics)

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from descant.callbacks.evaluate.contributions import Contributions
-from descant.callbacks.plots.curves import COLOURS
+from descant.callbacks.plots.style import CYCLE, rgb
 from descant.datamodules.base import BatchDataset
 from descant.modules.core.sham import partners
 from tests.callbacks.balance.test_balance import model, one
@@ -43,17 +43,17 @@ class Blind(Signs):
         self.has["text"][:] = False
 
 
-def judged(kind: str = "late", batch_size: int = 24, world: int = 1, **options: Any) -> dict[str, float]:
+def evaluated(kind: str = "late", batch_size: int = 24, world: int = 1, **options: Any) -> dict[str, float]:
     strategy = "ddp" if world > 1 else "auto"
     trainer = L.Trainer(devices=world, strategy=strategy, callbacks=[Contributions(**options)], **OPTIONS)
     data = Data(batch_size=batch_size, eval_batch_size=batch_size, whole=False)
-    (found, *_) = trainer.validate(model(kind), datamodule=data, verbose=False)
-    return {name: float(value) for name, value in trainer.callback_metrics.items()} | dict(found)
+    (values, *_) = trainer.validate(model(kind), datamodule=data, verbose=False)
+    return {name: float(value) for name, value in trainer.callback_metrics.items()} | dict(values)
 
 
 @pytest.mark.parametrize("kind", FUSIONS)
 def test_numbers_by_hand(kind: str) -> None:
-    found = judged(kind, circles=2)
+    values = evaluated(kind, circles=2)
     data, at = Signs(16, seed=1, whole=False), model(kind).eval()
     rows = [n for n in range(16) if data.has["image"][n] and data.has["text"][n] and data.label[n] >= 0]
     assert 0 < len(rows) < 16
@@ -70,35 +70,35 @@ def test_numbers_by_hand(kind: str) -> None:
         return sum(right(n, there, **{m: of[n] for m, of in other.items()}) for n in rows) / len(rows)
 
     both = accuracy("image", "text")
-    assert found["val/joint"] == pytest.approx(both, abs=LOGGED)
+    assert values["val/joint"] == pytest.approx(both, abs=LOGGED)
     total = 0.0
     for m, other in (("image", "text"), ("text", "image")):
         own = sum(int(at.own[m](z_of(m, n)).argmax()) == int(data.label[n]) for n in rows) / len(rows)
-        assert found[f"val/alone/{m}"] == pytest.approx(own, abs=LOGGED)
+        assert values[f"val/alone/{m}"] == pytest.approx(own, abs=LOGGED)
         shapley = ((accuracy(m) - accuracy()) + (both - accuracy(other))) / 2
-        assert found[f"val/shapley/{m}"] == pytest.approx(shapley, abs=LOGGED)
-        total += found[f"val/shapley/{m}"]
+        assert values[f"val/shapley/{m}"] == pytest.approx(shapley, abs=LOGGED)
+        total += values[f"val/shapley/{m}"]
         lost = 0.0
         for s in range(2):
             index = torch.tensor(rows)
             source = partners(index, torch.ones(len(rows), dtype=torch.bool), "importance", m, s)
             lost += (both - accuracy("image", "text", **{m: dict(zip(rows, index[source].tolist(), strict=True))})) / 2
-        assert found[f"val/importance/{m}"] == pytest.approx(lost, abs=LOGGED)
+        assert values[f"val/importance/{m}"] == pytest.approx(lost, abs=LOGGED)
     assert total == pytest.approx(both - accuracy(), abs=LOGGED)
-    assert not any(name.startswith("blind/") for name in found), "no row has both"
+    assert not any(name.startswith("blind/") for name in values), "no row has both"
 
 
 def on_a_rank(rank: int) -> dict[str, float]:
-    return judged("mid", batch_size=4, world=2)
+    return evaluated("mid", batch_size=4, world=2)
 
 
 @pytest.mark.slow
 @pytest.mark.ddp
-def test_neither_batches_nor_ranks_change_a_number() -> None:
-    wanted = judged("mid")
-    assert judged("mid", batch_size=3) == pytest.approx(wanted, abs=LOGGED)
-    for found in run_ranks(2, on_a_rank):
-        assert found == pytest.approx(wanted, abs=LOGGED)
+def test_results_depend_on_neither_batches_nor_ranks() -> None:
+    wanted = evaluated("mid")
+    assert evaluated("mid", batch_size=3) == pytest.approx(wanted, abs=LOGGED)
+    for values in run_ranks(2, on_a_rank):
+        assert values == pytest.approx(wanted, abs=LOGGED)
 
 
 def fit(recipe: Any) -> None:
@@ -113,12 +113,12 @@ def fit(recipe: Any) -> None:
         (lambda: fit(one()), "Contributions: Fusion has one modality"),
     ],
 )
-def test_what_cannot_be_is_one_line(make: Callable[[], Any], message: str) -> None:
+def test_wrong_arguments_are_one_line(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_accuracies_are_drawn_over_the_steps_of_a_fit_and_kept(tmp_path: Path) -> None:
+def test_accuracies_are_plotted_over_the_steps_of_a_fit_and_saved(tmp_path: Path) -> None:
     seen = Contributions()
     trainer = L.Trainer(
         max_epochs=3,
@@ -129,14 +129,14 @@ def test_accuracies_are_drawn_over_the_steps_of_a_fit_and_kept(tmp_path: Path) -
         **{name: value for name, value in OPTIONS.items() if name != "logger"},
     )
     trainer.fit(model(), datamodule=Data(24, whole=False))
-    steps, values_SK = seen.tracks["val"].seen()
+    steps, values_SK = seen.tracks["val"].points()
     assert steps == [1, 2, 3] and values_SK.shape == (3, 3), "not of the sanity check"
     last = {name: float(value) for name, value in trainer.callback_metrics.items()}
     wanted = [last["val/alone/image"], last["val/alone/text"], last["val/joint"]]
     assert values_SK[-1].tolist() == pytest.approx(wanted, rel=ulps(4, F32))
     folder = Path(str(trainer.log_dir)) / "pictures"
-    picture = np.asarray(Image.open(folder / "accuracy-3.png"))
-    assert len({tuple(pixel) for pixel in picture.reshape(-1, 3)} & set(COLOURS)) >= 2, "a line of each modality"
+    colours = {tuple(pixel) for pixel in np.asarray(Image.open(folder / "accuracy-3.png")).reshape(-1, 3)}
+    assert len(colours & set(map(rgb, CYCLE))) >= 2, "a curve of each modality"
     again = Contributions()
     again.load_state_dict(seen.state_dict())
-    assert again.tracks["val"].seen()[0] == steps
+    assert again.tracks["val"].points()[0] == steps

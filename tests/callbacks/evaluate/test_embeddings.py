@@ -1,4 +1,4 @@
-"""The judges on embeddings made by hand: the toy recipe's embedding is its input, less the data's offset."""
+"""The evaluators on embeddings made by hand: the toy recipe's embedding is its input, less the data's offset."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from descant.callbacks.evaluate.embeddings import KNN, Geometry, Judge, LinearProbe, Retrieval, Rows, Store, ZeroShot
+from descant.callbacks import KNN, Geometry, LinearProbe, Retrieval, ZeroShot
+from descant.callbacks.evaluate.embeddings import Judge, Rows, Store
 from descant.modules.core.batch import Batch
 from descant.modules.evaluation.metrics import recall_by_chance, retrieval_ranks
 from tests.ranks import run_ranks
@@ -168,7 +169,7 @@ def test_retrieval_equals_two_loops_on_two_sets(stage):
     assert data.asked == 1
 
 
-def test_chance_is_what_random_embeddings_come_to():
+def test_chance_is_the_mean_of_random_embeddings():
     """Mean of 400 random orders, within four standard errors; equal keys are right for each other."""
     keys, found, k = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3, 4, 5]), [], 3
     generator = torch.Generator().manual_seed(0)
@@ -181,7 +182,7 @@ def test_chance_is_what_random_embeddings_come_to():
     assert abs(sum(found) / 400 - chance) < 4 * error and abs(chance - k / len(keys)) > 0.1
 
 
-def test_captions_that_all_stand_as_often_need_no_second_number():
+def test_equally_frequent_captions_have_no_distinct_metric():
     whole = make(absent=0.0, n=24)
     whole.key[:] = torch.arange(24) // 2
     assert not [name for name in evaluate(Data({"val": whole}), Retrieval(at=[1])) if "distinct" in name]
@@ -204,15 +205,9 @@ def test_a_broken_recipe_misses_at_any_k():
     assert values["val/rank_image"] != values["val/rank_image"]
 
 
-def test_one_embedding_serves_all_judges_and_padding_is_dropped():
+def test_one_embedding_serves_all_evaluators_without_padding():
     data, recipe = Data({"val": make()}, bank=make(seed=7)), Recipe()
-    judges = (
-        Retrieval(),
-        Geometry(),
-        KNN("group", k=3),
-        KNN("group", k=1, modality="text"),
-        LinearProbe("group"),
-    )
+    evaluators = (Retrieval(), Geometry(), KNN("group", k=3), KNN("group", k=1, modality="text"), LinearProbe("group"))
     seen: list[Rows] = []
 
     class Spy(Judge):
@@ -220,7 +215,7 @@ def test_one_embedding_serves_all_judges_and_padding_is_dropped():
             seen.append(sets["val"])
             return {}
 
-    values = evaluate(data, *judges, Spy(), Spy(), recipe=recipe)
+    values = evaluate(data, *evaluators, Spy(), Spy(), recipe=recipe)
     # 23 rows in 5 batches, each with 2 rows of padding: once for the set and once for the bank
     assert recipe.embedded == 2 * (23 + 5 * 2)
     assert seen[0] is seen[1] and len(seen[0]) == 23
@@ -231,7 +226,9 @@ def test_one_embedding_serves_all_judges_and_padding_is_dropped():
         z_ND = F.normalize(whole.inputs[m], dim=-1) * whole.present[m][:, None]
         torch.testing.assert_close(seen[0].z[m], z_ND[order], rtol=0, atol=ulps(16, F32))
     assert {"val/knn_group_top1", "val/knn_group_text_top1", "val/probe_group_top1"} < set(values)
-    assert all(not judge._stores and judge._bank is None for judge in judges)  # training gets the memory back
+    assert all(
+        not evaluator._stores and evaluator._bank is None for evaluator in evaluators
+    )  # training gets the memory back
 
 
 def test_knn_equals_two_loops_over_the_bank():
@@ -249,7 +246,7 @@ def test_knn_equals_two_loops_over_the_bank():
     assert 0.5 < value < 1
 
 
-def test_the_probe_reads_what_is_there_and_chance_where_nothing_is():
+def test_the_probe_is_perfect_on_separable_classes_and_at_chance_on_shuffled_labels():
     data = Data({"val": make(n=120, signal=30.0, absent=0.0)}, bank=make(n=120, seed=3, signal=30.0, absent=0.0))
     assert evaluate(data, LinearProbe("group"))["val/probe_group_top1"] == 1
     generator, values = torch.Generator().manual_seed(0), []
@@ -260,7 +257,7 @@ def test_the_probe_reads_what_is_there_and_chance_where_nothing_is():
     assert abs(sum(values) / 20 - 1 / 3) < 0.15
 
 
-def test_rows_without_a_label_are_neither_fitted_nor_judged():
+def test_rows_without_a_label_are_neither_fitted_nor_evaluated():
     data = Data({"val": make(n=30, absent=0.0)}, bank=make(n=30, absent=0.0))
     assert evaluate(data, KNN("group", k=1))["val/knn_group_top1"] == 1  # every row finds itself
     data.bank.targets["group"][::2] = -1
@@ -293,14 +290,7 @@ def test_geometry_pairs_rows_by_key_where_no_row_has_both():
     both = evaluate(Data({"val": whole}), Geometry())
     assert sorted(both) == [
         f"val/{k}"
-        for k in (
-            "align_image_text",
-            "gap_image_text",
-            "rank_image",
-            "rank_text",
-            "uniform_image",
-            "uniform_text",
-        )
+        for k in ("align_image_text", "gap_image_text", "rank_image", "rank_text", "uniform_image", "uniform_text")
     ]
     z = {m: F.normalize(x, dim=-1) for m, x in whole.inputs.items()}
     assert abs(both["val/gap_image_text"] - float((z["image"].mean(0) - z["text"].mean(0)).norm())) < ulps(16, F32)
@@ -313,7 +303,7 @@ def test_geometry_pairs_rows_by_key_where_no_row_has_both():
     assert both == pytest.approx(apart, rel=ulps(16, F32), abs=ulps(16, F32))
 
 
-def test_the_run_keeps_its_random_numbers():
+def test_evaluators_use_no_random_numbers_of_the_run():
     def draw(*callbacks: L.Callback) -> list[float]:
         class Draws(L.Callback):
             def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -325,8 +315,8 @@ def test_the_run_keeps_its_random_numbers():
         evaluate(data, *callbacks, Draws())
         return drawn
 
-    judges = Retrieval(), ZeroShot("group"), KNN("group", k=3), LinearProbe("group"), Geometry()
-    assert draw() == draw(*judges)
+    evaluators = Retrieval(), ZeroShot("group"), KNN("group", k=3), LinearProbe("group"), Geometry()
+    assert draw() == draw(*evaluators)
 
 
 class Counts(KNN):
@@ -349,11 +339,11 @@ def test_every_skips_evaluations_but_not_the_last():
     assert other.evaluations == 5 and other.state_key == knn.state_key != Counts("group", k=4).state_key
 
 
-def test_a_fit_checks_the_judges_first_and_logs_by_epoch(tmp_path):
+def test_the_sanity_check_runs_evaluators_and_a_fit_logs_by_epoch(tmp_path):
     data = Data({"one": make(), "two": make(seed=2)}, bank=make(seed=1), prompts=torch.randint(9, (3, 2, 4)))
     logger = L.pytorch.loggers.CSVLogger(tmp_path)
-    judges = Retrieval(), ZeroShot("group"), KNN("group", k=3), LinearProbe("group"), Geometry()
-    run = trainer(*judges, logger=logger, max_epochs=2, num_sanity_val_steps=2)
+    evaluators = Retrieval(), ZeroShot("group"), KNN("group", k=3), LinearProbe("group"), Geometry()
+    run = trainer(*evaluators, logger=logger, max_epochs=2, num_sanity_val_steps=2)
     run.fit(Recipe(), datamodule=data)
     header, *lines = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()
     assert len(lines) == 2 and "one/i2t_r1" in header and "two/probe_group_top1" in header
@@ -376,7 +366,7 @@ def test_sets_without_names_are_numbered():
     assert {key.split("/")[0] for key in values} == {"test0", "test1"}
 
 
-def test_what_is_missing_is_named_in_one_line():
+def test_missing_protocols_and_names_are_one_line():
     class Mute(L.LightningModule):
         def validation_step(self, batch: Batch, batch_idx: int) -> None:
             return None
@@ -388,18 +378,14 @@ def test_what_is_missing_is_named_in_one_line():
     data = Data({"val": make()}, bank=make(), prompts=torch.zeros(2, 1, 4))
     faults: list[tuple[L.LightningModule, Judge, str]] = [
         (Mute(), Retrieval(), r"Retrieval needs the protocol Embeds \(embed\(batch\)\); Mute lacks it"),
-        (
-            Silent(),
-            Geometry(),
-            "Geometry reads the embeddings that validation_step returns .*; Silent returned Tensor",
-        ),
+        (Silent(), Geometry(), "Geometry reads the embeddings that validation_step returns .*; Silent returned Tensor"),
         (Recipe(), Retrieval([["image", "sound"]]), "no embedding of 'sound'; the recipe has image, text"),
         (Recipe(), LinearProbe("group", modality="sound"), "no embedding of 'sound'"),
         (Recipe(), ZeroShot("colour"), "'colour' is not one of group"),
     ]
-    for recipe, judge, line in faults:
+    for recipe, evaluator, line in faults:
         with pytest.raises(ValueError, match=line) as error:
-            evaluate(data, judge, recipe=recipe)
+            evaluate(data, evaluator, recipe=recipe)
         assert "\n" not in str(error.value)
 
     class Bare(L.LightningDataModule):
@@ -407,9 +393,9 @@ def test_what_is_missing_is_named_in_one_line():
             return []
 
     missing: list[tuple[Judge, str]] = [(KNN("group"), "bank_dataloader"), (ZeroShot("group"), "prompts")]
-    for judge, method in missing:
+    for evaluator, method in missing:
         with pytest.raises(ValueError, match=rf"needs {method}\(\) of the data module; Bare has none"):
-            evaluate(Bare(), judge)
+            evaluate(Bare(), evaluator)
 
 
 def test_stores_of_two_ranks_merge_into_the_whole():
@@ -432,18 +418,18 @@ def test_stores_of_two_ranks_merge_into_the_whole():
 
 def _ranked(rank: int | None) -> dict[str, float]:
     data = Data({"one": make(), "two": make(n=30, seed=1)}, bank=make(n=50, seed=2), prompts=PROMPTS)
-    judges = Retrieval(at=[1, 3]), ZeroShot("group"), KNN("group", k=3), LinearProbe("group"), Geometry()
+    evaluators = Retrieval(at=[1, 3]), ZeroShot("group"), KNN("group", k=3), LinearProbe("group"), Geometry()
     options: dict[str, Any] = (
         {} if rank is None else {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False}
     )
-    return evaluate(data, *judges, **options)
+    return evaluate(data, *evaluators, **options)
 
 
 PROMPTS = torch.randint(-9, 9, (3, 2, 4), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.ddp
-def test_two_ranks_log_what_one_does():
+def test_two_ranks_log_the_same_as_one():
     alone = _ranked(None)
     for values in run_ranks(2, _ranked):
         assert values == pytest.approx(alone, rel=ulps(16, F32), abs=ulps(16, F32))

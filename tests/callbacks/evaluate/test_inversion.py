@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.callbacks import IntraModal, Inversion, Retrieval
-from descant.callbacks.evaluate.inversion import another
 from descant.datamodules.corpora.emoji import Emoji
 from descant.modules.core.batch import Batch
-from descant.modules.evaluation.inversion import ModalityInversion
+from descant.modules.evaluation.inversion import ModalityInversion, rows_of_other_keys
 from descant.modules.evaluation.metrics import mean_average_precision
 from descant.modules.tokenizers.text import WordTokenizer
 from descant.modules.towers import BagTower, ConvTower, PatchTower, TextTower, Tower, Towers
@@ -114,7 +113,7 @@ def test_a_query_does_not_find_itself() -> None:
     assert evaluate(told, IntraModal()) == {}
 
 
-def test_of_texts_and_of_named_sets() -> None:
+def test_other_modalities_and_named_sets() -> None:
     values = evaluate(data(sets=2), IntraModal("text", sets=["s1"]))
     assert list(values) == ["s1/map_text"]
     with pytest.raises(ValueError, match=r"^IntraModal: no set 'vendor'; this evaluation has s0, s1$"):
@@ -128,10 +127,10 @@ def test_of_texts_and_of_named_sets() -> None:
 # through inversion ---------------------------------------------------------------------------------------------
 
 
-def test_what_is_inverted_exactly_is_found_as_natively_and_its_sham_by_chance() -> None:
+def test_exact_inversion_equals_native_retrieval_and_its_sham_is_at_chance() -> None:
     told, recipe = data(sets=2), Invertible()
-    judge = Inversion(target="group", oti=ModalityInversion(steps=400, lr=0.05))
-    values = evaluate(told, judge, stage="test", recipe=recipe)
+    evaluator = Inversion(target="group", oti=ModalityInversion(steps=400, lr=0.05))
+    values = evaluate(told, evaluator, stage="test", recipe=recipe)
     for name, whole in told.sets.items():
         found = {key.removeprefix(f"{name}/"): value for key, value in values.items() if key.startswith(name)}
         assert found["oti_cos"] > 0.999 and found["oti_monotone"] > 0.7
@@ -156,7 +155,7 @@ def test_what_is_inverted_exactly_is_found_as_natively_and_its_sham_by_chance() 
     assert set(recipe.asked) == {"text"}
 
 
-def test_a_limit_spreads_the_queries_evenly() -> None:
+def test_a_limit_spaces_the_queries_evenly() -> None:
     told = data()
     whole = told.sets["s0"]
     rows = whole.index.argsort()
@@ -170,8 +169,8 @@ def test_a_limit_spreads_the_queries_evenly() -> None:
 def test_texts_through_pseudo_patches() -> None:
     """The gallery are the other texts of the set, none of them of equal content."""
     told, recipe = data(), Invertible()
-    judge = Inversion(target="group", oti=ModalityInversion(steps=1), ovi=ModalityInversion(steps=400, lr=0.05))
-    values = evaluate(told, judge, recipe=recipe)
+    evaluator = Inversion(target="group", oti=ModalityInversion(steps=1), ovi=ModalityInversion(steps=400, lr=0.05))
+    values = evaluate(told, evaluator, recipe=recipe)
     assert values["s0/ovi_cos"] > 0.999
     whole = told.sets["s0"]
     z, label = F.normalize(whole.inputs["text"], dim=-1), whole.targets["group"]
@@ -187,26 +186,23 @@ def test_texts_through_pseudo_patches() -> None:
     assert set(recipe.asked) == {"text", "image"}
 
 
-def test_another_has_another_key_and_is_a_function_of_the_keys() -> None:
+def test_rows_of_other_keys_are_a_function_of_the_keys() -> None:
     key_N = torch.randint(9, (50,), generator=torch.Generator().manual_seed(0))
     key_N = key_N.sort().values
-    given = dict(zip(key_N.tolist(), key_N[another(key_N)].tolist(), strict=True))
+    given = dict(zip(key_N.tolist(), key_N[rows_of_other_keys(key_N)].tolist(), strict=True))
     assert all(a != b for a, b in given.items())
     assert sorted(given.values()) == sorted(given)  # one cycle: every content is somebody's other
     order = torch.randperm(50, generator=torch.Generator().manual_seed(1))
     moved = key_N[order]
-    assert dict(zip(moved.tolist(), moved[another(moved)].tolist(), strict=True)) == given
+    assert dict(zip(moved.tolist(), moved[rows_of_other_keys(moved)].tolist(), strict=True)) == given
 
 
-def test_a_fits_validations_are_spared_unless_asked() -> None:
+def test_validations_of_a_fit_run_only_with_validate() -> None:
     for validate in (False, True):
         recipe = Invertible()
         options: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
         trainer = L.Trainer(
-            callbacks=[
-                Inversion(oti=ModalityInversion(steps=1), validate=validate),
-                IntraModal(validate=validate),
-            ],
+            callbacks=[Inversion(oti=ModalityInversion(steps=1), validate=validate), IntraModal(validate=validate)],
             max_epochs=1,
             accelerator="cpu",
             enable_checkpointing=False,
@@ -220,16 +216,16 @@ def test_a_fits_validations_are_spared_unless_asked() -> None:
 
 
 def on_a_rank(rank: int) -> dict[str, float]:
-    judges = Inversion(target="group", oti=ModalityInversion(steps=60)), IntraModal(target="group")
+    evaluators = Inversion(target="group", oti=ModalityInversion(steps=60)), IntraModal(target="group")
     options: dict[str, Any] = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
-    return evaluate(data(), *judges, recipe=Invertible(), **options)
+    return evaluate(data(), *evaluators, recipe=Invertible(), **options)
 
 
 @pytest.mark.slow
 @pytest.mark.ddp
 def test_two_ranks_equal_one() -> None:
-    judges = Inversion(target="group", oti=ModalityInversion(steps=60)), IntraModal(target="group")
-    wanted = evaluate(data(), *judges, recipe=Invertible())
+    evaluators = Inversion(target="group", oti=ModalityInversion(steps=60)), IntraModal(target="group")
+    wanted = evaluate(data(), *evaluators, recipe=Invertible())
     for values in run_ranks(2, on_a_rank):
         # of pieces that go through other kernels; a step of Adam magnifies rounding
         assert values == pytest.approx(wanted, abs=ulps(84, F32))
@@ -245,10 +241,10 @@ def clip(image: Tower | None = None, text: Tower | None = None) -> Contrastive:
     return Contrastive(Towers(image=image, text=text), width=16)
 
 
-def test_in_the_evaluation_of_a_recipe_nothing_of_it_changes() -> None:
+def test_evaluation_changes_nothing_in_the_recipe() -> None:
     model = clip()
     before = hashlib.sha256(b"".join(t.numpy().tobytes() for t in model.state_dict().values())).hexdigest()
-    judge = Inversion(
+    evaluator = Inversion(
         target="subgroup",
         sets=["vendor"],
         limit=16,
@@ -256,7 +252,9 @@ def test_in_the_evaluation_of_a_recipe_nothing_of_it_changes() -> None:
         ovi=ModalityInversion(steps=100, tokens=2),
     )
     plain = evaluate(Emoji(tiny=True), Retrieval(), recipe=model, stage="test")
-    values = evaluate(Emoji(tiny=True), judge, IntraModal(target="subgroup"), Retrieval(), recipe=model, stage="test")
+    values = evaluate(
+        Emoji(tiny=True), evaluator, IntraModal(target="subgroup"), Retrieval(), recipe=model, stage="test"
+    )
     assert {key: values[key] for key in plain} == plain
     after = hashlib.sha256(b"".join(t.numpy().tobytes() for t in model.state_dict().values())).hexdigest()
     assert after == before and all(p.grad is None and p.requires_grad for p in model.parameters())
@@ -276,7 +274,7 @@ def test_refusals_in_one_line() -> None:
     with pytest.raises(ValueError, match=r"^tower text: .*which BagTower lacks; TextTower and PatchTower have them$"):
         evaluate(Emoji(tiny=True), Inversion(), recipe=clip(text=BagTower(8192, 16)), stage="test")
     with pytest.raises(ValueError, match=r"^tower image: .*which ConvTower lacks; TextTower and PatchTower have them$"):
-        judge = Inversion(ovi=ModalityInversion(steps=1))
-        evaluate(Emoji(tiny=True), judge, recipe=clip(image=ConvTower(widths=[8], stem=8)), stage="test")
+        evaluator = Inversion(ovi=ModalityInversion(steps=1))
+        evaluate(Emoji(tiny=True), evaluator, recipe=clip(image=ConvTower(widths=[8], stem=8)), stage="test")
     with pytest.raises(ValueError, match="target: 'kind' is not one of group"):
         evaluate(data(), Inversion(target="kind"), recipe=Invertible())

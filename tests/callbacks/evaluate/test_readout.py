@@ -77,7 +77,7 @@ def read(*readouts: L.Callback, stage: str = "test", recipe: L.LightningModule |
 
 
 @pytest.mark.parametrize("stage", ["validate", "test"])
-def test_it_reads_features_of_present_rows_in_the_order_of_samples(stage: str) -> None:
+def test_features_of_present_rows_are_sorted_by_sample_id(stage: str) -> None:
     whole = stimuli(absent=0.3)
     values = read(Readout(["linear", "one"]), stage=stage, val=whole)
     order = whole.index.argsort()
@@ -114,7 +114,7 @@ def contrasted(**options: Any) -> Readout:
     return Readout(["linear", "meet", "noise"], contrast=ModelContrast(resamples=200), components=4, **options)
 
 
-def test_contrasts_are_those_of_the_module_by_hand() -> None:
+def test_contrasts_equal_those_of_the_module() -> None:
     whole = stimuli(n=600)
     values = read(contrasted(), val=whole)
     assert values["val/readout_meet_integration"] == 1 and values["val/readout_meet_integration_concat"] == 0
@@ -138,7 +138,7 @@ def fit(readout: Readout, folder: Path, steps: int, resume: Path | None = None) 
     return recipe, run, path
 
 
-def test_the_twin_is_the_network_before_training_and_outlives_a_restart(tmp_path: Path) -> None:
+def test_the_twin_is_the_network_before_training_also_after_a_restart(tmp_path: Path) -> None:
     _, _, path = fit(contrasted(), tmp_path, steps=2)
     readout = contrasted()
     recipe, run, _ = fit(readout, tmp_path, steps=20, resume=path)
@@ -161,7 +161,7 @@ def test_a_network_against_itself_is_no_better() -> None:
     assert values["val/readout_linear_beats_random"] == 0
 
 
-def test_other_weights_are_put_back_after_a_fault() -> None:
+def test_weights_are_restored_after_an_error() -> None:
     recipe = trained()
     with pytest.raises(RuntimeError, match="fault"), weights(recipe, Featured().state_dict()):
         assert recipe.gain.detach().tolist() == [0.0] * 4
@@ -169,13 +169,13 @@ def test_other_weights_are_put_back_after_a_fault() -> None:
     assert recipe.gain.detach().tolist() == [1.0] * 4
 
 
-def test_without_a_contrast_nothing_is_kept(tmp_path: Path) -> None:
+def test_without_a_contrast_nothing_is_stored(tmp_path: Path) -> None:
     readout = Readout(["linear"])
     fit(readout, tmp_path, steps=1)
     assert readout.state_dict() == {}
 
 
-def test_broken_features_are_seen_and_targets_without_values_left_out() -> None:
+def test_nan_features_give_nan_and_targets_without_values_are_skipped() -> None:
     whole = stimuli()
     whole.targets["linear"][:] = torch.nan
     assert list(read(Readout(["linear", "noise"]), val=whole)) == ["val/readout_noise"]
@@ -184,9 +184,9 @@ def test_broken_features_are_seen_and_targets_without_values_left_out() -> None:
     assert read(Readout(["linear"]), val=whole)["val/readout_linear"] != pytest.approx(0, abs=9)
 
 
-def test_judges_beside_it_see_nothing_of_it() -> None:
-    def recall(*judges: L.Callback) -> dict[str, float]:
-        return {key: value for key, value in read(*judges).items() if "readout" not in key}
+def test_other_evaluators_are_not_affected() -> None:
+    def recall(*evaluators: L.Callback) -> dict[str, float]:
+        return {key: value for key, value in read(*evaluators).items() if "readout" not in key}
 
     assert recall(Retrieval()) == recall(Readout(["linear"]), Retrieval()) == recall(Retrieval(), Readout(["linear"]))
 
@@ -207,10 +207,10 @@ def test_two_ranks_equal_one() -> None:
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"targets": []}, "Readout: targets: none to read"),
+        ({"targets": []}, "Readout: targets: none given"),
         ({"targets": ["one"], "against": "image"}, "Readout: 'image' against itself"),
         ({"targets": ["two"]}, "Readout: no target 'two' in 'val'; it has group, linear, meet, noise, one"),
-        ({"targets": ["group"]}, "Readout: target 'group' holds classes, not numbers; LinearProbe reads those"),
+        ({"targets": ["group"]}, "Readout: target 'group' holds classes, not numbers; use LinearProbe for those"),
         ({"targets": ["one"], "modality": "audio"}, "Readout: no features of 'audio'; the data has image, text"),
         ({"targets": ["one"], "sets": ["vendor"]}, "Readout: sets: no set 'vendor'; the data has val"),
     ],

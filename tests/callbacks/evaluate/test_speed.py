@@ -22,12 +22,7 @@ from tests.tolerance import F32, ulps
 def fitted(*callbacks: L.Callback, world: int = 1) -> tuple[dict[str, float], Any]:
     watch, strategy = Watch(), "ddp" if world > 1 else "auto"
     trainer = L.Trainer(
-        max_steps=4,
-        devices=world,
-        strategy=strategy,
-        log_every_n_steps=4,
-        callbacks=[*callbacks, watch],
-        **QUIET,
+        max_steps=4, devices=world, strategy=strategy, log_every_n_steps=4, callbacks=[*callbacks, watch], **QUIET
     )
     trainer.fit(model("mid"), datamodule=SignData(batch_size=24, whole=False))
     return {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("speed")}, watch.steps
@@ -53,7 +48,7 @@ def test_numbers_by_hand(every: int) -> None:
     assert found == pytest.approx(by_hand(steps, every), rel=ulps(84, F32))
 
 
-def test_behind_a_balancer_it_sees_what_that_made() -> None:
+def test_after_a_balancer_it_measures_balanced_gradients() -> None:
     plain, _ = fitted(LearningSpeed(), Balance(OGM(alpha=3.0)))
     found, steps = fitted(Balance(OGM(alpha=3.0)), LearningSpeed())
     assert (
@@ -81,7 +76,7 @@ def test_it_is_part_of_the_checkpoint() -> None:
     assert b.sums == a.sums and set(a.sums) == set(WIDTHS)
 
 
-def test_what_cannot_be_is_one_line() -> None:
+def test_wrong_arguments_are_one_line() -> None:
     with pytest.raises(ValueError, match="every 0: 1 is the least"):
         LearningSpeed(0)
     for recipe, message in (

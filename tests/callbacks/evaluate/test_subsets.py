@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -22,8 +23,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from descant.callbacks import KNN, ModalitySubsetEval, Report, Retrieval
-from descant.callbacks.evaluate.subsets import heat_map, subsets_of
-from descant.callbacks.plots.images import RED
+from descant.callbacks.plots.style import VERMILLION, pixels, rgb
+from descant.callbacks.plots.subsets import heat_map
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
 from descant.modules.evaluation.metrics import knn_scores
@@ -105,10 +106,10 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("complete", [True, False])
 @pytest.mark.parametrize("stage", ["validate", "test"])
-def test_each_subset_scores_what_its_modalities_are_worth(stage: str, complete: bool, tmp_path: Path) -> None:
+def test_scores_of_subsets_equal_loops_over_rows(stage: str, complete: bool, tmp_path: Path) -> None:
     data = Data({"one": three(), "two": three(40, seed=1)})
-    judge = ModalitySubsetEval(complete=complete)
-    values = evaluate(data, judge, stage=stage, recipe=Worth(), default_root_dir=tmp_path)
+    evaluator = ModalitySubsetEval(complete=complete)
+    values = evaluate(data, evaluator, stage=stage, recipe=Worth(), default_root_dir=tmp_path)
     for name, whole in data.sets.items():
         wanted = {s: by_hand(whole, s, complete) for s in SUBSETS}
         for subset, number in wanted.items():
@@ -126,8 +127,8 @@ def test_there_are_as_many_forwards_as_subsets_and_batches(tmp_path: Path) -> No
     evaluate(Data({"one": three()}, size=5), ModalitySubsetEval(), recipe=recipe, default_root_dir=tmp_path)
     assert len(recipe.calls) == 7 * 6  # 29 rows in batches of 5 (and padding)
     chosen = Worth()
-    judge = ModalitySubsetEval(modalities=["audio", "text"])
-    values = evaluate(Data({"one": three()}, size=40), judge, recipe=chosen, default_root_dir=tmp_path)
+    evaluator = ModalitySubsetEval(modalities=["audio", "text"])
+    values = evaluate(Data({"one": three()}, size=40), evaluator, recipe=chosen, default_root_dir=tmp_path)
     assert chosen.calls == [("audio",), ("text",), ("text", "audio")]
     assert {key for key in values if "part/" in key} == {"one/part/audio", "one/part/text", "one/part/audio+text"}
 
@@ -151,7 +152,7 @@ def test_only_chosen_sets_and_a_limit_by_ids(tmp_path: Path) -> None:
         evaluate(Data(whole), ModalitySubsetEval(sets=["tow"]), stage="test", recipe=Worth(), default_root_dir=tmp_path)
 
 
-def test_a_set_without_complete_rows_has_no_number_but_a_line(tmp_path: Path) -> None:
+def test_a_set_without_complete_rows_is_skipped_with_a_warning(tmp_path: Path) -> None:
     whole = three()
     whole.present["audio"] = ~whole.present["image"]
     with pytest.warns(
@@ -169,11 +170,7 @@ def on_a_rank(rank: int | None, folder: Path) -> dict[str, float]:
     options: dict[str, Any] = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
     data = Data({"one": three(), "two": three(40, seed=1)}, size=6)
     return evaluate(
-        data,
-        ModalitySubsetEval(limit=30),
-        recipe=Worth(),
-        default_root_dir=folder,
-        **({} if rank is None else options),
+        data, ModalitySubsetEval(limit=30), recipe=Worth(), default_root_dir=folder, **({} if rank is None else options)
     )
 
 
@@ -214,8 +211,8 @@ def labelled() -> Data:
 @pytest.mark.parametrize("complete", [True, False])
 def test_fused_neighbours_equal_loops_over_rows_without_a_further_forward(complete: bool, tmp_path: Path) -> None:
     data, recipe = labelled(), Recipe()
-    judge = ModalitySubsetEval("group", k=5, temperature=0.2, complete=complete)
-    values = evaluate(data, judge, recipe=recipe, default_root_dir=tmp_path)
+    evaluator = ModalitySubsetEval("group", k=5, temperature=0.2, complete=complete)
+    values = evaluate(data, evaluator, recipe=recipe, default_root_dir=tmp_path)
     for name, whole in data.sets.items():
         for subset in (("image",), ("text",), ("image", "text")):
             wanted = neighbours(whole, data.bank, subset, complete)
@@ -224,9 +221,9 @@ def test_fused_neighbours_equal_loops_over_rows_without_a_further_forward(comple
     sizes = (60 + 2 * 12, 50 + 2 * 10, 80 + 2 * 16)
     assert recipe.embedded == sum(sizes)  # each set once, and the bank once
     beside = Recipe()
-    others = evaluate(data, judge, KNN("group"), Retrieval(), recipe=beside, default_root_dir=tmp_path)
+    others = evaluate(data, evaluator, KNN("group"), Retrieval(), recipe=beside, default_root_dir=tmp_path)
     assert {key: others[key] for key in values} == values and beside.embedded == sum(sizes)
-    ahead = evaluate(data, Retrieval(), judge, recipe=Recipe(), default_root_dir=tmp_path)
+    ahead = evaluate(data, Retrieval(), evaluator, recipe=Recipe(), default_root_dir=tmp_path)
     assert {key: ahead[key] for key in values} == values
 
 
@@ -244,10 +241,10 @@ class Joint(Recipe):
         return {"joint": torch.where(some_B[:, None], F.normalize(z_BD, dim=-1), torch.zeros_like(z_BD))}
 
 
-def test_a_joint_embedding_is_made_of_each_subset(tmp_path: Path) -> None:
+def test_joint_embeddings_are_computed_for_each_subset(tmp_path: Path) -> None:
     data, recipe = labelled(), Joint()
-    judge = ModalitySubsetEval("group", k=5, temperature=0.2)
-    values = evaluate(data, judge, recipe=recipe, default_root_dir=tmp_path)
+    evaluator = ModalitySubsetEval("group", k=5, temperature=0.2)
+    values = evaluate(data, evaluator, recipe=recipe, default_root_dir=tmp_path)
     rows = data.bank.present["image"] | data.bank.present["text"]
     bank_ND = Joint().embed(data.bank)["joint"][rows]
     for name, whole in data.sets.items():
@@ -272,8 +269,8 @@ class Named(Recipe):
 
 def test_an_embedding_that_is_named_after_a_subset_is_that_subset(tmp_path: Path) -> None:
     data = labelled()
-    judge = ModalitySubsetEval("group", k=5, temperature=0.2)
-    values = evaluate(data, judge, recipe=Named(), default_root_dir=tmp_path)
+    evaluator = ModalitySubsetEval("group", k=5, temperature=0.2)
+    values = evaluate(data, evaluator, recipe=Named(), default_root_dir=tmp_path)
     z_bank, bank = Named().eval(), data.bank
     rows = bank.present["image"] | bank.present["text"]
     with torch.no_grad():
@@ -288,10 +285,10 @@ def test_an_embedding_that_is_named_after_a_subset_is_that_subset(tmp_path: Path
                 assert values[f"{name}/knn_group/{subset}"] == pytest.approx(float(wanted), abs=ulps(8, F32))
 
 
-def test_other_judges_are_served_while_it_rests(tmp_path: Path) -> None:
+def test_other_evaluators_run_in_evaluations_that_it_skips(tmp_path: Path) -> None:
     data = labelled()
-    judge = ModalitySubsetEval("group", k=3, every=9)
-    run = trainer(judge, KNN("group", k=3), max_epochs=2, num_sanity_val_steps=0, default_root_dir=tmp_path)
+    evaluator = ModalitySubsetEval("group", k=3, every=9)
+    run = trainer(evaluator, KNN("group", k=3), max_epochs=2, num_sanity_val_steps=0, default_root_dir=tmp_path)
     seen: list[set[str]] = []
 
     class Spy(L.Callback):
@@ -309,7 +306,7 @@ def test_other_judges_are_served_while_it_rests(tmp_path: Path) -> None:
 # compute --------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_absent_costs_one_row() -> None:
+def test_an_absent_modality_costs_one_row() -> None:
     torch.manual_seed(0)
     towers = Towers(
         image=PatchTower(size=16, patch=4, width=32, depth=2, heads=2),
@@ -338,11 +335,11 @@ def test_what_is_absent_costs_one_row() -> None:
 
 def test_in_a_fit_it_logs_a_curve_a_subset_and_draws_a_heat_map(tmp_path: Path) -> None:
     data = Data({"one": three(), "two": three(40, seed=1)})
-    judge = ModalitySubsetEval(every=2)
+    evaluator = ModalitySubsetEval(every=2)
     logger = TensorBoardLogger(tmp_path, name="", version="")
     # the toy data's hook changes its batches, so each epoch needs its own
     run = trainer(
-        judge, Report(), logger=logger, max_epochs=4, log_every_n_steps=1, reload_dataloaders_every_n_epochs=1
+        evaluator, Report(), logger=logger, max_epochs=4, log_every_n_steps=1, reload_dataloaders_every_n_epochs=1
     )
     run.fit(Worth(), datamodule=data)
     events = EventAccumulator(str(tmp_path))
@@ -354,7 +351,7 @@ def test_in_a_fit_it_logs_a_curve_a_subset_and_draws_a_heat_map(tmp_path: Path) 
     }
     values = json.loads((tmp_path / "metrics.json").read_text())
     assert {"one/part_worst", "one/part_mean", "one/part_full", "two/loss/text"} <= set(values)
-    assert judge.evaluations == 4
+    assert evaluator.evaluations == 4
     spared = Worth()
     quiet = trainer(ModalitySubsetEval(validate=False), max_epochs=1, num_sanity_val_steps=0)
     quiet.fit(spared, datamodule=data)
@@ -363,29 +360,17 @@ def test_in_a_fit_it_logs_a_curve_a_subset_and_draws_a_heat_map(tmp_path: Path) 
     assert spared.calls
 
 
-def test_a_picture_shows_the_numbers_and_frames_the_worst() -> None:
+def test_the_heat_map_frames_the_worst_subsets() -> None:
     subsets: list[tuple[str, ...]] = [("a",), ("b",), ("a", "b")]
     cells: dict[str, dict[tuple[str, ...], float]]
     cells = {"val": {("a",): 0.25, ("b",): 0.75, ("a", "b"): 0.9}, "test": {("a",): 0.5, ("b",): 0.1}}
     for less in (False, True):
-        image = heat_map("score", ["a", "b"], subsets, cells, {"val": 9, "test": 1200}, less=less)
-        pixels = torch.tensor(list(image.getdata())).reshape(image.height, image.width, 3)
-        red_YX = (pixels == torch.tensor(RED)).all(-1)
-        body = image.height - 12 - 28 * 3
-        framed = [int(red_YX[body + 28 * j : body + 28 * (j + 1)].sum()) for j in range(3)]
+        image = pixels(heat_map("score", ["a", "b"], subsets, cells, {"val": 9, "test": 1200}, less=less))
+        framed_YX = (image == np.array(rgb(VERMILLION))).all(-1)
+        body = len(image) - 12 - 28 * 3
+        framed = [int(framed_YX[body + 28 * j : body + 28 * (j + 1)].sum()) for j in range(3)]
         assert (framed[0] > 0) and (framed[1] > 0) != less and (framed[2] > 0) == less  # val a, test b; or b's 0.9
-        assert not bool(red_YX[:body].any())
-
-
-def test_random_subsets_have_the_full_set_and_the_single_ones() -> None:
-    names = [f"m{i}" for i in range(12)]
-    drawn = subsets_of(names, 20)
-    assert len(set(drawn)) == 20 and tuple(names) in drawn and all((m,) in drawn for m in names)
-    assert drawn == subsets_of(names, 20) and [len(s) for s in drawn] == sorted(len(s) for s in drawn)
-    assert subsets_of(names, 1) == [tuple(names)] and len(subsets_of(names, 5)) == 5
-    assert subsets_of(MODALITIES, 99) == subsets_of(MODALITIES) == SUBSETS
-    with pytest.raises(ValueError, match="12 modalities have 4095 subsets; give `subsets`, such as 64"):
-        subsets_of(names)
+        assert not framed_YX[:body].any()
 
 
 def test_refusals_in_one_line(tmp_path: Path) -> None:
@@ -410,9 +395,9 @@ def test_refusals_in_one_line(tmp_path: Path) -> None:
         ),
         (Fickle(), ModalitySubsetEval(), r"scores\(batch\) of Fickle names 'score8', which an earlier batch had not"),
     ]
-    for recipe, judge, line in faults:
+    for recipe, evaluator, line in faults:
         with pytest.raises(ValueError, match=line) as error:
-            evaluate(data, judge, recipe=recipe, default_root_dir=tmp_path)
+            evaluate(data, evaluator, recipe=recipe, default_root_dir=tmp_path)
         assert "\n" not in str(error.value)
     for options, line in (
         ({"subsets": 0}, "subsets 0; 1 is the least"),

@@ -60,7 +60,7 @@ def test_it_equals_loops_over_the_rows_of_two_sets(stage: str) -> None:
     assert values["one/swap_ties"] > 0 == values["two/swap_ties"]
 
 
-def test_the_mean_is_over_kinds_not_over_rows() -> None:
+def test_the_mean_is_over_types_of_negatives_not_over_rows() -> None:
     whole = with_negatives(ties=0)
     for m in ("image", "text", "text_neg"):
         whole.present[m][:] = True
@@ -90,13 +90,13 @@ def test_sets_without_negatives_are_left_out_and_data_without_any_is_refused() -
         SwapAccuracy(tolerance=-1)
 
 
-def test_other_judges_see_nothing_of_the_negatives() -> None:
+def test_other_evaluators_ignore_the_negatives() -> None:
     class Quiet(Recipe):
         def embed(self, batch: Batch) -> dict[str, Tensor]:
             return {m: z_BD for m, z_BD in super().embed(batch).items() if m in ("image", "text")}
 
-    def recall(*judges: L.Callback) -> dict[str, float]:
-        values = evaluate(Data({"val": with_negatives()}), *judges, recipe=Quiet())
+    def recall(*evaluators: L.Callback) -> dict[str, float]:
+        values = evaluate(Data({"val": with_negatives()}), *evaluators, recipe=Quiet())
         return {key: value for key, value in values.items() if "swap" not in key}
 
     assert recall(Retrieval()) == recall(SwapAccuracy(), Retrieval()) == recall(Retrieval(), SwapAccuracy())
@@ -119,7 +119,7 @@ def test_two_ranks_equal_one() -> None:
 # models --------------------------------------------------------------------------------------------------------
 
 
-def judged(text: BagTower | TextTower, **options: Any) -> dict[str, float]:
+def evaluated(text: BagTower | TextTower, **options: Any) -> dict[str, float]:
     torch.manual_seed(0)
     image = ConvTower(widths=[8, 16, 16], stem=4)
     pool = Pools(image=FlattenPool(tokens=9, width=16))
@@ -128,23 +128,23 @@ def judged(text: BagTower | TextTower, **options: Any) -> dict[str, float]:
 
 
 def test_a_bag_of_words_ties_on_every_scene() -> None:
-    values = judged(BagTower(vocab=64, width=16))
+    values = evaluated(BagTower(vocab=64, width=16))
     assert {value for key, value in values.items() if key.endswith("swap_ties")} == {1.0}
     assert {value for key, value in values.items() if key.endswith("swap")} == {0.5}
 
 
 def test_a_tower_that_reads_order_ties_on_none() -> None:
-    values = judged(TextTower(vocab=64, width=16, depth=1, heads=2, length=16))
+    values = evaluated(TextTower(vocab=64, width=16, depth=1, heads=2, length=16))
     assert values["both/swap_ties"] == 0
     assert values["both/swap"] != 0.5
     assert values["exchanged/swap"] == values["both/swap"]  # it does not read the triples
 
 
-def test_knowledge_stands_beside_the_negative_too() -> None:
+def test_knowledge_is_that_of_the_negative_too() -> None:
     """With a bag of words only the triples tell the two apart: exchanging head and tail turns every answer round."""
     torch.manual_seed(1)
     knowledge = TripleEncoder(vocab=64, out=16, width=16, depth=1, heads=2)
-    values = judged(BagTower(vocab=64, width=16), knowledge=knowledge)
+    values = evaluated(BagTower(vocab=64, width=16), knowledge=knowledge)
     assert values["both/swap_ties"] == 0
     assert values["exchanged/swap"] == pytest.approx(1 - values["both/swap"], abs=ulps(8, F32))
     assert values["both/swap"] != pytest.approx(0.5, abs=0.01)

@@ -16,7 +16,7 @@ from tests.tolerance import F32, ulps
 
 
 class ResumableLog(L.Callback):
-    """Numbers that another judge would find, better in every evaluation."""
+    """Numbers that another evaluator would find, better in every evaluation."""
 
     def __init__(self) -> None:
         self.turn = 0
@@ -37,10 +37,10 @@ class ResumableLog(L.Callback):
 
 def test_the_worst_the_mean_and_the_gap(tmp_path: Path) -> None:
     trainer, _ = fit(tmp_path, ResumableLog(), WorstGroup(["answered", "loss"]), max_epochs=2)
-    found = {
+    values = {
         name: float(x) for name, x in trainer.callback_metrics.items() if name.split("/")[1] in ("worst", "mean", "gap")
     }
-    assert found == pytest.approx(
+    assert values == pytest.approx(
         {
             "val/worst/answered": 0.2,
             "val/mean/answered": (0.9 + 0.2 + 0.5) / 3,
@@ -53,7 +53,7 @@ def test_the_worst_the_mean_and_the_gap(tmp_path: Path) -> None:
     ), "of sets that at least two parts have"
 
 
-def test_a_checkpoint_may_go_by_the_worst(tmp_path: Path) -> None:
+def test_a_checkpoint_can_monitor_the_worst(tmp_path: Path) -> None:
     best = ModelCheckpoint(tmp_path, monitor="val/worst/answered", mode="max", filename="{epoch}")
     fit(tmp_path, best, ResumableLog(), WorstGroup(["answered"]), max_epochs=3)
     assert (
@@ -61,7 +61,7 @@ def test_a_checkpoint_may_go_by_the_worst(tmp_path: Path) -> None:
     )
 
 
-def test_what_nobody_has_is_said(tmp_path: Path) -> None:
+def test_a_metric_that_no_part_has_is_warned_of(tmp_path: Path) -> None:
     trainer = L.Trainer(
         callbacks=[WorstGroup(["answerd"])], logger=False, enable_progress_bar=False, enable_model_summary=False
     )

@@ -1,4 +1,4 @@
-"""What is drawn is what was retrieved, and the files are what TensorBoard reads."""
+"""Figures show what was retrieved, and TensorBoard reads the files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from descant.callbacks.evaluate.embeddings import Rows
-from descant.callbacks.plots.images import CAPTIONS, GREEN, INK, RED, Projector, RetrievalPictures, _cell, sheet
+from descant.callbacks.plots.images import CAPTIONS, Cell, Projector, RetrievalPictures, sheet
+from descant.callbacks.plots.style import GREEN, VERMILLION, pixels, rgb
 from descant.modules.core.batch import Batch
 
 
@@ -90,8 +91,8 @@ def run(tmp_path: Path, callback: L.Callback, data: Data, stage: str = "validate
     return trainer
 
 
-def frames(image: Image.Image, colour: tuple[int, int, int]) -> int:
-    return int((np.asarray(image) == np.array(colour)).all(-1).sum())
+def framed(image: Image.Image, colour: str) -> int:
+    return int((np.asarray(image) == np.array(rgb(colour))).all(-1).sum())
 
 
 def pictures(tmp_path: Path) -> dict[str, Image.Image]:
@@ -99,29 +100,29 @@ def pictures(tmp_path: Path) -> dict[str, Image.Image]:
 
 
 @pytest.mark.parametrize("pictured", [True, False])
-def test_right_is_green_and_wrong_is_red(tmp_path: Path, pictured: bool) -> None:
+def test_correct_candidates_are_green_and_wrong_ones_vermillion(tmp_path: Path, pictured: bool) -> None:
     for shift in (0, 1):
         run(tmp_path / str(shift), RetrievalPictures(queries=4, top=1), Data(shift, pictured))
-    right, wrong = pictures(tmp_path / "0"), pictures(tmp_path / "1")
-    assert list(right) == list(wrong) == ["val-i2t-0.png", "val-t2i-0.png"]
-    for name in right:
+    correct, wrong = pictures(tmp_path / "0"), pictures(tmp_path / "1")
+    assert list(correct) == list(wrong) == ["val-i2t-0.png", "val-t2i-0.png"]
+    for name in correct:
         side = 128 + 8  # a frame of 4 pixels around each tile, four queries with one candidate each
         frame = 4 * (side**2 - 128**2)
-        assert (frames(right[name], GREEN), frames(right[name], RED)) == (frame, 0)
-        assert (frames(wrong[name], GREEN), frames(wrong[name], RED)) == (0, frame)
-        assert right[name].size == wrong[name].size and right[name].mode == "RGB"
+        assert (framed(correct[name], GREEN), framed(correct[name], VERMILLION)) == (frame, 0)
+        assert (framed(wrong[name], GREEN), framed(wrong[name], VERMILLION)) == (0, frame)
+        assert correct[name].size == wrong[name].size and correct[name].mode == "RGB"
 
 
-def test_the_picture_changes_with_the_ranks_and_shows_both_ways(tmp_path: Path) -> None:
+def test_each_row_shows_its_query_and_candidates_and_tensorboard_gets_both_directions(tmp_path: Path) -> None:
     run(tmp_path, RetrievalPictures(queries=3, top=5), Data(), stage="test")
     one = pictures(tmp_path)["val-i2t-0.png"]
-    assert frames(one, RED) == 4 * frames(one, GREEN) > 0
+    assert framed(one, VERMILLION) == 4 * framed(one, GREEN) > 0
     # a grey level a sample: the best candidate of each query is the sample itself
-    pixels = np.asarray(one)
-    assert set(np.unique(pixels[..., 0])) >= {0, 4 * 20, 4 * 50}
+    image = np.asarray(one)
+    assert set(np.unique(image[..., 0])) >= {0, 4 * 20, 4 * 50}
     for row, index in enumerate((0, 20, 50)):
-        y = 48 + 68 + row * ((one.height - 48) // 3)
-        assert pixels[y, 12 + 68, 0] == pixels[y, 12 + 136 + 12 + 24 + 68, 0] == 4 * index
+        y = 63 + 68 + row * ((one.height - 63) // 3)
+        assert image[y, 12 + 68, 0] == image[y, 12 + 136 + 12 + 24 + 68, 0] == 4 * index
     events = EventAccumulator(str(tmp_path / "tb"), size_guidance={"images": 0})
     events.Reload()
     assert sorted(events.Tags()["images"]) == ["pictures/val-i2t", "pictures/val-t2i"]
@@ -134,29 +135,28 @@ def test_nothing_is_drawn_in_the_sanity_check(tmp_path: Path) -> None:
     assert list(pictures(tmp_path)) == ["val-i2t-2.png", "val-t2i-2.png"]
 
 
-def test_captions_that_repeat_are_asked_and_shown_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    z_ND = torch.eye(6)[[0, 0, 0, 1, 2, 3]]  # the first three say the same
+def test_equal_captions_are_queried_and_shown_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    z_ND = torch.eye(6)[[0, 0, 0, 1, 2, 3]]  # the first three have one caption
     key = torch.tensor([5, 5, 5, 6, 7, 8])
     rows = Rows({"image": z_ND, "text": z_ND}, dict.fromkeys(("image", "text"), key > 0), key, torch.arange(6), {})
     shown: list[int] = []
-    cell = Image.new("RGB", (136, 212))
 
-    def drawn(data: Any, index: int, *_: Any) -> Image.Image:
+    def cell(data: Any, index: int, *_: Any) -> Cell:
         shown.append(index)
-        return cell
+        return Cell(None, "", GREEN)
 
-    monkeypatch.setattr("descant.callbacks.plots.images._cell", drawn)
+    monkeypatch.setitem(RetrievalPictures.draw.__globals__, "_cell", cell)
     trainer = run(tmp_path, L.Callback(), Data())
     RetrievalPictures(queries=4, top=3).draw(rows, "image", "text", trainer, "title")
     lines = [shown[n : n + 4] for n in range(0, len(shown), 4)]
     assert [line[0] for line in lines] == [0, 3, 4, 5]  # a query a key
-    assert all(len({int(key[n]) for n in line[1:]}) == 3 for line in lines), lines  # three keys found
-    shown.clear()  # pictures of one key are different pictures
+    assert all(len({int(key[n]) for n in line[1:]}) == 3 for line in lines), lines  # three keys retrieved
+    shown.clear()  # images of one key are all shown
     RetrievalPictures(queries=1, top=3).draw(rows, "text", "image", trainer, "title")
     assert shown == [0, 0, 1, 2]
 
 
-def test_tensorboard_gets_three_queries_and_captions_that_are_read_there(tmp_path: Path) -> None:
+def test_tensorboard_gets_three_queries_with_readable_captions(tmp_path: Path) -> None:
     run(tmp_path, RetrievalPictures(queries=6, top=5), Data(), stage="test")
     events = EventAccumulator(str(tmp_path / "tb"), size_guidance={"images": 0})
     events.Reload()
@@ -166,13 +166,10 @@ def test_tensorboard_gets_three_queries_and_captions_that_are_read_there(tmp_pat
     scale = min(335 / logged.width, 215 / logged.height)  # into a card of TensorBoard's first page
     assert scale * CAPTIONS[0] > 8
 
-    class Named(Data):
-        def describe(self, index: int) -> str:
-            return "apple"
-
-    cell = np.asarray(_cell(Named(), 0, GREEN, True))[136:]  # the caption below a picture
-    inked = (cell == INK).all(-1).any(1).nonzero()[0]
-    assert inked.max() - inked.min() > 20  # of 15 pixels they were 13 high
+    (caption,) = [
+        text for text in sheet([[Cell(None, "apple", GREEN)]], "", "").axes[0].texts if text.get_text() == "apple"
+    ]
+    assert caption.get_fontsize() == CAPTIONS[0]
 
 
 def test_captions_of_any_length_and_script_fit(tmp_path: Path) -> None:
@@ -193,12 +190,29 @@ def test_faults_are_one_line(tmp_path: Path) -> None:
         sheet([], "title", "note")
 
 
+def test_captions_of_any_length_stay_in_their_cells() -> None:
+    image = np.full((8, 8, 3), 255, dtype=np.uint8)
+    for text in ("supercalifragilisticexpialidocious " * 9, "W" * 60, "a b c d e f g", "costs $5 or $6"):
+        for cell in (Cell(image, text, "#ffffff"), Cell(None, text, "#ffffff")):
+            drawn = pixels(sheet([[Cell(image, "", "#ffffff"), cell]], "", ""))[63:]
+            columns = (drawn.min(axis=(0, 2)) < 200).nonzero()[0]
+            assert columns.min() >= 12 + 136 + 12 + 24 and columns.max() < 12 + 136 + 12 + 24 + 136, text
+
+
+def test_samples_without_images_have_their_captions_in_the_projector(tmp_path: Path) -> None:
+    run(tmp_path, Projector(size=48), Data(pictured=False), stage="test")
+    (entry,) = config(tmp_path / "tb").embeddings
+    with Image.open(tmp_path / "tb" / entry.sprite.image_path) as sprite:
+        tile = np.asarray(sprite)[:48, :48]
+    assert tile.min() < 100 and (tile == 255).mean() > 0.5
+
+
 def config(folder: Path) -> ProjectorConfig:
     return text_format.Parse((folder / "projector_config.pbtxt").read_text(), ProjectorConfig())
 
 
 @pytest.mark.parametrize("stage", ["fit", "test"])
-def test_the_projector_writes_what_tensorboard_reads(tmp_path: Path, stage: str) -> None:
+def test_tensorboard_reads_the_projector_files(tmp_path: Path, stage: str) -> None:
     run(tmp_path, Projector(size=16), Data(), stage=stage, log_every_n_steps=1)
     folder = tmp_path / "tb"
     (entry,) = config(folder).embeddings
@@ -213,7 +227,7 @@ def test_the_projector_writes_what_tensorboard_reads(tmp_path: Path, stage: str)
     assert list(entry.sprite.single_image_dim) == [16, 16]
 
 
-def test_the_projector_keeps_what_an_earlier_process_wrote(tmp_path: Path) -> None:
+def test_the_projector_appends_to_the_entries_of_an_earlier_process(tmp_path: Path) -> None:
     run(tmp_path, Projector(limit=5), Data(), stage="fit", log_every_n_steps=1)
     run(tmp_path, Projector(limit=5), Data(), stage="test")
     entries = {entry.tensor_name: entry for entry in config(tmp_path / "tb").embeddings}
@@ -222,7 +236,7 @@ def test_the_projector_keeps_what_an_earlier_process_wrote(tmp_path: Path) -> No
         assert np.loadtxt(tmp_path / "tb" / entry.tensor_path).shape == (4, 6)  # every third of twelve points
 
 
-def test_the_projector_writes_at_the_end_what_was_embedded_before_a_resume(tmp_path: Path) -> None:
+def test_a_resumed_fit_writes_the_embeddings_of_before(tmp_path: Path) -> None:
     class Saved(Projector):
         def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             torch.save(self.state_dict(), tmp_path / "state.ckpt")

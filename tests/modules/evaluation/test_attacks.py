@@ -63,7 +63,7 @@ def decided(made: Fusion, b: Batch) -> Tensor:
 
 
 @pytest.mark.parametrize("m", WIDTHS)
-def test_an_attack_on_one_modality_finds_what_the_formula_says_of_a_linear_decision(m: str) -> None:
+def test_an_attack_on_a_linear_decision_equals_its_formula(m: str) -> None:
     """Two classes of linear towers: another wins within |h_0 - h_1| / |d (h_0 - h_1) / d x|, and no sooner."""
     made, b = recipe(classes=2), batch()
     logits = decided(made, b)
@@ -96,18 +96,18 @@ def test_only_the_attacked_input_moves_and_only_within_the_radius() -> None:
     assert (moved[5] > 0.999 * radius_B).any() and moved[0].max() == 0
 
 
-def test_restarts_begin_elsewhere_and_by_the_sample_alone() -> None:
+def test_random_starts_depend_on_the_sample_alone() -> None:
     made, b = recipe(bent=True), batch()
     y = decided(made, b).argmax(dim=1)
     radius_B = torch.full((64,), 1.5).double()
-    found = attacked(Nudge(made, b, ["image"]), radius_B, y, steps=3, restarts=4)
+    values = attacked(Nudge(made, b, ["image"]), radius_B, y, steps=3, restarts=4)
     rows = torch.tensor([5, 40, 2])
     part = attacked(Nudge(made, b.select(rows), ["image"]), radius_B[rows], y[rows], steps=3, restarts=4)
-    assert torch.equal(part, found[rows])
-    assert found.sum() >= attacked(Nudge(made, b, ["image"]), radius_B, y, steps=3).sum()
+    assert torch.equal(part, values[rows])
+    assert values.sum() >= attacked(Nudge(made, b, ["image"]), radius_B, y, steps=3).sum()
 
 
-def test_what_is_not_finite_stays_and_has_no_size() -> None:
+def test_numbers_that_are_not_finite_are_not_perturbed() -> None:
     made, b = recipe(), batch(4)
     b.inputs["audio"][:, 5:] = -torch.inf
     nudge = Nudge(made, b, ["audio"])
@@ -141,12 +141,12 @@ def test_tokens_are_attacked_at_their_embeddings(bag: bool) -> None:
     assert torch.equal(decided(made, b).argmax(dim=1), y), "no hook is left behind"
 
 
-def test_what_cannot_be_attacked_is_one_line() -> None:
+def test_inputs_without_gradients_are_one_line() -> None:
     made, b = recipe(), batch(4)
     with pytest.raises(ValueError, match=r"^no modality 'text' to attack, only image, audio$"):
         Nudge(made, b, ["text"])
     b.inputs["audio"] = torch.ones(4, 9, dtype=torch.long)
-    with pytest.raises(ValueError, match=r"^audio: Straight takes ids and embeds none"):
+    with pytest.raises(ValueError, match=r"^audio: Straight takes ids and has no embedding"):
         Nudge(made, b, ["audio"])
     b = batch(4)
     for p in made.parameters():
@@ -158,7 +158,7 @@ def test_what_cannot_be_attacked_is_one_line() -> None:
             return own(*args, **kwargs)
 
     made.towers["audio"].forward = blind
-    with pytest.raises(ValueError, match=r"^audio: a tower that gives no gradient"):
+    with pytest.raises(ValueError, match=r"^audio: a tower without a gradient"):
         attacked(Nudge(made, b, ["audio"]), torch.ones(4).double(), torch.zeros(4).long())
 
 
@@ -201,10 +201,10 @@ def test_radius_by_hand_and_slopes_of_linear_towers_are_exact() -> None:
             lambda x, m=m, tower=tower, head=head: fusion.maps[m](head(made.pools[m](tower(x))))[0], x
         )
         slope[m] = jacobian.flatten(1).norm(dim=1).detach()
-        found = slopes(Nudge(made, b, [m]), m)
+        values = slopes(Nudge(made, b, [m]), m)
         here = b.present[m]
         # three linear maps after one another, of widths up to 12
-        torch.testing.assert_close(found[here], slope[m].expand(6, 5)[here], **rounding(256, F64))
+        torch.testing.assert_close(values[here], slope[m].expand(6, 5)[here], **rounding(256, F64))
     radius = certified_radius(logits, fusion.weights, slope, b.present, label_B)
     for n in range(6):
         y, each = int(label_B[n]), []

@@ -58,10 +58,10 @@ def recipe(text: Tower | None = None, image: Tower | None = None) -> Contrastive
 
 
 def digest(model: nn.Module) -> str:
-    found = hashlib.sha256()
+    values = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        found.update(name.encode() + tensor.numpy().tobytes())
-    return found.hexdigest()
+        values.update(name.encode() + tensor.numpy().tobytes())
+    return values.hexdigest()
 
 
 # the rule ------------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def digest(model: nn.Module) -> str:
 def test_it_equals_adamw_written_out(decay: float) -> None:
     """One sample at a time, with the gradient of the cosine by hand and the update in numbers."""
     model, here, z_BD, key_B = Linear(), frame(), targets(3, 4), torch.tensor([5, 900, 31])
-    found = ModalityInversion(steps=60, weight_decay=decay)(model, "text", here, z_BD, key_B)
+    values = ModalityInversion(steps=60, weight_decay=decay)(model, "text", here, z_BD, key_B)
     w = model.w.detach()
     for b in range(3):
         v = 0.02 * normal(key_B[b : b + 1], 6)[0].double()
@@ -83,32 +83,32 @@ def test_it_equals_adamw_written_out(decay: float) -> None:
             m, s = 0.9 * m + 0.1 * g, 0.999 * s + 0.001 * g * g
             v = v * (1 - 0.02 * decay)
             v = v - 0.02 * (m / (1 - 0.9**step)) / ((s / (1 - 0.999**step)).sqrt() + 1e-8)
-        torch.testing.assert_close(found.v_BVD[b, 0], v, rtol=0, atol=STARTS)
+        torch.testing.assert_close(values.v_BVD[b, 0], v, rtol=0, atol=STARTS)
         z = F.normalize(w @ ((here.h_TD.sum(dim=0) + v) / 3), dim=0)
-        torch.testing.assert_close(found.z_BD[b], z, rtol=0, atol=STARTS)
-        assert float(found.cos_B[b]) == pytest.approx(float(z @ z_BD[b]), abs=STARTS)
+        torch.testing.assert_close(values.z_BD[b], z, rtol=0, atol=STARTS)
+        assert float(values.cos_B[b]) == pytest.approx(float(z @ z_BD[b]), abs=STARTS)
 
 
-def test_weight_decay_holds_the_norm() -> None:
+def test_weight_decay_bounds_the_norm() -> None:
     """With a linear encoder and nothing around, the loss does not see the norm: without decay nothing holds it."""
     alone = Frame(torch.zeros(1, 6, dtype=torch.float64), torch.tensor([0]))
     norms = []
     for decay in (0.0, 0.01, 1.0):
-        found = ModalityInversion(steps=300, weight_decay=decay)(Linear(), "", alone, targets(4, 4), torch.arange(4))
-        norms.append(float(found.v_BVD.norm(dim=2).mean()))
+        values = ModalityInversion(steps=300, weight_decay=decay)(Linear(), "", alone, targets(4, 4), torch.arange(4))
+        norms.append(float(values.v_BVD.norm(dim=2).mean()))
     assert norms[0] > 1.02 * norms[1] > 2 * norms[2]
 
 
-def test_the_loss_is_marked_before_every_50th_step_and_at_the_end() -> None:
+def test_the_loss_is_recorded_at_every_50th_step_and_at_the_end() -> None:
     model, z_BD, key_B = Linear(), targets(3, 4), torch.arange(3)
-    found = ModalityInversion(steps=120)(model, "text", frame(), z_BD, key_B)
-    assert found.loss_KB.shape == (4, 3)  # at 0, 50, 100 and 120
+    values = ModalityInversion(steps=120)(model, "text", frame(), z_BD, key_B)
+    assert values.loss_KB.shape == (4, 3)  # at 0, 50, 100 and 120
     for k, steps in ((1, 50), (2, 100), (3, 120)):
         short = ModalityInversion(steps=steps)(model, "text", frame(), z_BD, key_B)
-        torch.testing.assert_close(found.loss_KB[k], 1 - short.cos_B, **rounding(64, F64))
+        torch.testing.assert_close(values.loss_KB[k], 1 - short.cos_B, **rounding(64, F64))
         torch.testing.assert_close(short.cos_B, (short.z_BD * z_BD).sum(dim=1), **rounding(16, F64))
-    assert float(found.monotone()) == 1.0
-    backwards = found._replace(loss_KB=torch.tensor([[3.0], [1.0], [2.0], [0.0]]))
+    assert float(values.monotone()) == 1.0
+    backwards = values._replace(loss_KB=torch.tensor([[3.0], [1.0], [2.0], [0.0]]))
     assert float(backwards.monotone()) == pytest.approx(2 / 3, rel=ulps(4, F32))
 
 
@@ -133,7 +133,7 @@ def test_eight_together_equal_one_at_a_time_in_any_order(way: str) -> None:
     assert (whole.z_BD[0] - whole.z_BD[1]).norm() > 0.5  # and they are not all the same
 
 
-def test_in_float32_the_batch_moves_nothing_either() -> None:
+def test_results_in_float32_do_not_depend_on_the_batch() -> None:
     model = recipe().float()
     here = text_frame(model, "text", CODEC, "a picture of {}", 1)
     z_BD, key_B = targets(8, 8, dtype=torch.float32), torch.arange(8)
@@ -160,7 +160,7 @@ def test_starts_are_normal_and_a_function_of_the_key_alone() -> None:
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("way", ["text", "image"])
-def test_encoders_keep_bytes_gradients_flags_and_modes(way: str, context: Any) -> None:
+def test_encoders_do_not_change(way: str, context: Any) -> None:
     model = recipe().train()
     model.heads.eval()
     model.towers["image"].get_parameter("norm.weight").requires_grad_(False)
@@ -168,17 +168,17 @@ def test_encoders_keep_bytes_gradients_flags_and_modes(way: str, context: Any) -
     with context():
         here = text_frame(model, "text", CODEC, "a {}", 1) if way == "text" else patch_frame(model, "image", 1)
         z_BD = targets(4, 8).clone()  # of inference mode, where that is on
-        found = ModalityInversion(steps=55)(model, way, here, z_BD, torch.arange(4))
+        values = ModalityInversion(steps=55)(model, way, here, z_BD, torch.arange(4))
     after = digest(model), [p.requires_grad for p in model.parameters()], [m.training for m in model.modules()]
     assert after == before
     assert all(p.grad is None for p in model.parameters())
-    assert not any(x.requires_grad for x in found)
-    assert found.loss_KB[-1].mean() < found.loss_KB[0].mean() - 0.1
+    assert not any(x.requires_grad for x in values)
+    assert values.loss_KB[-1].mean() < values.loss_KB[0].mean() - 0.1
     again = ModalityInversion(steps=55)(model.eval(), way, here, z_BD, torch.arange(4))
-    assert torch.equal(again.z_BD, found.z_BD)  # dropout was off the first time too
+    assert torch.equal(again.z_BD, values.z_BD)  # dropout was off the first time too
 
 
-def test_modes_come_back_after_an_error() -> None:
+def test_modes_are_restored_after_an_error() -> None:
     model = Linear().train()
     with pytest.raises(RuntimeError):
         ModalityInversion(steps=1)(model, "text", frame(), targets(2, 9), torch.arange(2))  # of another width
@@ -189,7 +189,7 @@ def test_modes_come_back_after_an_error() -> None:
 
 
 @pytest.mark.parametrize("way", ["text", "image"])
-def test_150_steps_reach_what_the_tower_can_say(way: str) -> None:
+def test_150_steps_reach_targets_in_the_range_of_the_tower(way: str) -> None:
     """Targets are embeddings of the modality's own inputs: cosine 0.85 and more, by a loss that only falls."""
     model = recipe().eval()
     generator = torch.Generator().manual_seed(0)
@@ -201,12 +201,12 @@ def test_150_steps_reach_what_the_tower_can_say(way: str) -> None:
         here = patch_frame(model, way, 1)
     with torch.no_grad():
         z_BD = model.project(model.features(x, way), way, torch.ones(16, dtype=torch.bool))
-    found = ModalityInversion()(model, way, here, z_BD, torch.arange(16))
-    assert float(found.cos_B.mean()) >= 0.85 > float((1 - found.loss_KB[0]).mean()) + 0.1
-    assert float(found.monotone()) == 1.0
-    torch.testing.assert_close(found.z_BD.norm(dim=1), torch.ones(16, dtype=torch.float64), **rounding(8, F64))
+    values = ModalityInversion()(model, way, here, z_BD, torch.arange(16))
+    assert float(values.cos_B.mean()) >= 0.85 > float((1 - values.loss_KB[0]).mean()) + 0.1
+    assert float(values.monotone()) == 1.0
+    torch.testing.assert_close(values.z_BD.norm(dim=1), torch.ones(16, dtype=torch.float64), **rounding(8, F64))
     # and it is that sample's own: nearest to its target among all
-    assert float(((found.z_BD @ z_BD.T).argmax(dim=1) == torch.arange(16)).float().mean()) > 0.5
+    assert float(((values.z_BD @ z_BD.T).argmax(dim=1) == torch.arange(16)).float().mean()) > 0.5
 
 
 def test_a_frame_with_the_embedding_of_a_word_is_the_text_with_that_word() -> None:
@@ -260,7 +260,7 @@ def test_refusals_in_one_line() -> None:
         patch_frame(model, "audio", 1)
     with pytest.raises(ValueError, match="tokens 5: tower image has places for 4 patches"):
         patch_frame(model, "image", 5)
-    with pytest.raises(ValueError, match="9 tokens with its place; this codec has rows of 8"):
+    with pytest.raises(ValueError, match="9 tokens with its place; this tokenizer has rows of 8"):
         text_frame(model, "text", CODEC, "a picture of a fox {}", 2)
     for name, options in (("tokens 0", {"tokens": 0}), ("lr 0", {"lr": 0}), ("std -1", {"std": -1})):
         with pytest.raises(ValueError, match=f"ModalityInversion: {name}"):

@@ -19,6 +19,7 @@ from descant.modules.evaluation.metrics import (
     mean_average_precision,
     modality_gap,
     retrieval_ranks,
+    ridge_weights,
     uniformity,
 )
 from tests.tolerance import F32, F64, conditioned, ulps
@@ -34,10 +35,7 @@ def test_ranks_equal_a_double_loop_whatever_the_chunk(cells):
     # few distinct values: many exact ties
     z_q = torch.randint(-1, 2, (40, 3), generator=generator).float()
     z_g = torch.randint(-1, 2, (60, 3), generator=generator).float()
-    key_q, key_g = (
-        torch.randint(20, (40,), generator=generator),
-        torch.randint(15, (60,), generator=generator),
-    )
+    key_q, key_g = (torch.randint(20, (40,), generator=generator), torch.randint(15, (60,), generator=generator))
     expected = []
     for q in range(40):
         right = [float(z_q[q] @ z_g[g]) for g in range(60) if key_g[g] == key_q[q]]
@@ -162,7 +160,7 @@ def test_knn_takes_the_whole_of_a_small_bank_and_survives_a_tiny_temperature():
     assert scores.isfinite().all() and (scores.amax(1) == 1).all()
 
 
-def test_the_probe_finds_what_can_be_separated_and_not_what_cannot():
+def test_the_probe_separates_separable_classes_alone():
     generator = torch.Generator().manual_seed(0)
     label = torch.arange(300) % 3
     x = 4 * F.one_hot(label, 3).double() + torch.rand(300, 3, generator=generator).double()
@@ -195,7 +193,7 @@ def test_the_probe_fits_where_no_gradients_are_recorded():
     assert w.abs().sum() > 0
 
 
-def test_balanced_accuracy_is_the_mean_recall_of_what_occurs():
+def test_balanced_accuracy_is_the_mean_recall_of_occurring_classes():
     label = torch.tensor([0] * 90 + [2] * 10)
     assert balanced_accuracy(torch.zeros(100, dtype=torch.long), label, classes=4) == 0.5
     predicted = label.clone()
@@ -238,3 +236,18 @@ def test_gap_alignment_and_uniformity():
     for cells in (1, 50, 1 << 24):
         assert abs(float(uniformity(z, cells=cells)) - expected) < ulps(64, F32)
     assert uniformity(z[:1]).isnan()
+
+
+def test_ridge_weights_shrink_and_leave_constants_alone() -> None:
+    g = torch.Generator().manual_seed(0)
+    x_NP = torch.randn(50, 3, generator=g, dtype=torch.float64)
+    x_NP[:, 1] = 4.0
+    y_N1 = 2 * x_NP[:, :1] + 1
+    z = torch.cat([torch.ones(50, 1), x_NP, y_N1], 1)
+    w = ridge_weights(z.T @ z, 3, 0.0)
+    # Gram matrices of 50 rows with a constant column, which a ridge of nothing alone keeps from 0
+    torch.testing.assert_close(
+        w.flatten(), torch.tensor([1.0, 2.0, 0.0, 0.0], dtype=torch.float64), rtol=0, atol=conditioned(1e7, F64)
+    )
+    assert 0 < float(ridge_weights(z.T @ z, 3, 10.0)[1]) < 1
+    assert bool(ridge_weights(z.T @ z * torch.nan, 3, 0.0).isnan().all())

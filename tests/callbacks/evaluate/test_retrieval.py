@@ -51,7 +51,7 @@ def test_it_is_the_mean_over_its_sets() -> None:
     assert values["emergent/i2t_r1"] == pytest.approx((plain["de/i2t_r1"] + plain["fr/i2t_r1"]) / 2, abs=ulps(8, F32))
 
 
-def test_a_validation_without_its_sets_asks_nothing() -> None:
+def test_a_validation_without_its_sets_logs_nothing() -> None:
     assert (
         evaluate(Data({"val": with_distance(0)}), EmergentRetrieval(sets=["de"], pairs=PAIRS), stage="validate") == {}
     )
@@ -61,10 +61,10 @@ def test_a_validation_without_its_sets_asks_nothing() -> None:
     ("options", "says"),
     [
         ({"sets": ["de", "it"]}, "EmergentRetrieval: sets: no 'it' in the data, only en, de"),
-        ({"sets": ["de"], "target": "edits"}, "target: no 'edits' in set de; it has .*distance"),
+        ({"sets": ["de"], "target": "edits"}, "no target 'edits' in set de; it has .*distance"),
     ],
 )
-def test_what_is_not_there_is_named(options: dict[str, Any], says: str) -> None:
+def test_unknown_sets_and_targets_are_named(options: dict[str, Any], says: str) -> None:
     data = Data({"en": with_distance(0), "de": with_distance(1)})
     with pytest.raises(ValueError, match=says):
         evaluate(data, EmergentRetrieval(pairs=PAIRS, **options), stage="test")

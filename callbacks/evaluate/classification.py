@@ -1,0 +1,255 @@
+"""Classification from embeddings: zero-shot, k nearest neighbours, linear probe.
+
+Letters: N rows of a set or bank, Q queries, D width, C classes, P prompts a class, B, T prompts and their tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics.functional.classification import multiclass_accuracy
+
+from descant.callbacks.evaluate.embeddings import Judge, Rows, due, embed
+from descant.modules.core.batch import Batch
+from descant.modules.evaluation.metrics import balanced_accuracy, fit_logistic, knn_scores, wide
+
+PROMPTS = 512  # embedded at once
+
+
+class _Labelled(Judge):
+    """Base of the evaluations that predict a class: ``target`` of the data, from embeddings of ``modality``."""
+
+    kind: str
+
+    def __init__(self, target: str, modality: str) -> None:
+        super().__init__()
+        self.target, self.modality = target, modality
+
+    def _key(self, name: str, metric: str) -> str:
+        modality = "" if self.modality == "image" else f"_{self.modality}"
+        return f"{name}/{self.kind}_{self.target}{modality}_{metric}"
+
+    def _labelled(self, sets: dict[str, Rows]) -> dict[str, tuple[Tensor, Tensor]]:
+        """``z_ND, label_N`` by set, less the sets (but not the bank) without such a target or a labelled row."""
+        for rows in sets.values():
+            self.require_embedding(rows, self.modality)
+        self.require_target(self.target, (name for rows in sets.values() for name in rows.targets))
+        labelled = {
+            name: rows.labelled(self.modality, self.target)
+            for name, rows in sets.items()
+            if self.target in rows.targets
+        }
+        return {name: pair for name, pair in labelled.items() if len(pair[1]) or name == "bank"}
+
+
+class ZeroShot(_Labelled):
+    """Zero-shot classification by prompts: the weight of a class is the mean embedding of its prompts.
+
+        w_c = normalise(mean over p of z_text(prompt_cp)),   prediction = argmax over c of z . w_c
+
+    The data module's ``prompts(target)`` gives the prompts, embedded once an evaluation. Keys:
+    ``{set}/zeroshot_{target}_top1``, ``_top5`` (with more than five classes) and ``_balanced``, the mean recall of the
+    classes that occur; with ``_{modality}`` after the target where that is not image.
+
+    Args:
+        target: which of the data's targets holds the class.
+        modality: of the classified samples.
+        prompts: the modality of the prompts.
+
+    Raises:
+        ValueError: at setup, if the data module has no prompts for it; at evaluation, an unknown modality.
+
+    >>> ZeroShot("group").target
+    'group'
+    """
+
+    kind = "zeroshot"
+
+    def __init__(self, target: str, modality: str = "image", prompts: str = "text") -> None:
+        super().__init__(target, modality)
+        self.prompts = prompts
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._require(trainer, "prompts")
+        self._ids_CPT: Tensor = trainer.datamodule.prompts(self.target)[0]  # type: ignore[attr-defined]
+
+    def classifier(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Tensor:
+        """``w_CD``: one unit-length row a class."""
+        ids_CPT = self._ids_CPT.to(pl_module.device)
+        embedded = []
+        for ids_BT in ids_CPT.flatten(0, 1).split(PROMPTS):
+            present = {self.prompts: torch.ones(len(ids_BT), dtype=torch.bool, device=ids_BT.device)}
+            batch = Batch(inputs={self.prompts: ids_BT}, present=present)
+            embedded.append(embed(trainer, pl_module, batch)[self.prompts].float())
+        z_CPD = torch.cat(embedded).reshape(*ids_CPT.shape[:2], -1)
+        return F.normalize(z_CPD.mean(1), dim=-1)
+
+    def judge(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
+        values: dict[str, Tensor] = {}
+        w_CD = self.classifier(trainer, pl_module)
+        for name, (z_ND, label_N) in self._labelled(sets).items():
+            score_NC, classes = z_ND @ w_CD.T, len(w_CD)
+            values[self._key(name, "top1")] = _top1(score_NC, label_N)
+            if classes > 5:
+                top5 = multiclass_accuracy(score_NC, label_N, classes, average="micro", top_k=5)
+                values[self._key(name, "top5")] = top5
+            values[self._key(name, "balanced")] = balanced_accuracy(score_NC.argmax(1), label_N, classes)
+        return values
+
+
+class Banked(_Labelled):
+    """Base of the classifiers fitted on the data module's bank: training samples, preprocessed as in evaluation.
+
+    Runs in every ``every``-th evaluation of a fit, from the first on, in those of its last epoch or step, and always in
+    ``validate`` and ``test``. The count is part of the checkpoint.
+    """
+
+    def __init__(self, target: str, modality: str, every: int) -> None:
+        super().__init__(target, modality)
+        if every < 1:
+            raise ValueError(f"{type(self).__name__}: every {every} is no number of evaluations; 1 is the least")
+        self.every = every
+        self.evaluations = 0
+
+    def score(
+        self, z_ND: Tensor, label_N: Tensor, sets: dict[str, tuple[Tensor, Tensor]], classes: int
+    ) -> dict[str, Tensor]:
+        """Accuracy by set, from the bank's ``z_ND`` and ``label_N``."""
+        raise NotImplementedError
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(target=self.target, modality=self.modality)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"evaluations": self.evaluations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.evaluations = int(state_dict["evaluations"])
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._require(trainer, "bank_dataloader")
+
+    def _due(self, trainer: L.Trainer) -> bool:
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return True
+        self.evaluations += 1
+        return due(trainer, self.evaluations, self.every)
+
+    def judge(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
+        labelled = self._labelled(sets)
+        if not self._due(trainer):
+            return {}
+        z_bank_ND, label_N = self._labelled({"bank": self.bank(trainer, pl_module)})["bank"]
+        if len(label_N) == 0:
+            return {}
+        classes = int(max(label.max() for _, label in [(z_bank_ND, label_N), *labelled.values()])) + 1
+        values = self.score(z_bank_ND, label_N, labelled, classes)
+        return {self._key(name, "top1"): value for name, value in values.items()}
+
+
+class KNN(Banked):
+    """Weighted k-nearest-neighbour accuracy of embeddings against the bank (the protocol of DINO).
+
+        prediction = argmax over c of  sum over the k nearest n with label_n = c of exp(z . z_n / temperature)
+
+    Key: ``{set}/knn_{target}_top1``, with ``_{modality}`` after the target where that is not image.
+
+    Args:
+        target: which of the data's targets holds the class.
+        k: neighbours that vote.
+        temperature: of their weights.
+        modality: whose embeddings are classified.
+        every: runs in one of so many evaluations of a fit.
+
+    Raises:
+        ValueError: k or every below 1, a temperature that is not positive; at setup, a data module without a
+            bank; at evaluation, an unknown target or modality.
+
+    >>> KNN("group", k=0)
+    Traceback (most recent call last):
+    ValueError: KNN: k 0 is no number of neighbours; 1 is the least
+    """
+
+    kind = "knn"
+
+    def __init__(
+        self, target: str, k: int = 20, temperature: float = 0.07, modality: str = "image", every: int = 1
+    ) -> None:
+        super().__init__(target, modality, every)
+        if k < 1:
+            raise ValueError(f"KNN: k {k} is no number of neighbours; 1 is the least")
+        if temperature <= 0:
+            raise ValueError(f"KNN: temperature {temperature} is not positive")
+        self.k, self.temperature = k, temperature
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(target=self.target, modality=self.modality, k=self.k)
+
+    def score(
+        self, z_ND: Tensor, label_N: Tensor, sets: dict[str, tuple[Tensor, Tensor]], classes: int
+    ) -> dict[str, Tensor]:
+        return {
+            name: _top1(knn_scores(z_QD, z_ND, label_N, classes, self.k, self.temperature), label_Q)
+            for name, (z_QD, label_Q) in sets.items()
+        }
+
+
+class LinearProbe(Banked):
+    """Linear probing: accuracy of multinomial logistic regression, fitted on the bank's embeddings.
+
+        W, b = argmin  mean_n cross_entropy(W x_n + b, label_n) + l2 / 2 * ||W||^2,   x = (z - mean) / std
+
+    Fitted by L-BFGS in float64, on features standardised by the bank. Key: ``{set}/probe_{target}_top1``,
+    with ``_{modality}`` after the target where that is not image.
+
+    Args:
+        target: which of the data's targets holds the class.
+        modality: whose embeddings are classified.
+        l2: strength of the penalty on the weights.
+        every: runs in one of so many evaluations of a fit.
+
+    Raises:
+        ValueError: every below 1, a negative l2; at setup, a data module without a bank; at evaluation, an
+            unknown target or modality.
+
+    >>> LinearProbe("group", l2=-1.0)
+    Traceback (most recent call last):
+    ValueError: LinearProbe: l2 -1.0 is negative
+    """
+
+    kind = "probe"
+
+    def __init__(self, target: str, modality: str = "image", l2: float = 1e-3, every: int = 1) -> None:
+        super().__init__(target, modality, every)
+        if l2 < 0:
+            raise ValueError(f"LinearProbe: l2 {l2} is negative")
+        self.l2 = l2
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(target=self.target, modality=self.modality, l2=self.l2)
+
+    def score(
+        self, z_ND: Tensor, label_N: Tensor, sets: dict[str, tuple[Tensor, Tensor]], classes: int
+    ) -> dict[str, Tensor]:
+        x_ND = z_ND.to(wide(z_ND.device))
+        std_D, mean_D = torch.std_mean(x_ND, dim=0, correction=0)
+        std_D = std_D.where(std_D > 0, torch.ones_like(std_D))  # a constant feature becomes 0
+        w_CD, b_C = fit_logistic((x_ND - mean_D) / std_D, label_N, classes, self.l2)
+        return {
+            name: _top1((z_QD.to(x_ND) - mean_D) / std_D @ w_CD.T + b_C, label_Q)
+            for name, (z_QD, label_Q) in sets.items()
+        }
+
+
+def _top1(score_NC: Tensor, label_N: Tensor) -> Tensor:
+    return (score_NC.argmax(dim=1) == label_N).float().mean()

@@ -1,0 +1,127 @@
+"""Base of the evaluations that run the recipe's forward themselves. Letters: B rows of a batch, N of a set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from descant.callbacks.evaluate.embeddings import Judge, due
+from descant.modules.core.batch import Batch
+from descant.modules.core.rng import uniform_N
+from descant.modules.engine.configure import nearest
+
+
+class ForwardEvaluator(Judge):
+    """Base of the evaluations that run the recipe on evaluation batches, whatever protocol it has.
+
+    A subclass implements ``run``, called with every batch of the chosen sets, and ``results``, called once an
+    evaluation on every rank. Runs in the sanity check, in every ``every``-th evaluation of a fit from the first on
+    (with ``validate``), in those of its last epoch or step, and always in ``validate`` and ``test``. The count is part
+    of the checkpoint.
+
+    Args:
+        sets: names of evaluation sets; all of them where not given.
+        limit: about so many samples of a set, selected by their ids; all of them where not given.
+        every: runs in one of so many evaluations of a fit.
+        validate: run in the validations of a fit too, not only in ``validate`` and ``test``.
+
+    Raises:
+        ValueError: for a limit or every below 1; at evaluation, for an unknown set.
+    """
+
+    def __init__(
+        self, sets: list[str] | None = None, limit: int | None = None, every: int = 1, validate: bool = True
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if limit is not None and limit < 1:
+            raise ValueError(f"{name}: limit {limit} is no number of samples; 1 is the least")
+        if every < 1:
+            raise ValueError(f"{name}: every {every} is no number of evaluations; 1 is the least")
+        self.sets, self.limit, self.every, self.validate = sets, limit, every, validate
+        self.evaluations = 0
+        self._active = False  # in the current evaluation
+        self._shares: dict[str, dict[str, float]] = {}  # stage -> set -> share of its samples
+
+    # what a subclass implements -------------------------------------------------------------------------------------
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether it needs the embeddings that the validation step returns."""
+        return False
+
+    def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
+        """One batch of the set ``name``; ``keep_B``: the rows within the limit."""
+        raise NotImplementedError
+
+    def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
+        """``{set}/{key}`` -> scalar over all batches of ``run``; on every rank the same."""
+        raise NotImplementedError
+
+    # the hooks ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"evaluations": self.evaluations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.evaluations = int(state_dict["evaluations"])
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        # without the base's check: a recipe without embeddings can be evaluated too
+        if self.limit is not None:
+            self._require(trainer, "evaluation_sets")
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._shares = {}
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_validation_epoch_start(trainer, pl_module)
+        self._active = self._due(trainer)
+
+    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_test_epoch_start(trainer, pl_module)
+        self._active = True
+
+    def _due(self, trainer: L.Trainer) -> bool:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return True
+        if trainer.sanity_checking or not self.validate:
+            return self.validate
+        self.evaluations += 1
+        return due(trainer, self.evaluations, self.every)
+
+    def _collect(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, dataloader_idx: int
+    ) -> None:
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        judges = [c for c in callbacks if isinstance(c, Judge)]
+        if any(not isinstance(c, ForwardEvaluator) or (c.reads_rows and c._active) for c in judges):
+            super()._collect(trainer, pl_module, outputs, batch, dataloader_idx)
+        name = self._lead(trainer)._set_name(trainer, dataloader_idx)
+        if self._active and (self.sets is None or name in self.sets):
+            self.run(trainer, pl_module, batch, self._within_limit(trainer, batch.index, name), name)
+
+    def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._active:
+            return
+        if trainer.testing:  # a fit's validation may lack sets of its test
+            names = self._lead(trainer)._names.get("test", [])
+            for name in self.sets or []:
+                if names and name not in names:
+                    raise ValueError(f"{type(self).__name__}: sets {name!r}: {nearest(name, names)}")
+        self._log(trainer, pl_module, self.results(trainer, pl_module))
+
+    def _within_limit(self, trainer: L.Trainer, index_N: Tensor, name: str) -> Tensor:
+        """Bool ``[N]``: selected by a hash of the ids, so independent of batches and ranks."""
+        if self.limit is None:
+            return torch.ones_like(index_N, dtype=torch.bool)
+        stage = "test" if trainer.testing else "validate"
+        if stage not in self._shares:
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            self._shares[stage] = {s: self.limit / max(len(x), 1) for s, x in data.evaluation_sets(stage).items()}
+        return (uniform_N(index_N, "evaluation/limit") < self._shares[stage][name]).to(index_N.device)

@@ -1,0 +1,42 @@
+"""Where figures go: the run's folder, and TensorBoard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+
+from descant.callbacks.plots.style import pixels
+from descant.modules.engine.trainer import logged_step
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def writers(trainer: L.Trainer) -> list[Any]:
+    """The SummaryWriters of the TensorBoard loggers."""
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def run_folder(trainer: L.Trainer) -> Path:
+    """The folder of the run's files. A collective: call it on every rank."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def save_figure(
+    trainer: L.Trainer, folder: Path, figure: Figure, name: str, tag: str, small: Figure | None = None
+) -> None:
+    """Writes ``pictures/{name}-{step}.png`` in the run's folder, and an image under ``tag`` to TensorBoard loggers.
+
+    ``small``: the figure that TensorBoard gets instead.
+    """
+    image = pixels(figure)
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(folder / "pictures" / f"{name}-{trainer.global_step}.png")
+    if boards := writers(trainer):
+        image = image if small is None or small is figure else pixels(small)
+        for writer in boards:
+            writer.add_image(tag, image, logged_step(trainer), dataformats="HWC")

@@ -1,0 +1,145 @@
+"""How every figure looks: one set of matplotlib settings, colour-blind-safe colours, sizes in pixels.
+
+matplotlib is imported inside functions, since most runs draw nothing; pyplot and its global state are never used.
+"""
+
+from __future__ import annotations
+
+import functools
+import textwrap
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+DPI = 72  # so that a point, the unit of font sizes and line widths, is a pixel
+FONT = "DejaVu Sans"  # comes with matplotlib, so a figure is the same on every machine
+SMALL, TEXT, TITLE = 12, 14, 18  # pixels
+INK, FAINT, GRID, PAPER = "#222222", "#6e6e6e", "#dddddd", "#ffffff"
+#: Okabe and Ito's colours, which differ for readers with any kind of colour blindness.
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
+SKY, VERMILLION, YELLOW = "#56B4E9", "#D55E00", "#F0E442"
+CYCLE = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION)
+
+RC: dict[str, Any] = {
+    "figure.dpi": DPI,
+    "savefig.dpi": DPI,
+    "figure.facecolor": PAPER,
+    "font.family": FONT,
+    "font.size": TEXT,
+    "text.color": INK,
+    "text.parse_math": False,  # captions may hold dollar signs
+    "axes.titlesize": TEXT,
+    "axes.titlelocation": "left",
+    "axes.labelsize": SMALL,
+    "axes.edgecolor": FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.labelsize": SMALL,
+    "ytick.labelsize": SMALL,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "grid.color": GRID,
+    "legend.fontsize": SMALL,
+    "legend.frameon": False,
+    "lines.linewidth": 2,
+}
+
+
+def styled(draw: Callable[P, R]) -> Callable[P, R]:
+    """Decorator: runs a drawing function under :data:`RC`, whatever the process has set for itself."""
+
+    @functools.wraps(draw)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        import matplotlib.style
+
+        with matplotlib.style.context(["default", RC]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"Glyph \d+")  # a letter that the font lacks is an empty box
+            return draw(*args, **kwargs)
+
+    return run
+
+
+def figure(width: float, height: float) -> Figure:
+    """An empty figure of so many pixels, drawn by Agg."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=((width + 0.01) / DPI, (height + 0.01) / DPI), dpi=DPI)  # sizes are cut to whole pixels
+    FigureCanvasAgg(made)
+    return made
+
+
+def page(image_HW3: np.ndarray) -> tuple[Figure, Axes]:
+    """A figure that shows an image pixel by pixel, and axes to write on it: in pixels from the upper left corner.
+
+    >>> made, axes = page(np.full((20, 30, 3), 7, dtype=np.uint8))
+    >>> pixels(made).shape, int(pixels(made).max())
+    ((20, 30, 3), 7)
+    """
+    from matplotlib.transforms import IdentityTransform
+
+    height, width = image_HW3.shape[:2]
+    made = figure(width, height)
+    rgba_HW4 = np.dstack([image_HW3, np.full((height, width), 255, dtype=np.uint8)])[::-1]
+    background: Any = made.figimage(image_HW3, zorder=-1)
+    # its pixels are final: resampling them would take most of the time of a figure
+    background.make_image = lambda *_, **__: (rgba_HW4, 0, 0, IdentityTransform())
+    axes = made.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.axis("off")
+    return made, axes
+
+
+@styled
+def pixels(made: Figure) -> np.ndarray:
+    """The figure as uint8 ``[H, W, 3]``."""
+    made.canvas.draw()
+    return np.asarray(made.canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]
+
+
+def rgb(colour: str) -> tuple[int, int, int]:
+    """The three bytes of ``#rrggbb``.
+
+    >>> rgb(VERMILLION)
+    (213, 94, 0)
+    """
+    return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
+
+
+@functools.lru_cache(4096)
+def text_width(text: str, size: int) -> float:
+    """Pixels that a line of text takes at most."""
+    from matplotlib.font_manager import findfont, get_font
+
+    font = get_font(findfont(FONT))
+    font.set_size(size, DPI)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+")
+        font.set_text(text, 0.0)
+    return float(font.get_width_height()[0]) / 64
+
+
+def wrap(text: str, size: int, width: float, lines: int) -> list[str]:
+    """``text`` in at most ``lines`` lines of ``width`` pixels, with an ellipsis where it is cut.
+
+    >>> wrap("a rather long caption", 12, 90, 2), wrap("a rather long caption", 12, 70, 1)
+    (['a rather long', 'caption'], ['a rather...'])
+    """
+    for columns in range(max(int(3 * width / size), 4), 3, -1):
+        wrapped = textwrap.wrap(text, columns) or [text]
+        if all(text_width(line, size) <= width for line in wrapped[:lines]):
+            break
+    if len(wrapped) > lines:
+        wrapped = [*wrapped[: lines - 1], wrapped[lines - 1][: max(columns - 3, 1)].rstrip() + "..."]
+    return wrapped
