@@ -14,6 +14,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from descant.modules.core.capabilities import has
 from descant.callbacks.evaluate.accuracy import Means
 from descant.callbacks.evaluate.forward import ForwardEvaluator
 from descant.callbacks.plots.answers import AnswerRow, answer_table
@@ -90,7 +91,7 @@ class Answering(ForwardEvaluator):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(pl_module, Generates):
+        if not has(pl_module, Generates):
             raise ValueError(
                 f"Answering needs a recipe that generates answers, such as Chat, not {type(pl_module).__name__}"
             )
@@ -108,7 +109,7 @@ class Answering(ForwardEvaluator):
         is_right: Callable[[list[int], list[int]], bool] = getattr(data, "is_right", operator.eq)
 
         def answer(view: Batch, sampling: Sampling | None = None) -> tuple[Tensor, Tensor]:
-            assert isinstance(pl_module, Generates)
+            assert has(pl_module, Generates)
             options: Any = {} if sampling is None else {"sampling": sampling}
             with torch.no_grad(), trainer.precision_plugin.val_step_context():
                 answer_ids_BM = pl_module.generate(view, new=self.new, **options)  # type: ignore[call-arg]

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from descant.modules.core.capabilities import has
 from descant.callbacks.balance.balance import require_several
 from descant.callbacks.evaluate.embeddings import Rows, Store
 from descant.callbacks.evaluate.forward import ForwardEvaluator
@@ -74,19 +75,19 @@ class Contributions(ForwardEvaluator):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if not all(isinstance(pl_module, protocol) for protocol in (Classifies, Fuses, Unimodal)):
+        if not all(has(pl_module, protocol) for protocol in (Classifies, Fuses, Unimodal)):
             raise ValueError(
                 "Contributions needs the protocols Classifies (labels), Fuses (latents, fuse) and Unimodal (unimodal); "
                 f"{type(pl_module).__name__} lacks one"
             )
-        require_several("Contributions", pl_module)
+        require_several(self, pl_module)
 
     def _forget(self) -> None:
         super()._forget()
         self._stores_z = {}
 
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
-        assert isinstance(pl_module, Classifies) and isinstance(pl_module, Fuses)
+        assert has(pl_module, Classifies) and has(pl_module, Fuses)
         with torch.no_grad(), trainer.precision_plugin.val_step_context():
             z = pl_module.latents(batch)
         label_B, self._dtype = pl_module.labels(batch), next(iter(z.values())).dtype
@@ -134,7 +135,7 @@ class Contributions(ForwardEvaluator):
         folder = run_folder(trainer)
         if not trainer.is_global_zero or not self.tracks or trainer.fast_dev_run or not trainer.loggers:  # type: ignore[attr-defined]
             return
-        assert isinstance(pl_module, Classifies)
+        assert has(pl_module, Classifies)
         names = [*(f"{m} alone" for m in pl_module.modalities), "joint"]
         panels = {name: (names, *track.points()) for name, track in self.tracks.items()}
         figure = curves(f"accuracy, step {trainer.global_step}", panels)

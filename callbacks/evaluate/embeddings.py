@@ -16,6 +16,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from descant.modules.core.capabilities import has
 from descant.modules.core.batch import Batch, parts
 from descant.modules.core.protocols import Embeds
 from descant.modules.engine.trainer import bank_batches
@@ -166,7 +167,7 @@ class Judge(Callback):
     # the hooks ----------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if not isinstance(pl_module, Embeds):
+        if not has(pl_module, Embeds):
             recipe = type(pl_module).__name__
             raise ValueError(f"{type(self).__name__} needs the protocol Embeds (embed(batch)); {recipe} lacks it")
 
@@ -263,7 +264,7 @@ class PairJudge(Judge):
 
 def embed(trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch) -> dict[str, Tensor]:
     """The recipe's ``embed(batch)`` as in a validation step: without gradients, in the run's precision."""
-    assert isinstance(pl_module, Embeds)
+    assert has(pl_module, Embeds)
     with torch.no_grad(), trainer.precision_plugin.val_step_context():
         return pl_module.embed(batch)
 

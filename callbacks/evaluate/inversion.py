@@ -12,6 +12,7 @@ import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from descant.modules.core.capabilities import has
 from descant.callbacks.evaluate.classification import ZeroShot
 from descant.callbacks.evaluate.embeddings import Judge, Rows
 from descant.modules.core.objects import require_objects
@@ -194,7 +195,7 @@ class Inversion(_SetEvaluator):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if not isinstance(pl_module, Inverts):
+        if not has(pl_module, Inverts):
             raise ValueError(
                 "Inversion needs the protocol Inverts (encoded(h_BTD, mask_BT, modality)); "
                 f"{type(pl_module).__name__} lacks it"
@@ -213,7 +214,7 @@ class Inversion(_SetEvaluator):
     def judge(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
         if not self._due(trainer):
             return {}
-        assert isinstance(pl_module, Inverts)
+        assert has(pl_module, Inverts)
         values: dict[str, Tensor] = {}
         a, b, bank = self.modality, self.through, self.bank(trainer, pl_module)
         classes = {target: prompts.classifier(trainer, pl_module) for target, prompts in self._prompts.items()}

@@ -13,6 +13,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from descant.modules.core.capabilities import has
 from descant.callbacks.evaluate.embeddings import Rows, Store
 from descant.callbacks.evaluate.forward import ForwardEvaluator
 from descant.callbacks.plots.output import run_folder, save_figure
@@ -374,13 +375,13 @@ def reconstruct(
     trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, corruption: Corruption | None
 ) -> dict[str, ReconstructionOutput]:
     """The recipe's ``reconstruct(batch, corruption)`` as in a validation step: no gradients, the run's precision."""
-    assert isinstance(pl_module, Reconstructs)
+    assert has(pl_module, Reconstructs)
     with torch.no_grad(), trainer.precision_plugin.val_step_context():
         return pl_module.reconstruct(batch, corruption)
 
 
 def _require_reconstructs(callback: ForwardEvaluator, pl_module: L.LightningModule) -> None:
-    if not isinstance(pl_module, Reconstructs):
+    if not has(pl_module, Reconstructs):
         raise ValueError(
             f"{type(callback).__name__} needs the protocol Reconstructs (reconstruct(batch, corruption)); "
             f"{type(pl_module).__name__} lacks it"

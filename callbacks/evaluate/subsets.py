@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from descant.modules.core.capabilities import has
 from descant.callbacks.evaluate.embeddings import Rows, Store, embed
 from descant.callbacks.evaluate.forward import ForwardEvaluator
 from descant.callbacks.plots.output import run_folder, save_figure
@@ -112,7 +113,7 @@ class ModalitySubsetEval(ForwardEvaluator):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         recipe = type(pl_module).__name__
-        self._scored, embeds = isinstance(pl_module, Scores), isinstance(pl_module, Embeds)
+        self._scored, embeds = has(pl_module, Scores), has(pl_module, Embeds)
         if not self._scored and not embeds:
             raise ValueError(
                 "ModalitySubsetEval needs the protocol Scores (scores(batch)) or Embeds (embed(batch)); "
@@ -167,7 +168,7 @@ class ModalitySubsetEval(ForwardEvaluator):
     def _score(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, parts: Mapping[Subset, Tensor], name: str
     ) -> None:
-        assert isinstance(pl_module, Scores)
+        assert has(pl_module, Scores)
         value: dict[tuple[str, Subset], Tensor] = {}
         valid: dict[tuple[str, Subset], Tensor] = {}
         for subset, rows_B in parts.items():

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from descant.modules.core.batch import Batch
 from descant.modules.core.ranks import world
 from descant.modules.core.rng import normal_NK, uniform_N
-from descant.modules.core.rows import rows
+from descant.modules.core.rows import RowTracker, share_rows
 
 
 class Nudge:
@@ -90,7 +90,7 @@ class Nudge:
         outputs: list[Tensor] = []
 
         def record(module: nn.Module, args: Any, out: Tensor) -> None:
-            some, at = out.detach(), rows()
+            some, at = out.detach(), tracker.current
             whole = some.new_zeros(len(self.batch), *some.shape[1:])
             outputs.append(some if at is None else whole.index_put((at,), some))
 
@@ -114,7 +114,7 @@ def _embedding(recipe: Any, m: str) -> nn.Module:
 @contextmanager
 def _perturbed(embedding: nn.Module, delta: Tensor) -> Iterator[None]:
     def add(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-        at = rows()
+        at = tracker.current
         return out + (delta if at is None else delta[at]).to(out)
 
     handle = embedding.register_forward_hook(add)

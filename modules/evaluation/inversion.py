@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from descant.modules.core.capabilities import has
 from descant.modules.core.protocols import Encodes, Inverts
 from descant.modules.core.rng import mix_N, uniform_N
 from descant.modules.tokenizers.text import Tokenizer
@@ -156,7 +157,7 @@ def text_frame(model: Inverts, modality: str, tokenizer: Tokenizer, template: st
         positions_TD = _positions(tower)[:length]
         place_V = torch.arange(len(left), len(left) + tokens, device=positions_TD.device)
         ids_T = torch.tensor([*left, *[tokenizer.pad] * tokens, *right], device=positions_TD.device)
-        assert isinstance(tower, Encodes)
+        assert has(tower, Encodes)
         h_TD = tower.embed(ids_T[None])[0].detach().clone()
         h_TD[place_V] = positions_TD[place_V].to(h_TD.dtype)
     return Frame(h_TD, place_V)
@@ -182,7 +183,7 @@ def tower_of(model: Inverts, modality: str) -> nn.Module:
     if modality not in model.towers:
         raise ValueError(f"no tower {modality!r}; the towers are {', '.join(model.towers)}")
     tower = model.towers[modality]
-    if not isinstance(tower, Encodes) or not hasattr(tower, "positions_TD"):
+    if not has(tower, Encodes) or not hasattr(tower, "positions_TD"):
         raise ValueError(
             f"tower {modality}: inversion needs embed, positions_TD and encode, which {type(tower).__name__} lacks; "
             "TextTower and PatchTower have them"
