@@ -99,14 +99,7 @@ def _blocks(
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        a_BD: Tensor,
-        b_BD: Tensor,
-        scale: Tensor,
-        bias: Tensor,
-        key_B: Tensor,
-        valid_B: Tensor,
-        size: int,
+        ctx: Any, a_BD: Tensor, b_BD: Tensor, scale: Tensor, bias: Tensor, key_B: Tensor, valid_B: Tensor, size: int
     ) -> Tensor:
         ctx.save_for_backward(a_BD, b_BD, scale, bias, key_B, valid_B)
         ctx.size = size

@@ -164,11 +164,7 @@ class PretrainedTokenizer(Tokenizer):
     """
 
     def __init__(
-        self,
-        folder: Path | None = None,
-        gguf: str | None = None,
-        package: str | None = None,
-        length: int = 32,
+        self, folder: Path | None = None, gguf: str | None = None, package: str | None = None, length: int = 32
     ) -> None:
         super().__init__(length)
         place = locate(folder, gguf, package, file="tokenizer_config.json")

@@ -61,12 +61,7 @@ class Cached(Frozen):
     """
 
     def __init__(
-        self,
-        tower: Tower,
-        pool: Pool | None = None,
-        capacity: int = 65_536,
-        rows: int = 16,
-        folder: Path | None = None,
+        self, tower: Tower, pool: Pool | None = None, capacity: int = 65_536, rows: int = 16, folder: Path | None = None
     ) -> None:
         if capacity < 0 or rows < 1:
             raise ValueError(f"capacity {capacity} is at least 0, rows {rows} at least 1")

@@ -249,11 +249,7 @@ class ConvTower(Tower):
 
 
 def _stages(
-    widths: Sequence[int],
-    depths: Sequence[int],
-    expand: float,
-    activation: Activation,
-    norm: Literal["batch", "group"],
+    widths: Sequence[int], depths: Sequence[int], expand: float, activation: Activation, norm: Literal["batch", "group"]
 ) -> list[nn.Module]:
     layers: list[nn.Module] = []
     width_in = widths[0]

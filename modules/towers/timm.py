@@ -43,11 +43,7 @@ class TimmTower(Tower):
     """
 
     def __init__(
-        self,
-        name: str,
-        weights: Path | None = None,
-        size: int | None = None,
-        options: dict[str, Option] | None = None,
+        self, name: str, weights: Path | None = None, size: int | None = None, options: dict[str, Option] | None = None
     ) -> None:
         super().__init__()
         import timm

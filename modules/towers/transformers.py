@@ -13,15 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from descant.modules.io.pretrained import (
-    Place,
-    locate,
-    one_line,
-    padding_of,
-    read,
-    require_no_kernels,
-    tokenizer_of,
-)
+from descant.modules.io.pretrained import Place, locate, one_line, padding_of, read, require_no_kernels, tokenizer_of
 from descant.modules.towers.base import Tokens, Tower
 from descant.modules.towers.image import all_real
 
