@@ -42,7 +42,7 @@ from descant.modules.core.rng import mix_N
 from descant.modules.core.sham import Sham
 from descant.modules.engine.configure import nearest
 from descant.modules.language import Sampling
-from descant.modules.language.judges import spoken
+from descant.modules.language.answer_scores import spoken
 
 SIDE, ASKED, SAID = 96, 400, 180  # pixels of a picture, and of the columns of words
 

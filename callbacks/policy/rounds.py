@@ -23,7 +23,7 @@ from descant.modules.core.protocols import AnswersQuestions, QuestionPoolData
 from descant.modules.core.rng import global_seed, mix_N
 from descant.modules.core.sham import Sham
 from descant.modules.engine.trainer import bank_batches, data_now, data_parts, epoch_now
-from descant.modules.language.judges import Answers, AnswerScorer, ExactMatchScorer
+from descant.modules.language.answer_scores import Answers, AnswerScorer, ExactMatchScorer
 
 
 class Rounds(Callback):

@@ -95,7 +95,7 @@ class CausalLM(nn.Module):
         super().__init__()
         key_heads = heads if key_heads is None else key_heads
         if width % heads or width // heads % 2:
-            raise ValueError(f"heads {heads}: a head needs an even width, and width {width} over heads is not")
+            raise ValueError(f"heads {heads}: width {width} over heads must be an even number")
         if heads % key_heads:
             raise ValueError(f"key_heads {key_heads} does not divide heads {heads}")
         self.width, self.length, self.vocabulary, self.head_width = width, length, vocab, width // heads

@@ -429,7 +429,7 @@ def test_preferences_are_the_loop_over_pairs(tmp_path: Path) -> None:
             for network, of in ((net, 1), (reference, -1)):
                 h_SW, row = network.sequence(one)
                 logits = network.lm.logits(through(network.lm, h_SW, row.real_BS, network.row))[0].log_softmax(-1)
-                for s in row.said_BS[0].nonzero()[:, 0].tolist():
+                for s in row.loss_mask_BS[0].nonzero()[:, 0].tolist():
                     gain += sign * of * float(logits[s - 1, int(row.ids_BS[0, s])].detach())
         # queries and keys are turned in float32
         assert float(found[b].detach()) == pytest.approx(math.log1p(math.exp(-0.3 * gain)), rel=ulps(4, F32))

@@ -16,7 +16,7 @@ from descant.callbacks import Resume, Rounds
 from descant.datamodules.tasks.question_pool import QuestionPool
 from descant.modules.core.batch import Batch
 from descant.modules.distill.distill import Distill, SoftTarget, Teacher
-from descant.modules.language.judges import Answers, EditDistanceScorer, ExactMatchScorer, LikelihoodScorer
+from descant.modules.language.answer_scores import Answers, EditDistanceScorer, ExactMatchScorer, LikelihoodScorer
 from descant.recipes import Chat
 from tests.callbacks.run.test_resume import Act, equal, fit, point, state
 from tests.ranks import run_ranks

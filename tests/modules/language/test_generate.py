@@ -148,7 +148,7 @@ def test_draws_follow_their_probabilities() -> None:
         (lambda lm: generate(lm, torch.ones(1, 3).long(), torch.zeros(1, 3).bool()), "mask: the tokens of a prompt"),
         (lambda lm: generate(lm, torch.ones(1, 2).long(), torch.tensor([[False, True]])), "mask: the tokens"),
         (lambda lm: Sampling(-1), "temperature -1: 0"),
-        (lambda lm: Sampling(top_k=0), "top_k 0: 1 is the least"),
+        (lambda lm: Sampling(top_k=0), "top_k 0: at least 1"),
         (lambda lm: Sampling(top_p=0), "top_p 0: above 0, at most 1"),
     ],
     ids=["long", "new", "empty", "gap", "temperature", "top_k", "top_p"],

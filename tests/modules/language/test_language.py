@@ -134,9 +134,9 @@ def test_log_probabilities_and_their_gradients_as_if_all_were_kept(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"heads": 5}, "heads 5: each needs an even share of width 24"),
-        ({"heads": 8}, "heads 8: each needs an even share"),
-        ({"heads": 4, "key_heads": 3}, "key_heads 3: as many of the 4 heads share each"),
+        ({"heads": 5}, "heads 5: width 24 over heads must be an even number"),
+        ({"heads": 8}, "heads 8: width 24 over heads must be an even"),
+        ({"heads": 4, "key_heads": 3}, "key_heads 3 does not divide heads 4"),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict[str, Any], says: str) -> None:

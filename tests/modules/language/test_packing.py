@@ -67,7 +67,7 @@ def test_tokens_and_marks_come_back_document_by_document() -> None:
     for i, (ids, marks) in enumerate(zip(documents, learned, strict=True)):
         here = packed.document_BT == i
         assert torch.equal(packed.ids_BT[here], ids)
-        assert torch.equal(packed.said_BT[here][1:], marks[1:]) and not packed.said_BT[here][0]
+        assert torch.equal(packed.loss_mask_BT[here][1:], marks[1:]) and not packed.loss_mask_BT[here][0]
         assert len(packed.segment_BT[here].unique()) == 1
 
 

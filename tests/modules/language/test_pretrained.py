@@ -125,12 +125,12 @@ def test_what_cannot_be(folder: Path, tmp_path: Path) -> None:
 
     bare = tmp_path / "words"
     PreTrainedTokenizerFast(tokenizer_file=str(PACK / "tokenizer.json"), pad_token="<pad>").save_pretrained(bare)
-    apply_rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
+    linear_rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
     cases: list[tuple[Callable[[], Any], str]] = [
         (lambda: PretrainedLM(), "folder, gguf, package: give one of them"),
-        (lambda: PretrainedLM(tmp_path / "bert"), "a bert; of the language models only llama is read"),
-        (lambda: PretrainedLM(changed(rope_parameters=apply_rope)), "positions of type 'linear'; only default"),
-        (lambda: PretrainedLM(changed(hidden_act="gelu")), "hidden_act 'gelu'; only 'silu' is read"),
+        (lambda: PretrainedLM(tmp_path / "bert"), "a bert; only llama is supported"),
+        (lambda: PretrainedLM(changed(rope_parameters=linear_rope)), "positions of type 'linear'; only default"),
+        (lambda: PretrainedLM(changed(hidden_act="gelu")), "hidden_act 'gelu'; only 'silu' is supported"),
         (lambda: Lora(towers=["ml"]).apply(chat(folder)), "did you mean lm"),
         (
             lambda: PretrainedTokenizer(bare).question("what?", 98, 99),

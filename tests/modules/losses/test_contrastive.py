@@ -136,7 +136,7 @@ def test_scale_is_bounded_and_can_come_back() -> None:
 
 
 def test_scales_and_temperatures_are_above_zero() -> None:
-    with pytest.raises(ValueError, match="max_scale 0: it is above 0"):
+    with pytest.raises(ValueError, match="max_scale 0: must be above 0"):
         InfoNCE(max_scale=0)
-    with pytest.raises(ValueError, match="temperature 0: it is above 0"):
+    with pytest.raises(ValueError, match="temperature 0: must be above 0"):
         Intra(8, temperature=0)

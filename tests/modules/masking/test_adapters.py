@@ -15,11 +15,9 @@ from descant.modules.masking.adapters import (
     MSE,
     Adapter,
     Adapters,
-    CategoryAdapter,
     PatchAdapter,
-    TableAdapter,
-    TokenAdapter,
 )
+from descant.modules.masking.discrete_adapters import CategoryAdapter, TableAdapter, TokenAdapter
 from tests.tolerance import F32, rounding
 
 MAKE: dict[str, tuple[Callable[[], Adapter], Callable[[], Tensor]]] = {
@@ -162,8 +160,8 @@ def test_a_column_is_judged_by_its_own_outputs() -> None:
         (lambda: PatchAdapter([8, 8], 3), "patch 3 does not divide size 8; the nearest that does is 2"),
         (lambda: PatchAdapter([4, 4, 4], 8), "size 4 is smaller than a patch of 8; at most 4"),
         (lambda: PatchAdapter([8, 8], [4]), r"patch \[4\]: one number an axis of size \[8, 8\], or one for all"),
-        (lambda: PatchAdapter([8, 8], 4, losses=[MSE(), MSE()]), "losses: mse, mse: each once"),
-        (lambda: PatchAdapter([8, 8], 4, spread=0), "spread 0: greater than 0"),
+        (lambda: PatchAdapter([8, 8], 4, losses=[MSE(), MSE()]), "losses: mse, mse: one of each"),
+        (lambda: PatchAdapter([8, 8], 4, spread=0), "spread 0: must be above 0"),
         (
             lambda: PatchAdapter([8, 8], 4).raw(torch.zeros(1, 3, 9, 8)),
             r"input \(3, 9, 8\): this adapter takes \(3, 8, 8\)",

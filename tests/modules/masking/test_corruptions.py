@@ -9,16 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from descant.modules.masking.corruptions import (
-    BlockMask,
-    Corruption,
-    EachMask,
-    Grid,
-    SpanMask,
-    TokenBudget,
-    TubeMask,
-    UniformMask,
-)
+from descant.modules.masking.budget import TokenBudget
+from descant.modules.masking.corruptions import Corruption, Grid, UniformMask
+from descant.modules.masking.structured import BlockMask, SpanMask, TubeMask
 from tests.tolerance import statistical
 
 GRIDS: dict[str, Grid] = {"image": (6, 6), "depth": (6, 6), "text": (24,)}
@@ -42,7 +35,6 @@ ALL: dict[str, tuple[Callable[[], Corruption], dict[str, Grid]]] = {
     "block": (lambda: BlockMask(0.5), {"image": (6, 6), "video": (2, 4, 4)}),
     "tube": (lambda: TubeMask(0.5), {"video": (3, 4, 4)}),
     "span": (lambda: SpanMask(0.4), {"text": (24,)}),
-    "each": (lambda: EachMask({"text": SpanMask(0.4), "image": BlockMask(0.5)}), GRIDS),
 }
 names = pytest.mark.parametrize("name", ALL)
 
@@ -191,12 +183,11 @@ def test_a_tube_hides_the_same_patches_in_every_step() -> None:
         (lambda: UniformMask(0.5), {"image": (1,)}, "ratio 0.5 of 1 tokens of image .* smaller patches make more"),
         (lambda: TokenBudget(96), GRIDS, "visible 96 of 96 tokens leaves no token masked; at most 95"),
         (lambda: TokenBudget(0), GRIDS, "visible 0: a number of tokens, at least 1"),
-        (lambda: TokenBudget(9, alpha=0), GRIDS, "alpha 0: greater than 0"),
-        (lambda: BlockMask(), {"text": (9,)}, "BlockMask: text has 1 axis and no rectangles; use SpanMask"),
+        (lambda: TokenBudget(9, alpha=0), GRIDS, "alpha 0: must be above 0"),
+        (lambda: BlockMask(), {"text": (9,)}, "BlockMask: text has 1 axis, and rectangles need 2; use SpanMask"),
         (lambda: BlockMask(least=0.5, most=0.4), GRIDS, "least 0.5, most 0.4"),
         (lambda: TubeMask(), {"text": (9,)}, "TubeMask: text has 1 axis"),
         (lambda: SpanMask(mean=0.5), GRIDS, "mean 0.5"),
-        (lambda: EachMask({"sound": SpanMask()}), GRIDS, "EachMask: no modality 'sound'; there are image, depth, text"),
     ],
 )
 def test_what_cannot_be_is_one_line(make: Callable[[], Corruption], grids: dict[str, Grid], message: str) -> None:

@@ -77,5 +77,5 @@ def test_silence_and_no_sound_are_finite_and_differ():
 def test_wrong_shapes_are_named():
     with pytest.raises(ValueError, match=r"features \(8, 26\): this tower takes 64 mel filters"):
         LogMelTower()(X)
-    with pytest.raises(ValueError, match="kernel 4 has no middle; the nearest that has is 5"):
+    with pytest.raises(ValueError, match="kernel 4 is even; the nearest odd one is 5"):
         LogMelTower(kernel=4)

@@ -114,8 +114,8 @@ def test_memory_is_bounded_and_forgets_what_was_unused_for_longest() -> None:
     cached(x_NT[[0, 1, 4, 5, 6, 7]])
     assert cached.misses == 8
     expected = cached(x_NT[2:4]).h_BTD
-    assert cached.misses == 10 and cached._memory is not None and len(cached._memory.slots) == 6
-    assert len(cached._memory.h_ND) == 6
+    assert cached.misses == 10 and cached._cache is not None and len(cached._cache.slots) == 6
+    assert len(cached._cache.h_ND) == 6
     assert torch.equal(Cached(bert())(x_NT).h_BTD[2:4], expected)  # more new rows in a batch than there is room for
     assert torch.equal(Cached(bert(), capacity=3)(x_NT).h_BTD[2:4], expected)
 
@@ -165,7 +165,7 @@ def test_another_tower_reads_another_file(tmp_path: Path) -> None:
     x_NT = texts(5)
     first = Cached(bert(), folder=tmp_path)
     first(x_NT)
-    first._forget()
+    first._clear()
     others = {
         "weights": Cached(bert(seed=1), folder=tmp_path),
         "pool": Cached(bert(), FirstPool(), folder=tmp_path),
@@ -201,7 +201,7 @@ def test_several_writers_share_a_folder(tmp_path: Path) -> None:
     def rank(cached: Cached, mine_NT: Tensor) -> None:
         for rows in mine_NT.split(20):
             cached(rows)
-        cached._forget()
+        cached._clear()
 
     ranks = [threading.Thread(target=rank, args=(Cached(bert(), folder=tmp_path), x_NT[k::4])) for k in range(4)]
     for thread in ranks:
@@ -216,10 +216,10 @@ def test_several_writers_share_a_folder(tmp_path: Path) -> None:
 def test_a_broken_file_is_one_line(tmp_path: Path) -> None:
     cached = Cached(bert(), folder=tmp_path)
     cached(texts(2))
-    cached._forget()
+    cached._clear()
     (file,) = tmp_path.glob("*/*.safetensors")
     file.write_bytes(file.read_bytes()[:50])
-    with pytest.raises(ValueError, match=r"safetensors: not a file of remembered rows .*; delete it") as caught:
+    with pytest.raises(ValueError, match=r"safetensors: not a file of cached rows .*; delete it") as caught:
         cached(texts(2))
     assert "\n" not in str(caught.value)
 
@@ -233,7 +233,7 @@ def test_state_copies_and_pickles_do_not_carry_the_memory() -> None:
     expected = cached(x_NT).h_BTD
     assert set(cached.state_dict()) == before == {f"tower.{key}" for key in bert().state_dict()}
     for other in (copy.deepcopy(cached), pickle.loads(pickle.dumps(cached))):
-        assert other._memory is None and other.misses == 6
+        assert other._cache is None and other.misses == 6
         assert torch.equal(other(x_NT).h_BTD, expected) and other.misses == 12
         other.load_state_dict(Cached(bert(seed=1)).state_dict())
         assert not torch.equal(other(x_NT).h_BTD, expected)
