@@ -57,7 +57,7 @@ class Letters(Verifier):
     """What no stage before has taught: the more letters the better."""
 
     def __call__(self, answer: Answer) -> float | None:
-        return float(len(answer.said))
+        return float(len(answer.text))
 
 
 def letters() -> Rollouts:

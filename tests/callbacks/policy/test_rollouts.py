@@ -158,7 +158,7 @@ class Odd(Verifier):
     """Some prompts' answers are all as good: those whose right answer has an even number of letters."""
 
     def __call__(self, answer: Answer) -> float | None:
-        return float(answer.tokens) if len(answer.right) % 2 else 1.0
+        return float(answer.tokens) if len(answer.reference) % 2 else 1.0
 
 
 def test_flat_groups_are_asked_anew_and_no_group_is_torn(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_flat_groups_are_asked_anew_and_no_group_is_torn(tmp_path: Path) -> None
 
 def test_nothing_to_learn_is_said_and_changes_nothing(tmp_path: Path) -> None:
     net, before = reinforced(sgd=True), reinforced(sgd=True)
-    with pytest.warns(UserWarning, match="rollout 0: all answers to each question were as good"):
+    with pytest.warns(UserWarning, match="rollout 0: no learning signal"):
         run(tmp_path, Rollouts(Rewards({"never": Never()}), resample=1), 1, net)
     assert equal(state(net), state(before))
 
@@ -226,8 +226,8 @@ def test_answers_that_were_cut_off_may_be_left_out(tmp_path: Path) -> None:
 def test_some_answers_are_shown_with_what_they_earned(tmp_path: Path) -> None:
     rollouts = short(show=2)
     seen, _ = run(tmp_path, rollouts, 1, reinforced(lr=0.0))
-    head, _, *rows = rollouts.told.text["rollouts/answers"].split("\n")
-    assert head == "| asked | right | said | reward short |" and len(rows) == 2 * G
+    head, _, *rows = rollouts.resumable_log.text["rollouts/answers"].split("\n")
+    assert head == "| question | reference | answer | reward short |" and len(rows) == 2 * G
     for r, row in enumerate(rows):
         asked, right, _, reward = [cell.strip() for cell in row.strip("|").split(" | ")]
         assert asked.startswith(("what colour", "how many")) and right
@@ -235,7 +235,7 @@ def test_some_answers_are_shown_with_what_they_earned(tmp_path: Path) -> None:
         assert float(reward) == ended - length
     again = short()
     again.load_state_dict(rollouts.state_dict())
-    assert again.told.text == rollouts.told.text
+    assert again.resumable_log.text == rollouts.resumable_log.text
 
 
 # that it learns ------------------------------------------------------------------------------------------------------
@@ -366,7 +366,7 @@ def test_what_cannot_be(tmp_path: Path) -> None:
             make()
     with pytest.raises(ValueError, match="new 17: the data holds answers of 16 tokens"):
         run(tmp_path, short(), 1, reinforced(new=17))
-    with pytest.raises(ValueError, match="Rollouts needs data of answers, such as QuestionRollouts, not QuestionPool"):
+    with pytest.raises(ValueError, match="Rollouts needs rollout data, such as QuestionRollouts, not QuestionPool"):
         run(tmp_path, short(), 1, data=QuestionPool(tiny=True, batch_size=8, items=16, size=24, length=64))
     with pytest.raises(ValueError, match="nothing is answered yet"):
         fit(tmp_path, net=reinforced(), data=data(), max_epochs=1)

@@ -174,7 +174,7 @@ def test_judges_by_hand() -> None:
     assert ExactMatchScorer()(asked).tolist() == [1, 0, 1, 0]
     assert EditDistanceScorer()(asked).tolist() == pytest.approx([1, 2 / 3, 1, 2 / 3], rel=ulps(4, F32))
     assert LikelihoodScorer()(asked).tolist() == [0.25] * 4
-    with pytest.raises(ValueError, match="Linear weighs no answers; Chat does"):
+    with pytest.raises(ValueError, match="Linear has no likelihood of answers; Chat does"):
         LikelihoodScorer()(Answers(_batch(4), said, right, nn.Linear(1, 1)))
 
 

@@ -238,7 +238,7 @@ def test_the_sham_of_rollouts_asks_as_many_of_any_source() -> None:
 
 class Long(Verifier):
     def __call__(self, answer: Answer) -> float | None:
-        return float(len(answer.said))
+        return float(len(answer.text))
 
 
 def test_answers_are_trained_at_the_positions_that_they_were_given_at(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_what_cannot_be(folder: Path, tmp_path: Path) -> None:
         (lambda: Lora(towers=["ml"]).apply(chat(folder)), "did you mean lm"),
         (
             lambda: PretrainedTokenizer(bare).question("what?", 98, 99),
-            "no chat template; take the one of an instructed model",
+            "no chat template; use one of an instruction-tuned model",
         ),
     ]
     for make, message in cases:

@@ -102,10 +102,10 @@ def test_rows_are_independent_however_many():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"mels": 256}, r"mels 256: filter \d+ at \d+ Hz lies between two bins; take fewer mels"),
+        ({"mels": 256}, r"mels 256: filter \d+ at \d+ Hz lies between two bins; use fewer mels"),
         ({"low": 9000.0}, "low 9000 and high 8000"),
         ({"high": 9000.0}, "<= 8000 Hz, half the rate"),
-        ({"hop": 401}, "hop 401: between two frames sound would be lost; window 400 is the most"),
+        ({"hop": 401}, "hop 401: at least 1, at most window 400, or frames"),
     ],
 )
 def test_what_cannot_hear_is_refused(options, says):

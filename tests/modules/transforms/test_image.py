@@ -125,7 +125,7 @@ def test_pixels_leave_the_batch_as_it_is(memory: torch.memory_format) -> None:
     ("wrong", "says"),
     [
         ({"mean": (0.5,)}, "mean .0.5.: three numbers"),
-        ({"std": (0.2, 0.0, 0.2)}, "std .*greater than 0"),
+        ({"std": (0.2, 0.0, 0.2)}, "std .*must be above 0"),
         ({"mean": (123.7, 116.3, 103.5)}, "mean .*0..1"),
     ],
 )
