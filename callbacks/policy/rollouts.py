@@ -106,16 +106,16 @@ class Rollouts(Callback):
         now = epoch_now(trainer) // self.passes
         if not isinstance(data, RolloutData) or data.version >= now:
             return
-        problems, drawn, r_RK, log = self._generate(trainer, pl_module, now)
+        problems, sampled, r_RK, log = self._generate(trainer, pl_module, now)
         group_R = torch.arange(data.items).repeat_interleave(data.group)
         advantages = self.advantage(r_RK, self.rewards.weight_K, group_R)
         valid_R = ~advantages.flat_B if self.flat == "leave" else torch.ones_like(advantages.flat_B)
-        valid_R = valid_R & drawn["ended"] if self.cut == "leave" else valid_R
+        valid_R = valid_R & sampled["ended"] if self.cut == "leave" else valid_R
         if not valid_R.any():
             rank_zero_warn(
                 f"Rollouts: rollout {now}: no learning signal: all answers to each question have equal reward"
             )
-        data.renew(problems, {**drawn, "advantage": advantages.advantage_B, "live": valid_R}, now)
+        data.renew(problems, {**sampled, "advantage": advantages.advantage_B, "live": valid_R}, now)
         assert isinstance(pl_module, RolloutPolicy)
         if pl_module.needs_reference:
             data.renew(problems, {"reference": self._reference(trainer, pl_module)}, now)
@@ -132,23 +132,23 @@ class Rollouts(Callback):
         missing, spare, rollouts = N, None, list[tuple[dict[str, Tensor], Tensor]]()
         for again in range(self.resample + 1):
             problems = data.fresh(now, again)
-            drawn, r_RK = self._sample(trainer, pl_module, problems, now, again)
-            rollouts.append((drawn, r_RK))
+            sampled, r_RK = self._sample(trainer, pl_module, problems, now, again)
+            rollouts.append((sampled, r_RK))
             group_R = torch.arange(N).repeat_interleave(G)
             flat_N = self.advantage(r_RK, self.rewards.weight_K, group_R).flat_B.view(N, G)[:, 0]
             varied_n = (~flat_N).nonzero()[:missing, 0] if self.resample else torch.arange(N)
-            taken.append(_some(problems, drawn, r_RK, varied_n, G))
+            taken.append(_some(problems, sampled, r_RK, varied_n, G))
             missing -= len(varied_n)
             if missing == 0:
                 break
-            spare = _some(problems, drawn, r_RK, flat_N.nonzero()[:missing, 0], G)
+            spare = _some(problems, sampled, r_RK, flat_N.nonzero()[:missing, 0], G)
         if missing:
             assert spare is not None
             taken.append(spare)  # flat groups of the last try: always enough
         problems = reduce(lambda first, other: first.and_then(other), [p for p, _, _ in taken])
-        drawn = {name: torch.cat([d[name] for _, d, _ in taken]) for name in taken[0][1]}
+        sampled = {name: torch.cat([d[name] for _, d, _ in taken]) for name in taken[0][1]}
         r_RK = torch.cat([r for _, _, r in taken])
-        return problems, drawn, r_RK, self._metrics(rollouts, G)
+        return problems, sampled, r_RK, self._metrics(rollouts, G)
 
     def _sample(
         self, trainer: L.Trainer, pl_module: Any, problems: Any, now: int, again: int
@@ -157,7 +157,7 @@ class Rollouts(Callback):
         ``[R, K]``."""
         data: Any = data_now(trainer)
         R, M, G = data.items * data.group, data.answer_length, data.group
-        drawn = {
+        sampled = {
             "said": torch.zeros(R, M, dtype=torch.long),
             "old": torch.zeros(R, M),
             "length": torch.zeros(R, dtype=torch.long),
@@ -182,8 +182,8 @@ class Rollouts(Callback):
                 generated = within(Generated(*(x.cpu() for x in generated)), room_R.repeat_interleave(G))
                 row_R, generated = row_R[here_R], Generated(*(x[here_R] for x in generated))
                 m = generated.token_RN.shape[1]
-                drawn["said"][row_R, :m], drawn["old"][row_R, :m] = generated.token_RN, generated.log_RN
-                drawn["length"][row_R], drawn["ended"][row_R] = generated.length_R, generated.ended_R.long()
+                sampled["said"][row_R, :m], sampled["old"][row_R, :m] = generated.token_RN, generated.log_RN
+                sampled["length"][row_R], sampled["ended"][row_R] = generated.length_R, generated.ended_R.long()
                 entries = [data.entry(problems, n // G) for n in row_R.tolist()]
                 right_RA = batch.targets["answer"][here_B].repeat_interleave(G, dim=0)
                 answers, r_RK[row_R] = self._rewarded(data, generated, right_RA, entries)
@@ -192,9 +192,9 @@ class Rollouts(Callback):
                     self._shown = self._table(data, questions, answers, r_RK[row_R])
         finally:
             pl_module.train(training)
-        drawn = {name: added(x, pl_module.device) for name, x in drawn.items()}
-        drawn["ended"] = drawn["ended"].bool()
-        return drawn, self.sham.everywhere(added(r_RK, pl_module.device), seed_R)
+        sampled = {name: added(x, pl_module.device) for name, x in sampled.items()}
+        sampled["ended"] = sampled["ended"].bool()
+        return sampled, self.sham.everywhere(added(r_RK, pl_module.device), seed_R)
 
     def _rewarded(
         self, data: Any, generated: Generated, right_RA: Tensor, entries: list[Any]
@@ -233,7 +233,9 @@ class Rollouts(Callback):
 
     def _metrics(self, rollouts: list[tuple[dict[str, Tensor], Tensor]], G: int) -> dict[str, float]:
         r_RK = torch.cat([r for _, r in rollouts])
-        length_R, ended_R, old_RM = (torch.cat([drawn[x] for drawn, _ in rollouts]) for x in ("length", "ended", "old"))
+        length_R, ended_R, old_RM = (
+            torch.cat([sampled[x] for sampled, _ in rollouts]) for x in ("length", "ended", "old")
+        )
         group_R = torch.arange(len(r_RK)) // G
         advantages = self.advantage(r_RK, self.rewards.weight_K, group_R)
         by_name = zip(self.rewards.names, r_RK.nanmean(dim=0).tolist(), strict=True)
@@ -279,8 +281,8 @@ def _cell(text: str) -> str:
 
 
 def _some(
-    problems: Any, drawn: dict[str, Tensor], r_RK: Tensor, at_n: Tensor, G: int
+    problems: Any, sampled: dict[str, Tensor], r_RK: Tensor, at_n: Tensor, G: int
 ) -> tuple[Any, dict[str, Tensor], Tensor]:
     """The questions with these numbers, and all answers to them."""
     row_r = (at_n[:, None] * G + torch.arange(G)).flatten()
-    return problems.where(at_n.numpy()), {name: x[row_r] for name, x in drawn.items()}, r_RK[row_r]
+    return problems.where(at_n.numpy()), {name: x[row_r] for name, x in sampled.items()}, r_RK[row_r]

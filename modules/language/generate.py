@@ -279,12 +279,12 @@ class _Head:
 class _State:
     """Key-value cache on a grid of slots: p prompts, g completions of each.
 
-    Shared prompts are stored once, in ``prompt``. Where no prompt is shared, ``prompt`` is None and ``own`` holds
+    Shared prompts are stored once, in ``prompt``. Where no prompt is shared, ``prompt`` is None and ``by_row`` holds
     prompt and completion. Keys have their tokens last, as the product with queries reads them.
     """
 
     prompt: list[tuple[Tensor, Tensor]] | None  # a layer: keys [p K, E, T], values [p K, T, E]
-    own: list[tuple[Tensor, Tensor]]  # a layer: keys [p K g, E, N], values [p K g, N, E]; with prompts N is T + N
+    by_row: list[tuple[Tensor, Tensor]]  # a layer: keys [p K g, E, N], values [p K g, N, E]; with prompts N is T + N
     hide: Tensor | None  # 0, or -inf for padding of a prompt: [p, T], or [p, T + N]; None without
     length_S: Tensor
     group: int
@@ -300,7 +300,7 @@ class _State:
             K, E = k.shape[1:]
             if g > 1:  # the order of the cache: prompts, key heads, completions
                 q, k, v = (x.view(S // g, g, K, -1, E).transpose(1, 2) for x in (q, k, v))
-            keys, values = self.own[i]
+            keys, values = self.by_row[i]
             keys.view(*k.shape, -1)[..., at], values.view(*k.shape[:-1], -1, E)[..., at, :] = k, v
             h_SD = layer.residual_mlp(h_SD, self._attended(q.reshape(S * K, -1, E), i))
         return h_SD
@@ -309,19 +309,19 @@ class _State:
         """``[S, D]``: attention of queries ``[p K g, Q, E]`` over prompt and completion."""
         (n, Q, E), g, S = q.shape, self.group, len(self.length_S)
         K = n // S
-        keys, values = self.own[i][0][:, :, : self.filled], self.own[i][1][:, : self.filled]
+        keys, values = self.by_row[i][0][:, :, : self.filled], self.by_row[i][1][:, : self.filled]
         zero = q.new_zeros(1)
-        to_own = torch.baddbmm(zero, q, keys, beta=0, alpha=E**-0.5)
+        row_scores = torch.baddbmm(zero, q, keys, beta=0, alpha=E**-0.5)
         if self.prompt is None:
             if self.hide is not None:
-                to_own.view(S, K, Q, -1).add_(self.hide[:, None, None, : self.filled])
-            return torch.bmm(to_own.softmax(dim=2), values).view(S, -1)
+                row_scores.view(S, K, Q, -1).add_(self.hide[:, None, None, : self.filled])
+            return torch.bmm(row_scores.softmax(dim=2), values).view(S, -1)
         of_prompt = self.prompt[i]
         T = of_prompt[0].shape[2]
-        to_prompt = torch.baddbmm(zero, q.reshape(-1, g * Q, E), of_prompt[0], beta=0, alpha=E**-0.5)
+        prompt_scores = torch.baddbmm(zero, q.reshape(-1, g * Q, E), of_prompt[0], beta=0, alpha=E**-0.5)
         if self.hide is not None:
-            to_prompt.view(S // g, -1, T).add_(self.hide[:, None])
-        a = torch.cat([to_prompt.view(n, Q, T), to_own], dim=2).softmax(dim=2)
+            prompt_scores.view(S // g, -1, T).add_(self.hide[:, None])
+        a = torch.cat([prompt_scores.view(n, Q, T), row_scores], dim=2).softmax(dim=2)
         x = torch.bmm(a[:, :, :T].reshape(-1, g * Q, T), of_prompt[1]).view(n, Q, E)
         x = torch.baddbmm(x, a[:, :, T:], values)
         return x.view(S // g, K, g, Q * E).transpose(1, 2).reshape(S, -1)
@@ -337,15 +337,15 @@ class _State:
             return torch.arange(len(ended_S), device=ended_S.device), self
         first = active_pg[keep_p].int().argsort(dim=1, descending=True, stable=True)[:, :most]  # active ones first
         slots = (keep_p[:, None] * g + first).flatten()
-        K = len(self.own[0][0]) // len(ended_S)
+        K = len(self.by_row[0][0]) // len(ended_S)
         head_K1 = torch.arange(K, device=ended_S.device)[:, None]
         place = ((keep_p[:, None, None] * K + head_K1) * g + first[:, None]).flatten()
-        own = []
-        for keys, values in self.own:
+        by_row = []
+        for keys, values in self.by_row:
             cache = keys.new_empty(len(place), *keys.shape[1:]), values.new_empty(len(place), *values.shape[1:])
             cache[0][:, :, : self.filled] = keys[place, :, : self.filled]
             cache[1][:, : self.filled] = values[place, : self.filled]
-            own.append(cache)
+            by_row.append(cache)
         prompt = self.prompt
         if prompt is not None and len(keep_p) < len(count_p):
             prompt = [
@@ -353,7 +353,7 @@ class _State:
                 for k, v in prompt
             ]
         hide = None if self.hide is None else self.hide[keep_p]
-        return slots, _State(prompt, own, hide, self.length_S[slots], most, self.filled)
+        return slots, _State(prompt, by_row, hide, self.length_S[slots], most, self.filled)
 
 
 def _read(lm: CausalLM, h_PTD: Tensor, mask_PT: Tensor, rope: Tensor, new: int, group: int) -> tuple[_State, Tensor]:
@@ -363,7 +363,7 @@ def _read(lm: CausalLM, h_PTD: Tensor, mask_PT: Tensor, rope: Tensor, new: int, 
     # small prompts are copied to their completions: fewer operations a step
     copies = group if P * group * (T + new) * D <= SMALL else 1
     group //= copies
-    prompt, own, before = [], [], 0 if group > 1 else T
+    prompt, by_row, before = [], [], 0 if group > 1 else T
     for layer in lm.blocks():
         q, k, v = layer.split_qkv(h_PTD, rope)
         # padding is on the right, so causal attention never reads it
@@ -378,12 +378,14 @@ def _read(lm: CausalLM, h_PTD: Tensor, mask_PT: Tensor, rope: Tensor, new: int, 
             prompt.append((keys.contiguous(), values.contiguous()))
         else:
             cache[0][:, :, :T], cache[1][:, :T] = keys, values
-        own.append(cache)
+        by_row.append(cache)
     hide = None
     if not mask_PT.all():
         mask_PT = mask_PT.repeat_interleave(copies, dim=0)
         hide = torch.zeros(len(mask_PT), T if group > 1 else T + new, device=h_PTD.device, dtype=h_PTD.dtype)
         hide[:, :T].masked_fill_(~mask_PT, -torch.inf)
     last_PD = h_PTD[torch.arange(P, device=h_PTD.device), length_P - 1]
-    state = _State(prompt if group > 1 else None, own, hide, length_P.repeat_interleave(copies * group), group, before)
+    state = _State(
+        prompt if group > 1 else None, by_row, hide, length_P.repeat_interleave(copies * group), group, before
+    )
     return state, lm.norm(last_PD)

@@ -59,7 +59,7 @@ class _Other(NamedTuple):
     z_BD: Tensor
     key_B: Tensor
     valid_B: Tensor
-    own: bool
+    is_own: bool
 
 
 def _travel(z_BD: Tensor, key_B: Tensor, valid_B: Tensor) -> Iterator[_Other]:
@@ -67,7 +67,7 @@ def _travel(z_BD: Tensor, key_B: Tensor, valid_B: Tensor) -> Iterator[_Other]:
     key_valid_B2 = torch.stack([key_B, valid_B.to(key_B.dtype)], dim=1)
     for hop in range(world()):
         passing = Passing([z_BD, key_valid_B2]) if hop + 1 < world() else None
-        yield _Other(z_BD, key_valid_B2[:, 0], key_valid_B2[:, 1].bool(), own=hop == 0)
+        yield _Other(z_BD, key_valid_B2[:, 0], key_valid_B2[:, 1].bool(), is_own=hop == 0)
         if passing is not None:
             z_BD, key_valid_B2 = passing.wait()
 
@@ -88,7 +88,7 @@ def _blocks(
     for first in range(0, len(a_BD), size):
         rows = slice(first, first + size)
         cos_RB = a_BD[rows] @ other.z_BD.T
-        diagonal = first if other.own else None
+        diagonal = first if other.is_own else None
         out_RB = excluded(key_B[rows], valid_B[rows], other.key_B, other.valid_B, diagonal)
         y_RB = torch.full_like(cos_RB, -1.0)
         if diagonal is not None:

@@ -248,8 +248,8 @@ def first_of(covered: Tensor, dim: int) -> Tensor:
     >>> first_of(torch.tensor([[False, True, True], [False, False, False]]), dim=1).tolist()
     [1, 3]
     """
-    found, first = covered.max(dim=dim)
-    return torch.where(found, first, covered.shape[dim])
+    covers, first = covered.max(dim=dim)
+    return torch.where(covers, first, covered.shape[dim])
 
 
 def parted(mask_BU: Tensor, real: Mapping[str, Tensor]) -> dict[str, Tensor]:

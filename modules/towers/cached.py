@@ -38,7 +38,7 @@ class Cached(Frozen):
     cleared by new weights (a checkpoint) or another device.
 
     With ``folder`` it is kept on disk, in a sub-folder named by a hash of weights, settings, device and version of
-    torch. Each process writes its computed files and reads all, so ranks and runs may share it.
+    torch. Each process writes its own files and reads all, so ranks and runs may share it.
 
     Args:
         tower: frozen here, in eval mode.

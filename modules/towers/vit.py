@@ -269,10 +269,8 @@ _NAMES = {
 def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A timm ViT's state dict under the trunk's names; other keys are unchanged."""
     to_ours = {f"{timm}.": f"{ours}." for ours, timm in _NAMES.items()}
-    return {
-        ("cls_D" if k == "cls_token" else _named(k, "blocks.", "layers.", to_ours)): _flat(k, v)
-        for k, v in state.items()
-    }
+    named = {_named(k, "blocks.", "layers.", to_ours): v for k, v in state.items() if k != "cls_token"}
+    return named | ({"cls_D": state["cls_token"].flatten()} if "cls_token" in state else {})
 
 
 def to_timm(trunk: Trunk, adapter: PatchAdapter) -> dict[str, Tensor]:
@@ -314,7 +312,3 @@ def _named(key: str, before: str, after: str, names: Mapping[str, str]) -> str:
             rest = new + rest.removeprefix(old)
             break
     return f"{after}{number}.{rest}"
-
-
-def _flat(key: str, value: Tensor) -> Tensor:
-    return value.flatten() if key == "cls_token" else value
