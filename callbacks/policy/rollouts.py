@@ -91,9 +91,8 @@ class Rollouts(Callback):
         if not rollout_data:
             raise ValueError(f"Rollouts needs rollout data, such as QuestionRollouts, not {type(parts[-1]).__name__}")
         if not isinstance(pl_module, RolloutPolicy):
-            raise ValueError(
-                f"Rollouts needs a recipe that generates answers, such as Reinforced, not {type(pl_module).__name__}"
-            )
+            recipe = type(pl_module).__name__
+            raise ValueError(f"Rollouts needs a recipe that generates answers, such as Reinforced, not {recipe}")
         for part in rollout_data:
             if pl_module.new > part.answer_length:
                 raise ValueError(f"new {pl_module.new}: the data holds answers of {part.answer_length} tokens")

@@ -80,9 +80,7 @@ class Rounds(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         parts = data_parts(trainer)
         if not any(isinstance(part, QuestionPoolData) for part in parts):
-            raise ValueError(
-                f"Rounds needs data with a pool, such as QuestionPool; {type(parts[-1]).__name__} has none"
-            )
+            raise ValueError(f"Rounds needs data with a pool, such as QuestionPool, not {type(parts[-1]).__name__}")
         if not isinstance(pl_module, AnswersQuestions):
             raise ValueError(f"Rounds needs a recipe that answers, such as Chat; {type(pl_module).__name__} does not")
         if stage == "fit" and getattr(pl_module, "distill", None) is None:

@@ -173,8 +173,7 @@ class OrthogonalFusion(FusionHead):
         narrow = next((m for m, width in widths.items() if width < classes), None)
         if narrow is not None:
             raise ValueError(
-                f"classes {classes}: width {widths[narrow]} of {narrow} has at most as many orthogonal directions; "
-                f"a width of at least {classes} is needed"
+                f"classes {classes}: OrthogonalFusion needs a width of as many; {narrow} has {widths[narrow]}"
             )
         # not torch's Householder map: it rotates V too far a step for the towers to follow
         self.maps = nn.ModuleDict({m: _orthogonal(nn.Linear(w, classes, bias=False)) for m, w in widths.items()})

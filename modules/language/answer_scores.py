@@ -72,9 +72,7 @@ class LikelihoodScorer(AnswerScorer):
 
     def forward(self, answers: Answers) -> Tensor:
         if not isinstance(answers.teacher, AnswersQuestions):
-            raise ValueError(
-                f"LikelihoodScorer: {type(answers.teacher).__name__} has no likelihood of answers; Chat does"
-            )
+            raise ValueError(f"LikelihoodScorer: {type(answers.teacher).__name__} scores no answers; Chat does")
         return answers.teacher.likelihood(answers.batch, answers.answer_ids_BM).float().cpu()
 
 

@@ -141,16 +141,14 @@ class CausalLM(nn.Module):
         """
         B, T, _ = h_BTD.shape
         mask = None if segment_BT is None else visible(segment_BT)[:, None]
-        if position_BT is None and segment_BT is None:
-            position_BT, longest = torch.arange(T, device=h_BTD.device).expand(B, T), T
-        else:
-            position_BT = derived(positions, segment_BT) if position_BT is None else position_BT
-            longest = int(host_copy(position_BT).max()) + 1
+        if position_BT is None and segment_BT is not None:
+            position_BT = derived(positions, segment_BT)
+        longest = T if position_BT is None else int(host_copy(position_BT).max()) + 1
         if longest > self.length:
             raise ValueError(
-                f"length {self.length}: a document of {longest} tokens does not fit; cut it or raise length"
+                f"length {self.length}: a document of {longest} tokens does not fit; cut it, or raise length"
             )
-        rope = self.rope(position_BT)
+        rope = self.rope(torch.arange(T, device=h_BTD.device).expand(B, T) if position_BT is None else position_BT)
         for layer in self.layers:
             h_BTD = layer(h_BTD, rope, mask)
         return self.norm(h_BTD)

@@ -76,7 +76,7 @@ class PooledGrid(ImageProjector):
         h_BTD, side = tokens.h_BTD, math.isqrt(tokens.h_BTD.shape[1])
         if side * side != h_BTD.shape[1]:
             raise ValueError(
-                f"PooledGrid: {h_BTD.shape[1]} tokens are no square map; EachToken and Resampler take any number"
+                f"PooledGrid: {h_BTD.shape[1]} tokens are no square; EachToken and Resampler take any number"
             )
         map_BDHW = h_BTD.transpose(1, 2).unflatten(2, (side, side))
         return self.mlp(F.adaptive_avg_pool2d(map_BDHW, self.side).flatten(2).transpose(1, 2))

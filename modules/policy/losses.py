@@ -136,9 +136,7 @@ class Clipped(Surrogate):
     ) -> None:
         super().__init__(ratio)
         if not 0 <= low <= 1 or not high >= 0:
-            raise ValueError(
-                f"Clipped: low {low:g} and high {high:g}: from 0 to 1, and 0 or more, such as 0.2 and 0.28"
-            )
+            raise ValueError(f"Clipped: low {low:g} and high {high:g}: 0 to 1, and 0 or more, such as 0.2 and 0.28")
         if cap is not None and not cap > 1 + high:
             raise ValueError(f"Clipped: cap {cap:g}: above 1 + high, which is {1 + high:g}")
         if dual is not None and not dual > 1:

@@ -206,9 +206,7 @@ class PretrainedTokenizer(Tokenizer):
         Raises ValueError for a tokenizer without a template, or one whose turns do not end with id 2.
         """
         if not self.template:
-            raise ValueError(
-                f"{self.source}: its tokenizer has no chat template; use one of an instruction-tuned model"
-            )
+            raise ValueError(f"{self.source}: no chat template; use the tokenizer of an instruction-tuned model")
         turn = [{"role": "user", "content": PLACE + text}]
         whole = self.whole.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
         before, after = whole.split(PLACE)

@@ -68,18 +68,11 @@ class LogMelTower(Tower):
             h_BTD = layer(h_BTD, mask_BT)
         return Tokens(self.norm(h_BTD).masked_fill(~mask_BT[..., None], 0.0), mask_BT)
 
-    def blocks(self) -> list[nn.Module]:
-        return list(self.layers)
-
 
 class ConvBlock(nn.Module):
     """ConvNeXt block over time: ``h + mlp(norm(depthwise(h)))``, with masked tokens zeroed before the convolution.
 
-    Args:
-        width: D.
-        kernel: of the convolution, in tokens.
-        mlp_ratio: hidden width of the MLP over D.
-        dropout: on the branch.
+    Arguments as of :class:`LogMelTower`.
 
     >>> ConvBlock(8, 3)(torch.zeros(2, 5, 8), torch.ones(2, 5, dtype=torch.bool)).shape
     torch.Size([2, 5, 8])

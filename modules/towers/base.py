@@ -19,9 +19,9 @@ class Tower(nn.Module):
     """Encoder of one modality: ``forward(x, mask=None) -> Tokens``; pooling and projection are separate parts.
 
     A subclass sets ``width`` (D). ``mask`` is bool ``[B, T_in]``, True at the real positions of a sequence.
-    ``blocks()`` lists the repeated blocks, the units of activation checkpointing and sharding. A text tower sets
-    ``vocabulary`` (number of token ids), ``pad`` (id of the padding) and ``pretrained`` (its ids belong to another
-    tokenizer).
+    ``blocks()`` lists the repeated blocks, the units of activation checkpointing and sharding: ``layers`` by default. A
+    text tower sets ``vocabulary`` (number of token ids), ``pad`` (id of the padding) and ``pretrained`` (its ids belong
+    to another tokenizer).
     """
 
     width: int
@@ -33,7 +33,7 @@ class Tower(nn.Module):
         raise NotImplementedError
 
     def blocks(self) -> list[nn.Module]:
-        return []
+        return list(getattr(self, "layers", ()))
 
 
 class Frozen(Tower):

@@ -20,14 +20,7 @@ Activation = Literal["relu", "gelu", "silu"]
 class Block(nn.Module):
     """Pre-norm transformer block (Xiong 2020, arXiv 2002.04745): ``h + attention(norm(h))``, then ``h + mlp(norm(h))``.
 
-    Args:
-        width: D.
-        heads: of the attention.
-        mlp_ratio: hidden width of the MLP over D.
-        dropout: on the attention weights and on both branches.
-
-    Raises:
-        ValueError: if ``heads`` does not divide ``width``.
+    Arguments as of :class:`PatchTower`.
 
     >>> Block(8, 2)(torch.randn(3, 5, 8)).shape
     torch.Size([3, 5, 8])
@@ -126,9 +119,6 @@ class PatchTower(Tower):
         h_BTD = self.encode(self.embed(x), mask)
         return Tokens(h_BTD, all_real(h_BTD) if mask is None else mask)
 
-    def blocks(self) -> list[nn.Module]:
-        return list(self.layers)
-
 
 def sincos(grid: Sequence[int], width: int) -> Tensor:
     """Sine-cosine positions of a grid of n axes, ``[T, D]``: ``sin(place w)`` and ``cos(place w)`` of each axis.
@@ -150,13 +140,8 @@ class Residual(nn.Module):
     """Residual block (He 2016, arXiv 1512.03385), ``act(shortcut(x) + norm(conv(act(norm(conv(x))))))``, 3 x 3, with
     ResNet-D's shortcut.
 
-    Args:
-        width_in: C of the input.
-        width: C of the output.
-        stride: of the first convolution.
-        expand: hidden channels over ``width``.
-        activation: relu, gelu or silu.
-        norm: batch, or group (of at most 16 channels each) for tiny batches.
+    ``width_in``, ``width``: channels in and out. ``stride``: of the first convolution. ``norm``: batch, or groups of at
+    most 16 channels. Other arguments as of :class:`ConvTower`.
     """
 
     def __init__(
@@ -247,9 +232,6 @@ class ConvTower(Tower):
             h_BDHW = layer(h_BDHW)
         h_BTD = h_BDHW.flatten(2).transpose(1, 2)
         return Tokens(h_BTD, all_real(h_BTD))
-
-    def blocks(self) -> list[nn.Module]:
-        return list(self.layers)
 
 
 def _norm(name: Literal["batch", "group"], width: int) -> nn.BatchNorm2d | nn.GroupNorm:

@@ -95,9 +95,6 @@ class TextTower(Tower):
         diagonal_TT = torch.eye(T, dtype=torch.bool, device=mask_BT.device)
         return (mask_BT[:, None] & all_TT.tril() | diagonal_TT)[:, None]
 
-    def blocks(self) -> list[nn.Module]:
-        return list(self.layers)
-
 
 def _real(x_BT: Tensor) -> Tensor:
     return x_BT != PAD

@@ -57,7 +57,7 @@ class TransformersTower(Tower):
         local = (folder, gguf, package) != (None, None, None)
         if local == (config is not None):
             raise ValueError(
-                "folder, gguf, package, config: give one of them: local weights, or a model_type for random ones"
+                "folder, gguf, package, config: give one of them: local weights, or a config for random ones"
             )
         place = locate(folder, gguf, package) if local else None
         model: Any = _from_place(place) if place is not None else _from_config(dict(config or {}))

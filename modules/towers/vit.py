@@ -250,9 +250,6 @@ class Trunk(Tower):
         h_ND = h_MD.new_zeros(len(x) * x.shape[1], x.shape[2]).index_copy(0, at_N, h_MD[len(x) :])
         return Tokens(h_ND.view(x.shape), mask)
 
-    def blocks(self) -> list[nn.Module]:
-        return list(self.layers)
-
 
 #: Keys of a timm ViT that are not the trunk's.
 OUTSIDE = ("patch_embed.", "pos_embed", "head.", "fc_norm.", "head_dist.")

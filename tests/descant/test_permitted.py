@@ -179,7 +179,7 @@ def test_a_transform_is_of_torchvision_or_ours(cli: Cli, workplace: Path) -> Non
 
 def test_a_backbone_reads_no_file_by_its_options() -> None:
     for option in ("checkpoint_path", "pretrained_cfg", "pretrained", "cache_dir", "pretrained_cfg_overlay"):
-        with pytest.raises(ValueError, match=f"options {option}: it reads files or a network"):
+        with pytest.raises(ValueError, match=f"options {option}: it loads files or downloads"):
             TimmTower("resnet18", options={option: "x"})
 
 

@@ -540,7 +540,7 @@ def test_stretches_are_the_walk_itself() -> None:
             lambda p: fit(
                 p, letters(), Stages(), net=model({"a": Stage()}), data=StagedData({"a": StageData(QUESTIONS, 3)})
             ),
-            "Rollouts needs data of answers, such as QuestionRollouts, not Questions",
+            "Rollouts needs rollout data, such as QuestionRollouts, not Questions",
         ),
     ],
 )

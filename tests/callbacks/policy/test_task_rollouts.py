@@ -90,7 +90,7 @@ class Earned(L.Callback):
         self.rewards.append(float(trainer.callback_metrics["rollouts/reward"]))
 
 
-def test_right_answers_become_likelier_where_they_are_rewarded_and_not_in_the_sham(tmp_path: Path) -> None:
+def test_rewarded_answers_become_more_probable_and_not_in_the_sham(tmp_path: Path) -> None:
     found = {}
     for mode in (None, "permute"):
         seen = Earned()
@@ -101,7 +101,7 @@ def test_right_answers_become_likelier_where_they_are_rewarded_and_not_in_the_sh
     assert found["permute"][-5:].mean() < before, found["permute"]
 
 
-def test_what_a_task_knows_of_a_problem_reaches_the_verifier_that_asks(tmp_path: Path) -> None:
+def test_the_entry_of_a_task_reaches_its_verifier(tmp_path: Path) -> None:
     """Each answer is beside its own problem, whatever is asked anew, and data of questions knows nothing of any."""
 
     class Number:
@@ -134,7 +134,7 @@ def test_what_a_task_knows_of_a_problem_reaches_the_verifier_that_asks(tmp_path:
 
 
 @pytest.mark.parametrize("step", [1, 3, 5])
-def test_killed_in_a_rollout_or_between_two_it_ends_in_the_same_bits(tmp_path: Path, step: int) -> None:
+def test_resume_in_or_between_rollouts_is_bit_identical(tmp_path: Path, step: int) -> None:
     whole, rest = Earned(), Earned()
     (one, held), (two, again) = ((reinforced(1), data(N * G // 2)) for _ in range(2))
     fit(tmp_path / "a", Resume(every=1, keep=99), odd(passes=2), whole, net=one, data=held, max_epochs=4)
@@ -147,7 +147,7 @@ def test_killed_in_a_rollout_or_between_two_it_ends_in_the_same_bits(tmp_path: P
 
 @pytest.mark.ddp
 @pytest.mark.slow
-def test_two_ranks_draw_the_same_answers_and_take_the_same_step() -> None:
+def test_two_ranks_sample_the_same_answers_and_take_the_same_step() -> None:
     said, moved = _stepped(0, 1)
     for its_said, its_moved in run_ranks(2, _stepped, 2):
         assert torch.equal(said, its_said)
@@ -163,7 +163,7 @@ def _stepped(rank: int, world: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(held.said_RM), torch.cat([p.detach().flatten() for p in net.parameters()])
 
 
-def test_answers_are_judged_by_task_without_any_picture(tmp_path: Path) -> None:
+def test_answers_are_scored_by_task_without_images(tmp_path: Path) -> None:
     made = {"digit": Digit(), "sums": Arithmetic(["plus"], digits=1)}
     held = TextTasks(made, numbers=200, held=20, length=12, batch_size=16)
     net = network(Chat)
@@ -190,7 +190,7 @@ def test_answers_are_judged_by_task_without_any_picture(tmp_path: Path) -> None:
         (lambda p: fit(p, odd(), net=reinforced(new=17), data=data()), "new 17: the data holds answers of 16 tokens"),
     ],
 )
-def test_what_cannot_be(tmp_path: Path, make: Any, says: str) -> None:
+def test_invalid_arguments_are_refused(tmp_path: Path, make: Any, says: str) -> None:
     with pytest.raises(ValueError, match=f"^{says}"):
         make(tmp_path)
 

@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_it_says_what_the_file_says_and_has_room_for_more(folder: Path) -> None:
+def test_logits_equal_the_files_and_there_are_extra_ids(folder: Path) -> None:
     theirs = LlamaForCausalLM.from_pretrained(folder).eval()
     ours = PretrainedLM(folder, extra=2).eval()
     ids = torch.randint(3, V, (3, 17), generator=torch.Generator().manual_seed(1))
@@ -110,7 +110,7 @@ def test_recomputed_layers_give_the_same_gradients_and_frozen_ones_none(folder: 
     assert all(p.requires_grad for p in frozen.projector.parameters())
 
 
-def test_what_cannot_be(folder: Path, tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused(folder: Path, tmp_path: Path) -> None:
     bert = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, is_decoder=True)
     BertLMHeadModel(bert).save_pretrained(tmp_path / "bert")
 
@@ -134,7 +134,7 @@ def test_what_cannot_be(folder: Path, tmp_path: Path) -> None:
         (lambda: Lora(towers=["ml"]).apply(chat(folder)), "did you mean lm"),
         (
             lambda: PretrainedTokenizer(bare).question("what?", 98, 99),
-            "no chat template; use one of an instruction-tuned model",
+            "no chat template; use the tokenizer of an instruction-tuned model",
         ),
     ]
     for make, message in cases:

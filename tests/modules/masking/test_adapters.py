@@ -42,14 +42,14 @@ def made(kind: str) -> tuple[Any, Tensor]:
 
 
 @kinds
-def test_cutting_and_putting_together_are_inverse(kind: str) -> None:
+def test_patching_is_invertible(kind: str) -> None:
     adapter, x = made(kind)
     x_BTP, real_BT = adapter.raw(x)
     assert x_BTP.shape[:2] == real_BT.shape == (3, adapter.tokens) and real_BT.all()
     assert torch.equal(adapter.whole(x_BTP), x)
 
 
-def test_patches_are_what_a_convolution_sees() -> None:
+def test_patches_equal_those_of_a_convolution() -> None:
     adapter, x = made("image")
     conv = torch.nn.Conv2d(3, 16, (4, 3), stride=(4, 3))
     weights = conv.state_dict()
@@ -60,7 +60,7 @@ def test_patches_are_what_a_convolution_sees() -> None:
 
 
 @kinds
-def test_every_parameter_learns_and_nothing_says_nothing(kind: str) -> None:
+def test_every_parameter_has_a_gradient_and_empty_input_no_loss(kind: str) -> None:
     adapter, x = made(kind)
     x_BTP, _ = adapter.raw(x)
     place_N = torch.arange(adapter.tokens).repeat(3)
@@ -113,7 +113,7 @@ def test_two_losses_of_a_modality_have_names_and_heads_of_their_own() -> None:
     )
 
 
-def test_frames_without_sound_are_not_real() -> None:
+def test_padded_frames_are_not_real() -> None:
     adapter, x = made("sound")
     x[1, :, :, 3:] = -torch.inf
     x_BTP, real_BT = adapter.raw(x)
@@ -127,7 +127,7 @@ def test_decibels_are_standardised_and_an_axis_of_channels_is_not_needed() -> No
     assert (x_BTP == 1).all()
 
 
-def test_unknown_pixels_of_a_map_count_for_nothing() -> None:
+def test_unknown_pixels_add_no_loss() -> None:
     adapter, x = made("map")
     x[0, :, :2] = -1
     x_NP = adapter.raw(x)[0].flatten(0, 1)
@@ -141,7 +141,7 @@ def test_unknown_pixels_of_a_map_count_for_nothing() -> None:
     assert adapter.losses(h_NE[:1], all_unknown, place_N[:1])[""].item() == 0
 
 
-def test_a_column_is_judged_by_its_own_outputs() -> None:
+def test_a_column_is_scored_by_its_own_outputs() -> None:
     adapter, x = made("table")
     x_NP, place_N = adapter.raw(x)[0].flatten(0, 1), torch.arange(4).repeat(3)
     h_NE = torch.randn(12, 8)
@@ -173,6 +173,6 @@ def test_a_column_is_judged_by_its_own_outputs() -> None:
         (lambda: Adapters(), "adapters: none given"),
     ],
 )
-def test_what_cannot_be_is_one_line(make: Callable[[], object], message: str) -> None:
+def test_invalid_arguments_are_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()

@@ -79,7 +79,7 @@ def test_the_joint_decoder_is_a_transformer_over_all_tokens_of_a_sample(name: st
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_cross_decoder_looks_once_at_all_and_then_at_its_own(name: str) -> None:
+def test_the_cross_decoder_attends_to_all_and_then_to_its_own(name: str) -> None:
     decoder, (encoded, target) = built(CrossDecoder), case(name)
     asked = {m: At.of(mask) for m, mask in target.items()}
     said = decoder(encoded, asked)
@@ -102,7 +102,7 @@ def test_the_cross_decoder_looks_once_at_all_and_then_at_its_own(name: str) -> N
 
 
 @pytest.mark.parametrize("kind", [JointDecoder, CrossDecoder])
-def test_what_is_said_of_one_modality_hangs_on_the_visible_tokens_of_the_other(kind: type[CrossDecoder]) -> None:
+def test_predictions_of_one_modality_depend_on_visible_tokens_of_the_other(kind: type[CrossDecoder]) -> None:
     decoder, (encoded, target) = built(kind), case("dense")
     said = decoder(encoded, {"image": At.of(target["image"])})["image"]
     said.square().sum().backward()
@@ -110,7 +110,7 @@ def test_what_is_said_of_one_modality_hangs_on_the_visible_tokens_of_the_other(k
 
 
 @pytest.mark.parametrize("kind", [JointDecoder, CrossDecoder])
-def test_nothing_is_said_where_nothing_is_asked_and_every_parameter_is_reached(kind: type[CrossDecoder]) -> None:
+def test_without_targets_no_output_and_every_parameter_has_a_gradient(kind: type[CrossDecoder]) -> None:
     decoder, (encoded, target) = built(kind), case("ragged")
     none = {m: At.of(torch.zeros_like(mask)) for m, mask in target.items()}
     said = decoder(encoded, none)

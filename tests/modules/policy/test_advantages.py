@@ -64,7 +64,7 @@ def looped(name: str, r_BK: Tensor, w_K: Tensor, group_B: Tensor) -> list[float]
 @pytest.mark.parametrize(
     "rule", [GroupScaled(), BatchScaled(), Centred(), EachScaled()], ids=lambda r: type(r).__name__
 )
-def test_loops_over_groups(rule: Advantage) -> None:
+def test_advantages_equal_a_loop_over_groups(rule: Advantage) -> None:
     for seed in range(20):
         r_BK, w_K, group_B = rewards(seed)
         judged = rule(r_BK, w_K, group_B)
@@ -83,7 +83,7 @@ def test_a_group_is_flat_as_a_whole_or_not_at_all() -> None:
     assert judged.flat_B.tolist() == [False] * 4 + [True] * 4
 
 
-def test_rewards_that_cancel_differ_all_the_same_one_by_one() -> None:
+def test_rewards_that_cancel_still_vary_one_by_one() -> None:
     r_BK = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     flats = [
         rule(r_BK, torch.ones(2), torch.zeros(2, dtype=torch.long)).flat_B.tolist()
@@ -92,7 +92,7 @@ def test_rewards_that_cancel_differ_all_the_same_one_by_one() -> None:
     assert flats == [[True, True], [False, False]]
 
 
-def test_a_small_reward_is_heard_beside_a_large_one_if_each_is_scaled() -> None:
+def test_each_scaled_keeps_small_rewards_beside_large_ones() -> None:
     """400 answers in groups of 8, deviations 1 and 20: correlation with the small one."""
     g = torch.Generator().manual_seed(0)
     r_BK = torch.randn(400, 2, generator=g, dtype=torch.float64) * torch.tensor([1.0, 20.0])
@@ -109,7 +109,7 @@ def test_no_answer_at_all() -> None:
     assert [len(x) for x in judged] == [0, 0, 0]
 
 
-def test_a_reward_that_is_only_looked_at_makes_no_group_live() -> None:
+def test_a_reward_of_weight_zero_does_not_make_a_group_vary() -> None:
     r_BK = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0], [1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
     judged = EachScaled()(r_BK, torch.tensor([1.0, 0.0]), torch.tensor([0, 0, 0, 0, 1, 1]))
     assert judged.flat_B.tolist() == [True] * 4 + [False] * 2

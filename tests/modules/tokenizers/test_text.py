@@ -66,7 +66,7 @@ def test_words_keep_their_order_and_their_number() -> None:
         WordTokenizer([])
 
 
-def test_bytes_forget_nothing_and_digits_are_tokens() -> None:
+def test_bytes_are_lossless_and_digits_are_tokens() -> None:
     codec = ByteTokenizer(length=12)
     for text in ("12+34=", "naïve 日本 🦊", "a\n\tb  c", "\x00\x7f"):
         assert codec.decode([BOS, *codec.ids(text), EOS, PAD]) == text
@@ -76,13 +76,13 @@ def test_bytes_forget_nothing_and_digits_are_tokens() -> None:
 
 
 @pytest.mark.parametrize("codec", [ByteTokenizer(), BPETokenizer(BPE), WordTokenizer(["red", "apple"])])
-def test_what_was_written_is_read_again_and_a_question_names_a_picture_where_there_is_one(codec: Tokenizer) -> None:
+def test_decoding_is_inverse_and_a_question_has_its_image_token(codec: Tokenizer) -> None:
     assert codec.decode(codec.ids("red apple")) == "red apple"
     assert codec.question("red apple", 900, 901) == [BOS, 900, *codec.ids("red apple"), 901]
     assert codec.question("red apple", None, 901) == [BOS, *codec.ids("red apple"), 901]
 
 
-def test_relatives_share_what_strangers_do_not() -> None:
+def test_related_words_share_ngrams() -> None:
     codec = NgramTokenizer(n=3, buckets=100_000)
     bike = set(codec.ids("biking"))
     assert len(bike & set(codec.ids("bike"))) >= 2
@@ -206,7 +206,7 @@ def test_pretrained_packages(package: str) -> None:
         assert codec.row([codec.ids(p) for p in pieces]) == own_rows(own, [", ".join(pieces)], 12)[0]
 
 
-def test_codecs_that_do_not_fit_their_tower_are_refused(tmp_path: Path) -> None:
+def test_tokenizers_that_do_not_fit_their_tower_are_refused(tmp_path: Path) -> None:
     wordpiece(tmp_path)
     words = PretrainedTokenizer(folder=tmp_path, length=8)
     n = words.vocabulary

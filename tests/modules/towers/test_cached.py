@@ -59,7 +59,7 @@ def epochs(tower: Tower, x_NT: Tensor, seed: int, size: int = 24) -> Tensor:
     return h_ND
 
 
-def test_the_same_as_without_to_the_last_bit() -> None:
+def test_cached_features_are_bit_identical() -> None:
     x_NT = texts(100)
     plain = Frozen(bert())
     expected = torch.cat([MeanPool()(plain(x)) for x in x_NT.split(16)])
@@ -72,7 +72,7 @@ def test_the_same_as_without_to_the_last_bit() -> None:
     _asserts.check_tokens(cached, x_NT, 1)
 
 
-def test_only_misses_reach_the_tower_and_equal_rows_are_one() -> None:
+def test_only_misses_are_computed_and_equal_rows_once() -> None:
     counted = Counted(bert())
     cached = Cached(counted, rows=4)
     x_NT = texts(8)
@@ -106,7 +106,7 @@ def test_a_mask_is_part_of_the_content() -> None:
     assert cached.misses == 4 and not torch.equal(cached(x_NT, mask_NT).h_BTD, first.h_BTD) and cached.misses == 8
 
 
-def test_memory_is_bounded_and_forgets_what_was_unused_for_longest() -> None:
+def test_cache_drops_the_least_recently_used() -> None:
     cached, x_NT = Cached(bert(), capacity=6), texts(8)
     cached(x_NT[:6])
     cached(x_NT[:2])
@@ -144,7 +144,7 @@ def test_autocast_and_inference_mode_do_not_change_values() -> None:
 # on disk ----------------------------------------------------------------------------------------------------
 
 
-def test_values_outlive_the_run(tmp_path: Path) -> None:
+def test_cache_on_disk_outlives_the_run(tmp_path: Path) -> None:
     x_NT = texts(30)
     first = Cached(bert(), folder=tmp_path)
     expected = first(x_NT).h_BTD
@@ -161,7 +161,7 @@ def test_values_outlive_the_run(tmp_path: Path) -> None:
     assert torch.equal(small(x_NT).h_BTD, expected) and small.misses == 22
 
 
-def test_another_tower_reads_another_file(tmp_path: Path) -> None:
+def test_other_towers_have_other_cache_files(tmp_path: Path) -> None:
     x_NT = texts(5)
     first = Cached(bert(), folder=tmp_path)
     first(x_NT)
@@ -182,7 +182,7 @@ def test_another_tower_reads_another_file(tmp_path: Path) -> None:
     assert identity(parts, torch.device("cpu")) != identity(parts, torch.device("cuda"))
 
 
-def test_a_long_run_writes_now_and_then(tmp_path: Path) -> None:
+def test_a_long_run_writes_its_cache_in_between(tmp_path: Path) -> None:
     cached = Cached(TextTower(60, 8, 1, 2, 10), folder=tmp_path)
     sizes = []
     for seed in range(12):
@@ -227,7 +227,7 @@ def test_a_broken_file_is_one_line(tmp_path: Path) -> None:
 # what it is not part of -------------------------------------------------------------------------------------
 
 
-def test_state_copies_and_pickles_do_not_carry_the_memory() -> None:
+def test_state_copies_and_pickles_have_no_cache() -> None:
     cached, x_NT = Cached(bert()), texts(6)
     before = set(cached.state_dict())
     expected = cached(x_NT).h_BTD
@@ -240,7 +240,7 @@ def test_state_copies_and_pickles_do_not_carry_the_memory() -> None:
     assert torch.equal(cached(x_NT).h_BTD, expected) and cached.misses == 6
 
 
-def test_other_weights_begin_anew() -> None:
+def test_other_weights_clear_the_cache() -> None:
     cached, x_NT = Cached(bert()), texts(6)
     cached(x_NT)
     cached.cpu()

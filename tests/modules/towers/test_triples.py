@@ -28,7 +28,7 @@ def triples(*of_a_sample: tuple[int, int, int], places: int = 6) -> Tensor:
     return x
 
 
-def test_head_and_tail_exchanged_are_other_knowledge() -> None:
+def test_swapping_head_and_tail_changes_the_embedding() -> None:
     """A sum of the three would not tell, and a difference of head and tail tells nothing where they are the same."""
     f = encoder().knowledge
     told = f(triples((FOX, LEFT, APPLE)))
@@ -59,7 +59,7 @@ def test_an_element_is_the_mean_of_its_tokens() -> None:
     torch.testing.assert_close(model.knowledge(x)[0], F.normalize(model.head(h_D), dim=0), **CLOSE)
 
 
-def test_all_triples_are_read_and_room_for_more_is_not() -> None:
+def test_all_triples_are_read_and_padding_is_not() -> None:
     f = encoder().knowledge
     two = f(triples((FOX, LEFT, APPLE), (APPLE, ABOVE, FOX)))
     assert (two - f(triples((FOX, LEFT, APPLE), (FOX, ABOVE, APPLE)))).norm() > 0.01

@@ -38,7 +38,7 @@ def test_pixels_are_over_white_and_normalised() -> None:
     assert Pixels(4)(x, DRAW[:1]).unique().tolist() == [-1.0]
 
 
-def test_a_picture_depends_on_its_own_draw_alone() -> None:
+def test_an_image_depends_on_its_own_key_alone() -> None:
     augment, x = Augment(8, texture=0.5, erase=0.3), picture()
     whole = augment(x, DRAW)
     torch.testing.assert_close(augment(x[1:2], DRAW[1:2]), whole[1:2], rtol=0, atol=PLACES)
@@ -63,7 +63,7 @@ def test_the_affine_map_is_what_torchvision_computes() -> None:
     torch.testing.assert_close(augment(x, DRAW[:1]), wanted * 2 - 1, rtol=0, atol=1e-3)
 
 
-def test_grey_pictures_have_equal_channels_and_greys_keep_their_hue() -> None:
+def test_grey_images_have_equal_channels_and_greys_keep_their_hue() -> None:
     x = picture(8, channels=3)
     grey = Augment(8, **{**STILL, "grey": 1.0})(x, DRAW)
     torch.testing.assert_close(grey[:, 0], grey[:, 2], **rounding(8, F32))
@@ -138,7 +138,7 @@ def test_a_wrong_normalisation_is_refused(part: Any, wrong: dict[str, Any], says
 
 
 @pytest.mark.parametrize(("scale", "ratio"), [((0.2, 1.0), (3 / 4, 4 / 3)), ((0.6, 0.9), (0.4, 0.9))])
-def test_crops_are_drawn_as_torchvision_draws_them(scale: tuple[float, float], ratio: tuple[float, float]) -> None:
+def test_crops_are_distributed_as_torchvisions(scale: tuple[float, float], ratio: tuple[float, float]) -> None:
     torch.manual_seed(0)
     side = 4096  # fine enough that its whole pixels do not matter
     blank = torch.zeros(1, 1, 1).expand(1, side, side)
@@ -156,7 +156,7 @@ def test_crops_are_drawn_as_torchvision_draws_them(scale: tuple[float, float], r
     ).all(), "inside"
 
 
-def test_a_crop_shows_the_box_that_was_drawn() -> None:
+def test_a_crop_shows_its_box() -> None:
     """On ramps to the right and down, pixels say where they come from."""
     level = torch.arange(64, dtype=torch.uint8) * 4
     ramps = torch.stack([level.expand(64, 64), level[:, None].expand(64, 64)]).expand(200, 2, 64, 64)
@@ -175,7 +175,7 @@ def test_a_crop_shows_the_box_that_was_drawn() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3, 6])
-def test_the_whole_picture_is_what_evaluation_sees_of_any_channels(channels: int) -> None:
+def test_the_whole_image_equals_evaluation_for_any_channels(channels: int) -> None:
     x = picture(12, channels)
     still = Crop(12, scale=(1, 1), ratio=(1, 1), flip=0)
     torch.testing.assert_close(still(x, DRAW), x.float() / 127.5 - 1, rtol=0, atol=PLACES)
@@ -183,7 +183,7 @@ def test_the_whole_picture_is_what_evaluation_sees_of_any_channels(channels: int
     torch.testing.assert_close(mirrored(x, DRAW), (x.float() / 127.5 - 1).flip(3), rtol=0, atol=PLACES)
 
 
-def test_a_crop_depends_on_its_own_draw_alone() -> None:
+def test_a_crop_depends_on_its_own_key_alone() -> None:
     crop, x = Crop(12), picture(12, 1)
     whole = crop(x, DRAW)
     assert torch.equal(crop(x, DRAW), whole)
@@ -202,6 +202,6 @@ def test_a_crop_depends_on_its_own_draw_alone() -> None:
         ({"flip": 1.5}, "flip 1.5 is not a probability"),
     ],
 )
-def test_crops_that_cannot_be_are_refused(options: dict[str, Any], says: str) -> None:
+def test_invalid_crops_are_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=f"^{says}"):
         Crop(**({"size": 8} | options))
