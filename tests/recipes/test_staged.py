@@ -182,9 +182,9 @@ def run_one(folder: Path, net: Staged, held: StagedData) -> None:
 
 
 class FusionContext(Rollouts):
-    def _drawn(self, trainer: L.Trainer, pl_module: Any, *rest: Any) -> Any:
+    def _sample(self, trainer: L.Trainer, pl_module: Any, *rest: Any) -> Any:
         stages.append(pl_module.stage)
-        return super()._drawn(trainer, pl_module, *rest)
+        return super()._sample(trainer, pl_module, *rest)
 
 
 stages: list[str] = []

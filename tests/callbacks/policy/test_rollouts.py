@@ -1,4 +1,4 @@
-"""A model learns of its own answers. Letters: N questions, G answers to each, R = N G, M tokens."""
+"""Rollouts: a policy trained on its own answers. Letters: N questions, G answers to each, R = N G, M tokens."""
 
 from __future__ import annotations
 
@@ -116,8 +116,8 @@ def test_training_data_are_the_sampled_answers(tmp_path: Path) -> None:
         batch = held.on_after_batch_transfer(raw, 0)
         log_N, sample_N, place_N = net.log_of(net, batch)
         row_N = batch.index[sample_N]
-        said_N = batch.inputs["text"][batch.inputs["loss_mask"]]
-        assert torch.equal(said_N, rolled["said"][row_N, place_N]), "an end where there was one, and no other"
+        token_N = batch.inputs["text"][batch.inputs["loss_mask"]]
+        assert torch.equal(token_N, rolled["said"][row_N, place_N]), "an end where there was one, and no other"
         assert torch.equal(torch.bincount(row_N, minlength=N * G), rolled["length"])
         # 168 ulps: said one by one and all at once, through layers of some 32 numbers; logarithms of 5
         torch.testing.assert_close(log_N, rolled["old"][row_N, place_N], atol=2e-5, rtol=0)
@@ -147,11 +147,11 @@ def test_rewards_advantages_and_logs(tmp_path: Path) -> None:
     torch.testing.assert_close(rolled["advantage"].view(N, G), wanted_NG, **rounding(64, F64))  # over a deviation
     flat_N = reward_NG.amax(1) == reward_NG.amin(1)
     assert torch.equal(rolled["live"].view(N, G), ~flat_N[:, None].expand(N, G))
-    told = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("rollouts/")}
-    assert told["rollouts/reward"] == pytest.approx(float(reward_NG.mean()), rel=ulps(4, F32))
-    assert told["rollouts/flat"] == pytest.approx(float(flat_N.double().mean()), rel=ulps(4, F32))
-    assert told["rollouts/cut"] == pytest.approx(1 - float(rolled["ended"].double().mean()), rel=ulps(4, F32))
-    assert told["rollouts/asked"] == N * G and told["rollouts/entropy"] > 0
+    logs = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("rollouts/")}
+    assert logs["rollouts/reward"] == pytest.approx(float(reward_NG.mean()), rel=ulps(4, F32))
+    assert logs["rollouts/flat"] == pytest.approx(float(flat_N.double().mean()), rel=ulps(4, F32))
+    assert logs["rollouts/cut"] == pytest.approx(1 - float(rolled["ended"].double().mean()), rel=ulps(4, F32))
+    assert logs["rollouts/asked"] == N * G and logs["rollouts/entropy"] > 0
 
 
 class Odd(Verifier):
@@ -163,11 +163,11 @@ class Odd(Verifier):
 
 def test_flat_groups_are_resampled_as_whole_groups(tmp_path: Path) -> None:
     rewards = Rewards({"odd": Odd()})
-    plain, told = run(tmp_path / "a", Rollouts(rewards), 1, reinforced(lr=0.0))
+    plain, logs = run(tmp_path / "a", Rollouts(rewards), 1, reinforced(lr=0.0))
     assert not plain.rolled[0]["live"].all(), "some are flat"
     again, more = run(tmp_path / "b", Rollouts(rewards, resample=12), 1, reinforced(lr=0.0))
     assert again.rolled[0]["live"].all() and len(set(again.keys[0])) == N
-    assert float(more.callback_metrics["rollouts/asked"]) > N * G == float(told.callback_metrics["rollouts/asked"])
+    assert float(more.callback_metrics["rollouts/asked"]) > N * G == float(logs.callback_metrics["rollouts/asked"])
     kept = [
         key for key, live in zip(plain.keys[0], plain.rolled[0]["live"].view(N, G)[:, 0].tolist(), strict=True) if live
     ]
@@ -245,7 +245,7 @@ def test_some_answers_are_shown_with_their_rewards(tmp_path: Path) -> None:
 def plain(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The mean length of answers in each of 30 rollouts that reward short ones."""
     seen, _ = run(tmp_path_factory.mktemp("plain"), short(), 30, reinforced(lr=3e-3))
-    assert not seen.rolled[0]["reference"].any(), "nobody asked for a divergence"
+    assert not seen.rolled[0]["reference"].any(), "no KL penalty"
     return [float(x["length"].double().mean()) for x in seen.rolled]
 
 
@@ -317,10 +317,10 @@ def test_resume_in_or_between_rollouts_is_bit_identical(
 @pytest.mark.parametrize("sham", [None, "permute"])
 def test_two_ranks_sample_the_same_answers_and_take_the_same_step(sham: Any) -> None:
     said, moved = _stepped(0, 1, sham)
-    for its_said, its_moved in run_ranks(2, _stepped, 2, sham):
-        assert torch.equal(said, its_said)
+    for other_ids, other_weights in run_ranks(2, _stepped, 2, sham):
+        assert torch.equal(said, other_ids)
         # two ranks add in another order, and Adam's first step divides by the gradient
-        torch.testing.assert_close(moved, its_moved, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(moved, other_weights, rtol=1e-4, atol=1e-6)
 
 
 def _stepped(rank: int, world: int, sham: Any) -> tuple[Tensor, Tensor]:

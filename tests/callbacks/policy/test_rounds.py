@@ -1,4 +1,4 @@
-"""Rounds: who is asked again, by hand; nothing is lost when a run is killed; ranks agree. Letters: N problems."""
+"""CoMD rounds: augmented problems by hand, resume, ranks. Letters: N problems."""
 
 from __future__ import annotations
 

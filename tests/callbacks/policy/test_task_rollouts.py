@@ -1,4 +1,4 @@
-"""A model that sees nothing learns of its own answers to problems in words. Letters: N questions, G answers to each."""
+"""Rollouts of a text-only model on text tasks. Letters: N questions, G answers to each."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_the_entry_of_a_task_reaches_its_verifier(tmp_path: Path) -> None:
         def score(self, said: str) -> float:
             return 0.0
 
-    class UserData(Verifier):
+    class Recorder(Verifier):
         def __init__(self) -> None:
             self.seen: list[Answer] = []
 
@@ -123,11 +123,11 @@ def test_the_entry_of_a_task_reaches_its_verifier(tmp_path: Path) -> None:
         def make(self, number: int, far: bool = False) -> Problem:
             return Problem(f"{number:03d}", str(number % 10), Number(number))
 
-    own = UserData()
+    own = Recorder()
     held = data(tasks={"named": Named()})
     fit(tmp_path, Rollouts(Rewards({"own": own})), net=reinforced(), data=held, max_epochs=1)
     numbers = [a.entry.value for a in own.seen if isinstance(a.entry, Number)]
-    assert [str(n % 10) for n in numbers] == [a.right for a in own.seen]
+    assert [str(n % 10) for n in numbers] == [a.reference for a in own.seen]
     assert numbers == held.pool.number_N.repeat(G).tolist()
     questions = QuestionRollouts(items=4, group=2, tiny=True, batch_size=8)
     assert questions.entry(questions.pool, 0) is None
@@ -149,10 +149,10 @@ def test_resume_in_or_between_rollouts_is_bit_identical(tmp_path: Path, step: in
 @pytest.mark.slow
 def test_two_ranks_sample_the_same_answers_and_take_the_same_step() -> None:
     said, moved = _stepped(0, 1)
-    for its_said, its_moved in run_ranks(2, _stepped, 2):
-        assert torch.equal(said, its_said)
+    for other_ids, other_weights in run_ranks(2, _stepped, 2):
+        assert torch.equal(said, other_ids)
         # two ranks add in another order, and Adam's first step divides by the gradient
-        torch.testing.assert_close(moved, its_moved, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(moved, other_weights, rtol=1e-4, atol=1e-6)
 
 
 def _stepped(rank: int, world: int) -> tuple[Tensor, Tensor]:

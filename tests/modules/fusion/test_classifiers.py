@@ -1,4 +1,4 @@
-"""Fusion in numbers: shares that add up, absent rows that nobody sees, and a task that needs both modalities.
+"""Fusion heads: Shapley values, absent modalities, and a task that needs both modalities.
 
 Letters: B samples, D width, C classes.
 """

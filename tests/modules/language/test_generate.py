@@ -1,4 +1,4 @@
-"""Generation against transformers', token by token against whole passes, and that rows know nothing of each other.
+"""Generation against transformers' and against full forward passes; rows are independent.
 
 Letters: P prompts, G of each, R rows, N new tokens, V vocabulary.
 """
@@ -62,11 +62,11 @@ def test_greedy_equals_transformers() -> None:
     wanted = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
     found = generate(lm, ids, new=20, sampling=GREEDY)
     assert torch.equal(found.token_RN, wanted[:, 9:])
-    torch.testing.assert_close(found.log_RN.double(), said(lm, ids, found.token_RN), **CHAIN)
+    torch.testing.assert_close(found.log_RN.double(), full_pass(lm, ids, found.token_RN), **CHAIN)
 
 
-def said(lm: CausalLM, ids: Tensor, token_RN: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probabilities of what was said, by one whole pass."""
+def full_pass(lm: CausalLM, ids: Tensor, token_RN: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities of generated tokens, by one full forward pass."""
     rows = torch.cat([ids, token_RN], dim=1)
     log = (lm.logits(lm(lm.embed(rows))) / temperature).log_softmax(dim=2)[:, ids.shape[1] - 1 : -1]
     return log.gather(2, token_RN[..., None])[..., 0]
@@ -77,7 +77,7 @@ def test_log_probabilities_are_over_the_whole_vocabulary_at_the_temperature(samp
     _, lm = both()
     ids = prompts()[0]
     found = generate(lm, ids, new=10, group=2, sampling=sampling)
-    wanted = said(lm, ids.repeat_interleave(2, 0), found.token_RN, sampling.temperature)
+    wanted = full_pass(lm, ids.repeat_interleave(2, 0), found.token_RN, sampling.temperature)
     torch.testing.assert_close(found.log_RN.double(), wanted, **CHAIN)
     assert not torch.equal(found.token_RN[0], found.token_RN[1]), "each row draws by its own seed"
 

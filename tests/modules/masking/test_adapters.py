@@ -1,4 +1,4 @@
-"""In and out of tokens. Letters: B samples, T tokens, N of all samples, P raw numbers of a token, D, E widths."""
+"""Adapters of masked models. Letters: B samples, T tokens, N of all samples, P raw numbers of a token, D, E widths."""
 
 from __future__ import annotations
 
@@ -150,8 +150,8 @@ def test_a_column_is_scored_by_its_own_outputs() -> None:
     torch.testing.assert_close(loss_N[4], (y_NC[4, 0] - x_NP[4, 0]) ** 2, **rounding(4, F32))
     torch.testing.assert_close(loss_N[5], F.cross_entropy(y_NC[5:6, 1:5], x_NP[5].long()), **rounding(4, F32))
     torch.testing.assert_close(loss_N[7], F.cross_entropy(y_NC[7:8, 6:8], x_NP[7].long()), **rounding(4, F32))
-    said = adapter.predict(h_NE, place_N)[:, 0]
-    assert said[5] == y_NC[5, 1:5].argmax() and said[6] == y_NC[6, 5]
+    predicted = adapter.predict(h_NE, place_N)[:, 0]
+    assert predicted[5] == y_NC[5, 1:5].argmax() and predicted[6] == y_NC[6, 5]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What is visible, asked for and counted, and what is refused. Letters: B samples, T tokens, M modalities."""
+"""Masks: visible, target and counted tokens, and refusals. Letters: B samples, T tokens, M modalities."""
 
 from __future__ import annotations
 

