@@ -41,7 +41,7 @@ from descant.modules.language.positions import VisualSteps
 from descant.modules.losses import InfoNCE, Intra
 from descant.modules.losses.hard_negatives import Negatives
 from descant.modules.masking.adapters import Adapters, PatchAdapter
-from descant.modules.masking.corruptions import TokenBudget
+from descant.modules.masking.budget import TokenBudget
 from descant.modules.masking.decoders import CrossDecoder
 from descant.modules.masking.discrete_adapters import CategoryAdapter
 from descant.modules.multitask.rules import GradVac, MMPareto, PCGrad
