@@ -47,7 +47,7 @@ class Rollouts(Callback):
         advantage: of answers; GroupScaled (GRPO) by default.
         passes: epochs on each rollout; beyond one optimizer step training is off policy.
         resample: how often flat groups are replaced at most.
-        flat: whether remaining flat groups ``count`` as tokens of the step, with zero advantage, or are missing out.
+        flat: whether remaining flat groups ``count`` as tokens of the step, with zero advantage, or are left out.
         cut: the same of truncated answers (DAPO's overlong filtering).
         show: questions of each rollout that TensorBoard shows with all answers.
         sham: ``permute`` for the control: permutes rewards over answers.

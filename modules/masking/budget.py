@@ -53,8 +53,8 @@ class TokenBudget(Corruption):
         if self.targets is not None:
             target_BU = torch.cat(list(masks.target.values()), dim=1)
             order_BU = torch.cat([noise(draw_B, f"target/{m}", math.prod(grids[m])) for m in real], dim=1)
-            asked_BU = last(order_BU.to(target_BU.device), target_BU, target_BU.sum(dim=1).clamp(max=self.targets))
-            masks.target = masks.loss = parted(asked_BU, real)
+            counted_BU = last(order_BU.to(target_BU.device), target_BU, target_BU.sum(dim=1).clamp(max=self.targets))
+            masks.target = masks.loss = parted(counted_BU, real)
         return masks
 
     def visible(self, real: Mapping[str, Tensor], grids: Mapping[str, Grid], draw_B: Tensor) -> dict[str, Tensor]:

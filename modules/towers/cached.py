@@ -43,7 +43,7 @@ class Cached(Frozen):
     Args:
         tower: frozen here, in eval mode.
         pool: tokens to one vector a sample; by default the mean of real tokens. Frozen too.
-        capacity: maximum N, ``4 D`` bytes each in main cache; the least recently used row is dropped first.
+        capacity: maximum N, ``4 D`` bytes each in main memory; the least recently used row is dropped first.
         rows: computed at a time; fewer are filled up.
         folder: of the cache on disk; None keeps it in cache.
 

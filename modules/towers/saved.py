@@ -44,7 +44,7 @@ class SavedTower(Tower):
         names = [name for name, node in towers.items() if node is not None]
         if tower not in names:
             raise ValueError(f"tower {tower!r} of {path}: {nearest(tower, names)}")
-        #: ``class_path`` and ``init_args`` of what is adapted.
+        #: ``class_path`` and ``init_args`` of the inner tower.
         self.spec: dict[str, Any] = towers[tower]
         state = saved.part_of(saved.read_weights(run), f"towers.{tower}.")
         with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten: leave the generator as it was
