@@ -75,7 +75,7 @@ def test_bytes_are_lossless_and_digits_are_tokens() -> None:
     assert tokenizer.vocabulary == SPECIAL + 256 and tokenizer.decode([SPECIAL + 0xFF, 264, 265]) == "\ufffd"
 
 
-@pytest.mark.parametrize("codec", [ByteTokenizer(), BPETokenizer(BPE), WordTokenizer(["red", "apple"])])
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPETokenizer(BPE), WordTokenizer(["red", "apple"])])
 def test_decoding_is_inverse_and_a_question_has_its_image_token(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(tokenizer.ids("red apple")) == "red apple"
     assert tokenizer.question("red apple", 900, 901) == [BOS, 900, *tokenizer.ids("red apple"), 901]
