@@ -291,7 +291,7 @@ def test_protocols_and_what_cannot_be() -> None:
     [
         (lambda: PooledGrid(0), "side 0: at least 1"),
         (lambda: Resampler(0), "queries 0: at least 1"),
-        (lambda: Resampler(2, heads=3).build(8, 4), "heads 3: they divide the tower's width 8"),
+        (lambda: Resampler(2, heads=3).build(8, 4), "heads 3 does not divide width 8"),
         (lambda: _on_three(PooledGrid(1).build(8, 4)), "PooledGrid: 3 tokens are no square"),
     ],
 )
