@@ -153,5 +153,5 @@ def _losses(lm: CausalLM, packed: Packed, segment_BT: Tensor, documents: int) ->
     """``[documents]``: mean over the tokens of each of ``- log p``."""
     log_BTV = lm.logits(lm(lm.embed(packed.ids_BT), segment_BT)).log_softmax(dim=2)
     value_BT = -log_BTV[:, :-1].gather(2, packed.ids_BT[:, 1:, None])[..., 0]
-    said_BT = packed.said_BT[:, 1:]
-    return means(value_BT[said_BT], packed.document_BT[:, 1:][said_BT], documents)[0]
+    loss_mask_BT = packed.loss_mask_BT[:, 1:]
+    return means(value_BT[loss_mask_BT], packed.document_BT[:, 1:][loss_mask_BT], documents)[0]

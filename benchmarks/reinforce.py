@@ -74,7 +74,7 @@ def even(words: str) -> float:
 
 class Even(Verifier):
     def __call__(self, answer: Answer) -> float | None:
-        return even(answer.said)
+        return even(answer.text)
 
 
 class WordTokenizer(Tokenizer):

@@ -52,7 +52,7 @@ class Letters(Verifier):
     """The more letters the better: an untrained model says answers of all lengths."""
 
     def __call__(self, answer: Answer) -> float | None:
-        return float(len(answer.said))
+        return float(len(answer.text))
 
 
 class Record(L.Callback):

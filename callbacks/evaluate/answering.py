@@ -14,12 +14,12 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from descant.modules.core.capabilities import has
 from descant.callbacks.evaluate.accuracy import Means
 from descant.callbacks.evaluate.forward import ForwardEvaluator
 from descant.callbacks.plots.answers import AnswerRow, answer_table
 from descant.callbacks.plots.output import run_folder, save_figure
 from descant.modules.core.batch import Batch
+from descant.modules.core.capabilities import has
 from descant.modules.core.objective import Term
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import Generates
@@ -27,7 +27,7 @@ from descant.modules.core.rng import mix_N
 from descant.modules.core.sham import Sham
 from descant.modules.engine.configure import nearest
 from descant.modules.language import Sampling
-from descant.modules.language.judges import spoken
+from descant.modules.language.answer_scores import spoken
 
 
 @runtime_checkable
@@ -93,7 +93,8 @@ class Answering(ForwardEvaluator):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if not has(pl_module, Generates):
             raise ValueError(
-                f"Answering needs a recipe that generates answers, such as Chat, not {type(pl_module).__name__}"
+                "Answering needs a recipe that generates answers, such as VisionLanguage, "
+                f"not {type(pl_module).__name__}"
             )
         if not isinstance(data, Spells):
             raise ValueError(f"Answering needs data of dialogues, such as Questions; {type(data).__name__} has none")

@@ -11,13 +11,13 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from descant.modules.core.capabilities import has
 from descant.callbacks.balance.balance import require_several
 from descant.callbacks.evaluate.embeddings import Rows, Store
 from descant.callbacks.evaluate.forward import ForwardEvaluator
 from descant.callbacks.plots.curves import Track, curves
 from descant.callbacks.plots.output import run_folder, save_figure
 from descant.modules.core.batch import Batch
+from descant.modules.core.capabilities import has
 from descant.modules.core.protocols import Classifies, Fuses, Unimodal
 from descant.modules.core.sham import partners
 from descant.modules.fusion.classifiers import coalitions, only, shapley

@@ -16,8 +16,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from descant.modules.core.capabilities import has
 from descant.modules.core.batch import Batch, parts
+from descant.modules.core.capabilities import has
 from descant.modules.core.protocols import Embeds
 from descant.modules.engine.trainer import bank_batches
 

@@ -12,9 +12,9 @@ import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from descant.modules.core.capabilities import has
 from descant.callbacks.evaluate.classification import ZeroShot
 from descant.callbacks.evaluate.embeddings import Judge, Rows
+from descant.modules.core.capabilities import has
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import Inverts
 from descant.modules.evaluation.inversion import (

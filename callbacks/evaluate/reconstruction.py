@@ -13,12 +13,12 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from descant.modules.core.capabilities import has
 from descant.callbacks.evaluate.embeddings import Rows, Store
 from descant.callbacks.evaluate.forward import ForwardEvaluator
 from descant.callbacks.plots.output import run_folder, save_figure
 from descant.callbacks.plots.reconstruction import gallery
 from descant.modules.core.batch import NEGATIVE, Batch
+from descant.modules.core.capabilities import has
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import ReconstructionOutput, Reconstructs
 from descant.modules.core.rng import mix_N

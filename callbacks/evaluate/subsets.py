@@ -14,12 +14,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from descant.modules.core.capabilities import has
 from descant.callbacks.evaluate.embeddings import Rows, Store, embed
 from descant.callbacks.evaluate.forward import ForwardEvaluator
 from descant.callbacks.plots.output import run_folder, save_figure
 from descant.callbacks.plots.subsets import heat_map
 from descant.modules.core.batch import NEGATIVE, Batch
+from descant.modules.core.capabilities import has
 from descant.modules.core.protocols import Embeds, Scores
 from descant.modules.engine.configure import nearest
 from descant.modules.evaluation.metrics import knn_scores, wide

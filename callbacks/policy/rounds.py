@@ -1,4 +1,4 @@
-"""Rounds of competition: what the student cannot do and its teacher can is asked again, in other words (CoMD).
+"""CoMD's rounds of competitive distillation: questions that the teacher answers better are augmented and trained on.
 
 Letters: N problems of the pool, B of a batch, M tokens of an answer.
 """
@@ -24,37 +24,36 @@ from descant.modules.core.protocols import AnswersQuestions, QuestionPoolData
 from descant.modules.core.rng import global_seed, mix_N
 from descant.modules.core.sham import Sham
 from descant.modules.engine.trainer import bank_batches, data_now, data_parts, epoch_now
-from descant.modules.language.judges import Answers, AnswerScorer, ExactMatchScorer
+from descant.modules.language.answer_scores import Answers, AnswerScorer, ExactMatchScorer
 
 
 class Rounds(Callback):
-    """Renews the pool of a :class:`descant.modules.core.protocols.QuestionPoolData` data module at the beginning of
-    rounds.
+    """Competitive distillation rounds (CoMD): renews the pool of a
+    :class:`descant.modules.core.protocols.QuestionPoolData` data module.
 
-    At the first epoch the teacher answers the pool (imitate). At the first epoch of each later round both answer all of
-    it, and a judge scores both (assess):
+    At the first epoch the teacher answers the pool (imitation). At the first epoch of each later round teacher and
+    student answer all of it, and a scorer compares them (assessment):
 
-        gap_n = judge(teacher's answer) - judge(student's answer),      difficult: gap_n > tau,     easy: the rest
+        gap_n = score(teacher's answer) - score(student's answer),      difficult: gap_n > tau,     easy: the rest
 
     ``hard`` of the next pool are variants of difficult problems, the rest variants of easy ones, against forgetting
-    (augment); the teacher answers it. Both answer by the likeliest tokens, in eval mode, each rank a part, and all
-    ranks come to the same pool, which is in the data module's state. Logs ``rounds/difficult`` (share),
-    ``rounds/teacher`` and ``rounds/student`` (mean scores) and ``rounds/version``; metrics.json has them of each round,
-    ``rounds/difficult/1``, too.
-    Source: CoMD (Li 2023, arXiv 2311.08213), no code released; our reading, after Lion (Jiang 2023, arXiv 2305.12870):
-    the judge of the paper is a language model that is asked twice, in both orders; these score one answer at a time.
+    (augmentation); the teacher answers it. Answers are greedy, in eval mode, split over ranks; the pool is equal on all
+    ranks, and in the data module's state. Logs ``rounds/difficult`` (share), ``rounds/teacher`` and ``rounds/student``
+    (mean scores) and ``rounds/version``; metrics.json also has them by round, as ``rounds/difficult/1``. Source: CoMD
+    (Li 2023, arXiv 2311.08213), no code released; our reading, after Lion (Jiang 2023, arXiv 2305.12870). The paper's
+    judge is a language model that compares two answers, in both orders; these scorers rate one answer at a time.
 
     Args:
         epochs: of a round.
-        judge: of answers; exact where not given.
-        tau: a larger gap is difficult.
+        judge: scorer of answers; exact match by default.
+        tau: threshold of the gap for difficult problems.
         hard: share of variants of difficult problems.
-        mine: who is asked again: by the gap; or ``random`` problems of the training split, not looked at.
-        sham: ``permute`` for the control: problems have each other's gaps.
+        mine: the next problems: by the ``gap``; or ``random`` ones of the training split.
+        sham: ``permute`` for the control: permutes gaps over problems.
 
     Raises:
-        ValueError: for no epoch, or a share outside [0, 1]; at setup, for data without a pool, a recipe that answers
-            no questions, or one without a teacher that does (model.distill).
+        ValueError: for no epoch, or a share outside [0, 1]; at setup, for data without a pool, a recipe that answers no
+            questions, or without a teacher that does (model.distill).
     """
 
     once = True
@@ -71,20 +70,18 @@ class Rounds(Callback):
         super().__init__()
         require_objects(self, judge=(judge, AnswerScorer))
         if epochs < 1:
-            raise ValueError(f"Rounds: epochs {epochs}: 1 is the least")
+            raise ValueError(f"Rounds: epochs {epochs}: at least 1")
         if not 0 <= hard <= 1:
             raise ValueError(f"Rounds: hard {hard:g}: a share from 0 to 1, such as 0.5")
         self.epochs, self.judge, self.tau, self.hard, self.mine = epochs, judge or ExactMatchScorer(), tau, hard, mine
         self.sham = Sham(sham)
         self.history: dict[str, float] = {}
-        self.told = ResumableLog()
+        self.resumable_log = ResumableLog()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         parts = data_parts(trainer)
         if not any(has(part, QuestionPoolData) for part in parts):
-            raise ValueError(
-                f"Rounds needs data with a pool, such as QuestionPool; {type(parts[-1]).__name__} has none"
-            )
+            raise ValueError(f"Rounds needs data with a pool, such as QuestionPool, not {type(parts[-1]).__name__}")
         if not has(pl_module, AnswersQuestions):
             raise ValueError(
                 f"Rounds needs a recipe that answers, such as VisionLanguage; {type(pl_module).__name__} does not"
@@ -119,59 +116,57 @@ class Rounds(Callback):
                 problems = data.variants(self.chosen(gap_N > self.tau, key_N, now), now)
         answer_ids_NM = self.answers(trainer, pl_module, teacher, problems)
         data.renew(problems, answer_ids_NM, now)
-        self.told.say(trainer, {k: v for k, v in log.items() if k.count("/") == 1})
+        self.resumable_log.say(trainer, {k: v for k, v in log.items() if k.count("/") == 1})
         self.history |= log
-        self._tell(trainer)
+        self._update_metrics(trainer)
 
-    def _tell(self, trainer: L.Trainer) -> None:
+    def _update_metrics(self, trainer: L.Trainer) -> None:
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.history.items()})
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._tell(trainer)  # of the rounds before a resume
-        self.told.again(trainer)
+        self._update_metrics(trainer)  # of rounds before a resume
+        self.resumable_log.again(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": dict(self.history), "told": self.told.state_dict()}
+        return {"history": dict(self.history), "told": self.resumable_log.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = dict(state_dict["history"])
-        self.told.load_state_dict(state_dict["told"])
+        self.resumable_log.load_state_dict(state_dict["told"])
 
     def chosen(self, difficult_N: Tensor, key_N: Tensor, round: int) -> Tensor:
-        """Numbers of N problems of the pool: difficult ones, in turn until there are enough, and then easy ones."""
+        """Indices of N problems of the pool: difficult ones, repeated until there are enough, then easy ones."""
         turn_N = torch.from_numpy(mix_N(key_N, "rounds", global_seed(), round))
         order_N = turn_N.argsort(stable=True)
         hard_N, easy_N = (order_N[mask[order_N]] for mask in (difficult_N, ~difficult_N))
         N = len(key_N)
         want = int(self.hard * N + 0.5)
         if want and not len(hard_N):
-            rank_zero_warn(f"Rounds: round {round}: no problem is difficult, so easy ones alone are asked again")
+            rank_zero_warn(f"Rounds: round {round}: no problem is difficult: only easy ones are augmented")
         want = want if len(hard_N) else 0
         want = want if len(easy_N) else N
         return torch.cat([cycled(hard_N, want), cycled(easy_N, N - want)])
 
-    # who says what ------------------------------------------------------------------------------------------------
-
     def scores(self, trainer: L.Trainer, pl_module: L.LightningModule, network: Any, teacher: nn.Module) -> Tensor:
-        """``[N]``: the judge's of the answers of a network to the pool."""
+        """``[N]``: scores of a network's answers to the pool."""
         data = cast(QuestionPoolData, data_now(trainer))
         score_N = torch.zeros(len(data.pool))
-        for batch, answer_ids_BM in self._said(trainer, pl_module, network, data.pool):
+        for batch, answer_ids_BM in self._answers(trainer, pl_module, network, data.pool):
             score_B = self.judge(Answers(batch, answer_ids_BM, batch.targets["answer"], teacher))
             here_B = batch.present["text"].cpu()
             score_N[batch.index.cpu()[here_B]] = score_B.cpu()[here_B]
         return added(score_N, pl_module.device)
 
     def answers(self, trainer: L.Trainer, pl_module: L.LightningModule, network: Any, problems: Any) -> Tensor:
-        """``[N, M]``: what a network says to some problems."""
+        """``[N, M]``: answers of a network to some problems."""
         data = cast(QuestionPoolData, data_now(trainer))
         found_NM = torch.zeros(len(problems), data.answer_length, dtype=torch.long)
-        for batch, answer_ids_BM in self._said(trainer, pl_module, network, problems):
+        for batch, answer_ids_BM in self._answers(trainer, pl_module, network, problems):
             here_B = batch.present["text"].cpu()
             found_NM[batch.index.cpu()[here_B]] = answer_ids_BM.cpu()[here_B]
         return added(found_NM, pl_module.device)
 
-    def _said(
+    def _answers(
         self, trainer: L.Trainer, pl_module: L.LightningModule, network: Any, problems: Any
     ) -> Iterator[tuple[Batch, Tensor]]:
         data = cast(QuestionPoolData, data_now(trainer))
@@ -195,7 +190,7 @@ def cycled(x_N: Tensor, n: int) -> Tensor:
 
 
 def added(x: Tensor, device: torch.device) -> Tensor:
-    """Of all ranks, each of which filled another part of zeros."""
+    """Sum over ranks, each of which filled another part of zeros."""
     if dist.is_available() and dist.is_initialized():
         x = x.to(device)
         dist.all_reduce(x)

@@ -22,7 +22,7 @@ ALLOWED = (
 )
 #: Public name -> where it is defined, which the parser asks about, too; both are among DENIED.
 _DEFINED = {
-    "descant.modules.policy.Judge": "descant.modules.policy.rewards.Judge",
+    "descant.modules.policy.VerifierProcess": "descant.modules.policy.rewards.VerifierProcess",
     "lightning.pytorch.callbacks.LambdaCallback": "lightning.pytorch.callbacks.lambda_function",
     "torchvision.transforms.v2.Lambda": "torchvision.transforms.v2._misc.Lambda",
     "lightning.pytorch.strategies.DeepSpeedStrategy": "lightning.pytorch.strategies.deepspeed.DeepSpeedStrategy",

@@ -74,7 +74,7 @@ class Nudge:
                 if inputs[m].is_floating_point():
                     inputs[m] = torch.where(x.isfinite(), x + delta, x)
                 else:
-                    stack.enter_context(_perturbed(_embedding(self.recipe, m), delta))
+                    stack.enter_context(_perturbed(_embedding(self.recipe, m), delta, share_rows(self.recipe)))
             return self.recipe.latents(replace(self.batch, inputs=inputs))
 
     def gradient(self, value: Tensor, delta_BN: Tensor) -> Tensor:
@@ -88,6 +88,7 @@ class Nudge:
 
     def _embeddings(self, m: str) -> Tensor:
         outputs: list[Tensor] = []
+        tracker = share_rows(self.recipe)
 
         def record(module: nn.Module, args: Any, out: Tensor) -> None:
             some, at = out.detach(), tracker.current
@@ -112,7 +113,7 @@ def _embedding(recipe: Any, m: str) -> nn.Module:
 
 
 @contextmanager
-def _perturbed(embedding: nn.Module, delta: Tensor) -> Iterator[None]:
+def _perturbed(embedding: nn.Module, delta: Tensor, tracker: RowTracker) -> Iterator[None]:
     def add(module: nn.Module, args: Any, out: Tensor) -> Tensor:
         at = tracker.current
         return out + (delta if at is None else delta[at]).to(out)

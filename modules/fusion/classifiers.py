@@ -1,6 +1,6 @@
-"""Fusion: from one latent vector a modality to the logits of the classes, and how much of them is whose.
+"""Fusion heads: from the latents of all modalities to class logits, and each modality's share of them.
 
-Letters: B samples, T tokens (one of the class, one a modality), D width of a modality's latents, W width inside a
+Letters: B samples, T tokens (a class token, then one a modality), D width of a modality's latents, W width inside a
 fusion, C classes, M modalities.
 """
 
@@ -22,12 +22,12 @@ from descant.modules.towers.image import Block
 
 
 class FusionHead(nn.Module):
-    """``fusion(z, present) -> logits_BC``: what all modalities of a sample say together.
+    """Base of fusion heads: ``fusion(z, present) -> logits_BC``.
 
-    A subclass implements ``made`` (its layers, once widths are known) and ``logits``, which gets zeros in place of the
-    latents of absent samples: what those rows hold, nan or inf, changes nothing and takes no gradient.
+    A subclass implements ``made`` (its layers, once widths are known) and ``logits``, which gets zeros as the latents
+    of absent samples: whatever those rows hold, nan or inf, changes nothing and gets no gradient.
 
-    Shapes: ``z``: modality -> float ``[B, D_m]``; ``present``: modality -> bool ``[B]``, all there where not given.
+    Shapes: ``z``: modality -> float ``[B, D_m]``; ``present``: modality -> bool ``[B]``, all True by default.
 
     Raises:
         ValueError: in forward, for a modality that is missing in ``z`` or ``present``.
@@ -47,7 +47,7 @@ class FusionHead(nn.Module):
         if not widths:
             raise ValueError("widths: a fusion needs at least one modality")
         if classes < 2:
-            raise ValueError(f"classes {classes}: at least 2, or there is nothing to tell apart")
+            raise ValueError(f"classes {classes}: at least 2")
         self.widths = dict(widths)
         self.made(self.widths, classes)
         return self
@@ -62,14 +62,14 @@ class FusionHead(nn.Module):
         return self.logits(*self.checked(z, present))
 
     def parts(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Modality -> its own share of the logits ``[B, C]``; with the logits of no modality they add up to all.
+        """Shapley value of each modality in the logits, ``[B, C]``: with the logits of no modality they sum to all.
 
             phi_m = sum over S without m of  |S|! (M - |S| - 1)! / M!  (f(S and m) - f(S))
             f(all) = f(none) + sum_m phi_m
 
-        f(S) are the logits where only the modalities in S are present, and phi the Shapley values (Shapley 1953; as
-        shares of a fusion: AGM, Li 2023, arXiv 2308.07686, whose sum lacks the empty set). An absent modality has a
-        share of exactly zero. This costs 2^M fusions, but nothing where shares add up anyway (LateFusion).
+        f(S) are the logits with only the modalities in S present (Shapley 1953; as shares of a fusion: AGM, Li 2023,
+        arXiv 2308.07686, whose sum lacks the empty set). Absent modalities have exactly zero. Costs 2^M fusions, or one
+        where shares are additive (LateFusion).
         """
         z, present = self.checked(z, present)
         names = tuple(self.widths)
@@ -79,25 +79,26 @@ class FusionHead(nn.Module):
     def checked(
         self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Latents with zeros where a sample is absent, and who is present, in the order of the widths."""
-        for name, given in (("z", z), ("present", present)):
-            missing = [m for m in self.widths if given is not None and m not in given]
-            if missing and given is not None:
-                raise ValueError(f"{name}: no modality {missing[0]!r}, only {', '.join(given) or 'none'}")
+        """Latents with zeros where absent, and presence, both in the order of the widths."""
+        for name, given in (("z", z), ("present", self.widths if present is None else present)):
+            missing = next((m for m in self.widths if m not in given), None)
+            if missing is not None:
+                raise ValueError(f"{name}: no modality {missing!r}, only {', '.join(given) or 'none'}")
         if present is None:
             present = {m: everyone(len(z[m]), z[m].device) for m in self.widths}
-        # where, not a product: 0 * inf would be nan, in the value and in the gradient
+        # where, not a product: 0 * inf is nan, in the value and in the gradient
         filled = {m: torch.where(present[m][:, None], z[m], torch.zeros_like(z[m])) for m in self.widths}
         return filled, {m: present[m] for m in self.widths}
 
 
 def coalitions(names: Sequence[str]) -> list[tuple[str, ...]]:
-    """All sets of these, the empty one first, each in the order of the names."""
+    """All subsets, the empty one first, each in the order of the names."""
     return [subset for size in range(len(names) + 1) for subset in combinations(names, size)]
 
 
 def shapley(f: Mapping[tuple[str, ...], Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-    """``sum over S without m of |S|! (M - |S| - 1)! / M! (f(S and m) - f(S))``, of f by :func:`coalitions`.
+    """Shapley values of f by :func:`coalitions`: ``sum over S without m of |S|! (M - |S| - 1)! / M! (f(S and m) -
+    f(S))``.
 
     >>> f = {(): torch.tensor(0.0), ("a",): torch.tensor(1.0), ("b",): torch.tensor(2.0), ("a", "b"): torch.tensor(5.0)}
     >>> {m: float(x) for m, x in shapley(f, ("a", "b")).items()}
@@ -113,14 +114,14 @@ def shapley(f: Mapping[tuple[str, ...], Tensor], names: Sequence[str]) -> dict[s
 
 
 def only(present: Mapping[str, Tensor], *modalities: str) -> dict[str, Tensor]:
-    """Presence ``[B]`` by modality, with no other modality than these."""
+    """Presence ``[B]`` by modality, False for all but the named ones."""
     return {m: mask_B if m in modalities else derived(torch.zeros_like, mask_B) for m, mask_B in present.items()}
 
 
 class LateFusion(FusionHead):
-    """``logits_b = bias + sum_m W_m z_bm``, over the modalities that sample b has: each adds its own.
+    """Late fusion, sum of unimodal linear logits: ``logits_b = bias + sum_m W_m z_bm`` over the modalities of sample b.
 
-    The shares ``W_m z_m`` are the Shapley values, at no further cost.
+    The terms ``W_m z_m`` are the Shapley values.
 
     >>> fusion = LateFusion().build({"image": 4, "text": 3}, classes=2)
     >>> z = {"image": torch.ones(5, 4), "text": torch.ones(5, 3)}
@@ -141,17 +142,18 @@ class LateFusion(FusionHead):
 
 
 class OrthogonalFusion(FusionHead):
-    """``logits_bk = bias_k + sum_m a_mk s_bmk``, with ``s_bm = V_m z_bm``, ``V_m V_m^T = 1`` and ``a > 0`` (CRMT).
+    """CRMT's fusion: ``logits_bk = bias_k + sum_m a_mk s_bmk``, with ``s_bm = V_m z_bm``, ``V_m V_m^T = 1`` and ``a >
+    0``.
 
-    What each modality says of a class (s, whose gradient at z is one unit long and orthogonal to every other class's)
-    stands apart from how much it counts (a, a number a class and modality), so that the one can be trained after the
-    other. Source: Yang 2024, arXiv 2402.06244; its code only normalises the rows of V, and lets a fall below zero.
+    The unimodal scores s (whose gradients at z are orthonormal over classes) are separate from their weights a (one a
+    class and modality), so that these can be trained afterwards. Source: Yang 2024, arXiv 2402.06244; its code only
+    normalises the rows of V, and lets a become negative.
 
     Args:
-        weight: a, to begin with; 0.1 in the paper, whose latents are several times as long.
+        weight: initial a; 0.1 in the paper, whose latents are several times as long.
 
     Raises:
-        ValueError: for a weight not above 0; when built, for more classes than a modality's latents have numbers.
+        ValueError: for a weight not above 0; when built, for more classes than the width of a modality's latents.
 
     >>> fusion = OrthogonalFusion().build({"image": 4, "text": 3}, classes=2)
     >>> z = {"image": torch.randn(5, 4), "text": torch.randn(5, 3)}
@@ -172,10 +174,9 @@ class OrthogonalFusion(FusionHead):
         narrow = next((m for m, width in widths.items() if width < classes), None)
         if narrow is not None:
             raise ValueError(
-                f"classes {classes}: no more than {widths[narrow]} directions of {narrow} are orthogonal; a width of "
-                f"{classes} is the least"
+                f"classes {classes}: OrthogonalFusion needs a width of as many; {narrow} has {widths[narrow]}"
             )
-        # of the maps that keep V orthogonal, Householder's turns it so far a step that no tower can follow
+        # not torch's Householder map: it rotates V too far a step for the towers to follow
         self.maps = nn.ModuleDict({m: _orthogonal(nn.Linear(w, classes, bias=False)) for m, w in widths.items()})
         log = torch.full((classes,), self.weight).log()
         self.log_weights = nn.ParameterDict({m: nn.Parameter(log.clone()) for m in widths})
@@ -187,7 +188,7 @@ class OrthogonalFusion(FusionHead):
         return {m: log_C.exp() for m, log_C in self.log_weights.items()}
 
     def alone(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Modality -> ``s_BC``, what it says of the classes; zero where it is absent."""
+        """Unimodal scores, modality -> ``s_BC``; zero where absent."""
         return {m: self.maps[m](z_BD) for m, z_BD in self.checked(z, present)[0].items()}
 
     def parts(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -199,10 +200,10 @@ class OrthogonalFusion(FusionHead):
 
 
 class _Cayley(_Orthogonal):
-    """torch's own Cayley map of W, ``(I - A/2)^-1 (I + A/2)`` with ``A = tril(W) - tril(W)^T``, to the bit.
+    """torch's Cayley map, bit-identical: ``(I - A/2)^-1 (I + A/2)`` with ``A = tril(W) - tril(W)^T``.
 
-    It does not ask whether the system could be solved, for which an accelerator would have to be waited for: it always
-    can, since all eigenvalues of A are imaginary.
+    Without torch's check that the system is solvable, which synchronises an accelerator: the eigenvalues of A are
+    imaginary, so it always is.
     """
 
     def forward(self, X: Tensor) -> Tensor:
@@ -223,12 +224,12 @@ def _orthogonal(linear: nn.Linear) -> nn.Module:
 
 
 class SharedHead(FusionHead):
-    """``logits_b = sum_m w_bm f(z_bm)`` over who is there, with one linear f for all modalities (MLA).
+    """MLA's fusion: one linear head f for all modalities, weighted by its certainty: ``logits_b = sum_m w_bm f(z_bm)``.
 
         w_b = softmax over present m of  - H(softmax f(z_bm)),        H the entropy in nats
 
-    so that who is sure of a sample is listened to. Source: Zhang 2024, arXiv 2311.10707; its code takes entropies over
-    the batch instead of the classes, so that all samples share two numbers.
+    Source: Zhang 2024, arXiv 2311.10707; its code takes entropies over the batch instead of the classes, so that all
+    samples share two weights.
 
     Raises:
         ValueError: when built, for latents of different widths.
@@ -242,26 +243,26 @@ class SharedHead(FusionHead):
     def made(self, widths: dict[str, int], classes: int) -> None:
         if len(set(widths.values())) > 1:
             each = ", ".join(f"{m} {width}" for m, width in widths.items())
-            raise ValueError(f"fusion: one head for all modalities needs latents of one width; here {each}")
+            raise ValueError(f"fusion: SharedHead needs latents of one width; here {each}")
         self.head = nn.Linear(next(iter(widths.values())), classes)
 
     def logits(self, z: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
         f_MBC = torch.stack([self.head(z_BD) for z_BD in z.values()])
-        here_MB = torch.stack([present[m] for m in z])
+        present_MB = torch.stack([present[m] for m in z])
         log_MBC = f_MBC.log_softmax(dim=2)
         entropy_MB = -(log_MBC.exp() * log_MBC).sum(dim=2)
-        # finite where nobody is there: the rows are zero then
-        w_MB = torch.where(here_MB, -entropy_MB, torch.finfo(entropy_MB.dtype).min).softmax(dim=0) * here_MB
+        # finite also for samples without any modality, whose rows are zero
+        w_MB = torch.where(present_MB, -entropy_MB, torch.finfo(entropy_MB.dtype).min).softmax(dim=0) * present_MB
         return (w_MB[..., None] * f_MBC).sum(dim=0)
 
 
 class SoftVoting(FusionHead):
-    """``logits_b = log sum_m w_m softmax(f_m(z_bm))`` over who is there: networks of one modality each, that vote.
+    """Soft voting of unimodal classifiers: ``logits_b = log sum_m w_m softmax(f_m(z_bm))`` over the present modalities.
 
-    ``w = softmax(log_weights)`` over the modalities that a sample has: equal to begin with, and all there is to train.
+    ``w = softmax(log_weights)`` over the modalities of a sample; these weights are the only parameters, equal at first.
 
     Args:
-        members: modality -> the fusion of a network of this modality alone, built already.
+        members: modality -> the built fusion of a classifier of this modality alone.
 
     >>> one = LateFusion().build({"image": 4}, classes=2)
     >>> votes = SoftVoting({"image": one}).build({"image": 4}, classes=2)
@@ -278,22 +279,22 @@ class SoftVoting(FusionHead):
         self.log_weights = nn.ParameterDict({m: nn.Parameter(torch.zeros(())) for m in widths})
 
     def logits(self, z: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        said = []
+        votes = []
         for m, z_BD in z.items():
             log_BC = self.members[m]({m: z_BD}, {m: present[m]}).log_softmax(dim=1)
-            said.append((self.log_weights[m] + log_BC).masked_fill(~present[m][:, None], -torch.inf))
-        some_B1 = torch.stack(list(present.values())).any(dim=0)[:, None]
-        # of nobody nothing is said: zeros before the logarithm, so that no gradient is nan
-        said_MBC = torch.where(some_B1, torch.stack(said), 0.0)
-        return torch.where(some_B1, said_MBC.logsumexp(dim=0).log_softmax(dim=1), 0.0)
+            votes.append((self.log_weights[m] + log_BC).masked_fill(~present[m][:, None], -torch.inf))
+        any_B1 = torch.stack(list(present.values())).any(dim=0)[:, None]
+        # samples without any modality: zeros before the logarithm, so that no gradient is nan
+        vote_MBC = torch.where(any_B1, torch.stack(votes), 0.0)
+        return torch.where(any_B1, vote_MBC.logsumexp(dim=0).log_softmax(dim=1), 0.0)
 
 
 class MidFusion(FusionHead):
-    """``logits_b = MLP(concat_m z_bm)``, with zeros for the modalities that sample b lacks.
+    """Concatenation and MLP: ``logits_b = MLP(concat_m z_bm)``, with zeros for absent modalities.
 
     Args:
         hidden: width of the hidden layers.
-        layers: how many linear layers, at least 2: one alone would be LateFusion.
+        layers: number of linear layers, at least 2: one would be LateFusion.
 
     Raises:
         ValueError: if ``layers`` is below 2.
@@ -306,7 +307,7 @@ class MidFusion(FusionHead):
     def __init__(self, hidden: int = 256, layers: int = 2) -> None:
         super().__init__()
         if layers < 2:
-            raise ValueError(f"layers {layers}: at least 2; one linear layer of all modalities is LateFusion")
+            raise ValueError(f"layers {layers}: at least 2; for one linear layer use LateFusion")
         self.hidden, self.layers = hidden, layers
 
     def made(self, widths: dict[str, int], classes: int) -> None:
@@ -320,10 +321,11 @@ class MidFusion(FusionHead):
 
 
 class AttentionFusion(FusionHead):
-    """``logits_b = V norm(h_b0)``, ``h_b = blocks(c, W_1 z_b1 + e_1, ..., W_M z_bM + e_M)``: one token a modality.
+    """Transformer fusion, one token a modality: ``logits_b = V norm(h_b0)``, ``h_b = blocks(c, W_1 z_b1 + e_1, ..., W_M
+    z_bM + e_M)``.
 
-    c is the token of the class, e_m says which modality a token is of, and nobody looks at the token of an absent
-    modality. Of a modality that no sample has there is no token, here as on any rank.
+    c is the class token, e_m the embedding of a modality. Absent modalities are not attended to; one that is absent in
+    the whole batch has no token.
 
     Args:
         width: W of the tokens.
@@ -347,7 +349,7 @@ class AttentionFusion(FusionHead):
     ) -> None:
         super().__init__()
         if depth < 1:
-            raise ValueError(f"depth {depth}: at least 1; without blocks no token sees another")
+            raise ValueError(f"depth {depth}: at least 1 block, or no token attends to another")
         self.width = width
         self.layers = nn.ModuleList(Block(width, heads, mlp_ratio, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
@@ -359,18 +361,18 @@ class AttentionFusion(FusionHead):
         self.out = nn.Linear(self.width, classes)
 
     def logits(self, z: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        some = [m for m in z if bool(host_copy(present[m]).any())]
+        used = [m for m in z if bool(host_copy(present[m]).any())]
         rows, device = len(next(iter(z.values()))), self.class_W.device
-        tokens = [self.class_W.expand(rows, -1), *(self.token(z[m], m) for m in some)]
+        tokens = [self.class_W.expand(rows, -1), *(self.token(z[m], m) for m in used)]
         h_BTW = torch.stack(tokens, dim=1)
-        seen_BT = torch.stack([torch.ones(rows, dtype=torch.bool, device=device), *(present[m] for m in some)], dim=1)
+        mask_BT = torch.stack([torch.ones(rows, dtype=torch.bool, device=device), *(present[m] for m in used)], dim=1)
         for layer in self.layers:
-            h_BTW = layer(h_BTW, seen_BT[:, None, None])
+            h_BTW = layer(h_BTW, mask_BT[:, None, None])
         logits_BC = self.out(self.norm(h_BTW[:, 0]))
         if torch.is_grad_enabled():
-            # a rank without a modality reaches the same parameters as the others: by one row of zeros
+            # a rank without a modality reaches its parameters through one row of zeros, as DDP needs
             for m in z:
-                if m not in some:
+                if m not in used:
                     with self.row_tracker.select(torch.zeros(1, dtype=torch.long)):
                         idle_1W = self.token(torch.zeros_like(z[m][:1]), m)
                     logits_BC = logits_BC + 0.0 * idle_1W.sum()
@@ -381,13 +383,11 @@ class AttentionFusion(FusionHead):
         return self.maps[modality](z_BD) + self.embeddings[modality]
 
 
-# labels ------------------------------------------------------------------------------------------------------------
-
-
 def cross_entropy(logits_BC: Tensor, label_B: Tensor, smoothing: float = 0.0) -> Tensor:
-    """``-sum_c q_bc log softmax(logits_b)_c``, ``q_bc = (1 - smoothing) [c = label_b] + smoothing / C``: ``[B]``.
+    """Cross-entropy with label smoothing, ``[B]``: ``-sum_c q_bc log softmax(logits_b)_c``, ``q_bc = (1 - smoothing) [c
+    = label_b] + smoothing / C``.
 
-    Rows with a label below 0, which is none, hold some number.
+    Rows with a label below 0 (none) hold an arbitrary number.
 
     >>> round(float(cross_entropy(torch.zeros(1, 4), torch.tensor([2]))), 4)  # log 4
     1.3863
@@ -399,13 +399,13 @@ def class_labels(targets: Mapping[str, Tensor], target: str, classes: int) -> Te
     """Int64 ``[B]``: the labels of one target, below 0 where a sample has none.
 
     Raises:
-        ValueError: if there is no such target, it is no class, or a label is not below ``classes``.
+        ValueError: if there is no such target, it is not one class a sample, or a label is not below ``classes``.
     """
     if target not in targets:
         raise ValueError(f"target: the data has no {target!r}, only {', '.join(targets) or 'none'}")
     label_B = targets[target]
     if label_B.ndim != 1 or label_B.is_floating_point():
-        raise ValueError(f"target: {target!r} is no class of a sample, which is an int64 number")
+        raise ValueError(f"target: {target!r} is not one int64 class a sample")
     most = int(host_copy(label_B).max())
     if most >= classes:
         raise ValueError(f"classes {classes}: a label of {target!r} is {most}")
@@ -415,7 +415,7 @@ def class_labels(targets: Mapping[str, Tensor], target: str, classes: int) -> Te
 def require_classes(known: Mapping[str, Sequence[str]], target: str, classes: int, tiny: bool = False) -> None:
     """Raises ValueError with the right number or names unless the data's ``target`` has so many classes.
 
-    A ``tiny`` stand-in of the data need not have every class.
+    ``tiny`` data may lack some.
     """
     if target not in known:
         raise ValueError(f"target: no classes of {target!r} in the data, only of {', '.join(known) or 'none'}")

@@ -1,4 +1,5 @@
-"""Tokens of two modalities in one transformer, pair by pair. Letters: B samples, N pairs, T tokens, D width."""
+"""Cross-encoder: tokens of two modalities in one transformer, a matching score a pair. Letters: B samples, N pairs, T
+tokens, D width."""
 
 from __future__ import annotations
 
@@ -10,12 +11,12 @@ from torch import Tensor, nn
 from descant.modules.towers.base import Tokens
 from descant.modules.towers.image import Block, checked_heads
 
-#: Numbers of a layer's tokens that are there at once where nobody asks for gradients.
+#: Numbers of token features computed at once without gradients.
 CELLS = 1 << 22
 
 
 class CrossEncoder(nn.Module):
-    """``s_n = w . blocks([c, A a_row(n), B b_column(n)])_c``: how well two samples' tokens fit, a number a pair.
+    """Cross-encoder matching score: ``s_n = w . blocks([c, A a_row(n), B b_column(n)])_c`` of N pairs of samples.
 
     Args:
         width: D. depth: blocks. heads: of their attention. dropout: of the blocks.
@@ -41,20 +42,20 @@ class CrossEncoder(nn.Module):
         return self
 
     def forward(self, a: Tokens, b: Tokens, row_N: Tensor, column_N: Tensor) -> Tensor:
-        """``[N]`` of the pairs (row of a, row of b)."""
+        """``[N]`` scores of the pairs (row of a, column of b)."""
         h_a, h_b = (map_(tokens.h_BTD) for map_, tokens in zip(self.maps, (a, b), strict=True))
         T = 1 + h_a.shape[1] + h_b.shape[1]
         rows = len(row_N) if torch.is_grad_enabled() else max(CELLS // (T * self.width), 1)
         parts = [
-            self._some(h_a[i], a.mask_BT[i], h_b[j], b.mask_BT[j])
+            self._scores(h_a[i], a.mask_BT[i], h_b[j], b.mask_BT[j])
             for i, j in zip(row_N.split(max(rows, 1)), column_N.split(max(rows, 1)), strict=True)
         ]
         return torch.cat(parts) if parts else h_a.new_zeros(0)
 
-    def _some(self, a_nTD: Tensor, seen_nT: Tensor, b_nTD: Tensor, read_nT: Tensor) -> Tensor:
+    def _scores(self, a_nTD: Tensor, mask_a_nT: Tensor, b_nTD: Tensor, mask_b_nT: Tensor) -> Tensor:
         first_n1D = self.first_D.to(a_nTD).expand(len(a_nTD), 1, -1)
         h_nTD = torch.cat([first_n1D, a_nTD, b_nTD], dim=1)
-        mask_nT = torch.cat([torch.ones_like(seen_nT[:, :1]), seen_nT, read_nT], dim=1)
+        mask_nT = torch.cat([torch.ones_like(mask_a_nT[:, :1]), mask_a_nT, mask_b_nT], dim=1)
         for layer in self.layers:
             h_nTD = layer(h_nTD, mask_nT[:, None, None])
         return self.score(self.norm(h_nTD[:, 0]))[:, 0]

@@ -1,4 +1,4 @@
-"""Causal language models, their generation, and log-probabilities that are never kept for a whole vocabulary."""
+"""Causal language models, generation, packing, and log-probabilities without a full matrix of logits."""
 
 from descant.modules.language.generate import Generated, Sampling, generate, generate_some
 from descant.modules.language.model import CausalLM

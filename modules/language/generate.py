@@ -1,7 +1,8 @@
-"""Generation: prompts are read once, whoever shares one shares its keys, and who has finished leaves.
+"""Generation with a key-value cache: prompts are encoded once and shared by their completions; finished rows are
+dropped.
 
-Letters: P prompts, G completions of each, R = P G rows, T tokens of a prompt, N new tokens, D width, H heads, K key
-heads, Q = H / K, E width of a head, V vocabulary.
+Letters: P prompts, G completions of each, R = P G rows, S rows still computed, T tokens of a prompt, N new tokens, D
+width, H heads, K key heads, Q = H / K, E width of a head, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,18 +18,20 @@ from torch.nn import functional as F
 from descant.modules.core.rng import uniform_N
 from descant.modules.language.model import CausalLM, Layer, apply_rope
 
-#: Rows leave together, when this share of those that are computed has finished.
+#: Finished rows are dropped together, once they are this share of those computed.
 LEAVE = 0.25
-#: Numbers of a layer's keys up to which a shared prompt's are copied for each row.
+#: Tensors of up to this many numbers are copied, where that is faster than indirection.
 SMALL = 1 << 20
 
 
 class Generated(NamedTuple):
-    """What was said.
+    """Completions.
 
     Attributes:
-        token_RN: int64, 0 behind the end. log_RN: float32, of each under the temperature, no candidate left out.
-        length_R: tokens, a stop token counted. ended_R: whether there was one.
+        token_RN: int64, 0 after the end.
+        log_RN: float32, log-probability of each token at the temperature, over the whole vocabulary.
+        length_R: tokens, including a stop token.
+        ended_R: whether there was one.
     """
 
     token_RN: Tensor
@@ -37,21 +40,21 @@ class Generated(NamedTuple):
     ended_R: Tensor
 
     def cut(self, length_R: Tensor, ended_R: Tensor) -> Generated:
-        """The first ``length_R`` tokens of each, and which of these come to an end."""
+        """The first ``length_R`` tokens of each."""
         real_RN = torch.arange(self.token_RN.shape[1], device=length_R.device) < length_R[:, None]
         return Generated(self.token_RN.where(real_RN, 0), self.log_RN.where(real_RN, 0.0), length_R, ended_R)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn of ``softmax(logits / temperature)``.
+    """Sampling of the next token from ``softmax(logits / temperature)``, with top-k and nucleus (top-p) truncation.
 
-    A row takes one number of its seed and the place of the token: which other rows there are changes nothing.
+    A pure function of the row's seed and the token's position, independent of the other rows.
 
     Args:
-        temperature: 0 takes the likeliest one.
-        top_k: of the likeliest k alone.
-        top_p: of the likeliest ones alone that together reach this probability.
+        temperature: 0 is greedy decoding.
+        top_k: sample among the k most probable tokens.
+        top_p: sample among the fewest most probable tokens that reach this probability.
 
     Raises:
         ValueError: for a temperature below 0, no candidate, or a share outside (0, 1].
@@ -63,14 +66,14 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
-            raise ValueError(f"temperature {self.temperature:g}: 0 (the likeliest token) or more")
+            raise ValueError(f"temperature {self.temperature:g}: 0 (greedy) or more")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k {self.top_k}: 1 is the least")
+            raise ValueError(f"top_k {self.top_k}: at least 1")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p:g}: above 0, at most 1")
 
     def draw(self, logits_RV: Tensor, seed_R: Tensor, place: int) -> tuple[Tensor, Tensor]:
-        """Tokens ``[R]`` and their log-probabilities ``[R]`` among all.
+        """Tokens ``[R]`` and their log-probabilities ``[R]`` over the whole vocabulary.
 
         >>> logits_RV = torch.tensor([[1.0, 3.0, 2.0]]).repeat(40000, 1)
         >>> token_R, log_R = Sampling(top_k=2).draw(logits_RV, torch.arange(40000), 0)
@@ -82,17 +85,17 @@ class Sampling:
             log_RV, token_R = x_RV.log_softmax(dim=1), x_RV.argmax(dim=1)
             return token_R, log_RV.gather(1, token_R[:, None])[:, 0]
         log_RV = (x_RV / self.temperature).log_softmax(dim=1)
-        kept, order = log_RV, None
+        candidates, order = log_RV, None
         if self.top_k is not None and self.top_k < log_RV.shape[1]:
-            kept, order = log_RV.topk(self.top_k, dim=1)
+            candidates, order = log_RV.topk(self.top_k, dim=1)
         if self.top_p < 1:
             if order is None:
-                kept, order = log_RV.sort(dim=1, descending=True)
-            p = kept.softmax(dim=1)
-            kept = kept.masked_fill(p.cumsum(dim=1) - p >= self.top_p, -torch.inf)  # the first one always stays
-        below_RV = kept.softmax(dim=1).double().cumsum(dim=1)
+                candidates, order = log_RV.sort(dim=1, descending=True)
+            p = candidates.softmax(dim=1)
+            candidates = candidates.masked_fill(p.cumsum(dim=1) - p >= self.top_p, -torch.inf)  # the first stays
+        below_RV = candidates.softmax(dim=1).double().cumsum(dim=1)
         u_R1 = uniform_N(seed_R, "generate", place).to(below_RV)[:, None] * below_RV[:, -1:]
-        at_R1 = torch.searchsorted(below_RV, u_R1, right=True).clamp(max=kept.shape[1] - 1)
+        at_R1 = torch.searchsorted(below_RV, u_R1, right=True).clamp(max=candidates.shape[1] - 1)
         token_R1 = at_R1 if order is None else order.gather(1, at_R1)
         return token_R1[:, 0], log_RV.gather(1, token_R1)[:, 0]
 
@@ -109,21 +112,21 @@ def generate(
     seed_R: Tensor | None = None,
     position_PT: Tensor | None = None,
 ) -> Generated:
-    """``group`` completions of each prompt, the rows of one behind each other.
+    """Completions of each prompt, ``group`` of them in consecutive rows.
 
     Args:
         lm: in eval mode, if it has dropout.
-        prompt: token ids ``[P, T]``, or embeddings ``[P, T, D]``, such as of text and pictures.
-        mask_PT: which tokens are real, from the left; all where not given.
-        new: most tokens of a completion. group: G.
-        stop: ids, any of which ends a completion.
-        sampling: how tokens are drawn; by their probability where not given.
-        seed_R: int64, a seed a row; 0, 1, ... where not given.
-        position_PT: of the tokens, and of the first new one behind them ``[P, T + 1]``; counted where not given.
+        prompt: token ids ``[P, T]``, or embeddings ``[P, T, D]``, such as of text and images.
+        mask_PT: real tokens, left-aligned; all by default.
+        new: maximum tokens of a completion. group: G.
+        stop: ids that end a completion.
+        sampling: of tokens; plain sampling at temperature 1 by default.
+        seed_R: int64, a seed a row; 0, 1, ... by default.
+        position_PT: of the tokens and of the first new one, ``[P, T + 1]``; counted by default.
 
     Raises:
-        ValueError: for a prompt without a token or with a gap, or that does not fit into the model's length with
-            what is asked for.
+        ValueError: for a prompt that is empty or not left-aligned, or that does not fit into the model's length
+            together with the new tokens.
     """
     sampling = sampling or Sampling()
     h_PTD = prompt if prompt.is_floating_point() else lm.embed(prompt)
@@ -132,12 +135,12 @@ def generate(
         mask_PT = torch.ones(P, T, dtype=torch.bool, device=device)
     length_P = mask_PT.sum(dim=1)
     if not (length_P > 0).all() or not torch.equal(mask_PT, torch.arange(T, device=device) < length_P[:, None]):
-        raise ValueError("mask: the tokens of a prompt stand at its left, at least one of them")
+        raise ValueError("mask: the tokens of a prompt are left-aligned, at least one of them")
     if position_PT is None:
         position_PT = torch.arange(T + 1, device=device).expand(P, T + 1)
-    behind_P = position_PT.gather(1, length_P[:, None])[:, 0]
-    if int(behind_P.max()) + new > lm.length:
-        longest = int(behind_P.max())
+    first_P = position_PT.gather(1, length_P[:, None])[:, 0]
+    longest = int(first_P.max())
+    if longest + new > lm.length:
         raise ValueError(f"a prompt of {longest} tokens and {new} new ones do not fit into length {lm.length}")
     R = P * group
     seed_R = torch.arange(R, device=device) if seed_R is None else seed_R
@@ -146,18 +149,18 @@ def generate(
     length_R, ended_R = torch.full((R,), new, device=device), torch.zeros(R, dtype=torch.bool, device=device)
     stops = torch.tensor(list(stop), device=device, dtype=torch.long)
 
-    state, h_PD = _read(lm, h_PTD, mask_PT, lm.turn(position_PT[:, :T]), new, group)
+    state, h_PD = _read(lm, h_PTD, mask_PT, lm.rope(position_PT[:, :T]), new, group)
     logits = lm.logits(h_PD).repeat_interleave(group, dim=0)
     layers, head = [_Layer(layer) for layer in lm.blocks()], _Head(lm)
-    turn_RNE = lm.turn(behind_P.repeat_interleave(group)[:, None] + torch.arange(new, device=device))[:, 0]
-    row_S = torch.arange(R, device=device)  # the row that each computed slot is of
+    rope_RNE = lm.rope(first_P.repeat_interleave(group)[:, None] + torch.arange(new, device=device))[:, 0]
+    row_S = torch.arange(R, device=device)  # the row of each computed slot
     for n in range(new):
         token_S, log_S = sampling.draw(logits, seed_R[row_S], n)
-        done_S = ended_R[row_S]  # finished, and not left yet
-        token_S = token_S.masked_fill(done_S, 0)
-        token_RN[row_S, n], log_RN[row_S, n] = token_S, log_S.masked_fill(done_S, 0.0)
+        ended_S = ended_R[row_S]  # finished, not dropped yet
+        token_S = token_S.masked_fill(ended_S, 0)
+        token_RN[row_S, n], log_RN[row_S, n] = token_S, log_S.masked_fill(ended_S, 0.0)
         if len(stops):
-            ends_S = torch.isin(token_S, stops) & ~done_S
+            ends_S = torch.isin(token_S, stops) & ~ended_S
             length_R[row_S[ends_S]] = n + 1
             ended_R[row_S[ends_S]] = True
             finished = float(ended_R[row_S].float().mean())
@@ -167,7 +170,7 @@ def generate(
                 slots, state = state.without(ended_R[row_S])
                 row_S, token_S = row_S[slots], token_S[slots]
         if n + 1 < new:
-            logits = head(state.step(layers, lm.embed(token_S), turn_RNE[row_S, n, None]))
+            logits = head(state.step(layers, lm.embed(token_S), rope_RNE[row_S, n, None]))
     return Generated(token_RN, log_RN, length_R, ended_R)
 
 
@@ -182,30 +185,29 @@ def generate_some(
     seed_R: Tensor,
     position_PT: Tensor | None = None,
 ) -> Generated:
-    """:func:`generate` for the prompts that have a token, as long as the longest; of the others nothing comes, and has
-    ended."""
+    """:func:`generate` for the prompts that have tokens, as long as the longest; empty ones give ended, empty
+    completions."""
     some_P = mask_PT.any(dim=1)
     some_R = some_P.repeat_interleave(group)
-    whole, R = h_PTD.new_zeros, len(some_R)
-    found = Generated(
-        whole(R, new, dtype=torch.long), whole(R, new, dtype=torch.float32), whole(R, dtype=torch.long), ~some_R
-    )
+    zeros, R = h_PTD.new_zeros, len(some_R)
+    tokens, logs = zeros(R, new, dtype=torch.long), zeros(R, new, dtype=torch.float32)
+    result = Generated(tokens, logs, zeros(R, dtype=torch.long), ~some_R)
     if some_P.any():
         longest = int(mask_PT.sum(dim=1).max())
         prompt, mask = h_PTD[some_P, :longest], mask_PT[some_P, :longest]
-        place = None if position_PT is None else position_PT[some_P, : longest + 1]
-        said = generate(lm, prompt, mask, new, group, stop, sampling, seed_R[some_R], place)
-        for whole_R, said_R in zip(found, said, strict=True):
-            whole_R[some_R] = said_R
-    return found
+        position = None if position_PT is None else position_PT[some_P, : longest + 1]
+        some = generate(lm, prompt, mask, new, group, stop, sampling, seed_R[some_R], position)
+        for all_R, part_R in zip(result, some, strict=True):
+            all_R[some_R] = part_R
+    return result
 
 
 class _Layer:
-    """A layer for one token a row, without the axis of tokens: ``[S, D]``.
+    """A layer on one token a row, ``[S, D]``.
 
-    Where its parts are what they were made as, their weights are used as they are: at this size calling modules takes
-    longer than computing. Small ones are turned once, as the product reads them, with those of the norm before them
-    already in them. Parts that something took the place of, such as adapters, are called.
+    Plain layers are computed from their weights: at this size calling modules takes longer than the products. Small
+    weights are transposed once, with those of the preceding norm multiplied in. Replaced parts, such as adapters, are
+    called.
     """
 
     def __init__(self, layer: Layer) -> None:
@@ -213,16 +215,16 @@ class _Layer:
         parts = (layer.qkv, layer.out, layer.gate_up, layer.down, layer.norm_1, layer.norm_2)
         self.plain = all(type(part) in (nn.Linear, nn.RMSNorm) and not part._forward_hooks for part in parts)
         if self.plain:
-            self.norm_1, self.qkv = _after(layer.norm_1, layer.qkv)
-            self.norm_2, self.gate_up = _after(layer.norm_2, layer.gate_up)
-            self.out, self.down = (_turned(part.weight) for part in (layer.out, layer.down))
+            self.norm_1, self.qkv = _folded(layer.norm_1, layer.qkv)
+            self.norm_2, self.gate_up = _folded(layer.norm_2, layer.gate_up)
+            self.out, self.down = (_transposed(part.weight) for part in (layer.out, layer.down))
 
-    def split_qkv(self, h_SD: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``q_SHE``, ``k_SKE``, ``v_SKE``; ``turn``: complex ``[S, 1, E / 2]``."""
+    def split_qkv(self, h_SD: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``q_SHE``, ``k_SKE``, ``v_SKE``; ``rope``: complex ``[S, 1, E / 2]``."""
         layer = self.layer
         x = torch.mm(self.norm_1(h_SD), self.qkv) if self.plain else layer.qkv(layer.norm_1(h_SD))
         qk, v = x.view(len(x), -1, layer.head_width).split([layer.heads + layer.key_heads, layer.key_heads], dim=1)
-        q, k = apply_rope(qk, turn).split([layer.heads, layer.key_heads], dim=1)
+        q, k = apply_rope(qk, rope).split([layer.heads, layer.key_heads], dim=1)
         return q, k, v
 
     def residual_mlp(self, h_SD: Tensor, attended_SD: Tensor) -> Tensor:
@@ -233,15 +235,16 @@ class _Layer:
         return torch.addmm(h_SD, F.silu(gate).mul_(up), self.down)
 
 
-def _turned(w_OD: Tensor) -> Tensor:
+def _transposed(w_OD: Tensor) -> Tensor:
     return w_OD.t().contiguous() if w_OD.numel() <= SMALL else w_OD.t()
 
 
-def _after(norm: nn.RMSNorm, linear: nn.Linear) -> tuple[_Norm, Tensor]:
-    """A norm and the weights of the layer behind it, ``[D, O]``: of small ones the norm's own are in the layer's."""
+def _folded(norm: nn.RMSNorm, linear: nn.Linear) -> tuple[_Norm, Tensor]:
+    """A norm and the transposed weights ``[D, O]`` of the layer after it; the norm's weights are folded into small
+    ones."""
     if linear.weight.numel() > SMALL:
         return _Norm(norm, norm.weight), linear.weight.t()
-    return _Norm(norm, None), _turned(linear.weight * (norm.weight * norm.normalized_shape[0] ** 0.5))
+    return _Norm(norm, None), _transposed(linear.weight * (norm.weight * norm.normalized_shape[0] ** 0.5))
 
 
 class _Norm:
@@ -259,14 +262,14 @@ class _Norm:
 
 
 class _Head:
-    """From the last layer to logits, ``[S, D] -> [S, V]``, as layers are."""
+    """Last hidden states to logits, ``[S, D] -> [S, V]``; plain ones as in :class:`_Layer`."""
 
     def __init__(self, lm: CausalLM) -> None:
         self.lm = lm
         parts = lm.norm, lm.head
         self.plain = all(type(part) in (nn.Linear, nn.RMSNorm) and not part._forward_hooks for part in parts)
         if self.plain:
-            self.norm, self.w = _after(*parts)
+            self.norm, self.w = _folded(*parts)
 
     def __call__(self, h_SD: Tensor) -> Tensor:
         return torch.mm(self.norm(h_SD), self.w) if self.plain else self.lm.logits(self.lm.norm(h_SD))
@@ -274,74 +277,75 @@ class _Head:
 
 @dataclass
 class _State:
-    """Keys and values: of prompts, once each, and of what was said since, in a grid of slots: p prompts, g of each.
+    """Key-value cache on a grid of slots: p prompts, g completions of each.
 
-    Where nobody shares a prompt, both stand in one cache, ``own``, and ``prompt`` is None. Keys lie with their tokens
-    last, as the product with a query reads them.
+    Shared prompts are stored once, in ``prompt``. Where no prompt is shared, ``prompt`` is None and ``by_row`` holds
+    prompt and completion. Keys have their tokens last, as the product with queries reads them.
     """
 
     prompt: list[tuple[Tensor, Tensor]] | None  # a layer: keys [p K, E, T], values [p K, T, E]
-    own: list[tuple[Tensor, Tensor]]  # a layer: keys [p K g, E, N], values [p K g, N, E]; with prompts N is T + N
+    by_row: list[tuple[Tensor, Tensor]]  # a layer: keys [p K g, E, N], values [p K g, N, E]; with prompts N is T + N
     hide: Tensor | None  # 0, or -inf for padding of a prompt: [p, T], or [p, T + N]; None without
     length_S: Tensor
     group: int
-    said: int  # of the cache, how much is filled
+    filled: int  # tokens in the cache
 
-    def step(self, layers: Sequence[_Layer], h_SD: Tensor, turn: Tensor) -> Tensor:
-        """One token more: ``[S, D] -> [S, D]``, before the last norm."""
-        at, g = self.said, self.group
-        self.said += 1
+    def step(self, layers: Sequence[_Layer], h_SD: Tensor, rope: Tensor) -> Tensor:
+        """One more token: ``[S, D] -> [S, D]``, before the last norm."""
+        at, g = self.filled, self.group
+        self.filled += 1
         S = len(h_SD)
         for i, layer in enumerate(layers):
-            q, k, v = layer.split_qkv(h_SD, turn)
+            q, k, v = layer.split_qkv(h_SD, rope)
             K, E = k.shape[1:]
-            if g > 1:  # the grid as caches have it: prompts, key heads, who shares them
+            if g > 1:  # the order of the cache: prompts, key heads, completions
                 q, k, v = (x.view(S // g, g, K, -1, E).transpose(1, 2) for x in (q, k, v))
-            keys, values = self.own[i]
+            keys, values = self.by_row[i]
             keys.view(*k.shape, -1)[..., at], values.view(*k.shape[:-1], -1, E)[..., at, :] = k, v
             h_SD = layer.residual_mlp(h_SD, self._attended(q.reshape(S * K, -1, E), i))
         return h_SD
 
     def _attended(self, q: Tensor, i: int) -> Tensor:
-        """``[S, D]`` of queries ``[p K g, Q, E]``: over the prompt, and over what each row has said."""
+        """``[S, D]``: attention of queries ``[p K g, Q, E]`` over prompt and completion."""
         (n, Q, E), g, S = q.shape, self.group, len(self.length_S)
         K = n // S
-        keys, values = self.own[i][0][:, :, : self.said], self.own[i][1][:, : self.said]
-        nothing = q.new_zeros(1)
-        to_own = torch.baddbmm(nothing, q, keys, beta=0, alpha=E**-0.5)
+        keys, values = self.by_row[i][0][:, :, : self.filled], self.by_row[i][1][:, : self.filled]
+        zero = q.new_zeros(1)
+        row_scores = torch.baddbmm(zero, q, keys, beta=0, alpha=E**-0.5)
         if self.prompt is None:
             if self.hide is not None:
-                to_own.view(S, K, Q, -1).add_(self.hide[:, None, None, : self.said])
-            return torch.bmm(to_own.softmax(dim=2), values).view(S, -1)
+                row_scores.view(S, K, Q, -1).add_(self.hide[:, None, None, : self.filled])
+            return torch.bmm(row_scores.softmax(dim=2), values).view(S, -1)
         of_prompt = self.prompt[i]
         T = of_prompt[0].shape[2]
-        to_prompt = torch.baddbmm(nothing, q.reshape(-1, g * Q, E), of_prompt[0], beta=0, alpha=E**-0.5)
+        prompt_scores = torch.baddbmm(zero, q.reshape(-1, g * Q, E), of_prompt[0], beta=0, alpha=E**-0.5)
         if self.hide is not None:
-            to_prompt.view(S // g, -1, T).add_(self.hide[:, None])
-        a = torch.cat([to_prompt.view(n, Q, T), to_own], dim=2).softmax(dim=2)
-        said = torch.bmm(a[:, :, :T].reshape(-1, g * Q, T), of_prompt[1]).view(n, Q, E)
-        said = torch.baddbmm(said, a[:, :, T:], values)
-        return said.view(S // g, K, g, Q * E).transpose(1, 2).reshape(S, -1)
+            prompt_scores.view(S // g, -1, T).add_(self.hide[:, None])
+        a = torch.cat([prompt_scores.view(n, Q, T), row_scores], dim=2).softmax(dim=2)
+        x = torch.bmm(a[:, :, :T].reshape(-1, g * Q, T), of_prompt[1]).view(n, Q, E)
+        x = torch.baddbmm(x, a[:, :, T:], values)
+        return x.view(S // g, K, g, Q * E).transpose(1, 2).reshape(S, -1)
 
-    def without(self, done_S: Tensor) -> tuple[Tensor, _State]:
-        """The slots that stay, and the state of them: fewer prompts, or fewer of each, as far as that goes."""
+    def without(self, ended_S: Tensor) -> tuple[Tensor, _State]:
+        """Drops finished slots: the slots that stay, and their state, with fewer prompts or fewer completions of each
+        as far as the grid allows."""
         g = self.group
-        going_pg = ~done_S.view(-1, g)
-        count_p = going_pg.sum(dim=1)
+        active_pg = ~ended_S.view(-1, g)
+        count_p = active_pg.sum(dim=1)
         keep_p, most = (count_p > 0).nonzero().flatten(), int(count_p.max())
-        if len(keep_p) * most == len(done_S):
-            return torch.arange(len(done_S), device=done_S.device), self
-        first = going_pg[keep_p].int().argsort(dim=1, descending=True, stable=True)[:, :most]  # who goes on comes first
+        if len(keep_p) * most == len(ended_S):
+            return torch.arange(len(ended_S), device=ended_S.device), self
+        first = active_pg[keep_p].int().argsort(dim=1, descending=True, stable=True)[:, :most]  # active ones first
         slots = (keep_p[:, None] * g + first).flatten()
-        K = len(self.own[0][0]) // len(done_S)
-        head_K1 = torch.arange(K, device=done_S.device)[:, None]
+        K = len(self.by_row[0][0]) // len(ended_S)
+        head_K1 = torch.arange(K, device=ended_S.device)[:, None]
         place = ((keep_p[:, None, None] * K + head_K1) * g + first[:, None]).flatten()
-        own = []
-        for keys, values in self.own:
-            fresh = keys.new_empty(len(place), *keys.shape[1:]), values.new_empty(len(place), *values.shape[1:])
-            fresh[0][:, :, : self.said] = keys[place, :, : self.said]
-            fresh[1][:, : self.said] = values[place, : self.said]
-            own.append(fresh)
+        by_row = []
+        for keys, values in self.by_row:
+            cache = keys.new_empty(len(place), *keys.shape[1:]), values.new_empty(len(place), *values.shape[1:])
+            cache[0][:, :, : self.filled] = keys[place, :, : self.filled]
+            cache[1][:, : self.filled] = values[place, : self.filled]
+            by_row.append(cache)
         prompt = self.prompt
         if prompt is not None and len(keep_p) < len(count_p):
             prompt = [
@@ -349,37 +353,39 @@ class _State:
                 for k, v in prompt
             ]
         hide = None if self.hide is None else self.hide[keep_p]
-        return slots, _State(prompt, own, hide, self.length_S[slots], most, self.said)
+        return slots, _State(prompt, by_row, hide, self.length_S[slots], most, self.filled)
 
 
-def _read(lm: CausalLM, h_PTD: Tensor, mask_PT: Tensor, turn: Tensor, new: int, group: int) -> tuple[_State, Tensor]:
-    """The state behind the prompts, and what the head reads at the last token of each, ``[P, D]``."""
+def _read(lm: CausalLM, h_PTD: Tensor, mask_PT: Tensor, rope: Tensor, new: int, group: int) -> tuple[_State, Tensor]:
+    """Cache of the prompts, and what the head reads at the last token of each, ``[P, D]``."""
     P, T, D = h_PTD.shape
     length_P = mask_PT.sum(dim=1)
-    # copied where small: to read them once for all takes more operations, and small ones are what is waited for
+    # small prompts are copied to their completions: fewer operations a step
     copies = group if P * group * (T + new) * D <= SMALL else 1
     group //= copies
-    prompt, own, before = [], [], 0 if group > 1 else T
+    prompt, by_row, before = [], [], 0 if group > 1 else T
     for layer in lm.blocks():
-        q, k, v = layer.split_qkv(h_PTD, turn)
-        # padding stands behind all that is real, so what is causal never looks at it
+        q, k, v = layer.split_qkv(h_PTD, rope)
+        # padding is on the right, so causal attention never reads it
         a_BHTE = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
         h_PTD = layer.residual_mlp(h_PTD, a_BHTE.transpose(1, 2).reshape(P, T, D))
         if copies > 1:
             k, v = k.repeat_interleave(copies, dim=0), v.repeat_interleave(copies, dim=0)
         keys, values = k.flatten(0, 1).transpose(1, 2), v.flatten(0, 1)
         rows, E = len(keys) * group, k.shape[3]
-        fresh = keys.new_empty(rows, E, before + new), values.new_empty(rows, before + new, E)
+        cache = keys.new_empty(rows, E, before + new), values.new_empty(rows, before + new, E)
         if group > 1:
             prompt.append((keys.contiguous(), values.contiguous()))
         else:
-            fresh[0][:, :, :T], fresh[1][:, :T] = keys, values
-        own.append(fresh)
+            cache[0][:, :, :T], cache[1][:, :T] = keys, values
+        by_row.append(cache)
     hide = None
     if not mask_PT.all():
         mask_PT = mask_PT.repeat_interleave(copies, dim=0)
         hide = torch.zeros(len(mask_PT), T if group > 1 else T + new, device=h_PTD.device, dtype=h_PTD.dtype)
         hide[:, :T].masked_fill_(~mask_PT, -torch.inf)
     last_PD = h_PTD[torch.arange(P, device=h_PTD.device), length_P - 1]
-    state = _State(prompt if group > 1 else None, own, hide, length_P.repeat_interleave(copies * group), group, before)
+    state = _State(
+        prompt if group > 1 else None, by_row, hide, length_P.repeat_interleave(copies * group), group, before
+    )
     return state, lm.norm(last_PD)

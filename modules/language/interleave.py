@@ -1,6 +1,6 @@
-"""Pictures among words: where each stands, and where the words go that stand behind it.
+"""Images in token sequences: where each is named in the text, and the sequence with room for its tokens.
 
-Letters: B samples, K pictures of each, P that are shown, T words, I tokens of a picture, S tokens of a sample.
+Letters: B samples, K images of each, P that are shown, T text tokens, I tokens of an image, S tokens of a sample.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from descant.modules.tokenizers.text import PAD
 
 
 class ShownImages(NamedTuple):
-    """The pictures that prompts name and samples have: ``x_P``, whose each is, and the word in whose place it stands,
-    these two on the CPU.
+    """The images that texts name and samples have: ``x_P``, and on the CPU the sample and text position of each.
 
-    Where there is none it is one of zeros, of sample 0 and no place, so that every rank reaches the same parameters.
+    Without any, one image of zeros (of sample 0, without a position), so that every rank reaches the same parameters.
     """
 
     x_P: Tensor
@@ -29,17 +28,18 @@ class ShownImages(NamedTuple):
 
 
 def shown(batch: Batch, image_token: int) -> ShownImages:
-    """Pictures stand where they are named, in turn: ``image`` is ``[B, C, H, W]``, or ``[B, K, C, H, W]`` of several.
+    """Images in the order in which the text names them; ``image`` is ``[B, C, H, W]``, or ``[B, K, C, H, W]`` of
+    several.
 
     Raises:
-        ValueError: naming a sample whose prompt names more pictures than it has.
+        ValueError: naming a sample whose text names more images than it has.
     """
     image = batch.inputs["image"] if batch.inputs["image"].ndim == 5 else batch.inputs["image"][:, None]
     named_BT = host_copy(batch.inputs["text"]) == image_token
     few_B = named_BT.sum(dim=1) > image.shape[1]
     if few_B.any():
         named, where = int(named_BT[few_B][0].sum()), int(host_copy(batch.index)[few_B][0])
-        raise ValueError(f"sample {where}: its prompt names {named} pictures, and it has {image.shape[1]}")
+        raise ValueError(f"sample {where}: its text names {named} images, and it has {image.shape[1]}")
     sample_P, word_P = (named_BT & host_copy(batch.present["image"])[:, None]).nonzero(as_tuple=True)
     if not len(sample_P):
         return ShownImages(torch.zeros_like(image[:1, 0]), torch.zeros(1, dtype=torch.long), word_P, some=False)
@@ -49,44 +49,45 @@ def shown(batch: Batch, image_token: int) -> ShownImages:
 
 
 class Interleaved(NamedTuple):
-    """Rows in which each picture has I tokens, and one that is not there none.
+    """Rows in which each image has I tokens, and an absent one none.
 
     Attributes:
-        ids_BS: int64, the id of a picture for all its tokens. said_BS, real_BS: bool, to be learned, and no padding.
-        at_PI: where the tokens of each picture stand in their rows; on the CPU.
-        position_BS: float32, where they do not count one by one: also of the place behind the last, ``[B, S + 1]``.
+        ids_BS: int64, the image id for all tokens of an image.
+        loss_mask_BS, real_BS: bool, tokens to be predicted, and tokens that are no padding.
+        at_PI: positions of each image's tokens in their rows; on the CPU.
+        position_BS: float32 ``[B, S + 1]``, position ids including that after the last token; None: counted one by one.
     """
 
     ids_BS: Tensor
-    said_BS: Tensor
+    loss_mask_BS: Tensor
     real_BS: Tensor
     at_PI: Tensor
     position_BS: Tensor | None = None
 
 
-def placed(h_BSW: Tensor, seen_PIW: Tensor, pictures: ShownImages, row: Interleaved) -> Tensor:
-    """``h_BSW`` with what is seen of each picture in its place; where there is none it costs parameters nothing."""
+def placed(h_BSW: Tensor, seen_PIW: Tensor, images: ShownImages, row: Interleaved) -> Tensor:
+    """Embeddings with the tokens of each image inserted; without images the projector gets a gradient of zero."""
     h_BSW = h_BSW + 0.0 * seen_PIW.sum().to(h_BSW)
-    if not pictures.some:
+    if not images.some:
         return h_BSW
-    at = (pictures.sample_P[:, None].expand_as(row.at_PI).contiguous(), row.at_PI)
+    at = (images.sample_P[:, None].expand_as(row.at_PI).contiguous(), row.at_PI)
     return h_BSW.index_put(tuple(to_device(x_PI, h_BSW.device) for x_PI in at), seen_PIW.to(h_BSW))
 
 
 def unillustrated(batch: Batch) -> Interleaved:
-    """The rows of what has no pictures, as they are."""
+    """Rows of samples without images."""
     ids_BT = batch.inputs["text"]
     real_BT = derived(_real, ids_BT, batch.present["text"])
-    said_BT = derived(torch.logical_and, batch.inputs["loss_mask"], real_BT)
-    return Interleaved(ids_BT, said_BT, real_BT, torch.zeros(0, 0, dtype=torch.long))
+    loss_mask_BT = derived(torch.logical_and, batch.inputs["loss_mask"], real_BT)
+    return Interleaved(ids_BT, loss_mask_BT, real_BT, torch.zeros(0, 0, dtype=torch.long))
 
 
 def _real(ids_BT: Tensor, present_B: Tensor) -> Tensor:
     return (ids_BT != PAD) & present_B[:, None]
 
 
-def interleave(batch: Batch, pictures: ShownImages, cells: int, image_token: int) -> Interleaved:
-    """Room for ``cells`` tokens in the place of each picture that is shown: words move to the right of them.
+def interleave(batch: Batch, images: ShownImages, cells: int, image_token: int) -> Interleaved:
+    """Rows with room for ``cells`` tokens at each shown image; text after it moves to the right.
 
     >>> text = torch.tensor([[1, 9, 5, 9, 6], [1, 9, 5, 0, 0]])
     >>> present = {"image": torch.tensor([True, False]), "text": torch.tensor([True, True])}
@@ -94,20 +95,20 @@ def interleave(batch: Batch, pictures: ShownImages, cells: int, image_token: int
     >>> interleave(batch, shown(batch, 9), 2, 9).ids_BS.tolist()
     [[1, 9, 9, 5, 9, 9, 6], [1, 5, 0, 0, 0, 0, 0]]
     """
-    ids_BT, said_BT, device = host_copy(batch.inputs["text"]), host_copy(batch.inputs["loss_mask"]), batch.device
+    ids_BT, loss_mask_BT, device = host_copy(batch.inputs["text"]), host_copy(batch.inputs["loss_mask"]), batch.device
     B, T = ids_BT.shape
     named_BT = ids_BT == image_token
-    before_BT = named_BT.cumsum(dim=1) - named_BT.int()  # pictures that stand before
+    before_BT = named_BT.cumsum(dim=1) - named_BT.int()  # images before each token
     room_B = torch.where(host_copy(batch.present["image"]), cells - 1, -1)
-    place_BT = torch.arange(T) + before_BT * room_B[:, None]
+    position_BT = torch.arange(T) + before_BT * room_B[:, None]
     S = T + max(cells - 1, 0) * max(int(named_BT.sum(dim=1).max()), 1)
-    row_BT, words_BT = torch.arange(B)[:, None].expand(B, T), ~named_BT
-    to = row_BT[words_BT], place_BT[words_BT]
-    ids_BS, said_BS = torch.full((B, S), PAD, dtype=torch.long), torch.zeros(B, S, dtype=torch.bool)
-    ids_BS[to], said_BS[to] = ids_BT[words_BT], said_BT[words_BT]
-    first_P = place_BT[pictures.sample_P[: len(pictures.word_P)], pictures.word_P]
+    row_BT, is_text_BT = torch.arange(B)[:, None].expand(B, T), ~named_BT
+    to = row_BT[is_text_BT], position_BT[is_text_BT]
+    ids_BS, loss_mask_BS = torch.full((B, S), PAD, dtype=torch.long), torch.zeros(B, S, dtype=torch.bool)
+    ids_BS[to], loss_mask_BS[to] = ids_BT[is_text_BT], loss_mask_BT[is_text_BT]
+    first_P = position_BT[images.sample_P[: len(images.word_P)], images.word_P]
     at_PI = first_P[:, None] + torch.arange(cells)
-    ids_BS[pictures.sample_P[: len(first_P), None], at_PI] = image_token
+    ids_BS[images.sample_P[: len(first_P), None], at_PI] = image_token
     real_BS = _real(ids_BS, host_copy(batch.present["text"]))
-    ids_BS, said_BS, real_BS = (to_device(x_BS, device) for x_BS in (ids_BS, said_BS & real_BS, real_BS))
-    return Interleaved(ids_BS, said_BS, real_BS, at_PI)
+    ids_BS, loss_mask_BS, real_BS = (to_device(x_BS, device) for x_BS in (ids_BS, loss_mask_BS & real_BS, real_BS))
+    return Interleaved(ids_BS, loss_mask_BS, real_BS, at_PI)

@@ -1,4 +1,4 @@
-"""A causal language model of the Llama family, small enough to train here and open to pretrained weights.
+"""Causal language model of the Llama family, small enough to train here; loads pretrained Llama weights.
 
 Letters: B rows, T tokens, D width, H heads, K key heads, E width of a head, F width inside an MLP, V vocabulary.
 """
@@ -13,14 +13,14 @@ from torch.nn import functional as F
 
 from descant.modules.core.host import derived, host_copy
 
-#: The segment of padding.
+#: Segment id of padding.
 NOWHERE = 0
 
 
 class Layer(nn.Module):
-    """``h + W_o attention(norm_1(h))``, then ``h + W_d (silu(W_g x) * W_u x)`` with ``x = norm_2(h)``.
+    """Llama layer: ``h + W_o attention(norm_1(h))``, then ``h + W_d (silu(W_g x) * W_u x)`` with ``x = norm_2(h)``.
 
-    In two parts, so that whoever keeps keys and values decides what is attended to.
+    ``split_qkv`` and ``residual_mlp`` are separate, so that generation can attend to cached keys and values.
     """
 
     def __init__(self, width: int, heads: int, key_heads: int, hidden: int, eps: float) -> None:
@@ -32,19 +32,19 @@ class Layer(nn.Module):
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
 
-    def split_qkv(self, h_BTD: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``q_BHTE``, ``k_BKTE`` and ``v_BKTE``, turned by their positions."""
+    def split_qkv(self, h_BTD: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``q_BHTE``, ``k_BKTE`` and ``v_BKTE``, with rotary positions applied."""
         B, T, _ = h_BTD.shape
         x = self.qkv(self.norm_1(h_BTD)).view(B, T, -1, self.head_width).transpose(1, 2)
         qk, v = x.split([self.heads + self.key_heads, self.key_heads], dim=1)
-        q, k = apply_rope(qk, turn).split([self.heads, self.key_heads], dim=1)
+        q, k = apply_rope(qk, rope).split([self.heads, self.key_heads], dim=1)
         return q, k, v
 
-    def forward(self, h_BTD: Tensor, turn: Tensor, see: Tensor | None) -> Tensor:
-        """``see``: bool, broadcastable to ``[B, H, T, T]``; every token and what is left of it where not given."""
-        q, k, v = self.split_qkv(h_BTD, turn)
+    def forward(self, h_BTD: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
+        """``mask``: bool, broadcastable to ``[B, H, T, T]``; causal by default."""
+        q, k, v = self.split_qkv(h_BTD, rope)
         a_BHTE = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=see, is_causal=see is None, enable_gqa=k.shape[1] != q.shape[1]
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=k.shape[1] != q.shape[1]
         )
         return self.residual_mlp(h_BTD, a_BHTE.transpose(1, 2).reshape(h_BTD.shape))
 
@@ -55,19 +55,19 @@ class Layer(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """``h = norm(layer_n(... layer_1(embed(ids))))``, ``logits = h W^T`` with the embeddings as W, or its own.
+    """Causal language model (Llama): ``h = norm(layer_n(... layer_1(embed(ids))))``, ``logits = h W^T``.
 
-    Rows may hold several documents: tokens of one segment see each other, from left to right, and count positions from
-    its beginning. Segment 0 is padding.
+    W are the embeddings, or weights of its own. A row may pack several documents: tokens attend within their segment,
+    causally, with positions counted from its start. Segment 0 is padding.
 
     Args:
-        vocab: V. width: D. depth: layers. heads: H. key_heads: K, H where not given. hidden: F, the multiple of 8 next
-            to 8 / 3 D where not given.
-        length: most tokens of a document.
-        theta: of the positions (RoPE). tie: the head has the embeddings' weights. eps: of the norms.
+        vocab: V. width: D. depth: layers. heads: H. key_heads: K, H by default. hidden: F, by default the multiple of 8
+            next to 8 / 3 D.
+        length: maximum tokens of a document.
+        theta: of the rotary positions (RoPE). tie: the head shares the embeddings' weights. eps: of the norms.
 
     Raises:
-        ValueError: if ``heads`` does not divide ``width``, ``key_heads`` not ``heads``, or a head is of odd width; in
+        ValueError: if ``heads`` does not divide ``width``, ``key_heads`` not ``heads``, or a head has odd width; in
             forward, for a document longer than ``length``.
 
     >>> lm = CausalLM(vocab=11, width=8, depth=1, heads=2)
@@ -76,7 +76,7 @@ class CausalLM(nn.Module):
     torch.Size([1, 3, 11])
     """
 
-    #: Layers whose weights others read as they are: neither adapted nor quantised.
+    #: Layers that are neither adapted nor quantised: their weights are read directly.
     bare = ("head",)
 
     def __init__(
@@ -95,27 +95,27 @@ class CausalLM(nn.Module):
         super().__init__()
         key_heads = heads if key_heads is None else key_heads
         if width % heads or width // heads % 2:
-            raise ValueError(f"heads {heads}: each needs an even share of width {width}")
+            raise ValueError(f"heads {heads}: width {width} over heads must be an even number")
         if heads % key_heads:
-            raise ValueError(f"key_heads {key_heads}: as many of the {heads} heads share each")
+            raise ValueError(f"key_heads {key_heads} does not divide heads {heads}")
         self.width, self.length, self.vocabulary, self.head_width = width, length, vocab, width // heads
         hidden = -(-8 * width // 3 // 8) * 8 if hidden is None else hidden
         self.embedding = nn.Embedding(vocab, width)
         self.layers = nn.ModuleList(Layer(width, heads, key_heads, hidden, eps) for _ in range(depth))
         self.norm = nn.RMSNorm(width, eps)
         self.head = nn.Linear(width, vocab, bias=False)
-        for module in reversed(list(self.modules())):  # parts before the layers that they are of
+        for module in reversed(list(self.modules())):  # children before their parents
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, Layer):  # what layers add up to stays of one size (Radford 2019)
+            if isinstance(module, Layer):  # keeps the scale of the residual stream (Radford 2019)
                 for part in (module.out, module.down):
                     part.weight.data.div_((2 * depth) ** 0.5)
         if tie:
             self.head.weight = self.embedding.weight
         E = width // heads
         self.theta = theta
-        angle = torch.outer(torch.arange(length).float(), turn_frequencies(theta, E))
-        self.register_buffer("turn_T", torch.polar(torch.ones_like(angle), angle), persistent=False)
+        angle = torch.outer(torch.arange(length).float(), rope_frequencies(theta, E))
+        self.register_buffer("rope_T", torch.polar(torch.ones_like(angle), angle), persistent=False)
 
     def blocks(self) -> list[Layer]:
         return list(self.layers)  # type: ignore[arg-type]
@@ -126,89 +126,86 @@ class CausalLM(nn.Module):
     def logits(self, h_BTD: Tensor) -> Tensor:
         return self.head(h_BTD)
 
-    def turn(self, position_BT: Tensor) -> Tensor:
-        """Complex ``[B, 1, T, E / 2]``: what pairs of numbers of a head are multiplied by at these positions, whole
-        ones or float32 between them."""
-        turn_T = self.get_buffer("turn_T")
+    def rope(self, position_BT: Tensor) -> Tensor:
+        """Complex ``[B, 1, T, E / 2]``: rotary factors of integer positions, or of fractional ones (float32)."""
+        rope_T = self.get_buffer("rope_T")
         if not position_BT.is_floating_point():
-            return turn_T[position_BT][:, None]
-        angle = position_BT[..., None] * turn_frequencies(self.theta, 2 * turn_T.shape[1], position_BT.device)
+            return rope_T[position_BT][:, None]
+        angle = position_BT[..., None] * rope_frequencies(self.theta, 2 * rope_T.shape[1], position_BT.device)
         return torch.polar(torch.ones_like(angle), angle)[:, None]
 
     def forward(self, h_BTD: Tensor, segment_BT: Tensor | None = None, position_BT: Tensor | None = None) -> Tensor:
-        """Embeddings -> what the head reads, ``[B, T, D]``; ``segment_BT``: one document a row where not given;
-        ``position_BT``: counted token by token where not given."""
+        """Embeddings to the features that the head reads, ``[B, T, D]``.
+
+        ``segment_BT``: one document a row by default; ``position_BT``: counted within segments by default.
+        """
         B, T, _ = h_BTD.shape
-        see = None if segment_BT is None else visible(segment_BT)[:, None]
-        counted = segment_BT is None and position_BT is None  # one document a row
-        if position_BT is not None:
-            pass
-        elif segment_BT is None:
-            position_BT = torch.arange(T, device=h_BTD.device).expand(B, T)
-        else:
+        mask = None if segment_BT is None else visible(segment_BT)[:, None]
+        if position_BT is None and segment_BT is not None:
             position_BT = derived(positions, segment_BT)
-        longest = T if counted else int(host_copy(position_BT).max()) + 1
+        longest = T if position_BT is None else int(host_copy(position_BT).max()) + 1
         if longest > self.length:
             raise ValueError(
-                f"length {self.length}: a document of {longest} tokens does not fit; cut it or raise length"
+                f"length {self.length}: a document of {longest} tokens does not fit; cut it, or raise length"
             )
-        turn = self.turn(position_BT)
+        rope = self.rope(torch.arange(T, device=h_BTD.device).expand(B, T) if position_BT is None else position_BT)
         for layer in self.layers:
-            h_BTD = layer(h_BTD, turn, see)
+            h_BTD = layer(h_BTD, rope, mask)
         return self.norm(h_BTD)
 
     def load_llama(self, state: Mapping[str, Tensor]) -> None:
-        """Weights under the names of transformers' LlamaForCausalLM. Raises ValueError for what does not fit."""
-        find = _Finder(state)
-        mine = {"embedding.weight": find("model.embed_tokens.weight"), "norm.weight": find("model.norm.weight")}
+        """Loads weights named as in transformers' LlamaForCausalLM; raises ValueError unless all fit."""
+        find = _Reader(state)
+        weights = {"embedding.weight": find("model.embed_tokens.weight"), "norm.weight": find("model.norm.weight")}
         for i in range(len(self.layers)):
             old, new = f"model.layers.{i}", f"layers.{i}"
-            mine[f"{new}.norm_1.weight"] = find(f"{old}.input_layernorm.weight")
-            mine[f"{new}.norm_2.weight"] = find(f"{old}.post_attention_layernorm.weight")
+            weights[f"{new}.norm_1.weight"] = find(f"{old}.input_layernorm.weight")
+            weights[f"{new}.norm_2.weight"] = find(f"{old}.post_attention_layernorm.weight")
             q, k, v = (find(f"{old}.self_attn.{x}_proj.weight") for x in "qkv")
-            mine[f"{new}.qkv.weight"] = torch.cat([paired(q, self.head_width), paired(k, self.head_width), v])
-            mine[f"{new}.out.weight"] = find(f"{old}.self_attn.o_proj.weight")
-            mine[f"{new}.gate_up.weight"] = torch.cat([find(f"{old}.mlp.{x}_proj.weight") for x in ("gate", "up")])
-            mine[f"{new}.down.weight"] = find(f"{old}.mlp.down_proj.weight")
+            weights[f"{new}.qkv.weight"] = torch.cat([paired(q, self.head_width), paired(k, self.head_width), v])
+            weights[f"{new}.out.weight"] = find(f"{old}.self_attn.o_proj.weight")
+            weights[f"{new}.gate_up.weight"] = torch.cat([find(f"{old}.mlp.{x}_proj.weight") for x in ("gate", "up")])
+            weights[f"{new}.down.weight"] = find(f"{old}.mlp.down_proj.weight")
         tied = self.head.weight is self.embedding.weight
-        mine["head.weight"] = mine["embedding.weight"] if tied else find("lm_head.weight")
-        wrong = next((n for n, x in self.state_dict().items() if x.shape != mine[n].shape), None)
+        weights["head.weight"] = weights["embedding.weight"] if tied else find("lm_head.weight")
+        wrong = next((n for n, x in self.state_dict().items() if x.shape != weights[n].shape), None)
         if wrong is not None:
-            have, want = tuple(mine[wrong].shape), tuple(self.state_dict()[wrong].shape)
-            raise ValueError(f"{wrong}: weights of {have}, where the model has {want}")
-        left = find.left() - {"lm_head.weight"}
-        if left:
-            raise ValueError(f"{min(left)}: in the weights, and the model has no such part")
-        self.load_state_dict(mine)
+            given, want = tuple(weights[wrong].shape), tuple(self.state_dict()[wrong].shape)
+            raise ValueError(f"{wrong}: weights of {given}, where the model has {want}")
+        extra = find.unread() - {"lm_head.weight"}
+        if extra:
+            raise ValueError(f"{min(extra)}: in the weights, and the model has no such part")
+        self.load_state_dict(weights)
 
 
-class _Finder:
+class _Reader:
     def __init__(self, state: Mapping[str, Tensor]) -> None:
-        self.state, self.seen = state, set[str]()
+        self.state, self.read = state, set[str]()
 
     def __call__(self, name: str) -> Tensor:
         if name not in self.state:
             raise ValueError(f"{name}: not in the weights")
-        self.seen.add(name)
+        self.read.add(name)
         return self.state[name]
 
-    def left(self) -> set[str]:
-        return {name for name in self.state if name not in self.seen and not name.endswith("inv_freq")}
+    def unread(self) -> set[str]:
+        return {name for name in self.state if name not in self.read and not name.endswith("inv_freq")}
 
 
-def turn_frequencies(theta: float, head_width: int, device: torch.device | None = None) -> Tensor:
-    """float32 ``[E / 2]``: by how much a step of one position turns each pair of numbers."""
+def rope_frequencies(theta: float, head_width: int, device: torch.device | None = None) -> Tensor:
+    """float32 ``[E / 2]``: angle of each pair of numbers for a step of one position."""
     return theta ** (-torch.arange(0, head_width, 2, device=device).float() / head_width)
 
 
-def apply_rope(x_BHTE: Tensor, turn: Tensor) -> Tensor:
-    """Rotary positions (Su 2021, arXiv 2104.09864): numbers 2 i and 2 i + 1 of a head as one complex number."""
+def apply_rope(x_BHTE: Tensor, rope: Tensor) -> Tensor:
+    """Rotary positions, RoPE (Su 2021, arXiv 2104.09864): numbers 2 i and 2 i + 1 of a head as a complex number."""
     pairs = torch.view_as_complex(x_BHTE.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x_BHTE.dtype)
+    return torch.view_as_real(pairs * rope).flatten(-2).to(x_BHTE.dtype)
 
 
 def paired(w_ND: Tensor, head_width: int) -> Tensor:
-    """The rows of a projection to heads whose pairs are half a head apart, side by side, as :func:`turned` has them.
+    """Rows of a head projection from Llama's order (pairs half a head apart) to adjacent pairs, as :func:`apply_rope`
+    has them.
 
     >>> paired(torch.arange(4.0)[:, None], 4).flatten().tolist()
     [0.0, 2.0, 1.0, 3.0]
@@ -217,7 +214,7 @@ def paired(w_ND: Tensor, head_width: int) -> Tensor:
 
 
 def positions(segment_BT: Tensor) -> Tensor:
-    """How many tokens of its document stand before each.
+    """Position of each token in its document.
 
     >>> positions(torch.tensor([[1, 1, 2, 2, 2, 0]])).tolist()
     [[0, 1, 0, 1, 2, 0]]
@@ -230,7 +227,8 @@ def positions(segment_BT: Tensor) -> Tensor:
 
 
 def visible(segment_BT: Tensor) -> Tensor:
-    """Bool ``[B, T, S]``: token s is of the same document and not later; each token sees itself, padding too."""
+    """Causal mask of packed documents, bool ``[B, T, S]``: token s is of the same document and not later; every token
+    attends to itself, padding too."""
     T = segment_BT.shape[1]
     earlier_TS = torch.ones(T, T, dtype=torch.bool, device=segment_BT.device).tril()
     same_BTS = segment_BT[:, :, None] == segment_BT[:, None]

@@ -1,4 +1,4 @@
-"""Documents of all lengths in rows of one, so that hardly a token of padding is computed. Letters: B rows, T tokens."""
+"""Sequence packing: documents of all lengths in few rows with hardly any padding. Letters: B rows, T tokens."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from descant.modules.language.model import NOWHERE, CausalLM
 
 
 class Packed(NamedTuple):
-    """Rows of documents.
+    """Rows of packed documents.
 
     Attributes:
-        ids_BT: int64, 0 behind the last document. segment_BT: int64, 1, 2, ... a row; 0 is padding.
-        said_BT: bool, tokens that are to be learned: those that their document marks, without its first one, which
-            nothing stands before.
-        document_BT: int64, which document a token is of; -1 for padding.
+        ids_BT: int64, 0 after the last document.
+        segment_BT: int64, 1, 2, ... a row; 0 is padding.
+        loss_mask_BT: bool, tokens to be predicted; never the first of a document, which has no context.
+        document_BT: int64, the document of each token; -1 for padding.
     """
 
     ids_BT: Tensor
     segment_BT: Tensor
-    said_BT: Tensor
+    loss_mask_BT: Tensor
     document_BT: Tensor
 
 
 def first_fit_decreasing(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Numbers of documents a row: the longest first, each into the first row that has room for it.
+    """First-fit-decreasing bin packing: documents of each row, the longest placed first, each in the first row with
+    room.
 
-    Never more than 11/9 of the fewest rows, and one (Johnson 1973); a search is logarithmic in the rows.
+    At most 11/9 of the optimal number of rows, plus one (Johnson 1973); finding a row takes logarithmic time.
 
     Raises:
         ValueError: naming a document that is longer than a row, or empty.
@@ -47,7 +48,7 @@ def first_fit_decreasing(lengths: Sequence[int], size: int) -> list[list[int]]:
     leaves = 1
     while leaves < len(lengths):
         leaves *= 2
-    room = [size] * (2 * leaves)  # a tree of the most room in any row below
+    room = [size] * (2 * leaves)  # a binary tree of the most room in any row below
     rows: list[list[int]] = []
     for i in order:
         n, at = lengths[i], 1
@@ -65,9 +66,9 @@ def first_fit_decreasing(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 
 class Places(NamedTuple):
-    """Where each of N documents goes: its row, its first token in it, and its segment, int64 ``[N]``.
+    """Place of each of N documents: row, first token in it, and segment, int64 ``[N]``.
 
-    ``rows``, ``width``: how many rows there are, and tokens of the fullest.
+    ``rows``, ``width``: number of rows, and tokens of the longest.
     """
 
     row_N: Tensor
@@ -78,13 +79,12 @@ class Places(NamedTuple):
 
 
 def places(lengths: Sequence[int], size: int) -> Places:
-    """Of documents of these lengths: as few rows as :func:`first_fit_decreasing` takes, and these as short as they get.
+    """Places of documents in as few rows as :func:`first_fit_decreasing` takes, and as short ones as possible.
 
-    The least size at which it still takes as few is searched for by halves, so that the last row is about as full as
-    the others: no row is computed for the sake of its end.
+    The least row size that still takes as few is found by bisection, so that rows are about equally full.
 
-    >>> found = places([2, 3, 1], size=5)
-    >>> found.row_N.tolist(), found.first_N.tolist(), found.segment_N.tolist(), found.rows, found.width
+    >>> plan = places([2, 3, 1], size=5)
+    >>> plan.row_N.tolist(), plan.first_N.tolist(), plan.segment_N.tolist(), plan.rows, plan.width
     ([1, 0, 1], [0, 0, 2], [1, 1, 2], 2, 3)
     """
     rows = first_fit_decreasing(lengths, size)
@@ -107,15 +107,14 @@ def places(lengths: Sequence[int], size: int) -> Places:
 
 
 def through(lm: CausalLM, h_BSW: Tensor, real_BS: Tensor, size: int, position_BS: Tensor | None = None) -> Tensor:
-    """What the head reads at each real token ``[B, S, W]``, each sample a document of packed rows; zeros elsewhere.
+    """Language model on packed samples: features ``[B, S, W]`` of the real tokens, zeros elsewhere.
 
-    ``real_BS``: bool, no gaps; ``position_BS``: counted where not given. Nothing of padding is computed but the ends of
-    rows.
+    ``real_BS``: bool, without gaps; ``position_BS``: counted by default. Padding is computed at the ends of rows only.
 
     Raises:
         ValueError: naming a sample that is longer than ``size``.
     """
-    device, real_BS = h_BSW.device, host_copy(real_BS)  # where each token goes is worked out on the CPU
+    device, real_BS = h_BSW.device, host_copy(real_BS)  # the plan is made on the CPU
     length_B = real_BS.sum(dim=1)
     some_B = (length_B > 0).nonzero().flatten()
     plan = places(length_B[some_B].tolist(), size)
@@ -136,25 +135,25 @@ def through(lm: CausalLM, h_BSW: Tensor, real_BS: Tensor, size: int, position_BS
 
 
 def _put(shape: torch.Size, row_N: Tensor, at_N: Tensor, sample_N: Tensor, from_N: Tensor, x_BS: Tensor) -> Tensor:
-    """Zeros of a shape, with some entries of ``x_BS`` in their places."""
-    found = x_BS.new_zeros(shape)
-    found[row_N, at_N] = x_BS[sample_N, from_N]
-    return found
+    """A tensor of zeros with some entries of ``x_BS``."""
+    placed = x_BS.new_zeros(shape)
+    placed[row_N, at_N] = x_BS[sample_N, from_N]
+    return placed
 
 
-def pack(documents: Sequence[Tensor], learned: Sequence[Tensor], size: int) -> Packed:
-    """Documents (int64 ``[t]`` each, with bool ``[t]`` of what is to be learned) in rows of at most ``size`` tokens.
+def pack(documents: Sequence[Tensor], loss_masks: Sequence[Tensor], size: int) -> Packed:
+    """Packs documents (int64 ``[t]`` each, with loss masks bool ``[t]``) in rows of at most ``size`` tokens.
 
     >>> packed = pack([torch.tensor([5, 6]), torch.tensor([7])], [torch.ones(2).bool(), torch.ones(1).bool()], size=4)
-    >>> packed.ids_BT.tolist(), packed.segment_BT.tolist(), packed.said_BT.int().tolist()
+    >>> packed.ids_BT.tolist(), packed.segment_BT.tolist(), packed.loss_mask_BT.int().tolist()
     ([[5, 6, 7]], [[1, 1, 2]], [[0, 1, 0]])
     """
-    found = places([len(x) for x in documents], size)
-    shape = found.rows, found.width
+    plan = places([len(x) for x in documents], size)
+    shape = plan.rows, plan.width
     ids, segment = torch.zeros(shape, dtype=torch.long), torch.full(shape, NOWHERE)
-    said, document = torch.zeros(shape, dtype=torch.bool), torch.full(shape, -1)
-    for i, (b, at, k) in enumerate(zip(*(x.tolist() for x in found[:3]), strict=True)):
+    loss_mask, document = torch.zeros(shape, dtype=torch.bool), torch.full(shape, -1)
+    for i, (b, at, k) in enumerate(zip(*(x.tolist() for x in plan[:3]), strict=True)):
         here = slice(at, at + len(documents[i]))
-        ids[b, here], segment[b, here], said[b, here], document[b, here] = documents[i], k, learned[i], i
-        said[b, at] = False
-    return Packed(ids, segment, said, document)
+        ids[b, here], segment[b, here], loss_mask[b, here], document[b, here] = documents[i], k, loss_masks[i], i
+        loss_mask[b, at] = False
+    return Packed(ids, segment, loss_mask, document)

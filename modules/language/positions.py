@@ -1,4 +1,4 @@
-"""How far pictures reach in the positions of a language model. Letters: B samples, S tokens of a sample."""
+"""Variable position steps of image tokens (V2PE). Letters: B samples, S tokens of a sample."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from descant.modules.language.interleave import Interleaved
 
 
 class VisualSteps:
-    """A token of a picture moves positions on by less than a word, which moves them by 1 (V2PE).
+    """V2PE: an image token advances the position by ``step`` at most 1, a text token by 1.
 
-        position of token t = sum over tokens s before it of  (step if s is of a picture, else 1)
+        position of token t = sum over tokens s before it of  (step if s is of an image, else 1)
 
-    So many pictures, frames of a video or slices of a volume, stay within the positions that a model knows, and a stack
-    can be longer than any that it was trained on. With 1 it is the plain model. Source: InternVL-2.5's V2PE (Ge 2024,
-    arXiv 2412.09616), as Fleming-VL (arXiv 2511.00916) inherits it; our reading.
+    Many images, video frames or slices of a volume then stay within the positions that the model was trained on. With 1
+    it is the plain model. Source: InternVL-2.5's V2PE (Ge 2024, arXiv 2412.09616), as inherited by Fleming-VL (arXiv
+    2511.00916); our reading.
 
     Args:
-        step: of a token of a picture, above 0 and at most 1.
-        drawn: in training, one of these for each sample in place of it, so that all of them can be read later.
+        step: of an image token, above 0 and at most 1.
+        drawn: in training, a step for each sample is sampled from these instead, so that all can be used later.
 
     Raises:
         ValueError: for a step outside of that.
@@ -34,13 +34,13 @@ class VisualSteps:
     """
 
     def __init__(self, step: float = 1.0, drawn: Sequence[float] = ()) -> None:
-        for one in (step, *drawn):
-            if not 0 < one <= 1:
-                raise ValueError(f"VisualSteps: {one:g}: above 0, at most 1; such as 0.25")
+        for value in (step, *drawn):
+            if not 0 < value <= 1:
+                raise ValueError(f"VisualSteps: {value:g}: above 0, at most 1; such as 0.25")
         self.step, self.drawn = step, tuple(drawn)
 
     def positions(self, ids_BS: Tensor, image_token: int, step_B: Tensor) -> Tensor:
-        """float32 ``[B, S + 1]``, the place behind the last token too."""
+        """Positions, float32 ``[B, S + 1]``, including that after the last token."""
         host_BS = host_copy(ids_BS)
         step_BS = torch.where(host_BS == image_token, host_copy(step_B)[:, None], 1.0)
         return to_device(torch.nn.functional.pad(step_BS.double().cumsum(dim=1), (1, 0)).float(), ids_BS.device)

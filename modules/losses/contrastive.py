@@ -1,4 +1,4 @@
-"""Contrastive losses between two sets of embeddings, one value a sample, over all ranks.
+"""Contrastive losses (InfoNCE, SigLIP, NT-Xent), one value a sample, negatives from all ranks.
 
 Letters: B samples on this rank, G samples on all ranks, D width.
 """
@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.modules.core import sham as shams  # the module, since it imports the ranks of this package
+from descant.modules.core import sham as shams  # the module: importing the class would be circular
 from descant.modules.core.ranks import first_row, gather, gather_both, world
 from descant.modules.towers.heads import Projection
 
 
 def excluded(key_B: Tensor, valid_B: Tensor, key_G: Tensor, valid_G: Tensor, diagonal: int | None = None) -> Tensor:
-    """Bool ``[B, G]``: True where row b and column g are no negatives: one is absent, or both have the same content.
+    """Pairs that are no negatives, bool ``[B, G]``: one is absent, or both have the same content.
 
-    ``diagonal`` is the column of row 0's own positive, None where the columns hold none. A positive is never
-    excluded, so a row of an absent sample stays finite (and meets nobody else).
+    ``diagonal`` is the column of row 0's positive, None where the columns hold none. Positives are never excluded, so
+    the row of an absent sample stays finite.
 
     >>> key, valid = torch.tensor([7, 7, 8]), torch.tensor([True, True, False])
     >>> excluded(key, valid, key, valid, diagonal=0).int().tolist()
@@ -36,15 +36,15 @@ def excluded(key_B: Tensor, valid_B: Tensor, key_G: Tensor, valid_G: Tensor, dia
 
 
 def gathered_excluded(key_B: Tensor, valid_B: Tensor) -> Tensor:
-    """:func:`excluded` of this rank's rows against those of all ranks; on one rank it equals its transpose."""
+    """:func:`excluded` of this rank's rows against those of all ranks; on one rank it is symmetric."""
     key_G, valid_G = gather(torch.stack([key_B, valid_B.to(key_B.dtype)], dim=1)).unbind(dim=1)
     return excluded(key_B, valid_B, key_G, valid_G.bool(), first_row(len(key_B)))
 
 
 class ContrastiveLoss(nn.Module):
-    """``loss(z_a_BD, z_b_BD, key_B, valid_B) -> value_B`` of unit-length embeddings whose rows correspond.
+    """Base of contrastive losses: ``loss(z_a_BD, z_b_BD, key_B, valid_B) -> value_B`` of unit-length paired embeddings.
 
-    ``valid_B`` marks the rows where both sides are present: the others are neither rows nor negatives.
+    ``valid_B`` marks samples with both sides present: the others are neither rows nor negatives.
     """
 
     def forward(self, z_a_BD: Tensor, z_b_BD: Tensor, key_B: Tensor, valid_B: Tensor) -> Tensor:
@@ -52,12 +52,12 @@ class ContrastiveLoss(nn.Module):
 
 
 class _Scaled(ContrastiveLoss):
-    """A loss with a learned, bounded scale of its similarities."""
+    """A loss with a learned scale (inverse temperature) of its similarities, clamped at ``max_scale``."""
 
     def __init__(self, temperature: float, learn: bool, max_scale: float) -> None:
         super().__init__()
         if not max_scale > 0:
-            raise ValueError(f"max_scale {max_scale:g}: it is above 0")
+            raise ValueError(f"max_scale {max_scale:g}: must be above 0")
         if not 1 / max_scale <= temperature:
             raise ValueError(f"temperature {temperature} is below its bound 1 / max_scale = {1 / max_scale:g}")
         self.max_log_scale = math.log(max_scale)
@@ -65,15 +65,17 @@ class _Scaled(ContrastiveLoss):
 
     def scale(self) -> Tensor:
         if self.training:
-            with torch.no_grad():  # the parameter itself is bounded: clamping in the graph would leave it stuck
+            with torch.no_grad():  # clamped in place: in the graph its gradient would be 0 at the bound
                 self.log_scale.clamp_(max=self.max_log_scale)
         return self.log_scale.exp()
 
 
 class InfoNCE(_Scaled):
-    """``value_b = -(log softmax_g(s z_a_b.z_b_g)[b] + log softmax_g(s z_b_b.z_a_g)[b]) / 2`` (van den Oord 2018; CLIP).
+    """InfoNCE, the symmetric loss of CLIP: ``value_b = -(log softmax_g(s z_a_b.z_b_g)[b] + log softmax_g(s
+    z_b_b.z_a_g)[b]) / 2``.
 
-    The scale ``s`` is learned and bounded. Samples of equal key and absent samples are no negatives.
+    Source: van den Oord 2018 (arXiv 1807.03748); Radford 2021 (CLIP, arXiv 2103.00020). The scale ``s`` is learned and
+    clamped. Samples of equal content and absent samples are no negatives.
 
     Args:
         temperature: 1/s at the start.
@@ -90,7 +92,7 @@ class InfoNCE(_Scaled):
         super().__init__(temperature, learn, max_scale)
 
     def forward(self, z_a_BD: Tensor, z_b_BD: Tensor, key_B: Tensor, valid_B: Tensor) -> Tensor:
-        with torch.autocast(z_a_BD.device.type, enabled=False):  # s = 100 times a bfloat16 cosine is noise
+        with torch.autocast(z_a_BD.device.type, enabled=False):  # 100 times a bfloat16 cosine is noise
             a_BD, b_BD = promote(z_a_BD) * self.scale(), promote(z_b_BD)
             out_BG, first = gathered_excluded(key_B, valid_B), first_row(len(key_B))
             a_GD, b_GD = gather_both(a_BD, b_BD)
@@ -103,9 +105,10 @@ class InfoNCE(_Scaled):
 
 
 class SigLIP(_Scaled):
-    """``value_b = -sum_g log sigmoid(y_bg (s z_a_b.z_b_g + c))``, y = 1 on the diagonal and -1 elsewhere (Zhai 2023).
+    """SigLIP's sigmoid loss (Zhai 2023, arXiv 2303.15343): ``value_b = -sum_g log sigmoid(y_bg (s z_a_b.z_b_g + c))``.
 
-    Samples of equal key and absent samples are no negatives. Scale and bias are learned.
+    y is 1 on the diagonal and -1 elsewhere. Samples of equal content and absent samples are no negatives. Scale and
+    bias are learned.
 
     Args:
         temperature: 1/s at the start (the paper's 0.1).
@@ -128,11 +131,10 @@ class SigLIP(_Scaled):
 
 
 class Intra(nn.Module):
-    """NT-Xent between two views of one modality (SimCLR; the intra-modal term of SLIP, Mu 2021), one value a sample.
+    """NT-Xent between two views of one modality (SimCLR; the intra-modal term of SLIP, Mu 2021, arXiv 2112.12750).
 
     ``value_b`` is the mean over both views of ``-log(exp(s u.v_b) / (exp(s u.v_b) + sum over other rows of both
-    views))``, on a projection of its own, so that the shared space is not asked to be invariant twice. As a sham every
-    sample gets the second view of another one.
+    views))``, on a projection head of its own. The sham pairs each sample with the second view of another one.
 
     Args:
         modality: whose two views (``inputs[modality]`` and ``inputs[modality + "@2"]``).
@@ -154,7 +156,7 @@ class Intra(nn.Module):
     ) -> None:
         super().__init__()
         if not temperature > 0:
-            raise ValueError(f"temperature {temperature:g}: it is above 0")
+            raise ValueError(f"temperature {temperature:g}: must be above 0")
         self.modality, self.scale, self.sham = modality, 1 / temperature, shams.Sham(sham)
         self.projection = Projection(width, out, layers=2, hidden=hidden)
 
@@ -178,9 +180,9 @@ class Intra(nn.Module):
 
 
 def _exclude(logits_BG: Tensor, out_BG: Tensor) -> Tensor:
-    """In place, since each of these matrices may be the largest tensor of a run.
+    """Masks logits in place (each matrix may be the largest tensor of a run).
 
-    The lowest finite number, not -inf: its exponential is zero too, and a row without any negative stays finite.
+    With the lowest finite number, not -inf: a row without negatives stays finite.
     """
     return logits_BG.masked_fill_(out_BG, torch.finfo(logits_BG.dtype).min)
 

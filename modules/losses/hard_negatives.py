@@ -1,4 +1,4 @@
-"""Hard negatives that come with the data, as a term of their own. Letters: B samples, D width."""
+"""Loss on hard negatives given by the data, such as false captions. Letters: B samples, D width."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from descant.modules.losses.hinge import PairMarginLoss
 
 
 class Negatives(nn.Module):
-    """The term of hard negatives that come with the data: ``value_b = loss(z_a_b, z_b_b, z_neg_b)``.
+    """Loss on the hard negatives of the data: ``value_b = loss(z_a_b, z_b_b, z_neg_b)``.
 
-    The data says what is a hard negative of ``b`` (``inputs["text_neg"]``, a caption that is false of the picture), and
-    who has one (``present["text_neg"]``). As a sham every picture gets the hard negative of another one.
+    ``inputs["text_neg"]`` is a false caption of image b, ``present["text_neg"]`` whether it has one. The sham gives
+    every image the hard negative of another one.
 
     Args:
-        pair: who judges, and whose hard negatives there are.
-        loss: of one sample; where not given a hinge of margin 0.1.
+        pair: two modalities; the second has the hard negatives.
+        loss: of one sample; by default a hinge of margin 0.1.
         sham: ``permute`` for the control.
 
     Raises:
         ValueError: if ``pair`` is not two modalities.
 
-    Shapes: ``z_a_BD, z_b_BD, z_neg_BD``, ``draw_B`` int64, ``valid_B`` bool (all three are there) ``-> value_B``.
+    Shapes: ``z_a_BD, z_b_BD, z_neg_BD``, ``draw_B`` int64, ``valid_B`` bool (all three are present) ``-> value_B``.
 
     >>> import torch
     >>> z_BD, everyone_B = torch.eye(2), torch.ones(2, dtype=torch.bool)
@@ -42,9 +42,9 @@ class Negatives(nn.Module):
     ) -> None:
         super().__init__()
         if len(set(pair)) != 2:
-            raise ValueError(f"pair: {list(pair)}: not two modalities; such as [image, text]")
+            raise ValueError(f"pair: {list(pair)}: two different modalities, such as [image, text]")
         self.pair, self.loss, self.sham = (pair[0], pair[1]), loss or PairMarginLoss(), Sham(sham)
-        #: of the term, and the modalities that a sample of it has to have
+        #: name of the term, and the modalities that its samples must have
         self.name, self.given = f"{pair[0]}-{pair[1]}/negative", (*self.pair, pair[1] + NEGATIVE)
 
     def forward(self, z_a_BD: Tensor, z_b_BD: Tensor, z_neg_BD: Tensor, draw_B: Tensor, valid_B: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Hinges: a sample's positive must win by a margin, over its own hard negative or over the hardest of the batch.
+"""Hinge (margin ranking) losses against a given hard negative, or the hardest of the batch.
 
 Letters: B samples on this rank, G samples on all ranks, D width.
 """
@@ -15,12 +15,12 @@ from descant.modules.losses.contrastive import ContrastiveLoss, gathered_exclude
 
 
 class PairMarginLoss(nn.Module):
-    """``value_b = max(0, margin + z_a_b . z_neg_b - z_a_b . z_b_b)``: no sample sees another.
+    """Margin loss against one hard negative a sample: ``value_b = max(0, margin + z_a_b . z_neg_b - z_a_b . z_b_b)``.
 
     The second term of Structure-CLIP (Huang 2023, arXiv 2305.06152).
 
     Args:
-        margin: by how much the positive's cosine has to win; the paper's 0.1.
+        margin: of cosines; the paper's 0.1.
 
     Raises:
         ValueError: if ``margin`` is negative.
@@ -43,19 +43,19 @@ class PairMarginLoss(nn.Module):
 
 
 class HardestInBatchHinge(ContrastiveLoss):
-    """``value_b = max_g [m + z_a_b.z_b_g - p_b]+ + max_g [m + z_b_b.z_a_g - p_b]+`` with ``p_b = z_a_b.z_b_b``.
+    """VSE++ max-of-hinges: ``value_b = max_g [m + z_a_b.z_b_g - p_b]+ + max_g [m + z_b_b.z_a_g - p_b]+``, ``p_b =
+    z_a_b.z_b_b``.
 
-    g runs over all other samples but those of equal key and the absent; without any the value is 0 (Faghri 2018,
-    VSE++, arXiv 1707.05612; the first term of Structure-CLIP). While it warms up, the direction from b to a takes the
-    mean over g instead of the maximum, which a tower without any order yet would follow into collapse.
+    g runs over all other samples but those of equal content and the absent; without any the value is 0. Source: Faghri
+    2018 (arXiv 1707.05612); the first term of Structure-CLIP. During warm-up the direction from b to a takes the mean
+    over g instead of the maximum, against collapse of an untrained tower.
 
-    What differs from Structure-CLIP's release: there the margin is 0.2 whatever is asked for, and the mean counts the
-    positive as one of the negatives.
+    Differs from Structure-CLIP's release: there the margin is always 0.2, and the mean counts the positive as a
+    negative.
 
     Args:
         margin: m, of cosines; the paper's 0.2.
-        warmup: steps of training with the mean (the paper's 100; here none unless asked for). The steps are counted in
-            the checkpoint.
+        warmup: training steps with the mean (the paper's 100); count in the checkpoint.
 
     Raises:
         ValueError: if ``margin`` or ``warmup`` is negative.
@@ -84,22 +84,22 @@ class HardestInBatchHinge(ContrastiveLoss):
             ab_BG = a_BD @ b_GD.T
             ba_BG = ab_BG.T if world() == 1 else b_BD @ a_GD.T
             positive_B1 = ab_BG.diagonal(first)[:, None]
-            out_BG.diagonal(first).fill_(True)  # the positive is none of its own negatives
-            over_ab_BG, over_ba_BG = (
+            out_BG.diagonal(first).fill_(True)  # the positive is no negative
+            hinge_ab_BG, hinge_ba_BG = (
                 F.relu(self.margin + x_BG - positive_B1).masked_fill(out_BG, 0.0) for x_BG in (ab_BG, ba_BG)
             )
-            if self._warming():
-                return over_ab_BG.amax(dim=1) + over_ba_BG.sum(dim=1) / (~out_BG).sum(dim=1).clamp(min=1)
-            return over_ab_BG.amax(dim=1) + over_ba_BG.amax(dim=1)
+            if self._warming_up():
+                return hinge_ab_BG.amax(dim=1) + hinge_ba_BG.sum(dim=1) / (~out_BG).sum(dim=1).clamp(min=1)
+            return hinge_ab_BG.amax(dim=1) + hinge_ba_BG.amax(dim=1)
 
-    def _warming(self) -> bool:
+    def _warming_up(self) -> bool:
         if not self.warmup or not self.training:
             return False
         with torch.no_grad():
-            counted = host_copy(self.steps) + 1  # of a device it is read once, and then known
+            count = host_copy(self.steps) + 1  # read from a device once only
             self.steps += 1
-        with_host_copy(self.steps, lambda: counted)
-        return int(counted) <= self.warmup
+        with_host_copy(self.steps, lambda: count)
+        return int(count) <= self.warmup
 
 
 def _checked(margin: float) -> float:

@@ -1,4 +1,4 @@
-"""SigLIP whose matrix of logits never exists: embeddings travel rank to rank, one block of logits at a time.
+"""SigLIP without a full matrix of logits: embeddings are passed around the ranks, one block of logits at a time.
 
 Letters: B samples on this rank, R rows of one block, W ranks, D width.
 """
@@ -18,12 +18,12 @@ from descant.modules.losses.contrastive import SigLIP, excluded, promote
 
 
 class RingSigLIP(SigLIP):
-    """The value of :class:`SigLIP`, ``-sum_g log sigmoid(y_bg (s z_a_b.z_b_g + c))``, summed a block at a time.
+    """Chunked SigLIP: the value of :class:`SigLIP`, with logits computed block by block.
 
-    Algorithm 1 of Zhai 2023 (section 3.3): at each of W hops a rank compares its own ``z_a`` with the ``z_b`` of one
-    rank and passes them on, keys and presence along. Backward goes round once more, computes each block again, and
-    carries the gradients of ``z_b`` home. Memory is ``rows * B`` logits and two ``[B, D]`` for any W, where gathering
-    takes B * G and G * D; each pair (a, b) is counted once.
+    Algorithm 1 of Zhai 2023 (arXiv 2303.15343, section 3.3): in each of W hops a rank compares its ``z_a`` with the
+    ``z_b`` of one rank and passes these on, with keys and presence. Backward goes round again, recomputes each block,
+    and returns the gradients of ``z_b``. Memory is ``rows * B`` logits and two ``[B, D]`` for any W, where gathering
+    takes B * G and G * D.
 
     Args:
         temperature: 1/s at the start (the paper's 0.1).
@@ -54,26 +54,26 @@ class RingSigLIP(SigLIP):
 
 
 class _Other(NamedTuple):
-    """What is at this rank for one hop: the other side's embeddings, and which of its rows are what."""
+    """The embeddings that are at this rank for one hop, and whose they are."""
 
     z_BD: Tensor
     key_B: Tensor
     valid_B: Tensor
-    own: bool
+    is_own: bool
 
 
 def _travel(z_BD: Tensor, key_B: Tensor, valid_B: Tensor) -> Iterator[_Other]:
-    """W hops, this rank's own rows first; the next rows travel while the caller works on these."""
-    about_B2 = torch.stack([key_B, valid_B.to(key_B.dtype)], dim=1)
+    """W hops, this rank's own rows first; the next rows are sent while the caller computes."""
+    key_valid_B2 = torch.stack([key_B, valid_B.to(key_B.dtype)], dim=1)
     for hop in range(world()):
-        passing = Passing([z_BD, about_B2]) if hop + 1 < world() else None
-        yield _Other(z_BD, about_B2[:, 0], about_B2[:, 1].bool(), own=hop == 0)
+        passing = Passing([z_BD, key_valid_B2]) if hop + 1 < world() else None
+        yield _Other(z_BD, key_valid_B2[:, 0], key_valid_B2[:, 1].bool(), is_own=hop == 0)
         if passing is not None:
-            z_BD, about_B2 = passing.wait()
+            z_BD, key_valid_B2 = passing.wait()
 
 
 class _Block(NamedTuple):
-    """One block: rows of this rank, cosines, ``y * logits``, ``y``, and what is no pair."""
+    """One block: rows of this rank, cosines, ``y * logits``, ``y``, and the excluded pairs."""
 
     rows: slice
     cos_RB: Tensor
@@ -88,7 +88,7 @@ def _blocks(
     for first in range(0, len(a_BD), size):
         rows = slice(first, first + size)
         cos_RB = a_BD[rows] @ other.z_BD.T
-        diagonal = first if other.own else None
+        diagonal = first if other.is_own else None
         out_RB = excluded(key_B[rows], valid_B[rows], other.key_B, other.valid_B, diagonal)
         y_RB = torch.full_like(cos_RB, -1.0)
         if diagonal is not None:
@@ -99,14 +99,7 @@ def _blocks(
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        a_BD: Tensor,
-        b_BD: Tensor,
-        scale: Tensor,
-        bias: Tensor,
-        key_B: Tensor,
-        valid_B: Tensor,
-        size: int,
+        ctx: Any, a_BD: Tensor, b_BD: Tensor, scale: Tensor, bias: Tensor, key_B: Tensor, valid_B: Tensor, size: int
     ) -> Tensor:
         ctx.save_for_backward(a_BD, b_BD, scale, bias, key_B, valid_B)
         ctx.size = size
@@ -132,6 +125,6 @@ class _Ring(torch.autograd.Function):
                     grad_bias += g_RB.sum()
                     grad_a_BD[block.rows].addmm_(g_RB, other.z_BD)
                     grad_b_BD.addmm_(g_RB.T, a_BD[block.rows])
-                if world() > 1:  # after W hops the sums are back where the rows came from
+                if world() > 1:  # after W hops the sums are back at their rank
                     (grad_b_BD,) = Passing([grad_b_BD]).wait()
         return grad_a_BD.mul_(scale), grad_b_BD.mul_(scale), grad_scale, grad_bias, None, None, None

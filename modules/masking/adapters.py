@@ -1,8 +1,7 @@
-"""Between a modality and tokens, both ways: what a masked model reads of it, and what it has to say of what is masked.
+"""Adapters of masked models: an input as tokens, their embedding, and the loss on predicted tokens. Here: patches.
 
-An adapter cuts an input into tokens of raw content, embeds the visible ones, and turns what a decoder says of the
-masked ones into a loss, one number a token. Letters: B samples, T tokens of a sample, N tokens of all samples, P raw
-numbers of a token, D width of the encoder, E width of the decoder, C classes.
+Categories, token ids and tables are in ``discrete_adapters.py``. Letters: B samples, T tokens of a sample, N tokens of
+all samples, P raw numbers of a token, D width of the encoder, E width of the decoder.
 """
 
 from __future__ import annotations
@@ -14,23 +13,22 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from descant.modules.core.host import derived, finite, with_host_copy
 from descant.modules.masking.corruptions import Grid
-from descant.modules.towers.image import sincos
+from descant.modules.towers.image import require_divisor, sincos
 from descant.modules.towers.timm import read_weights
 
 
 class PixelLoss(nn.Module):
-    """``mean_p |y_np - target_np|^power`` of each token, ``target = (x - mean_n) / std_n`` of its pixels if ``norm``.
+    """Base of pixel losses, one value a token: ``mean_p |y_np - target_np|^power``, on standardised patches if
+    ``norm``.
 
     Args:
-        norm: the target is each patch less its mean and over its standard deviation (MAE: better features).
+        norm: the target is ``(x - mean_n) / std_n`` of each patch (MAE, arXiv 2111.06377; std with P - 1 degrees of
+            freedom).
 
     Shapes: predictions and patches ``[N, P] -> [N]``, float32.
-
-    Source: arXiv 2111.06377, whose ``std`` is that of P - 1 degrees of freedom.
     """
 
     power: int
@@ -55,7 +53,7 @@ class PixelLoss(nn.Module):
 
 
 class MSE(PixelLoss):
-    """``mean_p (y_np - x_np)^2`` of each token; see :class:`PixelLoss`.
+    """Mean squared error of each token, ``mean_p (y_np - x_np)^2``; see :class:`PixelLoss`.
 
     >>> MSE()(torch.zeros(1, 2), torch.tensor([[1.0, 3.0]])).item(), MSE(norm=True).name
     (5.0, 'mse-norm')
@@ -65,7 +63,7 @@ class MSE(PixelLoss):
 
 
 class L1(PixelLoss):
-    """``mean_p |y_np - x_np|`` of each token; see :class:`PixelLoss`.
+    """Mean absolute error of each token, ``mean_p |y_np - x_np|``; see :class:`PixelLoss`.
 
     >>> L1()(torch.zeros(1, 2), torch.tensor([[1.0, 3.0]])).item()
     2.0
@@ -75,9 +73,9 @@ class L1(PixelLoss):
 
 
 class Adapter(nn.Module):
-    """One modality as tokens. The recipe calls ``build`` once, when it knows the widths of encoder and decoder.
+    """Base of adapters: one modality as tokens. ``build`` is called once with the widths of encoder and decoder.
 
-    A subclass sets ``grid`` and implements ``raw``, ``embed``, ``heads`` and ``losses``.
+    A subclass sets ``grid`` and implements ``raw``, ``content``, ``losses``, ``predict`` and ``whole``.
     """
 
     grid: Grid
@@ -85,7 +83,7 @@ class Adapter(nn.Module):
 
     @property
     def relative(self) -> bool:
-        """True where what it predicts is no input, such as patches less their own mean and spread alone."""
+        """True if predictions are not in the units of the input, such as patches standardised one by one."""
         return False
 
     @property
@@ -94,52 +92,52 @@ class Adapter(nn.Module):
         return math.prod(self.grid)
 
     def build(self, width: int, out: int) -> None:
-        """Layers into D = ``width`` and out of E = ``out``; ``out`` 0 leaves the way out away."""
+        """Layers into D = ``width`` and out of E = ``out``; with ``out`` 0 no output layer."""
         self.modality_D = nn.Parameter(torch.randn(width) * 0.02)
         self.register_buffer("place_TD", sincos(self.grid, width), persistent=False)
 
     def raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``[B, ...]`` -> raw content ``[B, T, P]`` and bool ``[B, T]``, which tokens are real (not padding)."""
+        """``[B, ...]`` -> raw content ``[B, T, P]``, and bool ``[B, T]``: real tokens (not padding)."""
         raise NotImplementedError
 
     def embed(self, x_NP: Tensor, place_N: Tensor) -> Tensor:
-        """``[N, D]`` of the raw content of some tokens at their places."""
+        """``[N, D]`` of raw content with positions."""
         return self.content(x_NP, place_N) + self.place_TD[place_N] + self.modality_D
 
     def content(self, x_NP: Tensor, place_N: Tensor) -> Tensor:
         raise NotImplementedError
 
     def losses(self, h_NE: Tensor, x_NP: Tensor, place_N: Tensor) -> dict[str, Tensor]:
-        """Name of each loss ("" for an only one) -> float32 ``[N]``, of what a decoder says of tokens."""
+        """Name of each loss ("" if there is one only) -> float32 ``[N]``, of the decoder's features."""
         raise NotImplementedError
 
     def predict(self, h_NE: Tensor, place_N: Tensor) -> Tensor:
-        """Raw content ``[N, P]`` of what a decoder says of tokens: in the units of the input, or class ids."""
+        """Raw content ``[N, P]`` predicted from the decoder's features, or class ids."""
         raise NotImplementedError
 
     def whole(self, x_BTP: Tensor) -> Tensor:
-        """Raw content of all tokens in the shape of the input."""
+        """Raw content of all tokens, in the shape of the input."""
         raise NotImplementedError
 
     def input(self, x_BTP: Tensor) -> Tensor:
-        """Raw content of all tokens in the shape and units of the input: the inverse of ``raw``."""
+        """Raw content of all tokens, in shape and units of the input: the inverse of ``raw``."""
         return self.whole(x_BTP)
 
 
 class PatchAdapter(Adapter):
-    """Patches of an image, a volume, a spectrogram, a video: ``h = W patch + b + sincos(place) + modality``.
+    """Patches of an image, volume, spectrogram or video: ``h = W patch + b + sincos(place) + modality``.
 
-    Any number of axes: ``size: [64, 64], patch: [8, 8]`` of pictures ``[B, C, 64, 64]``; ``[32, 32, 32]`` of volumes
-    ``[B, C, 32, 32, 32]``; ``[64, 250], [16, 10]`` of spectrograms ``[B, 64, 250]``, which need no axis of channels.
+    Any number of axes: ``size: [64, 64], patch: [8, 8]`` for images ``[B, C, 64, 64]``; ``[32, 32, 32]`` for volumes
+    ``[B, C, 32, 32, 32]``; ``[64, 250], [16, 10]`` for spectrograms ``[B, 64, 250]``, where one channel needs no axis.
 
     Args:
         size: of each axis.
         patch: of each axis, or one number for all.
         channels: C.
-        losses: of what is predicted, each with a head of its own; the squared error of raw pixels where not given.
-        mean, spread: what is taken off a raw number, and becomes 1.
-        padded: numbers that are not finite are padding: a patch with any is not real. Frames of ``-inf`` are no sound.
-        weights: a local file of a plain timm ViT with such patches, whose patch embedding is taken.
+        losses: on predicted patches, each with its own output layer; by default MSE of raw pixels.
+        mean, spread: that inputs are standardised by.
+        padded: non-finite numbers are padding: a patch with any is not real (audio frames of ``-inf``).
+        weights: a local file of a plain timm ViT with such patches, for the patch embedding.
 
     Raises:
         ValueError: for a size that patches do not divide, or smaller than a patch; in ``raw``, for another shape.
@@ -166,12 +164,12 @@ class PatchAdapter(Adapter):
         self.patch = checked_patch(self.size, patch)
         self.grid = tuple(side // p for side, p in zip(self.size, self.patch, strict=True))
         if spread <= 0:
-            raise ValueError(f"spread {spread:g}: greater than 0")
+            raise ValueError(f"spread {spread:g}: must be above 0")
         self.mean, self.spread, self.padded, self.weights = mean, spread, padded, weights
         self.terms = nn.ModuleList(copy.deepcopy(loss) for loss in losses or [MSE()])
         names = [term.name for term in self.losses_of()]
         if len(set(names)) < len(names):
-            raise ValueError(f"losses: {', '.join(names)}: each once")
+            raise ValueError(f"losses: {', '.join(names)}: one of each at most")
 
     @property
     def numbers(self) -> int:
@@ -197,7 +195,7 @@ class PatchAdapter(Adapter):
         return x_BTP.masked_fill(~real_BT[..., None], 0.0), real_BT
 
     def _cut(self, x: Tensor) -> Tensor:
-        """``[B, T, P]``: patches."""
+        """Standardised patches ``[B, T, P]``."""
         n = len(self.size)
         if self.channels == 1 and x.ndim == n + 1:
             x = x.unsqueeze(1)
@@ -225,13 +223,13 @@ class PatchAdapter(Adapter):
         return self.inward(x_NP)
 
     def losses(self, h_NE: Tensor, x_NP: Tensor, place_N: Tensor) -> dict[str, Tensor]:
-        said = {t.name: t(head(h_NE), x_NP) for t, head in zip(self.losses_of(), self.outward, strict=True)}
-        return said if len(said) > 1 else {"": next(iter(said.values()))}
+        values = {t.name: t(head(h_NE), x_NP) for t, head in zip(self.losses_of(), self.outward, strict=True)}
+        return values if len(values) > 1 else {"": next(iter(values.values()))}
 
     def predict(self, h_NE: Tensor, place_N: Tensor) -> Tensor:
-        """Of the head of raw pixels, or else of the first."""
-        chosen = next((k for k, term in enumerate(self.losses_of()) if not term.norm), 0)
-        return self.outward[chosen](h_NE)
+        """From the output layer of a loss on raw pixels if there is one, else from the first."""
+        layer = next((k for k, term in enumerate(self.losses_of()) if not term.norm), 0)
+        return self.outward[layer](h_NE)
 
     @property
     def relative(self) -> bool:
@@ -241,183 +239,12 @@ class PatchAdapter(Adapter):
         return [term for term in self.terms if isinstance(term, PixelLoss)]
 
 
-class CategoryAdapter(Adapter):
-    """A map of classes, int64 ``[B, H, W]``: an embedding of each pixel, then patches as of an image; cross-entropy.
-
-        loss_n = mean_p -log softmax(y_np)[x_np], in float32 whatever the run's precision
-
-    Args:
-        classes: C; a class below 0 is unknown: it adds nothing to the loss, and embeds to zero.
-        size, patch: as of :class:`PatchAdapter`.
-        embedding: numbers of a pixel's embedding.
-
-    Source: MultiMAE (arXiv 2204.01678), whose semantic maps have 64 numbers a pixel.
-
-    Raises:
-        ValueError: as of :class:`PatchAdapter`, or for fewer than two classes.
-
-    >>> adapter = CategoryAdapter(classes=3, size=[4, 4], patch=2)
-    >>> adapter.raw(torch.zeros(1, 4, 4, dtype=torch.long))[0].shape
-    torch.Size([1, 4, 4])
-    """
-
-    def __init__(self, classes: int, size: list[int], patch: list[int] | int, embedding: int = 16) -> None:
-        super().__init__()
-        if classes < 2:
-            raise ValueError(f"classes {classes}: at least 2")
-        self.cut = PatchAdapter(size, patch, channels=1)
-        self.grid, self.classes, self.embedding = self.cut.grid, classes, embedding
-
-    def build(self, width: int, out: int) -> None:
-        super().build(width, out)
-        self.table = nn.Embedding(self.classes + 1, self.embedding, padding_idx=self.classes)
-        self.inward = nn.Linear(self.cut.numbers * self.embedding, width)
-        self.outward = nn.Linear(out, self.cut.numbers * self.classes) if out else nn.Identity()
-
-    def raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cut.raw(x.unsqueeze(1) if x.ndim == len(self.cut.size) + 1 else x)
-
-    def whole(self, x_BTP: Tensor) -> Tensor:
-        return self.cut.whole(x_BTP).squeeze(1)
-
-    def content(self, x_NP: Tensor, place_N: Tensor) -> Tensor:
-        return self.inward(self.table(torch.where(x_NP < 0, self.classes, x_NP)).flatten(1))
-
-    def scores(self, h_NE: Tensor) -> Tensor:
-        """``[N, P, C]``."""
-        return self.outward(h_NE).unflatten(1, (self.cut.numbers, self.classes)).float()
-
-    def losses(self, h_NE: Tensor, x_NP: Tensor, place_N: Tensor) -> dict[str, Tensor]:
-        loss_NP = F.cross_entropy(self.scores(h_NE).transpose(1, 2), x_NP, ignore_index=-1, reduction="none")
-        known_NP = x_NP >= 0
-        return {"": loss_NP.masked_fill(~known_NP, 0.0).sum(dim=1) / known_NP.sum(dim=1).clamp(min=1)}
-
-    def predict(self, h_NE: Tensor, place_N: Tensor) -> Tensor:
-        return self.scores(h_NE).argmax(dim=2)
-
-
-class TokenAdapter(Adapter):
-    """Token ids, int64 ``[B, T]``: one token each; cross-entropy over the vocabulary.
-
-    Args:
-        vocab: C. length: T.
-        pad: the id that is padding: neither seen nor asked for.
-
-    >>> adapter = TokenAdapter(vocab=9, length=3)
-    >>> adapter.raw(torch.tensor([[4, 5, 0]]))[1].tolist()
-    [[True, True, False]]
-    """
-
-    def __init__(self, vocab: int, length: int, pad: int = 0) -> None:
-        super().__init__()
-        if vocab < 2 or length < 2:
-            raise ValueError(f"vocab {vocab}, length {length}: at least 2 each, or nothing could be masked")
-        self.grid, self.vocab, self.pad = (length,), vocab, pad
-
-    def build(self, width: int, out: int) -> None:
-        super().build(width, out)
-        self.table = nn.Embedding(self.vocab, width)
-        nn.init.normal_(self.table.weight, std=0.02)
-        self.outward = nn.Linear(out, self.vocab) if out else nn.Identity()
-
-    def raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if x.shape[1] != self.tokens:
-            raise ValueError(f"input of {x.shape[1]} tokens: this adapter takes {self.tokens}")
-        return x[..., None], derived(lambda x_BT: x_BT != self.pad, x)
-
-    def whole(self, x_BTP: Tensor) -> Tensor:
-        return x_BTP.squeeze(2)
-
-    def content(self, x_NP: Tensor, place_N: Tensor) -> Tensor:
-        return self.table(x_NP.squeeze(1))
-
-    def losses(self, h_NE: Tensor, x_NP: Tensor, place_N: Tensor) -> dict[str, Tensor]:
-        return {"": F.cross_entropy(self.outward(h_NE).float(), x_NP.squeeze(1), reduction="none")}
-
-    def predict(self, h_NE: Tensor, place_N: Tensor) -> Tensor:
-        return self.outward(h_NE).argmax(dim=1, keepdim=True)
-
-
-class TableAdapter(Adapter):
-    """Columns of a table, float ``[B, T]``, one token each: numbers (squared error) and classes (cross-entropy).
-
-        h_t = x_t w_t + b_t of a number,   w_t[x_t] of a class;   nan: the cell is empty, neither seen nor asked for
-
-    Args:
-        columns: one entry a column: 0 for a number (standardise it in the data), else how many classes it has.
-
-    Raises:
-        ValueError: for fewer than two columns, or a column of one class.
-
-    >>> TableAdapter([0, 3]).raw(torch.tensor([[0.5, float("nan")]]))[1].tolist()
-    [[True, False]]
-    """
-
-    def __init__(self, columns: list[int]) -> None:
-        super().__init__()
-        if len(columns) < 2 or min(columns) < 0 or 1 in columns:
-            raise ValueError(f"columns {columns}: at least two, each 0 for a number or its classes (2 or more)")
-        self.grid, self.columns = (len(columns),), tuple(columns)
-        # a number has one output, a class as many as there are: all columns' outputs lie in one row
-        outputs = [max(c, 1) for c in columns]
-        first = [sum(outputs[:t]) for t in range(len(outputs))]
-        self.outputs = sum(outputs)
-        self.register_buffer("first_T", torch.tensor(first), persistent=False)
-        self.register_buffer("count_T", torch.tensor(outputs), persistent=False)
-        self.register_buffer("number_T", torch.tensor([c == 0 for c in columns]), persistent=False)
-
-    first_T: Tensor
-    count_T: Tensor
-    number_T: Tensor
-
-    def build(self, width: int, out: int) -> None:
-        super().build(width, out)
-        self.table = nn.Embedding(self.outputs, width)
-        self.bias = nn.Embedding(self.tokens, width)
-        for layer in (self.table, self.bias):
-            nn.init.normal_(layer.weight, std=0.02 if layer is self.bias else width**-0.5)
-        self.outward = nn.Linear(out, self.outputs) if out else nn.Identity()
-
-    def raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if x.shape[1] != self.tokens:
-            raise ValueError(f"input of {x.shape[1]} columns: this adapter takes {self.tokens}")
-        real_BT = derived(lambda x_BT: ~x_BT.isnan(), x)
-        return x.masked_fill(~real_BT, 0.0)[..., None], real_BT
-
-    def whole(self, x_BTP: Tensor) -> Tensor:
-        return x_BTP.squeeze(2)
-
-    def content(self, x_NP: Tensor, place_N: Tensor) -> Tensor:
-        x_N, number_N = x_NP.squeeze(1), self.number_T[place_N]
-        row_N = self.first_T[place_N] + torch.where(number_N, 0, x_N.long())
-        return self.table(row_N) * torch.where(number_N, x_N, 1.0)[:, None] + self.bias(place_N)
-
-    def _scores(self, h_NE: Tensor, place_N: Tensor) -> tuple[Tensor, Tensor]:
-        """``[N, C]`` with ``-inf`` outside each token's own column, and the prediction of a number ``[N]``."""
-        y_NC, first_N = self.outward(h_NE).float(), self.first_T[place_N]
-        at_C = torch.arange(self.outputs, device=y_NC.device)
-        own_NC = (at_C >= first_N[:, None]) & (at_C < (first_N + self.count_T[place_N])[:, None])
-        return y_NC.masked_fill(~own_NC, -torch.inf), y_NC.gather(1, first_N[:, None]).squeeze(1)
-
-    def losses(self, h_NE: Tensor, x_NP: Tensor, place_N: Tensor) -> dict[str, Tensor]:
-        x_N, number_N = x_NP.squeeze(1), self.number_T[place_N]
-        score_NC, y_N = self._scores(h_NE, place_N)
-        class_N = self.first_T[place_N] + torch.where(number_N, 0, x_N.long())
-        wrong_N = F.cross_entropy(score_NC, class_N, reduction="none")
-        return {"": torch.where(number_N, (y_N - x_N.float()).square(), wrong_N)}
-
-    def predict(self, h_NE: Tensor, place_N: Tensor) -> Tensor:
-        score_NC, y_N = self._scores(h_NE, place_N)
-        said_N = (score_NC.argmax(dim=1) - self.first_T[place_N]).to(y_N.dtype)
-        return torch.where(self.number_T[place_N], y_N, said_N)[:, None]
-
-
 class Adapters(nn.ModuleDict):
-    """One optional adapter a modality, as :class:`Towers` has towers; any of them reads any modality of its shape.
+    """Adapters of a masked model, one optional one a modality; any adapter reads any modality of its shape.
 
     Args:
-        image, sketch, palette: a picture, its lines, its map of colours.
-        text, table, audio, video, depth: token ids, columns, features of sound, frames, distance.
+        image, sketch, palette: an image, its edge map, its map of colour names.
+        text, table, audio, video, depth: token ids, columns, audio features, frames, a depth map.
         t1, grey, white: volumes of one head, by contrast.
         visible, infrared: spectral bands.
         volume, bands: any other volumes or bands.
@@ -443,7 +270,7 @@ class Adapters(nn.ModuleDict):
     ) -> None:
         given = {name: adapter for name, adapter in locals().items() if isinstance(adapter, Adapter)}
         if not given:
-            raise ValueError("adapters: none given; a masked model needs one modality at least")
+            raise ValueError("adapters: none given; a masked model needs at least one modality")
         super().__init__(given)
 
     def each(self) -> dict[str, Adapter]:
@@ -452,7 +279,7 @@ class Adapters(nn.ModuleDict):
 
 
 def checked_patch(size: Sequence[int], patch: Sequence[int] | int) -> tuple[int, ...]:
-    """One patch size an axis, or one line that names the axis and the nearest size that divides it.
+    """One patch size an axis; raises ValueError naming the nearest size that divides an axis.
 
     >>> checked_patch((64, 250), 10)
     Traceback (most recent call last):
@@ -464,19 +291,17 @@ def checked_patch(size: Sequence[int], patch: Sequence[int] | int) -> tuple[int,
     for side, p in zip(size, sizes, strict=True):
         if p > side:
             raise ValueError(f"size {side} is smaller than a patch of {p}; at most {side}")
-        if p < 1 or side % p:
-            nearest = min((q for q in range(1, side + 1) if side % q == 0), key=lambda q: (abs(q - p), q))
-            raise ValueError(f"patch {p} does not divide size {side}; the nearest that does is {nearest}")
+        require_divisor("patch", p, "size", side)
     return sizes
 
 
 def _take_patches(layer: nn.Linear, path: Path) -> None:
-    """A convolution of patches is the same matrix, in the order of channel, then axes."""
+    """Copies a ViT's patch convolution, which is the same matrix in the order of channels, then axes."""
     state = read_weights(path)
     weight = state.get("patch_embed.proj.weight")
     if weight is None or weight.flatten(1).shape != layer.weight.shape:
-        found = "none" if weight is None else str(list(weight.shape))
-        raise ValueError(f"weights {path}: patches {found}, where {list(layer.weight.shape)} are needed")
+        shape = "none" if weight is None else str(list(weight.shape))
+        raise ValueError(f"weights {path}: patches {shape}, where {list(layer.weight.shape)} are needed")
     with torch.no_grad():
         layer.weight.copy_(weight.flatten(1))
         layer.bias.copy_(state["patch_embed.proj.bias"])

@@ -1,4 +1,4 @@
-"""From visible tokens to what is said of masked ones.
+"""Decoders of masked models: from the encoder's visible tokens to features of masked ones.
 
 Letters: B samples, T tokens of a modality, N tokens of all samples, D width of the encoder, E width of the decoder.
 """
@@ -22,9 +22,9 @@ from descant.modules.towers.vit import EPS, Layout, RaggedBlock, attend, take
 
 
 class At(NamedTuple):
-    """Some tokens of one modality: of which sample and place each is, and how many a sample has.
+    """Index of some tokens of one modality: sample and place of each, and their number a sample.
 
-    ``row_N``, ``place_N``: int64, one sample after the other. ``count_B``: int64, on the CPU, as it decides shapes.
+    ``row_N``, ``place_N``: int64, sample by sample. ``count_B``: int64, on the CPU, as it decides shapes.
     """
 
     row_N: Tensor
@@ -33,7 +33,7 @@ class At(NamedTuple):
 
     @staticmethod
     def of(mask_BT: Tensor) -> At:
-        """Those that are true.
+        """Index of the True entries.
 
         >>> At.of(torch.tensor([[True, False, True]])).place_N.tolist()
         [0, 2]
@@ -50,10 +50,10 @@ class At(NamedTuple):
 
 @dataclass
 class Encoded:
-    """What an encoder makes of the visible tokens.
+    """Encoder output for the visible tokens.
 
     Attributes:
-        h: modality -> ``[N, D]`` of its visible tokens. at: modality -> which they are.
+        h: modality -> ``[N, D]`` of its visible tokens. at: modality -> their index.
         global_BD: of the global tokens.
     """
 
@@ -62,17 +62,17 @@ class Encoded:
     global_BD: Tensor
 
     def pooled(self, whole: bool = False) -> Tensor:
-        """Unit-length ``z_BD``: the mean of a sample's tokens, or its global token; float32 at least."""
+        """Unit-length ``z_BD``: mean of a sample's tokens, or its global token; float32 at least."""
         z_BD = promote(self.global_BD)
         if not whole:
-            z_BD = torch.zeros_like(z_BD)  # of unit length in the end: the sum serves as the mean
+            z_BD = torch.zeros_like(z_BD)  # normalised below, so the sum serves as the mean
             for m, h_ND in self.h.items():
                 z_BD = z_BD.index_add(0, self.at[m].row_N, promote(h_ND))
         return F.normalize(z_BD, dim=-1)
 
 
 class Places(nn.Module):
-    """``sincos(place) + modality`` of tokens in a decoder's width, for each modality of a model.
+    """Position embeddings of a decoder, ``sincos(place) + modality``.
 
     >>> Places({"image": (2, 2)}, 8)("image", torch.tensor([0, 3])).shape
     torch.Size([2, 8])
@@ -89,7 +89,8 @@ class Places(nn.Module):
 
 
 class Decoder(nn.Module):
-    """``decoder(encoded, targets) -> {modality: h_NE}``, of the tokens that are asked for. ``build`` is called once.
+    """Base of decoders: ``decoder(encoded, targets) -> {modality: h_NE}`` of the target tokens. ``build`` is called
+    once.
 
     Args:
         width: E.
@@ -109,7 +110,7 @@ class Decoder(nn.Module):
 
 
 class JointDecoder(Decoder):
-    """One small transformer over all tokens of all modalities, a mask token where one is asked for (MAE, BM-MAE).
+    """MAE decoder (arXiv 2111.06377; BM-MAE): one small transformer over visible and mask tokens of all modalities.
 
         [g; h; y] = norm(block_n(... block_1([W g; W h + place; mask + place])))
 
@@ -119,12 +120,10 @@ class JointDecoder(Decoder):
         heads: of the attention.
         mlp_ratio: hidden width of the MLP over E.
 
-    Source: arXiv 2111.06377.
-
     >>> decoder = JointDecoder(width=8, depth=1, heads=2)
     >>> decoder.build({"image": (2, 2)}, width=16)
-    >>> seen = At.of(torch.tensor([[True, False, False, True]]))
-    >>> encoded = Encoded({"image": torch.randn(2, 16)}, {"image": seen}, torch.randn(1, 16))
+    >>> visible = At.of(torch.tensor([[True, False, False, True]]))
+    >>> encoded = Encoded({"image": torch.randn(2, 16)}, {"image": visible}, torch.randn(1, 16))
     >>> decoder(encoded, {"image": At.of(torch.tensor([[False, True, False, False]]))})["image"].shape
     torch.Size([1, 8])
     """
@@ -141,17 +140,17 @@ class JointDecoder(Decoder):
         self.places = Places(grids, self.width)
 
     def forward(self, encoded: Encoded, targets: Mapping[str, At]) -> dict[str, Tensor]:
-        kinds = [self.inward(encoded.global_BD)]
+        groups = [self.inward(encoded.global_BD)]
         counts = [torch.ones(len(encoded.global_BD), dtype=torch.long)]
         for m, at in encoded.at.items():
             with self.row_tracker.select(at.host_row_N):
-                kinds.append(self.inward(encoded.h[m]) + self.places(m, at.place_N))
+                groups.append(self.inward(encoded.h[m]) + self.places(m, at.place_N))
             counts.append(at.count_B)
         for m, at in targets.items():
-            kinds.append((self.mask_E + self.places(m, at.place_N)).to(kinds[0].dtype))
+            groups.append((self.mask_E + self.places(m, at.place_N)).to(groups[0].dtype))
             counts.append(at.count_B)
         layout = Layout(counts, device=encoded.global_BD.device)
-        h_ME = layout.join(kinds)
+        h_ME = layout.join(groups)
         with self.row_tracker.select(layout.rows):
             for layer in self.layers:
                 h_ME = layer(h_ME, layout)
@@ -160,25 +159,26 @@ class JointDecoder(Decoder):
 
 
 class CrossDecoder(Decoder):
-    """A small decoder of its own for each modality, that looks at the visible tokens of all (MultiMAE).
+    """MultiMAE decoder (arXiv 2204.01678): a small decoder a modality, with one cross-attention to visible tokens of
+    all.
 
         q = [W h_m + place; mask + place],   c = [W g; W h + place]   of all modalities
         y = attention(norm(q), norm(c)),   y = y + mlp(norm(y)),   y = block_n(... block_1(y)) within the modality
 
+    As in the official code, the cross-attention has no residual, and there is no final norm.
+
     Args:
         width: E.
-        depth: blocks of self-attention after the one look; 0 leaves the look alone.
+        depth: self-attention blocks after the cross-attention; may be 0.
         heads: of the attention.
         mlp_ratio: hidden width of the MLP over E.
 
-    Source: arXiv 2204.01678, whose official code adds no query to what it looks up, and ends without a norm.
-
     >>> decoder = CrossDecoder(width=8, depth=1, heads=2)
     >>> decoder.build({"image": (2, 2), "depth": (2, 2)}, width=16)
-    >>> seen, none = At.of(torch.tensor([[True, False, False, True]])), At.of(torch.zeros(1, 4, dtype=torch.bool))
+    >>> visible, none = At.of(torch.tensor([[True, False, False, True]])), At.of(torch.zeros(1, 4, dtype=torch.bool))
     >>> encoded = Encoded(
     ...     h={"image": torch.randn(2, 16), "depth": torch.randn(0, 16)},
-    ...     at={"image": seen, "depth": none},
+    ...     at={"image": visible, "depth": none},
     ...     global_BD=torch.randn(1, 16),
     ... )
     >>> decoder(encoded, {"depth": At.of(torch.ones(1, 4, dtype=torch.bool))})["depth"].shape
@@ -190,14 +190,14 @@ class CrossDecoder(Decoder):
         self.depth, self.heads, self.mlp_ratio = depth, checked_heads(width, heads), mlp_ratio
 
     def build(self, grids: Mapping[str, Grid], width: int) -> None:
-        each = {m: _Look(grids, width, self.width, self.depth, self.heads, self.mlp_ratio) for m in grids}
+        each = {m: _ModalityDecoder(grids, width, self.width, self.depth, self.heads, self.mlp_ratio) for m in grids}
         self.each = nn.ModuleDict(each)
 
     def forward(self, encoded: Encoded, targets: Mapping[str, At]) -> dict[str, Tensor]:
         return {m: self.each[m](m, encoded, at) for m, at in targets.items()}
 
 
-class _Look(nn.Module):
+class _ModalityDecoder(nn.Module):
     """The decoder of one modality."""
 
     def __init__(
@@ -219,43 +219,45 @@ class _Look(nn.Module):
         self.layers = nn.ModuleList(RaggedBlock(out, heads, mlp_ratio) for _ in range(depth))
 
     def forward(self, modality: str, encoded: Encoded, at: At) -> Tensor:
-        seen = {}
+        visible = {}
         for m, h_ND in encoded.h.items():
             with self.row_tracker.select(encoded.at[m].host_row_N):
-                seen[m] = self.inward(h_ND) + self.places(m, encoded.at[m].place_N)
+                visible[m] = self.inward(h_ND) + self.places(m, encoded.at[m].place_N)
         global_BE = self.inward(encoded.global_BD)
         mask_NE = (self.mask_E + self.places(modality, at.place_N)).to(global_BE.dtype)
         device = global_BE.device
         one_B = torch.ones(len(global_BE), dtype=torch.long)
-        # a sample of which nothing is asked has no queries either
-        own_B = encoded.at[modality].count_B * (at.count_B > 0)
-        own_NE = seen[modality]
-        if bool((own_B < encoded.at[modality].count_B).any()):
-            asked_N = (at.count_B > 0)[encoded.at[modality].host_row_N]
-            own_NE = take(own_NE, to_device(asked_N.nonzero().squeeze(1), device))
-        counts = [one_B, *(encoded.at[m].count_B for m in seen)]
-        asked_B, context_B = own_B + at.count_B, torch.stack(counts).sum(dim=0)
-        by_B = asked_B * (context_B.max() + 1) + context_B
-        layout, beside = Layout([own_B, at.count_B], by_B, device), Layout(counts, by_B, device)
-        y_ME = self.look(layout.join([own_NE, mask_NE]), layout, beside.join([global_BE, *seen.values()]), beside)
+        # a sample without targets has no queries either
+        query_B = encoded.at[modality].count_B * (at.count_B > 0)
+        query_NE = visible[modality]
+        if bool((query_B < encoded.at[modality].count_B).any()):
+            kept_N = (at.count_B > 0)[encoded.at[modality].host_row_N]
+            query_NE = take(query_NE, to_device(kept_N.nonzero().squeeze(1), device))
+        counts = [one_B, *(encoded.at[m].count_B for m in visible)]
+        length_B, context_B = query_B + at.count_B, torch.stack(counts).sum(dim=0)
+        by_B = length_B * (context_B.max() + 1) + context_B
+        layout, context = Layout([query_B, at.count_B], by_B, device), Layout(counts, by_B, device)
+        y_ME = self.cross_attention(
+            layout.join([query_NE, mask_NE]), layout, context.join([global_BE, *visible.values()]), context
+        )
         with self.row_tracker.select(layout.rows):
             y_ME = y_ME + self.mlp(self.out_norm(y_ME))
             for layer in self.layers:
                 y_ME = layer(y_ME, layout)
         return layout.part(y_ME)[1]
 
-    def look(self, q_ME: Tensor, layout: Layout, c_KE: Tensor, beside: Layout) -> Tensor:
-        E, found = q_ME.shape[1], []
+    def cross_attention(self, q_ME: Tensor, layout: Layout, c_KE: Tensor, context: Layout) -> Tensor:
+        E, parts = q_ME.shape[1], []
         with self.row_tracker.select(layout.rows):
             q_ME = self.query(self.query_norm(q_ME))
-        with self.row_tracker.select(beside.rows):
+        with self.row_tracker.select(context.rows):
             kv_KE = self.context(self.context_norm(c_KE))
-        for q, kv in zip(layout.split(q_ME), beside.split(kv_KE), strict=True):
+        for q, kv in zip(layout.split(q_ME), context.split(kv_KE), strict=True):
             if q.shape[1]:
                 q = q.unflatten(2, (self.heads, E // self.heads)).transpose(1, 2)
                 k, v = kv.unflatten(2, (2, self.heads, E // self.heads)).permute(2, 0, 3, 1, 4).unbind(0)
-                found.append(attend(q, k, v).transpose(1, 2).reshape(-1, E))
-        # where nothing is asked, every parameter is still reached, by nothing
-        nothing = q_ME + kv_KE[:0, :E] if len(q_ME) == 0 else q_ME
+                parts.append(attend(q, k, v).transpose(1, 2).reshape(-1, E))
+        # without targets, parameters still get a gradient of zero
+        empty = q_ME + kv_KE[:0, :E] if len(q_ME) == 0 else q_ME
         with self.row_tracker.select(layout.rows):
-            return self.out(torch.cat(found) if len(found) > 1 else found[0] if found else nothing)
+            return self.out(torch.cat(parts) if len(parts) > 1 else parts[0] if parts else empty)

@@ -1,4 +1,5 @@
-"""Reinforcement of answers: how much better than others one was, and the losses that make it likelier."""
+"""Policy-gradient and preference losses for language models (GRPO, Dr. GRPO, DAPO, BNPO, GSPO, CISPO, DPO), and
+advantages."""
 
 from descant.modules.policy.advantages import Advantage, AdvantageOutput, BatchScaled, Centred, EachScaled, GroupScaled
 from descant.modules.policy.losses import (

@@ -1,13 +1,12 @@
-"""Policy losses: what makes answers likelier that were better than others of their prompt.
+"""Policy-gradient losses on sampled answers: GRPO, Dr. GRPO, DAPO, BNPO, GSPO, CISPO.
 
-    w_n  = exp(l_n - l_n at the draw)                 how much likelier a token has become; or its answer as a whole
-    L_n  = - min(w A, clip(w, 1 - low, 1 + high) A)   token by token, A of its answer
+    w_n  = exp(l_n - l_n at sampling)                 probability ratio of a token, or of its whole answer
+    L_n  = - min(w A, clip(w, 1 - low, 1 + high) A)   by token, A of its answer
     loss = an aggregation of L over the answers of the whole step
 
-Four names are one loss under four aggregations: GRPO is SequenceMean, Dr. GRPO SequenceSum, DAPO TokenMean, BNPO
-LocalTokenMean. GSPO is SequenceMean of the AnswerRatio. Counts are of the whole step, over ranks and micro-batches, so
-gradients are the same however a step is cut; BNPO's are not, on purpose.
-Letters: N tokens of answers, B answers.
+GRPO, Dr. GRPO, DAPO and BNPO are one loss with the aggregation SequenceMean, SequenceSum, TokenMean and LocalTokenMean.
+GSPO is SequenceMean of the AnswerRatio, CISPO a surrogate. Counts are of the whole step, over ranks and micro-batches,
+so gradients do not depend on how it is split; BNPO's do, by design. Letters: N tokens of answers, B answers.
 """
 
 from __future__ import annotations
@@ -20,18 +19,18 @@ from torch import Tensor, nn
 from descant.modules.core.batch import chosen
 from descant.modules.core.objective import Term, counted, means
 
-#: Of log-ratios: beyond it an exponential says nothing more (as in verl).
+#: Bound of log-ratios (as in verl).
 FAR = 20.0
 
 
 class PolicyBatch(NamedTuple):
-    """Answers as they were drawn, and what the policy thinks of them now.
+    """Sampled answers and their log-probabilities under the policy.
 
     Attributes:
-        log_N: log-probability of each token, with its gradient. old_N: the same when it was drawn.
-        sample_N: int64, whose token it is. advantage_B: of each answer.
-        live_B: which answers count: those that are left out, such as of flat groups or cut off, are in no count.
-        reference_N: log-probabilities under a policy to stay near to, if there is one.
+        log_N: log-probability of each token, with gradient. old_N: the same at sampling.
+        sample_N: int64, the answer of each token. advantage_B: of each answer.
+        valid_B: answers that count; others, such as flat or truncated ones, are in no count.
+        reference_N: log-probabilities under a reference policy, if there is one.
     """
 
     log_N: Tensor
@@ -55,14 +54,14 @@ class PolicyBatch(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Live answers with a token and their tokens, in the whole step, over ranks and micro-batches."""
+    """Valid answers with a token, and their tokens, in the whole step, over ranks and micro-batches."""
 
     answers: Tensor
     tokens: Tensor
 
     @classmethod
     def of(cls, length_B: Tensor, valid_B: Tensor) -> Counts:
-        """Of these alone; those of ranks and micro-batches are added up by whoever knows them.
+        """Counts of these answers alone; the caller sums over ranks and micro-batches.
 
         >>> [int(x) for x in Counts.of(torch.tensor([3, 0, 2]), torch.tensor([True, True, False]))]
         [1, 3]
@@ -70,64 +69,60 @@ class Counts(NamedTuple):
         return cls((valid_B & (length_B > 0)).sum(), (length_B * valid_B).sum())
 
 
-# how much likelier ----------------------------------------------------------------------------------------------------
-
-
 class Ratio:
-    """``ratio(drawn)`` -> ``log w_N``, with its gradient."""
+    """Base of probability ratios: ``ratio(batch)`` -> ``log w_N``, with gradient."""
 
-    def __call__(self, drawn: PolicyBatch) -> Tensor:
+    def __call__(self, batch: PolicyBatch) -> Tensor:
         raise NotImplementedError
 
 
 class TokenRatio(Ratio):
-    """``log w_n = l_n - l_n at the draw``, at most 20 either way."""
+    """Token-level ratio ``log w_n = l_n - l_n at sampling`` (PPO, GRPO), clamped to -20..20."""
 
-    def __call__(self, drawn: PolicyBatch) -> Tensor:
-        return (drawn.log_N - drawn.old_N).clamp(-FAR, FAR)
+    def __call__(self, batch: PolicyBatch) -> Tensor:
+        return (batch.log_N - batch.old_N).clamp(-FAR, FAR)
 
 
 class AnswerRatio(Ratio):
-    """``log w_n = mean over the tokens of its answer of (l - l at the draw)``: an answer is clipped as a whole (GSPO).
+    """Sequence-level ratio of GSPO: ``log w_n = mean over the tokens of its answer of (l - l at sampling)``.
 
-    Source: Zheng 2025, arXiv 2507.18071, whose bounds are 3e-4 and 4e-4.
+    Source: Zheng 2025, arXiv 2507.18071, whose clip bounds are 3e-4 and 4e-4.
     """
 
-    def __call__(self, drawn: PolicyBatch) -> Tensor:
-        mean_B, _ = means(drawn.log_N - drawn.old_N, drawn.sample_N, len(drawn.valid_B))
-        return mean_B.clamp(-FAR, FAR)[drawn.sample_N]
-
-
-# what each token costs ------------------------------------------------------------------------------------------------
+    def __call__(self, batch: PolicyBatch) -> Tensor:
+        mean_B, _ = means(batch.log_N - batch.old_N, batch.sample_N, len(batch.valid_B))
+        return mean_B.clamp(-FAR, FAR)[batch.sample_N]
 
 
 class Surrogate:
-    """``surrogate(drawn)`` -> ``L_N``, and named float ``[N]`` to look at, such as which tokens were clipped."""
+    """Base of surrogate losses: ``surrogate(batch)`` -> ``L_N``, and named float ``[N]`` to log, such as clipped
+    tokens."""
 
     def __init__(self, ratio: Ratio | None = None) -> None:
         self.ratio = ratio or TokenRatio()
 
-    def __call__(self, drawn: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, batch: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
         raise NotImplementedError
 
 
 class Clipped(Surrogate):
-    """``L = - min(min(w, cap) A, clip(w, 1 - low, 1 + high) A)``, and for A < 0 at most ``- dual A``.
+    """PPO's clipped surrogate: ``L = - min(min(w, cap) A, clip(w, 1 - low, 1 + high) A)``, at most ``- dual A`` for A <
+    0.
 
-    Source: PPO (Schulman 2017, arXiv 1707.06347); a higher ``high`` is DAPO's (Yu 2025, arXiv 2503.14476: 0.28),
-    ``cap`` the two-sided clip (INTELLECT-2, arXiv 2505.07291), ``dual`` that of Ye 2020, arXiv 1912.09729 (there 3).
+    Source: Schulman 2017, arXiv 1707.06347; a higher ``high`` is DAPO's clip-higher (Yu 2025, arXiv 2503.14476: 0.28),
+    ``cap`` two-sided clipping (INTELLECT-2, arXiv 2505.07291), ``dual`` dual-clip PPO (Ye 2020, arXiv 1912.09729: 3).
 
     Args:
-        low, high: how far w may go below and above 1.
-        ratio: of tokens where not given; AnswerRatio is GSPO.
-        cap: of the w that is not clipped. dual: a bound of what bad answers cost.
+        low, high: clip range of w, below and above 1.
+        ratio: TokenRatio by default; AnswerRatio is GSPO.
+        cap: bound of the unclipped w. dual: bound of the loss of bad answers.
 
     Raises:
-        ValueError: for a bound that leaves nothing.
+        ValueError: for an empty range.
 
-    >>> drawn = PolicyBatch(torch.tensor([1.5, 1.5]).log(), torch.zeros(2), torch.tensor([0, 1]),
+    >>> batch = PolicyBatch(torch.tensor([1.5, 1.5]).log(), torch.zeros(2), torch.tensor([0, 1]),
     ...     torch.tensor([1.0, -1.0]), torch.tensor([True, True]))
-    >>> [round(x, 2) for x in Clipped()(drawn)[0].tolist()]
+    >>> [round(x, 2) for x in Clipped()(batch)[0].tolist()]
     [-1.2, 1.5]
     """
 
@@ -141,17 +136,15 @@ class Clipped(Surrogate):
     ) -> None:
         super().__init__(ratio)
         if not 0 <= low <= 1 or not high >= 0:
-            raise ValueError(
-                f"Clipped: low {low:g} and high {high:g}: from 0 to 1, and 0 or more, such as 0.2 and 0.28"
-            )
+            raise ValueError(f"Clipped: low {low:g} and high {high:g}: 0 to 1, and 0 or more, such as 0.2 and 0.28")
         if cap is not None and not cap > 1 + high:
             raise ValueError(f"Clipped: cap {cap:g}: above 1 + high, which is {1 + high:g}")
         if dual is not None and not dual > 1:
             raise ValueError(f"Clipped: dual {dual:g}: above 1, such as 3")
         self.low, self.high, self.cap, self.dual = low, high, cap, dual
 
-    def __call__(self, drawn: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        w_N, a_N = self.ratio(drawn).exp(), drawn.advantage_N
+    def __call__(self, batch: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        w_N, a_N = self.ratio(batch).exp(), batch.advantage_N
         free_N = w_N if self.cap is None else w_N.clamp(max=self.cap)
         value_N = -torch.minimum(free_N * a_N, w_N.clamp(1 - self.low, 1 + self.high) * a_N)
         if self.dual is not None:
@@ -162,12 +155,11 @@ class Clipped(Surrogate):
 
 
 class CISPO(Surrogate):
-    """``L = - min(w, high) A l`` with no gradient through w: no token is left out, and none counts for too much.
-
-    Source: MiniMax-M1, arXiv 2506.13585; the bound of public trainers, about 5.
+    """CISPO, ``L = - min(w, high) A l`` with a stopped gradient of w: no token is clipped away (MiniMax-M1, arXiv
+    2506.13585).
 
     Args:
-        high: bound of w. ratio: of tokens where not given.
+        high: bound of w, about 5 in public trainers. ratio: TokenRatio by default.
 
     Raises:
         ValueError: for a bound not above 0.
@@ -179,21 +171,21 @@ class CISPO(Surrogate):
             raise ValueError(f"CISPO: high {high:g}: above 0, such as 5")
         self.high = high
 
-    def __call__(self, drawn: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        w_N, a_N = self.ratio(drawn).exp().detach(), drawn.advantage_N
-        value_N = -w_N.clamp(max=self.high) * a_N * drawn.log_N
+    def __call__(self, batch: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        w_N, a_N = self.ratio(batch).exp().detach(), batch.advantage_N
+        value_N = -w_N.clamp(max=self.high) * a_N * batch.log_N
         return value_N, {"clipped_high": ((w_N > self.high) & (a_N > 0)).to(w_N)}
 
 
 class KL:
-    """``beta (exp(d) - d - 1)``, ``d = l of the reference - l``: an estimate that is never below zero (k3).
+    """KL penalty to a reference policy, the k3 estimator: ``beta (exp(d) - d - 1)``, ``d = l of the reference - l``.
 
-    With ``corrected`` times w, so that its gradient is that of the divergence, on policy too: w is 1 there, and its
-    gradient is not 0. Public trainers differ in it. Source: Schulman 2020, "Approximating KL divergence"; the
-    correction as in DeepSeek-V3.2.
+    With ``corrected`` times w, so that its gradient is that of the divergence, also on policy, where w is 1 and its
+    gradient is not 0; public trainers differ. Source: Schulman 2020, "Approximating KL divergence"; correction as in
+    DeepSeek-V3.2.
 
     Args:
-        beta: its weight. corrected: by w. ratio: of tokens where not given.
+        beta: weight. corrected: multiply by w. ratio: TokenRatio by default.
 
     Raises:
         ValueError: for a beta not above 0.
@@ -201,40 +193,37 @@ class KL:
 
     def __init__(self, beta: float, corrected: bool = True, ratio: Ratio | None = None) -> None:
         if not beta > 0:
-            raise ValueError(f"KL: beta {beta:g}: above 0; without a KL a reference is not needed at all")
+            raise ValueError(f"KL: beta {beta:g}: above 0; to train without a KL penalty leave kl out")
         self.beta, self.corrected, self.ratio = beta, corrected, ratio or TokenRatio()
 
-    def __call__(self, drawn: PolicyBatch) -> Tensor:
-        if drawn.reference_N is None:
-            raise ValueError("KL: no log-probabilities of a reference")
-        d_N = (drawn.reference_N - drawn.log_N).clamp(-FAR, FAR)
+    def __call__(self, batch: PolicyBatch) -> Tensor:
+        if batch.reference_N is None:
+            raise ValueError("KL: the batch has no log-probabilities of a reference")
+        d_N = (batch.reference_N - batch.log_N).clamp(-FAR, FAR)
         value_N = d_N.exp() - d_N - 1
-        return self.beta * (value_N * self.ratio(drawn).exp() if self.corrected else value_N)
-
-
-# what tokens are divided by -------------------------------------------------------------------------------------------
+        return self.beta * (value_N * self.ratio(batch).exp() if self.corrected else value_N)
 
 
 class Aggregation:
-    """``aggregation(value_N, drawn, counts)``: from what each token costs to a term."""
+    """Base of aggregations, from token losses to a term: ``aggregation(value_N, batch, counts)``."""
 
-    def __call__(self, value_N: Tensor, drawn: PolicyBatch, counts: Counts) -> Term:
+    def __call__(self, value_N: Tensor, batch: PolicyBatch, counts: Counts) -> Term:
         raise NotImplementedError
 
 
 class SequenceMean(Aggregation):
-    """Every answer counts alike (GRPO): ``mean_b mean_t L``; a token of a long one counts less."""
+    """GRPO's aggregation, ``mean_b mean_t L``: every answer has equal weight, tokens of long ones less."""
 
-    def __call__(self, value_N: Tensor, drawn: PolicyBatch, counts: Counts) -> Term:
-        value_B, some_B = means(value_N, drawn.sample_N, len(drawn.valid_B))
-        return Term(value_B, valid=drawn.valid_B & some_B, norm=counts.answers.clamp(min=1))
+    def __call__(self, value_N: Tensor, batch: PolicyBatch, counts: Counts) -> Term:
+        value_B, some_B = means(value_N, batch.sample_N, len(batch.valid_B))
+        return Term(value_B, valid=batch.valid_B & some_B, norm=counts.answers.clamp(min=1))
 
 
 class SequenceSum(Aggregation):
-    """``sum_n L / (answers length)``, with a constant length (Dr. GRPO: Liu 2025, arXiv 2503.20783).
+    """Dr. GRPO's aggregation, ``sum_n L / (answers length)``, with a constant length (Liu 2025, arXiv 2503.20783).
 
     Args:
-        length: usually the most tokens that an answer may have.
+        length: usually the maximum tokens of an answer.
 
     Raises:
         ValueError: for a length below 1.
@@ -242,40 +231,40 @@ class SequenceSum(Aggregation):
 
     def __init__(self, length: int) -> None:
         if length < 1:
-            raise ValueError(f"SequenceSum: length {length}: 1 is the least; usually the most tokens of an answer")
+            raise ValueError(f"SequenceSum: length {length}: at least 1; usually the maximum tokens of an answer")
         self.length = length
 
-    def __call__(self, value_N: Tensor, drawn: PolicyBatch, counts: Counts) -> Term:
-        value_B = added(value_N, drawn) / self.length
-        return Term(value_B, valid=drawn.valid_B, norm=counts.answers.clamp(min=1))
+    def __call__(self, value_N: Tensor, batch: PolicyBatch, counts: Counts) -> Term:
+        value_B = added(value_N, batch) / self.length
+        return Term(value_B, valid=batch.valid_B, norm=counts.answers.clamp(min=1))
 
 
 class TokenMean(Aggregation):
-    """Every token of the step counts alike (DAPO): ``sum_n L / tokens``."""
+    """DAPO's aggregation, ``sum_n L / tokens``: every token of the step has equal weight."""
 
-    def __call__(self, value_N: Tensor, drawn: PolicyBatch, counts: Counts) -> Term:
-        return Term(added(value_N, drawn), valid=drawn.valid_B, norm=counts.tokens.clamp(min=1))
+    def __call__(self, value_N: Tensor, batch: PolicyBatch, counts: Counts) -> Term:
+        return Term(added(value_N, batch), valid=batch.valid_B, norm=counts.tokens.clamp(min=1))
 
 
 class LocalTokenMean(Aggregation):
-    """Every token of a micro-batch counts alike, and every micro-batch (BNPO): it depends on how a step is cut."""
+    """BNPO's aggregation: mean over the tokens of a micro-batch, so it depends on how a step is split."""
 
-    def __call__(self, value_N: Tensor, drawn: PolicyBatch, counts: Counts) -> Term:
-        return Term(value_N, valid=drawn.valid_N, norm="local")
+    def __call__(self, value_N: Tensor, batch: PolicyBatch, counts: Counts) -> Term:
+        return Term(value_N, valid=batch.valid_N, norm="local")
 
 
-def added(value_N: Tensor, drawn: PolicyBatch) -> Tensor:
-    """``[B]``: what the tokens of each answer cost."""
-    return value_N.new_zeros(len(drawn.valid_B)).index_add(0, drawn.sample_N, value_N)
+def added(value_N: Tensor, batch: PolicyBatch) -> Tensor:
+    """``[B]``: sum over the tokens of each answer."""
+    return value_N.new_zeros(len(batch.valid_B)).index_add(0, batch.sample_N, value_N)
 
 
 class PolicyLoss(nn.Module):
-    """Terms "policy" and, with a reference, "kl"; and what to look at, per token.
+    """Policy loss: terms "policy" and, with a reference, "kl", and values to log by token.
 
     Args:
-        surrogate: what each token costs; Clipped where not given.
-        aggregation: what is divided by what; TokenMean where not given.
-        kl: stay near to a reference.
+        surrogate: loss of each token; Clipped by default.
+        aggregation: of token losses; TokenMean (DAPO) by default.
+        kl: penalty of the distance to a reference policy.
     """
 
     def __init__(
@@ -284,11 +273,11 @@ class PolicyLoss(nn.Module):
         super().__init__()
         self.surrogate, self.aggregation, self.kl = surrogate or Clipped(), aggregation or TokenMean(), kl
 
-    def forward(self, drawn: PolicyBatch, counts: Counts) -> tuple[dict[str, Term], dict[str, Tensor]]:
-        value_N, seen = self.surrogate(drawn)
-        terms = {"policy": self.aggregation(value_N, drawn, counts)}
+    def forward(self, batch: PolicyBatch, counts: Counts) -> tuple[dict[str, Term], dict[str, Tensor]]:
+        value_N, logs = self.surrogate(batch)
+        terms = {"policy": self.aggregation(value_N, batch, counts)}
         if self.kl is not None:
-            kl_N = self.kl(drawn)
-            terms["kl"] = self.aggregation(kl_N, drawn, counts)
-            seen["kl"] = kl_N.detach() / self.kl.beta
-        return terms, seen
+            kl_N = self.kl(batch)
+            terms["kl"] = self.aggregation(kl_N, batch, counts)
+            logs["kl"] = kl_N.detach() / self.kl.beta
+        return terms, logs

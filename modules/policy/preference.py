@@ -1,4 +1,4 @@
-"""Preferences between two answers to one prompt. Letters: B pairs."""
+"""DPO: direct preference optimization on pairs of answers. Letters: B pairs."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch.nn import functional as F
 
 
 class DPOLoss:
-    """``- logsigmoid(beta (gain_good - gain_bad))``, ``gain = l - l of the reference``, l of whole answers.
+    """DPO loss, ``- logsigmoid(beta (gain_good - gain_bad))``, ``gain = log p - log p_reference`` of whole answers.
 
-    Source: Rafailov 2023, arXiv 2305.18290. With lengths each gain is divided by its answer's own: one that is only
-    longer is not better.
+    Source: Rafailov 2023, arXiv 2305.18290. With lengths each gain is divided by its answer's, so that longer is not
+    better by itself.
 
     Args:
-        beta: how far the policy may go from its reference; the smaller the farther.
-        by_length: whether recipes give it lengths.
+        beta: strength of the pull to the reference; smaller allows larger changes.
+        by_length: whether recipes pass lengths.
 
     Raises:
         ValueError: for a beta not above 0.
@@ -38,7 +38,7 @@ class DPOLoss:
         bad_reference_B: Tensor,
         length_B2: Tensor | None = None,
     ) -> Tensor:
-        """``[B]``, of log-probabilities of whole answers; ``length_B2``: tokens of the good and of the bad one."""
+        """``[B]``, of log-probabilities of whole answers; ``length_B2``: tokens of the good and the bad one."""
         gain_B2 = torch.stack([good_B - good_reference_B, bad_B - bad_reference_B], dim=1)
         if length_B2 is not None:
             gain_B2 = gain_B2 / length_B2.clamp(min=1)

@@ -1,4 +1,4 @@
-"""What an answer earns: named rewards with weights, any of which may not apply to it.
+"""Rewards of answers by verifiers: exact match, numbers, JSON tables, formats, and scores of a task.
 
 Letters: B answers, K rewards.
 """
@@ -22,63 +22,62 @@ from torch import Tensor
 
 
 class Entry(Protocol):
-    """What a task knows of one of its problems: ``score(said)``, 1 for what is right."""
+    """A problem of a task: ``score(text)``, 1 for a right answer."""
 
-    def score(self, said: str, /) -> float: ...
+    def score(self, text: str, /) -> float: ...
 
 
 class Answer(NamedTuple):
-    """What was said to a question, and what is right, spelled out.
+    """A generated answer and the reference answer, as text.
 
-    ``tokens``: of what was said, an end counted. ``ended``: whether it came to an end by itself. ``entry``: what the
-    task knows of the problem, where it knows more than one right answer.
+    ``tokens``: number of generated tokens, end included. ``ended``: whether it ended by itself. ``entry``: the problem
+    of a task that scores answers itself.
     """
 
-    said: str
-    right: str
+    text: str
+    reference: str
     tokens: int = 0
     ended: bool = True
     entry: Entry | None = None
 
 
 class Verifier:
-    """``verifier(answer)`` -> what it earns, or None if the question is no case for it."""
+    """Base of verifiers: ``verifier(answer)`` -> reward, or None where it does not apply."""
 
     def __call__(self, answer: Answer) -> float | None:
         raise NotImplementedError
 
 
 class ExactAnswer(Verifier):
-    """1 for what is right, letter by letter, but for case and spaces; else 0.
+    """Exact match but for case and whitespace: 1, else 0.
 
     >>> ExactAnswer()(Answer(" Red  apple", "red apple")), ExactAnswer()(Answer("", "red apple"))
     (1.0, 0.0)
     """
 
     def __call__(self, answer: Answer) -> float | None:
-        return float(plain(answer.said) == plain(answer.right))
+        return float(plain(answer.text) == plain(answer.reference))
 
 
 class TaskAnswer(ExactAnswer):
-    """What the task itself says of an answer, such as the scores of reasoning-gym; of a task that says nothing of it
-    what ExactAnswer says.
+    """The score of the task itself, such as reasoning-gym's; exact match for tasks without one.
 
     >>> class Even:
-    ...     def score(self, said: str) -> float:
-    ...         return float(said.isdigit() and int(said) % 2 == 0)
+    ...     def score(self, text: str) -> float:
+    ...         return float(text.isdigit() and int(text) % 2 == 0)
     >>> TaskAnswer()(Answer("6", "4", entry=Even())), TaskAnswer()(Answer("6", "4"))
     (1.0, 0.0)
     """
 
     def __call__(self, answer: Answer) -> float | None:
-        return super().__call__(answer) if answer.entry is None else float(answer.entry.score(answer.said))
+        return super().__call__(answer) if answer.entry is None else float(answer.entry.score(answer.text))
 
 
 class NumericAnswer(Verifier):
-    """1 for an expression of the same value ("1/2", "0.5"), else 0; does not apply where no number is right.
+    """1 for an expression of equal value ("1/2", "0.5"), else 0; does not apply where the reference is no number.
 
-    Expressions are read and compared by math-verify, in a process of its own: "9^9^9" takes five letters to say, and
-    all memory and time to work out. What takes longer than ``seconds``, or more than 2 GB, earns 0.
+    Expressions are compared by math-verify in a process of its own, since "9^9^9" is short, but endless to evaluate.
+    More than ``seconds`` or 2 GB give 0.
 
     Args:
         seconds: for one answer.
@@ -92,17 +91,16 @@ class NumericAnswer(Verifier):
             raise ValueError("NumericAnswer needs the package math-verify: pip install math-verify")
         if not seconds > 0:
             raise ValueError(f"NumericAnswer: seconds {seconds:g}: more than 0")
-        self.judge = Judge(_COMPARE, seconds)
+        self.process = VerifierProcess(_COMPARE, seconds)
 
     def __call__(self, answer: Answer) -> float | None:
-        # what is right is read first, and alone: an answer that brings the judge down has still a right one
-        if not self.judge([answer.right]):
+        # the reference alone first: whether the reward applies must not depend on an answer that ends the process
+        if not self.process([answer.reference]):
             return None
-        return float(bool(self.judge([answer.right, answer.said])))
+        return float(bool(self.process([answer.reference, answer.text])))
 
 
-#: Lines of JSON in, lines of JSON out: is it a number, or are these two the same? Without math-verify's own timeouts,
-#: which cannot stop arithmetic that is under way.
+#: JSON lines in and out: is one text a number, or are two equal? math-verify's own timeouts cannot stop arithmetic.
 _COMPARE = """
 import json, logging, resource, sys
 from functools import cache
@@ -114,32 +112,31 @@ read = lambda text: math_verify.parse(text, parsing_timeout=None)
 known = cache(read)
 print(0, flush=True)
 for line in sys.stdin:
-    right, *said = json.loads(line)
+    reference, *text = json.loads(line)
     try:
-        found = known(right)
-        if said:
-            found = math_verify.verify(found, read(said[0]), timeout_seconds=None)
+        result = known(reference)
+        if text:
+            result = math_verify.verify(result, read(text[0]), timeout_seconds=None)
     except (MemoryError, OverflowError, ValueError, RecursionError):
-        found = False
-    print(json.dumps(bool(found)), flush=True)
+        result = False
+    print(json.dumps(bool(result)), flush=True)
 """
 
-
-#: Seconds that a judge may take to load what it needs.
+#: Seconds that a process may take to start.
 _READY = 120.0
 
 
-class Judge:
-    """A Python program beside this one that answers a line of JSON by another; ended and begun anew where it is late.
+class VerifierProcess:
+    """A Python program in a process of its own that answers JSON lines; restarted after a timeout.
 
-    ``judge(question)`` is what it says, or None where it says nothing within ``seconds``. Its first line says that it
-    is ready.
+    ``process(question)`` is its answer, or None without one within ``seconds``. Its first line signals that it is
+    ready.
 
     Raises:
         ValueError: in use, for a program that is not ready within two minutes.
 
     >>> echo = "import sys; print(0, flush=True); [print(line, end='', flush=True) for line in sys.stdin]"
-    >>> Judge(echo, seconds=9)({"six": 6})
+    >>> VerifierProcess(echo, seconds=9)({"six": 6})
     {'six': 6}
     """
 
@@ -154,9 +151,9 @@ class Judge:
             self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
             if not self._line(_READY):
                 self.end()
-                raise ValueError(f"{type(self).__name__}: its process did not begin")
+                raise ValueError(f"{type(self).__name__}: its process did not start")
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it is gone; then there is no line either
+        with contextlib.suppress(BrokenPipeError):  # it ended: no line follows
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
         line = self._line(self.seconds)
@@ -181,18 +178,18 @@ class Judge:
         return {**self.__dict__, "_process": None}
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # at the end of the interpreter anything may be gone
+        with contextlib.suppress(Exception):  # at interpreter exit modules may be gone
             self.end()
 
 
 class Format(Verifier):
-    """1 where all that was said has a form, else 0.
+    """Format reward: 1 where the whole answer matches a regular expression, else 0.
 
     Args:
-        pattern: a regular expression; a dot is any letter, a new line too.
+        pattern: a regular expression; a dot also matches a new line.
 
     Raises:
-        ValueError: for an expression that is none.
+        ValueError: for an invalid expression.
 
     >>> form = Format(r"<think>.*</think><answer>[^<]*</answer>")
     >>> form(Answer("<think>red, round</think><answer>apple</answer>", "")), form(Answer("apple", ""))
@@ -206,15 +203,15 @@ class Format(Verifier):
             raise ValueError(f"Format: pattern {pattern!r}: {error}") from None
 
     def __call__(self, answer: Answer) -> float | None:
-        return float(self.pattern.fullmatch(answer.said) is not None)
+        return float(self.pattern.fullmatch(answer.text) is not None)
 
 
 class Part(Verifier):
-    """Another verifier of a part of what was said, such as what stands between two tags; 0 where there is no such part.
+    """Another verifier on a part of the answer, such as the text between two tags; 0 without such a part.
 
     Args:
-        pattern: a regular expression; its first group, or all of it, is the part; of several the last one.
-        of: judges the part.
+        pattern: a regular expression; its first group, or all of it, is the part; the last match counts.
+        of: verifier of the part.
 
     >>> Part(r"<answer>(.*?)</answer>", ExactAnswer())(Answer("<answer>a</answer> no, <answer>pear</answer>", "pear"))
     1.0
@@ -224,20 +221,20 @@ class Part(Verifier):
         self.pattern, self.of = Format(pattern).pattern, of
 
     def __call__(self, answer: Answer) -> float | None:
-        found = list(self.pattern.finditer(answer.said))
-        part = found[-1].group(1 if self.pattern.groups else 0) if found else None
-        return 0.0 if part is None else self.of(answer._replace(said=part))
+        matches = list(self.pattern.finditer(answer.text))
+        part = matches[-1].group(1 if self.pattern.groups else 0) if matches else None
+        return 0.0 if part is None else self.of(answer._replace(text=part))
 
 
 class JsonTable(Verifier):
-    """F1 of the cells of a table, ``2 hits / (cells said + cells right)``: JSON, a list of objects with alike keys.
+    """F1 of the cells of a JSON table (a list of objects): ``2 hits / (cells of the answer + cells of the reference)``.
 
-    A cell is the first key's value of its row, its own key and its own value, so rows may come in any order. Numbers
-    are equal within ``tolerance``, relative; texts but for case and spaces. No table earns 0; the reward does not apply
-    where what is right is none.
+    A cell is (first value of its row, key, value), so rows may come in any order. Numbers are compared within a
+    relative ``tolerance``, texts without case and spaces. An answer that is no table gives 0; does not apply where the
+    reference is none.
 
-    >>> right = '[{"name": "ann", "age": 30}, {"name": "bob", "age": 41}]'
-    >>> JsonTable()(Answer('[{"name": "bob", "age": 41}, {"name": "ann", "age": 31}]', right))
+    >>> reference = '[{"name": "ann", "age": 30}, {"name": "bob", "age": 41}]'
+    >>> JsonTable()(Answer('[{"name": "bob", "age": 41}, {"name": "ann", "age": 31}]', reference))
     0.75
     """
 
@@ -247,20 +244,20 @@ class JsonTable(Verifier):
         self.tolerance = tolerance
 
     def __call__(self, answer: Answer) -> float | None:
-        right, said = _cells(answer.right), _cells(answer.said)
-        if right is None:
+        reference, text = _cells(answer.reference), _cells(answer.text)
+        if reference is None:
             return None
-        if not said:
-            return float(said == right)
-        left = Counter(right)
+        if not text:
+            return float(text == reference)
+        left = Counter(reference)
         hits = 0
-        for place, value in said:
+        for place, value in text:
             match = next((cell for cell in left if cell[0] == place and self._same(cell[1], value)), None)
             if match is not None:
                 left[match] -= 1
-                left += Counter()  # without those that are used up
+                left += Counter()  # drops those used up
                 hits += 1
-        return 2 * hits / (len(said) + len(right))
+        return 2 * hits / (len(text) + len(reference))
 
     def _same(self, a: Any, b: Any) -> bool:
         if isinstance(a, float) and isinstance(b, float):
@@ -268,56 +265,35 @@ class JsonTable(Verifier):
         return type(a) is type(b) and bool(a == b)  # to Python True is 1
 
 
-class Overlong(Verifier):
-    """What length costs: 0 up to ``most - cushion`` tokens, then less and less, and -1 at ``most``, where it is cut.
-
-    Source: DAPO (Yu 2025, arXiv 2503.14476; there 4,096 of 20,480).
-
-    Raises:
-        ValueError: for a cushion that is none, or larger than the whole.
-
-    >>> [Overlong(most=10, cushion=4)(Answer("", "", tokens)) for tokens in (6, 8, 10)]
-    [0.0, -0.5, -1.0]
-    """
-
-    def __init__(self, most: int, cushion: int) -> None:
-        if not 0 < cushion <= most:
-            raise ValueError(f"Overlong: cushion {cushion}: from 1 to most, which is {most}")
-        self.most, self.cushion = most, cushion
-
-    def __call__(self, answer: Answer) -> float | None:
-        return max(min((self.most - self.cushion - answer.tokens) / self.cushion, 0.0), -1.0)
-
-
 class Rewards:
-    """``rewards(answers)`` -> double ``[B, K]``, nan where one does not apply; ``names`` and ``weight_K``.
+    """Named rewards with weights: ``rewards(answers)`` -> double ``[B, K]``, nan where one does not apply.
 
     Args:
-        of: name -> who says what an answer earns.
-        weights: name -> its weight, 1 where not given.
+        of: name -> verifier.
+        weights: name -> weight, 1 by default.
 
     Raises:
         ValueError: for none, a weight of another name, or weights that are all 0; in use, naming reward and answer, for
-            one that raises or says nan or infinity.
+            a verifier that raises or gives nan or infinity.
     """
 
     def __init__(self, of: dict[str, Verifier], weights: dict[str, float] | None = None) -> None:
         if not of:
-            raise ValueError("Rewards: none; such as {right: {class_path: ExactAnswer}}")
+            raise ValueError("Rewards: none given; such as {right: {class_path: ExactAnswer}}")
         for name in weights or {}:
             if name not in of:
                 raise ValueError(f"Rewards: weights: no reward {name!r}; there is {', '.join(of)}")
         self.of, self.names = of, tuple(of)
         self.weight_K = torch.tensor([(weights or {}).get(name, 1.0) for name in of], dtype=torch.float64)
         if not self.weight_K.any():
-            raise ValueError("Rewards: weights: all are 0, so nothing is better than anything")
+            raise ValueError("Rewards: weights: all are 0")
 
     def __call__(self, answers: Sequence[Answer]) -> Tensor:
         rows = [[self._one(name, verifier, answer) for name, verifier in self.of.items()] for answer in answers]
         return torch.tensor(rows, dtype=torch.float64).view(len(answers), len(self.of))
 
     def _one(self, name: str, verifier: Verifier, answer: Answer) -> float:
-        where = f"reward {name!r} of the answer {_short(answer.said)}"
+        where = f"reward {name!r} of the answer {_short(answer.text)}"
         try:
             value = verifier(answer)
         except Exception as error:
@@ -338,7 +314,7 @@ def _short(text: str, most: int = 60) -> str:
 
 
 def _cells(text: str) -> list[tuple[tuple[Any, str], Any]] | None:
-    """((value of the row's first key, key), value) of each cell; None where the text is no table."""
+    """((first value of the row, key), value) of each cell; None where the text is no table."""
     try:
         rows = json.loads(text)
         if not isinstance(rows, list) or not all(isinstance(row, Mapping) and row for row in rows):

@@ -1,5 +1,4 @@
-"""Text to token ids: a pretrained model's tokenizer, a byte-pair encoding file, bytes, a list of words, or hashed
-character n-grams; and how pieces become one row.
+"""Tokenizers, text to token ids: pretrained, byte-pair encoding (BPE), bytes, words, and hashed character n-grams.
 
 Letters: N texts, T tokens.
 """
@@ -19,20 +18,21 @@ from descant.modules.core.rng import salt
 from descant.modules.io.pretrained import locate, padding_of, tokenizer_of
 
 PAD, BOS, EOS = 0, 1, 2
-#: Ids that stand for no text: padding, the two ends, a mask, and room for more.
+#: Special ids before those of text: padding, begin, end, mask, and reserved ones.
 SPECIAL = 8
-#: Where a picture stands in a dialogue that a chat template writes out.
+#: Marks the image in a dialogue written by a chat template.
 PLACE = "\x00"
 
 
 class Tokenizer:
-    """Text -> token ids. A subclass sets ``vocabulary`` (ids in all) and ``comma`` (ids between two pieces).
+    """Base of tokenizers, text -> token ids. A subclass sets ``vocabulary`` (number of ids) and ``comma`` (ids between
+    two pieces).
 
-    A row begins with ``begin``, ends with ``end`` and is filled up with ``pad``: here ``<bos>`` 1, ``<eos>`` 2 and
-    ``<pad>`` 0, in a pretrained model's codec whatever that model learned.
+    A row begins with ``begin``, ends with ``end`` and is filled with ``pad``: ``<bos>`` 1, ``<eos>`` 2 and ``<pad>`` 0
+    here, the model's own in a pretrained tokenizer.
 
     Args:
-        length: T, tokens of a row; longer texts are cut, and end without ``<eos>``.
+        length: T, tokens of a row; longer texts are truncated, without ``<eos>``.
     """
 
     vocabulary: int
@@ -50,26 +50,26 @@ class Tokenizer:
         raise NotImplementedError
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text that has these ids, without the ends; for codecs that forget nothing of a text that is told."""
+        """Text of these ids, without begin and end; for lossless tokenizers."""
         raise NotImplementedError
 
     def ids(self, text: str) -> list[int]:
-        """Raises ValueError for a text without content."""
-        found = self.encode(text) if text.strip() else []
-        if not found:
+        """Token ids of a text; raises ValueError for one without content."""
+        ids = self.encode(text) if text.strip() else []
+        if not ids:
             raise ValueError(f"an empty caption has no tokens: {text!r}")
-        return found
+        return ids
 
     def question(self, text: str, image: int | None, answer: int) -> list[int]:
-        """A dialogue up to where an answer begins: the ids of a picture and a question, ``<bos> image text answer``.
+        """Ids of a dialogue up to the answer: ``<bos> image text answer``.
 
-        ``image``, ``answer``: the ids that stand for a picture, where there is one, and for the beginning of an answer.
+        ``image``, ``answer``: the special ids of an image, if there is one, and of the beginning of an answer.
         """
         return [BOS, *_maybe(image), *self.ids(text), answer]
 
     def row(self, pieces: Sequence[Sequence[int]]) -> list[int]:
         """Token pieces -> ``<bos> a , b , c <eos>`` of exactly ``length`` ids."""
-        return self._filled([*self.begin, *self._joined(pieces), *self.end][: self.length])
+        return self._padded([*self.begin, *self._joined(pieces), *self.end][: self.length])
 
     def _joined(self, pieces: Sequence[Sequence[int]]) -> list[int]:
         ids: list[int] = []
@@ -77,7 +77,7 @@ class Tokenizer:
             ids += [*(self.comma if k else ()), *piece]
         return ids
 
-    def _filled(self, ids: list[int]) -> list[int]:
+    def _padded(self, ids: list[int]) -> list[int]:
         return ids + [self.pad] * (self.length - len(ids))
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -85,28 +85,26 @@ class Tokenizer:
         return torch.tensor([self.row([self.ids(text)]) for text in texts])
 
 
-def require_fit(codec: Tokenizer, tower: nn.Module, name: str = "text") -> None:
-    """Refuse ids that a tower has no embedding for or never learned, and padding that it would read as a word.
+def require_fit(tokenizer: Tokenizer, tower: nn.Module, name: str = "text") -> None:
+    """Checks that a tokenizer's ids fit a tower's embeddings.
 
     Raises:
-        ValueError: if the codec has more ids than the tower or another padding, or the tower is pretrained and the
-            codec makes ids of our own.
+        ValueError: if the tokenizer has more ids than the tower or another padding, or the tower is pretrained and the
+            tokenizer is not.
 
-    >>> require_fit(NgramTokenizer(buckets=99), nn.Embedding(9, 4))  # it does not say how many ids it knows
+    >>> require_fit(NgramTokenizer(buckets=99), nn.Embedding(9, 4))  # a module without ``vocabulary`` is not checked
     """
     known = getattr(tower, "vocabulary", None)
     if known is None:
         return
-    own = "; a pretrained tower's own codec is Pretrained, with the same folder, gguf or package"
-    if codec.vocabulary > known:
-        kind = type(codec).__name__
-        raise ValueError(f"data.text: {kind} has {codec.vocabulary} ids, and tower {name} embeds {known}{own}")
-    if getattr(tower, "pretrained", False) and isinstance(codec, (BPETokenizer, ByteTokenizer, NgramTokenizer)):
-        raise ValueError(
-            f"data.text: tower {name} is pretrained and never learned the ids of {type(codec).__name__}{own}"
-        )
-    if codec.pad != getattr(tower, "pad", PAD):
-        raise ValueError(f"data.text: {type(codec).__name__} pads with {codec.pad}, tower {name} with {tower.pad}{own}")
+    hint = "; the tokenizer of a pretrained tower is PretrainedTokenizer with the same folder, gguf or package"
+    kind = type(tokenizer).__name__
+    if tokenizer.vocabulary > known:
+        raise ValueError(f"data.text: {kind} has {tokenizer.vocabulary} ids, and tower {name} embeds {known}{hint}")
+    if getattr(tower, "pretrained", False) and isinstance(tokenizer, (BPETokenizer, ByteTokenizer, NgramTokenizer)):
+        raise ValueError(f"data.text: tower {name} is pretrained on other ids than those of {kind}{hint}")
+    if tokenizer.pad != getattr(tower, "pad", PAD):
+        raise ValueError(f"data.text: {kind} pads with {tokenizer.pad}, tower {name} with {tower.pad}{hint}")
 
 
 def _maybe(token: int | None) -> list[int]:
@@ -114,7 +112,7 @@ def _maybe(token: int | None) -> list[int]:
 
 
 class BPETokenizer(Tokenizer):
-    """A ``tokenizer.json`` of the tokenizers library, with ``<pad>`` 0, ``<bos>`` 1, ``<eos>`` 2.
+    """Byte-pair encoding (or any) tokenizer from a ``tokenizer.json`` with ``<pad>`` 0, ``<bos>`` 1, ``<eos>`` 2.
 
     Args:
         path: the file.
@@ -135,7 +133,7 @@ class BPETokenizer(Tokenizer):
             raise ValueError(f"{path}: not a tokenizer file ({error})") from None
         self.vocabulary = self.tokenizer.get_vocab_size()
         self.comma = self.encode(",")
-        self.ahead = self.tokenizer.decode(self.encode("a")).removesuffix("a")  # a space that it writes before a text
+        self.ahead = self.tokenizer.decode(self.encode("a")).removesuffix("a")  # a space that it decodes before a text
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -145,12 +143,12 @@ class BPETokenizer(Tokenizer):
 
 
 class PretrainedTokenizer(Tokenizer):
-    """The tokenizer of a pretrained model: the same ids as its own ``__call__`` gives, padded on the right.
+    """Tokenizer of a pretrained Hugging Face model: the ids of its own ``__call__``, padded on the right.
 
-    ``codec([text]) == tokenizer([text], padding="max_length", truncation=True, max_length=length)``: its own ends
-    (``[CLS]`` and ``[SEP]`` of BERT, often none of a language model), which a long text keeps, and its own padding.
-    Pieces are joined as the tokenizer would read ``a, b``; where a space belongs to the word after it (byte-level
-    BPE), that takes writing the pieces out and reading the row once more.
+    Equals ``tokenizer([text], padding="max_length", truncation=True, max_length=length)``: its own begin and end
+    (``[CLS]`` and ``[SEP]`` of BERT, often none of a language model), also in truncated texts, and its own padding.
+    Pieces are joined as in ``a, b``; where a space belongs to the next word (byte-level BPE), they are decoded and
+    encoded again.
 
     Args:
         folder: of the tokenizer's files, such as a model's folder.
@@ -159,16 +157,12 @@ class PretrainedTokenizer(Tokenizer):
         length: T, tokens of a row.
 
     Raises:
-        ValueError: if not exactly one place is named, nothing is there, or its tokenizer has no padding or no fast
+        ValueError: if not exactly one source is named, nothing is there, or its tokenizer has no padding or no fast
             form.
     """
 
     def __init__(
-        self,
-        folder: Path | None = None,
-        gguf: str | None = None,
-        package: str | None = None,
-        length: int = 32,
+        self, folder: Path | None = None, gguf: str | None = None, package: str | None = None, length: int = 32
     ) -> None:
         super().__init__(length)
         place = locate(folder, gguf, package, file="tokenizer_config.json")
@@ -177,25 +171,25 @@ class PretrainedTokenizer(Tokenizer):
         if backend is None or pad is None:
             raise ValueError(f"{place.said}: its tokenizer has no {'padding' if backend else 'tokenizer.json'}")
         self.tokenizer: tokenizers.Tokenizer = backend
-        self.whole, self.said, self.template = whole, place.said, getattr(whole, "chat_template", None)
+        self.whole, self.source, self.template = whole, place.said, getattr(whole, "chat_template", None)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.pad, self.vocabulary = pad, 1 + max(self.tokenizer.get_vocab().values())
         self.begin, self.end = self._ends()
         if len(self.begin) + len(self.end) >= length:
-            raise ValueError(f"length {length}: {place.said} puts {len(self.begin) + len(self.end)} ids around a text")
+            raise ValueError(f"length {length}: {place.said} adds {len(self.begin) + len(self.end)} ids to a text")
         #: a piece has the same ids alone and behind a comma
         self.joins = self._words("red apple, fruit") == [*self._words("red apple"), ",", *self._words("fruit")]
         self.comma = self.encode(",") if self.joins else []
 
     def _ends(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What the tokenizer puts before and after a text."""
+        """Ids that the tokenizer adds before and after a text."""
         inner, ids = self.encode("a"), self.tokenizer.encode("a").ids
         start = next(k for k in range(len(ids)) if ids[k : k + len(inner)] == inner)
         return tuple(ids[:start]), tuple(ids[start + len(inner) :])
 
     def _words(self, text: str) -> list[str]:
-        """What the tokenizer cuts a text into first; no token crosses a cut."""
+        """Pre-tokenized words of a text, which no token crosses."""
         normalizer, cutter = self.tokenizer.normalizer, self.tokenizer.pre_tokenizer
         text = text if normalizer is None else normalizer.normalize_str(text)
         return [text] if cutter is None else [word for word, _ in cutter.pre_tokenize_str(text)]
@@ -207,18 +201,18 @@ class PretrainedTokenizer(Tokenizer):
         return self.tokenizer.decode(list(ids))
 
     def question(self, text: str, image: int | None, answer: int) -> list[int]:
-        """By the chat template of the tokenizer, as its user says it, the picture before the words.
+        """A user's turn in the tokenizer's chat template, the image before the text.
 
-        Raises ValueError for a tokenizer without a template, or one whose turns end with another id than dialogues, 2.
+        Raises ValueError for a tokenizer without a template, or one whose turns do not end with id 2.
         """
         if not self.template:
-            raise ValueError(f"{self.said}: its tokenizer has no chat template; take the one of an instructed model")
-        said = [{"role": "user", "content": PLACE + text}]
-        whole = self.whole.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+            raise ValueError(f"{self.source}: no chat template; use the tokenizer of an instruction-tuned model")
+        turn = [{"role": "user", "content": PLACE + text}]
+        whole = self.whole.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
         before, after = whole.split(PLACE)
         end = self.whole.eos_token_id
         if end != EOS:
-            raise ValueError(f"{self.said}: a turn ends with id {end}, and dialogues end with {EOS}")
+            raise ValueError(f"{self.source}: a turn ends with id {end}, and dialogues end with {EOS}")
         return [*self.encode(before), *_maybe(image), *self.encode(after), answer]
 
     def row(self, pieces: Sequence[Sequence[int]]) -> list[int]:
@@ -229,17 +223,17 @@ class PretrainedTokenizer(Tokenizer):
                 ", ".join(self.tokenizer.decode(list(piece), skip_special_tokens=False) for piece in pieces)
             )
         room = self.length - len(self.begin) - len(self.end)
-        return self._filled([*self.begin, *ids[:room], *self.end])
+        return self._padded([*self.begin, *ids[:room], *self.end])
 
 
 class ByteTokenizer(Tokenizer):
-    """One id a byte of the text's UTF-8: any language, nothing forgotten, and every digit a token of its own.
+    """Byte tokenizer, one id a UTF-8 byte: any language, lossless, every digit a token.
 
     Args:
         length: T, tokens of a row.
 
-    >>> codec = ByteTokenizer(length=6)
-    >>> codec.row([codec.ids("7+5")]), codec.vocabulary, codec.decode(codec.ids("naïve"))
+    >>> tokenizer = ByteTokenizer(length=6)
+    >>> tokenizer.row([tokenizer.ids("7+5")]), tokenizer.vocabulary, tokenizer.decode(tokenizer.ids("naïve"))
     ([1, 63, 51, 61, 2, 0], 264, 'naïve')
     """
 
@@ -251,22 +245,22 @@ class ByteTokenizer(Tokenizer):
         return [SPECIAL + byte for byte in text.encode()]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Bytes that are no UTF-8 become U+FFFD."""
+        """Invalid UTF-8 becomes U+FFFD."""
         return bytes(i - SPECIAL for i in ids if SPECIAL <= i < self.vocabulary).decode(errors="replace")
 
 
 class WordTokenizer(Tokenizer):
-    """One id a word of a closed list, in the order of the text: for small worlds that are written about in few words.
+    """Word tokenizer with a closed vocabulary, for synthetic data.
 
     Args:
-        words: all that there are, in the order of their ids.
+        words: the vocabulary, in the order of ids.
         length: T, tokens of a row.
 
     Raises:
-        ValueError: for a word twice, or nothing; in ``ids``, for a word that is not in the list.
+        ValueError: for a repeated word, or none; in ``ids``, for an unknown word.
 
-    >>> codec = WordTokenizer(["the", "fox", "apple"], length=6)
-    >>> codec.row([codec.ids("The fox")]), codec.vocabulary
+    >>> tokenizer = WordTokenizer(["the", "fox", "apple"], length=6)
+    >>> tokenizer.row([tokenizer.ids("The fox")]), tokenizer.vocabulary
     ([1, 8, 9, 2, 0, 0], 11)
     """
 
@@ -276,7 +270,7 @@ class WordTokenizer(Tokenizer):
         self.known = {word: SPECIAL + k for k, word in enumerate(words)}
         if len(self.known) != len(words) or not words:
             twice = [word for word in self.known if self.words.count(word) > 1]
-            raise ValueError(f"words: {twice[0]!r} is there twice" if twice else "words: none given")
+            raise ValueError(f"words: {twice[0]!r} is given twice" if twice else "words: none given")
         self.vocabulary, self.comma = SPECIAL + len(words), []
 
     def encode(self, text: str) -> list[int]:
@@ -284,7 +278,7 @@ class WordTokenizer(Tokenizer):
         unknown = next((word for word in words if word not in self.known), None)
         if unknown is not None:
             near = "".join(f"; nearest: {word}" for word in difflib.get_close_matches(unknown, self.known, n=1))
-            raise ValueError(f"{unknown!r} is none of the {len(self.known)} words of this codec{near}")
+            raise ValueError(f"{unknown!r} is not in the tokenizer's {len(self.known)} words{near}")
         return [self.known[word] for word in words]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -294,18 +288,18 @@ class WordTokenizer(Tokenizer):
 class NgramTokenizer(Tokenizer):
     """Words and their character n-grams, hashed into buckets (fastText; Bojanowski 2017, arXiv 1607.04606).
 
-    ``ids(text)`` holds, once each, a bucket for every word ``w`` and one for every n-gram of ``<w>``. What rare words
-    share (sun, sunglasses, sunflower) has an id of its own, so a bag of them says something of words never read.
-    No file, any language; order is lost, so it goes with a bag of embeddings.
+    ``ids(text)`` holds, once each, a bucket for every word ``w`` and for every n-gram of ``<w>``: rare words
+    (sunglasses, sunflower) share n-grams with known ones. Any language, no file; word order is lost, so use it with a
+    bag of embeddings.
 
     Args:
         n: characters of an n-gram.
-        buckets: ids in all; two texts that fall into one bucket are not told apart.
+        buckets: number of ids; hash collisions are not resolved.
         length: T, tokens of a row.
 
-    >>> codec = NgramTokenizer(n=3)
-    >>> shared = set(codec.ids("sunglasses")) & set(codec.ids("sun"))
-    >>> len(codec.ids("sun")), len(shared)  # the word, <su, sun, un>; of these <su and sun are shared
+    >>> tokenizer = NgramTokenizer(n=3)
+    >>> shared = set(tokenizer.ids("sunglasses")) & set(tokenizer.ids("sun"))
+    >>> len(tokenizer.ids("sun")), len(shared)  # the word, <su, sun, un>; of these <su and sun are shared
     (4, 2)
     """
 
@@ -319,11 +313,11 @@ class NgramTokenizer(Tokenizer):
         return SPECIAL + salt(piece) % (self.vocabulary - SPECIAL)
 
     def encode(self, text: str) -> list[int]:
-        found: dict[int, None] = {}
+        ids: dict[int, None] = {}  # an ordered set
         for word in re.findall(r"\w+|[^\w\s]", text.lower()):
-            found[self._bucket(f"word {word}")] = None
+            ids[self._bucket(f"word {word}")] = None
             if len(word) >= self.n:
                 ends = f"<{word}>"
                 for start in range(len(ends) - self.n + 1):
-                    found[self._bucket(ends[start : start + self.n])] = None
-        return list(found)
+                    ids[self._bucket(ends[start : start + self.n])] = None
+        return list(ids)

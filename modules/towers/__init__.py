@@ -1,6 +1,7 @@
-"""Towers: one modality in, tokens out. Pooling and projection are parts of their own (``modules.heads``).
+"""Towers: encoders of one modality each, input to tokens. Pooling and projection are separate
+(``modules.towers.heads``).
 
-The libraries behind ``TimmTower`` and ``TransformersTower`` are imported when one is built, not here.
+timm and transformers are imported when ``TimmTower`` or ``TransformersTower`` is built, not here.
 """
 
 from descant.modules.towers.audio import LogMelTower

@@ -1,4 +1,5 @@
-"""The native audio tower. Letters: B samples, F mel filters, T frames in and tokens out, D width."""
+"""Audio tower: a 1-D ConvNeXt on log-mel features. Letters: B samples, F mel filters, T frames in and tokens out, D
+width."""
 
 from __future__ import annotations
 
@@ -10,23 +11,23 @@ from descant.modules.towers.base import Tokens, Tower
 
 
 class LogMelTower(Tower):
-    """A conv net over time: ``h = norm(block_n(... block_1(stem((x - mean) / spread))))``, one token a few frames.
+    """Audio tower on log-mel features, 1-D ConvNeXt: ``h = norm(block_n(... block_1(stem((x - mean) / spread))))``.
 
-    ``x_BFT -> [B, ceil(T / 4), width]``. The stem is two strided convolutions that see all filters at once; a block is
-    ``h + mlp(norm(depthwise(h)))`` (ConvNeXt, Liu 2022, in one dimension). Frames of ``-inf`` are no sound: they are
-    zero before every convolution, so that however many follow, real tokens stay as they are.
+    ``x_BFT -> [B, ceil(T / 4), width]``. The stem is two strided convolutions over time that read all filters; a block
+    is ``h + mlp(norm(depthwise(h)))`` (Liu 2022, arXiv 2201.03545). Frames of ``-inf`` are padding: zeroed before every
+    convolution, so tokens do not depend on how many follow.
 
     Args:
         mels: F.
         width: D.
         depth: number of blocks.
-        kernel: tokens that a block's convolution sees; odd.
+        kernel: of a block's convolution, in tokens; odd.
         mlp_ratio: hidden width of the MLP over D.
         dropout: on the branch of a block.
-        mean, spread: decibels that are taken off, and that become 1.
+        mean, spread: decibels that inputs are standardised by.
 
     Raises:
-        ValueError: if ``kernel`` is even; in forward, if the features have another number of filters.
+        ValueError: if ``kernel`` is even; in forward, for another number of filters.
 
     >>> tower = LogMelTower(mels=8, width=16, depth=1)
     >>> x_BFT = torch.zeros(2, 8, 10); x_BFT[1, :, 5:] = -torch.inf
@@ -47,14 +48,14 @@ class LogMelTower(Tower):
     ) -> None:
         super().__init__()
         if kernel % 2 == 0:
-            raise ValueError(f"kernel {kernel} has no middle; the nearest that has is {kernel + 1}")
+            raise ValueError(f"kernel {kernel} is even; the nearest odd one is {kernel + 1}")
         self.width, self.mels, self.mean, self.spread = width, mels, mean, spread
         self.stem = nn.ModuleList([nn.Conv1d(mels, width, 5, 2, padding=2), nn.Conv1d(width, width, 5, 2, padding=2)])
         self.layers = nn.ModuleList(ConvBlock(width, kernel, mlp_ratio, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
-        """``mask``: bool ``[B, T]``, real frames; those without ``-inf`` where not given."""
+        """``mask``: bool ``[B, T]``, real frames; by default those without ``-inf``."""
         if x.shape[1] != self.mels:
             raise ValueError(f"features {tuple(x.shape[1:])}: this tower takes {self.mels} mel filters")
         mask_BT = x[:, 0] > -torch.inf if mask is None else mask
@@ -67,18 +68,11 @@ class LogMelTower(Tower):
             h_BTD = layer(h_BTD, mask_BT)
         return Tokens(self.norm(h_BTD).masked_fill(~mask_BT[..., None], 0.0), mask_BT)
 
-    def blocks(self) -> list[nn.Module]:
-        return list(self.layers)
-
 
 class ConvBlock(nn.Module):
-    """``h + mlp(norm(depthwise(h)))`` over time (ConvNeXt, Liu 2022); nobody hears a token whose mask is False.
+    """ConvNeXt block over time: ``h + mlp(norm(depthwise(h)))``, with masked tokens zeroed before the convolution.
 
-    Args:
-        width: D.
-        kernel: tokens that the convolution sees.
-        mlp_ratio: hidden width of the MLP over D.
-        dropout: on the branch.
+    Arguments as of :class:`LogMelTower`.
 
     >>> ConvBlock(8, 3)(torch.zeros(2, 5, 8), torch.ones(2, 5, dtype=torch.bool)).shape
     torch.Size([2, 5, 8])

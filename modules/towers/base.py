@@ -1,7 +1,4 @@
-"""The contract of a tower, and the set of towers that a recipe trains.
-
-Letters: B samples, T tokens, D width.
-"""
+"""Tower interface, frozen towers, and the towers of a recipe by modality. Letters: B samples, T tokens, D width."""
 
 from __future__ import annotations
 
@@ -19,12 +16,12 @@ class Tokens(NamedTuple):
 
 
 class Tower(nn.Module):
-    """``forward(x, mask=None) -> Tokens``: tokens always; pooling and projection come after, as separate parts.
+    """Encoder of one modality: ``forward(x, mask=None) -> Tokens``; pooling and projection are separate parts.
 
-    A subclass sets ``width`` (D) and returns one mask entry a token. ``mask`` is bool ``[B, T_in]``, True where an
-    input position is real, for inputs that are sequences. ``blocks()`` lists the repeated blocks: what activation
-    checkpointing recomputes, what sharding splits. A tower of token ids says how many it knows (``vocabulary``),
-    which one is padding, and whether it learned them elsewhere (``pretrained``).
+    A subclass sets ``width`` (D). ``mask`` is bool ``[B, T_in]``, True at the real positions of a sequence.
+    ``blocks()`` lists the repeated blocks, the units of activation checkpointing and sharding: ``layers`` by default. A
+    text tower sets ``vocabulary`` (number of token ids), ``pad`` (id of the padding) and ``pretrained`` (its ids belong
+    to another tokenizer).
     """
 
     width: int
@@ -36,13 +33,13 @@ class Tower(nn.Module):
         raise NotImplementedError
 
     def blocks(self) -> list[nn.Module]:
-        return []
+        return list(getattr(self, "layers", ()))
 
 
 class Frozen(Tower):
-    """A tower whose parameters take no gradient and whose mode stays eval, whatever ``train()`` is called.
+    """Frozen tower: no gradients, and always in eval mode, whatever ``train()`` is called with.
 
-    Frozen norms and dropout in train mode drift or add noise although "nothing trains": the usual bug.
+    In train mode, dropout and running statistics of a frozen tower would still change its features.
     """
 
     def __init__(self, tower: Tower) -> None:
@@ -65,19 +62,20 @@ class Frozen(Tower):
 
 
 class Towers(nn.ModuleDict):
-    """One optional tower a modality. A class, not a dict, so that a second YAML that names one tower keeps the others.
+    """Towers of a recipe, one optional tower a modality. A class, not a dict: a second YAML that names one keeps the
+    others.
 
     Args:
         image: pixels ``[B, 3, H, W]``.
         text: token ids ``[B, T]``.
-        audio: features of sound ``[B, ...]``.
+        audio: audio features ``[B, ...]``.
         video: frames ``[B, F, 3, H, W]``.
-        depth: one channel of distance ``[B, 1, H, W]``.
+        depth: a depth map ``[B, 1, H, W]``.
         volume: voxels ``[B, C, X, Y, Z]``.
         bands: spectral bands ``[B, C, H, W]``.
-        sketch: one channel of lines ``[B, 1, H, W]``.
+        sketch: an edge map ``[B, 1, H, W]``.
         t1, grey, white: volumes of one head by contrast, each ``[B, 1, X, Y, Z]``.
-        visible, infrared: bands of a satellite's picture, each ``[B, C, H, W]``.
+        visible, infrared: bands of a satellite image, each ``[B, C, H, W]``.
         table: columns ``[B, C]``.
     """
 
@@ -117,7 +115,7 @@ class Towers(nn.ModuleDict):
         super().__init__({name: tower for name, tower in given.items() if tower is not None})
 
     def width(self, modality: str) -> int:
-        """D of one tower's tokens."""
+        """D of a modality's tokens."""
         tower = self[modality]
         assert isinstance(tower, Tower)
         return tower.width

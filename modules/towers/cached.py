@@ -1,6 +1,6 @@
-"""A frozen tower that computes every input once: locked-tower training (LiT) without the locked tower's cost.
+"""Frozen tower with a feature cache: locked-tower training (LiT) without computing the locked tower again.
 
-Letters: B samples, M of them not yet known, N remembered rows, T tokens, D width.
+Letters: B samples, M uncached of them, N cached rows, T tokens, D width.
 """
 
 from __future__ import annotations
@@ -25,31 +25,30 @@ from descant.modules.core.host import host_copy, to_device
 from descant.modules.towers.base import Frozen, Tokens, Tower
 from descant.modules.towers.heads import MeanPool, Pool
 
-#: Bytes of a digest: two different rows share one with probability 2^-128 a pair.
+#: Bytes of a digest: two different rows collide with probability 2^-128.
 DIGEST = 16
 
 
 class Cached(Frozen):
-    """``h_b = pool(tower(x))_b``, remembered by the content of row b: one token a sample, whatever the tower gives.
+    """Frozen tower whose pooled features are cached by the content of each input row: ``h_b = pool(tower(x))_b``.
 
-    ``x [B, ...] -> [B, 1, D]``. A row that was seen before costs a look-up; an augmented row is another row and simply
-    misses. Unknown rows are computed in float32 (autocast is off) and always ``rows`` at a time, so a value depends
-    neither on its neighbours in a batch nor on the trainer's precision: a resumed run computes the same bits.
-    Nothing that is remembered is part of a state dict or of a copy, and other weights (a loaded checkpoint, a move to
-    another device) begin anew.
+    ``x [B, ...] -> [B, 1, D]``, one token a sample. A repeated row costs a look-up; an augmented row is a new one. Rows
+    are computed in float32 (autocast off) and always ``rows`` at a time, so values depend neither on the batch nor on
+    the trainer's precision, and a resumed run is bit-identical. The cache is part of no state dict or copy, and is
+    cleared by new weights (a checkpoint) or another device.
 
-    With ``folder`` the values outlive the run, in a sub-folder named by a hash of weights, settings, device and version
-    of torch. Every process writes files of its own there and reads all, so ranks and runs may share it.
+    With ``folder`` it is kept on disk, in a sub-folder named by a hash of weights, settings, device and version of
+    torch. Each process writes its own files and reads all, so ranks and runs may share it.
 
     Args:
-        tower: frozen here, and kept in eval mode.
-        pool: tokens to one vector a sample; the mean of real tokens where not given. Frozen too.
-        capacity: N at most, of ``4 D`` bytes each in main memory; the row unused for longest goes first.
+        tower: frozen here, in eval mode.
+        pool: tokens to one vector a sample; by default the mean of real tokens. Frozen too.
+        capacity: maximum N, ``4 D`` bytes each in main memory; the least recently used row is dropped first.
         rows: computed at a time; fewer are filled up.
-        folder: where values are kept across runs; None keeps them in memory only.
+        folder: of the cache on disk; None keeps it in cache.
 
     Raises:
-        ValueError: if ``capacity`` is negative or ``rows`` below 1; in forward, if a kept file cannot be read.
+        ValueError: if ``capacity`` is negative or ``rows`` below 1; in forward, if a cache file cannot be read.
 
     Source: Zhai 2022 (arXiv 2111.07991) for the locked tower.
 
@@ -61,23 +60,18 @@ class Cached(Frozen):
     """
 
     def __init__(
-        self,
-        tower: Tower,
-        pool: Pool | None = None,
-        capacity: int = 65_536,
-        rows: int = 16,
-        folder: Path | None = None,
+        self, tower: Tower, pool: Pool | None = None, capacity: int = 65_536, rows: int = 16, folder: Path | None = None
     ) -> None:
         if capacity < 0 or rows < 1:
             raise ValueError(f"capacity {capacity} is at least 0, rows {rows} at least 1")
         super().__init__(tower.tower if isinstance(tower, Frozen) else tower)
         self.pool = (pool or MeanPool()).requires_grad_(False).eval()
         self.capacity, self.rows, self.folder = capacity, rows, folder
-        #: rows looked up, and rows computed, since this object was made
+        #: rows looked up, and rows computed
         self.lookups = self.misses = 0
-        self._memory: _Memory | None = None
+        self._cache: _Cache | None = None
         for part in (self.tower, self.pool):
-            part.register_load_state_dict_post_hook(self._forget)
+            part.register_load_state_dict_post_hook(self._clear)
 
     def train(self, mode: bool = True) -> Cached:
         super().train(mode)
@@ -85,93 +79,85 @@ class Cached(Frozen):
         return self
 
     def blocks(self) -> list[nn.Module]:
-        """None: which rank computes which rows is its own affair, so no rank may wait for another inside a block."""
+        """None: ranks compute different rows, so a block must not contain a collective."""
         return []
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Left undone: rows are rarely computed, and compiled code has other last bits."""
-
-    # looking up ----------------------------------------------------------------------------------------------
+        """Does nothing: rows are computed once, and compiled code differs in the last bits."""
 
     @torch.compiler.disable
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
-        # outside inference mode: what a validation remembers is used in training
+        # not in inference mode: features cached in validation are used in training
         with torch.inference_mode(False), torch.no_grad():
             keys = digests(x, mask)
-            memory = self._opened(x)
-            slot_B = torch.tensor(memory.find(keys))
-            known_B = slot_B >= 0
-            firsts: dict[bytes, int] = {}  # of equal unknown rows, one is computed
-            for b in (~known_B).nonzero().flatten().tolist():
+            cache = self._open(x)
+            slot_B = torch.tensor(cache.find(keys))
+            cached_B = slot_B >= 0
+            firsts: dict[bytes, int] = {}  # equal uncached rows are computed once
+            for b in (~cached_B).nonzero().flatten().tolist():
                 firsts.setdefault(keys[b], b)
             self.lookups, self.misses = self.lookups + len(keys), self.misses + len(firsts)
             if not firsts:
-                return _tokens(memory.h_ND[slot_B], memory.real_N[slot_B], x.device)
-            h_MD, real_M = self._computed(x, mask, list(firsts.values()))
+                return _tokens(cache.h_ND[slot_B], cache.real_N[slot_B], x.device)
+            h_MD, real_M = self._compute(x, mask, list(firsts.values()))
             h_BD, real_B = h_MD.new_empty(len(keys), h_MD.shape[1]), torch.empty(len(keys), dtype=torch.bool)
-            if known_B.any():
-                h_BD[known_B], real_B[known_B] = memory.h_ND[slot_B[known_B]], memory.real_N[slot_B[known_B]]
-            place = {key: m for m, key in enumerate(firsts)}
-            m_U = torch.tensor([place[key] for key in keys if key in place])
-            h_BD[~known_B], real_B[~known_B] = h_MD[m_U], real_M[m_U]
-            memory.keep(list(firsts), h_MD, real_M)
+            if cached_B.any():
+                h_BD[cached_B], real_B[cached_B] = cache.h_ND[slot_B[cached_B]], cache.real_N[slot_B[cached_B]]
+            row_of = {key: m for m, key in enumerate(firsts)}
+            m_U = torch.tensor([row_of[key] for key in keys if key in row_of])
+            h_BD[~cached_B], real_B[~cached_B] = h_MD[m_U], real_M[m_U]
+            cache.add(list(firsts), h_MD, real_M)
             return _tokens(h_BD, real_B, x.device)
 
-    def _computed(self, x: Tensor, mask: Tensor | None, unknown: list[int]) -> tuple[Tensor, Tensor]:
-        """``[M, D]`` and bool ``[M]`` (has it a real token?) of some rows, in groups of one and the same shape."""
+    def _compute(self, x: Tensor, mask: Tensor | None, uncached: list[int]) -> tuple[Tensor, Tensor]:
+        """Features ``[M, D]`` and bool ``[M]`` (has the row a real token?) of some rows, in batches of one shape."""
         h, real = [], []
         with torch.autocast(x.device.type, enabled=False):
-            for start in range(0, len(unknown), self.rows):
-                group = unknown[start : start + self.rows]
+            for start in range(0, len(uncached), self.rows):
+                group = uncached[start : start + self.rows]
                 filled = to_device(torch.tensor(group + group[:1] * (self.rows - len(group))), x.device)
                 tokens = self.tower(chosen(x, filled), None if mask is None else chosen(mask, filled))
                 h.append(self.pool(tokens)[: len(group)].cpu())
                 real.append(tokens.mask_BT.any(dim=1)[: len(group)].cpu())
         return torch.cat(h), torch.cat(real)
 
-    # the memory ----------------------------------------------------------------------------------------------
-
-    def _opened(self, x: Tensor) -> _Memory:
-        if self._memory is None:
+    def _open(self, x: Tensor) -> _Cache:
+        if self._cache is None:
             place = None if self.folder is None else Path(self.folder) / identity([self.tower, self.pool], x.device)
-            self._memory = _Memory(self.capacity, place)
-            # also where a run ends without a word: at the end of the interpreter
-            weakref.finalize(self, self._memory.write)
-        return self._memory
+            self._cache = _Cache(self.capacity, place)
+            # also at the end of the interpreter
+            weakref.finalize(self, self._cache.write)
+        return self._cache
 
-    def _forget(self, *_: object) -> None:
-        if self._memory is not None:
-            self._memory.write()
-        self._memory = None
+    def _clear(self, *_: object) -> None:
+        if self._cache is not None:
+            self._cache.write()
+        self._cache = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Cached:
-        before = _home(self)
+        device_before = _device_and_dtype(self)
         super()._apply(fn, recurse)
-        if _home(self) != before:
-            self._forget()
+        if _device_and_dtype(self) != device_before:
+            self._clear()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a copy or a pickle: without the memory."""
-        return {**self.__dict__, "_memory": None}
+        """Without the cache."""
+        return {**self.__dict__, "_cache": None}
 
 
 def _tokens(h_BD: Tensor, real_B: Tensor, device: torch.device) -> Tokens:
     return Tokens(to_device(h_BD[:, None], device), to_device(real_B[:, None], device))
 
 
-class _Memory:
-    """Digest -> row, at most ``capacity`` of them, the one unused for longest goes first; and its files.
-
-    Args:
-        capacity: N at most. folder: of the files of one tower, or None.
-    """
+class _Cache:
+    """Least-recently-used cache of rows by digest, at most ``capacity`` of them, with its files in ``folder``."""
 
     def __init__(self, capacity: int, folder: Path | None) -> None:
         self.capacity, self.folder = capacity, folder
         self.slots: OrderedDict[bytes, int] = OrderedDict()
         self.h_ND, self.real_N = torch.empty(0, 0), torch.empty(0, dtype=torch.bool)
-        self.own: dict[bytes, None] = {}  # computed by this process, so its own file holds them
+        self.computed: dict[bytes, None] = {}  # computed by this process: what its file holds
         self.written = 0
         self.file = f"{os.getpid()}-{secrets.token_hex(4)}.safetensors"
         if folder is not None:
@@ -179,15 +165,15 @@ class _Memory:
                 self._read(file)
 
     def find(self, keys: list[bytes]) -> list[int]:
-        """The slot of each key, -1 where there is none."""
-        found = [self.slots.get(key, -1) for key in keys]
-        for key, slot in zip(keys, found, strict=True):
+        """Slot of each key, -1 where it is not cached."""
+        slots = [self.slots.get(key, -1) for key in keys]
+        for key, slot in zip(keys, slots, strict=True):
             if slot >= 0:
                 self.slots.move_to_end(key)
-        return found
+        return slots
 
-    def keep(self, keys: list[bytes], h_MD: Tensor, real_M: Tensor, own: bool = True) -> None:
-        """Remember rows; of more than ``capacity`` the last."""
+    def add(self, keys: list[bytes], h_MD: Tensor, real_M: Tensor, computed: bool = True) -> None:
+        """Adds rows; of more than ``capacity`` the last."""
         if self.capacity == 0:
             return
         keys, h_MD, real_M = keys[-self.capacity :], h_MD[-self.capacity :], real_M[-self.capacity :]
@@ -196,14 +182,14 @@ class _Memory:
             slot = len(self.slots)
             if slot == self.capacity:
                 oldest, slot = self.slots.popitem(last=False)
-                self.own.pop(oldest, None)
+                self.computed.pop(oldest, None)
             self.slots[key] = slot
         slot_M = torch.tensor([self.slots[key] for key in keys])
         self.h_ND[slot_M], self.real_N[slot_M] = h_MD, real_M
-        if own:
-            self.own |= dict.fromkeys(keys)
-            # as many new rows as old ones: all writing together costs twice the last
-            if self.folder is not None and len(self.own) >= max(256, 2 * self.written):
+        if computed:
+            self.computed |= dict.fromkeys(keys)
+            # whenever the file doubles: writing in all costs twice the last
+            if self.folder is not None and len(self.computed) >= max(256, 2 * self.written):
                 self.write()
 
     def _grow(self, size: int, like: Tensor) -> None:
@@ -215,15 +201,13 @@ class _Memory:
         if len(old_ND):
             self.h_ND[: len(old_ND)], self.real_N[: len(old_ND)] = old_ND, old_N
 
-    # on disk -------------------------------------------------------------------------------------------------
-
     def write(self) -> None:
-        """This process's own file, in one atomic step."""
-        if self.folder is None or len(self.own) <= self.written:
+        """Writes this process's file, atomically."""
+        if self.folder is None or len(self.computed) <= self.written:
             return
-        slot_M = torch.tensor([self.slots[key] for key in self.own])
+        slot_M = torch.tensor([self.slots[key] for key in self.computed])
         content = {
-            "keys": torch.frombuffer(bytearray(b"".join(self.own)), dtype=torch.uint8).view(-1, DIGEST),
+            "keys": torch.frombuffer(bytearray(b"".join(self.computed)), dtype=torch.uint8).view(-1, DIGEST),
             "h": self.h_ND[slot_M],
             "real": self.real_N[slot_M],
         }
@@ -231,25 +215,22 @@ class _Memory:
         scratch = self.folder / f".{self.file}"
         save_file(content, scratch)
         os.replace(scratch, self.folder / self.file)
-        self.written = len(self.own)
+        self.written = len(self.computed)
 
     def _read(self, file: Path) -> None:
         try:
             with safe_open(file, "pt") as content:
                 keys_ND, h_ND, real_N = (content.get_tensor(name) for name in ("keys", "h", "real"))
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file}: not a file of remembered rows ({error}); delete it") from None
+            raise ValueError(f"{file}: not a file of cached rows ({error}); delete it") from None
         data = keys_ND.numpy().tobytes()
         keys = [data[k : k + DIGEST] for k in range(0, len(data), DIGEST)]
         new = [n for n, key in enumerate(keys) if key not in self.slots]
-        self.keep([keys[n] for n in new], h_ND[new], real_N[new], own=False)
-
-
-# digests ------------------------------------------------------------------------------------------------------
+        self.add([keys[n] for n in new], h_ND[new], real_N[new], computed=False)
 
 
 def digests(x: Tensor, mask: Tensor | None = None) -> list[bytes]:
-    """128 bits of each row's bytes, shape and type, and of its mask.
+    """128-bit digest of each row: its bytes, shape and type, and its mask.
 
     >>> a, b, c = digests(torch.tensor([[1, 2], [1, 3], [1, 2]]))
     >>> a == c, a == b
@@ -257,13 +238,13 @@ def digests(x: Tensor, mask: Tensor | None = None) -> list[bytes]:
     """
     start = hashlib.blake2b(f"{x.dtype} {tuple(x.shape[1:])} {mask is None}".encode(), digest_size=DIGEST)
     parts = [_bytes(part) for part in (x, mask) if part is not None]
-    found = []
+    rows = []
     for b in range(len(x)):
         digest = start.copy()
         for part in parts:
             digest.update(part[b])
-        found.append(digest.digest())
-    return found
+        rows.append(digest.digest())
+    return rows
 
 
 def _bytes(x: Tensor) -> Any:
@@ -272,7 +253,7 @@ def _bytes(x: Tensor) -> Any:
 
 
 def identity(parts: list[nn.Module], device: torch.device) -> str:
-    """What a value depends on beside its row: weights and settings of ``parts``, kind of device, version of torch."""
+    """Hash of what features depend on: weights and settings of ``parts``, type of device, version of torch."""
     digest = hashlib.blake2b(f"{device.type} {torch.__version__}".encode(), digest_size=DIGEST)
     for part in parts:
         digest.update(repr(part).encode())
@@ -287,13 +268,13 @@ def identity(parts: list[nn.Module], device: torch.device) -> str:
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """The plain values that a module keeps (heads, epsilon, padding id), and those of a transformers configuration."""
-    held, config = dict(vars(module)), getattr(module, "config", None)
+    """The plain attributes of a module (heads, epsilon, padding id), and its transformers configuration."""
+    settings, config = dict(vars(module)), getattr(module, "config", None)
     if callable(getattr(config, "to_dict", None)):
-        held |= {f"config.{name}": value for name, value in cast(Any, config).to_dict().items()}
-    # these say nothing of what is computed
-    hidden = {"training", "name_or_path", "config._name_or_path", "config.transformers_version"}
-    return {name: value for name, value in held.items() if name[0] != "_" and name not in hidden and _plain(value)}
+        settings |= {f"config.{name}": value for name, value in cast(Any, config).to_dict().items()}
+    # these do not change what is computed
+    ignored = {"training", "name_or_path", "config._name_or_path", "config.transformers_version"}
+    return {name: value for name, value in settings.items() if name[0] != "_" and name not in ignored and _plain(value)}
 
 
 def _plain(value: object) -> bool:
@@ -304,6 +285,6 @@ def _plain(value: object) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def _home(module: nn.Module) -> tuple[torch.device, torch.dtype] | None:
+def _device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype] | None:
     first = next((p for p in module.parameters() if p.is_floating_point()), None)
     return None if first is None else (first.device, first.dtype)

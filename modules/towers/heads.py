@@ -1,7 +1,4 @@
-"""Between a tower and a loss: pooling (tokens to one vector a sample) and projection (to the shared space).
-
-Letters: B samples, T tokens, D width, H heads.
-"""
+"""Pooling (tokens to one vector a sample) and projection heads. Letters: B samples, T tokens, D width, H heads."""
 
 from __future__ import annotations
 
@@ -16,14 +13,14 @@ from descant.modules.towers.image import checked_heads
 
 
 class Pool(nn.Module):
-    """``pool(tokens) -> h_BD``: one vector a sample, from real tokens only; zeros where there is none."""
+    """``pool(tokens) -> h_BD``: one vector a sample, from its real tokens only; zeros without any."""
 
     def forward(self, tokens: Tokens) -> Tensor:
         raise NotImplementedError
 
 
 class MeanPool(Pool):
-    """``h_b = sum_t mask_bt h_bt / sum_t mask_bt``, and zeros for a sample without a real token.
+    """Mean pooling over real tokens: ``h_b = sum_t mask_bt h_bt / sum_t mask_bt``.
 
     >>> h_BTD = torch.tensor([[[1.0], [3.0], [9.0]]])
     >>> MeanPool()(Tokens(h_BTD, torch.tensor([[True, True, False]]))).item()
@@ -32,13 +29,13 @@ class MeanPool(Pool):
 
     def forward(self, tokens: Tokens) -> Tensor:
         h_BTD, mask_BT = tokens
-        # filled, not multiplied: whatever a padding position holds (even inf), it adds zero
+        # filled, not multiplied: padding may hold inf or nan
         sum_BD = h_BTD.masked_fill(~mask_BT[..., None], 0.0).sum(dim=1)
         return sum_BD / mask_BT.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 class FirstPool(Pool):
-    """``h_b = h_bt`` at the first real token t (a class token), and zeros for a sample without one.
+    """First real token of a sample (a class token).
 
     >>> h_BTD = torch.tensor([[[1.0], [3.0], [9.0]]])
     >>> FirstPool()(Tokens(h_BTD, torch.tensor([[False, True, True]]))).item()
@@ -50,7 +47,7 @@ class FirstPool(Pool):
 
 
 class LastPool(Pool):
-    """``h_b = h_bt`` at the last real token t (the one that saw all, if causal), zeros where there is none.
+    """Last real token of a sample (the one that attends to all, in a causal model).
 
     >>> h_BTD = torch.tensor([[[1.0], [3.0], [9.0]]])
     >>> LastPool()(Tokens(h_BTD, torch.tensor([[True, True, False]]))).item()
@@ -69,13 +66,12 @@ def _take(tokens: Tokens, t_B: Tensor) -> Tensor:
 
 
 class AttentionPool(Pool):
-    """``h_b = W_o concat_h(sum_t softmax_t(q_h . k_bt / sqrt(D / H)) v_bt)`` with one learned query a head.
-
-    A sample without a real token gives zeros.
+    """Attention pooling: ``h_b = W_o concat_h(sum_t softmax_t(q_h . k_bt / sqrt(D / H)) v_bt)``, one learned query a
+    head.
 
     Args:
         width: D of the tokens.
-        heads: H, how many queries look at the tokens.
+        heads: H, number of queries.
 
     Raises:
         ValueError: if ``heads`` does not divide ``width``.
@@ -95,23 +91,23 @@ class AttentionPool(Pool):
     def forward(self, tokens: Tokens) -> Tensor:
         h_BTD, mask_BT = tokens
         B, T, D = h_BTD.shape
-        some_B1 = mask_BT.any(dim=1, keepdim=True)
-        keys_B11T = (mask_BT | ~some_B1)[:, None, None]  # softmax over no key at all would be NaN
+        any_B1 = mask_BT.any(dim=1, keepdim=True)
+        keys_B11T = (mask_BT | ~any_B1)[:, None, None]  # a softmax over no key is NaN
         kv = self.kv(self.norm(h_BTD)).view(B, T, 2, self.heads, D // self.heads)
         k_BHTd, v_BHTd = kv.permute(2, 0, 3, 1, 4).unbind(0)
         q_BH1d = self.query_D.to(k_BHTd.dtype).view(1, self.heads, 1, -1).expand(B, -1, -1, -1)
         h_BH1d = F.scaled_dot_product_attention(q_BH1d, k_BHTd, v_BHTd, attn_mask=keys_B11T)
-        return self.out(h_BH1d.reshape(B, D)).masked_fill(~some_B1, 0.0)
+        return self.out(h_BH1d.reshape(B, D)).masked_fill(~any_B1, 0.0)
 
 
 class FlattenPool(Pool):
-    """``h_b = W vec(h_bTD)``: a weight of its own for every place, so what is where is not averaged away.
+    """Flatten and project: ``h_b = W vec(h_bTD)``, which keeps spatial position where a mean would lose it.
 
-    For towers that always give the same tokens, such as those of pictures; a token that is not real counts as zeros.
+    For towers with a fixed number of tokens, such as image towers; padding counts as zeros.
 
     Args:
         tokens: T.
-        width: D of the tokens, and of the outcome.
+        width: D of the tokens, and of the output.
 
     Raises:
         ValueError: in forward, for another number of tokens.
@@ -136,8 +132,7 @@ class FlattenPool(Pool):
 
 
 class Pools(nn.ModuleDict):
-    """One optional pool a modality, the mean of the tokens for the others. A class, not a dict, so that a second YAML
-    that names one pool keeps the others.
+    """Pool of each modality, :class:`MeanPool` where none is given. A class, so that YAML files can be overlaid.
 
     Args:
         image, text, audio, video, depth, volume, bands, table: as in ``Towers``.
@@ -168,15 +163,16 @@ class Pools(nn.ModuleDict):
 
 
 class Projection(nn.Module):
-    """``z = W_n act(... act(W_1 norm(h) + b_1) ...)``: optional LayerNorm, then a linear map or small MLP.
+    """Projection head: ``z = W_n act(... act(W_1 norm(h) + b_1) ...)``, an optional LayerNorm, then a linear map or
+    MLP.
 
-    The last layer has no bias, and the output is not normalised: a loss or a recipe does that.
+    The last layer has no bias; the output is not normalised.
 
     Args:
         width_in: D of the features.
         width: D of the shared space.
-        layers: how many linear layers; 1 is a linear map.
-        hidden: width of the hidden layers; ``width_in`` where not given.
+        layers: number of linear layers; 1 is a linear map.
+        hidden: width of the hidden layers; ``width_in`` by default.
         norm: a LayerNorm first.
 
     Raises:

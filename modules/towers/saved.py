@@ -1,4 +1,4 @@
-"""A tower that another run has trained."""
+"""Tower of another run or export, rebuilt from its configuration and weights."""
 
 from __future__ import annotations
 
@@ -14,24 +14,22 @@ from descant.modules.towers.base import Tokens, Tower
 
 
 class SavedTower(Tower):
-    """``h = tower(x)`` with the class, the sizes and the weights of a tower of a run or export.
+    """Tower loaded from a run or an export: class, sizes and weights, ``h = tower(x)``.
 
-    Its class is rebuilt from the configuration that lies beside the weights, then the weights are loaded, all keys or
-    none. Adapters are merged and quantised layers dequantised, so that Frozen, adapters and caches go on top as on any
-    tower; 8-bit layers round their inputs too, which is not kept. Averaged weights are taken where the run kept an
-    average.
+    The class is rebuilt from the configuration beside the weights, and all weights must fit. Adapters are merged and
+    quantised layers dequantised (8-bit layers also round their inputs, which is lost), so the tower can be frozen,
+    adapted or cached like any other. Averaged weights are taken where the run kept an average.
 
-    A run reads ``path`` whenever it is built anew (resumed, validated, loaded), as it reads any pretrained folder; an
-    export of that run does not.
+    ``path`` is read whenever the run is built (resumed, validated, loaded); an export of the run does not need it.
 
     Args:
         path: a run folder, a checkpoint in one, or an export.
-        tower: its name there, such as image.
+        tower: its modality there, such as image.
         checkpoint: of a run folder: best, last or a file in it.
 
     Raises:
-        ValueError: if there is no such run or tower, a class in its configuration is not allowed, or its weights do not
-            fit.
+        ValueError: if there is no such run or tower, its configuration names a class that is not allowed, or its
+            weights do not fit.
     """
 
     def __init__(self, path: Path, tower: str, checkpoint: str = "best") -> None:
@@ -40,30 +38,30 @@ class SavedTower(Tower):
         from descant.modules.io import merge, saved
         from descant.modules.io.lean import completed
 
-        found = saved.find(path, checkpoint)
-        recipe = found.model.get("init_args", {})
+        run = saved.find(path, checkpoint)
+        recipe = run.model.get("init_args", {})
         towers = (recipe.get("towers") or {}).get("init_args", {})
-        known = [name for name, node in towers.items() if node is not None]
-        if tower not in known:
-            raise ValueError(f"tower {tower!r} of {path}: {nearest(tower, known)}")
-        #: ``class_path`` and ``init_args`` of what is inside.
+        names = [name for name, node in towers.items() if node is not None]
+        if tower not in names:
+            raise ValueError(f"tower {tower!r} of {path}: {nearest(tower, names)}")
+        #: ``class_path`` and ``init_args`` of the inner tower.
         self.spec: dict[str, Any] = towers[tower]
-        state = saved.part_of(saved.read_weights(found), f"towers.{tower}.")
-        with torch.random.fork_rng(devices=[]):  # what others draw does not depend on what is overwritten here
-            self.tower = saved.build(Tower, self.spec, found.folder)
+        state = saved.part_of(saved.read_weights(run), f"towers.{tower}.")
+        with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten: leave the generator as it was
+            self.tower = saved.build(Tower, self.spec, run.folder)
             adapt = [part for part in map(partial(_only, tower), recipe.get("adapt") or []) if part is not None]
             if adapt:
-                shell = nn.Module()
-                shell.towers = nn.ModuleDict({tower: copy.deepcopy(self.tower)})
+                holder = nn.Module()
+                holder.towers = nn.ModuleDict({tower: copy.deepcopy(self.tower)})
                 for part in adapt:
-                    saved.build(Adapt, part, found.folder).apply(shell)
-                inside = shell.towers[tower]
-                saved.load_exactly(inside, completed(state, inside), found.weights)
-                inside = merge.plain(shell.towers).get_submodule(tower)
-                while type(inside) is not type(self.tower):  # a change may have put the tower into another
-                    inside = inside.get_submodule("tower")
-                state = inside.state_dict()
-        saved.load_exactly(self.tower, completed(state, self.tower), found.weights)
+                    saved.build(Adapt, part, run.folder).apply(holder)
+                adapted = holder.towers[tower]
+                saved.load_exactly(adapted, completed(state, adapted), run.weights)
+                adapted = merge.plain(holder.towers).get_submodule(tower)
+                while type(adapted) is not type(self.tower):  # an adaptation may have wrapped the tower
+                    adapted = adapted.get_submodule("tower")
+                state = adapted.state_dict()
+        saved.load_exactly(self.tower, completed(state, self.tower), run.weights)
         self.width, self.vocabulary, self.pad = self.tower.width, self.tower.vocabulary, self.tower.pad
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
@@ -74,7 +72,7 @@ class SavedTower(Tower):
 
 
 def _only(tower: str, part: dict[str, Any]) -> dict[str, Any] | None:
-    """A change to a recipe as a change to this one tower; None where it leaves it alone."""
+    """An adaptation of a recipe, restricted to one tower; None where it does not concern it."""
     arguments = part.get("init_args") or {}
     if arguments.get("towers") is None:
         return part

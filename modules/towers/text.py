@@ -1,4 +1,4 @@
-"""The native text tower. Letters: B samples, T tokens, D width."""
+"""Text towers: a transformer over token ids, and a bag of embeddings. Letters: B samples, T tokens, D width."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ PAD = 0
 
 
 class TextTower(Tower):
-    """A pre-norm transformer: ``h = norm(block_n(... block_1(embedding(x) + positions)))``.
+    """Text transformer, pre-norm: ``h = norm(block_n(... block_1(embedding(x) + positions)))``.
 
-    ``x_BT -> [B, T, width]``; padding (id 0, or where ``mask`` is False) is never looked at and comes out as
-    zeros. Columns to the right of the longest text of a batch are not computed.
+    ``x_BT -> [B, T, width]``. Padding (id 0, or where ``mask`` is False) is not attended to and gives zeros. Columns
+    beyond the longest text of a batch are not computed.
 
     Args:
         vocab: number of token ids.
         width: D.
-        depth: number of blocks, at least 1; a tower without any is :class:`BagTower`.
+        depth: number of blocks, at least 1 (without any: :class:`BagTower`).
         heads: of the attention.
-        length: most tokens of a text.
+        length: maximum tokens of a text.
         mlp_ratio: hidden width of the MLP over D.
         dropout: on the attention weights and on both branches of a block.
-        causal: a token sees only itself and what is left of it.
-        std: of the token embeddings at the start; that of the positions is half of it. As small as it is in language
-            models, what a block first adds is the same for all tokens: who learns order from few examples wants more.
+        causal: a token attends to itself and those before it only.
+        std: of the token embeddings at initialisation, twice that of the positions; larger values help to learn word
+            order from few examples.
 
     Raises:
         ValueError: if ``depth`` is below 1, or ``heads`` does not divide ``width``; in forward, if a text is longer
@@ -54,7 +54,7 @@ class TextTower(Tower):
     ) -> None:
         super().__init__()
         if depth < 1:
-            raise ValueError(f"depth {depth}: at least 1; without blocks a text is a bag of tokens: BagTower")
+            raise ValueError(f"depth {depth}: at least 1; for a bag of tokens without blocks use BagTower")
         self.width, self.length, self.causal, self.vocabulary = width, length, causal, vocab
         self.embedding = nn.Embedding(vocab, width, padding_idx=PAD)
         nn.init.normal_(self.embedding.weight, std=std)
@@ -63,40 +63,37 @@ class TextTower(Tower):
         self.norm = nn.LayerNorm(width)
 
     def embed(self, x_BT: Tensor) -> Tensor:
-        """Token embeddings with their positions: ``[B, T] -> [B, T, D]``. Inversion puts its own among them."""
+        """Token embeddings with positions, ``[B, T] -> [B, T, D]``; model inversion optimises these."""
         return self.embedding(x_BT) + self.positions_TD[: x_BT.shape[1]]
 
     def encode(self, h_BTD: Tensor, mask_BT: Tensor | None = None) -> Tensor:
-        """Blocks and norm; nobody looks at a token whose mask is False, and it comes out as zeros."""
+        """Blocks and norm; tokens whose mask is False are not attended to and give zeros."""
         mask_BT = all_real(h_BTD) if mask_BT is None else mask_BT
-        see = self._see(mask_BT)
+        attend = self._attention_mask(mask_BT)
         for layer in self.layers:
-            h_BTD = layer(h_BTD, see)
+            h_BTD = layer(h_BTD, attend)
         return self.norm(h_BTD).masked_fill(~mask_BT[..., None], 0.0)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
         T = x.shape[1]
         if self.length < T:
             raise ValueError(f"length {self.length}: a text of {T} tokens does not fit; cut it or raise length")
-        # a compiled graph keeps its static shape: the longest text is only known from the data
-        whole = torch.compiler.is_compiling()
+        # a compiled graph has static shapes
+        compiled = torch.compiler.is_compiling()
         if mask is None:
-            mask = x != PAD if whole else derived(_real, x)
-        mask_BT, kept = mask, T if whole else _longest(mask)
-        h_BTD = self.encode(self.embed(x[:, :kept]), mask_BT[:, :kept])
-        return Tokens(F.pad(h_BTD, (0, 0, 0, T - kept)) if kept < T else h_BTD, mask_BT)
+            mask = x != PAD if compiled else derived(_real, x)
+        mask_BT, longest = mask, T if compiled else _longest(mask)
+        h_BTD = self.encode(self.embed(x[:, :longest]), mask_BT[:, :longest])
+        return Tokens(F.pad(h_BTD, (0, 0, 0, T - longest)) if longest < T else h_BTD, mask_BT)
 
-    def _see(self, mask_BT: Tensor) -> Tensor:
-        """Bool ``[B, 1, 1 or T, T]``: which keys a query sees; at least one, or its softmax is NaN."""
+    def _attention_mask(self, mask_BT: Tensor) -> Tensor:
+        """Attention mask, bool ``[B, 1, 1 or T, T]``, with at least one key a query (a softmax over none is NaN)."""
         if not self.causal:
             return (mask_BT | ~mask_BT.any(dim=1, keepdim=True))[:, None, None]
         T = mask_BT.shape[1]
-        square_TT = torch.ones(T, T, dtype=torch.bool, device=mask_BT.device)
-        itself_TT = torch.eye(T, dtype=torch.bool, device=mask_BT.device)
-        return (mask_BT[:, None] & square_TT.tril() | itself_TT)[:, None]
-
-    def blocks(self) -> list[nn.Module]:
-        return list(self.layers)
+        all_TT = torch.ones(T, T, dtype=torch.bool, device=mask_BT.device)
+        diagonal_TT = torch.eye(T, dtype=torch.bool, device=mask_BT.device)
+        return (mask_BT[:, None] & all_TT.tril() | diagonal_TT)[:, None]
 
 
 def _real(x_BT: Tensor) -> Tensor:
@@ -104,16 +101,16 @@ def _real(x_BT: Tensor) -> Tensor:
 
 
 def _longest(mask_BT: Tensor) -> int:
-    """Columns up to the last one in which any text has a token; at least 1."""
+    """Columns up to the last real token of any text; at least 1."""
     columns = host_copy(mask_BT).any(dim=0).nonzero()
     return int(columns[-1]) + 1 if len(columns) else 1
 
 
 class BagTower(Tower):
-    """A bag of token embeddings: one token a text, ``h_b = mean over real tokens of embedding(x_bt)``.
+    """Bag of token embeddings: one token a text, ``h_b = mean over real tokens of embedding(x_bt)``.
 
-    ``x_BT -> [B, 1, width]``; a text without a real token has none, and zeros. As a mean pool over the embeddings would
-    give, but summed where they lie: for rows of eighty n-grams, about a tenth of the time.
+    ``x_BT -> [B, 1, width]``; a text without real tokens gives zeros and no token. The same as a mean pool over
+    embeddings, in about a tenth of the time for rows of eighty n-grams.
 
     Args:
         vocab: number of token ids.

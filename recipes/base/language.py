@@ -16,8 +16,8 @@ from descant.modules.core.host import derived, host_copy, to_device
 from descant.modules.core.objective import Term, means
 from descant.modules.core.output import Decisions
 from descant.modules.language import CausalLM, Generated, Sampling, generate_some, log_probabilities
+from descant.modules.language.answer_scores import answered_with
 from descant.modules.language.interleave import Interleaved, interleave, placed, shown, unillustrated
-from descant.modules.language.judges import answered_with
 from descant.modules.language.packing import through
 from descant.modules.language.positions import VisualSteps
 from descant.modules.language.projectors import ImageProjector
@@ -59,7 +59,7 @@ class LanguageRecipe(Recipe):
         h_BSW, row = self.sequence(batch)
         place_BS = None if row.position_BS is None else derived(lambda x_BS: x_BS[:, :-1], row.position_BS)
         h_BSW = through(self.lm, h_BSW, row.real_BS, self.row, place_BS)
-        found = host_copy(row.said_BS).nonzero(as_tuple=True)
+        found = host_copy(row.loss_mask_BS).nonzero(as_tuple=True)
         sample_N, at_N = (to_device(x_N, h_BSW.device) for x_N in found)
         return h_BSW[sample_N, at_N - 1], row.ids_BS[sample_N, at_N], sample_N
 

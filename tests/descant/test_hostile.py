@@ -31,8 +31,8 @@ from tests.conftest import TRUST, Result
 from tests.rotation import quick
 
 Cli = Callable[..., Result]
-JUDGE = "{class_path: descant.modules.policy.rewards.Judge, init_args: {program: \"open('MARK', 'w')\", seconds: 1}}"
-SHORT = "{class_path: Judge, init_args: {program: \"open('MARK', 'w')\", seconds: 1}}"
+SHORT = "{class_path: VerifierProcess, init_args: {program: \"open('MARK', 'w')\", seconds: 1}}"
+JUDGE = SHORT.replace("VerifierProcess", "descant.modules.policy.rewards.VerifierProcess")
 
 
 def callback(text: str) -> str:

@@ -24,7 +24,7 @@ from descant.modules.towers import TimmTower
 from tests.conftest import TRUST, Result
 
 Cli = Callable[..., Result]
-JUDGE = "descant.modules.policy.rewards.Judge"
+JUDGE = "descant.modules.policy.rewards.VerifierProcess"
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_whatever_is_called_is_no_choice_of_a_file(written_content: dict[str, An
         if not schema.calls(kind):
             continue
         owner, walk = (known.entry(path), Walk(known, [])) if path else (None, Walk(known, []))
-        for value in ({"class_path": "torch.nn.Linear"}, "descant.modules.math.x", [{"class_path": "Judge"}]):
+        for value in ({"class_path": "torch.nn.Linear"}, "descant.modules.math.x", [{"class_path": "VerifierProcess"}]):
             try:
                 walk._value(nodes(value), owner, key, schema.Key(kind), (path, key))
             except Refusal as refusal:
@@ -179,7 +179,7 @@ def test_a_transform_is_of_torchvision_or_ours(cli: Cli, workplace: Path) -> Non
 
 def test_a_backbone_reads_no_file_by_its_options() -> None:
     for option in ("checkpoint_path", "pretrained_cfg", "pretrained", "cache_dir", "pretrained_cfg_overlay"):
-        with pytest.raises(ValueError, match=f"options {option}: it reads files or a network"):
+        with pytest.raises(ValueError, match=f"options {option}: it loads files or downloads"):
             TimmTower("resnet18", options={option: "x"})
 
 

@@ -52,16 +52,17 @@ from descant.modules.fusion.classifiers import (
     SoftVoting,
 )
 from descant.modules.fusion.cross_encoder import CrossEncoder
+from descant.modules.language.answer_scores import Answers, EditDistanceScorer, ExactMatchScorer
 from descant.modules.language.generate import Sampling
-from descant.modules.language.judges import Answers, EditDistanceScorer, ExactMatchScorer
 from descant.modules.language.model import CausalLM
 from descant.modules.language.projectors import EachToken, PooledGrid, Resampler
 from descant.modules.losses.contrastive import InfoNCE, Intra, SigLIP
 from descant.modules.losses.hard_negatives import Negatives
 from descant.modules.losses.hinge import HardestInBatchHinge, PairMarginLoss
 from descant.modules.losses.ring import RingSigLIP
-from descant.modules.masking import adapters, decoders
+from descant.modules.masking import adapters, decoders, discrete_adapters, structured
 from descant.modules.masking import corruptions as masking
+from descant.modules.masking.budget import TokenBudget
 from descant.modules.objectives.curriculum import Curriculum
 from descant.modules.policy import advantages
 from descant.modules.policy import losses as policy
@@ -412,14 +413,11 @@ def _corruption(make: Callable[[], masking.Corruption], grids: Mapping[str, mask
 
 
 part("Masks", "UniformMask")(_corruption(lambda: masking.UniformMask(0.5, joint=True)))
-part("TokenBudget")(_corruption(lambda: masking.TokenBudget(6, subset_first=True, targets=4)))
-part("BlockMask")(_corruption(lambda: masking.BlockMask(0.5), {"image": (4, 4)}))
-part("TubeMask")(_corruption(lambda: masking.TubeMask(0.5), {"video": (2, 2, 2)}))
-part("SpanMask")(_corruption(lambda: masking.SpanMask(0.5), {"text": (6,)}))
+part("TokenBudget")(_corruption(lambda: TokenBudget(6, subset_first=True, targets=4)))
+part("BlockMask")(_corruption(lambda: structured.BlockMask(0.5), {"image": (4, 4)}))
+part("TubeMask")(_corruption(lambda: structured.TubeMask(0.5), {"video": (2, 2, 2)}))
+part("SpanMask")(_corruption(lambda: structured.SpanMask(0.5), {"text": (6,)}))
 part("Hide")(_corruption(lambda: masking.Hide(["image"])))
-part("EachMask")(
-    _corruption(lambda: masking.EachMask({"image": masking.BlockMask(0.5), "text": masking.SpanMask(0.5)}))
-)
 
 
 def _adapter(make: Callable[[], adapters.Adapter], draw: Callable[[], Tensor]) -> Part:
@@ -445,11 +443,13 @@ part("PatchAdapter", "MSE", "L1", "Adapters")(
     )
 )
 part("CategoryAdapter")(
-    _adapter(lambda: adapters.CategoryAdapter(5, [8, 8], 4), lambda: torch.randint(-1, 5, (2, 8, 8)))
+    _adapter(lambda: discrete_adapters.CategoryAdapter(5, [8, 8], 4), lambda: torch.randint(-1, 5, (2, 8, 8)))
 )
-part("TokenAdapter")(_adapter(lambda: adapters.TokenAdapter(9, 4), lambda: torch.tensor([[3, 4, 5, 6], [3, 0, 0, 0]])))
+part("TokenAdapter")(
+    _adapter(lambda: discrete_adapters.TokenAdapter(9, 4), lambda: torch.tensor([[3, 4, 5, 6], [3, 0, 0, 0]]))
+)
 part("TableAdapter")(
-    _adapter(lambda: adapters.TableAdapter([0, 3]), lambda: torch.tensor([[0.5, 2.0], [0.1, torch.nan]]))
+    _adapter(lambda: discrete_adapters.TableAdapter([0, 3]), lambda: torch.tensor([[0.5, 2.0], [0.1, torch.nan]]))
 )
 
 

@@ -36,13 +36,14 @@ from descant.modules.evaluation.readout import ModelContrast, RidgeReadout
 from descant.modules.fusion.classifiers import LateFusion, MidFusion
 from descant.modules.fusion.cross_encoder import CrossEncoder
 from descant.modules.io.inherit import Begin, Inherit
-from descant.modules.language.judges import LikelihoodScorer
+from descant.modules.language.answer_scores import LikelihoodScorer
 from descant.modules.language.positions import VisualSteps
 from descant.modules.losses import InfoNCE, Intra
 from descant.modules.losses.hard_negatives import Negatives
-from descant.modules.masking.adapters import Adapters, CategoryAdapter, PatchAdapter
-from descant.modules.masking.corruptions import TokenBudget
+from descant.modules.masking.adapters import Adapters, PatchAdapter
+from descant.modules.masking.budget import TokenBudget
 from descant.modules.masking.decoders import CrossDecoder
+from descant.modules.masking.discrete_adapters import CategoryAdapter
 from descant.modules.multitask import GradVac, MMPareto, PCGrad
 from descant.modules.objectives.curriculum import Curriculum
 from descant.modules.policy import KL, PolicyLoss

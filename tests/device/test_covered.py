@@ -29,7 +29,7 @@ NEEDLESS = {
     "Format": "judges strings",
     "Part": "judges strings",
     "JsonTable": "judges strings",
-    "Overlong": "judges lengths that are numbers of Python",
+    "VerifierProcess": "judges strings",
     "Report": "writes what was measured: tests of the command line run it, on the device too",
     "Progress": "prints what was measured: tests of the command line run it, on the device too",
     "CSV": "writes numbers: tests of the command line run it, on the device too",

@@ -399,7 +399,7 @@ def test_bad_input_is_one_line() -> None:
     with pytest.raises(ValueError, match=r"^classes 4: a label of 'kind' is 4$"):
         model.terms(b)
     b.targets["kind"] = torch.rand(8)
-    with pytest.raises(ValueError, match=r"^target: 'kind' is no class of a sample"):
+    with pytest.raises(ValueError, match=r"^target: 'kind' is not one int64 class a sample"):
         model.terms(b)
     del b.targets["kind"]
     with pytest.raises(ValueError, match=r"^target: the data has no 'kind', only none$"):

@@ -55,7 +55,7 @@ class Letters(Verifier):
     """What no stage before has taught: the more letters the better."""
 
     def __call__(self, answer: Answer) -> float | None:
-        return float(len(answer.said))
+        return float(len(answer.text))
 
 
 def letters() -> Rollouts:
@@ -181,9 +181,9 @@ def run_one(folder: Path, net: Staged, held: StagedData) -> None:
 
 
 class RecordingRollouts(Rollouts):
-    def _drawn(self, trainer: L.Trainer, pl_module: Any, *rest: Any) -> Any:
+    def _sample(self, trainer: L.Trainer, pl_module: Any, *rest: Any) -> Any:
         stages.append(pl_module.stage)
-        return super()._drawn(trainer, pl_module, *rest)
+        return super()._sample(trainer, pl_module, *rest)
 
 
 stages: list[str] = []
@@ -433,7 +433,7 @@ def test_preferences_are_the_loop_over_pairs(tmp_path: Path) -> None:
             for network, of in ((inner(net), 1), (inner(reference), -1)):
                 h_SW, row = network.sequence(one)
                 logits = network.lm.logits(through(network.lm, h_SW, row.real_BS, network.row))[0].log_softmax(-1)
-                for s in row.said_BS[0].nonzero()[:, 0].tolist():
+                for s in row.loss_mask_BS[0].nonzero()[:, 0].tolist():
                     gain += sign * of * float(logits[s - 1, int(row.ids_BS[0, s])].detach())
         # queries and keys are turned in float32
         assert float(found[b].detach()) == pytest.approx(math.log1p(math.exp(-0.3 * gain)), rel=ulps(4, F32))
@@ -546,7 +546,7 @@ def test_stretches_are_the_walk_itself() -> None:
             lambda p: fit(
                 p, letters(), Stages(), net=model({"a": Stage()}), data=StagedData({"a": StageData(QUESTIONS, 3)})
             ),
-            "Rollouts needs data of answers, such as QuestionRollouts, not Questions",
+            "Rollouts needs rollout data, such as QuestionRollouts, not Questions",
         ),
     ],
 )

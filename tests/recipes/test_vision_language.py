@@ -281,7 +281,7 @@ def test_protocols_and_what_cannot_be() -> None:
         VisionLanguage(lm=lm, answer_token=20)
     b = batch()
     b.inputs["text"][0, 2] = IMAGE
-    with pytest.raises(ValueError, match=r"^sample 0: its prompt names 2 pictures, and it has 1$"):
+    with pytest.raises(ValueError, match=r"^sample 0: its text names 2 images, and it has 1$"):
         made.terms(b)
     with pytest.raises(ValueError, match=r"^document \d: \d+ tokens, where a row takes 1 to 5$"):
         recipe(row=5).terms(batch())
@@ -290,9 +290,9 @@ def test_protocols_and_what_cannot_be() -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: PooledGrid(0), "side 0: 1 is the least"),
-        (lambda: Resampler(0), "queries 0: 1 is the least"),
-        (lambda: Resampler(2, heads=3).build(8, 4), "heads 3: they divide the tower's width 8"),
+        (lambda: PooledGrid(0), "side 0: at least 1"),
+        (lambda: Resampler(0), "queries 0: at least 1"),
+        (lambda: Resampler(2, heads=3).build(8, 4), "heads 3 does not divide width 8"),
         (lambda: _on_three(PooledGrid(1).build(8, 4)), "PooledGrid: 3 tokens are no square"),
     ],
 )

@@ -394,7 +394,7 @@ def test_hide_masks_all_of_one_and_nothing_of_the_others() -> None:
         Hide(["imgae"]).check(grids)
     with pytest.raises(ValueError, match=r"^Hide: image, edges hidden, so no token is visible"):
         Hide(["edges", "image"])(real, grids, torch.arange(2))
-    with pytest.raises(ValueError, match=r"^Hide: modalities: none to hide"):
+    with pytest.raises(ValueError, match=r"^Hide: modalities: none given"):
         Hide([])
 
 

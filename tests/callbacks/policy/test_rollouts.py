@@ -1,4 +1,4 @@
-"""A model learns of its own answers. Letters: N questions, G answers to each, R = N G, M tokens."""
+"""Rollouts: a policy trained on its own answers. Letters: N questions, G answers to each, R = N G, M tokens."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def run(folder: Path, rollouts: Rollouts, epochs: int = 2, net: Any = None, **op
 # what is learned of --------------------------------------------------------------------------------------------------
 
 
-def test_what_is_trained_on_is_what_was_drawn(tmp_path: Path) -> None:
+def test_training_data_are_the_sampled_answers(tmp_path: Path) -> None:
     """Token for token; with the log-probabilities of generation, which are those of the packed rows."""
     net, held = reinforced(lr=0.0), data()
     seen, trainer = run(tmp_path, short(), 1, net, data=held)
@@ -118,8 +118,8 @@ def test_what_is_trained_on_is_what_was_drawn(tmp_path: Path) -> None:
         batch = held.on_after_batch_transfer(raw, 0)
         log_N, sample_N, place_N = answer_log_probabilities(net, batch, net.sampling.temperature)
         row_N = batch.index[sample_N]
-        said_N = batch.inputs["text"][batch.inputs["loss_mask"]]
-        assert torch.equal(said_N, rolled["said"][row_N, place_N]), "an end where there was one, and no other"
+        token_N = batch.inputs["text"][batch.inputs["loss_mask"]]
+        assert torch.equal(token_N, rolled["said"][row_N, place_N]), "an end where there was one, and no other"
         assert torch.equal(torch.bincount(row_N, minlength=N * G), rolled["length"])
         # 168 ulps: said one by one and all at once, through layers of some 32 numbers; logarithms of 5
         torch.testing.assert_close(log_N, rolled["old"][row_N, place_N], atol=2e-5, rtol=0)
@@ -127,7 +127,7 @@ def test_what_is_trained_on_is_what_was_drawn(tmp_path: Path) -> None:
     assert float(trainer.callback_metrics["policy/moved"]) < 1e-8, "on policy in training, batch norms or not"
 
 
-def test_no_mark_is_ever_part_of_an_answer(tmp_path: Path) -> None:
+def test_special_tokens_are_never_part_of_an_answer(tmp_path: Path) -> None:
     net = reinforced()
     with torch.no_grad():
         for token in (PAD, 8192, 8193):
@@ -141,7 +141,7 @@ def test_no_mark_is_ever_part_of_an_answer(tmp_path: Path) -> None:
     assert (~rolled["ended"] & (rolled["length"] < NEW)).any(), "some were ended by a mark"
 
 
-def test_rewards_advantages_and_what_is_told(tmp_path: Path) -> None:
+def test_rewards_advantages_and_logs(tmp_path: Path) -> None:
     seen, trainer = run(tmp_path, short(), 1, reinforced(lr=0.0))
     rolled = seen.rolled[0]
     reward_NG = (-rolled["length"].double() + rolled["ended"]).view(N, G)
@@ -149,41 +149,41 @@ def test_rewards_advantages_and_what_is_told(tmp_path: Path) -> None:
     torch.testing.assert_close(rolled["advantage"].view(N, G), wanted_NG, **rounding(64, F64))  # over a deviation
     flat_N = reward_NG.amax(1) == reward_NG.amin(1)
     assert torch.equal(rolled["live"].view(N, G), ~flat_N[:, None].expand(N, G))
-    told = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("rollouts/")}
-    assert told["rollouts/reward"] == pytest.approx(float(reward_NG.mean()), rel=ulps(4, F32))
-    assert told["rollouts/flat"] == pytest.approx(float(flat_N.double().mean()), rel=ulps(4, F32))
-    assert told["rollouts/cut"] == pytest.approx(1 - float(rolled["ended"].double().mean()), rel=ulps(4, F32))
-    assert told["rollouts/asked"] == N * G and told["rollouts/entropy"] > 0
+    logs = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("rollouts/")}
+    assert logs["rollouts/reward"] == pytest.approx(float(reward_NG.mean()), rel=ulps(4, F32))
+    assert logs["rollouts/flat"] == pytest.approx(float(flat_N.double().mean()), rel=ulps(4, F32))
+    assert logs["rollouts/cut"] == pytest.approx(1 - float(rolled["ended"].double().mean()), rel=ulps(4, F32))
+    assert logs["rollouts/asked"] == N * G and logs["rollouts/entropy"] > 0
 
 
 class Odd(Verifier):
     """Some prompts' answers are all as good: those whose right answer has an even number of letters."""
 
     def __call__(self, answer: Answer) -> float | None:
-        return float(answer.tokens) if len(answer.right) % 2 else 1.0
+        return float(answer.tokens) if len(answer.reference) % 2 else 1.0
 
 
-def test_flat_groups_are_asked_anew_and_no_group_is_torn(tmp_path: Path) -> None:
+def test_flat_groups_are_resampled_as_whole_groups(tmp_path: Path) -> None:
     rewards = Rewards({"odd": Odd()})
-    plain, told = run(tmp_path / "a", Rollouts(rewards), 1, reinforced(lr=0.0))
+    plain, logs = run(tmp_path / "a", Rollouts(rewards), 1, reinforced(lr=0.0))
     assert not plain.rolled[0]["live"].all(), "some are flat"
     again, more = run(tmp_path / "b", Rollouts(rewards, resample=12), 1, reinforced(lr=0.0))
     assert again.rolled[0]["live"].all() and len(set(again.keys[0])) == N
-    assert float(more.callback_metrics["rollouts/asked"]) > N * G == float(told.callback_metrics["rollouts/asked"])
+    assert float(more.callback_metrics["rollouts/asked"]) > N * G == float(logs.callback_metrics["rollouts/asked"])
     kept = [
         key for key, live in zip(plain.keys[0], plain.rolled[0]["live"].view(N, G)[:, 0].tolist(), strict=True) if live
     ]
     assert again.keys[0][: len(kept)] == kept, "those that taught something stay"
 
 
-def test_nothing_to_learn_is_said_and_changes_nothing(tmp_path: Path) -> None:
+def test_no_learning_signal_warns_and_changes_nothing(tmp_path: Path) -> None:
     net, before = reinforced(sgd=True), reinforced(sgd=True)
-    with pytest.warns(UserWarning, match="rollout 0: all answers to each question were as good"):
+    with pytest.warns(UserWarning, match="rollout 0: no learning signal"):
         run(tmp_path, Rollouts(Rewards({"never": Never()}), resample=1), 1, net)
     assert equal(state(net), state(before))
 
 
-def test_a_problem_that_is_asked_twice_is_answered_anew(tmp_path: Path) -> None:
+def test_a_repeated_problem_gets_new_answers(tmp_path: Path) -> None:
     class Twice(QuestionRollouts):
         def fresh(self, round: int, again: int = 0) -> Any:
             every = super().fresh(round, again)
@@ -207,7 +207,7 @@ def slots(count: int) -> list[Slot]:
     return [Slot(0, n, True) for n in range(count)]
 
 
-def test_how_far_it_moved_is_a_divergence_of_what_was_drawn(tmp_path: Path) -> None:
+def test_kl_is_of_the_sampled_answers(tmp_path: Path) -> None:
     """With as many tokens of each kind as the old policy would draw, the estimate is KL(old || new) itself."""
     old_V, new_V = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.9, 0.05, 0.05])
     drawn_N = torch.tensor([0] * 5 + [1] * 3 + [2] * 2)
@@ -221,16 +221,16 @@ def test_how_far_it_moved_is_a_divergence_of_what_was_drawn(tmp_path: Path) -> N
     assert logged["policy/moved"] == pytest.approx(float((old_V * (old_V / new_V).log()).sum()), rel=ulps(84, F32))
 
 
-def test_answers_that_were_cut_off_may_be_left_out(tmp_path: Path) -> None:
+def test_truncated_answers_may_be_left_out(tmp_path: Path) -> None:
     rolled = run(tmp_path, short(cut="leave"), 1, reinforced(lr=0.0))[0].rolled[0]
     assert not rolled["live"][~rolled["ended"]].any() and rolled["live"].any()
 
 
-def test_some_answers_are_shown_with_what_they_earned(tmp_path: Path) -> None:
+def test_some_answers_are_shown_with_their_rewards(tmp_path: Path) -> None:
     rollouts = short(show=2)
     seen, _ = run(tmp_path, rollouts, 1, reinforced(lr=0.0))
-    head, _, *rows = rollouts.told.text["rollouts/answers"].split("\n")
-    assert head == "| asked | right | said | reward short |" and len(rows) == 2 * G
+    head, _, *rows = rollouts.resumable_log.text["rollouts/answers"].split("\n")
+    assert head == "| question | reference | answer | reward short |" and len(rows) == 2 * G
     for r, row in enumerate(rows):
         asked, right, _, reward = [cell.strip() for cell in row.strip("|").split(" | ")]
         assert asked.startswith(("what colour", "how many")) and right
@@ -238,7 +238,7 @@ def test_some_answers_are_shown_with_what_they_earned(tmp_path: Path) -> None:
         assert float(reward) == ended - length
     again = short()
     again.load_state_dict(rollouts.state_dict())
-    assert again.told.text == rollouts.told.text
+    assert again.resumable_log.text == rollouts.resumable_log.text
 
 
 # that it learns ------------------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def test_some_answers_are_shown_with_what_they_earned(tmp_path: Path) -> None:
 def plain(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The mean length of answers in each of 30 rollouts that reward short ones."""
     seen, _ = run(tmp_path_factory.mktemp("plain"), short(), 30, reinforced(lr=3e-3))
-    assert not seen.rolled[0]["reference"].any(), "nobody asked for a divergence"
+    assert not seen.rolled[0]["reference"].any(), "no KL penalty"
     return [float(x["length"].double().mean()) for x in seen.rolled]
 
 
@@ -261,7 +261,7 @@ def test_answers_grow_short_where_that_is_rewarded_and_not_in_the_sham(tmp_path:
 
 
 @pytest.mark.slow
-def test_with_a_divergence_it_stays_near(tmp_path: Path, plain: list[float]) -> None:
+def test_with_kl_the_policy_stays_near_its_reference(tmp_path: Path, plain: list[float]) -> None:
     net = reinforced(lr=3e-3, loss=PolicyLoss(kl=KL(3.0)), distill=Distill(Given(reinforced())))
     seen, _ = run(tmp_path, short(), 15, net)
     assert (seen.rolled[0]["reference"] != 0).any()
@@ -302,7 +302,7 @@ def never_killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Act, V
 
 
 @pytest.mark.parametrize("step", quick([1, 2, 3, 5], 2))
-def test_killed_in_a_rollout_or_between_two_it_ends_in_the_same_bits(
+def test_resume_in_or_between_rollouts_is_bit_identical(
     tmp_path: Path, never_killed: tuple[Path, Act, VisionLanguage, QuestionRollouts], step: int
 ) -> None:
     """Two steps a pass, two passes a rollout: the second rollout begins after four steps."""
@@ -318,12 +318,12 @@ def test_killed_in_a_rollout_or_between_two_it_ends_in_the_same_bits(
 @pytest.mark.ddp
 @pytest.mark.slow
 @pytest.mark.parametrize("sham", [None, "permute"])
-def test_two_ranks_draw_the_same_answers_and_take_the_same_step(sham: Any) -> None:
+def test_two_ranks_sample_the_same_answers_and_take_the_same_step(sham: Any) -> None:
     said, moved = _stepped(0, 1, sham)
-    for its_said, its_moved in run_ranks(2, _stepped, 2, sham):
-        assert torch.equal(said, its_said)
+    for other_ids, other_weights in run_ranks(2, _stepped, 2, sham):
+        assert torch.equal(said, other_ids)
         # two ranks add in another order, and Adam's first step divides by the gradient
-        torch.testing.assert_close(moved, its_moved, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(moved, other_weights, rtol=1e-4, atol=1e-6)
 
 
 def _stepped(rank: int, world: int, sham: Any) -> tuple[Tensor, Tensor]:
@@ -338,7 +338,7 @@ def _stepped(rank: int, world: int, sham: Any) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.slow
-def test_a_model_that_is_split_over_ranks_answers_too() -> None:
+def test_a_sharded_model_generates_answers() -> None:
     (whole,), (split,) = (run_ranks(1, _answers, sharded) for sharded in (False, True))
     assert torch.equal(whole, split)
 
@@ -356,7 +356,7 @@ def _answers(rank: int, sharded: bool) -> Tensor:
     return torch.cat([x.flatten() for x in (*said, net.generate(batch, NEW))])
 
 
-def test_what_cannot_be(tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
     for make, says in (
         (lambda: short(passes=0), "passes 0"),
         (lambda: reinforced(sampling=Sampling(temperature=0)), "temperature 0"),
@@ -369,7 +369,7 @@ def test_what_cannot_be(tmp_path: Path) -> None:
             make()
     with pytest.raises(ValueError, match="new 17: the data holds answers of 16 tokens"):
         run(tmp_path, short(), 1, reinforced(new=17))
-    with pytest.raises(ValueError, match="Rollouts needs data of answers, such as QuestionRollouts, not QuestionPool"):
+    with pytest.raises(ValueError, match="Rollouts needs rollout data, such as QuestionRollouts, not QuestionPool"):
         run(tmp_path, short(), 1, data=QuestionPool(tiny=True, batch_size=8, items=16, size=24, length=64))
     with pytest.raises(ValueError, match="no answers yet"):
         fit(tmp_path, net=reinforced(), data=data(), max_epochs=1)

@@ -1,4 +1,4 @@
-"""Rounds: who is asked again, by hand; nothing is lost when a run is killed; ranks agree. Letters: N problems."""
+"""CoMD rounds: augmented problems by hand, resume, ranks. Letters: N problems."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from descant.callbacks import Resume, Rounds
 from descant.datamodules.tasks.question_pool import QuestionPool
 from descant.modules.core.batch import Batch
 from descant.modules.distill.distill import Distill, SoftTarget, Teacher
-from descant.modules.language.judges import Answers, EditDistanceScorer, ExactMatchScorer, LikelihoodScorer
+from descant.modules.language.answer_scores import Answers, EditDistanceScorer, ExactMatchScorer, LikelihoodScorer
 from descant.recipes import VisionLanguage
 from tests.callbacks.run.test_resume import Act, equal, fit, point, state
 from tests.ranks import run_ranks
@@ -92,7 +92,7 @@ def run(
     return watch, model  # type: ignore[return-value]
 
 
-def test_half_of_the_next_pool_is_of_what_the_teacher_knows_and_the_student_does_not(tmp_path: Path) -> None:
+def test_half_of_the_next_pool_are_variants_of_difficult_problems(tmp_path: Path) -> None:
     watch, _ = run(tmp_path, Rounds(epochs=2, hard=0.5))
     (first, before, said), _, (second, after, _), _ = watch.pools
     assert (first, second) == (0, 1) and len(watch.gaps) == 1
@@ -110,14 +110,14 @@ def test_half_of_the_next_pool_is_of_what_the_teacher_knows_and_the_student_does
 
 
 @pytest.mark.slow
-def test_the_sham_asks_as_many_again_and_others(tmp_path: Path) -> None:
+def test_the_sham_augments_as_many_other_problems(tmp_path: Path) -> None:
     (own, _), (other, _) = (run(tmp_path / str(m), Rounds(epochs=1, sham=m), 2) for m in (None, "permute"))
     assert own.gaps[0].sum() == other.gaps[0].sum() and not torch.equal(own.gaps[0], other.gaps[0])
     fresh, _ = run(tmp_path / "random", Rounds(epochs=1, mine="random"), 2)
     assert not fresh.gaps and set(fresh.pools[1][1].key_N) <= set(data().training_problems.problems.key_N)
 
 
-def test_without_difficult_problems_easy_ones_are_asked_again_and_it_is_said(tmp_path: Path) -> None:
+def test_without_difficult_problems_it_warns_and_augments_easy_ones(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="no problem is difficult"):
         watch, _ = run(tmp_path, Rounds(epochs=1, tau=1.0), 2)
     assert not watch.gaps[0].any() and len(set(watch.pools[1][1].key_N.tolist())) > N // 2
@@ -132,7 +132,7 @@ def test_numbers_are_logged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", quick([2, 6, 7], 3))
-def test_killed_between_rounds_or_in_one_it_ends_in_the_same_bits(tmp_path: Path, step: int) -> None:
+def test_resume_in_or_between_rounds_is_bit_identical(tmp_path: Path, step: int) -> None:
     """Three steps an epoch, two epochs a round: after 6 steps the next round begins."""
     whole, rest = Act(), Act()
     teacher, options = chat(5), dict[str, Any](max_epochs=4)
@@ -169,14 +169,14 @@ def _pool(rank: int, world: int, sham: Any) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(held.pool.key_N), torch.from_numpy(held.answer_ids_NM)
 
 
-def test_judges_by_hand() -> None:
+def test_answer_scorers_by_hand() -> None:
     said = torch.tensor([[5, 6, 2, 9], [5, 6, 7, 2], [0, 0, 0, 0], [8, 5, 6, 2]])
     right = torch.tensor([[5, 6], [5, 6], [0, 0], [5, 6]])
     asked = Answers(_batch(4), said, right, Knows())
     assert ExactMatchScorer()(asked).tolist() == [1, 0, 1, 0]
     assert EditDistanceScorer()(asked).tolist() == pytest.approx([1, 2 / 3, 1, 2 / 3], rel=ulps(4, F32))
     assert LikelihoodScorer()(asked).tolist() == [0.25] * 4
-    with pytest.raises(ValueError, match="Linear has no answer likelihoods; VisionLanguage has"):
+    with pytest.raises(ValueError, match="Linear scores no answers; VisionLanguage does"):
         LikelihoodScorer()(Answers(_batch(4), said, right, nn.Linear(1, 1)))
 
 
@@ -203,13 +203,13 @@ def test_likelihood_is_of_the_answer_and_its_end() -> None:
         assert float(found[n]) == pytest.approx(float(wanted), rel=ulps(64, F32))
 
 
-def test_what_cannot_be(tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
     bare = chat()
     bare.distill = None
     cases: list[tuple[Callable[[], Any], str]] = [
-        (lambda: Rounds(epochs=0), "epochs 0: 1 is the least"),
+        (lambda: Rounds(epochs=0), "epochs 0: at least 1"),
         (lambda: Rounds(hard=1.5), "hard 1.5: a share"),
-        (lambda: fit(tmp_path, Rounds(), net=chat(), data=PatternData()), "PatternData has none"),
+        (lambda: fit(tmp_path, Rounds(), net=chat(), data=PatternData()), "such as QuestionPool, not PatternData"),
         (lambda: fit(tmp_path, Rounds(), net=bare, data=data()), "Rounds needs a teacher: model.distill"),
         (lambda: fit(tmp_path, Rounds(), net=chat(0, nn.Linear(1, 1)), data=data()), "Linear, answers no questions"),
     ]

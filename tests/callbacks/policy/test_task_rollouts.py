@@ -1,4 +1,4 @@
-"""A model that sees nothing learns of its own answers to problems in words. Letters: N questions, G answers to each."""
+"""Rollouts of a text-only model on text tasks. Letters: N questions, G answers to each."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Earned(L.Callback):
         self.rewards.append(float(trainer.callback_metrics["rollouts/reward"]))
 
 
-def test_right_answers_become_likelier_where_they_are_rewarded_and_not_in_the_sham(tmp_path: Path) -> None:
+def test_rewarded_answers_become_more_probable_and_not_in_the_sham(tmp_path: Path) -> None:
     found = {}
     for mode in (None, "permute"):
         seen = Earned()
@@ -101,7 +101,7 @@ def test_right_answers_become_likelier_where_they_are_rewarded_and_not_in_the_sh
     assert found["permute"][-5:].mean() < before, found["permute"]
 
 
-def test_what_a_task_knows_of_a_problem_reaches_the_verifier_that_asks(tmp_path: Path) -> None:
+def test_the_entry_of_a_task_reaches_its_verifier(tmp_path: Path) -> None:
     """Each answer is beside its own problem, whatever is asked anew, and data of questions knows nothing of any."""
 
     class Number:
@@ -111,7 +111,7 @@ def test_what_a_task_knows_of_a_problem_reaches_the_verifier_that_asks(tmp_path:
         def score(self, said: str) -> float:
             return 0.0
 
-    class UserData(Verifier):
+    class Recorder(Verifier):
         def __init__(self) -> None:
             self.seen: list[Answer] = []
 
@@ -123,18 +123,18 @@ def test_what_a_task_knows_of_a_problem_reaches_the_verifier_that_asks(tmp_path:
         def make(self, number: int, far: bool = False) -> Problem:
             return Problem(f"{number:03d}", str(number % 10), Number(number))
 
-    own = UserData()
+    own = Recorder()
     held = data(tasks={"named": Named()})
     fit(tmp_path, Rollouts(Rewards({"own": own})), net=reinforced(), data=held, max_epochs=1)
     numbers = [a.entry.value for a in own.seen if isinstance(a.entry, Number)]
-    assert [str(n % 10) for n in numbers] == [a.right for a in own.seen]
+    assert [str(n % 10) for n in numbers] == [a.reference for a in own.seen]
     assert numbers == held.pool.number_N.repeat(G).tolist()
     questions = QuestionRollouts(items=4, group=2, tiny=True, batch_size=8)
     assert questions.entry(questions.pool, 0) is None
 
 
 @pytest.mark.parametrize("step", [1, 3, 5])
-def test_killed_in_a_rollout_or_between_two_it_ends_in_the_same_bits(tmp_path: Path, step: int) -> None:
+def test_resume_in_or_between_rollouts_is_bit_identical(tmp_path: Path, step: int) -> None:
     whole, rest = Earned(), Earned()
     (one, held), (two, again) = ((reinforced(1), data(N * G // 2)) for _ in range(2))
     fit(tmp_path / "a", Resume(every=1, keep=99), odd(passes=2), whole, net=one, data=held, max_epochs=4)
@@ -147,12 +147,12 @@ def test_killed_in_a_rollout_or_between_two_it_ends_in_the_same_bits(tmp_path: P
 
 @pytest.mark.ddp
 @pytest.mark.slow
-def test_two_ranks_draw_the_same_answers_and_take_the_same_step() -> None:
+def test_two_ranks_sample_the_same_answers_and_take_the_same_step() -> None:
     said, moved = _stepped(0, 1)
-    for its_said, its_moved in run_ranks(2, _stepped, 2):
-        assert torch.equal(said, its_said)
+    for other_ids, other_weights in run_ranks(2, _stepped, 2):
+        assert torch.equal(said, other_ids)
         # two ranks add in another order, and Adam's first step divides by the gradient
-        torch.testing.assert_close(moved, its_moved, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(moved, other_weights, rtol=1e-4, atol=1e-6)
 
 
 def _stepped(rank: int, world: int) -> tuple[Tensor, Tensor]:
@@ -163,7 +163,7 @@ def _stepped(rank: int, world: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(held.answer_ids_RM), torch.cat([p.detach().flatten() for p in net.parameters()])
 
 
-def test_answers_are_judged_by_task_without_any_picture(tmp_path: Path) -> None:
+def test_answers_are_scored_by_task_without_images(tmp_path: Path) -> None:
     made = {"digit": Digit(), "sums": Arithmetic(["plus"], digits=1)}
     held = TextTasks(made, numbers=200, held=20, length=12, batch_size=16)
     net = network()
@@ -190,7 +190,7 @@ def test_answers_are_judged_by_task_without_any_picture(tmp_path: Path) -> None:
         (lambda p: fit(p, odd(), net=reinforced(new=17), data=data()), "new 17: the data holds answers of 16 tokens"),
     ],
 )
-def test_what_cannot_be(tmp_path: Path, make: Any, says: str) -> None:
+def test_invalid_arguments_are_refused(tmp_path: Path, make: Any, says: str) -> None:
     with pytest.raises(ValueError, match=f"^{says}"):
         make(tmp_path)
 

@@ -238,7 +238,7 @@ def test_the_sham_of_rollouts_has_equal_repeats_of_all_sources() -> None:
 
 class Long(Verifier):
     def __call__(self, answer: Answer) -> float | None:
-        return float(len(answer.said))
+        return float(len(answer.text))
 
 
 def test_answers_are_trained_at_their_positions_in_the_rollout(tmp_path: Path) -> None:

@@ -258,7 +258,10 @@ def test_divergence_is_symmetric_bounded_and_zero_for_equals() -> None:
         (lambda: GreedyGame(permutations=0), "permutations 0: 1 is the least"),
         (lambda: LabelContrast(temperature=0), "temperature 0: above 0"),
         (lambda: OrthogonalFusion(weight=0), "weight 0: above 0"),
-        (lambda: OrthogonalFusion().build({"image": 3, "text": 8}, 4), "classes 4: no more than 3 directions of image"),
+        (
+            lambda: OrthogonalFusion().build({"image": 3, "text": 8}, 4),
+            "classes 4: OrthogonalFusion needs a width of as many; image has 3",
+        ),
         (
             lambda: recipe("mid", regularizers=[UnimodalMargin()]).terms(batch()),
             "OrthogonalFusion has margins; MidFusion",

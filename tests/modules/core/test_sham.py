@@ -73,7 +73,7 @@ def test_hard_negatives_of_others() -> None:
     torch.testing.assert_close(others_B, PairMarginLoss(1.0)(z[0], z[1], z[2][source]), **rounding(8, F32))
     assert (own_B - others_B).abs().max() > 0.1
     assert method.sham.calls == control.sham.calls == 1
-    with pytest.raises(ValueError, match=r"pair: \['text', 'text'\]: not two modalities"):
+    with pytest.raises(ValueError, match=r"pair: \['text', 'text'\]: two different modalities"):
         Negatives(pair=("text", "text"))
 
 

@@ -1,4 +1,4 @@
-"""Fusion in numbers: shares that add up, absent rows that nobody sees, and a task that needs both modalities.
+"""Fusion heads: Shapley values, absent modalities, and a task that needs both modalities.
 
 Letters: B samples, D width, C classes.
 """
@@ -99,7 +99,7 @@ def test_permuting_the_latents_of_a_modality_moves_its_share_alone() -> None:
 
 
 @every
-def test_what_absent_rows_hold_changes_no_bit(make: Callable[[], FusionHead]) -> None:
+def test_absent_rows_change_no_bit(make: Callable[[], FusionHead]) -> None:
     fusion, z, present = built(make), latents(), presence()
     wanted, shares = fusion(z, present), fusion.parts(z, present)
     for junk in (1e9, torch.inf, -torch.inf, torch.nan):
@@ -149,7 +149,7 @@ def test_absent_modalities_take_no_gradient_and_every_parameter_is_reached(make:
             assert parameter.grad.any(), name
 
 
-def test_a_modality_that_is_nowhere_has_no_token() -> None:
+def test_a_modality_absent_in_the_batch_has_no_token() -> None:
     fusion, z, present = built(MAKERS[3]), latents(), presence()
     assert isinstance(fusion, AttentionFusion)
     tokens: list[int] = []
@@ -208,7 +208,7 @@ def test_bad_input_is_one_line() -> None:
 
 
 @pytest.mark.parametrize("fusion", [LateFusion, OrthogonalFusion])
-def test_a_tower_learns_through_it(fusion: type[FusionHead]) -> None:
+def test_gradients_reach_a_tower(fusion: type[FusionHead]) -> None:
     """Maps that a step turns far (Householder's do) leave the loss at chance, 3.6."""
     torch.manual_seed(0)
     x, head = torch.randn(512, 32), fusion().build({"a": 64}, 40)

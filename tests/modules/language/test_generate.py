@@ -1,4 +1,4 @@
-"""Generation against transformers', token by token against whole passes, and that rows know nothing of each other.
+"""Generation against transformers' and against full forward passes; rows are independent.
 
 Letters: P prompts, G of each, R rows, N new tokens, V vocabulary.
 """
@@ -44,7 +44,7 @@ def alone(lm: CausalLM, ids: Tensor, new: int) -> list[int]:
 
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("key_heads", [4, 2, 1])
-def test_greedy_is_what_whole_passes_say(group: int, key_heads: int) -> None:
+def test_greedy_equals_full_forward_passes(group: int, key_heads: int) -> None:
     _, lm = both(key_heads)
     ids, mask = prompts()
     found = generate(lm, ids, mask, new=12, group=group, sampling=GREEDY)
@@ -55,34 +55,34 @@ def test_greedy_is_what_whole_passes_say(group: int, key_heads: int) -> None:
     assert torch.equal(embedded.token_RN, found.token_RN)
 
 
-def test_greedy_is_that_of_transformers() -> None:
+def test_greedy_equals_transformers() -> None:
     theirs, lm = both()
     ids = prompts()[0]
     theirs.generation_config.eos_token_id = None
     wanted = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
     found = generate(lm, ids, new=20, sampling=GREEDY)
     assert torch.equal(found.token_RN, wanted[:, 9:])
-    torch.testing.assert_close(found.log_RN.double(), said(lm, ids, found.token_RN), **CHAIN)
+    torch.testing.assert_close(found.log_RN.double(), full_pass(lm, ids, found.token_RN), **CHAIN)
 
 
-def said(lm: CausalLM, ids: Tensor, token_RN: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probabilities of what was said, by one whole pass."""
+def full_pass(lm: CausalLM, ids: Tensor, token_RN: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities of generated tokens, by one full forward pass."""
     rows = torch.cat([ids, token_RN], dim=1)
     log = (lm.logits(lm(lm.embed(rows))) / temperature).log_softmax(dim=2)[:, ids.shape[1] - 1 : -1]
     return log.gather(2, token_RN[..., None])[..., 0]
 
 
 @pytest.mark.parametrize("sampling", [Sampling(0.8), Sampling(1.3, top_k=5), Sampling(top_p=0.6), Sampling(1, 9, 0.8)])
-def test_log_probabilities_are_of_all_tokens_under_the_temperature(sampling: Sampling) -> None:
+def test_log_probabilities_are_over_the_whole_vocabulary_at_the_temperature(sampling: Sampling) -> None:
     _, lm = both()
     ids = prompts()[0]
     found = generate(lm, ids, new=10, group=2, sampling=sampling)
-    wanted = said(lm, ids.repeat_interleave(2, 0), found.token_RN, sampling.temperature)
+    wanted = full_pass(lm, ids.repeat_interleave(2, 0), found.token_RN, sampling.temperature)
     torch.testing.assert_close(found.log_RN.double(), wanted, **CHAIN)
     assert not torch.equal(found.token_RN[0], found.token_RN[1]), "each row draws by its own seed"
 
 
-def test_a_row_is_the_same_whatever_the_others_are() -> None:
+def test_a_row_does_not_depend_on_the_others() -> None:
     _, lm = both()
     ids, mask = prompts(5)
     stop = [7, 11, 30]  # of forty tokens: some rows end early
@@ -99,7 +99,7 @@ def test_a_row_is_the_same_whatever_the_others_are() -> None:
         assert torch.equal(one.token_RN[0], whole.token_RN[3 * p + 1])
 
 
-def test_what_has_ended_says_nothing_more_and_is_computed_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ended_rows_are_not_computed_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
     _, lm = both()
     ids, mask = prompts(5)
     rows: list[int] = []
@@ -119,7 +119,7 @@ def test_what_has_ended_says_nothing_more_and_is_computed_no_more(monkeypatch: p
     assert rows[1] == 20 and min(rows[1:]) <= 12 and rows[1:] == sorted(rows[1:], reverse=True)
 
 
-def test_draws_follow_their_probabilities() -> None:
+def test_sampling_follows_the_probabilities() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(20000, 1)
     p = logits[0].softmax(dim=0)
     token, log = Sampling().draw(logits, torch.arange(20000), 3)
@@ -148,11 +148,11 @@ def test_draws_follow_their_probabilities() -> None:
         (lambda lm: generate(lm, torch.ones(1, 3).long(), torch.zeros(1, 3).bool()), "mask: the tokens of a prompt"),
         (lambda lm: generate(lm, torch.ones(1, 2).long(), torch.tensor([[False, True]])), "mask: the tokens"),
         (lambda lm: Sampling(-1), "temperature -1: 0"),
-        (lambda lm: Sampling(top_k=0), "top_k 0: 1 is the least"),
+        (lambda lm: Sampling(top_k=0), "top_k 0: at least 1"),
         (lambda lm: Sampling(top_p=0), "top_p 0: above 0, at most 1"),
     ],
     ids=["long", "new", "empty", "gap", "temperature", "top_k", "top_p"],
 )
-def test_what_cannot_be_is_one_line(call: Any, says: str) -> None:
+def test_invalid_arguments_are_refused(call: Any, says: str) -> None:
     with pytest.raises(ValueError, match=f"^{says}"):
         call(both()[1])

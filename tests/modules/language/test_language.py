@@ -76,7 +76,7 @@ def packed() -> tuple[Tensor, Tensor, list[Tensor]]:
     return rows, segments, docs
 
 
-def test_packed_documents_are_what_they_are_alone() -> None:
+def test_packed_documents_equal_single_ones() -> None:
     _, lm = both()
     rows, segments, docs = packed()
     h_BTD = lm(lm.embed(rows), segments)
@@ -89,7 +89,7 @@ def test_packed_documents_are_what_they_are_alone() -> None:
     assert not torch.allclose(mixed[0, 6:13], h_BTD[0, 6:13], atol=1e-3)
 
 
-def test_positions_and_who_sees_whom() -> None:
+def test_positions_and_the_attention_mask_of_packed_rows() -> None:
     segment = torch.tensor([[1, 1, 2, 0, 0]])
     assert positions(segment).tolist() == [[0, 1, 0, 0, 1]]
     assert visible(segment)[0].int().tolist() == [
@@ -101,7 +101,7 @@ def test_positions_and_who_sees_whom() -> None:
     ]
 
 
-def test_what_comes_later_changes_nothing_and_takes_no_gradient() -> None:
+def test_later_tokens_change_nothing_and_get_no_gradient() -> None:
     _, lm = both()
     x = torch.randn(1, 6, D, dtype=torch.float64, requires_grad=True)
     (g,) = torch.autograd.grad(lm(x)[0, 3].sum(), x)
@@ -109,9 +109,7 @@ def test_what_comes_later_changes_nothing_and_takes_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probabilities_and_their_gradients_as_if_all_were_kept(
-    temperature: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chunked_log_probabilities_equal_full_ones(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CELLS", 3 * V)  # three tokens at a time
     h = torch.randn(10, D, dtype=torch.float64, requires_grad=True)
     w = torch.randn(V, D, dtype=torch.float64, requires_grad=True)
@@ -134,12 +132,12 @@ def test_log_probabilities_and_their_gradients_as_if_all_were_kept(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"heads": 5}, "heads 5: each needs an even share of width 24"),
-        ({"heads": 8}, "heads 8: each needs an even share"),
-        ({"heads": 4, "key_heads": 3}, "key_heads 3: as many of the 4 heads share each"),
+        ({"heads": 5}, "heads 5: width 24 over heads must be an even number"),
+        ({"heads": 8}, "heads 8: width 24 over heads must be an even"),
+        ({"heads": 4, "key_heads": 3}, "key_heads 3 does not divide heads 4"),
     ],
 )
-def test_what_cannot_be_is_refused(options: dict[str, Any], says: str) -> None:
+def test_invalid_arguments_are_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=f"^{says}"):
         CausalLM(vocab=V, width=D, depth=1, **options)
 

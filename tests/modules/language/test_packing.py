@@ -25,7 +25,7 @@ def by_hand(lengths: list[int], size: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_each_goes_into_the_first_row_that_has_room(seed: int) -> None:
+def test_first_fit_decreasing_equals_a_loop(seed: int) -> None:
     generator = random.Random(seed)
     lengths = [generator.randint(1, 40) for _ in range(300)]
     found = first_fit_decreasing(lengths, 64)
@@ -58,7 +58,7 @@ def test_rows_are_as_few_and_as_short_as_they_get(seed: int) -> None:
         assert all(a[1] == b[0] for a, b in pairwise(spans))
 
 
-def test_tokens_and_marks_come_back_document_by_document() -> None:
+def test_packing_is_lossless() -> None:
     generator = torch.Generator().manual_seed(0)
     documents = [torch.randint(1, 99, (n,), generator=generator) for n in (3, 9, 1, 4, 7, 2)]
     learned = [torch.rand(len(x), generator=generator) < 0.5 for x in documents]
@@ -67,7 +67,7 @@ def test_tokens_and_marks_come_back_document_by_document() -> None:
     for i, (ids, marks) in enumerate(zip(documents, learned, strict=True)):
         here = packed.document_BT == i
         assert torch.equal(packed.ids_BT[here], ids)
-        assert torch.equal(packed.said_BT[here][1:], marks[1:]) and not packed.said_BT[here][0]
+        assert torch.equal(packed.loss_mask_BT[here][1:], marks[1:]) and not packed.loss_mask_BT[here][0]
         assert len(packed.segment_BT[here].unique()) == 1
 
 

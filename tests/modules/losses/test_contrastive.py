@@ -110,7 +110,7 @@ def test_intra_by_hand() -> None:
         assert float(value_B[i]) == pytest.approx(sum(sides) / 2, abs=ulps(128, F64))
 
 
-def test_the_sham_of_intra_changes_who_gets_which_view_and_nothing_else() -> None:
+def test_the_sham_of_intra_permutes_second_views() -> None:
     """It equals the method on views that were exchanged before, an absent row keeps out, and both count their calls."""
     h_1, h_2 = embeddings()
     key, draw, valid = torch.arange(6), torch.tensor([31, 5, 77, 12, 8, 40]), torch.tensor([True] * 5 + [False])
@@ -136,7 +136,7 @@ def test_scale_is_bounded_and_can_come_back() -> None:
 
 
 def test_scales_and_temperatures_are_above_zero() -> None:
-    with pytest.raises(ValueError, match="max_scale 0: it is above 0"):
+    with pytest.raises(ValueError, match="max_scale 0: must be above 0"):
         InfoNCE(max_scale=0)
-    with pytest.raises(ValueError, match="temperature 0: it is above 0"):
+    with pytest.raises(ValueError, match="temperature 0: must be above 0"):
         Intra(8, temperature=0)

@@ -1,4 +1,4 @@
-"""In and out of tokens. Letters: B samples, T tokens, N of all samples, P raw numbers of a token, D, E widths."""
+"""Adapters of masked models. Letters: B samples, T tokens, N of all samples, P raw numbers of a token, D, E widths."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ from descant.modules.masking.adapters import (
     MSE,
     Adapter,
     Adapters,
-    CategoryAdapter,
     PatchAdapter,
-    TableAdapter,
-    TokenAdapter,
 )
+from descant.modules.masking.discrete_adapters import CategoryAdapter, TableAdapter, TokenAdapter
 from tests.tolerance import F32, rounding
 
 MAKE: dict[str, tuple[Callable[[], Adapter], Callable[[], Tensor]]] = {
@@ -44,14 +42,14 @@ def made(kind: str) -> tuple[Any, Tensor]:
 
 
 @kinds
-def test_cutting_and_putting_together_are_inverse(kind: str) -> None:
+def test_patching_is_invertible(kind: str) -> None:
     adapter, x = made(kind)
     x_BTP, real_BT = adapter.raw(x)
     assert x_BTP.shape[:2] == real_BT.shape == (3, adapter.tokens) and real_BT.all()
     assert torch.equal(adapter.whole(x_BTP), x)
 
 
-def test_patches_are_what_a_convolution_sees() -> None:
+def test_patches_equal_those_of_a_convolution() -> None:
     adapter, x = made("image")
     conv = torch.nn.Conv2d(3, 16, (4, 3), stride=(4, 3))
     weights = conv.state_dict()
@@ -62,7 +60,7 @@ def test_patches_are_what_a_convolution_sees() -> None:
 
 
 @kinds
-def test_every_parameter_learns_and_nothing_says_nothing(kind: str) -> None:
+def test_every_parameter_has_a_gradient_and_empty_input_no_loss(kind: str) -> None:
     adapter, x = made(kind)
     x_BTP, _ = adapter.raw(x)
     place_N = torch.arange(adapter.tokens).repeat(3)
@@ -115,7 +113,7 @@ def test_two_losses_of_a_modality_have_names_and_heads_of_their_own() -> None:
     )
 
 
-def test_frames_without_sound_are_not_real() -> None:
+def test_padded_frames_are_not_real() -> None:
     adapter, x = made("sound")
     x[1, :, :, 3:] = -torch.inf
     x_BTP, real_BT = adapter.raw(x)
@@ -129,7 +127,7 @@ def test_decibels_are_standardised_and_an_axis_of_channels_is_not_needed() -> No
     assert (x_BTP == 1).all()
 
 
-def test_unknown_pixels_of_a_map_count_for_nothing() -> None:
+def test_unknown_pixels_add_no_loss() -> None:
     adapter, x = made("map")
     x[0, :, :2] = -1
     x_NP = adapter.raw(x)[0].flatten(0, 1)
@@ -143,7 +141,7 @@ def test_unknown_pixels_of_a_map_count_for_nothing() -> None:
     assert adapter.losses(h_NE[:1], all_unknown, place_N[:1])[""].item() == 0
 
 
-def test_a_column_is_judged_by_its_own_outputs() -> None:
+def test_a_column_is_scored_by_its_own_outputs() -> None:
     adapter, x = made("table")
     x_NP, place_N = adapter.raw(x)[0].flatten(0, 1), torch.arange(4).repeat(3)
     h_NE = torch.randn(12, 8)
@@ -152,8 +150,8 @@ def test_a_column_is_judged_by_its_own_outputs() -> None:
     torch.testing.assert_close(loss_N[4], (y_NC[4, 0] - x_NP[4, 0]) ** 2, **rounding(4, F32))
     torch.testing.assert_close(loss_N[5], F.cross_entropy(y_NC[5:6, 1:5], x_NP[5].long()), **rounding(4, F32))
     torch.testing.assert_close(loss_N[7], F.cross_entropy(y_NC[7:8, 6:8], x_NP[7].long()), **rounding(4, F32))
-    said = adapter.predict(h_NE, place_N)[:, 0]
-    assert said[5] == y_NC[5, 1:5].argmax() and said[6] == y_NC[6, 5]
+    predicted = adapter.predict(h_NE, place_N)[:, 0]
+    assert predicted[5] == y_NC[5, 1:5].argmax() and predicted[6] == y_NC[6, 5]
 
 
 @pytest.mark.parametrize(
@@ -162,8 +160,8 @@ def test_a_column_is_judged_by_its_own_outputs() -> None:
         (lambda: PatchAdapter([8, 8], 3), "patch 3 does not divide size 8; the nearest that does is 2"),
         (lambda: PatchAdapter([4, 4, 4], 8), "size 4 is smaller than a patch of 8; at most 4"),
         (lambda: PatchAdapter([8, 8], [4]), r"patch \[4\]: one number an axis of size \[8, 8\], or one for all"),
-        (lambda: PatchAdapter([8, 8], 4, losses=[MSE(), MSE()]), "losses: mse, mse: each once"),
-        (lambda: PatchAdapter([8, 8], 4, spread=0), "spread 0: greater than 0"),
+        (lambda: PatchAdapter([8, 8], 4, losses=[MSE(), MSE()]), "losses: mse, mse: one of each"),
+        (lambda: PatchAdapter([8, 8], 4, spread=0), "spread 0: must be above 0"),
         (
             lambda: PatchAdapter([8, 8], 4).raw(torch.zeros(1, 3, 9, 8)),
             r"input \(3, 9, 8\): this adapter takes \(3, 8, 8\)",
@@ -175,6 +173,6 @@ def test_a_column_is_judged_by_its_own_outputs() -> None:
         (lambda: Adapters(), "adapters: none given"),
     ],
 )
-def test_what_cannot_be_is_one_line(make: Callable[[], object], message: str) -> None:
+def test_invalid_arguments_are_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()

@@ -1,4 +1,4 @@
-"""What is visible, asked for and counted, and what is refused. Letters: B samples, T tokens, M modalities."""
+"""Masks: visible, target and counted tokens, and refusals. Letters: B samples, T tokens, M modalities."""
 
 from __future__ import annotations
 
@@ -9,16 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from descant.modules.masking.corruptions import (
-    BlockMask,
-    Corruption,
-    EachMask,
-    Grid,
-    SpanMask,
-    TokenBudget,
-    TubeMask,
-    UniformMask,
-)
+from descant.modules.masking.budget import TokenBudget
+from descant.modules.masking.corruptions import Corruption, Grid, UniformMask
+from descant.modules.masking.structured import BlockMask, SpanMask, TubeMask
 from tests.tolerance import statistical
 
 GRIDS: dict[str, Grid] = {"image": (6, 6), "depth": (6, 6), "text": (24,)}
@@ -42,7 +35,6 @@ ALL: dict[str, tuple[Callable[[], Corruption], dict[str, Grid]]] = {
     "block": (lambda: BlockMask(0.5), {"image": (6, 6), "video": (2, 4, 4)}),
     "tube": (lambda: TubeMask(0.5), {"video": (3, 4, 4)}),
     "span": (lambda: SpanMask(0.4), {"text": (24,)}),
-    "each": (lambda: EachMask({"text": SpanMask(0.4), "image": BlockMask(0.5)}), GRIDS),
 }
 names = pytest.mark.parametrize("name", ALL)
 
@@ -52,7 +44,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 @names
-def test_nothing_is_both_seen_and_asked_for_and_padding_is_neither(name: str) -> None:
+def test_visible_and_target_are_disjoint_and_without_padding(name: str) -> None:
     make, grids = ALL[name]
     real = real_of(grids)
     for mask_BT in real.values():
@@ -80,7 +72,7 @@ def test_a_mask_is_a_function_of_the_samples_own_key(name: str) -> None:
 
 
 @names
-def test_every_token_is_hidden_about_as_often(name: str) -> None:
+def test_every_token_is_masked_about_as_often(name: str) -> None:
     make, grids = ALL[name]
     masks = make()(real_of(grids, 4000), grids, draws(4000))
     for m, visible_BT in masks.visible.items():
@@ -106,7 +98,7 @@ def test_the_share_of_each_modality_or_of_all_together_is_exact() -> None:
     )
 
 
-def test_of_two_tokens_one_is_seen_and_one_is_asked_for_and_an_only_one_is_seen() -> None:
+def test_of_two_tokens_one_is_masked_and_a_single_one_is_visible() -> None:
     real = {"text": torch.tensor([[True, True, False, False], [True, False, False, False], [False] * 4])}
     masks = UniformMask(0.75)(real, {"text": (4,)}, draws(3))
     assert masks.visible["text"].sum(dim=1).tolist() == [1, 1, 0]
@@ -129,7 +121,7 @@ def test_a_budget_is_kept_exactly_and_its_shares_are_those_of_the_dirichlet_dist
     assert count_BM.unique(dim=0).shape[0] > 700  # drawn for each sample, not once a batch
 
 
-def test_a_drawn_subset_comes_first() -> None:
+def test_a_subset_is_sampled_first() -> None:
     masks = TokenBudget(20, subset_first=True)(real_of(GRIDS, 3000), GRIDS, draws(3000))
     there_BM = torch.stack([mask.any(dim=1) for mask in masks.visible.values()], dim=1)
     kinds = (there_BM.long() * torch.tensor([1, 2, 4])).sum(dim=1).bincount(minlength=8).double() / 3000
@@ -138,7 +130,7 @@ def test_a_drawn_subset_comes_first() -> None:
     assert min(kinds[1].item(), kinds[2].item(), kinds[4].item()) > 0.13
 
 
-def test_what_a_sample_lacks_costs_its_share_of_the_budget() -> None:
+def test_incomplete_samples_have_a_proportional_budget() -> None:
     grids: dict[str, Grid] = {m: (4, 4) for m in ("image", "depth")}
     real = real_of(grids, 4)
     real["depth"][:2] = False
@@ -153,7 +145,7 @@ def test_an_output_budget_limits_what_counts() -> None:
     assert (sum(mask.sum(dim=1) for mask in few.loss.values()) == 6).all()  # type: ignore[union-attr]
 
 
-def test_blocks_and_spans_hide_neighbours() -> None:
+def test_blocks_and_spans_mask_neighbours() -> None:
     """The chance that a hidden token's neighbour is hidden too, beside that of tokens hidden one by one."""
     grid: dict[str, Grid] = {"image": (12, 12)}
 
@@ -172,7 +164,7 @@ def test_blocks_and_spans_hide_neighbours() -> None:
     assert 3.5 < float(18 / runs_B.double().mean()) < 6
 
 
-def test_a_tube_hides_the_same_patches_in_every_step() -> None:
+def test_a_tube_masks_the_same_patches_in_every_step() -> None:
     grid: dict[str, Grid] = {"video": (3, 4, 4)}
     visible = TubeMask(0.75)(real_of(grid), grid, draws()).visible["video"].view(B, 3, 16)
     assert (visible == visible[:, :1]).all() and visible.sum(dim=2).unique().tolist() == [4]
@@ -191,14 +183,13 @@ def test_a_tube_hides_the_same_patches_in_every_step() -> None:
         (lambda: UniformMask(0.5), {"image": (1,)}, "ratio 0.5 of 1 tokens of image .* smaller patches make more"),
         (lambda: TokenBudget(96), GRIDS, "visible 96 of 96 tokens leaves no token masked; at most 95"),
         (lambda: TokenBudget(0), GRIDS, "visible 0: a number of tokens, at least 1"),
-        (lambda: TokenBudget(9, alpha=0), GRIDS, "alpha 0: greater than 0"),
-        (lambda: BlockMask(), {"text": (9,)}, "BlockMask: text has 1 axis and no rectangles; use SpanMask"),
+        (lambda: TokenBudget(9, alpha=0), GRIDS, "alpha 0: must be above 0"),
+        (lambda: BlockMask(), {"text": (9,)}, "BlockMask: text has 1 axis, and rectangles need 2; use SpanMask"),
         (lambda: BlockMask(least=0.5, most=0.4), GRIDS, "least 0.5, most 0.4"),
         (lambda: TubeMask(), {"text": (9,)}, "TubeMask: text has 1 axis"),
         (lambda: SpanMask(mean=0.5), GRIDS, "mean 0.5"),
-        (lambda: EachMask({"sound": SpanMask()}), GRIDS, "EachMask: no modality 'sound'; there are image, depth, text"),
     ],
 )
-def test_what_cannot_be_is_one_line(make: Callable[[], Corruption], grids: dict[str, Grid], message: str) -> None:
+def test_invalid_arguments_are_refused(make: Callable[[], Corruption], grids: dict[str, Grid], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make().check(grids)

@@ -1,4 +1,4 @@
-"""What decoders compute, against the formula, a sample at a time. Letters: B samples, N tokens, D and E widths."""
+"""Decoders against their formula, a sample at a time. Letters: B samples, N tokens, D and E widths."""
 
 from __future__ import annotations
 
@@ -63,27 +63,27 @@ def place(places: Any, m: str, at: At, b: int) -> Tensor:
 @pytest.mark.parametrize("name", CASES)
 def test_the_joint_decoder_is_a_transformer_over_all_tokens_of_a_sample(name: str) -> None:
     decoder, (encoded, target) = built(JointDecoder), case(name)
-    asked = {m: At.of(mask) for m, mask in target.items()}
-    said = decoder(encoded, asked)
+    targets = {m: At.of(mask) for m, mask in target.items()}
+    output = decoder(encoded, targets)
     for b in range(4):
         tokens, sizes = [decoder.inward(encoded.global_BD[b : b + 1])], [1]
         for m, at in encoded.at.items():
             tokens.append(decoder.inward(encoded.h[m][at.row_N == b]) + place(decoder.places, m, at, b))
-        for m, at in asked.items():
+        for m, at in targets.items():
             tokens.append(decoder.mask_E + place(decoder.places, m, at, b))
         sizes = [len(t) for t in tokens]
         y = decoder.norm(block(decoder.layers[0], torch.cat(tokens))).split(sizes)[-2:]
-        for (m, at), mine in zip(asked.items(), y, strict=True):
+        for (m, at), mine in zip(targets.items(), y, strict=True):
             # a block of sums over widths of up to 48 and some ten tokens
-            torch.testing.assert_close(said[m][at.row_N == b], mine, rtol=0, atol=ulps(512, F64))
+            torch.testing.assert_close(output[m][at.row_N == b], mine, rtol=0, atol=ulps(512, F64))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_cross_decoder_looks_once_at_all_and_then_at_its_own(name: str) -> None:
+def test_the_cross_decoder_attends_to_all_and_then_to_its_own(name: str) -> None:
     decoder, (encoded, target) = built(CrossDecoder), case(name)
-    asked = {m: At.of(mask) for m, mask in target.items()}
-    said = decoder(encoded, asked)
-    for m, at in asked.items():
+    targets = {m: At.of(mask) for m, mask in target.items()}
+    output = decoder(encoded, targets)
+    for m, at in targets.items():
         look = decoder.each[m]
         for b in range(4):
             if not at.count_B[b]:
@@ -98,22 +98,22 @@ def test_the_cross_decoder_looks_once_at_all_and_then_at_its_own(name: str) -> N
             y = look.out(F.scaled_dot_product_attention(q_HK, k_HK, v_HK).transpose(0, 1).reshape(-1, E))
             y = block(look.layers[0], y + look.mlp(look.out_norm(y)))
             # as above, twice
-            torch.testing.assert_close(said[m][at.row_N == b], y[len(seen[m]) :], rtol=0, atol=ulps(512, F64))
+            torch.testing.assert_close(output[m][at.row_N == b], y[len(seen[m]) :], rtol=0, atol=ulps(512, F64))
 
 
 @pytest.mark.parametrize("kind", [JointDecoder, CrossDecoder])
-def test_what_is_said_of_one_modality_hangs_on_the_visible_tokens_of_the_other(kind: type[CrossDecoder]) -> None:
+def test_predictions_of_one_modality_depend_on_visible_tokens_of_the_other(kind: type[CrossDecoder]) -> None:
     decoder, (encoded, target) = built(kind), case("dense")
-    said = decoder(encoded, {"image": At.of(target["image"])})["image"]
-    said.square().sum().backward()
+    output = decoder(encoded, {"image": At.of(target["image"])})["image"]
+    output.square().sum().backward()
     assert all(h.grad is not None and h.grad.abs().sum() > 0 for h in (*encoded.h.values(), encoded.global_BD))
 
 
 @pytest.mark.parametrize("kind", [JointDecoder, CrossDecoder])
-def test_nothing_is_said_where_nothing_is_asked_and_every_parameter_is_reached(kind: type[CrossDecoder]) -> None:
+def test_without_targets_no_output_and_every_parameter_has_a_gradient(kind: type[CrossDecoder]) -> None:
     decoder, (encoded, target) = built(kind), case("ragged")
     none = {m: At.of(torch.zeros_like(mask)) for m, mask in target.items()}
-    said = decoder(encoded, none)
-    assert all(h.shape == (0, E) for h in said.values())
-    sum(h.sum() for h in said.values()).backward()
+    output = decoder(encoded, none)
+    assert all(h.shape == (0, E) for h in output.values())
+    sum(h.sum() for h in output.values()).backward()
     assert all(p.grad is not None and not p.grad.any() for p in decoder.parameters())

@@ -64,26 +64,26 @@ def looped(name: str, r_BK: Tensor, w_K: Tensor, group_B: Tensor) -> list[float]
 @pytest.mark.parametrize(
     "rule", [GroupScaled(), BatchScaled(), Centred(), EachScaled()], ids=lambda r: type(r).__name__
 )
-def test_loops_over_groups(rule: Advantage) -> None:
+def test_advantages_equal_a_loop_over_groups(rule: Advantage) -> None:
     for seed in range(20):
         r_BK, w_K, group_B = rewards(seed)
-        judged = rule(r_BK, w_K, group_B)
+        output = rule(r_BK, w_K, group_B)
         wanted = torch.tensor(looped(type(rule).__name__, r_BK, w_K, group_B), dtype=torch.float64)
         # values of up to 40 over a deviation, which is 1e-4 where all are alike
-        torch.testing.assert_close(judged.advantage_B, wanted, rtol=0, atol=conditioned(1e4, F64, terms=64))
-        assert judged.advantage_B[5] == 0 and judged.reward_B[5].isnan(), "nobody judged it"
-        assert judged.flat_B.tolist()[8] and judged.flat_B.tolist()[11:] == [True, True], "alone, and alike"
+        torch.testing.assert_close(output.advantage_B, wanted, rtol=0, atol=conditioned(1e4, F64, terms=64))
+        assert output.advantage_B[5] == 0 and output.reward_B[5].isnan(), "it has no reward"
+        assert output.flat_B.tolist()[8] and output.flat_B.tolist()[11:] == [True, True], "alone, and alike"
 
 
 def test_a_group_is_flat_as_a_whole_or_not_at_all() -> None:
     """One answer of four that is right: leaving single answers out would call three of them flat."""
     r_BK = torch.tensor([[1.0], [0.0], [0.0], [0.0], [1.0], [1.0], [NAN], [1.0]])
     group_B = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
-    judged = GroupScaled()(r_BK, torch.ones(1), group_B)
-    assert judged.flat_B.tolist() == [False] * 4 + [True] * 4
+    output = GroupScaled()(r_BK, torch.ones(1), group_B)
+    assert output.flat_B.tolist() == [False] * 4 + [True] * 4
 
 
-def test_rewards_that_cancel_differ_all_the_same_one_by_one() -> None:
+def test_rewards_that_cancel_still_vary_one_by_one() -> None:
     r_BK = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     flats = [
         rule(r_BK, torch.ones(2), torch.zeros(2, dtype=torch.long)).flat_B.tolist()
@@ -92,7 +92,7 @@ def test_rewards_that_cancel_differ_all_the_same_one_by_one() -> None:
     assert flats == [[True, True], [False, False]]
 
 
-def test_a_small_reward_is_heard_beside_a_large_one_if_each_is_scaled() -> None:
+def test_each_scaled_keeps_small_rewards_beside_large_ones() -> None:
     """400 answers in groups of 8, deviations 1 and 20: correlation with the small one."""
     g = torch.Generator().manual_seed(0)
     r_BK = torch.randn(400, 2, generator=g, dtype=torch.float64) * torch.tensor([1.0, 20.0])
@@ -105,12 +105,12 @@ def test_a_small_reward_is_heard_beside_a_large_one_if_each_is_scaled() -> None:
 
 
 def test_no_answer_at_all() -> None:
-    judged = GroupScaled()(torch.zeros(0, 1), torch.ones(1), torch.zeros(0, dtype=torch.long))
-    assert [len(x) for x in judged] == [0, 0, 0]
+    output = GroupScaled()(torch.zeros(0, 1), torch.ones(1), torch.zeros(0, dtype=torch.long))
+    assert [len(x) for x in output] == [0, 0, 0]
 
 
-def test_a_reward_that_is_only_looked_at_makes_no_group_live() -> None:
+def test_a_reward_of_weight_zero_does_not_make_a_group_vary() -> None:
     r_BK = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0], [1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
-    judged = EachScaled()(r_BK, torch.tensor([1.0, 0.0]), torch.tensor([0, 0, 0, 0, 1, 1]))
-    assert judged.flat_B.tolist() == [True] * 4 + [False] * 2
-    assert judged.advantage_B[:4].unique().numel() == 1
+    output = EachScaled()(r_BK, torch.tensor([1.0, 0.0]), torch.tensor([0, 0, 0, 0, 1, 1]))
+    assert output.flat_B.tolist() == [True] * 4 + [False] * 2
+    assert output.advantage_B[:4].unique().numel() == 1

@@ -150,7 +150,7 @@ def test_value_and_gradient_of_an_explicit_loop(surrogate: str, aggregation: str
 
 
 @pytest.mark.parametrize("corrected", [False, True])
-def test_the_divergence_is_a_term_of_its_own(corrected: bool) -> None:
+def test_kl_is_a_term_of_its_own(corrected: bool) -> None:
     d = drawn(3)
     terms, seen = PolicyLoss(None, TokenMean(), KL(0.04, corrected))(d, counts(d))
     value, wanted = whole(terms["kl"]), aggregated(kl(d, 0.04, corrected), d, "token-mean")
@@ -182,7 +182,7 @@ def test_the_gradient_of_an_answers_ratio_by_finite_differences() -> None:
         assert slope == pytest.approx(float(found[n]), abs=quotient(F64, scale=1e3))
 
 
-def test_what_was_clipped() -> None:
+def test_clipped_tokens_are_logged() -> None:
     log_N = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1], dtype=torch.float64).log()
     signs = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0], dtype=torch.float64)
     d = PolicyBatch(log_N, torch.zeros(5, dtype=torch.float64), torch.arange(5), signs, torch.ones(5, dtype=torch.bool))
@@ -192,7 +192,7 @@ def test_what_was_clipped() -> None:
 
 
 @pytest.mark.parametrize(("aggregation", "same"), [(name, name != "local") for name in AGGREGATIONS])
-def test_a_step_cut_in_four_has_the_gradient_of_the_whole_one(aggregation: str, same: bool) -> None:
+def test_micro_batches_have_the_gradient_of_the_whole_step(aggregation: str, same: bool) -> None:
     """Micro-batches of unequal lengths; the base divides a local norm by how many there are."""
     lengths = (4, 1, 0, 6, 3, 5, 12, 2)
     d = drawn(7, lengths, (True,) * 6 + (False, True))
@@ -231,7 +231,7 @@ def test_far_off_policy_nothing_overflows() -> None:
         assert PolicyLoss(surrogate)(d, counts(d))[0]["policy"].value.isfinite().all()
 
 
-def test_preferences_by_hand() -> None:
+def test_dpo_by_hand() -> None:
     g = torch.Generator().manual_seed(0)
     l_4B = -torch.rand(4, 5, generator=g, dtype=torch.float64) * 20
     length_B2 = torch.tensor([[3, 5], [1, 1], [8, 2], [4, 4], [2, 9]])
@@ -256,6 +256,6 @@ def test_preferences_by_hand() -> None:
         (lambda: KL(0.1)(drawn()._replace(reference_N=None)), "of a reference"),
     ],
 )
-def test_what_cannot_be(make: Callable[[], Any], says: str) -> None:
+def test_invalid_arguments_are_refused(make: Callable[[], Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         make()

@@ -1,4 +1,4 @@
-"""What answers earn. Letters: K rewards."""
+"""Rewards of answers. Letters: K rewards."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from descant.modules.policy.rewards import (
     ExactAnswer,
     Format,
     JsonTable,
-    Judge,
     NumericAnswer,
-    Overlong,
     Part,
     Rewards,
     Verifier,
+    VerifierProcess,
 )
 from tests.tolerance import F64, ulps
 
 
-class MakesDecisions(Verifier):
+class Constant(Verifier):
     def __init__(self, value: float | None) -> None:
         self.value = value
 
@@ -35,11 +34,11 @@ class MakesDecisions(Verifier):
 
 class Breaks(Verifier):
     def __call__(self, answer: Answer) -> float | None:
-        return 1.0 / len(answer.said)
+        return 1.0 / len(answer.text)
 
 
-def test_each_reward_by_name_weight_and_whether_it_applies() -> None:
-    rewards = Rewards({"right": ExactAnswer(), "form": Format(r"[a-z]+"), "never": MakesDecisions(None)}, {"form": 0.1})
+def test_rewards_have_names_weights_and_may_not_apply() -> None:
+    rewards = Rewards({"right": ExactAnswer(), "form": Format(r"[a-z]+"), "never": Constant(None)}, {"form": 0.1})
     r_BK = rewards([Answer("pear", "pear"), Answer("Pear!", "pear"), Answer("", "pear")])
     assert r_BK[:, :2].tolist() == [[1, 1], [0, 0], [0, 0]] and r_BK[:, 2].isnan().all()
     assert rewards.names == ("right", "form", "never") and rewards.weight_K.tolist() == [1, 0.1, 1]
@@ -50,47 +49,46 @@ def test_each_reward_by_name_weight_and_whether_it_applies() -> None:
     ("verifier", "says"),
     [
         (Breaks(), r"reward 'mine' of the answer '': ZeroDivisionError: "),
-        (MakesDecisions(math.nan), r"reward 'mine' of the answer '': nan; a number, or None"),
-        (MakesDecisions(math.inf), r"reward 'mine' of the answer '': inf"),
+        (Constant(math.nan), r"reward 'mine' of the answer '': nan; a number, or None"),
+        (Constant(math.inf), r"reward 'mine' of the answer '': inf"),
     ],
 )
-def test_one_that_breaks_is_named(verifier: Verifier, says: str) -> None:
+def test_a_verifier_that_fails_is_named(verifier: Verifier, says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        Rewards({"fine": MakesDecisions(1.0), "mine": verifier})([Answer("", "")])
+        Rewards({"fine": Constant(1.0), "mine": verifier})([Answer("", "")])
 
 
 @pytest.mark.parametrize(
     ("made", "says"),
     [
-        (lambda: Rewards({}), "none; such as"),
-        (lambda: Rewards({"a": MakesDecisions(1.0)}, {"b": 1.0}), "no reward 'b'; there is a"),
-        (lambda: Rewards({"a": MakesDecisions(1.0)}, {"a": 0.0}), "all are 0"),
+        (lambda: Rewards({}), "none given; such as"),
+        (lambda: Rewards({"a": Constant(1.0)}, {"b": 1.0}), "no reward 'b'; there is a"),
+        (lambda: Rewards({"a": Constant(1.0)}, {"a": 0.0}), "all are 0"),
         (lambda: Format("("), "pattern '[(]'"),
-        (lambda: Overlong(4, 5), "cushion 5: from 1 to most, which is 4"),
         (lambda: JsonTable(-1.0), "tolerance -1"),
     ],
 )
-def test_what_cannot_be(made: Any, says: str) -> None:
+def test_invalid_arguments_are_refused(made: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         made()
 
 
-def test_the_last_part_counts_and_none_earns_nothing() -> None:
+def test_the_last_match_counts_and_no_match_gives_zero() -> None:
     part = Part(r"<answer>(.*?)</answer>", ExactAnswer())
-    said = ["<answer>pear</answer>", "<answer>pear</answer><answer>fig</answer>", "pear", "<answer>pear"]
-    assert [part(Answer(x, "pear")) for x in said] == [1, 0, 0, 0]
+    texts = ["<answer>pear</answer>", "<answer>pear</answer><answer>fig</answer>", "pear", "<answer>pear"]
+    assert [part(Answer(x, "pear")) for x in texts] == [1, 0, 0, 0]
 
 
 TABLE = [{"name": "ann", "age": 30, "tall": True}, {"name": "bob", "age": 41, "tall": None}]
 
 
 @pytest.mark.parametrize(
-    ("said", "earned"),
+    ("answer", "earned"),
     [
         (TABLE, 1.0),
         (TABLE[::-1], 1.0),
         ([TABLE[0]], 2 * 3 / (3 + 6)),
-        ([*TABLE, TABLE[0]], 2 * 6 / (9 + 6)),  # a row said twice is right once
+        ([*TABLE, TABLE[0]], 2 * 6 / (9 + 6)),  # a repeated row counts once
         ([{"name": "ANN ", "age": 30.00000001, "tall": True}, TABLE[1]], 1.0),
         ([{"name": "ann", "age": 41, "tall": True}, {"name": "bob", "age": 30, "tall": None}], 2 * 4 / 12),
         ([{"name": "ann", "age": "30", "tall": 1}, TABLE[1]], 2 * 4 / 12),  # neither text nor 1 is the value itself
@@ -99,35 +97,35 @@ TABLE = [{"name": "ann", "age": 30, "tall": True}, {"name": "bob", "age": 41, "t
         ({"name": "ann"}, 0.0),
     ],
 )
-def test_cells_of_a_table(said: Any, earned: float) -> None:
-    text = said if isinstance(said, str) else json.dumps(said)
+def test_table_f1_of_cells(answer: Any, earned: float) -> None:
+    text = answer if isinstance(answer, str) else json.dumps(answer)
     assert JsonTable()(Answer(text, json.dumps(TABLE))) == pytest.approx(earned, abs=ulps(2, F64))
-    assert JsonTable()(Answer(text, "pear")) is None, "no case for it"
+    assert JsonTable()(Answer(text, "pear")) is None, "does not apply"
 
 
 def test_deep_nesting_is_no_table_and_no_crash() -> None:
     assert JsonTable()(Answer("[" * 100_000, json.dumps(TABLE))) == 0
 
 
-def test_expressions_of_the_same_value() -> None:
+def test_numeric_answers_of_equal_value() -> None:
     pytest.importorskip("math_verify")
     numeric = NumericAnswer()
     earned = {
-        said: numeric(Answer(said, "1/2")) for said in ("0.5", "$\\frac{1}{2}$", "the answer is 2/4", "5", "", "pear")
+        text: numeric(Answer(text, "1/2")) for text in ("0.5", "$\\frac{1}{2}$", "the answer is 2/4", "5", "", "pear")
     }
     assert list(earned.values()) == [1, 1, 1, 0, 0, 0], earned
     assert numeric(Answer("0.5", "pear")) is None
 
 
-def test_an_answer_that_takes_for_ever_earns_nothing_and_the_next_is_judged() -> None:
+def test_endless_arithmetic_times_out_and_the_next_answer_is_scored() -> None:
     pytest.importorskip("math_verify")
     numeric = NumericAnswer(seconds=2.0)
-    said = ["9^9^9", "1/2", "10^{10^{10}}", "9" * 5000, "0.5"]
-    assert [numeric(Answer(text, "1/2")) for text in said] == [0, 1, 0, 0, 1]
-    assert copy.deepcopy(numeric)(Answer("0.5", "1/2")) == 1, "a judge of its own"
+    texts = ["9^9^9", "1/2", "10^{10^{10}}", "9" * 5000, "0.5"]
+    assert [numeric(Answer(text, "1/2")) for text in texts] == [0, 1, 0, 0, 1]
+    assert copy.deepcopy(numeric)(Answer("0.5", "1/2")) == 1, "a process of its own"
 
 
-def test_a_judge_that_falls_silent_or_dies_is_begun_anew() -> None:
+def test_a_verifier_process_is_restarted_after_a_timeout_or_crash() -> None:
     program = """
 import sys, time
 print(0, flush=True)
@@ -137,23 +135,23 @@ for line in sys.stdin:
     assert n != 2
     print(n, flush=True)
 """
-    judge = Judge(program, seconds=1.0)
-    assert [judge(n) for n in (3, 1, 4, 2, 5)] == [3, None, 4, None, 5]
-    with pytest.raises(ValueError, match="its process did not begin"):
-        Judge("1 / 0", seconds=1.0)(3)
+    process = VerifierProcess(program, seconds=1.0)
+    assert [process(n) for n in (3, 1, 4, 2, 5)] == [3, None, 4, None, 5]
+    with pytest.raises(ValueError, match="its process did not start"):
+        VerifierProcess("1 / 0", seconds=1.0)(3)
 
 
-def test_what_a_model_may_say_never_ends_the_run() -> None:
+def test_any_answer_can_be_scored() -> None:
     part = Part(r"answer (\d+)|none", ExactAnswer())
-    assert [part(Answer(said, "7")) for said in ("none", "answer 7", "")] == [0, 1, 0]
+    assert [part(Answer(text, "7")) for text in ("none", "answer 7", "")] == [0, 1, 0]
     table = JsonTable()
     assert table(Answer('[{"a": 1' + "0" * 400 + "}]", json.dumps(TABLE))) == 0
     assert table(Answer("[]", "[]")) == 1 and table(Answer("[]", json.dumps(TABLE))) == 0
     with pytest.raises(ValueError, match=r"reward 'mine' of the answer 'a': 'no'; a number, or None"):
-        Rewards({"mine": MakesDecisions("no")})([Answer("a", "a")])  # type: ignore[arg-type]
+        Rewards({"mine": Constant("no")})([Answer("a", "a")])  # type: ignore[arg-type]
 
 
-def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"NumericAnswer needs the package math-verify: pip install math-verify"):
         NumericAnswer()

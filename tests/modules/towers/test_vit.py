@@ -28,7 +28,7 @@ def counts(*kinds: list[int]) -> list[Tensor]:
 @pytest.mark.parametrize(
     "kinds", [([2, 2, 2], [3, 3, 3]), ([1, 1, 1], [2, 0, 5]), ([2, 0, 3], [1, 3, 0]), ([0, 0, 0],)]
 )
-def test_what_is_joined_is_parted_again_and_samples_lie_together(kinds: tuple[list[int], ...]) -> None:
+def test_join_and_part_are_inverse_and_samples_are_contiguous(kinds: tuple[list[int], ...]) -> None:
     layout, each = Layout(counts(*kinds)), []
     for s, kind in enumerate(kinds):
         each.append(torch.tensor([[100.0 * s + b, k] for b, n in enumerate(kind) for k in range(n)]).view(-1, 2))
@@ -60,7 +60,7 @@ def test_a_row_that_is_taken_once_has_the_gradient_of_indexing() -> None:
     torch.testing.assert_close(take(h_ND, index), h_ND[index], rtol=0, atol=0)
 
 
-def test_ragged_attention_is_each_samples_own() -> None:
+def test_ragged_attention_stays_within_a_sample() -> None:
     """Against the plain block, a sample at a time."""
     torch.manual_seed(0)
     ragged, plain = RaggedBlock(16, 4).double(), Block(16, 4).double()
@@ -77,7 +77,7 @@ def test_ragged_attention_is_each_samples_own() -> None:
 
 
 @pytest.mark.parametrize("queries", [5, 9])
-def test_attention_that_is_written_out_is_attention(queries: int) -> None:
+def test_unfused_attention_equals_fused(queries: int) -> None:
     torch.manual_seed(0)
     q, k, v = exact = [torch.randn(2, 3, n, 8, requires_grad=True) for n in (queries, 9, 9)]
     rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
@@ -97,7 +97,7 @@ def test_attention_that_is_written_out_is_attention(queries: int) -> None:
         assert (b.grad.float() - a.grad).square().mean() < 1e-3 * a.grad.square().mean()
 
 
-def test_modules_inside_know_whose_tokens_they_see() -> None:
+def test_inner_modules_get_the_sample_of_each_token() -> None:
     seen: list[Any] = []
     trunk: Any = Trunk(8, 1, 2)
     trunk.layers[0].mlp.register_forward_hook(lambda module, args, out: seen.append(trunk.row_tracker.current))
@@ -116,7 +116,7 @@ def test_compute_falls_with_what_is_absent() -> None:
     assert flops[2] < 0.56 * flops[0]
 
 
-def test_the_dense_and_the_ragged_way_are_one() -> None:
+def test_dense_and_ragged_inputs_agree() -> None:
     torch.manual_seed(0)
     trunk = Trunk(16, 2, 2)
     x_BKD, mask_BK = torch.randn(3, 5, 16), torch.ones(3, 5, dtype=torch.bool)

@@ -65,7 +65,7 @@ def test_one_frame_equals_its_definition():
     np.testing.assert_allclose(x_BFT[0, :, 2].numpy(), 10 * np.log10(power @ w_KF), rtol=0, atol=DECIBELS)
 
 
-def test_int16_is_the_same_sound():
+def test_int16_equals_float():
     x = sine(440, 3200, loud=0.5)[None]
     a, b = LogMel()((x * 32768).round().short()), LogMel()(x.float())
     loud = b > -60  # what lies below is the rounding itself
@@ -74,7 +74,7 @@ def test_int16_is_the_same_sound():
     torch.testing.assert_close(a[loud], b[loud], atol=0.05, rtol=0)
 
 
-def test_frames_past_the_end_are_no_sound_and_silence_is_the_floor():
+def test_frames_past_the_end_are_padding_and_silence_is_the_floor():
     x = torch.zeros(3, 1000)
     x_BFT = LogMel()(x, torch.tensor([1000, 161, 0]))
     assert x_BFT.shape == (3, 64, 7)
@@ -82,7 +82,7 @@ def test_frames_past_the_end_are_no_sound_and_silence_is_the_floor():
     assert (x_BFT[0] == -80).all() and (x_BFT[2] == -torch.inf).all()
 
 
-def test_neither_padding_nor_what_stands_in_it_matters():
+def test_padding_does_not_matter():
     net, length = LogMel(), 2345
     x = torch.randn(1, length)
     alone = net(x)
@@ -102,13 +102,13 @@ def test_rows_are_independent_however_many():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"mels": 256}, r"mels 256: filter \d+ at \d+ Hz lies between two bins; take fewer mels"),
+        ({"mels": 256}, r"mels 256: filter \d+ at \d+ Hz lies between two bins; use fewer mels"),
         ({"low": 9000.0}, "low 9000 and high 8000"),
         ({"high": 9000.0}, "<= 8000 Hz, half the rate"),
-        ({"hop": 401}, "hop 401: between two frames sound would be lost; window 400 is the most"),
+        ({"hop": 401}, "hop 401: at least 1, at most window 400, or frames"),
     ],
 )
-def test_what_cannot_hear_is_refused(options, says):
+def test_invalid_filter_banks_are_refused(options, says):
     with pytest.raises(ValueError, match=says):
         LogMel(**options)
 
@@ -121,7 +121,7 @@ def level(x: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("before", [44100, 48000, 22050, 22254])
-def test_resampling_keeps_what_fits_and_lets_nothing_alias(before):
+def test_resampling_does_not_alias(before):
     inside, outside = (resample(sine(f, before // 2, before)[None], before, 16000)[0] for f in (1000.0, 10000.0))
     assert len(inside) == 8000
     middle = slice(400, -400)  # both ends begin and stop at once, which no band-limited signal does
@@ -150,7 +150,7 @@ def features(*frames: int, T: int = 40) -> torch.Tensor:
     return x_BFT.masked_fill((torch.arange(T) >= torch.tensor(frames)[:, None])[:, None], -torch.inf)
 
 
-def test_nothing_asked_nothing_changed():
+def test_without_strength_nothing_changes():
     x = features(40, 13, 0)
     torch.testing.assert_close(AudioAugment(**STILL)(x, torch.arange(3)), x, rtol=0, atol=PLACES)
 
@@ -172,7 +172,7 @@ def test_gain_moves_all_filters_by_the_same():
     assert moved[:, 0].abs().max() <= 6 and moved[:, 0].min() < -4 and moved[:, 0].max() > 4
 
 
-def test_shift_moves_sound_and_leaves_no_sound_behind():
+def test_shift_moves_frames_and_pads():
     x = features(20).expand(200, -1, -1)
     out = AudioAugment(**{**STILL, "shift": 3})(x, torch.arange(200))
     seen = set()
@@ -218,7 +218,7 @@ def test_masks_are_bands_of_the_mean():
     torch.testing.assert_close(out[changed], x[0].mean().expand(int(changed.sum())), rtol=ulps(100, F32), atol=0)
 
 
-def test_all_that_is_no_sound_stays_no_sound():
+def test_padding_stays_padding():
     out = AudioAugment()(features(0, 0), torch.arange(2))
     assert (out == -torch.inf).all()
     assert not AudioAugment()(features(*[5] * 50), torch.arange(50)).isnan().any()

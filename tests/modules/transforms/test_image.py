@@ -18,7 +18,7 @@ STILL: dict[str, Any] = dict(
 )
 
 
-def picture(size: int = 8, channels: int = 4) -> Tensor:
+def image(size: int = 8, channels: int = 4) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (3, channels, size, size), generator=generator, dtype=torch.uint8)
 
@@ -27,7 +27,7 @@ DRAW = torch.tensor([11, 12, 13])
 
 
 def test_without_strength_training_sees_what_evaluation_sees() -> None:
-    x = picture()
+    x = image()
     torch.testing.assert_close(Augment(8, **STILL)(x, DRAW), Pixels(8)(x, DRAW), rtol=0, atol=PLACES)
 
 
@@ -38,8 +38,8 @@ def test_pixels_are_over_white_and_normalised() -> None:
     assert Pixels(4)(x, DRAW[:1]).unique().tolist() == [-1.0]
 
 
-def test_a_picture_depends_on_its_own_draw_alone() -> None:
-    augment, x = Augment(8, texture=0.5, erase=0.3), picture()
+def test_an_image_depends_on_its_own_key_alone() -> None:
+    augment, x = Augment(8, texture=0.5, erase=0.3), image()
     whole = augment(x, DRAW)
     torch.testing.assert_close(augment(x[1:2], DRAW[1:2]), whole[1:2], rtol=0, atol=PLACES)
     assert torch.equal(augment(x, DRAW), whole)
@@ -47,14 +47,14 @@ def test_a_picture_depends_on_its_own_draw_alone() -> None:
 
 
 def test_two_streams_are_two_views() -> None:
-    augment, x = Augment(8), picture()
+    augment, x = Augment(8), image()
     assert not torch.allclose(augment(x, DRAW), augment.stream_copy("image@2")(x, DRAW))
 
 
 def test_the_affine_map_is_what_torchvision_computes() -> None:
     """A pure rotation by the drawn angle equals v2.functional.rotate."""
     augment = Augment(16, **{**STILL, "rotate": 30.0})
-    x = picture(16, channels=3)[:1]
+    x = image(16, channels=3)[:1]
     a_23 = augment.affine(DRAW[:1], torch.device("cpu"))[0]
     degrees = math.degrees(math.atan2(float(a_23[1, 0]), float(a_23[0, 0])))
     assert 0.5 < abs(degrees) <= 30
@@ -63,8 +63,8 @@ def test_the_affine_map_is_what_torchvision_computes() -> None:
     torch.testing.assert_close(augment(x, DRAW[:1]), wanted * 2 - 1, rtol=0, atol=1e-3)
 
 
-def test_grey_pictures_have_equal_channels_and_greys_keep_their_hue() -> None:
-    x = picture(8, channels=3)
+def test_grey_images_have_equal_channels_and_greys_keep_their_hue() -> None:
+    x = image(8, channels=3)
     grey = Augment(8, **{**STILL, "grey": 1.0})(x, DRAW)
     torch.testing.assert_close(grey[:, 0], grey[:, 2], **rounding(8, F32))
     neutral = torch.full((3, 3, 8, 8), 100, dtype=torch.uint8)
@@ -73,7 +73,7 @@ def test_grey_pictures_have_equal_channels_and_greys_keep_their_hue() -> None:
 
 
 def test_shares_of_the_random_choices() -> None:
-    x = picture(8, channels=3)[:1].expand(400, -1, -1, -1)
+    x = image(8, channels=3)[:1].expand(400, -1, -1, -1)
     draws = torch.arange(400) * 7919
     plain = Augment(8, **STILL)(x, draws)
     for name in ("mirror", "grey", "invert"):
@@ -99,20 +99,20 @@ IMAGENET: dict[str, Any] = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
 def test_pixels_are_normalised_as_torchvision_does(memory: torch.memory_format) -> None:
-    x = picture(8, channels=3).contiguous(memory_format=memory)
+    x = image(8, channels=3).contiguous(memory_format=memory)
     wanted = v2.functional.normalize(x.float() / 255, list(IMAGENET["mean"]), list(IMAGENET["std"]))
     torch.testing.assert_close(Pixels(8, **IMAGENET)(x, DRAW), wanted, rtol=0, atol=ulps(16, F32))
 
 
 def test_training_and_evaluation_share_the_normalisation() -> None:
-    x = picture()
+    x = image()
     ours, wanted = Augment(8, **STILL, **IMAGENET)(x, DRAW), Pixels(8, **IMAGENET)(x, DRAW)
     torch.testing.assert_close(ours, wanted, rtol=0, atol=5 * PLACES)  # divided by deviations down to 0.22
 
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
 def test_pixels_leave_the_batch_as_it_is(memory: torch.memory_format) -> None:
-    x = picture(8, channels=3).contiguous(memory_format=memory)
+    x = image(8, channels=3).contiguous(memory_format=memory)
     before, floats = x.clone(), x.float()
     out = Pixels(8, **IMAGENET)(x, DRAW)
     assert torch.equal(x, before) and out.is_contiguous(memory_format=memory)
@@ -125,7 +125,7 @@ def test_pixels_leave_the_batch_as_it_is(memory: torch.memory_format) -> None:
     ("wrong", "says"),
     [
         ({"mean": (0.5,)}, "mean .0.5.: three numbers"),
-        ({"std": (0.2, 0.0, 0.2)}, "std .*greater than 0"),
+        ({"std": (0.2, 0.0, 0.2)}, "std .*must be above 0"),
         ({"mean": (123.7, 116.3, 103.5)}, "mean .*0..1"),
     ],
 )
@@ -138,7 +138,7 @@ def test_a_wrong_normalisation_is_refused(part: Any, wrong: dict[str, Any], says
 
 
 @pytest.mark.parametrize(("scale", "ratio"), [((0.2, 1.0), (3 / 4, 4 / 3)), ((0.6, 0.9), (0.4, 0.9))])
-def test_crops_are_drawn_as_torchvision_draws_them(scale: tuple[float, float], ratio: tuple[float, float]) -> None:
+def test_crops_are_distributed_as_torchvisions(scale: tuple[float, float], ratio: tuple[float, float]) -> None:
     torch.manual_seed(0)
     side = 4096  # fine enough that its whole pixels do not matter
     blank = torch.zeros(1, 1, 1).expand(1, side, side)
@@ -156,7 +156,7 @@ def test_crops_are_drawn_as_torchvision_draws_them(scale: tuple[float, float], r
     ).all(), "inside"
 
 
-def test_a_crop_shows_the_box_that_was_drawn() -> None:
+def test_a_crop_shows_its_box() -> None:
     """On ramps to the right and down, pixels say where they come from."""
     level = torch.arange(64, dtype=torch.uint8) * 4
     ramps = torch.stack([level.expand(64, 64), level[:, None].expand(64, 64)]).expand(200, 2, 64, 64)
@@ -175,16 +175,16 @@ def test_a_crop_shows_the_box_that_was_drawn() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3, 6])
-def test_the_whole_picture_is_what_evaluation_sees_of_any_channels(channels: int) -> None:
-    x = picture(12, channels)
+def test_the_whole_image_equals_evaluation_for_any_channels(channels: int) -> None:
+    x = image(12, channels)
     still = Crop(12, scale=(1, 1), ratio=(1, 1), flip=0)
     torch.testing.assert_close(still(x, DRAW), x.float() / 127.5 - 1, rtol=0, atol=PLACES)
     mirrored = Crop(12, scale=(1, 1), ratio=(1, 1), flip=1)
     torch.testing.assert_close(mirrored(x, DRAW), (x.float() / 127.5 - 1).flip(3), rtol=0, atol=PLACES)
 
 
-def test_a_crop_depends_on_its_own_draw_alone() -> None:
-    crop, x = Crop(12), picture(12, 1)
+def test_a_crop_depends_on_its_own_key_alone() -> None:
+    crop, x = Crop(12), image(12, 1)
     whole = crop(x, DRAW)
     assert torch.equal(crop(x, DRAW), whole)
     torch.testing.assert_close(crop(x[1:2], DRAW[1:2]), whole[1:2], rtol=0, atol=PLACES)
@@ -202,6 +202,6 @@ def test_a_crop_depends_on_its_own_draw_alone() -> None:
         ({"flip": 1.5}, "flip 1.5 is not a probability"),
     ],
 )
-def test_crops_that_cannot_be_are_refused(options: dict[str, Any], says: str) -> None:
+def test_invalid_crops_are_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=f"^{says}"):
         Crop(**({"size": 8} | options))

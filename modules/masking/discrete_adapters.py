@@ -1,0 +1,183 @@
+"""Adapters of masked models for maps of classes, token ids and table columns, with cross-entropy losses.
+
+Letters: B samples, T tokens of a sample, N tokens of all samples, P raw numbers of a token, D width of the encoder, E
+width of the decoder, C classes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from descant.modules.core.host import derived
+from descant.modules.masking.adapters import Adapter, PatchAdapter
+
+
+class CategoryAdapter(Adapter):
+    """Semantic maps, int64 ``[B, H, W]``: pixel embeddings in patches, and cross-entropy (MultiMAE, arXiv 2204.01678).
+
+        loss_n = mean_p -log softmax(y_np)[x_np], in float32 whatever the run's precision
+
+    Args:
+        classes: C; pixels below 0 are unknown: they embed to zero and add no loss.
+        size, patch: as of :class:`PatchAdapter`.
+        embedding: width of a pixel's embedding (64 in the paper).
+
+    Raises:
+        ValueError: as of :class:`PatchAdapter`, or for fewer than two classes.
+
+    >>> adapter = CategoryAdapter(classes=3, size=[4, 4], patch=2)
+    >>> adapter.raw(torch.zeros(1, 4, 4, dtype=torch.long))[0].shape
+    torch.Size([1, 4, 4])
+    """
+
+    def __init__(self, classes: int, size: list[int], patch: list[int] | int, embedding: int = 16) -> None:
+        super().__init__()
+        if classes < 2:
+            raise ValueError(f"classes {classes}: at least 2")
+        self.cut = PatchAdapter(size, patch, channels=1)
+        self.grid, self.classes, self.embedding = self.cut.grid, classes, embedding
+
+    def build(self, width: int, out: int) -> None:
+        super().build(width, out)
+        self.table = nn.Embedding(self.classes + 1, self.embedding, padding_idx=self.classes)
+        self.inward = nn.Linear(self.cut.numbers * self.embedding, width)
+        self.outward = nn.Linear(out, self.cut.numbers * self.classes) if out else nn.Identity()
+
+    def raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cut.raw(x.unsqueeze(1) if x.ndim == len(self.cut.size) + 1 else x)
+
+    def whole(self, x_BTP: Tensor) -> Tensor:
+        return self.cut.whole(x_BTP).squeeze(1)
+
+    def content(self, x_NP: Tensor, place_N: Tensor) -> Tensor:
+        return self.inward(self.table(torch.where(x_NP < 0, self.classes, x_NP)).flatten(1))
+
+    def scores(self, h_NE: Tensor) -> Tensor:
+        """``[N, P, C]``."""
+        return self.outward(h_NE).unflatten(1, (self.cut.numbers, self.classes)).float()
+
+    def losses(self, h_NE: Tensor, x_NP: Tensor, place_N: Tensor) -> dict[str, Tensor]:
+        loss_NP = F.cross_entropy(self.scores(h_NE).transpose(1, 2), x_NP, ignore_index=-1, reduction="none")
+        known_NP = x_NP >= 0
+        return {"": loss_NP.masked_fill(~known_NP, 0.0).sum(dim=1) / known_NP.sum(dim=1).clamp(min=1)}
+
+    def predict(self, h_NE: Tensor, place_N: Tensor) -> Tensor:
+        return self.scores(h_NE).argmax(dim=2)
+
+
+class TokenAdapter(Adapter):
+    """Token ids, int64 ``[B, T]``: an embedding each, and cross-entropy over the vocabulary.
+
+    Args:
+        vocab: C. length: T.
+        pad: id of the padding, neither visible nor a target.
+
+    >>> adapter = TokenAdapter(vocab=9, length=3)
+    >>> adapter.raw(torch.tensor([[4, 5, 0]]))[1].tolist()
+    [[True, True, False]]
+    """
+
+    def __init__(self, vocab: int, length: int, pad: int = 0) -> None:
+        super().__init__()
+        if vocab < 2 or length < 2:
+            raise ValueError(f"vocab {vocab}, length {length}: at least 2 each")
+        self.grid, self.vocab, self.pad = (length,), vocab, pad
+
+    def build(self, width: int, out: int) -> None:
+        super().build(width, out)
+        self.table = nn.Embedding(self.vocab, width)
+        nn.init.normal_(self.table.weight, std=0.02)
+        self.outward = nn.Linear(out, self.vocab) if out else nn.Identity()
+
+    def raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.shape[1] != self.tokens:
+            raise ValueError(f"input of {x.shape[1]} tokens: this adapter takes {self.tokens}")
+        return x[..., None], derived(lambda x_BT: x_BT != self.pad, x)
+
+    def whole(self, x_BTP: Tensor) -> Tensor:
+        return x_BTP.squeeze(2)
+
+    def content(self, x_NP: Tensor, place_N: Tensor) -> Tensor:
+        return self.table(x_NP.squeeze(1))
+
+    def losses(self, h_NE: Tensor, x_NP: Tensor, place_N: Tensor) -> dict[str, Tensor]:
+        return {"": F.cross_entropy(self.outward(h_NE).float(), x_NP.squeeze(1), reduction="none")}
+
+    def predict(self, h_NE: Tensor, place_N: Tensor) -> Tensor:
+        return self.outward(h_NE).argmax(dim=1, keepdim=True)
+
+
+class TableAdapter(Adapter):
+    """Table columns, float ``[B, T]``, one token each: numbers (squared error) and categories (cross-entropy).
+
+        h_t = x_t w_t + b_t of a number,   w_t[x_t] of a category;   nan: a missing cell, neither visible nor a target
+
+    Args:
+        columns: one entry a column: 0 for a number (standardise it in the data), else its number of categories.
+
+    Raises:
+        ValueError: for fewer than two columns, or a column of one category.
+
+    >>> TableAdapter([0, 3]).raw(torch.tensor([[0.5, float("nan")]]))[1].tolist()
+    [[True, False]]
+    """
+
+    first_T: Tensor
+    count_T: Tensor
+    number_T: Tensor
+
+    def __init__(self, columns: list[int]) -> None:
+        super().__init__()
+        if len(columns) < 2 or min(columns) < 0 or 1 in columns:
+            raise ValueError(f"columns {columns}: at least two, each 0 for a number or its categories (2 or more)")
+        self.grid, self.columns = (len(columns),), tuple(columns)
+        # outputs of all columns in one row: one of a number, as many as categories of a category
+        outputs = [max(c, 1) for c in columns]
+        first = [sum(outputs[:t]) for t in range(len(outputs))]
+        self.outputs = sum(outputs)
+        self.register_buffer("first_T", torch.tensor(first), persistent=False)
+        self.register_buffer("count_T", torch.tensor(outputs), persistent=False)
+        self.register_buffer("number_T", torch.tensor([c == 0 for c in columns]), persistent=False)
+
+    def build(self, width: int, out: int) -> None:
+        super().build(width, out)
+        self.table = nn.Embedding(self.outputs, width)
+        self.bias = nn.Embedding(self.tokens, width)
+        for layer in (self.table, self.bias):
+            nn.init.normal_(layer.weight, std=0.02 if layer is self.bias else width**-0.5)
+        self.outward = nn.Linear(out, self.outputs) if out else nn.Identity()
+
+    def raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.shape[1] != self.tokens:
+            raise ValueError(f"input of {x.shape[1]} columns: this adapter takes {self.tokens}")
+        real_BT = derived(lambda x_BT: ~x_BT.isnan(), x)
+        return x.masked_fill(~real_BT, 0.0)[..., None], real_BT
+
+    def whole(self, x_BTP: Tensor) -> Tensor:
+        return x_BTP.squeeze(2)
+
+    def content(self, x_NP: Tensor, place_N: Tensor) -> Tensor:
+        x_N, number_N = x_NP.squeeze(1), self.number_T[place_N]
+        row_N = self.first_T[place_N] + torch.where(number_N, 0, x_N.long())
+        return self.table(row_N) * torch.where(number_N, x_N, 1.0)[:, None] + self.bias(place_N)
+
+    def _scores(self, h_NE: Tensor, place_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits ``[N, C]``, ``-inf`` outside each token's column, and predicted numbers ``[N]``."""
+        y_NC, first_N = self.outward(h_NE).float(), self.first_T[place_N]
+        at_C = torch.arange(self.outputs, device=y_NC.device)
+        column_NC = (at_C >= first_N[:, None]) & (at_C < (first_N + self.count_T[place_N])[:, None])
+        return y_NC.masked_fill(~column_NC, -torch.inf), y_NC.gather(1, first_N[:, None]).squeeze(1)
+
+    def losses(self, h_NE: Tensor, x_NP: Tensor, place_N: Tensor) -> dict[str, Tensor]:
+        x_N, number_N = x_NP.squeeze(1), self.number_T[place_N]
+        score_NC, y_N = self._scores(h_NE, place_N)
+        class_N = self.first_T[place_N] + torch.where(number_N, 0, x_N.long())
+        entropy_N = F.cross_entropy(score_NC, class_N, reduction="none")
+        return {"": torch.where(number_N, (y_N - x_N.float()).square(), entropy_N)}
+
+    def predict(self, h_NE: Tensor, place_N: Tensor) -> Tensor:
+        score_NC, y_N = self._scores(h_NE, place_N)
+        class_N = (score_NC.argmax(dim=1) - self.first_T[place_N]).to(y_N.dtype)
+        return torch.where(self.number_T[place_N], y_N, class_N)[:, None]

@@ -1,0 +1,120 @@
+"""Structured masks: blocks of patches, tubes through time, spans of a sequence. Letters: B samples, T tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from descant.modules.core.rng import uniform_NK
+from descant.modules.masking.corruptions import Grid, Ratio, first_of, noise
+
+
+class BlockMask(Ratio):
+    """Block-wise masking (BEiT, Bao 2021, arXiv 2106.08254): random rectangles of patches, up to the ratio.
+
+    The last two axes of a grid are height and width; each step of the others has its own rectangles.
+
+    Args:
+        ratio: share of a sample's real tokens that is masked.
+        least, most: share of the grid's area that one rectangle covers.
+        aspect: height over width is between ``aspect`` and 1 / ``aspect``.
+
+    >>> real = {"image": torch.ones(1, 16, dtype=torch.bool)}
+    >>> BlockMask(0.5, least=0.5, most=0.5, aspect=1)(real, {"image": (4, 4)}, torch.tensor([4])).target["image"].sum()
+    tensor(8)
+    """
+
+    def __init__(self, ratio: float = 0.4, least: float = 0.1, most: float = 0.3, aspect: float = 0.3) -> None:
+        super().__init__(ratio)
+        if not 0 < least <= most <= 1:
+            raise ValueError(f"least {least:g}, most {most:g}: two shares of the area, 0 < least <= most <= 1")
+        if not 0 < aspect <= 1:
+            raise ValueError(f"aspect {aspect:g}: above 0, at most 1 (squares)")
+        self.least, self.most, self.aspect = least, most, aspect
+
+    def order(self, name: str, grid: Grid, draw_B: Tensor) -> Tensor:
+        high, wide, steps = grid[-2], grid[-1], math.prod(grid[:-2])
+        blocks = math.ceil(4 * self.ratio / self.least) + 4  # enough, although they overlap
+        what = ("area", "aspect", "top", "left")
+        purposes = [f"mask/{name}/{w}{s}.{k}" for w in what for s in range(steps) for k in range(blocks)]
+        area, aspect, top, left = uniform_NK(draw_B, purposes).view(-1, 4, steps, blocks).unbind(dim=1)
+        area = (self.least + (self.most - self.least) * area) * high * wide
+        aspect = torch.exp((2 * aspect - 1) * math.log(1 / self.aspect))
+        height = (area * aspect).sqrt().round().clamp(1, high)
+        width = (area / aspect).sqrt().round().clamp(1, wide)
+        top, left = (top * (high - height + 1)).floor(), (left * (wide - width + 1)).floor()
+        inside = [
+            (at >= first[..., None]) & (at < (first + length)[..., None])
+            for at, first, length in ((torch.arange(high), top, height), (torch.arange(wide), left, width))
+        ]
+        covered_BSKHW = inside[0][..., :, None] & inside[1][..., None, :]
+        u_BT = noise(draw_B, f"mask/{name}", math.prod(grid))
+        return first_of(covered_BSKHW, dim=2).flatten(1) + u_BT
+
+    def check(self, grids: Mapping[str, Grid]) -> None:
+        for m, grid in grids.items():
+            if len(grid) < 2:
+                raise ValueError(f"BlockMask: {m} has {len(grid)} axis, and rectangles need 2; use SpanMask for it")
+        super().check(grids)
+
+
+class TubeMask(Ratio):
+    """Tube masking (VideoMAE, Tong 2022, arXiv 2203.12602): the same patches in every step of the first axis, such as
+    time.
+
+    Args:
+        ratio: share of a sample's real tokens that is masked.
+
+    >>> real = {"video": torch.ones(1, 8, dtype=torch.bool)}
+    >>> TubeMask(0.5)(real, {"video": (2, 2, 2)}, torch.tensor([1])).visible["video"].view(2, 4).int().tolist()
+    [[1, 0, 1, 0], [1, 0, 1, 0]]
+    """
+
+    def order(self, name: str, grid: Grid, draw_B: Tensor) -> Tensor:
+        return noise(draw_B, f"mask/{name}", math.prod(grid[1:]))
+
+    def visible(self, real: Mapping[str, Tensor], grids: Mapping[str, Grid], draw_B: Tensor) -> dict[str, Tensor]:
+        # a patch that is real in any step is masked, or visible, in all
+        steps = {m: real[m].unflatten(1, (grids[m][0], -1)) for m in real}
+        once = super().visible({m: mask_BST.any(dim=1) for m, mask_BST in steps.items()}, grids, draw_B)
+        return {m: (mask_BST & once[m][:, None]).flatten(1) for m, mask_BST in steps.items()}
+
+    def check(self, grids: Mapping[str, Grid]) -> None:
+        for m, grid in grids.items():
+            if len(grid) < 2:
+                raise ValueError(f"TubeMask: {m} has {len(grid)} axis, and tubes need 2; use SpanMask for it")
+        super().check({m: grid[1:] for m, grid in grids.items()})
+
+
+class SpanMask(Ratio):
+    """Span masking (T5, SpanBERT) of a sequence, with geometric span lengths.
+
+    Args:
+        ratio: share of a sample's real tokens that is masked.
+        mean: span length; the last span of a sample is cut at the ratio.
+
+    >>> real = {"text": torch.ones(1, 12, dtype=torch.bool)}
+    >>> SpanMask(0.5, mean=3)(real, {"text": (12,)}, torch.tensor([3])).target["text"].int().tolist()
+    [[1, 1, 1, 0, 1, 0, 0, 0, 1, 1, 0, 0]]
+    """
+
+    def __init__(self, ratio: float = 0.5, mean: float = 3.0) -> None:
+        super().__init__(ratio)
+        if mean < 1:
+            raise ValueError(f"mean {mean:g}: span length of at least 1 token")
+        self.mean = mean
+
+    def order(self, name: str, grid: Grid, draw_B: Tensor) -> Tensor:
+        tokens = math.prod(grid)
+        start_BT, u_BT = noise(draw_B, f"mask/{name}/start", tokens), noise(draw_B, f"mask/{name}/length", tokens)
+        stay = 1 - 1 / self.mean
+        length_BT = 1 + (u_BT.clamp(min=1e-7).log() / math.log(stay)).floor() if stay else torch.ones_like(u_BT)
+        place = torch.arange(tokens)
+        order_BT = start_BT.argsort(dim=1)  # span k begins at the k-th place of the random order
+        begin_BK, length_BK = order_BT, length_BT.gather(1, order_BT)
+        covered_BKT = (place >= begin_BK[..., None]) & (place < (begin_BK + length_BK)[..., None])
+        span_BT = first_of(covered_BKT, dim=1)
+        return span_BT + (place - begin_BK.gather(1, span_BT)) / tokens  # the last span is cut at its end
