@@ -14,7 +14,8 @@ from torch import nn
 from descant.cli.errors import fail, hint
 from descant.cli.signatures import find_class
 from descant.datamodules.fields.fields import AudioField
-from descant.modules.engine.configure import Lora, Quantize
+from descant.modules.adaptation.lora import Lora
+from descant.modules.adaptation.quantize import Quantize
 from descant.modules.io import merge
 from descant.modules.io.saved import PLACE, WEIGHTS, Node
 from descant.modules.tokenizers.text import BPETokenizer, NgramTokenizer, PretrainedTokenizer, Tokenizer

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from descant.modules.core.ranks import gather, rank, world
-from descant.modules.engine.configure import FrozenBatchNormStats
+from descant.modules.engine.checkpointing import FrozenBatchNormStats
 
 
 def synchronize(module: nn.Module) -> int:

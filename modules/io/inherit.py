@@ -8,8 +8,9 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from descant.modules.adaptation.base import Adapt, chosen
+from descant.modules.adaptation.freeze import Freeze
 from descant.modules.core.rng import salt
-from descant.modules.engine.configure import Adapt, Freeze, chosen
 from descant.modules.io import saved
 from descant.modules.towers.base import Tower
 

@@ -17,7 +17,7 @@ def plain(module: nn.Module) -> nn.Module:
     Args:
         module: changed in place; every parameter is left as trainable as it was.
 
-    >>> from descant.modules.engine.configure import Lora
+    >>> from descant.modules.adaptation.lora import Lora
     >>> from descant.modules.towers import TextTower, Towers
     >>> recipe = nn.Module()
     >>> recipe.towers = Towers(text=TextTower(vocab=9, width=8, depth=1, heads=2, length=4))

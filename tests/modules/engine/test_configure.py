@@ -176,8 +176,8 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module):
         print("kernels was imported")
 sys.meta_path.insert(0, Finder())
-from descant.modules.engine import configure
-configure.bitsandbytes()
+from descant.modules.adaptation import quantize
+quantize.bitsandbytes()
 assert "kernels" not in sys.modules
 import kernels
 """

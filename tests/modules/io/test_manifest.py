@@ -77,7 +77,7 @@ def empty_manifest(path: Path) -> None:
 
 DAMAGE: list[tuple[Callable[[Path], None], str]] = [
     (cut, "1,203 of 4,096 bytes"),
-    (longer, "4,097 bytes, written were 4,096"),
+    (longer, "4,097 bytes, and 4,096 were written"),
     (flip, "not the bytes that were written"),
     (half, "missing"),
     (no_manifest, "no manifest"),
