@@ -24,7 +24,7 @@ def write_text(file: Path, text: str) -> None:
 
 def write_json(file: Path, content: Mapping[str, object]) -> None:
     """Replace a small JSON file atomically."""
-    write_text(file, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_text(file, json.dumps(content, indent=1) + "\n")
 
 
 def sha256_of(file: Path) -> str:

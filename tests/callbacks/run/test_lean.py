@@ -124,7 +124,7 @@ def test_another_base_is_refused_and_the_same_loads_strictly(tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"other base weights: here towers\.text\.\S+ differs") as caught:
         fit(recipe_of(seed=1), tmp_path / "other", 3, LeanCheckpoint(), resume=file)
     assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match=r"base weights that this model has not: towers\.text"):
+    with pytest.raises(ValueError, match=r"base weights that this model does not have: towers\.text"):
         fit(recipe_of("lit"), tmp_path / "other", 3, LeanCheckpoint(), resume=file)
     state = read(file)["state_dict"]
     recipe = recipe_of()

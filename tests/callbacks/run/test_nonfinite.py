@@ -101,7 +101,7 @@ def test_raise_names_step_and_sample_and_changes_no_weight(tmp_path: Path, where
     watch, net = Watch(), Spoiled(where)
     says = f"step [0-9]+: loss term 'fit' is nan: not finite, first in sample {BAD}$"
     if where == "gradient":
-        says = "step [0-9]+: its losses are finite, and a gradient is not"
+        says = "step [0-9]+: its losses are finite, but a gradient is not"
     with pytest.raises(FloatingPointError, match=says):
         fit(tmp_path, NonFinite(), watch, net=net)
     now = dict(net.named_parameters())
@@ -179,7 +179,7 @@ def test_with_nothing_to_go_back_to_it_ends(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="add that"):
+    with pytest.raises(ValueError, match="add it"):
         fit(tmp_path, NonFinite("rollback"))
     with pytest.raises(ValueError, match=r"window 9: .* keeps 2 points, one each 5 steps; 6 is the most"):
         fit(tmp_path, Resume(every=5), NonFinite("rollback", window=9))
@@ -236,7 +236,7 @@ def test_the_command_goes_back_by_itself_and_its_curve_has_each_step_once(
     (workplace / "spoil.yaml").write_text(yaml.safe_dump(overlay))
     result = toy("fit", "--config", "spoil.yaml")
     assert result.rc == 0, result.err
-    assert "step 5: its losses are finite, and a gradient is not; back to step-0000004.ckpt (1 of at most 10)" in (
+    assert "step 5: its losses are finite, but a gradient is not; back to step-0000004.ckpt (1 of at most 10)" in (
         result.err
     )
     (entry,) = ledger(workplace / "runs/toy/001")
@@ -253,4 +253,4 @@ def test_the_command_goes_back_by_itself_and_its_curve_has_each_step_once(
     ]
     assert steps == list(range(8))
     refused = toy("fit", "--config", "spoil.yaml", "--trainer.callbacks+=NonFinite")
-    assert refused.refusal.startswith("step 5: its losses are finite, and a gradient is not")
+    assert refused.refusal.startswith("step 5: its losses are finite, but a gradient is not")

@@ -20,7 +20,8 @@ from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging, Wei
 from torch import Tensor, nn
 
 from descant.callbacks import EMA, Harmonize, Resume
-from descant.callbacks.run.resume import AGREE_STEPS, CODES, ENTRY, Stopped
+from descant.callbacks.run.resume import ENTRY, Stopped
+from descant.callbacks.run.signals import AGREE_STEPS, CODES
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
@@ -191,7 +192,8 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, step: float = 0.0, save: float = 0.0) -> None:
         self.now = 1e6
-        monkeypatch.setattr("descant.callbacks.run.resume.time", SimpleNamespace(monotonic=lambda: self.now))
+        for module in ("resume", "signals"):
+            monkeypatch.setattr(f"descant.callbacks.run.{module}.time", SimpleNamespace(monotonic=lambda: self.now))
         self.batches = Act()
         self.batches.on_train_batch_end = lambda *_: self.passes(step)  # type: ignore[method-assign]
         self.batches.on_save_checkpoint = lambda *_: self.passes(save)  # type: ignore[method-assign]
@@ -301,7 +303,7 @@ def test_a_second_interrupt_is_at_once_and_says_what_is_lost(
     assert f"descant: {lost}" in capsys.readouterr().err.splitlines()
     with pytest.raises(SystemExit):
         fit(tmp_path, Resume(every=2), Act("on_before_backward", 4, twice))
-    lost = "interrupted: 1 step(s) since step 2 are lost; --resume auto goes on there"
+    lost = "interrupted: 1 step(s) since step 2 are lost; --resume auto continues there"
     assert points(tmp_path) == [2] and f"descant: {lost}" in capsys.readouterr().err.splitlines()
 
 

@@ -192,9 +192,7 @@ def rows() -> DataLoader[Any]:
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_loss_that_is_where_it_began(tmp_path: Path, capsys: pytest.CaptureFixture[str], accumulate: int) -> None:
     (line,) = late(tmp_path, capsys, Stuck(), rows(), accumulate_grad_batches=accumulate)
-    assert (
-        line == "descant: warning: after 40 steps the loss is 100.0% of what it began with: nothing is learned so far"
-    )
+    assert line == "descant: warning: after 40 steps the loss is 100.0% of its start: nothing is learned so far"
     assert late(tmp_path, capsys, Toy(), rows(), accumulate_grad_batches=accumulate) == []
     assert late(tmp_path, capsys, Stuck(), rows(), max_steps=30) == []
 
@@ -221,7 +219,7 @@ def test_what_draws_by_rank_is_named_on_several() -> None:
     net["taught"].eval()
     trainer: Any = SimpleNamespace(world_size=2)
     differ = "on 2 ranks losses differ from those on another number of ranks"
-    dropout = f"text.layers.0 and 1 more draw dropout by rank: {differ} by this draw"
+    dropout = f"text.layers.0 and 1 more sample dropout by rank: {differ} by these masks"
     assert _by_rank(trainer, net) == [dropout]  # type: ignore[arg-type]
     net["lists"] = RankTarget()
     assert _by_rank(trainer, net) == [  # type: ignore[arg-type]
@@ -259,4 +257,4 @@ def test_rewards_that_are_all_the_same(tmp_path: Path, capsys: pytest.CaptureFix
             self.log("rollouts/reward", 0.25)
 
     (line,) = late(tmp_path, capsys, Flat(), rows())
-    assert line.endswith("all answers to each question earned the same, 3 times (mean 0.25): nothing is learned")
+    assert line.endswith("all answers to each question had the same reward, 3 times (mean 0.25): nothing is learned")

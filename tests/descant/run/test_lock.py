@@ -174,7 +174,7 @@ def test_without_locks_a_process_that_lives_holds_it(run: Path, holder: int) -> 
 def test_without_locks_another_machine_is_believed_for_an_hour(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(run, host="elsewhere", pid=7, job="5")
     assert refused(run).endswith("process 7 on elsewhere writes this run; wait for its end, or leave out --resume for "
-                                 "a new run; if that one is gone, remove .lock there")  # fmt: skip
+                                 "a new run; if it is gone, remove .lock there")  # fmt: skip
     monkeypatch.setenv("SLURM_JOB_ID", "5")  # queued again, on this machine
     lock.take(run)
     lock.release()

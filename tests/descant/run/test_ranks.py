@@ -94,8 +94,8 @@ def test_a_busy_port_that_only_torch_finds_ends_all_ranks(started: Callable[...,
     ("words", "line", "code"),
     [
         ("ranks.hand_over('data.path: no such folder'); sys.exit(2)", "data.path: no such folder", 2),
-        ("sys.exit(1)", "rank 1 (process {pid}) failed with exit code 1, so all ranks end", 1),
-        ("os.kill(os.getpid(), 9)", "rank 1 (process {pid}) was ended by SIGKILL, so all ranks end", 1),
+        ("sys.exit(1)", "rank 1 (process {pid}) failed with exit code 1: all ranks end", 1),
+        ("os.kill(os.getpid(), 9)", "rank 1 (process {pid}) was killed by SIGKILL: all ranks end", 1),
     ],
     ids=["refused", "fault", "killed"],
 )

@@ -78,7 +78,7 @@ def test_auto_says_what_was_lost_of_a_run_without_a_point(toy: Cli, workplace: P
     assert toy("fit", "--trainer.log_every_n_steps", "1").rc == 0
     for place in ("resume", "checkpoints"):  # as if it had been killed before its first
         shutil.rmtree(workplace / "runs/toy/001" / place)
-    lost = "runs/toy/001 ended before its first resume point (due after {}): what it trained is lost (at least 8 steps)"
+    lost = "runs/toy/001 ended before its first resume point (due after {}): its training is lost (at least 8 steps)"
     result = toy("fit", "--resume", "auto")
     assert f"descant: {lost.format('500 steps or 5 minutes')}" in result.err.splitlines()
     run = workplace / "runs/toy/002"
@@ -88,7 +88,7 @@ def test_auto_says_what_was_lost_of_a_run_without_a_point(toy: Cli, workplace: P
     (run / "metrics.csv").write_text("step,train/loss\n")
     lines = toy("fit", "--resume", "auto", "--name", "toy").err.splitlines()
     assert (
-        "descant: runs/toy/002 ended before its first resume point (due after 20 steps): what it trained is lost"
+        "descant: runs/toy/002 ended before its first resume point (due after 20 steps): its training is lost"
         in [line.removesuffix(" (no step was logged)") for line in lines]
     )
 
@@ -321,7 +321,7 @@ def test_where_nothing_can_be_written(toy: Cli, run: Path, workplace: Path, monk
         "toy.yaml/runs/toy: a run cannot be written there: Not a directory"
     )
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(Refusal, match=r"^runs/toy/001: a run cannot be continued there: no permission to write$"):
+    with pytest.raises(Refusal, match=r"^runs/toy/001: the run cannot be continued: no permission to write$"):
         fit("auto")
 
 
@@ -410,7 +410,7 @@ def test_what_is_no_checkpoint_of_this_run_is_one_line(toy: Cli, cli: Cli, workp
     (workplace / "wide.yaml").write_text((workplace / "toy.yaml").read_text().replace("width: 8", "width: 16"))
     wide = cli("validate", "--config", "wide.yaml", "--trust", "tests.toys", "--ckpt_path", best)
     line = "towers.image.layers.0.weight is [8, 4] in the file and [16, 4] in the model (and 5 more differ)"
-    assert wide.refusal == f"the checkpoint has not the weights of this ToyRecipe: {line}"
+    assert wide.refusal == f"the checkpoint does not have the weights of this ToyRecipe: {line}"
     whole, bad = best.read_bytes(), Path("bad.ckpt")
     state = torch.load(best, weights_only=True)["state_dict"]
     for content, says in (
@@ -419,8 +419,8 @@ def test_what_is_no_checkpoint_of_this_run_is_one_line(toy: Cli, cli: Cli, workp
         (state, "bad.ckpt: not a checkpoint: it holds no state_dict"),
     ):
         bad.write_bytes(content) if isinstance(content, bytes) else torch.save(content, bad)
-        with pytest.warns(UserWarning, match="no manifest confirms what it holds"):
+        with pytest.warns(UserWarning, match="no manifest confirms its content"):
             assert says in toy("validate", "--ckpt_path", bad).refusal
     torch.save({"state_dict": state}, bad)  # weights of another program, as they are
-    with pytest.warns(UserWarning, match="no manifest confirms what it holds"):
+    with pytest.warns(UserWarning, match="no manifest confirms its content"):
         assert toy("validate", "--ckpt_path", bad).rc == 0

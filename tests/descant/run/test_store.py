@@ -110,7 +110,7 @@ def test_loads_nothing_that_differs_by_a_bit(tmp_path: Path) -> None:
 
 def test_a_file_of_another_program_is_loaded_with_a_warning(tmp_path: Path) -> None:
     torch.save(state(2.0), tmp_path / "theirs.ckpt")
-    with pytest.warns(UserWarning, match=r"theirs\.ckpt: no manifest confirms what it holds"):
+    with pytest.warns(UserWarning, match=r"theirs\.ckpt: no manifest confirms its content"):
         assert value_of(tmp_path / "theirs.ckpt") == 2.0
 
 

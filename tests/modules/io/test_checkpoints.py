@@ -20,6 +20,7 @@ import descant
 from descant.export import loading
 from descant.modules.io import manifest, saved
 from descant.modules.io.checkpoints import followed, of_run
+from descant.modules.io.files import sha256_of
 from descant.modules.io.inherit import Begin, Inherit
 from descant.modules.io.plain import load_plain, require_sums
 from descant.modules.towers import SavedTower
@@ -157,7 +158,7 @@ def test_the_best_is_read_and_its_damage_told(run: Path) -> None:
 def test_a_best_that_is_gone_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest.remove(with_best(run))
     assert is_of(loaded(run), 110)
-    assert "best.ckpt: the best, and it is not there: step-0000110.ckpt is read" in capsys.readouterr().err
+    assert "best.ckpt: the best checkpoint is missing: step-0000110.ckpt is used" in capsys.readouterr().err
 
 
 def flip(file: Path, where: float, bit: int = 6) -> None:
@@ -209,7 +210,7 @@ def test_flips_in_a_file_without_a_manifest_change_no_weight(run: Path, capsys: 
     torch.save({"state_dict": recipe(3).state_dict()}, file)
     assert is_of(loaded(file), 3)
     told = capsys.readouterr().err.splitlines()
-    assert told == [f"descant: warning: {file}: no manifest confirms what it holds"]
+    assert told == [f"descant: warning: {file}: no manifest confirms its content"]
     assert PLACES / 2 < told_or_equal(file, plainly(file), capsys) < PLACES  # not where the archive is padded
     weights = recipe(3).state_dict()["towers.image.stem.0.weight"].numpy().tobytes()
     flip(file, (file.read_bytes().index(weights) + 2) / file.stat().st_size)
@@ -224,10 +225,10 @@ def test_flips_in_a_file_without_a_manifest_change_no_weight(run: Path, capsys: 
 def test_a_file_without_a_manifest_is_no_ones_newest(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"state_dict": recipe(3).state_dict(), "global_step": 999}, run / "resume/step-0000999.ckpt")
     assert is_of(loaded(run), 110)
-    assert "step-0000999.ckpt: no manifest confirms what it holds: passed over" in capsys.readouterr().err
+    assert "step-0000999.ckpt: no manifest confirms its content: " in capsys.readouterr().err
     (run / f"resume/step-0000110.ckpt{manifest.SUFFIX}").unlink()
     assert is_of(loaded(run), 10)
-    assert "step-0000110.ckpt: no manifest confirms what it holds: passed over" in capsys.readouterr().err
+    assert "step-0000110.ckpt: no manifest confirms its content: " in capsys.readouterr().err
 
 
 def test_steps_of_files_without_manifests_are_their_own(tmp_path: Path) -> None:
@@ -241,7 +242,7 @@ def test_steps_of_files_without_manifests_are_their_own(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_configuration_that_is_not_the_runs_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = run / "config.yaml"
-    (run / "versions.json").write_text(json.dumps({saved.CONFIG_SUM: saved.file_sum(file)}))
+    (run / "versions.json").write_text(json.dumps({saved.CONFIG_SUM: sha256_of(file)}))
     whole = file.read_bytes()
     loaded(run)
     assert capsys.readouterr().err == ""
@@ -252,11 +253,11 @@ def test_a_configuration_that_is_not_the_runs_is_told(run: Path, capsys: pytest.
             saved.find(run)
         except ValueError as error:
             assert "\n" not in str(error)
-        assert capsys.readouterr().err.endswith("config.yaml: not as the run wrote it\n")
+        assert capsys.readouterr().err.endswith("config.yaml: edited since the run wrote it\n")
     file.write_bytes(whole)
     (run / "versions.json").write_text("{")
     loaded(run)
-    assert "versions.json: cannot be read, so nothing confirms config.yaml" in capsys.readouterr().err
+    assert "versions.json: cannot be read, so config.yaml cannot be checked" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -271,9 +272,9 @@ def exported(cli: Cli, run: Path) -> Path:
 
 def test_the_card_says_which_bytes_and_of_which_step(exported: Path, run: Path) -> None:
     card = (exported / "README.md").read_text()
-    digest = saved.file_sum(run / "resume/step-0000110.ckpt")
+    digest = sha256_of(run / "resume/step-0000110.ckpt")
     assert f"made of `resume/step-0000110.ckpt`, SHA-256 `{digest}`; step 110, of which the numbers below" in card
-    assert f"`model.safetensors` has SHA-256 `{saved.file_sum(exported / 'model.safetensors')}`" in card
+    assert f"`model.safetensors` has SHA-256 `{sha256_of(exported / 'model.safetensors')}`" in card
     assert is_of(loaded(exported), 110) and "0.75" in card
 
 
@@ -319,7 +320,7 @@ def test_a_manifest_leads_nowhere_else_and_an_archive_is_no_bomb(exported: Path,
     weights = exported / "model.safetensors"
     for name in ("../toy.yaml", "/etc/hostname"):
         manifest.confirm(weights, {saved.FILES: {name: "0" * 64}})
-        with pytest.raises(ValueError, match=r"its manifest names .*, which is no file of the export"):
+        with pytest.raises(ValueError, match=r"its manifest lists .*, which is outside the export"):
             loaded(exported)
     with zipfile.ZipFile(tmp_path / "bomb.ckpt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb/data.pkl", b"0" * 1_000_000)
