@@ -81,8 +81,6 @@ class EMA(L.Callback):
         """Decay of the next update after ``n`` updates."""
         return min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
 
-    # updating -----------------------------------------------------------------------------------------------
-
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
@@ -120,9 +118,7 @@ class EMA(L.Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._bind(pl_module)  # a callback may have unfrozen something
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         # global_step does not change within an accumulation
         if trainer.global_step > max(self._step, self.start):
             self._step = trainer.global_step
@@ -175,8 +171,6 @@ class EMA(L.Callback):
         self._live, self._average, self._raw, self._pairs = {}, {}, None, None
         self.updates = self._step = 0
 
-    # evaluating ---------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def _show_average(self) -> None:
         if self._raw is not None or not self._average:
@@ -225,8 +219,6 @@ class EMA(L.Callback):
         self._average = {name: tensor.cpu() for name, tensor in self._average.items()}
         if self._raw is not None:
             self._raw = {name: tensor.cpu() for name, tensor in self._raw.items()}
-
-    # saving and loading -------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if not self._average:

@@ -41,9 +41,7 @@ class Misalign(Callback):
     def state_key(self) -> str:
         return self._generate_state_key(modality=self.modality)
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
         assert isinstance(batch, Batch)
         if self.modality not in batch.inputs:
             raise ValueError(f"Misalign: the data has no modality {self.modality!r}, only {', '.join(batch.inputs)}")

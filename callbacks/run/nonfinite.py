@@ -124,9 +124,7 @@ class NonFinite(L.Callback):
         self.entries = trainer.strategy.broadcast(entries)
         self._left_out = {step for entry in self.entries for step in entry.get("leaves_out", [])}
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         opens = trainer.fit_loop.epoch_loop.batch_progress.current.completed % trainer.accumulate_grad_batches == 0
         if opens and (self.policy == "skip" or trainer.global_step in self._left_out):
             self._buffers = [buffer.clone() for buffer in pl_module.buffers()]
@@ -163,8 +161,6 @@ class NonFinite(L.Callback):
         if trainer.is_global_zero:
             say(f"{line}; skipped ({len(self.entries)} of at most {self.limit})")
 
-    # accelerators: without waiting ----------------------------------------------------------------------------------
-
     def _wait(self, trainer: L.Trainer, optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
         """Queue this step to be read later, and let the device skip it if the optimizer can."""
         finite = _all_finite(parameters)
@@ -192,9 +188,7 @@ class NonFinite(L.Callback):
         self._note(trainer, entry)
         raise FloatingPointError(f"step {wrong.step}: {_described(entry)} (read at step {trainer.global_step})")
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if self._waiting and trainer.global_step % log_interval(trainer) == 0:
             self._look(trainer)
 
@@ -209,8 +203,6 @@ class NonFinite(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._look(trainer)
-
-    # actions ------------------------------------------------------------------------------------------------------
 
     def _back(self, trainer: L.Trainer, entry: dict[str, Any], line: str) -> None:
         step, resume = trainer.global_step, _resume(trainer)

@@ -85,8 +85,6 @@ class Progress(ProgressBar):
         self._trial: Meter | None = None  # times the steps of the estimate, until it is printed
         self._read: dict[str, tuple[Any, float]] = {}  # last logged value, and its number
 
-    # Lightning's ProgressBar -------------------------------------------------------------------
-
     def disable(self) -> None:
         self._enabled = False
 
@@ -98,8 +96,6 @@ class Progress(ProgressBar):
             self._bar.console.print(*args)
         elif self._enabled:
             print(*args, **kwargs)
-
-    # training -----------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         steps = run_steps(trainer)  # on every rank: it may load data
@@ -121,9 +117,7 @@ class Progress(ProgressBar):
         if self._trial is not None:
             self._trial.wait(time.perf_counter())
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self._meter.work(time.perf_counter())
         if self._trial is not None:
             self._trial.work(time.perf_counter())
@@ -239,8 +233,6 @@ class Progress(ProgressBar):
         head = [f"step {trainer.global_step}{total}", f"epoch {trainer.current_epoch + 1}"]
         print("  ".join(head + self.status(trainer, metrics)), file=self._stream(), flush=True)
 
-    # evaluation ---------------------------------------------------------------------------------------------
-
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._meter.wait(None)
         if self._trial is not None:
@@ -281,8 +273,6 @@ class Progress(ProgressBar):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._close()
-
-    # the bar ------------------------------------------------------------------------------------------------
 
     def _stream(self) -> TextIO:
         return sys.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from typing import Any
 
 import lightning as L
 from torch import Tensor
@@ -54,9 +55,7 @@ class ProgressiveResizing(L.Callback):
         """Pixels at a share of the run; None: the data's own size."""
         return [*self.sizes, None][bisect_right(self.until, share)]
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, *_: Any) -> None:
         size = self.size_at(share_of_run(trainer))
         if size is None:
             return

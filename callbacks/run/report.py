@@ -57,8 +57,6 @@ class Report(L.Callback):
         self._calls = self._counted = 0  # of earlier parts of the run; what shams had counted at this one's start
         self._done = 0  # calls of the data's shams when the last batch ended: the next batch is loaded before it starts
 
-    # the clock ----------------------------------------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
         seconds = {"seconds": self.seconds, "train_seconds": self.train_seconds}
         return {"samples": self._samples, "calls": self.calls - self._ahead, **seconds}
@@ -134,8 +132,6 @@ class Report(L.Callback):
         self._pause()
         self._seconds, self._fit_began = self.seconds, None
 
-    # the file -----------------------------------------------------------------------------------------------
-
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # on every rank: an epoch's metrics are reduced over ranks when they are first read
         metrics = trainer.callback_metrics
@@ -165,8 +161,6 @@ class Report(L.Callback):
             "parameters": sum(p.numel() for p in parameters),
             "parameters_trainable": sum(p.numel() for p in parameters if p.requires_grad),
         }
-
-    # the table ----------------------------------------------------------------------------------------------
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if trainer.is_global_zero and stage in ("fit", "validate", "test"):

@@ -95,8 +95,6 @@ class Resume(L.Callback):
         self._ending = self._saving = False
         self._loaded: dict[str, Any] | None = None
 
-    # setting up -----------------------------------------------------------------------------------------------
-
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
@@ -138,11 +136,7 @@ class Resume(L.Callback):
                     "of samples; use the same data, or start a new run"
                 )
 
-    # the safe point -------------------------------------------------------------------------------------------
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
         loop, accumulate = trainer.fit_loop.epoch_loop, trainer.accumulate_grad_batches
         if self._loaded is not None:
             # Lightning may have added one to it
@@ -238,8 +232,6 @@ class Resume(L.Callback):
     def _path(self, trainer: L.Trainer) -> Path:
         folder = Path(self.folder) if self.folder is not None else Path(trainer.default_root_dir) / "resume"
         return folder / f"step-{trainer.global_step:07d}.ckpt"
-
-    # what is in it --------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         for logger in trainer.loggers:  # rows before this point that are still in memory would be lost

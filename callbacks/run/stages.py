@@ -98,8 +98,6 @@ class Stages(Callback):
         self._sets = list(trainer.datamodule.evaluation_sets("validate"))  # type: ignore[attr-defined]
         self.log.again(trainer)
 
-    # stage boundaries -------------------------------------------------------------------------------------------
-
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
         trainer.reload_dataloaders_every_n_epochs = 0  # type: ignore[attr-defined]
@@ -141,8 +139,6 @@ class Stages(Callback):
         if data.stage_at(after) != done:
             data.position = (after, 0)
             trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
-
-    # watched metrics -----------------------------------------------------------------------------------------------
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:

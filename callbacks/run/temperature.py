@@ -62,9 +62,7 @@ class Temperature(Callback):
                 "InfoNCE and SigLIP have one"
             )
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         # a share of the whole run, which resuming does not change
         if self.held or trainer.global_step < math.ceil(self.at * run_steps(trainer)):
             return
@@ -74,9 +72,7 @@ class Temperature(Callback):
                 part.scale()  # clamps it: the scale in use
                 part.log_scale.sub_(math.log(self.factor))
 
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if self.held:
             for part in _scaled(pl_module):
                 part.log_scale.grad = None  # without a gradient neither momentum nor decay moves it

@@ -239,9 +239,7 @@ class Throughput(L.Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._meter.wait(time.perf_counter())
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
         self._meter.work(time.perf_counter())
         self._shapes = image_shapes(batch)
         if self.flops_per_step and not self._flops:  # from a checkpoint of an earlier version, with one count

@@ -124,9 +124,6 @@ class Embedder:
         return self.preprocess[modality]
 
 
-# building -----------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def trusting(trust: Sequence[str]) -> Iterator[None]:
     """Inside, the allow-list of classes applies; afterwards the parser's settings are restored."""
@@ -152,9 +149,6 @@ def allowed(trust: Sequence[str]) -> Callable[[str], None]:
             raise ValueError(str(refusal)) from None
 
     return check
-
-
-# preprocessing -------------------------------------------------------------------------------------------------------
 
 
 def preprocess(found: Saved) -> dict[str, list[Any]]:

@@ -92,9 +92,6 @@ class Group:
         return [seed for seed in self.runs if isinstance(seed, int)]
 
 
-# reading --------------------------------------------------------------------------------------------------------
-
-
 def load(command: str, words: Sequence[str], root: Path) -> list[Run]:
     """The runs of ``words``: a folder, NAME (all runs of that name), NAME/001, or a pattern of these.
 
@@ -262,9 +259,6 @@ def _is_class(node: object) -> bool:
 
 def _class(node: Mapping[str, object]) -> str:
     return clean(node["class_path"]).rpartition(".")[2]
-
-
-# grouping -------------------------------------------------------------------------------------------------------
 
 
 def group(found: Iterable[Run]) -> list[Group]:

@@ -27,9 +27,6 @@ from descant.recipes.base.recipe import Recipe
 _PASSING = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "model_type")
 
 
-# the configuration --------------------------------------------------------------------------------------------------
-
-
 def only(model: Node, keep: Sequence[str]) -> Node:
     """The recipe's configuration with only some of its towers."""
     arguments = copy.deepcopy(model["init_args"])
@@ -148,9 +145,6 @@ def _tower_name(path: tuple[str, ...]) -> str:
     return path[1] if len(path) > 1 and path[0] == "towers" else "-".join(path)
 
 
-# towers of transformers ---------------------------------------------------------------------------------------------
-
-
 def _transformers(tower: TransformersTower, folder: Path, name: str, tokenizer: Tokenizer | None) -> Node:
     """Arguments of the exported tower, whose transformers folder is written to ``towers/NAME``."""
     place = folder / "towers" / name
@@ -204,9 +198,6 @@ def _write_tokenizer(tokenizer: PretrainedTokenizer, folder: Path) -> None:
         tokenizer_object=tokenizer.tokenizer, pad_token=pad, model_max_length=tokenizer.length, padding_side="right"
     )
     whole.save_pretrained(folder)
-
-
-# preprocessing ------------------------------------------------------------------------------------------------------
 
 
 def preprocess(parts: Mapping[str, Sequence[Any]], data: Node, folder: Path) -> tuple[dict[str, list[Node]], list[str]]:

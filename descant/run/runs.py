@@ -22,7 +22,7 @@ from descant.cli.errors import Refusal, fail, hint, printable
 from descant.cli.untrusted import json_of, text_of
 from descant.modules.io import manifest
 from descant.modules.io.checkpoints import LATEST, followed
-from descant.modules.io.files import write_text
+from descant.modules.io.files import write_text as write_text
 from descant.modules.io.jsonl import loads
 
 #: Environment variable: folder, checkpoint and precision that rank 0 decided on, for the ranks that it launches.

@@ -122,9 +122,6 @@ class PromptImputer(Imputer):
         return torch.where(lacks_B[:, None], prompt_SD[to_device(set_B, h_BD.device)], h_BD)
 
 
-# what a recipe asks ---------------------------------------------------------------------------------------------------
-
-
 class _Standing(NamedTuple):
     fill: Imputer
     has: Mapping[str, Tensor]

@@ -176,9 +176,6 @@ class AvailableSets:
         return {m: to_device(kept[m], draw_B.device) if m in kept else x_B for m, x_B in present.items()}
 
 
-# forms --------------------------------------------------------------------------------------------------------------
-
-
 class Modulated(nn.Module):
     """What one set of modalities does to the output of one layer. ``several`` does it for rows of several sets.
 
@@ -340,9 +337,6 @@ def _width(layer: nn.Module) -> int | None:
 def _axis(layer: nn.Module) -> int:
     """Where the channels lie: images, volumes and waves have them first, and so have norms of them, by their names."""
     return 1 if isinstance(layer, nn.GroupNorm) or type(layer).__name__[-2:] in ("1d", "2d", "3d") else -1
-
-
-# the bank -----------------------------------------------------------------------------------------------------------
 
 
 class _Route:

@@ -23,8 +23,10 @@ from descant.modules.engine.checkpointing import blocks_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: Methods that Lightning and callbacks call on a recipe, which gather and free the root's parameters.
-_ENTRY_POINTS = ("training_step", "validation_step", "test_step", "predict_step")
-_ENTRY_POINTS += ("generate", "roll_out", "reference", "likelihood")
+_ENTRY_POINTS = (
+    *("training_step", "validation_step", "test_step", "predict_step"),
+    *("generate", "roll_out", "reference", "likelihood"),
+)
 
 
 class Compile:

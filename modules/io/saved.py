@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from descant.modules.core.errors import near, one_line, warn
 from descant.modules.io import manifest
-from descant.modules.io.build import Node
+from descant.modules.io.build import Node as Node
 from descant.modules.io.build import build as build
 from descant.modules.io.build import class_paths as class_paths
 from descant.modules.io.build import policy as policy
@@ -236,9 +236,6 @@ def _differing(key: str, here: Mapping[str, Tensor], state: Mapping[str, Tensor]
     if here[key].shape != state[key].shape and ".quant_state." not in key:
         return f"{key} is {list(state[key].shape)} in the file and {list(here[key].shape)} in the model"
     return None
-
-
-# files --------------------------------------------------------------------------------------------------------------
 
 
 def _checkpoint(folder: Path, which: str) -> Path:

@@ -173,7 +173,11 @@ CASES = [
     ),
     Case("checkpoint", ("validate", "--config", "toy.yaml", *TRUST, "--ckpt_path", "no.ckpt"), "no.ckpt"),
     # ports: TAKEN stands for one that another program listens at
-    Case("port", (*FIT, "--trainer.devices", "2", "MASTER_PORT=TAKEN"), "in use on this machine; set another one, or none"),
+    Case(
+        "port",
+        (*FIT, "--trainer.devices", "2", "MASTER_PORT=TAKEN"),
+        "in use on this machine; set another one, or none",
+    ),
     Case("port", (*FIT, "--trainer.devices", "2", "MASTER_PORT=70000"), "MASTER_PORT 70000: not the number of a port"),
 ]
 

@@ -194,14 +194,14 @@ def test_a_sweep_submits_what_was_lost_which_goes_on_and_ends_with_the_table(lab
         return next(iter(place.glob(f"runs/sweeps/*/slurm-{task}.log"))).read_text()
 
     told = sweep()
-    assert "2 runs, 0 done, 0 with SLURM, 2 to submit" in told, told
+    assert "2 runs, 0 done, 0 queued, 2 to submit" in told, told
     (job,) = re.findall(r"^submitted (\d+), 2 tasks", told, re.MULTILINE)
-    assert "2 runs, 0 done, 2 with SLURM, 0 to submit" in sweep()
+    assert "2 runs, 0 done, 2 queued, 0 to submit" in sweep()
     lab.until(lambda: lab.state(f"{job}_1") == "RUNNING" and log_of(f"{job}_1").count("PACE") > 5, 180, job)
     lab.sh("scancel", "--signal=INT", f"{job}_1")
     assert [lab.ended(f"{job}_{n}") for n in (0, 1)] == ["COMPLETED", "FAILED"]
     told = sweep()
-    assert "2 runs, 1 done, 0 with SLURM, 1 to submit" in told, told
+    assert "2 runs, 1 done, 0 queued, 1 to submit" in told, told
     (again,) = re.findall(r"^submitted (\d+), 1 tasks", told, re.MULTILINE)
     assert lab.ended(f"{again}_0") == "COMPLETED", log_of(f"{again}_0")
     assert "resuming" in log_of(f"{again}_0") and 0 < log_of(f"{again}_0").count("PACE") < STEPS - 5

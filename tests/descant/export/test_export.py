@@ -472,9 +472,9 @@ def test_raw_inputs_become_the_same_tensors(tmp_path: Path, kind: str) -> None:
         if modality == "text":
             assert torch.equal(ours[0](["a red apple"]), theirs[0](["a red apple"]))
         elif modality == "image":
-            assert torch.equal(loading._seen(ours, picture), loading._seen(theirs, picture))
+            assert torch.equal(loading._pixels(ours, picture), loading._pixels(theirs, picture))
         else:
-            assert torch.equal(loading._heard(ours[0], sound), loading._heard(theirs[0], sound))
+            assert torch.equal(loading._features(ours[0], sound), loading._features(theirs[0], sound))
 
 
 # in another run -----------------------------------------------------------------------------------------------------

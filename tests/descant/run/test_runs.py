@@ -87,10 +87,9 @@ def test_auto_says_what_was_lost_of_a_run_without_a_point(toy: Cli, workplace: P
     file.write_text(re.sub(r"every: 500", "every: 20", file.read_text()).replace("minutes: 5.0", "minutes: null"))
     (run / "metrics.csv").write_text("step,train/loss\n")
     lines = toy("fit", "--resume", "auto", "--name", "toy").err.splitlines()
-    assert (
-        "descant: runs/toy/002 ended before its first resume point (due after 20 steps): its training is lost"
-        in [line.removesuffix(" (no step was logged)") for line in lines]
-    )
+    assert "descant: runs/toy/002 ended before its first resume point (due after 20 steps): its training is lost" in [
+        line.removesuffix(" (no step was logged)") for line in lines
+    ]
 
 
 def test_auto_goes_on_in_the_same_folder(toy: Cli, workplace: Path) -> None:
@@ -265,7 +264,7 @@ def test_a_damaged_path_is_refused_with_the_nearest(run: Path, damage: Callable[
 
 def test_what_is_no_resume_point_is_refused(run: Path) -> None:
     path = "runs/toy/001/checkpoints/0000100.ckpt"
-    with pytest.raises(Refusal, match=rf"^--resume {path}: .*no resume point; nearest: runs/.*/step-0000120\.ckpt$"):
+    with pytest.raises(Refusal, match=rf"^--resume {path}: .*not a resume point; nearest: runs/.*/step-0000120\.ckpt$"):
         fit(path)
     with pytest.raises(Refusal, match=r"^--resume runs/toy: Is a directory$"):
         fit("runs/toy")

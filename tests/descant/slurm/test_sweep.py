@@ -88,7 +88,7 @@ def test_a_cluster_gets_what_is_missing_as_an_array(
     (tmp_path / "squeue").write_text("")
     words = (*TOYS, "--vary", "model.scale=1.0,2.0", "--seeds", "2", "--slurm", "--time 60")
     result = cli(*words)
-    assert result.rc == 0 and "4 runs, 0 done, 0 with SLURM, 4 to submit" in result.err, result.err
+    assert result.rc == 0 and "4 runs, 0 done, 0 queued, 4 to submit" in result.err, result.err
     (folder,) = (workplace / "runs/sweeps").iterdir()
     text = (folder / "submit-001.sh").read_text()
     name = "model.scale=2.0,seed=0"
@@ -104,12 +104,12 @@ def test_a_cluster_gets_what_is_missing_as_an_array(
     )
     lost.mkdir(parents=True)
     again = cli(*words)
-    assert "4 runs, 1 done, 2 with SLURM, 1 to submit" in again.err, again.err
+    assert "4 runs, 1 done, 2 queued, 1 to submit" in again.err, again.err
     text = (folder / "submit-002.sh").read_text()
     assert "0) set -- --run model.scale=1.0,seed=1/001 --model.scale 1.0 --seed_everything 1; mark=" in text
     assert "--slurm --array: sweep sets it itself" in cli(*words[:-1], "--array a=1,2").refusal
     here = cli(*words[:-2])
-    assert here.refusal.startswith("sweep: model.scale=1.0,seed=0 is in SLURM's queue: the same command with --slurm shows")
+    assert here.refusal.startswith("sweep: model.scale=1.0,seed=0 is in SLURM's queue: the same command with")
     (tools / "squeue").write_text(
         "#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2\nexit 1\n"
     )
