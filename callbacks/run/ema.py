@@ -137,10 +137,7 @@ class EMA(L.Callback):
                 self.updates = 1
                 return
         if self._pairs is None:
-            self._pairs = (
-                list(self._average.values()),
-                [self._live[name].detach() for name in self._average],
-            )
+            self._pairs = (list(self._average.values()), [self._live[name].detach() for name in self._average])
         average, live = self._pairs
         if any(a.dtype != w.dtype for a, w in zip(average, live, strict=True)):
             live = [w.to(a.dtype) for a, w in zip(average, live, strict=True)]
@@ -232,11 +229,7 @@ class EMA(L.Callback):
             whole = {name: _whole(pl_module, name, part) for name, part in self._raw.items()}
             raw.update({key: whole[name] for key, name in keys if key in state})
         checkpoint["state_dict"], checkpoint[CURRENT_MODEL_STATE] = average, raw
-        checkpoint[AVERAGING_STATE] = {
-            "updates": self.updates,
-            "step": self._step,
-            "names": sorted(self._average),
-        }
+        checkpoint[AVERAGING_STATE] = {"updates": self.updates, "step": self._step, "names": sorted(self._average)}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._forget()
@@ -298,9 +291,9 @@ def _whole(module: nn.Module, name: str, part: Tensor) -> Tensor:
 
 def _keys(module: nn.Module, names: Iterable[str]) -> Iterable[tuple[str, str]]:
     """(state-dict key, parameter name) of each averaged tensor; a tied weight has one name and several keys."""
-    wanted = set(names)
+    averaged = set(names)
     by_id = {id(t): n for part in (module.named_parameters(), module.named_buffers()) for n, t in part}
     for key, tensor in module.state_dict(keep_vars=True).items():
         name = by_id.get(id(tensor))
-        if name in wanted:
+        if name in averaged:
             yield key, name

@@ -146,14 +146,14 @@ class NonFinite(L.Callback):
                 self._step.unread.clear()
             return
         entry = {"step": step, "epoch": trainer.current_epoch, "action": self.policy, **self._fault(trainer)}
-        known = any(e["step"] == step and e["action"] == self.policy for e in self.entries)
+        noted = any(e["step"] == step and e["action"] == self.policy for e in self.entries)
         line = f"step {step}: {_described(entry)}"
-        if self.policy == "raise" or (not known and len(self.entries) >= self.limit):
+        if self.policy == "raise" or (not noted and len(self.entries) >= self.limit):
             self._note(trainer, entry | {"action": "raise"})
             past = f"; {self.limit} steps were not finite before it" if self.policy != "raise" else ""
             raise FloatingPointError(f"{line}{past}")
         if self.policy == "skip":
-            if not known:  # a kill may have undone the step but not the line
+            if not noted:  # a kill may have undone the step but not the line
                 self._note(trainer, entry)
             self._leave_out(pl_module, parameters)
         else:
@@ -192,17 +192,10 @@ class NonFinite(L.Callback):
         if self._waiting and trainer.global_step % log_interval(trainer) == 0:
             self._look(trainer)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
         self._look(trainer)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._look(trainer)
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._look(trainer)
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._look(trainer)
+    on_train_end = on_validation_start = on_save_checkpoint = on_train_epoch_end
 
     def _back(self, trainer: L.Trainer, entry: dict[str, Any], line: str) -> None:
         step, resume = trainer.global_step, _resume(trainer)

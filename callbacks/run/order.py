@@ -21,8 +21,8 @@ def require_order(callbacks: Sequence[L.Callback]) -> None:
         for later in callbacks[n + 1 :] if not getattr(callback, "front", False) else ():
             for name in getattr(callback, "after", ()):
                 if is_a(later, name):
-                    own, other = type(callback).__name__, type(later).__name__
-                    raise ValueError(f"trainer.callbacks: {own} must come after {other}: list {other} first")
+                    cls, other = type(callback).__name__, type(later).__name__
+                    raise ValueError(f"trainer.callbacks: {cls} must come after {other}: list {other} first")
 
 
 def move_to_front(trainer: L.Trainer, callback: L.Callback) -> None:

@@ -17,6 +17,7 @@ from rich.progress import Progress as RichProgress
 
 from descant.callbacks.run.progressive_resizing import ProgressiveResizing
 from descant.callbacks.run.throughput import Meter, count_rows
+from descant.modules.core.errors import say
 from descant.modules.engine.trainer import first_validation, log_interval, run_steps
 
 #: Warm-up steps, steps that are timed to estimate the run's time, and seconds after which fewer are enough.
@@ -100,11 +101,7 @@ class Progress(ProgressBar):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         steps = run_steps(trainer)  # on every rank: it may load data
         self._total = int(steps) if math.isfinite(steps) and steps > 0 else None
-        self._meter, self._begin, self._line = (
-            Meter(),
-            (time.monotonic(), trainer.global_step),
-            trainer.global_step,
-        )
+        self._meter, self._begin, self._line = (Meter(), (time.monotonic(), trainer.global_step), trainer.global_step)
         self._trial = Meter() if self._enabled and self._total else None
         self._every = self.lines_every or 0
         batches = trainer.num_training_batches
@@ -113,14 +110,12 @@ class Progress(ProgressBar):
         self._open("training", self._total, trainer.global_step)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._meter.wait(time.perf_counter())
-        if self._trial is not None:
-            self._trial.wait(time.perf_counter())
+        for meter in self._meters():
+            meter.wait(time.perf_counter())
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        self._meter.work(time.perf_counter())
-        if self._trial is not None:
-            self._trial.work(time.perf_counter())
+        for meter in self._meters():
+            meter.work(time.perf_counter())
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -151,9 +146,6 @@ class Progress(ProgressBar):
         elif trainer.global_step > self._line and (not self._every or self._finished(trainer)):
             self._print_line(trainer, metrics)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._close()
-
     def _estimate(self, trainer: L.Trainer, trial: Meter) -> None:
         """Print the estimate of the whole run's time, once enough steps are timed."""
         assert self._total is not None
@@ -177,7 +169,7 @@ class Progress(ProgressBar):
 
         if seconds(left) < _SHORT:
             return
-        print(f"descant: {self._time_line(trainer, seconds(left), left, seconds)}", file=sys.stderr, flush=True)
+        say(self._time_line(trainer, seconds(left), left, seconds))
 
     def _time_line(self, trainer: L.Trainer, whole: float, left: int, seconds: Callable[[float], float]) -> str:
         line = f"about {clock(whole)} of training for {left:,} steps"
@@ -199,6 +191,9 @@ class Progress(ProgressBar):
         sooner = max(int(_LATE / seconds(1)), 1) * accumulate
         epochs = " --trainer.check_val_every_n_epoch 1" if every > 1 else ""
         return f"{line}:{epochs} --trainer.val_check_interval {sooner} validates sooner"
+
+    def _meters(self) -> list[Meter]:
+        return [meter for meter in (self._meter, self._trial) if meter is not None]
 
     def _finished(self, trainer: L.Trainer) -> bool:
         return trainer.should_stop or (self._total is not None and trainer.global_step >= self._total)
@@ -234,9 +229,8 @@ class Progress(ProgressBar):
         print("  ".join(head + self.status(trainer, metrics)), file=self._stream(), flush=True)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._meter.wait(None)
-        if self._trial is not None:
-            self._trial.wait(None)
+        for meter in self._meters():
+            meter.wait(None)
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._open("validating", _total(trainer.num_val_batches))
         elif self._bar is not None and self._task is not None:
@@ -256,23 +250,17 @@ class Progress(ProgressBar):
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._open("testing", _total(trainer.num_test_batches))
 
-    def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_test_batch_end(self, *_: Any) -> None:
         self._advance()
-
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._close()
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._open("predicting", _total(trainer.num_predict_batches))
 
-    def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        self._advance()
-
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_test_end(self, *_: Any) -> None:
         self._close()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._close()
+    on_predict_batch_end = on_test_batch_end
+    on_train_end = on_predict_end = on_exception = on_test_end
 
     def _stream(self) -> TextIO:
         return sys.stdout

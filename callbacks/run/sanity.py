@@ -79,10 +79,7 @@ class Sanity(L.Callback):
         norms = [p.grad.detach().abs().sum().float() for p in trainable if p.grad is not None and p.numel()]
         # one device read for the whole model; a NaN is not "no gradient"
         if trainable and (not norms or float(torch.stack(norms).max()) == 0):
-            _warn(
-                trainer,
-                "no parameter got a gradient from the first batch: its loss does not depend on the model",
-            )
+            _warn(trainer, "no parameter got a gradient from the first batch: its loss does not depend on the model")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

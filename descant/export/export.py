@@ -103,8 +103,8 @@ def _export(request: argparse.Namespace) -> list[str]:
     scratch.mkdir()
     try:
         with loading.trusting(request.trust):
-            found = saved.find(path, request.ckpt)
-            lines = _write(found, request, scratch)
+            source = saved.find(path, request.ckpt)
+            lines = _write(source, request, scratch)
         _as_other_files(scratch)
         os.rename(scratch, out)  # fails over a folder that is not empty
     finally:
@@ -120,7 +120,7 @@ def _as_other_files(folder: Path) -> None:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
-def _write(found: Saved, request: argparse.Namespace, folder: Path) -> list[str]:
+def _write(source: Saved, request: argparse.Namespace, folder: Path) -> list[str]:
     import torch
     from safetensors.torch import save_file
 
@@ -131,21 +131,21 @@ def _write(found: Saved, request: argparse.Namespace, folder: Path) -> list[str]
     from descant.run import portable
 
     keep = [name.strip() for name in request.towers.split(",") if name.strip()]
-    kept, recipe = found, rebuild(found)
+    selected, recipe = source, rebuild(source)
     if keep:
-        kept = found._replace(config={**found.config, "model": portable.only(found.model, keep)})
-        recipe = _reduced(recipe, build(kept), portable.dropped(found.model, keep), found.weights)
-    prepared = loading.datamodule(found) if not found.exported else None
-    parts = loading.parts(prepared) if prepared is not None else loading.preprocess(found)
-    model = portable.carried(kept.model, recipe, folder, next(iter(parts.get("text", [])), None))
+        selected = source._replace(config={**source.config, "model": portable.only(source.model, keep)})
+        recipe = _reduced(recipe, build(selected), portable.dropped(source.model, keep), source.weights)
+    prepared = loading.datamodule(source) if not source.exported else None
+    parts = loading.parts(prepared) if prepared is not None else loading.preprocess(source)
+    model = portable.carried(selected.model, recipe, folder, next(iter(parts.get("text", [])), None))
     changed = merge.changed(recipe)
     if request.merge:
         merge.plain(recipe)
         model = portable.merged(model)
     given = (
-        saved.read_yaml(found.folder / loading.PREPROCESS, found.folder)
-        if found.exported
-        else found.config.get("data", {})
+        saved.read_yaml(source.folder / loading.PREPROCESS, source.folder)
+        if source.exported
+        else source.config.get("data", {})
     )
     parts = {modality: part for modality, part in parts.items() if modality in recipe.towers}
     nodes, left = portable.preprocess(parts, given, folder)
@@ -153,9 +153,9 @@ def _write(found: Saved, request: argparse.Namespace, folder: Path) -> list[str]
     save_file({key: value.contiguous().clone() for key, value in state.items()}, folder / saved.WEIGHTS)
     _yaml(folder / saved.CONFIG, "A model that Descant trained: descant.load(FOLDER)", {"model": model})
     _yaml(folder / loading.PREPROCESS, "How raw data becomes what the towers read", nodes)
-    about = card.About.of(found, request.out.name, recipe, parts, changed and not request.merge, left)
+    about = card.About.of(source, request.out.name, recipe, parts, changed and not request.merge, left)
     notices = [Path(str(place)) / "NOTICE.md" for place in [getattr(prepared, "folder", None)] if place is not None]
-    for notice in [*notices, found.folder / card.NOTICE]:
+    for notice in [*notices, source.folder / card.NOTICE]:
         if notice.is_file():
             shutil.copyfile(notice, folder / card.NOTICE)
     digest = _confirm(folder, about)
@@ -190,8 +190,8 @@ def _reduced(whole: Recipe, part: Recipe, dropped: Sequence[str], place: Path) -
     from descant.modules.io import saved
 
     names, state = part.state_dict(), whole.state_dict()
-    kept = {k: v for k, v in state.items() if k in names or not any(name in _words(k) for name in dropped)}
-    saved.load_exactly(part, kept, place)
+    state = {k: v for k, v in state.items() if k in names or not any(name in _words(k) for name in dropped)}
+    saved.load_exactly(part, state, place)
     return part
 
 

@@ -75,10 +75,10 @@ class Embedder:
         batch_size: int = 256,
     ) -> None:
         with trusting(trust):
-            found = saved.find(path, checkpoint)
-            self.recipe = rebuild(found).to(device)
-            self.preprocess = preprocess(found)
-        self.path, self.device, self.batch_size = found.folder, torch.device(device), batch_size
+            source = saved.find(path, checkpoint)
+            self.recipe = rebuild(source).to(device)
+            self.preprocess = preprocess(source)
+        self.path, self.device, self.batch_size = source.folder, torch.device(device), batch_size
 
     @property
     def towers(self) -> nn.ModuleDict:
@@ -151,23 +151,23 @@ def allowed(trust: Sequence[str]) -> Callable[[str], None]:
     return check
 
 
-def preprocess(found: Saved) -> dict[str, list[Any]]:
+def preprocess(source: Saved) -> dict[str, list[Any]]:
     """Modality -> preprocessing steps up to the tower's input; modalities without known steps are missing."""
-    if found.exported:
-        file = found.folder / PREPROCESS
-        nodes = saved.read_yaml(file, found.folder) if file.is_file() else {}
+    if source.exported:
+        file = source.folder / PREPROCESS
+        nodes = saved.read_yaml(file, source.folder) if file.is_file() else {}
         return {m: [saved.build(_STEPS, node, file) for node in steps] for m, steps in nodes.items()}
-    data = datamodule(found)
+    data = datamodule(source)
     return parts(data) if data is not None else {}
 
 
-def datamodule(found: Saved) -> L.LightningDataModule | None:
+def datamodule(source: Saved) -> L.LightningDataModule | None:
     """The data module of a run's configuration, or None if it cannot be built, such as for missing files."""
-    node = found.config.get("data")
+    node = source.config.get("data")
     if not isinstance(node, Mapping):
         return None
     try:
-        return saved.build(L.LightningDataModule, cast(Node, node), found.folder)
+        return saved.build(L.LightningDataModule, cast(Node, node), source.folder)
     except (ValueError, OSError):
         return None
 

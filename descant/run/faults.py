@@ -167,16 +167,16 @@ def misfit(error: BaseException, model: nn.Module, trust: Sequence[str] = ()) ->
 
     The user's own classes keep their traceback.
     """
-    parts = {id(part): (name, type(part).__name__) for name, part in model.named_modules() if name}
-    found, frames = None, list(traceback.walk_tb(error.__traceback__))
+    parts = {id(module): (name, type(module).__name__) for name, module in model.named_modules() if name}
+    part, frames = None, list(traceback.walk_tb(error.__traceback__))
     for frame, _ in frames:
         if _within(str(frame.f_globals.get("__name__", "")), trust):
             return None
         if frame.f_code.co_name == "forward":
-            found = parts.get(id(frame.f_locals.get("self")), found)
-    if found is None or type(error) not in (RuntimeError, IndexError, TypeError):
+            part = parts.get(id(frame.f_locals.get("self")), part)
+    if part is None or type(error) not in (RuntimeError, IndexError, TypeError):
         return None
-    return f"model.{found[0]} ({found[1]}): the first batch does not fit: {one_line(error)}; --debug shows more"
+    return f"model.{part[0]} ({part[1]}): the first batch does not fit: {one_line(error)}; --debug shows more"
 
 
 def _unlike(error: BaseException) -> str | None:

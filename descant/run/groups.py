@@ -127,7 +127,7 @@ def _find(command: str, word: str, root: Path) -> tuple[list[Path], bool]:
             return [path], True
         if several := runs.runs_of(path.parent, path.name):
             return several, False
-    matches = [root / found for found in glob.glob(word, root_dir=root)] or [Path(found) for found in glob.glob(word)]
+    matches = [root / match for match in glob.glob(word, root_dir=root)] or [Path(match) for match in glob.glob(word)]
     folders: list[Path] = []
     for path in sorted(map(followed, matches)):
         folders += [path] if runs.is_run(path) else runs.runs_of(path.parent, path.name)
@@ -186,8 +186,8 @@ def seed_of(text: str) -> int | None:
     >>> seed_of("seed_everything: 3\\n")
     3
     """
-    found = _SEED.search(text)
-    return int(found[1]) if found else None
+    match = _SEED.search(text)
+    return int(match[1]) if match else None
 
 
 def numbers(content: object) -> dict[str, float]:

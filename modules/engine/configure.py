@@ -68,9 +68,7 @@ class Shard:
     """
 
     def __init__(
-        self,
-        reshard_after_forward: bool = True,
-        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        self, reshard_after_forward: bool = True, dtype: Literal["float32", "bfloat16", "float16"] | None = None
     ) -> None:
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r}: {nearest(dtype, DTYPES)}")

@@ -48,9 +48,9 @@ def lean(state: Mapping[str, Any], base: Mapping[str, str]) -> dict[str, Any]:
     Tensors that changed (running statistics, a momentum teacher) stay in.
     """
     left_out = {name: base[name] for name in base if name in state and digest(state[name]) == base[name]}
-    kept = {name: value for name, value in state.items() if name not in left_out}
+    rest = {name: value for name, value in state.items() if name not in left_out}
     note = json.dumps(left_out, sort_keys=True).encode()
-    return {**kept, BASE: torch.frombuffer(bytearray(note), dtype=torch.uint8)}
+    return {**rest, BASE: torch.frombuffer(bytearray(note), dtype=torch.uint8)}
 
 
 def completed(state: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:

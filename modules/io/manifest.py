@@ -104,17 +104,17 @@ def sweep(folder: Path) -> None:
 
 def confirmed(path: Path) -> tuple[BufferedReader, Facts] | str:
     """The open file and its facts if every byte is as written, else the fault. Links are followed."""
-    found = _confirmed(path)
-    return found if isinstance(found, str) else (found[0], found[1]["facts"])
+    result = _confirmed(path)
+    return result if isinstance(result, str) else (result[0], result[1]["facts"])
 
 
 def account(path: Path) -> Facts | str:
     """``sha256``, ``size`` and ``facts`` of a file if every byte is as written, else the fault."""
-    found = _confirmed(path)
-    if isinstance(found, str):
-        return found
-    found[0].close()
-    return found[1]
+    result = _confirmed(path)
+    if isinstance(result, str):
+        return result
+    result[0].close()
+    return result[1]
 
 
 def _confirmed(path: Path) -> tuple[BufferedReader, Facts] | str:
@@ -135,8 +135,8 @@ def _confirmed(path: Path) -> tuple[BufferedReader, Facts] | str:
 
 def fault(path: Path) -> str | None:
     """Why a file is not valid, in a few words; None if it is valid."""
-    found = account(path)
-    return found if isinstance(found, str) else None
+    entry = account(path)
+    return entry if isinstance(entry, str) else None
 
 
 def fault_of_size(path: Path) -> str | None:

@@ -372,7 +372,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("options", "line"), REFUSED, ids=lambda x: str(x)[:30])
-def test_what_cannot_be_is_refused(options: dict[str, Any], line: str) -> None:
+def test_impossible_settings_are_refused(options: dict[str, Any], line: str) -> None:
     with pytest.raises(ValueError, match=line):
         Scenes(**options)
 

@@ -130,7 +130,7 @@ def test_a_problem_is_the_same_whatever_else_is_asked(data: Questions) -> None:
         ({"size": 50}, "size 50: a multiple of 3 from 24 to 63"),
     ],
 )
-def test_what_cannot_be_is_refused(options: dict[str, object], says: str) -> None:
+def test_impossible_settings_are_refused(options: dict[str, object], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Questions(tiny=True, **options)  # type: ignore[arg-type]
 

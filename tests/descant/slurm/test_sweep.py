@@ -1,4 +1,4 @@
-"""Sweeps: all combinations and seeds, once each, and the table; what is wrong is told before anything runs."""
+"""Sweeps: all combinations and seeds, once each, and the table; refusals before anything runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOYS = ("sweep", "--config", "toy.yaml", *TRUST, "--trainer.max_epochs=1")
 
 
 @pytest.mark.slow
-def test_a_sweep_runs_what_is_missing_and_ends_with_the_table(
+def test_a_sweep_runs_missing_combinations_and_prints_the_table(
     cli: Cli, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fork_runs(monkeypatch)
@@ -49,7 +49,7 @@ def test_a_run_that_fails_ends_the_sweep_with_its_line(
     assert not list(workplace.glob("runs/sweeps/*/*.done"))
 
 
-def test_mistakes_are_told_before_anything_runs(
+def test_wrong_requests_are_refused_before_running(
     cli: Cli, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written_content: dict[str, object]
 ) -> None:
     from descant.cli import dump
@@ -75,7 +75,7 @@ def test_mistakes_are_told_before_anything_runs(
     assert "--vary KEY=A,B" in cli("sweep").out
 
 
-def test_a_cluster_gets_what_is_missing_as_an_array(
+def test_missing_runs_are_submitted_as_an_array(
     monkeypatch: pytest.MonkeyPatch, cli: Cli, workplace: Path, tmp_path: Path
 ) -> None:
     tools = tmp_path / "bin"

@@ -1,4 +1,4 @@
-"""Every reader of a checkpoint: what was damaged is told, whoever reads it, and the last step is the last."""
+"""Every reader of checkpoints: damage is reported, and the last step is the last checkpoint."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_the_last_step_is_the_last_whatever_was_touched(run: Path, reader: str) -> None:
+def test_the_last_checkpoint_is_by_step_and_not_by_time(run: Path, reader: str) -> None:
     os.utime(run / "resume/step-0000010.ckpt", (2e9, 2e9))
     state = READERS[reader](run)
     wanted = recipe(110).state_dict()
@@ -137,14 +137,14 @@ def test_the_last_step_is_the_last_whatever_was_touched(run: Path, reader: str) 
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_one_bit_is_told_by_every_reader_with_the_nearest(run: Path, reader: str) -> None:
+def test_every_reader_refuses_a_flipped_bit_with_the_nearest(run: Path, reader: str) -> None:
     flip(run / "resume/step-0000110.ckpt", 0.5)
     line = r"resume/step-0000110\.ckpt: not the bytes that were written; nearest: .*resume/step-0000010\.ckpt$"
     with pytest.raises(ValueError, match=line):
         READERS[reader](run)
 
 
-def test_the_best_is_read_and_its_damage_told(run: Path) -> None:
+def test_the_best_is_read_and_its_damage_reported(run: Path) -> None:
     best = with_best(run)
     assert is_of(loaded(run), 10) and is_of(descant.load(run, "last").state_dict(), 110)
     flip(best, 0.6)
@@ -155,7 +155,7 @@ def test_the_best_is_read_and_its_damage_told(run: Path) -> None:
         teachers._teacher("image", {"image": torch.zeros(1)})
 
 
-def test_a_best_that_is_gone_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_best_is_reported(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest.remove(with_best(run))
     assert is_of(loaded(run), 110)
     assert "best.ckpt: the best checkpoint is missing: step-0000110.ckpt is used" in capsys.readouterr().err
@@ -222,7 +222,7 @@ def test_flips_in_a_file_without_a_manifest_change_no_weight(run: Path, capsys: 
         weights_of_a_tower(file)
 
 
-def test_a_file_without_a_manifest_is_no_ones_newest(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_without_a_manifest_is_never_the_newest(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"state_dict": recipe(3).state_dict(), "global_step": 999}, run / "resume/step-0000999.ckpt")
     assert is_of(loaded(run), 110)
     assert "step-0000999.ckpt: no manifest confirms its content: " in capsys.readouterr().err
@@ -231,7 +231,7 @@ def test_a_file_without_a_manifest_is_no_ones_newest(run: Path, capsys: pytest.C
     assert "step-0000110.ckpt: no manifest confirms its content: " in capsys.readouterr().err
 
 
-def test_steps_of_files_without_manifests_are_their_own(tmp_path: Path) -> None:
+def test_steps_of_files_without_manifests_are_read_from_the_files(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     for step in (9, 110, 10):
         torch.save({"state_dict": {}, "global_step": step}, tmp_path / f"checkpoints/{step}.ckpt")
@@ -240,7 +240,7 @@ def test_steps_of_files_without_manifests_are_their_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_configuration_that_is_not_the_runs_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_edited_configuration_is_reported(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = run / "config.yaml"
     (run / "versions.json").write_text(json.dumps({saved.CONFIG_SUM: sha256_of(file)}))
     whole = file.read_bytes()
@@ -270,7 +270,7 @@ def exported(cli: Cli, run: Path) -> Path:
     return Path("model")
 
 
-def test_the_card_says_which_bytes_and_of_which_step(exported: Path, run: Path) -> None:
+def test_the_card_has_digest_and_step(exported: Path, run: Path) -> None:
     card = (exported / "README.md").read_text()
     digest = sha256_of(run / "resume/step-0000110.ckpt")
     assert f"made of `resume/step-0000110.ckpt`, SHA-256 `{digest}`; step 110, of which the numbers below" in card
@@ -294,7 +294,7 @@ def test_an_export_of_damage_is_refused_and_leaves_nothing(cli: Cli, run: Path) 
     assert not Path("model").exists()
 
 
-def test_what_is_no_checkpoint_is_one_line(tmp_path: Path) -> None:
+def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
     file = tmp_path / "bad.ckpt"
     torch.save({"state_dict": {}}, file)
     whole = file.read_bytes()
@@ -306,7 +306,7 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_a_fork_compares_for_itself(run: Path) -> None:
+def test_a_fork_verifies_by_itself(run: Path) -> None:
     found = saved.find(run)
     assert found.verified is not None
     found.verified._account, found.verified._pid = None, -1
@@ -316,7 +316,7 @@ def test_a_fork_compares_for_itself(run: Path) -> None:
         saved.find(run)
 
 
-def test_a_manifest_leads_nowhere_else_and_an_archive_is_no_bomb(exported: Path, tmp_path: Path) -> None:
+def test_manifests_outside_the_export_and_zip_bombs_are_refused(exported: Path, tmp_path: Path) -> None:
     weights = exported / "model.safetensors"
     for name in ("../toy.yaml", "/etc/hostname"):
         manifest.confirm(weights, {saved.FILES: {name: "0" * 64}})

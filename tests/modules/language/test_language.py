@@ -139,7 +139,7 @@ def test_log_probabilities_and_their_gradients_as_if_all_were_kept(
         ({"heads": 4, "key_heads": 3}, "key_heads 3: as many of the 4 heads share each"),
     ],
 )
-def test_what_cannot_be_is_refused(options: dict[str, Any], says: str) -> None:
+def test_impossible_settings_are_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=f"^{says}"):
         CausalLM(vocab=V, width=D, depth=1, **options)
 
