@@ -195,7 +195,14 @@ class NonFinite(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
         self._look(trainer)
 
-    on_train_end = on_validation_start = on_save_checkpoint = on_train_epoch_end
+    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self._look(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self._look(trainer)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, *_: Any) -> None:
+        self._look(trainer)
 
     def _back(self, trainer: L.Trainer, entry: dict[str, Any], line: str) -> None:
         step, resume = trainer.global_step, _resume(trainer)

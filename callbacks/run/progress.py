@@ -259,8 +259,17 @@ class Progress(ProgressBar):
     def on_test_end(self, *_: Any) -> None:
         self._close()
 
-    on_predict_batch_end = on_test_batch_end
-    on_train_end = on_predict_end = on_exception = on_test_end
+    def on_predict_batch_end(self, *_: Any) -> None:
+        self._advance()
+
+    def on_predict_end(self, *_: Any) -> None:
+        self._close()
+
+    def on_train_end(self, *_: Any) -> None:
+        self._close()
+
+    def on_exception(self, *_: Any) -> None:
+        self._close()
 
     def _stream(self) -> TextIO:
         return sys.stdout

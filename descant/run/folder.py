@@ -46,7 +46,8 @@ class Folder(L.Callback):
     def on_test_batch_end(self, *_: object) -> None:
         self.began = True
 
-    on_predict_batch_end = on_test_batch_end
+    def on_predict_batch_end(self, *_: object) -> None:
+        self.began = True
 
 
 def _keep(file: Path) -> None:
