@@ -55,7 +55,7 @@ NAMES = {
     "x" * 300: "longer than 200 bytes",
     "é" * 120: "longer than 200 bytes",
     "latest": "reserved; nearest: run-latest",
-    "metrics.json": "Descant's own name",
+    "metrics.json": "reserved",
     "a/latest": "Descant's own name",
     "001": "reserved; nearest: run-001",
     "2024": "Descant's own name",

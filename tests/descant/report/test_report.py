@@ -241,7 +241,7 @@ def test_the_newest_pictures_come_first_and_the_oldest_are_left_out(two: None) -
     assert lines == [f"{32 - len(some)} images are left out, the oldest first: the page would be too large."]
     few, lines = shown(3 * size)
     assert few == newest[: len(few)] and 2 <= len(few) <= 3
-    assert lines[0] == "Pictures of 2 more runs are left out: the page would be too large."
+    assert lines[0] == "Images of 2 more runs are left out: the page would be too large."
 
 
 def test_pictures_get_smaller_before_one_is_left_out(two: None) -> None:
@@ -261,9 +261,7 @@ def test_a_report_full_of_pictures_stays_below_its_limit(cli: Cli, two: None) ->
     page = Path("report.html")
     assert LIMIT * 0.9 < page.stat().st_size <= LIMIT
     told = [line.removeprefix("descant: ") for line in result.err.splitlines()]
-    assert "pictures are left out, the oldest first" in told[-1] and all(
-        line in plain(page.read_text()) for line in told
-    )
+    assert "images are left out, the oldest first" in told[-1] and all(line in plain(page.read_text()) for line in told)
 
 
 def test_a_picture_is_encoded_anew_and_a_broken_one_is_told(workplace: Path) -> None:

@@ -131,7 +131,7 @@ def test_a_hanging_first_process_is_ended(
     one = started("sys.exit(3)", clear=lambda: cleared.append(1))
     one.launch(lambda: over.wait(SOON))
     assert codes == [3] and cleared == [1]
-    assert "failed with exit code 3, so all ranks end" in capfd.readouterr().err
+    assert "failed with exit code 3: all ranks end" in capfd.readouterr().err
 
 
 def test_slow_ranks_are_awaited(started: Callable[..., Ranks]) -> None:

@@ -142,7 +142,7 @@ def test_a_path_starts_a_new_run(toy: Cli, workplace: Path, path: str) -> None:
 def test_what_does_not_exist_is_refused(toy: Cli, cli: Cli, workplace: Path) -> None:
     assert "no such checkpoint" in toy("fit", "--resume", "nope.ckpt").refusal
     assert "no such run" in toy("fit", "--run", "toy/007", "--resume", "auto").refusal
-    assert "of which run" in toy("validate", "--ckpt_path", "best").refusal
+    assert "needs a run" in toy("validate", "--ckpt_path", "best").refusal
     assert "no such checkpoint" in toy("validate", "--ckpt_path", "nope.ckpt").refusal
     assert toy("fit").rc == 0
     assert "nearest: toy/001" in cli("validate", "--run", "toy/01").refusal
@@ -303,7 +303,7 @@ def test_a_damaged_best_is_refused_and_not_replaced(run: Path) -> None:
     assert evaluate("best") == evaluate(None) == str(Path("runs/toy/001/checkpoints/best.ckpt"))
     flip(best)
     for wanted in ("best", None):
-        with pytest.raises(Refusal, match=r"best\.ckpt: not the bytes .* --ckpt_path last takes 0000130\.ckpt$"):
+        with pytest.raises(Refusal, match=r"best\.ckpt: not the bytes .* --ckpt_path last uses 0000130\.ckpt$"):
             evaluate(wanted)
     with pytest.raises(
         Refusal, match=r"best\.ckpt: not the bytes .*; nearest: runs/toy/001/checkpoints/0000130\.ckpt$"
