@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from descant.modules.core.capabilities import has
-from descant.modules.core.errors import nearest
+from descant.modules.core.errors import no_such
 from descant.modules.core.protocols import StagedDataModule
 from descant.modules.engine.configure import Shard
 from descant.modules.engine.trainer import run_steps
@@ -72,7 +72,7 @@ class Staged(Wrapper):
         """Settings, objective and trainable parameters of the current stage, and no others."""
         chosen = {name for name in self._trainable if self.now.train.search(name)}
         if not chosen:
-            known = nearest(self.now.train.pattern, dict.fromkeys(name.split(".")[0] for name in self._trainable))
+            known = no_such(self.now.train.pattern, dict.fromkeys(name.split(".")[0] for name in self._trainable))
             raise ValueError(f"stages.{self.stage}.train {self.now.train.pattern!r} matches no parameter; {known}")
         for name, parameter in self.inner.named_parameters():
             parameter.requires_grad_(name in chosen)
@@ -140,7 +140,7 @@ class Staged(Wrapper):
         super().on_load_checkpoint(checkpoint)
         name = checkpoint.get("stage", self.stage)
         if name not in self.stages:
-            raise ValueError(f"the checkpoint is of the stage {name!r}; {nearest(name, self.stages)}")
+            raise ValueError(f"the checkpoint is of the stage {name!r}; {no_such(name, self.stages)}")
         self.stage = name
         if "state_dict" in checkpoint:
             checkpoint["state_dict"] = with_inner(checkpoint["state_dict"])

@@ -26,10 +26,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 @pytest.mark.parametrize(
     ("name", "rank", "step"),
-    [
-        ("before-a-save", 0, 1),
-        ("at-random", random.randrange(2), random.randrange(3, 23)),
-    ],
+    [("before-a-save", 0, 1), ("at-random", random.randrange(2), random.randrange(3, 23))],
     ids=["before-a-save", "at-random"],
 )
 def test_a_killed_rank_is_started_again_with_all_others_in_the_same_run(

@@ -25,6 +25,7 @@ MAY = {
     "datamodules": (
         "descant.datamodules",
         "descant.modules.io.cache",
+        "descant.modules.io.files",
         *(f"descant.modules.{part}" for part in ("audio", "batch", "host", "lines", "text", "transforms", "random")),
     ),
 }

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from descant.callbacks.run.resume import AGREE_STEPS, CODES
+from descant.callbacks.run.signals import AGREE_STEPS, CODES
 from descant.modules.io import manifest
 from descant.run import runs
 from tests.rotation import turn
@@ -94,7 +94,7 @@ def require_unharmed(case: Case, name: str, step: int) -> None:
 
 
 @pytest.mark.parametrize(("number", "phase"), cases())
-def test_it_saves_tells_the_truth_and_goes_on_in_the_same_bits(whole: Case, number: signal.Signals, phase: str) -> None:
+def test_a_signal_saves_and_resuming_is_bit_identical(whole: Case, number: signal.Signals, phase: str) -> None:
     name = f"{number.name}-{phase}"
     assert stop(whole, name, number, phase) == CODES[number]
     log = (whole.root / f"{name}.log").read_text()

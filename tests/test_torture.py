@@ -53,7 +53,7 @@ LINES = [
 
 
 @pytest.mark.slow
-def test_killed_twice_a_run_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
+def test_a_run_killed_twice_is_bit_identical(tmp_path: Path) -> None:
     case = Case(tmp_path, "gradcache", options=("--trainer.max_epochs", "2"))
     hits, found = torture(case, kills=2, seed=random.randrange(2**32))
     assert len(hits) == 2 and found == []
@@ -82,7 +82,7 @@ def test_all_kinds_are_among_them() -> None:
 
 @pytest.mark.slow
 @pytest.mark.ddp
-def test_one_rank_killed_ends_the_others_and_no_bit_is_lost(tmp_path: Path) -> None:
+def test_one_killed_rank_ends_the_others_and_resuming_is_bit_identical(tmp_path: Path) -> None:
     """Of ranks that ``fit`` has launched itself."""
     options = ("--trainer.max_epochs", "8")
     case, cold = (Case(tmp_path, "gradcache", ranks=2, options=options, cold=cold) for cold in (False, True))
@@ -161,7 +161,7 @@ def test_a_run_killed_before_it_saved_starts_anew(tmp_path: Path) -> None:
     assert manifest.newest(case.folder("killed") / "resume", "step-*.ckpt")[0] is None
 
 
-def test_moments_are_drawn_from_all_of_the_run_from_its_epochs_ends_and_from_saves() -> None:
+def test_kill_times_cover_the_run_epoch_ends_and_saves() -> None:
     lines = [START, *(batch(step, (step - 1) // 4, (step - 1) % 4, []) for step in range(1, 13))]
     assert [line["step"] for _, line, _ in ends(lines)] == [4, 8, 12]
     drawn = moments(lines, 14.0, 400, random.Random(0))

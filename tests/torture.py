@@ -98,10 +98,7 @@ _CHAT = {
         "class_path": "Towers",
         "init_args": {"image": {"class_path": "ConvTower", "init_args": {"widths": [8, 16], "blocks": 1, "stem": 4}}},
     },
-    "lm": {
-        "class_path": "CausalLM",
-        "init_args": {"vocab": 8194, "width": 16, "depth": 1, "heads": 2, "length": 128},
-    },
+    "lm": {"class_path": "CausalLM", "init_args": {"vocab": 8194, "width": 16, "depth": 1, "heads": 2, "length": 128}},
 }
 _ALWAYS: list[dict[str, Any]] = [
     {"class_path": "descant.callbacks.run.report.Report"},

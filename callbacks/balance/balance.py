@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from descant.callbacks.harmonize.terms import Harmonize, read_together, total_of_ranks
+from descant.callbacks.harmonize.terms import Harmonize
 from descant.modules.balance.base import Pacing
 from descant.modules.core.capabilities import has, require
-from descant.modules.core.host import to_device
+from descant.modules.core.host import read_together, to_device
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import MultimodalClassifier
+from descant.modules.core.ranks import total_of_ranks
 from descant.modules.core.rng import global_seed, mix
 from descant.modules.core.sham import Sham
 from descant.modules.engine.trainer import log_interval, share_of_run

@@ -12,10 +12,9 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from descant.callbacks.harmonize.terms import total_of_ranks
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.protocols import HasTerms
-from descant.modules.core.ranks import rank
+from descant.modules.core.ranks import rank, total_of_ranks
 from descant.modules.core.sham import Sham
 
 

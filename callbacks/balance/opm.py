@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from descant.callbacks.balance.balance import modality_scores, require_multimodal
-from descant.callbacks.harmonize.terms import read_together, total_of_ranks
 from descant.modules.balance.ogm import OGM
 from descant.modules.core.batch import Batch, some
 from descant.modules.core.capabilities import has
-from descant.modules.core.host import derived, to_device
+from descant.modules.core.host import derived, read_together, to_device
 from descant.modules.core.protocols import MultimodalClassifier
+from descant.modules.core.ranks import total_of_ranks
 from descant.modules.core.rng import uniform_N
 from descant.modules.core.sham import Sham
 from descant.modules.engine.trainer import log_interval

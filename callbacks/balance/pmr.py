@@ -14,13 +14,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from descant.callbacks.balance.balance import require_multimodal
-from descant.callbacks.harmonize.terms import read_together, total_of_ranks
 from descant.modules.balance.regularizer import FusionContext, Regularizer
 from descant.modules.core.capabilities import has
-from descant.modules.core.host import derived, host_copy, to_device
+from descant.modules.core.host import derived, host_copy, read_together, to_device
 from descant.modules.core.objective import Term
 from descant.modules.core.protocols import MultimodalClassifier
-from descant.modules.core.ranks import rank
+from descant.modules.core.ranks import rank, total_of_ranks
 from descant.modules.engine.trainer import log_interval
 
 

@@ -20,12 +20,12 @@ from descant.callbacks.plots.answers import AnswerRow, answer_table
 from descant.callbacks.plots.output import run_folder, save_figure
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
+from descant.modules.core.errors import no_such
 from descant.modules.core.objective import Term
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import Generates
 from descant.modules.core.rng import mix_N
 from descant.modules.core.sham import Sham
-from descant.modules.engine.configure import nearest
 from descant.modules.language import Sampling
 from descant.modules.language.answer_scores import spoken
 
@@ -123,7 +123,7 @@ class Answering(ForwardEvaluator):
         if self.by is not None:
             classes = getattr(data, "classes", {})
             if self.by not in batch.targets or self.by not in classes:
-                raise ValueError(f"Answering: by {self.by!r}: {nearest(self.by, classes)}")
+                raise ValueError(f"Answering: by {self.by!r}: {no_such(self.by, classes)}")
             for k, label in enumerate(classes[self.by]):
                 self._count(f"{name}/answered/{label}", correct_B, valid_B & (batch.targets[self.by] == k))
         if self.sampling is not None:

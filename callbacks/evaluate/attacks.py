@@ -15,9 +15,9 @@ from descant.callbacks.evaluate.accuracy import Means
 from descant.callbacks.evaluate.forward import ForwardEvaluator
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
+from descant.modules.core.errors import no_such
 from descant.modules.core.objective import Term
 from descant.modules.core.protocols import Classifies, Fuses
-from descant.modules.engine.configure import nearest
 from descant.modules.evaluation.attacks import Nudge, attacked, certified_radius, steepest
 from descant.modules.fusion.classifiers import OrthogonalFusion
 
@@ -89,7 +89,7 @@ class Attacks(ForwardEvaluator):
             )
         for m in self.radius if isinstance(self.radius, dict) else ():
             if m not in pl_module.modalities:
-                raise ValueError(f"Attacks: radius {m!r}: {nearest(m, pl_module.modalities)}")
+                raise ValueError(f"Attacks: radius {m!r}: {no_such(m, pl_module.modalities)}")
         if self.certify is not None:
             if not isinstance(getattr(pl_module, "fusion", None), OrthogonalFusion):
                 raise ValueError(f"Attacks: certify: {name} has no OrthogonalFusion, whose margins are certified")

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from descant.callbacks.evaluate.embeddings import Judge, due
 from descant.modules.core.batch import Batch
+from descant.modules.core.errors import no_such
 from descant.modules.core.rng import uniform_N
-from descant.modules.engine.configure import nearest
 
 
 class ForwardEvaluator(Judge):
@@ -113,7 +113,7 @@ class ForwardEvaluator(Judge):
             names = self._lead(trainer)._names.get("test", [])
             for name in self.sets or []:
                 if names and name not in names:
-                    raise ValueError(f"{type(self).__name__}: sets {name!r}: {nearest(name, names)}")
+                    raise ValueError(f"{type(self).__name__}: sets {name!r}: {no_such(name, names)}")
         self._log(trainer, pl_module, self.results(trainer, pl_module))
 
     def _within_limit(self, trainer: L.Trainer, index_N: Tensor, name: str) -> Tensor:

@@ -19,10 +19,10 @@ from descant.callbacks.plots.output import run_folder, save_figure
 from descant.callbacks.plots.reconstruction import gallery
 from descant.modules.core.batch import NEGATIVE, Batch
 from descant.modules.core.capabilities import has
+from descant.modules.core.errors import no_such
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import ReconstructionOutput, Reconstructs
 from descant.modules.core.rng import mix_N
-from descant.modules.engine.configure import nearest
 from descant.modules.evaluation.inversion import rows_of_other_keys
 from descant.modules.evaluation.metrics import wide
 from descant.modules.evaluation.reconstruction import NullFit, Nulls, deciles, row_means
@@ -164,7 +164,7 @@ class Reconstruction(ForwardEvaluator):
         needed = list(dict.fromkeys([*self.targets, *self.given]))
         for m in needed:
             if m not in batch.present or m.endswith(NEGATIVE):
-                raise ValueError(f"Reconstruction: modality {m!r}: {nearest(m, batch.present)}")
+                raise ValueError(f"Reconstruction: modality {m!r}: {no_such(m, batch.present)}")
         for m in self.targets:
             if not batch.inputs[m].is_floating_point():
                 raise ValueError(f"Reconstruction: {m!r} holds categories, and a mean square error needs numbers")
@@ -228,7 +228,7 @@ class Reconstruction(ForwardEvaluator):
         """The prediction, if all of the target was hidden and the truth is the input."""
         name = type(recipe).__name__
         if target not in rebuilt:
-            raise ValueError(f"Reconstruction: targets {target!r}, of {name}: {nearest(target, rebuilt)}")
+            raise ValueError(f"Reconstruction: targets {target!r}, of {name}: {no_such(target, rebuilt)}")
         output = _as_input(rebuilt[target], x_B)
         if output is None:
             shapes = [tuple(x.shape[1:]) for x in (rebuilt[target].prediction, x_B)]
@@ -248,7 +248,7 @@ class Reconstruction(ForwardEvaluator):
         for batch in lead._bank_batches(trainer):
             for m in needed:
                 if m not in batch.present:
-                    raise ValueError(f"Reconstruction: modality {m!r}, in the bank: {nearest(m, batch.present)}")
+                    raise ValueError(f"Reconstruction: modality {m!r}, in the bank: {no_such(m, batch.present)}")
             mean = {m: row_means(batch.inputs[m])[:, None] for m in needed}
             store.update(mean, Batch({}, {m: batch.present[m] for m in needed}, {}, batch.index, batch.key))
             for m in self.given:
@@ -328,7 +328,7 @@ class ReconstructionPictures(ForwardEvaluator):
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
         for m in self.modalities or []:
             if m not in batch.present:
-                raise ValueError(f"ReconstructionPictures: modality {m!r}: {nearest(m, batch.present)}")
+                raise ValueError(f"ReconstructionPictures: modality {m!r}: {no_such(m, batch.present)}")
         # only the samples that may be drawn are stored
         new, earlier = _inputs(batch), self._first.get(name)
         self._first[name] = self._select(new if earlier is None else _joined(earlier, new))
@@ -356,7 +356,7 @@ class ReconstructionPictures(ForwardEvaluator):
             rebuilt = reconstruct(trainer, pl_module, batch, self.corruption)
             for m in self.modalities or []:
                 if m not in rebuilt:
-                    raise ValueError(f"ReconstructionPictures: modality {m!r}: {nearest(m, rebuilt)}")
+                    raise ValueError(f"ReconstructionPictures: modality {m!r}: {no_such(m, rebuilt)}")
             if trainer.sanity_checking or not trainer.is_global_zero:
                 continue
             shown = {m: _as_input(rebuilt[m], batch.inputs[m]) or rebuilt[m] for m in self.modalities or rebuilt}

@@ -20,8 +20,8 @@ from descant.callbacks.plots.output import run_folder, save_figure
 from descant.callbacks.plots.subsets import heat_map
 from descant.modules.core.batch import NEGATIVE, Batch
 from descant.modules.core.capabilities import has
+from descant.modules.core.errors import no_such
 from descant.modules.core.protocols import Embeds, Scores
-from descant.modules.engine.configure import nearest
 from descant.modules.evaluation.metrics import knn_scores, wide
 from descant.modules.evaluation.subsets import Subset, fuse_embeddings, subset_name, subsets_of
 
@@ -131,7 +131,7 @@ class ModalitySubsetEval(ForwardEvaluator):
         known = _recipe_modalities(pl_module)
         for m in self.modalities or []:
             if known is not None and m not in known:
-                raise ValueError(f"ModalitySubsetEval: modalities {m!r}: {nearest(m, known)}")
+                raise ValueError(f"ModalitySubsetEval: modalities {m!r}: {no_such(m, known)}")
         self._full = ()
 
     def _forget(self) -> None:
@@ -199,7 +199,7 @@ class ModalitySubsetEval(ForwardEvaluator):
         known = data if recipe is None else [m for m in recipe if m in data]
         for m in self.modalities or []:
             if m not in known:
-                raise ValueError(f"ModalitySubsetEval: modalities {m!r}: {nearest(m, known)}")
+                raise ValueError(f"ModalitySubsetEval: modalities {m!r}: {no_such(m, known)}")
         chosen = tuple(dict.fromkeys(self.modalities or known))
         if not chosen:
             raise ValueError("ModalitySubsetEval: recipe and data have no modality in common")

@@ -14,18 +14,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics.functional.classification import binary_auroc
 
-from descant.callbacks.harmonize.terms import Harmonize, mean_of_ranks, read_together, total_of_ranks
+from descant.callbacks.harmonize.terms import Harmonize
 from descant.callbacks.plots.output import writers
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has, require
+from descant.modules.core.errors import no_such
 from descant.modules.core.hooks import GradientHooks
-from descant.modules.core.host import to_device
+from descant.modules.core.host import read_together, to_device
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import ForksFeatures
-from descant.modules.core.ranks import gather
+from descant.modules.core.ranks import gather, mean_of_ranks, total_of_ranks
 from descant.modules.core.rng import global_seed, mix
 from descant.modules.core.step import Step
-from descant.modules.engine.configure import nearest
 from descant.modules.engine.trainer import log_interval, share_of_run
 from descant.modules.losses.contrastive import promote
 from descant.modules.multitask import Rule
@@ -107,12 +107,12 @@ class HarmonizeFeatures(L.Callback):
         if not met:
             raise ValueError(f"HarmonizeFeatures: no feature of this {name} is shared by two terms")
         if self.feature is not None and self.feature not in met:
-            raise ValueError(f"HarmonizeFeatures: feature {self.feature!r}: {nearest(self.feature, met)}")
+            raise ValueError(f"HarmonizeFeatures: feature {self.feature!r}: {no_such(self.feature, met)}")
         self._names = met[self.feature or next(iter(met))]
         if self.curriculum is not None:
             unknown = [term for term in self.curriculum.only or () if term not in self._names]
             if unknown:
-                raise ValueError(f"Curriculum: only {unknown[0]!r}: {nearest(unknown[0], self._names)}")
+                raise ValueError(f"Curriculum: only {unknown[0]!r}: {no_such(unknown[0], self._names)}")
         pl_module.hooks.watched = stage == "fit"
         pl_module.hooks.rule = self._ruled if self.rule is not None and stage == "fit" else None
 

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -23,10 +22,10 @@ from descant.callbacks.plots.curves import Track, cosine_map
 from descant.callbacks.plots.output import run_folder, save_figure
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.hooks import GradientHooks
-from descant.modules.core.host import host_copy, to_device
+from descant.modules.core.host import read_together, to_device
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import HasObjective
-from descant.modules.core.ranks import world
+from descant.modules.core.ranks import mean_of_ranks
 from descant.modules.core.rng import global_seed, mix
 from descant.modules.core.sham import Sham
 from descant.modules.engine.trainer import log_interval
@@ -213,19 +212,6 @@ class Harmonize(L.Callback):
         save_figure(trainer, folder, figure, "harmony", "harmony/cosines")
 
 
-def read_together(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Float64 tensors on the CPU: an accelerator is read once for all of them.
-
-    >>> [x.tolist() for x in read_together(torch.ones(1, 2).double(), torch.zeros(1).double())]
-    [[[1.0, 1.0]], [0.0]]
-    """
-    away = [x for x in tensors if not x.is_cpu]
-    if not away:
-        return tensors
-    pieces = iter(host_copy(torch.cat([x.double().flatten() for x in away])).split([x.numel() for x in away]))
-    return tuple(x if x.is_cpu else next(pieces).view(x.shape) for x in tensors)
-
-
 @contextmanager
 def standing(pl_module: nn.Module) -> Iterator[None]:
     """Inside, backward passes leave parameters that are split over ranks whole, for the one that counts (FSDP2).
@@ -304,15 +290,3 @@ def gram(grads: Sequence[Tensor]) -> Tensor:
 
 def _trained(pl_module: L.LightningModule) -> list[nn.Parameter]:
     return [p for p in pl_module.parameters() if p.requires_grad]
-
-
-def total_of_ranks(x: Tensor) -> Tensor:
-    """The sum over ranks, in place."""
-    if world() > 1:
-        dist.all_reduce(x)
-    return x
-
-
-def mean_of_ranks(x: Tensor) -> Tensor:
-    """The mean over ranks, in place."""
-    return total_of_ranks(x).div_(world()) if world() > 1 else x

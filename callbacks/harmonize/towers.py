@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from descant.callbacks.harmonize.features import HarmonizeFeatures
-from descant.callbacks.harmonize.terms import Harmonize, gradients, gram, mean_of_ranks, read_together, standing
+from descant.callbacks.harmonize.terms import Harmonize, gradients, gram, standing
 from descant.modules.core.capabilities import has, require
-from descant.modules.core.host import to_device
+from descant.modules.core.host import read_together, to_device
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import ForksFeatures, MultimodalClassifier
+from descant.modules.core.ranks import mean_of_ranks
 from descant.modules.core.rng import global_seed, mix
 from descant.modules.engine.trainer import log_interval
 from descant.modules.multitask import Rule

@@ -1,4 +1,4 @@
-"""Checkpoints that hold what training changed: adapters, heads, losses and running statistics, not the base."""
+"""Lean checkpoints: trained weights only (adapters, heads, losses, running statistics), not the frozen base."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from descant.modules.io.lean import base_of, brought, completed, lean
 
 
 class LeanCheckpoint(L.Callback):
-    """Leaves frozen weights out of checkpoints: a LoRA run's file is its adapters, a locked tower's its head.
+    """Leaves frozen weights out of checkpoints: a LoRA run saves its adapters, a locked tower's run its head.
 
-    Left out is every weight or buffer that takes no gradient and still has the bytes it had before the fit; its 128-bit
-    digest stays in. A checkpoint is loaded onto the model that the configuration builds, if the digests agree, and
-    refused otherwise; everything else loads strictly, as ever. Full checkpoints load too. Weights are hashed once at
-    the start and at every save, which takes about a second a gigabyte.
+    Left out is every weight or buffer that takes no gradient and still has its bytes from before the fit; its 128-bit
+    digest is saved in its place. Such a checkpoint loads into the model that the configuration builds if the digests
+    agree; everything else loads strictly. Full checkpoints load too. Hashing at the start and at every save takes about
+    a second per gigabyte.
 
     Raises:
         ValueError: in setup, if parameters are sharded; when a checkpoint of another base is loaded.
     """
 
-    #: Said twice (by an experiment and an overlay), the last one counts.
+    #: Listed twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(self) -> None:
         self._module: weakref.ref[nn.Module] | None = None
         self._base: dict[str, str] | None = None
-        self._brought: set[str] = set()  # by checkpoints: not what the configuration builds
+        self._brought: set[str] = set()  # loaded from checkpoints: not from the configuration
         self._hook: RemovableHandle | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -44,20 +44,20 @@ class LeanCheckpoint(L.Callback):
             self._hook = pl_module.register_load_state_dict_pre_hook(self._load)
 
     def _load(self, module: nn.Module, state: dict[str, Any], *_: object) -> None:
-        """Before any checkpoint is loaded: fill it up, and note what it brings."""
+        """Before a checkpoint is loaded: complete it, and record what it changes."""
         whole = completed(state, module)
         state.clear()
         state.update(whole)
         self._brought |= brought(state, module)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._base is None:  # of a second fit the base is still what was built at first
+        if self._base is None:  # a second fit keeps the first one's base
             self._base = base_of(pl_module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if not trainer.is_global_zero or self._base is None:
             return
-        base = {name: wanted for name, wanted in self._base.items() if name not in self._brought}
+        base = {name: digest for name, digest in self._base.items() if name not in self._brought}
         for key in ("state_dict", CURRENT_MODEL_STATE):
             if key in checkpoint:
                 checkpoint[key] = lean(checkpoint[key], base)

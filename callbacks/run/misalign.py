@@ -1,4 +1,4 @@
-"""Noise that is known: pairs that do not belong together, planted in training. Letters: B samples."""
+"""Planted label noise: mismatched pairs in training, for testing noise detection. Letters: B samples."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from descant.modules.core.sham import Sham
 
 
 class Misalign(Callback):
-    """Some training samples have a modality of another sample, and a target that says so: to test what finds noise.
+    """Gives a fixed share of the training samples a modality of another sample, and a target that marks them.
 
-        noise_i = uniform(seed, i) < share          a sample is noise in all epochs, or in none
+        noise_i = uniform(seed, i) < share          the same samples in all epochs
 
-    Samples that are noise hand the modality on in a circle through the batch of all ranks, so whose it is changes with
-    the epoch. Evaluation sees nothing of it, and neither does the recipe of the target.
+    Noisy samples pass the modality on in a circle through the batch of all ranks, so its source changes with the epoch.
+    Evaluation is unchanged, and the recipe does not read the target.
 
     Args:
-        modality: that is handed on.
+        modality: to exchange.
         share: of the samples that have it.
-        target: what the batch says by, bool ``[B]``.
+        target: name of the mask in the batch, bool ``[B]``.
 
     Raises:
-        ValueError: for a share that is none; in training, for a modality that the data has not.
+        ValueError: for a share outside 0..1; in training, for a modality that the data lacks.
     """
 
     def __init__(self, modality: str, share: float = 0.4, target: str = "misaligned") -> None:
@@ -41,14 +41,12 @@ class Misalign(Callback):
     def state_key(self) -> str:
         return self._generate_state_key(modality=self.modality)
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
         assert isinstance(batch, Batch)
         if self.modality not in batch.inputs:
             raise ValueError(f"Misalign: the data has no modality {self.modality!r}, only {', '.join(batch.inputs)}")
         x_B, there_B = batch.inputs[self.modality], batch.present[self.modality]
-        drawn_B = uniform_N(batch.index, "misalign", self.modality, global_seed())
-        noise_B = derived(torch.logical_and, there_B, to_device(drawn_B < self.share, x_B.device))
+        sampled_B = uniform_N(batch.index, "misalign", self.modality, global_seed())
+        noise_B = derived(torch.logical_and, there_B, to_device(sampled_B < self.share, x_B.device))
         batch.inputs[self.modality] = Sham.permute(x_B, batch.draw, noise_B)
         batch.targets[self.target] = noise_B

@@ -1,4 +1,4 @@
-"""Where a run is and when it ends: a bar on a terminal, plain lines in a file."""
+"""Progress of a run: a bar on a terminal, plain lines elsewhere, and an estimate of the total time."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from rich.progress import Progress as RichProgress
 
 from descant.callbacks.run.progressive_resizing import ProgressiveResizing
 from descant.callbacks.run.throughput import Meter, count_rows
+from descant.modules.core.errors import say
 from descant.modules.engine.trainer import first_validation, log_interval, run_steps
 
-#: Optimizer steps whose time says how long a run will take, after some that make what is made once; or so many seconds.
+#: Warm-up steps, steps that are timed to estimate the run's time, and seconds after which fewer are enough.
 _SKIPPED, _MEASURED, _SECONDS = 2, 8, 20.0
-#: Seconds of a run of which nothing is said ahead, and of a first validation that comes late.
+#: Seconds of a run that needs no estimate, and until a first validation that is late.
 _SHORT, _LATE = 30.0, 60.0
 
 
@@ -42,30 +43,28 @@ def clock(seconds: float) -> str:
 
 
 class Progress(ProgressBar):
-    """Step of how many, loss and main metric, samples per second, share of time waiting for data, time left.
+    """Shows step, loss, main metric, samples per second, share of time waiting for data, and time left.
 
-    On a terminal it is one bar that shows evaluations too. Elsewhere it is one plain line an epoch, without
-    control characters::
+    A bar on a terminal, which shows evaluations too; elsewhere one plain line an epoch, without control characters::
 
         step 240/1200  epoch 3  loss 2.31  val/i2t_r1 0.31  1,420 samples/s  data 3 %  eta 4m10s
 
-    A run of a single epoch has a line for each tenth of its steps, but none before 100 more. Only rank 0
-    prints. Samples per second and the wait for data are of the time since the last line or redraw and leave
-    evaluation out; the time left includes it, at the pace of the run so far.
+    A run of a single epoch has a line for each tenth of its steps, but at least 100 steps apart. Only rank 0 prints.
+    Speed and data wait are over the time since the last line or redraw, without evaluation; the time left includes it.
 
-    Once ten steps are timed, one line on stderr says how long the run will take and when its first validation is due;
-    where that is late, which option brings it nearer. Runs of less than half a minute have no such line.
+    After ten timed steps, one line on stderr estimates the run's time and its first validation and, where that is late,
+    names the option that validates sooner. Runs of less than half a minute have no such line.
 
     Args:
         metric: a logged metric to show beside the loss.
         refresh: seconds between two redraws on a terminal.
-        lines_every: where there is no terminal, a line every so many optimizer steps instead of every epoch.
+        lines_every: without a terminal, a line every so many optimizer steps instead of every epoch.
 
     Raises:
         ValueError: if ``refresh`` is negative or ``lines_every`` is not positive.
     """
 
-    #: Said twice (by an experiment and an overlay), the last one counts.
+    #: Listed twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(self, metric: str | None = None, refresh: float = 0.5, lines_every: int | None = None) -> None:
@@ -84,10 +83,8 @@ class Progress(ProgressBar):
         self._begin = (0.0, 0)  # when training began, and at which step
         self._drawn = -math.inf
         self._line = -1  # step of the last line
-        self._trial: Meter | None = None  # of the steps by which the run's time is estimated, until that is said
-        self._read: dict[str, tuple[Any, float]] = {}  # what was logged last, and its number
-
-    # what Lightning asks of a progress bar ------------------------------------------------------------------
+        self._trial: Meter | None = None  # times the steps of the estimate, until it is printed
+        self._read: dict[str, tuple[Any, float]] = {}  # last logged value, and its number
 
     def disable(self) -> None:
         self._enabled = False
@@ -101,16 +98,10 @@ class Progress(ProgressBar):
         elif self._enabled:
             print(*args, **kwargs)
 
-    # training -----------------------------------------------------------------------------------------------
-
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         steps = run_steps(trainer)  # on every rank: it may load data
         self._total = int(steps) if math.isfinite(steps) and steps > 0 else None
-        self._meter, self._begin, self._line = (
-            Meter(),
-            (time.monotonic(), trainer.global_step),
-            trainer.global_step,
-        )
+        self._meter, self._begin, self._line = (Meter(), (time.monotonic(), trainer.global_step), trainer.global_step)
         self._trial = Meter() if self._enabled and self._total else None
         self._every = self.lines_every or 0
         batches = trainer.num_training_batches
@@ -119,16 +110,12 @@ class Progress(ProgressBar):
         self._open("training", self._total, trainer.global_step)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._meter.wait(time.perf_counter())
-        if self._trial is not None:
-            self._trial.wait(time.perf_counter())
+        for meter in self._meters():
+            meter.wait(time.perf_counter())
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._meter.work(time.perf_counter())
-        if self._trial is not None:
-            self._trial.work(time.perf_counter())
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        for meter in self._meters():
+            meter.work(time.perf_counter())
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -138,19 +125,19 @@ class Progress(ProgressBar):
             return
         if self._trial is not None:
             self._trial.done(time.perf_counter(), 0)
-            self._tell_time(trainer, self._trial)
+            self._estimate(trainer, self._trial)
         step = trainer.global_step
         if self._bar is not None:
-            if step % log_interval(trainer) == 0:  # where a device is read anyway, and not at the next redraw
+            if step % log_interval(trainer) == 0:  # where the device is read anyway
                 self._numbers(trainer.callback_metrics)
             if self._due():
                 self._draw(trainer)
         elif self._every and step % self._every == 0 and step > self._line:
-            # inside an epoch, reading the metrics communicates with no other rank
+            # reading the metrics within an epoch communicates with no other rank
             self._print_line(trainer, trainer.callback_metrics)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # On every rank: an epoch's metrics are reduced over ranks when they are first read.
+        # on every rank: an epoch's metrics are reduced over ranks when they are first read
         metrics = trainer.callback_metrics
         if not self._enabled:
             return
@@ -159,11 +146,8 @@ class Progress(ProgressBar):
         elif trainer.global_step > self._line and (not self._every or self._finished(trainer)):
             self._print_line(trainer, metrics)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._close()
-
-    def _tell_time(self, trainer: L.Trainer, trial: Meter) -> None:
-        """The line about the whole run's time, as soon as enough steps are timed."""
+    def _estimate(self, trainer: L.Trainer, trial: Meter) -> None:
+        """Print the estimate of the whole run's time, once enough steps are timed."""
         assert self._total is not None
         accumulate = trainer.accumulate_grad_batches
         if trial.batches == _SKIPPED * accumulate and trainer.global_step - self._begin[1] <= _SKIPPED:
@@ -175,7 +159,7 @@ class Progress(ProgressBar):
         self._trial = None
         whole, wait = trial.seconds / steps, trial.waited / steps
         left = self._total - self._begin[1]
-        # what is read the first time only is waited for in the first epoch only
+        # data that is cached is waited for in the first epoch only
         data = trainer.datamodule  # type: ignore[attr-defined]
         epoch = math.ceil(trainer.num_training_batches / accumulate)
         slow = min(left, epoch) if getattr(data, "warms", False) else left
@@ -185,34 +169,37 @@ class Progress(ProgressBar):
 
         if seconds(left) < _SHORT:
             return
-        print(f"descant: {self._time_line(trainer, seconds(left), left, seconds)}", file=sys.stderr, flush=True)
+        say(self._time_line(trainer, seconds(left), left, seconds))
 
     def _time_line(self, trainer: L.Trainer, whole: float, left: int, seconds: Callable[[float], float]) -> str:
-        told = f"about {clock(whole)} of training for {left:,} steps"
+        line = f"about {clock(whole)} of training for {left:,} steps"
         if any(isinstance(callback, ProgressiveResizing) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            told += " at the present size of images"
+            line += " at the current image size"
         accumulate = trainer.accumulate_grad_batches
         batches = first_validation(trainer)
         first = batches / accumulate
         if self._begin[1] or not first <= left:  # a resumed run may have validated
-            return told
-        told += f"; first validation after about {clock(seconds(first))}"
+            return line
+        line += f"; first validation after about {clock(seconds(first))}"
         if seconds(first) <= _LATE:
-            return told
+            return line
         epoch = math.ceil(trainer.num_training_batches / accumulate)
         every = trainer.check_val_every_n_epoch or 1
         soon = next((n for n in range(every - 1, 0, -1) if seconds(n * epoch) <= _LATE), None)
         if soon is not None:
-            return f"{told}: --trainer.check_val_every_n_epoch {soon} validates sooner"
+            return f"{line}: --trainer.check_val_every_n_epoch {soon} validates sooner"
         sooner = max(int(_LATE / seconds(1)), 1) * accumulate
         epochs = " --trainer.check_val_every_n_epoch 1" if every > 1 else ""
-        return f"{told}:{epochs} --trainer.val_check_interval {sooner} validates sooner"
+        return f"{line}:{epochs} --trainer.val_check_interval {sooner} validates sooner"
+
+    def _meters(self) -> list[Meter]:
+        return [meter for meter in (self._meter, self._trial) if meter is not None]
 
     def _finished(self, trainer: L.Trainer) -> bool:
         return trainer.should_stop or (self._total is not None and trainer.global_step >= self._total)
 
     def status(self, trainer: L.Trainer, metrics: dict[str, Any]) -> list[str]:
-        """The parts of a line after the step: loss, metric, speed, wait, time left."""
+        """Parts of a line after the step: loss, metric, speed, wait, time left."""
         parts = [f"{name} {number:.4g}" for name, number in self._numbers(metrics).items()]
         if self._meter.seconds > 0:
             speed = self._meter.rows_per_second
@@ -226,14 +213,14 @@ class Progress(ProgressBar):
         return parts
 
     def _numbers(self, metrics: dict[str, Any]) -> dict[str, float]:
-        """Name -> number of the loss and the metric. What is logged once is read once."""
-        found = {}
+        """Name -> number of the loss and the metric. Each logged value is read from the device once."""
+        numbers = {}
         for key, name in (("train/loss", "loss"), (self.metric, self.metric)):
             if key is not None and name is not None and key in metrics:
                 if key not in self._read or self._read[key][0] is not metrics[key]:
                     self._read[key] = metrics[key], float(metrics[key])
-                found[name] = self._read[key][1]
-        return found
+                numbers[name] = self._read[key][1]
+        return numbers
 
     def _print_line(self, trainer: L.Trainer, metrics: dict[str, Any]) -> None:
         self._line = trainer.global_step
@@ -241,12 +228,9 @@ class Progress(ProgressBar):
         head = [f"step {trainer.global_step}{total}", f"epoch {trainer.current_epoch + 1}"]
         print("  ".join(head + self.status(trainer, metrics)), file=self._stream(), flush=True)
 
-    # evaluation ---------------------------------------------------------------------------------------------
-
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._meter.wait(None)
-        if self._trial is not None:
-            self._trial.wait(None)
+        for meter in self._meters():
+            meter.wait(None)
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._open("validating", _total(trainer.num_val_batches))
         elif self._bar is not None and self._task is not None:
@@ -266,25 +250,26 @@ class Progress(ProgressBar):
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._open("testing", _total(trainer.num_test_batches))
 
-    def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_test_batch_end(self, *_: Any) -> None:
         self._advance()
-
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._close()
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._open("predicting", _total(trainer.num_predict_batches))
 
-    def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_test_end(self, *_: Any) -> None:
+        self._close()
+
+    def on_predict_batch_end(self, *_: Any) -> None:
         self._advance()
 
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_predict_end(self, *_: Any) -> None:
         self._close()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_train_end(self, *_: Any) -> None:
         self._close()
 
-    # the bar ------------------------------------------------------------------------------------------------
+    def on_exception(self, *_: Any) -> None:
+        self._close()
 
     def _stream(self) -> TextIO:
         return sys.stdout
@@ -292,7 +277,7 @@ class Progress(ProgressBar):
     def _open(self, what: str, total: int | None, completed: int = 0) -> None:
         self._close()
         console = Console(file=self._stream())
-        # Looked up here and not at the start: a launcher may have put a file in the terminal's place by now.
+        # looked up here: a launcher may have redirected stdout since the start
         if not self._enabled or not self._stream().isatty() or console.is_dumb_terminal:
             return
         self._bar = RichProgress(

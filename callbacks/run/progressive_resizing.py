@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from typing import Any
 
 import lightning as L
 from torch import Tensor
@@ -17,22 +18,21 @@ class ProgressiveResizing(L.Callback):
 
         x_BCSS = resize(x_BCHW, S_t),    S_t = sizes[k] while t / T < until[k], the data's own size after the last
 
-    Images are averaged down on the device (bilinear with antialias), after augmentation, so a sample's augmentation is
-    the same at every size. Only training batches are resized: validation and test see the data's own size. What a step
-    costs falls with S_t^2. The size follows from the step, so a resumed run goes on with the same one. Source:
-    fast.ai's DAWNBench entry (Howard 2018); EfficientNetV2 (Tan and Le 2021, arXiv 2104.00298), which lets its
-    augmentation grow as well, and this does not.
+    Images are downsampled on the device (bilinear with antialias) after augmentation. Only training batches are
+    resized; validation and test use the data's own size. The cost of a step falls with S_t^2. The size follows from the
+    step, so resuming is exact. Source: fast.ai's DAWNBench entry (Howard 2018); EfficientNetV2 (Tan and Le 2021, arXiv
+    2104.00298), which also increases its augmentation, and this does not.
 
-    List it before callbacks that look at the batch, such as Throughput.
+    List it before callbacks that read the batch, such as Throughput.
 
     Args:
         sizes: side of the images in pixels, rising.
-        until: share of the run's steps at which each of them ends, rising, above 0 and at most 1.
-        modalities: the inputs that are resized, with their second views.
+        until: share of the run's steps at which each ends, rising, above 0 and at most 1.
+        modalities: the inputs to resize, with their second views.
 
     Raises:
-        ValueError: for lists of other lengths or orders; at the first batch, for a modality that it lacks, that is no
-            floating-point image ``[B, C, H, W]``, or whose images are not larger than ``sizes``.
+        ValueError: for lists of unequal length or not rising; at the first batch, for a modality that it lacks, that is
+            no floating-point image ``[B, C, H, W]``, or whose images are not larger than ``sizes``.
 
     >>> grow = ProgressiveResizing(sizes=[16, 24], until=[0.5, 0.8])
     >>> grow.size_at(0.0), grow.size_at(0.5), grow.size_at(0.8)
@@ -52,12 +52,10 @@ class ProgressiveResizing(L.Callback):
         self.sizes, self.until, self.modalities = sizes, until, modalities or ["image"]
 
     def size_at(self, share: float) -> int | None:
-        """Pixels at a share of the run; None for the data's own."""
+        """Pixels at a share of the run; None: the data's own size."""
         return [*self.sizes, None][bisect_right(self.until, share)]
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, *_: Any) -> None:
         size = self.size_at(share_of_run(trainer))
         if size is None:
             return
@@ -72,10 +70,10 @@ class ProgressiveResizing(L.Callback):
 
 
 def resized(x_BCHW: Tensor, size: int, name: str = "image") -> Tensor:
-    """Images averaged down to ``size`` pixels a side, float ``[B, C, size, size]``.
+    """Images downsampled to ``size`` pixels a side, float ``[B, C, size, size]``.
 
     Raises:
-        ValueError: for what is no floating-point image, or is not larger than ``size``.
+        ValueError: for a tensor that is no floating-point image, or not larger than ``size``.
 
     >>> import torch
     >>> x_BCHW = torch.tensor([0.0, 1.0, 2.0, 3.0]).expand(1, 1, 4, 4)

@@ -1,11 +1,9 @@
-"""What a run came to: `metrics.json` in its folder, and a table at its end."""
+"""Final metrics of a run: ``metrics.json`` in its folder, and a table at its end."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,40 +11,36 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from descant.callbacks.run.throughput import count_rows
 from descant.modules.core.metric_names import CHANCE, order
 from descant.modules.core.sham import Sham
+from descant.modules.io import files
 
 WIDTH = 100
-#: What stands between a set and a metric that is measured in another way -> how the table calls its row.
-BESIDE = {"distinct": "per distinct caption", CHANCE: "by chance"}
+#: Infix of a metric that is measured in another way -> suffix of its row in the table.
+VARIANTS = {"distinct": "per distinct caption", CHANCE: "by chance"}
 
 
 class Report(L.Callback):
-    """Owns ``metrics.json``: one flat object, rewritten at every validation and at the end of fit and test.
+    """Writes ``metrics.json``, one flat object, at every validation and at the end of fit and test; prints a table.
 
-    It holds the newest value of every logged metric under its own name (null where it is not finite), and of
-    the run:
+    It holds the newest value of every logged metric under its own name (null where it is not finite), and of the run:
 
     * ``steps``, ``epochs``: optimizer steps and finished epochs.
-    * ``seconds``: wall time of the fit; ``train_seconds``: the same without evaluation and without setting
-    up.
+    * ``seconds``: wall time of the fit; ``train_seconds``: without evaluation and setup.
     * ``samples``: training rows of all ranks; ``samples_per_second = samples / train_seconds``.
     * ``parameters``, ``parameters_trainable``: of the recipe, shared weights counted once.
-    * ``sham/calls``: where a part has a sham, how often a step its signal was asked for: in the method as in the sham.
+    * ``sham/calls``: signals requested per step of parts that have a sham, the same in the method as in the sham.
 
-    A resumed run goes on counting seconds and samples. A test adds its metrics to the file of the fit. The
-    file is replaced in one move, so a reader never sees half of it. Rank 0 writes it, to the folder of the
-    first logger that has one, else to the Trainer's ``default_root_dir``.
+    A resumed run continues its seconds and samples. A test adds its metrics to the file of the fit. Rank 0 replaces the
+    file atomically, in the folder of the first logger that has one, else in the Trainer's ``default_root_dir``.
 
-    At the end of a command the table shows what that command measured: a row a set, a column a metric.
+    The table at the end of a command has the metrics of that command: a row a set, a column a metric.
     """
 
-    #: Said twice (by an experiment and an overlay), the last one counts.
+    #: Listed twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(self) -> None:
@@ -59,11 +53,9 @@ class Report(L.Callback):
         self._train_began: float | None = None
         self._folder = Path()
         self._shams: list[Sham] = []
-        self._of_data: list[Sham] = []
-        self._calls = self._counted = 0  # of finished parts of the run; what shams had counted when this one began
-        self._drawn = 0  # of the data's shams, when the last batch was over: the next one is drawn before it begins
-
-    # the clock ----------------------------------------------------------------------------------------------
+        self._data_shams: list[Sham] = []
+        self._calls = self._counted = 0  # of earlier parts of the run; what shams had counted at this one's start
+        self._done = 0  # calls of the data's shams when the last batch ended: the next batch is loaded before it starts
 
     def state_dict(self) -> dict[str, Any]:
         seconds = {"seconds": self.seconds, "train_seconds": self.train_seconds}
@@ -71,7 +63,7 @@ class Report(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._samples, self._calls = int(state_dict["samples"]), int(state_dict.get("calls", 0))
-        self._shams, self._counted = [], 0  # what they have counted since is undone
+        self._shams, self._counted = [], 0  # later counts are undone
         self._seconds, self._train_seconds = float(state_dict["seconds"]), float(state_dict["train_seconds"])
 
     @property
@@ -85,16 +77,16 @@ class Report(L.Callback):
 
     @property
     def calls(self) -> int:
-        """How often the signals of shams were asked for."""
+        """How often the signals of shams were requested."""
         return self._calls + sum(sham.calls for sham in self._shams) - self._counted
 
     @property
     def _ahead(self) -> int:
-        """Of the calls those for a batch that has not begun, which a resumed run draws again."""
-        return sum(sham.calls for sham in self._of_data) - self._drawn
+        """Calls for a batch that has not started, which a resumed run repeats."""
+        return sum(sham.calls for sham in self._data_shams) - self._done
 
-    def _over(self) -> None:
-        self._drawn = sum(sham.calls for sham in self._of_data)
+    def _batch_done(self) -> None:
+        self._done = sum(sham.calls for sham in self._data_shams)
 
     def _pause(self) -> None:
         self._train_seconds, self._train_began = self.train_seconds, None
@@ -105,15 +97,15 @@ class Report(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._train_began = time.monotonic()
         self._calls, self._shams = self.calls, list(shams(trainer, pl_module))
-        self._of_data = list(getattr(trainer.datamodule, "shams", ()))  # type: ignore[attr-defined]
+        self._data_shams = list(getattr(trainer.datamodule, "shams", ()))  # type: ignore[attr-defined]
         self._counted = sum(sham.calls for sham in self._shams)
-        self._over()
+        self._batch_done()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._samples += count_rows(batch) * trainer.world_size
-        self._over()
+        self._batch_done()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._pause()
@@ -121,7 +113,7 @@ class Report(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        self._over()
+        self._batch_done()
         self._write(trainer, pl_module)
         if trainer.state.fn == TrainerFn.FITTING:
             self._train_began = time.monotonic()
@@ -140,10 +132,8 @@ class Report(L.Callback):
         self._pause()
         self._seconds, self._fit_began = self.seconds, None
 
-    # the file -----------------------------------------------------------------------------------------------
-
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # An epoch's metrics are reduced over ranks when they are first read, so every rank reads them.
+        # on every rank: an epoch's metrics are reduced over ranks when they are first read
         metrics = trainer.callback_metrics
         if not trainer.is_global_zero:
             return
@@ -172,33 +162,20 @@ class Report(L.Callback):
             "parameters_trainable": sum(p.numel() for p in parameters if p.requires_grad),
         }
 
-    # the table ----------------------------------------------------------------------------------------------
-
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if trainer.is_global_zero and stage in ("fit", "validate", "test"):
             self.show()
 
     def show(self) -> None:
-        """Print what is new since the last table; nothing where nothing is."""
+        """Print the metrics that are new since the last table, if any."""
         new = {name: value for name, value in self.values.items() if self._shown.get(name) != value}
         if not new:
             return
         self._shown = dict(self.values)
-        console = Console()
-        if not sys.stdout.isatty() or console.is_dumb_terminal:
-            print(self.table(new), flush=True)
-            return
-        for columns, rows in blocks(new):
-            table = Table(box=None, pad_edge=False, header_style="bold")
-            for k, column in enumerate(columns):
-                table.add_column(column, justify="left" if k == 0 else "right")
-            for row in rows:
-                table.add_row(*row)
-            console.print(table)
-        console.print(self.summary(new), highlight=False, soft_wrap=True)
+        print(self.table(new), flush=True)
 
     def table(self, values: Mapping[str, float] | None = None) -> str:
-        """The table as plain text of at most 100 columns, and a last line: steps, time, speed, run folder."""
+        """The table as plain text of at most 100 columns, then a line of steps, time, speed and run folder."""
         values = self.values if values is None else values
         lines = []
         for columns, rows in blocks(values):
@@ -224,13 +201,13 @@ class Report(L.Callback):
 
 def run_folder(trainer: L.Trainer) -> Path:
     """The folder of the first logger that has one, else the Trainer's ``default_root_dir``."""
-    # not trainer.log_dir: it is a collective, and takes a first logger without a folder at its word
+    # not trainer.log_dir: it is a collective, and None where the first logger has no folder
     folders = (getattr(logger, "log_dir", None) for logger in trainer.loggers)
     return Path(next((f for f in folders if isinstance(f, str | Path)), trainer.default_root_dir))
 
 
 def shams(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[Sham]:
-    """Every part of recipe, data and callbacks that a control can take the signal from."""
+    """Every sham (control) of recipe, data and callbacks."""
     yield from (part for part in pl_module.modules() if isinstance(part, Sham))
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         yield from (part for part in vars(callback).values() if isinstance(part, Sham))
@@ -238,7 +215,7 @@ def shams(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[Sham]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file; empty where there is no file or it is not an object."""
+    """A JSON object from a file; empty where there is none."""
     try:
         content = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
@@ -247,19 +224,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Replace a JSON file in one move; numbers that are not finite become null."""
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in sorted(values.items())}
+    """Replace a JSON file atomically; non-finite numbers become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    temporary.write_text(json.dumps(clean, indent=1, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in sorted(values.items())}
+    files.write_json(path, clean)
 
 
 def blocks(values: Mapping[str, float], width: int = WIDTH) -> Iterator[tuple[list[str], list[list[str]]]]:
-    """Metrics ``set/metric`` as tables of a row a set: sets that share a metric stand together.
+    """Metrics ``set/metric`` as tables of a row a set; sets that share a metric are in one table.
 
-    Speed and counts of the run are left out, training comes last, and a table wider than ``width`` goes on
-    below.
+    Speed and counts of the run are left out, training comes last, and a table wider than ``width`` continues below.
 
     >>> for columns, rows in blocks({"vendor/r1": 0.25, "concept/r1": 0.5, "train/loss": 2.0}):
     ...     print(columns, rows)
@@ -269,9 +243,9 @@ def blocks(values: Mapping[str, float], width: int = WIDTH) -> Iterator[tuple[li
     sets: dict[str, dict[str, float]] = {}
     for key, value in values.items():
         name, slash, metric = key.partition("/")
-        beside = next((word for word in BESIDE if metric.startswith(f"{word}/")), None)
-        if beside is not None:  # a row of its own, under that of its set
-            name, metric = f"{name}, {BESIDE[beside]}", metric.removeprefix(f"{beside}/")
+        variant = next((word for word in VARIANTS if metric.startswith(f"{word}/")), None)
+        if variant is not None:  # a row of its own, below that of its set
+            name, metric = f"{name}, {VARIANTS[variant]}", metric.removeprefix(f"{variant}/")
         if slash and name not in ("speed", "sham"):
             sets.setdefault(name, {})[metric] = value
     for names in _together(sets):
@@ -291,7 +265,7 @@ def blocks(values: Mapping[str, float], width: int = WIDTH) -> Iterator[tuple[li
 
 
 def _ordered(metrics: list[str]) -> list[str]:
-    """Recall before ranks, of each direction where its first metric stands; everything else where it stands.
+    """Recall before ranks, each direction at its first metric's place; all other metrics stay in place.
 
     >>> _ordered(["loss", "i2t_medr", "i2t_r10", "i2t_r5", "gap"])
     ['loss', 'i2t_r5', 'i2t_r10', 'i2t_medr', 'gap']
@@ -303,13 +277,13 @@ def _ordered(metrics: list[str]) -> list[str]:
 
 
 def _rows(names: list[str], columns: list[str], cells: Mapping[str, list[str]]) -> list[list[str]]:
-    """Rows of a block; none that has nothing to say in it, as chance has not of a gap."""
+    """Rows of a block without empty ones, such as chance has for a gap."""
     rows = [[name, *(cells[m][k] for m in columns)] for k, name in enumerate(names)]
     return [row for row in rows if {*row[1:]} != {"-"}]
 
 
 def _together(sets: Mapping[str, Iterable[str]]) -> list[list[str]]:
-    """Names of sets in groups, where any two that share a metric are in one group."""
+    """Groups of sets; any two that share a metric are in one group."""
     groups: list[tuple[list[str], set[str]]] = []
     for name, metrics in sets.items():
         names, union = [name], set(metrics)
@@ -317,14 +291,12 @@ def _together(sets: Mapping[str, Iterable[str]]) -> list[list[str]]:
             groups.remove(group)
             names, union = [*group[0], *names], union | group[1]
         groups.append((names, union))
-    # what was judged comes first
+    # evaluation first
     return sorted((names for names, _ in groups), key=lambda names: "train" in names)
 
 
 def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}"
+    return "-" if value is None else f"{value:.4g}"
 
 
 def _is_number(value: Any) -> bool:

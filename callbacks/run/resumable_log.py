@@ -1,4 +1,4 @@
-"""What is logged at the start of an epoch, and survives a resume there."""
+"""Values logged between two steps, logged again by a run that resumes there."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from descant.callbacks.plots.output import writers
 
 
 class ResumableLog:
-    """The last numbers that a callback logged between two steps.
+    """The values that a callback logged last, outside a step.
 
-    A run that goes on from the point of that very step has struck out what was logged since the step before, and begins
-    in an epoch that has begun: ``again`` says them once more. To be saved with the callback.
+    A run that resumes from that very step has dropped the rows since the step before, and does not run the hooks of the
+    epoch's start again: ``again`` logs them once more. Its state is to be saved with the callback's.
     """
 
     def __init__(self) -> None:
         self.step, self.log, self.text = -1, dict[str, float](), dict[str, str]()
 
     def say(self, trainer: L.Trainer, log: Mapping[str, float], text: Mapping[str, str] | None = None) -> None:
-        """``text``: words for TensorBoard, by their tags."""
+        """Log values now; ``text``: tag -> text for TensorBoard."""
         self.step, self.log, self.text = trainer.global_step, dict(log), dict(text or {})
         for logger in trainer.loggers:
             logger.log_metrics(self.log, step=self.step)
         for writer in writers(trainer) if trainer.is_global_zero else ():
-            for tag, words in self.text.items():
-                writer.add_text(tag, words, self.step)
+            for tag, line in self.text.items():
+                writer.add_text(tag, line, self.step)
 
     def again(self, trainer: L.Trainer) -> None:
-        """At the start of training, behind Resume."""
+        """Log the last values again if the run resumes at their step. In on_train_start, after Resume."""
         if self.step == trainer.global_step:
             self.say(trainer, self.log, self.text)
 

@@ -1,4 +1,4 @@
-"""Settings that quietly do nothing, said in one line each before the first step, and runs that do so, a little later.
+"""Warnings about settings without effect, one line each before the first step, and about runs that do not learn.
 
 Letters: B samples, D width.
 """
@@ -6,7 +6,6 @@ Letters: B samples, D width.
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any, Literal
 
 import lightning as L
@@ -16,36 +15,36 @@ from torch.optim.lr_scheduler import LambdaLR, LinearLR, SequentialLR
 from descant.modules.core.batch import NEGATIVE, Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.chunks import looks_at_the_batch
+from descant.modules.core.errors import warn
 from descant.modules.core.protocols import Embeds, HasObjective, HasTowers
 from descant.modules.core.rng import by_rank, drawn_by_rank
 from descant.modules.engine.trainer import data_now, first_validation, log_interval, run_steps
 
-#: What is looked at before the first step.
+#: Checks before the first step.
 Before = Literal["rate", "interval", "batch", "frozen", "chunks", "validation", "logger", "mix", "modality", "ranks"]
-#: Losses of which a mean is made, and renewals of answers in a row that earn the same.
+#: Losses to average, and rollouts in a row with equal rewards.
 _FEW, _FLAT = 10, 3
-#: Rates above which no run of ours or of a paper trains, of optimizers that divide by a gradient's size, and of others.
+#: Learning rates above which no run trains: of optimizers that divide by the gradient's size, and of others.
 _ADAPTIVE, _PLAIN = 1.0, 100.0
 
 
 class Sanity(L.Callback):
-    """Warns of inert or absurd settings, one line each on stderr, before the first optimizer step.
+    """Warns of settings that have no effect or cannot work, one line each on stderr; it stops nothing.
 
-    A warm-up that outlasts the run, a learning rate of zero or far above any that trains, a modality of the data that
-    no tower reads or a tower whose modality the data lacks, a run without a step, a log interval longer than the run, a
-    batch larger than its data set, a model that is frozen whole or has trainable parameters in no optimizer, a
-    validation that the run never reaches, batch norms that see a chunk of the batch, frozen parameters that have a
-    learning rate, a term that is multiplied by zero, a run of which nothing is logged, dropout that another number of
-    ranks draws otherwise, and a first backward that leaves no gradient. Once, ``late`` steps after the start: a loss
-    that is where it began, embeddings of different samples
-    that are all alike, and rewards that are all the same. Nothing is stopped: a test may want any of these.
+    Before the first step: a warm-up longer than the run, a learning rate of zero or far too high, a modality without a
+    tower or a tower without its modality, a run without a step, a log interval longer than the run, a batch larger than
+    the data set, a model that is frozen or has trainable parameters in no optimizer, a validation that is never
+    reached, batch norms that see a chunk of the batch, frozen parameters with a learning rate, a term that is
+    multiplied by zero, no logger, dropout that depends on the number of ranks, and a first backward without gradients.
+    Once, after ``late`` steps: a loss that has not fallen, embeddings of different samples that are all alike, and
+    rewards that are all equal.
 
     Args:
         late: steps after which a run should have learned something.
-        meant: what is not told of before the first step, since the experiment means it.
+        meant: checks to skip, where the experiment intends it.
     """
 
-    #: Said twice (by an experiment and an overlay), the last one counts.
+    #: Listed twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(self, late: int = 200, meant: list[Before] | None = None) -> None:
@@ -56,9 +55,10 @@ class Sanity(L.Callback):
         self._flat = 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.max_steps == 0 or trainer.max_epochs == 0:  # then there is no start of training
-            name = "max_steps" if trainer.max_steps == 0 else "max_epochs"
-            _warn(trainer, f"trainer.{name} 0: the run has no step to take, and nothing will change")
+        for name in ("max_steps", "max_epochs"):
+            if getattr(trainer, name) == 0:  # then on_train_start is not called
+                _warn(trainer, f"trainer.{name} 0: the run has no step to take, and nothing will change")
+                return
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # findings() runs on every rank, since counting steps may load data
@@ -76,14 +76,11 @@ class Sanity(L.Callback):
             for name in (name for name in pl_module.step.mix if name not in terms):
                 _warn(trainer, f"mix {name}: no such term in the first step; there is {', '.join(terms)}")
         trainable = [p for p in pl_module.parameters() if p.requires_grad]
-        # sums: a rank may hold none of a small sharded parameter, and nothing has no largest value
+        # sums: a rank may hold nothing of a small sharded parameter, which has no maximum
         norms = [p.grad.detach().abs().sum().float() for p in trainable if p.grad is not None and p.numel()]
-        # one number for the whole model, so that a device is waited for once; a NaN is not "no gradient"
+        # one device read for the whole model; a NaN is not "no gradient"
         if trainable and (not norms or float(torch.stack(norms).max()) == 0):
-            _warn(
-                trainer,
-                "no parameter got a gradient from the first batch: its loss does not depend on the model",
-            )
+            _warn(trainer, "no parameter got a gradient from the first batch: its loss does not depend on the model")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -104,18 +101,16 @@ class Sanity(L.Callback):
         self._flat = self._flat + 1 if flat is not None and float(flat) == 1 else 0
         if self._flat == _FLAT:
             reward = float(trainer.callback_metrics["rollouts/reward"])
-            _warn(
-                trainer,
-                f"all answers to each question earned the same, {_FLAT} times (mean {reward:.3g}): nothing is learned",
-            )
+            line = f"all answers to each question had the same reward, {_FLAT} times (mean {reward:.3g})"
+            _warn(trainer, f"{line}: nothing is learned")
 
     def findings(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
-        """The warnings of a run that is about to take its first step."""
+        """Warnings about a run before its first step."""
         total = run_steps(trainer)
         left = total - trainer.global_step
         if left <= 0:
             return []
-        found: dict[Before, list[str]] = {
+        checks: dict[Before, list[str]] = {
             "rate": _learning_rate(trainer, total),
             "interval": [_log_interval(trainer, total)],
             "batch": [_batch_size(trainer)],
@@ -127,12 +122,12 @@ class Sanity(L.Callback):
             "modality": _unused_modalities(trainer, pl_module),
             "ranks": _by_rank(trainer, pl_module),
         }
-        return [line for name, lines in found.items() if name not in self.meant for line in lines if line]
+        return [line for name, lines in checks.items() if name not in self.meant for line in lines if line]
 
 
 def _warn(trainer: L.Trainer, line: str) -> None:
     if trainer.is_global_zero:
-        print(f"descant: warning: {line}", file=sys.stderr, flush=True)
+        warn(line)
 
 
 def _learning_rate(trainer: L.Trainer, total: float) -> list[str]:
@@ -151,14 +146,14 @@ def _learning_rate(trainer: L.Trainer, total: float) -> list[str]:
 
 
 def _too_fast(trainer: L.Trainer) -> list[str]:
-    """Rates, at their highest, far above any that trains: what a step of Adam moves a weight by is its rate."""
-    found = {}
+    """Peak learning rates far above any that trains: a step of Adam moves a weight by about its rate."""
+    limits = {}
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
             rate, most = float(group.get("initial_lr", group["lr"])), _ADAPTIVE if "betas" in group else _PLAIN
             if rate > most:
-                found[f"a learning rate of {rate:.4g} is far above what {type(optimizer).__name__} trains by"] = most
-    return [f"{line} (more than {most:g}): the loss will not fall" for line, most in found.items()]
+                limits[f"a learning rate of {rate:.4g} is far above what {type(optimizer).__name__} trains by"] = most
+    return [f"{line} (more than {most:g}): the loss will not fall" for line, most in limits.items()]
 
 
 def _only_rises(scheduler: Any, ticks: int) -> bool:
@@ -171,8 +166,7 @@ def _only_rises(scheduler: Any, ticks: int) -> bool:
         factor = scheduler.lr_lambdas[0]
         at = sorted({round(k * (ticks - 1) / 32) for k in range(33)})
         factors = [float(factor(t)) for t in at]
-        # still higher after the end: a warm-up that ends with the run, to the step, has at least done its
-        # work
+        # still higher after the end: a warm-up that ends with the run to the step is accepted
         steps = zip(factors, [*factors[1:], float(factor(ticks))], strict=True)
         return all(a < b for a, b in steps)
     return False
@@ -207,12 +201,12 @@ def _frozen(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
     trainable = {id(p): p.numel() for p in pl_module.parameters() if p.requires_grad}
     if not trainable:
         return [f"every parameter of {type(pl_module).__name__} is frozen: nothing will change"]
-    held = {id(p) for optimizer in trainer.optimizers for g in optimizer.param_groups for p in g["params"]}
-    if not held:  # Lightning puts an empty one where configure_optimizers returns None
+    optimized = {id(p) for optimizer in trainer.optimizers for g in optimizer.param_groups for p in g["params"]}
+    if not optimized:  # Lightning adds an empty one where configure_optimizers returns None
         return [f"{type(pl_module).__name__} has no optimizer: nothing will change"]
     if getattr(trainer.strategy, "restore_checkpoint_after_setup", False):
-        return []  # sharded strategies may hand the optimizer other tensors than the module's
-    lost = sum(n for i, n in trainable.items() if i not in held)
+        return []  # a sharded optimizer may have other tensors than the module
+    lost = sum(n for i, n in trainable.items() if i not in optimized)
     idle: dict[float, int] = {}
     for group in (group for optimizer in trainer.optimizers for group in optimizer.param_groups):
         size = sum(p.numel() for p in group["params"] if not p.requires_grad)
@@ -228,26 +222,26 @@ def _frozen(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
 
 
 def chunked_norms(pl_module: L.LightningModule) -> list[str]:
-    """Towers whose batch norms see a chunk where the loss sees the batch: other gradients than the whole batch's."""
+    """Towers whose batch norms see a chunk of the batch, so that gradients differ from those of the whole batch."""
     if not has(pl_module, HasObjective) or not has(pl_module, HasTowers) or pl_module.step.chunks == 1:
         return []
     return [
-        f"chunks {pl_module.step.chunks}: tower {name} has batch norms, whose statistics are then of a chunk and not "
-        "of the batch; norms of groups or layers have the same gradients for any chunks"
+        f"chunks {pl_module.step.chunks}: tower {name} has batch norms, whose statistics are then of a chunk, not "
+        "of the batch; with group or layer norms gradients do not depend on chunks"
         for name, tower in pl_module.towers.items()
         if looks_at_the_batch(tower)
     ]
 
 
 def _by_rank(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
-    """What makes losses on several ranks others than on one; the data, norms and losses that ship do not."""
+    """Parts of the model that make losses depend on the number of ranks."""
     if trainer.world_size == 1:
         return []
     differ = f"on {trainer.world_size} ranks losses differ from those on another number of ranks"
     lines = [f"{name} {does}: {differ}" for name, does in by_rank(pl_module).items()]
     names = list(drawn_by_rank(pl_module))
-    more = f" and {len(names) - 1} more draw" if len(names) > 1 else " draws"
-    return [*lines, f"{names[0]}{more} dropout by rank: {differ} by this draw"] if names else lines
+    more = f" and {len(names) - 1} more sample" if len(names) > 1 else " samples"
+    return [*lines, f"{names[0]}{more} dropout by rank: {differ} by these masks"] if names else lines
 
 
 def _nothing_logged(trainer: L.Trainer) -> str:
@@ -262,52 +256,50 @@ def _unused_terms(pl_module: L.LightningModule) -> list[str]:
 
 
 def _unused_modalities(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
-    """What the data reads for nobody, and towers that nothing reaches, of a recipe that says what it reads."""
+    """Modalities that no tower reads and towers without input, of a recipe that declares what it reads."""
     reads = getattr(pl_module, "reads", None)
-    there = getattr(data_now(trainer), "modalities", ()) if trainer.datamodule is not None else ()  # type: ignore[attr-defined]
-    if not has(pl_module, HasTowers) or reads is None or not there:
+    available = getattr(data_now(trainer), "modalities", ()) if trainer.datamodule is not None else ()  # type: ignore[attr-defined]
+    if not has(pl_module, HasTowers) or reads is None or not available:
         return []
     used = {*pl_module.towers, *reads}
     lines = [
-        f"the data has {m}, and no tower reads it: it is loaded for nothing (model.towers.{m}, or other data)"
-        for m in there
+        f"the data has {m}, and no tower reads it: it is loaded without use (model.towers.{m}, or other data)"
+        for m in available
         if m not in used and not m.endswith(NEGATIVE)
     ]
     return lines + [
-        f"tower {m} gets no input: the data has {', '.join(there)}" for m in pl_module.towers if m not in there
+        f"tower {m} gets no input: the data has {', '.join(available)}" for m in pl_module.towers if m not in available
     ]
 
 
 def _still(first: list[torch.Tensor], last: list[torch.Tensor], steps: int) -> list[str]:
-    """Where the loss is no lower than it began, by a hundredth at least: what has a chance level is still at it."""
+    """A warning if the loss has not fallen by at least one percent."""
     if len(first) < _FEW or not last:
         return []
-    began, now = (
-        float(torch.stack(losses).mean()) for losses in (first, last)
-    )  # the first and only wait for the device
-    if not (began > 0 and now > 0.99 * began):  # losses below zero are no errors, such as those of rewards
+    began, now = (float(torch.stack(losses).mean()) for losses in (first, last))  # the only device read
+    if not (began > 0 and now > 0.99 * began):  # losses below zero, such as those of rewards, are not judged
         return []
-    return [f"after {steps} steps the loss is {now / began:.1%} of what it began with: nothing is learned so far"]
+    return [f"after {steps} steps the loss is {now / began:.1%} of its start: nothing is learned so far"]
 
 
 @torch.no_grad()
 def _alike(trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> list[str]:
-    """Where embeddings are the same whatever is embedded."""
-    compiled = any(module._compiled_call_impl is not None for module in pl_module.modules())  # it would be once more
+    """Warnings for modalities whose embeddings are all alike (collapsed)."""
+    compiled = any(module._compiled_call_impl is not None for module in pl_module.modules())  # it would compile again
     if not has(pl_module, Embeds) or not isinstance(batch, Batch) or compiled:
         return []
     was = pl_module.training
-    pl_module.eval()  # draws nothing at random, and counts nothing into the norms
+    pl_module.eval()  # no dropout, no batch-norm statistics
     try:
         with trainer.precision_plugin.forward_context():
-            found = pl_module.embed(batch.select(slice(0, 64)))
+            z = pl_module.embed(batch.select(slice(0, 64)))
     finally:
         pl_module.train(was)
     lines = []
-    for name, z_BD in found.items():
+    for name, z_BD in z.items():
         if z_BD.ndim != 2:
             continue
-        z_BD = z_BD[z_BD.norm(dim=1) > 0.5].float()  # of what is absent they are zero
+        z_BD = z_BD[z_BD.norm(dim=1) > 0.5].float()  # zero where the modality is absent
         if len(z_BD) > 1:
             cosine = (z_BD.sum(0).square().sum() - len(z_BD)) / (len(z_BD) * (len(z_BD) - 1))
             if float(cosine) > 0.99:

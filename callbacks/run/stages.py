@@ -1,4 +1,4 @@
-"""From one stage of a run to the next: weights stay, and optimizer, schedule, data and what trains are changed.
+"""Training in stages: at each boundary the optimizer, schedule, data and trainable parameters change; weights stay.
 
 Letters: S steps, K lines.
 """
@@ -18,56 +18,58 @@ from torch.nn.parallel import DistributedDataParallel
 from descant.callbacks.plots.curves import curves
 from descant.callbacks.plots.output import run_folder, save_figure
 from descant.callbacks.policy.rollouts import Rollouts
+from descant.callbacks.run.exact import settle_buckets
+from descant.callbacks.run.order import move_to_front
 from descant.callbacks.run.resumable_log import ResumableLog
-from descant.callbacks.run.resume import Resume, settle_buckets
 from descant.modules.core.capabilities import has
+from descant.modules.core.errors import no_such
 from descant.modules.core.protocols import RolloutData, StagedDataModule, StagedRecipe
-from descant.modules.engine.configure import nearest
 
 
 class Stages(Callback):
-    """Changes the stage of a recipe such as Staged with that of its data, before the first epoch of each.
+    """Moves a recipe such as Staged and its data to the next stage before the first epoch of each.
 
-    Resume goes on in the middle of any: the stage is in every checkpoint, and so are the optimizer and the schedule,
-    which are of that stage alone. At the end of each its weights are kept as ``stages/{name}.ckpt`` in the run's
-    folder, for other runs to begin with and ``descant test`` to look at.
+    A run resumes in the middle of any stage: checkpoints hold the stage and its optimizer and schedule. At the end of
+    each stage its weights are saved as ``stages/{name}.ckpt`` in the run's folder, for other runs to start from and for
+    ``descant test``.
 
-    TensorBoard: ``stages/number``, from 1; a line of text for each; and ``pictures/stages``, what was watched in the
-    course of the run, with the stages marked.
+    TensorBoard: ``stages/number``, from 1; a line of text for each stage; and ``pictures/stages``, the watched metrics
+    over the run, with the stages marked.
 
     Args:
-        watch: names of metrics to draw, each where it has a number: of validations, such as val/answered, and of
-            epochs, such as rollouts/reward.
+        watch: metrics to plot, of validations (val/answered) and of epochs (rollouts/reward).
 
     Raises:
-        ValueError: at setup, for a recipe or data without stages, or with other ones.
+        ValueError: at setup, for a recipe or data without stages, or with different ones.
     """
 
-    #: Said twice (by an experiment and an overlay), the last one counts.
+    #: Listed twice (by an experiment and an overlay), the last one counts.
     once = True
-    #: What data in stages look for.
+    #: Data in stages requires a callback with this attribute.
     advances = True
+    #: Moved to the front: what others do at the start of an epoch, such as rollouts, belongs to the new stage.
+    front, after = True, ("Resume",)
 
     def __init__(self, watch: list[str] | None = None) -> None:
         super().__init__()
         self.watch = list(watch or [])
         self.seen: dict[str, list[tuple[int, float]]] = {name: [] for name in self.watch}
         self.begun: dict[str, int] = {}  # stage -> its first step
-        self.told = ResumableLog()
-        self._sets: list[str] = []  # whose metrics come of validations
+        self.log = ResumableLog()
+        self._sets: list[str] = []  # evaluation sets, whose metrics come from validations
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "seen": {name: list(rows) for name, rows in self.seen.items()},
             "begun": dict(self.begun),
-            **self.told.state_dict(),
+            **self.log.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        kept = state_dict["seen"]
-        self.seen = {name: [(int(s), float(x)) for s, x in kept.get(name, [])] for name in self.watch}
+        seen = state_dict["seen"]
+        self.seen = {name: [(int(s), float(x)) for s, x in seen.get(name, [])] for name in self.watch}
         self.begun = dict(state_dict["begun"])
-        self.told.load_state_dict(state_dict)
+        self.log.load_state_dict(state_dict)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -75,34 +77,27 @@ class Stages(Callback):
             raise ValueError(f"Stages needs a recipe in stages, such as Staged, not {type(pl_module).__name__}")
         if not has(data, StagedDataModule):
             raise ValueError(f"Stages needs data in stages, StagedData, not {type(data).__name__}")
-        theirs, ours = list(data.stages), list(pl_module.stages)
-        if theirs != ours:
-            other = next((name for name in theirs if name not in ours), None)
-            hint = "in another order" if other is None else f"{other!r}: {nearest(other, ours)}"
-            raise ValueError(f"data.stages {', '.join(theirs)}, model.stages {', '.join(ours)}: {hint}")
-        asks = any(isinstance(c, Rollouts) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        of_data, of_model = list(data.stages), list(pl_module.stages)
+        if of_data != of_model:
+            other = next((name for name in of_data if name not in of_model), None)
+            hint = "in another order" if other is None else f"{other!r}: {no_such(other, of_model)}"
+            raise ValueError(f"data.stages {', '.join(of_data)}, model.stages {', '.join(of_model)}: {hint}")
+        rollouts = any(isinstance(c, Rollouts) for c in trainer.callbacks)  # type: ignore[attr-defined]
         for name, during in data.stages.items() if stage == "fit" else ():
-            if has(during.data, RolloutData) and during.epochs and not asks:
-                raise ValueError(
-                    f"stage {name!r}: its data are the model's own answers, and the callback Rollouts asks"
-                )
+            if has(during.data, RolloutData) and during.epochs and not rollouts:
+                raise ValueError(f"stage {name!r}: its data are rollouts of the model; add the callback Rollouts")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # before others: what they do at the start of an epoch, such as asking the model, belongs to its stage
-        rest = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
-        first = [c for c in rest if isinstance(c, Resume)]
-        trainer.callbacks = [*first, self, *(c for c in rest if c not in first)]  # type: ignore[attr-defined]
+        move_to_front(trainer, self)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.training and trainer.strategy.optimizers:  # made for the first stage, before anything was read
+        if trainer.training and trainer.strategy.optimizers:  # built before the checkpoint was read
             trainer.fit_loop._combined_loader = None
             trainer.strategy.setup_optimizers(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._sets = list(trainer.datamodule.evaluation_sets("validate"))  # type: ignore[attr-defined]
-        self.told.again(trainer)
-
-    # from one to the next -----------------------------------------------------------------------------------------
+        self.log.again(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -115,9 +110,9 @@ class Stages(Callback):
     def _advance(self, trainer: L.Trainer, pl_module: Any, name: str) -> None:
         pl_module.begin_stage(name)
         strategy: Any = trainer.strategy
-        if isinstance(strategy.model, DistributedDataParallel):  # it waits for what trained when it was made
+        if isinstance(strategy.model, DistributedDataParallel):  # it reduces what trained when it was built
             strategy.model = pl_module
-            gc.collect()  # the hooks of the old one go with it
+            gc.collect()  # removes the hooks of the old one
             strategy.configure_ddp()
             settle_buckets(strategy.model)
         strategy.setup_optimizers(trainer)
@@ -128,31 +123,29 @@ class Stages(Callback):
         number = list(pl_module.stages).index(name) + 1
         line = f"stage {number} of {len(pl_module.stages)}, {name}: {trains:,} parameters train"
         rank_zero_info(line)
-        self.told.say(trainer, {"stages/number": float(number)}, {"stages": f"step {trainer.global_step}: {line}"})
+        self.log.say(trainer, {"stages/number": float(number)}, {"stages": f"step {trainer.global_step}: {line}"})
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        self._look(trainer, of_validation=False)
+        self._record(trainer, of_validation=False)
         after = trainer.current_epoch + 1
         done, last = data.stage, after - data.since == data.stages[data.stage].epochs
         if not last:
             return
-        # not weights_only, for which Lightning asks no callback, and adapters would be saved with all that is frozen
-        kept = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        kept |= {"optimizer_states": [], "lr_schedulers": []}
-        trainer.strategy.save_checkpoint(kept, run_folder(trainer) / "stages" / f"{done}.ckpt")
+        # not weights_only: callbacks such as LeanCheckpoint would not be called
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        checkpoint |= {"optimizer_states": [], "lr_schedulers": []}
+        trainer.strategy.save_checkpoint(checkpoint, run_folder(trainer) / "stages" / f"{done}.ckpt")
         trainer.strategy.barrier("Stages")
         if data.stage_at(after) != done:
             data.position = (after, 0)
             trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
 
-    # what to look at ----------------------------------------------------------------------------------------------
-
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._look(trainer, of_validation=True)
+            self._record(trainer, of_validation=True)
 
-    def _look(self, trainer: L.Trainer, of_validation: bool) -> None:
+    def _record(self, trainer: L.Trainer, of_validation: bool) -> None:
         for name in self.watch:
             validated = name.partition("/")[0] in self._sets
             value = trainer.callback_metrics.get(name)
@@ -165,15 +158,15 @@ class Stages(Callback):
             save_figure(trainer, folder, self.picture(), "stages", "pictures/stages")
 
     def picture(self) -> Any:
-        """What was watched: a panel for each part of the run that numbers come from."""
+        """A plot of the watched metrics, with one panel for each evaluation set or other prefix."""
         panels: dict[str, tuple[list[str], list[int], np.ndarray]] = {}
         for panel in dict.fromkeys(name.partition("/")[0] for name in self.watch):
-            of = [name for name in self.watch if name.partition("/")[0] == panel and self.seen[name]]
-            steps = sorted({step for name in of for step, _ in self.seen[name]})
+            names = [name for name in self.watch if name.partition("/")[0] == panel and self.seen[name]]
+            steps = sorted({step for name in names for step, _ in self.seen[name]})
             if steps:
-                x_SK = np.full((len(steps), len(of)), np.nan)
-                for k, name in enumerate(of):
+                x_SK = np.full((len(steps), len(names)), np.nan)
+                for k, name in enumerate(names):
                     for step, value in self.seen[name]:
                         x_SK[steps.index(step), k] = value
-                panels[panel] = ([name.partition("/")[2] for name in of], steps, x_SK)
-        return curves("metrics by stage", panels, self.begun)
+                panels[panel] = ([name.partition("/")[2] for name in names], steps, x_SK)
+        return curves("metrics over the stages", panels, self.begun)

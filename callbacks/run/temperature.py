@@ -1,4 +1,4 @@
-"""A higher temperature for the end of a run. No letters: scales are scalars."""
+"""Raise the temperature of contrastive losses late in a run. No letters: scales are scalars."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ from descant.modules.engine.trainer import run_steps
 
 
 class Temperature(Callback):
-    """Divide every learned scale of the losses by a factor late in the run, and hold it there.
+    """Divides the learned scale of every loss by a factor late in the run, and holds it there.
 
         s_t = learned s_t        before step t* = ceil(at * steps of the run)
-        s_t = s_t* / factor      from then on, whatever its gradient says
+        s_t = s_t* / factor      from then on, whatever its gradient
 
-    A contrastive loss of small scale (a high temperature) looks at all negatives and not at the nearest, so what tells
-    one modality from the other costs more: training on with it narrows the gap between them (Liang et al. 2022,
-    arXiv 2203.02053, section 4; as a remedy in arXiv 2502.04263). What it does is part of the checkpoint, so a resumed
-    run holds the same scale.
+    At a small scale (a high temperature) a contrastive loss weighs all negatives, not only the nearest, so features
+    that tell the modalities apart cost more: training on with it narrows the modality gap (Liang et al. 2022, arXiv
+    2203.02053, section 4; as a remedy in arXiv 2502.04263). The checkpoint holds the state, so resuming is exact.
 
     Args:
-        factor: by which a scale is divided and a temperature multiplied.
+        factor: divides the scale and multiplies the temperature.
         at: share of the run's steps after which.
 
     Raises:
@@ -38,7 +37,7 @@ class Temperature(Callback):
     ValueError: Temperature: factor 0.0 is not positive; 4 makes the temperature four times as high
     """
 
-    #: Said twice (by an experiment and an overlay), the last one counts.
+    #: Listed twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(self, factor: float = 4.0, at: float = 0.7) -> None:
@@ -63,28 +62,24 @@ class Temperature(Callback):
                 "InfoNCE and SigLIP have one"
             )
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         # a share of the whole run, which resuming does not change
         if self.held or trainer.global_step < math.ceil(self.at * run_steps(trainer)):
             return
         self.held = True
         with torch.no_grad():
             for part in _scaled(pl_module):
-                part.scale()  # which brings it within its bound: that is the scale in use
+                part.scale()  # clamps it: the scale in use
                 part.log_scale.sub_(math.log(self.factor))
 
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if self.held:
             for part in _scaled(pl_module):
-                part.log_scale.grad = None  # no optimizer moves what has no gradient, be it by momentum or by decay
+                part.log_scale.grad = None  # without a gradient neither momentum nor decay moves it
 
 
 def _scaled(module: nn.Module) -> Iterator[Scaled]:
-    """All parts with a learned scale, in the order of the module."""
+    """All submodules with a learned scale, in module order."""
     for part in module.modules():
         scale = dict(part.named_parameters(recurse=False)).get("log_scale")
         if scale is not None and scale.requires_grad:

@@ -1,4 +1,4 @@
-"""How fast a run is, how long it waits for data, and how much of the machine it uses.
+"""Throughput: samples per second, share of time waiting for data, and model FLOPs utilisation (MFU).
 
 Letters: B rows, N and M sides of a matrix product.
 """
@@ -18,13 +18,13 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from descant.modules.engine.trainer import log_interval
 
-#: The CPU's fused attention is missing from torch's table of formulas.
+#: Fused attention on the CPU, which torch's table of FLOP formulas lacks.
 _ATTENTION_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def image_shapes(batch: Any) -> str:
-    """Of a batch with ``inputs``: the shapes ``[C, H, W]`` of its images, since what a step costs depends on them.
+    """Shapes ``[C, H, W]`` of the images in ``batch.inputs``, on which the cost of a step depends.
 
     >>> from types import SimpleNamespace
     >>> image_shapes(SimpleNamespace(inputs={"image": torch.zeros(2, 3, 8, 8), "text": torch.zeros(2, 5)}))
@@ -36,7 +36,7 @@ def image_shapes(batch: Any) -> str:
 
 
 def count_rows(batch: Any) -> int:
-    """Rows of a batch: of a :class:`Batch`, a tensor, or the first tensor of a mapping or sequence; else 0.
+    """Number of rows of a :class:`Batch`, a tensor, or the first tensor of a mapping or sequence; else 0.
 
     >>> count_rows((torch.zeros(4, 2), torch.zeros(4))), count_rows({"x": torch.zeros(3, 1)}), count_rows(0)
     (4, 3, 0)
@@ -51,10 +51,10 @@ def count_rows(batch: Any) -> int:
 
 
 class Meter:
-    """Rows and seconds of training, split into work and waiting for data; evaluation counts as neither.
+    """Rows and seconds of training, split into work and waiting for data; evaluation is not counted.
 
-    Waiting is the time from the end of one micro-batch to the start of the next. What the trainer does there
-    besides fetching (schedulers, loggers) is in it too, so it is an upper bound.
+    Waiting is the time from the end of one micro-batch to the start of the next, schedulers and loggers included, so it
+    is an upper bound.
 
     >>> meter = Meter()
     >>> meter.wait(0.0); meter.work(1.0); meter.done(4.0, rows=8); meter.work(5.0); meter.done(6.0, rows=8)
@@ -69,7 +69,7 @@ class Meter:
         self._working: float | None = None
 
     def wait(self, now: float | None) -> None:
-        """From ``now`` the loop waits for data; None: what follows (an evaluation) is not counted."""
+        """The loop waits for data from ``now``; None: what follows (an evaluation) is not counted."""
         self._waiting = now
 
     def work(self, now: float) -> None:
@@ -86,7 +86,7 @@ class Meter:
         self.rows, self.batches, self._working, self._waiting = self.rows + rows, self.batches + 1, None, now
 
     def clear(self) -> None:
-        """A new window; a wait that has begun goes on."""
+        """Start a new window; a wait in progress continues."""
         self.rows, self.batches, self.seconds, self.waited = 0, 0, 0.0, 0.0
 
     @property
@@ -100,11 +100,11 @@ class Meter:
 
 
 class FlopCount(TorchDispatchMode):
-    """Adds up the floating-point operations of the matrix products, convolutions and attention inside it.
+    """Counts the FLOPs of matrix products, convolutions and attention inside it.
 
-    A product ``[B, N] x [N, M]`` counts ``2 B N M``. Formulas are torch's own (``torch.utils.flop_counter``);
-    unlike FlopCounterMode it decomposes no operator and hooks no module, so the counted step computes bit for
-    bit what an uncounted one does. Kernels without a formula (custom, Triton, bitsandbytes) count nothing.
+    A product ``[B, N] x [N, M]`` counts ``2 B N M``, by torch's formulas (``torch.utils.flop_counter``). Unlike
+    FlopCounterMode it decomposes no operator and hooks no module, so results stay bit-identical. Kernels without a
+    formula (custom, Triton, bitsandbytes) count nothing.
 
     >>> with FlopCount() as count:
     ...     _ = torch.zeros(5, 3) @ torch.zeros(3, 2)
@@ -132,10 +132,10 @@ class FlopCount(TorchDispatchMode):
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.25) -> float:
-    """The best rate of a square matrix product on this device, in FLOP/s.
+    """Peak rate of a square matrix product on this device, in FLOP/s.
 
-    Sizes double while the budget lasts and are then measured in turn, so that a disturbance does not hit one
-    size alone. Random numbers come from a generator of its own: the run's stay as they are.
+    Sizes double while the budget lasts and are then measured in turn, so that a disturbance does not hit one size
+    alone. The global random generators are not used.
 
     >>> matmul_peak(torch.device("cpu"), torch.float32, seconds=0.01) > 0
     True
@@ -145,10 +145,10 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.25)
     squares: list[Tensor] = []
     best = last = 0.0
     n = 128
-    # a doubled product takes up to eight times as long: stop before one that would outlast the budget
+    # a doubled product takes up to eight times as long: stop before one that exceeds the budget
     while n <= 8192 and time.perf_counter() + 2 * 8 * last < end:
         x_NN = torch.randn(n, n, generator=generator, device=device).to(dtype)
-        _time_matmul(x_NN)  # the first call of a size chooses and loads its kernel
+        _time_matmul(x_NN)  # the first call of a size selects and loads its kernel
         last = _time_matmul(x_NN)
         best = max(best, 2 * n**3 / last)
         squares.append(x_NN)
@@ -174,7 +174,7 @@ def _wait_for(device: torch.device) -> None:
 
 
 def compute_dtype(precision: str) -> torch.dtype:
-    """The type that matrix products run in at a Trainer's ``precision``.
+    """The dtype of matrix products at a Trainer's ``precision``.
 
     >>> compute_dtype("bf16-mixed"), compute_dtype("32-true")
     (torch.bfloat16, torch.float32)
@@ -187,29 +187,26 @@ def compute_dtype(precision: str) -> torch.dtype:
 
 
 class Throughput(L.Callback):
-    """Logs speed at every logging step, each figure over the steps since the last one.
+    """Logs speed at every logging step, over the steps since the last one.
 
-    * ``speed/samples_per_second``: rows of all ranks, evaluation left out.
+    * ``speed/samples_per_second``: rows of all ranks, without evaluation.
     * ``speed/data_wait``: share of the time spent waiting for data, 0 to 1.
-    * ``speed/mfu``: model FLOPs utilisation of one device,
-      ``flops_per_step * steps_per_second / peak_flops``.
+    * ``speed/mfu``: model FLOPs utilisation of a device, ``flops_per_step * steps_per_second / peak_flops``.
 
-    ``flops_per_step`` is counted once for each shape of images, in the forward and backward of the first real
-    micro-batch that has it (times those of an optimizer step); nothing is run twice. It includes what activation
-    checkpointing recomputes and what a probe differentiates. A compiled model runs its counted micro-batch
-    uncompiled, since a compiler that meets a counter gives up on the model for the rest of the run. The count
-    travels in the checkpoint, so a resumed run counts nothing.
+    ``flops_per_step`` is counted once for each shape of images, in the forward and backward of the first micro-batch
+    that has it (times the micro-batches of a step), including recomputed activations and gradient probes. A compiled
+    model runs its counted micro-batch uncompiled, since a compiler that meets a counter stops compiling the model. The
+    count is saved in checkpoints.
 
     Args:
-        peak_flops: FLOP/s of the device; measured for a quarter of a second at the start of the fit (a matrix
-        product
-            in the run's precision) where None.
+        peak_flops: FLOP/s of the device; None: measured at the start of the fit for a quarter of a second, by a matrix
+            product in the run's precision.
 
     Raises:
         ValueError: if ``peak_flops`` is not positive.
     """
 
-    #: Said twice (by an experiment and an overlay), the last one counts.
+    #: Listed twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(self, peak_flops: float | None = None) -> None:
@@ -242,12 +239,10 @@ class Throughput(L.Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._meter.wait(time.perf_counter())
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
         self._meter.work(time.perf_counter())
         self._shapes = image_shapes(batch)
-        if self.flops_per_step and not self._flops:  # of a checkpoint that held one count
+        if self.flops_per_step and not self._flops:  # from a checkpoint of an earlier version, with one count
             self._flops[self._shapes] = self.flops_per_step
         self.flops_per_step = self._flops.get(self._shapes, 0)
         if not self.flops_per_step:
@@ -274,7 +269,7 @@ class Throughput(L.Callback):
         stepped, self._step = trainer.global_step > self._step, trainer.global_step
         logging = stepped and trainer.global_step % log_interval(trainer) == 0
         if logging:
-            _wait_for(pl_module.device)  # work still queued on the device belongs to this window
+            _wait_for(pl_module.device)  # queued work belongs to this window
         meter = self._meter
         meter.done(time.perf_counter(), count_rows(batch))
         if not logging or meter.seconds <= 0:

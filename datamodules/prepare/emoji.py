@@ -31,6 +31,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from descant.modules.io.cache import cache_folder
+from descant.modules.io.files import sha256_of as sha256_of
 
 PACK_DIR = Path(__file__).resolve().parent.parent / "packs" / "emoji"
 VERSION = 1
@@ -107,11 +108,6 @@ class Concept:
 
 
 # 1. Fetch: the user's own npm decides where from; the pinned hash decides whether to believe it.
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fetch_package(package: Package, cache: Path) -> Path:

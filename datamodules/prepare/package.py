@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
@@ -18,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
 from descant.modules.io.cache import cache_folder
+from descant.modules.io.files import sha256_of as sha256_of
 
 # Far above any package of data (tuxpaint-stamps-default: 10,800 members, 142 MB decoded), far below a full disk.
 MAX_MEMBERS = 200_000
@@ -93,11 +93,6 @@ def unpacked(
             package.unpack(source, folder)
             move_into_place(folder, target)
         return target
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

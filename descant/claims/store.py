@@ -13,7 +13,7 @@ from descant.claims.judge import Runs
 from descant.claims.spec import Claim
 from descant.cli.errors import fail, one_line
 from descant.cli.untrusted import json_of
-from descant.run.runs import write_json
+from descant.modules.io.files import write_json
 
 #: Bytes of a result.
 _MOST = 20_000_000

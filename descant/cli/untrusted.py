@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from descant.modules.io.files import open_regular
 from descant.modules.io.jsonl import loads
 
 #: Bytes of a configuration, of metrics, of versions.
@@ -25,17 +25,11 @@ def opened(file: Path, below: Path, most: int | None = None) -> BinaryIO:
     real = file.resolve()
     if not real.is_relative_to(below.resolve()):
         raise ValueError(f"a link out of its folder, to {real}")
-    descriptor = os.open(real, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError("not a regular file")
-        if most is not None and found.st_size > most:
-            raise ValueError(f"larger than {most / 1e6:,.0f} MB")
-        return os.fdopen(descriptor, "rb")
-    except BaseException:
-        os.close(descriptor)
-        raise
+    stream = open_regular(real)
+    if most is not None and os.fstat(stream.fileno()).st_size > most:
+        stream.close()
+        raise ValueError(f"larger than {most / 1e6:,.0f} MB")
+    return stream
 
 
 def text_of(file: Path, below: Path | None = None, most: int = MOST) -> str:

@@ -1,4 +1,4 @@
-"""``descant export``: a run's model in one folder that needs nothing else: weights, configuration, card."""
+"""``descant export``: a run's model as one self-contained folder of weights, configuration and model card."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ if TYPE_CHECKING:
     from descant.report.card import About
 
 _HELP = """\
-descant export: a run's weights, configuration and card in one folder
+descant export: a run's weights, configuration and model card in one folder
 
 usage: descant export RUN --out DIR [--ckpt best|last|PATH] [--towers image,text] [--merge]
 
   descant export demo/001 --out demo-model
 
-Writes model.safetensors (the average, where the run kept one), config.yaml, preprocess.yaml, metrics.json,
-README.md (the model card, with code to copy) and, for a tower that came from transformers, a folder
-towers/NAME that transformers loads. Nothing in it points to another file of this machine. It is loaded back
-and compared, weight by weight, before it appears; an existing folder is never touched.
+Writes model.safetensors (the EMA average, if the run has one), config.yaml, preprocess.yaml, metrics.json,
+README.md (the model card, with code to copy) and, for a transformers tower, a folder towers/NAME that
+transformers loads. The folder needs no other file of this machine. It is loaded back and compared, weight by
+weight, before it gets its name; an existing folder is never changed.
 
 Options:
   RUN                   a run such as demo/001, a checkpoint in one, or an export
   --out DIR             the folder to write
-  --ckpt best|last|PATH the weights of a run (best: what its ModelCheckpoint monitored; else last)
-  --towers A,B          only these towers and what belongs to them
-  --merge               fold adapters into their layers, and quantised weights back into floats
+  --ckpt best|last|PATH the weights of a run (best: by its ModelCheckpoint's monitor; else last)
+  --towers A,B          only these towers and their heads
+  --merge               fold adapters into their layers, and quantized weights back into floats
   --runs DIR            where run folders live (runs)
-  --trust MODULE        allow class paths of another package, such as yours
+  --trust MODULE        allow class paths of another package
 
 Then, in Python: descant.Embedder("DIR").texts(["a red apple"]), or descant.load("DIR") for the recipe itself;
 in YAML: {class_path: SavedTower, init_args: {path: DIR, tower: image}}."""
@@ -46,14 +46,14 @@ def main(args: Sequence[str]) -> int:
     """Write the export.
 
     Raises:
-        Refusal: with one line, for whatever the user can put right.
+        Refusal: for a wrong request, or a run that cannot be exported.
     """
     if not args or "--help" in args or "-h" in args:
         print(_HELP)
         return 0
     request = _read(args)
     if request.out.exists():
-        fail(f"--out {request.out}: it is there already, and an export never overwrites")
+        fail(f"--out {request.out}: it exists, and an export never overwrites")
     try:
         lines = _export(request)
     except (ValueError, OSError, ImportError) as error:
@@ -85,7 +85,7 @@ def _read(args: Sequence[str]) -> argparse.Namespace:
 
 
 def _export(request: argparse.Namespace) -> list[str]:
-    """The export, under another name until it is whole."""
+    """Export under a temporary name until it is complete."""
     from descant.cli.quiet import quieten
     from descant.export import loading
     from descant.modules.io import saved
@@ -103,24 +103,24 @@ def _export(request: argparse.Namespace) -> list[str]:
     scratch.mkdir()
     try:
         with loading.trusting(request.trust):
-            found = saved.find(path, request.ckpt)
-            lines = _write(found, request, scratch)
+            source = saved.find(path, request.ckpt)
+            lines = _write(source, request, scratch)
         _as_other_files(scratch)
-        os.rename(scratch, out)  # over an empty folder at most: over a full one this is an error
+        os.rename(scratch, out)  # fails over a folder that is not empty
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return [line.replace("EXPORT", str(out)) for line in lines]
 
 
 def _as_other_files(folder: Path) -> None:
-    """To be read by whoever may read what the user writes; safetensors makes files that only the user may."""
+    """Set the user's default permissions: safetensors writes files that only the user may read."""
     mask = os.umask(0)
     os.umask(mask)
     for path in (folder, *folder.rglob("*")):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
-def _write(found: Saved, request: argparse.Namespace, folder: Path) -> list[str]:
+def _write(source: Saved, request: argparse.Namespace, folder: Path) -> list[str]:
     import torch
     from safetensors.torch import save_file
 
@@ -131,21 +131,21 @@ def _write(found: Saved, request: argparse.Namespace, folder: Path) -> list[str]
     from descant.run import portable
 
     keep = [name.strip() for name in request.towers.split(",") if name.strip()]
-    kept, recipe = found, rebuild(found)
+    selected, recipe = source, rebuild(source)
     if keep:
-        kept = found._replace(config={**found.config, "model": portable.only(found.model, keep)})
-        recipe = _reduced(recipe, build(kept), portable.dropped(found.model, keep), found.weights)
-    prepared = loading.datamodule(found) if not found.exported else None
-    parts = loading.parts(prepared) if prepared is not None else loading.preprocess(found)
-    model = portable.carried(kept.model, recipe, folder, next(iter(parts.get("text", [])), None))
+        selected = source._replace(config={**source.config, "model": portable.only(source.model, keep)})
+        recipe = _reduced(recipe, build(selected), portable.dropped(source.model, keep), source.weights)
+    prepared = loading.datamodule(source) if not source.exported else None
+    parts = loading.parts(prepared) if prepared is not None else loading.preprocess(source)
+    model = portable.carried(selected.model, recipe, folder, next(iter(parts.get("text", [])), None))
     changed = merge.changed(recipe)
     if request.merge:
         merge.plain(recipe)
         model = portable.merged(model)
     given = (
-        saved.read_yaml(found.folder / loading.PREPROCESS, found.folder)
-        if found.exported
-        else found.config.get("data", {})
+        saved.read_yaml(source.folder / loading.PREPROCESS, source.folder)
+        if source.exported
+        else source.config.get("data", {})
     )
     parts = {modality: part for modality, part in parts.items() if modality in recipe.towers}
     nodes, left = portable.preprocess(parts, given, folder)
@@ -153,9 +153,9 @@ def _write(found: Saved, request: argparse.Namespace, folder: Path) -> list[str]
     save_file({key: value.contiguous().clone() for key, value in state.items()}, folder / saved.WEIGHTS)
     _yaml(folder / saved.CONFIG, "A model that Descant trained: descant.load(FOLDER)", {"model": model})
     _yaml(folder / loading.PREPROCESS, "How raw data becomes what the towers read", nodes)
-    about = card.About(found, request.out.name, recipe, parts, changed and not request.merge, left)
+    about = card.About(source, request.out.name, recipe, parts, changed and not request.merge, left)
     notices = [Path(str(place)) / "NOTICE.md" for place in [getattr(prepared, "folder", None)] if place is not None]
-    for notice in [*notices, found.folder / card.NOTICE]:
+    for notice in [*notices, source.folder / card.NOTICE]:
         if notice.is_file():
             shutil.copyfile(notice, folder / card.NOTICE)
     digest = _confirm(folder, about)
@@ -163,7 +163,7 @@ def _write(found: Saved, request: argparse.Namespace, folder: Path) -> list[str]
     again = loading.load(folder, trust=request.trust).state_dict()
     differing = [k for k, v in state.items() if k not in again or not torch.equal(again[k].cpu(), v.cpu())]
     if differing or len(again) != len(state):
-        raise ValueError(f"{request.run}: what was written does not load back: {(differing or list(again))[0]} differs")
+        raise ValueError(f"{request.run}: the export does not load back: {(differing or list(again))[0]} differs")
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     size = sum(file.stat().st_size for file in files)
     return [
@@ -173,29 +173,30 @@ def _write(found: Saved, request: argparse.Namespace, folder: Path) -> list[str]
 
 
 def _confirm(folder: Path, about: About) -> str:
-    """Write the manifest that the export is read by, and return SHA-256 of its weights."""
+    """Write the manifest of the export, and return SHA-256 of its weights."""
     from descant.modules.io import manifest, saved
+    from descant.modules.io.files import sha256_of
 
     weights = folder / saved.WEIGHTS
     built = [
         file for file in sorted(folder.rglob("*")) if file.is_file() and file.suffix not in (".safetensors", ".md")
     ]
-    files = {file.relative_to(folder).as_posix(): saved.file_sum(file) for file in built}
+    files = {file.relative_to(folder).as_posix(): sha256_of(file) for file in built}
     return manifest.confirm(weights, {"step": about.step, saved.FILES: files})
 
 
 def _reduced(whole: Recipe, part: Recipe, dropped: Sequence[str], place: Path) -> Recipe:
-    """``part`` with the weights of ``whole``, less those of the towers that are left out."""
+    """``part`` with the weights of ``whole``, without those of dropped towers."""
     from descant.modules.io import saved
 
-    own, state = part.state_dict(), whole.state_dict()
-    kept = {k: v for k, v in state.items() if k in own or not any(name in _words(k) for name in dropped)}
-    saved.load_exactly(part, kept, place)
+    names, state = part.state_dict(), whole.state_dict()
+    state = {k: v for k, v in state.items() if k in names or not any(name in _words(k) for name in dropped)}
+    saved.load_exactly(part, state, place)
     return part
 
 
 def _words(key: str) -> list[str]:
-    """``losses.image-audio.scale`` is of image and of audio."""
+    """Names in a key: ``losses.image-audio.scale`` has image and audio."""
     return [word for part in key.split(".") for word in part.split("-")]
 
 

@@ -1,4 +1,4 @@
-"""What differs between the configuration of a run and the one that it is to be resumed with."""
+"""Differences between the configuration of a run and the one that it is resumed or evaluated with."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ import yaml
 from descant.cli.document import load, shown
 from descant.cli.errors import fail, printable, say
 
-#: Where a run is made and how it is watched: none of these changes what is learned. (What damaged data has lost is told
-#: by the digests of the data itself.)
+#: Settings of hardware, logging and evaluation, which do not change training. (Damage of data changes its own digest.)
 FREE = (
     *("name", *(f"data.init_args.{key}" for key in ("num_workers", "eval_batch_size", "damaged", "outside"))),
     *(f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy", "logger", "plugins")),
     *(f"trainer.{key}" for key in ("default_root_dir", "profiler", "log_every_n_steps", "enable_progress_bar")),
     *("trainer.enable_model_summary", "trainer.detect_anomaly", "trainer.limit_test_batches"),
 )
-#: And when and where resume points are saved.
+#: When and where resume points are saved.
 _FREE_CALLBACKS = tuple(f"Resume.{key}" for key in ("every", "keep", "folder", "minutes"))
-#: Settings that are told one a line; of more, a line a part.
+#: With fewer differing settings, one line each; else one line a part of the configuration.
 _MOST = 4
-#: Settings and callbacks that are named in the line of a part, and letters of a value.
+#: Settings and callbacks named in the line of a part, and characters of a value.
 _NAMED, _LETTERS = 4, 60
-#: Of a model, what only its training asks about.
+#: Settings of a model that only training reads.
 _TRAINING = (
     "model.init_args.optimizer",
     "model.init_args.schedule",
@@ -38,121 +37,119 @@ _PARTS = ("data", "model", "trainer")
 
 
 def require_unchanged(checkpoint: Path, config: str, allowed: bool) -> None:
-    """Refuse a resume with other settings than the run's own, unless that is ``allowed``; told in five lines at most.
+    """Refuse a resume with other settings than the run's own, unless ``allowed``; reported in at most five lines.
 
-    Each line ends with the words that bring the run's own settings back.
+    Each line ends with the option that restores the run's own setting.
 
     Raises:
-        Refusal: for the first time that a setting differs and nobody said that it may.
+        Refusal: if settings differ and this is not ``allowed``.
     """
     file = checkpoint.parent.parent / "config.yaml"
     if not file.is_file():
-        return  # a resume point by itself: it tells of data, seed and recipe
+        return  # a resume point outside a run: Resume compares data, seed and recipe
     then, now = load(file).plain, yaml.safe_load(config)
     before, here = _class(then), _class(now)
     if before != here and not allowed:
-        fail(f"--resume: {shown(file.parent)} trains {before}, and this is {here}: --name gives it a run of its own")
-    ours, theirs = _without_callbacks(then), _without_callbacks(now)
-    found = list(changes(then | {"trainer": ours[0]}, now | {"trainer": theirs[0]}))
-    of_callbacks = _of_callbacks(ours[1], theirs[1])
-    own = f"the run's own: --config {shown(file)}"
-    for line in _settings(found, own):
+        fail(f"--resume: {shown(file.parent)} trains {before}, and this is {here}: --name starts a new run")
+    saved, given = _without_callbacks(then), _without_callbacks(now)
+    settings = list(changes(then | {"trainer": saved[0]}, now | {"trainer": given[0]}))
+    callbacks = _of_callbacks(saved[1], given[1])
+    restore = f"the run's own: --config {shown(file)}"
+    for line in _settings(settings, restore):
         say(line)
-    if of_callbacks:
-        say(f"{_CALLBACKS}: {_several(of_callbacks)}; {own}")
-    count = len(found) + len(of_callbacks)
+    if callbacks:
+        say(f"{_CALLBACKS}: {_several(callbacks)}; {restore}")
+    count = len(settings) + len(callbacks)
     if count and not allowed:
-        fail(f"--resume: {count} setting(s) differ from the run's own; --changed allow goes on with them")
+        fail(f"--resume: {count} setting(s) differ from the run's own; --changed allow continues with them")
 
 
 def of_another(checkpoint: Path, source: Path | None, config: str) -> str | None:
-    """What to say where a checkpoint is not of the run, or not of the model, that is evaluated; None where it is.
+    """A warning if a checkpoint is of another run or another model than the one that is evaluated; else None.
 
-    Weights of the same shapes load whatever they were trained as, and the numbers look like those of the run.
+    Weights of the same shapes load whatever they were trained as.
 
     Args:
         source: the run whose configuration is evaluated; None where that is another file.
         config: the configuration, as YAML.
     """
-    own = checkpoint.resolve().parent.parent
-    if not (own / "config.yaml").is_file() or (source is not None and source.resolve() == own):
+    folder = checkpoint.resolve().parent.parent
+    if not (folder / "config.yaml").is_file() or (source is not None and source.resolve() == folder):
         return None
-    then, now = load(own / "config.yaml").plain, yaml.safe_load(config)
-    found = [
+    then, now = load(folder / "config.yaml").plain, yaml.safe_load(config)
+    differing = [
         f"{key.replace('.init_args', '')} {_short(before)} there, {_short(here)} here"
         for key, before, here in changes({"model": then.get("model")}, {"model": now.get("model")})
         if not key.startswith(_TRAINING)
     ]
-    if source is None and not found:
+    if source is None and not differing:
         return None
     here = f"the configuration of {shown(source)}" if source is not None else "this configuration"
-    differs = f": {_several(found)}" if found else ", which trained the same model"
-    return f"the checkpoint is of {shown(own)}, and is evaluated under {here}{differs}"
+    differs = f": {_several(differing)}" if differing else ", which trained the same model"
+    return f"the checkpoint is of {shown(folder)}, and is evaluated with {here}{differs}"
 
 
 def _class(config: object) -> str:
-    """The short name of the recipe; nothing where there is none."""
+    """Short class name of the recipe; empty where there is none."""
     model = config.get("model") if isinstance(config, dict) else None
     return str(model.get("class_path", "")).rpartition(".")[2] if isinstance(model, dict) else ""
 
 
-def _settings(found: Sequence[tuple[str, object, object]], own: str) -> Iterator[str]:
-    """Lines for settings: one a line, or one a part of the configuration where they are many."""
-    if len(found) <= _MOST - 1:
-        for key, then, now in found:
+def _settings(differing: Sequence[tuple[str, object, object]], restore: str) -> Iterator[str]:
+    """Lines for settings: one a setting, or one a part of the configuration where they are many."""
+    if len(differing) <= _MOST - 1:
+        for key, then, now in differing:
             plain = key.replace(".init_args", "")
-            own_value = f"; the run's own: --{plain} {_short(then)}" if _typed(then) else f"; {own}"
-            yield f"{plain}: {_short(then)} in the run, {_short(now)} here{own_value}"
+            option = f"the run's own: --{plain} {_short(then)}" if _typed(then) else restore
+            yield f"{plain}: {_short(then)} in the run, {_short(now)} here; {option}"
         return
     parts: dict[str, list[str]] = {}
-    for key, then, now in found:
+    for key, then, now in differing:
         root, _, rest = key.replace(".init_args", "").partition(".")
         part = root if root in _PARTS else "trainer"
         parts.setdefault(part, []).append(f"{rest if root in _PARTS else root} {_short(then)} -> {_short(now)}")
-    for part, told in parts.items():
-        yield f"{part}: {len(told)} differ (in the run -> here): {_several(told)}; {own}"
+    for part, lines in parts.items():
+        yield f"{part}: {len(lines)} differ (in the run -> here): {_several(lines)}; {restore}"
 
 
 def _without_callbacks(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
     given = config.get("trainer")
     trainer = dict(given) if isinstance(given, dict) else {}
-    found = trainer.pop("callbacks", None) or []
-    return trainer, found if isinstance(found, list) else [found]
+    callbacks = trainer.pop("callbacks", None) or []
+    return trainer, callbacks if isinstance(callbacks, list) else [callbacks]
 
 
 def _of_callbacks(then: Sequence[Any], now: Sequence[Any]) -> list[str]:
-    """What differs in a list of callbacks, whatever their places: which are not in both, then arguments, then order.
+    """Differences between two lists of callbacks: missing ones, then arguments, then order.
 
     >>> _of_callbacks([{"class_path": "a.KNN", "init_args": {"k": 1}}, "EMA"], [{"class_path": "KNN"}])
     ['without EMA here', 'KNN.k 1 -> not set']
     """
     first, second = _by_class(then), _by_class(now)
-    found = [f"without {name} here" for name in first if name not in second]
-    found += [f"{name} only here" for name in second if name not in first]
+    lines = [f"without {name} here" for name in first if name not in second]
+    lines += [f"{name} only here" for name in second if name not in first]
     for name in (name for name in first if name in second):
         args = changes({name: first[name]}, {name: second[name]})
-        found += [f"{key} {_short(old)} -> {_short(new)}" for key, old, new in args if key not in _FREE_CALLBACKS]
-    if not found and list(first) != list(second):
-        found = ["in another order"]
-    return found
+        lines += [f"{key} {_short(old)} -> {_short(new)}" for key, old, new in args if key not in _FREE_CALLBACKS]
+    return lines or (["in another order"] if list(first) != list(second) else [])
 
 
 def _by_class(callbacks: Sequence[Any]) -> dict[str, Any]:
     """Short class name -> arguments; a second one of a class is ``NAME#2``."""
-    found: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     for item in callbacks:
         spec = item if isinstance(item, dict) else {"class_path": item}
         name = base = str(spec.get("class_path")).rpartition(".")[2]
         count = 1
-        while name in found:
+        while name in arguments:
             count += 1
             name = f"{base}#{count}"
-        found[name] = spec.get("init_args") or {}
-    return found
+        arguments[name] = spec.get("init_args") or {}
+    return arguments
 
 
-def _several(told: Sequence[str]) -> str:
-    return ", ".join(told[:_NAMED]) + (f" and {len(told) - _NAMED} more" if len(told) > _NAMED else "")
+def _several(parts: Sequence[str]) -> str:
+    return ", ".join(parts[:_NAMED]) + (f" and {len(parts) - _NAMED} more" if len(parts) > _NAMED else "")
 
 
 def _typed(value: object) -> bool:
@@ -168,7 +165,7 @@ def _short(value: object) -> str:
 
 
 def changes(then: object, now: object) -> Iterator[tuple[str, object, object]]:
-    """Dotted key, value before and value now, of all that differs and matters.
+    """Dotted key, old value and new value of all settings that differ, without FREE ones.
 
     >>> list(changes({"data": {"size": 32}, "name": "a"}, {"data": {"size": 64}, "name": "b"}))
     [('data.size', 32, 64)]
@@ -180,7 +177,7 @@ def changes(then: object, now: object) -> Iterator[tuple[str, object, object]]:
 
 
 def _flat(value: object, path: str = "") -> Iterator[tuple[str, object]]:
-    """Every value by its path; what is null is as good as not there."""
+    """Every value by its path; null counts as missing."""
     items: list[tuple[Any, object]] = []
     if isinstance(value, dict):
         items = list(value.items())

@@ -1,4 +1,4 @@
-"""torchrun starts all ranks again when one of them dies: in the run that they began, at a store of their own."""
+"""torchrun restarts: find the run that the workers began, and use a rendezvous store of their own."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def restarts(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def begun(parent: Path, environment: Mapping[str, str] = os.environ) -> Path | None:
-    """The run in which the workers were before; None where they had none, or are no restart."""
+    """The run of the workers before a restart; None at a first start or where they had no run."""
     if not restarts(environment):
         return None
     notes = list(parent.glob(f".torchrun-{word(environment['TORCHELASTIC_RUN_ID'])}-*"))
-    if _alone(environment):  # run ids repeat, and the agent of this launch is our parent
+    if _alone(environment):  # run ids repeat; the agent of this launch is the parent process
         notes = [note for note in notes if note.name.endswith(f"-{os.getppid()}")]
     newest = max(notes, key=lambda note: note.stat().st_mtime_ns, default=None)
     folder = Path(json_of(newest)[0]) if newest is not None else None
@@ -29,10 +29,10 @@ def begun(parent: Path, environment: Mapping[str, str] = os.environ) -> Path | N
 
 
 def own_store(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Have the ranks of a restart meet at a store of their own.
+    """Use a new TCP store for the ranks of a restart.
 
-    torchrun's outlives them and still tells the addresses of ranks that are gone: who asks too early fails
-    (github.com/pytorch/pytorch/issues/135712). On several nodes counts of restarts may differ, so there it stays:
+    torchrun's store outlives them and still has the addresses of dead ranks, which makes early connections fail
+    (github.com/pytorch/pytorch/issues/135712). On several nodes restart counts may differ, so the store is kept there:
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps where the rendezvous is c10d.
     """
     if not restarts(environment) or not _alone(environment):

@@ -1,4 +1,4 @@
-"""What TensorBoard was given: a run's event files, and their pictures as small as a page needs them."""
+"""Read TensorBoard event files of runs, and their images in the size that a report page needs."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ from PIL import Image
 from descant.cli.errors import one_line, say
 from descant.cli.errors import printable as clean
 from descant.cli.untrusted import opened
+from descant.modules.core.metric_names import OVERVIEW as OVERVIEW
 from descant.run.groups import Group, Run
 
-#: The group of tags that TensorBoard opens on: it sorts groups by name, digits and ``_`` before letters.
-OVERVIEW = "_overview"
-#: Steps of one tag of a run that are shown, and bytes of a record that is no fault.
+#: Steps shown of a tag, and bytes of a record at most.
 _STEPS, _MOST_BYTES = 4, 100_000_000
-#: Widths in pixels, and qualities of a JPEG, from the best: below the last a caption could not be read.
+#: Widths in pixels and JPEG qualities, best first; captions are readable down to the last.
 _SIZES = ((960, 80), (720, 75), (480, 65))
-#: Bytes of what stands around a picture.
+#: Bytes of the HTML around an image.
 _FRAME = 600
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture for a page: ``number`` of its group, ``age`` 0 for the newest of its tag and run, ``uri`` its data."""
+    """An image for a page: ``number`` of its group, ``age`` 0 for the newest of its tag and run, ``uri`` its data."""
 
     tag: str
     number: int
@@ -43,23 +42,23 @@ class Picture:
 
 
 def read(folder: Path) -> Iterator[tuple[int, Any]]:
-    """Step and value (a ``Summary.Value``) of all that the event files of a folder hold, in the order of writing.
+    """Step and value (a ``Summary.Value``) of all events of a folder, in the order of writing.
 
-    Not by TensorBoard's EventAccumulator: that keeps pictures at random and not the newest, and without TensorFlow it
-    takes checksums in Python, at 10 MB/s. A file ends where it is cut or broken: its run may still be writing.
+    TensorBoard's EventAccumulator keeps a random sample of images, not the newest, and without TensorFlow computes
+    checksums in Python, at 10 MB/s. A truncated file is read to its last whole record: its run may still be writing.
     """
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from tensorboard.compat.proto.event_pb2 import Event
 
     files = [path for path in folder.glob("events.out.tfevents.*") if not path.is_dir()]
-    for file in sorted(files, key=_in_order):
+    for file in sorted(files, key=_by_number):
         try:
             stream = opened(file, folder)
         except (OSError, ValueError) as error:
-            say(f"left out, as it cannot be read: {file}: {one_line(error)}")
+            say(f"skipped, as it cannot be read: {file}: {one_line(error)}")
             continue
         with stream:
-            while len(head := stream.read(12)) == 12:  # a record: length, its checksum, data, its checksum
+            while len(head := stream.read(12)) == 12:  # a record: length, checksum, data, checksum
                 length = int.from_bytes(head[:8], "little")
                 data = stream.read(length + 4) if length <= _MOST_BYTES else b""
                 if len(data) != length + 4:
@@ -71,23 +70,22 @@ def read(folder: Path) -> Iterator[tuple[int, Any]]:
                 yield from ((event.step, value) for value in event.summary.value)
 
 
-def _in_order(file: Path) -> list[tuple[int, str]]:
-    """Numbers of a name by size: the tenth file that a process writes in one second follows the ninth."""
+def _by_number(file: Path) -> list[tuple[int, str]]:
+    """Sort key with numbers by value: the tenth file that a process writes in one second follows the ninth."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", file.name)]
 
 
 def pictures(groups: Sequence[Group], budget: int) -> tuple[list[Picture], list[str]]:
-    """The pictures of runs within ``budget`` bytes of page, and lines that say what was left out.
+    """The images of runs within ``budget`` bytes of a page, and lines about those that are left out.
 
-    The newest picture of each tag comes first, of one run a group, then of their other seeds, then older ones; what
-    does not fit any more is left out, the oldest first. A picture is made as small as it must be for one of each tag
-    and group to fit.
+    The newest image of each tag comes first, of one run a group, then of their other seeds, then older ones; what does
+    not fit is left out, the oldest first. Images are shrunk until one of each tag and group fits.
     """
     order = sorted(
         ((rank, number, run) for number, one in enumerate(groups) for rank, run in enumerate(one.runs.values())),
         key=lambda item: item[:2],
     )
-    kept: list[Picture] = []
+    images: list[Picture] = []
     waiting: list[tuple[int, str, int, Run, int, bytes]] = []
     lines: list[str] = []
     share, room, left, broken = 0, budget, 0, 0
@@ -96,16 +94,16 @@ def pictures(groups: Sequence[Group], budget: int) -> tuple[list[Picture], list[
         nonlocal room, left, broken
         made = None if left else _uri(data, min(share, room) - _FRAME)
         if left or (made is not None and len(made[1]) + _FRAME > room):
-            left += 1  # and whatever comes later
+            left += 1  # and all later ones
         elif made is None:
             broken += 1
         else:
             room -= len(made[1]) + _FRAME
-            kept.append(Picture(tag, number, run, step, age, *made))
+            images.append(Picture(tag, number, run, step, age, *made))
 
     for done, (_, number, run) in enumerate(order):
         if left:  # the page is full
-            lines.append(f"Pictures of {len(order) - done} more runs are left out: the page would be too large.")
+            lines.append(f"Images of {len(order) - done} more runs are left out: the page would be too large.")
             break
         tags = _newest(run.folder)
         share = share or (budget // (len(tags) * len(groups)) if tags else 0)
@@ -115,31 +113,31 @@ def pictures(groups: Sequence[Group], budget: int) -> tuple[list[Picture], list[
     for item in sorted(waiting, key=lambda item: item[0]):
         add(*item)
     if left:
-        lines.append(f"{left} pictures are left out, the oldest first: the page would be too large.")
+        lines.append(f"{left} images are left out, the oldest first: the page would be too large.")
     if broken:
-        lines.append(f"{broken} pictures could not be decoded.")
-    if any(picture.shrunk for picture in kept):
-        lines.append("Pictures are smaller here than in the runs' folders.")
-    return kept, lines
+        lines.append(f"{broken} images could not be decoded.")
+    if any(picture.shrunk for picture in images):
+        lines.append("Images are smaller here than in the runs' folders.")
+    return images, lines
 
 
 def _newest(folder: Path) -> list[tuple[str, list[tuple[int, bytes]]]]:
-    """Each tag of a run by name, with its newest pictures, the newest first."""
-    found: dict[str, dict[int, bytes]] = {}
+    """Each tag of a run by name, with its newest images, newest first."""
+    by_tag: dict[str, dict[int, bytes]] = {}
     for step, value in read(folder):
         if value.HasField("image"):
-            steps = found.setdefault(clean(value.tag)[:200], {})
+            steps = by_tag.setdefault(clean(value.tag)[:200], {})
             steps[step] = value.image.encoded_image_string
             if len(steps) > _STEPS:
                 del steps[min(steps)]
-    return [(tag, sorted(steps.items(), reverse=True)) for tag, steps in sorted(found.items())]
+    return [(tag, sorted(steps.items(), reverse=True)) for tag, steps in sorted(by_tag.items())]
 
 
 def _uri(data: bytes, most: int) -> tuple[tuple[int, int], str, bool] | None:
-    """Size, data URI and whether it was made smaller; None for no picture.
+    """Size, data URI and whether it was shrunk; None for data that is no image.
 
-    Of a few sizes it is the largest within ``most`` bytes, else the smallest. It is encoded anew whatever it was, so
-    that nothing but pixels gets into a page.
+    The largest of a few sizes within ``most`` bytes, else the smallest. It is always re-encoded, so that nothing but
+    pixels gets into a page.
     """
     try:
         with warnings.catch_warnings():
@@ -150,7 +148,7 @@ def _uri(data: bytes, most: int) -> tuple[tuple[int, int], str, bool] | None:
             small.thumbnail((width, 4 * width), Image.Resampling.LANCZOS)
             kind, coded = "jpeg", _saved(small, format="JPEG", quality=quality, optimize=True)
             if len(data) <= len(coded) and len(png := _saved(image, format="PNG", optimize=True)) <= len(coded):
-                small, kind, coded = image, "png", png  # few colours, such as a matrix: smaller, and exact
+                small, kind, coded = image, "png", png  # few colours, such as a matrix: smaller and exact
             uri = f"data:image/{kind};base64,{base64.b64encode(coded).decode()}"
             if len(uri) <= most:
                 break

@@ -1,4 +1,4 @@
-"""Exceptions to one line: what the parser says at length, and what the parts say when they are built."""
+"""One error line for an exception of the parser, of building the parts, of a file or of the machine."""
 
 from __future__ import annotations
 
@@ -20,38 +20,38 @@ from descant.cli.errors import one_line
 if TYPE_CHECKING:
     from torch import nn
 
-#: What the parts raise for a wrong request; anything else is a fault of the program and keeps its traceback.
+#: Raised by the parts for a wrong request; anything else is a bug and keeps its traceback.
 _REQUESTS = (ValueError, OSError, FloatingPointError, ImportError)
-#: What a file or the machine brings about, wherever it is met, and whose words are of no help without a place.
+#: Caused by a file or the machine, with messages that need a place.
 _OUTSIDE = (
     *(OSError, UnicodeError, RecursionError, MemoryError, EOFError, csv.Error, struct.error, zlib.error),
     *(pickle.UnpicklingError, tarfile.TarError, yaml.YAMLError, zipfile.BadZipFile, zipfile.LargeZipFile),
 )
-#: Of torch.distributed, by name, so that this file imports without it.
+#: Errors of torch.distributed, by name, so that this file imports without torch.
 _NETWORK = ("DistNetworkError", "DistStoreError")
-#: Where Lightning judges arguments: what it raises there itself is about one of them.
+#: Where Lightning checks arguments: its own errors there are about one of them.
 _LIGHTNING = ("lightning.pytorch", "lightning.fabric")
-#: Modules whose frames are in every traceback, so they say nothing of whose fault it is.
+#: Modules whose frames are in every traceback.
 _ENTRY = ("descant.cli.main", "descant.__main__", "descant.cli.check")
 
 
 def parse_fault(message: str, error: BaseException | None = None) -> str:
-    """The true cause of a parser's error, which stands in the middle of a long union of attempts."""
+    """The cause out of a parser's long message about a union."""
     return _shorten(message)
 
 
 def explain(error: BaseException, building: bool, trust: Sequence[str] = ()) -> str | None:
-    """The line for an exception, or None if it is a fault of the program.
+    """The line for an exception, or None if it is a bug.
 
-    ``building``: while objects are made from the configuration, a ValueError of any library is about a
-    setting; later only those of our own parts (and of trusted modules and optimizers) are.
+    ``building``: while objects are built from the configuration, a ValueError of any library is about a setting; later
+    only those of Descant's own parts, trusted modules and optimizers are.
     """
     error = _root(error)
     if building and "jsonargparse" in _raiser(error) and "\n" in str(error).strip():
-        return parse_fault(str(error), error)  # an account of many lines
+        return parse_fault(str(error), error)
     denied = re.match(r"Importing '([\w.]+)' is not allowed", str(error))
     if denied is not None:
-        return f"class_path {denied[1]} is not one that a configuration may name: --trust {denied[1]} if you trust it"
+        return f"class_path {denied[1]} is not allowed in a configuration: --trust {denied[1]} if you trust it"
     if type(error).__name__ == "MisconfigurationException":
         return _without_gpu(str(error)) or one_line(error)
     if type(error).__name__ in _NETWORK:
@@ -74,7 +74,7 @@ def explain(error: BaseException, building: bool, trust: Sequence[str] = ()) -> 
 
 
 def _without_gpu(message: str) -> str | None:
-    """What to do where a GPU is asked for and there is none.
+    """The line where a GPU is requested and there is none.
 
     >>> _without_gpu("No supported gpu backend found!")
     'trainer.accelerator: no GPU that torch can use on this machine; --config on/cpu trains on the CPU'
@@ -85,16 +85,16 @@ def _without_gpu(message: str) -> str | None:
 
 
 def unbuilt(cls: type, error: Exception, trust: Sequence[str] = ()) -> str | None:
-    """The line for a class of the configuration that could not be built, where :func:`explain` has none or loses it.
+    """The line for a class of the configuration that could not be built.
 
-    A package that is missing is named with the command that installs it; what a library says of a size or a type gets
-    the name of the class that passed it on. None for what the parts say themselves, and for the user's own classes.
+    It names a missing package with the command that installs it, and the class that passed a wrong size or type to a
+    library. None for errors of Descant's own parts, and for the user's own classes.
     """
     if isinstance(error, ImportError):
-        asked = re.search(r"Requirement '([\w.-]+)([^']*)' not met", str(error))
-        name, of = (asked[1], asked[2]) if asked else (str(error.name or "").partition(".")[0], "")
+        needed = re.search(r"Requirement '([\w.-]+)([^']*)' not met", str(error))
+        name, version = (needed[1], needed[2]) if needed else (str(error.name or "").partition(".")[0], "")
         if name:
-            wanted = f"'{name}{of}'" if of else name
+            wanted = f"'{name}{version}'" if version else name
             return f"{cls.__name__}: the package {name} is not installed: pip install {wanted}"
     if isinstance(error, (*_REQUESTS, *_OUTSIDE)) or _within(cls.__module__, trust):
         return None
@@ -104,9 +104,9 @@ def unbuilt(cls: type, error: Exception, trust: Sequence[str] = ()) -> str | Non
 
 
 def outside_ours(error: BaseException, trust: Sequence[str] = ()) -> str | None:
-    """The line for what a library raised before the first step, which a setting has brought about, with who called it.
+    """The line for an error that a library raised before the first step, with the part that called it.
 
-    None where our own code or the user's raised it: that is a fault of the program, and keeps its traceback.
+    None where Descant's or the user's own code raised it: that is a bug and keeps its traceback.
     """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     names = [str(frame.f_globals.get("__name__", "")) for frame in frames]
@@ -124,13 +124,13 @@ def outside_ours(error: BaseException, trust: Sequence[str] = ()) -> str | None:
 
 
 def _worded(error: BaseException) -> str:
-    """What a library says, with its type where the words alone say little."""
+    """A library's message, with the error's type where it is short."""
     text = one_line(error)
     return text[:200] if len(text) > 40 else f"{type(error).__name__}: {text}"
 
 
 def outside(error: BaseException) -> str | None:
-    """The line for what a file or the machine brought about, with the line of ours that met it; None for other errors.
+    """The line for an error of a file or the machine, with Descant's line that met it; None for other errors.
 
     >>> outside(zipfile.BadZipFile("File is not a zip file")), outside(KeyError("x"))
     ('BadZipFile: File is not a zip file; --debug shows more', None)
@@ -144,43 +144,43 @@ def outside(error: BaseException) -> str | None:
         name = str(frame.f_globals.get("__name__", ""))
         if _within(name, ("descant",)) and not _within(name, _ENTRY):
             met = f" (met by {name}:{number})"
-    said = one_line(error)
-    said = said if isinstance(error, OSError | RecursionError | MemoryError) else f"{type(error).__name__}: {said}"
-    return f"{said}{met}; --debug shows more"
+    line = one_line(error)
+    line = line if isinstance(error, OSError | RecursionError | MemoryError) else f"{type(error).__name__}: {line}"
+    return f"{line}{met}; --debug shows more"
 
 
 def _network(message: str) -> str:
-    """Of many lines of C++.
+    """One line out of a C++ message of torch.distributed.
 
     >>> _network("The server socket has failed to listen. port: 29500, name: EADDRINUSE, message: address in use")
-    'MASTER_PORT 29500: in use on this machine; another one, or none, by which a free one is taken'
+    'MASTER_PORT 29500: in use on this machine; set another one, or none for a free one'
     """
     port = re.search(r"port: (\d+)", message)
     if "EADDRINUSE" in message and port is not None:
-        return f"MASTER_PORT {port[1]}: in use on this machine; another one, or none, by which a free one is taken"
+        return f"MASTER_PORT {port[1]}: in use on this machine; set another one, or none for a free one"
     first = message.strip().partition("\n")[0]
     return f"the ranks do not find each other (MASTER_ADDR, MASTER_PORT): {' '.join(first.split())}"
 
 
 def misfit(error: BaseException, model: nn.Module, trust: Sequence[str] = ()) -> str | None:
-    """The line for a part that the first batch does not fit, or None if it is a fault of the program.
+    """The line for a part that the first batch does not fit, or None if it is a bug.
 
-    A class of the user's own keeps its traceback: it is being written.
+    The user's own classes keep their traceback.
     """
-    parts = {id(part): (name, type(part).__name__) for name, part in model.named_modules() if name}
-    found, frames = None, list(traceback.walk_tb(error.__traceback__))
+    parts = {id(module): (name, type(module).__name__) for name, module in model.named_modules() if name}
+    part, frames = None, list(traceback.walk_tb(error.__traceback__))
     for frame, _ in frames:
         if _within(str(frame.f_globals.get("__name__", "")), trust):
             return None
         if frame.f_code.co_name == "forward":
-            found = parts.get(id(frame.f_locals.get("self")), found)
-    if found is None or type(error) not in (RuntimeError, IndexError, TypeError):
+            part = parts.get(id(frame.f_locals.get("self")), part)
+    if part is None or type(error) not in (RuntimeError, IndexError, TypeError):
         return None
-    return f"model.{found[0]} ({found[1]}): the first batch does not fit: {one_line(error)}; --debug shows more"
+    return f"model.{part[0]} ({part[1]}): the first batch does not fit: {one_line(error)}; --debug shows more"
 
 
 def _unlike(error: BaseException) -> str | None:
-    """The first difference between a checkpoint and the model, of what torch tells a line each."""
+    """The first difference between a checkpoint and the model, out of torch's message."""
     lines = [line.strip() for line in str(error).splitlines()]
     found = re.match(r"Error\(s\) in loading state_dict for (\w+)", lines[0]) if lines else None
     if found is None or type(error) is not RuntimeError:
@@ -195,13 +195,13 @@ def _unlike(error: BaseException) -> str | None:
             others += [f"{key} is not in the file" for key in keys]
         elif line.startswith("Unexpected key"):
             others += [f"{key} is in the file, and the model has no such key" for key in keys]
-    told = shapes + others or lines[1:] or ["no key fits"]
-    more = f" (and {len(told) - 1} more differ)" if len(told) > 1 else ""
-    return f"the checkpoint has not the weights of this {found[1]}: {told[0]}{more}"
+    differing = shapes + others or lines[1:] or ["no key fits"]
+    more = f" (and {len(differing) - 1} more differ)" if len(differing) > 1 else ""
+    return f"the checkpoint does not have the weights of this {found[1]}: {differing[0]}{more}"
 
 
 def _root(error: BaseException) -> BaseException:
-    """What was raised first: the parser wraps what a constructor raises in its own account of a union."""
+    """The original error: the parser wraps a constructor's error in its own."""
     while isinstance(error.__cause__, Exception) and "jsonargparse" in _raiser(error):
         error = error.__cause__
     return error
@@ -218,17 +218,17 @@ def _within(name: str, packages: Sequence[str]) -> bool:
 
 def _shorten(message: str) -> str:
     lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
-    # the parser takes no null for a part inside a part from the command line
+    # on the command line the parser takes no null for a nested part
     inner = re.search(r"Given value: NestedArg\(key='([^']+)', val=None\)", message)
     if inner is not None:
         outer = re.search(r'Parser key "([^"]+)"', message)
         key = f"{outer[1] + '.' if outer else ''}{inner[1]}"
-        return f"{key}: null is understood here in a YAML file only, not as an option"
+        return f"{key}: null works here in a YAML file only, not as an option"
     causes = [line for line in lines if re.search(r"not accepted|required|does not accept|Importing '", line)]
     return causes[-1] if causes else _account(message, lines)
 
 
-#: How lines of the parser's account of a union begin that say nothing of the fault.
+#: Beginnings of lines of the parser's message that do not name the fault.
 _ACCOUNT = (
     *("Parser key", "Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>"),
     *("Expected a path but", "Subclass types expect", "a class path (str)", "a dict with"),
@@ -236,12 +236,12 @@ _ACCOUNT = (
 
 
 def _account(message: str, lines: Sequence[str]) -> str:
-    """Key, fault and value out of many lines, whichever of them are there.
+    """Key, fault and value out of many lines, as far as they are there.
 
     >>> _account("", ['Parser key "model":', "Given value: NestedArg(key='towers', val='Linear')"])
     "model.towers: not accepted, got 'Linear'"
     >>> _account("", ['Parser key "data":']), _account("", ["Unexpected config:"])
-    ('data: not accepted', 'Unexpected config: the parser says no more; --debug shows where')
+    ('data: not accepted', 'Unexpected config: the parser gives no details; --debug shows where')
     """
     text = "\n".join(lines)
     keys = re.search(r'Parser key "([^"]+)"', text)
@@ -260,6 +260,6 @@ def _account(message: str, lines: Sequence[str]) -> str:
     got = f", got {given[:80]}" if given and given not in fault else ""
     if key:
         return f"{key}: {fault}{got}"
-    told = faults or [*lines, message]
-    text = " ".join(told)[:200] if told[0].endswith(":") else told[0]
-    return f"{text.rstrip(':')}: the parser says no more; --debug shows where" if text.endswith(":") else text
+    parts = faults or [*lines, message]
+    text = " ".join(parts)[:200] if parts[0].endswith(":") else parts[0]
+    return f"{text.rstrip(':')}: the parser gives no details; --debug shows where" if text.endswith(":") else text

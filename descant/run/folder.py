@@ -1,4 +1,4 @@
-"""What a run folder says of itself: the configuration that replays it, versions, and links to it."""
+"""Callback that writes a run's config.yaml and versions.json, and the links to its folder."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from pathlib import Path
 
 import lightning as L
 
+from descant.modules.io.files import write_json, write_text
 from descant.modules.io.saved import CONFIG_SUM
 from descant.run import runs
 from descant.run.versions import versions
 
 
 class Folder(L.Callback):
-    """Writes ``config.yaml`` and ``versions.json``; makes ``latest`` name it, and ``metrics.json`` beside it a link.
+    """Writes ``config.yaml`` and ``versions.json``, and points ``latest`` and ``metrics.json`` beside the run at it.
 
     Args:
-        run: where.
-        config: the text of the configuration.
+        run: the run.
+        config: text of the configuration.
     """
 
     def __init__(self, run: runs.Run, config: str) -> None:
@@ -28,13 +29,13 @@ class Folder(L.Callback):
         if not trainer.is_global_zero or self.began:
             return
         if file.is_file() and file.read_text(encoding="utf-8") != self.config:
-            _keep(file)  # a resumed run may have been given other settings: the earlier ones stay readable
-        runs.write_text(file, self.config)  # at no moment is there none, or half of one
-        told = {CONFIG_SUM: hashlib.sha256(self.config.encode()).hexdigest()}
-        runs.write_json(self.run.folder / "versions.json", versions() | told)
+            _keep(file)  # a run resumed with other settings keeps the earlier ones
+        write_text(file, self.config)
+        digest = {CONFIG_SUM: hashlib.sha256(self.config.encode()).hexdigest()}
+        write_json(self.run.folder / "versions.json", versions() | digest)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
-        # from the first step on it is a run: one that is refused before leaves no folder and moves no link
+        # from the first step on it counts as a run: one refused before leaves no folder and moves no link
         if not self.began and trainer.is_global_zero:
             runs.point(self.run.folder)
         self.began = True
@@ -51,6 +52,6 @@ class Folder(L.Callback):
 
 def _keep(file: Path) -> None:
     number = 1
-    while (kept := file.with_name(f"{file.stem}.{number}{file.suffix}")).exists():
+    while (copy := file.with_name(f"{file.stem}.{number}{file.suffix}")).exists():
         number += 1
-    runs.write_text(kept, file.read_text(encoding="utf-8"))
+    write_text(copy, file.read_text(encoding="utf-8"))

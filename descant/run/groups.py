@@ -1,6 +1,6 @@
-"""Finished runs, read from their folders, and grouped: one configuration under several seeds is one group.
+"""Finished runs read from their folders, and grouped by configuration: seeds of one configuration are a group.
 
-Run folders are taken for somebody else's: names lose what does not print, and what has no end is refused.
+Run folders are untrusted: names lose characters that do not print, and oversized content is refused.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from descant.modules.io.checkpoints import followed
 from descant.run import runs
 from descant.run.changes import FREE
 
-#: Callbacks that watch a run: with and without them the same is learned, and the same is measured.
+#: Callbacks that change neither training nor metrics.
 _WATCHERS = (
     *("Report", "Progress", "Sanity", "Resume", "ModelCheckpoint", "LeanCheckpoint", "Throughput"),
     *("RetrievalPictures", "Projector"),
 )
 _CALLBACKS = "trainer.callbacks"
 _NO_SETTINGS = (*(key.replace(".init_args", "") for key in FREE), *(f"{_CALLBACKS}.{name}" for name in _WATCHERS))
-#: These lines of a configuration, and those that go on with them: they differ between runs that are the same otherwise.
+#: Lines of a configuration (with continuation lines) that differ between equal runs.
 _OWN = re.compile(r"^(?:seed_everything|name):.*\n?(?:[ \t].*\n?)*", re.MULTILINE)
 _SEED = re.compile(r"^seed_everything: *(\d{1,18}) *$", re.MULTILINE)
 _MOST_SETTINGS = 20_000
-#: Settings in the name of a group.
+#: Settings in the name of a group at most.
 MOST_TOLD = 6
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is ten times as fast
 
 
 class Class(str):
-    """The name of a class, where a configuration chooses one."""
+    """A class name as the value of a setting."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class Run:
     """One run folder.
 
     Attributes:
-        folder: where. name: ``NAME/001``. seed: of ``seed_everything``; None where none was set.
-        settings: dotted key -> value, of all that decides what is learned; null is as good as not there.
-        metrics: of ``metrics.json``, where finite. monitored: metric -> min or max, of its ModelCheckpoints.
-        stopped: ``400 of 1,000 steps``, of a run that has not come to the end that its Trainer was given; else empty.
+        folder: of the run. name: ``NAME/001``. seed: ``seed_everything``; None where none was set.
+        settings: dotted key -> value, of all settings that affect training; null counts as missing.
+        metrics: finite ones of ``metrics.json``. monitored: metric -> min or max, of its ModelCheckpoints.
+        stopped: ``400 of 1,000 steps``, of a run that ended before its Trainer's limit; else empty.
     """
 
     folder: Path
@@ -68,10 +68,10 @@ class Run:
 
 @dataclass
 class Group:
-    """Runs that differ in nothing but their seed, by it; one without a seed stands under its name.
+    """Runs that differ only in their seed, by seed; a run without one is listed by name.
 
     Attributes:
-        name: what sets it apart from the other groups. parts: the same, by dotted key.
+        name: the settings that differ from the other groups. parts: the same, by dotted key.
     """
 
     runs: dict[int | str, Run]
@@ -84,7 +84,7 @@ class Group:
 
     @property
     def stopped(self) -> list[Run]:
-        """Those of its runs that have not come to their end."""
+        """Runs that ended before their limit."""
         return [run for run in self.runs.values() if run.stopped]
 
     @property
@@ -92,22 +92,19 @@ class Group:
         return [seed for seed in self.runs if isinstance(seed, int)]
 
 
-# reading --------------------------------------------------------------------------------------------------------
-
-
 def load(command: str, words: Sequence[str], root: Path) -> list[Run]:
-    """The runs that ``words`` name: a folder, NAME (all runs of that name), NAME/001, or a pattern of these.
+    """The runs of ``words``: a folder, NAME (all runs of that name), NAME/001, or a pattern of these.
 
     Raises:
-        Refusal: for a word that names no run, one named by itself without metrics, or a folder that cannot be read.
+        Refusal: for a word that matches no run, a single run without metrics, or a folder that cannot be read.
     """
-    found: dict[Path, bool] = {}
+    explicit: dict[Path, bool] = {}
     for word in words:
         folders, named = _find(command, word, root)
         for folder in folders:
-            found[folder.resolve()] = found.get(folder.resolve(), False) or named
+            explicit[folder.resolve()] = explicit.get(folder.resolve(), False) or named
     read, without = [], []
-    for folder, named in found.items():
+    for folder, named in explicit.items():
         if _measured(folder):
             read.append(_read(command, folder))
         elif named:
@@ -119,18 +116,18 @@ def load(command: str, words: Sequence[str], root: Path) -> list[Run]:
     if not read:
         fail(f"{command} {' '.join(words)}: none of these runs has a metrics.json: nothing was evaluated yet")
     if without:
-        say(f"left out, as nothing was evaluated yet: {', '.join(without)}")
+        say(f"skipped, as nothing was evaluated yet: {', '.join(without)}")
     return read
 
 
 def _find(command: str, word: str, root: Path) -> tuple[list[Path], bool]:
-    """Run folders that a word means, and whether it names one by itself."""
+    """Run folders of a word, and whether it names a single run."""
     for path in (followed(root / word), followed(Path(word))):
         if runs.is_run(path):
             return [path], True
         if several := runs.runs_of(path.parent, path.name):
             return several, False
-    matches = [root / found for found in glob.glob(word, root_dir=root)] or [Path(found) for found in glob.glob(word)]
+    matches = [root / match for match in glob.glob(word, root_dir=root)] or [Path(match) for match in glob.glob(word)]
     folders: list[Path] = []
     for path in sorted(map(followed, matches)):
         folders += [path] if runs.is_run(path) else runs.runs_of(path.parent, path.name)
@@ -142,7 +139,7 @@ def _find(command: str, word: str, root: Path) -> tuple[list[Path], bool]:
 
 
 def _measured(folder: Path) -> bool:
-    return (folder / "metrics.json").exists()  # also where it is none to be read, which is told
+    return (folder / "metrics.json").exists()  # also where it cannot be read, which is reported
 
 
 def _name(folder: Path) -> str:
@@ -162,9 +159,9 @@ def _read(command: str, folder: Path) -> Run:
 
 
 def stopped(settings: Mapping[str, object], metrics: Mapping[str, float]) -> str:
-    """How far a run came, where that is not as far as its Trainer was to go; empty where it is, or nothing tells.
+    """How far a run came, if it ended before its Trainer's limit; empty otherwise, or where that is not known.
 
-    An EarlyStopping or a ``max_time`` ends a run as it should, wherever that is.
+    A run with EarlyStopping or ``max_time`` counts as finished.
 
     >>> stopped({"trainer.max_steps": 1000, "trainer.max_epochs": -1}, {"steps": 400, "epochs": 3})
     '400 of 1,000 steps'
@@ -173,24 +170,24 @@ def stopped(settings: Mapping[str, object], metrics: Mapping[str, float]) -> str
     """
     if any(key in settings for key in ("trainer.max_time", f"{_CALLBACKS}.EarlyStopping")):
         return ""
-    told = []
+    progress = []
     for unit in ("steps", "epochs"):
         most, done = settings.get(f"trainer.max_{unit}"), metrics.get(unit)
         if isinstance(most, int) and most > 0 and done is not None:
             if done >= most:
                 return ""
-            told.append(f"{done:,.0f} of {most:,} {unit}")
-    return told[0] if told else ""
+            progress.append(f"{done:,.0f} of {most:,} {unit}")
+    return progress[0] if progress else ""
 
 
 def seed_of(text: str) -> int | None:
-    """What a configuration says of ``seed_everything``; None where it is no number.
+    """``seed_everything`` of a configuration; None where it is no number.
 
     >>> seed_of("seed_everything: 3\\n")
     3
     """
-    found = _SEED.search(text)
-    return int(found[1]) if found else None
+    match = _SEED.search(text)
+    return int(match[1]) if match else None
 
 
 def numbers(content: object) -> dict[str, float]:
@@ -200,16 +197,16 @@ def numbers(content: object) -> dict[str, float]:
     {'val/r1': 0.5}
     """
     items = content.items() if isinstance(content, dict) else ()
-    kept = {clean(k): v for k, v in items if isinstance(v, int | float) and not isinstance(v, bool)}
-    return {key: float(value) for key, value in kept.items() if math.isfinite(value)}
+    values = {clean(k): v for k, v in items if isinstance(v, int | float) and not isinstance(v, bool)}
+    return {key: float(value) for key, value in values.items() if math.isfinite(value)}
 
 
-@cache  # the seeds of a group share a text, and reading YAML is nearly all that this takes
+@cache  # the seeds of a group share a text, and parsing YAML takes most of the time
 def _configuration(text: str) -> tuple[dict[str, object], dict[str, str]]:
-    """Settings, and what ModelCheckpoints monitor."""
+    """Settings, and the metrics that ModelCheckpoints monitor."""
     config = yaml.load(text, Loader=_LOADER)
     every = list(islice(_flat(config), _MOST_SETTINGS + 1))
-    if len(every) > _MOST_SETTINGS:  # a few lines of YAML can stand for billions of values
+    if len(every) > _MOST_SETTINGS:  # a few lines of YAML can expand to billions of values
         raise ValueError(f"more than {_MOST_SETTINGS:,} settings")
     flat = {key: value for key, value in every if value is not None}
     checkpoints = [key for key, value in flat.items() if value == "ModelCheckpoint" and key.startswith(_CALLBACKS)]
@@ -223,14 +220,14 @@ def _free(key: str) -> bool:
 
 
 def _flat(value: object, path: str = "") -> Iterator[tuple[str, object]]:
-    """Every setting by its dotted path; a class is the value of its path, and its arguments stand below.
+    """Every setting by its dotted path; a class is the value of its path, and its arguments follow below it.
 
-    Whatever is looked at is told, if only as None, so that whoever takes so many takes no longer.
+    Empty nodes are yielded as None, so that a limit on the number of settings also limits time.
 
     >>> dict(_flat({"model": {"class_path": "a.B", "init_args": {"n": 1, "k": None}}, "at": [1, 5]}))
     {'model': 'B', 'model.n': 1, 'model.k': None, 'at': '[1, 5]'}
     """
-    if isinstance(value, tuple | set):  # of YAML's !!pairs, !!omap and !!set
+    if isinstance(value, tuple | set):  # YAML's !!pairs, !!omap and !!set
         value = list(value)
     if isinstance(value, dict):
         if _is_class(value):
@@ -244,7 +241,7 @@ def _flat(value: object, path: str = "") -> Iterator[tuple[str, object]]:
             yield from _flat(inner, clean(f"{path}.{key}" if path else key))
     elif isinstance(value, list) and value and all(map(_is_class, value)):
         names = [_class(item) for item in value]
-        if path != _CALLBACKS:  # where their order says nothing
+        if path != _CALLBACKS:  # whose order does not matter
             yield path, clean(", ".join(names))
         for n, (name, item) in enumerate(zip(names, value, strict=True)):
             before = names[:n].count(name)
@@ -264,34 +261,30 @@ def _class(node: Mapping[str, object]) -> str:
     return clean(node["class_path"]).rpartition(".")[2]
 
 
-# grouping -------------------------------------------------------------------------------------------------------
-
-
 def group(found: Iterable[Run]) -> list[Group]:
-    """Groups in the order of their first run; of two runs of one group with one seed the later counts, and is told."""
+    """Groups in the order of their first run; of two runs with one seed the later counts, with a notice."""
     groups: dict[frozenset[tuple[str, object]], Group] = {}
-    again = []
+    duplicates = []
     for run in found:
         members = groups.setdefault(frozenset(run.settings.items()), Group({})).runs
         seed = run.name if run.seed is None else run.seed
         if seed in members:
-            again.append(f"{run.name} and not {members[seed].name}")
+            duplicates.append(f"{run.name} and not {members[seed].name}")
         members[seed] = run
     for one in groups.values():
         one.runs = dict(sorted(one.runs.items(), key=lambda item: (isinstance(item[0], str), item[0])))
         steps = [run.metrics.get("steps", 0) for run in one.runs.values()]
         if min(steps) < max(steps):
             say(f"{one.first.name} and its other seeds have {min(steps):,.0f} to {max(steps):,.0f} steps")
-    if again:
-        more = f" ({len(again) - 1} more)" if len(again) > 1 else ""
-        say(f"runs of the same configuration and seed: {again[0]} counts{more}")
-    found_groups = list(groups.values())
-    _label(found_groups)
-    return found_groups
+    if duplicates:
+        more = f" ({len(duplicates) - 1} more)" if len(duplicates) > 1 else ""
+        say(f"runs of the same configuration and seed: {duplicates[0]} counts{more}")
+    _label(list(groups.values()))
+    return list(groups.values())
 
 
 def _label(groups: Sequence[Group]) -> None:
-    """Name each group by what sets it apart: three settings, or as many as it takes, six at most; then by a run."""
+    """Name each group by differing settings: three, or as many as needed up to six; then by a run."""
     if len(groups) == 1:
         groups[0].name = clean(groups[0].first.folder.parent.name)
         return
@@ -302,24 +295,21 @@ def _label(groups: Sequence[Group]) -> None:
     most = max(len(one.parts) for one in groups)
     for width in range(min(3, most), min(most, MOST_TOLD) + 1):
         for one in groups:
-            told = [_told(short[key], value) for key, value in one.parts.items()]
-            one.name = " ".join(told[:width]) + (f" +{len(told) - width}" if len(told) > width else "")
+            parts = [_setting(short[key], value) for key, value in one.parts.items()]
+            one.name = " ".join(parts[:width]) + (f" +{len(parts) - width}" if len(parts) > width else "")
         if len({one.name for one in groups}) == len(groups):
             return
-    alike = Counter(one.name for one in groups)  # what differs is the seventh, or values that read alike: 1 and "1"
+    alike = Counter(one.name for one in groups)  # a later setting, or values that print alike: 1 and "1"
     for number, one in enumerate(groups, 1):
         if alike[one.name] > 1:
-            one.name = (
-                f"{one.name} ({one.first.name})"
-                if len({g.first.name for g in groups}) == len(groups)
-                else (f"{one.name} #{number}")
-            )
+            unique = len({g.first.name for g in groups}) == len(groups)
+            one.name += f" ({one.first.name})" if unique else f" #{number}"
 
 
 def _part(groups: Sequence[Group]) -> None:
-    """Into ``parts`` go the outermost settings that differ; groups that these do not part are parted among themselves.
+    """Fill ``parts`` with the outermost settings that differ, recursively within groups that share these.
 
-    A class that differs stands for its arguments.
+    A class that differs hides its arguments.
     """
     settings = [one.first.settings for one in groups]
     differ = {key for key in set().union(*settings) if any(s.get(key) != settings[0].get(key) for s in settings)}
@@ -347,7 +337,7 @@ def _ends(key: str) -> list[str]:
     return [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
 
 
-def _told(key: str, value: object) -> str:
+def _setting(key: str, value: object) -> str:
     if value is None:
         return f"no {key}"
     text = f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,8 +1,8 @@
-"""One process writes a run's folder: a lock that the system takes back when its holder dies, however that was.
+"""Lock of a run's folder: one process writes it, and the system releases the lock when that process dies.
 
-``RUN/.lock`` is held by ``flock``, and says who holds it. Processes that the holder forks do not hold it, so readers of
-data that outlive a killed run keep nobody out. Where a file system has no ``flock``, what the file says has to do: a
-process that lives on this machine holds it, one of another machine until nothing was written in the folder for an hour.
+``RUN/.lock`` is held by ``flock`` and names its holder. Forked processes do not hold it, so data loaders that outlive a
+killed run block nobody. On file systems without ``flock`` the content of the file decides: a live process of this
+machine holds it, and one of another machine until nothing was written in the folder for an hour.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ except ImportError:  # no such locks on this system
     fcntl = None  # type: ignore[assignment]
 
 FILE = ".lock"
-#: Seconds in which a process that was killed may still be there; those of a node that was lost, whose job begins again.
+#: Seconds to wait for a killed process to go; for a lost node, whose job was requeued.
 GRACE, LOST = 2.0, 120.0
-#: Seconds without a write after which a holder on another machine, which cannot be asked, is taken for dead.
+#: Seconds without a write after which a holder on another machine counts as dead.
 STALE = 3600.0
 _NONE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
-#: Folder -> what holds its lock: an open file, or None where the note alone does.
+#: Folder -> the locked open file, or None where the file's content is the lock.
 _held: dict[Path, int | None] = {}
 
 
 def take(folder: Path) -> None:
-    """Hold the folder until :func:`release`, or until this process ends. Taken twice it is held once.
+    """Lock the folder until :func:`release` or the end of this process; no effect if this process holds it.
 
     Raises:
-        Refusal: if another process writes there; it names that process.
+        Refusal: if another process holds it, naming that process.
     """
     folder = folder.resolve()
     if folder in _held:
@@ -59,17 +59,17 @@ def take(folder: Path) -> None:
     if locked:
         _held[folder] = handle
         os.ftruncate(handle, 0)
-        os.pwrite(handle, _own(), 0)
+        os.pwrite(handle, _holder(), 0)
         return
     os.close(handle)
     other = _note(folder)
     if other and not _again(other) and _lives(folder, other):
         _refuse(folder, other)
     scratch = folder / f"{FILE}.{os.getpid()}"
-    scratch.write_bytes(_own())
+    scratch.write_bytes(_holder())
     (folder / FILE).unlink(missing_ok=True)
     try:
-        os.link(scratch, folder / FILE)  # of two that do so at once one fails
+        os.link(scratch, folder / FILE)  # atomic: of two processes one fails
     except FileExistsError:
         _refuse(folder, _note(folder))
     finally:
@@ -78,7 +78,7 @@ def take(folder: Path) -> None:
 
 
 def release(folder: Path | None = None) -> None:
-    """Give back what this process holds, or one folder of it; what it does not hold is no error."""
+    """Release one folder, or all that this process holds; no error where it holds none."""
     for place in [folder.resolve()] if folder is not None else list(_held):
         if place not in _held:
             continue
@@ -93,7 +93,7 @@ def release(folder: Path | None = None) -> None:
 
 
 def _forget() -> None:
-    """In a process that was forked: the lock is its parent's."""
+    """In a forked process: the lock stays its parent's."""
     for handle in _held.values():
         if handle is not None:
             os.close(handle)
@@ -105,7 +105,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _flock(handle: int) -> bool | None:
-    """Whether it is ours now; None where the file system has no such locks."""
+    """Whether the lock was taken; None where the file system has no such locks."""
     if fcntl is None:
         return None
     try:
@@ -119,27 +119,27 @@ def _flock(handle: int) -> bool | None:
     return True
 
 
-def _own() -> bytes:
+def _holder() -> bytes:
     note = {"pid": os.getpid(), "born": _born(os.getpid()), "host": socket.gethostname(), "job": _job()}
     return json.dumps(note).encode()
 
 
 def _note(folder: Path) -> dict[str, Any]:
     try:
-        found = json.loads((folder / FILE).read_bytes())
+        note = json.loads((folder / FILE).read_bytes())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return note if isinstance(note, dict) else {}
 
 
 def _job() -> str | None:
-    """Of a scheduler or launcher that begins a run again on another machine, or before the last one is quite gone."""
+    """Id of a SLURM or torchrun job, which restarts a run on another machine or before the last process is gone."""
     launch = os.environ.get("TORCHELASTIC_RUN_ID")
     return identity() or (launch if launch != "none" else None)
 
 
 def _again(other: Mapping[str, Any]) -> bool:
-    """Whether the holder was an earlier start of this very job."""
+    """Whether the holder was an earlier start of this job."""
     return _job() is not None and other.get("job") == _job()
 
 
@@ -159,7 +159,7 @@ def _lives(folder: Path, other: Mapping[str, Any]) -> bool:
 
 
 def _born(pid: int) -> str | None:
-    """When a process began, in ticks of this machine: numbers of processes repeat. None where nothing tells."""
+    """Start time of a process in clock ticks, since pids repeat; None where it is not known."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -168,5 +168,5 @@ def _born(pid: int) -> str | None:
 
 def _refuse(folder: Path, other: Mapping[str, Any]) -> None:
     who = f"process {other['pid']} on {other.get('host')}" if "pid" in other else "another process"
-    away = "" if other.get("host") == socket.gethostname() else f"; if that one is gone, remove {FILE} there"
+    away = "" if other.get("host") == socket.gethostname() else f"; if it is gone, remove {FILE} there"
     fail(f"{shown(folder)}: {who} writes this run; wait for its end, or leave out --resume for a new run{away}")

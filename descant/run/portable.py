@@ -1,4 +1,4 @@
-"""A model's configuration and parts without the files that they were made from: what an export can carry anywhere."""
+"""Make a model's configuration and parts independent of the files that they were made from, for an export."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union, cast, get_args, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
 import torch
 from torch import nn
@@ -14,7 +14,8 @@ from torch import nn
 from descant.cli.errors import fail, hint
 from descant.cli.signatures import find_class
 from descant.datamodules.fields.fields import AudioField
-from descant.modules.engine.configure import Lora, Quantize
+from descant.modules.adaptation.lora import Lora
+from descant.modules.adaptation.quantize import Quantize
 from descant.modules.io import merge
 from descant.modules.io.saved import PLACE, WEIGHTS, Node
 from descant.modules.tokenizers.text import BPETokenizer, NgramTokenizer, PretrainedTokenizer, Tokenizer
@@ -22,15 +23,12 @@ from descant.modules.towers import SavedTower, TransformersTower
 from descant.recipes.base.rebuild import untrained
 from descant.recipes.base.recipe import Recipe
 
-#: Fields of a transformers configuration that are of a file or a moment, not of the model.
+#: Fields of a transformers configuration that do not describe the model.
 _PASSING = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "model_type")
 
 
-# the configuration --------------------------------------------------------------------------------------------------
-
-
 def only(model: Node, keep: Sequence[str]) -> Node:
-    """The same recipe with some of its towers."""
+    """The recipe's configuration with only some of its towers."""
     arguments = copy.deepcopy(model["init_args"])
     towers = (arguments.get("towers") or {}).get("init_args") or {}
     known = [name for name, node in towers.items() if node is not None]
@@ -46,20 +44,20 @@ def only(model: Node, keep: Sequence[str]) -> Node:
             part["init_args"]["towers"] = [name for name in part["init_args"]["towers"] if name in keep]
     if adapt:
         arguments["adapt"] = [part for part in adapt if (part.get("init_args") or {}).get("towers") != []]
-    for key, value in arguments.items():  # a part of one modality goes with it
+    for key, value in arguments.items():  # parts of a dropped modality
         if _is_class(value) and (value.get("init_args") or {}).get("modality") in dropped(model, keep):
             arguments[key] = None
     return {**model, "init_args": arguments}
 
 
 def dropped(model: Node, keep: Sequence[str]) -> list[str]:
-    """The names of the towers that are left out."""
+    """Names of the towers to leave out."""
     towers = ((model.get("init_args") or {}).get("towers") or {}).get("init_args") or {}
     return [name for name, node in towers.items() if keep and node is not None and name not in keep]
 
 
 def merged(model: Node) -> Node:
-    """The same recipe without what :func:`descant.modules.io.merge.plain` folds into plain layers."""
+    """The recipe's configuration without Lora and Quantize, which ``merge.plain`` folds into the layers."""
     arguments = dict(model["init_args"])
     folded = (Lora, Quantize)
     arguments["adapt"] = [
@@ -68,41 +66,41 @@ def merged(model: Node) -> Node:
     return {**model, "init_args": arguments}
 
 
-def carried(model: Node, recipe: Recipe, folder: Path, codec: Tokenizer | None) -> Node:
-    """The configuration of ``recipe`` as it can be built from ``folder`` alone; towers of other runs become plain ones.
+def carried(model: Node, recipe: Recipe, folder: Path, tokenizer: Tokenizer | None) -> Node:
+    """The configuration of ``recipe`` that can be built from ``folder`` alone; towers of other runs become plain ones.
 
-    Changes ``recipe`` in place where a tower holds another, and writes ``towers/NAME`` for those of transformers.
+    Changes ``recipe`` in place where a tower wraps another, and writes ``towers/NAME`` for those of transformers.
 
     Raises:
-        ValueError: if a part needs a file that cannot be left out.
+        ValueError: if a part requires a file.
     """
     node = {"class_path": model["class_path"], "init_args": copy.deepcopy(untrained(model))}
-    return _carried(node, recipe, folder, (), codec)
+    return _carried(node, recipe, folder, (), tokenizer)
 
 
 def _carried(
-    node: Node, module: nn.Module | None, folder: Path, path: tuple[str, ...], codec: Tokenizer | None
+    node: Node, module: nn.Module | None, folder: Path, path: tuple[str, ...], tokenizer: Tokenizer | None
 ) -> Node:
     cls = find_class(node["class_path"])
-    while module is not None and not isinstance(module, cls):  # an adaptation may have put a tower into another
+    while module is not None and not isinstance(module, cls):  # an adaptation may have wrapped the tower
         inner = getattr(module, "tower", None)
         module = inner if isinstance(inner, nn.Module) else None
     arguments = dict(node.get("init_args") or {})
     for key, value in arguments.items():
         if _is_class(value):
             spec, child = _released(value, module, key)
-            arguments[key] = _carried(spec, child, folder, (*path, key), codec)
+            arguments[key] = _carried(spec, child, folder, (*path, key), tokenizer)
         elif isinstance(value, list):
-            arguments[key] = [_carried(v, None, folder, (*path, key), codec) if _is_class(v) else v for v in value]
+            arguments[key] = [_carried(v, None, folder, (*path, key), tokenizer) if _is_class(v) else v for v in value]
     if isinstance(module, TransformersTower):
-        arguments = _transformers(module, folder, _tower_name(path), codec)
+        arguments = _transformers(module, folder, _tower_name(path), tokenizer)
     else:
         arguments = {key: _without_file(cls, key, value) for key, value in arguments.items()}
     return {"class_path": node["class_path"], **({"init_args": arguments} if arguments else {})}
 
 
 def _released(node: Node, module: nn.Module | None, key: str) -> tuple[Node, nn.Module | None]:
-    """What stands at ``key`` of a module; a tower of another run gives way to the tower inside it."""
+    """The part at ``key`` of a module; a SavedTower is replaced by the tower inside it."""
     holder, child = module, _child(module, key)
     while child is not None and not isinstance(child, find_class(node["class_path"])):
         holder, key, child = child, "tower", _child(child, "tower")
@@ -113,7 +111,7 @@ def _released(node: Node, module: nn.Module | None, key: str) -> tuple[Node, nn.
 
 
 def _without_file(cls: type, key: str, value: Any) -> Any:
-    """An argument that names a file is left out: what was read from it is in the weights."""
+    """Drop an argument that names a file: its content is in the weights."""
     if value is None or not _is_path(cls, key):
         return value
     if inspect.signature(cls).parameters[key].default is not None:
@@ -122,8 +120,8 @@ def _without_file(cls: type, key: str, value: Any) -> Any:
 
 
 def _is_path(cls: Any, key: str) -> bool:
-    kind = get_type_hints(cls.__init__).get(key)
-    return any(inspect.isclass(part) and issubclass(part, Path) for part in (kind, *get_args(kind or Union[int])))  # noqa: UP007
+    hint = get_type_hints(cls.__init__).get(key)
+    return any(inspect.isclass(part) and issubclass(part, Path) for part in (hint, *get_args(hint)))
 
 
 def _is_class(value: object) -> bool:
@@ -131,8 +129,8 @@ def _is_class(value: object) -> bool:
 
 
 def _child(module: nn.Module | None, key: str) -> nn.Module | None:
-    found = dict(module.items()).get(key) if isinstance(module, nn.ModuleDict) else getattr(module, key, None)
-    return found if isinstance(found, nn.Module) else None
+    child = dict(module.items()).get(key) if isinstance(module, nn.ModuleDict) else getattr(module, key, None)
+    return child if isinstance(child, nn.Module) else None
 
 
 def _put(module: nn.Module, key: str, child: nn.Module) -> None:
@@ -143,34 +141,31 @@ def _put(module: nn.Module, key: str, child: nn.Module) -> None:
 
 
 def _tower_name(path: tuple[str, ...]) -> str:
-    """``("towers", "text", "tower")`` is of text."""
+    """``text`` for ``("towers", "text", "tower")``."""
     return path[1] if len(path) > 1 and path[0] == "towers" else "-".join(path)
 
 
-# towers of transformers ---------------------------------------------------------------------------------------------
-
-
-def _transformers(tower: TransformersTower, folder: Path, name: str, codec: Tokenizer | None) -> Node:
-    """The tower's arguments from now on; what transformers loads is written to ``towers/NAME``."""
+def _transformers(tower: TransformersTower, folder: Path, name: str, tokenizer: Tokenizer | None) -> Node:
+    """Arguments of the exported tower, whose transformers folder is written to ``towers/NAME``."""
     place = folder / "towers" / name
-    write_transformers(tower, place, codec if name == "text" else None)
+    write_transformers(tower, place, tokenizer if name == "text" else None)
     fields = {k: v for k, v in tower.model.config.to_diff_dict().items() if k not in _PASSING and not k.startswith("_")}
     arguments = {"config": {"model_type": tower.kind, **fields, "pad_token_id": tower.pad}}
-    own = {key: value.shape for key, value in _plain(tower).state_dict().items()}
+    shapes = {key: value.shape for key, value in _plain(tower).state_dict().items()}
     if all(_is_plain(value) for value in fields.values()):
         try:
             with torch.device("meta"):
                 built = TransformersTower(**arguments)  # type: ignore[arg-type]
         except (ValueError, NotImplementedError):
             built = None
-        if built is not None and {key: value.shape for key, value in built.state_dict().items()} == own:
+        if built is not None and {key: value.shape for key, value in built.state_dict().items()} == shapes:
             return arguments
-    # a configuration of several levels: it stays in the form that its library reads
+    # a nested configuration stays in the form that transformers reads
     return {"folder": f"{PLACE}/towers/{name}"}
 
 
-def write_transformers(tower: TransformersTower, folder: Path, codec: Tokenizer | None) -> None:
-    """A folder that ``AutoModel.from_pretrained`` loads, and with the model's own tokenizer ``AutoTokenizer`` too."""
+def write_transformers(tower: TransformersTower, folder: Path, tokenizer: Tokenizer | None) -> None:
+    """Write a folder for ``AutoModel.from_pretrained`` and, with the model's own tokenizer, ``AutoTokenizer``."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
@@ -180,12 +175,12 @@ def write_transformers(tower: TransformersTower, folder: Path, codec: Tokenizer 
     config.save_pretrained(folder)
     state = {key: value.contiguous().clone() for key, value in model.state_dict().items()}
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-    if isinstance(codec, PretrainedTokenizer):
-        _write_tokenizer(codec, folder)
+    if isinstance(tokenizer, PretrainedTokenizer):
+        _write_tokenizer(tokenizer, folder)
 
 
 def _plain(tower: TransformersTower) -> TransformersTower:
-    """The tower itself, or where adapted or quantised a copy of plain layers."""
+    """The tower itself, or a copy with plain layers if it is adapted or quantized."""
     return cast(TransformersTower, merge.plain(copy.deepcopy(tower))) if merge.changed(tower) else tower
 
 
@@ -195,21 +190,18 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _write_tokenizer(codec: PretrainedTokenizer, folder: Path) -> None:
+def _write_tokenizer(tokenizer: PretrainedTokenizer, folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    pad = codec.tokenizer.id_to_token(codec.pad)
+    pad = tokenizer.tokenizer.id_to_token(tokenizer.pad)
     whole = PreTrainedTokenizerFast(
-        tokenizer_object=codec.tokenizer, pad_token=pad, model_max_length=codec.length, padding_side="right"
+        tokenizer_object=tokenizer.tokenizer, pad_token=pad, model_max_length=tokenizer.length, padding_side="right"
     )
     whole.save_pretrained(folder)
 
 
-# preprocessing ------------------------------------------------------------------------------------------------------
-
-
 def preprocess(parts: Mapping[str, Sequence[Any]], data: Node, folder: Path) -> tuple[dict[str, list[Node]], list[str]]:
-    """Modality -> the configurations of what prepares it, files included; and the modalities where that cannot be."""
+    """Modality -> configurations of its preprocessing, files written; and the modalities that have none."""
     nodes: dict[str, list[Node]] = {}
     for modality, steps in parts.items():
         described = [node for node in (_described(part, data, folder) for part in steps) if node is not None]
@@ -225,10 +217,10 @@ def _described(part: Any, data: Node, folder: Path) -> Node | None:
         part.tokenizer.save(str(folder / "tokenizer.json"))
         return {"class_path": path, "init_args": {"path": f"{PLACE}/tokenizer.json", "length": part.length}}
     if isinstance(part, PretrainedTokenizer):
-        found = sorted(folder.glob("towers/*/tokenizer.json"))
-        if not found:
+        files = sorted(folder.glob("towers/*/tokenizer.json"))
+        if not files:
             return None
-        place = f"{PLACE}/{found[0].parent.relative_to(folder).as_posix()}"
+        place = f"{PLACE}/{files[0].parent.relative_to(folder).as_posix()}"
         return {"class_path": path, "init_args": {"folder": place, "length": part.length}}
     if isinstance(part, NgramTokenizer):
         return {"class_path": path, "init_args": {"n": part.n, "buckets": part.vocabulary, "length": part.length}}
@@ -242,7 +234,7 @@ def _described(part: Any, data: Node, folder: Path) -> Node | None:
     arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in arguments.items()}
     if len(arguments) == len(inspect.signature(cls).parameters) and all(map(_is_plain, arguments.values())):
         return {"class_path": path, "init_args": arguments}
-    # it does not keep all its arguments: the configuration does, unless it was made of defaults
+    # it does not store all its arguments: they are in the configuration, or defaults
     given = [node for node in _nodes(data) if node["class_path"] == path]
     if not given and all(map(_is_plain, arguments.values())) and _same(part, cls, arguments):
         return {"class_path": path, "init_args": arguments}
@@ -252,15 +244,15 @@ def _described(part: Any, data: Node, folder: Path) -> Node | None:
 
 
 def _same(part: Any, cls: Any, arguments: Node) -> bool:
-    """Whether a module with these arguments, and the defaults of the others, holds the same numbers."""
+    """Whether a module built from these arguments and defaults has the same buffers."""
     if not isinstance(part, nn.Module):
         return False
-    own, new = dict(part.named_buffers()), dict(cls(**arguments).named_buffers())
-    return own.keys() == new.keys() and all(torch.equal(own[name], new[name]) for name in own)
+    here, new = dict(part.named_buffers()), dict(cls(**arguments).named_buffers())
+    return here.keys() == new.keys() and all(torch.equal(here[name], new[name]) for name in here)
 
 
 def _nodes(value: object) -> Iterable[Node]:
-    """Every class in a configuration, at any depth."""
+    """Every class node in a configuration, at any depth."""
     if isinstance(value, Mapping):
         if isinstance(value.get("class_path"), str):
             yield cast(Node, value)

@@ -1,4 +1,4 @@
-"""Runs side by side: processes of descant's own commands, each with a log and its share of the cores."""
+"""Run several ``descant`` commands in parallel processes, each with a log and its share of the cores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from descant.cli.errors import fail
 
 @dataclass(frozen=True)
 class Task:
-    """``descant WORDS``, what it is called, and where what it prints goes."""
+    """A command ``descant WORDS``, its label, and the file for its output."""
 
     label: str
     words: tuple[str, ...]
@@ -41,12 +41,12 @@ def run_beside(
     """Run all tasks, ``jobs`` at a time, in their order.
 
     Args:
-        tell: called with each task that ended well, and its seconds.
-        waits: whether a task must wait for some of those that have not ended.
+        tell: called with each task that succeeded, and its seconds.
+        waits: whether a task must wait for some of the unfinished ones.
 
     Raises:
-        Refusal: with the last line of its log, for the first task that fails; those beside it end first.
-        KeyboardInterrupt: after all that ran have saved and ended: the terminal has told them too.
+        Refusal: with the last line of its log, for the first task that fails, after those beside it have ended.
+        KeyboardInterrupt: after all that ran have saved and ended: the terminal interrupts them too.
     """
     todo, working, failed = list(tasks), list[_Job](), None
     try:
@@ -83,5 +83,5 @@ def _start(task: Task, jobs: int) -> _Job:
     threads = str(max((os.cpu_count() or 1) // jobs, 1))
     log = task.log.open("wb")
     environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    command = [sys.executable, "-P", "-m", "descant", *task.words]  # -P: not what lies about here
+    command = [sys.executable, "-P", "-m", "descant", *task.words]  # -P: not from the working folder
     return _Job(task, subprocess.Popen(command, stdout=log, stderr=log, env=environment), log)

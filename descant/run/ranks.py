@@ -1,13 +1,13 @@
-"""The ranks that one process starts on its machine end together: the first failure is told in one line, none is left.
+"""Ends all ranks of one machine together when one of them fails, with one error line.
 
-Lightning's launcher looks at its processes every five seconds, kills them all without a word when one has failed, and
-does nothing for them when the process that started them fails or is killed: they wait for it for half an hour. Here
+Lightning's launcher checks its processes every five seconds, kills them all silently when one has failed, and does
+nothing for them when their parent fails or is killed: they wait for it for half an hour. Here
 
-    a started rank fails      the others are ended, and the first process ends with that rank's own line
-    the first process fails   the started ranks are ended at once
-    the first one is killed   the system ends the started ranks (PR_SET_PDEATHSIG; elsewhere a thread watches)
+    a started rank fails      the others are killed, and the first process ends with that rank's error line
+    the first process fails   the started ranks are killed at once
+    the first one is killed   the system kills the started ranks (PR_SET_PDEATHSIG; elsewhere a thread polls)
 
-Ranks that srun or torchrun starts are not touched: those launchers end them themselves.
+Ranks that srun or torchrun starts are left to these launchers.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from descant.cli.errors import WRONG, say
 if TYPE_CHECKING:
     from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-#: Process id of the rank that starts others, for them; the folder in which they leave the line of their failure.
+#: Environment variables: pid of the rank that starts others, and the folder for their error lines.
 PARENT, LINES = "DESCANT_PARENT", "DESCANT_RANK_LINES"
-#: Seconds between two looks at the processes, in which the first process may end by itself after a rank has failed,
-#: in which a rank whose connection broke waits to learn why, and that ranks get to end after a run that went well.
+#: Seconds between two polls; for the first process to end by itself after a rank has failed; for a rank whose
+#: connection broke to learn the cause; and for ranks to end after a successful run.
 LOOK, GRACE, CAUSE, LAST = 0.1, 5.0, 3.0, 60.0
-#: prctl(2): the signal that a process gets when the one that started it is gone.
+#: prctl(2): the signal to a process when its parent dies.
 _PR_SET_PDEATHSIG = 1
-#: Of a started rank: the folder of LINES.
+#: In a started rank: the folder of LINES.
 _lines: Path | None = None
-#: What torch says, in whatever type, where another rank is gone.
+#: torch's error messages when another rank is gone.
 _GONE = re.compile(
     r"gloo/transport|[Cc]onnection (closed|reset|refused)|Broken pipe|remote process exited|NCCL (error|communicator)"
     r"|[Ff]ailed to recv|recvValue|[Tt]imed? ?out waiting for clients"
@@ -45,7 +45,7 @@ _GONE = re.compile(
 
 
 class Ended(Exception):
-    """A started rank failed first. ``line``: what to say, None where that rank has said all; ``code``: to exit with."""
+    """A started rank failed first. ``line``: to print, None where that rank has printed it; ``code``: exit code."""
 
     def __init__(self, line: str | None, code: int) -> None:
         super().__init__(line or f"exit code {code}")
@@ -53,9 +53,9 @@ class Ended(Exception):
 
 
 def end_with_parent(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Have this process end when the rank that started it is gone, however that was; nothing for other processes."""
+    """Make a started rank end when its parent is gone; no effect in other processes."""
     global _lines
-    text, lines = environment.pop(PARENT, ""), environment.pop(LINES, "")  # no rank of what this process starts
+    text, lines = environment.pop(PARENT, ""), environment.pop(LINES, "")  # not for processes that this one starts
     if not text.isdecimal() or environment.get("LOCAL_RANK", "0") == "0":
         return
     import ctypes
@@ -64,7 +64,7 @@ def end_with_parent(environment: MutableMapping[str, str] = os.environ) -> None:
     prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
     if prctl is None or prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         threading.Thread(target=_watch_parent, args=(parent,), name="parent-watch", daemon=True).start()
-    if os.getppid() != parent:  # it was gone before this process asked
+    if os.getppid() != parent:  # it was gone before
         os._exit(1)
 
 
@@ -75,7 +75,7 @@ def _watch_parent(parent: int) -> None:
 
 
 def hand_over(line: str) -> bool:
-    """Leave a failure's line to the rank that started this one, which says it once; whether it was taken."""
+    """Pass an error line to the parent rank, which prints it once; whether there is one."""
     if _lines is None:
         return False
     try:
@@ -86,7 +86,7 @@ def hand_over(line: str) -> bool:
 
 
 def connection_lost(error: BaseException) -> bool:
-    """Whether an exception says no more than that another rank is gone.
+    """Whether an exception only means that another rank is gone.
 
     >>> connection_lost(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4242"))
     True
@@ -102,13 +102,13 @@ def connection_lost(error: BaseException) -> bool:
 
 
 class Ranks:
-    """Watches the processes that a launcher has started, and ends them.
+    """Watches and ends the processes that Lightning's launcher started.
 
     Args:
-        launcher: of Lightning; its ``procs`` are the started ranks, in order.
-        folder: of the run, where a started rank leaves its line.
-        agreed: exceptions that all ranks raise together, after which nobody has failed.
-        clear: called before this process is ended in the middle of something.
+        launcher: its ``procs`` are the started ranks, in order.
+        folder: of the run, where a started rank writes its error line.
+        agreed: exceptions that all ranks raise together and that are no failure.
+        clear: called before this process is ended.
     """
 
     def __init__(
@@ -120,10 +120,10 @@ class Ranks:
     ) -> None:
         self.launcher, self.folder, self.agreed, self.clear = launcher, folder, agreed, clear
         self.fault: Ended | None = None
-        self._found, self._over = threading.Event(), threading.Event()
+        self._failed, self._over = threading.Event(), threading.Event()
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
-        """Start the ranks, then call the function in this one; what ``_SubprocessScriptLauncher.launch`` does.
+        """Start the ranks, then call the function in this one, as ``_SubprocessScriptLauncher.launch`` does.
 
         Raises:
             Ended: where a started rank failed first.
@@ -143,11 +143,11 @@ class Ranks:
         except self.agreed:
             raise
         except Exception as error:
-            if connection_lost(error):  # the rank that is gone has failed first, and says why
+            if connection_lost(error):  # the rank that is gone failed first and knows the cause
                 if _lines is not None:
-                    time.sleep(CAUSE + GRACE)  # the process that started this one ends it
+                    time.sleep(CAUSE + GRACE)  # the parent process ends this one
                 elif launcher.procs:
-                    self._found.wait(CAUSE)
+                    self._failed.wait(CAUSE)
             if self.fault is not None:
                 self._over.set()
                 raise self.fault from error
@@ -158,10 +158,10 @@ class Ranks:
             raise
 
     def join(self) -> Ended | None:
-        """Wait for the started ranks at the end of a run; the first that failed after all."""
+        """Wait for the started ranks at the end of a run; the first failure, if any."""
         end = time.monotonic() + LAST
         while any(process.poll() is None for process in self.launcher.procs) and time.monotonic() < end:
-            if self._found.is_set():
+            if self._failed.is_set():
                 break
             time.sleep(LOOK / 2)
         over = self._over.is_set()
@@ -175,11 +175,11 @@ class Ranks:
         return self.fault
 
     def kill(self) -> None:
-        """End the started ranks now, and forget what they have left."""
+        """Kill the started ranks now and remove their error lines."""
         self._over.set()
         for process in self.launcher.procs:
             if process.poll() is None:
-                process.kill()  # SIGTERM would have one save that waits for the others
+                process.kill()  # on SIGTERM a rank would save, and wait for the others
         for process in self.launcher.procs:
             with contextlib.suppress(Exception):
                 process.wait(GRACE)
@@ -191,7 +191,7 @@ class Ranks:
     def _watch(self) -> None:
         while not self._over.is_set():
             if self._look():
-                # where this process waits in a collective of which nobody tells it, it does not end by itself
+                # this process may hang in a collective
                 if self._over.wait(GRACE):
                     return
                 assert self.fault is not None
@@ -200,7 +200,7 @@ class Ranks:
                 self.kill()
                 with contextlib.suppress(Exception):
                     self.clear()
-                import multiprocessing  # its readers of data
+                import multiprocessing  # data loaders
 
                 for child in multiprocessing.active_children():
                     child.kill()
@@ -209,18 +209,18 @@ class Ranks:
             time.sleep(LOOK)
 
     def _look(self) -> bool:
-        """Note the first rank that has failed, and end the others."""
+        """Record the first rank that has failed, and kill the others."""
         for number, process in enumerate(self.launcher.procs, 1):
             code = process.poll()
             if code and self.fault is None:
-                self.fault = Ended(*self._told(number, process.pid, code))
+                self.fault = Ended(*self._cause(number, process.pid, code))
                 for other in self.launcher.procs:
                     if other.poll() is None:
                         other.kill()
-                self._found.set()
+                self._failed.set()
         return self.fault is not None
 
-    def _told(self, number: int, pid: int, code: int) -> tuple[str | None, int]:
+    def _cause(self, number: int, pid: int, code: int) -> tuple[str | None, int]:
         try:
             left = (self.folder / f".rank-{pid}").read_text(encoding="utf-8")
         except OSError:
@@ -232,5 +232,5 @@ class Ranks:
                 name = signal.Signals(-code).name
             except ValueError:
                 name = f"signal {-code}"
-            return f"rank {number} (process {pid}) was ended by {name}, so all ranks end", 1
-        return f"rank {number} (process {pid}) failed with exit code {code}, so all ranks end", code
+            return f"rank {number} (process {pid}) was killed by {name}: all ranks end", 1
+        return f"rank {number} (process {pid}) failed with exit code {code}: all ranks end", code

@@ -1,7 +1,7 @@
-"""Run folders: ``runs/NAME/001``, ``002``, ...; a re-run never destroys one and never refuses.
+"""Run folders ``runs/NAME/001``, ``002``, ...: a new run never overwrites an earlier one.
 
-Rank 0 decides. Ranks that it launches inherit its decision by environment; ranks that a cluster launches
-beside it read a note that rank 0 leaves next to the runs.
+Rank 0 decides. Ranks that it launches inherit the decision by an environment variable; ranks that a cluster launches
+read a note that rank 0 leaves beside the runs.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from descant.cli.catalogue import made_by
 from descant.cli.errors import Refusal, fail, hint, printable
 from descant.cli.untrusted import json_of, text_of
 from descant.modules.io import manifest
-from descant.modules.io.checkpoints import LATEST, followed, of_run
+from descant.modules.io.checkpoints import LATEST, followed
+from descant.modules.io.files import write_text as write_text
 from descant.modules.io.jsonl import loads
 
-#: What rank 0 decided (folder, checkpoint and precision), for the ranks that it launches.
+#: Environment variable: folder, checkpoint and precision that rank 0 decided on, for the ranks that it launches.
 INHERITED = "DESCANT_RUN_DIR"
 _NUMBER = re.compile(r"\d{3,}")
-#: Bytes of a part of a run's name: files of 255 may be called after it.
+#: Bytes of a part of a run's name at most: file names of 255 bytes are derived from it.
 _LONGEST = 200
 
 
 @dataclass(frozen=True)
 class Run:
-    """One folder, the checkpoint that this call starts from, and the Trainer's precision.
+    """A run's folder, the checkpoint that this call starts from, and the Trainer's precision.
 
-    ``fresh``: made by this very call, so that a start that never trained may take it away again.
+    ``fresh``: created by this call, and removed again if training never starts.
     """
 
     folder: Path
@@ -44,7 +45,7 @@ class Run:
     precision: str | None = None
 
     def discard(self) -> None:
-        """Remove a fresh folder, and its parent if then empty: for starts that came to nothing."""
+        """Remove a fresh folder without checkpoints, and its parent if then empty."""
         if self.fresh and not any(self.folder.glob("checkpoints/*")) and not any(self.folder.glob("resume/*")):
             shutil.rmtree(self.folder, ignore_errors=True)
             parent = self.folder.parent
@@ -53,58 +54,56 @@ class Run:
 
 
 def require_name(name: str) -> None:
-    """A run's name is one that stays below the folder of all runs, prints on one line and is no run's number.
+    """Check a run's name: a printable relative path without ``..`` that is neither a number nor reserved.
 
     Raises:
-        Refusal: for any other, with the nearest that is allowed.
+        Refusal: with the nearest valid name.
     """
     parts = name.split("/")
     why = (
-        "a name has letters that print"
+        "not printable"
         if not name.isprintable()
-        else "a run stays below --runs DIR, which says where"
+        else "not a relative path below --runs DIR"
         if Path(name).is_absolute() or any(part in ("", ".", "..") for part in parts)
-        else "a name has at most 200 bytes"
+        else "longer than 200 bytes"
         if any(len(part.encode(errors="replace")) > _LONGEST for part in parts)
-        else "Descant's own name for another thing"
+        else "reserved"
         if parts[-1] in (LATEST, "metrics.json") or _NUMBER.fullmatch(parts[-1])
         else None
     )
     if why is not None:
-        near = re.sub(r"[^\w.,=+-]+", "-", Path(name).name).strip("-.")[:_LONGEST]
-        near = f"run-{near}" if near.isdecimal() or near in ("", LATEST, "metrics.json") else near
-        fail(f"--name {printable(name)[:_LONGEST]}: {why}; nearest: {near}")
+        valid = re.sub(r"[^\w.,=+-]+", "-", Path(name).name).strip("-.")[:_LONGEST]
+        valid = f"run-{valid}" if valid.isdecimal() or valid in ("", LATEST, "metrics.json") else valid
+        fail(f"--name {printable(name)[:_LONGEST]}: {why}; nearest: {valid}")
 
 
 def rank(environment: Mapping[str, str] = os.environ) -> int:
-    """This process's global rank, before any process group exists.
+    """This process's global rank by environment variables, before any process group exists.
 
     Raises:
-        Refusal: if the environment holds something else.
+        Refusal: if they hold no number.
     """
+    interactive = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
     for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
-        if key in environment:
-            interactive = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
-            if key == "SLURM_PROCID" and interactive:
-                continue
+        if key in environment and not (key == "SLURM_PROCID" and interactive):
             return whole(key, environment)
     return 0
 
 
 def whole(key: str, environment: Mapping[str, str] = os.environ, default: int = 0) -> int:
-    """A number that a launcher left in the environment.
+    """An environment variable that a launcher sets, as a whole number.
 
     Raises:
         Refusal: if it is none.
     """
     text = environment.get(key, str(default))
     if not re.fullmatch(r"[0-9]{1,9}", text):
-        fail(f"{key}={text} in the environment: expected a whole number, as a launcher leaves it")
+        fail(f"{key}={text} in the environment: expected a whole number, as launchers set it")
     return int(text)
 
 
 def require_ranks(environment: Mapping[str, str] = os.environ) -> None:
-    """Raises Refusal where a launcher's numbers are none: Lightning reads them when it is imported."""
+    """Raise Refusal where a launcher's variables are no numbers: Lightning reads them when it is imported."""
     for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         if key in environment:
             whole(key, environment)
@@ -116,7 +115,7 @@ def launched() -> bool:
 
 
 def identity(environment: Mapping[str, str] = os.environ) -> str | None:
-    """What a requeued job is known by: its SLURM job id (and array task); None outside SLURM."""
+    """The SLURM job id (and array task), which a requeued job keeps; None outside SLURM."""
     if "SLURM_ARRAY_JOB_ID" in environment:
         return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment.get('SLURM_ARRAY_TASK_ID', '0')}"
     return environment.get("SLURM_JOB_ID")
@@ -126,17 +125,17 @@ def runs_of(root: Path, name: str) -> list[Path]:
     """The run folders of a name, oldest first."""
     folder = root / name
     try:
-        found = [path for path in folder.glob("*") if path.is_dir() and _NUMBER.fullmatch(path.name)]
-    except OSError:  # a name that is too long is none of a run
+        folders = [path for path in folder.glob("*") if path.is_dir() and _NUMBER.fullmatch(path.name)]
+    except OSError:  # the name is too long
         return []
-    return sorted(found, key=lambda path: int(path.name))
+    return sorted(folders, key=lambda path: int(path.name))
 
 
 def agree(parent: Path, decide: Callable[[], Run]) -> Run:
-    """The run that rank 0 decides on, on every rank. ``parent`` is a folder that all ranks name alike.
+    """The run that rank 0 decides on, on every rank. ``parent`` is the same folder on all ranks.
 
     Raises:
-        TimeoutError: on another rank, if rank 0 does not say within five minutes.
+        TimeoutError: on another rank, if rank 0 does not decide within five minutes.
     """
     note = _note(parent)
     if rank() > 0:
@@ -147,29 +146,27 @@ def agree(parent: Path, decide: Callable[[], Run]) -> Run:
             try:
                 folder, checkpoint, precision = loads(text)
             except (ValueError, TypeError):
-                fail(f"{INHERITED} in the environment is not what another rank leaves there")
+                fail(f"{INHERITED} in the environment: not what another rank sets")
             return Run(Path(folder), fresh=False, checkpoint=checkpoint, precision=precision)
     run = decide()
     text = json.dumps([str(run.folder), run.checkpoint, run.precision])
     os.environ[INHERITED] = text  # for the ranks that this process launches
     if note is not None:
         note.parent.mkdir(parents=True, exist_ok=True)
-        scratch = note.with_name(f"{note.name}.tmp")
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, note)
+        write_text(note, text)
     return run
 
 
 def forget() -> None:
-    """End what :func:`agree` left in the environment: the next run of this process is another one."""
+    """Remove the decision of :func:`agree` from the environment, before the next run of this process."""
     os.environ.pop(INHERITED, None)
 
 
 def allocate(parent: Path, prefix: str = "", checkpoint: str | None = None) -> Run:
-    """A new numbered folder in ``parent``, made atomically: two processes never get the same one.
+    """Create a new numbered folder in ``parent``, atomically: two processes never get the same one.
 
     Raises:
-        Refusal: if nothing can be written there.
+        Refusal: if the folder cannot be written.
     """
     try:
         return _allocate(parent, prefix, checkpoint)
@@ -181,7 +178,7 @@ def _allocate(parent: Path, prefix: str, checkpoint: str | None) -> Run:
     parent.mkdir(parents=True, exist_ok=True)
     taken = [p.name.removeprefix(prefix) for p in parent.iterdir() if p.name.startswith(prefix)]
     number = max((int(n) for n in taken if _NUMBER.fullmatch(n)), default=0) + 1
-    while True:  # another process may take the number between the look and the mkdir: the mkdir decides
+    while True:  # another process may have taken the number: mkdir decides
         folder = parent / f"{prefix}{number:03d}"
         try:
             folder.mkdir()
@@ -192,16 +189,14 @@ def _allocate(parent: Path, prefix: str, checkpoint: str | None) -> Run:
 
 
 def latest(root: Path, name: str) -> Path | None:
-    """The newest run of a name that is this job's own: under SLURM the one with the same job id."""
-    mine = identity()
-    found = runs_of(root, name)
-    if mine is not None:
-        found = [path for path in found if versions_of(path).get("job") == mine]
-    return found[-1] if found else None
+    """The newest run of a name; under SLURM, the newest with this job's id."""
+    job = identity()
+    folders = [path for path in runs_of(root, name) if job is None or versions_of(path).get("job") == job]
+    return folders[-1] if folders else None
 
 
 def existing(root: Path, run: str) -> Path:
-    """The folder that ``--run NAME/002`` means: under ``root``, or a path.
+    """The folder of ``--run NAME/002``: under ``root``, or a path.
 
     Raises:
         Refusal: if there is none.
@@ -210,22 +205,22 @@ def existing(root: Path, run: str) -> Path:
         if is_run(folder):
             return folder.resolve()
     if run in ("", "."):
-        fail("--run: of which run? NAME/001, or NAME/latest")
+        fail("--run: a run is missing: NAME/001, or NAME/latest")
     known = [path.relative_to(root).as_posix() for path in root.glob("*/*") if _NUMBER.fullmatch(path.name)]
     raise Refusal(f"--run {run}: no such run under {root}{hint(run, known) or made_by(run)}")
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of one run: it has a configuration, or a number for a name."""
+    """Whether a folder is one run's: it has a configuration, or its name is a number."""
     try:
         numbered = bool(_NUMBER.fullmatch(folder.resolve().name))
         return folder.is_dir() and ((folder / "config.yaml").is_file() or numbered)
-    except (OSError, RuntimeError):  # longer than a name may be, or links in a circle
+    except (OSError, RuntimeError):  # the name is too long, or links form a circle
         return False
 
 
 def precision_of(folder: Path) -> str | None:
-    """``trainer.precision`` that a run was trained in, as its configuration has it; None where that is not known."""
+    """``trainer.precision`` in a run's configuration; None where it is not known."""
     try:
         content = yaml.safe_load(text_of(folder / "config.yaml"))
         precision = content["trainer"]["precision"]
@@ -235,34 +230,14 @@ def precision_of(folder: Path) -> str | None:
 
 
 def newest_point(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The newest valid resume point of a run, and what was skipped and why."""
+    """The newest valid resume point of a run, and newer ones that are damaged, with their faults."""
     return manifest.newest(folder / "resume", "step-*.ckpt")
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """What a run can be evaluated from, resume points included: unknown steps first, then the last."""
-    return of_run(folder)
-
-
 def point(folder: Path) -> None:
-    """Make ``latest`` beside a run name it and ``metrics.json`` link to its own, each in one atomic step."""
-    write_text(folder.parent / LATEST, f"{folder.name}\n")  # no link: see followed
+    """Update ``latest`` and the link ``metrics.json`` beside a run, each atomically."""
+    write_text(folder.parent / LATEST, f"{folder.name}\n")  # not a link: see followed
     _link(folder.parent / "metrics.json", f"{folder.name}/metrics.json")
-
-
-def write_json(file: Path, content: Mapping[str, object]) -> None:
-    """Write a small JSON file in one atomic step."""
-    write_text(file, json.dumps(content, indent=1) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a file in one atomic step: who reads it sees all of the old one or all of the new, also after a crash."""
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    with scratch.open("w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())  # a name may reach the disk before what it names
-    os.replace(scratch, file)
 
 
 def _link(link: Path, target: str) -> None:
@@ -273,7 +248,7 @@ def _link(link: Path, target: str) -> None:
 
 
 def versions_of(folder: Path) -> dict[str, object]:
-    """What versions.json says; nothing where there is none, or none that can be read."""
+    """Content of versions.json; empty where it is missing or not readable."""
     try:
         content = json_of(folder / "versions.json")
     except (OSError, ValueError, RecursionError):
@@ -282,13 +257,13 @@ def versions_of(folder: Path) -> dict[str, object]:
 
 
 def _note(parent: Path) -> Path | None:
-    """Where ranks launched by a cluster or by torchrun meet: one file a launch; None for one process."""
+    """The file by which ranks of a cluster or of torchrun agree, one per launch; None for a single process."""
     env = os.environ
     if "SLURM_PROCID" in env and whole("SLURM_NTASKS", default=1) > 1:
         keys = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
         return parent / (".slurm-" + "-".join(word(env.get(key, "0")) for key in keys))
     if "TORCHELASTIC_RUN_ID" in env and whole("WORLD_SIZE", default=1) > 1:
-        # one agent starts all ranks of a node: its process id tells this launch from an earlier one
+        # one agent starts all ranks of a node: its pid distinguishes this launch from an earlier one
         alone = env.get("GROUP_WORLD_SIZE", "1") == "1"
         keys = ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
         parts = [word(env.get(key, "0")) for key in keys] + ([str(os.getppid())] if alone else [])
@@ -297,7 +272,7 @@ def _note(parent: Path) -> Path | None:
 
 
 def word(text: str) -> str:
-    """A part of a file's name, of a text that may hold anything.
+    """A text made safe as a part of a file name.
 
     >>> word("1234"), word("../a")
     ('1234', '.._a')

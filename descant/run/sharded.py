@@ -1,4 +1,4 @@
-"""The strategy of ``on/fsdp``: parameters, gradients and optimizer states split over every rank there is (FSDP2)."""
+"""FSDP2 strategy of ``on/fsdp``: parameters, gradients and optimizer states sharded over all ranks."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 
 class Sharded(ModelParallelStrategy):
-    """ModelParallelStrategy whose only dimension is data, over all ranks, and whose checkpoints are one file each.
+    """ModelParallelStrategy with data parallelism only, over all ranks, and one-file checkpoints.
 
-    Lightning's own asks for the number of ranks in the YAML, or else splits the layers of a node over its devices; and
-    its checkpoints are folders that only as many ranks can read. What is split, and how, is ``model.shard``.
+    Lightning's own needs the number of ranks in the YAML or uses tensor parallelism within a node, and its checkpoints
+    are folders that only the same number of ranks can read. ``model.shard`` sets what is sharded.
 
     Args:
-        process_group_backend: gloo or nccl; by the device where not given.
+        process_group_backend: gloo or nccl; by default chosen by the device.
     """
 
     def __init__(self, process_group_backend: str | None = None) -> None:
@@ -29,11 +29,11 @@ class Sharded(ModelParallelStrategy):
         self._data_parallel_size = dist.get_world_size()  # known here, and read next
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Raises ValueError for a folder: the index of one is a pickle, which may run anything."""
+        """Raise ValueError for a folder, whose index is a pickle that may run code."""
         if Path(checkpoint_path).is_dir():
             raise ValueError(f"{checkpoint_path}: a folder; a checkpoint is one file")
         return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
 
     def teardown(self) -> None:
         super().teardown()
-        self.checkpoint_io.teardown()  # Lightning's forgets it, and with it a save that is still on its way
+        self.checkpoint_io.teardown()  # Lightning forgets it, and an asynchronous save with it

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole or not there, confirmed by their manifests, plain values only."""
+"""Checkpoint I/O: atomic, optionally asynchronous writes, verified by manifests, plain values only."""
 
 from __future__ import annotations
 
@@ -21,25 +21,24 @@ from descant.modules.io.plain import load_plain, require_sums
 
 
 class AtomicIO(CheckpointIO):
-    """Writes checkpoints through :mod:`descant.modules.io.manifest`, and reads what their manifests confirm.
+    """Writes checkpoints atomically with a manifest (:mod:`descant.modules.io.manifest`), and verifies what it reads.
 
-    A file without a manifest is of another program, or of an earlier version: it is read with a warning, and
-    ``--resume`` takes none. Whatever is asked for, nothing but plain values is unpickled.
+    A file without a manifest, of another program or an earlier version, is read with a warning, but ``--resume`` does
+    not accept it. Nothing but plain values is ever unpickled.
 
-    Not Lightning's AsyncCheckpointIO: that has no manifest, its queue of states grows without a bound, it removes the
-    old file while the new one is still to be written, and its copies break ties, lose the metadata of state dicts and
-    leave lists and dicts to be changed by training.
+    Lightning's AsyncCheckpointIO has no manifest, an unbounded queue of states, and removes the old file before the new
+    one is written; its copies break ties, lose the metadata of state dicts and share lists and dicts with training.
 
     Args:
-        asynchronous: copy the state to CPU memory (as much as the file is large), and write it in a thread while
-            training goes on. One save is in flight at most: the next one waits, and raises what stopped the last.
+        asynchronous: copy the state to CPU memory (as much as the file is large) and write it in a thread while
+            training continues. The next save waits for the last one and raises its error.
 
     Attributes:
-        inside: the folder below which checkpoints are written and removed; anywhere where None.
+        inside: the folder below which checkpoints are written and removed; None: anywhere.
 
     Raises:
-        OSError: if a file cannot be written: when it is, or asynchronously at the next call or at the end.
-        ValueError: if a file is not what its manifest tells of, or would lie outside ``inside``.
+        OSError: if a file cannot be written; asynchronously, at the next call or at the end.
+        ValueError: if a file differs from its manifest, or would be outside ``inside``.
     """
 
     inside: Path | None = None
@@ -54,12 +53,13 @@ class AtomicIO(CheckpointIO):
             raise ValueError(f"{path}: checkpoints go to a folder of this machine, without storage options")
         self._require_inside(path)
         self.wait()
-        mine = checkpoint.get("descant")
-        safe = isinstance(mine, Mapping) and mine.get("safe") is True
-        facts: dict[str, Any] = {"step": checkpoint.get("global_step"), "epoch": checkpoint.get("epoch"), "safe": safe}
-        if isinstance(mine, Mapping) and "log_step" in mine:
-            facts["log_step"] = mine["log_step"]
-        Path(path).parent.mkdir(parents=True, exist_ok=True)  # now: the next thing may be a link beside it
+        entry = checkpoint.get("descant")
+        entry = entry if isinstance(entry, Mapping) else {}
+        facts: dict[str, Any] = {"step": checkpoint.get("global_step"), "epoch": checkpoint.get("epoch")}
+        facts["safe"] = entry.get("safe") is True
+        if "log_step" in entry:
+            facts["log_step"] = entry["log_step"]
+        Path(path).parent.mkdir(parents=True, exist_ok=True)  # now: a link beside it may be made next
         state = snapshot(checkpoint) if self.asynchronous else checkpoint
         self._do(lambda: manifest.write(Path(path), lambda stream: torch.save(state, stream), facts))
 
@@ -67,14 +67,14 @@ class AtomicIO(CheckpointIO):
         self, path: Path | str, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
         self.wait()
-        found = manifest.confirmed(Path(path))
-        if found == manifest.NONE:
-            rank_zero_warn(f"{path}: no manifest confirms what it holds")
+        confirmed = manifest.confirmed(Path(path))
+        if confirmed == manifest.NONE:
+            rank_zero_warn(f"{path}: no manifest confirms its content")
             require_sums(Path(path))
             return _checkpoint(path, load_plain(path, map_location=map_location))
-        if isinstance(found, str):
-            raise ValueError(f"{path}: {found}")
-        with found[0] as stream:
+        if isinstance(confirmed, str):
+            raise ValueError(f"{path}: {confirmed}")
+        with confirmed[0] as stream:
             content: dict[str, Any] = load_plain(stream, path, map_location=map_location)
             return content
 
@@ -84,7 +84,7 @@ class AtomicIO(CheckpointIO):
         self._do(lambda: shutil.rmtree(path) if sharded else manifest.remove(Path(path)))
 
     def _require_inside(self, path: Path | str) -> None:
-        """Whatever made the path: a format, a link, a metric's name."""
+        """Whether the path came from a format, a link or a metric's name."""
         if self.inside is not None and not Path(path).resolve().is_relative_to(self.inside.resolve()):
             raise ValueError(
                 f"{path}: a checkpoint outside the run's folder, {self.inside}: --trust writes lets a configuration "
@@ -92,18 +92,14 @@ class AtomicIO(CheckpointIO):
             )
 
     def valid(self, path: Path) -> bool:
-        """Whether its manifest confirms it, now that all that was asked for is written."""
+        """Whether a file matches its manifest, after all pending writes."""
         self.wait()
         return manifest.fault(path) is None
 
     def wait(self) -> None:
-        """Until everything is on disk.
-
-        Raises:
-            OSError: what kept it from there.
-        """
+        """Wait until everything is on disk; raises the error of the last write."""
         if self._last is not None:
-            error = self._last.exception()  # interrupted while it waits, by a second INT, it forgets nothing
+            error = self._last.exception()  # kept if a second INT interrupts the wait
             self._last = None
             if error is not None:
                 raise error
@@ -118,33 +114,33 @@ class AtomicIO(CheckpointIO):
                 self._thread = None
 
     def _do(self, job: Callable[[], None]) -> None:
-        """Now, or in the thread and after all that was asked for before: a file goes when its successor is there."""
+        """Run a job now, or in the thread after all earlier ones: a file is removed once its successor is written."""
         if not self.asynchronous:
             return job()
         before = self._last
 
         def follow() -> None:
             if before is not None:
-                before.result()  # done; raises if it failed, and then what should follow must not
+                before.result()  # raises if it failed, and then this job must not run
             job()
 
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "checkpoints")
-            atexit.register(self.teardown)  # ModelParallelStrategy never calls it: an error is told, if late
+            atexit.register(self.teardown)  # ModelParallelStrategy never calls teardown
         self._last = self._thread.submit(follow)
         return None
 
 
 def _checkpoint(path: Path | str, content: Any) -> dict[str, Any]:
-    """What was read of another program, if it is a checkpoint; one that says no version is taken as it is."""
+    """Content of a checkpoint of another program, with a version if it has none."""
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
         raise ValueError(f"{path}: not a checkpoint: it holds no state_dict")
-    content.setdefault("pytorch-lightning_version", lightning.__version__)  # Lightning would migrate it by that
+    content.setdefault("pytorch-lightning_version", lightning.__version__)  # by which Lightning would migrate it
     return content
 
 
 def snapshot(state: dict[str, Any]) -> dict[str, Any]:
-    """A copy in CPU memory that nothing changes. Tensors of one memory, such as tied weights, stay one.
+    """A deep copy in CPU memory. Tensors that share memory, such as tied weights, still do.
 
     >>> weight = torch.ones(2)
     >>> copied = snapshot({"a": weight, "b": weight.view(2), "steps": [1]})
@@ -163,7 +159,7 @@ def snapshot(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
-    """Plain tensors at any depth; other kinds (quantized, sparse) know themselves how to be copied."""
+    """Plain tensors at any depth; others (quantized, sparse) have their own deep copy."""
     if isinstance(value, Tensor):
         if type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided:
             yield value

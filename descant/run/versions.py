@@ -1,4 +1,4 @@
-"""What a result depends on besides its configuration: revision, packages, machine."""
+"""Provenance of a run: git revision, package versions, machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, object]:
-    """Git revision and whether files differ from it, package versions, Python, machine, threads."""
+    """Git revision and state of the checkout, package versions, Python, machine, threads."""
     import torch
 
     revision, dirty = _git()
@@ -38,7 +38,7 @@ def versions() -> dict[str, object]:
 
 
 def code() -> dict[str, object]:
-    """The version, the revision and the state of Descant alone: ``descant``, ``revision``, ``dirty``."""
+    """Descant's own version, git revision and state: ``descant``, ``revision``, ``dirty``."""
     revision, dirty = _git()
     return {"descant": _version("descant"), "revision": revision, "dirty": dirty}
 
@@ -51,7 +51,7 @@ def _version(package: str) -> str | None:
 
 
 def _git() -> tuple[str | None, bool | None]:
-    """Revision and dirtiness of the checkout that this package runs from; None, None for a wheel."""
+    """Revision of the checkout and whether it has changes; None, None for an installed package."""
     folder = Path(__file__).resolve().parents[1]
     if not (folder.parent / ".git").exists():
         return None, None

@@ -1,4 +1,4 @@
-"""The text of a SLURM job: options of sbatch, ranks by srun, and what becomes of each way to end."""
+"""Text of a SLURM job script: sbatch options, ranks started by srun, and requeueing."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 from descant.cli.errors import fail
 
 _START = r"""
-trap : TERM USR1 INT  # signals are for the ranks, which save; this script waits for them
+trap : TERM USR1 INT  # the ranks handle signals and save; this script waits for them
 unset ${!MASTER_@} ${!TORCHELASTIC_@} RANK LOCAL_RANK WORLD_SIZE DESCANT_RUN_DIR
 export MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not ask sbatch
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not inherit it
 export ended="$folder/.ended-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
 
-# One rank. The first to end notes its code: srun tells the highest one, which may be of a rank that srun killed.
-# A rank that saved (75, 130, 143) ends with 0 here, or srun would kill the others while they finish theirs.
+# One rank. The first to end records its exit code: srun reports the highest, which may be of a rank that srun killed.
+# A rank that saved (75, 130, 143) exits with 0, or srun would kill the others while they save.
 rank() {
   trap : TERM USR1 INT
   "$@"
@@ -31,7 +31,7 @@ export -f rank
 """
 _END = r"""
 code=$?
-if [ -s "$ended" ]; then code=$(cat "$ended"); elif [ $code -ne 0 ]; then code=137; fi  # none lived to note anything
+if [ -s "$ended" ]; then code=$(cat "$ended"); elif [ $code -ne 0 ]; then code=137; fi  # no rank could record a code
 rm -f "$ended"
 # A rank may end with 1 because the node of another is gone: do all nodes answer?
 [ $code -ne 1 ] || timeout 60 srun --overlap --ntasks-per-node=1 true || code=137
@@ -41,7 +41,7 @@ if [ $code -eq 0 ]; then
   [ -z "$mark" ] || : > "$mark"
   exit 0
 elif [ $code -ne 75 ] && { [ $code -le 128 ] || [ $code -eq 130 ]; }; then
-  echo "descant: ended with $code: not requeued"  # a fault, a wrong request, or stopped by a person
+  echo "descant: ended with $code: not requeued"  # an error, a wrong request, or stopped by the user
 elif [[ " $job " != *" JobState=RUNNING "* && " $job " != *" Reason=TimeLimit "* ]]; then
   echo "descant: ended with $code: left to SLURM"  # cancelled, or SLURM requeues it itself: preempted, a lost node
 elif [ "${SLURM_RESTART_COUNT:-0}" -ge "$requeues" ]; then
@@ -63,23 +63,23 @@ def script(
     head: str = "",
     marks: Sequence[Path] = (),
 ) -> str:
-    """One job.
+    """A job script.
 
     Args:
         given: the options of ``descant submit``.
         stage: the command and its arguments.
-        folder: where its runs go; script and log are kept there.
+        folder: for its runs, the script and the log.
         grid: of an array, the options of each task.
-        head: a comment, such as the command that asked for it.
-        marks: of an array, the file that each task leaves once it has ended well.
+        head: a comment, such as the submitting command.
+        marks: of an array, the file that each task creates on success.
     """
     parts = ["#!/bin/bash", f"# {head}".replace("\n", " "), *_options(given, folder, len(grid)), ""]
     parts += [f"folder={shlex.quote(str(folder))} requeues={given.requeues} mark=", *given.setup, _START.strip(), ""]
     if grid:
-        told = [shlex.join(part for key, value in task.items() for part in (f"--{key}", value)) for task in grid]
-        told = [f"set -- {text}" for text in told]
-        told = [f"{text}; mark={shlex.quote(str(m))}" for text, m in zip(told, marks, strict=True)] if marks else told
-        parts += ['case "$SLURM_ARRAY_TASK_ID" in', *(f"  {n}) {text} ;;" for n, text in enumerate(told))]
+        words = [shlex.join(part for key, value in task.items() for part in (f"--{key}", value)) for task in grid]
+        ends = [f"; mark={shlex.quote(str(mark))}" for mark in marks] or [""] * len(words)
+        cases = (f"  {n}) set -- {text}{end} ;;" for n, (text, end) in enumerate(zip(words, ends, strict=True)))
+        parts += ['case "$SLURM_ARRAY_TASK_ID" in', *cases]
         parts += ["esac", ""]
     return "\n".join([*parts, _step(given, *stage), _END.strip(), ""])
 
@@ -104,15 +104,15 @@ def _options(given: argparse.Namespace, folder: Path, tasks: int) -> list[str]:
 
 
 def _quoted(text: str) -> str:
-    if not text.isprintable() or '"' in text:  # a line of its own would be run
-        fail(f"submit: {text!r}: a name of printable letters, without quotation marks")
+    if not text.isprintable() or '"' in text:  # a second line would be run
+        fail(f"submit: {text!r}: printable characters only, without quotation marks")
     return f'"{text}"' if re.search(r"\s", text) else text
 
 
 def _step(given: argparse.Namespace, command: str, *args: str) -> str:
-    """One option a line."""
+    """The srun command, one option a line."""
     rest = list(args)
-    if command == "fit":  # after the experiment, which names the run; before what is laid over it
+    if command == "fit":  # after the experiment, which names the run, and before overlays
         first = next((n for n, arg in enumerate(rest) if arg.partition("=")[0] in ("--config", "-c")), len(rest))
         after = first + (1 if "=" in "".join(rest[first : first + 1]) else 2)
         rest[after:after] = ["--config", "on/slurm"]

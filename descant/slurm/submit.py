@@ -1,6 +1,6 @@
-"""``descant submit``: SLURM jobs from descant's own commands, by scripts that can be read and submitted again.
+"""``descant submit``: run descant commands as SLURM jobs, by scripts that can be read and submitted again.
 
-Not by submitit: it pickles a Python call into a job whose script says nothing, and saves and requeues in its own way.
+submitit is not used: it pickles a Python call into a job, and saves and requeues in its own way.
 """
 
 from __future__ import annotations
@@ -23,66 +23,66 @@ from descant.cli.catalogue import run_name
 from descant.cli.errors import Refusal, fail, hint, one_line
 from descant.cli.options import Options
 from descant.cli.untrusted import json_of
+from descant.modules.io.files import write_json
 from descant.slurm.sbatch import script
 
 _HELP = """\
-descant submit: run a command on a SLURM cluster; it saves before a time limit and goes on by itself
+descant submit: run a command on a SLURM cluster; it saves before the time limit and is requeued
 
-usage: descant submit [options] -- fit --config NAME ... [-- COMMAND that waits for it ...]
+usage: descant submit [options] -- fit --config NAME ... [-- COMMAND to run after it ...]
 
   descant submit --nodes 2 --gpus-per-node 4 --time 24:00:00 -- fit --config contrastive/emoji
   descant submit --time 60 --array seed_everything=0..4 -- fit --config contrastive/emoji --config on/cpu
   descant submit --time 60 -- fit --config contrastive/emoji -- test --run contrastive-emoji/latest
 
-Writes runs/NAME/submit-001.sh, a script to read, keep and submit again; submits it; tells how to watch it.
-One rank runs on each GPU. A run that is signalled, preempted or killed, or loses a node, is requeued and
-continues its own folder; one that ends with 1 (a fault) or 2 (a wrong request) fails, and what waits for it
-never starts. A wrong configuration is refused here and now. fit, validate, test and predict can be submitted.
+Writes the script runs/NAME/submit-001.sh, submits it, and prints how to watch the job. One rank runs on each
+GPU. A run that is signalled, preempted or killed, or loses a node, is requeued and continues in its folder; one
+that ends with 1 (an error) or 2 (a wrong request) fails, and jobs that wait for it never start. A wrong
+configuration is refused before submitting. fit, validate, test and predict can be submitted.
 
 Options:
   --nodes N                    (1)
   --gpus-per-node N            or TYPE:N; without it ranks are on CPUs
-  --tasks-per-node N           ranks of a node (one a GPU; else 1)
+  --tasks-per-node N           ranks of a node (one per GPU; else 1)
   --cpus-per-task N, --mem SIZE, --time TIME, --partition NAME, --account NAME, --qos NAME
                                as sbatch takes them
-  --array KEY=0..4             one job a value, or KEY=a,b,c; said again: a grid (of the first command only)
-  --at-once N                  jobs of the array that may run at a time
-  --after JOB                  start when that job has succeeded
-  --signal-before SECONDS      of the time limit: save and requeue (120)
+  --array KEY=0..4             one job per value, or KEY=a,b,c; repeated: a grid (of the first command only)
+  --at-once N                  jobs of the array that may run at once
+  --after JOB                  start after that job has succeeded
+  --signal-before SECONDS      before the time limit: save and requeue (120)
   --requeues N                 give up after so many restarts (20)
-  --setup LINE                 a line for the script, such as 'module load cuda'; may be said again
-  --sbatch OPTION=VALUE        any other option of sbatch; may be said again
+  --setup LINE                 a line for the script, such as 'module load cuda'; may be repeated
+  --sbatch OPTION=VALUE        any other option of sbatch; may be repeated
   --dry-run                    print the script, write nothing, submit nothing"""
 _COMMANDS = ("fit", "validate", "test", "predict")
-#: Options of sbatch that the script depends on, and what is said here in their place.
+#: sbatch options that the script sets itself -> the option of submit, if any.
 _OURS = {key: f"--{key}" for key in ("nodes", "gpus-per-node", "cpus-per-task", "array", "time", "mem")}
 _OURS |= {"ntasks-per-node": "--tasks-per-node", "signal": "--signal-before", "dependency": "--after"}
 _OURS |= dict.fromkeys(("ntasks", "output", "error", "open-mode", "chdir", "parsable", "wait", "no-requeue"), "")
-#: Values of a key, and combinations of all keys: clusters take no larger array.
+#: Values of a key, and combinations of all keys, at most: clusters accept no larger array.
 _MOST = 10_000
-#: A comma between values, and none within a list or mapping.
+#: A comma between values, not within a list or mapping.
 _LISTED = re.compile(r",(?![^\[{]*[\]}])")
-#: What a shell inside a job, a launcher or a test leaves behind, and no job may inherit.
+#: Environment variables of a surrounding job, launcher or test, which no job may inherit.
 _LEFT = re.compile(
     r"(SLURM_(?!CONF$)|SLURMD_|MASTER_|PYTEST_|TORCHELASTIC_)\w*|((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|DESCANT_RUN_DIR"
 )
 
 
 def main(args: Sequence[str]) -> int:
-    """Write the scripts, submit them, and tell how to watch the jobs.
+    """Write the scripts, submit them, and print how to watch the jobs.
 
     Raises:
-        Refusal: with one line, for whatever the user can put right, before anything is submitted; and with
-            sbatch's own for what it does not take.
+        Refusal: for a wrong request, before anything is submitted; with sbatch's message where it refuses.
     """
-    own, *stages = _split(args)
-    if not args or "--help" in own or "-h" in own:
+    options, *stages = _split(args)
+    if not args or "--help" in options or "-h" in options:
         print(_HELP)
         return 0
     environment = _environment()
     if not all([stages, *stages]):
-        fail("submit: of what? The command comes after --: descant submit --time 60 -- fit --config NAME")
-    given = _read(own)
+        fail("submit: no command: it comes after --: descant submit --time 60 -- fit --config NAME")
+    given = _read(options)
     grids = [grid(given.array), *([] for _ in stages[1:])]
     head = f"descant submit {shlex.join(args)}"
     jobs: list[tuple[str, Path, list[dict[str, str]]]] = []
@@ -98,18 +98,18 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-def array(own: Sequence[str], stage: Sequence[str], tasks: list[dict[str, str]], folder: Path, head: str) -> None:
-    """One array of tasks that have names, of which each leaves ``folder/NAME.done`` once it has ended well.
+def array(options: Sequence[str], stage: Sequence[str], tasks: list[dict[str, str]], folder: Path, head: str) -> None:
+    """Submit one array of named tasks, each of which creates ``folder/NAME.done`` on success.
 
     Args:
-        own: the options of ``descant submit``. stage: the command that all tasks share.
-        tasks: options of each; ``name`` of its run, or the ``run`` to go on in.
+        options: of ``descant submit``. stage: the command that all tasks share.
+        tasks: options of each; ``name`` of its run, or the ``run`` to continue.
         folder: of the script, the logs and the marks. head: a comment.
 
     Raises:
         Refusal: as ``main``.
     """
-    environment, given = _environment(), _read(own)
+    environment, given = _environment(), _read(options)
     _folder(stage, given, [{k: v for k, v in task.items() if k not in ("name", "run")} for task in tasks], first=True)
     text = script(given, stage, folder, tasks, head, [folder / f"{name_of(task)}.done" for task in tasks])
     if given.dry_run:
@@ -119,7 +119,7 @@ def array(own: Sequence[str], stage: Sequence[str], tasks: list[dict[str, str]],
 
 
 def name_of(task: Mapping[str, str]) -> str:
-    """Of a task of :func:`array`.
+    """Name of a task of :func:`array`.
 
     >>> name_of({"run": "lr=1,seed=0/001"})
     'lr=1,seed=0'
@@ -128,37 +128,35 @@ def name_of(task: Mapping[str, str]) -> str:
 
 
 def waiting(folder: Path) -> set[str]:
-    """The names of tasks that were submitted from a folder and that SLURM still has.
+    """Names of the tasks submitted from a folder that are still in SLURM's queue.
 
     Raises:
-        Refusal: if it does not answer, since they might run twice.
+        Refusal: if squeue does not answer, since tasks might run twice.
     """
-    found: set[str] = set()
+    names: set[str] = set()
     files = sorted(folder.glob("submit-*.json"))
     if files and shutil.which("squeue") is None:
-        fail(
-            f"submit: {folder} has jobs, and squeue is not on PATH to say what became of them: type this where they are"
-        )
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("SQUEUE_")}  # would hide some
+        fail(f"submit: {folder} has jobs, and squeue is not on PATH to list them: run this on the cluster")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SQUEUE_")}
     for file in files:
         try:
             content = json_of(file)
             if not re.fullmatch(r"\d+", content["job"]) or not isinstance(content["tasks"], dict):
-                raise ValueError("no number of a job in it")
+                raise ValueError("no job number in it")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            fail(f"submit: {file}: not what submit wrote: {one_line(error)}; move it away if its jobs have ended")
+            fail(f"submit: {file}: not written by submit: {one_line(error)}; remove it if its jobs have ended")
         command = ["squeue", "--noheader", "--array", "--format=%i", f"--jobs={content['job']}"]
         command += [f"--clusters={content['cluster']}"] if content.get("cluster") else []
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode and "Invalid job id" not in done.stderr:  # it forgets jobs some time after their end
-            fail(f"submit: squeue does not say what became of {content['job']}: {' '.join(done.stderr.split())}")
-        there = set(done.stdout.split())
-        found |= {name_of(task) for n, task in content["tasks"].items() if f"{content['job']}_{n}" in there}
-    return found
+        if done.returncode and "Invalid job id" not in done.stderr:  # ended some time ago
+            fail(f"submit: squeue fails for job {content['job']}: {' '.join(done.stderr.split())}")
+        queued = set(done.stdout.split())
+        names |= {name_of(task) for n, task in content["tasks"].items() if f"{content['job']}_{n}" in queued}
+    return names
 
 
 def _environment() -> dict[str, str]:
-    """As it is now: parsing a configuration imports much, and leaves more."""
+    """The environment for sbatch; parsing a configuration would add to it."""
     return {key: value for key, value in os.environ.items() if not _LEFT.fullmatch(key)}
 
 
@@ -176,10 +174,10 @@ def _split(args: Sequence[str]) -> list[list[str]]:
     return parts
 
 
-def grid(texts: Sequence[str], said: str = "submit: --array") -> list[dict[str, str]]:
-    """The options of each task of an array: all combinations of what ``--array`` says, the last key fastest.
+def grid(texts: Sequence[str], option: str = "submit: --array") -> list[dict[str, str]]:
+    """Options of each task: all combinations of the keys' values, the last key fastest.
 
-    ``said``: how a refusal begins.
+    ``option``: start of error lines.
 
     >>> grid(["seed_everything=0..1", "model.width=8,16"])[1]
     {'seed_everything': '0', 'model.width': '16'}
@@ -191,15 +189,15 @@ def grid(texts: Sequence[str], said: str = "submit: --array") -> list[dict[str, 
         key, equals, values = text.removeprefix("--").partition("=")
         span = re.fullmatch(r"([0-9]+)\.\.([0-9]+)", values)
         if span and (len(values) > 30 or int(span[2]) - int(span[1]) >= _MOST):
-            fail(f"{said} {text}: more than {_MOST:,} values")
-        found = [str(n) for n in range(int(span[1]), int(span[2]) + 1)] if span else _LISTED.split(values)
-        if not key or not equals or not found or not all(found):
-            fail(f"{said} {text}: KEY=0..4 or KEY=a,b,c")
+            fail(f"{option} {text}: more than {_MOST:,} values")
+        choices = [str(n) for n in range(int(span[1]), int(span[2]) + 1)] if span else _LISTED.split(values)
+        if not key or not equals or not choices or not all(choices):
+            fail(f"{option} {text}: KEY=0..4 or KEY=a,b,c")
         if key in axes:
-            fail(f"{said} {text}: {key} is said twice")
-        axes[key] = found
+            fail(f"{option} {text}: {key} is given twice")
+        axes[key] = choices
     if math.prod(map(len, axes.values())) > _MOST:
-        fail(f"{said}: {math.prod(map(len, axes.values())):,} combinations, and {_MOST:,} are the most")
+        fail(f"{option}: {math.prod(map(len, axes.values())):,} combinations; at most {_MOST:,}")
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())] if axes else []
 
 
@@ -222,20 +220,20 @@ def _read(args: Sequence[str]) -> argparse.Namespace:
         if getattr(given, key) < 1:
             fail(f"submit: --{key.replace('_', '-')} {getattr(given, key)}: at least 1")
     if given.after and not re.fullmatch(r"\d+(_\d+)?", given.after):
-        fail(f"submit: --after {given.after}: the number of a job")
+        fail(f"submit: --after {given.after}: expected a job number")
     if given.time and _seconds(given.time) <= given.signal_before:
-        fail(f"submit: --time {given.time}: it ends before --signal-before {given.signal_before} seconds have passed")
-    for key in ("sbatch", "setup"):  # a line of its own would be run, or be an option that nobody has said
+        fail(f"submit: --time {given.time}: shorter than --signal-before {given.signal_before} seconds")
+    for key in ("sbatch", "setup"):  # a second line would be run, or be another option
         for line in getattr(given, key):
             if not line.isprintable():
-                fail(f"submit: --{key} {line!r}: one line of letters that print")
+                fail(f"submit: --{key} {line!r}: one line of printable characters")
     for option in given.sbatch:
         key = option.removeprefix("--").partition("=")[0]
         if key in _OURS:
-            fail(f"submit: --sbatch {option}: {f'say {_OURS[key]}' if _OURS[key] else 'the script needs its own'}")
+            fail(f"submit: --sbatch {option}: {f'use {_OURS[key]}' if _OURS[key] else 'the script sets it itself'}")
     for tool in () if given.dry_run else ("sbatch", "scontrol"):
         if shutil.which(tool) is None:
-            fail(f"submit: {tool} is not on PATH: type this where jobs are submitted, or --dry-run prints the script")
+            fail(f"submit: {tool} is not on PATH: run this on the cluster, or --dry-run prints the script")
     return given
 
 
@@ -256,9 +254,9 @@ def _seconds(time: str) -> int:
 
 
 def _folder(stage: Sequence[str], given: argparse.Namespace, tasks: list[dict[str, str]], first: bool) -> Path:
-    """Where the runs of a command go, which is checked as far as that needs no data.
+    """Folder of the runs of a command, whose configuration is checked as far as possible without data.
 
-    Each value of an array is tried once, beside the first of the others.
+    Each value of an array is tried once, with the first values of the other keys.
     """
     command, *args = stage
     if command not in _COMMANDS:
@@ -266,13 +264,13 @@ def _folder(stage: Sequence[str], given: argparse.Namespace, tasks: list[dict[st
     for key in ("trainer.num_nodes", "trainer.devices", "resume"):
         for token in args:
             if token.partition("=")[0] == f"--{key}":
-                fail(f"submit: --{key}: submit says it itself; leave it out")
+                fail(f"submit: --{key}: submit sets it itself; leave it out")
     from descant.cli.arguments import read
 
     request = read(command, args)
     run = request.option("run")
     if not first and run and not request.configs and not (Path(request.option("runs") or "runs") / run).exists():
-        return Path(request.option("runs") or "runs") / run.split("/")[0]  # the command before it makes that run
+        return Path(request.option("runs") or "runs") / run.split("/")[0]  # made by the command before it
     tried = {tuple((tasks[0] | {key: task[key]}).items()): None for task in tasks for key in task} or {(): None}
     for values in tried:
         more = [part for key, value in values for part in (f"--{key}", value)]
@@ -282,7 +280,7 @@ def _folder(stage: Sequence[str], given: argparse.Namespace, tasks: list[dict[st
 
 
 def _composed(command: str, args: Sequence[str]) -> tuple[dict[str, Any], str]:
-    """The whole configuration of a command, and the name of its run."""
+    """Resolved configuration of a command, and the name of its run."""
     import yaml
 
     from descant.cli.arguments import read, with_own
@@ -296,7 +294,7 @@ def _composed(command: str, args: Sequence[str]) -> tuple[dict[str, Any], str]:
 
 
 def _divides(config: Mapping[str, Any], world: int) -> None:
-    """Refuse a batch size that the ranks do not divide, where the data is a data module of ours."""
+    """Refuse a batch size of Descant's data modules that is not divisible by the ranks."""
     from descant.cli.signatures import find_class
     from descant.datamodules.base import DataModule
     from descant.datamodules.order import Order
@@ -310,9 +308,7 @@ def _divides(config: Mapping[str, Any], world: int) -> None:
 
 
 def _submit(text: str, folder: Path, tasks: list[dict[str, str]], after: str, environment: Mapping[str, str]) -> str:
-    """Keep one script, submit it, tell how to watch it, and return the number of its job."""
-    from descant.run import runs
-
+    """Write and submit one script, print how to watch it, and return the job number."""
     folder.mkdir(parents=True, exist_ok=True)
     file = next(f for n in itertools.count(1) if not (f := folder / f"submit-{n:03d}.sh").exists())
     with file.open("x", encoding="utf-8") as out:
@@ -330,9 +326,9 @@ def _submit(text: str, folder: Path, tasks: list[dict[str, str]], after: str, en
         "command": command,
         "tasks": dict(enumerate(tasks)),
     }
-    runs.write_json(file.with_suffix(".json"), content)
+    write_json(file.with_suffix(".json"), content)
     log = folder / (f"slurm-{job}_0.log" if tasks else f"slurm-{job}.log")
     print(f"submitted {job}{f', {len(tasks)} tasks' if tasks else ''}{f', after {after}' if after else ''}: {file}")
     print(f"  state   squeue -j {job}\n  log     tail -F {log}\n  curves  tensorboard --logdir {folder}")
-    print(f"  stop    scancel --signal=INT {job}   (it saves first)")
+    print(f"  stop    scancel --signal=INT {job}   (saves first)")
     return job

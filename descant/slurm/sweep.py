@@ -1,4 +1,4 @@
-"""``descant sweep``: one experiment at all combinations of some settings and seeds, and a table of the runs."""
+"""``descant sweep``: run an experiment with all combinations of settings and seeds, and compare the runs."""
 
 from __future__ import annotations
 
@@ -14,33 +14,34 @@ from descant.cli.catalogue import run_name
 from descant.cli.errors import INTERRUPTED, fail, nearest, say
 from descant.cli.options import Options
 from descant.cli.precheck import precheck
+from descant.modules.io.files import write_text
 from descant.report import compare
 from descant.run import runs
 from descant.run.processes import Task, run_beside
 from descant.slurm import submit
 
 _HELP = """\
-descant sweep: one experiment at all combinations of some settings and seeds, then the table of compare
+descant sweep: run an experiment with all combinations of some settings and seeds, then compare the runs
 
 usage: descant sweep --config NAME ... --vary KEY=A,B [--vary ...] [--seeds 3] [--jobs 2] [--key value ...]
 
   descant sweep --config contrastive/emoji --vary model.optimizer.lr=1e-4,3e-4,1e-3 --seeds 3
   descant sweep --config fusion/emoji --vary trainer.max_steps=300 --vary data.batch_size=64,128 --jobs 2
 
-Each run is a folder of runs/sweeps/NAME-DIGEST, where the digest is of all that the runs share: the same
-command, or one with more values or seeds, goes on where it stopped. Every combination is looked at first.
+Each run is a folder of runs/sweeps/NAME-DIGEST, where the digest is of everything that the runs share: the same
+command, or one with more values or seeds, continues where it stopped. All combinations are checked first.
 
 Options beside those of fit:
-  --vary KEY=A,B         values of a key, or KEY=0..4; said again: all combinations
+  --vary KEY=A,B         values of a key, or KEY=0..4; repeated: all combinations
   --seeds N or A,B       seeds 0 to N - 1, or these (1)
-  --jobs N               runs at a time, each with its share of the cores (1)
+  --jobs N               runs at once, each with its share of the cores (1)
   --metrics A,B          of the table, as in descant compare
-  --slurm 'OPTIONS'      what is missing as an array by descant submit OPTIONS; the table in the end"""
+  --slurm 'OPTIONS'      submit missing runs as an array by descant submit OPTIONS"""
 _OWN = ("vary", "seeds", "jobs", "metrics", "slurm")
 
 
 def main(args: Sequence[str]) -> int:
-    """Run what is missing and print the table.
+    """Run the missing combinations and print the table.
 
     Raises:
         Refusal: for a wrong request or configuration, before anything runs; and for the first run that fails.
@@ -48,42 +49,42 @@ def main(args: Sequence[str]) -> int:
     if not args or args[0] in ("--help", "-h"):
         print(_HELP)
         return 0
-    mine, theirs = _split(args)
+    options, fit_args = _split(args)
     parser = Options("descant sweep")
     parser.add_argument("--vary", action="append", default=[])
     parser.add_argument("--seeds", default="1")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--metrics")
     parser.add_argument("--slurm")
-    given = parser.parse_args(mine)
+    given = parser.parse_args(options)
     if not given.vary:
-        fail("sweep: vary what? --vary model.optimizer.lr=1e-4,3e-4")
+        fail("sweep: --vary is missing, such as --vary model.optimizer.lr=1e-4,3e-4")
     if given.jobs < 1:
         fail(f"sweep: --jobs {given.jobs}: at least 1")
     seeds = _seeds(given.seeds)
     points = submit.grid(given.vary, "sweep: --vary")
-    request = read("fit", theirs)
+    request = read("fit", fit_args)
     for key in ("run", "resume", "name", "seed_everything", "print_config"):
         if request.option(key) is not None or any(name == key for name, _ in request.options):
-            fail(f"sweep: --{key}: sweep says it itself; leave it out")
+            fail(f"sweep: --{key}: sweep sets it itself; leave it out")
     if not request.configs:
-        fail("sweep: of what? --config NAME chooses an experiment (descant list)")
+        fail("sweep: --config is missing: --config NAME chooses an experiment (descant list)")
     if any("seed_everything" in point for point in points):
-        fail("sweep: --vary seed_everything: seeds are --seeds 3")
+        fail("sweep: --vary seed_everything: use --seeds 3")
     for point in points:
-        _look(request, point)
-    words = _words(theirs)
+        _check(request, point)
+    words = _words(fit_args)
     folder = Path(request.option("runs") or "runs") / "sweeps" / f"{run_name(request.configs[0])}-{_digest(request)}"
     every = [(point, seed) for seed in seeds for point in points]
     tasks = [_task(words, folder, point, seed) for point, seed in every]
-    there = set() if given.slurm is not None and "--dry-run" in given.slurm else submit.waiting(folder)
-    todo = [task for task in tasks if not _mark(task).exists()]  # asked in this order: what ends leaves its mark first
+    queued = set() if given.slurm is not None and "--dry-run" in given.slurm else submit.waiting(folder)
+    todo = [task for task in tasks if not _mark(task).exists()]  # after the queue: a task that ends is marked first
     if given.slurm is not None and todo:
         missing = [one for one, task in zip(every, tasks, strict=True) if task in todo]
-        return _submit(given.slurm, missing, there, len(tasks), words, folder)
-    with_slurm = sorted(_names(todo) & there)
+        return _submit(given.slurm, missing, queued, len(tasks), words, folder)
+    with_slurm = sorted(_names(todo) & queued)
     if with_slurm:
-        fail(f"sweep: {with_slurm[0]} is with SLURM: the same command with --slurm says how far it is")
+        fail(f"sweep: {with_slurm[0]} is in SLURM's queue: the same command with --slurm shows the progress")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -92,16 +93,16 @@ def main(args: Sequence[str]) -> int:
     try:
         run_beside(todo, given.jobs, _done)
     except KeyboardInterrupt:
-        say("sweep: interrupted; the same command goes on")
+        say("sweep: interrupted; the same command continues")
         return INTERRUPTED
     metrics = ["--metrics", given.metrics] if given.metrics else []
     return compare.main([f"{name}/*" for name in sorted(_names(tasks))] + [*metrics, "--runs", str(folder)])
 
 
 def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What sweep takes, and what fit takes."""
-    mine: list[str] = []
-    theirs: list[str] = []
+    """Options of sweep, and arguments of fit."""
+    options: list[str] = []
+    fit_args: list[str] = []
     rest = list(args)
     while rest:
         word = rest.pop(0)
@@ -110,10 +111,10 @@ def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
         if near is not None:
             fail(f"sweep: --{key}: no such option; nearest: --{near}")
         if key in _OWN:
-            mine.append(f"{word}={rest.pop(0)}" if "=" not in word and rest else word)
+            options.append(f"{word}={rest.pop(0)}" if "=" not in word and rest else word)
         else:
-            theirs.append(word)
-    return mine, theirs
+            fit_args.append(word)
+    return options, fit_args
 
 
 def _seeds(text: str) -> list[int]:
@@ -125,21 +126,21 @@ def _seeds(text: str) -> list[int]:
         if len(text) > 4 or int(text) < 1:
             fail(f"sweep: --seeds {text}: at least 1, and at most 9999")
         return list(range(int(text)))
-    found = [point["seed_everything"] for point in submit.grid([f"seed_everything={text}"], "sweep: --seeds")]
-    if not all(seed.isdecimal() for seed in found):
+    seeds = [point["seed_everything"] for point in submit.grid([f"seed_everything={text}"], "sweep: --seeds")]
+    if not all(seed.isdecimal() for seed in seeds):
         fail(f"sweep: --seeds {text}: a number of seeds, or seeds as 0,1,2 or 0..2")
-    return list(map(int, found))
+    return list(map(int, seeds))
 
 
-def _look(request: Request, point: dict[str, str]) -> None:
-    """The keys and types of one combination, where they are written down."""
+def _check(request: Request, point: dict[str, str]) -> None:
+    """Check keys and types of one combination against the stored schema, if there is one."""
     known = dump.read("fit")
     if known is not None:
         precheck(known, request.configs, [*request.options, *point.items()], request.trust)
 
 
 def _digest(request: Request) -> str:
-    """Of all that the runs share: files and options, but not where runs are."""
+    """Digest of what the runs share: files and options without --runs."""
     shared = hashlib.sha256()
     for file in request.configs:
         shared.update(file.read_bytes())
@@ -152,7 +153,7 @@ def _digest(request: Request) -> str:
 
 
 def _words(args: Sequence[str]) -> list[str]:
-    """The same without where runs are.
+    """The arguments without --runs.
 
     >>> _words(["--config", "a", "--runs", "b", "--runs=c", "--name.help"])
     ['--config', 'a', '--name.help']
@@ -162,7 +163,7 @@ def _words(args: Sequence[str]) -> list[str]:
 
 
 def _label(point: dict[str, str]) -> str:
-    """A folder's name for one combination.
+    """Folder name of a combination.
 
     >>> _label({"model.optimizer.lr": "1e-4", "data.size": "[3, 4]"})
     'model.optimizer.lr=1e-4,data.size=_3,_4_'
@@ -178,9 +179,9 @@ def _name(point: dict[str, str], seed: int) -> str:
 
 def _task(words: Sequence[str], folder: Path, point: dict[str, str], seed: int) -> Task:
     label = _name(point, seed)
-    own = [f"--{key}={value}" for key, value in point.items()]
-    own += [f"--seed_everything={seed}", f"--runs={folder}", f"--name={label}", "--resume=auto"]
-    return Task(f"sweep: {label}", ("fit", *words, *own), folder / f"{label}.log")
+    options = [f"--{key}={value}" for key, value in point.items()]
+    options += [f"--seed_everything={seed}", f"--runs={folder}", f"--name={label}", "--resume=auto"]
+    return Task(f"sweep: {label}", ("fit", *words, *options), folder / f"{label}.log")
 
 
 def _names(tasks: Sequence[Task]) -> set[str]:
@@ -188,45 +189,45 @@ def _names(tasks: Sequence[Task]) -> set[str]:
 
 
 def _mark(task: Task) -> Path:
-    """Is there once a run has ended well."""
+    """The file that marks a successful run."""
     return task.log.with_suffix(".done")
 
 
 def _done(task: Task, seconds: float) -> None:
-    runs.write_text(_mark(task), "")
+    write_text(_mark(task), "")
     say(f"{task.label}: done ({seconds:.0f} s)")
 
 
 def _submit(
     options: str,
     missing: Sequence[tuple[dict[str, str], int]],
-    there: set[str],
-    runs_in_all: int,
+    queued: set[str],
+    total: int,
     words: Sequence[str],
     folder: Path,
 ) -> int:
-    """An array of what SLURM has not got; a run that was stopped goes on in its own folder."""
+    """Submit an array of what is not in SLURM's queue; a run that was stopped continues in its folder."""
     try:
         given = shlex.split(options)
     except ValueError as error:
         fail(f"sweep: --slurm {options!r}: {error}")
     for word in given:
         if word.partition("=")[0] in ("--array", "--"):
-            fail(f"sweep: --slurm {word}: sweep says it itself; leave it out")
-    todo = [(point, seed) for point, seed in missing if _name(point, seed) not in there]
+            fail(f"sweep: --slurm {word}: sweep sets it itself; leave it out")
+    todo = [(point, seed) for point, seed in missing if _name(point, seed) not in queued]
     say(
-        f"sweep: {runs_in_all} runs, {runs_in_all - len(missing)} done, {len(missing) - len(todo)} with SLURM, "
+        f"sweep: {total} runs, {total - len(missing)} done, {len(missing) - len(todo)} queued, "
         f"{len(todo)} to submit, in {folder}"
     )
     if todo:
         tasks = [_where(folder, _name(point, seed)) | point | {"seed_everything": str(seed)} for point, seed in todo]
         submit.array(given, ("fit", *words, f"--runs={folder}"), tasks, folder, f"descant sweep --slurm {options!r}")
-    say("sweep: the same command submits what was lost, and shows the table when all have ended")
+    say("sweep: the same command resubmits lost runs, and shows the table when all have ended")
     return 0
 
 
 def _where(folder: Path, name: str) -> dict[str, str]:
-    """The run to go on in, or the name of a new one."""
+    """Options: the run to continue, or the name of a new one."""
     for run in sorted((folder / name).glob("[0-9]*"), reverse=True):
         if runs.newest_point(run)[0] is not None:
             return {"run": f"{name}/{run.name}"}

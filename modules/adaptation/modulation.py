@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from descant.modules.core.errors import no_such
 from descant.modules.core.host import host_copy, to_device
 from descant.modules.core.ranks import gather, world
 from descant.modules.core.rng import uniform_N
 from descant.modules.core.rows import RowTracker, share_rows
 from descant.modules.core.sham import Sham
-from descant.modules.engine.configure import nearest
 
 #: In place of the number of a set: of a sample that has everything, that has nothing, and whose set has no number.
 WHOLE, NOTHING, UNKNOWN = -1, -2, -3
@@ -71,7 +71,7 @@ class Sets:
     def _checked(self, names: Sequence[str]) -> tuple[str, ...]:
         unknown = [m for m in names if m not in self.modalities]
         if unknown:
-            raise ValueError(f"sets: {unknown[0]!r}: {nearest(unknown[0], self.modalities)}")
+            raise ValueError(f"sets: {unknown[0]!r}: {no_such(unknown[0], self.modalities)}")
         if not names or len(set(names)) < len(names):
             raise ValueError(f"sets: {list(names)} is no set of modalities, such as [{self.modalities[0]}]")
         return tuple(m for m in self.modalities if m in names)
@@ -174,9 +174,6 @@ class AvailableSets:
         kept_BM = there_BM & (member_SM[set_B] | ~fits_BS.gather(1, set_B[:, None]))
         kept = dict(zip(modalities, kept_BM.unbind(dim=1), strict=True))
         return {m: to_device(kept[m], draw_B.device) if m in kept else x_B for m, x_B in present.items()}
-
-
-# forms --------------------------------------------------------------------------------------------------------------
 
 
 class Modulated(nn.Module):
@@ -342,9 +339,6 @@ def _axis(layer: nn.Module) -> int:
     return 1 if isinstance(layer, nn.GroupNorm) or type(layer).__name__[-2:] in ("1d", "2d", "3d") else -1
 
 
-# the bank -----------------------------------------------------------------------------------------------------------
-
-
 class _Route:
     """The sets of the samples that run now."""
 
@@ -481,7 +475,7 @@ class ModulationBank(nn.Module):
         for end in self.layers:
             if not any(_matches(end, name, layer) for name, layer in able):
                 known = sorted({name.split(".")[-1] for name, _ in able} | {type(layer).__name__ for _, layer in able})
-                raise ValueError(f"layers: {end!r}: {nearest(end, known)}")
+                raise ValueError(f"layers: {end!r}: {no_such(end, known)}")
         yield from ((n, m) for n, m in able if any(_matches(end, n, m) for end in self.layers))
 
     def of(self, set_name: str, layer: str) -> Modulated:

@@ -39,6 +39,19 @@ def host_copy(x: Tensor) -> Tensor:
     return found
 
 
+def read_together(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Float64 tensors on the CPU, with a single device read for all of them.
+
+    >>> [x.tolist() for x in read_together(torch.ones(1, 2).double(), torch.zeros(1).double())]
+    [[[1.0, 1.0]], [0.0]]
+    """
+    on_device = [x for x in tensors if not x.is_cpu]
+    if not on_device:
+        return tensors
+    pieces = iter(host_copy(torch.cat([x.double().flatten() for x in on_device])).split([x.numel() for x in on_device]))
+    return tuple(x if x.is_cpu else next(pieces).view(x.shape) for x in tensors)
+
+
 def has_host_copy(x: Tensor) -> bool:
     """Whether :func:`host_copy` gives the values of ``x`` without waiting for a device."""
     return x.is_cpu or _known(x) is not None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+#: The group of tags that TensorBoard opens first: it sorts groups by name, ``_`` before letters.
+OVERVIEW = "_overview"
 #: ``SET/chance/METRIC`` is what guessing comes to.
 CHANCE = "chance"
 _RECALL = re.compile(r"(.*?)(?:^|(?<=_))r(\d+)$")

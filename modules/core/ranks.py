@@ -1,4 +1,4 @@
-"""Rows of other ranks, with true gradients: gathered at once, or passed on around a ring.
+"""torch.distributed helpers: world size, rank, sum and mean over ranks, all-gather with gradients, ring exchange.
 
 Letters: B samples on this rank, G samples on all ranks.
 """
@@ -6,22 +6,45 @@ Letters: B samples on this rank, G samples on all ranks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+T = TypeVar("T")
+
 
 def world() -> int:
-    """How many ranks share the batch."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    """Number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which one this is."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    """Global rank of this process; 0 without a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def total_of_ranks(x: Tensor) -> Tensor:
+    """The sum over ranks, in place."""
+    if world() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def mean_of_ranks(x: Tensor) -> Tensor:
+    """The mean over ranks, in place."""
+    return total_of_ranks(x).div_(world()) if world() > 1 else x
+
+
+def gather_objects(value: T, group: Any = None) -> list[T]:
+    """The pickled value of every rank, in rank order; collective."""
+    if world() == 1:
+        return [value]
+    values: list[Any] = [None] * world()
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def first_row(rows: int) -> int:

@@ -1,4 +1,4 @@
-"""Where a run logs to: one ``metrics.csv`` that a resumed run continues, and TensorBoard's events."""
+"""Loggers of a run: one ``metrics.csv`` that a resumed run continues, and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from descant.run.events import OVERVIEW
+from descant.modules.core.metric_names import OVERVIEW
 
 
 class _Continued(ExperimentWriter):
-    """Lightning's writer, except that an existing file is continued where Lightning deletes it."""
+    """Lightning's writer, which continues an existing file instead of deleting it."""
 
     def _check_log_dir_exists(self) -> None:
         file = Path(self.metrics_file_path)
@@ -26,7 +26,7 @@ class _Continued(ExperimentWriter):
 
 
 class CSV(CSVLogger):
-    """Writes ``metrics.csv`` directly into ``save_dir`` and continues the one that is there.
+    """Writes ``metrics.csv`` directly into ``save_dir``, and continues an existing one.
 
     Args:
         save_dir: the run's folder.
@@ -45,28 +45,28 @@ class CSV(CSVLogger):
         return super().experiment
 
     def forget_after(self, step: int) -> None:
-        """Drop the rows of ``step`` and later: a resumed run logs them again."""
+        """Drop the rows from ``step`` on: a resumed run logs them again."""
         file = Path(self.log_dir) / "metrics.csv"
         if not file.is_file():
             return
-        # a line without an end was cut off with the process, in the middle of a number perhaps
+        # a line without an end was cut off when the process died
         whole = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
         reader = csv.DictReader(whole)
         names = reader.fieldnames or ["step"]
-        kept = [row for row in reader if (row.get("step") or "").isdecimal() and int(row["step"]) < step]
+        rows_before = [row for row in reader if (row.get("step") or "").isdecimal() and int(row["step"]) < step]
         scratch = file.with_suffix(".tmp")
         with scratch.open("w", newline="", encoding="utf-8") as rows:
             writer = csv.DictWriter(rows, names)
             writer.writeheader()
-            writer.writerows(kept)
+            writer.writerows(rows_before)
         os.replace(scratch, file)
 
 
 class TensorBoard(TensorBoardLogger):
-    """Writes TensorBoard's events into ``save_dir``, the loss and what is monitored once more under ``_overview/``.
+    """Writes TensorBoard events into ``save_dir``; the loss and the monitored metrics also under ``_overview/``.
 
-    TensorBoard sorts groups of tags by name and opens the first two, which were those of an evaluation set such as
-    ``apart``. Every tag keeps its own name; other files of a run have no ``_overview``.
+    TensorBoard sorts groups of tags by name and opens the first two, which would be those of an evaluation set. Every
+    tag keeps its own name; other files of a run have no ``_overview``.
 
     Args:
         save_dir: the run's folder.
@@ -80,11 +80,11 @@ class TensorBoard(TensorBoardLogger):
         self.overview = {"train/loss"}
 
     def monitor(self, checkpoints: Iterable[Checkpoint]) -> None:
-        """Show first, too, what the ModelCheckpoints of a run monitor."""
+        """Add the monitored metrics of a run's ModelCheckpoints to the overview."""
         self.overview |= {c.monitor for c in checkpoints if isinstance(c, ModelCheckpoint) and c.monitor}
 
     def shown_first(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """The metrics that the overview has, by the tags that they have there."""
+        """The metrics of the overview, by their tags there."""
         return {f"{OVERVIEW}/{name}": value for name, value in metrics.items() if name in self.overview}
 
     @rank_zero_only

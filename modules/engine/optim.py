@@ -1,4 +1,4 @@
-"""Optimizers: parameter groups with the right decay, and several optimizers that Lightning sees as one."""
+"""Parameter groups with and without weight decay, and several optimizers as one (such as Muon + AdamW)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Two groups of named trainable parameters: matrices, and the rest (norms, biases, scalars) without decay.
+    """Two groups of named trainable parameters: matrices, and the rest (norms, biases, scalars) without weight decay.
 
     >>> groups = parameter_groups(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)))
     >>> [[name for name, _ in group["params"]] for group in groups]
@@ -23,12 +23,8 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
         raise ValueError("no parameter takes a gradient: everything is frozen")
     matrices = [(name, p) for name, p in named if p.ndim >= 2]
     others = [(name, p) for name, p in named if p.ndim < 2]
-    groups: list[dict[str, Any]] = []
-    if matrices:
-        groups.append({"params": matrices})
-    if others:
-        groups.append({"params": others, "weight_decay": 0.0})
-    return groups
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 class Member:
@@ -36,7 +32,7 @@ class Member:
 
     Args:
         optimizer: class and arguments.
-        match: regular expression searched in a parameter's name; the first member that matches takes it.
+        match: regular expression to search in a parameter's name; the first member that matches takes it.
     """
 
     def __init__(self, optimizer: Callable[[Iterable[Any]], Optimizer], match: str = "") -> None:
@@ -44,7 +40,7 @@ class Member:
 
 
 class _State(MutableMapping[Any, Any]):
-    """The members' states as one mapping: reading and writing go to the member that owns the parameter."""
+    """The members' states as one mapping, delegated to the member that owns the parameter."""
 
     def __init__(self, members: list[Optimizer]) -> None:
         self._owner = {p: member.state for member in members for group in member.param_groups for p in group["params"]}
@@ -66,13 +62,13 @@ class _State(MutableMapping[Any, Any]):
 
 
 class OptimizerGroup(Optimizer):
-    """Several optimizers under one, so that automatic optimization counts one step where there is one step.
+    """Several optimizers as one, each for some parameters, so that automatic optimization counts one step.
 
-    ``param_groups`` are its members' own dictionaries, and ``state`` is a merged view of theirs: schedules, clipping,
-    scalers and checkpoints see one optimizer.
+    ``param_groups`` are the members' own dictionaries and ``state`` is a view of theirs: schedules, clipping, scalers
+    and checkpoints see one optimizer.
 
     Args:
-        params: parameter groups of named parameters, as :func:`parameter_groups` gives them.
+        params: groups of named parameters, as by :func:`parameter_groups`.
         members: each takes the parameters whose name it matches first.
 
     Raises:
@@ -102,20 +98,20 @@ class OptimizerGroup(Optimizer):
             if not share:
                 raise ValueError(f"match {member.match.pattern!r} takes no parameter; nothing would be optimized by it")
         self.members = [member.optimizer(share) for member, share in zip(members, shares, strict=True)]
-        # Optimizer's own bookkeeping (hooks, profiling); its groups and state are then replaced by the members'
+        # for hooks and profiling; groups and state are then replaced by the members'
         super().__init__([{"params": [p]} for m in self.members for g in m.param_groups for p in g["params"]], {})
         self._share()
 
     def _share(self) -> None:
         self.param_groups = [group for member in self.members for group in member.param_groups]
 
-    @property  # type: ignore[override]  # a view, where torch keeps a defaultdict
+    @property  # type: ignore[override]  # a view in place of torch's defaultdict
     def state(self) -> MutableMapping[Any, Any]:
         return _State(getattr(self, "members", []))
 
     @state.setter
     def state(self, value: Any) -> None:
-        pass  # the members own their state; Optimizer.__init__ offers an empty one
+        pass  # the members own their state; Optimizer.__init__ sets an empty one
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for member in self.members:
@@ -136,8 +132,8 @@ class OptimizerGroup(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         saved = state_dict.get("members")
         if saved is None or len(saved) != len(self.members):
-            found = "one optimizer" if saved is None else f"{len(saved)} optimizers"
-            raise ValueError(f"the checkpoint has {found}, this run a group of {len(self.members)}")
+            count = "one optimizer" if saved is None else f"{len(saved)} optimizers"
+            raise ValueError(f"the checkpoint has {count}, this run a group of {len(self.members)}")
         for member, state in zip(self.members, saved, strict=True):
             member.load_state_dict(state)
         self._share()

@@ -1,4 +1,4 @@
-"""Learning-rate schedules as typed factories: the trainer says how many steps there are, YAML says the shape."""
+"""Learning-rate schedules: linear warm-up with cosine decay, or any torch scheduler, over the run's steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Schedule:
 
 
 class WarmupCosine(Schedule):
-    """Linear warm-up, then half a cosine: ``lr(t) = lr * (t+1)/w`` for ``t < w``, else
+    """Linear warm-up, then cosine decay: ``lr(t) = lr * (t+1)/w`` for ``t < w``, else
     ``lr * (floor + (1 - floor) * (1 + cos(pi * (t - w) / (steps - w))) / 2)``.
 
     Args:
@@ -56,12 +56,12 @@ class WarmupCosine(Schedule):
 
 
 class TorchSchedule(Schedule):
-    """Any scheduler of ``torch.optim.lr_scheduler``, as its own arguments say.
+    """Any scheduler of ``torch.optim.lr_scheduler``.
 
     Args:
         scheduler: the class and its arguments.
-        interval: "step" or "epoch", when it moves.
-        monitor: the metric that a ReduceLROnPlateau watches.
+        interval: "step" or "epoch".
+        monitor: metric of a ReduceLROnPlateau.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Batch norms whose statistics are of the whole batch, wherever its rows are: on any device and any backend.
+"""Synchronized batch norm: statistics over the rows of all ranks, on any device and backend.
 
 Letters: R ranks, B rows of this rank, C channels.
 """
@@ -16,15 +16,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from descant.modules.core.ranks import gather, rank, world
-from descant.modules.engine.configure import FrozenBatchNormStats
+from descant.modules.engine.checkpointing import FrozenBatchNormStats
 
 
 def synchronize(module: nn.Module) -> int:
-    """Let every batch norm of a module, in train mode, normalise by the rows of all ranks; how many there are.
+    """Make every batch norm of a module use the rows of all ranks in train mode; returns their number.
 
-    In place: parameters, buffers and their names stay. ``torch.nn.SyncBatchNorm`` runs on accelerators only, and takes
-    the place of plain batch norms only; here subclasses with a forward of their own (timm's with an activation) count.
-    Evaluation, and a world of one rank, are as before.
+    In place: parameters, buffers and names stay. Unlike ``torch.nn.SyncBatchNorm`` it runs on CPUs too and converts
+    subclasses with their own forward (timm's with an activation). Evaluation and a single rank are unchanged.
 
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     >>> synchronize(net), synchronize(net), type(net[1]).__name__
@@ -34,14 +33,14 @@ def synchronize(module: nn.Module) -> int:
     for norm in plain:
         cls = type(norm)
         if not isinstance(norm, nn.SyncBatchNorm):
-            own = {"forward": _forward(cls.forward), "_synchronized": True, "counted": True}
-            norm.__class__ = type(f"Synchronized{cls.__name__}", (cls,), own)
+            members = {"forward": _forward(cls.forward), "_synchronized": True, "counted": True}
+            norm.__class__ = type(f"Synchronized{cls.__name__}", (cls,), members)
     return len(plain)
 
 
 @contextmanager
 def unseen(module: nn.Module) -> Iterator[None]:
-    """For a while, what the batch norms of a module see is no part of any statistics: running ones, or of all ranks."""
+    """Inside, inputs of a module's batch norms are excluded from running statistics and those of all ranks."""
     norms: list[Any] = [m for m in module.modules() if getattr(type(m), "_synchronized", False)]
     for norm in norms:
         norm.counted = False
@@ -65,12 +64,12 @@ def batch_norm(
 ) -> Tensor:
     """``(x - mean_C) / sqrt(var_C + eps) * weight_C + bias_C``, with mean and variance over the rows of all ranks.
 
-    Of each rank the count, mean and sum of squared deviations travel, in one exchange (and one on the way back), and
-    are put together as by Chan, Golub and LeVeque 1979. Running statistics move by ``momentum``, as in torch.
+    Count, mean and sum of squared deviations of each rank are gathered in one exchange (and one in backward) and
+    combined by Chan, Golub and LeVeque 1979. Running statistics move by ``momentum``, as in torch.
 
     Args:
         x: ``[B, C, ...]``; ranks may have different numbers of rows. Statistics are float32 or finer.
-        counted: whether this rank's rows are part of the statistics; they are normalised all the same.
+        counted: whether this rank's rows are part of the statistics; they are always normalized.
 
     >>> x_BC = torch.tensor([[1.0], [3.0]])
     >>> batch_norm(x_BC, None, None, None, None, 0.1, 0.0).tolist()
@@ -81,10 +80,10 @@ def batch_norm(
     mean_C = wide.mean(axes)
     squares_C = (wide - _over(mean_C, x)).square().sum(axes)
     rows = torch.full_like(mean_C[:1], x.numel() // x.shape[1] if counted else 0)
-    told = gather(torch.cat([rows, mean_C, squares_C])[None])
-    rows_R1, mean_RC, squares_RC = told[:, :1], *told[:, 1:].chunk(2, dim=1)
+    gathered = gather(torch.cat([rows, mean_C, squares_C])[None])
+    rows_R1, mean_RC, squares_RC = gathered[:, :1], *gathered[:, 1:].chunk(2, dim=1)
     moved = momentum * (rows_R1.sum() > 0).to(mean_C.dtype)
-    if not counted:  # where no rank counts, each is alone with its own
+    if not counted:  # where no rank counts, each uses its own
         alone_R1 = torch.zeros_like(rows_R1)
         alone_R1[rank()] = x.numel() // x.shape[1]
         rows_R1 = torch.where(rows_R1.sum() > 0, rows_R1, alone_R1)
@@ -109,7 +108,7 @@ def _over(a_C: Tensor, x: Tensor) -> Tensor:
 
 
 class _OfAllRanks(TorchFunctionMode):
-    """``F.batch_norm`` in here is :func:`batch_norm`, whichever subclass calls it."""
+    """Replaces ``F.batch_norm`` by :func:`batch_norm`, whichever subclass calls it."""
 
     def __init__(self, counted: bool) -> None:
         super().__init__()
@@ -131,7 +130,7 @@ def _named(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> dict[str, Any]:
-    """The arguments of ``F.batch_norm``, as here."""
+    """Arguments of ``F.batch_norm`` by the names of :func:`batch_norm`."""
     return {
         **dict(x=input, running_mean_C=running_mean, running_var_C=running_var, weight_C=weight, bias_C=bias),
         **dict(momentum=momentum, eps=eps),

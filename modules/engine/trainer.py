@@ -1,4 +1,4 @@
-"""What Lightning's trainer knows and its types do not show."""
+"""Facts about a Lightning trainer: log interval, share and steps of the run, first validation, data of the stage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from descant.modules.core.protocols import StagedDataModule
 
 
 def log_interval(trainer: object) -> float:
-    """``trainer.log_every_n_steps``: a whole number, or infinity where it is 0 (never).
+    """``trainer.log_every_n_steps``; infinity where it is 0 (never).
 
     >>> from types import SimpleNamespace
     >>> log_interval(SimpleNamespace(log_every_n_steps=10)), log_interval(SimpleNamespace(log_every_n_steps=0))
@@ -25,7 +25,7 @@ def log_interval(trainer: object) -> float:
 
 
 def share_of_run(trainer: Any) -> float:
-    """How much of the run's optimizer steps is over, from 0 to 1; 0 where there is no end.
+    """Share of the run's optimizer steps that is done, 0 to 1; 0 for a run without end.
 
     >>> from types import SimpleNamespace
     >>> share_of_run(SimpleNamespace(global_step=5, estimated_stepping_batches=20))
@@ -35,8 +35,7 @@ def share_of_run(trainer: Any) -> float:
 
 
 def run_steps(trainer: Any) -> float:
-    """Optimizer steps of the whole run, infinity where there is no end; of stages all together, of which Lightning sees
-    one. It may load data, so all ranks ask."""
+    """Optimizer steps of the whole run with all stages; infinity for a run without end. Collective: may load data."""
     data = getattr(trainer, "datamodule", None)
     if not has(data, StagedDataModule):
         return float(trainer.estimated_stepping_batches)
@@ -47,7 +46,7 @@ def run_steps(trainer: Any) -> float:
 
 
 def first_validation(trainer: Any) -> float:
-    """Micro-batches of a fit before its first validation; infinity where there is none, or the clock says when.
+    """Micro-batches before the first validation; infinity where there is none, or it is scheduled by time.
 
     >>> from types import SimpleNamespace
     >>> plain = SimpleNamespace(enable_validation=True, num_training_batches=20, check_val_every_n_epoch=5)
@@ -66,33 +65,33 @@ def first_validation(trainer: Any) -> float:
 
 
 def data_now(trainer: Any) -> Any:
-    """The data module that is trained on: of a run in stages, that of the stage."""
+    """The data module in training; of a run in stages, that of the current stage."""
     data = trainer.datamodule
     return data.current if has(data, StagedDataModule) else data
 
 
 def data_parts(trainer: Any) -> list[Any]:
-    """All data modules that are trained on, one for each stage of a run in stages."""
+    """All data modules for training, one per stage of a run in stages."""
     data = trainer.datamodule
     return [during.data for during in data.stages.values()] if has(data, StagedDataModule) else [data]
 
 
 def logged_step(trainer: Any) -> int:
-    """Where Lightning logs what a validation finds in a fit: at the step before, which a resume from here keeps."""
+    """The step at which Lightning logs a validation in a fit: the one before, which a resume from here keeps."""
     loop = trainer.fit_loop.epoch_loop
     return int(loop._batches_that_stepped if trainer.state.fn == "fit" else trainer.global_step)
 
 
 def epoch_now(trainer: Any) -> int:
-    """Epochs since the run began, or the stage of it that is on."""
+    """Epochs since the start of the run, or of the current stage."""
     data = trainer.datamodule
     return int(trainer.current_epoch - data.since if has(data, StagedDataModule) else trainer.current_epoch)
 
 
 def bank_batches(trainer: Any, loader: Any) -> Iterator[Batch]:
-    """Batches of a loader that is not the loop's, as it would give them: the data module's hooks, on the device."""
+    """Batches of a separate loader as the loop prepares them: with the data module's hooks, on the device."""
     data = trainer.datamodule
-    with torch.random.fork_rng(devices=[]):  # a loader draws its seed when iterated: not from the run's numbers
+    with torch.random.fork_rng(devices=[]):  # a loader samples its seed when iterated: not from the run's generators
         batches = iter(loader)
     for raw in batches:
         batch = data.on_before_batch_transfer(trainer.precision_plugin.convert_input(raw), 0)

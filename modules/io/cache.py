@@ -1,4 +1,4 @@
-"""Where things are kept that can be made or fetched again."""
+"""Folder for cached files, which can be recomputed or downloaded again."""
 
 from __future__ import annotations
 

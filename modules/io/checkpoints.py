@@ -1,7 +1,6 @@
-"""Which checkpoints a run has, in the order of their steps, and which of them was judged best.
+"""Checkpoints of a run in the order of their steps, and which of them is the best.
 
-Times of files are not looked at: a copy, a touch or a restored backup changes them. Nothing here imports torch before
-it has to.
+File times are ignored: a copy, a touch or a restored backup changes them. torch is imported only when needed.
 """
 
 from __future__ import annotations
@@ -13,20 +12,20 @@ from typing import Any
 
 from descant.modules.io import manifest
 
-#: Folders of a run that hold checkpoints: those to be judged, and those to go on from.
+#: Folders of a run with checkpoints for evaluation, and with resume points.
 PLACES = ("checkpoints", "resume")
-#: And those of which one is taken by its name only: what each stage left.
+#: Folders whose checkpoints are used by name only: the weights at the end of each stage.
 NAMED = ("stages",)
-#: Beside the runs of a name: the file that names the newest of them.
+#: File beside the runs of a name that holds the newest one's number.
 LATEST = "latest"
 _NUMBER = re.compile(r"\d{3,}")
 
 
 def followed(path: Path) -> Path:
-    """``path`` with ``NAME/latest`` replaced by the run that it names; any other path as it is.
+    """``path`` with ``NAME/latest`` replaced by the run that it names; any other path unchanged.
 
-    A text file and no link: TensorBoard follows links, and showed the newest run of every name twice. The links that
-    earlier versions made are followed by the file system.
+    ``latest`` is a text file: TensorBoard follows links and would show the newest run twice. Links of earlier versions
+    are followed by the file system.
 
     >>> followed(Path("runs/demo/001/checkpoints"))
     PosixPath('runs/demo/001/checkpoints')
@@ -38,17 +37,17 @@ def followed(path: Path) -> Path:
                     name = stream.read(33).decode(errors="replace").strip()
                 if _NUMBER.fullmatch(name) and len(name) <= 32:
                     return above.parent / name / path.relative_to(above)
-        except OSError:  # longer than a name may be, or nobody may read it
+        except OSError:  # the name is too long, or not readable
             return path
     return path
 
 
-#: When resume points are due where nothing else is said: optimizer steps between two, and minutes.
+#: Defaults of Resume: optimizer steps, and minutes, between two points.
 EVERY, MINUTES = 500, 5.0
 
 
 def due(every: int = EVERY, minutes: float | None = MINUTES) -> str:
-    """When the next resume point comes, in words.
+    """When the next resume point is due, in words.
 
     >>> due(), due(20, None)
     ('due after 500 steps or 5 minutes', 'due after 20 steps')
@@ -57,18 +56,18 @@ def due(every: int = EVERY, minutes: float | None = MINUTES) -> str:
 
 
 def of_run(folder: Path) -> list[Path]:
-    """What a run can be evaluated from, resume points included: unknown steps first, then the last."""
-    found = [path for part in PLACES for path in folder.glob(f"{part}/*.ckpt")]
+    """Checkpoints and resume points of a run, newest first; those of unknown step come first."""
+    files = [path for part in PLACES for path in folder.glob(f"{part}/*.ckpt")]
 
     def order(path: Path) -> tuple[bool, int, bool, str]:
         step = step_of(path)
         return step is None, step or 0, path.parent.name == "checkpoints", path.name
 
-    return sorted((path for path in found if not path.name.startswith(".")), key=order, reverse=True)
+    return sorted((path for path in files if not path.name.startswith(".")), key=order, reverse=True)
 
 
 def step_of(path: Path) -> int | None:
-    """As its manifest tells; of a file without one as it says itself. None where neither does."""
+    """Step of a checkpoint by its manifest, or without one by its content; None where neither has it."""
     why = manifest.fault_of_size(path)
     if why != manifest.NONE:
         step = manifest.known(path).get("step")
@@ -84,7 +83,7 @@ def step_of(path: Path) -> int | None:
 
 
 def judged(content: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
-    """The names of the files that each ModelCheckpoint of a checkpoint holds best, and whether it monitors anything."""
+    """File name of the best checkpoint of each ModelCheckpoint, and whether it has a monitor."""
     callbacks = content.get("callbacks")
     for state in callbacks.values() if isinstance(callbacks, Mapping) else ():
         if isinstance(state, Mapping) and "best_model_path" in state:
@@ -94,12 +93,12 @@ def judged(content: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
 
 
 def nearest(path: Path) -> str:
-    """``; nearest: PATH``, the newest whole one of the same run beside ``path``; nothing if there is none."""
+    """``; nearest: PATH``, the newest valid checkpoint of the same run; empty if there is none."""
     others = (other for other in of_run(path.absolute().parent.parent) if other.resolve() != path.resolve())
-    found, _ = manifest.first(others)
-    if found is None:
+    newest, _ = manifest.first(others)
+    if newest is None:
         return ""
     try:
-        return f"; nearest: {found.relative_to(Path.cwd())}"
+        return f"; nearest: {newest.relative_to(Path.cwd())}"
     except ValueError:
-        return f"; nearest: {found}"
+        return f"; nearest: {newest}"

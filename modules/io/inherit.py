@@ -1,4 +1,4 @@
-"""Begin from what another run learned, and attach to it."""
+"""Initialize towers, or all weights, from another run."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from descant.modules.adaptation.base import Adapt, chosen
+from descant.modules.adaptation.freeze import Freeze
 from descant.modules.core.rng import salt
-from descant.modules.engine.configure import Adapt, Freeze, chosen
 from descant.modules.io import saved
 from descant.modules.towers.base import Tower
 
-#: What of a modality leads into the shared space, in a recipe's attributes.
+#: Attributes of a recipe that map a modality into the shared space.
 PARTS = ("towers", "pools", "heads")
 
 
 class Inherit(Adapt):
-    """Towers, pools and heads of some modalities as a run left them: ``z_m(x)`` is what that run's ``z_m(x)`` was.
+    """Initializes (and freezes) towers, pools and heads of some modalities from a run, to attach new ones to its space.
 
-    What a new modality is attached to (CACARA, arXiv 2512.00496; LiT and ImageBind before it): the old ones keep their
-    shared space, frozen, and the new tower alone learns to meet one of them in it. A space that several modalities or
-    languages share then holds the new one too, for pairs that it never saw.
+    The old modalities keep their shared space, and only the new tower learns to match one of them in it (CACARA, arXiv
+    2512.00496; before it LiT and ImageBind). A space that several modalities or languages share then contains the new
+    one too, for pairs without training data.
 
     Args:
-        path: a run folder, a checkpoint in one, or the folder of all runs of a name, which means the latest.
-        modalities: whose parts are taken; their towers here have to be those of the run.
-        frozen: nothing of them is trained; towers stay in eval mode. False trains them on.
-        checkpoint: best (what the run monitored; else its last), last, or a file.
-        sham: ``permute`` shuffles the rows of every matrix, such as who of the vocabulary has which embedding: as many
-            numbers of the same sizes, that mean nothing.
+        path: a run folder, a checkpoint in one, or the folder of all runs of a name (the latest).
+        modalities: to load; their towers here must equal those of the run.
+        frozen: freeze them, with towers in eval mode; False trains them further.
+        checkpoint: best (by the run's monitor; else the last), last, or a file.
+        sham: ``permute`` shuffles the rows of every matrix, such as the embeddings of the vocabulary: the same numbers
+            without their meaning.
 
     Raises:
         ValueError: in ``apply``, if there is no such run or modality, or its parts are of other shapes.
@@ -54,19 +55,19 @@ class Inherit(Adapt):
         self.checkpoint, self.sham = checkpoint, sham
 
     def apply(self, recipe: nn.Module) -> None:
-        found = saved.find(self.path, self.checkpoint)
-        state = saved.read_weights(found)
+        run = saved.find(self.path, self.checkpoint)
+        state = saved.read_weights(run)
         for name, _ in chosen(recipe, self.modalities):
             for part in PARTS:
                 module = cast(nn.ModuleDict, getattr(recipe, part, nn.ModuleDict()))
                 if name not in module:
                     continue
-                its = saved.part_of(state, f"{part}.{name}.")
-                if not its and dict(module[name].state_dict()):
-                    raise ValueError(f"{found.folder}: it has no {part}.{name} to begin from")
+                weights = saved.part_of(state, f"{part}.{name}.")
+                if not weights and dict(module[name].state_dict()):
+                    raise ValueError(f"{run.folder}: it has no {part}.{name} to load")
                 if self.sham == "permute":
-                    its = {key: permuted(value, f"{part}.{name}.{key}") for key, value in its.items()}
-                saved.load_exactly(module[name], its, found.weights)
+                    weights = {k: permuted(value, f"{part}.{name}.{k}") for k, value in weights.items()}
+                saved.load_exactly(module[name], weights, run.weights)
                 if self.frozen and not isinstance(module[name], Tower):
                     module[name].requires_grad_(False)
         if self.frozen:
@@ -74,13 +75,13 @@ class Inherit(Adapt):
 
 
 class Begin(Adapt):
-    """Begin with all weights that a run of the same parts left; its optimizer and its teacher are not looked at.
+    """Starts from all weights of a run of the same model, without its optimizer and its teacher.
 
-    Where a stage goes on from the one before it.
+    For a stage that continues the one before it.
 
     Args:
-        path: a run folder, a checkpoint in one, or the folder of all runs of a name, which means the latest.
-        checkpoint: best (what the run monitored; else its last), last, or a file.
+        path: a run folder, a checkpoint in one, or the folder of all runs of a name (the latest).
+        checkpoint: best (by the run's monitor; else the last), last, or a file.
 
     Raises:
         ValueError: in ``apply``, if there is no such run, or its weights are of other parts or shapes.
@@ -90,23 +91,23 @@ class Begin(Adapt):
         self.path, self.checkpoint = path, checkpoint
 
     def find(self) -> saved.Saved:
-        """Raises ValueError if there is no such run."""
+        """The run on disk; ValueError if there is none."""
         return saved.find(self.path, self.checkpoint)
 
     def apply(self, recipe: nn.Module) -> None:
-        found = self.find()
-        state = {key: value for key, value in saved.read_weights(found).items() if not key.startswith("distill.")}
+        run = self.find()
+        state = {key: value for key, value in saved.read_weights(run).items() if not key.startswith("distill.")}
         recipe = getattr(recipe, "inner", recipe)
-        theirs: Any = recipe  # a teacher of either is nobody's beginning
-        taught, theirs.distill = getattr(recipe, "distill", None), None
+        model: Any = recipe  # a teacher is not loaded
+        teacher, model.distill = getattr(recipe, "distill", None), None
         try:
-            saved.load_exactly(recipe, state, found.weights)
+            saved.load_exactly(recipe, state, run.weights)
         finally:
-            theirs.distill = taught
+            model.distill = teacher
 
 
 def permuted(x: Tensor, name: str) -> Tensor:
-    """The rows of a matrix in another order, always the same for the same name; vectors and numbers as they are.
+    """The rows of a matrix in an order that depends on the name only; vectors and scalars unchanged.
 
     >>> permuted(torch.arange(6.0).view(3, 2), "embedding").sum(0).tolist()
     [6.0, 9.0]

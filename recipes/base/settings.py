@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from descant.modules.core.errors import nearest
+from descant.modules.core.errors import no_such
 
 
 def read_setting(recipe: nn.Module, name: str) -> Any:
@@ -19,7 +19,7 @@ def read_setting(recipe: nn.Module, name: str) -> Any:
     fields = {key: value for key, value in vars(owner).items() if isinstance(value, float | int | str | None)}
     known = [key for key in fields if not key.startswith("_") and key != "training"]
     if last not in known:
-        raise ValueError(f"set {name!r}: {type(owner).__name__}: {nearest(last, known)}")
+        raise ValueError(f"set {name!r}: {type(owner).__name__}: {no_such(last, known)}")
     return fields[last]
 
 
@@ -35,6 +35,6 @@ def _owner(recipe: nn.Module, name: str) -> tuple[Any, str]:
     for step in path:
         parts = dict(owner.named_children()) if isinstance(owner, nn.Module) else {}
         if step not in parts:
-            raise ValueError(f"set {name!r}: {type(owner).__name__}: {nearest(step, parts)}")
+            raise ValueError(f"set {name!r}: {type(owner).__name__}: {no_such(step, parts)}")
         owner = parts[step]
     return owner, last

@@ -103,7 +103,7 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     (("check", *T, "--model.scale", "inf"), "--model.scale: expected a number"),
     (("check", *T, "--=1"), "--: no such key"),
     (("check", *T, "--name", "a\0b"), "holds a NUL character"),
-    (("check", *T, "--name", "a\udc80b"), "--name a?b: a name has letters that print"),
+    (("check", *T, "--name", "a\udc80b"), "--name a?b: not printable"),
     (("check", *E, "--data", "3"), "--data: expected a class of kind LightningDataModule"),
     (("check", *E, "--data", "[1]"), "--data: expected a class of kind LightningDataModule"),
     (("check", *E, "--data", "null"), "no data: --config NAME"),
@@ -136,7 +136,7 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     (("fit", *T, "--resume", "cut/001"), "it has no valid resume point (step-0000004.ckpt: 100 of "),
     (("validate", "--run", "cut/001", *TRUST), "runs/cut/001 has no whole checkpoint (0000004.ckpt: 100 of "),
     (("test", *T, "--ckpt_path", "runs"), "--ckpt_path runs: a folder"),
-    (("predict", *T, "--ckpt_path", "last"), "--ckpt_path last: of which run?"),
+    (("predict", *T, "--ckpt_path", "last"), "--ckpt_path last: needs a run"),
     (("export", "toy/001", "--out", "toy.yaml", *TRUST), "it is there already"),
     (("export", "toy/001", "--out", "x" * 300, *TRUST), "File name too long"),
     (("export", "toy/001", "--out", "out", "--ckpt", "nope", *TRUST), "nope: no such checkpoint"),
@@ -365,7 +365,7 @@ def test_a_port_that_is_taken_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(Refusal, match=rf"^MASTER_PORT {port}: in use on this machine; another one, or none"):
+        with pytest.raises(Refusal, match=rf"^MASTER_PORT {port}: in use on this machine; set another one, or none"):
             _require_port(str(port))
     for text in ("$(touch ran)", "70000", "-1", "", "1\n2", "٣"):
         with pytest.raises(Refusal, match="not the number of a port"):
@@ -390,7 +390,7 @@ def test_what_torch_says_of_a_port_is_one_line() -> None:
 
     text = "The server socket has failed to listen. port: 29511, useIpv6: false, code: -98, name: EADDRINUSE\n"
     line = faults.explain(DistNetworkError(text + "frame #1: c10d\n" * 58), building=False)
-    assert line == "MASTER_PORT 29511: in use on this machine; another one, or none, by which a free one is taken"
+    assert line == "MASTER_PORT 29511: in use on this machine; set another one, or none for a free one"
     line = faults.explain(DistNetworkError("connect timed out\nframe #1"), building=False)
     assert line is not None and "connect timed out" in line and "\n" not in line
 

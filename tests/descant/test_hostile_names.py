@@ -38,26 +38,26 @@ def _outside(workplace: Path) -> list[str]:
 
 #: Names of a run -> what the line says.
 NAMES = {
-    "..": "a run stays below --runs DIR",
-    ".": "a run stays below --runs DIR",
-    "../up": "a run stays below --runs DIR, which says where; nearest: up",
-    "a/../../up": "a run stays below --runs DIR",
-    "a/./b": "a run stays below --runs DIR",
-    "a//b": "a run stays below --runs DIR",
-    "/tmp/descant-elsewhere": "a run stays below --runs DIR",
-    "a\nb": "a name has letters that print; nearest: a-b",
-    "a\rb": "a name has letters that print",
-    "a\tb": "a name has letters that print",
-    "a\x1b[31mb": "a name has letters that print",
-    "a\u202eb": "a name has letters that print",
-    "a\u2028b": "a name has letters that print",
-    "a\x7fb": "a name has letters that print",
-    "x" * 300: "a name has at most 200 bytes",
-    "é" * 120: "a name has at most 200 bytes",
-    "latest": "Descant's own name for another thing; nearest: run-latest",
-    "metrics.json": "Descant's own name",
+    "..": "not a relative path below --runs DIR",
+    ".": "not a relative path below --runs DIR",
+    "../up": "not a relative path below --runs DIR; nearest: up",
+    "a/../../up": "not a relative path below --runs DIR",
+    "a/./b": "not a relative path below --runs DIR",
+    "a//b": "not a relative path below --runs DIR",
+    "/tmp/descant-elsewhere": "not a relative path below --runs DIR",
+    "a\nb": "not printable; nearest: a-b",
+    "a\rb": "not printable",
+    "a\tb": "not printable",
+    "a\x1b[31mb": "not printable",
+    "a\u202eb": "not printable",
+    "a\u2028b": "not printable",
+    "a\x7fb": "not printable",
+    "x" * 300: "longer than 200 bytes",
+    "é" * 120: "longer than 200 bytes",
+    "latest": "reserved; nearest: run-latest",
+    "metrics.json": "reserved",
     "a/latest": "Descant's own name",
-    "001": "Descant's own name for another thing; nearest: run-001",
+    "001": "reserved; nearest: run-001",
     "2024": "Descant's own name",
 }
 
@@ -166,7 +166,7 @@ def test_a_job_that_a_file_names_is_a_number(workplace: Path, job: object, monke
     monkeypatch.setattr("shutil.which", lambda _: "/bin/false")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a program was started"))
     Path("submit-001.json").write_text(json.dumps({"job": job, "tasks": {}}))
-    with pytest.raises(Refusal, match=r"submit-001\.json: not what submit wrote: "):
+    with pytest.raises(Refusal, match=r"submit-001\.json: not written by submit: "):
         submit.waiting(Path())
 
 
@@ -182,9 +182,9 @@ ENVIRONMENT: list[tuple[dict[str, str], str]] = [
     ({"SLURM_PROCID": "\x1b[31m"}, "SLURM_PROCID=?[31m in the environment"),
     ({"SLURM_PROCID": "0", "SLURM_NTASKS": "`touch ran`"}, "SLURM_NTASKS=`touch ran` in the environment"),
     ({"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "two"}, "WORLD_SIZE=two in the environment"),
-    ({"RANK": "1", "DESCANT_RUN_DIR": "no json"}, "DESCANT_RUN_DIR in the environment is not what"),
-    ({"RANK": "1", "DESCANT_RUN_DIR": "[" * 50_000}, "DESCANT_RUN_DIR in the environment is not what"),
-    ({"RANK": "1", "DESCANT_RUN_DIR": '["a"]'}, "DESCANT_RUN_DIR in the environment is not what"),
+    ({"RANK": "1", "DESCANT_RUN_DIR": "no json"}, "DESCANT_RUN_DIR in the environment: not what"),
+    ({"RANK": "1", "DESCANT_RUN_DIR": "[" * 50_000}, "DESCANT_RUN_DIR in the environment: not what"),
+    ({"RANK": "1", "DESCANT_RUN_DIR": '["a"]'}, "DESCANT_RUN_DIR in the environment: not what"),
     ({"TORCHELASTIC_RESTART_COUNT": "$(touch ran)"}, "TORCHELASTIC_RESTART_COUNT=$(touch ran) in the environment"),
 ]
 

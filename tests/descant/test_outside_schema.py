@@ -153,7 +153,7 @@ CASES = [
     Case(
         "checkpoint",
         ("validate", "--config", "toy.yaml", *TRUST, "--ckpt_path", "runs/emoji/001/resume/step-0000001.ckpt"),
-        "the checkpoint has not the weights of this ToyRecipe",
+        "the checkpoint does not have the weights of this ToyRecipe",
     ),
     Case(
         "checkpoint",
@@ -163,7 +163,7 @@ CASES = [
     Case(
         "checkpoint",
         ("validate", "--run", "toy/001", *TRUST, "--ckpt_path", "runs/scaled/001/resume/step-0000001.ckpt"),
-        "runs/scaled/001, and is evaluated under the configuration of runs/toy/001: model.scale 2.0 there, 1.0 here",
+        "runs/scaled/001, and is evaluated with the configuration of runs/toy/001: model.scale 2.0 there, 1.0 here",
         True,
     ),
     Case(
@@ -173,7 +173,11 @@ CASES = [
     ),
     Case("checkpoint", ("validate", "--config", "toy.yaml", *TRUST, "--ckpt_path", "no.ckpt"), "no.ckpt"),
     # ports: TAKEN stands for one that another program listens at
-    Case("port", (*FIT, "--trainer.devices", "2", "MASTER_PORT=TAKEN"), "in use on this machine; another one, or none"),
+    Case(
+        "port",
+        (*FIT, "--trainer.devices", "2", "MASTER_PORT=TAKEN"),
+        "in use on this machine; set another one, or none",
+    ),
     Case("port", (*FIT, "--trainer.devices", "2", "MASTER_PORT=70000"), "MASTER_PORT 70000: not the number of a port"),
 ]
 

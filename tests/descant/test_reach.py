@@ -21,7 +21,7 @@ import yaml
 import descant
 from descant.cli import schema, trust
 from descant.cli.errors import Refusal
-from descant.modules.engine.configure import bitsandbytes
+from descant.modules.adaptation.quantize import bitsandbytes
 
 LIST = yaml.safe_load((Path(__file__).parent / "reach.yaml").read_text())
 #: Whether what is installed is what was listed: of another version arguments may be new, and are no fault of ours.

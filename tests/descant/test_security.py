@@ -249,7 +249,7 @@ def test_nor_by_the_configuration_of_an_export(workplace: Path) -> None:
     node = {"class_path": "timm.create_model", "init_args": {"model_name": "resnet18"}}
     with (
         saved.policy(lambda name: None),
-        pytest.raises(ValueError, match=r"config.yaml: class_path timm.create_model: it is no class"),
+        pytest.raises(ValueError, match=r"config.yaml: class_path timm.create_model: not a class"),
     ):
         saved.build(torch.nn.Module, node, workplace / "config.yaml")
 

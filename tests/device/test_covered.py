@@ -33,6 +33,7 @@ NEEDLESS = {
     "Report": "writes what was measured: tests of the command line run it, on the device too",
     "Progress": "prints what was measured: tests of the command line run it, on the device too",
     "CSV": "writes numbers: tests of the command line run it, on the device too",
+    "TensorBoard": "writes numbers: tests of the command line run it, on the device too",
     "Verified": "hashes a file of weights, in a thread",
     "FlopCount": "counts operators of the CPU's or a GPU's dispatcher: benchmarks",
     # other devices

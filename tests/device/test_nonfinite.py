@@ -57,7 +57,7 @@ def test_a_fused_optimizer_leaves_the_step_out_and_the_run_ends_at_the_next_look
 ) -> None:
     step, mine = spoilt_step(tmp_path / "where"), net(where)
     says = f"step {step}: loss term 'fit' is nan: not finite, first in sample {BAD} "
-    says = says if where == "loss" else f"step {step}: its losses are finite, and a gradient is not "
+    says = says if where == "loss" else f"step {step}: its losses are finite, but a gradient is not "
     with pytest.raises(FloatingPointError, match=says + r"\(read at step 6\)"):
         fit(tmp_path, NonFinite(), net=mine, **on(device))
     assert ledger(tmp_path)[0]["step"] == step and ledger(tmp_path)[0]["action"] == "raise"

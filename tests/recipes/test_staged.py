@@ -540,7 +540,7 @@ def test_stretches_are_the_walk_itself() -> None:
         ),
         (
             lambda p: fit(p, Stages(), net=model(), data=data(), max_epochs=-1),
-            "stage 'reward': its data are the model's own answers, and the callback Rollouts asks",
+            "stage 'reward': its data are rollouts of the model; add the callback Rollouts",
         ),
         (
             lambda p: fit(

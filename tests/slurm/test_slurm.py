@@ -83,7 +83,7 @@ def whole(lab: Lab, chain: tuple[Path, list[str]]) -> dict[str, Any]:
     return weights(folder)
 
 
-def test_two_nodes_train_and_what_follows_a_failure_never_starts(
+def test_two_nodes_train_and_dependents_of_a_failure_never_start(
     lab: Lab, chain: tuple[Path, list[str]], whole: dict[str, Any]
 ) -> None:
     folder, (first, wrong, never) = chain
@@ -113,7 +113,7 @@ def test_signals_and_a_killed_rank_change_nothing(lab: Lab, place: Path, whole: 
 
 
 @by_turns(1, 2)
-def test_a_time_limit_is_no_end(lab: Lab, place: Path, whole: dict[str, Any]) -> None:
+def test_a_time_limit_requeues(lab: Lab, place: Path, whole: dict[str, Any]) -> None:
     """The run takes longer than its two minutes; SLURM sends USR1 before they end, by up to a minute too early."""
     slower = ("--trainer.callbacks.init_args.seconds", "[0.0, 3.0]")
     (job,) = lab.submit(place, "--nodes", "2", "--time", "2", "--signal-before", "15", "--", *FIT, *slower)
@@ -156,7 +156,7 @@ def test_a_cut_link_changes_nothing(lab: Lab, place: Path, whole: dict[str, Any]
 
 
 @by_turns(1, 2)
-def test_a_grid_and_what_a_person_stops_stays_stopped(lab: Lab, place: Path) -> None:
+def test_a_grid_and_a_cancelled_job_stays_cancelled(lab: Lab, place: Path) -> None:
     grid = ("--array", "seed_everything=0..1", "--array", "model.width=64,32", "--gpus-per-node", "1")
     slower = ("--trainer.callbacks.init_args.seconds", "[0.3]")
     (job,) = lab.submit(place, *grid, "--", *FIT, *slower)
@@ -183,7 +183,7 @@ def test_a_grid_and_what_a_person_stops_stays_stopped(lab: Lab, place: Path) -> 
 
 
 @by_turns(0, 2)
-def test_a_sweep_submits_what_was_lost_which_goes_on_and_ends_with_the_table(lab: Lab, place: Path) -> None:
+def test_a_sweep_resubmits_lost_runs_and_prints_the_table(lab: Lab, place: Path) -> None:
     slower = ("--trainer.callbacks.init_args.seconds", "[0.3]", "--test", "true")
     words = (*FIT[1:], *slower, "--vary", "model.width=64,32", "--slurm", "--gpus-per-node 1")
 
@@ -194,14 +194,14 @@ def test_a_sweep_submits_what_was_lost_which_goes_on_and_ends_with_the_table(lab
         return next(iter(place.glob(f"runs/sweeps/*/slurm-{task}.log"))).read_text()
 
     told = sweep()
-    assert "2 runs, 0 done, 0 with SLURM, 2 to submit" in told, told
+    assert "2 runs, 0 done, 0 queued, 2 to submit" in told, told
     (job,) = re.findall(r"^submitted (\d+), 2 tasks", told, re.MULTILINE)
-    assert "2 runs, 0 done, 2 with SLURM, 0 to submit" in sweep()
+    assert "2 runs, 0 done, 2 queued, 0 to submit" in sweep()
     lab.until(lambda: lab.state(f"{job}_1") == "RUNNING" and log_of(f"{job}_1").count("PACE") > 5, 180, job)
     lab.sh("scancel", "--signal=INT", f"{job}_1")
     assert [lab.ended(f"{job}_{n}") for n in (0, 1)] == ["COMPLETED", "FAILED"]
     told = sweep()
-    assert "2 runs, 1 done, 0 with SLURM, 1 to submit" in told, told
+    assert "2 runs, 1 done, 0 queued, 1 to submit" in told, told
     (again,) = re.findall(r"^submitted (\d+), 1 tasks", told, re.MULTILINE)
     assert lab.ended(f"{again}_0") == "COMPLETED", log_of(f"{again}_0")
     assert "resuming" in log_of(f"{again}_0") and 0 < log_of(f"{again}_0").count("PACE") < STEPS - 5

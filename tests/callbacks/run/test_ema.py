@@ -1,4 +1,4 @@
-"""EMA in numbers: the closed form, once a step, judged, saved, resumed."""
+"""EMA: closed form, one update a step, evaluated, saved, resumed."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_resume_is_bitwise(tmp_path: Path, stop: int) -> None:
         assert torch.equal(whole.judged[-1][name], part.judged[-1][name])
 
 
-def test_second_fit_goes_on_from_the_raw_weights(tmp_path: Path) -> None:
+def test_a_second_fit_continues_from_the_raw_weights(tmp_path: Path) -> None:
     toy, ema = Toy(), EMA(decay=0.9)
     run = trainer(tmp_path, ema, limit_val_batches=0, max_epochs=1)
     run.fit(toy, loader())
@@ -221,7 +221,7 @@ def test_interrupted_validation_leaves_the_raw_weights(tmp_path: Path) -> None:
     assert torch.equal(content["state_dict"]["head.weight"], ema._average["head.weight"])
 
 
-def test_an_error_in_a_test_after_a_fit_is_told_as_it_is(tmp_path: Path) -> None:
+def test_an_error_in_a_test_after_a_fit_is_raised_unchanged(tmp_path: Path) -> None:
     toy, ema = Toy(), EMA(decay=0.9)
     run = trainer(tmp_path, ema, max_epochs=1)
     run.fit(toy, loader())
@@ -255,7 +255,7 @@ def test_half_precision_weights_have_a_float32_average() -> None:
     assert (module.w == 2).all()
 
 
-def test_unfreezing_joins_the_average() -> None:
+def test_unfrozen_parameters_join_the_average() -> None:
     toy, ema = Toy(), EMA(decay=0.5, warmup=False)
     ema._bind(toy)
     ema.update()

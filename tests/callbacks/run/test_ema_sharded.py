@@ -1,4 +1,4 @@
-"""EMA of parameters that are split over ranks: the numbers of whole ones, in training, in checkpoints, resumed."""
+"""EMA of sharded parameters equals that of whole ones, in training, checkpoints and after resuming."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LeanCheckpoint: what is saved, what it weighs, what it refuses, and that a run goes on as if never stopped."""
+"""LeanCheckpoint: content, size, refusals, bit-identical resuming."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def read(file: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("adapt", ADAPT)
-def test_it_holds_what_training_changed_and_goes_on_from_it(adapt: str, tmp_path: Path) -> None:
+def test_it_holds_trained_weights_and_resumes(adapt: str, tmp_path: Path) -> None:
     whole, full = fit(recipe_of(adapt), tmp_path / "full", 4)
     recipe = recipe_of(adapt)
     first, file = fit(recipe, tmp_path / "lean", 2, LeanCheckpoint())
@@ -97,7 +97,7 @@ def test_it_holds_what_training_changed_and_goes_on_from_it(adapt: str, tmp_path
     assert len(set(whole)) == 4
 
 
-def test_it_weighs_what_is_in_it(tmp_path: Path) -> None:
+def test_file_size(tmp_path: Path) -> None:
     _, full = fit(recipe_of(), tmp_path / "full", 2)
     recipe = recipe_of()
     _, file = fit(recipe, tmp_path / "lean", 2, LeanCheckpoint())
@@ -124,7 +124,7 @@ def test_another_base_is_refused_and_the_same_loads_strictly(tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"other base weights: here towers\.text\.\S+ differs") as caught:
         fit(recipe_of(seed=1), tmp_path / "other", 3, LeanCheckpoint(), resume=file)
     assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match=r"base weights that this model has not: towers\.text"):
+    with pytest.raises(ValueError, match=r"base weights that this model does not have: towers\.text"):
         fit(recipe_of("lit"), tmp_path / "other", 3, LeanCheckpoint(), resume=file)
     state = read(file)["state_dict"]
     recipe = recipe_of()
@@ -204,7 +204,7 @@ def test_statistics_that_stand_still_are_left_out_and_averaged_all_the_same(tmp_
     assert first + rest == pytest.approx(whole, abs=ulps(8, F32))
 
 
-def test_an_optimizer_in_8_bits_goes_on_too(tmp_path: Path) -> None:
+def test_an_8_bit_optimizer_resumes(tmp_path: Path) -> None:
     from bitsandbytes.optim import AdamW8bit
 
     def small() -> Contrastive:
@@ -237,7 +237,7 @@ def test_weights_that_the_trainer_casts_are_left_out_too(tmp_path: Path) -> None
     built.load_state_dict(completed(state, built))  # and in float32 again, as an export does
 
 
-def test_a_state_is_whole_again() -> None:
+def test_a_lean_state_is_completed() -> None:
     module = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
     base = base_of(module)
     state = lean(module.state_dict(), base)
@@ -295,7 +295,7 @@ def losses_of(run: str) -> dict[int, float]:
 
 
 @pytest.mark.slow
-def test_a_run_is_stopped_and_goes_on_by_the_command_line(cli: Any) -> None:
+def test_a_lean_run_resumes_by_the_command_line(cli: Any) -> None:
     from transformers import PreTrainedTokenizerFast
 
     from descant.datamodules.corpora.emoji_pack import PACK

@@ -1,4 +1,4 @@
-"""Planted noise: the same samples in every epoch, another one's modality, and nothing else touched."""
+"""Misalign: the same noisy samples in every epoch, another sample's modality, nothing else changed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def seen(share: float = 0.5, devices: int = 1, epochs: int = 3) -> list[dict[str
     return saw.batches
 
 
-def test_who_is_noise_has_anothers_and_all_others_their_own() -> None:
+def test_noisy_samples_have_another_samples_modality() -> None:
     data, epochs = content(torch.float64), seen()
     noisy = [sorted(b["index"][b["noise"]].tolist()) for b in epochs]
     assert noisy[0] == noisy[1] == noisy[2] and 1 < len(noisy[0]) < data["b"].sum()
@@ -63,7 +63,7 @@ def _on_a_rank(rank: int) -> list[dict[str, Tensor]]:
 
 @pytest.mark.slow
 @pytest.mark.ddp
-def test_two_ranks_hand_on_as_one_does() -> None:
+def test_two_ranks_permute_as_one() -> None:
     first, second = run_ranks(2, _on_a_rank)
     for one, a, b in zip(seen(), first, second, strict=True):
         both = {name: torch.cat([a[name], b[name]]) for name in a}

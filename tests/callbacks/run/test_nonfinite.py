@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite: raised, left out, or rolled back; on all ranks, with a ledger."""
+"""Non-finite losses and gradients: raised, skipped or rolled back; on all ranks, with a ledger."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def ledger(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("where", ["loss", "input", "gradient"])
-def test_a_step_is_left_out_as_if_it_had_not_been(tmp_path: Path, where: str) -> None:
+def test_a_skipped_step_changes_nothing(tmp_path: Path, where: str) -> None:
     watch = Watch()
     trainer, net = fit(tmp_path, NonFinite("skip"), watch, net=Spoiled(where))
     assert trainer.global_step == 18 and all(torch.isfinite(v).all() for v in state(net).values())
@@ -102,7 +102,7 @@ def test_raise_names_step_and_sample_and_changes_no_weight(tmp_path: Path, where
     watch, net = Watch(), Spoiled(where)
     says = f"step [0-9]+: loss term 'fit' is nan: not finite, first in sample {BAD}$"
     if where == "gradient":
-        says = "step [0-9]+: its losses are finite, and a gradient is not"
+        says = "step [0-9]+: its losses are finite, but a gradient is not"
     with pytest.raises(FloatingPointError, match=says):
         fit(tmp_path, NonFinite(), watch, net=net)
     now = dict(net.named_parameters())
@@ -110,7 +110,7 @@ def test_raise_names_step_and_sample_and_changes_no_weight(tmp_path: Path, where
     assert ledger(tmp_path)[0]["action"] == "raise"
 
 
-def test_accumulated_gradients_are_left_out_together(tmp_path: Path) -> None:
+def test_accumulated_gradients_are_skipped_together(tmp_path: Path) -> None:
     watch = Watch()
     options: dict[str, Any] = {"accumulate_grad_batches": 2, "max_epochs": 1}
     fit(tmp_path, NonFinite("skip"), watch, net=Spoiled(), **options)
@@ -125,7 +125,7 @@ def test_past_the_limit_it_ends(tmp_path: Path) -> None:
     assert [entry["action"] for entry in ledger(tmp_path)] == ["skip", "skip", "raise"]
 
 
-def test_a_run_that_is_resumed_skips_the_same_and_notes_it_once(tmp_path: Path) -> None:
+def test_a_resumed_run_skips_the_same_steps_and_logs_them_once(tmp_path: Path) -> None:
     _, net = fit(tmp_path, NonFinite("skip", limit=3), Resume(every=1, keep=99), EMA(0.8), net=Spoiled())
     entries = ledger(tmp_path)
     # as if killed just after the line of the second was written
@@ -147,7 +147,7 @@ def rolled(folder: Path, window: int, **options: Any) -> tuple[Net, list[RollBac
 
 
 @pytest.mark.parametrize("window", [1, 3])
-def test_it_goes_back_and_leaves_the_window_out(tmp_path: Path, window: int) -> None:
+def test_it_rolls_back_and_skips_the_window(tmp_path: Path, window: int) -> None:
     net, seen = rolled(tmp_path / "a", window)
     entries = ledger(tmp_path / "a")
     assert len(seen) == len(entries) == 3
@@ -161,26 +161,26 @@ def test_it_goes_back_and_leaves_the_window_out(tmp_path: Path, window: int) -> 
     assert none == [] and equal(state(net), state(knowing))
 
 
-def test_points_of_a_future_that_is_undone_are_gone(tmp_path: Path) -> None:
+def test_resume_points_after_a_rollback_are_removed(tmp_path: Path) -> None:
     with pytest.raises(RollBack) as back:
         fit(tmp_path, Resume(every=1, keep=99), NonFinite("rollback", window=3), net=Spoiled())
     assert points(tmp_path) == list(range(max(back.value.step - 2, 0) + 1))
 
 
-def test_before_the_first_save_it_goes_back_to_the_beginning(tmp_path: Path) -> None:
+def test_before_the_first_save_it_rolls_back_to_step_0(tmp_path: Path) -> None:
     with pytest.raises(RollBack) as back:
         fit(tmp_path, Resume(every=99), NonFinite("rollback"), net=Spoiled())
     assert back.value.path == point(tmp_path, 0)
 
 
-def test_with_nothing_to_go_back_to_it_ends(tmp_path: Path) -> None:
+def test_without_a_point_to_roll_back_to_it_raises(tmp_path: Path) -> None:
     gone = Act("on_before_backward", 2, lambda trainer: point(tmp_path, 0).unlink())
     with pytest.raises(FloatingPointError, match=r"no resume point of step [0-9]+ or before to go back to"):
         fit(tmp_path, Resume(every=99), NonFinite("rollback"), gone, net=Spoiled())
 
 
-def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="add that"):
+def test_impossible_settings_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="add it"):
         fit(tmp_path, NonFinite("rollback"))
     with pytest.raises(ValueError, match=r"window 9: .* keeps 2 points, one each 5 steps; 6 is the most"):
         fit(tmp_path, Resume(every=5), NonFinite("rollback", window=9))
@@ -212,7 +212,7 @@ def _on_rank(rank: int, folder: Path, policy: Any) -> dict[str, Any]:
 @pytest.mark.ddp
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["raise", "skip", "rollback"])
-def test_what_one_rank_meets_all_ranks_act_on(tmp_path: Path, policy: str) -> None:
+def test_all_ranks_act_on_a_fault_of_one(tmp_path: Path, policy: str) -> None:
     one, two = run_ranks(2, _on_rank, tmp_path, policy)
     weights = [k for k in one["state"] if "running" not in k]
     assert all(torch.equal(one["state"][k], two["state"][k]) for k in weights)
@@ -222,9 +222,7 @@ def test_what_one_rank_meets_all_ranks_act_on(tmp_path: Path, policy: str) -> No
     assert one["error"] == two["error"] and (f"in sample {BAD}" in one["error"]) == (policy == "raise")
 
 
-def test_the_command_goes_back_by_itself_and_its_curve_has_each_step_once(
-    toy: Callable[..., Result], workplace: Path
-) -> None:
+def test_the_command_rolls_back_and_its_curve_has_each_step_once(toy: Callable[..., Result], workplace: Path) -> None:
     overlay: dict[str, Any] = {
         "trainer": {
             "callbacks+": [
@@ -237,7 +235,7 @@ def test_the_command_goes_back_by_itself_and_its_curve_has_each_step_once(
     (workplace / "spoil.yaml").write_text(yaml.safe_dump(overlay))
     result = toy("fit", "--config", "spoil.yaml")
     assert result.rc == 0, result.err
-    assert "step 5: its losses are finite, and a gradient is not; back to step-0000004.ckpt (1 of at most 10)" in (
+    assert "step 5: its losses are finite, but a gradient is not; back to step-0000004.ckpt (1 of at most 10)" in (
         result.err
     )
     (entry,) = ledger(workplace / "runs/toy/001")
@@ -254,4 +252,4 @@ def test_the_command_goes_back_by_itself_and_its_curve_has_each_step_once(
     ]
     assert steps == list(range(8))
     refused = toy("fit", "--config", "spoil.yaml", "--trainer.callbacks+=NonFinite")
-    assert refused.refusal.startswith("step 5: its losses are finite, and a gradient is not")
+    assert refused.refusal.startswith("step 5: its losses are finite, but a gradient is not")

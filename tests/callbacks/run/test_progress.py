@@ -79,20 +79,10 @@ def test_one_plain_line_an_epoch(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize(
     ("every", "batches", "epochs", "steps"),
-    [
-        (4, 6, 2, [4, 8, 12]),
-        (5, 6, 2, [5, 10, 12]),
-        (None, 6, 1, [6]),
-        (None, 250, 1, [100, 200, 250]),
-    ],
+    [(4, 6, 2, [4, 8, 12]), (5, 6, 2, [5, 10, 12]), (None, 6, 1, [6]), (None, 250, 1, [100, 200, 250])],
 )
 def test_lines_by_steps(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    every: int | None,
-    batches: int,
-    epochs: int,
-    steps: list[int],
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], every: int | None, batches: int, epochs: int, steps: list[int]
 ) -> None:
     fit(tmp_path, Progress(lines_every=every), batches, max_epochs=epochs, limit_val_batches=1)
     lines = capsys.readouterr().out.splitlines()
@@ -190,7 +180,7 @@ def test_refusals() -> None:
         (8, False, {"max_epochs": 1}, ""),  # too few steps to tell
     ],
 )
-def test_the_time_of_a_run_is_said_after_a_few_steps(
+def test_the_time_of_a_run_is_estimated_after_a_few_steps(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

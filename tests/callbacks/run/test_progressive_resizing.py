@@ -91,7 +91,7 @@ def test_the_size_follows_the_step_and_evaluation_sees_all_pixels(tmp_path: Path
     assert model.validated == [SIZE]
 
 
-def test_a_resumed_run_goes_on_with_the_size_of_its_step_and_the_same_bits(tmp_path: Path) -> None:
+def test_a_resumed_run_has_the_size_of_its_step_and_is_bit_identical(tmp_path: Path) -> None:
     def grow() -> ProgressiveResizing:
         return ProgressiveResizing(sizes=[4, 8], until=[0.5, 0.8])
 

@@ -1,4 +1,4 @@
-"""Report: metrics.json is flat, whole and merged; the table holds the numbers."""
+"""Report: metrics.json is flat, complete and merged; the table has the same numbers."""
 
 from __future__ import annotations
 
@@ -35,12 +35,7 @@ class Toy(L.LightningModule):
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        values = {
-            "vendor/i2t_r1": 0.25,
-            "vendor/t2i_r1": 0.125,
-            "concept/i2t_r1": 0.75,
-            "concept/nan": math.nan,
-        }
+        values = {"vendor/i2t_r1": 0.25, "vendor/t2i_r1": 0.125, "concept/i2t_r1": 0.75, "concept/nan": math.nan}
         self.log_dict(values, batch_size=B)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
@@ -101,7 +96,7 @@ def test_written_at_every_validation_and_merged_by_the_test(tmp_path: Path) -> N
     assert read(tmp_path) == before | {"held/i2t_r1": 0.0625}
 
 
-def test_replaced_in_one_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replaced_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "metrics.json"
     write_json(path, {"a": 1.0})
 
@@ -120,7 +115,7 @@ def test_goes_to_the_loggers_folder(tmp_path: Path) -> None:
     assert read(tmp_path / "run")["steps"] == 10 and not (tmp_path / "metrics.json").exists()
 
 
-def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
+def test_a_resumed_run_continues_counting(tmp_path: Path) -> None:
     saves = ModelCheckpoint(tmp_path, filename="part")
     trainer(tmp_path, Report(), saves, max_epochs=1).fit(Toy(), loader(), loader())
     first = read(tmp_path)
@@ -144,7 +139,7 @@ class Scored(Toy):
 
 
 @pytest.mark.parametrize("mode", [None, "permute"])
-def test_how_often_a_signal_was_asked_for(tmp_path: Path, mode: Any) -> None:
+def test_sham_calls_are_counted(tmp_path: Path, mode: Any) -> None:
     model = Scored(mode)
     model.sham(torch.zeros(B), torch.arange(B))  # before the fit, as a look at the model does
     model.sham(torch.zeros(B), torch.arange(B))
@@ -174,7 +169,7 @@ def test_the_table_once_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert out.splitlines()[-1] == str(tmp_path)
 
 
-def test_a_wide_table_goes_on_below() -> None:
+def test_a_wide_table_continues_below() -> None:
     values = {f"set{k}/a_rather_long_metric_{m}": k + m / 100 for k in range(3) for m in range(12)}
     text = Report().table(values)
     assert max(map(len, text.splitlines())) <= WIDTH
@@ -195,7 +190,7 @@ def test_a_terminal_gets_the_same_numbers(
     assert capsys.readouterr().out == ""
 
 
-def test_a_table_that_was_cut_off_goes_on(tmp_path: Path) -> None:
+def test_a_truncated_metrics_csv_is_continued(tmp_path: Path) -> None:
     logger = CSV(str(tmp_path))
     file = tmp_path / "metrics.csv"
     for cut in ("0", "30,1", "2"):
@@ -204,7 +199,7 @@ def test_a_table_that_was_cut_off_goes_on(tmp_path: Path) -> None:
         assert file.read_text().splitlines() == ["step,train/loss", "0,2.5", "19,2.4"]
 
 
-def test_what_is_measured_in_another_way_has_rows_of_its_own_where_it_says_something() -> None:
+def test_variants_of_metrics_have_their_own_rows() -> None:
     values = {"v/i2t_r1": 0.5, "v/chance/i2t_r1": 0.1, "v/distinct/i2t_r1": 0.4, "v/gap": 0.2}
     columns = {f"v/metric_{k:030d}": 0.25 for k in range(3)}
     first, *rest = blocks(values | columns)

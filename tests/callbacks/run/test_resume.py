@@ -20,7 +20,8 @@ from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging, Wei
 from torch import Tensor, nn
 
 from descant.callbacks import EMA, Harmonize, Resume
-from descant.callbacks.run.resume import AGREE_STEPS, CODES, ENTRY, Stopped
+from descant.callbacks.run.resume import ENTRY, Stopped
+from descant.callbacks.run.signals import AGREE_STEPS, CODES
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
@@ -142,7 +143,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("step", [1, 5, 6, 7, 12, 17], ids=lambda s: f"step{s}")
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_from_any_step_it_ends_in_the_same_bits(tmp_path: Path, step: int, accumulate: int) -> None:
+def test_resuming_from_any_step_is_bit_identical(tmp_path: Path, step: int, accumulate: int) -> None:
     options: dict[str, Any] = {"accumulate_grad_batches": accumulate}
     whole, resumed = Act(), Act()
     _, net = fit(tmp_path / "a", Resume(every=1, keep=100), EMA(0.8), whole, **options)
@@ -153,7 +154,7 @@ def test_from_any_step_it_ends_in_the_same_bits(tmp_path: Path, step: int, accum
         assert sorted(i for e, ids in whole.seen for i in ids if e == epoch) == list(range(N))
 
 
-def test_the_end_of_a_run_is_a_point_to_go_on_from(tmp_path: Path) -> None:
+def test_a_run_can_be_extended_from_its_end(tmp_path: Path) -> None:
     """Cut off inside an epoch by max_steps, and extended: the rest of that epoch comes first."""
     first, rest = Act(), Act()
     fit(tmp_path / "a", Resume(every=100), first, max_epochs=-1, max_steps=8)
@@ -165,7 +166,7 @@ def test_the_end_of_a_run_is_a_point_to_go_on_from(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("ended", "step"), [(True, STEPS), (False, STEPS), (False, STEPS + 1)])
-def test_callbacks_are_told_once_of_every_epoch(tmp_path: Path, ended: bool, step: int) -> None:
+def test_epoch_hooks_are_called_once(tmp_path: Path, ended: bool, step: int) -> None:
     """Of one that a finished run is extended by, too; of one that was begun when it was saved, not again."""
     first, rest = Act("on_train_epoch_start"), Act("on_train_epoch_start")
     fit(tmp_path / "a", Resume(every=1, keep=99), first, max_epochs=1 if ended else 2)
@@ -192,7 +193,8 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, step: float = 0.0, save: float = 0.0) -> None:
         self.now = 1e6
-        monkeypatch.setattr("descant.callbacks.run.resume.time", SimpleNamespace(monotonic=lambda: self.now))
+        for module in ("resume", "signals"):
+            monkeypatch.setattr(f"descant.callbacks.run.{module}.time", SimpleNamespace(monotonic=lambda: self.now))
         self.batches = Act()
         self.batches.on_train_batch_end = lambda *_: self.passes(step)  # type: ignore[method-assign]
         self.batches.on_save_checkpoint = lambda *_: self.passes(save)  # type: ignore[method-assign]
@@ -211,7 +213,7 @@ class Clock:
         (60.0, 0.0, None, [18]),
     ],
 )
-def test_points_come_by_the_clock_too_whatever_a_step_takes(
+def test_points_are_saved_by_time_whatever_a_step_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: float, save: float, minutes: float | None, found: list[int]
 ) -> None:
     clock = Clock(monkeypatch, step, save)
@@ -219,7 +221,7 @@ def test_points_come_by_the_clock_too_whatever_a_step_takes(
     assert points(tmp_path) == found
 
 
-def test_from_a_point_by_the_clock_it_ends_in_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_from_a_point_by_time_is_bit_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, net = fit(tmp_path / "plain", Resume(), EMA(0.8))
     clock = Clock(monkeypatch, 70.0)
     _, same = fit(tmp_path / "a", Resume(keep=99), EMA(0.8), clock.batches)
@@ -228,18 +230,14 @@ def test_from_a_point_by_the_clock_it_ends_in_the_same_bits(tmp_path: Path, monk
     assert equal(state(net), state(same)) and equal(state(net), state(again))
 
 
-def test_points_by_the_clock_push_out_none_that_a_run_may_go_back_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_points_by_time_replace_none_that_rollback_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, resume = Clock(monkeypatch, 200.0), Resume(every=8)
     resume.at_start = True
     fit(tmp_path, resume, clock.batches, max_epochs=-1, max_steps=15)
     assert points(tmp_path) == [0, 8, 14, 15]
 
 
-def test_a_thread_leaves_as_many_points_and_none_of_a_future_undone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_asynchronous_saves_leave_the_same_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest, "stage", lambda name: time.sleep(0.05))  # a step takes less
     fit(tmp_path / "a", Resume(every=4, keep=2), io=AtomicIO(asynchronous=True))
     assert points(tmp_path / "a") == [16, 18]
@@ -249,7 +247,7 @@ def test_a_thread_leaves_as_many_points_and_none_of_a_future_undone(
     assert found == [point(tmp_path / "b", 4)] and points(tmp_path / "b") == [4, 12, 16, 18]
 
 
-def test_what_is_drawn_in_a_step_does_not_depend_on_what_was_drawn_before(tmp_path: Path) -> None:
+def test_random_numbers_of_a_step_do_not_depend_on_earlier_ones(tmp_path: Path) -> None:
     whole, noisy = Act(), Act()
     fit(tmp_path / "a", Resume(), whole)
     fit(tmp_path / "b", Resume(), noisy, Act("on_before_zero_grad", 1, lambda trainer: torch.rand(7).sum()))
@@ -274,7 +272,9 @@ HOOKS = {
 
 @pytest.mark.parametrize("number", CODES, ids=lambda n: n.name)
 @pytest.mark.parametrize("when", HOOKS)
-def test_a_signal_saves_at_the_next_step_and_tells_the_truth(tmp_path: Path, when: str, number: signal.Signals) -> None:
+def test_a_signal_saves_at_the_next_step_and_sets_the_exit_code(
+    tmp_path: Path, when: str, number: signal.Signals
+) -> None:
     whole = Act()
     _, net = fit(tmp_path / "a", Resume(every=4), whole)
     stop = Act(HOOKS[when], 2, lambda trainer: os.kill(os.getpid(), number))
@@ -288,7 +288,7 @@ def test_a_signal_saves_at_the_next_step_and_tells_the_truth(tmp_path: Path, whe
     assert stop.seen + rest.seen == whole.seen and equal(state(net), state(again))
 
 
-def test_a_second_interrupt_is_at_once_and_says_what_is_lost(
+def test_a_second_interrupt_stops_at_once_and_reports_the_loss(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def twice(trainer: L.Trainer) -> None:
@@ -302,7 +302,7 @@ def test_a_second_interrupt_is_at_once_and_says_what_is_lost(
     assert f"descant: {lost}" in capsys.readouterr().err.splitlines()
     with pytest.raises(SystemExit):
         fit(tmp_path, Resume(every=2), Act("on_before_backward", 4, twice))
-    lost = "interrupted: 1 step(s) since step 2 are lost; --resume auto goes on there"
+    lost = "interrupted: 1 step(s) since step 2 are lost; --resume auto continues there"
     assert points(tmp_path) == [2] and f"descant: {lost}" in capsys.readouterr().err.splitlines()
 
 
@@ -319,7 +319,7 @@ def test_the_strongest_signal_gives_the_code(tmp_path: Path) -> None:
 # refusals ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_of_the_middle_is_no_resume_point(tmp_path: Path) -> None:
+def test_a_checkpoint_within_a_step_is_no_resume_point(tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path / "checkpoints", filename="{step}", save_top_k=-1)
     fit(tmp_path, Resume(), saver)
     file = next((tmp_path / "checkpoints").glob("*.ckpt"))
@@ -381,7 +381,7 @@ REFUSED: dict[str, Callable[[], L.Callback]] = {
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_beside_callbacks_of_lightning_it_ends_in_the_same_bits(tmp_path: Path, name: str) -> None:
+def test_resuming_with_callbacks_of_lightning_is_bit_identical(tmp_path: Path, name: str) -> None:
     _, whole = fit(tmp_path / "whole", Resume(every=1, keep=99), EXACT[name]())
     for step in (5, 6, 13):  # within an epoch, and at the end of one
         _, net = fit(tmp_path / f"{step}", Resume(), EXACT[name](), path=point(tmp_path / "whole", step))
@@ -427,7 +427,7 @@ def _global(parts: list[dict[str, Any]]) -> list[tuple[int, list[int]]]:
 
 @pytest.mark.ddp
 @pytest.mark.slow
-def test_saved_on_two_ranks_it_goes_on_on_one_and_on_four(tmp_path: Path) -> None:
+def test_saved_on_two_ranks_it_resumes_on_one_and_on_four(tmp_path: Path) -> None:
     whole = run_ranks(2, _on_rank, tmp_path / "whole", 2, None, 9)
     order = _global(whole)
     for world in (1, 2, 4):
@@ -478,7 +478,7 @@ def _sharded(rank: int, folder: Path, path: Path | None = None) -> list[tuple[in
 
 @pytest.mark.ddp
 @pytest.mark.slow
-def test_in_shards_it_goes_on_inside_an_epoch(tmp_path: Path) -> None:
+def test_a_sharded_run_resumes_inside_an_epoch(tmp_path: Path) -> None:
     whole = run_ranks(2, _sharded, tmp_path / "whole")
     assert run_ranks(2, _sharded, tmp_path / "on", point(tmp_path / "whole", 3)) == [seen[3:] for seen in whole]
 
@@ -534,7 +534,7 @@ def test_every_row_is_logged_as_in_a_run_that_was_not_stopped(tmp_path: Path) ->
         assert rest == [row for row in whole if row["step"] >= step], step
 
 
-def test_rows_that_wait_in_memory_are_written_before_a_point(tmp_path: Path) -> None:
+def test_buffered_rows_are_written_before_a_point(tmp_path: Path) -> None:
     """A callback that speaks to a logger by itself does not write; after a kill nobody would say it again."""
     seen: list[int] = []
 
@@ -562,7 +562,7 @@ class Pulled(Net):
 
 
 @pytest.mark.parametrize("rule", [PCGrad, MGDA])
-def test_a_rule_that_is_solved_now_and_then_is_in_every_row(tmp_path: Path, rule: Callable[[], Rule]) -> None:
+def test_values_of_a_rule_that_is_solved_rarely_are_in_every_row(tmp_path: Path, rule: Callable[[], Rule]) -> None:
     def rows(folder: Path, resume: Resume, path: Path | None = None) -> list[dict[str, Any]]:
         logger = InMemory()
         fit(folder, resume, Harmonize(rule(), every=4), net=Pulled(), path=path, logger=logger, log_every_n_steps=1)
@@ -582,7 +582,7 @@ def _told_on_rank(rank: int, folder: Path, path: Path | None = None) -> list[dic
 
 @pytest.mark.ddp
 @pytest.mark.slow
-def test_each_rank_has_its_own_numbers_of_an_epoch_again(tmp_path: Path) -> None:
+def test_each_rank_restores_its_own_values_of_an_epoch(tmp_path: Path) -> None:
     whole, _ = run_ranks(2, _told_on_rank, tmp_path / "whole")
     rest, _ = run_ranks(2, _told_on_rank, tmp_path / "on", point(tmp_path / "whole", 4))
     assert len(rest) > STEPS and rest == [row for row in whole if row["step"] >= 4]

@@ -72,11 +72,7 @@ class Late(Toy):
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], toy: Toy, batch_size: int = 4, **kwargs: Any) -> list[str]:
     rows = TensorDataset(torch.randn(16, 2))
     loader = DataLoader(rows, batch_size=batch_size)
-    options: dict[str, Any] = {
-        "max_epochs": 2,
-        "log_every_n_steps": 1,
-        "logger": CSVLogger(tmp_path),
-    } | kwargs
+    options: dict[str, Any] = {"max_epochs": 2, "log_every_n_steps": 1, "logger": CSVLogger(tmp_path)} | kwargs
     L.Trainer(
         **options,
         default_root_dir=tmp_path,
@@ -102,8 +98,7 @@ def linear(steps: int) -> Callable[[Any], Any]:
 
 
 @pytest.mark.parametrize(
-    "schedule",
-    [None, warm(4), linear(4), lambda o: WarmupCosine(2)(o, 8), lambda o: CosineAnnealingLR(o, 8)],
+    "schedule", [None, warm(4), linear(4), lambda o: WarmupCosine(2)(o, 8), lambda o: CosineAnnealingLR(o, 8)]
 )
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_sound_run_is_silent(
@@ -129,11 +124,7 @@ CASES: dict[str, tuple[Callable[[], Toy], dict[str, Any], str]] = {
     "none": (NoOptimizer, {}, "NoOptimizer has no optimizer"),
     "frozen": (lambda: Late().requires_grad_(False), {}, "every parameter of Late is frozen"),
     "gradient": (Detached, {}, "no parameter got a gradient"),
-    "epochs": (
-        Toy,
-        {"check_val_every_n_epoch": 3},
-        "first validation is due after 12 steps and the run has 8",
-    ),
+    "epochs": (Toy, {"check_val_every_n_epoch": 3}, "first validation is due after 12 steps and the run has 8"),
     "steps": (Toy, {"max_steps": 3}, "first validation is due after 4 steps and the run has 3"),
 }
 
@@ -157,6 +148,7 @@ class Embedding(Recipe):
 
     def __init__(self, collapsed: bool, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        torch.manual_seed(0)  # from some weights the loss has not fallen after 40 steps
         self.a, self.collapsed = nn.Linear(4, 3), collapsed
 
     def embed(self, batch: Batch) -> dict[str, Tensor]:
@@ -192,18 +184,14 @@ def rows() -> DataLoader[Any]:
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_loss_that_is_where_it_began(tmp_path: Path, capsys: pytest.CaptureFixture[str], accumulate: int) -> None:
+def test_a_loss_that_does_not_fall(tmp_path: Path, capsys: pytest.CaptureFixture[str], accumulate: int) -> None:
     (line,) = late(tmp_path, capsys, Stuck(), rows(), accumulate_grad_batches=accumulate)
-    assert (
-        line == "descant: warning: after 40 steps the loss is 100.0% of what it began with: nothing is learned so far"
-    )
+    assert line == "descant: warning: after 40 steps the loss is 100.0% of its start: nothing is learned so far"
     assert late(tmp_path, capsys, Toy(), rows(), accumulate_grad_batches=accumulate) == []
     assert late(tmp_path, capsys, Stuck(), rows(), max_steps=30) == []
 
 
-def test_embeddings_that_are_all_alike_and_a_term_that_is_thrown_away(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_collapsed_embeddings_and_an_unused_term(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = lambda: ToyData(batch_size=4)  # noqa: E731
     assert late(tmp_path, capsys, Embedding(False), data()) == []
     (line,) = late(tmp_path, capsys, Embedding(True), data())
@@ -212,18 +200,18 @@ def test_embeddings_that_are_all_alike_and_a_term_that_is_thrown_away(
     assert line.endswith("mix two: 0: the term is computed and thrown away")
 
 
-def test_a_mix_of_no_term(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mix_for_an_unknown_term(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (line,) = late(tmp_path, capsys, Embedding(False, mix={"oen": 0.5}), ToyData(batch_size=4))
     assert line.endswith("mix oen: no such term in the first step; there is one, two")
 
 
-def test_what_draws_by_rank_is_named_on_several() -> None:
+def test_dropout_by_rank_is_named_on_several_ranks() -> None:
     text = TextTower(vocab=8, width=8, depth=2, heads=2, length=4, dropout=0.1)
     net = nn.ModuleDict({"text": text, "plain": nn.Linear(2, 2), "off": nn.Dropout(0.0), "taught": nn.Dropout(0.5)})
     net["taught"].eval()
     trainer: Any = SimpleNamespace(world_size=2)
     differ = "on 2 ranks losses differ from those on another number of ranks"
-    dropout = f"text.layers.0 and 1 more draw dropout by rank: {differ} by this draw"
+    dropout = f"text.layers.0 and 1 more sample dropout by rank: {differ} by these masks"
     assert _by_rank(trainer, net) == [dropout]  # type: ignore[arg-type]
     net["lists"] = RankTarget()
     assert _by_rank(trainer, net) == [  # type: ignore[arg-type]
@@ -261,4 +249,4 @@ def test_rewards_that_are_all_the_same(tmp_path: Path, capsys: pytest.CaptureFix
             self.log("rollouts/reward", 0.25)
 
     (line,) = late(tmp_path, capsys, Flat(), rows())
-    assert line.endswith("all answers to each question earned the same, 3 times (mean 0.25): nothing is learned")
+    assert line.endswith("all answers to each question had the same reward, 3 times (mean 0.25): nothing is learned")

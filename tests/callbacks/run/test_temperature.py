@@ -1,4 +1,4 @@
-"""The scale: untouched before its step, divided at it, held after it, and the same across a resume."""
+"""Temperature: the scale before, at and after its step, and across a resume."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def test_flops_of_attention_on_the_cpu() -> None:
     assert count.flops == 2 * product + 5 * product  # the backward computes the scores again
 
 
-def test_a_run_is_the_same_bit_for_bit(tmp_path: Path) -> None:
+def test_counting_leaves_a_run_bit_identical(tmp_path: Path) -> None:
     plain, watched = fit(tmp_path), fit(tmp_path, Throughput())
     for a, b in zip(plain.parameters(), watched.parameters(), strict=True):
         assert torch.equal(a, b)

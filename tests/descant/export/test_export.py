@@ -1,4 +1,4 @@
-"""From a run to a folder that needs nothing else, and back: ``descant export``, ``descant.load``, ``Embedder``."""
+"""``descant export`` of a run, and loading it back: ``descant.load``, ``Embedder``."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def embedded(recipe: Any) -> torch.Tensor:
 # load ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_loads_to_the_very_embeddings_of_its_evaluation(cli: Cli, here: Path) -> None:
+def test_a_loaded_run_embeds_as_in_its_evaluation(cli: Cli, here: Path) -> None:
     assert cli("predict", "--run", "emoji/001", "--sets", "val").rc == 0
     table = pq.read_table(here / "runs/emoji/001/predict-001/embeddings-val.parquet").to_pylist()
     kept = {(m, row["index"]): row[f"z_{m}"] for row in table for m in ("image", "text") if row[f"z_{m}"] is not None}
@@ -139,7 +139,7 @@ def test_a_run_loads_to_the_very_embeddings_of_its_evaluation(cli: Cli, here: Pa
     assert seen == len(kept) > 100
 
 
-def test_loading_changes_nothing_for_others(here: Path) -> None:
+def test_loading_restores_global_settings(here: Path) -> None:
     from jsonargparse import _common
 
     torch.manual_seed(0)
@@ -171,7 +171,7 @@ def test_a_class_outside_the_allow_list_needs_trust(tmp_path: Path) -> None:
 # export -------------------------------------------------------------------------------------------------------------
 
 
-def test_an_export_stands_alone(cli: Cli, here: Path) -> None:
+def test_an_export_is_self_contained(cli: Cli, here: Path) -> None:
     before = descant.Embedder("runs/emoji/001")
     z = before.texts(["a red apple", "sun"]), before.images([Image.new("RGB", (40, 20), "red")])
     result = cli("export", "emoji/001", "--out", "out/model")
@@ -195,7 +195,7 @@ def test_an_export_stands_alone(cli: Cli, here: Path) -> None:
     assert modes == {(here / "plain").stat().st_mode & 0o777}
 
 
-def test_the_card_tells_the_runs_own_numbers_and_its_code_works(cli: Cli, here: Path) -> None:
+def test_the_model_card_has_the_runs_metrics_and_working_code(cli: Cli, here: Path) -> None:
     assert cli("export", "emoji/001", "--out", "model").rc == 0
     card = (here / "model/README.md").read_text()
     metrics = read_json(here / "runs/emoji/001/metrics.json")
@@ -218,7 +218,7 @@ def test_the_card_tells_the_runs_own_numbers_and_its_code_works(cli: Cli, here: 
     assert SavedTower(**spec).width == 16
 
 
-def test_numbers_of_other_weights_are_not_claimed(cli: Cli, here: Path) -> None:
+def test_metrics_of_other_weights_are_left_out(cli: Cli, here: Path) -> None:
     run = here / "runs/emoji/001"
     checkpoint = torch.load(run / "resume/step-0000002.ckpt", weights_only=True)
     torch.save({**checkpoint, "global_step": 1}, run / "resume/early.ckpt")
@@ -238,7 +238,7 @@ def test_an_export_is_exported_again(cli: Cli, here: Path) -> None:
     assert "AdamW(lr 0.003" in (here / "two/README.md").read_text()
 
 
-def test_nothing_is_overwritten_and_nothing_half_done_stays(cli: Cli, here: Path) -> None:
+def test_nothing_is_overwritten_and_no_partial_export_stays(cli: Cli, here: Path) -> None:
     (here / "kept").mkdir()
     (here / "kept/mine").write_text("mine")
     assert "never overwrites" in cli("export", "emoji/001", "--out", "kept").refusal
@@ -265,7 +265,7 @@ def test_bad_requests_are_one_line(cli: Cli, here: Path, args: list[str], line: 
     assert not (here / "x").exists()
 
 
-def test_help_is_short_and_costs_no_torch() -> None:
+def test_help_is_short_and_imports_no_torch() -> None:
     code = "import sys; from descant.__main__ import main; main(['export', '--help']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and len(done.stdout.splitlines()) <= 30, done.stderr
@@ -370,7 +370,7 @@ def test_a_lean_checkpoint_exports_whole(cli: Cli, bert: Path, workplace: Path) 
     assert torch.equal(embedded(descant.load("model")), wanted)
 
 
-def test_the_models_own_tokenizer_travels(cli: Cli, bert: Path, workplace: Path) -> None:
+def test_the_models_tokenizer_is_exported(cli: Cli, bert: Path, workplace: Path) -> None:
     by_hand(workplace / "run", tower("TransformersTower", folder=str(bert)))
     config = yaml.safe_load((workplace / "run/config.yaml").read_text())
     codec = {
@@ -390,7 +390,7 @@ def test_the_models_own_tokenizer_travels(cli: Cli, bert: Path, workplace: Path)
     assert ids == [2, 5, 6, 7, 3]
 
 
-def test_a_configuration_of_several_levels_stays_in_its_own_form(cli: Cli, workplace: Path) -> None:
+def test_a_nested_transformers_configuration_is_exported_as_a_folder(cli: Cli, workplace: Path) -> None:
     from transformers import LlamaConfig, LlamaModel
 
     config = LlamaConfig(
@@ -472,9 +472,9 @@ def test_raw_inputs_become_the_same_tensors(tmp_path: Path, kind: str) -> None:
         if modality == "text":
             assert torch.equal(ours[0](["a red apple"]), theirs[0](["a red apple"]))
         elif modality == "image":
-            assert torch.equal(loading._seen(ours, picture), loading._seen(theirs, picture))
+            assert torch.equal(loading._pixels(ours, picture), loading._pixels(theirs, picture))
         else:
-            assert torch.equal(loading._heard(ours[0], sound), loading._heard(theirs[0], sound))
+            assert torch.equal(loading._features(ours[0], sound), loading._features(theirs[0], sound))
 
 
 # in another run -----------------------------------------------------------------------------------------------------

@@ -443,7 +443,7 @@ def test_a_run_without_metrics_is_refused_or_left_out(cli: Cli, two: None) -> No
     line = "compare a/002: no metrics.json: nothing was evaluated yet; nearest: a/00"
     assert cli("compare", "a/002").refusal.startswith(line)
     result = cli("compare", "a", "--metrics", "val/r1")
-    assert result.rc == 0 and result.err == "descant: left out, as nothing was evaluated yet: a/002\n"
+    assert result.rc == 0 and result.err == "descant: skipped, as nothing was evaluated yet: a/002\n"
     for run in ("a/001", "a/003"):
         (Path("runs") / run / "metrics.json").unlink()
     assert cli("compare", "a").refusal == "compare a: none of these runs has a metrics.json: nothing was evaluated yet"

@@ -227,10 +227,10 @@ def test_newest_images_come_first_and_oldest_are_left_out(two: None) -> None:
     size = len(pictures(group(load("report", ["a/001"], Path("runs"))), 10_000_000)[0][0].uri) + 1000
     some, lines = shown(11 * size)
     assert some[:8] == newest and 9 <= len(some) <= 12 and {step for _, _, step in some[8:]} == {4}
-    assert lines == [f"{32 - len(some)} pictures are left out, the oldest first: the page would be too large."]
+    assert lines == [f"{32 - len(some)} images are left out, the oldest first: the page would be too large."]
     few, lines = shown(3 * size)
     assert few == newest[: len(few)] and 2 <= len(few) <= 3
-    assert lines[0] == "Pictures of 2 more runs are left out: the page would be too large."
+    assert lines[0] == "Images of 2 more runs are left out: the page would be too large."
 
 
 def test_images_are_scaled_down_before_one_is_left_out(two: None) -> None:
@@ -239,7 +239,7 @@ def test_images_are_scaled_down_before_one_is_left_out(two: None) -> None:
     groups = group(load("report", ["a", "b"], Path("runs")))
     wide = [pictures(groups, budget)[0] for budget in (4_000_000, 1_200_000, 400_000)]
     assert [[one.size[0] for one in some] for some in wide] == [[960, 960], [720, 720], [480, 480]]
-    assert pictures(groups, 400_000)[1] == ["Pictures are smaller here than in the runs' folders."]
+    assert pictures(groups, 400_000)[1] == ["Images are smaller here than in the runs' folders."]
 
 
 @pytest.mark.slow
@@ -250,7 +250,7 @@ def test_a_report_full_of_images_stays_below_the_size_limit(cli: Cli, two: None)
     page = Path("report.html")
     assert LIMIT * 0.9 < page.stat().st_size <= LIMIT
     notes, text = [line.removeprefix("descant: ") for line in result.err.splitlines()], plain(page.read_text())
-    assert "pictures are left out, the oldest first" in notes[-1] and all(note in text for note in notes)
+    assert "images are left out, the oldest first" in notes[-1] and all(note in text for note in notes)
 
 
 def test_images_are_re_encoded_and_broken_ones_counted(workplace: Path) -> None:
@@ -263,7 +263,7 @@ def test_images_are_re_encoded_and_broken_ones_counted(workplace: Path) -> None:
             value = Summary.Value(tag="x", image=Summary.Image(encoded_image_string=data))
             writer._get_file_writer().add_summary(Summary(value=[value]), step)
     (good,), lines = pictures(group(load("report", ["a"], Path("runs"))), 1_000_000)
-    assert lines == ["1 pictures could not be decoded."]
+    assert lines == ["1 images could not be decoded."]
     data = base64.b64decode(good.uri.partition(",")[2])
     assert good.uri.startswith("data:image/png;base64,") and b"hidden" not in data
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), matrix)

@@ -1,4 +1,4 @@
-"""A resume with other settings: told line by line, refused, and allowed when asked for."""
+"""A resume with other settings: reported line by line, refused, and allowed by an option."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from descant.run.changes import _of_callbacks, changes
 
 
-def test_what_does_not_change_the_run_is_free() -> None:
+def test_settings_that_do_not_change_training_are_ignored() -> None:
     then = {"name": "a", "trainer": {"devices": 1, "strategy": "ddp", "max_steps": 10}, "data": {"init_args": {}}}
     now = {"name": "b", "trainer": {"devices": 4, "strategy": {"class_path": "x"}, "max_steps": 10, "profiler": None}}
     assert list(changes(then, now)) == []
 
 
-def test_when_points_are_saved_is_free_and_how_a_run_goes_back_is_not() -> None:
+def test_save_intervals_are_ignored_but_rollback_settings_count() -> None:
     def of(name: str, **args: object) -> dict[str, object]:
         return {"class_path": f"descant.callbacks.{name}", "init_args": args}
 
@@ -24,7 +24,7 @@ def test_when_points_are_saved_is_free_and_how_a_run_goes_back_is_not() -> None:
     assert _of_callbacks(then, now) == ["NonFinite.window 1 -> 2"]
 
 
-def test_lists_and_what_is_set_only_once() -> None:
+def test_lists_and_missing_settings() -> None:
     then = {"trainer": {"callbacks": [{"class_path": "A"}]}, "seed_everything": 0}
     now = {"trainer": {"callbacks": [{"class_path": "A"}, {"class_path": "B"}]}}
     assert list(changes(then, now)) == [
@@ -33,7 +33,9 @@ def test_lists_and_what_is_set_only_once() -> None:
     ]
 
 
-def test_a_changed_configuration_is_told_and_refused_unless_allowed(toy: Callable[..., Any], workplace: Path) -> None:
+def test_a_changed_configuration_is_reported_and_refused_unless_allowed(
+    toy: Callable[..., Any], workplace: Path
+) -> None:
     assert toy("fit", "--trainer.max_epochs", "1").rc == 0
     run = workplace / "runs/toy/001"
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}

@@ -1,4 +1,4 @@
-"""What a restart by torchrun finds: its run, and a store without a past. Restarts themselves: tests/test_elastic.py."""
+"""torchrun restarts: finding the run, and a new store. Real restarts: tests/test_elastic.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from descant.run import elastic
 RESTART = {"TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
 
 
-def test_a_restart_knows_the_run_of_its_own_launch(tmp_path: Path) -> None:
+def test_a_restart_finds_the_run_of_its_launch(tmp_path: Path) -> None:
     for name, run in (
         (f".torchrun-a-1-0-{os.getppid()}", "002"),
         (".torchrun-a-1-0-7", "003"),
@@ -33,7 +33,7 @@ def test_a_restart_knows_the_run_of_its_own_launch(tmp_path: Path) -> None:
     [({}, True), ({"TORCHELASTIC_RESTART_COUNT": "0"}, False), ({"GROUP_WORLD_SIZE": "2"}, False)],
     ids=["restarted", "first", "nodes"],
 )
-def test_the_ranks_of_a_restart_meet_at_a_store_of_their_own(other: dict[str, str], own: bool) -> None:
+def test_the_ranks_of_a_restart_use_a_new_store(other: dict[str, str], own: bool) -> None:
     agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.port)}
     ranks = [RESTART | place | {"RANK": str(rank)} | other for rank in (0, 1)]

@@ -1,4 +1,4 @@
-"""One process writes a run: others are refused in one line, and a holder that was killed keeps nobody out."""
+"""Run lock: other processes are refused in one line, and a killed holder blocks nobody."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def refused(folder: Path) -> str:
     return str(caught.value)
 
 
-def test_another_process_is_named_and_killed_it_keeps_nobody_out(run: Path, holder: int) -> None:
+def test_the_holder_is_named_and_a_killed_one_blocks_nobody(run: Path, holder: int) -> None:
     host = socket.gethostname()
     line = f"runs/toy/001: process {holder} on {host} writes this run; wait for its end, or leave out --resume for"
     assert refused(run) == f"{line} a new run"
@@ -103,13 +103,13 @@ def test_a_command_holds_its_run_while_it_trains_and_not_after(
     assert seen == [workplace / "runs/toy/001"] and not lock._held
 
 
-def test_other_ranks_take_none(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_rank_0_locks(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     found = for_fit(Path("runs"), "toy", None, "never")
     assert found.fresh and not lock._held
 
 
-def test_a_fork_neither_holds_nor_gives_back(run: Path, holder: int) -> None:
+def test_a_fork_neither_holds_nor_releases(run: Path, holder: int) -> None:
     os.kill(holder, signal.SIGKILL)
     lock.take(run)
     pid = os.fork()
@@ -122,7 +122,7 @@ def test_a_fork_neither_holds_nor_gives_back(run: Path, holder: int) -> None:
     assert done.returncode != 0 and f"process {os.getpid()} on" in done.stderr
 
 
-def test_the_next_start_of_a_job_waits_for_the_last(run: Path, holder: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restarted_job_waits_for_its_predecessor(run: Path, holder: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A node was lost, and its file server holds the lock for a while; torchrun has killed a rank that is not gone."""
     note = json.loads((run / lock.FILE).read_bytes())
     (run / lock.FILE).write_text(json.dumps(note | {"job": "77"}))
@@ -156,7 +156,7 @@ def put(run: Path, **note: Any) -> None:
 
 
 @pytest.mark.usefixtures("without")
-def test_without_locks_a_process_that_lives_holds_it(run: Path, holder: int) -> None:
+def test_without_flock_a_live_process_holds_it(run: Path, holder: int) -> None:
     assert f"process {holder} on" in refused(run)
     put(run, pid=holder, born="1")  # a process of that number began at another time
     lock.take(run)
@@ -171,10 +171,10 @@ def test_without_locks_a_process_that_lives_holds_it(run: Path, holder: int) -> 
 
 
 @pytest.mark.usefixtures("without")
-def test_without_locks_another_machine_is_believed_for_an_hour(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_flock_another_machine_holds_it_for_an_hour(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(run, host="elsewhere", pid=7, job="5")
     assert refused(run).endswith("process 7 on elsewhere writes this run; wait for its end, or leave out --resume for "
-                                 "a new run; if that one is gone, remove .lock there")  # fmt: skip
+                                 "a new run; if it is gone, remove .lock there")  # fmt: skip
     monkeypatch.setenv("SLURM_JOB_ID", "5")  # queued again, on this machine
     lock.take(run)
     lock.release()
@@ -191,7 +191,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     )
 
 
-def test_what_a_job_is_known_by(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_job_identity(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     assert runs.identity() is None and lock._job() is None

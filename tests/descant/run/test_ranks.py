@@ -1,4 +1,4 @@
-"""Ranks of one machine end together: whichever fails first, one line says so and no process is left."""
+"""Ranks of one machine end together: one line names the first failure and no process is left."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def waits(condition: Callable[[], object], seconds: float = SOON) -> None:
         time.sleep(0.02)
 
 
-def test_where_the_first_process_fails_the_others_are_ended(started: Callable[..., Ranks]) -> None:
+def test_a_failing_first_process_kills_the_others(started: Callable[..., Ranks]) -> None:
     one = started("time.sleep(99)", 3)
 
     def fails() -> None:
@@ -94,12 +94,12 @@ def test_a_busy_port_that_only_torch_finds_ends_all_ranks(started: Callable[...,
     ("words", "line", "code"),
     [
         ("ranks.hand_over('data.path: no such folder'); sys.exit(2)", "data.path: no such folder", 2),
-        ("sys.exit(1)", "rank 1 (process {pid}) failed with exit code 1, so all ranks end", 1),
-        ("os.kill(os.getpid(), 9)", "rank 1 (process {pid}) was ended by SIGKILL, so all ranks end", 1),
+        ("sys.exit(1)", "rank 1 (process {pid}) failed with exit code 1: all ranks end", 1),
+        ("os.kill(os.getpid(), 9)", "rank 1 (process {pid}) was killed by SIGKILL: all ranks end", 1),
     ],
     ids=["refused", "fault", "killed"],
 )
-def test_where_a_started_rank_fails_its_line_is_told(
+def test_the_error_line_of_a_failed_rank_is_printed(
     started: Callable[..., Ranks], words: str, line: str, code: int
 ) -> None:
     one = started(f"os.environ['LOCAL_RANK'] == '2' and time.sleep(99); {words}", 3)
@@ -116,7 +116,7 @@ def test_where_a_started_rank_fails_its_line_is_told(
     assert not list(one.folder.iterdir())
 
 
-def test_a_first_process_that_nobody_tells_is_ended(
+def test_a_hanging_first_process_is_ended(
     started: Callable[..., Ranks], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """As in a collective that waits for ever."""
@@ -131,10 +131,10 @@ def test_a_first_process_that_nobody_tells_is_ended(
     one = started("sys.exit(3)", clear=lambda: cleared.append(1))
     one.launch(lambda: over.wait(SOON))
     assert codes == [3] and cleared == [1]
-    assert "failed with exit code 3, so all ranks end" in capfd.readouterr().err
+    assert "failed with exit code 3: all ranks end" in capfd.readouterr().err
 
 
-def test_ranks_that_end_late_are_waited_for(started: Callable[..., Ranks]) -> None:
+def test_slow_ranks_are_awaited(started: Callable[..., Ranks]) -> None:
     one = started("time.sleep(0.5)")
     assert one.launch(lambda: 7) == 7 and not ended(one)
     assert one.join() is None and [process.returncode for process in one.launcher.procs] == [0]
@@ -144,7 +144,7 @@ def test_ranks_that_end_late_are_waited_for(started: Callable[..., Ranks]) -> No
     assert fault is not None and fault.code == 5
 
 
-def test_a_stop_that_all_agree_on_ends_nobody(started: Callable[..., Ranks], tmp_path: Path) -> None:
+def test_an_agreed_stop_kills_no_rank(started: Callable[..., Ranks], tmp_path: Path) -> None:
     one = started("time.sleep(0.5)")
 
     def stops() -> None:
@@ -165,7 +165,7 @@ child.wait()
 
 
 @pytest.mark.parametrize("watched", [False, True], ids=["system", "thread"])
-def test_a_killed_first_process_leaves_no_rank(watched: bool) -> None:
+def test_a_killed_first_process_leaves_no_orphans(watched: bool) -> None:
     words = RANK.format(root=str(ROOT)) + "print('there', flush=True); time.sleep(99)"
     if watched:  # where the system has no such signal
         words = words.replace("ranks.end", "sys.platform = 'other'; ranks.end")

@@ -68,17 +68,17 @@ def test_versions(toy: Cli, workplace: Path) -> None:
 # resuming -------------------------------------------------------------------------------------------------------
 
 
-def test_auto_without_a_checkpoint_starts_and_says_so(toy: Cli) -> None:
+def test_auto_without_a_checkpoint_starts_a_new_run(toy: Cli) -> None:
     result = toy("fit", "--resume", "auto")
     assert result.rc == 0
     assert "descant: --resume auto: toy has no resume point yet; starting runs/toy/001" in result.err.splitlines()
 
 
-def test_auto_says_what_was_lost_of_a_run_without_a_point(toy: Cli, workplace: Path) -> None:
+def test_auto_reports_what_was_lost_without_a_resume_point(toy: Cli, workplace: Path) -> None:
     assert toy("fit", "--trainer.log_every_n_steps", "1").rc == 0
     for place in ("resume", "checkpoints"):  # as if it had been killed before its first
         shutil.rmtree(workplace / "runs/toy/001" / place)
-    lost = "runs/toy/001 ended before its first resume point (due after {}): what it trained is lost (at least 8 steps)"
+    lost = "runs/toy/001 ended before its first resume point (due after {}): its training is lost (at least 8 steps)"
     result = toy("fit", "--resume", "auto")
     assert f"descant: {lost.format('500 steps or 5 minutes')}" in result.err.splitlines()
     run = workplace / "runs/toy/002"
@@ -87,13 +87,12 @@ def test_auto_says_what_was_lost_of_a_run_without_a_point(toy: Cli, workplace: P
     file.write_text(re.sub(r"every: 500", "every: 20", file.read_text()).replace("minutes: 5.0", "minutes: null"))
     (run / "metrics.csv").write_text("step,train/loss\n")
     lines = toy("fit", "--resume", "auto", "--name", "toy").err.splitlines()
-    assert (
-        "descant: runs/toy/002 ended before its first resume point (due after 20 steps): what it trained is lost"
-        in [line.removesuffix(" (no step was logged)") for line in lines]
-    )
+    assert "descant: runs/toy/002 ended before its first resume point (due after 20 steps): its training is lost" in [
+        line.removesuffix(" (no step was logged)") for line in lines
+    ]
 
 
-def test_auto_goes_on_in_the_same_folder(toy: Cli, workplace: Path) -> None:
+def test_auto_continues_in_the_same_folder(toy: Cli, workplace: Path) -> None:
     assert toy("fit").rc == 0
     result = toy("fit", "--resume", "auto", "--changed", "allow", "--trainer.max_epochs", "3")
     assert result.rc == 0 and "descant: resuming runs/toy/001 from " in result.err
@@ -106,7 +105,7 @@ def test_auto_goes_on_in_the_same_folder(toy: Cli, workplace: Path) -> None:
     assert (workplace / "runs/toy/001/config.1.yaml").is_file()  # the settings it had before
 
 
-def test_a_configuration_is_there_whole_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_config_yaml_is_replaced_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever write or renaming of a resume is its last."""
     trainer = SimpleNamespace(is_global_zero=True)
     for survived in range(4):
@@ -143,7 +142,7 @@ def test_a_path_starts_a_new_run(toy: Cli, workplace: Path, path: str) -> None:
 def test_what_does_not_exist_is_refused(toy: Cli, cli: Cli, workplace: Path) -> None:
     assert "no such checkpoint" in toy("fit", "--resume", "nope.ckpt").refusal
     assert "no such run" in toy("fit", "--run", "toy/007", "--resume", "auto").refusal
-    assert "of which run" in toy("validate", "--ckpt_path", "best").refusal
+    assert "needs a run" in toy("validate", "--ckpt_path", "best").refusal
     assert "no such checkpoint" in toy("validate", "--ckpt_path", "nope.ckpt").refusal
     assert toy("fit").rc == 0
     assert "nearest: toy/001" in cli("validate", "--run", "toy/01").refusal
@@ -219,7 +218,7 @@ def evaluate(wanted: str | None) -> str:
 
 
 @pytest.mark.parametrize(("damage", "why"), DAMAGE, ids=[damage.__name__ for damage, _ in DAMAGE])
-def test_auto_takes_the_newest_that_is_whole(
+def test_auto_uses_the_newest_valid_point(
     run: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], why: str
 ) -> None:
     damage(run / "resume/step-0000120.ckpt")
@@ -235,7 +234,7 @@ def test_auto_takes_the_newest_that_is_whole(
     assert not list(run.glob("resume/.*"))  # what the killed process left is gone
 
 
-def test_auto_starts_anew_where_nothing_is_whole(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_auto_starts_a_new_run_if_all_points_are_damaged(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in run.glob("resume/*.ckpt"):
         flip(path)
     line = (
@@ -263,9 +262,9 @@ def test_a_damaged_path_is_refused_with_the_nearest(run: Path, damage: Callable[
     assert [folder.name for folder in runs.runs_of(Path("runs"), "toy")] == ["001", "002"]  # refused ones left nothing
 
 
-def test_what_is_no_resume_point_is_refused(run: Path) -> None:
+def test_checkpoints_that_are_no_resume_points_are_refused(run: Path) -> None:
     path = "runs/toy/001/checkpoints/0000100.ckpt"
-    with pytest.raises(Refusal, match=rf"^--resume {path}: .*no resume point; nearest: runs/.*/step-0000120\.ckpt$"):
+    with pytest.raises(Refusal, match=rf"^--resume {path}: .*not a resume point; nearest: runs/.*/step-0000120\.ckpt$"):
         fit(path)
     with pytest.raises(Refusal, match=r"^--resume runs/toy: Is a directory$"):
         fit("runs/toy")
@@ -275,7 +274,7 @@ def test_what_is_no_resume_point_is_refused(run: Path) -> None:
 
 
 @pytest.mark.parametrize(("damage", "why"), DAMAGE, ids=[damage.__name__ for damage, _ in DAMAGE])
-def test_last_is_the_last_that_is_whole(
+def test_last_is_the_last_valid_checkpoint(
     run: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], why: str
 ) -> None:
     assert evaluate("last").endswith("resume/step-0000120.ckpt")
@@ -304,7 +303,7 @@ def test_a_damaged_best_is_refused_and_not_replaced(run: Path) -> None:
     assert evaluate("best") == evaluate(None) == str(Path("runs/toy/001/checkpoints/best.ckpt"))
     flip(best)
     for wanted in ("best", None):
-        with pytest.raises(Refusal, match=r"best\.ckpt: not the bytes .* --ckpt_path last takes 0000130\.ckpt$"):
+        with pytest.raises(Refusal, match=r"best\.ckpt: not the bytes .* --ckpt_path last uses 0000130\.ckpt$"):
             evaluate(wanted)
     with pytest.raises(
         Refusal, match=r"best\.ckpt: not the bytes .*; nearest: runs/toy/001/checkpoints/0000130\.ckpt$"
@@ -316,12 +315,12 @@ def test_a_damaged_best_is_refused_and_not_replaced(run: Path) -> None:
         evaluate("last")
 
 
-def test_where_nothing_can_be_written(toy: Cli, run: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_folder_is_refused(toy: Cli, run: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert toy("fit", "--runs", "toy.yaml/runs").refusal == (
         "toy.yaml/runs/toy: a run cannot be written there: Not a directory"
     )
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(Refusal, match=r"^runs/toy/001: a run cannot be continued there: no permission to write$"):
+    with pytest.raises(Refusal, match=r"^runs/toy/001: the run cannot be continued: no permission to write$"):
         fit("auto")
 
 
@@ -356,7 +355,9 @@ def test_launched_ranks_inherit_the_decision(tmp_path: Path, monkeypatch: pytest
     ],
     ids=["slurm", "torchrun"],
 )
-def test_ranks_beside_it_read_the_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launch: dict[str, str]) -> None:
+def test_ranks_of_a_cluster_read_the_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launch: dict[str, str]
+) -> None:
     for key, value in launch.items():
         monkeypatch.setenv(key, value.format(rank=0))
     first = runs.agree(tmp_path, lambda: runs.allocate(tmp_path))
@@ -373,7 +374,7 @@ def test_numbers_grow_past_999(tmp_path: Path) -> None:
     assert [path.name for path in runs.runs_of(tmp_path.parent, tmp_path.name)] == ["999", "1000"]
 
 
-def test_existing_wants_a_run(tmp_path: Path) -> None:
+def test_existing_requires_a_run(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match="no such run"):
         runs.existing(tmp_path, "toy/001")
 
@@ -384,15 +385,12 @@ def test_existing_wants_a_run(tmp_path: Path) -> None:
         ({}, ""),
         ({"packages": {"descant": "0.0.1"}, "revision": "abc"}, "descant: saved by descant 0.0.1, resumed with "),
         ({"revision": "f" * 40}, f"descant: saved by revision {'f' * 12}, resumed with a1: numbers may differ"),
-        (
-            {"revision": "a1", "dirty": False},
-            "descant: saved by a committed revision, resumed with uncommitted",
-        ),
+        ({"revision": "a1", "dirty": False}, "descant: saved by a committed revision, resumed with uncommitted"),
         ({"revision": "a1", "dirty": True}, ""),
         ({"revision": None}, ""),
     ],
 )
-def test_another_version_of_descant_is_told(
+def test_another_version_of_descant_is_reported(
     run: Path, then: dict[str, Any], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = {"descant": "9", "revision": "a1", "dirty": True}
@@ -403,14 +401,14 @@ def test_another_version_of_descant_is_told(
     assert first.startswith("descant: resuming") and len(told) == bool(says) and "".join(told).startswith(says)
 
 
-def test_what_is_no_checkpoint_of_this_run_is_one_line(toy: Cli, cli: Cli, workplace: Path) -> None:
+def test_a_checkpoint_of_another_model_is_one_line(toy: Cli, cli: Cli, workplace: Path) -> None:
     """Other shapes, a bare state dict, a text, an archive that is cut: never a traceback."""
     assert toy("fit", "--trainer.max_epochs", "1").rc == 0
     (best,) = (workplace / "runs/toy/001/checkpoints").glob("*.ckpt")
     (workplace / "wide.yaml").write_text((workplace / "toy.yaml").read_text().replace("width: 8", "width: 16"))
     wide = cli("validate", "--config", "wide.yaml", "--trust", "tests.toys", "--ckpt_path", best)
     line = "towers.image.layers.0.weight is [8, 4] in the file and [16, 4] in the model (and 5 more differ)"
-    assert wide.refusal == f"the checkpoint has not the weights of this ToyRecipe: {line}"
+    assert wide.refusal == f"the checkpoint does not have the weights of this ToyRecipe: {line}"
     whole, bad = best.read_bytes(), Path("bad.ckpt")
     state = torch.load(best, weights_only=True)["state_dict"]
     for content, says in (
@@ -419,8 +417,8 @@ def test_what_is_no_checkpoint_of_this_run_is_one_line(toy: Cli, cli: Cli, workp
         (state, "bad.ckpt: not a checkpoint: it holds no state_dict"),
     ):
         bad.write_bytes(content) if isinstance(content, bytes) else torch.save(content, bad)
-        with pytest.warns(UserWarning, match="no manifest confirms what it holds"):
+        with pytest.warns(UserWarning, match="no manifest confirms its content"):
             assert says in toy("validate", "--ckpt_path", bad).refusal
     torch.save({"state_dict": state}, bad)  # weights of another program, as they are
-    with pytest.warns(UserWarning, match="no manifest confirms what it holds"):
+    with pytest.warns(UserWarning, match="no manifest confirms its content"):
         assert toy("validate", "--ckpt_path", bad).rc == 0

@@ -1,4 +1,4 @@
-"""Checkpoints as the trainer writes and reads them: whole, confirmed, plain values; at once or in a thread."""
+"""Checkpoint I/O: atomic, verified, plain values; synchronous or in a thread."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def background() -> Iterator[AtomicIO]:
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_there_and_back(tmp_path: Path, asynchronous: bool) -> None:
+def test_round_trip(tmp_path: Path, asynchronous: bool) -> None:
     io, path = AtomicIO(asynchronous), tmp_path / "new" / "a.ckpt"
     io.save_checkpoint(state(3.0, step=7), str(path))
     found = io.load_checkpoint(path)
@@ -82,14 +82,14 @@ def test_there_and_back(tmp_path: Path, asynchronous: bool) -> None:
     assert names(path.parent) == set()
 
 
-def test_only_a_folder_of_this_machine(tmp_path: Path) -> None:
+def test_remote_paths_and_storage_options_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"s3://bucket/a\.ckpt: checkpoints go to a folder of this machine"):
         AtomicIO().save_checkpoint(state(1.0), "s3://bucket/a.ckpt")
     with pytest.raises(ValueError, match="storage options"):
         AtomicIO().save_checkpoint(state(1.0), tmp_path / "a.ckpt", storage_options={})
 
 
-def test_loads_nothing_that_differs_by_a_bit(tmp_path: Path) -> None:
+def test_a_flipped_bit_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     AtomicIO().save_checkpoint(state(1.0), path)
     whole = path.read_bytes()
@@ -110,7 +110,7 @@ def test_loads_nothing_that_differs_by_a_bit(tmp_path: Path) -> None:
 
 def test_a_file_of_another_program_is_loaded_with_a_warning(tmp_path: Path) -> None:
     torch.save(state(2.0), tmp_path / "theirs.ckpt")
-    with pytest.warns(UserWarning, match=r"theirs\.ckpt: no manifest confirms what it holds"):
+    with pytest.warns(UserWarning, match=r"theirs\.ckpt: no manifest confirms its content"):
         assert value_of(tmp_path / "theirs.ckpt") == 2.0
 
 
@@ -123,7 +123,7 @@ class _Bomb:
 
 
 @pytest.mark.parametrize("confirmed", [True, False])
-def test_no_object_is_unpickled_whatever_is_asked_for(tmp_path: Path, confirmed: bool) -> None:
+def test_objects_are_never_unpickled(tmp_path: Path, confirmed: bool) -> None:
     mark, path = tmp_path / "ran", tmp_path / "bad.ckpt"
     content = {**state(1.0), "bomb": _Bomb(mark)}
     if confirmed:
@@ -142,7 +142,7 @@ def test_no_object_is_unpickled_whatever_is_asked_for(tmp_path: Path, confirmed:
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("name", ["step-1.ckpt", "step-2.ckpt"], ids=["over the old", "beside the old"])
 @pytest.mark.parametrize("stage", ["torch.save", *STAGES])
-def test_killed_inside_a_save(tmp_path: Path, stage: str, name: str, asynchronous: bool) -> None:
+def test_kill_during_a_save(tmp_path: Path, stage: str, name: str, asynchronous: bool) -> None:
     AtomicIO().save_checkpoint(state(1.0), tmp_path / "step-1.ckpt")
     child = os.fork()
     if child == 0:
@@ -243,7 +243,9 @@ def test_one_save_in_flight(tmp_path: Path, background: AtomicIO, gate: threadin
     assert (value_of(tmp_path / "a.ckpt"), value_of(tmp_path / "b.ckpt")) == (1.0, 2.0)
 
 
-def test_a_file_goes_when_its_successor_is_there(tmp_path: Path, background: AtomicIO, gate: threading.Event) -> None:
+def test_a_file_is_removed_after_its_successor_is_written(
+    tmp_path: Path, background: AtomicIO, gate: threading.Event
+) -> None:
     gate.set()
     background.save_checkpoint(state(1.0), tmp_path / "a.ckpt")
     background.wait()
@@ -287,7 +289,7 @@ def test_an_error_of_the_thread_is_raised_once_and_keeps_the_old_file(
     assert value_of(new) == 3.0
 
 
-def test_a_wait_that_is_interrupted_forgets_no_error(
+def test_an_interrupted_wait_keeps_the_error(
     tmp_path: Path, background: AtomicIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the second INT of a user who does not want to wait: the run's end still tells."""
@@ -311,7 +313,7 @@ def test_a_wait_that_is_interrupted_forgets_no_error(
         background.teardown()
 
 
-def test_readers_forked_inside_a_write_leave_its_bytes_alone(
+def test_forks_during_a_write_do_not_change_it(
     tmp_path: Path, background: AtomicIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A loader's processes inherit the open file, and what of it is not flushed yet."""
@@ -335,7 +337,7 @@ def test_readers_forked_inside_a_write_leave_its_bytes_alone(
 
 
 @pytest.mark.slow
-def test_an_error_is_told_where_nobody_waits(tmp_path: Path) -> None:
+def test_an_error_is_reported_at_exit(tmp_path: Path) -> None:
     """ModelParallelStrategy does not call the teardown."""
     code = (
         "import sys; from pathlib import Path; from descant.modules.io import manifest\n"
@@ -363,7 +365,7 @@ def fit(folder: Path, io: AtomicIO, recipe: ToyRecipe | None = None, **options: 
     return trainer
 
 
-def test_all_of_a_fit_goes_through_it(tmp_path: Path) -> None:
+def test_all_checkpoints_of_a_fit_are_written_by_it(tmp_path: Path) -> None:
     for name, io in (("now", AtomicIO()), ("thread", AtomicIO(asynchronous=True))):
         trainer = fit(tmp_path / name, io)
         trainer.save_checkpoint(tmp_path / name / "end.ckpt")
@@ -396,7 +398,7 @@ def test_the_end_of_a_fit_waits_and_raises(tmp_path: Path, monkeypatch: pytest.M
     assert {path.name for path in tmp_path.glob("*.ckpt")} == {"step=004.ckpt", "step=008.ckpt"}
 
 
-def test_a_fit_that_breaks_waits_too(tmp_path: Path) -> None:
+def test_a_failing_fit_waits_for_its_save(tmp_path: Path) -> None:
     class Broken(ToyRecipe):
         def on_train_epoch_end(self) -> None:
             if self.current_epoch == 1:
@@ -419,7 +421,7 @@ class Act(L.Callback):
             self.what()
 
 
-def test_at_every_moment_of_a_run_a_point_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_valid_resume_point_exists_at_all_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a kill would leave, noted at each stage of each write: ``keep=1`` loses the old with the new in place."""
     seen: list[tuple[str, int]] = []
 
@@ -434,9 +436,7 @@ def test_at_every_moment_of_a_run_a_point_is_there(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_a_signal_tells_of_a_point_when_it_is_on_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
-) -> None:
+def test_a_signal_waits_until_the_point_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool) -> None:
     def stage(name: str) -> None:
         time.sleep(0.05)
         if full and list((tmp_path / "resume").glob(".step-0000006.*")):
@@ -505,7 +505,7 @@ def _on_rank(rank: int, folder: Path, asynchronous: bool, sharded: bool) -> bool
 @pytest.mark.ddp
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
-def test_ranks_go_on_inside_a_write_and_it_holds_what_was(tmp_path: Path, sharded: bool) -> None:
+def test_training_continues_during_a_write_of_a_snapshot(tmp_path: Path, sharded: bool) -> None:
     for name, asynchronous in (("now", False), ("thread", True)):
         assert run_ranks(2, _on_rank, tmp_path / name, asynchronous, sharded) == [True, True]
     files = sorted((tmp_path / "now" / "resume").glob("*.ckpt"))

@@ -1,4 +1,4 @@
-"""The scripts of ``descant submit``, and what it refuses before anything is submitted. No SLURM here."""
+"""Scripts of ``descant submit``, and refusals before submitting. No SLURM here."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ def test_dry_run_prints_the_script_and_writes_nothing(cli: Cli, workplace: Path)
     assert subprocess.run(["bash", "-n"], input=result.out, text=True).returncode == 0
 
 
-def test_submitting_keeps_script_and_meaning_and_chains(cli: Cli, tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scripts_and_job_files_are_written_and_jobs_chained(
+    cli: Cli, tools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("SLURM_NTASKS", "SLURM_CONF", "MASTER_PORT", "PYTEST_XDIST", "LOCAL_RANK"):
         monkeypatch.setenv(name, "7")
     axes = ("--array", "seed_everything=0..1", "--array", "model.scale=1,2", "--at-once", "2")
@@ -133,15 +135,8 @@ def test_a_grid_is_all_combinations() -> None:
     ],
 )
 @pytest.mark.parametrize(("state", "restarts"), quick([("RUNNING", 0), ("RUNNING", 3), ("COMPLETING", 0)], 3))
-def test_what_becomes_of_each_way_to_end(
-    cli: Cli,
-    workplace: Path,
-    codes: tuple[int, int],
-    answer: bool,
-    ended: int,
-    again: bool,
-    state: str,
-    restarts: int,
+def test_requeueing_by_exit_code(
+    cli: Cli, workplace: Path, codes: tuple[int, int], answer: bool, ended: int, again: bool, state: str, restarts: int
 ) -> None:
     text = cli("submit", "--dry-run", "--requeues", "3", "--", *FIT).out
     command = re.search(r"/\S+ -P -m descant fit", text)
@@ -178,17 +173,17 @@ def test_what_becomes_of_each_way_to_end(
         (("--nodse", "2", "--", *FIT), "submit: --nodse: no such option; nearest: --nodes"),
         (("--nodes", "0", "--", *FIT), "submit: --nodes 0: at least 1"),
         (("--time", "soon", "--", *FIT), "submit: --time soon: MINUTES, HOURS:MINUTES:SECONDS or "),
-        (("--time", "2", "--", *FIT), "submit: --time 2: it ends before --signal-before 120 seconds have passed"),
+        (("--time", "2", "--", *FIT), "submit: --time 2: shorter than --signal-before 120 seconds"),
         (("--gpus-per-node", "all", "--", *FIT), "submit: --gpus-per-node all: a number, or TYPE:NUMBER"),
-        (("--after", "last", "--", *FIT), "submit: --after last: the number of a job"),
+        (("--after", "last", "--", *FIT), "submit: --after last: expected a job number"),
         (("--array", "seed", "--", *FIT), "submit: --array seed: KEY=0..4 or KEY=a,b,c"),
-        (("--array", "a=1,2", "--array", "a=3", "--", *FIT), "submit: --array a=3: a is said twice"),
-        (("--sbatch", "nodes=3", "--", *FIT), "submit: --sbatch nodes=3: say --nodes"),
-        (("--sbatch", "output=x", "--", *FIT), "submit: --sbatch output=x: the script needs its own"),
-        (("--nodes", "2"), "submit: of what? The command comes after --"),
+        (("--array", "a=1,2", "--array", "a=3", "--", *FIT), "submit: --array a=3: a is given twice"),
+        (("--sbatch", "nodes=3", "--", *FIT), "submit: --sbatch nodes=3: use --nodes"),
+        (("--sbatch", "output=x", "--", *FIT), "submit: --sbatch output=x: the script sets it itself"),
+        (("--nodes", "2"), "submit: no command: it comes after --"),
         (("--dry-run", "--", "fti"), "submit: fti: only fit, validate, test, predict can be submitted; nearest: fit"),
-        (("--dry-run", "--", *FIT, "--trainer.devices", "3"), "submit: --trainer.devices: submit says it itself"),
-        (("--dry-run", "--", *FIT, "--resume", "never"), "submit: --resume: submit says it itself"),
+        (("--dry-run", "--", *FIT, "--trainer.devices", "3"), "submit: --trainer.devices: submit sets it itself"),
+        (("--dry-run", "--", *FIT, "--resume", "never"), "submit: --resume: submit sets it itself"),
         (("--dry-run", "--", *FIT, "--model.scael", "2"), "--model.scael: ToyRecipe has no such key; nearest: scale"),
         (("--dry-run", "--array", "model.scale=1,big", "--", *FIT), "--model.scale: expected a number, got 'big'"),
         (
@@ -197,9 +192,7 @@ def test_what_becomes_of_each_way_to_end(
         ),
     ],
 )
-def test_what_is_wrong_is_refused_before_anything_is_submitted(
-    cli: Cli, tools: Path, args: tuple[str, ...], line: str
-) -> None:
+def test_wrong_requests_are_refused_before_submitting(cli: Cli, tools: Path, args: tuple[str, ...], line: str) -> None:
     assert cli("submit", *args).refusal.startswith(line)
     assert not (tools / "calls").exists() and not (tools / "runs").exists()
 
@@ -210,7 +203,7 @@ def test_without_slurm(cli: Cli, workplace: Path, monkeypatch: pytest.MonkeyPatc
     assert not (workplace / "runs").exists()
 
 
-def test_what_sbatch_refuses_is_told_in_its_words_and_leaves_no_script(cli: Cli, tools: Path) -> None:
+def test_a_refusal_of_sbatch_is_passed_on_and_leaves_no_script(cli: Cli, tools: Path) -> None:
     (tools / "bin/sbatch").write_text("#!/bin/bash\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
     assert cli("submit", "--partition", "nope", "--", *FIT).refusal == "sbatch: error: invalid partition"
     assert not list(tools.glob("runs/toy/*"))

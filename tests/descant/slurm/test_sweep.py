@@ -1,4 +1,4 @@
-"""Sweeps: all combinations and seeds, once each, and the table; what is wrong is told before anything runs."""
+"""Sweeps: all combinations and seeds, once each, and the table; refusals before anything runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOYS = ("sweep", "--config", "toy.yaml", *TRUST, "--trainer.max_epochs=1")
 
 
 @pytest.mark.slow
-def test_a_sweep_runs_what_is_missing_and_ends_with_the_table(
+def test_a_sweep_runs_missing_combinations_and_prints_the_table(
     cli: Cli, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fork_runs(monkeypatch)
@@ -49,7 +49,7 @@ def test_a_run_that_fails_ends_the_sweep_with_its_line(
     assert not list(workplace.glob("runs/sweeps/*/*.done"))
 
 
-def test_mistakes_are_told_before_anything_runs(
+def test_wrong_requests_are_refused_before_running(
     cli: Cli, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written_content: dict[str, object]
 ) -> None:
     from descant.cli import dump
@@ -59,23 +59,23 @@ def test_mistakes_are_told_before_anything_runs(
     dump.place().write_text(json.dumps(written_content))
     emoji = ("sweep", "--config", "contrastive/emoji")
     for args, line in {
-        (*emoji,): "sweep: vary what? --vary model.optimizer.lr=1e-4,3e-4",
+        (*emoji,): "sweep: --vary is missing, such as --vary model.optimizer.lr=1e-4,3e-4",
         (*emoji, "--vary", "model.width"): "sweep: --vary model.width: KEY=0..4 or KEY=a,b,c",
         (*emoji, "--vary", "model.widht=3,4"): "--model.widht: Contrastive has no such key; nearest: width",
         (*emoji, "--vary", "model.width=64,wide"): "--model.width: expected a whole number, got 'wide'",
         (*emoji, "--vary", "model.width=64", "--seeds", "0"): "sweep: --seeds 0: at least 1",
         (*emoji, "--vary", "model.width=64", "--seeds", "a,b"): "sweep: --seeds a,b: a number of seeds, or seeds as",
         (*emoji, "--vary", "model.width=64", "--jobs", "0"): "sweep: --jobs 0: at least 1",
-        (*emoji, "--vary", "model.width=64", "--name", "x"): "sweep: --name: sweep says it itself",
-        (*emoji, "--vary", "seed_everything=1,2"): "sweep: --vary seed_everything: seeds are --seeds 3",
-        ("sweep", "--vary", "model.width=64"): "sweep: of what? --config NAME chooses an experiment",
+        (*emoji, "--vary", "model.width=64", "--name", "x"): "sweep: --name: sweep sets it itself",
+        (*emoji, "--vary", "seed_everything=1,2"): "sweep: --vary seed_everything: use --seeds 3",
+        ("sweep", "--vary", "model.width=64"): "sweep: --config is missing: --config NAME chooses an experiment",
     }.items():
         assert cli(*args).refusal.startswith(line), args
     assert not (workplace / "runs").exists()
     assert "--vary KEY=A,B" in cli("sweep").out
 
 
-def test_a_cluster_gets_what_is_missing_as_an_array(
+def test_missing_runs_are_submitted_as_an_array(
     monkeypatch: pytest.MonkeyPatch, cli: Cli, workplace: Path, tmp_path: Path
 ) -> None:
     tools = tmp_path / "bin"
@@ -88,7 +88,7 @@ def test_a_cluster_gets_what_is_missing_as_an_array(
     (tmp_path / "squeue").write_text("")
     words = (*TOYS, "--vary", "model.scale=1.0,2.0", "--seeds", "2", "--slurm", "--time 60")
     result = cli(*words)
-    assert result.rc == 0 and "4 runs, 0 done, 0 with SLURM, 4 to submit" in result.err, result.err
+    assert result.rc == 0 and "4 runs, 0 done, 0 queued, 4 to submit" in result.err, result.err
     (folder,) = (workplace / "runs/sweeps").iterdir()
     text = (folder / "submit-001.sh").read_text()
     name = "model.scale=2.0,seed=0"
@@ -104,16 +104,16 @@ def test_a_cluster_gets_what_is_missing_as_an_array(
     )
     lost.mkdir(parents=True)
     again = cli(*words)
-    assert "4 runs, 1 done, 2 with SLURM, 1 to submit" in again.err, again.err
+    assert "4 runs, 1 done, 2 queued, 1 to submit" in again.err, again.err
     text = (folder / "submit-002.sh").read_text()
     assert "0) set -- --run model.scale=1.0,seed=1/001 --model.scale 1.0 --seed_everything 1; mark=" in text
-    assert "--slurm --array: sweep says it itself" in cli(*words[:-1], "--array a=1,2").refusal
+    assert "--slurm --array: sweep sets it itself" in cli(*words[:-1], "--array a=1,2").refusal
     here = cli(*words[:-2])
-    assert here.refusal.startswith("sweep: model.scale=1.0,seed=0 is with SLURM: the same command with --slurm says")
+    assert here.refusal.startswith("sweep: model.scale=1.0,seed=0 is in SLURM's queue: the same command with")
     (tools / "squeue").write_text(
         "#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2\nexit 1\n"
     )
-    assert "squeue does not say what became of 7: slurm_load_jobs error" in cli(*words).refusal
+    assert "squeue fails for job 7: slurm_load_jobs error" in cli(*words).refusal
     assert len(list(folder.glob("submit-*.sh"))) == 2
 
 

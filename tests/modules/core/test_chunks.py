@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from descant.modules.core.chunks import chunked, looks_at_the_batch
-from descant.modules.engine.configure import _recompute
+from descant.modules.engine.checkpointing import recompute as recompute_block
 from descant.modules.losses import InfoNCE
 from tests.tolerance import F32, rounding, ulps
 
@@ -90,7 +90,7 @@ def test_random_draws_are_those_of_the_first_pass(blocks: bool) -> None:
         a, b = towers(nn.Dropout(0.5))
         if blocks and recompute:
             for layer in (*a, *b):
-                _recompute(layer, preserve_rng=True)
+                recompute_block(layer, preserve_rng=True)
         x, y = inputs()
         torch.manual_seed(7)
         if recompute:

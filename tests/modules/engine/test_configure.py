@@ -1,4 +1,4 @@
-"""Adapters, quantised layers, checkpointing, compile and shard on recipes of small towers."""
+"""LoRA, quantization, activation checkpointing, compile and shard on recipes of small towers."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_lora_starts_at_the_base_and_moves_adapters_only(dora):
     assert all(torch.equal(after[name], before[name]) for name in after.keys() - adapters)
 
 
-def test_adapters_begin_alike_whatever_was_drawn_before():
+def test_adapters_are_initialized_by_the_seed_only():
     """Several ranks begin the global generator anew before a model is adapted, and one rank does not."""
     adapters = []
     for seed in (1, 2):
@@ -108,7 +108,7 @@ def test_lora_all_linear_and_regular_expressions():
     [(Quantize(4), 0.95), (Quantize(4, "fp4"), 0.95), (Quantize(8), 0.999)],
     ids=["nf4", "fp4", "int8"],
 )
-def test_quantised_towers_are_near_the_full_ones_and_frozen(part, cosine):
+def test_quantized_towers_are_close_to_the_original_and_frozen(part, cosine):
     recipe = recipe_of().eval()
     full = recipe.towers["image"](IMAGES).h_BTD
     part.apply(recipe)
@@ -132,7 +132,7 @@ def test_qlora_trains_and_passes_gradients_through(bits):
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("used", [False, True], ids=["new", "used"])
-def test_quantised_state_is_saved_loaded_and_copied(bits, used):
+def test_quantized_state_is_saved_loaded_and_copied(bits, used):
     recipe = recipe_of().eval()
     Quantize(bits).apply(recipe)
     expected = recipe.towers["text"](TEXT).h_BTD
@@ -156,7 +156,7 @@ def test_quantised_state_is_saved_loaded_and_copied(bits, used):
     [(Quantize(4), 0.05, 0.13), (Quantize(4, "fp4"), 0.06, 0.17), (Quantize(8), 0.002, 0.02)],
     ids=["nf4", "fp4", "int8"],
 )
-def test_error_of_quantised_layers(part, least, most):
+def test_error_of_quantized_layers(part, least, most):
     """Relative, of one layer with normal weights: 0.09, 0.12 and 0.01 (int8 rounds the input too)."""
     torch.manual_seed(0)
     recipe = recipe_of(image=PatchTower(16, 4, 256, 1, 2))
@@ -176,8 +176,8 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module):
         print("kernels was imported")
 sys.meta_path.insert(0, Finder())
-from descant.modules.engine import configure
-configure.bitsandbytes()
+from descant.modules.adaptation import quantize
+quantize.bitsandbytes()
 assert "kernels" not in sys.modules
 import kernels
 """
@@ -379,27 +379,15 @@ REFUSALS = [
     (lambda: Lora(towers=["imgae"]).apply(recipe_of()), "towers 'imgae': .* did you mean image"),
     (lambda: Lora(targets=["qvk"]).apply(recipe_of()), "targets 'qvk': .* did you mean qkv"),
     (lambda: Lora(targets="q.*").apply(recipe_of()), "targets 'q.*' matches no layer of PatchTower"),
-    (
-        lambda: Lora().apply(recipe_of(image=ConvTower(widths=[8]))),
-        "'all-linear': ConvTower has no linear layer",
-    ),
-    (
-        lambda: Lora().apply(recipe_of(image=Frozen(PatchTower(16, 4, 64, 1, 2)))),
-        "towers image: it is Frozen",
-    ),
+    (lambda: Lora().apply(recipe_of(image=ConvTower(widths=[8]))), "'all-linear': ConvTower has no linear layer"),
+    (lambda: Lora().apply(recipe_of(image=Frozen(PatchTower(16, 4, 64, 1, 2)))), "towers image: it is Frozen"),
     (lambda: Lora(r=0), "r 0"),
     (lambda: Quantize(bits=5), "bits 5: .*4"),  # type: ignore[arg-type]
     (lambda: Quantize(skip=["qvk"]).apply(recipe_of()), "skip 'qvk': .* did you mean qkv"),
     (lambda: Quantize().apply(adapted()), "put Quantize before Lora"),
-    (
-        lambda: Checkpointing(towers=["text"]).apply(recipe_of(text=BagTower(9, 8))),
-        "tower text has no blocks",
-    ),
+    (lambda: Checkpointing(towers=["text"]).apply(recipe_of(text=BagTower(9, 8))), "tower text has no blocks"),
     (lambda: Shard(dtype="bfloat"), "dtype 'bfloat': .* mean bfloat16"),  # type: ignore[arg-type]
-    (
-        lambda: Shard().apply(recipe_of()),
-        "shard: no device mesh; set trainer.strategy to ModelParallelStrategy",
-    ),
+    (lambda: Shard().apply(recipe_of()), "shard: no device mesh; set trainer.strategy to ModelParallelStrategy"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""TensorBoard's events: every metric under its own name, and what counts once more where TensorBoard opens."""
+"""TensorBoard events: every metric under its own name, main metrics also in the overview."""
 
 from __future__ import annotations
 

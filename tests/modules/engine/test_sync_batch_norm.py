@@ -77,7 +77,7 @@ def test_in_float32_to_a_millionth() -> None:
         torch.testing.assert_close(together[name], value, rtol=0, atol=ulps(8, F32) * max(scale, 1), msg=name)
 
 
-def test_a_rank_that_has_no_rows_is_no_part_of_the_statistics() -> None:
+def test_a_rank_without_rows_is_excluded_from_the_statistics() -> None:
     """It runs zeros that stand for nothing: what the others learn, and running statistics, are as without it."""
     told = run_ranks(2, of_rank, [4], True, "float64")
     x, target = batch()

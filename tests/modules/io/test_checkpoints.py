@@ -1,4 +1,4 @@
-"""Every reader of a checkpoint: what was damaged is told, whoever reads it, and the last step is the last."""
+"""Every reader of checkpoints: damage is reported, and the last step is the last checkpoint."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import descant
 from descant.export import loading
 from descant.modules.io import manifest, saved
 from descant.modules.io.checkpoints import followed, of_run
+from descant.modules.io.files import sha256_of
 from descant.modules.io.inherit import Begin, Inherit
 from descant.modules.io.plain import load_plain, require_sums
 from descant.modules.towers import SavedTower
@@ -128,7 +129,7 @@ READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_the_last_step_is_the_last_whatever_was_touched(run: Path, reader: str) -> None:
+def test_the_last_checkpoint_is_by_step_and_not_by_time(run: Path, reader: str) -> None:
     os.utime(run / "resume/step-0000010.ckpt", (2e9, 2e9))
     state = READERS[reader](run)
     wanted = recipe(110).state_dict()
@@ -136,14 +137,14 @@ def test_the_last_step_is_the_last_whatever_was_touched(run: Path, reader: str) 
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_one_bit_is_told_by_every_reader_with_the_nearest(run: Path, reader: str) -> None:
+def test_every_reader_refuses_a_flipped_bit_with_the_nearest(run: Path, reader: str) -> None:
     flip(run / "resume/step-0000110.ckpt", 0.5)
     line = r"resume/step-0000110\.ckpt: not the bytes that were written; nearest: .*resume/step-0000010\.ckpt$"
     with pytest.raises(ValueError, match=line):
         READERS[reader](run)
 
 
-def test_the_best_is_read_and_its_damage_told(run: Path) -> None:
+def test_the_best_is_read_and_its_damage_reported(run: Path) -> None:
     best = with_best(run)
     assert is_of(loaded(run), 10) and is_of(descant.load(run, "last").state_dict(), 110)
     flip(best, 0.6)
@@ -154,10 +155,10 @@ def test_the_best_is_read_and_its_damage_told(run: Path) -> None:
         teachers._teacher("image", {"image": torch.zeros(1)})
 
 
-def test_a_best_that_is_gone_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_best_is_reported(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest.remove(with_best(run))
     assert is_of(loaded(run), 110)
-    assert "best.ckpt: the best, and it is not there: step-0000110.ckpt is read" in capsys.readouterr().err
+    assert "best.ckpt: the best checkpoint is missing: step-0000110.ckpt is used" in capsys.readouterr().err
 
 
 def flip(file: Path, where: float, bit: int = 6) -> None:
@@ -209,7 +210,7 @@ def test_flips_in_a_file_without_a_manifest_change_no_weight(run: Path, capsys: 
     torch.save({"state_dict": recipe(3).state_dict()}, file)
     assert is_of(loaded(file), 3)
     told = capsys.readouterr().err.splitlines()
-    assert told == [f"descant: warning: {file}: no manifest confirms what it holds"]
+    assert told == [f"descant: warning: {file}: no manifest confirms its content"]
     assert PLACES / 2 < told_or_equal(file, plainly(file), capsys) < PLACES  # not where the archive is padded
     weights = recipe(3).state_dict()["towers.image.stem.0.weight"].numpy().tobytes()
     flip(file, (file.read_bytes().index(weights) + 2) / file.stat().st_size)
@@ -221,16 +222,16 @@ def test_flips_in_a_file_without_a_manifest_change_no_weight(run: Path, capsys: 
         weights_of_a_tower(file)
 
 
-def test_a_file_without_a_manifest_is_no_ones_newest(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_without_a_manifest_is_never_the_newest(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"state_dict": recipe(3).state_dict(), "global_step": 999}, run / "resume/step-0000999.ckpt")
     assert is_of(loaded(run), 110)
-    assert "step-0000999.ckpt: no manifest confirms what it holds: passed over" in capsys.readouterr().err
+    assert "step-0000999.ckpt: no manifest confirms its content: " in capsys.readouterr().err
     (run / f"resume/step-0000110.ckpt{manifest.SUFFIX}").unlink()
     assert is_of(loaded(run), 10)
-    assert "step-0000110.ckpt: no manifest confirms what it holds: passed over" in capsys.readouterr().err
+    assert "step-0000110.ckpt: no manifest confirms its content: " in capsys.readouterr().err
 
 
-def test_steps_of_files_without_manifests_are_their_own(tmp_path: Path) -> None:
+def test_steps_of_files_without_manifests_are_read_from_the_files(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     for step in (9, 110, 10):
         torch.save({"state_dict": {}, "global_step": step}, tmp_path / f"checkpoints/{step}.ckpt")
@@ -239,9 +240,9 @@ def test_steps_of_files_without_manifests_are_their_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_configuration_that_is_not_the_runs_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_edited_configuration_is_reported(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = run / "config.yaml"
-    (run / "versions.json").write_text(json.dumps({saved.CONFIG_SUM: saved.file_sum(file)}))
+    (run / "versions.json").write_text(json.dumps({saved.CONFIG_SUM: sha256_of(file)}))
     whole = file.read_bytes()
     loaded(run)
     assert capsys.readouterr().err == ""
@@ -252,11 +253,11 @@ def test_a_configuration_that_is_not_the_runs_is_told(run: Path, capsys: pytest.
             saved.find(run)
         except ValueError as error:
             assert "\n" not in str(error)
-        assert capsys.readouterr().err.endswith("config.yaml: not as the run wrote it\n")
+        assert capsys.readouterr().err.endswith("config.yaml: edited since the run wrote it\n")
     file.write_bytes(whole)
     (run / "versions.json").write_text("{")
     loaded(run)
-    assert "versions.json: cannot be read, so nothing confirms config.yaml" in capsys.readouterr().err
+    assert "versions.json: cannot be read, so config.yaml cannot be checked" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -269,11 +270,11 @@ def exported(cli: Cli, run: Path) -> Path:
     return Path("model")
 
 
-def test_the_card_says_which_bytes_and_of_which_step(exported: Path, run: Path) -> None:
+def test_the_card_has_digest_and_step(exported: Path, run: Path) -> None:
     card = (exported / "README.md").read_text()
-    digest = saved.file_sum(run / "resume/step-0000110.ckpt")
+    digest = sha256_of(run / "resume/step-0000110.ckpt")
     assert f"made of `resume/step-0000110.ckpt`, SHA-256 `{digest}`; step 110, of which the numbers below" in card
-    assert f"`model.safetensors` has SHA-256 `{saved.file_sum(exported / 'model.safetensors')}`" in card
+    assert f"`model.safetensors` has SHA-256 `{sha256_of(exported / 'model.safetensors')}`" in card
     assert is_of(loaded(exported), 110) and "0.75" in card
 
 
@@ -293,7 +294,7 @@ def test_an_export_of_damage_is_refused_and_leaves_nothing(cli: Cli, run: Path) 
     assert not Path("model").exists()
 
 
-def test_what_is_no_checkpoint_is_one_line(tmp_path: Path) -> None:
+def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
     file = tmp_path / "bad.ckpt"
     torch.save({"state_dict": {}}, file)
     whole = file.read_bytes()
@@ -305,7 +306,7 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_a_fork_compares_for_itself(run: Path) -> None:
+def test_a_fork_verifies_by_itself(run: Path) -> None:
     found = saved.find(run)
     assert found.verified is not None
     found.verified._account, found.verified._pid = None, -1
@@ -315,11 +316,11 @@ def test_a_fork_compares_for_itself(run: Path) -> None:
         saved.find(run)
 
 
-def test_a_manifest_leads_nowhere_else_and_an_archive_is_no_bomb(exported: Path, tmp_path: Path) -> None:
+def test_manifests_outside_the_export_and_zip_bombs_are_refused(exported: Path, tmp_path: Path) -> None:
     weights = exported / "model.safetensors"
     for name in ("../toy.yaml", "/etc/hostname"):
         manifest.confirm(weights, {saved.FILES: {name: "0" * 64}})
-        with pytest.raises(ValueError, match=r"its manifest names .*, which is no file of the export"):
+        with pytest.raises(ValueError, match=r"its manifest lists .*, which is outside the export"):
             loaded(exported)
     with zipfile.ZipFile(tmp_path / "bomb.ckpt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb/data.pkl", b"0" * 1_000_000)

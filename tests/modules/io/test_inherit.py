@@ -1,4 +1,4 @@
-"""What is attached to is there to the bit, and stays; its control means nothing."""
+"""Inherit: inherited towers are bit-identical and frozen; the sham carries no meaning."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_old_modalities_embed_as_they_did_and_the_new_one_does_not(run: Path) -> None:
+def test_inherited_modalities_embed_as_in_the_run(run: Path) -> None:
     old = embedded(recipe_of(run))
     new = recipe(8, adapt=[Inherit(run, ["image"]), Inherit(run, ["text"])])
     assert not torch.equal(embedded(new)["image"], old["image"])
@@ -98,7 +98,7 @@ def test_a_modality_that_no_term_needs_is_not_computed_in_training(run: Path) ->
     assert "image" in seen
 
 
-def test_unfrozen_parts_begin_there_and_train(run: Path) -> None:
+def test_unfrozen_parts_start_from_the_run_and_train(run: Path) -> None:
     model = recipe(8, adapt=[Inherit(run, ["text"], frozen=False)])
     model.configure_model()
     assert torch.equal(embedded(model)["text"], embedded(recipe_of(run))["text"])
@@ -139,7 +139,7 @@ def test_parts_of_other_shapes_are_named(run: Path) -> None:
         model.configure_model()
 
 
-def test_a_stage_begins_with_all_weights_of_the_one_before(run: Path) -> None:
+def test_begin_loads_all_weights(run: Path) -> None:
     model = recipe(8, adapt=[Begin(run, "last")])
     model.configure_model()
     wanted = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]

@@ -1,4 +1,4 @@
-"""Files of lines that a killed process has cut."""
+"""JSON Lines files with a truncated line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from descant.modules.io import jsonl as lines
 
 
 @pytest.mark.parametrize("cut", [b"", b'{"a": 1', b'{"a": 1}', b'\xff{"', b"[", b'{"b": "\xc3'])
-def test_what_was_cut_costs_its_own_line_alone(tmp_path: Path, cut: bytes) -> None:
+def test_a_truncated_line_is_skipped(tmp_path: Path, cut: bytes) -> None:
     file = tmp_path / "x.jsonl"
     file.write_bytes(b'{"a": 0}\n' + cut)
     with file.open("ab+") as out:
@@ -21,7 +21,7 @@ def test_what_was_cut_costs_its_own_line_alone(tmp_path: Path, cut: bytes) -> No
     assert file.read_bytes().endswith(b'\n{"a": 2}\n') and lines.objects(tmp_path / "none") == []
 
 
-def test_a_ledger_goes_on_after_a_cut_and_notes_nothing_twice(tmp_path: Path) -> None:
+def test_a_ledger_continues_after_a_truncated_line(tmp_path: Path) -> None:
     Ledger(tmp_path).skip("a.tar", "one", "why")
     file = tmp_path / "ledger.jsonl"
     file.write_bytes(file.read_bytes() + b'{"file": "a.t')

@@ -1,4 +1,4 @@
-"""Files whole or not at all: killed anywhere, cut short, flipped, out of space."""
+"""Atomic writes: kills, truncation, bit flips, full disks."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def empty_manifest(path: Path) -> None:
 
 DAMAGE: list[tuple[Callable[[Path], None], str]] = [
     (cut, "1,203 of 4,096 bytes"),
-    (longer, "4,097 bytes, written were 4,096"),
+    (longer, "4,097 bytes, and 4,096 were written"),
     (flip, "not the bytes that were written"),
     (half, "missing"),
     (no_manifest, "no manifest"),
@@ -86,7 +86,7 @@ DAMAGE: list[tuple[Callable[[Path], None], str]] = [
 ]
 
 
-def test_what_is_written_is_confirmed_with_its_facts(tmp_path: Path) -> None:
+def test_written_files_are_confirmed_with_their_facts(tmp_path: Path) -> None:
     path = put(tmp_path / "new" / "folder" / "a.ckpt", b"abc", step=3)
     found = confirmed(path)
     assert not isinstance(found, str) and found[0].read() == b"abc" and found[1] == {"step": 3}
@@ -123,7 +123,7 @@ def test_every_single_bit_counts(tmp_path: Path) -> None:
         assert fault(path) is not None, bit
 
 
-def test_a_link_is_as_good_as_what_it_points_to(three: list[Path], tmp_path: Path) -> None:
+def test_links_are_followed(three: list[Path], tmp_path: Path) -> None:
     link = tmp_path / "last.ckpt"
     link.symlink_to(three[2].name)
     assert fault(link) is None and content_of(link) == bytes([110]) * 4096 and known(link) == {"step": 110}
@@ -149,7 +149,7 @@ def killed(path: Path, content: str, stage: str) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_killed_in_a_new_name(tmp_path: Path, stage: str) -> None:
+def test_kill_while_writing_a_new_file(tmp_path: Path, stage: str) -> None:
     old, new = put(tmp_path / "step-1.ckpt", b"old"), tmp_path / "step-2.ckpt"
     killed(new, "b", stage)
     found, skipped = newest(tmp_path, "step-*.ckpt")
@@ -163,7 +163,7 @@ def test_killed_in_a_new_name(tmp_path: Path, stage: str) -> None:
 
 @pytest.mark.parametrize("second", STAGES)
 @pytest.mark.parametrize("stage", STAGES)
-def test_killed_twice_over_the_same_name(tmp_path: Path, stage: str, second: str) -> None:
+def test_two_kills_while_replacing_a_file(tmp_path: Path, stage: str, second: str) -> None:
     path = put(tmp_path / "last.ckpt", b"a" * 1000)  # each of one size: only digests tell them apart
     expected = b"a" * 1000
     for content, at in (("b", stage), ("c", second)):
@@ -178,7 +178,7 @@ def test_killed_twice_over_the_same_name(tmp_path: Path, stage: str, second: str
     assert fault(path) == "not the bytes that were written"  # earlier contents are forgotten
 
 
-def test_killed_at_any_moment(tmp_path: Path) -> None:
+def test_kill_at_random_moments(tmp_path: Path) -> None:
     """A process that writes the same two names for ever, and a kill wherever it is."""
     code = (
         "import itertools, sys; from pathlib import Path; from descant.modules.io import manifest\n"
@@ -202,7 +202,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     assert names(tmp_path) == {"a", "b", f"a{SUFFIX}", f"b{SUFFIX}"}
 
 
-def test_a_reader_never_meets_a_writer_half_way(tmp_path: Path) -> None:
+def test_a_reader_never_sees_a_partial_write(tmp_path: Path) -> None:
     path, end, faults = put(tmp_path / "a", b"0" * 1000), threading.Event(), []
 
     def read() -> None:
@@ -218,7 +218,7 @@ def test_a_reader_never_meets_a_writer_half_way(tmp_path: Path) -> None:
     assert len(faults) > 20 and set(faults) == {None}
 
 
-def test_sweep_leaves_what_lives(tmp_path: Path) -> None:
+def test_sweep_keeps_files_of_running_writes(tmp_path: Path) -> None:
     seen: list[set[str]] = []
 
     def fill(stream: Any) -> None:
@@ -299,7 +299,7 @@ def test_a_limit_of_the_system(tmp_path: Path) -> None:
         assert content_of(path) == b"old" and names(tmp_path) == {"last.ckpt", f"last.ckpt{SUFFIX}"}
 
 
-def test_a_pipe_is_no_file_and_nobody_waits_for_it(tmp_path: Path) -> None:
+def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
     path = tmp_path / "x.ckpt"
     manifest.write(path, lambda stream: stream.write(b"x"))
     path.unlink()
@@ -312,7 +312,7 @@ def test_a_pipe_is_no_file_and_nobody_waits_for_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["1e999", "-1e999", "[" * 100_000, '[{"sha256": 1, "size": 1e999, "facts": {}}]'])
-def test_a_manifest_that_is_none_is_a_fault(tmp_path: Path, text: str) -> None:
+def test_an_unreadable_manifest_is_a_fault(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.ckpt").write_bytes(b"x")
     (tmp_path / "x.ckpt.manifest").write_text(text)
     assert manifest.fault(tmp_path / "x.ckpt") == "its manifest is not readable"

@@ -280,7 +280,7 @@ def test_freeze_wraps_the_towers_that_it_names() -> None:
     kinds = {name: type(tower).__name__ for name, tower in recipe.towers.items()}
     assert kinds == {"text": "Cached", "image": "TransformersTower"}
     assert torch.equal(recipe.pools["text"](recipe.towers["text"](x_NT)), expected)
-    with pytest.raises(ValueError, match="AttentionPool of image has weights and would see one remembered token"):
+    with pytest.raises(ValueError, match="AttentionPool of image has weights and would see one cached token"):
         Freeze(["image"], capacity=10).apply(recipe)
     Freeze(["image"]).apply(recipe)
     assert type(recipe.towers["image"]).__name__ == "Frozen"

@@ -1,0 +1,96 @@
+"""Activation (gradient) checkpointing of the blocks of towers, and batch norms with frozen running statistics."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from descant.modules.adaptation.base import LM, chosen
+
+
+class Checkpointing:
+    """Activation checkpointing (Chen 2016): recompute every block of every tower in backward to save memory.
+
+    Gradients are the same for about a third more compute; only the inputs of the blocks stay in memory. It is
+    non-reentrant, so gradient probes, forks and sharding work unchanged. Parameter names do not change.
+
+    Args:
+        preserve_rng: repeat the same dropout masks; may be off where nothing is random.
+        towers: names of the towers to recompute; by default all that have blocks.
+
+    Raises:
+        ValueError: in ``apply``, if a named tower has no blocks, or none has.
+    """
+
+    def __init__(self, preserve_rng: bool = True, towers: list[str] | None = None) -> None:
+        self.preserve_rng, self.towers = preserve_rng, towers
+
+    def apply(self, recipe: nn.Module) -> None:
+        blocks = {name: blocks_of(tower) for name, tower in chosen(recipe, self.towers, LM)}
+        without = [name for name, some in blocks.items() if not some]
+        if without and (self.towers or len(without) == len(blocks)):
+            raise ValueError(f"checkpointing: tower {without[0]} has no blocks to recompute")
+        for some in blocks.values():
+            for block in some:
+                recompute(block, self.preserve_rng)
+
+
+def blocks_of(part: nn.Module) -> list[nn.Module]:
+    """``blocks()`` of a tower or language model; none where it has no such method."""
+    blocks = getattr(part, "blocks", None)
+    return blocks() if callable(blocks) else []
+
+
+def recompute(block: nn.Module, preserve_rng: bool) -> None:
+    """Give a block a subclass of its class whose forward is checkpointed: no wrapper, so no new parameter names.
+
+    A subclass and not a closure on the instance: a deep copy (an EMA, a teacher) must call its own forward.
+    """
+    plain = type(block)
+    if hasattr(plain, "_recomputed"):
+        return
+    # a second forward in train mode would count every batch twice in running statistics
+    norms = any(isinstance(module, _BatchNorm) for module in block.modules())
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return plain.forward(self, *args, **kwargs)
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), FrozenBatchNormStats(self)
+
+        options: dict[str, Any] = {"context_fn": contexts} if norms and not torch.compiler.is_compiling() else {}
+        options |= {"use_reentrant": False, "preserve_rng_state": preserve_rng}
+        return checkpoint(plain.forward, self, *args, **options, **kwargs)
+
+    block.__class__ = type(f"Recomputed{plain.__name__}", (plain,), {"forward": forward, "_recomputed": True})
+
+
+class FrozenBatchNormStats(AbstractContextManager[None]):
+    """Batch norms of a module compute as in training but leave their running statistics unchanged.
+
+    Can be entered again after it was left: a probe goes backward more than once, each time through a second pass.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.saved: list[tuple[_BatchNorm, float | None, Tensor | None]] = []
+
+    def __enter__(self) -> None:
+        norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+        for norm in norms:
+            count = norm.num_batches_tracked
+            self.saved.append((norm, norm.momentum, None if count is None else count.clone()))
+            norm.momentum = 0.0
+
+    def __exit__(self, *_: object) -> None:
+        for norm, momentum, count in self.saved:
+            norm.momentum = momentum
+            if norm.num_batches_tracked is not None and count is not None:
+                norm.num_batches_tracked.copy_(count)
+        self.saved.clear()

@@ -1,0 +1,47 @@
+"""Files: atomic writes of text and JSON, SHA-256, and opening regular files only."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Mapping
+from io import BufferedReader
+from pathlib import Path
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replace a file atomically: a reader sees all of the old text or all of the new, also after a crash."""
+    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    with scratch.open("w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())  # a name may reach the disk before its content
+    os.replace(scratch, file)
+
+
+def write_json(file: Path, content: Mapping[str, object]) -> None:
+    """Replace a small JSON file atomically."""
+    write_text(file, json.dumps(content, indent=1) + "\n")
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def open_regular(file: Path | str) -> BufferedReader:
+    """Open a regular file to read; it never waits for the writer of a named pipe or for a device.
+
+    Raises:
+        OSError: if it cannot be opened or is no regular file.
+    """
+    descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, os.strerror(errno.EISDIR) if stat.S_ISDIR(mode) else "not a regular file")
+    return os.fdopen(descriptor, "rb")
