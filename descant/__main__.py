@@ -115,7 +115,10 @@ def _run(command: str, rest: Sequence[str]) -> int:
         request = with_own(read(command, rest))
     from descant.cli import dump, helptext
     from descant.cli.precheck import precheck, wanted
+    from descant.modules.io import renamed
     from descant.run import runs
+
+    renamed.forget()
 
     known = dump.read(command)
     if known is not None and not wanted(request):

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from descant.cli.catalogue import ROOT
-from descant.cli.names import table
+from descant.modules.io.names import table
 from descant.cli.trust import allowed
 
 TOP = Path(__file__).resolve().parent.parent

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from descant.cli.catalogue import find, shipped_data
+from descant.cli.document import rename
 from descant.cli.errors import Refusal, fail, nearest
 from descant.run import runs
 
@@ -105,5 +106,7 @@ def _take(request: Request, key: str, value: str | None) -> None:
     elif key == "weights_only":
         fail("--weights_only: checkpoints are always loaded as plain tensors")
     else:
+        if value is not None and key.endswith(".help"):
+            value = rename(value, f"--{key}")
         shipped = shipped_data(value) if key == "data" else None
         request.options.append((key, str(shipped) if shipped else value))

@@ -39,7 +39,7 @@ from descant.cli.explain import composed, inert
 from descant.cli.explain import explain as explained
 from descant.cli.precheck import precheck, wanted
 from descant.cli.quiet import quieten
-from descant.cli.signatures import Live
+from descant.cli.signatures import Live, read_replaced
 from descant.cli.trust import enforce, writes
 from descant.datamodules.changes import rules
 from descant.export.loading import allowed
@@ -410,6 +410,7 @@ def run(request: Request) -> int:
     """
     quieten()
     enforce(request.trust)
+    read_replaced()
     elastic.own_store()
     if request.trust and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a trusted module is mostly the user's own file; last, so that it hides none

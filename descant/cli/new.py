@@ -14,7 +14,7 @@ from itertools import chain, count
 from pathlib import Path
 
 from descant.cli.errors import fail, hint
-from descant.cli.names import table
+from descant.modules.io.names import table
 from descant.cli.options import Options
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "templates"

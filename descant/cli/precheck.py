@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from descant.cli import bounds, names, schema, trust
+from descant.cli import bounds, schema, trust
 from descant.cli.arguments import Request
 from descant.cli.catalogue import BASE, OVERLAYS, ROOT
-from descant.cli.document import Node, load, option
+from descant.cli.document import Node, load, option, rename, replaced, retyped
 from descant.cli.errors import Refusal, hint, nearest
 from descant.cli.schema import Entry, Key, Part, Schema, Type, Unknown
+from descant.modules.io import names, renamed
 
 _SPEC = ("class_path", "init_args", "dict_kwargs")
 #: Keys of the command line only.
@@ -47,10 +48,12 @@ def wanted(request: Request) -> bool:
 def precheck(
     known: Schema,
     files: Sequence[Path],
-    options: Sequence[tuple[str, str | None]],
+    options: list[tuple[str, str | None]],
     trusted: Sequence[str],
 ) -> Walk:
     """Check configurations and options in the order in which they count; what was found on the way.
+
+    Options that hold a name of an earlier version are replaced in place.
 
     Raises:
         Refusal: for the first unknown key, unknown or untrusted class, or value of a wrong type.
@@ -64,9 +67,11 @@ def precheck(
                 f"{root.where}: it says nothing: a configuration is a mapping of keys, such as model: and data:"
             )
         walk.source(root)
-    for key, value in options:
+    for number, (key, value) in enumerate(options):
         if value is not None and not key.endswith(("help", "print_config")):
-            walk.source(option(key, value))
+            root = option(key, value)
+            walk.source(root)
+            options[number] = retyped(key, value, root)
     walk.required()
     return walk
 
@@ -96,6 +101,7 @@ class Walk:
         self.given: dict[Path_, set[str]] = {}
         self.last: dict[Path_, Path_] = {}  # list -> its last item
         self.added = 0  # items that options have added
+        self.files = list[Node]()  # of this source: itself, and those it names
 
     def default(self, place: Sequence[str | int]) -> str | None:
         """The default at a place, as text; None where there is none, or nobody knows."""
@@ -106,6 +112,7 @@ class Walk:
 
     def source(self, root: Node) -> None:
         """One file or option."""
+        self.files = [root]
         for key, node in root.walk():
             if key == "class_path" and isinstance(node.content, str) and "." in node.content:
                 self._allowed(node.content, node.where)
@@ -234,6 +241,10 @@ class Walk:
     def _class(self, node: Node, kind: Type, classes: Sequence[Part], path: Path_) -> None:
         if isinstance(node.content, str):
             text = node.content
+            if renamed.current(text) in {*self.schema.names(classes)} or not schema.takes_text(kind):
+                text = rename(text, node.where)
+            if text != node.content:
+                self._replaced(node, text)
             if schema.takes_text(kind) and text not in names.table() and text not in self.schema.names(classes):
                 if not (node.folder / text).is_file():
                     self._forget(path)
@@ -261,6 +272,9 @@ class Walk:
             return
         if "dict_kwargs" in content:
             self._unseen(content["dict_kwargs"], path)
+        arguments = content["init_args"].content if "init_args" in content else content
+        if isinstance(arguments, dict) and renamed.rename_arguments(self.classes[path].name, arguments, node.where):
+            self._replaced()
         if "class_path" in content or "init_args" in content:
             inner = content.get("init_args", Node({}, node.where, node.folder, typed=node.typed))
         else:
@@ -269,6 +283,12 @@ class Walk:
         if not isinstance(inner.content, dict):
             raise Refusal(f"{_at(inner, path)}: init_args are keys, got {_short(inner.plain)}")
         self._arguments(inner, path)
+
+    def _replaced(self, node: Node | None = None, text: str = "") -> None:
+        """Have the parser read the nodes in place of the files; ``text`` is the present name of an old one."""
+        if node is not None:
+            node.content = text
+        replaced.update({file.text: file for file in self.files if file.text})
 
     def _arguments(self, node: Node, path: Path_) -> None:
         cls = self.classes[path]
@@ -356,6 +376,7 @@ class Walk:
         if not file.is_file():
             raise Refusal(f"{node.where}: no such file: {file}")
         found = load(file)
+        self.files.append(found)
         self._guarded(found, ())
         for key, child in found.walk():
             if key == "class_path" and isinstance(child.content, str) and "." in child.content:

@@ -15,15 +15,18 @@ from enum import Enum
 from functools import cached_property
 from typing import Any, Literal, Union, get_args, get_origin
 
-from jsonargparse import ArgumentParser, Namespace
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_loader
 from jsonargparse._actions import ActionConfigFile, filter_non_parsing_actions
 from jsonargparse._common import parser_context
+from jsonargparse._loaders_dumpers import yaml_load
 from jsonargparse._required import iter_required_keys
 from jsonargparse._typehints import ActionTypeHint, get_all_subclass_paths
 from jsonargparse._util import import_object
 from torch import Tensor
 
-from descant.cli import names
+from descant.modules.io import names
+from descant.cli.document import replaced
 from descant.cli.errors import hint, one_line
 from descant.cli.schema import Entry, Key, Part, Type, Unknown, kinds
 from descant.cli.trust import allowed
@@ -212,6 +215,15 @@ def find_class(path: str) -> Any:
         ImportError, AttributeError, ValueError: where there is none, or it is not allowed.
     """
     return import_object(path)
+
+
+def read_replaced() -> None:
+    """Have parsers read what is in :data:`descant.cli.document.replaced` in place of the files with that text."""
+
+    def load(text: str) -> Any:
+        return replaced[text].plain if text in replaced else yaml_load(text)
+
+    set_loader("yaml", load, (yaml.YAMLError,))
 
 
 def _actions(parser: ArgumentParser) -> dict[str, argparse.Action]:

@@ -8,6 +8,8 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from descant.modules.io import renamed
+
 
 class Sharded(ModelParallelStrategy):
     """ModelParallelStrategy whose only dimension is data, over all ranks, and whose checkpoints are one file each.
@@ -32,7 +34,7 @@ class Sharded(ModelParallelStrategy):
         """Raises ValueError for a folder: the index of one is a pickle, which may run anything."""
         if Path(checkpoint_path).is_dir():
             raise ValueError(f"{checkpoint_path}: a folder; a checkpoint is one file")
-        return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+        return renamed.checkpoint(super().load_checkpoint(checkpoint_path, weights_only=weights_only))
 
     def teardown(self) -> None:
         super().teardown()

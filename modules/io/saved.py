@@ -24,7 +24,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from descant.modules.io import manifest
+from descant.modules.io import manifest, renamed
 from descant.modules.io.checkpoints import LATEST, NAMED, PLACES, followed, judged, nearest, of_run
 from descant.modules.io.lean import BASE
 from descant.modules.io.plain import load_plain, require_sums
@@ -149,7 +149,7 @@ def read_yaml(file: Path, folder: Path) -> Node:
         raise ValueError(f"{file}: not readable as YAML ({_one_line(error)})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file}: not a mapping of keys")
-    return cast(Node, _placed(content, str(folder)))
+    return cast(Node, _placed(renamed.config(content, str(file)), str(folder)))
 
 
 def _require_few(content: Any, file: Path) -> None:

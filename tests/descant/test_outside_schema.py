@@ -20,7 +20,8 @@ import pytest
 import torch
 
 from descant import callbacks, datamodules
-from descant.cli import bounds, names
+from descant.cli import bounds
+from descant.modules.io import names
 from descant.cli.explain import composed
 from descant.modules.core.objects import require_objects
 from descant.modules.multitask.rules import PCGrad, Rule

@@ -18,7 +18,8 @@ import torch
 import yaml
 
 from descant.__main__ import COMMANDS, main
-from descant.cli import dump, helptext, names
+from descant.cli import dump, helptext
+from descant.modules.io import names
 from descant.cli.catalogue import experiments, header, overlays, shipped
 from descant.modules.io.checkpoints import followed
 from tests.conftest import Result
