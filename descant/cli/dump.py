@@ -18,9 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from descant.modules.io import names
 from descant.cli.errors import hint
 from descant.cli.schema import Entry, Key, Part, Type, Unknown, kinds
+from descant.modules.io import names
 from descant.modules.io.cache import cache_folder
 from descant.modules.io.jsonl import loads
 

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import enum
-import errno
 import os
-import re
-import socket
 import sys
 import tempfile
 import threading
@@ -21,10 +17,8 @@ import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from descant.callbacks.run.nonfinite import RollBack
@@ -40,12 +34,11 @@ from descant.cli.explain import explain as explained
 from descant.cli.precheck import precheck, wanted
 from descant.cli.quiet import quieten
 from descant.cli.signatures import Live, read_replaced
+from descant.cli.trainer_parts import once, placed, purge_after, require_plain, require_port, with_store, without_enums
 from descant.cli.trust import enforce, writes
 from descant.datamodules.changes import rules
 from descant.export.loading import allowed
 from descant.modules.engine.loggers import TensorBoard
-from descant.modules.io import manifest
-from descant.modules.io.plain import load_plain
 from descant.modules.io.saved import policy
 from descant.recipes.base.recipe import Recipe
 from descant.report.predictions import Predictions
@@ -59,8 +52,6 @@ from descant.run.store import AtomicIO
 
 #: Options of a call, not of an experiment: a saved configuration does not hold them.
 CALL = ("config", "runs", "run", "resume", "changed", "verify", "test", "sets", "ckpt_path")
-#: What begins a text under `trainer` to mean the run's folder.
-PLACE = "RUN"
 
 
 class Parser(LightningArgumentParser):
@@ -135,6 +126,7 @@ class DescantCLI(LightningCLI):
         command, request = args[0], self.request
         if wanted(request):
             self.walk = precheck(Live(self._parser(command)), request.configs, request.options, request.trust)
+        read_replaced()
         self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
@@ -159,7 +151,7 @@ class DescantCLI(LightningCLI):
         rules.allow, rules.verify = self.options.changed == "allow", bool(self.options.verify)
         if self.options.trainer.use_distributed_sampler:
             fail("trainer.use_distributed_sampler: true: the data module itself cuts the batch over ranks")
-        if self.command == "fit" and not runs.launched():
+        if self.command == "fit" and self.request.configs and not runs.launched():
             for file in inert(self.request.configs, self.walk.default):
                 say(f"warning: --config {shown(file)} changes nothing")
             for line in composed(self.request.configs, self.request.options):
@@ -179,19 +171,19 @@ class DescantCLI(LightningCLI):
             told = explained(yaml.safe_load(text), self.request.configs, self.request.options)
             print("\n".join(map(printable, told)), "\n")
         folder = str(self.place.folder)
-        given = _placed(self.options.trainer.default_root_dir, folder)
+        given = placed(self.options.trainer.default_root_dir, folder)
         if given and self.request.command == "fit" and runs.rank() == 0:
             Path(given).mkdir(parents=True, exist_ok=True)
             lock.take(Path(given))  # what trains writes there, and its points are looked for in the run's folder
         self.options.trainer.default_root_dir = given or folder
-        self.options["trainer"] = _placed(self.options.trainer, folder)
+        self.options["trainer"] = placed(self.options.trainer, folder)
 
     def _saved(self) -> str:
         """The configuration as ``config.yaml`` holds it."""
         saved = self.options.clone()
         for key in CALL:
             saved.pop(key, None)
-        saved["trainer"] = _without_enums(saved.trainer)
+        saved["trainer"] = without_enums(saved.trainer)
         text: str = self._parser(self.subcommand).dump(saved, skip_unset=False, skip_validation=True)
         return text
 
@@ -236,8 +228,8 @@ class DescantCLI(LightningCLI):
             sets = str(self.options.get("sets") or "").split(",")
             config["callbacks"].append(Predictions(self.place, [name.strip() for name in sets if name.strip()]))
         if self.subcommand == "fit" and not self.place.fresh:
-            self._forget_the_undone(config.get("logger"), self.place.checkpoint)
-        config["plugins"] = _with_store(config.get("plugins"))
+            purge_after(config.get("logger"), self.place.checkpoint)
+        config["plugins"] = with_store(config.get("plugins"))
         if not ("writes" in self.request.trust or any(writes(*option) for option in self.request.options)):
             for plugin in config["plugins"]:
                 if isinstance(plugin, AtomicIO):
@@ -251,7 +243,7 @@ class DescantCLI(LightningCLI):
                 logger.monitor(trainer.checkpoint_callbacks)
         cluster = trainer._accelerator_connector.cluster_environment
         if trainer.world_size > 1 and isinstance(cluster, LightningEnvironment) and not runs.launched():
-            _require_port(os.environ.get("MASTER_PORT"))
+            require_port(os.environ.get("MASTER_PORT"))
         if isinstance(cluster, SLURMEnvironment):
             cluster.auto_requeue = False  # it saves inside the handler, and a slow rank then waits for ever
         launcher = trainer.strategy.launcher
@@ -259,13 +251,6 @@ class DescantCLI(LightningCLI):
             self.ranks = Ranks(launcher, self.place.folder, (Stopped, RollBack), lambda: clear(self))
             launcher.launch = self.ranks.launch  # type: ignore[method-assign]  # its own leaves ranks behind
         return trainer
-
-    def _forget_the_undone(self, loggers: Any, point: str | Path | None) -> None:
-        """What TensorBoard holds of steps after ``point``: its writer strikes that out when it opens the file."""
-        facts = manifest.known(Path(point)) if point is not None else {}
-        for logger in loggers if isinstance(loggers, list) else [loggers]:
-            if isinstance(logger, TensorBoardLogger):
-                logger._kwargs["purge_step"] = facts.get("log_step") or 0
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -284,23 +269,11 @@ class DescantCLI(LightningCLI):
                 for logger in self.trainer.loggers:
                     if isinstance(logger, TensorBoardLogger):
                         logger._experiment = None  # the next one begins by striking out what is undone
-                self._forget_the_undone(self.trainer.loggers, back.path)
+                purge_after(self.trainer.loggers, back.path)
 
     def after_fit(self) -> None:
         if self.options.test and not self.trainer.interrupted:
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
-
-
-def require_plain(strategy: Strategy, checkpoint: str | None) -> None:
-    """Raises ValueError for a checkpoint that runs code, where the strategy itself unpickles it, as FSDPStrategy does.
-
-    Others read it through the plugin, :class:`~descant.run.store.AtomicIO`, with weights_only.
-    """
-    if checkpoint is not None and isinstance(strategy, FSDPStrategy):
-        try:
-            load_plain(checkpoint, map_location="cpu", mmap=True)
-        except RuntimeError as error:
-            raise ValueError(f"{checkpoint}: cannot be read ({' '.join(str(error).split())[:120]})") from None
 
 
 class _Parsed(Exception):
@@ -310,58 +283,14 @@ class _Parsed(Exception):
 def live(command: str) -> Live:
     """What the parser of a command says of all that it takes."""
 
-    class FusionContext(DescantCLI):
+    class ParserOnly(DescantCLI):
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
             raise _Parsed
 
-    asked = FusionContext.__new__(FusionContext)
+    cli = ParserOnly.__new__(ParserOnly)
     with contextlib.suppress(_Parsed):
-        asked.__init__(Request(command))  # type: ignore[misc]
-    return Live(asked._parser(command))
-
-
-def once(callbacks: list[L.Callback]) -> list[L.Callback]:
-    """Of callbacks that make sense once only (``once = True``), the last of each class: overlays override."""
-    last = {type(callback): callback for callback in callbacks}
-    return [c for c in callbacks if not getattr(c, "once", False) or last[type(c)] is c]
-
-
-def _with_store(given: Any) -> list[Any]:
-    """The plugins of a trainer, one of which writes checkpoints: ours, unless another one was given."""
-    plugins = given if isinstance(given, list) else [given] * (given is not None)
-    return plugins if any(isinstance(plugin, CheckpointIO) for plugin in plugins) else [*plugins, AtomicIO()]
-
-
-def _placed(value: Any, place: str) -> Any:
-    """``RUN`` at the beginning of texts replaced by the run's folder, at any depth."""
-    if isinstance(value, str):
-        return place + value[len(PLACE) :] if value == PLACE or value.startswith(f"{PLACE}/") else value
-    if isinstance(value, list):
-        return [_placed(item, place) for item in value]
-    if isinstance(value, dict):
-        return {key: _placed(item, place) for key, item in value.items()}
-    if isinstance(value, Namespace):
-        return Namespace({key: _placed(item, place) for key, item in vars(value).items()})
-    return value
-
-
-def _require_port(text: str | None) -> None:
-    """Refuse a port, given by the environment, that is none or is taken: ranks started first would wait for it in vain.
-
-    Raises:
-        Refusal: with the nearest remedy.
-    """
-    if text is None:
-        return
-    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
-        fail(f"MASTER_PORT {text}: not the number of a port (0 to 65535)")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the ranks do, so that both find the same
-        try:
-            probe.bind(("", int(text)))
-        except OSError as error:
-            why = "in use on this machine" if error.errno == errno.EADDRINUSE else f"{error.strerror}".lower()
-            fail(f"MASTER_PORT {text}: {why}; another one, or none, by which a free one is taken")
+        cli.__init__(Request(command))  # type: ignore[misc]
+    return Live(cli._parser(command))
 
 
 def disk_line(error: BaseException, place: runs.Run | None) -> str | None:
@@ -389,19 +318,6 @@ def _threads_told_once() -> Iterator[None]:
         threading.excepthook = before
 
 
-def _without_enums(value: Any) -> Any:
-    """Members of enumerations by their values, at any depth: a default may be one, and YAML has no such thing."""
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, list):
-        return [_without_enums(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _without_enums(item) for key, item in value.items()}
-    if isinstance(value, Namespace):
-        return Namespace({key: _without_enums(item) for key, item in vars(value).items()})
-    return value
-
-
 def run(request: Request) -> int:
     """Run one command; returns its exit code.
 
@@ -410,7 +326,6 @@ def run(request: Request) -> int:
     """
     quieten()
     enforce(request.trust)
-    read_replaced()
     elastic.own_store()
     if request.trust and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a trusted module is mostly the user's own file; last, so that it hides none
@@ -420,11 +335,16 @@ def run(request: Request) -> int:
         code = _answered(cli, request)
         fault = cli.ranks.join() if cli.ranks is not None else None
     finally:
-        ranks: Ranks | None = getattr(cli, "ranks", None)  # of what is half built
-        if ranks is not None:
-            ranks.kill()  # nothing, where they have ended
-        clear(cli)
+        release(cli)
     return _told(fault) if fault is not None and code == 0 else code
+
+
+def release(cli: DescantCLI) -> None:
+    """End the ranks that a call started, and :func:`clear`; the command line may be half built."""
+    ranks: Ranks | None = getattr(cli, "ranks", None)
+    if ranks is not None:
+        ranks.kill()  # nothing, where they have ended
+    clear(cli)
 
 
 def clear(cli: DescantCLI) -> None:

@@ -14,8 +14,8 @@ from itertools import chain, count
 from pathlib import Path
 
 from descant.cli.errors import fail, hint
-from descant.modules.io.names import table
 from descant.cli.options import Options
+from descant.modules.io.names import table
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
 #: Kind -> the name that its template stands under.

@@ -25,11 +25,11 @@ from jsonargparse._typehints import ActionTypeHint, get_all_subclass_paths
 from jsonargparse._util import import_object
 from torch import Tensor
 
-from descant.modules.io import names
 from descant.cli.document import replaced
 from descant.cli.errors import hint, one_line
 from descant.cli.schema import Entry, Key, Part, Type, Unknown, kinds
 from descant.cli.trust import allowed
+from descant.modules.io import names
 
 _UNIONS = (Union, types.UnionType)
 _LISTS = (list, tuple, set, abc.Sequence, abc.Iterable, abc.Collection)

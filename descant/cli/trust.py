@@ -35,6 +35,8 @@ DENIED = (
         "descant.cli.main",
         "descant.__main__",
         "descant.load",
+        "descant.fit",
+        "descant.cli.python",
         "descant.export.loading",
         "descant.Embedder",
         "descant.export.export",

@@ -175,8 +175,8 @@ def changes(then: object, now: object) -> Iterator[tuple[str, object, object]]:
     """
     a, b = dict(_flat(then)), dict(_flat(now))
     for key in dict.fromkeys([*a, *b]):
-        classes = key.endswith("class_path") and _short_class(a.get(key)) == _short_class(b.get(key))
-        if a.get(key) != b.get(key) and not classes and not any(key == free or key.startswith(f"{free}.") for free in FREE):
+        before, here = (_short_class(flat.get(key)) if key.endswith("class_path") else flat.get(key) for flat in (a, b))
+        if before != here and not any(key == free or key.startswith(f"{free}.") for free in FREE):
             yield key, a.get(key, "not set"), b.get(key, "not set")
 
 

@@ -50,8 +50,8 @@ _MODULES = {
         prepare.voices prepare.wheel questions reading rolled scenes shuffle sources sources.base sources.folder
         sources.parquet sources.shards sources.stream sources.synthetic sources.written spoken staged stamps tasks
         volumes""",
-    "modules": """adapters attacks audio batch configure cross curriculum decoders distill fill fusion games heads inherit
-        inversion language language.generate language.interleave language.judges language.model language.packing
+    "modules": """adapters attacks audio batch configure cross curriculum decoders distill fill fusion games heads
+        inherit inversion language language.generate language.interleave language.judges language.model language.packing
         language.positions language.pretrained language.projectors losses losses.contrastive losses.hinge losses.ranks
         losses.ring masking mixing modulation negatives objective optim pacing pretrained protocols ranking readout
         reinforce reinforce.advantages reinforce.policy reinforce.preference reinforce.rewards saved schedule sham step

@@ -21,9 +21,9 @@ import torch
 
 from descant import callbacks, datamodules
 from descant.cli import bounds
-from descant.modules.io import names
 from descant.cli.explain import composed
 from descant.modules.core.objects import require_objects
+from descant.modules.io import names
 from descant.modules.multitask.rules import PCGrad, Rule
 from tests.conftest import TOY, TRUST, Result, captured, settings_kept
 from tests.rotation import quick
