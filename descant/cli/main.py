@@ -127,7 +127,7 @@ class DescantCLI(LightningCLI):
         if wanted(request):
             self.walk = precheck(Live(self._parser(command)), request.configs, request.options, request.trust)
         read_replaced()
-        self.config = parser.parse_args(args)
+        self.config = parser.parse_args([command, *request.arguments()])  # the walk may have replaced old names
 
     def _parse_ckpt_path(self) -> None:
         """Checkpoints hold no hyper-parameters: nothing of theirs goes into the configuration."""

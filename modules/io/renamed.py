@@ -69,6 +69,7 @@ PATHS = {
     "descant.datamodules.frames.Source": "descant.datamodules.corpora.frames.Source",
     "descant.modules.decoders.Places": "descant.modules.masking.decoders.Places",
     "descant.modules.masking.Ratio": "descant.modules.masking.corruptions.Ratio",
+    "descant.modules.reinforce.Ratio": "descant.modules.policy.losses.Ratio",
     "descant.modules.reinforce.policy.Ratio": "descant.modules.policy.losses.Ratio",
     "descant.store.AtomicIO": "descant.run.store.AtomicIO",
 }
