@@ -17,9 +17,10 @@ from typing import Any
 from torch import nn
 
 from descant.modules.core.batch import Batch
+from descant.modules.core.errors import no_such as nearest
 from descant.modules.core.objective import Term
 from descant.modules.core.protocols import StagedDataModule
-from descant.modules.engine.configure import Shard, nearest
+from descant.modules.engine.configure import Shard
 from descant.modules.engine.trainer import run_steps
 from descant.recipes.base.stage import Prefer, Reinforce, Stage
 from descant.recipes.reinforced import Reinforced

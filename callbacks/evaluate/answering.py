@@ -35,12 +35,12 @@ from descant.callbacks.plots.images import (
     run_folder,
 )
 from descant.modules.core.batch import Batch
+from descant.modules.core.errors import no_such as nearest
 from descant.modules.core.objective import Term
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import Generates
 from descant.modules.core.rng import mix_N
 from descant.modules.core.sham import Sham
-from descant.modules.engine.configure import nearest
 from descant.modules.language import Sampling
 from descant.modules.language.judges import spoken
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from descant.callbacks.evaluate.accuracy import Means
 from descant.callbacks.evaluate.subsets import ForwardEvaluator
 from descant.modules.core.batch import Batch
+from descant.modules.core.errors import no_such as nearest
 from descant.modules.core.objective import Term
 from descant.modules.core.protocols import Classifies, Fuses
-from descant.modules.engine.configure import nearest
 from descant.modules.evaluation.attacks import Nudge, attacked, certified_radius, steepest
 from descant.modules.fusion.classifiers import OrthogonalFusion
 

@@ -33,10 +33,10 @@ from descant.callbacks.plots.images import (
     run_folder,
 )
 from descant.modules.core.batch import NEGATIVE, Batch
+from descant.modules.core.errors import no_such as nearest
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import ReconstructionOutput, Reconstructs
 from descant.modules.core.rng import mix, mix_N
-from descant.modules.engine.configure import nearest
 from descant.modules.evaluation.metrics import psnr, ridge_weights, wide
 from descant.modules.masking.corruptions import Corruption, Hide
 

@@ -33,9 +33,9 @@ from descant.callbacks.plots.images import (
     run_folder,
 )
 from descant.modules.core.batch import NEGATIVE, Batch
+from descant.modules.core.errors import no_such as nearest
 from descant.modules.core.protocols import Embeds, Scores
 from descant.modules.core.rng import mix, uniform_N
-from descant.modules.engine.configure import nearest
 from descant.modules.evaluation.metrics import knn_scores, wide
 
 MOST = 10  # modalities whose 1023 subsets are all tried without being asked

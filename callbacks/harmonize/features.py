@@ -17,13 +17,13 @@ from torchmetrics.functional.classification import binary_auroc
 from descant.callbacks.harmonize.terms import Harmonize, mean_of_ranks, read_together, total_of_ranks
 from descant.callbacks.plots.images import writers
 from descant.modules.core.batch import Batch
+from descant.modules.core.errors import no_such as nearest
 from descant.modules.core.host import to_device
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import ForksFeatures
 from descant.modules.core.ranks import gather
 from descant.modules.core.rng import global_seed, mix
 from descant.modules.core.step import Step
-from descant.modules.engine.configure import nearest
 from descant.modules.engine.trainer import log_interval, share_of_run
 from descant.modules.losses.contrastive import promote
 from descant.modules.multitask.rules import Rule

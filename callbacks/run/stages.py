@@ -20,8 +20,8 @@ from descant.callbacks.plots.images import keep_picture, run_folder
 from descant.callbacks.policy.rollouts import Rollouts
 from descant.callbacks.run.resumable_log import ResumableLog
 from descant.callbacks.run.resume import Resume, settle_buckets
+from descant.modules.core.errors import no_such as nearest
 from descant.modules.core.protocols import RolloutData, StagedDataModule, StagedRecipe
-from descant.modules.engine.configure import nearest
 
 
 class Stages(Callback):

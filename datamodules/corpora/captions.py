@@ -6,7 +6,6 @@ K colour terms, H and W pixels.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from descant.modules.core.errors import nearest
 from descant.modules.core.rng import mix, uniform_N
 from descant.modules.tokenizers.text import Tokenizer
 
@@ -539,4 +539,4 @@ class MixedCaptions:
 
 
 def _near(name: str, known: list[str]) -> str:
-    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    return str(nearest(name, known, cutoff=0.0))

@@ -1,4 +1,4 @@
-"""YAML with the place of every key, so that an error can name file and line."""
+"""YAML files and options as nodes that carry file and line, for error messages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from descant.cli.errors import Refusal
 from descant.cli.untrusted import text_of
 from descant.modules.io import renamed
 
-#: Values in one file: aliases of aliases make far more of a few lines than anybody writes.
+#: Most values in one file, aliases included (aliases of aliases expand exponentially).
 MOST = 100_000
 #: Bytes of one file.
 MOST_BYTES = 10_000_000
@@ -62,7 +62,7 @@ def load(file: Path) -> Node:
     """A YAML file as nodes.
 
     Raises:
-        Refusal: if it cannot be read, is no YAML, holds no mapping, or says a key twice.
+        Refusal: if it cannot be read, is no YAML or no mapping, or repeats a key.
     """
     name = shown(file)
     try:
@@ -130,7 +130,7 @@ def option(key: str, text: str) -> Node:
 def _parse_option(text: str, where: str = "") -> Node:
     try:
         return _parse(text, where, Path.cwd(), lines=False)
-    except Refusal:  # a text such as "a: b: c" is no YAML, but it may be a fine text
+    except Refusal:  # no YAML, such as "a: b: c": a plain text
         return Node(text, where, Path.cwd())
 
 
@@ -146,7 +146,7 @@ def retyped(key: str, text: str, root: Node) -> tuple[str, str]:
 
 
 def shown(file: Path) -> str:
-    """How a file is named to the user: as short as it is clear."""
+    """A file's path as shown to the user: relative where that is shorter."""
     for root, prefix in ((Path.cwd(), ""), (ROOT, "experiments/"), (ROOT.resolve(), "experiments/")):
         if file.is_relative_to(root):
             return prefix + file.relative_to(root).as_posix()
@@ -166,7 +166,7 @@ def _parse(text: str, name: str, folder: Path, lines: bool = True) -> Node:
         return Node(None, name, folder) if root is None else _convert(root, loader, name, folder, lines, left)
     except RecursionError:
         raise Refusal(f"{name}: nested too deeply, or within itself") from None
-    except (ValueError, TypeError, AttributeError) as error:  # of a value that is not what it looks like, such as 0x_
+    except (ValueError, TypeError, AttributeError) as error:  # of a malformed scalar, such as 0x_
         raise Refusal(f"{name}: not valid YAML: {' '.join(str(error).split())}") from error
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
@@ -194,7 +194,7 @@ def _convert(node: yaml.Node, loader: Any, name: str, folder: Path, lines: bool,
         if not isinstance(key, yaml.ScalarNode):
             raise Refusal(f"{name}:{key.start_mark.line + 1}: a key is a word, and this is not one")
         if key.tag != _MERGE and key.value in seen:
-            raise Refusal(f"{name}:{key.start_mark.line + 1}: {key.value}: said twice")
+            raise Refusal(f"{name}:{key.start_mark.line + 1}: {key.value}: given twice")
         seen.add(key.value)
     loader.flatten_mapping(node)
     content: dict[str, Node] = {}

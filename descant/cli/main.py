@@ -1,4 +1,4 @@
-"""fit, validate, test, predict: LightningCLI in subclass mode, with run folders and one-line errors."""
+"""fit, validate, test, predict, check: LightningCLI in subclass mode, with run folders and one-line errors."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ from descant.run.folder import Folder
 from descant.run.ranks import Ended, Ranks
 from descant.run.store import AtomicIO
 
-#: Options of a call, not of an experiment: a saved configuration does not hold them.
+#: Options of one call, which config.yaml does not hold.
 CALL = ("config", "runs", "run", "resume", "changed", "verify", "test", "sets", "ckpt_path")
 
 
 class Parser(LightningArgumentParser):
-    """Raises one-line refusals where argparse prints its usage and exits, and keeps which class failed to be built."""
+    """An argparse that raises Refusal in place of exiting, and records the first class that failed to build."""
 
-    #: The first class of the last call that could not be built, and why: a union of attempts loses both.
+    #: The first class of the last call that could not be built, and why: the error of a union names neither.
     failed: ClassVar[tuple[type, Exception] | None] = None
 
     def instantiate(self, namespace: Namespace, instantiate_groups: bool = True, **kwargs: Any) -> Namespace:
@@ -78,12 +78,12 @@ def _built(cls: type, *args: Any, **kwargs: Any) -> Any:
 
 
 class DescantCLI(LightningCLI):
-    """One command: parsed, built and run by the constructor, as LightningCLI does."""
+    """One command, parsed, built and run by the constructor, as in LightningCLI."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.checking = Check() if request.command == "check" else None
-        self.told: list[str] = []
+        self.lines: list[str] = []  # printed once everything is built
         self.ranks: Ranks | None = None
         self.command = "fit" if request.command == "check" else request.command
         super().__init__(
@@ -103,7 +103,7 @@ class DescantCLI(LightningCLI):
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # static there, and called on self
-        """What is no option of the command that was asked for; of that one only, since each parser costs time."""
+        """Arguments of the command that are no options; of the requested command only, since each parser costs time."""
         skip = {"model", "datamodule", "dataloaders", "weights_only"}
         skip |= {"verbose", "return_predictions"}  # Report prints the metrics, and predictions go to disk
         if self.command == "fit":
@@ -130,7 +130,7 @@ class DescantCLI(LightningCLI):
         self.config = parser.parse_args([command, *request.arguments()])  # the walk may have replaced old names
 
     def _parse_ckpt_path(self) -> None:
-        """Checkpoints hold no hyper-parameters: nothing of theirs goes into the configuration."""
+        """Nothing: checkpoints hold no hyper-parameters."""
 
     @property
     def options(self) -> Namespace:
@@ -139,7 +139,7 @@ class DescantCLI(LightningCLI):
 
     @property
     def name(self) -> str:
-        """Of the run: given, or the first configuration's."""
+        """Name of the run: ``--name``, or that of the first configuration."""
         own = run_name(self.request.configs[0]) if self.request.configs else self.subcommand
         return str(self.options.get("name") or own)
 
@@ -168,18 +168,18 @@ class DescantCLI(LightningCLI):
                 say(f"warning: {other}")
         self.folder = Folder(self.place, text)
         if self.request.explain:
-            told = explained(yaml.safe_load(text), self.request.configs, self.request.options)
-            print("\n".join(map(printable, told)), "\n")
+            rows = explained(yaml.safe_load(text), self.request.configs, self.request.options)
+            print("\n".join(map(printable, rows)), "\n")
         folder = str(self.place.folder)
         given = placed(self.options.trainer.default_root_dir, folder)
         if given and self.request.command == "fit" and runs.rank() == 0:
             Path(given).mkdir(parents=True, exist_ok=True)
-            lock.take(Path(given))  # what trains writes there, and its points are looked for in the run's folder
+            lock.take(Path(given))  # logs go there, resume points to the run's folder
         self.options.trainer.default_root_dir = given or folder
         self.options["trainer"] = placed(self.options.trainer, folder)
 
     def _saved(self) -> str:
-        """The configuration as ``config.yaml`` holds it."""
+        """The text of ``config.yaml``."""
         saved = self.options.clone()
         for key in CALL:
             saved.pop(key, None)
@@ -189,12 +189,12 @@ class DescantCLI(LightningCLI):
 
     def _decide(self) -> runs.Run:
         """Rank 0 only: the folder, the checkpoint and the precision of this call."""
-        precision.chosen(self.options.trainer)  # refused before a folder is made
+        precision.chosen(self.options.trainer)  # before a folder is made
         place = self._place()
         resumed = place.checkpoint if self.command == "fit" else None
         kept = runs.precision_of(Path(resumed).parent.parent) if resumed is not None else None
         try:
-            self.options.trainer.precision = precision.resolve(self.options.trainer, kept, self.told.append)
+            self.options.trainer.precision = precision.resolve(self.options.trainer, kept, self.lines.append)
             if resumed is not None:
                 require_unchanged(Path(resumed), self._saved(), self.options.changed == "allow")
         except Refusal:
@@ -214,11 +214,11 @@ class DescantCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         Parser.failed = None
         super().instantiate_classes()
-        for line in self.told:  # only now: what cannot be built is told in one line alone
+        for line in self.lines:  # only now: a failed build prints its own line alone
             say(line)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
-        # first: its folder must say what it is before anything else is written to it
+        # Folder first: config.yaml is written before anything else
         given = config.get("callbacks") or []
         config["callbacks"] = [self.folder, *once(given if isinstance(given, list) else [given])]
         if self.subcommand == "fit":
@@ -235,7 +235,7 @@ class DescantCLI(LightningCLI):
                 if isinstance(plugin, AtomicIO):
                     plugin.inside = self.place.folder
         if self.checking is not None:
-            # one process and the first step's doorstep: what a cluster would add cannot be tried here
+            # one process, up to the first step
             config |= {"devices": 1, "num_nodes": 1, "callbacks": [*config["callbacks"], self.checking]}
         trainer = super()._instantiate_trainer(config, callbacks)
         for logger in trainer.loggers:
@@ -245,22 +245,22 @@ class DescantCLI(LightningCLI):
         if trainer.world_size > 1 and isinstance(cluster, LightningEnvironment) and not runs.launched():
             require_port(os.environ.get("MASTER_PORT"))
         if isinstance(cluster, SLURMEnvironment):
-            cluster.auto_requeue = False  # it saves inside the handler, and a slow rank then waits for ever
+            cluster.auto_requeue = False  # it saves inside the signal handler, and a slow rank then waits for ever
         launcher = trainer.strategy.launcher
         if isinstance(launcher, _SubprocessScriptLauncher):
             self.ranks = Ranks(launcher, self.place.folder, (Stopped, RollBack), lambda: clear(self))
-            launcher.launch = self.ranks.launch  # type: ignore[method-assign]  # its own leaves ranks behind
+            launcher.launch = self.ranks.launch  # type: ignore[method-assign]  # Lightning's leaves ranks running
         return trainer
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        if subcommand != "fit":  # Report prints metrics, and predictions go to disk
+        if subcommand != "fit":  # Report prints metrics; predictions go to disk
             kwargs |= {"return_predictions": False} if subcommand == "predict" else {"verbose": False}
         require_plain(self.trainer.strategy, self.place.checkpoint)
         return {**kwargs, "ckpt_path": self.place.checkpoint, "weights_only": True}
 
     def fit(self, **kwargs: Any) -> None:
-        """``Trainer.fit``, and again from an earlier point where a callback asks for it."""
+        """``Trainer.fit``, repeated from an earlier resume point when a callback raises RollBack."""
         while True:
             try:
                 return self.trainer.fit(**kwargs)
@@ -268,7 +268,7 @@ class DescantCLI(LightningCLI):
                 kwargs["ckpt_path"] = str(back.path)
                 for logger in self.trainer.loggers:
                     if isinstance(logger, TensorBoardLogger):
-                        logger._experiment = None  # the next one begins by striking out what is undone
+                        logger._experiment = None  # the next writer purges the undone steps
                 purge_after(self.trainer.loggers, back.path)
 
     def after_fit(self) -> None:
@@ -277,11 +277,11 @@ class DescantCLI(LightningCLI):
 
 
 class _Parsed(Exception):
-    """Raised where only the parser was wanted."""
+    """Raised once the parser exists."""
 
 
 def live(command: str) -> Live:
-    """What the parser of a command says of all that it takes."""
+    """The schema of a command, from its own parser."""
 
     class ParserOnly(DescantCLI):
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -294,7 +294,7 @@ def live(command: str) -> Live:
 
 
 def disk_line(error: BaseException, place: runs.Run | None) -> str | None:
-    """The line for a disk that is full or read-only, and where the run goes on; None for other errors."""
+    """The line for a disk that is full or read-only, with the resume point; None for other errors."""
     line = disk_fault(error, place.folder) if place is not None else None
     if line is None or place is None:
         return None
@@ -303,13 +303,13 @@ def disk_line(error: BaseException, place: runs.Run | None) -> str | None:
 
 
 @contextlib.contextmanager
-def _threads_told_once() -> Iterator[None]:
-    """TensorBoard's writer keeps an error of its thread, and raises it at the next call: not twice on the screen."""
+def _quiet_writer_threads() -> Iterator[None]:
+    """Silence an OSError in TensorBoard's writer thread, which raises it again at the next call."""
     before = threading.excepthook
 
-    def hook(told: threading.ExceptHookArgs) -> None:
-        if not isinstance(told.exc_value, OSError):
-            before(told)
+    def hook(raised: threading.ExceptHookArgs) -> None:
+        if not isinstance(raised.exc_value, OSError):
+            before(raised)
 
     threading.excepthook = hook
     try:
@@ -328,7 +328,7 @@ def run(request: Request) -> int:
     enforce(request.trust)
     elastic.own_store()
     if request.trust and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a trusted module is mostly the user's own file; last, so that it hides none
+        sys.path.append(os.getcwd())  # a trusted module is mostly a local file; last, so that it shadows none
     cli = DescantCLI.__new__(DescantCLI)
     fault = None
     try:
@@ -336,7 +336,7 @@ def run(request: Request) -> int:
         fault = cli.ranks.join() if cli.ranks is not None else None
     finally:
         release(cli)
-    return _told(fault) if fault is not None and code == 0 else code
+    return _exit_code(fault) if fault is not None and code == 0 else code
 
 
 def release(cli: DescantCLI) -> None:
@@ -348,7 +348,7 @@ def release(cli: DescantCLI) -> None:
 
 
 def clear(cli: DescantCLI) -> None:
-    """Give back what the call held; the folder of a run that never began is removed."""
+    """Release locks and the environment; the folder of a run that never started is removed."""
     runs.forget()
     lock.release()
     started, folder = getattr(cli, "folder", None), getattr(cli, "place", None)
@@ -356,25 +356,25 @@ def clear(cli: DescantCLI) -> None:
         folder.discard()
 
 
-def _told(fault: Ended) -> int:
+def _exit_code(fault: Ended) -> int:
     if fault.line:
         say(fault.line)
     return fault.code
 
 
 def _answered(cli: DescantCLI, request: Request) -> int:
-    """Run one command on a command line that is not built yet; returns its exit code."""
+    """Build and run one command; returns its exit code."""
     try:
-        with policy(allowed(request.trust)), _threads_told_once():
-            cli.__init__(request)  # type: ignore[misc]  # in two steps: what is half built must still be cleared away
+        with policy(allowed(request.trust)), _quiet_writer_threads():
+            cli.__init__(request)  # type: ignore[misc]  # in two steps: release() needs what is half built
     except Refusal:
         raise
     except Ended as fault:
-        return _told(fault)
+        return _exit_code(fault)
     except Stopped as stop:
         if cli.trainer.is_global_zero:
             say(f"{stop}; --resume auto goes on there")
-        # the rank that launched this one answers for both, and is killed where this one fails before it has ended
+        # the rank that launched this one gives the exit code
         return 0 if runs.launched() else stop.code
     except Checked:
         print("\n".join(cli.checking.lines) if cli.checking else "")

@@ -1,4 +1,4 @@
-"""``descant.fit``: train a recipe built in Python as ``descant fit`` trains one from YAML: same defaults, same run folder."""
+"""``descant.fit``: train a recipe built in Python with the defaults and the run folder of ``descant fit``."""
 
 from __future__ import annotations
 

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from descant.modules.core.errors import no_such as nearest
 from descant.modules.core.host import host_copy, to_device
 from descant.modules.core.ranks import gather, world
 from descant.modules.core.rng import uniform_N
 from descant.modules.core.rows import rows
 from descant.modules.core.sham import Sham
-from descant.modules.engine.configure import nearest
 
 #: In place of the number of a set: of a sample that has everything, that has nothing, and whose set has no number.
 WHOLE, NOTHING, UNKNOWN = -1, -2, -3

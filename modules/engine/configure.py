@@ -7,11 +7,10 @@ All of them look at ``recipe.towers`` (name -> tower) and ``blocks()`` of each; 
 from __future__ import annotations
 
 import copy
-import difflib
 import logging
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from descant.modules.core.errors import no_such as nearest
 from descant.modules.towers.base import Frozen, Tower
 from descant.modules.towers.cached import Cached
 from descant.modules.towers.heads import Pool
@@ -459,18 +459,6 @@ def chosen(recipe: nn.Module, names: list[str] | None, *also: str) -> list[tuple
         if name not in towers:
             raise ValueError(f"towers {name!r}: {nearest(name, towers)}")
     return [(name, cast(Tower, towers[name])) for name in (towers if names is None else names)]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a one-line refusal: the closest known name, or all of them.
-
-    >>> nearest("imgae", ["image", "text"])
-    'no such name; did you mean image? (known: image, text)'
-    """
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]}?" if close else ";"
-    return f"no such name{hint} (known: {', '.join(known) or 'none'})".replace("; (", " (")
 
 
 def ends_with(names: list[str], end: str, argument: str, tower: str) -> list[str]:

@@ -14,7 +14,7 @@ PARTS = ("recipes", "modules", "datamodules", "callbacks")
 _CLASS = re.compile(r'^class (\w+)(?:\(([^:]*)\))?:[^\n]*\n(?:    """(.*?)(?:"""|\n\s*\n))?', re.MULTILINE | re.DOTALL)
 
 
-class ClassSource(NamedTuple):
+class _Source(NamedTuple):
     """Import path of a class, the short names of its bases, and the first paragraph of its docstring."""
 
     path: str
@@ -23,15 +23,15 @@ class ClassSource(NamedTuple):
 
 
 @cache
-def classes() -> dict[str, tuple[ClassSource, ...]]:
+def classes() -> dict[str, tuple[_Source, ...]]:
     """Class name -> the classes that have it (nearly always one), private ones too."""
-    by_name: dict[str, list[ClassSource]] = {}
+    by_name: dict[str, list[_Source]] = {}
     files = [file for part in PARTS for file in sorted((PACKAGE / part).rglob("*.py"))]
     for file in files:
         module = ".".join(("descant", *file.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
         for name, bases, about in _CLASS.findall(file.read_text(encoding="utf-8")):
             plain = tuple(base.strip().rpartition(".")[2] for base in bases.split(","))
-            by_name.setdefault(name, []).append(ClassSource(f"{module}.{name}", plain, " ".join(about.split())))
+            by_name.setdefault(name, []).append(_Source(f"{module}.{name}", plain, " ".join(about.split())))
     return {name: tuple(some) for name, some in by_name.items()}
 
 

@@ -5,7 +5,6 @@ Nothing is downloaded, and nothing of a package is imported: its files are read,
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -14,6 +13,8 @@ from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from descant.modules.core.errors import nearest, one_line
 
 
 class Place(NamedTuple):
@@ -100,7 +101,7 @@ def read(place: Place, auto: Any, **options: Any) -> Any:
         with _quiet():
             return auto.from_pretrained(place.folder, local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:  # each loader has its own errors
-        raise ValueError(f"{place.said}: cannot be read ({one_line(error)})") from None
+        raise ValueError(f"{place.said}: cannot be read ({one_line(error, 200)})") from None
 
 
 def require_no_kernels(config: Any, said: str) -> None:
@@ -163,10 +164,6 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 def _near(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; nearest: {close[0]}" if close else ""
+    near = nearest(name, known, cutoff=0.6)
+    return f"; nearest: {near}" if near else ""

@@ -6,7 +6,6 @@ tensors. ``SavedTower`` and ``descant.load`` stand on this file.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from descant.modules.core import errors
 from descant.modules.io import manifest, renamed
 from descant.modules.io.checkpoints import LATEST, NAMED, PLACES, followed, judged, nearest, of_run
 from descant.modules.io.lean import BASE
@@ -146,7 +146,7 @@ def read_yaml(file: Path, folder: Path) -> Node:
     except RecursionError:
         raise ValueError(f"{file}: nested too deeply") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not readable as YAML ({_one_line(error)})") from None
+        raise ValueError(f"{file}: not readable as YAML ({errors.one_line(error, 200)})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file}: not a mapping of keys")
     return cast(Node, _placed(renamed.config(content, str(file)), str(folder)))
@@ -200,7 +200,7 @@ def read_checkpoint(saved: Saved) -> dict[str, Any]:
             return {"state_dict": load_file(file)}
         content = load_plain(file, map_location="cpu", mmap=True)
     except Exception as error:  # each format has its own errors
-        raise ValueError(f"{file}: cannot be read ({_one_line(error)})") from None
+        raise ValueError(f"{file}: cannot be read ({errors.one_line(error, 200)})") from None
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
         raise ValueError(f"{file}: not a checkpoint: it holds no state_dict")
     return content
@@ -485,8 +485,8 @@ def _neighbour(path: Path) -> str:
     """The nearest name where the path goes wrong."""
     while not path.parent.is_dir() and path != path.parent:
         path = path.parent
-    close = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1, cutoff=0.5)
-    return f"; nearest: {path.parent / close[0]}" if close else ""
+    near = errors.nearest(path.name, [p.name for p in path.parent.iterdir()])
+    return f"; nearest: {path.parent / near}" if near else ""
 
 
 def _placed(value: Any, folder: str) -> Any:
@@ -512,12 +512,8 @@ def _cause(error: BaseException) -> str:
             names = [name] if line.startswith("Problem") else [*names, name]
         elif line and not line.startswith(_ACCOUNT):
             return ": ".join([name for name in names if name != "part"] + [line])[:300]
-    return _one_line(error)
+    return errors.one_line(error, 200)
 
 
 #: How lines of that account begin that say nothing of the fault.
 _ACCOUNT = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
-
-
-def _one_line(error: BaseException) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]

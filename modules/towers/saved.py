@@ -36,7 +36,8 @@ class SavedTower(Tower):
 
     def __init__(self, path: Path, tower: str, checkpoint: str = "best") -> None:
         super().__init__()
-        from descant.modules.engine.configure import Adapt, nearest
+        from descant.modules.core.errors import no_such as nearest
+        from descant.modules.engine.configure import Adapt
         from descant.modules.io import merge, saved
         from descant.modules.io.lean import completed
 

@@ -5,7 +5,6 @@ Letters: B samples, T tokens, D width.
 
 from __future__ import annotations
 
-import difflib
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from descant.modules.core.errors import closest, nearest, one_line
 from descant.modules.io.pretrained import (
     Place,
     locate,
-    one_line,
     padding_of,
     read,
     require_no_kernels,
@@ -170,18 +169,18 @@ def _from_config(config: dict[str, Option]) -> Any:
     require_no_kernels(config, "config")
     kind = str(config.pop("model_type", ""))
     if kind not in CONFIG_MAPPING:
-        close = difflib.get_close_matches(kind, list(CONFIG_MAPPING.keys()), n=3, cutoff=0.5)
+        close = closest(kind, CONFIG_MAPPING.keys())
         raise ValueError(f"config: no model_type {kind!r}; the nearest are {', '.join(close or ['bert', 'vit'])}")
     known = AutoConfig.for_model(kind)
     unknown = [key for key in config if not hasattr(known, key)]
     if unknown:  # transformers would store a misspelt field and build the default size
-        close = difflib.get_close_matches(unknown[0], list(known.to_dict()), n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        near = nearest(unknown[0], known.to_dict())
+        hint = f"; did you mean {near}?" if near else ""
         raise ValueError(f"config: {kind} has no field {unknown[0]!r}{hint}")
     try:
         return AutoModel.from_config(AutoConfig.for_model(kind, **config))
     except Exception as error:  # each model checks in its own way
-        raise ValueError(f"config: {kind} cannot be built ({one_line(error)})") from None
+        raise ValueError(f"config: {kind} cannot be built ({one_line(error, 200)})") from None
 
 
 def _set_dropout(model: nn.Module, p: float) -> None:

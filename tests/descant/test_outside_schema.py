@@ -124,8 +124,8 @@ CASES = [
     Case("rate", (*EMOJI, "--model.optimizer.lr", "1000"), "a learning rate of 1000 is far above what AdamW", True),
     Case("rate", (*FIT, "--trainer.max_steps", "0"), "trainer.max_steps 0: the run has no step to take", True),
     # files
-    Case("file", (*EMOJI, "--config", "empty.yaml"), "empty.yaml: it says nothing"),
-    Case("file", (*EMOJI, "--config", "comment.yaml"), "comment.yaml: it says nothing"),
+    Case("file", (*EMOJI, "--config", "empty.yaml"), "empty.yaml: empty"),
+    Case("file", (*EMOJI, "--config", "comment.yaml"), "comment.yaml: empty"),
     Case(
         "file",
         (*EMOJI, "--config", "fusion/emoji"),
@@ -331,13 +331,13 @@ def test_data_modules_are_exported_and_configurations_keep_their_full_paths() ->
 # what is composed -----------------------------------------------------------------------------------------------------
 
 
-def test_data_of_another_picture_size_is_told(tmp_path: Path) -> None:
+def test_data_of_another_image_size_warns(tmp_path: Path) -> None:
     (first := tmp_path / "first.yaml").write_text("data: {class_path: Emoji, init_args: {size: 32}}\n")
     (data := tmp_path / "data.yaml").write_text(
         "class_path: Own\ninit_args: {fields: {class_path: Fields, init_args: {image: {init_args: {size: 224}}}}}\n"
     )
     (line,) = composed([first], [("data", str(data))])
-    assert "data.yaml: pictures of 224 px, where " in line and "has 32, 49 times as many pixels a sample" in line
+    assert "data.yaml: images of 224 px, where " in line and "has 32, 49 times as many pixels a sample" in line
     assert line.endswith("--data.fields.image.size 32 keeps them")
     assert composed([first], [("data", str(data)), ("data.fields.image.size", "224")]) == []
     assert composed([first], []) == composed([first, first], []) == []

@@ -1,4 +1,4 @@
-"""``descant.fit`` and the names of the package: the guide as it stands, and its run against that of the command line."""
+"""``descant.fit`` and names of the package: the guide as it stands, and a run against that of the command line."""
 
 from __future__ import annotations
 

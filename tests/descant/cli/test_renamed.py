@@ -107,7 +107,7 @@ def test_help_of_an_old_name_and_a_removed_class(cli: Cli, workplace: Path, monk
     assert read("fit", ["--trainer.callbacks.help", "DropAhead"]).options == [("trainer.callbacks.help", "OPM")]
     monkeypatch.setitem(renamed.GONE, "Vanished", "take EMA")
     line = "--trainer.callbacks+: Vanished was removed: take EMA"
-    assert cli("fit", "--config", "toy.yaml", "--trainer.callbacks+=Vanished").refusal == line
+    assert cli("fit", "--config", "fusion/emoji", "--trainer.callbacks+=Vanished").refusal == line
 
 
 def aged(folder: Path) -> None:

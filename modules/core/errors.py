@@ -1,0 +1,68 @@
+"""One-line errors: the nearest valid name, and the message of an exception on one line. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def closest(name: str, known: Iterable[str], most: int = 3, cutoff: float = 0.5) -> list[str]:
+    """The known names most similar to ``name``, the best first, whatever their case.
+
+    >>> closest("widht", ["Width", "depth"]), closest("zzz", ["width"])
+    (['Width'], [])
+    """
+    lower = {option.lower(): option for option in sorted(set(known), reverse=True)}
+    return [lower[near] for near in difflib.get_close_matches(name.lower(), lower, n=most, cutoff=cutoff)]
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """The known name most similar to ``name``, or None where none is similar.
+
+    >>> nearest("widht", ["width", "depth"]), nearest("zzz", ["width", "depth"])
+    ('width', None)
+    """
+    return next(iter(closest(name, known, 1, cutoff)), None)
+
+
+def hint(name: str, known: Iterable[str], most: int = 12) -> str:
+    """The end of an error line: ``; nearest: X``, or all of at most ``most`` names where none is similar.
+
+    >>> hint("widht", ["width"]), hint("zzz", ["width", "depth"]), hint("zzz", [])
+    ('; nearest: width', '; known: depth, width', '')
+    """
+    options = sorted(set(known))
+    if (near := nearest(name, options)) is not None:
+        return f"; nearest: {near}"
+    return f"; known: {', '.join(options)}" if 0 < len(options) <= most else ""
+
+
+def no_such(name: str, known: Iterable[str]) -> str:
+    """The end of an error line about one name among few: the nearest, and all of them.
+
+    >>> no_such("imgae", ["image", "text"])
+    'no such name; did you mean image? (known: image, text)'
+    """
+    known = list(known)
+    near = nearest(name, known)
+    return f"no such name{f'; did you mean {near}?' if near else ''} (known: {', '.join(known) or 'none'})"
+
+
+def one_line(error: BaseException, most: int | None = None) -> str:
+    """The message of an exception on one line of at most ``most`` letters; of an OSError, its file first.
+
+    >>> one_line(ValueError("batch_size 1:  at\\n least 2"))
+    'batch_size 1: at least 2'
+    >>> one_line(IsADirectoryError(21, "Is a directory", "runs"))
+    'runs: Is a directory'
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, RecursionError):
+        text = "nested too deeply"
+    elif isinstance(error, MemoryError):
+        text = " ".join(f"out of memory: {error}".split()).removesuffix(":")
+    elif isinstance(error, FileNotFoundError) and error.filename is not None:
+        text = f"no such file: {error.filename}"
+    elif isinstance(error, OSError) and error.strerror:
+        text = f"{'' if error.filename is None else f'{error.filename}: '}{error.strerror}"
+    return text[:most]
