@@ -83,7 +83,7 @@ def test_it_resumes_and_says_in_a_line_what_is_wrong(workplace: Path, capsys: py
     with pytest.raises(ValueError, match=r"--resume: 1 setting\(s\) differ"):
         descant.fit(whole, data, [descant.Resume(every=1)], name="run", max_steps=4, resume="auto", **QUICK)
     again, data = built()
-    steps = dict(max_steps=4, resume="auto", changed="allow")
+    steps: dict[str, Any] = {"max_steps": 4, "resume": "auto", "changed": "allow"}
     trainer = descant.fit(again, data, [descant.Resume(every=1)], name="run", **steps, **QUICK)
     assert trainer.global_step == 4 and "resuming runs/run/001 from step-0000002.ckpt" in capsys.readouterr().err
     straight, data = built()
