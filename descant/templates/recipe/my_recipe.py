@@ -72,7 +72,7 @@ class MyRecipe(Recipe):
     def project(self, x: Tensor, modality: str) -> Tensor:
         """``[R, ...] -> z_RD`` of unit length."""
         h_RD = self.pool(self.towers[modality](x))
-        return F.normalize(self.heads[modality](h_RD).float(), dim=-1)  # float32: cosines in half precision are too coarse
+        return F.normalize(self.heads[modality](h_RD).float(), dim=-1)  # float32: half precision is too coarse
 
     def present(self, batch: Batch, modality: str) -> Tensor:
         """``z_BD``: the tower runs on present rows; the others are zero."""
