@@ -121,7 +121,7 @@ class TransformersTower(Tower):
         if x.max() >= self.vocabulary:
             return (
                 f"token id {int(x.max())}: {self.kind} has {self.vocabulary} of them; its own tokenizer is "
-                "modules.text.Pretrained with the same folder, gguf or package"
+                "modules.tokenizers.text.PretrainedTokenizer with the same folder, gguf or package"
             )
         most = getattr(self.model.config, "max_position_embeddings", None)
         if most is not None and x.shape[1] > most:

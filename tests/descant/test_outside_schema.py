@@ -307,7 +307,7 @@ def test_the_nearest_class_is_named() -> None:
     require_objects(Owner(), rule=(PCGrad(), Rule), other=(None, Rule))
     for value, told in (("PCGard", "'PCGard'"), (PCGrad, "the class PCGrad"), (["pcgrad"] * 99, "a list")):
         with pytest.raises(
-            ValueError, match=rf"^Owner: rule is {told}, .* wanted: descant\.modules\.mixing\.\w+\(\)$"
+            ValueError, match=rf"^Owner: rule is {told}, .* wanted: descant\.modules\.multitask[.\w]+\(\)$"
         ) as e:
             require_objects(Owner(), rule=(value, Rule))
         assert "PCGrad()" in str(e.value) or isinstance(value, list)

@@ -238,7 +238,8 @@ def test_smollm2_predicts_the_next_word():
 def test_ids_and_texts_that_do_not_fit_are_one_line():
     tower = tower_of(BERT)
     with pytest.raises(
-        ValueError, match=r"token id 12: bert has 12 of them; its own tokenizer is modules.text.PretrainedTokenizer"
+        ValueError,
+        match=r"token id 12: bert has 12 of them; its own tokenizer is modules.tokenizers.text.PretrainedTokenizer",
     ):
         tower(torch.tensor([[1, 12]]))
     with pytest.raises(ValueError, match="a text of 9 tokens: bert has positions for 8; lower"):
