@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
+
+from descant.modules.core.errors import closest
 
 MANY = 20  # names that one line has no room for
 
@@ -15,6 +16,6 @@ def require_known(what: str, given: Sequence[str], known: Sequence[str]) -> None
     """
     unknown = [name for name in given if name not in known]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], known, n=3, cutoff=0.0)
+        near = closest(unknown[0], known, cutoff=0.0)
         some = ", ".join(known) if len(known) <= MANY else f"{len(known)}; nearest: {', '.join(near)}"
         raise ValueError(f"{what}: {unknown[0]!r} is not one of {some}")

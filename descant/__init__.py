@@ -1,23 +1,26 @@
 """Descant: composable multimodal pre-training and adaptation on PyTorch Lightning.
 
-Importing the package imports nothing heavy: sub-packages load when they are first named.
+``from descant import Contrastive, Emoji, fit``: every public class by its name, imported when it is first named;
+importing the package imports nothing heavy.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from descant import callbacks, datamodules, modules, recipes
+    from descant.cli.python import fit
     from descant.export.loading import Embedder, load
 
 __version__ = "0.1.0"
-__all__ = ["Embedder", "__version__", "callbacks", "datamodules", "load", "modules", "recipes"]
+__all__ = ["Embedder", "__version__", "callbacks", "datamodules", "fit", "load", "modules", "recipes"]
 
 _PARTS = ("recipes", "modules", "datamodules", "callbacks")
-_LOADING = ("load", "Embedder")
+_FUNCTIONS = {"load": "descant.export.loading", "Embedder": "descant.export.loading", "fit": "descant.cli.python"}
 
 if not (Path(__file__).parent / "recipes").is_dir():
     raise ImportError(
@@ -29,6 +32,18 @@ if not (Path(__file__).parent / "recipes").is_dir():
 def __getattr__(name: str) -> Any:
     if name in _PARTS:
         return importlib.import_module(f"descant.{name}")
-    if name in _LOADING:
-        return getattr(importlib.import_module("descant.export.loading"), name)
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(_FUNCTIONS[name]), name)
+    # jsonargparse looks here for the shortest path of a class, which is written to config.yaml: it stays the full one
+    if name[:1].isupper() and sys._getframe(1).f_code.co_name != "get_import_path":
+        from descant.modules.io import names
+
+        if (path := names.full(name)) is not None:
+            return getattr(importlib.import_module(path.rpartition(".")[0]), name)
     raise AttributeError(f"module 'descant' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    from descant.modules.io import names
+
+    return sorted({*globals(), *__all__, *(name for name, paths in names.table().items() if len(paths) == 1)})

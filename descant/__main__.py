@@ -1,4 +1,4 @@
-"""The front of the command line: it answers what it can without importing torch, and hands on the rest."""
+"""Entry point of ``descant``: answers what it can without importing torch, and passes on the rest."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ import sys
 from collections.abc import Sequence
 
 from descant.cli.errors import INTERRUPTED, WRONG, Refusal, fail, hint, say
+from descant.modules.io import renamed
 
 COMMANDS = {
     "fit": "train, and validate on the way",
     "validate": "evaluate a run on its validation sets",
     "test": "evaluate a run on its test sets",
     "predict": "embed the test sets with a run",
-    "check": "will this configuration work? Builds everything, trains nothing",
+    "check": "validate a configuration: build everything, train nothing",
     "list": "the experiments and overlays that ship with Descant",
-    "data": "make shards from your own files, or look at a data set",
-    "sweep": "one experiment at all combinations of some settings and seeds, then the table of compare",
-    "compare": "runs against each other, a row a configuration, over the seeds that they share",
-    "claims": "does each mechanism do what its paper says? Paired runs, shams and verdicts",
-    "report": "curves, table, pictures and configurations of runs in one HTML file",
+    "data": "make shards from your own files, or view a data set",
+    "sweep": "run an experiment over a grid of settings and seeds, then compare",
+    "compare": "a table of runs, a row a configuration, paired by seed",
+    "claims": "test what each mechanism's paper claims: paired runs, shams and verdicts",
+    "report": "curves, table, images and configurations of runs in one HTML file",
     "export": "a run's weights, configuration and card in one folder",
-    "new": "a recipe, callback or data module of your own to begin from",
-    "completion": "a script that lets bash, zsh or fish complete what you type",
-    "schema": "a JSON schema of configurations, by which editors complete and check them",
-    "submit": "run one of these on a SLURM cluster, where it saves, is requeued and goes on",
+    "new": "write a recipe, callback or data module of your own to begin from",
+    "completion": "tab completion for bash, zsh or fish",
+    "schema": "a JSON schema of configurations, for completion and checks in editors",
+    "submit": "run one of these on a SLURM cluster, requeued and resumed until it is done",
 }
-#: Commands with a parser of their own: module -> its ``main(args) -> exit code``. They import what they need, late.
+#: Commands with their own parser -> the module that has ``main(args) -> exit code``.
 TOOLS = {
     "data": "descant.data",
     "claims": "descant.claims",
@@ -45,12 +46,13 @@ TOOLS = {
 def main(args: list[str] | None = None) -> int:
     """Run one command and return the exit code.
 
-    0: done. 1: a fault of the program. 2: a wrong request, or a file or disk that does not let it be done.
+    0: done. 1: a bug. 2: a wrong request, or a file or disk that prevents it.
     130: interrupted.
     """
     # for transformers, timm and kernels, which download what a configuration names; read where they are first imported
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     words = sys.argv[1:] if args is None else args
+    renamed.forget()
     try:
         for word in words:
             if "\0" in word:
@@ -61,7 +63,7 @@ def main(args: list[str] | None = None) -> int:
         return WRONG
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # the reader (head, less) has seen enough; the interpreter must not try again at its exit
+    except BrokenPipeError:  # the reader (head, less) has closed; the interpreter must not flush again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
@@ -97,7 +99,7 @@ def _dispatch(args: Sequence[str]) -> int:
         print(helptext.listing(rest))
         return 0
     if command in TOOLS:
-        if "--debug" in rest and command != "export":  # of main alone: it has let the traceback through
+        if "--debug" in rest and command != "export":  # only main() reads it
             rest.remove("--debug")
         return int(importlib.import_module(TOOLS[command]).main(rest))
     if rest and rest[-1] in ("--help", "-h"):
@@ -119,9 +121,9 @@ def _run(command: str, rest: Sequence[str]) -> int:
 
     known = dump.read(command)
     if known is not None and not wanted(request):
-        told = helptext.of_class(known, request)
-        if told is not None:
-            print(told)
+        text = helptext.of_class(known, request)
+        if text is not None:
+            print(text)
             return 0
     elif known is not None:
         precheck(known, request.configs, request.options, request.trust)
@@ -138,7 +140,7 @@ def _run(command: str, rest: Sequence[str]) -> int:
             say(str(refusal))
         code = WRONG
     if known is None and (command == "check" or code == WRONG):
-        dump.write()  # once: the next mistake is answered at once
+        dump.write()  # once: the next mistake is found without torch
     return code
 
 

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from descant.cli.catalogue import ROOT
-from descant.cli.names import table
 from descant.cli.trust import allowed
+from descant.modules.io.names import table
 
 TOP = Path(__file__).resolve().parent.parent
 PARTS = ("recipes", "modules", "datamodules", "callbacks")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from descant.cli.catalogue import experiments, overlays
-from descant.cli.names import of_kind
+from descant.modules.io.names import of_kind
 
 ROOT = Path(__file__).parent.parent
 ROOTS = {"recipes": "Recipe", "callbacks": "Callback", "datamodules": "DataModule"}

@@ -6,7 +6,6 @@ Letters: N samples of a source.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import os
 import stat
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+
+from descant.modules.core import errors
 
 if TYPE_CHECKING:
     from descant.datamodules.changes import Corpus
@@ -132,9 +133,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     ('; nearest: caption', '; there are caption, image')
     """
     options = list(dict.fromkeys(known))
-    found = difflib.get_close_matches(name.lower(), [o.lower() for o in options], n=1, cutoff=0.5)
-    if found:
-        return f"; nearest: {next(o for o in options if o.lower() == found[0])}"
+    if (near := errors.nearest(name, options)) is not None:
+        return f"; nearest: {near}"
     shown = ", ".join(options[:20]) + (", ..." if len(options) > 20 else "")
     return f"; there are {shown}" if options else ""
 
@@ -153,10 +153,9 @@ def similar(path: Path) -> str:
     names: list[str] = []
     with contextlib.suppress(OSError):
         names = sorted(entry.name for entry in islice(os.scandir(first.parent), _BESIDE))
-    found = difflib.get_close_matches(first.name.lower(), [name.lower() for name in names], n=1, cutoff=0.5)
-    if not found:
+    name = errors.nearest(first.name, names)
+    if name is None:
         return "" if first == path else f"; there is no {first}"
-    name = next(name for name in names if name.lower() == found[0])
     return f"; nearest: {name if first == path else first.parent / name}"
 
 

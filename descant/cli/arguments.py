@@ -1,4 +1,4 @@
-"""The command line as data: which configurations, which options, in which order they count."""
+"""Command-line arguments as a Request: configurations and options in the order in which they apply."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from descant.cli.catalogue import find, shipped_data
+from descant.cli.document import rename
 from descant.cli.errors import Refusal, fail, nearest
 from descant.run import runs
 
-#: Options of Lightning's command line that Descant's recipes own themselves.
+#: Options of LightningCLI that are arguments of the recipe here.
 OWNED = {"optimizer": "--model.optimizer", "lr_scheduler": "--model.schedule"}
 #: Options that take no value, or an optional one.
 _FLAGS = ("print_config", "help", "explain", "debug")
@@ -18,15 +19,15 @@ _FLAGS = ("print_config", "help", "explain", "debug")
 
 @dataclass
 class Request:
-    """One command. Configurations count in their order, then options in theirs: the command line always wins.
+    """One command. Configurations apply in order, then options in order: options win.
 
     Attributes:
         command: fit, validate, test, predict or check.
-        explain: whether check is to tell where each value is from.
+        explain: whether check shows the origin of each value.
         configs: the files of ``--config``.
         options: (key, value) pairs as typed, keys without dashes; value None for a flag.
         trust: modules that this call allows in class paths beside the allow-list.
-        debug: whether errors are to keep their tracebacks.
+        debug: whether errors show their tracebacks.
     """
 
     command: str
@@ -41,7 +42,7 @@ class Request:
         return next((value for name, value in reversed(self.options) if name == key), None)
 
     def arguments(self) -> list[str]:
-        """What the parser reads."""
+        """The arguments for the parser."""
         configs = [f"--config={file}" for file in self.configs]
         return configs + [f"--{key}" if value is None else f"--{key}={value}" for key, value in self.options]
 
@@ -73,7 +74,7 @@ def read(command: str, args: Sequence[str]) -> Request:
 
 
 def with_own(request: Request) -> Request:
-    """With the configuration of an existing run, where the request names one and nothing else."""
+    """Add the configuration of the run that ``--run`` names, where no ``--config`` is given."""
     if request.command != "check" and request.option("run") and not request.configs:
         own = runs.existing(Path(request.option("runs") or "runs"), str(request.option("run")))
         request.configs.append(own / "config.yaml")
@@ -105,5 +106,7 @@ def _take(request: Request, key: str, value: str | None) -> None:
     elif key == "weights_only":
         fail("--weights_only: checkpoints are always loaded as plain tensors")
     else:
+        if value is not None and key.endswith(".help"):
+            value = rename(value, f"--{key}")
         shipped = shipped_data(value) if key == "data" else None
         request.options.append((key, str(shipped) if shipped else value))

@@ -1,4 +1,4 @@
-"""``descant check``: everything that fit does up to the first step, and what a step needs, in a scratch folder."""
+"""``descant check``: run fit up to the first step in a scratch folder, and estimate memory and FLOPs of a step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Checked(Exception):
 
 
 class Check(L.Callback):
-    """Stops at the first step and keeps what there is to say about the run."""
+    """Stops at the first step and collects the report."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -69,7 +69,7 @@ def _data(trainer: L.Trainer) -> list[str]:
 
 def _terms(trainer: L.Trainer, model: Recipe) -> list[str]:
     if getattr(data_now(trainer), "version", 0) < 0:  # a pool that somebody is to answer first
-        return ["term       of answers, which come first; what it takes to draw them is not in the memory below"]
+        return ["term       of answers, which are sampled first; their memory is not in the estimate below"]
     batch: Any = next(iter(trainer.train_dataloader))  # type: ignore[arg-type]
     batch = batch.select(slice(0, 2)) if hasattr(batch, "select") else batch
     batch = trainer.strategy.batch_to_device(batch)

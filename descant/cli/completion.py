@@ -1,7 +1,7 @@
-"""What can be typed next: scripts for shells, which ask ``descant __complete WORDS`` at every Tab.
+"""Tab completion: shell scripts that call ``descant __complete WORDS``.
 
-They are answered from the written schema and the configurations that stand in the line already: after
-``--config contrastive/emoji`` the keys offered below ``--model.`` are those of its recipe.
+Answers come from the cached schema and the configurations on the line: after ``--config contrastive/emoji`` the keys
+offered below ``--model.`` are those of its recipe.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from descant.cli.errors import Refusal, fail, hint
 from descant.cli.precheck import Walk
 from descant.cli.schema import Entry, Key, Schema
 
-#: The word that asks for what can be typed next.
+#: The hidden command that completes.
 ASKED = "__complete"
-#: A word that no shell expands, however it comes into a line; others, such as odd names of folders, are not offered.
+#: Words that no shell expands; others, such as odd folder names, are not offered.
 _PLAIN = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
-#: Keys that stand in no configuration.
+#: Options that are no configuration keys.
 _CALL = {"config": ["str"], "trust": ["str"], "print_config": [], "help": [], "debug": []}
-#: No word that is offered is expanded: compgen -W would run what stands in $(...). Bash 3, as on macOS, has no mapfile.
+#: No offered word is expanded (compgen -W would run $(...)). Bash 3, as on macOS, has no mapfile.
 _BASH = """\
 _descant() {
     local word last="${COMP_WORDS[COMP_CWORD]}"
@@ -72,7 +72,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def offered(words: Sequence[str], commands: Mapping[str, str]) -> list[str]:
-    """What the last of ``words`` may become, sorted; nothing where only the shell knows, such as files."""
+    """Completions of the last of ``words``, sorted; none for files, which the shell completes."""
     *before, last = words or [""]
     if not before:
         return sorted(name for name in [*commands, "--help", "--version"] if name.startswith(last))
@@ -129,7 +129,7 @@ def _values(option: str, known: Schema, words: Sequence[str]) -> Iterator[str]:
 
 
 def below(path: Sequence[str], known: Schema, words: Sequence[str]) -> Mapping[str, Key]:
-    """The keys under a dotted path: of the class that stands there, or of all that may."""
+    """The keys under a dotted path: of the class chosen there, or of all that are valid."""
     command = known.command()
     group = f"{path[0]}."
     if len(path) == 1 and any(name.startswith(group) for name in command):
@@ -147,13 +147,13 @@ def below(path: Sequence[str], known: Schema, words: Sequence[str]) -> Mapping[s
 
 
 def _chosen(known: Schema, words: Sequence[str]) -> Mapping[tuple[str, ...], Entry]:
-    """The classes that the configurations in the line choose."""
+    """The classes that the configurations on the line choose."""
     walk = Walk(known, [])
     names = [words[n + 1] for n, word in enumerate(words[:-1]) if word in ("--config", "-c")]
     try:
         for file in (BASE, *map(find, names)):
             walk.source(load(file))
-    except Refusal:  # a mistake is told when the line is run
+    except Refusal:  # reported when the line is run
         pass
     return walk.classes
 

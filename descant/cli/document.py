@@ -1,7 +1,8 @@
-"""YAML with the place of every key, so that an error can name file and line."""
+"""YAML files and options as nodes that carry file and line, for error messages."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ import yaml
 from descant.cli.catalogue import ROOT
 from descant.cli.errors import Refusal
 from descant.cli.untrusted import text_of
+from descant.modules.io import renamed
 
-#: Values in one file: aliases of aliases make far more of a few lines than anybody writes.
+#: Most values in one file, aliases included (aliases of aliases expand exponentially).
 MOST = 100_000
 #: Bytes of one file.
 MOST_BYTES = 10_000_000
@@ -26,6 +28,7 @@ class Node:
 
     ``where`` names file and line (or the option) that wrote it; relative files in it are of ``folder``.
     ``raw`` is the text of a value from the command line, else None. ``typed``: whether it is from there.
+    ``text`` of a file is its whole content.
     """
 
     content: Any
@@ -33,6 +36,7 @@ class Node:
     folder: Path
     raw: str | None = None
     typed: bool = False
+    text: str = ""
 
     @property
     def plain(self) -> Any:
@@ -58,7 +62,7 @@ def load(file: Path) -> Node:
     """A YAML file as nodes.
 
     Raises:
-        Refusal: if it cannot be read, is no YAML, holds no mapping, or says a key twice.
+        Refusal: if it cannot be read, is no YAML or no mapping, or repeats a key.
     """
     name = shown(file)
     try:
@@ -70,26 +74,79 @@ def load(file: Path) -> Node:
         return Node({}, name, file.parent)
     if not isinstance(node.content, dict):
         raise Refusal(f"{name}: a configuration is a mapping of keys, and this is not one")
+    node.text = text
+    if _renamed(node):
+        replaced[text] = node
     return node
+
+
+#: Text of a file -> its nodes, of files in which names of an earlier version were replaced: what the parser reads.
+replaced: dict[str, Node] = {}
+
+
+def _renamed(root: Node) -> bool:
+    """Replace the old names of classes and of their arguments; whether there was one."""
+    changed, todo = False, [root]
+    while todo:
+        content = todo.pop().content
+        if isinstance(content, list):
+            todo += reversed(content)
+        elif isinstance(content, dict):
+            todo += reversed(content.values())
+            name = content.get("class_path")
+            if name is not None and isinstance(name.content, str):
+                before, name.content = name.content, rename(name.content, name.where)
+                inner = content["init_args"].content if "init_args" in content else None
+                arguments = inner if isinstance(inner, dict) else {}
+                changed |= renamed.rename_arguments(name.content, arguments, name.where) or before != name.content
+    return changed
+
+
+def rename(name: str, where: str) -> str:
+    """The present name of a class, with a notice for an old one.
+
+    Raises:
+        Refusal: for one that was removed.
+    """
+    try:
+        return renamed.read(name, where)
+    except ValueError as error:
+        raise Refusal(f"{where}: {error}") from None
 
 
 def option(key: str, text: str) -> Node:
     """An option of the command line as nested nodes: ``model.width=3`` is ``{model: {width: 3}}``."""
     where, here = f"--{key}", Path.cwd()
-    try:
-        node = _parse(text, where, here, lines=False)
-    except Refusal:  # a text such as "a: b: c" is no YAML, but it may be a fine text
-        node = Node(text, where, here)
+    node = _parse_option(text, where)
     node.raw = text
     for part in reversed(key.split(".")):
         node = Node({part: node}, where, here)
     for child in (node, *(child for _, child in node.walk())):
         child.typed = True
+    _renamed(node)
     return node
 
 
+def _parse_option(text: str, where: str = "") -> Node:
+    try:
+        return _parse(text, where, Path.cwd(), lines=False)
+    except Refusal:  # no YAML, such as "a: b: c": a plain text
+        return Node(text, where, Path.cwd())
+
+
+def retyped(key: str, text: str, root: Node) -> tuple[str, str]:
+    """Key and text of an option whose nodes are ``root``: others where it held a name of an earlier version."""
+    keys, node = list[str](), root
+    for _ in key.split("."):
+        ((part, node),) = node.content.items()
+        keys.append(part)
+    if node.plain == _parse_option(text).plain:
+        return ".".join(keys), text
+    return ".".join(keys), node.content if isinstance(node.content, str) else json.dumps(node.plain)
+
+
 def shown(file: Path) -> str:
-    """How a file is named to the user: as short as it is clear."""
+    """A file's path as shown to the user: relative where that is shorter."""
     for root, prefix in ((Path.cwd(), ""), (ROOT, "experiments/"), (ROOT.resolve(), "experiments/")):
         if file.is_relative_to(root):
             return prefix + file.relative_to(root).as_posix()
@@ -109,7 +166,7 @@ def _parse(text: str, name: str, folder: Path, lines: bool = True) -> Node:
         return Node(None, name, folder) if root is None else _convert(root, loader, name, folder, lines, left)
     except RecursionError:
         raise Refusal(f"{name}: nested too deeply, or within itself") from None
-    except (ValueError, TypeError, AttributeError) as error:  # of a value that is not what it looks like, such as 0x_
+    except (ValueError, TypeError, AttributeError) as error:  # of a malformed scalar, such as 0x_
         raise Refusal(f"{name}: not valid YAML: {' '.join(str(error).split())}") from error
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
@@ -137,7 +194,7 @@ def _convert(node: yaml.Node, loader: Any, name: str, folder: Path, lines: bool,
         if not isinstance(key, yaml.ScalarNode):
             raise Refusal(f"{name}:{key.start_mark.line + 1}: a key is a word, and this is not one")
         if key.tag != _MERGE and key.value in seen:
-            raise Refusal(f"{name}:{key.start_mark.line + 1}: {key.value}: said twice")
+            raise Refusal(f"{name}:{key.start_mark.line + 1}: {key.value}: given twice")
         seen.add(key.value)
     loader.flatten_mapping(node)
     content: dict[str, Node] = {}

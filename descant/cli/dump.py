@@ -1,7 +1,6 @@
-"""The schema written down, so that most mistakes are answered without torch: ``python -m descant.cli.dump`` makes it.
+"""Schema cache: most mistakes are found without importing torch. ``python -m descant.cli.dump`` writes it.
 
-It is kept in the user's cache under a hash of what it was made of: Descant's own files and the versions of what they
-stand on. Another hash is another schema; one that fits no more is never read.
+The file in the user's cache is named by a hash of Descant's sources and of the versions of its dependencies.
 """
 
 from __future__ import annotations
@@ -18,25 +17,25 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from descant.cli import names
 from descant.cli.errors import hint
 from descant.cli.schema import Entry, Key, Part, Type, Unknown, kinds
+from descant.modules.io import names
 from descant.modules.io.cache import cache_folder
 from descant.modules.io.jsonl import loads
 
 COMMANDS = ("fit", "validate", "test", "predict")
-#: Of these packages every class is written down that an argument may be; of others only the parser knows.
+#: Packages whose classes are cached; others only the parser itself resolves.
 PACKAGES = ("descant.", "lightning.pytorch.", "torch.optim.")
 _STANDS_ON = ("torch", "lightning", "jsonargparse", "torchmetrics")
-#: Schemas of other installations, and of other states of this one, that stay in the cache.
+#: Schemas that stay in the cache, of other installations and states.
 KEPT = 8
 
 
 class Written:
-    """A schema that was written down.
+    """A schema read from the cache.
 
     Args:
-        content: what :func:`make` made.
+        content: from :func:`make`.
         command: one of COMMANDS.
     """
 
@@ -93,10 +92,10 @@ class Written:
         return fits((self._command if owner is None else owner.keys)[name].type, value)
 
     def is_class(self, name: str) -> bool:
-        return True  # nothing is imported here
+        return True  # not imported, so not known
 
     def entry(self, path: str, skip: int = 0) -> Entry:
-        """A class by its path; a factory's first arguments come from the program, so they are no keys."""
+        """A class by its path; the first ``skip`` arguments, which a factory's caller gives, are no keys."""
         fields = dict(self._content["classes"][path])
         keys = {name: Key(*key) for name, key in fields["keys"].items()}
         given = list(keys)[:skip]
@@ -111,7 +110,7 @@ class Written:
 
 
 def fingerprint() -> str:
-    """Of everything that a schema is made of."""
+    """Hash of everything that determines the schema."""
     found = hashlib.sha256("|".join([sys.version, *map(version, _STANDS_ON)]).encode())
     for file in sorted(names.PACKAGE.rglob("*.py")) + sorted(
         file for part in names.PARTS for file in (names.PACKAGE / part).rglob("*.py")
@@ -121,12 +120,12 @@ def fingerprint() -> str:
 
 
 def place() -> Path:
-    """Where the schema of this installation is kept."""
+    """The file of this installation's schema."""
     return cache_folder() / f"schema-{fingerprint()}.json"
 
 
 def read(command: str) -> Written | None:
-    """The schema of a command, or None where none is written down."""
+    """The cached schema of a command, or None."""
     file = place()
     try:
         content = loads(file.read_bytes())
@@ -138,7 +137,7 @@ def read(command: str) -> Written | None:
 
 
 def write() -> None:
-    """Have it written down by a process in which nothing else is loaded; quietly, since it helps the next call only."""
+    """Write the schema in a fresh process; failures are ignored, since only later calls gain by it."""
     if not place().exists():
         subprocess.run([sys.executable, "-P", "-m", "descant.cli.dump"], capture_output=True, check=False)
 
@@ -147,7 +146,7 @@ def write() -> None:
 
 
 def make() -> dict[str, Any]:
-    """Everything that the live parsers say of what is in PACKAGES."""
+    """The schema of all commands and of the classes in PACKAGES, from the live parsers."""
     from descant.cli.main import live
 
     for ours in names.table().values():
@@ -182,7 +181,7 @@ def make() -> dict[str, Any]:
 
 
 def _classes(type: Type) -> Iterable[dict[str, Any]]:
-    """Every kind of class in a type, at any depth."""
+    """All class parts of a type, at any depth."""
     for part in type:
         if isinstance(part, dict):
             if "class" in part:
@@ -200,7 +199,7 @@ def _entry(entry: Entry) -> dict[str, Any]:
 
 
 def _modules(some: Iterable[str]) -> dict[str, dict[str, None]]:
-    """The names of each module: what is not among them is nowhere."""
+    """Module -> the names that it has."""
     return {name: dict.fromkeys(sorted(vars(importlib.import_module(name)))) for name in sorted(some)}
 
 

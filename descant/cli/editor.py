@@ -1,7 +1,7 @@
-"""``descant schema``: a JSON schema of configurations, by which an editor completes and checks YAML while it is typed.
+"""``descant schema``: a JSON schema of configurations, for completion and checks in editors.
 
-JSON Schema draft 7, which editors' YAML servers read. It is as strict as can be said without the program: of a class
-that it knows every key is checked; of one that it does not know, such as your own, none is.
+JSON Schema draft 7, which YAML language servers read. Keys of known classes are checked, those of unknown classes, such
+as your own, are not.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ descant schema: a JSON schema of configurations, for editors
 
 usage: descant schema [data|claim] > FILE
 
-  descant schema > descant.cli.schema.json         of experiments and overlays
+  descant schema > descant.schema.json         of experiments and overlays
   descant schema data > data.schema.json       of what stands under data, as for --data FILE
   descant schema claim > claim.schema.json     of claims
 
 A YAML file that begins with this line is then completed and checked in editors with a YAML language server:
-  # yaml-language-server: $schema=descant.cli.schema.json"""
+  # yaml-language-server: $schema=descant.schema.json"""
 
 
 def main(args: Sequence[str]) -> int:
@@ -113,7 +113,7 @@ def claim() -> dict[str, Any]:
 
 
 class _Schema:
-    """Definitions, made as they are asked for: one a kind and one a class."""
+    """Definitions, made on demand: one a kind and one a class."""
 
     def __init__(self, known: Written) -> None:
         self.known, self.definitions = known, dict[str, Any]()

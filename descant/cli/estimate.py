@@ -1,9 +1,9 @@
-"""What a step will need: memory and arithmetic, from a few steps on slices of the first batch.
+"""Estimate memory and FLOPs of a training step, from a few steps on slices of the first batch.
 
     peak(n) = resident + a + b n + c n^2,    fitted to an eighth, a quarter and a half of the batch
 
-The quadratic part is of losses that compare all with all. Steps are real ones: whatever callbacks, mixes of gradients,
-chunks and the optimizer hold is in them. Letters: n rows of a batch.
+The quadratic part is of losses over all pairs. Steps are real ones, with callbacks, gradient rules and optimizer.
+Letters: n rows of a batch.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from descant.callbacks.run.throughput import FlopCount, count_rows
 
 #: Slices of a batch, as parts of it.
 PARTS = (8, 4, 2)
-#: Times a batch beyond which the curve says nothing.
+#: Batch sizes beyond this multiple are not extrapolated.
 FAR = 100
-#: Of a device's memory, what may be counted on.
+#: Usable share of a device's memory.
 USABLE = 0.9
 
 
 class Ledger(TorchDispatchMode):
-    """Bytes of the tensors that are made inside and are alive, and the most there were at once.
+    """Live and peak bytes of the tensors created inside.
 
-    What a kernel takes for itself and gives back is not seen.
+    Workspaces inside kernels are not counted.
 
     >>> with Ledger() as ledger:
     ...     x = torch.zeros(1000) + 1

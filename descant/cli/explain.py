@@ -1,4 +1,4 @@
-"""``descant check --explain``: where each value of a composed configuration came from."""
+"""``descant check --explain``: the file, line, option or default that set each value."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _WIDTH = 60
 
 
 def explain(config: Mapping[str, Any], files: Sequence[Path], options: Sequence[tuple[str, str | None]]) -> list[str]:
-    """A line a value: key, value, and the file and line, the option or the default that it is of.
+    """One line a value: key, value, origin.
 
     Args:
-        config: composed. files, options: of which, in the order in which they count.
+        config: composed. files, options: of which, in the order in which they apply.
     """
     origin = Origin()
     for file in (BASE, *files):
@@ -35,10 +35,10 @@ def explain(config: Mapping[str, Any], files: Sequence[Path], options: Sequence[
 
 
 def inert(files: Sequence[Path], default: Callable[[Place], str | None]) -> list[Path]:
-    """The files, after the first, that change nothing of what those before them and the defaults say.
+    """The files, after the first, that change no value of those before them or of the defaults.
 
     Args:
-        default: of a place, as text; None where there is none, or nobody knows.
+        default: of a place, as text; None where there is none or it is unknown.
     """
     origin = Origin(default)
     for file in (BASE, *files[:1]):
@@ -47,10 +47,10 @@ def inert(files: Sequence[Path], default: Callable[[Place], str | None]) -> list
 
 
 def composed(files: Sequence[Path], options: Sequence[tuple[str, str | None]]) -> list[str]:
-    """Lines for files that are laid over one another and hardly meant so.
+    """Warnings for compositions that are probably mistakes.
 
-    Two that each choose a recipe and its data, whose other keys are then mixed; and data whose pictures have another
-    size than the experiment's, unless an option says the size.
+    Two experiments, each with a recipe and data, whose keys are mixed; and data whose image size differs from the
+    experiment's, unless an option sets the size.
     """
     given = [Path(value) for key, value in options if key == "data" and value and value.endswith(".yaml")]
     if len(files) + len(given) < 2:
@@ -62,12 +62,12 @@ def composed(files: Sequence[Path], options: Sequence[tuple[str, str | None]]) -
         names = " and --config ".join(whole)
         lines.append(f"--config {names}: each is a whole experiment; keys of both count, the last wins")
     of_data = [(name, part.get("data")) for name, part in parts] + [(shown(f), load(f).plain) for f in given]
-    sizes = [(name, found) for name, part in of_data if (found := _picture_size(part))]
+    sizes = [(name, found) for name, part in of_data if (found := _image_size(part))]
     typed = {key for key, _ in options}
     if len(sizes) > 1 and sizes[-1][1][1] != sizes[0][1][1] and sizes[-1][1][0] not in typed:
         (first, (_, before)), (last, (key, now)) = sizes[0], sizes[-1]
         slower = f", {(now / before) ** 2:.0f} times as many pixels a sample" if now > before else ""
-        lines.append(f"{last}: pictures of {now} px, where {first} has {before}{slower}; --{key} {before} keeps them")
+        lines.append(f"{last}: images of {now} px, where {first} has {before}{slower}; --{key} {before} keeps them")
     return lines
 
 
@@ -75,8 +75,8 @@ def _chooses(part: Any) -> bool:
     return isinstance(part, Mapping) and "class_path" in part
 
 
-def _picture_size(data: Any) -> tuple[str, int] | None:
-    """Dotted key and value of the size of pictures in a data module's part of a configuration."""
+def _image_size(data: Any) -> tuple[str, int] | None:
+    """Dotted key and value of the image size in the data section."""
     args = data.get("init_args", data) if isinstance(data, Mapping) else {}
     if isinstance(args.get("size"), int):
         return "data.size", args["size"]
@@ -88,32 +88,32 @@ def _picture_size(data: Any) -> tuple[str, int] | None:
 
 
 class Origin:
-    """Who said each value last.
+    """The source that set each value last.
 
     Args:
-        default: of a place, as text; None where there is none, or nobody knows.
+        default: of a place, as text; None where there is none or it is unknown.
     """
 
     def __init__(self, default: Callable[[Place], str | None] = lambda _: None) -> None:
         self._default = default
-        self._said: dict[Place, str] = {}
+        self._source: dict[Place, str] = {}
         self._value: dict[Place, Any] = {}
         self._length: dict[Place, int] = {}
         self._changed = False
 
     def source(self, root: Node) -> bool:
-        """One file or option, after those before it; whether it changes anything."""
+        """Add a file or option; returns whether it changes a value."""
         self._changed = False
         self._walk(root, ())
         return self._changed
 
     def of(self, place: Place) -> str:
-        return self._said.get(place, DEFAULT)
+        return self._source.get(place, DEFAULT)
 
     def _walk(self, node: Node, place: Place) -> None:
         if isinstance(node.content, dict):
             if place in self._length and node.typed:
-                place = (*place, self._length[place] - 1)  # an option below a list speaks of its last item
+                place = (*place, self._length[place] - 1)  # an option below a list sets its last item
             for key, child in node.content.items():
                 if key == "init_args":
                     self._walk(child, place)
@@ -122,30 +122,30 @@ class Origin:
                 else:
                     self._walk(child, (*place, key))
         elif isinstance(node.content, list):
-            self._keep(place, node.plain)
+            self._note(place, node.plain)
             self._forget(place)
-            self._said[place], self._value[place] = node.where, node.plain
+            self._source[place], self._value[place] = node.where, node.plain
             self._length[place] = 0
             changed = self._changed
             self._add(node, place)
             self._changed = changed
         elif isinstance(node.content, str) and node.content.endswith((".yaml", ".yml")) and place:
             file = node.folder / node.content
-            self._walk(load(file), place) if file.is_file() else self._say(place, node)
+            self._walk(load(file), place) if file.is_file() else self._set(place, node)
         else:
-            self._say(place, node)
+            self._set(place, node)
 
-    def _say(self, place: Place, node: Node) -> None:
-        self._keep(place, node.plain)
+    def _set(self, place: Place, node: Node) -> None:
+        self._note(place, node.plain)
         self._forget(place)
-        for its in (place, (*place, "class_path")):  # it may be a class by its name alone
-            self._said[its], self._value[its] = node.where, node.plain
+        for key in (place, (*place, "class_path")):  # it may be a class name
+            self._source[key], self._value[key] = node.where, node.plain
 
-    def _keep(self, place: Place, value: Any) -> None:
-        """Note whether a value is another one than before."""
+    def _note(self, place: Place, value: Any) -> None:
+        """Record whether a value differs from the one before."""
         if place in self._value:
             self._changed |= _plain(self._value[place]) != _plain(value)
-        elif (*place, "class_path") in self._value:  # of which now only the name is said, or that it is none
+        elif (*place, "class_path") in self._value:  # now a class name alone, or null
             self._changed |= _plain(self._value[*place, "class_path"]) != _plain(value)
         else:
             self._changed |= in_text(value) != self._default(place)
@@ -157,7 +157,7 @@ class Origin:
             self._walk(item, (*place, self._length[place] - 1))
 
     def _forget(self, place: Place) -> None:
-        tables: tuple[dict[Place, Any], ...] = (self._said, self._value, self._length)
+        tables: tuple[dict[Place, Any], ...] = (self._source, self._value, self._length)
         for table in tables:
             for key in [key for key in table if key[: len(place)] == place]:
                 del table[key]
@@ -175,12 +175,12 @@ def _leaves(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """A class by its last name, however it is written."""
+    """A class by its short name."""
     return value.rpartition(".")[2] if isinstance(value, str) and "/" not in value else value
 
 
 def _dots(place: Place) -> str:
-    """As a user writes it; a class stands where it is chosen."""
+    """The dotted key; a class is shown at the key that chooses it."""
     steps = place[:-1] if place[-1] == "class_path" else place
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).lstrip(".")
 

@@ -12,8 +12,8 @@ from descant.cli.arguments import Request
 from descant.cli.catalogue import experiments, header, overlays, shipped
 from descant.cli.completion import below
 from descant.cli.errors import fail, hint
-from descant.cli.names import of_kind
 from descant.cli.schema import Schema, Unknown, classes, in_words, items
+from descant.modules.io.names import of_kind
 
 _OPTIONS = {
     "--config NAME": "a file, or the name of what ships; later ones win, options win over all",

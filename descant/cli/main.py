@@ -1,13 +1,9 @@
-"""fit, validate, test, predict: LightningCLI in subclass mode, with run folders and one-line errors."""
+"""fit, validate, test, predict, check: LightningCLI in subclass mode, with run folders and one-line errors."""
 
 from __future__ import annotations
 
 import contextlib
-import enum
-import errno
 import os
-import re
-import socket
 import sys
 import tempfile
 import threading
@@ -21,10 +17,8 @@ import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from descant.callbacks.run.nonfinite import RollBack
@@ -39,13 +33,12 @@ from descant.cli.explain import composed, inert
 from descant.cli.explain import explain as explained
 from descant.cli.precheck import precheck, wanted
 from descant.cli.quiet import quieten
-from descant.cli.signatures import Live
+from descant.cli.signatures import Live, read_replaced
+from descant.cli.trainer_parts import once, placed, purge_after, require_plain, require_port, with_store, without_enums
 from descant.cli.trust import enforce, writes
 from descant.datamodules.changes import rules
 from descant.export.loading import allowed
 from descant.modules.engine.loggers import TensorBoard
-from descant.modules.io import manifest
-from descant.modules.io.plain import load_plain
 from descant.modules.io.saved import policy
 from descant.recipes.base.recipe import Recipe
 from descant.report.predictions import Predictions
@@ -57,16 +50,14 @@ from descant.run.folder import Folder
 from descant.run.ranks import Ended, Ranks
 from descant.run.store import AtomicIO
 
-#: Options of a call, not of an experiment: a saved configuration does not hold them.
+#: Options of one call, which config.yaml does not hold.
 CALL = ("config", "runs", "run", "resume", "changed", "verify", "test", "sets", "ckpt_path")
-#: What begins a text under `trainer` to mean the run's folder.
-PLACE = "RUN"
 
 
 class Parser(LightningArgumentParser):
-    """Raises one-line refusals where argparse prints its usage and exits, and keeps which class failed to be built."""
+    """An argparse that raises Refusal in place of exiting, and records the first class that failed to build."""
 
-    #: The first class of the last call that could not be built, and why: a union of attempts loses both.
+    #: The first class of the last call that could not be built, and why: the error of a union names neither.
     failed: ClassVar[tuple[type, Exception] | None] = None
 
     def instantiate(self, namespace: Namespace, instantiate_groups: bool = True, **kwargs: Any) -> Namespace:
@@ -87,12 +78,12 @@ def _built(cls: type, *args: Any, **kwargs: Any) -> Any:
 
 
 class DescantCLI(LightningCLI):
-    """One command: parsed, built and run by the constructor, as LightningCLI does."""
+    """One command, parsed, built and run by the constructor, as in LightningCLI."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.checking = Check() if request.command == "check" else None
-        self.told: list[str] = []
+        self.lines: list[str] = []  # printed once everything is built
         self.ranks: Ranks | None = None
         self.command = "fit" if request.command == "check" else request.command
         super().__init__(
@@ -112,7 +103,7 @@ class DescantCLI(LightningCLI):
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # static there, and called on self
-        """What is no option of the command that was asked for; of that one only, since each parser costs time."""
+        """Arguments of the command that are no options; of the requested command only, since each parser costs time."""
         skip = {"model", "datamodule", "dataloaders", "weights_only"}
         skip |= {"verbose", "return_predictions"}  # Report prints the metrics, and predictions go to disk
         if self.command == "fit":
@@ -135,10 +126,11 @@ class DescantCLI(LightningCLI):
         command, request = args[0], self.request
         if wanted(request):
             self.walk = precheck(Live(self._parser(command)), request.configs, request.options, request.trust)
-        self.config = parser.parse_args(args)
+        read_replaced()
+        self.config = parser.parse_args([command, *request.arguments()])  # the walk may have replaced old names
 
     def _parse_ckpt_path(self) -> None:
-        """Checkpoints hold no hyper-parameters: nothing of theirs goes into the configuration."""
+        """Nothing: checkpoints hold no hyper-parameters."""
 
     @property
     def options(self) -> Namespace:
@@ -147,7 +139,7 @@ class DescantCLI(LightningCLI):
 
     @property
     def name(self) -> str:
-        """Of the run: given, or the first configuration's."""
+        """Name of the run: ``--name``, or that of the first configuration."""
         own = run_name(self.request.configs[0]) if self.request.configs else self.subcommand
         return str(self.options.get("name") or own)
 
@@ -159,7 +151,7 @@ class DescantCLI(LightningCLI):
         rules.allow, rules.verify = self.options.changed == "allow", bool(self.options.verify)
         if self.options.trainer.use_distributed_sampler:
             fail("trainer.use_distributed_sampler: true: the data module itself cuts the batch over ranks")
-        if self.command == "fit" and not runs.launched():
+        if self.command == "fit" and self.request.configs and not runs.launched():
             for file in inert(self.request.configs, self.walk.default):
                 say(f"warning: --config {shown(file)} changes nothing")
             for line in composed(self.request.configs, self.request.options):
@@ -176,33 +168,33 @@ class DescantCLI(LightningCLI):
                 say(f"warning: {other}")
         self.folder = Folder(self.place, text)
         if self.request.explain:
-            told = explained(yaml.safe_load(text), self.request.configs, self.request.options)
-            print("\n".join(map(printable, told)), "\n")
+            rows = explained(yaml.safe_load(text), self.request.configs, self.request.options)
+            print("\n".join(map(printable, rows)), "\n")
         folder = str(self.place.folder)
-        given = _placed(self.options.trainer.default_root_dir, folder)
+        given = placed(self.options.trainer.default_root_dir, folder)
         if given and self.request.command == "fit" and runs.rank() == 0:
             Path(given).mkdir(parents=True, exist_ok=True)
-            lock.take(Path(given))  # what trains writes there, and its points are looked for in the run's folder
+            lock.take(Path(given))  # logs go there, resume points to the run's folder
         self.options.trainer.default_root_dir = given or folder
-        self.options["trainer"] = _placed(self.options.trainer, folder)
+        self.options["trainer"] = placed(self.options.trainer, folder)
 
     def _saved(self) -> str:
-        """The configuration as ``config.yaml`` holds it."""
+        """The text of ``config.yaml``."""
         saved = self.options.clone()
         for key in CALL:
             saved.pop(key, None)
-        saved["trainer"] = _without_enums(saved.trainer)
+        saved["trainer"] = without_enums(saved.trainer)
         text: str = self._parser(self.subcommand).dump(saved, skip_unset=False, skip_validation=True)
         return text
 
     def _decide(self) -> runs.Run:
         """Rank 0 only: the folder, the checkpoint and the precision of this call."""
-        precision.chosen(self.options.trainer)  # refused before a folder is made
+        precision.chosen(self.options.trainer)  # before a folder is made
         place = self._place()
         resumed = place.checkpoint if self.command == "fit" else None
         kept = runs.precision_of(Path(resumed).parent.parent) if resumed is not None else None
         try:
-            self.options.trainer.precision = precision.resolve(self.options.trainer, kept, self.told.append)
+            self.options.trainer.precision = precision.resolve(self.options.trainer, kept, self.lines.append)
             if resumed is not None:
                 require_unchanged(Path(resumed), self._saved(), self.options.changed == "allow")
         except Refusal:
@@ -222,11 +214,11 @@ class DescantCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         Parser.failed = None
         super().instantiate_classes()
-        for line in self.told:  # only now: what cannot be built is told in one line alone
+        for line in self.lines:  # only now: a failed build prints its own line alone
             say(line)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
-        # first: its folder must say what it is before anything else is written to it
+        # Folder first: config.yaml is written before anything else
         given = config.get("callbacks") or []
         config["callbacks"] = [self.folder, *once(given if isinstance(given, list) else [given])]
         if self.subcommand == "fit":
@@ -236,14 +228,14 @@ class DescantCLI(LightningCLI):
             sets = str(self.options.get("sets") or "").split(",")
             config["callbacks"].append(Predictions(self.place, [name.strip() for name in sets if name.strip()]))
         if self.subcommand == "fit" and not self.place.fresh:
-            self._forget_the_undone(config.get("logger"), self.place.checkpoint)
-        config["plugins"] = _with_store(config.get("plugins"))
+            purge_after(config.get("logger"), self.place.checkpoint)
+        config["plugins"] = with_store(config.get("plugins"))
         if not ("writes" in self.request.trust or any(writes(*option) for option in self.request.options)):
             for plugin in config["plugins"]:
                 if isinstance(plugin, AtomicIO):
                     plugin.inside = self.place.folder
         if self.checking is not None:
-            # one process and the first step's doorstep: what a cluster would add cannot be tried here
+            # one process, up to the first step
             config |= {"devices": 1, "num_nodes": 1, "callbacks": [*config["callbacks"], self.checking]}
         trainer = super()._instantiate_trainer(config, callbacks)
         for logger in trainer.loggers:
@@ -251,31 +243,24 @@ class DescantCLI(LightningCLI):
                 logger.monitor(trainer.checkpoint_callbacks)
         cluster = trainer._accelerator_connector.cluster_environment
         if trainer.world_size > 1 and isinstance(cluster, LightningEnvironment) and not runs.launched():
-            _require_port(os.environ.get("MASTER_PORT"))
+            require_port(os.environ.get("MASTER_PORT"))
         if isinstance(cluster, SLURMEnvironment):
-            cluster.auto_requeue = False  # it saves inside the handler, and a slow rank then waits for ever
+            cluster.auto_requeue = False  # it saves inside the signal handler, and a slow rank then waits for ever
         launcher = trainer.strategy.launcher
         if isinstance(launcher, _SubprocessScriptLauncher):
             self.ranks = Ranks(launcher, self.place.folder, (Stopped, RollBack), lambda: clear(self))
-            launcher.launch = self.ranks.launch  # type: ignore[method-assign]  # its own leaves ranks behind
+            launcher.launch = self.ranks.launch  # type: ignore[method-assign]  # Lightning's leaves ranks running
         return trainer
-
-    def _forget_the_undone(self, loggers: Any, point: str | Path | None) -> None:
-        """What TensorBoard holds of steps after ``point``: its writer strikes that out when it opens the file."""
-        facts = manifest.known(Path(point)) if point is not None else {}
-        for logger in loggers if isinstance(loggers, list) else [loggers]:
-            if isinstance(logger, TensorBoardLogger):
-                logger._kwargs["purge_step"] = facts.get("log_step") or 0
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        if subcommand != "fit":  # Report prints metrics, and predictions go to disk
+        if subcommand != "fit":  # Report prints metrics; predictions go to disk
             kwargs |= {"return_predictions": False} if subcommand == "predict" else {"verbose": False}
         require_plain(self.trainer.strategy, self.place.checkpoint)
         return {**kwargs, "ckpt_path": self.place.checkpoint, "weights_only": True}
 
     def fit(self, **kwargs: Any) -> None:
-        """``Trainer.fit``, and again from an earlier point where a callback asks for it."""
+        """``Trainer.fit``, repeated from an earlier resume point when a callback raises RollBack."""
         while True:
             try:
                 return self.trainer.fit(**kwargs)
@@ -283,89 +268,33 @@ class DescantCLI(LightningCLI):
                 kwargs["ckpt_path"] = str(back.path)
                 for logger in self.trainer.loggers:
                     if isinstance(logger, TensorBoardLogger):
-                        logger._experiment = None  # the next one begins by striking out what is undone
-                self._forget_the_undone(self.trainer.loggers, back.path)
+                        logger._experiment = None  # the next writer purges the undone steps
+                purge_after(self.trainer.loggers, back.path)
 
     def after_fit(self) -> None:
         if self.options.test and not self.trainer.interrupted:
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
 
 
-def require_plain(strategy: Strategy, checkpoint: str | None) -> None:
-    """Raises ValueError for a checkpoint that runs code, where the strategy itself unpickles it, as FSDPStrategy does.
-
-    Others read it through the plugin, :class:`~descant.run.store.AtomicIO`, with weights_only.
-    """
-    if checkpoint is not None and isinstance(strategy, FSDPStrategy):
-        try:
-            load_plain(checkpoint, map_location="cpu", mmap=True)
-        except RuntimeError as error:
-            raise ValueError(f"{checkpoint}: cannot be read ({' '.join(str(error).split())[:120]})") from None
-
-
 class _Parsed(Exception):
-    """Raised where only the parser was wanted."""
+    """Raised once the parser exists."""
 
 
 def live(command: str) -> Live:
-    """What the parser of a command says of all that it takes."""
+    """The schema of a command, from its own parser."""
 
-    class FusionContext(DescantCLI):
+    class ParserOnly(DescantCLI):
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
             raise _Parsed
 
-    asked = FusionContext.__new__(FusionContext)
+    cli = ParserOnly.__new__(ParserOnly)
     with contextlib.suppress(_Parsed):
-        asked.__init__(Request(command))  # type: ignore[misc]
-    return Live(asked._parser(command))
-
-
-def once(callbacks: list[L.Callback]) -> list[L.Callback]:
-    """Of callbacks that make sense once only (``once = True``), the last of each class: overlays override."""
-    last = {type(callback): callback for callback in callbacks}
-    return [c for c in callbacks if not getattr(c, "once", False) or last[type(c)] is c]
-
-
-def _with_store(given: Any) -> list[Any]:
-    """The plugins of a trainer, one of which writes checkpoints: ours, unless another one was given."""
-    plugins = given if isinstance(given, list) else [given] * (given is not None)
-    return plugins if any(isinstance(plugin, CheckpointIO) for plugin in plugins) else [*plugins, AtomicIO()]
-
-
-def _placed(value: Any, place: str) -> Any:
-    """``RUN`` at the beginning of texts replaced by the run's folder, at any depth."""
-    if isinstance(value, str):
-        return place + value[len(PLACE) :] if value == PLACE or value.startswith(f"{PLACE}/") else value
-    if isinstance(value, list):
-        return [_placed(item, place) for item in value]
-    if isinstance(value, dict):
-        return {key: _placed(item, place) for key, item in value.items()}
-    if isinstance(value, Namespace):
-        return Namespace({key: _placed(item, place) for key, item in vars(value).items()})
-    return value
-
-
-def _require_port(text: str | None) -> None:
-    """Refuse a port, given by the environment, that is none or is taken: ranks started first would wait for it in vain.
-
-    Raises:
-        Refusal: with the nearest remedy.
-    """
-    if text is None:
-        return
-    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
-        fail(f"MASTER_PORT {text}: not the number of a port (0 to 65535)")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the ranks do, so that both find the same
-        try:
-            probe.bind(("", int(text)))
-        except OSError as error:
-            why = "in use on this machine" if error.errno == errno.EADDRINUSE else f"{error.strerror}".lower()
-            fail(f"MASTER_PORT {text}: {why}; another one, or none, by which a free one is taken")
+        cli.__init__(Request(command))  # type: ignore[misc]
+    return Live(cli._parser(command))
 
 
 def disk_line(error: BaseException, place: runs.Run | None) -> str | None:
-    """The line for a disk that is full or read-only, and where the run goes on; None for other errors."""
+    """The line for a disk that is full or read-only, with the resume point; None for other errors."""
     line = disk_fault(error, place.folder) if place is not None else None
     if line is None or place is None:
         return None
@@ -374,32 +303,19 @@ def disk_line(error: BaseException, place: runs.Run | None) -> str | None:
 
 
 @contextlib.contextmanager
-def _threads_told_once() -> Iterator[None]:
-    """TensorBoard's writer keeps an error of its thread, and raises it at the next call: not twice on the screen."""
+def _quiet_writer_threads() -> Iterator[None]:
+    """Silence an OSError in TensorBoard's writer thread, which raises it again at the next call."""
     before = threading.excepthook
 
-    def hook(told: threading.ExceptHookArgs) -> None:
-        if not isinstance(told.exc_value, OSError):
-            before(told)
+    def hook(raised: threading.ExceptHookArgs) -> None:
+        if not isinstance(raised.exc_value, OSError):
+            before(raised)
 
     threading.excepthook = hook
     try:
         yield
     finally:
         threading.excepthook = before
-
-
-def _without_enums(value: Any) -> Any:
-    """Members of enumerations by their values, at any depth: a default may be one, and YAML has no such thing."""
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, list):
-        return [_without_enums(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _without_enums(item) for key, item in value.items()}
-    if isinstance(value, Namespace):
-        return Namespace({key: _without_enums(item) for key, item in vars(value).items()})
-    return value
 
 
 def run(request: Request) -> int:
@@ -412,22 +328,27 @@ def run(request: Request) -> int:
     enforce(request.trust)
     elastic.own_store()
     if request.trust and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a trusted module is mostly the user's own file; last, so that it hides none
+        sys.path.append(os.getcwd())  # a trusted module is mostly a local file; last, so that it shadows none
     cli = DescantCLI.__new__(DescantCLI)
     fault = None
     try:
         code = _answered(cli, request)
         fault = cli.ranks.join() if cli.ranks is not None else None
     finally:
-        ranks: Ranks | None = getattr(cli, "ranks", None)  # of what is half built
-        if ranks is not None:
-            ranks.kill()  # nothing, where they have ended
-        clear(cli)
-    return _told(fault) if fault is not None and code == 0 else code
+        release(cli)
+    return _exit_code(fault) if fault is not None and code == 0 else code
+
+
+def release(cli: DescantCLI) -> None:
+    """End the ranks that a call started, and :func:`clear`; the command line may be half built."""
+    ranks: Ranks | None = getattr(cli, "ranks", None)
+    if ranks is not None:
+        ranks.kill()  # nothing, where they have ended
+    clear(cli)
 
 
 def clear(cli: DescantCLI) -> None:
-    """Give back what the call held; the folder of a run that never began is removed."""
+    """Release locks and the environment; the folder of a run that never started is removed."""
     runs.forget()
     lock.release()
     started, folder = getattr(cli, "folder", None), getattr(cli, "place", None)
@@ -435,25 +356,25 @@ def clear(cli: DescantCLI) -> None:
         folder.discard()
 
 
-def _told(fault: Ended) -> int:
+def _exit_code(fault: Ended) -> int:
     if fault.line:
         say(fault.line)
     return fault.code
 
 
 def _answered(cli: DescantCLI, request: Request) -> int:
-    """Run one command on a command line that is not built yet; returns its exit code."""
+    """Build and run one command; returns its exit code."""
     try:
-        with policy(allowed(request.trust)), _threads_told_once():
-            cli.__init__(request)  # type: ignore[misc]  # in two steps: what is half built must still be cleared away
+        with policy(allowed(request.trust)), _quiet_writer_threads():
+            cli.__init__(request)  # type: ignore[misc]  # in two steps: release() needs what is half built
     except Refusal:
         raise
     except Ended as fault:
-        return _told(fault)
+        return _exit_code(fault)
     except Stopped as stop:
         if cli.trainer.is_global_zero:
             say(f"{stop}; --resume auto goes on there")
-        # the rank that launched this one answers for both, and is killed where this one fails before it has ended
+        # the rank that launched this one gives the exit code
         return 0 if runs.launched() else stop.code
     except Checked:
         print("\n".join(cli.checking.lines) if cli.checking else "")

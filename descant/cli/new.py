@@ -1,4 +1,4 @@
-"""``descant new``: a recipe, callback or data module of your own, with its YAML and its test, to begin from."""
+"""``descant new``: write a recipe, callback or data module of your own, with its YAML and its test."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from itertools import chain, count
 from pathlib import Path
 
 from descant.cli.errors import fail, hint
-from descant.cli.names import table
 from descant.cli.options import Options
+from descant.modules.io.names import table
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
 #: Kind -> the name that its template stands under.
@@ -33,7 +33,7 @@ on data that ships with Descant. The class is NAME in CamelCase. Nothing is ever
 
   recipe      two towers, two terms that stay per sample, and what proves both; trains on the emoji pack
   callback    measures a recipe through a protocol, refuses one that lacks it; an overlay of experiments
-  datamodule  pictures and texts from a file, with real missingness, splits and evaluation sets
+  datamodule  images and texts from a file, with real missingness, splits and evaluation sets
 
 Options:
   NAME        in snake_case, such as my_recipe
@@ -43,7 +43,7 @@ A class outside Descant needs --trust NAME, from the folder that holds NAME.py."
 
 
 def main(args: Sequence[str]) -> int:
-    """Write the three files, and tell what to type next.
+    """Write the three files and print what to type next.
 
     Raises:
         Refusal: for an unknown kind, a name that cannot be, or files that are there already.

@@ -1,4 +1,4 @@
-"""The parser of a command that has its own: one line for a fault, with the nearest option."""
+"""ArgumentParser whose errors are one line with the nearest option, for commands with their own parser."""
 
 from __future__ import annotations
 

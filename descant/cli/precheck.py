@@ -1,7 +1,7 @@
-"""A look at every key before the real parse: the first fault is told with its place and the nearest key.
+"""Check every key before the real parse: the first error is one line with place and nearest key.
 
-The parser finds the same faults, but says them in the middle of a long union of attempts and names no file. It is done
-twice: with what was written down of the parser, before torch is imported, and with the parser itself.
+The parser's own errors are long unions of attempts that name no file. The check runs twice: on the cached schema,
+before torch is imported, and on the parser itself.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from descant.cli import bounds, names, schema, trust
+from descant.cli import bounds, schema, trust
 from descant.cli.arguments import Request
 from descant.cli.catalogue import BASE, OVERLAYS, ROOT
-from descant.cli.document import Node, load, option
+from descant.cli.document import Node, load, option, rename, replaced, retyped
 from descant.cli.errors import Refusal, hint, nearest
 from descant.cli.schema import Entry, Key, Part, Schema, Type, Unknown
+from descant.modules.io import names, renamed
 
 _SPEC = ("class_path", "init_args", "dict_kwargs")
 #: Keys of the command line only.
@@ -24,7 +25,7 @@ _CALL_ONLY = {
     "trust": "a configuration cannot trust itself",
     "config": "files are composed on the command line",
 }
-#: What people type for a key that is elsewhere and is called otherwise.
+#: Common names of keys that are called otherwise here.
 _SHORT = {
     "seed": "seed_everything",
     "epochs": "max_epochs",
@@ -40,17 +41,19 @@ Path_ = tuple[str, ...]
 
 
 def wanted(request: Request) -> bool:
-    """Whether a request is to be looked at: one for help is answered, whatever else it says."""
+    """Whether a request is to be checked: requests for help are not."""
     return not any(key == "help" or key.endswith(".help") for key, _ in request.options)
 
 
 def precheck(
     known: Schema,
     files: Sequence[Path],
-    options: Sequence[tuple[str, str | None]],
+    options: list[tuple[str, str | None]],
     trusted: Sequence[str],
 ) -> Walk:
-    """Check configurations and options in the order in which they count; what was found on the way.
+    """Check configurations and options in the order in which they apply; returns the state reached.
+
+    Options that hold a name of an earlier version are replaced in place.
 
     Raises:
         Refusal: for the first unknown key, unknown or untrusted class, or value of a wrong type.
@@ -60,19 +63,19 @@ def precheck(
     for file in (BASE, *files):
         root = load(file)
         if not root.content:
-            raise Refusal(
-                f"{root.where}: it says nothing: a configuration is a mapping of keys, such as model: and data:"
-            )
+            raise Refusal(f"{root.where}: empty: a configuration is a mapping of keys, such as model: and data:")
         walk.source(root)
-    for key, value in options:
+    for number, (key, value) in enumerate(options):
         if value is not None and not key.endswith(("help", "print_config")):
-            walk.source(option(key, value))
+            root = option(key, value)
+            walk.source(root)
+            options[number] = retyped(key, value, root)
     walk.required()
     return walk
 
 
 def _one_experiment(files: Sequence[Path]) -> None:
-    """Raises Refusal for two experiments that ship: their keys would be mixed, and a fault be told of neither."""
+    """Raises Refusal for two experiments that ship: their keys would be mixed without an error."""
     if len(files) < 2:
         return
     root, given = ROOT.resolve(), list[str]()
@@ -86,7 +89,7 @@ def _one_experiment(files: Sequence[Path]) -> None:
 
 
 class Walk:
-    """The state of a check: which class stands at each path so far, and which of its keys are given."""
+    """State of a check: the class at each path so far, and which of its arguments are given."""
 
     def __init__(self, known: Schema, trusted: Sequence[str]) -> None:
         self.schema, self.trusted = known, trusted
@@ -96,9 +99,10 @@ class Walk:
         self.given: dict[Path_, set[str]] = {}
         self.last: dict[Path_, Path_] = {}  # list -> its last item
         self.added = 0  # items that options have added
+        self.files = list[Node]()  # of this source: itself, and those it names
 
     def default(self, place: Sequence[str | int]) -> str | None:
-        """The default at a place, as text; None where there is none, or nobody knows."""
+        """The default at a place, as text; None where there is none or it is unknown."""
         *path, last = map(str, place)
         entry = self.classes.get(tuple(path))
         key = entry.keys.get(last) if entry is not None else self.schema.command().get(".".join((*path, last)))
@@ -106,6 +110,7 @@ class Walk:
 
     def source(self, root: Node) -> None:
         """One file or option."""
+        self.files = [root]
         for key, node in root.walk():
             if key == "class_path" and isinstance(node.content, str) and "." in node.content:
                 self._allowed(node.content, node.where)
@@ -134,16 +139,16 @@ class Walk:
 
     @staticmethod
     def _said(keys: Mapping[str, Key], groups: set[str], node: Node) -> set[str]:
-        """What may stand where ``node`` stands, without a group before it."""
+        """Keys that are valid at the top level of ``node``."""
         return ({*keys, *groups} - _dotted(keys)) | ({*_CALL_ONLY} if node.typed else set())
 
     def _guarded(self, node: Node, path: Path_, of: Any = None) -> None:
-        """What a file may not say by itself, wherever it says it."""
+        """Refuse what a file may not set without --trust, at any depth."""
         if isinstance(node.content, dict):
             named = node.content.get("class_path")
             of = of if named is None else named.plain
             for key, child in node.content.items():
-                with _told(_at(child, (*path, key))):
+                with _placed(_at(child, (*path, key))):
                     trust.guard(key, child.plain, self.trusted, of)
                 self._guarded(child, *((path, of) if key in _SPEC else ((*path, key), None)))
         elif isinstance(node.content, list):
@@ -169,7 +174,7 @@ class Walk:
         several, text = isinstance(node.content, list | dict), schema.takes_text(key.type)
         classy = isinstance(node.content, dict | str) or schema.items(key.type) is not None
         if path[-1].endswith("+") or (classy and schema.has_classes(key.type)):
-            return  # each class was looked at by itself
+            return  # each class was checked by itself
         value = node.plain if node.raw is None or (several and not text) else node.raw
         if not self.schema.accepts(owner, name, value):
             words = [str(word) for choice in schema.parts(key.type, "choice") for word in choice]
@@ -182,7 +187,7 @@ class Walk:
                 raise Refusal(f"{_at(node, path)}: {why}")
 
     def _uncalled(self, node: Node, kind: Type, path: Path_, inside: bool = False) -> None:
-        """A value that may be a function, or an object that is called: only what the user has named is one."""
+        """Refuse functions and callables that the user has not named by --trust."""
         content, classes = node.content, schema.has_classes(kind)
         if isinstance(content, list | dict) and "class_path" not in content:
             for child in content.values() if isinstance(content, dict) else content:
@@ -191,7 +196,7 @@ class Walk:
         if isinstance(content, dict):
             name = str(content["class_path"].content)
             if classes and not inside:
-                return  # it has to be of their kind
+                return  # its kind is checked
         elif isinstance(content, str) and "." in content and not (classes and self.schema.is_class(content)):
             name = content
         else:
@@ -201,7 +206,7 @@ class Walk:
             raise Refusal(f"{_at(node, path)}: {name} would be called: --trust {where} if you trust it")
 
     def _typed(self, node: Node, kind: Type, path: Path_) -> None:
-        """Look into a value of type ``kind`` for classes."""
+        """Find the classes inside a value of type ``kind``."""
         items, base = schema.items(kind), (*path[:-1], path[-1].removesuffix("+"))
         if isinstance(node.content, list):
             if items is None:
@@ -214,7 +219,7 @@ class Walk:
             self.added += 1
             self._item(node, items, base, f"@{node.where}{self.added}")
         elif isinstance(node.content, dict) and node.typed and items and base in self.last:
-            self._typed(node, items, self.last[base])  # an option below a list speaks of its last item
+            self._typed(node, items, self.last[base])  # an option below a list sets its last item
         elif classes := schema.classes(kind):
             self._class(node, kind, classes, path)
         elif isinstance(node.content, dict) and (values := schema.values(kind)) is not None:
@@ -234,11 +239,15 @@ class Walk:
     def _class(self, node: Node, kind: Type, classes: Sequence[Part], path: Path_) -> None:
         if isinstance(node.content, str):
             text = node.content
+            if renamed.current(text) in {*self.schema.names(classes)} or not schema.takes_text(kind):
+                text = rename(text, node.where)
+            if text != node.content:
+                self._replaced(node, text)
             if schema.takes_text(kind) and text not in names.table() and text not in self.schema.names(classes):
                 if not (node.folder / text).is_file():
                     self._forget(path)
                     return
-                node = self._file(node)  # the parser reads it, whatever its name
+                node = self._file(node)  # whatever its suffix
             elif _is_file(text):
                 node = self._file(node)
             else:
@@ -246,7 +255,7 @@ class Walk:
         if not isinstance(node.content, dict):
             if not schema.fits(kind, node.content):
                 raise Refusal(f"{_at(node, path)}: expected {schema.in_words(kind)}, got {_short(node.plain)}")
-            self._forget(path)  # what stood there before is gone, and what it needed
+            self._forget(path)  # the class before it, and its arguments, are gone
             return
         content = node.content
         if "class_path" in content:
@@ -261,6 +270,9 @@ class Walk:
             return
         if "dict_kwargs" in content:
             self._unseen(content["dict_kwargs"], path)
+        arguments = content["init_args"].content if "init_args" in content else content
+        if isinstance(arguments, dict) and renamed.rename_arguments(self.classes[path].name, arguments, node.where):
+            self._replaced()
         if "class_path" in content or "init_args" in content:
             inner = content.get("init_args", Node({}, node.where, node.folder, typed=node.typed))
         else:
@@ -270,6 +282,12 @@ class Walk:
             raise Refusal(f"{_at(inner, path)}: init_args are keys, got {_short(inner.plain)}")
         self._arguments(inner, path)
 
+    def _replaced(self, node: Node | None = None, text: str = "") -> None:
+        """Have the parser read the nodes in place of the files; ``text`` is the present name of an old one."""
+        if node is not None:
+            node.content = text
+        replaced.update({file.text: file for file in self.files if file.text})
+
     def _arguments(self, node: Node, path: Path_) -> None:
         cls = self.classes[path]
         for key, child in node.content.items():
@@ -277,13 +295,13 @@ class Walk:
             if plain not in cls.keys:
                 raise Refusal(f"{_at(child, (*path, key))}: {cls.name} has no such key{self._near(plain, cls.keys)}")
             self.given[path].add(plain)
-            if not (child.typed or child.folder.is_relative_to(ROOT.resolve())):  # the class may be of another file
-                with _told(_at(child, (*path, key))):
+            if not (child.typed or child.folder.is_relative_to(ROOT.resolve())):  # the class may come from another file
+                with _placed(_at(child, (*path, key))):
                     trust.guard(plain, child.plain, self.trusted, cls.name)
             self._value(child, cls, plain, cls.keys[plain], (*path, key))
 
     def _unseen(self, node: Node, path: Path_) -> None:
-        """Arguments that nobody knows the types of: of a file none are taken, but for a class that the user names."""
+        """dict_kwargs, whose types are unknown: a file may set them only for a class named by --trust."""
         cls = self.classes[path]
         if node.content and not (node.typed or trust.named(cls.path, self.trusted)):
             first = next(iter(node.content)) if isinstance(node.content, dict) else ""
@@ -291,7 +309,7 @@ class Walk:
             raise Refusal(f"{where}: a file may not say them: --trust {cls.path}, or the arguments under init_args")
 
     def _near(self, key: str, known: Mapping[str, Key]) -> str:
-        """What was meant: a key that is nearly this one, else this very key of another class."""
+        """The nearest key, else the class that has exactly this one."""
         homes = [_dots(path) for path, cls in self.classes.items() if key in cls.keys]
         homes += ["trainer"] if f"trainer.{key}" in self.schema.command() else []
         if homes and nearest(key, known, cutoff=0.75) is None:
@@ -299,7 +317,7 @@ class Walk:
         return hint(key, known)
 
     def _named(self, node: Node, classes: Sequence[Part], path: Path_) -> None:
-        """Find the class of a ``class_path``, and remember it at this path."""
+        """Resolve a ``class_path`` and record the class at this path."""
         name = node.content
         if not isinstance(name, str) or not name.isprintable():
             raise Refusal(f"{_at(node, path)}: class_path is a name, got {_short(name)}")
@@ -323,12 +341,12 @@ class Walk:
         if before is not None:
             for child in [child for child in self.classes if child[: len(path)] == path and child != path]:
                 if child[len(path)].partition("@")[0] not in cls.keys:
-                    self._forget(child)  # of the class before it alone
+                    self._forget(child)  # belongs to the replaced class alone
         self.classes[path], self.places[path] = cls, where
         self.given[path] = {key for key in self.given.get(path, ()) if key in cls.keys}
 
     def required(self) -> None:
-        """What no source has given."""
+        """Raises Refusal for a required argument that no source gives."""
         for key in ("model", "data"):
             if (key,) not in self.classes and (key,) not in self.unknown:
                 raise Refusal(f"no {key}: --config NAME chooses an experiment (descant list)")
@@ -340,22 +358,23 @@ class Walk:
 
     def _kind(self, found: Entry, classes: Sequence[Part], where: str) -> None:
         kinds = [part["class"] for part in classes if isinstance(part, dict) and part["class"] in found.lineage]
-        with _told(where):
-            trust.require(found.path, self.trusted)  # a short name has not been looked at
+        with _placed(where):
+            trust.require(found.path, self.trusted)  # a short name was not checked before
             trust.require_kind(found.path, kinds, self.trusted)
 
     def _allowed(self, name: str, where: str) -> None:
-        with _told(where):
+        with _placed(where):
             trust.require(name, self.trusted)
 
     def _file(self, node: Node) -> Node:
-        """The content of a sub-file, where a value names one."""
+        """The nodes of the file that a value names, else the value itself."""
         if not isinstance(node.content, str):
             return node
         file = node.folder / node.content
         if not file.is_file():
             raise Refusal(f"{node.where}: no such file: {file}")
         found = load(file)
+        self.files.append(found)
         self._guarded(found, ())
         for key, child in found.walk():
             if key == "class_path" and isinstance(child.content, str) and "." in child.content:
@@ -364,8 +383,8 @@ class Walk:
 
 
 @contextmanager
-def _told(where: str) -> Iterator[None]:
-    """What is refused inside is refused at this place."""
+def _placed(where: str) -> Iterator[None]:
+    """Prefix a Refusal raised inside with its place."""
     try:
         yield
     except Refusal as refusal:
@@ -377,12 +396,12 @@ def _is_file(text: str) -> bool:
 
 
 def _dots(path: Path_) -> str:
-    """The path as a user writes it; items of lists have no name there."""
+    """The dotted path as a user types it, without list items."""
     return ".".join(part for part in path if "@" not in part)
 
 
 def _at(node: Node, path: Path_) -> str:
-    """``FILE:LINE: KEY``; an option says its key already."""
+    """``FILE:LINE: KEY``; for an option, its key."""
     return node.where if node.typed else f"{node.where}: {_dots(path)}"
 
 

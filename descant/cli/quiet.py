@@ -1,11 +1,11 @@
-"""A quiet terminal: Lightning's chatter goes, real warnings stay."""
+"""Silence Lightning's informational messages; real warnings stay."""
 
 from __future__ import annotations
 
 import logging
 import warnings
 
-#: Warnings that say nothing about this run: advice on settings that Descant chose on purpose.
+#: Warnings about settings that Descant chose on purpose.
 _CHATTER = (
     ".*does not have many workers.*",
     ".*is smaller than the logging interval.*",
@@ -15,7 +15,7 @@ _CHATTER = (
     ".*The `srun` command is available.*",
     ".*isinstance.treespec, LeafSpec.*",
     ".*No device id is provided via.*",
-    ".*ended before the epoch ended and your dataloader is.*",  # Resume says it where it is true
+    ".*ended before the epoch ended and your dataloader is.*",  # Resume warns where it is true
     ".*in eval mode at the start of training.*",  # frozen towers, which stay so
 )
 

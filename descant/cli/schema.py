@@ -1,7 +1,6 @@
-"""What a configuration may say, as plain data: no torch, no imports of what it names.
+"""Schema of configurations as plain data: argument names, types, defaults; no torch, no imports of classes.
 
-Two hold it: the parser itself (:mod:`descant.cli.signatures`), and what was written down of it
-(:mod:`descant.cli.dump`).
+Implemented by the parser itself (:mod:`descant.cli.signatures`) and by a cached copy (:mod:`descant.cli.dump`).
 
 A type is a list of parts, any of which a value may be: "null", "int", "float", "bool", "str", "any", {"choice": words},
 {"list": type}, {"map": type}, {"class": path, "skip": what a factory gets from the program}, {"other": name}.
@@ -20,7 +19,7 @@ Type = list[Part]
 
 @dataclass(frozen=True)
 class Key:
-    """One argument: its type, its default as text (None where it must be given), and what is said of it."""
+    """One argument: type, default as text (None where it is required), and help text."""
 
     type: Type
     default: str | None = None
@@ -29,7 +28,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Entry:
-    """A class: ``path`` that names it, those of all classes that it is, and its arguments in their order."""
+    """A class: import path, paths of its bases, and its arguments in order."""
 
     path: str
     lineage: Sequence[str]
@@ -45,14 +44,14 @@ class Entry:
 
 
 class Unknown(Exception):
-    """Only the parser itself can say: the class is of a module that was not written down."""
+    """The class is of a module that is not in the cache: ask the parser."""
 
 
 class Schema(Protocol):
-    """Who knows what may be said."""
+    """Interface of the two schemas."""
 
     def command(self) -> Mapping[str, Key]:
-        """Dotted key -> argument, of a command and its trainer."""
+        """Dotted key -> argument of a command and its trainer."""
 
     def find(self, name: str, kinds: Sequence[Part]) -> Entry:
         """The class that ``name``, short or full, means where one of ``kinds`` is expected.
@@ -62,23 +61,23 @@ class Schema(Protocol):
         """
 
     def names(self, kinds: Sequence[Part]) -> Mapping[str, str]:
-        """Short name -> path of what is of one of ``kinds``."""
+        """Short name -> import path of the classes of ``kinds``."""
 
     def alone(self, kinds: Sequence[Part]) -> Entry | None:
-        """The class that is meant where none is named: the only one that is expected, if it can be made."""
+        """The class used where none is named: the only one of ``kinds``, if it is not abstract."""
 
     def accepts(self, owner: Entry | None, name: str, value: Any) -> bool:
-        """Whether ``value`` may stand at the key ``name`` of a class, or of the command."""
+        """Whether ``value`` is valid for the argument ``name`` of a class, or of the command."""
 
     def is_class(self, name: str) -> bool:
-        """Whether a full name is that of a class, as far as can be told."""
+        """Whether an import path is that of a class, as far as is known."""
 
 
 # types --------------------------------------------------------------------------------------------------------------
 
 
 def parts(type: Type, of: str) -> Iterator[Any]:
-    """What stands under ``of`` in the parts that have it."""
+    """The values of ``of`` in the parts that have it."""
     yield from (part[of] for part in type if isinstance(part, dict) and of in part)
 
 
@@ -119,7 +118,7 @@ def calls(type: Type) -> bool:
 
 
 def kinds(some: Sequence[Part]) -> str:
-    """How kinds are called."""
+    """Names of kinds, for an error line."""
     return " or ".join(dict.fromkeys(part["class"].rpartition(".")[2] for part in some if isinstance(part, dict)))
 
 
@@ -127,7 +126,7 @@ _WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false",
 
 
 def in_words(type: Type) -> str:
-    """A type as a user would say it.
+    """A type in plain words.
 
     >>> in_words(["int", "null"]), in_words([{"map": ["float"]}]), in_words([{"list": [{"list": ["int"]}]}])
     ('a whole number or null', 'a mapping of names to numbers', 'a list of lists of whole numbers')
@@ -150,7 +149,7 @@ def in_words(type: Type) -> str:
 
 
 def _many(word: str) -> str:
-    """Several of what is one of; a choice stays as it is."""
+    """The plural of a type's words; a choice stays as it is."""
     if " or " in word or not word.startswith("a "):
         return word
     noun, of, rest = word.removeprefix("a ").partition(" of ")
@@ -158,7 +157,7 @@ def _many(word: str) -> str:
 
 
 def fits(type: Type, value: Any) -> bool:
-    """Whether a value may be of a type, as far as can be told without the program: what is in doubt fits.
+    """Whether a value may be of a type; True where only the parser can decide.
 
     >>> fits(["int", "null"], 3), fits(["int"], 3.5), fits([{"list": ["float"]}], ["x"]), fits(["int"], "3")
     (True, False, False, True)
@@ -189,7 +188,7 @@ def _fits(part: Part, value: Any) -> bool:
 
 
 def _number(text: str) -> Any:
-    """What the parser reads in a text where no text is expected."""
+    """The value that the parser reads from a text."""
     import yaml
     from jsonargparse._loaders_dumpers import get_yaml_default_loader
 

@@ -1,6 +1,6 @@
-"""What a class accepts, as the parser itself sees it. The one file that reaches into jsonargparse's insides.
+"""Schema of classes from jsonargparse's own actions. The one file that uses jsonargparse's private API.
 
-Asking the parser's own sub-parsers keeps the early check and the real parse from disagreeing.
+The early check and the real parse agree, since both use the parser's own sub-parsers.
 """
 
 from __future__ import annotations
@@ -15,18 +15,21 @@ from enum import Enum
 from functools import cached_property
 from typing import Any, Literal, Union, get_args, get_origin
 
-from jsonargparse import ArgumentParser, Namespace
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_loader
 from jsonargparse._actions import ActionConfigFile, filter_non_parsing_actions
 from jsonargparse._common import parser_context
+from jsonargparse._loaders_dumpers import yaml_load
 from jsonargparse._required import iter_required_keys
 from jsonargparse._typehints import ActionTypeHint, get_all_subclass_paths
 from jsonargparse._util import import_object
 from torch import Tensor
 
-from descant.cli import names
+from descant.cli.document import replaced
 from descant.cli.errors import hint, one_line
 from descant.cli.schema import Entry, Key, Part, Type, Unknown, kinds
 from descant.cli.trust import allowed
+from descant.modules.io import names
 
 _UNIONS = (Union, types.UnionType)
 _LISTS = (list, tuple, set, abc.Sequence, abc.Iterable, abc.Collection)
@@ -44,7 +47,7 @@ _PLAIN: dict[Any, Part] = {
 
 
 class Live:
-    """The schema of a running parser; it knows of every class that can be imported.
+    """The schema of a live parser: resolves every class that can be imported.
 
     Args:
         parser: of a command.
@@ -65,7 +68,7 @@ class Live:
     def find(self, name: str, kinds_: Sequence[Part]) -> Entry:
         found = self._full(name, kinds_) if "." in name else self._short(name, kinds_)
         if not inspect.isclass(found):
-            if allowed(name):  # a function would be called, and does what it does
+            if allowed(name):  # a function would be called
                 raise LookupError(f"{name} is no class")
             raise Unknown(name)  # of the user's own
         if not issubclass(found, self._of(kinds_)):
@@ -115,7 +118,7 @@ class Live:
             return False
 
     def entry(self, cls: type, skip: int = 0) -> Entry:
-        """What a class takes; a factory's first arguments come from the program, so they are no keys."""
+        """Arguments of a class; the first ``skip``, which a factory's caller gives, are no keys."""
         if (cls, skip) not in self._entries:
             with parser_context(parent_parser=self.parser, load_value_mode=self.parser.parser_mode):
                 parser: ArgumentParser = ActionTypeHint.get_class_parser(
@@ -139,11 +142,11 @@ class Live:
         return self.entry(self._of(kinds_)[0], kinds_[0].get("skip", 0))
 
     def paths(self, kinds_: Sequence[Part]) -> set[str]:
-        """The paths of all that is loaded and of one of some kinds."""
+        """Import paths of the loaded classes of some kinds."""
         return {path for cls in self._of(kinds_) for path in get_all_subclass_paths(cls)}
 
     def entries(self, kinds_: Sequence[Part], packages: tuple[str, ...]) -> Iterator[Entry]:
-        """What is of some kinds, these too, and of some packages; what no parser can be made for is left out."""
+        """Classes of some kinds, these included, in some packages; those without a parser are left out."""
         bases = {_canonical(cls): cls for cls in self._of(kinds_)}
         for path in sorted({*bases, *self.paths(kinds_)}):
             if path.startswith(packages):
@@ -197,7 +200,7 @@ class Live:
             yield {"other": part.__name__ if inspect.isclass(part) else str(part).replace("typing.", "")}
 
     def _made(self, arguments: Sequence[Any]) -> Type:
-        """The classes of what a factory returns."""
+        """Class parts of a factory's return type."""
         return (
             [part for part in self._type(arguments[-1]) if isinstance(part, dict) and "class" in part]
             if arguments
@@ -214,15 +217,24 @@ def find_class(path: str) -> Any:
     return import_object(path)
 
 
+def read_replaced() -> None:
+    """Have parsers read what is in :data:`descant.cli.document.replaced` in place of the files with that text."""
+
+    def load(text: str) -> Any:
+        return replaced[text].plain if text in replaced else yaml_load(text)
+
+    set_loader("yaml", load, (yaml.YAMLError,))
+
+
 def _actions(parser: ArgumentParser) -> dict[str, argparse.Action]:
-    """Key -> action of everything that a parser takes as configuration."""
+    """Key -> action, of the configuration arguments of a parser."""
     found = filter_non_parsing_actions(parser._actions)
     # a group such as `trainer` has an action for a sub-configuration: its keys are the group's
     return {a.dest: a for a in found if not isinstance(a, ActionConfigFile) and hasattr(a, "_typehint")}
 
 
 def _parts(hint: Any) -> Iterator[Any]:
-    """The members of a union, or the type itself; annotations and aliases are looked through."""
+    """The members of a union, or the type itself, without Annotated and aliases."""
     if hasattr(hint, "__value__"):
         yield from _parts(hint.__value__)
     elif get_origin(hint) is typing.Annotated:
@@ -246,13 +258,13 @@ def _canonical(cls: type) -> str:
 
 
 def _first_line(cls: type) -> str:
-    """What a class says of itself, in one line; a class that says nothing does not speak by its base."""
+    """The first paragraph of a class's own docstring, on one line."""
     lines = inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0].split()
     return " ".join(lines)
 
 
 def in_text(default: Any) -> str:
-    """A default as a user would write it."""
+    """A default as YAML text."""
     if default is None or isinstance(default, bool):
         return {None: "null", True: "true", False: "false"}[default]
     if isinstance(default, Namespace | dict) and default.get("class_path"):

@@ -1,4 +1,4 @@
-"""Which classes a configuration may name: an allow-list, checked before anything of that name is imported.
+"""Allow-list of the classes that a configuration may name, checked before any import.
 
 A configuration is data. Naming ``os.system`` in it must not run it, and must not even import the module.
 """
@@ -35,6 +35,8 @@ DENIED = (
         "descant.cli.main",
         "descant.__main__",
         "descant.load",
+        "descant.fit",
+        "descant.cli.python",
         "descant.export.loading",
         "descant.Embedder",
         "descant.export.export",
@@ -134,7 +136,7 @@ def require_kind(path: str, kinds: Sequence[str], trust: Sequence[str] = ()) -> 
 
 
 def named(path: str, trust: Sequence[str]) -> bool:
-    """Whether the user has named this very object, or a module that it is in.
+    """Whether --trust names this object or a module that it is in.
 
     >>> named("mine.parts.Tower", ["mine"]), named("minerva.Tower", ["mine"]), named("torch.nn.Linear", [])
     (True, False, False)
@@ -147,7 +149,7 @@ def _within(path: str, place: str) -> bool:
 
 
 def guard(key: str, value: Any, trust: Sequence[str] = (), of: Any = None) -> None:
-    """Raises Refusal for what a file may not say by itself: to run commands, believe a package, or write elsewhere.
+    """Raises Refusal for keys that a file may not set without --trust: shell commands, packages, writes elsewhere.
 
     Args:
         of: the class whose argument it is, as the file calls it.
@@ -176,7 +178,7 @@ def guard(key: str, value: Any, trust: Sequence[str] = (), of: Any = None) -> No
 
 
 def writes(key: str, value: str | None) -> bool:
-    """Whether an option says where to write: then the user does, and not a file.
+    """Whether an option sets where to write: then the user does, and not a file.
 
     >>> writes("trainer.callbacks.dirpath", "/scratch"), writes("model.width", "8")
     (True, False)
@@ -186,7 +188,7 @@ def writes(key: str, value: str | None) -> bool:
 
 
 def _remote(key: str, value: Any) -> str | None:
-    """What of a value is on another machine."""
+    """The part of a value that is on another machine."""
     if key == "class_path":
         name = str(value).rpartition(".")[2]
         return f"what {name} writes to" if name in _REMOTE else None
@@ -195,7 +197,7 @@ def _remote(key: str, value: Any) -> str | None:
 
 
 def _defined(name: str) -> str:
-    """Where a class is defined that is known by another name, too: the parser asks about that."""
+    """The defining path of a class, which the parser checks too."""
     try:
         found = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError):
@@ -204,7 +206,7 @@ def _defined(name: str) -> str:
 
 
 def enforce(trust: Sequence[str] = ()) -> None:
-    """Give jsonargparse the same list: the second wall, for whatever else in a file names an object."""
+    """Give jsonargparse the same list, as a second check."""
     from jsonargparse import set_parsing_settings
 
     trust = [*trust, *(_defined(name) for name in trust if name in DENIED)]

@@ -1,4 +1,4 @@
-"""Small files in a folder that somebody else may have made: regular ones of a bounded size, which lie below it."""
+"""Read small files of a folder from an untrusted source: regular, of bounded size, inside the folder."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from descant.recipes.base.recipe import Recipe
 PREPROCESS = "preprocess.yaml"
 
 
-def load(path: Path | str, checkpoint: str = "best", trust: Sequence[str] = ()) -> Recipe:
+def load(path: Path | str, checkpoint: str = "best", trust: Sequence[str] = (), into: Recipe | None = None) -> Recipe:
     """The recipe of a run or export with its weights, in eval mode: ``load(path).embed(batch)``.
 
     Where the run has an EMA average, these weights are the average, as in its own validation. It computes in float32
@@ -42,13 +42,18 @@ def load(path: Path | str, checkpoint: str = "best", trust: Sequence[str] = ()) 
         path: a run folder (``runs/demo/001``), a checkpoint in one, or a folder that ``descant export`` wrote.
         checkpoint: of a run folder: best (by its ModelCheckpoint's monitor; else last), last or a file in it.
         trust: modules that its configuration may name beside Descant's own.
+        into: a recipe built as the trained one was, which gets the weights: of runs of ``descant.fit``, whose
+            ``config.yaml`` names classes only.
 
     Raises:
         ValueError: if it does not exist, its configuration names a class that is not allowed, or the weights do not
             fit the model.
     """
     with trusting(trust):
-        return rebuild(saved.find(path, checkpoint))
+        found = saved.find(path, checkpoint)
+        if into is None and "init_args" not in found.model:
+            raise ValueError(f"{path}: trained in Python: load(..., into=recipe), of a recipe built as that one was")
+        return rebuild(found, into)
 
 
 class Embedder:

@@ -22,6 +22,7 @@ from descant.cli.catalogue import made_by
 from descant.cli.errors import fail, hint, one_line, say
 from descant.cli.errors import printable as clean
 from descant.cli.untrusted import json_of, text_of
+from descant.modules.io import renamed
 from descant.modules.io.checkpoints import followed
 from descant.run import runs
 from descant.run.changes import FREE
@@ -258,7 +259,7 @@ def _is_class(node: object) -> bool:
 
 
 def _class(node: Mapping[str, object]) -> str:
-    return clean(node["class_path"]).rpartition(".")[2]
+    return renamed.current(clean(node["class_path"]).rpartition(".")[2])
 
 
 def group(found: Iterable[Run]) -> list[Group]:

@@ -8,6 +8,8 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from descant.modules.io import renamed
+
 
 class Sharded(ModelParallelStrategy):
     """ModelParallelStrategy with data parallelism only, over all ranks, and one-file checkpoints.
@@ -32,7 +34,7 @@ class Sharded(ModelParallelStrategy):
         """Raise ValueError for a folder, whose index is a pickle that may run code."""
         if Path(checkpoint_path).is_dir():
             raise ValueError(f"{checkpoint_path}: a folder; a checkpoint is one file")
-        return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+        return renamed.checkpoint(super().load_checkpoint(checkpoint_path, weights_only=weights_only))
 
     def teardown(self) -> None:
         super().teardown()

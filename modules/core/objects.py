@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Iterator
+
+from descant.modules.core.errors import nearest
 
 
 def require_objects(owner: object, /, **given: tuple[object, type]) -> None:
@@ -41,9 +42,8 @@ def require_objects(owner: object, /, **given: tuple[object, type]) -> None:
 def _nearest(text: str, kind: type) -> type | None:
     """The class of a kind that is most like a text; where none is, the first that can be made."""
     known = {cls.__name__.lower(): cls for cls in _below(kind) if not cls.__name__.startswith("_")}
-    close = difflib.get_close_matches(text.lower(), known, n=1, cutoff=0.4)
-    if close:
-        return known[close[0]]
+    if (near := nearest(text, known, cutoff=0.4)) is not None:
+        return known[near]
     return next((cls for cls in known.values() if not inspect.isabstract(cls)), None)
 
 

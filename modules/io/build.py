@@ -176,4 +176,4 @@ def _cause(error: BaseException) -> str:
             names = [name] if line.startswith("Problem") else [*names, name]
         elif line and not line.startswith(_NOISE):
             return ": ".join([name for name in names if name != "part"] + [line])[:300]
-    return one_line(error)
+    return one_line(error, 200)

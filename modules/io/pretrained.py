@@ -102,7 +102,7 @@ def read(place: Place, auto: Any, **options: Any) -> Any:
         with _quiet():
             return auto.from_pretrained(place.folder, local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:  # each loader has its own errors
-        raise ValueError(f"{place.said}: cannot be read ({one_line(error)})") from None
+        raise ValueError(f"{place.said}: cannot be read ({one_line(error, 200)})") from None
 
 
 def require_no_kernels(config: Any, said: str) -> None:

@@ -17,8 +17,9 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from descant.modules.core.errors import nearest, one_line, warn
-from descant.modules.io import manifest
+from descant.modules.core import errors
+from descant.modules.core.errors import one_line, warn
+from descant.modules.io import manifest, renamed
 from descant.modules.io.build import Node as Node
 from descant.modules.io.build import build as build
 from descant.modules.io.build import class_paths as class_paths
@@ -153,10 +154,10 @@ def read_yaml(file: Path, folder: Path) -> Node:
     except RecursionError:
         raise ValueError(f"{file}: nested too deeply") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not readable as YAML ({one_line(error)})") from None
+        raise ValueError(f"{file}: not readable as YAML ({one_line(error, 200)})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file}: not a mapping of keys")
-    return cast(Node, _placed(content, str(folder)))
+    return cast(Node, _placed(renamed.config(content, str(file)), str(folder)))
 
 
 def _require_few(content: Any, file: Path) -> None:
@@ -209,7 +210,7 @@ def read_checkpoint(saved: Saved) -> dict[str, Any]:
             return {"state_dict": load_file(file)}
         content = load_plain(file, map_location="cpu", mmap=True)
     except Exception as error:  # each format has its own errors
-        raise ValueError(f"{file}: cannot be read ({one_line(error)})") from None
+        raise ValueError(f"{file}: cannot be read ({one_line(error, 200)})") from None
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
         raise ValueError(f"{file}: not a checkpoint: it holds no state_dict")
     return content
@@ -332,8 +333,8 @@ def _neighbour(path: Path) -> str:
     """The nearest name where the path goes wrong."""
     while not path.parent.is_dir() and path != path.parent:
         path = path.parent
-    close = nearest(path.name, [p.name for p in path.parent.iterdir()]) or ""
-    return f"; nearest: {path.parent / close}" if close else ""
+    near = errors.nearest(path.name, [p.name for p in path.parent.iterdir()])
+    return f"; nearest: {path.parent / near}" if near else ""
 
 
 def _placed(value: Any, folder: str) -> Any:

@@ -7,7 +7,6 @@ samples, T tokens of one modality, M modalities, U tokens of all modalities.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from descant.modules.core.errors import nearest
 from descant.modules.core.host import host_copy, to_device
 from descant.modules.core.rng import uniform_NK
 
@@ -188,8 +188,9 @@ class Hide(Corruption):
     def _shown(self, known: Mapping[str, object]) -> list[str]:
         for m in self.modalities:
             if m not in known:
-                close = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(m, list(known), n=1))
-                raise ValueError(f"Hide: no modality {m!r}{close or ';'} to_batch_device are {', '.join(known)}")
+                near = nearest(m, known)
+                guess = f"; did you mean {near}?" if near else ";"
+                raise ValueError(f"Hide: no modality {m!r}{guess} there are {', '.join(known)}")
         shown = [m for m in known if m not in self.modalities]
         if not shown:
             raise ValueError(f"Hide: {', '.join(known)} hidden, so no token is visible; leave one of them out")

@@ -5,7 +5,6 @@ Letters: N texts, T tokens.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import tokenizers
 import torch
 from torch import Tensor, nn
 
+from descant.modules.core.errors import hint
 from descant.modules.core.rng import salt
 from descant.modules.io.pretrained import locate, padding_of, tokenizer_of
 
@@ -277,7 +277,7 @@ class WordTokenizer(Tokenizer):
         words = re.findall(r"\w+", text.lower())
         unknown = next((word for word in words if word not in self.known), None)
         if unknown is not None:
-            near = "".join(f"; nearest: {word}" for word in difflib.get_close_matches(unknown, self.known, n=1))
+            near = hint(unknown, self.known, most=0)
             raise ValueError(f"{unknown!r} is not in the tokenizer's {len(self.known)} words{near}")
         return [self.known[word] for word in words]
 

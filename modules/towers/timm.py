@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
 from torch import Tensor, nn
 
+from descant.modules.core.errors import closest, nearest, one_line
 from descant.modules.io.plain import load_plain, require_sums
 from descant.modules.io.pretrained import one_line
 from descant.modules.towers.base import Tokens, Tower
@@ -47,7 +47,7 @@ class TimmTower(Tower):
         import timm
 
         if not timm.is_model(name.split(".")[0]):  # also refuses hf-hub:..., which downloads
-            close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+            close = closest(name, timm.list_models())
             raise ValueError(f"name {name!r}: timm has no such model; the nearest are {', '.join(close) or 'none'}")
         if outside := sorted(_READS & {*(options or {})}):
             raise ValueError(f"options {outside[0]}: it loads files or downloads; weights names a local file")
@@ -63,7 +63,7 @@ class TimmTower(Tower):
                 del arguments["img_size"]  # a conv net takes any size
                 self.model = timm.create_model(name, pretrained=False, **arguments)
         except (TypeError, AssertionError) as error:
-            raise ValueError(f"options of {name}: {one_line(error)}") from None
+            raise ValueError(f"options of {name}: {one_line(error, 200)}") from None
         self.name, self.width = name, int(self.model.num_features)
         for part in _after_features(self.model):
             part.requires_grad_(False)  # unused: under DDP a parameter without a gradient is an error
@@ -130,7 +130,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         require_sums(path)
         loaded = load_plain(path, map_location="cpu")
     except Exception as error:  # each format has its own errors
-        raise ValueError(f"weights {path}: cannot be read ({one_line(error)})") from None
+        raise ValueError(f"weights {path}: cannot be read ({one_line(error, 200)})") from None
     state = next((loaded[k] for k in ("state_dict", "model") if isinstance(loaded, dict) and k in loaded), loaded)
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"weights {path}: it holds no state dict of tensors")
@@ -153,5 +153,5 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor], path: Path, name
 
 def _neighbour(path: Path) -> str:
     files = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, files, n=1, cutoff=0.5)
-    return f"; did you mean {path.parent / close[0]}?" if close else ""
+    near = nearest(path.name, files)
+    return f"; did you mean {path.parent / near}?" if near else ""

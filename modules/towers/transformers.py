@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from descant.modules.io.pretrained import Place, locate, one_line, padding_of, read, require_no_kernels, tokenizer_of
+from descant.modules.core.errors import closest, nearest, one_line
+from descant.modules.io.pretrained import (
+    Place,
+    locate,
+    padding_of,
+    read,
+    require_no_kernels,
+    tokenizer_of,
+)
 from descant.modules.towers.base import Tokens, Tower
 from descant.modules.towers.image import all_real
 
@@ -158,18 +165,18 @@ def _from_config(config: dict[str, Option]) -> Any:
     require_no_kernels(config, "config")
     kind = str(config.pop("model_type", ""))
     if kind not in CONFIG_MAPPING:
-        close = difflib.get_close_matches(kind, list(CONFIG_MAPPING.keys()), n=3, cutoff=0.5)
+        close = closest(kind, CONFIG_MAPPING.keys())
         raise ValueError(f"config: no model_type {kind!r}; the nearest are {', '.join(close or ['bert', 'vit'])}")
     known = AutoConfig.for_model(kind)
     unknown = [key for key in config if not hasattr(known, key)]
     if unknown:  # transformers would store a misspelt field and ignore it
-        close = difflib.get_close_matches(unknown[0], list(known.to_dict()), n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        near = nearest(unknown[0], known.to_dict())
+        hint = f"; did you mean {near}?" if near else ""
         raise ValueError(f"config: {kind} has no field {unknown[0]!r}{hint}")
     try:
         return AutoModel.from_config(AutoConfig.for_model(kind, **config))
     except Exception as error:  # models raise any type of error
-        raise ValueError(f"config: {kind} cannot be built ({one_line(error)})") from None
+        raise ValueError(f"config: {kind} cannot be built ({one_line(error, 200)})") from None
 
 
 def _set_dropout(model: nn.Module, p: float) -> None:

@@ -16,15 +16,16 @@ from descant.recipes.base.recipe import Recipe
 TRAINING = tuple(name for name in inspect.signature(Recipe.__init__).parameters if name not in ("self", "adapt"))
 
 
-def rebuild(found: Saved) -> Recipe:
-    """The recipe that a configuration describes, with the weights beside it, in eval mode.
+def rebuild(found: Saved, into: Recipe | None = None) -> Recipe:
+    """The recipe that a configuration describes, or ``into``, with the weights beside it, in eval mode.
 
     Raises:
         ValueError: if a class is not allowed, or the weights are not of what the configuration describes.
     """
-    recipe = build(found)
+    recipe = build(found) if into is None else into
+    recipe.configure_model()
     saved.load_exactly(recipe, completed(without_distill(saved.read_weights(found)), recipe), found.weights)
-    return recipe
+    return recipe.eval()
 
 
 def build(found: Saved) -> Recipe:

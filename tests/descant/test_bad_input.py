@@ -22,7 +22,7 @@ import pytest
 
 import descant
 from descant.cli.errors import Refusal, disk_fault, one_line, say
-from descant.cli.main import _require_port
+from descant.cli.trainer_parts import require_port
 from descant.run import faults
 from descant.run.changes import require_unchanged
 from tests.conftest import TOY, TRUST, Result, captured, settings_kept
@@ -366,11 +366,11 @@ def test_a_port_that_is_taken_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(Refusal, match=rf"^MASTER_PORT {port}: in use on this machine; set another one, or none"):
-            _require_port(str(port))
+            require_port(str(port))
     for text in ("$(touch ran)", "70000", "-1", "", "1\n2", "٣"):
         with pytest.raises(Refusal, match="not the number of a port"):
-            _require_port(text)
-    _require_port(None)
+            require_port(text)
+    require_port(None)
 
 
 def test_ranks_refuse_a_taken_port_before_they_start(

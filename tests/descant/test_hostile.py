@@ -20,7 +20,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
 
-from descant.cli.main import require_plain
+from descant.cli.trainer_parts import require_plain
 from descant.modules.io import saved
 from descant.modules.io.plain import load_plain
 from descant.modules.io.saved import Saved, read_weights

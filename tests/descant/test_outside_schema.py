@@ -20,9 +20,10 @@ import pytest
 import torch
 
 from descant import callbacks, datamodules
-from descant.cli import bounds, names
+from descant.cli import bounds
 from descant.cli.explain import composed
 from descant.modules.core.objects import require_objects
+from descant.modules.io import names
 from descant.modules.multitask import PCGrad, Rule
 from tests.conftest import TOY, TRUST, Result, captured, settings_kept
 from tests.rotation import quick
@@ -123,8 +124,8 @@ CASES = [
     Case("rate", (*EMOJI, "--model.optimizer.lr", "1000"), "a learning rate of 1000 is far above what AdamW", True),
     Case("rate", (*FIT, "--trainer.max_steps", "0"), "trainer.max_steps 0: the run has no step to take", True),
     # files
-    Case("file", (*EMOJI, "--config", "empty.yaml"), "empty.yaml: it says nothing"),
-    Case("file", (*EMOJI, "--config", "comment.yaml"), "comment.yaml: it says nothing"),
+    Case("file", (*EMOJI, "--config", "empty.yaml"), "empty.yaml: empty"),
+    Case("file", (*EMOJI, "--config", "comment.yaml"), "comment.yaml: empty"),
     Case(
         "file",
         (*EMOJI, "--config", "fusion/emoji"),
@@ -310,7 +311,7 @@ def test_the_nearest_class_is_named() -> None:
     require_objects(Owner(), rule=(PCGrad(), Rule), other=(None, Rule))
     for value, told in (("PCGard", "'PCGard'"), (PCGrad, "the class PCGrad"), (["pcgrad"] * 99, "a list")):
         with pytest.raises(
-            ValueError, match=rf"^Owner: rule is {told}, .* wanted: descant\.modules\.mixing\.\w+\(\)$"
+            ValueError, match=rf"^Owner: rule is {told}, .* wanted: descant\.modules\.multitask[.\w]+\(\)$"
         ) as e:
             require_objects(Owner(), rule=(value, Rule))
         assert "PCGrad()" in str(e.value) or isinstance(value, list)
@@ -334,13 +335,13 @@ def test_data_modules_are_exported_and_configurations_keep_their_full_paths() ->
 # what is composed -----------------------------------------------------------------------------------------------------
 
 
-def test_data_of_another_picture_size_is_told(tmp_path: Path) -> None:
+def test_data_of_another_image_size_warns(tmp_path: Path) -> None:
     (first := tmp_path / "first.yaml").write_text("data: {class_path: Emoji, init_args: {size: 32}}\n")
     (data := tmp_path / "data.yaml").write_text(
         "class_path: Own\ninit_args: {fields: {class_path: Fields, init_args: {image: {init_args: {size: 224}}}}}\n"
     )
     (line,) = composed([first], [("data", str(data))])
-    assert "data.yaml: pictures of 224 px, where " in line and "has 32, 49 times as many pixels a sample" in line
+    assert "data.yaml: images of 224 px, where " in line and "has 32, 49 times as many pixels a sample" in line
     assert line.endswith("--data.fields.image.size 32 keeps them")
     assert composed([first], [("data", str(data)), ("data.fields.image.size", "224")]) == []
     assert composed([first], []) == composed([first, first], []) == []

@@ -194,7 +194,7 @@ GUARDED = {
     "trainer.default_root_dir: /tmp/elsewhere": "writes",
     "trainer: {callbacks+: {class_path: Resume, dict_kwargs: {folder: /tmp/elsewhere}}}": "writes",
     "trainer: {callbacks+: {class_path: SpikeDetection, init_args: {exclude_batches_path: /tmp/x.json}}}": "writes",
-    "model: {init_args: {text: {class_path: descant.modules.towers.Cached, init_args: {folder: /x}}}}": "writes",
+    "model: {init_args: {text: {class_path: descant.modules.towers.cached.Cached, init_args: {folder: /x}}}}": "writes",
     "trainer: {profiler: prof}": "writes",
     'name: "x\\ntouch imported #"': "writes",
     "data: {class_path: UserData, init_args: {batch_size: 8, stream: {class_path: Stream, init_args: "

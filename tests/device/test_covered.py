@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from descant.callbacks import Resume
-from descant.cli.names import classes
 from descant.modules.evaluation import metrics
+from descant.modules.io.names import classes
 from tests.device.parts import PARTS
 from tests.device.runs import RUNS, prepare
 

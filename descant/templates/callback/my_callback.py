@@ -1,4 +1,4 @@
-"""How the gradient is shared between the towers: which modality the run is learning from.
+"""Share of the gradient norm of each tower: which modality the run learns from.
 
 Letters: M towers.
 """
@@ -17,7 +17,7 @@ from descant.modules.engine.trainer import log_interval
 
 
 class MyCallback(L.Callback):
-    """Logs each tower's share of the gradient's length, at every logging step.
+    """Logs each tower's share of the gradient norm, at every logging step.
 
         n_m = sqrt(sum over parameters p of tower m of |dL/dp|^2)
         share/m = n_m / sum over the M towers of n
@@ -32,7 +32,7 @@ class MyCallback(L.Callback):
         ValueError: at setup, if the recipe lacks the protocol HasTowers.
     """
 
-    #: Said twice (by an experiment and an overlay), the last one counts.
+    #: Given twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(self, prefix: str = "share") -> None:
@@ -45,8 +45,8 @@ class MyCallback(L.Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         if (trainer.global_step + 1) % log_interval(trainer):
-            return  # measured where it is written, so that the other steps cost nothing
-        # here gradients are whole: added up over micro-batches and ranks, unscaled, not yet clipped
+            return  # only at logging steps, so that the others cost nothing
+        # gradients are complete here: summed over micro-batches and ranks, unscaled, not yet clipped
         towers = cast(HasTowers, pl_module).towers
         norms = {m: _norm(tower) for m, tower in towers.items()}
         total = sum(norms.values()) + 1e-12  # where no tower has a gradient, shares are 0

@@ -1,4 +1,4 @@
-"""MyCallback: its numbers, what it leaves alone, and whom it refuses. Letters: B samples, M towers."""
+"""MyCallback: its numbers, what it leaves unchanged, what it refuses. Letters: B samples, M towers."""
 
 from __future__ import annotations
 

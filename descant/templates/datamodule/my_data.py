@@ -1,4 +1,4 @@
-"""Pictures with short texts from one ``.npz`` file, or drawn where no file is given.
+"""Images with short texts from one ``.npz`` file, or synthetic where no file is given.
 
 Letters: N samples of a set, B of a batch, S pixels, K texts of a sample, T tokens. Token 0 is padding; a sample with
 fewer than K texts has rows of padding after them, and one without any lacks the modality.
@@ -59,13 +59,13 @@ class Corpus:
 
 
 def read(file: Path) -> Corpus:
-    """The arrays ``image``, ``text`` and ``label`` of an ``.npz`` file: put the reader of your own files here.
+    """The arrays ``image``, ``text`` and ``label`` of an ``.npz`` file: replace it by the reader of your own files.
 
     Raises:
         ValueError: naming the file, if it is no ``.npz`` or lacks an array.
     """
     try:
-        with np.load(file, allow_pickle=False) as npz:  # a pickle would run whatever code it holds
+        with np.load(file, allow_pickle=False) as npz:  # a pickle may run code
             arrays = dict(npz)
     except (BadZipFile, EOFError, TypeError, ValueError):
         raise ValueError(f"{file}: not a readable .npz file") from None
@@ -76,7 +76,7 @@ def read(file: Path) -> Corpus:
 
 
 def draw(n: int, seed: int = 0, size: int = 16) -> Corpus:
-    """``n`` pictures of a coloured square on a 4 x 4 board, with texts like "red 3 1" and "red"; one in ten has none.
+    """``n`` images of a coloured square on a 4 x 4 board, with texts like "red 3 1" and "red"; one in ten has none.
 
     >>> corpus = draw(4)
     >>> corpus.image.shape, corpus.text.shape, corpus.text[0].tolist()
@@ -129,7 +129,7 @@ class Pairs(BatchDataset):
     def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
         row_B, choice_B = self.row_N[index_B], np.zeros(len(index_B), dtype=np.int64)
         if self.random:
-            # drawn from the sample's own key: the same whatever the batch, the rank and the worker
+            # from the sample's own key: the same for any batch, rank and worker
             choice_B = (uniform_N(draw_B, "text") * torch.from_numpy(self.corpus.texts_N[row_B])).long().numpy()
         inputs = {"image": self.corpus.image[row_B], "text": self.corpus.text[row_B, choice_B]}
         return Rows(
@@ -140,7 +140,7 @@ class Pairs(BatchDataset):
 
 
 class MyData(DataModule):
-    """Image-text pairs; equal texts are in one split, so nothing is judged by what was trained on.
+    """Image-text pairs; equal texts are in one split, so evaluation texts are never trained on.
 
     Evaluation sets: "validate" has ``val`` and "test" has ``test``, a tenth of the texts each.
 

@@ -1,4 +1,4 @@
-"""MyData: whose samples are seen, how often, and of what they are a function."""
+"""MyData: which samples are seen, how often, and what determines them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def samples(data: MyData, epoch: int = 0) -> dict[int, tuple[bool, list[int]]]:
     """Sample id -> whether its text is there, and which text it is."""
     found = {}
     for batch in batches(data, epoch):
-        for b in batch.present["image"].nonzero().squeeze(1).tolist():  # a padding row lacks everything
+        for b in batch.present["image"].nonzero().squeeze(1).tolist():  # padding rows have no modality
             found[int(batch.index[b])] = bool(batch.present["text"][b]), batch.inputs["text"][b].tolist()
     return found
 

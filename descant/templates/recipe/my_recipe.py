@@ -1,4 +1,4 @@
-"""Image-text pre-training in which the pairs that fit least are pulled hardest.
+"""Contrastive image-text pre-training with an alignment term weighted towards the worst pairs.
 
 Claim: say here, in one sentence, what the method does that its baseline does not; the experiment says by how much.
 
@@ -33,7 +33,7 @@ TERMS = ("contrast", "align")
 
 
 class MyRecipe(Recipe):
-    """Contrast pictures with texts, and pull the worst pairs together.
+    """InfoNCE between images and texts, and a focal alignment term.
 
     Every term is one value a sample: the base averages them over the step, and callbacks weigh them. Their fixed
     coefficients are the base's ``mix``, such as ``--model.mix '{align: 0.5}'``.
@@ -48,7 +48,7 @@ class MyRecipe(Recipe):
         ValueError: if a tower is missing or ``focus`` is negative; in ``terms``, if the data lacks a modality.
     """
 
-    #: The contrast sees other samples of the batch: small accumulated batches would be another method.
+    #: Negatives are the other samples of the batch: accumulating small batches would change the method.
     in_batch_negatives = True
 
     def __init__(
@@ -73,12 +73,12 @@ class MyRecipe(Recipe):
     def project(self, x: Tensor, modality: str) -> Tensor:
         """``[R, ...] -> z_RD`` of unit length."""
         h_RD = self.pool(self.towers[modality](x))
-        return F.normalize(self.heads[modality](h_RD).float(), dim=-1)  # in 32 bit: half a cosine is too coarse
+        return F.normalize(self.heads[modality](h_RD).float(), dim=-1)  # float32: half precision is too coarse
 
     def present(self, batch: Batch, modality: str) -> Tensor:
-        """``z_BD``: the tower sees the rows that are there, and the others are zero."""
+        """``z_BD``: the tower runs on present rows; the others are zero."""
         x, present_B = batch.inputs[modality], batch.present[modality]
-        # at least one row a chunk, of zeros if need be: on every rank, backward reaches the same parameters
+        # at least one row a chunk, of zeros if need be, so that backward reaches the same parameters on every rank
         rows_R = (~present_B).int().argsort(stable=True)[: max(int(present_B.sum()), self.step.chunks)]
         absent_R, x_R = ~present_B[rows_R], x[rows_R]
         x_R[absent_R] = 0
@@ -87,7 +87,7 @@ class MyRecipe(Recipe):
         return z_RD.new_zeros(len(batch), z_RD.shape[1]).index_put((rows_R,), z_RD)
 
     def embed(self, batch: Batch) -> dict[str, Tensor]:
-        """What evaluation judges and ``descant predict`` writes: the modalities that this batch has."""
+        """Embeddings for evaluation and ``descant predict``: of the modalities in this batch."""
         return {m: self.present(batch, m) for m in MODALITIES if m in batch.inputs}
 
     @property
@@ -99,7 +99,7 @@ class MyRecipe(Recipe):
         missing = [m for m in MODALITIES if m not in batch.inputs]
         if missing:
             raise ValueError(f"the data has no modality {missing[0]!r}, only {', '.join(batch.inputs)}")
-        # each term gets its own copy: where they meet again, a callback may harmonize what they ask for
+        # one copy a term, so that a callback can harmonize the gradients where they meet
         z = {m: self.hooks.fork(z_BD, TERMS) for m, z_BD in self.embed(batch).items()}
         valid_B = batch.both(*MODALITIES)
         contrast_B = self.loss(z["image"]["contrast"], z["text"]["contrast"], batch.key, valid_B)

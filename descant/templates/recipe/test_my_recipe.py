@@ -1,4 +1,4 @@
-"""MyRecipe: its mechanism in numbers, and that it learns. Letters: B samples, D width."""
+"""MyRecipe: its terms in numbers, and that it learns. Letters: B samples, D width."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_the_loss_is_the_formula() -> None:
 
 
 def test_absent_samples_contribute_exactly_zero() -> None:
-    """A batch with absent rows, whatever they hold, has the gradients of the batch without them."""
+    """Absent rows change no gradient."""
     here_B = torch.tensor([True, True, False, True, False, True])
     batch, small = pairs(6), pairs(6).select(here_B)
     batch.present["text"] = here_B

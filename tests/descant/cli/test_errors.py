@@ -75,7 +75,7 @@ MISTAKES = [
         "gradient_clip_val: [1]",
         "toy.yaml:13: trainer.gradient_clip_val: expected a whole number",
     ),
-    ("max_epochs: 2", "max_epochs: 2\n  max_epochs: 3", "toy.yaml:14: max_epochs: said twice"),
+    ("max_epochs: 2", "max_epochs: 2\n  max_epochs: 3", "toy.yaml:14: max_epochs: given twice"),
     ("max_epochs: 2", "max_epochs: [2", "toy.yaml:14: not valid YAML"),
     ("batch_size: 8", "batch_size: 1", "batch_size 1: at least 2"),
     ("width: 8, depth", "width: 0, depth", "width 0: at least 1"),

@@ -18,8 +18,9 @@ import torch
 import yaml
 
 from descant.__main__ import COMMANDS, main
-from descant.cli import dump, helptext, names
+from descant.cli import dump, helptext
 from descant.cli.catalogue import experiments, header, overlays, shipped
+from descant.modules.io import names
 from descant.modules.io.checkpoints import followed
 from tests.conftest import Result
 from tests.rotation import quick
@@ -312,7 +313,7 @@ def test_a_callback_said_twice_is_there_once_with_the_last_arguments(
     result = toy("fit", "--config", "one.yaml", "--config", "two.yaml", "--trainer.max_steps", "1")
     assert result.rc == 0, result.err
     from descant.callbacks import EMA, ModalitySubsetEval, Retrieval
-    from descant.cli.main import once
+    from descant.cli.trainer_parts import once
 
     for first, last in ((EMA(0.5), EMA(0.9)), (ModalitySubsetEval(), ModalitySubsetEval(target="group"))):
         judges = [Retrieval(), Retrieval()]

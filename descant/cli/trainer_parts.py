@@ -1,0 +1,102 @@
+"""The ``trainer`` section before the Trainer is built: paths of the run, callbacks, plugins, ports, checkpoints."""
+
+from __future__ import annotations
+
+import enum
+import errno
+import re
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from jsonargparse import Namespace
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import FSDPStrategy, Strategy
+
+from descant.cli.errors import fail, one_line
+from descant.modules.io import manifest
+from descant.modules.io.plain import load_plain
+from descant.run.store import AtomicIO
+
+#: The folder of the run, where a text of the section begins with it.
+PLACE = "RUN"
+
+
+def once(callbacks: list[L.Callback]) -> list[L.Callback]:
+    """Of callbacks with the class attribute ``once = True``, the last of each class: overlays override."""
+    last = {type(callback): callback for callback in callbacks}
+    return [c for c in callbacks if not getattr(c, "once", False) or last[type(c)] is c]
+
+
+def with_store(given: Any) -> list[Any]:
+    """The plugins of a trainer, with AtomicIO to write checkpoints unless another CheckpointIO is given."""
+    plugins = given if isinstance(given, list) else [given] * (given is not None)
+    return plugins if any(isinstance(plugin, CheckpointIO) for plugin in plugins) else [*plugins, AtomicIO()]
+
+
+def placed(value: Any, folder: str) -> Any:
+    """``RUN`` at the beginning of texts replaced by the run's folder, at any depth."""
+
+    def replace(text: Any) -> Any:
+        if isinstance(text, str) and (text == PLACE or text.startswith(f"{PLACE}/")):
+            return folder + text[len(PLACE) :]
+        return text
+
+    return _mapped(value, replace)
+
+
+def without_enums(value: Any) -> Any:
+    """Members of enumerations replaced by their values, which YAML can hold, at any depth."""
+    return _mapped(value, lambda leaf: leaf.value if isinstance(leaf, enum.Enum) else leaf)
+
+
+def _mapped(value: Any, leaf: Callable[[Any], Any]) -> Any:
+    if isinstance(value, list):
+        return [_mapped(item, leaf) for item in value]
+    if isinstance(value, dict):
+        return {key: _mapped(item, leaf) for key, item in value.items()}
+    if isinstance(value, Namespace):
+        return Namespace({key: _mapped(item, leaf) for key, item in vars(value).items()})
+    return leaf(value)
+
+
+def purge_after(loggers: Any, point: str | Path | None) -> None:
+    """Have TensorBoard hide what it logged after the resume point ``point``, once its writer opens the file."""
+    facts = manifest.known(Path(point)) if point is not None else {}
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        if isinstance(logger, TensorBoardLogger):
+            logger._kwargs["purge_step"] = facts.get("log_step") or 0
+
+
+def require_plain(strategy: Strategy, checkpoint: str | None) -> None:
+    """Raises ValueError for a checkpoint that runs code, where the strategy itself unpickles it, as FSDPStrategy does.
+
+    Other strategies read it through the plugin, :class:`~descant.run.store.AtomicIO`, with weights_only.
+    """
+    if checkpoint is not None and isinstance(strategy, FSDPStrategy):
+        try:
+            load_plain(checkpoint, map_location="cpu", mmap=True)
+        except RuntimeError as error:
+            raise ValueError(f"{checkpoint}: cannot be read ({one_line(error)[:120]})") from None
+
+
+def require_port(text: str | None) -> None:
+    """Refuse a MASTER_PORT that is invalid or in use: ranks started first would wait for it in vain.
+
+    Raises:
+        Refusal: with the nearest remedy.
+    """
+    if text is None:
+        return
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
+        fail(f"MASTER_PORT {text}: not the number of a port (0 to 65535)")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the ranks do, so that both find the same
+        try:
+            probe.bind(("", int(text)))
+        except OSError as error:
+            why = "in use on this machine" if error.errno == errno.EADDRINUSE else f"{error.strerror}".lower()
+            fail(f"MASTER_PORT {text}: {why}; another one, or none, by which a free one is taken")

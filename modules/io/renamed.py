@@ -1,0 +1,183 @@
+"""Old class names, import paths and arguments -> present ones: configurations, runs and checkpoints of before load.
+
+Names are replaced where they are read, each with one line of notice:
+``descant: config.yaml:12: Blend is now GradientBlending``. A present name always wins over an old one.
+
+To rename a class, add a row to CLASSES; to move one, nothing (a path into one of MODULES is resolved by its class
+name); to rename an argument, add it to ARGUMENTS; to remove a class, add it to GONE.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from descant.modules.io import names
+
+#: Old class name -> present one.
+CLASSES = {
+    **dict(Advances="StagedRecipe", Alike="UniformWeighting", AnswerJudge="AnswerScorer", Asked="FusionContext"),
+    **dict(Behind="StudentLag", Blend="GradientBlending", Blocked="BlockShuffle", Bpe="BPETokenizer"),
+    **dict(Bytes="ByteTokenizer", Codec="Tokenizer", Contends="MultimodalClassifier", Decided="FusionInputs"),
+    **dict(Drawn="PolicyBatch", DropAhead="OPM", During="StageData", EditJudge="EditDistanceScorer"),
+    **dict(ExactJudge="ExactMatchScorer", Fill="Imputer", Forks="ForksFeatures", Fuse="FusionHead"),
+    **dict(InStages="StagedDataModule", Judged="AdvantageOutput", Kept="ImageCache", Lesson="DistillContext"),
+    **dict(LikelihoodJudge="LikelihoodScorer", MeanFill="MeanImputer", Measured="MeasuredCaption"),
+    **dict(Ngrams="NgramTokenizer", Own="UserData", OwnPass="ForwardEvaluator", OwnSet="UserDataset"),
+    **dict(Pareto="MMPareto", Pooled="QuestionPoolData", Pretrained="PretrainedTokenizer", Prototypes="PMR"),
+    **dict(PromptFill="PromptImputer", Realign="CMGH", Rebuilt="ReconstructionOutput", Replies="AnswersQuestions"),
+    **dict(Rolled="RolloutData", Rolls="RolloutPolicy", Said="Decisions", SaidNames="SpokenNamesSource"),
+    **dict(Says="MakesDecisions", Shown="ShownImages", Solved="SolverRule", Still="FrozenBatchNormStats"),
+    **dict(Sure="TeacherConfidence", Told="ResumableLog", Uncertainty="UncertaintyWeighting", Unread="UnreadTerms"),
+    **dict(Unsure="TeacherUncertainty", Votes="SoftVoting", Words="WordTokenizer", ZeroFill="ZeroImputer"),
+}
+#: Present class name -> old argument -> present one.
+ARGUMENTS: dict[str, dict[str, str]] = {}
+#: Old class name -> what there is in its place, of classes that were removed.
+GONE: dict[str, str] = {}
+#: Modules of version 0.1.0, a part a row: paths into them are resolved by class name.
+_MODULES = {
+    "recipes": """alternating base certified chat classifier contrastive distillation ensemble fusion masked matching
+        missing peers preferred reinforced space stage staged teachers""",
+    "callbacks": """accuracy answering attacks balance blend captions contributions cosines dropout ema emergent
+        evaluate harmonize harmonize_features harmonize_towers inversion lean misalign nonfinite pictures progress
+        progressive_resizing prototypes readout reconstruction report resume rollouts rounds sanity speed stages subsets
+        swap temperature throughput told worst""",
+    "datamodules": """base captions changed crops described dialogues emoji fashion fields frames images kept landsat
+        ledger mixture order own pool prepare.deb prepare.emoji prepare.fashion prepare.package prepare.stamps
+        prepare.voices prepare.wheel questions reading rolled scenes shuffle sources sources.base sources.folder
+        sources.parquet sources.shards sources.stream sources.synthetic sources.written spoken staged stamps tasks
+        volumes""",
+    "modules": """adapters attacks audio batch configure cross curriculum decoders distill fill fusion games heads
+        inherit inversion language language.generate language.interleave language.judges language.model language.packing
+        language.positions language.pretrained language.projectors losses losses.contrastive losses.hinge losses.ranks
+        losses.ring masking mixing modulation negatives objective optim pacing pretrained protocols ranking readout
+        reinforce reinforce.advantages reinforce.policy reinforce.preference reinforce.rewards saved schedule sham step
+        text towers towers.audio towers.base towers.cached towers.image towers.saved towers.text towers.timm
+        towers.transformers transforms triples vit""",
+}
+MODULES = {
+    "descant.loggers",
+    *(f"descant.{part}" for part in _MODULES),
+    *(f"descant.{part}.{module}" for part, modules in _MODULES.items() for module in modules.split()),
+}
+#: Old path -> present one, where the class name alone does not tell.
+PATHS = {
+    "descant.datamodules.changed.Corpus": "descant.datamodules.changes.Corpus",
+    "descant.datamodules.frames.Source": "descant.datamodules.corpora.frames.Source",
+    "descant.modules.decoders.Places": "descant.modules.masking.decoders.Places",
+    "descant.modules.masking.Ratio": "descant.modules.masking.corruptions.Ratio",
+    "descant.modules.reinforce.Ratio": "descant.modules.policy.losses.Ratio",
+    "descant.modules.reinforce.policy.Ratio": "descant.modules.policy.losses.Ratio",
+    "descant.store.AtomicIO": "descant.run.store.AtomicIO",
+}
+_noticed: set[str] = set()
+
+
+def current(name: str) -> str:
+    """The present name of a class, short or an import path; ``name`` itself where it is no old one.
+
+    >>> current("Blend"), current("EMA"), current("os.path")
+    ('GradientBlending', 'EMA', 'os.path')
+    >>> current("descant.callbacks.ema.EMA"), current("descant.callbacks.EMA")
+    ('descant.callbacks.run.ema.EMA', 'descant.callbacks.EMA')
+    """
+    if "." not in name:
+        return CLASSES.get(name, name) if name not in names.table() else name
+    module, _, last = name.rpartition(".")
+    if name in PATHS:
+        return PATHS[name]
+    if module not in MODULES or _is_there(module, last):
+        return name
+    paths = names.table().get(CLASSES.get(last, last), ())
+    if len(paths) > 1:  # the one in the same part of the package
+        paths = tuple(path for path in paths if path.split(".")[:2] == name.split(".")[:2])
+    return paths[0] if len(paths) == 1 else name
+
+
+def _is_there(module: str, name: str) -> bool:
+    """Whether a module of the package defines a class, or is a package that exports it."""
+    if any(one.path == f"{module}.{name}" for one in names.classes().get(name, ())):
+        return True
+    init = names.PACKAGE.joinpath(*module.split(".")[1:], "__init__.py")
+    return init.is_file() and name in init.read_text(encoding="utf-8").replace('"', " ").replace(",", " ").split()
+
+
+def read(name: str, where: str) -> str:
+    """:func:`current`, with a notice the first time that an old name is met in a run.
+
+    Args:
+        where: file and line, or option, for the notice.
+    """
+    new = current(name)
+    if new != name:
+        notice(where, name, new)
+    elif (last := name.rpartition(".")[2]) in GONE and last not in names.table():
+        raise ValueError(f"{name} was removed: {GONE[last]}")
+    return new
+
+
+def notice(where: str, old: str, new: str) -> None:
+    """One line for each renamed class or argument, and one for all that only moved; of rank 0 alone."""
+    moved = old.rpartition(".")[2] == new.rpartition(".")[2]
+    key = "" if moved else old.rpartition(".")[2]
+    if key in _noticed or any(os.environ.get(rank, "0") != "0" for rank in ("RANK", "SLURM_PROCID", "LOCAL_RANK")):
+        return
+    _noticed.add(key)
+    others = "; other import paths of before are read likewise" if moved else ""
+    print(f"descant: {where}: {old} is now {new}{others}", file=sys.stderr, flush=True)
+
+
+def forget() -> None:
+    """Begin a new run: each old name gets its notice again."""
+    _noticed.clear()
+
+
+def rename_arguments(name: str, arguments: dict[str, Any], where: str = "") -> bool:
+    """Rename the old arguments of a class in place; whether there was one. A present name beside it is left to fail."""
+    rows = {old: new for old, new in ARGUMENTS.get(name.rpartition(".")[2], {}).items() if old in arguments}
+    rows = {old: new for old, new in rows.items() if new not in arguments}
+    for old, new in rows.items():
+        if where:
+            notice(getattr(arguments[old], "where", where), f"{name.rpartition('.')[2]}.{old}", new)
+    if rows:
+        items = [(rows.get(key, key), value) for key, value in arguments.items()]
+        arguments.clear()
+        arguments.update(items)
+    return bool(rows)
+
+
+def config(value: Any, where: str = "") -> Any:
+    """A plain configuration with its old names replaced, at any depth; without ``where`` there are no notices."""
+    if isinstance(value, list):
+        return [config(item, where) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    content = {key: config(item, where) for key, item in value.items()}
+    if isinstance(name := content.get("class_path"), str):
+        content["class_path"] = read(name, where) if where else current(name)
+        if isinstance(arguments := content.get("init_args"), dict):
+            rename_arguments(content["class_path"], arguments, where)
+    return content
+
+
+def checkpoint(content: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint whose states are found by the present classes: of callbacks, of the data module, of a resume point.
+
+    Lightning keeps a callback's state under the name of its class, or ``NAME{...}``, and a data module's likewise.
+    """
+    if isinstance(states := content.get("callbacks"), dict):
+        content["callbacks"] = {_state_key(key): state for key, state in states.items()}
+    for key in [key for key in content if key in CLASSES]:
+        content[current(key)] = content.pop(key)
+    own = content.get("descant")
+    if isinstance(own, dict) and isinstance(own.get("recipe"), str):
+        content["descant"] = {**own, "recipe": current(own["recipe"])}
+    return content
+
+
+def _state_key(key: str) -> str:
+    name, brace, rest = key.partition("{")
+    return current(name) + brace + rest
