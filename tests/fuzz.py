@@ -45,7 +45,7 @@ from descant.cli.errors import Refusal, one_line
 from descant.datamodules.fields.fields import AudioField, ImageField, kinds
 from descant.datamodules.sources import find
 from descant.datamodules.sources.base import Source
-from descant.datamodules.sources.stream import Stream, _samples
+from descant.datamodules.sources.stream import Stream, read_samples
 from descant.modules.io import manifest
 from descant.modules.io.saved import find as find_saved
 from descant.modules.io.saved import read_checkpoint, read_yaml
@@ -113,7 +113,7 @@ def _both(folder: Path) -> None:
 
 def _tar(folder: Path) -> None:
     told: list[str] = []
-    for sample in _samples(str(folder / "a.tar"), lambda place, why: told.append(why)):
+    for sample in read_samples(str(folder / "a.tar"), lambda place, why: told.append(why)):
         assert sample.name is not None
     assert all("\n" not in why for why in told), told
     try:
@@ -125,7 +125,7 @@ def _tar(folder: Path) -> None:
 
 def _packed(folder: Path) -> None:
     told: list[str] = []
-    assert sum(1 for _ in _samples(str(folder / "a.tar.gz"), lambda place, why: told.append(why))) < 100
+    assert sum(1 for _ in read_samples(str(folder / "a.tar.gz"), lambda place, why: told.append(why))) < 100
     assert all("\n" not in why for why in told), told
     if told:
         raise ValueError(told[0])

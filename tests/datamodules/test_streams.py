@@ -223,7 +223,7 @@ def test_other_ranks_workers_or_shards_are_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_place_that_nothing_tells_of_is_one_line(tmp_path: Path, workers: int) -> None:
     data = on_rank(tmp_path, shards(tmp_path, SHARDS["many"]), 0, 1, workers)
-    with pytest.raises(ValueError, match=r"nothing tells where reader . stood after batch . of epoch 0") as caught:
+    with pytest.raises(ValueError, match=r"the position of reader . after batch . of epoch 0 is unknown") as caught:
         list(read(data, (0, 3)))
     assert "\n" not in str(caught.value)
 

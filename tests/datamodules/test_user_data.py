@@ -293,7 +293,7 @@ def test_what_was_read_merged_and_left_out_is_one_line_before_training(
     said = capsys.readouterr()
     assert said.out.strip() == (
         "descant: data: 17 rows read; 1 left out; 3 merged with another row of the same file; 1 without text; "
-        f"1 files named but not there; samples: train 13; what cannot be read is listed in {place}"
+        f"1 files named but missing; samples: train 13; unreadable samples are listed in {place}"
     )
     assert said.err.startswith("descant: warning: ") and "captions.csv: has 3 cells, the header 2" in said.err
     data.train_dataloader()
@@ -407,7 +407,7 @@ def test_a_split_column_is_followed(tmp_path: Path) -> None:
     assert list(data.evaluation_sets("test")) == ["test"]
     other = own(tmp_path, path=str(tmp_path / "d"), fields=small(), split="fold", holdout=0.0)
     assert other.splits["test"][1].tolist() == [0] and "val" not in other.splits
-    with pytest.raises(ValueError, match="caption: 'c 0' is no split; train, val and test are"):
+    with pytest.raises(ValueError, match="caption: 'c 0' is no split; it is train, val or test"):
         _ = own(tmp_path, path=str(tmp_path / "d"), fields=small(), split="caption").splits
     with pytest.raises(ValueError, match=r"no column 'slipt'; nearest: split"):
         _ = own(tmp_path, path=str(tmp_path / "d"), fields=small(), split="slipt").splits
@@ -542,8 +542,8 @@ def test_workers_are_as_many_as_a_ranks_cores_leave(tmp_path: Path, monkeypatch:
 def test_wrong_requests_are_one_line(tmp_path: Path) -> None:
     shapes(tmp_path / "photos", 4)
     for call, line in [
-        (lambda: own(tmp_path).training_set(), "data.path says where your data is"),
-        (lambda: own(tmp_path, path="a", source=Taken([])), "path and source: one of them"),
+        (lambda: own(tmp_path).training_set(), "data.path is missing"),
+        (lambda: own(tmp_path, path="a", source=Taken([])), "path and source: give only one of them"),
         (lambda: own(tmp_path, path="a", holdout=1.0), "holdout 1.0: a share"),
         (
             lambda: own(tmp_path, path=str(tmp_path / "photo")).training_set(),
@@ -645,7 +645,7 @@ def test_the_command_line_says_what_is_wrong_in_one_line(cli: Any, written_conte
     shapes(Path("photos"), 12)
     fit = ("fit", "--config", "contrastive/own", "--config", "on/cpu", "--trainer.max_steps", "1")
     result = cli(*fit)
-    line = "data.path says where your data is: a folder of pictures and captions, shards or parquet"
+    line = "data.path is missing: a folder of images and captions, shards or parquet files"
     assert line in result.refusal, result.err
     for i in range(12):
         Path(f"photos/{i:03}.jpg").write_bytes(b"broken")
@@ -690,5 +690,5 @@ def test_broken_samples_of_a_stream_are_in_a_row_only_where_they_are(tmp_path: P
 @pytest.mark.parametrize("asked", [{"key": "cls"}, {"split": "part"}, {"labels": {"kind": LabelField("cls")}}])
 def test_what_a_stream_cannot_know_is_not_asked_of_it(tmp_path: Path, asked: dict[str, Any]) -> None:
     labels = asked.pop("labels", None)
-    with pytest.raises(ValueError, match="a stream is read once"):
+    with pytest.raises(ValueError, match="not available for a stream"):
         UserData(8, stream=Stream(["s.tar"], samples=8), fields=small(labels=labels), **asked)

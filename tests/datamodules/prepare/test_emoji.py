@@ -11,6 +11,8 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from descant.datamodules.prepare import emoji
+from descant.datamodules.prepare.npm import Package, fetch_package, read_package
+from descant.datamodules.prepare.package import sha256_of
 
 Facts = dict[str, Any]
 Rows = list[dict[str, Any]]
@@ -55,7 +57,7 @@ def as_concept(row: dict[str, Any], pixels: dict[str, str | None]) -> emoji.Conc
 
 def test_files_are_intact_and_small(facts: Facts) -> None:
     for name, sha256 in facts["files"].items():
-        assert emoji.sha256_of(emoji.PACK_DIR / name) == sha256, name
+        assert sha256_of(emoji.PACK_DIR / name) == sha256, name
     assert sum(path.stat().st_size for path in emoji.PACK_DIR.iterdir()) <= 16 * 2**20
 
 
@@ -176,8 +178,8 @@ def tarball_with(path: Path, *names: str, size: int = 1) -> Path:
 
 
 def refusal(path: Path, **bounds: int) -> str:
-    with pytest.raises(emoji.PrepareError) as caught:
-        emoji.read_package(path, lambda name: True, **bounds)
+    with pytest.raises(ValueError) as caught:
+        read_package(path, lambda name: True, **bounds)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -185,7 +187,7 @@ def refusal(path: Path, **bounds: int) -> str:
 
 def test_read_package_reads_what_is_wanted(tmp_path: Path) -> None:
     path = tarball_with(tmp_path / "a.tgz", "package/one", "package/two")
-    assert emoji.read_package(path, lambda name: name == "two") == {"two": b"\0"}
+    assert read_package(path, lambda name: name == "two") == {"two": b"\0"}
 
 
 def test_read_package_refuses_hostile_archives(tmp_path: Path) -> None:
@@ -209,12 +211,12 @@ def test_read_package_refuses_links(tmp_path: Path) -> None:
 
 def test_fetch_trusts_the_hash_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tarball_with(tmp_path / "thing-1.0.tgz", "package/one")
-    good = emoji.Package("thing", "1.0", emoji.sha256_of(path))
-    assert emoji.fetch_package(good, tmp_path) == path
+    good = Package("thing", "1.0", sha256_of(path))
+    assert fetch_package(good, tmp_path) == path
 
     monkeypatch.setattr("shutil.which", lambda name: None)
-    with pytest.raises(emoji.PrepareError, match="npm is needed"):
-        emoji.fetch_package(emoji.Package("thing", "1.0", "0" * 64), tmp_path)
+    with pytest.raises(ValueError, match="npm is needed"):
+        fetch_package(Package("thing", "1.0", "0" * 64), tmp_path)
 
 
 def test_split_never_cuts_a_group() -> None:
@@ -225,5 +227,5 @@ def test_split_never_cuts_a_group() -> None:
     emoji.split_groups(families, test_concepts=4)
     assert all(len({concept.split for concept in one}) == 1 for one in families)
     assert sum(concept.split == "test" for one in families for concept in one) == 4
-    with pytest.raises(emoji.PrepareError, match="whole groups"):
+    with pytest.raises(ValueError, match="whole groups"):
         emoji.split_groups([family(3, "A")], test_concepts=2)

@@ -31,7 +31,7 @@ from descant.datamodules.sources.folder import Folder
 from descant.datamodules.sources.ledger import Ledger
 from descant.datamodules.sources.parquet import Parquet
 from descant.datamodules.sources.shards import Shards, index
-from descant.datamodules.sources.stream import Sample, Stream, _samples
+from descant.datamodules.sources.stream import Sample, Stream, read_samples
 from descant.datamodules.user_data import UserData
 from tests.files import jpeg, shapes, write_tar
 
@@ -63,7 +63,7 @@ def indexed(path: Path) -> Found:
 
 def streamed(path: Path) -> Found:
     told: list[str] = []
-    found = contents(_samples(str(path), lambda place, why: told.append(why)))
+    found = contents(read_samples(str(path), lambda place, why: told.append(why)))
     return found, next(iter(told), None)
 
 
@@ -106,7 +106,7 @@ def test_a_packed_stream_is_cut_anywhere(tmp_path: Path, packed: str) -> None:
         (lambda data: data[:2048] + bytes(512) + data[2560:], "more follows its end at byte 2,048: a header was lost"),
         (lambda data: data + data, "more follows its end"),
         (lambda data: data[:2048] + bytes(1 << 21), "only zeros from byte 2,048 on"),
-        (lambda data: data[:81_920], "cut off: 81,920 bytes, and the two empty blocks that end a tar are not there"),
+        (lambda data: data[:81_920], "cut off: 81,920 bytes, and the two empty blocks that end a tar are missing"),
         (lambda data: data[:82_432], "cut off: 82,432 bytes, and only one of the two empty blocks"),
     ],
 )
@@ -145,7 +145,7 @@ def test_a_manifest_tells_what_is_lost(made: Path, tmp_path: Path) -> None:
     second = folder / "train-000001.tar"
     data = second.read_bytes()
     second.unlink()
-    why = r"train-000001\.tar: its manifest tells of it, and it is not there: 10 samples are lost; damaged: skip"
+    why = r"train-000001\.tar: listed in its manifest, but missing: 10 samples are lost; damaged: skip"
     for path in (folder, folder / "train-*.tar"):
         with pytest.raises(ValueError, match=why):
             find(path)
@@ -156,14 +156,12 @@ def test_a_manifest_tells_what_is_lost(made: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"train-000001\.tar: cut off.*; \d of 10 samples are lost; damaged: skip"):
         find(folder)
     second.write_bytes(data + bytes(512))  # a whole tar, and another one
-    with pytest.raises(ValueError, match=r"\d bytes, and its manifest tells of [\d,]+; damaged: skip"):
+    with pytest.raises(ValueError, match=r"\d bytes, and its manifest lists [\d,]+; damaged: skip"):
         find(folder)
     second.write_bytes(data)
     text = (folder / "manifest.json").read_text()
     (folder / "manifest.json").write_text(text.replace('"samples": 10', '"samples": 12'))
-    with pytest.raises(
-        ValueError, match=r"10 samples, and its manifest tells of 12; 2 of 12 samples are lost; damaged"
-    ):
+    with pytest.raises(ValueError, match=r"10 samples, and its manifest lists 12; 2 of 12 samples are lost; damaged"):
         find(folder)
     (folder / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=r"manifest\.json: not readable \(.*\); damaged: skip"):
@@ -181,7 +179,7 @@ def test_a_stream_of_local_shards_is_looked_at_before_it_is_read(made: Path, tmp
     data = (folder / "train-000002.tar").read_bytes()
     (folder / "train-000002.tar").write_bytes(data[:-10240])
     with pytest.raises(
-        ValueError, match=r"train-000002\.tar: [\d,]+ bytes, and its manifest tells .*10 samples are in it"
+        ValueError, match=r"train-000002\.tar: [\d,]+ bytes, and its manifest lists .*some of its 10 samples are lost"
     ):
         stream.require_whole()
     own = UserData(stream=stream, batch_size=8)
@@ -198,7 +196,7 @@ def test_a_stream_counts_what_its_manifest_tells(made: Path, tmp_path: Path) -> 
     file = folder / "manifest.json"
     file.write_text(file.read_text().replace('"samples": 10', '"samples": 21'))
     found, why = streamed(folder / "train-000000.tar")
-    assert len(found) == 10 and why == "10 samples, and its manifest tells of 21"
+    assert len(found) == 10 and why == "10 samples, and its manifest lists 21"
 
 
 # flips ---------------------------------------------------------------------------------------------------------------
@@ -477,14 +475,14 @@ def test_many_keys_are_no_fields(tmp_path: Path) -> None:
     members = [(f"{i}.{e}", d) for i in range(20) for e, d in (("jpg", jpeg()), ("json", json.dumps(many).encode()))]
     source = Shards(write_tar(tmp_path / "a.tar", members))
     assert kinds(source) == {"jpg": "image", "json": "text"} and len(source.faults) == 20
-    assert source.faults[0][1:] == ("a/0", "json: more than 1,000 entries in one JSON member")
+    assert source.faults[0][1:] == ("a/0", "json: more than 1,000 entries in one JSON object")
     each = [(f"{i}.json", json.dumps({f"{i} {k}": k for k in range(900)}).encode()) for i in range(20)]
     with pytest.raises(ValueError, match="more than 10,000 different fields"):
         Shards(write_tar(tmp_path / "b.tar", each))
     with pytest.raises(ValueError, match="more than 256 members of one sample, 0"):
         Shards(write_tar(tmp_path / "c.tar", [(f"0.k{k}", b"") for k in range(300)]))
     told: list[str] = []
-    assert len(list(_samples(str(tmp_path / "c.tar"), lambda place, why: told.append(why)))) == 1
+    assert len(list(read_samples(str(tmp_path / "c.tar"), lambda place, why: told.append(why)))) == 1
     assert "more than 256 members of one sample" in told[0]
     for k in range(12):  # a thousand in each of twelve shards
         write_tar(tmp_path / f"d{k}.tar", [("0.json", json.dumps({f"{k} {i}": i for i in range(1000)}).encode())])

@@ -98,7 +98,7 @@ def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
         (lambda: Folder(table(tmp_path / "g", "image,url\nhttp://x/0.jpg,http://x/0.jpg\n")), "no column holds names"),
         (lambda: Folder(table(tmp_path / "h", "", "x.csv", images=0)), "the first line names the columns"),
         (lambda: Folder(tmp_path / "photos").has("captoin"), "no column 'captoin'; nearest: caption"),
-        (lambda: Folder(tmp_path), "no picture and no recording here|two files"),
+        (lambda: Folder(tmp_path), "no image and no recording here|two files"),
     ]:
         with pytest.raises(ValueError, match=line) as caught:
             call()

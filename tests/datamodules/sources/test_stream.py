@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from descant.datamodules.sources.addresses import open_address
 from descant.datamodules.sources.base import Raw
-from descant.datamodules.sources.stream import BEGINNING, Mark, Sample, Stream, _open
+from descant.datamodules.sources.stream import BEGINNING, Mark, Sample, Stream
 from tests.files import write_tar
 
 
@@ -78,9 +79,9 @@ def test_it_goes_on_after_any_sample_and_opens_no_shard_that_is_done(
 
     def noted(url: str) -> Any:
         opened.append(url)
-        return _open(url)
+        return open_address(url)
 
-    monkeypatch.setattr("descant.datamodules.sources.stream._open", noted)
+    monkeypatch.setattr("descant.datamodules.sources.stream.open_address", noted)
     for reader in range(readers):
 
         def read(n: int, mark: Mark = BEGINNING, reader: int = reader) -> Iterator[Sample]:
