@@ -101,13 +101,9 @@ class DataReport:
         if count <= self.unread:
             return
         self.unread = count
+        which = f"{count:,} samples could not be read, the last" if count > 1 else "1 sample could not be read:"
         last = f"{notes[-1]['sample']}: {notes[-1]['why']}"
-        line = (
-            f"{count:,} samples could not be read, the last {last}"
-            if count > 1
-            else f"1 sample could not be read: {last}"
-        )
-        _warn(f"data: {line}; all of them: {self.data.ledger.path}")
+        _warn(f"data: {which} {last}; all of them: {self.data.ledger.path}")
 
 
 def _warn(line: str) -> None:

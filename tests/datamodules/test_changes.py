@@ -169,7 +169,7 @@ CHANGES: list[tuple[str, Callable[[Path], None], str]] = [
 @pytest.mark.parametrize(
     ("kind", "change", "why"), CHANGES, ids=[f"{kind}-{n}" for n, (kind, _, _) in enumerate(CHANGES)]
 )
-def test_what_changed_is_said(
+def test_a_change_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, change: Callable[[Path], None], why: str
 ) -> None:
     folder = tmp_path / "d"
@@ -204,11 +204,11 @@ def test_a_copy_elsewhere_is_the_same_data(tmp_path: Path, kind: str, capsys: py
     moved = own(path.replace(str(folder), str(tmp_path / "e")))
     moved.training_set()
     moved.load_state_dict(state)
-    told = capsys.readouterr().err
-    assert ("new modification times, as copies have" in told) == (kind != "shards"), "a manifest tells the contents"
+    reported = capsys.readouterr().err
+    assert ("new modification times, as copies have" in reported) == (kind != "shards"), "a manifest tells the contents"
 
 
-def test_with_verify_a_content_is_known_bit_by_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_detects_a_changed_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = MAKE["csv"](tmp_path / "d")
     blind = saved(own(path))
     state = saved(permit(own(path), verify=True))
@@ -228,7 +228,7 @@ def test_with_verify_a_content_is_known_bit_by_bit(tmp_path: Path, capsys: pytes
         own(path).load_state_dict(state)  # all times are new, and the contents known
 
 
-def test_verify_asks_the_manifest(tmp_path: Path) -> None:
+def test_verify_compares_with_the_manifest(tmp_path: Path) -> None:
     path = Path(MAKE["shards"](tmp_path))
     shard = path / "train-000002.tar"
     data = shard.read_bytes()
@@ -244,7 +244,7 @@ def test_verify_asks_the_manifest(tmp_path: Path) -> None:
     permit(own(str(path)), verify=True).prepare_data()
 
 
-def test_streams_and_mixtures_know_their_shards(tmp_path: Path) -> None:
+def test_changed_shards_of_streams_and_mixtures(tmp_path: Path) -> None:
     path = Path(MAKE["shards"](tmp_path))
     urls = [str(file) for file in sorted(path.glob("*.tar"))]
 
@@ -264,7 +264,7 @@ def test_streams_and_mixtures_know_their_shards(tmp_path: Path) -> None:
             data.load_state_dict({**state, "cut": stream()._cut(), "marks": {}})
 
 
-def test_large_corpora_keep_few_numbers_and_still_name_a_place() -> None:
+def test_large_corpora_store_few_numbers_and_still_locate_a_change() -> None:
     names: list[str | None] = [f"{i:06}.jpg" for i in range(100_000)]
     state = Property(names, lambda n: str(names[n])).state()
     assert len(state["crc"]) <= PARTS and state["step"] == 25
@@ -274,7 +274,7 @@ def test_large_corpora_keep_few_numbers_and_still_name_a_place() -> None:
     assert Property([], str).differing(state) == [0] and Property([], str).differing(Property([], str).state()) == []
 
 
-def test_a_pack_of_another_content_is_told(tmp_path: Path) -> None:
+def test_a_changed_pack_is_reported(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(PACK, tmp_path / "pack"))
     state = saved(placed(Emoji(folder=str(PACK), size=16, batch_size=8)))
     placed(Emoji(folder=str(folder), size=16, batch_size=8)).load_state_dict(state)

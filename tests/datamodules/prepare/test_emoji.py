@@ -98,7 +98,7 @@ def test_images_are_64_px_and_differ_between_vendors(
         assert len(seen) == len(emoji.VENDORS) and None not in seen, row["hexcode"]
 
 
-def test_one_picture_is_never_on_both_sides_and_the_split_rebuilds(
+def test_equal_images_are_on_one_side_and_the_split_rebuilds(
     facts: Facts, hashes: dict[tuple[str, str], str | None], rows: Rows
 ) -> None:
     concepts = [as_concept(row, {v: hashes[row["hexcode"], v] for v in emoji.VENDORS}) for row in rows]

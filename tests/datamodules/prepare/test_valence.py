@@ -48,8 +48,8 @@ def test_the_committed_file_belongs_to_the_pack() -> None:
     assert len(rated) == 494 and set(rated) <= set(rows)
     assert list(rated) == sorted(rated)
     for code, (mean, count) in rated.items():
-        said = valence.words([rows[code]["names"]["en"], *rows[code]["keywords"]["en"]])
-        assert -5 <= mean <= 5 and 1 <= count <= len(said)
+        output = valence.words([rows[code]["names"]["en"], *rows[code]["keywords"]["en"]])
+        assert -5 <= mean <= 5 and 1 <= count <= len(output)
     by_name = {row["names"]["en"]: code for code, row in rows.items()}
     assert rated[by_name["smiling face with hearts"]][0] > 1 > -1 > rated[by_name["loudly crying face"]][0]
 

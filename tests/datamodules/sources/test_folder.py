@@ -44,7 +44,7 @@ def test_other_tables(tmp_path: Path, name: str, text: str) -> None:
     assert source.texts("text") == ["one", "two"] and source.read(1, ["file_name"])["file_name"] == jpeg(size=(11, 10))
 
 
-def test_rows_of_one_picture_are_one_sample(tmp_path: Path) -> None:
+def test_rows_of_one_image_are_one_sample(tmp_path: Path) -> None:
     text = "image,caption,split\n0.jpg,a,train\n1.jpg,b,val\n0.jpg,c,train\n0.jpg,a,train\n2.jpg,,val\n"
     source = Folder(table(tmp_path, text))
     assert len(source) == 3 and source.fields == ("image", "caption.0", "caption.1", "split")
@@ -54,15 +54,15 @@ def test_rows_of_one_picture_are_one_sample(tmp_path: Path) -> None:
         Folder(table(tmp_path, "image,split\n0.jpg,train\n0.jpg,val\n"))
 
 
-def test_recordings_and_pictures_by_column(tmp_path: Path) -> None:
+def test_recordings_and_images_by_column(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "0.wav").write_bytes(wav())
-    source = Folder(table(tmp_path, "picture,speech,caption\n0.jpg,s/0.wav,a\n1.jpg,,b\n"))
-    assert source.files == ("picture", "speech")
+    source = Folder(table(tmp_path, "image,speech,caption\n0.jpg,s/0.wav,a\n1.jpg,,b\n"))
+    assert source.files == ("image", "speech")
     assert source.read(0, ["speech"]) == {"speech": wav()} and source.has("speech").tolist() == [True, False]
 
 
-def test_a_text_beside_each_picture(tmp_path: Path) -> None:
+def test_a_text_file_beside_each_image(tmp_path: Path) -> None:
     for place in ("train/cats", "val/dogs"):
         (tmp_path / place).mkdir(parents=True)
         for i in range(2):
