@@ -370,8 +370,7 @@ class UserData(DataModule):
         assert self.key is not None
         return {
             name: np.array(
-                [key_of(text or f"\0{source.name(k)}") for k, text in enumerate(source.texts(self.key))],
-                dtype=np.int64,
+                [key_of(text or f"\0{source.name(k)}") for k, text in enumerate(source.texts(self.key))], dtype=np.int64
             )
             for name, source in self.sources.items()
         }

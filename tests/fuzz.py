@@ -290,16 +290,7 @@ _NUMBERS = [n.to_bytes(size, "little") for size in (1, 2, 4, 8) for n in (0, 1, 
 _NUMBERS += [struct.pack(f, n) for f in (">I", "<I", ">Q", "<Q") for n in (0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)]
 _TEXTS = [
     *(b'"', b"'", b"\n", b"\r\n", b"\0", b",", b"{", b"}", b"[" * 3000, b'{"a":' * 3000, b"\xff\xfe", b"\xed\xa0\x80"),
-    *(
-        b"1" * 5000,
-        b"-1e999",
-        b"NaN",
-        b"Infinity",
-        b"null",
-        b"true",
-        b"&a [*a, *a]",
-        b"!!python/object:os.x",
-    ),
+    *(b"1" * 5000, b"-1e999", b"NaN", b"Infinity", b"null", b"true", b"&a [*a, *a]", b"!!python/object:os.x"),
     *(b"../../x.png", b"/etc/passwd", b"\xf0\x9f\x98\x80" * 50, b"a: " * 500, b"%s%n", b"x" * 70_000, b"\t", b";"),
 ]
 

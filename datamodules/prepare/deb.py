@@ -18,7 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
-from descant.datamodules.prepare.package import MAX_DECODED_BYTES, MAX_MEMBERS, PIECE, DataPackage, place_of
+from descant.datamodules.prepare.package import (
+    MAX_DECODED_BYTES,
+    MAX_MEMBERS,
+    PIECE,
+    DataPackage,
+    place_of,
+    write_member,
+)
 
 
 @dataclass(frozen=True)
@@ -102,14 +109,10 @@ def _take(file: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, under: str,
         raise ValueError(f"{file.name}: member {member.name!r} is a link or a device, not a regular file")
     if member.issparse():  # a small package could write huge files
         raise ValueError(f"{file.name}: member {member.name!r} is a sparse file")
-    target = folder.joinpath(*place)
     source = tar.extractfile(member)
     assert source is not None
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with source, target.open("xb") as out:  # a duplicate name is an error
-        shutil.copyfileobj(source, out, PIECE)
-        if out.tell() != member.size:
-            raise EOFError(f"member {member.name} ends early")
+    if write_member(source, folder.joinpath(*place)) != member.size:
+        raise EOFError(f"member {member.name} ends early")
 
 
 def _data_member(file: Path, archive: IO[bytes]) -> tuple[str, int, int]:

@@ -51,20 +51,14 @@ ENGLISH_REPEATS = 8
 
 PACKAGES = {
     "noto": Package(
-        "emoji-datasource-google",
-        "16.0.0",
-        "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+        "emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"
     ),
     "twemoji": Package(
-        "emoji-datasource-twitter",
-        "16.0.0",
-        "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
+        "emoji-datasource-twitter", "16.0.0", "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"
     ),
     "openmoji": Package("openmoji", "17.0.0", "55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68"),
     "fluent": Package(
-        "@iconify-json/fluent-emoji-flat",
-        "1.2.6",
-        "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
+        "@iconify-json/fluent-emoji-flat", "1.2.6", "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175"
     ),
     "text": Package("emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a"),
 }
@@ -322,19 +316,6 @@ def train_tokenizer(lines: Iterable[str]) -> Tokenizer:
     return tokenizer
 
 
-def english_words(rows: Iterable[dict[str, Any]]) -> Counter[str]:
-    """How often each English word stands in the training text, before its repeats."""
-    text = (line for row in rows if row["split"] == "train" for line in (row["names"]["en"], *row["keywords"]["en"]))
-    return Counter(word for line in text for word in re.findall(r"[a-z]+", line.casefold()))
-
-
-def single_token_share(tokenizer: Tokenizer, words: Counter[str], at_least: int = 3) -> float:
-    """The share of English words seen `at_least` times that are one token."""
-    frequent = [word for word, count in words.items() if count >= at_least]
-    single = sum(len(tokenizer.encode(word, add_special_tokens=False).ids) == 1 for word in frequent)
-    return single / len(frequent)
-
-
 # 7. The manifest: what the pack is, where it came from, and hashes that show whether it is intact.
 
 
@@ -347,12 +328,7 @@ def manifest(concepts: Sequence[Concept], families: int, files: Sequence[Path]) 
         "held_out_language": HELD_OUT_LANGUAGE,
         "held_out_vendor": HELD_OUT_VENDOR,
         "image": {"side": SIDE, "mode": "RGBA", "format": "lossless WebP"},
-        "counts": {
-            "concepts": len(concepts),
-            "train": splits["train"],
-            "test": splits["test"],
-            "families": families,
-        },
+        "counts": {"concepts": len(concepts), "train": splits["train"], "test": splits["test"], "families": families},
         "split_salt": SALT,
         "sources": {
             package.name: {"version": package.version, "sha256": package.sha256} for package in PACKAGES.values()

@@ -10,12 +10,13 @@ import contextlib
 import errno
 import hashlib
 import shutil
+import sys
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import ClassVar
+from typing import IO, ClassVar
 
 from descant.modules.io.cache import cache_folder
 
@@ -121,6 +122,27 @@ def move_into_place(folder: Path, target: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES) or not target.is_dir():
             raise
+
+
+def derived(source: Path, name: str, build: Callable[[Path], None], message: str) -> Path:
+    """The folder ``name`` beside ``source``; where it is missing, ``message`` is printed and ``build`` fills it."""
+    target = source.with_name(name)
+    if not target.is_dir():
+        print(f"descant: {message}", file=sys.stderr, flush=True)
+        with scratch(source.parent) as part:
+            folder = Path(part) / "arrays"
+            folder.mkdir()
+            build(folder)
+            move_into_place(folder, target)
+    return target
+
+
+def write_member(source: IO[bytes], target: Path) -> int:
+    """Write a member of an archive to a new file (a duplicate name is an error); returns its size."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source, target.open("xb") as out:
+        shutil.copyfileobj(source, out, PIECE)
+        return out.tell()
 
 
 def place_of(file: Path, member: str, under: str) -> tuple[str, ...] | None:

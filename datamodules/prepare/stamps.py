@@ -11,7 +11,6 @@ import importlib
 import io
 import json
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from PIL import Image
 
 from descant.datamodules.prepare.deb import Deb
 from descant.datamodules.prepare.grouping import connected
-from descant.datamodules.prepare.package import first_line, move_into_place, scratch, unpacked
+from descant.datamodules.prepare.package import derived, first_line, unpacked
 from descant.datamodules.sources.ledger import Ledger
 from descant.modules.transforms.audio import quantized, resample
 
@@ -82,7 +81,7 @@ class Corpus:
         return Corpus(**index, **arrays, skipped=skipped)
 
     def save(self, folder: Path) -> None:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         for name in ("images", "pictured", "wave", "clips"):
             np.save(folder / f"{name}.npy", getattr(self, name))
         index = {name: getattr(self, name) for name in ("names", "texts", "languages", "skipped")}
@@ -100,13 +99,8 @@ def prepared(file: Path | None = None, accept: list[str] | None = None, cache: P
         ValueError: what :func:`unpacked` raises, or 20 files in a row that cannot be read.
     """
     source = unpacked(DEB, file, accept or (), cache)
-    target = source.with_name(f"{source.name}-{FORMAT}")
-    if not target.is_dir():
-        print("descant: preparing the stamps: images and speech are decoded once; this takes a minute", file=sys.stderr)
-        with scratch(source.parent) as part:
-            build(source).save(Path(part) / "arrays")
-            move_into_place(Path(part) / "arrays", target)
-    return target
+    message = "preparing the stamps: images and speech are decoded once; this takes a minute"
+    return derived(source, f"{source.name}-{FORMAT}", lambda folder: build(source).save(folder), message)
 
 
 def build(folder: Path) -> Corpus:

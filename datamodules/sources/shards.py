@@ -72,10 +72,7 @@ class Shards(Source):
     """
 
     def __init__(
-        self,
-        paths: str | Path | Sequence[str | Path],
-        cache: str | Path | None = None,
-        damaged: Damaged = "refuse",
+        self, paths: str | Path | Sequence[str | Path], cache: str | Path | None = None, damaged: Damaged = "refuse"
     ) -> None:
         self.faults: list[Fault] = lost(paths, damaged)
         self.paths = expand(paths)

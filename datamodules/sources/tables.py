@@ -70,27 +70,6 @@ def nonblank(text: str | None) -> str | None:
 # CSV and TSV -----------------------------------------------------------------------------------------------------
 
 
-def _separated(table: Path, bad: Bad) -> Columns:
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            delimiter = _delimiter(table, file.readline())
-            file.seek(0)
-            rows = csv.reader(file, delimiter=delimiter, strict=True)
-            header = _header(table, next(rows, []))
-            columns: list[list[str | None]] = [[] for _ in header]
-            for row in rows:
-                if len(row) == len(header):
-                    for column, cell in zip(columns, row, strict=True):
-                        column.append(nonblank(cell))
-                elif row:
-                    raise csv.Error
-    except (csv.Error, UnicodeDecodeError):
-        header, columns = _row_by_row(table, bad)
-    if not columns[0]:
-        raise ValueError(f"{table}: no rows below the header")
-    return dict(zip(header, columns, strict=True))
-
-
 def _delimiter(table: Path, head: str) -> str:
     return "\t" if table.suffix.lower() == ".tsv" else max(",;\t", key=head.count)
 
@@ -119,8 +98,7 @@ def _is_media(name: str) -> bool:
     return bool(stem and dot) and ending.lower() in MEDIA and "://" not in name
 
 
-def _row_by_row(table: Path, bad: Bad) -> tuple[list[str], list[list[str | None]]]:
-    """Header and columns of a table with faults: slower, and it knows the line of each row."""
+def _separated(table: Path, bad: Bad) -> Columns:
     with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         lines = _Lines(file)
         delimiter = _delimiter(table, next(lines, ""))
@@ -140,7 +118,7 @@ def _row_by_row(table: Path, bad: Bad) -> tuple[list[str], list[list[str | None]
             try:
                 row = next(rows)
             except StopIteration:
-                return header, columns
+                break
             except csv.Error as error:
                 bad(first, _quoting(error, first, lines.number))
                 lines.rewind(1)  # the next row begins on the next line, whatever the quotes on this one
@@ -154,6 +132,9 @@ def _row_by_row(table: Path, bad: Bad) -> tuple[list[str], list[list[str | None]
             else:
                 for column, cell in zip(columns, row, strict=True):
                     column.append(nonblank(cell))
+    if not columns[0]:
+        raise ValueError(f"{table}: no rows below the header")
+    return dict(zip(header, columns, strict=True))
 
 
 class _Lines(Iterator[str]):

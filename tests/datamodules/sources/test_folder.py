@@ -89,10 +89,7 @@ def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
         (lambda: Folder(table(tmp_path / "a", "caption,n\na,1\n")), "no column holds names of files.*caption, n"),
         (lambda: Folder(table(tmp_path / "b", "image,caption\n9.jpg,a\n")), "column image: there is no 9.jpg in"),
         (lambda: Folder(table(tmp_path / "c", "image,caption\n0.jpg,a,b\n")), "line 2 has 3 cells, the header 2"),
-        (
-            lambda: Folder(table(tmp_path / "d", "image,image\n0.jpg,a\n")),
-            "names the columns, each once; it has",
-        ),
+        (lambda: Folder(table(tmp_path / "d", "image,image\n0.jpg,a\n")), "names the columns, each once; it has"),
         (lambda: Folder(table(tmp_path / "e", "image\n")), "no rows below the header"),
         (lambda: Folder(table(tmp_path / "f", "{bad\n", "x.jsonl")), "line 1: not JSON"),
         (lambda: Folder(table(tmp_path / "g", "image,url\nhttp://x/0.jpg,http://x/0.jpg\n")), "no column holds names"),
