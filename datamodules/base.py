@@ -202,7 +202,7 @@ class DataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         if batch_size < 2:
-            raise ValueError(f"batch_size {batch_size}: contrastive losses and batch statistics need at least 2")
+            raise ValueError(f"batch_size {batch_size}: contrast and batch statistics need at least 2")
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.drop, self.tiny = drop or {}, tiny
         self.position = (0, 0)  # (epoch, micro-batch) to start from; a resumed run sets it before the loader is made

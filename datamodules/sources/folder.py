@@ -88,7 +88,8 @@ class Folder(Source):
         else:
             self._read_files()
         self._add_folders()
-        self._read_sizes([self.columns[name] for name in self.files])
+        files: Sequence[str] = self.files
+        self._read_sizes([self.columns[name] for name in files])
 
     def _table(self, csv: str | Path | None) -> Path | None:
         if csv is not None:
