@@ -204,7 +204,7 @@ def test_other_ranks_workers_or_shards_are_one_line(tmp_path: Path) -> None:
     other = own(urls, 2)
     other.trainer, other.stream.buffer = data.trainer, 9  # type: ignore[union-attr]
     for wrong, line in [
-        (on_rank(tmp_path, urls, 0, 1, 2), "ranks 2, and here it is 1: other samples would come; give it 2 again"),
+        (on_rank(tmp_path, urls, 0, 1, 2), "ranks 2, and here it is 1: the samples would differ; set it to 2 again"),
         (on_rank(tmp_path, urls, 0, 4, 2), "ranks 2, and here it is 4"),
         (on_rank(tmp_path, urls, 0, 2, 0), "num_workers 2, and here it is 1"),
         (on_rank(tmp_path, urls, 0, 2, 3), "num_workers 2, and here it is 3"),
@@ -333,4 +333,4 @@ def test_the_command_line_refuses_in_one_line(cli: Any) -> None:
     assert cli(*fit, "--trainer.max_steps", "1").rc == 0
     more = (*fit, "--trainer.max_steps", "2", "--resume", "auto", "--changed", "allow")
     refused = cli(*more, "--data.num_workers", "2")
-    assert refused.rc == 2 and "num_workers 1, and here it is 2: other samples would come" in refused.err
+    assert refused.rc == 2 and "num_workers 1, and here it is 2: the samples would differ" in refused.err
