@@ -1,4 +1,4 @@
-"""What every data module shares: the order, the loaders, missingness, and the names of its evaluation sets.
+"""Base of data modules and data sets: sample order, loaders, dropped modalities, and evaluation sets.
 
 Letters: B samples of a batch, N samples of a set.
 """
@@ -21,7 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from descant.datamodules.changes import Corpus, pack, require
+from descant.datamodules.changes import Corpus, DataPolicy, pack, require
 from descant.datamodules.order import Order, Slot, Window
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import global_seed, mix_N, uniform_N
@@ -32,15 +32,14 @@ class BatchDataset(Dataset[Batch]):
     """A data set that is read a window at a time: one call makes the whole :class:`Batch`.
 
     A subclass implements ``rows(index_B, draw_B)`` and ``present(index_N)``. Reading windows, not samples, keeps
-    Python out of the inner loop: an in-memory set answers with one indexing operation a modality.
+    Python out of the inner loop: an in-memory set needs one indexing operation a modality.
 
     Args:
         seed: of everything random about a sample; with (epoch, index) it makes the sample's ``draw`` key.
-        drop: modality -> probability that a present sample is made absent (a policy of missingness).
+        drop: modality -> probability that a present sample is made absent.
     """
 
-    #: False for a stream, whose indices are only the positions of an epoch: what has to be read in another order
-    #: than it comes in cannot use it.
+    #: False for a stream, which can only be read in its own order: its indices are mere positions of an epoch.
     by_position = True
 
     def __init__(self, seed: int, drop: Mapping[str, float] | None = None) -> None:
@@ -51,11 +50,11 @@ class BatchDataset(Dataset[Batch]):
         raise NotImplementedError
 
     def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
-        """The content of some samples; whatever is random about them is a function of ``draw_B``."""
+        """The content of some samples; all randomness is a function of ``draw_B``."""
         raise NotImplementedError
 
     def visit(self, slots: Sequence[Slot], draw_B: np.ndarray) -> Rows:
-        """``rows`` of some slots; a set whose rows change with the epoch takes it from them."""
+        """``rows`` of some slots; overridden by sets whose rows depend on the epoch."""
         return self.rows(np.array([s.sample for s in slots]), draw_B)
 
     def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
@@ -63,7 +62,7 @@ class BatchDataset(Dataset[Batch]):
         raise NotImplementedError
 
     def identity(self, index_B: np.ndarray) -> np.ndarray:
-        """Stable global ids of some rows: the same sample has the same id in every set that holds it."""
+        """Stable global ids of some rows: a sample has the same id in every set."""
         return index_B
 
     def draws(self, slots: Sequence[Slot]) -> np.ndarray:
@@ -72,12 +71,11 @@ class BatchDataset(Dataset[Batch]):
         return mix_N(np.array([self.seed]), "sample", epoch_N, sample_N)
 
     def presence(self, slots: Sequence[Slot], draw_N: np.ndarray) -> dict[str, Tensor]:
-        """``present`` less what the policy drops and what is padding: a pure function of (seed, epoch, index)."""
+        """``present`` without dropped and padding samples: a pure function of (seed, epoch, index)."""
         real_N = torch.tensor([s.real for s in slots])
         present = self.present(np.array([s.sample for s in slots]))
         for modality, probability in self.drop.items():
-            kept_N = uniform_N(draw_N, f"drop/{modality}") >= probability
-            present[modality] = present[modality] & kept_N
+            present[modality] = present[modality] & (uniform_N(draw_N, f"drop/{modality}") >= probability)
         return {modality: mask_N & real_N for modality, mask_N in present.items()}
 
     def __getitem__(self, window: Window) -> Batch:
@@ -97,16 +95,16 @@ class BatchDataset(Dataset[Batch]):
         )
 
     def arrived(self, batch: Batch) -> None:
-        """Told of each batch that a loader hands over, in the process of the run, where nothing of its readers is."""
+        """Called with each batch that a loader returns, in the main process, which shares no state with workers."""
 
 
 @dataclass
 class Rows:
-    """What a data set knows of some samples: inputs and targets ``[B, ...]``, and their content keys ``[B]``.
+    """Content of some samples: inputs and targets ``[B, ...]``, and their content keys ``[B]``.
 
     ``index``: the samples that were read, where unreadable ones were replaced by others. ``readable``: modality ->
-    bool ``[B]``, where some could not be read and nothing takes their place; what is readable only shows on reading,
-    so the counts of the whole step know nothing of it: for evaluation, which divides by no counts.
+    bool ``[B]``, where some could not be read and are not replaced; the counts of the whole step, which are known
+    before reading, do not include this: for evaluation only, which divides by no counts.
     """
 
     inputs: dict[str, Tensor]
@@ -117,19 +115,19 @@ class Rows:
 
 
 class Loader(DataLoader[Any]):
-    """A DataLoader whose workers' errors arrive as what they are: a ValueError of one line, without their traceback.
+    """A DataLoader that raises a worker's ValueError as one line, without the worker's traceback.
 
-    Its data set is told of each batch as it is handed over, and ``ended`` is called with the last one of an epoch.
+    It calls ``arrived`` of its data set with each batch, and ``ended`` after the last one of an epoch.
     """
 
     ended: Callable[[], None] | None = None
 
     def __iter__(self) -> Any:
         assert isinstance(self.dataset, BatchDataset)
-        return _Plain(super().__iter__(), self.dataset, len(self), self.ended)
+        return _Batches(super().__iter__(), self.dataset, len(self), self.ended)
 
 
-class _Plain(Iterator[Any]):
+class _Batches(Iterator[Any]):
     def __init__(
         self, batches: Iterator[Any], data: BatchDataset, left: int, ended: Callable[[], None] | None = None
     ) -> None:
@@ -142,19 +140,29 @@ class _Plain(Iterator[Any]):
             raise ValueError(_last_line(error)) from error
         self.data.arrived(batch)
         self.left -= 1
-        if self.left == 0 and self.ended is not None:  # who knows how many there are does not ask for one more
+        if self.left == 0 and self.ended is not None:  # a trainer knows the length and requests no batch beyond it
             self.ended()
         return batch
 
 
-def _steady(worker: int) -> None:
-    """Signals that a terminal or scheduler sends to all processes are the run's: it saves with its readers alive.
+def available_cores(devices: int) -> int:
+    """Processor cores of this process's rank, of ``devices`` ranks on this machine."""
+    try:
+        cores = len(os.sched_getaffinity(0))  # those of this process, not of the machine
+    except AttributeError:  # not on macOS
+        cores = os.cpu_count() or 1
+    share = os.environ.get("SLURM_CPUS_PER_TASK", "")  # of a rank started by srun, which sees only its own cores
+    return min(cores, int(share)) if "SLURM_PROCID" in os.environ and share.isdecimal() else cores // devices
 
-    TERM of the run itself ends a reader as ever. Its handler cannot tell who sent it; who waits for it can.
+
+def _steady(worker: int) -> None:
+    """Make a worker ignore signals sent to all processes, so that the run can save while its workers live.
+
+    TERM from the run itself ends a worker as usual. A handler cannot see the sender of a signal; ``sigwaitinfo`` can.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where a reader that is sent TERM ends
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where any TERM ends a worker
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
@@ -166,7 +174,7 @@ def _end_with(parent: int) -> None:
 
 
 def _last_line(error: ValueError) -> str:
-    """What a worker said: its whole traceback comes as the message, with the error itself on the last line."""
+    """A worker's error: torch puts its whole traceback into the message, with the error itself on the last line."""
     text = str(error)
     if not text.startswith("Caught "):
         return text
@@ -179,9 +187,9 @@ class DataModule(L.LightningDataModule):
     Args:
         batch_size: rows of one whole optimizer step (all ranks, all micro-batches).
         eval_batch_size: rows of an evaluation batch on each rank.
-        num_workers: processes that read ahead; 0 reads in the main process (best for what is in memory).
+        num_workers: worker processes; 0 reads in the main process (best for data in memory).
         drop: modality -> probability that a training sample is made absent.
-        tiny: a small synthetic stand-in of the same shapes, for tests and for `check`.
+        tiny: small synthetic data of the same shapes, for tests and for `check`.
     """
 
     def __init__(
@@ -204,9 +212,9 @@ class DataModule(L.LightningDataModule):
             if not 0 <= probability <= 1:
                 raise ValueError(f"drop: {modality} {probability} is not a probability")
             if probability == 1:
-                raise ValueError(f"drop: {modality} 1: all samples would lack it, so nothing could be learned of it")
+                raise ValueError(f"drop: {modality} 1: all samples would lack it, so it could not be trained")
 
-    # what a corpus is ------------------------------------------------------------------------------------------
+    # the corpus ------------------------------------------------------------------------------------------------
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -216,11 +224,11 @@ class DataModule(L.LightningDataModule):
         raise NotImplementedError
 
     def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
-        """Name -> set, for ``stage`` "validate" or "test". The name is the first part of its metrics' keys."""
+        """Name -> set, for ``stage`` "validate" or "test". Metrics are logged as NAME/METRIC."""
         raise NotImplementedError
 
     def bank_set(self) -> BatchDataset:
-        """Training samples as evaluation sees them (no augmentation): what k-NN and linear probes are fitted on."""
+        """Training samples without augmentation, to fit k-NN and linear probes on."""
         raise NotImplementedError
 
     def prompts(self, target: str) -> tuple[Tensor, list[str]]:
@@ -229,36 +237,41 @@ class DataModule(L.LightningDataModule):
 
     @property
     def warms(self) -> bool:
-        """Whether a run's first epoch reads slower than those after it, since what it decodes is kept."""
+        """Whether the first epoch reads slower than later ones, since decoded images are cached."""
         return False
 
     def sample_name(self, index: int) -> str:
-        """The sample's own name in its corpus (its file, its key), by its id."""
+        """The sample's name in its corpus (its file, its key), by its id."""
         return str(index)
 
     @property
     def codec(self) -> Tokenizer | None:
-        """How texts become token ids, where there are texts: what shares a text tower must share it."""
+        """The tokenizer, where there are texts; data that shares a text tower must share it."""
         return None
 
     @property
     def keys(self) -> str | None:
-        """What ``key`` numbers, by name: data modules that say the same give equal content equal keys, in a mixture
-        too. None: keys mean something here only."""
+        """Name of what ``key`` numbers: data modules with the same name give equal content equal keys, also in a
+        mixture. None: keys are comparable within this data module only."""
         return None
 
     def describe(self, index: int) -> str:
-        """One line that names a sample by its id, for pictures and ledgers."""
+        """One line on a sample by its id, for image grids and ledgers."""
         return str(index)
 
     def picture(self, index: int) -> Tensor | None:
-        """The sample's picture as uint8 ``[3, H, W]``, or None where it has none."""
+        """The sample's image as uint8 ``[3, H, W]``, or None where it has none."""
         return None
 
-    # what is asked when a run is resumed ------------------------------------------------------------------------
+    # resuming ----------------------------------------------------------------------------------------------------
+
+    @property
+    def policy(self) -> DataPolicy:
+        """The trainer's ``data_policy``; the default where there is none."""
+        return getattr(self.trainer, "data_policy", None) or DataPolicy()
 
     def corpora(self) -> dict[str, Corpus]:
-        """Name -> what the data was made of when its index was made: here, of the pack in ``folder``, if it has one."""
+        """Name -> properties of its files and samples as they were indexed: here of the pack in ``folder``, if any."""
         folder = getattr(self, "folder", None)
         return {"pack": pack(folder)} if isinstance(folder, Path) and folder.is_dir() and not self.tiny else {}
 
@@ -269,14 +282,14 @@ class DataModule(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         if not self.known_corpora:
             return {}
-        if "_corpora" not in self.__dict__:  # it does not change while a run goes on
-            self._corpora = {name: corpus.state() for name, corpus in self.known_corpora.items()}
+        if "_corpora" not in self.__dict__:  # constant during a run
+            self._corpora = {name: corpus.state(self.policy.verify) for name, corpus in self.known_corpora.items()}
         return {"corpora": self._corpora}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises ValueError where a run goes on with data that is not what it was, unless the call allows that."""
+        """Raises ValueError where a run is resumed with data that has changed, unless the policy allows that."""
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            require(self.known_corpora, state_dict.get("corpora", {}))
+            require(self.known_corpora, state_dict.get("corpora", {}), self.policy)
 
     # loaders ---------------------------------------------------------------------------------------------------
 
@@ -292,7 +305,7 @@ class DataModule(L.LightningDataModule):
 
     @property
     def workers(self) -> int:
-        """Processes that read ahead, for each rank."""
+        """Worker processes of each rank."""
         return self.num_workers
 
     def _loader(self, data: BatchDataset, order: Order) -> DataLoader[Any]:
@@ -307,7 +320,7 @@ class DataModule(L.LightningDataModule):
         )
 
     def order(self, data: BatchDataset, **cut: int) -> Order:
-        """The order of training; ``cut``: rank, world, accumulate, and epoch and first to start from."""
+        """The order of training; ``cut``: rank, world, accumulate, and the epoch and first to start from."""
         return Order(len(data), self.batch_size, self.seed, shuffle=True, **cut)
 
     def train_dataloader(self) -> DataLoader[Any]:

@@ -1,7 +1,7 @@
-"""Whether the data of a run is still what it was: digests of names, sizes, texts and contents, kept in resume points.
+"""Detect data that changed between a stop and a resume: digests of names, sizes, texts and contents in resume points.
 
-Of each property of a corpus (the names of its samples, the sizes of its files, its captions) two things are kept: a
-digest of all, and CRC-32s of up to ``PARTS`` runs of consecutive values, by which a difference is found and named.
+Of each property of a corpus (sample names, file sizes, captions) a resume point holds a digest of all values, and
+CRC-32s of up to ``PARTS`` runs of consecutive values, which locate a difference.
 Letters: N values of a property, K runs of them.
 """
 
@@ -21,31 +21,30 @@ import torch
 
 from descant.datamodules.prepare.package import sha256_of
 
-#: Runs of values that have a CRC of their own at most: 16 KiB of a resume point for each property.
+#: Most runs of values that have a CRC of their own: 16 KiB of a resume point for each property.
 PARTS = 4096
-#: Bytes of a pack whose content is always read: a tenth of a second.
+#: Bytes of a pack whose content is always hashed: a tenth of a second.
 SMALL = 1 << 26
-#: Names that a line says.
+#: Names that a message lists.
 _FEW = 3
 
 Values = Sequence[str | None] | np.ndarray
 
 
-@dataclass
-class Rules:
-    """What the call said. ``allow``: go on with changed data. ``verify``: read and hash the content of all files."""
+@dataclass(frozen=True)
+class DataPolicy:
+    """Options of a command. ``allow``: resume with changed data. ``verify``: read and hash the content of all files.
+
+    The command line puts it on its trainer as ``data_policy``; :attr:`DataModule.policy` reads it there.
+    """
 
     allow: bool = False
     verify: bool = False
 
 
-#: Of this process; the command line sets it before anything is read.
-rules = Rules()
-
-
 @dataclass
 class Property:
-    """One property of a corpus: N values, and ``name(n)`` of what has the n-th."""
+    """One property of a corpus: N values, and ``name(n)``, the name of the sample or file with the n-th."""
 
     values: Values
     name: Callable[[int], str]
@@ -67,14 +66,14 @@ class Property:
         return {"n": n, "step": step, "digest": digest.hexdigest(), "crc": crc}
 
     def differing(self, then: Mapping[str, Any]) -> list[int]:
-        """The first value of each run that is not as it was."""
+        """The number of the first value of each run that differs from an earlier ``state``."""
         step = int(then["step"])
         now = self.state(step)
         if now["digest"] == then["digest"] and now["n"] == then["n"]:
             return []
         a, b = then["crc"].tolist(), now["crc"].tolist()
         runs = [k for k in range(len(b)) if k >= len(a) or a[k] != b[k]]
-        return [k * step for k in runs] or [max(len(self.values) - 1, 0)]  # what is gone stood behind the last
+        return [k * step for k in runs] or [max(len(self.values) - 1, 0)]  # values are missing after the last
 
 
 def _bytes(values: Values) -> bytes:
@@ -89,14 +88,16 @@ def _bytes(values: Values) -> bytes:
 
 @dataclass
 class Corpus:
-    """What a source was made of.
+    """Properties of a source's samples and files.
 
     Args:
         place: of the source, for messages.
-        parts: property, as a message calls it -> its values; ``samples`` are their names, in order.
-        files: paths of the M files that the data lies in, below ``root``.
-        size_M, time_M: of each file, bytes and time of change; -1 and 0 where it is missing.
-        known: SHA-256 of some, as a manifest tells.
+        parts: property, as named in messages -> its values; ``samples`` are the sample names, in order.
+        files: paths of the M files of the data, below ``root``.
+        size_M, time_M: bytes and modification time of each file; -1 and 0 where it is missing.
+        known: SHA-256 of some files, from a manifest.
+        root: folder of ``files``.
+        content: SHA-256 of all files, once they were hashed.
     """
 
     place: str
@@ -115,16 +116,16 @@ class Corpus:
             return dict(zip(chosen, pool.map(_content, (Path(self.root, self.files[k]) for k in chosen)), strict=True))
 
     def verify(self) -> str | None:
-        """Hash all files, and say what is wrong with the first that is not what a manifest tells."""
+        """Hash all files; a message on the first whose SHA-256 differs from its manifest, or None."""
         if self.content is None:
             self.content = list(self.hashed().values())
         for file, digest in zip(self.files, self.content, strict=True):
             if self.known.get(file, digest) != digest:
-                return f"{Path(self.root, file)}: its content is not what its manifest tells (SHA-256)"
+                return f"{Path(self.root, file)}: its content differs from its manifest (SHA-256)"
         return None
 
     def _contents(self) -> Property | None:
-        """What is known of the content of all files: hashed, else by manifests; None where some are not known."""
+        """SHA-256 of all files: hashed, else from manifests; None where some are unknown."""
         if self.content is not None:
             return Property(self.content, self._file)
         if self.files and all(file in self.known for file in self.files):
@@ -134,30 +135,24 @@ class Corpus:
     def _file(self, number: int) -> str:
         return Path(self.files[number]).name
 
-    def _sizes(self) -> Property:
-        return Property(self.size_M, self._file)
-
-    def _times(self) -> Property:
-        return Property(self.time_M, self._file)
-
-    def state(self) -> dict[str, Any]:
-        """Of plain values and tensors, for a resume point."""
-        if rules.verify and self.content is None:
+    def state(self, verify: bool = False) -> dict[str, Any]:
+        """Plain values and tensors for a resume point; with ``verify`` the content of all files is hashed."""
+        if verify and self.content is None:
             self.content = list(self.hashed().values())
         contents = self._contents()
         return {
             "parts": {name: part.state() for name, part in self.parts.items()},
-            "sizes": self._sizes().state(),
-            "times": self._times().state(),
+            "sizes": Property(self.size_M, self._file).state(),
+            "times": Property(self.time_M, self._file).state(),
             "content": None if contents is None else contents.state(),
         }
 
-    def changes(self, then: Mapping[str, Any]) -> list[str]:
-        """What is not as it was, in a few words each; empty where nothing is.
+    def changes(self, then: Mapping[str, Any], verify: bool = False) -> list[str]:
+        """Differences from an earlier ``state``, in a few words each; empty where there are none.
 
-        Times of change are a hint only, as copies have new ones. Where they differ the content decides, if it is
-        known. If it is not, files of which some have new times and others have not were changed in their place; if all
-        have new times, they were copied, which is told and nothing more.
+        Modification times are only a hint, as copies have new ones. Where they differ the content decides, if its
+        hashes are known. If not: where only some files have new times, those were changed in place; where all have,
+        they were copied, which is reported without being a difference.
         """
         known = {name: part for name, part in self.parts.items() if name in then["parts"]}
         for name, part in known.items():
@@ -165,25 +160,26 @@ class Corpus:
             if was != now:
                 at = f", the first difference at {part.name(part.differing(then['parts'][name])[0])}" if now else ""
                 return [f"{was:,} {name} then and {now:,} now{at}"]
-        found = [
-            _told(name, part, rows, then["parts"][name])
+        differences = [
+            _described(name, part, rows, then["parts"][name])
             for name, part in known.items()
             if (rows := part.differing(then["parts"][name]))
         ]
         if then["sizes"]["n"] != len(self.files):
-            return [*found, f"{then['sizes']['n']:,} files then and {len(self.files):,} now"]
-        if rows := self._sizes().differing(then["sizes"]):
-            found.append(_told("sizes", self._sizes(), rows, then["sizes"]))
-        return found or self._rewritten(then)
+            return [*differences, f"{then['sizes']['n']:,} files then and {len(self.files):,} now"]
+        sizes = Property(self.size_M, self._file)
+        if rows := sizes.differing(then["sizes"]):
+            differences.append(_described("sizes", sizes, rows, then["sizes"]))
+        return differences or self._rewritten(then, verify)
 
-    def _rewritten(self, then: Mapping[str, Any]) -> list[str]:
-        """Of files that have the same names and sizes: whether their content is what it was."""
-        old, times = then["content"], self._times()
+    def _rewritten(self, then: Mapping[str, Any], verify: bool) -> list[str]:
+        """Differences in the content of files that have the same names and sizes."""
+        old, times = then["content"], Property(self.time_M, self._file)
         newer = times.differing(then["times"])
-        if old is not None and (rules.verify or newer):
+        if old is not None and (verify or newer):
             step = int(old["step"])
             chosen = sorted({n for first in newer for n in range(first, min(first + step, len(self.files)))})
-            digests = self.hashed(None if rules.verify else chosen)
+            digests = self.hashed(None if verify else chosen)
             expected = old["crc"].tolist()
             rows = [
                 first
@@ -192,32 +188,42 @@ class Corpus:
                 and zlib.crc32(_bytes([digests[n] for n in range(first, min(first + step, len(self.files)))]))
                 != expected[first // step]
             ]
-            return [_told("contents", times, rows, old)] if rows else []
-        if rules.verify:
-            tell(f"{self.place}: the run began without --verify, so nothing tells whether the content is what it was")
+            return [_described("contents", times, rows, old)] if rows else []
+        if verify:
+            _print(f"{self.place}: the run began without --verify, so changes of the content cannot be detected")
         if newer and len(newer) < len(then["times"]["crc"]):
-            return [_told("times of change", times, newer, then["times"])]
+            return [_described("modification times", times, newer, then["times"])]
         if newer:
-            tell(f"{self.place}: all files have new times of change, as copies have; all else is as before")
+            _print(f"{self.place}: all files have new modification times, as copies have; all else is as before")
         return []
 
 
-def pack(folder: Path) -> Corpus:
-    """Of a folder that ships with its data module: names, sizes and, where they are few, contents of its files.
+def corpus_of(
+    place: str, parts: dict[str, Property], files: Sequence[Path], known: Mapping[str, str] | None = None
+) -> Corpus:
+    """The corpus of files that exist, with their sizes and modification times."""
+    stats = [file.stat() for file in files]
+    size_M = np.array([status.st_size for status in stats], dtype=np.int64)
+    time_M = np.array([status.st_mtime_ns for status in stats], dtype=np.int64)
+    return Corpus(place, parts, [str(file) for file in files], size_M, time_M, known or {})
 
-    Their times of change are those of an installation, and say nothing; notices and licences are no data.
+
+def pack(folder: Path) -> Corpus:
+    """The corpus of a folder that ships with its data module: names, sizes and, of a small one, contents of its files.
+
+    Modification times are those of the installation and left out; so are notices and licences.
     """
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix not in (".md", ".pyc"))
     names = [file.relative_to(folder).as_posix() for file in files]
     size_M = np.array([file.stat().st_size for file in files], dtype=np.int64)
     parts = {"files": Property(names, lambda n: names[n])}
-    found = Corpus(str(folder), parts, names, size_M, np.zeros_like(size_M), root=str(folder))
+    corpus = Corpus(str(folder), parts, names, size_M, np.zeros_like(size_M), root=str(folder))
     if size_M.sum() <= SMALL:
-        found.parts["contents"] = Property(list(found.hashed().values()), lambda n: names[n])
-    return found
+        corpus.parts["contents"] = Property(list(corpus.hashed().values()), lambda n: names[n])
+    return corpus
 
 
-def _told(what: str, part: Property, rows: Sequence[int], then: Mapping[str, Any]) -> str:
+def _described(what: str, part: Property, rows: Sequence[int], then: Mapping[str, Any]) -> str:
     if sorted(part.state(int(then["step"]))["crc"].tolist()) == sorted(then["crc"].tolist()) and then["step"] == 1:
         what = f"the same {what} in another order"
     else:
@@ -235,22 +241,21 @@ def _content(file: Path) -> str:
         return ""
 
 
-def require(corpora: Mapping[str, Corpus], then: Mapping[str, Any]) -> None:
-    """Compare with what a resume point says.
+def require(corpora: Mapping[str, Corpus], then: Mapping[str, Any], policy: DataPolicy) -> None:
+    """Compare corpora with the states of a resume point.
 
     Raises:
-        ValueError: in one line, where the data is not what it was, unless the call allows that.
+        ValueError: in one line, where the data has changed, unless the policy allows that.
     """
     for name, corpus in corpora.items():
-        lines = corpus.changes(then[name]) if name in then else []
-        if not lines:
+        differences = corpus.changes(then[name], policy.verify) if name in then else []
+        if not differences:
             continue
-        line = f"{corpus.place}: the data is not what it was when the run was saved: {'; '.join(lines)}"
-        if not rules.allow:
+        line = f"{corpus.place}: the data has changed since the run was saved: {'; '.join(differences)}"
+        if not policy.allow:
             raise ValueError(f"{line}; --changed allow goes on with it")
-        tell(line)
+        _print(line)
 
 
-def tell(line: str) -> None:
-    """One line to the user, beside the output of the program."""
+def _print(line: str) -> None:
     print(f"descant: {line}", file=sys.stderr, flush=True)

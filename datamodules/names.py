@@ -1,4 +1,4 @@
-"""What an argument may be called, and the one line that refuses another name."""
+"""Refuse unknown names in one line that lists the valid ones, or the nearest of many."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from descant.modules.core.errors import closest
 
-MANY = 20  # names that one line has no room for
+MANY = 20  # names: more of them do not fit into a line
 
 
 def require_known(what: str, given: Sequence[str], known: Sequence[str]) -> None:
-    """Raises ValueError naming the first of ``given`` that is not ``known``, and these, or of many the nearest.
+    """Raises ValueError for the first of ``given`` that is not ``known``.
 
     >>> require_known("vendors", ["noto"], ("noto", "fluent"))
     """

@@ -1,4 +1,4 @@
-"""The order of samples: a pure function of (seed, epoch, position), whatever the ranks, workers and interruptions."""
+"""Sample order (batch sampler): a pure function of (seed, epoch, position), whatever the ranks and workers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from descant.modules.core.rng import mix
 
 
 class Slot(NamedTuple):
-    """One row of a batch: which sample, in which epoch; ``real`` is False for a row that only keeps the shape."""
+    """One row of a batch: which sample, in which epoch; ``real`` is False for a padding row."""
 
     epoch: int
     sample: int
@@ -22,8 +22,8 @@ class Slot(NamedTuple):
 
 
 class Window(NamedTuple):
-    """What one rank loads for one micro-batch, the indices of the whole optimizer step around it, and its number among
-    the micro-batches of the epoch."""
+    """Rows that one rank loads for one micro-batch, those of the whole optimizer step, and the micro-batch's number in
+    the epoch."""
 
     slots: list[Slot]
     step: list[Slot]
@@ -82,19 +82,18 @@ class Order:
 
     @property
     def facts(self) -> dict[str, int | bool | str]:
-        """What the order is a function of, beside the position: a resumed run must have the same."""
-        kind = type(self).__name__
-        return {"order": kind, "samples": self.n, "batch_size": self.batch_size, "seed": self.seed}
+        """Arguments that determine the order, beside the position: a resumed run must have the same."""
+        return {"order": type(self).__name__, "samples": self.n, "batch_size": self.batch_size, "seed": self.seed}
 
     def set_epoch(self, epoch: int) -> None:
-        if epoch != self.epoch:  # Lightning repeats the call on resume; only a new epoch starts at its beginning
+        if epoch != self.epoch:  # Lightning repeats the call on resume; only a new epoch starts at 0
             self.epoch, self.first = epoch, 0
 
     def __len__(self) -> int:
         return self.global_batches * self.accumulate  # always the full epoch: Lightning adds the restored position
 
     def permutation(self, epoch: int) -> Permutation | Tensor:
-        """The order of an epoch, of which slices are taken."""
+        """The sample order of an epoch."""
         return Permutation(self.n, mix(self.seed, "order", epoch)) if self.shuffle else torch.arange(self.n)
 
     def __iter__(self) -> Iterator[Window]:
@@ -107,18 +106,18 @@ class Order:
 
     def window(self, real: list[Slot], micro: int) -> Window:
         """This rank's part of an optimizer step, given the step's samples: padded, then cut."""
-        # padding repeats samples of the same step: real content, so no part ever sees an odd tensor
+        # padding repeats samples of the same step, so that it has ordinary content
         pads = (real[i % len(real)] for i in range(self.batch_size - len(real)))
         step = [*real, *(Slot(slot.epoch, slot.sample, False) for slot in pads)]
-        # cuts are strided so that the padding spreads over ranks instead of emptying the last one
+        # strided, so that padding spreads over ranks instead of emptying the last one
         return Window(step[micro * self.world + self.rank :: self.world * self.accumulate], step)
 
 
 class BlockShuffle(Order):
-    """An order for what is read a block at a time: blocks are shuffled, then the samples of a few blocks at once.
+    """An order for data that is read in blocks: blocks are shuffled, then the samples of a few blocks at once.
 
-    A reader that keeps ``together`` blocks reads each of them once an epoch; samples of one block meet those of the
-    blocks that it was drawn with. Otherwise as :class:`Order`: every sample once an epoch, whatever the ranks.
+    A reader that caches ``together`` blocks reads each of them once an epoch. Otherwise as :class:`Order`: every sample
+    once an epoch, whatever the ranks.
 
     Args:
         block_N: the block of each of the n samples.

@@ -1,4 +1,4 @@
-"""Permutations by slices: what comes at a position is known without what comes before it.
+"""Random permutations with random access: slices of a permutation of any size (Feistel network).
 
 Letters: N numbers.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from descant.modules.core.rng import mix, mix_N
 
-#: Up to so many numbers the whole permutation is drawn at once (less than a second, 64 MB).
+#: Largest n whose permutation is drawn at once (less than a second, 64 MB).
 WHOLE = 1 << 23
 _ROUNDS = 6
 
@@ -19,14 +19,13 @@ _ROUNDS = 6
 class Permutation:
     """``perm(n, key)``, a permutation of ``0..n-1`` that is a function of both.
 
-    Small ones are drawn whole. Of a large one each slice is computed when it is asked for, so the millionth batch of
-    an epoch comes as fast as the first, and nothing of size n is kept: a Feistel network of six rounds permutes the
-    numbers below ``4^h >= n``, and what falls at or above n walks on (Black and Rogaway 2002).
+    Small ones are drawn at once. Slices of a large one are computed on demand, in constant memory: a Feistel network of
+    six rounds permutes the numbers below ``4^h >= n``, applied again to results of n or more (Black and Rogaway 2002).
 
     Args:
         n: how many numbers.
         key: of the permutation.
-        whole: the largest n that is drawn whole.
+        whole: the largest n that is drawn at once.
 
     >>> permutation = Permutation(10, key=3, whole=0)
     >>> sorted(permutation[0:10].tolist()) == list(range(10)), torch.equal(permutation[4:7], permutation[0:10][4:7])
@@ -42,7 +41,7 @@ class Permutation:
         return self.n
 
     def __getitem__(self, place: slice) -> Tensor:
-        """Int64: the numbers at some places."""
+        """Int64: the numbers at a slice of positions."""
         low, high, _ = place.indices(self.n)
         if self._whole is not None:
             return self._whole[low:high]
@@ -55,6 +54,6 @@ class Permutation:
         half, mask = np.uint64(self._half), np.uint64((1 << self._half) - 1)
         left_N, right_N = x_N >> half, x_N & mask
         for turn in range(_ROUNDS):
-            drawn_N = mix_N(right_N, mix(self.key, "feistel", turn)).astype(np.uint64)
-            left_N, right_N = right_N, left_N ^ (drawn_N & mask)
+            random_N = mix_N(right_N, mix(self.key, "feistel", turn)).astype(np.uint64)
+            left_N, right_N = right_N, left_N ^ (random_N & mask)
         return left_N << half | right_N

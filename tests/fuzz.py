@@ -45,7 +45,7 @@ from descant.cli.errors import Refusal, one_line
 from descant.datamodules.fields.fields import AudioField, ImageField, kinds
 from descant.datamodules.sources import find
 from descant.datamodules.sources.base import Source
-from descant.datamodules.sources.stream import Stream, _samples
+from descant.datamodules.sources.stream import Stream, read_samples
 from descant.modules.io import manifest
 from descant.modules.io.saved import find as find_saved
 from descant.modules.io.saved import read_checkpoint, read_yaml
@@ -55,7 +55,7 @@ from tests.files import jpeg, wav, write_tar
 #: Seconds that one case may take, and bytes that it may add to the process.
 SECONDS, MEMORY = 5.0, 1 << 30
 #: Outcomes that are no findings; each has to be one line.
-TOLD = (Refusal, ValueError, OSError)
+REPORTED = (Refusal, ValueError, OSError)
 
 Files = dict[str, bytes]
 
@@ -98,24 +98,24 @@ def _sources(source: Source) -> None:
 
 
 def _both(folder: Path) -> None:
-    """With damage refused, and skipped; raises what was said."""
-    said: Exception | None = None
+    """With damage refused, and skipped; raises what was output."""
+    output: Exception | None = None
     for damaged in (True, False):
         try:
             _all(folder, damaged)
         except (OSError, ValueError) as error:
             _require_line(error)
             assert str(folder) in str(error), f"no place: {error}"
-            said = error
-    if said is not None:
-        raise said
+            output = error
+    if output is not None:
+        raise output
 
 
 def _tar(folder: Path) -> None:
-    told: list[str] = []
-    for sample in _samples(str(folder / "a.tar"), lambda place, why: told.append(why)):
+    reported: list[str] = []
+    for sample in read_samples(str(folder / "a.tar"), lambda place, why: reported.append(why)):
         assert sample.name is not None
-    assert all("\n" not in why for why in told), told
+    assert all("\n" not in why for why in reported), reported
     try:
         Stream(str(folder / "a.tar"), samples=4).require_whole()
     except (OSError, ValueError) as error:
@@ -124,11 +124,11 @@ def _tar(folder: Path) -> None:
 
 
 def _packed(folder: Path) -> None:
-    told: list[str] = []
-    assert sum(1 for _ in _samples(str(folder / "a.tar.gz"), lambda place, why: told.append(why))) < 100
-    assert all("\n" not in why for why in told), told
-    if told:
-        raise ValueError(told[0])
+    reported: list[str] = []
+    assert sum(1 for _ in read_samples(str(folder / "a.tar.gz"), lambda place, why: reported.append(why))) < 100
+    assert all("\n" not in why for why in reported), reported
+    if reported:
+        raise ValueError(reported[0])
 
 
 def _media(folder: Path) -> None:
@@ -161,10 +161,10 @@ def _commands(folder: Path) -> None:
     os.chdir(folder)
     try:
         for words in (["compare", "a", "b"], ["report", "a", "b"], ["compare", "a", "--format", "json"]):
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as told:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as reported:
                 code = descant(words)
             assert code in (0, 2), (words, code)
-            lines = told.getvalue().strip().splitlines()
+            lines = reported.getvalue().strip().splitlines()
             assert all(line.startswith("descant: ") for line in lines), lines[:5]
     finally:
         os.chdir(here)
@@ -190,35 +190,35 @@ def _tar_bytes() -> bytes:
 
 def _shards() -> Files:
     data = _tar_bytes()
-    told = {"file": "a.tar", "samples": 8, "bytes": len(data), "sha256": "0" * 64}
-    text = json.dumps({"descant": "0", "splits": {"train": {"samples": 8, "shards": [told]}}})
+    reported = {"file": "a.tar", "samples": 8, "bytes": len(data), "sha256": "0" * 64}
+    text = json.dumps({"descant": "0", "splits": {"train": {"samples": 8, "shards": [reported]}}})
     return {"a.tar": data, "manifest.json": text.encode()}
 
 
-def _pictures() -> Files:
+def _images() -> Files:
     found = {f"{i}.png": jpeg("blue", (7, 5 + i), "PNG") for i in range(4)}
     return found | {"4.gif": jpeg("red", (5, 5), "GIF"), "5.webp": jpeg("red", (5, 5), "WEBP"), "6.jpg": jpeg()}
 
 
 def _table() -> Files:
-    rows = "".join(f'{name},"caption, ""{k}""",{k}\n' for k, name in enumerate(_pictures()))
-    return {**_pictures(), "captions.csv": f"image,caption,n\n{rows}".encode()}
+    rows = "".join(f'{name},"caption, ""{k}""",{k}\n' for k, name in enumerate(_images()))
+    return {**_images(), "captions.csv": f"image,caption,n\n{rows}".encode()}
 
 
 def _lines() -> Files:
-    rows = ({"image": name, "caption": {"en": "a", "de": ["b", "c"]}, "n": k} for k, name in enumerate(_pictures()))
-    return {**_pictures(), "a.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode()}
+    rows = ({"image": name, "caption": {"en": "a", "de": ["b", "c"]}, "n": k} for k, name in enumerate(_images()))
+    return {**_images(), "a.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode()}
 
 
 def _beside() -> Files:
     texts = {f"{k}.txt": f"text {k}".encode() for k in range(4)}
-    return {**_pictures(), **texts, "5.json": b'{"caption": ["a", {"b": 1}]}'}
+    return {**_images(), **texts, "5.json": b'{"caption": ["a", {"b": 1}]}'}
 
 
 @cache
 def _parquet_bytes(compression: str) -> bytes:
-    pictures = [{"bytes": jpeg("red", (6, 6 + i)), "path": None} for i in range(12)]
-    rows = [{"image": x, "caption": f"c {i}", "n": i, "parts": ["a", "b"][: i % 3]} for i, x in enumerate(pictures)]
+    images = [{"bytes": jpeg("red", (6, 6 + i)), "path": None} for i in range(12)]
+    rows = [{"image": x, "caption": f"c {i}", "n": i, "parts": ["a", "b"][: i % 3]} for i, x in enumerate(images)]
     out = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows), out, row_group_size=5, compression=compression)
     return out.getvalue()
@@ -229,7 +229,7 @@ def _parquet() -> Files:
 
 
 def _sounds() -> Files:
-    return {**_pictures(), "a.wav": wav(0.05), "b.flac": wav(0.05, format="FLAC"), "c.ogg": wav(0.05, format="OGG")}
+    return {**_images(), "a.wav": wav(0.05), "b.flac": wav(0.05, format="FLAC"), "c.ogg": wav(0.05, format="OGG")}
 
 
 def _manifests() -> Files:
@@ -290,16 +290,7 @@ _NUMBERS = [n.to_bytes(size, "little") for size in (1, 2, 4, 8) for n in (0, 1, 
 _NUMBERS += [struct.pack(f, n) for f in (">I", "<I", ">Q", "<Q") for n in (0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)]
 _TEXTS = [
     *(b'"', b"'", b"\n", b"\r\n", b"\0", b",", b"{", b"}", b"[" * 3000, b'{"a":' * 3000, b"\xff\xfe", b"\xed\xa0\x80"),
-    *(
-        b"1" * 5000,
-        b"-1e999",
-        b"NaN",
-        b"Infinity",
-        b"null",
-        b"true",
-        b"&a [*a, *a]",
-        b"!!python/object:os.x",
-    ),
+    *(b"1" * 5000, b"-1e999", b"NaN", b"Infinity", b"null", b"true", b"&a [*a, *a]", b"!!python/object:os.x"),
     *(b"../../x.png", b"/etc/passwd", b"\xf0\x9f\x98\x80" * 50, b"a: " * 500, b"%s%n", b"x" * 70_000, b"\t", b";"),
 ]
 
@@ -354,9 +345,9 @@ def case(kind: str, seed: int, folder: Path) -> str:
         (folder / name).write_bytes(mutated((folder / name).read_bytes(), rng))
     try:
         one.read(folder)
-    except TOLD as error:
+    except REPORTED as error:
         _require_line(error)
-        return "told"
+        return "reported"
     return "read"
 
 
@@ -410,7 +401,7 @@ class Tally:
 
 
 def _child(pipe: int, kinds_: list[str], seed: int, cases: int, until: float) -> None:
-    """Cases until the time is over, each told before and after."""
+    """Cases until the time is over, each reported before and after."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -507,8 +498,8 @@ def _listen(read: int, child: int, tally: Tally, at: int) -> int:
                     continue
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 open_case, outcome = False, str(message[1])
-                tally.cases[kind, outcome if outcome in ("read", "told") else "finding"] += 1
-                if outcome not in ("read", "told"):
+                tally.cases[kind, outcome if outcome in ("read", "reported") else "finding"] += 1
+                if outcome not in ("read", "reported"):
                     tally.findings.append((kind, at, outcome))
                 at += 1
     finally:

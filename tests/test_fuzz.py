@@ -72,7 +72,7 @@ def lines(folder: Path) -> None:
         (lines, "AssertionError"),
     ],
 )
-def test_it_finds_what_it_looks_for(read: Callable[[Path], object], what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_findings_are_detected(read: Callable[[Path], object], what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzz, "SECONDS", 1.0)
     monkeypatch.setattr(fuzz, "MEMORY", 1 << 27)
     monkeypatch.setitem(fuzz.KINDS, "odd", fuzz.Kind(lambda: {"a": b"a"}, ("a",), read))

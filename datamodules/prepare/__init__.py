@@ -1,1 +1,1 @@
-"""Idempotent scripts that turn pinned public sources into the packs under `datamodules/packs`."""
+"""Preparation of data: fetch pinned packages, check their SHA-256, unpack and decode them (``python -m`` this)."""

@@ -1,6 +1,6 @@
-"""A Debian package as a source of data: fetched by name with the user's own apt, or given as a file.
+"""Read a Debian package as data: fetched by name with the user's own apt-get, or given as a file.
 
-No root and no dpkg: a ``.deb`` is an ``ar`` archive with a ``data.tar`` inside.
+Neither root nor dpkg is needed: a ``.deb`` is an ``ar`` archive with a ``data.tar`` inside.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
-from descant.datamodules.prepare.package import MAX_DECODED_BYTES, MAX_MEMBERS, PIECE, DataPackage, place_of
+from descant.datamodules.prepare.package import (
+    MAX_DECODED_BYTES,
+    MAX_MEMBERS,
+    PIECE,
+    DataPackage,
+    place_of,
+    write_member,
+)
 
 
 @dataclass(frozen=True)
@@ -45,21 +52,21 @@ def apt_download(name: str, folder: Path) -> Path:
     """The ``.deb`` that ``apt-get download NAME`` puts into ``folder``.
 
     Raises:
-        ValueError: one line that says to run ``apt-get update``, or to give a file.
+        ValueError: in one line, which suggests ``apt-get update`` or a file.
     """
     apt = shutil.which("apt-get")
     if apt is None:
         raise ValueError(f"{name}: there is no apt-get here to fetch it with; give the package as a file: deb: PATH")
     print(f"descant: fetching {name} with apt-get download, once", file=sys.stderr, flush=True)
     result = subprocess.run([apt, "download", name], cwd=folder, capture_output=True, text=True, check=False)
-    found = sorted(folder.glob("*.deb"))
-    if result.returncode or not found:
-        said = [line for line in result.stderr.splitlines() if line.startswith("E:")] or ["no .deb came"]
+    files = sorted(folder.glob("*.deb"))
+    if result.returncode or not files:
+        errors = [line for line in result.stderr.splitlines() if line.startswith("E:")] or ["no .deb came"]
         raise ValueError(
-            f"`apt-get download {name}` failed ({said[0].removeprefix('E:').strip()}): "
+            f"`apt-get download {name}` failed ({errors[0].removeprefix('E:').strip()}): "
             "run `apt-get update` once, or give the package as a file: deb: PATH"
         )
-    return found[0]
+    return files[0]
 
 
 # unpack --------------------------------------------------------------------------------------------------------
@@ -69,8 +76,8 @@ def unpack(file: Path, folder: Path, under: str = "") -> None:
     """Write the regular files of a ``.deb`` into ``folder``, with ``under`` cut off their names.
 
     Raises:
-        ValueError: naming the file and what is wrong with it: no ar archive, a name that climbs out, a link or device,
-            too many members, too many decoded bytes, or an end too early.
+        ValueError: naming the file and its fault: no ar archive, a name that leads outside, a link or device, too
+            many members, too many decoded bytes, or truncation.
     """
     members = 0
     with file.open("rb") as archive:
@@ -84,7 +91,7 @@ def unpack(file: Path, folder: Path, under: str = "") -> None:
                         if members > MAX_MEMBERS:
                             raise ValueError(f"{file.name}: more than {MAX_MEMBERS:,} members")
                         _take(file, tar, member, under, folder)
-                while counted.read(PIECE):  # to the end of the stream: what follows the last member may be cut off
+                while counted.read(PIECE):  # to the end of the stream, which may be cut off after the last member
                     pass
             except ValueError:
                 raise
@@ -100,16 +107,12 @@ def _take(file: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, under: str,
         return
     if not member.isfile():
         raise ValueError(f"{file.name}: member {member.name!r} is a link or a device, not a regular file")
-    if member.issparse():  # holes cost nothing to send, and all to write
-        raise ValueError(f"{file.name}: member {member.name!r} is full of holes")
-    target = folder.joinpath(*place)
+    if member.issparse():  # a small package could write huge files
+        raise ValueError(f"{file.name}: member {member.name!r} is a sparse file")
     source = tar.extractfile(member)
     assert source is not None
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with source, target.open("xb") as out:  # a name that comes twice is an error, not the last one
-        shutil.copyfileobj(source, out, PIECE)
-        if out.tell() != member.size:
-            raise EOFError(f"member {member.name} ends early")
+    if write_member(source, folder.joinpath(*place)) != member.size:
+        raise EOFError(f"member {member.name} ends early")
 
 
 def _data_member(file: Path, archive: IO[bytes]) -> tuple[str, int, int]:
@@ -120,11 +123,8 @@ def _data_member(file: Path, archive: IO[bytes]) -> tuple[str, int, int]:
     while header := archive.read(60):
         if len(header) < 60 or header[58:] != b"`\n" or not header[48:58].strip().isdigit():
             break
-        name, size, start = (
-            header[:16].decode("ascii", "replace").strip().rstrip("/"),
-            int(header[48:58]),
-            archive.tell(),
-        )
+        name, size = header[:16].decode("ascii", "replace").strip().rstrip("/"), int(header[48:58])
+        start = archive.tell()
         if start + size > total:
             raise ValueError(f"{file.name}: truncated: {name} needs {start + size:,} bytes, the file has {total:,}")
         if name.startswith("data.tar"):
@@ -142,15 +142,15 @@ def _decompressed(file: Path, name: str, raw: io.RawIOBase) -> Any:
     if name == "data.tar.gz":
         return gzip.open(stream)
     if name == "data.tar.zst":
-        for module, function in (("compression.zstd", "open"), ("zstandard", "open")):
+        for module in ("compression.zstd", "zstandard"):
             with contextlib.suppress(ImportError):
-                return getattr(importlib.import_module(module), function)(stream, "rb")
+                return importlib.import_module(module).open(stream, "rb")
         raise ValueError(f"{file.name}: {name} needs Python 3.14 or the package zstandard: pip install zstandard")
     raise ValueError(f"{file.name}: no reader for {name}; xz, gz, zst and plain tar are known")
 
 
 class _Window(io.RawIOBase):
-    """``size`` bytes of an open file from ``start`` on, as a file of their own."""
+    """A file object over ``size`` bytes of an open file from ``start`` on."""
 
     def __init__(self, file: IO[bytes], start: int, size: int) -> None:
         file.seek(start)
@@ -167,7 +167,7 @@ class _Window(io.RawIOBase):
 
 
 class _Counted(io.RawIOBase):
-    """A decompressed stream that ends with an error after ``MAX_DECODED_BYTES``: the bound against bombs."""
+    """A decompressed stream that fails after ``MAX_DECODED_BYTES``: the bound against decompression bombs."""
 
     def __init__(self, file: Path, stream: IO[bytes]) -> None:
         self._name, self._stream, self._count = file.name, stream, 0

@@ -1,23 +1,20 @@
 """Build the emoji pack: one concept a row, drawn by four vendors, named in 28 languages.
 
-    python -m descant.datamodules.prepare.emoji [--cache DIR] [--out DIR]
+    python -m descant.datamodules.prepare emoji [--cache DIR] [--out DIR]
 
-The order of this file is the order of the method: fetch pinned packages, read them within bounds, join
-concepts, draw them, group look-alikes into families, split by concept, write shards, train the tokenizer,
-write `pack.json`. Running it twice with the same tools (their versions stand in `pack.json`) gives the same
-bytes.
+The order of this file is the order of the method: fetch pinned packages, join concepts, draw them, group look-alikes
+into families, split by concept, write shards, train the tokenizer, write `pack.json`. Running it twice with the same
+tools (`pack.json` lists their versions) gives the same bytes.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
 import re
 import shutil
-import subprocess
-import tarfile
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,10 +27,13 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from descant.modules.io.cache import cache_folder
-from descant.modules.io.files import sha256_of as sha256_of
+from descant.datamodules.prepare.emoji_families import bare, code_key, name_key
+from descant.datamodules.prepare.grouping import connected
+from descant.datamodules.prepare.npm import Package, fetch_package, read_package
+from descant.modules.io.files import sha256_of
 
 PACK_DIR = Path(__file__).resolve().parent.parent / "packs" / "emoji"
+OUT = PACK_DIR
 VERSION = 1
 VENDORS = ("noto", "twemoji", "openmoji", "fluent")
 HELD_OUT_VENDOR = "fluent"
@@ -49,43 +49,16 @@ VOCABULARY = 8192
 # English is what most experiments read; repeated this often, its words win merges over 26 other languages.
 ENGLISH_REPEATS = 8
 
-# Far above the largest package (11,539 members, 78 MB decoded), far below what would hurt a laptop.
-MAX_MEMBERS = 20_000
-MAX_DECODED_BYTES = 256 * 2**20
-
-
-class PrepareError(RuntimeError):
-    """A failure the user can act on; its message is one line."""
-
-
-@dataclass(frozen=True)
-class Package:
-    name: str
-    version: str
-    sha256: str
-
-    @property
-    def tarball(self) -> str:
-        """The file name `npm pack` gives this package."""
-        return f"{self.name.lstrip('@').replace('/', '-')}-{self.version}.tgz"
-
-
 PACKAGES = {
     "noto": Package(
-        "emoji-datasource-google",
-        "16.0.0",
-        "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+        "emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"
     ),
     "twemoji": Package(
-        "emoji-datasource-twitter",
-        "16.0.0",
-        "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
+        "emoji-datasource-twitter", "16.0.0", "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"
     ),
     "openmoji": Package("openmoji", "17.0.0", "55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68"),
     "fluent": Package(
-        "@iconify-json/fluent-emoji-flat",
-        "1.2.6",
-        "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
+        "@iconify-json/fluent-emoji-flat", "1.2.6", "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175"
     ),
     "text": Package("emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a"),
 }
@@ -107,81 +80,17 @@ class Concept:
     split: str = "train"
 
 
-# 1. Fetch: the user's own npm decides where from; the pinned hash decides whether to believe it.
-
-
-def fetch_package(package: Package, cache: Path) -> Path:
-    """Return the verified tarball, asking npm only where the cache has none with the right hash."""
-    tarball = cache / package.tarball
-    if tarball.is_file() and sha256_of(tarball) == package.sha256:
-        return tarball
-    npm = shutil.which("npm")
-    if npm is None:
-        raise PrepareError(f"npm is needed once to fetch {package.name}; install Node.js or fill {cache}")
-    cache.mkdir(parents=True, exist_ok=True)
-    spec = f"{package.name}@{package.version}"
-    command = [npm, "pack", spec, "--ignore-scripts", "--loglevel=error", "--pack-destination", str(cache)]
-    if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode != 0:
-        raise PrepareError(f"`npm pack {spec}` failed; its own message stands above")
-    if not tarball.is_file():
-        raise PrepareError(f"`npm pack {spec}` did not write {package.tarball}")
-    found = sha256_of(tarball)
-    if found != package.sha256:
-        raise PrepareError(f"{tarball.name} has SHA-256 {found}, not the pinned {package.sha256}")
-    return tarball
-
-
-# 2. Read: nothing touches the disk, and a hostile or broken archive stops at the first bad member.
-
-
-def read_package(
-    tarball: Path,
-    wanted: Callable[[str], object],
-    max_members: int = MAX_MEMBERS,
-    max_decoded_bytes: int = MAX_DECODED_BYTES,
-) -> dict[str, bytes]:
-    """Map path inside `package/` to content, for the paths that `wanted` accepts."""
-    content: dict[str, bytes] = {}
-    decoded = 0
-    try:
-        with tarfile.open(tarball, mode="r|gz") as archive:
-            for count, member in enumerate(archive, start=1):
-                if count > max_members:
-                    raise PrepareError(f"{tarball.name}: more than {max_members} members")
-                decoded += member.size
-                if decoded > max_decoded_bytes:
-                    raise PrepareError(f"{tarball.name}: more than {max_decoded_bytes} bytes decoded")
-                # The standard filter knows every way out of a folder; we add that npm packs only plain files.
-                tarfile.data_filter(member, str(tarball.parent))
-                root, _, path = member.name.partition("/")
-                if root != "package" or not (member.isreg() or member.isdir()):
-                    raise PrepareError(f"{tarball.name}: refused member {member.name!r}")
-                stream = archive.extractfile(member) if member.isreg() and wanted(path) else None
-                if stream is not None:
-                    content[path] = stream.read()
-    except tarfile.FilterError as error:
-        raise PrepareError(f"{tarball.name}: refused, {error}") from error
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise PrepareError(f"{tarball.name}: unreadable, {error}") from error
-    return content
-
-
-def bare(hexcode: str) -> str:
-    """A key without the variation selector, which every source places by its own taste."""
-    return "-".join(part for part in hexcode.upper().split("-") if part != "FE0F")
-
-
-# 3. Concepts: what CLDR calls one emoji, without flags, components and skin tones.
+# 1. Concepts: what CLDR calls one emoji, without flags, components and skin tones.
 
 
 def without_name(keywords: Iterable[str], name: str) -> list[str]:
-    """Keep a keyword only if it says a word that the name does not: the two texts must differ in content."""
-    said = set(re.findall(r"\w+", name.casefold()))
-    return [word for word in keywords if not set(re.findall(r"\w+", word.casefold())) <= said]
+    """Keep a keyword only if it has a word that the name lacks: the two texts must differ in content."""
+    name_words = set(re.findall(r"\w+", name.casefold()))
+    return [keyword for keyword in keywords if not set(re.findall(r"\w+", keyword.casefold())) <= name_words]
 
 
 def read_concepts(text: dict[str, bytes]) -> list[Concept]:
-    """Join the locales by hexcode. Skin tones are nested under their base here, so they never show up."""
+    """Join the locales by hexcode. Skin tones are nested under their base, so they are left out."""
     keys = json.loads(text["meta/groups.json"])
     locales = {path.split("/")[0]: json.loads(text[path]) for path in text if path.endswith("/data.json")}
     by_locale = {lang: {row["hexcode"]: row for row in rows} for lang, rows in sorted(locales.items())}
@@ -201,7 +110,7 @@ def read_concepts(text: dict[str, bytes]) -> list[Concept]:
     return sorted(concepts, key=lambda concept: concept.hexcode)
 
 
-# 4. Drawings: each vendor becomes a table from bare hexcode to a 64-pixel RGBA image.
+# 2. Drawings: each vendor becomes a table from bare hexcode to a 64-pixel RGBA image.
 
 
 def draw_svg(svg: str) -> Image.Image:
@@ -209,7 +118,7 @@ def draw_svg(svg: str) -> Image.Image:
     try:
         import resvg_py
     except ImportError:
-        raise PrepareError('SVG needs resvg-py: pip install "descant[prepare]"') from None
+        raise ValueError('SVG needs resvg-py: pip install "descant[prepare]"') from None
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE, skip_system_fonts=True))
     return Image.open(io.BytesIO(png))
 
@@ -218,11 +127,10 @@ def read_datasource(tarball: Path, vendor: str) -> dict[str, Image.Image]:
     """The two emoji-datasource packages: PNGs that are 64 px already."""
     folder = f"img/{vendor}/{SIDE}/"
     content = read_package(tarball, lambda path: path == "emoji.json" or path.startswith(folder))
-    rows = [row for row in json.loads(content["emoji.json"]) if row[f"has_img_{vendor}"]]
     return {
         bare(row["unified"]): Image.open(io.BytesIO(content[folder + row["image"]]))
-        for row in rows
-        if folder + row["image"] in content
+        for row in json.loads(content["emoji.json"])
+        if row[f"has_img_{vendor}"] and folder + row["image"] in content
     }
 
 
@@ -259,93 +167,36 @@ def encode(image: Image.Image) -> bytes:
 
 
 def pixel_hash(image: Image.Image) -> str | None:
-    """A hash of what is seen, or None for a blank image: colour under full transparency does not count."""
+    """A hash of the visible pixels, or None for a blank image: colour under full transparency does not count."""
     if image.getchannel("A").getextrema()[1] == 0:
         return None
-    seen = Image.new("RGBA", image.size)
-    seen.paste(image, mask=image.getchannel("A").point(lambda alpha: 255 if alpha else 0))
-    return hashlib.sha256(seen.tobytes()).hexdigest()
+    visible = Image.new("RGBA", image.size)
+    visible.paste(image, mask=image.getchannel("A").point(lambda alpha: 255 if alpha else 0))
+    return hashlib.sha256(visible.tobytes()).hexdigest()
 
 
 def attach_images(concepts: list[Concept], drawings: dict[str, dict[str, Image.Image]]) -> list[Concept]:
     """Keep the concepts that all four vendors draw, and drop those that any vendor leaves blank."""
-    kept = []
+    complete = []
     for concept in concepts:
         code = bare(concept.hexcode)
         if not all(code in drawings[vendor] for vendor in VENDORS):
             continue
         for vendor in VENDORS:
             image = drawings[vendor][code].convert("RGBA")
-            seen = pixel_hash(image)
-            if image.size == (SIDE, SIDE) and seen is not None:
-                concept.images[vendor] = encode(image)
-                concept.pixels[vendor] = seen
+            pixels = pixel_hash(image)
+            if image.size == (SIDE, SIDE) and pixels is not None:
+                concept.images[vendor], concept.pixels[vendor] = encode(image), pixels
         if len(concept.images) == len(VENDORS):
-            kept.append(concept)
-    return kept
+            complete.append(concept)
+    return complete
 
 
-# 5. Families: concepts so alike that seeing one in training would answer the other in the test.
-
-PERSONS = {"1F468", "1F469", "1F9D1"}  # man, woman, person
-HAIR = {"1F9B0", "1F9B1", "1F9B2", "1F9B3"}
-GENDER_OR_SIDE = {"2640", "2642", "27A1"}  # woman, man, facing right
-
-# Series whose members differ in a detail that a training concept would give away. `.` stands for CLDR's
-# typographic apostrophe.
-SERIES = (
-    (r".*(o.clock|-thirty)", "clock"),
-    (r".*\bmoon\b.*", "moon"),
-    (r"keycap.*", "keycap"),
-    (r".* button \(blood type\)", "blood type"),
-    (r"(santa|mrs\.|mx) claus", "claus"),
-    (r"prince|princess", "person with crown"),
-    (r"(fe)?male sign", "gender sign"),
-    (r"heart suit", "heart"),
-    (r"busts? in silhouette", "bust"),
-    (r"(?:two-hump|spouting|empty) (.*)", r"\1"),
-    (r"(camera|nest) with .*", r"\1"),
-    (r"(.*) showing .*", r"\1"),
-)
-SAME_WORD = (
-    (r"\b(wo)?m[ae]n\b|\bpeople\b", "person"),
-    (r"\bboy\b|\bgirl\b", "child"),
-    (r"\bolder\b", "old"),
-    (r"\blight blue\b", "blue"),
-)
-VARIANT_WORD = re.compile(
-    "red|orange|yellow|green|blue|purple|brown|black|grey|white|pink|hollow"
-    "|small|medium|large|low|high|fast|manual|motorized"
-    "|open|closed|raised|lowered|done|not|off|round|face"
-    "|up|down|left|right|upwards|downwards|leftwards|rightwards|front|facing|oncoming|next|last|1st|2nd|3rd"
-)
-
-
-def code_key(hexcode: str) -> str:
-    """The base of a joined sequence: polar bear joins bear, a runner of any gender joins the runner."""
-    silent = {"200D"} | GENDER_OR_SIDE | HAIR
-    parts = [part for part in bare(hexcode).split("-") if part not in silent]
-    if not parts:  # the gender signs themselves
-        return bare(hexcode)
-    if parts[0] in PERSONS:
-        # What joins a person is the meaning (a rocket: astronaut), so it stays.
-        return "-".join(["1F9D1", *parts[1:]])
-    return parts[0] if "200D" in hexcode else "-".join(parts)
-
-
-def name_key(name: str) -> str:
-    """The English name without gender, colour, size, state and direction."""
-    text = name.casefold()
-    for pattern, label in SERIES:
-        text = re.sub(f"^{pattern}$", label, text)
-    for pattern, label in SAME_WORD:
-        text = re.sub(pattern, label, text)
-    words = re.findall(r"[^\s\-,:]+", text)
-    return " ".join(word for word in words if not VARIANT_WORD.fullmatch(word)) or text
+# 3. Families: concepts so alike that seeing one in training would answer the other in the test.
 
 
 def twin_keys(concept: Concept) -> list[tuple[str, str]]:
-    """The very pixels, in any vendor: two names for one picture."""
+    """The very pixels, in any vendor: two names for one image."""
     return list(concept.pixels.items())
 
 
@@ -358,26 +209,11 @@ def family_keys(concept: Concept) -> list[tuple[str, str]]:
 def group_by(
     concepts: Sequence[Concept], keys: Callable[[Concept], list[tuple[str, str]]] = family_keys
 ) -> list[list[Concept]]:
-    """Union the concepts that share any key."""
-    parent = list(range(len(concepts)))
-
-    def root(node: int) -> int:
-        while parent[node] != node:
-            node = parent[node]
-        return node
-
-    first: dict[tuple[str, str], int] = {}
-    for node, concept in enumerate(concepts):
-        for key in keys(concept):
-            low, high = sorted((root(first.setdefault(key, node)), root(node)))
-            parent[high] = low
-    families: dict[int, list[Concept]] = {}
-    for node, concept in enumerate(concepts):
-        families.setdefault(root(node), []).append(concept)
-    return list(families.values())
+    """Groups of concepts that share a key, directly or through others."""
+    return [[concepts[n] for n in group] for group in connected([keys(concept) for concept in concepts])]
 
 
-# 6. Split: concepts in the order of a salted hash, until exactly 200 are held out; what shares a picture stays
+# 4. Split: concepts in the order of a salted hash, until exactly 200 are held out; what shares an image stays
 # together. A held-out concept may have relatives in training (a woman runs, a man runs): its family is stored, so that
 # those without any can be judged apart.
 
@@ -395,10 +231,10 @@ def split_groups(groups: Sequence[list[Concept]], test_concepts: int = TEST_CONC
             for concept in group:
                 concept.split = "test"
     if left:
-        raise PrepareError(f"no set of whole groups holds {test_concepts} concepts: {left} are missing")
+        raise ValueError(f"no set of whole groups holds {test_concepts} concepts: {left} are missing")
 
 
-# 7. Shards: the settings are all fixed here, because a default that moves would move the bytes.
+# 5. Shards: the settings are all fixed here, because a default that moves would move the bytes.
 
 
 def pack_schema(languages: Sequence[str]) -> Any:
@@ -413,17 +249,8 @@ def pack_schema(languages: Sequence[str]) -> Any:
 
 
 def as_row(concept: Concept) -> dict[str, Any]:
-    return {
-        "hexcode": concept.hexcode,
-        "emoji": concept.emoji,
-        "group": concept.group,
-        "subgroup": concept.subgroup,
-        "family": concept.family,
-        "split": concept.split,
-        **concept.images,
-        "names": concept.names,
-        "keywords": concept.keywords,
-    }
+    names = ("hexcode", "emoji", "group", "subgroup", "family", "split", "names", "keywords")
+    return {name: getattr(concept, name) for name in names} | concept.images
 
 
 def write_shards(concepts: Sequence[Concept], out: Path) -> list[Path]:
@@ -452,13 +279,13 @@ def write_shards(concepts: Sequence[Concept], out: Path) -> list[Path]:
 
 
 def read_pack(pack: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of all shards, in order. Tests and the tokenizer read the pack as everybody else will."""
+    """The rows of all shards, in order."""
     shards = sorted(pack.glob("emoji-*.parquet"), key=lambda path: int(path.stem.split("-")[1]))
     chosen = list(columns) if columns else None
     return [row for shard in shards for row in pq.read_table(shard, columns=chosen).to_pylist()]
 
 
-# 8. Tokenizer: trained on what a training run may see, so the held-out language and concepts stay unseen.
+# 6. Tokenizer: trained on what a training run may see, so the held-out language and concepts stay unseen.
 
 
 def training_lines(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
@@ -489,20 +316,7 @@ def train_tokenizer(lines: Iterable[str]) -> Tokenizer:
     return tokenizer
 
 
-def english_words(rows: Iterable[dict[str, Any]]) -> Counter[str]:
-    """How often each English word stands in the training text, before its repeats."""
-    text = (line for row in rows if row["split"] == "train" for line in (row["names"]["en"], *row["keywords"]["en"]))
-    return Counter(word for line in text for word in re.findall(r"[a-z]+", line.casefold()))
-
-
-def single_token_share(tokenizer: Tokenizer, words: Counter[str], at_least: int = 3) -> float:
-    """The share of English words seen `at_least` times that are one token."""
-    frequent = [word for word, count in words.items() if count >= at_least]
-    single = sum(len(tokenizer.encode(word, add_special_tokens=False).ids) == 1 for word in frequent)
-    return single / len(frequent)
-
-
-# 9. The manifest: what the pack is, where it came from, and how to tell that it is intact.
+# 7. The manifest: what the pack is, where it came from, and hashes that show whether it is intact.
 
 
 def manifest(concepts: Sequence[Concept], families: int, files: Sequence[Path]) -> dict[str, Any]:
@@ -514,12 +328,7 @@ def manifest(concepts: Sequence[Concept], families: int, files: Sequence[Path]) 
         "held_out_language": HELD_OUT_LANGUAGE,
         "held_out_vendor": HELD_OUT_VENDOR,
         "image": {"side": SIDE, "mode": "RGBA", "format": "lossless WebP"},
-        "counts": {
-            "concepts": len(concepts),
-            "train": splits["train"],
-            "test": splits["test"],
-            "families": families,
-        },
+        "counts": {"concepts": len(concepts), "train": splits["train"], "test": splits["test"], "families": families},
         "split_salt": SALT,
         "sources": {
             package.name: {"version": package.version, "sha256": package.sha256} for package in PACKAGES.values()
@@ -529,8 +338,8 @@ def manifest(concepts: Sequence[Concept], families: int, files: Sequence[Path]) 
     }
 
 
-def build(cache: Path, out: Path) -> dict[str, Any]:
-    """The whole method; returns the manifest it wrote."""
+def build(cache: Path, out: Path) -> str:
+    """Build the pack from scratch; returns one line on what was written."""
     tarballs = {role: fetch_package(package, cache) for role, package in PACKAGES.items()}
     text = read_package(tarballs["text"], re.compile(r"meta/groups\.json|[\w-]+/data\.json").fullmatch)
     concepts = read_concepts(text)
@@ -542,7 +351,7 @@ def build(cache: Path, out: Path) -> dict[str, Any]:
         "fluent": read_fluent(tarballs["fluent"], wanted),
     }
     concepts = attach_images(concepts, drawings)
-    families = group_by(concepts, family_keys)
+    families = group_by(concepts)
     for family in families:
         for concept in family:
             concept.family = family[0].hexcode
@@ -557,22 +366,11 @@ def build(cache: Path, out: Path) -> dict[str, Any]:
     (out / "pack.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     notice = PACK_DIR / "NOTICE.md"
     if notice.is_file() and out.resolve() != PACK_DIR:
-        # The licences ask that the attribution travels with the art.
-        shutil.copyfile(notice, out / "NOTICE.md")
-    return facts
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m descant.datamodules.prepare.emoji", description=__doc__)
-    parser.add_argument("--cache", type=Path, default=cache_folder() / "emoji", help="folder for the npm tarballs")
-    parser.add_argument("--out", type=Path, default=PACK_DIR, help="folder of the pack")
-    chosen = parser.parse_args(arguments)
-    try:
-        facts = build(chosen.cache, chosen.out)
-    except PrepareError as error:
-        raise SystemExit(f"prepare emoji: {error}") from None
-    print(f"emoji pack: {facts['counts']} in {len(facts['languages'])} languages -> {chosen.out}")
+        shutil.copyfile(notice, out / "NOTICE.md")  # the licences ask that the attribution travels with the images
+    return f"emoji pack: {facts['counts']} in {len(facts['languages'])} languages -> {out}"
 
 
 if __name__ == "__main__":
-    main()
+    from descant.datamodules.prepare.__main__ import main
+
+    main(["emoji", *sys.argv[1:]])

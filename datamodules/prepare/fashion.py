@@ -1,7 +1,7 @@
 """Fashion-MNIST as arrays: the Debian package dataset-fashion-mnist, read from its four ``idx`` files.
 
-Grey pictures of Zalando's articles, ten classes, 60,000 to train on and 10,000 to test on (Xiao 2017, arXiv
-1708.07747). Letters: N pictures.
+Grey images of Zalando's articles, ten classes, 60,000 to train on and 10,000 to test on (Xiao 2017, arXiv 1708.07747).
+Letters: N images.
 """
 
 from __future__ import annotations
@@ -21,18 +21,7 @@ DEB = Deb(
     known={"39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0": "0.0~git20200523.55506a9-1"},
     under="usr/share/datasets/fashion-mnist",
 )
-CLASSES = [
-    "t-shirt",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle boot",
-]
+CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
 SIDE = 28
 # twenty times the corpus
 MAX_BYTES = 2**30
@@ -58,10 +47,10 @@ class Pictures:
         images, labels = folder / f"{part}-images-idx3-ubyte.gz", folder / f"{part}-labels-idx1-ubyte.gz"
         image, label = idx(images, 3), idx(labels, 1)
         if image.shape[1:] != (SIDE, SIDE) or not len(image):
-            raise ValueError(f"{images.name}: pictures of {SIDE} x {SIDE} are expected, the file has {image.shape}")
+            raise ValueError(f"{images.name}: images of {SIDE} x {SIDE} are expected, the file has {image.shape}")
         if len(label) != len(image) or label.max() >= len(CLASSES):
-            told = f"{len(label):,} labels up to {label.max(initial=0)}"
-            raise ValueError(f"{labels.name}: {told}, where {len(image):,} below {len(CLASSES)} are expected")
+            found = f"{len(label):,} labels up to {label.max(initial=0)}"
+            raise ValueError(f"{labels.name}: {found}, where {len(image):,} below {len(CLASSES)} are expected")
         return Pictures(image, label.astype(np.int64))
 
 
@@ -69,7 +58,7 @@ def idx(file: Path, axes: int) -> np.ndarray:
     """uint8 of a gzipped ``idx`` file: the number 0x0800 + axes, each axis' length, then the bytes, big-endian.
 
     Raises:
-        ValueError: naming the file, where it is missing, damaged, longer or shorter than it says.
+        ValueError: naming the file, where it is missing, damaged, longer or shorter than its header says.
     """
     try:
         with gzip.open(file) as stream:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from descant.datamodules.prepare.deb import Deb
+from descant.datamodules.prepare.package import first_line
 
 DEB = Deb(
     "r-cran-stars",
@@ -25,14 +26,14 @@ MAX_PIXELS = 2**26
 
 
 def load(folder: Path) -> dict[str, np.ndarray]:
-    """Modality -> uint8 ``[C, H, W]``. Raises ValueError naming the file, where it is missing, broken or another."""
+    """Modality -> uint8 ``[C, H, W]``. Raises ValueError naming the file, where it is missing or broken."""
     x_CHW = bands(folder / "L7_ETMs.tif")
     return {modality: np.ascontiguousarray(x_CHW[list(planes)]) for modality, planes in BANDS.items()}
 
 
 def bands(file: Path) -> np.ndarray:
     """uint8 ``[6, H, W]`` of a TIFF; Pillow reads none of six bands."""
-    import tifffile  # only who reads a scene needs it
+    import tifffile  # needed here only
 
     try:
         with tifffile.TiffFile(file) as tiff:
@@ -44,5 +45,4 @@ def bands(file: Path) -> np.ndarray:
                 raise ValueError(f"pixels of {kind}, where uint8 is expected")
             return page.asarray().transpose(2, 0, 1)
     except Exception as error:  # the reader and zlib have errors of their own
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{file.name}: not a readable picture of six bands ({why})") from None
+        raise ValueError(f"{file.name}: not a readable image of six bands ({first_line(error)})") from None

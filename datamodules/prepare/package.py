@@ -1,7 +1,7 @@
-"""A package as a source of data: fetched by name with the user's own tool, or given as a file; unpacked once.
+"""Download a package of data once: fetch by name or take a file, check its SHA-256, unpack it into the cache.
 
-What kinds of packages share. The order of this file is the order of the method: look in the cache, fetch, check the
-hash, unpack within bounds into a temporary folder, rename it.
+The order of this file is the order of the method: look in the cache, fetch, check the hash, unpack within bounds into a
+temporary folder, rename it.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
+import sys
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import ClassVar
+from typing import IO, ClassVar
 
 from descant.modules.io.cache import cache_folder
 from descant.modules.io.files import sha256_of as sha256_of
@@ -27,13 +28,13 @@ PIECE = 1 << 20
 
 @dataclass(frozen=True)
 class DataPackage(ABC):
-    """A package by name, and the content that is known.
+    """A package by name, and its known versions.
 
     Attributes:
-        name: as the tool that fetches it knows it.
+        name: for the tool that fetches it.
         known: SHA-256 of the whole file -> its version.
-        under: only what lies in this folder of the package is unpacked, and what leads there is left out.
-        option: what a data module calls the argument that gives the package as a file.
+        under: only the content of this folder of the package is unpacked, without the folder's own path.
+        option: a data module's argument that gives the package as a file.
     """
 
     name: str
@@ -43,27 +44,27 @@ class DataPackage(ABC):
 
     @abstractmethod
     def fetch(self, folder: Path) -> Path:
-        """The package as a file in ``folder``. Raises ValueError: one line that says what to do."""
+        """Fetch the package as a file in ``folder``. Raises ValueError in one line with the remedy."""
 
     @abstractmethod
     def check(self, file: Path) -> None:
-        """Raises ValueError where the file is cut short or no such package."""
+        """Raises ValueError where the file is truncated or no such package."""
 
     @abstractmethod
     def unpack(self, file: Path, folder: Path) -> None:
-        """Write what lies ``under`` into ``folder``. Raises ValueError for a broken or hostile file."""
+        """Write the content of ``under`` into ``folder``. Raises ValueError for a broken or hostile file."""
 
 
 def unpacked(
     package: DataPackage, file: Path | str | None = None, accept: Sequence[str] = (), cache: Path | str | None = None
 ) -> Path:
-    """The folder with the package's content, named by its SHA-256: at once where it is there, else fetched.
+    """The folder with the package's content, named by its SHA-256: from the cache, else fetched.
 
     Args:
         package: which one.
-        file: to take instead of fetching one.
-        accept: more SHA-256 to believe, beside the known ones.
-        cache: of all packages; :func:`cache_folder` where not given.
+        file: used instead of fetching one.
+        accept: SHA-256 to accept beside the known ones.
+        cache: folder of all packages; :func:`cache_folder` where not given.
 
     Raises:
         ValueError: where it cannot be fetched, the hash is unknown, or the file is broken or hostile.
@@ -82,7 +83,7 @@ def unpacked(
         source = package.fetch(Path(stack.enter_context(scratch(home)))) if file is None else Path(file)
         sha = sha256_of(source)
         if sha not in {*package.known, *accept}:
-            package.check(source)  # where the file is cut short, that is the news
+            package.check(source)  # a truncated file is reported as that
             known = ", ".join(f"{s[:12]}... ({version})" for s, version in package.known.items())
             fault = f"SHA-256 {sha} is not a known {package.name} ({known})"
             raise ValueError(f"{source.name}: {fault}; to use it all the same: accept: [{sha}]")
@@ -97,7 +98,7 @@ def unpacked(
 
 @contextlib.contextmanager
 def scratch(home: Path) -> Iterator[str]:
-    """A temporary folder beside what will be renamed out of it; gone at the end, whatever happens."""
+    """A temporary folder in ``home``, removed at the end: its content is moved out by :func:`move_into_place`."""
     try:
         home.mkdir(parents=True, exist_ok=True)
         folder = tempfile.mkdtemp(prefix=".part-", dir=home)
@@ -110,7 +111,7 @@ def scratch(home: Path) -> Iterator[str]:
 
 
 def move_into_place(folder: Path, target: Path) -> None:
-    """Rename a finished folder. Where another process was first, its copy stays: both hold the same."""
+    """Rename a finished folder. Where another process was first, its identical copy stays."""
     try:
         folder.rename(target)
     except OSError as error:
@@ -118,11 +119,32 @@ def move_into_place(folder: Path, target: Path) -> None:
             raise
 
 
+def derived(source: Path, name: str, build: Callable[[Path], None], message: str) -> Path:
+    """The folder ``name`` beside ``source``; where it is missing, ``message`` is printed and ``build`` fills it."""
+    target = source.with_name(name)
+    if not target.is_dir():
+        print(f"descant: {message}", file=sys.stderr, flush=True)
+        with scratch(source.parent) as part:
+            folder = Path(part) / "arrays"
+            folder.mkdir()
+            build(folder)
+            move_into_place(folder, target)
+    return target
+
+
+def write_member(source: IO[bytes], target: Path) -> int:
+    """Write a member of an archive to a new file (a duplicate name is an error); returns its size."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source, target.open("xb") as out:
+        shutil.copyfileobj(source, out, PIECE)
+        return out.tell()
+
+
 def place_of(file: Path, member: str, under: str) -> tuple[str, ...] | None:
-    """Where a member goes: the parts of its name below ``under``; None where it lies elsewhere.
+    """Target of an archive member: the parts of its name below ``under``; None where it lies elsewhere.
 
     Raises:
-        ValueError: naming the file and the member, for a name that climbs out.
+        ValueError: naming the file and the member, for a name that leads out of the folder.
 
     >>> place_of(Path("x.whl"), "pack/data/a/b.txt", "pack/data"), place_of(Path("x.whl"), "other/b.txt", "pack")
     (('a', 'b.txt'), None)
@@ -131,3 +153,12 @@ def place_of(file: Path, member: str, under: str) -> tuple[str, ...] | None:
     if path.is_absolute() or ".." in path.parts or "\\" in member or ":" in member:
         raise ValueError(f"{file.name}: member {member!r} climbs out of the package")
     return path.parts[len(prefix) :] if path.parts[: len(prefix)] == prefix else None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its class.
+
+    >>> first_line(ValueError("a\\nb")), first_line(EOFError())
+    ('a', 'EOFError')
+    """
+    return (str(error).splitlines() or [type(error).__name__])[0]

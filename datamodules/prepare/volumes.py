@@ -1,7 +1,7 @@
-"""One brain in three maps: the MNI152 template (ICBM 2009a, symmetric) out of the nilearn wheel, 1 mm a voxel.
+"""MNI152 brain template (ICBM 2009a, symmetric) from the nilearn wheel: T1, grey and white matter, 1 mm a voxel.
 
-T1, grey matter and white matter, each 197 x 233 x 189 voxels of uint8 (Fonov 2011, NeuroImage 54:313). The template is
-the mean of 152 heads and of their mirror images: its left half *is* its right half, mirrored, bit by bit.
+Three maps of 197 x 233 x 189 voxels of uint8 (Fonov 2011, NeuroImage 54:313). The template is the mean of 152 heads and
+of their mirror images: its left half *is* its right half, mirrored, bit for bit.
 Letters: X, Y, Z voxels to the right, to the front and up.
 """
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from descant.datamodules.prepare.package import first_line
 from descant.datamodules.prepare.wheel import Wheel
 
 WHEEL = Wheel(
@@ -19,7 +20,7 @@ WHEEL = Wheel(
     known={"725206484e9fb3f6691f9c2d20204a068759d5072f12055324702ee0cb2bbe8a": "0.14.1"},
     under="nilearn/datasets/data",
 )
-#: Modality -> how its file calls it.
+#: Modality -> its name in the file's name.
 FILES = {"t1": "t1", "grey": "gm", "white": "wm"}
 # fifteen times the template
 MAX_VOXELS = 2**27
@@ -41,7 +42,7 @@ def load(folder: Path) -> dict[str, np.ndarray]:
 
 def volume(file: Path) -> np.ndarray:
     """uint8 ``[X, Y, Z]`` of a NIfTI file, its axes turned so that they lead right, to the front and up."""
-    import nibabel  # only who reads a volume needs it
+    import nibabel  # needed here only
 
     try:
         image = nibabel.load(file)
@@ -51,5 +52,4 @@ def volume(file: Path) -> np.ndarray:
             raise ValueError(f"voxels of {image.get_data_dtype()}, where uint8 is expected")
         return np.ascontiguousarray(np.asanyarray(nibabel.as_closest_canonical(image).dataobj), dtype=np.uint8)
     except Exception as error:  # nibabel, gzip and zlib have errors of their own
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{file.name}: not a readable NIfTI volume ({why})") from None
+        raise ValueError(f"{file.name}: not a readable NIfTI volume ({first_line(error)})") from None

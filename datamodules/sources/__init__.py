@@ -1,4 +1,4 @@
-"""Corpora on disk, read by position as raw fields: a folder with a CSV, parquet, WebDataset shards; and streams."""
+"""Data sources: a folder with a table, parquet files, WebDataset shards or a stream, found by path (:func:`find`)."""
 
 from __future__ import annotations
 
@@ -7,33 +7,34 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from descant.datamodules.sources.addresses import SCHEMES
 from descant.datamodules.sources.base import Damaged, Source, similar, split_named
-from descant.datamodules.sources.folder import TABLES, Folder
+from descant.datamodules.sources.folder import Folder
 from descant.datamodules.sources.parquet import Parquet
 from descant.datamodules.sources.shards import Shards, expand, lost
-from descant.datamodules.sources.stream import SCHEMES
+from descant.datamodules.sources.tables import TABLES
 
 _KINDS = (".tar", ".parquet")
-#: What begins as an address does; a drive of Windows has one letter.
+#: Beginning of an address; a drive of Windows has one letter.
 _ADDRESS = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+://|pipe:")
 
 
 def find(
     path: str | Path | Sequence[str | Path], damaged: Damaged = "refuse", outside: bool = False
 ) -> dict[str, Source]:
-    """The corpus at a path, by what lies there: split -> source, or the one source under ``""``.
+    """The corpus at a path, by the type of its files: split -> source, or one source under ``""``.
 
-    A folder of pictures (or its CSV, TSV or JSON-lines file) is a :class:`Folder`; tar files and patterns of them are
-    :class:`Shards`, parquet files :class:`Parquet`, and so are folders that hold them. Files named ``train-*`` and
-    ``val-*`` or ``test-*`` are these splits.
+    A folder of images (or its CSV, TSV or JSON-lines file) is a :class:`Folder`; tar files and patterns of them, and
+    folders that hold them, are :class:`Shards`, parquet files :class:`Parquet`. Files named ``train-*``, ``val-*`` or
+    ``test-*`` are these splits.
 
     Args:
         path: files, patterns or a folder.
-        damaged: ``skip`` reads what is left of files that have lost something; their ``faults`` tell.
+        damaged: ``skip`` reads the rest of damaged files; their ``faults`` list the losses.
         outside: whether tables may name files outside their own folder.
 
     Raises:
-        ValueError: where nothing is there, or nothing that is known.
+        ValueError: where the path does not exist, or holds no known type of files.
     """
     given = [path] if isinstance(path, (str, Path)) else list(path)
     address = next((str(p) for p in given if _ADDRESS.match(str(p))), None)
@@ -42,29 +43,24 @@ def find(
     if len(given) == 1 and (folder := _folder(Path(given[0]), damaged, outside)) is not None:
         return {"": folder}
 
-    def kind(files: list[Path]) -> Shards | Parquet:
+    def source_of(files: list[Path]) -> Shards | Parquet:
         if ending == ".tar":
             return Shards(files, damaged=damaged)
         return Parquet(files, damaged=damaged, outside=outside)
 
     for ending in _KINDS:
         if _holds(given, ending):
-            gone = lost(given, damaged) if ending == ".tar" else []
-            files = expand(given, ending)
+            absent = lost(given, damaged) if ending == ".tar" else []
             splits: dict[str, list[Path]] = {}
-            for file in files:
+            for file in expand(given, ending):
                 splits.setdefault(_split(file), []).append(file)
-            if len(splits) == 1:
-                only = kind(files)
-                only.faults = [*gone, *only.faults]
-                return {"": only}
-            if "" in splits:
+            if "" in splits and len(splits) > 1:
                 other = next(part[0] for split, part in splits.items() if split)
                 raise ValueError(f"{splits[''][0]}: its name begins with no split, and that of {other.name} does")
-            found: dict[str, Source] = {split: kind(part) for split, part in splits.items()}
-            first_found = next(iter(found.values()))
-            first_found.faults = [*gone, *first_found.faults]
-            return found
+            found: dict[str, Source] = {split: source_of(part) for split, part in splits.items()}
+            first_source = next(iter(found.values()))
+            first_source.faults = [*absent, *first_source.faults]
+            return {"": first_source} if len(found) == 1 else found
     first = Path(given[0]) if given else Path()
     if not first.exists() and not glob.has_magic(str(first)) and "{" not in str(first):
         raise ValueError(f"{first}: no such file or folder{similar(first)}")
@@ -72,16 +68,16 @@ def find(
 
 
 def _streamed(address: str) -> str:
-    """What to do with an address: it has no positions, so nobody knows how many samples an epoch of it has."""
+    """Message on an address given as a path: it has to be streamed, with the samples of an epoch."""
     scheme = address.partition(":")[0].lower()
     if scheme == "pipe" or (scheme in SCHEMES and ".tar" in address):
         allowed = " --data.stream.allow_pipes true" if scheme == "pipe" else ""
         return (
-            f"{address}: path takes what lies on this machine; shards elsewhere are streamed: --data stream "
+            f"{address}: path takes files on this machine; remote shards are streamed: --data stream "
             f"--data.stream.urls '{address}' --data.stream.samples N (of an epoch){allowed}"
         )
     read = ", ".join(f"{name}://" for name in ("http", "https", "s3", "gs"))
-    return f"{address}: not read from there; shards (*.tar) of {read} are streamed, all else is fetched by you first"
+    return f"{address}: not read from there; shards (*.tar) of {read} are streamed, other files have to be downloaded"
 
 
 def _folder(path: Path, damaged: Damaged, outside: bool) -> Folder | None:
@@ -92,13 +88,13 @@ def _folder(path: Path, damaged: Damaged, outside: bool) -> Folder | None:
 
 
 def _holds(given: Sequence[str | Path], ending: str) -> bool:
-    """Whether all are files of an ending, patterns of them, or folders with some."""
+    """Whether all paths are files of an ending, patterns of them, or folders with some."""
     return bool(given) and all(
         any(Path(p).glob(f"*{ending}")) if Path(p).is_dir() else ending in Path(str(p).lower()).suffixes for p in given
     )
 
 
 def _split(file: Path) -> str:
-    """``train-00000-of-00004.parquet`` and ``val.tar`` say their split; other names none."""
+    """The split in names such as ``train-00000-of-00004.parquet`` and ``val.tar``; empty for others."""
     word = file.stem.replace("_", "-").replace(".", "-").partition("-")[0]
     return split_named(word) or ""

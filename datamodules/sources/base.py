@@ -1,4 +1,4 @@
-"""What a corpus on disk is to everything that reads it: N samples with named raw fields.
+"""Base of data sources: N samples with named raw fields, read by position; helpers for paths, names and texts.
 
 Letters: N samples of a source.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,24 +22,24 @@ from descant.modules.core import errors
 if TYPE_CHECKING:
     from descant.datamodules.changes import Corpus
 
-#: One field of one sample as it lies on disk: encoded pictures and sound are bytes, captions and labels are texts.
+#: One field of one sample as stored: encoded images and sound are bytes, captions and labels are texts.
 Raw = bytes | str
-#: Bytes of one field at most: what is larger is no picture and no clip, and one of them must not fill the memory.
+#: Most bytes of one field: a larger one is no image or recording, and must not fill the memory.
 LIMIT = 1 << 28
-#: Characters of a file's name: more than file systems take.
+#: Most characters of a file's name: more than file systems allow.
 _NAME = 1000
-#: Names in a folder that are looked at for one like a name that is not there.
+#: Most names of a folder that are compared with a missing one.
 _BESIDE = 10_000
-#: Entries of one JSON object or member, and different fields of a corpus, at most: every sample has or lacks each.
+#: Most entries of one JSON object, and most different fields of a corpus (there is a mask of samples for each).
 ENTRIES, FIELDS = 1000, 10_000
 #: Parts of a list (``caption.0`` ...) that become fields.
 PARTS = 32
 
-#: What becomes of a corpus that has lost samples: it is refused, or what is left of it is read and the ledger tells.
+#: A damaged corpus is refused, or the rest of it is read and the loss is noted in the ledger.
 Damaged = Literal["refuse", "skip"]
-#: How a line ends that refuses damaged data.
+#: End of a line that refuses damaged data.
 REMEDY = "damaged: skip reads the rest"
-#: How a line ends that refuses files of another folder.
+#: End of a line that refuses files of another folder.
 OUTSIDE = "outside: true reads it"
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -46,7 +47,7 @@ SOUNDS = ("wav", "flac", "ogg", "opus", "mp3")
 
 
 class Fault(NamedTuple):
-    """What is known to be lost when an index is made: the file, the sample (or the file again, for many), and why."""
+    """A loss found while indexing: the file, the sample (or the file again, for many), and the reason."""
 
     file: str
     sample: str
@@ -57,15 +58,15 @@ class Source:
     """N samples, read by position in any order. Fields are raw; data modules decode them.
 
     A field is named as in the corpus: the extension of a shard's member (``jpg``, ``txt``, ``json.caption`` for one
-    entry of a JSON member), the column of a parquet file or CSV. A sample may lack any field: ``has`` says so without
-    reading the sample, so that what is missing is known before an epoch begins.
+    entry of a JSON member), the column of a parquet file or CSV. A sample may lack any field: ``has`` gives this
+    without reading samples, so that missing modalities are known before an epoch begins.
     """
 
-    #: What is lost of it, in the order in which it was found.
+    #: Losses found while indexing.
     faults: Sequence[Fault] = ()
-    #: Rows on disk that became one sample with another row, of the same file.
+    #: Rows on disk that were merged into the sample of another row of the same file.
     merged: int = 0
-    #: Files that are named and not there, as far as that is known before they are read.
+    #: Named files that do not exist, as far as that is known before reading.
     absent: int = 0
 
     def __len__(self) -> int:
@@ -84,7 +85,7 @@ class Source:
         raise NotImplementedError
 
     def name(self, index: int) -> str:
-        """The sample's own name (its key in a shard, its file in a folder): stable, unique within the source."""
+        """The sample's name (its key in a shard, its file in a folder): stable, unique within the source."""
         raise NotImplementedError
 
     def place(self, index: int) -> str:
@@ -92,30 +93,27 @@ class Source:
         raise NotImplementedError
 
     def read(self, index: int, fields: Sequence[str]) -> dict[str, Raw]:
-        """The raw fields that the sample has among ``fields``. Raises OSError or ValueError where it is unreadable."""
+        """Those of ``fields`` that the sample has. Raises OSError or ValueError where one is unreadable."""
         raise NotImplementedError
 
     @property
     def blocks(self) -> tuple[np.ndarray, int] | None:
-        """Int64 ``[N]``, the block that each sample is read with, and how many blocks a process keeps; None where
-        samples are read one by one, or all blocks are kept, so that any order costs the same."""
+        """Int64 ``[N]``, the block that each sample is read with, and how many blocks a process caches; None where any
+        order costs the same, since samples are read one by one or all blocks are cached."""
         return None
 
     def corpus(self) -> Corpus | None:
-        """What it is made of, by which a change is seen; None for what has no files."""
+        """Properties that detect a change of the data; None where there are no files."""
         return None
 
     def texts(self, field: str) -> list[str | None]:
-        """A text field of all N samples at once (captions, labels, a split), None where a sample lacks it."""
-        found: list[str | None] = []
-        for i, has in enumerate(self.has(field).tolist()):
-            raw = self.read(i, [field]).get(field) if has else None
-            found.append(text_of(raw) if raw is not None else None)
-        return found
+        """A text field of all N samples (captions, labels, a split), None where a sample lacks it."""
+        raws = (self.read(i, [field]).get(field) if has else None for i, has in enumerate(self.has(field).tolist()))
+        return [None if raw is None else text_of(raw) for raw in raws]
 
 
 def text_of(raw: Raw) -> str:
-    """A raw field as text. Raises ValueError where it is not UTF-8, such as half of an emoji that JSON was cut in."""
+    """A raw field as text. Raises ValueError where it is not UTF-8, such as half a surrogate pair from cut JSON."""
     try:
         if isinstance(raw, str):
             raw.encode()
@@ -127,7 +125,7 @@ def text_of(raw: Raw) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``; nearest: X``, or the whole choice where nothing is near; to end a line that refuses ``name``.
+    """End of a line that refuses ``name``: ``; nearest: X``, or all choices where none is near.
 
     >>> nearest("captoin", ["caption", "image"]), nearest("zzz", ["caption", "image"])
     ('; nearest: caption', '; there are caption, image')
@@ -140,9 +138,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def similar(path: Path) -> str:
-    """``; nearest: X`` for a path that is not there: a name like it beside the first part that is missing, if any.
+    """``; nearest: X`` for a missing path: a similar name beside its first missing part, if any.
 
-    A whole folder is never listed: it may be the root of the file system, or hold a million files.
+    A folder is never listed completely: it may be the root of the file system, or hold a million files.
 
     >>> similar(Path("/us/share")), similar(Path("/no-such-folder-at-all")), similar(Path("/no-such-folder/x"))
     ('; nearest: /usr', '', '; there is no /no-such-folder')
@@ -159,14 +157,23 @@ def similar(path: Path) -> str:
     return f"; nearest: {name if first == path else first.parent / name}"
 
 
+def and_more(places: Sequence[object]) -> str:
+    """The first of some places, and the number of the others.
+
+    >>> and_more(["a.tar"]), and_more(["a.tar", "b.tar", "c.tar"])
+    ('a.tar', 'a.tar and 2 more')
+    """
+    return str(places[0]) if len(places) == 1 else f"{places[0]} and {len(places) - 1} more"
+
+
 def many(names: Iterable[str]) -> str:
-    """Why a corpus of more than ``FIELDS`` fields is refused."""
+    """Message on a corpus of more than ``FIELDS`` fields."""
     few = ", ".join(sorted(names)[:3])
-    return f"more than {FIELDS:,} different fields ({few} ...): what differs in each sample is no name of a field"
+    return f"more than {FIELDS:,} different fields ({few} ...): keys that differ in each sample cannot be fields"
 
 
 def held_out(name: str, share: float) -> bool:
-    """Whether a sample belongs to the ``share`` that is kept out of training: a function of its name alone.
+    """Whether a sample belongs to the ``share`` that is held out of training: a function of its name alone.
 
     >>> sum(held_out(f"{i}.jpg", 0.05) for i in range(10_000))
     491
@@ -174,8 +181,16 @@ def held_out(name: str, share: float) -> bool:
     return rank_of(name) < share
 
 
+def hold_out(names: Sequence[str], share: float) -> np.ndarray:
+    """Bool: which of some samples are held out; at least two of more than three, as retrieval needs several."""
+    held_N = np.array([held_out(name, share) for name in names])
+    if held_N.sum() < 2 and len(names) > 3:
+        held_N[np.argsort([rank_of(name) for name in names])[:2]] = True
+    return held_N
+
+
 def encoded(text: str) -> bytes:
-    """UTF-8 of any text, of half an emoji that JSON was cut in too, and bytes of names that were none."""
+    """UTF-8 bytes of any text, including lone surrogates and names that were not UTF-8."""
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
@@ -183,7 +198,7 @@ def encoded(text: str) -> bytes:
 
 
 def short(text: str, most: int = 200) -> str:
-    """A text that a line quotes, cut where it is longer.
+    """A text as quoted in a message: cut to ``most`` characters.
 
     >>> short("abc", 2)
     'ab ...'
@@ -192,7 +207,7 @@ def short(text: str, most: int = 200) -> str:
 
 
 def rank_of(name: str) -> float:
-    """A number in [0, 1) that a name always has: samples below a share are held out."""
+    """Hash of a name in [0, 1): samples below a share are held out."""
     digest = hashlib.blake2b(encoded(f"split/{name}"), digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2.0**64
 
@@ -205,7 +220,7 @@ _SPLITS = {
 
 
 def split_named(word: str) -> str | None:
-    """``train``, ``val`` or ``test`` for the words that people use for them; None for any other word.
+    """``train``, ``val`` or ``test`` for these and their usual synonyms; None for any other word.
 
     >>> split_named("Validation"), split_named("cats")
     ('val', None)
@@ -214,7 +229,7 @@ def split_named(word: str) -> str | None:
 
 
 def media(raw: Raw) -> str:
-    """What a raw field is by its first bytes: ``image``, ``audio``, ``text`` or ``unknown``.
+    """Type of a raw field by its first bytes: ``image``, ``audio``, ``text`` or ``unknown``.
 
     >>> media(b"GIF89a"), media(b"OggS"), media("a cat"), media(b"")
     ('image', 'audio', 'text', 'unknown')
@@ -246,27 +261,53 @@ def flat(value: Any, name: str) -> Iterator[tuple[str, str]]:
             yield name, text
 
 
+def entries(data: str | bytes, name: str) -> dict[str, str]:
+    """The texts in JSON by dotted names below ``name``; with an empty name, ``data`` has to be an object.
+
+    Raises:
+        ValueError: for invalid JSON, or more than ``ENTRIES`` texts.
+
+    >>> entries('{"a": [1, "b"]}', "json")
+    {'json.a.0': '1', 'json.a.1': 'b'}
+    """
+    try:
+        value = json.loads(data)
+        texts = dict(islice(flat(value, name), ENTRIES + 1))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from None
+    if not name and not isinstance(value, dict):
+        raise ValueError(f"expected an object, got {type(value).__name__}")
+    if len(texts) > ENTRIES:
+        raise ValueError(f"more than {ENTRIES:,} entries in one JSON object")
+    return texts
+
+
 def inside(root: Path, name: str) -> Path:
-    """The path that a table or archive in ``root`` calls ``name``.
+    """The path of ``name``, as given by a table in ``root``.
 
     Raises:
         ValueError: where it is outside ``root``, by its name or by a link on the way.
     """
-    leaves(name)
+    require_relative(name)
     path = root / name
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
         raise ValueError(f"{name} leads outside {root} by a link; {OUTSIDE}")
     return path
 
 
-def leaves(name: str) -> None:
-    """Raises ValueError for the name of a file that is absolute or goes up.
+def require_relative(name: str) -> None:
+    """Raises ValueError for a file's name that is absolute or has ``..`` in it.
 
-    >>> leaves("a/b.jpg") is None
+    >>> require_relative("a/b.jpg") is None
     True
     """
     if name.startswith("/") or (".." in name and ".." in name.split("/")):
         raise ValueError(f"{name[:200]!r} is outside the data's own folder; {OUTSIDE}")
+
+
+def too_large(size: int) -> str:
+    """Message on a field of more than ``LIMIT`` bytes."""
+    return f"{size:,} bytes, more than the limit of {LIMIT:,} for one field"
 
 
 def read_file(path: Path, offset: int = 0, size: int | None = None) -> bytes:
@@ -275,19 +316,18 @@ def read_file(path: Path, offset: int = 0, size: int | None = None) -> bytes:
         raise ValueError(f"a name of {len(path.name):,} characters")
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a named pipe must not hang the run
     try:
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode):
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
             raise ValueError("not a regular file")
-        wanted = found.st_size - offset if size is None else size
-        return read_at(handle, offset, wanted)
+        return read_at(handle, offset, status.st_size - offset if size is None else size)
     finally:
         os.close(handle)
 
 
 def read_at(handle: int, offset: int, size: int) -> bytes:
-    """``size`` bytes of an open file from ``offset``; positions are not shared, so forked processes may both read."""
+    """``size`` bytes of an open file from ``offset``, by ``pread``: forked processes may share the handle."""
     if size > LIMIT:
-        raise ValueError(f"{size:,} bytes, more than the {LIMIT:,} that one field may have")
+        raise ValueError(too_large(size))
     parts = []
     while size > 0:
         part = os.pread(handle, size, offset)

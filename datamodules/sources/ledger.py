@@ -1,4 +1,4 @@
-"""What was skipped, sample by sample: a run that loses data says so, and stops when it loses too much in a row."""
+"""Log of skipped samples (``ledger.jsonl``): too many failures in a row are an error."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ except ImportError:  # not on Windows, where two processes might note one sample
 class Ledger:
     """Counts unreadable samples and writes one JSON line each to ``ledger.jsonl`` in the run folder.
 
-    Processes may share the file: a sample that several of them meet, epoch after epoch, is noted once.
+    Processes may share the file: each sample is noted once, whatever the processes and epochs.
 
     Args:
-        folder: where the file goes; None keeps the counts only.
-        in_a_row: so many failures without one success in between are an error: the data is broken, not a sample.
+        folder: of the file; None only counts.
+        in_a_row: so many failures without a success in between are an error: the data is broken, not a sample.
 
     >>> ledger = Ledger(None, in_a_row=2)
     >>> ledger.skip("a.tar", "cat.jpg", "truncated"); ledger.read(); ledger.skipped
@@ -31,10 +31,11 @@ class Ledger:
     def __init__(self, folder: Path | None, in_a_row: int = 20) -> None:
         self.path = folder / "ledger.jsonl" if folder is not None else None
         self.in_a_row, self.skipped, self._streak = in_a_row, 0, 0
-        self._noted: set[bytes] = set()  # the lines of the file, as far as it was read
+        self._noted: set[bytes] = set()  # the lines of the file up to _end
         self._end = 0
 
     def read(self) -> None:
+        """Note a sample that could be read."""
         self._streak = 0
 
     def skip(self, file: str, sample: str, why: str) -> None:
@@ -45,12 +46,12 @@ class Ledger:
             raise ValueError(f"{file}: {self._streak} samples in a row cannot be read; the last is {sample}: {why}")
 
     def lose(self, file: str, sample: str, why: str) -> None:
-        """Note what is known to be lost before anything is read: it says nothing of what lies beside it."""
+        """Note a loss that is known before reading; it does not count towards ``in_a_row``."""
         self.skipped += 1
         self._note(json.dumps({"file": file, "sample": sample, "why": why}).encode())
 
     def noted(self) -> list[dict[str, str]]:
-        """All that any process has noted in the file, in its order; nothing where there is none."""
+        """All lines of the file, by any process; empty where there is none."""
         if self.path is None or not self.path.exists():
             return []
         return [json.loads(line) for line in self.path.read_bytes().splitlines()]
@@ -62,7 +63,7 @@ class Ledger:
         with self.path.open("ab+") as file:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(self._end)  # what other processes have added since
+            file.seek(self._end)  # lines of other processes
             self._noted.update(file.read().splitlines())
             if line not in self._noted:
                 append(file, line)

@@ -1,4 +1,4 @@
-"""Parquet files: columns of encoded bytes, texts and numbers, read a row group at a time when a sample is asked for.
+"""Parquet source: columns of encoded bytes, texts and numbers with random access, decoded a row group at a time.
 
 Letters: N samples of all files.
 """
@@ -17,7 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from descant.datamodules.changes import Corpus, Property
+from descant.datamodules.changes import Corpus, Property, corpus_of
+from descant.datamodules.prepare.package import first_line
+from descant.datamodules.sources.array_cache import cached
 from descant.datamodules.sources.base import (
     LIMIT,
     PARTS,
@@ -26,30 +28,34 @@ from descant.datamodules.sources.base import (
     Fault,
     Raw,
     Source,
+    and_more,
     flat,
     inside,
     nearest,
     read_file,
+    too_large,
 )
-from descant.datamodules.sources.index import remembered
 from descant.datamodules.sources.shards import expand
+
+# Neither pyarrow.dataset nor the datasets library reads single rows, caches decoded row groups within a limit, or names
+# the damaged row group.
 
 
 class Parquet(Source):
-    """Rows of parquet files. A field is a column; what it holds follows from its type:
+    """Rows of parquet files. A field is a column, and its content depends on the column's type:
 
-    - binary, and the struct of ``bytes`` and ``path`` in which data sets carry pictures and sound: bytes;
-    - texts, numbers, truth values, dates: texts;
+    - binary, and the struct of ``bytes`` and ``path`` of images and sound on data hubs: bytes;
+    - texts, numbers, booleans, dates: texts;
     - lists of these: ``caption.0``, ``caption.1``, ... and other structs: ``info.author``.
 
-    A row group's column is decoded when one of its samples is read, and the latest ones are kept. A shuffled order
-    would decode nearly all of it for every sample, so where the row groups are more than ``memory`` holds, training
-    shuffles them, and then the samples of as many as are kept at once (``blocks``). Each worker decodes for itself.
+    A row group's column is decoded when one of its samples is read, and the latest ones are cached. A shuffled order
+    would decode a whole row group for nearly every sample, so where ``memory`` does not hold them all, training
+    shuffles row groups, and then the samples of as many as are cached at once (``blocks``). Each worker has a cache.
 
     Args:
         paths: files, ``train-{00..07}.parquet``, ``train-*.parquet``, or a folder of them.
-        memory: bytes of decoded row groups that one process keeps.
-        damaged: ``skip`` leaves out files and row groups that cannot be read, and ``faults`` tells of each.
+        memory: bytes of decoded row groups that one process caches.
+        damaged: ``skip`` leaves out files and row groups that cannot be read, each listed in ``faults``.
         outside: whether a column of paths may name files outside the folder of its parquet file.
 
     Raises:
@@ -71,8 +77,8 @@ class Parquet(Source):
         self._kept: OrderedDict[tuple[int, str], pa.ChunkedArray] = OrderedDict()
         self._masks: dict[str, np.ndarray] = {}
         self._texts: dict[str, np.ndarray] = {}  # CRC-32 of each row group of a text field
-        known = {path: schema for path in self.paths if (schema := self._schema(path)) is not None}
-        self.paths, schemas = list(known), list(known.values())
+        readable = {path: schema for path in self.paths if (schema := self._schema(path)) is not None}
+        self.paths, schemas = list(readable), list(readable.values())
         if not schemas:
             raise ValueError(f"{self.faults[0].file}: {self.faults[0].why}")
         self.schema = schemas[0]
@@ -100,11 +106,11 @@ class Parquet(Source):
         try:
             return pq.read_schema(path)
         except _UNREADABLE as error:
-            self._lost(path, "", f"not a readable parquet file ({_first_line(error)})")
+            self._lost(path, "", f"not a readable parquet file ({first_line(error)})")
             return None
 
     def _lost(self, path: Path, part: str, why: str) -> None:
-        """Note what cannot be read, or refuse it."""
+        """Note a file or row group that cannot be read, or refuse it."""
         if self.damaged == "refuse":
             raise ValueError(f"{path}: {part}{': ' if part else ''}{why}; {REMEDY}")
         fault = Fault(str(path), part or str(path), why)
@@ -119,7 +125,7 @@ class Parquet(Source):
             if _is_list(kind):
                 inner = kind.value_type
                 if pa.types.is_nested(inner) or _is_bytes(inner):
-                    continue  # boxes, and whole videos: no field of one text
+                    continue  # boxes, videos: no single text
                 most = max((self._most(column.name, group) for group in range(len(self.groups))), default=0)
                 for k in range(min(most, PARTS)):
                     yield f"{column.name}.{k}", (column.name, k)
@@ -134,7 +140,7 @@ class Parquet(Source):
         values = self._readable(group, column)
         return 0 if values is None else int(pc.max(pc.list_value_length(values)).as_py() or 0)
 
-    # the contract ----------------------------------------------------------------------------------------------
+    # the source's interface ------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -148,8 +154,8 @@ class Parquet(Source):
         sizes = [self._file(file).metadata.row_group(group).total_byte_size for file, group in self.groups]
         if sum(sizes) <= self.memory:
             return None
-        kept = max(1, int(self.memory // max(sizes)))
-        return np.repeat(np.arange(len(self.groups)), np.diff(self._first)), kept
+        held = max(1, int(self.memory // max(sizes)))
+        return np.repeat(np.arange(len(self.groups)), np.diff(self._first)), held
 
     def has(self, field: str) -> np.ndarray:
         if field not in self._columns:
@@ -164,10 +170,10 @@ class Parquet(Source):
                     masks = [self._mask(g, field, text_G) for g in groups]
                     return {"mask": np.concatenate([np.zeros(0, bool), *masks]), "text": np.array(text_G, np.uint32)}
 
-                # what is left out is told at every start, so it is looked for again
-                made = build() if self.damaged == "skip" else remembered(path, f"parquet/{field}", build)
-                masks.append(made["mask"])
-                texts.append(made["text"])
+                # losses are reported at every start, so damage is searched again
+                arrays = build() if self.damaged == "skip" else cached(path, f"parquet/{field}", build)
+                masks.append(arrays["mask"])
+                texts.append(arrays["text"])
             self._masks[field], self._texts[field] = np.concatenate(masks), np.concatenate(texts)
         return self._masks[field]
 
@@ -175,11 +181,7 @@ class Parquet(Source):
         groups = Property(np.diff(self._first), self._group)
         parts = {"row groups": groups, "footers": Property(self._footers, lambda n: self.paths[n].name)}
         parts |= {f"texts of {name}": Property(crc_G, self._group) for name, crc_G in self._texts.items() if len(crc_G)}
-        stats = [path.stat() for path in self.paths]
-        size_M = np.array([found.st_size for found in stats], dtype=np.int64)
-        time_M = np.array([found.st_mtime_ns for found in stats], dtype=np.int64)
-        place = str(self.paths[0]) if len(self.paths) == 1 else f"{self.paths[0]} and {len(self.paths) - 1} more"
-        return Corpus(place, parts, [str(path) for path in self.paths], size_M, time_M)
+        return corpus_of(and_more(self.paths), parts, self.paths)
 
     def _group(self, number: int) -> str:
         file, group = self.groups[number]
@@ -195,35 +197,35 @@ class Parquet(Source):
     def read(self, index: int, fields: Sequence[str]) -> dict[str, Raw]:
         group = int(np.searchsorted(self._first, index, side="right")) - 1
         row = index - int(self._first[group])
-        found: dict[str, Raw] = {}
+        folder = self.paths[self.groups[group][0]].parent
+        raws: dict[str, Raw] = {}
         for field in fields:
             column, part = self._columns[field]
-            folder = self.paths[self.groups[group][0]].parent
             raw = self._raw(self._values(group, column)[row], part, folder, self.outside)
             if raw is not None:
-                found[field] = raw
-        return found
+                raws[field] = raw
+        return raws
 
     def texts(self, field: str) -> list[str | None]:
         self.has(field)
         column, part = self._columns[field]
-        found: list[str | None] = []
+        texts: list[str | None] = []
         for group in range(len(self.groups)):
             values = self._readable(group, column)
             if values is None:
-                found += [None] * int(self._first[group + 1] - self._first[group])
+                texts += [None] * int(self._first[group + 1] - self._first[group])
                 continue
             for scalar in values:
                 try:
                     raw = self._raw(scalar, part, Path())
                 except ValueError as error:
                     file, number = self.groups[group]
-                    self._lost(self.paths[file], f"row group {number}, {column}", _first_line(error))
+                    self._lost(self.paths[file], f"row group {number}, {column}", first_line(error))
                     raw = None
                 if isinstance(raw, bytes):
                     raise ValueError(f"{self.paths[0]}: column {field!r} holds bytes, not texts")
-                found.append(raw)
-        return found
+                texts.append(raw)
+        return texts
 
     # row groups ------------------------------------------------------------------------------------------------
 
@@ -234,7 +236,7 @@ class Parquet(Source):
         return file, index - self._file_first[file]
 
     def _file(self, file: int) -> pq.ParquetFile:
-        if self._process != os.getpid():  # after a fork: the parent's readers are its own
+        if self._process != os.getpid():  # after a fork: file positions are shared with the parent
             self._open, self._process = {}, os.getpid()
         if file not in self._open:
             if len(self._open) >= 64:
@@ -245,7 +247,7 @@ class Parquet(Source):
         return self._open[file]
 
     def _values(self, group: int, column: str, keep: bool = True) -> pa.ChunkedArray:
-        """A column of a row group; the latest are kept, up to ``memory`` bytes."""
+        """A column of a row group; the latest are cached, up to ``memory`` bytes."""
         key = (group, column)
         if key in self._kept:
             self._kept.move_to_end(key)
@@ -254,7 +256,7 @@ class Parquet(Source):
         try:
             table = self._file(file).read_row_group(number, columns=[column], use_threads=False)
         except _UNREADABLE as error:
-            raise ValueError(f"{self.paths[file]}: row group {number}: {_first_line(error)}") from None
+            raise ValueError(f"{self.paths[file]}: row group {number}: {first_line(error)}") from None
         values, rows = table.column(column), int(self._first[group + 1] - self._first[group])
         if len(values) != rows:
             raise ValueError(
@@ -267,7 +269,7 @@ class Parquet(Source):
         return values
 
     def _readable(self, group: int, column: str) -> pa.ChunkedArray | None:
-        """A column of a row group, not kept; None where it cannot be read and is left out."""
+        """A column of a row group, not cached; None where it cannot be read and is left out."""
         try:
             return self._values(group, column, keep=False)
         except ValueError as error:
@@ -279,7 +281,7 @@ class Parquet(Source):
     def _mask(self, group: int, field: str, text_G: list[int]) -> np.ndarray:
         """Bool: which rows of a row group have a field; the CRC-32 of texts is added to ``text_G``.
 
-        Bytes are only read where some are null and some not.
+        Bytes are read only where some are null and others are not.
         """
         column, part = self._columns[field]
         rows = int(self._first[group + 1] - self._first[group])
@@ -295,7 +297,7 @@ class Parquet(Source):
             return self._full(values, column, part, text_G)
         except (pa.ArrowException, ValueError) as error:
             file, number = self.groups[group]
-            self._lost(self.paths[file], f"row group {number}, {column}", _first_line(error))
+            self._lost(self.paths[file], f"row group {number}, {column}", first_line(error))
             return np.zeros(rows, dtype=bool)
 
     def _full(self, values: pa.ChunkedArray, column: str, part: int | str | None, text_G: list[int]) -> np.ndarray:
@@ -313,7 +315,7 @@ class Parquet(Source):
         return np.array([self._raw(scalar, part, Path()) is not None for scalar in values], dtype=bool)
 
     def _nulls(self, group: int, column: str) -> int | None:
-        """Nulls of a bytes column by the footer alone; None where it does not say."""
+        """Number of nulls of a bytes column according to the footer; None where it has no statistics."""
         file, number = self.groups[group]
         footer = self._file(file).metadata.row_group(number)
         for k in range(footer.num_columns):
@@ -333,7 +335,7 @@ class Parquet(Source):
         if _is_bytes(kind):
             buffer = scalar.as_buffer()
             if buffer.size > LIMIT:
-                raise ValueError(f"{buffer.size:,} bytes, more than the {LIMIT:,} that one field may have")
+                raise ValueError(too_large(buffer.size))
             return buffer.to_pybytes()
         value: Any = scalar.as_py()
         if _is_media(kind):
@@ -349,12 +351,12 @@ class Parquet(Source):
         return {**self.__dict__, "_open": {}, "_kept": OrderedDict(), "_process": -1}
 
 
-#: What pyarrow raises of a file that is damaged: its own errors, and those of Python for what the footer promises.
+#: Errors of pyarrow on a damaged file: its own, and Python's where the footer is wrong.
 _UNREADABLE = (pa.ArrowException, OSError, ValueError, MemoryError)
 
 
 def _footer(path: Path) -> int:
-    """CRC-32 of a file's footer: types, where each column lies, and the least and greatest values of many."""
+    """CRC-32 of a file's footer: types, positions and statistics of columns."""
     with path.open("rb") as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(end - 8, 0))
@@ -364,19 +366,15 @@ def _footer(path: Path) -> int:
 
 
 def _checksum(values: pa.ChunkedArray) -> int:
-    """CRC-32 of texts and their lengths, however they are cut into chunks."""
-    found = zlib.crc32(np.asarray(pc.fill_null(pc.binary_length(values), -1)).astype(np.int64).tobytes())
+    """CRC-32 of texts and their lengths, independent of chunks."""
+    checksum = zlib.crc32(np.asarray(pc.fill_null(pc.binary_length(values), -1)).astype(np.int64).tobytes())
     for chunk in values.chunks:
         if len(chunk):
             _, places, content = chunk.buffers()
             kind = np.int64 if pa.types.is_large_string(chunk.type) else np.int32
             edges = np.frombuffer(places, kind)[chunk.offset : chunk.offset + len(chunk) + 1]
-            found = zlib.crc32(memoryview(content)[int(edges[0]) : int(edges[-1])] if content else b"", found)
-    return found
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+            checksum = zlib.crc32(memoryview(content)[int(edges[0]) : int(edges[-1])] if content else b"", checksum)
+    return checksum
 
 
 def _is_bytes(kind: pa.DataType) -> bool:

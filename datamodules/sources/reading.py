@@ -1,4 +1,4 @@
-"""Data sets over sources: raw fields become rows of a batch, and what cannot be read is replaced or left out.
+"""Data sets over sources and streams: raw fields become batches, and unreadable samples are replaced or left out.
 
 Letters: B samples of a batch, N of a set or source.
 """
@@ -29,7 +29,7 @@ from descant.modules.core.rng import salt
 
 @dataclass
 class Read:
-    """Some samples as read: inputs ``[B, ...]``, content keys ``[B]``, and (modality, row) -> why it could not be."""
+    """Some samples as read: inputs ``[B, ...]``, content keys ``[B]``, and (modality, row) -> why it is unreadable."""
 
     inputs: dict[str, Tensor]
     key_B: np.ndarray
@@ -41,70 +41,70 @@ class Reader:
 
     Args:
         source: of the raw fields.
-        fields: modality -> what becomes of them.
-        columns: modality -> where they lie in the source.
-        keep: whether what a field keeps in memory is kept; of rows that are read once it would be a waste.
+        fields: modality -> its decoder.
+        columns: modality -> its fields in the source.
+        keep: whether decoded images are cached, by fields that do so; a waste for rows that are read once.
     """
 
     def __init__(
         self, source: Source, fields: Mapping[str, Field], columns: Mapping[str, Column], keep: bool = False
     ) -> None:
         self.source, self.fields, self.columns = source, dict(fields), dict(columns)
-        memories = {m: field.memory(len(source)) for m, field in fields.items()} if keep else {}
-        self.kept: dict[str, ImageCache] = {m: kept for m, kept in memories.items() if kept is not None}
+        caches = {m: field.memory(len(source)) for m, field in fields.items()} if keep else {}
+        self.kept: dict[str, ImageCache] = {m: cache for m, cache in caches.items() if cache is not None}
 
     def read(self, row_B: np.ndarray, draw_B: np.ndarray | None) -> Read:
         """The samples at ``row_B`` of the source; nothing is random without ``draw_B``."""
         picks = {m: column.pick(row_B, draw_B, f"field/{m}") for m, column in self.columns.items()}
-        told = self.columns["text"].pick(row_B, None, "") if "text" in self.columns else np.full(len(row_B), -1)
+        first_B = self.columns["text"].pick(row_B, None, "") if "text" in self.columns else np.full(len(row_B), -1)
         raws: dict[str, list[Raw | Reduced | None]] = {m: [None] * len(row_B) for m in self.columns}
         errors: dict[tuple[str, int], str] = {}
         key_B = np.zeros(len(row_B), dtype=np.int64)
         for b, row in enumerate(row_B.tolist()):
             wanted = {m: self.columns[m].names[pick_B[b]] for m, pick_B in picks.items() if pick_B[b] >= 0}
-            caption = self.columns["text"].names[told[b]] if told[b] >= 0 else None
-            for m, kept in self.kept.items():
-                if m in wanted and (picture := kept.get(row)) is not None:
-                    raws[m][b] = picture
+            caption = self.columns["text"].names[first_B[b]] if first_B[b] >= 0 else None
+            for m, cache in self.kept.items():
+                if m in wanted and (image := cache.get(row)) is not None:
+                    raws[m][b] = image
                     del wanted[m]
-            found, faults = self._raw(row, {*wanted.values(), *([caption] if caption else [])})
+            values, faults = self._raw(row, {*wanted.values(), *([caption] if caption else [])})
             for m, name in wanted.items():
                 if name in faults:
                     errors[m, b] = faults[name]
                 else:
-                    raws[m][b] = self._kept(m, row, found[name]) if m in self.kept else found[name]
-            key_B[b] = self._key(row, found.get(caption) if caption else None)
+                    raws[m][b] = self._cached(m, row, values[name]) if m in self.kept else values[name]
+            key_B[b] = self._key(row, values.get(caption) if caption else None)
         inputs = {}
         for m, field in self.fields.items():
             inputs[m], why_B = field.decode(raws[m], draw_B)
             errors |= {(m, b): why for b, why in enumerate(why_B) if why is not None}
         return Read(inputs, key_B, errors)
 
-    def _kept(self, m: str, row: int, raw: Raw) -> Raw | Reduced:
-        """A raw field as it is kept from now on; itself where it cannot be read, or another may be picked next time."""
+    def _cached(self, m: str, row: int, raw: Raw) -> Raw | Reduced:
+        """The reduced image, cached; ``raw`` where it cannot be read, or the next read may pick another field."""
         if self.columns[m].has_NF[row].sum() > 1:
             return raw
         try:
-            picture = self.fields[m].reduced(raw)
+            image = self.fields[m].reduced(raw)
         except ValueError:
-            return raw  # decoding it tells why
-        self.kept[m].put(row, picture)
-        return picture
+            return raw  # decoding reports the reason
+        self.kept[m].put(row, image)
+        return image
 
     def _raw(self, row: int, names: set[str]) -> tuple[dict[str, Raw], dict[str, str]]:
-        """What a sample has of some fields, and why it has not the others."""
+        """Raw fields of a sample, and the reasons why others cannot be read."""
         try:
-            found = self.source.read(row, sorted(names))
-            return found, {name: "gone" for name in names - set(found)}
+            raws = self.source.read(row, sorted(names))
+            return raws, {name: "gone" for name in names - set(raws)}
         except (OSError, ValueError) as error:
             if len(names) == 1:
                 return {}, dict.fromkeys(names, _why(error))
-        found = {}
+        raws = {}
         faults: dict[str, str] = {}
-        for name in names:  # one broken file says nothing of the others
-            one, fault = self._raw(row, {name})
-            found, faults = found | one, faults | fault
-        return found, faults
+        for name in names:  # others may be readable
+            raw, fault = self._raw(row, {name})
+            raws, faults = raws | raw, faults | fault
+        return raws, faults
 
     def _key(self, row: int, caption: Raw | None) -> int:
         if caption is not None:
@@ -116,7 +116,7 @@ class Reader:
 
 
 def key_of(text: str) -> int:
-    """The content key of a text: the same for the same words in other spacing and case.
+    """The content key of a text: equal for the same words in other spacing and case.
 
     >>> key_of("A  cat") == key_of("a cat\\n"), key_of("a cat") == key_of("a dog")
     (True, False)
@@ -134,15 +134,15 @@ def _why(error: Exception) -> str:
 class UserDataset(BatchDataset):
     """Some samples of a source.
 
-    A training set never changes its counts: a sample that cannot be read gives its place to the next one that has the
-    same modalities (or more, of which the rest stay absent), the same one on every rank. In an evaluation set it is
-    absent. Both are noted in the ledger.
+    In training, an unreadable sample is replaced by the next one with the same modalities (or more, of which the rest
+    stay absent), the same one on every rank, so that the counts of a step never change. In evaluation it is absent.
+    Both are noted in the ledger.
 
     Args:
         reader: of the source. row_N: the samples of this set.
         seed: of everything random. random: training's view.
-        ledger: where unreadable samples are noted.
-        label: target -> numbers of the whole source. key: content keys of the whole source, instead of captions.
+        ledger: for unreadable samples.
+        label: target -> class numbers of the whole source. key: content keys of the whole source, instead of captions.
         first: the id of the source's sample 0.
         drop: modality -> probability that a present sample is made absent.
     """
@@ -162,7 +162,7 @@ class UserDataset(BatchDataset):
         super().__init__(seed, drop)
         has = {m: column.present_N for m, column in reader.columns.items()}
         some_N = np.any(list(has.values()), axis=0)
-        self.row_N = row_N[some_N[row_N]]  # a sample of nothing teaches nothing
+        self.row_N = row_N[some_N[row_N]]  # without samples that have no modality
         self.has = {m: has_N[self.row_N] for m, has_N in has.items()}
         self.reader, self.random, self.ledger, self.first = reader, random, ledger, first
         self.label, self.key = dict(label or {}), key
@@ -203,10 +203,10 @@ class UserDataset(BatchDataset):
         self.ledger.skip(source.place(row), source.name(row), why)
 
     def _replace(self, read: Read, b: int, index: int, draw_1: np.ndarray) -> int:
-        """Put another sample at row ``b``; returns which."""
+        """Put another sample at row ``b``; returns its index."""
         for other in self._others(index):
             one = self.reader.read(self.row_N[[other]], draw_1)
-            # of what it has beyond the sample that it stands for, nothing is seen
+            # modalities that the replaced sample lacks stay absent, so their faults do not matter
             faults = [f"{m}: {why}" for (m, _), why in one.errors.items() if self.has[m][index]]
             if not faults:
                 self.ledger.read()
@@ -220,48 +220,47 @@ class UserDataset(BatchDataset):
         raise ValueError(f"{source.place(row)}: {source.name(row)} cannot be read, and no other sample has {had}")
 
     def _others(self, index: int) -> Iterator[int]:
-        """The samples after this one, and around, that have the same modalities; then those that have more."""
+        """The samples after this one, cyclically, that have the same modalities; then those that have more."""
         has_NM = np.stack(list(self.has.values()), axis=1)
         more_N = (has_NM >= has_NM[index]).all(axis=1)
         same_N = (has_NM == has_NM[index]).all(axis=1)
-        for chosen_N in (same_N, more_N & ~same_N):
-            place = np.flatnonzero(chosen_N)
-            start = int(np.searchsorted(place, index))
-            yield from (i for i in np.roll(place, -start).tolist() if i != index)
+        for candidate_N in (same_N, more_N & ~same_N):
+            rows = np.flatnonzero(candidate_N)
+            yield from (i for i in np.roll(rows, -int(np.searchsorted(rows, index))).tolist() if i != index)
 
 
 @dataclass
 class Marked(Batch):
-    """A batch of a stream. ``at``: its reader, epoch and number, then where the reader stands after it (a Mark)."""
+    """A batch of a stream. ``at``: its reader, epoch and number, then the reader's position after it (a Mark)."""
 
     at: tuple[int, ...] = ()
 
 
-#: Reader -> of its last batches: epoch, number, and where it stood after that (a Mark).
+#: Reader -> epoch, number and position after it (a Mark) of its last batches.
 Marks = dict[int, list[tuple[int, ...]]]
-#: Batches of a reader whose marks are kept: the last one that was trained on, the present one, and one fetched ahead.
+#: Batches of a reader whose marks are stored: the last trained on, the current one, and one fetched ahead.
 _KEPT = 3
 
 
 class StreamSet(BatchDataset):
-    """The samples of a stream as they come: position p of an epoch is whatever its reader reads next.
+    """The samples of a stream in its order: position p of an epoch is the next sample of its reader.
 
     Every sample has all modalities: one that lacks some, or cannot be read, is passed over, so the counts of a step
-    are known although its samples are not. Batch n of an epoch belongs to
+    are known before its samples are. Batch n of an epoch belongs to
 
         reader = rank * workers + n mod workers    of    world * workers,
 
-    whichever process is asked for it, and each reader reads its own share of the stream from the epoch's beginning: it
-    has to know nothing of the others. A batch brings its reader's mark to the process of the run, which keeps them in
-    ``marks``; a set that is given these goes on after any batch that they tell of.
+    whichever process reads it, and each reader reads its own share of the stream from the epoch's beginning,
+    independently of the others. A batch carries its reader's mark to the main process, which collects them in
+    ``marks``; a set with these resumes after any of their batches.
 
     Args:
-        stream: of the samples. fields: modality -> what becomes of them.
+        stream: of the samples. fields: modality -> its decoder.
         seed: of the order and of everything random.
         rank, world: of this process.
-        ledger: where samples and shards that cannot be read are noted.
+        ledger: for unreadable samples and shards.
         drop: modality -> probability that a present sample is made absent.
-        marks: of the readers, where an epoch is not begun at its beginning.
+        marks: of the readers, to resume within an epoch.
         damaged: ``skip`` goes on after a shard that cannot be read to its end.
 
     Raises:
@@ -288,7 +287,7 @@ class StreamSet(BatchDataset):
         self.stream, self.ledger, self.rank, self.world = stream, ledger, rank, world
         self.fields = {m: field.explicit() for m, field in fields.items()}
         self.marks = dict(marks or {})
-        self._next = (-1, 0)  # (epoch, number) of the batch that the open reader stands before
+        self._next = (-1, 0)  # (epoch, number) of the open reader's next batch
         self._samples: Iterator[Sample] = iter(())
         self._mark = BEGINNING
 
@@ -304,7 +303,7 @@ class StreamSet(BatchDataset):
         epoch, number = window.step[0].epoch, window.number
         reader, readers = self.rank * workers + number % workers, self.world * workers
         if (epoch, number) != self._next:
-            mark = self._after(reader, epoch, number - workers)
+            mark = self._mark_after(reader, epoch, number - workers)
             self._samples = self.stream.read(
                 self.seed, epoch, reader, readers, self._complete, self._skip, mark, self.ledger.lose
             )
@@ -312,16 +311,16 @@ class StreamSet(BatchDataset):
         batch = super().__getitem__(window)
         return Marked(**vars(batch), at=(reader, epoch, number, *self._mark))
 
-    def _after(self, reader: int, epoch: int, number: int) -> Mark:
-        """Where a reader stands after a batch; before its first one, at the beginning."""
+    def _mark_after(self, reader: int, epoch: int, number: int) -> Mark:
+        """Position of a reader after a batch; the beginning for a negative number."""
         if number < 0:
             return BEGINNING
         for row in self.marks.get(reader, ()):
             if row[:2] == (epoch, number):
                 return Mark(*row[2:])
         raise ValueError(
-            f"{self.stream.urls[0]}: nothing tells where reader {reader} stood after batch {number} of epoch {epoch}: "
-            "a stream goes on from its own resume points, or from the beginning of an epoch"
+            f"{self.stream.urls[0]}: the position of reader {reader} after batch {number} of epoch {epoch} is unknown: "
+            "a stream resumes from its own resume points, or at the beginning of an epoch"
         )
 
     def arrived(self, batch: Batch) -> None:
@@ -329,26 +328,26 @@ class StreamSet(BatchDataset):
             reader, *row = batch.at
             self.marks[reader] = [*self.marks.get(reader, ()), tuple(row)][-_KEPT:]
 
-    def _draw(self) -> Sample:
+    def _next_sample(self) -> Sample:
         sample = next(self._samples)
         self._mark = sample.mark
         return sample
 
     def identity(self, index_B: np.ndarray) -> np.ndarray:
-        return index_B  # rows() gives the samples' own
+        return index_B  # rows() returns ids
 
     def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
-        samples = [self._draw() for _ in index_B]
+        samples = [self._next_sample() for _ in index_B]
         read = self._read(samples, draw_B)
         before = -1
         while read.errors:
             for b in sorted({b for _, b in read.errors}):
-                if b > before + 1:  # those between could be read
+                if b > before + 1:  # the samples between could be read
                     self.ledger.read()
                 before = max(b, before)
                 m, why = next((m, why) for (m, row), why in read.errors.items() if row == b)
                 self.ledger.skip(samples[b].place, samples[b].name, f"{m}: {why}")
-                samples[b] = self._draw()
+                samples[b] = self._next_sample()
                 one = self._read([samples[b]], draw_B[b : b + 1])
                 read.errors = {at: why for at, why in read.errors.items() if at[1] != b}
                 read.errors |= {(m, b): why for (m, _), why in one.errors.items()}
@@ -363,9 +362,9 @@ class StreamSet(BatchDataset):
         return Rows(read.inputs, {}, torch.from_numpy(read.key_B), index_B)
 
     def _read(self, samples: Sequence[Sample], draw_B: np.ndarray) -> Read:
-        taken = Taken([(s.name, s.raw) for s in samples], samples[0].place)
-        columns = {m: field.column(taken) for m, field in self.fields.items()}
-        return Reader(taken, self.fields, columns).read(np.arange(len(samples)), draw_B)
+        source = Taken([(s.name, s.raw) for s in samples], samples[0].place)
+        columns = {m: field.column(source) for m, field in self.fields.items()}
+        return Reader(source, self.fields, columns).read(np.arange(len(samples)), draw_B)
 
     def _complete(self, raw: Mapping[str, Raw]) -> bool:
         return all(any(part in raw for n in f.wanted for part in numbered(n, list(raw))) for f in self.fields.values())

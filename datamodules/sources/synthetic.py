@@ -1,4 +1,4 @@
-"""A corpus without files: pictures of coloured shapes, what they are called, and a tone for each; for tests and tries.
+"""Synthetic source without files: images of coloured shapes with captions and tones; and samples in memory.
 
 Letters: N samples of the source.
 """
@@ -20,11 +20,11 @@ _SECONDS, _RATE = 0.3, 16000
 
 
 class Synthetic(Source):
-    """Sample i is a shape of a colour, the same in every process. The picture is a JPEG, the tone a WAV.
+    """Sample i is a coloured shape, the same in every process. Images are JPEG, tones WAV.
 
     Args:
         n: N, samples.
-        size: pixels of the pictures.
+        size: pixels of the images.
         fields: name of a field -> ``image``, ``audio``, ``text`` or ``label``.
 
     >>> Synthetic(8).read(5, ["txt"])
@@ -59,12 +59,12 @@ class Synthetic(Source):
     def _make(self, index: int, kind: str) -> Raw:
         colour, shape = list(_COLOURS)[index % 4], _SHAPES[index // 4 % 4]
         if kind == "image":
-            return self._picture(index, _COLOURS[colour], shape)
+            return self._image(index, _COLOURS[colour], shape)
         if kind == "audio":
             return self._tone(220.0 * 2 ** ((index % 16) / 6))
         return shape if kind == "label" else f"a {colour} {shape}"
 
-    def _picture(self, index: int, colour: tuple[int, int, int], shape: str) -> bytes:
+    def _image(self, index: int, colour: tuple[int, int, int], shape: str) -> bytes:
         image = Image.new("RGB", (self.size, self.size), (235, 235, 235 - index % 32))
         draw, low, high = ImageDraw.Draw(image), self.size // 5, self.size * 4 // 5
         if shape == "square":
@@ -87,7 +87,7 @@ class Synthetic(Source):
 
 
 class Taken(Source):
-    """Samples that are in memory already, such as a batch from a stream.
+    """Samples in memory, such as a batch from a stream.
 
     >>> Taken([("a", {"txt": "a cat"}), ("b", {})]).has("txt").tolist()
     [True, False]

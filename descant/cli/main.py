@@ -36,7 +36,7 @@ from descant.cli.quiet import quieten
 from descant.cli.signatures import Live, read_replaced
 from descant.cli.trainer_parts import once, placed, purge_after, require_plain, require_port, with_store, without_enums
 from descant.cli.trust import enforce, writes
-from descant.datamodules.changes import rules
+from descant.datamodules.changes import DataPolicy
 from descant.export.loading import allowed
 from descant.modules.engine.loggers import TensorBoard
 from descant.modules.io.saved import policy
@@ -148,7 +148,6 @@ class DescantCLI(LightningCLI):
         accumulate = self.options.trainer.accumulate_grad_batches
         if isinstance(accumulate, int) and accumulate < 1:
             fail(f"trainer.accumulate_grad_batches {accumulate}: at least 1")
-        rules.allow, rules.verify = self.options.changed == "allow", bool(self.options.verify)
         if self.options.trainer.use_distributed_sampler:
             fail("trainer.use_distributed_sampler: true: the data module itself cuts the batch over ranks")
         if self.command == "fit" and self.request.configs and not runs.launched():
@@ -238,6 +237,8 @@ class DescantCLI(LightningCLI):
             # one process, up to the first step
             config |= {"devices": 1, "num_nodes": 1, "callbacks": [*config["callbacks"], self.checking]}
         trainer = super()._instantiate_trainer(config, callbacks)
+        assert isinstance(trainer, precision.Trainer)
+        trainer.data_policy = DataPolicy(self.options.changed == "allow", bool(self.options.verify))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoard):
                 logger.monitor(trainer.checkpoint_callbacks)

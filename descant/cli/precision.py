@@ -13,6 +13,7 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 
 from descant.cli.errors import fail
+from descant.datamodules.changes import DataPolicy
 
 AUTO = "auto"
 _FULL, _HALF = "32-true", "bf16-mixed"
@@ -27,6 +28,9 @@ class Trainer(L.Trainer):
         precision: one of Lightning's, or auto: bf16-mixed where the device computes bfloat16 natively, else 32-true.
             The command line replaces auto before this class is built.
     """
+
+    #: Set by the command line, read by data modules.
+    data_policy = DataPolicy()
 
     def __init__(
         self,

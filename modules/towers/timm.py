@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from descant.modules.core.errors import closest, nearest, one_line
 from descant.modules.io.plain import load_plain, require_sums
-from descant.modules.io.pretrained import one_line
 from descant.modules.towers.base import Tokens, Tower
 from descant.modules.towers.image import all_real
 

@@ -1,4 +1,4 @@
-"""Data that changed between a stop and a resume: what changed is said, and copies are let through."""
+"""Data that changed between a stop and a resume: the change is named, and copies are accepted."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from descant.data.make import make
-from descant.datamodules import changed
-from descant.datamodules.changes import PARTS, Property
+from descant.datamodules.changes import PARTS, DataPolicy, Property
 from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.corpora.emoji_pack import PACK
 from descant.datamodules.fields.fields import Fields, ImageField, TextField
@@ -32,8 +31,6 @@ from tests.files import COLOURS, jpeg, shapes
 @pytest.fixture(autouse=True)
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DESCANT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(changed.rules, "allow", False)
-    monkeypatch.setattr(changed.rules, "verify", False)
 
 
 def rows(n: int = 12) -> list[dict[str, Any]]:
@@ -91,6 +88,12 @@ def placed(data: Any) -> Any:
     return data
 
 
+def permit(data: Any, allow: bool = False, verify: bool = False) -> Any:
+    """The data module, under a policy."""
+    data.trainer.data_policy = DataPolicy(allow, verify)
+    return data
+
+
 def saved(data: Any) -> dict[str, Any]:
     """The state as a checkpoint gives it back."""
     data.training_set()
@@ -119,19 +122,11 @@ def turned(file: Path, head: int) -> None:
 
 
 CHANGES: list[tuple[str, Callable[[Path], None], str]] = [
-    (
-        "csv",
-        lambda d: again(d / "captions.csv", lambda b: b.replace(b"r 7", b"r 8")),
-        "other texts of caption",
-    ),
-    (
-        "csv",
-        lambda d: turned(d / "captions.csv", 1),
-        "the same samples in another order: 011.jpg, 010.jpg, ",
-    ),
+    ("csv", lambda d: again(d / "captions.csv", lambda b: b.replace(b"r 7", b"r 8")), "other texts of caption"),
+    ("csv", lambda d: turned(d / "captions.csv", 1), "the same samples in another order: 011.jpg, 010.jpg, "),
     ("csv", lambda d: again(d / "003.jpg", lambda b: jpeg("blue", (90, 90))), "other sizes: 003.jpg;"),
-    ("csv", lambda d: again(d / "003.jpg", lambda b: b[:-9] + b"x" + b[-8:]), "other times of change: 003.jpg;"),
-    ("csv", lambda d: swap(d / "003.jpg", d / "004.jpg"), "times of change|sizes"),
+    ("csv", lambda d: again(d / "003.jpg", lambda b: b[:-9] + b"x" + b[-8:]), "other modification times: 003.jpg;"),
+    ("csv", lambda d: swap(d / "003.jpg", d / "004.jpg"), "modification times|sizes"),
     ("csv", lambda d: (d / "005.jpg").unlink(), "other sizes: 005.jpg"),
     (
         "csv",
@@ -155,11 +150,7 @@ CHANGES: list[tuple[str, Callable[[Path], None], str]] = [
         ),
         r"texts of caption: a\.parquet \(row group 1\)",
     ),
-    (
-        "shards",
-        lambda d: again(d / "s/train-000001.tar", lambda b: b.replace(b"number", b"zahlen")),
-        "texts: train",
-    ),
+    ("shards", lambda d: again(d / "s/train-000001.tar", lambda b: b.replace(b"number", b"zahlen")), "texts: train"),
     ("shards", lambda d: again(d / "s/train-000001.tar", lambda b: b.replace(b"JFIF", b"JFIX")), "contents: train"),
 ]
 
@@ -167,7 +158,7 @@ CHANGES: list[tuple[str, Callable[[Path], None], str]] = [
 @pytest.mark.parametrize(
     ("kind", "change", "why"), CHANGES, ids=[f"{kind}-{n}" for n, (kind, _, _) in enumerate(CHANGES)]
 )
-def test_what_changed_is_said(
+def test_a_change_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, change: Callable[[Path], None], why: str
 ) -> None:
     folder = tmp_path / "d"
@@ -180,15 +171,13 @@ def test_what_changed_is_said(
     change(folder)
     data = own(path)
     data.training_set()
-    with pytest.raises(ValueError, match=f"the data is not what it was when the run was saved: .*{why}") as caught:
+    with pytest.raises(ValueError, match=f"the data has changed since the run was saved: .*{why}") as caught:
         data.load_state_dict(state)
     assert "\n" not in str(caught.value) and str(caught.value).endswith("--changed allow goes on with it")
-    changed.rules.allow = True
     capsys.readouterr()
-    data.load_state_dict(state)
-    assert "the data is not what it was" in capsys.readouterr().err
-    data.trainer.state.fn = TrainerFn.TESTING  # type: ignore[union-attr]
-    changed.rules.allow = False
+    permit(data, allow=True).load_state_dict(state)
+    assert "the data has changed since the run was saved" in capsys.readouterr().err
+    permit(data).trainer.state.fn = TrainerFn.TESTING
     data.load_state_dict(state)  # evaluated on whatever it likes
 
 
@@ -204,25 +193,23 @@ def test_a_copy_elsewhere_is_the_same_data(tmp_path: Path, kind: str, capsys: py
     moved = own(path.replace(str(folder), str(tmp_path / "e")))
     moved.training_set()
     moved.load_state_dict(state)
-    told = capsys.readouterr().err
-    assert ("new times of change, as copies have" in told) == (kind != "shards"), "a manifest tells the contents"
+    reported = capsys.readouterr().err
+    assert ("new modification times, as copies have" in reported) == (kind != "shards"), "a manifest tells the contents"
 
 
-def test_with_verify_a_content_is_known_bit_by_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_detects_a_changed_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = MAKE["csv"](tmp_path / "d")
     blind = saved(own(path))
-    changed.rules.verify = True
-    state = saved(own(path))
+    state = saved(permit(own(path), verify=True))
     file = tmp_path / "d" / "003.jpg"
     times = file.stat().st_mtime_ns
     file.write_bytes(file.read_bytes()[:-9] + b"x" + file.read_bytes()[-8:])
     os.utime(file, ns=(times, times))  # as a disk does that loses a bit
-    data = own(path)
+    data = permit(own(path), verify=True)
     with pytest.raises(ValueError, match=r"other contents: 003\.jpg;"):
         data.load_state_dict(state)
     data.load_state_dict(blind)
     assert "the run began without --verify" in capsys.readouterr().err
-    changed.rules.verify = False
     own(path).load_state_dict(state)  # nobody asked, and nothing shows
     for each in (tmp_path / "d").iterdir():
         os.utime(each, ns=(1, 1))
@@ -230,23 +217,23 @@ def test_with_verify_a_content_is_known_bit_by_bit(tmp_path: Path, capsys: pytes
         own(path).load_state_dict(state)  # all times are new, and the contents known
 
 
-def test_verify_asks_the_manifest(tmp_path: Path) -> None:
+def test_verify_compares_with_the_manifest(tmp_path: Path) -> None:
     path = Path(MAKE["shards"](tmp_path))
     shard = path / "train-000002.tar"
     data = shard.read_bytes()
     shard.write_bytes(data.replace(b"JFIF", b"JFIX", 1))
     own(str(path)).prepare_data()
-    changed.rules.verify = True
-    with pytest.raises(ValueError, match=r"train-000002\.tar: its content is not what its manifest tells \(SHA-256\)"):
-        own(str(path)).prepare_data()
+    with pytest.raises(ValueError, match=r"train-000002\.tar: its content differs from its manifest \(SHA-256\)"):
+        permit(own(str(path)), verify=True).prepare_data()
     urls = [str(file) for file in sorted(path.glob("*.tar"))]
     with pytest.raises(ValueError, match=r"train-000002\.tar: its content"):
-        placed(UserData(stream=Stream(urls, samples=8), batch_size=4, fields=fields())).prepare_data()
+        streamed = placed(UserData(stream=Stream(urls, samples=8), batch_size=4, fields=fields()))
+        permit(streamed, verify=True).prepare_data()
     shard.write_bytes(data)
-    own(str(path)).prepare_data()
+    permit(own(str(path)), verify=True).prepare_data()
 
 
-def test_streams_and_mixtures_know_their_shards(tmp_path: Path) -> None:
+def test_changed_shards_of_streams_and_mixtures(tmp_path: Path) -> None:
     path = Path(MAKE["shards"](tmp_path))
     urls = [str(file) for file in sorted(path.glob("*.tar"))]
 
@@ -266,7 +253,7 @@ def test_streams_and_mixtures_know_their_shards(tmp_path: Path) -> None:
             data.load_state_dict({**state, "cut": stream()._cut(), "marks": {}})
 
 
-def test_large_corpora_keep_few_numbers_and_still_name_a_place() -> None:
+def test_large_corpora_store_few_numbers_and_still_locate_a_change() -> None:
     names: list[str | None] = [f"{i:06}.jpg" for i in range(100_000)]
     state = Property(names, lambda n: str(names[n])).state()
     assert len(state["crc"]) <= PARTS and state["step"] == 25
@@ -276,7 +263,7 @@ def test_large_corpora_keep_few_numbers_and_still_name_a_place() -> None:
     assert Property([], str).differing(state) == [0] and Property([], str).differing(Property([], str).state()) == []
 
 
-def test_a_pack_of_another_content_is_told(tmp_path: Path) -> None:
+def test_a_changed_pack_is_reported(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(PACK, tmp_path / "pack"))
     state = saved(placed(Emoji(folder=str(PACK), size=16, batch_size=8)))
     placed(Emoji(folder=str(folder), size=16, batch_size=8)).load_state_dict(state)
@@ -320,9 +307,9 @@ def test_the_command_line_refuses_other_data_and_damage(cli: Callable[..., Any])
     shard.write_bytes(data.replace(b"number", b"zahlen"))
     result = command(cli, "--resume", "auto")
     line = result.err.splitlines()[-1]
-    assert result.rc == 2 and "s/train-000000.tar and " in line and "the data is not what it was" in line
+    assert result.rc == 2 and "s/train-000000.tar and " in line and "the data has changed" in line
     assert line.endswith("--changed allow goes on with it")
-    assert "not what its manifest tells" in command(cli, "--resume", "auto", "--verify", "true").err.splitlines()[-1]
+    assert "differs from its manifest" in command(cli, "--resume", "auto", "--verify", "true").err.splitlines()[-1]
     assert command(cli, "--resume", "auto", "--changed", "allow").rc == 0
     shard.write_bytes(data[:5000])
     refused = command(cli)

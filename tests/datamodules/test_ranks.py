@@ -33,7 +33,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shards(folder: Path, sizes: tuple[int, ...]) -> UserData:
-    """As many shards as sizes, of pictures of noise; what is there already is the same."""
+    """As many shards as sizes, of images of noise; what is there already is the same."""
     fresh = not folder.exists()
     folder.mkdir(exist_ok=True)
     for k, size in enumerate(sizes if fresh else ()):
@@ -128,7 +128,7 @@ STARTS = {(0, 2): weighted, (0, 4): mixed, (1, 0): homogeneous, (1, 3): alone}
 
 
 @pytest.mark.parametrize(("make", "start"), quick(itertools.product(KINDS, STARTS), 5))
-def test_it_goes_on_on_other_ranks_in_the_same_order(
+def test_it_resumes_on_other_ranks_in_the_same_order(
     tmp_path: Path, make: Callable[[Path], DataModule], start: tuple[int, int]
 ) -> None:
     whole = steps(make, tmp_path, 2, 0)

@@ -28,7 +28,7 @@ def test_other_keys_give_other_permutations_without_a_pattern() -> None:
     assert int((a == place).sum()) < 8  # one number in n stays, on average one in all
 
 
-def test_a_batch_far_inside_a_billion_samples_needs_nothing_before_it() -> None:
+def test_random_access_far_inside_a_billion_samples() -> None:
     permutation = Permutation(10**9, key=7)
     batch = permutation[999_000_000:999_000_256]
     assert len(set(batch.tolist())) == 256 and int(batch.min()) >= 0 and int(batch.max()) < 10**9

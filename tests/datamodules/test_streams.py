@@ -205,7 +205,7 @@ def test_other_ranks_workers_or_shards_raise_one_line(tmp_path: Path) -> None:
     other = own(urls, 2)
     other.trainer, other.stream.buffer = data.trainer, 9  # type: ignore[union-attr]
     for wrong, line in [
-        (on_rank(tmp_path, urls, 0, 1, 2), "ranks 2, and here it is 1: other samples would come; give it 2 again"),
+        (on_rank(tmp_path, urls, 0, 1, 2), "ranks 2, and here it is 1: the samples would differ; set it to 2 again"),
         (on_rank(tmp_path, urls, 0, 4, 2), "ranks 2, and here it is 4"),
         (on_rank(tmp_path, urls, 0, 2, 0), "num_workers 2, and here it is 1"),
         (on_rank(tmp_path, urls, 0, 2, 3), "num_workers 2, and here it is 3"),
@@ -224,7 +224,7 @@ def test_other_ranks_workers_or_shards_raise_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_missing_resume_mark_raises_one_line(tmp_path: Path, workers: int) -> None:
     data = on_rank(tmp_path, shards(tmp_path, SHARDS["many"]), 0, 1, workers)
-    with pytest.raises(ValueError, match=r"nothing tells where reader . stood after batch . of epoch 0") as caught:
+    with pytest.raises(ValueError, match=r"the position of reader . after batch . of epoch 0 is unknown") as caught:
         list(read(data, (0, 3)))
     assert "\n" not in str(caught.value)
 
@@ -332,4 +332,4 @@ def test_the_command_line_refuses_in_one_line(cli: Any) -> None:
     assert cli(*fit, "--trainer.max_steps", "1").rc == 0
     more = (*fit, "--trainer.max_steps", "2", "--resume", "auto", "--changed", "allow")
     refused = cli(*more, "--data.num_workers", "2")
-    assert refused.rc == 2 and "num_workers 1, and here it is 2: other samples would come" in refused.err
+    assert refused.rc == 2 and "num_workers 1, and here it is 2: the samples would differ" in refused.err

@@ -31,7 +31,7 @@ ABSURD = {
     "a learning rate of zero": (["--model.schedule=null", "--model.optimizer.lr=0"], "the learning rate is 0"),
 }
 #: What auto became, and what is made once a machine.
-MADE = ("descant: precision ", "descant: saying ", "descant: preparing ")
+MADE = ("descant: precision ", "descant: synthesizing ", "descant: preparing ")
 SAME = "trainer: {max_steps: 2}\n"
 FROZEN = """
 from descant.recipes import Contrastive

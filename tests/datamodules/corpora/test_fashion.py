@@ -206,7 +206,7 @@ def test_images_and_labels_must_match(tmp_path: Path) -> None:
         load(IMAGES, [0, 1, 2])
     with pytest.raises(ValueError, match=r"2 labels up to 10, where 2 below 10"):
         load(IMAGES, [0, 10])
-    with pytest.raises(ValueError, match=r"idx3.*: pictures of 28 x 28 are expected, the file has \(2, 28, 27\)"):
+    with pytest.raises(ValueError, match=r"idx3.*: images of 28 x 28 are expected, the file has \(2, 28, 27\)"):
         load(IMAGES[:, :, 1:], [0, 1])
     (tmp_path / "train-labels-idx1-ubyte.gz").unlink()
     with pytest.raises(ValueError, match=r"^train-labels-idx1-ubyte\.gz: not a readable idx file"):

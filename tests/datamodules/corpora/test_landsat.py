@@ -150,7 +150,7 @@ def test_from_a_package_to_a_batch(tmp_path: Path) -> None:
 )
 def test_a_broken_file_is_named_in_one_line(data: bytes, says: str, tmp_path: Path) -> None:
     (tmp_path / "L7_ETMs.tif").write_bytes(data)
-    with pytest.raises(ValueError, match=rf"^L7_ETMs\.tif: not a readable picture of six bands \(.*{says}") as error:
+    with pytest.raises(ValueError, match=rf"^L7_ETMs\.tif: not a readable image of six bands \(.*{says}") as error:
         load(tmp_path)
     assert "\n" not in str(error.value)
 
@@ -160,7 +160,7 @@ def test_a_bomb_is_refused_by_its_header(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(module, "MAX_PIXELS", 96 * 90 - 1)
     with pytest.raises(ValueError, match=r"an array of \(96, 90, 6\)"):
         bands(tmp_path / "x.tif")
-    with pytest.raises(ValueError, match=r"^none\.tif: not a readable picture of six bands \(.*No such file"):
+    with pytest.raises(ValueError, match=r"^none\.tif: not a readable image of six bands \(.*No such file"):
         bands(tmp_path / "none.tif")
 
 

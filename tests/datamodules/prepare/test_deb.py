@@ -91,7 +91,7 @@ def fake_apt(folder: Path, script: str) -> Path:
     return folder
 
 
-def test_apt_is_asked_by_name(package: tuple[Deb, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_apt_downloads_by_name(package: tuple[Deb, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deb, file = package
     script = f'echo "$@" >> {tmp_path}/asked; cp {file} .'
     path = os.environ["PATH"]
@@ -103,7 +103,7 @@ def test_apt_is_asked_by_name(package: tuple[Deb, Path], tmp_path: Path, monkeyp
     assert [p.name for p in first.parent.iterdir()] == [first.name], "the .deb is not kept twice"
 
 
-def test_where_apt_cannot_help_one_line_says_what_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_apt_is_one_line_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deb = Deb("pack", {})
     monkeypatch.setenv("DESCANT_CACHE", str(tmp_path / "cache"))
     script = 'echo "E: Unable to locate package pack" >&2; exit 100'
@@ -184,7 +184,7 @@ def test_bounds_on_members_and_decoded_bytes(
 
 @pytest.mark.parametrize("data", ["data.tar.xz", "data.tar.gz", "data.tar"])
 @pytest.mark.parametrize("keep", [0, 4, 40, 0.3, 0.9, 0.999])
-def test_a_truncated_file_says_so(data: str, keep: float, tmp_path: Path) -> None:
+def test_a_truncated_file_is_reported(data: str, keep: float, tmp_path: Path) -> None:
     tar = tar_of({"./x": os.urandom(9_999)})
     whole = deb_of(tmp_path / "cut.deb", gzip.compress(tar) if data.endswith("gz") else tar, data).read_bytes()
     (tmp_path / "whole").mkdir()
@@ -195,7 +195,7 @@ def test_a_truncated_file_says_so(data: str, keep: float, tmp_path: Path) -> Non
         unpack(tmp_path / "cut.deb", tmp_path / "out")
 
 
-def test_a_stream_cut_inside_a_whole_ar_says_so(tmp_path: Path) -> None:
+def test_a_truncated_stream_inside_a_whole_ar_is_reported(tmp_path: Path) -> None:
     body = lzma.compress(tar_of({"./x": os.urandom(99_999)}))
     (tmp_path / "cut.deb").write_bytes(ar_of({"debian-binary": b"2.0\n", "data.tar.xz": body[:-2000]}))
     (tmp_path / "out").mkdir()
@@ -218,7 +218,7 @@ def test_zstandard_is_read_where_it_can_be(tmp_path: Path) -> None:
         unpack(file, tmp_path / "out")
 
 
-def test_a_reader_of_zstandard_is_used_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zstandard_is_imported_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # the module's own interface, ``open(stream, "rb")``, with another compression behind it
     monkeypatch.setitem(sys.modules, "compression", None)
     monkeypatch.setitem(sys.modules, "zstandard", types.SimpleNamespace(open=lzma.open))
@@ -244,7 +244,7 @@ def test_processes_that_unpack_at_once_agree(package: tuple[Deb, Path], tmp_path
     assert (found[0] / "a" / "one.txt").read_bytes() == b"one"
 
 
-def test_a_file_full_of_holes_is_not_written(tmp_path: Path) -> None:
+def test_a_sparse_file_is_refused(tmp_path: Path) -> None:
     """64 GiB in 2 KB: GNU tar says where bytes are, and how long the file is."""
     head = tarfile.TarInfo("./usr/share/pack/big")
     head.size, head.type = 512, tarfile.GNUTYPE_SPARSE
@@ -256,5 +256,5 @@ def test_a_file_full_of_holes_is_not_written(tmp_path: Path) -> None:
     header[148:156] = b"%06o\0 " % sum(header)
     file = deb_of(tmp_path / "bad.deb", bytes(header) + b"A" * 512 + bytes(1024))
     deb = Deb("pack", {sha256_of(file): "1"}, under="usr/share/pack")
-    with pytest.raises(ValueError, match=r"^bad\.deb: member '\./usr/share/pack/big' is full of holes"):
+    with pytest.raises(ValueError, match=r"^bad\.deb: member '\./usr/share/pack/big' is a sparse file"):
         unpacked(deb, file, cache=tmp_path / "cache")

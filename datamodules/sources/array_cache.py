@@ -1,4 +1,4 @@
-"""What was found out about a file once is kept: arrays in the user's cache, until the file changes."""
+"""Cache arrays computed from a file (indices, masks) in the user's cache folder, until the file changes."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ import numpy as np
 
 from descant.modules.io.cache import cache_folder
 
-#: Of the arrays' layout: another number forgets what older versions kept.
+#: Version of the arrays' layout: another number discards older ones.
 VERSION = 2
 
 
-def remembered(
+def cached(
     file: Path, kind: str, build: Callable[[], Mapping[str, np.ndarray]], folder: Path | None = None
 ) -> dict[str, np.ndarray]:
-    """``build()``, or what it gave for this file (path, size and time of change) before.
+    """``build()``, or its earlier result for this file (path, size and modification time).
 
     Written to a temporary name and renamed, so several processes may do this at once; where nothing can be written,
-    nothing is kept.
+    nothing is cached.
 
     Args:
         file: what the arrays are about.
         kind: of the arrays. build: makes them; plain arrays, no objects.
         folder: of the cache.
     """
-    found = file.stat()
-    mark = f"{VERSION}\0{kind}\0{file.resolve()}\0{found.st_size}\0{found.st_mtime_ns}"
+    status = file.stat()
+    mark = f"{VERSION}\0{kind}\0{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
     name = hashlib.blake2b(mark.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
     place = (folder or cache_folder()) / "index" / f"{file.name[:80]}-{name}.npz"
     # SystemError: of threads that parse NumPy's headers at once, in CPython 3.11 (its AST counts one depth for all)
     broken = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, SystemError)
-    with contextlib.suppress(*broken), np.load(place, allow_pickle=False) as kept:
-        return dict(kept)
+    with contextlib.suppress(*broken), np.load(place, allow_pickle=False) as stored:
+        return dict(stored)
     arrays = dict(build())
     with contextlib.suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)

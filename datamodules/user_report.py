@@ -1,0 +1,110 @@
+"""Messages on user data: rows read and left out, losses, truncated captions; each printed once, by rank 0."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from descant.datamodules.fields.fields import TextField
+from descant.datamodules.sources.base import text_of
+from descant.datamodules.sources.reading import UserDataset
+
+if TYPE_CHECKING:
+    from descant.datamodules.user_data import UserData
+
+#: Captions that are tokenized to estimate how many are truncated, and the share of truncated ones that is reported.
+_SAMPLE, _TRUNCATED = 500, 0.02
+
+
+class DataReport:
+    """The messages of one :class:`UserData`."""
+
+    def __init__(self, data: UserData) -> None:
+        self.data = data
+        self.started = False
+        self.lost = 0  # losses known from the indices
+        self.unread = 0  # unreadable samples that were reported
+
+    def start(self, training: UserDataset) -> None:
+        """Report, before training, the rows, truncated captions and known losses, once."""
+        if self.started:
+            return
+        self.started = True
+        first = not self.data._world()[0]
+        if first and not self.data.tiny:
+            self._rows()
+        if first:
+            self._truncated(training)
+            self._losses()
+
+    def _rows(self) -> None:
+        data = self.data
+        sources = data.sources.values()
+        merged, lost = sum(s.merged for s in sources), sum(len(s.faults) for s in sources)
+        present = {split: self._present(*rows) for split, rows in data.splits.items()}
+        out = [f"{lost:,} left out"] if lost else []
+        out += [f"{merged:,} merged with another row of the same file"] if merged else []
+        empty = sum(len(row_N) for _, row_N in data.splits.values()) - sum(map(len, present.values()))
+        out += [f"{empty:,} samples without {' or '.join(data.fields)} left out"] if empty else []
+        for k, m in enumerate(data.fields):
+            without = sum(int((~has_NM[:, k]).sum()) for has_NM in present.values())
+            out += [f"{without:,} without {m}"] if without else []
+        absent = sum(s.absent for s in sources)
+        out += [f"{absent:,} files named but missing"] if absent else []
+        read = sum(map(len, sources)) + merged + lost
+        samples = ", ".join(f"{split} {len(has_NM):,}" for split, has_NM in present.items())
+        line = "; ".join([f"{read:,} rows read", *out, f"samples: {samples}"])
+        where = f"; unreadable samples are listed in {data.ledger.path}" if data.ledger.path is not None else ""
+        print(f"descant: data: {line}{where}", flush=True)
+
+    def _present(self, name: str, row_N: np.ndarray) -> np.ndarray:
+        """Bool ``[N, M]``: the modalities of those rows that have any."""
+        columns = self.data.readers[name].columns
+        has_NM = np.stack([columns[m].present_N[row_N] for m in self.data.fields], axis=1)
+        return np.asarray(has_NM[has_NM.any(axis=1)])
+
+    def _truncated(self, training: UserDataset) -> None:
+        text = self.data.fields.get("text")
+        if not isinstance(text, TextField) or self.data.tiny:
+            return
+        rows = training.row_N[training.has["text"]]
+        column, source = training.reader.columns["text"], training.reader.source
+        truncated = []
+        for row in rows[:: max(1, len(rows) // _SAMPLE)].tolist():
+            name = column.names[int(column.has_NF[row].argmax())]
+            try:
+                truncated.append(text.cut([text_of(source.read(row, [name])[name])]))
+            except (OSError, ValueError, KeyError):
+                continue
+        share = sum(truncated) / max(len(truncated), 1)
+        if share > _TRUNCATED:
+            line = f"{share:.0%} of the captions are longer than {text.codec.length} tokens and are truncated"
+            _warn(f"{line}: data.fields.text.codec.length")
+
+    def _losses(self) -> None:
+        data = self.data
+        faults = [fault for source in data.sources.values() for fault in source.faults]
+        if not faults:
+            return
+        self.lost = len(faults)
+        for fault in faults:
+            data.ledger.lose(*fault)
+        first = f"{faults[0].file}: {faults[0].why}" if faults[0].file else faults[0].why
+        _warn(f"{first} ({len(faults):,} in all: {data.ledger.path or 'the ledger'})")
+
+    def epoch_end(self) -> None:
+        """Report how many samples could not be read, where these are more than reported before."""
+        notes = self.data.ledger.noted()
+        count = len({(note["file"], note["sample"]) for note in notes}) - self.lost
+        if count <= self.unread:
+            return
+        self.unread = count
+        which = f"{count:,} samples could not be read, the last" if count > 1 else "1 sample could not be read:"
+        last = f"{notes[-1]['sample']}: {notes[-1]['why']}"
+        _warn(f"data: {which} {last}; all of them: {self.data.ledger.path}")
+
+
+def _warn(line: str) -> None:
+    print(f"descant: warning: {line}", file=sys.stderr, flush=True)
