@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from descant.claims.judge import Runs
+from descant.claims.judge import Runs, judge
 from descant.claims.spec import Claim
 from descant.cli.errors import fail, one_line
 from descant.cli.untrusted import json_of
@@ -77,6 +77,7 @@ def write(folder: Path, claim: Claim, budget: str, runs: Runs, seconds: float, p
         "digest": claim.digest,
         "budget": budget,
         "seconds": round(seconds, 1),
+        **({"verdict": judge(claim, runs).verdict} if budget == "full" else {}),
         "machine": machine(),
         "precision": list(precisions),
         "versions": versions(),

@@ -135,13 +135,13 @@ def _look(request: Request, point: dict[str, str]) -> None:
     """The keys and types of one combination, where they are written down."""
     known = dump.read("fit")
     if known is not None:
-        precheck(known, request.configs, [*request.options, *point.items()], request.trust)
+        precheck(known, request.files, [*request.options, *point.items()], request.trust)
 
 
 def _digest(request: Request) -> str:
     """Of all that the runs share: files and options, but not where runs are."""
     shared = hashlib.sha256()
-    for file in request.configs:
+    for file in request.files:
         shared.update(file.read_bytes())
     options = [option for option in request.options if option[0] != "runs"]
     shared.update(repr(options).encode())
