@@ -32,7 +32,7 @@ from tests.tolerance import F32, ulps
 
 RUNNABLE = list(experiments().values())
 OVERLAYS = [path for name, path in overlays().items() if name.startswith("with/")]
-SLOW = {"with/train/compile", "fusion/certified", "papers/crmt", "papers/patho-r1", "papers/dcd"}
+SLOW = {"with/train/compile", "fusion/certified", "papers/crmt", "papers/patho-r1"}
 SLOW |= {"reinforce/emoji", "reinforce/arithmetic", "reinforce/frames", "staged/emoji_vqa", "staged/emoji-think"}
 
 

@@ -62,7 +62,7 @@ _INEXACT: dict[type[L.Callback], str] = {
     StochasticWeightAveraging: "a resumed run ends in other weights; the callback EMA averages and is resumed exactly",
     GradientAccumulationScheduler: "what it changed is lost in a resume; trainer.accumulate_grad_batches is one number",
     ModelPruning: "its masks are lost in a resume; prune the model that descant export writes",
-    SpikeDetection: "a resumed run breaks in it; the callback NonFinite and the overlay with/rollback go back exactly",
+    SpikeDetection: "a resumed run breaks in it; the callback NonFinite (with/train/rollback) goes back exactly",
 }
 #: And those that no run can use: recipes name their parameter groups, and their rate is an argument of the optimizer.
 _USELESS: dict[type[L.Callback], str] = {

@@ -203,7 +203,7 @@ class Claim:
         return any(arm.settings for arm in self.arms.values())
 
     def candidates(self) -> Claim:
-        """The claim whose arms are the settings of this one's, ``ogm.0``, ``ogm.1`` ..., and the runs that they need."""
+        """The claim whose arms are the settings of this one's, ``ogm.0``, ``ogm.1`` ..., and the runs they need."""
         assert self.tuning is not None
         arms = {f"{name}.{i}": arm.set(x) for name, arm in self.arms.items() for i, x in enumerate(arm.settings)}
         needed = {name for arm in arms.values() for name in arm.needs()}

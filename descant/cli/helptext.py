@@ -82,7 +82,7 @@ _GROUPS = {
     "datamodules": "Data modules (--data NAME):",
     "callbacks": "Callbacks (--trainer.callbacks+ NAME):",
     "claims": "Claims (descant claims run NAME):",
-    "papers": "Papers (descant fit --config papers/NAME): number, name, family, arXiv, equation, effect, time of its claim",
+    "papers": "Papers (descant fit --config papers/NAME): number, name, family, arXiv, equation, effect, time of claim",
 }
 #: What is shown where nothing is asked for.
 _FIRST = ("experiments", "overlays", "data")

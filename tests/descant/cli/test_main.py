@@ -107,8 +107,9 @@ def test_list_shows_all_that_ships_one_line_each(cli: Cli) -> None:
 
 
 def test_list_looks_for_words(cli: Cli) -> None:
-    assert [line.split()[0] for line in cli("list", "SigLIP", "ring").out.splitlines()[1:]] == ["with/siglip-ring"]
-    assert "Experiments" not in cli("list", "with/siglip").out
+    listed = cli("list", "SigLIP", "ring").out.splitlines()[1:]
+    assert [line.split()[0] for line in listed] == ["with/train/siglip-ring"]
+    assert "Experiments" not in cli("list", "with/train/siglip").out
     assert cli("list", "callbacks", "EMA").out.splitlines()[1].startswith("  EMA ")
     found = cli("list", "temperature").out  # of all groups
     assert "Callbacks (--trainer.callbacks+ NAME):" in found and "  Temperature" in found
