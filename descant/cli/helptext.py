@@ -173,10 +173,10 @@ def command(name: str, about: str, most: int = 60) -> str:
         lines += [f"usage: descant {name} --run demo/001 --ckpt_path best", ""]
     lines += [*_table(options)]
     tail = [
-        f"Overlays are laid over an experiment by one more --config; descant list tells of all {len(_laid_over())}.",
+        f"One more --config lays an overlay over it (descant list: all {len(_laid_over())}); papers: descant list papers.",
         f"descant {name} --help all lists every option; --model.help NAME those of one class.",
     ]
-    rows = _cut(_rows("experiments"), _WIDTH)
+    rows = _cut({name: text for name, text in _rows("experiments").items() if not name.startswith("papers/")}, _WIDTH)
     room = most - len(lines) - len(tail) - 1
     if len(rows) > room:
         rows = [*rows[: room - 1], f"  ... and {len(rows) - room + 1} more: descant list"]
