@@ -173,7 +173,7 @@ def command(name: str, about: str, most: int = 60) -> str:
         lines += [f"usage: descant {name} --run demo/001 --ckpt_path best", ""]
     lines += [*_table(options)]
     tail = [
-        f"One more --config lays an overlay over it (descant list: all {len(_laid_over())}); papers: descant list papers.",
+        f"One more --config adds an overlay (descant list: all {len(_laid_over())}); papers: descant list papers.",
         f"descant {name} --help all lists every option; --model.help NAME those of one class.",
     ]
     rows = _cut({name: text for name, text in _rows("experiments").items() if not name.startswith("papers/")}, _WIDTH)
