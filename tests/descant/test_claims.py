@@ -447,7 +447,7 @@ def test_a_result_of_another_configuration_is_never_overwritten(made: Callable[.
     store.write(results, claim, "full", runs_of([0.5, 0.6, 0.7], [0.0, 0.1, -0.1]), 61.0)
     store.require_free(results, claim, "full")
     before = store.path(results, claim.name, "full").read_text()
-    with pytest.raises(Refusal, match=r"move the file away to run it anew"):
+    with pytest.raises(Refusal, match=r"move the file away to run the claim again"):
         store.require_free(results, made(seed=98), "full")
     assert store.path(results, claim.name, "full").read_text() == before
     store.path(results, claim.name, "full").write_text("{")
