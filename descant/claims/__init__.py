@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from descant.claims import run, spec, store
+from descant.claims.claim import BUDGETS, TUNE, Claim
 from descant.claims.judge import Judgement, judge
-from descant.claims.spec import BUDGETS, TUNE, Claim
 from descant.cli.errors import fail, hint, say
 from descant.cli.options import Options
 

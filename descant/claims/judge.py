@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from descant.claims.spec import ARMS, EQUAL, LEAST_TIME, Claim, Condition, Metric
+from descant.claims.claim import ARMS, EQUAL, LEAST_TIME, Claim, Condition, Metric
 from descant.cli.errors import fail, hint
 from descant.report.statistics import Paired, paired
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from descant.claims.claim import BEFORE, TUNE, Claim
 from descant.claims.judge import Runs
-from descant.claims.spec import BEFORE, TUNE, Claim
 from descant.cli.errors import INTERRUPTED, fail, say
 from descant.cli.untrusted import json_of, text_of
 from descant.run import runs as folders

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from descant.claims.claim import ARMS as ARMS
 from descant.claims.claim import BEFORE as BEFORE
 from descant.claims.claim import BUDGETS as BUDGETS
 from descant.claims.claim import EQUAL as EQUAL
-from descant.claims.claim import LEAST_TIME as LEAST_TIME
 from descant.claims.claim import OF_ARM, SETTING, Arm, Condition, Metric, Tuning, texts
 from descant.claims.claim import TUNE as TUNE
 from descant.claims.claim import Claim as Claim
@@ -94,9 +94,7 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
     options = dict(content.get("options") or {})
     seeds = _all_seeds(where, content, tuning)
     try:
-        for config in (config for arm in (*arms.values(), before or Arm()) for config in arm.configs):
-            find(config)  # the arms' own `config`, too
-        marked = digest(content, _contents({}), renamed("classes"))
+        marked = digest(content, _contents(), renamed("classes"))
     except Refusal as refusal:
         fail(f"{where}: {str(refusal).removeprefix('--config ')}")
     return Claim(
@@ -124,17 +122,10 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
     )
 
 
-def _contents(read: dict[Path, Any]) -> Callable[[Iterable[str]], list[Any]]:
-    """Names of configurations -> what their files contain, in the order in which they count."""
-
-    def contents(configs: Iterable[str]) -> list[Any]:
-        files = layers(map(find, configs))
-        for file in files:
-            if file not in read:
-                read[file] = yaml.safe_load(file.read_text(encoding="utf-8"))
-        return [read[file] for file in files]
-
-    return contents
+def _contents() -> Callable[[Iterable[str]], list[Any]]:
+    """Names of configurations -> what their files contain, in the order in which they count; each is read once."""
+    found, read = cache(find), cache(lambda file: yaml.safe_load(file.read_text(encoding="utf-8")))
+    return lambda configs: [read(file) for file in layers(map(found, configs))]
 
 
 def _arm(where: str, content: Mapping[str, Any], config: str) -> Arm:

@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from descant.claims.claim import Claim
 from descant.claims.judge import Runs, judge
-from descant.claims.spec import Claim
 from descant.cli.errors import fail, one_line
 from descant.cli.untrusted import json_of
 from descant.run.runs import write_json

@@ -126,17 +126,18 @@ def find(name: str) -> Path:
             return file.resolve()
     except (OSError, RuntimeError):  # longer than any name may be, or the home of nobody
         pass
-    known = shipped()
     plain = name.removesuffix(".yaml").removeprefix("experiments/")
-    if plain in known:
-        return known[plain]
+    file = ROOT / f"{plain}.yaml"
+    if re.fullmatch(r"[\w/-]+", plain) and file.is_file() and file not in (BASE, RENAMED, PAPERS):
+        return file
     if (new := renamed("experiments").get(plain)) is not None:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             say(f"--config {name} is now {new}")
         return find(new)
     if arm := re.fullmatch(r"(.+?):([\w.-]+)", name):
         return _arm(name, find(arm[1]), arm[2])
-    # a bare name is enough where only one experiment carries it
+    known = shipped()
+    # a bare name is enough where only one experiment has it
     same = [full for full in experiments() if full.split("/")[-1] == plain]
     if len(same) == 1:
         return known[same[0]]

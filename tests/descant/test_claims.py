@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from descant.claims import run, spec, store, summary, table
+from descant.claims.claim import Claim
 from descant.claims.judge import FAILED, NOT, PASSED, decide, judge
-from descant.claims.spec import Claim
 from descant.cli.catalogue import extended, find
 from descant.cli.errors import Refusal
 from descant.report.statistics import paired
@@ -280,7 +280,7 @@ def test_its_digest_is_of_all_that_it_is_made_of(made: Callable[..., Claim], wor
 def test_a_digest_is_of_what_a_run_composes_to_and_not_of_files_or_names(
     made: Callable[..., Claim], workplace: Path
 ) -> None:
-    over = {"model": {"scale": 2.0}, "trainer": {"callbacks+": [{"class_path": "CMGH"}]}}
+    over: dict[str, Any] = {"model": {"scale": 2.0}, "trainer": {"callbacks+": [{"class_path": "CMGH"}]}}
     (workplace / "over.yaml").write_text(yaml.safe_dump(over))
     (workplace / "both.yaml").write_text("extends: [toy.yaml, over.yaml]\n")
     by_name = made(arms=CONTENT["arms"] | {"method": {"configs": ["over.yaml"]}})
