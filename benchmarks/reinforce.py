@@ -224,7 +224,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers.models import WordLevel
 
     made = Tokenizer(WordLevel({f"w{i}": i for i in range(V)}, unk_token=f"w{PAD}"))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.WhitespaceSplit(), decoders.FusionHead()
+    made.pre_tokenizer, made.decoder = pre_tokenizers.WhitespaceSplit(), decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token=f"w{PAD}", eos_token=f"w{EOS}", bos_token=f"w{BOS}", padding_side="left"
     )

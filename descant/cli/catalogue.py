@@ -158,7 +158,7 @@ def _arm(name: str, claim: Path, arm: str) -> Path:
     own = {key: value["config"] for key, value in arms.items() if isinstance(value, dict) and value.get("config")}
     if arm not in own:
         raise Refusal(f"--config {name}: {claim.name} has no arm {arm!r} with a `config`{hint(arm, own, most=0)}")
-    text = f"# {name}\n{yaml.safe_dump(own[arm], sort_keys=False, default_flow_style=None)}"
+    text = f"# {name}\n{yaml.safe_dump(own[arm], sort_keys=False)}"
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     file = cache_folder() / "arms" / f"{claim.stem}-{arm}-{digest}.yaml"
     if not file.is_file():
@@ -184,13 +184,26 @@ def layers(files: Iterable[Path]) -> list[Path]:
 
 def extended(file: Path, seen: tuple[Path, ...] = ()) -> list[Path]:
     """What ``extends: NAME`` or ``extends: [NAME, ...]`` of a configuration means, at any depth."""
+    import yaml
+
     try:
-        line = re.search(r"^extends: *([^#\n]+)", text_of(file), re.MULTILINE)
-    except (OSError, ValueError):  # whoever loads it says so
+        text = text_of(file)
+        content = yaml.safe_load(text) if "extends" in text else None
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        yaml.YAMLError,
+    ):  # reported when it is loaded
         return []
+    value = content.get("extends") if isinstance(content, dict) else None
+    names = [value] if isinstance(value, str) else value or []
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise Refusal(f"{file.name}: extends: the name of a configuration is expected, or a list of names")
     if file in seen:
         raise Refusal(f"{file.name}: extends: it extends itself")
-    names = re.findall(r"[\w./:+-]+", line[1]) if line else []
     found: list[Path] = []
     for name in names:
         beside = file.parent / name
