@@ -24,7 +24,7 @@ CLAIM = {
     "source": "none",
     "experiment": "contrastive/scenes",
     "options": {"data.init_args.scenes": 200, "trainer.log_every_n_steps": 10},
-    "arms": {"baseline": {}, "method": {"configs": ["with/swap-negatives"]}, "sham": {}},
+    "arms": {"baseline": {}, "method": {"configs": ["papers/structure-clip"]}, "sham": {}},
     "metric": {"name": "both/swap", "better": "higher", "margin": 0.0},
     "seeds": {"pilot": [100], "full": [0, 1, 2]},
     "budget": {"equal": "steps", "pilot": {"trainer.max_steps": 40}, "full": {"trainer.max_steps": 40}},

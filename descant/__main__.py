@@ -126,7 +126,7 @@ def _run(command: str, rest: Sequence[str]) -> int:
             print(text)
             return 0
     elif known is not None:
-        precheck(known, request.configs, request.options, request.trust)
+        precheck(known, request.files, request.options, request.trust)
     runs.require_ranks()
     from descant.run import ranks
 

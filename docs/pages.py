@@ -1,18 +1,21 @@
-"""Pages of the site that are written elsewhere: the README and its kin, experiments by their heads, and docstrings."""
+"""Generate pages of the site: README and its kin, a gallery of experiments, a page a paper, and the reference."""
 
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import mkdocs_gen_files
 import yaml
 
 from descant.cli.catalogue import ROOT as EXPERIMENTS
-from descant.cli.catalogue import experiments, overlays
+from descant.cli.catalogue import experiments, overlays, papers
+from descant.modules.io.names import full
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Files of the repository -> pages of the site.
@@ -38,13 +41,15 @@ PICTURES = {
     "masked/emoji": "reconstruction.png",
     "staged/emoji_vqa": "stages.png",
 }
-#: Family -> the experiment whose picture stands for those that have none of their own.
+#: Family -> the experiment whose image is shown for those that have none of their own.
 STAND_IN = {
     **{family: f"{family}/emoji" for family in ("chat", "contrastive", "fusion", "masked", "missing")},
     "distill": "distill/emoji-rank",
     "reinforce": "staged/emoji_vqa",
     "staged": "staged/emoji_vqa",
 }
+#: Words that begin a part of a YAML's head.
+_WORDS = r"(Claim|Source|Differs|Command|Before|Expect|Base|Needs):"
 _LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]*)(#[^)\s]*)?\)")
 
 
@@ -55,7 +60,7 @@ def main() -> None:
         nav += [f"* {group}", *(f"    * [{_own(page)}]({page})" for page in pages)]
     for name, page in TEXTS.items():
         _write(page, _linked((ROOT / name).read_text(encoding="utf-8"), ROOT / name))
-    nav += ["* Experiments", *_gallery(), "* [Claims](claims.md)", "* Reference", *_reference()]
+    nav += ["* Papers", *_papers(), "* Experiments", *_gallery(), "* [Claims](claims.md)", "* Reference", *_reference()]
     for page in ("measured.md", "gpu.md"):
         if (ROOT / "docs" / page).exists():  # the second once a run on a GPU is published
             nav.append(f"* [{_own(page)}]({page})")
@@ -99,11 +104,77 @@ def _gallery() -> Iterator[str]:
 def _pictures() -> dict[str, str]:
     """Experiment -> its picture, by its place below docs/: of what it came to, else the figure of the first claim."""
     found: dict[str, str] = {}
-    for file in sorted((EXPERIMENTS / "claims").glob("*.yaml")):
-        name = yaml.safe_load(file.read_text(encoding="utf-8"))["experiment"]
-        if (ROOT / "docs" / "claims" / f"{file.stem}.svg").is_file():
-            found.setdefault(name, f"claims/{file.stem}.svg")
+    claims = [(yaml.safe_load(f.read_text(encoding="utf-8"))["experiment"], f.stem) for f in _claim_files()]
+    claims += [(paper["experiment"], paper["claim"]) for paper in papers() if paper["status"] == "built"]
+    for name, claim in claims:
+        if (ROOT / "docs" / "claims" / f"{claim}.svg").is_file():
+            found.setdefault(name, f"claims/{claim}.svg")
     return found | PICTURES
+
+
+def _claim_files() -> list[Path]:
+    return sorted((EXPERIMENTS / "claims").glob("*.yaml"))
+
+
+def _papers() -> Iterator[str]:
+    """A table of all papers, and of each that is built a page: its head, its pieces, its claim and its file."""
+    rows = ["# Papers", "One row a paper: `descant list papers`. Those that are built run as they are: `papers/NAME`."]
+    rows.append("| | paper | family | arXiv | equation | effect |\n|---|---|---|---|---|---|")
+    nav = []
+    for paper in papers():
+        arxiv = f"[{paper['arxiv']}](https://arxiv.org/abs/{paper['arxiv']})"
+        title, last = paper["title"], "planned |"
+        if paper["status"] == "built":
+            verdict = _result(paper["claim"])["verdict"]
+            last = f"{paper['equation']} | [{verdict}]({paper['name']}.md) |"
+            title = f"[{title}]({paper['name']}.md)"
+            _write(f"papers/{paper['name']}.md", _paper_page(paper, arxiv))
+            nav.append(f"    * [{paper['name']}](papers/{paper['name']}.md)")
+        rows[-1] += f"\n| {paper['number']} | {title} | {paper['family']} | {arxiv} | {last}"
+    _write("papers/index.md", "\n\n".join(rows) + "\n")
+    yield "    * [All papers](papers/index.md)"
+    yield from nav
+
+
+def _result(claim: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((EXPERIMENTS / f"claims/results/{claim}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _paper_page(paper: dict[str, Any], arxiv: str) -> str:
+    name, claim = paper["experiment"], paper["claim"]
+    text = experiments()[name].read_text(encoding="utf-8")
+    stored, spec = _result(claim), yaml.safe_load((EXPERIMENTS / f"claims/{claim}.yaml").read_text(encoding="utf-8"))
+    metrics = list(dict.fromkeys([spec["metric"]["name"], *(of["metric"] for of in spec.get("also") or ())]))
+    table = [f"| arm | {' | '.join(metrics)} |", "|---|" + "---|" * len(metrics)]
+    for arm, runs in stored["runs"].items():
+        cells = [[run[metric] for run in runs.values() if metric in run] for metric in metrics]
+        table.append(f"| {arm} | {' | '.join(f'{sum(c) / len(c):.3f}' if c else '' for c in cells)} |")
+    equation = {
+        "exact": "equal to an explicit loop or closed form in its test",
+        "ours": "our reading: nothing was released to compare with",
+    }[paper["equation"]]
+    pieces = ", ".join(f"[`{piece}`](../{_page_of(piece)})" for piece in paper["pieces"])
+    seconds = f"{stored['seconds'] / 60:.0f} minutes for {sum(len(runs) for runs in stored['runs'].values())} runs"
+    parts = [
+        f"# {paper['title']}",
+        _sentences([line.removeprefix("#").strip() for line in _head(text)]),
+        f"- **Paper**: {paper['number']}, {paper['family']}, arXiv {arxiv}\n- **Pieces**: {pieces}\n"
+        f"- **Equation**: {equation} (`{paper['test']}`)\n"
+        f"- **Effect**: {stored['verdict']} ([claim {claim}](../claims.md#{claim})), {seconds}",
+        f"![{spec['metric']['name']} of each seed](../claims/{claim}.svg)",
+        f"Means over seeds {', '.join(sorted(stored['runs']['method']))}:",
+        "\n".join(table),
+        f'??? example "{name}.yaml"\n\n' + _indented(f"```yaml\n{text[len(''.join(_lines(text))) :]}```"),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _page_of(piece: str) -> str:
+    """The reference page of a class."""
+    path = full(piece)
+    assert path is not None, piece
+    return f"reference/{'/'.join(path.split('.')[1:-1])}.md"
 
 
 def _shown(name: str, shown: dict[str, str]) -> tuple[str, str]:
@@ -120,7 +191,7 @@ def _told(text: str) -> str:
     """The first sentence of a file's head."""
     first = []
     for line in (line.removeprefix("#").strip() for line in _head(text)):
-        if re.match(r"(Claim|Source|Command|Before|Expect|Base):", line):
+        if re.match(_WORDS, line):
             break
         first.append(line)
     return re.split(r"(?<=[.:])\s", " ".join(first))[0].rstrip(".:")
@@ -136,6 +207,8 @@ def _gallery_page(title: str, page: str, some: Iterable[tuple[str, Path]], shown
         if name in shown:
             parts.append(f"![{name}]({_up(shown[name], 1)}){{ .thumbnail loading=lazy }}")
         parts.append(_sentences(head))
+        if title == "papers":
+            parts.append(f"[The paper, its claim and its numbers](../{name}.md)")
         parts.append(f'??? example "{name}.yaml"\n\n' + _indented(f"```yaml\n{text[len(''.join(_lines(text))) :]}```"))
     _write(page, "\n\n".join(parts) + "\n")
     return f"    * [{title.capitalize()}]({page})"
@@ -156,7 +229,7 @@ def _sentences(head: list[str]) -> str:
     kind = ""
     for line in head:
         text = line
-        if match := re.match(r"(Claim|Source|Command|Before|Expect|Base): +(.*)", line):
+        if match := re.match(rf"{_WORDS} +(.*)", line):
             kind, text = match[1], match[2]
         if kind in ("Command", "Before"):
             command, note = _command(text)

@@ -143,7 +143,7 @@ def cases(overlays: bool = False) -> Iterator[Path]:
 def main(args: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m tests.kills", description=__doc__, allow_abbrev=False)
     parser.add_argument("--kills", type=int, default=3, help="of each experiment")
-    parser.add_argument("--only", action="append", default=[], help="such as chat/emoji or with/turns")
+    parser.add_argument("--only", action="append", default=[], help="such as chat/emoji or with/balance/mla")
     parser.add_argument("--overlays", action="store_true", help="and the overlays, each on its base")
     parser.add_argument("--of", type=int, default=1, help="an n-th part of them, by the rotation of the tests")
     parser.add_argument("--seed", type=int, default=None, help="of the moments; drawn where not given")

@@ -101,7 +101,7 @@ def test_a_game_with_a_harmonizer_and_all_the_rest(harmonizer: str | None, cli: 
 @pytest.mark.slow
 def test_with_missing_modalities(cli: Any) -> None:
     """Trained on, all of a fused recipe is balanced; frozen, there is nothing of a tower to hold back."""
-    before = [part for c in ("fusion/emoji", "with/mid-fusion", "on/tiny") for part in ("--config", c)]
+    before = [part for c in ("fusion/emoji", "with/train/mid-fusion", "on/tiny") for part in ("--config", c)]
     assert cli("fit", *before, "--name", "whole").rc == 0
     result = two_steps_of_missing(cli, "ogm")
     assert result.rc == 2 and "is trained, so nothing of it can be held back" in result.refusal, result.err
@@ -114,14 +114,17 @@ def test_with_missing_modalities(cli: Any) -> None:
 @pytest.mark.parametrize(
     ("overlay", "says"),
     [
-        ("with/harmonize", "Harmonize: one term, .*: there is nothing to harmonize it with"),
-        ("with/realign", "HarmonizeFeatures needs the protocol Forks .*; Alternating lacks it"),
-        ("with/mmpareto", "HarmonizeTowers needs the protocols MultimodalClassifier and Forks; Alternating lacks one"),
-        ("with/balance", "Balance needs the protocol MultimodalClassifier .*; Alternating lacks it"),
+        ("with/harmonize/pcgrad", "Harmonize: one term, .*: there is nothing to harmonize it with"),
+        ("with/harmonize/cmgh", "HarmonizeFeatures needs the protocol Forks .*; Alternating lacks it"),
+        (
+            "with/balance/mmpareto",
+            "HarmonizeTowers needs the protocols MultimodalClassifier and Forks; Alternating lacks one",
+        ),
+        ("with/balance/ogm", "Balance needs the protocol MultimodalClassifier .*; Alternating lacks it"),
     ],
 )
 def test_turns_leave_nothing_to_harmonize_or_to_balance(overlay: str, says: str, cli: Any) -> None:
-    configs = [part for c in ("fusion/emoji", "with/turns", overlay, "on/tiny") for part in ("--config", c)]
+    configs = [part for c in ("fusion/emoji", "with/balance/mla", overlay, "on/tiny") for part in ("--config", c)]
     result = cli("fit", *configs, "--name", "x", "--test", "false", "--trainer.limit_val_batches", "0")
     assert result.rc == 2 and re.search(says, result.refusal), result.err
 
@@ -130,11 +133,11 @@ def test_turns_leave_nothing_to_harmonize_or_to_balance(overlay: str, says: str,
 def test_turns_attacks_and_contributions_with_missing_modalities(cli: Any) -> None:
     data = ["--data.init_args.drop", "{text: 0.5, image: 0.3}"]
     seen = ["{class_path: Contributions}", "{class_path: Attacks, init_args: {steps: 2, validate: true}}"]
-    turns = [part for c in ("fusion/emoji", "with/turns", "on/tiny") for part in ("--config", c)]
+    turns = [part for c in ("fusion/emoji", "with/balance/mla", "on/tiny") for part in ("--config", c)]
     callbacks = [part for callback in seen for part in ("--trainer.callbacks+", callback)]
     result = cli("fit", *turns, *callbacks, *data, "--name", "x")
     ran(result, "vendor/attacked/image", "vendor/attacked_worst", "vendor/alone/text")
-    whole = [part for c in ("fusion/emoji", "with/mid-fusion", "on/tiny") for part in ("--config", c)]
+    whole = [part for c in ("fusion/emoji", "with/train/mid-fusion", "on/tiny") for part in ("--config", c)]
     assert cli("fit", *whole, *data, "--name", "whole").rc == 0
     configs = [part for c in ("missing/emoji", "on/tiny") for part in ("--config", c)]
     found = cli("fit", *configs, *callbacks, "--name", "x")

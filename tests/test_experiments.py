@@ -24,19 +24,20 @@ import lightning as L
 import pytest
 import yaml
 
+from descant.claims.digest import merged
+from descant.cli.catalogue import ROOT, experiments, find, layers, overlays
 from descant.recipes.base.recipe import Recipe
 from tests.rotation import by_turns, quick, turn
 from tests.tolerance import F32, ulps
 
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
-RUNNABLE = sorted(p for p in EXPERIMENTS.glob("*/*.yaml") if p.parent.name not in {"data", "with", "on", "claims"})
-OVERLAYS = sorted(EXPERIMENTS.glob("with/*.yaml"))
-SLOW = {"with/compile", "with/rank-alike", "with/rank-random", "fusion/certified"}
+RUNNABLE = list(experiments().values())
+OVERLAYS = [path for name, path in overlays().items() if name.startswith("with/")]
+SLOW = {"with/train/compile", "fusion/certified", "papers/crmt", "papers/patho-r1"}
 SLOW |= {"reinforce/emoji", "reinforce/arithmetic", "reinforce/frames", "staged/emoji_vqa", "staged/emoji-think"}
 
 
 def name(path: Path) -> str:
-    return f"{path.parent.name}/{path.stem}"
+    return path.relative_to(ROOT).with_suffix("").as_posix()
 
 
 @functools.cache
@@ -52,7 +53,7 @@ def base_of(overlay: Path) -> str:
 
 def need(path: Path) -> list[str]:
     """The packages that it or its base needs, as their headers say it."""
-    files = [path] if path in RUNNABLE else [path, EXPERIMENTS / f"{base_of(path)}.yaml"]
+    files = [path] if path in RUNNABLE else [path, find(base_of(path))]
     return [line for line in (said(file, "Needs") for file in files) if line is not None]
 
 
@@ -67,7 +68,9 @@ def case(path: Path, slow: bool = False) -> Any:
 @functools.cache
 def kind(path: Path) -> tuple[str, ...]:
     """Experiments of one class: of the same recipe and data, and of the same packages."""
-    content = yaml.safe_load(path.read_text())
+    content: dict[str, Any] = {}
+    for file in layers([path]):
+        content = merged(content, yaml.safe_load(file.read_text()))
     return (*(content[part]["class_path"] for part in ("model", "data")), *need(path))
 
 
@@ -170,13 +173,13 @@ def test_the_turns_of_successive_commits_come_to_all(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overlay", ["with/rank-alike", "with/rank-random", "with/rank-sham"])
-def test_what_differs_by_what_it_leaves_out_differs(overlay: str, cli: Any) -> None:
+@pytest.mark.parametrize("arm", ["alike", "random", "sham"])
+def test_what_differs_by_what_it_leaves_out_differs(arm: str, cli: Any) -> None:
     """An item of a list keeps, of the same class, all arguments that an overlay does not name."""
-    base, mine = composed(cli, "distill/emoji-rank"), composed(cli, "distill/emoji-rank", overlay)
+    base, mine = composed(cli, "papers/dcd"), composed(cli, "papers/dcd", f"claims/dcd:{arm}")
     assert mine["model"] != base["model"], "it changes nothing"
     (target,) = mine["model"]["init_args"]["distill"]["init_args"]["targets"]
-    assert (target["init_args"]["weigh"] is None) == (overlay != "with/rank-sham")
+    assert (target["init_args"]["weigh"] is None) == (arm != "sham")
 
 
 def composed(cli: Any, *configs: str) -> dict[str, Any]:

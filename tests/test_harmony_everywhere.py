@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from descant.cli.catalogue import find
 from tests.built import Built, Store
 from tests.conftest import Result
-from tests.test_experiments import EXPERIMENTS, begin
+from tests.test_experiments import begin
 
 PARAMETERS = (
     *("PCGrad", "CMGH", "GradVac", "CAGrad", "MGDA", "UPGrad"),
@@ -56,7 +57,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 def two_steps(cli: Any, store: Store, base: str, callback: str) -> tuple[Result, dict[str, Any]]:
     def build() -> Built:
-        begin(EXPERIMENTS / f"{base}.yaml", cli)
+        begin(find(base), cli)
         return Built(cli, [base], CALLBACKS, *FEW)
 
     return store(base, build).fit(cli, callback)

@@ -30,13 +30,13 @@ def test_killed_and_resumed_it_ends_as_if_nothing_had_happened(tmp_path: Path, b
 
 
 #: What was lost of logs once, though no weight was: turns, numbers of an epoch. Rules: callbacks/test_resume.py.
-LOGS = ("with/mmpareto", "with/turns", "with/hybrid-captions")
+LOGS = ("with/balance/mmpareto", "with/balance/mla", "papers/revisit-captions")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("overlay", turn(LOGS, 3))
 def test_a_resumed_run_logs_the_rows_of_one_that_was_not_stopped(cli: Any, workplace: Path, overlay: str) -> None:
-    (path,) = (path for path in OVERLAYS if name(path) == overlay)
+    (path,) = (path for path in (*RUNNABLE, *OVERLAYS) if name(path) == overlay)
     keep = {"class_path": "Resume", "init_args": {"every": 1, "keep": 9}}
     (workplace / "kills.yaml").write_text(yaml.safe_dump({"trainer": {**SMALL, "callbacks+": keep}}))
     words = [word for config in (*configs_of(path), "on/tiny", "kills.yaml") for word in ("--config", config)]
@@ -55,9 +55,9 @@ def test_every_experiment_and_every_overlay_has_its_turn(capsys: pytest.CaptureF
 
 
 def test_an_overlay_is_laid_on_its_base(tmp_path: Path) -> None:
-    (path,) = (path for path in OVERLAYS if path.stem == "turns")
+    (path,) = (path for path in OVERLAYS if path.stem == "mla")
     case = Shipped(tmp_path, path, tmp_path)
-    assert case.configs == ["fusion/emoji", "with/turns", "on/tiny", "kills.yaml"]
+    assert case.configs == ["fusion/emoji", "with/balance/mla", "on/tiny", "kills.yaml"]
     assert case.words("killed", "auto")[:9:2] == ["fit", *case.configs]
 
 

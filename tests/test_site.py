@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from descant.cli.catalogue import experiments, overlays
+from descant.cli.catalogue import experiments, overlays, papers
 from descant.modules.io.names import of_kind
 
 ROOT = Path(__file__).parent.parent
@@ -88,3 +88,14 @@ def test_the_reference_has_a_page_at_its_root_and_one_a_folder(site: Path) -> No
     for kind in (*ROOTS, "modules"):
         assert f'href="{kind}/"' in root
         assert "<table>" in (site / "reference" / kind / "index.html").read_text()
+
+
+@pytest.mark.slow
+def test_every_paper_is_a_row_and_a_built_one_a_page(site: Path) -> None:
+    table = (site / "papers" / "index.html").read_text()
+    gallery = (site / "experiments" / "papers" / "index.html").read_text()
+    assert all(f">{paper['arxiv']}</a>" in table for paper in papers()) and table.count(">planned<") == 41
+    for paper in (paper for paper in papers() if paper["status"] == "built"):
+        page = (site / "papers" / paper["name"] / "index.html").read_text()
+        assert f"descant fit --config papers/{paper['name']}" in page and f"claims/{paper['claim']}.svg" in page
+        assert f'href="../../papers/{paper["name"]}/"' in gallery

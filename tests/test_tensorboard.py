@@ -22,7 +22,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 @pytest.fixture
 def board(cli: Any) -> Iterator[str]:
     """The address of a TensorBoard that serves a short run."""
-    overlays = ("contrastive/emoji", "with/pictures", "on/tiny")
+    overlays = ("contrastive/emoji", "with/evaluate/images", "on/tiny")
     result = cli("fit", *(part for c in overlays for part in ("--config", c)), "--name", "seen")
     assert result.rc == 0, result.err
     with socket.socket() as probe:

@@ -1,4 +1,4 @@
-"""``descant claims``: what each mechanism's paper claims, tried by paired runs, judged by a rule fixed beforehand."""
+"""``descant claims``: test each paper's claim by paired runs with a sham control, judged by a rule fixed beforehand."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from descant.claims import run, spec, store
+from descant.claims.claim import BUDGETS, TUNE, Claim
 from descant.claims.judge import Judgement, judge
-from descant.claims.spec import BUDGETS, TUNE, Claim
 from descant.cli.errors import fail, hint, say
 from descant.cli.options import Options
 
@@ -25,16 +25,16 @@ usage: descant claims list [--json]
        descant claims run NAME [--budget pilot|full] [--seeds 0,1] [--arms method,sham]
        descant claims table | verify [NAME ...]
 
-  tune    of arms with settings, trains each setting once and stores which is best by validation
-  run     trains every arm from the same seeds, stores the result, prints the verdict; a run that was
-          interrupted goes on. full asks for a pilot of the very same configuration: margins are fixed on
-          pilot seeds, never on those that count.
+  tune    trains every setting of the arms that have some once, and stores which is best by validation
+  run     trains every arm from the same seeds, stores the result, prints the verdict; an interrupted run
+          is resumed. full needs a pilot of the same configuration: margins are fixed on pilot seeds,
+          never on those that count.
   table   writes CLAIMS.md and its figures from the stored results
-  verify  runs one pilot seed of every stored result again and compares
+  verify  repeats one pilot seed of every stored result and compares
 
 Options:
-  --jobs N           runs at a time, each with its share of the cores (as many as there are cores)
-  --slurm OPTIONS    submit what is missing, an array an arm; OPTIONS are those of descant submit
+  --jobs N           runs at a time, each with its share of the cores (number of cores)
+  --slurm OPTIONS    submit the missing runs, an array an arm; OPTIONS are those of descant submit
   --runs DIR         where run folders live (runs)
   --trust MODULE     allow class paths of your own module
   --results DIR      where results are stored (beside the claims)
@@ -43,7 +43,7 @@ _COMMANDS = ("list", "tune", "run", "table", "verify")
 
 
 def main(args: Sequence[str]) -> int:
-    """Raises Refusal with one line for whatever the user can put right, before anything is written."""
+    """Raises Refusal with one line for whatever the user can correct, before anything is written."""
     if not args or args[0] in ("-h", "--help") or args[-1] in ("-h", "--help"):
         print(_HELP)
         return 0
@@ -129,21 +129,19 @@ def _run(given: argparse.Namespace) -> int:
     if code or (arms, seeds) != (tuple(claim.arms), claim.seeds[given.budget]):
         return code
     runs = place.collect(arms, seeds)
-    found = judge(claim, runs)
     store.write(given.results, claim, given.budget, runs, place.seconds, place.precisions())
-    _print(claim, found, given.budget)
+    _print(claim, judge(claim, runs), given.budget)
     return 0
 
 
-def _print(claim: Claim, found: Judgement, budget: str) -> None:
-    gain = f"{found.method.mean:+.4f}"
-    if found.method.n > 1:
-        gain += f" [{found.method.low:+.4f}, {found.method.high:+.4f}]"
-    verdict = found.verdict if budget == "full" else f"a pilot (by the rule: {found.verdict})"
+def _print(claim: Claim, judgement: Judgement, budget: str) -> None:
+    method = judgement.method
+    gain = f"{method.mean:+.4f}" + (f" [{method.low:+.4f}, {method.high:+.4f}]" if method.n > 1 else "")
+    verdict = judgement.verdict if budget == "full" else f"a pilot (by the rule: {judgement.verdict})"
     print(f"{claim.name}: {verdict}")
-    print(f"  {claim.metric.name}: gain {gain}, better in {found.method.wins} of {found.method.n} seeds")
-    print(f"  its sham: {found.sham.mean:+.4f}; over it: {found.over_sham:+.4f}")
-    for reason in found.reasons:
+    print(f"  {claim.metric.name}: gain {gain}, better in {method.wins} of {method.n} seeds")
+    print(f"  sham: gain {judgement.sham.mean:+.4f}; method over sham: {judgement.over_sham:+.4f}")
+    for reason in judgement.reasons:
         print(f"  not met: {reason}")
 
 
@@ -163,12 +161,12 @@ def summary(claim: Claim, results: Path) -> dict[str, Any]:
     line: dict[str, Any] = {"name": claim.name, "seed": claim.seed, "status": claim.status}
     if stored is None:
         return line | dict.fromkeys(("verdict", "difference", "interval", "sham_difference", "seconds"))
-    found = judge(claim, stored["runs"])
+    judgement = judge(claim, stored["runs"])
     return line | {
-        "verdict": found.verdict,
-        "difference": found.method.mean,
-        "interval": [found.method.low, found.method.high],
-        "sham_difference": found.sham.mean,
+        "verdict": judgement.verdict,
+        "difference": judgement.method.mean,
+        "interval": [judgement.method.low, judgement.method.high],
+        "sham_difference": judgement.sham.mean,
         "seconds": stored["seconds"],
     }
 
@@ -195,7 +193,7 @@ def _table(given: argparse.Namespace) -> int:
 
 
 def _verify(given: argparse.Namespace) -> int:
-    """Exit code 0 where every number is as it was stored, to 1e-4; else 1, with the numbers."""
+    """Exit code 0 where every number equals the stored one to 1e-4; else 1, with the numbers."""
     differ = 0
     for name in given.names or spec.names():
         claim = spec.load(name)
@@ -208,7 +206,7 @@ def _verify(given: argparse.Namespace) -> int:
             differ += 1
             continue
         seed, arms = claim.seeds["pilot"][0], tuple(claim.arms)
-        with tempfile.TemporaryDirectory() as folder:  # anew, whatever lies in the runs
+        with tempfile.TemporaryDirectory() as folder:  # not the runs that exist
             place = run.Place(_settled(claim, given.results), "pilot", Path(folder), tuple(given.trust))
             code = run.run(place, arms, (seed,), given.jobs)
             if code:

@@ -1,4 +1,4 @@
-"""The rule that decides a claim from its runs, fixed before they are made."""
+"""Judge a claim by its runs: margin, sign, confidence interval, sham, and further conditions."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from descant.claims.spec import ARMS, EQUAL, LEAST_TIME, Claim, Condition, Metric
+from descant.claims.claim import ARMS, EQUAL, LEAST_TIME, Claim, Condition, Metric
 from descant.cli.errors import fail, hint
 from descant.report.statistics import Paired, paired
 
+#: Verdicts; the second for a claim that has to pass, the third for one that is reported.
 PASSED, FAILED, NOT = "passed", "failed", "not reproduced at this scale"
-#: Of the interval of the difference: a method that does nothing stays below 0 in 95 of 100 claims.
+#: Of the interval of the difference: the lower end is below 0 in 95 of 100 claims of a method without effect.
 LEVEL = 0.90
 #: arm -> seed -> metric -> value.
 Runs = Mapping[str, Mapping[int, Mapping[str, float]]]
@@ -19,12 +20,12 @@ Runs = Mapping[str, Mapping[int, Mapping[str, float]]]
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a claim's runs came to. Differences are gains: above zero is better, whichever way the metric goes.
+    """Verdict and numbers of a claim. Differences are gains: above zero is better, whichever way the metric goes.
 
     Attributes:
         verdict: passed; failed, for a claim that has to pass; or not reproduced at this scale.
         method: the method against the baseline. sham: the sham against the baseline. over_sham: the method's mean gain
-            over the sham. lacks: what the gains lack to pass. asked: every further condition, what it came to, and
+            over the sham. lacks: reasons why the gains do not pass. asked: every further condition, its value, and
             whether it is met.
     """
 
@@ -37,7 +38,7 @@ class Judgement:
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """All that kept the claim from passing."""
+        """All reasons why the claim did not pass."""
         return (*self.lacks, *(f"{condition}: it is {value:.4g}" for condition, value, met in self.asked if not met))
 
 
@@ -67,7 +68,7 @@ def judge(claim: Claim, runs: Runs) -> Judgement:
 
 
 def decide(method: Paired, over_sham: float, margin: float, sham_margin: float) -> list[str]:
-    """What the gains lack to pass; empty if nothing."""
+    """Reasons why the gains do not pass; empty if they do."""
     reasons = []
     if method.mean < margin:
         reasons.append(f"the gain of {method.mean:.4g} is below the margin of {margin:g}")
@@ -81,11 +82,11 @@ def decide(method: Paired, over_sham: float, margin: float, sham_margin: float) 
 
 
 def require_equal(claim: Claim, runs: Runs) -> None:
-    """All runs have had the same budget, and the method's scored code ran as often in the sham.
+    """Check that all runs had the same budget, and that the method's code was called as often in the sham.
 
-    What others begin from is not compared; arms that go on from the method, baseline or sham are compared with each
-    other, since what they had comes on top. Of time, each run has had about as much as the method's of its seed; the
-    sham, which runs the method's code, as many steps, whatever a clock says of them.
+    Runs from which others begin are not compared; arms that continue the method, baseline or sham are compared with
+    each other, since their steps come on top. Of seconds, each run needs about as many as the method's of its seed; the
+    sham, which runs the method's code, needs as many steps, in whatever time.
 
     Raises:
         Refusal: if not.

@@ -1,4 +1,4 @@
-"""The runs of a claim: which are there, which are missing, and processes side by side that make them."""
+"""Train the runs of a claim: find those that exist, start the missing ones as parallel processes or SLURM arrays."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from descant.claims.claim import BEFORE, TUNE, Claim
 from descant.claims.judge import Runs
-from descant.claims.spec import BEFORE, TUNE, Claim
 from descant.cli.errors import INTERRUPTED, fail, say
 from descant.cli.untrusted import json_of, text_of
 from descant.run import runs as folders
@@ -20,7 +20,7 @@ from descant.run.processes import Task, run_beside
 
 @dataclass(frozen=True)
 class Place:
-    """Where the runs of one configuration of a claim lie: another configuration never finds them."""
+    """Run folders of one configuration of a claim; another configuration has other folders."""
 
     claim: Claim
     budget: str
@@ -40,54 +40,55 @@ class Place:
             return 0.0
 
     def finished(self, arm: str, seed: int) -> dict[str, float] | None:
-        """The metrics of a run that was tested (to choose settings: that ended), whoever started it; None if none."""
+        """Metrics of a run that was tested (to choose settings: that ended), wherever it was started; None if none."""
         steps = self.claim.steps(arm, self.budget)
-        for name in (f"{arm}-{seed}", arm):  # of a process here, or of an array on a cluster
+        for name in (f"{arm}-{seed}", arm):  # a local process, or a job of an array
             for folder in reversed(folders.runs_of(self.folder, name)):
                 metrics = _metrics(folder)
                 tested = any("/" in m and m.split("/")[0] not in ("val", "train", "speed", "sham") for m in metrics)
-                # validations write metrics too, of sets of any name, and nothing is tested where settings are chosen
+                # validations write metrics too, and runs that choose settings are not tested
                 ended = metrics.get("steps") == steps if steps else "steps" in metrics
-                whole = (ended if self.budget == TUNE else tested) and all(m in metrics for m in self.claim.needed(arm))
-                if whole and (name != arm or _seed(folder) == seed):
+                complete = ended if self.budget == TUNE else tested
+                complete = complete and all(m in metrics for m in self.claim.needed(arm))
+                if complete and (name != arm or _seed(folder) == seed):
                     return metrics
         return None
 
     def missing(self, arms: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
-        """The runs that are not there; of each seed first the ones that its arms begin from."""
+        """Missing runs, seed by seed, first those from which others begin."""
         return [(arm, seed) for seed in seeds for arm in self.all(arms) if self.finished(arm, seed) is None]
 
     def all(self, arms: Sequence[str]) -> list[str]:
-        """The arms, after what comes before them and what they need."""
+        """The arms, after the run ``before`` and the arms from which they begin."""
         first = [BEFORE] if self.claim.before is not None else []
         needed = {other for arm in arms for other in self.claim.arms[arm].needs()}
         return [*first, *(arm for arm in self.claim.arms if arm in needed), *(arm for arm in arms if arm not in needed)]
 
     def waits(self, arm: str, seed: int, unfinished: Iterable[tuple[str, int]]) -> bool:
-        """Whether a run begins from one that is not finished."""
+        """Whether a run begins from one that is unfinished."""
         if arm == BEFORE:
             return False
         needs = {BEFORE, *self.claim.arms[arm].needs()}
-        return any(seed == its and other in needs for other, its in unfinished)
+        return any(seed == other_seed and other in needs for other, other_seed in unfinished)
 
     def of(self, arm: str, seed: int) -> Path:
-        """The folder of the run of an arm, or of what comes before all, that others of its seed begin from."""
-        own = self.folder / f"{arm}-{seed}"
+        """Folder of the run of an arm, or of ``before``, from which others of its seed begin."""
+        local = self.folder / f"{arm}-{seed}"
         array = (f for f in reversed(folders.runs_of(self.folder, arm)) if _seed(f) == seed)
-        return own if folders.runs_of(self.folder, own.name) else next(array, own)
+        return local if folders.runs_of(self.folder, local.name) else next(array, local)
 
     def precisions(self) -> list[str]:
-        """``trainer.precision`` of the runs; where they differ, a warning says so."""
-        found = {folders.precision_of(folder) for folder in self.folder.glob("*/*") if folder.is_dir()} - {None}
-        precisions = sorted(str(precision) for precision in found)
+        """``trainer.precision`` of the runs; warns where they differ."""
+        every = {folders.precision_of(folder) for folder in self.folder.glob("*/*") if folder.is_dir()} - {None}
+        precisions = sorted(map(str, every))
         if len(precisions) > 1:
             say(f"warning: claims {self.claim.name}: its runs were trained in {' and '.join(precisions)}")
         return precisions
 
     def collect(self, arms: Sequence[str], seeds: Sequence[int]) -> Runs:
         """Raises Refusal for a run that ended without the metrics of the claim."""
-        found: dict[str, dict[int, dict[str, float]]] = {arm: {} for arm in [*arms, *self.all(())]}
-        for arm in found:
+        collected: dict[str, dict[int, dict[str, float]]] = {arm: {} for arm in [*arms, *self.all(())]}
+        for arm in collected:
             for seed in seeds:
                 metrics = self.finished(arm, seed)
                 if metrics is None:
@@ -96,21 +97,21 @@ class Place:
                     lacks = [m for m in self.claim.needed(arm) if m not in has]
                     what = f"it has no metric {lacks[0]}" if lacks else "it was not tested"
                     fail(f"claims {self.claim.name}: {arm}, seed {seed}: {what}")
-                found[arm][seed] = metrics
-        return found
+                collected[arm][seed] = metrics
+        return collected
 
 
 def run(place: Place, arms: Sequence[str], seeds: Sequence[int], jobs: int) -> int:
-    """Make what is missing, ``jobs`` processes at a time, each with its share of the cores. Returns an exit code.
+    """Train the missing runs, ``jobs`` processes at a time, each with its share of the cores. Returns an exit code.
 
-    A run that was interrupted goes on where it was; the log of each lies beside its folder.
+    An interrupted run is resumed; the log of each is beside its folder.
 
     Raises:
         Refusal: with the last line of its log, for the first run that fails; those beside it end first.
     """
     todo = place.missing(arms, seeds)
-    whole = len(place.all(arms)) * len(seeds)
-    say(f"claims {place.claim.name}: {whole} runs, {whole - len(todo)} done, {jobs} at a time")
+    total = len(place.all(arms)) * len(seeds)
+    say(f"claims {place.claim.name}: {total} runs, {total - len(todo)} done, {jobs} at a time")
     place.folder.mkdir(parents=True, exist_ok=True)
     which = {_task(place, arm, seed): (arm, seed) for arm, seed in todo}
     began = time.monotonic()
@@ -122,7 +123,7 @@ def run(place: Place, arms: Sequence[str], seeds: Sequence[int], jobs: int) -> i
             waits=lambda task, unfinished: place.waits(*which[task], [which[other] for other in unfinished]),
         )
     except KeyboardInterrupt:
-        say(f"claims {place.claim.name}: interrupted; the same command goes on")
+        say(f"claims {place.claim.name}: interrupted; the same command continues")
         return INTERRUPTED
     finally:
         if todo:
@@ -131,7 +132,7 @@ def run(place: Place, arms: Sequence[str], seeds: Sequence[int], jobs: int) -> i
 
 
 def command(place: Place, arm: str, seed: int) -> list[str]:
-    """What runs one arm with one seed, after ``descant``."""
+    """Arguments of ``descant`` that train one arm with one seed."""
     return [*_fit(place, arm, seed), f"--name={arm}-{seed}", "--resume=auto"]
 
 
@@ -155,9 +156,9 @@ def _tell(place: Place, arm: str, seed: int, seconds: float) -> None:
 
 
 def submit(place: Place, arms: Sequence[str], seeds: Sequence[int], options: str) -> int:
-    """One SLURM array an arm, a job a seed, for what is missing; ``options`` are those of ``descant submit``.
+    """Submit the missing runs, a SLURM array an arm, a job a seed; ``options`` are those of ``descant submit``.
 
-    What others begin from is submitted alone at first; then these, an array of its own for each seed.
+    Runs from which others begin are submitted first, alone; then the others, an array for each seed.
     """
     from descant.slurm.submit import main
 
@@ -167,13 +168,13 @@ def submit(place: Place, arms: Sequence[str], seeds: Sequence[int], options: str
     for arm, seed in first:
         begins = arm != BEFORE and (place.claim.before is not None or bool(place.claim.arms[arm].needs()))
         arrays.setdefault((arm, seed if begins else None), []).append(seed)
-    for (arm, _), its in arrays.items():
-        words = [word for word in _fit(place, arm, its[0]) if not word.startswith("--seed_everything=")]
+    for (arm, _), of_arm in arrays.items():
+        words = [word for word in _fit(place, arm, of_arm[0]) if not word.startswith("--seed_everything=")]
         fit = [*words, f"--name={arm}"]
-        code = main([*shlex.split(options), "--array", f"seed_everything={','.join(map(str, its))}", "--", *fit])
+        code = main([*shlex.split(options), "--array", f"seed_everything={','.join(map(str, of_arm))}", "--", *fit])
         if code:
             return code
-    then = "goes on to the others" if len(first) < len(todo) else "without --slurm judges them"
+    then = "submits the others" if len(first) < len(todo) else "without --slurm judges them"
     say(f"claims {place.claim.name}: when they have ended, the same command {then}")
     return 0
 

@@ -1,4 +1,4 @@
-"""Results of claims as JSON: written whole, never over those of another claim, and with all that made them."""
+"""Store results of claims as JSON: written atomically, never over another configuration's, with all versions."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from descant.claims.judge import Runs
-from descant.claims.spec import Claim
+from descant.claims.claim import Claim
+from descant.claims.judge import Runs, judge
 from descant.cli.errors import fail, one_line
 from descant.cli.untrusted import json_of
 from descant.modules.io.files import write_json
 
-#: Bytes of a result.
+#: Largest size of a result, in bytes.
 _MOST = 20_000_000
 _PACKAGES = ("descant", "torch", "lightning", "timm", "transformers")
 
@@ -25,7 +25,7 @@ def path(folder: Path, name: str, budget: str) -> Path:
 
 
 def read(folder: Path, name: str, budget: str) -> dict[str, Any] | None:
-    """What is stored of a claim at a budget, or None.
+    """The stored result of a claim at a budget, or None.
 
     Raises:
         Refusal: if the file cannot be read.
@@ -50,16 +50,16 @@ def _metrics(content: Any) -> dict[str, float]:
 
 
 def require_free(folder: Path, claim: Claim, budget: str) -> None:
-    """Nothing of another configuration is stored where this claim's result goes.
+    """Check that no result of another configuration would be overwritten.
 
     Raises:
-        Refusal: if it is, or nothing can be written there.
+        Refusal: if one would, or nothing can be written there.
     """
     stored = read(folder, claim.name, budget)
     if stored is not None and stored["digest"] != claim.digest:
         fail(
             f"{path(folder, claim.name, budget)}: of configuration {stored['digest']}, and the claim is now "
-            f"{claim.digest}; move the file away to run it anew"
+            f"{claim.digest}; move the file away to run the claim again"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,13 +70,14 @@ def require_free(folder: Path, claim: Claim, budget: str) -> None:
 
 
 def write(folder: Path, claim: Claim, budget: str, runs: Runs, seconds: float, precisions: Sequence[str] = ()) -> None:
-    """Store all runs of a claim; ``seconds`` is the wall time that it took, ``precisions`` those of the runs."""
+    """Store all runs of a claim; ``seconds`` is their wall time, ``precisions`` are those of the runs."""
     content = {
         "claim": claim.name,
         "seed": claim.seed,
         "digest": claim.digest,
         "budget": budget,
         "seconds": round(seconds, 1),
+        **({"verdict": judge(claim, runs).verdict} if budget == "full" else {}),
         "machine": machine(),
         "precision": list(precisions),
         "versions": versions(),
@@ -86,7 +87,7 @@ def write(folder: Path, claim: Claim, budget: str, runs: Runs, seconds: float, p
 
 
 def machine() -> dict[str, object]:
-    """What the numbers were made on: the processor's name and how many of its cores."""
+    """Name of the processor and number of its cores."""
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from descant.cli.catalogue import find, shipped_data
+from descant.cli.catalogue import find, layers, shipped_data
 from descant.cli.document import rename
 from descant.cli.errors import Refusal, fail, nearest
 from descant.run import runs
@@ -41,9 +41,14 @@ class Request:
         """The last value of an option, or None."""
         return next((value for name, value in reversed(self.options) if name == key), None)
 
+    @property
+    def files(self) -> list[Path]:
+        """The configurations, each after those that it extends."""
+        return layers(self.configs)
+
     def arguments(self) -> list[str]:
         """The arguments for the parser."""
-        configs = [f"--config={file}" for file in self.configs]
+        configs = [f"--config={file}" for file in self.files]
         return configs + [f"--{key}" if value is None else f"--{key}={value}" for key, value in self.options]
 
 
@@ -87,6 +92,8 @@ def _take(request: Request, key: str, value: str | None) -> None:
         fail(f"--{key}: the recipe owns it; use {OWNED[root]}{key[len(root) :]}")
     if key == "config":
         request.configs.append(find(value or ""))
+    elif key == "extends":
+        fail("--extends: a key of files; on the command line it is one more --config before the others")
     elif key == "trust":
         if not all(part.isidentifier() for part in (value or "").split(".")):
             fail(f"--trust {value}: not the name of a module")

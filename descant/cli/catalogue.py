@@ -1,23 +1,32 @@
-"""The YAML that ships with Descant: found by name from any folder, listed with its first line."""
+"""Experiments, overlays and data sets that ship: find a YAML by its name, by an old name, or an arm of a claim."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-from descant.cli.errors import Refusal, hint
+from descant.cli.errors import Refusal, hint, say
+from descant.cli.untrusted import text_of
+from descant.modules.io.cache import cache_folder
 from descant.modules.io.checkpoints import followed
 
 ROOT = Path(__file__).resolve().parents[1] / "experiments"
 BASE = ROOT / "base.yaml"
+#: Old name -> new name, of experiments and of classes; the list of papers. Neither is a configuration.
+RENAMED, PAPERS = ROOT / "renamed.yaml", ROOT / "papers/index.yaml"
 #: Folders of pieces that complete an experiment; everything else is an experiment.
 OVERLAYS = ("data", "on", "with")
 
 
 def shipped() -> dict[str, Path]:
     """Name -> file of all that ships, such as ``contrastive/emoji`` or ``on/tiny``."""
-    files = sorted(ROOT.rglob("*.yaml"))
-    return {file.relative_to(ROOT).with_suffix("").as_posix(): file for file in files if file != BASE}
+    files = (file for file in sorted(ROOT.rglob("*.yaml")) if file not in (BASE, RENAMED, PAPERS))
+    return {file.relative_to(ROOT).with_suffix("").as_posix(): file for file in files}
 
 
 def experiments() -> dict[str, Path]:
@@ -84,11 +93,32 @@ def header(file: Path) -> str:
     return first.lstrip("# ").rstrip() if first.startswith("#") else ""
 
 
+@cache
+def renamed(what: str) -> dict[str, str]:
+    """Old name -> new name of ``experiments`` or ``classes``."""
+    table: dict[str, str] = _yaml(RENAMED)[what]
+    return table
+
+
+@cache
+def papers() -> tuple[dict[str, Any], ...]:
+    """The rows of the list of papers, in their order."""
+    return tuple(_yaml(PAPERS))
+
+
+def _yaml(file: Path) -> Any:
+    import yaml  # a completion needs neither table, and no YAML
+
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
 def find(name: str) -> Path:
     """The file that ``--config NAME`` means: an existing file first, else what ships under that name.
 
+    An old name is followed with one line of notice; ``claims/dcd:sham`` is what that arm of a claim adds.
+
     Raises:
-        Refusal: if there is neither.
+        Refusal: if there is none.
     """
     try:
         file = followed(Path(name).expanduser())
@@ -96,20 +126,90 @@ def find(name: str) -> Path:
             return file.resolve()
     except (OSError, RuntimeError):  # longer than any name may be, or the home of nobody
         pass
-    known = shipped()
     plain = name.removesuffix(".yaml").removeprefix("experiments/")
-    if plain in known:
-        return known[plain]
-    # a bare name is enough where only one experiment carries it
+    file = ROOT / f"{plain}.yaml"
+    if re.fullmatch(r"[\w/-]+", plain) and file.is_file() and file not in (BASE, RENAMED, PAPERS):
+        return file
+    if (new := renamed("experiments").get(plain)) is not None:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            say(f"--config {name} is now {new}")
+        return find(new)
+    if arm := re.fullmatch(r"(.+?):([\w.-]+)", name):
+        return _arm(name, find(arm[1]), arm[2])
+    known = shipped()
+    # a bare name is enough where only one experiment has it
     same = [full for full in experiments() if full.split("/")[-1] == plain]
     if len(same) == 1:
         return known[same[0]]
     near = hint(plain, known)
     if not near and (run := re.fullmatch(r"(runs/.+/(?:\d{3,}|latest))/config\.yaml", name)):
         near = made_by(run[1])
-    elif not near and (own := re.fullmatch(r"(\w+)\.yaml", name)):
-        near = f"; `descant new recipe {own[1]}` writes one of yours"
+    elif not near and (new_recipe := re.fullmatch(r"(\w+)\.yaml", name)):
+        near = f"; `descant new recipe {new_recipe[1]}` writes one of yours"
     raise Refusal(f"--config {name}: no such file, and nothing of that name ships{near}")
+
+
+def _arm(name: str, claim: Path, arm: str) -> Path:
+    """The ``config`` that stands inside an arm of a claim, as a file in the cache."""
+    import yaml
+
+    content = _yaml(claim)
+    arms = {**content.get("arms", {}), "before": content.get("before")} if isinstance(content, dict) else {}
+    own = {key: value["config"] for key, value in arms.items() if isinstance(value, dict) and value.get("config")}
+    if arm not in own:
+        raise Refusal(f"--config {name}: {claim.name} has no arm {arm!r} with a `config`{hint(arm, own, most=0)}")
+    text = f"# {name}\n{yaml.safe_dump(own[arm], sort_keys=False)}"
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    file = cache_folder() / "arms" / f"{claim.stem}-{arm}-{digest}.yaml"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}")
+        part.write_text(text, encoding="utf-8")
+        part.replace(file)
+    return file
+
+
+def layers(files: Iterable[Path]) -> list[Path]:
+    """Configurations in the order in which they count, each after those that its ``extends`` names.
+
+    Raises:
+        Refusal: for an ``extends`` that names nothing, or the file itself.
+    """
+    found: list[Path] = []
+    for file in files:
+        found += [first for first in extended(file) if first not in found]
+        found.append(file)
+    return found
+
+
+def extended(file: Path, seen: tuple[Path, ...] = ()) -> list[Path]:
+    """What ``extends: NAME`` or ``extends: [NAME, ...]`` of a configuration means, at any depth."""
+    import yaml
+
+    try:
+        text = text_of(file)
+        content = yaml.safe_load(text) if "extends" in text else None
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        yaml.YAMLError,
+    ):  # reported when it is loaded
+        return []
+    value = content.get("extends") if isinstance(content, dict) else None
+    names = [value] if isinstance(value, str) else value or []
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise Refusal(f"{file.name}: extends: the name of a configuration is expected, or a list of names")
+    if file in seen:
+        raise Refusal(f"{file.name}: extends: it extends itself")
+    found: list[Path] = []
+    for name in names:
+        beside = file.parent / name
+        one = beside.resolve() if beside.is_file() else find(name)
+        found += [part for part in (*extended(one, (*seen, file)), one) if part not in found]
+    return found
 
 
 def shipped_data(name: str | None) -> Path | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from descant.cli import dump, schema
-from descant.cli.catalogue import BASE, experiments, find, shipped
+from descant.cli.catalogue import BASE, experiments, find, layers, shipped
 from descant.cli.document import load
 from descant.cli.errors import Refusal, fail, hint
 from descant.cli.precheck import Walk
@@ -151,7 +151,7 @@ def _chosen(known: Schema, words: Sequence[str]) -> Mapping[tuple[str, ...], Ent
     walk = Walk(known, [])
     names = [words[n + 1] for n, word in enumerate(words[:-1]) if word in ("--config", "-c")]
     try:
-        for file in (BASE, *map(find, names)):
+        for file in (BASE, *layers(map(find, names))):
             walk.source(load(file))
     except Refusal:  # reported when the line is run
         pass

@@ -84,7 +84,7 @@ def claim() -> dict[str, Any]:
         properties = {key: kinds.get(key, text) for key in keys}
         return {"type": "object", "properties": properties, "required": list(needed), "additionalProperties": False}
 
-    arm = {"configs": texts, "options": options, "settings": {"type": "array", "minItems": 1}}
+    arm = {"configs": texts, "config": options, "options": options, "settings": {"type": "array", "minItems": 1}}
     metric = an_object(spec.METRIC_KEYS, {"better": way, "margin": {**number, "minimum": 0}}, spec.METRIC_KEYS)
     bound = {key: number for key in ("times", "at_least", "at_most")}
     condition = an_object(spec.CONDITION_KEYS, bound, ("metric", "arm"))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from descant import __version__
 from descant.cli.arguments import Request
-from descant.cli.catalogue import experiments, header, overlays, shipped
+from descant.cli.catalogue import ROOT, experiments, header, overlays, papers, shipped
 from descant.cli.completion import below
 from descant.cli.errors import fail, hint
 from descant.cli.schema import Schema, Unknown, classes, in_words, items
@@ -42,7 +44,7 @@ descant list: what ships with Descant, one line each
 usage: descant list [GROUP] [WORD ...]
 
   descant list              experiments, overlays and data sets
-  descant list GROUP        of recipes, callbacks, datamodules, experiments, overlays, data, claims
+  descant list GROUP        of recipes, callbacks, datamodules, experiments, overlays, data, claims, papers
   descant list emoji        of all groups those with "emoji" in their name or line; of several words, with all"""
 #: Columns of what is printed.
 _WIDTH = 110
@@ -80,6 +82,7 @@ _GROUPS = {
     "datamodules": "Data modules (--data NAME):",
     "callbacks": "Callbacks (--trainer.callbacks+ NAME):",
     "claims": "Claims (descant claims run NAME):",
+    "papers": "Papers (descant fit --config papers/NAME): number, name, family, arXiv, equation, effect, time of claim",
 }
 #: What is shown where nothing is asked for.
 _FIRST = ("experiments", "overlays", "data")
@@ -101,7 +104,8 @@ def listing(args: Sequence[str] = ()) -> str:
     for group in chosen or (_GROUPS if words else _FIRST):
         rows = {name: about for name, about in _rows(group).items() if _has(f"{name} {about}", words)}
         if rows:
-            blocks.append("\n".join([_GROUPS[group], *_cut(rows, _WIDTH)]))
+            lines = _table(rows) if group == "papers" else _cut(rows, _WIDTH)
+            blocks.append("\n".join([_GROUPS[group], *lines]))
     if not blocks:
         near = hint(args[0], _GROUPS, most=0)
         fail(f"list {' '.join(args)}: nothing that ships has that in its name or its line{near}")
@@ -116,6 +120,8 @@ def _rows(group: str) -> dict[str, str]:
     if group in kinds:
         found = of_kind(kinds[group], group)
         return {name: about for name, about in found.items() if not about.startswith(_BASES)}
+    if group == "papers":
+        return {f"{paper['number']:>2}  {paper['name']}": _paper(paper) for paper in papers()}
     if group == "claims":
         titles = {file.stem: _title(file) for name, file in shipped().items() if name.startswith("claims/")}
         return dict(sorted(titles.items()))
@@ -125,6 +131,19 @@ def _rows(group: str) -> dict[str, str]:
         "data": {name: file for name, file in overlays().items() if name.startswith("data/")},
     }[group]
     return {name: header(files[name]) for name in sorted(files)}
+
+
+def _paper(paper: Mapping[str, Any]) -> str:
+    """Family, arXiv number, whether its equation is exact, the verdict of its claim and the time that took."""
+    line = f"{paper['family']:<20}  {paper['arxiv']}  "
+    if paper["status"] != "built":
+        return line + "planned"
+    try:
+        found = json.loads((ROOT / f"claims/results/{paper['claim']}.json").read_text(encoding="utf-8"))
+        effect, time = found["verdict"], f"{found['seconds'] / 60:.0f} min"
+    except (OSError, ValueError, KeyError):
+        effect, time = "not run yet", ""
+    return f"{line}{paper['equation']:<5}  {effect:<28}  {time:>6}".rstrip()
 
 
 def _title(claim: Path) -> str:
@@ -154,10 +173,10 @@ def command(name: str, about: str, most: int = 60) -> str:
         lines += [f"usage: descant {name} --run demo/001 --ckpt_path best", ""]
     lines += [*_table(options)]
     tail = [
-        f"Overlays are laid over an experiment by one more --config; descant list tells of all {len(_laid_over())}.",
+        f"One more --config adds an overlay (descant list: all {len(_laid_over())}); papers: descant list papers.",
         f"descant {name} --help all lists every option; --model.help NAME those of one class.",
     ]
-    rows = _cut(_rows("experiments"), _WIDTH)
+    rows = _cut({name: text for name, text in _rows("experiments").items() if not name.startswith("papers/")}, _WIDTH)
     room = most - len(lines) - len(tail) - 1
     if len(rows) > room:
         rows = [*rows[: room - 1], f"  ... and {len(rows) - room + 1} more: descant list"]
@@ -173,7 +192,7 @@ def of_class(known: Schema, request: Request) -> str | None:
     asked = [(key, value) for key, value in request.options if key.endswith(".help")]
     if len(asked) != 1:
         return None
-    (option, name), configs = asked[0], [word for file in request.configs for word in ("--config", str(file))]
+    (option, name), configs = asked[0], [word for file in request.files for word in ("--config", str(file))]
     *path, last = option.removesuffix(".help").split(".")
     keys = below(path, known, configs) if path else known.command()
     kinds = classes(keys[last].type) + classes(items(keys[last].type) or []) if last in keys else []

@@ -51,7 +51,7 @@ from descant.run.ranks import Ended, Ranks
 from descant.run.store import AtomicIO
 
 #: Options of one call, which config.yaml does not hold.
-CALL = ("config", "runs", "run", "resume", "changed", "verify", "test", "sets", "ckpt_path")
+CALL = ("config", "extends", "runs", "run", "resume", "changed", "verify", "test", "sets", "ckpt_path")
 
 
 class Parser(LightningArgumentParser):
@@ -112,6 +112,8 @@ class DescantCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--name", type=str | None, default=None, help="Name of the run.")
+        names = str | list[str] | None
+        parser.add_argument("--extends", type=names, default=None, help="Of a file: which ones it is laid over.")
         parser.add_argument("--runs", type=str, default="runs", help="Folder of all runs.")
         parser.add_argument("--run", type=str | None, default=None, help="An existing run, such as NAME/002.")
         parser.add_argument("--resume", type=str, default="never", help="never, auto or a checkpoint (fit).")
@@ -125,7 +127,7 @@ class DescantCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         command, request = args[0], self.request
         if wanted(request):
-            self.walk = precheck(Live(self._parser(command)), request.configs, request.options, request.trust)
+            self.walk = precheck(Live(self._parser(command)), request.files, request.options, request.trust)
         read_replaced()
         self.config = parser.parse_args([command, *request.arguments()])  # the walk may have replaced old names
 
@@ -151,9 +153,9 @@ class DescantCLI(LightningCLI):
         if self.options.trainer.use_distributed_sampler:
             fail("trainer.use_distributed_sampler: true: the data module itself cuts the batch over ranks")
         if self.command == "fit" and self.request.configs and not runs.launched():
-            for file in inert(self.request.configs, self.walk.default):
+            for file in inert(self.request.files, self.walk.default):
                 say(f"warning: --config {shown(file)} changes nothing")
-            for line in composed(self.request.configs, self.request.options):
+            for line in composed(self.request.files, self.request.options):
                 say(f"warning: {line}")
         if "writes" not in self.request.trust and (self.command == "fit" or not self.options.get("run")):
             runs.require_name(self.name)
@@ -167,7 +169,7 @@ class DescantCLI(LightningCLI):
                 say(f"warning: {other}")
         self.folder = Folder(self.place, text)
         if self.request.explain:
-            rows = explained(yaml.safe_load(text), self.request.configs, self.request.options)
+            rows = explained(yaml.safe_load(text), self.request.files, self.request.options)
             print("\n".join(map(printable, rows)), "\n")
         folder = str(self.place.folder)
         given = placed(self.options.trainer.default_root_dir, folder)

@@ -13,7 +13,7 @@ from typing import Any
 
 from descant.cli import bounds, schema, trust
 from descant.cli.arguments import Request
-from descant.cli.catalogue import BASE, OVERLAYS, ROOT
+from descant.cli.catalogue import BASE, OVERLAYS, ROOT, extended
 from descant.cli.document import Node, load, option, rename, replaced, retyped
 from descant.cli.errors import Refusal, hint, nearest
 from descant.cli.schema import Entry, Key, Part, Schema, Type, Unknown
@@ -79,7 +79,8 @@ def _one_experiment(files: Sequence[Path]) -> None:
     if len(files) < 2:
         return
     root, given = ROOT.resolve(), list[str]()
-    for file in (file.resolve() for file in files):
+    below = {first for file in files for first in extended(file)}
+    for file in (file.resolve() for file in files if file not in below):
         name = file.relative_to(root).with_suffix("").as_posix() if file.is_relative_to(root) else ""
         if name and name not in given and name.partition("/")[0] not in (*OVERLAYS, "claims", BASE.stem):
             given.append(name)

@@ -136,13 +136,13 @@ def _check(request: Request, point: dict[str, str]) -> None:
     """Check keys and types of one combination against the stored schema, if there is one."""
     known = dump.read("fit")
     if known is not None:
-        precheck(known, request.configs, [*request.options, *point.items()], request.trust)
+        precheck(known, request.files, [*request.options, *point.items()], request.trust)
 
 
 def _digest(request: Request) -> str:
     """Digest of what the runs share: files and options without --runs."""
     shared = hashlib.sha256()
-    for file in request.configs:
+    for file in request.files:
         shared.update(file.read_bytes())
     options = [option for option in request.options if option[0] != "runs"]
     shared.update(repr(options).encode())

@@ -505,7 +505,7 @@ NEAR = {
     "fit --config contrastiv/emoji": "contrastive/emoji",
     "fit --config contrastive-emoji": "contrastive/emoji",
     f"fit {' '.join(E)} --config on/tny": "on/tiny",
-    f"fit {' '.join(E)} --config with/no-techer": "with/no-teacher",
+    f"fit {' '.join(E)} --config with/train/siglp": "with/train/siglip",
     f"fit {' '.join(E)} --data emojis": "Emoji",
     f"fit {' '.join(E)} --model Contrastiv": "Contrastive",
     f"fit {' '.join(E)} --model.optimizer AdmW": "AdamW",

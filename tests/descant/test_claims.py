@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 from descant.claims import run, spec, store, summary, table
+from descant.claims.claim import Claim
 from descant.claims.judge import FAILED, NOT, PASSED, decide, judge
-from descant.claims.spec import Claim
+from descant.cli.catalogue import extended, find
 from descant.cli.errors import Refusal
 from descant.report.statistics import paired
 from tests.conftest import Result
@@ -246,7 +247,7 @@ def test_scored_code_must_run_as_often_in_the_sham(made: Callable[..., Claim]) -
         ({"also": [{"metric": "a", "arm": "metod", "at_least": 0}]}, r"also\[0\]: no arm 'metod'; nearest: method"),
         ({"also": [{"metric": "a", "arm": "method"}]}, "at_least or at_most"),
         ({"also": [{"metric": "a", "arm": "method", "against": "method", "at_least": 0}]}, "a of method less itself"),
-        ({"also": [{"metric": "a", "arm": "method", "times": 2, "at_least": 0}]}, r"also\[0\]: times: of what"),
+        ({"also": [{"metric": "a", "arm": "method", "times": 2, "at_least": 0}]}, r"also\[0\]: times needs `minus`"),
         (
             {"also": [{"metric": "a", "arm": "method", "above": "method", "at_least": 0}]},
             r"also\[0\]: above: method above itself",
@@ -258,6 +259,7 @@ def test_scored_code_must_run_as_often_in_the_sham(made: Callable[..., Claim]) -
         ({"before": {"experiment": "toy.yml"}}, "toy.yml: no such file"),
         ({"budget": {"equal": "flops"}}, "budget.equal flops; known: samples, seconds, steps"),
         ({"status": "maybe"}, r"status maybe: gate \(must pass\) or report"),
+        ({"arms": CONTENT["arms"] | {"sham": {"config": [1]}}}, "arms.sham: config: a configuration is expected"),
     ],
 )
 def test_what_is_wrong_in_a_claim_is_named(made: Callable[..., Claim], changes: dict[str, Any], says: str) -> None:
@@ -274,6 +276,35 @@ def test_its_digest_is_of_all_that_it_is_made_of(made: Callable[..., Claim], wor
     assert made().digest == first
     (workplace / "toy.yaml").write_text(f"{toy}\nname: other\n")
     assert made().digest != first
+
+
+def test_a_digest_is_of_what_a_run_composes_to_and_not_of_files_or_names(
+    made: Callable[..., Claim], workplace: Path
+) -> None:
+    over: dict[str, Any] = {"model": {"scale": 2.0}, "trainer": {"callbacks+": [{"class_path": "CMGH"}]}}
+    (workplace / "over.yaml").write_text(yaml.safe_dump(over))
+    (workplace / "both.yaml").write_text("extends: [toy.yaml, over.yaml]\n")
+    by_name = made(arms=CONTENT["arms"] | {"method": {"configs": ["over.yaml"]}})
+    inside = made(arms=CONTENT["arms"] | {"method": {"config": over}})
+    assert made(arms=CONTENT["arms"] | {"method": {"config": {"extends": "over.yaml"}}}).digest == inside.digest
+    assert made(arms=CONTENT["arms"] | {"method": {"configs": ["both.yaml"]}}).digest == inside.digest
+    over["trainer"]["callbacks+"][0]["class_path"] = "Realign"  # the old name of CMGH
+    renamed = made(arms=CONTENT["arms"] | {"method": {"config": over}})
+    assert by_name.digest == inside.digest == renamed.digest != made().digest
+    assert made(title="in other words", source="elsewhere").digest == made().digest
+    over["model"]["scale"] = 3.0
+    assert made(arms=CONTENT["arms"] | {"method": {"config": over}}).digest != inside.digest
+
+
+def test_the_config_inside_an_arm_is_a_configuration_with_a_name(made: Callable[..., Claim], workplace: Path) -> None:
+    own = {"extends": "toy.yaml", "model": {"scale": 2.0}}
+    claim = made(arms=CONTENT["arms"] | {"method": {"config": own}})
+    assert claim.command("method", 0, "full")[:4] == ["--config", "toy.yaml", "--config", "toy-claim.yaml:method"]
+    file = find("toy-claim.yaml:method")
+    assert yaml.safe_load(file.read_text()) == own and find("toy-claim.yaml:method") == file
+    assert extended(file) == [(workplace / "toy.yaml").resolve()]
+    with pytest.raises(Refusal, match="has no arm 'metod' with a `config`; nearest: method"):
+        find("toy-claim.yaml:metod")
 
 
 def test_auto_has_the_digest_of_what_it_replaced_and_results_say_what_it_was(
@@ -388,7 +419,7 @@ def test_a_validation_is_not_the_end_where_settings_are_chosen(made: Callable[..
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"tuning": None}, "arms.baseline: settings: chosen by what"),
+        ({"tuning": None}, "arms.baseline: settings need `tuning`"),
         ({"tuning": {"seed": 0}}, "tuning.seed 0: in pilot or full too"),
         ({"tuning": {"seed": 9, "better": "more"}}, "tuning.better more: higher or lower"),
         ({"arms": CONTENT["arms"]}, "tuning: no arm has settings"),
@@ -417,7 +448,7 @@ def test_a_result_of_another_configuration_is_never_overwritten(made: Callable[.
     store.write(results, claim, "full", runs_of([0.5, 0.6, 0.7], [0.0, 0.1, -0.1]), 61.0)
     store.require_free(results, claim, "full")
     before = store.path(results, claim.name, "full").read_text()
-    with pytest.raises(Refusal, match=r"move the file away to run it anew"):
+    with pytest.raises(Refusal, match=r"move the file away to run the claim again"):
         store.require_free(results, made(seed=98), "full")
     assert store.path(results, claim.name, "full").read_text() == before
     store.path(results, claim.name, "full").write_text("{")

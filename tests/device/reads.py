@@ -68,13 +68,13 @@ def _small(rows: int) -> tuple[str, ...]:
 #: Recipe -> what ships of it.
 RECIPES: dict[str, list[Case]] = {
     "Contrastive": [
-        Case(("contrastive/emoji", "with/missing-text")),
-        Case(("contrastive/emoji", "with/siglip"), slow=True),
-        Case(("contrastive/emoji", "with/gradcache", "with/missing-text"), slow=True),
-        Case(("contrastive/emoji-gap", "with/intra"), slow=True),
-        Case(("contrastive/scenes", "with/knowledge", "with/swap-negatives"), slow=True),
-        Case(("contrastive/scenes", "with/hardest-hinge"), slow=True),
-        Case(("contrastive/emoji-vit", "with/ema", "with/throughput"), slow=True),
+        Case(("contrastive/emoji", "with/train/missing-text")),
+        Case(("contrastive/emoji", "with/train/siglip"), slow=True),
+        Case(("contrastive/emoji", "with/train/gradcache", "with/train/missing-text"), slow=True),
+        Case(("contrastive/emoji-gap", "papers/cross-the-gap"), slow=True),
+        Case(("contrastive/scenes", "with/train/knowledge", "papers/structure-clip"), slow=True),
+        Case(("contrastive/scenes", "with/train/hardest-hinge"), slow=True),
+        Case(("contrastive/emoji-vit", "with/train/ema", "with/evaluate/throughput"), slow=True),
         Case(("contrastive/emoji-spoken",), slow=True),
     ],
     "Masked": [
@@ -85,10 +85,10 @@ RECIPES: dict[str, list[Case]] = {
     ],
     "Fusion": [
         Case(("fusion/emoji",), slow=True),
-        Case(("fusion/emoji", "with/attention-fusion", "with/game"), slow=True),
-        Case(("fusion/emoji", "with/margins"), slow=True),
+        Case(("fusion/emoji", "with/train/attention-fusion", "with/balance/mcr"), slow=True),
+        Case(("fusion/emoji", "with/balance/margins"), slow=True),
     ],
-    "Alternating": [Case(("fusion/emoji", "with/turns"), slow=True)],
+    "Alternating": [Case(("fusion/emoji", "with/balance/mla"), slow=True)],
     "Certified": [Case(("fusion/certified",), slow=True)],
     "Ensemble": [Case(("fusion/ensemble",), slow=True)],
     "MissingModality": [Case(("missing/emoji",), slow=True)],
@@ -109,12 +109,16 @@ GRAM = "the mix of a step hangs on its Gram matrices"
 #: What reads once a step, or an optimizer step, wherever it is chosen.
 CHOSEN = [
     Case(
-        ("contrastive/emoji", "with/skip-nonfinite"), (), 1, "a step is left out before it changes a weight", slow=True
+        ("contrastive/emoji", "with/train/skip-nonfinite"),
+        (),
+        1,
+        "a step is left out before it changes a weight",
+        slow=True,
     ),
-    Case(("masked/emoji", "with/harmonize"), (), 1, GRAM, slow=True),
-    Case(("fusion/emoji", "with/mmpareto"), (), 1, GRAM, slow=True),
-    Case(("fusion/emoji", "with/balance"), (), 1, "factors of a step hang on its scores", slow=True),
-    Case(("contrastive/stamps", "with/realign"), _small(8), 1, GRAM, slow=True),
+    Case(("masked/emoji", "with/harmonize/pcgrad"), (), 1, GRAM, slow=True),
+    Case(("fusion/emoji", "with/balance/mmpareto"), (), 1, GRAM, slow=True),
+    Case(("fusion/emoji", "with/balance/ogm"), (), 1, "factors of a step hang on its scores", slow=True),
+    Case(("contrastive/stamps", "with/harmonize/cmgh"), _small(8), 1, GRAM, slow=True),
 ]
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from descant.cli.catalogue import find
 from descant.modules.io import plain
 from tests.rotation import turn
-from tests.test_experiments import EXPERIMENTS, begin
+from tests.test_experiments import begin
 
 
 def fit(cli: Any, device: Any, experiment: str, *more: str, steps: int = 2) -> dict[str, Any]:
@@ -44,7 +45,7 @@ FROM_A_RUN = ("missing/emoji", "reinforce/emoji")
     "experiment", [SHIPPED[0], *(pytest.param(name, marks=pytest.mark.slow) for name in turn(SHIPPED[1:], 2))]
 )
 def test_what_ships_trains_resumes_and_is_exported(experiment: str, cli: Any, device: Any) -> None:
-    begin(EXPERIMENTS / f"{experiment}.yaml", cli)
+    begin(find(experiment), cli)
     few = ("--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1")
     fit(cli, device, experiment, "--test", "false", *few, steps=1)
     fit(cli, device, experiment, "--test", "true" if experiment != SHIPPED[0] else "false", *few)

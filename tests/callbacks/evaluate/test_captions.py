@@ -74,7 +74,7 @@ def test_data_without_a_mixer_is_refused_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overlay", "alt"), quick([(None, 0.0), ("with/hybrid-captions", 0.5), ("with/alt-captions", 1.0)], 3)
+    ("overlay", "alt"), quick([(None, 0.0), ("papers/revisit-captions", 0.5), ("claims/revisit-captions:alt", 1.0)], 3)
 )
 def test_overlays_set_the_shares_that_they_say(overlay: str | None, alt: float, cli: Any) -> None:
     names = ["contrastive/emoji-captions", *([overlay] if overlay else []), "on/tiny"]

@@ -246,7 +246,7 @@ def test_what_is_put_in_place_of_a_class_needs_nothing_of_that_class(cli: Cli, w
     (workplace / "taught.yaml").write_text("model: {init_args: {distill: {class_path: Distill}}}")
     base = ("check", "--config=contrastive/emoji", "--config=on/tiny")
     assert cli(*base, "--config=own.yaml", "--data", "emoji", "--data.size=32").rc == 0
-    assert cli(*base, "--config=taught.yaml", "--config=with/no-teacher").rc == 0
+    assert cli(*base, "--config=taught.yaml", "--config=claims/dcd:baseline").rc == 0
     assert "Distill needs it" in cli(*base, "--config=taught.yaml").refusal
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from descant.cli.catalogue import BASE, experiments, overlays
+from descant.cli.catalogue import BASE, experiments, layers, overlays
 from descant.cli.document import load
 from descant.cli.dump import Written
 from descant.cli.explain import inert
@@ -102,7 +102,7 @@ def test_every_overlay_that_ships_changes_its_experiment(written_content: dict[s
     walk = {}
     for name, file in experiments().items():
         walk[name] = Walk(Written(written_content, "fit"), [])
-        for source in (BASE, file):
+        for source in (BASE, *layers([file])):
             walk[name].source(load(source))
     for name, over in overlays().items():
         if name.startswith("data/"):

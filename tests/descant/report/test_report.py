@@ -363,7 +363,7 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
 
 @pytest.mark.slow
 def test_a_browser_shows_charts_tooltips_and_dark_mode_without_requests(cli: Cli, browser: Browser) -> None:
-    overlays = ("contrastive/emoji", "with/pictures", "on/tiny")
+    overlays = ("contrastive/emoji", "with/evaluate/images", "on/tiny")
     fit = ("fit", *(part for name in overlays for part in ("--config", name)), "--trainer.max_steps", "4")
     for seed, rate in ((0, 1e-3), (1, 1e-3), (0, 1e-4)):
         result = cli(*fit, "--name", f"r{rate:g}", "--seed_everything", str(seed), "--model.optimizer.lr", str(rate))

@@ -462,7 +462,7 @@ def test_a_full_disk_is_one_line_of_the_command(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(manifest, "stage", stage)
-    every = ("--config", "with/async-save", "--trainer.callbacks+=Resume", "--trainer.callbacks.every", "3")
+    every = ("--config", "with/train/async-save", "--trainer.callbacks+=Resume", "--trainer.callbacks.every", "3")
     line = toy("fit", *every, "--name", "x").refusal
     assert "step-0000006.ckpt: not written: No space left on device" in line
     points = workplace / "runs/x/001/resume"

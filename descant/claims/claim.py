@@ -1,0 +1,273 @@
+"""Claim, Arm, Metric, Condition: which runs are compared, at which budget, and the rule that judges them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import yaml
+
+#: Arms that every claim compares; it may have more, such as an oracle.
+ARMS = ("baseline", "method", "sham")
+BUDGETS = ("pilot", "full")
+#: Name of the runs that choose settings.
+TUNE = "tune"
+#: Budget in which the arms of a claim are equal -> key of ``metrics.json``.
+EQUAL = {"steps": "steps", "samples": "samples", "seconds": "train_seconds"}
+#: Least share of the method's training time in every other arm, where arms are equal in seconds.
+LEAST_TIME = 0.8
+#: Name of the run from which all arms of a seed begin; and the placeholder of its folder in options.
+BEFORE, BEFORE_FOLDER = "before", "BEFORE"
+#: Placeholders in options: ``ARM/name`` is the folder of that arm's run with the same seed, ``SETTING`` a setting.
+OF_ARM, SETTING = "ARM", "SETTING"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number in ``metrics.json``, which way is better, and which difference counts.
+
+    Attributes:
+        name: such as ``vendor/i2t_r1``. higher: whether more is better. margin: of method over baseline, in its units.
+    """
+
+    name: str
+    higher: bool
+    margin: float
+
+    def gain(self, value: float, against: float) -> float:
+        """How much better ``value`` is: positive is better, whichever way the metric goes."""
+        return value - against if self.higher else against - value
+
+
+@dataclass(frozen=True)
+class Condition:
+    """``low <= metric(arm) - times * minus(against) <= high`` as means over seeds; without ``minus`` metric(arm).
+
+    Attributes:
+        minus: another metric, or the same of another arm. against: the arm of ``minus``. above: an arm whose values
+            are subtracted from both, such as the one from which a share of a gap is won back.
+    """
+
+    metric: str
+    arm: str
+    minus: str | None
+    against: str
+    times: float
+    low: float | None
+    high: float | None
+    above: str | None = None
+
+    @property
+    def reads(self) -> list[tuple[str, str]]:
+        """The (arm, metric) pairs of which it is computed."""
+        pairs = [(self.arm, self.metric), *([(self.against, self.minus)] if self.minus is not None else [])]
+        return [*pairs, *((self.above, metric) for _, metric in pairs if self.above is not None)]
+
+    def __str__(self) -> str:
+        text = f"{self.metric} of {self.arm}"
+        if self.minus is not None:
+            other = [self.minus] if self.minus != self.metric else []
+            other += [("of " if other else "") + self.against] if self.against != self.arm else []
+            text += f" less {self.times:g} x " if self.times != 1 else " less "
+            text += " ".join(other)
+        if self.above is not None:
+            text += f", {'both' if self.minus is not None else 'counted'} above {self.above}"
+        bounds = ((">=", self.low), ("<=", self.high))
+        return f"{text} {' and '.join(f'{sign} {bound:g}' for sign, bound in bounds if bound is not None)}"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What an arm adds to the experiment: overlays by name, then options.
+
+    Attributes:
+        configs: names of overlays, and ``claims/NAME:ARM`` for a ``config`` that stands inside an arm.
+        settings: values, one of which replaces every ``SETTING`` in its options; validation chooses it.
+    """
+
+    configs: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    settings: tuple[Any, ...] = ()
+
+    def needs(self) -> set[str]:
+        """The arms whose run folders its options name."""
+        return {text.split("/")[1] for text in texts(self.options) if _of_arm(text)}
+
+    def set(self, value: Any) -> Arm:
+        """The arm with this setting."""
+        options = _filled(self.options, lambda text: value if text == SETTING else text)
+        return replace(self, options=options, settings=())
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How settings are chosen: one run each with this seed, at the full budget, by a metric of its last validation.
+
+    ``options``: further options of these runs, such as data whose validation set is not the test set.
+    """
+
+    seed: int
+    metric: Metric
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim, as ``spec.load`` reads it.
+
+    Attributes:
+        seed: number of its paper. before: a run that is trained once a seed, from which all arms of the seed begin.
+        also: further conditions. secondary: metrics that are reported. calls: a counter that has to be equal in the
+            method and in the sham. equal: key of the budget in ``metrics.json``. digest: of all that its runs are made
+            of and of the rule. alone: arms that are shown by the metrics of their conditions and no others. note: what
+            a reader of its numbers has to know.
+    """
+
+    name: str
+    title: str
+    seed: int
+    source: str
+    experiment: str
+    arms: Mapping[str, Arm]
+    before: Arm | None
+    metric: Metric
+    sham_margin: float
+    also: tuple[Condition, ...]
+    secondary: tuple[str, ...]
+    calls: str | None
+    seeds: Mapping[str, tuple[int, ...]]
+    equal: str
+    budgets: Mapping[str, Mapping[str, Any]]
+    status: str
+    baseline_tuning: str | None
+    digest: str
+    alone: tuple[str, ...] = ()
+    tuning: Tuning | None = None
+    note: str | None = None
+
+    def metrics(self) -> list[str]:
+        """All metrics that are reported, the first one first."""
+        read = [metric for condition in self.also for _, metric in condition.reads]
+        return list(dict.fromkeys([self.metric.name, *read, *self.secondary]))
+
+    @property
+    def first(self) -> set[str]:
+        """Names of the runs from which others begin."""
+        return {BEFORE, *(other for arm in self.arms.values() for other in arm.needs())}
+
+    @property
+    def beyond(self) -> set[str]:
+        """Names of the arms that continue the method, the baseline or the sham."""
+        return {name for name, arm in self.arms.items() if name not in ARMS and arm.needs() & set(ARMS)}
+
+    def steps(self, arm: str, budget: str) -> int | None:
+        """The optimizer steps of a run, where the claim states them."""
+        options = {} if arm == BEFORE else self.budgets[budget]
+        added = self.before if arm == BEFORE else self.arms[arm]
+        assert added is not None
+        return {**options, **added.options}.get("trainer.max_steps")
+
+    def needed(self, arm: str) -> list[str]:
+        """The metrics that a run of an arm has to have; others are optional.
+
+        An arm beside baseline, method and sham needs those that a condition reads of it: a model of one modality has
+        no metrics of the others. A run from which others begin may need none.
+        """
+        read = [metric for condition in self.also for of, metric in condition.reads if of == arm]
+        needed = [self.metric.name, *read] if arm in ARMS or not (read or arm in self.first) else read
+        return list(dict.fromkeys([*needed, *([self.calls] if self.calls and arm in ("method", "sham") else [])]))
+
+    def command(self, arm: str, seed: int, budget: str, place: Callable[[str], str] | None = None) -> list[str]:
+        """The arguments of ``descant fit`` of one run, without its name and its folder.
+
+        ``place``: name of another run with this seed -> its folder.
+        """
+        if arm == BEFORE:
+            assert self.before is not None
+            configs, options = list(self.before.configs), dict(self.before.options)
+        else:
+            configs = [self.experiment, *self.arms[arm].configs]
+            options = {**self.budgets[budget], **self.arms[arm].options}
+        if place is not None:
+            options = _filled(options, lambda text: _placed(text, place))
+        words = [word for config in configs for word in ("--config", config)]
+        return [*words, *(f"--{key}={_text(value)}" for key, value in options.items()), f"--seed_everything={seed}"]
+
+    # settings -----------------------------------------------------------------------------------------------------
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether some arm has settings to choose from."""
+        return any(arm.settings for arm in self.arms.values())
+
+    def candidates(self) -> Claim:
+        """The claim whose arms are the settings of this one's, ``ogm.0``, ``ogm.1`` ..., and the runs they need."""
+        assert self.tuning is not None
+        arms = {f"{name}.{i}": arm.set(x) for name, arm in self.arms.items() for i, x in enumerate(arm.settings)}
+        needed = {name for arm in arms.values() for name in arm.needs()}
+        return replace(
+            self,
+            arms={name: self.arms[name] for name in self.arms if name in needed} | arms,
+            metric=self.tuning.metric,
+            also=(),
+            secondary=(),
+            calls=None,
+            seeds={TUNE: (self.tuning.seed,)},
+            budgets={TUNE: {**self.budgets["full"], **self.tuning.options}},
+        )
+
+    def chosen(self, runs: Mapping[str, Mapping[int, Mapping[str, float]]]) -> dict[str, int]:
+        """Arm -> index of the best of its settings in the runs of its candidates; the first of equal ones."""
+        assert self.tuning is not None
+        best = {}
+        for name, arm in self.arms.items():
+            values = [runs[f"{name}.{i}"][self.tuning.seed][self.tuning.metric.name] for i in range(len(arm.settings))]
+            if values:
+                best[name] = values.index(max(values) if self.tuning.metric.higher else min(values))
+        return best
+
+    def settled(self, chosen: Mapping[str, int]) -> Claim:
+        """The claim with these settings."""
+        arms = {name: arm.set(arm.settings[chosen[name]]) if arm.settings else arm for name, arm in self.arms.items()}
+        return replace(self, arms=arms)
+
+
+def _text(value: object) -> str:
+    """A value as the command line takes it."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if not isinstance(value, dict | list):
+        return str(value)
+    return str(yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf)).strip()
+
+
+def _filled(value: Any, of: Callable[[str], Any]) -> Any:
+    """The value with ``of(text)`` in place of every text in it."""
+    if isinstance(value, Mapping):
+        return {key: _filled(item, of) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_filled(item, of) for item in value]
+    return of(value) if isinstance(value, str) else value
+
+
+def texts(value: Any) -> list[str]:
+    """All texts in a value, at any depth."""
+    found: list[str] = []
+    _filled(value, found.append)
+    return found
+
+
+def _of_arm(text: str) -> bool:
+    return text.startswith(f"{OF_ARM}/")
+
+
+def _placed(text: str, place: Callable[[str], str]) -> str:
+    """A text that begins with ``BEFORE``, or with ``ARM/`` and a name, as a path in that run's folder."""
+    if text.split("/")[0] == BEFORE_FOLDER:
+        return place(BEFORE) + text[len(BEFORE_FOLDER) :]
+    if _of_arm(text):
+        _, arm, *rest = text.split("/")
+        return "/".join([place(arm), *rest])
+    return text

@@ -1,0 +1,135 @@
+"""The list of papers: a row each, and behind a built one its configuration, its pieces, its claim and its test."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from descant.cli.catalogue import ROOT, experiments, find, layers, papers, renamed, shipped
+from descant.cli.errors import Refusal
+from descant.modules.io.names import full
+from tests.conftest import Result
+
+TOP = Path(__file__).parents[2]
+BUILT = [paper for paper in papers() if paper["status"] == "built"]
+KEYS = {"number", "name", "family", "arxiv", "title", "status"}
+TRIPLE = {"experiment", "claim", "equation", "pieces", "test"}
+
+
+def faults(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """One line for each thing that is wrong in a list of papers."""
+    lines = [
+        f"index.yaml: two papers with the {key} {value}: {', '.join(row['name'] for row in rows if row[key] == value)}"
+        for key in ("number", "name", "arxiv")
+        for value, count in Counter(row[key] for row in rows).items()
+        if count > 1
+    ]
+    for row in rows:
+        needed = KEYS | (TRIPLE if row["status"] == "built" else set())
+        if set(row) != needed:
+            lines.append(f"{row['name']}: {', '.join(sorted(set(row) ^ needed))}: missing, or no such key")
+        elif row["status"] == "built":
+            lines += [f"{row['name']}: {what}" for what in _missing(row)]
+    return lines
+
+
+def _missing(row: dict[str, Any]) -> list[str]:
+    """Which of its three parts a built paper lacks."""
+    used = "".join(file.read_text() for file in (ROOT / "claims", ROOT / "with") for file in file.rglob("*.yaml"))
+    if row["experiment"] in experiments():
+        used += "".join(file.read_text() for file in layers([experiments()[row["experiment"]]]))
+    checks = {
+        f"no experiment {row['experiment']}": row["experiment"] in experiments(),
+        f"no claim {row['claim']}": (ROOT / f"claims/{row['claim']}.yaml").is_file(),
+        f"no test {row['test']}": (TOP / row["test"]).is_file(),
+    }
+    checks |= {f"no class {piece}": full(piece) is not None for piece in row["pieces"]}
+    checks |= {f"no YAML names {piece}": bool(re.search(rf"\b{piece}\b", used)) for piece in row["pieces"]}
+    return [what for what, there in checks.items() if not there]
+
+
+def test_the_list_is_whole() -> None:
+    assert faults(papers()) == []
+    assert [paper["number"] for paper in papers()] == list(range(1, 57)) and len(BUILT) == 15
+    assert {paper["equation"] for paper in BUILT} == {"exact", "ours"}
+    shipped = {name for name in experiments() if name.startswith("papers/")}
+    assert shipped == {paper["experiment"] for paper in BUILT} == {f"papers/{paper['name']}" for paper in BUILT}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"number": 24}, ["index.yaml: two papers with the number 24: comd, dcd"]),
+        ({"test": "tests/papers/test_none.py"}, ["dcd: no test tests/papers/test_none.py"]),
+        ({"experiment": "papers/none"}, ["dcd: no experiment papers/none"]),
+        ({"pieces": ["RankTarget", "Nothing"]}, ["dcd: no class Nothing", "dcd: no YAML names Nothing"]),
+    ],
+)
+def test_what_a_paper_lacks_is_one_line(change: dict[str, Any], says: list[str]) -> None:
+    assert faults([row | (change if row["name"] == "dcd" else {}) for row in papers()]) == says
+
+
+@pytest.mark.parametrize("paper", BUILT, ids=lambda paper: paper["name"])
+def test_a_paper_is_a_short_file_that_says_what_to_expect(paper: dict[str, Any]) -> None:
+    file = experiments()[paper["experiment"]]
+    text = file.read_text()
+    assert len(text.splitlines()) <= 25
+    head = text.splitlines()[0]
+    assert f"(arXiv {paper['arxiv']})" in head
+    for word in ("Claim", "Source", "Differs", "Command", "Expect"):
+        assert re.search(rf"^# {word}: +\S", text, re.MULTILINE), word
+    assert f"descant fit --config {paper['experiment']}\n" in text
+    expected = re.search(r"^# Expect:(.*?)^extends:", text, re.MULTILINE | re.DOTALL)
+    assert expected is not None and f"claim {paper['claim']}" in expected[1]
+    stored = json.loads((ROOT / f"claims/results/{paper['claim']}.json").read_text())
+    metric = yaml.safe_load((ROOT / f"claims/{paper['claim']}.yaml").read_text())["metric"]["name"]
+    values = [run[metric] for run in stored["runs"]["method"].values()]
+    assert metric in expected[1] and f"{sum(values) / len(values):.3f}" in expected[1], "the number of the claim"
+    assert ("Passed." in expected[1]) == (stored["verdict"] == "passed")
+
+
+def test_the_list_of_papers_fits_a_line_each_and_needs_no_torch(cli: Any) -> None:
+    result: Result = cli("list", "papers")
+    lines = result.out.splitlines()[1:]
+    assert len(lines) == 56 and max(map(len, lines)) <= 120
+    (dcd,) = (line for line in lines if " dcd " in line)
+    assert " ".join(dcd.split()) == "33 dcd distillation 2207.01426 exact not reproduced at this scale 54 min"
+    assert sum(line.endswith("planned") for line in lines) == 41
+    assert [line.split()[1] for line in cli("list", "papers", "passed").out.splitlines()[1:]] == [
+        *("cacara", "structure-clip", "missing-adaptation")
+    ]
+
+
+def test_an_old_name_goes_on_working_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for old, new in renamed("experiments").items():
+        assert old not in shipped(), "a name is old or new"
+        assert find(old) == find(new)
+        assert capsys.readouterr().err == f"descant: --config {old} is now {new}\n"
+
+
+def test_a_configuration_extends_others(tmp_path: Path) -> None:
+    first, second, third = (tmp_path / f"{name}.yaml" for name in ("first", "second", "third"))
+    first.write_text("extends: contrastive/scenes\nmodel: {init_args: {width: 8}}\n")
+    second.write_text("# mine\nextends: [first.yaml, with/train/ema]  # in this order\n")
+    below = [shipped()["contrastive/scenes"], first, shipped()["with/train/ema"], second]
+    assert layers([second]) == below and layers([first, second]) == [*below[:2], *below[2:]]
+    third.write_text("extends:\n- first.yaml\n- second.yaml\n")
+    assert layers([third]) == [*below, third] and layers([find("claims/crmt:method")])[0] == find("fusion/certified")
+    third.write_text("extends: {a: b}\n")
+    with pytest.raises(
+        Refusal, match=r"third.yaml: extends: the name of a configuration is expected, or a list of names"
+    ):
+        layers([third])
+    third.write_text("extends: third.yaml\n")
+    with pytest.raises(Refusal, match=r"third.yaml: extends: it extends itself"):
+        layers([third])
+    third.write_text("extends: contrastive/scene\n")
+    with pytest.raises(Refusal, match=r"--config contrastive/scene: no such file.*nearest: contrastive/scenes"):
+        layers([third])
