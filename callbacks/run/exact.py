@@ -27,7 +27,7 @@ _INEXACT: dict[type[L.Callback], str] = {
     StochasticWeightAveraging: "a resumed run ends in other weights; the callback EMA averages and is resumed exactly",
     GradientAccumulationScheduler: "its change is lost in a resume; trainer.accumulate_grad_batches is one number",
     ModelPruning: "its masks are lost in a resume; prune the model that descant export writes",
-    SpikeDetection: "a resumed run fails in it; the callback NonFinite and the overlay with/train/rollback go back exactly",
+    SpikeDetection: "a resumed run fails in it; NonFinite (with/train/rollback) goes back exactly",
 }
 #: Lightning callbacks that no recipe can use -> why, and what to use instead.
 _USELESS: dict[type[L.Callback], str] = {

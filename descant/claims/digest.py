@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from descant.modules.io.upgrade import upgrade
+
 #: What only says how a claim is shown.
 LOOKS = ("title", "source", "baseline_tuning", "alone", "note")
 #: Contents of the configurations that a name stands for, in the order in which they count.
@@ -18,8 +20,8 @@ def digest(claim: Mapping[str, Any], contents: Contents, renamed: Mapping[str, s
 
     The canonical form has, in place of the names of configurations, what they compose to: an overlay may become part
     of an arm, or an experiment move, and the digest stays. A class has its oldest name, without its module. Comments,
-    layout, the order of keys, texts that only a reader sees and the callback ``Sanity``, which changes no number, do
-    not count. ``trainer.precision: auto`` counts as bf16-mixed, what it is on machines that compute bfloat16: what it
+    layout, the order of keys, the form that classes had before they were merged, texts that only a reader sees and the
+    callback ``Sanity``, which changes no number, do not count. ``trainer.precision: auto`` counts as bf16-mixed, what it is on machines that compute bfloat16: what it
     was in a result is stored with the result.
 
     Args:
@@ -43,6 +45,7 @@ def _arm(experiment: str, arm: Mapping[str, Any], contents: Contents) -> dict[st
     composed: Any = {}
     for part in parts:
         composed = merged(composed, {key: value for key, value in (part or {}).items() if key != "extends"})
+    composed = upgrade(composed)
     trainer = composed.get("trainer") or {}
     if trainer.get("precision") == "auto":
         composed["trainer"] = {**trainer, "precision": "bf16-mixed"}

@@ -17,8 +17,9 @@ from descant.claims.claim import OF_ARM, SETTING, Arm, Condition, Metric, Tuning
 from descant.claims.claim import TUNE as TUNE
 from descant.claims.claim import Claim as Claim
 from descant.claims.digest import digest
-from descant.cli.catalogue import ROOT, find, layers, renamed
+from descant.cli.catalogue import ROOT, find, layers
 from descant.cli.errors import Refusal, fail, hint, one_line
+from descant.modules.io.renamed import CLASSES
 
 #: The keys of a claim, of its arms, and of all else in it that has keys; the first seven are needed.
 KEYS = (
@@ -94,7 +95,7 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
     options = dict(content.get("options") or {})
     seeds = _all_seeds(where, content, tuning)
     try:
-        marked = digest(content, _contents(), renamed("classes"))
+        marked = digest(content, _contents(), CLASSES)
     except Refusal as refusal:
         fail(f"{where}: {str(refusal).removeprefix('--config ')}")
     return Claim(

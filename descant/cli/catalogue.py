@@ -17,7 +17,7 @@ from descant.modules.io.checkpoints import followed
 
 ROOT = Path(__file__).resolve().parents[1] / "experiments"
 BASE = ROOT / "base.yaml"
-#: Old name -> new name, of experiments and of classes; the list of papers. Neither is a configuration.
+#: Old name -> new name, of experiments; the list of papers. Neither is a configuration.
 RENAMED, PAPERS = ROOT / "renamed.yaml", ROOT / "papers/index.yaml"
 #: Folders of pieces that complete an experiment; everything else is an experiment.
 OVERLAYS = ("data", "on", "with")
@@ -94,9 +94,9 @@ def header(file: Path) -> str:
 
 
 @cache
-def renamed(what: str) -> dict[str, str]:
-    """Old name -> new name of ``experiments`` or ``classes``."""
-    table: dict[str, str] = _yaml(RENAMED)[what]
+def renamed() -> dict[str, str]:
+    """Old name -> new name of experiments."""
+    table: dict[str, str] = _yaml(RENAMED)["experiments"]
     return table
 
 
@@ -130,7 +130,7 @@ def find(name: str) -> Path:
     file = ROOT / f"{plain}.yaml"
     if re.fullmatch(r"[\w/-]+", plain) and file.is_file() and file not in (BASE, RENAMED, PAPERS):
         return file
-    if (new := renamed("experiments").get(plain)) is not None:
+    if (new := renamed().get(plain)) is not None:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             say(f"--config {name} is now {new}")
         return find(new)

@@ -14,6 +14,7 @@ from descant.cli.catalogue import ROOT
 from descant.cli.errors import Refusal
 from descant.cli.untrusted import text_of
 from descant.modules.io import renamed
+from descant.modules.io.upgrade import upgrade
 
 #: Most values in one file, aliases included (aliases of aliases expand exponentially).
 MOST = 100_000
@@ -75,13 +76,50 @@ def load(file: Path) -> Node:
     if not isinstance(node.content, dict):
         raise Refusal(f"{name}: a configuration is a mapping of keys, and this is not one")
     node.text = text
-    if _renamed(node):
+    if _upgraded(node) | _renamed(node):
         replaced[text] = node
     return node
 
 
 #: Text of a file -> its nodes, of files in which names of an earlier version were replaced: what the parser reads.
 replaced: dict[str, Node] = {}
+
+
+class _Placed(dict[str, Any]):
+    """A mapping that keeps its place while arguments move between classes."""
+
+    where = ""
+
+
+def _upgraded(root: Node) -> bool:
+    """Replace classes that were merged since, with their arguments; whether there was one."""
+    notices: list[str] = []
+    plain = upgrade(_placed(root), notices.append)
+    for line in notices:
+        old, _, new = line.partition(" is now ")
+        renamed.notice(root.where, old, new)
+    if notices:
+        root.content = _nodes(plain, root.where, root.folder).content
+    return bool(notices)
+
+
+def _placed(node: Node) -> Any:
+    if isinstance(node.content, list):
+        return [_placed(item) for item in node.content]
+    if not isinstance(node.content, dict):
+        return node.content
+    value = _Placed({key: _placed(item) for key, item in node.content.items()})
+    value.where = node.where
+    return value
+
+
+def _nodes(value: Any, where: str, folder: Path) -> Node:
+    where = value.where if isinstance(value, _Placed) else where
+    if isinstance(value, list):
+        return Node([_nodes(item, where, folder) for item in value], where, folder)
+    if isinstance(value, dict):
+        return Node({key: _nodes(item, where, folder) for key, item in value.items()}, where, folder)
+    return Node(value, where, folder)
 
 
 def _renamed(root: Node) -> bool:

@@ -15,9 +15,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from descant.modules.io import names
+from descant.modules.io.upgrade import upgrade
 
 #: Old class name -> present one.
 CLASSES = {
+    **dict(Chat="VisionLanguage", Imitate="SFT", Judge="VerifierProcess", Prefer="DPO", Reinforce="GRPO"),
     **dict(Advances="StagedRecipe", Alike="UniformWeighting", AnswerJudge="AnswerScorer", Asked="FusionContext"),
     **dict(Behind="StudentLag", Blend="GradientBlending", Blocked="BlockShuffle", Bpe="BPETokenizer"),
     **dict(Bytes="ByteTokenizer", Codec="Tokenizer", Contends="MultimodalClassifier", Decided="FusionInputs"),
@@ -34,9 +36,14 @@ CLASSES = {
     **dict(Unsure="TeacherUncertainty", Votes="SoftVoting", Words="WordTokenizer", ZeroFill="ZeroImputer"),
 }
 #: Present class name -> old argument -> present one.
-ARGUMENTS: dict[str, dict[str, str]] = {}
+ARGUMENTS: dict[str, dict[str, str]] = {"Stage": {"learns": "objective"}}
 #: Old class name -> what there is in its place, of classes that were removed.
-GONE: dict[str, str] = {}
+GONE: dict[str, str] = {
+    "EachMask": "one corruption for all modalities, such as UniformMask",
+    "Overlong": "Rollouts(cut: leave) leaves out answers that were cut off",
+    "Preferred": "VisionLanguage with objective: DPO",
+    "Reinforced": "VisionLanguage with objective: GRPO",
+}
 #: Modules of version 0.1.0, a part a row: paths into them are resolved by class name.
 _MODULES = {
     "recipes": """alternating base certified chat classifier contrastive distillation ensemble fusion masked matching
@@ -151,11 +158,21 @@ def rename_arguments(name: str, arguments: dict[str, Any], where: str = "") -> b
 
 def config(value: Any, where: str = "") -> Any:
     """A plain configuration with its old names replaced, at any depth; without ``where`` there are no notices."""
+
+    def notice_line(line: str) -> None:
+        if where:
+            old, _, new = line.partition(" is now ")
+            notice(where, old, new)
+
+    return _renamed(upgrade(value, notice_line), where)
+
+
+def _renamed(value: Any, where: str) -> Any:
     if isinstance(value, list):
-        return [config(item, where) for item in value]
+        return [_renamed(item, where) for item in value]
     if not isinstance(value, Mapping):
         return value
-    content = {key: config(item, where) for key, item in value.items()}
+    content = {key: _renamed(item, where) for key, item in value.items()}
     if isinstance(name := content.get("class_path"), str):
         content["class_path"] = read(name, where) if where else current(name)
         if isinstance(arguments := content.get("init_args"), dict):

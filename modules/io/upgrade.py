@@ -5,10 +5,12 @@ Names that were only renamed are in a table elsewhere; here are those whose argu
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Node = dict[str, Any]
 
@@ -30,7 +32,9 @@ def upgrade(value: Any, notice: Callable[[str], None] = lambda _: None) -> Any:
         return [upgrade(item, notice) for item in value]
     if not isinstance(value, Mapping):
         return value
-    node = {key: upgrade(item, notice) for key, item in value.items()}
+    node = copy.copy(value) if isinstance(value, dict) else dict(value)  # a subclass keeps what it holds beside
+    for key, item in value.items():
+        node[key] = upgrade(item, notice)
     name = node.get("class_path")
     change = CHANGES.get(name.rpartition(".")[2]) if isinstance(name, str) else None
     if change is None or not isinstance(node.get("init_args", {}), Mapping | None):
@@ -38,8 +42,10 @@ def upgrade(value: Any, notice: Callable[[str], None] = lambda _: None) -> Any:
     changed = change({**node, "init_args": dict(node.get("init_args") or {})})
     if changed is None:
         return node
-    notice(f"{name.rpartition('.')[2]} is now {changed['class_path'].rpartition('.')[2]}")  # type: ignore[union-attr]
-    return changed
+    notice(f"{str(name).rpartition('.')[2]} is now {changed['class_path'].rpartition('.')[2]}")
+    node.clear()
+    node.update(changed)
+    return node
 
 
 def _objective(node: Node) -> Node | None:

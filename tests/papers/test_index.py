@@ -108,7 +108,7 @@ def test_the_list_of_papers_fits_a_line_each_and_needs_no_torch(cli: Any) -> Non
 
 
 def test_an_old_name_goes_on_working_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    for old, new in renamed("experiments").items():
+    for old, new in renamed().items():
         assert old not in shipped(), "a name is old or new"
         assert find(old) == find(new)
         assert capsys.readouterr().err == f"descant: --config {old} is now {new}\n"
