@@ -55,21 +55,21 @@ class Stages(Callback):
         self.watch = list(watch or [])
         self.seen: dict[str, list[tuple[int, float]]] = {name: [] for name in self.watch}
         self.begun: dict[str, int] = {}  # stage -> its first step
-        self.log = ResumableLog()
+        self.resumable_log = ResumableLog()
         self._sets: list[str] = []  # evaluation sets, whose metrics come from validations
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "seen": {name: list(rows) for name, rows in self.seen.items()},
             "begun": dict(self.begun),
-            **self.log.state_dict(),
+            **self.resumable_log.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         seen = state_dict["seen"]
         self.seen = {name: [(int(s), float(x)) for s, x in seen.get(name, [])] for name in self.watch}
         self.begun = dict(state_dict["begun"])
-        self.log.load_state_dict(state_dict)
+        self.resumable_log.load_state_dict(state_dict)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -97,7 +97,7 @@ class Stages(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._sets = list(trainer.datamodule.evaluation_sets("validate"))  # type: ignore[attr-defined]
-        self.log.again(trainer)
+        self.resumable_log.again(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -123,7 +123,8 @@ class Stages(Callback):
         number = list(pl_module.stages).index(name) + 1
         line = f"stage {number} of {len(pl_module.stages)}, {name}: {trains:,} parameters train"
         rank_zero_info(line)
-        self.log.say(trainer, {"stages/number": float(number)}, {"stages": f"step {trainer.global_step}: {line}"})
+        texts = {"stages": f"step {trainer.global_step}: {line}"}
+        self.resumable_log.say(trainer, {"stages/number": float(number)}, texts)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]

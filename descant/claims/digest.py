@@ -21,8 +21,8 @@ def digest(claim: Mapping[str, Any], contents: Contents, renamed: Mapping[str, s
     The canonical form has, in place of the names of configurations, what they compose to: an overlay may become part
     of an arm, or an experiment move, and the digest stays. A class has its oldest name, without its module. Comments,
     layout, the order of keys, the form that classes had before they were merged, texts that only a reader sees and the
-    callback ``Sanity``, which changes no number, do not count. ``trainer.precision: auto`` counts as bf16-mixed, what it is on machines that compute bfloat16: what it
-    was in a result is stored with the result.
+    callback ``Sanity``, which changes no number, do not count. ``trainer.precision: auto`` counts as bf16-mixed, what
+    it is on machines that compute bfloat16: what it was in a result is stored with the result.
 
     Args:
         claim: what its file says. contents: of names of configurations. renamed: old name of a class -> new name.
