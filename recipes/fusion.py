@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from descant.modules.balance.regularizer import FusionContext, Regularizer
 from descant.modules.core.batch import Batch
+from descant.modules.core.dtype import promote
 from descant.modules.core.objective import Term
 from descant.modules.core.output import FusionInputs, Output
 from descant.modules.fusion.classifiers import FusionHead, LateFusion, only
-from descant.modules.losses.contrastive import promote
 from descant.modules.towers import Towers
 from descant.modules.towers.heads import Pool, Pools
 from descant.recipes.base.classifier import Classifier

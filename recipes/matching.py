@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from descant.modules.core.batch import Batch
+from descant.modules.core.dtype import promote
 from descant.modules.core.host import derived, host_copy, to_device
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output, Scorer
@@ -27,7 +28,6 @@ from descant.modules.core.rng import mix_N
 from descant.modules.core.rows import zeroed
 from descant.modules.engine.sync_batch_norm import unseen
 from descant.modules.fusion.cross_encoder import CrossEncoder
-from descant.modules.losses.contrastive import promote
 from descant.modules.towers import Tokens, Towers
 from descant.recipes.base.recipe import Recipe
 

@@ -18,6 +18,7 @@ from descant.callbacks.harmonize.terms import Harmonize
 from descant.callbacks.plots.output import writers
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has, require
+from descant.modules.core.dtype import promote
 from descant.modules.core.errors import no_such
 from descant.modules.core.hooks import GradientHooks
 from descant.modules.core.host import read_together, to_device
@@ -27,7 +28,6 @@ from descant.modules.core.ranks import gather, mean_of_ranks, total_of_ranks
 from descant.modules.core.rng import global_seed, mix
 from descant.modules.core.step import Step
 from descant.modules.engine.trainer import log_interval, share_of_run
-from descant.modules.losses.contrastive import promote
 from descant.modules.multitask import Rule
 from descant.modules.objectives.curriculum import Curriculum
 

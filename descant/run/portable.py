@@ -16,10 +16,11 @@ from descant.cli.signatures import find_class
 from descant.datamodules.fields.fields import AudioField
 from descant.modules.adaptation.lora import Lora
 from descant.modules.adaptation.quantize import Quantize
+from descant.modules.adaptation.saved_tower import SavedTower
 from descant.modules.io import merge
 from descant.modules.io.saved import PLACE, WEIGHTS, Node
 from descant.modules.tokenizers.text import BPETokenizer, NgramTokenizer, PretrainedTokenizer, Tokenizer
-from descant.modules.towers import SavedTower, TransformersTower
+from descant.modules.towers import TransformersTower
 from descant.recipes.base.rebuild import untrained
 from descant.recipes.base.recipe import Recipe
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from descant.modules.core.batch_norm import FrozenBatchNormStats
 from descant.modules.core.host import has_host_copy, host_copy, with_host_copy
-from descant.modules.engine.checkpointing import FrozenBatchNormStats
 
 
 def chunked(function: Callable[[Tensor], Tensor], x_B: Tensor, chunks: int, module: nn.Module) -> Tensor:

@@ -6,7 +6,7 @@ Letters: B samples, T tokens, D width, C classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -15,7 +15,9 @@ from descant.modules.core.hooks import GradientHooks
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output, Scorer
 from descant.modules.core.step import Step
-from descant.modules.masking.corruptions import Corruption
+
+if TYPE_CHECKING:
+    from descant.modules.masking.corruptions import Corruption
 
 
 @runtime_checkable

@@ -19,11 +19,11 @@ from torch.utils.checkpoint import checkpoint
 
 from descant.modules.core.batch import Batch, chosen, some
 from descant.modules.core.capabilities import has
+from descant.modules.core.dtype import promote
 from descant.modules.core.host import host_copy, to_device
 from descant.modules.core.objective import Term, means
 from descant.modules.core.output import Decisions, Output
 from descant.modules.core.protocols import Embeds
-from descant.modules.losses.contrastive import promote
 
 #: Logits that are there at once.
 CELLS = 1 << 22

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
+from descant.modules.core.dtype import promote
 from descant.modules.core.host import host_copy, to_device
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Scorer
@@ -31,7 +32,6 @@ from descant.modules.core.ranks import gather
 from descant.modules.core.rng import mix_N
 from descant.modules.core.sham import Sham
 from descant.modules.distill.distill import DistillContext, Target, divergence
-from descant.modules.losses.contrastive import promote
 
 
 @dataclass(frozen=True)

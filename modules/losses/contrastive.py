@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.core import sham as shams  # the module: importing the class would be circular
+from descant.modules.core.dtype import promote
 from descant.modules.core.ranks import first_row, gather, gather_both, world
 from descant.modules.towers.heads import Projection
 
@@ -185,8 +186,3 @@ def _exclude(logits_BG: Tensor, out_BG: Tensor) -> Tensor:
     With the lowest finite number, not -inf: a row without negatives stays finite.
     """
     return logits_BG.masked_fill_(out_BG, torch.finfo(logits_BG.dtype).min)
-
-
-def promote(x: Tensor) -> Tensor:
-    """Half precision to float32; float32 and float64 stay."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from descant.modules.core.dtype import promote
 from descant.modules.core.host import host_copy, with_host_copy
 from descant.modules.core.ranks import first_row, gather_both, world
-from descant.modules.losses.contrastive import ContrastiveLoss, gathered_excluded, promote
+from descant.modules.losses.contrastive import ContrastiveLoss, gathered_excluded
 
 
 class PairMarginLoss(nn.Module):

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from descant.modules.core.dtype import promote
 from descant.modules.core.ranks import Passing, world
-from descant.modules.losses.contrastive import SigLIP, excluded, promote
+from descant.modules.losses.contrastive import SigLIP, excluded
 
 
 class RingSigLIP(SigLIP):

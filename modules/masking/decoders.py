@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from descant.modules.core.dtype import promote
 from descant.modules.core.host import host_copy, to_device
 from descant.modules.core.rows import RowTracker
-from descant.modules.losses.contrastive import promote
 from descant.modules.masking.corruptions import Grid
 from descant.modules.towers.image import checked_heads, sincos
 from descant.modules.towers.vit import EPS, Layout, RaggedBlock, attend, take

@@ -7,7 +7,6 @@ timm and transformers are imported when ``TimmTower`` or ``TransformersTower`` i
 from descant.modules.towers.audio import LogMelTower
 from descant.modules.towers.base import Frozen, Tokens, Tower, Towers
 from descant.modules.towers.image import ConvTower, PatchTower
-from descant.modules.towers.saved import SavedTower
 from descant.modules.towers.text import BagTower, TextTower
 from descant.modules.towers.timm import TimmTower
 from descant.modules.towers.transformers import TransformersTower
@@ -18,7 +17,6 @@ __all__ = [
     "Frozen",
     "LogMelTower",
     "PatchTower",
-    "SavedTower",
     "TextTower",
     "TimmTower",
     "Tokens",

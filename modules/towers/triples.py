@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.modules.losses.contrastive import promote
+from descant.modules.core.dtype import promote
 from descant.modules.towers.base import Tokens
 from descant.modules.towers.heads import FirstPool, Projection
 from descant.modules.towers.image import Block

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from descant.modules.core.batch import Batch, some
+from descant.modules.core.dtype import promote
 from descant.modules.core.host import host_copy, to_device
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Decisions
 from descant.modules.fusion.classifiers import FusionHead, class_labels, cross_entropy, only, require_classes
-from descant.modules.losses.contrastive import promote
 from descant.modules.towers import Towers
 from descant.modules.towers.heads import Pool, Pools
 from descant.recipes.base.shared_space import SharedSpace

@@ -7,8 +7,8 @@ from typing import Any
 
 from lightning.pytorch.cli import OptimizerCallable
 
+from descant.modules.adaptation.inherit import Begin
 from descant.modules.engine.schedule import Schedule
-from descant.modules.io.inherit import Begin
 from descant.modules.objectives.language import LanguageObjective
 
 

@@ -25,7 +25,9 @@ from descant.datamodules.tasks.descriptions import Descriptions
 from descant.datamodules.tasks.question_pool import QuestionPool, QuestionRollouts
 from descant.datamodules.tasks.questions import QuestionPairs, Questions
 from descant.modules.adaptation.imputation import PromptImputer
+from descant.modules.adaptation.inherit import Begin, Inherit
 from descant.modules.adaptation.modulation import ModulationBank
+from descant.modules.adaptation.saved_tower import SavedTower
 from descant.modules.balance import mcr as games
 from descant.modules.balance.agm import AGM
 from descant.modules.distill.distill import Distill, SoftTarget
@@ -35,7 +37,6 @@ from descant.modules.evaluation.inversion import ModalityInversion
 from descant.modules.evaluation.readout import ModelContrast, RidgeReadout
 from descant.modules.fusion.classifiers import LateFusion, MidFusion
 from descant.modules.fusion.cross_encoder import CrossEncoder
-from descant.modules.io.inherit import Begin, Inherit
 from descant.modules.language.answer_scores import LikelihoodScorer
 from descant.modules.language.positions import VisualSteps
 from descant.modules.losses import InfoNCE, Intra
@@ -49,7 +50,7 @@ from descant.modules.objectives.curriculum import Curriculum
 from descant.modules.policy import KL, PolicyLoss
 from descant.modules.policy.rewards import ExactAnswer, Rewards
 from descant.modules.tokenizers.text import NgramTokenizer
-from descant.modules.towers import BagTower, ConvTower, PatchTower, SavedTower, TextTower, Towers
+from descant.modules.towers import BagTower, ConvTower, PatchTower, TextTower, Towers
 from descant.modules.towers.triples import TripleEncoder
 from descant.modules.towers.vit import Trunk
 from descant.recipes import (

@@ -22,10 +22,10 @@ from descant.datamodules.tasks.descriptions import Descriptions
 from descant.datamodules.tasks.question_pool import QuestionRollouts
 from descant.datamodules.tasks.questions import PairSet, QuestionPairs, Questions
 from descant.datamodules.tasks.text_tasks import Arithmetic, TextTasks
+from descant.modules.adaptation.inherit import Begin
 from descant.modules.distill.distill import Distill
 from descant.modules.engine.configure import Shard
 from descant.modules.engine.schedule import WarmupCosine
-from descant.modules.io.inherit import Begin
 from descant.modules.language.packing import through
 from descant.modules.language.positions import VisualSteps
 from descant.modules.objectives.language import _whole as whole

@@ -27,10 +27,10 @@ import descant
 from descant.__main__ import main
 from descant.callbacks.run.report import read_json
 from descant.export import loading
+from descant.modules.adaptation.saved_tower import SavedTower
 from descant.modules.core.batch import Batch
 from descant.modules.io import saved
 from descant.modules.io.lean import base_of, lean
-from descant.modules.towers import SavedTower
 from descant.recipes import Contrastive
 from descant.run import portable
 from tests.conftest import Result

@@ -18,12 +18,12 @@ from torch import Tensor
 
 import descant
 from descant.export import loading
+from descant.modules.adaptation.inherit import Begin, Inherit
+from descant.modules.adaptation.saved_tower import SavedTower
 from descant.modules.io import manifest, saved
 from descant.modules.io.checkpoints import followed, of_run
 from descant.modules.io.files import sha256_of
-from descant.modules.io.inherit import Begin, Inherit
 from descant.modules.io.plain import load_plain, require_sums
-from descant.modules.towers import SavedTower
 from descant.modules.towers.timm import read_weights as weights_of_a_tower
 from descant.recipes import Contrastive
 from descant.recipes.base.distillation import TeacherRun

@@ -12,10 +12,11 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from descant.modules.adaptation.saved_tower import SavedTower
 from descant.modules.engine.configure import Adapt, Freeze, Lora, Quantize
 from descant.modules.io import saved
 from descant.modules.io.lean import base_of, lean
-from descant.modules.towers import ConvTower, Frozen, SavedTower, TextTower, Tower, Towers
+from descant.modules.towers import ConvTower, Frozen, TextTower, Tower, Towers
 from descant.modules.towers.cached import Cached
 
 TEXT = dict(vocab=20, width=64, depth=1, heads=2, length=6)
@@ -151,7 +152,7 @@ def test_frozen_and_nested(tmp_path: Path) -> None:
     outer.towers = Towers(text=SavedTower(tmp_path / "a", "text"))
     (tmp_path / "b/checkpoints").mkdir(parents=True)
     inner = {
-        "class_path": "descant.modules.towers.SavedTower",
+        "class_path": "descant.modules.adaptation.saved_tower.SavedTower",
         "init_args": {"path": str(tmp_path / "a"), "tower": "text"},
     }
     towers = {"class_path": "descant.modules.towers.Towers", "init_args": {"text": inner}}

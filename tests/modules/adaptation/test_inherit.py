@@ -10,8 +10,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from descant.modules.adaptation.inherit import Begin, Inherit, permuted
 from descant.modules.core.batch import Batch
-from descant.modules.io.inherit import Begin, Inherit, permuted
 from descant.modules.towers import BagTower, ConvTower, Towers
 from descant.modules.towers.heads import FlattenPool, Pools
 from descant.recipes import Contrastive

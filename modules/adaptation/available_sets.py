@@ -1,0 +1,165 @@
+"""Sets of available modalities: numbered, sampled in training, and looked up by what each sample has.
+
+Letters: B samples, M modalities, S sets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from descant.modules.core.errors import no_such
+from descant.modules.core.host import host_copy, to_device
+from descant.modules.core.ranks import gather, world
+from descant.modules.core.rng import uniform_N
+
+#: In place of the number of a set: of a sample that has everything, that has nothing, and whose set has no number.
+WHOLE, NOTHING, UNKNOWN = -1, -2, -3
+
+
+class Sets:
+    """Sets of modalities, numbered, and which of them each sample has.
+
+    Args:
+        modalities: all that a recipe has a tower for, at most 16.
+        sets: some of their subsets, none empty; a set of all modalities has no number. All subsets where not given.
+
+    Raises:
+        ValueError: for an unknown modality, an empty set, or a set that is given twice.
+
+    >>> sets = Sets(["image", "text"])
+    >>> sets.names
+    ['image', 'text']
+    >>> has = {"image": torch.tensor([True, False, True]), "text": torch.tensor([False, True, True])}
+    >>> sets.of(has).tolist()
+    [0, 1, -1]
+    """
+
+    def __init__(self, modalities: Sequence[str], sets: Sequence[Sequence[str]] | None = None) -> None:
+        self.modalities = tuple(modalities)
+        if len(self.modalities) > 16:
+            raise ValueError(f"{len(self.modalities)} modalities have too many sets to be numbered; at most 16")
+        subsets = [s for size in range(1, len(self.modalities)) for s in combinations(self.modalities, size)]
+        chosen = subsets if sets is None else [self._checked(s) for s in sets]
+        self.sets = [s for s in chosen if s != self.modalities]
+        #: One a set, such as ``image+text``: in the order of the modalities.
+        self.names = ["+".join(s) for s in self.sets]
+        twice = next((name for name in self.names if self.names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"sets: {twice} stands there twice")
+        number = torch.full((2 ** len(self.modalities),), UNKNOWN)
+        number[0], number[-1] = NOTHING, WHOLE
+        for k, s in enumerate(self.sets):
+            number[sum(2**i for i, m in enumerate(self.modalities) if m in s)] = k
+        self._number = number
+
+    def _checked(self, names: Sequence[str]) -> tuple[str, ...]:
+        unknown = [m for m in names if m not in self.modalities]
+        if unknown:
+            raise ValueError(f"sets: {unknown[0]!r}: {no_such(unknown[0], self.modalities)}")
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"sets: {list(names)} is no set of modalities, such as [{self.modalities[0]}]")
+        return tuple(m for m in self.modalities if m in names)
+
+    def __len__(self) -> int:
+        return len(self.sets)
+
+    def of(self, present: Mapping[str, Tensor]) -> Tensor:
+        """Int64 ``[B]`` on the CPU: each sample's set, or a number below 0. A modality not in ``present`` is absent."""
+        there = [present[m] for m in self.modalities if m in present]
+        if not there:
+            raise ValueError(f"present: none of {', '.join(self.modalities)} in it")
+        code_B = torch.zeros(len(there[0]), dtype=torch.long)
+        for i, m in enumerate(self.modalities):
+            if m in present:
+                code_B += host_copy(present[m]).long() * 2**i
+        return self._number[code_B]
+
+    def known(self, present: Mapping[str, Tensor], what: str) -> Tensor:
+        """:meth:`of`, where no set may be unknown.
+
+        Raises:
+            ValueError: naming the first such set, and the nearest that has a number.
+        """
+        set_B = self.of(present)
+        if bool((set_B == UNKNOWN).any()):
+            raise ValueError(self.refusal(present, set_B, what))
+        return set_B
+
+    def refusal(self, present: Mapping[str, Tensor], set_B: Tensor, what: str) -> str:
+        """One line on the first sample whose set has no number."""
+        row = int((set_B == UNKNOWN).int().argmax())
+        has = tuple(m for m in self.modalities if m in present and bool(host_copy(present[m])[row]))
+
+        def likeness(s: Sequence[str]) -> float:
+            return len(set(s) & set(has)) / len(set(s) | set(has))
+
+        near = max(self.names, key=lambda name: likeness(name.split("+"))) if self.sets else "none"
+        return f"{what} has nothing for samples with {'+'.join(has)} only; the nearest that it has is {near}"
+
+
+class AvailableSets:
+    """Which modalities are left of the samples that a frozen network is adapted on.
+
+        set_b = one of the sets that lie in what sample b has, with odds by weight        (of its draw key alone)
+
+    A sample that has no whole set keeps what it has. With ``per: batch`` all samples of a micro-batch over all ranks
+    draw the same set, as in the paper; who lacks a part of that keeps what it has.
+
+    Args:
+        sets: such as [[image], [text]]; all that are neither empty nor everything where not given.
+        weights: one a set, alike where not given.
+        per: ``sample`` or ``batch``: who draws.
+
+    Raises:
+        ValueError: for weights that are not one positive number a set, or no set at all.
+
+    >>> keep = AvailableSets([["text"]])
+    >>> here = torch.tensor([True, True])
+    >>> left = keep.left({"image": here, "text": torch.tensor([True, False])}, torch.arange(2), ["image", "text"])
+    >>> left["image"].tolist(), left["text"].tolist()
+    ([False, True], [True, False])
+    """
+
+    def __init__(
+        self,
+        sets: list[list[str]] | None = None,
+        weights: list[float] | None = None,
+        per: Literal["sample", "batch"] = "sample",
+    ) -> None:
+        if sets is not None and not sets:
+            raise ValueError("sets: none given; such as [[image], [text]]")
+        if weights is not None and (sets is None or len(weights) != len(sets) or min(weights) <= 0):
+            raise ValueError(f"weights {weights}: one positive number for each of the sets, which have to be named")
+        self.sets, self.weights, self.per = sets, weights, per
+
+    def of(self, modalities: Sequence[str]) -> list[tuple[str, ...]]:
+        """The sets that are drawn, of a recipe with these modalities."""
+        if self.sets is None:
+            return Sets(modalities).sets
+        whole = [tuple(modalities)] if any(set(s) == set(modalities) for s in self.sets) else []
+        return [*Sets(modalities, self.sets).sets, *whole]
+
+    def left(self, present: Mapping[str, Tensor], draw_B: Tensor, modalities: Sequence[str]) -> dict[str, Tensor]:
+        """Modality -> bool ``[B]``: ``present``, less what the draw leaves out; other names stay as they are."""
+        weights = self.weights or [1.0] * len(self.of(modalities))
+        drawn = [tuple(m for m in modalities if m in s) for s in (self.sets or self.of(modalities))]
+        member_SM = torch.tensor([[m in s for m in modalities] for s in drawn])
+        nowhere_B, keys_B = torch.zeros(len(draw_B), dtype=torch.bool), host_copy(draw_B)
+        there_BM = torch.stack([host_copy(present[m]) if m in present else nowhere_B for m in modalities], dim=1)
+        fits_BS = ~(member_SM & ~there_BM[:, None]).any(dim=2)
+        odds_BS = torch.tensor(weights, dtype=torch.float64).expand(len(draw_B), -1)
+        if self.per == "batch":
+            keys_B = (keys_B if world() == 1 else gather(draw_B).cpu()).min().expand(len(draw_B))
+        else:
+            odds_BS = odds_BS * fits_BS
+        edge_BS = odds_BS.cumsum(dim=1)
+        u_B = uniform_N(keys_B, "available").double() * edge_BS[:, -1]
+        set_B = (edge_BS <= u_B[:, None]).sum(dim=1).clamp(max=len(drawn) - 1)
+        kept_BM = there_BM & (member_SM[set_B] | ~fits_BS.gather(1, set_B[:, None]))
+        kept = dict(zip(modalities, kept_BM.unbind(dim=1), strict=True))
+        return {m: to_device(kept[m], draw_B.device) if m in kept else x_B for m, x_B in present.items()}
