@@ -1,4 +1,4 @@
-"""Classification of several modalities whose towers never train at once, so that none can hold another back (MLA).
+"""MLA: classification of several modalities by alternating unimodal training of one shared head.
 
 Claim: modalities that take turns at one head learn what each would alone, and the sure ones decide.
 
@@ -39,7 +39,7 @@ from descant.recipes.base.classifier import Classifier
 
 
 class Alternating(Classifier):
-    """One modality a step, in turns.
+    """Alternating unimodal training with a shared head (MLA).
 
     Args:
         towers, target, classes, width, pool, smoothing: as of Classifier.

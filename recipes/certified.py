@@ -1,4 +1,4 @@
-"""How much each modality counts for each class, so that no decision is easily changed: CRMT's second phase.
+"""CRMT, second phase: weights of modalities and classes trained for the certified radius.
 
 Claim: a decision whose weights follow how far a modality can be trusted is harder to attack, one modality at a time.
 
@@ -35,7 +35,7 @@ from descant.recipes.base.rebuild import rebuild
 
 
 class Certified(Classifier):
-    """Train the weights of a trained fusion for the radius that it certifies.
+    """Train the modality weights of a trained fusion for its certified radius (CRMT).
 
     The run at ``path`` is read whenever this recipe is built anew (resumed, validated, loaded).
 

@@ -23,7 +23,7 @@ from descant.recipes.base.wrapper import Wrapper
 
 
 class CompetitiveDistillation(Wrapper):
-    """Train a student recipe on its own terms and on targets of a teacher (DCD, CoMD, knowledge distillation).
+    """Distil any recipe from a teacher (DCD, CoMD, soft, hard and feature targets).
 
     Args:
         student: any recipe; its training options (optimizer, schedule ...) are given here, not there.

@@ -37,7 +37,7 @@ from descant.recipes.base.shared_space import SharedSpace
 
 
 class Contrastive(SharedSpace):
-    """Contrast every pair of modalities in one embedding space.
+    """Contrast every pair of modalities in one embedding space (CLIP, SigLIP, SLIP).
 
     Args:
         towers: one tower a modality.

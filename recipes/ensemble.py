@@ -1,4 +1,4 @@
-"""Networks that learned one modality each, and vote: what a classifier of several has to beat.
+"""Late ensemble of unimodal classifiers: the baseline that a multimodal classifier has to beat.
 
     p_b = sum_m w_m p_m(x_bm)        over the modalities that sample b has, w = softmax over them, equal to begin with
     loss = cross_entropy(log p_b, label)
@@ -24,7 +24,7 @@ from descant.recipes.base.rebuild import rebuild
 
 
 class Ensemble(Classifier):
-    """The mixture of what classifiers of one modality each say.
+    """Soft voting of trained unimodal classifiers.
 
     The runs are read whenever this recipe is built anew (resumed, validated, loaded).
 

@@ -35,7 +35,7 @@ FUSED = "fused"
 
 
 class Fusion(Classifier):
-    """Fuse what the towers say, and classify.
+    """Multimodal classifier: late, mid or attention fusion.
 
     Args:
         towers, target, classes, width, pool, smoothing: as of Classifier.

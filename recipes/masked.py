@@ -34,7 +34,7 @@ from descant.recipes.base.masked import MaskedRecipe
 
 
 class Masked(MaskedRecipe):
-    """Hide tokens, encode the others, predict the hidden.
+    """Masked autoencoding of any modalities (MAE, MultiMAE, BM-MAE).
 
     Args:
         adapters: one a modality, in and out of tokens.

@@ -1,4 +1,4 @@
-"""Does this text belong to this picture? A network that looks at both at once, and is asked pair by pair.
+"""Image-text matching: a cross-encoder that scores pairs of two modalities.
 
 Claim: slow and sure: what a dual encoder learns to rank, a cross-encoder ranks better, at a pass for every pair.
 
@@ -33,7 +33,7 @@ from descant.recipes.base.recipe import Recipe
 
 
 class Matching(Recipe):
-    """A cross-encoder of two modalities.
+    """Cross-encoder of two modalities (image-text matching).
 
     Args:
         towers: two.

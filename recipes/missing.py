@@ -41,7 +41,7 @@ from descant.recipes.base.rebuild import rebuild
 
 
 class MissingModality(AdaptedRecipe):
-    """Adapt a trained recipe to missing modalities.
+    """Adapt a trained recipe to missing modalities (modulation, LoRA, imputation).
 
     The run at ``path`` is read whenever this recipe is built anew (resumed, validated, loaded). What the inner recipe
     can do (embed, score, fuse ...) this one can, with the parameters of what each sample has.

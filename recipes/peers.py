@@ -27,7 +27,7 @@ from descant.recipes.base.recipe import Recipe
 
 
 class Peers(Recipe):
-    """Recipes that decide between the same choices, such as two classifiers of other towers.
+    """Deep mutual learning of several recipes with the same classes.
 
     Terms and scores of the first have their own names, those of others a number behind: ``fused``, ``fused/1``. What
     embeds, is exported and taken by others is the first.

@@ -29,7 +29,7 @@ from descant.recipes.base.wrapper import Wrapper
 
 
 class Staged(Wrapper):
-    """Train a recipe in stages (SFT, GRPO, DPO, ...), each with its own objective, parameters, optimizer and data.
+    """Train any recipe in stages (pre-training, SFT, GRPO, DAPO, DPO).
 
     Args:
         recipe: what is trained; its training options (optimizer, distill ...) are given here, not there.

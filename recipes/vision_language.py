@@ -32,7 +32,7 @@ from descant.recipes.base.language import LanguageRecipe
 
 
 class VisionLanguage(LanguageRecipe):
-    """A causal language model with an optional image tower (LLaVA-style), for SFT, GRPO and DPO.
+    """Language model with an optional image tower (LLaVA), for SFT, GRPO and DPO.
 
     The data's ``text`` are token ids, ``loss_mask`` the tokens to learn, target ``answer`` the reference answer.
 

@@ -15,7 +15,7 @@ from descant.cli.catalogue import ROOT, experiments, header, overlays, papers, s
 from descant.cli.completion import below
 from descant.cli.errors import fail, hint
 from descant.cli.schema import Schema, Unknown, classes, in_words, items
-from descant.modules.io.names import of_kind
+from descant.modules.io.names import full, of_kind
 
 _OPTIONS = {
     "--config NAME": "a file, or the name of what ships; later ones win, options win over all",
@@ -49,6 +49,8 @@ usage: descant list [GROUP] [WORD ...]
 #: Columns of what is printed.
 _WIDTH = 110
 #: How classes begin that are there to be built upon.
+#: The recipes that a user looks for first.
+_FIVE = ("Contrastive", "Masked", "CompetitiveDistillation", "Staged", "MissingModality")
 _BASES = ("Base of", "Stands before")
 _PREDICT_ONLY = ("--sets val,train,NAME",)
 _CHECK_ONLY = ("--explain",)
@@ -118,8 +120,10 @@ def _rows(group: str) -> dict[str, str]:
     """Name -> line of all that is in a group."""
     kinds = {"recipes": "Recipe", "datamodules": "LightningDataModule", "callbacks": "Callback"}
     if group in kinds:
-        found = of_kind(kinds[group], group)
-        return {name: about for name, about in found.items() if not about.startswith(_BASES)}
+        found = {n: about for n, about in of_kind(kinds[group], group).items() if not about.startswith(_BASES)}
+        picked = [name for name in _FIVE if name in found]
+        picked += [name for name in found if name not in picked and ".recipes.base." not in (full(name) or "")]
+        return {name: found[name] for name in picked}
     if group == "papers":
         return {f"{paper['number']:>2}  {paper['name']}": _paper(paper) for paper in papers()}
     if group == "claims":
