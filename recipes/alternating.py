@@ -2,14 +2,14 @@
 
 Claim: modalities that take turns at one head learn what each would alone, and the sure ones decide.
 
-    m    = modalities[(t + t // M) mod M]                 whose turn it is in optimizer step t
+    m    = modalities[(t + t // M) mod M]                 the modality of optimizer step t
     loss = cross_entropy(head(z_m), label)                one linear head for all modalities
     g_W  = g_W P_t,   P_t = (I + sum over s < t of r_s r_s^T / alpha)^-1       its matrix, W
     logits = sum_m w_m head(z_m)                          sure ones count more (SharedHead); in evaluation alone
 
 r_s is the mean of the latents of step s, over all micro-batches and ranks: what the head learned of one turn is not
 unlearned in the next. P is scaled to the norm of the identity, so that learning does not die away with it. Other towers
-stand still until their turn: no gradient, no weight decay. M steps here do what one iteration of the paper does, on a
+are frozen until their step: no gradient, no weight decay. M steps here do what one iteration of the paper does, on a
 batch each.
 
 What differs from the release: P is the inverse that is meant (there a scalar of the recursion is an outer product),

@@ -6,7 +6,7 @@ Claim: slow and sure: what a dual encoder learns to rank, a cross-encoder ranks 
     loss = mean over b of (CE(s_b., own) + CE(s_.b, own)) / 2        over its own and `negatives` others, both ways
 
 Others are the next ones of a random circle through the samples that have both modalities, so that each pair that is
-scored serves the list of its picture and that of its text. It teaches dual encoders what is hard (DCD).
+scored serves the list of its picture and that of its text. Its rankings train dual encoders (DCD).
 Source: image-text matching as in ALBEF (Li 2021, arXiv 2107.07651), with lists in place of single pairs.
 Letters: B samples, V of them with both, K of a list, N pairs, T tokens, D width.
 """
@@ -45,7 +45,7 @@ class Matching(Recipe):
     """
 
     in_batch_negatives = True
-    #: Told at the start of a run on several ranks: all tokens of all ranks would have to travel.
+    #: Warned of at the start of a run on several ranks: all tokens of all ranks would have to travel.
     by_rank = "pairs a sample with others of its rank"
 
     def __init__(self, towers: Towers, cross: CrossEncoder, negatives: int = 7, **kwargs: Any) -> None:

@@ -34,7 +34,7 @@ class Peers(Recipe):
 
     Args:
         students: P recipes, at least two; their training options are given here, not there.
-        targets: what one learns of another; SoftTarget where not given.
+        targets: of each student and the others; SoftTarget where not given.
 
     Raises:
         ValueError: for fewer than two students, one with a teacher of its own, or students that decide nothing or

@@ -33,7 +33,7 @@ from descant.modules.language.answer_scores import spoken
 @runtime_checkable
 class Spells(Protocol):
     """Data of dialogues: ``spell(ids)`` detokenizes; an answer begins after ``answer_token``. An optional
-    ``is_right(said, right)`` compares answer and reference; the default is equality of tokens."""
+    ``is_right(answer, right)`` compares answer and reference; the default is equality of tokens."""
 
     answer_token: int
 

@@ -81,7 +81,7 @@ class Signals:
         code = self._received()
         self._steps += 1
         if last or self._steps >= self._pause:
-            pace = int(AGREE_SECONDS * self._steps / max(now - self._began, 1e-6))  # a coarse clock may stand still
+            pace = int(AGREE_SECONDS * self._steps / max(now - self._began, 1e-6))  # a coarse clock may are idle
             due = now >= self._deadline or now + 2 * step > self._deadline  # it is read a step later
             sent = torch.tensor([self.code, -min(max(pace, 1), AGREE_STEPS), int(due)])
             self._in_flight = dist.all_reduce(sent, dist.ReduceOp.MAX, self.group, async_op=True), sent

@@ -22,7 +22,7 @@ class Temperature(Callback):
         s_t = s_t* / factor      from then on, whatever its gradient
 
     At a small scale (a high temperature) a contrastive loss weighs all negatives, not only the nearest, so features
-    that tell the modalities apart cost more: training on with it narrows the modality gap (Liang et al. 2022, arXiv
+    that separate the modalities cost more: training on with it narrows the modality gap (Liang et al. 2022, arXiv
     2203.02053, section 4; as a remedy in arXiv 2502.04263). The checkpoint holds the state, so resuming is exact.
 
     Args:

@@ -78,8 +78,8 @@ class Images:
     Crops are those of torchvision's ``RandomResizedCrop``: of area ``a H W`` and aspect ``r`` with ``a ~ U(scale)`` and
     ``log r ~ U(log ratio)``, the first of ten that fits, else the largest central one. The central square is that of
     ``Resize(S)`` and ``CenterCrop(S)``. JPEG, PNG, WebP and GIF are read, of animations the first frame. Images are
-    rotated as EXIF says; grey and CMYK become RGB, 16 bits become 8, transparency becomes white. Colour profiles are
-    not applied.
+    rotated by their EXIF orientation; grey and CMYK become RGB, 16 bits become 8, transparency becomes white. Colour
+    profiles are not applied.
 
     Args:
         size: S, pixels out.
@@ -299,7 +299,7 @@ class Images:
         except Exception as error:  # decoders of foreign bytes raise anything from SyntaxError to struct.error
             raise ValueError(_line(error)) from error
         if x_HWC.shape[:2] != (-(-high // times), -(-wide // times)):
-            raise ValueError(f"{x_HWC.shape[1]} x {x_HWC.shape[0]} pixels where the header says {wide} x {high}")
+            raise ValueError(f"{x_HWC.shape[1]} x {x_HWC.shape[0]} pixels, but the header has {wide} x {high}")
         top, left, bottom, right = (round(edge / times) for edge in (box[0], box[1], box[0] + box[2], box[1] + box[3]))
         return _upright(x_HWC, header.orientation), [top, left, bottom - top, right - left]
 

@@ -58,7 +58,7 @@ def idx(file: Path, axes: int) -> np.ndarray:
     """uint8 of a gzipped ``idx`` file: the number 0x0800 + axes, each axis' length, then the bytes, big-endian.
 
     Raises:
-        ValueError: naming the file, where it is missing, damaged, longer or shorter than its header says.
+        ValueError: naming the file, where it is missing, damaged, longer or shorter than its header gives.
     """
     try:
         with gzip.open(file) as stream:

@@ -18,7 +18,7 @@ from descant.cli.errors import fail, hint, say
 from descant.cli.options import Options
 
 _HELP = """\
-descant claims: does each mechanism do what its paper says? Paired runs, a sham, and a rule fixed beforehand
+descant claims: does each mechanism do what its paper claims? Paired runs, a sham, and a rule fixed beforehand
 
 usage: descant claims list [--json]
        descant claims tune NAME

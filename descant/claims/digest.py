@@ -9,7 +9,7 @@ from typing import Any
 
 from descant.modules.io.upgrade import upgrade
 
-#: What only says how a claim is shown.
+#: What only changes how a claim is shown.
 LOOKS = ("title", "source", "baseline_tuning", "alone", "note")
 #: Contents of the configurations that a name stands for, in the order in which they count.
 Contents = Callable[[Iterable[str]], list[Any]]
@@ -25,7 +25,7 @@ def digest(claim: Mapping[str, Any], contents: Contents, renamed: Mapping[str, s
     it is on machines that compute bfloat16: what it was in a result is stored with the result.
 
     Args:
-        claim: what its file says. contents: of names of configurations. renamed: old name of a class -> new name.
+        claim: the content of its file. contents: of names of configurations. renamed: old name of a class -> new name.
     """
     oldest = {new: old for old, new in renamed.items()}
     form = {key: value for key, value in claim.items() if key not in LOOKS}

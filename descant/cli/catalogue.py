@@ -61,14 +61,14 @@ def made_by(run: str) -> str:
     name = re.sub(r"^runs/|/(\d{3,}|latest)(/.*)?$", "", run)
     if not re.fullmatch(r"[\w.-]+", name):  # a pattern, a path, or nothing that one would type
         return ""
-    said = (f"fit --config {full}" for full, file in experiments().items() if run_name(file) == name)
+    commands = (f"fit --config {full}" for full, file in experiments().items() if run_name(file) == name)
     before = (
         line[1]
         for file in shipped().values()
         for line in re.finditer(r"^# Before: +descant (fit .*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
         if line[1].endswith(f"--name {name}")
     )
-    command = next(said, None) or next(before, None) or f"fit --config EXPERIMENT --name {name}"
+    command = next(commands, None) or next(before, None) or f"fit --config EXPERIMENT --name {name}"
     return f"; `descant {command}` makes it"
 
 
@@ -124,7 +124,7 @@ def find(name: str) -> Path:
         file = followed(Path(name).expanduser())
         if file.is_file():
             return file.resolve()
-    except (OSError, RuntimeError):  # longer than any name may be, or the home of nobody
+    except (OSError, RuntimeError):  # longer than any name may be, or the home of an unknown user
         pass
     plain = name.removesuffix(".yaml").removeprefix("experiments/")
     file = ROOT / f"{plain}.yaml"

@@ -75,7 +75,7 @@ def of(known: Written, root: str = "") -> dict[str, Any]:
 
 
 def claim() -> dict[str, Any]:
-    """The JSON schema of a claim; which metrics, arms and options there are is told by ``descant claims run``."""
+    """The JSON schema of a claim; which metrics, arms and options there are is checked by ``descant claims run``."""
     number, text, options = {"type": "number"}, {"type": "string"}, {"type": "object"}
     texts = {"type": "array", "items": text}
     seeds, way = {"type": "array", "items": {"type": "integer"}}, {"enum": list(spec.WAYS)}
@@ -120,8 +120,8 @@ class _Schema:
 
     def key(self, key: Key, _: str = "") -> dict[str, Any]:
         found = self.type(key.type)
-        said = {"description": key.about} if key.about else {}
-        return {**found, **said}
+        about = {"description": key.about} if key.about else {}
+        return {**found, **about}
 
     def keys(self, some: Mapping[str, Key]) -> dict[str, Any]:
         """An object of these keys; a list is added to by its name and a plus."""
@@ -172,8 +172,8 @@ class _Schema:
         name = f"{path}_{part.get('skip', 0)}"
         if name not in self.definitions:
             self.definitions[name] = {}
-            said = {"description": entry.about} if entry.about else {}
-            self.definitions[name] = {**self.keys(entry.keys), **said}
+            about = {"description": entry.about} if entry.about else {}
+            self.definitions[name] = {**self.keys(entry.keys), **about}
         names: Iterable[str] = {entry.name, path, entry.lineage[0]}
         return {
             "if": {"required": ["class_path"], "properties": {"class_path": {"enum": sorted(names)}}},

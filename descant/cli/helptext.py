@@ -70,7 +70,7 @@ def top(commands: Mapping[str, str]) -> str:
     lines += _table({name: about for name, about in commands.items() if name in _BESIDE})
     lines += [
         "",
-        "descant COMMAND --help tells more of one command; of those that take --config, --help all tells everything.",
+        "descant COMMAND --help explains one command; with --config, --help all lists everything.",
     ]
     return "\n".join(lines)
 
@@ -204,7 +204,7 @@ def of_class(known: Schema, request: Request) -> str | None:
         return None
     if name is None:
         names = sorted(known.names(kinds))
-        return f"--{option} NAME tells of one of:\n" + "\n".join(textwrap.wrap(", ".join(names), _WIDTH))
+        return f"--{option} NAME explains one of:\n" + "\n".join(textwrap.wrap(", ".join(names), _WIDTH))
     try:
         entry = known.find(name, kinds)
     except LookupError as error:

@@ -85,8 +85,10 @@ def _one_experiment(files: Sequence[Path]) -> None:
         if name and name not in given and name.partition("/")[0] not in (*OVERLAYS, "claims", BASE.stem):
             given.append(name)
     if len(given) > 1:
-        told = " and ".join(f"--config {name}" for name in given[:3])
-        raise Refusal(f"{told}: {len(given)} experiments at once; one, and overlays (data/, with/, on/: descant list)")
+        listed = " and ".join(f"--config {name}" for name in given[:3])
+        raise Refusal(
+            f"{listed}: {len(given)} experiments at once; one, and overlays (data/, with/, on/: descant list)"
+        )
 
 
 class Walk:
@@ -277,8 +279,8 @@ class Walk:
         if "class_path" in content or "init_args" in content:
             inner = content.get("init_args", Node({}, node.where, node.folder, typed=node.typed))
         else:
-            told = {k: v for k, v in content.items() if k != "dict_kwargs"}
-            inner = Node(told, node.where, node.folder, typed=node.typed)
+            listed = {k: v for k, v in content.items() if k != "dict_kwargs"}
+            inner = Node(listed, node.where, node.folder, typed=node.typed)
         if not isinstance(inner.content, dict):
             raise Refusal(f"{_at(inner, path)}: init_args are keys, got {_short(inner.plain)}")
         self._arguments(inner, path)

@@ -102,7 +102,7 @@ def chosen(trainer: Any) -> tuple[Any, str]:
 
 
 def resolve(trainer: Any, kept: str | None, tell: Callable[[str], None]) -> str | None:
-    """The value of ``trainer.precision`` from here on; tells what auto became, or what is slow, in one line.
+    """The value of ``trainer.precision`` from here on; prints what auto became, or what is slow, in one line.
 
     Args:
         trainer: see :func:`chosen`, which raises what this raises.

@@ -57,7 +57,7 @@ class Schema(Protocol):
         """The class that ``name``, short or full, means where one of ``kinds`` is expected.
 
         Raises:
-            LookupError: where there is none, with the rest of the line that says so. Unknown: see there.
+            LookupError: where there is none, with the rest of the error line. Unknown: see there.
         """
 
     def names(self, kinds: Sequence[Part]) -> Mapping[str, str]:

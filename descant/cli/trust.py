@@ -28,7 +28,7 @@ _DEFINED = {
     "lightning.pytorch.strategies.DeepSpeedStrategy": "lightning.pytorch.strategies.deepspeed.DeepSpeedStrategy",
 }
 _IO = ("AsyncCheckpointIO", "CheckpointIO", "TorchCheckpointIO", "XLACheckpointIO")
-#: Parts of these that start processes, load code, write where they are told, build any class by its name, or only call
+#: Parts of these that start processes, load code, write to any path, build any class by its name, or only call
 #: what they are given.
 DENIED = (
     *(
@@ -44,13 +44,13 @@ DENIED = (
     *("descant.run.folder", "descant.report.predictions", "descant.cli.check"),
     *("descant.run.processes", *_DEFINED, *_DEFINED.values()),
     *("lightning.pytorch.cli", "lightning.pytorch.core.saving", "lightning.pytorch.demos", "lightning.pytorch.tuner"),
-    # they write checkpoints wherever they are told, which AtomicIO does not
+    # they write checkpoints to any path, which AtomicIO does not
     *("lightning.fabric.plugins.io", "lightning.pytorch.plugins.io", "lightning.fabric.strategies.deepspeed"),
     *(f"lightning.{package}.plugins.{name}" for package in ("fabric", "pytorch") for name in _IO),
     *("torch.optim.lr_scheduler.LambdaLR", "torch.optim.lr_scheduler.MultiplicativeLR"),
 )
 #: Kind -> where what is built as one may be from, for kinds that much more is of than belongs into a run. What is of
-#: another kind may be from wherever ALLOWED says.
+#: another kind may be from all of ALLOWED.
 PERMITTED = {
     "torch.nn.modules.module.Module": ("descant", "torch.nn", "torchvision.transforms.v2"),
     "torch.optim.optimizer.Optimizer": ("descant", "torch.optim", "bitsandbytes.optim"),
@@ -68,7 +68,7 @@ WORDS = {
     "network": "reach another machine",
     "reads": "read files outside the folder of a table",
 }
-#: Key -> the word that a file needs to say it. On the command line it is the user who says it.
+#: Key -> the word that a file needs to set it. On the command line the user sets it.
 _GUARDED = {"allow_pipes": "shell", "accept": "packages", "model_registry": "network", "outside": "reads"}
 #: Classes whose purpose is another machine.
 _REMOTE = ("CometLogger", "LitLogger", "MLFlowLogger", "NeptuneLogger", "WandbLogger")

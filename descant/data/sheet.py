@@ -16,7 +16,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 @dataclass
 class Tile:
-    """One sample: its image (None: ``note`` says why there is none), split and caption."""
+    """One sample: its image (None: ``note`` gives why there is none), split and caption."""
 
     image: Image.Image | None
     split: str

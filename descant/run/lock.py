@@ -1,7 +1,7 @@
 """Lock of a run's folder: one process writes it, and the system releases the lock when that process dies.
 
 ``RUN/.lock`` is held by ``flock`` and names its holder. Forked processes do not hold it, so data loaders that outlive a
-killed run block nobody. On file systems without ``flock`` the content of the file decides: a live process of this
+killed run block no other run. On file systems without ``flock`` the content of the file decides: a live process of this
 machine holds it, and one of another machine until nothing was written in the folder for an hour.
 """
 

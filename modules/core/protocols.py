@@ -131,7 +131,7 @@ class Unimodal(Protocol):
 
 @runtime_checkable
 class Classifies(Protocol):
-    """Says of which class a sample is, from several modalities. ``labels(batch)``: int64 ``[B]``, below 0 for none."""
+    """Classifies samples of several modalities. ``labels(batch)``: int64 ``[B]``, below 0 for none."""
 
     modalities: tuple[str, ...]
 
@@ -208,8 +208,8 @@ class AnswersQuestions(Protocol):
 
 @runtime_checkable
 class RolloutPolicy(Protocol):
-    """Draws answers to learn of: ``roll_out(batch, group, seed_R)`` -> ``group`` to each question, of ``new`` tokens at
-    most.
+    """Samples answers to learn from: ``roll_out(batch, group, seed_R)`` -> ``group`` to each question, of at most
+    ``new`` tokens.
 
     ``reference(batch)``: log-probabilities of the answers in the batch under a policy to stay near to, whose each is,
     and at which place; asked where it ``needs_reference``.
@@ -297,7 +297,7 @@ class StagedRecipe(Protocol):
 class QuestionPoolData(Protocol):
     """Data whose training set is a pool of problems with answers, which is renewed.
 
-    ``version``: how often it was, -1 before anybody answered. ``pool``: the problems that it asks, an object with a
+    ``version``: how often it was, -1 before the first answers. ``pool``: the problems that it asks, an object with a
     length. ``fresh(round)``: as many of the training split, drawn anew; ``variants(index_N, round)``: other problems
     about the same as those of the pool at these numbers. ``asking(problems)``: a loader of them as evaluation sees
     them, this rank's part; a batch's ``index`` are numbers of problems. ``renew(problems, answer_ids_NM, version)``:

@@ -52,7 +52,7 @@ class Teacher(nn.Module):
         """Nothing, unless the teacher changes."""
 
     def begin(self, student: nn.Module) -> None:
-        """Told of each stage of a run in stages; nothing, unless the teacher is what the stage began with."""
+        """Called at each stage of a run in stages; nothing, unless the teacher is what the stage began with."""
 
 
 class DistillContext:
@@ -124,7 +124,7 @@ class Distill(nn.Module):
     def __init__(self, teacher: Teacher, targets: list[Target] | None = None) -> None:
         super().__init__()
         self.teacher, self.targets = teacher, nn.ModuleList(targets or [])
-        self._network: list[nn.Module] = []  # a list, so that a teacher that stands still is no part of the run
+        self._network: list[nn.Module] = []  # a list, so that a frozen teacher is no part of the run
 
     @property
     def prepared(self) -> bool:

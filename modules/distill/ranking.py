@@ -172,7 +172,7 @@ class RankTarget(Target):
         ValueError: for no text; before training, if a network scores no such pair.
     """
 
-    #: Told at the start of a run on several ranks: the teacher would have to score pairs across them.
+    #: Warned of at the start of a run on several ranks: the teacher would have to score pairs across them.
     by_rank = "draws its lists of the rows of a rank"
 
     def __init__(

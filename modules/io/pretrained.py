@@ -19,11 +19,11 @@ from descant.modules.core.errors import one_line as one_line
 
 
 class Place(NamedTuple):
-    """``folder``: of the files. ``gguf``: name of the GGUF file in it, if any. ``said``: in error lines."""
+    """``folder``: of the files. ``gguf``: name of the GGUF file in it, if any. ``label``: in error lines."""
 
     folder: Path
     gguf: str | None
-    said: str
+    label: str
 
 
 def locate(
@@ -94,18 +94,18 @@ def read(place: Place, auto: Any, **options: Any) -> Any:
     """``auto.from_pretrained`` of a place (AutoModel, AutoTokenizer, ...): offline, quiet, with one-line errors."""
     if place.gguf is not None:
         if find_spec("gguf") is None:
-            raise ValueError(f"{place.said}: reading it needs the gguf package: pip install gguf")
+            raise ValueError(f"{place.label}: reading it needs the gguf package: pip install gguf")
         options["gguf_file"] = place.gguf
     else:
-        require_no_kernels(json_of(place.folder / "config.json"), place.said)
+        require_no_kernels(json_of(place.folder / "config.json"), place.label)
     try:
         with _quiet():
             return auto.from_pretrained(place.folder, local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:  # each loader has its own errors
-        raise ValueError(f"{place.said}: cannot be read ({one_line(error, 200)})") from None
+        raise ValueError(f"{place.label}: cannot be read ({one_line(error, 200)})") from None
 
 
-def require_no_kernels(config: Any, said: str) -> None:
+def require_no_kernels(config: Any, label: str) -> None:
     """Raise ValueError for a configuration by which transformers would download code from a hub and run it.
 
     ``attn_implementation`` and others may name a repository of kernels (``OWNER/NAME``), which neither
@@ -118,13 +118,13 @@ def require_no_kernels(config: Any, said: str) -> None:
         for key, value in config.items():
             named = [value] if isinstance(value, str) else list(value.values()) if isinstance(value, dict) else []
             if str(key).endswith("_implementation") and any("/" in str(name) for name in named):
-                raise ValueError(f"{said}: {key} {value!r} is code on a hub; sdpa and eager are here")
+                raise ValueError(f"{label}: {key} {value!r} is code on a hub; sdpa and eager are here")
             if key in ("use_kernels", "kernel_config") and value:
-                raise ValueError(f"{said}: {key} is code on a hub, which is not used")
-            require_no_kernels(value, said)
+                raise ValueError(f"{label}: {key} is code on a hub, which is not used")
+            require_no_kernels(value, label)
     elif isinstance(config, list):
         for item in config:
-            require_no_kernels(item, said)
+            require_no_kernels(item, label)
 
 
 def json_of(file: Path) -> Any:

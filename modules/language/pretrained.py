@@ -45,13 +45,13 @@ class PretrainedLM(CausalLM):
         model: Any = read(place, AutoModelForCausalLM, dtype=torch.float32)
         config = model.config
         if config.model_type != "llama":
-            raise ValueError(f"{place.said}: a {config.model_type}; only llama is supported")
+            raise ValueError(f"{place.label}: a {config.model_type}; only llama is supported")
         rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {"rope_theta": config.rope_theta}
         if rope.get("rope_type", "default") != "default":
-            raise ValueError(f"{place.said}: positions of type {rope['rope_type']!r}; only default is supported")
+            raise ValueError(f"{place.label}: positions of type {rope['rope_type']!r}; only default is supported")
         for name, wanted in PLAIN.items():
             if getattr(config, name, wanted) != wanted:
-                raise ValueError(f"{place.said}: {name} {getattr(config, name)!r}; only {wanted!r} is supported")
+                raise ValueError(f"{place.label}: {name} {getattr(config, name)!r}; only {wanted!r} is supported")
         super().__init__(
             config.vocab_size + extra,
             config.hidden_size,

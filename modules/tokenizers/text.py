@@ -169,15 +169,15 @@ class PretrainedTokenizer(Tokenizer):
         whole = tokenizer_of(place)
         backend, pad = getattr(whole, "backend_tokenizer", None), padding_of(whole)
         if backend is None or pad is None:
-            raise ValueError(f"{place.said}: its tokenizer has no {'padding' if backend else 'tokenizer.json'}")
+            raise ValueError(f"{place.label}: its tokenizer has no {'padding' if backend else 'tokenizer.json'}")
         self.tokenizer: tokenizers.Tokenizer = backend
-        self.whole, self.source, self.template = whole, place.said, getattr(whole, "chat_template", None)
+        self.whole, self.source, self.template = whole, place.label, getattr(whole, "chat_template", None)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.pad, self.vocabulary = pad, 1 + max(self.tokenizer.get_vocab().values())
         self.begin, self.end = self._ends()
         if len(self.begin) + len(self.end) >= length:
-            raise ValueError(f"length {length}: {place.said} adds {len(self.begin) + len(self.end)} ids to a text")
+            raise ValueError(f"length {length}: {place.label} adds {len(self.begin) + len(self.end)} ids to a text")
         #: a piece has the same ids alone and behind a comma
         self.joins = self._words("red apple, fruit") == [*self._words("red apple"), ",", *self._words("fruit")]
         self.comma = self.encode(",") if self.joins else []

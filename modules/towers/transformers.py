@@ -141,7 +141,7 @@ def _from_place(place: Place) -> Any:
     if missing or info["mismatched_keys"]:
         shapes = len(info["mismatched_keys"])
         raise ValueError(
-            f"{place.said}: its weights are not of {model.config.model_type}: {len(missing)} missing, "
+            f"{place.label}: its weights are not of {model.config.model_type}: {len(missing)} missing, "
             f"{len(info['unexpected_keys'])} unexpected, {shapes} of another shape"
         )
     if place.gguf is not None:

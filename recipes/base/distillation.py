@@ -1,4 +1,4 @@
-"""Teachers: a run that stands still, the student's own average, and what it was before.
+"""Teachers: a frozen run, an average of the student's weights, and the student at the start of a stage.
 
     model:
       init_args:
@@ -96,7 +96,7 @@ class TeacherStage(TeacherAverage):
         super().__init__(decay=0.0)
 
     def follow(self, student: nn.Module) -> None:
-        """Nothing: it stands still."""
+        """Nothing: it is frozen."""
 
     def begin(self, student: nn.Module) -> None:
         super().follow(student)

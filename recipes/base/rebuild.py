@@ -30,7 +30,7 @@ def rebuild(found: Saved, into: Recipe | None = None) -> Recipe:
 
 def build(found: Saved) -> Recipe:
     """The same with the weights that it has before training: random, or of pretrained files."""
-    with torch.random.fork_rng(devices=[]):  # random weights that are overwritten should not shift anybody's draws
+    with torch.random.fork_rng(devices=[]):  # random weights that are overwritten should not shift other draws
         recipe = saved.build(Recipe, {**found.model, "init_args": untrained(found.model)}, found.folder)
         recipe.configure_model()
     return recipe.eval()

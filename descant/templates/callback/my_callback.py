@@ -22,7 +22,7 @@ class MyCallback(L.Callback):
         n_m = sqrt(sum over parameters p of tower m of |dL/dp|^2)
         share/m = n_m / sum over the M towers of n
 
-    A share near 0 says that this modality hardly learns any more. Only what a protocol promises is asked of the
+    A share near 0 means that this modality hardly learns any more. Only what a protocol promises is asked of the
     recipe, so the callback works with every recipe that has it: here ``towers``, one module a modality.
 
     Args:

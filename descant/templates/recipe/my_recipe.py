@@ -1,6 +1,6 @@
 """Contrastive image-text pre-training with an alignment term weighted towards the worst pairs.
 
-Claim: say here, in one sentence, what the method does that its baseline does not; the experiment says by how much.
+Claim: in one sentence, what the method does that its baseline does not; the experiment measures by how much.
 
     z_m = normalise(head_m(pool(tower_m(x_m))))         for m = image, text
     contrast_b = InfoNCE(z_image, z_text)_b             with in-batch negatives
