@@ -62,7 +62,7 @@ def _checked(words: list[str], cli: Cli, content: dict[str, Any]) -> None:
         request = read(command, rest)
         if wanted(request) and request.configs:
             known = Written(content, "fit" if command == "check" else command)
-            precheck(known, request.configs, request.options, request.trust)
+            precheck(known, request.files, request.options, request.trust)
     elif command == "sweep":
         mine, theirs = sweep._split(rest)
         assert all(word.partition("=")[0] in _help("sweep", "--help") for word in mine if word.startswith("--"))
