@@ -102,5 +102,5 @@ def test_all_rules_are_tried() -> None:
     from descant.modules import multitask as mixing
 
     rules = {name for name, kind in vars(mixing).items() if isinstance(kind, type) and issubclass(kind, mixing.Rule)}
-    assert rules == {"Rule", "SolverRule", "MMPareto", *PARAMETERS}  # Pareto is for towers: test_balance_everywhere
+    assert rules == {"Rule", "SolverRule", "MMPareto", "GradDrop", *PARAMETERS}  # towers: test_balance_everywhere
     assert {name for name in PARAMETERS if getattr(mixing, name).per_sample} == set(FEATURES)

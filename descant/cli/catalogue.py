@@ -127,8 +127,7 @@ def find(name: str) -> Path:
     except (OSError, RuntimeError):  # longer than any name may be, or the home of an unknown user
         pass
     plain = name.removesuffix(".yaml").removeprefix("experiments/")
-    file = ROOT / f"{plain}.yaml"
-    if re.fullmatch(r"[\w/-]+", plain) and file.is_file() and file not in (BASE, RENAMED, PAPERS):
+    if file := _shipped(plain):
         return file
     if (new := renamed().get(plain)) is not None:
         if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -147,6 +146,14 @@ def find(name: str) -> Path:
     elif not near and (new_recipe := re.fullmatch(r"(\w+)\.yaml", name)):
         near = f"; `descant new recipe {new_recipe[1]}` writes one of yours"
     raise Refusal(f"--config {name}: no such file, and nothing of that name ships{near}")
+
+
+def _shipped(name: str) -> Path | None:
+    file = ROOT / f"{name}.yaml"
+    try:
+        return file if re.fullmatch(r"[\w/-]+", name) and file.is_file() and file not in (BASE, RENAMED, PAPERS) else None
+    except OSError:  # longer than any name may be
+        return None
 
 
 def _arm(name: str, claim: Path, arm: str) -> Path:

@@ -99,4 +99,4 @@ def require_port(text: str | None) -> None:
             probe.bind(("", int(text)))
         except OSError as error:
             why = "in use on this machine" if error.errno == errno.EADDRINUSE else f"{error.strerror}".lower()
-            fail(f"MASTER_PORT {text}: {why}; another one, or none, by which a free one is taken")
+            fail(f"MASTER_PORT {text}: {why}; set another one, or none for a free one")

@@ -30,10 +30,10 @@ usage: descant compare RUN ... [--metrics A,B] [--baseline NAME] [--format markd
   descant compare '*emoji*' --metrics '*/i2t_r10,vendor/*' --baseline siglip --format csv
 
 Runs that differ only in their seed form one row, named by the settings that set it apart (names, devices and
-callbacks that only watch do not count). For each metric the table shows the mean over seeds, the mean difference
-to the baseline at the same seeds with its 95 % interval (Student's t, paired; a bootstrap of so few seeds is
-too narrow), and how many seeds are better. Metrics of which lower values are better are marked, and so are runs
-that stopped before their last step. The last row is chance level, where the runs measured it.
+callbacks that only watch do not count). For each metric the table shows the mean over seeds, the mean
+difference to the baseline at the same seeds with its 95 % interval (Student's t, paired; a bootstrap of so
+few seeds is too narrow), and how many seeds are better. Metrics of which lower values are better are marked,
+and so are runs that stopped before their last step. The last row is chance level, where the runs measured it.
 
 Options:
   RUN                  a run such as demo/001, its folder, NAME (all its runs), or a pattern of these

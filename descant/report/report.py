@@ -27,9 +27,9 @@ usage: descant report RUN ... [--output FILE] [--metrics A,B] [--baseline NAME]
 
   descant report contrastive-emoji siglip --output siglip.html
 
-The file is self-contained and makes no network requests. Runs are grouped as by descant compare; a thick line is
-the mean of a group, thin lines are its seeds. Images are those logged to TensorBoard. The file has at most 3 MB:
-images are scaled down or left out, oldest first, and the page lists what is missing.
+The file is self-contained and makes no network requests. Runs are grouped as by descant compare; a thick line
+is the mean of a group, thin lines are its seeds. Images are those logged to TensorBoard. The file has at most
+3 MB: images are scaled down or left out, oldest first, and the page lists what is missing.
 
 Options:
   RUN                  a run such as demo/001, its folder, NAME (all its runs), or a pattern of these

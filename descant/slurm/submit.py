@@ -36,8 +36,8 @@ usage: descant submit [options] -- fit --config NAME ... [-- COMMAND to run afte
   descant submit --time 60 -- fit --config contrastive/emoji -- test --run contrastive-emoji/latest
 
 Writes the script runs/NAME/submit-001.sh, submits it, and prints how to watch the job. One rank runs on each
-GPU. A run that is signalled, preempted or killed, or loses a node, is requeued and continues in its folder; one
-that ends with 1 (an error) or 2 (a wrong request) fails, and jobs that wait for it never start. A wrong
+GPU. A run that is signalled, preempted or killed, or loses a node, is requeued and continues in its folder;
+one that ends with 1 (an error) or 2 (a wrong request) fails, and jobs that wait for it never start. A wrong
 configuration is refused before submitting. fit, validate, test and predict can be submitted.
 
 Options:

@@ -28,8 +28,9 @@ usage: descant sweep --config NAME ... --vary KEY=A,B [--vary ...] [--seeds 3] [
   descant sweep --config contrastive/emoji --vary model.optimizer.lr=1e-4,3e-4,1e-3 --seeds 3
   descant sweep --config fusion/emoji --vary trainer.max_steps=300 --vary data.batch_size=64,128 --jobs 2
 
-Each run is a folder of runs/sweeps/NAME-DIGEST, where the digest is of everything that the runs share: the same
-command, or one with more values or seeds, continues where it stopped. All combinations are checked first.
+Each run is a folder of runs/sweeps/NAME-DIGEST, where the digest is of everything that the runs share: the
+same command, or one with more values or seeds, continues where it stopped. All combinations are checked
+first.
 
 Options beside those of fit:
   --vary KEY=A,B         values of a key, or KEY=0..4; repeated: all combinations

@@ -242,7 +242,7 @@ def touch_parameters(value: Tensor, parameters: Iterable[nn.Parameter]) -> Tenso
     So a set that occurs on one rank only has a gradient on all, and an optimizer does the same on every rank.
 
     >>> x, idle = torch.ones(2, requires_grad=True), nn.Parameter(torch.ones(3))
-    >>> reached(x.sum(), [idle]).backward()
+    >>> touch_parameters(x.sum(), [idle]).backward()
     >>> idle.grad.tolist()
     [0.0, 0.0, 0.0]
     """

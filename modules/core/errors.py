@@ -13,7 +13,7 @@ def closest(name: str, known: Iterable[str], most: int = 3, cutoff: float = 0.5)
     >>> closest("widht", ["Width", "depth"]), closest("zzz", ["width"])
     (['Width'], [])
     """
-    lower = {option.lower(): option for option in sorted(set(known), reverse=True)}
+    lower = {option.lower(): option for option in sorted(set(known))}  # of two that differ in case alone, the lower
     return [lower[near] for near in difflib.get_close_matches(name.lower(), lower, n=most, cutoff=cutoff)]
 
 

@@ -19,7 +19,7 @@ from descant.modules.io.upgrade import upgrade
 
 #: Old class name -> present one.
 CLASSES = {
-    **dict(Chat="VisionLanguage", Imitate="SFT", Judge="VerifierProcess", Prefer="DPO", Reinforce="GRPO"),
+    **dict(Chat="VisionLanguage", Imitate="SFT", Prefer="DPO", Reinforce="GRPO"),
     **dict(Advances="StagedRecipe", Alike="UniformWeighting", AnswerJudge="AnswerScorer", Asked="FusionContext"),
     **dict(Behind="StudentLag", Blend="GradientBlending", Blocked="BlockShuffle", Bpe="BPETokenizer"),
     **dict(Bytes="ByteTokenizer", Codec="Tokenizer", Contends="MultimodalClassifier", Decided="FusionInputs"),
@@ -32,7 +32,7 @@ CLASSES = {
     **dict(PromptFill="PromptImputer", Realign="CMGH", Rebuilt="ReconstructionOutput", Replies="AnswersQuestions"),
     **dict(Rolled="RolloutData", Rolls="RolloutPolicy", Said="Decisions", SaidNames="SpokenNamesSource"),
     **dict(Says="MakesDecisions", Shown="ShownImages", Solved="SolverRule", Still="FrozenBatchNormStats"),
-    **dict(Sure="TeacherConfidence", Told="ResumableLog", Uncertainty="UncertaintyWeighting", Unread="UnreadTerms"),
+    **dict(Sure="TeacherConfidence", Told="ResumableLog", Uncertainty="UncertaintyWeighting"),
     **dict(Unsure="TeacherUncertainty", Votes="SoftVoting", Words="WordTokenizer", ZeroFill="ZeroImputer"),
 }
 #: Present class name -> old argument -> present one.
@@ -41,6 +41,7 @@ ARGUMENTS: dict[str, dict[str, str]] = {"Stage": {"learns": "objective"}}
 GONE: dict[str, str] = {
     "EachMask": "one corruption for all modalities, such as UniformMask",
     "Overlong": "Rollouts(cut: leave) leaves out answers that were cut off",
+    "PrepareError": "ValueError",
     "Preferred": "VisionLanguage with objective: DPO",
     "Reinforced": "VisionLanguage with objective: GRPO",
 }
@@ -73,9 +74,11 @@ MODULES = {
 #: Old path -> present one, where the class name alone does not tell.
 PATHS = {
     "descant.datamodules.changed.Corpus": "descant.datamodules.changes.Corpus",
+    "descant.datamodules.changed.Rules": "descant.datamodules.changes.DataPolicy",
     "descant.datamodules.frames.Source": "descant.datamodules.corpora.frames.Source",
     "descant.modules.decoders.Places": "descant.modules.masking.decoders.Places",
     "descant.modules.masking.Ratio": "descant.modules.masking.corruptions.Ratio",
+    "descant.modules.reinforce.rewards.Judge": "descant.modules.policy.rewards.VerifierProcess",
     "descant.modules.reinforce.Ratio": "descant.modules.policy.losses.Ratio",
     "descant.modules.reinforce.policy.Ratio": "descant.modules.policy.losses.Ratio",
     "descant.store.AtomicIO": "descant.run.store.AtomicIO",

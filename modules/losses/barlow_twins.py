@@ -12,19 +12,23 @@ from descant.modules.core.ranks import gather
 from descant.modules.losses.contrastive import ContrastiveLoss
 
 
-def barlow_twins(a_GD: Tensor, b_GD: Tensor, redundancy: float = 5e-3) -> Tensor:
+def barlow_twins(a_GD: Tensor, b_GD: Tensor, redundancy: float = 5e-3, valid_G: Tensor | None = None) -> Tensor:
     """Scalar ``sum_i (1 - C_ii)^2 + redundancy sum_{i != j} C_ij^2`` of the cross-correlation C of two embeddings.
 
-    C is over samples, of columns with mean 0 and variance 1. Source: Zbontar 2021, arXiv 2103.03230.
+    C is over the valid samples, of columns with mean 0 and variance 1; of fewer than two samples the value is 0.
+    Source: Zbontar 2021, arXiv 2103.03230.
 
     >>> x = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
     >>> round(barlow_twins(x, x, redundancy=0.1).item(), 3)  # C is all ones
     0.2
     """
-    a_GD, b_GD = ((x - x.mean(dim=0)) / x.var(dim=0, correction=0).clamp(min=1e-12).sqrt() for x in (a_GD, b_GD))
-    c_DD = a_GD.T @ b_GD / len(a_GD)
+    w_G1 = (torch.ones_like(a_GD[:, 0]) if valid_G is None else valid_G.to(a_GD.dtype))[:, None]
+    n = w_G1.sum().clamp(min=1)
+    a_GD, b_GD = (w_G1 * (x - (w_G1 * x).sum(dim=0) / n) for x in (a_GD, b_GD))
+    a_GD, b_GD = (x / (x.square().sum(dim=0) / n).clamp(min=1e-12).sqrt() for x in (a_GD, b_GD))
+    c_DD = a_GD.T @ b_GD / n
     on = (1 - c_DD.diagonal()).square().sum()
-    return on + redundancy * (c_DD.square().sum() - c_DD.diagonal().square().sum())
+    return torch.where(n > 1, on + redundancy * (c_DD.square().sum() - c_DD.diagonal().square().sum()), 0.0)
 
 
 class BarlowTwins(ContrastiveLoss):
@@ -40,8 +44,5 @@ class BarlowTwins(ContrastiveLoss):
         self.redundancy, self.weight = redundancy, weight
 
     def forward(self, a_BD: Tensor, b_BD: Tensor, key_B: Tensor, valid_B: Tensor) -> Tensor:
-        valid_G = gather(valid_B)
-        if not int(valid_G.sum()) > 1:
-            return (a_BD * 0 + b_BD * 0).sum(dim=1)
-        loss = barlow_twins(gather(a_BD)[valid_G], gather(b_BD)[valid_G], self.redundancy)
+        loss = barlow_twins(gather(a_BD), gather(b_BD), self.redundancy, gather(valid_B))
         return torch.where(valid_B, self.weight * loss, 0.0)

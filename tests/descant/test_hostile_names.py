@@ -56,9 +56,9 @@ NAMES = {
     "é" * 120: "longer than 200 bytes",
     "latest": "reserved; nearest: run-latest",
     "metrics.json": "reserved",
-    "a/latest": "Descant's own name",
+    "a/latest": "reserved",
     "001": "reserved; nearest: run-001",
-    "2024": "Descant's own name",
+    "2024": "reserved",
 }
 
 

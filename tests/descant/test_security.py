@@ -274,7 +274,7 @@ def test_what_lies_in_a_folder_is_not_imported_there(workplace: Path) -> None:
 @pytest.mark.parametrize("name", ["x\ntouch imported #", 'x" touch'])
 def test_a_name_is_no_line_of_a_script(toy: Cli, workplace: Path, name: str) -> None:
     done = toy_submit(toy, name)
-    assert done.rc == 2 and len(done.err.splitlines()) == 1 and "printable letters" in done.err
+    assert done.rc == 2 and len(done.err.splitlines()) == 1 and "printable characters" in done.err
 
 
 def toy_submit(toy: Cli, name: str) -> Result:

@@ -56,6 +56,7 @@ from descant.modules.language.answer_scores import Answers, EditDistanceScorer, 
 from descant.modules.language.generate import Sampling
 from descant.modules.language.model import CausalLM
 from descant.modules.language.projectors import EachToken, PooledGrid, Resampler
+from descant.modules.losses.barlow_twins import BarlowTwins
 from descant.modules.losses.contrastive import InfoNCE, Intra, SigLIP
 from descant.modules.losses.hard_negatives import Negatives
 from descant.modules.losses.hinge import HardestInBatchHinge, PairMarginLoss
@@ -153,6 +154,7 @@ def _pairs(make: Callable[[], nn.Module]) -> Part:
 
 part("InfoNCE")(_pairs(InfoNCE))
 part("SigLIP")(_pairs(SigLIP))
+part("BarlowTwins")(_pairs(BarlowTwins))
 part("RingSigLIP")(_pairs(lambda: RingSigLIP(rows=4)))
 part("HardestInBatchHinge")(_pairs(lambda: HardestInBatchHinge(warmup=1)))
 
@@ -360,6 +362,11 @@ for _name in (
     part(_name)(_rule(getattr(mixing, _name)))
 part("DWA")(_rule(lambda: mixing.DWA(window=1)))
 part("MMPareto")(_rule(mixing.MMPareto, terms=2))
+
+
+@part("GradDrop")
+def _graddrop(at: Place) -> Any:
+    return mixing.GradDrop(leak=0.25).combine(at(torch.randn(3, B, 5)), 7)
 
 
 def _pacing(make: Callable[[], Pacing]) -> Part:

@@ -36,6 +36,9 @@ NEEDLESS = {
     "TensorBoard": "writes numbers: tests of the command line run it, on the device too",
     "Verified": "hashes a file of weights, in a thread",
     "FlopCount": "counts operators of the CPU's or a GPU's dispatcher: benchmarks",
+    "CompetitiveDistillation": "delegates to the recipe that it wraps, which is tried with a teacher",
+    "Output": "holds what a recipe returns",
+    "Best": "keeps the best of the candidates of a solver, which are tried",
     # other devices
     "Compile": "a compiler has no code for an emulated device; `make gpu` compiles",
     "Quantize": "kernels of bitsandbytes; `make gpu`",

@@ -122,7 +122,7 @@ def test_the_place_is_in_our_source_and_operations_are_counted(x: Tensor, emulat
     with emulated.counting() as counts:
         mix_N(x[0].long(), "a")
     ((place, what),) = counts.reads
-    assert place.startswith("modules/core/rng.py:") and what == "copy to the CPU"
+    assert place.startswith("modules/core/host.py:") and what == "copy to the CPU"
     with emulated.counting() as outer, emulated.counting() as inner:
         (x.view(9)[None] @ x.view(9, 1)).exp()
     assert outer.operations == inner.operations == 2 and outer.by_operator == {"mm": 1, "exp": 1}

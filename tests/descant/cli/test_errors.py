@@ -306,7 +306,7 @@ def test_interrupted(toy: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ToyRecipe, "terms", interrupt)
+    monkeypatch.setattr(ToyRecipe, "forward", interrupt)
     import signal
 
     handler = signal.getsignal(signal.SIGINT)

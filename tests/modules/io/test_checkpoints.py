@@ -273,7 +273,7 @@ def exported(cli: Cli, run: Path) -> Path:
 def test_the_card_has_digest_and_step(exported: Path, run: Path) -> None:
     card = (exported / "README.md").read_text()
     digest = sha256_of(run / "resume/step-0000110.ckpt")
-    assert f"made of `resume/step-0000110.ckpt`, SHA-256 `{digest}`; step 110, of which the numbers below" in card
+    assert f"from `resume/step-0000110.ckpt`, SHA-256 `{digest}`; the numbers below are of its step 110." in card
     assert f"`model.safetensors` has SHA-256 `{sha256_of(exported / 'model.safetensors')}`" in card
     assert is_of(loaded(exported), 110) and "0.75" in card
 
