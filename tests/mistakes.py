@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from descant.cli import schema
-from descant.cli.catalogue import BASE, experiments
+from descant.cli.catalogue import BASE, experiments, layers
 from descant.cli.document import load
 from descant.cli.dump import Written
 from descant.cli.errors import Refusal
@@ -39,7 +39,7 @@ def drawn(known: Callable[[str], Written], seed: int) -> Iterator[Mistake]:
                 command = lot.choice(COMMANDS)
                 name = lot.choice(sorted(experiments()))
                 walk = Walk(written := known("fit" if command == "check" else command), [])
-                for file in (BASE, experiments()[name]):
+                for file in (BASE, *layers([experiments()[name]])):
                     walk.source(load(file))
                 try:
                     args, names = kind(lot, written, walk, command, name)

@@ -34,7 +34,14 @@ def test_there_are_forty_all_over_the_tree() -> None:
     folders = {str(Path(mutant.file).parent) for mutant in MUTANTS}
     assert folders >= {
         *("modules/core", "modules/losses", "modules/towers", "modules/language", "modules/policy", "recipes"),
-        *("callbacks/run", "callbacks/harmonize", "datamodules", "datamodules/sources", "descant/cli", "descant/claims"),
+        *(
+            "callbacks/run",
+            "callbacks/harmonize",
+            "datamodules",
+            "datamodules/sources",
+            "descant/cli",
+            "descant/claims",
+        ),
     }
 
 

@@ -151,7 +151,9 @@ def find(name: str) -> Path:
 def _shipped(name: str) -> Path | None:
     file = ROOT / f"{name}.yaml"
     try:
-        return file if re.fullmatch(r"[\w/-]+", name) and file.is_file() and file not in (BASE, RENAMED, PAPERS) else None
+        return (
+            file if re.fullmatch(r"[\w/-]+", name) and file.is_file() and file not in (BASE, RENAMED, PAPERS) else None
+        )
     except OSError:  # longer than any name may be
         return None
 

@@ -142,7 +142,10 @@ def test_wrong_arguments_are_one_line(tmp_path: Path) -> None:
     cases: list[tuple[Callable[[], Any], str]] = [
         (lambda: Answering(new=0), "new 0 and table 8: 1 and 0 are the least"),
         (lambda: evaluated(tmp_path, Answering(by="kidn")), "by 'kidn': no such name; did you mean kind"),
-        (lambda: evaluated(tmp_path, Answering(), build(fusion("LateFusion", "image"))), "such as VisionLanguage, not Fusion"),
+        (
+            lambda: evaluated(tmp_path, Answering(), build(fusion("LateFusion", "image"))),
+            "such as VisionLanguage, not Fusion",
+        ),
         (lambda: evaluated(tmp_path, Answering(), None, PatternData()), "such as Questions; PatternData has none"),
     ]
     for make, message in cases:
