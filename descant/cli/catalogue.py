@@ -127,8 +127,8 @@ def find(name: str) -> Path:
     except (OSError, RuntimeError):  # longer than any name may be, or the home of an unknown user
         pass
     plain = name.removesuffix(".yaml").removeprefix("experiments/")
-    if file := _shipped(plain):
-        return file
+    if (there := _shipped(plain)) is not None:
+        return there
     if (new := renamed().get(plain)) is not None:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             say(f"--config {name} is now {new}")
