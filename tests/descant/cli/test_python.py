@@ -17,7 +17,7 @@ import descant
 from tests.conftest import Result
 
 Cli = Callable[..., Result]
-GUIDE = Path(__file__).parents[3] / "docs/guides/python.md"
+GUIDES = Path(__file__).parents[3] / "docs/guides"
 SMALL = {"size=32": "tiny=True", "batch_size=128": "batch_size=32", "max_steps=300": "max_steps=2, accelerator='cpu'"}
 #: The recipe of the guide, as options of the command line.
 TOWERS = (
@@ -39,16 +39,36 @@ QUICK: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_the_guide_runs_in_order(workplace: Path) -> None:
-    code = "\n".join(re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL))
-    for text, small in SMALL.items():
+def run_guide(name: str, small: dict[str, str]) -> dict[str, Any]:
+    """The Python of a guide in order, with some texts replaced by others."""
+    code = "\n".join(re.findall(r"```python\n(.*?)```", (GUIDES / f"{name}.md").read_text(), re.DOTALL))
+    for text, other in small.items():
         assert text in code
-        code = code.replace(text, small)
+        code = code.replace(text, other)
     scope: dict[str, Any] = {}
     exec(code, scope)
+    return scope
+
+
+def test_the_guide_runs_in_order(workplace: Path) -> None:
+    scope = run_guide("python", SMALL)
     assert Path(scope["folder"]) == workplace / "runs/contrastive-emoji/001"
     assert not scope["recipe"].training and len(scope["similarity_BB"])
     assert set(scope["z"]) == {"image", "text"} and scope["metrics"]
+
+
+def test_the_five_recipes_train_as_their_guide_has_them(workplace: Path, cli: Cli) -> None:
+    quick = ("--config", "on/tiny", "--trainer.max_steps", "1", "--test", "false", "--trainer.limit_val_batches", "0")
+    for name, configs in (("teacher", ["contrastive/emoji"]), ("whole", ["fusion/emoji", "with/train/mid-fusion"])):
+        done = cli("fit", *(word for c in configs for word in ("--config", c)), *quick, "--name", name)
+        assert done.rc == 0, done.err
+    small = {"batch_size=128": "batch_size=16", "steps=20": "steps=1", "epochs=2": "steps=1"}
+    small |= {"size=32": "tiny=True", "max_steps=300": "max_steps=1", "max_epochs=-1": "max_epochs=-1, **QUICK"}
+    options = {key: value for key, value in QUICK.items() if key != "max_epochs"}
+    small["from functools import partial"] = f"from functools import partial\nQUICK = {options!r}"
+    scope = run_guide("recipes", small)
+    assert scope["mae"].global_step == scope["adapted"].global_step == 1 and scope["staged"].stage == "all"
+    assert {path.name for path in Path("runs").iterdir()} >= {"siglip", "mae", "student", "staged", "adapted"}
 
 
 def test_a_run_has_the_folder_defaults_and_numbers_of_the_command_line(workplace: Path, cli: Cli) -> None:
