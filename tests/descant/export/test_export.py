@@ -29,7 +29,7 @@ from descant.callbacks.run.report import read_json
 from descant.export import loading
 from descant.modules.adaptation.saved_tower import SavedTower
 from descant.modules.core.batch import Batch
-from descant.modules.io import saved
+from descant.modules.io import names, saved
 from descant.modules.io.lean import base_of, lean
 from descant.recipes import Contrastive
 from descant.run import portable
@@ -102,7 +102,7 @@ def by_hand(
 
 
 def tower(name: str, **arguments: Any) -> dict[str, Any]:
-    return {"class_path": f"descant.modules.towers.{name}", "init_args": arguments}
+    return {"class_path": names.full(name) or name, "init_args": arguments}
 
 
 def adapt(name: str, **arguments: Any) -> dict[str, Any]:
