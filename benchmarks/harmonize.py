@@ -82,7 +82,7 @@ def steps_of(
             optimizer.zero_grad()
             if isinstance(callback, HarmonizeFeatures):
                 callback.on_train_batch_start(trainer, model, data, 0)
-            loss = model.step(model.terms(data), data).total
+            loss = model.step(model.hooks.watch(model.terms(data)), data).total
             if callback is not None:
                 callback.on_before_backward(trainer, model, loss)
             torch.autograd.backward(loss)

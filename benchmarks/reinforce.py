@@ -31,6 +31,7 @@ from descant.datamodules.tasks.rollout_buffer import RolledDialogues
 from descant.datamodules.tasks.text_tasks import TaskProblems, TextTasks
 from descant.modules.core.batch import Batch
 from descant.modules.language import Generated
+from descant.modules.objectives.language import GRPO
 from descant.modules.policy.rewards import Answer, Rewards, Verifier
 from descant.modules.tokenizers.text import BOS, EOS, PAD, Tokenizer
 from descant.recipes import VisionLanguage
@@ -108,7 +109,7 @@ class PromptTask(RolledDialogues, TextTasks):
         super().__init__(items=N, group=G, tasks={"even": None}, length=T + NEW + 1, answer_length=NEW, **kwargs)
 
     @cached_property
-    def codec(self) -> Tokenizer:
+    def tokenizer(self) -> Tokenizer:
         return WordTokenizer(self.length)
 
     def asked_set(self, problems: TaskProblems) -> Prompts:
@@ -198,6 +199,7 @@ class Ours(L.Callback):
         net = Timed(
             lm=ours_of(owner),
             answer_token=ANSWER,
+            objective=GRPO(),
             new=NEW,
             optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-6),
             row=LENGTH,

@@ -65,9 +65,20 @@ LONGEST = (
         "test_signals.py",
         "descant/test_claims.py",
     ),
-    *("test_experiments.py", "descant/test_warnings.py", "descant/test_estimate.py", "test_wheel.py", "test_site.py"),
-    *("descant/test_new.py", "modules/test_configure.py", "test_balance_everywhere.py", "recipes/test_smollm.py"),
-    *("callbacks/test_resume.py", "descant/test_sweep.py", "test_elastic.py", "modules/reinforce/test_trl.py"),
+    *(
+        "test_experiments.py",
+        "descant/test_warnings.py",
+        "descant/cli/test_estimate.py",
+        "test_wheel.py",
+        "test_site.py",
+    ),
+    *(
+        "descant/cli/test_new.py",
+        "modules/engine/test_configure.py",
+        "test_balance_everywhere.py",
+        "recipes/test_smollm.py",
+    ),
+    *("callbacks/run/test_resume.py", "descant/slurm/test_sweep.py", "test_elastic.py", "modules/policy/test_trl.py"),
 )
 
 

@@ -29,7 +29,7 @@ def test_killed_and_resumed_it_ends_as_if_nothing_had_happened(tmp_path: Path, b
     assert kills == 1 and found == []
 
 
-#: What was lost of logs once, though no weight was: turns, numbers of an epoch. Rules: callbacks/test_resume.py.
+#: What was lost of logs once, though no weight was: turns, numbers of an epoch. Rules: callbacks/run/test_resume.py.
 LOGS = ("with/balance/mmpareto", "with/balance/mla", "papers/revisit-captions")
 
 

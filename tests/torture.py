@@ -154,7 +154,7 @@ TAUGHT: dict[str, tuple[str, dict[str, Any]]] = {
     "stages": (
         "staged/emoji_vqa",
         {
-            "model": {"init_args": {**_CHAT, "new": 4}},
+            "model": {"init_args": {"recipe": {"init_args": {**_CHAT, "new": 4}}}},
             "data": {
                 "init_args": {
                     "stages": {

@@ -137,7 +137,7 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     (("validate", "--run", "cut/001", *TRUST), "runs/cut/001 has no whole checkpoint (0000004.ckpt: 100 of "),
     (("test", *T, "--ckpt_path", "runs"), "--ckpt_path runs: a folder"),
     (("predict", *T, "--ckpt_path", "last"), "--ckpt_path last: needs a run"),
-    (("export", "toy/001", "--out", "toy.yaml", *TRUST), "it is there already"),
+    (("export", "toy/001", "--out", "toy.yaml", *TRUST), "it exists"),
     (("export", "toy/001", "--out", "x" * 300, *TRUST), "File name too long"),
     (("export", "toy/001", "--out", "out", "--ckpt", "nope", *TRUST), "nope: no such checkpoint"),
     (("export", "toy/001", "--out", "out", "--towers", "nope", *TRUST), "--towers nope: no such tower"),

@@ -1,4 +1,4 @@
-"""Rules of values, by their formulas in plain numbers; rules of gradients are in test_harmony.py."""
+"""Rules of values, by their formulas in plain numbers; rules of gradients are in test_solvers.py."""
 
 from __future__ import annotations
 
