@@ -42,7 +42,9 @@ def upgrade(value: Any, notice: Callable[[str], None] = lambda _: None) -> Any:
     changed = change({**node, "init_args": dict(node.get("init_args") or {})})
     if changed is None:
         return node
-    notice(f"{str(name).rpartition('.')[2]} is now {changed['class_path'].rpartition('.')[2]}")
+    before, now = (str(one["class_path"]).rpartition(".")[2] for one in (node, changed))
+    added = ", ".join(changed.get("init_args", {}).keys() - (node.get("init_args") or {}).keys())
+    notice(f"{before} is now {now}" + (f" with {added}" if before == now else ""))
     node.clear()
     node.update(changed)
     return node
@@ -66,14 +68,6 @@ def _model(node: Node) -> Node:
     return {**node, "class_path": "descant.recipes.VisionLanguage", "init_args": args}
 
 
-def _stage(node: Node) -> Node | None:
-    args = node["init_args"]
-    if "learns" not in args:
-        return None
-    args["objective"] = args.pop("learns")
-    return {**node, "init_args": args}
-
-
 def _staged(node: Node) -> Node | None:
     args = node["init_args"]
     if "recipe" in args or not set(args) - {"stages", *TRAINING}:
@@ -81,7 +75,8 @@ def _staged(node: Node) -> Node | None:
     outer = {key: args.pop(key) for key in list(args) if key in ("stages", *TRAINING)}
     loss = args.pop("loss", None)
     for stage in (outer.get("stages") or {}).values():
-        objective = (stage.get("init_args") or {}).get("objective") if isinstance(stage, Mapping) else None
+        options = (stage.get("init_args") or {}) if isinstance(stage, Mapping) else {}
+        objective = options.get("objective", options.get("learns"))  # arguments are renamed afterwards
         if loss and isinstance(objective, dict) and objective["class_path"] == "GRPO":
             objective.setdefault("init_args", {}).setdefault("loss", loss)
     inner = {"class_path": "descant.recipes.VisionLanguage", "init_args": args}
@@ -99,7 +94,6 @@ CHANGES: dict[str, Callable[[Node], Node | None]] = {
     "Imitate": _objective,
     "Reinforce": _objective,
     "Prefer": _objective,
-    "Stage": _stage,
     "Staged": _staged,
 }
 
