@@ -332,7 +332,7 @@ class Memory(DataModule):
         return {}
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        batch.inputs["image"] = self.augment(batch.inputs["image"], batch.draw)
+        batch.inputs["image"] = self.augment(batch.inputs["image"], batch.rng_seed)
         return batch
 
 

@@ -55,7 +55,7 @@ def batch(rows: int = 160) -> Batch:
     }
     there = torch.ones(rows, dtype=torch.bool)
     targets = {"category": torch.randint(0, 12, (rows,), generator=g)}
-    return Batch(inputs, dict.fromkeys(inputs, there), targets, index=torch.arange(rows), draw=torch.arange(rows))
+    return Batch(inputs, dict.fromkeys(inputs, there), targets, index=torch.arange(rows), rng_seed=torch.arange(rows))
 
 
 def steps_of(

@@ -164,7 +164,7 @@ def disagreement(model: Any, owner: Any, batch: Batch) -> tuple[float, float]:
     model.zero_grad()
     owner.zero_grad()
     _, real = model.raw(batch)
-    visible_BT = model.corruption(real, model.grids, batch.draw).visible["image"]
+    visible_BT = model.corruption(real, model.grids, batch.rng_seed).visible["image"]
     rows = len(batch)
     first = torch.zeros(rows, 1, dtype=torch.long, device=batch.device)  # their place 0 is the class token's
     keep_BK, mask_BT = (1 + (mask.nonzero()[:, 1]).view(rows, -1) for mask in (visible_BT, ~visible_BT))
@@ -184,7 +184,7 @@ def batches(size: Size, number: int = 4, device: str = "cpu") -> list[Batch]:
         image = torch.randn(size.batch, 3, size.image, size.image).to(device)
         draw = torch.arange(size.batch, device=device) + k * size.batch
         present = torch.ones(size.batch, dtype=torch.bool, device=device)
-        made.append(Batch({"image": image}, {"image": present}, draw=draw))
+        made.append(Batch({"image": image}, {"image": present}, rng_seed=draw))
     return made
 
 

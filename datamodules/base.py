@@ -35,7 +35,7 @@ class BatchDataset(Dataset[Batch]):
     Python out of the inner loop: an in-memory set needs one indexing operation a modality.
 
     Args:
-        seed: of everything random about a sample; with (epoch, index) it makes the sample's ``draw`` key.
+        seed: of everything random about a sample; with (epoch, index) it makes the sample's ``rng_seed``.
         drop: modality -> probability that a present sample is made absent.
     """
 
@@ -89,8 +89,8 @@ class BatchDataset(Dataset[Batch]):
             present={m: mask_B & rows.readable[m] if m in rows.readable else mask_B for m, mask_B in present.items()},
             targets=rows.targets,
             index=torch.from_numpy(self.identity(index_B if rows.index is None else rows.index)),
-            key=rows.key,
-            draw=torch.from_numpy(draw_B),
+            content_id=rows.key,
+            rng_seed=torch.from_numpy(draw_B),
             step=step,
         )
 
@@ -251,7 +251,7 @@ class DataModule(L.LightningDataModule):
 
     @property
     def keys(self) -> str | None:
-        """Name of what ``key`` numbers: data modules with the same name give equal content equal keys, also in a
+        """Name of what ``content_id`` numbers: data modules with the same name give equal content equal keys, also in a
         mixture. None: keys are comparable within this data module only."""
         return None
 

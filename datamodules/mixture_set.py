@@ -108,8 +108,8 @@ class MixtureSet(BatchDataset):
                 for name, (shape, dtype) in self.targets.items()
             },
             index=torch.zeros(size, dtype=torch.long),
-            key=torch.zeros(size, dtype=torch.long),
-            draw=torch.zeros(size, dtype=torch.long),
+            content_id=torch.zeros(size, dtype=torch.long),
+            rng_seed=torch.zeros(size, dtype=torch.long),
             step={m: torch.zeros(whole, dtype=torch.bool) for m in self.modalities},
         )
         for number, data in self.members.items():
@@ -117,7 +117,7 @@ class MixtureSet(BatchDataset):
             rows, slots = self._of_part(window.slots, number)
             if slots:
                 part = data[Window(slots, step)]
-                part.index, part.key = self._ids(part.index, number), self._keys(part.key, number)
+                part.index, part.content_id = self._ids(part.index, number), self._keys(part.content_id, number)
                 part.source = torch.full_like(part.index, number)
                 counts = part.step
                 _write(batch, part, rows)
@@ -180,5 +180,5 @@ def _write(whole: Batch, part: Batch, rows: list[int]) -> None:
         whole.targets[name][rows_R] = x
     for m, mask_R in part.present.items():
         whole.present[m][rows_R] = mask_R
-    for name in ("index", "key", "source", "draw"):
+    for name in ("index", "content_id", "source", "rng_seed"):
         getattr(whole, name)[rows_R] = getattr(part, name)

@@ -432,9 +432,9 @@ class UserData(DataModule):
         image, audio = self.fields.get("image"), self.fields.get("audio")
         if isinstance(image, ImageField):
             view = self.augment if training and self.augment is not None else image.pixels
-            batch.inputs["image"] = view(batch.inputs["image"], batch.draw)
+            batch.inputs["image"] = view(batch.inputs["image"], batch.rng_seed)
         if isinstance(audio, AudioField):
-            batch.inputs["audio"] = audio.features(batch.inputs["audio"], batch.draw if training else None)
+            batch.inputs["audio"] = audio.features(batch.inputs["audio"], batch.rng_seed if training else None)
         return batch
 
 

@@ -118,18 +118,18 @@ class Contrastive(SharedSpace):
         terms = {}
         for name, (a, b) in self.pairs.items():
             valid_B = batch.both(a, b)
-            value_B = self.losses[name](copies[a][name], copies[b][name], batch.key, valid_B)
+            value_B = self.losses[name](copies[a][name], copies[b][name], batch.content_id, valid_B)
             terms[name] = Term(value_B, valid=valid_B, given=(a, b))
         if self.intra is not None:
             m = self.intra.modality
             if f"{m}@2" not in batch.inputs:
                 raise ValueError(f"the intra-modal term needs a second view of {m!r}: data.views {{{m}: 2}}")
             h_2_BD = self.present_features(batch, m, view="@2")
-            value_B = self.intra(h[m], h_2_BD, batch.key, batch.draw, batch.present[m])
+            value_B = self.intra(h[m], h_2_BD, batch.content_id, batch.rng_seed, batch.present[m])
             terms[f"{m}-{m}"] = Term(value_B, valid=batch.present[m], given=(m,))
         if self.negatives is not None:
             name, (a, b), valid_B = self.negatives.name, self.negatives.pair, batch.both(*self.negatives.given)
             z_neg_BD = self.embed(batch.negatives())[b]  # as its positive: the same towers, and knowledge of its own
-            value_B = self.negatives(copies[a][name], copies[b][name], z_neg_BD, batch.draw, valid_B)
+            value_B = self.negatives(copies[a][name], copies[b][name], z_neg_BD, batch.rng_seed, valid_B)
             terms[name] = Term(value_B, valid=valid_B, given=self.negatives.given)
         return Output(terms, latents=z, pairs=pair_scorers(self.pairs, self.losses, z))

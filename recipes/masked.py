@@ -77,7 +77,7 @@ class Masked(MaskedRecipe):
         if self.training:
             batch = self.sham.permute_modalities(batch, self.modalities[1:])
         raw, real = self.raw(batch)
-        masks = corrupted(self.corruption, real, self.grids, batch.draw)
+        masks = corrupted(self.corruption, real, self.grids, batch.rng_seed)
         return Output(self.predicted(raw, masks, batch))
 
     def predicted(self, raw: dict[str, Tensor], masks: Masks, batch: Batch) -> dict[str, Term]:

@@ -88,7 +88,7 @@ class Matching(Recipe):
         """``s_VK``: how picture ``circle_V[v]`` fits the text k places on, the own one first; and ``circle_V``."""
         scorer = pairs[self.name]
         here_V = host_copy(batch.both(*self.pair)).nonzero()[:, 0]
-        turn_V = torch.from_numpy(mix_N(host_copy(batch.draw)[here_V], "match"))
+        turn_V = torch.from_numpy(mix_N(host_copy(batch.rng_seed)[here_V], "match"))
         circle_V = to_device(here_V[turn_V.argsort(stable=True)], batch.device)
         V = len(circle_V)
         K = min(self.negatives + 1, V)
@@ -96,7 +96,7 @@ class Matching(Recipe):
         column_VK = circle_V[(torch.arange(V, device=circle_V.device)[:, None] + place_K) % max(V, 1)]
         row_VK = circle_V[:, None].expand(V, K)
         s_VK = promote(scorer(row_VK.flatten(), column_VK.flatten())).view(V, K)
-        same_VK = (batch.key[row_VK] == batch.key[column_VK]) & (place_K > 0)
+        same_VK = (batch.content_id[row_VK] == batch.content_id[column_VK]) & (place_K > 0)
         return s_VK.masked_fill(same_VK, -torch.inf), circle_V
 
     # training -----------------------------------------------------------------------------------------------------

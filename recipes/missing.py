@@ -105,7 +105,7 @@ class MissingModality(AdaptedRecipe):
 
     def left(self, batch: Batch) -> Batch:
         """The samples with the modalities that a draw leaves of them."""
-        present = self.available.left(batch.present, batch.draw, self.modalities)
+        present = self.available.left(batch.present, batch.rng_seed, self.modalities)
         step = present if world() == 1 else {m: gather(mask_B) for m, mask_B in present.items()}
         return replace(batch, present=present, step=dict(step))
 

@@ -79,7 +79,7 @@ class OPM(L.Callback):
         left = dict(batch.present)
         for m, q in self.probability.items():
             if q > 0:
-                stays_B = to_device(uniform_N(batch.draw, "drop-ahead", m) >= q, left[m].device)
+                stays_B = to_device(uniform_N(batch.rng_seed, "drop-ahead", m) >= q, left[m].device)
                 left[m] = derived(torch.logical_and, left[m], stays_B)
         some_B = some(*(left[m] for m in self.probability or left))
         return {m: derived(torch.where, some_B, mask_B, batch.present[m]) for m, mask_B in left.items()}

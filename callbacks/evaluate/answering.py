@@ -129,7 +129,7 @@ class Answering(ForwardEvaluator):
         if self.sampling is not None:
             self._count(f"{name}/answered_drawn", answer(batch, self.sampling)[1], valid_B)
         if self.controls and "image" in batch.present:
-            other = Sham.permute(batch.inputs["image"], batch.draw, batch.present["image"])
+            other = Sham.permute(batch.inputs["image"], batch.rng_seed, batch.present["image"])
             exchanged = replace(batch, inputs={**batch.inputs, "image": other})
             self._count(f"{name}/answered_other", answer(exchanged)[1], valid_B)
             self._count(f"{name}/answered_blind", answer(batch.only("text"))[1], valid_B)

@@ -92,7 +92,7 @@ class Contributions(ForwardEvaluator):
             z = pl_module.latents(batch)
         label_B, self._dtype = pl_module.labels(batch), next(iter(z.values())).dtype
         all_B = keep_B & (label_B >= 0) & torch.stack([batch.present[m] for m in pl_module.modalities]).all(dim=0)
-        rows = Batch({}, dict.fromkeys(z, all_B), {"label": label_B}, batch.index, batch.key)
+        rows = Batch({}, dict.fromkeys(z, all_B), {"label": label_B}, batch.index, batch.content_id)
         self._stores_z.setdefault(name, Store().to(pl_module.device)).update(z, rows)
 
     def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:

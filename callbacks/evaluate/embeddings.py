@@ -79,7 +79,7 @@ class Store(Metric):
         values = [z[m].detach().float()[keep] for m in self.modalities]
         values += [batch.there(m)[keep] for m in self.modalities]
         values += [batch.targets[name][keep] for name in self.names]
-        for state, value in zip(self._states(), [*values, batch.key[keep], batch.index[keep]], strict=True):
+        for state, value in zip(self._states(), [*values, batch.content_id[keep], batch.index[keep]], strict=True):
             getattr(self, state).append(value)
 
     def compute(self) -> Rows:

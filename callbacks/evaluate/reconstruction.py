@@ -47,7 +47,7 @@ class Inputs:
         nothing = {m: torch.zeros(len(batch), 1, device=batch.device) for m in self.modalities}
         present = {m: batch.present[m] & keep_B for m in self.modalities}
         inputs = {m: batch.inputs[m] for m in self.modalities}
-        self.store.update(nothing, Batch({}, present, inputs, batch.index, batch.key))
+        self.store.update(nothing, Batch({}, present, inputs, batch.index, batch.content_id))
         self.others = {m: torch.zeros_like(x[:1]) for m, x in batch.inputs.items() if m not in self.modalities}
         self.absent = tuple(m for m in batch.present if m not in self.modalities)
 
@@ -250,7 +250,7 @@ class Reconstruction(ForwardEvaluator):
                 if m not in batch.present:
                     raise ValueError(f"Reconstruction: modality {m!r}, in the bank: {no_such(m, batch.present)}")
             mean = {m: row_means(batch.inputs[m])[:, None] for m in needed}
-            store.update(mean, Batch({}, {m: batch.present[m] for m in needed}, {}, batch.index, batch.key))
+            store.update(mean, Batch({}, {m: batch.present[m] for m in needed}, {}, batch.index, batch.content_id))
             for m in self.given:
                 if not batch.inputs[m].is_floating_point():
                     most = torch.cat([batch.inputs[m][batch.present[m]].flatten(), batch.index.new_zeros(1)]).max()
@@ -403,7 +403,7 @@ def _as_input(rebuilt: ReconstructionOutput, x_B: Tensor) -> ReconstructionOutpu
 def _inputs(batch: Batch) -> Batch:
     """A batch with its modalities' inputs and nothing else."""
     modalities = [m for m in batch.present if m in batch.inputs and not m.endswith(NEGATIVE)]
-    return Batch(dict(batch.inputs), {m: batch.present[m] for m in modalities}, {}, batch.index, batch.key)
+    return Batch(dict(batch.inputs), {m: batch.present[m] for m in modalities}, {}, batch.index, batch.content_id)
 
 
 def _joined(a: Batch, b: Batch) -> Batch:
@@ -411,4 +411,4 @@ def _joined(a: Batch, b: Batch) -> Batch:
         {m: torch.cat([x, second[m]]) for m, x in first.items()}
         for first, second in ((a.inputs, b.inputs), (a.present, b.present))
     )
-    return Batch(inputs, present, {}, torch.cat([a.index, b.index]), torch.cat([a.key, b.key]))
+    return Batch(inputs, present, {}, torch.cat([a.index, b.index]), torch.cat([a.content_id, b.content_id]))

@@ -158,7 +158,7 @@ class ModalitySubsetEval(ForwardEvaluator):
             }
             rows = {subset_name(s): rows_B for s, rows_B in parts.items()}
             store = self._z.setdefault(name, Store().to(pl_module.device))
-            store.update(z, Batch({}, rows, self._labels(batch), batch.index, batch.key))
+            store.update(z, Batch({}, rows, self._labels(batch), batch.index, batch.content_id))
 
     def _counted(self, present: Mapping[str, Tensor]) -> Tensor:
         """Bool: the rows that have all modalities, or some where that is enough."""
@@ -191,7 +191,7 @@ class ModalitySubsetEval(ForwardEvaluator):
         columns = {str(i): value.get(column, zero) for i, column in enumerate(self._columns)}
         present = {str(i): valid.get(column, nowhere) for i, column in enumerate(self._columns)}
         store = self._values.setdefault(name, Store().to(pl_module.device))
-        store.update(columns, Batch({}, present, {}, batch.index, batch.key))
+        store.update(columns, Batch({}, present, {}, batch.index, batch.content_id))
 
     def _modalities(self, pl_module: L.LightningModule, batch: Batch) -> Subset:
         data = [m for m in batch.present if not m.endswith(NEGATIVE)]
@@ -291,7 +291,7 @@ class ModalitySubsetEval(ForwardEvaluator):
             for batch in self._lead(trainer)._bank_batches(trainer):
                 some_B = torch.stack([_present(batch, m) for m in self._full]).any(0)
                 z = embed(trainer, pl_module, _only(batch, self._full, some_B))
-                rows = Batch({}, {"bank": some_B}, self._labels(batch), batch.index, batch.key)
+                rows = Batch({}, {"bank": some_B}, self._labels(batch), batch.index, batch.content_id)
                 store.update({"bank": fuse_embeddings(z, self._full)}, rows)
             return store.compute().labelled("bank", self.target)
         bank = self.bank(trainer, pl_module)

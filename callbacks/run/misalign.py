@@ -48,5 +48,5 @@ class Misalign(Callback):
         x_B, there_B = batch.inputs[self.modality], batch.present[self.modality]
         sampled_B = uniform_N(batch.index, "misalign", self.modality, global_seed())
         noise_B = derived(torch.logical_and, there_B, to_device(sampled_B < self.share, x_B.device))
-        batch.inputs[self.modality] = Sham.permute(x_B, batch.draw, noise_B)
+        batch.inputs[self.modality] = Sham.permute(x_B, batch.rng_seed, noise_B)
         batch.targets[self.target] = noise_B

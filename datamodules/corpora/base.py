@@ -55,7 +55,7 @@ class ImageViews:
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         view = self.augment if self.training else self.pixels
-        batch.inputs["image"] = view(batch.inputs["image"], batch.draw)
+        batch.inputs["image"] = view(batch.inputs["image"], batch.rng_seed)
         return batch
 
 

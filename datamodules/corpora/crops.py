@@ -109,7 +109,7 @@ class CropSet(BatchDataset):
 
     def __getitem__(self, window: Window) -> Batch:
         batch = super().__getitem__(window)
-        return replace(batch, index=batch.key)  # of this visit, not of the first epoch
+        return replace(batch, index=batch.content_id)  # of this visit, not of the first epoch
 
     def crops(self, id_B: np.ndarray) -> dict[str, Tensor]:
         """Modality -> uint8 ``[B, C, S, ...]``, neither flipped nor turned."""

@@ -393,7 +393,7 @@ class Emoji(ImageViews, Tokenized, DataModule):
         for m in self.derived:
             batch.inputs[m] = DERIVED[m](batch.inputs["image"])
         if "image@2" in batch.inputs:
-            batch.inputs["image@2"] = self.augment_2(batch.inputs["image@2"], batch.draw)
+            batch.inputs["image@2"] = self.augment_2(batch.inputs["image@2"], batch.rng_seed)
         if self.speech is not None:
             self.speech.view(batch, self.training)
         return batch

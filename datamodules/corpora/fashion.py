@@ -174,7 +174,7 @@ class Fashion(Packaged, DataModule):
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         x_B1SS = F.pad(batch.inputs["image"], ((self.size - SIDE) // 2,) * 4)
         if self.augment is not None and is_training(self.trainer):
-            batch.inputs["image"] = self.augment(x_B1SS, batch.draw)
+            batch.inputs["image"] = self.augment(x_B1SS, batch.rng_seed)
         else:
             batch.inputs["image"] = x_B1SS.float().div_(127.5).sub_(1)
         return batch

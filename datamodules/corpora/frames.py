@@ -321,10 +321,10 @@ class Frames(Questions):
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """All frames of a sample are augmented alike."""
         B, F = batch.inputs["image"].shape[:2]
-        batch.inputs["image"], draw_B = batch.inputs["image"].flatten(0, 1), batch.draw
-        batch.draw = derived(lambda x_B: x_B.repeat_interleave(F), draw_B)
+        batch.inputs["image"], draw_B = batch.inputs["image"].flatten(0, 1), batch.rng_seed
+        batch.rng_seed = derived(lambda x_B: x_B.repeat_interleave(F), draw_B)
         batch = super().on_after_batch_transfer(batch, dataloader_idx)
-        batch.inputs["image"], batch.draw = batch.inputs["image"].unflatten(0, (B, F)), draw_B
+        batch.inputs["image"], batch.rng_seed = batch.inputs["image"].unflatten(0, (B, F)), draw_B
         return batch
 
 

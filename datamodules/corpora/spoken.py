@@ -85,9 +85,9 @@ class SpokenNames:
         """From waveforms to features, on the device: ``audio`` and ``audio_length`` -> ``audio`` ``[B, F, T]``."""
         x_BS, length_B = batch.inputs["audio"], batch.inputs.pop("audio_length")
         if self.snr is not None:
-            x_BS = noisy(x_BS, length_B, self.snr, batch.draw if training else batch.index)
+            x_BS = noisy(x_BS, length_B, self.snr, batch.rng_seed if training else batch.index)
         x_BFT = self.features.to(batch.device)(x_BS, length_B)
-        batch.inputs["audio"] = self.augment(x_BFT, batch.draw) if training else x_BFT
+        batch.inputs["audio"] = self.augment(x_BFT, batch.rng_seed) if training else x_BFT
 
 
 class SpokenNamesSource:

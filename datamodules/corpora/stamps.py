@@ -325,7 +325,7 @@ class Stamps(ImageViews, Tokenized, Packaged, DataModule):
         batch = super().on_after_batch_transfer(batch, dataloader_idx)
         features = self.features.to(batch.device)
         x_BFT = features(batch.inputs["audio"], batch.inputs.pop("audio_length"))
-        batch.inputs["audio"] = self.augment_audio(x_BFT, batch.draw) if self.training else x_BFT
+        batch.inputs["audio"] = self.augment_audio(x_BFT, batch.rng_seed) if self.training else x_BFT
         return batch
 
 

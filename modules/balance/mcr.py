@@ -63,7 +63,7 @@ class Game(Regularizer):
         value_B = torch.zeros_like(context.logits_BC[:, 0])
         for i in z:
             plays_B = derived(torch.logical_and, several_B, present[i])
-            sources = [partners(context.batch.draw, plays_B, "game", i, s) for s in range(self.permutations)]
+            sources = [partners(context.batch.rng_seed, plays_B, "game", i, s) for s in range(self.permutations)]
             source_SB = torch.stack(sources).flatten()
             for a in z:
                 stake = self.stake(a, i, len(z))

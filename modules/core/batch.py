@@ -29,9 +29,9 @@ class Batch:
         present: modality -> bool ``[B]``; a padding row (there to keep every rank's shape) is absent everywhere.
         targets: name -> tensor ``[B, ...]``, for what is predicted and for labels that metrics read.
         index: int64 ``[B]``, a stable id of the sample in its data set.
-        key: int64 ``[B]``; equal keys carry the same content, so they are never each other's negatives.
+        content_id: int64 ``[B]``; equal ids carry the same content, so they are never each other's negatives.
         source: int64 ``[B]``, which data set of a mixture a sample came from.
-        draw: int64 ``[B]``, one random key a sample, a pure function of (seed, epoch, index): whatever is random
+        rng_seed: int64 ``[B]``, one random key a sample, a pure function of (seed, epoch, index): whatever is random
             about a sample (augmentation, caption, masking) is drawn from it by :mod:`descant.modules.core.rng`.
         step: modality -> bool ``[G]``, presence in the whole optimizer step (all ranks, all micro-batches): the
             sampler knows the window, so the counts that losses are divided by need no communication.
@@ -46,18 +46,18 @@ class Batch:
     present: dict[str, Tensor]
     targets: dict[str, Tensor] = field(default_factory=dict)
     index: Tensor = None  # type: ignore[assignment]  # filled below: counting rows is the natural default
-    key: Tensor = None  # type: ignore[assignment]
+    content_id: Tensor = None  # type: ignore[assignment]
     source: Tensor = None  # type: ignore[assignment]
-    draw: Tensor = None  # type: ignore[assignment]
+    rng_seed: Tensor = None  # type: ignore[assignment]
     step: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.index is None:
             self.index = to_device(torch.arange(len(self)), self.device)
-        self.key = self.index if self.key is None else self.key
+        self.content_id = self.index if self.content_id is None else self.content_id
         if self.source is None:
             self.source = to_device(torch.zeros(len(self), dtype=torch.long), self.device)
-        self.draw = self.index if self.draw is None else self.draw
+        self.rng_seed = self.index if self.rng_seed is None else self.rng_seed
         self.step = self.step or dict(self.present)
 
     def __len__(self) -> int:
@@ -88,7 +88,7 @@ class Batch:
         return self._each(lambda x: x.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        made: dict[int, Tensor] = {}  # by identity: what is one tensor, such as index and key, stays one
+        made: dict[int, Tensor] = {}  # by identity: what is one tensor, such as index and content_id, stays one
 
         def once(x: Tensor) -> Tensor:
             if id(x) not in made:
@@ -103,9 +103,9 @@ class Batch:
             present=changed(self.present),
             targets=changed(self.targets),
             index=once(self.index),
-            key=once(self.key),
+            content_id=once(self.content_id),
             source=once(self.source),
-            draw=once(self.draw),
+            rng_seed=once(self.rng_seed),
             step=changed(self.step),
         )
 
@@ -145,7 +145,7 @@ class Batch:
             {name.removesuffix(NEGATIVE): x for name, x in tensors.items() if name.endswith(NEGATIVE)}
             for tensors in (self.inputs, self.present, self.step)
         )
-        return Batch(inputs, present, self.targets, self.index, self.key, self.source, self.draw, step)
+        return Batch(inputs, present, self.targets, self.index, self.content_id, self.source, self.rng_seed, step)
 
     def select(self, rows: Tensor | slice) -> Batch:
         """The sub-batch of some rows; ``step`` still describes the whole optimizer step."""
@@ -154,9 +154,9 @@ class Batch:
             present={name: chosen(x, rows) for name, x in self.present.items()},
             targets={name: chosen(x, rows) for name, x in self.targets.items()},
             index=chosen(self.index, rows),
-            key=chosen(self.key, rows),
+            content_id=chosen(self.content_id, rows),
             source=chosen(self.source, rows),
-            draw=chosen(self.draw, rows),
+            rng_seed=chosen(self.rng_seed, rows),
             step=self.step,
         )
 

@@ -80,7 +80,7 @@ class Sham(nn.Module):
     def permute_modalities(self, batch: Batch, modalities: Sequence[str]) -> Batch:
         """The batch with these modalities of every sample, together, as they are or as the mode hands them on."""
         inputs, present = (
-            {m: self(x, batch.draw) if m in modalities else x for m, x in tensors.items()}
+            {m: self(x, batch.rng_seed) if m in modalities else x for m, x in tensors.items()}
             for tensors in (batch.inputs, batch.present)
         )
         return replace(batch, inputs=inputs, present=present)

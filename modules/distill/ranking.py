@@ -216,8 +216,8 @@ class RankTarget(Target):
         row_BK = torch.arange(len(batch), device=column_BK.device)[:, None].expand_as(column_BK)
         s_BK = promote(context.output.pairs[self.pair](row_BK.flatten(), column_BK.flatten()).view_as(row_BK))
         lists = Lists(t_BK.detach(), s_BK, valid_B)
-        u_B = self.sham(self._weights(self.weigh, lists), batch.draw, valid_B)
-        v_B = self.sham(self._weights(self.weigh_truth, lists), batch.draw, valid_B)
+        u_B = self.sham(self._weights(self.weigh, lists), batch.rng_seed, valid_B)
+        v_B = self.sham(self._weights(self.weigh_truth, lists), batch.rng_seed, valid_B)
         truth_B = -lists.s_BK.log_softmax(dim=1)[:, 0]
         return {
             "rank": Term(self.rank * self.imitation(lists), weight=u_B, valid=valid_B, norm=context.rows),
@@ -228,9 +228,9 @@ class RankTarget(Target):
         """Columns ``[B, K]`` and the teacher's scores of them, in the same order, and who has a whole list."""
         a, b = self.pair.split("-")
         here_B = batch.both(a, b)
-        device, here_B, key_B = batch.device, host_copy(here_B), host_copy(batch.key)  # who is asked: on the CPU
+        device, here_B, key_B = batch.device, host_copy(here_B), host_copy(batch.content_id)  # who is asked: on the CPU
         wrong_BB = here_B[:, None] & here_B & (key_B[:, None] != key_B)
-        draw_B = host_copy(batch.draw).numpy()
+        draw_B = host_copy(batch.rng_seed).numpy()
         turn_BB = torch.from_numpy(mix_N(draw_B[:, None], "list", draw_B[None].astype(np.uint64)))
         turn_BB = turn_BB.masked_fill(~wrong_BB, torch.iinfo(torch.int64).max)
         drawn = min(self.drawn, len(batch) - 1)

@@ -138,7 +138,7 @@ def attacked(
     Raises:
         ValueError: where the input has no gradient, as for a tower that runs without gradients.
     """
-    recipe, draw_B = nudge.recipe, nudge.batch.draw
+    recipe, draw_B = nudge.recipe, nudge.batch.rng_seed
     wrong_B = torch.zeros_like(label_B, dtype=torch.bool)
     radius_B1 = radius_B[:, None]
     with torch.inference_mode(False), torch.enable_grad():

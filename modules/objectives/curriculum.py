@@ -62,7 +62,7 @@ class Curriculum:
 
     def seen(self, cos_B: Tensor, valid_B: Tensor, batch: Batch) -> Tensor:
         """The cosines that it goes by: the sham's are those of other samples."""
-        return self.sham(cos_B, batch.draw, valid_B)
+        return self.sham(cos_B, batch.rng_seed, valid_B)
 
     def kept(self, cos_B: Tensor, valid_B: Tensor, batch: Batch, share: float) -> Tensor:
         """Bool ``[B]``; samples that are not valid have no conflict. ``cos_B``: of :meth:`seen`."""

@@ -52,7 +52,7 @@ class LanguageRecipe(Recipe):
             seen_PIW = self.projector(self.towers["image"](pictures.x_P))
         row = interleave(batch, pictures, seen_PIW.shape[1], self.image_token)
         h_BSW = placed(self.lm.embed(row.ids_BS), seen_PIW, pictures, row)
-        return h_BSW, self.visual(row, self.image_token, batch.draw, self.lm.training)
+        return h_BSW, self.visual(row, self.image_token, batch.rng_seed, self.lm.training)
 
     def answered(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Of learned tokens: what the head reads before each ``[N, W]``, its id, and the sample it is of, ``[N]``."""

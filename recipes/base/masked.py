@@ -91,7 +91,7 @@ class MaskedRecipe(Recipe):
                 "give its adapter a loss of raw numbers too: losses: [{class_path: MSE}, ...]"
             )
         raw, real = self.raw(batch)
-        masks = corrupted(corruption or self.corruption, real, self.grids, batch.draw)
+        masks = corrupted(corruption or self.corruption, real, self.grids, batch.rng_seed)
         asked = {m: At.of(mask_BT) for m, mask_BT in masks.target.items()}
         predicted, rebuilt = self.decoder(self.encode(raw, masks.visible), asked), {}
         for m, adapter in self.adapters.each().items():

@@ -61,7 +61,7 @@ def samples(count: int = 16, *modalities: str, holes: bool = True) -> Batch:
     """One batch of :class:`Samples`."""
     held, at = Samples(count, modalities or tuple(MODALITIES), holes), np.arange(count)
     rows = held.rows(at, at)
-    return Batch(rows.inputs, held.present(at), rows.targets, draw=torch.arange(count) * 7919 + 13)
+    return Batch(rows.inputs, held.present(at), rows.targets, rng_seed=torch.arange(count) * 7919 + 13)
 
 
 class SampleData(DataModule):

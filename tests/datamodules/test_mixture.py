@@ -95,7 +95,7 @@ class Toy(DataModule):
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         if "image" in batch.inputs:
-            shift_B = uniform_N(batch.draw, "shift")
+            shift_B = uniform_N(batch.rng_seed, "shift")
             image = batch.inputs["image"][:, :3].float() + self.plus + shift_B.view(-1, 1, 1, 1)
             batch.inputs["image"] = image
         return batch
@@ -306,7 +306,7 @@ def test_workers_change_nothing() -> None:
     one, other = two(), two(num_workers=2)
     assert other.workers == 2
     for a, b in zip(batches(one), batches(other), strict=True):
-        assert torch.equal(a.index, b.index) and torch.equal(a.draw, b.draw) and torch.equal(a.source, b.source)
+        assert torch.equal(a.index, b.index) and torch.equal(a.rng_seed, b.rng_seed) and torch.equal(a.source, b.source)
         assert all(torch.equal(a.inputs[m], b.inputs[m]) for m in a.inputs)
 
 
@@ -317,7 +317,11 @@ def test_ids_and_keys_of_parts_are_disjoint_and_ids_name_the_part() -> None:
     keys: dict[int, set[int]] = {0: set(), 1: set()}
     for batch in batches(data):
         for source, index, key, value in zip(
-            batch.source.tolist(), batch.index.tolist(), batch.key.tolist(), batch.inputs["text"][:, 0], strict=True
+            batch.source.tolist(),
+            batch.index.tolist(),
+            batch.content_id.tolist(),
+            batch.inputs["text"][:, 0],
+            strict=True,
         ):
             ids[source].add(index)
             keys[source].add(key)
@@ -336,13 +340,13 @@ def test_ids_and_keys_of_parts_are_disjoint_and_ids_name_the_part() -> None:
 def test_parts_that_number_the_same_content_share_keys() -> None:
     parts: dict[str, DataModule] = {"a": Toy(6, keys="captions"), "b": Toy(6, keys="captions"), "c": Toy(6)}
     batch = batches(Mixture(parts, batch_size=18))[0]
-    keys = [set(batch.key[batch.source == k].tolist()) for k in range(3)]
+    keys = [set(batch.content_id[batch.source == k].tolist()) for k in range(3)]
     assert keys[0] == keys[1] and not keys[0] & keys[2]
 
 
 def test_equal_samples_of_two_parts_have_different_seeds() -> None:
     batch = batches(Mixture({"a": Toy(20), "b": Toy(20)}, batch_size=40))[0]
-    assert len(set(batch.draw.tolist())) == 40
+    assert len(set(batch.rng_seed.tolist())) == 40
 
 
 @pytest.mark.parametrize("kind", ["mixed", "homogeneous"])
@@ -350,7 +354,7 @@ def test_transforms_apply_to_the_rows_of_their_part(kind: Any) -> None:
     data = two(batches=kind)
     for batch in batches(data):
         assert batch.inputs["image"].dtype == torch.uint8  # until here
-        number, source, draw = batch.inputs["text"][:, 0].float(), batch.source.clone(), batch.draw.clone()
+        number, source, draw = batch.inputs["text"][:, 0].float(), batch.source.clone(), batch.rng_seed.clone()
         after = data.on_after_batch_transfer(batch, 0)
         assert after.inputs["image"].dtype == torch.float32 and after.inputs["image"].shape[1:] == (3, 2, 2)
         expected = torch.where(source == 0, number + 100 + uniform_N(draw, "shift"), torch.zeros(()))

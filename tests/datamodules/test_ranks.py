@@ -95,7 +95,7 @@ def steps(make: Callable[[Path], DataModule], folder: Path, world: int, workers:
                 assert len(batch) == 8 // world // accumulate
                 pixels = [x.numpy().tobytes() for x in batch.inputs["image"]]
                 real = batch.present["image"].tolist()
-                rows = zip(batch.index.tolist(), batch.draw.tolist(), pixels, real, strict=True)
+                rows = zip(batch.index.tolist(), batch.rng_seed.tolist(), pixels, real, strict=True)
                 part = [row[:3] if row[3] else (-1, -1, b"") for row in rows]
                 found.setdefault((epoch, number // accumulate), []).append(part)
     if accumulate > 1:  # a rank's micro-batches come one after the other, and their rows lie between all others

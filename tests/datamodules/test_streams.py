@@ -113,7 +113,7 @@ def read(
 
 
 def same(a: Batch, b: Batch) -> bool:
-    pairs = [(getattr(a, name), getattr(b, name)) for name in ("index", "draw", "key")]
+    pairs = [(getattr(a, name), getattr(b, name)) for name in ("index", "rng_seed", "content_id")]
     for name in ("inputs", "present", "step"):
         one, two = getattr(a, name), getattr(b, name)
         assert set(one) == set(two) == {"image", "text"}

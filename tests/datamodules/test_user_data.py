@@ -201,7 +201,7 @@ def test_training_replaces_unreadable_samples_by_similar_ones(tmp_path: Path) ->
 def _slots(made: Any, batch: Batch, epoch: int) -> list[Any]:
     """The slots that a batch was asked for, found by its draws."""
     windows = Order(len(made), 8, 0, epoch=epoch)
-    return next(w.slots for w in windows if np.array_equal(made.draws(w.slots), batch.draw.numpy()))
+    return next(w.slots for w in windows if np.array_equal(made.draws(w.slots), batch.rng_seed.numpy()))
 
 
 def test_replacements_are_the_same_on_any_rank(tmp_path: Path) -> None:
@@ -212,11 +212,13 @@ def test_replacements_are_the_same_on_any_rank(tmp_path: Path) -> None:
     whole = {
         int(d): (int(i), x)
         for b in batches(made[0], 8)
-        for d, i, x in zip(b.draw, b.index, b.inputs["image"], strict=True)
+        for d, i, x in zip(b.rng_seed, b.index, b.inputs["image"], strict=True)
     }
     for rank in (0, 1):
         for batch in batches(made[1], 8, world=2, rank=rank):
-            for draw, index, x in zip(batch.draw.tolist(), batch.index.tolist(), batch.inputs["image"], strict=True):
+            for draw, index, x in zip(
+                batch.rng_seed.tolist(), batch.index.tolist(), batch.inputs["image"], strict=True
+            ):
                 assert whole[draw][0] == index and torch.equal(whole[draw][1], x)
 
 
@@ -444,12 +446,14 @@ def test_equal_captions_are_not_each_others_negatives(tmp_path: Path) -> None:
         s["group"] = "ab"[k % 2]
     source = Taken([(str(k), s) for k, s in enumerate(samples)])
     (batch,) = batches(own(tmp_path, source=source, holdout=0.0, fields=small()).bank_set(), 5, shuffle=False)
-    keys = batch.key.tolist()
+    keys = batch.content_id.tolist()
     assert keys[0] == keys[1] == key_of("a cat") and len(set(keys)) == 4
     (batch,) = batches(
         own(tmp_path, source=source, holdout=0.0, fields=small(), key="group").bank_set(), 5, shuffle=False
     )
-    assert len(set(batch.key.tolist())) == 2 and batch.key[0] == batch.key[2] == batch.key[4]
+    assert (
+        len(set(batch.content_id.tolist())) == 2 and batch.content_id[0] == batch.content_id[2] == batch.content_id[4]
+    )
 
 
 def test_labels_are_targets_and_prompts(tmp_path: Path) -> None:
@@ -476,10 +480,16 @@ def test_labels_are_targets_and_prompts(tmp_path: Path) -> None:
 def test_a_sample_is_a_function_of_seed_epoch_and_index(tmp_path: Path) -> None:
     shapes(tmp_path / "d", 24)
     made = own(tmp_path, path=str(tmp_path / "d"), holdout=0.0, fields=small()).training_set()
-    a = {int(i): (x, d) for b in batches(made, 8) for i, x, d in zip(b.index, b.inputs["image"], b.draw, strict=True)}
-    b = {int(i): (x, d) for b in batches(made, 24) for i, x, d in zip(b.index, b.inputs["image"], b.draw, strict=True)}
+    a = {
+        int(i): (x, d) for b in batches(made, 8) for i, x, d in zip(b.index, b.inputs["image"], b.rng_seed, strict=True)
+    }
+    b = {
+        int(i): (x, d)
+        for b in batches(made, 24)
+        for i, x, d in zip(b.index, b.inputs["image"], b.rng_seed, strict=True)
+    }
     assert all(torch.equal(a[i][0], b[i][0]) and a[i][1] == b[i][1] for i in range(24))
-    c = {int(i): d for b in batches(made, 8, epoch=1) for i, d in zip(b.index, b.draw, strict=True)}
+    c = {int(i): d for b in batches(made, 8, epoch=1) for i, d in zip(b.index, b.rng_seed, strict=True)}
     assert all(c[i] != a[i][1] for i in range(24))
 
 

@@ -132,7 +132,7 @@ def a_batch() -> Batch:
     """Six samples, some without one of the two modalities, one with nothing."""
     inputs = {"image": torch.randn(B, 3, 16, 16), "text": torch.randint(1, 20, (B, 5))}
     targets = {"kind": torch.tensor([0, 1, 2, 3, -1, 0])}
-    return Batch(inputs, present(), targets, draw=torch.arange(B) * 7 + 3)
+    return Batch(inputs, present(), targets, rng_seed=torch.arange(B) * 7 + 3)
 
 
 def small_towers() -> Towers:

@@ -28,7 +28,9 @@ def reads(look: Any) -> tuple[Any, int]:
 def test_a_batch_on_a_device_is_known_on_the_cpu(device: Any) -> None:
     present = {"image": torch.tensor([True, True, False]), "text": torch.tensor([True, False, True])}
     batch = Batch({"image": torch.randn(3, 2), "text": torch.arange(6).view(3, 2)}, present).to(device.device)
-    assert batch.index is batch.key and all(x.device == device.device for x in (batch.index, *batch.inputs.values()))
+    assert batch.index is batch.content_id and all(
+        x.device == device.device for x in (batch.index, *batch.inputs.values())
+    )
 
     def look() -> list[Any]:
         some = batch.select(torch.tensor([0, 2]))

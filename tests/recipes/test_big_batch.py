@@ -76,7 +76,7 @@ def big_batch(case: Case) -> Batch:
     key[[5, 11]] = 0
     key[13] = 4
     inputs = {name: x.to(dtype) for name, x in content.items() if name.partition("@")[0] in modalities}
-    return Batch(inputs, {m: present[m] for m in modalities}, key=key)
+    return Batch(inputs, {m: present[m] for m in modalities}, content_id=key)
 
 
 def found(case: Case, rank: int = 0, world: int = 1) -> dict[str, Tensor]:

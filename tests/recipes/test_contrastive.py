@@ -74,7 +74,7 @@ def test_all_pairs_or_the_chosen_ones() -> None:
 def test_a_pair_is_its_loss_of_the_embeddings() -> None:
     model, b = recipe(pairs=[["image", "text"]]), batch()
     z = model.embed(b)
-    wanted = InfoNCE()(z["image"], z["text"], b.key, torch.ones(6, dtype=torch.bool)).mean()
+    wanted = InfoNCE()(z["image"], z["text"], b.content_id, torch.ones(6, dtype=torch.bool)).mean()
     torch.testing.assert_close(total(model, b), wanted, **rounding(64, F32))
     torch.testing.assert_close(z["image"].norm(dim=1), torch.ones(6), **rounding(16, F32))
 

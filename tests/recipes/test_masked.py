@@ -62,7 +62,7 @@ def batch(rows: int = 6, seed: int = 0) -> Batch:
     present["image"][1], present["text"][2], present["palette"][1] = False, False, False
     inputs["image"][~present["image"]] = torch.nan
     inputs["palette"][~present["palette"]] = 99
-    return Batch(inputs, present, index=torch.arange(rows), draw=torch.arange(rows) * 7919 + 13)
+    return Batch(inputs, present, index=torch.arange(rows), rng_seed=torch.arange(rows) * 7919 + 13)
 
 
 def total(model: Any, b: Batch) -> Tensor:
@@ -109,7 +109,7 @@ def test_absent_rows_change_nothing(kind: str) -> None:
 def test_only_what_is_masked_is_predicted_and_only_what_is_visible_is_seen(kind: str) -> None:
     model, b = recipe(kind), batch()
     _, real = model.raw(b)
-    visible = model.corruption(real, model.grids, b.draw).visible["image"]
+    visible = model.corruption(real, model.grids, b.rng_seed).visible["image"]
     image = b.inputs["image"][:1]
     hidden_t, seen_t = int((~visible[0]).nonzero()[0]), int(visible[0].nonzero()[0])
 
@@ -154,7 +154,7 @@ def test_a_sample_of_which_nothing_is_masked_has_a_gradient_of_zero_and_not_of_n
 def test_a_samples_number_is_the_mean_over_its_masked_tokens() -> None:
     model, b = recipe("joint", TokenBudget(10, targets=7)), batch()
     raw, real = model.raw(b)
-    masks = model.corruption(real, model.grids, b.draw)
+    masks = model.corruption(real, model.grids, b.rng_seed)
     rebuilt = model.reconstruct(b)["image"]
     error_BT = (model.adapters["image"].raw(rebuilt.prediction)[0] - raw["image"]).square().mean(dim=2)
     value_B = model.terms(b)["mask/image"].value

@@ -36,7 +36,7 @@ def matching(negatives: int = 3, **options: Any) -> Matching:
 
 def keyed(rows: int = 12) -> Batch:
     b = batch(rows, modalities=NAMES)
-    b.key = torch.arange(rows)
+    b.content_id = torch.arange(rows)
     return b
 
 
@@ -60,11 +60,11 @@ def test_a_pair_is_scored_as_if_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lists_by_hand_each_pair_for_its_picture_and_for_its_text() -> None:
     model, b = matching(3).double(), keyed(7)
     b.inputs["image"] = b.inputs["image"].double()
-    b.key[2] = b.key[5]
+    b.content_id[2] = b.content_id[5]
     here = [0, 1, 2, 3, 5, 6]
     b.present["text"][4] = False
     b.step = dict(b.present)
-    order = sorted(here, key=lambda i: int(mix_N(b.draw[i : i + 1], "match")[0]))
+    order = sorted(here, key=lambda i: int(mix_N(b.rng_seed[i : i + 1], "match")[0]))
     scorer = model.scorers(b)["image-text"]
     with torch.no_grad():
         s = {(i, j): float(scorer(torch.tensor([i]), torch.tensor([j]))) for i in here for j in here}
@@ -75,7 +75,7 @@ def test_lists_by_hand_each_pair_for_its_picture_and_for_its_text() -> None:
         of_text = [(order[(v - k) % V], i) for k in range(4)]
         wanted = 0.0
         for pairs in (of_picture, of_text):
-            kept = [s[p] for p in pairs if p[0] == p[1] or b.key[p[0]] != b.key[p[1]]]
+            kept = [s[p] for p in pairs if p[0] == p[1] or b.content_id[p[0]] != b.content_id[p[1]]]
             wanted += float(torch.tensor(kept, dtype=torch.float64).logsumexp(0)) - s[i, i]
         assert float(term.value[i].detach()) == pytest.approx(wanted / 2, rel=ulps(256, F64))
     assert term.valid is not None and term.valid.nonzero().flatten().tolist() == here
@@ -83,7 +83,7 @@ def test_lists_by_hand_each_pair_for_its_picture_and_for_its_text() -> None:
 
 def test_the_order_of_rows_changes_nothing_and_absent_ones_have_no_gradient() -> None:
     b = some_absent(16).only(*NAMES)
-    b.key = torch.arange(16)
+    b.content_id = torch.arange(16)
     grads = []
     for order in (torch.arange(16), torch.randperm(16, generator=torch.Generator().manual_seed(3))):
         model, some = matching().double(), b.select(order)
@@ -112,7 +112,7 @@ def test_it_learns_to_match() -> None:
 
     def accuracy() -> float:
         b = batch(256, seed=7, modalities=NAMES)
-        b.key = b.targets["label"].clone()
+        b.content_id = b.targets["label"].clone()
         with torch.no_grad():
             term = model.eval().scores(b)["accuracy"]
         return float(term.value.mean())
@@ -120,7 +120,7 @@ def test_it_learns_to_match() -> None:
     before = accuracy()
     for step in range(80):
         b = batch(seed=1000 + step, modalities=NAMES)
-        b.key = b.targets["label"].clone()
+        b.content_id = b.targets["label"].clone()
         optimizer.zero_grad()
         model.train()
         model.step(model.terms(b), b).total.backward()

@@ -71,7 +71,7 @@ def batch(rows: int = 64, seed: int = 0, modalities: tuple[str, ...] = MODALITIE
     inputs = {"image": image, "text": text, "sketch": image[:, :1] + torch.randn(rows, 1, 8, 8, generator=g)}
     draw_B = torch.randint(0, 2**60, (rows,), generator=g)
     present = {m: torch.ones(rows, dtype=torch.bool) for m in modalities}
-    return Batch({m: inputs[m] for m in modalities}, present, {"label": label_B}, draw=draw_B)
+    return Batch({m: inputs[m] for m in modalities}, present, {"label": label_B}, rng_seed=draw_B)
 
 
 def some_absent(rows: int = 12) -> Batch:
@@ -194,7 +194,7 @@ def test_only_the_sets_that_occur_have_a_gradient(runs: dict[str, Path]) -> None
     model.step(model.terms(b), b).total.backward()
     assert {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None} == {"bank"}
     model = adapted(runs["three"])
-    keep = model.available.left(b.present, b.draw, model.modalities)
+    keep = model.available.left(b.present, b.rng_seed, model.modalities)
     rows = ~(keep["text"] & keep["sketch"])  # all sets but one
     b = b.select(rows)
     model.step(model.terms(b), b).total.backward()
@@ -516,7 +516,7 @@ class Patterns(BatchDataset):
 
     def rows(self, index_B: Any, draw_B: Any) -> Rows:
         b = batch(44, modalities=self.names).select(torch.as_tensor(index_B))
-        return Rows(b.inputs, b.targets, b.key)
+        return Rows(b.inputs, b.targets, b.content_id)
 
     names: tuple[str, ...] = ("image", "text")
 
@@ -603,7 +603,7 @@ def gradients(path: Path, name: str, options: dict[str, Any], world: int, rows: 
     model.step.world = world
     b = batch(16)
     if name == "contrastive":
-        order = model.available.left(b.present, b.draw, model.modalities)["sketch"].int().argsort(stable=True)
+        order = model.available.left(b.present, b.rng_seed, model.modalities)["sketch"].int().argsort(stable=True)
         b = b.select(order)  # the first rank has no sketch at all
     b = b.select(rows)
     model.step(model.terms(b), b).total.backward()

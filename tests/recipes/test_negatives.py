@@ -67,7 +67,7 @@ def big_batch(dtype: torch.dtype = torch.float64) -> Batch:
         inputs[f"triples{end}"] = torch.randint(0, 20, (G, 6, 3, 5), generator=generator)
         inputs[f"triples{end}"][:, 2:] = 0
         inputs[f"triples{end}"][4] = 0  # a caption without a graph
-    return Batch(inputs, present, key=key, draw=torch.randint(1 << 40, (G,), generator=generator))
+    return Batch(inputs, present, content_id=key, rng_seed=torch.randint(1 << 40, (G,), generator=generator))
 
 
 def total(model: Contrastive, batch: Batch) -> Tensor:

@@ -203,5 +203,5 @@ class MyData(DataModule):
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         # uint8 until here, where the batch is on the device
-        batch.inputs["image"] = self.pixels(batch.inputs["image"], batch.draw)
+        batch.inputs["image"] = self.pixels(batch.inputs["image"], batch.rng_seed)
         return batch

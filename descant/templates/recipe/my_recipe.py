@@ -102,7 +102,7 @@ class MyRecipe(Recipe):
         # one copy a term, so that a callback can harmonize the gradients where they meet
         z = {m: self.hooks.fork(z_BD, TERMS) for m, z_BD in self.embed(batch).items()}
         valid_B = batch.both(*MODALITIES)
-        contrast_B = self.loss(z["image"]["contrast"], z["text"]["contrast"], batch.key, valid_B)
+        contrast_B = self.loss(z["image"]["contrast"], z["text"]["contrast"], batch.content_id, valid_B)
         align_B, weight_B = align(z["image"]["align"], z["text"]["align"], self.focus)
         terms = {
             "contrast": Term(contrast_B, valid=valid_B, given=MODALITIES),

@@ -71,7 +71,7 @@ def test_the_loss_is_the_formula() -> None:
     z = model.embed(batch)
     torch.testing.assert_close(z["image"].norm(dim=1), torch.ones(6))
     squared_B = torch.stack([((z["image"][b] - z["text"][b]) ** 2).sum() for b in range(6)])
-    contrast_B = InfoNCE()(z["image"], z["text"], batch.key, torch.ones(6, dtype=torch.bool))
+    contrast_B = InfoNCE()(z["image"], z["text"], batch.content_id, torch.ones(6, dtype=torch.bool))
     objective = model.step(model.terms(batch), batch)
     torch.testing.assert_close(objective.terms["contrast"], contrast_B.mean())
     torch.testing.assert_close(objective.terms["align"], ((squared_B / 4) ** 2 * squared_B).mean())

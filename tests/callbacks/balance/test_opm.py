@@ -31,7 +31,7 @@ class Draws(Watch):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Batch, batch_idx: int) -> None:
         there_B = batch.present["image"] | batch.present["text"]
-        self.keys[-1].update(zip(batch.index[there_B].tolist(), batch.draw[there_B].tolist(), strict=True))
+        self.keys[-1].update(zip(batch.index[there_B].tolist(), batch.rng_seed[there_B].tolist(), strict=True))
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
@@ -90,7 +90,7 @@ def test_nobody_is_left_without_a_voice_and_own_losses_hear_all() -> None:
     callback = OPM(q=0.5, alpha=0.9)
     callback.probability = {"image": 0.6, "text": 0.6}
     b = whole()
-    b.draw = torch.arange(len(b))
+    b.rng_seed = torch.arange(len(b))
     left = callback.modality_mask(b)
     assert torch.equal(left["image"] | left["text"], b.present["image"] | b.present["text"])
     assert any(left[m].sum() < b.present[m].sum() for m in WIDTHS)

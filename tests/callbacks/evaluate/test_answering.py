@@ -36,7 +36,7 @@ class Looks(L.LightningModule):
         # sums of 192 or so float32 numbers, told apart by their content
         own_B = (batch.inputs["image"].flatten(1).sum(dim=1) - batch.targets["sum"]).abs() < 1e-3
         own_B &= batch.present["image"]
-        right[~own_B & (batch.key % 4 != 0)] = 9
+        right[~own_B & (batch.content_id % 4 != 0)] = 9
         return right
 
     def validation_step(self, batch: Batch, *_: Any) -> dict[str, Any]:
@@ -78,11 +78,11 @@ def test_accuracies_by_hand(tmp_path: Path) -> None:
     for raw in data.val_dataloader()[0]:
         batch = data.on_after_batch_transfer(raw, 0)
         here = batch.present["text"]
-        other = Sham.permute(batch.inputs["image"], batch.draw, batch.present["image"])
+        other = Sham.permute(batch.inputs["image"], batch.rng_seed, batch.present["image"])
         with torch.no_grad():
             said = Looks().generate(replace(batch, inputs={**batch.inputs, "image": other}))
         same += int((said == batch.targets["answer"]).all(dim=1)[here].sum())
-        known += (batch.key % 4 == 0)[here].tolist()
+        known += (batch.content_id % 4 == 0)[here].tolist()
         kinds += batch.targets["kind"][here].tolist()
         total += int(here.sum())
     assert total == N and values["val/answered"] == 1.0
@@ -115,7 +115,7 @@ def test_sampled_answers_have_the_expected_reward(tmp_path: Path) -> None:
         def generate(self, batch: Batch, new: int = 16, sampling: Sampling | None = None) -> Tensor:
             right = super().generate(batch, new)
             if sampling is not None:
-                right[batch.key % 4 == 0] = round(9 * sampling.temperature)
+                right[batch.content_id % 4 == 0] = round(9 * sampling.temperature)
             return right
 
     values = evaluated(

@@ -106,7 +106,7 @@ def make(
     present["image"] |= ~present["text"]  # no row is absent everywhere, or it would be padding
     key = torch.randint(keys, (n,), generator=generator)
     index = torch.randperm(1000, generator=generator)[:n]
-    return Batch(x, present, {"group": label}, index=index, key=key)
+    return Batch(x, present, {"group": label}, index=index, content_id=key)
 
 
 def trainer(*callbacks: L.Callback, **options: Any) -> L.Trainer:
@@ -133,11 +133,11 @@ def brute_ranks(whole: Batch, a: str, b: str) -> tuple[Tensor, list[int], list[f
     gallery = [j for j in range(len(whole)) if whole.present[b][j]]
     ranks, keys, shares = [], [], []
     for i in range(len(whole)):
-        right = [float(z[a][i] @ z[b][j]) for j in gallery if whole.key[j] == whole.key[i]]
-        wrong = [float(z[a][i] @ z[b][j]) for j in gallery if whole.key[j] != whole.key[i]]
+        right = [float(z[a][i] @ z[b][j]) for j in gallery if whole.content_id[j] == whole.content_id[i]]
+        wrong = [float(z[a][i] @ z[b][j]) for j in gallery if whole.content_id[j] != whole.content_id[i]]
         if whole.present[a][i] and right:
             ranks.append(sum(s >= max(right) for s in wrong))
-            keys.append(int(whole.key[i]))
+            keys.append(int(whole.content_id[i]))
             shares.append(len(right) / len(gallery))
     return torch.tensor(ranks), keys, shares
 
@@ -184,7 +184,7 @@ def test_chance_is_the_mean_of_random_embeddings():
 
 def test_equally_frequent_captions_have_no_distinct_metric():
     whole = make(absent=0.0, n=24)
-    whole.key[:] = torch.arange(24) // 2
+    whole.content_id[:] = torch.arange(24) // 2
     assert not [name for name in evaluate(Data({"val": whole}), Retrieval(at=[1])) if "distinct" in name]
 
 
@@ -220,7 +220,7 @@ def test_one_embedding_serves_all_evaluators_without_padding():
     assert recipe.embedded == 2 * (23 + 5 * 2)
     assert seen[0] is seen[1] and len(seen[0]) == 23
     whole, order = data.sets["val"], data.sets["val"].index.argsort()
-    assert torch.equal(seen[0].index, whole.index[order]) and torch.equal(seen[0].key, whole.key[order])
+    assert torch.equal(seen[0].index, whole.index[order]) and torch.equal(seen[0].key, whole.content_id[order])
     for m in ("image", "text"):
         assert torch.equal(seen[0].present[m], whole.present[m][order])
         z_ND = F.normalize(whole.inputs[m], dim=-1) * whole.present[m][:, None]

@@ -67,7 +67,7 @@ def data(sets: int = 1, prompts: bool = True) -> ResumableLog:
     bank = make(n=60, seed=7, keys=12, signal=2.0)
     code_KD = 1.2 * torch.randn(12, 4, generator=generator)
     for batch in (*whole.values(), bank):
-        batch.inputs["image"] += code_KD[batch.key]
+        batch.inputs["image"] += code_KD[batch.content_id]
     bank.index[:5] = whole["s0"].index[:5]  # rows of a set that are in the bank too
     bank.targets["group"][3] = -1
     return ResumableLog(whole, bank, ids_CPT if prompts else None)
@@ -75,7 +75,7 @@ def data(sets: int = 1, prompts: bool = True) -> ResumableLog:
 
 def by_hand(whole: Batch, bank: Batch, target: str | None, at: list[int] | None = None) -> float:
     z, z_bank = (F.normalize(b.inputs["image"], dim=-1) for b in (whole, bank))
-    label, label_bank = (b.key if target is None else b.targets[target] for b in (whole, bank))
+    label, label_bank = (b.content_id if target is None else b.targets[target] for b in (whole, bank))
     found = []
     for q in range(len(whole)) if at is None else at:
         if not whole.present["image"][q] or label[q] < 0:
@@ -104,7 +104,7 @@ def test_intra_modal_retrieval_equals_loops_over_rows(stage: str) -> None:
 def test_a_query_does_not_find_itself() -> None:
     told = data()
     told.bank = told.sets["s0"]
-    alone = told.sets["s0"].key.unique(return_counts=True)[1]
+    alone = told.sets["s0"].content_id.unique(return_counts=True)[1]
     assert (alone > 1).any()
     assert evaluate(told, IntraModal())["s0/map_image"] == pytest.approx(
         by_hand(told.bank, told.bank, None), abs=ulps(8, F32)
@@ -147,7 +147,7 @@ def test_exact_inversion_equals_native_retrieval_and_its_sham_is_at_chance() -> 
         # a change of place in thirty is 0.03
         assert found["zeroshot_group_oti"] == pytest.approx(found["zeroshot_group"], abs=0.06)
         z = {m: F.normalize(x, dim=-1)[whole.present[m]] for m, x in whole.inputs.items()}
-        keys = whole.key[whole.present["image"]], whole.key[whole.present["text"]]
+        keys = whole.content_id[whole.present["image"]], whole.content_id[whole.present["text"]]
         named = mean_average_precision(z["image"], keys[0], z["text"], keys[1])
         assert found["names_map"] == pytest.approx(float(named), abs=ulps(8, F32))
         assert found["names_map_oti"] == pytest.approx(float(named), abs=0.02)  # as of the inverses above
@@ -177,7 +177,9 @@ def test_texts_through_pseudo_patches() -> None:
     at = whole.present["text"].nonzero().flatten().tolist()
     found = []
     for q in at:
-        order = sorted((g for g in at if whole.key[g] != whole.key[q]), key=(-z[q] @ z.T).tolist().__getitem__)
+        order = sorted(
+            (g for g in at if whole.content_id[g] != whole.content_id[q]), key=(-z[q] @ z.T).tolist().__getitem__
+        )
         ranks = [r for r, g in enumerate(order, start=1) if label[g] == label[q]]
         found += [sum(k / r for k, r in enumerate(ranks, start=1)) / len(ranks)] if ranks else []
     assert values["s0/native_map_group_text"] == pytest.approx(sum(found) / len(found), abs=ulps(8, F32))

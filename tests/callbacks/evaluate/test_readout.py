@@ -63,7 +63,7 @@ def stimuli(n: int = 220, seed: int = 0, absent: float = 0.0) -> Batch:
     present = {m: torch.rand(n, generator=generator) >= absent for m in x}
     present["image"] |= ~present["text"]
     index = torch.randperm(1000, generator=generator)[:n]
-    return Batch(x, present, targets, index=index, key=index)
+    return Batch(x, present, targets, index=index, content_id=index)
 
 
 def trained() -> Featured:
@@ -105,7 +105,7 @@ def test_shuffled_rows_have_no_r() -> None:
     readout = Readout(["linear"], shuffle=True)
     from descant.callbacks.evaluate.embeddings import Rows
 
-    store = Rows({"image": torch.arange(50.0)[:, None]}, rows.present, rows.key, rows.index, rows.targets)
+    store = Rows({"image": torch.arange(50.0)[:, None]}, rows.present, rows.content_id, rows.index, rows.targets)
     moved = readout._x(store, "image", torch.arange(50))[:, 0]
     assert sorted(moved.tolist()) == list(range(50)) and not (moved == torch.arange(50)).any()
 

@@ -52,7 +52,7 @@ class Linear(L.LightningModule):
         assert not self.training and not torch.is_grad_enabled()
         self.rows.append(len(batch))
         real = {m: mask_B[:, None].expand(-1, 2) for m, mask_B in batch.present.items()}
-        masks = (corruption or Hide(["image"]))(real, dict.fromkeys(real, GRID), batch.draw)
+        masks = (corruption or Hide(["image"]))(real, dict.fromkeys(real, GRID), batch.rng_seed)
         found = {}
         for m, x in batch.inputs.items():
             seen = self._halves(masks.visible[m], x)
@@ -112,7 +112,7 @@ def make(n: int = 41, seed: int = 0, noise: float = 0.2, absent: float = 0.2, si
     inputs = {"image": image, "edges": edges, "palette": (edges[:, 0] > 0).long()}
     present = {m: torch.rand(n, generator=g) >= absent for m in inputs}
     key = torch.randint(n // 2, (n,), generator=g)
-    return Batch(inputs, present, {}, index=torch.randperm(1000, generator=g)[:n], key=key)
+    return Batch(inputs, present, {}, index=torch.randperm(1000, generator=g)[:n], content_id=key)
 
 
 def by_hand(whole: Batch, bank: Batch, patch: int, l2: float) -> dict[str, float]:
@@ -126,7 +126,7 @@ def by_hand(whole: Batch, bank: Batch, patch: int, l2: float) -> dict[str, float
     def r2(made: Tensor) -> float:
         return float(1 - (x - made).square().sum() / (x - mean).square().sum())
 
-    model, shuffled = e * COLOUR_C[:, None, None], e[rows_of_other_keys(whole.key[at])] * COLOUR_C[:, None, None]
+    model, shuffled = e * COLOUR_C[:, None, None], e[rows_of_other_keys(whole.content_id[at])] * COLOUR_C[:, None, None]
     edge_K = e_bank.flatten(1).mean(1).quantile(torch.linspace(0.1, 0.9, 9, dtype=torch.float64))
     bin_bank, bin_N = (torch.bucketize(t.flatten(1).mean(1), edge_K) for t in (e_bank, e))
     nulls = [x_bank[bin_bank == k].mean(0) if bool((bin_bank == k).any()) else mean for k in range(10)]
@@ -204,7 +204,7 @@ def test_the_sham_takes_given_inputs_from_other_content() -> None:
             return super().reconstruct(batch, corruption)
 
     evaluated(ResumableLog({"one": whole}, bank=make(40, seed=1)), Reconstruction(["image"], ["edges"]), Spy())
-    key = dict(zip(whole.index.tolist(), whole.key.tolist(), strict=True))
+    key = dict(zip(whole.index.tolist(), whole.content_id.tolist(), strict=True))
     assert len(set(key.values())) < 30 and len(seen) == 60
     assert all(index == image for index, image, _ in seen)
     assert all(index == edges for index, _, edges in seen[:30])

@@ -30,9 +30,9 @@ def by_hand(whole: Batch, a: str, b: str, k: int, least: int = 0) -> float:
         if not whole.present[a][n] or whole.targets["distance"][n] < least:
             continue
         gallery = [g for g in range(len(whole)) if whole.present[b][g]]
-        right = [float(z[a][n] @ z[b][g]) for g in gallery if whole.key[g] == whole.key[n]]
+        right = [float(z[a][n] @ z[b][g]) for g in gallery if whole.content_id[g] == whole.content_id[n]]
         if right:
-            wrong = [float(z[a][n] @ z[b][g]) for g in gallery if whole.key[g] != whole.key[n]]
+            wrong = [float(z[a][n] @ z[b][g]) for g in gallery if whole.content_id[g] != whole.content_id[n]]
             hits.append(sum(score >= max(right) for score in wrong) < k)
     return sum(hits) / len(hits)
 

@@ -227,7 +227,8 @@ def sources(data: Emoji, epoch: int, world: int = 1, workers: int = 0) -> dict[i
         loader.sampler.set_epoch(epoch)
         for batch in loader:
             real = batch.present["text"].tolist()
-            rows = zip(batch.index.tolist(), batch.inputs["text"].tolist(), batch.key.tolist(), real, strict=True)
+            ids_B, key_B = batch.inputs["text"].tolist(), batch.content_id.tolist()
+            rows = zip(batch.index.tolist(), ids_B, key_B, real, strict=True)
             found |= {index: (tuple(ids), key) for index, ids, key, there in rows if there}
     return found
 
@@ -258,15 +259,15 @@ def test_a_mixer_changes_training_captions_only() -> None:
     plain, mixed = (Emoji(batch_size=64, tiny=True, mixer=m) for m in (None, mixer(0.0, 1.0)))
     window = next(iter(Order(len(plain.training_set()), 64, 0)))
     a, b = plain.training_set()[window], mixed.training_set()[window]
-    draw, concept = a.draw.numpy(), (a.index // len(VENDORS)).numpy()
+    draw, concept = a.rng_seed.numpy(), (a.index // len(VENDORS)).numpy()
     assert a.inputs["text"].tolist() == plain.captions.random(concept, draw)
-    assert torch.equal(a.key, torch.from_numpy(plain.pack.key_N[concept]))
+    assert torch.equal(a.content_id, torch.from_numpy(plain.pack.key_N[concept]))
     assert not torch.equal(a.inputs["text"], b.inputs["text"])
     assert torch.equal(a.inputs["image"], b.inputs["image"]) and torch.equal(a.index, b.index)
     for name, rows in plain.evaluation_sets("test").items():
         window = next(iter(Order(len(rows), 64, 0)))
         one, two = rows[window], mixed.evaluation_sets("test")[name][window]
-        assert torch.equal(one.inputs["text"], two.inputs["text"]) and torch.equal(one.key, two.key)
+        assert torch.equal(one.inputs["text"], two.inputs["text"]) and torch.equal(one.content_id, two.content_id)
 
 
 def test_a_schedule_is_linear_and_ends() -> None:
@@ -314,7 +315,7 @@ def test_equal_captions_share_a_key_and_no_others_do() -> None:
     batch = twins(Emoji(batch_size=64, text=TOKENIZER, mixer=mixer(0.5, 0.5)))
     texts = [tuple(ids) for ids in batch.inputs["text"].tolist()]
     same_text = torch.tensor([[a == b for a in texts] for b in texts])
-    assert torch.equal(same_text, batch.key[:, None] == batch.key)
+    assert torch.equal(same_text, batch.content_id[:, None] == batch.content_id)
 
 
 def test_two_drawings_of_one_concept_share_the_key_of_its_name() -> None:

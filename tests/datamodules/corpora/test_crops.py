@@ -75,7 +75,7 @@ def test_a_crop_is_the_part_of_the_field_at_its_id(space: tuple[int, ...]) -> No
     start_N = np.ravel_multi_index(np.nonzero(np.ones([s - 2 for s in space])), space)
     rows = CropSet({"x": field}, start_N, 3, seed=0)
     batch = whole(rows)
-    assert batch.index.tolist() == batch.key.tolist() == start_N.tolist()
+    assert batch.index.tolist() == batch.content_id.tolist() == start_N.tolist()
     for index, crop in zip(batch.index.tolist(), batch.inputs["x"], strict=True):
         place = np.unravel_index(index, space)
         part = field[(slice(None), *(slice(p, p + 3) for p in place))]
@@ -193,7 +193,7 @@ Row = tuple[Any, ...]
 def rows_of(batch: Batch, data: DataModule) -> list[Row]:
     present = [tuple(p.tolist()) for p in torch.stack([batch.present[m] for m in data.modalities], 1)]
     pixels = zip(*[[x.numpy().tobytes() for x in batch.inputs[m]] for m in data.modalities], strict=True)
-    return list(zip(batch.index.tolist(), batch.draw.tolist(), present, pixels, strict=True))
+    return list(zip(batch.index.tolist(), batch.rng_seed.tolist(), present, pixels, strict=True))
 
 
 def epoch_of(make: Callable[..., DataModule], world: int, epoch: int, accumulate: int = 1, **options: Any) -> list[Any]:

@@ -156,14 +156,14 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index(data: Emoji) -> None:
     for i in shared:
         k, j = small[i], where[i]
         assert torch.equal(a.inputs["text"][k], b.inputs["text"][j])
-        one = data.augment(a.inputs["image"][k : k + 1], a.draw[k : k + 1])
-        many = data.augment(b.inputs["image"], b.draw)[j : j + 1]
+        one = data.augment(a.inputs["image"][k : k + 1], a.rng_seed[k : k + 1])
+        many = data.augment(b.inputs["image"], b.rng_seed)[j : j + 1]
         # 16 places between pixels that are up to 2 apart
         torch.testing.assert_close(one, many, rtol=0, atol=conditioned(2, F32, terms=2 * 16))
     again = first_batch(data)
     assert torch.equal(a.inputs["text"], again.inputs["text"])
     other = first_batch(data, epoch=1)
-    assert not torch.equal(a.draw, other.draw)
+    assert not torch.equal(a.rng_seed, other.rng_seed)
 
 
 def test_missingness_has_its_probability() -> None:

@@ -71,7 +71,7 @@ def test_a_batch_has_the_images_and_labels_of_its_ids() -> None:
     assert batch.inputs["image"].dtype == torch.uint8 and batch.inputs["image"].shape == (16, 1, 28, 28)
     assert torch.equal(batch.inputs["image"][:, 0], data.image[batch.index])
     assert batch.targets["label"].tolist() == [i % 10 for i in (batch.index % 600).tolist()]
-    assert torch.equal(batch.key, batch.index)
+    assert torch.equal(batch.content_id, batch.index)
 
 
 def test_evaluation_images_are_normalised_and_padded_with_black() -> None:

@@ -151,7 +151,7 @@ def test_questions_depend_on_the_problem_and_images_on_the_visit() -> None:
     data = frames(kinds=["stack", "clip"])
     held, slots = data.training_set(), [Slot(epoch, 3, True) for epoch in range(8)]
     batch = held[Window(slots, slots)]
-    assert len(set(said(data, batch))) == 1 and len(batch.key.unique()) == 1
+    assert len(set(said(data, batch))) == 1 and len(batch.content_id.unique()) == 1
     assert len({x.numpy().tobytes() for x in batch.inputs["image"]}) > 2
     fixed = data.evaluation_sets("test")["stack-vendor"]
     a, b = (fixed[Window([Slot(e, 0, True)], [Slot(e, 0, True)])].inputs["image"] for e in (0, 5))

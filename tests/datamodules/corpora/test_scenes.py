@@ -184,12 +184,12 @@ def test_validation_pairs_and_vendor_are_in_no_other_set(name: str) -> None:
     assert first <= val
     for name in ("train", "vendor", "pairs", "both"):
         assert not pairs_in(batches[name]) & val
-        assert not set(batches[name].key.tolist()) & set(batches["val"].key.tolist())
+        assert not set(batches[name].content_id.tolist()) & set(batches["val"].content_id.tolist())
         assert not drawings(data, sets[name]) & drawings(data, sets["val"])
     test = {frozenset(pair) for pair in data.pair_P2[data.split_P == "test"].tolist()}
     for name in ("pairs", "both"):
         assert {frozenset(row[:2]) for row in batches[name].targets["concept"].tolist()} <= test
-        assert not set(batches[name].key.tolist()) & set(batches["train"].key.tolist())
+        assert not set(batches[name].content_id.tolist()) & set(batches["train"].content_id.tolist())
 
 
 def test_vendors_of_the_sets() -> None:
@@ -215,7 +215,11 @@ def test_equal_content_has_equal_keys() -> None:
     for text in sentences(data, batch.inputs["text"]):
         ((_, a, relation, _, b),) = CLAUSE.findall(text)
         meaning.append((b, same[relation], a) if relation in same else (a, relation, b))
-    assert len(set(zip(meaning, batch.key.tolist(), strict=True))) == len(set(meaning)) == len(set(batch.key.tolist()))
+    assert (
+        len(set(zip(meaning, batch.content_id.tolist(), strict=True)))
+        == len(set(meaning))
+        == len(set(batch.content_id.tolist()))
+    )
     assert len(set(meaning)) == 790 * 4  # of eight captions a pair
 
 
@@ -245,7 +249,7 @@ def test_scenes_of_a_symmetric_relation() -> None:
     batch = whole(data.training_set(), most=len(data.training_set()))
     keys: dict[tuple[frozenset[int], bool], set[int]] = {}
     for row, text, key in zip(
-        batch.targets["concept"].tolist(), sentences(data, batch.inputs["text"]), batch.key.tolist(), strict=True
+        batch.targets["concept"].tolist(), sentences(data, batch.inputs["text"]), batch.content_id.tolist(), strict=True
     ):
         keys.setdefault((frozenset(row), "above" in text), set()).add(key)
     assert {upright: {len(k) for (_, u), k in keys.items() if u == upright} for upright in (False, True)} == {

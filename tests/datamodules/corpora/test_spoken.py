@@ -146,7 +146,7 @@ def test_noise_has_its_ratio_is_new_in_training_and_fixed_in_evaluation() -> Non
     window = next(iter(Order(len(rows), len(rows), seed=0, shuffle=False)))
     for training in (False, False, True):
         batch = rows[window]
-        batch.draw = batch.draw + 1 + len(heard)
+        batch.rng_seed = batch.rng_seed + 1 + len(heard)
         clean, length = batch.inputs["audio"] / 32768, batch.inputs["audio_length"]
         data.speech.view(batch, training)
     assert torch.equal(heard[0], heard[1]) and not torch.equal(heard[0], heard[2])

@@ -171,7 +171,7 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index() -> None:
             assert torch.equal(small.inputs[name][a], large.inputs[name][b]), name
     again, other = first_batch(rows, 8), first_batch(rows, 8, epoch=1)
     assert all(torch.equal(small.inputs[name], again.inputs[name]) for name in small.inputs)
-    assert not torch.equal(small.draw, other.draw)
+    assert not torch.equal(small.rng_seed, other.rng_seed)
 
 
 def test_drop_makes_present_samples_absent() -> None:

@@ -37,7 +37,7 @@ def test_training_is_on_the_teachers_answers(data: QuestionPool) -> None:
         assert learned == [*wanted, EOS]
     plain = data.training_problems
     right = {int(key): row for key, row in zip(plain.problems.key_N, range(len(plain)), strict=True)}
-    at = [right[int(key)] for key in batch.key]
+    at = [right[int(key)] for key in batch.content_id]
     every = plain[next(iter(Order(len(plain), len(plain), seed=0, shuffle=False)))]
     assert torch.equal(batch.targets["answer"], every.targets["answer"][at]), "what is right stays known"
 
@@ -50,7 +50,9 @@ def test_a_new_pool_is_used_at_once_and_one_without_answers_is_an_error(data: Qu
     first = rows[next(iter(Order(N, N, seed=0, shuffle=False)))]
     data.renew(data.fresh(1), torch.full((N, 2), 8), 1)
     second = rows[next(iter(Order(N, N, seed=0, shuffle=False)))]
-    assert not torch.equal(first.key, second.key) and not torch.equal(first.inputs["text"], second.inputs["text"])
+    assert not torch.equal(first.content_id, second.content_id) and not torch.equal(
+        first.inputs["text"], second.inputs["text"]
+    )
     again = QuestionPool(tiny=True, batch_size=16, items=N, size=24)
     again.load_state_dict(data.state_dict())
     assert again.version == 1 and torch.equal(all_of(again).inputs["text"], all_of(data).inputs["text"])

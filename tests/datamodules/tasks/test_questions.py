@@ -116,7 +116,7 @@ def test_vendors_and_places_vary_between_visits_and_problems_do_not(data: Questi
 def test_a_problem_is_independent_of_the_other_kinds(data: Questions) -> None:
     rows = data.training_set()
     whole = all_of(rows)
-    part = rows.rows(np.array([7, 3]), whole.draw.numpy()[[7, 3]])
+    part = rows.rows(np.array([7, 3]), whole.rng_seed.numpy()[[7, 3]])
     assert torch.equal(part.inputs["text"], whole.inputs["text"][[7, 3]])
     assert torch.equal(part.inputs["image"], whole.inputs["image"][[7, 3]])
 

@@ -144,7 +144,9 @@ def test_rows_are_the_question_the_mark_the_answer_and_the_end() -> None:
     names = [data.classes["task"][k] for k in batch.targets["task"].tolist()]
     signs = {"plus": "+", "times": "*"}
     assert all(signs[name] in question for name, question in zip(names, questions(data, rows), strict=True))
-    assert torch.equal(batch.key, torch.from_numpy(rows.problems.key_N)) and torch.equal(batch.index, batch.key)
+    assert torch.equal(batch.content_id, torch.from_numpy(rows.problems.key_N)) and torch.equal(
+        batch.index, batch.content_id
+    )
 
 
 def test_problems_are_the_same_in_all_processes() -> None:

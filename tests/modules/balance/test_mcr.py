@@ -59,7 +59,7 @@ def full() -> Batch:
     b.present = {m: torch.ones(len(b), dtype=torch.bool) for m in WIDTHS}
     b.step = dict(b.present)
     b.inputs = {m: torch.randn(len(b), w, dtype=torch.float64) for m, w in WIDTHS.items()}
-    b.draw = torch.arange(len(b)) + 40
+    b.rng_seed = torch.arange(len(b)) + 40
     return b
 
 
@@ -86,7 +86,7 @@ def test_gradients_at_both_latents_are_those_of_finite_differences(name: str, ki
         with torch.no_grad():
             f = model.fuse(dict(still), b.present).softmax(dim=1).tolist()
             for s in range(S):
-                source = partners(b.draw, b.present[i], "game", i, s).tolist()
+                source = partners(b.rng_seed, b.present[i], "game", i, s).tolist()
                 for n in range(len(b)):
                     z_n = {m: moved[m][[source[n] if m == i else n]] for m in names}
                     there = {m: torch.tensor([True]) for m in names}
@@ -127,7 +127,7 @@ def test_the_greedy_game_is_always_worth_nothing_and_pulls_all_the_same(kind: st
 @pytest.mark.parametrize("name", GAMES)
 def test_absent_rows_are_no_partners_and_add_nothing(name: str) -> None:
     b = double(batch())
-    b.draw = torch.arange(len(b)) + 7
+    b.rng_seed = torch.arange(len(b)) + 7
     here = torch.tensor([0, 3, 4, 5, 6])  # of those that have both
     term = GAMES[name](permutations=4)(asked("mid", b))["game"]
     small = b.select(here)

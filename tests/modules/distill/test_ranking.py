@@ -55,7 +55,7 @@ class Scores(nn.Module):
 
 def samples(rows: int = B) -> Batch:
     b = batch(rows, modalities=("image", "text"))
-    b.key = torch.arange(rows)
+    b.content_id = torch.arange(rows)
     return b
 
 
@@ -72,7 +72,11 @@ def by_hand(t_BB: Tensor, b: Batch, kept: int) -> list[list[int]]:
     """The own text, then the best of all others in the teacher's eyes."""
     found = []
     for i in range(len(b)):
-        others = [j for j in range(len(b)) if b.present["text"][j] and b.present["image"][j] and b.key[i] != b.key[j]]
+        others = [
+            j
+            for j in range(len(b))
+            if b.present["text"][j] and b.present["image"][j] and b.content_id[i] != b.content_id[j]
+        ]
         found.append([i, *sorted(others, key=lambda j: -float(t_BB[i, j]))[:kept]])
     return found
 
@@ -80,7 +84,7 @@ def by_hand(t_BB: Tensor, b: Batch, kept: int) -> list[list[int]]:
 def test_lists_are_the_own_text_and_those_that_the_teacher_scores_highest() -> None:
     b, t_BB = samples(), matrix()
     b.present["text"][3] = False
-    b.key[5] = b.key[6]
+    b.content_id[5] = b.content_id[6]
     column_BK, t_BK, valid_B = RankTarget(kept=4).mined(b, Scores(t_BB).score)
     for i, wanted in enumerate(by_hand(t_BB, b, 4)):
         assert bool(valid_B[i]) == (i != 3)

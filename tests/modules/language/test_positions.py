@@ -50,8 +50,8 @@ def batch(F: int = 3, B: int = 4) -> Batch:
         {"image": image, "text": text, "loss_mask": loss_mask},
         {"image": there, "text": there},
         index=torch.arange(B),
-        key=torch.arange(B),
-        draw=torch.arange(B) * 977,
+        content_id=torch.arange(B),
+        rng_seed=torch.arange(B) * 977,
         step={"image": there, "text": there},
     )
 
