@@ -27,7 +27,7 @@ from benchmarks.timing import Laps, interleaved, median, wait
 from descant.__main__ import main as descant
 from descant.callbacks.run.throughput import FlopCount, matmul_peak
 from descant.cli import check, estimate
-from descant.modules.engine.configure import Compile
+from descant.modules.training_setup.compile_and_shard import Compile
 
 #: Dense bfloat16 FLOP/s that the maker states, by the name the driver gives.
 STATED = {

@@ -40,12 +40,12 @@ from descant.callbacks import Progress, Report, Sanity
 from descant.cli.precision import cpu_bfloat16
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.modules.core.batch import Batch
-from descant.modules.engine.configure import Checkpointing
-from descant.modules.engine.loggers import CSV
-from descant.modules.engine.optim import parameter_groups
 from descant.modules.losses import InfoNCE
 from descant.modules.towers import PatchTower, TextTower, Tokens, Tower, Towers
 from descant.modules.towers.heads import Projection
+from descant.modules.training_setup.activation_checkpointing import Checkpointing
+from descant.modules.training_setup.loggers import CSV
+from descant.modules.training_setup.optim import parameter_groups
 from descant.modules.transforms.image import Augment, over_white
 from descant.recipes.contrastive import Contrastive
 

@@ -19,11 +19,11 @@ from benchmarks.timing import interleaved, median
 from descant.callbacks.harmonize.features import HarmonizeFeatures
 from descant.callbacks.harmonize.terms import Harmonize
 from descant.modules.core.batch import Batch
-from descant.modules.engine.optim import parameter_groups
 from descant.modules.losses import InfoNCE
 from descant.modules.multitask import CMGH, PCGrad, UPGrad
 from descant.modules.objectives.curriculum import Curriculum
 from descant.modules.towers import BagTower, ConvTower, LogMelTower, Towers
+from descant.modules.training_setup.optim import parameter_groups
 from descant.recipes.base.recipe import Recipe
 from descant.recipes.contrastive import Contrastive
 

@@ -23,11 +23,11 @@ from benchmarks import Row, contrastive
 from benchmarks.timing import AS_FAST, interleaved, median, ratio
 from descant.callbacks import KNN, LinearProbe
 from descant.modules.core.batch import Batch
-from descant.modules.engine.optim import parameter_groups
 from descant.modules.masking.adapters import Adapters, PatchAdapter
 from descant.modules.masking.corruptions import UniformMask
 from descant.modules.masking.decoders import At, Encoded, JointDecoder
 from descant.modules.towers.vit import Layout, Trunk, from_timm
+from descant.modules.training_setup.optim import parameter_groups
 from descant.recipes.masked import Masked
 
 

@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from descant.modules.adaptation.modulation import touch_parameters
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output
 from descant.modules.core.ranks import gather
 from descant.modules.fusion.classifiers import SharedHead
+from descant.modules.missing_modalities.modulation import touch_parameters
 from descant.modules.towers import Towers
 from descant.modules.towers.heads import Pool, Pools
 from descant.recipes.base.classifier import Classifier

@@ -25,11 +25,11 @@ from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output
 from descant.modules.core.sham import Sham
-from descant.modules.engine.trainer import bank_batches
 from descant.modules.evaluation.attacks import certified_radius, steepest
 from descant.modules.fusion.classifiers import OrthogonalFusion
 from descant.modules.io import saved
 from descant.modules.towers import Towers
+from descant.modules.training_setup.trainer import bank_batches
 from descant.recipes.base.classifier import Classifier
 from descant.recipes.base.rebuild import rebuild
 

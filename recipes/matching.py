@@ -26,9 +26,9 @@ from descant.modules.core.objective import Term
 from descant.modules.core.output import Output, Scorer
 from descant.modules.core.rng import mix_N
 from descant.modules.core.rows import zeroed
-from descant.modules.engine.sync_batch_norm import unseen
 from descant.modules.fusion.cross_encoder import CrossEncoder
 from descant.modules.towers import Tokens, Towers
+from descant.modules.training_setup.sync_batch_norm import unseen
 from descant.recipes.base.recipe import Recipe
 
 

@@ -23,12 +23,13 @@ from typing import Any
 
 from torch import nn
 
-from descant.modules.adaptation.imputation import Imputer
-from descant.modules.adaptation.modulation import AvailableSets, ModulationBank, touch_parameters
 from descant.modules.core.batch import Batch
 from descant.modules.core.output import Output
 from descant.modules.core.ranks import gather, world
 from descant.modules.io import saved
+from descant.modules.missing_modalities.available_sets import AvailableSets
+from descant.modules.missing_modalities.imputation import Imputer
+from descant.modules.missing_modalities.modulation import ModulationBank, touch_parameters
 from descant.recipes.base.adapted import (
     AdaptedRecipe,
     build_imputer,

@@ -19,9 +19,9 @@ from torch import nn
 from descant.modules.core.capabilities import has
 from descant.modules.core.errors import no_such
 from descant.modules.core.protocols import StagedDataModule
-from descant.modules.engine.configure import Shard
-from descant.modules.engine.trainer import run_steps
 from descant.modules.io.upgrade import with_inner
+from descant.modules.training_setup.compile_and_shard import Shard
+from descant.modules.training_setup.trainer import run_steps
 from descant.recipes.base.recipe import Recipe
 from descant.recipes.base.settings import read_setting, write_setting
 from descant.recipes.base.stage import Stage

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.output import Output
-from descant.modules.engine.trainer import data_parts
 from descant.modules.language import CausalLM, Sampling
 from descant.modules.language.positions import VisualSteps
 from descant.modules.language.projectors import EachToken, ImageProjector
 from descant.modules.objectives.language import SFT, LanguageObjective
 from descant.modules.towers import Towers
+from descant.modules.training_setup.trainer import data_parts
 from descant.recipes.base.language import LanguageRecipe
 
 

@@ -74,7 +74,7 @@ LONGEST = (
     ),
     *(
         "descant/cli/test_new.py",
-        "modules/engine/test_configure.py",
+        "modules/training_setup/test_compile_and_shard.py",
         "test_balance_everywhere.py",
         "recipes/test_smollm.py",
     ),

@@ -36,7 +36,7 @@ def run(installed: Path, folder: Path, *args: str) -> subprocess.CompletedProces
 def test_the_wheel_holds_real_files_packs_and_experiments(installed: Path) -> None:
     for part in (
         "recipes/contrastive.py",
-        "modules/core/step.py",
+        "modules/core/loss_reduction.py",
         "experiments/base.yaml",
         "experiments/contrastive/emoji.yaml",
         "templates/html/report.html",

@@ -18,11 +18,11 @@ from torch.nn import functional as F
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output
-from descant.modules.engine.trainer import data_parts
 from descant.modules.io import manifest
 from descant.modules.policy.rewards import Answer, Verifier
 from descant.modules.towers import Towers
 from descant.modules.towers.heads import MeanPool
+from descant.modules.training_setup.trainer import data_parts
 from descant.recipes.base.recipe import Recipe
 
 

@@ -23,7 +23,7 @@ from descant.modules.core.protocols import MultimodalClassifier
 from descant.modules.core.ranks import total_of_ranks
 from descant.modules.core.rng import global_seed, mix
 from descant.modules.core.sham import Sham
-from descant.modules.engine.trainer import log_interval, share_of_run
+from descant.modules.training_setup.trainer import log_interval, share_of_run
 
 
 def modality_scores(pl_module: MultimodalClassifier, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

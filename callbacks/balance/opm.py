@@ -21,7 +21,7 @@ from descant.modules.core.protocols import MultimodalClassifier
 from descant.modules.core.ranks import total_of_ranks
 from descant.modules.core.rng import uniform_N
 from descant.modules.core.sham import Sham
-from descant.modules.engine.trainer import log_interval
+from descant.modules.training_setup.trainer import log_interval
 
 
 class OPM(L.Callback):

@@ -20,7 +20,7 @@ from descant.modules.core.host import derived, host_copy, read_together, to_devi
 from descant.modules.core.objective import Term
 from descant.modules.core.protocols import MultimodalClassifier
 from descant.modules.core.ranks import rank, total_of_ranks
-from descant.modules.engine.trainer import log_interval
+from descant.modules.training_setup.trainer import log_interval
 
 
 class PMR(L.Callback):

@@ -19,7 +19,7 @@ from torchmetrics.utilities import dim_zero_cat
 from descant.modules.core.batch import Batch, parts
 from descant.modules.core.capabilities import has
 from descant.modules.core.protocols import Embeds
-from descant.modules.engine.trainer import bank_batches
+from descant.modules.training_setup.trainer import bank_batches
 
 LETTER = {"image": "i", "text": "t", "audio": "a"}
 

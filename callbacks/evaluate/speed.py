@@ -15,7 +15,7 @@ from descant.callbacks.balance.balance import require_multimodal
 from descant.modules.core.capabilities import has
 from descant.modules.core.faults import UNREAD
 from descant.modules.core.protocols import MultimodalClassifier
-from descant.modules.engine.trainer import log_interval
+from descant.modules.training_setup.trainer import log_interval
 
 
 class LearningSpeed(L.Callback):

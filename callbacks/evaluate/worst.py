@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
-from descant.modules.engine.trainer import logged_step
+from descant.modules.training_setup.trainer import logged_step
 
 
 class WorstGroup(Callback):

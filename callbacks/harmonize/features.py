@@ -22,14 +22,14 @@ from descant.modules.core.dtype import promote
 from descant.modules.core.errors import no_such
 from descant.modules.core.hooks import GradientHooks
 from descant.modules.core.host import read_together, to_device
+from descant.modules.core.loss_reduction import Step
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import ForksFeatures
 from descant.modules.core.ranks import gather, mean_of_ranks, total_of_ranks
 from descant.modules.core.rng import global_seed, mix
-from descant.modules.core.step import Step
-from descant.modules.engine.trainer import log_interval, share_of_run
 from descant.modules.multitask import Rule
 from descant.modules.objectives.curriculum import Curriculum
+from descant.modules.training_setup.trainer import log_interval, share_of_run
 
 
 class HarmonizeFeatures(L.Callback):

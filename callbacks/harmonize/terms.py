@@ -28,8 +28,8 @@ from descant.modules.core.protocols import HasObjective
 from descant.modules.core.ranks import mean_of_ranks
 from descant.modules.core.rng import global_seed, mix
 from descant.modules.core.sham import Sham
-from descant.modules.engine.trainer import log_interval
 from descant.modules.multitask import Rule
+from descant.modules.training_setup.trainer import log_interval
 
 
 class Harmonize(L.Callback):

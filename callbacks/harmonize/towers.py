@@ -20,8 +20,8 @@ from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import ForksFeatures, MultimodalClassifier
 from descant.modules.core.ranks import mean_of_ranks
 from descant.modules.core.rng import global_seed, mix
-from descant.modules.engine.trainer import log_interval
 from descant.modules.multitask import Rule
+from descant.modules.training_setup.trainer import log_interval
 
 
 class HarmonizeTowers(L.Callback):

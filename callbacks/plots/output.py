@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
 from descant.callbacks.plots.style import pixels
-from descant.modules.engine.trainer import logged_step
+from descant.modules.training_setup.trainer import logged_step
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -22,10 +22,10 @@ from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import RolloutData, RolloutPolicy
 from descant.modules.core.rng import global_seed, mix_N
 from descant.modules.core.sham import Sham
-from descant.modules.engine.trainer import bank_batches, data_now, data_parts, epoch_now
 from descant.modules.language import Generated
 from descant.modules.policy import Advantage, GroupScaled
 from descant.modules.policy.rewards import Answer, Rewards
+from descant.modules.training_setup.trainer import bank_batches, data_now, data_parts, epoch_now
 
 
 class Rollouts(Callback):

@@ -23,8 +23,8 @@ from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import AnswersQuestions, QuestionPoolData
 from descant.modules.core.rng import global_seed, mix_N
 from descant.modules.core.sham import Sham
-from descant.modules.engine.trainer import bank_batches, data_now, data_parts, epoch_now
 from descant.modules.language.answer_scores import Answers, AnswerScorer, ExactMatchScorer
+from descant.modules.training_setup.trainer import bank_batches, data_now, data_parts, epoch_now
 
 
 class Rounds(Callback):

@@ -18,10 +18,10 @@ from torch.optim import Optimizer
 from descant.callbacks.run.resume import Resume
 from descant.modules.core.errors import say
 from descant.modules.core.faults import UNREAD, Unread
+from descant.modules.core.loss_reduction import Step
 from descant.modules.core.ranks import gather_objects
-from descant.modules.core.step import Step
-from descant.modules.engine.trainer import log_interval
 from descant.modules.io import jsonl
+from descant.modules.training_setup.trainer import log_interval
 
 
 class RollBack(Exception):

@@ -18,7 +18,7 @@ from rich.progress import Progress as RichProgress
 from descant.callbacks.run.progressive_resizing import ProgressiveResizing
 from descant.callbacks.run.throughput import Meter, count_rows
 from descant.modules.core.errors import say
-from descant.modules.engine.trainer import first_validation, log_interval, run_steps
+from descant.modules.training_setup.trainer import first_validation, log_interval, run_steps
 
 #: Warm-up steps, steps that are timed to estimate the run's time, and seconds after which fewer are enough.
 _SKIPPED, _MEASURED, _SECONDS = 2, 8, 20.0

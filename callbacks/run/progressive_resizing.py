@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from descant.modules.core.batch import Batch
-from descant.modules.engine.trainer import share_of_run
+from descant.modules.training_setup.trainer import share_of_run
 
 
 class ProgressiveResizing(L.Callback):

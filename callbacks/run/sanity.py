@@ -18,7 +18,7 @@ from descant.modules.core.chunks import looks_at_the_batch
 from descant.modules.core.errors import warn
 from descant.modules.core.protocols import Embeds, HasObjective, HasTowers
 from descant.modules.core.rng import by_rank, drawn_by_rank
-from descant.modules.engine.trainer import data_now, first_validation, log_interval, run_steps
+from descant.modules.training_setup.trainer import data_now, first_validation, log_interval, run_steps
 
 #: Checks before the first step.
 Before = Literal["rate", "interval", "batch", "frozen", "chunks", "validation", "logger", "mix", "modality", "ranks"]

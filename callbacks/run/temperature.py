@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from descant.modules.core.protocols import Scaled
-from descant.modules.engine.trainer import run_steps
+from descant.modules.training_setup.trainer import run_steps
 
 
 class Temperature(Callback):

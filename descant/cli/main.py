@@ -38,8 +38,8 @@ from descant.cli.trainer_parts import once, placed, purge_after, require_plain, 
 from descant.cli.trust import enforce, writes
 from descant.datamodules.changes import DataPolicy
 from descant.export.loading import allowed
-from descant.modules.engine.loggers import TensorBoard
 from descant.modules.io.saved import policy
+from descant.modules.training_setup.loggers import TensorBoard
 from descant.recipes.base.recipe import Recipe
 from descant.report.predictions import Predictions
 from descant.run import elastic, lock, runs

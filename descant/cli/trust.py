@@ -57,7 +57,7 @@ PERMITTED = {
     "lightning.pytorch.core.module.LightningModule": ("descant.recipes",),
     "lightning.pytorch.core.datamodule.LightningDataModule": ("descant.datamodules",),
     "lightning.pytorch.callbacks.callback.Callback": ("descant.callbacks", "lightning.pytorch.callbacks"),
-    "lightning.pytorch.loggers.logger.Logger": ("descant.modules.engine.loggers", "lightning.pytorch.loggers"),
+    "lightning.pytorch.loggers.logger.Logger": ("descant.modules.training_setup.loggers", "lightning.pytorch.loggers"),
 }
 
 #: What ``--trust`` may name beside modules, and what is then allowed to configurations that are files.

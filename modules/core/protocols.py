@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.hooks import GradientHooks
+from descant.modules.core.loss_reduction import Step
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output, Scorer
-from descant.modules.core.step import Step
 
 if TYPE_CHECKING:
     from descant.modules.masking.corruptions import Corruption

@@ -45,7 +45,7 @@ GONE: dict[str, str] = {
     "Preferred": "VisionLanguage with objective: DPO",
     "Reinforced": "VisionLanguage with objective: GRPO",
 }
-#: Modules of version 0.1.0, a part a row: paths into them are resolved by class name.
+#: Modules of version 0.1.0, and those that were moved since, a part a row: paths into them are resolved by class name.
 _MODULES = {
     "recipes": """alternating base certified chat classifier contrastive distillation ensemble fusion masked matching
         missing peers preferred reinforced space stage staged teachers""",
@@ -58,7 +58,9 @@ _MODULES = {
         prepare.voices prepare.wheel questions reading rolled scenes shuffle sources sources.base sources.folder
         sources.parquet sources.shards sources.stream sources.synthetic sources.written spoken staged stamps tasks
         volumes""",
-    "modules": """adapters attacks audio batch configure cross curriculum decoders distill fill fusion games heads
+    "modules": """adaptation.available_sets adaptation.imputation adaptation.modulation adaptation.modulation_forms
+        adapters attacks audio batch configure cross curriculum decoders distill engine engine.checkpointing
+        engine.configure engine.loggers engine.optim engine.schedule fill fusion games heads
         inherit inversion language language.generate language.interleave language.judges language.model language.packing
         language.positions language.pretrained language.projectors losses losses.contrastive losses.hinge losses.ranks
         losses.ring masking mixing modulation negatives objective optim pacing pretrained protocols ranking readout

@@ -5,7 +5,6 @@ Letters: B samples on this rank, G samples on all ranks, D width.
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from descant.modules.core import sham as shams  # the module: importing the class would be circular
 from descant.modules.core.dtype import promote
 from descant.modules.core.ranks import first_row, gather, gather_both, world
+from descant.modules.losses.temperature import LearnedTemperature
 from descant.modules.towers.heads import Projection
 
 
@@ -52,26 +52,7 @@ class ContrastiveLoss(nn.Module):
         raise NotImplementedError
 
 
-class _Scaled(ContrastiveLoss):
-    """A loss with a learned scale (inverse temperature) of its similarities, clamped at ``max_scale``."""
-
-    def __init__(self, temperature: float, learn: bool, max_scale: float) -> None:
-        super().__init__()
-        if not max_scale > 0:
-            raise ValueError(f"max_scale {max_scale:g}: must be above 0")
-        if not 1 / max_scale <= temperature:
-            raise ValueError(f"temperature {temperature} is below its bound 1 / max_scale = {1 / max_scale:g}")
-        self.max_log_scale = math.log(max_scale)
-        self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)), requires_grad=learn)
-
-    def scale(self) -> Tensor:
-        if self.training:
-            with torch.no_grad():  # clamped in place: in the graph its gradient would be 0 at the bound
-                self.log_scale.clamp_(max=self.max_log_scale)
-        return self.log_scale.exp()
-
-
-class InfoNCE(_Scaled):
+class InfoNCE(LearnedTemperature, ContrastiveLoss):
     """InfoNCE, the symmetric loss of CLIP: ``value_b = -(log softmax_g(s z_a_b.z_b_g)[b] + log softmax_g(s
     z_b_b.z_a_g)[b]) / 2``.
 
@@ -105,7 +86,7 @@ class InfoNCE(_Scaled):
             return (ab_BG.logsumexp(dim=1) + ba_BG.logsumexp(dim=1)) / 2 - positive_B
 
 
-class SigLIP(_Scaled):
+class SigLIP(LearnedTemperature, ContrastiveLoss):
     """SigLIP's sigmoid loss (Zhai 2023, arXiv 2303.15343): ``value_b = -sum_g log sigmoid(y_bg (s z_a_b.z_b_g + c))``.
 
     y is 1 on the diagonal and -1 elsewhere. Samples of equal content and absent samples are no negatives. Scale and

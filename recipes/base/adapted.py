@@ -10,12 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from descant.modules.adaptation.imputation import Imputation, Imputer
-from descant.modules.adaptation.modulation import ModulationBank
 from descant.modules.core.batch import NEGATIVE, Batch, some
 from descant.modules.core.objective import Term
 from descant.modules.core.ranks import gather
 from descant.modules.io.saved import Saved
+from descant.modules.missing_modalities.imputation import Imputation, Imputer
+from descant.modules.missing_modalities.modulation import ModulationBank
 from descant.modules.towers import Frozen, Towers
 from descant.recipes.base.recipe import Recipe
 from descant.recipes.base.shared_space import SharedSpace

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from descant.modules.distill.distill import Teacher
-from descant.modules.engine.configure import Shard
 from descant.modules.io import saved
+from descant.modules.training_setup.compile_and_shard import Shard
 from descant.recipes.base.rebuild import rebuild
 from descant.recipes.base.recipe import Recipe
 

@@ -12,22 +12,24 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from descant.modules.adaptation.base import Adapt
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.hooks import GradientHooks
+from descant.modules.core.loss_reduction import Step
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output
 from descant.modules.core.protocols import Embeds
 from descant.modules.core.rng import global_seed, mix
 from descant.modules.core.rows import RowTracker
-from descant.modules.core.step import Step
 from descant.modules.distill.distill import Distill, without_distill
-from descant.modules.engine.configure import Adapt, Checkpointing, Compile, Shard
-from descant.modules.engine.optim import parameter_groups
-from descant.modules.engine.schedule import Schedule
-from descant.modules.engine.sync_batch_norm import synchronize
-from descant.modules.engine.trainer import log_interval
 from descant.modules.tokenizers.text import Tokenizer, require_fit
+from descant.modules.training_setup.activation_checkpointing import Checkpointing
+from descant.modules.training_setup.compile_and_shard import Compile, Shard
+from descant.modules.training_setup.optim import parameter_groups
+from descant.modules.training_setup.schedule import Schedule
+from descant.modules.training_setup.sync_batch_norm import synchronize
+from descant.modules.training_setup.trainer import log_interval
 
 
 class Recipe(L.LightningModule):

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.modules.adaptation.imputation import Imputation
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.dtype import promote
 from descant.modules.core.host import derived, host_copy, to_device
 from descant.modules.core.protocols import Encodes
 from descant.modules.core.rows import zeroed
-from descant.modules.engine.sync_batch_norm import unseen
+from descant.modules.missing_modalities.imputation import Imputation
 from descant.modules.towers import Tokens, Towers
 from descant.modules.towers.heads import MeanPool, Pool, Pools, Projection
+from descant.modules.training_setup.sync_batch_norm import unseen
 from descant.recipes.base.recipe import Recipe
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from lightning.pytorch.cli import OptimizerCallable
 
 from descant.modules.adaptation.inherit import Begin
-from descant.modules.engine.schedule import Schedule
 from descant.modules.objectives.language import LanguageObjective
+from descant.modules.training_setup.schedule import Schedule
 
 
 class Stage:

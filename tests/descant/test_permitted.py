@@ -110,7 +110,10 @@ def test_nor_one_that_a_run_or_an_export_names(cli: Cli, workplace: Path, way: s
     file = workplace / "runs/a/001/config.yaml"
     content = yaml.safe_load(file.read_text())
     node = overlay(way, program(workplace))["model"]["schedule"]
-    content["model"]["init_args"]["schedule"] = {**node, "class_path": "descant.modules.engine.schedule.TorchSchedule"}
+    content["model"]["init_args"]["schedule"] = {
+        **node,
+        "class_path": "descant.modules.training_setup.schedule.TorchSchedule",
+    }
     file.write_text(yaml.safe_dump(content))
     for command in (("validate", "--run", "a/001"), ("predict", "--run", "a/001")):
         assert cli(*command, *TRUST).rc == 2
@@ -190,7 +193,7 @@ def test_of_every_wide_kind_what_ships_is_permitted(written_content: dict[str, A
             ours = allowed(path) and not path.startswith(
                 ("descant.run.folder", "descant.report.predictions", "descant.cli.check")
             )
-            if ours and not path.startswith("descant.modules.engine.loggers"):
+            if ours and not path.startswith("descant.modules.training_setup.loggers"):
                 require_kind(path, [kind])
 
 

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_map
 from descant.callbacks.evaluate.accuracy import Mean
 from descant.callbacks.evaluate.embeddings import Store
 from descant.modules import multitask as mixing
-from descant.modules.adaptation import modulation
-from descant.modules.adaptation.imputation import MeanImputer, PromptImputer, ZeroImputer
+from descant.modules.adaptation.freeze import Freeze
+from descant.modules.adaptation.lora import Lora
 from descant.modules.balance import mcr as games
 from descant.modules.balance.agm import AGM
 from descant.modules.balance.base import Pacing
@@ -29,16 +29,14 @@ from descant.modules.balance.crmt import UnimodalMargin
 from descant.modules.balance.ogm import OGM
 from descant.modules.balance.regularizer import FusionContext, Regularizer
 from descant.modules.core.batch import Batch
+from descant.modules.core.batch_norm import FrozenBatchNormStats
 from descant.modules.core.hooks import GradientHooks
+from descant.modules.core.loss_reduction import Step
 from descant.modules.core.objective import Term
 from descant.modules.core.output import FusionInputs
 from descant.modules.core.sham import Sham
-from descant.modules.core.step import Step
 from descant.modules.distill import ranking
 from descant.modules.distill.distill import FeatureTarget, HardTarget, SoftTarget, in_common
-from descant.modules.engine.configure import Checkpointing, Freeze, FrozenBatchNormStats, Lora
-from descant.modules.engine.optim import Member, OptimizerGroup, parameter_groups
-from descant.modules.engine.schedule import TorchSchedule, WarmupCosine
 from descant.modules.evaluation import attacks as attack
 from descant.modules.evaluation import metrics
 from descant.modules.evaluation.readout import ModelContrast, Products, RidgeReadout
@@ -64,6 +62,8 @@ from descant.modules.losses.ring import RingSigLIP
 from descant.modules.masking import adapters, decoders, discrete_adapters, structured
 from descant.modules.masking import corruptions as masking
 from descant.modules.masking.budget import TokenBudget
+from descant.modules.missing_modalities import available_sets, modulation, modulation_forms
+from descant.modules.missing_modalities.imputation import MeanImputer, PromptImputer, ZeroImputer
 from descant.modules.objectives.curriculum import Curriculum
 from descant.modules.policy import advantages
 from descant.modules.policy import losses as policy
@@ -73,6 +73,9 @@ from descant.modules.towers.base import Frozen, Tower
 from descant.modules.towers.cached import Cached
 from descant.modules.towers.triples import TripleEncoder
 from descant.modules.towers.vit import Layout, RaggedBlock, Trunk
+from descant.modules.training_setup.activation_checkpointing import Checkpointing
+from descant.modules.training_setup.optim import Member, OptimizerGroup, parameter_groups
+from descant.modules.training_setup.schedule import TorchSchedule, WarmupCosine
 from descant.modules.transforms.audio import AudioAugment, LogMel
 from descant.modules.transforms.image import Augment, Crop, Pixels
 from descant.recipes import Contrastive, Fusion
@@ -483,7 +486,7 @@ part("CrossDecoder")(_decoder(lambda: decoders.CrossDecoder(8, 1, 2)))
 # missing modalities -------------------------------------------------------------------------------------------------
 
 
-def _bank(form: Callable[[], modulation.Modulation]) -> Part:
+def _bank(form: Callable[[], modulation_forms.Modulation]) -> Part:
     def use(at: Place) -> Any:
         class Net(nn.Module):
             def __init__(self) -> None:
@@ -502,14 +505,14 @@ def _bank(form: Callable[[], modulation.Modulation]) -> Part:
     return use
 
 
-part("ModulationBank", "ScaleShift", "Sets")(_bank(modulation.ScaleShift))
-part("LowRank")(_bank(modulation.LowRank))
+part("ModulationBank", "ScaleShift", "Sets")(_bank(modulation_forms.ScaleShift))
+part("LowRank")(_bank(modulation_forms.LowRank))
 
 
 @part("AvailableSets")
 def _available(at: Place) -> Any:
-    sets, here = modulation.AvailableSets(), at(present())
-    return sets.left(here, at(torch.arange(B)), list(HAS)), modulation.AvailableSets(per="batch").left(
+    sets, here = available_sets.AvailableSets(), at(present())
+    return sets.left(here, at(torch.arange(B)), list(HAS)), available_sets.AvailableSets(per="batch").left(
         here, at(torch.arange(B)), list(HAS)
     )
 

@@ -24,15 +24,12 @@ from descant.datamodules.stages import StageData, StagedData
 from descant.datamodules.tasks.descriptions import Descriptions
 from descant.datamodules.tasks.question_pool import QuestionPool, QuestionRollouts
 from descant.datamodules.tasks.questions import QuestionPairs, Questions
-from descant.modules.adaptation.imputation import PromptImputer
 from descant.modules.adaptation.inherit import Begin, Inherit
-from descant.modules.adaptation.modulation import ModulationBank
 from descant.modules.adaptation.saved_tower import SavedTower
 from descant.modules.balance import mcr as games
 from descant.modules.balance.agm import AGM
 from descant.modules.distill.distill import Distill, SoftTarget
 from descant.modules.distill.ranking import RankTarget, TeacherConfidence
-from descant.modules.engine.schedule import WarmupCosine
 from descant.modules.evaluation.inversion import ModalityInversion
 from descant.modules.evaluation.readout import ModelContrast, RidgeReadout
 from descant.modules.fusion.classifiers import LateFusion, MidFusion
@@ -45,6 +42,8 @@ from descant.modules.masking.adapters import Adapters, PatchAdapter
 from descant.modules.masking.budget import TokenBudget
 from descant.modules.masking.decoders import CrossDecoder
 from descant.modules.masking.discrete_adapters import CategoryAdapter
+from descant.modules.missing_modalities.imputation import PromptImputer
+from descant.modules.missing_modalities.modulation import ModulationBank
 from descant.modules.multitask import GradVac, MMPareto, PCGrad
 from descant.modules.objectives.curriculum import Curriculum
 from descant.modules.policy import KL, PolicyLoss
@@ -53,6 +52,7 @@ from descant.modules.tokenizers.text import NgramTokenizer
 from descant.modules.towers import BagTower, ConvTower, PatchTower, TextTower, Towers
 from descant.modules.towers.triples import TripleEncoder
 from descant.modules.towers.vit import Trunk
+from descant.modules.training_setup.schedule import WarmupCosine
 from descant.recipes import (
     DPO,
     GRPO,

@@ -12,8 +12,8 @@ import torch
 from descant.callbacks import NonFinite, Resume
 from descant.modules.core.batch import Batch
 from descant.modules.core.faults import Faults
+from descant.modules.core.loss_reduction import Step
 from descant.modules.core.objective import Term
-from descant.modules.core.step import Step
 from descant.modules.io import plain
 from tests.callbacks.run.test_nonfinite import BAD, Spoiled, Watch, ledger
 from tests.callbacks.run.test_resume import fit

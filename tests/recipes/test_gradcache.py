@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader
 
 from descant.callbacks.run.sanity import chunked_norms
 from descant.modules.core.batch import Batch
-from descant.modules.engine.configure import Checkpointing, Compile, Shard
 from descant.modules.losses import ContrastiveLoss, RingSigLIP
 from descant.modules.towers import BagTower, ConvTower, PatchTower, TextTower, Tower, Towers
+from descant.modules.training_setup.activation_checkpointing import Checkpointing
+from descant.modules.training_setup.compile_and_shard import Compile, Shard
 from descant.recipes import Contrastive
 from tests.ranks import run_ranks
 from tests.step_toy import KeepGradients, ToyRecipe, largest_gap

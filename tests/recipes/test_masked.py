@@ -17,13 +17,13 @@ from descant.callbacks import EMA, Resume
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.modules.core.batch import Batch
 from descant.modules.core.protocols import Embeds, HasObjective, HasTowers, Reconstructs, Scores
-from descant.modules.engine.configure import Shard
 from descant.modules.masking.adapters import Adapters, PatchAdapter
 from descant.modules.masking.budget import TokenBudget
 from descant.modules.masking.corruptions import Corruption, Grid, Masks, UniformMask
 from descant.modules.masking.decoders import CrossDecoder, Decoder, JointDecoder
 from descant.modules.masking.discrete_adapters import CategoryAdapter, TableAdapter, TokenAdapter
 from descant.modules.towers.vit import Trunk
+from descant.modules.training_setup.compile_and_shard import Shard
 from descant.recipes import Masked
 from descant.run.sharded import Sharded
 from tests.callbacks.run.test_resume import Act, equal, fit, point, state

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 import descant
 from descant.callbacks import EMA, Resume
 from descant.datamodules.base import BatchDataset, DataModule, Rows
-from descant.modules.adaptation.imputation import Imputation, Imputer, MeanImputer, PromptImputer, ZeroImputer
-from descant.modules.adaptation.modulation import AvailableSets, LowRank, Modulation, ModulationBank, ScaleShift
+from descant.modules.adaptation.freeze import Freeze
+from descant.modules.adaptation.lora import Lora
+from descant.modules.adaptation.quantize import Quantize
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.protocols import (
@@ -33,9 +34,13 @@ from descant.modules.core.protocols import (
     Scores,
     Unimodal,
 )
-from descant.modules.engine.configure import Compile, Freeze, Lora, Quantize
 from descant.modules.io import saved
+from descant.modules.missing_modalities.available_sets import AvailableSets
+from descant.modules.missing_modalities.imputation import Imputation, Imputer, MeanImputer, PromptImputer, ZeroImputer
+from descant.modules.missing_modalities.modulation import ModulationBank
+from descant.modules.missing_modalities.modulation_forms import LowRank, Modulation, ScaleShift
 from descant.modules.towers import TextTower
+from descant.modules.training_setup.compile_and_shard import Compile
 from descant.recipes import MissingModality, Recipe
 from tests.callbacks.run.test_resume import Act, equal, fit, point, state
 from tests.ranks import run_ranks
@@ -401,7 +406,7 @@ def test_lora_is_a_baseline_that_leaves_the_rest(tmp_path: Path) -> None:
 
 def test_towers_that_the_run_had_frozen_are_adapted_too(tmp_path: Path) -> None:
     freeze = {
-        "class_path": "descant.modules.engine.configure.Freeze",
+        "class_path": "descant.modules.adaptation.freeze.Freeze",
         "init_args": {"towers": ["image"], "capacity": 99},
     }
     model = fusion("MidFusion", "image", "text")
@@ -563,7 +568,7 @@ def test_a_resumed_run_ends_in_the_same_bits(runs: dict[str, Path], tmp_path: Pa
 
 def test_a_run_is_loaded_with_its_bank(runs: dict[str, Path], tmp_path: Path) -> None:
     model = adapted(runs["fusion"])
-    kind = "descant.modules.adaptation.modulation."
+    kind = "descant.modules.missing_modalities.modulation."
     bank = {"class_path": f"{kind}ModulationBank", "init_args": {"sets": [["text"], ["image"]]}}
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1}}
     arguments: dict[str, Any] = {"path": str(runs["fusion"]), "bank": bank, "optimizer": optimizer}

@@ -24,13 +24,13 @@ from descant.datamodules.tasks.questions import PairSet, QuestionPairs, Question
 from descant.datamodules.tasks.text_tasks import Arithmetic, TextTasks
 from descant.modules.adaptation.inherit import Begin
 from descant.modules.distill.distill import Distill
-from descant.modules.engine.configure import Shard
-from descant.modules.engine.schedule import WarmupCosine
 from descant.modules.language.packing import through
 from descant.modules.language.positions import VisualSteps
 from descant.modules.objectives.language import _whole as whole
 from descant.modules.policy import KL, PolicyLoss
 from descant.modules.policy.rewards import Answer, Rewards, Verifier
+from descant.modules.training_setup.compile_and_shard import Shard
+from descant.modules.training_setup.schedule import WarmupCosine
 from descant.recipes import DPO, GRPO, Stage, Staged, VisionLanguage
 from descant.recipes.base.distillation import TeacherStage
 from tests.callbacks.policy.test_rollouts import G, N

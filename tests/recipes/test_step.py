@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 
 from descant.modules.core.batch import Batch
+from descant.modules.core.loss_reduction import Step
 from descant.modules.core.objective import Term
-from descant.modules.core.step import Step
-from descant.modules.engine.configure import Checkpointing, Compile, Shard
 from descant.modules.losses import gather
+from descant.modules.training_setup.activation_checkpointing import Checkpointing
+from descant.modules.training_setup.compile_and_shard import Compile, Shard
 from tests.ranks import run_ranks
 from tests.step_toy import explicit, largest_gap, lightning_gradients
 from tests.tolerance import F32, F64, ulps

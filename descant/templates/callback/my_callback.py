@@ -13,7 +13,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from descant.modules.core.protocols import HasTowers
-from descant.modules.engine.trainer import log_interval
+from descant.modules.training_setup.trainer import log_interval
 
 
 class MyCallback(L.Callback):

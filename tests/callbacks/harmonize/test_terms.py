@@ -22,7 +22,6 @@ from descant.callbacks.harmonize.terms import Harmonize, gram
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output
 from descant.modules.core.rng import mix
-from descant.modules.engine.configure import Checkpointing, Compile, Shard
 from descant.modules.multitask import (
     CMGH,
     DWA,
@@ -38,6 +37,8 @@ from descant.modules.multitask import (
     UncertaintyWeighting,
     UPGrad,
 )
+from descant.modules.training_setup.activation_checkpointing import Checkpointing
+from descant.modules.training_setup.compile_and_shard import Compile, Shard
 from tests.ranks import run_ranks
 from tests.step_toy import MIX, QUIET, KeepGradients, N, ToyData, ToyRecipe, content, largest_gap
 from tests.tolerance import F32, F64, ulps

@@ -19,12 +19,12 @@ from descant.datamodules.order import Slot, Window
 from descant.datamodules.tasks.question_pool import QuestionPool, QuestionRollouts
 from descant.datamodules.tasks.questions import Questions
 from descant.modules.distill.distill import Distill
-from descant.modules.engine.configure import Shard
 from descant.modules.language import Sampling
 from descant.modules.objectives.language import answer_log_probabilities
 from descant.modules.policy import KL, Clipped, LocalTokenMean, PolicyBatch, PolicyLoss, SequenceMean, TokenMean
 from descant.modules.policy.rewards import Answer, Rewards, Verifier
 from descant.modules.tokenizers.text import EOS, PAD
+from descant.modules.training_setup.compile_and_shard import Shard
 from descant.recipes import GRPO, VisionLanguage
 from tests.callbacks.policy.test_rounds import Given
 from tests.callbacks.run.test_resume import Act, equal, fit, point, state

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from descant.callbacks import EMA, Resume
-from descant.modules.engine.configure import Shard
+from descant.modules.training_setup.compile_and_shard import Shard
 from descant.run.sharded import Sharded
 from descant.run.store import AtomicIO
 from tests.ranks import run_ranks

@@ -16,8 +16,11 @@ from torch.utils.data import DataLoader
 
 from descant.callbacks.run.ema import CURRENT_MODEL_STATE, EMA
 from descant.callbacks.run.lean import LeanCheckpoint
+from descant.modules.adaptation.base import Adapt
+from descant.modules.adaptation.freeze import Freeze
+from descant.modules.adaptation.lora import Lora
+from descant.modules.adaptation.quantize import Quantize
 from descant.modules.core.batch import Batch
-from descant.modules.engine.configure import Adapt, Freeze, Lora, Quantize
 from descant.modules.io.lean import BASE, base_of, completed, lean
 from descant.modules.towers import ConvTower, Frozen, TextTower, Towers
 from descant.recipes.contrastive import Contrastive

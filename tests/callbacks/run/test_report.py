@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from descant.callbacks.run.report import WIDTH, Report, blocks, write_json
 from descant.modules.core.sham import Sham
-from descant.modules.engine.loggers import CSV
+from descant.modules.training_setup.loggers import CSV
 
 B, BATCHES, EPOCHS = 4, 5, 2
 

@@ -26,10 +26,10 @@ from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output
-from descant.modules.engine.configure import Shard
-from descant.modules.engine.schedule import WarmupCosine
 from descant.modules.io import manifest
 from descant.modules.multitask import MGDA, PCGrad, Rule
+from descant.modules.training_setup.compile_and_shard import Shard
+from descant.modules.training_setup.schedule import WarmupCosine
 from descant.recipes.base.recipe import Recipe
 from descant.run.sharded import Sharded
 from descant.run.store import AtomicIO

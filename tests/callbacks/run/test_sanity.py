@@ -20,8 +20,8 @@ from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output
 from descant.modules.distill.ranking import RankTarget
-from descant.modules.engine.schedule import WarmupCosine
 from descant.modules.towers import TextTower
+from descant.modules.training_setup.schedule import WarmupCosine
 from descant.recipes.base.recipe import Recipe
 from tests.toys import ToyData
 

@@ -106,7 +106,7 @@ def tower(name: str, **arguments: Any) -> dict[str, Any]:
 
 
 def adapt(name: str, **arguments: Any) -> dict[str, Any]:
-    return {"class_path": f"descant.modules.engine.configure.{name}", "init_args": arguments}
+    return {"class_path": names.full(name), "init_args": arguments}
 
 
 def embedded(recipe: Any) -> torch.Tensor:

@@ -24,9 +24,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from descant.callbacks.run.resume import Resume, Stopped
-from descant.modules.engine.configure import Shard
 from descant.modules.io import manifest
 from descant.modules.io.manifest import SUFFIX, fault, known
+from descant.modules.training_setup.compile_and_shard import Shard
 from descant.run.sharded import Sharded
 from descant.run.store import AtomicIO, snapshot
 from tests.ranks import run_ranks

@@ -12,8 +12,11 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from descant.modules.adaptation.base import Adapt
+from descant.modules.adaptation.freeze import Freeze
+from descant.modules.adaptation.lora import Lora
+from descant.modules.adaptation.quantize import Quantize
 from descant.modules.adaptation.saved_tower import SavedTower
-from descant.modules.engine.configure import Adapt, Freeze, Lora, Quantize
 from descant.modules.io import saved
 from descant.modules.io.lean import base_of, lean
 from descant.modules.towers import ConvTower, Frozen, TextTower, Tower, Towers
@@ -50,7 +53,7 @@ def write_run(folder: Path, adapt: list[dict[str, Any]] | None = None, name: str
 
 
 def part(cls: type, **arguments: Any) -> dict[str, Any]:
-    return {"class_path": f"descant.modules.engine.configure.{cls.__name__}", "init_args": arguments}
+    return {"class_path": f"{cls.__module__}.{cls.__name__}", "init_args": arguments}
 
 
 def out(tower: nn.Module, x: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from descant.modules.core.chunks import chunked, looks_at_the_batch
-from descant.modules.engine.checkpointing import recompute as recompute_block
 from descant.modules.losses import InfoNCE
+from descant.modules.training_setup.activation_checkpointing import recompute as recompute_block
 from tests.tolerance import F32, rounding, ulps
 
 B, D, LAYERS, CHUNKS = 16, 6, 3, 4

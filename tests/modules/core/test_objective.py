@@ -5,8 +5,8 @@ import torch
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.hooks import GradientHooks
+from descant.modules.core.loss_reduction import Step
 from descant.modules.core.objective import Objective, Term
-from descant.modules.core.step import Step
 from tests.tolerance import F32, ulps
 
 

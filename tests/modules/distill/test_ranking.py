@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from descant.modules.core.batch import Batch
+from descant.modules.core.loss_reduction import Step
 from descant.modules.core.output import Output
-from descant.modules.core.step import Step
 from descant.modules.distill.distill import DistillContext
 from descant.modules.distill.ranking import (
     AsReleased,

@@ -25,6 +25,19 @@ def test_every_old_import_path_is_that_of_a_class_of_now() -> None:
         assert file.is_file() and re.search(rf"\b{last}\b", file.read_text()), f"{old}: {module}.{last}"
 
 
+def test_modules_that_were_moved_since() -> None:
+    paths = {
+        "engine.configure.Lora": "adaptation.lora.Lora",
+        "engine.configure.Shard": "training_setup.compile_and_shard.Shard",
+        "engine.configure.Checkpointing": "training_setup.activation_checkpointing.Checkpointing",
+        "engine.loggers.CSV": "training_setup.loggers.CSV",
+        "adaptation.modulation.ScaleShift": "missing_modalities.modulation_forms.ScaleShift",
+        "adaptation.imputation.MeanImputer": "missing_modalities.imputation.MeanImputer",
+    }
+    for old, new in paths.items():
+        assert renamed.current(f"descant.modules.{old}") == f"descant.modules.{new}"
+
+
 def test_new_names_are_classes_and_old_ones_are_none() -> None:
     for old, new in renamed.CLASSES.items():
         assert new in names.table() and old not in names.table(), f"{old} -> {new}"

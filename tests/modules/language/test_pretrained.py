@@ -12,9 +12,12 @@ import torch
 from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from descant.datamodules.corpora.emoji_pack import PACK
-from descant.modules.engine.configure import Checkpointing, Freeze, Lora, Quantize
+from descant.modules.adaptation.freeze import Freeze
+from descant.modules.adaptation.lora import Lora
+from descant.modules.adaptation.quantize import Quantize
 from descant.modules.language import CausalLM, PretrainedLM, Sampling, generate
 from descant.modules.tokenizers.text import PretrainedTokenizer
+from descant.modules.training_setup.activation_checkpointing import Checkpointing
 from descant.recipes import VisionLanguage
 from tests.recipes.test_vision_language import batch, sees
 from tests.rotation import by_turns

@@ -7,8 +7,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from descant.modules.engine.configure import Checkpointing, Compile
 from descant.modules.towers import Frozen, Tokens, Tower, Towers
+from descant.modules.training_setup.activation_checkpointing import Checkpointing
+from descant.modules.training_setup.compile_and_shard import Compile
 from tests.tolerance import F32, rounding, ulps
 
 

@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from descant.modules.engine.configure import Compile, Freeze, Lora
+from descant.modules.adaptation.freeze import Freeze
+from descant.modules.adaptation.lora import Lora
 from descant.modules.towers import Frozen, TextTower, Tokens, Tower, TransformersTower
 from descant.modules.towers.cached import DIGEST, Cached, digests, identity
 from descant.modules.towers.heads import AttentionPool, FirstPool, LastPool, MeanPool, Pool
+from descant.modules.training_setup.compile_and_shard import Compile
 from tests.modules.towers import _asserts
 
 BERT = {"model_type": "bert", "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -1,4 +1,4 @@
-"""Activation (gradient) checkpointing of the blocks of towers, and batch norms with frozen running statistics."""
+"""Activation (gradient) checkpointing of the blocks of towers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from descant.modules.adaptation.base import LM, chosen
-from descant.modules.core.batch_norm import FrozenBatchNormStats as FrozenBatchNormStats
+from descant.modules.core.batch_norm import FrozenBatchNormStats
 
 
 class Checkpointing:

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.io_wrapper import GetLogdirSubdirectories
 
-from descant.modules.engine.loggers import TensorBoard
+from descant.modules.training_setup.loggers import TensorBoard
 from descant.report.curves import scalars
 from descant.run.runs import point
 

@@ -15,10 +15,14 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.utils.data import DataLoader
 
+from descant.modules.adaptation.base import Adapt
+from descant.modules.adaptation.lora import Lora
+from descant.modules.adaptation.quantize import Quantize
 from descant.modules.core.batch import Batch
-from descant.modules.engine.configure import Adapt, Checkpointing, Compile, Lora, Quantize, Shard
 from descant.modules.towers import BagTower, ConvTower, Frozen, PatchTower, TextTower, Towers
 from descant.modules.towers.heads import AttentionPool, Pool
+from descant.modules.training_setup.activation_checkpointing import Checkpointing
+from descant.modules.training_setup.compile_and_shard import Compile, Shard
 from descant.recipes.contrastive import Contrastive
 from tests.modules.towers import _asserts
 from tests.ranks import run_ranks
@@ -233,7 +237,7 @@ def test_compile_gives_the_same_gradients(saving):
 
 
 def test_shard_loads_scalars_of_an_unsharded_run():
-    from descant.modules.engine.configure import _load_scalars
+    from descant.modules.training_setup.compile_and_shard import _load_scalars
 
     whole, split = nn.Module(), nn.Module()
     whole.scale, split.scale = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.zeros(1))
@@ -358,11 +362,13 @@ towers:
       init_args: {vocab: 9, width: 8, depth: 1, heads: 2, length: 4, causal: true}
 pool: {class_path: descant.modules.towers.heads.AttentionPool, init_args: {width: 8, heads: 2}}
 adapt:
-  - {class_path: descant.modules.engine.configure.Quantize, init_args: {bits: 4, skip: [out]}}
-  - {class_path: descant.modules.engine.configure.Lora, init_args: {r: 4, targets: [qkv], towers: [text]}}
-checkpointing: {class_path: descant.modules.engine.configure.Checkpointing, init_args: {preserve_rng: false}}
-compile: {class_path: descant.modules.engine.configure.Compile, init_args: {mode: max-autotune}}
-shard: {class_path: descant.modules.engine.configure.Shard, init_args: {dtype: bfloat16}}
+  - {class_path: descant.modules.adaptation.quantize.Quantize, init_args: {bits: 4, skip: [out]}}
+  - {class_path: descant.modules.adaptation.lora.Lora, init_args: {r: 4, targets: [qkv], towers: [text]}}
+checkpointing:
+  class_path: descant.modules.training_setup.activation_checkpointing.Checkpointing
+  init_args: {preserve_rng: false}
+compile: {class_path: descant.modules.training_setup.compile_and_shard.Compile, init_args: {mode: max-autotune}}
+shard: {class_path: descant.modules.training_setup.compile_and_shard.Shard, init_args: {dtype: bfloat16}}
 """
 
 

@@ -15,19 +15,18 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from descant.modules.adaptation.available_sets import NOTHING as NOTHING
-from descant.modules.adaptation.available_sets import UNKNOWN as UNKNOWN
-from descant.modules.adaptation.available_sets import WHOLE as WHOLE
-from descant.modules.adaptation.available_sets import AvailableSets as AvailableSets
-from descant.modules.adaptation.available_sets import Sets as Sets
-from descant.modules.adaptation.modulation_forms import EMBEDDINGS, Modulated, layer_width
-from descant.modules.adaptation.modulation_forms import LowRank as LowRank
-from descant.modules.adaptation.modulation_forms import Modulation as Modulation
-from descant.modules.adaptation.modulation_forms import ScaleShift as ScaleShift
 from descant.modules.core.errors import no_such
 from descant.modules.core.host import host_copy, to_device
 from descant.modules.core.rows import RowTracker, share_rows
 from descant.modules.core.sham import Sham
+from descant.modules.missing_modalities.available_sets import NOTHING, UNKNOWN, WHOLE, Sets
+from descant.modules.missing_modalities.modulation_forms import (
+    EMBEDDINGS,
+    Modulated,
+    Modulation,
+    ScaleShift,
+    layer_width,
+)
 
 #: Parts of a recipe that hold one part a modality, which runs for samples that have it, and for no others.
 OWN = ("towers.", "pools.", "adapters.")

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from descant.modules.engine.optim import Member, OptimizerGroup, parameter_groups
-from descant.modules.engine.schedule import TorchSchedule, WarmupCosine
+from descant.modules.training_setup.optim import Member, OptimizerGroup, parameter_groups
+from descant.modules.training_setup.schedule import TorchSchedule, WarmupCosine
 
 
 def sgd(params: Any) -> torch.optim.Optimizer:

@@ -1,7 +1,6 @@
 """Compile and Shard (FSDP2) of a recipe before training, after ``adapt`` and activation checkpointing.
 
-Each is a typed object from YAML with one method, ``apply(recipe)``, which changes the recipe in place. Adaptations and
-Checkpointing, which earlier configurations name by this module, can still be imported from here.
+Each is a typed object from YAML with one method, ``apply(recipe)``, which changes the recipe in place.
 """
 
 from __future__ import annotations
@@ -11,15 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from descant.modules.adaptation.base import Adapt as Adapt
 from descant.modules.adaptation.base import chosen
-from descant.modules.adaptation.freeze import Freeze as Freeze
-from descant.modules.adaptation.lora import Lora as Lora
-from descant.modules.adaptation.quantize import Quantize as Quantize
 from descant.modules.core.errors import no_such
-from descant.modules.engine.checkpointing import Checkpointing as Checkpointing
-from descant.modules.engine.checkpointing import FrozenBatchNormStats as FrozenBatchNormStats
-from descant.modules.engine.checkpointing import blocks_of
+from descant.modules.training_setup.activation_checkpointing import blocks_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: Methods that Lightning and callbacks call on a recipe, which gather and free the root's parameters.

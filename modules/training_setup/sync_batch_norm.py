@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from descant.modules.core.batch_norm import FrozenBatchNormStats
 from descant.modules.core.ranks import gather, rank, world
-from descant.modules.engine.checkpointing import FrozenBatchNormStats
 
 
 def synchronize(module: nn.Module) -> int:

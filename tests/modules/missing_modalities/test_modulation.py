@@ -10,18 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.modules.adaptation.modulation import (
-    NOTHING,
-    UNKNOWN,
-    WHOLE,
-    AvailableSets,
-    LowRank,
-    Modulation,
-    ModulationBank,
-    ScaleShift,
-    Sets,
-    touch_parameters,
-)
+from descant.modules.missing_modalities.available_sets import NOTHING, UNKNOWN, WHOLE, AvailableSets, Sets
+from descant.modules.missing_modalities.modulation import ModulationBank, touch_parameters
+from descant.modules.missing_modalities.modulation_forms import LowRank, Modulation, ScaleShift
 from tests.tolerance import F32, rounding
 
 NAMES = ["image", "text", "audio"]

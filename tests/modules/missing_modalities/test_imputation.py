@@ -7,13 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from descant.modules.adaptation.imputation import (
-    Imputation,
-    Imputer,
-    MeanImputer,
-    PromptImputer,
-    ZeroImputer,
-)
+from descant.modules.missing_modalities.imputation import Imputation, Imputer, MeanImputer, PromptImputer, ZeroImputer
 from tests.ranks import run_ranks
 from tests.tolerance import BF16, F32, F64, rounding, ulps
 

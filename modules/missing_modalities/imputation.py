@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from descant.modules.adaptation.modulation import Sets
 from descant.modules.core.host import derived, to_device
 from descant.modules.core.ranks import world
+from descant.modules.missing_modalities.available_sets import Sets
 
 
 class Imputer(nn.Module):
