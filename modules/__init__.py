@@ -1,1 +1,1 @@
-"""The parts: they know tensors, and nothing of files, recipes or trainers."""
+"""Building blocks on tensors: towers, losses, fusion, masking, multi-task rules, policies."""

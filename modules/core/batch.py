@@ -1,12 +1,13 @@
-"""The one contract between data and recipes: what a batch holds, and who is absent.
+"""Batch, the contract between data and recipes: inputs, presence masks, targets, content ids and random seeds.
 
 Letters: B samples of this micro-batch on this rank, G samples of the whole optimizer step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ NEGATIVE = "_neg"
 class Batch:
     """``B`` samples of several modalities. Absent is a mask, never a shape and never a guess from zeros.
 
-    On an accelerator each tensor remembers its original on the CPU (:mod:`descant.modules.core.host`), and so does what
-    is made of presence here: no step waits for the device to know which samples are absent.
+    On an accelerator each tensor has its host copy (:mod:`descant.modules.core.host`), and so have masks computed of
+    presence here: no step waits for the device to learn which samples are absent.
 
     Attributes:
         inputs: modality -> tensor ``[B, ...]``; rows of absent samples hold anything (zeros by custom).
@@ -90,24 +91,14 @@ class Batch:
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         made: dict[int, Tensor] = {}  # by identity: what is one tensor, such as index and content_id, stays one
 
-        def once(x: Tensor) -> Tensor:
-            if id(x) not in made:
-                made[id(x)] = change(x)
-            return made[id(x)]
+        def changed(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: changed(x) for name, x in value.items()}
+            if id(value) not in made:
+                made[id(value)] = change(value)
+            return made[id(value)]
 
-        def changed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {name: once(x) for name, x in tensors.items()}
-
-        return Batch(
-            inputs=changed(self.inputs),
-            present=changed(self.present),
-            targets=changed(self.targets),
-            index=once(self.index),
-            content_id=once(self.content_id),
-            source=once(self.source),
-            rng_seed=once(self.rng_seed),
-            step=changed(self.step),
-        )
+        return Batch(**{field.name: changed(getattr(self, field.name)) for field in fields(Batch)})
 
     def both(self, *modalities: str) -> Tensor:
         """Bool ``[B]``: the rows where all of ``modalities`` are present."""
@@ -129,17 +120,13 @@ class Batch:
         >>> batch.present["image"].tolist(), batch.present["text"].tolist()
         ([False, False], [True, True])
         """
-        present, step = (
-            {m: mask if m in modalities else derived(torch.zeros_like, mask) for m, mask in masks.items()}
-            for masks in (self.present, self.step)
-        )
-        return replace(self, present=present, step=step)
+        return replace(self, present=only(self.present, *modalities), step=only(self.step, *modalities))
 
     def negatives(self) -> Batch:
-        """The hard negatives as a batch of their own: what is ``text_neg`` here is ``text`` there, and nothing else is.
+        """The hard negatives as a batch of their own: ``text_neg`` here is ``text`` there, and nothing else is present.
 
-        A hard negative is what nearly fits a sample and is wrong of it; its input, and whatever else it needs, has the
-        name of what it stands beside with ``_neg`` behind it, and so has its presence.
+        A hard negative nearly fits a sample but is wrong; its input and presence have the modality's name with the
+        suffix ``_neg``.
         """
         inputs, present, step = (
             {name.removesuffix(NEGATIVE): x for name, x in tensors.items() if name.endswith(NEGATIVE)}
@@ -149,16 +136,14 @@ class Batch:
 
     def select(self, rows: Tensor | slice) -> Batch:
         """The sub-batch of some rows; ``step`` still describes the whole optimizer step."""
-        return Batch(
-            inputs={name: chosen(x, rows) for name, x in self.inputs.items()},
-            present={name: chosen(x, rows) for name, x in self.present.items()},
-            targets={name: chosen(x, rows) for name, x in self.targets.items()},
-            index=chosen(self.index, rows),
-            content_id=chosen(self.content_id, rows),
-            source=chosen(self.source, rows),
-            rng_seed=chosen(self.rng_seed, rows),
-            step=self.step,
-        )
+        part = replace(self, step=self.present)._each(lambda x: chosen(x, rows))
+        part.step = self.step
+        return part
+
+
+def only(present: Mapping[str, Tensor], *modalities: str) -> dict[str, Tensor]:
+    """Presence masks ``[B]`` by modality, False for all but the named ones."""
+    return {m: mask_B if m in modalities else derived(torch.zeros_like, mask_B) for m, mask_B in present.items()}
 
 
 def parts(name: str) -> list[str]:
@@ -174,26 +159,18 @@ def _all(presence: dict[str, Tensor], modalities: tuple[str, ...]) -> Tensor:
     missing = [m for m in modalities if m not in presence]
     if missing:
         raise KeyError(f"modality {missing[0]!r} is not in this batch, which has {', '.join(presence)}")
-    return derived(_every, *(presence[m] for m in modalities))
+    return derived(lambda *masks: torch.stack(masks).all(dim=0), *(presence[m] for m in modalities))
 
 
 def chosen(x: Tensor, rows: Tensor | slice) -> Tensor:
-    """``x[rows]``, which the CPU knows where it knows both."""
+    """``x[rows]``, with a host copy where both have one."""
     return derived(Tensor.__getitem__, x, rows) if isinstance(rows, Tensor) else derived(lambda x: x[rows], x)
 
 
 def some(*masks: Tensor) -> Tensor:
-    """Bool: where any of the masks is true, which the CPU knows where it knows all of them.
+    """Bool: where any of the masks is true, with a host copy where all have one.
 
     >>> some(torch.tensor([True, False]), torch.tensor([False, False])).tolist()
     [True, False]
     """
-    return derived(_any, *masks)
-
-
-def _every(*masks: Tensor) -> Tensor:
-    return torch.stack(masks).all(dim=0)
-
-
-def _any(*masks: Tensor) -> Tensor:
-    return torch.stack(masks).any(dim=0)
+    return derived(lambda *every: torch.stack(every).any(dim=0), *masks)

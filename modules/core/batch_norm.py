@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -31,3 +31,8 @@ class FrozenBatchNormStats(AbstractContextManager[None]):
             if norm.num_batches_tracked is not None and count is not None:
                 norm.num_batches_tracked.copy_(count)
         self.saved.clear()
+
+
+def recompute_contexts(module: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """``context_fn`` of torch's checkpoint: batch norms of a module count the first forward, not the recomputed one."""
+    return nullcontext(), FrozenBatchNormStats(module)

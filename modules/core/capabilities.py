@@ -1,4 +1,4 @@
-"""What a module can do, as callbacks ask for it: protocols, also through recipes that wrap another recipe."""
+"""Capabilities: whether a module has a protocol that a callback needs, also through recipes that wrap another."""
 
 from __future__ import annotations
 

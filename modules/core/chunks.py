@@ -6,7 +6,6 @@ Letters: B samples, C chunks, R rows of one chunk.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from descant.modules.core.batch_norm import FrozenBatchNormStats
+from descant.modules.core.batch_norm import recompute_contexts
 from descant.modules.core.host import has_host_copy, host_copy, with_host_copy
 
 
@@ -41,10 +40,7 @@ def chunked(function: Callable[[Tensor], Tensor], x_B: Tensor, chunks: int, modu
     if chunks == 1 or not torch.is_grad_enabled():
         return function(x_B)
 
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), FrozenBatchNormStats(module)
-
-    parts = []
+    parts, contexts = [], partial(recompute_contexts, module)
     for c, x_R in enumerate(x_B.tensor_split(chunks)):
         if has_host_copy(x_B):
             x_R = with_host_copy(x_R, partial(_piece, x_B, chunks, c))

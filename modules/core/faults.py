@@ -1,4 +1,4 @@
-"""Loss terms that are not finite: which ones, of which samples, without waiting for an accelerator in every step."""
+"""Non-finite loss terms: which ones, of which samples, without a device read in every step."""
 
 from __future__ import annotations
 

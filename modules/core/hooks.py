@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,32 +61,27 @@ class GradientHooks:
 
 class _Fork(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, z_BD: Tensor, hooks: GradientHooks, names: tuple[str, ...]
-    ) -> tuple[Tensor, ...]:
-        ctx.hooks, ctx.names = hooks, names  # type: ignore[attr-defined]
+    def forward(ctx: Any, z_BD: Tensor, hooks: GradientHooks, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+        ctx.hooks, ctx.names = hooks, names
         return tuple(z_BD.view_as(z_BD) for _ in names)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hooks: GradientHooks = ctx.hooks  # type: ignore[attr-defined]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         g_KBD = torch.stack(grads)
-        if hooks.rule is None or hooks.probing:
+        if ctx.hooks.rule is None or ctx.hooks.probing:
             return g_KBD.sum(dim=0), None, None
-        return hooks.rule(g_KBD, ctx.names), None, None  # type: ignore[attr-defined]
+        return ctx.hooks.rule(g_KBD, ctx.names), None, None
 
 
 class _KeepRows(torch.autograd.Function):
     """The value as it is; in backward each row times its weight in ``keep``, read then."""
 
     @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, value_N: Tensor, keep: Mapping[str, Tensor], name: str
-    ) -> Tensor:
-        ctx.keep, ctx.name = keep, name  # type: ignore[attr-defined]
+    def forward(ctx: Any, value_N: Tensor, keep: Mapping[str, Tensor], name: str) -> Tensor:
+        ctx.keep, ctx.name = keep, name
         return value_N.view_as(value_N)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        keep_N = ctx.keep.get(ctx.name)  # type: ignore[attr-defined]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        keep_N = ctx.keep.get(ctx.name)
         return grads[0] if keep_N is None else grads[0] * keep_N.to(grads[0]), None, None

@@ -2,9 +2,9 @@
 
 Reading a number of a tensor that lies on an accelerator (``item``, ``bool``, ``nonzero``, a mask as an index) makes the
 CPU wait for all work that is queued there, and then the accelerator wait for the CPU. What shapes and branches of a
-step depend on (who is present, which tokens are real, labels) comes from a loader, so the CPU had it: a tensor that was
-copied to an accelerator keeps its original here, and so do masks that are computed of such tensors. On a CPU a tensor
-is its own original, and nothing of this costs anything.
+step depend on (presence, real tokens, labels) comes from a loader, on the CPU: a tensor that was copied to an
+accelerator keeps its original as an attribute, and so do masks that are computed of such tensors. On a CPU a tensor is
+its own host copy, at no cost.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 
 #: Attribute of a tensor on an accelerator: what makes its copy on the CPU, and the version of the tensor it is of.
 _NAME = "_descant_host"
-#: The same of what is known of a tensor's finite numbers.
+#: The same of which of its numbers are finite.
 _FINITE = "_descant_finite"
 
 
 def host_copy(x: Tensor) -> Tensor:
-    """The values of ``x`` on the CPU: ``x`` itself there, else the copy that is known, else read from the device.
+    """The values of ``x`` on the CPU: ``x`` itself, its host copy, or a read that waits for the device.
 
-    Only the last of the three waits for the device. The copy is not to be written.
+    The copy must not be written to.
 
     >>> x = torch.arange(3)
     >>> host_copy(x) is x
@@ -34,9 +34,9 @@ def host_copy(x: Tensor) -> Tensor:
     make = _known(x)
     if make is None:
         return x.detach().cpu()
-    found = make()
-    _remember(x, lambda: found)
-    return found
+    copy = make()
+    _remember(x, lambda: copy)
+    return copy
 
 
 def read_together(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -58,7 +58,7 @@ def has_host_copy(x: Tensor) -> bool:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on ``device``, which remembers where it came from; the copy is queued, and not waited for.
+    """A CPU tensor moved to ``device``, with the original as its host copy; the transfer is queued, not waited for.
 
     >>> x = torch.arange(3)
     >>> to_device(x, torch.device("cpu")) is x
@@ -92,14 +92,14 @@ def derived(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     >>> derived(torch.logical_and, torch.tensor([True, True]), torch.tensor([True, False])).tolist()
     [True, False]
     """
-    found = function(*tensors)
-    if not found.is_cpu and all(has_host_copy(x) for x in tensors):
-        _remember(found, lambda: function(*(host_copy(x) for x in tensors)))
-    return found
+    result = function(*tensors)
+    if not result.is_cpu and all(has_host_copy(x) for x in tensors):
+        _remember(result, lambda: function(*(host_copy(x) for x in tensors)))
+    return result
 
 
 def everyone(rows: int, device: torch.device) -> Tensor:
-    """Bool ``[B]`` of nothing but true, on a device, as the CPU knows.
+    """Bool ``[B]``, all True, on a device, with a host copy.
 
     >>> everyone(2, torch.device("cpu")).tolist()
     [True, True]
@@ -108,10 +108,9 @@ def everyone(rows: int, device: torch.device) -> Tensor:
 
 
 def with_finite(x: Tensor, make: Callable[[], Tensor]) -> Tensor:
-    """``x``, computed on a device of numbers that the CPU has not, of which it knows all the same which are finite.
+    """``x`` without a host copy, but with one of which of its numbers are finite, such as audio padded by ``-inf``.
 
-    ``make()``: bool, of a shape that expands to that of ``x``; on the CPU. Padding of sounds is ``-inf``, and how long
-    they are is known.
+    ``make()``: bool, of a shape that expands to that of ``x``; on the CPU.
     """
     if not x.is_cpu:
         setattr(x, _FINITE, (make, _version(x)))
@@ -129,7 +128,7 @@ def finite(x: Tensor) -> Tensor:
 
 
 def known_finite(x: Tensor) -> Callable[[], Tensor] | None:
-    """What makes :func:`finite` on the CPU; None where only a device knows."""
+    """What makes :func:`finite` on the CPU; None without a host copy."""
     make, version = getattr(x, _FINITE, (None, None))
     if make is not None and version == _version(x):
         return lambda: make().expand(x.shape)
@@ -142,7 +141,7 @@ def _remember(x: Tensor, make: Callable[[], Tensor]) -> None:
 
 def _known(x: Tensor) -> Callable[[], Tensor] | None:
     make, version = getattr(x, _NAME, (None, None))
-    return make if version == _version(x) else None  # written since: the copy is of what it was
+    return make if version == _version(x) else None  # written since: the copy is outdated
 
 
 def _version(x: Tensor) -> int | None:

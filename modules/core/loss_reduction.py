@@ -1,4 +1,4 @@
-"""The optimizer step that micro-batches and ranks share: counts, coefficients of the terms, and the scalar loss.
+"""Loss reduction: the terms of all micro-batches and ranks of an optimizer step, summed into one scalar.
 
 Letters: B samples, K terms.
 """
@@ -61,7 +61,7 @@ class Step:
             if self.world > 1 and not term.whole:
                 raise ValueError(
                     f"term {name!r} is one number for {len(batch)} samples: on {self.world} ranks each would have its "
-                    "own; gather(...) what it is made of, and say Term(..., whole=True)"
+                    "own; gather(...) what it is made of, and use Term(..., whole=True)"
                 )
             if self.accumulate > 1:
                 raise ValueError(
@@ -84,7 +84,7 @@ class Step:
         if unknown and self.accumulate > 1:
             raise ValueError(
                 f"term {unknown[0]!r} is divided by the valid rows of {self.accumulate} micro-batches, which only its "
-                "forward knows: give the term `given=(modalities)`, a number as `norm`, or do not accumulate"
+                "forward computes: give the term `given=(modalities)`, a number as `norm`, or do not accumulate"
             )
         if unknown:
             counts = torch.stack([terms[name].count() for name in unknown])

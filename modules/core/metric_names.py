@@ -19,8 +19,8 @@ def order(name: str) -> tuple[str, str, int, int, str]:
     ['v/accuracy', 'v/i2t_r5', 'v/i2t_r10', 'v/i2t_medr', 'v/t2i_r1', 'v/distinct/i2t_r1']
     """
     of, _, last = name.rpartition("/")
-    if found := _RECALL.match(last):
-        return of, found[1], 1, int(found[2]), name
-    if found := _RANK.match(last):
-        return of, found[1], 2, 0, name
+    if match := _RECALL.match(last):
+        return of, match[1], 1, int(match[2]), name
+    if match := _RANK.match(last):
+        return of, match[1], 2, 0, name
     return of, last, 0, 0, name

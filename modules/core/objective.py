@@ -1,4 +1,4 @@
-"""A loss stays per sample until the very end: terms, and the mix that adds them.
+"""Loss terms, one value a sample until the very end, and the objective that mixes them.
 
 Letters: N rows of one term (samples or tokens), K terms.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,8 +28,8 @@ class Term:
             ``"local"`` by those of this micro-batch on this rank, on purpose; a number is taken as it is.
         whole: the value is one number of the rows of all ranks, gathered (:func:`descant.modules.losses.gather`) with
             gradients: a loss of a batch, such as decorrelation. Without it such a number would be each rank's own.
-        given: the modalities whose joint presence is exactly ``valid``. The batch then knows the step's count
-            beforehand, which accumulation needs; without it the count is summed over ranks.
+        given: the modalities whose joint presence is exactly ``valid``. The batch then has the step's count in
+            advance, which accumulation needs; without it the count is summed over ranks.
 
     >>> term = Term(torch.tensor([1.0, 2.0, 9.0]), valid=torch.tensor([True, True, False]))
     >>> float(term.sum() / term.count())
@@ -62,16 +62,15 @@ class _Mix(torch.autograd.Function):
     """``sum_k mix_k * term_k`` whose coefficients are read at backward time, from the live tensor."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, mix_K: Tensor, *terms: Tensor) -> Tensor:
-        # kept on ctx, not saved: a callback may rewrite the coefficients between forward and backward
-        ctx.mix_K = mix_K  # type: ignore[attr-defined]
+    def forward(ctx: Any, mix_K: Tensor, *terms: Tensor) -> Tensor:
+        # an attribute, not saved: a callback may rewrite the coefficients between forward and backward
+        ctx.mix_K = mix_K
         terms_K = torch.stack(terms)
         return (mix_K.to(terms_K.dtype) * terms_K).sum()
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        mix_K: Tensor = ctx.mix_K  # type: ignore[attr-defined]
-        return None, *(grad * mix_k.to(grad.dtype) for mix_k in mix_K.unbind())
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(grad * mix_k.to(grad.dtype) for mix_k in ctx.mix_K.unbind())
 
 
 class Objective:

@@ -1,4 +1,4 @@
-"""Objects where objects are wanted: YAML makes them of names, and in Python a name alone is refused."""
+"""Check that arguments are objects, not the names or classes that YAML would build them from."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from descant.modules.core.errors import nearest
 
 
 def require_objects(owner: object, /, **given: tuple[object, type]) -> None:
-    """Refuse an argument that is no object of its kind; None passes, as what is not given.
+    """Refuse an argument that is no object of its class; None passes.
 
     Args:
-        owner: who takes the arguments. given: name -> the value, and the class that it is an object of.
+        owner: of the arguments. given: name -> the value, and its class.
 
     Raises:
-        ValueError: for the first that is not, with the nearest class of the kind.
+        ValueError: for the first wrong one, with the nearest class.
 
     >>> from descant.modules.balance.ogm import OGM
     >>> from descant.modules.balance.base import Pacing
@@ -24,23 +24,23 @@ def require_objects(owner: object, /, **given: tuple[object, type]) -> None:
     Traceback (most recent call last):
     ValueError: object: pacing is 'ogm', and an object of kind Pacing is wanted: descant.modules.balance.ogm.OGM()
     """
-    found: type | None
+    suggestion: type | None
     for name, (value, kind) in given.items():
         if value is None or isinstance(value, kind):
             continue
         if inspect.isclass(value) and issubclass(value, kind):
-            given_as, found = f"the class {value.__name__}", value
+            given_as, suggestion = f"the class {value.__name__}", value
         else:
             given_as = repr(value) if len(repr(value)) <= 60 else f"a {type(value).__name__}"
-            found = _nearest(str(value), kind)
-        wanted = f": {found.__module__}.{found.__name__}()" if found is not None else ""
+            suggestion = _nearest(str(value), kind)
+        example = f": {suggestion.__module__}.{suggestion.__name__}()" if suggestion is not None else ""
         raise ValueError(
-            f"{type(owner).__name__}: {name} is {given_as}, and an object of kind {kind.__name__} is wanted{wanted}"
+            f"{type(owner).__name__}: {name} is {given_as}, and an object of kind {kind.__name__} is wanted{example}"
         )
 
 
 def _nearest(text: str, kind: type) -> type | None:
-    """The class of a kind that is most like a text; where none is, the first that can be made."""
+    """The subclass whose name is most similar to a text, else the first that is not abstract."""
     known = {cls.__name__.lower(): cls for cls in _below(kind) if not cls.__name__.startswith("_")}
     if (near := nearest(text, known, cutoff=0.4)) is not None:
         return known[near]

@@ -1,4 +1,4 @@
-"""What a recipe's forward gives back: named losses, and what callbacks and teachers look at beside them.
+"""Output of a recipe's forward: named losses, and the latents and decisions that callbacks and teachers read.
 
 Letters: B samples, N decisions (a sample has one, or one a token), K choices, D width.
 """
@@ -20,7 +20,7 @@ Scorer = Callable[[Tensor, Tensor], Tensor]
 class Decisions(NamedTuple):
     """Logits of N decisions of a batch, and the sample that each belongs to.
 
-    ``logits(at_n)``: ``[n, K]`` of the decisions with these numbers, computed when they are asked for; ``sample_N``:
+    ``logits(at_n)``: ``[n, K]`` of the decisions with these numbers, computed on demand; ``sample_N``:
     int64, in the order of samples.
     """
 
@@ -46,7 +46,7 @@ class Output:
     Attributes:
         terms: loss terms by name, one value a sample.
         latents: embeddings ``z_BD`` by modality, as trained.
-        decisions: makes the decisions of the batch, for distillation; None for a recipe that decides nothing.
+        decisions: makes the decisions of the batch, for distillation; None for a recipe without decisions.
         pairs: by the name of a pair of modalities, how well rows match columns.
         aux: further terms of the network's own parts, such as router balance, codebook commitment or regularizers; the
             base adds them to the terms.

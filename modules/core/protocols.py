@@ -1,4 +1,4 @@
-"""All that callbacks know of a recipe. A recipe that lacks one is named in one line at setup.
+"""Protocols: what callbacks may require of a recipe or data module; one that is lacking is named at setup.
 
 Letters: B samples, T tokens, D width, C classes.
 """
@@ -114,7 +114,7 @@ class Fuses(Protocol):
     """``fuse(z, present)``: latents by modality -> ``logits_BC``; ``latents(batch)`` makes them, of any length.
 
     Rows may come in another order in each modality, as long as their ``present`` (bool ``[B]`` each) does too. Without
-    it all are there: rows of zeros say nothing of who is absent.
+    it all are present: rows of zeros do not count as absent.
     """
 
     def latents(self, batch: Batch) -> dict[str, Tensor]: ...
@@ -131,7 +131,7 @@ class Unimodal(Protocol):
 
 @runtime_checkable
 class Classifies(Protocol):
-    """Classifies samples of several modalities. ``labels(batch)``: int64 ``[B]``, below 0 for none."""
+    """Classifier of several modalities. ``labels(batch)``: int64 ``[B]``, below 0 for none."""
 
     modalities: tuple[str, ...]
 
@@ -142,8 +142,8 @@ class Classifies(Protocol):
 class MultimodalClassifier(Classifies, HasObjective, Protocol):
     """Classifier of several modalities, whose fusion inputs are in ``output.fusion`` after every forward.
 
-    ``shares(z, present)``: modality -> its part of the logits ``[B, C]``; they add up to what is decided by.
-    ``of_modality(m)``: the parameters that are of this modality alone.
+    ``shares(z, present)``: modality -> its part of the logits ``[B, C]``; they sum to the logits.
+    ``of_modality(m)``: the parameters of this modality alone.
     """
 
     step: Step
@@ -161,19 +161,19 @@ class Scores(Protocol):
     """``scores(batch)``: name -> one quality number a sample, such as accuracy (1 or 0) or a loss.
 
     Names of losses begin with ``loss``: less is better; of all others more is. ``valid`` of a term marks the samples
-    that have a number. Whatever modalities ``batch.present`` leaves out are not looked at.
+    that have a number. Modalities that ``batch.present`` leaves out are not used.
     """
 
     def scores(self, batch: Batch) -> dict[str, Term]: ...
 
 
 class ReconstructionOutput(NamedTuple):
-    """What a recipe makes of a modality that it did not see, or saw in part; all in the shape and units of its input.
+    """Reconstruction of a modality that was masked in whole or part; all in the shape and units of its input.
 
     Attributes:
         truth: the input, float ``[B, ...]`` (category maps and token ids: int64); zero where the sample lacks it.
-        visible: bool ``[B, ...]``: what was seen of it.
-        prediction: of what was not seen; the truth where it was or is padding; zero where the sample lacks it.
+        visible: bool ``[B, ...]``: the part that the encoder got.
+        prediction: of the masked part; the truth elsewhere and in padding; zero where the sample lacks it.
     """
 
     truth: Tensor
@@ -198,8 +198,8 @@ class Generates(Protocol):
 
 @runtime_checkable
 class AnswersQuestions(Protocol):
-    """Answers questions, as :class:`Generates`, and ``likelihood(batch, answer_ids_BM)`` is how likely it thinks
-    answers are: ``[B]``, the geometric mean of their tokens' probabilities, 0 where nothing is asked."""
+    """Answers questions, as :class:`Generates`; ``likelihood(batch, answer_ids_BM)``: ``[B]``, the geometric mean of
+    the probabilities of an answer's tokens, 0 without a question."""
 
     def generate(self, batch: Batch) -> Tensor: ...
 
@@ -208,11 +208,11 @@ class AnswersQuestions(Protocol):
 
 @runtime_checkable
 class RolloutPolicy(Protocol):
-    """Samples answers to learn from: ``roll_out(batch, group, seed_R)`` -> ``group`` to each question, of at most
-    ``new`` tokens.
+    """Samples answers to train on: ``roll_out(batch, group, seed_R)`` -> ``group`` to each question, of at most ``new``
+    tokens.
 
-    ``reference(batch)``: log-probabilities of the answers in the batch under a policy to stay near to, whose each is,
-    and at which place; asked where it ``needs_reference``.
+    ``reference(batch)``: log-probabilities of the answers' tokens under the reference policy, the sample of each, and
+    its place; called where it ``needs_reference``.
     """
 
     new: int
@@ -227,13 +227,13 @@ class RolloutPolicy(Protocol):
 
 @runtime_checkable
 class RolloutData(Protocol):
-    """Data whose training set is what a model answered: ``group`` answers to each of ``items`` questions.
+    """Data whose training set are answers of a model: ``group`` answers to each of ``items`` questions.
 
     ``version``: which rollout it is, -1 before the first. ``fresh(round, again)``: as many questions as it has;
     ``asking(problems)``: a loader of them, as of :class:`QuestionPoolData`; ``rows()``: one of the answers, by their
     numbers. ``renew(problems, rolled, version)``: these questions, and tensors of the answers by name, or some of them.
-    ``spell(ids)`` writes tokens out, an answer begins behind ``answer_token``. ``entry(problems, number)``: what a task
-    knows of one of them, for :class:`descant.modules.policy.rewards.TaskAnswer`, or None.
+    ``spell(ids)`` decodes tokens; an answer begins behind ``answer_token``. ``entry(problems, number)``: one problem
+    with its scorer, for :class:`descant.modules.policy.rewards.TaskAnswer`, or None.
     """
 
     version: int
@@ -261,9 +261,9 @@ class RolloutData(Protocol):
 class StagedDataModule(Protocol):
     """Data of a run in stages.
 
-    ``stages``: by name, in order; ``steps``: optimizer steps of each, once it has made a loader. ``stage``: which one
-    is on, ``current``: its own data, ``since``: its first epoch. ``position``: (epoch, micro-batch) where the next
-    loader begins. ``stage_at(epoch)`` names the stage of an epoch, the last one's beyond the end.
+    ``stages``: by name, in order; ``steps``: optimizer steps of each, once it has made a loader. ``stage``: the current
+    one, ``current``: its data, ``since``: its first epoch. ``position``: (epoch, micro-batch) where the next loader
+    begins. ``stage_at(epoch)``: name of the stage of an epoch, the last one beyond the end.
     """
 
     stages: dict[str, Any]
@@ -284,8 +284,7 @@ class StagedDataModule(Protocol):
 
 @runtime_checkable
 class StagedRecipe(Protocol):
-    """A recipe in stages: ``stage`` is the name of the one that is on, of ``stages``; ``begin_stage(name)`` goes on to
-    another."""
+    """A recipe in stages: ``stage`` is the name of the current one of ``stages``; ``begin_stage(name)`` changes it."""
 
     stages: dict[str, Any]
     stage: str
@@ -297,11 +296,11 @@ class StagedRecipe(Protocol):
 class QuestionPoolData(Protocol):
     """Data whose training set is a pool of problems with answers, which is renewed.
 
-    ``version``: how often it was, -1 before the first answers. ``pool``: the problems that it asks, an object with a
-    length. ``fresh(round)``: as many of the training split, drawn anew; ``variants(index_N, round)``: other problems
-    about the same as those of the pool at these numbers. ``asking(problems)``: a loader of them as evaluation sees
-    them, this rank's part; a batch's ``index`` are numbers of problems. ``renew(problems, answer_ids_NM, version)``:
-    the pool, and what is to be answered, int64 of at most ``answer_length`` tokens.
+    ``version``: number of renewals, -1 before the first answers. ``pool``: the current problems, an object with a
+    length. ``fresh(round)``: as many of the training split, sampled anew; ``variants(index_N, round)``: other problems
+    on the subjects of those at these numbers of the pool. ``asking(problems)``: a loader of them without augmentation,
+    this rank's part; a batch's ``index`` are numbers of problems. ``renew(problems, answer_ids_NM, version)``: the new
+    pool, and its answers, int64 of at most ``answer_length`` tokens.
     """
 
     version: int

@@ -55,7 +55,7 @@ def mix_N(key_N: np.ndarray | Tensor, *parts: int | str | np.ndarray) -> np.ndar
     >>> int(mix_N(np.array([5]), "caption")[0]) == mix(5, "caption")
     True
     """
-    array = host_copy(key_N).numpy() if isinstance(key_N, Tensor) else np.asarray(key_N)
+    array = _array(key_N)
     h_N = np.full(array.shape, _GOLDEN, dtype=np.uint64)
     values: list[np.ndarray | np.uint64] = [array.astype(np.uint64)]
     for part in parts:
@@ -81,8 +81,11 @@ def uniform_NK(key_N: np.ndarray | Tensor, purposes: Sequence[str]) -> Tensor:
     >>> torch.equal(uniform_NK(key_N, ("a", "b"))[:, 1], uniform_N(key_N, "b"))
     True
     """
-    array = host_copy(key_N).numpy() if isinstance(key_N, Tensor) else np.asarray(key_N)
-    return uniform_N(array[:, None], _salts(tuple(purposes)))
+    return uniform_N(_array(key_N)[:, None], _salts(tuple(purposes)))
+
+
+def _array(key_N: np.ndarray | Tensor) -> np.ndarray:
+    return host_copy(key_N).numpy() if isinstance(key_N, Tensor) else np.asarray(key_N)
 
 
 def normal_NK(key_N: np.ndarray | Tensor, width: int, purpose: str, device: torch.device | None = None) -> Tensor:
@@ -127,9 +130,9 @@ def seeded(*parts: int | str) -> Iterator[None]:
 
 
 def by_rank(module: nn.Module) -> dict[str, str]:
-    """Parts whose losses differ between one rank and several: name -> what they do, their ``by_rank``.
+    """Parts whose losses differ between one rank and several: name -> their ``by_rank``, the reason in words.
 
-    Such a part looks at other samples than its own, and only at those of its rank.
+    Such a part reads other samples of its rank, but of no other rank.
 
     >>> part = nn.Identity()
     >>> part.by_rank = "draws of the rows of a rank"
@@ -141,21 +144,18 @@ def by_rank(module: nn.Module) -> dict[str, str]:
 
 
 def drawn_by_rank(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Where a network drops at random, by torch's global generator: name -> the part, and its probability's name.
+    """Dropout by torch's global generator: name -> the part, and the attribute that holds its probability.
 
-    Everything else here is drawn by sample. The global generator is seeded by (seed, step, rank): with as many ranks a
-    step is drawn again to the bit, and other ranks draw other elements with the same probability. Parts in eval mode
-    drop nothing.
+    All other draws are by sample. The global generator is seeded by (seed, step, rank): with the same number of ranks a
+    step is bit-identical; with another, other elements are dropped. Parts in eval mode drop nothing.
 
     >>> drawn_by_rank(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5), nn.Dropout(0.0))).keys()
     dict_keys(['1'])
     """
-    found = {}
+    parts = {}
     for name, part in ((name, part) for name, part in module.named_modules() if part.training):
-        keys = (
-            ["p"] if isinstance(part, nn.modules.dropout._DropoutNd) else [key for key in vars(part) if "drop" in key]
-        )
-        for key in keys:
+        is_dropout = isinstance(part, nn.modules.dropout._DropoutNd)
+        for key in ["p"] if is_dropout else [key for key in vars(part) if "drop" in key]:
             if isinstance(vars(part)[key], float) and 0 < vars(part)[key] <= 1:
-                found[name] = part, key
-    return found
+                parts[name] = part, key
+    return parts

@@ -1,4 +1,4 @@
-"""The control of a method: the same code, in which samples are handed what belongs to others.
+"""Sham control of a method: the same code, with its signal permuted over the samples.
 
 Letters: B samples on this rank, G samples on all ranks.
 """
@@ -19,9 +19,9 @@ from descant.modules.core.rng import mix_N
 
 
 def partners(draw_B: Tensor, valid_B: Tensor, *purpose: int | str) -> Tensor:
-    """int64 ``[B]``: who hands its own to each row, a random circle through the rows that are valid; all others stay.
+    """int64 ``[B]``: source row of each row, a random cycle through the valid rows; all others map to themselves.
 
-    A pure function of the samples' draw keys: the order of the rows does not matter.
+    A pure function of the samples' random keys: the order of the rows does not matter.
     """
     turn_B = torch.from_numpy(mix_N(draw_B, *purpose))
     rows_V = host_copy(valid_B).nonzero()[:, 0]
@@ -32,11 +32,11 @@ def partners(draw_B: Tensor, valid_B: Tensor, *purpose: int | str) -> Tensor:
 
 
 class Sham(nn.Module):
-    """``x_b``, or ``x_pi(b)`` where the mode is ``permute``: what a method goes by, or the same of other samples.
+    """``x_b``, or ``x_pi(b)`` where the mode is ``permute``: the signal of a method, or that of other samples.
 
     A part that scores, weighs or chooses samples passes its signal through one of these and takes ``sham: permute``
-    from YAML: all that its control does differently is who gets which signal. Both count their ``calls``, so that a
-    test can hold that both ran the same code as often.
+    from YAML: its control differs only in which sample gets which signal. Both count their ``calls``, so that a test
+    can check that both ran the same code equally often.
 
     Args:
         mode: ``permute``, or none for the method itself.
@@ -59,7 +59,7 @@ class Sham(nn.Module):
         return x_B if self.mode is None else self.permute(x_B, draw_B, valid_B)
 
     def handed_on(self, x_K: Tensor) -> Tensor:
-        """Of what is no sample, such as terms or modalities: each takes what was found for the one before it.
+        """For terms or modalities instead of samples: each takes the signal of the one before it.
 
         >>> Sham("permute").handed_on(torch.tensor([1.0, 2.0, 3.0])).tolist()
         [3.0, 1.0, 2.0]
@@ -68,7 +68,7 @@ class Sham(nn.Module):
         return x_K if self.mode is None else x_K.roll(1, dims=0)
 
     def everywhere(self, x_N: Tensor, draw_N: Tensor) -> Tensor:
-        """Of rows that every rank has all of: each takes what the next one has, and ranks go on agreeing.
+        """For rows that are the same on all ranks: each takes the signal of the next one, the same on every rank.
 
         >>> Sham("permute").everywhere(torch.tensor([1.0, 2.0, 3.0]), torch.arange(3)).tolist()
         [3.0, 1.0, 2.0]
@@ -78,7 +78,7 @@ class Sham(nn.Module):
         return x_N if self.mode is None else x_N[partners(draw_N, all_N, "sham").to(x_N.device)]
 
     def permute_modalities(self, batch: Batch, modalities: Sequence[str]) -> Batch:
-        """The batch with these modalities of every sample, together, as they are or as the mode hands them on."""
+        """The batch with these modalities of every sample permuted together, or unchanged without a mode."""
         inputs, present = (
             {m: self(x, batch.rng_seed) if m in modalities else x for m, x in tensors.items()}
             for tensors in (batch.inputs, batch.present)
@@ -87,10 +87,10 @@ class Sham(nn.Module):
 
     @staticmethod
     def permute(x_B: Tensor, draw_B: Tensor, valid_B: Tensor | None = None) -> Tensor:
-        """``x_pi(b)``: in the order of ``mix(draw, "sham")`` over all ranks, each row takes what the next one has.
+        """``x_pi(b)``: in the order of ``mix(draw, "sham")`` over all ranks, each row takes the value of the next one.
 
-        One cycle, so no row keeps its own (unless it is alone), and a pure function of the samples' draw keys: neither
-        the order of the rows nor their ranks matter. Rows that are not valid neither give nor take.
+        One cycle, so no row keeps its own (unless it is alone), and a pure function of the samples' random keys:
+        neither the order of the rows nor their ranks matter. Invalid rows stay.
         """
         valid_B = everyone(len(draw_B), draw_B.device) if valid_B is None else valid_B
         if world() == 1:

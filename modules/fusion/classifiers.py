@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import _Orthogonal, orthogonal
 
-from descant.modules.core.host import derived, everyone, host_copy
+from descant.modules.core.batch import only as only
+from descant.modules.core.host import everyone, host_copy
 from descant.modules.core.rows import RowTracker
 from descant.modules.towers.image import Block
 
@@ -111,11 +112,6 @@ def shapley(f: Mapping[tuple[str, ...], Tensor], names: Sequence[str]) -> dict[s
             weight = factorial(len(rest)) * factorial(M - len(rest) - 1) / factorial(M)
             shares[m] = shares[m] + weight * (f[subset] - f[rest])
     return shares
-
-
-def only(present: Mapping[str, Tensor], *modalities: str) -> dict[str, Tensor]:
-    """Presence ``[B]`` by modality, False for all but the named ones."""
-    return {m: mask_B if m in modalities else derived(torch.zeros_like, mask_B) for m, mask_B in present.items()}
 
 
 class LateFusion(FusionHead):

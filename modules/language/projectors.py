@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.towers.base import Tokens
-from descant.modules.towers.image import checked_heads
+from descant.modules.towers.image import checked_heads, key_mask
 
 
 class ImageProjector(nn.Module):
@@ -114,6 +114,5 @@ class Resampler(ImageProjector):
         B, T, D = h_BTD.shape
         k, v = self.kv(self.norm(h_BTD)).view(B, T, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
         q = self.query_ID.view(1, self.queries, self.heads, -1).transpose(1, 2).expand(B, -1, -1, -1)
-        mask_B11T = (mask_BT | ~mask_BT.any(dim=1, keepdim=True))[:, None, None]
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B11T)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask(mask_BT))
         return self.mlp(x.transpose(1, 2).reshape(B, self.queries, D))

@@ -1,17 +1,10 @@
 """Contrastive losses: one value a sample, negatives gathered over ranks."""
 
-from descant.modules.core.ranks import gather
-from descant.modules.losses.contrastive import ContrastiveLoss, InfoNCE, Intra, SigLIP
-from descant.modules.losses.hinge import HardestInBatchHinge, PairMarginLoss
-from descant.modules.losses.ring import RingSigLIP
-
-__all__ = [
-    "ContrastiveLoss",
-    "HardestInBatchHinge",
-    "InfoNCE",
-    "Intra",
-    "PairMarginLoss",
-    "RingSigLIP",
-    "SigLIP",
-    "gather",
-]
+from descant.modules.core.ranks import gather as gather
+from descant.modules.losses.contrastive import ContrastiveLoss as ContrastiveLoss
+from descant.modules.losses.contrastive import InfoNCE as InfoNCE
+from descant.modules.losses.contrastive import Intra as Intra
+from descant.modules.losses.contrastive import SigLIP as SigLIP
+from descant.modules.losses.hinge import HardestInBatchHinge as HardestInBatchHinge
+from descant.modules.losses.hinge import PairMarginLoss as PairMarginLoss
+from descant.modules.losses.ring import RingSigLIP as RingSigLIP

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from descant.modules.core.host import derived, finite, with_host_copy
 from descant.modules.masking.corruptions import Grid
+from descant.modules.towers.base import given
 from descant.modules.towers.image import require_divisor, sincos
 from descant.modules.towers.timm import read_weights
 
@@ -268,10 +269,10 @@ class Adapters(nn.ModuleDict):
         volume: Adapter | None = None,
         bands: Adapter | None = None,
     ) -> None:
-        given = {name: adapter for name, adapter in locals().items() if isinstance(adapter, Adapter)}
-        if not given:
+        adapters = given(locals())
+        if not adapters:
             raise ValueError("adapters: none given; a masked model needs at least one modality")
-        super().__init__(given)
+        super().__init__(adapters)
 
     def each(self) -> dict[str, Adapter]:
         """Modality -> adapter."""

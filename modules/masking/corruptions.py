@@ -155,7 +155,7 @@ class Hide(Corruption):
         base: mask of the others; none by default.
 
     Raises:
-        ValueError: without a modality; when used, for one that is not to_batch_device, or if no other is.
+        ValueError: without a modality; when used, for an unknown one, or if no other is left.
 
     >>> real = {"image": torch.ones(1, 3, dtype=torch.bool), "edges": torch.ones(1, 2, dtype=torch.bool)}
     >>> masks = Hide(["image"])(real, {"image": (3,), "edges": (2,)}, torch.arange(1))

@@ -55,9 +55,7 @@ class BlockMask(Ratio):
         return first_of(covered_BSKHW, dim=2).flatten(1) + u_BT
 
     def check(self, grids: Mapping[str, Grid]) -> None:
-        for m, grid in grids.items():
-            if len(grid) < 2:
-                raise ValueError(f"BlockMask: {m} has {len(grid)} axis, and rectangles need 2; use SpanMask for it")
+        require_axes(grids, "BlockMask", "rectangles")
         super().check(grids)
 
 
@@ -83,10 +81,15 @@ class TubeMask(Ratio):
         return {m: (mask_BST & once[m][:, None]).flatten(1) for m, mask_BST in steps.items()}
 
     def check(self, grids: Mapping[str, Grid]) -> None:
-        for m, grid in grids.items():
-            if len(grid) < 2:
-                raise ValueError(f"TubeMask: {m} has {len(grid)} axis, and tubes need 2; use SpanMask for it")
+        require_axes(grids, "TubeMask", "tubes")
         super().check({m: grid[1:] for m, grid in grids.items()})
+
+
+def require_axes(grids: Mapping[str, Grid], mask: str, shape: str) -> None:
+    """Raises ValueError for a modality with a grid of one axis."""
+    for m, grid in grids.items():
+        if len(grid) < 2:
+            raise ValueError(f"{mask}: {m} has {len(grid)} axis, and {shape} need 2; use SpanMask for it")
 
 
 class SpanMask(Ratio):

@@ -1,4 +1,4 @@
-"""Sets of available modalities: numbered, sampled in training, and looked up by what each sample has.
+"""Sets of available modalities: numbered, sampled in training, and looked up by the presence masks of samples.
 
 Letters: B samples, M modalities, S sets.
 """
@@ -17,7 +17,7 @@ from descant.modules.core.host import host_copy, to_device
 from descant.modules.core.ranks import gather, world
 from descant.modules.core.rng import uniform_N
 
-#: In place of the number of a set: of a sample that has everything, that has nothing, and whose set has no number.
+#: In place of the number of a set: of a sample with all modalities, with none, and with a set that has no number.
 WHOLE, NOTHING, UNKNOWN = -1, -2, -3
 
 
@@ -50,7 +50,7 @@ class Sets:
         self.names = ["+".join(s) for s in self.sets]
         twice = next((name for name in self.names if self.names.count(name) > 1), None)
         if twice is not None:
-            raise ValueError(f"sets: {twice} stands there twice")
+            raise ValueError(f"sets: {twice} is given twice")
         number = torch.full((2 ** len(self.modalities),), UNKNOWN)
         number[0], number[-1] = NOTHING, WHOLE
         for k, s in enumerate(self.sets):
@@ -99,21 +99,21 @@ class Sets:
             return len(set(s) & set(has)) / len(set(s) | set(has))
 
         near = max(self.names, key=lambda name: likeness(name.split("+"))) if self.sets else "none"
-        return f"{what} has nothing for samples with {'+'.join(has)} only; the nearest that it has is {near}"
+        return f"{what} has no parameters for samples with {'+'.join(has)} only; the nearest set is {near}"
 
 
 class AvailableSets:
-    """Which modalities are left of the samples that a frozen network is adapted on.
+    """Random dropping of modalities of the samples that a frozen network is adapted on.
 
-        set_b = one of the sets that lie in what sample b has, with odds by weight        (of its draw key alone)
+        set_b = one of the sets within what sample b has, with odds by weight        (of its random key alone)
 
-    A sample that has no whole set keeps what it has. With ``per: batch`` all samples of a micro-batch over all ranks
-    draw the same set, as in the paper; who lacks a part of that keeps what it has.
+    A sample without a complete set keeps what it has. With ``per: batch`` all samples of a micro-batch over all ranks
+    use one set, as in the paper; samples that lack a part of it keep what they have.
 
     Args:
-        sets: such as [[image], [text]]; all that are neither empty nor everything where not given.
-        weights: one a set, alike where not given.
-        per: ``sample`` or ``batch``: who draws.
+        sets: such as [[image], [text]]; by default all that are neither empty nor everything.
+        weights: one a set; equal by default.
+        per: ``sample`` or ``batch``: the unit for which a set is sampled.
 
     Raises:
         ValueError: for weights that are not one positive number a set, or no set at all.
@@ -138,20 +138,20 @@ class AvailableSets:
         self.sets, self.weights, self.per = sets, weights, per
 
     def of(self, modalities: Sequence[str]) -> list[tuple[str, ...]]:
-        """The sets that are drawn, of a recipe with these modalities."""
+        """The sets that are sampled for a recipe with these modalities."""
         if self.sets is None:
             return Sets(modalities).sets
         whole = [tuple(modalities)] if any(set(s) == set(modalities) for s in self.sets) else []
         return [*Sets(modalities, self.sets).sets, *whole]
 
     def left(self, present: Mapping[str, Tensor], draw_B: Tensor, modalities: Sequence[str]) -> dict[str, Tensor]:
-        """Modality -> bool ``[B]``: ``present``, less what the draw leaves out; other names stay as they are."""
+        """Modality -> bool ``[B]``: ``present`` without what the sampled set leaves out; other names are unchanged."""
         weights = self.weights or [1.0] * len(self.of(modalities))
-        drawn = [tuple(m for m in modalities if m in s) for s in (self.sets or self.of(modalities))]
-        member_SM = torch.tensor([[m in s for m in modalities] for s in drawn])
-        nowhere_B, keys_B = torch.zeros(len(draw_B), dtype=torch.bool), host_copy(draw_B)
-        there_BM = torch.stack([host_copy(present[m]) if m in present else nowhere_B for m in modalities], dim=1)
-        fits_BS = ~(member_SM & ~there_BM[:, None]).any(dim=2)
+        sampled = [tuple(m for m in modalities if m in s) for s in (self.sets or self.of(modalities))]
+        member_SM = torch.tensor([[m in s for m in modalities] for s in sampled])
+        absent_B, keys_B = torch.zeros(len(draw_B), dtype=torch.bool), host_copy(draw_B)
+        present_BM = torch.stack([host_copy(present[m]) if m in present else absent_B for m in modalities], dim=1)
+        fits_BS = ~(member_SM & ~present_BM[:, None]).any(dim=2)
         odds_BS = torch.tensor(weights, dtype=torch.float64).expand(len(draw_B), -1)
         if self.per == "batch":
             keys_B = (keys_B if world() == 1 else gather(draw_B).cpu()).min().expand(len(draw_B))
@@ -159,7 +159,7 @@ class AvailableSets:
             odds_BS = odds_BS * fits_BS
         edge_BS = odds_BS.cumsum(dim=1)
         u_B = uniform_N(keys_B, "available").double() * edge_BS[:, -1]
-        set_B = (edge_BS <= u_B[:, None]).sum(dim=1).clamp(max=len(drawn) - 1)
-        kept_BM = there_BM & (member_SM[set_B] | ~fits_BS.gather(1, set_B[:, None]))
+        set_B = (edge_BS <= u_B[:, None]).sum(dim=1).clamp(max=len(sampled) - 1)
+        kept_BM = present_BM & (member_SM[set_B] | ~fits_BS.gather(1, set_B[:, None]))
         kept = dict(zip(modalities, kept_BM.unbind(dim=1), strict=True))
         return {m: to_device(kept[m], draw_B.device) if m in kept else x_B for m, x_B in present.items()}

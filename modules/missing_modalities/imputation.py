@@ -18,10 +18,10 @@ from descant.modules.missing_modalities.available_sets import Sets
 
 
 class Imputer(nn.Module):
-    """``fill(h_BD, modality, has, lacks_B) -> h_BD``: the rows where ``lacks_B`` are replaced, the others stay.
+    """``imputer(h_BD, modality, has, lacks_B) -> h_BD``: the rows where ``lacks_B`` are replaced, the others stay.
 
-    A recipe of frozen parts masks what is absent; with a fill it takes every modality for present and finds these
-    features there. ``has``: modality -> bool ``[B]``, what the samples really have. ``build`` comes before.
+    Without one a recipe masks absent modalities; with one it counts every modality as present, with these features.
+    ``has``: modality -> bool ``[B]``, what the samples really have. ``build`` comes before.
     """
 
     def build(self, widths: Mapping[str, int], sets: Sequence[Sequence[str]]) -> Imputer:
@@ -45,13 +45,13 @@ class ZeroImputer(Imputer):
 
 
 class MeanImputer(Imputer):
-    """``h_b = mean over all rows of the modality that training has seen``, of all ranks; zeros before the first.
+    """``h_b = mean over all rows of the modality in training so far``, of all ranks; zeros before the first.
 
-    Sums are kept in float64 and counted in train mode, each step before its own use of the mean: what has been trained
-    for longer has seen more. Values of a network that trains along are of all its past.
+    Sums are float64 and updated in train mode, each step before the mean is used. Where the features train too, the
+    mean is over all of their past values.
 
-    >>> fill, here_B = MeanImputer().build({"text": 1}, []), torch.tensor([True, True, False])
-    >>> fill(torch.tensor([[1.0], [3.0], [0.0]]), "text", {"text": here_B}, ~here_B).tolist()
+    >>> imputer, here_B = MeanImputer().build({"text": 1}, []), torch.tensor([True, True, False])
+    >>> imputer(torch.tensor([[1.0], [3.0], [0.0]]), "text", {"text": here_B}, ~here_B).tolist()
     [[1.0], [3.0], [2.0]]
     """
 
@@ -69,7 +69,7 @@ class MeanImputer(Imputer):
         return torch.where(lacks_B[:, None], mean_D, h_BD)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Sums move to a device, and keep their precision whatever the model's is: half of it stops counting soon."""
+        """Sums move to a device but stay float64: in half precision they would soon stop growing."""
         sums = {name: x for name, x in self._buffers.items() if x is not None}
         super()._apply(fn, recurse)
         for name, x in sums.items():
@@ -91,14 +91,14 @@ class MeanImputer(Imputer):
 class PromptImputer(Imputer):
     """``h_b = p_{S, m}``, learned for each set S of available modalities and each m that it lacks; zeros at the start.
 
-    After missing-aware prompts (Lee 2023, arXiv 2303.03369), which stand among the tokens of one transformer: as
-    features of a modality, and for late fusions too, they are our reading.
+    After missing-aware prompts (Lee 2023, arXiv 2303.03369), which are tokens of one transformer; as features of a
+    modality, for any fusion, they are our reading.
 
     Raises:
         ValueError: in forward, for samples whose set has none.
 
-    >>> fill = PromptImputer().build({"image": 2, "text": 3}, [["image"], ["text"]])
-    >>> {name: list(p.shape) for name, p in fill.named_parameters()}
+    >>> imputer = PromptImputer().build({"image": 2, "text": 3}, [["image"], ["text"]])
+    >>> {name: list(p.shape) for name, p in imputer.named_parameters()}
     {'prompts.image.text': [3], 'prompts.text.image': [2]}
     """
 
@@ -111,7 +111,7 @@ class PromptImputer(Imputer):
         return self
 
     def forward(self, h_BD: Tensor, modality: str, has: Mapping[str, Tensor], lacks_B: Tensor) -> Tensor:
-        set_B = self.sets.known(has, "the fill")
+        set_B = self.sets.known(has, "the imputer")
         nothing_D = torch.zeros(h_BD.shape[1], device=h_BD.device)
         prompts = [cast(nn.ParameterDict, p) for p in self.prompts.values()]
         rows = [p.get(modality, nothing_D) for p in prompts]
@@ -127,7 +127,7 @@ class Imputation(NamedTuple):
     has: Mapping[str, Tensor]
 
     def seen(self, modality: str, present_B: Tensor) -> Tensor:
-        """Bool ``[B]``: the rows for which a tower runs, of those that a recipe takes for present.
+        """Bool ``[B]``: the rows for which a tower runs, of those that a recipe counts as present.
 
         >>> has = {"text": torch.tensor([True, False])}
         >>> Imputation(ZeroImputer(), has).seen("text", torch.tensor([True, True])).tolist()
@@ -136,5 +136,5 @@ class Imputation(NamedTuple):
         return derived(torch.logical_and, present_B, self.has[modality])
 
     def filled(self, h_BD: Tensor, modality: str, present_B: Tensor) -> Tensor:
-        """Features of all rows that a recipe takes for present, imputed where the sample lacks the modality."""
+        """Features of all rows that a recipe counts as present, imputed where the sample lacks the modality."""
         return cast(Tensor, self.imputer(h_BD, modality, self.has, present_B & ~self.has[modality]))

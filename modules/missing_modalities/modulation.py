@@ -28,8 +28,8 @@ from descant.modules.missing_modalities.modulation_forms import (
     layer_width,
 )
 
-#: Parts of a recipe that hold one part a modality, which runs for samples that have it, and for no others.
-OWN = ("towers.", "pools.", "adapters.")
+#: Parts of a recipe by modality, which run only for samples that have it.
+BY_MODALITY = ("towers.", "pools.", "adapters.")
 
 
 class _Route:
@@ -44,9 +44,9 @@ class _Route:
         row_R = self.tracker.current
         if id(row_R) not in self._seen:
             set_R = self.set_B if row_R is None else self.set_B[host_copy(row_R)]
-            found_S, number_R = set_R.unique(return_inverse=True)
+            set_S, number_R = set_R.unique(return_inverse=True)
             number_R = to_device(number_R, self.device)
-            self._seen[id(row_R)] = row_R, number_R, found_S.tolist()  # with the rows: ids come again
+            self._seen[id(row_R)] = row_R, number_R, set_S.tolist()  # with the rows: ids come again
         return self._seen[id(row_R)][1:]
 
 
@@ -55,25 +55,25 @@ class ModulationBank(nn.Module):
 
         h' = f_S(h), with S what the sample of this row has; f is the identity where it has everything
 
-    A row goes by the sample that it is of (:mod:`descant.modules.core.rows`), so samples of several sets may share a
-    batch; where all rows have one set, its parameters are used as they are. Layers are hooked: no name in the
-    network changes, and a network whose samples have everything computes what it always did, to the bit. Layers of a
-    modality's tower, pool and adapter have nothing for sets without it, since they do not run then.
+    Each row uses the set of its sample (:mod:`descant.modules.core.rows`), so samples of several sets may share a
+    batch; where all rows have one set, its parameters are used directly. Layers are hooked: no name in the network
+    changes, and for samples with all modalities its outputs are bit-identical. Layers of a modality's tower, pool and
+    adapter have no parameters for sets without it, since they do not run then.
 
     The paper puts adaptable layers after each layer of encoders and fusion, one set of parameters a combination; which
-    kinds of layers, which subsets, and rows of several sets in one batch are our reading. Source: arXiv 2310.03986.
+    types of layers, which subsets, and rows of several sets in one batch are our reading. Source: arXiv 2310.03986.
 
     Args:
         form: ScaleShift or LowRank; ScaleShift where not given.
-        layers: ends of names of layers such as [qkv, mlp.2], what they lie in such as [towers.image], or their kinds
-            such as [LayerNorm]; every linear layer, convolution and norm where not given.
-        sets: that have parameters; those that the recipe trains where not given.
+        layers: ends of names of layers such as [qkv, mlp.2], names of parts such as [towers.image], or types such as
+            [LayerNorm]; by default every linear layer, convolution and norm.
+        sets: that have parameters; by default those that the recipe trains.
         unknown: of samples with any other set: ``refuse`` them, or take the network as it is (``frozen``).
-        sham: ``permute`` hands every sample, in evaluation, what was learned for the next set of the bank.
+        sham: ``permute`` gives every sample, in evaluation, the parameters of the next set of the bank.
 
     Raises:
-        ValueError: in ``attach``, for a layer that is nowhere or a set that is none; in ``route``, for samples whose
-            set has no parameters; in forward, for rows that are no samples.
+        ValueError: in ``attach``, for an unknown layer or set; in ``route``, for samples whose set has no parameters;
+            in forward, for rows that are no samples.
 
     >>> net = nn.ModuleDict({"head": nn.Linear(3, 2)})
     >>> bank = ModulationBank(ScaleShift()).attach(net, ["image", "text"])
@@ -127,7 +127,7 @@ class ModulationBank(nn.Module):
         for set_name, members in zip(self.sets.names, self.sets.sets, strict=True):
             parts = nn.ModuleDict()
             for name, layer in self._layers(network):
-                owner = name.split(".")[1] if name.startswith(OWN) else None
+                owner = name.split(".")[1] if name.startswith(BY_MODALITY) else None
                 part = self.form.of(layer) if owner not in self.sets.modalities or owner in members else None
                 if part is not None:
                     parts[_key(name)] = part
@@ -141,11 +141,7 @@ class ModulationBank(nn.Module):
         return self
 
     def require_hooked(self, network: nn.Module) -> None:
-        """That every layer which has parameters is still there and asks for them.
-
-        Raises:
-            ValueError: for one that was replaced since :meth:`attach`, as by 4 bits or synchronized batch norms.
-        """
+        """Raises ValueError for a layer that was replaced since :meth:`attach`, as by quantization or SyncBatchNorm."""
         for name in self._hooked:
             try:
                 layer = network.get_submodule(name)
@@ -153,9 +149,7 @@ class ModulationBank(nn.Module):
                 layer = nn.Identity()
             layer = cast(nn.Module, getattr(layer, "base_layer", layer))  # of adapters, which call it
             if not any(isinstance(h, partial) and h.func == self._modulate for h in layer._forward_hooks.values()):
-                raise ValueError(
-                    f"bank: layer {name} was replaced after it was given parameters, which it never asks for"
-                )
+                raise ValueError(f"bank: layer {name} was replaced after it was given parameters, which are never used")
 
     def _layers(self, network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """Names and layers, in the network's order; those inside adapters are left alone."""
@@ -181,12 +175,12 @@ class ModulationBank(nn.Module):
 
     def share(self, network: nn.Module) -> float:
         """Parameters of all sets together over those of the network: norms, heads and everything counted in both."""
-        own = {id(p) for p in self.parameters()}
-        return sum(self.count().values()) / sum(p.numel() for p in network.parameters() if id(p) not in own)
+        bank = {id(p) for p in self.parameters()}
+        return sum(self.count().values()) / sum(p.numel() for p in network.parameters() if id(p) not in bank)
 
     @contextmanager
     def route(self, present: Mapping[str, Tensor]) -> Iterator[None]:
-        """Inside, what runs in the network are samples that have these modalities (bool ``[B]`` each)."""
+        """Inside, the samples that run in the network have these modalities (bool ``[B]`` each)."""
         set_B = self.sets.of(present)
         if bool((set_B == UNKNOWN).any()):
             refusal = self.sets.refusal(present, set_B, "the bank")
@@ -195,7 +189,7 @@ class ModulationBank(nn.Module):
             if not self._warned:
                 warnings.warn(f"{refusal}; they see the network as it is", stacklevel=3)
                 self._warned = True
-        # padding goes with a sample, so that it does not make one set two
+        # padding takes the set of a sample, so that it does not make one set two
         real_B = set_B != NOTHING
         set_B = torch.where(real_B, set_B, set_B[real_B][0] if bool(real_B.any()) else WHOLE).clamp(min=WHOLE)
         self.sham.calls += 1
@@ -213,9 +207,9 @@ class ModulationBank(nn.Module):
     ) -> Tensor | None:
         if self._route is None:
             return None
-        number_R, found = self._route.here()
+        number_R, sets_here = self._route.here()
         key = _key(name)
-        tables = [cast(nn.ModuleDict, self.parts[self.sets.names[k]]) if k >= 0 else nn.ModuleDict() for k in found]
+        tables = [cast(nn.ModuleDict, self.parts[self.sets.names[k]]) if k >= 0 else nn.ModuleDict() for k in sets_here]
         parts = [cast(Modulated, table[key]) if key in table else None for table in tables]
         if all(part is None for part in parts):
             return None
@@ -223,7 +217,7 @@ class ModulationBank(nn.Module):
         if len(parts) == 1:
             return cast(Modulated, parts[0])(x, h)
         if len(h) != len(number_R):
-            raise ValueError(f"{name} has {len(h)} rows for {len(number_R)} samples: whose? name `layers` without it")
+            raise ValueError(f"{name} has {len(h)} rows for {len(number_R)} samples; name `layers` without it")
         return type(next(part for part in parts if part is not None)).several(parts, number_R, x, h)
 
 
@@ -236,9 +230,9 @@ def _matches(end: str, name: str, layer: nn.Module) -> bool:
 
 
 def touch_parameters(value: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
-    """``value``, whose backward reaches all of these parameters: with zeros, beside whatever else does.
+    """``value``, whose backward adds zeros to the gradients of all of these parameters.
 
-    So a set that occurs on one rank only has a gradient on all, and an optimizer does the same on every rank.
+    So a set that occurs on one rank only has a gradient on all ranks, as DDP and optimizers need.
 
     >>> x, idle = torch.ones(2, requires_grad=True), nn.Parameter(torch.ones(3))
     >>> touch_parameters(x.sum(), [idle]).backward()
@@ -252,7 +246,7 @@ def touch_parameters(value: Tensor, parameters: Iterable[nn.Parameter]) -> Tenso
 class _Reached(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.parameters = parameters  # not saved: who writes them meanwhile does no harm here
+        ctx.parameters = parameters  # not saved for backward: they may be written in between
         return value.view_as(value)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Forms of modulation: what the parameters of one set of modalities do to a layer's output.
+"""Forms of modulation (scale and shift, low rank): parameters of one set of modalities on a layer's output.
 
 Letters: B samples of a batch, R rows that run in a layer, S sets, C channels of a layer's output and I of its input,
 r rank.
@@ -18,9 +18,9 @@ from descant.modules.core.host import to_device
 
 
 class Modulated(nn.Module):
-    """What one set of modalities does to the output of one layer. ``several`` does it for rows of several sets.
+    """Modulation of the output of one layer for one set of modalities; ``several`` is for rows of several sets.
 
-    ``forward(x, h)`` takes what went into the layer and what came out; None in a list of several leaves h as it is.
+    ``forward(x, h)``: of the layer's input and output; None in a list of several leaves h unchanged.
     """
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
@@ -163,18 +163,18 @@ class _LowRankConv(Modulated):
 _NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-#: Where a width stands, one or another.
+#: Attributes that hold a width.
 _WIDTHS = ("out_features", "out_channels", "num_features", "num_channels", "embedding_dim")
 
 
 def layer_width(layer: nn.Module) -> int | None:
-    """Channels of what a layer gives; None of one that is no such layer."""
+    """Channels of a layer's output; None for any other module."""
     if not isinstance(layer, (nn.Linear, *_CONVS, *_NORMS, *EMBEDDINGS)):
         return None
-    found = next((getattr(layer, name) for name in _WIDTHS if hasattr(layer, name)), None)
-    return int(cast(Any, layer).normalized_shape[-1] if found is None else found)
+    width = next((getattr(layer, name) for name in _WIDTHS if hasattr(layer, name)), None)
+    return int(cast(Any, layer).normalized_shape[-1] if width is None else width)
 
 
 def _axis(layer: nn.Module) -> int:
-    """Where the channels lie: images, volumes and waves have them first, and so have norms of them, by their names."""
+    """Axis of the channels: 1 for convolutions and norms of images, volumes and waves, else the last."""
     return 1 if isinstance(layer, nn.GroupNorm) or type(layer).__name__[-2:] in ("1d", "2d", "3d") else -1

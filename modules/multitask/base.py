@@ -1,8 +1,8 @@
-"""Rules that mix the terms of a loss, from their gradients or their values.
+"""Base of multi-task rules: coefficients of loss terms, from their gradients or their values.
 
     loss = sum_k mix_k term_k,        mix = rule(G, values) * (the recipe's own mix)
 
-Rules get the same numbers on every rank and give the same mix; their state is in the checkpoint.
+Rules get the same numbers on every rank and return the same mix; their state is in the checkpoint.
 Letters: B Gram matrices (1 of parameters, samples of a feature), K terms.
 """
 
@@ -15,12 +15,13 @@ from torch import Tensor
 
 from descant.modules.multitask.solvers import harmonized
 
-#: Values below it are taken for it, where they divide.
+#: Lower bound of divisors.
 LEAST = 1e-12
 
 
 class Rule:
-    """Coefficients of the loss terms: ``mix`` reads the state, ``learn`` updates it once an optimizer step.
+    """Coefficients of the loss terms: ``mix`` reads the state, ``learn`` updates it once an optimizer step (a subclass
+    implements ``update``).
 
     ``mix(gram_BKK, value_K, draw)`` gives float64 ``[B, K]``, about 1 where terms do not conflict, of:
 
@@ -40,7 +41,7 @@ class Rule:
 
     def __init__(self) -> None:
         self.state: dict[str, Tensor] = {}
-        self.seen: dict[str, Tensor] = {}  # sums, since it last learned
+        self.sums: dict[str, Tensor] = {}  # of what was accumulated since the last update
 
     def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
         raise NotImplementedError
@@ -51,11 +52,16 @@ class Rule:
 
     def learn(self, total: Callable[[Tensor], Tensor]) -> None:
         """Update the state; ``total`` sums over ranks what differs between them."""
-        self.seen = {}
+        if self.sums:
+            self.update(total)
+        self.sums = {}
 
-    def see(self, **values: Tensor) -> None:
+    def update(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Update the state from ``sums``."""
+
+    def accumulate(self, **values: Tensor) -> None:
         for name, value in values.items():
-            self.seen[name] = self.seen[name] + value if name in self.seen else value
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in self.state.items()}
@@ -86,6 +92,6 @@ def orders(terms: int, draw: int) -> list[list[int]]:
 
 
 def among(order: list[list[int]], live: Tensor) -> list[list[int]]:
-    """The orders of the terms with a gradient, by their places among them."""
+    """The orders restricted to the terms with a gradient, numbered among themselves."""
     place = {k: n for n, k in enumerate(live.nonzero()[:, 0].tolist())}
     return [[place[j] for j in order[i] if j in place] for i in place]

@@ -22,11 +22,10 @@ class DWA(Rule):
 
     Args:
         window: steps.
-        temperature: T; a large one makes all alike.
+        temperature: T; a large one makes all weights equal.
     """
 
     reads_gradients = False
-
     remembers = True
 
     def __init__(self, window: int = 100, temperature: float = 2.0) -> None:
@@ -36,20 +35,18 @@ class DWA(Rule):
         self.window, self.temperature = window, temperature
 
     def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
-        self.see(value=value_K.double(), count=torch.ones(()))
+        self.accumulate(value=value_K.double(), count=torch.ones(()))
         if "before" not in self.state:
             return torch.ones_like(value_K, dtype=torch.float64)[None]
         last_K, before_K = (self.state[name].to(value_K.device) for name in ("last", "before"))
         fall_K = last_K / torch.where(before_K.abs() < LEAST, LEAST, before_K)
         return len(value_K) * torch.softmax(fall_K / self.temperature, dim=0)[None]
 
-    def learn(self, total: Callable[[Tensor], Tensor]) -> None:
-        if self.seen:
-            value_K, zero = self.seen["value"] / self.seen["count"], torch.zeros((), dtype=torch.float64)
-            self.state["sum"] = self.state.get("sum", zero).to(value_K) + value_K
-            self.state["steps"] = self.state.get("steps", zero) + 1
-            if self.state["steps"] == self.window:
-                if "last" in self.state:
-                    self.state["before"] = self.state["last"]
-                self.state["last"] = self.state.pop("sum") / self.state.pop("steps")
-        super().learn(total)
+    def update(self, total: Callable[[Tensor], Tensor]) -> None:
+        value_K, zero = self.sums["value"] / self.sums["count"], torch.zeros((), dtype=torch.float64)
+        self.state["sum"] = self.state.get("sum", zero).to(value_K) + value_K
+        self.state["steps"] = self.state.get("steps", zero) + 1
+        if self.state["steps"] == self.window:
+            if "last" in self.state:
+                self.state["before"] = self.state["last"]
+            self.state["last"] = self.state.pop("sum") / self.state.pop("steps")

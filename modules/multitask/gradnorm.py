@@ -43,13 +43,11 @@ class GradNorm(Rule):
         ratio_K = (ratio_K / ratio_K.mean().clamp(min=LEAST)).clamp(min=LEAST)
         mean = (w_K * norm_K).mean()
         slope_K = norm_K * (w_K * norm_K - mean * ratio_K**self.alpha).sign() / mean.clamp(min=LEAST)
-        self.see(slope=torch.where(mean > 0, slope_K, 0.0), count=torch.ones(()))
+        self.accumulate(slope=torch.where(mean > 0, slope_K, 0.0), count=torch.ones(()))
         return w_K[None]
 
-    def learn(self, total: Callable[[Tensor], Tensor]) -> None:
-        if self.seen:
-            slope_K = self.seen["slope"] / self.seen["count"]
-            w_K = self.state.get("weight", torch.ones_like(slope_K)).to(slope_K)  # of a checkpoint it is on the CPU
-            w_K = (w_K - self.lr * slope_K).clamp(min=LEAST)
-            self.state["weight"] = w_K * len(w_K) / w_K.sum()
-        super().learn(total)
+    def update(self, total: Callable[[Tensor], Tensor]) -> None:
+        slope_K = self.sums["slope"] / self.sums["count"]
+        w_K = self.state.get("weight", torch.ones_like(slope_K)).to(slope_K)  # on the CPU after a resume
+        w_K = (w_K - self.lr * slope_K).clamp(min=LEAST)
+        self.state["weight"] = w_K * len(w_K) / w_K.sum()

@@ -50,7 +50,6 @@ class GradVac(Rule):
     """
 
     per_sample = True
-
     remembers = True
 
     def __init__(self, beta: float = 0.01) -> None:
@@ -72,13 +71,11 @@ class GradVac(Rule):
             return a_BK
 
         mix_BK = harmonized(gram_BKK, solve)
-        self.see(met=met_KK, rows=rows_KK)
+        self.accumulate(met=met_KK, rows=rows_KK)
         return mix_BK
 
-    def learn(self, total: Callable[[Tensor], Tensor]) -> None:
-        if self.seen:
-            met_KK, rows_KK = total(torch.stack([self.seen["met"], self.seen["rows"]])).unbind()
-            aim_KK = self.state.get("phi", torch.zeros_like(met_KK)).to(met_KK)
-            new_KK = (1 - self.beta) * aim_KK + self.beta * met_KK / rows_KK.clamp(min=1)
-            self.state["phi"] = torch.where(rows_KK > 0, new_KK, aim_KK)
-        super().learn(total)
+    def update(self, total: Callable[[Tensor], Tensor]) -> None:
+        met_KK, rows_KK = total(torch.stack([self.sums["met"], self.sums["rows"]])).unbind()
+        aim_KK = self.state.get("phi", torch.zeros_like(met_KK)).to(met_KK)
+        new_KK = (1 - self.beta) * aim_KK + self.beta * met_KK / rows_KK.clamp(min=1)
+        self.state["phi"] = torch.where(rows_KK > 0, new_KK, aim_KK)

@@ -1,11 +1,11 @@
-"""Rules of harmony: from the Gram matrix of the gradients of K terms to the coefficients that mix them.
+"""Solvers of multi-task rules: from the Gram matrix of the gradients of K terms to the coefficients that mix them.
 
     g = sum_k mix_k g_k,        mix = rule(G),        G_kl = <g_k, g_l>
 
 A plain sum has ``mix = 1``; rules whose papers take a mean, or weights that sum to 1, give K times that, so that a
-change of the rule is no change of the learning rate. Everything is worked out of the correlations
-C_kl = G_kl / (|g_k| |g_l|) in float64: neither the scale of all gradients nor that of one alone blurs the others. A
-gradient of zero has no say: the rule is that of the others, and its own coefficient is 1.
+change of the rule is no change of the learning rate. Everything is computed from the correlations
+C_kl = G_kl / (|g_k| |g_l|) in float64, so that the scale of one gradient costs the others no precision. A term whose
+gradient is zero is left out, and its own coefficient is 1.
 Letters: B matrices (1 of parameters, samples of a feature), K terms, S a subset of them.
 """
 
@@ -19,16 +19,10 @@ from torch import Tensor
 
 #: Terms up to which all subsets are tried: exact, and quick for the few that a recipe has.
 MOST = 6
-
-
-#: Gradients are dependent whose correlations have an eigenvalue below it: angles of less than 4e-7 are none.
+#: Gradients whose correlations have an eigenvalue below it count as dependent (an angle of less than 4e-7).
 FLAT = 1e-13
-
-
-#: What is below zero by less is not.
+#: Rounding noise: what is below zero by less counts as zero.
 NOISE = 64 * torch.finfo(torch.float64).eps
-
-
 #: ``solve(C_BKK, d_BK, live_K) -> a_BK``, of those that are live: ``g = sum_k a_k g_k / |g_k|``, with d = |g|.
 Solver = Callable[[Tensor, Tensor, Tensor], Tensor]
 

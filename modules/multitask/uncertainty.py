@@ -18,14 +18,13 @@ class UncertaintyWeighting(Rule):
 
         s_k <- s_k - lr (1 - exp(-s_k) L_k),        mix_k = exp(-s_k),       from s = 0 on
 
-    A term's coefficient goes to the inverse of its value. The mix is that of before the step, as in one optimizer.
+    A term's coefficient converges to the inverse of its value. The mix is that before the step, as in one optimizer.
 
     Args:
         lr: of s.
     """
 
     reads_gradients = False
-
     remembers = True
 
     def __init__(self, lr: float = 0.01) -> None:
@@ -36,12 +35,10 @@ class UncertaintyWeighting(Rule):
 
     def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
         s_K = self.state.get("log_variance", torch.zeros_like(value_K, dtype=torch.float64)).to(value_K.device)
-        self.see(value=value_K.double(), count=torch.ones(()))
+        self.accumulate(value=value_K.double(), count=torch.ones(()))
         return torch.exp(-s_K)[None]
 
-    def learn(self, total: Callable[[Tensor], Tensor]) -> None:
-        if self.seen:
-            value_K = self.seen["value"] / self.seen["count"]
-            s_K = self.state.get("log_variance", torch.zeros_like(value_K)).to(value_K)
-            self.state["log_variance"] = s_K - self.lr * (1 - torch.exp(-s_K) * value_K)
-        super().learn(total)
+    def update(self, total: Callable[[Tensor], Tensor]) -> None:
+        value_K = self.sums["value"] / self.sums["count"]
+        s_K = self.state.get("log_variance", torch.zeros_like(value_K)).to(value_K)
+        self.state["log_variance"] = s_K - self.lr * (1 - torch.exp(-s_K) * value_K)

@@ -1,4 +1,4 @@
-"""Curriculum over samples: which of them count, and from when on. Letters: B samples."""
+"""Curriculum over samples by the conflict of their gradients (CMGH). Letters: B samples."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from descant.modules.core.sham import Sham
 
 
 class Curriculum:
-    """Which samples count, by the cosine of their terms' gradients: conflict marks pairs that do not belong together.
+    """Drops samples whose terms have conflicting gradients, such as mismatched pairs.
 
         keep_i = cos_i > threshold(t),      t a share of the run: ``start`` at ``warmup``, ``end`` at ``until``
 
     Before ``warmup`` all count, since cosines mean nothing yet; and so they do in a step that would keep less than
-    ``floor`` of them. Source: Wu 2022, arXiv 2211.02077 (CMGH), whose numbers are not known: our reading.
+    ``floor`` of them. Source: Wu 2022, arXiv 2211.02077 (CMGH), whose numbers are not published: our reading.
 
     Args:
         start, end: thresholds.
@@ -61,7 +61,7 @@ class Curriculum:
         return self.start + (self.end - self.start) * min(done, 1.0)
 
     def seen(self, cos_B: Tensor, valid_B: Tensor, batch: Batch) -> Tensor:
-        """The cosines that it goes by: the sham's are those of other samples."""
+        """The cosines that decide; with the sham those of other samples."""
         return self.sham(cos_B, batch.rng_seed, valid_B)
 
     def kept(self, cos_B: Tensor, valid_B: Tensor, batch: Batch, share: float) -> Tensor:

@@ -37,7 +37,7 @@ class AnswerModel(Protocol):
 
 
 class LanguageObjective:
-    """``objective(model, batch) -> Output``: what a vision-language model learns from a batch of token rows."""
+    """``objective(model, batch) -> Output``: training objective of a vision-language model on a batch of token rows."""
 
     #: Whether the model runs without dropout, because log-probabilities are compared with those of other passes.
     deterministic = False

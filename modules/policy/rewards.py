@@ -293,7 +293,8 @@ class Rewards:
         return torch.tensor(rows, dtype=torch.float64).view(len(answers), len(self.of))
 
     def _one(self, name: str, verifier: Verifier, answer: Answer) -> float:
-        where = f"reward {name!r} of the answer {_short(answer.text)}"
+        text = answer.text if len(answer.text) <= 60 else f"{answer.text[:57]}..."
+        where = f"reward {name!r} of the answer {text!r}"
         try:
             value = verifier(answer)
         except Exception as error:
@@ -307,10 +308,6 @@ class Rewards:
 
 def plain(text: str) -> str:
     return " ".join(text.casefold().split())
-
-
-def _short(text: str, most: int = 60) -> str:
-    return repr(text if len(text) <= most else text[: most - 3] + "...")
 
 
 def _cells(text: str) -> list[tuple[tuple[Any, str], Any]] | None:

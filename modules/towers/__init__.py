@@ -4,23 +4,14 @@
 timm and transformers are imported when ``TimmTower`` or ``TransformersTower`` is built, not here.
 """
 
-from descant.modules.towers.audio import LogMelTower
-from descant.modules.towers.base import Frozen, Tokens, Tower, Towers
-from descant.modules.towers.image import ConvTower, PatchTower
-from descant.modules.towers.text import BagTower, TextTower
-from descant.modules.towers.timm import TimmTower
-from descant.modules.towers.transformers import TransformersTower
-
-__all__ = [
-    "BagTower",
-    "ConvTower",
-    "Frozen",
-    "LogMelTower",
-    "PatchTower",
-    "TextTower",
-    "TimmTower",
-    "Tokens",
-    "Tower",
-    "Towers",
-    "TransformersTower",
-]
+from descant.modules.towers.audio import LogMelTower as LogMelTower
+from descant.modules.towers.base import Frozen as Frozen
+from descant.modules.towers.base import Tokens as Tokens
+from descant.modules.towers.base import Tower as Tower
+from descant.modules.towers.base import Towers as Towers
+from descant.modules.towers.image import ConvTower as ConvTower
+from descant.modules.towers.image import PatchTower as PatchTower
+from descant.modules.towers.text import BagTower as BagTower
+from descant.modules.towers.text import TextTower as TextTower
+from descant.modules.towers.timm import TimmTower as TimmTower
+from descant.modules.towers.transformers import TransformersTower as TransformersTower

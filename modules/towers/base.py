@@ -61,6 +61,11 @@ class Frozen(Tower):
         return self.tower.blocks()
 
 
+def given(arguments: dict[str, object]) -> dict[str, nn.Module]:
+    """``locals()`` of a constructor without ``self``, where an argument is given: modality -> part, in their order."""
+    return {name: part for name, part in arguments.items() if isinstance(part, nn.Module) and name != "self"}
+
+
 class Towers(nn.ModuleDict):
     """Towers of a recipe, one optional tower a modality. A class, not a dict: a second YAML that names one keeps the
     others.
@@ -96,23 +101,7 @@ class Towers(nn.ModuleDict):
         infrared: Tower | None = None,
         table: Tower | None = None,
     ) -> None:
-        given = dict(
-            image=image,
-            text=text,
-            audio=audio,
-            video=video,
-            depth=depth,
-            volume=volume,
-            bands=bands,
-            sketch=sketch,
-            t1=t1,
-            grey=grey,
-            white=white,
-            visible=visible,
-            infrared=infrared,
-            table=table,
-        )
-        super().__init__({name: tower for name, tower in given.items() if tower is not None})
+        super().__init__(given(locals()))
 
     def width(self, modality: str) -> int:
         """D of a modality's tokens."""

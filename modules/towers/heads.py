@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.modules.towers.base import Tokens
-from descant.modules.towers.image import checked_heads
+from descant.modules.towers.base import Tokens, given
+from descant.modules.towers.image import checked_heads, key_mask
 
 
 class Pool(nn.Module):
@@ -91,13 +91,11 @@ class AttentionPool(Pool):
     def forward(self, tokens: Tokens) -> Tensor:
         h_BTD, mask_BT = tokens
         B, T, D = h_BTD.shape
-        any_B1 = mask_BT.any(dim=1, keepdim=True)
-        keys_B11T = (mask_BT | ~any_B1)[:, None, None]  # a softmax over no key is NaN
         kv = self.kv(self.norm(h_BTD)).view(B, T, 2, self.heads, D // self.heads)
         k_BHTd, v_BHTd = kv.permute(2, 0, 3, 1, 4).unbind(0)
         q_BH1d = self.query_D.to(k_BHTd.dtype).view(1, self.heads, 1, -1).expand(B, -1, -1, -1)
-        h_BH1d = F.scaled_dot_product_attention(q_BH1d, k_BHTd, v_BHTd, attn_mask=keys_B11T)
-        return self.out(h_BH1d.reshape(B, D)).masked_fill(~any_B1, 0.0)
+        h_BH1d = F.scaled_dot_product_attention(q_BH1d, k_BHTd, v_BHTd, attn_mask=key_mask(mask_BT))
+        return self.out(h_BH1d.reshape(B, D)).masked_fill(~mask_BT.any(dim=1, keepdim=True), 0.0)
 
 
 class FlattenPool(Pool):
@@ -153,10 +151,7 @@ class Pools(nn.ModuleDict):
         bands: Pool | None = None,
         table: Pool | None = None,
     ) -> None:
-        given = dict(
-            image=image, text=text, audio=audio, video=video, depth=depth, volume=volume, bands=bands, table=table
-        )
-        super().__init__({name: pool for name, pool in given.items() if pool is not None})
+        super().__init__(given(locals()))
 
     def of(self, modality: str) -> nn.Module:
         return self[modality] if modality in self else MeanPool()

@@ -110,7 +110,7 @@ class PatchTower(Tower):
 
     def encode(self, h_BTD: Tensor, mask_BT: Tensor | None = None) -> Tensor:
         """Blocks and norm over any subset of the patches; those whose mask is False are not attended to."""
-        keys_B11T = None if mask_BT is None else (mask_BT | ~mask_BT.any(dim=1, keepdim=True))[:, None, None]
+        keys_B11T = None if mask_BT is None else key_mask(mask_BT)
         for layer in self.layers:
             h_BTD = layer(h_BTD, keys_B11T)
         return self.norm(h_BTD)
@@ -247,6 +247,11 @@ def _activation(name: Activation) -> nn.Module:
 def all_real(h_BTD: Tensor) -> Tensor:
     """A token mask without padding."""
     return torch.ones(h_BTD.shape[:2], dtype=torch.bool, device=h_BTD.device)
+
+
+def key_mask(mask_BT: Tensor) -> Tensor:
+    """Attention mask of real tokens, bool ``[B, 1, 1, T]``; a row of padding has all (no key: NaN)."""
+    return (mask_BT | ~mask_BT.any(dim=1, keepdim=True))[:, None, None]
 
 
 def checked_heads(width: int, heads: int) -> int:

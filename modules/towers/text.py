@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from descant.modules.core.host import derived, host_copy
 from descant.modules.towers.base import Tokens, Tower
-from descant.modules.towers.image import Block, all_real
+from descant.modules.towers.image import Block, all_real, key_mask
 
 PAD = 0
 
@@ -89,7 +89,7 @@ class TextTower(Tower):
     def _attention_mask(self, mask_BT: Tensor) -> Tensor:
         """Attention mask, bool ``[B, 1, 1 or T, T]``, with at least one key a query (a softmax over none is NaN)."""
         if not self.causal:
-            return (mask_BT | ~mask_BT.any(dim=1, keepdim=True))[:, None, None]
+            return key_mask(mask_BT)
         T = mask_BT.shape[1]
         all_TT = torch.ones(T, T, dtype=torch.bool, device=mask_BT.device)
         diagonal_TT = torch.eye(T, dtype=torch.bool, device=mask_BT.device)

@@ -10,14 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from descant.modules.core.errors import closest, nearest, one_line
-from descant.modules.io.pretrained import (
-    Place,
-    locate,
-    padding_of,
-    read,
-    require_no_kernels,
-    tokenizer_of,
-)
+from descant.modules.io.pretrained import Place, locate, padding_of, read, require_no_kernels, tokenizer_of
 from descant.modules.towers.base import Tokens, Tower
 from descant.modules.towers.image import all_real
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from descant.modules.core.dtype import promote
 from descant.modules.towers.base import Tokens
 from descant.modules.towers.heads import FirstPool, Projection
-from descant.modules.towers.image import Block
+from descant.modules.towers.image import Block, key_mask
 from descant.modules.towers.text import PAD, BagTower
 
 
@@ -79,9 +79,9 @@ class TripleEncoder(nn.Module):
         element_BK3D = self.elements(x_BK3W.flatten(0, 2)).h_BTD.view(B, K, 3, -1)
         head_BKD, relation_BKD, tail_BKD = element_BK3D.unbind(dim=2)
         h_BKD = head_BKD + relation_BKD - tail_BKD + self.places_KD[:K]
-        mask_B11K = (real_BK | ~real_BK.any(dim=1, keepdim=True))[:, None, None]
+        keys_B11K = key_mask(real_BK)
         for layer in self.layers:
-            h_BKD = layer(h_BKD, mask_B11K)
+            h_BKD = layer(h_BKD, keys_B11K)
         g_BE = F.normalize(promote(self.head(self.pool(Tokens(h_BKD, real_BK)))), dim=-1)
         return g_BE.masked_fill(~real_BK.any(dim=1, keepdim=True), 0.0)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -109,15 +109,15 @@ class Layout:
 
 class _Take(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, h_ND: Tensor, index_K: Tensor) -> Tensor:
+    def forward(ctx: Any, h_ND: Tensor, index_K: Tensor) -> Tensor:
         ctx.save_for_backward(index_K)
-        ctx.rows = len(h_ND)  # type: ignore[attr-defined]
+        ctx.rows = len(h_ND)
         return h_ND.index_select(0, index_K)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad_KD: Tensor) -> tuple[Tensor, None]:
-        (index_K,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        grad_ND = grad_KD.new_zeros(ctx.rows, *grad_KD.shape[1:])  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad_KD: Tensor) -> tuple[Tensor, None]:
+        (index_K,) = ctx.saved_tensors
+        grad_ND = grad_KD.new_zeros(ctx.rows, *grad_KD.shape[1:])
         return grad_ND.index_copy_(0, index_K, grad_KD), None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from descant.modules.adaptation.base import LM, chosen
-from descant.modules.core.batch_norm import FrozenBatchNormStats
+from descant.modules.core.batch_norm import recompute_contexts
 
 
 class Checkpointing:
@@ -61,12 +61,9 @@ def recompute(block: nn.Module, preserve_rng: bool) -> None:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return plain.forward(self, *args, **kwargs)
-
-        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), FrozenBatchNormStats(self)
-
-        options: dict[str, Any] = {"context_fn": contexts} if norms and not torch.compiler.is_compiling() else {}
-        options |= {"use_reentrant": False, "preserve_rng_state": preserve_rng}
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": preserve_rng}
+        if norms and not torch.compiler.is_compiling():
+            options["context_fn"] = partial(recompute_contexts, self)
         return checkpoint(plain.forward, self, *args, **options, **kwargs)
 
     block.__class__ = type(f"Recomputed{plain.__name__}", (plain,), {"forward": forward, "_recomputed": True})

@@ -68,7 +68,7 @@ def test_a_prompt_for_each_set_and_modality_takes_its_own_gradient() -> None:
 
 def test_a_set_without_a_prompt_is_one_line() -> None:
     fill: Imputer = PromptImputer().build(WIDTHS, [["image"]])
-    says = "the fill has nothing for samples with text only; the nearest that it has is image"
+    says = "the imputer has no parameters for samples with text only; the nearest set is image"
     with pytest.raises(ValueError, match=says):
         Imputation(fill, HAS).filled(features("text"), "text", SOME)
 

@@ -229,7 +229,7 @@ def test_sets_are_numbered_in_one_order() -> None:
         ([["imgae"]], "sets: 'imgae': no such name; did you mean image"),
         ([[]], r"\[\] is no set of modalities"),
         ([["text", "text"]], "is no set of modalities"),
-        ([["image", "text"], ["text", "image"]], r"image\+text stands there twice"),
+        ([["image", "text"], ["text", "image"]], r"image\+text is given twice"),
     ],
 )
 def test_bad_sets_are_one_line(sets: list[list[str]], says: str) -> None:
@@ -241,7 +241,7 @@ def test_a_set_without_parameters_is_refused_or_left_to_the_network() -> None:
     net = network()
     bank = attached(ScaleShift(), net, sets=[["image", "text"], ["text"]])
     assert Sets(NAMES, [["text"]]).of(present(HAS[:1])).tolist() == [UNKNOWN]
-    says = r"nothing for samples with image\+audio only; the nearest that it has is image\+text; unknown: frozen takes"
+    says = r"no parameters for samples with image\+audio only; the nearest set is image\+text; unknown: frozen takes"
     with pytest.raises(ValueError, match=says), bank.route(present(HAS[5:6])):
         pass
     net = network()
@@ -256,7 +256,7 @@ def test_a_set_without_parameters_is_refused_or_left_to_the_network() -> None:
 def test_rows_that_are_no_samples_are_refused() -> None:
     net = network()
     bank = attached(ScaleShift(), net)
-    with bank.route(present()), pytest.raises(ValueError, match=r"linear has 20 rows for 10 samples: whose\?"):
+    with bank.route(present()), pytest.raises(ValueError, match=r"linear has 20 rows for 10 samples; name `layers`"):
         net["linear"](torch.zeros(20, 6))
     with bank.route(present(HAS[:1].expand(10, -1))):  # of one set they may be anything
         net["linear"](torch.zeros(20, 6))
