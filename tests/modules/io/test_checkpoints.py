@@ -253,7 +253,7 @@ def test_an_edited_configuration_is_reported(run: Path, capsys: pytest.CaptureFi
             saved.find(run)
         except ValueError as error:
             assert "\n" not in str(error)
-        assert capsys.readouterr().err.endswith("config.yaml: edited since the run wrote it\n")
+        assert "config.yaml: edited since the run wrote it\n" in capsys.readouterr().err
     file.write_bytes(whole)
     (run / "versions.json").write_text("{")
     loaded(run)
