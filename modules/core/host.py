@@ -9,7 +9,7 @@ its own host copy, at no cost.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -98,13 +98,14 @@ def derived(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     return result
 
 
-def everyone(rows: int, device: torch.device) -> Tensor:
-    """Bool ``[B]``, all True, on a device, with a host copy.
+def everyone(shape: int | Sequence[int], device: torch.device) -> Tensor:
+    """Bool of some shape (``[B]`` of one number), all True, on a device, with a host copy.
 
     >>> everyone(2, torch.device("cpu")).tolist()
     [True, True]
     """
-    return with_host_copy(torch.ones(rows, dtype=torch.bool, device=device), lambda: torch.ones(rows, dtype=torch.bool))
+    size = (shape,) if isinstance(shape, int) else tuple(shape)
+    return with_host_copy(torch.ones(size, dtype=torch.bool, device=device), lambda: torch.ones(size, dtype=torch.bool))
 
 
 def with_finite(x: Tensor, make: Callable[[], Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from descant.modules.core.host import derived, finite, with_host_copy
+from descant.modules.core.host import derived, everyone, finite
 from descant.modules.masking.corruptions import Grid
 from descant.modules.towers.base import given
 from descant.modules.towers.image import require_divisor, sincos
@@ -189,9 +189,7 @@ class PatchAdapter(Adapter):
     def raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x_BTP = self._cut(x)
         if not self.padded:
-            shape = x_BTP.shape[:2]
-            all_BT = torch.ones(shape, dtype=torch.bool, device=x.device)
-            return x_BTP, with_host_copy(all_BT, lambda: torch.ones(shape, dtype=torch.bool))
+            return x_BTP, everyone(x_BTP.shape[:2], x.device)
         real_BT = derived(lambda finite_B: self._patches(finite_B).all(dim=2), finite(x))
         return x_BTP.masked_fill(~real_BT[..., None], 0.0), real_BT
 

@@ -5,6 +5,7 @@ Letters: R ranks, B rows of this rank, C channels.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -107,6 +108,9 @@ def _over(a_C: Tensor, x: Tensor) -> Tensor:
     return a_C.view(1, -1, *[1] * (x.ndim - 2))
 
 
+_SIGNATURE = inspect.signature(F.batch_norm)
+
+
 class _OfAllRanks(TorchFunctionMode):
     """Replaces ``F.batch_norm`` by :func:`batch_norm`, whichever subclass calls it."""
 
@@ -117,24 +121,10 @@ class _OfAllRanks(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.batch_norm:
             return func(*args, **(kwargs or {}))
-        return batch_norm(**_named(*args, **(kwargs or {})), counted=self.counted)
-
-
-def _named(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> dict[str, Any]:
-    """Arguments of ``F.batch_norm`` by the names of :func:`batch_norm`."""
-    return {
-        **dict(x=input, running_mean_C=running_mean, running_var_C=running_var, weight_C=weight, bias_C=bias),
-        **dict(momentum=momentum, eps=eps),
-    }
+        bound = _SIGNATURE.bind(*args, **(kwargs or {}))
+        bound.apply_defaults()
+        x, mean_C, var_C, weight_C, bias_C, _, momentum, eps = bound.args
+        return batch_norm(x, mean_C, var_C, weight_C, bias_C, momentum, eps, self.counted)
 
 
 def _forward(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
