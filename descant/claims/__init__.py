@@ -138,7 +138,7 @@ def _print(claim: Claim, judgement: Judgement, budget: str) -> None:
     method = judgement.method
     gain = f"{method.mean:+.4f}" + (f" [{method.low:+.4f}, {method.high:+.4f}]" if method.n > 1 else "")
     verdict = judgement.verdict if budget == "full" else f"a pilot (by the rule: {judgement.verdict})"
-    print(f"{claim.name}: {verdict}")
+    print(f"{claim.name}: {judgement.effect.word}; {verdict}")
     print(f"  {claim.metric.name}: gain {gain}, better in {method.wins} of {method.n} seeds")
     print(f"  sham: gain {judgement.sham.mean:+.4f}; method over sham: {judgement.over_sham:+.4f}")
     for reason in judgement.reasons:
@@ -155,19 +155,37 @@ def _chosen(option: str, text: str | None, known: tuple[str, ...]) -> tuple[str,
     return chosen
 
 
+#: Keys of a summary that need a full result.
+_JUDGED = (
+    *("verdict", "difference", "interval", "sham_difference", "seconds", "effect", "over_baseline", "over_placebo"),
+    *("share_of_headroom", "placebo", "placebo_valid"),
+)
+
+
 def summary(claim: Claim, results: Path) -> dict[str, Any]:
     """One object of ``descant claims list --json``; verdict and numbers are null where no full result is stored."""
+    from descant.claims import table
+
     stored = store.read(results, claim.name, "full")
-    line: dict[str, Any] = {"name": claim.name, "seed": claim.seed, "status": claim.status}
+    stage = 3 if stored is not None else 2 if store.read(results, claim.name, "pilot") is not None else 0
+    line: dict[str, Any] = {"name": claim.name, "seed": claim.seed, "status": claim.status, "stage": stage}
+    line |= {"family": table.family(claim), "exact": table.exact(claim)}
     if stored is None:
-        return line | dict.fromkeys(("verdict", "difference", "interval", "sham_difference", "seconds"))
+        return line | dict.fromkeys(_JUDGED)
     judgement = judge(claim, stored["runs"])
+    effect = judgement.effect
     return line | {
         "verdict": judgement.verdict,
         "difference": judgement.method.mean,
         "interval": [judgement.method.low, judgement.method.high],
         "sham_difference": judgement.sham.mean,
         "seconds": stored["seconds"],
+        "effect": effect.word,
+        "over_baseline": [effect.over_baseline.low, effect.over_baseline.high],
+        "over_placebo": [effect.over_placebo.low, effect.over_placebo.high],
+        "share_of_headroom": effect.share_of_headroom,
+        "placebo": effect.placebo.mean,
+        "placebo_valid": effect.placebo_valid,
     }
 
 
@@ -178,7 +196,8 @@ def _list(given: argparse.Namespace) -> int:
         return 0
     for line in lines:
         gain = f"{line['difference']:+.4f}" if line["difference"] is not None else ""
-        print(f"{line['name']:24} {line['status']:7} {line['verdict'] or 'not run yet'}  {gain}")
+        valid = "" if line["placebo_valid"] in (True, None) else "  placebo not neutral"
+        print(f"{line['name']:20} {line['family']:20} {line['effect'] or 'not run yet':22} {gain}{valid}")
     return 0
 
 

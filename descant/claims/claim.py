@@ -122,7 +122,8 @@ class Claim:
         also: further conditions. secondary: metrics that are reported. calls: a counter that has to be equal in the
             method and in the sham. equal: key of the budget in ``metrics.json``. digest: of all that its runs are made
             of and of the rule. alone: arms that are shown by the metrics of their conditions and no others. note: what
-            a reader of its numbers has to know.
+            a reader of its numbers has to know. oracle: the arm that shows how much can be gained. setting: it shows
+            what a setting leaves to gain, and judges no paper.
     """
 
     name: str
@@ -146,6 +147,8 @@ class Claim:
     alone: tuple[str, ...] = ()
     tuning: Tuning | None = None
     note: str | None = None
+    oracle: str | None = None
+    setting: bool = False
 
     def metrics(self) -> list[str]:
         """All metrics that are reported, the first one first."""

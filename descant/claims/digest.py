@@ -10,7 +10,7 @@ from typing import Any
 from descant.modules.io.upgrade import upgrade
 
 #: What only changes how a claim is shown.
-LOOKS = ("title", "source", "baseline_tuning", "alone", "note")
+LOOKS = ("title", "source", "baseline_tuning", "alone", "note", "setting")
 #: Contents of the configurations that a name stands for, in the order in which they count.
 Contents = Callable[[Iterable[str]], list[Any]]
 

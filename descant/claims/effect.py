@@ -9,17 +9,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from descant.report.statistics import paired
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 #: Words for an effect, best first; the last two end a claim before its effect is measured.
 HELPS, LITTLE, PLACEBO = "helps", "helps a little", "placebo does as well"
-NONE, UNCLEAR, HURTS = "no effect", "cannot tell", "hurts"
+INVALID, NONE, UNCLEAR, HURTS = "placebo invalid", "no effect", "cannot tell", "hurts"
 NO_ROOM, NOT_TESTABLE = "no room", "not testable here"
-WORDS = (HELPS, LITTLE, PLACEBO, NONE, UNCLEAR, HURTS, NO_ROOM, NOT_TESTABLE)
+WORDS = (HELPS, LITTLE, PLACEBO, INVALID, NONE, UNCLEAR, HURTS, NO_ROOM, NOT_TESTABLE)
 #: Coverage of the interval of one look at the data. There are two looks at most, after 5 and after 10 seeds, and each
 #: is one-sided: a method without effect is above zero in at most 2 x 2.5 % of claims (Bonferroni).
 LEVEL = 0.95
@@ -100,9 +102,12 @@ def over_items(gain_SN: NDArray[np.float64], seed: int = 0, level: float = LEVEL
     Raises:
         ValueError: for no items.
 
+    >>> import numpy as np
     >>> over_items(np.array([[0.0, 1.0, 1.0, 0.0], [0.0, 1.0, 1.0, 1.0]]), seed=0)
     Interval(mean=0.625, low=0.25, high=1.0)
     """
+    import numpy as np  # late: `descant list` imports this file
+
     gain_N = np.asarray(gain_SN, dtype=np.float64).mean(axis=0)
     if not gain_N.size:
         raise ValueError("over_items: no test items")
@@ -162,6 +167,7 @@ def effect(
     helps                     over baseline and over placebo above 0, mean over baseline at least the margin
     helps a little            both above 0, mean below the margin
     placebo does as well      over baseline above 0, over placebo not
+    placebo invalid           both above 0, and the placebo is at least a margin away from the baseline
     hurts                     over baseline wholly below 0
     no effect                 over baseline wholly within the margin around 0
     no room                   ``headroom`` below two margins
@@ -177,7 +183,7 @@ def effect(
         futile: stopped by :func:`is_futile`.
 
     Raises:
-        ValueError: for different numbers of seeds, or a margin that is not above zero.
+        ValueError: for different numbers of seeds, or a margin below zero.
 
     >>> effect([0.09, 0.08, 0.1], [0.0, 0.01, -0.01], margin=0.05).word
     'helps'
@@ -186,8 +192,8 @@ def effect(
     """
     if len(method_S) != len(placebo_S):
         raise ValueError(f"effect: {len(method_S)} seeds of the method and {len(placebo_S)} of the placebo")
-    if not margin > 0:
-        raise ValueError(f"effect: margin {margin}: above 0")
+    if not margin >= 0:
+        raise ValueError(f"effect: margin {margin}: not below 0")
     of_items = items or (None, None)
     base = over_seeds(method_S).joined(of_items[0])
     over = over_seeds([a - b for a, b in zip(method_S, placebo_S, strict=True)]).joined(of_items[1])
@@ -202,6 +208,8 @@ def _word(of: Effect) -> str:
     if gain.low > 0 and not of.futile:
         if not of.over_placebo.low > 0:
             return PLACEBO
+        if not of.placebo_valid:
+            return INVALID
         return HELPS if gain.mean >= of.margin else LITTLE
     if gain.high < 0:
         return HURTS

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from descant.claims.claim import ARMS, EQUAL, LEAST_TIME, Claim, Condition, Metric
+from descant.claims.effect import Effect, effect
 from descant.cli.errors import fail, hint
 from descant.report.statistics import Paired, paired
 
@@ -26,7 +27,7 @@ class Judgement:
         verdict: passed; failed, for a claim that has to pass; or not reproduced at this scale.
         method: the method against the baseline. sham: the sham against the baseline. over_sham: the method's mean gain
             over the sham. lacks: reasons why the gains do not pass. asked: every further condition, its value, and
-            whether it is met.
+            whether it is met. effect: the word by intervals, where the sham is the placebo.
     """
 
     verdict: str
@@ -35,6 +36,12 @@ class Judgement:
     over_sham: float
     lacks: tuple[str, ...]
     asked: tuple[tuple[Condition, float, bool], ...]
+    effect: Effect
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """How many of the claim's conditions hold, of how many: the margin and the further ones."""
+        return int(self.method.mean >= self.effect.margin) + sum(met for *_, met in self.asked), 1 + len(self.asked)
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -64,7 +71,17 @@ def judge(claim: Claim, runs: Runs) -> Judgement:
     asked = tuple(_asked(claim, runs, condition, seeds) for condition in claim.also)
     passed = not lacks and all(met for _, _, met in asked)
     verdict = PASSED if passed else FAILED if claim.status == "gate" else NOT
-    return Judgement(verdict, method, sham, over, tuple(lacks), asked)
+    return Judgement(verdict, method, sham, over, tuple(lacks), asked, _effect(claim, runs, seeds))
+
+
+def _effect(claim: Claim, runs: Runs, seeds: Sequence[int]) -> Effect:
+    def gains(arm: str) -> list[float]:
+        pairs = (column(claim, runs, of, claim.metric.name, seeds) for of in (arm, "baseline"))
+        return [claim.metric.gain(a, b) for a, b in zip(*pairs, strict=True)]
+
+    oracle = gains(claim.oracle) if claim.oracle is not None else None
+    headroom = math.fsum(oracle) / len(oracle) if oracle else None
+    return effect(gains("method"), gains("sham"), claim.metric.margin, headroom)
 
 
 def decide(method: Paired, over_sham: float, margin: float, sham_margin: float) -> list[str]:

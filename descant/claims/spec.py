@@ -25,7 +25,7 @@ from descant.modules.io.renamed import CLASSES
 KEYS = (
     *("title", "seed", "source", "experiment", "arms", "metric", "seeds"),
     *("options", "before", "sham_margin", "also", "secondary", "calls", "budget", "status", "baseline_tuning"),
-    *("alone", "tuning", "note"),
+    *("alone", "tuning", "note", "oracle", "setting"),
 )
 NEEDED = KEYS[:7]
 ARM_KEYS = ("configs", "config", "options", "settings")
@@ -120,6 +120,8 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
         alone=_alone(where, content, arms),
         tuning=tuning,
         note=content.get("note"),
+        oracle=_oracle(where, content, arms),
+        setting=bool(content.get("setting", False)),
     )
 
 
@@ -188,6 +190,14 @@ def _alone(where: str, content: Mapping[str, Any], arms: Iterable[str]) -> tuple
             others = [arm for arm in arms if arm not in ARMS]
             fail(f"{where}: alone: no arm {name!r} beside {', '.join(ARMS)}{hint(name, others)}")
     return alone
+
+
+def _oracle(where: str, content: Mapping[str, Any], arms: Iterable[str]) -> str | None:
+    name = content.get("oracle")
+    if name is not None and (name in ARMS or name not in arms):
+        others = [arm for arm in arms if arm not in ARMS]
+        fail(f"{where}: oracle: no arm {name!r} beside {', '.join(ARMS)}{hint(str(name), others)}")
+    return name
 
 
 def _metric(where: str, content: Mapping[str, Any]) -> Metric:

@@ -77,13 +77,19 @@ def write(folder: Path, claim: Claim, budget: str, runs: Runs, seconds: float, p
         "digest": claim.digest,
         "budget": budget,
         "seconds": round(seconds, 1),
-        **({"verdict": judge(claim, runs).verdict} if budget == "full" else {}),
+        **_judged(claim, budget, runs),
         "machine": machine(),
         "precision": list(precisions),
         "versions": versions(),
         "runs": {arm: {str(seed): dict(m) for seed, m in sorted(of.items())} for arm, of in runs.items()},
     }
     write_json(path(folder, claim.name, budget), content)
+
+
+def _judged(claim: Claim, budget: str, runs: Runs) -> dict[str, str]:
+    """Verdict and word of a full result, for readers that do not judge it themselves."""
+    judgement = judge(claim, runs) if budget == "full" else None
+    return {} if judgement is None else {"verdict": judgement.verdict, "effect": judgement.effect.word}
 
 
 def machine() -> dict[str, object]:

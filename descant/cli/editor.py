@@ -100,6 +100,7 @@ def claim() -> dict[str, Any]:
         "also": {"type": "array", "items": condition},
         "secondary": texts,
         "alone": texts,
+        "setting": {"type": "boolean"},
         "seeds": an_object(spec.BUDGETS, dict.fromkeys(spec.BUDGETS, seeds), spec.BUDGETS),
         "budget": an_object(
             ("equal", *spec.BUDGETS), {"equal": {"enum": list(spec.EQUAL)}, **dict.fromkeys(spec.BUDGETS, options)}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from descant.claims import run, spec, store, summary, table
+from descant.claims import plots, run, spec, store, summary, table
 from descant.claims.claim import Claim
 from descant.claims.judge import FAILED, NOT, PASSED, decide, judge
 from descant.cli.catalogue import extended, find
@@ -157,13 +157,13 @@ def test_an_arm_beside_the_three_is_asked_for_what_a_condition_reads_of_it(made:
     for metrics in runs["method"].values():
         metrics["test/other"] = 1.0
     assert judge(claim, runs).verdict == PASSED
-    figure = table.svg(claim, runs)
+    figure = plots.svg(claim, runs)
     assert ">method<" in figure and "alone" not in figure  # it has no point of this metric
     for metrics in runs["alone"].values():
         metrics["test/gap"] = 7.0
-    assert "alone" in table.svg(claim, runs)
+    assert "alone" in plots.svg(claim, runs)
     shown = made(arms=arms, also=[of_its_own], alone=["alone"])
-    assert "alone" not in table.svg(shown, runs), "what it calls so is something else"
+    assert "alone" not in plots.svg(shown, runs), "what it calls so is something else"
     assert shown.digest == claim.digest, "how it is shown changes no run"
     with pytest.raises(Refusal, match="alone: no arm 'alon' beside baseline, method, sham; nearest: alone"):
         made(arms=arms, alone=["alon"])
@@ -258,6 +258,7 @@ def test_scored_code_must_run_as_often_in_the_sham(made: Callable[..., Claim]) -
         ({"before": {"configs": []}}, "before: experiment is missing"),
         ({"before": {"experiment": "toy.yml"}}, "toy.yml: no such file"),
         ({"budget": {"equal": "flops"}}, "budget.equal flops; known: samples, seconds, steps"),
+        ({"oracle": "sham"}, "oracle: no arm 'sham' beside baseline, method, sham"),
         ({"status": "maybe"}, r"status maybe: gate \(must pass\) or report"),
         ({"arms": CONTENT["arms"] | {"sham": {"config": [1]}}}, "arms.sham: config: a configuration is expected"),
     ],
@@ -469,8 +470,12 @@ def test_the_page_and_the_list_say_what_is_stored(made: Callable[..., Claim], re
     )
     assert table.write([claim], results, workplace / "CLAIMS.md") == []
     page = (workplace / "CLAIMS.md").read_text()
-    assert "| a planted effect | passed | +0.600 [+0.431, +0.769] | 0.01 | 3 of 3 | +0.020 | 1.0 min |" in page
-    assert "| time | what it lacks |" in page and "| 1.0 min |  |" in page
+    cells = "| a planted effect |  | **placebo invalid** +0.600 [+0.352, +0.848] | 0.01 | ? | +0.020 | 1 of 1 | 1 min |"
+    assert cells.replace("| a", "| others | [toy-claim](#toy-claim), a", 1) in page
+    assert "All conditions: **passed**; over the placebo +0.580 [+0.236, +0.924]." in page
+    overview = (workplace / "docs/claims/overview.svg").read_text()
+    assert "<title>toy-claim, over baseline: +0.600 [+0.352, +0.848]</title>" in overview
+    assert "<title>toy-claim, over placebo: +0.580 [+0.236, +0.924], placebo not neutral</title>" in overview
     assert "| test/gap | 1.000 ± 0.000 | 0.400 ± 0.100 | 0.980 ± 0.072 |" in page
     figure = (workplace / "docs/claims/toy-claim.svg").read_text()
     assert figure.count("<title>") == 9 and "<title>sham, seed 2: 1.04</title>" in figure
@@ -483,8 +488,29 @@ def test_the_page_says_first_what_a_claim_lacks(made: Callable[..., Claim], resu
     reasons = judge(claim, runs_of([0.5, 0.6, 0.7], [0.5, 0.7, 0.8])).reasons
     assert reasons[0].startswith("only ") and len(reasons) == 1
     table.write([claim], results, workplace / "CLAIMS.md")
-    row = next(line for line in (workplace / "CLAIMS.md").read_text().splitlines() if line.startswith("| [toy-claim]"))
-    assert row.endswith(f"| 1.0 min | {reasons[0]} |")
+    page = (workplace / "CLAIMS.md").read_text()
+    assert "**placebo does as well**" in page and f"- Not met: {reasons[0]}." in page
+
+
+def test_an_oracle_shows_what_is_possible_and_a_setting_has_no_word(
+    made: Callable[..., Claim], results: Path, workplace: Path
+) -> None:
+    arms = CONTENT["arms"] | {"best": None}
+    runs = runs_of([0.5, 0.6, 0.7], [0.0, 0.004, -0.004])
+    runs["best"] = {seed: {"test/gap": 0.2, "steps": 8} for seed in range(3)}
+    claim = made(arms=arms, oracle="best")
+    effect = judge(claim, runs).effect
+    assert (effect.word, effect.placebo_valid) == ("helps", True)
+    assert effect.share_of_headroom == pytest.approx(0.75, abs=ulps(8, F64))
+    assert made(arms=arms, oracle="best").digest != made(arms=arms).digest == made(arms=arms, setting=True).digest
+    results.mkdir()
+    store.write(results, claim, "full", runs, 61.0)
+    table.write([claim], results, workplace / "CLAIMS.md")
+    assert "| **helps** +0.600 [+0.352, +0.848] | 0.01 | 75% |" in (workplace / "CLAIMS.md").read_text()
+    assert store.read(results, claim.name, "full")["effect"] == "helps"  # type: ignore[index]
+    table.write([made(arms=arms, oracle="best", setting=True)], results, workplace / "CLAIMS.md")
+    page = (workplace / "CLAIMS.md").read_text()
+    assert "helps**" not in page.split("overview.svg)")[1] and "| what a setting leaves to gain |" in page
 
 
 def test_what_ships_is_judged_by_what_is_stored_and_shown_as_it_is(workplace: Path) -> None:
@@ -498,6 +524,7 @@ def test_what_ships_is_judged_by_what_is_stored_and_shown_as_it_is(workplace: Pa
             assert stored is not None and stored["digest"] == claim.digest, f"{claim.name}, {budget}"
             assert set(claim.arms) <= set(stored["runs"])
         full = store.read(folder, claim.name, "full")
+        assert full is not None and full["effect"] == judge(claim, full["runs"]).effect.word
         assert full is not None and set(full["runs"]["method"]) == set(claim.seeds["full"])
     table.write(claims, folder, workplace / "CLAIMS.md")
     root = Path(__file__).parents[2]

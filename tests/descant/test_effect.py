@@ -13,6 +13,7 @@ from descant.claims.effect import (
     FUTILE,
     HELPS,
     HURTS,
+    INVALID,
     LAST,
     LITTLE,
     NO_ROOM,
@@ -70,6 +71,7 @@ def test_room_is_seen_where_it_is() -> None:
         ([0.09, 0.10, 0.11], [0.0, 0.01, -0.01], HELPS),
         ([0.03, 0.04, 0.035], [0.0, 0.001, -0.001], LITTLE),
         ([0.09, 0.10, 0.11], [0.10, 0.11, 0.09], PLACEBO),
+        ([0.09, 0.10, 0.11], [-0.09, -0.10, -0.08], INVALID),
         ([-0.09, -0.10, -0.11], [0.0, 0.0, 0.0], HURTS),
         ([-0.001, 0.0, 0.001], [0.0, 0.0, 0.0], NONE),
         ([-0.1, 0.2, 0.1], [0.0, 0.0, 0.0], UNCLEAR),
@@ -131,7 +133,7 @@ def test_margins_and_items() -> None:
         items_needed(0.0, sd=0.5)
 
 
-@pytest.mark.parametrize("margin", [0.0, -0.1, math.nan])
-def test_a_margin_is_above_zero(margin: float) -> None:
+@pytest.mark.parametrize("margin", [-0.1, math.nan])
+def test_a_margin_is_a_number_from_zero_on(margin: float) -> None:
     with pytest.raises(ValueError, match="margin"):
         effect([0.1], [0.0], margin)
