@@ -25,8 +25,8 @@ WORDS = (HELPS, LITTLE, PLACEBO, INVALID, NONE, UNCLEAR, HURTS, NO_ROOM, NOT_TES
 #: Coverage of the interval of one look at the data. There are two looks at most, after 5 and after 10 seeds, and each
 #: is one-sided: a method without effect is above zero in at most 2 x 2.5 % of claims (Bonferroni).
 LEVEL = 0.95
-#: Seeds after which a futile claim stops, of a first look, and after its one extension.
-FUTILE, FIRST, LAST = 3, 5, 10
+#: Seeds of the oracle's pilot, after which a futile claim stops, of a first look, and after its one extension.
+PILOT, FUTILE, FIRST, LAST = 2, 3, 5, 10
 #: Share of the margin below which the mean of the first seeds is futile; share of the headroom that is the margin.
 FUTILE_SHARE, MARGIN_SHARE = 0.25, 0.25
 #: Resamples of a bootstrap.
@@ -160,6 +160,7 @@ def effect(
     headroom: float | None = None,
     items: tuple[Interval, Interval] | None = None,
     futile: bool = False,
+    room: bool = True,
 ) -> Effect:
     """The word for an effect, from paired gains over the baseline.
 
@@ -170,7 +171,7 @@ def effect(
     placebo invalid           both above 0, and the placebo is at least a margin away from the baseline
     hurts                     over baseline wholly below 0
     no effect                 over baseline wholly within the margin around 0
-    no room                   ``headroom`` below two margins
+    no room                   the oracle gained less than two margins in the pilot (:func:`has_room`)
     cannot tell               the rest
     ========================  ==================================================================================
 
@@ -180,7 +181,7 @@ def effect(
         method_S, placebo_S: gains over the baseline, one a seed, in the same order.
         margin: smallest gain that counts. headroom: gain of the oracle over the baseline.
         items: intervals over test items of the gains over baseline and over placebo; each is joined to that over seeds.
-        futile: stopped by :func:`is_futile`.
+        futile: stopped by :func:`is_futile`. room: whether there is any.
 
     Raises:
         ValueError: for different numbers of seeds, or a margin below zero.
@@ -198,13 +199,11 @@ def effect(
     base = over_seeds(method_S).joined(of_items[0])
     over = over_seeds([a - b for a, b in zip(method_S, placebo_S, strict=True)]).joined(of_items[1])
     result = Effect(UNCLEAR, base, over, over_seeds(placebo_S), margin, headroom, len(method_S), futile)
-    return replace(result, word=_word(result))
+    return replace(result, word=_word(result) if room else NO_ROOM)
 
 
 def _word(of: Effect) -> str:
     gain = of.over_baseline
-    if of.headroom is not None and of.headroom < 2 * of.margin:
-        return NO_ROOM
     if gain.low > 0 and not of.futile:
         if not of.over_placebo.low > 0:
             return PLACEBO
@@ -239,11 +238,11 @@ def staged(method_S: Sequence[float], placebo_S: Sequence[float], margin: float,
     """
     headroom = math.fsum(headroom_S) / len(headroom_S)
 
-    def look(seeds: int, futile: bool = False) -> Effect:
-        return effect(method_S[:seeds], placebo_S[:seeds], margin, headroom, futile=futile)
+    def look(seeds: int, futile: bool = False, room: bool = True) -> Effect:
+        return effect(method_S[:seeds], placebo_S[:seeds], margin, headroom, futile=futile, room=room)
 
     if not has_room(headroom_S, margin):
-        return look(FUTILE)
+        return look(FUTILE, room=False)
     if is_futile(method_S, margin):
         return look(FUTILE, futile=True)
     first = look(FIRST)

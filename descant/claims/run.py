@@ -11,6 +11,7 @@ from pathlib import Path
 
 from descant.claims.claim import BEFORE, TUNE, Claim
 from descant.claims.judge import Runs
+from descant.claims.registration import shared
 from descant.cli.errors import INTERRUPTED, fail, say
 from descant.cli.untrusted import json_of, text_of
 from descant.run import runs as folders
@@ -31,6 +32,16 @@ class Place:
     def folder(self) -> Path:
         return self.root / "claims" / self.claim.name / f"{self.budget}-{self.claim.digest}"
 
+    def home(self, arm: str) -> Path:
+        """Folder of the runs of an arm. Claims by stages share the runs of equal baselines and oracles."""
+        if self.claim.staged and arm in (BEFORE, "baseline", self.claim.oracle):
+            return self.root / "claims" / "shared" / shared(self.claim, arm, self.budget)
+        return self.folder
+
+    def name(self, arm: str) -> str:
+        """Name of the runs of an arm in that folder."""
+        return arm if self.home(arm) == self.folder else "run"
+
     @property
     def seconds(self) -> float:
         """Wall time of all the commands that made these runs."""
@@ -42,15 +53,16 @@ class Place:
     def finished(self, arm: str, seed: int) -> dict[str, float] | None:
         """Metrics of a run that was tested (to choose settings: that ended), wherever it was started; None if none."""
         steps = self.claim.steps(arm, self.budget)
-        for name in (f"{arm}-{seed}", arm):  # a local process, or a job of an array
-            for folder in reversed(folders.runs_of(self.folder, name)):
+        own = self.name(arm)
+        for name in (f"{own}-{seed}", own):  # a local process, or a job of an array
+            for folder in reversed(folders.runs_of(self.home(arm), name)):
                 metrics = _metrics(folder)
                 tested = any("/" in m and m.split("/")[0] not in ("val", "train", "speed", "sham") for m in metrics)
                 # validations write metrics too, and runs that choose settings are not tested
                 ended = metrics.get("steps") == steps if steps else "steps" in metrics
                 complete = ended if self.budget == TUNE else tested
                 complete = complete and all(m in metrics for m in self.claim.needed(arm))
-                if complete and (name != arm or _seed(folder) == seed):
+                if complete and (name != own or _seed(folder) == seed):
                     return metrics
         return None
 
@@ -73,9 +85,10 @@ class Place:
 
     def of(self, arm: str, seed: int) -> Path:
         """Folder of the run of an arm, or of ``before``, from which others of its seed begin."""
-        local = self.folder / f"{arm}-{seed}"
-        array = (f for f in reversed(folders.runs_of(self.folder, arm)) if _seed(f) == seed)
-        return local if folders.runs_of(self.folder, local.name) else next(array, local)
+        home, name = self.home(arm), self.name(arm)
+        local = home / f"{name}-{seed}"
+        array = (f for f in reversed(folders.runs_of(home, name)) if _seed(f) == seed)
+        return local if folders.runs_of(home, local.name) else next(array, local)
 
     def precisions(self) -> list[str]:
         """``trainer.precision`` of the runs; warns where they differ."""
@@ -92,7 +105,7 @@ class Place:
             for seed in seeds:
                 metrics = self.finished(arm, seed)
                 if metrics is None:
-                    made = folders.runs_of(self.folder, f"{arm}-{seed}")
+                    made = folders.runs_of(self.home(arm), f"{self.name(arm)}-{seed}")
                     has = _metrics(made[-1]) if made else {}
                     lacks = [m for m in self.claim.needed(arm) if m not in has]
                     what = f"it has no metric {lacks[0]}" if lacks else "it was not tested"
@@ -112,7 +125,8 @@ def run(place: Place, arms: Sequence[str], seeds: Sequence[int], jobs: int) -> i
     todo = place.missing(arms, seeds)
     total = len(place.all(arms)) * len(seeds)
     say(f"claims {place.claim.name}: {total} runs, {total - len(todo)} done, {jobs} at a time")
-    place.folder.mkdir(parents=True, exist_ok=True)
+    for folder in {place.folder, *(place.home(arm) for arm, _ in todo)}:
+        folder.mkdir(parents=True, exist_ok=True)
     which = {_task(place, arm, seed): (arm, seed) for arm, seed in todo}
     began = time.monotonic()
     try:
@@ -133,18 +147,18 @@ def run(place: Place, arms: Sequence[str], seeds: Sequence[int], jobs: int) -> i
 
 def command(place: Place, arm: str, seed: int) -> list[str]:
     """Arguments of ``descant`` that train one arm with one seed."""
-    return [*_fit(place, arm, seed), f"--name={arm}-{seed}", "--resume=auto"]
+    return [*_fit(place, arm, seed), f"--name={place.name(arm)}-{seed}", "--resume=auto"]
 
 
 def _fit(place: Place, arm: str, seed: int) -> list[str]:
     """The same without the run's name."""
     words = place.claim.command(arm, seed, place.budget, partial(_path, place, seed))
     words += [f"--trust={module}" for module in place.trust]
-    return ["fit", *words, f"--test={str(place.budget != TUNE).lower()}", f"--runs={place.folder}"]
+    return ["fit", *words, f"--test={str(place.budget != TUNE).lower()}", f"--runs={place.home(arm)}"]
 
 
 def _task(place: Place, arm: str, seed: int) -> Task:
-    label, log = f"claims {place.claim.name}: {arm}, seed {seed}", place.folder / f"{arm}-{seed}.log"
+    label, log = f"claims {place.claim.name}: {arm}, seed {seed}", place.home(arm) / f"{place.name(arm)}-{seed}.log"
     return Task(label, tuple(command(place, arm, seed)), log)
 
 
@@ -170,7 +184,7 @@ def submit(place: Place, arms: Sequence[str], seeds: Sequence[int], options: str
         arrays.setdefault((arm, seed if begins else None), []).append(seed)
     for (arm, _), of_arm in arrays.items():
         words = [word for word in _fit(place, arm, of_arm[0]) if not word.startswith("--seed_everything=")]
-        fit = [*words, f"--name={arm}"]
+        fit = [*words, f"--name={place.name(arm)}"]
         code = main([*shlex.split(options), "--array", f"seed_everything={','.join(map(str, of_arm))}", "--", *fit])
         if code:
             return code

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from descant.claims.claim import Claim
-from descant.claims.judge import Runs, judge
+from descant.claims.judge import Judgement, Runs, judge
 from descant.cli.errors import fail, one_line
 from descant.cli.untrusted import json_of
 from descant.modules.io.files import write_json
 
 #: Largest size of a result, in bytes.
 _MOST = 20_000_000
+#: The stage from which on the method runs, and that of a claim without stages.
+EFFECT_STAGE = LAST_STAGE = 3
 _PACKAGES = ("descant", "torch", "lightning", "timm", "transformers")
 
 
@@ -69,15 +71,30 @@ def require_free(folder: Path, claim: Claim, budget: str) -> None:
         fail(f"{folder}: no permission to write results there; --results FOLDER")
 
 
-def write(folder: Path, claim: Claim, budget: str, runs: Runs, seconds: float, precisions: Sequence[str] = ()) -> None:
-    """Store all runs of a claim; ``seconds`` is their wall time, ``precisions`` are those of the runs."""
+def write(
+    folder: Path,
+    claim: Claim,
+    budget: str,
+    runs: Runs,
+    seconds: float,
+    precisions: Sequence[str] = (),
+    outcome: Mapping[str, Any] | None = None,
+) -> None:
+    """Store all runs of a claim.
+
+    Args:
+        seconds: their wall time. precisions: those of the runs. outcome: what they came to (``verdict``, ``effect``,
+            ...); default: judged, where they are full.
+    """
+    if outcome is None:
+        outcome = _judged(claim, runs) if budget == "full" else {}
     content = {
         "claim": claim.name,
         "seed": claim.seed,
         "digest": claim.digest,
         "budget": budget,
         "seconds": round(seconds, 1),
-        **_judged(claim, budget, runs),
+        **outcome,
         "machine": machine(),
         "precision": list(precisions),
         "versions": versions(),
@@ -86,10 +103,43 @@ def write(folder: Path, claim: Claim, budget: str, runs: Runs, seconds: float, p
     write_json(path(folder, claim.name, budget), content)
 
 
-def _judged(claim: Claim, budget: str, runs: Runs) -> dict[str, str]:
+def _judged(claim: Claim, runs: Runs) -> dict[str, str]:
     """Verdict and word of a full result, for readers that do not judge it themselves."""
-    judgement = judge(claim, runs) if budget == "full" else None
-    return {} if judgement is None else {"verdict": judgement.verdict, "effect": judgement.effect.word}
+    judgement = judge(claim, runs)
+    return {"verdict": judgement.verdict, "effect": judgement.effect.word}
+
+
+def judged(claim: Claim, stored: Mapping[str, Any]) -> Judgement | None:
+    """The judgement of a full result as it was stored; None where the claim stopped before its effect was measured."""
+    if stored.get("stage", LAST_STAGE) < EFFECT_STAGE:
+        return None
+    if claim.staged:
+        claim = claim.with_margin(stored["margin"])
+    return judge(claim, stored["runs"], stored.get("futile", False))
+
+
+def read_registered(folder: Path, claim: Claim) -> dict[str, Any] | None:
+    """What a claim was when it was registered, or None.
+
+    Raises:
+        Refusal: if another configuration of it was registered.
+    """
+    file = path(folder, claim.name, "registered")
+    try:
+        content: dict[str, Any] = json_of(file, most=_MOST)
+        digest, code = content["digest"], dict(content["code"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        fail(f"{file}: no registration of a claim; move it away to register the claim again")
+    if digest != claim.digest:
+        fail(f"{file}: registered as {digest}, and the claim is now {claim.digest}; move it away to register it again")
+    return content | {"code": code}
+
+
+def write_registered(folder: Path, claim: Claim, content: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path(folder, claim.name, "registered"), dict(content))
 
 
 def machine() -> dict[str, object]:

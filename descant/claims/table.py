@@ -10,7 +10,7 @@ from typing import Any
 
 from descant.claims import plots, store
 from descant.claims.effect import Effect, Interval
-from descant.claims.judge import Judgement, Runs, judge
+from descant.claims.judge import Judgement, Runs
 from descant.claims.plots import measured
 from descant.claims.spec import EQUAL, TUNE, Claim
 from descant.cli.catalogue import papers
@@ -66,7 +66,10 @@ def write(claims: Sequence[Claim], results: Path, page: Path) -> list[str]:
             without.append(claim.name)
             of_family.append(f"| {family(claim)} | {claim.name}, {_paper(claim)} | | not run yet | | | | | |")
             continue
-        judgement = judge(claim, stored["runs"])
+        judgement = store.judged(claim, stored)
+        if judgement is None:
+            of_family.append(_ended(claim, stored))
+            continue
         of_family.append(_row(claim, judgement, stored))
         effects.setdefault(family(claim), []).append((claim.name, judgement.effect))
         figure = folder / f"{claim.name}.svg"
@@ -123,6 +126,14 @@ def _row(claim: Claim, judgement: Judgement, stored: Mapping[str, Any]) -> str:
         f"{stored['seconds'] / 60:.0f} min",
     )
     return f"| {' | '.join(cells)} |"
+
+
+def _ended(claim: Claim, stored: Mapping[str, Any]) -> str:
+    """Row of a claim that stopped before its effect was measured."""
+    headroom = f" (oracle {stored['headroom']:+.3f})" if "headroom" in stored else f" ({stored['signal']:.3g})"
+    margin = f"{stored['margin']:.3g}" if "margin" in stored else ""
+    cells = (family(claim), f"{claim.name}, {_paper(claim)}", exact(claim) or "", f"**{stored['effect']}**{headroom}")
+    return f"| {' | '.join(cells)} | {margin} | | | | {stored['seconds'] / 60:.0f} min |"
 
 
 def _section(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from descant.claims import plots, run, spec, store, summary, table
+from descant.claims import plots, registration, run, spec, store, summary, table
 from descant.claims.claim import Claim
 from descant.claims.judge import FAILED, NOT, PASSED, decide, judge
 from descant.cli.catalogue import extended, find
@@ -674,3 +674,113 @@ def test_a_run_that_fails_is_named_with_its_last_line(
     result = planted("run", "toy-claim.yaml", "--budget", "pilot", "--arms", "sham")
     line = result.err.splitlines()[-1]  # the one before it says how many runs there are
     assert result.rc == 2 and "claims toy-claim: sham, seed 100: " in line and "widht" in line and "log: " in line
+
+
+# by stages ------------------------------------------------------------------------------------------------------
+
+#: The oracle of the toy learns at the method's rate; the sham is as far from the baseline as its rate is from 0.
+STAGES: dict[str, Any] = {
+    "arms": CONTENT["arms"] | {"best": {"options": {"model.optimizer.init_args.weight_decay": 0.0}}, "more": None},
+    "oracle": "best",
+    "metric": {"name": "test/gap", "better": "lower", "least": 0.001},
+    "seeds": {"pilot": [100, 101], "full": [0, 1, 2, 3, 4], "extension": [5, 6, 7, 8, 9]},
+}
+SIGNAL = {"metric": "test/gap", "arm": "best", "against": "baseline", "at_most": -0.001}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"oracle": None}, "a margin from headroom needs `oracle`"),
+        ({"metric": STAGES["metric"] | {"margin": 1}}, "metric: margin, or least"),
+        ({"metric": STAGES["metric"] | {"least": 0}}, "metric.least 0: not below 0"),
+        ({"also": [{"metric": "a", "arm": "method", "at_least": 0}] * 3}, "also: 3 side conditions.*at most 2"),
+        (
+            {"seeds": STAGES["seeds"] | {"full": [0, 1, 2]}},
+            "seeds: a claim by stages has 2 in pilot, 5 in full, 5 in extension",
+        ),
+        ({"seeds": STAGES["seeds"] | {"extension": [4, 6, 7, 8, 9]}}, "seeds: 4 is there twice"),
+        ({"budget": {"pilot": {"trainer.max_steps": 1}}}, "budget.pilot: the pilot of a claim by stages has the full"),
+        (
+            {"metric": CONTENT["metric"], "seeds": CONTENT["seeds"], "signal": SIGNAL},
+            "signal: a claim by stages has one",
+        ),
+    ],
+)
+def test_what_is_wrong_in_a_claim_by_stages_is_named(
+    made: Callable[..., Claim], changes: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(Refusal, match=says):
+        made(**(STAGES | changes))
+
+
+def test_the_code_of_a_claim_is_what_its_classes_import(made: Callable[..., Claim]) -> None:
+    claim = spec.load("structure-clip")
+    registered = registration.register(claim)
+    assert "modules/losses/hinge.py" in registered["code"] and len(registered["digest"]) == 16
+    assert not any(file.startswith("claims/") for file in registered["code"])
+    assert registration.changed(registered, claim) == []
+    registered["code"] |= {"modules/losses/hinge.py": "another", "modules/gone.py": "one that is not there now"}
+    assert registration.changed(registered, claim) == ["modules/gone.py", "modules/losses/hinge.py"]
+
+
+def test_equal_baselines_have_one_folder(made: Callable[..., Claim], workplace: Path) -> None:
+    def home(arm: str, **changes: Any) -> Path:
+        return run.Place(made(**(STAGES | changes)), "full", workplace / "runs").home(arm)
+
+    other = {"baseline": {"options": {"model.optimizer.init_args.lr": 0.5}}}
+    assert home("baseline") == home("baseline", title="another claim", also=[]) != home("best")
+    assert home("baseline") != home("baseline", arms=STAGES["arms"] | other)
+    assert home("method") == home("sham") != home("method", metric=STAGES["metric"] | {"least": 0.1})
+
+
+def test_side_conditions_of_a_claim_by_stages_hold_by_interval(made: Callable[..., Claim]) -> None:
+    also = [{"metric": "test/gap", "arm": "method", "against": "baseline", "at_most": -0.45}]
+    runs = runs_of([0.5, 0.6, 0.7, 0.4, 0.6], [0.0, 0.001, -0.001, 0.0, 0.0])
+    runs["best"] = runs["method"]
+    claim = made(**STAGES, also=also).with_margin(0.1)
+    ((_, value, met),) = judge(claim, runs).asked
+    assert value == pytest.approx(-0.56, abs=ulps(8, F64)) and not met  # the upper end is -0.42
+    assert judge(made(arms=STAGES["arms"], also=also), runs).asked[0][2]  # by the mean
+
+
+@pytest.mark.slow
+def test_a_claim_goes_through_its_stages_and_stops_where_one_decides(
+    planted: Callable[..., Result],
+    made: Callable[..., Claim],
+    results: Path,
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fork_runs(monkeypatch)
+    made(**STAGES, signal=SIGNAL)
+    refused = planted("run", "toy-claim.yaml", "--arms", "method").refusal
+    assert "--arms: claims toy-claim goes by stages" in refused
+    whole = planted("run", "toy-claim.yaml")
+    assert whole.rc == 0 and "stage 2, room: the oracle gains +" in whole.err, (whole.out, whole.err)
+    stored = store.read(results, "toy-claim", "full")
+    assert stored is not None and (stored["effect"], stored["stage"]) == ("helps", 3), stored
+    assert set(stored["runs"]) == {"baseline", "method", "sham", "best"} and set(stored["runs"]["best"]) == set(
+        range(5)
+    )
+    assert set(stored["registered"]) == {"digest", "commit", "time", "code"}
+    assert planted("run", "toy-claim.yaml").out == whole.out  # nothing is trained again
+    ablations = planted("run", "toy-claim.yaml", "--ablations")
+    assert ablations.rc == 0 and ablations.out.startswith("baseline: test/gap"), ablations.err
+    table.write([spec.load("toy-claim.yaml")], results, workplace / "CLAIMS.md")
+    assert "| **helps** " in (workplace / "CLAIMS.md").read_text()
+    assert summary(spec.load("toy-claim.yaml"), results)["placebo_valid"]
+    # an oracle that is the baseline leaves no room; the baseline's runs are those of the claim before
+    for file in results.glob("toy-claim*"):
+        file.unlink()
+    made(**(STAGES | {"arms": STAGES["arms"] | {"best": CONTENT["arms"]["baseline"]}}))
+    without = planted("run", "toy-claim.yaml")
+    assert without.out == "toy-claim: no room (stage 2, room)\n" and "runs," not in without.err, without.err
+    # and without a signal nothing more is trained
+    for file in results.glob("toy-claim*"):
+        file.unlink()
+    made(**STAGES, signal=SIGNAL | {"at_most": -100})
+    assert planted("run", "toy-claim.yaml").out == "toy-claim: not testable here (stage 1, signal)\n"
+    table.write([spec.load("toy-claim.yaml")], results, workplace / "CLAIMS.md")
+    assert "**not testable here**" in (workplace / "CLAIMS.md").read_text()
+    assert summary(spec.load("toy-claim.yaml"), results)["stage"] == 1

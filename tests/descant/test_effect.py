@@ -114,7 +114,7 @@ def test_the_share_of_the_headroom_needs_an_oracle_above_the_baseline() -> None:
     method, placebo = [0.25, 0.25, 0.25], [0.0, 0.0, 0.0]
     assert effect(method, placebo, 0.05, headroom=1.0).share_of_headroom == 0.25
     assert effect(method, placebo, 0.05).share_of_headroom is None
-    assert effect(method, placebo, 0.05, headroom=0.09).word == NO_ROOM
+    assert effect(method, placebo, 0.05, headroom=0.09, room=False).word == NO_ROOM
 
 
 def test_the_bootstrap_over_items_covers_what_it_says() -> None:
