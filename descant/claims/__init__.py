@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from descant.claims import run, spec, store
+from descant.claims import plan, run, spec, store
 from descant.claims.claim import BUDGETS, TUNE, Claim
 from descant.claims.judge import judge, lines
 from descant.claims.registration import changed
@@ -23,10 +23,12 @@ _HELP = """\
 descant claims: does each mechanism do what its paper claims? Paired runs, a sham, and a rule fixed beforehand
 
 usage: descant claims list [--json]
+       descant claims plan [NAME ...]
        descant claims tune NAME
        descant claims run NAME [--budget pilot|full] [--seeds 0,1] [--arms method,sham] [--ablations]
        descant claims table | verify [NAME ...]
 
+  plan    lists the runs of each stage that are still to be trained, in core-minutes
   tune    trains every setting of the arms that have some once, and stores which is best by validation
   run     trains every arm from the same seeds, stores the result, prints the verdict; an interrupted run
           is resumed. full needs a pilot of the same configuration: margins are fixed on pilot seeds,
@@ -44,7 +46,7 @@ Options:
   --trust MODULE     allow class paths of your own module
   --results DIR      where results are stored (beside the claims)
   --page FILE        of table (CLAIMS.md)"""
-_COMMANDS = ("list", "tune", "run", "table", "verify")
+_COMMANDS = ("list", "plan", "tune", "run", "table", "verify")
 
 
 def main(args: Sequence[str]) -> int:
@@ -54,7 +56,7 @@ def main(args: Sequence[str]) -> int:
         return 0
     command, *rest = args
     if command not in _COMMANDS:
-        fail(f"claims {command}: list, tune, run, table or verify{hint(command, _COMMANDS, most=0)}")
+        fail(f"claims {command}: list, plan, tune, run, table or verify{hint(command, _COMMANDS, most=0)}")
     parser = Options(prog=f"descant claims {command}", add_help=False)
     parser.add_argument("--results", type=Path, default=spec.folder() / "results")
     if command == "list":
@@ -63,6 +65,10 @@ def main(args: Sequence[str]) -> int:
     if command == "table":
         parser.add_argument("--page", type=Path, default=Path("CLAIMS.md"))
         return _table(parser.parse_args(rest))
+    if command == "plan":
+        parser.add_argument("names", nargs="*")
+        parser.add_argument("--runs", type=Path, default=Path("runs"))
+        return _plan(parser.parse_args(rest))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--trust", action="append", default=[])
     if command == "verify":
@@ -79,6 +85,18 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--arms")
     parser.add_argument("--ablations", action="store_true")
     return _run(parser.parse_args(rest))
+
+
+def _plan(given: argparse.Namespace) -> int:
+    known, total = True, 0.0
+    for name in given.names or spec.names():
+        claim = spec.load(name)
+        parts = plan.plan(claim, given.results, given.runs.absolute())
+        print("\n".join(plan.lines(claim, parts)))
+        known = known and all(part.minutes is not None for part in parts)
+        total += sum(part.minutes or 0.0 for part in parts)
+    print(f"total: {'' if known else 'at least '}{total:.0f} core-minutes, {total / 60:.1f} core-hours")
+    return 0
 
 
 def _tune(given: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from descant.claims.claim import EXTENSION as EXTENSION
 from descant.claims.claim import OF_ARM, SETTING, Arm, Condition, Metric, Tuning, texts
 from descant.claims.claim import TUNE as TUNE
 from descant.claims.claim import Claim as Claim
-from descant.claims.digest import digest
+from descant.claims.digest import composed, digest
 from descant.claims.effect import FIRST, LAST, PILOT
 from descant.cli.catalogue import ROOT, find, layers
 from descant.cli.errors import Refusal, fail, hint, one_line
@@ -214,6 +214,26 @@ def _staged(where: str, content: Mapping[str, Any], also: Sequence[Condition]) -
         fail(f"{where}: also: {len(also)} side conditions, and a claim by stages has at most {_SIDE}")
     if dict(content.get("budget") or {}).get("pilot"):
         fail(f"{where}: budget.pilot: the pilot of a claim by stages has the full budget")
+    method, sham = (_data(content, arm) for arm in ("method", "sham"))
+    other = sorted(key for key in {*method, *sham} if method.get(key) != sham.get(key))
+    if other:
+        fail(f"{where}: arms.sham: it trains on other data than the method: {other[0]}; a placebo permutes a signal")
+
+
+def _data(content: Mapping[str, Any], arm: str) -> dict[str, Any]:
+    """Key -> value of the data that an arm trains on, without those called ``sham``."""
+    made = composed(content["experiment"], content["arms"][arm] or {}, _contents())
+    values = dict(_leaves("data", made["config"].get("data")))
+    values |= {key: value for key, value in (made.get("options") or {}).items() if key.startswith("data.")}
+    return {key: value for key, value in values.items() if not key.endswith(".sham")}
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for name, item in value.items():
+            yield from _leaves(f"{key}.{name}", item)
+    else:
+        yield key, value
 
 
 def _oracle(where: str, content: Mapping[str, Any], arms: Iterable[str]) -> str | None:

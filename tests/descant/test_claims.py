@@ -556,7 +556,7 @@ def test_runs_of_an_array_are_found_by_their_seed(made: Callable[..., Claim], wo
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["ron"], "claims ron: list, tune, run, table or verify; nearest: run"),
+        (["ron"], "claims ron: list, plan, tune, run, table or verify; nearest: run"),
         (["tune", "toy-claim.yaml"], "no arm has settings to choose from"),
         (["run", "nothing-such"], "claims nothing-such: no such claim"),
         (
@@ -700,6 +700,10 @@ SIGNAL = {"metric": "test/gap", "arm": "best", "against": "baseline", "at_most":
             "seeds: a claim by stages has 2 in pilot, 5 in full, 5 in extension",
         ),
         ({"seeds": STAGES["seeds"] | {"extension": [4, 6, 7, 8, 9]}}, "seeds: 4 is there twice"),
+        (
+            {"arms": STAGES["arms"] | {"sham": {"options": {"data.init_args.seed": 3}}}},
+            "arms.sham: it trains on other data than the method: data.init_args.seed",
+        ),
         ({"budget": {"pilot": {"trainer.max_steps": 1}}}, "budget.pilot: the pilot of a claim by stages has the full"),
         (
             {"metric": CONTENT["metric"], "seeds": CONTENT["seeds"], "signal": SIGNAL},
@@ -742,6 +746,36 @@ def test_side_conditions_of_a_claim_by_stages_hold_by_interval(made: Callable[..
     ((_, value, met),) = judge(claim, runs).asked
     assert value == pytest.approx(-0.56, abs=ulps(8, F64)) and not met  # the upper end is -0.42
     assert judge(made(arms=STAGES["arms"], also=also), runs).asked[0][2]  # by the mean
+
+
+def test_a_plan_counts_what_is_missing_and_what_it_takes(
+    made: Callable[..., Claim], cli: Callable[..., Result], results: Path, workplace: Path
+) -> None:
+    def planned() -> list[str]:
+        return [
+            " ".join(line.split())
+            for line in cli("claims", "plan", "toy-claim.yaml", "--results", results).out.splitlines()
+        ]
+
+    claim = made(**STAGES, signal=SIGNAL)
+    unknown = "unknown: none of its runs is stored"
+    assert planned() == [
+        f"toy-claim: 46 runs to train, {unknown}",
+        f"signal 2 of 2 runs {unknown}",
+        f"room 4 of 4 runs {unknown}",
+        f"effect 20 of 20 runs {unknown}",
+        f"extension 20 of 20 runs {unknown}",
+        "total: at least 0 core-minutes, 0.0 core-hours",
+    ]
+    results.mkdir()
+    runs = {arm: {seed: {"test/gap": 1.0, "steps": 8.0} for seed in (100, 101)} for arm in ("baseline", "best")}
+    store.write(results, claim, "pilot", runs, 60.0)
+    cores = store.machine()["cores"]
+    assert planned()[3] == f"effect 20 of 20 runs {20 * cores / 4:.1f} core-minutes"  # type: ignore[operator]
+    folder = run.Place(claim, "full", workplace / "runs").home("method") / "method-0/001"
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text('{"test/gap": 1, "steps": 8}')
+    assert planned()[3].startswith("effect 19 of 20 runs")
 
 
 @pytest.mark.slow
