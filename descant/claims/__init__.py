@@ -25,7 +25,7 @@ descant claims: does each mechanism do what its paper claims? Paired runs, a sha
 usage: descant claims list [--json]
        descant claims plan [NAME ...]
        descant claims tune NAME
-       descant claims run NAME [--budget pilot|full] [--seeds 0,1] [--arms method,sham] [--ablations]
+       descant claims run NAME [--budget pilot|full] [--seeds 0,1] [--arms method,sham] [--ablations] [--redesign]
        descant claims table | verify [NAME ...]
 
   plan    lists the runs of each stage that are still to be trained, in core-minutes
@@ -34,7 +34,8 @@ usage: descant claims list [--json]
           is resumed. full needs a pilot of the same configuration: margins are fixed on pilot seeds,
           never on those that count. A claim whose margin is `least` goes by stages, and stops at the
           first that decides: exact (its test), signal, room (the oracle's gain on pilot seeds), effect
-          (3 seeds, then 5), extension (5 more). --ablations: its other arms, one seed, no verdict
+          (3 seeds, then 5), extension (5 more). --ablations: its other arms, one seed, no verdict.
+          --redesign: sets the result of an earlier design aside, once a claim; its row stays
   table   writes CLAIMS.md and its figures from the stored results
   verify  repeats one pilot seed of every stored result and compares; names the code that changed since
           a claim was registered (--code: only that)
@@ -84,6 +85,7 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--seeds")
     parser.add_argument("--arms")
     parser.add_argument("--ablations", action="store_true")
+    parser.add_argument("--redesign", action="store_true")
     return _run(parser.parse_args(rest))
 
 
@@ -136,6 +138,8 @@ def _settled(claim: Claim, results: Path) -> Claim:
 
 def _run(given: argparse.Namespace) -> int:
     claim = spec.load(given.name)
+    if given.redesign:
+        store.supersede(given.results, claim)
     if claim.staged:
         return _run_staged(claim, given)
     if given.ablations:

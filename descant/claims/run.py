@@ -18,6 +18,9 @@ from descant.run import runs as folders
 from descant.run.groups import numbers, seed_of
 from descant.run.processes import Task, run_beside
 
+#: File with the time at which a command began to train; it is there while one trains.
+_BEGAN = "began"
+
 
 @dataclass(frozen=True)
 class Place:
@@ -92,7 +95,9 @@ class Place:
 
     def precisions(self) -> list[str]:
         """``trainer.precision`` of the runs; warns where they differ."""
-        every = {folders.precision_of(folder) for folder in self.folder.glob("*/*") if folder.is_dir()} - {None}
+        homes = {self.folder, *map(self.home, self.claim.arms)}
+        runs = (folder for home in homes for folder in home.glob("*/*") if folder.is_dir())
+        every = {folders.precision_of(folder) for folder in runs} - {None}
         precisions = sorted(map(str, every))
         if len(precisions) > 1:
             say(f"warning: claims {self.claim.name}: its runs were trained in {' and '.join(precisions)}")
@@ -129,6 +134,8 @@ def run(place: Place, arms: Sequence[str], seeds: Sequence[int], jobs: int) -> i
         folder.mkdir(parents=True, exist_ok=True)
     which = {_task(place, arm, seed): (arm, seed) for arm, seed in todo}
     began = time.monotonic()
+    lost = _killed(place)  # a killed command stored no time
+    folders.write_text(place.folder / _BEGAN, f"{time.time():.1f}\n")
     try:
         run_beside(
             list(which),
@@ -140,9 +147,21 @@ def run(place: Place, arms: Sequence[str], seeds: Sequence[int], jobs: int) -> i
         say(f"claims {place.claim.name}: interrupted; the same command continues")
         return INTERRUPTED
     finally:
-        if todo:
-            folders.write_text(place.folder / "seconds", f"{place.seconds + time.monotonic() - began:.1f}\n")
+        if todo or lost:
+            folders.write_text(place.folder / "seconds", f"{place.seconds + lost + time.monotonic() - began:.1f}\n")
+        (place.folder / _BEGAN).unlink(missing_ok=True)
     return 0
+
+
+def _killed(place: Place) -> float:
+    """Seconds of a command that was killed: from its begin to the last line of a run's log."""
+    try:
+        began = float((place.folder / _BEGAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0.0
+    homes = {place.folder, *map(place.home, place.claim.arms)}
+    ended = [log.stat().st_mtime for home in homes for log in home.glob("*.log")]
+    return max(0.0, max(ended, default=began) - began)
 
 
 def command(place: Place, arm: str, seed: int) -> list[str]:

@@ -89,7 +89,7 @@ class Staged:
                 say(f"claims {claim.name}: stage 4, extension: {len(seeds)} seeds cannot tell, {EXTENSION} follows")
                 stage, runs = 4, self._collect("full", claim.judged, (*seeds, *claim.seeds[EXTENSION]))
         judgement = judge(claim, runs, futile)
-        outcome = {"verdict": judgement.verdict, "effect": judgement.effect.word, "stage": stage, "futile": futile}
+        outcome = store.outcome_of(judgement) | {"stage": stage, "futile": futile}
         self._write("full", runs, {**outcome, **found, "registered": registered})
         print("\n".join(lines(claim, judgement, f"stage {stage}")))
         return 0

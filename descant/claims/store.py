@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from descant.claims.claim import Claim
+from descant.claims.claim import ABLATIONS, BUDGETS, TUNE, Claim
 from descant.claims.judge import Judgement, Runs, judge
 from descant.cli.errors import fail, one_line
 from descant.cli.untrusted import json_of
@@ -87,7 +87,7 @@ def write(
             ...); default: judged, where they are full.
     """
     if outcome is None:
-        outcome = _judged(claim, runs) if budget == "full" else {}
+        outcome = outcome_of(judge(claim, runs)) if budget == "full" else {}
     content = {
         "claim": claim.name,
         "seed": claim.seed,
@@ -103,10 +103,28 @@ def write(
     write_json(path(folder, claim.name, budget), content)
 
 
-def _judged(claim: Claim, runs: Runs) -> dict[str, str]:
-    """Verdict and word of a full result, for readers that do not judge it themselves."""
-    judgement = judge(claim, runs)
-    return {"verdict": judgement.verdict, "effect": judgement.effect.word}
+def outcome_of(judgement: Judgement) -> dict[str, Any]:
+    """Verdict, word and gains of a full result, for readers that do not judge it themselves."""
+    gain, placebo = judgement.effect.over_baseline, judgement.effect.placebo.mean
+    numbers = {"gain": [gain.mean, gain.low, gain.high], "placebo": placebo}
+    return {"verdict": judgement.verdict, "effect": judgement.effect.word, **numbers}
+
+
+def supersede(folder: Path, claim: Claim) -> None:
+    """Set the results of the claim's earlier design aside, where its row stays; once a claim.
+
+    Raises:
+        Refusal: where there is no result of an earlier design, or one was set aside before.
+    """
+    result, aside = path(folder, claim.name, "full"), path(folder, claim.name, "superseded")
+    stored = read(folder, claim.name, "full")
+    if stored is None or stored["digest"] == claim.digest:
+        fail(f"--redesign: claims {claim.name}: no result of an earlier design is stored")
+    if aside.exists():
+        fail(f"--redesign: claims {claim.name}: it was redesigned before ({aside.name}), and a claim is once")
+    os.replace(result, aside)
+    for budget in (*BUDGETS, TUNE, ABLATIONS, "registered"):
+        path(folder, claim.name, budget).unlink(missing_ok=True)
 
 
 def judged(claim: Claim, stored: Mapping[str, Any]) -> Judgement | None:

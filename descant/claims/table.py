@@ -80,6 +80,9 @@ def write(claims: Sequence[Claim], results: Path, page: Path) -> list[str]:
     parts = [_HEAD, _COLUMNS.format("paper, mechanism"), *(f"{row}\n" for of in rows.values() for row in of)]
     if settings:
         parts += ["\n", _COLUMNS.format("what a setting leaves to gain"), *(f"{row}\n" for row in settings)]
+    old = [row for claim in claims if (row := _superseded(claim, results)) is not None]
+    if old:
+        parts += ["\n", _COLUMNS.format("superseded by a new design"), *(f"{row}\n" for row in old)]
     if drawn:
         write_text(folder / "overview.svg", plots.overview(drawn))
     write_text(page, "".join([*parts, *sections]))
@@ -134,6 +137,19 @@ def _ended(claim: Claim, stored: Mapping[str, Any]) -> str:
     margin = f"{stored['margin']:.3g}" if "margin" in stored else ""
     cells = (family(claim), f"{claim.name}, {_paper(claim)}", exact(claim) or "", f"**{stored['effect']}**{headroom}")
     return f"| {' | '.join(cells)} | {margin} | | | | {stored['seconds'] / 60:.0f} min |"
+
+
+def _superseded(claim: Claim, results: Path) -> str | None:
+    """Row of the earlier design of a claim, or None."""
+    stored = store.read(results, claim.name, "superseded")
+    if stored is None:
+        return None
+    effect = stored.get("effect") or stored.get("verdict", "")
+    if "gain" in stored:
+        effect = f"**{effect}** {_interval(Interval(*stored['gain']))}"
+    placebo = f"{stored['placebo']:+.3f}" if "placebo" in stored else ""
+    cells = (family(claim), f"{claim.name}, {_paper(claim)}", exact(claim) or "", effect, "", "", placebo, "")
+    return f"| {' | '.join(cells)} | {stored['seconds'] / 60:.0f} min |"
 
 
 def _section(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -674,6 +675,35 @@ def test_a_run_that_fails_is_named_with_its_last_line(
     result = planted("run", "toy-claim.yaml", "--budget", "pilot", "--arms", "sham")
     line = result.err.splitlines()[-1]  # the one before it says how many runs there are
     assert result.rc == 2 and "claims toy-claim: sham, seed 100: " in line and "widht" in line and "log: " in line
+
+
+def test_an_earlier_design_stays_as_a_row_and_there_is_one_redesign(
+    made: Callable[..., Claim], cli: Callable[..., Result], results: Path, workplace: Path
+) -> None:
+    results.mkdir()
+    store.write(results, made(), "full", runs_of([0.5, 0.6, 0.7], [0.0, 0.004, -0.004]), 61.0)
+    again = ("claims", "run", "toy-claim.yaml", "--redesign", "--results", results)
+    assert "no result of an earlier design is stored" in cli(*again).refusal
+    changed = made(metric=CONTENT["metric"] | {"margin": 0.2})
+    assert "there is no pilot" in cli(*again).refusal  # set aside; its pilot comes first, as that of any claim
+    assert table.write([changed], results, workplace / "CLAIMS.md") == ["toy-claim"]
+    page = (workplace / "CLAIMS.md").read_text()
+    row = "| others | toy-claim, a planted effect |  | **helps** +0.600 [+0.352, +0.848] |  |  | +0.000 |  | 1 min |"
+    assert "superseded by a new design" in page and row in page
+    store.write(results, changed, "full", runs_of([0.5, 0.6, 0.7], [0.0, 0.1, -0.04]), 61.0)
+    made(metric=CONTENT["metric"] | {"margin": 0.3})
+    assert "it was redesigned before (toy-claim.superseded.json), and a claim is once" in cli(*again).refusal
+
+
+def test_the_time_of_a_killed_command_counts(made: Callable[..., Claim], workplace: Path) -> None:
+    place = run.Place(made(), "pilot", workplace / "runs")
+    place.folder.mkdir(parents=True)
+    (place.folder / "began").write_text("1000.0\n")
+    log = place.folder / "method-100.log"
+    log.touch()
+    os.utime(log, (1090, 1090))
+    assert run.run(place, (), (), 1) == 0
+    assert 90 <= place.seconds < 100 and not (place.folder / "began").exists()
 
 
 # by stages ------------------------------------------------------------------------------------------------------
