@@ -46,7 +46,6 @@ _COLUMNS = (
 #: Family of claims that only show a setting, and of those that belong to no paper in the list.
 SETTINGS, OTHERS = "settings", "others"
 _BESIDE = (SETTINGS, OTHERS)
-_EXACT = {"exact": "yes", "ours": "our reading"}
 
 
 def write(claims: Sequence[Claim], results: Path, page: Path) -> list[str]:
@@ -103,7 +102,7 @@ def family(claim: Claim) -> str:
 def exact(claim: Claim) -> str | None:
     """Whether the equation of its paper is held by a test: yes, our reading, or None for a claim of no paper."""
     paper = paper_of(claim)
-    return None if paper is None else _EXACT[paper["equation"]]
+    return None if paper is None else ("yes" if paper["exact"] else "our reading")
 
 
 def _paper(claim: Claim) -> str:

@@ -147,7 +147,7 @@ def _paper(paper: Mapping[str, Any]) -> str:
         effect, time = found["effect"], f"{found['seconds'] / 60:.0f} min"
     except (OSError, ValueError, KeyError):
         effect, time = "not run yet", ""
-    return f"{line}{paper['equation']:<5}  {effect:<20}  {time:>6}".rstrip()
+    return f"{line}{'exact' if paper['exact'] else 'ours':<5}  {effect:<20}  {time:>6}".rstrip()
 
 
 def _title(claim: Path) -> str:
