@@ -127,6 +127,7 @@ class Claim:
             a reader of its numbers has to know. oracle: the arm that shows how much can be gained. setting: it shows
             what a setting leaves to gain, and judges no paper. least: the smallest margin of a claim by stages, whose
             margin is a quarter of what the oracle gains. signal: what has to be there before the effect is measured.
+            lockbox: options under which its effect is measured on samples that nothing else has read.
     """
 
     name: str
@@ -154,6 +155,7 @@ class Claim:
     setting: bool = False
     least: float | None = None
     signal: Condition | None = None
+    lockbox: Mapping[str, Any] = field(default_factory=dict)
 
     def metrics(self) -> list[str]:
         """All metrics that are reported, the first one first."""

@@ -30,7 +30,7 @@ def register(claim: Claim) -> dict[str, Any]:
     return {
         "digest": claim.digest,
         "commit": _commit(),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "time": now(),
         "code": code(claim),
     }
 
@@ -128,6 +128,11 @@ def _digest(file: Path) -> str:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:12]
+
+
+def now() -> str:
+    """The time as it is stored: UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _commit() -> str | None:

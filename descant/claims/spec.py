@@ -27,7 +27,7 @@ from descant.modules.io.renamed import CLASSES
 KEYS = (
     *("title", "seed", "source", "experiment", "arms", "metric", "seeds"),
     *("options", "before", "sham_margin", "also", "secondary", "calls", "budget", "status", "baseline_tuning"),
-    *("alone", "tuning", "note", "oracle", "setting", "signal"),
+    *("alone", "tuning", "note", "oracle", "setting", "signal", "lockbox"),
 )
 NEEDED = KEYS[:7]
 ARM_KEYS = ("configs", "config", "options", "settings")
@@ -92,8 +92,10 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
     signal = content.get("signal")
     if least is not None:
         _staged(where, content, also)
-    elif signal is not None:
-        fail(f"{where}: signal: a claim by stages has one: metric.least in place of metric.margin")
+    elif signal is not None or content.get("lockbox"):
+        key = "lockbox" if signal is None else "signal"
+        fail(f"{where}: {key}: a claim by stages has one: metric.least in place of metric.margin")
+    lockbox = dict(content.get("lockbox") or {})
     budget = dict(content.get("budget") or {})
     _known(f"{where}: budget", budget, ("equal", *BUDGETS))
     equal = _choice(f"{where}: budget.equal", budget.get("equal", "steps"), EQUAL)
@@ -121,7 +123,8 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
         calls=content.get("calls"),
         seeds=seeds,
         equal=EQUAL[equal],
-        budgets={key: {**options, **dict(budget.get("full" if least is not None else key) or {})} for key in BUDGETS},
+        budgets=_budgets(options, budget, lockbox, least is not None),
+        lockbox=lockbox,
         status=status,
         baseline_tuning=content.get("baseline_tuning"),
         digest=marked,
@@ -200,6 +203,14 @@ def _alone(where: str, content: Mapping[str, Any], arms: Iterable[str]) -> tuple
             others = [arm for arm in arms if arm not in ARMS]
             fail(f"{where}: alone: no arm {name!r} beside {', '.join(ARMS)}{hint(name, others)}")
     return alone
+
+
+def _budgets(
+    options: Mapping[str, Any], budget: Mapping[str, Any], lockbox: Mapping[str, Any], staged: bool
+) -> dict[str, dict[str, Any]]:
+    """Options of each budget; the pilot of a claim by stages has the full budget, outside of the lock-box."""
+    own = {key: dict(budget.get("full" if staged else key) or {}) for key in BUDGETS}
+    return {key: {**options, **own[key], **(lockbox if key == "full" else {})} for key in BUDGETS}
 
 
 #: Most side conditions of a claim by stages.

@@ -14,7 +14,7 @@ from descant.claims import run, store
 from descant.claims.claim import ABLATIONS, EXTENSION, Claim
 from descant.claims.effect import FIRST, FUTILE, NO_ROOM, NOT_TESTABLE, has_room, is_extended, is_futile, margin_of
 from descant.claims.judge import Runs, gains, judge, lines, measured
-from descant.claims.registration import changed, register
+from descant.claims.registration import changed, now, register
 from descant.cli.catalogue import papers
 from descant.cli.errors import fail, say
 from descant.modules.io.names import PACKAGE
@@ -81,6 +81,8 @@ class Staged:
 
     def _effect(self, claim: Claim, registered: Mapping[str, Any], found: dict[str, Any]) -> int:
         seeds = claim.seeds["full"]
+        if claim.lockbox:
+            registered = self._opened(registered)
         runs = self._collect("full", claim.judged, seeds[:FUTILE])
         stage, futile = 3, is_futile(gains(claim, runs, "method", seeds[:FUTILE]), claim.metric.margin)
         if not futile:
@@ -139,6 +141,14 @@ class Staged:
         elif files := changed(kept, self.claim):
             say(f"warning: claims {self.claim.name}: changed since it was registered: {listed(files)}")
         return kept
+
+    def _opened(self, registered: Mapping[str, Any]) -> dict[str, Any]:
+        """Note that the claim opens the lock-box, before a run reads it; it does so once."""
+        if "opened" not in registered:
+            registered = {**registered, "opened": now()}
+            store.write_registered(self.results, self.claim, registered)
+        say(f"claims {self.claim.name}: opens the lock-box; {store.openings(self.results)} claims have so far")
+        return dict(registered)
 
     def _signal(self) -> tuple[float, bool]:
         signal, seed = self.claim.signal, self.claim.seeds["pilot"][:1]

@@ -122,6 +122,8 @@ def supersede(folder: Path, claim: Claim) -> None:
         fail(f"--redesign: claims {claim.name}: no result of an earlier design is stored")
     if aside.exists():
         fail(f"--redesign: claims {claim.name}: it was redesigned before ({aside.name}), and a claim is once")
+    if "opened" in stored.get("registered", {}):
+        fail(f"--redesign: claims {claim.name}: it opened the lock-box, which a claim does once: its row is final")
     os.replace(result, aside)
     for budget in (*BUDGETS, TUNE, ABLATIONS, "registered"):
         path(folder, claim.name, budget).unlink(missing_ok=True)
@@ -153,6 +155,11 @@ def read_registered(folder: Path, claim: Claim) -> dict[str, Any] | None:
     if digest != claim.digest:
         fail(f"{file}: registered as {digest}, and the claim is now {claim.digest}; move it away to register it again")
     return content | {"code": code}
+
+
+def openings(folder: Path) -> int:
+    """How many claims have opened the lock-box."""
+    return sum("opened" in json_of(file, most=_MOST) for file in folder.glob("*.registered.json"))
 
 
 def write_registered(folder: Path, claim: Claim, content: Mapping[str, Any]) -> None:

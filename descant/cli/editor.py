@@ -104,6 +104,7 @@ def claim() -> dict[str, Any]:
         "alone": texts,
         "setting": {"type": "boolean"},
         "signal": condition,
+        "lockbox": options,
         "seeds": an_object(
             (*spec.BUDGETS, spec.EXTENSION), dict.fromkeys((*spec.BUDGETS, spec.EXTENSION), seeds), spec.BUDGETS
         ),

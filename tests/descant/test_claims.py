@@ -817,7 +817,7 @@ def test_a_claim_goes_through_its_stages_and_stops_where_one_decides(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fork_runs(monkeypatch)
-    made(**STAGES, signal=SIGNAL)
+    made(**STAGES, signal=SIGNAL, lockbox={"data.batches": 5})
     refused = planted("run", "toy-claim.yaml", "--arms", "method").refusal
     assert "--arms: claims toy-claim goes by stages" in refused
     whole = planted("run", "toy-claim.yaml")
@@ -827,7 +827,11 @@ def test_a_claim_goes_through_its_stages_and_stops_where_one_decides(
     assert set(stored["runs"]) == {"baseline", "method", "sham", "best"} and set(stored["runs"]["best"]) == set(
         range(5)
     )
-    assert set(stored["registered"]) == {"digest", "commit", "time", "code"}
+    assert set(stored["registered"]) == {"digest", "commit", "time", "code", "opened"}
+    assert "opens the lock-box; 1 claims have so far" in whole.err
+    made(**STAGES, signal=SIGNAL)
+    assert "it opened the lock-box" in planted("run", "toy-claim.yaml", "--redesign").refusal
+    made(**STAGES, signal=SIGNAL, lockbox={"data.batches": 5})
     assert planted("run", "toy-claim.yaml").out == whole.out  # nothing is trained again
     ablations = planted("run", "toy-claim.yaml", "--ablations")
     assert ablations.rc == 0 and ablations.out.startswith("baseline: test/gap"), ablations.err
