@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import combinations
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ def js_divergence(a_BC: Tensor, b_BC: Tensor) -> Tensor:
 class Game(Regularizer):
     """Mutual-information game of the modalities over the fused logits: one term, "game".
 
-        D(a; i) = mean_s JS(f with z_i of other samples, f),        where of z only z_a takes a gradient
+        D(a; i) = mean_s JS(f with z_i of other samples, f),        where player a alone takes a gradient
         value_b = weight sum over players a and modalities i of  stake(a, i) D_b(a; i)
 
     f with z_i of others: latents are permuted along S random cycles through the samples of this micro-batch that
@@ -45,13 +45,18 @@ class Game(Regularizer):
 
     Args:
         weight: of the term. permutations: S.
+        detach: what of the others takes no gradient in D: ``projections``, W_m z_m, as in the authors' release, or
+            ``latents``, z_m alone (our variant). The gradients at z are the same; at W_m of a greedy game they cancel
+            with ``latents``, and with ``projections`` W_m plays as its latents do.
     """
 
-    def __init__(self, weight: float = 0.1, permutations: int = 8) -> None:
+    def __init__(
+        self, weight: float = 0.1, permutations: int = 8, detach: Literal["projections", "latents"] = "projections"
+    ) -> None:
         super().__init__()
         if permutations < 1:
             raise ValueError(f"permutations {permutations}: 1 is the least")
-        self.weight, self.permutations = weight, permutations
+        self.weight, self.permutations, self.detach = weight, permutations, detach
 
     def stake(self, player: str, disturbed: str, modalities: int) -> float:
         """Coefficient of D(player; disturbed): negative to maximise it, positive to minimise it."""
@@ -68,14 +73,16 @@ class Game(Regularizer):
             for a in z:
                 stake = self.stake(a, i, len(z))
                 if stake:
-                    moving = self.moving(z, a)
-                    d_B = self.disturbed(context, moving, present, i, source_SB)
+                    still = self.still(z, a)
+                    moving = {m: z_BD.detach() if m in still else z_BD for m, z_BD in z.items()}
+                    with context.fusion.detaching(*still if self.detach == "projections" else ()):
+                        d_B = self.disturbed(context, moving, present, i, source_SB)
                     value_B = value_B + stake * torch.where(plays_B & present[a], d_B, 0.0)
         return {"game": Term(self.weight * value_B, valid=several_B, norm=context.rows)}
 
-    def moving(self, z: Mapping[str, Tensor], player: str) -> dict[str, Tensor]:
-        """Latents of which only the player's take a gradient."""
-        return {m: z_BD if m == player else z_BD.detach() for m, z_BD in z.items()}
+    def still(self, z: Mapping[str, Tensor], player: str) -> tuple[str, ...]:
+        """Modalities that take no gradient where others' latents are handed on."""
+        return tuple(m for m in z if m != player)
 
     def disturbed(
         self, context: FusionContext, z: dict[str, Tensor], present: Mapping[str, Tensor], i: str, source_SB: Tensor
@@ -114,10 +121,10 @@ class CollaborativeGame(Game):
     """All modalities maximise the influence of each: ``- sum_i D(i)``, where all latents take a gradient."""
 
     def stake(self, player: str, disturbed: str, modalities: int) -> float:
-        return -1.0 if player == disturbed else 0.0  # once each; nothing is detached in `moving`
+        return -1.0 if player == disturbed else 0.0  # once each
 
-    def moving(self, z: Mapping[str, Tensor], player: str) -> dict[str, Tensor]:
-        return dict(z)
+    def still(self, z: Mapping[str, Tensor], player: str) -> tuple[str, ...]:
+        return ()
 
 
 class LabelContrast(Regularizer):

@@ -72,12 +72,16 @@ def by_hand(p: list[float], q: list[float]) -> float:
 @every
 @pytest.mark.parametrize("name", GAMES)
 def test_gradients_at_both_latents_are_those_of_finite_differences(name: str, kind: str) -> None:
+    """Of the release's form; of ours they are equal."""
     torch.manual_seed(0)
     b, S = full(), 3
     model = recipe(kind).double()
     z = {m: z_BD.detach().requires_grad_() for m, z_BD in model.latents(b).items()}
     term = GAMES[name](weight=0.7, permutations=S)(asked(kind, b, z))["game"]
     found = dict(zip(z, torch.autograd.grad(term.sum(), list(z.values())), strict=True))
+    ours = GAMES[name](weight=0.7, permutations=S, detach="latents")(asked(kind, b, z))["game"]
+    for m, g in zip(z, torch.autograd.grad(ours.sum(), list(z.values())), strict=True):
+        torch.testing.assert_close(g, found[m], **rounding(64, F64))
     names = list(WIDTHS)
 
     def energy(i: str, moved: dict[str, Tensor], still: dict[str, Tensor]) -> float:
@@ -111,6 +115,37 @@ def test_gradients_at_both_latents_are_those_of_finite_differences(name: str, ki
             wanted += sum(k * e for k, e in zip(stakes["logits"], slopes["still"], strict=True))
             assert float(found[m][n, d]) == pytest.approx(0.7 * wanted, abs=quotient(F64, scale=10))
     assert all(g.abs().max() > 1e-4 for g in found.values())
+
+
+@pytest.mark.parametrize("detach", ["projections", "latents"])
+@pytest.mark.parametrize("name", GAMES)
+def test_gradients_at_the_fusion_are_those_of_a_loop_of_each_form(name: str, detach: Any) -> None:
+    """Of the release, whose ``W z`` of others is detached, and of ours, whose z is: there the greedy game's cancel."""
+    b = full()
+    question = asked("late", b, {m: z_BD.detach() for m, z_BD in recipe("late").double().latents(b).items()})
+    fusion: Any = question.fusion
+    W, z = {m: fusion.maps[m].weight for m in WIDTHS}, question.inputs.z
+    parameters = [*W.values(), fusion.bias_C]
+    found = torch.autograd.grad(GAMES[name](0.7, 2, detach)(question)["game"].sum(), parameters, retain_graph=True)
+    rows, total = range(len(b)), torch.zeros((), dtype=torch.float64)
+    q_BC = (fusion.bias_C + z["image"] @ W["image"].T + z["text"] @ W["text"].T).softmax(dim=1)
+    for a in WIDTHS:
+        for i in WIDTHS:
+            stake = -1 if a == i else {"greedy": 1}.get(name, 0)
+            for s in range(2) if stake else ():
+                source = partners(b.draw, b.present[i], "game", i, s).tolist()
+                for n in rows:
+                    h = {m: W[m] @ z[m][source[n] if m == i else n] for m in WIDTHS}
+                    other = next(m for m in WIDTHS if m != a)
+                    if detach == "projections" and name != "collaborative":
+                        h[other] = h[other].detach()
+                    p, q = (fusion.bias_C + h["image"] + h["text"]).softmax(dim=0), q_BC[n]
+                    m = (p + q) / 2
+                    total = total + stake * ((p * (p / m).log()).sum() + (q * (q / m).log()).sum()) / 4
+    for g, wanted in zip(found, torch.autograd.grad(0.7 * total, parameters), strict=True):
+        torch.testing.assert_close(g, wanted, rtol=0, atol=ulps(256, F64))
+    moved = max(float(g.abs().max()) for g in found[:2])
+    assert moved < ulps(16, F64) if (name, detach) == ("greedy", "latents") else moved > 1e-3
 
 
 @every
