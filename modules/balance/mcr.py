@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from descant.modules.balance.regularizer import FusionContext, Regularizer
 from descant.modules.core.host import derived
 from descant.modules.core.objective import Term
-from descant.modules.core.ranks import gather
+from descant.modules.core.ranks import first_row, gather
 from descant.modules.core.sham import partners
 
 
@@ -127,13 +127,26 @@ class CollaborativeGame(Game):
         return ()
 
 
+def nt_xent(sim_AG: Tensor, positive_AG: Tensor, negative_AG: Tensor) -> Tensor:
+    """``[A]``: sum over positives p of an anchor of ``- log(e^s_p / (e^s_p + sum over negatives n of e^s_n))``.
+
+    >>> sim_AG, one_AG = torch.zeros(1, 4), torch.tensor([[True, True, False, False]])
+    >>> round(nt_xent(sim_AG, one_AG, ~one_AG).item(), 4)  # 2 log 3
+    2.1972
+    """
+    lowest = torch.finfo(sim_AG.dtype).min  # not -inf: an anchor without negatives stays finite, and is worth 0
+    negatives_A1 = sim_AG.masked_fill(~negative_AG, lowest).logsumexp(dim=1, keepdim=True)
+    return torch.where(positive_AG, torch.logaddexp(sim_AG, negatives_A1) - sim_AG, 0.0).sum(dim=1)
+
+
 class LabelContrast(Regularizer):
-    """Supervised contrast between latents of two modalities: one term, "contrast".
+    """MCR's supervised contrast (NT-Xent) of the latents of all modalities: one term, "contrast".
 
-        value_b = mean over p with y_p = y_b of  - log softmax_p (z_a,b . z_c,p / temperature),  both ways, all pairs
+        L = mean over pairs (a, p) of one label, of  - log(e^s_ap / (e^s_ap + sum over n of another label of e^s_an))
 
-    of unit length, over the samples of all ranks that have both. Source: supervised contrast (Khosla 2020, arXiv
-    2004.11362) between modalities, as MCR has it.
+    with ``s = z_a . z_p / temperature`` of unit-length latents of any modality, present and labelled, of all ranks. A
+    sample's value is the sum of its latents' pairs, scaled so that the mean over samples is L. Source: Kontras 2024
+    (MCR, arXiv 2411.07335); :class:`CrossModalSupCon` is our variant.
 
     Args:
         weight: of the term. temperature: what similarities are divided by.
@@ -146,6 +159,30 @@ class LabelContrast(Regularizer):
         if not temperature > 0:
             raise ValueError(f"temperature {temperature:g}: above 0, such as 0.1")
         self.weight, self.temperature = weight, temperature
+
+    def forward(self, context: FusionContext) -> dict[str, Term]:
+        z, present, label_B = context.inputs
+        u_AD = F.normalize(torch.cat(list(z.values())), dim=1)
+        here_MB = torch.stack([present[m] & (label_B >= 0) for m in z])
+        label_A, here_A, any_B = label_B.repeat(len(z)), here_MB.flatten(), here_MB.any(dim=0)
+        both_AG, same_AG = here_A[:, None] & gather(here_A), label_A[:, None] == gather(label_A)
+        positive_AG = same_AG & both_AG
+        positive_AG.diagonal(first_row(len(u_AD))).fill_(False)  # a latent is no pair of its own
+        pairs = gather(positive_AG.sum(dim=1)).sum().clamp(min=1)
+        sum_A = nt_xent(u_AD @ gather(u_AD).T / self.temperature, positive_AG, ~same_AG & both_AG)
+        value_B = sum_A.unflatten(0, here_MB.shape).sum(dim=0) * gather(any_B).sum() / pairs
+        return {"contrast": Term(self.weight * value_B, valid=any_B, norm=context.rows)}
+
+
+class CrossModalSupCon(LabelContrast):
+    """Supervised contrast between latents of two modalities (our variant of MCR's): one term, "contrast".
+
+        value_b = mean over p with y_p = y_b of  - log softmax_p (z_a,b . z_c,p / temperature),  both ways, all pairs
+
+    of unit length, over the samples of all ranks that have both: one modality's latents are no negatives of each
+    other, and all positives are in the denominator. Source: Khosla 2020, arXiv 2004.11362, between modalities.
+    Arguments: those of :class:`LabelContrast`.
+    """
 
     def forward(self, context: FusionContext) -> dict[str, Term]:
         z, present, label_B = context.inputs

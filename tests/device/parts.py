@@ -320,6 +320,7 @@ part("FusionContext", "GreedyGame")(_regularizer(lambda: games.GreedyGame(permut
 part("IndependentGame")(_regularizer(lambda: games.IndependentGame(permutations=2)))
 part("CollaborativeGame")(_regularizer(lambda: games.CollaborativeGame(permutations=2)))
 part("LabelContrast")(_regularizer(games.LabelContrast))
+part("CrossModalSupCon")(_regularizer(games.CrossModalSupCon))
 part("Bottleneck")(_regularizer(lambda: games.Bottleneck(hidden=8)))
 part("UnimodalMargin")(_regularizer(UnimodalMargin))
 
