@@ -77,6 +77,15 @@ model:
         teacher: {class_path: TeacherAverage}
         targets: [{class_path: SoftTarget}, {class_path: FeatureTarget, init_args: {modality: image}}]
 """
+RANK = """
+model:
+  init_args:
+    distill:
+      init_args:
+        targets:
+          - class_path: RankTarget
+            init_args: {drawn: 15, kept: 7, weigh: {class_path: Sure}, weigh_truth: {class_path: Unsure}}
+"""
 STAGES = """
 data:
   init_args:
@@ -105,7 +114,10 @@ RUNS = {
     "volumes": Golden((fit("--config masked/volumes", 4),)),
     "average": Golden((fit("--config fusion/emoji --config over.yaml"),), AVERAGE),
     "peers": Golden((fit("--config distill/emoji-peers"),)),
-    "rank": Golden((fit("--config distill/emoji-teacher", 2, "teacher"), fit("--config distill/emoji-rank"))),
+    "rank": Golden(
+        (fit("--config distill/emoji-teacher", 2, "teacher"), fit("--config distill/emoji-rank --config over.yaml")),
+        *(RANK, RANK.replace("kept: 7", "kept: 7, imitation: {class_path: ListKL}, truth_form: softmax")),
+    ),
     "missing": Golden(
         (fit("--config fusion/emoji --config with/mid-fusion", 2, "whole"), fit("--config missing/emoji"))
     ),

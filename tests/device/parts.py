@@ -524,7 +524,7 @@ def lists(at: Place) -> ranking.Lists:
 
 for _name in ("UniformWeighting", "TeacherConfidence", "TeacherUncertainty", "AsReleased", "StudentLag"):
     part(_name)(lambda at, name=_name: getattr(ranking, name)()(lists(at)))  # type: ignore[misc]  # of two parameters
-for _name in ("ListKL", "ListMSE"):
+for _name in ("ListKL", "ListMSE", "CentredListMSE"):
     part(_name)(lambda at, name=_name: getattr(ranking, name)()(lists(at)))  # type: ignore[misc]
 
 
