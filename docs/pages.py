@@ -13,6 +13,7 @@ from typing import Any
 import mkdocs_gen_files
 import yaml
 
+from descant.claims.effect import WORDS
 from descant.cli.catalogue import ROOT as EXPERIMENTS
 from descant.cli.catalogue import experiments, overlays, papers
 from descant.modules.io.names import full
@@ -59,7 +60,8 @@ def main() -> None:
         pages = [f"{folder}/{name}.md" for name in names]
         nav += [f"* {group}", *(f"    * [{_own(page)}]({page})" for page in pages)]
     for name, page in TEXTS.items():
-        _write(page, _linked((ROOT / name).read_text(encoding="utf-8"), ROOT / name))
+        text = _linked((ROOT / name).read_text(encoding="utf-8"), ROOT / name)
+        _write(page, _coloured(text) if name == "CLAIMS.md" else text)
     nav += ["* Papers", *_papers(), "* Experiments", *_gallery(), "* [Claims](claims.md)", "* Reference", *_reference()]
     for page in ("measured.md", "gpu.md"):
         if (ROOT / "docs" / page).exists():  # the second once a run on a GPU is published
@@ -125,8 +127,8 @@ def _papers() -> Iterator[str]:
         arxiv = f"[{paper['arxiv']}](https://arxiv.org/abs/{paper['arxiv']})"
         title, last = paper["title"], "planned |"
         if paper["status"] == "built":
-            verdict = _result(paper["claim"])["verdict"]
-            last = f"{paper['equation']} | [{verdict}]({paper['name']}.md) |"
+            effect = _coloured(f"**{_result(paper['claim'])['effect']}**")
+            last = f"{'exact' if paper['exact'] else 'our reading'} | {effect} |"
             title = f"[{title}]({paper['name']}.md)"
             _write(f"papers/{paper['name']}.md", _paper_page(paper, arxiv))
             nav.append(f"    * [{paper['name']}](papers/{paper['name']}.md)")
@@ -134,6 +136,12 @@ def _papers() -> Iterator[str]:
     _write("papers/index.md", "\n\n".join(rows) + "\n")
     yield "    * [All papers](papers/index.md)"
     yield from nav
+
+
+def _coloured(text: str) -> str:
+    """With the words for effects in their colours (site.css)."""
+    words = "|".join(map(re.escape, WORDS))
+    return re.sub(rf"\*\*({words})\*\*", lambda m: f"**{m[1]}**{{ .effect .{m[1].replace(' ', '-')} }}", text)
 
 
 def _result(claim: str) -> dict[str, Any]:
@@ -150,18 +158,18 @@ def _paper_page(paper: dict[str, Any], arxiv: str) -> str:
     for arm, runs in stored["runs"].items():
         cells = [[run[metric] for run in runs.values() if metric in run] for metric in metrics]
         table.append(f"| {arm} | {' | '.join(f'{sum(c) / len(c):.3f}' if c else '' for c in cells)} |")
-    equation = {
-        "exact": "equal to an explicit loop or closed form in its test",
-        "ours": "our reading: nothing was released to compare with",
-    }[paper["equation"]]
+    equation = "our reading: nothing was released to compare with"
+    if paper["exact"]:
+        equation = "equal to an explicit loop or closed form in its test"
     pieces = ", ".join(f"[`{piece}`](../{_page_of(piece)})" for piece in paper["pieces"])
+    effect = _coloured(f"**{stored['effect']}**")
     seconds = f"{stored['seconds'] / 60:.0f} minutes for {sum(len(runs) for runs in stored['runs'].values())} runs"
     parts = [
         f"# {paper['title']}",
         _sentences([line.removeprefix("#").strip() for line in _head(text)]),
         f"- **Paper**: {paper['number']}, {paper['family']}, arXiv {arxiv}\n- **Pieces**: {pieces}\n"
         f"- **Equation**: {equation} (`{paper['test']}`)\n"
-        f"- **Effect**: {stored['verdict']} ([claim {claim}](../claims.md#{claim})), {seconds}",
+        f"- **Effect**: {effect} ([claim {claim}](../claims.md#{claim})), {seconds}",
         f"![{spec['metric']['name']} of each seed](../claims/{claim}.svg)",
         f"Means over seeds {', '.join(sorted(stored['runs']['method']))}:",
         "\n".join(table),

@@ -31,10 +31,14 @@ TWO = "--trainer.devices 2 --trainer.strategy ddp"
 
 
 class Golden(NamedTuple):
-    """Commands of ``descant``, in order; the last run is compared. ``overlay``: laid over it, as ``over.yaml``."""
+    """Commands of ``descant``, in order; the last run is compared. ``overlay``: laid over it, as ``over.yaml``.
+
+    ``now``: in its place in this version, where a default changed: names the variant that was the default.
+    """
 
     commands: tuple[str, ...]
     overlay: str = ""
+    now: str = ""
 
 
 def fit(words: str, steps: int = 12, name: str = "golden") -> str:
@@ -57,6 +61,7 @@ trainer:
     - {class_path: Prototypes, init_args: {every: 2}}
     - {class_path: DropAhead, init_args: {q: 0.5}}
 """
+BALANCE_NOW = BALANCE.replace("GreedyGame", "GreedyGame, init_args: {detach: latents}")
 BLEND = """
 trainer:
   limit_val_batches: 1
@@ -72,6 +77,15 @@ model:
         teacher: {class_path: TeacherAverage}
         targets: [{class_path: SoftTarget}, {class_path: FeatureTarget, init_args: {modality: image}}]
 """
+RANK = """
+model:
+  init_args:
+    distill:
+      init_args:
+        targets:
+          - class_path: RankTarget
+            init_args: {drawn: 15, kept: 7, weigh: {class_path: Sure}, weigh_truth: {class_path: Unsure}}
+"""
 STAGES = """
 data:
   init_args:
@@ -85,7 +99,9 @@ RUNS = {
     "contrastive": Golden((fit("--config contrastive/emoji-slip --config over.yaml"),), HARMONIZE),
     "gradcache": Golden((fit(f"--config contrastive/emoji --config with/gradcache {TWO}"),)),
     "features": Golden((fit(f"--config fusion/emoji --config over.yaml {TWO}"),), FEATURES),
-    "balance": Golden((fit("--config fusion/emoji --config over.yaml --trainer.accumulate_grad_batches 2"),), BALANCE),
+    "balance": Golden(
+        (fit("--config fusion/emoji --config over.yaml --trainer.accumulate_grad_batches 2"),), BALANCE, BALANCE_NOW
+    ),
     "towers": Golden((fit(f"--config fusion/emoji --config over.yaml {TWO}"),), TOWERS),
     "blend": Golden((fit("--config fusion/emoji --config over.yaml --trainer.check_val_every_n_epoch 1"),), BLEND),
     "masked": Golden(
@@ -98,7 +114,10 @@ RUNS = {
     "volumes": Golden((fit("--config masked/volumes", 4),)),
     "average": Golden((fit("--config fusion/emoji --config over.yaml"),), AVERAGE),
     "peers": Golden((fit("--config distill/emoji-peers"),)),
-    "rank": Golden((fit("--config distill/emoji-teacher", 2, "teacher"), fit("--config distill/emoji-rank"))),
+    "rank": Golden(
+        (fit("--config distill/emoji-teacher", 2, "teacher"), fit("--config distill/emoji-rank --config over.yaml")),
+        *(RANK, RANK.replace("kept: 7", "kept: 7, imitation: {class_path: ListKL}, truth_form: softmax")),
+    ),
     "missing": Golden(
         (fit("--config fusion/emoji --config with/mid-fusion", 2, "whole"), fit("--config missing/emoji"))
     ),
@@ -112,7 +131,8 @@ def made(tree: Path, golden: Golden) -> dict[str, Any]:
     """Losses of the last run's steps, and digests of the tensors in its last checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         if golden.overlay:
-            Path(folder, "over.yaml").write_text(f"# Golden.\n{golden.overlay}")
+            overlay = golden.now if tree == TOP and golden.now else golden.overlay
+            Path(folder, "over.yaml").write_text(f"# Golden.\n{overlay}")
         environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
         for words in golden.commands:
             command = [sys.executable, "-P", "-m", "descant", *words.split()]

@@ -3,8 +3,8 @@
     python -m descant.datamodules.prepare emoji [--cache DIR] [--out DIR]
 
 The order of this file is the order of the method: fetch pinned packages, join concepts, draw them, group look-alikes
-into families, split by concept, write shards, train the tokenizer, write `pack.json`. Running it twice with the same
-tools (`pack.json` lists their versions) gives the same bytes.
+into families, split by concept, set the lock-box aside, write shards, train the tokenizer, write `pack.json`. Running
+it twice with the same tools (`pack.json` lists their versions) gives the same bytes.
 """
 
 from __future__ import annotations
@@ -44,6 +44,12 @@ SALT = "descant-emoji-v1"
 TEST_CONCEPTS = 200
 SHARDS = 4
 
+#: The lock-box: concepts of training and drawings by one more vendor, which only claims at their effect stage read.
+SEALED_VENDOR = "emojione"
+SEALED_SALT = "descant-emoji-sealed-v1"
+SEALED_CONCEPTS = 100
+SEALED = "sealed.parquet"
+
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<mask>")
 VOCABULARY = 8192
 # English is what most experiments read; repeated this often, its words win merges over 26 other languages.
@@ -59,6 +65,9 @@ PACKAGES = {
     "openmoji": Package("openmoji", "17.0.0", "55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68"),
     "fluent": Package(
         "@iconify-json/fluent-emoji-flat", "1.2.6", "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175"
+    ),
+    "emojione": Package(
+        "@iconify-json/emojione", "1.2.3", "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e"
     ),
     "text": Package("emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a"),
 }
@@ -141,19 +150,35 @@ def read_openmoji(tarball: Path, wanted: set[str]) -> dict[str, Image.Image]:
 
 
 def read_fluent(tarball: Path, wanted: set[str]) -> dict[str, Image.Image]:
-    """The icon set keeps SVG bodies; the frame around each is ours to write."""
+    """The icon set keeps SVG bodies by name, and the name of each code."""
+    icons, chars = read_icons(tarball)
+    return {
+        code: draw_icon(icons, chars[code]) for code in sorted(wanted & chars.keys()) if chars[code] in icons["icons"]
+    }
+
+
+def read_emojione(tarball: Path, concepts: Iterable[Concept]) -> dict[str, Image.Image]:
+    """The icon set has no codes: its names are the English ones of the concepts, as "grinning-face"."""
+    icons, _ = read_icons(tarball)
+    named = {
+        concept.hexcode: re.sub(r"[^a-z0-9]+", "-", (concept.names["en"] or "").casefold()) for concept in concepts
+    }
+    return {bare(code): draw_icon(icons, name) for code, name in named.items() if name in icons["icons"]}
+
+
+def read_icons(tarball: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """An icon set: the frame and the SVG bodies of its icons, and bare code -> name of an icon."""
     content = read_package(tarball, lambda path: path in ("icons.json", "chars.json"))
-    icons = json.loads(content["icons.json"])
-    chars = {bare(code): name for code, name in json.loads(content["chars.json"]).items()}
-    images = {}
-    for code in sorted(wanted & chars.keys()):
-        icon = icons["icons"].get(chars[code])
-        if icon is None:
-            continue
-        width, height = icon.get("width", icons["width"]), icon.get("height", icons["height"])
-        view = f'viewBox="0 0 {width} {height}" width="{SIDE}" height="{SIDE}"'
-        images[code] = draw_svg(f'<svg xmlns="http://www.w3.org/2000/svg" {view}>{icon["body"]}</svg>')
-    return images
+    chars = json.loads(content["chars.json"])
+    return json.loads(content["icons.json"]), {bare(code): name for code, name in dict(chars).items()}
+
+
+def draw_icon(icons: dict[str, Any], name: str) -> Image.Image:
+    """The frame around a body is ours to write."""
+    icon = icons["icons"][name]
+    width, height = icon.get("width", icons["width"]), icon.get("height", icons["height"])
+    view = f'viewBox="0 0 {width} {height}" width="{SIDE}" height="{SIDE}"'
+    return draw_svg(f'<svg xmlns="http://www.w3.org/2000/svg" {view}>{icon["body"]}</svg>')
 
 
 def encode(image: Image.Image) -> bytes:
@@ -220,21 +245,62 @@ def group_by(
 
 def split_groups(groups: Sequence[list[Concept]], test_concepts: int = TEST_CONCEPTS) -> None:
     """Mark the test side. A group that would overshoot is skipped, never cut."""
+    for concept in held_out(groups, test_concepts, SALT):
+        concept.split = "test"
+
+
+def held_out(groups: Sequence[list[Concept]], number: int, salt: str) -> list[Concept]:
+    """So many concepts in whole groups, by a salted hash.
+
+    Raises:
+        ValueError: if no set of whole groups has exactly that many.
+    """
 
     def rank(group: list[Concept]) -> str:
-        return hashlib.sha256(f"{SALT}:{group[0].hexcode}".encode()).hexdigest()
+        return hashlib.sha256(f"{salt}:{group[0].hexcode}".encode()).hexdigest()
 
-    left = test_concepts
+    chosen: list[Concept] = []
     for group in sorted(groups, key=rank):
-        if len(group) <= left:
-            left -= len(group)
-            for concept in group:
-                concept.split = "test"
-    if left:
-        raise ValueError(f"no set of whole groups holds {test_concepts} concepts: {left} are missing")
+        chosen += group if len(chosen) + len(group) <= number else []
+    if len(chosen) < number:
+        raise ValueError(f"no set of whole groups holds {number} concepts: {number - len(chosen)} are missing")
+    return chosen
+
+
+# The lock-box: what shares an image with a concept in it is in it too, and the further vendor draws all of it.
+
+
+def write_sealed(concepts: Sequence[Concept], drawings: dict[str, Image.Image], out: Path) -> Path:
+    """A row a concept that the sealed vendor draws: its drawing, and whether the concept is in the lock-box."""
+    images = {}
+    for concept in concepts:
+        image = drawings[code].convert("RGBA") if (code := bare(concept.hexcode)) in drawings else None
+        if image is not None and image.size == (SIDE, SIDE) and pixel_hash(image) is not None:
+            images[concept.hexcode] = encode(image)
+    groups = group_by([concept for concept in concepts if concept.split == "train"], twin_keys)
+    drawn = [group for group in groups if all(concept.hexcode in images for concept in group)]
+    sealed = {concept.hexcode for concept in held_out(drawn, SEALED_CONCEPTS, SEALED_SALT)}
+    schema = pa.schema([("hexcode", pa.string()), ("sealed", pa.bool_()), (SEALED_VENDOR, pa.binary())])
+    rows = [{"hexcode": code, "sealed": code in sealed, SEALED_VENDOR: image} for code, image in images.items()]
+    pq.write_table(
+        pa.Table.from_pylist(rows, schema=schema),
+        out / SEALED,
+        **WRITING,
+        use_dictionary=False,
+        row_group_size=len(rows),
+    )
+    return out / SEALED
 
 
 # 5. Shards: the settings are all fixed here, because a default that moves would move the bytes.
+
+WRITING: dict[str, Any] = {
+    "version": "2.6",
+    "data_page_version": "1.0",
+    "compression": "zstd",
+    "compression_level": 19,
+    "write_statistics": False,
+}
 
 
 def pack_schema(languages: Sequence[str]) -> Any:
@@ -266,12 +332,8 @@ def write_shards(concepts: Sequence[Concept], out: Path) -> list[Path]:
         pq.write_table(
             pa.Table.from_pylist(rows, schema=schema),
             path,
-            version="2.6",
-            data_page_version="1.0",
-            compression="zstd",
-            compression_level=19,
+            **WRITING,
             use_dictionary=["group", "subgroup", "family", "split"],
-            write_statistics=False,
             row_group_size=step,
         )
         paths.append(path)
@@ -327,6 +389,7 @@ def manifest(concepts: Sequence[Concept], families: int, files: Sequence[Path]) 
         "languages": list(concepts[0].names),
         "held_out_language": HELD_OUT_LANGUAGE,
         "held_out_vendor": HELD_OUT_VENDOR,
+        "sealed": {"vendor": SEALED_VENDOR, "concepts": SEALED_CONCEPTS, "salt": SEALED_SALT},
         "image": {"side": SIDE, "mode": "RGBA", "format": "lossless WebP"},
         "counts": {"concepts": len(concepts), "train": splits["train"], "test": splits["test"], "families": families},
         "split_salt": SALT,
@@ -359,10 +422,11 @@ def build(cache: Path, out: Path) -> str:
 
     out.mkdir(parents=True, exist_ok=True)
     shards = write_shards(concepts, out)
+    sealed = write_sealed(concepts, read_emojione(tarballs[SEALED_VENDOR], concepts), out)
     tokenizer = train_tokenizer(training_lines(read_pack(out, ["split", "names", "keywords"])))
     tokenizer_path = out / "tokenizer.json"
     tokenizer_path.write_text(tokenizer.to_str(), encoding="utf-8")
-    facts = manifest(concepts, len(families), [*shards, tokenizer_path])
+    facts = manifest(concepts, len(families), [*shards, sealed, tokenizer_path])
     (out / "pack.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     notice = PACK_DIR / "NOTICE.md"
     if notice.is_file() and out.resolve() != PACK_DIR:

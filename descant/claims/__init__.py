@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from descant.claims import run, spec, store
+from descant.claims import plan, run, spec, store
 from descant.claims.claim import BUDGETS, TUNE, Claim
-from descant.claims.judge import Judgement, judge
+from descant.claims.judge import judge, lines
+from descant.claims.registration import changed
+from descant.claims.stages import Staged, listed
 from descant.cli.errors import fail, hint, say
 from descant.cli.options import Options
 
@@ -21,16 +23,22 @@ _HELP = """\
 descant claims: does each mechanism do what its paper claims? Paired runs, a sham, and a rule fixed beforehand
 
 usage: descant claims list [--json]
+       descant claims plan [NAME ...]
        descant claims tune NAME
-       descant claims run NAME [--budget pilot|full] [--seeds 0,1] [--arms method,sham]
+       descant claims run NAME [--budget pilot|full] [--seeds 0,1] [--arms method,sham] [--ablations] [--redesign]
        descant claims table | verify [NAME ...]
 
+  plan    lists the runs of each stage that are still to be trained, in core-minutes
   tune    trains every setting of the arms that have some once, and stores which is best by validation
   run     trains every arm from the same seeds, stores the result, prints the verdict; an interrupted run
           is resumed. full needs a pilot of the same configuration: margins are fixed on pilot seeds,
-          never on those that count.
+          never on those that count. A claim whose margin is `least` goes by stages, and stops at the
+          first that decides: exact (its test), signal, room (the oracle's gain on pilot seeds), effect
+          (3 seeds, then 5), extension (5 more). --ablations: its other arms, one seed, no verdict.
+          --redesign: sets the result of an earlier design aside, once a claim; its row stays
   table   writes CLAIMS.md and its figures from the stored results
-  verify  repeats one pilot seed of every stored result and compares
+  verify  repeats one pilot seed of every stored result and compares; names the code that changed since
+          a claim was registered (--code: only that)
 
 Options:
   --jobs N           runs at a time, each with its share of the cores (number of cores)
@@ -39,7 +47,7 @@ Options:
   --trust MODULE     allow class paths of your own module
   --results DIR      where results are stored (beside the claims)
   --page FILE        of table (CLAIMS.md)"""
-_COMMANDS = ("list", "tune", "run", "table", "verify")
+_COMMANDS = ("list", "plan", "tune", "run", "table", "verify")
 
 
 def main(args: Sequence[str]) -> int:
@@ -49,7 +57,7 @@ def main(args: Sequence[str]) -> int:
         return 0
     command, *rest = args
     if command not in _COMMANDS:
-        fail(f"claims {command}: list, tune, run, table or verify{hint(command, _COMMANDS, most=0)}")
+        fail(f"claims {command}: list, plan, tune, run, table or verify{hint(command, _COMMANDS, most=0)}")
     parser = Options(prog=f"descant claims {command}", add_help=False)
     parser.add_argument("--results", type=Path, default=spec.folder() / "results")
     if command == "list":
@@ -58,10 +66,15 @@ def main(args: Sequence[str]) -> int:
     if command == "table":
         parser.add_argument("--page", type=Path, default=Path("CLAIMS.md"))
         return _table(parser.parse_args(rest))
+    if command == "plan":
+        parser.add_argument("names", nargs="*")
+        parser.add_argument("--runs", type=Path, default=Path("runs"))
+        return _plan(parser.parse_args(rest))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--trust", action="append", default=[])
     if command == "verify":
         parser.add_argument("names", nargs="*")
+        parser.add_argument("--code", action="store_true")
         return _verify(parser.parse_args(rest))
     parser.add_argument("name")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
@@ -71,7 +84,21 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--budget", choices=BUDGETS, default="full")
     parser.add_argument("--seeds")
     parser.add_argument("--arms")
+    parser.add_argument("--ablations", action="store_true")
+    parser.add_argument("--redesign", action="store_true")
     return _run(parser.parse_args(rest))
+
+
+def _plan(given: argparse.Namespace) -> int:
+    known, total = True, 0.0
+    for name in given.names or spec.names():
+        claim = spec.load(name)
+        parts = plan.plan(claim, given.results, given.runs.absolute())
+        print("\n".join(plan.lines(claim, parts)))
+        known = known and all(part.minutes is not None for part in parts)
+        total += sum(part.minutes or 0.0 for part in parts)
+    print(f"total: {'' if known else 'at least '}{total:.0f} core-minutes, {total / 60:.1f} core-hours")
+    return 0
 
 
 def _tune(given: argparse.Namespace) -> int:
@@ -111,6 +138,12 @@ def _settled(claim: Claim, results: Path) -> Claim:
 
 def _run(given: argparse.Namespace) -> int:
     claim = spec.load(given.name)
+    if given.redesign:
+        store.supersede(given.results, claim)
+    if claim.staged:
+        return _run_staged(claim, given)
+    if given.ablations:
+        fail(f"--ablations: claims {claim.name} goes by no stages; --arms ARM --seeds 0")
     arms = _chosen("--arms", given.arms, tuple(claim.arms))
     seeds = tuple(map(int, _chosen("--seeds", given.seeds, tuple(map(str, claim.seeds[given.budget])))))
     if given.jobs < 1:
@@ -130,19 +163,22 @@ def _run(given: argparse.Namespace) -> int:
         return code
     runs = place.collect(arms, seeds)
     store.write(given.results, claim, given.budget, runs, place.seconds, place.precisions())
-    _print(claim, judge(claim, runs), given.budget)
+    judgement = judge(claim, runs)
+    verdict = judgement.verdict if given.budget == "full" else f"a pilot (by the rule: {judgement.verdict})"
+    print("\n".join(lines(claim, judgement, f"{verdict}; effect: {judgement.effect.word}")))
     return 0
 
 
-def _print(claim: Claim, judgement: Judgement, budget: str) -> None:
-    method = judgement.method
-    gain = f"{method.mean:+.4f}" + (f" [{method.low:+.4f}, {method.high:+.4f}]" if method.n > 1 else "")
-    verdict = judgement.verdict if budget == "full" else f"a pilot (by the rule: {judgement.verdict})"
-    print(f"{claim.name}: {verdict}")
-    print(f"  {claim.metric.name}: gain {gain}, better in {method.wins} of {method.n} seeds")
-    print(f"  sham: gain {judgement.sham.mean:+.4f}; method over sham: {judgement.over_sham:+.4f}")
-    for reason in judgement.reasons:
-        print(f"  not met: {reason}")
+def _run_staged(claim: Claim, given: argparse.Namespace) -> int:
+    for option in ("arms", "seeds"):
+        if getattr(given, option) is not None:
+            fail(f"--{option}: claims {claim.name} goes by stages, which choose both; --ablations: other arms")
+    if given.jobs < 1:
+        fail(f"--jobs {given.jobs}: at least 1")
+    store.require_free(given.results, claim, "full")
+    claim = _settled(claim, given.results)
+    staged = Staged(claim, given.results, given.runs, tuple(given.trust), given.jobs, given.slurm)
+    return staged.ablations() if given.ablations else staged.run(only_pilot=given.budget == "pilot")
 
 
 def _chosen(option: str, text: str | None, known: tuple[str, ...]) -> tuple[str, ...]:
@@ -155,19 +191,41 @@ def _chosen(option: str, text: str | None, known: tuple[str, ...]) -> tuple[str,
     return chosen
 
 
+#: Keys of a summary that need a full result.
+_JUDGED = (
+    *("verdict", "difference", "interval", "sham_difference", "seconds", "effect", "over_baseline", "over_placebo"),
+    *("share_of_headroom", "placebo", "placebo_valid"),
+)
+
+
 def summary(claim: Claim, results: Path) -> dict[str, Any]:
     """One object of ``descant claims list --json``; verdict and numbers are null where no full result is stored."""
+    from descant.claims import table
+
     stored = store.read(results, claim.name, "full")
-    line: dict[str, Any] = {"name": claim.name, "seed": claim.seed, "status": claim.status}
+    pilot = store.read(results, claim.name, "pilot")
+    stage = stored.get("stage", store.EFFECT_STAGE) if stored is not None else 2 if pilot is not None else 0
+    line: dict[str, Any] = {"name": claim.name, "seed": claim.seed, "status": claim.status, "stage": stage}
+    line |= {"family": table.family(claim), "exact": table.exact(claim)}
     if stored is None:
-        return line | dict.fromkeys(("verdict", "difference", "interval", "sham_difference", "seconds"))
-    judgement = judge(claim, stored["runs"])
+        return line | dict.fromkeys(_JUDGED)
+    judgement = store.judged(claim, stored)
+    if judgement is None:
+        ended = {key: stored[key] for key in ("verdict", "effect", "seconds", "stage")}
+        return line | dict.fromkeys(_JUDGED) | ended
+    effect = judgement.effect
     return line | {
         "verdict": judgement.verdict,
         "difference": judgement.method.mean,
         "interval": [judgement.method.low, judgement.method.high],
         "sham_difference": judgement.sham.mean,
         "seconds": stored["seconds"],
+        "effect": effect.word,
+        "over_baseline": [effect.over_baseline.low, effect.over_baseline.high],
+        "over_placebo": [effect.over_placebo.low, effect.over_placebo.high],
+        "share_of_headroom": effect.share_of_headroom,
+        "placebo": effect.placebo.mean,
+        "placebo_valid": effect.placebo_valid,
     }
 
 
@@ -178,7 +236,8 @@ def _list(given: argparse.Namespace) -> int:
         return 0
     for line in lines:
         gain = f"{line['difference']:+.4f}" if line["difference"] is not None else ""
-        print(f"{line['name']:24} {line['status']:7} {line['verdict'] or 'not run yet'}  {gain}")
+        valid = "" if line["placebo_valid"] in (True, None) else "  placebo not neutral"
+        print(f"{line['name']:20} {line['family']:20} {line['effect'] or 'not run yet':22} {gain}{valid}")
     return 0
 
 
@@ -205,7 +264,12 @@ def _verify(given: argparse.Namespace) -> int:
             say(f"{name}: its pilot was of configuration {pilot['digest']}, and the claim is now {claim.digest}")
             differ += 1
             continue
-        seed, arms = claim.seeds["pilot"][0], tuple(claim.arms)
+        registered = pilot.get("registered")
+        if registered is not None and (files := changed(registered, claim)):
+            print(f"{name}: changed since it was registered ({registered['commit']}): {listed(files, most=9)}")
+        if given.code:
+            continue
+        seed, arms = claim.seeds["pilot"][0], tuple(arm for arm in pilot["runs"] if arm in claim.arms)
         with tempfile.TemporaryDirectory() as folder:  # not the runs that exist
             place = run.Place(_settled(claim, given.results), "pilot", Path(folder), tuple(given.trust))
             code = run.run(place, arms, (seed,), given.jobs)

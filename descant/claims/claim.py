@@ -12,6 +12,8 @@ import yaml
 #: Arms that every claim compares; it may have more, such as an oracle.
 ARMS = ("baseline", "method", "sham")
 BUDGETS = ("pilot", "full")
+#: Seeds of the one extension of a claim by stages, and its runs of other arms with one seed.
+EXTENSION, ABLATIONS = "extension", "ablations"
 #: Name of the runs that choose settings.
 TUNE = "tune"
 #: Budget in which the arms of a claim are equal -> key of ``metrics.json``.
@@ -122,7 +124,10 @@ class Claim:
         also: further conditions. secondary: metrics that are reported. calls: a counter that has to be equal in the
             method and in the sham. equal: key of the budget in ``metrics.json``. digest: of all that its runs are made
             of and of the rule. alone: arms that are shown by the metrics of their conditions and no others. note: what
-            a reader of its numbers has to know.
+            a reader of its numbers has to know. oracle: the arm that shows how much can be gained. setting: it shows
+            what a setting leaves to gain, and judges no paper. least: the smallest margin of a claim by stages, whose
+            margin is a quarter of what the oracle gains. signal: what has to be there before the effect is measured.
+            lockbox: options under which its effect is measured on samples that nothing else has read.
     """
 
     name: str
@@ -146,11 +151,30 @@ class Claim:
     alone: tuple[str, ...] = ()
     tuning: Tuning | None = None
     note: str | None = None
+    oracle: str | None = None
+    setting: bool = False
+    least: float | None = None
+    signal: Condition | None = None
+    lockbox: Mapping[str, Any] = field(default_factory=dict)
 
     def metrics(self) -> list[str]:
         """All metrics that are reported, the first one first."""
         read = [metric for condition in self.also for _, metric in condition.reads]
         return list(dict.fromkeys([self.metric.name, *read, *self.secondary]))
+
+    @property
+    def staged(self) -> bool:
+        """Whether it goes by stages, and its margin comes from its pilot."""
+        return self.least is not None
+
+    def with_margin(self, margin: float) -> Claim:
+        return replace(self, metric=replace(self.metric, margin=margin), sham_margin=margin / 2)
+
+    @property
+    def judged(self) -> tuple[str, ...]:
+        """The arms that the verdict of a claim by stages needs; others are ablations."""
+        read = {arm for condition in self.also for arm, _ in condition.reads}
+        return tuple(arm for arm in self.arms if arm in (*ARMS, self.oracle) or arm in read)
 
     @property
     def first(self) -> set[str]:

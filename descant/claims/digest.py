@@ -10,7 +10,7 @@ from typing import Any
 from descant.modules.io.upgrade import upgrade
 
 #: What only changes how a claim is shown.
-LOOKS = ("title", "source", "baseline_tuning", "alone", "note")
+LOOKS = ("title", "source", "baseline_tuning", "alone", "note", "setting")
 #: Contents of the configurations that a name stands for, in the order in which they count.
 Contents = Callable[[Iterable[str]], list[Any]]
 
@@ -30,27 +30,27 @@ def digest(claim: Mapping[str, Any], contents: Contents, renamed: Mapping[str, s
     oldest = {new: old for old, new in renamed.items()}
     form = {key: value for key, value in claim.items() if key not in LOOKS}
     experiment = form.pop("experiment")
-    form["arms"] = {name: _arm(experiment, arm or {}, contents) for name, arm in claim["arms"].items()}
+    form["arms"] = {name: composed(experiment, arm or {}, contents) for name, arm in claim["arms"].items()}
     if claim.get("before") is not None:
-        form["before"] = _arm(claim["before"]["experiment"], claim["before"], contents)
+        form["before"] = composed(claim["before"]["experiment"], claim["before"], contents)
     return hashlib.sha256(json.dumps(_plain(form, oldest), default=str).encode()).hexdigest()[:16]
 
 
-def _arm(experiment: str, arm: Mapping[str, Any], contents: Contents) -> dict[str, Any]:
-    """What the runs of an arm compose to, and its options and settings."""
+def composed(experiment: str, arm: Mapping[str, Any], contents: Contents) -> dict[str, Any]:
+    """What the runs of an arm compose to (``config``), and its options and settings."""
     parts = [*contents([experiment, *(arm.get("configs") or ())])]
     own = dict(arm.get("config") or {})
     below = own.pop("extends", ())
     parts += [*contents([below] if isinstance(below, str) else below), own]
-    composed: Any = {}
+    config: Any = {}
     for part in parts:
-        composed = merged(composed, {key: value for key, value in (part or {}).items() if key != "extends"})
-    composed = upgrade(composed)
-    trainer = composed.get("trainer") or {}
+        config = merged(config, {key: value for key, value in (part or {}).items() if key != "extends"})
+    config = upgrade(config)
+    trainer = config.get("trainer") or {}
     if trainer.get("precision") == "auto":
-        composed["trainer"] = {**trainer, "precision": "bf16-mixed"}
+        config["trainer"] = {**trainer, "precision": "bf16-mixed"}
     rest = {key: value for key, value in arm.items() if key not in ("experiment", "configs", "config")}
-    return {"config": composed, **rest}
+    return {"config": config, **rest}
 
 
 def merged(first: Any, over: Any) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from descant.claims.claim import ARMS, EQUAL, LEAST_TIME, Claim, Condition, Metric
+from descant.claims.effect import HELPS, Effect, Interval, effect, has_room, over_seeds
 from descant.cli.errors import fail, hint
 from descant.report.statistics import Paired, paired
 
@@ -26,7 +27,7 @@ class Judgement:
         verdict: passed; failed, for a claim that has to pass; or not reproduced at this scale.
         method: the method against the baseline. sham: the sham against the baseline. over_sham: the method's mean gain
             over the sham. lacks: reasons why the gains do not pass. asked: every further condition, its value, and
-            whether it is met.
+            whether it is met. effect: the word by intervals, where the sham is the placebo.
     """
 
     verdict: str
@@ -35,6 +36,12 @@ class Judgement:
     over_sham: float
     lacks: tuple[str, ...]
     asked: tuple[tuple[Condition, float, bool], ...]
+    effect: Effect
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """How many of the claim's conditions hold, of how many: the margin and the further ones."""
+        return int(self.method.mean >= self.effect.margin) + sum(met for *_, met in self.asked), 1 + len(self.asked)
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -42,11 +49,16 @@ class Judgement:
         return (*self.lacks, *(f"{condition}: it is {value:.4g}" for condition, value, met in self.asked if not met))
 
 
-def judge(claim: Claim, runs: Runs) -> Judgement:
-    """Passed means all of
+def judge(claim: Claim, runs: Runs, futile: bool = False) -> Judgement:
+    """The effect of a claim, and whether it passes.
+
+    A claim by stages passes where it helps and every further condition holds; any other where all of
 
         mean gain >= margin,   a gain in at least S - 1 of S seeds,   lower end of its 90 % interval > 0,
         mean gain over the sham >= sham_margin,   and every further condition of the claim.
+
+    Args:
+        futile: a claim by stages stopped after its first seeds.
 
     Raises:
         Refusal: naming arm and seed, for a metric that a run lacks, or a budget that differs.
@@ -60,11 +72,29 @@ def judge(claim: Claim, runs: Runs) -> Judgement:
     method = _paired(claim.metric, values["method"], values["baseline"])
     sham = _paired(claim.metric, values["sham"], values["baseline"])
     over = method.mean - sham.mean
-    lacks = decide(method, over, claim.metric.margin, claim.sham_margin)
+    found = _effect(claim, runs, seeds, futile)
+    if claim.staged:
+        lacks = [] if found.word == HELPS else [f"the effect: {found.word}"]
+    else:
+        lacks = decide(method, over, claim.metric.margin, claim.sham_margin)
     asked = tuple(_asked(claim, runs, condition, seeds) for condition in claim.also)
     passed = not lacks and all(met for _, _, met in asked)
     verdict = PASSED if passed else FAILED if claim.status == "gate" else NOT
-    return Judgement(verdict, method, sham, over, tuple(lacks), asked)
+    return Judgement(verdict, method, sham, over, tuple(lacks), asked, found)
+
+
+def gains(claim: Claim, runs: Runs, arm: str, seeds: Sequence[int]) -> list[float]:
+    """Gains of an arm over the baseline, one a seed."""
+    pairs = (column(claim, runs, of, claim.metric.name, seeds) for of in (arm, "baseline"))
+    return [claim.metric.gain(a, b) for a, b in zip(*pairs, strict=True)]
+
+
+def _effect(claim: Claim, runs: Runs, seeds: Sequence[int], futile: bool) -> Effect:
+    oracle = gains(claim, runs, claim.oracle, seeds) if claim.oracle is not None else None
+    headroom, margin = math.fsum(oracle) / len(oracle) if oracle else None, claim.metric.margin
+    room = claim.staged or oracle is None or has_room(oracle, margin)  # stages: decided by the pilot
+    method_S, placebo_S = gains(claim, runs, "method", seeds), gains(claim, runs, "sham", seeds)
+    return effect(method_S, placebo_S, margin, headroom, futile=futile, room=room)
 
 
 def decide(method: Paired, over_sham: float, margin: float, sham_margin: float) -> list[str]:
@@ -142,6 +172,16 @@ def _paired(metric: Metric, ours: Sequence[float], theirs: Sequence[float]) -> P
 
 
 def _asked(claim: Claim, runs: Runs, condition: Condition, seeds: Sequence[int]) -> tuple[Condition, float, bool]:
+    value, met = measured(claim, runs, condition, seeds)
+    return condition, value.mean, met
+
+
+def measured(claim: Claim, runs: Runs, condition: Condition, seeds: Sequence[int]) -> tuple[Interval, bool]:
+    """Value of a condition, with its interval over seeds, and whether it is met.
+
+    The mean has to lie within the bounds; in a claim by stages, the whole interval, where there are several seeds.
+    """
+
     def values(arm: str, metric: str) -> list[float]:
         found = column(claim, runs, arm, metric, seeds)
         if condition.above is None:
@@ -152,6 +192,19 @@ def _asked(claim: Claim, runs: Runs, condition: Condition, seeds: Sequence[int])
     if condition.minus is not None:
         other = values(condition.against, condition.minus)
         value = [a - condition.times * b for a, b in zip(value, other, strict=True)]
-    mean = math.fsum(value) / len(value)
+    of = over_seeds(value)
+    least, most = (of.low, of.high) if claim.staged and len(value) > 1 else (of.mean, of.mean)
     low, high = condition.low, condition.high
-    return condition, mean, (low is None or mean >= low) and (high is None or mean <= high)
+    return of, (low is None or least >= low) and (high is None or most <= high)
+
+
+def lines(claim: Claim, judgement: Judgement, of: str) -> list[str]:
+    """A judgement as text; ``of``: such as a pilot."""
+    method = judgement.method
+    gain = f"{method.mean:+.4f}" + (f" [{method.low:+.4f}, {method.high:+.4f}]" if method.n > 1 else "")
+    return [
+        f"{claim.name}: {of}",
+        f"  {claim.metric.name}: gain {gain}, better in {method.wins} of {method.n} seeds",
+        f"  sham: gain {judgement.sham.mean:+.4f}; method over sham: {judgement.over_sham:+.4f}",
+        *(f"  not met: {reason}" for reason in judgement.reasons),
+    ]

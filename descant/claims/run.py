@@ -11,11 +11,15 @@ from pathlib import Path
 
 from descant.claims.claim import BEFORE, TUNE, Claim
 from descant.claims.judge import Runs
+from descant.claims.registration import shared
 from descant.cli.errors import INTERRUPTED, fail, say
 from descant.cli.untrusted import json_of, text_of
 from descant.run import runs as folders
 from descant.run.groups import numbers, seed_of
 from descant.run.processes import Task, run_beside
+
+#: File with the time at which a command began to train; it is there while one trains.
+_BEGAN = "began"
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,16 @@ class Place:
     def folder(self) -> Path:
         return self.root / "claims" / self.claim.name / f"{self.budget}-{self.claim.digest}"
 
+    def home(self, arm: str) -> Path:
+        """Folder of the runs of an arm. Claims by stages share the runs of equal baselines and oracles."""
+        if self.claim.staged and arm in (BEFORE, "baseline", self.claim.oracle):
+            return self.root / "claims" / "shared" / shared(self.claim, arm, self.budget)
+        return self.folder
+
+    def name(self, arm: str) -> str:
+        """Name of the runs of an arm in that folder."""
+        return arm if self.home(arm) == self.folder else "run"
+
     @property
     def seconds(self) -> float:
         """Wall time of all the commands that made these runs."""
@@ -42,15 +56,16 @@ class Place:
     def finished(self, arm: str, seed: int) -> dict[str, float] | None:
         """Metrics of a run that was tested (to choose settings: that ended), wherever it was started; None if none."""
         steps = self.claim.steps(arm, self.budget)
-        for name in (f"{arm}-{seed}", arm):  # a local process, or a job of an array
-            for folder in reversed(folders.runs_of(self.folder, name)):
+        own = self.name(arm)
+        for name in (f"{own}-{seed}", own):  # a local process, or a job of an array
+            for folder in reversed(folders.runs_of(self.home(arm), name)):
                 metrics = _metrics(folder)
                 tested = any("/" in m and m.split("/")[0] not in ("val", "train", "speed", "sham") for m in metrics)
                 # validations write metrics too, and runs that choose settings are not tested
                 ended = metrics.get("steps") == steps if steps else "steps" in metrics
                 complete = ended if self.budget == TUNE else tested
                 complete = complete and all(m in metrics for m in self.claim.needed(arm))
-                if complete and (name != arm or _seed(folder) == seed):
+                if complete and (name != own or _seed(folder) == seed):
                     return metrics
         return None
 
@@ -73,13 +88,16 @@ class Place:
 
     def of(self, arm: str, seed: int) -> Path:
         """Folder of the run of an arm, or of ``before``, from which others of its seed begin."""
-        local = self.folder / f"{arm}-{seed}"
-        array = (f for f in reversed(folders.runs_of(self.folder, arm)) if _seed(f) == seed)
-        return local if folders.runs_of(self.folder, local.name) else next(array, local)
+        home, name = self.home(arm), self.name(arm)
+        local = home / f"{name}-{seed}"
+        array = (f for f in reversed(folders.runs_of(home, name)) if _seed(f) == seed)
+        return local if folders.runs_of(home, local.name) else next(array, local)
 
     def precisions(self) -> list[str]:
         """``trainer.precision`` of the runs; warns where they differ."""
-        every = {folders.precision_of(folder) for folder in self.folder.glob("*/*") if folder.is_dir()} - {None}
+        homes = {self.folder, *map(self.home, self.claim.arms)}
+        runs = (folder for home in homes for folder in home.glob("*/*") if folder.is_dir())
+        every = {folders.precision_of(folder) for folder in runs} - {None}
         precisions = sorted(map(str, every))
         if len(precisions) > 1:
             say(f"warning: claims {self.claim.name}: its runs were trained in {' and '.join(precisions)}")
@@ -92,7 +110,7 @@ class Place:
             for seed in seeds:
                 metrics = self.finished(arm, seed)
                 if metrics is None:
-                    made = folders.runs_of(self.folder, f"{arm}-{seed}")
+                    made = folders.runs_of(self.home(arm), f"{self.name(arm)}-{seed}")
                     has = _metrics(made[-1]) if made else {}
                     lacks = [m for m in self.claim.needed(arm) if m not in has]
                     what = f"it has no metric {lacks[0]}" if lacks else "it was not tested"
@@ -112,9 +130,12 @@ def run(place: Place, arms: Sequence[str], seeds: Sequence[int], jobs: int) -> i
     todo = place.missing(arms, seeds)
     total = len(place.all(arms)) * len(seeds)
     say(f"claims {place.claim.name}: {total} runs, {total - len(todo)} done, {jobs} at a time")
-    place.folder.mkdir(parents=True, exist_ok=True)
+    for folder in {place.folder, *(place.home(arm) for arm, _ in todo)}:
+        folder.mkdir(parents=True, exist_ok=True)
     which = {_task(place, arm, seed): (arm, seed) for arm, seed in todo}
     began = time.monotonic()
+    lost = _killed(place)  # a killed command stored no time
+    folders.write_text(place.folder / _BEGAN, f"{time.time():.1f}\n")
     try:
         run_beside(
             list(which),
@@ -126,25 +147,37 @@ def run(place: Place, arms: Sequence[str], seeds: Sequence[int], jobs: int) -> i
         say(f"claims {place.claim.name}: interrupted; the same command continues")
         return INTERRUPTED
     finally:
-        if todo:
-            folders.write_text(place.folder / "seconds", f"{place.seconds + time.monotonic() - began:.1f}\n")
+        if todo or lost:
+            folders.write_text(place.folder / "seconds", f"{place.seconds + lost + time.monotonic() - began:.1f}\n")
+        (place.folder / _BEGAN).unlink(missing_ok=True)
     return 0
+
+
+def _killed(place: Place) -> float:
+    """Seconds of a command that was killed: from its begin to the last line of a run's log."""
+    try:
+        began = float((place.folder / _BEGAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0.0
+    homes = {place.folder, *map(place.home, place.claim.arms)}
+    ended = [log.stat().st_mtime for home in homes for log in home.glob("*.log")]
+    return max(0.0, max(ended, default=began) - began)
 
 
 def command(place: Place, arm: str, seed: int) -> list[str]:
     """Arguments of ``descant`` that train one arm with one seed."""
-    return [*_fit(place, arm, seed), f"--name={arm}-{seed}", "--resume=auto"]
+    return [*_fit(place, arm, seed), f"--name={place.name(arm)}-{seed}", "--resume=auto"]
 
 
 def _fit(place: Place, arm: str, seed: int) -> list[str]:
     """The same without the run's name."""
     words = place.claim.command(arm, seed, place.budget, partial(_path, place, seed))
     words += [f"--trust={module}" for module in place.trust]
-    return ["fit", *words, f"--test={str(place.budget != TUNE).lower()}", f"--runs={place.folder}"]
+    return ["fit", *words, f"--test={str(place.budget != TUNE).lower()}", f"--runs={place.home(arm)}"]
 
 
 def _task(place: Place, arm: str, seed: int) -> Task:
-    label, log = f"claims {place.claim.name}: {arm}, seed {seed}", place.folder / f"{arm}-{seed}.log"
+    label, log = f"claims {place.claim.name}: {arm}, seed {seed}", place.home(arm) / f"{place.name(arm)}-{seed}.log"
     return Task(label, tuple(command(place, arm, seed)), log)
 
 
@@ -170,7 +203,7 @@ def submit(place: Place, arms: Sequence[str], seeds: Sequence[int], options: str
         arrays.setdefault((arm, seed if begins else None), []).append(seed)
     for (arm, _), of_arm in arrays.items():
         words = [word for word in _fit(place, arm, of_arm[0]) if not word.startswith("--seed_everything=")]
-        fit = [*words, f"--name={arm}"]
+        fit = [*words, f"--name={place.name(arm)}"]
         code = main([*shlex.split(options), "--array", f"seed_everything={','.join(map(str, of_arm))}", "--", *fit])
         if code:
             return code

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ from descant.claims.claim import ARMS as ARMS
 from descant.claims.claim import BEFORE as BEFORE
 from descant.claims.claim import BUDGETS as BUDGETS
 from descant.claims.claim import EQUAL as EQUAL
+from descant.claims.claim import EXTENSION as EXTENSION
 from descant.claims.claim import OF_ARM, SETTING, Arm, Condition, Metric, Tuning, texts
 from descant.claims.claim import TUNE as TUNE
 from descant.claims.claim import Claim as Claim
-from descant.claims.digest import digest
+from descant.claims.digest import composed, digest
+from descant.claims.effect import FIRST, LAST, PILOT
 from descant.cli.catalogue import ROOT, find, layers
 from descant.cli.errors import Refusal, fail, hint, one_line
 from descant.modules.io.renamed import CLASSES
@@ -25,11 +27,11 @@ from descant.modules.io.renamed import CLASSES
 KEYS = (
     *("title", "seed", "source", "experiment", "arms", "metric", "seeds"),
     *("options", "before", "sham_margin", "also", "secondary", "calls", "budget", "status", "baseline_tuning"),
-    *("alone", "tuning", "note"),
+    *("alone", "tuning", "note", "oracle", "setting", "signal", "lockbox"),
 )
 NEEDED = KEYS[:7]
 ARM_KEYS = ("configs", "config", "options", "settings")
-METRIC_KEYS = ("name", "better", "margin")
+METRIC_KEYS = ("name", "better", "margin", "least")
 CONDITION_KEYS = ("metric", "arm", "minus", "against", "times", "above", "at_least", "at_most")
 TUNING_KEYS = ("seed", "metric", "better", "options")
 WAYS, STATUS = ("higher", "lower"), ("gate", "report")
@@ -86,6 +88,14 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
         if name.split("/")[0] in ("val", "train"):  # known before the run is over, and other data chose by it
             fail(f"{where}: {name}: a claim is judged by the test that ends a run")
     tuning = _tuning(where, content, arms, metric)
+    least = metric.margin if "least" in content["metric"] else None
+    signal = content.get("signal")
+    if least is not None:
+        _staged(where, content, also)
+    elif signal is not None or content.get("lockbox"):
+        key = "lockbox" if signal is None else "signal"
+        fail(f"{where}: {key}: a claim by stages has one: metric.least in place of metric.margin")
+    lockbox = dict(content.get("lockbox") or {})
     budget = dict(content.get("budget") or {})
     _known(f"{where}: budget", budget, ("equal", *BUDGETS))
     equal = _choice(f"{where}: budget.equal", budget.get("equal", "steps"), EQUAL)
@@ -113,13 +123,18 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
         calls=content.get("calls"),
         seeds=seeds,
         equal=EQUAL[equal],
-        budgets={key: {**options, **dict(budget.get(key) or {})} for key in BUDGETS},
+        budgets=_budgets(options, budget, lockbox, least is not None),
+        lockbox=lockbox,
         status=status,
         baseline_tuning=content.get("baseline_tuning"),
         digest=marked,
         alone=_alone(where, content, arms),
         tuning=tuning,
         note=content.get("note"),
+        oracle=_oracle(where, content, arms),
+        setting=bool(content.get("setting", False)),
+        least=least,
+        signal=None if signal is None else _condition(f"{where}: signal", signal, known),
     )
 
 
@@ -190,14 +205,67 @@ def _alone(where: str, content: Mapping[str, Any], arms: Iterable[str]) -> tuple
     return alone
 
 
+def _budgets(
+    options: Mapping[str, Any], budget: Mapping[str, Any], lockbox: Mapping[str, Any], staged: bool
+) -> dict[str, dict[str, Any]]:
+    """Options of each budget; the pilot of a claim by stages has the full budget, outside of the lock-box."""
+    own = {key: dict(budget.get("full" if staged else key) or {}) for key in BUDGETS}
+    return {key: {**options, **own[key], **(lockbox if key == "full" else {})} for key in BUDGETS}
+
+
+#: Most side conditions of a claim by stages.
+_SIDE = 2
+
+
+def _staged(where: str, content: Mapping[str, Any], also: Sequence[Condition]) -> None:
+    """What a claim by stages needs besides."""
+    if content.get("oracle") is None:
+        fail(f"{where}: metric.least: a margin from headroom needs `oracle`, the arm that shows how much can be gained")
+    if len(also) > _SIDE:
+        fail(f"{where}: also: {len(also)} side conditions, and a claim by stages has at most {_SIDE}")
+    if dict(content.get("budget") or {}).get("pilot"):
+        fail(f"{where}: budget.pilot: the pilot of a claim by stages has the full budget")
+    method, sham = (_data(content, arm) for arm in ("method", "sham"))
+    other = sorted(key for key in {*method, *sham} if method.get(key) != sham.get(key))
+    if other:
+        fail(f"{where}: arms.sham: it trains on other data than the method: {other[0]}; a placebo permutes a signal")
+
+
+def _data(content: Mapping[str, Any], arm: str) -> dict[str, Any]:
+    """Key -> value of the data that an arm trains on, without those called ``sham``."""
+    made = composed(content["experiment"], content["arms"][arm] or {}, _contents())
+    values = dict(_leaves("data", made["config"].get("data")))
+    values |= {key: value for key, value in (made.get("options") or {}).items() if key.startswith("data.")}
+    return {key: value for key, value in values.items() if not key.endswith(".sham")}
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for name, item in value.items():
+            yield from _leaves(f"{key}.{name}", item)
+    else:
+        yield key, value
+
+
+def _oracle(where: str, content: Mapping[str, Any], arms: Iterable[str]) -> str | None:
+    name = content.get("oracle")
+    if name is not None and (name in ARMS or name not in arms):
+        others = [arm for arm in arms if arm not in ARMS]
+        fail(f"{where}: oracle: no arm {name!r} beside {', '.join(ARMS)}{hint(str(name), others)}")
+    return name
+
+
 def _metric(where: str, content: Mapping[str, Any]) -> Metric:
     _known(f"{where}: metric", content, METRIC_KEYS)
-    _need(f"{where}: metric", content, METRIC_KEYS)
+    _need(f"{where}: metric", content, ("name", "better", "least" if "least" in content else "margin"))
+    if "least" in content and "margin" in content:
+        fail(f"{where}: metric: margin, or least: the margin is then a quarter of what the oracle gains, at least that")
     if content["better"] not in WAYS:
         fail(f"{where}: metric.better {content['better']}: higher or lower")
-    if not float(content["margin"]) >= 0:
-        fail(f"{where}: metric.margin {content['margin']}: not below 0; its direction is in `better`")
-    return Metric(str(content["name"]), content["better"] == "higher", float(content["margin"]))
+    key = "least" if "least" in content else "margin"
+    if not float(content[key]) >= 0 or (key == "least" and not float(content[key]) > 0):
+        fail(f"{where}: metric.{key} {content[key]}: not below 0; its direction is in `better`")
+    return Metric(str(content["name"]), content["better"] == "higher", float(content[key]))
 
 
 def _condition(where: str, content: Mapping[str, Any], arms: Iterable[str]) -> Condition:
@@ -223,9 +291,17 @@ def _condition(where: str, content: Mapping[str, Any], arms: Iterable[str]) -> C
 
 def _all_seeds(where: str, content: Mapping[str, Any], tuning: Tuning | None) -> dict[str, tuple[int, ...]]:
     """Budget -> seeds, of which no two budgets share one."""
-    seeds = {key: _seeds(f"{where}: seeds.{key}", value) for key, value in _mapping(where, content, "seeds").items()}
-    _known(f"{where}: seeds", seeds, BUDGETS)
-    _need(f"{where}: seeds", seeds, BUDGETS)
+    given, staged = _mapping(where, content, "seeds"), "least" in content["metric"]
+    keys = (*BUDGETS, EXTENSION) if staged else BUDGETS
+    _known(f"{where}: seeds", given, keys)
+    _need(f"{where}: seeds", given, keys)
+    seeds = {key: _seeds(f"{where}: seeds.{key}", given[key]) for key in keys}
+    every = [seed for some in seeds.values() for seed in some]
+    if staged and tuple(map(len, seeds.values())) != (numbers := (PILOT, FIRST, LAST - FIRST)):
+        needed = ", ".join(f"{number} in {key}" for key, number in zip(seeds, numbers, strict=True))
+        fail(f"{where}: seeds: a claim by stages has {needed}")
+    if staged and len(set(every)) < len(every):
+        fail(f"{where}: seeds: {max(every, key=every.count)} is there twice")
     both = set(seeds["pilot"]) & set(seeds["full"])
     if both:
         fail(f"{where}: seeds: {min(both)} is in pilot and in full: a seed that chose the margin cannot count")

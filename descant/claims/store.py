@@ -9,14 +9,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from descant.claims.claim import Claim
-from descant.claims.judge import Runs, judge
+from descant.claims.claim import ABLATIONS, BUDGETS, TUNE, Claim
+from descant.claims.judge import Judgement, Runs, judge
 from descant.cli.errors import fail, one_line
 from descant.cli.untrusted import json_of
 from descant.modules.io.files import write_json
 
 #: Largest size of a result, in bytes.
 _MOST = 20_000_000
+#: The stage from which on the method runs, and that of a claim without stages.
+EFFECT_STAGE = LAST_STAGE = 3
 _PACKAGES = ("descant", "torch", "lightning", "timm", "transformers")
 
 
@@ -69,21 +71,100 @@ def require_free(folder: Path, claim: Claim, budget: str) -> None:
         fail(f"{folder}: no permission to write results there; --results FOLDER")
 
 
-def write(folder: Path, claim: Claim, budget: str, runs: Runs, seconds: float, precisions: Sequence[str] = ()) -> None:
-    """Store all runs of a claim; ``seconds`` is their wall time, ``precisions`` are those of the runs."""
+def write(
+    folder: Path,
+    claim: Claim,
+    budget: str,
+    runs: Runs,
+    seconds: float,
+    precisions: Sequence[str] = (),
+    outcome: Mapping[str, Any] | None = None,
+) -> None:
+    """Store all runs of a claim.
+
+    Args:
+        seconds: their wall time. precisions: those of the runs. outcome: what they came to (``verdict``, ``effect``,
+            ...); default: judged, where they are full.
+    """
+    if outcome is None:
+        outcome = outcome_of(judge(claim, runs)) if budget == "full" else {}
     content = {
         "claim": claim.name,
         "seed": claim.seed,
         "digest": claim.digest,
         "budget": budget,
         "seconds": round(seconds, 1),
-        **({"verdict": judge(claim, runs).verdict} if budget == "full" else {}),
+        **outcome,
         "machine": machine(),
         "precision": list(precisions),
         "versions": versions(),
         "runs": {arm: {str(seed): dict(m) for seed, m in sorted(of.items())} for arm, of in runs.items()},
     }
     write_json(path(folder, claim.name, budget), content)
+
+
+def outcome_of(judgement: Judgement) -> dict[str, Any]:
+    """Verdict, word and gains of a full result, for readers that do not judge it themselves."""
+    gain, placebo = judgement.effect.over_baseline, judgement.effect.placebo.mean
+    numbers = {"gain": [gain.mean, gain.low, gain.high], "placebo": placebo}
+    return {"verdict": judgement.verdict, "effect": judgement.effect.word, **numbers}
+
+
+def supersede(folder: Path, claim: Claim) -> None:
+    """Set the results of the claim's earlier design aside, where its row stays; once a claim.
+
+    Raises:
+        Refusal: where there is no result of an earlier design, or one was set aside before.
+    """
+    result, aside = path(folder, claim.name, "full"), path(folder, claim.name, "superseded")
+    stored = read(folder, claim.name, "full")
+    if stored is None or stored["digest"] == claim.digest:
+        fail(f"--redesign: claims {claim.name}: no result of an earlier design is stored")
+    if aside.exists():
+        fail(f"--redesign: claims {claim.name}: it was redesigned before ({aside.name}), and a claim is once")
+    if "opened" in stored.get("registered", {}):
+        fail(f"--redesign: claims {claim.name}: it opened the lock-box, which a claim does once: its row is final")
+    os.replace(result, aside)
+    for budget in (*BUDGETS, TUNE, ABLATIONS, "registered"):
+        path(folder, claim.name, budget).unlink(missing_ok=True)
+
+
+def judged(claim: Claim, stored: Mapping[str, Any]) -> Judgement | None:
+    """The judgement of a full result as it was stored; None where the claim stopped before its effect was measured."""
+    if stored.get("stage", LAST_STAGE) < EFFECT_STAGE:
+        return None
+    if claim.staged:
+        claim = claim.with_margin(stored["margin"])
+    return judge(claim, stored["runs"], stored.get("futile", False))
+
+
+def read_registered(folder: Path, claim: Claim) -> dict[str, Any] | None:
+    """What a claim was when it was registered, or None.
+
+    Raises:
+        Refusal: if another configuration of it was registered.
+    """
+    file = path(folder, claim.name, "registered")
+    try:
+        content: dict[str, Any] = json_of(file, most=_MOST)
+        digest, code = content["digest"], dict(content["code"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        fail(f"{file}: no registration of a claim; move it away to register the claim again")
+    if digest != claim.digest:
+        fail(f"{file}: registered as {digest}, and the claim is now {claim.digest}; move it away to register it again")
+    return content | {"code": code}
+
+
+def openings(folder: Path) -> int:
+    """How many claims have opened the lock-box."""
+    return sum("opened" in json_of(file, most=_MOST) for file in folder.glob("*.registered.json"))
+
+
+def write_registered(folder: Path, claim: Claim, content: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path(folder, claim.name, "registered"), dict(content))
 
 
 def machine() -> dict[str, object]:

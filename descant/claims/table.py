@@ -8,50 +8,101 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from descant.claims import store
-from descant.claims.judge import Judgement, Runs, column, judge
-from descant.claims.spec import BEFORE, EQUAL, TUNE, Claim
-from descant.report import figures
+from descant.claims import plots, store
+from descant.claims.effect import Effect, Interval
+from descant.claims.judge import Judgement, Runs
+from descant.claims.plots import measured
+from descant.claims.spec import EQUAL, TUNE, Claim
+from descant.cli.catalogue import papers
 from descant.run.runs import write_text
 
 #: Most arms that a table shows as columns.
 _MAX_COLUMNS = 8
-_COLOURS = {"baseline": figures.FAINT, "method": figures.BLUE, "sham": figures.VERMILLION}
 
 _HEAD = """\
 # Claims
 
-Each mechanism tested against the claim of its paper, at the scale of two cores, by `descant claims run NAME`. Each row
-comes from paired runs: every arm has the same initial weights and the same batches. The *sham* runs the same code with
-its signal permuted; a method that does not beat its sham has no demonstrated effect. *gain* is method less baseline
-(above zero is better), with the 90 % interval of its mean over seeds. *passed* requires a gain of at least the margin
-(*needed*), a gain in all seeds but one, an interval above zero, half the margin over the sham unless the claim sets
-another, and all further conditions of the claim: a claim can exceed its margin and still not pass. *what it lacks* is
-the first unmet requirement. Rule and margins were fixed on other seeds than those reported.
+Each mechanism tested against the claim of its paper, at the scale of two cores, by `descant claims run NAME`. A row
+comes from paired runs: every arm has the same initial weights and the same batches. The *placebo* (the arm `sham`) runs
+the same code with its signal permuted. Margins were fixed on other seeds than those reported.
 
-| claim | paper | verdict | gain | needed | better in | sham's gain | time | what it lacks |
-|---|---|---|---|---|---|---|---|---|
+- **exact?** *yes*: the equation equals an explicit loop or a closed form in a test; *our reading*: the paper leaves it
+  open.
+- **effect here** is the gain over the baseline (above zero is better) with its 95 % interval over seeds, in one word.
+  *helps*: over baseline and over placebo above 0, and at least the margin; *helps a little*: both above 0, below the
+  margin; *placebo does as well*: over baseline above 0, over placebo not; *placebo invalid*: both above 0, but the
+  placebo is a margin or more away from the baseline, so it shows nothing; *no effect*: within the margin around 0;
+  *hurts*: below 0; *no room*: the oracle gains less than two margins; *cannot tell*: the rest.
+- **possible** is the share of the oracle's gain over the baseline; *?* where no oracle was run.
+- **placebo** is its gain over the baseline.
+- **headline**: how many of the paper's conditions hold, the margin among them; each section lists them.
+
+![Gains of all claims over baseline and over placebo, in margins](docs/claims/overview.svg)
+
 """
+_COLUMNS = (
+    "| family | {} | exact? | effect here | margin | possible | placebo | headline | cost |\n" + "|---" * 9 + "|\n"
+)
+#: Family of claims that only show a setting, and of those that belong to no paper in the list.
+SETTINGS, OTHERS = "settings", "others"
+_BESIDE = (SETTINGS, OTHERS)
 
 
 def write(claims: Sequence[Claim], results: Path, page: Path) -> list[str]:
-    """Write the page, and a figure per claim in ``docs/claims`` beside it; returns the claims without a full result."""
-    rows, sections, without = [], [], []
-    for claim in claims:
+    """Write the page, and beside it ``docs/claims`` with an overview and a figure a claim.
+
+    Returns the names of the claims without a full result.
+    """
+    rows: dict[str, list[str]] = {}
+    effects: dict[str, list[tuple[str, Effect]]] = {}
+    sections, without = [], []
+    folder = page.parent / "docs" / "claims"
+    folder.mkdir(parents=True, exist_ok=True)
+    for claim in sorted(claims, key=lambda claim: (family(claim) in _BESIDE, family(claim))):
+        of_family = rows.setdefault(family(claim), [])
         stored = store.read(results, claim.name, "full")
         if stored is None:
             without.append(claim.name)
-            rows.append(f"| {claim.name} | {_paper(claim)} | not run yet | | | | | | |")
+            of_family.append(f"| {family(claim)} | {claim.name}, {_paper(claim)} | | not run yet | | | | | |")
             continue
-        judgement = judge(claim, stored["runs"])
-        rows.append(_row(claim, judgement, stored))
-        figure = page.parent / "docs" / "claims" / f"{claim.name}.svg"
-        figure.parent.mkdir(parents=True, exist_ok=True)
-        write_text(figure, svg(claim, stored["runs"]))
+        judgement = store.judged(claim, stored)
+        if judgement is None:
+            of_family.append(_ended(claim, stored))
+            continue
+        of_family.append(_row(claim, judgement, stored))
+        effects.setdefault(family(claim), []).append((claim.name, judgement.effect))
+        figure = folder / f"{claim.name}.svg"
+        write_text(figure, plots.svg(claim, stored["runs"]))
         tuned = store.read(results, claim.name, TUNE)
         sections.append(_section(claim, judgement, stored, figure.relative_to(page.parent).as_posix(), tuned))
-    write_text(page, _HEAD + "\n".join(rows) + "\n" + "".join(sections))
+    settings, drawn = rows.pop(SETTINGS, []), {name: of for name, of in effects.items() if name != SETTINGS}
+    parts = [_HEAD, _COLUMNS.format("paper, mechanism"), *(f"{row}\n" for of in rows.values() for row in of)]
+    if settings:
+        parts += ["\n", _COLUMNS.format("what a setting leaves to gain"), *(f"{row}\n" for row in settings)]
+    old = [row for claim in claims if (row := _superseded(claim, results)) is not None]
+    if old:
+        parts += ["\n", _COLUMNS.format("superseded by a new design"), *(f"{row}\n" for row in old)]
+    if drawn:
+        write_text(folder / "overview.svg", plots.overview(drawn))
+    write_text(page, "".join([*parts, *sections]))
     return without
+
+
+def paper_of(claim: Claim) -> Mapping[str, Any] | None:
+    """The paper in the list whose claim it is."""
+    return next((paper for paper in papers() if paper.get("claim") == claim.name), None)
+
+
+def family(claim: Claim) -> str:
+    """Family of its paper, under which it is sorted."""
+    paper = paper_of(claim)
+    return SETTINGS if claim.setting else OTHERS if paper is None else str(paper["family"])
+
+
+def exact(claim: Claim) -> str | None:
+    """Whether the equation of its paper is held by a test: yes, our reading, or None for a claim of no paper."""
+    paper = paper_of(claim)
+    return None if paper is None else ("yes" if paper["exact"] else "our reading")
 
 
 def _paper(claim: Claim) -> str:
@@ -62,13 +113,42 @@ def _paper(claim: Claim) -> str:
 
 def _row(claim: Claim, judgement: Judgement, stored: Mapping[str, Any]) -> str:
     stale = "" if stored["digest"] == claim.digest else " (of an earlier configuration)"
-    gain, reasons = judgement.method, judgement.reasons
-    lacks = "".join(reasons[:1]) + (f", and {len(reasons) - 1} more" if len(reasons) > 1 else "")
-    return (
-        f"| [{claim.name}](#{claim.name}) | {_paper(claim)} | {judgement.verdict}{stale} | "
-        f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] | {claim.metric.margin:g} | {gain.wins} of {gain.n} | "
-        f"{judgement.sham.mean:+.3f} | {stored['seconds'] / 60:.1f} min | {lacks} |"
+    found, (held, of) = judgement.effect, judgement.held
+    gain, share = found.over_baseline, found.share_of_headroom
+    word = "" if claim.setting else f"**{found.word}** "  # a setting has no method that could help
+    cells = (
+        family(claim),
+        f"[{claim.name}](#{claim.name}), {_paper(claim)}",
+        exact(claim) or "",
+        f"{word}{_interval(gain)}{stale}",
+        f"{found.margin:g}",
+        "?" if share is None else f"{share:.0%}",
+        f"{found.placebo.mean:+.3f}",
+        f"{held} of {of}",
+        f"{stored['seconds'] / 60:.0f} min",
     )
+    return f"| {' | '.join(cells)} |"
+
+
+def _ended(claim: Claim, stored: Mapping[str, Any]) -> str:
+    """Row of a claim that stopped before its effect was measured."""
+    headroom = f" (oracle {stored['headroom']:+.3f})" if "headroom" in stored else f" ({stored['signal']:.3g})"
+    margin = f"{stored['margin']:.3g}" if "margin" in stored else ""
+    cells = (family(claim), f"{claim.name}, {_paper(claim)}", exact(claim) or "", f"**{stored['effect']}**{headroom}")
+    return f"| {' | '.join(cells)} | {margin} | | | | {stored['seconds'] / 60:.0f} min |"
+
+
+def _superseded(claim: Claim, results: Path) -> str | None:
+    """Row of the earlier design of a claim, or None."""
+    stored = store.read(results, claim.name, "superseded")
+    if stored is None:
+        return None
+    effect = stored.get("effect") or stored.get("verdict", "")
+    if "gain" in stored:
+        effect = f"**{effect}** {_interval(Interval(*stored['gain']))}"
+    placebo = f"{stored['placebo']:+.3f}" if "placebo" in stored else ""
+    cells = (family(claim), f"{claim.name}, {_paper(claim)}", exact(claim) or "", effect, "", "", placebo, "")
+    return f"| {' | '.join(cells)} | {stored['seconds'] / 60:.0f} min |"
 
 
 def _section(
@@ -78,9 +158,10 @@ def _section(
     lines = [
         f"\n## {claim.name}\n",
         f"{claim.title} ({claim.source})\n",
+        f"All conditions: **{judgement.verdict}**; over the placebo {_interval(judgement.effect.over_placebo)}.\n",
         f"![{claim.metric.name} of each seed]({figure})\n",
     ]
-    cells = {arm: {metric: _cell(runs[arm], metric) for metric in _measured(claim, arm)} for arm in runs}
+    cells = {arm: {metric: _cell(runs[arm], metric) for metric in measured(claim, arm)} for arm in runs}
     if len(runs) > _MAX_COLUMNS:  # one row per arm
         metrics = claim.metrics()
         lines.append("| arm | " + " | ".join(metrics) + " |\n|---|" + "---|" * len(metrics))
@@ -122,9 +203,8 @@ def _section(
     return "\n".join(lines) + "\n"
 
 
-def _measured(claim: Claim, arm: str) -> list[str]:
-    """The metrics that an arm reports."""
-    return claim.needed(arm) if arm in claim.alone else claim.metrics()
+def _interval(of: Interval) -> str:
+    return f"{of.mean:+.3f} [{of.low:+.3f}, {of.high:+.3f}]"
 
 
 def _cell(seeds: Mapping[int, Mapping[str, float]], metric: str) -> str:
@@ -135,38 +215,3 @@ def _cell(seeds: Mapping[int, Mapping[str, float]], metric: str) -> str:
     mean = math.fsum(values) / len(values)
     spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1))
     return f"{mean:.3f} ± {spread:.3f}"
-
-
-def svg(claim: Claim, runs: Runs) -> str:
-    """SVG figure of a claim's metric: a column an arm, a point a seed, a bar at the mean, and a line through each seed.
-
-    It has 640 x 300 pixels, more in height where long names of arms are rotated; arms without the metric are left out.
-    """
-    name = claim.metric.name
-    arms = [a for a in runs if a != BEFORE and name in _measured(claim, a) and all(name in m for m in runs[a].values())]
-    seeds = sorted(runs[arms[0]])
-    values = [column(claim, runs, arm, name, seeds) for arm in arms]
-    longest = max(map(len, arms))
-    rotated = 6.2 * longest > 560 / len(arms)  # names would overlap
-    tooltips = {}
-    bottom = 40 + round(3.6 * longest) * rotated
-    with figures.style():
-        made = figures.figure(640, 260 + bottom)
-        axes = made.add_axes((60 / 640, bottom / (260 + bottom), 560 / 640, 230 / (260 + bottom)))
-        axes.set_xlim(-0.5, len(arms) - 0.5)
-        axes.grid(visible=False, axis="x")
-        axes.set_title(f"{name}, {'more' if claim.metric.higher else 'less'} is better", loc="left", fontsize=12)
-        axes.set_title("points are seeds, bars are means", loc="right", fontsize=11, color=figures.FAINT)
-        turned = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if rotated else {"fontsize": 12}
-        axes.set_xticks(range(len(arms)), arms, color=figures.INK, **turned)
-        for of_seed in zip(*values, strict=True):
-            axes.plot(range(len(arms)), of_seed, color="#c4ccd8", linewidth=1, zorder=1)
-        for n, arm in enumerate(arms):
-            colour = _COLOURS.get(arm, figures.GREEN)
-            half = min(0.4, 25 * len(arms) / 640)
-            axes.hlines(math.fsum(values[n]) / len(seeds), n - half, n + half, color=colour, linewidth=2)
-            for seed, value in zip(seeds, values[n], strict=True):
-                gid = f"{n}-{seed}"
-                axes.plot([n], [value], "o", color=colour, alpha=0.75, markersize=7, markeredgewidth=0, gid=gid)
-                tooltips[gid] = {"title": f"{arm}, seed {seed}: {value:.4g}"}
-        return figures.to_svg(made, tooltips)

@@ -85,7 +85,9 @@ def claim() -> dict[str, Any]:
         return {"type": "object", "properties": properties, "required": list(needed), "additionalProperties": False}
 
     arm = {"configs": texts, "config": options, "options": options, "settings": {"type": "array", "minItems": 1}}
-    metric = an_object(spec.METRIC_KEYS, {"better": way, "margin": {**number, "minimum": 0}}, spec.METRIC_KEYS)
+    margins = {key: {**number, "minimum": 0} for key in ("margin", "least")}
+    metric = an_object(spec.METRIC_KEYS, {"better": way, **margins}, ("name", "better"))
+    metric["oneOf"] = [{"required": [key]} for key in margins]
     bound = {key: number for key in ("times", "at_least", "at_most")}
     condition = an_object(spec.CONDITION_KEYS, bound, ("metric", "arm"))
     condition["anyOf"] = [{"required": ["at_least"]}, {"required": ["at_most"]}]
@@ -100,7 +102,12 @@ def claim() -> dict[str, Any]:
         "also": {"type": "array", "items": condition},
         "secondary": texts,
         "alone": texts,
-        "seeds": an_object(spec.BUDGETS, dict.fromkeys(spec.BUDGETS, seeds), spec.BUDGETS),
+        "setting": {"type": "boolean"},
+        "signal": condition,
+        "lockbox": options,
+        "seeds": an_object(
+            (*spec.BUDGETS, spec.EXTENSION), dict.fromkeys((*spec.BUDGETS, spec.EXTENSION), seeds), spec.BUDGETS
+        ),
         "budget": an_object(
             ("equal", *spec.BUDGETS), {"equal": {"enum": list(spec.EQUAL)}, **dict.fromkeys(spec.BUDGETS, options)}
         ),

@@ -138,16 +138,16 @@ def _rows(group: str) -> dict[str, str]:
 
 
 def _paper(paper: Mapping[str, Any]) -> str:
-    """Family, arXiv number, whether its equation is exact, the verdict of its claim and the time that took."""
+    """Family, arXiv number, whether its equation is exact, the effect of its claim and the time that took."""
     line = f"{paper['family']:<20}  {paper['arxiv']}  "
     if paper["status"] != "built":
         return line + "planned"
     try:
         found = json.loads((ROOT / f"claims/results/{paper['claim']}.json").read_text(encoding="utf-8"))
-        effect, time = found["verdict"], f"{found['seconds'] / 60:.0f} min"
+        effect, time = found["effect"], f"{found['seconds'] / 60:.0f} min"
     except (OSError, ValueError, KeyError):
         effect, time = "not run yet", ""
-    return f"{line}{paper['equation']:<5}  {effect:<28}  {time:>6}".rstrip()
+    return f"{line}{'exact' if paper['exact'] else 'ours':<5}  {effect:<20}  {time:>6}".rstrip()
 
 
 def _title(claim: Path) -> str:

@@ -10,30 +10,43 @@ from torch.nn import functional as F
 
 from descant.modules.balance.base import Pacing
 
+Slow = Literal["ahead", "behind"]
+
+
+def agm_factors(score_M: Tensor, mean_M: Tensor, alpha: float = 1.0, cap: float = 7.0, slow: Slow = "ahead") -> Tensor:
+    """AGM's gradient factors ``[M]`` of this step's losses and their mean over earlier steps; zeros at the first one.
+
+    >>> [round(k, 3) for k in agm_factors(torch.tensor([0.5, 1.5]), torch.ones(2)).tolist()]  # exp(1 - e), exp(1 - 1/e)
+    [0.179, 1.882]
+    """
+    rate = len(score_M) / (len(score_M) - 1) * (1 if slow == "ahead" else -1)
+    tau_M, r_M = ((rate * (s_M.mean() - s_M)).exp() for s_M in (mean_M, score_M))
+    return (alpha * (tau_M - r_M).clamp(max=cap)).exp()
+
 
 class AGM(Pacing):
-    """Adaptive gradient modulation: hold each modality to its running mean lead.
+    """Adaptive gradient modulation: hold each modality to its lead in the mean of earlier steps.
 
-        s_m = mean cross-entropy(logits_m, label)              r_m = exp(M / (M - 1) (s_m - mean s))
-        tau_m = the same of the mean of all s so far           factor_m = exp(alpha min(r_m - tau_m, cap))
+        s_m = mean cross-entropy(logits_m, label)              r_m = exp(M / (M - 1) (mean s - s_m))
+        tau_m = the same of the mean of s over earlier steps   factor_m = exp(alpha min(tau_m - r_m, cap))
 
-    A modality whose loss is lower relative to the others than before is ahead, and is slowed down. Public code has
-    both signs: ``slow: behind`` slows the one behind, exp(alpha min(tau_m - r_m, cap)).
-    Source: Li 2023, arXiv 2308.07686.
+    A modality whose loss is lower relative to the others than before is ahead, and is slowed down, as in the authors'
+    release; tau is 1 at the first step. ``slow: behind`` is the sign of BalanceBenchmark, r_m = exp(M / (M - 1) (s_m -
+    mean s)), which slows the one behind. Source: Li 2023, arXiv 2308.07686.
 
     Args:
         alpha: how strongly; 0 not at all.
-        cap: bound of the exponent over alpha.
+        cap: bound of the exponent over alpha; the release has 7, 10 or none.
         slow: ``ahead``, or ``behind``.
 
     >>> rule = AGM(alpha=1.0)
     >>> rule.pace(torch.tensor([1.0, 1.0])).tolist()
     [1.0, 1.0]
-    >>> [round(k, 3) for k in rule.pace(torch.tensor([0.5, 1.5])).tolist()]  # exp(1/e - 1/sqrt e), exp(e - sqrt e)
-    [0.788, 2.914]
+    >>> [round(k, 3) for k in rule.pace(torch.tensor([0.5, 1.5])).tolist()]
+    [0.179, 1.882]
     """
 
-    def __init__(self, alpha: float = 1.0, cap: float = 7.0, slow: Literal["ahead", "behind"] = "ahead") -> None:
+    def __init__(self, alpha: float = 1.0, cap: float = 7.0, slow: Slow = "ahead") -> None:
         super().__init__()
         if not alpha >= 0:
             raise ValueError(f"AGM: alpha {alpha:g}: 0 (no modulation) or more")
@@ -46,14 +59,6 @@ class AGM(Pacing):
         score_M = score_M.double()
         count = self.state.get("count", torch.zeros((), dtype=torch.float64)) + 1
         mean_M = self.state.get("mean", torch.zeros_like(score_M)).to(score_M)  # of a checkpoint it is on the CPU
-        mean_M = mean_M + (score_M - mean_M) / count.to(score_M)
-        self.state = {"count": count, "mean": mean_M}
-        lead_M = self._ratio(score_M) - self._ratio(mean_M)
-        if self.slow == "behind":
-            lead_M = -lead_M
-        return (self.alpha * lead_M.clamp(max=self.cap)).exp()
-
-    @staticmethod
-    def _ratio(score_M: Tensor) -> Tensor:
-        M = len(score_M)
-        return (M / (M - 1) * (score_M - score_M.mean())).exp()
+        factor_M = agm_factors(score_M, mean_M, self.alpha, self.cap, self.slow)
+        self.state = {"count": count, "mean": mean_M + (score_M - mean_M) / count.to(score_M)}
+        return factor_M

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import combinations
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from descant.modules.balance.regularizer import FusionContext, Regularizer
 from descant.modules.core.host import derived
 from descant.modules.core.objective import Term
-from descant.modules.core.ranks import gather
+from descant.modules.core.ranks import first_row, gather
 from descant.modules.core.sham import partners
 
 
@@ -35,7 +35,7 @@ def js_divergence(a_BC: Tensor, b_BC: Tensor) -> Tensor:
 class Game(Regularizer):
     """Mutual-information game of the modalities over the fused logits: one term, "game".
 
-        D(a; i) = mean_s JS(f with z_i of other samples, f),        where of z only z_a takes a gradient
+        D(a; i) = mean_s JS(f with z_i of other samples, f),        where player a alone takes a gradient
         value_b = weight sum over players a and modalities i of  stake(a, i) D_b(a; i)
 
     f with z_i of others: latents are permuted along S random cycles through the samples of this micro-batch that
@@ -45,13 +45,18 @@ class Game(Regularizer):
 
     Args:
         weight: of the term. permutations: S.
+        detach: what of the others takes no gradient in D: ``projections``, W_m z_m, as in the authors' release, or
+            ``latents``, z_m alone (our variant). The gradients at z are the same; at W_m of a greedy game they cancel
+            with ``latents``, and with ``projections`` W_m plays as its latents do.
     """
 
-    def __init__(self, weight: float = 0.1, permutations: int = 8) -> None:
+    def __init__(
+        self, weight: float = 0.1, permutations: int = 8, detach: Literal["projections", "latents"] = "projections"
+    ) -> None:
         super().__init__()
         if permutations < 1:
             raise ValueError(f"permutations {permutations}: 1 is the least")
-        self.weight, self.permutations = weight, permutations
+        self.weight, self.permutations, self.detach = weight, permutations, detach
 
     def stake(self, player: str, disturbed: str, modalities: int) -> float:
         """Coefficient of D(player; disturbed): negative to maximise it, positive to minimise it."""
@@ -68,14 +73,16 @@ class Game(Regularizer):
             for a in z:
                 stake = self.stake(a, i, len(z))
                 if stake:
-                    moving = self.moving(z, a)
-                    d_B = self.disturbed(context, moving, present, i, source_SB)
+                    still = self.still(z, a)
+                    moving = {m: z_BD.detach() if m in still else z_BD for m, z_BD in z.items()}
+                    with context.fusion.detaching(*still if self.detach == "projections" else ()):
+                        d_B = self.disturbed(context, moving, present, i, source_SB)
                     value_B = value_B + stake * torch.where(plays_B & present[a], d_B, 0.0)
         return {"game": Term(self.weight * value_B, valid=several_B, norm=context.rows)}
 
-    def moving(self, z: Mapping[str, Tensor], player: str) -> dict[str, Tensor]:
-        """Latents of which only the player's take a gradient."""
-        return {m: z_BD if m == player else z_BD.detach() for m, z_BD in z.items()}
+    def still(self, z: Mapping[str, Tensor], player: str) -> tuple[str, ...]:
+        """Modalities that take no gradient where others' latents are handed on."""
+        return tuple(m for m in z if m != player)
 
     def disturbed(
         self, context: FusionContext, z: dict[str, Tensor], present: Mapping[str, Tensor], i: str, source_SB: Tensor
@@ -114,19 +121,32 @@ class CollaborativeGame(Game):
     """All modalities maximise the influence of each: ``- sum_i D(i)``, where all latents take a gradient."""
 
     def stake(self, player: str, disturbed: str, modalities: int) -> float:
-        return -1.0 if player == disturbed else 0.0  # once each; nothing is detached in `moving`
+        return -1.0 if player == disturbed else 0.0  # once each
 
-    def moving(self, z: Mapping[str, Tensor], player: str) -> dict[str, Tensor]:
-        return dict(z)
+    def still(self, z: Mapping[str, Tensor], player: str) -> tuple[str, ...]:
+        return ()
+
+
+def nt_xent(sim_AG: Tensor, positive_AG: Tensor, negative_AG: Tensor) -> Tensor:
+    """``[A]``: sum over positives p of an anchor of ``- log(e^s_p / (e^s_p + sum over negatives n of e^s_n))``.
+
+    >>> sim_AG, one_AG = torch.zeros(1, 4), torch.tensor([[True, True, False, False]])
+    >>> round(nt_xent(sim_AG, one_AG, ~one_AG).item(), 4)  # 2 log 3
+    2.1972
+    """
+    lowest = torch.finfo(sim_AG.dtype).min  # not -inf: an anchor without negatives stays finite, and is worth 0
+    negatives_A1 = sim_AG.masked_fill(~negative_AG, lowest).logsumexp(dim=1, keepdim=True)
+    return torch.where(positive_AG, torch.logaddexp(sim_AG, negatives_A1) - sim_AG, 0.0).sum(dim=1)
 
 
 class LabelContrast(Regularizer):
-    """Supervised contrast between latents of two modalities: one term, "contrast".
+    """MCR's supervised contrast (NT-Xent) of the latents of all modalities: one term, "contrast".
 
-        value_b = mean over p with y_p = y_b of  - log softmax_p (z_a,b . z_c,p / temperature),  both ways, all pairs
+        L = mean over pairs (a, p) of one label, of  - log(e^s_ap / (e^s_ap + sum over n of another label of e^s_an))
 
-    of unit length, over the samples of all ranks that have both. Source: supervised contrast (Khosla 2020, arXiv
-    2004.11362) between modalities, as MCR has it.
+    with ``s = z_a . z_p / temperature`` of unit-length latents of any modality, present and labelled, of all ranks. A
+    sample's value is the sum of its latents' pairs, scaled so that the mean over samples is L. Source: Kontras 2024
+    (MCR, arXiv 2411.07335); :class:`CrossModalSupCon` is our variant.
 
     Args:
         weight: of the term. temperature: what similarities are divided by.
@@ -139,6 +159,30 @@ class LabelContrast(Regularizer):
         if not temperature > 0:
             raise ValueError(f"temperature {temperature:g}: above 0, such as 0.1")
         self.weight, self.temperature = weight, temperature
+
+    def forward(self, context: FusionContext) -> dict[str, Term]:
+        z, present, label_B = context.inputs
+        u_AD = F.normalize(torch.cat(list(z.values())), dim=1)
+        here_MB = torch.stack([present[m] & (label_B >= 0) for m in z])
+        label_A, here_A, any_B = label_B.repeat(len(z)), here_MB.flatten(), here_MB.any(dim=0)
+        both_AG, same_AG = here_A[:, None] & gather(here_A), label_A[:, None] == gather(label_A)
+        positive_AG = same_AG & both_AG
+        positive_AG.diagonal(first_row(len(u_AD))).fill_(False)  # a latent is no pair of its own
+        pairs = gather(positive_AG.sum(dim=1)).sum().clamp(min=1)
+        sum_A = nt_xent(u_AD @ gather(u_AD).T / self.temperature, positive_AG, ~same_AG & both_AG)
+        value_B = sum_A.unflatten(0, here_MB.shape).sum(dim=0) * gather(any_B).sum() / pairs
+        return {"contrast": Term(self.weight * value_B, valid=any_B, norm=context.rows)}
+
+
+class CrossModalSupCon(LabelContrast):
+    """Supervised contrast between latents of two modalities (our variant of MCR's): one term, "contrast".
+
+        value_b = mean over p with y_p = y_b of  - log softmax_p (z_a,b . z_c,p / temperature),  both ways, all pairs
+
+    of unit length, over the samples of all ranks that have both: one modality's latents are no negatives of each
+    other, and all positives are in the denominator. Source: Khosla 2020, arXiv 2004.11362, between modalities.
+    Arguments: those of :class:`LabelContrast`.
+    """
 
     def forward(self, context: FusionContext) -> dict[str, Term]:
         z, present, label_B = context.inputs

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
 from descant.modules.core.output import FusionInputs
+from descant.modules.fusion.classifiers import FusionHead
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class FusionContext:
     present: Mapping[str, Tensor]
     logits_BC: Tensor
     fuse: Callable[[dict[str, Tensor], Mapping[str, Tensor] | None], Tensor]
-    fusion: nn.Module
+    fusion: FusionHead
     batch: Batch
     rows: Tensor
 

@@ -4,11 +4,12 @@ For each image the teacher scores F drawn texts; the own text and the wrong ones
 one order for both:
 
     t_bk, s_bk = scores of teacher and student,  k = 0 the own text,  k = 1 ... K - 1 the hardest first
-    truth      = mean over b of  v_b (- log softmax_k s_b at 0)              v: more for what the teacher doubts
-    rank       = mean over b of  u_b d(s_b, t_b)                             u: more for what it is sure of
+    truth      = mean over b of  v_b mean_k BCE(s_bk, k = 0)                 v: more for what the teacher doubts
+    rank       = mean over b of  u_b mean_k (s_bk - t_bk)^2                  u: more for what it is sure of
 
-Source: Rao 2022 (DCD, arXiv 2207.01426). Its release averages before it weighs, so that its weights do nothing, and
-regresses scores of other pairs wherever the teacher does not rank the own text first.
+Source: Rao 2022 (DCD, arXiv 2207.01426). Its release averages before it weighs in rank, so that u does nothing, and
+regresses scores of other pairs wherever the teacher does not rank the own text first. Our variants: the softmax
+cross-entropy in truth, and a KL divergence or centred scores in rank.
 Letters: B samples on this rank, F drawn, K of a list.
 """
 
@@ -20,6 +21,7 @@ from typing import Literal, Self, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
@@ -141,16 +143,40 @@ class ListKL(Imitation):
 
 
 class ListMSE(Imitation):
-    """``mean_k (s_bk - t_bk)^2`` of scores less their mean over the list, which is all that a ranking fixes (DCD).
+    """``mean_k (s_bk - t_bk)^2`` (DCD; its temperature cancels).
 
     >>> t, s = torch.tensor([[5.0, 3.0]]), torch.tensor([[2.0, 1.0]])
     >>> ListMSE()(Lists(t, s, torch.ones(1).bool())).item()
+    6.5
+    """
+
+    def forward(self, lists: Lists) -> Tensor:
+        return (lists.s_BK - lists.t_BK).square().mean(dim=1)
+
+
+class CentredListMSE(Imitation):
+    """:class:`ListMSE` of scores less their mean over the list, which is all that a ranking fixes (our variant).
+
+    >>> t, s = torch.tensor([[5.0, 3.0]]), torch.tensor([[2.0, 1.0]])
+    >>> CentredListMSE()(Lists(t, s, torch.ones(1).bool())).item()
     0.25
     """
 
     def forward(self, lists: Lists) -> Tensor:
         s_BK, t_BK = (x - x.mean(dim=1, keepdim=True) for x in (lists.s_BK, lists.t_BK))
         return (s_BK - t_BK).square().mean(dim=1)
+
+
+def truth_loss(s_BK: Tensor, form: Literal["binary", "softmax"]) -> Tensor:
+    """``[B]``: ``binary``, the mean over k of the cross-entropy of sigmoid s_k and whether k = 0 (DCD); or ``softmax``,
+    ``- log softmax_k s`` at 0 (our variant).
+
+    >>> [round(truth_loss(torch.zeros(1, 4), form).item(), 4) for form in ("binary", "softmax")]  # log 2, log 4
+    [0.6931, 1.3863]
+    """
+    if form == "softmax":
+        return -s_BK.log_softmax(dim=1)[:, 0]
+    return -F.logsigmoid(torch.cat([s_BK[:, :1], -s_BK[:, 1:]], dim=1)).mean(dim=1)
 
 
 class RankTarget(Target):
@@ -164,7 +190,9 @@ class RankTarget(Target):
         drawn: F, texts that the teacher scores for each image; all that there are where there are fewer.
         kept: K - 1, wrong texts of a list.
         mine: the teacher's highest; or ``random``, the first ones drawn.
-        imitation: of the lists; its weight, and that of the truth, by name (``rank``, ``truth``).
+        imitation: of the lists, :class:`ListMSE` where not given; its weight, and that of the truth, by name (``rank``,
+            ``truth``; the release has 0.2 and 0.8).
+        truth_form: of :func:`truth_loss`: ``binary``, or ``softmax``.
         weigh: samples in ``rank``. weigh_truth: samples in ``truth``.
         sham: ``permute`` for the control: samples have each other's weights.
 
@@ -184,6 +212,7 @@ class RankTarget(Target):
         imitation: Imitation | None = None,
         rank: float = 1.0,
         truth: float = 1.0,
+        truth_form: Literal["binary", "softmax"] = "binary",
         weigh: Weighting | None = None,
         weigh_truth: Weighting | None = None,
         sham: Literal["permute"] | None = None,
@@ -192,7 +221,7 @@ class RankTarget(Target):
         if not 1 <= kept <= drawn:
             raise ValueError(f"RankTarget: kept {kept} of drawn {drawn}: at least 1, and no more than are drawn")
         self.pair, self.drawn, self.kept, self.mine = pair, drawn, kept, mine
-        self.imitation, self.rank, self.truth = imitation or ListKL(), rank, truth
+        self.imitation, self.rank, self.truth, self.truth_form = imitation or ListMSE(), rank, truth, truth_form
         self.weigh, self.weigh_truth, self.sham = (
             weigh or UniformWeighting(),
             weigh_truth or UniformWeighting(),
@@ -218,7 +247,7 @@ class RankTarget(Target):
         lists = Lists(t_BK.detach(), s_BK, valid_B)
         u_B = self.sham(self._weights(self.weigh, lists), batch.rng_seed, valid_B)
         v_B = self.sham(self._weights(self.weigh_truth, lists), batch.rng_seed, valid_B)
-        truth_B = -lists.s_BK.log_softmax(dim=1)[:, 0]
+        truth_B = truth_loss(lists.s_BK, self.truth_form)
         return {
             "rank": Term(self.rank * self.imitation(lists), weight=u_B, valid=valid_B, norm=context.rows),
             "truth": Term(self.truth * truth_B, weight=v_B, valid=valid_B, norm=context.rows),

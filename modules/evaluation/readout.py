@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -84,8 +84,9 @@ class RidgeReadout:
         w_s, b_s = argmin ||X w + b - y_s||^2 + alpha_s ||w||^2,    r_s = mean over folds of Pearson r on its test half
 
     A target's valid rows (those that are not nan) are cut into contiguous folds, without shuffling, since neighbours in
-    time or class must not be on both sides. Half of a held-out block is for validation, which selects alpha for each
-    target by its r, and half for the test. Features are z-scored by the training rows; the intercept is not penalized
+    time or class must not be on both sides. Half of a held-out block is for validation, which selects alpha by r, and
+    half for the test: one for each target, by its mean over folds, as in the authors' release, or one for each target
+    and fold (our variant). Features are z-scored by the training rows; the intercept is not penalized
     (in the paper's code it is). One eigendecomposition a fold, of the smaller Gram matrix, serves all alphas and
     targets. Features that are not finite have r nan.
 
@@ -95,6 +96,7 @@ class RidgeReadout:
         eps: features beyond the Johnson-Lindenstrauss size for this distortion are projected first
             (:func:`sparse_projection`); None for never.
         seed: of the projection.
+        select: an alpha for each ``target``, or for each target of a ``fold``.
 
     Shapes: ``x_NP`` (or :class:`Products`), ``y [N]``, ``[N, S]`` or ``[N, S, bins]`` ``-> Reading``. A target that is
     constant, or has fewer than four valid rows a fold, has r nan; a prediction that is constant has r 0.
@@ -109,7 +111,12 @@ class RidgeReadout:
     """
 
     def __init__(
-        self, alphas: Sequence[float] = ALPHAS, folds: int = 5, eps: float | None = 0.1, seed: int = 0
+        self,
+        alphas: Sequence[float] = ALPHAS,
+        folds: int = 5,
+        eps: float | None = 0.1,
+        seed: int = 0,
+        select: Literal["target", "fold"] = "target",
     ) -> None:
         if not alphas or not min(alphas) > 0:
             raise ValueError(f"alphas {list(alphas)}: at least one, all positive, such as 0.1")
@@ -117,7 +124,7 @@ class RidgeReadout:
             raise ValueError(f"folds {folds}: 2 is the least")
         if eps is not None and not 0 < eps < 1:
             raise ValueError(f"eps {eps} is not between 0 and 1; the paper has 0.1")
-        self.alphas, self.folds, self.eps, self.seed = tuple(alphas), folds, eps, seed
+        self.alphas, self.folds, self.eps, self.seed, self.select = tuple(alphas), folds, eps, seed, select
 
     def __call__(self, x: Tensor | Products, y: Tensor) -> Reading:
         rows = len(x) if isinstance(x, Tensor) else len(x.parts[0])
@@ -140,30 +147,40 @@ class RidgeReadout:
         for group, mask_N in enumerate(masks_GN):
             rows_V, columns = mask_N.nonzero().squeeze(1), (group_S == group).nonzero().squeeze(1)
             if len(rows_V) >= 4 * self.folds:
-                for k in range(self.folds):
-                    self._fold(k, x, y_NS, rows_V, columns, reading)
+                self._read(x, y_NS, rows_V, columns, reading)
         reading.r.copy_(reading.r_fold.nanmean(0))
         return Reading(*(value.reshape((*value.shape[:-1], *y.shape[1:])) for value in reading))
 
+    def _read(self, x: Tensor | Products, y_NS: Tensor, rows_V: Tensor, columns: Tensor, reading: Reading) -> None:
+        """Fills in the results of targets with the same valid rows."""
+        tests, predictions, selections = zip(
+            *(self._fold(k, x, y_NS, rows_V, columns) for k in range(self.folds)), strict=True
+        )
+        select_KAS = torch.stack(selections)
+        if self.select == "target":
+            select_KAS = select_KAS.nanmean(0).expand_as(select_KAS)
+        best_KS = select_KAS.nan_to_num(-torch.inf).argmax(1)
+        reading.alpha[:, columns] = y_NS.new_tensor(self.alphas)[best_KS]
+        for k, (test_h, predicted_AhS) in enumerate(zip(tests, predictions, strict=True)):
+            predicted_hS = predicted_AhS[best_KS[k], :, torch.arange(len(columns), device=best_KS.device)].T
+            place, truth_hS = (test_h[:, None], columns), y_NS[test_h][:, columns]
+            reading.r_fold[k, columns] = pearson(predicted_hS, truth_hS)
+            reading.predicted[place], reading.truth[place] = predicted_hS, truth_hS
+            reading.fold[place] = torch.tensor(k, device=reading.fold.device)
+
     def _fold(
-        self, k: int, x: Tensor | Products, y_NS: Tensor, rows_V: Tensor, columns: Tensor, reading: Reading
-    ) -> None:
+        self, k: int, x: Tensor | Products, y_NS: Tensor, rows_V: Tensor, columns: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Test rows of a fold, their predictions for every alpha ``[A, h, S]``, and r on validation rows ``[A, S]``."""
         first, last = (len(rows_V) * edge // self.folds for edge in (k, k + 1))
         train_T, held_H = torch.cat([rows_V[:first], rows_V[last:]]), rows_V[first:last]
         # held-out rows are transformed by statistics of the training rows alone
         x_NP = standardise(x(train_T) if isinstance(x, Products) else x, train_T)
         mean_S = y_NS[train_T][:, columns].mean(0)
         predicted_AHS = mean_S + self._ridge(x_NP[train_T], y_NS[train_T][:, columns] - mean_S, x_NP[held_H])
-        truth_HS = y_NS[held_H][:, columns]
-        select, test = slice(0, len(held_H) // 2), slice(len(held_H) // 2, None)
-        select_AS = pearson(predicted_AHS[:, select], truth_HS[select])
-        best_S = select_AS.nan_to_num(-torch.inf).argmax(0)
-        predicted_hS = predicted_AHS[best_S, test, torch.arange(len(columns), device=best_S.device)].T
-        place = held_H[test][:, None], columns
-        reading.r_fold[k, columns] = pearson(predicted_hS, truth_HS[test])
-        reading.alpha[k, columns] = y_NS.new_tensor(self.alphas)[best_S]
-        reading.predicted[place], reading.truth[place] = predicted_hS, truth_HS[test]
-        reading.fold[place] = torch.tensor(k, device=reading.fold.device)
+        middle = len(held_H) // 2
+        select_AS = pearson(predicted_AHS[:, :middle], y_NS[held_H[:middle]][:, columns])
+        return held_H[middle:], predicted_AHS[:, middle:], select_AS
 
     def _ridge(self, x_TP: Tensor, y_TS: Tensor, x_HP: Tensor) -> Tensor:
         """``[A, H, S]``: predictions for centred targets from centred features."""

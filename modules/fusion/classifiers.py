@@ -6,7 +6,8 @@ fusion, C classes, M modalities.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import combinations, pairwise
 from math import factorial
 from typing import Any, Self, cast
@@ -38,6 +39,7 @@ class FusionHead(nn.Module):
         super().__init__()
         self.row_tracker = RowTracker()
         self.widths: dict[str, int] = {}
+        self._detached: tuple[str, ...] = ()
 
     def build(self, widths: Mapping[str, int], classes: int) -> Self:
         """Makes the layers for modality -> width of its latents, and this number of classes; returns itself.
@@ -61,6 +63,18 @@ class FusionHead(nn.Module):
 
     def forward(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> Tensor:
         return self.logits(*self.checked(z, present))
+
+    @contextmanager
+    def detaching(self, *modalities: str) -> Iterator[None]:
+        """Context: what these modalities put into the fusion, ``W_m z_m``, passes no gradient to W_m and z_m."""
+        before, self._detached = self._detached, modalities
+        try:
+            yield
+        finally:
+            self._detached = before
+
+    def _part(self, modality: str, x: Tensor) -> Tensor:
+        return x.detach() if modality in self._detached else x
 
     def parts(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Shapley value of each modality in the logits, ``[B, C]``: with the logits of no modality they sum to all.
@@ -130,7 +144,7 @@ class LateFusion(FusionHead):
         self.bias_C = nn.Parameter(torch.zeros(classes))
 
     def logits(self, z: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        shares_MBC = torch.stack([self.maps[m](z_BD) for m, z_BD in z.items()])
+        shares_MBC = torch.stack([self._part(m, self.maps[m](z_BD)) for m, z_BD in z.items()])
         return self.bias_C + shares_MBC.sum(dim=0)
 
     def parts(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -192,7 +206,7 @@ class OrthogonalFusion(FusionHead):
         return {m: a[m] * s_BC for m, s_BC in self.alone(z, present).items()}
 
     def logits(self, z: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        return self.bias_C + torch.stack(list(self.parts(z, present).values())).sum(dim=0)
+        return self.bias_C + torch.stack([self._part(m, x) for m, x in self.parts(z, present).items()]).sum(dim=0)
 
 
 class _Cayley(_Orthogonal):
@@ -243,7 +257,7 @@ class SharedHead(FusionHead):
         self.head = nn.Linear(next(iter(widths.values())), classes)
 
     def logits(self, z: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        f_MBC = torch.stack([self.head(z_BD) for z_BD in z.values()])
+        f_MBC = torch.stack([self._part(m, self.head(z_BD)) for m, z_BD in z.items()])
         present_MB = torch.stack([present[m] for m in z])
         log_MBC = f_MBC.log_softmax(dim=2)
         entropy_MB = -(log_MBC.exp() * log_MBC).sum(dim=2)
@@ -278,7 +292,7 @@ class SoftVoting(FusionHead):
         votes = []
         for m, z_BD in z.items():
             log_BC = self.members[m]({m: z_BD}, {m: present[m]}).log_softmax(dim=1)
-            votes.append((self.log_weights[m] + log_BC).masked_fill(~present[m][:, None], -torch.inf))
+            votes.append(self._part(m, self.log_weights[m] + log_BC).masked_fill(~present[m][:, None], -torch.inf))
         any_B1 = torch.stack(list(present.values())).any(dim=0)[:, None]
         # samples without any modality: zeros before the logarithm, so that no gradient is nan
         vote_MBC = torch.where(any_B1, torch.stack(votes), 0.0)
@@ -313,7 +327,13 @@ class MidFusion(FusionHead):
         self.mlp = nn.Sequential(*parts, nn.Linear(self.hidden, classes))
 
     def logits(self, z: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        return self.mlp(torch.cat(list(z.values()), dim=1))
+        z_BD, first = torch.cat(list(z.values()), dim=1), cast(nn.Linear, self.mlp[0])
+        if not self._detached:
+            return self.mlp(z_BD)
+        weights = first.weight.split(list(self.widths.values()), dim=1)
+        weight = torch.cat([self._part(m, w) for m, w in zip(z, weights, strict=True)], dim=1)
+        z_BD = torch.cat([self._part(m, z_m) for m, z_m in z.items()], dim=1)
+        return self.mlp[1:](F.linear(z_BD, weight, first.bias))
 
 
 class AttentionFusion(FusionHead):
@@ -359,7 +379,7 @@ class AttentionFusion(FusionHead):
     def logits(self, z: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
         used = [m for m in z if bool(host_copy(present[m]).any())]
         rows, device = len(next(iter(z.values()))), self.class_W.device
-        tokens = [self.class_W.expand(rows, -1), *(self.token(z[m], m) for m in used)]
+        tokens = [self.class_W.expand(rows, -1), *(self._part(m, self.token(z[m], m)) for m in used)]
         h_BTW = torch.stack(tokens, dim=1)
         mask_BT = torch.stack([torch.ones(rows, dtype=torch.bool, device=device), *(present[m] for m in used)], dim=1)
         for layer in self.layers:

@@ -5,6 +5,8 @@ Letters: B samples on this rank, G samples on all ranks, D width.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -48,15 +50,16 @@ class HardestInBatchHinge(ContrastiveLoss):
     z_a_b.z_b_b``.
 
     g runs over all other samples but those of equal content and the absent; without any the value is 0. Source: Faghri
-    2018 (arXiv 1707.05612); the first term of Structure-CLIP. During warm-up the direction from b to a takes the mean
-    over g instead of the maximum, against collapse of an untrained tower.
+    2018 (arXiv 1707.05612); the first term of Structure-CLIP, whose release has a margin of 0.2 whatever is given.
 
-    Differs from Structure-CLIP's release: there the margin is always 0.2, and the mean counts the positive as a
-    negative.
+    During warm-up the direction from b to a takes a mean over g instead of the maximum, against collapse of an
+    untrained tower: the hinge of the mean similarity, the positive included, ``[m + mean_g z_b_b.z_a_g - p_b]+``, as in
+    Structure-CLIP's release; or the mean of the hinges of the negatives (our variant).
 
     Args:
         margin: m, of cosines; the paper's 0.2.
         warmup: training steps with the mean (the paper's 100); count in the checkpoint.
+        average: of ``similarities``, or of ``hinges``, in those steps.
 
     Raises:
         ValueError: if ``margin`` or ``warmup`` is negative.
@@ -69,11 +72,13 @@ class HardestInBatchHinge(ContrastiveLoss):
     [[0.0, 0.0], [0.2, 0.2]]
     """
 
-    def __init__(self, margin: float = 0.2, warmup: int = 0) -> None:
+    def __init__(
+        self, margin: float = 0.2, warmup: int = 0, average: Literal["similarities", "hinges"] = "similarities"
+    ) -> None:
         super().__init__()
         if warmup < 0:
             raise ValueError(f"warmup {warmup}: steps, 0 or more")
-        self.margin, self.warmup = _checked(margin), warmup
+        self.margin, self.warmup, self.average = _checked(margin), warmup, average
         self.steps: Tensor
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
@@ -90,7 +95,13 @@ class HardestInBatchHinge(ContrastiveLoss):
                 F.relu(self.margin + x_BG - positive_B1).masked_fill(out_BG, 0.0) for x_BG in (ab_BG, ba_BG)
             )
             if self._warming_up():
-                return hinge_ab_BG.amax(dim=1) + hinge_ba_BG.sum(dim=1) / (~out_BG).sum(dim=1).clamp(min=1)
+                count_B = (~out_BG).sum(dim=1)
+                mean_B = hinge_ba_BG.sum(dim=1) / count_B.clamp(min=1)
+                if self.average == "similarities":
+                    own_B = positive_B1[:, 0]
+                    mean_B = (ba_BG.masked_fill(out_BG, 0.0).sum(dim=1) + own_B) / (count_B + 1)
+                    mean_B = F.relu(self.margin + mean_B - own_B) * (count_B > 0)
+                return hinge_ab_BG.amax(dim=1) + mean_B
             return hinge_ab_BG.amax(dim=1) + hinge_ba_BG.amax(dim=1)
 
     def _warming_up(self) -> bool:

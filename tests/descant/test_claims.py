@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from descant.claims import run, spec, store, summary, table
+from descant.claims import plots, registration, run, spec, store, summary, table
 from descant.claims.claim import Claim
 from descant.claims.judge import FAILED, NOT, PASSED, decide, judge
 from descant.cli.catalogue import extended, find
@@ -157,13 +158,13 @@ def test_an_arm_beside_the_three_is_asked_for_what_a_condition_reads_of_it(made:
     for metrics in runs["method"].values():
         metrics["test/other"] = 1.0
     assert judge(claim, runs).verdict == PASSED
-    figure = table.svg(claim, runs)
+    figure = plots.svg(claim, runs)
     assert ">method<" in figure and "alone" not in figure  # it has no point of this metric
     for metrics in runs["alone"].values():
         metrics["test/gap"] = 7.0
-    assert "alone" in table.svg(claim, runs)
+    assert "alone" in plots.svg(claim, runs)
     shown = made(arms=arms, also=[of_its_own], alone=["alone"])
-    assert "alone" not in table.svg(shown, runs), "what it calls so is something else"
+    assert "alone" not in plots.svg(shown, runs), "what it calls so is something else"
     assert shown.digest == claim.digest, "how it is shown changes no run"
     with pytest.raises(Refusal, match="alone: no arm 'alon' beside baseline, method, sham; nearest: alone"):
         made(arms=arms, alone=["alon"])
@@ -258,6 +259,7 @@ def test_scored_code_must_run_as_often_in_the_sham(made: Callable[..., Claim]) -
         ({"before": {"configs": []}}, "before: experiment is missing"),
         ({"before": {"experiment": "toy.yml"}}, "toy.yml: no such file"),
         ({"budget": {"equal": "flops"}}, "budget.equal flops; known: samples, seconds, steps"),
+        ({"oracle": "sham"}, "oracle: no arm 'sham' beside baseline, method, sham"),
         ({"status": "maybe"}, r"status maybe: gate \(must pass\) or report"),
         ({"arms": CONTENT["arms"] | {"sham": {"config": [1]}}}, "arms.sham: config: a configuration is expected"),
     ],
@@ -469,8 +471,12 @@ def test_the_page_and_the_list_say_what_is_stored(made: Callable[..., Claim], re
     )
     assert table.write([claim], results, workplace / "CLAIMS.md") == []
     page = (workplace / "CLAIMS.md").read_text()
-    assert "| a planted effect | passed | +0.600 [+0.431, +0.769] | 0.01 | 3 of 3 | +0.020 | 1.0 min |" in page
-    assert "| time | what it lacks |" in page and "| 1.0 min |  |" in page
+    cells = "| a planted effect |  | **placebo invalid** +0.600 [+0.352, +0.848] | 0.01 | ? | +0.020 | 1 of 1 | 1 min |"
+    assert cells.replace("| a", "| others | [toy-claim](#toy-claim), a", 1) in page
+    assert "All conditions: **passed**; over the placebo +0.580 [+0.236, +0.924]." in page
+    overview = (workplace / "docs/claims/overview.svg").read_text()
+    assert "<title>toy-claim, over baseline: +0.600 [+0.352, +0.848]</title>" in overview
+    assert "<title>toy-claim, over placebo: +0.580 [+0.236, +0.924], placebo not neutral</title>" in overview
     assert "| test/gap | 1.000 ± 0.000 | 0.400 ± 0.100 | 0.980 ± 0.072 |" in page
     figure = (workplace / "docs/claims/toy-claim.svg").read_text()
     assert figure.count("<title>") == 9 and "<title>sham, seed 2: 1.04</title>" in figure
@@ -483,8 +489,29 @@ def test_the_page_says_first_what_a_claim_lacks(made: Callable[..., Claim], resu
     reasons = judge(claim, runs_of([0.5, 0.6, 0.7], [0.5, 0.7, 0.8])).reasons
     assert reasons[0].startswith("only ") and len(reasons) == 1
     table.write([claim], results, workplace / "CLAIMS.md")
-    row = next(line for line in (workplace / "CLAIMS.md").read_text().splitlines() if line.startswith("| [toy-claim]"))
-    assert row.endswith(f"| 1.0 min | {reasons[0]} |")
+    page = (workplace / "CLAIMS.md").read_text()
+    assert "**placebo does as well**" in page and f"- Not met: {reasons[0]}." in page
+
+
+def test_an_oracle_shows_what_is_possible_and_a_setting_has_no_word(
+    made: Callable[..., Claim], results: Path, workplace: Path
+) -> None:
+    arms = CONTENT["arms"] | {"best": None}
+    runs = runs_of([0.5, 0.6, 0.7], [0.0, 0.004, -0.004])
+    runs["best"] = {seed: {"test/gap": 0.2, "steps": 8} for seed in range(3)}
+    claim = made(arms=arms, oracle="best")
+    effect = judge(claim, runs).effect
+    assert (effect.word, effect.placebo_valid) == ("helps", True)
+    assert effect.share_of_headroom == pytest.approx(0.75, abs=ulps(8, F64))
+    assert made(arms=arms, oracle="best").digest != made(arms=arms).digest == made(arms=arms, setting=True).digest
+    results.mkdir()
+    store.write(results, claim, "full", runs, 61.0)
+    table.write([claim], results, workplace / "CLAIMS.md")
+    assert "| **helps** +0.600 [+0.352, +0.848] | 0.01 | 75% |" in (workplace / "CLAIMS.md").read_text()
+    assert store.read(results, claim.name, "full")["effect"] == "helps"  # type: ignore[index]
+    table.write([made(arms=arms, oracle="best", setting=True)], results, workplace / "CLAIMS.md")
+    page = (workplace / "CLAIMS.md").read_text()
+    assert "helps**" not in page.split("overview.svg)")[1] and "| what a setting leaves to gain |" in page
 
 
 def test_what_ships_is_judged_by_what_is_stored_and_shown_as_it_is(workplace: Path) -> None:
@@ -498,6 +525,7 @@ def test_what_ships_is_judged_by_what_is_stored_and_shown_as_it_is(workplace: Pa
             assert stored is not None and stored["digest"] == claim.digest, f"{claim.name}, {budget}"
             assert set(claim.arms) <= set(stored["runs"])
         full = store.read(folder, claim.name, "full")
+        assert full is not None and full["effect"] == judge(claim, full["runs"]).effect.word
         assert full is not None and set(full["runs"]["method"]) == set(claim.seeds["full"])
     table.write(claims, folder, workplace / "CLAIMS.md")
     root = Path(__file__).parents[2]
@@ -529,7 +557,7 @@ def test_runs_of_an_array_are_found_by_their_seed(made: Callable[..., Claim], wo
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["ron"], "claims ron: list, tune, run, table or verify; nearest: run"),
+        (["ron"], "claims ron: list, plan, tune, run, table or verify; nearest: run"),
         (["tune", "toy-claim.yaml"], "no arm has settings to choose from"),
         (["run", "nothing-such"], "claims nothing-such: no such claim"),
         (
@@ -647,3 +675,180 @@ def test_a_run_that_fails_is_named_with_its_last_line(
     result = planted("run", "toy-claim.yaml", "--budget", "pilot", "--arms", "sham")
     line = result.err.splitlines()[-1]  # the one before it says how many runs there are
     assert result.rc == 2 and "claims toy-claim: sham, seed 100: " in line and "widht" in line and "log: " in line
+
+
+def test_an_earlier_design_stays_as_a_row_and_there_is_one_redesign(
+    made: Callable[..., Claim], cli: Callable[..., Result], results: Path, workplace: Path
+) -> None:
+    results.mkdir()
+    store.write(results, made(), "full", runs_of([0.5, 0.6, 0.7], [0.0, 0.004, -0.004]), 61.0)
+    again = ("claims", "run", "toy-claim.yaml", "--redesign", "--results", results)
+    assert "no result of an earlier design is stored" in cli(*again).refusal
+    changed = made(metric=CONTENT["metric"] | {"margin": 0.2})
+    assert "there is no pilot" in cli(*again).refusal  # set aside; its pilot comes first, as that of any claim
+    assert table.write([changed], results, workplace / "CLAIMS.md") == ["toy-claim"]
+    page = (workplace / "CLAIMS.md").read_text()
+    row = "| others | toy-claim, a planted effect |  | **helps** +0.600 [+0.352, +0.848] |  |  | +0.000 |  | 1 min |"
+    assert "superseded by a new design" in page and row in page
+    store.write(results, changed, "full", runs_of([0.5, 0.6, 0.7], [0.0, 0.1, -0.04]), 61.0)
+    made(metric=CONTENT["metric"] | {"margin": 0.3})
+    assert "it was redesigned before (toy-claim.superseded.json), and a claim is once" in cli(*again).refusal
+
+
+def test_the_time_of_a_killed_command_counts(made: Callable[..., Claim], workplace: Path) -> None:
+    place = run.Place(made(), "pilot", workplace / "runs")
+    place.folder.mkdir(parents=True)
+    (place.folder / "began").write_text("1000.0\n")
+    log = place.folder / "method-100.log"
+    log.touch()
+    os.utime(log, (1090, 1090))
+    assert run.run(place, (), (), 1) == 0
+    assert 90 <= place.seconds < 100 and not (place.folder / "began").exists()
+
+
+# by stages ------------------------------------------------------------------------------------------------------
+
+#: The oracle of the toy learns at the method's rate; the sham is as far from the baseline as its rate is from 0.
+STAGES: dict[str, Any] = {
+    "arms": CONTENT["arms"] | {"best": {"options": {"model.optimizer.init_args.weight_decay": 0.0}}, "more": None},
+    "oracle": "best",
+    "metric": {"name": "test/gap", "better": "lower", "least": 0.001},
+    "seeds": {"pilot": [100, 101], "full": [0, 1, 2, 3, 4], "extension": [5, 6, 7, 8, 9]},
+}
+SIGNAL = {"metric": "test/gap", "arm": "best", "against": "baseline", "at_most": -0.001}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"oracle": None}, "a margin from headroom needs `oracle`"),
+        ({"metric": STAGES["metric"] | {"margin": 1}}, "metric: margin, or least"),
+        ({"metric": STAGES["metric"] | {"least": 0}}, "metric.least 0: not below 0"),
+        ({"also": [{"metric": "a", "arm": "method", "at_least": 0}] * 3}, "also: 3 side conditions.*at most 2"),
+        (
+            {"seeds": STAGES["seeds"] | {"full": [0, 1, 2]}},
+            "seeds: a claim by stages has 2 in pilot, 5 in full, 5 in extension",
+        ),
+        ({"seeds": STAGES["seeds"] | {"extension": [4, 6, 7, 8, 9]}}, "seeds: 4 is there twice"),
+        (
+            {"arms": STAGES["arms"] | {"sham": {"options": {"data.init_args.seed": 3}}}},
+            "arms.sham: it trains on other data than the method: data.init_args.seed",
+        ),
+        ({"budget": {"pilot": {"trainer.max_steps": 1}}}, "budget.pilot: the pilot of a claim by stages has the full"),
+        (
+            {"metric": CONTENT["metric"], "seeds": CONTENT["seeds"], "signal": SIGNAL},
+            "signal: a claim by stages has one",
+        ),
+    ],
+)
+def test_what_is_wrong_in_a_claim_by_stages_is_named(
+    made: Callable[..., Claim], changes: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(Refusal, match=says):
+        made(**(STAGES | changes))
+
+
+def test_the_code_of_a_claim_is_what_its_classes_import(made: Callable[..., Claim]) -> None:
+    claim = spec.load("structure-clip")
+    registered = registration.register(claim)
+    assert "modules/losses/hinge.py" in registered["code"] and len(registered["digest"]) == 16
+    assert not any(file.startswith("claims/") for file in registered["code"])
+    assert registration.changed(registered, claim) == []
+    registered["code"] |= {"modules/losses/hinge.py": "another", "modules/gone.py": "one that is not there now"}
+    assert registration.changed(registered, claim) == ["modules/gone.py", "modules/losses/hinge.py"]
+
+
+def test_equal_baselines_have_one_folder(made: Callable[..., Claim], workplace: Path) -> None:
+    def home(arm: str, **changes: Any) -> Path:
+        return run.Place(made(**(STAGES | changes)), "full", workplace / "runs").home(arm)
+
+    other = {"baseline": {"options": {"model.optimizer.init_args.lr": 0.5}}}
+    assert home("baseline") == home("baseline", title="another claim", also=[]) != home("best")
+    assert home("baseline") != home("baseline", arms=STAGES["arms"] | other)
+    assert home("method") == home("sham") != home("method", metric=STAGES["metric"] | {"least": 0.1})
+
+
+def test_side_conditions_of_a_claim_by_stages_hold_by_interval(made: Callable[..., Claim]) -> None:
+    also = [{"metric": "test/gap", "arm": "method", "against": "baseline", "at_most": -0.45}]
+    runs = runs_of([0.5, 0.6, 0.7, 0.4, 0.6], [0.0, 0.001, -0.001, 0.0, 0.0])
+    runs["best"] = runs["method"]
+    claim = made(**STAGES, also=also).with_margin(0.1)
+    ((_, value, met),) = judge(claim, runs).asked
+    assert value == pytest.approx(-0.56, abs=ulps(8, F64)) and not met  # the upper end is -0.42
+    assert judge(made(arms=STAGES["arms"], also=also), runs).asked[0][2]  # by the mean
+
+
+def test_a_plan_counts_what_is_missing_and_what_it_takes(
+    made: Callable[..., Claim], cli: Callable[..., Result], results: Path, workplace: Path
+) -> None:
+    def planned() -> list[str]:
+        return [
+            " ".join(line.split())
+            for line in cli("claims", "plan", "toy-claim.yaml", "--results", results).out.splitlines()
+        ]
+
+    claim = made(**STAGES, signal=SIGNAL)
+    unknown = "unknown: none of its runs is stored"
+    assert planned() == [
+        f"toy-claim: 46 runs to train, {unknown}",
+        f"signal 2 of 2 runs {unknown}",
+        f"room 4 of 4 runs {unknown}",
+        f"effect 20 of 20 runs {unknown}",
+        f"extension 20 of 20 runs {unknown}",
+        "total: at least 0 core-minutes, 0.0 core-hours",
+    ]
+    results.mkdir()
+    runs = {arm: {seed: {"test/gap": 1.0, "steps": 8.0} for seed in (100, 101)} for arm in ("baseline", "best")}
+    store.write(results, claim, "pilot", runs, 60.0)
+    cores = store.machine()["cores"]
+    assert planned()[3] == f"effect 20 of 20 runs {20 * cores / 4:.1f} core-minutes"  # type: ignore[operator]
+    folder = run.Place(claim, "full", workplace / "runs").home("method") / "method-0/001"
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text('{"test/gap": 1, "steps": 8}')
+    assert planned()[3].startswith("effect 19 of 20 runs")
+
+
+@pytest.mark.slow
+def test_a_claim_goes_through_its_stages_and_stops_where_one_decides(
+    planted: Callable[..., Result],
+    made: Callable[..., Claim],
+    results: Path,
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fork_runs(monkeypatch)
+    made(**STAGES, signal=SIGNAL, lockbox={"data.batches": 5})
+    refused = planted("run", "toy-claim.yaml", "--arms", "method").refusal
+    assert "--arms: claims toy-claim goes by stages" in refused
+    whole = planted("run", "toy-claim.yaml")
+    assert whole.rc == 0 and "stage 2, room: the oracle gains +" in whole.err, (whole.out, whole.err)
+    stored = store.read(results, "toy-claim", "full")
+    assert stored is not None and (stored["effect"], stored["stage"]) == ("helps", 3), stored
+    assert set(stored["runs"]) == {"baseline", "method", "sham", "best"} and set(stored["runs"]["best"]) == set(
+        range(5)
+    )
+    assert set(stored["registered"]) == {"digest", "commit", "time", "code", "opened"}
+    assert "opens the lock-box; 1 claims have so far" in whole.err
+    made(**STAGES, signal=SIGNAL)
+    assert "it opened the lock-box" in planted("run", "toy-claim.yaml", "--redesign").refusal
+    made(**STAGES, signal=SIGNAL, lockbox={"data.batches": 5})
+    assert planted("run", "toy-claim.yaml").out == whole.out  # nothing is trained again
+    ablations = planted("run", "toy-claim.yaml", "--ablations")
+    assert ablations.rc == 0 and ablations.out.startswith("baseline: test/gap"), ablations.err
+    table.write([spec.load("toy-claim.yaml")], results, workplace / "CLAIMS.md")
+    assert "| **helps** " in (workplace / "CLAIMS.md").read_text()
+    assert summary(spec.load("toy-claim.yaml"), results)["placebo_valid"]
+    # an oracle that is the baseline leaves no room; the baseline's runs are those of the claim before
+    for file in results.glob("toy-claim*"):
+        file.unlink()
+    made(**(STAGES | {"arms": STAGES["arms"] | {"best": CONTENT["arms"]["baseline"]}}))
+    without = planted("run", "toy-claim.yaml")
+    assert without.out == "toy-claim: no room (stage 2, room)\n" and "runs," not in without.err, without.err
+    # and without a signal nothing more is trained
+    for file in results.glob("toy-claim*"):
+        file.unlink()
+    made(**STAGES, signal=SIGNAL | {"at_most": -100})
+    assert planted("run", "toy-claim.yaml").out == "toy-claim: not testable here (stage 1, signal)\n"
+    table.write([spec.load("toy-claim.yaml")], results, workplace / "CLAIMS.md")
+    assert "**not testable here**" in (workplace / "CLAIMS.md").read_text()
+    assert summary(spec.load("toy-claim.yaml"), results)["stage"] == 1

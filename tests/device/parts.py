@@ -323,6 +323,7 @@ part("FusionContext", "GreedyGame")(_regularizer(lambda: games.GreedyGame(permut
 part("IndependentGame")(_regularizer(lambda: games.IndependentGame(permutations=2)))
 part("CollaborativeGame")(_regularizer(lambda: games.CollaborativeGame(permutations=2)))
 part("LabelContrast")(_regularizer(games.LabelContrast))
+part("CrossModalSupCon")(_regularizer(games.CrossModalSupCon))
 part("Bottleneck")(_regularizer(lambda: games.Bottleneck(hidden=8)))
 part("UnimodalMargin")(_regularizer(UnimodalMargin))
 
@@ -526,7 +527,7 @@ def lists(at: Place) -> ranking.Lists:
 
 for _name in ("UniformWeighting", "TeacherConfidence", "TeacherUncertainty", "AsReleased", "StudentLag"):
     part(_name)(lambda at, name=_name: getattr(ranking, name)()(lists(at)))  # type: ignore[misc]  # of two parameters
-for _name in ("ListKL", "ListMSE"):
+for _name in ("ListKL", "ListMSE", "CentredListMSE"):
     part(_name)(lambda at, name=_name: getattr(ranking, name)()(lists(at)))  # type: ignore[misc]
 
 

@@ -27,7 +27,7 @@ from descant.recipes import Fusion
 from tests.ranks import run_ranks
 from tests.recipes.test_fusion import FUSIONS, WIDTHS, SignData, Signs, double, gradients, recipe
 from tests.step_toy import QUIET, largest_gap
-from tests.tolerance import F32, F64, rounding, ulps
+from tests.tolerance import F64, rounding, ulps
 
 STEPS = 3
 PACINGS: dict[str, Callable[[], Pacing]] = {
@@ -107,14 +107,25 @@ def scores(recipe: Fusion, b: Batch, rule: str) -> list[float]:
     return found
 
 
+def authors_factors(history: list[list[float]], alpha: float, cap: float, sign: int) -> list[list[float]]:
+    """The loop of the release: ratios of this step's losses and of their means so far, which follow afterwards."""
+    M, mean, found = len(history[0]), [0.0] * len(history[0]), []
+    for n, s in enumerate(history, start=1):
+        factors = []
+        for m in range(M):
+            r, tau = (math.exp(sign * M / (M - 1) * (sum(x) / M - x[m])) for x in (s, mean))
+            factors.append(math.exp(alpha * min(tau - r, cap)))
+        found.append(factors)
+        mean = [mean[m] * (n - 1) / n + s[m] / n for m in range(M)]
+    return found
+
+
 def factors(rule: str, history: list[list[float]]) -> list[float]:
     """Of the last step, by the formulas."""
     a, b = history[-1]
     if rule == "ogm":
         return [1 - math.tanh(0.5 * rho) if rho > 1 else 1.0 for rho in (a / b, b / a)]
-    mean = [math.fsum(past) / len(history) for past in zip(*history, strict=True)]
-    lead = [math.exp(a - b) - math.exp(mean[0] - mean[1]), math.exp(b - a) - math.exp(mean[1] - mean[0])]
-    return [math.exp(2.0 * min(-x if rule == "agm-behind" else x, 7.0)) for x in lead]
+    return authors_factors(history, 2.0, 7.0, -1 if rule == "agm-behind" else 1)[-1]
 
 
 def gap(rule: str, steps: Steps, kind: str = "late") -> tuple[float, list[list[float]]]:
@@ -247,16 +258,29 @@ def test_agm_goes_on_where_it_was() -> None:
     assert wanted[1] != AGM().pace(history[1]).tolist()
 
 
-def test_who_is_ahead_slows_down_by_default_and_who_is_behind_if_asked() -> None:
+@pytest.mark.parametrize("modalities", [2, 3])
+@pytest.mark.parametrize(("slow", "sign"), [("ahead", 1), ("behind", -1)])
+def test_agm_is_the_loop_of_its_authors_and_of_the_other_sign(modalities: int, slow: Any, sign: int) -> None:
+    history = 2 * torch.rand(50, modalities, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rule, wanted = AGM(alpha=0.7, cap=0.5, slow=slow), authors_factors(history.tolist(), 0.7, 0.5, sign)
+    for score_M, factors in zip(history, wanted, strict=True):
+        assert rule.pace(score_M).tolist() == pytest.approx(factors, rel=ulps(512, F64))
+    assert max(max(factors) for factors in wanted) == pytest.approx(math.exp(0.35))  # the cap is met
+
+
+@pytest.mark.parametrize(
+    ("steps", "last", "exponents"),
+    [(1, (0.5, 1.5), (1 - math.e, 1 - 1 / math.e)), (1000, (0.5, 2.5), (1 - math.e**2, 1 - 1 / math.e**2))],
+)
+def test_agm_slows_who_is_ahead_after_even_steps(steps: int, last: Any, exponents: Any) -> None:
+    """0.179 and 1.882; 0.0017 and 2.37."""
     ahead, behind = AGM(), AGM(slow="behind")
     for rule in (ahead, behind):
-        rule.pace(torch.tensor([1.0, 1.0]))
-    score_M = torch.tensor([0.2, 1.0])  # the first one has come to a lower loss
-    assert ahead.pace(score_M)[0] < 1 < ahead.pace(score_M)[1] and behind.pace(score_M)[0] > 1
-    assert float(AGM(alpha=1.0, cap=0.5).pace(torch.tensor([9.0, 0.0]))[0]) == 1.0  # r = tau at first
-    rule = AGM(alpha=1.0, cap=0.5)
-    rule.pace(torch.tensor([1.0, 1.0]))
-    assert float(rule.pace(torch.tensor([9.0, 0.0]))[0]) == pytest.approx(math.exp(0.5), rel=ulps(8, F32))
+        for _ in range(steps):
+            assert rule.pace(torch.ones(2)).tolist() == [1.0, 1.0]
+    found = ahead.pace(torch.tensor(last)).tolist()
+    assert found == pytest.approx([math.exp(x) for x in exponents], rel=ulps(64, F64)) and found[0] < 0.18
+    assert behind.pace(torch.tensor(last)).tolist() == pytest.approx(found[::-1], rel=ulps(64, F64))
 
 
 def test_a_step_without_a_labelled_sample_of_a_modality_is_left_as_it_is_and_counted() -> None:

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from tokenizers import Tokenizer
@@ -117,6 +118,25 @@ def test_equal_images_are_on_one_side_and_the_split_rebuilds(
         concept.split = "train"
     emoji.split_groups(twins)
     assert [concept.split for concept in concepts] == committed
+
+
+def test_the_lock_box_holds_training_concepts_whole_and_by_a_vendor_of_its_own(
+    facts: Facts, hashes: dict[tuple[str, str], str | None], rows: Rows
+) -> None:
+    box = pq.read_table(emoji.PACK_DIR / emoji.SEALED).to_pylist()
+    sealed, drawn = {row["hexcode"] for row in box if row["sealed"]}, {row["hexcode"] for row in box}
+    assert len(sealed) == facts["sealed"]["concepts"] == 100 and facts["sealed"]["vendor"] not in emoji.VENDORS
+    assert sealed <= {row["hexcode"] for row in rows if row["split"] == "train"} and len(drawn) > 1000
+    concepts = [as_concept(row, {v: hashes[row["hexcode"], v] for v in emoji.VENDORS}) for row in rows]
+    twins = emoji.group_by([concept for concept in concepts if concept.split == "train"], emoji.twin_keys)
+    assert all(len({concept.hexcode in sealed for concept in group}) == 1 for group in twins)
+    groups = [group for group in twins if all(concept.hexcode in drawn for concept in group)]
+    chosen = emoji.held_out(groups, emoji.SEALED_CONCEPTS, emoji.SEALED_SALT)
+    assert {concept.hexcode for concept in chosen} == sealed
+    for row in box:
+        image = Image.open(io.BytesIO(row[emoji.SEALED_VENDOR]), formats=["WEBP"]).convert("RGBA")
+        seen = emoji.pixel_hash(image)
+        assert image.size == (64, 64) and seen not in {None, *(hashes[row["hexcode"], v] for v in emoji.VENDORS)}
 
 
 @pytest.mark.parametrize(

@@ -6,17 +6,19 @@ Letters: B samples, S permutations.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from descant.modules.balance.crmt import UnimodalMargin
 from descant.modules.balance.mcr import (
     Bottleneck,
     CollaborativeGame,
+    CrossModalSupCon,
     Game,
     GreedyGame,
     IndependentGame,
@@ -30,6 +32,7 @@ from descant.modules.core.sham import partners
 from descant.modules.fusion.classifiers import OrthogonalFusion
 from descant.modules.towers import Towers
 from descant.recipes import Fusion
+from tests.ranks import run_ranks
 from tests.recipes.test_fusion import FUSIONS, WIDTHS, Line, batch, double, gradients, recipe
 from tests.tolerance import F32, F64, quotient, rounding, ulps
 
@@ -72,12 +75,16 @@ def by_hand(p: list[float], q: list[float]) -> float:
 @every
 @pytest.mark.parametrize("name", GAMES)
 def test_gradients_at_both_latents_are_those_of_finite_differences(name: str, kind: str) -> None:
+    """Of the release's form; of ours they are equal."""
     torch.manual_seed(0)
     b, S = full(), 3
     model = recipe(kind).double()
     z = {m: z_BD.detach().requires_grad_() for m, z_BD in model.latents(b).items()}
     term = GAMES[name](weight=0.7, permutations=S)(asked(kind, b, z))["game"]
     found = dict(zip(z, torch.autograd.grad(term.sum(), list(z.values())), strict=True))
+    ours = GAMES[name](weight=0.7, permutations=S, detach="latents")(asked(kind, b, z))["game"]
+    for m, g in zip(z, torch.autograd.grad(ours.sum(), list(z.values())), strict=True):
+        torch.testing.assert_close(g, found[m], **rounding(64, F64))
     names = list(WIDTHS)
 
     def energy(i: str, moved: dict[str, Tensor], still: dict[str, Tensor]) -> float:
@@ -111,6 +118,37 @@ def test_gradients_at_both_latents_are_those_of_finite_differences(name: str, ki
             wanted += sum(k * e for k, e in zip(stakes["logits"], slopes["still"], strict=True))
             assert float(found[m][n, d]) == pytest.approx(0.7 * wanted, abs=quotient(F64, scale=10))
     assert all(g.abs().max() > 1e-4 for g in found.values())
+
+
+@pytest.mark.parametrize("detach", ["projections", "latents"])
+@pytest.mark.parametrize("name", GAMES)
+def test_gradients_at_the_fusion_are_those_of_a_loop_of_each_form(name: str, detach: Any) -> None:
+    """Of the release, whose ``W z`` of others is detached, and of ours, whose z is: there the greedy game's cancel."""
+    b = full()
+    question = asked("late", b, {m: z_BD.detach() for m, z_BD in recipe("late").double().latents(b).items()})
+    fusion: Any = question.fusion
+    W, z = {m: fusion.maps[m].weight for m in WIDTHS}, question.inputs.z
+    parameters = [*W.values(), fusion.bias_C]
+    found = torch.autograd.grad(GAMES[name](0.7, 2, detach)(question)["game"].sum(), parameters, retain_graph=True)
+    rows, total = range(len(b)), torch.zeros((), dtype=torch.float64)
+    q_BC = (fusion.bias_C + z["image"] @ W["image"].T + z["text"] @ W["text"].T).softmax(dim=1)
+    for a in WIDTHS:
+        for i in WIDTHS:
+            stake = -1 if a == i else {"greedy": 1}.get(name, 0)
+            for s in range(2) if stake else ():
+                source = partners(b.rng_seed, b.present[i], "game", i, s).tolist()
+                for n in rows:
+                    h = {m: W[m] @ z[m][source[n] if m == i else n] for m in WIDTHS}
+                    other = next(m for m in WIDTHS if m != a)
+                    if detach == "projections" and name != "collaborative":
+                        h[other] = h[other].detach()
+                    p, q = (fusion.bias_C + h["image"] + h["text"]).softmax(dim=0), q_BC[n]
+                    m = (p + q) / 2
+                    total = total + stake * ((p * (p / m).log()).sum() + (q * (q / m).log()).sum()) / 4
+    for g, wanted in zip(found, torch.autograd.grad(0.7 * total, parameters), strict=True):
+        torch.testing.assert_close(g, wanted, rtol=0, atol=ulps(256, F64))
+    moved = max(float(g.abs().max()) for g in found[:2])
+    assert moved < ulps(16, F64) if (name, detach) == ("greedy", "latents") else moved > 1e-3
 
 
 @every
@@ -150,10 +188,50 @@ def test_partners_are_others_and_hang_on_keys_alone() -> None:
     assert partners(draw_B, torch.arange(9) == 2, "game").tolist() == list(range(9)), "a row alone keeps its own"
 
 
-def test_contrast_by_hand() -> None:
+def pairwise(z: Mapping[str, Tensor], y: list[int], temperature: float) -> tuple[float, list[float]]:
+    """MCR's contrast, by loops over all latents with a label: its value, and the sum of each sample's pairs."""
+    names = [(m, n) for m in z for n in range(len(y)) if y[n] >= 0 and bool(z[m][n].any())]
+    u = {(m, n): (z[m][n] / z[m][n].norm()).tolist() for m, n in names}
+    each, pairs = [0.0] * len(y), 0
+    for a in names:
+        e = {g: math.exp(sum(p * q for p, q in zip(u[a], u[g], strict=True)) / temperature) for g in names}
+        others = sum(e[g] for g in names if y[g[1]] != y[a[1]])
+        for p in names:
+            if p != a and y[p[1]] == y[a[1]]:
+                each[a[1]] -= math.log(e[p] / (e[p] + others))
+                pairs += 1
+    return sum(each) / pairs, [x / pairs for x in each]
+
+
+def test_label_contrast_by_hand() -> None:
     b = double(batch())
     question = asked("late", b)
     term = LabelContrast(weight=0.5, temperature=0.2)(question)["contrast"]
+    y = b.targets["kind"].tolist()
+    here = [n for n in range(len(b)) if y[n] >= 0 and (b.present["image"][n] or b.present["text"][n])]
+    _, each = pairwise(question.inputs.z, y, 0.2)
+    wanted = [0.5 * len(here) * x for x in each]
+    assert term.value.tolist() == pytest.approx(wanted, abs=ulps(256, F64))
+    assert term.valid is not None and term.valid.nonzero().flatten().tolist() == here
+
+
+def test_label_contrast_of_whole_samples_is_the_mean_over_pairs_and_not_that_across_modalities() -> None:
+    b = full()
+    b.targets["kind"] = torch.arange(len(b)) % 3
+    question = asked("late", b)
+    for temperature in (0.1, 0.5):
+        wanted, _ = pairwise(question.inputs.z, b.targets["kind"].tolist(), temperature)
+        both = [part(temperature=temperature)(question)["contrast"] for part in (LabelContrast, CrossModalSupCon)]
+        found, ours = (float((term.sum() / cast(Tensor, term.norm)).detach()) for term in both)
+        assert found == pytest.approx(wanted, rel=ulps(256, F64)) and abs(found - ours) > 0.05
+    b.targets["kind"] = torch.zeros(len(b), dtype=torch.long)  # no negatives: nothing to contrast
+    assert not LabelContrast()(asked("late", b))["contrast"].value.any()
+
+
+def test_contrast_across_modalities_by_hand() -> None:
+    b = double(batch())
+    question = asked("late", b)
+    term = CrossModalSupCon(weight=0.5, temperature=0.2)(question)["contrast"]
     z, y = question.inputs.z, b.targets["kind"].tolist()
     u = {m: (z[m] / z[m].norm(dim=1, keepdim=True)).tolist() for m in WIDTHS}
     both = [n for n in range(len(b)) if b.present["image"][n] and b.present["text"][n] and y[n] >= 0]
@@ -165,6 +243,25 @@ def test_contrast_by_hand() -> None:
             wanted -= sum(math.log(e[k] / sum(e.values())) for k in same) / len(same) / 2
         assert float(term.value[n]) == pytest.approx(0.5 * wanted, abs=ulps(64, F64))
     assert term.valid is not None and term.valid.nonzero().flatten().tolist() == both
+
+
+def contrast_of_rows(rank: int, rows: int = 4) -> Tensor:
+    torch.manual_seed(0)
+    b = full().select(torch.arange(rank * rows, (rank + 1) * rows))
+    b.step = dict(b.present)
+    if rows == 4:
+        dist.init_process_group("gloo")
+    value_B = LabelContrast()(asked("late", b))["contrast"].value.detach()
+    if rows == 4:
+        dist.destroy_process_group()
+    return value_B
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_label_contrast_is_the_same_on_two_ranks() -> None:
+    found_B, wanted_B = torch.cat(run_ranks(2, contrast_of_rows)), contrast_of_rows(0, 8)
+    torch.testing.assert_close(found_B, wanted_B, **rounding(256, F64))
 
 
 def test_bottleneck_by_hand_moves_latents_and_not_the_decision() -> None:

@@ -19,6 +19,7 @@ from descant.modules.core.output import Output
 from descant.modules.distill.distill import DistillContext
 from descant.modules.distill.ranking import (
     AsReleased,
+    CentredListMSE,
     ListKL,
     ListMSE,
     Lists,
@@ -28,9 +29,10 @@ from descant.modules.distill.ranking import (
     TeacherUncertainty,
     UniformWeighting,
     Weighting,
+    truth_loss,
 )
 from tests.recipes.test_missing import batch
-from tests.tolerance import F32, conditioned, rounding, ulps
+from tests.tolerance import F32, F64, conditioned, rounding, ulps
 
 B = 10
 
@@ -166,18 +168,49 @@ def test_the_released_weights_hardly_differ() -> None:
     assert w_B.sum().item() == pytest.approx(1, rel=ulps(128, F32)) and 1.0 < w_B.max() / w_B.min() < 1.05
 
 
-def test_terms_by_hand() -> None:
+def kl(t: list[float], s: list[float]) -> float:
+    p, q = ([math.exp(x / 2) for x in scores] for scores in (t, s))
+    return 4 * sum(a / sum(p) * math.log(a / sum(p) * sum(q) / c) for a, c in zip(p, q, strict=True))
+
+
+def mse(t: list[float], s: list[float], centred: bool = False) -> float:
+    off = (sum(s) - sum(t)) / len(t) if centred else 0.0
+    return sum((b - a - off) ** 2 for a, b in zip(t, s, strict=True)) / len(t)
+
+
+def bce(s: list[float]) -> float:
+    return sum(math.log(1 + math.exp(-x if k == 0 else x)) for k, x in enumerate(s)) / len(s)
+
+
+@pytest.mark.parametrize(
+    ("imitation", "by_loop"),
+    [(None, mse), (ListMSE(), mse), (CentredListMSE(), lambda t, s: mse(t, s, True)), (ListKL(2.0), kl)],
+)
+@pytest.mark.parametrize(("form", "truth"), [("binary", bce), ("softmax", ce)])
+def test_terms_by_hand(imitation: Any, by_loop: Any, form: Any, truth: Any) -> None:
+    """In single precision, as in a run."""
     b, t_BB, s_BB = samples(), matrix(0), matrix(1)
-    target = RankTarget(kept=4, imitation=ListKL(2.0), rank=3.0, truth=0.5)
+    target = RankTarget(kept=4, imitation=imitation, rank=3.0, truth=0.5, truth_form=form)
     terms = target(lesson(t_BB, s_BB, b))
     for i, k in enumerate(by_hand(t_BB, b, 4)):
-        t, s = t_BB[i, k], s_BB[i, k]
-        p = [math.exp(x / 2) for x in t.tolist()]
-        q = [math.exp(x / 2) for x in s.tolist()]
-        kl = sum(a / sum(p) * math.log(a / sum(p) * sum(q) / c) for a, c in zip(p, q, strict=True))
+        t, s = t_BB[i, k].tolist(), s_BB[i, k].tolist()
         # logarithms that cancel down to an eighth
-        assert float(terms["rank"].value[i]) == pytest.approx(3 * 4 * kl, rel=conditioned(8, F32, terms=10))
-        assert float(terms["truth"].value[i]) == pytest.approx(0.5 * ce(s.tolist()), rel=ulps(64, F32))
+        assert float(terms["rank"].value[i]) == pytest.approx(3 * by_loop(t, s), rel=conditioned(8, F32, terms=10))
+        assert float(terms["truth"].value[i]) == pytest.approx(0.5 * truth(s), rel=ulps(64, F32))
+
+
+def test_the_terms_of_dcd_are_those_of_its_release() -> None:
+    """In double precision: the squares of all scores averaged, and binary cross-entropies weighed by entropy shares."""
+    t_BK, s_BK = matrix(0)[:, :5], matrix(1)[:, :5]
+    lists = Lists(t_BK, s_BK, torch.ones(B, dtype=torch.bool))
+    rows = list(zip(t_BK.tolist(), s_BK.tolist(), strict=True))
+    released = sum((b - a) ** 2 for t, s in rows for a, b in zip(t, s, strict=True)) / (B * 5)
+    assert float(ListMSE()(lists).mean()) == pytest.approx(released, rel=ulps(64, F64))
+    h = [entropy(t) for t, _ in rows]
+    released = sum(h_b / sum(h) * bce(s) for h_b, (_, s) in zip(h, rows, strict=True))
+    v_B = RankTarget()._weights(TeacherUncertainty(), lists)
+    assert float((v_B * truth_loss(s_BK, "binary")).mean()) == pytest.approx(released, rel=ulps(64, F64))
+    assert float((v_B * truth_loss(s_BK, "softmax")).mean()) > released + 0.1
 
 
 def test_the_sham_hands_weights_on() -> None:

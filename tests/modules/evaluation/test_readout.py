@@ -32,16 +32,18 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def by_hand(x_NP: Tensor, y_N: Tensor, folds: int = 5) -> tuple[list[float], list[float], np.ndarray]:
-    """r and alpha of every fold and the predictions, by least squares on an augmented system and loops."""
+def by_hand(x_NP: Tensor, y_N: Tensor, select: str, folds: int = 5) -> tuple[list[float], list[float], np.ndarray]:
+    """r and alpha of every fold and the predictions, by least squares on an augmented system and loops.
+
+    Alpha is that of the best validation r of a ``fold``, or the one of the best mean over folds (``target``).
+    """
     x, y = x_NP.numpy(), y_N.numpy()
-    n, (rs, alphas), predicted = len(y), ([], []), np.full(len(y), np.nan)
+    n, fits = len(y), []
     for k in range(folds):
         first, last = n * k // folds, n * (k + 1) // folds
         middle = (first + last) // 2
         train = np.r_[0:first, last:n]
         z = (x - x[train].mean(0)) / x[train].std(0)
-        fits = []
         for alpha in ALPHAS:
             # rows of sqrt(alpha) penalise the weights and leave the intercept, the last column, alone
             ones = np.c_[z[train], np.ones(len(train))]
@@ -49,27 +51,37 @@ def by_hand(x_NP: Tensor, y_N: Tensor, folds: int = 5) -> tuple[list[float], lis
             target = np.r_[y[train], np.zeros(x.shape[1])]
             w = np.linalg.lstsq(np.r_[ones, penalty], target, rcond=None)[0]
             p = np.c_[z, np.ones(n)] @ w
-            fits.append((np.corrcoef(p[first:middle], y[first:middle])[0, 1], alpha, p))
-        _, alpha, p = max(fits, key=lambda fit: fit[0])
-        rs.append(float(np.corrcoef(p[middle:last], y[middle:last])[0, 1]))
+            r, r_test = (np.corrcoef(p[at], y[at])[0, 1] for at in (slice(first, middle), slice(middle, last)))
+            fits.append((k, alpha, r, r_test, slice(middle, last), p))
+    shared = max(ALPHAS, key=lambda alpha: sum(fit[2] for fit in fits if fit[1] == alpha))
+    rs, alphas, predicted = [], [], np.full(n, np.nan)
+    for k in range(folds):
+        best = max((fit for fit in fits if fit[0] == k), key=lambda fit: fit[2])
+        _, alpha, _, r_test, test, p = next(
+            fit for fit in fits if fit[:2] == (k, shared if select == "target" else best[1])
+        )
+        rs.append(float(r_test))
         alphas.append(alpha)
-        predicted[middle:last] = p[middle:last]
+        predicted[test] = p[test]
     return rs, alphas, predicted
 
 
+@pytest.mark.parametrize("select", ["target", "fold"])
 @pytest.mark.parametrize("features", [12, 150])  # the second has more features than training rows: the dual
-def test_it_equals_least_squares_with_a_free_intercept(features: int) -> None:
+def test_it_equals_least_squares_with_a_free_intercept(features: int, select: Any) -> None:
     x_NP, noise_NS = normal(103, features), normal(103, 3, seed=1)
     y_NS = 40 + x_NP[:, :3] * torch.tensor([3.0, 1.0, 0.3]) + noise_NS
-    values = RidgeReadout()(3 * x_NP + 100, y_NS)
+    values = RidgeReadout(select=select)(3 * x_NP + 100, y_NS)
     for s in range(3):
-        rs, alphas, predicted_N = by_hand(x_NP, y_NS[:, s])
+        rs, alphas, predicted_N = by_hand(x_NP, y_NS[:, s], select)
         assert values.r_fold[:, s].tolist() == pytest.approx(rs, abs=FIT)
         assert values.alpha[:, s].tolist() == alphas
         torch.testing.assert_close(
             values.predicted[:, s], torch.from_numpy(predicted_N), equal_nan=True, rtol=0, atol=40 * FIT
         )
     assert values.r.tolist() == pytest.approx(values.r_fold.mean(0).tolist(), abs=ulps(8, F64))
+    varies_S = (values.alpha != values.alpha[0]).any(0)
+    assert varies_S.any() if select == "fold" else not varies_S.any()
 
 
 def test_a_penalised_intercept_would_be_another_number() -> None:
@@ -97,7 +109,8 @@ def test_features_are_scaled_by_training_rows_alone() -> None:
     y_N += x_NP[:, 0]
     moved = x_NP.clone()
     moved[95:] = 30 * moved[95:] + 7  # half of the test half of the last fold
-    plain, other = RidgeReadout()(x_NP, y_N), RidgeReadout()(moved, y_N)
+    ridge = RidgeReadout(select="fold")  # rows of a test are training rows of other folds
+    plain, other = ridge(x_NP, y_N), ridge(moved, y_N)
     assert other.alpha[4] == plain.alpha[4]
     torch.testing.assert_close(other.predicted[90:95], plain.predicted[90:95], rtol=0, atol=ulps(512, F64))
     whole = (moved - moved.mean(0)) / moved.std(0, correction=0)
@@ -117,15 +130,16 @@ def test_contiguous_folds_are_harder_where_neighbours_are_alike() -> None:
 
 
 def test_alpha_is_selected_on_validation_rows_only() -> None:
+    ridge = RidgeReadout(select="fold")
     x_NP, y_N = normal(100, 30), normal(100, seed=1)
     y_N += x_NP[:, 0]
     spoiled = y_N.clone()
-    tested = RidgeReadout()(x_NP, y_N).fold == 0
+    tested = ridge(x_NP, y_N).fold == 0
     spoiled[tested] = normal(100, seed=5)[tested]
-    assert RidgeReadout()(x_NP, spoiled).alpha[0] == RidgeReadout()(x_NP, y_N).alpha[0]
+    assert ridge(x_NP, spoiled).alpha[0] == ridge(x_NP, y_N).alpha[0]
     torch.testing.assert_close(
-        RidgeReadout()(x_NP, spoiled).predicted[tested],
-        RidgeReadout()(x_NP, y_N).predicted[tested],
+        ridge(x_NP, spoiled).predicted[tested],
+        ridge(x_NP, y_N).predicted[tested],
         **rounding(512, F64),
     )
 

@@ -221,3 +221,26 @@ def test_gradients_reach_a_tower(fusion: type[FusionHead]) -> None:
         loss.backward()
         optimizer.step()
     assert loss < 0.1
+
+
+@pytest.mark.parametrize("make", [*MAKERS, OrthogonalFusion], ids=[*IDS, "orthogonal"])
+def test_a_detached_modality_and_its_projection_take_no_gradient(make: Callable[[], FusionHead]) -> None:
+    fusion, z = built(make, dict.fromkeys(WIDTHS, 5)), {m: torch.randn(7, 5, dtype=torch.float64) for m in WIDTHS}
+    z = {m: z_BD.requires_grad_() for m, z_BD in z.items()}
+    whole_BC = fusion(z)
+    whole = torch.autograd.grad(whole_BC.square().sum(), [*z.values(), *fusion.parameters()])
+    with fusion.detaching("text"):
+        held_BC = fusion(z)
+    assert torch.equal(held_BC, whole_BC) and not fusion._detached
+    held = torch.autograd.grad(
+        held_BC.square().sum(), [*z.values(), *fusion.parameters()], allow_unused=True, materialize_grads=True
+    )
+    names = [*z, *(name for name, _ in fusion.named_parameters())]
+    for name, a, b in zip(names, held, whole, strict=True):
+        if name == "mlp.0.weight":  # its columns 5 to 9 are those of text
+            assert not a[:, 5:10].any() and b[:, 5:10].any()
+            a, b = a[:, [0, 1, 2, 3, 4, *range(10, 15)]], b[:, [0, 1, 2, 3, 4, *range(10, 15)]]
+        if "text" in name:
+            assert not a.any() and b.any(), name
+        else:
+            torch.testing.assert_close(a, b, rtol=CLOSE, atol=CLOSE)

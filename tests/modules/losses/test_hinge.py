@@ -23,17 +23,18 @@ def test_shared_properties(check: Any) -> None:
     check(HardestInBatchHinge(margin=2.5))  # so large that every negative violates it, and that it is the hardest
 
 
-def by_hand(
-    a: Tensor, b: Tensor, key: Tensor, valid: Tensor, margin: float, mean: bool = False, positive: bool = False
-) -> list[float]:
-    """Two loops; with ``mean`` from b to a, which counts the positive only where the release's fault is wanted."""
+def by_hand(a: Tensor, b: Tensor, key: Tensor, valid: Tensor, margin: float, average: str | None = None) -> list[float]:
+    """Two loops; from b to a the hinge of the mean of all ``similarities``, or the mean of ``hinges`` of negatives."""
     values = []
     for i in range(len(a)):
         others = [j for j in range(len(a)) if valid[i] and valid[j] and key[i] != key[j]]
         own = float(a[i] @ b[i])
         ab = [max(0.0, margin + float(a[i] @ b[j]) - own) for j in others]
-        ba = [max(0.0, margin + float(b[i] @ a[j]) - own) for j in others] + [margin] * positive
-        side = sum(ba) / max(len(ba), 1) if mean else max(ba, default=0.0)
+        ba = [max(0.0, margin + float(b[i] @ a[j]) - own) for j in others]
+        side = sum(ba) / max(len(ba), 1) if average else max(ba, default=0.0)
+        if average == "similarities" and others:
+            mean = sum(float(b[i] @ a[j]) for j in [i, *others]) / (len(others) + 1)
+            side = max(0.0, margin + mean - own)
         values.append(max(ab, default=0.0) + side)
     return values
 
@@ -73,16 +74,29 @@ def test_gradients_by_hand() -> None:
         assert wanted.any()
 
 
-def test_the_warm_up_is_a_mean_of_negatives_alone_and_then_ends() -> None:
+@pytest.mark.parametrize("average", ["similarities", "hinges"])
+def test_the_warm_up_by_hand_in_each_form_and_its_end(average: Any) -> None:
     a, b = embeddings()
-    hinge = HardestInBatchHinge(0.7, warmup=2).train()
-    means, hardest = by_hand(a, b, KEY, VALID, 0.7, mean=True), by_hand(a, b, KEY, VALID, 0.7)
-    released = by_hand(a, b, KEY, VALID, 0.7, mean=True, positive=True)
-    assert max(abs(x - y) for x, y in zip(means, released, strict=True)) > 0.01
+    hinge = HardestInBatchHinge(0.7, 2, average).train()
+    means, hardest = by_hand(a, b, KEY, VALID, 0.7, average), by_hand(a, b, KEY, VALID, 0.7)
     assert max(abs(x - y) for x, y in zip(means, hardest, strict=True)) > 0.1
     for wanted in (means, means, hardest, hardest):
         assert hinge(a, b, KEY, VALID).tolist() == pytest.approx(wanted, abs=CLOSE)
     assert int(hinge.steps) == 4
+
+
+def test_the_warm_up_of_structure_clip_is_the_hinge_of_the_mean() -> None:
+    """As in its release, a matrix product and means over all of a batch: less than the mean of the hinges."""
+    a, b = embeddings()
+    found = {}
+    for average in ("similarities", "hinges"):
+        hinge = HardestInBatchHinge(warmup=1, average=average)
+        found[average] = float(hinge(a, b, torch.arange(6), everyone(6)).detach().mean())
+    s_BB = (a @ b.T).detach()
+    hardest_B, own_B = (s_BB - 10 * torch.eye(6)).amax(dim=1), s_BB.diagonal()
+    wanted_B = (hardest_B + 0.2 - own_B).relu() + (s_BB.T.mean(dim=1) + 0.2 - own_B).relu()
+    assert found["similarities"] == pytest.approx(float(wanted_B.mean()), abs=CLOSE)
+    assert found["similarities"] < found["hinges"] - 0.01
 
 
 def test_the_warm_up_is_resumed_and_evaluation_has_none() -> None:

@@ -1,0 +1,89 @@
+"""``descant claims plan``: runs and core-minutes of a claim by stage, before anything runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from descant.claims import store
+from descant.claims.claim import EXTENSION, TUNE, Claim
+from descant.claims.run import Place
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stage of a claim.
+
+    Attributes:
+        name: of the stage. runs: how many it has. missing: how many of them are still to be trained. minutes: of one
+            core for these; None where no run of the claim is stored that could show how long one takes.
+    """
+
+    name: str
+    runs: int
+    missing: int
+    minutes: float | None
+
+
+def plan(claim: Claim, results: Path, runs: Path) -> list[Part]:
+    """The stages of a claim with their runs; of a claim without stages: settings, pilot and full."""
+    each = minutes_a_run(claim, results)
+    if claim.staged:
+        assert claim.oracle is not None
+        seeds = claim.seeds
+        parts: list[tuple[str, str, tuple[str, ...], tuple[int, ...]]]
+        parts = [("room", "pilot", ("baseline", claim.oracle), seeds["pilot"])]
+        if claim.signal is not None:
+            arms = tuple(dict.fromkeys(arm for arm, _ in claim.signal.reads))
+            parts.insert(0, ("signal", "pilot", arms, seeds["pilot"][:1]))
+        parts += [
+            ("effect", "full", claim.judged, seeds["full"]),
+            ("extension", "full", claim.judged, seeds[EXTENSION]),
+        ]
+    else:
+        parts = [(budget, budget, tuple(claim.arms), claim.seeds[budget]) for budget in ("pilot", "full")]
+    if claim.is_tuned:
+        candidates = claim.candidates()
+        tuned = Place(candidates, TUNE, runs)
+        arms, seed = tuple(candidates.arms), candidates.seeds[TUNE]
+        return [_part("tuning", tuned, arms, seed, each), *(_of(claim, runs, each, *part) for part in parts)]
+    return [_of(claim, runs, each, *part) for part in parts]
+
+
+def _of(
+    claim: Claim, runs: Path, each: float | None, name: str, budget: str, arms: Sequence[str], seeds: Sequence[int]
+) -> Part:
+    return _part(name, Place(claim, budget, runs), arms, seeds, each)
+
+
+def _part(name: str, place: Place, arms: Sequence[str], seeds: Sequence[int], each: float | None) -> Part:
+    missing = len(place.missing(arms, seeds))
+    minutes = 0.0 if not missing else None if each is None else missing * each
+    return Part(name, len(place.all(arms)) * len(seeds), missing, minutes)
+
+
+def minutes_a_run(claim: Claim, results: Path) -> float | None:
+    """Core-minutes of a run, by the largest stored result of the claim: wall time times cores over its runs."""
+    for budget in ("full", "pilot", TUNE):
+        stored = store.read(results, claim.name, budget)
+        number = sum(len(of) for of in stored["runs"].values()) if stored is not None else 0
+        if stored is not None and number:
+            cores = stored["machine"].get("cores") or os.cpu_count() or 1
+            return float(stored["seconds"] / 60 * cores / number)
+    return None
+
+
+def lines(claim: Claim, parts: Sequence[Part]) -> list[str]:
+    """A plan as text."""
+    rows = [f"{claim.name}: {sum(part.missing for part in parts)} runs to train, {_minutes(parts)}"]
+    rows += [f"  {part.name:10} {part.missing:3} of {part.runs:3} runs   {_minutes([part])}" for part in parts]
+    return rows
+
+
+def _minutes(parts: Sequence[Part]) -> str:
+    known = [part.minutes for part in parts if part.minutes is not None]
+    if len(known) < len(parts):
+        return "unknown: none of its runs is stored"
+    return f"{sum(known):.1f} core-minutes"

@@ -1,0 +1,190 @@
+"""Run a claim by stages, cheapest first, and stop where one decides: exact, signal, room, effect, extension."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from descant.claims import run, store
+from descant.claims.claim import ABLATIONS, EXTENSION, Claim
+from descant.claims.effect import FIRST, FUTILE, NO_ROOM, NOT_TESTABLE, has_room, is_extended, is_futile, margin_of
+from descant.claims.judge import Runs, gains, judge, lines, measured
+from descant.claims.registration import changed, now, register
+from descant.cli.catalogue import papers
+from descant.cli.errors import fail, say
+from descant.modules.io.names import PACKAGE
+
+#: What each stage asks.
+STAGES = ("exact", "signal", "room", "effect", "extension")
+
+
+class Unfinished(Exception):
+    """Runs of a stage are missing: they were submitted, interrupted, or failed with this exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+@dataclass
+class Staged:
+    """A claim on its way through the stages.
+
+    Args:
+        claim: with a metric that has ``least``. results, runs: folders. jobs: runs at a time. slurm: options of
+            ``descant submit``; the missing runs of a stage are then submitted, and the same command goes on.
+    """
+
+    claim: Claim
+    results: Path
+    runs: Path
+    trust: tuple[str, ...] = ()
+    jobs: int = 1
+    slurm: str | None = None
+    seconds: float = 0.0
+    precisions: set[str] = field(default_factory=set)
+
+    def run(self, only_pilot: bool = False) -> int:
+        """Go through the stages; stores and prints what it comes to. Returns an exit code."""
+        try:
+            self._exact()
+            registered = self._registered()
+            return self._stages(registered, only_pilot)
+        except Unfinished as stop:
+            return stop.code
+
+    def _stages(self, registered: Mapping[str, Any], only_pilot: bool) -> int:
+        claim, seeds = self.claim, self.claim.seeds
+        assert claim.least is not None and claim.oracle is not None
+        if claim.signal is not None:
+            value, met = self._signal()
+            say(f"claims {claim.name}: stage 1, signal: {claim.signal}: it is {value:.4g}")
+            if not met:
+                return self._stop(1, NOT_TESTABLE, registered, {"signal": value})
+        pilot = self._collect("pilot", ("baseline", claim.oracle), seeds["pilot"])
+        gain_S = gains(claim, pilot, claim.oracle, seeds["pilot"])
+        headroom = math.fsum(gain_S) / len(gain_S)
+        margin = margin_of(headroom, claim.least)
+        say(f"claims {claim.name}: stage 2, room: the oracle gains {headroom:+.4g}, the margin is {margin:.4g}")
+        found = {"margin": margin, "headroom": headroom}
+        self._write("pilot", pilot, {**found, "registered": registered})
+        if not has_room(gain_S, margin):
+            return self._stop(2, NO_ROOM, registered, found, pilot)
+        if only_pilot:
+            return 0
+        return self._effect(claim.with_margin(margin), registered, found)
+
+    def _effect(self, claim: Claim, registered: Mapping[str, Any], found: dict[str, Any]) -> int:
+        seeds = claim.seeds["full"]
+        if claim.lockbox:
+            registered = self._opened(registered)
+        runs = self._collect("full", claim.judged, seeds[:FUTILE])
+        stage, futile = 3, is_futile(gains(claim, runs, "method", seeds[:FUTILE]), claim.metric.margin)
+        if not futile:
+            runs = self._collect("full", claim.judged, seeds[:FIRST])
+            if is_extended(judge(claim, runs).effect):
+                say(f"claims {claim.name}: stage 4, extension: {len(seeds)} seeds cannot tell, {EXTENSION} follows")
+                stage, runs = 4, self._collect("full", claim.judged, (*seeds, *claim.seeds[EXTENSION]))
+        judgement = judge(claim, runs, futile)
+        outcome = store.outcome_of(judgement) | {"stage": stage, "futile": futile}
+        self._write("full", runs, {**outcome, **found, "registered": registered})
+        print("\n".join(lines(claim, judgement, f"stage {stage}")))
+        return 0
+
+    def ablations(self) -> int:
+        """Run the arms that no verdict needs, each with the first seed, and store them."""
+        arms = tuple(arm for arm in self.claim.arms if arm not in self.claim.judged)
+        if not arms:
+            fail(f"claims {self.claim.name}: no arm beside {', '.join(self.claim.judged)}")
+        try:
+            runs = self._collect("full", ("baseline", *arms), self.claim.seeds["full"][:1])
+        except Unfinished as stop:
+            return stop.code
+        self._write(ABLATIONS, runs, {})
+        for arm, of in runs.items():
+            values = next(iter(of.values()))
+            print(f"{arm}: {self.claim.metric.name} {values.get(self.claim.metric.name, math.nan):.4g}")
+        return 0
+
+    # stages 0 and 1 -----------------------------------------------------------------------------------------------
+
+    def _exact(self) -> None:
+        """Run the test that holds the equation of the paper, where there is a checkout with tests.
+
+        Raises:
+            Refusal: if it fails.
+        """
+        paper = next((paper for paper in papers() if paper.get("claim") == self.claim.name), None)
+        if paper is None or not (PACKAGE.parent / paper["test"]).is_file():
+            say(f"claims {self.claim.name}: stage 0, exact: no test of its equation is in this installation")
+            return
+        tests = paper["exact"] or [paper["test"]]
+        command = [sys.executable, "-m", "pytest", "-q", "-n0", "-x", *tests]
+        result = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True)
+        if result.returncode:
+            last = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))][:1]
+            fail(f"claims {self.claim.name}: stage 0, exact: {' '.join(last)}")
+        what = "its equation holds" if paper["exact"] else "our reading; its test holds"
+        say(f"claims {self.claim.name}: stage 0, exact: {what}")
+
+    def _registered(self) -> dict[str, Any]:
+        """What the claim was before its first run; registers it where it is not. Names the code that changed since."""
+        kept = store.read_registered(self.results, self.claim)
+        if kept is None:
+            kept = register(self.claim)
+            store.write_registered(self.results, self.claim, kept)
+        elif files := changed(kept, self.claim):
+            say(f"warning: claims {self.claim.name}: changed since it was registered: {listed(files)}")
+        return kept
+
+    def _opened(self, registered: Mapping[str, Any]) -> dict[str, Any]:
+        """Note that the claim opens the lock-box, before a run reads it; it does so once."""
+        if "opened" not in registered:
+            registered = {**registered, "opened": now()}
+            store.write_registered(self.results, self.claim, registered)
+        say(f"claims {self.claim.name}: opens the lock-box; {store.openings(self.results)} claims have so far")
+        return dict(registered)
+
+    def _signal(self) -> tuple[float, bool]:
+        signal, seed = self.claim.signal, self.claim.seeds["pilot"][:1]
+        assert signal is not None
+        runs = self._collect("pilot", tuple(dict.fromkeys(arm for arm, _ in signal.reads)), seed)
+        value, met = measured(self.claim, runs, signal, seed)
+        return value.mean, met
+
+    # runs ---------------------------------------------------------------------------------------------------------
+
+    def _collect(self, budget: str, arms: Sequence[str], seeds: Sequence[int]) -> Runs:
+        place = run.Place(self.claim, budget, self.runs.absolute(), self.trust)
+        if self.slurm is not None and place.missing(arms, seeds):
+            raise Unfinished(run.submit(place, arms, seeds, self.slurm))
+        code = run.run(place, arms, seeds, self.jobs) if place.missing(arms, seeds) else 0
+        if code:
+            raise Unfinished(code)
+        self.precisions |= set(place.precisions())
+        return place.collect(arms, seeds)
+
+    def _write(self, budget: str, runs: Runs, outcome: Mapping[str, Any]) -> None:
+        places = [run.Place(self.claim, of, self.runs.absolute(), self.trust) for of in ("pilot", "full")]
+        seconds = places[0].seconds if budget == "pilot" else sum(place.seconds for place in places)
+        store.write(self.results, self.claim, budget, runs, seconds, sorted(self.precisions), outcome)
+
+    def _stop(
+        self, stage: int, word: str, registered: Mapping[str, Any], found: Mapping[str, Any], runs: Runs | None = None
+    ) -> int:
+        """Store a claim that ends before its effect is measured."""
+        outcome = {"verdict": word, "effect": word, "stage": stage, **found, "registered": registered}
+        self._write("full", runs or {}, outcome)
+        print(f"{self.claim.name}: {word} (stage {stage}, {STAGES[stage]})")
+        return 0
+
+
+def listed(files: Sequence[str], most: int = 3) -> str:
+    """The first few files, and how many more there are."""
+    more = f" and {len(files) - most} more" if len(files) > most else ""
+    return ", ".join(files[:most]) + more
