@@ -14,6 +14,7 @@ from descant.cli.errors import Refusal, hint, say
 from descant.cli.untrusted import text_of
 from descant.modules.io.cache import cache_folder
 from descant.modules.io.checkpoints import followed
+from descant.modules.io.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1] / "experiments"
 BASE = ROOT / "base.yaml"
@@ -172,9 +173,7 @@ def _arm(name: str, claim: Path, arm: str) -> Path:
     file = cache_folder() / "arms" / f"{claim.stem}-{arm}-{digest}.yaml"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}")
-        part.write_text(text, encoding="utf-8")
-        part.replace(file)
+        write_text(file, text)
     return file
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from descant.cli.errors import hint
 from descant.cli.schema import Entry, Key, Part, Type, Unknown, kinds
 from descant.modules.io import names
 from descant.modules.io.cache import cache_folder
+from descant.modules.io.files import write_text
 from descant.modules.io.jsonl import loads
 
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -206,9 +206,7 @@ def _modules(some: Iterable[str]) -> dict[str, dict[str, None]]:
 def main() -> None:
     file, content = place(), json.dumps(make())
     file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_suffix(f".{os.getpid()}")
-    draft.write_text(content, encoding="utf-8")
-    draft.replace(file)
+    write_text(file, content)
     kept = sorted(file.parent.glob("schema-*.json"), key=lambda other: -other.stat().st_mtime_ns)
     for other in kept[KEPT:]:
         other.unlink(missing_ok=True)

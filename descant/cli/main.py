@@ -66,7 +66,7 @@ class Parser(LightningArgumentParser):
         return made
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise Refusal(parse_fault(message, ex)) from ex
+        raise Refusal(parse_fault(message)) from ex
 
 
 def _built(cls: type, *args: Any, **kwargs: Any) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pkgutil
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -110,7 +110,7 @@ def require(path: str, trust: Sequence[str] = ()) -> None:
     """Raises Refusal if a class path is outside the allow-list."""
     if allowed(path, trust):
         return
-    part = next((d for d in DENIED if path == d or path.startswith(d + ".")), None)
+    part = next((denied for denied in DENIED if within(path, [denied])), None)
     if part is not None:
         place = "" if part == path else f" in {part},"
         why = "may load code, write elsewhere or start processes"
@@ -130,7 +130,7 @@ def require_kind(path: str, kinds: Sequence[str], trust: Sequence[str] = ()) -> 
     if named(path, trust) or any(kind not in PERMITTED for kind in kinds):
         return
     places = sorted({place for kind in kinds for place in PERMITTED[kind]})
-    if not any(_within(path, place) for place in places):
+    if not within(path, places):
         top = path.split(".")[0]
         raise Refusal(f"class_path {path}: here only what is of {', '.join(places)}: --trust {top} if you trust it")
 
@@ -141,11 +141,16 @@ def named(path: str, trust: Sequence[str]) -> bool:
     >>> named("mine.parts.Tower", ["mine"]), named("minerva.Tower", ["mine"]), named("torch.nn.Linear", [])
     (True, False, False)
     """
-    return any(_within(path, name) for name in trust if name not in WORDS)
+    return within(path, [name for name in trust if name not in WORDS])
 
 
-def _within(path: str, place: str) -> bool:
-    return path == place or path.startswith(f"{place}.")
+def within(path: str, places: Iterable[str]) -> bool:
+    """Whether a dotted path is one of these or lies below it.
+
+    >>> within("torch.nn.Linear", ["torch.nn"]), within("torch.nnx", ["torch.nn"])
+    (True, False)
+    """
+    return any(path == place or path.startswith(f"{place}.") for place in places)
 
 
 def guard(key: str, value: Any, trust: Sequence[str] = (), of: Any = None) -> None:

@@ -11,6 +11,7 @@ import yaml
 
 from descant.cli.document import load, shown
 from descant.cli.errors import fail, printable, say
+from descant.cli.trust import within
 
 #: Settings of hardware, logging and evaluation, which do not change training. (Damage of data changes its own digest.)
 FREE = (
@@ -173,7 +174,7 @@ def changes(then: object, now: object) -> Iterator[tuple[str, object, object]]:
     a, b = dict(_flat(then)), dict(_flat(now))
     for key in dict.fromkeys([*a, *b]):
         before, here = (_short_class(flat.get(key)) if key.endswith("class_path") else flat.get(key) for flat in (a, b))
-        if before != here and not any(key == free or key.startswith(f"{free}.") for free in FREE):
+        if before != here and not within(key, FREE):
             yield key, a.get(key, "not set"), b.get(key, "not set")
 
 

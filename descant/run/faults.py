@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from descant.cli.errors import one_line
+from descant.cli.trust import within
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,13 +32,11 @@ _OUTSIDE = (
 _NETWORK = ("DistNetworkError", "DistStoreError")
 #: Where Lightning checks arguments: its own errors there are about one of them.
 _LIGHTNING = ("lightning.pytorch", "lightning.fabric")
+#: Lightning's messages where a GPU is requested and there is none.
+_NO_GPU = re.compile(r"No supported gpu backend found|cannot run on your system since the accelerator")
+_NO_GPU_LINE = "trainer.accelerator: no GPU that torch can use on this machine; --config on/cpu trains on the CPU"
 #: Modules whose frames are in every traceback.
 _ENTRY = ("descant.cli.main", "descant.__main__", "descant.cli.check")
-
-
-def parse_fault(message: str, error: BaseException | None = None) -> str:
-    """The cause out of a parser's long message about a union."""
-    return _shorten(message)
 
 
 def explain(error: BaseException, building: bool, trust: Sequence[str] = ()) -> str | None:
@@ -48,12 +47,12 @@ def explain(error: BaseException, building: bool, trust: Sequence[str] = ()) -> 
     """
     error = _root(error)
     if building and "jsonargparse" in _raiser(error) and "\n" in str(error).strip():
-        return parse_fault(str(error), error)
+        return parse_fault(str(error))
     denied = re.match(r"Importing '([\w.]+)' is not allowed", str(error))
     if denied is not None:
         return f"class_path {denied[1]} is not allowed in a configuration: --trust {denied[1]} if you trust it"
     if type(error).__name__ == "MisconfigurationException":
-        return _without_gpu(str(error)) or one_line(error)
+        return _NO_GPU_LINE if _NO_GPU.search(str(error)) else one_line(error)
     if type(error).__name__ in _NETWORK:
         return _network(str(error))
     if building and isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
@@ -64,24 +63,13 @@ def explain(error: BaseException, building: bool, trust: Sequence[str] = ()) -> 
         return one_line(error)
     names = [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
     last = names[-1] if names else ""
-    if isinstance(error, (ValueError, TypeError) if building else ValueError) and _within(last, _LIGHTNING):
+    if isinstance(error, (ValueError, TypeError) if building else ValueError) and within(last, _LIGHTNING):
         return one_line(error)
     if not isinstance(error, _REQUESTS):
         return outside(error)
     if building:
         return one_line(error)
-    return one_line(error) if _within(last, ("descant", "torch.optim", *trust)) else outside(error)
-
-
-def _without_gpu(message: str) -> str | None:
-    """The line where a GPU is requested and there is none.
-
-    >>> _without_gpu("No supported gpu backend found!")
-    'trainer.accelerator: no GPU that torch can use on this machine; --config on/cpu trains on the CPU'
-    """
-    if not re.search(r"No supported gpu backend found|cannot run on your system since the accelerator", message):
-        return None
-    return "trainer.accelerator: no GPU that torch can use on this machine; --config on/cpu trains on the CPU"
+    return one_line(error) if within(last, ("descant", "torch.optim", *trust)) else outside(error)
 
 
 def unbuilt(cls: type, error: Exception, trust: Sequence[str] = ()) -> str | None:
@@ -96,7 +84,7 @@ def unbuilt(cls: type, error: Exception, trust: Sequence[str] = ()) -> str | Non
         if name:
             wanted = f"'{name}{version}'" if version else name
             return f"{cls.__name__}: the package {name} is not installed: pip install {wanted}"
-    if isinstance(error, (*_REQUESTS, *_OUTSIDE)) or _within(cls.__module__, trust):
+    if isinstance(error, (*_REQUESTS, *_OUTSIDE)) or within(cls.__module__, trust):
         return None
     if not isinstance(error, (RuntimeError, TypeError, ArithmeticError, IndexError, AssertionError)):
         return None
@@ -110,14 +98,14 @@ def outside_ours(error: BaseException, trust: Sequence[str] = ()) -> str | None:
     """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     names = [str(frame.f_globals.get("__name__", "")) for frame in frames]
-    if not names or any(_within(name, trust) for name in names) or not isinstance(error, Exception):
+    if not names or any(within(name, trust) for name in names) or not isinstance(error, Exception):
         return None
-    if _within(names[-1], ("descant",)) and not isinstance(error, ArithmeticError):
+    if within(names[-1], ("descant",)) and not isinstance(error, ArithmeticError):
         return None
     if not isinstance(error, (ValueError, RuntimeError, TypeError, ArithmeticError, IndexError)):
         return None
     for frame, name in reversed(list(zip(frames, names, strict=True))):
-        if _within(name, ("descant",)) and not _within(name, _ENTRY):
+        if within(name, ("descant",)) and not within(name, _ENTRY):
             owner = type(frame.f_locals["self"]).__name__ if "self" in frame.f_locals else name
             return f"{owner} ({name}.{frame.f_code.co_name}): {_worded(error)}; --debug shows more"
     return None
@@ -142,7 +130,7 @@ def outside(error: BaseException) -> str | None:
     met = ""
     for frame, number in traceback.walk_tb(error.__traceback__):
         name = str(frame.f_globals.get("__name__", ""))
-        if _within(name, ("descant",)) and not _within(name, _ENTRY):
+        if within(name, ("descant",)) and not within(name, _ENTRY):
             met = f" (met by {name}:{number})"
     line = one_line(error)
     line = line if isinstance(error, OSError | RecursionError | MemoryError) else f"{type(error).__name__}: {line}"
@@ -170,7 +158,7 @@ def misfit(error: BaseException, model: nn.Module, trust: Sequence[str] = ()) ->
     parts = {id(module): (name, type(module).__name__) for name, module in model.named_modules() if name}
     part, frames = None, list(traceback.walk_tb(error.__traceback__))
     for frame, _ in frames:
-        if _within(str(frame.f_globals.get("__name__", "")), trust):
+        if within(str(frame.f_globals.get("__name__", "")), trust):
             return None
         if frame.f_code.co_name == "forward":
             part = parts.get(id(frame.f_locals.get("self")), part)
@@ -212,11 +200,8 @@ def _raiser(error: BaseException) -> str:
     return str(frames[-1][0].f_globals.get("__name__", "")) if frames else ""
 
 
-def _within(name: str, packages: Sequence[str]) -> bool:
-    return any(name == package or name.startswith(package + ".") for package in packages)
-
-
-def _shorten(message: str) -> str:
+def parse_fault(message: str) -> str:
+    """The cause out of a parser's long message about a union."""
     lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
     # on the command line the parser takes no null for a nested part
     inner = re.search(r"Given value: NestedArg\(key='([^']+)', val=None\)", message)

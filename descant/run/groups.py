@@ -21,6 +21,7 @@ import yaml
 from descant.cli.catalogue import made_by
 from descant.cli.errors import fail, hint, one_line, say
 from descant.cli.errors import printable as clean
+from descant.cli.trust import within
 from descant.cli.untrusted import json_of, text_of
 from descant.modules.io import renamed
 from descant.modules.io.checkpoints import followed
@@ -212,12 +213,7 @@ def _configuration(text: str) -> tuple[dict[str, object], dict[str, str]]:
     flat = {key: value for key, value in every if value is not None}
     checkpoints = [key for key, value in flat.items() if value == "ModelCheckpoint" and key.startswith(_CALLBACKS)]
     monitored = {str(flat[f"{k}.monitor"]): str(flat.get(f"{k}.mode")) for k in checkpoints if f"{k}.monitor" in flat}
-    return {key: value for key, value in flat.items() if not _free(key)}, monitored
-
-
-def _free(key: str) -> bool:
-    plain = re.sub(r"#\d+", "", key)
-    return any(plain == free or plain.startswith(f"{free}.") for free in _NO_SETTINGS)
+    return {k: value for k, value in flat.items() if not within(re.sub(r"#\d+", "", k), _NO_SETTINGS)}, monitored
 
 
 def _flat(value: object, path: str = "") -> Iterator[tuple[str, object]]:
