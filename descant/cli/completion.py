@@ -94,7 +94,7 @@ def _keys(start: str, known: Schema, words: Sequence[str]) -> Iterator[str]:
     *path, _ = start.split(".")
     if not path:
         yield from _CALL
-        for name in known.command():
+        for name in known.command:
             group, dot, _ = name.partition(".")
             yield group + dot
         yield from ("model.", "data.")
@@ -117,7 +117,7 @@ def _values(option: str, known: Schema, words: Sequence[str]) -> Iterator[str]:
     if not path and last == "run":
         yield from (file.parent.relative_to("runs").as_posix() for file in Path("runs").glob("*/*/config.yaml"))
         return
-    keys = known.command() if not path else below(path, known, words)
+    keys = known.command if not path else below(path, known, words)
     key = keys.get(last)
     for part in [] if key is None else [*key.type, *(schema.items(key.type) or [])]:
         if isinstance(part, dict) and "choice" in part:
@@ -130,7 +130,7 @@ def _values(option: str, known: Schema, words: Sequence[str]) -> Iterator[str]:
 
 def below(path: Sequence[str], known: Schema, words: Sequence[str]) -> Mapping[str, Key]:
     """The keys under a dotted path: of the class chosen there, or of all that are valid."""
-    command = known.command()
+    command = known.command
     group = f"{path[0]}."
     if len(path) == 1 and any(name.startswith(group) for name in command):
         return {name.removeprefix(group): key for name, key in command.items() if name.startswith(group)}

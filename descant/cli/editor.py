@@ -62,7 +62,7 @@ def main(args: Sequence[str]) -> int:
 def of(known: Written, root: str = "") -> dict[str, Any]:
     """The JSON schema of a configuration, or of what stands under its key ``root``."""
     made = _Schema(known)
-    command = dict(known.command())
+    command = dict(known.command)
     groups = {name.partition(".")[0] for name in command if "." in name}
     keys = {name: made.key(key, name) for name, key in command.items() if "." not in name}
     for group in groups:

@@ -198,7 +198,7 @@ def of_class(known: Schema, request: Request) -> str | None:
         return None
     (option, name), configs = asked[0], [word for file in request.files for word in ("--config", str(file))]
     *path, last = option.removesuffix(".help").split(".")
-    keys = below(path, known, configs) if path else known.command()
+    keys = below(path, known, configs) if path else known.command
     kinds = classes(keys[last].type) + classes(items(keys[last].type) or []) if last in keys else []
     if not kinds:
         return None

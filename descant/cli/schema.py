@@ -8,9 +8,10 @@ A type is a list of parts, any of which a value may be: "null", "int", "float", 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 #: A part of a type; a type.
 Part = str | dict[str, Any]
@@ -47,12 +48,24 @@ class Unknown(Exception):
     """The class is of a module that is not in the cache: ask the parser."""
 
 
-class Schema(Protocol):
-    """Interface of the two schemas."""
+class Schema(ABC):
+    """Base of the two schemas.
 
-    def command(self) -> Mapping[str, Key]:
-        """Dotted key -> argument of a command and its trainer."""
+    Attributes:
+        command: dotted key -> argument of a command and its trainer.
+    """
 
+    command: Mapping[str, Key]
+
+    def names(self, kinds: Sequence[Part]) -> Mapping[str, str]:
+        """Short name -> import path of the classes of ``kinds``."""
+        return {path.rpartition(".")[2]: path for path in sorted(self.paths(kinds))}
+
+    @abstractmethod
+    def paths(self, kinds: Sequence[Part]) -> Collection[str]:
+        """Import paths of the classes of ``kinds``."""
+
+    @abstractmethod
     def find(self, name: str, kinds: Sequence[Part]) -> Entry:
         """The class that ``name``, short or full, means where one of ``kinds`` is expected.
 
@@ -60,15 +73,15 @@ class Schema(Protocol):
             LookupError: where there is none, with the rest of the error line. Unknown: see there.
         """
 
-    def names(self, kinds: Sequence[Part]) -> Mapping[str, str]:
-        """Short name -> import path of the classes of ``kinds``."""
-
+    @abstractmethod
     def alone(self, kinds: Sequence[Part]) -> Entry | None:
         """The class used where none is named: the only one of ``kinds``, if it is not abstract."""
 
+    @abstractmethod
     def accepts(self, owner: Entry | None, name: str, value: Any) -> bool:
         """Whether ``value`` is valid for the argument ``name`` of a class, or of the command."""
 
+    @abstractmethod
     def is_class(self, name: str) -> bool:
         """Whether an import path is that of a class, as far as is known."""
 
@@ -88,14 +101,12 @@ def classes(type: Type) -> list[Part]:
 
 def items(type: Type) -> Type | None:
     """The type of the items of a list, or None."""
-    found = [part for inner in parts(type, "list") for part in inner]
-    return found or None
+    return [part for inner in parts(type, "list") for part in inner] or None
 
 
 def values(type: Type) -> Type | None:
     """The type of the values of a mapping, or None."""
-    found = [part for inner in parts(type, "map") for part in inner]
-    return found or None
+    return [part for inner in parts(type, "map") for part in inner] or None
 
 
 def has_classes(type: Type) -> bool:

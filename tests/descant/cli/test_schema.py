@@ -25,7 +25,7 @@ def live(written_content: dict[str, Any]) -> Live:
     from descant.cli.main import live
 
     found = live("fit")
-    found.command()
+    assert found.command
     for path in written_content["classes"]:  # kinds are known to it once the keys that ask for them are
         found.entry(_class(path))
     return found
@@ -47,7 +47,7 @@ def _kinds(type: Type) -> Iterator[dict[str, Any]]:
 
 
 def test_every_key_is_the_parsers(written_content: dict[str, Any], live: Live, written: Written) -> None:
-    assert written.command() == live.command()
+    assert written.command == live.command
     assert len(written_content["classes"]) > 400
     for path in written_content["classes"]:
         assert written.entry(path) == live.entry(_class(path)), path
@@ -98,7 +98,7 @@ def test_it_refuses_nothing_that_the_parser_takes(
     written_content: dict[str, Any], live: Live, written: Written
 ) -> None:
     seen: dict[str, tuple[Entry | None, str, Key]] = {}
-    owners = [(None, live.command()), *((e, e.keys) for e in map(live.entry, map(_class, written_content["classes"])))]
+    owners = [(None, live.command), *((e, e.keys) for e in map(live.entry, map(_class, written_content["classes"])))]
     for owner, keys in owners:
         for name, key in keys.items():
             if not has_classes(key.type):  # those are looked into, and each part is looked at by itself
@@ -136,7 +136,7 @@ def test_it_is_kept_until_a_file_changes(
     assert dump.read("fit") is None
     dump.place().write_text(json.dumps(written_content))
     found = dump.read("check")
-    assert found is not None and "model" in found.command()
+    assert found is not None and "model" in found.command
     dump.place().write_text(json.dumps({**written_content, "of": "another"}))
     assert dump.read("fit") is None
     dump.place().write_text("{")
