@@ -204,10 +204,10 @@ def _remote(key: str, value: Any) -> str | None:
 def _defined(name: str) -> str:
     """The defining path of a class, which the parser checks too."""
     try:
-        found = pkgutil.resolve_name(name)
+        value = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError):
         return name
-    return f"{found.__module__}.{found.__qualname__}" if isinstance(found, type) else name
+    return f"{value.__module__}.{value.__qualname__}" if isinstance(value, type) else name
 
 
 def enforce(trust: Sequence[str] = ()) -> None:

@@ -170,8 +170,8 @@ def misfit(error: BaseException, model: nn.Module, trust: Sequence[str] = ()) ->
 def _unlike(error: BaseException) -> str | None:
     """The first difference between a checkpoint and the model, out of torch's message."""
     lines = [line.strip() for line in str(error).splitlines()]
-    found = re.match(r"Error\(s\) in loading state_dict for (\w+)", lines[0]) if lines else None
-    if found is None or type(error) is not RuntimeError:
+    recipe = re.match(r"Error\(s\) in loading state_dict for (\w+)", lines[0]) if lines else None
+    if recipe is None or type(error) is not RuntimeError:
         return None
     shapes, others = [], []
     for line in lines[1:]:
@@ -185,7 +185,7 @@ def _unlike(error: BaseException) -> str | None:
             others += [f"{key} is in the file, and the model has no such key" for key in keys]
     differing = shapes + others or lines[1:] or ["no key fits"]
     more = f" (and {len(differing) - 1} more differ)" if len(differing) > 1 else ""
-    return f"the checkpoint does not have the weights of this {found[1]}: {differing[0]}{more}"
+    return f"the checkpoint does not have the weights of this {recipe[1]}: {differing[0]}{more}"
 
 
 def _root(error: BaseException) -> BaseException:

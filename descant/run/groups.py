@@ -258,11 +258,11 @@ def _class(node: Mapping[str, object]) -> str:
     return renamed.current(clean(node["class_path"]).rpartition(".")[2])
 
 
-def group(found: Iterable[Run]) -> list[Group]:
+def group(runs_: Iterable[Run]) -> list[Group]:
     """Groups in the order of their first run; of two runs with one seed the later counts, with a notice."""
     groups: dict[frozenset[tuple[str, object]], Group] = {}
     duplicates = []
-    for run in found:
+    for run in runs_:
         members = groups.setdefault(frozenset(run.settings.items()), Group({})).runs
         seed = run.name if run.seed is None else run.seed
         if seed in members:

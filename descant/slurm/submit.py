@@ -283,10 +283,10 @@ def _composed(command: str, args: Sequence[str]) -> tuple[dict[str, Any], str]:
     """Resolved configuration of a command, and the name of its run."""
     import yaml
 
-    from descant.cli.arguments import read, with_own
+    from descant.cli.arguments import read, with_run_config
     from descant.cli.main import run
 
-    request = with_own(read(command, [*args, "--print_config"]))
+    request = with_run_config(read(command, [*args, "--print_config"]))
     with redirect_stdout(io.StringIO()) as out:
         run(request)
     config: dict[str, Any] = yaml.safe_load(out.getvalue())
