@@ -35,7 +35,14 @@ _OPTIONS = {
     "--explain": "where each value comes from: file and line, option or default",
     "--print_config, --debug": "the composed configuration and no run; tracebacks in place of lines",
 }
-_NOT_FIT = ("--ckpt_path best|last|PATH",)
+#: Options of some commands only.
+_ONLY = {
+    "--ckpt_path best|last|PATH": ("validate", "test", "predict"),
+    "--sets val,train,NAME": ("predict",),
+    "--explain": ("check",),
+    "--resume never|auto|PATH": ("fit", "check"),
+    "--changed refuse|allow": ("fit", "check"),
+}
 #: Commands that run no experiment.
 _BESIDE = ("list", "data", "sweep", "compare", "claims", "report", "export", "new", "completion", "schema", "submit")
 _LIST = """\
@@ -52,9 +59,6 @@ _WIDTH = 110
 _FIVE = ("Contrastive", "Masked", "CompetitiveDistillation", "Staged", "MissingModality")
 #: How the first lines of base classes begin.
 _BASES = ("Base of", "Stands before")
-_PREDICT_ONLY = ("--sets val,train,NAME",)
-_CHECK_ONLY = ("--explain",)
-_FIT_ONLY = ("--resume never|auto|PATH", "--changed refuse|allow", "--test true", "--run NAME/002")
 
 
 def version() -> str:
@@ -160,9 +164,7 @@ def _title(claim: Path) -> str:
 
 def command(name: str, about: str, most: int = 60) -> str:
     """Help of one command in at most ``most`` lines."""
-    skip = [*(_NOT_FIT if name in ("fit", "check") else _FIT_ONLY[:2]), *(() if name == "predict" else _PREDICT_ONLY)]
-    skip += () if name == "check" else _CHECK_ONLY
-    options = {key: text for key, text in _OPTIONS.items() if key not in skip}
+    options = {key: text for key, text in _OPTIONS.items() if name in _ONLY.get(key, (name,))}
     lines = [f"descant {name}: {about}", ""]
     if name in ("fit", "check"):
         lines += [f"usage: descant {name} --config contrastive/emoji --config on/tiny --model.width 64", ""]

@@ -221,10 +221,9 @@ def _report(skipped: Sequence[tuple[Path, str]]) -> None:
 
 def _compare_versions(folder: Path) -> None:
     """Print a line if another version or revision of Descant wrote the run last."""
-    saved = runs.versions_of(folder)
+    saved, here = runs.versions_of(folder), code()
     if not saved:
         return
-    here = code()
     packages = saved.get("packages")
     version = packages.get("descant") if isinstance(packages, Mapping) else None
     if version is not None and version != here["descant"]:

@@ -11,6 +11,7 @@ import traceback
 import zipfile
 import zlib
 from collections.abc import Sequence
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import yaml
@@ -61,15 +62,12 @@ def explain(error: BaseException, building: bool, trust: Sequence[str] = ()) -> 
         return line
     if isinstance(error, OSError):
         return one_line(error)
-    names = [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    last = names[-1] if names else ""
-    if isinstance(error, (ValueError, TypeError) if building else ValueError) and within(last, _LIGHTNING):
+    raiser = _raiser(error)
+    if isinstance(error, (ValueError, TypeError) if building else ValueError) and within(raiser, _LIGHTNING):
         return one_line(error)
-    if not isinstance(error, _REQUESTS):
-        return outside(error)
-    if building:
+    if isinstance(error, _REQUESTS) and (building or within(raiser, ("descant", "torch.optim", *trust))):
         return one_line(error)
-    return one_line(error) if within(last, ("descant", "torch.optim", *trust)) else outside(error)
+    return outside(error)
 
 
 def unbuilt(cls: type, error: Exception, trust: Sequence[str] = ()) -> str | None:
@@ -96,16 +94,15 @@ def outside_ours(error: BaseException, trust: Sequence[str] = ()) -> str | None:
 
     None where Descant's or the user's own code raised it: that is a bug and keeps its traceback.
     """
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    names = [str(frame.f_globals.get("__name__", "")) for frame in frames]
-    if not names or any(within(name, trust) for name in names) or not isinstance(error, Exception):
+    frames = _frames(error)
+    if any(within(name, trust) for name, *_ in frames):
         return None
-    if within(names[-1], ("descant",)) and not isinstance(error, ArithmeticError):
+    if within(_raiser(error), ("descant",)) and not isinstance(error, ArithmeticError):
         return None
     if not isinstance(error, (ValueError, RuntimeError, TypeError, ArithmeticError, IndexError)):
         return None
-    for frame, name in reversed(list(zip(frames, names, strict=True))):
-        if within(name, ("descant",)) and not within(name, _ENTRY):
+    for name, frame, _ in reversed(frames):
+        if _is_part(name):
             owner = type(frame.f_locals["self"]).__name__ if "self" in frame.f_locals else name
             return f"{owner} ({name}.{frame.f_code.co_name}): {_worded(error)}; --debug shows more"
     return None
@@ -127,14 +124,10 @@ def outside(error: BaseException) -> str | None:
         return None
     if isinstance(error, OSError) and error.filename is not None:
         return one_line(error)
-    met = ""
-    for frame, number in traceback.walk_tb(error.__traceback__):
-        name = str(frame.f_globals.get("__name__", ""))
-        if within(name, ("descant",)) and not within(name, _ENTRY):
-            met = f" (met by {name}:{number})"
+    places = [f" (met by {name}:{number})" for name, _, number in _frames(error) if _is_part(name)]
     line = one_line(error)
     line = line if isinstance(error, OSError | RecursionError | MemoryError) else f"{type(error).__name__}: {line}"
-    return f"{line}{met}; --debug shows more"
+    return f"{line}{places[-1] if places else ''}; --debug shows more"
 
 
 def _network(message: str) -> str:
@@ -156,9 +149,9 @@ def misfit(error: BaseException, model: nn.Module, trust: Sequence[str] = ()) ->
     The user's own classes keep their traceback.
     """
     parts = {id(module): (name, type(module).__name__) for name, module in model.named_modules() if name}
-    part, frames = None, list(traceback.walk_tb(error.__traceback__))
-    for frame, _ in frames:
-        if within(str(frame.f_globals.get("__name__", "")), trust):
+    part = None
+    for name, frame, _ in _frames(error):
+        if within(name, trust):
             return None
         if frame.f_code.co_name == "forward":
             part = parts.get(id(frame.f_locals.get("self")), part)
@@ -196,8 +189,19 @@ def _root(error: BaseException) -> BaseException:
 
 
 def _raiser(error: BaseException) -> str:
-    frames = list(traceback.walk_tb(error.__traceback__))
-    return str(frames[-1][0].f_globals.get("__name__", "")) if frames else ""
+    """The module that raised an error."""
+    return _frames(error)[-1][0] if error.__traceback__ else ""
+
+
+def _frames(error: BaseException) -> list[tuple[str, FrameType, int]]:
+    """Module, frame and line of each call in the traceback, the innermost last."""
+    calls = traceback.walk_tb(error.__traceback__)
+    return [(str(frame.f_globals.get("__name__", "")), frame, number) for frame, number in calls]
+
+
+def _is_part(module: str) -> bool:
+    """Whether a module is one of Descant's parts, which an error line may name."""
+    return within(module, ("descant",)) and not within(module, _ENTRY)
 
 
 def parse_fault(message: str) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from descant.cli.catalogue import run_name
+from descant.cli.dump import COMMANDS
 from descant.cli.errors import Refusal, fail, hint, one_line
 from descant.cli.options import Options
 from descant.cli.untrusted import json_of
@@ -54,7 +55,6 @@ Options:
   --setup LINE                 a line for the script, such as 'module load cuda'; may be repeated
   --sbatch OPTION=VALUE        any other option of sbatch; may be repeated
   --dry-run                    print the script, write nothing, submit nothing"""
-_COMMANDS = ("fit", "validate", "test", "predict")
 #: sbatch options that the script sets itself -> the option of submit, if any.
 _OURS = {key: f"--{key}" for key in ("nodes", "gpus-per-node", "cpus-per-task", "array", "time", "mem")}
 _OURS |= {"ntasks-per-node": "--tasks-per-node", "signal": "--signal-before", "dependency": "--after"}
@@ -259,8 +259,8 @@ def _folder(stage: Sequence[str], given: argparse.Namespace, tasks: list[dict[st
     Each value of an array is tried once, with the first values of the other keys.
     """
     command, *args = stage
-    if command not in _COMMANDS:
-        fail(f"submit: {command}: only {', '.join(_COMMANDS)} can be submitted{hint(command, _COMMANDS, most=0)}")
+    if command not in COMMANDS:
+        fail(f"submit: {command}: only {', '.join(COMMANDS)} can be submitted{hint(command, COMMANDS, most=0)}")
     for key in ("trainer.num_nodes", "trainer.devices", "resume"):
         for token in args:
             if token.partition("=")[0] == f"--{key}":
