@@ -52,7 +52,7 @@ def run_name(file: Path) -> str:
 
 
 def made_by(run: str) -> str:
-    """``; COMMAND makes it`` for a run that is not there: what the experiments say comes before, else of its name.
+    """``; COMMAND makes it`` for a run that is not there: of an experiment's line `Before`, else by the run's name.
 
     >>> made_by("runs/contrastive-emoji/001/config.yaml"), made_by("whole")[:50]
     ('; `descant fit --config contrastive/emoji` makes it', '; `descant fit --config fusion/emoji --config with')
@@ -159,7 +159,7 @@ def _shipped(name: str) -> Path | None:
 
 
 def _arm(name: str, claim: Path, arm: str) -> Path:
-    """The ``config`` that stands inside an arm of a claim, as a file in the cache."""
+    """The ``config`` of an arm of a claim, written to a file in the cache."""
     import yaml
 
     content = _yaml(claim)

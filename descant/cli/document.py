@@ -88,7 +88,7 @@ replaced: dict[str, Node] = {}
 
 
 class _Placed(dict[str, Any]):
-    """A mapping that keeps its place while arguments move between classes."""
+    """A mapping with its place, which moves between classes with its arguments."""
 
     where = ""
 

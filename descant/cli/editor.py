@@ -59,7 +59,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def of(known: Written, root: str = "") -> dict[str, Any]:
-    """The JSON schema of a configuration, or of what stands under its key ``root``."""
+    """The JSON schema of a configuration, or of the value of its key ``root``."""
     made, command = _Schema(known), known.command
     keys = {name: made.key(key) for name, key in command.items() if "." not in name}
     for group in {name.partition(".")[0] for name in command if "." in name}:

@@ -90,7 +90,7 @@ _GROUPS = {
     "claims": "Claims (descant claims run NAME):",
     "papers": "Papers (descant fit --config papers/NAME): number, name, family, arXiv, equation, effect, time of claim",
 }
-#: What is shown where nothing is asked for.
+#: Groups of a listing without arguments.
 _FIRST = ("experiments", "overlays", "data")
 
 
@@ -138,7 +138,7 @@ def _rows(group: str) -> dict[str, str]:
         titles = {file.stem: _title(file) for name, file in shipped().items() if name.startswith("claims/")}
         return dict(sorted(titles.items()))
     files = experiments()
-    if group != "experiments":  # data sets are what stands under ``data`` in one; other overlays are whole
+    if group != "experiments":  # a data set is the value of ``data``; other overlays are whole configurations
         files = {name: file for name, file in overlays().items() if name.startswith("data/") == (group == "data")}
     return {name: header(files[name]) for name in sorted(files)}
 
@@ -183,10 +183,10 @@ def command(name: str, about: str, most: int = 60) -> str:
 
 
 def of_class(known: Schema, request: Request) -> str | None:
-    """What ``--model.optimizer.help AdamW`` asks for; None where only the parser can say.
+    """Help of one class, for ``--model.optimizer.help AdamW``; None where only the parser resolves the class.
 
     Raises:
-        Refusal: where a class is asked for that is none of the kind.
+        Refusal: for a class that is not of the kind.
     """
     helps = [(key, value) for key, value in request.options if key.endswith(".help")]
     if len(helps) != 1:

@@ -18,7 +18,7 @@ from descant.cli.options import Options
 from descant.modules.io.names import table
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
-#: Kind -> the name that its template stands under.
+#: Kind -> name of its template.
 KINDS = {"recipe": "my_recipe", "callback": "my_callback", "datamodule": "my_data"}
 
 _HELP = """\
@@ -169,7 +169,7 @@ def render(kind: str, name: str) -> dict[str, str]:
 
 
 def _sorted(text: str) -> Iterator[str]:
-    """Lines, with each block of ``from`` imports in order: a name that was replaced may stand elsewhere in it."""
+    """Lines, with each block of ``from`` imports in order: a replaced name may sort differently."""
     block: list[str] = []
     for line in text.splitlines(keepends=True):
         if line.startswith("from "):

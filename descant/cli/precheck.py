@@ -305,7 +305,7 @@ class Walk:
         if node.content and not (node.typed or trust.named(cls.path, self.trusted)):
             first = next(iter(node.content)) if isinstance(node.content, dict) else ""
             where = _at(node, (*path, "dict_kwargs", first))
-            raise Refusal(f"{where}: a file may not say them: --trust {cls.path}, or the arguments under init_args")
+            raise Refusal(f"{where}: a file may not set them: --trust {cls.path}, or the arguments under init_args")
 
     def _near(self, key: str, known: Mapping[str, Key]) -> str:
         """The nearest key, else the class that has exactly this one."""
@@ -369,10 +369,10 @@ class Walk:
         file = node.folder / node.content
         if not file.is_file():
             raise Refusal(f"{node.where}: no such file: {file}")
-        root = load(file)
-        self.files.append(root)
-        self._require_trust(root)
-        return root
+        sub_file = load(file)
+        self.files.append(sub_file)
+        self._require_trust(sub_file)
+        return sub_file
 
 
 @contextmanager

@@ -45,7 +45,7 @@ class Entry:
 
 
 class Unknown(Exception):
-    """The class is of a module that is not in the cache: ask the parser."""
+    """The class is of a module that is not in the cache; only the parser resolves it."""
 
 
 class Schema(ABC):

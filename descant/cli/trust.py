@@ -20,7 +20,7 @@ ALLOWED = (
     *("torch.device", "torch.dtype", "torch.float16", "torch.bfloat16", "torch.float32", "torch.float64", "torch.amp"),
     *("torch.distributed.fsdp", "torch.distributed.device_mesh"),
 )
-#: Public name -> where it is defined, which the parser asks about, too; both are among DENIED.
+#: Public name -> where it is defined, which the parser checks, too; both are among DENIED.
 _DEFINED = {
     "descant.modules.policy.VerifierProcess": "descant.modules.policy.rewards.VerifierProcess",
     "lightning.pytorch.callbacks.LambdaCallback": "lightning.pytorch.callbacks.lambda_function",
@@ -74,7 +74,7 @@ _GUARDED = {"allow_pipes": "shell", "accept": "packages", "model_registry": "net
 _REMOTE = ("CometLogger", "LitLogger", "MLFlowLogger", "NeptuneLogger", "WandbLogger")
 #: An address, unless it is that of a file; of a pipe its own key has to allow it.
 _ADDRESS = re.compile(r"\s*(?!file:|pipe:)[A-Za-z][A-Za-z0-9+.-]*://", re.IGNORECASE)
-#: Keys that say where to write: below the run's folder, RUN, or a name in it.
+#: Keys of places to write to: below the run's folder, RUN, or a name in it.
 _PLACES = (
     *("dirpath", "save_dir", "log_dir", "root_dir", "default_root_dir", "cache", "cache_dir", "store_dir"),
     *("exclude_batches_path", "nvme_path", "tracking_uri", "offline_directory"),
@@ -82,7 +82,7 @@ _PLACES = (
 #: The same of some classes, whose keys mean other things elsewhere.
 _PLACES_OF = {"Resume": "folder", "Freeze": "folder", "Cached": "folder", "WandbLogger": "dir"}
 _NAMES = ("name", "version", "sub_dir", "filename", "runs", "run", "comment", "filename_suffix")
-#: What may stand in the braces of a name: a metric, and how many digits of it.
+#: What braces in a name may hold: a metric, and how many digits of it.
 _BRACES = re.compile(r"\{[^{}]*\}?|\}")
 _FIELD = re.compile(r"\{(?!.*\.\.)[\w@][\w/@. -]*(:0?\d{0,2}(\.\d{1,2})?[defg]?)?\}|\{\}")
 _trusted: set[str] = set()
@@ -163,7 +163,7 @@ def guard(key: str, value: Any, trust: Sequence[str] = (), of: Any = None) -> No
     (None, None, None)
     """
     key = key.removesuffix("+").rpartition(".")[2]
-    word, why = _GUARDED.get(key), "" if value in (None, False, []) else "a file may not say that"
+    word, why = _GUARDED.get(key), "" if value in (None, False, []) else "a file may not set that"
     remote = _remote(key, value)
     if remote is not None:
         word, why = "network", f"{remote} is not on this machine"
@@ -179,7 +179,7 @@ def guard(key: str, value: Any, trust: Sequence[str] = (), of: Any = None) -> No
         why = f"{value} leads out of the run's folder" if leaves else "no letter of a name" if odd else ""
         word = "writes"
     if word is not None and why and word not in trust:
-        raise Refusal(f"{why}: --trust {word} lets a configuration {WORDS[word]}; an option may say it, too")
+        raise Refusal(f"{why}: --trust {word} lets a configuration {WORDS[word]}; an option may set it, too")
 
 
 def writes(key: str, value: str | None) -> bool:
