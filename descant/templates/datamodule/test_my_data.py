@@ -12,7 +12,7 @@ import torch
 from descant.datamodules.base import BatchDataset
 from descant.datamodules.order import Order
 from descant.modules.core.batch import Batch
-from descant.templates.datamodule.my_data import MyData, draw, read
+from descant.templates.datamodule.my_data import MyData, read, synthetic
 
 
 def batches(data: MyData, epoch: int = 0) -> list[Batch]:
@@ -34,7 +34,7 @@ def ids(rows: BatchDataset) -> set[int]:
     return set(rows.identity(np.arange(len(rows))).tolist())
 
 
-def test_splits_are_apart_and_miss_nothing() -> None:
+def test_splits_are_disjoint_and_miss_nothing() -> None:
     data = MyData()
     sets = {"train": data.training_set(), **data.evaluation_sets("validate"), **data.evaluation_sets("test")}
     assert list(sets) == ["train", "val", "test"]
@@ -64,7 +64,7 @@ def test_a_text_is_there_where_the_corpus_has_one() -> None:
         assert int(batch.count("image", "text")) == int(batch.both("image", "text").sum())
 
 
-def test_missingness_is_a_policy_of_the_right_size() -> None:
+def test_missingness_is_a_policy_of_the_correct_size() -> None:
     plain = texts_of(batches(MyData()))
     dropped, again = (texts_of(batches(MyData(drop={"text": 0.3}))) for _ in range(2))
     had = {i for i, (there, _) in plain.items() if there}
@@ -74,16 +74,16 @@ def test_missingness_is_a_policy_of_the_right_size() -> None:
     assert dropped == again
 
 
-def test_training_draws_a_text_and_evaluation_reads_the_first() -> None:
+def test_training_samples_a_text_and_evaluation_reads_the_first() -> None:
     data = MyData(tiny=True)
     texts = data.corpus.text
-    drawn = {
+    sampled = {
         i: [text == texts[i, k].tolist() for k in range(2)]
         for i, (there, text) in texts_of(batches(data)).items()
         if there
     }
-    assert all(any(which) for which in drawn.values())
-    assert 0.3 < np.mean([first for first, _ in drawn.values()]) < 0.7
+    assert all(any(which) for which in sampled.values())
+    assert 0.3 < np.mean([first for first, _ in sampled.values()]) < 0.7
     rows = data.evaluation_sets("validate")["val"]
     (batch,) = data.evaluation_loader(rows)
     assert torch.equal(batch.inputs["text"], torch.from_numpy(texts[batch.index, 0]))
@@ -96,7 +96,7 @@ def saved(folder: Path, text: list[list[list[int]]]) -> Path:
     return file
 
 
-def test_a_text_that_is_not_there_is_never_drawn(tmp_path: Path) -> None:
+def test_a_text_that_is_not_there_is_never_sampled(tmp_path: Path) -> None:
     text = [[[i, 1], [i, 2] if i % 2 else [0, 0], [0, 0]] for i in range(1, 101)]
     texts = texts_of(batches(MyData(file=str(saved(tmp_path, text))))).values()
     assert {t[1] for _, t in texts if t[0] % 2} == {1, 2}
@@ -118,7 +118,7 @@ def test_pixels_are_uint8_until_they_are_on_the_device() -> None:
 
 
 def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
-    corpus, file = draw(30), tmp_path / "corpus.npz"
+    corpus, file = synthetic(30), tmp_path / "corpus.npz"
     np.savez(file, **vars(corpus))
     again = MyData(file=str(file)).corpus
     for name in ("image", "text", "label"):
