@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from descant.cli.errors import hint
-from descant.cli.schema import Entry, Key, Part, Schema, Type, Unknown, fits, kinds
+from descant.cli.schema import Entry, Key, Part, Schema, Unknown, fits, kinds, nested_classes
 from descant.modules.io import names
 from descant.modules.io.cache import cache_folder
 from descant.modules.io.files import write_text
@@ -153,7 +153,7 @@ def make() -> dict[str, Any]:
     commands = {name: parser.command for name, parser in parsers.items()}
     classes: dict[str, Entry] = {}
     of_kind: dict[str, dict[str, Any]] = {}
-    todo = [part for keys in commands.values() for key in keys.values() for part in _classes(key.type)]
+    todo = [part for keys in commands.values() for key in keys.values() for part in nested_classes(key.type)]
     while todo:
         kind = todo.pop()["class"]
         if kind in of_kind:
@@ -165,7 +165,7 @@ def make() -> dict[str, Any]:
         for entry in entries:
             if entry.path not in classes:
                 classes[entry.path] = entry
-                todo += [part for key in entry.keys.values() for part in _classes(key.type)]
+                todo += [part for key in entry.keys.values() for part in nested_classes(key.type)]
     return {
         "of": fingerprint(),
         "commands": {name: {key: astuple(value) for key, value in keys.items()} for name, keys in commands.items()},
@@ -174,15 +174,6 @@ def make() -> dict[str, Any]:
         "kinds": of_kind,
         "modules": _modules({path.rpartition(".")[0] for e in classes.values() for path in (e.path, e.lineage[0])}),
     }
-
-
-def _classes(type: Type) -> Iterable[dict[str, Any]]:
-    """All class parts of a type, at any depth."""
-    for part in type:
-        if isinstance(part, dict):
-            if "class" in part:
-                yield part
-            yield from _classes(part.get("list") or part.get("map") or [])
 
 
 def _entry(entry: Entry) -> dict[str, Any]:

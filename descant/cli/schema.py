@@ -109,8 +109,26 @@ def values(type: Type) -> Type | None:
     return [part for inner in parts(type, "map") for part in inner] or None
 
 
+def nested_classes(type: Type) -> Iterator[dict[str, Any]]:
+    """All class parts of a type, at any depth."""
+    for part in type:
+        if isinstance(part, dict):
+            if "class" in part:
+                yield part
+            yield from nested_classes(part.get("list") or part.get("map") or [])
+
+
 def has_classes(type: Type) -> bool:
-    return bool(classes(type)) or any(has_classes(inner) for inner in (items(type), values(type)) if inner)
+    return next(nested_classes(type), None) is not None
+
+
+def names_class(value: object) -> bool:
+    """Whether a value of a configuration is a class, with or without its arguments.
+
+    >>> names_class({"class_path": "KNN", "init_args": {"k": 1}}), names_class({"k": 1}), names_class("KNN")
+    (True, False, False)
+    """
+    return isinstance(value, Mapping) and isinstance(value.get("class_path"), str)
 
 
 def takes_text(type: Type) -> bool:

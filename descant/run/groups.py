@@ -21,6 +21,7 @@ import yaml
 from descant.cli.catalogue import made_by
 from descant.cli.errors import fail, hint, one_line, say
 from descant.cli.errors import printable as clean
+from descant.cli.schema import names_class
 from descant.cli.trust import within
 from descant.cli.untrusted import json_of, text_of
 from descant.modules.io import renamed
@@ -227,7 +228,7 @@ def _flat(value: object, path: str = "") -> Iterator[tuple[str, object]]:
     if isinstance(value, tuple | set):  # YAML's !!pairs, !!omap and !!set
         value = list(value)
     if isinstance(value, dict):
-        if _is_class(value):
+        if names_class(value):
             yield path, Class(_class(value))
             value = value.get("init_args")
             if not isinstance(value, dict):
@@ -236,7 +237,7 @@ def _flat(value: object, path: str = "") -> Iterator[tuple[str, object]]:
             yield path, None
         for key, inner in value.items():
             yield from _flat(inner, clean(f"{path}.{key}" if path else key))
-    elif isinstance(value, list) and value and all(map(_is_class, value)):
+    elif isinstance(value, list) and value and all(map(names_class, value)):
         names = [_class(item) for item in value]
         if path != _CALLBACKS:  # whose order does not matter
             yield path, clean(", ".join(names))
@@ -248,10 +249,6 @@ def _flat(value: object, path: str = "") -> Iterator[tuple[str, object]]:
             yield from _flat(item, f"{path}.{n}")
     else:
         yield path, value if value is None or isinstance(value, bool | int | float) else clean(value)
-
-
-def _is_class(node: object) -> bool:
-    return isinstance(node, dict) and isinstance(node.get("class_path"), str)
 
 
 def _class(node: Mapping[str, object]) -> str:
