@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 
 from descant.cli import dump
 from descant.cli.dump import Written
-from descant.cli.schema import Entry, Key, Type, Unknown, fits, has_classes, in_words
+from descant.cli.schema import Entry, Key, Unknown, fits, has_classes, in_words, nested_classes
 from descant.cli.signatures import Live
 from tests.conftest import Result
 
@@ -42,10 +42,6 @@ def _class(path: str) -> Any:
     return find_class(path)
 
 
-def _kinds(type: Type) -> Iterator[dict[str, Any]]:
-    yield from dump._classes(type)
-
-
 def test_every_key_is_the_parsers(written_content: dict[str, Any], live: Live, written: Written) -> None:
     assert written.command == live.command
     assert len(written_content["classes"]) > 400
@@ -60,7 +56,7 @@ def test_a_factory_takes_what_the_program_does_not_give(
         (kind["class"], kind["skip"])
         for entry in written_content["classes"].values()
         for key in entry["keys"].values()
-        for kind in _kinds(key[0])
+        for kind in nested_classes(key[0])
         if "skip" in kind
     }
     assert ("torch.optim.optimizer.Optimizer", 1) in factories
