@@ -109,12 +109,12 @@ def _dispatch(args: Sequence[str]) -> int:
 
 
 def _run(command: str, rest: Sequence[str]) -> int:
-    from descant.cli.arguments import Request, read, with_own
+    from descant.cli.arguments import Request, read, with_run_config
 
     if list(rest[-2:]) in (["--help", "all"], ["-h", "all"]):
         request = Request(command, options=[("help", None)])
     else:
-        request = with_own(read(command, rest))
+        request = with_run_config(read(command, rest))
     from descant.cli import dump, helptext
     from descant.cli.precheck import precheck, wanted
     from descant.run import runs

@@ -55,7 +55,7 @@ Made = tuple[tuple[str, ...], tuple[str, ...]]
 def _places(walk: Walk, known: Written) -> list[tuple[str, str, Key, Entry | None]]:
     """Dotted prefix, key, what it is, and of whom, of all that can be said of an experiment; of lists nothing."""
     found: list[tuple[str, str, Key, Entry | None]]
-    found = [("", name, key, None) for name, key in known.command().items()]
+    found = [("", name, key, None) for name, key in known.command.items()]
     for path, entry in walk.classes.items():
         if not any("@" in step for step in path):
             found += [(".".join(path) + ".", name, key, entry) for name, key in entry.keys.items()]
@@ -128,7 +128,7 @@ def _list_for_class(lot: random.Random, known: Written, walk: Walk, command: str
 
 def _missing_file(lot: random.Random, known: Written, walk: Walk, command: str, name: str) -> Made:
     prefix, key, _, _ = lot.choice([p for p in _places(walk, known) if schema.classes(p[2].type)])
-    if key == "data" or schema.takes_text(known.command().get(key, Key([])).type):
+    if key == "data" or schema.takes_text(known.command.get(key, Key([])).type):
         raise IndexError
     return (command, "--config", name, f"--{prefix}{key}", "nope.yaml"), ("nope.yaml",)
 

@@ -16,7 +16,7 @@ from descant.modules.core.batch import NEGATIVE, Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.chunks import looks_at_the_batch
 from descant.modules.core.errors import warn
-from descant.modules.core.protocols import Embeds, HasObjective, HasTowers
+from descant.modules.core.protocols import Embeds, HasObjective, HasTowers, RolloutData
 from descant.modules.core.rng import by_rank, drawn_by_rank
 from descant.modules.training_setup.trainer import data_now, first_validation, log_interval, run_steps
 
@@ -35,7 +35,8 @@ class Sanity(L.Callback):
     tower or a tower without its modality, a run without a step, a log interval longer than the run, a batch larger than
     the data set, a model that is frozen or has trainable parameters in no optimizer, a validation that is never
     reached, batch norms that see a chunk of the batch, frozen parameters with a learning rate, a term that is
-    multiplied by zero, no logger, dropout that depends on the number of ranks, and a first backward without gradients.
+    multiplied by zero, no logger, dropout that depends on the number of ranks, and a first backward without gradients
+    (of rollouts only without a graph: answers of equal rewards have zero gradients).
     Once, after ``late`` steps: a loss that has not fallen, embeddings of different samples that are all alike, and
     rewards that are all equal.
 
@@ -78,6 +79,8 @@ class Sanity(L.Callback):
         trainable = [p for p in pl_module.parameters() if p.requires_grad]
         # sums: a rank may hold nothing of a small sharded parameter, which has no maximum
         norms = [p.grad.detach().abs().sum().float() for p in trainable if p.grad is not None and p.numel()]
+        if norms and has(data_now(trainer), RolloutData):
+            return  # answers of equal rewards, as an untrained policy may give, have zero gradients: Rollouts warns
         # one device read for the whole model; a NaN is not "no gradient"
         if trainable and (not norms or float(torch.stack(norms).max()) == 0):
             _warn(trainer, "no parameter got a gradient from the first batch: its loss does not depend on the model")

@@ -61,8 +61,7 @@ def read(command: str, args: Sequence[str]) -> Request:
     request, rest = Request(command), list(args)
     while rest:
         token = rest.pop(0)
-        if token in ("-c", "-h"):
-            token = {"-c": "--config", "-h": "--help"}[token]
+        token = {"-c": "--config", "-h": "--help"}.get(token, token)
         if not token.startswith("--") or token == "--":
             raise Refusal(f"{token}: unexpected; options begin with --, and an experiment is --config {token}")
         key, equals, text = token[2:].partition("=")
@@ -78,11 +77,11 @@ def read(command: str, args: Sequence[str]) -> Request:
     return request
 
 
-def with_own(request: Request) -> Request:
+def with_run_config(request: Request) -> Request:
     """Add the configuration of the run that ``--run`` names, where no ``--config`` is given."""
     if request.command != "check" and request.option("run") and not request.configs:
-        own = runs.existing(Path(request.option("runs") or "runs"), str(request.option("run")))
-        request.configs.append(own / "config.yaml")
+        folder = runs.existing(Path(request.option("runs") or "runs"), str(request.option("run")))
+        request.configs.append(folder / "config.yaml")
     return request
 
 

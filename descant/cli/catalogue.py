@@ -14,6 +14,7 @@ from descant.cli.errors import Refusal, hint, say
 from descant.cli.untrusted import text_of
 from descant.modules.io.cache import cache_folder
 from descant.modules.io.checkpoints import followed
+from descant.modules.io.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1] / "experiments"
 BASE = ROOT / "base.yaml"
@@ -51,7 +52,7 @@ def run_name(file: Path) -> str:
 
 
 def made_by(run: str) -> str:
-    """``; COMMAND makes it`` for a run that is not there: what the experiments say comes before, else of its name.
+    """``; COMMAND makes it`` for a run that is not there: of an experiment's line `Before`, else by the run's name.
 
     >>> made_by("runs/contrastive-emoji/001/config.yaml"), made_by("whole")[:50]
     ('; `descant fit --config contrastive/emoji` makes it', '; `descant fit --config fusion/emoji --config with')
@@ -80,10 +81,10 @@ def with_maker(line: str) -> str:
     >>> with_maker("shards: no such file or folder")
     'shards: no such file or folder; yours, or of shards: `descant data make FOLDER --out shards` makes it'
     """
-    if found := re.search(r"([^\s:]+): no such run, checkpoint or export$", line):
-        return line + made_by(found[1])
-    if found := re.search(r"^([\w/-]+): no such file or folder$", line):
-        return f"{line}; yours, or of shards: `descant data make FOLDER --out {found[1]}` makes it"
+    if run := re.search(r"([^\s:]+): no such run, checkpoint or export$", line):
+        return line + made_by(run[1])
+    if folder := re.search(r"^([\w/-]+): no such file or folder$", line):
+        return f"{line}; yours, or of shards: `descant data make FOLDER --out {folder[1]}` makes it"
     return line
 
 
@@ -151,30 +152,27 @@ def find(name: str) -> Path:
 def _shipped(name: str) -> Path | None:
     file = ROOT / f"{name}.yaml"
     try:
-        return (
-            file if re.fullmatch(r"[\w/-]+", name) and file.is_file() and file not in (BASE, RENAMED, PAPERS) else None
-        )
+        there = re.fullmatch(r"[\w/-]+", name) and file.is_file()
     except OSError:  # longer than any name may be
         return None
+    return file if there and file not in (BASE, RENAMED, PAPERS) else None
 
 
 def _arm(name: str, claim: Path, arm: str) -> Path:
-    """The ``config`` that stands inside an arm of a claim, as a file in the cache."""
+    """The ``config`` of an arm of a claim, written to a file in the cache."""
     import yaml
 
     content = _yaml(claim)
     arms = {**content.get("arms", {}), "before": content.get("before")} if isinstance(content, dict) else {}
-    own = {key: value["config"] for key, value in arms.items() if isinstance(value, dict) and value.get("config")}
-    if arm not in own:
-        raise Refusal(f"--config {name}: {claim.name} has no arm {arm!r} with a `config`{hint(arm, own, most=0)}")
-    text = f"# {name}\n{yaml.safe_dump(own[arm], sort_keys=False)}"
+    configs = {key: value["config"] for key, value in arms.items() if isinstance(value, dict) and value.get("config")}
+    if arm not in configs:
+        raise Refusal(f"--config {name}: {claim.name} has no arm {arm!r} with a `config`{hint(arm, configs, most=0)}")
+    text = f"# {name}\n{yaml.safe_dump(configs[arm], sort_keys=False)}"
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     file = cache_folder() / "arms" / f"{claim.stem}-{arm}-{digest}.yaml"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}")
-        part.write_text(text, encoding="utf-8")
-        part.replace(file)
+        write_text(file, text)
     return file
 
 
@@ -184,11 +182,11 @@ def layers(files: Iterable[Path]) -> list[Path]:
     Raises:
         Refusal: for an ``extends`` that names nothing, or the file itself.
     """
-    found: list[Path] = []
+    ordered: list[Path] = []
     for file in files:
-        found += [first for first in extended(file) if first not in found]
-        found.append(file)
-    return found
+        ordered += [first for first in extended(file) if first not in ordered]
+        ordered.append(file)
+    return ordered
 
 
 def extended(file: Path, seen: tuple[Path, ...] = ()) -> list[Path]:
@@ -198,27 +196,20 @@ def extended(file: Path, seen: tuple[Path, ...] = ()) -> list[Path]:
     try:
         text = text_of(file)
         content = yaml.safe_load(text) if "extends" in text else None
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-        yaml.YAMLError,
-    ):  # reported when it is loaded
-        return []
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
+        return []  # reported when it is loaded
     value = content.get("extends") if isinstance(content, dict) else None
     names = [value] if isinstance(value, str) else value or []
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise Refusal(f"{file.name}: extends: the name of a configuration is expected, or a list of names")
     if file in seen:
         raise Refusal(f"{file.name}: extends: it extends itself")
-    found: list[Path] = []
+    ordered: list[Path] = []
     for name in names:
         beside = file.parent / name
         one = beside.resolve() if beside.is_file() else find(name)
-        found += [part for part in (*extended(one, (*seen, file)), one) if part not in found]
-    return found
+        ordered += [part for part in (*extended(one, (*seen, file)), one) if part not in ordered]
+    return ordered
 
 
 def shipped_data(name: str | None) -> Path | None:

@@ -68,7 +68,7 @@ def _data(trainer: L.Trainer) -> list[str]:
 
 
 def _terms(trainer: L.Trainer, model: Recipe) -> list[str]:
-    if getattr(data_now(trainer), "version", 0) < 0:  # a pool that somebody is to answer first
+    if getattr(data_now(trainer), "version", 0) < 0:  # its answers are sampled at the start of the epoch
         return ["term       of answers, which are sampled first; their memory is not in the estimate below"]
     batch: Any = next(iter(trainer.train_dataloader))  # type: ignore[arg-type]
     batch = batch.select(slice(0, 2)) if hasattr(batch, "select") else batch

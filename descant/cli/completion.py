@@ -17,12 +17,10 @@ from descant.cli.errors import Refusal, fail, hint
 from descant.cli.precheck import Walk
 from descant.cli.schema import Entry, Key, Schema
 
-#: The hidden command that completes.
-ASKED = "__complete"
 #: Words that no shell expands; others, such as odd folder names, are not offered.
 _PLAIN = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
 #: Options that are no configuration keys.
-_CALL = {"config": ["str"], "trust": ["str"], "print_config": [], "help": [], "debug": []}
+_CALL = ("config", "trust", "print_config", "help", "debug")
 #: No offered word is expanded (compgen -W would run $(...)). Bash 3, as on macOS, has no mapfile.
 _BASH = """\
 _descant() {
@@ -82,19 +80,19 @@ def offered(words: Sequence[str], commands: Mapping[str, str]) -> list[str]:
     known = dump.read(command) if command in (*dump.COMMANDS, "check") else None
     if known is None:
         return []
-    found: Iterator[str]
+    candidates: Iterator[str]
     if before[-1].startswith("--") and "=" not in before[-1] and not last.startswith("--"):
-        found = _values(before[-1][2:], known, before)
+        candidates = _values(before[-1][2:], known, before)
     else:
-        found = (f"--{name}" for name in _keys(last.removeprefix("--"), known, before))
-    return sorted({text for text in found if text.startswith(last) and _PLAIN.fullmatch(text)})
+        candidates = (f"--{name}" for name in _keys(last.removeprefix("--"), known, before))
+    return sorted({text for text in candidates if text.startswith(last) and _PLAIN.fullmatch(text)})
 
 
 def _keys(start: str, known: Schema, words: Sequence[str]) -> Iterator[str]:
     *path, _ = start.split(".")
     if not path:
         yield from _CALL
-        for name in known.command():
+        for name in known.command:
             group, dot, _ = name.partition(".")
             yield group + dot
         yield from ("model.", "data.")
@@ -117,8 +115,7 @@ def _values(option: str, known: Schema, words: Sequence[str]) -> Iterator[str]:
     if not path and last == "run":
         yield from (file.parent.relative_to("runs").as_posix() for file in Path("runs").glob("*/*/config.yaml"))
         return
-    keys = known.command() if not path else below(path, known, words)
-    key = keys.get(last)
+    key = below(path, known, words).get(last)
     for part in [] if key is None else [*key.type, *(schema.items(key.type) or [])]:
         if isinstance(part, dict) and "choice" in part:
             yield from map(str, part["choice"])
@@ -129,20 +126,19 @@ def _values(option: str, known: Schema, words: Sequence[str]) -> Iterator[str]:
 
 
 def below(path: Sequence[str], known: Schema, words: Sequence[str]) -> Mapping[str, Key]:
-    """The keys under a dotted path: of the class chosen there, or of all that are valid."""
-    command = known.command()
-    group = f"{path[0]}."
-    if len(path) == 1 and any(name.startswith(group) for name in command):
-        return {name.removeprefix(group): key for name, key in command.items() if name.startswith(group)}
+    """The keys under a dotted path, of the class chosen there, or of all that are valid; without a path all keys."""
+    keys = known.command
+    group = {name.partition(".")[2]: key for name, key in keys.items() if [*path] == name.split(".")[:-1]}
+    if group and path:
+        return group
     steps = [step for step in path if step != "init_args"]
-    classes = _chosen(known, words)
-    keys: Mapping[str, Key] = command
+    classes = _chosen(known, words) if steps else {}
     for depth, step in enumerate(steps, 1):
         if step not in keys:
             return {}
-        standing = classes.get(tuple(steps[:depth]))
-        some = [standing] if standing is not None else _all(known, keys[step])
-        keys = {name: key for entry in some for name, key in entry.keys.items()}
+        chosen = classes.get(tuple(steps[:depth]))
+        entries = [chosen] if chosen is not None else _all(known, keys[step])
+        keys = {name: key for entry in entries for name, key in entry.keys.items()}
     return keys
 
 

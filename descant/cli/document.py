@@ -25,11 +25,13 @@ _MERGE, _PYTHON = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:python/"
 
 @dataclass
 class Node:
-    """One value: ``content`` is a dict of nodes, a list of nodes, or a plain value.
+    """One value of a configuration and its place.
 
-    ``where`` names file and line (or the option) that wrote it; relative files in it are of ``folder``.
-    ``raw`` is the text of a value from the command line, else None. ``typed``: whether it is from there.
-    ``text`` of a file is its whole content.
+    Attributes:
+        content: a dict of nodes, a list of nodes, or a plain value.
+        where: file and line, or the option, that set it. folder: which relative files in it are of.
+        raw: the text of a value from the command line, else None. typed: whether it is from there.
+        text: of a file, its whole content.
     """
 
     content: Any
@@ -50,12 +52,12 @@ class Node:
 
     def walk(self) -> Iterator[tuple[str, Node]]:
         """Every (key, node) below this one, at any depth; items of lists have the key of their list."""
-        items = self.content.items() if isinstance(self.content, dict) else ()
-        for key, node in items:
-            yield key, node
-            yield from node.walk()
         if isinstance(self.content, list):
             for node in self.content:
+                yield from node.walk()
+        elif isinstance(self.content, dict):
+            for key, node in self.content.items():
+                yield key, node
                 yield from node.walk()
 
 
@@ -86,7 +88,7 @@ replaced: dict[str, Node] = {}
 
 
 class _Placed(dict[str, Any]):
-    """A mapping that keeps its place while arguments move between classes."""
+    """A mapping with its place, which moves between classes with its arguments."""
 
     where = ""
 
@@ -131,11 +133,10 @@ def _renamed(root: Node) -> bool:
             todo += reversed(content)
         elif isinstance(content, dict):
             todo += reversed(content.values())
-            name = content.get("class_path")
+            name, inner = content.get("class_path"), content.get("init_args")
             if name is not None and isinstance(name.content, str):
                 before, name.content = name.content, rename(name.content, name.where)
-                inner = content["init_args"].content if "init_args" in content else None
-                arguments = inner if isinstance(inner, dict) else {}
+                arguments = inner.content if inner is not None and isinstance(inner.content, dict) else {}
                 changed |= renamed.rename_arguments(name.content, arguments, name.where) or before != name.content
     return changed
 
@@ -192,9 +193,7 @@ def shown(file: Path) -> str:
 
 
 def _parse(text: str, name: str, folder: Path, lines: bool = True) -> Node:
-    from jsonargparse._loaders_dumpers import (
-        get_yaml_default_loader,
-    )  # a third of what a Tab takes, which reads no file
+    from jsonargparse._loaders_dumpers import get_yaml_default_loader  # late: a third of the time of a Tab
 
     loader = None
     try:
@@ -204,12 +203,10 @@ def _parse(text: str, name: str, folder: Path, lines: bool = True) -> Node:
         return Node(None, name, folder) if root is None else _convert(root, loader, name, folder, lines, left)
     except RecursionError:
         raise Refusal(f"{name}: nested too deeply, or within itself") from None
-    except (ValueError, TypeError, AttributeError) as error:  # of a malformed scalar, such as 0x_
-        raise Refusal(f"{name}: not valid YAML: {' '.join(str(error).split())}") from error
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise Refusal(f"{name}{line}: not valid YAML: {error.problem}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:  # a malformed scalar, such as 0x_
         raise Refusal(f"{name}: not valid YAML: {' '.join(str(error).split())}") from error
     finally:
         if loader is not None:

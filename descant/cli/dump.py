@@ -8,19 +8,20 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from descant.cli.errors import hint
-from descant.cli.schema import Entry, Key, Part, Type, Unknown, kinds
+from descant.cli.schema import Entry, Key, Part, Schema, Unknown, fits, kinds, nested_classes
 from descant.modules.io import names
 from descant.modules.io.cache import cache_folder
+from descant.modules.io.files import write_text
 from descant.modules.io.jsonl import loads
 
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -31,7 +32,7 @@ _STANDS_ON = ("torch", "lightning", "jsonargparse", "torchmetrics")
 KEPT = 8
 
 
-class Written:
+class Written(Schema):
     """A schema read from the cache.
 
     Args:
@@ -43,11 +44,8 @@ class Written:
         self._content, self._name = content, command
 
     @cached_property
-    def _command(self) -> dict[str, Key]:
+    def command(self) -> Mapping[str, Key]:  # type: ignore[override]  # made when it is first read
         return {name: Key(*key) for name, key in self._content["commands"][self._name].items()}
-
-    def command(self) -> Mapping[str, Key]:
-        return self._command
 
     def find(self, name: str, kinds_: Sequence[Part]) -> Entry:
         path = name if "." in name else self._short(name, kinds_)
@@ -74,8 +72,8 @@ class Written:
         near = hint(name, {**known, **dict.fromkeys(names.table())})
         raise LookupError(f"no class {name} of kind {kinds(kinds_)}{near}")
 
-    def names(self, kinds_: Sequence[Part]) -> Mapping[str, str]:
-        return {path.rpartition(".")[2]: path for part in kinds_ for path in self._kind(part)["paths"]}
+    def paths(self, kinds_: Sequence[Part]) -> list[str]:
+        return [path for part in kinds_ for path in self._kind(part)["paths"]]
 
     def alone(self, kinds_: Sequence[Part]) -> Entry | None:
         if len(kinds_) != 1 or not isinstance(part := kinds_[0], dict):
@@ -87,9 +85,7 @@ class Written:
         return None if entry.abstract else entry
 
     def accepts(self, owner: Entry | None, name: str, value: Any) -> bool:
-        from descant.cli.schema import fits
-
-        return fits((self._command if owner is None else owner.keys)[name].type, value)
+        return fits((self.command if owner is None else owner.keys)[name].type, value)
 
     def is_class(self, name: str) -> bool:
         return True  # not imported, so not known
@@ -111,12 +107,12 @@ class Written:
 
 def fingerprint() -> str:
     """Hash of everything that determines the schema."""
-    found = hashlib.sha256("|".join([sys.version, *map(version, _STANDS_ON)]).encode())
+    digest = hashlib.sha256("|".join([sys.version, *map(version, _STANDS_ON)]).encode())
     for file in sorted(names.PACKAGE.rglob("*.py")) + sorted(
         file for part in names.PARTS for file in (names.PACKAGE / part).rglob("*.py")
     ):
-        found.update(file.read_bytes())
-    return found.hexdigest()[:16]
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def place() -> Path:
@@ -154,48 +150,35 @@ def make() -> dict[str, Any]:
             names.import_path(path)
     parsers = {command: live(command) for command in COMMANDS}
     known = parsers["fit"]
-    commands = {name: parser.command() for name, parser in parsers.items()}
+    commands = {name: parser.command for name, parser in parsers.items()}
     classes: dict[str, Entry] = {}
-    found: dict[str, dict[str, Any]] = {}
-    todo = [part for keys in commands.values() for key in keys.values() for part in _classes(key.type)]
+    of_kind: dict[str, dict[str, Any]] = {}
+    todo = [part for keys in commands.values() for key in keys.values() for part in nested_classes(key.type)]
     while todo:
         kind = todo.pop()["class"]
-        if kind in found:
+        if kind in of_kind:
             continue
         paths = known.paths([{"class": kind}])
         entries = list(known.entries([{"class": kind}], PACKAGES))
         within = sorted({entry.path for entry in entries} & paths)
-        found[kind] = {"paths": within, "open": any(not path.startswith(PACKAGES) for path in paths)}
+        of_kind[kind] = {"paths": within, "open": any(not path.startswith(PACKAGES) for path in paths)}
         for entry in entries:
             if entry.path not in classes:
                 classes[entry.path] = entry
-                todo += [part for key in entry.keys.values() for part in _classes(key.type)]
+                todo += [part for key in entry.keys.values() for part in nested_classes(key.type)]
     return {
         "of": fingerprint(),
-        "commands": {name: {key: _key(value) for key, value in keys.items()} for name, keys in commands.items()},
+        "commands": {name: {key: astuple(value) for key, value in keys.items()} for name, keys in commands.items()},
         "classes": {path: _entry(entry) for path, entry in sorted(classes.items())},
         "aliases": {entry.lineage[0]: path for path, entry in classes.items() if entry.lineage[0] != path},
-        "kinds": found,
+        "kinds": of_kind,
         "modules": _modules({path.rpartition(".")[0] for e in classes.values() for path in (e.path, e.lineage[0])}),
     }
 
 
-def _classes(type: Type) -> Iterable[dict[str, Any]]:
-    """All class parts of a type, at any depth."""
-    for part in type:
-        if isinstance(part, dict):
-            if "class" in part:
-                yield part
-            yield from _classes(part.get("list") or part.get("map") or [])
-
-
-def _key(key: Key) -> list[Any]:
-    return [key.type, key.default, key.about]
-
-
 def _entry(entry: Entry) -> dict[str, Any]:
     fields = {name: getattr(entry, name) for name in ("path", "lineage", "required", "abstract", "about")}
-    return {**fields, "keys": {name: _key(key) for name, key in entry.keys.items()}}
+    return {**fields, "keys": {name: astuple(key) for name, key in entry.keys.items()}}
 
 
 def _modules(some: Iterable[str]) -> dict[str, dict[str, None]]:
@@ -206,9 +189,7 @@ def _modules(some: Iterable[str]) -> dict[str, dict[str, None]]:
 def main() -> None:
     file, content = place(), json.dumps(make())
     file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_suffix(f".{os.getpid()}")
-    draft.write_text(content, encoding="utf-8")
-    draft.replace(file)
+    write_text(file, content)
     kept = sorted(file.parent.glob("schema-*.json"), key=lambda other: -other.stat().st_mtime_ns)
     for other in kept[KEPT:]:
         other.unlink(missing_ok=True)

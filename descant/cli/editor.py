@@ -49,8 +49,7 @@ def main(args: Sequence[str]) -> int:
     if args and args[0] == "claim":
         print(json.dumps(claim(), indent=1))
         return 0
-    known = dump.read("fit")
-    if known is None:
+    if (known := dump.read("fit")) is None:
         dump.write()
         known = dump.read("fit")
     if known is None:
@@ -60,18 +59,15 @@ def main(args: Sequence[str]) -> int:
 
 
 def of(known: Written, root: str = "") -> dict[str, Any]:
-    """The JSON schema of a configuration, or of what stands under its key ``root``."""
-    made = _Schema(known)
-    command = dict(known.command())
-    groups = {name.partition(".")[0] for name in command if "." in name}
-    keys = {name: made.key(key, name) for name, key in command.items() if "." not in name}
-    for group in groups:
+    """The JSON schema of a configuration, or of the value of its key ``root``."""
+    made, command = _Schema(known), known.command
+    keys = {name: made.key(key) for name, key in command.items() if "." not in name}
+    for group in {name.partition(".")[0] for name in command if "." in name}:
         inner = {n.partition(".")[2]: key for n, key in command.items() if n.startswith(f"{group}.")}
         keys[group] = {"anyOf": [{"type": "string"}, made.keys(inner)]}
-    if root:
-        return {"$schema": DRAFT, "title": f"Descant: {root}", **keys[root], "definitions": made.definitions}
-    top = {"type": "object", "properties": keys, "additionalProperties": False}
-    return {"$schema": DRAFT, "title": "Descant: a configuration", **top, "definitions": made.definitions}
+    content = keys[root] if root else {"type": "object", "properties": keys, "additionalProperties": False}
+    title = f"Descant: {root or 'a configuration'}"
+    return {"$schema": DRAFT, "title": title, **content, "definitions": made.definitions}
 
 
 def claim() -> dict[str, Any]:
@@ -125,19 +121,17 @@ class _Schema:
     def __init__(self, known: Written) -> None:
         self.known, self.definitions = known, dict[str, Any]()
 
-    def key(self, key: Key, _: str = "") -> dict[str, Any]:
-        found = self.type(key.type)
-        about = {"description": key.about} if key.about else {}
-        return {**found, **about}
+    def key(self, key: Key) -> dict[str, Any]:
+        return {**self.type(key.type), **_described(key.about)}
 
     def keys(self, some: Mapping[str, Key]) -> dict[str, Any]:
         """An object of these keys; a list is added to by its name and a plus."""
-        found = {name: self.key(key) for name, key in some.items()}
+        properties = {name: self.key(key) for name, key in some.items()}
         for name, key in some.items():
             if (items := schema.items(key.type)) is not None:
                 one = self.type(items)
-                found[f"{name}+"] = {"anyOf": [one, {"type": "array", "items": one}]}
-        return {"type": "object", "properties": found, "additionalProperties": False}
+                properties[f"{name}+"] = {"anyOf": [one, {"type": "array", "items": one}]}
+        return {"type": "object", "properties": properties, "additionalProperties": False}
 
     def type(self, type: Type) -> dict[str, Any]:
         parts = [self.part(part) for part in type]
@@ -165,10 +159,9 @@ class _Schema:
             cases = [self.case(path, part) for path in sorted(paths.values())]
             known = {"class_path": {"anyOf": [{"enum": sorted(paths)}, {"type": "string"}]}}
             spec = {"type": "object", "properties": {**known, "init_args": {}, "dict_kwargs": {}}}
-            alone = self.known.alone([part])
-            loose = (
-                self.keys(alone.keys) if alone is not None else {"type": "object", "not": {"required": ["class_path"]}}
-            )
+            loose: dict[str, Any] = {"type": "object", "not": {"required": ["class_path"]}}
+            if (alone := self.known.alone([part])) is not None:
+                loose = self.keys(alone.keys)
             named = {**spec, "additionalProperties": False, **({"allOf": cases} if cases else {})}
             self.definitions[name] = {"anyOf": [{"type": "string"}, named, loose]}
         return {"$ref": f"#/definitions/{name}"}
@@ -179,10 +172,13 @@ class _Schema:
         name = f"{path}_{part.get('skip', 0)}"
         if name not in self.definitions:
             self.definitions[name] = {}
-            about = {"description": entry.about} if entry.about else {}
-            self.definitions[name] = {**self.keys(entry.keys), **about}
-        names: Iterable[str] = {entry.name, path, entry.lineage[0]}
+            self.definitions[name] = {**self.keys(entry.keys), **_described(entry.about)}
+        names = sorted({entry.name, path, entry.lineage[0]})
         return {
-            "if": {"required": ["class_path"], "properties": {"class_path": {"enum": sorted(names)}}},
+            "if": {"required": ["class_path"], "properties": {"class_path": {"enum": names}}},
             "then": {"properties": {"init_args": {"$ref": f"#/definitions/{name}"}}},
         }
+
+
+def _described(about: str) -> dict[str, str]:
+    return {"description": about} if about else {}

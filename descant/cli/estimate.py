@@ -85,12 +85,10 @@ class Need:
         stays = f"{_size(self.resident)} of them weights, averages and optimizer"
         if self.most > FAR * self.rows:
             fits = f"more than {FAR * self.rows:,} rows fit in {_size(self.total)}"
+        elif self.most:
+            fits = f"about {self.most:,} rows fit in {_size(self.total)}"
         else:
-            fits = (
-                f"about {self.most:,} rows fit in {_size(self.total)}"
-                if self.most
-                else f"more than {_size(self.total)}"
-            )
+            fits = f"more than {_size(self.total)}"
         return [
             f"memory     about {_size(self.peak)} at once in a step of {self.rows:,} rows, {stays}; {fits}",
             f"compute    {_count(self.flops)}FLOP a step",

@@ -56,23 +56,23 @@ def composed(files: Sequence[Path], options: Sequence[tuple[str, str | None]]) -
     if len(files) + len(given) < 2:
         return []
     parts = [(shown(file), load(file).plain) for file in files]
-    whole = [name for name, part in parts if all(_chooses(part.get(key)) for key in ("model", "data"))]
+    whole = [
+        name
+        for name, part in parts
+        if all(isinstance(part.get(key), Mapping) and "class_path" in part[key] for key in ("model", "data"))
+    ]
     lines = []
     if len(whole) > 1:
         names = " and --config ".join(whole)
         lines.append(f"--config {names}: each is a whole experiment; keys of both count, the last wins")
     of_data = [(name, part.get("data")) for name, part in parts] + [(shown(f), load(f).plain) for f in given]
-    sizes = [(name, found) for name, part in of_data if (found := _image_size(part))]
+    sizes = [(name, key_size) for name, part in of_data if (key_size := _image_size(part))]
     typed = {key for key, _ in options}
     if len(sizes) > 1 and sizes[-1][1][1] != sizes[0][1][1] and sizes[-1][1][0] not in typed:
         (first, (_, before)), (last, (key, now)) = sizes[0], sizes[-1]
         slower = f", {(now / before) ** 2:.0f} times as many pixels a sample" if now > before else ""
         lines.append(f"{last}: images of {now} px, where {first} has {before}{slower}; --{key} {before} keeps them")
     return lines
-
-
-def _chooses(part: Any) -> bool:
-    return isinstance(part, Mapping) and "class_path" in part
 
 
 def _image_size(data: Any) -> tuple[str, int] | None:

@@ -35,7 +35,14 @@ _OPTIONS = {
     "--explain": "where each value comes from: file and line, option or default",
     "--print_config, --debug": "the composed configuration and no run; tracebacks in place of lines",
 }
-_NOT_FIT = ("--ckpt_path best|last|PATH",)
+#: Options of some commands only.
+_ONLY = {
+    "--ckpt_path best|last|PATH": ("validate", "test", "predict"),
+    "--sets val,train,NAME": ("predict",),
+    "--explain": ("check",),
+    "--resume never|auto|PATH": ("fit", "check"),
+    "--changed refuse|allow": ("fit", "check"),
+}
 #: Commands that run no experiment.
 _BESIDE = ("list", "data", "sweep", "compare", "claims", "report", "export", "new", "completion", "schema", "submit")
 _LIST = """\
@@ -48,13 +55,10 @@ usage: descant list [GROUP] [WORD ...]
   descant list emoji        of all groups those with "emoji" in their name or line; of several words, with all"""
 #: Columns of what is printed.
 _WIDTH = 110
-#: How classes begin that are there to be built upon.
 #: The recipes that a user looks for first.
 _FIVE = ("Contrastive", "Masked", "CompetitiveDistillation", "Staged", "MissingModality")
+#: How the first lines of base classes begin.
 _BASES = ("Base of", "Stands before")
-_PREDICT_ONLY = ("--sets val,train,NAME",)
-_CHECK_ONLY = ("--explain",)
-_FIT_ONLY = ("--resume never|auto|PATH", "--changed refuse|allow", "--test true", "--run NAME/002")
 
 
 def version() -> str:
@@ -86,7 +90,7 @@ _GROUPS = {
     "claims": "Claims (descant claims run NAME):",
     "papers": "Papers (descant fit --config papers/NAME): number, name, family, arXiv, equation, effect, time of claim",
 }
-#: What is shown where nothing is asked for.
+#: Groups of a listing without arguments.
 _FIRST = ("experiments", "overlays", "data")
 
 
@@ -104,7 +108,11 @@ def listing(args: Sequence[str] = ()) -> str:
     chosen, words = ([args[0]], args[1:]) if args and args[0] in _GROUPS else ([], args)
     blocks = []
     for group in chosen or (_GROUPS if words else _FIRST):
-        rows = {name: about for name, about in _rows(group).items() if _has(f"{name} {about}", words)}
+        rows = {
+            name: about
+            for name, about in _rows(group).items()
+            if all(word.lower() in f"{name} {about}".lower() for word in words)
+        }
         if rows:
             lines = _table(rows) if group == "papers" else _cut(rows, _WIDTH)
             blocks.append("\n".join([_GROUPS[group], *lines]))
@@ -120,20 +128,18 @@ def _rows(group: str) -> dict[str, str]:
     """Name -> line of all that is in a group."""
     kinds = {"recipes": "Recipe", "datamodules": "LightningDataModule", "callbacks": "Callback"}
     if group in kinds:
-        found = {n: about for n, about in of_kind(kinds[group], group).items() if not about.startswith(_BASES)}
-        picked = [name for name in _FIVE if name in found]
-        picked += [name for name in found if name not in picked and ".recipes.base." not in (full(name) or "")]
-        return {name: found[name] for name in picked}
+        rows = of_kind(kinds[group], group)
+        names = [name for name in rows if ".recipes.base." not in (full(name) or "")]
+        names = [*(name for name in _FIVE if name in names), *(name for name in names if name not in _FIVE)]
+        return {name: rows[name] for name in names if not rows[name].startswith(_BASES)}
     if group == "papers":
         return {f"{paper['number']:>2}  {paper['name']}": _paper(paper) for paper in papers()}
     if group == "claims":
         titles = {file.stem: _title(file) for name, file in shipped().items() if name.startswith("claims/")}
         return dict(sorted(titles.items()))
-    files = {
-        "experiments": experiments(),
-        "overlays": _laid_over(),
-        "data": {name: file for name, file in overlays().items() if name.startswith("data/")},
-    }[group]
+    files = experiments()
+    if group != "experiments":  # a data set is the value of ``data``; other overlays are whole configurations
+        files = {name: file for name, file in overlays().items() if name.startswith("data/") == (group == "data")}
     return {name: header(files[name]) for name in sorted(files)}
 
 
@@ -143,8 +149,8 @@ def _paper(paper: Mapping[str, Any]) -> str:
     if paper["status"] != "built":
         return line + "planned"
     try:
-        found = json.loads((ROOT / f"claims/results/{paper['claim']}.json").read_text(encoding="utf-8"))
-        effect, time = found["effect"], f"{found['seconds'] / 60:.0f} min"
+        result = json.loads((ROOT / f"claims/results/{paper['claim']}.json").read_text(encoding="utf-8"))
+        effect, time = result["effect"], f"{result['seconds'] / 60:.0f} min"
     except (OSError, ValueError, KeyError):
         effect, time = "not run yet", ""
     return f"{line}{'exact' if paper['exact'] else 'ours':<5}  {effect:<20}  {time:>6}".rstrip()
@@ -156,20 +162,9 @@ def _title(claim: Path) -> str:
     return next(line.removeprefix("title:").strip(" \"'") for line in lines if line.startswith("title:"))
 
 
-def _laid_over() -> dict[str, Path]:
-    """Overlays that are whole configurations; the data sets are what stands under ``data`` in one."""
-    return {name: file for name, file in overlays().items() if not name.startswith("data/")}
-
-
-def _has(text: str, words: Sequence[str]) -> bool:
-    return all(word.lower() in text.lower() for word in words)
-
-
 def command(name: str, about: str, most: int = 60) -> str:
     """Help of one command in at most ``most`` lines."""
-    skip = [*(_NOT_FIT if name in ("fit", "check") else _FIT_ONLY[:2]), *(() if name == "predict" else _PREDICT_ONLY)]
-    skip += () if name == "check" else _CHECK_ONLY
-    options = {key: text for key, text in _OPTIONS.items() if key not in skip}
+    options = {key: text for key, text in _OPTIONS.items() if name in _ONLY.get(key, (name,))}
     lines = [f"descant {name}: {about}", ""]
     if name in ("fit", "check"):
         lines += [f"usage: descant {name} --config contrastive/emoji --config on/tiny --model.width 64", ""]
@@ -177,7 +172,7 @@ def command(name: str, about: str, most: int = 60) -> str:
         lines += [f"usage: descant {name} --run demo/001 --ckpt_path best", ""]
     lines += [*_table(options)]
     tail = [
-        f"One more --config adds an overlay (descant list: all {len(_laid_over())}); papers: descant list papers.",
+        f"One more --config adds an overlay (descant list: all {len(_rows('overlays'))}); papers: descant list papers.",
         f"descant {name} --help all lists every option; --model.help NAME those of one class.",
     ]
     rows = _cut({name: text for name, text in _rows("experiments").items() if not name.startswith("papers/")}, _WIDTH)
@@ -188,17 +183,17 @@ def command(name: str, about: str, most: int = 60) -> str:
 
 
 def of_class(known: Schema, request: Request) -> str | None:
-    """What ``--model.optimizer.help AdamW`` asks for; None where only the parser can say.
+    """Help of one class, for ``--model.optimizer.help AdamW``; None where only the parser resolves the class.
 
     Raises:
-        Refusal: where a class is asked for that is none of the kind.
+        Refusal: for a class that is not of the kind.
     """
-    asked = [(key, value) for key, value in request.options if key.endswith(".help")]
-    if len(asked) != 1:
+    helps = [(key, value) for key, value in request.options if key.endswith(".help")]
+    if len(helps) != 1:
         return None
-    (option, name), configs = asked[0], [word for file in request.files for word in ("--config", str(file))]
+    (option, name), configs = helps[0], [word for file in request.files for word in ("--config", str(file))]
     *path, last = option.removesuffix(".help").split(".")
-    keys = below(path, known, configs) if path else known.command()
+    keys = below(path, known, configs)
     kinds = classes(keys[last].type) + classes(items(keys[last].type) or []) if last in keys else []
     if not kinds:
         return None

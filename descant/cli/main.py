@@ -60,13 +60,11 @@ class Parser(LightningArgumentParser):
     #: The first class of the last call that could not be built, and why: the error of a union names neither.
     failed: ClassVar[tuple[type, Exception] | None] = None
 
-    def instantiate(self, namespace: Namespace, instantiate_groups: bool = True, **kwargs: Any) -> Namespace:
-        kwargs["instantiators"] = [(_built, object, True)]
-        made: Namespace = super().instantiate(namespace, instantiate_groups, **kwargs)
-        return made
+    def instantiate(self, *args: Any, **kwargs: Any) -> Namespace:
+        return super().instantiate(*args, **kwargs | {"instantiators": [(_built, object, True)]})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise Refusal(parse_fault(message, ex)) from ex
+        raise Refusal(parse_fault(message)) from ex
 
 
 def _built(cls: type, *args: Any, **kwargs: Any) -> Any:
@@ -142,8 +140,8 @@ class DescantCLI(LightningCLI):
     @property
     def name(self) -> str:
         """Name of the run: ``--name``, or that of the first configuration."""
-        own = run_name(self.request.configs[0]) if self.request.configs else self.subcommand
-        return str(self.options.get("name") or own)
+        default = run_name(self.request.configs[0]) if self.request.configs else self.subcommand
+        return str(self.options.get("name") or default)
 
     def before_instantiate_classes(self) -> None:
         self.options["name"] = self.name
@@ -298,8 +296,7 @@ def live(command: str) -> Live:
 
 def disk_line(error: BaseException, place: runs.Run | None) -> str | None:
     """The line for a disk that is full or read-only, with the resume point; None for other errors."""
-    line = disk_fault(error, place.folder) if place is not None else None
-    if line is None or place is None:
+    if place is None or (line := disk_fault(error, place.folder)) is None:
         return None
     point, _ = runs.newest_point(place.folder)
     return line if point is None else f"{line}; --resume auto goes on from {point.name}"

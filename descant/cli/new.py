@@ -18,7 +18,7 @@ from descant.cli.options import Options
 from descant.modules.io.names import table
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
-#: Kind -> the name that its template stands under.
+#: Kind -> name of its template.
 KINDS = {"recipe": "my_recipe", "callback": "my_callback", "datamodule": "my_data"}
 
 _HELP = """\
@@ -57,7 +57,7 @@ def main(args: Sequence[str]) -> int:
         fail(f"new {kind} {name}: {why}; nearest: {suggestion(kind, name)}")
     files = render(kind, name)
     _write(folder, name, files)
-    print(_told(name, folder, files))
+    print(_next_steps(name, folder, files))
     return 0
 
 
@@ -127,14 +127,14 @@ def camel(name: str) -> str:
 
 def _used(kind: str) -> set[str]:
     """The names of a kind's template that are not made from the module's own."""
-    stem, found = KINDS[kind], set()
+    stem, names = KINDS[kind], set()
     for file, text in _sources(kind).items():
         for node in ast.walk(ast.parse(text)) if file.endswith(".py") else ():
             if isinstance(node, ast.Name):
-                found.add(node.id)
+                names.add(node.id)
             elif isinstance(node, ast.ClassDef | ast.alias):
-                found.add(node.name)
-    return {name for name in found if not name.startswith(camel(stem))}
+                names.add(node.name)
+    return {name for name in names if not name.startswith(camel(stem))}
 
 
 def _installed(name: str) -> bool:
@@ -169,7 +169,7 @@ def render(kind: str, name: str) -> dict[str, str]:
 
 
 def _sorted(text: str) -> Iterator[str]:
-    """Lines, with each block of ``from`` imports in order: a name that was replaced may stand elsewhere in it."""
+    """Lines, with each block of ``from`` imports in order: a replaced name may sort differently."""
     block: list[str] = []
     for line in text.splitlines(keepends=True):
         if line.startswith("from "):
@@ -198,11 +198,9 @@ def _write(folder: Path, name: str, files: dict[str, str]) -> None:
         fail(f"{folder}: cannot be written to: {error.strerror or error}")
 
 
-def _told(name: str, folder: Path, files: dict[str, str]) -> str:
+def _next_steps(name: str, folder: Path, files: dict[str, str]) -> str:
     *first, last = [str(folder / file) for file in files]
-    command = next(
-        line.removeprefix("# Command: ") for line in files[f"{name}.yaml"].splitlines() if line.startswith("# Command:")
-    )
+    command = re.findall(r"^# Command: (.*)$", files[f"{name}.yaml"], re.MULTILINE)[0]
     lines = [f"wrote {', '.join(first)} and {last}", "next:" if folder == Path() else f"next, in {folder}:"]
     if importlib.util.find_spec("pytest") is None:
         lines.append("  pip install pytest")

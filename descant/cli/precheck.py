@@ -108,18 +108,14 @@ class Walk:
         """The default at a place, as text; None where there is none or it is unknown."""
         *path, last = map(str, place)
         entry = self.classes.get(tuple(path))
-        key = entry.keys.get(last) if entry is not None else self.schema.command().get(".".join((*path, last)))
+        key = entry.keys.get(last) if entry is not None else self.schema.command.get(".".join((*path, last)))
         return key.default if key is not None else None
 
     def source(self, root: Node) -> None:
         """One file or option."""
         self.files = [root]
-        for key, node in root.walk():
-            if key == "class_path" and isinstance(node.content, str) and "." in node.content:
-                self._allowed(node.content, node.where)
-        if not (root.typed or root.folder.is_relative_to(ROOT.resolve())):
-            self._guarded(root, ())
-        keys = self.schema.command()
+        self._require_trust(root)
+        keys = self.schema.command
         groups = {key.split(".")[0] for key in keys if "." in key}
         for key, node in root.content.items():
             if key in groups:
@@ -129,24 +125,27 @@ class Walk:
             elif key in _CALL_ONLY:
                 raise Refusal(f"{node.where}: {key}: {_CALL_ONLY[key]}")
             else:
-                near = self._deeper(key, keys) or hint(key, self._said(keys, groups, node))
+                valid = {*groups, *(name for name in keys if "." not in name), *(_CALL_ONLY if node.typed else ())}
+                near = self._deeper(key, keys) or hint(key, valid)
                 raise Refusal(f"{_at(node, (key,))}: no such key{near}")
 
     def _deeper(self, key: str, keys: Mapping[str, Key]) -> str:
         """``; nearest: trainer.max_steps`` for ``max_steps``, where one place or another has the key; else nothing."""
         wanted = _SHORT.get(key, key)
-        found = [name for name in keys if name.rpartition(".")[2] == wanted]
-        found += [".".join((*path, wanted)) for path, entry in self.classes.items() if wanted in entry.keys]
-        found = sorted((name for name in found if "@" not in name), key=lambda name: (name.count("."), name))
-        return f"; nearest: {found[0]}" if found else ""
+        places = [name for name in keys if name.rpartition(".")[2] == wanted]
+        places += [".".join((*path, wanted)) for path, entry in self.classes.items() if wanted in entry.keys]
+        places = sorted((name for name in places if "@" not in name), key=lambda name: (name.count("."), name))
+        return f"; nearest: {places[0]}" if places else ""
 
-    @staticmethod
-    def _said(keys: Mapping[str, Key], groups: set[str], node: Node) -> set[str]:
-        """Keys that are valid at the top level of ``node``."""
-        return ({*keys, *groups} - _dotted(keys)) | ({*_CALL_ONLY} if node.typed else set())
+    def _require_trust(self, root: Node) -> None:
+        """Refuse what a file or option may not name or set without --trust, at any depth."""
+        for key, node in root.walk():
+            if key == "class_path" and isinstance(node.content, str) and "." in node.content:
+                self._allowed(node.content, node.where)
+        if not _ours(root):
+            self._guarded(root, ())
 
     def _guarded(self, node: Node, path: Path_, of: Any = None) -> None:
-        """Refuse what a file may not set without --trust, at any depth."""
         if isinstance(node.content, dict):
             named = node.content.get("class_path")
             of = of if named is None else named.plain
@@ -242,7 +241,7 @@ class Walk:
     def _class(self, node: Node, kind: Type, classes: Sequence[Part], path: Path_) -> None:
         if isinstance(node.content, str):
             text = node.content
-            if renamed.current(text) in {*self.schema.names(classes)} or not schema.takes_text(kind):
+            if renamed.current(text) in self.schema.names(classes) or not schema.takes_text(kind):
                 text = rename(text, node.where)
             if text != node.content:
                 self._replaced(node, text)
@@ -251,7 +250,7 @@ class Walk:
                     self._forget(path)
                     return
                 node = self._file(node)  # whatever its suffix
-            elif _is_file(text):
+            elif text.endswith((".yaml", ".yml", ".json")):
                 node = self._file(node)
             else:
                 node = Node({"class_path": node}, node.where, node.folder, typed=node.typed)
@@ -276,11 +275,8 @@ class Walk:
         arguments = content["init_args"].content if "init_args" in content else content
         if isinstance(arguments, dict) and renamed.rename_arguments(self.classes[path].name, arguments, node.where):
             self._replaced()
-        if "class_path" in content or "init_args" in content:
-            inner = content.get("init_args", Node({}, node.where, node.folder, typed=node.typed))
-        else:
-            listed = {k: v for k, v in content.items() if k != "dict_kwargs"}
-            inner = Node(listed, node.where, node.folder, typed=node.typed)
+        listed = {key: child for key, child in content.items() if key not in _SPEC}
+        inner = content.get("init_args", Node(listed, node.where, node.folder, typed=node.typed))
         if not isinstance(inner.content, dict):
             raise Refusal(f"{_at(inner, path)}: init_args are keys, got {_short(inner.plain)}")
         self._arguments(inner, path)
@@ -298,7 +294,7 @@ class Walk:
             if plain not in cls.keys:
                 raise Refusal(f"{_at(child, (*path, key))}: {cls.name} has no such key{self._near(plain, cls.keys)}")
             self.given[path].add(plain)
-            if not (child.typed or child.folder.is_relative_to(ROOT.resolve())):  # the class may come from another file
+            if not _ours(child):  # the class may come from another file
                 with _placed(_at(child, (*path, key))):
                     trust.guard(plain, child.plain, self.trusted, cls.name)
             self._value(child, cls, plain, cls.keys[plain], (*path, key))
@@ -309,12 +305,12 @@ class Walk:
         if node.content and not (node.typed or trust.named(cls.path, self.trusted)):
             first = next(iter(node.content)) if isinstance(node.content, dict) else ""
             where = _at(node, (*path, "dict_kwargs", first))
-            raise Refusal(f"{where}: a file may not say them: --trust {cls.path}, or the arguments under init_args")
+            raise Refusal(f"{where}: a file may not set them: --trust {cls.path}, or the arguments under init_args")
 
     def _near(self, key: str, known: Mapping[str, Key]) -> str:
         """The nearest key, else the class that has exactly this one."""
         homes = [_dots(path) for path, cls in self.classes.items() if key in cls.keys]
-        homes += ["trainer"] if f"trainer.{key}" in self.schema.command() else []
+        homes += ["trainer"] if f"trainer.{key}" in self.schema.command else []
         if homes and nearest(key, known, cutoff=0.75) is None:
             return f"; {homes[0]} has it: {homes[0]}.{key}"
         return hint(key, known)
@@ -327,9 +323,12 @@ class Walk:
         if "." in name:
             self._allowed(name, node.where)
         try:
-            found = self.schema.find(name, classes)
-            self._kind(found, classes, node.where)
-            self._set(found, path, node.where)
+            cls = self.schema.find(name, classes)
+            kinds = [part["class"] for part in classes if isinstance(part, dict) and part["class"] in cls.lineage]
+            self._allowed(cls.path, node.where)  # a short name was not checked before
+            with _placed(node.where):
+                trust.require_kind(cls.path, kinds, self.trusted)
+            self._set(cls, path, node.where)
         except LookupError as error:
             raise Refusal(f"{_at(node, path)}: {error}") from error
         except Unknown:
@@ -359,12 +358,6 @@ class Walk:
                     where = f"{self.places[path]}: {_dots((*path, key))}"
                     raise Refusal(f"{where}: {cls.name} needs it, and it is not given")
 
-    def _kind(self, found: Entry, classes: Sequence[Part], where: str) -> None:
-        kinds = [part["class"] for part in classes if isinstance(part, dict) and part["class"] in found.lineage]
-        with _placed(where):
-            trust.require(found.path, self.trusted)  # a short name was not checked before
-            trust.require_kind(found.path, kinds, self.trusted)
-
     def _allowed(self, name: str, where: str) -> None:
         with _placed(where):
             trust.require(name, self.trusted)
@@ -376,13 +369,10 @@ class Walk:
         file = node.folder / node.content
         if not file.is_file():
             raise Refusal(f"{node.where}: no such file: {file}")
-        found = load(file)
-        self.files.append(found)
-        self._guarded(found, ())
-        for key, child in found.walk():
-            if key == "class_path" and isinstance(child.content, str) and "." in child.content:
-                self._allowed(child.content, child.where)
-        return found
+        sub_file = load(file)
+        self.files.append(sub_file)
+        self._require_trust(sub_file)
+        return sub_file
 
 
 @contextmanager
@@ -394,8 +384,9 @@ def _placed(where: str) -> Iterator[None]:
         raise Refusal(f"{where}: {refusal}") from None
 
 
-def _is_file(text: str) -> bool:
-    return text.endswith((".yaml", ".yml", ".json"))
+def _ours(node: Node) -> bool:
+    """Whether a node is of the command line or of a file that ships: these may set what other files may not."""
+    return node.typed or node.folder.is_relative_to(ROOT.resolve())
 
 
 def _dots(path: Path_) -> str:
@@ -406,10 +397,6 @@ def _dots(path: Path_) -> str:
 def _at(node: Node, path: Path_) -> str:
     """``FILE:LINE: KEY``; for an option, its key."""
     return node.where if node.typed else f"{node.where}: {_dots(path)}"
-
-
-def _dotted(actions: Mapping[str, Any]) -> set[str]:
-    return {key for key in actions if "." in key}
 
 
 def _short(value: Any) -> str:

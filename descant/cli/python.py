@@ -46,8 +46,7 @@ class _ObjectsCLI(DescantCLI):
 
     @property
     def name(self) -> str:
-        own = "-".join(type(part).__name__.lower() for part in self.parts.values())
-        return str(self.options.get("name") or own)
+        return str(self.options.get("name") or "-".join(type(part).__name__.lower() for part in self.parts.values()))
 
     def _saved(self) -> str:
         content = yaml.safe_load(super()._saved())

@@ -8,9 +8,10 @@ A type is a list of parts, any of which a value may be: "null", "int", "float", 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 #: A part of a type; a type.
 Part = str | dict[str, Any]
@@ -44,15 +45,27 @@ class Entry:
 
 
 class Unknown(Exception):
-    """The class is of a module that is not in the cache: ask the parser."""
+    """The class is of a module that is not in the cache; only the parser resolves it."""
 
 
-class Schema(Protocol):
-    """Interface of the two schemas."""
+class Schema(ABC):
+    """Base of the two schemas.
 
-    def command(self) -> Mapping[str, Key]:
-        """Dotted key -> argument of a command and its trainer."""
+    Attributes:
+        command: dotted key -> argument of a command and its trainer.
+    """
 
+    command: Mapping[str, Key]
+
+    def names(self, kinds: Sequence[Part]) -> Mapping[str, str]:
+        """Short name -> import path of the classes of ``kinds``."""
+        return {path.rpartition(".")[2]: path for path in sorted(self.paths(kinds))}
+
+    @abstractmethod
+    def paths(self, kinds: Sequence[Part]) -> Collection[str]:
+        """Import paths of the classes of ``kinds``."""
+
+    @abstractmethod
     def find(self, name: str, kinds: Sequence[Part]) -> Entry:
         """The class that ``name``, short or full, means where one of ``kinds`` is expected.
 
@@ -60,15 +73,15 @@ class Schema(Protocol):
             LookupError: where there is none, with the rest of the error line. Unknown: see there.
         """
 
-    def names(self, kinds: Sequence[Part]) -> Mapping[str, str]:
-        """Short name -> import path of the classes of ``kinds``."""
-
+    @abstractmethod
     def alone(self, kinds: Sequence[Part]) -> Entry | None:
         """The class used where none is named: the only one of ``kinds``, if it is not abstract."""
 
+    @abstractmethod
     def accepts(self, owner: Entry | None, name: str, value: Any) -> bool:
         """Whether ``value`` is valid for the argument ``name`` of a class, or of the command."""
 
+    @abstractmethod
     def is_class(self, name: str) -> bool:
         """Whether an import path is that of a class, as far as is known."""
 
@@ -88,18 +101,34 @@ def classes(type: Type) -> list[Part]:
 
 def items(type: Type) -> Type | None:
     """The type of the items of a list, or None."""
-    found = [part for inner in parts(type, "list") for part in inner]
-    return found or None
+    return [part for inner in parts(type, "list") for part in inner] or None
 
 
 def values(type: Type) -> Type | None:
     """The type of the values of a mapping, or None."""
-    found = [part for inner in parts(type, "map") for part in inner]
-    return found or None
+    return [part for inner in parts(type, "map") for part in inner] or None
+
+
+def nested_classes(type: Type) -> Iterator[dict[str, Any]]:
+    """All class parts of a type, at any depth."""
+    for part in type:
+        if isinstance(part, dict):
+            if "class" in part:
+                yield part
+            yield from nested_classes(part.get("list") or part.get("map") or [])
 
 
 def has_classes(type: Type) -> bool:
-    return bool(classes(type)) or any(has_classes(inner) for inner in (items(type), values(type)) if inner)
+    return next(nested_classes(type), None) is not None
+
+
+def names_class(value: object) -> bool:
+    """Whether a value of a configuration is a class, with or without its arguments.
+
+    >>> names_class({"class_path": "KNN", "init_args": {"k": 1}}), names_class({"k": 1}), names_class("KNN")
+    (True, False, False)
+    """
+    return isinstance(value, Mapping) and isinstance(value.get("class_path"), str)
 
 
 def takes_text(type: Type) -> bool:

@@ -22,12 +22,12 @@ from jsonargparse._common import parser_context
 from jsonargparse._loaders_dumpers import yaml_load
 from jsonargparse._required import iter_required_keys
 from jsonargparse._typehints import ActionTypeHint, get_all_subclass_paths
-from jsonargparse._util import import_object
+from jsonargparse._util import get_import_path, import_object
 from torch import Tensor
 
 from descant.cli.document import replaced
 from descant.cli.errors import hint, one_line
-from descant.cli.schema import Entry, Key, Part, Type, Unknown, kinds
+from descant.cli.schema import Entry, Key, Part, Schema, Type, Unknown, classes, kinds
 from descant.cli.trust import allowed
 from descant.modules.io import names
 
@@ -46,7 +46,7 @@ _PLAIN: dict[Any, Part] = {
 }
 
 
-class Live:
+class Live(Schema):
     """The schema of a live parser: resolves every class that can be imported.
 
     Args:
@@ -59,21 +59,18 @@ class Live:
         self._entries: dict[tuple[type, int], Entry] = {}
 
     @cached_property
-    def _command(self) -> dict[str, Key]:
+    def command(self) -> Mapping[str, Key]:  # type: ignore[override]  # made when it is first read
         return {key: self._key(action) for key, action in _actions(self.parser).items()}
 
-    def command(self) -> Mapping[str, Key]:
-        return self._command
-
     def find(self, name: str, kinds_: Sequence[Part]) -> Entry:
-        found = self._full(name, kinds_) if "." in name else self._short(name, kinds_)
-        if not inspect.isclass(found):
+        cls = self._full(name, kinds_) if "." in name else self._short(name, kinds_)
+        if not inspect.isclass(cls):
             if allowed(name):  # a function would be called
                 raise LookupError(f"{name} is no class")
             raise Unknown(name)  # of the user's own
-        if not issubclass(found, self._of(kinds_)):
+        if not issubclass(cls, self._of(kinds_)):
             raise LookupError(f"{name} is not of kind {kinds(kinds_)}{hint(name, self.names(kinds_), 0)}")
-        return self.entry(found, max(part.get("skip", 0) for part in kinds_ if isinstance(part, dict)))
+        return self.entry(cls, max(part.get("skip", 0) for part in kinds_ if isinstance(part, dict)))
 
     def _full(self, name: str, kinds_: Sequence[Part]) -> Any:
         try:
@@ -97,9 +94,6 @@ class Live:
             near = hint(name, {**known, **dict.fromkeys(names.table())}) if known else ""
             raise LookupError(f"no class {name} of kind {kinds(kinds_)}{near}")
         return find_class(same[0] if same else str(ours))
-
-    def names(self, kinds_: Sequence[Part]) -> Mapping[str, str]:
-        return {path.rpartition(".")[2]: path for path in self.paths(kinds_)}
 
     def accepts(self, owner: Entry | None, name: str, value: Any) -> bool:
         parser = self.parser if owner is None else owner.source
@@ -142,7 +136,7 @@ class Live:
         return self.entry(self._of(kinds_)[0], kinds_[0].get("skip", 0))
 
     def paths(self, kinds_: Sequence[Part]) -> set[str]:
-        """Import paths of the loaded classes of some kinds."""
+        """Those that are loaded."""
         return {path for cls in self._of(kinds_) for path in get_all_subclass_paths(cls)}
 
     def entries(self, kinds_: Sequence[Part], packages: tuple[str, ...]) -> Iterator[Entry]:
@@ -164,12 +158,11 @@ class Live:
         return Key(self._type(action._typehint), default, about.split(" (type: ")[0])  # type: ignore[attr-defined]
 
     def _type(self, hint: Any) -> Type:
-        found: Type = []
-        for part in _parts(hint):
-            for plain in self._part(part):
-                if plain not in found:
-                    found.append(plain)
-        return found
+        unique: Type = []
+        for plain in (plain for part in _parts(hint) for plain in self._part(part)):
+            if plain not in unique:
+                unique.append(plain)
+        return unique
 
     def _part(self, part: Any) -> Iterator[Part]:
         if part is Tensor:  # `float | Tensor` means a number here
@@ -201,11 +194,7 @@ class Live:
 
     def _made(self, arguments: Sequence[Any]) -> Type:
         """Class parts of a factory's return type."""
-        return (
-            [part for part in self._type(arguments[-1]) if isinstance(part, dict) and "class" in part]
-            if arguments
-            else []
-        )
+        return classes(self._type(arguments[-1])) if arguments else []
 
 
 def find_class(path: str) -> Any:
@@ -228,9 +217,9 @@ def read_replaced() -> None:
 
 def _actions(parser: ArgumentParser) -> dict[str, argparse.Action]:
     """Key -> action, of the configuration arguments of a parser."""
-    found = filter_non_parsing_actions(parser._actions)
+    actions = filter_non_parsing_actions(parser._actions)
     # a group such as `trainer` has an action for a sub-configuration: its keys are the group's
-    return {a.dest: a for a in found if not isinstance(a, ActionConfigFile) and hasattr(a, "_typehint")}
+    return {a.dest: a for a in actions if not isinstance(a, ActionConfigFile) and hasattr(a, "_typehint")}
 
 
 def _parts(hint: Any) -> Iterator[Any]:
@@ -252,15 +241,12 @@ def _path(cls: type) -> str:
 
 def _canonical(cls: type) -> str:
     """The shortest path that imports a class."""
-    from jsonargparse._util import get_import_path
-
     return str(get_import_path(cls))
 
 
 def _first_line(cls: type) -> str:
     """The first paragraph of a class's own docstring, on one line."""
-    lines = inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0].split()
-    return " ".join(lines)
+    return " ".join(inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0].split())
 
 
 def in_text(default: Any) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pkgutil
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -20,7 +20,7 @@ ALLOWED = (
     *("torch.device", "torch.dtype", "torch.float16", "torch.bfloat16", "torch.float32", "torch.float64", "torch.amp"),
     *("torch.distributed.fsdp", "torch.distributed.device_mesh"),
 )
-#: Public name -> where it is defined, which the parser asks about, too; both are among DENIED.
+#: Public name -> where it is defined, which the parser checks, too; both are among DENIED.
 _DEFINED = {
     "descant.modules.policy.VerifierProcess": "descant.modules.policy.rewards.VerifierProcess",
     "lightning.pytorch.callbacks.LambdaCallback": "lightning.pytorch.callbacks.lambda_function",
@@ -74,7 +74,7 @@ _GUARDED = {"allow_pipes": "shell", "accept": "packages", "model_registry": "net
 _REMOTE = ("CometLogger", "LitLogger", "MLFlowLogger", "NeptuneLogger", "WandbLogger")
 #: An address, unless it is that of a file; of a pipe its own key has to allow it.
 _ADDRESS = re.compile(r"\s*(?!file:|pipe:)[A-Za-z][A-Za-z0-9+.-]*://", re.IGNORECASE)
-#: Keys that say where to write: below the run's folder, RUN, or a name in it.
+#: Keys of places to write to: below the run's folder, RUN, or a name in it.
 _PLACES = (
     *("dirpath", "save_dir", "log_dir", "root_dir", "default_root_dir", "cache", "cache_dir", "store_dir"),
     *("exclude_batches_path", "nvme_path", "tracking_uri", "offline_directory"),
@@ -82,7 +82,7 @@ _PLACES = (
 #: The same of some classes, whose keys mean other things elsewhere.
 _PLACES_OF = {"Resume": "folder", "Freeze": "folder", "Cached": "folder", "WandbLogger": "dir"}
 _NAMES = ("name", "version", "sub_dir", "filename", "runs", "run", "comment", "filename_suffix")
-#: What may stand in the braces of a name: a metric, and how many digits of it.
+#: What braces in a name may hold: a metric, and how many digits of it.
 _BRACES = re.compile(r"\{[^{}]*\}?|\}")
 _FIELD = re.compile(r"\{(?!.*\.\.)[\w@][\w/@. -]*(:0?\d{0,2}(\.\d{1,2})?[defg]?)?\}|\{\}")
 _trusted: set[str] = set()
@@ -110,7 +110,7 @@ def require(path: str, trust: Sequence[str] = ()) -> None:
     """Raises Refusal if a class path is outside the allow-list."""
     if allowed(path, trust):
         return
-    part = next((d for d in DENIED if path == d or path.startswith(d + ".")), None)
+    part = next((denied for denied in DENIED if within(path, [denied])), None)
     if part is not None:
         place = "" if part == path else f" in {part},"
         why = "may load code, write elsewhere or start processes"
@@ -130,7 +130,7 @@ def require_kind(path: str, kinds: Sequence[str], trust: Sequence[str] = ()) -> 
     if named(path, trust) or any(kind not in PERMITTED for kind in kinds):
         return
     places = sorted({place for kind in kinds for place in PERMITTED[kind]})
-    if not any(_within(path, place) for place in places):
+    if not within(path, places):
         top = path.split(".")[0]
         raise Refusal(f"class_path {path}: here only what is of {', '.join(places)}: --trust {top} if you trust it")
 
@@ -141,11 +141,16 @@ def named(path: str, trust: Sequence[str]) -> bool:
     >>> named("mine.parts.Tower", ["mine"]), named("minerva.Tower", ["mine"]), named("torch.nn.Linear", [])
     (True, False, False)
     """
-    return any(_within(path, name) for name in trust if name not in WORDS)
+    return within(path, [name for name in trust if name not in WORDS])
 
 
-def _within(path: str, place: str) -> bool:
-    return path == place or path.startswith(f"{place}.")
+def within(path: str, places: Iterable[str]) -> bool:
+    """Whether a dotted path is one of these or lies below it.
+
+    >>> within("torch.nn.Linear", ["torch.nn"]), within("torch.nnx", ["torch.nn"])
+    (True, False)
+    """
+    return any(path == place or path.startswith(f"{place}.") for place in places)
 
 
 def guard(key: str, value: Any, trust: Sequence[str] = (), of: Any = None) -> None:
@@ -158,7 +163,7 @@ def guard(key: str, value: Any, trust: Sequence[str] = (), of: Any = None) -> No
     (None, None, None)
     """
     key = key.removesuffix("+").rpartition(".")[2]
-    word, why = _GUARDED.get(key), "" if value in (None, False, []) else "a file may not say that"
+    word, why = _GUARDED.get(key), "" if value in (None, False, []) else "a file may not set that"
     remote = _remote(key, value)
     if remote is not None:
         word, why = "network", f"{remote} is not on this machine"
@@ -174,7 +179,7 @@ def guard(key: str, value: Any, trust: Sequence[str] = (), of: Any = None) -> No
         why = f"{value} leads out of the run's folder" if leaves else "no letter of a name" if odd else ""
         word = "writes"
     if word is not None and why and word not in trust:
-        raise Refusal(f"{why}: --trust {word} lets a configuration {WORDS[word]}; an option may say it, too")
+        raise Refusal(f"{why}: --trust {word} lets a configuration {WORDS[word]}; an option may set it, too")
 
 
 def writes(key: str, value: str | None) -> bool:
@@ -199,10 +204,10 @@ def _remote(key: str, value: Any) -> str | None:
 def _defined(name: str) -> str:
     """The defining path of a class, which the parser checks too."""
     try:
-        found = pkgutil.resolve_name(name)
+        value = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError):
         return name
-    return f"{found.__module__}.{found.__qualname__}" if isinstance(found, type) else name
+    return f"{value.__module__}.{value.__qualname__}" if isinstance(value, type) else name
 
 
 def enforce(trust: Sequence[str] = ()) -> None:

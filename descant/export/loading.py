@@ -50,10 +50,10 @@ def load(path: Path | str, checkpoint: str = "best", trust: Sequence[str] = (), 
             fit the model.
     """
     with trusting(trust):
-        found = saved.find(path, checkpoint)
-        if into is None and "init_args" not in found.model:
+        source = saved.find(path, checkpoint)
+        if into is None and "init_args" not in source.model:
             raise ValueError(f"{path}: trained in Python: load(..., into=recipe), of a recipe built as that one was")
-        return rebuild(found, into)
+        return rebuild(source, into)
 
 
 class Embedder:

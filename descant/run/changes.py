@@ -11,6 +11,7 @@ import yaml
 
 from descant.cli.document import load, shown
 from descant.cli.errors import fail, printable, say
+from descant.cli.trust import within
 
 #: Settings of hardware, logging and evaluation, which do not change training. (Damage of data changes its own digest.)
 FREE = (
@@ -26,12 +27,7 @@ _MOST = 4
 #: Settings and callbacks named in the line of a part, and characters of a value.
 _NAMED, _LETTERS = 4, 60
 #: Settings of a model that only training reads.
-_TRAINING = (
-    "model.init_args.optimizer",
-    "model.init_args.schedule",
-    "model.init_args.compile",
-    "model.init_args.chunks",
-)
+_TRAINING = tuple(f"model.init_args.{key}" for key in ("optimizer", "schedule", "compile", "chunks"))
 _CALLBACKS = "trainer.callbacks"
 _PARTS = ("data", "model", "trainer")
 
@@ -92,7 +88,7 @@ def of_another(checkpoint: Path, source: Path | None, config: str) -> str | None
 def _class(config: object) -> str:
     """Short class name of the recipe; empty where there is none."""
     model = config.get("model") if isinstance(config, dict) else None
-    return str(model.get("class_path", "")).rpartition(".")[2] if isinstance(model, dict) else ""
+    return _short_class(model.get("class_path", "")) if isinstance(model, dict) else ""
 
 
 def _settings(differing: Sequence[tuple[str, object, object]], restore: str) -> Iterator[str]:
@@ -139,12 +135,9 @@ def _by_class(callbacks: Sequence[Any]) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     for item in callbacks:
         spec = item if isinstance(item, dict) else {"class_path": item}
-        name = base = str(spec.get("class_path")).rpartition(".")[2]
-        count = 1
-        while name in arguments:
-            count += 1
-            name = f"{base}#{count}"
-        arguments[name] = spec.get("init_args") or {}
+        base = _short_class(spec.get("class_path"))
+        names = (base, *(f"{base}#{number}" for number in range(2, len(callbacks) + 1)))
+        arguments[next(name for name in names if name not in arguments)] = spec.get("init_args") or {}
     return arguments
 
 
@@ -173,7 +166,7 @@ def changes(then: object, now: object) -> Iterator[tuple[str, object, object]]:
     a, b = dict(_flat(then)), dict(_flat(now))
     for key in dict.fromkeys([*a, *b]):
         before, here = (_short_class(flat.get(key)) if key.endswith("class_path") else flat.get(key) for flat in (a, b))
-        if before != here and not any(key == free or key.startswith(f"{free}.") for free in FREE):
+        if before != here and not within(key, FREE):
             yield key, a.get(key, "not set"), b.get(key, "not set")
 
 

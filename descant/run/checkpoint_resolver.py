@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from descant.cli.document import load
+from descant.cli.document import load, shown
 from descant.cli.errors import Refusal, fail, say
 from descant.modules.io import manifest
 from descant.modules.io.checkpoints import due, followed, judged, of_run
@@ -42,11 +42,11 @@ def for_fit(root: Path, name: str, run: str | None, resume: str, trust: Sequence
     newest, skipped = runs.newest_point(folder) if folder else (None, [])
     if folder is not None and newest is not None:
         if not os.access(folder, os.W_OK):
-            fail(f"{_shown(folder)}: the run cannot be continued: no permission to write")
+            fail(f"{shown(folder)}: the run cannot be continued: no permission to write")
         _report(skipped)
         for part in ("checkpoints", "resume"):
             manifest.sweep(folder / part)
-        say(f"resuming {_shown(folder)} from {newest.name}")
+        say(f"resuming {shown(folder)} from {newest.name}")
         _compare_versions(folder)
         return Run(folder, fresh=False, checkpoint=str(newest))
     if run:
@@ -58,7 +58,7 @@ def for_fit(root: Path, name: str, run: str | None, resume: str, trust: Sequence
         lock.release(folder)
     new = Run(folder, fresh=False) if folder is not None and again else _locked(runs.allocate(root / name))
     what = "valid resume point" if skipped else "resume point yet"
-    say(f"--resume auto: {name} has no {what}; starting {_shown(new.folder)}")
+    say(f"--resume auto: {name} has no {what}; starting {shown(new.folder)}")
     if folder is not None and not skipped and (lost := _lost(folder)) is not None:
         say(lost)
     return new
@@ -75,14 +75,14 @@ def _lost(folder: Path) -> str | None:
     steps = f"at least {max(trained) + 1} steps" if trained else "no step was logged"
     listed = {str(one.get("class_path")).rpartition(".")[2]: one for one in callbacks or [] if isinstance(one, dict)}
     if "Resume" not in listed:
-        return f"{_shown(folder)} saves no resume points (no callback Resume): its training is lost ({steps})"
+        return f"{shown(folder)} saves no resume points (no callback Resume): its training is lost ({steps})"
     given = listed["Resume"].get("init_args")
     types = {"every": int, "minutes": float | int | None}
     options = {key: given[key] for key in types if isinstance(given, dict) and key in given}
     if not all(isinstance(value, types[key]) for key, value in options.items()):
         return None
     when = due(**options)
-    return f"{_shown(folder)} ended before its first resume point ({when}): its training is lost ({steps})"
+    return f"{shown(folder)} ended before its first resume point ({when}): its training is lost ({steps})"
 
 
 def require_contained(folder: Path, trust: Sequence[str] = ()) -> None:
@@ -98,7 +98,7 @@ def require_contained(folder: Path, trust: Sequence[str] = ()) -> None:
         for name in (*folders, *files):
             path = Path(place, name)
             if path.is_symlink() and not path.resolve().is_relative_to(root):
-                fail(f"{_shown(path)}: a link out of the run's folder; --trust writes lets a run write there")
+                fail(f"{shown(path)}: a link out of the run's folder; --trust writes lets a run write there")
 
 
 def _locked(run: Run) -> Run:
@@ -115,7 +115,7 @@ def _point(root: Path, resume: str) -> Path:
             if newest is None:
                 fail(f"--resume {resume}: it has no {_none(skipped)}")
             _report(skipped)
-            say(f"starting from {_shown(newest)}")
+            say(f"starting from {shown(newest)}")
             return newest
     path = followed(Path(resume))
     if not path.exists():
@@ -146,7 +146,7 @@ def for_evaluation(command: str, root: Path, name: str, source: Path | None, wan
     if checkpoint is None:
         say(f"no --ckpt_path: {command} uses untrained weights")
     elif wanted is None:
-        say(f"{command} uses the best checkpoint of {_shown(source or checkpoint)}: {checkpoint.name}")
+        say(f"{command} uses the best checkpoint of {shown(source or checkpoint)}: {checkpoint.name}")
     parent = source if source is not None else root / name
     return runs.allocate(parent, f"{command}-", str(checkpoint) if checkpoint else None)
 
@@ -185,7 +185,7 @@ def _last(source: Path) -> Path:
         newest = next((path for path, why in skipped if why == manifest.NONE), None)
         skipped = [(path, why) for path, why in skipped if why != manifest.NONE]
     if newest is None:
-        fail(f"{_shown(source)} has no " + (f"whole checkpoint ({_first(skipped)})" if skipped else "checkpoints"))
+        fail(f"{shown(source)} has no " + (f"whole checkpoint ({_first(skipped)})" if skipped else "checkpoints"))
     _report(skipped)
     return newest
 
@@ -202,7 +202,7 @@ def _best(source: Path, last: Path) -> Path:
             if why in (None, manifest.NONE):
                 return best
             if monitors:
-                fail(f"{_shown(best)}: {why}; it was the best: --ckpt_path last uses {last.name}")
+                fail(f"{shown(best)}: {why}; it was the best: --ckpt_path last uses {last.name}")
             _report([(best, str(why))])
     return last
 
@@ -211,7 +211,7 @@ def _nearest(path: Path, safe: bool = True) -> str:
     """``; nearest: PATH``, a valid checkpoint of the same run; a resume point where ``safe``."""
     folder = path.absolute().parent.parent
     other = runs.newest_point(folder)[0] if safe else manifest.first(of_run(folder))[0]
-    return f"; nearest: {_shown(other)}" if other else ""
+    return f"; nearest: {shown(other)}" if other else ""
 
 
 def _report(skipped: Sequence[tuple[Path, str]]) -> None:
@@ -221,10 +221,9 @@ def _report(skipped: Sequence[tuple[Path, str]]) -> None:
 
 def _compare_versions(folder: Path) -> None:
     """Print a line if another version or revision of Descant wrote the run last."""
-    saved = runs.versions_of(folder)
+    saved, here = runs.versions_of(folder), code()
     if not saved:
         return
-    here = code()
     packages = saved.get("packages")
     version = packages.get("descant") if isinstance(packages, Mapping) else None
     if version is not None and version != here["descant"]:
@@ -249,11 +248,3 @@ def _first(skipped: Sequence[tuple[Path, str]]) -> str:
     """The first fault, and the number of others."""
     (path, why), more = skipped[0], len(skipped) - 1
     return f"{path.name}: {why}" + (f", and {more} more" if more else "")
-
-
-def _shown(path: Path) -> str:
-    """A path relative to the working folder where it is below it."""
-    try:
-        return path.relative_to(Path.cwd()).as_posix()
-    except ValueError:
-        return str(path)

@@ -11,11 +11,13 @@ import traceback
 import zipfile
 import zlib
 from collections.abc import Sequence
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import yaml
 
 from descant.cli.errors import one_line
+from descant.cli.trust import within
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,13 +33,11 @@ _OUTSIDE = (
 _NETWORK = ("DistNetworkError", "DistStoreError")
 #: Where Lightning checks arguments: its own errors there are about one of them.
 _LIGHTNING = ("lightning.pytorch", "lightning.fabric")
+#: Lightning's messages where a GPU is requested and there is none.
+_NO_GPU = re.compile(r"No supported gpu backend found|cannot run on your system since the accelerator")
+_NO_GPU_LINE = "trainer.accelerator: no GPU that torch can use on this machine; --config on/cpu trains on the CPU"
 #: Modules whose frames are in every traceback.
 _ENTRY = ("descant.cli.main", "descant.__main__", "descant.cli.check")
-
-
-def parse_fault(message: str, error: BaseException | None = None) -> str:
-    """The cause out of a parser's long message about a union."""
-    return _shorten(message)
 
 
 def explain(error: BaseException, building: bool, trust: Sequence[str] = ()) -> str | None:
@@ -48,12 +48,12 @@ def explain(error: BaseException, building: bool, trust: Sequence[str] = ()) -> 
     """
     error = _root(error)
     if building and "jsonargparse" in _raiser(error) and "\n" in str(error).strip():
-        return parse_fault(str(error), error)
+        return parse_fault(str(error))
     denied = re.match(r"Importing '([\w.]+)' is not allowed", str(error))
     if denied is not None:
         return f"class_path {denied[1]} is not allowed in a configuration: --trust {denied[1]} if you trust it"
     if type(error).__name__ == "MisconfigurationException":
-        return _without_gpu(str(error)) or one_line(error)
+        return _NO_GPU_LINE if _NO_GPU.search(str(error)) else one_line(error)
     if type(error).__name__ in _NETWORK:
         return _network(str(error))
     if building and isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
@@ -62,26 +62,12 @@ def explain(error: BaseException, building: bool, trust: Sequence[str] = ()) -> 
         return line
     if isinstance(error, OSError):
         return one_line(error)
-    names = [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    last = names[-1] if names else ""
-    if isinstance(error, (ValueError, TypeError) if building else ValueError) and _within(last, _LIGHTNING):
+    raiser = _raiser(error)
+    if isinstance(error, (ValueError, TypeError) if building else ValueError) and within(raiser, _LIGHTNING):
         return one_line(error)
-    if not isinstance(error, _REQUESTS):
-        return outside(error)
-    if building:
+    if isinstance(error, _REQUESTS) and (building or within(raiser, ("descant", "torch.optim", *trust))):
         return one_line(error)
-    return one_line(error) if _within(last, ("descant", "torch.optim", *trust)) else outside(error)
-
-
-def _without_gpu(message: str) -> str | None:
-    """The line where a GPU is requested and there is none.
-
-    >>> _without_gpu("No supported gpu backend found!")
-    'trainer.accelerator: no GPU that torch can use on this machine; --config on/cpu trains on the CPU'
-    """
-    if not re.search(r"No supported gpu backend found|cannot run on your system since the accelerator", message):
-        return None
-    return "trainer.accelerator: no GPU that torch can use on this machine; --config on/cpu trains on the CPU"
+    return outside(error)
 
 
 def unbuilt(cls: type, error: Exception, trust: Sequence[str] = ()) -> str | None:
@@ -96,7 +82,7 @@ def unbuilt(cls: type, error: Exception, trust: Sequence[str] = ()) -> str | Non
         if name:
             wanted = f"'{name}{version}'" if version else name
             return f"{cls.__name__}: the package {name} is not installed: pip install {wanted}"
-    if isinstance(error, (*_REQUESTS, *_OUTSIDE)) or _within(cls.__module__, trust):
+    if isinstance(error, (*_REQUESTS, *_OUTSIDE)) or within(cls.__module__, trust):
         return None
     if not isinstance(error, (RuntimeError, TypeError, ArithmeticError, IndexError, AssertionError)):
         return None
@@ -108,16 +94,15 @@ def outside_ours(error: BaseException, trust: Sequence[str] = ()) -> str | None:
 
     None where Descant's or the user's own code raised it: that is a bug and keeps its traceback.
     """
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    names = [str(frame.f_globals.get("__name__", "")) for frame in frames]
-    if not names or any(_within(name, trust) for name in names) or not isinstance(error, Exception):
+    frames = _frames(error)
+    if any(within(name, trust) for name, *_ in frames):
         return None
-    if _within(names[-1], ("descant",)) and not isinstance(error, ArithmeticError):
+    if within(_raiser(error), ("descant",)) and not isinstance(error, ArithmeticError):
         return None
     if not isinstance(error, (ValueError, RuntimeError, TypeError, ArithmeticError, IndexError)):
         return None
-    for frame, name in reversed(list(zip(frames, names, strict=True))):
-        if _within(name, ("descant",)) and not _within(name, _ENTRY):
+    for name, frame, _ in reversed(frames):
+        if _is_part(name):
             owner = type(frame.f_locals["self"]).__name__ if "self" in frame.f_locals else name
             return f"{owner} ({name}.{frame.f_code.co_name}): {_worded(error)}; --debug shows more"
     return None
@@ -139,14 +124,10 @@ def outside(error: BaseException) -> str | None:
         return None
     if isinstance(error, OSError) and error.filename is not None:
         return one_line(error)
-    met = ""
-    for frame, number in traceback.walk_tb(error.__traceback__):
-        name = str(frame.f_globals.get("__name__", ""))
-        if _within(name, ("descant",)) and not _within(name, _ENTRY):
-            met = f" (met by {name}:{number})"
+    places = [f" (met by {name}:{number})" for name, _, number in _frames(error) if _is_part(name)]
     line = one_line(error)
     line = line if isinstance(error, OSError | RecursionError | MemoryError) else f"{type(error).__name__}: {line}"
-    return f"{line}{met}; --debug shows more"
+    return f"{line}{places[-1] if places else ''}; --debug shows more"
 
 
 def _network(message: str) -> str:
@@ -168,9 +149,9 @@ def misfit(error: BaseException, model: nn.Module, trust: Sequence[str] = ()) ->
     The user's own classes keep their traceback.
     """
     parts = {id(module): (name, type(module).__name__) for name, module in model.named_modules() if name}
-    part, frames = None, list(traceback.walk_tb(error.__traceback__))
-    for frame, _ in frames:
-        if _within(str(frame.f_globals.get("__name__", "")), trust):
+    part = None
+    for name, frame, _ in _frames(error):
+        if within(name, trust):
             return None
         if frame.f_code.co_name == "forward":
             part = parts.get(id(frame.f_locals.get("self")), part)
@@ -182,8 +163,8 @@ def misfit(error: BaseException, model: nn.Module, trust: Sequence[str] = ()) ->
 def _unlike(error: BaseException) -> str | None:
     """The first difference between a checkpoint and the model, out of torch's message."""
     lines = [line.strip() for line in str(error).splitlines()]
-    found = re.match(r"Error\(s\) in loading state_dict for (\w+)", lines[0]) if lines else None
-    if found is None or type(error) is not RuntimeError:
+    recipe = re.match(r"Error\(s\) in loading state_dict for (\w+)", lines[0]) if lines else None
+    if recipe is None or type(error) is not RuntimeError:
         return None
     shapes, others = [], []
     for line in lines[1:]:
@@ -197,7 +178,7 @@ def _unlike(error: BaseException) -> str | None:
             others += [f"{key} is in the file, and the model has no such key" for key in keys]
     differing = shapes + others or lines[1:] or ["no key fits"]
     more = f" (and {len(differing) - 1} more differ)" if len(differing) > 1 else ""
-    return f"the checkpoint does not have the weights of this {found[1]}: {differing[0]}{more}"
+    return f"the checkpoint does not have the weights of this {recipe[1]}: {differing[0]}{more}"
 
 
 def _root(error: BaseException) -> BaseException:
@@ -208,15 +189,23 @@ def _root(error: BaseException) -> BaseException:
 
 
 def _raiser(error: BaseException) -> str:
-    frames = list(traceback.walk_tb(error.__traceback__))
-    return str(frames[-1][0].f_globals.get("__name__", "")) if frames else ""
+    """The module that raised an error."""
+    return _frames(error)[-1][0] if error.__traceback__ else ""
 
 
-def _within(name: str, packages: Sequence[str]) -> bool:
-    return any(name == package or name.startswith(package + ".") for package in packages)
+def _frames(error: BaseException) -> list[tuple[str, FrameType, int]]:
+    """Module, frame and line of each call in the traceback, the innermost last."""
+    calls = traceback.walk_tb(error.__traceback__)
+    return [(str(frame.f_globals.get("__name__", "")), frame, number) for frame, number in calls]
 
 
-def _shorten(message: str) -> str:
+def _is_part(module: str) -> bool:
+    """Whether a module is one of Descant's parts, which an error line may name."""
+    return within(module, ("descant",)) and not within(module, _ENTRY)
+
+
+def parse_fault(message: str) -> str:
+    """The cause out of a parser's long message about a union."""
     lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
     # on the command line the parser takes no null for a nested part
     inner = re.search(r"Given value: NestedArg\(key='([^']+)', val=None\)", message)

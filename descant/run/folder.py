@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
+from itertools import count
 
 import lightning as L
 
@@ -28,8 +28,10 @@ class Folder(L.Callback):
         file = self.run.folder / "config.yaml"
         if not trainer.is_global_zero or self.began:
             return
-        if file.is_file() and file.read_text(encoding="utf-8") != self.config:
-            _keep(file)  # a run resumed with other settings keeps the earlier ones
+        if file.is_file() and (earlier := file.read_text(encoding="utf-8")) != self.config:
+            # a run resumed with other settings keeps the earlier ones, as config.1.yaml
+            copies = (file.with_name(f"{file.stem}.{number}{file.suffix}") for number in count(1))
+            write_text(next(copy for copy in copies if not copy.exists()), earlier)
         write_text(file, self.config)
         digest = {CONFIG_SUM: hashlib.sha256(self.config.encode()).hexdigest()}
         write_json(self.run.folder / "versions.json", versions() | digest)
@@ -48,10 +50,3 @@ class Folder(L.Callback):
 
     def on_predict_batch_end(self, *_: object) -> None:
         self.began = True
-
-
-def _keep(file: Path) -> None:
-    number = 1
-    while (copy := file.with_name(f"{file.stem}.{number}{file.suffix}")).exists():
-        number += 1
-    write_text(copy, file.read_text(encoding="utf-8"))

@@ -21,6 +21,8 @@ import yaml
 from descant.cli.catalogue import made_by
 from descant.cli.errors import fail, hint, one_line, say
 from descant.cli.errors import printable as clean
+from descant.cli.schema import names_class
+from descant.cli.trust import within
 from descant.cli.untrusted import json_of, text_of
 from descant.modules.io import renamed
 from descant.modules.io.checkpoints import followed
@@ -212,12 +214,7 @@ def _configuration(text: str) -> tuple[dict[str, object], dict[str, str]]:
     flat = {key: value for key, value in every if value is not None}
     checkpoints = [key for key, value in flat.items() if value == "ModelCheckpoint" and key.startswith(_CALLBACKS)]
     monitored = {str(flat[f"{k}.monitor"]): str(flat.get(f"{k}.mode")) for k in checkpoints if f"{k}.monitor" in flat}
-    return {key: value for key, value in flat.items() if not _free(key)}, monitored
-
-
-def _free(key: str) -> bool:
-    plain = re.sub(r"#\d+", "", key)
-    return any(plain == free or plain.startswith(f"{free}.") for free in _NO_SETTINGS)
+    return {k: value for k, value in flat.items() if not within(re.sub(r"#\d+", "", k), _NO_SETTINGS)}, monitored
 
 
 def _flat(value: object, path: str = "") -> Iterator[tuple[str, object]]:
@@ -231,7 +228,7 @@ def _flat(value: object, path: str = "") -> Iterator[tuple[str, object]]:
     if isinstance(value, tuple | set):  # YAML's !!pairs, !!omap and !!set
         value = list(value)
     if isinstance(value, dict):
-        if _is_class(value):
+        if names_class(value):
             yield path, Class(_class(value))
             value = value.get("init_args")
             if not isinstance(value, dict):
@@ -240,7 +237,7 @@ def _flat(value: object, path: str = "") -> Iterator[tuple[str, object]]:
             yield path, None
         for key, inner in value.items():
             yield from _flat(inner, clean(f"{path}.{key}" if path else key))
-    elif isinstance(value, list) and value and all(map(_is_class, value)):
+    elif isinstance(value, list) and value and all(map(names_class, value)):
         names = [_class(item) for item in value]
         if path != _CALLBACKS:  # whose order does not matter
             yield path, clean(", ".join(names))
@@ -254,19 +251,15 @@ def _flat(value: object, path: str = "") -> Iterator[tuple[str, object]]:
         yield path, value if value is None or isinstance(value, bool | int | float) else clean(value)
 
 
-def _is_class(node: object) -> bool:
-    return isinstance(node, dict) and isinstance(node.get("class_path"), str)
-
-
 def _class(node: Mapping[str, object]) -> str:
     return renamed.current(clean(node["class_path"]).rpartition(".")[2])
 
 
-def group(found: Iterable[Run]) -> list[Group]:
+def group(runs_: Iterable[Run]) -> list[Group]:
     """Groups in the order of their first run; of two runs with one seed the later counts, with a notice."""
     groups: dict[frozenset[tuple[str, object]], Group] = {}
     duplicates = []
-    for run in found:
+    for run in runs_:
         members = groups.setdefault(frozenset(run.settings.items()), Group({})).runs
         seed = run.name if run.seed is None else run.seed
         if seed in members:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from descant.cli.errors import fail, hint
+from descant.cli.schema import names_class
 from descant.cli.signatures import find_class
 from descant.datamodules.fields.fields import AudioField
 from descant.modules.adaptation.lora import Lora
@@ -46,7 +47,7 @@ def only(model: Node, keep: Sequence[str]) -> Node:
     if adapt:
         arguments["adapt"] = [part for part in adapt if (part.get("init_args") or {}).get("towers") != []]
     for key, value in arguments.items():  # parts of a dropped modality
-        if _is_class(value) and (value.get("init_args") or {}).get("modality") in dropped(model, keep):
+        if names_class(value) and (value.get("init_args") or {}).get("modality") in dropped(model, keep):
             arguments[key] = None
     return {**model, "init_args": arguments}
 
@@ -88,11 +89,12 @@ def _carried(
         module = inner if isinstance(inner, nn.Module) else None
     arguments = dict(node.get("init_args") or {})
     for key, value in arguments.items():
-        if _is_class(value):
+        if names_class(value):
             spec, child = _released(value, module, key)
             arguments[key] = _carried(spec, child, folder, (*path, key), tokenizer)
         elif isinstance(value, list):
-            arguments[key] = [_carried(v, None, folder, (*path, key), tokenizer) if _is_class(v) else v for v in value]
+            place = (*path, key)
+            arguments[key] = [_carried(v, None, folder, place, tokenizer) if names_class(v) else v for v in value]
     if isinstance(module, TransformersTower):
         arguments = _transformers(module, folder, _tower_name(path), tokenizer)
     else:
@@ -123,10 +125,6 @@ def _without_file(cls: type, key: str, value: Any) -> Any:
 def _is_path(cls: Any, key: str) -> bool:
     hint = get_type_hints(cls.__init__).get(key)
     return any(inspect.isclass(part) and issubclass(part, Path) for part in (hint, *get_args(hint)))
-
-
-def _is_class(value: object) -> bool:
-    return isinstance(value, Mapping) and isinstance(value.get("class_path"), str)
 
 
 def _child(module: nn.Module | None, key: str) -> nn.Module | None:

@@ -143,7 +143,7 @@ class Ranks:
         except self.agreed:
             raise
         except Exception as error:
-            if connection_lost(error):  # the rank that is gone failed first and knows the cause
+            if connection_lost(error):  # the rank that is gone failed first and has the cause
                 if _lines is not None:
                     time.sleep(CAUSE + GRACE)  # the parent process ends this one
                 elif launcher.procs:

@@ -6,6 +6,7 @@ read a note that rank 0 leaves beside the runs.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import yaml
@@ -60,18 +62,13 @@ def require_name(name: str) -> None:
         Refusal: with the nearest valid name.
     """
     parts = name.split("/")
-    why = (
-        "not printable"
-        if not name.isprintable()
-        else "not a relative path below --runs DIR"
-        if Path(name).is_absolute() or any(part in ("", ".", "..") for part in parts)
-        else "longer than 200 bytes"
-        if any(len(part.encode(errors="replace")) > _LONGEST for part in parts)
-        else "reserved"
-        if parts[-1] in (LATEST, "metrics.json") or _NUMBER.fullmatch(parts[-1])
-        else None
-    )
-    if why is not None:
+    faults = {
+        "not printable": not name.isprintable(),
+        "not a relative path below --runs DIR": Path(name).is_absolute() or not {"", ".", ".."}.isdisjoint(parts),
+        "longer than 200 bytes": any(len(part.encode(errors="replace")) > _LONGEST for part in parts),
+        "reserved": parts[-1] in (LATEST, "metrics.json") or _NUMBER.fullmatch(parts[-1]),
+    }
+    if (why := next((line for line, holds in faults.items() if holds), None)) is not None:
         valid = re.sub(r"[^\w.,=+-]+", "-", Path(name).name).strip("-.")[:_LONGEST]
         valid = f"run-{valid}" if valid.isdecimal() or valid in ("", LATEST, "metrics.json") else valid
         fail(f"--name {printable(name)[:_LONGEST]}: {why}; nearest: {valid}")
@@ -169,23 +166,17 @@ def allocate(parent: Path, prefix: str = "", checkpoint: str | None = None) -> R
         Refusal: if the folder cannot be written.
     """
     try:
-        return _allocate(parent, prefix, checkpoint)
+        parent.mkdir(parents=True, exist_ok=True)
+        taken = [p.name.removeprefix(prefix) for p in parent.iterdir() if p.name.startswith(prefix)]
+        first = max((int(n) for n in taken if _NUMBER.fullmatch(n)), default=0) + 1
+        for number in count(first):  # another process may have taken the number: mkdir decides
+            folder = parent / f"{prefix}{number:03d}"
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                break
     except OSError as error:
         fail(f"{parent}: a run cannot be written there: {error.strerror}")
-
-
-def _allocate(parent: Path, prefix: str, checkpoint: str | None) -> Run:
-    parent.mkdir(parents=True, exist_ok=True)
-    taken = [p.name.removeprefix(prefix) for p in parent.iterdir() if p.name.startswith(prefix)]
-    number = max((int(n) for n in taken if _NUMBER.fullmatch(n)), default=0) + 1
-    while True:  # another process may have taken the number: mkdir decides
-        folder = parent / f"{prefix}{number:03d}"
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            number += 1
-        else:
-            return Run(folder.resolve(), fresh=True, checkpoint=checkpoint)
+    return Run(folder.resolve(), fresh=True, checkpoint=checkpoint)
 
 
 def latest(root: Path, name: str) -> Path | None:
@@ -237,13 +228,10 @@ def newest_point(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
 def point(folder: Path) -> None:
     """Update ``latest`` and the link ``metrics.json`` beside a run, each atomically."""
     write_text(folder.parent / LATEST, f"{folder.name}\n")  # not a link: see followed
-    _link(folder.parent / "metrics.json", f"{folder.name}/metrics.json")
-
-
-def _link(link: Path, target: str) -> None:
+    link = folder.parent / "metrics.json"
     scratch = link.with_name(f".{link.name}.{os.getpid()}")
     scratch.unlink(missing_ok=True)
-    scratch.symlink_to(target)
+    scratch.symlink_to(f"{folder.name}/metrics.json")
     os.replace(scratch, link)
 
 

@@ -21,10 +21,10 @@ def versions() -> dict[str, object]:
     """Git revision and state of the checkout, package versions, Python, machine, threads."""
     import torch
 
-    revision, dirty = _git()
+    here = code()
     return {
-        "revision": revision,
-        "dirty": dirty,
+        "revision": here["revision"],
+        "dirty": here["dirty"],
         "packages": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from descant.cli.catalogue import run_name
+from descant.cli.dump import COMMANDS
 from descant.cli.errors import Refusal, fail, hint, one_line
 from descant.cli.options import Options
 from descant.cli.untrusted import json_of
@@ -54,7 +55,6 @@ Options:
   --setup LINE                 a line for the script, such as 'module load cuda'; may be repeated
   --sbatch OPTION=VALUE        any other option of sbatch; may be repeated
   --dry-run                    print the script, write nothing, submit nothing"""
-_COMMANDS = ("fit", "validate", "test", "predict")
 #: sbatch options that the script sets itself -> the option of submit, if any.
 _OURS = {key: f"--{key}" for key in ("nodes", "gpus-per-node", "cpus-per-task", "array", "time", "mem")}
 _OURS |= {"ntasks-per-node": "--tasks-per-node", "signal": "--signal-before", "dependency": "--after"}
@@ -259,8 +259,8 @@ def _folder(stage: Sequence[str], given: argparse.Namespace, tasks: list[dict[st
     Each value of an array is tried once, with the first values of the other keys.
     """
     command, *args = stage
-    if command not in _COMMANDS:
-        fail(f"submit: {command}: only {', '.join(_COMMANDS)} can be submitted{hint(command, _COMMANDS, most=0)}")
+    if command not in COMMANDS:
+        fail(f"submit: {command}: only {', '.join(COMMANDS)} can be submitted{hint(command, COMMANDS, most=0)}")
     for key in ("trainer.num_nodes", "trainer.devices", "resume"):
         for token in args:
             if token.partition("=")[0] == f"--{key}":
@@ -283,10 +283,10 @@ def _composed(command: str, args: Sequence[str]) -> tuple[dict[str, Any], str]:
     """Resolved configuration of a command, and the name of its run."""
     import yaml
 
-    from descant.cli.arguments import read, with_own
+    from descant.cli.arguments import read, with_run_config
     from descant.cli.main import run
 
-    request = with_own(read(command, [*args, "--print_config"]))
+    request = with_run_config(read(command, [*args, "--print_config"]))
     with redirect_stdout(io.StringIO()) as out:
         run(request)
     config: dict[str, Any] = yaml.safe_load(out.getvalue())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from descant.cli import dump
@@ -76,28 +76,29 @@ def main(args: Sequence[str]) -> int:
         _check(request, point)
     words = _words(fit_args)
     folder = Path(request.option("runs") or "runs") / "sweeps" / f"{run_name(request.configs[0])}-{_digest(request)}"
-    every = [(point, seed) for seed in seeds for point in points]
-    tasks = [_task(words, folder, point, seed) for point, seed in every]
+    every = {
+        f"{_label(point)},seed={seed}": point | {"seed_everything": str(seed)} for seed in seeds for point in points
+    }
     queued = set() if given.slurm is not None and "--dry-run" in given.slurm else submit.waiting(folder)
-    todo = [task for task in tasks if not _mark(task).exists()]  # after the queue: a task that ends is marked first
+    # after the queue: a task that ends is marked first
+    todo = {name: options for name, options in every.items() if not (folder / f"{name}.done").exists()}
     if given.slurm is not None and todo:
-        missing = [one for one, task in zip(every, tasks, strict=True) if task in todo]
-        return _submit(given.slurm, missing, queued, len(tasks), words, folder)
-    with_slurm = sorted(_names(todo) & queued)
+        return _submit(given.slurm, todo, queued, len(every), words, folder)
+    with_slurm = sorted(todo.keys() & queued)
     if with_slurm:
         fail(f"sweep: {with_slurm[0]} is in SLURM's queue: the same command with --slurm shows the progress")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"sweep: --runs {folder.parent.parent}: runs cannot be written there: {error.strerror}")
-    say(f"sweep: {len(tasks)} runs, {len(tasks) - len(todo)} done, {given.jobs} at a time, in {folder}")
+    say(f"sweep: {len(every)} runs, {len(every) - len(todo)} done, {given.jobs} at a time, in {folder}")
     try:
-        run_beside(todo, given.jobs, _done)
+        run_beside([_task(words, folder, name, options) for name, options in todo.items()], given.jobs, _done)
     except KeyboardInterrupt:
         say("sweep: interrupted; the same command continues")
         return INTERRUPTED
     metrics = ["--metrics", given.metrics] if given.metrics else []
-    return compare.main([f"{name}/*" for name in sorted(_names(tasks))] + [*metrics, "--runs", str(folder)])
+    return compare.main([f"{name}/*" for name in sorted(every)] + [*metrics, "--runs", str(folder)])
 
 
 def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -174,34 +175,20 @@ def _label(point: dict[str, str]) -> str:
     return plain if len(plain) <= 120 else f"{plain[:111]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def _name(point: dict[str, str], seed: int) -> str:
-    return f"{_label(point)},seed={seed}"
-
-
-def _task(words: Sequence[str], folder: Path, point: dict[str, str], seed: int) -> Task:
-    label = _name(point, seed)
-    options = [f"--{key}={value}" for key, value in point.items()]
-    options += [f"--seed_everything={seed}", f"--runs={folder}", f"--name={label}", "--resume=auto"]
-    return Task(f"sweep: {label}", ("fit", *words, *options), folder / f"{label}.log")
-
-
-def _names(tasks: Sequence[Task]) -> set[str]:
-    return {task.log.name.removesuffix(".log") for task in tasks}
-
-
-def _mark(task: Task) -> Path:
-    """The file that marks a successful run."""
-    return task.log.with_suffix(".done")
+def _task(words: Sequence[str], folder: Path, name: str, options: Mapping[str, str]) -> Task:
+    options = {**options, "runs": str(folder), "name": name, "resume": "auto"}
+    fit = ("fit", *words, *(f"--{key}={value}" for key, value in options.items()))
+    return Task(f"sweep: {name}", fit, folder / f"{name}.log")
 
 
 def _done(task: Task, seconds: float) -> None:
-    write_text(_mark(task), "")
+    write_text(task.log.with_suffix(".done"), "")  # marks a successful run
     say(f"{task.label}: done ({seconds:.0f} s)")
 
 
 def _submit(
     options: str,
-    missing: Sequence[tuple[dict[str, str], int]],
+    missing: Mapping[str, Mapping[str, str]],
     queued: set[str],
     total: int,
     words: Sequence[str],
@@ -215,13 +202,13 @@ def _submit(
     for word in given:
         if word.partition("=")[0] in ("--array", "--"):
             fail(f"sweep: --slurm {word}: sweep sets it itself; leave it out")
-    todo = [(point, seed) for point, seed in missing if _name(point, seed) not in queued]
+    todo = {name: settings for name, settings in missing.items() if name not in queued}
     say(
         f"sweep: {total} runs, {total - len(missing)} done, {len(missing) - len(todo)} queued, "
         f"{len(todo)} to submit, in {folder}"
     )
     if todo:
-        tasks = [_where(folder, _name(point, seed)) | point | {"seed_everything": str(seed)} for point, seed in todo]
+        tasks = [{**_where(folder, name), **settings} for name, settings in todo.items()]
         submit.array(given, ("fit", *words, f"--runs={folder}"), tasks, folder, f"descant sweep --slurm {options!r}")
     say("sweep: the same command resubmits lost runs, and shows the table when all have ended")
     return 0

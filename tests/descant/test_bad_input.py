@@ -384,7 +384,7 @@ def test_ranks_refuse_a_taken_port_before_they_start(
     assert line.startswith("MASTER_PORT ") and "in use on this machine" in line and not list(Path("runs").glob("*/0*"))
 
 
-def test_what_torch_says_of_a_port_is_one_line() -> None:
+def test_torch_errors_about_a_port_are_one_line() -> None:
     class DistNetworkError(RuntimeError):
         pass
 
@@ -417,7 +417,7 @@ def test_the_account_of_a_parser_is_key_fault_and_value(text: str) -> None:
     assert faults.parse_fault(text) == ACCOUNTS[text]
 
 
-def test_errors_of_files_are_told_with_their_place_and_others_keep_their_traceback() -> None:
+def test_errors_of_files_are_one_line_with_their_place_and_others_keep_their_traceback() -> None:
     assert one_line(PermissionError(13, "Permission denied", "a.yaml")) == "a.yaml: Permission denied"
     assert one_line(RecursionError("maximum recursion depth exceeded")) == "nested too deeply"
     assert one_line(MemoryError()) == "out of memory"
@@ -536,5 +536,5 @@ NEAR = {
 
 
 @pytest.mark.parametrize("words", quick(NEAR, 3))
-def test_a_near_miss_is_told_what_was_meant(typed: Callable[..., Result], words: str) -> None:
+def test_a_near_miss_names_the_nearest(typed: Callable[..., Result], words: str) -> None:
     assert typed(*words.split()).refusal.endswith(f"; nearest: {NEAR[words]}")

@@ -168,7 +168,7 @@ def over(cli: Cli, workplace: Path, text: str, *words: str) -> str:
 
 
 @pytest.mark.parametrize("text", quick([*CALLABLE, *MODULE, *PATH, *FORMAT, *YAML], 3))
-def test_a_file_says_it_in_vain(cli: Cli, workplace: Path, text: str) -> None:
+def test_a_file_cannot_set_it(cli: Cli, workplace: Path, text: str) -> None:
     line = over(cli, workplace, text)
     assert line.startswith(("x.yaml:", "passwd:", "/etc/passwd:", "../outside.yaml", "model", "class_path "))
 

@@ -26,7 +26,7 @@ from descant.modules.adaptation.quantize import bitsandbytes
 LIST = yaml.safe_load((Path(__file__).parent / "reach.yaml").read_text())
 #: Whether what is installed is what was listed: of another version arguments may be new, and are no fault of ours.
 LISTED = all(version(name).partition("+")[0] == str(told) for name, told in LIST["versions"].items())
-GUARDED = "a file may say it only with --trust (descant/cli/trust.py, guard)"
+GUARDED = "a file may set it only with --trust (descant/cli/trust.py, guard)"
 DATA = "a local file or folder that is read as data; tensors and texts, without code"
 
 
@@ -77,7 +77,7 @@ def test_every_reason_is_of_an_argument_that_is_there(written_content: dict[str,
     assert sorted({key for keys in LIST["arguments"].values() for key in keys} - there) == []
 
 
-def test_what_is_said_to_be_guarded_is(written_content: dict[str, Any]) -> None:
+def test_what_is_listed_as_guarded_is(written_content: dict[str, Any]) -> None:
     """A path elsewhere, an address, a package's hash, an upload: each is refused where a file says it."""
     bad: dict[str, Any] = {
         "accept": ["aa"],

@@ -169,7 +169,7 @@ def test_a_checkpoint_names_no_class_to_build(toy: Cli, workplace: Path, sentine
     assert not sentinel.exists() and "sentinel" not in sys.modules
 
 
-#: What a file may not say by itself -> the word of --trust that allows it. Each is laid over toy.yaml.
+#: What a file may not set by itself -> the word of --trust that allows it. Each is laid over toy.yaml.
 GUARDED = {
     "trainer: {default_root_dir: /tmp/elsewhere}": "writes",
     "trainer: {default_root_dir: ../elsewhere}": "writes",
@@ -213,7 +213,7 @@ def test_a_file_may_not_write_elsewhere_nor_run_commands(toy: Cli, workplace: Pa
     assert sorted(workplace.rglob("*")) == before
 
 
-def test_nor_by_a_sub_file_for_a_class_that_only_the_parser_knows(toy: Cli, workplace: Path) -> None:
+def test_nor_by_a_sub_file_for_a_class_that_only_the_parser_resolves(toy: Cli, workplace: Path) -> None:
     (workplace / "sub.yaml").write_text("class_path: tests.toys.Unwritten\ninit_args: {dirpath: /tmp/elsewhere}\n")
     (workplace / "over.yaml").write_text("trainer: {callbacks+: sub.yaml}")
     line = toy("check", "--config", "over.yaml").refusal

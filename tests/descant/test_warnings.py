@@ -54,7 +54,7 @@ def test_a_sound_run_is_silent(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize("case", quick(ABSURD, 3))
-def test_an_absurd_run_is_told_in_one_line(cli: Cli, case: str) -> None:
+def test_an_absurd_run_is_one_line(cli: Cli, case: str) -> None:
     Path("same.yaml").write_text(SAME)
     Path("frozen.py").write_text(FROZEN)
     options, line = ABSURD[case]
@@ -63,7 +63,7 @@ def test_an_absurd_run_is_told_in_one_line(cli: Cli, case: str) -> None:
     assert len(lines) == 1 and line in lines[0], lines
 
 
-def test_what_is_meant_is_not_told(cli: Cli) -> None:
+def test_what_is_meant_is_not_reported(cli: Cli) -> None:
     meant = "{class_path: Sanity, init_args: {meant: [validation]}}"
     words = ("--config=contrastive/emoji", *SOUND, "--trainer.check_val_every_n_epoch=1000", "--trainer.callbacks+")
     assert told(cli("check", *words, meant)) == []

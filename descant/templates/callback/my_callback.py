@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from descant.modules.core.capabilities import require
 from descant.modules.core.protocols import HasTowers
 from descant.modules.training_setup.trainer import log_interval
 
@@ -22,8 +23,8 @@ class MyCallback(L.Callback):
         n_m = sqrt(sum over parameters p of tower m of |dL/dp|^2)
         share/m = n_m / sum over the M towers of n
 
-    A share near 0 means that this modality hardly learns any more. Only what a protocol promises is asked of the
-    recipe, so the callback works with every recipe that has it: here ``towers``, one module a modality.
+    A share near 0 means that this modality hardly learns any more. The callback works with every recipe that has the
+    protocol HasTowers: ``towers``, one module a modality.
 
     Args:
         prefix: of the names that are logged.
@@ -32,16 +33,14 @@ class MyCallback(L.Callback):
         ValueError: at setup, if the recipe lacks the protocol HasTowers.
     """
 
-    #: Given twice (by an experiment and an overlay), the last one counts.
+    #: Listed twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(self, prefix: str = "share") -> None:
         self.prefix = prefix
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if not isinstance(pl_module, HasTowers):
-            lacks = f"{type(pl_module).__name__} lacks it"
-            raise ValueError(f"{type(self).__name__} needs the protocol HasTowers (towers by modality); {lacks}")
+        require(self, pl_module, HasTowers)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         if (trainer.global_step + 1) % log_interval(trainer):

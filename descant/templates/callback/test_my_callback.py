@@ -86,6 +86,6 @@ def test_training_does_not_see_it() -> None:
 
 
 def test_a_recipe_without_towers_is_refused_in_one_line() -> None:
-    line = r"MyCallback needs the protocol HasTowers \(towers by modality\); Bare lacks it"
+    line = r"MyCallback needs the protocol HasTowers \(towers\); Bare lacks it"
     with pytest.raises(ValueError, match=line):
         fit(Bare(), MyCallback())

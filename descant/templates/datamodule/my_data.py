@@ -75,10 +75,10 @@ def read(file: Path) -> Corpus:
     return Corpus(arrays["image"], arrays["text"].astype(np.int64), arrays["label"])
 
 
-def draw(n: int, seed: int = 0, size: int = 16) -> Corpus:
+def synthetic(n: int, seed: int = 0, size: int = 16) -> Corpus:
     """``n`` images of a coloured square on a 4 x 4 board, with texts like "red 3 1" and "red"; one in ten has none.
 
-    >>> corpus = draw(4)
+    >>> corpus = synthetic(4)
     >>> corpus.image.shape, corpus.text.shape, corpus.text[0].tolist()
     ((4, 3, 16, 16), (4, 2, 3), [[4, 6, 9], [4, 0, 0]])
     """
@@ -101,7 +101,7 @@ class Pairs(BatchDataset):
     Args:
         corpus: of all samples. row_N: which of them are in this set.
         seed: of everything random about a sample.
-        random: draw one of a sample's texts at each visit; else the first is read.
+        random: sample one of a sample's texts at each visit; else the first is read.
         drop: modality -> probability that a present sample is made absent.
     """
 
@@ -149,9 +149,9 @@ class MyData(DataModule):
         eval_batch_size: rows of an evaluation batch on each rank.
         num_workers: processes that read ahead; the corpus is in memory, so 0 is best.
         drop: modality -> probability that a training sample is made absent.
-        tiny: a few drawn samples, for tests and for `check`.
-        file: the ``.npz``; 2,000 drawn pictures where not given.
-        size: pixels of the pictures that towers see.
+        tiny: a few synthetic samples, for tests and for `check`.
+        file: the ``.npz``; 2,000 synthetic images by default.
+        size: pixels of the images that towers see.
     """
 
     def __init__(
@@ -174,8 +174,8 @@ class MyData(DataModule):
     @cached_property
     def corpus(self) -> Corpus:
         if self.tiny:
-            return draw(200)
-        return read(Path(self.file)) if self.file else draw(2000)
+            return synthetic(200)
+        return read(Path(self.file)) if self.file else synthetic(2000)
 
     @cached_property
     def part_N(self) -> np.ndarray:

@@ -9,43 +9,41 @@ Claim: in one sentence, what the method does that its baseline does not; the exp
 
 What differs from CLIP (Radford 2021): the term ``align``; its weight lies in 0..1 and takes no gradient.
 Source: arXiv 2103.00020 (CLIP); name the paper of the rest.
-Letters: B samples, D width, R rows that are present.
+Letters: B samples, D width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from typing import Any
 
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output
 from descant.modules.losses import ContrastiveLoss, InfoNCE
 from descant.modules.towers import Towers
-from descant.modules.towers.heads import MeanPool, Projection
-from descant.recipes import Recipe
+from descant.recipes.base.shared_space import SharedSpace
 
 MODALITIES = ("image", "text")
 TERMS = ("contrast", "align")
 
 
-class MyRecipe(Recipe):
+class MyRecipe(SharedSpace):
     """InfoNCE between images and texts, and a focal alignment term.
 
-    Every term is one value a sample: the base averages them over the step, and callbacks weigh them. Their fixed
-    coefficients are the base's ``mix``, such as ``--model.mix '{align: 0.5}'``.
+    The base has towers, pools and heads, runs them on present samples only, and averages each term, one value a
+    sample, over the step. Fixed coefficients of terms are its ``mix``, such as ``--model.mix '{align: 0.5}'``.
 
     Args:
         towers: one for image and one for text.
         width: D of the shared space.
         focus: exponent of the weight of ``align``; 0 weighs all pairs alike.
-        loss: the contrast of the pairs; InfoNCE where not given.
+        loss: contrastive loss of the pairs; InfoNCE by default.
 
     Raises:
-        ValueError: if a tower is missing or ``focus`` is negative; in ``terms``, if the data lacks a modality.
+        ValueError: if a tower is missing or ``focus`` is negative; in ``forward``, if the data lacks a modality.
     """
 
     #: Negatives are the other samples of the batch: accumulating small batches would change the method.
@@ -57,38 +55,15 @@ class MyRecipe(Recipe):
         width: int = 128,
         focus: float = 1.0,
         loss: ContrastiveLoss | None = None,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)  # type: ignore[arg-type]  # optimizer, schedule and the rest: the base's own
+        super().__init__(towers, width, **kwargs)
         missing = [m for m in MODALITIES if m not in towers]
         if missing:
             raise ValueError(f"towers: no tower for {missing[0]!r}; it takes {' and '.join(MODALITIES)}")
         if focus < 0:
             raise ValueError(f"focus {focus}: at least 0, which weighs all pairs alike")
-        self.towers, self.focus = towers, focus
-        self.pool = MeanPool()
-        self.heads = nn.ModuleDict({m: Projection(towers.width(m), width) for m in MODALITIES})
-        self.loss = loss or InfoNCE()
-
-    def project(self, x: Tensor, modality: str) -> Tensor:
-        """``[R, ...] -> z_RD`` of unit length."""
-        h_RD = self.pool(self.towers[modality](x))
-        return F.normalize(self.heads[modality](h_RD).float(), dim=-1)  # float32: half precision is too coarse
-
-    def present(self, batch: Batch, modality: str) -> Tensor:
-        """``z_BD``: the tower runs on present rows; the others are zero."""
-        x, present_B = batch.inputs[modality], batch.present[modality]
-        # at least one row a chunk, of zeros if need be, so that backward reaches the same parameters on every rank
-        rows_R = (~present_B).int().argsort(stable=True)[: max(int(present_B.sum()), self.step.chunks)]
-        absent_R, x_R = ~present_B[rows_R], x[rows_R]
-        x_R[absent_R] = 0
-        z_RD = self.step.chunked(partial(self.project, modality=modality), x_R, self.towers[modality])
-        z_RD = z_RD.masked_fill(absent_R[:, None], 0.0)
-        return z_RD.new_zeros(len(batch), z_RD.shape[1]).index_put((rows_R,), z_RD)
-
-    def embed(self, batch: Batch) -> dict[str, Tensor]:
-        """Embeddings for evaluation and ``descant predict``: of the modalities in this batch."""
-        return {m: self.present(batch, m) for m in MODALITIES if m in batch.inputs}
+        self.focus, self.loss = focus, loss or InfoNCE()
 
     @property
     def forks(self) -> Mapping[str, tuple[str, ...]]:

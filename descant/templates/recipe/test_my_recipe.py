@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from descant.modules.core.batch import Batch
-from descant.modules.core.protocols import Embeds, ForksFeatures, HasObjective, HasTowers
 from descant.modules.evaluation.metrics import retrieval_ranks
 from descant.modules.losses import InfoNCE
 from descant.modules.towers import Tokens, Tower, Towers
@@ -29,9 +28,9 @@ class Line(Tower):
         return Tokens(self.linear(x)[:, None], torch.ones(len(x), 1, dtype=torch.bool))
 
 
-def recipe(focus: float = 1.0, chunks: int = 1) -> MyRecipe:
+def recipe(focus: float = 1.0) -> MyRecipe:
     torch.manual_seed(0)
-    return MyRecipe(Towers(image=Line(8), text=Line(6)), width=8, focus=focus, chunks=chunks)
+    return MyRecipe(Towers(image=Line(8), text=Line(6)), width=8, focus=focus)
 
 
 def pairs(rows: int, seed: int = 0) -> Batch:
@@ -43,27 +42,20 @@ def pairs(rows: int, seed: int = 0) -> Batch:
 
 
 def gradients(model: MyRecipe, batch: Batch) -> dict[str, Tensor]:
-    model.zero_grad()
     model.step(model.terms(batch), batch).total.backward()
-    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
 
 
 def test_align_by_hand() -> None:
-    """The same, a right angle, opposite: squared distances 0, 2, 4."""
-    z_a_BD = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.6, 0.8]])
+    """The same, a right angle, opposite: squared distances 0, 2, 4; the weight takes no gradient."""
+    z_a_BD = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.6, 0.8]], requires_grad=True)
     z_b_BD = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-0.6, -0.8]])
     for focus, wanted in ((0.0, [1.0, 1.0, 1.0]), (1.0, [0.0, 0.5, 1.0]), (3.0, [0.0, 0.125, 1.0])):
         value_B, weight_B = align(z_a_BD, z_b_BD, focus)
         torch.testing.assert_close(value_B, torch.tensor([0.0, 2.0, 4.0]))
         torch.testing.assert_close(weight_B, torch.tensor(wanted))
-
-
-def test_the_weight_takes_no_gradient() -> None:
-    z_a_BD = torch.tensor([[1.0, 0.0]], requires_grad=True)
-    value_B, weight_B = align(z_a_BD, torch.tensor([[0.0, 1.0]]), focus=1.0)
-    (value_B * weight_B).sum().backward()
-    assert z_a_BD.grad is not None
-    torch.testing.assert_close(z_a_BD.grad, 0.5 * 2 * torch.tensor([[1.0, -1.0]]))  # w * 2 (z_a - z_b)
+        (gradient_BD,) = torch.autograd.grad((value_B * weight_B).sum(), z_a_BD)
+        torch.testing.assert_close(gradient_BD, weight_B[:, None] * 2 * (z_a_BD - z_b_BD).detach())
 
 
 def test_the_loss_is_the_formula() -> None:
@@ -79,7 +71,6 @@ def test_the_loss_is_the_formula() -> None:
 
 
 def test_absent_samples_contribute_exactly_zero() -> None:
-    """Absent rows change no gradient."""
     here_B = torch.tensor([True, True, False, True, False, True])
     batch, small = pairs(6), pairs(6).select(here_B)
     batch.present["text"] = here_B
@@ -88,30 +79,6 @@ def test_absent_samples_contribute_exactly_zero() -> None:
     wanted = gradients(recipe(), small)
     for name, gradient in gradients(recipe(), batch).items():
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6)
-
-
-def test_a_modality_absent_everywhere_gives_zero_and_reaches_every_parameter() -> None:
-    model, batch = recipe(), pairs(6)
-    batch.present["text"] = torch.zeros(6, dtype=torch.bool)
-    batch.inputs["text"][:] = torch.nan
-    batch.step = dict(batch.present)
-    objective = model.step(model.terms(batch), batch)
-    objective.total.backward()
-    assert objective.total.item() == 0.0
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert not parameter.grad.any(), name
-
-
-def test_chunks_change_no_gradient() -> None:
-    """Of six rows, one text is there: fewer than chunks."""
-    batch = pairs(6)
-    batch.present["text"] = torch.arange(6) == 4
-    batch.step = dict(batch.present)
-    wanted = gradients(recipe(), batch)
-    for chunks in (2, 3):
-        for name, gradient in gradients(recipe(chunks=chunks), batch).items():
-            torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6)
 
 
 def test_one_weight_changes_one_samples_gradient() -> None:
@@ -143,11 +110,6 @@ def test_it_learns_what_was_held_out() -> None:
         optimizer.step()
     assert before < 0.15
     assert recall() > 0.6
-
-
-def test_callbacks_know_it() -> None:
-    for protocol in (HasObjective, HasTowers, Embeds, ForksFeatures):
-        assert isinstance(recipe(), protocol), protocol.__name__
 
 
 def test_wrong_input_is_one_line() -> None:

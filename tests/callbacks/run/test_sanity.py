@@ -17,8 +17,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from descant.callbacks.run.sanity import Sanity, _by_rank
 from descant.modules.core.batch import Batch
+from descant.modules.core.capabilities import has
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output
+from descant.modules.core.protocols import RolloutData
 from descant.modules.distill.ranking import RankTarget
 from descant.modules.towers import TextTower
 from descant.modules.training_setup.schedule import WarmupCosine
@@ -134,6 +136,27 @@ def test_one_line_each(tmp_path: Path, capsys: pytest.CaptureFixture[str], case:
     make, kwargs, expected = CASES[case]
     lines = run(tmp_path, capsys, make(), **kwargs)
     assert len(lines) == 1 and expected in lines[0], lines
+
+
+class PlainData(L.LightningDataModule):
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(TensorDataset(torch.randn(8, 2)), batch_size=4)
+
+
+class EqualRewards(PlainData):
+    """Rollouts whose answers all have equal rewards."""
+
+    version, items, group, answer_length, answer_token = 0, 1, 2, 1, 0
+    fresh = asking = rows = renew = spell = entry = staticmethod(lambda *_: None)
+
+
+@pytest.mark.parametrize(("data", "warned"), [(PlainData, True), (EqualRewards, False)])
+def test_zero_gradients_of_equal_rewards_are_no_fault_of_the_loss(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], data: type[PlainData], warned: bool
+) -> None:
+    assert has(data(), RolloutData) != warned
+    lines = late(tmp_path, capsys, Detached(), data(), max_steps=2)
+    assert any("no parameter got a gradient" in line for line in lines) == warned
 
 
 class Stuck(Toy):

@@ -64,7 +64,7 @@ def test_a_mistake_is_seen(validators: dict[str, Any], place: tuple[str, ...], v
     assert not validators[""].is_valid(config)
 
 
-def test_classes_of_ones_own_are_not_judged(validators: dict[str, Any]) -> None:
+def test_classes_of_the_user_are_not_checked(validators: dict[str, Any]) -> None:
     model = {"class_path": "my.Recipe", "init_args": {"anything": 1}}
     assert validators[""].is_valid({"model": model}) and not validators[""].is_valid({"model": {**model, "more": 1}})
 

@@ -232,7 +232,7 @@ NOWHERE = ("model: null", "model: {class_path: Contrastive, dict_kwargs: {foo: 1
 
 
 @pytest.mark.parametrize("text", NO_CLASS)
-def test_what_is_no_class_is_told_with_its_place(cli: Cli, workplace: Path, text: str) -> None:
+def test_what_is_no_class_is_reported_with_its_place(cli: Cli, workplace: Path, text: str) -> None:
     (workplace / "over.yaml").write_text(text)
     line = cli("check", "--config=contrastive/emoji", "--config=over.yaml").refusal
     assert NO_CLASS[text] in line and (line.startswith("over.yaml:1: ") or text in NOWHERE), line
@@ -267,7 +267,7 @@ def test_what_looks_like_a_number_and_is_none(cli: Cli, words: tuple[str, ...]) 
     assert done.rc == (2 if "width" in words[0] else 0), done.err
 
 
-def test_whom_nobody_may_trust(cli: Cli) -> None:
+def test_modules_that_cannot_be_trusted(cli: Cli) -> None:
     assert cli("check", "--config=contrastive/emoji", "--trust=jsonargparse").refusal.startswith(
         "--trust jsonargparse: "
     )

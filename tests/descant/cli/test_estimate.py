@@ -78,7 +78,7 @@ class Owned(torch.nn.Module):
     device = torch.device("cuda")
 
 
-def test_on_cuda_it_is_what_the_allocator_says_and_the_batch_grows_with_its_rows(
+def test_on_cuda_it_is_what_the_allocator_counts_and_the_batch_grows_with_its_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     batch = Batch({"x": torch.zeros(64, 100)}, {"x": torch.ones(64, dtype=torch.bool)})

@@ -58,7 +58,7 @@ def test_each_value_has_its_origin(toy: Cli, workplace: Path) -> None:
     assert "recipe     ToyRecipe" in result.out
 
 
-def test_a_list_that_is_said_again_is_said_whole(toy: Cli, workplace: Path) -> None:
+def test_a_list_given_again_replaces_the_whole_list(toy: Cli, workplace: Path) -> None:
     (workplace / "over.yaml").write_text(
         "trainer:\n  callbacks: [{class_path: EarlyStopping, init_args: {monitor: x}}]\n"
     )
@@ -91,7 +91,7 @@ def test_it_is_a_word_of_check(toy: Cli) -> None:
         3,
     ),
 )
-def test_an_overlay_that_changes_nothing_is_told(toy: Cli, workplace: Path, text: str, changes: bool) -> None:
+def test_an_overlay_that_changes_nothing_is_reported(toy: Cli, workplace: Path, text: str, changes: bool) -> None:
     (workplace / "over.yaml").write_text(text)
     told = "descant: warning: --config over.yaml changes nothing\n"
     assert (told not in toy("check", "--config", "over.yaml").err) == changes

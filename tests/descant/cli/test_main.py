@@ -65,7 +65,7 @@ def test_help_of_fit_has_experiments_in_a_line_each_as_far_as_a_screen_goes(cli:
     assert "--explain" in cli("check", "--help").out and not any("--explain" in line for line in lines)
 
 
-def test_help_of_a_class_is_told_without_torch(tmp_path: Path, written_content: dict[str, Any]) -> None:
+def test_help_of_a_class_needs_no_torch(tmp_path: Path, written_content: dict[str, Any]) -> None:
     (tmp_path / dump.place().name).write_text(json.dumps(written_content))
     code = (
         "import sys; from descant.__main__ import main; rc = main(sys.argv[1:]); sys.exit('torch' in sys.modules or rc)"
@@ -122,7 +122,7 @@ def test_list_looks_for_words(cli: Cli) -> None:
     assert cli("list", "--config").refusal == "--config: list takes a group and words to look for, and no options"
 
 
-def test_list_tells_of_recipes_data_modules_and_claims(cli: Cli) -> None:
+def test_list_has_recipes_data_modules_and_claims(cli: Cli) -> None:
     from descant import recipes
 
     def shown(group: str) -> list[str]:
@@ -137,7 +137,7 @@ def test_list_tells_of_recipes_data_modules_and_claims(cli: Cli) -> None:
     ]
 
 
-def test_what_is_told_of_a_class_is_what_its_docstring_says() -> None:
+def test_the_line_of_a_class_is_the_first_of_its_docstring() -> None:
     for name, some in names.classes().items():
         for found in some:
             cls = getattr(importlib.import_module(found.path.rpartition(".")[0]), name)
@@ -283,7 +283,7 @@ def test_best_is_what_the_monitor_chose(toy: Cli, cli: Cli, workplace: Path) -> 
 # check ----------------------------------------------------------------------------------------------------------
 
 
-def test_check_tells_and_trains_nothing(toy: Cli, workplace: Path) -> None:
+def test_check_reports_and_trains_nothing(toy: Cli, workplace: Path) -> None:
     result = toy("check")
     assert result.rc == 0, result.err
     assert not (workplace / "runs").exists()
@@ -298,19 +298,18 @@ def test_check_refuses_what_fit_refuses_at_setup(toy: Cli) -> None:
 
 
 @pytest.mark.slow
-def test_check_of_answers_that_nobody_has_drawn_yet(cli: Cli) -> None:
+def test_check_of_answers_that_are_not_sampled_yet(cli: Cli) -> None:
     stages = [f"--data.stages.{name}.epochs=0" for name in ("captions", "answers")]
     result = cli("check", "--config", "staged/emoji_vqa", "--config", "on/tiny", *stages)
     assert result.rc == 0 and "of answers, which are sampled first" in result.out
+    assert "no parameter got a gradient" not in result.err  # answers of equal rewards have zero gradients
 
 
 def test_help_of_the_console_script() -> None:
     assert main(["--version"]) == 0
 
 
-def test_a_callback_said_twice_is_there_once_with_the_last_arguments(
-    toy: Callable[..., Result], workplace: Path
-) -> None:
+def test_of_a_callback_listed_twice_the_last_one_counts(toy: Callable[..., Result], workplace: Path) -> None:
     lines = "trainer:\n  callbacks+:\n    - {class_path: EMA, init_args: {decay: DECAY}}\n"
     for name, decay in (("one", "0.5"), ("two", "0.9")):
         (workplace / f"{name}.yaml").write_text(lines.replace("DECAY", decay))

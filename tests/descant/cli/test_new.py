@@ -228,7 +228,7 @@ def test_its_callback_refuses_a_recipe_without_the_protocol(cli: Cli, workplace:
     trust = ("--trust", "zz", "--trust", "bare", "--trust", "tests.toys")
     line = cli("fit", "--config", "bare.yaml", "--config", "zz.yaml", *trust).refusal
     sys.modules.pop("bare", None)
-    assert line == "Zz needs the protocol HasTowers (towers by modality); Bare lacks it"
+    assert line == "Zz needs the protocol HasTowers (towers); Bare lacks it"
 
 
 def _bare() -> str:
@@ -254,7 +254,7 @@ def python(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("name", ["a1", "my_own", "zz", "a_name_of_thirty_letters_or_so"])
-def test_the_linter_has_nothing_to_say(tmp_path: Path, name: str) -> None:
+def test_the_linter_accepts_it(tmp_path: Path, name: str) -> None:
     """Whatever the name: lines do not grow too long, and imports stay in order."""
     for kind in KINDS:
         (tmp_path / kind).mkdir()
@@ -284,12 +284,11 @@ def test_the_tests_pass(written: Path) -> None:
 #: Kind -> (what stands in the module, what breaks it): the tests must see each.
 FAULTS = [
     ("recipe", "value_B.detach() / 4", "value_B / 4"),
-    ("recipe", "x_R[absent_R] = 0", "pass"),
     ("recipe", "weight=weight_B, ", ""),
     ("recipe", "batch.both(*MODALITIES)", 'batch.present["image"]'),
     ("callback", "norm / total", "norm"),
     ("callback", "if (trainer.global_step + 1) % log_interval(trainer):", "if False:"),
-    ("callback", "if not isinstance(pl_module, HasTowers):", "if False:"),
+    ("callback", "require(self, pl_module, HasTowers)", "pass"),
     ("datamodule", "self._set((0,))", "self._set((0, 2))"),
     ("datamodule", 'uniform_N(draw_B, "text")', "torch.rand(len(draw_B))"),
     ("datamodule", "self.corpus.texts_N[self.row_N[index_N]]", "self.corpus.texts_N[index_N]"),

@@ -71,7 +71,7 @@ def test_gpus_take_bfloat16_where_it_is_not_emulated(monkeypatch: pytest.MonkeyP
     assert precision.choose("mps")[0] == "32-true"
 
 
-def test_auto_is_resolved_told_and_written_down(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_resolved_reported_and_saved(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, None)
     result = toy("fit", "--trainer.max_steps=1", "--trainer.precision=auto")
     assert result.rc == 0 and result.err.count("precision 32-true: this CPU would have to emulate bfloat16") == 1
@@ -144,7 +144,7 @@ def test_what_cannot_be_is_refused_in_one_line(options: tuple[str, ...], line: s
     assert not list(Path("runs").glob("toy/*")), "a refused run leaves nothing"
 
 
-def test_an_owner_of_the_precision_is_found_wherever_it_stands() -> None:
+def test_a_plugin_or_strategy_that_sets_the_precision_is_found() -> None:
     inside = Namespace(class_path="FSDPStrategy", init_args={"precision_plugin": object()})
     options = Namespace(strategy=inside)
     options.get = lambda key: {"precision": "auto", "strategy": inside}.get(key)

@@ -96,7 +96,7 @@ def test_a_run_has_the_folder_defaults_and_numbers_of_the_command_line(workplace
     assert trainer.default_root_dir == str(ours) or Path(trainer.default_root_dir) == ours.resolve()
 
 
-def test_it_resumes_and_says_in_a_line_what_is_wrong(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_resumes_and_errors_are_one_line(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, data = built()
     descant.fit(recipe, data, [descant.Resume(every=1)], name="run", max_steps=2, **QUICK)
     whole, data = built()
@@ -124,7 +124,7 @@ def test_it_resumes_and_says_in_a_line_what_is_wrong(workplace: Path, capsys: py
         descant.load("runs/run/001")
 
 
-def test_names_are_resolved_when_they_are_asked_for() -> None:
+def test_names_are_resolved_when_first_used() -> None:
     code = "import sys, descant; dir(descant); assert not {'torch', 'lightning', 'yaml'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert descant.Contrastive.__module__ == "descant.recipes.contrastive" and descant.EMA.__name__ == "EMA"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 
 from descant.cli import dump
 from descant.cli.dump import Written
-from descant.cli.schema import Entry, Key, Type, Unknown, fits, has_classes, in_words
+from descant.cli.schema import Entry, Key, Unknown, fits, has_classes, in_words, nested_classes
 from descant.cli.signatures import Live
 from tests.conftest import Result
 
@@ -25,7 +25,7 @@ def live(written_content: dict[str, Any]) -> Live:
     from descant.cli.main import live
 
     found = live("fit")
-    found.command()
+    assert found.command
     for path in written_content["classes"]:  # kinds are known to it once the keys that ask for them are
         found.entry(_class(path))
     return found
@@ -42,12 +42,8 @@ def _class(path: str) -> Any:
     return find_class(path)
 
 
-def _kinds(type: Type) -> Iterator[dict[str, Any]]:
-    yield from dump._classes(type)
-
-
 def test_every_key_is_the_parsers(written_content: dict[str, Any], live: Live, written: Written) -> None:
-    assert written.command() == live.command()
+    assert written.command == live.command
     assert len(written_content["classes"]) > 400
     for path in written_content["classes"]:
         assert written.entry(path) == live.entry(_class(path)), path
@@ -60,7 +56,7 @@ def test_a_factory_takes_what_the_program_does_not_give(
         (kind["class"], kind["skip"])
         for entry in written_content["classes"].values()
         for key in entry["keys"].values()
-        for kind in _kinds(key[0])
+        for kind in nested_classes(key[0])
         if "skip" in kind
     }
     assert ("torch.optim.optimizer.Optimizer", 1) in factories
@@ -98,7 +94,7 @@ def test_it_refuses_nothing_that_the_parser_takes(
     written_content: dict[str, Any], live: Live, written: Written
 ) -> None:
     seen: dict[str, tuple[Entry | None, str, Key]] = {}
-    owners = [(None, live.command()), *((e, e.keys) for e in map(live.entry, map(_class, written_content["classes"])))]
+    owners = [(None, live.command), *((e, e.keys) for e in map(live.entry, map(_class, written_content["classes"])))]
     for owner, keys in owners:
         for name, key in keys.items():
             if not has_classes(key.type):  # those are looked into, and each part is looked at by itself
@@ -136,7 +132,7 @@ def test_it_is_kept_until_a_file_changes(
     assert dump.read("fit") is None
     dump.place().write_text(json.dumps(written_content))
     found = dump.read("check")
-    assert found is not None and "model" in found.command()
+    assert found is not None and "model" in found.command
     dump.place().write_text(json.dumps({**written_content, "of": "another"}))
     assert dump.read("fit") is None
     dump.place().write_text("{")

@@ -69,7 +69,7 @@ def refused(folder: Path) -> str:
     return str(caught.value)
 
 
-def test_the_holder_is_named_and_a_killed_one_blocks_nobody(run: Path, holder: int) -> None:
+def test_the_holder_is_named_and_a_killed_one_holds_no_lock(run: Path, holder: int) -> None:
     host = socket.gethostname()
     line = f"runs/toy/001: process {holder} on {host} writes this run; wait for its end, or leave out --resume for"
     assert refused(run) == f"{line} a new run"
