@@ -77,7 +77,7 @@ def test_with_a_harmonizer(balancer: str, harmonizer: str | None, cli: Any, stor
     _, logged = BALANCERS[balancer]
     result, metrics = two_steps(cli, store, [*([harmonizer] if harmonizer else []), balancer])
     if balancer in ALONE and harmonizer is not None:
-        assert result.rc == 2 and "is there already; one of the two" in result.refusal, result.err
+        assert result.rc == 2 and "cannot be combined with" in result.refusal, result.err
         return
     held(result, metrics, logged)
     assert ("harmony/conflict" in metrics) == (harmonizer is not None) or balancer in ALONE

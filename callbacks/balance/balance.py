@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from descant.callbacks.harmonize.terms import Harmonize
+from descant.callbacks.run.order import Ordered
 from descant.modules.balance.base import Pacing
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.host import read_together, to_device
@@ -58,7 +58,7 @@ def require_several(callback: L.Callback, pl_module: Any) -> tuple[str, ...]:
     return modalities
 
 
-class Balance(L.Callback):
+class Balance(Ordered):
     """Scale the gradients of each modality's own parameters, once an optimizer step.
 
         g_m <- factor_m g_m,    factor = pacing(s),    s_m = mean over the step's samples of score(share_m, label)
@@ -78,12 +78,14 @@ class Balance(L.Callback):
 
     Raises:
         ValueError: for a share that is none; at setup, for a recipe without the protocol MultimodalClassifier, fewer
-            than two modalities, one without trained parameters of its own, or Harmonize behind it; in training, for
-            noise where parameters are split over ranks.
+            than two modalities, or one without trained parameters of its own; in training, for noise where parameters
+            are split over ranks.
     """
 
     #: Given twice (by an experiment and an overlay), the last one counts.
     once = True
+    #: Harmonize sets the gradients, which would undo the scaling.
+    after = ("Harmonize",)
 
     def __init__(
         self, pacing: Pacing, noise: bool = False, until: float = 1.0, sham: Literal["permute"] | None = None
@@ -111,10 +113,7 @@ class Balance(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._modalities = require_multimodal(self, pl_module)
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        behind = callbacks[callbacks.index(self) + 1 :] if self in callbacks else []
-        if any(isinstance(other, Harmonize) for other in behind):
-            raise ValueError("Balance: Harmonize comes behind it and would undo it; name Harmonize first")
+        super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert has(pl_module, MultimodalClassifier)

@@ -6,13 +6,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
+from descant.callbacks.run.order import Ordered
 from descant.modules.engine.trainer import logged_step
 
 
-class WorstGroup(Callback):
+class WorstGroup(Ordered):
     """Worst, mean and gap over the parts of a mixture, whose evaluation sets are named ``part-set``:
 
         {set}/worst/{metric}    the least over the parts (the largest, for names that begin with loss)
@@ -28,14 +28,15 @@ class WorstGroup(Callback):
         ValueError: for no metric.
     """
 
+    #: Other callbacks read its metrics when an evaluation ends.
+    front = True
+    after = ("Resume",)
+
     def __init__(self, metrics: list[str]) -> None:
         super().__init__()
         if not metrics:
             raise ValueError("WorstGroup: metrics: none; such as [answered]")
         self.metrics = metrics
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:

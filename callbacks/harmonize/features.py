@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics.functional.classification import binary_auroc
 
-from descant.callbacks.harmonize.terms import Harmonize
 from descant.callbacks.plots.output import writers
+from descant.callbacks.run.order import Ordered
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.dtype import promote
@@ -32,7 +32,7 @@ from descant.modules.multitask import Rule
 from descant.modules.objectives.curriculum import Curriculum
 
 
-class HarmonizeFeatures(L.Callback):
+class HarmonizeFeatures(Ordered):
     """Harmony sample by sample, where terms share a feature: one backward, however many terms there are.
 
         dL/dz_i = sum_k mix_ik g_ik,    mix_i = rule(G_i),    G_ikl = <g_ik, g_il>,    g_ik = d term_k / d z_i
@@ -59,6 +59,7 @@ class HarmonizeFeatures(L.Callback):
 
     #: Given twice (by an experiment and an overlay), the last one counts.
     once = True
+    excludes = ("Harmonize", "HarmonizeTowers")
 
     def __init__(
         self,
@@ -98,11 +99,10 @@ class HarmonizeFeatures(L.Callback):
     # the hooks -------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         name = type(pl_module).__name__
         require(self, pl_module, ForksFeatures)
         assert has(pl_module, ForksFeatures)
-        if any(isinstance(other, Harmonize) for other in trainer.callbacks):  # type: ignore[attr-defined]
-            raise ValueError("HarmonizeFeatures: Harmonize acts at the parameters already; one of the two")
         met = {m: names for m, names in pl_module.forks.items() if len(names) > 1}
         if not met:
             raise ValueError(f"HarmonizeFeatures: no feature of this {name} is shared by two terms")

@@ -12,8 +12,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from descant.callbacks.harmonize.features import HarmonizeFeatures
-from descant.callbacks.harmonize.terms import Harmonize, gradients, gram, standing
+from descant.callbacks.harmonize.terms import gradients, gram, standing
+from descant.callbacks.run.order import Ordered
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.host import read_together, to_device
 from descant.modules.core.objects import require_objects
@@ -24,7 +24,7 @@ from descant.modules.engine.trainer import log_interval
 from descant.modules.multitask import Rule
 
 
-class HarmonizeTowers(L.Callback):
+class HarmonizeTowers(Ordered):
     """Mix the terms that meet at a modality's latents by a rule of their gradients at that modality's own parameters.
 
         dL/dz_m = sum_k mix_mk dterm_k/dz_m,    mix_m = rule(G_m),    G_mkl = <g_k, g_l>,  g_k = d term_k / d theta_m
@@ -47,6 +47,7 @@ class HarmonizeTowers(L.Callback):
 
     #: Given twice (by an experiment and an overlay), the last one counts.
     once = True
+    excludes = ("Harmonize", "HarmonizeFeatures")
 
     def __init__(self, rule: Rule, every: int = 1) -> None:
         super().__init__()
@@ -67,12 +68,10 @@ class HarmonizeTowers(L.Callback):
         self.fallbacks, self.mix = int(state_dict["fallbacks"]), dict(state_dict["mix"])
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         name = type(pl_module).__name__
         require(self, pl_module, MultimodalClassifier, ForksFeatures)
         assert has(pl_module, ForksFeatures)
-        others = [c for c in trainer.callbacks if isinstance(c, Harmonize | HarmonizeFeatures)]  # type: ignore[attr-defined]
-        if others:
-            raise ValueError(f"HarmonizeTowers: {type(others[0]).__name__} is there already; one of the two")
         self._met = {m: names for m, names in pl_module.forks.items() if len(names) > 1}
         if not self._met:
             raise ValueError(f"HarmonizeTowers: no two terms of {name} meet at a modality; such as model.unimodal true")

@@ -1,37 +1,60 @@
-"""Order of callbacks: a class names in ``after`` those that must be listed before it, and in ``front`` that it leads.
-
-after: tuple[str, ...]   class names; a callback listed before one of these is refused at setup
-front: bool              moved to the start of the list when a fit starts, behind those of its ``after``
-"""
+"""Order of callbacks: each class declares which ones come before it or exclude it, and one function sorts the list."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import lightning as L
 
 
-def require_order(callbacks: Sequence[L.Callback]) -> None:
-    """Refuse callbacks that are listed before one that their class names in ``after``.
+class Ordered(L.Callback):
+    """Base of the callbacks that depend on the order of ``trainer.callbacks``; classes are named by their short names.
+
+    At setup the list is sorted, wherever the user has listed them: see :func:`ordered`. A subclass with a ``setup`` of
+    its own calls this one.
+    """
+
+    #: Classes whose callbacks come before this one.
+    after: ClassVar[tuple[str, ...]] = ()
+    #: Comes before all callbacks without ``front``, except those of its ``after``.
+    front: ClassVar[bool] = False
+    #: Classes that cannot be used together with this one.
+    excludes: ClassVar[tuple[str, ...]] = ()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        trainer.callbacks = ordered(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def ordered(callbacks: Sequence[L.Callback]) -> list[L.Callback]:
+    """The callbacks sorted by ``front`` and ``after``; apart from these the order is kept.
 
     Raises:
-        ValueError: naming both.
+        ValueError: for two callbacks that exclude each other, or that each come after the other.
     """
-    for n, callback in enumerate(callbacks):
-        for later in callbacks[n + 1 :] if not getattr(callback, "front", False) else ():
-            for name in getattr(callback, "after", ()):
-                if is_a(later, name):
-                    cls, other = type(callback).__name__, type(later).__name__
-                    raise ValueError(f"trainer.callbacks: {cls} must come after {other}: list {other} first")
+    placed: list[L.Callback] = []
+
+    def place(callback: L.Callback, before: tuple[L.Callback, ...] = ()) -> None:
+        if callback in placed:
+            return
+        if callback in before:
+            names = " and ".join(type(c).__name__ for c in (callback, before[-1]))
+            raise ValueError(f"trainer.callbacks: {names}: each is declared to come after the other")
+        for other in callbacks:
+            if other is not callback and is_a(other, getattr(callback, "after", ())):
+                place(other, (*before, callback))
+        placed.append(callback)
+
+    for callback in callbacks:
+        for other in callbacks:
+            if other is not callback and is_a(other, getattr(callback, "excludes", ())):
+                name, second = type(callback).__name__, type(other).__name__
+                raise ValueError(f"trainer.callbacks: {name} cannot be combined with {second}; use one of the two")
+    for callback in sorted(callbacks, key=lambda c: not getattr(c, "front", False)):
+        place(callback)
+    return placed
 
 
-def move_to_front(trainer: L.Trainer, callback: L.Callback) -> None:
-    """Put a callback with ``front`` at the start of the trainer's callbacks, behind those of its ``after``."""
-    rest: list[L.Callback] = [c for c in trainer.callbacks if c is not callback]  # type: ignore[attr-defined]
-    leads = [c for c in rest if any(is_a(c, name) for name in getattr(callback, "after", ()))]
-    trainer.callbacks = [*leads, callback, *(c for c in rest if c not in leads)]  # type: ignore[attr-defined]
-
-
-def is_a(callback: L.Callback, name: str) -> bool:
-    """Whether a callback is of a class of this name, or of one derived from it."""
-    return any(cls.__name__ == name for cls in type(callback).__mro__)
+def is_a(callback: L.Callback, names: Sequence[str]) -> bool:
+    """Whether a callback is of a class with one of these names, or of one derived from it."""
+    return any(cls.__name__ in names for cls in type(callback).__mro__)

@@ -23,8 +23,6 @@ class ProgressiveResizing(L.Callback):
     step, so resuming is exact. Source: fast.ai's DAWNBench entry (Howard 2018); EfficientNetV2 (Tan and Le 2021, arXiv
     2104.00298), which also increases its augmentation, and this does not.
 
-    List it before callbacks that read the batch, such as Throughput.
-
     Args:
         sizes: side of the images in pixels, rising.
         until: share of the run's steps at which each ends, rising, above 0 and at most 1.

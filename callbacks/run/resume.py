@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from descant.callbacks.run import epoch_log
 from descant.callbacks.run.exact import loop_progress, seed_all, settle_buckets
 from descant.callbacks.run.exact import require_exact as require_exact
-from descant.callbacks.run.order import move_to_front, require_order
+from descant.callbacks.run.order import Ordered
 from descant.callbacks.run.signals import Signals
 from descant.modules.core.errors import say, warn
 from descant.modules.core.ranks import gather_objects
@@ -51,7 +51,7 @@ class Stopped(Exception):
         self.code, self.path, self.step = code, path, step
 
 
-class Resume(L.Callback):
+class Resume(Ordered):
     """Saves resume points and resumes from them; turns signals into a save and an exit code.
 
     ``RUN/resume/step-0000500.ckpt`` is written every ``every`` optimizer steps, at most ``minutes`` after the last one,
@@ -73,13 +73,14 @@ class Resume(L.Callback):
 
     Raises:
         ValueError: if ``every`` or ``keep`` is below 1, or ``minutes`` not above 0; in setup, for a trainer or a
-            callback that cannot be resumed exactly, or a wrong order of callbacks; for a loaded checkpoint that is no
-            resume point, or of other data, another seed or a newer layout.
+            callback that cannot be resumed exactly; for a loaded checkpoint that is no resume point, or of other data,
+            another seed or a newer layout.
     """
 
     #: Listed twice (by an experiment and an overlay), the last one counts.
     once = True
-    front = True  # what others do at the start of a batch belongs to the batch
+    #: What other callbacks do at the start of a batch belongs to the batch.
+    front = True
 
     def __init__(
         self, every: int = EVERY, keep: int = 2, folder: str | None = None, minutes: float | None = MINUTES
@@ -96,10 +97,10 @@ class Resume(L.Callback):
         self._loaded: dict[str, Any] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         require_exact(trainer.callbacks)  # type: ignore[attr-defined]
-        require_order(trainer.callbacks)  # type: ignore[attr-defined]
         accumulate, every = trainer.accumulate_grad_batches, trainer.val_check_interval
         if isinstance(every, int) and every % accumulate:
             raise ValueError(
@@ -110,9 +111,6 @@ class Resume(L.Callback):
             if isinstance(callback, ModelCheckpoint):
                 # a file of steps that a kill has undone is overwritten, not written again as -v1
                 callback._enable_version_counter = False
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        move_to_front(trainer, self)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.signals.install()

@@ -11,22 +11,20 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch.nn.parallel import DistributedDataParallel
 
 from descant.callbacks.plots.curves import curves
 from descant.callbacks.plots.output import run_folder, save_figure
-from descant.callbacks.policy.rollouts import Rollouts
 from descant.callbacks.run.exact import settle_buckets
-from descant.callbacks.run.order import move_to_front
+from descant.callbacks.run.order import Ordered, is_a
 from descant.callbacks.run.resumable_log import ResumableLog
 from descant.modules.core.capabilities import has
 from descant.modules.core.errors import no_such
 from descant.modules.core.protocols import RolloutData, StagedDataModule, StagedRecipe
 
 
-class Stages(Callback):
+class Stages(Ordered):
     """Moves a recipe such as Staged and its data to the next stage before the first epoch of each.
 
     A run resumes in the middle of any stage: checkpoints hold the stage and its optimizer and schedule. At the end of
@@ -47,8 +45,9 @@ class Stages(Callback):
     once = True
     #: Data in stages requires a callback with this attribute.
     advances = True
-    #: Moved to the front: what others do at the start of an epoch, such as rollouts, belongs to the new stage.
-    front, after = True, ("Resume",)
+    #: What other callbacks do at the start of an epoch, such as rollouts, belongs to the new stage.
+    front = True
+    after = ("Resume", "WorstGroup")
 
     def __init__(self, watch: list[str] | None = None) -> None:
         super().__init__()
@@ -72,6 +71,7 @@ class Stages(Callback):
         self.resumable_log.load_state_dict(state_dict)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not has(pl_module, StagedRecipe):
             raise ValueError(f"Stages needs a recipe in stages, such as Staged, not {type(pl_module).__name__}")
@@ -82,13 +82,10 @@ class Stages(Callback):
             other = next((name for name in of_data if name not in of_model), None)
             hint = "in another order" if other is None else f"{other!r}: {no_such(other, of_model)}"
             raise ValueError(f"data.stages {', '.join(of_data)}, model.stages {', '.join(of_model)}: {hint}")
-        rollouts = any(isinstance(c, Rollouts) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        rollouts = any(is_a(c, ("Rollouts",)) for c in trainer.callbacks)  # type: ignore[attr-defined]
         for name, during in data.stages.items() if stage == "fit" else ():
             if has(during.data, RolloutData) and during.epochs and not rollouts:
                 raise ValueError(f"stage {name!r}: its data are rollouts of the model; add the callback Rollouts")
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        move_to_front(trainer, self)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.training and trainer.strategy.optimizers:  # built before the checkpoint was read

@@ -1,4 +1,4 @@
-"""Order of callbacks: declared by their classes, checked in one line, and moved to the front when a fit starts."""
+"""Order of callbacks: declared by their classes and sorted by the setup of any of them, wherever they are listed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from typing import Any
 import lightning as L
 import pytest
 
-from descant.callbacks import Resume, Stages
-from descant.callbacks.run.order import move_to_front, require_order
+from descant.callbacks import Harmonize, HarmonizeFeatures, HarmonizeTowers, Resume, Stages, WorstGroup
+from descant.callbacks.balance.balance import Balance
+from descant.callbacks.run.order import Ordered, ordered
+from descant.modules.balance.ogm import OGM
+from descant.modules.multitask.cmgh import CMGH
+from descant.modules.multitask.pcgrad import PCGrad
 
 
 class First(L.Callback):
@@ -20,24 +24,43 @@ class Derived(First):
     pass
 
 
-class Second(L.Callback):
+class Second(Ordered):
     after = ("First",)
 
 
-def test_a_callback_before_one_of_its_after_is_refused_in_one_line() -> None:
-    require_order([First(), Second()])
-    require_order([Second()])
-    for first in (First, Derived):
-        line = rf"^trainer\.callbacks: Second must come after {first.__name__}: list {first.__name__} first$"
-        with pytest.raises(ValueError, match=line):
-            require_order([Second(), first()])
+class Third(Ordered):
+    after = ("Fourth",)
 
 
-def test_resume_and_then_stages_lead_wherever_they_are_listed() -> None:
-    first, resume, stages = First(), Resume(), Stages()
-    require_order([first, stages, resume])
-    for moves in ((stages, resume, stages), (resume, stages)):
-        trainer: Any = SimpleNamespace(callbacks=[first, stages, resume])
-        for callback in moves:
-            move_to_front(trainer, callback)
-        assert trainer.callbacks == [resume, stages, first]
+class Fourth(Ordered):
+    after = ("Third",)
+
+
+@pytest.mark.parametrize("first", [First(), Derived()])
+def test_a_callback_comes_behind_those_of_its_after_and_others_stay(first: First) -> None:
+    second, other, last = Second(), L.Callback(), L.Callback()
+    assert ordered([other, second, last, first]) == [other, first, second, last]
+    assert ordered([first, other, second]) == [first, other, second] and ordered([second]) == [second]
+    trainer: Any = SimpleNamespace(callbacks=[second, first])
+    second.setup(trainer, L.LightningModule(), "fit")
+    assert trainer.callbacks == [first, second]
+
+
+def test_of_the_suite() -> None:
+    first, resume, stages, worst = First(), Resume(), Stages(), WorstGroup(["accuracy"])
+    assert ordered([first, stages, worst, resume]) == [resume, worst, stages, first]
+    harmonize, balance = Harmonize(PCGrad()), Balance(OGM())
+    assert ordered([balance, harmonize]) == [harmonize, balance]
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "line"),
+    [
+        ([Third(), Fourth()], "Third and Fourth: each is declared to come after the other"),
+        ([Harmonize(PCGrad()), HarmonizeFeatures(CMGH())], "HarmonizeFeatures cannot be combined with Harmonize; use"),
+        ([HarmonizeTowers(PCGrad()), Harmonize(PCGrad())], "HarmonizeTowers cannot be combined with Harmonize; use"),
+    ],
+)
+def test_what_cannot_be_is_one_line(callbacks: list[L.Callback], line: str) -> None:
+    with pytest.raises(ValueError, match=rf"^trainer\.callbacks: {line}"):
+        ordered(callbacks)
