@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from descant.callbacks.evaluate.embeddings import Judge, Rows, due, embed
+from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator, Rows, due, embed
 from descant.modules.core.batch import Batch
 from descant.modules.evaluation.metrics import balanced_accuracy, fit_logistic, knn_scores, wide
 
 PROMPTS = 512  # embedded at once
 
 
-class _Labelled(Judge):
+class _Labelled(EmbeddingEvaluator):
     """Base of the evaluations that predict a class: ``target`` of the data, from embeddings of ``modality``."""
 
     kind: str
@@ -90,7 +90,7 @@ class ZeroShot(_Labelled):
         z_CPD = torch.cat(embedded).reshape(*ids_CPT.shape[:2], -1)
         return F.normalize(z_CPD.mean(1), dim=-1)
 
-    def judge(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
+    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
         w_CD = self.classifier(trainer, pl_module)
         for name, (z_ND, label_N) in self._labelled(sets).items():
@@ -143,7 +143,7 @@ class Banked(_Labelled):
         self.evaluations += 1
         return due(trainer, self.evaluations, self.every)
 
-    def judge(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
+    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
         labelled = self._labelled(sets)
         if not self._due(trainer):
             return {}

@@ -101,10 +101,10 @@ class Store(Metric):
         return [*numbered, *(f"target_{i}" for i in range(len(self.names))), "key", "index"]
 
 
-class Judge(Callback):
+class EmbeddingEvaluator(Callback):
     """Base of the callbacks that evaluate embeddings. The first one of a trainer collects for all of them.
 
-    A subclass implements ``judge``, called once an evaluation on every rank with the whole of each set, without
+    A subclass implements ``evaluate``, called once an evaluation on every rank with the whole of each set, without
     gradients and with the recipe in eval mode; in the sanity check too, so that a wrong configuration fails before
     training.
 
@@ -118,7 +118,7 @@ class Judge(Callback):
         self._bank: Rows | None = None
         self._bank_loader: Any = None
 
-    def judge(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
+    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
         """``{set}/{key}`` -> scalar, for the sets by name."""
         raise NotImplementedError
 
@@ -142,8 +142,8 @@ class Judge(Callback):
         self._bank_loader = self._bank_loader or run.datamodule.bank_dataloader()
         yield from islice(bank_batches(run, self._bank_loader), limit)
 
-    def _lead(self, trainer: L.Trainer) -> Judge:
-        return next(c for c in trainer.callbacks if isinstance(c, Judge))  # type: ignore[attr-defined]
+    def _lead(self, trainer: L.Trainer) -> EmbeddingEvaluator:
+        return next(c for c in trainer.callbacks if isinstance(c, EmbeddingEvaluator))  # type: ignore[attr-defined]
 
     def _require(self, trainer: L.Trainer, method: str) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -207,7 +207,7 @@ class Judge(Callback):
         # compute() gathers over ranks once and caches, so all evaluators get the same tensors
         sets = {lead._set_name(trainer, i): store.compute() for i, store in lead._stores.items()}
         if sets:
-            self._log(trainer, pl_module, self.judge(trainer, pl_module, sets))
+            self._log(trainer, pl_module, self.evaluate(trainer, pl_module, sets))
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule, values: Mapping[str, Tensor]) -> None:
         many = trainer.world_size > 1
@@ -239,7 +239,7 @@ class Judge(Callback):
     on_test_epoch_end, on_test_end = on_validation_epoch_end, on_validation_end
 
 
-class PairJudge(Judge):
+class PairEvaluator(EmbeddingEvaluator):
     """Base of the evaluations of pairs of modalities.
 
     Args:

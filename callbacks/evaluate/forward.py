@@ -9,13 +9,13 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from descant.callbacks.evaluate.embeddings import Judge, due
+from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator, due
 from descant.modules.core.batch import Batch
 from descant.modules.core.errors import no_such
 from descant.modules.core.rng import uniform_N
 
 
-class ForwardEvaluator(Judge):
+class ForwardEvaluator(EmbeddingEvaluator):
     """Base of the evaluations that run the recipe on evaluation batches, whatever protocol it has.
 
     A subclass implements ``run``, called with every batch of the chosen sets, and ``results``, called once an
@@ -99,8 +99,8 @@ class ForwardEvaluator(Judge):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, dataloader_idx: int
     ) -> None:
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        judges = [c for c in callbacks if isinstance(c, Judge)]
-        if any(not isinstance(c, ForwardEvaluator) or (c.reads_rows and c._active) for c in judges):
+        evaluators = [c for c in callbacks if isinstance(c, EmbeddingEvaluator)]
+        if any(not isinstance(c, ForwardEvaluator) or (c.reads_rows and c._active) for c in evaluators):
             super()._collect(trainer, pl_module, outputs, batch, dataloader_idx)
         name = self._lead(trainer)._set_name(trainer, dataloader_idx)
         if self._active and (self.sets is None or name in self.sets):

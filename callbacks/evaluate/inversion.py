@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from descant.callbacks.evaluate.classification import ZeroShot
-from descant.callbacks.evaluate.embeddings import Judge, Rows
+from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator, Rows
 from descant.modules.core.capabilities import has
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import Inverts
@@ -30,7 +30,7 @@ from descant.modules.evaluation.metrics import chance_average_precision, mean_av
 from descant.modules.tokenizers.text import Tokenizer
 
 
-class _SetEvaluator(Judge):
+class _SetEvaluator(EmbeddingEvaluator):
     """Evaluates some sets in ``validate`` and ``test``, and with ``validate`` in the validations of a fit too."""
 
     def __init__(self, sets: list[str] | None, validate: bool) -> None:
@@ -103,7 +103,7 @@ class IntraModal(_SetEvaluator):
     def state_key(self) -> str:
         return self._generate_state_key(modality=self.modality, target=self.target)
 
-    def judge(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
+    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
         if not self._due(trainer):
             return {}
         m, values = self.modality, {}
@@ -211,7 +211,7 @@ class Inversion(_SetEvaluator):
         for prompts in self._prompts.values():
             prompts.setup(trainer, pl_module, stage)
 
-    def judge(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
+    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
         if not self._due(trainer):
             return {}
         assert has(pl_module, Inverts)

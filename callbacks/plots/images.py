@@ -18,7 +18,7 @@ from PIL import Image
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from torch import Tensor
 
-from descant.callbacks.evaluate.embeddings import Judge, Rows, letters
+from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator, Rows, letters
 from descant.callbacks.plots.output import run_folder, save_figure, writers
 from descant.callbacks.plots.style import (
     BLUE,
@@ -55,7 +55,7 @@ class Pictured(Protocol):
     def picture(self, index: int) -> Tensor | None: ...
 
 
-class RetrievalPictures(Judge):
+class RetrievalPictures(EmbeddingEvaluator):
     """Image grids of queries and their best candidates: correct ones framed green, wrong ones orange-red.
 
     One figure a set and direction (``i2t``, ``t2i``) after each evaluation: to
@@ -88,7 +88,7 @@ class RetrievalPictures(Judge):
         if len(self.pair) != 2 or self.pair[0] == self.pair[1]:
             raise ValueError(f"RetrievalPictures: pair: {self.pair} is not two modalities")
 
-    def judge(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
+    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
         folder = run_folder(trainer)  # a collective, so before ranks diverge
         for name, rows in sets.items():
             for m in self.pair:
@@ -134,7 +134,7 @@ class RetrievalPictures(Judge):
         return sheet(cells, title, f"first is correct: {first:.0%} of {len(query)} shown")
 
 
-class Projector(Judge):
+class Projector(EmbeddingEvaluator):
     """The embeddings of the last evaluation in TensorBoard's projector, written at the end of a fit and of a test.
 
     One entry a set holds all modalities in their common space, labelled by sample, modality and key. Each point is
@@ -172,7 +172,7 @@ class Projector(Judge):
         if trainer.loggers and not writers(trainer):  # without any logger, Sanity reports it
             rank_zero_warn("Projector: none of the loggers is a TensorBoardLogger, so nothing will be written")
 
-    def judge(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
+    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
         if trainer.sanity_checking or not trainer.is_global_zero:
             return {}
         for name, rows in sets.items():

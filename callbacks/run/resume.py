@@ -21,10 +21,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn.parallel import DistributedDataParallel
 
 from descant.callbacks.run import epoch_log
-from descant.callbacks.run.exact import loop_progress, seed_all, settle_buckets
-from descant.callbacks.run.exact import require_exact as require_exact
-from descant.callbacks.run.order import Ordered
-from descant.callbacks.run.signals import Signals
+from descant.callbacks.run.callback_order import Ordered
+from descant.callbacks.run.exact_resume import loop_progress, seed_all, settle_buckets
+from descant.callbacks.run.exact_resume import require_exact as require_exact
+from descant.callbacks.run.stop_signals import Signals
 from descant.modules.core.errors import say, warn
 from descant.modules.core.ranks import gather_objects
 from descant.modules.io.checkpoints import EVERY, MINUTES, due

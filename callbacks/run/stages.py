@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from descant.callbacks.plots.curves import curves
 from descant.callbacks.plots.output import run_folder, save_figure
-from descant.callbacks.run.exact import settle_buckets
-from descant.callbacks.run.order import Ordered, is_a
+from descant.callbacks.run.callback_order import Ordered, is_a
+from descant.callbacks.run.exact_resume import settle_buckets
 from descant.callbacks.run.resumable_log import ResumableLog
 from descant.modules.core.capabilities import has
 from descant.modules.core.errors import no_such

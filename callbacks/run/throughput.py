@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from descant.callbacks.run.order import Ordered
+from descant.callbacks.run.callback_order import Ordered
 from descant.modules.engine.trainer import log_interval
 
 #: Fused attention on the CPU, which torch's table of FLOP formulas lacks.

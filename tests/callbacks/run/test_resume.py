@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from descant.callbacks import EMA, Harmonize, Resume
 from descant.callbacks.run.resume import ENTRY, Stopped
-from descant.callbacks.run.signals import AGREE_STEPS, CODES
+from descant.callbacks.run.stop_signals import AGREE_STEPS, CODES
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term

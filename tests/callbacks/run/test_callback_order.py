@@ -10,7 +10,7 @@ import pytest
 
 from descant.callbacks import Harmonize, HarmonizeFeatures, HarmonizeTowers, Resume, Stages, WorstGroup
 from descant.callbacks.balance.balance import Balance
-from descant.callbacks.run.order import Ordered, ordered
+from descant.callbacks.run.callback_order import Ordered, ordered
 from descant.modules.balance.ogm import OGM
 from descant.modules.multitask.cmgh import CMGH
 from descant.modules.multitask.pcgrad import PCGrad

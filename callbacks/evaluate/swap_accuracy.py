@@ -7,12 +7,12 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from descant.callbacks.evaluate.embeddings import Judge, Rows, Store, embed
+from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator, Rows, Store, embed
 from descant.modules.core.batch import NEGATIVE, Batch
 from descant.modules.evaluation.metrics import swap_accuracy
 
 
-class SwapAccuracy(Judge):
+class SwapAccuracy(EmbeddingEvaluator):
     """How often a positive scores higher than its hard negative, averaged over the types of negatives.
 
         hit_n = [z_a . z_b > z_a . z_neg]_n, or 1/2 for equal scores
@@ -67,7 +67,7 @@ class SwapAccuracy(Judge):
         store = self._negatives.setdefault(dataloader_idx, Store().to(pl_module.device))
         store.update({name: z[self.modality]}, batch)
 
-    def judge(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
+    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
         lead = self._lead(trainer)
         values: dict[str, Tensor] = {}
         for number, store in self._negatives.items():

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from descant.callbacks.run.order import Ordered
+from descant.callbacks.run.callback_order import Ordered
 from descant.modules.engine.trainer import logged_step
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from descant.callbacks.run.ema import CURRENT_MODEL_STATE, EMA
-from descant.callbacks.run.lean import LeanCheckpoint
+from descant.callbacks.run.lean_checkpoint import LeanCheckpoint
 from descant.modules.core.batch import Batch
 from descant.modules.engine.configure import Adapt, Freeze, Lora, Quantize
 from descant.modules.io.lean import BASE, base_of, completed, lean
