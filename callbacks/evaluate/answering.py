@@ -67,6 +67,7 @@ class Answering(ForwardEvaluator):
 
     #: If listed twice (by an experiment and an overlay), the last one applies.
     once = True
+    needs = (Generates,)
 
     def __init__(
         self,
@@ -91,11 +92,6 @@ class Answering(ForwardEvaluator):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if not has(pl_module, Generates):
-            raise ValueError(
-                "Answering needs a recipe that generates answers, such as VisionLanguage, "
-                f"not {type(pl_module).__name__}"
-            )
         if not isinstance(data, Spells):
             raise ValueError(f"Answering needs data of dialogues, such as Questions; {type(data).__name__} has none")
 

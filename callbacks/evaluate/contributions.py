@@ -48,6 +48,7 @@ class Contributions(ForwardEvaluator):
 
     #: If listed twice (by an experiment and an overlay), the last one applies.
     once = True
+    needs = (Classifies, Fuses, Unimodal)
 
     def __init__(
         self,
@@ -75,11 +76,6 @@ class Contributions(ForwardEvaluator):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if not all(has(pl_module, protocol) for protocol in (Classifies, Fuses, Unimodal)):
-            raise ValueError(
-                "Contributions needs the protocols Classifies (labels), Fuses (latents, fuse) and Unimodal (unimodal); "
-                f"{type(pl_module).__name__} lacks one"
-            )
         require_several(self, pl_module)
 
     def _forget(self) -> None:

@@ -114,6 +114,10 @@ class Reconstruction(ForwardEvaluator):
     ValueError: Reconstruction: 'image' from itself; such as targets [image] given [edges]
     """
 
+    needs = (Reconstructs,)
+    needs_of_data = ("bank_dataloader",)
+    identity = ("targets", "given", "sets")
+
     def __init__(
         self,
         targets: list[str],
@@ -142,15 +146,6 @@ class Reconstruction(ForwardEvaluator):
         self.patch, self.l2, self.batch = patch, l2, batch
         self._sets: dict[str, Inputs] = {}
         self._nulls: dict[str, Nulls] = {}
-
-    @property
-    def state_key(self) -> str:
-        return self._generate_state_key(targets=self.targets, given=self.given, sets=self.sets)
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        _require_reconstructs(self, pl_module)
-        self._require(trainer, "bank_dataloader")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
@@ -296,6 +291,9 @@ class ReconstructionPictures(ForwardEvaluator):
     ValueError: ReconstructionPictures: count 0; 1 is the least
     """
 
+    needs = (Reconstructs,)
+    identity = ("name", "sets")
+
     def __init__(
         self,
         every: int = 1,
@@ -312,14 +310,6 @@ class ReconstructionPictures(ForwardEvaluator):
             raise ValueError(f"ReconstructionPictures: count {count}; 1 is the least")
         self.count, self.modalities, self.corruption, self.name = count, modalities, corruption, name
         self._first: dict[str, Batch] = {}
-
-    @property
-    def state_key(self) -> str:
-        return self._generate_state_key(name=self.name, sets=self.sets)
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        _require_reconstructs(self, pl_module)
 
     def _forget(self) -> None:
         super()._forget()
@@ -378,14 +368,6 @@ def reconstruct(
     assert has(pl_module, Reconstructs)
     with torch.no_grad(), trainer.precision_plugin.val_step_context():
         return pl_module.reconstruct(batch, corruption)
-
-
-def _require_reconstructs(callback: ForwardEvaluator, pl_module: L.LightningModule) -> None:
-    if not has(pl_module, Reconstructs):
-        raise ValueError(
-            f"{type(callback).__name__} needs the protocol Reconstructs (reconstruct(batch, corruption)); "
-            f"{type(pl_module).__name__} lacks it"
-        )
 
 
 def _reduce(trainer: L.Trainer, value: Tensor, how: str = "sum") -> Tensor:

@@ -110,12 +110,13 @@ class EmergentRetrieval(Retrieval):
         self.sets, self.target, self.least = sets, target, least
 
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
-        if not set(self.sets) & set(sets):  # a validation of other sets
+        wanted = self.sets or []
+        if not set(wanted) & set(sets):  # a validation of other sets
             return {}
-        for name in self.sets:
+        for name in wanted:
             if name not in sets:
                 raise ValueError(f"EmergentRetrieval: sets: no {name!r} in the data, only {', '.join(sets)}")
-        chosen = {name: sets[name] for name in self.sets}
+        chosen = {name: sets[name] for name in wanted}
         values = self._mean(super().evaluate(trainer, pl_module, chosen), "")
         if self.target is not None:
             for name, rows in chosen.items():

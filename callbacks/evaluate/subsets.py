@@ -68,6 +68,7 @@ class ModalitySubsetEval(ForwardEvaluator):
 
     #: If listed twice (by an experiment and an overlay), the last one applies.
     once = True
+    identity = ("target", "modalities", "complete")
 
     def __init__(
         self,
@@ -101,10 +102,6 @@ class ModalitySubsetEval(ForwardEvaluator):
         self._values: dict[str, Store] = {}  # set -> a column for each score and subset
         self._z: dict[str, Store] = {}  # set -> a joint embedding for each subset
         self._warned: set[str] = set()
-
-    @property
-    def state_key(self) -> str:
-        return self._generate_state_key(target=self.target, modalities=self.modalities, complete=self.complete)
 
     @property
     def reads_rows(self) -> bool:

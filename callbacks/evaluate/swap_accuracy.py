@@ -37,6 +37,8 @@ class SwapAccuracy(EmbeddingEvaluator):
     ValueError: SwapAccuracy: 'text' against itself; such as modality text against image
     """
 
+    identity = ("modality", "against")
+
     def __init__(
         self, modality: str = "text", against: str = "image", target: str = "relation", tolerance: float = 1e-6
     ) -> None:
@@ -47,10 +49,6 @@ class SwapAccuracy(EmbeddingEvaluator):
             raise ValueError(f"SwapAccuracy: {modality!r} against itself; such as modality text against image")
         if tolerance < 0:
             raise ValueError(f"SwapAccuracy: tolerance {tolerance} is no difference of scores; 0 or more, such as 1e-6")
-
-    @property
-    def state_key(self) -> str:
-        return self._generate_state_key(modality=self.modality, against=self.against)
 
     def _forget(self) -> None:
         super()._forget()

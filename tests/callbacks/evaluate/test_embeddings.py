@@ -379,7 +379,7 @@ def test_missing_protocols_and_names_are_one_line():
 
     data = Data({"val": make()}, bank=make(), prompts=torch.zeros(2, 1, 4))
     faults: list[tuple[L.LightningModule, EmbeddingEvaluator, str]] = [
-        (Mute(), Retrieval(), r"Retrieval needs the protocol Embeds \(embed\(batch\)\); Mute lacks it"),
+        (Mute(), Retrieval(), r"Retrieval needs the protocol Embeds \(embed\); Mute lacks it"),
         (Silent(), Geometry(), "Geometry reads the embeddings that validation_step returns .*; Silent returned Tensor"),
         (Recipe(), Retrieval([["image", "sound"]]), "no embedding of 'sound'; the recipe has image, text"),
         (Recipe(), LinearProbe("group", modality="sound"), "no embedding of 'sound'"),

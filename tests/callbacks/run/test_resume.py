@@ -193,7 +193,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, step: float = 0.0, save: float = 0.0) -> None:
         self.now = 1e6
-        for module in ("resume", "signals"):
+        for module in ("resume", "stop_signals"):
             monkeypatch.setattr(f"descant.callbacks.run.{module}.time", SimpleNamespace(monotonic=lambda: self.now))
         self.batches = Act()
         self.batches.on_train_batch_end = lambda *_: self.passes(step)  # type: ignore[method-assign]
