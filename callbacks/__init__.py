@@ -1,4 +1,7 @@
-"""The callbacks: they know the protocols of :mod:`descant.modules.core.protocols`, and never a recipe."""
+"""The callbacks: they depend on the protocols of :mod:`descant.modules.core.protocols`, and never on a recipe.
+
+A class with ``once = True`` that is listed several times (by an experiment and an overlay) is used once, as listed last.
+"""
 
 from descant.callbacks.balance.balance import Balance as Balance
 from descant.callbacks.balance.g_blending import GradientBlending as GradientBlending

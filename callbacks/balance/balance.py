@@ -82,7 +82,6 @@ class Balance(Ordered):
             are split over ranks.
     """
 
-    #: Given twice (by an experiment and an overlay), the last one counts.
     once = True
     #: Harmonize sets the gradients, which would undo the scaling.
     after = ("Harmonize",)

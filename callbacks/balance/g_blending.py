@@ -40,7 +40,6 @@ class GradientBlending(L.Callback):
             single term, or for terms that are other ones than before.
     """
 
-    #: Given twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(self, every: int = 1, sham: Literal["permute"] | None = None) -> None:

@@ -45,7 +45,6 @@ class OPM(L.Callback):
             with one modality.
     """
 
-    #: Given twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(self, q: float = 0.4, alpha: float = 0.5, sham: Literal["permute"] | None = None) -> None:

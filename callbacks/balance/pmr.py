@@ -49,7 +49,6 @@ class PMR(L.Callback):
             one modality.
     """
 
-    #: Given twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(self, alpha: float = 0.6, beta: float = 0.5, every: int = 20) -> None:

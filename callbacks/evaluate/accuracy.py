@@ -79,7 +79,6 @@ class Accuracy(ForwardEvaluator):
         ValueError: at setup, if the recipe lacks the protocol Scores.
     """
 
-    #: If listed twice (by an experiment and an overlay), the last one applies.
     once = True
     needs = (Scores,)
 

@@ -65,7 +65,6 @@ class Answering(ForwardEvaluator):
             evaluation, for a target that the data does not have.
     """
 
-    #: If listed twice (by an experiment and an overlay), the last one applies.
     once = True
     needs = (Generates,)
 

@@ -54,7 +54,6 @@ class Attacks(ForwardEvaluator):
             and Fuses, an unknown modality, or certificates of another fusion or without a bank of training samples.
     """
 
-    #: If listed twice (by an experiment and an overlay), the last one applies.
     once = True
     needs = (Classifies, Fuses)
 

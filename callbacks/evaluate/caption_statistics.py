@@ -23,7 +23,6 @@ class CaptionStatistics(L.Callback):
         ValueError: at setup, if the data module has no such statistics or no mixer of captions.
     """
 
-    #: If listed twice (by an experiment and an overlay), the last one applies.
     once = True
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

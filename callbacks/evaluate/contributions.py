@@ -46,7 +46,6 @@ class Contributions(ForwardEvaluator):
             with one modality.
     """
 
-    #: If listed twice (by an experiment and an overlay), the last one applies.
     once = True
     needs = (Classifies, Fuses, Unimodal)
 

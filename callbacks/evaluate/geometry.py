@@ -31,7 +31,6 @@ class Geometry(PairEvaluator):
     ValueError: Geometry: limit 1 makes no pair; 2 is the least
     """
 
-    #: If listed twice (by an experiment and an overlay), the last one applies.
     once = True
 
     def __init__(self, pairs: list[list[str]] | None = None, limit: int = 4096) -> None:

@@ -66,7 +66,6 @@ class ModalitySubsetEval(ForwardEvaluator):
     ValueError: ModalitySubsetEval: subsets 0; 1 is the least
     """
 
-    #: If listed twice (by an experiment and an overlay), the last one applies.
     once = True
     identity = ("target", "modalities", "complete")
 

@@ -57,7 +57,6 @@ class HarmonizeFeatures(Ordered):
             recipe without the protocol Forks, a feature that no two terms share, or another harmonizer.
     """
 
-    #: Given twice (by an experiment and an overlay), the last one counts.
     once = True
     excludes = ("Harmonize", "HarmonizeTowers")
 

@@ -58,7 +58,6 @@ class Harmonize(L.Callback):
             terms that are other ones than before.
     """
 
-    #: Given twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(

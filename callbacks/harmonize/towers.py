@@ -45,7 +45,6 @@ class HarmonizeTowers(Ordered):
             protocols MultimodalClassifier and Forks, latents that no two terms share, or another harmonizer.
     """
 
-    #: Given twice (by an experiment and an overlay), the last one counts.
     once = True
     excludes = ("Harmonize", "HarmonizeFeatures")
 

@@ -77,7 +77,6 @@ class RetrievalPictures(EmbeddingEvaluator):
     ValueError: RetrievalPictures: queries 8 and top 0: 1 is the least
     """
 
-    #: If listed twice (by an experiment and an overlay), the last one applies.
     once = True
 
     def __init__(self, queries: int = 8, top: int = 5, pair: list[str] | None = None) -> None:
@@ -152,7 +151,6 @@ class Projector(EmbeddingEvaluator):
     ValueError: Projector: 40000 images of 48 pixels make a sheet of 9600; the projector shows up to 8192
     """
 
-    #: If listed twice (by an experiment and an overlay), the last one applies.
     once = True
 
     def __init__(self, limit: int = 2000, size: int = 48) -> None:

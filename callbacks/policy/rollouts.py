@@ -17,7 +17,7 @@ from torch import Tensor
 
 from descant.callbacks.policy.rounds import added
 from descant.callbacks.run.resumable_log import ResumableLog
-from descant.modules.core.capabilities import has
+from descant.modules.core.capabilities import has, require
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import RolloutData, RolloutPolicy
 from descant.modules.core.rng import global_seed, mix_N
@@ -91,9 +91,8 @@ class Rollouts(Callback):
         rollout_data = [part for part in parts if has(part, RolloutData)]
         if not rollout_data:
             raise ValueError(f"Rollouts needs rollout data, such as QuestionRollouts, not {type(parts[-1]).__name__}")
-        if not has(pl_module, RolloutPolicy):
-            recipe = type(pl_module).__name__
-            raise ValueError(f"Rollouts needs a recipe that generates answers, such as VisionLanguage, not {recipe}")
+        require(self, pl_module, RolloutPolicy)
+        assert has(pl_module, RolloutPolicy)
         for part in rollout_data:
             if pl_module.new > part.answer_length:
                 raise ValueError(f"new {pl_module.new}: the data holds answers of {part.answer_length} tokens")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from descant.callbacks.run.resumable_log import ResumableLog
 from descant.modules.core.batch import Batch
-from descant.modules.core.capabilities import has
+from descant.modules.core.capabilities import has, require
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import AnswersQuestions, QuestionPoolData
 from descant.modules.core.rng import global_seed, mix_N
@@ -82,10 +82,7 @@ class Rounds(Callback):
         parts = data_parts(trainer)
         if not any(has(part, QuestionPoolData) for part in parts):
             raise ValueError(f"Rounds needs data with a pool, such as QuestionPool, not {type(parts[-1]).__name__}")
-        if not has(pl_module, AnswersQuestions):
-            raise ValueError(
-                f"Rounds needs a recipe that answers, such as VisionLanguage; {type(pl_module).__name__} does not"
-            )
+        require(self, pl_module, AnswersQuestions)
         if stage == "fit" and getattr(pl_module, "distill", None) is None:
             raise ValueError("Rounds needs a teacher: model.distill with a TeacherRun of a Chat")
 
@@ -94,17 +91,14 @@ class Rounds(Callback):
         if not has(data, QuestionPoolData):
             return
         teacher = cast(nn.Module, pl_module.distill.network).to(pl_module.device)  # type: ignore[union-attr]
-        if not has(teacher, AnswersQuestions):
-            raise ValueError(
-                f"Rounds: the teacher, {type(teacher).__name__}, answers no questions; VisionLanguage does"
-            )
+        require("Rounds: the teacher", teacher, AnswersQuestions)
         now = epoch_now(trainer) // self.epochs
         if data.version >= now:
             return
         problems, log = data.pool, {"rounds/version": float(now)}
         if data.version >= 0:
-            t_N = self.scores(trainer, pl_module, teacher, cast(nn.Module, teacher))
-            s_N = self.scores(trainer, pl_module, pl_module, cast(nn.Module, teacher))
+            t_N = self.scores(trainer, pl_module, teacher, teacher)
+            s_N = self.scores(trainer, pl_module, pl_module, teacher)
             key_N = torch.from_numpy(np.asarray(problems.key_N))
             gap_N = self.sham.everywhere(t_N - s_N, key_N)
             shares = {"difficult": (gap_N > self.tau).float(), "teacher": t_N, "student": s_N}

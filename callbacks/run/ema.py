@@ -59,7 +59,6 @@ class EMA(L.Callback):
     [0.182, 0.25, 0.5, 0.5]
     """
 
-    #: Listed twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(self, decay: float = 0.999, warmup: bool = True, start: int = 0) -> None:

@@ -25,7 +25,6 @@ class LeanCheckpoint(L.Callback):
         ValueError: in setup, if parameters are sharded; when a checkpoint of another base is loaded.
     """
 
-    #: Listed twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(self) -> None:

@@ -80,7 +80,6 @@ class NonFinite(L.Callback):
         RollBack: to the caller of fit, which calls it again with the resume point; ``descant fit`` does.
     """
 
-    #: Listed twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(
@@ -174,7 +173,7 @@ class NonFinite(L.Callback):
         if len(self._waiting) == UNREAD:
             self._look(trainer)
 
-    def _look(self, trainer: L.Trainer) -> None:
+    def _look(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         """Read, in one wait, whether the queued steps were finite, and raise for the first that was not. Collective."""
         waiting, self._waiting = self._waiting, []
         if not waiting:
@@ -193,17 +192,7 @@ class NonFinite(L.Callback):
         if self._waiting and trainer.global_step % log_interval(trainer) == 0:
             self._look(trainer)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self._look(trainer)
-
-    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self._look(trainer)
-
-    def on_validation_start(self, trainer: L.Trainer, *_: Any) -> None:
-        self._look(trainer)
-
-    def on_save_checkpoint(self, trainer: L.Trainer, *_: Any) -> None:
-        self._look(trainer)
+    on_train_epoch_end = on_train_end = on_validation_start = on_save_checkpoint = _look
 
     def _back(self, trainer: L.Trainer, entry: dict[str, Any], line: str) -> None:
         step, resume = trainer.global_step, _resume(trainer)

@@ -37,7 +37,6 @@ class ProgressiveResizing(L.Callback):
     (16, 24, None)
     """
 
-    #: Listed twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(self, sizes: list[int], until: list[float], modalities: list[str] | None = None) -> None:

@@ -37,7 +37,6 @@ class Temperature(Callback):
     ValueError: Temperature: factor 0.0 is not positive; 4 makes the temperature four times as high
     """
 
-    #: Listed twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(self, factor: float = 4.0, at: float = 0.7) -> None:

@@ -40,7 +40,6 @@ class Report(L.Callback):
     The table at the end of a command has the metrics of that command: a row a set, a column a metric.
     """
 
-    #: Listed twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(self) -> None:

@@ -77,7 +77,6 @@ class Resume(Ordered):
             another seed or a newer layout.
     """
 
-    #: Listed twice (by an experiment and an overlay), the last one counts.
     once = True
     #: What other callbacks do at the start of a batch belongs to the batch.
     front = True

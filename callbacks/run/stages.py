@@ -19,7 +19,7 @@ from descant.callbacks.plots.output import run_folder, save_figure
 from descant.callbacks.run.callback_order import Ordered, is_a
 from descant.callbacks.run.exact_resume import settle_buckets
 from descant.callbacks.run.resumable_log import ResumableLog
-from descant.modules.core.capabilities import has
+from descant.modules.core.capabilities import has, require
 from descant.modules.core.errors import no_such
 from descant.modules.core.protocols import RolloutData, StagedDataModule, StagedRecipe
 
@@ -41,7 +41,6 @@ class Stages(Ordered):
         ValueError: at setup, for a recipe or data without stages, or with different ones.
     """
 
-    #: Listed twice (by an experiment and an overlay), the last one counts.
     once = True
     #: Data in stages requires a callback with this attribute.
     advances = True
@@ -73,8 +72,8 @@ class Stages(Ordered):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if not has(pl_module, StagedRecipe):
-            raise ValueError(f"Stages needs a recipe in stages, such as Staged, not {type(pl_module).__name__}")
+        require(self, pl_module, StagedRecipe)
+        assert has(pl_module, StagedRecipe)
         if not has(data, StagedDataModule):
             raise ValueError(f"Stages needs data in stages, StagedData, not {type(data).__name__}")
         of_data, of_model = list(data.stages), list(pl_module.stages)

@@ -207,7 +207,6 @@ class Throughput(Ordered):
         ValueError: if ``peak_flops`` is not positive.
     """
 
-    #: Listed twice (by an experiment and an overlay), the last one counts.
     once = True
     #: The cost of a step depends on the size of its images.
     after = ("ProgressiveResizing",)
