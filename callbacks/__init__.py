@@ -1,6 +1,6 @@
 """The callbacks: they depend on the protocols of :mod:`descant.modules.core.protocols`, and never on a recipe.
 
-A class with ``once = True`` that is listed several times (by an experiment and an overlay) is used once, as listed last.
+Of a class with ``once = True`` that is listed several times (by an experiment and an overlay), the last one is used.
 """
 
 from descant.callbacks.balance.balance import Balance as Balance

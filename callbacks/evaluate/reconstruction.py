@@ -15,7 +15,7 @@ from torch import Tensor
 
 from descant.callbacks.evaluate.embeddings import Rows, Store
 from descant.callbacks.evaluate.forward import ForwardEvaluator
-from descant.callbacks.plots.output import run_folder, save_figure
+from descant.callbacks.plots.output import save_figure
 from descant.callbacks.plots.reconstruction import gallery
 from descant.modules.core.batch import NEGATIVE, Batch
 from descant.modules.core.capabilities import has
@@ -332,7 +332,6 @@ class ReconstructionPictures(ForwardEvaluator):
         return batch.select(rank_B[: self.count])
 
     def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
-        folder = run_folder(trainer)  # a collective, so before ranks diverge
         for name, first in self._first.items():
             inputs = Inputs([m for m in first.inputs if m in first.present], pl_module.device)
             inputs.add(first, torch.ones_like(first.index, dtype=torch.bool))
@@ -357,7 +356,7 @@ class ReconstructionPictures(ForwardEvaluator):
             figure = gallery(shown, batch.present, names, f"{name}: {self.name}, step {trainer.global_step}")
             if figure is not None:
                 tag = f"{name}-{self.name}"
-                save_figure(trainer, folder, figure, tag, f"pictures/{tag}")
+                save_figure(trainer, figure, tag, f"pictures/{tag}")
         return {}
 
 

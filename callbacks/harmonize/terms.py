@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from descant.callbacks.plots.curves import Track, cosine_map
-from descant.callbacks.plots.output import run_folder, save_figure
+from descant.callbacks.plots.output import save_figure
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.hooks import GradientHooks
 from descant.modules.core.host import read_together, to_device
@@ -203,12 +203,11 @@ class Harmonize(L.Callback):
         self._draw(trainer)
 
     def _draw(self, trainer: L.Trainer) -> None:
-        folder = run_folder(trainer)
         if not trainer.is_global_zero or not self.track.steps or trainer.fast_dev_run or not trainer.loggers:  # type: ignore[attr-defined]
             return
         title = f"harmony by {type(self.rule).__name__}, step {trainer.global_step}"
         figure = cosine_map(title, list(combinations(self.names, 2)), *self.track.points())
-        save_figure(trainer, folder, figure, "harmony", "harmony/cosines")
+        save_figure(trainer, figure, "harmony", "harmony/cosines")
 
 
 @contextmanager

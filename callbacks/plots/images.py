@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from google.protobuf import text_format  # type: ignore[import-untyped]
 from lightning.pytorch.utilities import rank_zero_warn
-from PIL import Image
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from torch import Tensor
 
 from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator, Rows, letters
-from descant.callbacks.plots.output import run_folder, save_figure, writers
+from descant.callbacks.plots.output import save_figure, writers
 from descant.callbacks.plots.style import (
     BLUE,
     FAINT,
@@ -30,6 +29,7 @@ from descant.callbacks.plots.style import (
     VERMILLION,
     page,
     pixels,
+    resized,
     rgb,
     styled,
     text_width,
@@ -88,7 +88,6 @@ class RetrievalPictures(EmbeddingEvaluator):
             raise ValueError(f"RetrievalPictures: pair: {self.pair} is not two modalities")
 
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
-        folder = run_folder(trainer)  # a collective, so before ranks diverge
         for name, rows in sets.items():
             for m in self.pair:
                 self.require_embedding(rows, m)
@@ -102,7 +101,7 @@ class RetrievalPictures(EmbeddingEvaluator):
                 small = self.draw(rows, a, b, trainer, title, SHOWN) if self.queries > SHOWN else None
                 letter = letters(rows.z)
                 tag = f"{name}-{letter[a]}2{letter[b]}"
-                save_figure(trainer, folder, figure, tag, f"pictures/{tag}", small)
+                save_figure(trainer, figure, tag, f"pictures/{tag}", small)
         return {}
 
     def draw(
@@ -285,7 +284,7 @@ def sheet(rows: Sequence[Sequence[Cell]], title: str, note: str) -> Figure:
     ]
     for x, y, cell in places:
         canvas[y : y + side, x : x + side] = rgb(cell.frame)
-        tile = 255 if cell.image is None else _resized(cell.image, TILE)
+        tile = 255 if cell.image is None else resized(cell.image, TILE)
         canvas[y + FRAME : y + FRAME + TILE, x + FRAME : x + FRAME + TILE] = tile
     figure, axes = page(canvas)
     for x, y, cell in places:
@@ -336,20 +335,13 @@ def _cell(data: Any, index: int, frame: str, pictured: bool) -> Cell:
     return Cell(_picture(data, index) if pictured else None, _line(data, index), frame)
 
 
-def _resized(image_HW3: np.ndarray, side: int, smooth: bool = False) -> np.ndarray:
-    """``[side, side, 3]``; tiny images show their pixels, others are smooth."""
-    nearest = max(image_HW3.shape) <= TILE // 4 and not smooth
-    how = Image.Resampling.NEAREST if nearest else Image.Resampling.BICUBIC
-    return np.asarray(Image.fromarray(image_HW3).resize((side, side), how))
-
-
 def _picture(data: Any, index: int, size: int | None = None) -> np.ndarray | None:
     """uint8 ``[H, W, 3]``, or ``[size, size, 3]``; None if the data module has none."""
     image = data.picture(index) if isinstance(data, Pictured) else None
     if image is None:
         return None
     image_HW3 = image.permute(1, 2, 0).contiguous().cpu().numpy()
-    return image_HW3 if size is None else _resized(image_HW3, size, smooth=True)
+    return image_HW3 if size is None else resized(image_HW3, size, smooth=True)
 
 
 def _line(data: Any, index: int) -> str:

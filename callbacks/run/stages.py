@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import math
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -132,7 +133,8 @@ class Stages(Ordered):
         # not weights_only: callbacks such as LeanCheckpoint would not be called
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         checkpoint |= {"optimizer_states": [], "lr_schedulers": []}
-        trainer.strategy.save_checkpoint(checkpoint, run_folder(trainer) / "stages" / f"{done}.ckpt")
+        folder: Path = trainer.strategy.broadcast(run_folder(trainer))
+        trainer.strategy.save_checkpoint(checkpoint, folder / "stages" / f"{done}.ckpt")
         trainer.strategy.barrier("Stages")
         if data.stage_at(after) != done:
             data.position = (after, 0)
@@ -150,9 +152,8 @@ class Stages(Ordered):
                 self.seen[name].append((trainer.global_step, float(value)))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        folder = run_folder(trainer)
         if any(self.seen.values()) and trainer.is_global_zero:
-            save_figure(trainer, folder, self.picture(), "stages", "pictures/stages")
+            save_figure(trainer, self.picture(), "stages", "pictures/stages")
 
     def picture(self) -> Any:
         """A plot of the watched metrics, with one panel for each evaluation set or other prefix."""
