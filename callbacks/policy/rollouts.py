@@ -98,7 +98,7 @@ class Rollouts(Callback):
                 raise ValueError(f"new {pl_module.new}: the data holds answers of {part.answer_length} tokens")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.resumable_log.again(trainer)
+        self.resumable_log.write_again(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data: Any = data_now(trainer)
@@ -119,7 +119,7 @@ class Rollouts(Callback):
         if pl_module.needs_reference:
             data.renew(problems, {"reference": self._reference(trainer, pl_module)}, now)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in log.items()})
-        self.resumable_log.say(trainer, log, {"rollouts/answers": "\n".join(self._shown)} if self._shown else {})
+        self.resumable_log.write(trainer, log, {"rollouts/answers": "\n".join(self._shown)} if self._shown else {})
 
     def _generate(
         self, trainer: L.Trainer, pl_module: L.LightningModule, now: int

@@ -5,7 +5,7 @@ Letters: N problems of the pool, B of a batch, M tokens of an answer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, cast
 
 import lightning as L
@@ -110,7 +110,7 @@ class Rounds(Callback):
                 problems = data.variants(self.chosen(gap_N > self.tau, key_N, now), now)
         answer_ids_NM = self.answers(trainer, pl_module, teacher, problems)
         data.renew(problems, answer_ids_NM, now)
-        self.resumable_log.say(trainer, {k: v for k, v in log.items() if k.count("/") == 1})
+        self.resumable_log.write(trainer, {k: v for k, v in log.items() if k.count("/") == 1})
         self.history |= log
         self._update_metrics(trainer)
 
@@ -119,7 +119,7 @@ class Rounds(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._update_metrics(trainer)  # of rounds before a resume
-        self.resumable_log.again(trainer)
+        self.resumable_log.write_again(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": dict(self.history), "told": self.resumable_log.state_dict()}
@@ -143,22 +143,18 @@ class Rounds(Callback):
 
     def scores(self, trainer: L.Trainer, pl_module: L.LightningModule, network: Any, teacher: nn.Module) -> Tensor:
         """``[N]``: scores of a network's answers to the pool."""
-        data = cast(QuestionPoolData, data_now(trainer))
-        score_N = torch.zeros(len(data.pool))
-        for batch, answer_ids_BM in self._answers(trainer, pl_module, network, data.pool):
-            score_B = self.judge(Answers(batch, answer_ids_BM, batch.targets["answer"], teacher))
-            here_B = batch.present["text"].cpu()
-            score_N[batch.index.cpu()[here_B]] = score_B.cpu()[here_B]
-        return added(score_N, pl_module.device)
+        pool = cast(QuestionPoolData, data_now(trainer)).pool
+        scores = (
+            (batch, self.judge(Answers(batch, answer_ids_BM, batch.targets["answer"], teacher)))
+            for batch, answer_ids_BM in self._answers(trainer, pl_module, network, pool)
+        )
+        return _gathered(torch.zeros(len(pool)), scores, pl_module.device)
 
     def answers(self, trainer: L.Trainer, pl_module: L.LightningModule, network: Any, problems: Any) -> Tensor:
         """``[N, M]``: answers of a network to some problems."""
-        data = cast(QuestionPoolData, data_now(trainer))
-        found_NM = torch.zeros(len(problems), data.answer_length, dtype=torch.long)
-        for batch, answer_ids_BM in self._answers(trainer, pl_module, network, problems):
-            here_B = batch.present["text"].cpu()
-            found_NM[batch.index.cpu()[here_B]] = answer_ids_BM.cpu()[here_B]
-        return added(found_NM, pl_module.device)
+        length = cast(QuestionPoolData, data_now(trainer)).answer_length
+        answer_ids_NM = torch.zeros(len(problems), length, dtype=torch.long)
+        return _gathered(answer_ids_NM, self._answers(trainer, pl_module, network, problems), pl_module.device)
 
     def _answers(
         self, trainer: L.Trainer, pl_module: L.LightningModule, network: Any, problems: Any
@@ -172,6 +168,14 @@ class Rounds(Callback):
                     yield batch, network.generate(batch, new=data.answer_length)
         finally:
             network.train(training)
+
+
+def _gathered(x_N: Tensor, by_batch: Iterable[tuple[Batch, Tensor]], device: torch.device) -> Tensor:
+    """Fill in the rows of batches, by their index; over all ranks."""
+    for batch, x_B in by_batch:
+        here_B = batch.present["text"].cpu()
+        x_N[batch.index.cpu()[here_B]] = x_B.cpu()[here_B]
+    return added(x_N, device)
 
 
 def cycled(x_N: Tensor, n: int) -> Tensor:

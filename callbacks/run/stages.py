@@ -94,7 +94,7 @@ class Stages(Ordered):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._sets = list(trainer.datamodule.evaluation_sets("validate"))  # type: ignore[attr-defined]
-        self.resumable_log.again(trainer)
+        self.resumable_log.write_again(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -121,7 +121,7 @@ class Stages(Ordered):
         line = f"stage {number} of {len(pl_module.stages)}, {name}: {trains:,} parameters train"
         rank_zero_info(line)
         texts = {"stages": f"step {trainer.global_step}: {line}"}
-        self.resumable_log.say(trainer, {"stages/number": float(number)}, texts)
+        self.resumable_log.write(trainer, {"stages/number": float(number)}, texts)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
