@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import lightning as L
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from descant.callbacks.evaluate.embeddings import Rows, Store
 from descant.callbacks.evaluate.forward import ForwardEvaluator
+from descant.callbacks.plots.images import sample_line
 from descant.callbacks.plots.output import save_figure
 from descant.callbacks.plots.reconstruction import gallery
 from descant.modules.core.batch import NEGATIVE, Batch
@@ -349,10 +349,7 @@ class ReconstructionPictures(ForwardEvaluator):
             if trainer.sanity_checking or not trainer.is_global_zero:
                 continue
             shown = {m: _as_input(rebuilt[m], batch.inputs[m]) or rebuilt[m] for m in self.modalities or rebuilt}
-            data: Any = trainer.datamodule  # type: ignore[attr-defined]
-            names = [str(int(i)) for i in batch.index]
-            if hasattr(data, "describe"):
-                names = [" ".join(str(data.describe(int(i))).split()) for i in batch.index]
+            names = [sample_line(trainer.datamodule, i) for i in batch.index.tolist()]  # type: ignore[attr-defined]
             figure = gallery(shown, batch.present, names, f"{name}: {self.name}, step {trainer.global_step}")
             if figure is not None:
                 tag = f"{name}-{self.name}"
