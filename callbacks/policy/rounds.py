@@ -11,7 +11,6 @@ from typing import Any, Literal, cast
 import lightning as L
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import AnswersQuestions, QuestionPoolData
+from descant.modules.core.ranks import total_of_ranks
 from descant.modules.core.rng import global_seed, mix_N
 from descant.modules.core.sham import Sham
 from descant.modules.engine.trainer import bank_batches, data_now, data_parts, epoch_now
@@ -189,7 +189,4 @@ def cycled(x_N: Tensor, n: int) -> Tensor:
 
 def added(x: Tensor, device: torch.device) -> Tensor:
     """Sum over ranks, each of which filled another part of zeros."""
-    if dist.is_available() and dist.is_initialized():
-        x = x.to(device)
-        dist.all_reduce(x)
-    return x.cpu()
+    return total_of_ranks(x.to(device)).cpu()

@@ -117,21 +117,19 @@ class Resume(Ordered):
         if isinstance(trainer.strategy.model, DistributedDataParallel):
             settle_buckets(trainer.strategy.model)
         if self._loaded is not None:
-            self._require_same(_order(trainer), self._loaded["order"])
+            here, saved = _order(trainer), self._loaded["order"]
+            for key in saved:
+                if key in here and here[key] != saved[key]:
+                    raise ValueError(
+                        f"the resume point is of data with {key} {saved[key]}, and here it is {here[key]}: another "
+                        "order of samples; use the same data, or start a new run"
+                    )
             # of the last validation: schedules and checkpoints read them until the next one
             trainer._logger_connector._callback_metrics.update(self._loaded["metrics"])
         for logger in trainer.loggers:  # rows after the save are logged again
             forget = getattr(logger, "forget_after", None)
             if forget is not None and trainer.is_global_zero:
                 forget(0 if self._loaded is None else self._loaded["log_step"])
-
-    def _require_same(self, here: dict[str, Any], saved: dict[str, Any]) -> None:
-        for key in saved:
-            if key in here and here[key] != saved[key]:
-                raise ValueError(
-                    f"the resume point is of data with {key} {saved[key]}, and here it is {here[key]}: another order "
-                    "of samples; use the same data, or start a new run"
-                )
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
         loop, accumulate = trainer.fit_loop.epoch_loop, trainer.accumulate_grad_batches
