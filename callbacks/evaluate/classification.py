@@ -21,7 +21,12 @@ PROMPTS = 512  # embedded at once
 
 
 class _Labelled(EmbeddingEvaluator):
-    """Base of the evaluations that predict a class: ``target`` of the data, from embeddings of ``modality``."""
+    """Base of the evaluations that predict a class: ``target`` of the data, from embeddings of ``modality``.
+
+    Args:
+        target: which of the data's targets holds the class.
+        modality: whose embeddings are classified.
+    """
 
     kind: str
 
@@ -56,8 +61,6 @@ class ZeroShot(_Labelled):
     classes that occur; with ``_{modality}`` after the target where that is not image.
 
     Args:
-        target: which of the data's targets holds the class.
-        modality: of the classified samples.
         prompts: the modality of the prompts.
 
     Raises:
@@ -132,11 +135,8 @@ class KNN(Banked):
     Key: ``{set}/knn_{target}_top1``, with ``_{modality}`` after the target where that is not image.
 
     Args:
-        target: which of the data's targets holds the class.
         k: neighbours that vote.
         temperature: of their weights.
-        modality: whose embeddings are classified.
-        every: runs in one of so many evaluations of a fit.
 
     Raises:
         ValueError: k or every below 1, a temperature that is not positive; at setup, a data module without a
@@ -178,10 +178,7 @@ class LinearProbe(Banked):
     with ``_{modality}`` after the target where that is not image.
 
     Args:
-        target: which of the data's targets holds the class.
-        modality: whose embeddings are classified.
         l2: strength of the penalty on the weights.
-        every: runs in one of so many evaluations of a fit.
 
     Raises:
         ValueError: every below 1, a negative l2; at setup, a data module without a bank; at evaluation, an

@@ -20,7 +20,6 @@ class Geometry(PairEvaluator):
     A positive pair is a row that has both modalities, or else two rows of equal key.
 
     Args:
-        pairs: such as [[image, text]]; all pairs where not given.
         limit: rows, evenly spaced over the set, of uniformity (whose cost is their square).
 
     Raises:

@@ -76,8 +76,6 @@ class IntraModal(_BankRetrieval):
     Args:
         modality: of queries and gallery.
         target: a target of the data whose equality is a match as well, or none.
-        sets: the evaluation sets of the queries; all of them where not given.
-        validate: run in the validations of a fit too, not only in ``validate`` and ``test``.
 
     Raises:
         ValueError: at setup, for a data module without a bank; at evaluation, for an unknown modality, target or set.
@@ -137,11 +135,9 @@ class Inversion(_BankRetrieval):
         through: the modality that they are inverted into.
         target: a target of the data whose equality is a match as well, or none.
         named: the targets of zero-shot classification; ``target`` alone where not given.
-        sets: the evaluation sets of the queries; all of them where not given.
         limit: queries of a set, evenly spaced over it.
         oti: the optimization; 150 steps where not given.
         ovi: that of texts into pseudo-patches, such as 1000 steps, or none. For towers of patches.
-        validate: run in the validations of a fit too, not only in ``validate`` and ``test``.
 
     Raises:
         ValueError: for a template without its place, or a limit below 2; at setup, for a recipe that lacks the protocol

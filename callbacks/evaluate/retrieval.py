@@ -24,7 +24,6 @@ class Retrieval(PairEvaluator):
     expected value of a random order of the gallery.
 
     Args:
-        pairs: such as [[image, text]]; all pairs where not given.
         at: the k of recall at k.
 
     Raises:
@@ -84,7 +83,6 @@ class EmergentRetrieval(Retrieval):
     Args:
         sets: of the test, whose mean is taken.
         pairs: such as [[sketch, text]].
-        at: the k of recall at k.
         target: of the data, the distance of a row from the training data; None leaves ``_apart`` out.
         least: the least distance of ``_apart``.
 
