@@ -13,7 +13,7 @@ from descant.modules.evaluation.metrics import swap_accuracy
 
 
 class SwapAccuracy(EmbeddingEvaluator):
-    """How often a positive scores higher than its hard negative, averaged over the types of negatives.
+    """Accuracy against hard negatives: how often a positive scores higher, averaged over the types of negatives.
 
         hit_n = [z_a . z_b > z_a . z_neg]_n, or 1/2 for equal scores
 

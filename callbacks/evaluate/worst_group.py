@@ -1,4 +1,4 @@
-"""Worst-group metrics."""
+"""Worst-group metrics: the part of a mixture with the worst result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from descant.modules.engine.trainer import logged_step
 
 
 class WorstGroup(Ordered):
-    """Worst, mean and gap over the parts of a mixture, whose evaluation sets are named ``part-set``:
+    """Worst-group metrics: worst, mean and gap over the parts of a mixture, whose sets are named ``part-set``:
 
         {set}/worst/{metric}    the least over the parts (the largest, for names that begin with loss)
         {set}/mean/{metric}     their mean, with equal weights

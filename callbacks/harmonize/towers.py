@@ -25,8 +25,7 @@ from descant.modules.multitask import Rule
 
 
 class HarmonizeTowers(Ordered):
-    """Gradient harmonization by tower: mix the terms that share a modality's latents, by a rule of their gradients at
-    that modality's own parameters.
+    """Gradient harmonization at each tower: mix the terms that share its latents by a rule of their gradients there.
 
         dL/dz_m = sum_k mix_mk dterm_k/dz_m,    mix_m = rule(G_m),    G_mkl = <g_k, g_l>,  g_k = d term_k / d theta_m
 

@@ -25,7 +25,7 @@ CURRENT_MODEL_STATE = "current_model_state"
 
 
 class EMA(L.Callback):
-    """Averages the weights once every optimizer step, and evaluates and saves the average.
+    """EMA: exponential moving average of the weights, updated once an optimizer step, evaluated and saved.
 
     With ``n`` updates made so far and ``w`` the weights after this optimizer step::
 

@@ -47,7 +47,7 @@ class _Waiting(NamedTuple):
 
 
 class NonFinite(L.Callback):
-    """Checks the gradients of every step before the optimizer does, on all ranks alike, and keeps a ledger.
+    """Checks the gradients of every step for NaN and infinity before the optimizer uses them, and keeps a ledger.
 
         a step is finite  <=>  all of its loss terms and all of its gradients are
 

@@ -14,7 +14,7 @@ from descant.modules.engine.trainer import share_of_run
 
 
 class ProgressiveResizing(L.Callback):
-    """Train on images of ``sizes[k]`` pixels until the share ``until[k]`` of the run, then on those of the data.
+    """Progressive resizing: images of ``sizes[k]`` pixels until the share ``until[k]`` of the run, then of the data.
 
         x_BCSS = resize(x_BCHW, S_t),    S_t = sizes[k] while t / T < until[k], the data's own size after the last
 

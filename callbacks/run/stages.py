@@ -26,7 +26,7 @@ from descant.modules.core.protocols import RolloutData, StagedDataModule, Staged
 
 
 class Stages(Ordered):
-    """Moves a recipe such as Staged and its data to the next stage before the first epoch of each.
+    """Multi-stage training: moves a recipe such as Staged and its data to the next stage before its first epoch.
 
     A run resumes in the middle of any stage: checkpoints hold the stage and its optimizer and schedule. At the end of
     each stage its weights are saved as ``stages/{name}.ckpt`` in the run's folder, for other runs to start from and for
