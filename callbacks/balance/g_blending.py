@@ -89,13 +89,7 @@ class GradientBlending(L.Callback):
             objective.mix.mul_(self.weight_K.to(objective.mix))
 
     def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any, **__: Any
     ) -> None:
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or not self.names:
             return
