@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks import Row
 from benchmarks.timing import cores, threads
 from descant.__main__ import main
-from descant.callbacks.evaluate.embeddings import Judge
+from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator
 from descant.callbacks.evaluate.embeddings import Rows as Embedded
 from descant.modules.evaluation.metrics import retrieval_ranks
 from descant.modules.io.checkpoints import LATEST, followed
@@ -27,10 +27,12 @@ from descant.modules.io.checkpoints import LATEST, followed
 FILE = "embeddings.pt"
 
 
-class KeepEmbeddings(Judge):
+class KeepEmbeddings(EmbeddingEvaluator):
     """Writes the embeddings of the test sets to ``embeddings.pt`` in the run's folder; measures nothing itself."""
 
-    def judge(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Embedded]) -> dict[str, Tensor]:
+    def evaluate(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Embedded]
+    ) -> dict[str, Tensor]:
         if trainer.testing and trainer.is_global_zero:
             content = {
                 name: {"z": dict(rows.z), "present": dict(rows.present), "key": rows.key} for name, rows in sets.items()

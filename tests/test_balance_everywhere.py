@@ -77,7 +77,7 @@ def test_with_a_harmonizer(balancer: str, harmonizer: str | None, cli: Any, stor
     _, logged = BALANCERS[balancer]
     result, metrics = two_steps(cli, store, [*([harmonizer] if harmonizer else []), balancer])
     if balancer in ALONE and harmonizer is not None:
-        assert result.rc == 2 and "is there already; one of the two" in result.refusal, result.err
+        assert result.rc == 2 and "cannot be combined with" in result.refusal, result.err
         return
     held(result, metrics, logged)
     assert ("harmony/conflict" in metrics) == (harmonizer is not None) or balancer in ALONE
@@ -104,7 +104,7 @@ def test_with_missing_modalities(cli: Any) -> None:
     before = [part for c in ("fusion/emoji", "with/train/mid-fusion", "on/tiny") for part in ("--config", c)]
     assert cli("fit", *before, "--name", "whole").rc == 0
     result = two_steps_of_missing(cli, "ogm")
-    assert result.rc == 2 and "is trained, so nothing of it can be held back" in result.refusal, result.err
+    assert result.rc == 2 and "is trained, so its gradients cannot be scaled" in result.refusal, result.err
     free = ["--model.init_args.frozen", "false", "--model.init_args.bank", "null"]
     for name in ("ogm", "pmr", "opm", "mmpareto"):
         result = two_steps_of_missing(cli, name, *free)

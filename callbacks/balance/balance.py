@@ -1,4 +1,4 @@
-"""Per-modality gradient modulation (OGM-GE, AGM, ...): scale each tower's gradients by its modality's own score.
+"""Per-modality gradient modulation (OGM-GE, AGM, ...): scale each tower's gradients by its modality's score.
 
 Letters: B samples, C classes, M modalities.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from descant.callbacks.harmonize.terms import Harmonize
+from descant.callbacks.run.callback_order import Ordered
 from descant.modules.balance.base import Pacing
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.host import read_together, to_device
@@ -27,7 +27,7 @@ from descant.modules.training_setup.trainer import log_interval, share_of_run
 
 
 def modality_scores(pl_module: MultimodalClassifier, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Float64 ``[2, M]`` of the last forward: by modality the sum of its samples' scores, and their number.
+    """Float64 ``[2, M]`` of the last forward: the sum of the scores of each modality's samples, and their number.
 
     ``score(share_BC, label_B) -> [B]``.
     """
@@ -58,32 +58,32 @@ def require_several(callback: L.Callback, pl_module: Any) -> tuple[str, ...]:
     return modalities
 
 
-class Balance(L.Callback):
-    """Scale the gradients of each modality's own parameters, once an optimizer step.
+class Balance(Ordered):
+    """Gradient modulation: scale the gradients of each modality's own parameters, once an optimizer step.
 
         g_m <- factor_m g_m,    factor = pacing(s),    s_m = mean over the step's samples of score(share_m, label)
 
-    with the shares that modalities have of the logits (Shapley values; with the logits of no modality, shared equally,
-    they add up to the logits), of all ranks and micro-batches. Gradients are scaled when they are whole, so nothing
-    compounds over micro-batches; then they are clipped. In a step in which a modality has no labelled sample, or a
-    score is not finite, all learn as they would, and it is counted.
+    with each modality's share of the logits (Shapley values; with the logits of no modality, shared equally, they add
+    up to the logits), of all ranks and micro-batches. The accumulated gradients are scaled, and then clipped. In a step
+    in which a modality has no labelled sample, or a score is not finite, nothing is scaled, and that is counted as a
+    fallback.
 
     It logs ``balance/score/{modality}``, ``balance/factor/{modality}`` and ``balance/fallbacks``.
 
     Args:
         pacing: from scores to factors.
-        noise: to each matrix add normal noise of its own gradient's deviation (OGM-GE), alike on all ranks.
-        until: share of the run after which all learn as they would.
-        sham: ``permute`` hands the factors on: each modality has that of the one before it.
+        noise: add normal noise of the deviation of its gradient to each matrix (OGM-GE), equal on all ranks.
+        until: share of the run after which nothing is scaled.
+        sham: ``permute`` for the control: each modality gets the factor of the one before it.
 
     Raises:
-        ValueError: for a share that is none; at setup, for a recipe without the protocol MultimodalClassifier, fewer
-            than two modalities, one without trained parameters of its own, or Harmonize behind it; in training, for
-            noise where parameters are split over ranks.
+        ValueError: for an ``until`` outside (0, 1]; at setup, for a recipe without the protocol MultimodalClassifier,
+            one modality, or one without trained parameters; in training, for noise where parameters are sharded.
     """
 
-    #: Given twice (by an experiment and an overlay), the last one counts.
     once = True
+    #: Harmonize sets the gradients, which would undo the scaling.
+    after = ("Harmonize",)
 
     def __init__(
         self, pacing: Pacing, noise: bool = False, until: float = 1.0, sham: Literal["permute"] | None = None
@@ -107,26 +107,22 @@ class Balance(L.Callback):
     # the hooks -------------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._sums_2M = None  # of a step that was left in its middle, such as for a loss that was not finite
+        self._sums_2M = None  # of an incomplete step, such as after a loss that was not finite
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._modalities = require_multimodal(self, pl_module)
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        behind = callbacks[callbacks.index(self) + 1 :] if self in callbacks else []
-        if any(isinstance(other, Harmonize) for other in behind):
-            raise ValueError("Balance: Harmonize comes behind it and would undo it; name Harmonize first")
+        super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert has(pl_module, MultimodalClassifier)
-        seen: dict[nn.Parameter, str] = {}
+        modality_of: dict[nn.Parameter, str] = {}
         for m in self._modalities:
-            own = [p for p in pl_module.of_modality(m) if p.requires_grad]
-            if not own:
-                raise ValueError(f"Balance: nothing of {m} is trained, so nothing of it can be held back")
-            twice = next((seen[p] for p in own if p in seen), None)
-            if twice is not None:
-                raise ValueError(f"Balance: {m} and {twice} share parameters, which cannot have two factors")
-            seen.update(dict.fromkeys(own, m))
+            trained = [p for p in pl_module.of_modality(m) if p.requires_grad]
+            if not trained:
+                raise ValueError(f"Balance: nothing of {m} is trained, so its gradients cannot be scaled")
+            for p in trained:
+                if (other := modality_of.setdefault(p, m)) != m:
+                    raise ValueError(f"Balance: {m} and {other} share parameters, which cannot have two factors")
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         assert has(pl_module, MultimodalClassifier)
@@ -161,8 +157,8 @@ class Balance(L.Callback):
             grad.mul_(factor)
             return
         if isinstance(grad, DTensor):
-            raise ValueError("Balance: noise where parameters are split over ranks would not be the same; noise false")
-        # drawn on the CPU, so that it is the same on every device
+            raise ValueError("Balance: noise of sharded parameters would differ from that of whole ones; noise false")
+        # sampled on the CPU, so that it is the same on every device
         generator = torch.Generator().manual_seed(draw)
         noise = to_device(torch.randn(grad.shape, generator=generator, dtype=torch.float32), grad.device).to(grad.dtype)
         deviation = grad.std()

@@ -1,4 +1,4 @@
-"""Gradient blending (G-Blending): weigh loss terms by how well what they learn generalizes.
+"""Gradient blending (G-Blending): weigh loss terms by generalization gain over overfitting.
 
 Letters: K terms.
 """
@@ -19,28 +19,27 @@ from descant.modules.core.sham import Sham
 
 
 class GradientBlending(L.Callback):
-    """Weigh loss terms after each validation by generalisation gain over overfitting (G-Blending).
+    """Gradient blending (G-Blending): weigh loss terms after each validation by generalization over overfitting.
 
         w_k = K v_k / sum v,    v_k = max(dG_k, 0) / dO_k^2
         dG_k = V_k' - V_k,      dO_k = (V_k - T_k) - (V_k' - T_k')
 
     with V_k the mean of the term over the validation sets and T_k that over the training steps since the validation
-    before, ' for the one before. Terms count alike until there are two validations, and where no term got better.
-    Training values are those of the steps, as they came, and not of one pass at the end: our reading. Source: Wang
-    2020, arXiv 1905.12681.
+    before, ' for the one before. All weights are 1 until there are two validations, and where no term improved.
+    Training values are those of the training steps, not of another pass over the data: our reading. Source: Wang 2020,
+    arXiv 1905.12681.
 
     It logs ``blend/weight/{term}``. Validation runs the recipe's forward once more.
 
     Args:
         every: validations from one weighing to the next.
-        sham: ``permute`` hands the weights on: each term has that of the one before it.
+        sham: ``permute`` for the control: each term gets the weight of the one before it.
 
     Raises:
         ValueError: for a number below 1; at setup, for a recipe without the protocol HasTerms; in training, for a
-            single term, or for terms that are other ones than before.
+            single term, or for terms that change.
     """
 
-    #: Given twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(self, every: int = 1, sham: Literal["permute"] | None = None) -> None:
@@ -58,14 +57,14 @@ class GradientBlending(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         names = ("names", "weight_K", "before_2K", "validations", "_train_2K")
         saved = {name: getattr(self, name) for name in names}
-        if self._train_2K is not None:  # every rank is asked, and one writes
+        if self._train_2K is not None:  # called on every rank; one writes
             saved["_train_2K"] = total_of_ranks(self._train_2K.clone())
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name, value in state_dict.items():
             setattr(self, name, value)
-        if rank() > 0 and self._train_2K is not None:  # what was saved is of all ranks
+        if rank() > 0 and self._train_2K is not None:  # the saved sums are of all ranks
             self._train_2K = torch.zeros_like(self._train_2K)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -83,29 +82,23 @@ class GradientBlending(L.Callback):
             )
         self.names = names
         value_K = torch.stack([term.detach().double() for term in objective.terms.values()])
-        seen_2K = torch.stack([value_K, torch.ones_like(value_K)])
-        seen_2K = torch.where(value_K.isfinite(), seen_2K, 0.0)  # a skipped step does not count
-        self._train_2K = seen_2K if self._train_2K is None else self._train_2K.to(seen_2K) + seen_2K
+        sums_2K = torch.stack([value_K, torch.ones_like(value_K)])
+        sums_2K = torch.where(value_K.isfinite(), sums_2K, 0.0)  # a skipped step does not count
+        self._train_2K = sums_2K if self._train_2K is None else self._train_2K.to(sums_2K) + sums_2K
         if self.weight_K is not None:
             objective.mix.mul_(self.weight_K.to(objective.mix))
 
     def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any, **__: Any
     ) -> None:
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or not self.names:
             return
         assert has(pl_module, HasTerms)
         with torch.no_grad(), trainer.precision_plugin.val_step_context():
             terms = pl_module.forward(batch).all_terms()
-        seen = [torch.stack([terms[n].sum().double(), terms[n].count().double()]) for n in self.names]
-        seen_2K = torch.stack(seen, dim=1)
-        self._val_2K = seen_2K if self._val_2K is None else self._val_2K + seen_2K
+        sums = [torch.stack([terms[n].sum().double(), terms[n].count().double()]) for n in self.names]
+        sums_2K = torch.stack(sums, dim=1)
+        self._val_2K = sums_2K if self._val_2K is None else self._val_2K + sums_2K
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._val_2K is None or self._train_2K is None:
@@ -131,7 +124,7 @@ class GradientBlending(L.Callback):
         (val_K, train_K), (old_val_K, old_train_K) = now_2K.double(), before_2K.double()
         gain_K = (old_val_K - val_K).clamp(min=0)
         over_K = ((val_K - train_K) - (old_val_K - old_train_K)).abs()
-        # what did not overfit at all does not outweigh everything for it
+        # a term without any overfitting has no infinite weight
         over_K = over_K.clamp(min=1e-3 * float(over_K.max()))
         value_K = torch.where(over_K > 0, gain_K / over_K.square(), gain_K)
         total = value_K.sum()

@@ -25,27 +25,26 @@ from descant.modules.training_setup.trainer import log_interval
 
 
 class OPM(L.Callback):
-    """Drop a leading modality from the fusion input, sample by sample at random (OPM).
+    """On-the-fly prediction modulation (OPM): drop a leading modality from the fusion input at random, by sample.
 
         q_m = q (1 + alpha tanh(rho_m - 1)) where rho_m > 1, else 0        rho_m = s_m / mean_{n != m} s_n
 
     with s as in :class:`descant.modules.balance.ogm.OGM`, of the optimizer step before and all ranks.
-    A dropped modality is absent for the joint decision alone: own losses of the modalities keep it. A sample is never
-    left without any. Source: on-the-fly prediction modulation (OPM), Wei 2024, arXiv 2410.11582; the step before, and
-    the mean over several others, are our reading.
+    A dropped modality is absent for the joint decision alone, not for the losses of single modalities. No sample is
+    left without any. Source: Wei 2024, arXiv 2410.11582; the step before, and the mean over several other modalities,
+    are our reading.
 
     It logs ``balance/score/{modality}`` and ``balance/dropped/{modality}``, the probability.
 
     Args:
         q: drop probability of a modality that is barely ahead. alpha: how it grows with the lead, up to q (1 + alpha).
-        sham: ``permute`` hands the probabilities on: each modality has that of the one before it.
+        sham: ``permute`` for the control: each modality gets the probability of the one before it.
 
     Raises:
-        ValueError: for a probability that is none; at setup, for a recipe without the protocol MultimodalClassifier or
-            with one modality.
+        ValueError: for a q (1 + alpha) that is not below 1; at setup, for a recipe without the protocol
+            MultimodalClassifier or with one modality.
     """
 
-    #: Given twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(self, q: float = 0.4, alpha: float = 0.5, sham: Literal["permute"] | None = None) -> None:
@@ -63,7 +62,7 @@ class OPM(L.Callback):
         self.probability = dict(state_dict["probability"])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._sums_2M = None  # of a step that was left in its middle, such as for a loss that was not finite
+        self._sums_2M = None  # of an incomplete step, such as after a loss that was not finite
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         require_multimodal(self, pl_module)
@@ -75,7 +74,7 @@ class OPM(L.Callback):
             pl_module.modality_mask = None
 
     def modality_mask(self, batch: Batch) -> dict[str, Tensor]:
-        """Presence masks for the fusion: what the draw leaves of a sample, or all of it where nothing would be left."""
+        """Presence masks of the fusion: without what is dropped, or unchanged where no modality would be left."""
         left = dict(batch.present)
         for m, q in self.probability.items():
             if q > 0:
@@ -94,7 +93,7 @@ class OPM(L.Callback):
         (read_2M,) = read_together(total_of_ranks(self._sums_2M))  # once a step, for the masks of the next
         (sum_M, count_M), self._sums_2M = read_2M, None
         score_M, modalities = sum_M / count_M, pl_module.modalities
-        if not score_M.isfinite().all():  # a modality was nowhere: as in the step before
+        if not score_M.isfinite().all():  # a modality had no sample: as in the step before
             return
         lead_M = OGM.lead(score_M)
         q_M = torch.where(lead_M > 1, self.q * (1 + self.alpha * (lead_M - 1).tanh()), 0.0)

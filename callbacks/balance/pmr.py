@@ -24,32 +24,31 @@ from descant.modules.training_setup.trainer import log_interval
 
 
 class PMR(L.Callback):
-    """Prototype loss on latents of the slower modality (PMR).
+    """Prototypical modality rebalancing (PMR): a prototype loss on the latents of the slower modality.
 
         loss_m,b = - alpha log softmax_c(- |z_mb - p_mc|)_label        for the m with the lowest s_m, else 0
         s_m = mean softmax(- |z_mb - p_m|)_label                       of the optimizer step before, all ranks
         p_mc <- beta p_mc + (1 - beta) mean of z_mb over label_b = c   of the last ``every`` steps, all ranks
 
-    One term a modality, ``prototype-{modality}``, which is zero while it is not behind and until there are prototypes.
-    Classes that were not seen yet are no candidates, and their samples have no such loss.
+    One term a modality, ``prototype-{modality}``, which is zero for the faster ones and until there are prototypes.
+    Classes without a prototype are no candidates, and their samples have no such loss.
 
-    The slower modality is that of the step before, so that all micro-batches and ranks pull at the same one; and the
-    means are of latents that training saw anyway, where the paper passes over a tenth of the data every epoch: our
-    reading. Source: Fan 2023, arXiv 2211.07089, without its entropy term.
+    The slower modality is that of the step before, so that it is the same in all micro-batches and ranks; and the means
+    are of training latents, where the paper embeds a tenth of the data every epoch: our reading. Source: Fan 2023,
+    arXiv 2211.07089, without its entropy term.
 
     It logs ``balance/score/{modality}``.
 
     Args:
         alpha: weight of the loss.
-        beta: how much of the old prototypes stays.
-        every: optimizer steps from one prototype to the next.
+        beta: weight of the old prototypes in the new ones.
+        every: optimizer steps between two updates of the prototypes.
 
     Raises:
         ValueError: for numbers out of range; at setup, for a recipe without the protocol MultimodalClassifier or with
             one modality.
     """
 
-    #: Given twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(self, alpha: float = 0.6, beta: float = 0.5, every: int = 20) -> None:
@@ -67,7 +66,7 @@ class PMR(L.Callback):
         self._score: dict[str, Tensor] = {}  # modality -> [2]: sum and count of this step
 
     def state_dict(self) -> dict[str, Any]:
-        sums = {m: total_of_ranks(x.clone()) for m, x in self._sums.items()}  # every rank is asked, and one writes
+        sums = {m: total_of_ranks(x.clone()) for m, x in self._sums.items()}  # called on every rank; one writes
         tensors = {"middle": self.middle, "sums": sums}
         copies = {name: {m: x.clone() for m, x in of.items()} for name, of in tensors.items()}
         return {**copies, "behind": self.behind}
@@ -84,10 +83,9 @@ class PMR(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if has(pl_module, MultimodalClassifier):
-            for at in reversed(
-                [n for n, part in enumerate(pl_module.regularizers) if isinstance(part, _PrototypeLoss)]
-            ):
-                del pl_module.regularizers[at]
+            for n in reversed(range(len(pl_module.regularizers))):
+                if isinstance(pl_module.regularizers[n], _PrototypeLoss):
+                    del pl_module.regularizers[n]
 
     def terms(self, context: FusionContext, training: bool = True) -> dict[str, Term]:
         """One term a modality; in training, latents are added to the sums of the next prototypes."""
@@ -97,7 +95,7 @@ class PMR(L.Callback):
             here_B = derived(_labelled, present[m], label_B)
             here_r = to_device(host_copy(here_B).nonzero()[:, 0], z_BD.device)
             if training:
-                self._remember(m, z_BD.detach()[here_r].double(), label_B[here_r], C)
+                self._add_latents(m, z_BD.detach()[here_r].double(), label_B[here_r], C)
             value_B = z_BD.new_zeros(len(z_BD)) * z_BD.sum(dim=1)  # reaches the tower on every rank
             if m in self.middle:
                 p_CD = self.middle[m].to(z_BD)
@@ -105,20 +103,20 @@ class PMR(L.Callback):
                 here_B = here_B & known_C[label_B.clamp(min=0)]
                 far_BC = torch.cdist(z_BD, torch.where(known_C[:, None], p_CD, 0.0))
                 log_BC = torch.where(known_C, -far_BC, -torch.inf).log_softmax(dim=1)
-                own_B = log_BC.gather(1, label_B.clamp(min=0)[:, None])[:, 0]
-                own_B = torch.where(here_B, own_B, 0.0)
+                log_B = log_BC.gather(1, label_B.clamp(min=0)[:, None])[:, 0]
+                log_B = torch.where(here_B, log_B, 0.0)
                 if training:
-                    score_B = own_B.detach().double().exp() * here_B
+                    score_B = log_B.detach().double().exp() * here_B
                     self._add(self._score, m, torch.stack([score_B.sum(), here_B.sum()]))
-                value_B = value_B - self.alpha * own_B * float(m == self.behind)
+                value_B = value_B - self.alpha * log_B * float(m == self.behind)
             terms[f"prototype-{m}"] = Term(value_B, valid=here_B, norm=context.rows)
         return terms
 
-    def _remember(self, m: str, z_RD: Tensor, label_R: Tensor, C: int) -> None:
-        fine_R = z_RD.isfinite().all(dim=1)  # of a step that is left out; one row would spoil all classes
-        z_RD = torch.where(fine_R[:, None], z_RD, 0.0)
+    def _add_latents(self, m: str, z_RD: Tensor, label_R: Tensor, C: int) -> None:
+        finite_R = z_RD.isfinite().all(dim=1)  # one row of a skipped step would spoil all classes
+        z_RD = torch.where(finite_R[:, None], z_RD, 0.0)
         rows_RC = (label_R[:, None] == torch.arange(C, device=label_R.device)).to(z_RD)
-        ones_R1 = fine_R[:, None].to(z_RD)
+        ones_R1 = finite_R[:, None].to(z_RD)
         self._add(self._sums, m, rows_RC.T @ torch.cat([z_RD, ones_R1], dim=1))
 
     @staticmethod
@@ -128,21 +126,21 @@ class PMR(L.Callback):
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         if self._score:
             score = {m: total_of_ranks(x.clone()) for m, x in self._score.items()}
-            read = zip(score, read_together(*score.values()), strict=True)  # once a step, for who is behind in the next
+            read = zip(score, read_together(*score.values()), strict=True)  # one device read a step
             mean = {m: float(s / n) for m, (s, n) in read if n > 0}
-            # without a sample of one there is nothing to compare
+            # unchanged if a modality had no sample
             self.behind = min(mean, key=lambda m: mean[m]) if len(mean) == len(score) > 1 else self.behind
             if (trainer.global_step + 1) % log_interval(trainer) == 0:
                 pl_module.log_dict({f"balance/score/{m}": s for m, s in mean.items()}, batch_size=1)
             self._score = {}
         if (trainer.global_step + 1) % self.every == 0:
-            self._move({m: total_of_ranks(x.clone()) for m, x in self._sums.items()})
+            self._update_prototypes({m: total_of_ranks(x.clone()) for m, x in self._sums.items()})
             self._sums = {}
 
-    def _move(self, sums: Mapping[str, Tensor]) -> None:
+    def _update_prototypes(self, sums: Mapping[str, Tensor]) -> None:
         for m, sum_CD in sums.items():
             count_C1 = sum_CD[:, -1:]
-            new_CD = sum_CD[:, :-1] / count_C1  # nan where there is none
+            new_CD = sum_CD[:, :-1] / count_C1  # nan for a class without a sample
             old_CD = self.middle.get(m, torch.full_like(new_CD, torch.nan)).to(new_CD)
             both_CD = torch.where(old_CD.isfinite(), self.beta * old_CD + (1 - self.beta) * new_CD, new_CD)
             self.middle[m] = torch.where(count_C1 > 0, both_CD, old_CD)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torchmetrics import Metric
 
+from descant.callbacks.evaluate.forward import ForwardEvaluator
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.objective import Term
@@ -54,20 +54,20 @@ class Means:
     """A :class:`Mean` a key, such as ``val/accuracy``."""
 
     def __init__(self) -> None:
-        self._means: dict[Any, Mean] = {}
+        self._means: dict[str, Mean] = {}
 
-    def add(self, key: Hashable, term: Term) -> None:
+    def add(self, key: str, term: Term) -> None:
         if key not in self._means:
             self._means[key] = Mean(term.value.device)
         self._means[key].update(term)
 
-    def compute(self) -> dict[Any, Tensor]:
+    def compute(self) -> dict[str, Tensor]:
         """Over all ranks, which have the same keys; without the keys that have no valid row."""
         means = {key: mean.compute() for key, mean in self._means.items()}
         return {key: value for key, (value, count) in means.items() if int(count)}
 
 
-class Accuracy(Callback):
+class Accuracy(ForwardEvaluator):
     """The mean of every score of a recipe on each evaluation set, such as ``{set}/accuracy`` and ``{set}/loss``.
 
         {set}/{score} = sum_n value_n valid_n / sum_n valid_n        over the rows of all ranks
@@ -79,53 +79,33 @@ class Accuracy(Callback):
         ValueError: at setup, if the recipe lacks the protocol Scores.
     """
 
-    #: If listed twice (by an experiment and an overlay), the last one applies.
     once = True
+    needs = (Scores,)
 
     def __init__(self) -> None:
+        super().__init__()
         self._means = Means()
-        self._names: dict[str, list[str]] = {}
+        self._outputs: Any = None  # of the validation step
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if not has(pl_module, Scores):
-            name = type(pl_module).__name__
-            raise ValueError(f"Accuracy needs the protocol Scores (scores(batch)), such as Fusion has; {name} lacks it")
+    def _forget(self) -> None:
+        super()._forget()
+        self._means, self._outputs = Means(), None
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._means, self._names = Means(), {}
-
-    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._means = Means()
-
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+    def _collect(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, dataloader_idx: int
     ) -> None:
-        if isinstance(outputs, Mapping) and "scores" in outputs:
-            scores = outputs["scores"]
+        self._outputs = outputs
+        super()._collect(trainer, pl_module, outputs, batch, dataloader_idx)
+
+    def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
+        if isinstance(self._outputs, Mapping) and "scores" in self._outputs:
+            scores = self._outputs["scores"]
         else:
             assert has(pl_module, Scores)
             with torch.no_grad(), trainer.precision_plugin.val_step_context():
                 scores = pl_module.scores(batch)
-        for name, term in scores.items():
-            self._means.add((dataloader_idx, name), term)
+        for score, term in scores.items():
+            self._means.add(f"{name}/{score}", term)
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for (dataloader_idx, name), value in self._means.compute().items():
-            key = f"{self._set_name(trainer, dataloader_idx)}/{name}"
-            pl_module.log(key, value.float(), add_dataloader_idx=False, sync_dist=False, batch_size=1)
-        self._means = Means()
-
-    on_test_epoch_start, on_test_batch_end = on_validation_epoch_start, on_validation_batch_end
-    on_test_epoch_end = on_validation_epoch_end
-
-    def _set_name(self, trainer: L.Trainer, dataloader_idx: int) -> str:
-        stage = "test" if trainer.testing else "validate"
-        if stage not in self._names:
-            self._names[stage] = list(trainer.datamodule.evaluation_sets(stage))  # type: ignore[attr-defined]
-        return self._names[stage][dataloader_idx]
+    def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
+        return self._means.compute()

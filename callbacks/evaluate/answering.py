@@ -17,7 +17,7 @@ from torch import Tensor
 from descant.callbacks.evaluate.accuracy import Means
 from descant.callbacks.evaluate.forward import ForwardEvaluator
 from descant.callbacks.plots.answers import AnswerRow, answer_table
-from descant.callbacks.plots.output import run_folder, save_figure
+from descant.callbacks.plots.output import save_figure
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.errors import no_such
@@ -65,8 +65,8 @@ class Answering(ForwardEvaluator):
             evaluation, for a target that the data does not have.
     """
 
-    #: If listed twice (by an experiment and an overlay), the last one applies.
     once = True
+    needs = (Generates,)
 
     def __init__(
         self,
@@ -91,11 +91,6 @@ class Answering(ForwardEvaluator):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if not has(pl_module, Generates):
-            raise ValueError(
-                "Answering needs a recipe that generates answers, such as VisionLanguage, "
-                f"not {type(pl_module).__name__}"
-            )
         if not isinstance(data, Spells):
             raise ValueError(f"Answering needs data of dialogues, such as Questions; {type(data).__name__} has none")
 
@@ -156,10 +151,9 @@ class Answering(ForwardEvaluator):
             self._examples.setdefault(name, []).append((int(order_B[n]), row))
 
     def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
-        folder = run_folder(trainer)  # a collective, so before ranks diverge
         for name, examples in self._examples.items():
             if not trainer.sanity_checking:
                 rows = [row for _, row in sorted(examples, key=lambda example: example[0])[: self.table]]
                 figure = answer_table(rows, f"{name}: answers, step {trainer.global_step}")
-                save_figure(trainer, folder, figure, f"{name}-answers", f"pictures/{name}-answers")
+                save_figure(trainer, figure, f"{name}-answers", f"pictures/{name}-answers")
         return self._means.compute()

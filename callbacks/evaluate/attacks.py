@@ -54,8 +54,8 @@ class Attacks(ForwardEvaluator):
             and Fuses, an unknown modality, or certificates of another fusion or without a bank of training samples.
     """
 
-    #: If listed twice (by an experiment and an overlay), the last one applies.
     once = True
+    needs = (Classifies, Fuses)
 
     def __init__(
         self,
@@ -82,16 +82,13 @@ class Attacks(ForwardEvaluator):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        name = type(pl_module).__name__
-        if not has(pl_module, Classifies) or not has(pl_module, Fuses):
-            raise ValueError(
-                f"Attacks needs the protocols Classifies (labels) and Fuses (latents, fuse); {name} lacks one"
-            )
+        assert has(pl_module, Classifies)
         for m in self.radius if isinstance(self.radius, dict) else ():
             if m not in pl_module.modalities:
                 raise ValueError(f"Attacks: radius {m!r}: {no_such(m, pl_module.modalities)}")
         if self.certify is not None:
             if not isinstance(getattr(pl_module, "fusion", None), OrthogonalFusion):
+                name = type(pl_module).__name__
                 raise ValueError(f"Attacks: certify: {name} has no OrthogonalFusion, whose margins are certified")
             self._require(trainer, "bank_dataloader")
 

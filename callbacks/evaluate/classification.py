@@ -5,29 +5,33 @@ Letters: N rows of a set or bank, Q queries, D width, C classes, P prompts a cla
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from descant.callbacks.evaluate.embeddings import Judge, Rows, due, embed
+from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator, Rows, ScheduledEvaluator, embed
 from descant.modules.core.batch import Batch
 from descant.modules.evaluation.metrics import balanced_accuracy, fit_logistic, knn_scores, wide
 
 PROMPTS = 512  # embedded at once
 
 
-class _Labelled(Judge):
-    """Base of the evaluations that predict a class: ``target`` of the data, from embeddings of ``modality``."""
+class _Labelled(EmbeddingEvaluator):
+    """Base of the evaluations that predict a class: ``target`` of the data, from embeddings of ``modality``.
+
+    Args:
+        target: which of the data's targets holds the class.
+        modality: whose embeddings are classified.
+    """
 
     kind: str
 
-    def __init__(self, target: str, modality: str) -> None:
-        super().__init__()
+    def __init__(self, target: str, modality: str, **schedule: Any) -> None:
+        super().__init__(**schedule)
         self.target, self.modality = target, modality
 
     def _key(self, name: str, metric: str) -> str:
@@ -57,8 +61,6 @@ class ZeroShot(_Labelled):
     classes that occur; with ``_{modality}`` after the target where that is not image.
 
     Args:
-        target: which of the data's targets holds the class.
-        modality: of the classified samples.
         prompts: the modality of the prompts.
 
     Raises:
@@ -69,6 +71,7 @@ class ZeroShot(_Labelled):
     """
 
     kind = "zeroshot"
+    needs_of_data = ("prompts",)
 
     def __init__(self, target: str, modality: str = "image", prompts: str = "text") -> None:
         super().__init__(target, modality)
@@ -76,7 +79,6 @@ class ZeroShot(_Labelled):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self._require(trainer, "prompts")
         self._ids_CPT: Tensor = trainer.datamodule.prompts(self.target)[0]  # type: ignore[attr-defined]
 
     def classifier(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Tensor:
@@ -90,7 +92,7 @@ class ZeroShot(_Labelled):
         z_CPD = torch.cat(embedded).reshape(*ids_CPT.shape[:2], -1)
         return F.normalize(z_CPD.mean(1), dim=-1)
 
-    def judge(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
+    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
         w_CD = self.classifier(trainer, pl_module)
         for name, (z_ND, label_N) in self._labelled(sets).items():
@@ -103,19 +105,11 @@ class ZeroShot(_Labelled):
         return values
 
 
-class Banked(_Labelled):
-    """Base of the classifiers fitted on the data module's bank: training samples, preprocessed as in evaluation.
+class Banked(_Labelled, ScheduledEvaluator):
+    """Base of the classifiers fitted on the data module's bank: training samples, preprocessed as in evaluation."""
 
-    Runs in every ``every``-th evaluation of a fit, from the first on, in those of its last epoch or step, and always in
-    ``validate`` and ``test``. The count is part of the checkpoint.
-    """
-
-    def __init__(self, target: str, modality: str, every: int) -> None:
-        super().__init__(target, modality)
-        if every < 1:
-            raise ValueError(f"{type(self).__name__}: every {every} is no number of evaluations; 1 is the least")
-        self.every = every
-        self.evaluations = 0
+    needs_of_data = ("bank_dataloader",)
+    identity: ClassVar[tuple[str, ...]] = ("target", "modality")
 
     def score(
         self, z_ND: Tensor, label_N: Tensor, sets: dict[str, tuple[Tensor, Tensor]], classes: int
@@ -123,30 +117,8 @@ class Banked(_Labelled):
         """Accuracy by set, from the bank's ``z_ND`` and ``label_N``."""
         raise NotImplementedError
 
-    @property
-    def state_key(self) -> str:
-        return self._generate_state_key(target=self.target, modality=self.modality)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"evaluations": self.evaluations}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.evaluations = int(state_dict["evaluations"])
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        self._require(trainer, "bank_dataloader")
-
-    def _due(self, trainer: L.Trainer) -> bool:
-        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
-            return True
-        self.evaluations += 1
-        return due(trainer, self.evaluations, self.every)
-
-    def judge(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
+    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
         labelled = self._labelled(sets)
-        if not self._due(trainer):
-            return {}
         z_bank_ND, label_N = self._labelled({"bank": self.bank(trainer, pl_module)})["bank"]
         if len(label_N) == 0:
             return {}
@@ -163,11 +135,8 @@ class KNN(Banked):
     Key: ``{set}/knn_{target}_top1``, with ``_{modality}`` after the target where that is not image.
 
     Args:
-        target: which of the data's targets holds the class.
         k: neighbours that vote.
         temperature: of their weights.
-        modality: whose embeddings are classified.
-        every: runs in one of so many evaluations of a fit.
 
     Raises:
         ValueError: k or every below 1, a temperature that is not positive; at setup, a data module without a
@@ -179,20 +148,17 @@ class KNN(Banked):
     """
 
     kind = "knn"
+    identity = ("target", "modality", "k")
 
     def __init__(
         self, target: str, k: int = 20, temperature: float = 0.07, modality: str = "image", every: int = 1
     ) -> None:
-        super().__init__(target, modality, every)
+        super().__init__(target, modality, every=every)
         if k < 1:
             raise ValueError(f"KNN: k {k} is no number of neighbours; 1 is the least")
         if temperature <= 0:
             raise ValueError(f"KNN: temperature {temperature} is not positive")
         self.k, self.temperature = k, temperature
-
-    @property
-    def state_key(self) -> str:
-        return self._generate_state_key(target=self.target, modality=self.modality, k=self.k)
 
     def score(
         self, z_ND: Tensor, label_N: Tensor, sets: dict[str, tuple[Tensor, Tensor]], classes: int
@@ -212,10 +178,7 @@ class LinearProbe(Banked):
     with ``_{modality}`` after the target where that is not image.
 
     Args:
-        target: which of the data's targets holds the class.
-        modality: whose embeddings are classified.
         l2: strength of the penalty on the weights.
-        every: runs in one of so many evaluations of a fit.
 
     Raises:
         ValueError: every below 1, a negative l2; at setup, a data module without a bank; at evaluation, an
@@ -227,16 +190,13 @@ class LinearProbe(Banked):
     """
 
     kind = "probe"
+    identity = ("target", "modality", "l2")
 
     def __init__(self, target: str, modality: str = "image", l2: float = 1e-3, every: int = 1) -> None:
-        super().__init__(target, modality, every)
+        super().__init__(target, modality, every=every)
         if l2 < 0:
             raise ValueError(f"LinearProbe: l2 {l2} is negative")
         self.l2 = l2
-
-    @property
-    def state_key(self) -> str:
-        return self._generate_state_key(target=self.target, modality=self.modality, l2=self.l2)
 
     def score(
         self, z_ND: Tensor, label_N: Tensor, sets: dict[str, tuple[Tensor, Tensor]], classes: int

@@ -15,7 +15,7 @@ from descant.callbacks.balance.balance import require_several
 from descant.callbacks.evaluate.embeddings import Rows, Store
 from descant.callbacks.evaluate.forward import ForwardEvaluator
 from descant.callbacks.plots.curves import Track, curves
-from descant.callbacks.plots.output import run_folder, save_figure
+from descant.callbacks.plots.output import save_figure
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.protocols import Classifies, Fuses, Unimodal
@@ -46,8 +46,8 @@ class Contributions(ForwardEvaluator):
             with one modality.
     """
 
-    #: If listed twice (by an experiment and an overlay), the last one applies.
     once = True
+    needs = (Classifies, Fuses, Unimodal)
 
     def __init__(
         self,
@@ -75,11 +75,6 @@ class Contributions(ForwardEvaluator):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if not all(has(pl_module, protocol) for protocol in (Classifies, Fuses, Unimodal)):
-            raise ValueError(
-                "Contributions needs the protocols Classifies (labels), Fuses (latents, fuse) and Unimodal (unimodal); "
-                f"{type(pl_module).__name__} lacks one"
-            )
         require_several(self, pl_module)
 
     def _forget(self) -> None:
@@ -132,11 +127,10 @@ class Contributions(ForwardEvaluator):
         return values
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        folder = run_folder(trainer)
         if not trainer.is_global_zero or not self.tracks or trainer.fast_dev_run or not trainer.loggers:  # type: ignore[attr-defined]
             return
         assert has(pl_module, Classifies)
         names = [*(f"{m} alone" for m in pl_module.modalities), "joint"]
         panels = {name: (names, *track.points()) for name, track in self.tracks.items()}
         figure = curves(f"accuracy, step {trainer.global_step}", panels)
-        save_figure(trainer, folder, figure, "accuracy", "contributions/accuracy")
+        save_figure(trainer, figure, "accuracy", "contributions/accuracy")

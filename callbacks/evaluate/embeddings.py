@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations, islice
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from descant.modules.core.batch import Batch, parts
-from descant.modules.core.capabilities import has
+from descant.modules.core.capabilities import has, require
 from descant.modules.core.protocols import Embeds
 from descant.modules.training_setup.trainer import bank_batches
 
@@ -101,24 +102,37 @@ class Store(Metric):
         return [*numbered, *(f"target_{i}" for i in range(len(self.names))), "key", "index"]
 
 
-class Judge(Callback):
+class EmbeddingEvaluator(Callback):
     """Base of the callbacks that evaluate embeddings. The first one of a trainer collects for all of them.
 
-    A subclass implements ``judge``, called once an evaluation on every rank with the whole of each set, without
+    A subclass implements ``evaluate``, called once an evaluation on every rank with the whole of each set, without
     gradients and with the recipe in eval mode; in the sanity check too, so that a wrong configuration fails before
     training.
 
+    Args:
+        sets: names of evaluation sets; all of them where not given.
+        validate: run in the validations of a fit too, not only in ``validate`` and ``test``.
+
     Raises:
-        ValueError: at setup, if the recipe lacks the protocol Embeds.
+        ValueError: at setup, if the recipe lacks a protocol of ``needs``, or the data module a method of
+            ``needs_of_data``.
     """
 
-    def __init__(self) -> None:
+    #: Protocols of the recipe, and methods or attributes of the data module, without which it cannot run.
+    needs: ClassVar[tuple[type, ...]] = (Embeds,)
+    needs_of_data: ClassVar[tuple[str, ...]] = ()
+    #: Arguments by which a checkpoint distinguishes several callbacks of the class.
+    identity: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, sets: list[str] | None = None, validate: bool = True) -> None:
+        self.sets, self.validate = sets, validate
+        self._active = False  # in the current evaluation
         self._stores: dict[int, Store] = {}
         self._names: dict[str, list[str]] = {}
         self._bank: Rows | None = None
         self._bank_loader: Any = None
 
-    def judge(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
+    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
         """``{set}/{key}`` -> scalar, for the sets by name."""
         raise NotImplementedError
 
@@ -142,10 +156,11 @@ class Judge(Callback):
         self._bank_loader = self._bank_loader or run.datamodule.bank_dataloader()
         yield from islice(bank_batches(run, self._bank_loader), limit)
 
-    def _lead(self, trainer: L.Trainer) -> Judge:
-        return next(c for c in trainer.callbacks if isinstance(c, Judge))  # type: ignore[attr-defined]
+    def _lead(self, trainer: L.Trainer) -> EmbeddingEvaluator:
+        return next(c for c in trainer.callbacks if isinstance(c, EmbeddingEvaluator))  # type: ignore[attr-defined]
 
     def _require(self, trainer: L.Trainer, method: str) -> None:
+        """Raises ValueError where the data module lacks ``method``."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if not hasattr(data, method):
             name = type(self).__name__
@@ -166,10 +181,16 @@ class Judge(Callback):
 
     # the hooks ----------------------------------------------------------------------------------------------
 
+    @property
+    def state_key(self) -> str:
+        if not self.identity:
+            return super().state_key
+        return self._generate_state_key(**{name: getattr(self, name) for name in self.identity})
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if not has(pl_module, Embeds):
-            recipe = type(pl_module).__name__
-            raise ValueError(f"{type(self).__name__} needs the protocol Embeds (embed(batch)); {recipe} lacks it")
+        require(self, pl_module, *self.needs)
+        for method in self.needs_of_data:
+            self._require(trainer, method)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._forget()
@@ -202,12 +223,16 @@ class Judge(Callback):
         names = self._names[stage]
         return names[dataloader_idx] if names else f"{'test' if trainer.testing else 'val'}{dataloader_idx}"
 
+    def _due(self, trainer: L.Trainer) -> bool:
+        """Whether it runs in the evaluation that begins."""
+        return self.validate or trainer.state.fn != TrainerFn.FITTING
+
     def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         lead = self._lead(trainer)
         # compute() gathers over ranks once and caches, so all evaluators get the same tensors
         sets = {lead._set_name(trainer, i): store.compute() for i, store in lead._stores.items()}
-        if sets:
-            self._log(trainer, pl_module, self.judge(trainer, pl_module, sets))
+        if sets and self._active:
+            self._log(trainer, pl_module, self.evaluate(trainer, pl_module, sets))
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule, values: Mapping[str, Tensor]) -> None:
         many = trainer.world_size > 1
@@ -217,6 +242,7 @@ class Judge(Callback):
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._forget()
+        self._active = self._due(trainer)
 
     def on_validation_batch_end(
         self,
@@ -239,7 +265,43 @@ class Judge(Callback):
     on_test_epoch_end, on_test_end = on_validation_epoch_end, on_validation_end
 
 
-class PairJudge(Judge):
+class ScheduledEvaluator(EmbeddingEvaluator):
+    """Base of the evaluations that run in every ``every``-th evaluation of a fit, from the first on.
+
+    They also run in the evaluations of its last epoch or step, and always in ``validate`` and ``test``. The count is
+    part of the checkpoint.
+
+    Args:
+        every: runs in one of so many evaluations of a fit.
+        sets, validate: see :class:`EmbeddingEvaluator`.
+
+    Raises:
+        ValueError: for an ``every`` below 1.
+    """
+
+    def __init__(self, sets: list[str] | None = None, every: int = 1, validate: bool = True) -> None:
+        super().__init__(sets, validate)
+        if every < 1:
+            raise ValueError(f"{type(self).__name__}: every {every} is no number of evaluations; 1 is the least")
+        self.every, self.evaluations = every, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"evaluations": self.evaluations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.evaluations = int(state_dict["evaluations"])
+
+    def _due(self, trainer: L.Trainer) -> bool:
+        due = super()._due(trainer)
+        if not due or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return due
+        self.evaluations += 1
+        last_step = -1 < trainer.max_steps <= trainer.global_step
+        last_epoch = trainer.max_epochs is not None and -1 < trainer.max_epochs <= trainer.current_epoch + 1
+        return (self.evaluations - 1) % self.every == 0 or last_step or last_epoch
+
+
+class PairEvaluator(EmbeddingEvaluator):
     """Base of the evaluations of pairs of modalities.
 
     Args:
@@ -267,13 +329,6 @@ def embed(trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch) -> dic
     assert has(pl_module, Embeds)
     with torch.no_grad(), trainer.precision_plugin.val_step_context():
         return pl_module.embed(batch)
-
-
-def due(trainer: L.Trainer, evaluation: int, every: int) -> bool:
-    """Whether the evaluation with this number (from 1) is one of each ``every``, or of the fit's last epoch or step."""
-    last_step = -1 < trainer.max_steps <= trainer.global_step
-    last_epoch = trainer.max_epochs is not None and -1 < trainer.max_epochs <= trainer.current_epoch + 1
-    return (evaluation - 1) % every == 0 or last_step or last_epoch
 
 
 def letters(modalities: Mapping[str, object]) -> dict[str, str]:

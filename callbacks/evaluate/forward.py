@@ -2,49 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from descant.callbacks.evaluate.embeddings import Judge, due
+from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator, ScheduledEvaluator
 from descant.modules.core.batch import Batch
 from descant.modules.core.errors import no_such
 from descant.modules.core.rng import uniform_N
 
 
-class ForwardEvaluator(Judge):
+class ForwardEvaluator(ScheduledEvaluator):
     """Base of the evaluations that run the recipe on evaluation batches, whatever protocol it has.
 
     A subclass implements ``run``, called with every batch of the chosen sets, and ``results``, called once an
-    evaluation on every rank. Runs in the sanity check, in every ``every``-th evaluation of a fit from the first on
-    (with ``validate``), in those of its last epoch or step, and always in ``validate`` and ``test``. The count is part
-    of the checkpoint.
+    evaluation on every rank.
 
     Args:
-        sets: names of evaluation sets; all of them where not given.
         limit: about so many samples of a set, selected by their ids; all of them where not given.
-        every: runs in one of so many evaluations of a fit.
-        validate: run in the validations of a fit too, not only in ``validate`` and ``test``.
+        sets, every, validate: see :class:`ScheduledEvaluator`.
 
     Raises:
         ValueError: for a limit or every below 1; at evaluation, for an unknown set.
     """
 
+    needs: ClassVar[tuple[type, ...]] = ()  # a recipe without embeddings can be evaluated too
+
     def __init__(
         self, sets: list[str] | None = None, limit: int | None = None, every: int = 1, validate: bool = True
     ) -> None:
-        super().__init__()
-        name = type(self).__name__
+        super().__init__(sets, every, validate)
         if limit is not None and limit < 1:
-            raise ValueError(f"{name}: limit {limit} is no number of samples; 1 is the least")
-        if every < 1:
-            raise ValueError(f"{name}: every {every} is no number of evaluations; 1 is the least")
-        self.sets, self.limit, self.every, self.validate = sets, limit, every, validate
-        self.evaluations = 0
-        self._active = False  # in the current evaluation
+            raise ValueError(f"{type(self).__name__}: limit {limit} is no number of samples; 1 is the least")
+        self.limit = limit
         self._shares: dict[str, dict[str, float]] = {}  # stage -> set -> share of its samples
 
     # what a subclass implements -------------------------------------------------------------------------------------
@@ -64,14 +56,8 @@ class ForwardEvaluator(Judge):
 
     # the hooks ------------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"evaluations": self.evaluations}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.evaluations = int(state_dict["evaluations"])
-
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        # without the base's check: a recipe without embeddings can be evaluated too
+        super().setup(trainer, pl_module, stage)
         if self.limit is not None:
             self._require(trainer, "evaluation_sets")
 
@@ -79,28 +65,12 @@ class ForwardEvaluator(Judge):
         super().teardown(trainer, pl_module, stage)
         self._shares = {}
 
-    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_validation_epoch_start(trainer, pl_module)
-        self._active = self._due(trainer)
-
-    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_test_epoch_start(trainer, pl_module)
-        self._active = True
-
-    def _due(self, trainer: L.Trainer) -> bool:
-        if trainer.state.fn != TrainerFn.FITTING:
-            return True
-        if trainer.sanity_checking or not self.validate:
-            return self.validate
-        self.evaluations += 1
-        return due(trainer, self.evaluations, self.every)
-
     def _collect(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, dataloader_idx: int
     ) -> None:
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        judges = [c for c in callbacks if isinstance(c, Judge)]
-        if any(not isinstance(c, ForwardEvaluator) or (c.reads_rows and c._active) for c in judges):
+        evaluators = [c for c in callbacks if isinstance(c, EmbeddingEvaluator)]
+        if any(not isinstance(c, ForwardEvaluator) or (c.reads_rows and c._active) for c in evaluators):
             super()._collect(trainer, pl_module, outputs, batch, dataloader_idx)
         name = self._lead(trainer)._set_name(trainer, dataloader_idx)
         if self._active and (self.sets is None or name in self.sets):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import lightning as L
 from torch import Tensor
 
-from descant.callbacks.evaluate.embeddings import PairJudge, Rows
+from descant.callbacks.evaluate.embeddings import PairEvaluator, Rows
 from descant.modules.evaluation.metrics import alignment, effective_rank, matched_rows, modality_gap, uniformity
 
 
-class Geometry(PairJudge):
+class Geometry(PairEvaluator):
     """Modality gap, effective rank, alignment and uniformity of embeddings.
 
         gap_{a}_{b}   = || mean z_a - mean z_b ||        over positive pairs
@@ -20,7 +20,6 @@ class Geometry(PairJudge):
     A positive pair is a row that has both modalities, or else two rows of equal key.
 
     Args:
-        pairs: such as [[image, text]]; all pairs where not given.
         limit: rows, evenly spaced over the set, of uniformity (whose cost is their square).
 
     Raises:
@@ -31,7 +30,6 @@ class Geometry(PairJudge):
     ValueError: Geometry: limit 1 makes no pair; 2 is the least
     """
 
-    #: If listed twice (by an experiment and an overlay), the last one applies.
     once = True
 
     def __init__(self, pairs: list[list[str]] | None = None, limit: int = 4096) -> None:
@@ -40,7 +38,7 @@ class Geometry(PairJudge):
         if limit < 2:
             raise ValueError(f"Geometry: limit {limit} makes no pair; 2 is the least")
 
-    def judge(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
+    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
         for name, rows in sets.items():
             for a, b in self._pairs(rows):

@@ -6,17 +6,16 @@ Letters: N rows of a set, Q queries, G gallery rows, D width, C classes, K keys.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from descant.callbacks.evaluate.classification import ZeroShot
-from descant.callbacks.evaluate.embeddings import Judge, Rows
+from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator, Rows
 from descant.modules.core.capabilities import has
 from descant.modules.core.objects import require_objects
-from descant.modules.core.protocols import Inverts
+from descant.modules.core.protocols import Embeds, Inverts
 from descant.modules.evaluation.inversion import (
     Inverted,
     ModalityInversion,
@@ -30,22 +29,16 @@ from descant.modules.evaluation.metrics import chance_average_precision, mean_av
 from descant.modules.tokenizers.text import Tokenizer
 
 
-class _SetEvaluator(Judge):
-    """Evaluates some sets in ``validate`` and ``test``, and with ``validate`` in the validations of a fit too."""
+class _BankRetrieval(EmbeddingEvaluator):
+    """Base of the evaluations of retrieval in the data module's bank."""
 
-    def __init__(self, sets: list[str] | None, validate: bool) -> None:
-        super().__init__()
-        self.sets, self.validate = sets, validate
-        self._test_sets: Callable[[str], Mapping[str, Any]] | None = None
+    needs_of_data: ClassVar[tuple[str, ...]] = ("bank_dataloader",)
+    _test_sets: Callable[[str], Mapping[str, Any]] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         self._test_sets = getattr(data, "evaluation_sets", None) if stage != "test" else None
-        self._require(trainer, "bank_dataloader")
-
-    def _due(self, trainer: L.Trainer) -> bool:
-        return self.validate or trainer.state.fn != TrainerFn.FITTING
 
     def _chosen(self, sets: dict[str, Rows], modality: str) -> dict[str, Rows]:
         """The named sets, or all; in a validation, those that only the test has are skipped."""
@@ -69,7 +62,7 @@ class _SetEvaluator(Judge):
         return labels
 
 
-class IntraModal(_SetEvaluator):
+class IntraModal(_BankRetrieval):
     """Mean average precision of retrieval within one modality, with the data module's bank as the gallery.
 
         AP_q = 1 / |matches_q|  sum over matches g of  #{matches up to rank g} / rank g
@@ -83,8 +76,6 @@ class IntraModal(_SetEvaluator):
     Args:
         modality: of queries and gallery.
         target: a target of the data whose equality is a match as well, or none.
-        sets: the evaluation sets of the queries; all of them where not given.
-        validate: run in the validations of a fit too, not only in ``validate`` and ``test``.
 
     Raises:
         ValueError: at setup, for a data module without a bank; at evaluation, for an unknown modality, target or set.
@@ -93,19 +84,15 @@ class IntraModal(_SetEvaluator):
     'image'
     """
 
+    identity = ("modality", "target")
+
     def __init__(
         self, modality: str = "image", target: str | None = None, sets: list[str] | None = None, validate: bool = False
     ) -> None:
         super().__init__(sets, validate)
         self.modality, self.target = modality, target
 
-    @property
-    def state_key(self) -> str:
-        return self._generate_state_key(modality=self.modality, target=self.target)
-
-    def judge(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
-        if not self._due(trainer):
-            return {}
+    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
         m, values = self.modality, {}
         chosen, bank = self._chosen(sets, m), self.bank(trainer, pl_module)
         at_G = bank.where(m)
@@ -123,7 +110,7 @@ class IntraModal(_SetEvaluator):
         return _defined(values)
 
 
-class Inversion(_SetEvaluator):
+class Inversion(_BankRetrieval):
     """Intra-modal retrieval by modality inversion (OTI, OVI): queries mapped into the other modality first.
 
         OTI:  v_q = pseudo-words such that f_text("a picture of v_q") is closest to z_image_q;
@@ -148,11 +135,9 @@ class Inversion(_SetEvaluator):
         through: the modality that they are inverted into.
         target: a target of the data whose equality is a match as well, or none.
         named: the targets of zero-shot classification; ``target`` alone where not given.
-        sets: the evaluation sets of the queries; all of them where not given.
         limit: queries of a set, evenly spaced over it.
         oti: the optimization; 150 steps where not given.
         ovi: that of texts into pseudo-patches, such as 1000 steps, or none. For towers of patches.
-        validate: run in the validations of a fit too, not only in ``validate`` and ``test``.
 
     Raises:
         ValueError: for a template without its place, or a limit below 2; at setup, for a recipe that lacks the protocol
@@ -165,6 +150,10 @@ class Inversion(_SetEvaluator):
     Traceback (most recent call last):
     ValueError: template 'a picture' has 0 places {}; one is needed: 'a picture of {}'
     """
+
+    needs = (Embeds, Inverts)
+    needs_of_data = ("bank_dataloader", "codec")
+    identity = ("template", "modality", "through")
 
     def __init__(
         self,
@@ -189,18 +178,9 @@ class Inversion(_SetEvaluator):
         targets = named if named is not None else [] if target is None else [target]
         self._prompts = {name: ZeroShot(name, modality, prompts=through) for name in targets}
 
-    @property
-    def state_key(self) -> str:
-        return self._generate_state_key(template=self.template, modality=self.modality, through=self.through)
-
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if not has(pl_module, Inverts):
-            raise ValueError(
-                "Inversion needs the protocol Inverts (encoded(h_BTD, mask_BT, modality)); "
-                f"{type(pl_module).__name__} lacks it"
-            )
-        self._require(trainer, "codec")
+        assert has(pl_module, Inverts)
         tokenizer = trainer.datamodule.codec  # type: ignore[attr-defined]
         if not isinstance(tokenizer, Tokenizer):
             raise ValueError("Inversion: the data module has no tokenizer (codec) for the template; Emoji has one")
@@ -211,9 +191,7 @@ class Inversion(_SetEvaluator):
         for prompts in self._prompts.values():
             prompts.setup(trainer, pl_module, stage)
 
-    def judge(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
-        if not self._due(trainer):
-            return {}
+    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
         assert has(pl_module, Inverts)
         values: dict[str, Tensor] = {}
         a, b, bank = self.modality, self.through, self.bank(trainer, pl_module)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from descant.callbacks.evaluate.embeddings import Judge, Rows, Store
+from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator, Rows, Store
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.objects import require_objects
@@ -25,7 +25,7 @@ from descant.modules.evaluation.readout import ModelContrast, Products, Reading,
 TRAINED, RANDOM = "trained", "random"
 
 
-class Readout(Judge):
+class Readout(EmbeddingEvaluator):
     """Ridge regression of targets on the pooled features of a frozen tower (Subramaniam et al. 2024, arXiv 2406.14481).
 
         {set}/readout_{target} = mean over the target's columns of  mean over contiguous folds of Pearson r
@@ -137,7 +137,7 @@ class Readout(Judge):
 
     # evaluating ----------------------------------------------------------------------------------------------------
 
-    def judge(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
+    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
         unknown = [name for name in self.sets or [] if name not in sets]
         if unknown and trainer.testing:
             raise ValueError(f"Readout: sets: no set {unknown[0]!r}; the data has {', '.join(sets)}")

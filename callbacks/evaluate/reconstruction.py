@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import lightning as L
 import torch
@@ -15,7 +14,8 @@ from torch import Tensor
 
 from descant.callbacks.evaluate.embeddings import Rows, Store
 from descant.callbacks.evaluate.forward import ForwardEvaluator
-from descant.callbacks.plots.output import run_folder, save_figure
+from descant.callbacks.plots.images import sample_line
+from descant.callbacks.plots.output import save_figure
 from descant.callbacks.plots.reconstruction import gallery
 from descant.modules.core.batch import NEGATIVE, Batch
 from descant.modules.core.capabilities import has
@@ -114,6 +114,10 @@ class Reconstruction(ForwardEvaluator):
     ValueError: Reconstruction: 'image' from itself; such as targets [image] given [edges]
     """
 
+    needs = (Reconstructs,)
+    needs_of_data = ("bank_dataloader",)
+    identity = ("targets", "given", "sets")
+
     def __init__(
         self,
         targets: list[str],
@@ -142,15 +146,6 @@ class Reconstruction(ForwardEvaluator):
         self.patch, self.l2, self.batch = patch, l2, batch
         self._sets: dict[str, Inputs] = {}
         self._nulls: dict[str, Nulls] = {}
-
-    @property
-    def state_key(self) -> str:
-        return self._generate_state_key(targets=self.targets, given=self.given, sets=self.sets)
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        _require_reconstructs(self, pl_module)
-        self._require(trainer, "bank_dataloader")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
@@ -296,6 +291,9 @@ class ReconstructionPictures(ForwardEvaluator):
     ValueError: ReconstructionPictures: count 0; 1 is the least
     """
 
+    needs = (Reconstructs,)
+    identity = ("name", "sets")
+
     def __init__(
         self,
         every: int = 1,
@@ -312,14 +310,6 @@ class ReconstructionPictures(ForwardEvaluator):
             raise ValueError(f"ReconstructionPictures: count {count}; 1 is the least")
         self.count, self.modalities, self.corruption, self.name = count, modalities, corruption, name
         self._first: dict[str, Batch] = {}
-
-    @property
-    def state_key(self) -> str:
-        return self._generate_state_key(name=self.name, sets=self.sets)
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        _require_reconstructs(self, pl_module)
 
     def _forget(self) -> None:
         super()._forget()
@@ -342,7 +332,6 @@ class ReconstructionPictures(ForwardEvaluator):
         return batch.select(rank_B[: self.count])
 
     def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
-        folder = run_folder(trainer)  # a collective, so before ranks diverge
         for name, first in self._first.items():
             inputs = Inputs([m for m in first.inputs if m in first.present], pl_module.device)
             inputs.add(first, torch.ones_like(first.index, dtype=torch.bool))
@@ -360,14 +349,11 @@ class ReconstructionPictures(ForwardEvaluator):
             if trainer.sanity_checking or not trainer.is_global_zero:
                 continue
             shown = {m: _as_input(rebuilt[m], batch.inputs[m]) or rebuilt[m] for m in self.modalities or rebuilt}
-            data: Any = trainer.datamodule  # type: ignore[attr-defined]
-            names = [str(int(i)) for i in batch.index]
-            if hasattr(data, "describe"):
-                names = [" ".join(str(data.describe(int(i))).split()) for i in batch.index]
+            names = [sample_line(trainer.datamodule, i) for i in batch.index.tolist()]  # type: ignore[attr-defined]
             figure = gallery(shown, batch.present, names, f"{name}: {self.name}, step {trainer.global_step}")
             if figure is not None:
                 tag = f"{name}-{self.name}"
-                save_figure(trainer, folder, figure, tag, f"pictures/{tag}")
+                save_figure(trainer, figure, tag, f"pictures/{tag}")
         return {}
 
 
@@ -378,14 +364,6 @@ def reconstruct(
     assert has(pl_module, Reconstructs)
     with torch.no_grad(), trainer.precision_plugin.val_step_context():
         return pl_module.reconstruct(batch, corruption)
-
-
-def _require_reconstructs(callback: ForwardEvaluator, pl_module: L.LightningModule) -> None:
-    if not has(pl_module, Reconstructs):
-        raise ValueError(
-            f"{type(callback).__name__} needs the protocol Reconstructs (reconstruct(batch, corruption)); "
-            f"{type(pl_module).__name__} lacks it"
-        )
 
 
 def _reduce(trainer: L.Trainer, value: Tensor, how: str = "sum") -> Tensor:

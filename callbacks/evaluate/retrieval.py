@@ -6,11 +6,11 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from descant.callbacks.evaluate.embeddings import PairJudge, Rows, letters
+from descant.callbacks.evaluate.embeddings import PairEvaluator, Rows, letters
 from descant.modules.evaluation.metrics import mean_per_group, recall_by_chance, retrieval_ranks
 
 
-class Retrieval(PairJudge):
+class Retrieval(PairEvaluator):
     """Cross-modal retrieval on each evaluation set: recall at k and the median rank, in both directions.
 
         hit@k_q = [fewer than k wrong gallery rows score as high as the best correct one]
@@ -24,7 +24,6 @@ class Retrieval(PairJudge):
     expected value of a random order of the gallery.
 
     Args:
-        pairs: such as [[image, text]]; all pairs where not given.
         at: the k of recall at k.
 
     Raises:
@@ -41,7 +40,7 @@ class Retrieval(PairJudge):
         if min(self.at) < 1:
             raise ValueError(f"{type(self).__name__}: at: {min(self.at)} is no number of gallery rows; 1 is the least")
 
-    def judge(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
+    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
         for name, rows in sets.items():
             letter = letters(rows.z)
@@ -84,7 +83,6 @@ class EmergentRetrieval(Retrieval):
     Args:
         sets: of the test, whose mean is taken.
         pairs: such as [[sketch, text]].
-        at: the k of recall at k.
         target: of the data, the distance of a row from the training data; None leaves ``_apart`` out.
         least: the least distance of ``_apart``.
 
@@ -109,14 +107,15 @@ class EmergentRetrieval(Retrieval):
             raise ValueError("EmergentRetrieval: sets: none given; such as [de, fr]")
         self.sets, self.target, self.least = sets, target, least
 
-    def judge(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
-        if not set(self.sets) & set(sets):  # a validation of other sets
+    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
+        wanted = self.sets or []
+        if not set(wanted) & set(sets):  # a validation of other sets
             return {}
-        for name in self.sets:
+        for name in wanted:
             if name not in sets:
                 raise ValueError(f"EmergentRetrieval: sets: no {name!r} in the data, only {', '.join(sets)}")
-        chosen = {name: sets[name] for name in self.sets}
-        values = self._mean(super().judge(trainer, pl_module, chosen), "")
+        chosen = {name: sets[name] for name in wanted}
+        values = self._mean(super().evaluate(trainer, pl_module, chosen), "")
         if self.target is not None:
             for name, rows in chosen.items():
                 self.require_target(self.target, rows.targets, f"set {name}")

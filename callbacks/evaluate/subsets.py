@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import lightning as L
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from descant.callbacks.evaluate.embeddings import Rows, Store, embed
 from descant.callbacks.evaluate.forward import ForwardEvaluator
-from descant.callbacks.plots.output import run_folder, save_figure
+from descant.callbacks.plots.output import save_figure
 from descant.callbacks.plots.subsets import heat_map
 from descant.modules.core.batch import NEGATIVE, Batch
 from descant.modules.core.capabilities import has
@@ -66,8 +65,8 @@ class ModalitySubsetEval(ForwardEvaluator):
     ValueError: ModalitySubsetEval: subsets 0; 1 is the least
     """
 
-    #: If listed twice (by an experiment and an overlay), the last one applies.
     once = True
+    identity = ("target", "modalities", "complete")
 
     def __init__(
         self,
@@ -101,10 +100,6 @@ class ModalitySubsetEval(ForwardEvaluator):
         self._values: dict[str, Store] = {}  # set -> a column for each score and subset
         self._z: dict[str, Store] = {}  # set -> a joint embedding for each subset
         self._warned: set[str] = set()
-
-    @property
-    def state_key(self) -> str:
-        return self._generate_state_key(target=self.target, modalities=self.modalities, complete=self.complete)
 
     @property
     def reads_rows(self) -> bool:
@@ -215,7 +210,6 @@ class ModalitySubsetEval(ForwardEvaluator):
     # all batches --------------------------------------------------------------------------------------------------
 
     def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
-        folder = run_folder(trainer)  # a collective, so before ranks diverge
         means: dict[str, dict[str, Means]] = {}  # score -> set -> subset
         for name, store in self._values.items():
             rows = store.compute()
@@ -239,7 +233,7 @@ class ModalitySubsetEval(ForwardEvaluator):
                 if self._full in by_subset:
                     values[f"{name}/{score}_full"] = by_subset[self._full][0]
             if trainer.is_global_zero and not trainer.sanity_checking:
-                self._draw(trainer, folder, score, sets)
+                self._draw(trainer, score, sets)
         return values
 
     def _neighbours(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Means]:
@@ -307,14 +301,14 @@ class ModalitySubsetEval(ForwardEvaluator):
             hint = "; complete: false takes rows that have some of them" if self.complete else ""
             rank_zero_warn(f"ModalitySubsetEval: no row of {name} that has a score has {which}{hint}")
 
-    def _draw(self, trainer: L.Trainer, folder: Path, score: str, sets: Mapping[str, Means]) -> None:
+    def _draw(self, trainer: L.Trainer, score: str, sets: Mapping[str, Means]) -> None:
         stage = "test" if trainer.testing else "val"
         cells = {name: {s: float(mean) for s, (mean, _) in by_subset.items()} for name, by_subset in sets.items()}
         rows = {name: max(count for _, count in by_subset.values()) for name, by_subset in sets.items()}
         title = f"{stage}: {score} by modalities present, step {trainer.global_step}"
         figure = heat_map(title, self._full, self._subsets, cells, rows, less=_less(score))
         tag = f"{stage}-{score}".replace("/", "-")
-        save_figure(trainer, folder, figure, f"subsets-{tag}", f"subsets/{tag}")
+        save_figure(trainer, figure, f"subsets-{tag}", f"subsets/{tag}")
 
 
 def _only(batch: Batch, subset: Subset, rows_B: Tensor) -> Batch:

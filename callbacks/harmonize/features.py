@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics.functional.classification import binary_auroc
 
-from descant.callbacks.harmonize.terms import Harmonize
 from descant.callbacks.plots.output import writers
+from descant.callbacks.run.callback_order import Ordered
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.dtype import promote
@@ -32,33 +32,33 @@ from descant.modules.objectives.curriculum import Curriculum
 from descant.modules.training_setup.trainer import log_interval, share_of_run
 
 
-class HarmonizeFeatures(L.Callback):
-    """Harmony sample by sample, where terms share a feature: one backward, however many terms there are.
+class HarmonizeFeatures(Ordered):
+    """Gradient harmonization sample by sample, at features that several terms share, in one backward.
 
         dL/dz_i = sum_k mix_ik g_ik,    mix_i = rule(G_i),    G_ikl = <g_ik, g_il>,    g_ik = d term_k / d z_i
 
-    of the features that the recipe forks (:meth:`GradientHooks.fork`). With in-batch negatives g_ik is the gradient of
-    all samples' losses at the feature of sample i, and not of its own loss alone.
+    at the features that the recipe forks (:meth:`GradientHooks.fork`). With in-batch negatives g_ik is the gradient of
+    all samples' losses at the feature of sample i, not of its own loss alone.
 
     It logs ``harmony/conflict``, the share of samples with terms more than 90 degrees apart, ``harmony/cosine``, the
     mean, ``harmony/kept``, and with an ``audit`` ``harmony/auc``: how well conflict detects noise, and
-    ``harmony/auc_tenth``: how well it did when a tenth of the run was over. What a curriculum keeps of a micro-batch is
-    divided by its own number, of all ranks.
+    ``harmony/auc_tenth``: how well it did after a tenth of the run. The loss of a micro-batch is averaged over the
+    samples that a curriculum keeps, of all ranks.
 
     Args:
         rule: of each sample; the plain sum if not given.
-        curriculum: which samples count at all.
-        feature: the modality whose feature is looked at; if not given all that several terms share, and the first of
-            them for a curriculum.
-        audit: a target of the data that is true where a sample is noise; it changes nothing.
+        curriculum: selects the samples that count.
+        feature: the modality of the feature; by default all that several terms share, and the first of them for a
+            curriculum.
+        audit: a target of the data that is true where a sample is noise; for ``harmony/auc`` alone.
 
     Raises:
-        ValueError: for neither rule nor curriculum, or a rule that no sample can have for itself; at setup, for a
-            recipe without the protocol Forks, a feature that no two terms share, or another harmonizer.
+        ValueError: for neither rule nor curriculum, or a rule that cannot be applied to single samples; at setup, for a
+            recipe without the protocol ForksFeatures, a feature that no two terms share, or another harmonizer.
     """
 
-    #: Given twice (by an experiment and an overlay), the last one counts.
     once = True
+    excludes = ("Harmonize", "HarmonizeTowers")
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class HarmonizeFeatures(L.Callback):
         self.sham = curriculum.sham if curriculum is not None else None  # a run's report counts its calls
         self._few: int | Tensor = 0
         self._auc_tenth: float | None = None
-        self._names: tuple[str, ...] = ()  # of the terms that meet where it looks
+        self._names: tuple[str, ...] = ()  # of the terms that share the feature
         self._batch: Batch | None = None
         self._step = 0
 
@@ -92,23 +92,22 @@ class HarmonizeFeatures(L.Callback):
 
     @property
     def fallbacks(self) -> int:
-        """Steps that would have kept too few samples, in which all count."""
+        """Steps in which the curriculum would have kept too few samples, so that all counted."""
         return int(self._few)
 
     # the hooks -------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         name = type(pl_module).__name__
         require(self, pl_module, ForksFeatures)
         assert has(pl_module, ForksFeatures)
-        if any(isinstance(other, Harmonize) for other in trainer.callbacks):  # type: ignore[attr-defined]
-            raise ValueError("HarmonizeFeatures: Harmonize acts at the parameters already; one of the two")
-        met = {m: names for m, names in pl_module.forks.items() if len(names) > 1}
-        if not met:
+        shared = {m: names for m, names in pl_module.forks.items() if len(names) > 1}
+        if not shared:
             raise ValueError(f"HarmonizeFeatures: no feature of this {name} is shared by two terms")
-        if self.feature is not None and self.feature not in met:
-            raise ValueError(f"HarmonizeFeatures: feature {self.feature!r}: {no_such(self.feature, met)}")
-        self._names = met[self.feature or next(iter(met))]
+        if self.feature is not None and self.feature not in shared:
+            raise ValueError(f"HarmonizeFeatures: feature {self.feature!r}: {no_such(self.feature, shared)}")
+        self._names = shared[self.feature or next(iter(shared))]
         if self.curriculum is not None:
             unknown = [term for term in self.curriculum.only or () if term not in self._names]
             if unknown:
@@ -131,11 +130,11 @@ class HarmonizeFeatures(L.Callback):
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         assert has(pl_module, ForksFeatures) and self._batch is not None
         hooks, logs = pl_module.hooks, (trainer.global_step + 1) % log_interval(trainer) == 0
-        found = next(((names, z) for names, z in hooks.forked if names == self._names), None)
-        if found is None or (self.curriculum is None and not logs):
-            hooks.forked = []
+        copies = next((z for names, z in hooks.forked if names == self._names), None)
+        hooks.forked = []
+        if copies is None or (self.curriculum is None and not logs):
             return
-        g_KBD = self._gradients(pl_module.step, *found)
+        g_KBD = self._gradients(pl_module.step, self._names, copies)
         gram_BKK = torch.einsum("kbd,lbd->bkl", g_KBD, g_KBD)
         norm_BK = gram_BKK.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
         pairs = list(combinations(range(len(self._names)), 2))
@@ -151,14 +150,13 @@ class HarmonizeFeatures(L.Callback):
             kept_B = self._drop(trainer, hooks, cos_B, valid_B)
         if logs:
             self._log(trainer, pl_module, cos_B, valid_B, kept_B)
-        hooks.forked = []
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         if self.rule is not None:
-            # what rules remember is on the CPU, and ranks may talk by their devices alone
+            # the state of rules is on the CPU, and ranks may communicate by their devices alone
             self.rule.learn(lambda seen: mean_of_ranks(seen.to(pl_module.device, copy=True)).to(seen.device))
 
-    # what it does ----------------------------------------------------------------------------------------------------
+    # rule and curriculum ---------------------------------------------------------------------------------------------
 
     def _ruled(self, g_KBD: Tensor, names: tuple[str, ...]) -> Tensor:
         if self.rule is None or (self.feature is not None and names != self._names):
@@ -168,7 +166,7 @@ class HarmonizeFeatures(L.Callback):
         if self.rule.whole_gradients:
             return self.rule.combine(wide_KBD, draw).to(g_KBD.dtype)
         gram_BKK = torch.einsum("kbd,lbd->bkl", wide_KBD, wide_KBD).double()
-        (gram_BKK,) = read_together(gram_BKK)  # a rule works on the CPU: an accelerator is read once for it
+        (gram_BKK,) = read_together(gram_BKK)  # rules run on the CPU: an accelerator is read only once
         finite_B = gram_BKK.isfinite().all(dim=(1, 2))
         gram_BKK = torch.where(finite_B[:, None, None], gram_BKK, torch.zeros_like(gram_BKK))
         mix_BK = self.rule.mix(gram_BKK, torch.ones(len(names)), draw).to(wide_KBD.dtype)
@@ -176,7 +174,7 @@ class HarmonizeFeatures(L.Callback):
 
     @staticmethod
     def _gradients(step: Step, names: tuple[str, ...], copies: tuple[Tensor, ...]) -> Tensor:
-        """``[K, B, D]`` at the copies: of what comes after them alone, so that no tower is differentiated."""
+        """``[K, B, D]`` at the copies, so that no tower is differentiated."""
         assert step.objective is not None
         terms, base = step.objective.terms, dict(zip(step.objective.terms, step.objective.mix, strict=True))
         grads = []

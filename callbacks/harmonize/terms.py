@@ -1,4 +1,4 @@
-"""Gradient harmonization at shared parameters (PCGrad, CAGrad, MGDA, ...) for any module whose terms a Step mixes.
+"""Gradient harmonization at shared parameters (PCGrad, CAGrad, MGDA, ...), for any module whose terms a Step mixes.
 
 Letters: K terms, P numbers of a parameter.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from descant.callbacks.plots.curves import Track, cosine_map
-from descant.callbacks.plots.output import run_folder, save_figure
+from descant.callbacks.plots.output import save_figure
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.hooks import GradientHooks
 from descant.modules.core.host import read_together, to_device
@@ -33,32 +33,31 @@ from descant.modules.training_setup.trainer import log_interval
 
 
 class Harmonize(L.Callback):
-    """Mix the terms of a loss by a rule that looks at their gradients on the parameters that they share.
+    """Gradient harmonization: mix the terms of a loss by a rule of their gradients at the shared parameters.
 
         loss = sum_k mix_k term_k,      mix = rule(G) * base,      G_kl = <g_k, g_l>,  g_k = base_k d term_k / d shared
 
-    with the recipe's own mix as ``base``, and gradients of all ranks. They are taken term by term before Lightning's
-    own backward, which then adds up the terms as the rule has it: schedules, clipping, precision and strategies are as
-    ever. Where G is not finite the step is the plain sum, and counted.
+    with the recipe's mix as ``base``, and gradients averaged over ranks. They are computed term by term before
+    Lightning's backward, which then uses the new mix: schedules, clipping, precision and strategies are unchanged.
+    Where G is not finite the step uses the plain sum, and is counted as a fallback.
 
     It logs ``harmony/mix/{term}``, ``harmony/norm/{term}``, ``harmony/cos/{term}~{term}``, and of the run so far
     ``harmony/conflict``, the share of pairs whose gradients had an angle above 90 degrees, and ``harmony/fallbacks``.
-    A picture shows the cosines over the run: to TensorBoard as ``harmony/cosines``, and in ``{run folder}/pictures/``.
+    The cosines over the run are plotted: to TensorBoard as ``harmony/cosines``, and in ``{run folder}/pictures/``.
 
     Args:
         rule: from gradients, or values, to the mix.
-        every: optimizer steps from one look at the gradients to the next; the mix stays between them.
-        window: whose gradients are looked at: each micro-batch's own, or with ``step`` those of all micro-batches of
-            the optimizer step together, as of one large batch; K gradients are kept for it.
-        sham: ``permute`` hands the rule's mix on: each term has what was found for the one before it.
+        every: the gradients are computed in one of so many optimizer steps; the mix stays in between.
+        window: the gradients are those of each micro-batch, or with ``step`` of all micro-batches of the optimizer
+            step together, as of one large batch, for which K gradients are stored.
+        sham: ``permute`` for the control: each term gets the mix of the one before it.
 
     Raises:
-        ValueError: for a number below 1, or of steps between looks of a rule that does not look; at setup, for a recipe
+        ValueError: for an ``every`` below 1, or above 1 with a rule that uses no gradients; at setup, for a recipe
             without the protocol HasObjective, or with a rule at its features; in training, for a single term, or for
-            terms that are other ones than before.
+            terms that change.
     """
 
-    #: Given twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(
@@ -73,7 +72,7 @@ class Harmonize(L.Callback):
         if every < 1:
             raise ValueError(f"Harmonize: every {every}: 1 is the least")
         if every > 1 and not rule.reads_gradients:
-            raise ValueError(f"Harmonize: every {every}: {type(rule).__name__} looks at no gradient; leave it out")
+            raise ValueError(f"Harmonize: every {every}: {type(rule).__name__} uses no gradients; leave it out")
         self.rule, self.every, self.window, self.sham = rule, every, window, Sham(sham)
         self.names: tuple[str, ...] = ()
         self.mix_K: Tensor | None = None
@@ -101,26 +100,24 @@ class Harmonize(L.Callback):
             raise ValueError("Harmonize: a rule acts at the features already; one of the two")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._sums = []  # of a step that was left in its middle, such as for a loss that was not finite
+        self._sums = []  # of an incomplete step, such as after a loss that was not finite
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         assert has(pl_module, HasObjective) and pl_module.step.objective is not None
         objective = pl_module.step.objective
-        self._know(tuple(objective.terms))
+        self._require_same_terms(tuple(objective.terms))
         if trainer.global_step % self.every == 0 or self.mix_K is None:
             self._base_K = objective.mix.detach().double()
             value_K = mean_of_ranks(torch.stack([term.detach().double() for term in objective.terms.values()]))
             if self._gathers(trainer):
-                with standing(pl_module):
-                    grads = gradients(pl_module, _trained(pl_module))
+                grads = gradients(pl_module, _trained(pl_module))
                 first = not self._sums
                 self._value_K = value_K if first else self._value_K + value_K
                 self._sums = grads if first else [a + b for a, b in zip(self._sums, grads, strict=True)]
                 return
             gram_KK = torch.zeros(0)
             if self.rule.reads_gradients:
-                with standing(pl_module):
-                    grads = gradients(pl_module, list(pl_module.shared_parameters()))
+                grads = gradients(pl_module, list(pl_module.shared_parameters()))
                 gram_KK = gram([mean_of_ranks(g) for g in grads])
             self._decide(trainer, pl_module, gram_KK, value_K)
         assert self.mix_K is not None
@@ -130,7 +127,7 @@ class Harmonize(L.Callback):
         if self._sums:
             assert has(pl_module, HasObjective)
             trained, shared = _trained(pl_module), set(pl_module.shared_parameters())
-            # each is divided as Lightning divides a loss, and averaged as ranks are
+            # divided as Lightning divides a loss, and averaged over ranks as DDP does
             sums = [mean_of_ranks(g) / trainer.accumulate_grad_batches for g in self._sums]
             gram_KK = gram([g for g, p in zip(sums, trained, strict=True) if p in shared])
             self._decide(trainer, pl_module, gram_KK, self._value_K / trainer.accumulate_grad_batches)
@@ -138,17 +135,20 @@ class Harmonize(L.Callback):
             mix_K = to_device(self.mix_K, self._base_K.device) * self._base_K
             for p, g in zip(trained, sums, strict=True):
                 if p.grad is not None:
-                    _put(torch.tensordot(mix_K.to(g), g, dims=1), p.grad)
+                    mixed: Tensor = torch.tensordot(mix_K.to(g), g, dims=1)
+                    if isinstance(p.grad, DTensor):
+                        mixed = distribute_tensor(mixed, p.grad.device_mesh, p.grad.placements)
+                    p.grad.copy_(mixed)
             self._sums = []
         if trainer.global_step % self.every == 0:
-            self.rule.learn(lambda seen: seen)  # the Gram matrix is that of all ranks already
+            self.rule.learn(lambda seen: seen)  # the Gram matrix is of all ranks already
 
-    # what it does ----------------------------------------------------------------------------------------------------
+    # the mix ---------------------------------------------------------------------------------------------------------
 
     def _gathers(self, trainer: L.Trainer) -> bool:
         return self.window == "step" and self.rule.reads_gradients and trainer.accumulate_grad_batches > 1
 
-    def _know(self, names: tuple[str, ...]) -> None:
+    def _require_same_terms(self, names: tuple[str, ...]) -> None:
         if len(names) < 2:
             raise ValueError(f"Harmonize: one term, {names[0]}: there is nothing to harmonize it with")
         if self.names not in ((), names):
@@ -158,10 +158,7 @@ class Harmonize(L.Callback):
         self.names = names
 
     def _decide(self, trainer: L.Trainer, pl_module: L.LightningModule, gram_KK: Tensor, value_K: Tensor) -> None:
-        """The mix of these gradients, unmixed as they are.
-
-        Worked out on the CPU: an accelerator is read once, and not once for each small matrix of a rule.
-        """
+        """Compute the mix from the Gram matrix of unmixed gradients, on the CPU: an accelerator is read only once."""
         gram_KK, value_K, base_K = read_together(gram_KK, value_K, self._base_K)
         read, finite = self.rule.reads_gradients, bool(gram_KK.isfinite().all() & value_K.isfinite().all())
         if read:
@@ -177,7 +174,7 @@ class Harmonize(L.Callback):
             self.looks += len(cos_Q)
             self.conflicts += int((cos_Q < 0).sum())
             self.track.add(trainer.global_step, cos_Q.tolist())
-        # the mix of this look is that of the steps up to the next, one of which may be logged
+        # this mix is that of the steps until it is computed again, one of which may be logged
         now, each = trainer.global_step, log_interval(trainer)
         if (now + self.every) // each > now // each:
             self._log(pl_module, gram_KK if read and finite else None)
@@ -194,7 +191,7 @@ class Harmonize(L.Callback):
             values["harmony/conflict"] = torch.tensor(self.conflicts / max(self.looks, 1))
         pl_module.log_dict({name: value.float() for name, value in values.items()}, batch_size=1)
 
-    # what is looked at ------------------------------------------------------------------------------------------------
+    # the plot ---------------------------------------------------------------------------------------------------------
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING:
@@ -204,21 +201,16 @@ class Harmonize(L.Callback):
         self._draw(trainer)
 
     def _draw(self, trainer: L.Trainer) -> None:
-        folder = run_folder(trainer)
         if not trainer.is_global_zero or not self.track.steps or trainer.fast_dev_run or not trainer.loggers:  # type: ignore[attr-defined]
             return
         title = f"harmony by {type(self.rule).__name__}, step {trainer.global_step}"
         figure = cosine_map(title, list(combinations(self.names, 2)), *self.track.points())
-        save_figure(trainer, folder, figure, "harmony", "harmony/cosines")
+        save_figure(trainer, figure, "harmony", "harmony/cosines")
 
 
 @contextmanager
-def standing(pl_module: nn.Module) -> Iterator[None]:
-    """Inside, backward passes leave parameters that are split over ranks whole, for the one that counts (FSDP2).
-
-    Raises:
-        ValueError: naming one that is in parts already: no gradient of a term is whole anywhere then.
-    """
+def _unsharded(pl_module: nn.Module) -> Iterator[None]:
+    """Context: backward passes do not free the gathered parameters (FSDP2), which the step's own backward needs."""
     split = next((name for name, p in pl_module.named_parameters() if isinstance(p, DTensor)), None)
     if split is not None:
         raise ValueError(
@@ -233,12 +225,6 @@ def standing(pl_module: nn.Module) -> Iterator[None]:
         yield
     finally:
         pl_module.set_reshard_after_backward(True)
-
-
-def _put(whole: Tensor, grad: Tensor) -> None:
-    """A whole gradient, alike on all ranks, where it belongs."""
-    mine = distribute_tensor(whole, grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else whole
-    grad.copy_(mine)
 
 
 def _cosines(gram_KK: Tensor) -> Tensor:
@@ -257,26 +243,29 @@ def hooks_of(pl_module: object) -> GradientHooks:
 def gradients(
     pl_module: HasObjective, parameters: Sequence[nn.Parameter], names: Sequence[str] | None = None
 ) -> list[Tensor]:
-    """``[K, ...]`` a parameter: the gradient of each term of the step's objective, on this rank, unmixed.
+    """``[K, ...]`` for each parameter: its gradient of each term of the step's objective, on this rank, unmixed.
 
-    Of all terms where no names are given.
+    Of all terms where no names are given; zeros where a term does not depend on the parameter. The graph is retained,
+    and rules at forked features are not applied.
 
-    The graph stays, and forks pass gradients through untouched meanwhile. Zeros where a term does not reach.
+    Raises:
+        ValueError: naming a parameter that is sharded between forward and backward: no rank has its whole gradient.
     """
     hooks, objective = hooks_of(pl_module), pl_module.step.objective
     assert objective is not None
     hooks.probing = True
     try:
-        each = [
-            torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-            for term in (objective.terms[name] for name in names or objective.terms)
-        ]
+        with _unsharded(cast(nn.Module, pl_module)):
+            by_term = [
+                torch.autograd.grad(objective.terms[name], parameters, retain_graph=True, allow_unused=True)
+                for name in names or objective.terms
+            ]
     finally:
         hooks.probing = False
-    found = []
-    for p, *of_terms in zip(parameters, *each, strict=True):
-        found.append(torch.stack([torch.zeros_like(p) if g is None else g for g in of_terms]))
-    return found
+    return [
+        torch.stack([torch.zeros_like(p) if g is None else g for g in of_terms])
+        for p, *of_terms in zip(parameters, *by_term, strict=True)
+    ]
 
 
 def gram(grads: Sequence[Tensor]) -> Tensor:

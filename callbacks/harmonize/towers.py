@@ -12,8 +12,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from descant.callbacks.harmonize.features import HarmonizeFeatures
-from descant.callbacks.harmonize.terms import Harmonize, gradients, gram, standing
+from descant.callbacks.harmonize.terms import gradients, gram
+from descant.callbacks.run.callback_order import Ordered
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.host import read_together, to_device
 from descant.modules.core.objects import require_objects
@@ -24,29 +24,29 @@ from descant.modules.multitask import Rule
 from descant.modules.training_setup.trainer import log_interval
 
 
-class HarmonizeTowers(L.Callback):
-    """Mix the terms that meet at a modality's latents by a rule of their gradients at that modality's own parameters.
+class HarmonizeTowers(Ordered):
+    """Gradient harmonization at each tower: mix the terms that share its latents by a rule of their gradients there.
 
         dL/dz_m = sum_k mix_mk dterm_k/dz_m,    mix_m = rule(G_m),    G_mkl = <g_k, g_l>,  g_k = d term_k / d theta_m
 
     over the terms that the recipe forks there (of a classifier the joint loss and the modality's own), of all ranks, in
-    each micro-batch. What comes after the latents, heads and fusion, is unchanged. Where G is not finite a tower
-    takes the plain sum, and that is counted.
+    each micro-batch. Heads and fusion, after the latents, are unchanged. Where G is not finite a tower uses the plain
+    sum, and that is counted as a fallback.
 
     It logs ``harmony/mix/{modality}/{term}``, ``harmony/cos/{modality}`` (of two terms) and ``harmony/fallbacks``.
 
     Args:
-        rule: from gradients to the mix; one that remembers something would need a state a modality, and is
-            refused.
-        every: optimizer steps from one look at the gradients to the next; the mix stays between them.
+        rule: from gradients to the mix; it has no state.
+        every: the gradients are computed in one of so many optimizer steps; the mix stays in between.
 
     Raises:
-        ValueError: for a number below 1 or a rule that does not look or remembers; at setup, for a recipe without the
-            protocols MultimodalClassifier and Forks, latents that no two terms share, or another harmonizer.
+        ValueError: for an ``every`` below 1, or a rule that uses no gradients or has a state; at setup, for a recipe
+            without the protocols MultimodalClassifier and ForksFeatures, latents that no two terms share, or another
+            harmonizer.
     """
 
-    #: Given twice (by an experiment and an overlay), the last one counts.
     once = True
+    excludes = ("Harmonize", "HarmonizeFeatures")
 
     def __init__(self, rule: Rule, every: int = 1) -> None:
         super().__init__()
@@ -67,12 +67,10 @@ class HarmonizeTowers(L.Callback):
         self.fallbacks, self.mix = int(state_dict["fallbacks"]), dict(state_dict["mix"])
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         name = type(pl_module).__name__
         require(self, pl_module, MultimodalClassifier, ForksFeatures)
         assert has(pl_module, ForksFeatures)
-        others = [c for c in trainer.callbacks if isinstance(c, Harmonize | HarmonizeFeatures)]  # type: ignore[attr-defined]
-        if others:
-            raise ValueError(f"HarmonizeTowers: {type(others[0]).__name__} is there already; one of the two")
         self._met = {m: names for m, names in pl_module.forks.items() if len(names) > 1}
         if not self._met:
             raise ValueError(f"HarmonizeTowers: no two terms of {name} meet at a modality; such as model.unimodal true")
@@ -91,12 +89,10 @@ class HarmonizeTowers(L.Callback):
         base = dict(zip(objective.terms, objective.mix.detach().double(), strict=True))
         grams = []
         for m, names in self._met.items():
-            own = [p for p in pl_module.of_modality(m) if p.requires_grad]
-            with standing(pl_module):
-                grads = gradients(pl_module, own, names)
+            grads = gradients(pl_module, [p for p in pl_module.of_modality(m) if p.requires_grad], names)
             base_K = torch.stack([base[name] for name in names])
             grams.append(gram([mean_of_ranks(g) for g in grads]) * base_K[:, None] * base_K)
-        # rules work on the CPU: an accelerator is read once, and not once for each small matrix
+        # rules run on the CPU: an accelerator is read only once
         for (m, names), gram_KK in zip(self._met.items(), read_together(*grams), strict=True):
             base_K = torch.ones(len(names), dtype=gram_KK.dtype)
             self.mix[m] = torch.ones_like(base_K)
@@ -109,10 +105,10 @@ class HarmonizeTowers(L.Callback):
                 self._log(pl_module, m, names, gram_KK)
 
     def _ruled(self, g_KBD: Tensor, names: tuple[str, ...]) -> Tensor:
-        met = [m for m, of in self._met.items() if of == names]
-        if not met or met[0] not in self.mix:
+        modality = next((m for m, of in self._met.items() if of == names), None)
+        if modality not in self.mix:
             return g_KBD.sum(dim=0)
-        mix_K = to_device(self.mix[met[0]].to(g_KBD.dtype), g_KBD.device)
+        mix_K = to_device(self.mix[modality].to(g_KBD.dtype), g_KBD.device)
         return torch.einsum("k,kbd->bd", mix_K, g_KBD)
 
     def _log(self, pl_module: L.LightningModule, m: str, names: tuple[str, ...], gram_KK: Tensor) -> None:

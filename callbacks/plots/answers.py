@@ -8,9 +8,21 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from descant.callbacks.plots.style import FAINT, GREEN, GRID, INK, TEXT, TITLE, VERMILLION, page, rgb, styled, wrap
+from descant.callbacks.plots.style import (
+    FAINT,
+    GREEN,
+    GRID,
+    INK,
+    TEXT,
+    TITLE,
+    VERMILLION,
+    page,
+    resized,
+    rgb,
+    styled,
+    wrap,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,7 +57,8 @@ def answer_table(rows: Sequence[AnswerRow], title: str) -> Figure:
             tile[:] = rgb(GRID)
             tile[1:-1, 1:-1] = 255
         else:
-            tile[:] = _tile(row.image)
+            x_CHW = ((row.image[:3].float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).expand(3, -1, -1)
+            tile[:] = resized(x_CHW.permute(1, 2, 0).contiguous().numpy(), SIDE)
     figure, axes = page(canvas)
     axes.text(GAP, GAP, title, fontsize=TITLE, va="top")
     for x, head in zip(left[1:], ("question", "reference", "answer"), strict=True):
@@ -60,14 +73,3 @@ def answer_table(rows: Sequence[AnswerRow], title: str) -> Figure:
             for i, line in enumerate(wrap(text, TEXT, width, 5)):
                 axes.text(x, top + k * step + TEXT + i * (TEXT + 4), line, color=colour, va="baseline")
     return figure
-
-
-def _tile(image_CHW: Tensor) -> np.ndarray:
-    """uint8 ``[SIDE, SIDE, 3]``; tiny images show their pixels."""
-    x = (image_CHW[:3].float().clamp(-1, 1) + 1) * 127.5
-    x = x.expand(3, -1, -1)[None]
-    if max(x.shape[2:]) <= SIDE // 3:
-        x = F.interpolate(x, (SIDE, SIDE), mode="nearest")
-    else:
-        x = F.interpolate(x, (SIDE, SIDE), mode="bicubic", antialias=True)
-    return x[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()

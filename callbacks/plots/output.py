@@ -22,20 +22,20 @@ def writers(trainer: L.Trainer) -> list[Any]:
 
 
 def run_folder(trainer: L.Trainer) -> Path:
-    """The folder of the run's files. A collective: call it on every rank."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    """The folder of the first logger that has one, else the Trainer's ``default_root_dir``."""
+    # not trainer.log_dir: it is a collective, and None where the first logger has no folder
+    folders = (getattr(logger, "log_dir", None) for logger in trainer.loggers)
+    return Path(next((f for f in folders if isinstance(f, str | Path)), trainer.default_root_dir))
 
 
-def save_figure(
-    trainer: L.Trainer, folder: Path, figure: Figure, name: str, tag: str, small: Figure | None = None
-) -> None:
+def save_figure(trainer: L.Trainer, figure: Figure, name: str, tag: str, small: Figure | None = None) -> None:
     """Writes ``pictures/{name}-{step}.png`` in the run's folder, and an image under ``tag`` to TensorBoard loggers.
 
     ``small``: the figure that TensorBoard gets instead.
     """
-    image = pixels(figure)
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(folder / "pictures" / f"{name}-{trainer.global_step}.png")
+    image, folder = pixels(figure), run_folder(trainer) / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(folder / f"{name}-{trainer.global_step}.png")
     if boards := writers(trainer):
         image = image if small is None or small is figure else pixels(small)
         for writer in boards:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
+from PIL import Image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,6 +107,13 @@ def pixels(made: Figure) -> np.ndarray:
     """The figure as uint8 ``[H, W, 3]``."""
     made.canvas.draw()
     return np.asarray(made.canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]
+
+
+def resized(image_HW3: np.ndarray, side: int, smooth: bool = False) -> np.ndarray:
+    """uint8 ``[side, side, 3]``; images of at most 32 pixels show their pixels, others are smooth."""
+    nearest = max(image_HW3.shape) <= 32 and not smooth
+    how = Image.Resampling.NEAREST if nearest else Image.Resampling.BICUBIC
+    return np.asarray(Image.fromarray(image_HW3).resize((side, side), how))
 
 
 def rgb(colour: str) -> tuple[int, int, int]:

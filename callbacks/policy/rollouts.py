@@ -17,7 +17,7 @@ from torch import Tensor
 
 from descant.callbacks.policy.rounds import added
 from descant.callbacks.run.resumable_log import ResumableLog
-from descant.modules.core.capabilities import has
+from descant.modules.core.capabilities import has, require
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import RolloutData, RolloutPolicy
 from descant.modules.core.rng import global_seed, mix_N
@@ -91,15 +91,14 @@ class Rollouts(Callback):
         rollout_data = [part for part in parts if has(part, RolloutData)]
         if not rollout_data:
             raise ValueError(f"Rollouts needs rollout data, such as QuestionRollouts, not {type(parts[-1]).__name__}")
-        if not has(pl_module, RolloutPolicy):
-            recipe = type(pl_module).__name__
-            raise ValueError(f"Rollouts needs a recipe that generates answers, such as VisionLanguage, not {recipe}")
+        require(self, pl_module, RolloutPolicy)
+        assert has(pl_module, RolloutPolicy)
         for part in rollout_data:
             if pl_module.new > part.answer_length:
                 raise ValueError(f"new {pl_module.new}: the data holds answers of {part.answer_length} tokens")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.resumable_log.again(trainer)
+        self.resumable_log.write_again(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data: Any = data_now(trainer)
@@ -120,7 +119,7 @@ class Rollouts(Callback):
         if pl_module.needs_reference:
             data.renew(problems, {"reference": self._reference(trainer, pl_module)}, now)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in log.items()})
-        self.resumable_log.say(trainer, log, {"rollouts/answers": "\n".join(self._shown)} if self._shown else {})
+        self.resumable_log.write(trainer, log, {"rollouts/answers": "\n".join(self._shown)} if self._shown else {})
 
     def _generate(
         self, trainer: L.Trainer, pl_module: L.LightningModule, now: int

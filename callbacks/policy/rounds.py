@@ -5,22 +5,22 @@ Letters: N problems of the pool, B of a batch, M tokens of an answer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, cast
 
 import lightning as L
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from descant.callbacks.run.resumable_log import ResumableLog
 from descant.modules.core.batch import Batch
-from descant.modules.core.capabilities import has
+from descant.modules.core.capabilities import has, require
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import AnswersQuestions, QuestionPoolData
+from descant.modules.core.ranks import total_of_ranks
 from descant.modules.core.rng import global_seed, mix_N
 from descant.modules.core.sham import Sham
 from descant.modules.language.answer_scores import Answers, AnswerScorer, ExactMatchScorer
@@ -82,10 +82,7 @@ class Rounds(Callback):
         parts = data_parts(trainer)
         if not any(has(part, QuestionPoolData) for part in parts):
             raise ValueError(f"Rounds needs data with a pool, such as QuestionPool, not {type(parts[-1]).__name__}")
-        if not has(pl_module, AnswersQuestions):
-            raise ValueError(
-                f"Rounds needs a recipe that answers, such as VisionLanguage; {type(pl_module).__name__} does not"
-            )
+        require(self, pl_module, AnswersQuestions)
         if stage == "fit" and getattr(pl_module, "distill", None) is None:
             raise ValueError("Rounds needs a teacher: model.distill with a TeacherRun of a Chat")
 
@@ -94,17 +91,14 @@ class Rounds(Callback):
         if not has(data, QuestionPoolData):
             return
         teacher = cast(nn.Module, pl_module.distill.network).to(pl_module.device)  # type: ignore[union-attr]
-        if not has(teacher, AnswersQuestions):
-            raise ValueError(
-                f"Rounds: the teacher, {type(teacher).__name__}, answers no questions; VisionLanguage does"
-            )
+        require("Rounds: the teacher", teacher, AnswersQuestions)
         now = epoch_now(trainer) // self.epochs
         if data.version >= now:
             return
         problems, log = data.pool, {"rounds/version": float(now)}
         if data.version >= 0:
-            t_N = self.scores(trainer, pl_module, teacher, cast(nn.Module, teacher))
-            s_N = self.scores(trainer, pl_module, pl_module, cast(nn.Module, teacher))
+            t_N = self.scores(trainer, pl_module, teacher, teacher)
+            s_N = self.scores(trainer, pl_module, pl_module, teacher)
             key_N = torch.from_numpy(np.asarray(problems.key_N))
             gap_N = self.sham.everywhere(t_N - s_N, key_N)
             shares = {"difficult": (gap_N > self.tau).float(), "teacher": t_N, "student": s_N}
@@ -116,7 +110,7 @@ class Rounds(Callback):
                 problems = data.variants(self.chosen(gap_N > self.tau, key_N, now), now)
         answer_ids_NM = self.answers(trainer, pl_module, teacher, problems)
         data.renew(problems, answer_ids_NM, now)
-        self.resumable_log.say(trainer, {k: v for k, v in log.items() if k.count("/") == 1})
+        self.resumable_log.write(trainer, {k: v for k, v in log.items() if k.count("/") == 1})
         self.history |= log
         self._update_metrics(trainer)
 
@@ -125,7 +119,7 @@ class Rounds(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._update_metrics(trainer)  # of rounds before a resume
-        self.resumable_log.again(trainer)
+        self.resumable_log.write_again(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": dict(self.history), "told": self.resumable_log.state_dict()}
@@ -149,22 +143,18 @@ class Rounds(Callback):
 
     def scores(self, trainer: L.Trainer, pl_module: L.LightningModule, network: Any, teacher: nn.Module) -> Tensor:
         """``[N]``: scores of a network's answers to the pool."""
-        data = cast(QuestionPoolData, data_now(trainer))
-        score_N = torch.zeros(len(data.pool))
-        for batch, answer_ids_BM in self._answers(trainer, pl_module, network, data.pool):
-            score_B = self.judge(Answers(batch, answer_ids_BM, batch.targets["answer"], teacher))
-            here_B = batch.present["text"].cpu()
-            score_N[batch.index.cpu()[here_B]] = score_B.cpu()[here_B]
-        return added(score_N, pl_module.device)
+        pool = cast(QuestionPoolData, data_now(trainer)).pool
+        scores = (
+            (batch, self.judge(Answers(batch, answer_ids_BM, batch.targets["answer"], teacher)))
+            for batch, answer_ids_BM in self._answers(trainer, pl_module, network, pool)
+        )
+        return _gathered(torch.zeros(len(pool)), scores, pl_module.device)
 
     def answers(self, trainer: L.Trainer, pl_module: L.LightningModule, network: Any, problems: Any) -> Tensor:
         """``[N, M]``: answers of a network to some problems."""
-        data = cast(QuestionPoolData, data_now(trainer))
-        found_NM = torch.zeros(len(problems), data.answer_length, dtype=torch.long)
-        for batch, answer_ids_BM in self._answers(trainer, pl_module, network, problems):
-            here_B = batch.present["text"].cpu()
-            found_NM[batch.index.cpu()[here_B]] = answer_ids_BM.cpu()[here_B]
-        return added(found_NM, pl_module.device)
+        length = cast(QuestionPoolData, data_now(trainer)).answer_length
+        answer_ids_NM = torch.zeros(len(problems), length, dtype=torch.long)
+        return _gathered(answer_ids_NM, self._answers(trainer, pl_module, network, problems), pl_module.device)
 
     def _answers(
         self, trainer: L.Trainer, pl_module: L.LightningModule, network: Any, problems: Any
@@ -180,6 +170,14 @@ class Rounds(Callback):
             network.train(training)
 
 
+def _gathered(x_N: Tensor, by_batch: Iterable[tuple[Batch, Tensor]], device: torch.device) -> Tensor:
+    """Fill in the rows of batches, by their index; over all ranks."""
+    for batch, x_B in by_batch:
+        here_B = batch.present["text"].cpu()
+        x_N[batch.index.cpu()[here_B]] = x_B.cpu()[here_B]
+    return added(x_N, device)
+
+
 def cycled(x_N: Tensor, n: int) -> Tensor:
     """The first n of x, x, x, ...
 
@@ -191,7 +189,4 @@ def cycled(x_N: Tensor, n: int) -> Tensor:
 
 def added(x: Tensor, device: torch.device) -> Tensor:
     """Sum over ranks, each of which filled another part of zeros."""
-    if dist.is_available() and dist.is_initialized():
-        x = x.to(device)
-        dist.all_reduce(x)
-    return x.cpu()
+    return total_of_ranks(x.to(device)).cpu()

@@ -25,7 +25,7 @@ CURRENT_MODEL_STATE = "current_model_state"
 
 
 class EMA(L.Callback):
-    """Averages the weights once every optimizer step, and evaluates and saves the average.
+    """EMA: exponential moving average of the weights, updated once an optimizer step, evaluated and saved.
 
     With ``n`` updates made so far and ``w`` the weights after this optimizer step::
 
@@ -59,7 +59,6 @@ class EMA(L.Callback):
     [0.182, 0.25, 0.5, 0.5]
     """
 
-    #: Listed twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(self, decay: float = 0.999, warmup: bool = True, start: int = 0) -> None:

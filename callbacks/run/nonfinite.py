@@ -47,7 +47,7 @@ class _Waiting(NamedTuple):
 
 
 class NonFinite(L.Callback):
-    """Checks the gradients of every step before the optimizer does, on all ranks alike, and keeps a ledger.
+    """Checks the gradients of every step for NaN and infinity before the optimizer uses them, and keeps a ledger.
 
         a step is finite  <=>  all of its loss terms and all of its gradients are
 
@@ -80,7 +80,6 @@ class NonFinite(L.Callback):
         RollBack: to the caller of fit, which calls it again with the resume point; ``descant fit`` does.
     """
 
-    #: Listed twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(
@@ -174,7 +173,7 @@ class NonFinite(L.Callback):
         if len(self._waiting) == UNREAD:
             self._look(trainer)
 
-    def _look(self, trainer: L.Trainer) -> None:
+    def _look(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         """Read, in one wait, whether the queued steps were finite, and raise for the first that was not. Collective."""
         waiting, self._waiting = self._waiting, []
         if not waiting:
@@ -193,17 +192,7 @@ class NonFinite(L.Callback):
         if self._waiting and trainer.global_step % log_interval(trainer) == 0:
             self._look(trainer)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self._look(trainer)
-
-    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self._look(trainer)
-
-    def on_validation_start(self, trainer: L.Trainer, *_: Any) -> None:
-        self._look(trainer)
-
-    def on_save_checkpoint(self, trainer: L.Trainer, *_: Any) -> None:
-        self._look(trainer)
+    on_train_epoch_end = on_train_end = on_validation_start = on_save_checkpoint = _look
 
     def _back(self, trainer: L.Trainer, entry: dict[str, Any], line: str) -> None:
         step, resume = trainer.global_step, _resume(trainer)
@@ -230,10 +219,10 @@ class NonFinite(L.Callback):
 
     def _fault(self, trainer: L.Trainer) -> dict[str, Any]:
         """Which terms were not finite, and in which samples, over all ranks. Collective."""
+        faults: dict[str, Any] = {}
         if self._step is not None:
             self._step.faults.read()
-        faults = dict(self._step.faults.terms) if self._step is not None else {}
-        if self._step is not None:
+            faults = dict(self._step.faults.terms)
             self._step.faults.terms.clear()
         by_rank = gather_objects(faults)
         terms = {name: value for some in by_rank for name, (value, _) in some.items()}
@@ -250,27 +239,33 @@ class NonFinite(L.Callback):
                 jsonl.append(file, json.dumps(entry).encode())
 
 
-def _finite(trainer: L.Trainer, parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether all gradients are finite; the same on all ranks."""
+def _local_gradients(parameters: Iterable[nn.Parameter]) -> tuple[list[Tensor], bool]:
+    """This rank's gradients, and whether each rank has another part of them."""
     grads = [p.grad for p in parameters if p.grad is not None]
     local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+    return local, any(isinstance(grad, DTensor) for grad in grads)
+
+
+def _finite(trainer: L.Trainer, parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether all gradients are finite; the same on all ranks."""
+    local, sharded = _local_gradients(parameters)
     # norms cost a tenth of testing every number, and are non-finite for very large finite numbers only
     finite = not local or math.isfinite(float(torch.stack([n.float() for n in torch._foreach_norm(local)]).sum()))
     finite = finite or all(bool(torch.isfinite(grad).all()) for grad in local)
-    if any(isinstance(grad, DTensor) for grad in grads):  # each rank has its own part
+    if sharded:
         finite = trainer.strategy.reduce_boolean_decision(finite, all=True)
     return finite
 
 
 def _all_finite(parameters: Iterable[nn.Parameter]) -> Tensor:
     """0-d bool on the device: whether all gradients are finite, by their largest values; the same on all ranks."""
-    grads = [p.grad for p in parameters if p.grad is not None and p.grad.numel()]
-    local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+    local, sharded = _local_gradients(parameters)
+    device = local[0].device if local else None
     local = [grad for grad in local if grad.numel()]
     if not local:
-        return torch.ones((), dtype=torch.bool, device=grads[0].device if grads else None)
+        return torch.ones((), dtype=torch.bool, device=device)
     finite = torch.stack([n.float() for n in torch._foreach_norm(local, torch.inf)]).isfinite().all()
-    if any(isinstance(grad, DTensor) for grad in grads):  # each rank has its own part
+    if sharded:
         good = finite.float()
         dist.all_reduce(good, op=dist.ReduceOp.MIN)
         finite = good > 0

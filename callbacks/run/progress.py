@@ -64,7 +64,6 @@ class Progress(ProgressBar):
         ValueError: if ``refresh`` is negative or ``lines_every`` is not positive.
     """
 
-    #: Listed twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(self, metric: str | None = None, refresh: float = 0.5, lines_every: int | None = None) -> None:
@@ -237,7 +236,7 @@ class Progress(ProgressBar):
             self._bar.update(self._task, description="validating")
             self._bar.refresh()
 
-    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._advance()
 
@@ -250,26 +249,8 @@ class Progress(ProgressBar):
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._open("testing", _total(trainer.num_test_batches))
 
-    def on_test_batch_end(self, *_: Any) -> None:
-        self._advance()
-
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._open("predicting", _total(trainer.num_predict_batches))
-
-    def on_test_end(self, *_: Any) -> None:
-        self._close()
-
-    def on_predict_batch_end(self, *_: Any) -> None:
-        self._advance()
-
-    def on_predict_end(self, *_: Any) -> None:
-        self._close()
-
-    def on_train_end(self, *_: Any) -> None:
-        self._close()
-
-    def on_exception(self, *_: Any) -> None:
-        self._close()
 
     def _stream(self) -> TextIO:
         return sys.stdout
@@ -303,7 +284,7 @@ class Progress(ProgressBar):
         self._bar.update(self._task, completed=trainer.global_step, status=status)
         self._bar.refresh()
 
-    def _advance(self) -> None:
+    def _advance(self, *_: Any, **__: Any) -> None:
         if self._bar is None or self._task is None:
             return
         self._bar.update(self._task, advance=1)
@@ -311,11 +292,14 @@ class Progress(ProgressBar):
             self._drawn = time.monotonic()
             self._bar.refresh()
 
-    def _close(self) -> None:
+    def _close(self, *_: Any, **__: Any) -> None:
         if self._bar is not None:
             self._bar.refresh()
             self._bar.stop()
         self._bar = self._task = None
+
+    on_test_batch_end = on_predict_batch_end = _advance
+    on_train_end = on_test_end = on_predict_end = on_exception = _close
 
 
 def _total(batches: Any) -> int | None:

@@ -14,7 +14,7 @@ from descant.modules.training_setup.trainer import share_of_run
 
 
 class ProgressiveResizing(L.Callback):
-    """Train on images of ``sizes[k]`` pixels until the share ``until[k]`` of the run, then on those of the data.
+    """Progressive resizing: images of ``sizes[k]`` pixels until the share ``until[k]`` of the run, then of the data.
 
         x_BCSS = resize(x_BCHW, S_t),    S_t = sizes[k] while t / T < until[k], the data's own size after the last
 
@@ -22,8 +22,6 @@ class ProgressiveResizing(L.Callback):
     resized; validation and test use the data's own size. The cost of a step falls with S_t^2. The size follows from the
     step, so resuming is exact. Source: fast.ai's DAWNBench entry (Howard 2018); EfficientNetV2 (Tan and Le 2021, arXiv
     2104.00298), which also increases its augmentation, and this does not.
-
-    List it before callbacks that read the batch, such as Throughput.
 
     Args:
         sizes: side of the images in pixels, rising.
@@ -39,7 +37,6 @@ class ProgressiveResizing(L.Callback):
     (16, 24, None)
     """
 
-    #: Listed twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(self, sizes: list[int], until: list[float], modalities: list[str] | None = None) -> None:

@@ -13,6 +13,7 @@ import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from descant.callbacks.plots.output import run_folder
 from descant.callbacks.run.throughput import count_rows
 from descant.modules.core.metric_names import CHANCE, order
 from descant.modules.core.sham import Sham
@@ -40,7 +41,6 @@ class Report(L.Callback):
     The table at the end of a command has the metrics of that command: a row a set, a column a metric.
     """
 
-    #: Listed twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(self) -> None:
@@ -197,13 +197,6 @@ class Report(L.Callback):
                 f"{values.get('samples_per_second', math.nan):,.0f} samples/s",
             ]
         return "  ".join([*parts, str(self._folder)])
-
-
-def run_folder(trainer: L.Trainer) -> Path:
-    """The folder of the first logger that has one, else the Trainer's ``default_root_dir``."""
-    # not trainer.log_dir: it is a collective, and None where the first logger has no folder
-    folders = (getattr(logger, "log_dir", None) for logger in trainer.loggers)
-    return Path(next((f for f in folders if isinstance(f, str | Path)), trainer.default_root_dir))
 
 
 def shams(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[Sham]:

@@ -14,13 +14,13 @@ class ResumableLog:
     """The values that a callback logged last, outside a step.
 
     A run that resumes from that very step has dropped the rows since the step before, and does not run the hooks of the
-    epoch's start again: ``again`` logs them once more. Its state is to be saved with the callback's.
+    epoch's start again: ``write_again`` logs them once more. Its state is to be saved with the callback's.
     """
 
     def __init__(self) -> None:
         self.step, self.log, self.text = -1, dict[str, float](), dict[str, str]()
 
-    def say(self, trainer: L.Trainer, log: Mapping[str, float], text: Mapping[str, str] | None = None) -> None:
+    def write(self, trainer: L.Trainer, log: Mapping[str, float], text: Mapping[str, str] | None = None) -> None:
         """Log values now; ``text``: tag -> text for TensorBoard."""
         self.step, self.log, self.text = trainer.global_step, dict(log), dict(text or {})
         for logger in trainer.loggers:
@@ -29,10 +29,10 @@ class ResumableLog:
             for tag, line in self.text.items():
                 writer.add_text(tag, line, self.step)
 
-    def again(self, trainer: L.Trainer) -> None:
+    def write_again(self, trainer: L.Trainer) -> None:
         """Log the last values again if the run resumes at their step. In on_train_start, after Resume."""
         if self.step == trainer.global_step:
-            self.say(trainer, self.log, self.text)
+            self.write(trainer, self.log, self.text)
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "log": dict(self.log), "text": dict(self.text)}

@@ -21,10 +21,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn.parallel import DistributedDataParallel
 
 from descant.callbacks.run import epoch_log
-from descant.callbacks.run.exact import loop_progress, seed_all, settle_buckets
-from descant.callbacks.run.exact import require_exact as require_exact
-from descant.callbacks.run.order import move_to_front, require_order
-from descant.callbacks.run.signals import Signals
+from descant.callbacks.run.callback_order import Ordered
+from descant.callbacks.run.exact_resume import loop_progress, seed_all, settle_buckets
+from descant.callbacks.run.exact_resume import require_exact as require_exact
+from descant.callbacks.run.stop_signals import Signals
 from descant.modules.core.errors import say, warn
 from descant.modules.core.ranks import gather_objects
 from descant.modules.io.checkpoints import EVERY, MINUTES, due
@@ -51,7 +51,7 @@ class Stopped(Exception):
         self.code, self.path, self.step = code, path, step
 
 
-class Resume(L.Callback):
+class Resume(Ordered):
     """Saves resume points and resumes from them; turns signals into a save and an exit code.
 
     ``RUN/resume/step-0000500.ckpt`` is written every ``every`` optimizer steps, at most ``minutes`` after the last one,
@@ -73,13 +73,13 @@ class Resume(L.Callback):
 
     Raises:
         ValueError: if ``every`` or ``keep`` is below 1, or ``minutes`` not above 0; in setup, for a trainer or a
-            callback that cannot be resumed exactly, or a wrong order of callbacks; for a loaded checkpoint that is no
-            resume point, or of other data, another seed or a newer layout.
+            callback that cannot be resumed exactly; for a loaded checkpoint that is no resume point, or of other data,
+            another seed or a newer layout.
     """
 
-    #: Listed twice (by an experiment and an overlay), the last one counts.
     once = True
-    front = True  # what others do at the start of a batch belongs to the batch
+    #: What other callbacks do at the start of a batch belongs to the batch.
+    front = True
 
     def __init__(
         self, every: int = EVERY, keep: int = 2, folder: str | None = None, minutes: float | None = MINUTES
@@ -96,10 +96,10 @@ class Resume(L.Callback):
         self._loaded: dict[str, Any] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         require_exact(trainer.callbacks)  # type: ignore[attr-defined]
-        require_order(trainer.callbacks)  # type: ignore[attr-defined]
         accumulate, every = trainer.accumulate_grad_batches, trainer.val_check_interval
         if isinstance(every, int) and every % accumulate:
             raise ValueError(
@@ -111,30 +111,25 @@ class Resume(L.Callback):
                 # a file of steps that a kill has undone is overwritten, not written again as -v1
                 callback._enable_version_counter = False
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        move_to_front(trainer, self)
-
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.signals.install()
         self._await()
         if isinstance(trainer.strategy.model, DistributedDataParallel):
             settle_buckets(trainer.strategy.model)
         if self._loaded is not None:
-            self._require_same(_order(trainer), self._loaded["order"])
+            here, saved = _order(trainer), self._loaded["order"]
+            for key in saved:
+                if key in here and here[key] != saved[key]:
+                    raise ValueError(
+                        f"the resume point is of data with {key} {saved[key]}, and here it is {here[key]}: another "
+                        "order of samples; use the same data, or start a new run"
+                    )
             # of the last validation: schedules and checkpoints read them until the next one
             trainer._logger_connector._callback_metrics.update(self._loaded["metrics"])
         for logger in trainer.loggers:  # rows after the save are logged again
             forget = getattr(logger, "forget_after", None)
             if forget is not None and trainer.is_global_zero:
                 forget(0 if self._loaded is None else self._loaded["log_step"])
-
-    def _require_same(self, here: dict[str, Any], saved: dict[str, Any]) -> None:
-        for key in saved:
-            if key in here and here[key] != saved[key]:
-                raise ValueError(
-                    f"the resume point is of data with {key} {saved[key]}, and here it is {here[key]}: another order "
-                    "of samples; use the same data, or start a new run"
-                )
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
         loop, accumulate = trainer.fit_loop.epoch_loop, trainer.accumulate_grad_batches

@@ -45,7 +45,6 @@ class Sanity(L.Callback):
         meant: checks to skip, where the experiment intends it.
     """
 
-    #: Listed twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(self, late: int = 200, meant: list[Before] | None = None) -> None:

@@ -7,27 +7,26 @@ from __future__ import annotations
 
 import gc
 import math
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch.nn.parallel import DistributedDataParallel
 
 from descant.callbacks.plots.curves import curves
 from descant.callbacks.plots.output import run_folder, save_figure
-from descant.callbacks.policy.rollouts import Rollouts
-from descant.callbacks.run.exact import settle_buckets
-from descant.callbacks.run.order import move_to_front
+from descant.callbacks.run.callback_order import Ordered, is_a
+from descant.callbacks.run.exact_resume import settle_buckets
 from descant.callbacks.run.resumable_log import ResumableLog
-from descant.modules.core.capabilities import has
+from descant.modules.core.capabilities import has, require
 from descant.modules.core.errors import no_such
 from descant.modules.core.protocols import RolloutData, StagedDataModule, StagedRecipe
 
 
-class Stages(Callback):
-    """Moves a recipe such as Staged and its data to the next stage before the first epoch of each.
+class Stages(Ordered):
+    """Multi-stage training: moves a recipe such as Staged and its data to the next stage before its first epoch.
 
     A run resumes in the middle of any stage: checkpoints hold the stage and its optimizer and schedule. At the end of
     each stage its weights are saved as ``stages/{name}.ckpt`` in the run's folder, for other runs to start from and for
@@ -43,12 +42,12 @@ class Stages(Callback):
         ValueError: at setup, for a recipe or data without stages, or with different ones.
     """
 
-    #: Listed twice (by an experiment and an overlay), the last one counts.
     once = True
     #: Data in stages requires a callback with this attribute.
     advances = True
-    #: Moved to the front: what others do at the start of an epoch, such as rollouts, belongs to the new stage.
-    front, after = True, ("Resume",)
+    #: What other callbacks do at the start of an epoch, such as rollouts, belongs to the new stage.
+    front = True
+    after = ("Resume", "WorstGroup")
 
     def __init__(self, watch: list[str] | None = None) -> None:
         super().__init__()
@@ -72,9 +71,10 @@ class Stages(Callback):
         self.resumable_log.load_state_dict(state_dict)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if not has(pl_module, StagedRecipe):
-            raise ValueError(f"Stages needs a recipe in stages, such as Staged, not {type(pl_module).__name__}")
+        require(self, pl_module, StagedRecipe)
+        assert has(pl_module, StagedRecipe)
         if not has(data, StagedDataModule):
             raise ValueError(f"Stages needs data in stages, StagedData, not {type(data).__name__}")
         of_data, of_model = list(data.stages), list(pl_module.stages)
@@ -82,13 +82,10 @@ class Stages(Callback):
             other = next((name for name in of_data if name not in of_model), None)
             hint = "in another order" if other is None else f"{other!r}: {no_such(other, of_model)}"
             raise ValueError(f"data.stages {', '.join(of_data)}, model.stages {', '.join(of_model)}: {hint}")
-        rollouts = any(isinstance(c, Rollouts) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        rollouts = any(is_a(c, ("Rollouts",)) for c in trainer.callbacks)  # type: ignore[attr-defined]
         for name, during in data.stages.items() if stage == "fit" else ():
             if has(during.data, RolloutData) and during.epochs and not rollouts:
                 raise ValueError(f"stage {name!r}: its data are rollouts of the model; add the callback Rollouts")
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        move_to_front(trainer, self)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.training and trainer.strategy.optimizers:  # built before the checkpoint was read
@@ -97,7 +94,7 @@ class Stages(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._sets = list(trainer.datamodule.evaluation_sets("validate"))  # type: ignore[attr-defined]
-        self.resumable_log.again(trainer)
+        self.resumable_log.write_again(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -124,7 +121,7 @@ class Stages(Callback):
         line = f"stage {number} of {len(pl_module.stages)}, {name}: {trains:,} parameters train"
         rank_zero_info(line)
         texts = {"stages": f"step {trainer.global_step}: {line}"}
-        self.resumable_log.say(trainer, {"stages/number": float(number)}, texts)
+        self.resumable_log.write(trainer, {"stages/number": float(number)}, texts)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -136,7 +133,8 @@ class Stages(Callback):
         # not weights_only: callbacks such as LeanCheckpoint would not be called
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         checkpoint |= {"optimizer_states": [], "lr_schedulers": []}
-        trainer.strategy.save_checkpoint(checkpoint, run_folder(trainer) / "stages" / f"{done}.ckpt")
+        folder: Path = trainer.strategy.broadcast(run_folder(trainer))
+        trainer.strategy.save_checkpoint(checkpoint, folder / "stages" / f"{done}.ckpt")
         trainer.strategy.barrier("Stages")
         if data.stage_at(after) != done:
             data.position = (after, 0)
@@ -154,9 +152,8 @@ class Stages(Callback):
                 self.seen[name].append((trainer.global_step, float(value)))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        folder = run_folder(trainer)
         if any(self.seen.values()) and trainer.is_global_zero:
-            save_figure(trainer, folder, self.picture(), "stages", "pictures/stages")
+            save_figure(trainer, self.picture(), "stages", "pictures/stages")
 
     def picture(self) -> Any:
         """A plot of the watched metrics, with one panel for each evaluation set or other prefix."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from descant.callbacks.run.callback_order import Ordered
 from descant.modules.training_setup.trainer import log_interval
 
 #: Fused attention on the CPU, which torch's table of FLOP formulas lacks.
@@ -186,7 +187,7 @@ def compute_dtype(precision: str) -> torch.dtype:
     return torch.float16 if precision.startswith("16") else torch.float32
 
 
-class Throughput(L.Callback):
+class Throughput(Ordered):
     """Logs speed at every logging step, over the steps since the last one.
 
     * ``speed/samples_per_second``: rows of all ranks, without evaluation.
@@ -206,8 +207,9 @@ class Throughput(L.Callback):
         ValueError: if ``peak_flops`` is not positive.
     """
 
-    #: Listed twice (by an experiment and an overlay), the last one counts.
     once = True
+    #: The cost of a step depends on the size of its images.
+    after = ("ProgressiveResizing",)
 
     def __init__(self, peak_flops: float | None = None) -> None:
         if peak_flops is not None and not peak_flops > 0:

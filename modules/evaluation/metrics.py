@@ -233,9 +233,7 @@ def swap_accuracy(
     """
     tie_N = (score_N - score_neg_N).abs() <= tolerance
     hit_N = ((score_N > score_neg_N) & ~tie_N).double() + tie_N.double() / 2
-    count_C = type_N.bincount()
-    sum_C = torch.zeros(len(count_C), dtype=hit_N.dtype, device=hit_N.device).index_add_(0, type_N, hit_N)
-    return (sum_C / count_C)[count_C > 0].mean(), tie_N.double().mean()
+    return mean_per_group(hit_N, type_N), tie_N.double().mean()
 
 
 def psnr(mse: Tensor, span: Tensor) -> Tensor:

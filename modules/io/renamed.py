@@ -25,8 +25,10 @@ CLASSES = {
     **dict(Bytes="ByteTokenizer", Codec="Tokenizer", Contends="MultimodalClassifier", Decided="FusionInputs"),
     **dict(Drawn="PolicyBatch", DropAhead="OPM", During="StageData", EditJudge="EditDistanceScorer"),
     **dict(ExactJudge="ExactMatchScorer", Fill="Imputer", Forks="ForksFeatures", Fuse="FusionHead"),
-    **dict(InStages="StagedDataModule", Judged="AdvantageOutput", Kept="ImageCache", Lesson="DistillContext"),
-    **dict(LikelihoodJudge="LikelihoodScorer", MeanFill="MeanImputer", Measured="MeasuredCaption"),
+    **dict(InStages="StagedDataModule", Judge="EmbeddingEvaluator", Judged="AdvantageOutput", Kept="ImageCache"),
+    **dict(
+        Lesson="DistillContext", LikelihoodJudge="LikelihoodScorer", MeanFill="MeanImputer", Measured="MeasuredCaption"
+    ),
     **dict(Ngrams="NgramTokenizer", Own="UserData", OwnPass="ForwardEvaluator", OwnSet="UserDataset"),
     **dict(Pareto="MMPareto", Pooled="QuestionPoolData", Pretrained="PretrainedTokenizer", Prototypes="PMR"),
     **dict(PromptFill="PromptImputer", Realign="CMGH", Rebuilt="ReconstructionOutput", Replies="AnswersQuestions"),

@@ -317,7 +317,7 @@ def masked(before: Path) -> Run:
     )
     whole = c.Reconstruction(["image"], ["sketch"], patch=8, limit=32)
     pictures = c.ReconstructionPictures(count=2)
-    seen = [c.Accuracy(), whole, pictures]
+    seen: list[L.Callback] = [c.Accuracy(), whole, pictures]
     return Run(recipe, emoji(sketch=True, palette=True), seen, {"val_check_interval": 2})
 
 

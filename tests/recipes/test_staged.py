@@ -532,7 +532,7 @@ def test_stretches_are_the_walk_itself() -> None:
         ),
         (
             lambda p: fit(p, Stages(), net=chat(), data=data(), max_epochs=-1),
-            "Stages needs a recipe in stages, such as Staged, not VisionLanguage",
+            "Stages needs the protocol StagedRecipe .*; VisionLanguage lacks it, Staged has it",
         ),
         (
             lambda p: fit(p, letters(), net=model(), data=data()),

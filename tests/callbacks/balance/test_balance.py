@@ -16,13 +16,11 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor
 
 from descant.callbacks.balance.balance import Balance
-from descant.callbacks.harmonize.terms import Harmonize
 from descant.modules.balance.agm import AGM
 from descant.modules.balance.base import Pacing
 from descant.modules.balance.ogm import OGM
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import mix
-from descant.modules.multitask import PCGrad
 from descant.recipes import Fusion
 from tests.ranks import run_ranks
 from tests.recipes.test_fusion import FUSIONS, WIDTHS, SignData, Signs, double, gradients, recipe
@@ -340,7 +338,6 @@ def tied() -> Fusion:
         (lambda: fit(one(), Balance(OGM())), "one modality, image: there is nothing to balance"),
         (lambda: fit(frozen(), Balance(OGM())), "nothing of text is trained"),
         (lambda: fit(tied(), Balance(OGM())), "text and image share parameters"),
-        (lambda: fit(model(), Balance(OGM()), Harmonize(PCGrad())), "name Harmonize first"),
     ],
 )
 def test_what_cannot_be_is_one_line(make: Callable[[], Any], message: str) -> None:

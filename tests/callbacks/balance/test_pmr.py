@@ -158,9 +158,9 @@ def test_what_cannot_be_is_one_line(make: Callable[[], Any], message: str) -> No
 def test_a_row_that_is_not_finite_spoils_no_class() -> None:
     rule = PMR()
     z_RD, label_R = torch.randn(6, 3).double(), torch.arange(6) % 3
-    rule._remember("image", z_RD, label_R, 3)
+    rule._add_latents("image", z_RD, label_R, 3)
     whole = rule._sums["image"].clone()
-    rule._remember("image", torch.full((1, 3), torch.nan).double(), torch.tensor([1]), 3)
+    rule._add_latents("image", torch.full((1, 3), torch.nan).double(), torch.tensor([1]), 3)
     assert torch.equal(rule._sums["image"], whole)
 
 
@@ -172,7 +172,7 @@ def test_what_is_saved_is_of_all_ranks_and_counted_once_behind_a_resume() -> Non
 def _resumed(rank: int) -> tuple[Tensor, Tensor]:
     torch.distributed.init_process_group("gloo")
     rule = PMR()
-    rule._remember("image", torch.eye(3)[rank : rank + 1].double(), torch.tensor([rank]), 3)
+    rule._add_latents("image", torch.eye(3)[rank : rank + 1].double(), torch.tensor([rank]), 3)
     state = rule.state_dict()
     first = [state]
     torch.distributed.broadcast_object_list(first)  # one file, which rank 0 wrote

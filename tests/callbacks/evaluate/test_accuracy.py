@@ -92,7 +92,7 @@ def test_each_evaluation_starts_from_zero() -> None:
 
 
 def test_a_recipe_without_scores_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^Accuracy needs the protocol Scores .*; Recipe lacks it$"):
+    with pytest.raises(ValueError, match=r"^Accuracy needs the protocol Scores \(scores\); Recipe lacks it, Fusion"):
         evaluate(Data({"one": whole()}), Accuracy(), recipe=Recipe())
 
 

@@ -121,7 +121,7 @@ def test_sampled_answers_have_the_expected_reward(tmp_path: Path) -> None:
     values = evaluated(
         tmp_path, Answering(controls=False, table=0, sampling=Sampling(temperature=1.0)), TeacherConfidence()
     )
-    share = sum(int((raw.key % 4 != 0)[raw.present["text"]].sum()) for raw in Some().val_dataloader()[0]) / N
+    share = sum(int((raw.content_id % 4 != 0)[raw.present["text"]].sum()) for raw in Some().val_dataloader()[0]) / N
     assert values["val/answered"] == 1.0 and values["val/answered_drawn"] == pytest.approx(share, rel=ulps(4, F32))
     net = chat()
     alike = evaluated(tmp_path, Answering(new=3, controls=False, table=0, sampling=Sampling(temperature=0)), net)
@@ -144,7 +144,7 @@ def test_wrong_arguments_are_one_line(tmp_path: Path) -> None:
         (lambda: evaluated(tmp_path, Answering(by="kidn")), "by 'kidn': no such name; did you mean kind"),
         (
             lambda: evaluated(tmp_path, Answering(), build(fusion("LateFusion", "image"))),
-            "such as VisionLanguage, not Fusion",
+            "the protocol Generates .*; Fusion lacks it, VisionLanguage has it",
         ),
         (lambda: evaluated(tmp_path, Answering(), None, PatternData()), "such as Questions; PatternData has none"),
     ]

@@ -113,7 +113,7 @@ def fit(made: Any, **options: Any) -> None:
         (lambda: Attacks(steps=0), "steps 0: 1 is the least"),
         (lambda: Attacks(radius=0.0), r"a radius of 0: above 0, such as 0\.3"),
         (lambda: Attacks(certify=-1), "a radius of -1: above 0"),
-        (lambda: fit(BoringModel()), "the protocols Classifies .* BoringModel lacks one"),
+        (lambda: fit(BoringModel()), "Attacks needs the protocol Classifies .* BoringModel lacks it, Fusion has it"),
         (lambda: fit(model(), radius={"sound": 0.1}), "radius 'sound': "),
         (lambda: fit(recipe(), certify=0.1), "Fusion has no OrthogonalFusion"),
     ],

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from descant.callbacks import KNN, Geometry, LinearProbe, Retrieval, ZeroShot
-from descant.callbacks.evaluate.embeddings import Judge, Rows, Store
+from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator, Rows, Store
 from descant.modules.core.batch import Batch
 from descant.modules.evaluation.metrics import recall_by_chance, retrieval_ranks
 from tests.ranks import run_ranks
@@ -210,8 +210,10 @@ def test_one_embedding_serves_all_evaluators_without_padding():
     evaluators = (Retrieval(), Geometry(), KNN("group", k=3), KNN("group", k=1, modality="text"), LinearProbe("group"))
     seen: list[Rows] = []
 
-    class Spy(Judge):
-        def judge(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
+    class Spy(EmbeddingEvaluator):
+        def evaluate(
+            self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]
+        ) -> dict[str, Tensor]:
             seen.append(sets["val"])
             return {}
 
@@ -376,8 +378,8 @@ def test_missing_protocols_and_names_are_one_line():
             return torch.zeros(())
 
     data = Data({"val": make()}, bank=make(), prompts=torch.zeros(2, 1, 4))
-    faults: list[tuple[L.LightningModule, Judge, str]] = [
-        (Mute(), Retrieval(), r"Retrieval needs the protocol Embeds \(embed\(batch\)\); Mute lacks it"),
+    faults: list[tuple[L.LightningModule, EmbeddingEvaluator, str]] = [
+        (Mute(), Retrieval(), r"Retrieval needs the protocol Embeds \(embed\); Mute lacks it"),
         (Silent(), Geometry(), "Geometry reads the embeddings that validation_step returns .*; Silent returned Tensor"),
         (Recipe(), Retrieval([["image", "sound"]]), "no embedding of 'sound'; the recipe has image, text"),
         (Recipe(), LinearProbe("group", modality="sound"), "no embedding of 'sound'"),
@@ -392,7 +394,7 @@ def test_missing_protocols_and_names_are_one_line():
         def val_dataloader(self) -> Any:
             return []
 
-    missing: list[tuple[Judge, str]] = [(KNN("group"), "bank_dataloader"), (ZeroShot("group"), "prompts")]
+    missing: list[tuple[EmbeddingEvaluator, str]] = [(KNN("group"), "bank_dataloader"), (ZeroShot("group"), "prompts")]
     for evaluator, method in missing:
         with pytest.raises(ValueError, match=rf"needs {method}\(\) of the data module; Bare has none"):
             evaluate(Bare(), evaluator)

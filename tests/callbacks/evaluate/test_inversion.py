@@ -109,7 +109,7 @@ def test_a_query_does_not_find_itself() -> None:
     assert evaluate(told, IntraModal())["s0/map_image"] == pytest.approx(
         by_hand(told.bank, told.bank, None), abs=ulps(8, F32)
     )
-    told.bank.key[:] = torch.arange(40)  # nobody else has its content: no query counts, and nothing is logged
+    told.bank.content_id[:] = torch.arange(40)  # nobody else has its content: no query counts, and nothing is logged
     assert evaluate(told, IntraModal()) == {}
 
 
@@ -269,7 +269,7 @@ def test_refusals_in_one_line() -> None:
         Inversion(limit=1)
     with pytest.raises(ValueError, match=r"has 2 places \{\}; one is needed"):
         Inversion(template="{} and {}")
-    with pytest.raises(ValueError, match=r"^Inversion needs the protocol Inverts .*; Recipe lacks it$"):
+    with pytest.raises(ValueError, match=r"^Inversion needs the protocol Inverts .*; Recipe lacks it, Contrastive"):
         evaluate(data(), Inversion())
     with pytest.raises(ValueError, match=r"^Inversion needs codec\(\) of the data module; Data has none$"):
         evaluate(Data({"val": make()}, bank=make()), Inversion(), recipe=Invertible())

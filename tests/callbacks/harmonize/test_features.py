@@ -243,8 +243,8 @@ class Unforked(ToyRecipe):
         (lambda: fit(Forked(), HarmonizeFeatures(CMGH(), feature="y")), "feature 'y': no such name"),
         (lambda: fit(Forked(), HarmonizeFeatures(None, Curriculum(only=["c"]))), "only 'c': no such name"),
         (lambda: fit(Unforked(harmonize=False), HarmonizeFeatures(CMGH())), "no feature of this Unforked is shared"),
-        (lambda: fit(Forked(), HarmonizeFeatures(CMGH()), Harmonize(PCGrad())), "one of the two"),
-        (lambda: fit(Forked(), Harmonize(PCGrad()), HarmonizeFeatures(CMGH())), "one of the two"),
+        (lambda: fit(Forked(), HarmonizeFeatures(CMGH()), Harmonize(PCGrad())), "cannot be combined with"),
+        (lambda: fit(Forked(), Harmonize(PCGrad()), HarmonizeFeatures(CMGH())), "cannot be combined with"),
         (
             lambda: fit(BoringModel(), HarmonizeFeatures(CMGH())),
             "ForksFeatures .*; BoringModel lacks it, Contrastive and Fusion",

@@ -356,7 +356,7 @@ class OtherTerms(ToyRecipe):
     ("make", "message"),
     [
         (lambda: Harmonize(PCGrad(), every=0), "every 0: 1 is the least"),
-        (lambda: Harmonize(DWA(), every=2), "every 2: DWA looks at no gradient; leave it out"),
+        (lambda: Harmonize(DWA(), every=2), "every 2: DWA uses no gradients; leave it out"),
         (lambda: CAGrad(-1), "radius -1: not below 0"),
         (lambda: GradVac(2), "beta 2: between 0 and 1"),
         (lambda: DWA(0), "window 0"),

@@ -213,9 +213,9 @@ def fit(recipe: Any, *callbacks: L.Callback) -> None:
             "the protocol MultimodalClassifier .*; BoringModel lacks it, Fusion has it",
         ),
         (lambda: fit(recipe(unimodal=False, classes=2).double(), HarmonizeTowers(PCGrad())), "model.unimodal true"),
-        (lambda: fit(model(), HarmonizeTowers(PCGrad()), Harmonize(PCGrad())), "one of the two"),
-        (lambda: fit(model(), HarmonizeFeatures(PCGrad()), HarmonizeTowers(PCGrad())), "one of the two"),
-        (lambda: fit(model(), HarmonizeTowers(PCGrad()), HarmonizeFeatures(PCGrad())), "one of the two"),
+        (lambda: fit(model(), HarmonizeTowers(PCGrad()), Harmonize(PCGrad())), "cannot be combined with"),
+        (lambda: fit(model(), HarmonizeFeatures(PCGrad()), HarmonizeTowers(PCGrad())), "cannot be combined with"),
+        (lambda: fit(model(), HarmonizeTowers(PCGrad()), HarmonizeFeatures(PCGrad())), "cannot be combined with"),
     ],
 )
 def test_what_cannot_be_is_one_line(make: Callable[[], Any], message: str) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from descant.callbacks import EMA, Harmonize, Resume
 from descant.callbacks.run.resume import ENTRY, Stopped
-from descant.callbacks.run.signals import AGREE_STEPS, CODES
+from descant.callbacks.run.stop_signals import AGREE_STEPS, CODES
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
@@ -193,7 +193,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, step: float = 0.0, save: float = 0.0) -> None:
         self.now = 1e6
-        for module in ("resume", "signals"):
+        for module in ("resume", "stop_signals"):
             monkeypatch.setattr(f"descant.callbacks.run.{module}.time", SimpleNamespace(monotonic=lambda: self.now))
         self.batches = Act()
         self.batches.on_train_batch_end = lambda *_: self.passes(step)  # type: ignore[method-assign]

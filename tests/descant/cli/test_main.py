@@ -131,7 +131,9 @@ def test_list_has_recipes_data_modules_and_claims(cli: Cli) -> None:
     theirs = [n for n in recipes.__all__ if n != "Recipe" and issubclass(getattr(recipes, n), recipes.Recipe)]
     assert sorted(shown("recipes")) == sorted({*theirs} - {"Wrapper"}) and shown("recipes")[0] == "Contrastive"
     assert {"Emoji", "UserData", "Mixture"} <= set(shown("datamodules")) and "DataModule" not in shown("datamodules")
-    assert {"EMA", "Harmonize", "Rollouts"} <= set(shown("callbacks")) and "Judge" not in shown("callbacks")
+    assert {"EMA", "Harmonize", "Rollouts"} <= set(shown("callbacks")) and "EmbeddingEvaluator" not in shown(
+        "callbacks"
+    )
     assert "harmony-triplets" in shown("claims") and shown("overlays") == [
         n for n in sorted(overlays()) if "data/" not in n
     ]

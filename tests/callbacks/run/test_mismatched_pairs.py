@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from descant.callbacks.run.misalign import Misalign
+from descant.callbacks.run.mismatched_pairs import Misalign
 from descant.modules.core.batch import Batch
 from tests.ranks import run_ranks
 from tests.step_toy import QUIET, N, ToyData, ToyRecipe, content

@@ -1,4 +1,4 @@
-"""Raise the temperature of contrastive losses late in a run. No letters: scales are scalars."""
+"""Raise the temperature of contrastive losses late in a run; its bound is set by the loss (modules/losses)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from descant.modules.training_setup.trainer import run_steps
 
 
 class Temperature(Callback):
-    """Divides the learned scale of every loss by a factor late in the run, and holds it there.
+    """Raises the temperature of contrastive losses late in a run: divides each learned scale by a factor and holds it.
 
         s_t = learned s_t        before step t* = ceil(at * steps of the run)
         s_t = s_t* / factor      from then on, whatever its gradient
@@ -37,7 +37,6 @@ class Temperature(Callback):
     ValueError: Temperature: factor 0.0 is not positive; 4 makes the temperature four times as high
     """
 
-    #: Listed twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(self, factor: float = 4.0, at: float = 0.7) -> None:

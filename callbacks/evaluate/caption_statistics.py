@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning as L
 
 
@@ -23,13 +21,12 @@ class CaptionStatistics(L.Callback):
         ValueError: at setup, if the data module has no such statistics or no mixer of captions.
     """
 
-    #: If listed twice (by an experiment and an overlay), the last one applies.
     once = True
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        data = _data(trainer)
+        data = trainer.datamodule  # type: ignore[attr-defined]
         if not hasattr(data, "caption_statistics"):
             raise ValueError(
                 f"CaptionStatistics needs caption_statistics() of the data module; {type(data).__name__} has none"
@@ -39,10 +36,7 @@ class CaptionStatistics(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         many = trainer.world_size > 1
-        for name, value in _data(trainer).caption_statistics(trainer.current_epoch).items():
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        for name, value in data.caption_statistics(trainer.current_epoch).items():
             # equal on all ranks already: the mean changes nothing
             pl_module.log(f"captions/{name}", value, on_step=False, on_epoch=True, sync_dist=many, batch_size=1)
-
-
-def _data(trainer: L.Trainer) -> Any:
-    return trainer.datamodule  # type: ignore[attr-defined]

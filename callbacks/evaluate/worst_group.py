@@ -1,4 +1,4 @@
-"""Worst-group metrics."""
+"""Worst-group metrics: the part of a mixture with the worst result."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
+from descant.callbacks.run.callback_order import Ordered
 from descant.modules.training_setup.trainer import logged_step
 
 
-class WorstGroup(Callback):
-    """Worst, mean and gap over the parts of a mixture, whose evaluation sets are named ``part-set``:
+class WorstGroup(Ordered):
+    """Worst-group metrics: worst, mean and gap over the parts of a mixture, whose sets are named ``part-set``:
 
         {set}/worst/{metric}    the least over the parts (the largest, for names that begin with loss)
         {set}/mean/{metric}     their mean, with equal weights
@@ -28,14 +28,15 @@ class WorstGroup(Callback):
         ValueError: for no metric.
     """
 
+    #: Other callbacks read its metrics when an evaluation ends.
+    front = True
+    after = ("Resume",)
+
     def __init__(self, metrics: list[str]) -> None:
         super().__init__()
         if not metrics:
             raise ValueError("WorstGroup: metrics: none; such as [answered]")
         self.metrics = metrics
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from descant.callbacks.run.ema import CURRENT_MODEL_STATE, EMA
-from descant.callbacks.run.lean import LeanCheckpoint
+from descant.callbacks.run.lean_checkpoint import LeanCheckpoint
 from descant.modules.adaptation.base import Adapt
 from descant.modules.adaptation.freeze import Freeze
 from descant.modules.adaptation.lora import Lora

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from descant.callbacks.evaluate.embeddings import Rows
-from descant.callbacks.plots.images import CAPTIONS, Cell, Projector, RetrievalPictures, sheet
+from descant.callbacks.evaluate.projector import Projector
+from descant.callbacks.evaluate.retrieval_pictures import RetrievalPictures
+from descant.callbacks.plots.images import CAPTIONS, Cell, sheet
 from descant.callbacks.plots.style import GREEN, VERMILLION, pixels, rgb
 from descant.modules.core.batch import Batch
 

@@ -14,7 +14,7 @@ from descant.modules.io.lean import base_of, brought, completed, lean
 
 
 class LeanCheckpoint(L.Callback):
-    """Leaves frozen weights out of checkpoints: a LoRA run saves its adapters, a locked tower's run its head.
+    """Lean checkpoints, without frozen weights: a LoRA run saves its adapters, a locked tower's run its head.
 
     Left out is every weight or buffer that takes no gradient and still has its bytes from before the fit; its 128-bit
     digest is saved in its place. Such a checkpoint loads into the model that the configuration builds if the digests
@@ -25,7 +25,6 @@ class LeanCheckpoint(L.Callback):
         ValueError: in setup, if parameters are sharded; when a checkpoint of another base is loaded.
     """
 
-    #: Listed twice (by an experiment and an overlay), the last one counts.
     once = True
 
     def __init__(self) -> None:

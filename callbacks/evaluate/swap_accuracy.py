@@ -7,13 +7,13 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from descant.callbacks.evaluate.embeddings import Judge, Rows, Store, embed
+from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator, Rows, Store, embed
 from descant.modules.core.batch import NEGATIVE, Batch
 from descant.modules.evaluation.metrics import swap_accuracy
 
 
-class SwapAccuracy(Judge):
-    """How often a positive scores higher than its hard negative, averaged over the types of negatives.
+class SwapAccuracy(EmbeddingEvaluator):
+    """Accuracy against hard negatives: how often a positive scores higher, averaged over the types of negatives.
 
         hit_n = [z_a . z_b > z_a . z_neg]_n, or 1/2 for equal scores
 
@@ -37,6 +37,8 @@ class SwapAccuracy(Judge):
     ValueError: SwapAccuracy: 'text' against itself; such as modality text against image
     """
 
+    identity = ("modality", "against")
+
     def __init__(
         self, modality: str = "text", against: str = "image", target: str = "relation", tolerance: float = 1e-6
     ) -> None:
@@ -47,10 +49,6 @@ class SwapAccuracy(Judge):
             raise ValueError(f"SwapAccuracy: {modality!r} against itself; such as modality text against image")
         if tolerance < 0:
             raise ValueError(f"SwapAccuracy: tolerance {tolerance} is no difference of scores; 0 or more, such as 1e-6")
-
-    @property
-    def state_key(self) -> str:
-        return self._generate_state_key(modality=self.modality, against=self.against)
 
     def _forget(self) -> None:
         super()._forget()
@@ -67,7 +65,7 @@ class SwapAccuracy(Judge):
         store = self._negatives.setdefault(dataloader_idx, Store().to(pl_module.device))
         store.update({name: z[self.modality]}, batch)
 
-    def judge(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
+    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
         lead = self._lead(trainer)
         values: dict[str, Tensor] = {}
         for number, store in self._negatives.items():

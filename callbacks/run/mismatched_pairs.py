@@ -15,7 +15,7 @@ from descant.modules.core.sham import Sham
 
 
 class Misalign(Callback):
-    """Gives a fixed share of the training samples a modality of another sample, and a target that marks them.
+    """Label noise: a fixed share of the training samples gets a modality of another sample, and a target marks them.
 
         noise_i = uniform(seed, i) < share          the same samples in all epochs
 

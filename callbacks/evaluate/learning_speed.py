@@ -36,7 +36,6 @@ class LearningSpeed(L.Callback):
             modality.
     """
 
-    #: If listed twice (by an experiment and an overlay), the last one applies.
     once = True
 
     def __init__(self, every: int = 1) -> None:

@@ -1,0 +1,60 @@
+"""Order of callbacks: each class declares which ones come before it or exclude it, and one function sorts the list."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import lightning as L
+
+
+class Ordered(L.Callback):
+    """Base of the callbacks that depend on the order of ``trainer.callbacks``; classes are named by their short names.
+
+    At setup the list is sorted, wherever the user has listed them: see :func:`ordered`. A subclass with a ``setup`` of
+    its own calls this one.
+    """
+
+    #: Classes whose callbacks come before this one.
+    after: ClassVar[tuple[str, ...]] = ()
+    #: Comes before all callbacks without ``front``, except those of its ``after``.
+    front: ClassVar[bool] = False
+    #: Classes that cannot be used together with this one.
+    excludes: ClassVar[tuple[str, ...]] = ()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        trainer.callbacks = ordered(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def ordered(callbacks: Sequence[L.Callback]) -> list[L.Callback]:
+    """The callbacks sorted by ``front`` and ``after``; apart from these the order is kept.
+
+    Raises:
+        ValueError: for two callbacks that exclude each other, or that each come after the other.
+    """
+    placed: list[L.Callback] = []
+
+    def place(callback: L.Callback, before: tuple[L.Callback, ...] = ()) -> None:
+        if callback in placed:
+            return
+        if callback in before:
+            names = " and ".join(type(c).__name__ for c in (callback, before[-1]))
+            raise ValueError(f"trainer.callbacks: {names}: each is declared to come after the other")
+        for other in callbacks:
+            if other is not callback and is_a(other, getattr(callback, "after", ())):
+                place(other, (*before, callback))
+        placed.append(callback)
+
+    for callback in callbacks:
+        for other in callbacks:
+            if other is not callback and is_a(other, getattr(callback, "excludes", ())):
+                name, second = type(callback).__name__, type(other).__name__
+                raise ValueError(f"trainer.callbacks: {name} cannot be combined with {second}; use one of the two")
+    for callback in sorted(callbacks, key=lambda c: not getattr(c, "front", False)):
+        place(callback)
+    return placed
+
+
+def is_a(callback: L.Callback, names: Sequence[str]) -> bool:
+    """Whether a callback is of a class with one of these names, or of one derived from it."""
+    return any(cls.__name__ in names for cls in type(callback).__mro__)
