@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 
 from descant.modules.core.batch import Batch
+from descant.modules.core.capabilities import has
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output
+from descant.modules.core.protocols import BankData
 from descant.modules.core.sham import Sham
-from descant.modules.engine.trainer import bank_batches
+from descant.modules.engine.trainer import bank_batches, datamodule_of
 from descant.modules.evaluation.attacks import certified_radius, steepest
 from descant.modules.fusion.classifiers import OrthogonalFusion
 from descant.modules.io import saved
@@ -87,8 +89,11 @@ class Certified(Classifier):
     def on_fit_start(self) -> None:
         if self.slope_MC.isfinite().all():  # a resumed run has measured
             return
+        data = datamodule_of(self.trainer)
         try:
-            loader = self.trainer.datamodule.bank_dataloader()  # type: ignore[attr-defined]
+            if not has(data, BankData):
+                raise NotImplementedError
+            loader = data.bank_dataloader()
         except NotImplementedError:
             raise ValueError("Certified needs bank_set() of the data module: training samples, to measure on") from None
         self.slope_MC.copy_(steepest(self, bank_batches(self.trainer, loader), self.rows_measured))

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from descant.modules.core.batch import NEGATIVE, Batch
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output, Scorer
+from descant.modules.engine.trainer import datamodule_of
 from descant.modules.losses import ContrastiveLoss, InfoNCE, Intra
 from descant.modules.losses.hard_negatives import Negatives
 from descant.modules.tokenizers.text import Tokenizer, require_fit
@@ -74,7 +75,7 @@ class Contrastive(SharedSpace):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        codec = getattr(self.trainer.datamodule, "codec", None)  # type: ignore[attr-defined]
+        codec = getattr(datamodule_of(self.trainer), "codec", None)
         if isinstance(codec, Tokenizer) and self.knowledge is not None:
             require_fit(codec, self.knowledge, "knowledge")
 

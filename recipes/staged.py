@@ -20,7 +20,7 @@ from descant.modules.core.capabilities import has
 from descant.modules.core.errors import no_such
 from descant.modules.core.protocols import StagedDataModule
 from descant.modules.engine.configure import Shard
-from descant.modules.engine.trainer import run_steps
+from descant.modules.engine.trainer import datamodule_of, run_steps
 from descant.modules.io.upgrade import with_inner
 from descant.recipes.base.recipe import Recipe
 from descant.recipes.base.settings import read_setting, write_setting
@@ -84,11 +84,11 @@ class Staged(Wrapper):
 
     def _choose_objective(self) -> None:
         if self._objective is not None:
-            self.inner.objective = self.now.objective or self._objective  # type: ignore[assignment]
+            self._inner.objective = self.now.objective or self._objective
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = datamodule_of(self.trainer)
         if stage == "fit":
             for load in (one.load for one in self.stages.values() if one.load is not None):
                 load.find()  # now, and not when its stage begins
@@ -118,7 +118,8 @@ class Staged(Wrapper):
     def schedule_steps(self) -> int:
         """Of the stage, all its epochs."""
         run_steps(self.trainer)  # which has the data made, and counted
-        return int(self.trainer.datamodule.steps[self.stage])  # type: ignore[attr-defined]
+        data = datamodule_of(self.trainer)
+        return data.steps[self.stage] if has(data, StagedDataModule) else super().schedule_steps()
 
     def train(self, mode: bool = True) -> Staged:
         super().train(mode)

@@ -24,6 +24,7 @@ from descant.callbacks.run.resumable_log import ResumableLog
 from descant.modules.core.capabilities import has
 from descant.modules.core.errors import no_such
 from descant.modules.core.protocols import RolloutData, StagedDataModule, StagedRecipe
+from descant.modules.engine.trainer import datamodule_of
 
 
 class Stages(Callback):
@@ -72,7 +73,7 @@ class Stages(Callback):
         self.resumable_log.load_state_dict(state_dict)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data = datamodule_of(trainer)
         if not has(pl_module, StagedRecipe):
             raise ValueError(f"Stages needs a recipe in stages, such as Staged, not {type(pl_module).__name__}")
         if not has(data, StagedDataModule):
@@ -96,11 +97,12 @@ class Stages(Callback):
             trainer.strategy.setup_optimizers(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._sets = list(trainer.datamodule.evaluation_sets("validate"))  # type: ignore[attr-defined]
+        data: Any = datamodule_of(trainer)
+        self._sets = list(data.evaluation_sets("validate"))
         self.resumable_log.again(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data: Any = datamodule_of(trainer)
         trainer.reload_dataloaders_every_n_epochs = 0  # type: ignore[attr-defined]
         if pl_module.stage != data.stage:
             self._advance(trainer, pl_module, data.stage)
@@ -127,7 +129,7 @@ class Stages(Callback):
         self.resumable_log.say(trainer, {"stages/number": float(number)}, texts)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data: Any = datamodule_of(trainer)
         self._record(trainer, of_validation=False)
         after = trainer.current_epoch + 1
         done, last = data.stage, after - data.since == data.stages[data.stage].epochs

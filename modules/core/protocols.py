@@ -283,6 +283,13 @@ class StagedDataModule(Protocol):
 
 
 @runtime_checkable
+class BankData(Protocol):
+    """Data with a bank: ``bank_dataloader()`` loads training samples as evaluation sees them."""
+
+    def bank_dataloader(self) -> Iterable[Batch]: ...
+
+
+@runtime_checkable
 class StagedRecipe(Protocol):
     """A recipe in stages: ``stage`` is the name of the one that is on, of ``stages``; ``begin_stage(name)`` goes on to
     another."""

@@ -23,6 +23,7 @@ from descant.modules.core.dtype import promote
 from descant.modules.core.host import host_copy, to_device
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Decisions
+from descant.modules.engine.trainer import datamodule_of
 from descant.modules.fusion.classifiers import FusionHead, class_labels, cross_entropy, only, require_classes
 from descant.modules.towers import Towers
 from descant.modules.towers.heads import Pool, Pools
@@ -65,9 +66,10 @@ class Classifier(SharedSpace):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(getattr(data, "classes", None), Mapping):
-            require_classes(data.classes, self.target, self.classes, tiny=getattr(data, "tiny", False))
+        data = datamodule_of(self.trainer)
+        classes = getattr(data, "classes", None)
+        if isinstance(classes, Mapping):
+            require_classes(classes, self.target, self.classes, tiny=getattr(data, "tiny", False))
 
     def latents(self, batch: Batch, *modalities: str) -> dict[str, Tensor]:
         """Modality -> ``z_BD`` of any length, as the fusion gets it; rows of absent samples are zero.

@@ -26,7 +26,7 @@ from descant.modules.engine.configure import Adapt, Checkpointing, Compile, Shar
 from descant.modules.engine.optim import parameter_groups
 from descant.modules.engine.schedule import Schedule
 from descant.modules.engine.sync_batch_norm import synchronize
-from descant.modules.engine.trainer import log_interval
+from descant.modules.engine.trainer import datamodule_of, log_interval
 from descant.modules.tokenizers.text import Tokenizer, require_fit
 
 
@@ -139,7 +139,7 @@ class Recipe(L.LightningModule):
                 "samples of one batch, and accumulated small batches have fewer negatives; use "
                 f"model.chunks {trainer.accumulate_grad_batches}, which has them all in the same memory"
             )
-        codec = getattr(trainer.datamodule, "codec", None)  # type: ignore[attr-defined]
+        codec = getattr(datamodule_of(trainer), "codec", None)
         if isinstance(codec, Tokenizer) and "text" in getattr(self, "towers", {}):
             require_fit(codec, self.towers["text"])
 
@@ -178,7 +178,7 @@ class Recipe(L.LightningModule):
             values = {f"train/{name}": value.detach() for name, value in objective.terms.items()}
             values["train/loss"] = objective.total.detach()
             self.log_dict(values, sync_dist=world > 1, batch_size=len(batch))
-            self.log("train/lr", self.optimizers().param_groups[0]["lr"], batch_size=len(batch))  # type: ignore[union-attr]
+            self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=len(batch))
         return objective.total
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
