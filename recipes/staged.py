@@ -12,14 +12,16 @@ Source: Patho-R1 (Zhang 2025, arXiv 2505.11404): continued pre-training, fine-tu
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
+from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.errors import no_such
 from descant.modules.core.protocols import StagedDataModule
-from descant.modules.engine.configure import Shard
+from descant.modules.engine.flops import count_flops
 from descant.modules.engine.trainer import datamodule_of, run_steps
 from descant.modules.io.upgrade import with_inner
 from descant.recipes.base.recipe import Recipe
@@ -61,21 +63,18 @@ class Staged(Wrapper):
 
     def begin_stage(self, name: str) -> None:
         """Go on to a stage, with the weights as they are, or those that the stage is to load."""
-        self.stage = name
-        if self.now.load is not None:
-            self.now.load.apply(self)
-        self._choose()
+        if (load := self.stages[name].load) is not None:
+            load.apply(self)
+        self._choose(name)
         if self.distill is not None:
             self.distill.teacher.begin(self)
 
-    def _choose(self) -> None:
-        """Settings, objective and trainable parameters of the current stage, and no others."""
-        chosen = {name for name in self._trainable if self.now.train.search(name)}
-        if not chosen:
-            known = no_such(self.now.train.pattern, dict.fromkeys(name.split(".")[0] for name in self._trainable))
-            raise ValueError(f"stages.{self.stage}.train {self.now.train.pattern!r} matches no parameter; {known}")
+    def _choose(self, stage: str) -> None:
+        """Settings, objective and trainable parameters of a stage, and no others."""
+        self.stage = stage
+        trained = self.now.trained(stage, self._trainable)
         for name, parameter in self.inner.named_parameters():
-            parameter.requires_grad_(name in chosen)
+            parameter.requires_grad_(name in trained)
             parameter.grad = None
         for name, value in {**self._own, **self.now.set}.items():
             write_setting(self.inner, name, value)
@@ -99,14 +98,12 @@ class Staged(Wrapper):
     def configure_model(self) -> None:
         if self._configured:
             return
-        alike = len({stage.train.pattern for stage in self.stages.values()}) == 1
-        if not alike and any(isinstance(part, Shard) for part in self._parts):
+        if len({stage.train.pattern for stage in self.stages.values()}) > 1 and self.sharded:
             raise ValueError("shard: what trains is settled when parameters are split; give all stages the same train")
         super().configure_model()
         self._trainable = [name for name, parameter in self.inner.named_parameters() if parameter.requires_grad]
         for name in [*self.stages, self.stage]:  # a mistake in any is reported before the first step of all
-            self.stage = name
-            self._choose()
+            self._choose(name)
         if self.now.load is not None:
             self.now.load.apply(self)
             if self.distill is not None:
@@ -120,6 +117,10 @@ class Staged(Wrapper):
         run_steps(self.trainer)  # which has the data made, and counted
         data = datamodule_of(self.trainer)
         return data.steps[self.stage] if has(data, StagedDataModule) else super().schedule_steps()
+
+    def step_flops(self, stage: str, batches: Iterable[Batch]) -> int:
+        """FLOPs of some micro-batches in a stage, forward and backward, of all ranks together."""
+        return count_flops(self, batches, lambda twin: twin._choose(stage))
 
     def train(self, mode: bool = True) -> Staged:
         super().train(mode)
@@ -146,4 +147,4 @@ class Staged(Wrapper):
         if "state_dict" in checkpoint:
             checkpoint["state_dict"] = with_inner(checkpoint["state_dict"])
         if self._trainable:
-            self._choose()
+            self._choose(name)

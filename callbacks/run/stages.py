@@ -20,6 +20,7 @@ from descant.callbacks.plots.output import run_folder, save_figure
 from descant.callbacks.policy.rollouts import Rollouts
 from descant.callbacks.run.exact import settle_buckets
 from descant.callbacks.run.order import move_to_front
+from descant.callbacks.run.progressive_resizing import ProgressiveResizing
 from descant.callbacks.run.resumable_log import ResumableLog
 from descant.modules.core.capabilities import has
 from descant.modules.core.errors import no_such
@@ -83,10 +84,12 @@ class Stages(Callback):
             other = next((name for name in of_data if name not in of_model), None)
             hint = "in another order" if other is None else f"{other!r}: {no_such(other, of_model)}"
             raise ValueError(f"data.stages {', '.join(of_data)}, model.stages {', '.join(of_model)}: {hint}")
-        rollouts = any(isinstance(c, Rollouts) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        rollouts, resizing = (_has(trainer, kind) for kind in (Rollouts, ProgressiveResizing))
         for name, during in data.stages.items() if stage == "fit" else ():
             if has(during.data, RolloutData) and during.epochs and not rollouts:
                 raise ValueError(f"stage {name!r}: its data are rollouts of the model; add the callback Rollouts")
+            if "flops" in during.budget and resizing:
+                raise ValueError(f"stage {name!r}: flops: ProgressiveResizing changes the cost of a step; give samples")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         move_to_front(trainer, self)
@@ -173,3 +176,7 @@ class Stages(Callback):
                         x_SK[steps.index(step), k] = value
                 panels[panel] = ([name.partition("/")[2] for name in names], steps, x_SK)
         return curves("metrics over the stages", panels, self.begun)
+
+
+def _has(trainer: L.Trainer, kind: type[Callback]) -> bool:
+    return any(isinstance(callback, kind) for callback in trainer.callbacks)  # type: ignore[attr-defined]

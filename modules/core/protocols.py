@@ -292,12 +292,14 @@ class BankData(Protocol):
 @runtime_checkable
 class StagedRecipe(Protocol):
     """A recipe in stages: ``stage`` is the name of the one that is on, of ``stages``; ``begin_stage(name)`` goes on to
-    another."""
+    another. ``step_flops(name, batches)``: of micro-batches in a stage, all ranks together."""
 
     stages: dict[str, Any]
     stage: str
 
     def begin_stage(self, name: str) -> None: ...
+
+    def step_flops(self, stage: str, batches: Iterable[Batch]) -> int: ...
 
 
 @runtime_checkable

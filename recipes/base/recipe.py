@@ -15,7 +15,7 @@ from torch.optim import AdamW
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.hooks import GradientHooks
-from descant.modules.core.objective import Term
+from descant.modules.core.objective import Objective, Term
 from descant.modules.core.output import Output
 from descant.modules.core.protocols import Embeds
 from descant.modules.core.rng import global_seed, mix
@@ -98,6 +98,11 @@ class Recipe(L.LightningModule):
         """``distill`` of this recipe, or of the one that wraps it."""
         return self._outer[0].teaching if self._outer else self.distill
 
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are split over ranks."""
+        return any(isinstance(part, Shard) for part in self._parts)
+
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         """The parameters that several terms share: what a parameter-level harmonizer looks at."""
         return (p for p in self.parameters() if p.requires_grad)
@@ -164,13 +169,17 @@ class Recipe(L.LightningModule):
             )
         return int(steps)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def objective_of(self, batch: Batch) -> Objective:
+        """The weighted terms of a micro-batch, those of distillation among them."""
         self.step.require_chunks(len(batch))
         self.output = self.forward(batch)
         terms = self.output.all_terms()
         if self.distill is not None:
             terms |= self.distill(self, batch, self.output)
-        objective = self.step(self.hooks.watch(terms), batch)
+        return self.step(self.hooks.watch(terms), batch)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        objective = self.objective_of(batch)
         if (self.global_step + 1) % log_interval(self.trainer) == 0:  # logging costs more than small steps do
             if self.step.faults.raises:
                 self.step.faults.require_finite()  # where an accelerator is read anyway
