@@ -64,12 +64,6 @@ class StageData:
         self.data, self.epochs, self.steps = data, 1 if epochs is None else epochs, steps
         self.samples, self.flops = samples, flops
 
-    @property
-    def budget(self) -> dict[str, float]:
-        """What the length was given as, where not as epochs and steps."""
-        given = {"samples": self.samples, "flops": self.flops}
-        return {name: value for name, value in given.items() if value is not None}
-
 
 class StagedOrder(Order):
     """An order whose epochs are consecutive pieces of another order; ``facts`` are those of all stages.
@@ -267,7 +261,7 @@ class StagedData(DataModule):
                 order = stage.data.order(data, **cut)
                 self._facts |= {f"{name}.{key}": value for key, value in order.facts.items()}
                 self._facts |= {f"{name}.epochs": stage.epochs, f"{name}.steps": stage.steps}
-                self._facts |= {f"{name}.{key}": x for key, x in stage.budget.items()}
+                self._facts |= {f"{name}.samples": stage.samples, f"{name}.flops": stage.flops}
                 self._lengths[name] = self._length(name, data, order)
                 self.steps[name] = stage.epochs * (self._lengths[name] or len(order) // accumulate)
         name, (epoch, first) = self.stage, self.position
@@ -284,14 +278,16 @@ class StagedData(DataModule):
             if stage.samples < (one := order.n // order.global_batches):
                 raise ValueError(f"stage {name!r}: samples {stage.samples}: less than one step, which has {one}")
             return order.steps_for(stage.samples)
-        if stage.flops is not None and stage.epochs and name not in self._counted:
+        if stage.flops is None:
+            return stage.steps
+        if name not in self._counted:
             steps = min(order.global_batches, COUNTED)
             cost = self._trained_by().step_flops(name, self._first_batches(stage.data, data, order, steps))
             if stage.flops * steps < cost:
                 raise ValueError(f"stage {name!r}: flops {stage.flops:g}: less than one step, {cost / steps:g}")
             self._counted[name] = whole_steps(stage.flops, cost, steps)
             rank_zero_info(f"stage {name!r}: {cost / steps:.4g} FLOPs a step, so {self._counted[name]:,} steps")
-        return self._counted.get(name, stage.steps)
+        return self._counted[name]
 
     def _first_batches(self, part: DataModule, data: BatchDataset, order: Order, steps: int) -> Iterator[Batch]:
         """This rank's micro-batches of the first steps of a pass, as training gets them."""

@@ -88,7 +88,7 @@ class Stages(Callback):
         for name, during in data.stages.items() if stage == "fit" else ():
             if has(during.data, RolloutData) and during.epochs and not rollouts:
                 raise ValueError(f"stage {name!r}: its data are rollouts of the model; add the callback Rollouts")
-            if "flops" in during.budget and resizing:
+            if during.flops is not None and resizing:
                 raise ValueError(f"stage {name!r}: flops: ProgressiveResizing changes the cost of a step; give samples")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
