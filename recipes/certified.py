@@ -16,7 +16,7 @@ Letters: B samples, M modalities, C classes.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from descant.modules.engine.trainer import bank_batches, datamodule_of
 from descant.modules.evaluation.attacks import certified_radius, steepest
 from descant.modules.fusion.classifiers import OrthogonalFusion
 from descant.modules.io import saved
-from descant.modules.towers import Towers
+from descant.modules.towers import Tower, Towers
 from descant.recipes.base.classifier import Classifier
 from descant.recipes.base.rebuild import rebuild
 
@@ -72,7 +72,16 @@ class Certified(Classifier):
             raise ValueError(f"{found.folder}: no classifier with a fusion OrthogonalFusion, so it has no such weights")
         width = next(iter(fusion.widths.values()))
         new = OrthogonalFusion()  # the trained one takes its place, as do pools and heads
-        super().__init__(Towers(**inner.towers), inner.target, inner.classes, width, None, new, 0.0, **kwargs)
+        super().__init__(
+            Towers(others={m: cast(Tower, tower) for m, tower in inner.towers.items()}),
+            inner.target,
+            inner.classes,
+            width,
+            None,
+            new,
+            0.0,
+            **kwargs,
+        )
         self.path, self.rows_measured, self.sham = path, rows, Sham(sham)
         self.pools, self.heads, self.fusion = inner.pools, inner.heads, fusion
         self.requires_grad_(False)

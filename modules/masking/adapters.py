@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from descant.modules.core.host import derived, finite, with_host_copy
+from descant.modules.core.modalities import with_others
 from descant.modules.masking.corruptions import Grid
 from descant.modules.towers.image import require_divisor, sincos
 from descant.modules.towers.timm import read_weights
@@ -248,6 +249,7 @@ class Adapters(nn.ModuleDict):
         t1, grey, white: volumes of one head, by contrast.
         visible, infrared: spectral bands.
         volume, bands: any other volumes or bands.
+        others: modality of any other name -> its adapter.
     """
 
     def __init__(
@@ -267,8 +269,10 @@ class Adapters(nn.ModuleDict):
         infrared: Adapter | None = None,
         volume: Adapter | None = None,
         bands: Adapter | None = None,
+        others: dict[str, Adapter] | None = None,
     ) -> None:
-        given = {name: adapter for name, adapter in locals().items() if isinstance(adapter, Adapter)}
+        listed = {name: adapter for name, adapter in locals().items() if isinstance(adapter, Adapter)}
+        given = with_others(listed, others)
         if not given:
             raise ValueError("adapters: none given; a masked model needs at least one modality")
         super().__init__(given)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from descant.modules.core.modalities import with_others
+
 
 class Tokens(NamedTuple):
     """``h_BTD``: features of T tokens. ``mask_BT``: bool, True where a token is real (not padding)."""
@@ -77,6 +79,7 @@ class Towers(nn.ModuleDict):
         t1, grey, white: volumes of one head by contrast, each ``[B, 1, X, Y, Z]``.
         visible, infrared: bands of a satellite image, each ``[B, C, H, W]``.
         table: columns ``[B, C]``.
+        others: modality of any other name -> its tower.
     """
 
     def __init__(
@@ -95,8 +98,9 @@ class Towers(nn.ModuleDict):
         visible: Tower | None = None,
         infrared: Tower | None = None,
         table: Tower | None = None,
+        others: dict[str, Tower] | None = None,
     ) -> None:
-        given = dict(
+        listed = dict(
             image=image,
             text=text,
             audio=audio,
@@ -112,7 +116,7 @@ class Towers(nn.ModuleDict):
             infrared=infrared,
             table=table,
         )
-        super().__init__({name: tower for name, tower in given.items() if tower is not None})
+        super().__init__(with_others(listed, others))
 
     def width(self, modality: str) -> int:
         """D of a modality's tokens."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from descant.modules.core.modalities import with_others
 from descant.modules.towers.base import Tokens
 from descant.modules.towers.image import checked_heads
 
@@ -135,7 +136,7 @@ class Pools(nn.ModuleDict):
     """Pool of each modality, :class:`MeanPool` where none is given. A class, so that YAML files can be overlaid.
 
     Args:
-        image, text, audio, video, depth, volume, bands, table: as in ``Towers``.
+        image, text, audio, video, depth, volume, bands, table, others: as in ``Towers``.
 
     >>> pools = Pools(text=LastPool())
     >>> type(pools.of("text")).__name__, type(pools.of("image")).__name__
@@ -152,11 +153,12 @@ class Pools(nn.ModuleDict):
         volume: Pool | None = None,
         bands: Pool | None = None,
         table: Pool | None = None,
+        others: dict[str, Pool] | None = None,
     ) -> None:
-        given = dict(
+        listed = dict(
             image=image, text=text, audio=audio, video=video, depth=depth, volume=volume, bands=bands, table=table
         )
-        super().__init__({name: pool for name, pool in given.items() if pool is not None})
+        super().__init__(with_others(listed, others))
 
     def of(self, modality: str) -> nn.Module:
         return self[modality] if modality in self else MeanPool()
