@@ -266,7 +266,7 @@ def absent(size: Size | None = None, pairs: int = 40) -> Iterator[Row]:
     """A batch whose samples lack one of two modalities, half of them either, over the whole batch: time, FLOPs."""
     size = size or Size(batch=16)
     torch.manual_seed(0)
-    adapters = Adapters(**{m: PatchAdapter([size.image, size.image], size.patch) for m in ("image", "depth")})
+    adapters = Adapters(others={m: PatchAdapter([size.image, size.image], size.patch) for m in ("image", "depth")})
     model = Masked(
         adapters,
         Trunk(size.width, size.depth, size.heads),

@@ -111,6 +111,15 @@ class MixedOrder(Order):
             batch, micro = divmod(position, self.accumulate)
             yield self.window(samples_of(epoch, batch), micro)
 
+    def steps_for(self, samples: int) -> int:
+        if not self.homogeneous:
+            return super().steps_for(samples)
+        steps = seen = 0
+        while seen < samples:
+            _, low, high = self._bounds(steps)
+            steps, seen = steps + 1, seen + high - low
+        return steps
+
     def _all_parts(self, epoch: int, batch: int) -> list[Slot]:
         """The samples of a global batch, part by part."""
         bounds = (epoch * self.n + self.n * b // self.global_batches for b in (batch, batch + 1))
@@ -118,13 +127,16 @@ class MixedOrder(Order):
         return [s for part, (a, b) in enumerate(zip(walked, goal, strict=True)) for s in self._walk(part, a, b)]
 
     def _one_part(self, epoch: int, batch: int) -> list[Slot]:
-        number = epoch * self.global_batches + batch
+        return self._walk(*self._bounds(epoch * self.global_batches + batch))
+
+    def _bounds(self, number: int) -> tuple[int, int, int]:
+        """The part of a homogeneous batch, and which samples of the part's sequence it holds."""
         walked, goal = self.shares.at(number), self.shares.at(number + 1)
         part = next(part for part in range(len(goal)) if goal[part] > walked[part])
         size, batches = self.sizes[part], -(-self.sizes[part] // self.batch_size)
         turn, piece = divmod(walked[part], batches)
         low, high = (turn * size + size * k // batches for k in (piece, piece + 1))
-        return self._walk(part, low, high)
+        return part, low, high
 
     def _walk(self, part: int, low: int, high: int) -> list[Slot]:
         """Samples ``low`` to ``high`` of a part's sequence of permutations."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from descant.datamodules.shuffle import Permutation
+from descant.modules.core.budget import whole_steps
 from descant.modules.core.rng import mix
 
 
@@ -91,6 +92,14 @@ class Order:
 
     def __len__(self) -> int:
         return self.global_batches * self.accumulate  # always the full epoch: Lightning adds the restored position
+
+    def steps_for(self, samples: int) -> int:
+        """The fewest optimizer steps from the beginning that see so many samples; padding rows are not counted.
+
+        >>> Order(n=5, batch_size=4, seed=0).steps_for(7), Order(n=5, batch_size=4, seed=0).steps_for(8)  # 2, 5, 7, 10
+        (3, 4)
+        """
+        return whole_steps(samples, self.n, self.global_batches)
 
     def permutation(self, epoch: int) -> Permutation | Tensor:
         """The sample order of an epoch."""

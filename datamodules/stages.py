@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -13,28 +15,54 @@ from descant.datamodules.base import BatchDataset, DataModule
 from descant.datamodules.order import Order, Window
 from descant.datamodules.tasks.rollout_buffer import PooledDialogues
 from descant.modules.core.batch import Batch
+from descant.modules.core.budget import whole_steps
+from descant.modules.core.capabilities import has
+from descant.modules.core.protocols import StagedRecipe
 from descant.modules.tokenizers.text import Tokenizer
+
+#: Steps whose mean cost is that of a stage with a budget in FLOPs; fewer where a pass has fewer.
+COUNTED = 8
 
 
 class StageData:
-    """Data and length of a stage.
+    """Data and length of a stage: epochs, or optimizer steps, training samples or FLOPs in one epoch.
 
     Args:
         data: of the stage, with its own batch size.
-        epochs: of the stage; 0 skips it.
+        epochs: of the stage, by default 1; 0 skips it.
         steps: optimizer steps of an epoch, which continues in the data's order where the previous one ended; by
             default a whole pass.
+        samples: training samples of the stage, over as many passes as it takes, padding rows not counted; rounded up
+            to whole optimizer steps.
+        flops: of the stage's forward and backward passes on all ranks, rounded up to whole optimizer steps. What a
+            step costs is counted before training, as the mean of the first steps of a pass (:data:`COUNTED`), with the
+            stage's objective and trainable parameters: matrix products, convolutions and attention that are computed,
+            so none of absent modalities.
 
     Raises:
-        ValueError: for less than 0 epochs, or no step.
+        ValueError: for less than 0 epochs, or no step, sample or FLOP; for several budgets; for samples or flops with
+            data that the model's answers renew every epoch.
     """
 
-    def __init__(self, data: DataModule, epochs: int = 1, steps: int | None = None) -> None:
-        if epochs < 0 or (steps is not None and steps < 1):
-            raise ValueError(
-                f"StageData: epochs {epochs}, steps {steps}: at least 0 epochs (a skipped stage) and 1 step"
-            )
-        self.data, self.epochs, self.steps = data, epochs, steps
+    def __init__(
+        self,
+        data: DataModule,
+        epochs: int | None = None,
+        steps: int | None = None,
+        samples: int | None = None,
+        flops: float | None = None,
+    ) -> None:
+        given = {"epochs": epochs, "steps": steps, "samples": samples, "flops": flops}
+        budgets = [name for name in ("samples", "flops") if given[name] is not None]
+        named = ", ".join(f"{name} {value:g}" for name, value in given.items() if value is not None)
+        if budgets and named.count(","):
+            raise ValueError(f"StageData: {named}: one budget; steps (of each of some epochs), samples or flops")
+        if budgets and isinstance(data, PooledDialogues):
+            raise ValueError(f"StageData: {named}: {type(data).__name__} is renewed every epoch; give epochs")
+        if (epochs or 0) < 0 or any(value is not None and value < 1 for value in (steps, samples, flops)):
+            raise ValueError(f"StageData: {named}: at least 0 epochs (a skipped stage) and 1 step, sample or FLOP")
+        self.data, self.epochs, self.steps = data, 1 if epochs is None else epochs, steps
+        self.samples, self.flops = samples, flops
 
 
 class StagedOrder(Order):
@@ -117,6 +145,8 @@ class StagedData(DataModule):
         super().__init__(first.batch_size, self.evaluated.eval_batch_size, tiny=tiny)
         self._facts: dict[str, Any] = {}
         self.steps: dict[str, int] = {}
+        self._lengths: dict[str, int | None] = {}
+        self._counted: dict[str, int] = {}  # stage with a budget in FLOPs -> its optimizer steps
         for part in self.parts:
             part.tiny = part.tiny or tiny
             if num_workers is not None and not isinstance(part, PooledDialogues):
@@ -204,12 +234,14 @@ class StagedData(DataModule):
             part.teardown(stage)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"stage": self.stage, "parts": {name: stage.data.state_dict() for name, stage in self.stages.items()}}
+        parts = {name: stage.data.state_dict() for name, stage in self.stages.items()}
+        return {"stage": self.stage, "parts": parts, "counted": dict(self._counted)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if list(state_dict["parts"]) != list(self.stages):
             raise ValueError(f"stages {', '.join(self.stages)}: the checkpoint has {', '.join(state_dict['parts'])}")
         self.position = (self._begins(state_dict["stage"]), 0)  # a resume point is more exact
+        self._counted = dict(state_dict.get("counted", {}))
         for name, state in state_dict["parts"].items():
             self.stages[name].data.load_state_dict(state)
 
@@ -229,12 +261,47 @@ class StagedData(DataModule):
                 order = stage.data.order(data, **cut)
                 self._facts |= {f"{name}.{key}": value for key, value in order.facts.items()}
                 self._facts |= {f"{name}.epochs": stage.epochs, f"{name}.steps": stage.steps}
-                self.steps[name] = stage.epochs * (stage.steps or len(order) // accumulate)
-        stage, (epoch, first) = self.stages[self.stage], self.position
+                self._facts |= {f"{name}.samples": stage.samples, f"{name}.flops": stage.flops}
+                self._lengths[name] = self._length(name, data, order)
+                self.steps[name] = stage.epochs * (self._lengths[name] or len(order) // accumulate)
+        name, (epoch, first) = self.stage, self.position
+        stage = self.stages[name]
         data = stage.data.training_set()
         self.batch_size = stage.data.batch_size
         order = stage.data.order(data, **cut)
-        return stage.data._loader(data, StagedOrder(order, stage.steps, self.since, self._facts, epoch, first))
+        return stage.data._loader(data, StagedOrder(order, self._lengths[name], self.since, self._facts, epoch, first))
+
+    def _length(self, name: str, data: BatchDataset, order: Order) -> int | None:
+        """Optimizer steps of an epoch of a stage; None: a whole pass."""
+        stage = self.stages[name]
+        if stage.samples is not None:
+            if stage.samples < (one := order.n // order.global_batches):
+                raise ValueError(f"stage {name!r}: samples {stage.samples}: less than one step, which has {one}")
+            return order.steps_for(stage.samples)
+        if stage.flops is None:
+            return stage.steps
+        if name not in self._counted:
+            steps = min(order.global_batches, COUNTED)
+            cost = self._trained_by().step_flops(name, self._first_batches(stage.data, data, order, steps))
+            if stage.flops * steps < cost:
+                raise ValueError(f"stage {name!r}: flops {stage.flops:g}: less than one step, {cost / steps:g}")
+            self._counted[name] = whole_steps(stage.flops, cost, steps)
+            rank_zero_info(f"stage {name!r}: {cost / steps:.4g} FLOPs a step, so {self._counted[name]:,} steps")
+        return self._counted[name]
+
+    def _first_batches(self, part: DataModule, data: BatchDataset, order: Order, steps: int) -> Iterator[Batch]:
+        """This rank's micro-batches of the first steps of a pass, as training gets them."""
+        trainer = self.trainer
+        assert trainer is not None
+        for window in islice(order, steps * order.accumulate):
+            raw = part.on_before_batch_transfer(trainer.precision_plugin.convert_input(data[window]), 0)
+            yield part.on_after_batch_transfer(raw.to(trainer.strategy.root_device), 0)
+
+    def _trained_by(self) -> StagedRecipe:
+        recipe = None if self.trainer is None else self.trainer.lightning_module
+        if not has(recipe, StagedRecipe):
+            raise ValueError("StagedData: flops are counted in a fit of a recipe in stages, such as Staged")
+        return recipe
 
     def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
         return self.evaluated.evaluation_sets(stage)

@@ -16,20 +16,22 @@ Letters: B samples, M modalities, C classes.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from descant.modules.core.batch import Batch
+from descant.modules.core.capabilities import has
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output
+from descant.modules.core.protocols import BankData
 from descant.modules.core.sham import Sham
 from descant.modules.evaluation.attacks import certified_radius, steepest
 from descant.modules.fusion.classifiers import OrthogonalFusion
 from descant.modules.io import saved
-from descant.modules.towers import Towers
-from descant.modules.training_setup.trainer import bank_batches
+from descant.modules.towers import Tower, Towers
+from descant.modules.training_setup.trainer import bank_batches, datamodule_of
 from descant.recipes.base.classifier import Classifier
 from descant.recipes.base.rebuild import rebuild
 
@@ -70,7 +72,16 @@ class Certified(Classifier):
             raise ValueError(f"{found.folder}: no classifier with a fusion OrthogonalFusion, so it has no such weights")
         width = next(iter(fusion.widths.values()))
         new = OrthogonalFusion()  # the trained one takes its place, as do pools and heads
-        super().__init__(Towers(**inner.towers), inner.target, inner.classes, width, None, new, 0.0, **kwargs)
+        super().__init__(
+            Towers(others={m: cast(Tower, tower) for m, tower in inner.towers.items()}),
+            inner.target,
+            inner.classes,
+            width,
+            None,
+            new,
+            0.0,
+            **kwargs,
+        )
         self.path, self.rows_measured, self.sham = path, rows, Sham(sham)
         self.pools, self.heads, self.fusion = inner.pools, inner.heads, fusion
         self.requires_grad_(False)
@@ -87,8 +98,11 @@ class Certified(Classifier):
     def on_fit_start(self) -> None:
         if self.slope_MC.isfinite().all():  # a resumed run has measured
             return
+        data = datamodule_of(self.trainer)
         try:
-            loader = self.trainer.datamodule.bank_dataloader()  # type: ignore[attr-defined]
+            if not has(data, BankData):
+                raise NotImplementedError
+            loader = data.bank_dataloader()
         except NotImplementedError:
             raise ValueError("Certified needs bank_set() of the data module: training samples, to measure on") from None
         self.slope_MC.copy_(steepest(self, bank_batches(self.trainer, loader), self.rows_measured))

@@ -32,6 +32,7 @@ from descant.modules.tokenizers.text import Tokenizer, require_fit
 from descant.modules.towers import Towers
 from descant.modules.towers.heads import Pool, Pools
 from descant.modules.towers.triples import TripleEncoder
+from descant.modules.training_setup.trainer import datamodule_of
 from descant.recipes.base.pairs import modality_pairs, pair_scorers
 from descant.recipes.base.shared_space import SharedSpace
 
@@ -74,7 +75,7 @@ class Contrastive(SharedSpace):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        codec = getattr(self.trainer.datamodule, "codec", None)  # type: ignore[attr-defined]
+        codec = getattr(datamodule_of(self.trainer), "codec", None)
         if isinstance(codec, Tokenizer) and self.knowledge is not None:
             require_fit(codec, self.knowledge, "knowledge")
 

@@ -47,7 +47,7 @@ class Ensemble(Classifier):
                     f"{paths[m]}: {member.classes} classes of {member.target!r}, and others have {first.classes} of "
                     f"{first.target!r}"
                 )
-        towers = Towers(**{m: cast(Tower, member.towers[m]) for m, member in members.items()})
+        towers = Towers(others={m: cast(Tower, member.towers[m]) for m, member in members.items()})
         super().__init__(towers, first.target, first.classes, 1, None, LateFusion(), 0.0, **kwargs)
         for part in ("pools", "heads"):
             setattr(self, part, nn.ModuleDict({m: getattr(member, part)[m] for m, member in members.items()}))

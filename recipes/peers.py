@@ -48,6 +48,8 @@ class Peers(Recipe):
         if any(student.distill is not None for student in students):
             raise ValueError("students: one has model.distill; peers are each other's teachers")
         self.students = nn.ModuleList(students)
+        if hasattr(students[0], "towers"):
+            self.__dict__["towers"] = students[0].towers  # past nn.Module: they are submodules of the student alone
         for student in students[1:]:
             for target in targets or [SoftTarget()]:
                 target.build(student, students[0])
@@ -58,10 +60,6 @@ class Peers(Recipe):
     @property
     def peers(self) -> list[Recipe]:
         return cast(list[Recipe], list(self.students))
-
-    @property
-    def towers(self) -> nn.ModuleDict:  # type: ignore[override]
-        return self.peers[0].towers
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

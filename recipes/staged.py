@@ -12,16 +12,18 @@ Source: Patho-R1 (Zhang 2025, arXiv 2505.11404): continued pre-training, fine-tu
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
+from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.errors import no_such
 from descant.modules.core.protocols import StagedDataModule
 from descant.modules.io.upgrade import with_inner
-from descant.modules.training_setup.compile_and_shard import Shard
-from descant.modules.training_setup.trainer import run_steps
+from descant.modules.training_setup.flops import count_flops
+from descant.modules.training_setup.trainer import datamodule_of, run_steps
 from descant.recipes.base.recipe import Recipe
 from descant.recipes.base.settings import read_setting, write_setting
 from descant.recipes.base.stage import Stage
@@ -61,21 +63,18 @@ class Staged(Wrapper):
 
     def begin_stage(self, name: str) -> None:
         """Go on to a stage, with the weights as they are, or those that the stage is to load."""
-        self.stage = name
-        if self.now.load is not None:
-            self.now.load.apply(self)
-        self._choose()
+        if (load := self.stages[name].load) is not None:
+            load.apply(self)
+        self._choose(name)
         if self.distill is not None:
             self.distill.teacher.begin(self)
 
-    def _choose(self) -> None:
-        """Settings, objective and trainable parameters of the current stage, and no others."""
-        chosen = {name for name in self._trainable if self.now.train.search(name)}
-        if not chosen:
-            known = no_such(self.now.train.pattern, dict.fromkeys(name.split(".")[0] for name in self._trainable))
-            raise ValueError(f"stages.{self.stage}.train {self.now.train.pattern!r} matches no parameter; {known}")
+    def _choose(self, stage: str) -> None:
+        """Settings, objective and trainable parameters of a stage, and no others."""
+        self.stage = stage
+        trained = self.now.trained(stage, self._trainable)
         for name, parameter in self.inner.named_parameters():
-            parameter.requires_grad_(name in chosen)
+            parameter.requires_grad_(name in trained)
             parameter.grad = None
         for name, value in {**self._own, **self.now.set}.items():
             write_setting(self.inner, name, value)
@@ -84,11 +83,11 @@ class Staged(Wrapper):
 
     def _choose_objective(self) -> None:
         if self._objective is not None:
-            self.inner.objective = self.now.objective or self._objective  # type: ignore[assignment]
+            self._inner.objective = self.now.objective or self._objective
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = datamodule_of(self.trainer)
         if stage == "fit":
             for load in (one.load for one in self.stages.values() if one.load is not None):
                 load.find()  # now, and not when its stage begins
@@ -99,14 +98,12 @@ class Staged(Wrapper):
     def configure_model(self) -> None:
         if self._configured:
             return
-        alike = len({stage.train.pattern for stage in self.stages.values()}) == 1
-        if not alike and any(isinstance(part, Shard) for part in self._parts):
+        if len({stage.train.pattern for stage in self.stages.values()}) > 1 and self.sharded:
             raise ValueError("shard: what trains is settled when parameters are split; give all stages the same train")
         super().configure_model()
         self._trainable = [name for name, parameter in self.inner.named_parameters() if parameter.requires_grad]
         for name in [*self.stages, self.stage]:  # a mistake in any is reported before the first step of all
-            self.stage = name
-            self._choose()
+            self._choose(name)
         if self.now.load is not None:
             self.now.load.apply(self)
             if self.distill is not None:
@@ -118,7 +115,12 @@ class Staged(Wrapper):
     def schedule_steps(self) -> int:
         """Of the stage, all its epochs."""
         run_steps(self.trainer)  # which has the data made, and counted
-        return int(self.trainer.datamodule.steps[self.stage])  # type: ignore[attr-defined]
+        data = datamodule_of(self.trainer)
+        return data.steps[self.stage] if has(data, StagedDataModule) else super().schedule_steps()
+
+    def step_flops(self, stage: str, batches: Iterable[Batch]) -> int:
+        """FLOPs of some micro-batches in a stage, forward and backward, of all ranks together."""
+        return count_flops(self, batches, lambda twin: twin._choose(stage))
 
     def train(self, mode: bool = True) -> Staged:
         super().train(mode)
@@ -145,4 +147,4 @@ class Staged(Wrapper):
         if "state_dict" in checkpoint:
             checkpoint["state_dict"] = with_inner(checkpoint["state_dict"])
         if self._trainable:
-            self._choose()
+            self._choose(name)

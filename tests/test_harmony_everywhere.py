@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 
 from descant.cli.catalogue import find
+from tests._suites.discovery import concrete
 from tests.built import Built, Store
 from tests.conftest import Result
 from tests.test_experiments import begin
 
-PARAMETERS = (
-    *("PCGrad", "CMGH", "GradVac", "CAGrad", "MGDA", "UPGrad"),
-    *("NashMTL", "IMTLG", "AlignedMTL", "GradNorm", "UncertaintyWeighting", "DWA"),
-)
-FEATURES = ("PCGrad", "CMGH", "GradVac", "CAGrad", "MGDA")
+RULES = concrete("Rule")
+#: MMPareto is of towers: test_balance_everywhere.
+PARAMETERS = tuple(name for name, rule in RULES.items() if not rule.whole_gradients and name != "MMPareto")
+FEATURES = tuple(name for name, rule in RULES.items() if rule.per_sample)
 #: An experiment of each recipe, and of each way of having terms: what refuses both, and what each says.
 WHERE: dict[str, tuple[str | None, str | None]] = {
     "contrastive/stamps": (None, None),
@@ -96,11 +96,3 @@ def test_at_the_features(base: str, rule: str, cli: Any, store: Store) -> None:
 def test_of_other_recipes(base: str, cli: Any, store: Store) -> None:
     holds(two_steps(cli, store, base, "Harmonize-PCGrad"), ALSO[base][0])
     holds(two_steps(cli, store, base, "HarmonizeFeatures-CMGH"), ALSO[base][1])
-
-
-def test_all_rules_are_tried() -> None:
-    from descant.modules import multitask as mixing
-
-    rules = {name for name, kind in vars(mixing).items() if isinstance(kind, type) and issubclass(kind, mixing.Rule)}
-    assert rules == {"Rule", "SolverRule", "MMPareto", "GradDrop", *PARAMETERS}  # towers: test_balance_everywhere
-    assert {name for name in PARAMETERS if getattr(mixing, name).per_sample} == set(FEATURES)

@@ -23,6 +23,7 @@ from descant.callbacks.run.resumable_log import ResumableLog
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.errors import no_such
 from descant.modules.core.protocols import RolloutData, StagedDataModule, StagedRecipe
+from descant.modules.training_setup.trainer import datamodule_of
 
 
 class Stages(Ordered):
@@ -72,7 +73,7 @@ class Stages(Ordered):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data = datamodule_of(trainer)
         require(self, pl_module, StagedRecipe)
         assert has(pl_module, StagedRecipe)
         if not has(data, StagedDataModule):
@@ -82,10 +83,13 @@ class Stages(Ordered):
             other = next((name for name in of_data if name not in of_model), None)
             hint = "in another order" if other is None else f"{other!r}: {no_such(other, of_model)}"
             raise ValueError(f"data.stages {', '.join(of_data)}, model.stages {', '.join(of_model)}: {hint}")
-        rollouts = any(is_a(c, ("Rollouts",)) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        rollouts, resizing = (any(is_a(c, (kind,)) for c in callbacks) for kind in ("Rollouts", "ProgressiveResizing"))
         for name, during in data.stages.items() if stage == "fit" else ():
             if has(during.data, RolloutData) and during.epochs and not rollouts:
                 raise ValueError(f"stage {name!r}: its data are rollouts of the model; add the callback Rollouts")
+            if during.flops is not None and resizing:
+                raise ValueError(f"stage {name!r}: flops: ProgressiveResizing changes the cost of a step; give samples")
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.training and trainer.strategy.optimizers:  # built before the checkpoint was read
@@ -93,11 +97,12 @@ class Stages(Ordered):
             trainer.strategy.setup_optimizers(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._sets = list(trainer.datamodule.evaluation_sets("validate"))  # type: ignore[attr-defined]
+        data: Any = datamodule_of(trainer)
+        self._sets = list(data.evaluation_sets("validate"))
         self.resumable_log.write_again(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data: Any = datamodule_of(trainer)
         trainer.reload_dataloaders_every_n_epochs = 0  # type: ignore[attr-defined]
         if pl_module.stage != data.stage:
             self._advance(trainer, pl_module, data.stage)
@@ -124,7 +129,7 @@ class Stages(Ordered):
         self.resumable_log.write(trainer, {"stages/number": float(number)}, texts)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data: Any = datamodule_of(trainer)
         self._record(trainer, of_validation=False)
         after = trainer.current_epoch + 1
         done, last = data.stage, after - data.since == data.stages[data.stage].epochs

@@ -1,6 +1,6 @@
 """Throughput: samples per second, share of time waiting for data, and model FLOPs utilisation (MFU).
 
-Letters: B rows, N and M sides of a matrix product.
+Letters: N is the side of a matrix product.
 """
 
 from __future__ import annotations
@@ -13,15 +13,10 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from descant.callbacks.run.callback_order import Ordered
+from descant.modules.training_setup.flops import FlopCount
 from descant.modules.training_setup.trainer import log_interval
-
-#: Fused attention on the CPU, which torch's table of FLOP formulas lacks.
-_ATTENTION_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_ATTENTION_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def image_shapes(batch: Any) -> str:
@@ -98,38 +93,6 @@ class Meter:
     def data_wait(self) -> float:
         """Waiting as a share of the time, 0 to 1."""
         return self.waited / self.seconds if self.seconds > 0 else math.nan
-
-
-class FlopCount(TorchDispatchMode):
-    """Counts the FLOPs of matrix products, convolutions and attention inside it.
-
-    A product ``[B, N] x [N, M]`` counts ``2 B N M``, by torch's formulas (``torch.utils.flop_counter``). Unlike
-    FlopCounterMode it decomposes no operator and hooks no module, so results stay bit-identical. Kernels without a
-    formula (custom, Triton, bitsandbytes) count nothing.
-
-    >>> with FlopCount() as count:
-    ...     _ = torch.zeros(5, 3) @ torch.zeros(3, 2)
-    >>> count.flops
-    60
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        packet = getattr(func, "_overloadpacket", None)
-        if packet is _ATTENTION_CPU:
-            count: Any = sdpa_flop_count
-            self.flops += count(*(x.shape for x in args[:3]))
-        elif packet is _ATTENTION_CPU_BACKWARD:
-            count = sdpa_backward_flop_count
-            self.flops += count(*(x.shape for x in args[:4]))
-        elif packet in flop_registry:
-            self.flops += int(flop_registry[packet](*args, **kwargs, out_val=out))
-        return out
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.25) -> float:

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from descant.callbacks.run.throughput import FlopCount, count_rows
+from descant.callbacks.run.throughput import count_rows
+from descant.modules.training_setup.flops import FlopCount
 
 #: Slices of a batch, as parts of it.
 PARTS = (8, 4, 2)

@@ -283,13 +283,25 @@ class StagedDataModule(Protocol):
 
 
 @runtime_checkable
+class BankData(Protocol):
+    """Data with a bank: ``bank_dataloader()`` loads training samples as evaluation sees them."""
+
+    def bank_dataloader(self) -> Iterable[Batch]: ...
+
+
+@runtime_checkable
 class StagedRecipe(Protocol):
-    """A recipe in stages: ``stage`` is the name of the current one of ``stages``; ``begin_stage(name)`` changes it."""
+    """A recipe in stages: ``stage`` is the name of the current one of ``stages``; ``begin_stage(name)`` changes it.
+
+    ``step_flops(name, batches)``: of micro-batches in a stage, all ranks together.
+    """
 
     stages: dict[str, Any]
     stage: str
 
     def begin_stage(self, name: str) -> None: ...
+
+    def step_flops(self, stage: str, batches: Iterable[Batch]) -> int: ...
 
 
 @runtime_checkable

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from descant.modules.core.host import derived, everyone, finite
+from descant.modules.core.modalities import given, with_others
 from descant.modules.masking.corruptions import Grid
-from descant.modules.towers.base import given
 from descant.modules.towers.image import require_divisor, sincos
 from descant.modules.towers.timm import read_weights
 
@@ -247,6 +247,7 @@ class Adapters(nn.ModuleDict):
         t1, grey, white: volumes of one head, by contrast.
         visible, infrared: spectral bands.
         volume, bands: any other volumes or bands.
+        others: modality of any other name -> its adapter.
     """
 
     def __init__(
@@ -266,8 +267,9 @@ class Adapters(nn.ModuleDict):
         infrared: Adapter | None = None,
         volume: Adapter | None = None,
         bands: Adapter | None = None,
+        others: dict[str, Adapter] | None = None,
     ) -> None:
-        adapters = given(locals())
+        adapters = with_others(given(locals()), others)
         if not adapters:
             raise ValueError("adapters: none given; a masked model needs at least one modality")
         super().__init__(adapters)

@@ -1,4 +1,4 @@
-"""Multi-task rules: one file a rule, named after its paper."""
+"""Multi-task rules: one file a rule, named after its paper. YAML and ``from descant import NAME`` need no line here."""
 
 from descant.modules.multitask.aligned_mtl import AlignedMTL as AlignedMTL
 from descant.modules.multitask.base import Rule as Rule
@@ -6,7 +6,6 @@ from descant.modules.multitask.base import SolverRule as SolverRule
 from descant.modules.multitask.cagrad import CAGrad as CAGrad
 from descant.modules.multitask.cmgh import CMGH as CMGH
 from descant.modules.multitask.dwa import DWA as DWA
-from descant.modules.multitask.graddrop import GradDrop as GradDrop
 from descant.modules.multitask.gradnorm import GradNorm as GradNorm
 from descant.modules.multitask.gradvac import GradVac as GradVac
 from descant.modules.multitask.imtl_g import IMTLG as IMTLG

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from descant.modules.core.modalities import given, with_others
+
 
 class Tokens(NamedTuple):
     """``h_BTD``: features of T tokens. ``mask_BT``: bool, True where a token is real (not padding)."""
@@ -61,11 +63,6 @@ class Frozen(Tower):
         return self.tower.blocks()
 
 
-def given(arguments: dict[str, object]) -> dict[str, nn.Module]:
-    """``locals()`` of a constructor without ``self``, where an argument is given: modality -> part, in their order."""
-    return {name: part for name, part in arguments.items() if isinstance(part, nn.Module) and name != "self"}
-
-
 class Towers(nn.ModuleDict):
     """Towers of a recipe, one optional tower a modality. A class, not a dict: a second YAML that names one keeps the
     others.
@@ -82,6 +79,7 @@ class Towers(nn.ModuleDict):
         t1, grey, white: volumes of one head by contrast, each ``[B, 1, X, Y, Z]``.
         visible, infrared: bands of a satellite image, each ``[B, C, H, W]``.
         table: columns ``[B, C]``.
+        others: modality of any other name -> its tower.
     """
 
     def __init__(
@@ -100,8 +98,9 @@ class Towers(nn.ModuleDict):
         visible: Tower | None = None,
         infrared: Tower | None = None,
         table: Tower | None = None,
+        others: dict[str, Tower] | None = None,
     ) -> None:
-        super().__init__(given(locals()))
+        super().__init__(with_others(given(locals()), others))
 
     def width(self, modality: str) -> int:
         """D of a modality's tokens."""

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.modules.towers.base import Tokens, given
+from descant.modules.core.modalities import given, with_others
+from descant.modules.towers.base import Tokens
 from descant.modules.towers.image import checked_heads, key_mask
 
 
@@ -133,7 +134,7 @@ class Pools(nn.ModuleDict):
     """Pool of each modality, :class:`MeanPool` where none is given. A class, so that YAML files can be overlaid.
 
     Args:
-        image, text, audio, video, depth, volume, bands, table: as in ``Towers``.
+        image, text, audio, video, depth, volume, bands, table, others: as in ``Towers``.
 
     >>> pools = Pools(text=LastPool())
     >>> type(pools.of("text")).__name__, type(pools.of("image")).__name__
@@ -150,8 +151,9 @@ class Pools(nn.ModuleDict):
         volume: Pool | None = None,
         bands: Pool | None = None,
         table: Pool | None = None,
+        others: dict[str, Pool] | None = None,
     ) -> None:
-        super().__init__(given(locals()))
+        super().__init__(with_others(given(locals()), others))
 
     def of(self, modality: str) -> nn.Module:
         return self[modality] if modality in self else MeanPool()

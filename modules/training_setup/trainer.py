@@ -6,11 +6,22 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import lightning as L
 import torch
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.protocols import StagedDataModule
+
+
+def datamodule_of(trainer: L.Trainer) -> L.LightningDataModule | None:
+    """The data module of a run; None where its loaders were given without one.
+
+    Lightning sets ``trainer.datamodule`` without declaring it. What a caller reads of it beyond Lightning's own class
+    is a protocol, by :func:`descant.modules.core.capabilities.has`.
+    """
+    data: L.LightningDataModule | None = getattr(trainer, "datamodule", None)
+    return data
 
 
 def log_interval(trainer: object) -> float:

@@ -26,6 +26,7 @@ from descant.modules.core.output import Decisions
 from descant.modules.fusion.classifiers import FusionHead, class_labels, cross_entropy, only, require_classes
 from descant.modules.towers import Towers
 from descant.modules.towers.heads import Pool, Pools
+from descant.modules.training_setup.trainer import datamodule_of
 from descant.recipes.base.shared_space import SharedSpace
 
 
@@ -65,9 +66,10 @@ class Classifier(SharedSpace):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(getattr(data, "classes", None), Mapping):
-            require_classes(data.classes, self.target, self.classes, tiny=getattr(data, "tiny", False))
+        data = datamodule_of(self.trainer)
+        classes = getattr(data, "classes", None)
+        if isinstance(classes, Mapping):
+            require_classes(classes, self.target, self.classes, tiny=getattr(data, "tiny", False))
 
     def latents(self, batch: Batch, *modalities: str) -> dict[str, Tensor]:
         """Modality -> ``z_BD`` of any length, as the fusion gets it; rows of absent samples are zero.

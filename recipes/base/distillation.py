@@ -22,7 +22,6 @@ from torch import nn
 
 from descant.modules.distill.distill import Teacher
 from descant.modules.io import saved
-from descant.modules.training_setup.compile_and_shard import Shard
 from descant.recipes.base.rebuild import rebuild
 from descant.recipes.base.recipe import Recipe
 
@@ -66,7 +65,7 @@ class TeacherAverage(Teacher):
 
     def network(self, student: nn.Module) -> nn.Module:
         assert isinstance(student, Recipe)
-        if any(isinstance(part, Shard) for part in student._parts):
+        if student.sharded:
             raise ValueError("TeacherAverage: no average is kept of parameters that are split over ranks (shard)")
         distill, student.distill = student.distill, None
         try:

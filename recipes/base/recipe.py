@@ -17,7 +17,7 @@ from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.hooks import GradientHooks
 from descant.modules.core.loss_reduction import Step
-from descant.modules.core.objective import Term
+from descant.modules.core.objective import Objective, Term
 from descant.modules.core.output import Output
 from descant.modules.core.protocols import Embeds
 from descant.modules.core.rng import global_seed, mix
@@ -29,7 +29,7 @@ from descant.modules.training_setup.compile_and_shard import Compile, Shard
 from descant.modules.training_setup.optim import parameter_groups
 from descant.modules.training_setup.schedule import Schedule
 from descant.modules.training_setup.sync_batch_norm import synchronize
-from descant.modules.training_setup.trainer import log_interval
+from descant.modules.training_setup.trainer import datamodule_of, log_interval
 
 
 class Recipe(L.LightningModule):
@@ -100,6 +100,11 @@ class Recipe(L.LightningModule):
         """``distill`` of this recipe, or of the one that wraps it."""
         return self._outer[0].teaching if self._outer else self.distill
 
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are split over ranks."""
+        return any(isinstance(part, Shard) for part in self._parts)
+
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         """The parameters that several terms share: what a parameter-level harmonizer looks at."""
         return (p for p in self.parameters() if p.requires_grad)
@@ -141,7 +146,7 @@ class Recipe(L.LightningModule):
                 "samples of one batch, and accumulated small batches have fewer negatives; use "
                 f"model.chunks {trainer.accumulate_grad_batches}, which has them all in the same memory"
             )
-        codec = getattr(trainer.datamodule, "codec", None)  # type: ignore[attr-defined]
+        codec = getattr(datamodule_of(trainer), "codec", None)
         if isinstance(codec, Tokenizer) and "text" in getattr(self, "towers", {}):
             require_fit(codec, self.towers["text"])
 
@@ -166,13 +171,17 @@ class Recipe(L.LightningModule):
             )
         return int(steps)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def objective_of(self, batch: Batch) -> Objective:
+        """The weighted terms of a micro-batch, those of distillation among them."""
         self.step.require_chunks(len(batch))
         self.output = self.forward(batch)
         terms = self.output.all_terms()
         if self.distill is not None:
             terms |= self.distill(self, batch, self.output)
-        objective = self.step(self.hooks.watch(terms), batch)
+        return self.step(self.hooks.watch(terms), batch)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        objective = self.objective_of(batch)
         if (self.global_step + 1) % log_interval(self.trainer) == 0:  # logging costs more than small steps do
             if self.step.faults.raises:
                 self.step.faults.require_finite()  # where an accelerator is read anyway
@@ -180,7 +189,7 @@ class Recipe(L.LightningModule):
             values = {f"train/{name}": value.detach() for name, value in objective.terms.items()}
             values["train/loss"] = objective.total.detach()
             self.log_dict(values, sync_dist=world > 1, batch_size=len(batch))
-            self.log("train/lr", self.optimizers().param_groups[0]["lr"], batch_size=len(batch))  # type: ignore[union-attr]
+            self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=len(batch))
         return objective.total
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch.cli import OptimizerCallable
 
 from descant.modules.adaptation.inherit import Begin
+from descant.modules.core.errors import no_such
 from descant.modules.objectives.language import LanguageObjective
 from descant.modules.training_setup.schedule import Schedule
 
@@ -54,3 +56,12 @@ class Stage:
             self.objective.require(recipe)
         except ValueError as error:
             raise ValueError(f"stages.{name}: {error}") from None
+
+    def trained(self, name: str, parameters: Iterable[str]) -> set[str]:
+        """The names of the parameters that train. Raises ValueError if ``train`` matches none."""
+        names = list(parameters)
+        trained = {parameter for parameter in names if self.train.search(parameter)}
+        if not trained:
+            known = no_such(self.train.pattern, dict.fromkeys(parameter.split(".")[0] for parameter in names))
+            raise ValueError(f"stages.{name}.train {self.train.pattern!r} matches no parameter; {known}")
+        return trained

@@ -36,6 +36,8 @@ class Wrapper(Recipe):
         self.in_batch_negatives = inner.in_batch_negatives
         super().__init__(**kwargs)
         self.inner, inner._outer = inner, [self]
+        if hasattr(inner, "towers"):
+            self.__dict__["towers"] = inner.towers  # past nn.Module: they are submodules of the inner recipe alone
         inner.step, inner.hooks, self.row_tracker = self.step, self.hooks, share_rows(inner)
 
     def of_batch(self, name: str, batch: Batch, *args: Any, **kwargs: Any) -> Any:
@@ -129,12 +131,8 @@ class Wrapper(Recipe):
         return self.inner
 
     @property
-    def towers(self) -> nn.ModuleDict:  # type: ignore[override]  # those of the inner recipe
-        return self.inner.towers
-
-    @property
     def modalities(self) -> tuple[str, ...]:
-        return tuple(getattr(self.inner, "modalities", self.inner.towers))
+        return tuple(getattr(self.inner, "modalities", self.towers))
 
     @property
     def forks(self) -> Mapping[str, tuple[str, ...]]:

@@ -30,7 +30,7 @@ class VectorTower(Tower):
 def towers(*modalities: str) -> Towers:
     """One small tower a modality, with the same weights in every process."""
     torch.manual_seed(0)
-    return Towers(**{m: VectorTower(MODALITIES[m]) for m in modalities or MODALITIES})
+    return Towers(others={m: VectorTower(MODALITIES[m]) for m in modalities or MODALITIES})
 
 
 class Samples(BatchDataset):

@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_map
 
 from descant.callbacks.evaluate.accuracy import Mean
 from descant.callbacks.evaluate.embeddings import Store
-from descant.modules import multitask as mixing
 from descant.modules.adaptation.freeze import Freeze
 from descant.modules.adaptation.lora import Lora
 from descant.modules.balance import mcr as games
@@ -54,8 +53,7 @@ from descant.modules.language.answer_scores import Answers, EditDistanceScorer, 
 from descant.modules.language.generate import Sampling
 from descant.modules.language.model import CausalLM
 from descant.modules.language.projectors import EachToken, PooledGrid, Resampler
-from descant.modules.losses.barlow_twins import BarlowTwins
-from descant.modules.losses.contrastive import InfoNCE, Intra, SigLIP
+from descant.modules.losses.contrastive import Intra
 from descant.modules.losses.hard_negatives import Negatives
 from descant.modules.losses.hinge import HardestInBatchHinge, PairMarginLoss
 from descant.modules.losses.ring import RingSigLIP
@@ -64,6 +62,7 @@ from descant.modules.masking import corruptions as masking
 from descant.modules.masking.budget import TokenBudget
 from descant.modules.missing_modalities import available_sets, modulation, modulation_forms
 from descant.modules.missing_modalities.imputation import MeanImputer, PromptImputer, ZeroImputer
+from descant.modules.multitask import DWA, MMPareto, Rule
 from descant.modules.objectives.curriculum import Curriculum
 from descant.modules.policy import advantages
 from descant.modules.policy import losses as policy
@@ -79,6 +78,7 @@ from descant.modules.training_setup.schedule import TorchSchedule, WarmupCosine
 from descant.modules.transforms.audio import AudioAugment, LogMel
 from descant.modules.transforms.image import Augment, Crop, Pixels
 from descant.recipes import Contrastive, Fusion
+from tests._suites.discovery import concrete
 
 
 class Place:
@@ -155,11 +155,11 @@ def _pairs(make: Callable[[], nn.Module]) -> Part:
     return use
 
 
-part("InfoNCE")(_pairs(InfoNCE))
-part("SigLIP")(_pairs(SigLIP))
-part("BarlowTwins")(_pairs(BarlowTwins))
 part("RingSigLIP")(_pairs(lambda: RingSigLIP(rows=4)))
 part("HardestInBatchHinge")(_pairs(lambda: HardestInBatchHinge(warmup=1)))
+for _name, _kind in concrete("ContrastiveLoss").items():
+    if _name not in PARTS:
+        part(_name)(_pairs(_kind))
 
 
 @part("PairMarginLoss", "Negatives")
@@ -331,7 +331,7 @@ part("UnimodalMargin")(_regularizer(UnimodalMargin))
 # harmony and balance: what is remembered comes back from a checkpoint, which is read to the CPU -----------------------
 
 
-def _rule(make: Callable[[], mixing.Rule], terms: int = 3) -> Part:
+def _rule(make: Callable[[], Rule], terms: int = 3) -> Part:
     def use(at: Place) -> Any:
         rule, found = make(), []
         rows = 4 if rule.per_sample else 1
@@ -350,27 +350,15 @@ def _rule(make: Callable[[], mixing.Rule], terms: int = 3) -> Part:
     return use
 
 
-for _name in (
-    "PCGrad",
-    "CMGH",
-    "GradVac",
-    "CAGrad",
-    "MGDA",
-    "UPGrad",
-    "NashMTL",
-    "IMTLG",
-    "AlignedMTL",
-    "GradNorm",
-    "UncertaintyWeighting",
-):
-    part(_name)(_rule(getattr(mixing, _name)))
-part("DWA")(_rule(lambda: mixing.DWA(window=1)))
-part("MMPareto")(_rule(mixing.MMPareto, terms=2))
+def _combined(make: Callable[[], Rule]) -> Part:
+    return lambda at: make().combine(at(torch.randn(3, B, 5)), 7)
 
 
-@part("GradDrop")
-def _graddrop(at: Place) -> Any:
-    return mixing.GradDrop(leak=0.25).combine(at(torch.randn(3, B, 5)), 7)
+part("DWA")(_rule(lambda: DWA(window=1)))
+part("MMPareto")(_rule(MMPareto, terms=2))
+for _name, _kind in concrete("Rule").items():
+    if _name not in PARTS:
+        part(_name)((_combined if _kind.whole_gradients else _rule)(_kind))
 
 
 def _pacing(make: Callable[[], Pacing]) -> Part:

@@ -127,7 +127,7 @@ def emoji(**options: Any) -> Emoji:
 
 def pattern_towers(*modalities: str, vocab: int = 20) -> Towers:
     every = {"image": ConvTower([8], stem=2), "text": BagTower(vocab, 8), "sketch": ConvTower([8], channels=1)}
-    return Towers(**{m: every[m] for m in modalities or NAMES})
+    return Towers(others={m: every[m] for m in modalities or NAMES})
 
 
 def patterns(**options: Any) -> Fusion:

@@ -13,6 +13,7 @@ from torch import nn
 from descant.callbacks import Resume
 from descant.modules.evaluation import metrics
 from descant.modules.io.names import classes
+from tests._suites.discovery import abstract
 from tests.device.parts import PARTS
 from tests.device.runs import RUNS, prepare
 
@@ -68,11 +69,6 @@ def concrete() -> dict[str, str]:
             if not plain and not abstract(kind):
                 found[name] = module
     return found
-
-
-def abstract(kind: type) -> bool:
-    """Whether a method of its own says that a subclass has to write it."""
-    return "raise NotImplementedError" in inspect.getsource(kind)
 
 
 def walked(value: Any, seen: dict[int, Any]) -> None:

@@ -40,7 +40,7 @@ TURNS = ["image", "text", "text", "image", "image"]  # a round begins one later 
 
 def model(alpha: float | None = ALPHA, decay: float = DECAY) -> Alternating:
     torch.manual_seed(0)
-    towers = Towers(**{m: Line(width) for m, width in WIDTHS.items()})
+    towers = Towers(others={m: Line(width) for m, width in WIDTHS.items()})
 
     def optimizer(groups: Any) -> torch.optim.Optimizer:
         return torch.optim.SGD([p for group in groups for p in group["params"]], lr=LR, weight_decay=decay)

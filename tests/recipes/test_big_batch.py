@@ -54,7 +54,7 @@ class Curve(Tower):
 def recipe_of(case: Case) -> Contrastive:
     loss, modalities, dtype, chunks = case
     torch.manual_seed(0)
-    towers = Towers(**{m: Curve(WIDTHS[m]) for m in modalities})
+    towers = Towers(others={m: Curve(WIDTHS[m]) for m in modalities})
     intra = Intra(width=8, out=4, hidden=8)
     return Contrastive(towers, width=8, loss=LOSSES[loss](), intra=intra, chunks=chunks).to(dtype).train()
 

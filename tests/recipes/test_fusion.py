@@ -57,7 +57,7 @@ class Line(Tower):
 
 def recipe(kind: str = "late", unimodal: bool = True, classes: int = 4, **options: Any) -> Fusion:
     torch.manual_seed(0)
-    towers = Towers(**{m: Line(width) for m, width in WIDTHS.items()})
+    towers = Towers(others={m: Line(width) for m, width in WIDTHS.items()})
     fusion: FusionHead = FUSIONS[kind]()
     return Fusion(towers, "kind", classes, width=8, fusion=fusion, unimodal=unimodal, **options)
 
@@ -425,7 +425,7 @@ def test_a_batch_without_a_modality_leaves_a_towers_statistics_alone() -> None:
         def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
             return super().forward(self.norm(x[:, None])[:, 0], mask)
 
-    towers = Towers(**{m: Normed(width) for m, width in WIDTHS.items()})
+    towers = Towers(others={m: Normed(width) for m, width in WIDTHS.items()})
     model, b = Fusion(towers, "kind", 4, width=8, unimodal=True), batch()
     model.terms(b)
     norm = cast(Any, towers["image"]).norm

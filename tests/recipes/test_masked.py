@@ -17,7 +17,7 @@ from descant.callbacks import EMA, Resume
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.modules.core.batch import Batch
 from descant.modules.core.protocols import Embeds, HasObjective, HasTowers, Reconstructs, Scores
-from descant.modules.masking.adapters import Adapters, PatchAdapter
+from descant.modules.masking.adapters import Adapter, Adapters, PatchAdapter
 from descant.modules.masking.budget import TokenBudget
 from descant.modules.masking.corruptions import Corruption, Grid, Masks, UniformMask
 from descant.modules.masking.decoders import CrossDecoder, Decoder, JointDecoder
@@ -240,9 +240,9 @@ def test_scores_and_protocols() -> None:
 
 
 def test_compute_falls_with_what_is_absent() -> None:
-    grid = {m: PatchAdapter([16, 16], 4) for m in ("image", "depth")}
+    grid: dict[str, Adapter] = {m: PatchAdapter([16, 16], 4) for m in ("image", "depth")}
     torch.manual_seed(0)
-    model = Masked(Adapters(**grid), Trunk(64, 3, 4), JointDecoder(32, 1, 2), UniformMask(0.5))
+    model = Masked(Adapters(others=grid), Trunk(64, 3, 4), JointDecoder(32, 1, 2), UniformMask(0.5))
     inputs = {m: torch.randn(8, 3, 16, 16) for m in grid}
     half_B, flops = torch.arange(8) % 2 == 0, []
     for present in ({m: torch.ones(8, dtype=torch.bool) for m in grid}, {"image": half_B, "depth": ~half_B}):

@@ -507,7 +507,7 @@ def test_stretches_are_the_walk_itself() -> None:
         (lambda _: StagedData({}), "stages: none; such as"),
         (
             lambda _: StageData(Questions(**SEEN), epochs=-1),
-            "epochs -1, steps None: at least 0 epochs .a skipped stage. and 1 step",
+            "StageData: epochs -1: at least 0 epochs .a skipped stage. and 1 step, sample or FLOP",
         ),
         (lambda _: StagedData({"a": StageData(Questions(**SEEN), 0)}), "stages a: all have 0 epochs; at least one is"),
         (lambda _: data(evaluate="reword"), "evaluate: no stage 'reword'; there is captions, answers, reward"),

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.data import DataLoader, TensorDataset
 
-from descant.callbacks.run.throughput import FlopCount, Throughput, count_rows, matmul_peak
+from descant.callbacks.run.throughput import Throughput, count_rows, matmul_peak
 from descant.modules.core.batch import Batch
+from descant.modules.training_setup.flops import FlopCount
 from tests.tolerance import F32, ulps
 
 B, IN, HIDDEN, OUT = 8, 5, 7, 3

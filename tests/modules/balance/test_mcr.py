@@ -306,7 +306,7 @@ def test_margin_by_hand() -> None:
 
 def orthogonal(**options: Any) -> Fusion:
     torch.manual_seed(0)
-    towers = Towers(**{m: Line(width) for m, width in WIDTHS.items()})
+    towers = Towers(others={m: Line(width) for m, width in WIDTHS.items()})
     return Fusion(towers, "kind", 4, width=8, fusion=OrthogonalFusion(), **options).double()
 
 

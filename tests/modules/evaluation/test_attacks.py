@@ -33,7 +33,7 @@ class Straight(Tower):
 
 def recipe(fusion: FusionHead | None = None, bent: bool = False, classes: int = 5) -> Fusion:
     torch.manual_seed(0)
-    towers = Towers(**{m: Straight(width, bent=bent) for m, width in WIDTHS.items()})
+    towers = Towers(others={m: Straight(width, bent=bent) for m, width in WIDTHS.items()})
     made = Fusion(towers, "kind", classes, width=8, fusion=fusion or OrthogonalFusion())
     if not bent:
         for m in WIDTHS:

@@ -16,7 +16,7 @@ from tests.tolerance import F32, rounding, ulps
 def recipe_of(**towers: Tower) -> nn.Module:
     """The least that the parts of configure.py need of a recipe."""
     recipe = nn.Module()
-    recipe.towers = Towers(**towers)
+    recipe.towers = Towers(others=towers)
     return recipe
 
 

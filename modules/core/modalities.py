@@ -1,0 +1,28 @@
+"""Modules by the name of their modality: names that are listed for completion and documentation, and any other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from torch import nn
+
+T = TypeVar("T")
+
+
+def given(arguments: dict[str, object]) -> dict[str, nn.Module]:
+    """``locals()`` of a constructor without ``self``, where an argument is given: modality -> part, in their order."""
+    return {name: part for name, part in arguments.items() if isinstance(part, nn.Module) and name != "self"}
+
+
+def with_others(listed: Mapping[str, T | None], others: Mapping[str, T] | None) -> dict[str, T]:
+    """Modality -> module of those that are given, listed ones first. Raises ValueError for one that is given twice.
+
+    >>> with_others({"image": 1, "text": None}, {"lidar": 2})
+    {'image': 1, 'lidar': 2}
+    """
+    given = {name: module for name, module in listed.items() if module is not None}
+    for name in others or {}:
+        if name in given:
+            raise ValueError(f"others: {name} is given twice: under its own name too")
+    return given | dict(others or {})
