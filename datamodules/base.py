@@ -245,7 +245,7 @@ class DataModule(L.LightningDataModule):
         return str(index)
 
     @property
-    def codec(self) -> Tokenizer | None:
+    def tokenizer(self) -> Tokenizer | None:
         """The tokenizer, where there are texts; data that shares a text tower must share it."""
         return None
 

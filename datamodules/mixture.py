@@ -115,8 +115,8 @@ class Mixture(DataModule):
         return max(part.workers for part in self.parts.values()) if self._workers is None else self._workers
 
     @property
-    def codec(self) -> Tokenizer | None:
-        return next((part.codec for part in self.parts.values() if part.codec is not None), None)
+    def tokenizer(self) -> Tokenizer | None:
+        return next((part.tokenizer for part in self.parts.values() if part.tokenizer is not None), None)
 
     # the hooks of the parts ------------------------------------------------------------------------------------
 
@@ -317,7 +317,7 @@ def _same_tokens(parts: Mapping[str, DataModule]) -> None:
     """Raises ValueError for parts of different tokenizers: one text tower would get two meanings of an id."""
     first: tuple[str, list[int]] | None = None
     for name, part in parts.items():
-        tokenizer = part.codec
+        tokenizer = part.tokenizer
         if tokenizer is None:
             continue
         ids = tokenizer.ids(_PROBE)

@@ -265,8 +265,8 @@ class StagedData(DataModule):
     # what evaluation reads --------------------------------------------------------------------------------------
 
     @property
-    def codec(self) -> Tokenizer | None:
-        return self.evaluated.codec
+    def tokenizer(self) -> Tokenizer | None:
+        return self.evaluated.tokenizer
 
     @property
     def keys(self) -> str | None:

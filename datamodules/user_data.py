@@ -129,9 +129,9 @@ class UserData(DataModule):
         return self.stream is None and any(getattr(field, "keep", None) for field in self.fields.values())
 
     @property
-    def codec(self) -> Tokenizer | None:
+    def tokenizer(self) -> Tokenizer | None:
         text = self.fields.get("text")
-        return text.codec if isinstance(text, TextField) else None
+        return text.tokenizer if isinstance(text, TextField) else None
 
     @property
     def keys(self) -> str | None:
@@ -381,13 +381,12 @@ class UserData(DataModule):
         fields = self.given.labels if self.given is not None else {}
         if target not in fields:
             raise ValueError(f"target: {target!r} is not one of {', '.join(fields) or 'the labels: there are none'}")
-        tokenizer = self.codec
-        if tokenizer is None:
+        if self.tokenizer is None:
             raise ValueError(f"target: {target!r}: prompts are texts, and this data has no text field")
         forms = fields[target].prompts
         names = self.classes[target]
         words = [name.replace("_", " ").replace("-", " ") for name in names]
-        return torch.stack([tokenizer([form.format(name) for form in forms]) for name in words]), names
+        return torch.stack([self.tokenizer([form.format(name) for form in forms]) for name in words]), names
 
     def _at(self, index: int) -> tuple[str, int] | None:
         """The source of a sample, and its row there; None for samples of a stream."""

@@ -80,8 +80,8 @@ class DataReport:
                 continue
         share = sum(truncated) / max(len(truncated), 1)
         if share > _TRUNCATED:
-            line = f"{share:.0%} of the captions are longer than {text.codec.length} tokens and are truncated"
-            _warn(f"{line}: data.fields.text.codec.length")
+            line = f"{share:.0%} of the captions are longer than {text.tokenizer.length} tokens and are truncated"
+            _warn(f"{line}: data.fields.text.tokenizer.length")
 
     def _losses(self) -> None:
         data = self.data

@@ -74,9 +74,9 @@ class Contrastive(SharedSpace):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        codec = getattr(self.trainer.datamodule, "codec", None)  # type: ignore[attr-defined]
-        if isinstance(codec, Tokenizer) and self.knowledge is not None:
-            require_fit(codec, self.knowledge, "knowledge")
+        tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+        if isinstance(tokenizer, Tokenizer) and self.knowledge is not None:
+            require_fit(tokenizer, self.knowledge, "knowledge")
 
     def together(self, h: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         z = super().together(h, batch)

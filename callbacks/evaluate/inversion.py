@@ -156,7 +156,7 @@ class Inversion(_SetEvaluator):
 
     Raises:
         ValueError: for a template without its place, or a limit below 2; at setup, for a recipe that lacks the protocol
-            Inverts, a tower without ``embed`` and ``encode``, a data module without a bank, a tokenizer (``codec``) or
+            Inverts, a tower without ``embed`` and ``encode``, a data module without a bank, a ``tokenizer`` or
             prompts of the target; at evaluation, for an unknown modality, target or set.
 
     Source: arXiv 2502.04263.
@@ -200,10 +200,10 @@ class Inversion(_SetEvaluator):
                 "Inversion needs the protocol Inverts (encoded(h_BTD, mask_BT, modality)); "
                 f"{type(pl_module).__name__} lacks it"
             )
-        self._require(trainer, "codec")
-        tokenizer = trainer.datamodule.codec  # type: ignore[attr-defined]
+        self._require(trainer, "tokenizer")
+        tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         if not isinstance(tokenizer, Tokenizer):
-            raise ValueError("Inversion: the data module has no tokenizer (codec) for the template; Emoji has one")
+            raise ValueError("Inversion: the data module has no tokenizer for the template; Emoji has one")
         self._tokenizer = tokenizer
         text_frame(pl_module, self.through, tokenizer, self.template, self.oti.tokens)
         if self.ovi is not None:

@@ -59,18 +59,6 @@ class ImageViews:
         return batch
 
 
-class Tokenized:
-    """Mixin of data modules with a ``tokenizer``, which recipes and callbacks read as ``codec``."""
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        raise NotImplementedError
-
-    @property
-    def codec(self) -> Tokenizer:
-        return self.tokenizer
-
-
 def is_training(trainer: L.Trainer | None) -> bool:
     return trainer is not None and trainer.training
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from descant.datamodules.base import BatchDataset, DataModule
 from descant.datamodules.corpora.base import (
     ImageViews,
-    Tokenized,
     class_prompts,
     flattened,
     name_hash,
@@ -42,7 +41,7 @@ DERIVED: dict[str, Callable[[Tensor], Tensor]] = {"sketch": edges, "palette": co
 Row = tuple[int, str, bool, bool]
 
 
-class Emoji(ImageViews, Tokenized, DataModule):
+class Emoji(ImageViews, DataModule):
     """The emoji pack as image-text pairs, with a sketch, a palette or speech as further modalities.
 
     Evaluation sets of "validate": ``val`` (drawings held out of training, among the names of all training concepts).

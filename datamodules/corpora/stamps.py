@@ -19,7 +19,6 @@ from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.datamodules.corpora.base import (
     ImageViews,
     Packaged,
-    Tokenized,
     class_prompts,
     drop_tokens,
     flattened,
@@ -128,7 +127,7 @@ class StampsSet(BatchDataset):
         return self._tokens[stamp, language]
 
 
-class Stamps(ImageViews, Tokenized, Packaged, DataModule):
+class Stamps(ImageViews, Packaged, DataModule):
     """Stamps as image-text-speech triplets, in which some speech is missing.
 
     Evaluation sets: "validate" has ``val``; "test" has ``stamps`` (held-out families, spoken in ``speech``),

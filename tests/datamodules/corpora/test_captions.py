@@ -385,13 +385,15 @@ def test_statistics_by_hand() -> None:
         def texts(self, drawings: Drawings) -> list[str]:
             return self.said
 
-    codec = WordTokenizer(["a", "b", "c", "d", "e"], length=5)  # three words fit between the ends
-    mixed = CaptionMixer({"x": Fixed(["a b c", "a b c d e", "a b"])}, {"x": 1.0}).write(drawings([canvas()] * 3), codec)
+    tokenizer = WordTokenizer(["a", "b", "c", "d", "e"], length=5)  # three words fit between the ends
+    mixed = CaptionMixer({"x": Fixed(["a b c", "a b c d e", "a b"])}, {"x": 1.0}).write(
+        drawings([canvas()] * 3), tokenizer
+    )
     found = mixed.statistics(np.array([0, 1, 1, 2]), np.arange(4), np.zeros(4))
     assert found == {
         "tokens": (3 + 5 + 5 + 2) / 4,
         "truncated": 0.5,
-        "coverage": 4 / codec.vocabulary,  # e is cut, and d where <eos> would be
+        "coverage": 4 / tokenizer.vocabulary,  # e is cut, and d where <eos> would be
         "distinct": 0.75,
         "x_share": 1.0,
     }

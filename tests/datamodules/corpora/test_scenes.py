@@ -56,9 +56,9 @@ def every_set(data: Scenes) -> dict[str, SceneSet]:
 
 
 def sentences(data: Scenes, ids_BT: torch.Tensor) -> list[str]:
-    codec = data.tokenizer
-    assert isinstance(codec, WordTokenizer)
-    word = {number: text for text, number in codec.known.items()}
+    tokenizer = data.tokenizer
+    assert isinstance(tokenizer, WordTokenizer)
+    word = {number: text for text, number in tokenizer.known.items()}
     return [" ".join(word[i] for i in row if i in word) for row in ids_BT.tolist()]
 
 

@@ -132,14 +132,14 @@ def test_held_out_problems_are_independent_of_the_number_of_training_problems() 
 def test_rows_are_the_question_the_mark_the_answer_and_the_end() -> None:
     data = tasks()
     rows = data.training_set()
-    batch, codec = all_of(rows), data.tokenizer
+    batch, tokenizer = all_of(rows), data.tokenizer
     assert set(batch.inputs) == {"text", "loss_mask"} and set(batch.present) == {"text"}
-    assert data.image_token is None and data.answer_token == codec.vocabulary + 1
+    assert data.image_token is None and data.answer_token == tokenizer.vocabulary + 1
     for n in range(len(rows)):
         question, answer, _ = data.problem(rows.problems, n)
-        ids = [BOS, *codec.ids(question), data.answer_token, *codec.ids(answer), EOS]
+        ids = [BOS, *tokenizer.ids(question), data.answer_token, *tokenizer.ids(answer), EOS]
         assert batch.inputs["text"][n].tolist() == ids + [PAD] * (data.length - len(ids))
-        assert batch.inputs["text"][n][batch.inputs["loss_mask"][n]].tolist() == [*codec.ids(answer), EOS]
+        assert batch.inputs["text"][n][batch.inputs["loss_mask"][n]].tolist() == [*tokenizer.ids(answer), EOS]
         assert data.spell([i for i in batch.targets["answer"][n].tolist() if i]) == answer
     names = [data.classes["task"][k] for k in batch.targets["task"].tolist()]
     signs = {"plus": "+", "times": "*"}
