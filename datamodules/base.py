@@ -189,7 +189,8 @@ class DataModule(L.LightningDataModule):
         eval_batch_size: rows of an evaluation batch on each rank.
         num_workers: worker processes; 0 reads in the main process (best for data in memory).
         drop: modality -> probability that a training sample is made absent.
-        tiny: small synthetic data of the same shapes, for tests and for `check`.
+        tiny: small synthetic data of the same shapes, or a part of the corpus, for tests and for `check`; nothing is
+            fetched.
     """
 
     def __init__(

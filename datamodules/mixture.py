@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -49,11 +49,8 @@ class Mixture(DataModule):
         batches: mixed, or homogeneous: each step's samples from one part.
         repeat: whether a part may start again within an epoch; if not, a part that is too small is an error.
         bank: the part for k-NN, probes and prompts; the first by default.
-        batch_size: rows of one whole optimizer step.
-        eval_batch_size: rows of an evaluation batch on each rank.
         num_workers: processes that read ahead; by default the most of all parts.
-        drop: modality -> probability that a training sample is made absent, in all parts, beside their own ``drop``.
-        tiny: passed on to the parts.
+        kwargs: of every data module; ``drop`` adds to that of the parts, and ``tiny`` is passed on to them.
 
     Raises:
         ValueError: for weights out of range; on first reading, for parts with different shapes of a modality, token
@@ -70,11 +67,8 @@ class Mixture(DataModule):
         batches: Literal["mixed", "homogeneous"] = "mixed",
         repeat: bool = True,
         bank: str | None = None,
-        batch_size: int = 256,
-        eval_batch_size: int = 512,
         num_workers: int | None = None,
-        drop: dict[str, float] | None = None,
-        tiny: bool = False,
+        **kwargs: Any,
     ) -> None:
         if not parts:
             raise ValueError("parts: a mixture needs at least one")
@@ -82,7 +76,7 @@ class Mixture(DataModule):
             if not re.fullmatch(r"\w+", name):
                 raise ValueError(f"parts: {name!r}: letters, digits and _ only, since names of metrics begin with it")
         self.parts = dict(parts)
-        super().__init__(batch_size, eval_batch_size, num_workers or 0, drop, tiny)
+        super().__init__(num_workers=num_workers or 0, **kwargs)
         self._workers = num_workers
         self.weights = _weights(weights, list(parts))
         if alpha is not None and weights is not None:
@@ -93,14 +87,14 @@ class Mixture(DataModule):
         self.bank = bank or next(iter(parts))
         if self.bank not in parts:
             raise ValueError(f"bank: no part {self.bank!r}; the parts are {', '.join(parts)}")
-        if samples is not None and samples < batch_size:
-            raise ValueError(f"samples {samples} of an epoch are less than one batch of {batch_size}")
+        if samples is not None and samples < self.batch_size:
+            raise ValueError(f"samples {samples} of an epoch are less than one batch of {self.batch_size}")
         # training (True) and evaluation: layout of each part as read, and of all after the transforms
         self._layouts: dict[bool, dict[str, Layout]] = {}
         self._evaluated: dict[str, BatchDataset] = {}
         self._after: dict[bool, dict[str, Spec]] = {}
         for part in self.parts.values():
-            part.tiny = part.tiny or tiny
+            part.tiny = part.tiny or self.tiny
             for m in part.modalities:
                 remaining = (1 - part.drop.get(m, 0)) * (1 - self.drop.get(m, 0))
                 if remaining < 1:

@@ -137,10 +137,12 @@ class CropModule(DataModule):
     and deviation of each channel over the crops of ``bank_set``, which are of the training region.
 
     Args:
-        batch_size, eval_batch_size, num_workers, drop, tiny: as in :class:`DataModule`.
-        size: S. samples: training crops of an epoch.
+        size: S; an error tells the largest that fits the regions.
+        samples: training crops of an epoch.
         stride: places from one crop of the grids to the next; half of ``size`` by default.
-        flip, turn: of training crops.
+        flip: with probability 1/2 on each axis, a training crop is reversed.
+        turn: with probability 1/2, the last two axes of a training crop are exchanged.
+        kwargs: of every data module.
 
     Raises:
         ValueError: for a number that is less than 1; at first use, for a region smaller than a crop.
@@ -153,18 +155,14 @@ class CropModule(DataModule):
 
     def __init__(
         self,
-        batch_size: int,
-        eval_batch_size: int,
-        num_workers: int,
-        drop: dict[str, float] | None,
-        tiny: bool,
-        size: int,
-        samples: int,
-        stride: int | None,
-        flip: bool,
-        turn: bool,
+        size: int = 32,
+        samples: int = 2048,
+        stride: int | None = None,
+        flip: bool = False,
+        turn: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, num_workers, drop, tiny)
+        super().__init__(**kwargs)
         self.size, self.samples, self.stride = size, samples, max(1, size // 2) if stride is None else stride
         self.flip, self.turn = flip, turn
         for name, value in (("size", size), ("samples", samples), ("stride", self.stride)):

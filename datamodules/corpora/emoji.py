@@ -53,11 +53,6 @@ class Emoji(ImageViews, DataModule):
     target ``distance``, the edits from the English name.
 
     Args:
-        batch_size: rows of one whole optimizer step.
-        eval_batch_size: rows of an evaluation batch on each rank.
-        num_workers: processes that read ahead; the pack is in memory, so 0 is best.
-        drop: modality -> probability that a training sample is made absent.
-        tiny: a twelfth of the pack, for tests and for `check`.
         size: pixels of a side of the images.
         text: the tokenizer; the pack's own BPE with rows of 24 by default.
         languages: of the training captions.
@@ -84,15 +79,11 @@ class Emoji(ImageViews, DataModule):
         mixer: samples the source of each training caption at each visit, names or what is measured in the drawing, in
             English; ``name_only`` and ``nameless`` then have no effect. Evaluation is the same with and without.
         folder: of the pack.
+        kwargs: of every data module.
     """
 
     def __init__(
         self,
-        batch_size: int = 256,
-        eval_batch_size: int = 512,
-        num_workers: int = 0,
-        drop: dict[str, float] | None = None,
-        tiny: bool = False,
         size: int = 32,
         text: Tokenizer | None = None,
         languages: list[str] | None = None,
@@ -114,10 +105,11 @@ class Emoji(ImageViews, DataModule):
         paired: bool = False,
         mixer: CaptionMixer | None = None,
         folder: str | None = None,
+        **kwargs: Any,
     ) -> None:
         self.speech, self.foreign = speech, foreign or []
         self.derived = [m for m, on in (("sketch", sketch), ("palette", palette)) if on]
-        super().__init__(batch_size, eval_batch_size, num_workers, drop, tiny)
+        super().__init__(**kwargs)
         self.text, self.languages = text, languages or ["en"]
         self.vendors = vendors or ["noto", "twemoji", "openmoji"]
         self.name_only, self.nameless, self.keywords = name_only, nameless, keywords

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -165,10 +166,6 @@ class Scenes(ImageViews, DataModule):
 
     Args:
         batch_size: rows of one whole optimizer step.
-        eval_batch_size: rows of an evaluation batch on each rank.
-        num_workers: processes that read ahead; everything is in memory, so 0 is best.
-        drop: modality -> probability that a training sample is made absent.
-        tiny: a dozen concepts and a few scenes, for tests and for `check`.
         size: S, pixels of the canvas, which the grid divides.
         grid: cells of a side.
         objects: K of a scene; the caption states the relation from each to the next.
@@ -182,6 +179,7 @@ class Scenes(ImageViews, DataModule):
             a control on which a model that uses the triples is worse.
         augment: of training images, on the device.
         folder: of the pack.
+        kwargs: of every data module.
 
     Raises:
         ValueError: for an unknown concept, relation or vendor, vendors that are held out, sizes that do not fit, and an
@@ -195,10 +193,6 @@ class Scenes(ImageViews, DataModule):
     def __init__(
         self,
         batch_size: int = 96,
-        eval_batch_size: int = 512,
-        num_workers: int = 0,
-        drop: dict[str, float] | None = None,
-        tiny: bool = False,
         size: int = 48,
         grid: int = 2,
         objects: int = 2,
@@ -211,14 +205,15 @@ class Scenes(ImageViews, DataModule):
         exchanged: bool = False,
         augment: Augment | None = None,
         folder: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, num_workers, drop, tiny)
+        super().__init__(batch_size=batch_size, **kwargs)
         self.grid, self.objects, self.sizes = grid, objects, sizes
-        self.concepts = concepts or list(CONCEPTS[:: 4 if tiny else 1])
+        self.concepts = concepts or list(CONCEPTS[:: 4 if self.tiny else 1])
         self.relations = relations or ["left of", "right of", "above", "below"]
         trained = [v for v in VENDORS if v not in (DEVELOPMENT_VENDOR, HELD_OUT_VENDOR)]
         self.vendors = vendors or trained
-        self.text, self.scenes, self.exchanged = text, 48 if tiny else scenes, exchanged
+        self.text, self.scenes, self.exchanged = text, 48 if self.tiny else scenes, exchanged
         self.folder = Path(folder) if folder else PACK
         require_known("relations", self.relations, tuple(STEPS))
         require_known("vendors", self.vendors, trained)

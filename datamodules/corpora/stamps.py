@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from descant.datamodules.base import BatchDataset, DataModule, Rows
+from descant.datamodules.base import BatchDataset, Rows
 from descant.datamodules.corpora.base import (
+    DebianPackaged,
     ImageViews,
-    Packaged,
     class_prompts,
     drop_tokens,
     flattened,
@@ -127,7 +128,7 @@ class StampsSet(BatchDataset):
         return self._tokens[stamp, language]
 
 
-class Stamps(ImageViews, Packaged, DataModule):
+class Stamps(ImageViews, DebianPackaged):
     """Stamps as image-text-speech triplets, in which some speech is missing.
 
     Evaluation sets: "validate" has ``val``; "test" has ``stamps`` (held-out families, spoken in ``speech``),
@@ -141,9 +142,6 @@ class Stamps(ImageViews, Packaged, DataModule):
     Args:
         batch_size: rows of one whole optimizer step.
         eval_batch_size: rows of an evaluation batch on each rank.
-        num_workers: processes that read ahead; the corpus is in memory, so 0 is best.
-        drop: modality -> probability that a training sample is made absent.
-        tiny: 96 synthetic stamps of the same shapes, for tests and for `check`; nothing is fetched.
         size: pixels of a side of the images, at most 64.
         seconds: of speech in an input, at most 4; nine in ten recordings are shorter than 2.5.
         text: the tokenizer; character trigrams in rows of 80 by default.
@@ -160,9 +158,7 @@ class Stamps(ImageViews, Packaged, DataModule):
         augment: of training images, on the device.
         augment_audio: of the features of training speech, on the device.
         features: from waveforms to the input of the audio tower, on the device.
-        deb: the package as a file; fetched by apt by default.
-        accept: SHA-256 of packages to accept beside the known ones.
-        cache: folder of the corpus.
+        kwargs: of every data module of a Debian package.
 
     Raises:
         ValueError: for an unknown language, a size or length that the corpus does not have, or without the package.
@@ -177,9 +173,6 @@ class Stamps(ImageViews, Packaged, DataModule):
         self,
         batch_size: int = 128,
         eval_batch_size: int = 256,
-        num_workers: int = 0,
-        drop: dict[str, float] | None = None,
-        tiny: bool = False,
         size: int = 32,
         seconds: float = 2.5,
         text: Tokenizer | None = None,
@@ -192,17 +185,14 @@ class Stamps(ImageViews, Packaged, DataModule):
         augment: Augment | None = None,
         augment_audio: AudioAugment | None = None,
         features: LogMel | None = None,
-        deb: str | None = None,
-        accept: list[str] | None = None,
-        cache: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, num_workers, drop, tiny)
+        super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, **kwargs)
         self.seconds, self.text = seconds, text
         self.text_languages, self.spoken = text_languages or [ENGLISH], spoken
         self.speech, self.held_out, self.symbols = speech, held_out, symbols
         self.token_dropout = token_dropout
         self.augment_audio, self.features = augment_audio or AudioAugment(), features or LogMel()
-        self._package = DEB, deb, accept or [], cache
         if not 1 <= size <= 64:
             raise ValueError(f"size {size}: the images have 64 pixels; 1 to 64")
         if not 0 < seconds <= SECONDS:
@@ -213,6 +203,8 @@ class Stamps(ImageViews, Packaged, DataModule):
         if held_out in (spoken or ()):
             raise ValueError(f"spoken: {held_out} is held out of training; choose another held_out to train on it")
 
+    package = DEB
+
     @property
     def modalities(self) -> tuple[str, ...]:
         return ("image", "text", "audio")
@@ -220,8 +212,7 @@ class Stamps(ImageViews, Packaged, DataModule):
     # the corpus and its splits -------------------------------------------------------------------------------------
 
     def package_folder(self) -> Path:
-        _, deb, accept, cache = self._package
-        return prepared(Path(deb) if deb else None, list(accept), Path(cache) if cache else None)
+        return prepared(self.file, self.accept, self.cache)
 
     @cached_property
     def corpus(self) -> Corpus:

@@ -160,9 +160,6 @@ class Questions(ImageViews, Dialogues):
     Args:
         batch_size: rows of one whole optimizer step.
         eval_batch_size: rows of an evaluation batch on each rank.
-        num_workers: processes that read ahead; the pack is in memory, so 0 is best.
-        drop: modality -> probability that a training sample is made absent.
-        tiny: a twelfth of the pack, for tests and for `check`.
         size: S, at most 64 and a multiple of 3.
         length: tokens of a row.
         kinds: of questions.
@@ -174,6 +171,7 @@ class Questions(ImageViews, Dialogues):
             pack's own.
         augment: of training images, on the device.
         folder: of the pack.
+        kwargs: of every data module.
 
     Raises:
         ValueError: for an unknown kind or vendor, or a size that is too small for counts.
@@ -191,9 +189,6 @@ class Questions(ImageViews, Dialogues):
         self,
         batch_size: int = 128,
         eval_batch_size: int = 256,
-        num_workers: int = 0,
-        drop: dict[str, float] | None = None,
-        tiny: bool = False,
         size: int = 48,
         length: int = 48,
         kinds: list[str] | None = None,
@@ -203,15 +198,14 @@ class Questions(ImageViews, Dialogues):
         text: Tokenizer | None = None,
         augment: Augment | None = None,
         folder: str | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(
             length,
             answer_length=THOUGHT if think else ANSWER,
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            drop=drop,
-            tiny=tiny,
+            **kwargs,
         )
         self.kinds = list(self.every) if kinds is None else kinds
         self.vendors = list(VENDORS[:3]) if vendors is None else vendors

@@ -35,8 +35,7 @@ class Field(CropModule):
     axes = ("row", "column")
 
     def __init__(self, size: int = 4, full: float = 0.0, **options: Any) -> None:
-        args: dict[str, Any] = {"samples": 500, "stride": None, "flip": False, "turn": False, "tiny": False} | options
-        super().__init__(8, 8, 0, None, size=size, **args)
+        super().__init__(**{"batch_size": 8, "eval_batch_size": 8, "size": size, "samples": 500} | options)
         self.full = full
 
     @property
