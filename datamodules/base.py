@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from descant.datamodules.changes import Corpus, DataPolicy, pack, require
-from descant.datamodules.order import Order, Slot, Window
+from descant.datamodules.resumable_sampler import Order, Slot, Window
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import global_seed, mix_N, uniform_N
 from descant.modules.tokenizers.text import Tokenizer

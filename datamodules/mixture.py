@@ -18,9 +18,9 @@ from torch import Tensor
 
 from descant.datamodules.base import BatchDataset, DataModule
 from descant.datamodules.changes import Corpus
-from descant.datamodules.mixture_order import MixedOrder, require_temperature, tempered
+from descant.datamodules.mixture_sampler import MixedOrder, require_temperature, tempered
 from descant.datamodules.mixture_set import BITS, Layout, MixtureSet, Spec, joint, row_index
-from descant.datamodules.order import BlockShuffle, Slot, Window
+from descant.datamodules.resumable_sampler import BlockShuffle, Slot, Window
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import mix
 from descant.modules.tokenizers.text import Tokenizer

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from descant.datamodules.base import BatchDataset, DataModule
-from descant.datamodules.order import Order, Window
+from descant.datamodules.resumable_sampler import Order, Window
 from descant.datamodules.tasks.rollout_buffer import PooledDialogues
 from descant.modules.core.batch import Batch
 from descant.modules.tokenizers.text import Tokenizer

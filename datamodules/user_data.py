@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from descant.datamodules.base import BatchDataset, DataModule, Loader, available_cores
 from descant.datamodules.changes import Corpus
 from descant.datamodules.fields.fields import AudioField, Column, Field, Fields, ImageField, TextField, kinds
-from descant.datamodules.order import BlockShuffle, Order
+from descant.datamodules.resumable_sampler import BlockShuffle, Order
 from descant.datamodules.sources import find
 from descant.datamodules.sources.base import Damaged, Source, hold_out, split_named, text_of
 from descant.datamodules.sources.ledger import Ledger

@@ -30,7 +30,7 @@ from descant.datamodules.corpora.emoji_set import EmojiSet
 from descant.datamodules.corpora.spoken import SpokenNames, SpokenNamesSource
 from descant.datamodules.corpora.stimuli import noise_facts, product_facts, text_facts, valence_facts, visual_facts
 from descant.datamodules.names import require_known
-from descant.datamodules.order import Slot
+from descant.datamodules.resumable_sampler import Slot
 from descant.modules.core.batch import Batch
 from descant.modules.tokenizers.text import BPETokenizer, Tokenizer
 from descant.modules.transforms.image import Augment, colour_names, edges

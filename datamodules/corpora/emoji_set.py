@@ -16,7 +16,7 @@ from descant.datamodules.corpora.base import drop_tokens
 from descant.datamodules.corpora.captions import MixedCaptions
 from descant.datamodules.corpora.emoji_pack import VENDORS, Captions, Pack
 from descant.datamodules.corpora.spoken import SpokenNamesSource
-from descant.datamodules.order import Slot
+from descant.datamodules.resumable_sampler import Slot
 from descant.modules.core.rng import seeded, uniform_N
 
 

@@ -212,7 +212,7 @@ class Stamps(ImageViews, DebianPackaged):
     # the corpus and its splits -------------------------------------------------------------------------------------
 
     def package_folder(self) -> Path:
-        return prepared(self.file, self.accept, self.cache)
+        return prepared(Path(self.file) if self.file else None, self.accept, Path(self.cache) if self.cache else None)
 
     @cached_property
     def corpus(self) -> Corpus:

@@ -18,7 +18,7 @@ from descant.datamodules.base import BatchDataset, Rows
 from descant.datamodules.fields.fields import Column, Field, numbered
 from descant.datamodules.fields.image_cache import ImageCache
 from descant.datamodules.fields.images import Reduced
-from descant.datamodules.order import Window
+from descant.datamodules.resumable_sampler import Window
 from descant.datamodules.sources.base import REMEDY, Damaged, Raw, Source, encoded, text_of
 from descant.datamodules.sources.ledger import Ledger
 from descant.datamodules.sources.stream import BEGINNING, Mark, Sample, Stream

@@ -17,7 +17,7 @@ from torch import Tensor
 from descant.datamodules.base import BatchDataset, DataModule
 from descant.datamodules.fields.fields import TextField, kinds, numbered
 from descant.datamodules.fields.images import LIMIT, rgb_of
-from descant.datamodules.order import Slot, Window
+from descant.datamodules.resumable_sampler import Slot, Window
 from descant.datamodules.sources.base import Source
 from descant.datamodules.sources.folder import Folder
 from descant.datamodules.user_data import UserData

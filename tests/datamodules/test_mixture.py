@@ -15,7 +15,7 @@ from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.fields.fields import Fields, ImageField, TextField
 from descant.datamodules.mixture import Mixture
-from descant.datamodules.mixture_order import MixedOrder, Shares, tempered
+from descant.datamodules.mixture_sampler import MixedOrder, Shares, tempered
 from descant.datamodules.sources.stream import Stream
 from descant.datamodules.user_data import UserData
 from descant.modules.core.batch import Batch

@@ -22,7 +22,7 @@ from descant.datamodules.fields.fields import AudioField, Fields, ImageField, La
 from descant.datamodules.fields.image_cache import ImageCache
 from descant.datamodules.fields.images import Reduced
 from descant.datamodules.mixture import Mixture
-from descant.datamodules.order import Order
+from descant.datamodules.resumable_sampler import Order
 from descant.datamodules.sources import find
 from descant.datamodules.sources.base import held_out
 from descant.datamodules.sources.folder import Folder

@@ -25,7 +25,7 @@ from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.corpora.emoji_pack import VENDORS
 from descant.datamodules.corpora.measure import COLOURS, measure, oklab
 from descant.datamodules.mixture import Mixture
-from descant.datamodules.order import Order
+from descant.datamodules.resumable_sampler import Order
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import mix_N
 from descant.modules.losses import InfoNCE

@@ -15,7 +15,7 @@ from descant.datamodules.corpora.crops import Box, CropModule, CropSet, share_of
 from descant.datamodules.corpora.fashion import Fashion
 from descant.datamodules.corpora.landsat import Landsat
 from descant.datamodules.corpora.volumes import Volumes
-from descant.datamodules.order import Order
+from descant.datamodules.resumable_sampler import Order
 from descant.modules.core.batch import Batch
 from tests.tolerance import F32, F64, rounding, ulps
 

@@ -17,7 +17,7 @@ import torch
 from descant.datamodules.base import BatchDataset
 from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.corpora.emoji_pack import PACK, VENDORS, Pack
-from descant.datamodules.order import Order
+from descant.datamodules.resumable_sampler import Order
 from descant.datamodules.sources.ledger import Ledger
 from descant.modules.core.batch import Batch
 from tests.tolerance import F32, conditioned, statistical, ulps

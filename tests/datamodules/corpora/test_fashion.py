@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from descant.datamodules.corpora.fashion import Fashion, FashionSet, synthetic
-from descant.datamodules.order import Order
 from descant.datamodules.prepare.fashion import CLASSES, DEB, Pictures, idx
 from descant.datamodules.prepare.package import sha256_of
+from descant.datamodules.resumable_sampler import Order
 from descant.modules.core.batch import Batch
 from descant.modules.transforms.image import Crop
 from tests.datamodules.prepare.test_deb import deb_of, tar_of

@@ -12,10 +12,10 @@ import tifffile
 import torch
 
 from descant.datamodules.corpora.landsat import Landsat, synthetic
-from descant.datamodules.order import Order
 from descant.datamodules.prepare import landsat as module
 from descant.datamodules.prepare.landsat import DEB, bands, load
 from descant.datamodules.prepare.package import sha256_of
+from descant.datamodules.resumable_sampler import Order
 from descant.modules.core.batch import Batch
 from tests.datamodules.prepare.test_deb import deb_of, tar_of
 

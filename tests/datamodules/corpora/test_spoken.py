@@ -11,9 +11,9 @@ import torch
 
 from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.corpora.spoken import VOICES, SpokenNames, hummed
-from descant.datamodules.order import Order
 from descant.datamodules.prepare.package import sha256_of
 from descant.datamodules.prepare.voices import LIBRARIES, RATE, Spoken, prepared
+from descant.datamodules.resumable_sampler import Order
 from descant.modules.transforms.audio import LogMel
 from tests.datamodules.prepare.test_wheel import wheel_of
 

@@ -13,10 +13,10 @@ import torch
 
 from descant.datamodules.corpora.crops import CropSet
 from descant.datamodules.corpora.volumes import GAP, Volumes, synthetic
-from descant.datamodules.order import Order
 from descant.datamodules.prepare import volumes as module
 from descant.datamodules.prepare.package import sha256_of
 from descant.datamodules.prepare.volumes import FILES, WHEEL, load, volume
+from descant.datamodules.resumable_sampler import Order
 from descant.modules.core.batch import Batch
 from tests.datamodules.prepare.test_wheel import wheel_of
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from descant.datamodules.order import Order
+from descant.datamodules.resumable_sampler import Order
 from descant.datamodules.tasks.dialogues import in_split
 from descant.datamodules.tasks.question_pool import QuestionPool
 from descant.datamodules.tasks.questions import KINDS

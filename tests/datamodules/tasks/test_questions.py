@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from descant.datamodules.corpora.emoji_pack import VENDORS
-from descant.datamodules.order import Order
+from descant.datamodules.resumable_sampler import Order
 from descant.datamodules.tasks.questions import COUNTS, KINDS, LETTERS, MORE, Questions, QuestionSet
 from descant.modules.core.batch import Batch
 from descant.modules.tokenizers.text import BOS, EOS, PAD
