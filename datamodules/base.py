@@ -98,6 +98,18 @@ class BatchDataset(Dataset[Batch]):
         """Called with each batch that a loader returns, in the main process, which shares no state with workers."""
 
 
+class NumberedDataset(BatchDataset):
+    """A data set of samples with the stable global ids ``id_N``."""
+
+    id_N: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.id_N)
+
+    def identity(self, index_B: np.ndarray) -> np.ndarray:
+        return self.id_N[index_B]
+
+
 @dataclass
 class Rows:
     """Content of some samples: inputs and targets ``[B, ...]``, and their content keys ``[B]``.
@@ -214,6 +226,10 @@ class DataModule(L.LightningDataModule):
                 raise ValueError(f"drop: {modality} {probability} is not a probability")
             if probability == 1:
                 raise ValueError(f"drop: {modality} 1: all samples would lack it, so it could not be trained")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # of the sets in workers that are spawned, which need no trainer
+        return {name: None if name in ("trainer", "_trainer") else value for name, value in self.__dict__.items()}
 
     # the corpus ------------------------------------------------------------------------------------------------
 
@@ -347,3 +363,37 @@ class DataModule(L.LightningDataModule):
 
     def bank_dataloader(self) -> DataLoader[Any]:
         return self.evaluation_loader(self.bank_set())
+
+
+class CompositeDataModule(DataModule):
+    """Base of data modules of other data modules, ``inner``, which take part in each hook of the trainer."""
+
+    @property
+    def inner(self) -> list[DataModule]:
+        raise NotImplementedError
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(m for data in self.inner for m in data.modalities))
+
+    @property
+    def trainer(self) -> L.Trainer | None:
+        return self._trainer
+
+    @trainer.setter
+    def trainer(self, trainer: L.Trainer | None) -> None:
+        self._trainer = trainer
+        for data in self.inner:
+            data.trainer = trainer
+
+    def prepare_data(self) -> None:
+        for data in self.inner:
+            data.prepare_data()
+
+    def setup(self, stage: str) -> None:
+        for data in self.inner:
+            data.setup(stage)
+
+    def teardown(self, stage: str) -> None:
+        for data in self.inner:
+            data.teardown(stage)

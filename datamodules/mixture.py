@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from torch import Tensor
 
-from descant.datamodules.base import BatchDataset, DataModule
+from descant.datamodules.base import BatchDataset, CompositeDataModule, DataModule
 from descant.datamodules.changes import Corpus
 from descant.datamodules.mixture_sampler import MixedOrder, require_temperature, tempered
 from descant.datamodules.mixture_set import BITS, Layout, MixtureSet, Spec, joint, row_index
@@ -29,7 +28,7 @@ from descant.modules.tokenizers.text import Tokenizer
 _PROBE = "Two red foxes, 10 o'clock"
 
 
-class Mixture(DataModule):
+class Mixture(CompositeDataModule):
     """Several data modules as one, in mixed batches or in batches of one part each.
 
         samples of a part after n steps = n * batch_size * weight / sum of weights, to the nearest one or two
@@ -101,8 +100,8 @@ class Mixture(DataModule):
                     part.drop = {**part.drop, m: 1 - remaining}
 
     @property
-    def modalities(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(m for part in self.parts.values() for m in part.modalities))
+    def inner(self) -> list[DataModule]:
+        return list(self.parts.values())
 
     @property
     def workers(self) -> int:
@@ -114,30 +113,8 @@ class Mixture(DataModule):
 
     # the hooks of the parts ------------------------------------------------------------------------------------
 
-    @property
-    def trainer(self) -> L.Trainer | None:
-        return self._trainer
-
-    @trainer.setter
-    def trainer(self, trainer: L.Trainer | None) -> None:
-        self._trainer = trainer
-        for part in self.parts.values():
-            part.trainer = trainer
-
-    def prepare_data(self) -> None:
-        for part in self.parts.values():
-            part.prepare_data()
-
     def corpora(self) -> dict[str, Corpus]:
         return {f"{name}.{k}": corpus for name, part in self.parts.items() for k, corpus in part.known_corpora.items()}
-
-    def setup(self, stage: str) -> None:
-        for part in self.parts.values():
-            part.setup(stage)
-
-    def teardown(self, stage: str) -> None:
-        for part in self.parts.values():
-            part.teardown(stage)
 
     # the sets --------------------------------------------------------------------------------------------------
 

@@ -137,7 +137,7 @@ class CropModule(DataModule):
     and deviation of each channel over the crops of ``bank_set``, which are of the training region.
 
     Args:
-        size: S; an error tells the largest that fits the regions.
+        size: S, which fits into every region.
         samples: training crops of an epoch.
         stride: places from one crop of the grids to the next; half of ``size`` by default.
         flip: with probability 1/2 on each axis, a training crop is reversed.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from descant.datamodules.base import BatchDataset, Rows
+from descant.datamodules.base import BatchDataset, NumberedDataset, Rows
 from descant.datamodules.corpora.base import DebianPackaged, is_training, require_size
 from descant.datamodules.prepare.fashion import CLASSES, DEB, SIDE, Pictures
 from descant.modules.core.batch import Batch
@@ -26,7 +26,7 @@ from descant.modules.transforms.image import Crop
 VALIDATION = 12
 
 
-class FashionSet(BatchDataset):
+class FashionSet(NumberedDataset):
     """Some images of the corpus.
 
     Args:
@@ -39,12 +39,6 @@ class FashionSet(BatchDataset):
     ) -> None:
         super().__init__(seed, drop)
         self.image, self.label, self.id_N = image, label, id_N
-
-    def __len__(self) -> int:
-        return len(self.id_N)
-
-    def identity(self, index_B: np.ndarray) -> np.ndarray:
-        return self.id_N[index_B]
 
     def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
         return {"image": torch.ones(len(index_N), dtype=torch.bool)}

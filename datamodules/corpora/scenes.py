@@ -8,7 +8,7 @@ P pairs of concepts, K objects of a scene, R = K - 1 clauses of a caption, S pix
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from descant.datamodules.base import BatchDataset, DataModule, Rows
+from descant.datamodules.base import BatchDataset, DataModule, NumberedDataset, Rows
 from descant.datamodules.corpora.base import ImageViews, flattened, run_ledger
 from descant.datamodules.corpora.emoji_pack import DEVELOPMENT_VENDOR, PACK, VENDORS, Pack
 from descant.datamodules.corpora.scene_world import CONCEPTS, SIZES, STEPS, TRIPLES, Graph, Scene, World
@@ -42,44 +42,32 @@ SETS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
 }
 
 
-class SceneSet(BatchDataset):
+class SceneSet(NumberedDataset):
     """One row for each relation between the concepts of a pair, in both orders.
 
     Everything else about a scene (places, sizes, vendors, further objects) is sampled: by the seed of the visit in
     training, by the id of the scene in evaluation, which has the same scenes in every run.
 
     Args:
-        world: of all sets.
-        fact_N3: first concept, relation, second concept.
-        id_N: stable ids of the rows.
-        vendors: numbers of the vendors.
-        together_CC: bool, which concepts may be in one scene of this set.
-        seed, drop: as in BatchDataset.
-        random: sampled anew at each visit.
+        data: module with the world and its splits.
+        name: one of ``SETS``.
+        scenes: number of them, chosen by a hash of their ids; all by default.
+        random: a training set: sampled anew at each visit.
         exchanged: heads and tails of the triples are exchanged: a control of the benefit of triples.
     """
 
     def __init__(
-        self,
-        world: World,
-        fact_N3: np.ndarray,
-        id_N: np.ndarray,
-        vendors: Sequence[int],
-        together_CC: np.ndarray,
-        seed: int,
-        random: bool = False,
-        exchanged: bool = False,
-        drop: Mapping[str, float] | None = None,
+        self, data: Scenes, name: str, scenes: int | None = None, random: bool = False, exchanged: bool = False
     ) -> None:
-        super().__init__(seed, drop)
-        self.world, self.fact_N3, self.id_N, self.vendors = world, fact_N3, id_N, np.array(vendors)
-        self.together_CC, self.random, self.exchanged = together_CC, random, exchanged
-
-    def __len__(self) -> int:
-        return len(self.fact_N3)
-
-    def identity(self, index_B: np.ndarray) -> np.ndarray:
-        return self.id_N[index_B]
+        super().__init__(data.seed, data.drop if random else None)
+        self.world, self.random, self.exchanged = data.world, random, exchanged
+        self.fact_N3, self.id_N = data.facts(name)
+        if scenes is not None:
+            chosen = np.sort(np.argsort(mix_N(self.id_N, "scenes/chosen"))[:scenes])
+            self.fact_N3, self.id_N = self.fact_N3[chosen], self.id_N[chosen]
+        _, vendor, beside = SETS[name]
+        self.vendors = np.array([VENDORS.index(v) for v in ([vendor] if vendor else data.vendors)])
+        self.together_CC = data.together(*beside)  # which concepts may be in one scene
 
     def draws(self, slots: Sequence[Slot]) -> np.ndarray:
         if self.random:
@@ -295,43 +283,27 @@ class Scenes(ImageViews, DataModule):
         id_N = ((pair_N * len(self.relations) + relation_N) * 2 + turn_N) * len(SETS) + list(SETS).index(name)
         return np.stack([first_N, relation_N, second_N], axis=1), id_N
 
-    def _set(self, name: str, scenes: int | None = None, random: bool = False, exchanged: bool = False) -> SceneSet:
-        fact_N3, id_N = self.facts(name)
-        if scenes is not None:
-            chosen = np.sort(np.argsort(mix_N(id_N, "scenes/chosen"))[:scenes])
-            fact_N3, id_N = fact_N3[chosen], id_N[chosen]
-        _, vendor, beside = SETS[name]
-        return SceneSet(
-            self.world,
-            fact_N3,
-            id_N,
-            [VENDORS.index(v) for v in ([vendor] if vendor else self.vendors)],
-            self.together(*beside),
-            self.seed,
-            random=random,
-            exchanged=exchanged,
-            drop=self.drop if random else None,
-        )
-
     def training_set(self) -> SceneSet:
-        return self._set("train", random=True)
+        return SceneSet(self, "train", random=True)
 
     def bank_set(self) -> SceneSet:
-        return self._set("train")
+        return SceneSet(self, "train")
 
     def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
         if stage == "validate":
-            return {"val": self._set("val", self.scenes)}
-        sets: dict[str, BatchDataset] = {name: self._set(name, self.scenes) for name in ("vendor", "pairs", "both")}
+            return {"val": SceneSet(self, "val", self.scenes)}
+        sets: dict[str, BatchDataset] = {
+            name: SceneSet(self, name, self.scenes) for name in ("vendor", "pairs", "both")
+        }
         if self.exchanged:
-            sets["exchanged"] = self._set("both", self.scenes, exchanged=True)
+            sets["exchanged"] = SceneSet(self, "both", self.scenes, exchanged=True)
         return sets
 
     # what evaluation reads -------------------------------------------------------------------------------------------
 
     def _one(self, index: int) -> Scene:
         """The scene of an id, as in evaluation."""
-        rows = self._set(list(SETS)[index % len(SETS)])
+        rows = SceneSet(self, list(SETS)[index % len(SETS)])
         (row,) = np.flatnonzero(rows.id_N == index)
         return rows.scene(np.array([row]), mix_N(np.array([index]), "scene"))
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from descant.datamodules.base import BatchDataset, Rows
+from descant.datamodules.base import BatchDataset, NumberedDataset, Rows
 from descant.datamodules.fields.fields import Column, Field, numbered
 from descant.datamodules.fields.image_cache import ImageCache
 from descant.datamodules.fields.images import Reduced
@@ -131,7 +131,7 @@ def _why(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-class UserDataset(BatchDataset):
+class UserDataset(NumberedDataset):
     """Some samples of a source.
 
     In training, an unreadable sample is replaced by the next one with the same modalities (or more, of which the rest
@@ -164,14 +164,9 @@ class UserDataset(BatchDataset):
         some_N = np.any(list(has.values()), axis=0)
         self.row_N = row_N[some_N[row_N]]  # without samples that have no modality
         self.has = {m: has_N[self.row_N] for m, has_N in has.items()}
-        self.reader, self.random, self.ledger, self.first = reader, random, ledger, first
+        self.id_N = self.row_N + first
+        self.reader, self.random, self.ledger = reader, random, ledger
         self.label, self.key = dict(label or {}), key
-
-    def __len__(self) -> int:
-        return len(self.row_N)
-
-    def identity(self, index_B: np.ndarray) -> np.ndarray:
-        return self.row_N[index_B] + self.first
 
     def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
         return {m: torch.from_numpy(has_N[index_N]) for m, has_N in self.has.items()}
