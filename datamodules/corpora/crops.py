@@ -246,8 +246,8 @@ class CropModule(DataModule):
 
     def training_set(self) -> CropSet:
         samples = min(self.samples, 256) if self.tiny else self.samples
-        options = {"samples": samples, "flip": self.flip, "turn": self.turn, "drop": self.drop}
-        return CropSet(self.fields, self.places["train"], self.size, self.seed, **options)  # type: ignore[arg-type]
+        start_N = self.places["train"]
+        return CropSet(self.fields, start_N, self.size, self.seed, samples, self.flip, self.turn, self.drop)
 
     def bank_set(self) -> CropSet:
         return CropSet(self.fields, self.grid("train"), self.size, self.seed)

@@ -24,6 +24,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from descant.modules.core.errors import one_line
 from descant.modules.core.rng import uniform_NK
 
 #: Formats by Pillow's names; others are errors, whatever decoders are installed.
@@ -297,7 +298,7 @@ class Images:
             else:
                 x_HWC = rgb_of(header.picture)
         except Exception as error:  # decoders of foreign bytes raise anything from SyntaxError to struct.error
-            raise ValueError(_line(error)) from error
+            raise ValueError(one_line(error)) from error
         if x_HWC.shape[:2] != (-(-high // times), -(-wide // times)):
             raise ValueError(f"{x_HWC.shape[1]} x {x_HWC.shape[0]} pixels, but the header has {wide} x {high}")
         top, left, bottom, right = (round(edge / times) for edge in (box[0], box[1], box[0] + box[2], box[1] + box[3]))
@@ -370,7 +371,7 @@ def _open(data: bytes) -> Image.Image:
         start = f"begins with {data[:4]!r}" if data else "no bytes"
         raise ValueError(f"not a whole JPEG, PNG, WebP or GIF ({len(data):,} bytes, {start})") from None
     except Exception as error:  # decoders of foreign bytes raise anything from SyntaxError to struct.error
-        raise ValueError(_line(error)) from error
+        raise ValueError(one_line(error)) from error
 
 
 def rgb_of(picture: Image.Image) -> np.ndarray:
@@ -427,7 +428,3 @@ def _upright(x_HWC: np.ndarray, orientation: int) -> np.ndarray:
         x_HWC = x_HWC.transpose(1, 0, 2)
     down, across = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
     return np.ascontiguousarray(x_HWC[:: -1 if down else 1, :: -1 if across else 1])
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

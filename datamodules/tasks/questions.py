@@ -296,13 +296,13 @@ class Questions(ImageViews, Dialogues):
         unseen: bool,
         vendors: Sequence[str],
         of: type[QuestionSet] = QuestionSet,
-        **options: object,
+        kinds: Sequence[str] | None = None,
+        **options: Any,
     ) -> QuestionSet:
         numbers = [VENDORS.index(v) for v in vendors]
-        kinds = options.pop("kinds", self.kinds)
-        problems = self.problems(unseen, kinds, numbers)  # type: ignore[arg-type]
+        problems = self.problems(unseen, self.kinds if kinds is None else kinds, numbers)
         problems = problems if split is None else problems.where(in_split(problems.key_N, split))
-        return of(self, problems, numbers, np.flatnonzero(self.unseen_C == unseen), **options)  # type: ignore[arg-type]
+        return of(self, problems, numbers, np.flatnonzero(self.unseen_C == unseen), **options)
 
     def training_set(self) -> QuestionSet:
         return self._set("train", False, self.vendors, random=True)
@@ -404,5 +404,5 @@ class QuestionPairs(Questions):
     ['what colour is it? yellow', 'what colour is it? blue']
     """
 
-    def training_set(self) -> PairSet:
-        return self._set("train", False, self.vendors, of=PairSet, random=True)  # type: ignore[return-value]
+    def training_set(self) -> QuestionSet:
+        return self._set("train", False, self.vendors, of=PairSet, random=True)

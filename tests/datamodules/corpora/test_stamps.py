@@ -192,7 +192,7 @@ def test_stamps_of_one_caption_share_a_key() -> None:
     data.corpus.texts[6] = {}
     assert data.key_M[3] == data.key_M[1] == 1
     assert data.key_M[5] == 5 and data.key_M[6] == 6
-    assert not StampsSet.present(data._set("train", ["fr"]), np.arange(3))["text"].logical_not().all()
+    assert not StampsSet.present(StampsSet(data, "train", ["fr"]), np.arange(3))["text"].logical_not().all()
 
 
 # texts -----------------------------------------------------------------------------------------------------------
