@@ -31,14 +31,16 @@ from descant.modules.tokenizers.text import Tokenizer
 class BatchDataset(Dataset[Batch]):
     """A data set that is read a window at a time: one call makes the whole :class:`Batch`.
 
-    A subclass implements ``rows(index_B, draw_B)`` and ``present(index_N)``. Reading windows, not samples, keeps
-    Python out of the inner loop: an in-memory set needs one indexing operation a modality.
+    A subclass implements ``rows(index_B, draw_B)``, and ``modalities`` or ``present(index_N)``. Windows, not samples,
+    are read, so that an in-memory set needs one indexing operation a modality.
 
     Args:
         seed: of everything random about a sample; with (epoch, index) it makes the sample's ``rng_seed``.
         drop: modality -> probability that a present sample is made absent.
     """
 
+    #: Of the samples, where ``present`` is not overridden.
+    modalities: Sequence[str]
     #: False for a stream, which can only be read in its own order: its indices are mere positions of an epoch.
     by_position = True
 
@@ -58,8 +60,8 @@ class BatchDataset(Dataset[Batch]):
         return self.rows(np.array([s.sample for s in slots]), draw_B)
 
     def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
-        """Modality -> bool ``[N]``: which modalities these samples have, without reading them."""
-        raise NotImplementedError
+        """Modality -> bool ``[N]``: which modalities these samples have, without reading them; by default all."""
+        return {modality: torch.ones(len(index_N), dtype=torch.bool) for modality in self.modalities}
 
     def identity(self, index_B: np.ndarray) -> np.ndarray:
         """Stable global ids of some rows: a sample has the same id in every set."""

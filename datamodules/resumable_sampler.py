@@ -1,6 +1,6 @@
 """Resumable batch sampler: the samples of a step by (seed, epoch, position), whatever the ranks and workers.
 
-A resumed run skips what comes before its position (``Order.epoch`` and ``Order.first``): nothing is replayed or drawn.
+A resumed run skips what comes before its position (``Order.epoch`` and ``Order.first``): none of it is read.
 """
 
 from __future__ import annotations

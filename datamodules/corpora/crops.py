@@ -83,14 +83,12 @@ class CropSet(BatchDataset):
     ) -> None:
         super().__init__(seed, drop)
         self.fields, self.start_N, self.size, self.samples = dict(fields), start_N, size, samples
+        self.modalities = tuple(fields)
         self.space = next(iter(self.fields.values())).shape[1:]
         self.flip, self.turn = flip, turn
 
     def __len__(self) -> int:
         return len(self.start_N) if self.samples is None else self.samples
-
-    def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
-        return {modality: torch.ones(len(index_N), dtype=torch.bool) for modality in self.fields}
 
     def ids(self, index_B: np.ndarray, draw_B: np.ndarray) -> np.ndarray:
         """The crops of some samples with these seeds."""

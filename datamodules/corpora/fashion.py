@@ -34,14 +34,13 @@ class FashionSet(NumberedDataset):
         id_N: which of them are in this set; an image's place in the corpus is its id.
     """
 
+    modalities = ("image",)
+
     def __init__(
         self, image: Tensor, label: Tensor, id_N: np.ndarray, seed: int, drop: Mapping[str, float] | None = None
     ) -> None:
         super().__init__(seed, drop)
         self.image, self.label, self.id_N = image, label, id_N
-
-    def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
-        return {"image": torch.ones(len(index_N), dtype=torch.bool)}
 
     def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
         id_B = torch.from_numpy(self.id_N[index_B])

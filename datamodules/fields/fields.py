@@ -22,7 +22,7 @@ from descant.datamodules.fields.columns import kinds as kinds
 from descant.datamodules.fields.columns import numbered as numbered
 from descant.datamodules.fields.image_cache import ImageCache
 from descant.datamodules.fields.images import LIMIT, Images, Reduced
-from descant.datamodules.sources.base import PICTURES, SOUNDS, Raw, Source, nearest, text_of
+from descant.datamodules.sources.base import IMAGE_ENDINGS, SOUND_ENDINGS, Raw, Source, nearest, text_of
 from descant.modules.core.rng import uniform_N
 from descant.modules.tokenizers.text import NgramTokenizer, Tokenizer
 from descant.modules.transforms.audio import AudioAugment, LogMel, resample
@@ -97,7 +97,7 @@ class ImageField(Field):
     True
     """
 
-    kind, usual = "image", PICTURES
+    kind, usual = "image", IMAGE_ENDINGS
 
     def __init__(
         self,
@@ -142,7 +142,7 @@ class AudioField(Field):
         augment: of the features in training, or none.
     """
 
-    kind, usual = "audio", SOUNDS
+    kind, usual = "audio", SOUND_ENDINGS
 
     def __init__(
         self,

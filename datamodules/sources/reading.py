@@ -51,7 +51,7 @@ class Reader:
     ) -> None:
         self.source, self.fields, self.columns = source, dict(fields), dict(columns)
         caches = {m: field.memory(len(source)) for m, field in fields.items()} if keep else {}
-        self.kept: dict[str, ImageCache] = {m: cache for m, cache in caches.items() if cache is not None}
+        self.caches: dict[str, ImageCache] = {m: cache for m, cache in caches.items() if cache is not None}
 
     def read(self, row_B: np.ndarray, draw_B: np.ndarray | None) -> Read:
         """The samples at ``row_B`` of the source; nothing is random without ``draw_B``."""
@@ -63,7 +63,7 @@ class Reader:
         for b, row in enumerate(row_B.tolist()):
             wanted = {m: self.columns[m].names[pick_B[b]] for m, pick_B in picks.items() if pick_B[b] >= 0}
             caption = self.columns["text"].names[first_B[b]] if first_B[b] >= 0 else None
-            for m, cache in self.kept.items():
+            for m, cache in self.caches.items():
                 if m in wanted and (image := cache.get(row)) is not None:
                     raws[m][b] = image
                     del wanted[m]
@@ -72,7 +72,7 @@ class Reader:
                 if name in faults:
                     errors[m, b] = faults[name]
                 else:
-                    raws[m][b] = self._cached(m, row, values[name]) if m in self.kept else values[name]
+                    raws[m][b] = self._cached(m, row, values[name]) if m in self.caches else values[name]
             key_B[b] = self._key(row, values.get(caption) if caption else None)
         inputs = {}
         for m, field in self.fields.items():
@@ -88,7 +88,7 @@ class Reader:
             image = self.fields[m].reduced(raw)
         except ValueError:
             return raw  # decoding reports the reason
-        self.kept[m].put(row, image)
+        self.caches[m].put(row, image)
         return image
 
     def _raw(self, row: int, names: set[str]) -> tuple[dict[str, Raw], dict[str, str]]:
@@ -281,6 +281,7 @@ class StreamSet(BatchDataset):
         self.damaged = damaged
         self.stream, self.ledger, self.rank, self.world = stream, ledger, rank, world
         self.fields = {m: field.explicit() for m, field in fields.items()}
+        self.modalities = tuple(fields)
         self.marks = dict(marks or {})
         self._next = (-1, 0)  # (epoch, number) of the open reader's next batch
         self._samples: Iterator[Sample] = iter(())
@@ -288,9 +289,6 @@ class StreamSet(BatchDataset):
 
     def __len__(self) -> int:
         return self.stream.samples
-
-    def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
-        return {m: torch.ones(len(index_N), dtype=torch.bool) for m in self.fields}
 
     def __getitem__(self, window: Window) -> Batch:
         info = get_worker_info()

@@ -9,10 +9,10 @@ import csv
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from descant.datamodules.sources.base import FIELDS, PICTURES, SOUNDS, entries, many, short
+from descant.datamodules.sources.base import FIELDS, IMAGE_ENDINGS, SOUND_ENDINGS, entries, many, short
 
 TABLES = (".csv", ".tsv", ".jsonl")
-MEDIA = (*PICTURES, *SOUNDS)
+MEDIA = (*IMAGE_ENDINGS, *SOUND_ENDINGS)
 
 #: Name -> text of each row, None where it has none.
 Columns = dict[str, list[str | None]]

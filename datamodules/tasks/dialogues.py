@@ -73,7 +73,7 @@ class DialogueSet(BatchDataset):
 
     def __init__(self, data: Dialogues, problems: Any, random: bool = False) -> None:
         super().__init__(data.seed, data.drop if random else None)
-        self.problems, self.random = problems, random
+        self.problems, self.random, self.modalities = problems, random, data.modalities
 
     def __len__(self) -> int:
         return len(self.problems)

@@ -330,7 +330,7 @@ def test_cached_images_are_decoded_once_by_all_workers(
     data = own(tmp_path / "run", path=str(folder), holdout=0.0, fields=kept(8, 1.5), num_workers=workers)
     loader = data.train_dataloader()
     first = list(loader)
-    memory = data.readers["train"].kept["image"]
+    memory = data.readers["train"].caches["image"]
     assert [memory.get(i) is not None for i in range(24)] == [i != 5 for i in range(24)]
     for image in folder.glob("*.jpg"):
         image.unlink()  # nothing is read of them again, which every process knows
@@ -338,7 +338,7 @@ def test_cached_images_are_decoded_once_by_all_workers(
     assert len(again) == len(first) and all(bool(b.present["image"].all()) for b in again)
     assert {n["sample"] for n in ledger(tmp_path / "run")} == {"005.jpg"}
     plain = own(tmp_path / "run", path=str(shapes(tmp_path / "e", 24)), holdout=0.0, fields=kept(8, None))
-    assert not plain.readers["train"].kept and not plain.warms and data.warms
+    assert not plain.readers["train"].caches and not plain.warms and data.warms
 
 
 def test_crops_of_cached_images_match_those_of_the_originals(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from descant.datamodules.corpora.emoji import Emoji
-from descant.datamodules.corpora.spoken import VOICES, SpokenNames, hummed
+from descant.datamodules.corpora.spoken import VOICES, SpokenNames, synthetic_speech
 from descant.datamodules.prepare.package import sha256_of
 from descant.datamodules.prepare.voices import LIBRARIES, RATE, Spoken, prepared
 from descant.datamodules.resumable_sampler import Order
@@ -83,7 +83,7 @@ def test_features_are_augmented_in_training() -> None:
 
 
 def test_synthetic_clips_have_a_tone_a_letter() -> None:
-    spoken = hummed(["ab", "b"], 2)
+    spoken = synthetic_speech(["ab", "b"], 2)
     assert spoken.clips[:, :, 1].tolist() == [[1600, 800]] * 2
     assert np.array_equal(spoken.wave[800:1600], spoken.wave[1600:2400]), "b is b wherever it stands"
     assert not np.array_equal(spoken.wave[:800], spoken.wave[800:1600])
