@@ -313,6 +313,11 @@ class DataModule(L.LightningDataModule):
     # loaders ---------------------------------------------------------------------------------------------------
 
     @property
+    def training(self) -> bool:
+        """Whether batches are of training, and augmented."""
+        return self.trainer is not None and self.trainer.training
+
+    @property
     def seed(self) -> int:
         return global_seed()
 

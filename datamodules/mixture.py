@@ -226,8 +226,7 @@ class Mixture(CompositeDataModule):
         return list(self.parts.values())[index >> BITS], index & (1 << BITS) - 1
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        training = self.trainer is not None and self.trainer.training
-        training = training if training in self._after else not training
+        training = self.training if self.training in self._after else not self.training
         names = list(self.parts)
         rows: dict[int, list[int]] = {}
         for row, number in enumerate(batch.source.tolist()):

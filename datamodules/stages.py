@@ -235,8 +235,7 @@ class StagedData(CompositeDataModule):
 
     @property
     def _transforms(self) -> DataModule:
-        training = self.trainer is not None and self.trainer.training
-        return self.current if training else self.evaluated
+        return self.current if self.training else self.evaluated
 
     # what evaluation reads --------------------------------------------------------------------------------------
 

@@ -420,13 +420,12 @@ class UserData(DataModule):
     # on the device ---------------------------------------------------------------------------------------------
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        training = self.trainer is not None and self.trainer.training
         image, audio = self.fields.get("image"), self.fields.get("audio")
         if isinstance(image, ImageField):
-            view = self.augment if training and self.augment is not None else image.pixels
+            view = self.augment if self.training and self.augment is not None else image.pixels
             batch.inputs["image"] = view(batch.inputs["image"], batch.rng_seed)
         if isinstance(audio, AudioField):
-            batch.inputs["audio"] = audio.features(batch.inputs["audio"], batch.rng_seed if training else None)
+            batch.inputs["audio"] = audio.features(batch.inputs["audio"], batch.rng_seed if self.training else None)
         return batch
 
 

@@ -61,10 +61,9 @@ class DebianPackaged(Packaged):
         self.file = deb
 
 
-class ImageViews:
-    """Mixin of data modules of uint8 RGBA images: augmented in training, else resized and normalised, on the device."""
+class ImageViews(DataModule):
+    """Base of data modules of uint8 RGBA images: augmented in training, else resized and normalised, on the device."""
 
-    trainer: L.Trainer | None
     size: int
     augment: Augment
     pixels: Pixels
@@ -74,19 +73,10 @@ class ImageViews:
         self.size, self.augment, self.pixels = size, augment, Pixels(size)
         require_size(augment.size, size)
 
-    @property
-    def training(self) -> bool:
-        """Whether batches are augmented."""
-        return is_training(self.trainer)
-
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         view = self.augment if self.training else self.pixels
         batch.inputs["image"] = view(batch.inputs["image"], batch.rng_seed)
         return batch
-
-
-def is_training(trainer: L.Trainer | None) -> bool:
-    return trainer is not None and trainer.training
 
 
 def require_size(given: int, size: int) -> None:

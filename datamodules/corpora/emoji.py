@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from descant.datamodules.base import BatchDataset, DataModule
+from descant.datamodules.base import BatchDataset
 from descant.datamodules.corpora.base import (
     ImageViews,
     class_prompts,
@@ -39,7 +39,7 @@ from descant.modules.transforms.image import Augment, colour_names, edges
 DERIVED: dict[str, Callable[[Tensor], Tensor]] = {"sketch": edges, "palette": colour_names}
 
 
-class Emoji(ImageViews, DataModule):
+class Emoji(ImageViews):
     """The emoji pack as image-text pairs, with a sketch, a palette or speech as further modalities.
 
     Evaluation sets of "validate": ``val`` (drawings held out of training, among the names of all training concepts).

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from descant.datamodules.base import BatchDataset, NumberedDataset, Rows
-from descant.datamodules.corpora.base import DebianPackaged, is_training, require_size
+from descant.datamodules.corpora.base import DebianPackaged, require_size
 from descant.datamodules.prepare.fashion import CLASSES, DEB, SIDE, Pictures
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import mix_N
@@ -154,7 +154,7 @@ class Fashion(DebianPackaged):
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         x_B1SS = F.pad(batch.inputs["image"], ((self.size - SIDE) // 2,) * 4)
-        if self.augment is not None and is_training(self.trainer):
+        if self.augment is not None and self.training:
             batch.inputs["image"] = self.augment(x_B1SS, batch.rng_seed)
         else:
             batch.inputs["image"] = x_B1SS.float().div_(127.5).sub_(1)

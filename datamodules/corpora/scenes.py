@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from descant.datamodules.base import BatchDataset, DataModule, NumberedDataset, Rows
+from descant.datamodules.base import BatchDataset, NumberedDataset, Rows
 from descant.datamodules.corpora.base import ImageViews, flattened, run_ledger
 from descant.datamodules.corpora.emoji_pack import DEVELOPMENT_VENDOR, PACK, VENDORS, Pack
 from descant.datamodules.corpora.scene_world import CONCEPTS, SIZES, STEPS, TRIPLES, Graph, Scene, World
@@ -140,7 +140,7 @@ def _pick(free_BC: np.ndarray, u_B: np.ndarray) -> np.ndarray:
     return (reach_BC > _floor(u_B, reach_BC[..., -1])[..., None]).argmax(axis=-1)
 
 
-class Scenes(ImageViews, DataModule):
+class Scenes(ImageViews):
     """Composed scenes as image-text pairs, each with a hard negative of its caption and the triples of both.
 
     Inputs: ``image``; ``text`` and ``text_neg``; ``triples`` and ``triples_neg``, token ids ``[B, 6, 3, 5]``. Targets:
