@@ -30,6 +30,7 @@ from descant.modules.core.batch import Batch
 from descant.modules.core.rng import mix_N
 from descant.modules.losses import InfoNCE
 from descant.modules.tokenizers.text import NgramTokenizer, WordTokenizer
+from tests.datamodules.batches import shuffled
 from tests.tolerance import F32, F64, ulps
 
 TOKENIZER = NgramTokenizer(n=3, buckets=16384, length=80)
@@ -307,8 +308,7 @@ def test_a_schedule_in_a_mixture_counts_passes_of_its_part() -> None:
 
 def twins(data: Emoji) -> Batch:
     """A batch of the training set in which some drawings have one caption."""
-    rows = data.training_set()
-    return rows[next(iter(Order(len(rows), 64, 0)))]
+    return shuffled(data.training_set(), 64)
 
 
 def test_equal_captions_share_a_key_and_no_others_do() -> None:

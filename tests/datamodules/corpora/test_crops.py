@@ -15,18 +15,14 @@ from descant.datamodules.corpora.crops import Box, CropModule, CropSet, share_of
 from descant.datamodules.corpora.fashion import Fashion
 from descant.datamodules.corpora.landsat import Landsat
 from descant.datamodules.corpora.volumes import Volumes
-from descant.datamodules.resumable_sampler import Order
 from descant.modules.core.batch import Batch
+from tests.datamodules.batches import whole
 from tests.tolerance import F32, F64, rounding, ulps
 
 
 def ramp(*space: int) -> np.ndarray:
     """uint8 ``[1, *space]`` with another number at each place, as far as there are numbers."""
     return (np.arange(np.prod(space)) % 251).astype(np.uint8).reshape(1, *space)
-
-
-def whole(rows: CropSet, epoch: int = 0) -> Batch:
-    return rows[next(iter(Order(len(rows), len(rows), seed=0, shuffle=False, epoch=epoch)))]
 
 
 class Field(CropModule):
