@@ -119,7 +119,7 @@ def packing(batches: int = 20, row: int = 128) -> Iterator[Row]:
     beside alone, with the mask of documents and without."""
     data = Questions(batch_size=128, size=48, length=64)
     torch.manual_seed(0)
-    lm = CausalLM(data.codec.vocabulary + 2, D, 2, HEADS, length=row).eval()
+    lm = CausalLM(data.tokenizer.vocabulary + 2, D, 2, HEADS, length=row).eval()
     cells = used = plain = 0
     apart = blind = 0.0
     for k, batch in enumerate(data.train_dataloader()):

@@ -24,7 +24,7 @@ from descant.callbacks import Resume
 from descant.callbacks.run.exact_resume import seed_all
 from descant.callbacks.run.stop_signals import Signals
 from descant.cli.quiet import quieten
-from descant.datamodules.order import Order
+from descant.datamodules.resumable_sampler import Order
 from descant.modules.towers import PatchTower, TextTower, Towers
 from descant.recipes.contrastive import Contrastive
 from descant.run.store import AtomicIO

@@ -9,6 +9,8 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+from descant.modules.io.names import full, of_kind
+
 if TYPE_CHECKING:
     from descant.datamodules.base import DataModule as DataModule
     from descant.datamodules.corpora.crops import CropModule as CropModule
@@ -35,37 +37,16 @@ if TYPE_CHECKING:
     from descant.datamodules.tasks.text_tasks import TextTasks as TextTasks
     from descant.datamodules.user_data import UserData as UserData
 
-#: Module -> its data modules.
-_CLASSES = {
-    "base": "DataModule",
-    "corpora.crops": "CropModule",
-    "corpora.emoji": "Emoji",
-    "corpora.fashion": "Fashion",
-    "corpora.frames": "FrameRollouts Frames",
-    "corpora.landsat": "Landsat",
-    "corpora.scenes": "Scenes",
-    "corpora.stamps": "Stamps",
-    "corpora.volumes": "Volumes",
-    "mixture": "Mixture",
-    "stages": "StagedData",
-    "tasks.descriptions": "Descriptions",
-    "tasks.dialogues": "Dialogues",
-    "tasks.question_pool": "PooledQuestions QuestionPool QuestionRollouts",
-    "tasks.questions": "QuestionPairs Questions",
-    "tasks.rollout_buffer": "PooledDialogues RolledDialogues",
-    "tasks.text_tasks": "TaskRollouts TextTasks",
-    "user_data": "UserData",
-}
-_MODULES = {name: module for module, names in _CLASSES.items() for name in names.split()}
-
 
 def __getattr__(name: str) -> Any:
     # jsonargparse looks for a class in each parent package of its module, to write the shortest path into config.yaml.
     # It has no option for the full path, which runs have had so far and which a resumed run is compared with.
-    if name not in _MODULES or sys._getframe(1).f_code.co_name == "get_import_path":
+    if name not in __dir__() or sys._getframe(1).f_code.co_name == "get_import_path":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    path = full(name)
+    assert path is not None
+    return getattr(importlib.import_module(path.rpartition(".")[0]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_MODULES])
+    return sorted({"DataModule", *of_kind("DataModule", "datamodules")})

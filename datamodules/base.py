@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from descant.datamodules.changes import Corpus, DataPolicy, pack, require
-from descant.datamodules.order import Order, Slot, Window
+from descant.datamodules.resumable_sampler import Order, Slot, Window
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import global_seed, mix_N, uniform_N
 from descant.modules.tokenizers.text import Tokenizer
@@ -31,14 +31,16 @@ from descant.modules.tokenizers.text import Tokenizer
 class BatchDataset(Dataset[Batch]):
     """A data set that is read a window at a time: one call makes the whole :class:`Batch`.
 
-    A subclass implements ``rows(index_B, draw_B)`` and ``present(index_N)``. Reading windows, not samples, keeps
-    Python out of the inner loop: an in-memory set needs one indexing operation a modality.
+    A subclass implements ``rows(index_B, draw_B)``, and ``modalities`` or ``present(index_N)``. Windows, not samples,
+    are read, so that an in-memory set needs one indexing operation a modality.
 
     Args:
         seed: of everything random about a sample; with (epoch, index) it makes the sample's ``rng_seed``.
         drop: modality -> probability that a present sample is made absent.
     """
 
+    #: Of the samples, where ``present`` is not overridden.
+    modalities: Sequence[str]
     #: False for a stream, which can only be read in its own order: its indices are mere positions of an epoch.
     by_position = True
 
@@ -58,8 +60,8 @@ class BatchDataset(Dataset[Batch]):
         return self.rows(np.array([s.sample for s in slots]), draw_B)
 
     def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
-        """Modality -> bool ``[N]``: which modalities these samples have, without reading them."""
-        raise NotImplementedError
+        """Modality -> bool ``[N]``: which modalities these samples have, without reading them; by default all."""
+        return {modality: torch.ones(len(index_N), dtype=torch.bool) for modality in self.modalities}
 
     def identity(self, index_B: np.ndarray) -> np.ndarray:
         """Stable global ids of some rows: a sample has the same id in every set."""
@@ -96,6 +98,18 @@ class BatchDataset(Dataset[Batch]):
 
     def arrived(self, batch: Batch) -> None:
         """Called with each batch that a loader returns, in the main process, which shares no state with workers."""
+
+
+class NumberedDataset(BatchDataset):
+    """A data set of samples with the stable global ids ``id_N``."""
+
+    id_N: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.id_N)
+
+    def identity(self, index_B: np.ndarray) -> np.ndarray:
+        return self.id_N[index_B]
 
 
 @dataclass
@@ -189,7 +203,8 @@ class DataModule(L.LightningDataModule):
         eval_batch_size: rows of an evaluation batch on each rank.
         num_workers: worker processes; 0 reads in the main process (best for data in memory).
         drop: modality -> probability that a training sample is made absent.
-        tiny: small synthetic data of the same shapes, for tests and for `check`.
+        tiny: small synthetic data of the same shapes, or a part of the corpus, for tests and for `check`; nothing is
+            fetched.
     """
 
     def __init__(
@@ -213,6 +228,10 @@ class DataModule(L.LightningDataModule):
                 raise ValueError(f"drop: {modality} {probability} is not a probability")
             if probability == 1:
                 raise ValueError(f"drop: {modality} 1: all samples would lack it, so it could not be trained")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # of the sets in workers that are spawned, which need no trainer
+        return {name: None if name in ("trainer", "_trainer") else value for name, value in self.__dict__.items()}
 
     # the corpus ------------------------------------------------------------------------------------------------
 
@@ -245,7 +264,7 @@ class DataModule(L.LightningDataModule):
         return str(index)
 
     @property
-    def codec(self) -> Tokenizer | None:
+    def tokenizer(self) -> Tokenizer | None:
         """The tokenizer, where there are texts; data that shares a text tower must share it."""
         return None
 
@@ -292,6 +311,11 @@ class DataModule(L.LightningDataModule):
             require(self.known_corpora, state_dict.get("corpora", {}), self.policy)
 
     # loaders ---------------------------------------------------------------------------------------------------
+
+    @property
+    def training(self) -> bool:
+        """Whether batches are of training, and augmented."""
+        return self.trainer is not None and self.trainer.training
 
     @property
     def seed(self) -> int:
@@ -346,3 +370,37 @@ class DataModule(L.LightningDataModule):
 
     def bank_dataloader(self) -> DataLoader[Any]:
         return self.evaluation_loader(self.bank_set())
+
+
+class CompositeDataModule(DataModule):
+    """Base of data modules of other data modules, ``inner``, which take part in each hook of the trainer."""
+
+    @property
+    def inner(self) -> list[DataModule]:
+        raise NotImplementedError
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(m for data in self.inner for m in data.modalities))
+
+    @property
+    def trainer(self) -> L.Trainer | None:
+        return self._trainer
+
+    @trainer.setter
+    def trainer(self, trainer: L.Trainer | None) -> None:
+        self._trainer = trainer
+        for data in self.inner:
+            data.trainer = trainer
+
+    def prepare_data(self) -> None:
+        for data in self.inner:
+            data.prepare_data()
+
+    def setup(self, stage: str) -> None:
+        for data in self.inner:
+            data.setup(stage)
+
+    def teardown(self, stage: str) -> None:
+        for data in self.inner:
+            data.teardown(stage)

@@ -8,7 +8,6 @@ Letters: N values of a property, K runs of them.
 from __future__ import annotations
 
 import hashlib
-import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 
 from descant.datamodules.prepare.package import sha256_of
+from descant.modules.core.errors import say
 
 #: Most runs of values that have a CRC of their own: 16 KiB of a resume point for each property.
 PARTS = 4096
@@ -190,11 +190,11 @@ class Corpus:
             ]
             return [_described("contents", times, rows, old)] if rows else []
         if verify:
-            _print(f"{self.place}: the run began without --verify, so changes of the content cannot be detected")
+            say(f"{self.place}: the run began without --verify, so changes of the content cannot be detected")
         if newer and len(newer) < len(then["times"]["crc"]):
             return [_described("modification times", times, newer, then["times"])]
         if newer:
-            _print(f"{self.place}: all files have new modification times, as copies have; all else is as before")
+            say(f"{self.place}: all files have new modification times, as copies have; all else is as before")
         return []
 
 
@@ -254,8 +254,4 @@ def require(corpora: Mapping[str, Corpus], then: Mapping[str, Any], policy: Data
         line = f"{corpus.place}: the data has changed since the run was saved: {'; '.join(differences)}"
         if not policy.allow:
             raise ValueError(f"{line}; --changed allow goes on with it")
-        _print(line)
-
-
-def _print(line: str) -> None:
-    print(f"descant: {line}", file=sys.stderr, flush=True)
+        say(line)

@@ -10,17 +10,16 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
-import lightning as L
 import torch
 from torch import Tensor
 
-from descant.datamodules.base import BatchDataset, DataModule
+from descant.datamodules.base import BatchDataset, CompositeDataModule, DataModule
 from descant.datamodules.changes import Corpus
-from descant.datamodules.mixture_order import MixedOrder, require_temperature, tempered
+from descant.datamodules.mixture_sampler import MixedOrder, require_temperature, tempered
 from descant.datamodules.mixture_set import BITS, Layout, MixtureSet, Spec, joint, row_index
-from descant.datamodules.order import BlockShuffle, Slot, Window
+from descant.datamodules.resumable_sampler import BlockShuffle, Slot, Window
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import mix
 from descant.modules.tokenizers.text import Tokenizer
@@ -29,7 +28,7 @@ from descant.modules.tokenizers.text import Tokenizer
 _PROBE = "Two red foxes, 10 o'clock"
 
 
-class Mixture(DataModule):
+class Mixture(CompositeDataModule):
     """Several data modules as one, in mixed batches or in batches of one part each.
 
         samples of a part after n steps = n * batch_size * weight / sum of weights, to the nearest one or two
@@ -49,11 +48,8 @@ class Mixture(DataModule):
         batches: mixed, or homogeneous: each step's samples from one part.
         repeat: whether a part may start again within an epoch; if not, a part that is too small is an error.
         bank: the part for k-NN, probes and prompts; the first by default.
-        batch_size: rows of one whole optimizer step.
-        eval_batch_size: rows of an evaluation batch on each rank.
         num_workers: processes that read ahead; by default the most of all parts.
-        drop: modality -> probability that a training sample is made absent, in all parts, beside their own ``drop``.
-        tiny: passed on to the parts.
+        kwargs: of every data module; ``drop`` adds to that of the parts, and ``tiny`` is passed on to them.
 
     Raises:
         ValueError: for weights out of range; on first reading, for parts with different shapes of a modality, token
@@ -70,11 +66,8 @@ class Mixture(DataModule):
         batches: Literal["mixed", "homogeneous"] = "mixed",
         repeat: bool = True,
         bank: str | None = None,
-        batch_size: int = 256,
-        eval_batch_size: int = 512,
         num_workers: int | None = None,
-        drop: dict[str, float] | None = None,
-        tiny: bool = False,
+        **kwargs: Any,
     ) -> None:
         if not parts:
             raise ValueError("parts: a mixture needs at least one")
@@ -82,7 +75,7 @@ class Mixture(DataModule):
             if not re.fullmatch(r"\w+", name):
                 raise ValueError(f"parts: {name!r}: letters, digits and _ only, since names of metrics begin with it")
         self.parts = dict(parts)
-        super().__init__(batch_size, eval_batch_size, num_workers or 0, drop, tiny)
+        super().__init__(num_workers=num_workers or 0, **kwargs)
         self._workers = num_workers
         self.weights = _weights(weights, list(parts))
         if alpha is not None and weights is not None:
@@ -93,57 +86,35 @@ class Mixture(DataModule):
         self.bank = bank or next(iter(parts))
         if self.bank not in parts:
             raise ValueError(f"bank: no part {self.bank!r}; the parts are {', '.join(parts)}")
-        if samples is not None and samples < batch_size:
-            raise ValueError(f"samples {samples} of an epoch are less than one batch of {batch_size}")
+        if samples is not None and samples < self.batch_size:
+            raise ValueError(f"samples {samples} of an epoch are less than one batch of {self.batch_size}")
         # training (True) and evaluation: layout of each part as read, and of all after the transforms
         self._layouts: dict[bool, dict[str, Layout]] = {}
         self._evaluated: dict[str, BatchDataset] = {}
         self._after: dict[bool, dict[str, Spec]] = {}
         for part in self.parts.values():
-            part.tiny = part.tiny or tiny
+            part.tiny = part.tiny or self.tiny
             for m in part.modalities:
                 remaining = (1 - part.drop.get(m, 0)) * (1 - self.drop.get(m, 0))
                 if remaining < 1:
                     part.drop = {**part.drop, m: 1 - remaining}
 
     @property
-    def modalities(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(m for part in self.parts.values() for m in part.modalities))
+    def inner(self) -> list[DataModule]:
+        return list(self.parts.values())
 
     @property
     def workers(self) -> int:
         return max(part.workers for part in self.parts.values()) if self._workers is None else self._workers
 
     @property
-    def codec(self) -> Tokenizer | None:
-        return next((part.codec for part in self.parts.values() if part.codec is not None), None)
+    def tokenizer(self) -> Tokenizer | None:
+        return next((part.tokenizer for part in self.parts.values() if part.tokenizer is not None), None)
 
     # the hooks of the parts ------------------------------------------------------------------------------------
 
-    @property
-    def trainer(self) -> L.Trainer | None:
-        return self._trainer
-
-    @trainer.setter
-    def trainer(self, trainer: L.Trainer | None) -> None:
-        self._trainer = trainer
-        for part in self.parts.values():
-            part.trainer = trainer
-
-    def prepare_data(self) -> None:
-        for part in self.parts.values():
-            part.prepare_data()
-
     def corpora(self) -> dict[str, Corpus]:
         return {f"{name}.{k}": corpus for name, part in self.parts.items() for k, corpus in part.known_corpora.items()}
-
-    def setup(self, stage: str) -> None:
-        for part in self.parts.values():
-            part.setup(stage)
-
-    def teardown(self, stage: str) -> None:
-        for part in self.parts.values():
-            part.teardown(stage)
 
     # the sets --------------------------------------------------------------------------------------------------
 
@@ -255,8 +226,7 @@ class Mixture(DataModule):
         return list(self.parts.values())[index >> BITS], index & (1 << BITS) - 1
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        training = self.trainer is not None and self.trainer.training
-        training = training if training in self._after else not training
+        training = self.training if self.training in self._after else not self.training
         names = list(self.parts)
         rows: dict[int, list[int]] = {}
         for row, number in enumerate(batch.source.tolist()):
@@ -317,7 +287,7 @@ def _same_tokens(parts: Mapping[str, DataModule]) -> None:
     """Raises ValueError for parts of different tokenizers: one text tower would get two meanings of an id."""
     first: tuple[str, list[int]] | None = None
     for name, part in parts.items():
-        tokenizer = part.codec
+        tokenizer = part.tokenizer
         if tokenizer is None:
             continue
         ids = tokenizer.ids(_PROBE)

@@ -6,13 +6,12 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from descant.datamodules.base import BatchDataset, DataModule
-from descant.datamodules.order import Order, Window
+from descant.datamodules.base import BatchDataset, CompositeDataModule, DataModule
+from descant.datamodules.resumable_sampler import Order, Window
 from descant.datamodules.tasks.rollout_buffer import PooledDialogues
 from descant.modules.core.batch import Batch
 from descant.modules.core.budget import whole_steps
@@ -109,7 +108,7 @@ class StagedOrder(Order):
             yield next(windows)._replace(number=position)
 
 
-class StagedData(DataModule):
+class StagedData(CompositeDataModule):
     """Trains on one data module after the other, each in its :class:`StageData`; the recipe is Staged.
 
     Epochs are counted through all stages, and their sum ends the run. Evaluation is the same in all stages: everything
@@ -147,18 +146,14 @@ class StagedData(DataModule):
         self.steps: dict[str, int] = {}
         self._lengths: dict[str, int | None] = {}
         self._counted: dict[str, int] = {}  # stage with a budget in FLOPs -> its optimizer steps
-        for part in self.parts:
+        for part in self.inner:
             part.tiny = part.tiny or tiny
             if num_workers is not None and not isinstance(part, PooledDialogues):
                 part.num_workers = num_workers
 
     @property
-    def parts(self) -> list[DataModule]:
+    def inner(self) -> list[DataModule]:
         return [stage.data for stage in self.stages.values()]
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(m for part in self.parts for m in part.modalities))
 
     # the current stage ------------------------------------------------------------------------------------------
 
@@ -201,23 +196,8 @@ class StagedData(DataModule):
 
     # the hooks of the parts -------------------------------------------------------------------------------------
 
-    @property
-    def trainer(self) -> L.Trainer | None:
-        return self._trainer
-
-    @trainer.setter
-    def trainer(self, trainer: L.Trainer | None) -> None:
-        self._trainer = trainer
-        for part in self.parts:
-            part.trainer = trainer
-
-    def prepare_data(self) -> None:
-        for part in self.parts:
-            part.prepare_data()
-
     def setup(self, stage: str) -> None:
-        for part in self.parts:
-            part.setup(stage)
+        super().setup(stage)
         if stage != "fit" or self.trainer is None:
             return
         if not any(getattr(callback, "advances", False) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
@@ -228,10 +208,6 @@ class StagedData(DataModule):
         if given not in (None, -1, self.epochs):
             raise ValueError(f"trainer.max_epochs {given}: the stages have {self.epochs} together; set it to -1")
         loop.max_epochs = self.epochs
-
-    def teardown(self, stage: str) -> None:
-        for part in self.parts:
-            part.teardown(stage)
 
     def state_dict(self) -> dict[str, Any]:
         parts = {name: stage.data.state_dict() for name, stage in self.stages.items()}
@@ -326,14 +302,13 @@ class StagedData(DataModule):
 
     @property
     def _transforms(self) -> DataModule:
-        training = self.trainer is not None and self.trainer.training
-        return self.current if training else self.evaluated
+        return self.current if self.training else self.evaluated
 
     # what evaluation reads --------------------------------------------------------------------------------------
 
     @property
-    def codec(self) -> Tokenizer | None:
-        return self.evaluated.codec
+    def tokenizer(self) -> Tokenizer | None:
+        return self.evaluated.tokenizer
 
     @property
     def keys(self) -> str | None:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from descant.datamodules.base import BatchDataset, DataModule, Loader, available_cores
 from descant.datamodules.changes import Corpus
 from descant.datamodules.fields.fields import AudioField, Column, Field, Fields, ImageField, TextField, kinds
-from descant.datamodules.order import BlockShuffle, Order
+from descant.datamodules.resumable_sampler import BlockShuffle, Order
 from descant.datamodules.sources import find
 from descant.datamodules.sources.base import Damaged, Source, hold_out, split_named, text_of
 from descant.datamodules.sources.ledger import Ledger
@@ -46,11 +46,7 @@ class UserData(DataModule):
     held out of training by a hash of their names. Unreadable samples are noted in ``ledger.jsonl``.
 
     Args:
-        batch_size: rows of one whole optimizer step.
-        eval_batch_size: rows of an evaluation batch on each rank.
         num_workers: worker processes of each rank; by default one less than its cores.
-        drop: modality -> probability that a training sample is made absent.
-        tiny: 64 synthetic samples of the same shapes; no file is read.
         path: a folder of images, its CSV, TSV or JSON-lines file, parquet files or shards (a pattern, a list, or
             their folder).
         source: the same as an object, for options beyond a path.
@@ -65,6 +61,7 @@ class UserData(DataModule):
         damaged: ``refuse`` a table with a row that cannot be read, and shards or parquet files that are cut off or
             missing; or ``skip`` them, and list the losses in the ledger. A single sample is always skipped.
         outside: whether a table may name files outside its own folder.
+        kwargs: of every data module.
 
     Raises:
         ValueError: in one line, for data that is missing, ambiguous, unreadable or damaged.
@@ -72,11 +69,7 @@ class UserData(DataModule):
 
     def __init__(
         self,
-        batch_size: int = 256,
-        eval_batch_size: int = 512,
         num_workers: int | None = None,
-        drop: dict[str, float] | None = None,
-        tiny: bool = False,
         path: str | list[str] | None = None,
         source: Source | None = None,
         validate: Source | None = None,
@@ -89,11 +82,11 @@ class UserData(DataModule):
         augment: Augment | None = None,
         damaged: Damaged = "refuse",
         outside: bool = False,
+        **kwargs: Any,
     ) -> None:
         self.damaged, self.outside = damaged, outside
         self.path, self.source, self.validate, self.test, self.stream = path, source, validate, test, stream
         self.given, self.split, self.holdout, self.key, self.augment = fields, split, holdout, key, augment
-        self.tiny = tiny
         ways = {"path": path, "source": source, "stream": stream}
         named = [name for name, way in ways.items() if way is not None]
         if len(named) > 1:
@@ -108,7 +101,7 @@ class UserData(DataModule):
         self._streamed: StreamSet | None = None  # the training set
         self._marks: Marks = {}  # of a resume point
         self._report = DataReport(self)
-        super().__init__(batch_size, eval_batch_size, num_workers or 0, drop, tiny)
+        super().__init__(num_workers=num_workers or 0, **kwargs)
         image = self.given.image if self.given is not None else None
         if augment is not None and image is not None and augment.size != image.size:
             raise ValueError(f"augment.size {augment.size} is not fields.image.size {image.size}")
@@ -129,9 +122,9 @@ class UserData(DataModule):
         return self.stream is None and any(getattr(field, "keep", None) for field in self.fields.values())
 
     @property
-    def codec(self) -> Tokenizer | None:
+    def tokenizer(self) -> Tokenizer | None:
         text = self.fields.get("text")
-        return text.codec if isinstance(text, TextField) else None
+        return text.tokenizer if isinstance(text, TextField) else None
 
     @property
     def keys(self) -> str | None:
@@ -381,13 +374,12 @@ class UserData(DataModule):
         fields = self.given.labels if self.given is not None else {}
         if target not in fields:
             raise ValueError(f"target: {target!r} is not one of {', '.join(fields) or 'the labels: there are none'}")
-        tokenizer = self.codec
-        if tokenizer is None:
+        if self.tokenizer is None:
             raise ValueError(f"target: {target!r}: prompts are texts, and this data has no text field")
         forms = fields[target].prompts
         names = self.classes[target]
         words = [name.replace("_", " ").replace("-", " ") for name in names]
-        return torch.stack([tokenizer([form.format(name) for form in forms]) for name in words]), names
+        return torch.stack([self.tokenizer([form.format(name) for form in forms]) for name in words]), names
 
     def _at(self, index: int) -> tuple[str, int] | None:
         """The source of a sample, and its row there; None for samples of a stream."""
@@ -428,13 +420,12 @@ class UserData(DataModule):
     # on the device ---------------------------------------------------------------------------------------------
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        training = self.trainer is not None and self.trainer.training
         image, audio = self.fields.get("image"), self.fields.get("audio")
         if isinstance(image, ImageField):
-            view = self.augment if training and self.augment is not None else image.pixels
+            view = self.augment if self.training and self.augment is not None else image.pixels
             batch.inputs["image"] = view(batch.inputs["image"], batch.rng_seed)
         if isinstance(audio, AudioField):
-            batch.inputs["audio"] = audio.features(batch.inputs["audio"], batch.rng_seed if training else None)
+            batch.inputs["audio"] = audio.features(batch.inputs["audio"], batch.rng_seed if self.training else None)
         return batch
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from descant.datamodules.fields.fields import TextField
 from descant.datamodules.sources.base import text_of
 from descant.datamodules.sources.reading import UserDataset
+from descant.modules.core.errors import warn
 
 if TYPE_CHECKING:
     from descant.datamodules.user_data import UserData
@@ -80,8 +80,8 @@ class DataReport:
                 continue
         share = sum(truncated) / max(len(truncated), 1)
         if share > _TRUNCATED:
-            line = f"{share:.0%} of the captions are longer than {text.codec.length} tokens and are truncated"
-            _warn(f"{line}: data.fields.text.codec.length")
+            line = f"{share:.0%} of the captions are longer than {text.tokenizer.length} tokens and are truncated"
+            warn(f"{line}: data.fields.text.tokenizer.length")
 
     def _losses(self) -> None:
         data = self.data
@@ -92,7 +92,7 @@ class DataReport:
         for fault in faults:
             data.ledger.lose(*fault)
         first = f"{faults[0].file}: {faults[0].why}" if faults[0].file else faults[0].why
-        _warn(f"{first} ({len(faults):,} in all: {data.ledger.path or 'the ledger'})")
+        warn(f"{first} ({len(faults):,} in all: {data.ledger.path or 'the ledger'})")
 
     def epoch_end(self) -> None:
         """Report how many samples could not be read, where these are more than reported before."""
@@ -103,8 +103,4 @@ class DataReport:
         self.unread = count
         which = f"{count:,} samples could not be read, the last" if count > 1 else "1 sample could not be read:"
         last = f"{notes[-1]['sample']}: {notes[-1]['why']}"
-        _warn(f"data: {which} {last}; all of them: {self.data.ledger.path}")
-
-
-def _warn(line: str) -> None:
-    print(f"descant: warning: {line}", file=sys.stderr, flush=True)
+        warn(f"data: {which} {last}; all of them: {self.data.ledger.path}")

@@ -75,9 +75,9 @@ class Contrastive(SharedSpace):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        codec = getattr(datamodule_of(self.trainer), "codec", None)
-        if isinstance(codec, Tokenizer) and self.knowledge is not None:
-            require_fit(codec, self.knowledge, "knowledge")
+        tokenizer = getattr(datamodule_of(self.trainer), "tokenizer", None)
+        if isinstance(tokenizer, Tokenizer) and self.knowledge is not None:
+            require_fit(tokenizer, self.knowledge, "knowledge")
 
     def together(self, h: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         z = super().together(h, batch)

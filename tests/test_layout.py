@@ -26,7 +26,7 @@ MAY = {
         "descant.datamodules",
         *(
             f"descant.modules.{part}"
-            for part in ("core", "tokenizers", "transforms", "io.cache", "io.files", "io.jsonl")
+            for part in ("core", "tokenizers", "transforms", "io.cache", "io.files", "io.jsonl", "io.names")
         ),
     ),
 }

@@ -141,7 +141,7 @@ class Inversion(_BankRetrieval):
 
     Raises:
         ValueError: for a template without its place, or a limit below 2; at setup, for a recipe that lacks the protocol
-            Inverts, a tower without ``embed`` and ``encode``, a data module without a bank, a tokenizer (``codec``) or
+            Inverts, a tower without ``embed`` and ``encode``, a data module without a bank, a ``tokenizer`` or
             prompts of the target; at evaluation, for an unknown modality, target or set.
 
     Source: arXiv 2502.04263.
@@ -181,9 +181,9 @@ class Inversion(_BankRetrieval):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         assert has(pl_module, Inverts)
-        tokenizer = trainer.datamodule.codec  # type: ignore[attr-defined]
+        tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         if not isinstance(tokenizer, Tokenizer):
-            raise ValueError("Inversion: the data module has no tokenizer (codec) for the template; Emoji has one")
+            raise ValueError("Inversion: the data module has no tokenizer for the template; Emoji has one")
         self._tokenizer = tokenizer
         text_frame(pl_module, self.through, tokenizer, self.template, self.oti.tokens)
         if self.ovi is not None:

@@ -83,7 +83,7 @@ class Stages(Ordered):
             other = next((name for name in of_data if name not in of_model), None)
             hint = "in another order" if other is None else f"{other!r}: {no_such(other, of_model)}"
             raise ValueError(f"data.stages {', '.join(of_data)}, model.stages {', '.join(of_model)}: {hint}")
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = trainer.callbacks
         rollouts, resizing = (any(is_a(c, (kind,)) for c in callbacks) for kind in ("Rollouts", "ProgressiveResizing"))
         for name, during in data.stages.items() if stage == "fit" else ():
             if has(during.data, RolloutData) and during.epochs and not rollouts:

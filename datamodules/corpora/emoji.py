@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from descant.datamodules.base import BatchDataset, DataModule
+from descant.datamodules.base import BatchDataset
 from descant.datamodules.corpora.base import (
     ImageViews,
-    Tokenized,
     class_prompts,
     flattened,
     name_hash,
@@ -27,22 +26,20 @@ from descant.datamodules.corpora.base import (
 )
 from descant.datamodules.corpora.captions import CaptionMixer, Drawings, MixedCaptions
 from descant.datamodules.corpora.emoji_pack import DEVELOPMENT_VENDOR, PACK, VENDORS, Captions, Pack, load_pack
-from descant.datamodules.corpora.emoji_set import EmojiSet
+from descant.datamodules.corpora.emoji_set import EmojiSet, Row
 from descant.datamodules.corpora.spoken import SpokenNames, SpokenNamesSource
 from descant.datamodules.corpora.stimuli import noise_facts, product_facts, text_facts, valence_facts, visual_facts
 from descant.datamodules.names import require_known
-from descant.datamodules.order import Slot
+from descant.datamodules.resumable_sampler import Slot
 from descant.modules.core.batch import Batch
 from descant.modules.tokenizers.text import BPETokenizer, Tokenizer
 from descant.modules.transforms.image import Augment, colour_names, edges
 
 #: Modalities that are computed from the image, on the device.
 DERIVED: dict[str, Callable[[Tensor], Tensor]] = {"sketch": edges, "palette": colour_names}
-#: (concept, vendor, whether its image is present, whether its text is).
-Row = tuple[int, str, bool, bool]
 
 
-class Emoji(ImageViews, Tokenized, DataModule):
+class Emoji(ImageViews):
     """The emoji pack as image-text pairs, with a sketch, a palette or speech as further modalities.
 
     Evaluation sets of "validate": ``val`` (drawings held out of training, among the names of all training concepts).
@@ -54,11 +51,6 @@ class Emoji(ImageViews, Tokenized, DataModule):
     target ``distance``, the edits from the English name.
 
     Args:
-        batch_size: rows of one whole optimizer step.
-        eval_batch_size: rows of an evaluation batch on each rank.
-        num_workers: processes that read ahead; the pack is in memory, so 0 is best.
-        drop: modality -> probability that a training sample is made absent.
-        tiny: a twelfth of the pack, for tests and for `check`.
         size: pixels of a side of the images.
         text: the tokenizer; the pack's own BPE with rows of 24 by default.
         languages: of the training captions.
@@ -85,15 +77,11 @@ class Emoji(ImageViews, Tokenized, DataModule):
         mixer: samples the source of each training caption at each visit, names or what is measured in the drawing, in
             English; ``name_only`` and ``nameless`` then have no effect. Evaluation is the same with and without.
         folder: of the pack.
+        kwargs: of every data module.
     """
 
     def __init__(
         self,
-        batch_size: int = 256,
-        eval_batch_size: int = 512,
-        num_workers: int = 0,
-        drop: dict[str, float] | None = None,
-        tiny: bool = False,
         size: int = 32,
         text: Tokenizer | None = None,
         languages: list[str] | None = None,
@@ -115,10 +103,11 @@ class Emoji(ImageViews, Tokenized, DataModule):
         paired: bool = False,
         mixer: CaptionMixer | None = None,
         folder: str | None = None,
+        **kwargs: Any,
     ) -> None:
         self.speech, self.foreign = speech, foreign or []
         self.derived = [m for m, on in (("sketch", sketch), ("palette", palette)) if on]
-        super().__init__(batch_size, eval_batch_size, num_workers, drop, tiny)
+        super().__init__(**kwargs)
         self.text, self.languages = text, languages or ["en"]
         self.vendors = vendors or ["noto", "twemoji", "openmoji"]
         self.name_only, self.nameless, self.keywords = name_only, nameless, keywords
@@ -222,7 +211,7 @@ class Emoji(ImageViews, Tokenized, DataModule):
             for name, classes in self.classes.items()
         }
 
-    def _facts(self, vendors: Sequence[str]) -> dict[str, dict[int, Tensor]]:
+    def facts(self, vendors: Sequence[str]) -> dict[str, dict[int, Tensor]]:
         """Name -> vendor number -> a float target of all concepts, computed once for each vendor."""
         for vendor in vendors:
             if vendor not in self._visual:
@@ -249,36 +238,6 @@ class Emoji(ImageViews, Tokenized, DataModule):
         }
 
     # the sets --------------------------------------------------------------------------------------------------
-
-    def _set(
-        self,
-        rows: Sequence[Row],
-        captions: Captions | None = None,
-        label: Mapping[str, np.ndarray] | None = None,
-        random: bool = False,
-        **options: Any,
-    ) -> EmojiSet:
-        if self.paired and not random:
-            rows = [(c, v, True, True) for c, v, image, _ in rows if image and self.pack.drawings(v)[1][c]]
-        concept, vendor, _, text = zip(*rows, strict=True)
-        good = {v: self.pack.drawings(v)[1] for v in set(vendor)}
-        return EmojiSet(
-            self.pack,
-            captions or self.captions,
-            np.array(concept),
-            np.array([VENDORS.index(v) for v in vendor]),
-            np.array([has and good[v][c] for c, v, has, _ in rows]),
-            np.array(text),
-            seed=self.seed,
-            key_N=self.pack.key_N,
-            label=self.label | dict(label or {}),
-            size=self.size,
-            random=random,
-            derived=self.derived,
-            facts=self._facts(sorted(set(vendor))) if self.readout and not random else None,
-            spoken=self.spoken,
-            **({"keywords": self.keywords} | options),
-        )
 
     @cached_property
     def bank_rows(self) -> list[Row]:
@@ -319,45 +278,35 @@ class Emoji(ImageViews, Tokenized, DataModule):
         return self.mixed.statistics(np.arange(len(data)), data.draws(slots), np.full(len(data), epoch))
 
     def training_set(self) -> EmojiSet:
-        return self._set(
-            self.training_rows,
-            shuffle=self.shuffle_captions,
-            random=True,
-            token_dropout=self.token_dropout,
-            views=self.views.get("image", 1),
-            vendors=self.vendors,
-            transform=self.transform,
-            drop=self.drop,
-            mixed=self.mixed,
-        )
+        return EmojiSet(self, self.training_rows, random=True)
 
     def bank_set(self) -> EmojiSet:
-        return self._set(self.bank_rows)
+        return EmojiSet(self, self.bank_rows)
 
     def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
         seen, unseen = self.seen, np.flatnonzero(self.test_N & self.usable_N)
         if stage == "validate" and not self.development:
             images = [(int(c), v, True, False) for v in self.vendors for c in seen if self._validates(c, v)]
-            return {"val": self._set(images + [(int(c), self.vendors[0], False, True) for c in seen])}
+            return {"val": EmojiSet(self, images + [(int(c), self.vendors[0], False, True) for c in seen])}
         vendor = self.held_out_vendor
         # images of training concepts, among the names of all concepts
         names = [(int(c), vendor, bool(not self.test_N[c]), True) for c in np.flatnonzero(self.usable_N)]
         # a concept's name is in the gallery once, however many vendors draw it
         drawings = [(int(c), v, True, k == 0) for k, v in enumerate(self.vendors) for c in unseen]
         sets: dict[str, BatchDataset] = {
-            "vendor": self._set(names),
-            "concept": self._set(drawings),
-            "both": self._set([(int(c), vendor, True, True) for c in unseen]),
+            "vendor": EmojiSet(self, names),
+            "concept": EmojiSet(self, drawings),
+            "both": EmojiSet(self, [(int(c), vendor, True, True) for c in unseen]),
         }
         trained = {self.pack.rows[c]["family"] for c in seen}
         apart = {int(c) for c in unseen if self.pack.rows[c]["family"] not in trained}
-        sets["apart"] = self._set([(c, v, c in apart, text) for c, v, _, text in drawings])
+        sets["apart"] = EmojiSet(self, [(c, v, c in apart, text) for c, v, _, text in drawings])
         held = str(self.manifest["held_out_language"])
         if len(self.languages) > 1 and held not in self.languages:
-            sets["language"] = self._set(*self._named(held, self.vendors[0]))
+            sets["language"] = EmojiSet(self, *self._named(held, self.vendors[0]))
         for language in self.foreign:
             label = {"distance": self._distance(language)}
-            sets[language] = self._set(*self._named(language, vendor), label, keywords=False)
+            sets[language] = EmojiSet(self, *self._named(language, vendor), label, keywords=False)
         return sets
 
     def _named(self, language: str, vendor: str) -> tuple[list[Row], Captions]:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from descant.datamodules.base import BatchDataset, DataModule, Rows
-from descant.datamodules.corpora.base import Packaged, is_training, require_size
+from descant.datamodules.base import BatchDataset, NumberedDataset, Rows
+from descant.datamodules.corpora.base import DebianPackaged, require_size
 from descant.datamodules.prepare.fashion import CLASSES, DEB, SIDE, Pictures
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import mix_N
@@ -25,7 +26,7 @@ from descant.modules.transforms.image import Crop
 VALIDATION = 12
 
 
-class FashionSet(BatchDataset):
+class FashionSet(NumberedDataset):
     """Some images of the corpus.
 
     Args:
@@ -33,27 +34,20 @@ class FashionSet(BatchDataset):
         id_N: which of them are in this set; an image's place in the corpus is its id.
     """
 
+    modalities = ("image",)
+
     def __init__(
         self, image: Tensor, label: Tensor, id_N: np.ndarray, seed: int, drop: Mapping[str, float] | None = None
     ) -> None:
         super().__init__(seed, drop)
         self.image, self.label, self.id_N = image, label, id_N
 
-    def __len__(self) -> int:
-        return len(self.id_N)
-
-    def identity(self, index_B: np.ndarray) -> np.ndarray:
-        return self.id_N[index_B]
-
-    def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
-        return {"image": torch.ones(len(index_N), dtype=torch.bool)}
-
     def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
         id_B = torch.from_numpy(self.id_N[index_B])
         return Rows({"image": self.image[id_B, None]}, {"label": self.label[id_B]}, id_B)
 
 
-class Fashion(Packaged, DataModule):
+class Fashion(DebianPackaged):
     """Fashion-MNIST as one modality, ``image``, with the target ``label``.
 
     A batch holds uint8 ``[B, 1, 28, 28]``, and on the device float32 ``[B, 1, S, S]`` in -1..1, padded with black.
@@ -63,18 +57,11 @@ class Fashion(Packaged, DataModule):
     The package is fetched once by ``apt-get download``, or given as a file, and unpacked into the cache (30 MB).
 
     Args:
-        batch_size: rows of one whole optimizer step.
-        eval_batch_size: rows of an evaluation batch on each rank.
-        num_workers: processes that read ahead; the corpus is in memory, so 0 is best.
-        drop: modality -> probability that a training sample is made absent.
-        tiny: 600 + 100 synthetic images of the same shapes, for tests and for `check`; nothing is fetched.
         size: S, 32 (padded by two black pixels) or 28.
         augment: of training images, on the device; none by default.
         limit: number of training images, the first in the order of the split; all by default.
         bank: most training images that k-NN and probes are fitted on; None for all.
-        deb: the package as a file; fetched by apt by default.
-        accept: SHA-256 of packages to accept beside the known ones.
-        cache: folder of the corpus.
+        kwargs: of every data module of a Debian package.
 
     Raises:
         ValueError: for a size or number out of range, or without the package.
@@ -87,22 +74,14 @@ class Fashion(Packaged, DataModule):
 
     def __init__(
         self,
-        batch_size: int = 256,
-        eval_batch_size: int = 512,
-        num_workers: int = 0,
-        drop: dict[str, float] | None = None,
-        tiny: bool = False,
         size: int = 32,
         augment: Crop | None = None,
         limit: int | None = None,
         bank: int | None = 20_000,
-        deb: str | None = None,
-        accept: list[str] | None = None,
-        cache: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, num_workers, drop, tiny)
+        super().__init__(**kwargs)
         self.size, self.augment, self.limit, self.bank = size, augment, limit, bank
-        self._package = DEB, deb, accept or (), cache
         if size not in (SIDE, 32):
             near = SIDE if abs(size - SIDE) <= abs(size - 32) else 32
             raise ValueError(f"size {size}: the images have {SIDE} pixels, 32 with padding; nearest: {near}")
@@ -111,6 +90,8 @@ class Fashion(Packaged, DataModule):
         for name, count in (("limit", limit), ("bank", bank)):
             if count is not None and count < 1:
                 raise ValueError(f"{name} {count}: at least 1 image; leave it out for all")
+
+    package = DEB
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -173,7 +154,7 @@ class Fashion(Packaged, DataModule):
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         x_B1SS = F.pad(batch.inputs["image"], ((self.size - SIDE) // 2,) * 4)
-        if self.augment is not None and is_training(self.trainer):
+        if self.augment is not None and self.training:
             batch.inputs["image"] = self.augment(x_B1SS, batch.rng_seed)
         else:
             batch.inputs["image"] = x_B1SS.float().div_(127.5).sub_(1)

@@ -5,17 +5,21 @@ Letters: B samples, S side of a crop, H and W pixels of the scene.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from descant.datamodules.corpora.base import Packaged
+from descant.datamodules.corpora.base import DebianPackaged
 from descant.datamodules.corpora.crops import Box, CropModule
 from descant.datamodules.prepare.landsat import DEB, load
 
 
-class Landsat(Packaged, CropModule):
+class Landsat(CropModule, DebianPackaged):
     """Crops of one scene: modalities ``visible`` (bands 1, 2, 3) and ``infrared`` (4, 5, 7), float32 ``[B, 3, S, S]``.
+
+    S is at most 88.
 
     Regions: ``test`` is the left third of the scene; of the rest, ``val`` is the lower quarter and ``train`` what is
     above it, with gaps of at least S pixels. The sea is on the right, so a test on that third would be of what training
@@ -30,16 +34,8 @@ class Landsat(Packaged, CropModule):
     Args:
         batch_size: rows of one whole optimizer step.
         eval_batch_size: rows of an evaluation batch on each rank.
-        num_workers: processes that read ahead; the scene is in memory, so 0 is best.
-        drop: modality -> probability that a training sample is made absent.
-        tiny: a synthetic scene that fits the size, for tests and for `check`; nothing is fetched.
-        size: S, at most 88.
-        samples: training crops of an epoch.
-        stride: pixels from one crop of the grids to the next; half of ``size`` by default.
         turn: training crops in all eight positions, or upright.
-        deb: the package as a file; fetched by apt by default.
-        accept: SHA-256 of packages to accept beside the known ones.
-        cache: folder of the corpus.
+        kwargs: of every data module of crops and of a Debian package.
 
     Raises:
         ValueError: for a size that fits into no region, or without the package.
@@ -50,25 +46,17 @@ class Landsat(Packaged, CropModule):
     (torch.Size([4, 3, 16, 16]), (96, 32), 'row 1 to 16, column 1 to 16')
     """
 
+    package = DEB
     axes = ("row", "column")
 
     def __init__(
         self,
         batch_size: int = 128,
         eval_batch_size: int = 128,
-        num_workers: int = 0,
-        drop: dict[str, float] | None = None,
-        tiny: bool = False,
-        size: int = 32,
-        samples: int = 2048,
-        stride: int | None = None,
         turn: bool = True,
-        deb: str | None = None,
-        accept: list[str] | None = None,
-        cache: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, num_workers, drop, tiny, size, samples, stride, turn, turn)
-        self._package = DEB, deb, accept or (), cache
+        super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, flip=turn, turn=turn, **kwargs)
 
     @property
     def modalities(self) -> tuple[str, ...]:

@@ -124,8 +124,8 @@ def _measure(x_R4HW: Tensor) -> list[np.ndarray]:
     y_RHW, x_RHW = (
         t.expand(rows, high, wide).double() for t in (torch.arange(high)[:, None], torch.arange(wide)[None])
     )
-    top_R, bottom_R = _ends(mask_RHW.any(dim=2))
-    left_R, right_R = _ends(mask_RHW.any(dim=1))
+    top_R, bottom_R = first_and_end(mask_RHW.any(dim=2))
+    left_R, right_R = first_and_end(mask_RHW.any(dim=1))
     box_h_R, box_w_R = (bottom_R - top_R).double(), (right_R - left_R).double()
     side_R = torch.maximum(box_h_R, box_w_R).clamp(min=1)
     cx_R, cy_R = ((t * mask_RHW).sum(dim=(1, 2)) / area_R for t in (x_RHW, y_RHW))
@@ -164,7 +164,7 @@ def _measure(x_R4HW: Tensor) -> list[np.ndarray]:
     return [t.double().numpy() for t in measured]
 
 
-def _ends(any_RN: Tensor) -> tuple[Tensor, Tensor]:
+def first_and_end(any_RN: Tensor) -> tuple[Tensor, Tensor]:
     """First True, and one past the last; both 0 where there is none."""
     size = any_RN.shape[1]
     some_R = any_RN.any(dim=1)

@@ -8,20 +8,21 @@ P pairs of concepts, K objects of a scene, R = K - 1 clauses of a caption, S pix
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from descant.datamodules.base import BatchDataset, DataModule, Rows
-from descant.datamodules.corpora.base import ImageViews, Tokenized, flattened, run_ledger
+from descant.datamodules.base import BatchDataset, NumberedDataset, Rows
+from descant.datamodules.corpora.base import ImageViews, flattened, run_ledger
 from descant.datamodules.corpora.emoji_pack import DEVELOPMENT_VENDOR, PACK, VENDORS, Pack
 from descant.datamodules.corpora.scene_world import CONCEPTS, SIZES, STEPS, TRIPLES, Graph, Scene, World
 from descant.datamodules.names import require_known
-from descant.datamodules.order import Slot
+from descant.datamodules.resumable_sampler import Slot
 from descant.modules.core.batch import NEGATIVE
 from descant.modules.core.rng import mix_N, salt, uniform_NK
 from descant.modules.tokenizers.text import Tokenizer, WordTokenizer
@@ -41,44 +42,32 @@ SETS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
 }
 
 
-class SceneSet(BatchDataset):
+class SceneSet(NumberedDataset):
     """One row for each relation between the concepts of a pair, in both orders.
 
     Everything else about a scene (places, sizes, vendors, further objects) is sampled: by the seed of the visit in
     training, by the id of the scene in evaluation, which has the same scenes in every run.
 
     Args:
-        world: of all sets.
-        fact_N3: first concept, relation, second concept.
-        id_N: stable ids of the rows.
-        vendors: numbers of the vendors.
-        together_CC: bool, which concepts may be in one scene of this set.
-        seed, drop: as in BatchDataset.
-        random: sampled anew at each visit.
+        data: module with the world and its splits.
+        name: one of ``SETS``.
+        scenes: number of them, chosen by a hash of their ids; all by default.
+        random: a training set: sampled anew at each visit.
         exchanged: heads and tails of the triples are exchanged: a control of the benefit of triples.
     """
 
     def __init__(
-        self,
-        world: World,
-        fact_N3: np.ndarray,
-        id_N: np.ndarray,
-        vendors: Sequence[int],
-        together_CC: np.ndarray,
-        seed: int,
-        random: bool = False,
-        exchanged: bool = False,
-        drop: Mapping[str, float] | None = None,
+        self, data: Scenes, name: str, scenes: int | None = None, random: bool = False, exchanged: bool = False
     ) -> None:
-        super().__init__(seed, drop)
-        self.world, self.fact_N3, self.id_N, self.vendors = world, fact_N3, id_N, np.array(vendors)
-        self.together_CC, self.random, self.exchanged = together_CC, random, exchanged
-
-    def __len__(self) -> int:
-        return len(self.fact_N3)
-
-    def identity(self, index_B: np.ndarray) -> np.ndarray:
-        return self.id_N[index_B]
+        super().__init__(data.seed, data.drop if random else None)
+        self.world, self.random, self.exchanged = data.world, random, exchanged
+        self.fact_N3, self.id_N = data.facts(name)
+        if scenes is not None:
+            chosen = np.sort(np.argsort(mix_N(self.id_N, "scenes/chosen"))[:scenes])
+            self.fact_N3, self.id_N = self.fact_N3[chosen], self.id_N[chosen]
+        _, vendor, beside = SETS[name]
+        self.vendors = np.array([VENDORS.index(v) for v in ([vendor] if vendor else data.vendors)])
+        self.together_CC = data.together(*beside)  # which concepts may be in one scene
 
     def draws(self, slots: Sequence[Slot]) -> np.ndarray:
         if self.random:
@@ -151,7 +140,7 @@ def _pick(free_BC: np.ndarray, u_B: np.ndarray) -> np.ndarray:
     return (reach_BC > _floor(u_B, reach_BC[..., -1])[..., None]).argmax(axis=-1)
 
 
-class Scenes(ImageViews, Tokenized, DataModule):
+class Scenes(ImageViews):
     """Composed scenes as image-text pairs, each with a hard negative of its caption and the triples of both.
 
     Inputs: ``image``; ``text`` and ``text_neg``; ``triples`` and ``triples_neg``, token ids ``[B, 6, 3, 5]``. Targets:
@@ -165,10 +154,6 @@ class Scenes(ImageViews, Tokenized, DataModule):
 
     Args:
         batch_size: rows of one whole optimizer step.
-        eval_batch_size: rows of an evaluation batch on each rank.
-        num_workers: processes that read ahead; everything is in memory, so 0 is best.
-        drop: modality -> probability that a training sample is made absent.
-        tiny: a dozen concepts and a few scenes, for tests and for `check`.
         size: S, pixels of the canvas, which the grid divides.
         grid: cells of a side.
         objects: K of a scene; the caption states the relation from each to the next.
@@ -182,6 +167,7 @@ class Scenes(ImageViews, Tokenized, DataModule):
             a control on which a model that uses the triples is worse.
         augment: of training images, on the device.
         folder: of the pack.
+        kwargs: of every data module.
 
     Raises:
         ValueError: for an unknown concept, relation or vendor, vendors that are held out, sizes that do not fit, and an
@@ -195,10 +181,6 @@ class Scenes(ImageViews, Tokenized, DataModule):
     def __init__(
         self,
         batch_size: int = 96,
-        eval_batch_size: int = 512,
-        num_workers: int = 0,
-        drop: dict[str, float] | None = None,
-        tiny: bool = False,
         size: int = 48,
         grid: int = 2,
         objects: int = 2,
@@ -211,14 +193,15 @@ class Scenes(ImageViews, Tokenized, DataModule):
         exchanged: bool = False,
         augment: Augment | None = None,
         folder: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, num_workers, drop, tiny)
+        super().__init__(batch_size=batch_size, **kwargs)
         self.grid, self.objects, self.sizes = grid, objects, sizes
-        self.concepts = concepts or list(CONCEPTS[:: 4 if tiny else 1])
+        self.concepts = concepts or list(CONCEPTS[:: 4 if self.tiny else 1])
         self.relations = relations or ["left of", "right of", "above", "below"]
         trained = [v for v in VENDORS if v not in (DEVELOPMENT_VENDOR, HELD_OUT_VENDOR)]
         self.vendors = vendors or trained
-        self.text, self.scenes, self.exchanged = text, 48 if tiny else scenes, exchanged
+        self.text, self.scenes, self.exchanged = text, 48 if self.tiny else scenes, exchanged
         self.folder = Path(folder) if folder else PACK
         require_known("relations", self.relations, tuple(STEPS))
         require_known("vendors", self.vendors, trained)
@@ -300,43 +283,27 @@ class Scenes(ImageViews, Tokenized, DataModule):
         id_N = ((pair_N * len(self.relations) + relation_N) * 2 + turn_N) * len(SETS) + list(SETS).index(name)
         return np.stack([first_N, relation_N, second_N], axis=1), id_N
 
-    def _set(self, name: str, scenes: int | None = None, random: bool = False, exchanged: bool = False) -> SceneSet:
-        fact_N3, id_N = self.facts(name)
-        if scenes is not None:
-            chosen = np.sort(np.argsort(mix_N(id_N, "scenes/chosen"))[:scenes])
-            fact_N3, id_N = fact_N3[chosen], id_N[chosen]
-        _, vendor, beside = SETS[name]
-        return SceneSet(
-            self.world,
-            fact_N3,
-            id_N,
-            [VENDORS.index(v) for v in ([vendor] if vendor else self.vendors)],
-            self.together(*beside),
-            self.seed,
-            random=random,
-            exchanged=exchanged,
-            drop=self.drop if random else None,
-        )
-
     def training_set(self) -> SceneSet:
-        return self._set("train", random=True)
+        return SceneSet(self, "train", random=True)
 
     def bank_set(self) -> SceneSet:
-        return self._set("train")
+        return SceneSet(self, "train")
 
     def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
         if stage == "validate":
-            return {"val": self._set("val", self.scenes)}
-        sets: dict[str, BatchDataset] = {name: self._set(name, self.scenes) for name in ("vendor", "pairs", "both")}
+            return {"val": SceneSet(self, "val", self.scenes)}
+        sets: dict[str, BatchDataset] = {
+            name: SceneSet(self, name, self.scenes) for name in ("vendor", "pairs", "both")
+        }
         if self.exchanged:
-            sets["exchanged"] = self._set("both", self.scenes, exchanged=True)
+            sets["exchanged"] = SceneSet(self, "both", self.scenes, exchanged=True)
         return sets
 
     # what evaluation reads -------------------------------------------------------------------------------------------
 
     def _one(self, index: int) -> Scene:
         """The scene of an id, as in evaluation."""
-        rows = self._set(list(SETS)[index % len(SETS)])
+        rows = SceneSet(self, list(SETS)[index % len(SETS)])
         (row,) = np.flatnonzero(rows.id_N == index)
         return rows.scene(np.array([row]), mix_N(np.array([index]), "scene"))
 

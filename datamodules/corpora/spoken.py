@@ -78,7 +78,7 @@ class SpokenNames:
     def source(self, names: Sequence[str], tiny: bool) -> SpokenNamesSource:
         """The clips of all names, in their order; tiny: tones, a pitch a letter, and nothing is fetched."""
         if tiny:
-            return SpokenNamesSource(hummed(names, len(self._all)), self)
+            return SpokenNamesSource(synthetic_speech(names, len(self._all)), self)
         return SpokenNamesSource(Spoken.load(prepared(names, self._all, self.wheel, self.accept, self.cache)), self)
 
     def view(self, batch: Batch, training: bool) -> None:
@@ -116,7 +116,7 @@ def cut(wave: np.ndarray, span_B2: np.ndarray, samples: int) -> tuple[Tensor, Te
     return torch.from_numpy(audio_BS), torch.from_numpy(length_B)
 
 
-def hummed(names: Sequence[str], voices: int) -> Spoken:
+def synthetic_speech(names: Sequence[str], voices: int) -> Spoken:
     """Synthetic clips for tests: a tone of 0.05 s a letter, higher from voice to voice."""
     beat = np.arange(RATE // 20) / RATE
     parts, clips, end = [], np.zeros((voices, len(names), 2), np.int64), 0

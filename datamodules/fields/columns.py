@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from descant.datamodules.sources.base import PICTURES, SOUNDS, Raw, Source, media
+from descant.datamodules.sources.base import IMAGE_ENDINGS, SOUND_ENDINGS, Raw, Source, media
 from descant.modules.core.rng import uniform_N
 
 #: Names of captions; a text of another name is a caption if it is the only one.
@@ -85,7 +85,7 @@ def _kind(source: Source, field: str, cache: dict[int, dict[str, Raw]]) -> str:
         numbers = all(re.fullmatch(r"[-+\d.,eE%: ]*|true|false", text.strip()) for text in texts)
         return "number" if numbers else "text"
     name = field.rpartition(".")[2].lower()  # nothing of it can be read: go by its name
-    return "image" if name in (*PICTURES, "image") else "audio" if name in (*SOUNDS, "audio") else "unknown"
+    return "image" if name in (*IMAGE_ENDINGS, "image") else "audio" if name in (*SOUND_ENDINGS, "audio") else "unknown"
 
 
 def _readable(source: Source, index: int) -> dict[str, Raw]:

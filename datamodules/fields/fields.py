@@ -22,7 +22,7 @@ from descant.datamodules.fields.columns import kinds as kinds
 from descant.datamodules.fields.columns import numbered as numbered
 from descant.datamodules.fields.image_cache import ImageCache
 from descant.datamodules.fields.images import LIMIT, Images, Reduced
-from descant.datamodules.sources.base import PICTURES, SOUNDS, Raw, Source, nearest, text_of
+from descant.datamodules.sources.base import IMAGE_ENDINGS, SOUND_ENDINGS, Raw, Source, nearest, text_of
 from descant.modules.core.rng import uniform_N
 from descant.modules.tokenizers.text import NgramTokenizer, Tokenizer
 from descant.modules.transforms.audio import AudioAugment, LogMel, resample
@@ -97,7 +97,7 @@ class ImageField(Field):
     True
     """
 
-    kind, usual = "image", PICTURES
+    kind, usual = "image", IMAGE_ENDINGS
 
     def __init__(
         self,
@@ -142,7 +142,7 @@ class AudioField(Field):
         augment: of the features in training, or none.
     """
 
-    kind, usual = "audio", SOUNDS
+    kind, usual = "audio", SOUND_ENDINGS
 
     def __init__(
         self,
@@ -211,7 +211,7 @@ class TextField(Field):
         captions: the field, or fields with weights, such as {alt: 0.3, title: 0.7}: training samples one of those that
             a sample has, evaluation takes the first of them. A field of weight 0 is never read. By default the only
             field that can be a caption.
-        codec: the tokenizer; hashed character n-grams by default.
+        tokenizer: of the captions; hashed character n-grams by default.
 
     Raises:
         ValueError: for weights that are negative or all zero.
@@ -219,19 +219,14 @@ class TextField(Field):
 
     kind = "text"
 
-    def __init__(self, captions: str | dict[str, float] | None = None, codec: Tokenizer | None = None) -> None:
+    def __init__(self, captions: str | dict[str, float] | None = None, tokenizer: Tokenizer | None = None) -> None:
         self.captions = {captions: 1.0} if isinstance(captions, str) else captions
-        self.tokenizer = codec or NgramTokenizer()
+        self.tokenizer = tokenizer or NgramTokenizer()
         for name, weight in (self.captions or {}).items():
             if not 0 <= weight < math.inf:
                 raise ValueError(f"captions: {name} {weight} is no weight; 0 or more")
         if self.captions is not None and not any(self.captions.values()):
             raise ValueError(f"captions: the weights of {', '.join(self.captions) or 'nothing'} are all zero")
-
-    @property
-    def codec(self) -> Tokenizer:
-        """The tokenizer, by the name of the argument."""
-        return self.tokenizer
 
     @property
     def wanted(self) -> list[str]:

@@ -24,6 +24,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from descant.modules.core.errors import one_line
 from descant.modules.core.rng import uniform_NK
 
 #: Formats by Pillow's names; others are errors, whatever decoders are installed.
@@ -54,14 +55,14 @@ _ORIENTATION = 0x0112
 class Header(NamedTuple):
     """An encoded image and its upright height and width, before decoding.
 
-    ``picture`` is Pillow's, not yet loaded, or None if the fast JPEG decoder can read the data.
+    ``image`` is Pillow's, not yet loaded, or None if the fast JPEG decoder can read the data.
     """
 
     height: int
     width: int
     orientation: int
     data: bytes
-    picture: Image.Image | None
+    image: Image.Image | None
 
 
 class Reduced(NamedTuple):
@@ -260,19 +261,19 @@ class Images:
         """
         height, width, fast = _announced(data)
         self._bound(height, width)  # before Pillow, which allocates a WebP's canvas on opening
-        picture, exif = None, _jpeg_exif(data) if fast else None
+        image, exif = None, _jpeg_exif(data) if fast else None
         if not fast:
-            picture = _open(data)
-            width, height = picture.size
+            image = _open(data)
+            width, height = image.size
             self._bound(height, width)
-            _bounded(picture)
-            exif = picture.info.get("exif")
+            _bounded(image)
+            exif = image.info.get("exif")
         if min(height, width) < 1:
             raise ValueError("no pixels")
         orientation = _orientation(exif)
         if orientation >= 5:
             height, width = width, height
-        return Header(height, width, orientation, data, picture)
+        return Header(height, width, orientation, data, image)
 
     def _bound(self, height: int, width: int) -> None:
         if height * width > self.limit:
@@ -285,9 +286,9 @@ class Images:
             ValueError: for truncated or broken data.
         """
         high, wide = header[:2] if header.orientation < 5 else header[1::-1]
-        times = self.reduction(box) if header.picture is None else 1
+        times = self.reduction(box) if header.image is None else 1
         try:
-            if header.picture is None:
+            if header.image is None:
                 try:
                     # no shape above these: other fractions of libjpeg-turbo, such as 3/8, are slow
                     least = {"min_height": -(-high // times), "min_width": -(-wide // times)}
@@ -295,9 +296,9 @@ class Images:
                 except ValueError:  # warnings of libjpeg are errors here; Pillow reads the harmless ones
                     times, x_HWC = 1, rgb_of(_open(header.data))
             else:
-                x_HWC = rgb_of(header.picture)
+                x_HWC = rgb_of(header.image)
         except Exception as error:  # decoders of foreign bytes raise anything from SyntaxError to struct.error
-            raise ValueError(_line(error)) from error
+            raise ValueError(one_line(error)) from error
         if x_HWC.shape[:2] != (-(-high // times), -(-wide // times)):
             raise ValueError(f"{x_HWC.shape[1]} x {x_HWC.shape[0]} pixels, but the header has {wide} x {high}")
         top, left, bottom, right = (round(edge / times) for edge in (box[0], box[1], box[0] + box[2], box[1] + box[3]))
@@ -313,13 +314,13 @@ class Images:
         return max(times for times in (1, 2, 4, 8) if times == 1 or times <= spare)
 
 
-def _within(picture: Reduced, box: Sequence[int]) -> tuple[np.ndarray, list[int]]:
+def _within(image: Reduced, box: Sequence[int]) -> tuple[np.ndarray, list[int]]:
     """The pixels of a reduced image, and the box of the full image in them, at least a pixel a side."""
-    side = len(picture.x_SS3)
-    down, across = side / picture.height, side / picture.width
+    side = len(image.x_SS3)
+    down, across = side / image.height, side / image.width
     top, left = min(round(box[0] * down), side - 1), min(round(box[1] * across), side - 1)
     bottom, right = round((box[0] + box[2]) * down), round((box[1] + box[3]) * across)
-    return picture.x_SS3, [top, left, max(bottom - top, 1), max(right - left, 1)]
+    return image.x_SS3, [top, left, max(bottom - top, 1), max(right - left, 1)]
 
 
 # formats -------------------------------------------------------------------------------------------------------
@@ -370,38 +371,38 @@ def _open(data: bytes) -> Image.Image:
         start = f"begins with {data[:4]!r}" if data else "no bytes"
         raise ValueError(f"not a whole JPEG, PNG, WebP or GIF ({len(data):,} bytes, {start})") from None
     except Exception as error:  # decoders of foreign bytes raise anything from SyntaxError to struct.error
-        raise ValueError(_line(error)) from error
+        raise ValueError(one_line(error)) from error
 
 
-def rgb_of(picture: Image.Image) -> np.ndarray:
+def rgb_of(image: Image.Image) -> np.ndarray:
     """uint8 RGB ``[H, W, 3]`` of any of Pillow's modes, over white."""
-    picture.load()
-    strip = max(_STRIP // max(picture.width, 1), 1)
-    if picture.height <= strip:
-        return _strip_of(picture)
-    x_HW3 = np.empty((picture.height, picture.width, 3), dtype=np.uint8)
-    for top in range(0, picture.height, strip):
-        box = (0, top, picture.width, min(top + strip, picture.height))
-        x_HW3[top : top + strip] = _strip_of(picture.crop(box))
+    image.load()
+    strip = max(_STRIP // max(image.width, 1), 1)
+    if image.height <= strip:
+        return _strip_of(image)
+    x_HW3 = np.empty((image.height, image.width, 3), dtype=np.uint8)
+    for top in range(0, image.height, strip):
+        box = (0, top, image.width, min(top + strip, image.height))
+        x_HW3[top : top + strip] = _strip_of(image.crop(box))
     return x_HW3
 
 
-def _strip_of(picture: Image.Image) -> np.ndarray:
-    if picture.mode.startswith("I;16"):  # 16-bit grey, which convert() clips
-        x_HW1 = (np.asarray(picture) >> 8).astype(np.uint8)[:, :, None]
+def _strip_of(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I;16"):  # 16-bit grey, which convert() clips
+        x_HW1 = (np.asarray(image) >> 8).astype(np.uint8)[:, :, None]
         return np.repeat(x_HW1, 3, axis=2)
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return np.array(picture.convert("RGB"))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(image.convert("RGB"))
 
 
-def _bounded(picture: Image.Image) -> None:
+def _bounded(image: Image.Image) -> None:
     """Raises ValueError for an image of more than ``BYTES`` when decoded."""
-    depth = _DECODERS.get(picture.format or "", _DEPTH.get(picture.mode, 4))
-    size = picture.width * picture.height * depth
+    depth = _DECODERS.get(image.format or "", _DEPTH.get(image.mode, 4))
+    size = image.width * image.height * depth
     if size > BYTES:
-        what = f"{picture.width:,} x {picture.height:,} pixels of {picture.mode}"
+        what = f"{image.width:,} x {image.height:,} pixels of {image.mode}"
         raise ValueError(f"{what} are {size:,} bytes when decoded, more than the limit of {BYTES:,}")
 
 
@@ -427,7 +428,3 @@ def _upright(x_HWC: np.ndarray, orientation: int) -> np.ndarray:
         x_HWC = x_HWC.transpose(1, 0, 2)
     down, across = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
     return np.ascontiguousarray(x_HWC[:: -1 if down else 1, :: -1 if across else 1])
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

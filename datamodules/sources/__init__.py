@@ -57,10 +57,10 @@ def find(
             if "" in splits and len(splits) > 1:
                 other = next(part[0] for split, part in splits.items() if split)
                 raise ValueError(f"{splits[''][0]}: its name begins with no split, and that of {other.name} does")
-            found: dict[str, Source] = {split: source_of(part) for split, part in splits.items()}
-            first_source = next(iter(found.values()))
+            sources: dict[str, Source] = {split: source_of(part) for split, part in splits.items()}
+            first_source = next(iter(sources.values()))
             first_source.faults = [*absent, *first_source.faults]
-            return {"": first_source} if len(found) == 1 else found
+            return {"": first_source} if len(sources) == 1 else sources
     first = Path(given[0]) if given else Path()
     if not first.exists() and not glob.has_magic(str(first)) and "{" not in str(first):
         raise ValueError(f"{first}: no such file or folder{similar(first)}")

@@ -42,8 +42,8 @@ REMEDY = "damaged: skip reads the rest"
 #: End of a line that refuses files of another folder.
 OUTSIDE = "outside: true reads it"
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-SOUNDS = ("wav", "flac", "ogg", "opus", "mp3")
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+SOUND_ENDINGS = ("wav", "flac", "ogg", "opus", "mp3")
 
 
 class Fault(NamedTuple):

@@ -15,9 +15,9 @@ import numpy as np
 
 from descant.datamodules.changes import Corpus, Property
 from descant.datamodules.sources.base import (
-    PICTURES,
+    IMAGE_ENDINGS,
     REMEDY,
-    SOUNDS,
+    SOUND_ENDINGS,
     Damaged,
     Fault,
     Raw,
@@ -348,9 +348,9 @@ def _files(root: Path) -> Iterator[str]:
 
 def _kind(ending: str) -> str | None:
     ending = ending.lower()
-    if ending in PICTURES:
+    if ending in IMAGE_ENDINGS:
         return "image"
-    return "audio" if ending in SOUNDS else ending if ending in ("txt", "json") else None
+    return "audio" if ending in SOUND_ENDINGS else ending if ending in ("txt", "json") else None
 
 
 def _joined(root: str, name: str) -> str:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from descant.datamodules.base import BatchDataset, Rows
+from descant.datamodules.base import BatchDataset, NumberedDataset, Rows
 from descant.datamodules.fields.fields import Column, Field, numbered
 from descant.datamodules.fields.image_cache import ImageCache
 from descant.datamodules.fields.images import Reduced
-from descant.datamodules.order import Window
+from descant.datamodules.resumable_sampler import Window
 from descant.datamodules.sources.base import REMEDY, Damaged, Raw, Source, encoded, text_of
 from descant.datamodules.sources.ledger import Ledger
 from descant.datamodules.sources.stream import BEGINNING, Mark, Sample, Stream
@@ -51,7 +51,7 @@ class Reader:
     ) -> None:
         self.source, self.fields, self.columns = source, dict(fields), dict(columns)
         caches = {m: field.memory(len(source)) for m, field in fields.items()} if keep else {}
-        self.kept: dict[str, ImageCache] = {m: cache for m, cache in caches.items() if cache is not None}
+        self.caches: dict[str, ImageCache] = {m: cache for m, cache in caches.items() if cache is not None}
 
     def read(self, row_B: np.ndarray, draw_B: np.ndarray | None) -> Read:
         """The samples at ``row_B`` of the source; nothing is random without ``draw_B``."""
@@ -63,7 +63,7 @@ class Reader:
         for b, row in enumerate(row_B.tolist()):
             wanted = {m: self.columns[m].names[pick_B[b]] for m, pick_B in picks.items() if pick_B[b] >= 0}
             caption = self.columns["text"].names[first_B[b]] if first_B[b] >= 0 else None
-            for m, cache in self.kept.items():
+            for m, cache in self.caches.items():
                 if m in wanted and (image := cache.get(row)) is not None:
                     raws[m][b] = image
                     del wanted[m]
@@ -72,7 +72,7 @@ class Reader:
                 if name in faults:
                     errors[m, b] = faults[name]
                 else:
-                    raws[m][b] = self._cached(m, row, values[name]) if m in self.kept else values[name]
+                    raws[m][b] = self._cached(m, row, values[name]) if m in self.caches else values[name]
             key_B[b] = self._key(row, values.get(caption) if caption else None)
         inputs = {}
         for m, field in self.fields.items():
@@ -88,7 +88,7 @@ class Reader:
             image = self.fields[m].reduced(raw)
         except ValueError:
             return raw  # decoding reports the reason
-        self.kept[m].put(row, image)
+        self.caches[m].put(row, image)
         return image
 
     def _raw(self, row: int, names: set[str]) -> tuple[dict[str, Raw], dict[str, str]]:
@@ -131,7 +131,7 @@ def _why(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-class UserDataset(BatchDataset):
+class UserDataset(NumberedDataset):
     """Some samples of a source.
 
     In training, an unreadable sample is replaced by the next one with the same modalities (or more, of which the rest
@@ -164,14 +164,9 @@ class UserDataset(BatchDataset):
         some_N = np.any(list(has.values()), axis=0)
         self.row_N = row_N[some_N[row_N]]  # without samples that have no modality
         self.has = {m: has_N[self.row_N] for m, has_N in has.items()}
-        self.reader, self.random, self.ledger, self.first = reader, random, ledger, first
+        self.id_N = self.row_N + first
+        self.reader, self.random, self.ledger = reader, random, ledger
         self.label, self.key = dict(label or {}), key
-
-    def __len__(self) -> int:
-        return len(self.row_N)
-
-    def identity(self, index_B: np.ndarray) -> np.ndarray:
-        return self.row_N[index_B] + self.first
 
     def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
         return {m: torch.from_numpy(has_N[index_N]) for m, has_N in self.has.items()}
@@ -286,6 +281,7 @@ class StreamSet(BatchDataset):
         self.damaged = damaged
         self.stream, self.ledger, self.rank, self.world = stream, ledger, rank, world
         self.fields = {m: field.explicit() for m, field in fields.items()}
+        self.modalities = tuple(fields)
         self.marks = dict(marks or {})
         self._next = (-1, 0)  # (epoch, number) of the open reader's next batch
         self._samples: Iterator[Sample] = iter(())
@@ -293,9 +289,6 @@ class StreamSet(BatchDataset):
 
     def __len__(self) -> int:
         return self.stream.samples
-
-    def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
-        return {m: torch.ones(len(index_N), dtype=torch.bool) for m in self.fields}
 
     def __getitem__(self, window: Window) -> Batch:
         info = get_worker_info()

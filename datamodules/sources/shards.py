@@ -96,15 +96,15 @@ class Shards(Source):
 
     def _manifests(self, damaged: Damaged) -> dict[Path, Written]:
         """Shard -> its entry in the manifest beside it."""
-        found: dict[Path, Written] = {}
+        listed: dict[Path, Written] = {}
         for folder in dict.fromkeys(path.parent for path in self.paths):
             try:
-                found |= {folder / name: written for name, written in manifest(folder).items()}
+                listed |= {folder / name: written for name, written in manifest(folder).items()}
             except ValueError as error:
                 if damaged == "refuse":
                     raise ValueError(f"{error}; {REMEDY}") from None
                 self.faults.append(Fault(str(folder / NAME), str(folder / NAME), str(error)))
-        return found
+        return listed
 
     def _damage(self, path: Path, part: dict[str, np.ndarray]) -> str | None:
         """Fault of a shard that is not whole, with the number of lost samples where that is known."""
@@ -238,13 +238,13 @@ def expand(paths: str | Path | Sequence[str | Path], kind: str = ".tar") -> list
     given = [paths] if isinstance(paths, (str, Path)) else list(paths)
     files: list[Path] = []
     for text in (t for p in given for t in braceexpand.braceexpand(str(p))):
-        found = sorted(glob.glob(text)) if glob.has_magic(text) and not os.path.exists(text) else [text]
-        found = [str(p) for f in found for p in (sorted(Path(f).glob(f"*{kind}")) if os.path.isdir(f) else [Path(f)])]
-        absent = [f for f in found if not os.path.isfile(f)]
-        if absent or not found:
+        matches = sorted(glob.glob(text)) if glob.has_magic(text) and not os.path.exists(text) else [text]
+        some = [p for m in matches for p in (sorted(Path(m).glob(f"*{kind}")) if os.path.isdir(m) else [Path(m)])]
+        absent = [file for file in some if not file.is_file()]
+        if absent or not some:
             name = Path(absent[0] if absent else text)
             raise ValueError(f"{name}: no such file{similar(name)}")
-        files += [Path(f) for f in found]
+        files += some
     if not files:
         raise ValueError("paths: no files given")
     twice = next((f for k, f in enumerate(files) if f in files[:k]), None) if len(set(files)) < len(files) else None

@@ -9,10 +9,10 @@ import csv
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from descant.datamodules.sources.base import FIELDS, PICTURES, SOUNDS, entries, many, short
+from descant.datamodules.sources.base import FIELDS, IMAGE_ENDINGS, SOUND_ENDINGS, entries, many, short
 
 TABLES = (".csv", ".tsv", ".jsonl")
-MEDIA = (*PICTURES, *SOUNDS)
+MEDIA = (*IMAGE_ENDINGS, *SOUND_ENDINGS)
 
 #: Name -> text of each row, None where it has none.
 Columns = dict[str, list[str | None]]
@@ -70,10 +70,6 @@ def nonblank(text: str | None) -> str | None:
 # CSV and TSV -----------------------------------------------------------------------------------------------------
 
 
-def _delimiter(table: Path, head: str) -> str:
-    return "\t" if table.suffix.lower() == ".tsv" else max(",;\t", key=head.count)
-
-
 def _header(table: Path, cells: Sequence[str]) -> list[str]:
     header = [name.strip() for name in cells]
     if not any(header) or len(set(header)) < len(header):
@@ -101,7 +97,7 @@ def _is_media(name: str) -> bool:
 def _separated(table: Path, bad: Bad) -> Columns:
     with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         lines = _Lines(file)
-        delimiter = _delimiter(table, next(lines, ""))
+        delimiter = "\t" if table.suffix.lower() == ".tsv" else max(",;\t", key=next(lines, "").count)
         lines.rewind(0)
         rows = csv.reader(lines, delimiter=delimiter, strict=True)
         try:

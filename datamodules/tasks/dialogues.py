@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from descant.datamodules.base import BatchDataset, DataModule
-from descant.datamodules.corpora.base import Tokenized
 from descant.modules.core.rng import uniform_N
-from descant.modules.tokenizers.text import EOS, PAD
+from descant.modules.tokenizers.text import EOS, PAD, Tokenizer
 
 #: Where the share of each split of the problems ends.
 SPLITS = {"test": 0.1, "val": 0.2, "train": 1.0}
@@ -74,7 +73,7 @@ class DialogueSet(BatchDataset):
 
     def __init__(self, data: Dialogues, problems: Any, random: bool = False) -> None:
         super().__init__(data.seed, data.drop if random else None)
-        self.problems, self.random = problems, random
+        self.problems, self.random, self.modalities = problems, random, data.modalities
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -83,7 +82,7 @@ class DialogueSet(BatchDataset):
         return index_B if self.numbered else self.problems.key_N[index_B]
 
 
-class Dialogues(Tokenized, DataModule):
+class Dialogues(DataModule):
     """Base of data modules of questions and answers.
 
     Inputs: ``text`` ``[B, T]``, and ``loss_mask``, bool ``[B, T]``: the tokens of the answer and its end.
@@ -100,6 +99,10 @@ class Dialogues(Tokenized, DataModule):
         self.length, self.answer_length = length, answer_length
         self._ids: dict[str, list[int]] = {}
         self.plain = False  # whether training batches are not augmented
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        raise NotImplementedError
 
     @property
     def image_token(self) -> int | None:

@@ -67,10 +67,6 @@ class QuestionSet(DialogueSet):
         super().__init__(data, problems, random)
         self.data, self.vendors, self.pool, self.counts = data, np.array(vendors), pool, np.array(counts)
 
-    def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
-        all_N = torch.ones(len(index_N), dtype=torch.bool)
-        return {"image": all_N, "text": all_N.clone()}
-
     def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
         p = self.problems.where(index_B)
         visit_B = draw_B if self.random else p.key_N
@@ -143,7 +139,9 @@ class PairSet(QuestionSet):
     def more(self, each: list[Any], prompts: list[list[int]], visit_B: np.ndarray) -> dict[str, Tensor]:
         choice_B = (uniform_N(visit_B, "question/wrong") * 3).long().tolist()
         data = self.data
-        wrong = [data.ids(data.reply(of, data.wrong(choice, *of))) for of, choice in zip(each, choice_B, strict=True)]
+        wrong = [
+            data.ids(data.reply(of, data.wrong_answer(choice, *of))) for of, choice in zip(each, choice_B, strict=True)
+        ]
         text_BT, loss_mask_BT = self.data.dialogue_rows(prompts, wrong)
         return {"text_neg": text_BT, "loss_mask_neg": loss_mask_BT}
 
@@ -160,9 +158,6 @@ class Questions(ImageViews, Dialogues):
     Args:
         batch_size: rows of one whole optimizer step.
         eval_batch_size: rows of an evaluation batch on each rank.
-        num_workers: processes that read ahead; the pack is in memory, so 0 is best.
-        drop: modality -> probability that a training sample is made absent.
-        tiny: a twelfth of the pack, for tests and for `check`.
         size: S, at most 64 and a multiple of 3.
         length: tokens of a row.
         kinds: of questions.
@@ -174,6 +169,7 @@ class Questions(ImageViews, Dialogues):
             pack's own.
         augment: of training images, on the device.
         folder: of the pack.
+        kwargs: of every data module.
 
     Raises:
         ValueError: for an unknown kind or vendor, or a size that is too small for counts.
@@ -191,9 +187,6 @@ class Questions(ImageViews, Dialogues):
         self,
         batch_size: int = 128,
         eval_batch_size: int = 256,
-        num_workers: int = 0,
-        drop: dict[str, float] | None = None,
-        tiny: bool = False,
         size: int = 48,
         length: int = 48,
         kinds: list[str] | None = None,
@@ -203,15 +196,14 @@ class Questions(ImageViews, Dialogues):
         text: Tokenizer | None = None,
         augment: Augment | None = None,
         folder: str | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(
             length,
             answer_length=THOUGHT if think else ANSWER,
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            drop=drop,
-            tiny=tiny,
+            **kwargs,
         )
         self.kinds = list(self.every) if kinds is None else kinds
         self.vendors = list(VENDORS[:3]) if vendors is None else vendors
@@ -302,13 +294,13 @@ class Questions(ImageViews, Dialogues):
         unseen: bool,
         vendors: Sequence[str],
         of: type[QuestionSet] = QuestionSet,
-        **options: object,
+        kinds: Sequence[str] | None = None,
+        **options: Any,
     ) -> QuestionSet:
         numbers = [VENDORS.index(v) for v in vendors]
-        kinds = options.pop("kinds", self.kinds)
-        problems = self.problems(unseen, kinds, numbers)  # type: ignore[arg-type]
+        problems = self.problems(unseen, self.kinds if kinds is None else kinds, numbers)
         problems = problems if split is None else problems.where(in_split(problems.key_N, split))
-        return of(self, problems, numbers, np.flatnonzero(self.unseen_C == unseen), **options)  # type: ignore[arg-type]
+        return of(self, problems, numbers, np.flatnonzero(self.unseen_C == unseen), **options)
 
     def training_set(self) -> QuestionSet:
         return self._set("train", False, self.vendors, random=True)
@@ -334,12 +326,12 @@ class Questions(ImageViews, Dialogues):
         self, kind: str, concept: int, vendor: int, others: np.ndarray, count: int, key: int
     ) -> tuple[str, str]:
         """The question, and the correct answer."""
-        correct = self.right(kind, concept, vendor, count)
+        correct = self.correct_answer(kind, concept, vendor, count)
         if kind == "colour":
             return "what colour is it?", correct
         if kind == "count":
             return f"how many: {self.pack.names[concept]}?", correct
-        place, wrong = self._place(key), self.wrongs(kind, correct, others, key)
+        place, wrong = self._place(key), self.wrong_answers(kind, correct, others, key)
         options = [*wrong[:place], correct, *wrong[place:]]
         what = "which is it?" if kind == "name" else "what kind is it?"
         listed = " ".join(f"{letter}) {option}" for letter, option in zip(LETTERS, options, strict=True))
@@ -364,7 +356,7 @@ class Questions(ImageViews, Dialogues):
         """The place of the correct option."""
         return int(uniform_N(np.array([key]), "question/place")[0] * len(LETTERS))
 
-    def right(self, kind: str, concept: int, vendor: int, count: int) -> str:
+    def correct_answer(self, kind: str, concept: int, vendor: int, count: int) -> str:
         """The correct answer in words."""
         if kind == "colour":
             return list(BASIC_COLOURS)[self.colour_VC[vendor, concept]]
@@ -375,7 +367,7 @@ class Questions(ImageViews, Dialogues):
     def _group(self, concept: int) -> str:
         return self.pack.rows[concept]["group"].replace("-", " ")
 
-    def wrongs(self, kind: str, correct: str, others: np.ndarray, key: int) -> list[str]:
+    def wrong_answers(self, kind: str, correct: str, others: np.ndarray, key: int) -> list[str]:
         """Three wrong answers in words: the wrong options of multiple choice."""
         if kind == "name":
             return [self.pack.names[c] for c in others]
@@ -384,13 +376,13 @@ class Questions(ImageViews, Dialogues):
         order = np.argsort(uniform_NK(np.array([key]), [f"question/{kind}{k}" for k in range(len(wrong))])[0].numpy())
         return [wrong[k] for k in order[:3]]
 
-    def wrong(self, choice: int, *of: Any) -> str:
+    def wrong_answer(self, choice: int, *of: Any) -> str:
         """The first, second or third wrong answer to a problem, as arguments of ``wording``."""
         kind, concept, vendor, others, count, key = of
         if self.letters and kind in ("name", "group"):
             place = self._place(key)
             return [letter for k, letter in enumerate(LETTERS) if k != place][choice]
-        return self.wrongs(kind, self.right(kind, concept, vendor, count), others, key)[choice]
+        return self.wrong_answers(kind, self.correct_answer(kind, concept, vendor, count), others, key)[choice]
 
     def spell(self, ids: Sequence[int]) -> str:
         return " ".join(super().spell(ids).split())
@@ -410,5 +402,5 @@ class QuestionPairs(Questions):
     ['what colour is it? yellow', 'what colour is it? blue']
     """
 
-    def training_set(self) -> PairSet:
-        return self._set("train", False, self.vendors, of=PairSet, random=True)  # type: ignore[return-value]
+    def training_set(self) -> QuestionSet:
+        return self._set("train", False, self.vendors, of=PairSet, random=True)

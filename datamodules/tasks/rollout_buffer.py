@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from descant.datamodules.base import BatchDataset, Rows
-from descant.datamodules.order import Window
+from descant.datamodules.resumable_sampler import Window
 from descant.datamodules.tasks.dialogues import Columns, Dialogues, DialogueSet
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import mix_N

@@ -181,9 +181,6 @@ class TaskSet(DialogueSet):
         super().__init__(data, problems, random)
         self.data = data
 
-    def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
-        return {"text": torch.ones(len(index_N), dtype=torch.bool)}
-
     def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
         p: TaskProblems = self.problems.where(index_B)
         problems = [self.data.problem(p, b) for b in range(len(p))]

@@ -17,7 +17,7 @@ from torch import Tensor
 from descant.datamodules.base import BatchDataset, DataModule
 from descant.datamodules.fields.fields import TextField, kinds, numbered
 from descant.datamodules.fields.images import LIMIT, rgb_of
-from descant.datamodules.order import Slot, Window
+from descant.datamodules.resumable_sampler import Slot, Window
 from descant.datamodules.sources.base import Source
 from descant.datamodules.sources.folder import Folder
 from descant.datamodules.user_data import UserData
@@ -141,7 +141,7 @@ class ModuleView(View):
     """View of the training and evaluation sets of a data module; presence and token counts come from its batches."""
 
     def __init__(self, data: DataModule, title: str) -> None:
-        self.data, self.title, self.tokenizer, self.fields = data, title, data.codec, {}
+        self.data, self.title, self.tokenizer, self.fields = data, title, data.tokenizer, {}
         sets: dict[str, BatchDataset] = {"train": data.training_set()}
         if not sets["train"].by_position:
             raise ValueError(f"{title}: a stream has no samples by position; give its shards instead")
@@ -228,7 +228,7 @@ def view_of(what: Sequence[str], csv: Path | None, caption: str | None, holdout:
     columns = {kind: [name for name, k in types.items() if k == kind] for kind in ("image", "audio")}
     columns["text"] = captions_of(sources[0], caption)
     title = f"{what[0]}{f' and {len(what) - 1} more' if len(what) > 1 else ''} ({type(sources[0]).__name__})"
-    return SourceView(data, title, columns, TextField().codec)
+    return SourceView(data, title, columns, TextField().tokenizer)
 
 
 def _kinds(sources: Sequence[Source]) -> dict[str, str]:
@@ -242,7 +242,7 @@ def view_of_module(data: DataModule, title: str) -> View:
     columns = {
         m: list(dict.fromkeys(n for r in data.readers.values() for n in r.columns[m].names)) for m in data.fields
     }
-    return SourceView(data, title, columns, data.codec)
+    return SourceView(data, title, columns, data.tokenizer)
 
 
 def captions_of(source: Source, given: str | None = None) -> list[str]:

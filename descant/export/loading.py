@@ -180,13 +180,13 @@ def datamodule(source: Saved) -> L.LightningDataModule | None:
 def parts(data: Any) -> dict[str, list[Any]]:
     """A data module's evaluation preprocessing for each modality, by its attributes.
 
-    ``codec``: tokenizer of texts; ``pixels``: ``nn.Module`` from uint8 images to the tower's input; ``features`` and
+    ``tokenizer`` of texts; ``pixels``: ``nn.Module`` from uint8 images to the tower's input; ``features`` and
     ``seconds`` of sound; ``fields`` where it decodes files; ``parts`` of a mixture, the first that has each.
     """
     if isinstance(inner := getattr(data, "parts", None), Mapping):
         several = [parts(part) for part in reversed(list(inner.values()))]
         return {modality: steps for part in several for modality, steps in part.items()}
-    steps: dict[str, list[Any]] = {"text": [_attribute(data, "codec")], "image": [_attribute(data, "pixels")]}
+    steps: dict[str, list[Any]] = {"text": [_attribute(data, "tokenizer")], "image": [_attribute(data, "pixels")]}
     features, fields = _attribute(data, "features"), _attribute(data, "fields")
     if isinstance(features, LogMel):
         steps["audio"] = [AudioField(rate=features.rate, seconds=data.seconds, log_mel=features)]

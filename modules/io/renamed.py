@@ -38,7 +38,7 @@ CLASSES = {
     **dict(Unsure="TeacherUncertainty", Votes="SoftVoting", Words="WordTokenizer", ZeroFill="ZeroImputer"),
 }
 #: Present class name -> old argument -> present one.
-ARGUMENTS: dict[str, dict[str, str]] = {"Stage": {"learns": "objective"}}
+ARGUMENTS: dict[str, dict[str, str]] = {"Stage": {"learns": "objective"}, "TextField": {"codec": "tokenizer"}}
 #: Old class name -> what there is in its place, of classes that were removed.
 GONE: dict[str, str] = {
     "EachMask": "one corruption for all modalities, such as UniformMask",

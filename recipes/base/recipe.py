@@ -146,9 +146,9 @@ class Recipe(L.LightningModule):
                 "samples of one batch, and accumulated small batches have fewer negatives; use "
                 f"model.chunks {trainer.accumulate_grad_batches}, which has them all in the same memory"
             )
-        codec = getattr(datamodule_of(trainer), "codec", None)
-        if isinstance(codec, Tokenizer) and "text" in getattr(self, "towers", {}):
-            require_fit(codec, self.towers["text"])
+        tokenizer = getattr(datamodule_of(trainer), "tokenizer", None)
+        if isinstance(tokenizer, Tokenizer) and "text" in getattr(self, "towers", {}):
+            require_fit(tokenizer, self.towers["text"])
 
     def configure_optimizers(self) -> Any:
         return self.optimized(self._optimizer, self._schedule)

@@ -292,7 +292,7 @@ def command(cli: Callable[..., Any], *more: str) -> Any:
         "--data.num_workers",
         "0",
     )
-    data += ("--data.fields.text.codec.buckets", "64")
+    data += ("--data.fields.text.tokenizer.buckets", "64")
     fit = ("fit", "--config", "contrastive/own", "--config", "on/cpu", "--name", "x", *data, *model)
     return cli(*fit, "--trainer.max_epochs", "2", "--trainer.check_val_every_n_epoch", "9", *more)
 

@@ -15,7 +15,7 @@ from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.fields.fields import Fields, ImageField, TextField
 from descant.datamodules.mixture import Mixture
-from descant.datamodules.mixture_order import MixedOrder, Shares, tempered
+from descant.datamodules.mixture_sampler import MixedOrder, Shares, tempered
 from descant.datamodules.sources.stream import Stream
 from descant.datamodules.user_data import UserData
 from descant.modules.core.batch import Batch
@@ -56,12 +56,12 @@ class Toy(DataModule):
         plus: float = 0.0,
         shapes: dict[str, tuple[list[int], torch.dtype]] | None = None,
         classes: list[str] | None = None,
-        codec: Tokenizer | None = None,
+        tokenizer: Tokenizer | None = None,
         keys: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.shapes = shapes or {"image": ([3, 2, 2], torch.uint8), "text": ([4], torch.int64)}
-        self.n, self.plus, self.classes, self._codec, self._keys = n, plus, classes, codec, keys
+        self.n, self.plus, self.classes, self._tokenizer, self._keys = n, plus, classes, tokenizer, keys
         super().__init__(**kwargs)
 
     @property
@@ -69,8 +69,8 @@ class Toy(DataModule):
         return tuple(m for m in self.shapes if "@" not in m)
 
     @property
-    def codec(self) -> Tokenizer | None:
-        return self._codec
+    def tokenizer(self) -> Tokenizer | None:
+        return self._tokenizer
 
     @property
     def keys(self) -> str | None:
@@ -426,10 +426,10 @@ def test_tiny_and_hooks_reach_the_parts() -> None:
 
 
 def test_real_parts_with_other_vendors_and_augmentation() -> None:
-    codec = NgramTokenizer(length=24)
+    tokenizer = NgramTokenizer(length=24)
     parts: dict[str, DataModule] = {
-        "noto": Emoji(tiny=True, vendors=["noto"], text=codec),
-        "twemoji": Emoji(tiny=True, vendors=["twemoji"], text=codec, views={"image": 1}),
+        "noto": Emoji(tiny=True, vendors=["noto"], text=tokenizer),
+        "twemoji": Emoji(tiny=True, vendors=["twemoji"], text=tokenizer, views={"image": 1}),
     }
     data = Mixture(parts, batch_size=64)
     batch = batches(data)[0]
@@ -493,14 +493,14 @@ def shaped(**shapes: tuple[list[int], torch.dtype]) -> Toy:
             "part 'b' has image@2 and part 'a' has not: set views of both",
         ),
         (
-            Toy(8, codec=NgramTokenizer(n=4)),
+            Toy(8, tokenizer=NgramTokenizer(n=4)),
             "parts 'a' and 'b' have different token ids of one text; give them one tokenizer",
         ),
         (Toy(8, classes=["x", "z", "y"]), "target 'label': parts 'a' and 'b' have different classes; give both"),
     ],
 )
 def test_incompatible_parts_raise_one_line(other: Toy, says: str) -> None:
-    data = Mixture({"a": Toy(8, codec=NgramTokenizer(n=3), classes=["x", "y", "z"]), "b": other}, batch_size=4)
+    data = Mixture({"a": Toy(8, tokenizer=NgramTokenizer(n=3), classes=["x", "y", "z"]), "b": other}, batch_size=4)
     with pytest.raises(ValueError, match=says):
         data.train_dataloader()
 

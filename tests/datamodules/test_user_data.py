@@ -22,7 +22,7 @@ from descant.datamodules.fields.fields import AudioField, Fields, ImageField, La
 from descant.datamodules.fields.image_cache import ImageCache
 from descant.datamodules.fields.images import Reduced
 from descant.datamodules.mixture import Mixture
-from descant.datamodules.order import Order
+from descant.datamodules.resumable_sampler import Order
 from descant.datamodules.sources import find
 from descant.datamodules.sources.base import held_out
 from descant.datamodules.sources.folder import Folder
@@ -330,7 +330,7 @@ def test_cached_images_are_decoded_once_by_all_workers(
     data = own(tmp_path / "run", path=str(folder), holdout=0.0, fields=kept(8, 1.5), num_workers=workers)
     loader = data.train_dataloader()
     first = list(loader)
-    memory = data.readers["train"].kept["image"]
+    memory = data.readers["train"].caches["image"]
     assert [memory.get(i) is not None for i in range(24)] == [i != 5 for i in range(24)]
     for image in folder.glob("*.jpg"):
         image.unlink()  # nothing is read of them again, which every process knows
@@ -338,7 +338,7 @@ def test_cached_images_are_decoded_once_by_all_workers(
     assert len(again) == len(first) and all(bool(b.present["image"].all()) for b in again)
     assert {n["sample"] for n in ledger(tmp_path / "run")} == {"005.jpg"}
     plain = own(tmp_path / "run", path=str(shapes(tmp_path / "e", 24)), holdout=0.0, fields=kept(8, None))
-    assert not plain.readers["train"].kept and not plain.warms and data.warms
+    assert not plain.readers["train"].caches and not plain.warms and data.warms
 
 
 def test_crops_of_cached_images_match_those_of_the_originals(tmp_path: Path) -> None:
@@ -466,9 +466,9 @@ def test_labels_are_targets_and_prompts(tmp_path: Path) -> None:
     (batch,) = batches(data.bank_set(), 8, shuffle=False)
     assert batch.targets["kind"].tolist() == [0] * 4 + [1] * 4
     ids, names = data.prompts("kind")
-    assert names == ["blue", "red_things"] and data.codec is not None
-    assert ids.shape == (2, 2, data.codec.length) and torch.equal(
-        ids[1], data.codec(["red things", "a photo of a red things"])
+    assert names == ["blue", "red_things"] and data.tokenizer is not None
+    assert ids.shape == (2, 2, data.tokenizer.length) and torch.equal(
+        ids[1], data.tokenizer(["red things", "a photo of a red things"])
     )
     with pytest.raises(ValueError, match="'sort' is not one of kind"):
         data.prompts("sort")
@@ -575,7 +575,7 @@ def test_truncated_captions_are_reported_once(tmp_path: Path, capsys: pytest.Cap
     from descant.modules.tokenizers.text import NgramTokenizer
 
     shapes(tmp_path / "d", 40)
-    data = own(tmp_path, path=str(tmp_path / "d"), fields=Fields(text=TextField(codec=NgramTokenizer(length=6))))
+    data = own(tmp_path, path=str(tmp_path / "d"), fields=Fields(text=TextField(tokenizer=NgramTokenizer(length=6))))
     data.training_set(), data.training_set()
     assert capsys.readouterr().err.count("descant: warning: 100% of the captions are longer than 6 tokens") == 1
 
@@ -633,7 +633,7 @@ def test_a_folder_trains_without_a_line_of_code_and_learns(cli: Any) -> None:
         "--model.optimizer.lr",
         "0.01",
     )
-    model += ("--model.towers.text.vocab", "1024", "--data.fields.text.codec.buckets", "1024")
+    model += ("--model.towers.text.vocab", "1024", "--data.fields.text.tokenizer.buckets", "1024")
     result = cli(
         *("fit", "--config", "contrastive/own", "--config", "on/cpu", "--data.path", "photos", "--name", "x"),
         *("--data.batch_size", "16", "--data.fields.image.size", "16", "--data.num_workers", "0", *model),
@@ -675,13 +675,13 @@ def test_samples_marked_test_are_not_trained_on_with_a_validation_source(tmp_pat
     assert list(data.evaluation_sets("test")) == ["test"] and data.splits["val"][0] == "val"
 
 
-@pytest.mark.parametrize("codec", [NgramTokenizer(), BPETokenizer(PACK / "tokenizer.json")])
-def test_a_lone_surrogate_is_a_fault_of_its_sample(tmp_path: Path, codec: Any) -> None:
+@pytest.mark.parametrize("tokenizer", [NgramTokenizer(), BPETokenizer(PACK / "tokenizer.json")])
+def test_a_lone_surrogate_is_a_fault_of_its_sample(tmp_path: Path, tokenizer: Any) -> None:
     shapes(tmp_path / "d", 12)
     rows = [{"image": f"{i:03}.jpg", "caption": "nice \ud83d" if i == 3 else f"number {i}"} for i in range(12)]
     (tmp_path / "d" / "captions.csv").unlink()
     (tmp_path / "d" / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    fields = Fields(image=ImageField(size=8), text=TextField(codec=codec))
+    fields = Fields(image=ImageField(size=8), text=TextField(tokenizer=tokenizer))
     data = own(tmp_path / "run", path=str(tmp_path / "d"), fields=fields, holdout=0.0)
     assert sum(len(batch) for batch in batches(data.training_set(), 4)) == 12
     assert any("not UTF-8 text" in line["why"] for line in ledger(tmp_path / "run"))

@@ -296,8 +296,8 @@ def test_look_names_an_image_above_the_pixel_limit_without_a_warning(
 
 
 def test_look_counts_captions_that_the_tokenizer_cuts(photos: Path, data: Callable[..., Any]) -> None:
-    codec = {"class_path": "NgramTokenizer", "init_args": {"length": 12}}
-    text = {"class_path": "TextField", "init_args": {"codec": codec}}
+    tokenizer = {"class_path": "NgramTokenizer", "init_args": {"length": 12}}
+    text = {"class_path": "TextField", "init_args": {"tokenizer": tokenizer}}
     image = {"class_path": "ImageField", "init_args": {"size": 16}}
     fields = {"class_path": "Fields", "init_args": {"image": image, "text": text}}
     user_data = {"class_path": "UserData", "init_args": {"path": str(photos), "fields": fields}}

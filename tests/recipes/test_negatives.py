@@ -229,7 +229,7 @@ def test_one_pool_a_modality() -> None:
     assert [type(pool) for pool in model.pools.values()] == [MeanPool, LastPool]
 
 
-def test_two_steps_on_scenes_and_a_codec_that_does_not_fit() -> None:
+def test_two_steps_on_scenes_and_a_tokenizer_that_does_not_fit() -> None:
     parts = {"negatives": Negatives(), "knowledge": TripleEncoder(vocab=64, out=16, width=16, depth=1, heads=2)}
     model = scenes_recipe(**parts)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -54,7 +54,7 @@ class Invertible(Recipe):
 
 
 class ResumableLog(Data):
-    codec = WordTokenizer(["a", "picture", "of"], length=8)
+    tokenizer = WordTokenizer(["a", "picture", "of"], length=8)
 
 
 def data(sets: int = 1, prompts: bool = True) -> ResumableLog:
@@ -271,7 +271,7 @@ def test_refusals_in_one_line() -> None:
         Inversion(template="{} and {}")
     with pytest.raises(ValueError, match=r"^Inversion needs the protocol Inverts .*; Recipe lacks it, Contrastive"):
         evaluate(data(), Inversion())
-    with pytest.raises(ValueError, match=r"^Inversion needs codec\(\) of the data module; Data has none$"):
+    with pytest.raises(ValueError, match=r"^Inversion needs tokenizer\(\) of the data module; Data has none$"):
         evaluate(Data({"val": make()}, bank=make()), Inversion(), recipe=Invertible())
     with pytest.raises(ValueError, match=r"^tower text: .*which BagTower lacks; TextTower and PatchTower have them$"):
         evaluate(Emoji(tiny=True), Inversion(), recipe=clip(text=BagTower(8192, 16)), stage="test")

@@ -25,11 +25,12 @@ from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.corpora.emoji_pack import VENDORS
 from descant.datamodules.corpora.measure import COLOURS, measure, oklab
 from descant.datamodules.mixture import Mixture
-from descant.datamodules.order import Order
+from descant.datamodules.resumable_sampler import Order
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import mix_N
 from descant.modules.losses import InfoNCE
 from descant.modules.tokenizers.text import NgramTokenizer, WordTokenizer
+from tests.datamodules.batches import shuffled
 from tests.tolerance import F32, F64, ulps
 
 TOKENIZER = NgramTokenizer(n=3, buckets=16384, length=80)
@@ -307,8 +308,7 @@ def test_a_schedule_in_a_mixture_counts_passes_of_its_part() -> None:
 
 def twins(data: Emoji) -> Batch:
     """A batch of the training set in which some drawings have one caption."""
-    rows = data.training_set()
-    return rows[next(iter(Order(len(rows), 64, 0)))]
+    return shuffled(data.training_set(), 64)
 
 
 def test_equal_captions_share_a_key_and_no_others_do() -> None:
@@ -385,13 +385,15 @@ def test_statistics_by_hand() -> None:
         def texts(self, drawings: Drawings) -> list[str]:
             return self.said
 
-    codec = WordTokenizer(["a", "b", "c", "d", "e"], length=5)  # three words fit between the ends
-    mixed = CaptionMixer({"x": Fixed(["a b c", "a b c d e", "a b"])}, {"x": 1.0}).write(drawings([canvas()] * 3), codec)
+    tokenizer = WordTokenizer(["a", "b", "c", "d", "e"], length=5)  # three words fit between the ends
+    mixed = CaptionMixer({"x": Fixed(["a b c", "a b c d e", "a b"])}, {"x": 1.0}).write(
+        drawings([canvas()] * 3), tokenizer
+    )
     found = mixed.statistics(np.array([0, 1, 1, 2]), np.arange(4), np.zeros(4))
     assert found == {
         "tokens": (3 + 5 + 5 + 2) / 4,
         "truncated": 0.5,
-        "coverage": 4 / codec.vocabulary,  # e is cut, and d where <eos> would be
+        "coverage": 4 / tokenizer.vocabulary,  # e is cut, and d where <eos> would be
         "distinct": 0.75,
         "x_share": 1.0,
     }

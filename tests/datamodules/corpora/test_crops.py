@@ -15,8 +15,8 @@ from descant.datamodules.corpora.crops import Box, CropModule, CropSet, share_of
 from descant.datamodules.corpora.fashion import Fashion
 from descant.datamodules.corpora.landsat import Landsat
 from descant.datamodules.corpora.volumes import Volumes
-from descant.datamodules.order import Order
 from descant.modules.core.batch import Batch
+from tests.datamodules.batches import whole
 from tests.tolerance import F32, F64, rounding, ulps
 
 
@@ -25,18 +25,13 @@ def ramp(*space: int) -> np.ndarray:
     return (np.arange(np.prod(space)) % 251).astype(np.uint8).reshape(1, *space)
 
 
-def whole(rows: CropSet, epoch: int = 0) -> Batch:
-    return rows[next(iter(Order(len(rows), len(rows), seed=0, shuffle=False, epoch=epoch)))]
-
-
 class Field(CropModule):
     """A field of 40 x 30 numbers in two modalities; training on the left, evaluation on the right."""
 
     axes = ("row", "column")
 
     def __init__(self, size: int = 4, full: float = 0.0, **options: Any) -> None:
-        args: dict[str, Any] = {"samples": 500, "stride": None, "flip": False, "turn": False, "tiny": False} | options
-        super().__init__(8, 8, 0, None, size=size, **args)
+        super().__init__(**{"batch_size": 8, "eval_batch_size": 8, "size": size, "samples": 500} | options)
         self.full = full
 
     @property

@@ -17,19 +17,15 @@ import torch
 from descant.datamodules.base import BatchDataset
 from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.corpora.emoji_pack import PACK, VENDORS, Pack
-from descant.datamodules.order import Order
+from descant.datamodules.resumable_sampler import Order
 from descant.datamodules.sources.ledger import Ledger
 from descant.modules.core.batch import Batch
+from tests.datamodules.batches import shuffled, whole
 from tests.tolerance import F32, conditioned, statistical, ulps
 
 
 def first_batch(data: Emoji, epoch: int = 0, batch_size: int = 16) -> Batch:
-    rows = data.training_set()
-    return rows[next(iter(Order(len(rows), batch_size, data.seed, epoch=epoch)))]
-
-
-def whole(rows: BatchDataset) -> Batch:
-    return rows[next(iter(Order(len(rows), len(rows), seed=0, shuffle=False)))]
+    return shuffled(data.training_set(), batch_size, data.seed, epoch)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -149,7 +145,7 @@ def test_paired_sets_have_every_image_with_its_text_only(data: Emoji) -> None:
 def test_a_sample_is_a_function_of_seed_epoch_and_index(data: Emoji) -> None:
     rows = data.training_set()
     small = {int(i): k for k, i in enumerate(first_batch(data, batch_size=16).index)}
-    a, b = first_batch(data, batch_size=16), rows[next(iter(Order(len(rows), 64, data.seed)))]
+    a, b = first_batch(data, batch_size=16), shuffled(rows, 64, data.seed)
     where = {int(i): k for k, i in enumerate(b.index)}
     shared = set(small) & set(where)
     assert shared

@@ -14,21 +14,16 @@ import pytest
 import torch
 
 from descant.datamodules.corpora.fashion import Fashion, FashionSet, synthetic
-from descant.datamodules.order import Order
 from descant.datamodules.prepare.fashion import CLASSES, DEB, Pictures, idx
 from descant.datamodules.prepare.package import sha256_of
-from descant.modules.core.batch import Batch
 from descant.modules.transforms.image import Crop
+from tests.datamodules.batches import whole
 from tests.datamodules.prepare.test_deb import deb_of, tar_of
 from tests.tolerance import F32, ulps
 
 
 def fashion(**options: Any) -> Fashion:
     return Fashion(**{"tiny": True, "batch_size": 16, **options})
-
-
-def whole(rows: Any) -> Batch:
-    return rows[next(iter(Order(len(rows), len(rows), seed=0, shuffle=False)))]
 
 
 def ids(rows: Any) -> set[int]:

@@ -12,20 +12,15 @@ import tifffile
 import torch
 
 from descant.datamodules.corpora.landsat import Landsat, synthetic
-from descant.datamodules.order import Order
 from descant.datamodules.prepare import landsat as module
 from descant.datamodules.prepare.landsat import DEB, bands, load
 from descant.datamodules.prepare.package import sha256_of
-from descant.modules.core.batch import Batch
+from tests.datamodules.batches import whole
 from tests.datamodules.prepare.test_deb import deb_of, tar_of
 
 
 def landsat(**options: Any) -> Landsat:
     return Landsat(**{"tiny": True, "batch_size": 8, "size": 16, **options})
-
-
-def whole(rows: Any) -> Batch:
-    return rows[next(iter(Order(len(rows), len(rows), seed=0, shuffle=False)))]
 
 
 def touched(data: Landsat, id_N: np.ndarray) -> np.ndarray:

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from descant.datamodules.base import BatchDataset
 from descant.datamodules.corpora.emoji_pack import PACK, VENDORS
 from descant.datamodules.corpora.scene_world import CONCEPTS
 from descant.datamodules.corpora.scenes import HELD_OUT_VENDOR, SETS, Scenes, SceneSet
-from descant.datamodules.order import Order
+from descant.datamodules.resumable_sampler import Order
 from descant.modules.core.batch import Batch
 from descant.modules.tokenizers.text import NgramTokenizer, WordTokenizer
 from descant.modules.transforms.image import Augment
+from tests.datamodules.batches import shuffled, whole
 
 #: Kinds of worlds: two objects; sizes; chains of objects with a relation that has no negative.
 WORLDS: dict[str, dict[str, Any]] = {
@@ -46,19 +46,15 @@ def world(name: str) -> Scenes:
     return Scenes(**WORLDS[name])
 
 
-def whole(rows: BatchDataset, most: int = 400) -> Batch:
-    return rows[next(iter(Order(min(len(rows), most), min(len(rows), most), seed=0, shuffle=False)))]
-
-
 def every_set(data: Scenes) -> dict[str, SceneSet]:
     sets = {"train": data.training_set(), **data.evaluation_sets("validate"), **data.evaluation_sets("test")}
     return {name: rows for name, rows in sets.items() if isinstance(rows, SceneSet)}
 
 
 def sentences(data: Scenes, ids_BT: torch.Tensor) -> list[str]:
-    codec = data.tokenizer
-    assert isinstance(codec, WordTokenizer)
-    word = {number: text for text, number in codec.known.items()}
+    tokenizer = data.tokenizer
+    assert isinstance(tokenizer, WordTokenizer)
+    word = {number: text for text, number in tokenizer.known.items()}
     return [" ".join(word[i] for i in row if i in word) for row in ids_BT.tolist()]
 
 
@@ -78,7 +74,7 @@ def is_true(data: Scenes, sentence: str, concept_K: list[int], cell_K: list[int]
 def test_captions_are_true_and_negatives_are_false_in_the_same_words(name: str) -> None:
     data = world(name)
     for rows in every_set(data).values():
-        batch = whole(rows)
+        batch = whole(rows, most=400)
         told, swapped = (sentences(data, batch.inputs[m]) for m in ("text", "text_neg"))
         scenes = [batch.targets[m].tolist() for m in ("concept", "cell", "large")]
         for n, scene in enumerate(zip(*scenes, strict=True)):
@@ -178,7 +174,7 @@ def test_validation_pairs_and_vendor_are_in_no_other_set(name: str) -> None:
     """Neither a pair, nor a key, nor a drawing."""
     data = world(name)
     sets = every_set(data)
-    batches = {name: whole(rows, most=len(rows)) for name, rows in sets.items()}
+    batches = {name: whole(rows) for name, rows in sets.items()}
     val = {frozenset(pair) for pair in data.pair_P2[data.split_P == "val"].tolist()}
     first = {frozenset(row[:2]) for row in batches["val"].targets["concept"].tolist()}
     assert first <= val
@@ -209,7 +205,7 @@ def test_vendors_of_the_sets() -> None:
 
 def test_equal_content_has_equal_keys() -> None:
     data = world("pairs")
-    batch = whole(data.training_set(), most=len(data.training_set()))
+    batch = whole(data.training_set())
     same = {"right of": "left of", "below": "above"}
     meaning = []
     for text in sentences(data, batch.inputs["text"]):
@@ -246,7 +242,7 @@ def test_the_key_of_a_chain_is_of_its_set_of_clauses() -> None:
 def test_scenes_of_a_symmetric_relation() -> None:
     """ "Next to" is true of "left of": neither may be the other's negative."""
     data = Scenes(relations=["left of", "next to", "above"])
-    batch = whole(data.training_set(), most=len(data.training_set()))
+    batch = whole(data.training_set())
     keys: dict[tuple[frozenset[int], bool], set[int]] = {}
     for row, text, key in zip(
         batch.targets["concept"].tolist(), sentences(data, batch.inputs["text"]), batch.content_id.tolist(), strict=True
@@ -263,7 +259,7 @@ def test_scenes_of_a_symmetric_relation() -> None:
 
 def test_a_sample_is_a_function_of_seed_epoch_and_index() -> None:
     rows = world("chains").training_set()
-    small, large = (rows[next(iter(Order(len(rows), n, seed=0)))] for n in (16, 64))
+    small, large = (shuffled(rows, n) for n in (16, 64))
     place = {int(i): n for n, i in enumerate(large.index)}
     shared = [(n, place[int(i)]) for n, i in enumerate(small.index) if int(i) in place]
     assert len(shared) > 8
@@ -281,7 +277,7 @@ def test_evaluation_has_the_same_scenes_in_every_run(monkeypatch: pytest.MonkeyP
     for seed in ("0", "7"):
         monkeypatch.setenv("PL_GLOBAL_SEED", seed)
         data = Scenes()
-        found.append((whole(data.evaluation_sets("test")["both"]), whole(data.training_set())))
+        found.append((whole(data.evaluation_sets("test")["both"], 400), whole(data.training_set(), 400)))
     (both, train), (again, other) = found
     for name, x in both.inputs.items():
         assert torch.equal(x, again.inputs[name])
@@ -297,7 +293,7 @@ def test_description_and_image_of_an_id() -> None:
         assert data.describe(index) == told[n]
         rgb, alpha = batch.inputs["image"][n, :3].float(), batch.inputs["image"][n, 3:].float() / 255
         assert (data.picture(index).float() - (rgb * alpha + 255 * (1 - alpha))).abs().max() < 1
-    ids = [set(whole(rows, most=len(rows)).index.tolist()) for rows in every_set(data).values()]
+    ids = [set(whole(rows).index.tolist()) for rows in every_set(data).values()]
     assert sum(map(len, ids)) == len(set().union(*ids))
 
 
@@ -324,7 +320,7 @@ def test_the_control_exchanges_heads_and_tails_only() -> None:
     data = Scenes(exchanged=True)
     sets = data.evaluation_sets("test")
     assert list(sets) == ["vendor", "pairs", "both", "exchanged"]
-    both, control = (whole(sets[name]) for name in ("both", "exchanged"))
+    both, control = (whole(sets[name], 400) for name in ("both", "exchanged"))
     for name, x in both.inputs.items():
         wanted = x.flip(2) if name.startswith("triples") else x
         assert torch.equal(control.inputs[name], wanted)
@@ -358,7 +354,7 @@ def test_dropped_negatives_are_a_policy() -> None:
     assert data.modalities == ("image", "text", "text_neg")
     assert batch.present["image"].all() and batch.present["text"].all()
     assert 0.4 < float(batch.present["text_neg"].float().mean()) < 0.6
-    assert whole(data.evaluation_sets("validate")["val"]).present["text_neg"].all()
+    assert whole(data.evaluation_sets("validate")["val"], 400).present["text_neg"].all()
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from descant.datamodules.corpora.emoji import Emoji
-from descant.datamodules.corpora.spoken import VOICES, SpokenNames, hummed
-from descant.datamodules.order import Order
+from descant.datamodules.corpora.spoken import VOICES, SpokenNames, synthetic_speech
 from descant.datamodules.prepare.package import sha256_of
 from descant.datamodules.prepare.voices import LIBRARIES, RATE, Spoken, prepared
+from descant.datamodules.resumable_sampler import Order
 from descant.modules.transforms.audio import LogMel
+from tests.datamodules.batches import shuffled, whole
 from tests.datamodules.prepare.test_wheel import wheel_of
 
 
@@ -47,7 +48,7 @@ def test_training_has_all_its_voices_and_evaluation_a_fixed_one() -> None:
     assert min(heard.count(v) for v in (1, 2, 3)) > 0.2 * len(heard)
     assert not torch.equal(batches[0].inputs["audio"], batches[len(batches) // 2].inputs["audio"])
     tested = data.evaluation_sets("test")["vendor"]
-    batch = tested[next(iter(Order(len(tested), len(tested), seed=0, shuffle=False)))]
+    batch = whole(tested)
     concepts = batch.index.numpy() // 4
     assert all(
         np.array_equal(clip(data, int(c), 0), a) for c, a in zip(concepts, batch.inputs["audio"].numpy(), strict=True)
@@ -59,14 +60,14 @@ def test_speech_is_present_where_the_text_is_and_dropped_independently() -> None
     present = val.present(np.arange(len(val)))
     assert torch.equal(present["audio"], present["text"]) and not present["audio"].all()
     rows = emoji(drop={"audio": 0.5}).training_set()
-    batch = rows[next(iter(Order(len(rows), 64, seed=0)))]
+    batch = shuffled(rows, 64)
     assert 0.2 < batch.present["audio"][batch.present["text"]].float().mean() < 0.8
 
 
 def test_a_shuffled_caption_has_its_own_speech() -> None:
     data = emoji(shuffle_captions=True)
     rows = data.training_set()
-    batch = rows[next(iter(Order(len(rows), 64, seed=0)))]
+    batch = shuffled(rows, 64)
     assert (rows.caption_N != rows.concept_N).mean() > 0.9
     index = [int(np.flatnonzero(rows.identity(np.arange(len(rows))) == i)[0]) for i in batch.index.tolist()]
     for n, audio_S in zip(index, batch.inputs["audio"].numpy(), strict=True):
@@ -76,14 +77,14 @@ def test_a_shuffled_caption_has_its_own_speech() -> None:
 def test_features_are_augmented_in_training() -> None:
     data = emoji()
     rows = data.training_set()
-    batch = data.on_after_batch_transfer(rows[next(iter(Order(len(rows), 64, seed=0)))], 0)
+    batch = data.on_after_batch_transfer(shuffled(rows, 64), 0)
     x_BFT = batch.inputs["audio"]
     assert x_BFT.shape == (64, 64, 100) and "audio_length" not in batch.inputs
     assert bool((x_BFT[:, :, 0] > -torch.inf).all()) and bool((x_BFT[:, :, -1] == -torch.inf).any())
 
 
 def test_synthetic_clips_have_a_tone_a_letter() -> None:
-    spoken = hummed(["ab", "b"], 2)
+    spoken = synthetic_speech(["ab", "b"], 2)
     assert spoken.clips[:, :, 1].tolist() == [[1600, 800]] * 2
     assert np.array_equal(spoken.wave[800:1600], spoken.wave[1600:2400]), "b is b wherever it stands"
     assert not np.array_equal(spoken.wave[:800], spoken.wave[800:1600])

@@ -14,9 +14,9 @@ import torch
 
 from descant.datamodules.corpora.base import name_hash
 from descant.datamodules.corpora.stamps import Stamps, StampsSet, synthetic
-from descant.datamodules.order import Order
 from descant.datamodules.prepare.package import sha256_of
 from descant.datamodules.prepare.stamps import DEB, Corpus, families
+from descant.datamodules.resumable_sampler import Order
 from descant.modules.core.batch import Batch
 from descant.modules.tokenizers.text import BOS, NgramTokenizer
 from tests.datamodules.prepare.test_deb import deb_of, tar_of
@@ -86,7 +86,7 @@ def test_contents_of_the_sets(data: Stamps) -> None:
         assert set(rows.identity(np.arange(len(rows))).tolist()) == ids[split]
         assert rows.spoken == (language,) and not rows.random
     train, bank = data.training_set(), data.bank_set()
-    assert set(train.stamp_N.tolist()) == set(bank.stamp_N.tolist()) == ids["train"]
+    assert set(train.id_N.tolist()) == set(bank.id_N.tolist()) == ids["train"]
     assert "es" not in train.spoken and "sound" not in train.spoken and set(train.spoken) == {"fr", "ru", "en"}
     assert bank.spoken == ("fr",) and not bank.random
 
@@ -102,7 +102,7 @@ def test_symbols_are_left_out_by_default() -> None:
     assert few.classes == {"category": ["plane"]}
     assert all_of_them.classes == {"category": ["plane", "symbols"]}
     assert few.label["category"][symbols].tolist() == [-1] * int(symbols.sum())
-    used = few.training_set().stamp_N
+    used = few.training_set().id_N
     assert not symbols[used].any()
 
 
@@ -130,7 +130,7 @@ def test_missing_speech_is_missing_for_the_fixed_language_too(data: Stamps) -> N
     rows = data.evaluation_sets("test")["language"]
     assert isinstance(rows, StampsSet)
     present = rows.present(np.arange(len(rows)))["audio"].numpy()
-    has = data.corpus.clips[data.corpus.languages.index("es"), rows.stamp_N, 1] > 0
+    has = data.corpus.clips[data.corpus.languages.index("es"), rows.id_N, 1] > 0
     assert (present == has).all() and 0 < has.sum() < len(has)
 
 
@@ -147,13 +147,13 @@ def test_audio_is_the_recording(data: Stamps) -> None:
 
 def test_each_visit_samples_a_language_that_the_stamp_has(data: Stamps) -> None:
     rows = data.training_set()
-    stamp = int(np.flatnonzero(rows.has[:, rows.stamp_N].sum(axis=0) == 2)[0])
-    spoken = [k for k in range(len(rows.spoken)) if rows.has[k, rows.stamp_N[stamp]]]
+    stamp = int(np.flatnonzero(rows.has[:, rows.id_N].sum(axis=0) == 2)[0])
+    spoken = [k for k in range(len(rows.spoken)) if rows.has[k, rows.id_N[stamp]]]
     draws = np.arange(400) * 7919
     found = rows.rows(np.full(400, stamp), draws).inputs
     counts = []
     for k in spoken:
-        first, length = rows.clips[k, rows.stamp_N[stamp]]
+        first, length = rows.clips[k, rows.id_N[stamp]]
         length = min(length, 16000)
         clip = torch.from_numpy(np.array(data.corpus.wave[first : first + length]))
         counts.append(int((found["audio"][:, :length] == clip).all(dim=1).sum()))
@@ -192,7 +192,7 @@ def test_stamps_of_one_caption_share_a_key() -> None:
     data.corpus.texts[6] = {}
     assert data.key_M[3] == data.key_M[1] == 1
     assert data.key_M[5] == 5 and data.key_M[6] == 6
-    assert not StampsSet.present(data._set("train", ["fr"]), np.arange(3))["text"].logical_not().all()
+    assert not StampsSet.present(StampsSet(data, "train", ["fr"]), np.arange(3))["text"].logical_not().all()
 
 
 # texts -----------------------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def test_text_languages_are_sampled_in_training_and_the_first_in_evaluation() ->
     data = stamps(text_languages=["ru", "en"])
     rows = data.training_set()
     found = rows.rows(np.zeros(300, int), np.arange(300) * 7919).inputs["text"].tolist()
-    stamp = int(rows.stamp_N[0])
+    stamp = int(rows.id_N[0])
     ru, en = caption(data, stamp, "ru"), caption(data, stamp, "en")
     assert all(ids in (ru, en) for ids in found) and 110 < found.count(ru) < 190
     held = data.evaluation_sets("validate")["val"]

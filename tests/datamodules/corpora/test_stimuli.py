@@ -11,8 +11,9 @@ import torch
 from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.corpora.emoji_pack import PACK
 from descant.datamodules.corpora.stimuli import noise_facts, product_facts, text_facts, valence_facts, visual_facts
-from descant.datamodules.order import Order
+from descant.datamodules.resumable_sampler import Order
 from descant.modules.core.batch import Batch
+from tests.datamodules.batches import whole
 from tests.tolerance import F32, conditioned, ulps
 
 
@@ -73,8 +74,7 @@ def test_products_depend_on_both_and_are_linear_in_neither() -> None:
 
 
 def rows(data: Emoji, name: str = "vendor") -> Batch:
-    data_set = data.evaluation_sets("test")[name]
-    return data_set[next(iter(Order(len(data_set), len(data_set), 0, shuffle=False)))]
+    return whole(data.evaluation_sets("test")[name])
 
 
 def test_targets_are_optional() -> None:

@@ -13,20 +13,16 @@ import torch
 
 from descant.datamodules.corpora.crops import CropSet
 from descant.datamodules.corpora.volumes import GAP, Volumes, synthetic
-from descant.datamodules.order import Order
 from descant.datamodules.prepare import volumes as module
 from descant.datamodules.prepare.package import sha256_of
 from descant.datamodules.prepare.volumes import FILES, WHEEL, load, volume
-from descant.modules.core.batch import Batch
+from descant.datamodules.resumable_sampler import Order
+from tests.datamodules.batches import whole
 from tests.datamodules.prepare.test_wheel import wheel_of
 
 
 def volumes(**options: Any) -> Volumes:
     return Volumes(**{"tiny": True, "batch_size": 8, "size": 16, **options})
-
-
-def whole(rows: Any) -> Batch:
-    return rows[next(iter(Order(len(rows), len(rows), seed=0, shuffle=False)))]
 
 
 def touched(data: Volumes, id_N: np.ndarray) -> np.ndarray:

@@ -95,10 +95,10 @@ def test_parts_of_a_list_share_its_weight() -> None:
 def test_texts_become_ids() -> None:
     field = TextField()
     x_BT, errors = field.decode(["a cat", b"a cat", None, b"\xff", " "], None)
-    assert x_BT.shape == (5, field.codec.length) and x_BT.dtype == torch.int64
-    assert torch.equal(x_BT[0], x_BT[1]) and torch.equal(x_BT[0], field.codec(["a cat"])[0])
+    assert x_BT.shape == (5, field.tokenizer.length) and x_BT.dtype == torch.int64
+    assert torch.equal(x_BT[0], x_BT[1]) and torch.equal(x_BT[0], field.tokenizer(["a cat"])[0])
     assert errors[:3] == [None, None, None] and "not UTF-8" in str(errors[3]) and "empty" in str(errors[4])
-    length = field.codec.length
+    length = field.tokenizer.length
     words = [" ".join(f"{k}" for k in range(n)) for n in (1, length - 20, length + 20, length + 50)]
     assert field.cut(words) == 2
 

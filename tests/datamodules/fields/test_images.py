@@ -477,7 +477,7 @@ def test_one_decoded_image_is_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatc
     decode = Images.decode
 
     def noted(self: Images, header: images.Header, box: Any) -> Any:
-        held.append(weakref.ref(header.picture))
+        held.append(weakref.ref(header.image))
         assert all(ref() is None for ref in held[:-1]), "those before it are gone"
         return decode(self, header, box)
 

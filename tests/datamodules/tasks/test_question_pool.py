@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from descant.datamodules.order import Order
 from descant.datamodules.tasks.dialogues import in_split
 from descant.datamodules.tasks.question_pool import QuestionPool
 from descant.datamodules.tasks.questions import KINDS
-from descant.modules.core.batch import Batch
 from descant.modules.tokenizers.text import EOS, PAD
+from tests.datamodules.batches import whole
 
 N = 64
 
@@ -21,16 +20,12 @@ def data() -> QuestionPool:
     return QuestionPool(tiny=True, batch_size=16, items=N, size=24)
 
 
-def all_of(data: QuestionPool) -> Batch:
-    return data.training_set()[next(iter(Order(N, N, seed=0, shuffle=False)))]
-
-
 def test_training_is_on_the_teachers_answers(data: QuestionPool) -> None:
     said = torch.arange(10, 10 + 3 * N).view(N, 3)
     said[5, 1:] = torch.tensor([EOS, 77])
     said[6] = PAD
     data.renew(data.pool, said, 0)
-    batch = all_of(data)
+    batch = whole(data.training_set())
     for n in range(N):
         learned = batch.inputs["text"][n][batch.inputs["loss_mask"][n]].tolist()
         wanted = said[n].tolist() if n not in (5, 6) else said[n, :1].tolist() if n == 5 else []
@@ -38,24 +33,26 @@ def test_training_is_on_the_teachers_answers(data: QuestionPool) -> None:
     plain = data.training_problems
     right = {int(key): row for key, row in zip(plain.problems.key_N, range(len(plain)), strict=True)}
     at = [right[int(key)] for key in batch.content_id]
-    every = plain[next(iter(Order(len(plain), len(plain), seed=0, shuffle=False)))]
+    every = whole(plain)
     assert torch.equal(batch.targets["answer"], every.targets["answer"][at]), "what is right stays known"
 
 
 def test_a_new_pool_is_used_at_once_and_one_without_answers_is_an_error(data: QuestionPool) -> None:
     rows = data.training_set()
     with pytest.raises(ValueError, match="no answers yet; the callback Rounds"):
-        rows[next(iter(Order(N, N, seed=0, shuffle=False)))]
+        whole(rows)
     data.renew(data.pool, torch.full((N, 2), 9), 0)
-    first = rows[next(iter(Order(N, N, seed=0, shuffle=False)))]
+    first = whole(rows)
     data.renew(data.fresh(1), torch.full((N, 2), 8), 1)
-    second = rows[next(iter(Order(N, N, seed=0, shuffle=False)))]
+    second = whole(rows)
     assert not torch.equal(first.content_id, second.content_id) and not torch.equal(
         first.inputs["text"], second.inputs["text"]
     )
     again = QuestionPool(tiny=True, batch_size=16, items=N, size=24)
     again.load_state_dict(data.state_dict())
-    assert again.version == 1 and torch.equal(all_of(again).inputs["text"], all_of(data).inputs["text"])
+    assert again.version == 1 and torch.equal(
+        whole(again.training_set()).inputs["text"], whole(data.training_set()).inputs["text"]
+    )
 
 
 def test_variants_are_other_training_problems_of_the_same_kind_and_concept(data: QuestionPool) -> None:

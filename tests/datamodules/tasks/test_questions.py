@@ -9,20 +9,16 @@ import pytest
 import torch
 
 from descant.datamodules.corpora.emoji_pack import VENDORS
-from descant.datamodules.order import Order
 from descant.datamodules.tasks.questions import COUNTS, KINDS, LETTERS, MORE, Questions, QuestionSet
 from descant.modules.core.batch import Batch
 from descant.modules.tokenizers.text import BOS, EOS, PAD
 from descant.modules.transforms.image import BASIC_COLOURS
+from tests.datamodules.batches import whole
 
 
 @pytest.fixture(scope="module")
 def data() -> Questions:
     return Questions(tiny=True, batch_size=64)
-
-
-def all_of(rows: QuestionSet, epoch: int = 0) -> Batch:
-    return rows[next(iter(Order(len(rows), len(rows), seed=0, shuffle=False, epoch=epoch)))]
 
 
 def worded(data: Questions, batch: Batch, row: int) -> tuple[str, str]:
@@ -34,7 +30,7 @@ def worded(data: Questions, batch: Batch, row: int) -> tuple[str, str]:
 
 
 def test_the_loss_mask_is_the_answer_and_its_end(data: Questions) -> None:
-    batch = all_of(data.training_set())
+    batch = whole(data.training_set())
     for ids, said, answer in zip(
         batch.inputs["text"].tolist(), batch.inputs["loss_mask"].tolist(), batch.targets["answer"].tolist(), strict=True
     ):
@@ -48,7 +44,7 @@ def test_the_loss_mask_is_the_answer_and_its_end(data: Questions) -> None:
 def test_answers_are_correct_and_letters_uniform(by_letter: bool) -> None:
     data = Questions(tiny=True, batch_size=64, letters=by_letter)
     rows = data.training_set()
-    batch = all_of(rows)
+    batch = whole(rows)
     letters: Counter[str] = Counter()
     for row, (kind, concept) in enumerate(zip(batch.targets["kind"], batch.targets["concept"], strict=True)):
         question, answer = worded(data, batch, row)
@@ -74,7 +70,7 @@ def _options(question: str) -> list[str]:
 
 def test_scenes_have_the_counted_number_of_objects(data: Questions) -> None:
     rows = data._set("train", False, ["noto"], kinds=["count"])
-    batch, cell = all_of(rows), data.size // 3
+    batch, cell = whole(rows), data.size // 3
     for image, concept, answer in zip(
         batch.inputs["image"], batch.targets["concept"], batch.targets["answer"][:, 0], strict=True
     ):
@@ -99,26 +95,26 @@ def test_held_out_problems_are_in_no_other_set(data: Questions) -> None:
     assert isinstance(concept, QuestionSet)
     assert not seen & set(concept.problems.concept_N.tolist()) and not seen & set(concept.pool.tolist())
     assert set(train.vendors.tolist()) == {0, 1, 2} and sets["vendor"].vendors.tolist() == [3]  # type: ignore[attr-defined]
-    counts = all_of(sets["counts"])  # type: ignore[arg-type]
+    counts = whole(sets["counts"])
     assert {int(worded(data, counts, row)[1]) for row in range(len(counts))} == set(MORE)
 
 
 def test_vendors_and_places_vary_between_visits_and_problems_do_not(data: Questions) -> None:
     rows = data.training_set()
-    one, two = all_of(rows), all_of(rows, epoch=1)
+    one, two = whole(rows), whole(rows, epoch=1)
     assert torch.equal(one.inputs["text"], two.inputs["text"])
     changed = (one.inputs["image"] != two.inputs["image"]).flatten(1).any(dim=1)
     assert changed.float().mean() > 0.5
     fixed = data._set("train", False, data.vendors)
-    assert torch.equal(all_of(fixed).inputs["image"], all_of(fixed, epoch=1).inputs["image"])
+    assert torch.equal(whole(fixed).inputs["image"], whole(fixed, epoch=1).inputs["image"])
 
 
 def test_a_problem_is_independent_of_the_other_kinds(data: Questions) -> None:
     rows = data.training_set()
-    whole = all_of(rows)
-    part = rows.rows(np.array([7, 3]), whole.rng_seed.numpy()[[7, 3]])
-    assert torch.equal(part.inputs["text"], whole.inputs["text"][[7, 3]])
-    assert torch.equal(part.inputs["image"], whole.inputs["image"][[7, 3]])
+    every = whole(rows)
+    part = rows.rows(np.array([7, 3]), every.rng_seed.numpy()[[7, 3]])
+    assert torch.equal(part.inputs["text"], every.inputs["text"][[7, 3]])
+    assert torch.equal(part.inputs["image"], every.inputs["image"][[7, 3]])
 
 
 @pytest.mark.parametrize(
@@ -137,7 +133,7 @@ def test_options_out_of_range_raise_one_line(options: dict[str, object], says: s
 
 def test_a_question_that_is_too_long_is_named() -> None:
     with pytest.raises(ValueError, match=r"^length 12: 'wh.* and its answer are \d+ tokens$"):
-        all_of(Questions(tiny=True, length=12).training_set())
+        whole(Questions(tiny=True, length=12).training_set())
 
 
 def test_an_answer_after_reasoning_is_scored_by_its_last_part() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from descant.datamodules.order import Order
+from descant.datamodules.resumable_sampler import Order
 from descant.datamodules.tasks.dialogues import SPLITS
 from descant.datamodules.tasks.text_tasks import (
     EVALUATING,
@@ -26,9 +26,9 @@ from descant.datamodules.tasks.text_tasks import (
     TaskSet,
     TextTasks,
 )
-from descant.modules.core.batch import Batch
 from descant.modules.policy.rewards import Answer, ExactAnswer, NumericAnswer, TaskAnswer, Verifier
 from descant.modules.tokenizers.text import BOS, EOS, PAD, WordTokenizer
+from tests.datamodules.batches import whole
 
 N, G = 6, 4
 GYM = {"min_digits": 1, "max_digits": 2, "max_terms": 3}
@@ -52,10 +52,6 @@ def rollouts(**options: Any) -> TaskRollouts:
     made = {"any": Arithmetic(), "few": Few()}
     fixed = dict[str, Any](items=N, group=G, tasks=made, numbers=60, held=30, length=32, batch_size=N * G)
     return TaskRollouts(**(fixed | options))
-
-
-def all_of(rows: Any) -> Batch:
-    return rows[next(iter(Order(len(rows), len(rows), seed=0, shuffle=False)))]
 
 
 def questions(data: TextTasks, rows: TaskSet) -> list[str]:
@@ -132,14 +128,14 @@ def test_held_out_problems_are_independent_of_the_number_of_training_problems() 
 def test_rows_are_the_question_the_mark_the_answer_and_the_end() -> None:
     data = tasks()
     rows = data.training_set()
-    batch, codec = all_of(rows), data.tokenizer
+    batch, tokenizer = whole(rows), data.tokenizer
     assert set(batch.inputs) == {"text", "loss_mask"} and set(batch.present) == {"text"}
-    assert data.image_token is None and data.answer_token == codec.vocabulary + 1
+    assert data.image_token is None and data.answer_token == tokenizer.vocabulary + 1
     for n in range(len(rows)):
         question, answer, _ = data.problem(rows.problems, n)
-        ids = [BOS, *codec.ids(question), data.answer_token, *codec.ids(answer), EOS]
+        ids = [BOS, *tokenizer.ids(question), data.answer_token, *tokenizer.ids(answer), EOS]
         assert batch.inputs["text"][n].tolist() == ids + [PAD] * (data.length - len(ids))
-        assert batch.inputs["text"][n][batch.inputs["loss_mask"][n]].tolist() == [*codec.ids(answer), EOS]
+        assert batch.inputs["text"][n][batch.inputs["loss_mask"][n]].tolist() == [*tokenizer.ids(answer), EOS]
         assert data.spell([i for i in batch.targets["answer"][n].tolist() if i]) == answer
     names = [data.classes["task"][k] for k in batch.targets["task"].tolist()]
     signs = {"plus": "+", "times": "*"}
@@ -254,10 +250,10 @@ def answered(data: TaskRollouts, seed: int = 0) -> dict[str, torch.Tensor]:
 def test_rows_of_rollouts_are_questions_and_sampled_answers() -> None:
     data = rollouts()
     with pytest.raises(ValueError, match=r"^TaskRollouts: no answers yet; the callback Rollouts samples them"):
-        all_of(data.training_set())
+        whole(data.training_set())
     rolled = answered(data)
     data.renew(data.fresh(2), rolled, 2)
-    batch = all_of(data.training_set())
+    batch = whole(data.training_set())
     for r in range(N * G):
         question = data.problem(data.pool, r // G).question
         said = rolled["said"][r, : int(rolled["length"][r])].tolist()
@@ -277,7 +273,7 @@ def test_a_checkpoint_restores_questions_and_answers() -> None:
     data, again = rollouts(), rollouts()
     data.renew(data.fresh(3), answered(data), 3)
     again.load_state_dict(data.state_dict())
-    one, two = all_of(data.training_set()), all_of(again.training_set())
+    one, two = whole(data.training_set()), whole(again.training_set())
     assert again.version == 3 and one.inputs.keys() == two.inputs.keys()
     for name in one.inputs:
         assert torch.equal(one.inputs[name], two.inputs[name])
@@ -325,8 +321,8 @@ def test_rollouts_have_training_problems_only_in_random_order() -> None:
             lambda: tasks(tasks={"few": Few()}).evaluation_sets("validate"),
             "no question of few is in the split val: increase",
         ),
-        (lambda: all_of(tasks(length=6).training_set()), r"length 6: '\d+.\d+=' and its answer are \d+ tokens"),
-        (lambda: all_of(tasks(answer_length=2).training_set()), r"answer_length 2: '\d+' has 3 tokens"),
+        (lambda: whole(tasks(length=6).training_set()), r"length 6: '\d+.\d+=' and its answer are \d+ tokens"),
+        (lambda: whole(tasks(answer_length=2).training_set()), r"answer_length 2: '\d+' has 3 tokens"),
         (lambda: tasks(text=WordTokenizer(["a"])).training_set()[_first()], r"'\d+' is not in the tokenizer's 1 words"),
         (lambda: rollouts(group=1), "group 1: at least 2 answers to a question"),
         (lambda: rollouts(batch_size=7), "batch_size 7: 6 questions x 4 answers make no whole steps"),

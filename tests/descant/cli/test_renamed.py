@@ -66,6 +66,7 @@ def test_old_names_in_files_and_options_are_read_with_a_line_each(cli: Cli, work
         "other import paths of before are read likewise",
         "old.yaml:14: Blend is now GradientBlending",
         "data.yaml:1: Own is now UserData",
+        "data.yaml:8: TextField.codec is now tokenizer",
         "data.yaml:8: Ngrams is now NgramTokenizer",
         "old.yaml:15: DropAhead is now OPM",
         "--trainer.callbacks+: Prototypes is now PMR",
@@ -74,8 +75,8 @@ def test_old_names_in_files_and_options_are_read_with_a_line_each(cli: Cli, work
     callbacks = [item["class_path"].rpartition(".")[2] for item in shown["trainer"]["callbacks"]]
     assert callbacks[-4:] == ["GradientBlending", "OPM", "PMR", "GradientBlending"]
     assert shown["data"]["class_path"].endswith(".UserData")
-    codec = shown["data"]["init_args"]["fields"]["init_args"]["text"]["init_args"]["codec"]
-    assert codec["class_path"].endswith(".NgramTokenizer") and codec["init_args"]["length"] == 40
+    tokenizer = shown["data"]["init_args"]["fields"]["init_args"]["text"]["init_args"]["tokenizer"]
+    assert tokenizer["class_path"].endswith(".NgramTokenizer") and tokenizer["init_args"]["length"] == 40
 
 
 def test_old_arguments_in_files_overlays_and_options(

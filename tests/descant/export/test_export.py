@@ -373,11 +373,14 @@ def test_a_lean_checkpoint_exports_whole(cli: Cli, bert: Path, workplace: Path) 
 def test_the_models_tokenizer_is_exported(cli: Cli, bert: Path, workplace: Path) -> None:
     by_hand(workplace / "run", tower("TransformersTower", folder=str(bert)))
     config = yaml.safe_load((workplace / "run/config.yaml").read_text())
-    codec = {
+    tokenizer = {
         "class_path": "descant.modules.tokenizers.text.PretrainedTokenizer",
         "init_args": {"folder": str(bert), "length": 6},
     }
-    config["data"] = {"class_path": "descant.datamodules.corpora.emoji.Emoji", "init_args": {"text": codec, "size": 16}}
+    config["data"] = {
+        "class_path": "descant.datamodules.corpora.emoji.Emoji",
+        "init_args": {"text": tokenizer, "size": 16},
+    }
     (workplace / "run/config.yaml").write_text(yaml.safe_dump(config))
     texts = ["a red apple", "the sun , the moon and more than fits"]
     wanted = descant.Embedder("run").texts(texts)

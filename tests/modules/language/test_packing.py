@@ -36,7 +36,7 @@ def test_first_fit_decreasing_equals_a_loop(seed: int) -> None:
 def test_real_documents_leave_little_padding() -> None:
     """Names of the pack in each of their languages, as its own tokens."""
     data = Emoji(tiny=True)
-    lengths = [len(data.codec.encode(name)) for row in data.pack.rows for name in row["names"].values()]
+    lengths = [len(data.tokenizer.encode(name)) for row in data.pack.rows for name in row["names"].values()]
     assert max(lengths) > 3 * min(lengths)
     packed = first_fit_decreasing(lengths, 128)
     assert 1 - sum(lengths) / (len(packed) * 128) <= 0.03

@@ -1,4 +1,7 @@
-"""Sample order (batch sampler): a pure function of (seed, epoch, position), whatever the ranks and workers."""
+"""Resumable batch sampler: the samples of a step by (seed, epoch, position), whatever the ranks and workers.
+
+A resumed run skips what comes before its position (``Order.epoch`` and ``Order.first``): none of it is read.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from descant.datamodules.shuffle import Permutation
+from descant.datamodules.permutation import Permutation
 from descant.modules.core.budget import whole_steps
 from descant.modules.core.rng import mix
 

@@ -1,4 +1,4 @@
-"""The order of a mixture of corpora: how many samples of a step are of which part, and which."""
+"""Batch sampler of a mixture of corpora: how many samples of a step are of which part, and which."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from fractions import Fraction
 
 from torch import Tensor
 
-from descant.datamodules.order import BlockShuffle, Order, Slot, Window
-from descant.datamodules.shuffle import Permutation
+from descant.datamodules.permutation import Permutation
+from descant.datamodules.resumable_sampler import BlockShuffle, Order, Slot, Window
 from descant.modules.core.rng import mix
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from descant.modules.core.rng import mix, mix_N
 
-#: Largest n whose permutation is drawn at once (less than a second, 64 MB).
+#: Largest n whose permutation is made at once (less than a second, 64 MB).
 WHOLE = 1 << 23
 _ROUNDS = 6
 
@@ -19,13 +19,13 @@ _ROUNDS = 6
 class Permutation:
     """``perm(n, key)``, a permutation of ``0..n-1`` that is a function of both.
 
-    Small ones are drawn at once. Slices of a large one are computed on demand, in constant memory: a Feistel network of
+    Small ones are made at once. Slices of a large one are computed on demand, in constant memory: a Feistel network of
     six rounds permutes the numbers below ``4^h >= n``, applied again to results of n or more (Black and Rogaway 2002).
 
     Args:
         n: how many numbers.
         key: of the permutation.
-        whole: the largest n that is drawn at once.
+        whole: the largest n that is made at once.
 
     >>> permutation = Permutation(10, key=3, whole=0)
     >>> sorted(permutation[0:10].tolist()) == list(range(10)), torch.equal(permutation[4:7], permutation[0:10][4:7])
