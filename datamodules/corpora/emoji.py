@@ -68,6 +68,8 @@ class Emoji(ImageViews):
         foreign: languages of retrieval by names that are in no training caption.
         development: to choose settings without the test sets: Twemoji is the held-out vendor and 150 training
             concepts are the held-out ones; "validate" has the sets of "test".
+        sealed: the lock-box is held out in place of the test set: 100 training concepts, and EmojiOne's drawings in
+            place of Fluent's. Only a claim at its effect stage reads it (``lockbox`` of the claim).
         shuffle_captions: a control: training images get the captions of other concepts, by a fixed permutation.
         readout: float targets in the evaluation sets, for Readout: ``visual`` ``[B, 8]`` (colour and shape of the
             drawing), ``valence`` ``[B]`` (mean rating of the words of name and keywords; nan without such words),
@@ -98,6 +100,7 @@ class Emoji(ImageViews):
         speech: SpokenNames | None = None,
         foreign: list[str] | None = None,
         development: bool = False,
+        sealed: bool = False,
         shuffle_captions: bool = False,
         readout: bool = False,
         paired: bool = False,
@@ -114,11 +117,13 @@ class Emoji(ImageViews):
         self.token_dropout, self.transform, self.views = token_dropout, transform, views or {}
         self.set_views(size, augment or Augment(size))
         self.augment_2 = self.augment.stream_copy("image@2")
-        self.development, self.shuffle_captions, self.mixer = development, shuffle_captions, mixer
+        self.development, self.sealed, self.shuffle_captions, self.mixer = development, sealed, shuffle_captions, mixer
         self.readout, self._visual, self.paired = readout, dict[str, Tensor](), paired
         self.folder = Path(folder) if folder else PACK
         require_known("vendors", self.vendors, VENDORS)
         require_known("views", list(self.views), ("image",))
+        if development and sealed:
+            raise ValueError("sealed: settings are chosen in development, which the lock-box is not for")
         if mixer is not None and shuffle_captions:
             raise ValueError("shuffle_captions: a mixer has its own control: mixer.init_args.sham permute")
         if mixer is not None and self.languages != ["en"]:
@@ -143,7 +148,7 @@ class Emoji(ImageViews):
 
     @cached_property
     def pack(self) -> Pack:
-        pack = load_pack(self.folder, run_ledger(self.trainer), self.tiny)
+        pack = load_pack(self.folder, run_ledger(self.trainer), self.tiny, self.sealed)
         require_known("languages", self.languages, pack.languages)
         require_known("foreign", self.foreign, [name for name in pack.languages if name not in self.languages])
         return pack

@@ -24,6 +24,8 @@ from descant.modules.transforms.image import reduce_rgba
 
 PACK = Path(__file__).parents[1] / "packs" / "emoji"
 VENDORS = ("noto", "twemoji", "openmoji", "fluent")
+#: The lock-box beside the shards: concepts and drawings that only claims at their effect stage are tested on.
+SEALED, SEALED_VENDOR = "sealed.parquet", "emojione"
 #: Flat and without outlines, as the held-out Fluent: the training vendor that is most like it.
 DEVELOPMENT_VENDOR = "twemoji"
 
@@ -65,6 +67,22 @@ class Pack:
         """Drop all other concepts, before their drawings are decoded."""
         self.rows, self.file = [self.rows[c] for c in concepts], [self.file[c] for c in concepts]
 
+    def unseal(self) -> None:
+        """Hold out the lock-box in place of the test set: its concepts, and the drawings of its vendor.
+
+        The concepts of the test set are dropped; those of the lock-box take their place, and the sealed vendor that of
+        the held-out one, under its name. Concepts that it does not draw have no drawing there.
+        """
+        path, vendor = self.folder / SEALED, VENDORS[-1]
+        try:
+            sealed = {row["hexcode"]: row for row in pq.read_table(path).to_pylist()}
+        except (ArrowInvalid, OSError) as error:
+            raise ValueError(f"{path}: not a readable lock-box ({str(error).splitlines()[0]})") from None
+        self.keep([n for n, row in enumerate(self.rows) if row["split"] != "test"])
+        for row in self.rows:
+            found = sealed.get(row["hexcode"], {"sealed": False, SEALED_VENDOR: None})
+            row["split"], row[vendor] = "test" if found["sealed"] else "train", found[SEALED_VENDOR]
+
     @cached_property
     def languages(self) -> tuple[str, ...]:
         return tuple(self.rows[0]["names"])
@@ -86,6 +104,8 @@ class Pack:
             images = torch.zeros(len(self), 4, 64, 64, dtype=torch.uint8)
             good = np.zeros(len(self), dtype=bool)
             for i, row in enumerate(self.rows):
+                if row[vendor] is None:
+                    continue
                 try:
                     data = torch.frombuffer(bytearray(row[vendor]), dtype=torch.uint8)
                     images[i] = decode_webp(data, mode=ImageReadMode.RGB_ALPHA)
@@ -105,9 +125,11 @@ class Pack:
         return self._reduced[vendor, size]
 
 
-def load_pack(folder: Path, ledger: Ledger, tiny: bool) -> Pack:
-    """The pack, or every twelfth concept of it."""
+def load_pack(folder: Path, ledger: Ledger, tiny: bool, sealed: bool = False) -> Pack:
+    """The pack, or every twelfth concept of it; ``sealed``: with the lock-box for its test set."""
     pack = Pack(folder, ledger)
+    if sealed:
+        pack.unseal()
     if tiny:
         pack.keep(range(0, len(pack), 12))
     return pack

@@ -169,6 +169,7 @@ class Questions(ImageViews, Dialogues):
             pack's own.
         augment: of training images, on the device.
         folder: of the pack.
+        sealed: the lock-box is held out in place of the test set, as in Emoji.
         kwargs: of every data module.
 
     Raises:
@@ -196,6 +197,7 @@ class Questions(ImageViews, Dialogues):
         text: Tokenizer | None = None,
         augment: Augment | None = None,
         folder: str | None = None,
+        sealed: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -213,7 +215,7 @@ class Questions(ImageViews, Dialogues):
             raise ValueError(f"{'kinds' if not self.kinds else 'vendors'}: none; such as {self.every[0]}")
         if not GRID * 8 <= size <= 64 or size % GRID:
             raise ValueError(f"size {size}: a multiple of {GRID} from {GRID * 8} to 63")
-        self.letters, self.think, self.text = letters, think, text
+        self.letters, self.think, self.text, self.sealed = letters, think, text, sealed
         self.set_views(size, augment or Augment(size))
         self.folder = PACK if folder is None else Path(folder)
 
@@ -229,7 +231,7 @@ class Questions(ImageViews, Dialogues):
 
     @cached_property
     def pack(self) -> Pack:
-        return load_pack(self.folder, run_ledger(self.trainer), self.tiny)
+        return load_pack(self.folder, run_ledger(self.trainer), self.tiny, self.sealed)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

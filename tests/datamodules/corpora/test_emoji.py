@@ -125,6 +125,26 @@ def test_development_uses_no_test_samples() -> None:
     assert not development & concepts(all_ids(data.training_set(), "image"))
 
 
+def test_the_lock_box_is_held_out_in_place_of_the_test_set(data: Emoji) -> None:
+    sealed = Emoji(sealed=True)
+    codes, known = ([row["hexcode"] for row in of.pack.rows] for of in (sealed, data))
+    kept = {code for code, test in zip(known, data.test_N, strict=True) if not test}
+    assert set(codes) == kept and int(sealed.test_N.sum()) == 100
+    box = {code for code, test in zip(codes, sealed.test_N, strict=True) if test}
+    assert not box & {codes[row[0]] for row in sealed.training_rows}  # nothing of it is trained on
+    sets = sealed.evaluation_sets("test")
+    assert set(sets) == {"vendor", "concept", "both", "apart"}
+    for name in ("concept", "both"):
+        assert {codes[c] for c in sets[name].concept_N} == box  # type: ignore[attr-defined]
+    # the vendor draws all of the lock-box, and most of what is trained; what it does not draw has a name alone
+    assert sets["both"].image_N.all() and 0.5 < sets["vendor"].image_N.mean() < 1  # type: ignore[attr-defined]
+    drawn, by_fluent = sealed.pack.drawings("fluent"), data.pack.drawings("fluent")[0]
+    shared = [(i, known.index(code)) for i, code in enumerate(codes) if drawn[1][i]]
+    assert not any(torch.equal(drawn[0][i], by_fluent[j]) for i, j in shared)
+    with pytest.raises(ValueError, match="sealed: settings are chosen in development"):
+        Emoji(sealed=True, development=True)
+
+
 def test_paired_sets_have_every_image_with_its_text_only(data: Emoji) -> None:
     paired = Emoji(batch_size=16, paired=True)
     assert len(paired.training_set()) == len(data.training_set())
