@@ -152,7 +152,7 @@ class Inversion(_BankRetrieval):
     """
 
     needs = (Embeds, Inverts)
-    needs_of_data = ("bank_dataloader", "codec")
+    needs_of_data = ("bank_dataloader", "tokenizer")
     identity = ("template", "modality", "through")
 
     def __init__(

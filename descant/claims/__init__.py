@@ -25,7 +25,7 @@ descant claims: does each mechanism do what its paper claims? Paired runs, a sha
 usage: descant claims list [--json]
        descant claims plan [NAME ...]
        descant claims tune NAME
-       descant claims run NAME [--budget pilot|full] [--seeds 0,1] [--arms method,sham] [--ablations] [--redesign]
+       descant claims run NAME [--budget pilot|full] [--seeds 0,1] [--arms A,B] [--ablations] [--redesign]
        descant claims table | verify [NAME ...]
 
   plan    lists the runs of each stage that are still to be trained, in core-minutes

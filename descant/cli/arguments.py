@@ -9,6 +9,7 @@ from pathlib import Path
 from descant.cli.catalogue import find, layers, shipped_data
 from descant.cli.document import rename
 from descant.cli.errors import Refusal, fail, nearest
+from descant.modules.io.names import full
 from descant.run import runs
 
 #: Options of LightningCLI that are arguments of the recipe here.
@@ -49,7 +50,13 @@ class Request:
     def arguments(self) -> list[str]:
         """The arguments for the parser."""
         configs = [f"--config={file}" for file in self.files]
-        return configs + [f"--{key}" if value is None else f"--{key}={value}" for key, value in self.options]
+        options = ((key, value if value is None else _full(key, value)) for key, value in self.options)
+        return configs + [f"--{key}" if value is None else f"--{key}={value}" for key, value in options]
+
+
+def _full(key: str, value: str) -> str:
+    """For help of a class its import path: the parser finds no short name in a module that is not imported yet."""
+    return full(value) or value if key.endswith(".help") else value
 
 
 def read(command: str, args: Sequence[str]) -> Request:

@@ -65,6 +65,15 @@ def test_help_of_fit_has_experiments_in_a_line_each_as_far_as_a_screen_goes(cli:
     assert "--explain" in cli("check", "--help").out and not any("--explain" in line for line in lines)
 
 
+@pytest.mark.parametrize("option", ["--model.help", "--data.help"])
+def test_help_of_a_class_needs_no_cache(option: str, tmp_path: Path) -> None:
+    env = {**os.environ, "DESCANT_CACHE": str(tmp_path)}
+    name = {"--model.help": "Contrastive", "--data.help": "Emoji"}[option]
+    command = [sys.executable, "-m", "descant", "fit", option, name]
+    result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert result.returncode == 0 and result.stdout.startswith("usage: "), result.stderr
+
+
 def test_help_of_a_class_needs_no_torch(tmp_path: Path, written_content: dict[str, Any]) -> None:
     (tmp_path / dump.place().name).write_text(json.dumps(written_content))
     code = (
