@@ -748,6 +748,14 @@ def test_what_is_wrong_in_a_claim_by_stages_is_named(
         made(**(STAGES | changes))
 
 
+def test_the_claim_of_the_guide_is_one(workplace: Path) -> None:
+    guide = (Path(__file__).parents[2] / "docs/guides/claims.md").read_text()
+    (text,) = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)
+    (workplace / "mine.yaml").write_text(text)
+    claim = spec.load("mine.yaml")
+    assert claim.staged and claim.lockbox and claim.judged == ("baseline", "method", "sham", "oracle")
+
+
 def test_the_code_of_a_claim_is_what_its_classes_import(made: Callable[..., Claim]) -> None:
     claim = spec.load("structure-clip")
     registered = registration.register(claim)
