@@ -42,7 +42,10 @@ SMALL = 16
 #: How far each loss of twenty steps may be in float64, relative.
 BOUND = 1e-6
 #: Those that read batches before a step, or answer questions, and so do not run in float64: by their first loss.
-SINGLE = ("fusion/certified", "reinforce/arithmetic", "reinforce/emoji", "reinforce/frames")
+SINGLE = (
+    *("distill/questions-rounds", "fusion/certified", "papers/comd", "papers/crmt"),
+    *("reinforce/arithmetic", "reinforce/emoji", "reinforce/frames"),
+)
 #: Laid over an experiment.
 COMPARED = """\
 # Comparable.

@@ -50,6 +50,8 @@ class Game(Regularizer):
             with ``latents``, and with ``projections`` W_m plays as its latents do.
     """
 
+    by_rank = "permutes latents among the rows of a micro-batch"
+
     def __init__(
         self, weight: float = 0.1, permutations: int = 8, detach: Literal["projections", "latents"] = "projections"
     ) -> None:
