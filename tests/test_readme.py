@@ -73,7 +73,8 @@ def _checked(words: list[str], cli: Cli, content: dict[str, Any]) -> None:
         _checked([name, *theirs], cli, content)
     elif command == "claims":
         for name in rest[1:2]:
-            assert name.startswith("--") or spec.load(name)
+            # that of the guide is loaded by tests/descant/test_claims.py
+            assert name.startswith("--") or name == "mine.yaml" or spec.load(name)
     elif command in TOOLS:
         under = rest[:1] if command in ("data", "new") else []
         page = _help(command, "--help") + _help(command, *under, "--help")
