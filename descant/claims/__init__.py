@@ -138,17 +138,13 @@ def _settled(claim: Claim, results: Path) -> Claim:
 
 def _run(given: argparse.Namespace) -> int:
     claim = spec.load(given.name)
-    if given.redesign:
-        store.supersede(given.results, claim)
     if claim.staged:
         return _run_staged(claim, given)
     if given.ablations:
         fail(f"--ablations: claims {claim.name} goes by no stages; --arms ARM --seeds 0")
     arms = _chosen("--arms", given.arms, tuple(claim.arms))
     seeds = tuple(map(int, _chosen("--seeds", given.seeds, tuple(map(str, claim.seeds[given.budget])))))
-    if given.jobs < 1:
-        fail(f"--jobs {given.jobs}: at least 1")
-    store.require_free(given.results, claim, given.budget)
+    _require_place(claim, given, given.budget)
     if given.budget == "full":
         pilot = store.read(given.results, claim.name, "pilot")
         if pilot is None or pilot["digest"] != claim.digest:
@@ -169,13 +165,20 @@ def _run(given: argparse.Namespace) -> int:
     return 0
 
 
+def _require_place(claim: Claim, given: argparse.Namespace, budget: str) -> None:
+    """Check the rest of a request, set an earlier design aside where that is asked for, and see that a result fits."""
+    if given.jobs < 1:
+        fail(f"--jobs {given.jobs}: at least 1")
+    if given.redesign:
+        store.supersede(given.results, claim)
+    store.require_free(given.results, claim, budget)
+
+
 def _run_staged(claim: Claim, given: argparse.Namespace) -> int:
     for option in ("arms", "seeds"):
         if getattr(given, option) is not None:
             fail(f"--{option}: claims {claim.name} goes by stages, which choose both; --ablations: other arms")
-    if given.jobs < 1:
-        fail(f"--jobs {given.jobs}: at least 1")
-    store.require_free(given.results, claim, "full")
+    _require_place(claim, given, "full")
     claim = _settled(claim, given.results)
     staged = Staged(claim, given.results, given.runs, tuple(given.trust), given.jobs, given.slurm)
     return staged.ablations() if given.ablations else staged.run(only_pilot=given.budget == "pilot")

@@ -67,6 +67,11 @@ class Condition:
         pairs = [(self.arm, self.metric), *([(self.against, self.minus)] if self.minus is not None else [])]
         return [*pairs, *((self.above, metric) for _, metric in pairs if self.above is not None)]
 
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The arms that it reads."""
+        return tuple(dict.fromkeys(arm for arm, _ in self.reads))
+
     def __str__(self) -> str:
         text = f"{self.metric} of {self.arm}"
         if self.minus is not None:
@@ -173,7 +178,7 @@ class Claim:
     @property
     def judged(self) -> tuple[str, ...]:
         """The arms that the verdict of a claim by stages needs; others are ablations."""
-        read = {arm for condition in self.also for arm, _ in condition.reads}
+        read = {arm for condition in self.also for arm in condition.arms}
         return tuple(arm for arm in self.arms if arm in (*ARMS, self.oracle) or arm in read)
 
     @property

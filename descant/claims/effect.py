@@ -6,7 +6,7 @@ Letters: S paired seeds, N test items.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import TYPE_CHECKING
@@ -44,6 +44,9 @@ class Interval:
     mean: float
     low: float
     high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
     def joined(self, other: Interval | None) -> Interval:
         """The mean with the lower of both lower ends and the higher of both upper ends."""
@@ -147,12 +150,6 @@ def items_needed(margin: float, sd: float, level: float = LEVEL) -> int:
     return math.ceil((z * sd / margin) ** 2)
 
 
-def is_futile(gain_S: Sequence[float], margin: float) -> bool:
-    """Whether a claim stops after its first ``FUTILE`` seeds: their mean gain is below a quarter of the margin."""
-    first = gain_S[:FUTILE]
-    return math.fsum(first) / len(first) < FUTILE_SHARE * margin
-
-
 def effect(
     method_S: Sequence[float],
     placebo_S: Sequence[float],
@@ -215,6 +212,11 @@ def _word(of: Effect) -> str:
     return NONE if gain.within(of.margin) else UNCLEAR
 
 
+def is_futile(of: Effect) -> bool:
+    """Whether a claim stops after its first ``FUTILE`` seeds: their mean gain is below a quarter of the margin."""
+    return of.over_baseline.mean < FUTILE_SHARE * of.margin
+
+
 def is_extended(of: Effect) -> bool:
     """Whether a claim gets its one extension to ``LAST`` seeds (stage 4): its first look cannot tell.
 
@@ -222,6 +224,19 @@ def is_extended(of: Effect) -> bool:
     """
     open_placebo = of.word == PLACEBO and of.over_placebo.high >= of.margin
     return of.seeds == FIRST and not of.futile and (of.word == UNCLEAR or open_placebo)
+
+
+def looks(look: Callable[[int], Effect]) -> Effect:
+    """The effect of a claim after 3, 5 and at most 10 seeds (stages 3 and 4): it stops once its word is found.
+
+    ``look``: a number of seeds -> their effect. It is asked for more seeds only where they decide.
+    """
+    first = look(FUTILE)
+    if is_futile(first):
+        futile = replace(first, futile=True)
+        return replace(futile, word=_word(futile))
+    second = look(FIRST)
+    return look(LAST) if is_extended(second) else second
 
 
 def staged(method_S: Sequence[float], placebo_S: Sequence[float], margin: float, headroom_S: Sequence[float]) -> Effect:
@@ -238,12 +253,7 @@ def staged(method_S: Sequence[float], placebo_S: Sequence[float], margin: float,
     """
     headroom = math.fsum(headroom_S) / len(headroom_S)
 
-    def look(seeds: int, futile: bool = False, room: bool = True) -> Effect:
-        return effect(method_S[:seeds], placebo_S[:seeds], margin, headroom, futile=futile, room=room)
+    def look(seeds: int, room: bool = True) -> Effect:
+        return effect(method_S[:seeds], placebo_S[:seeds], margin, headroom, room=room)
 
-    if not has_room(headroom_S, margin):
-        return look(FUTILE, room=False)
-    if is_futile(method_S, margin):
-        return look(FUTILE, futile=True)
-    first = look(FIRST)
-    return look(LAST) if is_extended(first) else first
+    return looks(look) if has_room(headroom_S, margin) else look(FUTILE, room=False)

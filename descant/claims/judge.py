@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from descant.claims.claim import ARMS, EQUAL, LEAST_TIME, Claim, Condition, Metric
+from descant.claims.claim import ARMS, EQUAL, LEAST_TIME, Claim, Condition
 from descant.claims.effect import HELPS, Effect, Interval, effect, has_room, over_seeds
 from descant.cli.errors import fail, hint
 from descant.report.statistics import Paired, paired
@@ -68,11 +68,10 @@ def judge(claim: Claim, runs: Runs, futile: bool = False) -> Judgement:
             fail(f"claims {claim.name}: {arm}: no runs, or of other seeds than the method's")
     require_equal(claim, runs)
     seeds = sorted(runs["method"])
-    values = {arm: column(claim, runs, arm, claim.metric.name, seeds) for arm in ("baseline", "method", "sham")}
-    method = _paired(claim.metric, values["method"], values["baseline"])
-    sham = _paired(claim.metric, values["sham"], values["baseline"])
+    method_S, sham_S = (gains(claim, runs, arm, seeds) for arm in ("method", "sham"))
+    method, sham = (paired(gain_S, [0.0] * len(gain_S), LEVEL) for gain_S in (method_S, sham_S))
     over = method.mean - sham.mean
-    found = _effect(claim, runs, seeds, futile)
+    found = _effect(claim, runs, method_S, sham_S, futile)
     if claim.staged:
         lacks = [] if found.word == HELPS else [f"the effect: {found.word}"]
     else:
@@ -89,11 +88,10 @@ def gains(claim: Claim, runs: Runs, arm: str, seeds: Sequence[int]) -> list[floa
     return [claim.metric.gain(a, b) for a, b in zip(*pairs, strict=True)]
 
 
-def _effect(claim: Claim, runs: Runs, seeds: Sequence[int], futile: bool) -> Effect:
-    oracle = gains(claim, runs, claim.oracle, seeds) if claim.oracle is not None else None
+def _effect(claim: Claim, runs: Runs, method_S: Sequence[float], placebo_S: Sequence[float], futile: bool) -> Effect:
+    oracle = gains(claim, runs, claim.oracle, sorted(runs["method"])) if claim.oracle is not None else None
     headroom, margin = math.fsum(oracle) / len(oracle) if oracle else None, claim.metric.margin
     room = claim.staged or oracle is None or has_room(oracle, margin)  # stages: decided by the pilot
-    method_S, placebo_S = gains(claim, runs, "method", seeds), gains(claim, runs, "sham", seeds)
     return effect(method_S, placebo_S, margin, headroom, futile=futile, room=room)
 
 
@@ -165,10 +163,6 @@ def column(claim: Claim, runs: Runs, arm: str, metric: str, seeds: Iterable[int]
         if not math.isfinite(found.get(metric, math.nan)):
             fail(f"claims {claim.name}: {arm}, seed {seed}: it has no metric {metric}{hint(metric, found)}")
     return [runs[arm][seed][metric] for seed in seeds]
-
-
-def _paired(metric: Metric, ours: Sequence[float], theirs: Sequence[float]) -> Paired:
-    return paired([metric.gain(a, b) for a, b in zip(ours, theirs, strict=True)], [0.0] * len(ours), LEVEL)
 
 
 def _asked(claim: Claim, runs: Runs, condition: Condition, seeds: Sequence[int]) -> tuple[Condition, float, bool]:

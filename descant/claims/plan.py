@@ -36,8 +36,7 @@ def plan(claim: Claim, results: Path, runs: Path) -> list[Part]:
         parts: list[tuple[str, str, tuple[str, ...], tuple[int, ...]]]
         parts = [("room", "pilot", ("baseline", claim.oracle), seeds["pilot"])]
         if claim.signal is not None:
-            arms = tuple(dict.fromkeys(arm for arm, _ in claim.signal.reads))
-            parts.insert(0, ("signal", "pilot", arms, seeds["pilot"][:1]))
+            parts.insert(0, ("signal", "pilot", claim.signal.arms, seeds["pilot"][:1]))
         parts += [
             ("effect", "full", claim.judged, seeds["full"]),
             ("extension", "full", claim.judged, seeds[EXTENSION]),

@@ -93,8 +93,7 @@ def overview(families: Mapping[str, Sequence[tuple[str, Effect]]]) -> str:
                 valid = of.placebo_valid or label == "over baseline"
                 face = colours[label] if valid else "white"
                 axes.plot([x], [n + shift], "o", color=colours[label], markerfacecolor=face, markersize=6, gid=gid)
-                what = f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
-                tooltips[gid] = {"title": f"{name}, {label}: {what}" + ("" if valid else ", placebo not neutral")}
+                tooltips[gid] = {"title": f"{name}, {label}: {interval}" + ("" if valid else ", placebo not neutral")}
         for label, colour in colours.items():
             axes.plot([], [], "o-", color=colour, markersize=6, label=label)
         axes.plot([], [], "o-", color=colours["over placebo"], markerfacecolor="white", label="placebo not neutral")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +30,7 @@ class Place:
     budget: str
     root: Path
     trust: tuple[str, ...] = ()
+    _shared: dict[str, Path] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def folder(self) -> Path:
@@ -38,7 +39,9 @@ class Place:
     def home(self, arm: str) -> Path:
         """Folder of the runs of an arm. Claims by stages share the runs of equal baselines and oracles."""
         if self.claim.staged and arm in (BEFORE, "baseline", self.claim.oracle):
-            return self.root / "claims" / "shared" / shared(self.claim, arm, self.budget)
+            if arm not in self._shared:  # it reads and parses the code of the arm
+                self._shared[arm] = self.root / "claims" / "shared" / shared(self.claim, arm, self.budget)
+            return self._shared[arm]
         return self.folder
 
     def name(self, arm: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from descant.claims.claim import EXTENSION as EXTENSION
 from descant.claims.claim import OF_ARM, SETTING, Arm, Condition, Metric, Tuning, texts
 from descant.claims.claim import TUNE as TUNE
 from descant.claims.claim import Claim as Claim
-from descant.claims.digest import composed, digest
+from descant.claims.digest import Contents, composed, digest
 from descant.claims.effect import FIRST, LAST, PILOT
 from descant.cli.catalogue import ROOT, find, layers
 from descant.cli.errors import Refusal, fail, hint, one_line
@@ -88,10 +88,11 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
         if name.split("/")[0] in ("val", "train"):  # known before the run is over, and other data chose by it
             fail(f"{where}: {name}: a claim is judged by the test that ends a run")
     tuning = _tuning(where, content, arms, metric)
+    contents = _contents()
     least = metric.margin if "least" in content["metric"] else None
     signal = content.get("signal")
     if least is not None:
-        _staged(where, content, also)
+        _staged(where, content, also, contents)
     elif signal is not None or content.get("lockbox"):
         key = "lockbox" if signal is None else "signal"
         fail(f"{where}: {key}: a claim by stages has one: metric.least in place of metric.margin")
@@ -105,7 +106,7 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
     options = dict(content.get("options") or {})
     seeds = _all_seeds(where, content, tuning)
     try:
-        marked = digest(content, _contents(), CLASSES)
+        marked = digest(content, contents, CLASSES)
     except Refusal as refusal:
         fail(f"{where}: {str(refusal).removeprefix('--config ')}")
     return Claim(
@@ -138,7 +139,7 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
     )
 
 
-def _contents() -> Callable[[Iterable[str]], list[Any]]:
+def _contents() -> Contents:
     """Names of configurations -> what their files contain, in the order in which they count; each is read once."""
     found, read = cache(find), cache(lambda file: yaml.safe_load(file.read_text(encoding="utf-8")))
     return lambda configs: [read(file) for file in layers(map(found, configs))]
@@ -217,7 +218,7 @@ def _budgets(
 _SIDE = 2
 
 
-def _staged(where: str, content: Mapping[str, Any], also: Sequence[Condition]) -> None:
+def _staged(where: str, content: Mapping[str, Any], also: Sequence[Condition], contents: Contents) -> None:
     """What a claim by stages needs besides."""
     if content.get("oracle") is None:
         fail(f"{where}: metric.least: a margin from headroom needs `oracle`, the arm that shows how much can be gained")
@@ -225,15 +226,15 @@ def _staged(where: str, content: Mapping[str, Any], also: Sequence[Condition]) -
         fail(f"{where}: also: {len(also)} side conditions, and a claim by stages has at most {_SIDE}")
     if dict(content.get("budget") or {}).get("pilot"):
         fail(f"{where}: budget.pilot: the pilot of a claim by stages has the full budget")
-    method, sham = (_data(content, arm) for arm in ("method", "sham"))
+    method, sham = (_data(content, arm, contents) for arm in ("method", "sham"))
     other = sorted(key for key in {*method, *sham} if method.get(key) != sham.get(key))
     if other:
         fail(f"{where}: arms.sham: it trains on other data than the method: {other[0]}; a placebo permutes a signal")
 
 
-def _data(content: Mapping[str, Any], arm: str) -> dict[str, Any]:
+def _data(content: Mapping[str, Any], arm: str, contents: Contents) -> dict[str, Any]:
     """Key -> value of the data that an arm trains on, without those called ``sham``."""
-    made = composed(content["experiment"], content["arms"][arm] or {}, _contents())
+    made = composed(content["experiment"], content["arms"][arm] or {}, contents)
     values = dict(_leaves("data", made["config"].get("data")))
     values |= {key: value for key, value in (made.get("options") or {}).items() if key.startswith("data.")}
     return {key: value for key, value in values.items() if not key.endswith(".sham")}

@@ -12,10 +12,10 @@ from typing import Any
 
 from descant.claims import run, store
 from descant.claims.claim import ABLATIONS, EXTENSION, Claim
-from descant.claims.effect import FIRST, FUTILE, NO_ROOM, NOT_TESTABLE, has_room, is_extended, is_futile, margin_of
+from descant.claims.effect import FIRST, LAST, NO_ROOM, NOT_TESTABLE, Effect, has_room, looks, margin_of
 from descant.claims.judge import Runs, gains, judge, lines, measured
 from descant.claims.registration import changed, now, register
-from descant.cli.catalogue import papers
+from descant.claims.table import paper_of
 from descant.cli.errors import fail, say
 from descant.modules.io.names import PACKAGE
 
@@ -46,7 +46,6 @@ class Staged:
     trust: tuple[str, ...] = ()
     jobs: int = 1
     slurm: str | None = None
-    seconds: float = 0.0
     precisions: set[str] = field(default_factory=set)
 
     def run(self, only_pilot: bool = False) -> int:
@@ -80,18 +79,20 @@ class Staged:
         return self._effect(claim.with_margin(margin), registered, found)
 
     def _effect(self, claim: Claim, registered: Mapping[str, Any], found: dict[str, Any]) -> int:
-        seeds = claim.seeds["full"]
+        seeds = (*claim.seeds["full"], *claim.seeds[EXTENSION])
         if claim.lockbox:
             registered = self._opened(registered)
-        runs = self._collect("full", claim.judged, seeds[:FUTILE])
-        stage, futile = 3, is_futile(gains(claim, runs, "method", seeds[:FUTILE]), claim.metric.margin)
-        if not futile:
-            runs = self._collect("full", claim.judged, seeds[:FIRST])
-            if is_extended(judge(claim, runs).effect):
-                say(f"claims {claim.name}: stage 4, extension: {len(seeds)} seeds cannot tell, {EXTENSION} follows")
-                stage, runs = 4, self._collect("full", claim.judged, (*seeds, *claim.seeds[EXTENSION]))
-        judgement = judge(claim, runs, futile)
-        outcome = store.outcome_of(judgement) | {"stage": stage, "futile": futile}
+
+        def look(number: int) -> Effect:
+            if number == LAST:
+                say(f"claims {claim.name}: stage 4, extension: {FIRST} seeds cannot tell, {EXTENSION} follows")
+            return judge(claim, self._collect("full", claim.judged, seeds[:number])).effect
+
+        effect = looks(look)
+        runs = self._collect("full", claim.judged, seeds[: effect.seeds])
+        stage = 4 if effect.seeds == LAST else store.EFFECT_STAGE
+        judgement = judge(claim, runs, effect.futile)
+        outcome = store.outcome_of(judgement) | {"stage": stage, "futile": effect.futile}
         self._write("full", runs, {**outcome, **found, "registered": registered})
         print("\n".join(lines(claim, judgement, f"stage {stage}")))
         return 0
@@ -119,7 +120,7 @@ class Staged:
         Raises:
             Refusal: if it fails.
         """
-        paper = next((paper for paper in papers() if paper.get("claim") == self.claim.name), None)
+        paper = paper_of(self.claim)
         if paper is None or not (PACKAGE.parent / paper["test"]).is_file():
             say(f"claims {self.claim.name}: stage 0, exact: no test of its equation is in this installation")
             return
@@ -153,7 +154,7 @@ class Staged:
     def _signal(self) -> tuple[float, bool]:
         signal, seed = self.claim.signal, self.claim.seeds["pilot"][:1]
         assert signal is not None
-        runs = self._collect("pilot", tuple(dict.fromkeys(arm for arm, _ in signal.reads)), seed)
+        runs = self._collect("pilot", signal.arms, seed)
         value, met = measured(self.claim, runs, signal, seed)
         return value.mean, met
 

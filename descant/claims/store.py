@@ -18,7 +18,7 @@ from descant.modules.io.files import write_json
 #: Largest size of a result, in bytes.
 _MOST = 20_000_000
 #: The stage from which on the method runs, and that of a claim without stages.
-EFFECT_STAGE = LAST_STAGE = 3
+EFFECT_STAGE = 3
 _PACKAGES = ("descant", "torch", "lightning", "timm", "transformers")
 
 
@@ -131,7 +131,7 @@ def supersede(folder: Path, claim: Claim) -> None:
 
 def judged(claim: Claim, stored: Mapping[str, Any]) -> Judgement | None:
     """The judgement of a full result as it was stored; None where the claim stopped before its effect was measured."""
-    if stored.get("stage", LAST_STAGE) < EFFECT_STAGE:
+    if stored.get("stage", EFFECT_STAGE) < EFFECT_STAGE:
         return None
     if claim.staged:
         claim = claim.with_margin(stored["margin"])

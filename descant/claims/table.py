@@ -114,28 +114,32 @@ def _paper(claim: Claim) -> str:
 def _row(claim: Claim, judgement: Judgement, stored: Mapping[str, Any]) -> str:
     stale = "" if stored["digest"] == claim.digest else " (of an earlier configuration)"
     found, (held, of) = judgement.effect, judgement.held
-    gain, share = found.over_baseline, found.share_of_headroom
+    share = found.share_of_headroom
     word = "" if claim.setting else f"**{found.word}** "  # a setting has no method that could help
-    cells = (
-        family(claim),
-        f"[{claim.name}](#{claim.name}), {_paper(claim)}",
-        exact(claim) or "",
-        f"{word}{_interval(gain)}{stale}",
+    return _line(
+        claim,
+        f"{word}{found.over_baseline}{stale}",
         f"{found.margin:g}",
         "?" if share is None else f"{share:.0%}",
         f"{found.placebo.mean:+.3f}",
         f"{held} of {of}",
-        f"{stored['seconds'] / 60:.0f} min",
+        stored=stored,
+        name=f"[{claim.name}](#{claim.name})",
     )
-    return f"| {' | '.join(cells)} |"
+
+
+def _line(claim: Claim, *cells: str, stored: Mapping[str, Any], name: str = "") -> str:
+    """Row of the table: of ``cells``, the effect, margin, share, placebo and headline."""
+    minutes = f"{stored['seconds'] / 60:.0f} min"
+    first = (family(claim), f"{name or claim.name}, {_paper(claim)}", exact(claim) or "")
+    return f"| {' | '.join((*first, *cells, minutes))} |"
 
 
 def _ended(claim: Claim, stored: Mapping[str, Any]) -> str:
     """Row of a claim that stopped before its effect was measured."""
     headroom = f" (oracle {stored['headroom']:+.3f})" if "headroom" in stored else f" ({stored['signal']:.3g})"
     margin = f"{stored['margin']:.3g}" if "margin" in stored else ""
-    cells = (family(claim), f"{claim.name}, {_paper(claim)}", exact(claim) or "", f"**{stored['effect']}**{headroom}")
-    return f"| {' | '.join(cells)} | {margin} | | | | {stored['seconds'] / 60:.0f} min |"
+    return _line(claim, f"**{stored['effect']}**{headroom}", margin, "", "", "", stored=stored)
 
 
 def _superseded(claim: Claim, results: Path) -> str | None:
@@ -145,10 +149,9 @@ def _superseded(claim: Claim, results: Path) -> str | None:
         return None
     effect = stored.get("effect") or stored.get("verdict", "")
     if "gain" in stored:
-        effect = f"**{effect}** {_interval(Interval(*stored['gain']))}"
+        effect = f"**{effect}** {Interval(*stored['gain'])}"
     placebo = f"{stored['placebo']:+.3f}" if "placebo" in stored else ""
-    cells = (family(claim), f"{claim.name}, {_paper(claim)}", exact(claim) or "", effect, "", "", placebo, "")
-    return f"| {' | '.join(cells)} | {stored['seconds'] / 60:.0f} min |"
+    return _line(claim, effect, "", "", placebo, "", stored=stored)
 
 
 def _section(
@@ -158,7 +161,7 @@ def _section(
     lines = [
         f"\n## {claim.name}\n",
         f"{claim.title} ({claim.source})\n",
-        f"All conditions: **{judgement.verdict}**; over the placebo {_interval(judgement.effect.over_placebo)}.\n",
+        f"All conditions: **{judgement.verdict}**; over the placebo {judgement.effect.over_placebo}.\n",
         f"![{claim.metric.name} of each seed]({figure})\n",
     ]
     cells = {arm: {metric: _cell(runs[arm], metric) for metric in measured(claim, arm)} for arm in runs}
@@ -201,10 +204,6 @@ def _section(
     lines.append(f"\nTuning of the baseline: {how}.")
     lines.append(f"{stored['machine']['cores']} cores of {stored['machine']['processor']}; {versions}.")
     return "\n".join(lines) + "\n"
-
-
-def _interval(of: Interval) -> str:
-    return f"{of.mean:+.3f} [{of.low:+.3f}, {of.high:+.3f}]"
 
 
 def _cell(seeds: Mapping[int, Mapping[str, float]], metric: str) -> str:

@@ -685,6 +685,7 @@ def test_an_earlier_design_stays_as_a_row_and_there_is_one_redesign(
     again = ("claims", "run", "toy-claim.yaml", "--redesign", "--results", results)
     assert "no result of an earlier design is stored" in cli(*again).refusal
     changed = made(metric=CONTENT["metric"] | {"margin": 0.2})
+    assert "--jobs 0" in cli(*again, "--jobs", "0").refusal and store.path(results, "toy-claim", "full").exists()
     assert "there is no pilot" in cli(*again).refusal  # set aside; its pilot comes first, as that of any claim
     assert table.write([changed], results, workplace / "CLAIMS.md") == ["toy-claim"]
     page = (workplace / "CLAIMS.md").read_text()

@@ -91,7 +91,7 @@ def test_few_test_items_widen_the_interval() -> None:
 
 def test_a_futile_claim_is_never_above_zero() -> None:
     method, placebo = [0.010, 0.011, 0.0105], [0.0, 0.0, 0.0]
-    assert is_futile(method, margin=0.05)
+    assert is_futile(effect(method, placebo, 0.05))
     assert effect(method, placebo, 0.05).word == LITTLE
     assert effect(method, placebo, 0.05, futile=True).word == NONE
     assert staged(method * 4, placebo * 4, 0.05, [0.2, 0.2]).seeds == FUTILE
