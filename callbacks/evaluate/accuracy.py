@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from descant.callbacks.evaluate.embeddings import Values
 from descant.callbacks.evaluate.forward import ForwardEvaluator
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.objective import Term
 from descant.modules.core.protocols import Scores
+from descant.modules.evaluation.items import Items, ItemStore
 from descant.modules.evaluation.metrics import wide
 
 
@@ -55,16 +57,27 @@ class Means:
 
     def __init__(self) -> None:
         self._means: dict[str, Mean] = {}
+        self._items: dict[str, ItemStore] = {}
 
-    def add(self, key: str, term: Term) -> None:
+    def add(self, key: str, term: Term, id_B: Tensor | None = None) -> None:
+        """``id_B``: the content of each row, with which its value is kept for :meth:`items`."""
         if key not in self._means:
             self._means[key] = Mean(term.value.device)
         self._means[key].update(term)
+        if id_B is not None:
+            store = self._items.setdefault(key, ItemStore().to(term.value.device))
+            keep_B = slice(None) if term.valid is None else term.valid
+            store.update(term.value[keep_B], id_B[keep_B])
 
     def compute(self) -> dict[str, Tensor]:
         """Over all ranks, which have the same keys; without the keys that have no valid row."""
         means = {key: mean.compute() for key, mean in self._means.items()}
         return {key: value for key, (value, count) in means.items() if int(count)}
+
+    def items(self) -> dict[str, Items]:
+        """The values of all ranks' valid rows, of what was added with ids."""
+        stores = {key: Items(*store.compute()) for key, store in self._items.items()}
+        return {key: items for key, items in stores.items() if len(items.id_N)}
 
 
 class Accuracy(ForwardEvaluator):
@@ -105,7 +118,8 @@ class Accuracy(ForwardEvaluator):
             with torch.no_grad(), trainer.precision_plugin.val_step_context():
                 scores = pl_module.scores(batch)
         for score, term in scores.items():
-            self._means.add(f"{name}/{score}", term)
+            self._means.add(f"{name}/{score}", term, batch.content_id if trainer.testing else None)
 
-    def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
+    def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Values:
+        self.items |= self._means.items()
         return self._means.compute()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from descant.callbacks.evaluate.accuracy import Means
+from descant.callbacks.evaluate.embeddings import Values
 from descant.callbacks.evaluate.forward import ForwardEvaluator
 from descant.callbacks.plots.answers import AnswerRow, answer_table
 from descant.callbacks.plots.output import save_figure
@@ -113,26 +114,27 @@ class Answering(ForwardEvaluator):
             correct = [is_right(spoken(answer), spoken(reference)) for answer, reference in pairs]
             return answer_ids_BM, torch.tensor(correct, device=batch.device)
 
+        def count(key: str, correct_B: Tensor, valid_B: Tensor) -> None:
+            id_B = batch.content_id if trainer.testing else None
+            self._means.add(f"{name}/{key}", Term(correct_B.float(), valid=valid_B), id_B)
+
         answer_ids_BM, correct_B = answer(batch)
-        self._count(f"{name}/answered", correct_B, valid_B)
+        count("answered", correct_B, valid_B)
         if self.by is not None:
             classes = getattr(data, "classes", {})
             if self.by not in batch.targets or self.by not in classes:
                 raise ValueError(f"Answering: by {self.by!r}: {no_such(self.by, classes)}")
             for k, label in enumerate(classes[self.by]):
-                self._count(f"{name}/answered/{label}", correct_B, valid_B & (batch.targets[self.by] == k))
+                count(f"answered/{label}", correct_B, valid_B & (batch.targets[self.by] == k))
         if self.sampling is not None:
-            self._count(f"{name}/answered_drawn", answer(batch, self.sampling)[1], valid_B)
+            count("answered_drawn", answer(batch, self.sampling)[1], valid_B)
         if self.controls and "image" in batch.present:
             other = Sham.permute(batch.inputs["image"], batch.rng_seed, batch.present["image"])
             exchanged = replace(batch, inputs={**batch.inputs, "image": other})
-            self._count(f"{name}/answered_other", answer(exchanged)[1], valid_B)
-            self._count(f"{name}/answered_blind", answer(batch.only("text"))[1], valid_B)
+            count("answered_other", answer(exchanged)[1], valid_B)
+            count("answered_blind", answer(batch.only("text"))[1], valid_B)
         if self.table and trainer.is_global_zero:
             self._add_examples(trainer, batch, answer_ids_BM, correct_B, valid_B, name)
-
-    def _count(self, key: str, correct_B: Tensor, valid_B: Tensor) -> None:
-        self._means.add(key, Term(correct_B.float(), valid=valid_B))
 
     def _add_examples(
         self, trainer: L.Trainer, batch: Batch, answer_ids_BM: Tensor, correct_B: Tensor, valid_B: Tensor, name: str
@@ -150,10 +152,11 @@ class Answering(ForwardEvaluator):
             row = AnswerRow(image, data.spell(question), data.spell(reference), data.spell(answer), bool(correct_B[n]))
             self._examples.setdefault(name, []).append((int(order_B[n]), row))
 
-    def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
+    def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Values:
         for name, examples in self._examples.items():
             if not trainer.sanity_checking:
                 rows = [row for _, row in sorted(examples, key=lambda example: example[0])[: self.table]]
                 figure = answer_table(rows, f"{name}: answers, step {trainer.global_step}")
                 save_figure(trainer, figure, f"{name}-answers", f"pictures/{name}-answers")
+        self.items |= self._means.items()
         return self._means.compute()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from descant.callbacks.evaluate.accuracy import Means
+from descant.callbacks.evaluate.embeddings import Values
 from descant.callbacks.evaluate.forward import ForwardEvaluator
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
@@ -103,8 +104,9 @@ class Attacks(ForwardEvaluator):
         # without a valid row one is computed and not counted, so that all ranks have the same keys
         at_R = all_B.nonzero().flatten() if all_B.any() else torch.zeros(1, dtype=torch.long, device=batch.device)
         rows, all_B = batch.select(at_R), all_B[at_R]
+        id_B = rows.content_id if trainer.testing else None
         for key, value_B in self._metrics(trainer, pl_module, rows).items():
-            self._means.add(f"{name}/{key}", Term(value_B.to(torch.float32), valid=all_B))
+            self._means.add(f"{name}/{key}", Term(value_B.to(torch.float32), valid=all_B), id_B)
 
     def _metrics(self, trainer: L.Trainer, pl_module: Any, rows: Batch) -> dict[str, Tensor]:
         label_B = pl_module.labels(rows).clamp(min=0)
@@ -139,5 +141,6 @@ class Attacks(ForwardEvaluator):
             values["certified/share"] = radius_B >= self.certify
         return values
 
-    def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
+    def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Values:
+        self.items |= self._means.items()
         return self._means.compute()

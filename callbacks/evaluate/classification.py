@@ -13,11 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator, Rows, ScheduledEvaluator, embed
+from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator, Rows, ScheduledEvaluator, Values, embed
 from descant.modules.core.batch import Batch
+from descant.modules.evaluation.items import Items
 from descant.modules.evaluation.metrics import balanced_accuracy, fit_logistic, knn_scores, wide
 
 PROMPTS = 512  # embedded at once
+#: Set -> ``z_ND, label_N, key_N`` of its labelled rows.
+Labelled = dict[str, tuple[Tensor, Tensor, Tensor]]
 
 
 class _Labelled(EmbeddingEvaluator):
@@ -38,8 +41,8 @@ class _Labelled(EmbeddingEvaluator):
         modality = "" if self.modality == "image" else f"_{self.modality}"
         return f"{name}/{self.kind}_{self.target}{modality}_{metric}"
 
-    def _labelled(self, sets: dict[str, Rows]) -> dict[str, tuple[Tensor, Tensor]]:
-        """``z_ND, label_N`` by set, less the sets (but not the bank) without such a target or a labelled row."""
+    def _labelled(self, sets: dict[str, Rows]) -> Labelled:
+        """``z_ND, label_N, key_N`` by set, less the sets (but not the bank) without such a target or a labelled row."""
         for rows in sets.values():
             self.require_embedding(rows, self.modality)
         self.require_target(self.target, (name for rows in sets.values() for name in rows.targets))
@@ -48,7 +51,7 @@ class _Labelled(EmbeddingEvaluator):
             for name, rows in sets.items()
             if self.target in rows.targets
         }
-        return {name: pair for name, pair in labelled.items() if len(pair[1]) or name == "bank"}
+        return {name: rows for name, rows in labelled.items() if len(rows[1]) or name == "bank"}
 
 
 class ZeroShot(_Labelled):
@@ -92,12 +95,12 @@ class ZeroShot(_Labelled):
         z_CPD = torch.cat(embedded).reshape(*ids_CPT.shape[:2], -1)
         return F.normalize(z_CPD.mean(1), dim=-1)
 
-    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
-        values: dict[str, Tensor] = {}
+    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> Values:
+        values: dict[str, Tensor | Items] = {}
         w_CD = self.classifier(trainer, pl_module)
-        for name, (z_ND, label_N) in self._labelled(sets).items():
+        for name, (z_ND, label_N, key_N) in self._labelled(sets).items():
             score_NC, classes = z_ND @ w_CD.T, len(w_CD)
-            values[self._key(name, "top1")] = _top1(score_NC, label_N)
+            values[self._key(name, "top1")] = _top1(score_NC, label_N, key_N)
             if classes > 5:
                 top5 = multiclass_accuracy(score_NC, label_N, classes, average="micro", top_k=5)
                 values[self._key(name, "top5")] = top5
@@ -111,18 +114,16 @@ class Banked(_Labelled, ScheduledEvaluator):
     needs_of_data = ("bank_dataloader",)
     identity: ClassVar[tuple[str, ...]] = ("target", "modality")
 
-    def score(
-        self, z_ND: Tensor, label_N: Tensor, sets: dict[str, tuple[Tensor, Tensor]], classes: int
-    ) -> dict[str, Tensor]:
+    def score(self, z_ND: Tensor, label_N: Tensor, sets: Labelled, classes: int) -> dict[str, Items]:
         """Accuracy by set, from the bank's ``z_ND`` and ``label_N``."""
         raise NotImplementedError
 
-    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
+    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> Values:
         labelled = self._labelled(sets)
-        z_bank_ND, label_N = self._labelled({"bank": self.bank(trainer, pl_module)})["bank"]
+        z_bank_ND, label_N, _ = self._labelled({"bank": self.bank(trainer, pl_module)})["bank"]
         if len(label_N) == 0:
             return {}
-        classes = int(max(label.max() for _, label in [(z_bank_ND, label_N), *labelled.values()])) + 1
+        classes = int(max(label.max() for label in (label_N, *(label for _, label, _ in labelled.values())))) + 1
         values = self.score(z_bank_ND, label_N, labelled, classes)
         return {self._key(name, "top1"): value for name, value in values.items()}
 
@@ -160,12 +161,10 @@ class KNN(Banked):
             raise ValueError(f"KNN: temperature {temperature} is not positive")
         self.k, self.temperature = k, temperature
 
-    def score(
-        self, z_ND: Tensor, label_N: Tensor, sets: dict[str, tuple[Tensor, Tensor]], classes: int
-    ) -> dict[str, Tensor]:
+    def score(self, z_ND: Tensor, label_N: Tensor, sets: Labelled, classes: int) -> dict[str, Items]:
         return {
-            name: _top1(knn_scores(z_QD, z_ND, label_N, classes, self.k, self.temperature), label_Q)
-            for name, (z_QD, label_Q) in sets.items()
+            name: _top1(knn_scores(z_QD, z_ND, label_N, classes, self.k, self.temperature), label_Q, key_Q)
+            for name, (z_QD, label_Q, key_Q) in sets.items()
         }
 
 
@@ -198,18 +197,16 @@ class LinearProbe(Banked):
             raise ValueError(f"LinearProbe: l2 {l2} is negative")
         self.l2 = l2
 
-    def score(
-        self, z_ND: Tensor, label_N: Tensor, sets: dict[str, tuple[Tensor, Tensor]], classes: int
-    ) -> dict[str, Tensor]:
+    def score(self, z_ND: Tensor, label_N: Tensor, sets: Labelled, classes: int) -> dict[str, Items]:
         x_ND = z_ND.to(wide(z_ND.device))
         std_D, mean_D = torch.std_mean(x_ND, dim=0, correction=0)
         std_D = std_D.where(std_D > 0, torch.ones_like(std_D))  # a constant feature becomes 0
         w_CD, b_C = fit_logistic((x_ND - mean_D) / std_D, label_N, classes, self.l2)
         return {
-            name: _top1((z_QD.to(x_ND) - mean_D) / std_D @ w_CD.T + b_C, label_Q)
-            for name, (z_QD, label_Q) in sets.items()
+            name: _top1((z_QD.to(x_ND) - mean_D) / std_D @ w_CD.T + b_C, label_Q, key_Q)
+            for name, (z_QD, label_Q, key_Q) in sets.items()
         }
 
 
-def _top1(score_NC: Tensor, label_N: Tensor) -> Tensor:
-    return (score_NC.argmax(dim=1) == label_N).float().mean()
+def _top1(score_NC: Tensor, label_N: Tensor, key_N: Tensor) -> Items:
+    return Items((score_NC.argmax(dim=1) == label_N).float(), key_N)

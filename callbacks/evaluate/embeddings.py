@@ -20,8 +20,11 @@ from torchmetrics.utilities import dim_zero_cat
 from descant.modules.core.batch import Batch, parts
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.protocols import Embeds
+from descant.modules.evaluation.items import Items
 from descant.modules.training_setup.trainer import bank_batches
 
+#: Metrics by name: a scalar, or the values of test items whose mean it is.
+Values = Mapping[str, Tensor | Items]
 LETTER = {"image": "i", "text": "t", "audio": "a"}
 
 
@@ -45,10 +48,10 @@ class Rows:
         """Row numbers, ascending, where ``modality`` is present."""
         return self.present[modality].nonzero().squeeze(1)
 
-    def labelled(self, modality: str, target: str) -> tuple[Tensor, Tensor]:
-        """``z_ND`` and ``label_N`` of the rows that have both; a label below 0 is none."""
+    def labelled(self, modality: str, target: str) -> tuple[Tensor, Tensor, Tensor]:
+        """``z_ND``, ``label_N`` and ``key_N`` of the rows that have both; a label below 0 is none."""
         rows = (self.present[modality] & (self.targets[target] >= 0)).nonzero().squeeze(1)
-        return self.z[modality][rows], self.targets[target][rows]
+        return self.z[modality][rows], self.targets[target][rows], self.key[rows]
 
 
 class Store(Metric):
@@ -131,9 +134,11 @@ class EmbeddingEvaluator(Callback):
         self._names: dict[str, list[str]] = {}
         self._bank: Rows | None = None
         self._bank_loader: Any = None
+        #: Metrics of the last evaluation that are means over test items.
+        self.items: dict[str, Items] = {}
 
-    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
-        """``{set}/{key}`` -> scalar, for the sets by name."""
+    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> Values:
+        """``{set}/{key}`` -> scalar, or the values of test items whose mean it is, for the sets by name."""
         raise NotImplementedError
 
     # for subclasses -----------------------------------------------------------------------------------------
@@ -194,7 +199,7 @@ class EmbeddingEvaluator(Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._forget()
-        self._names, self._bank_loader = {}, None
+        self._names, self._bank_loader, self.items = {}, None, {}
 
     def _forget(self) -> None:
         """Drops what the last evaluation collected."""
@@ -234,15 +239,17 @@ class EmbeddingEvaluator(Callback):
         if sets and self._active:
             self._log(trainer, pl_module, self.evaluate(trainer, pl_module, sets))
 
-    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule, values: Mapping[str, Tensor]) -> None:
+    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule, values: Values) -> None:
         many = trainer.world_size > 1
         for key, value in values.items():
+            if isinstance(value, Items):
+                self.items[key] = value
             # equal on all ranks already, up to the rounding of kernels, which the mean evens out
-            pl_module.log(key, value.float(), add_dataloader_idx=False, sync_dist=many, batch_size=1)
+            pl_module.log(key, scalar(value).float(), add_dataloader_idx=False, sync_dist=many, batch_size=1)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._forget()
-        self._active = self._due(trainer)
+        self._active, self.items = self._due(trainer), {}
 
     def on_validation_batch_end(
         self,
@@ -322,6 +329,11 @@ class PairEvaluator(EmbeddingEvaluator):
         for m in {m for pair in self.pairs or [] for m in pair}:
             self.require_embedding(rows, m)
         return self.pairs or list(combinations(rows.z, 2))
+
+
+def scalar(value: Tensor | Items) -> Tensor:
+    """A metric as it is logged."""
+    return value.mean() if isinstance(value, Items) else value
 
 
 def embed(trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch) -> dict[str, Tensor]:

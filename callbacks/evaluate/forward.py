@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator, ScheduledEvaluator
+from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator, ScheduledEvaluator, Values
 from descant.modules.core.batch import Batch
 from descant.modules.core.errors import no_such
 from descant.modules.core.rng import uniform_N
@@ -50,8 +50,8 @@ class ForwardEvaluator(ScheduledEvaluator):
         """One batch of the set ``name``; ``keep_B``: the rows within the limit."""
         raise NotImplementedError
 
-    def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
-        """``{set}/{key}`` -> scalar over all batches of ``run``; on every rank the same."""
+    def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Values:
+        """``{set}/{key}`` -> scalar, or items, over all batches of ``run``; on every rank the same."""
         raise NotImplementedError
 
     # the hooks ------------------------------------------------------------------------------------------------------

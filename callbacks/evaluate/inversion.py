@@ -12,7 +12,7 @@ import lightning as L
 from torch import Tensor
 
 from descant.callbacks.evaluate.classification import ZeroShot
-from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator, Rows
+from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator, Rows, Values, scalar
 from descant.modules.core.capabilities import has
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import Embeds, Inverts
@@ -25,7 +25,8 @@ from descant.modules.evaluation.inversion import (
     text_frame,
     tower_of,
 )
-from descant.modules.evaluation.metrics import chance_average_precision, mean_average_precision
+from descant.modules.evaluation.items import Items
+from descant.modules.evaluation.metrics import average_precision, chance_average_precision, mean_average_precision
 from descant.modules.tokenizers.text import Tokenizer
 
 
@@ -92,14 +93,14 @@ class IntraModal(_BankRetrieval):
         super().__init__(sets, validate)
         self.modality, self.target = modality, target
 
-    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
-        m, values = self.modality, {}
+    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> Values:
+        m, values = self.modality, dict[str, Tensor | Items]()
         chosen, bank = self._chosen(sets, m), self.bank(trainer, pl_module)
         at_G = bank.where(m)
         for name, rows in chosen.items():
             for suffix, (label_N, label_bank_N) in self._labels(rows, bank, self.target).items():
                 at_Q = (rows.present[m] & (label_N >= 0)).nonzero().squeeze(1)
-                values[f"{name}/map{suffix}_{m}"] = mean_average_precision(
+                precision_Q = average_precision(
                     rows.z[m][at_Q],
                     label_N[at_Q],
                     bank.z[m][at_G],
@@ -107,6 +108,8 @@ class IntraModal(_BankRetrieval):
                     rows.index[at_Q],
                     bank.index[at_G],
                 )
+                found_Q = ~precision_Q.isnan()
+                values[f"{name}/map{suffix}_{m}"] = Items(precision_Q[found_Q], rows.key[at_Q][found_Q])
         return _defined(values)
 
 
@@ -191,7 +194,7 @@ class Inversion(_BankRetrieval):
         for prompts in self._prompts.values():
             prompts.setup(trainer, pl_module, stage)
 
-    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
+    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> Values:
         assert has(pl_module, Inverts)
         values: dict[str, Tensor] = {}
         a, b, bank = self.modality, self.through, self.bank(trainer, pl_module)
@@ -264,6 +267,6 @@ class Inversion(_BankRetrieval):
         }
 
 
-def _defined(values: dict[str, Tensor]) -> dict[str, Tensor]:
+def _defined(values: Values) -> Values:
     """Without the metrics for which no query has a match."""
-    return {key: value for key, value in values.items() if not bool(value.isnan())}
+    return {key: value for key, value in values.items() if not bool(scalar(value).isnan())}

@@ -6,8 +6,9 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from descant.callbacks.evaluate.embeddings import PairEvaluator, Rows, letters
-from descant.modules.evaluation.metrics import mean_per_group, recall_by_chance, retrieval_ranks
+from descant.callbacks.evaluate.embeddings import PairEvaluator, Rows, Values, letters, scalar
+from descant.modules.evaluation.items import Items, mean_of, per_group
+from descant.modules.evaluation.metrics import recall_by_chance, retrieval_ranks
 
 
 class Retrieval(PairEvaluator):
@@ -40,8 +41,8 @@ class Retrieval(PairEvaluator):
         if min(self.at) < 1:
             raise ValueError(f"{type(self).__name__}: at: {min(self.at)} is no number of gallery rows; 1 is the least")
 
-    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
-        values: dict[str, Tensor] = {}
+    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> Values:
+        values: dict[str, Tensor | Items] = {}
         for name, rows in sets.items():
             letter = letters(rows.z)
             for pair in self._pairs(rows):
@@ -52,7 +53,7 @@ class Retrieval(PairEvaluator):
                         values[f"{where}/{letter[a]}2{letter[b]}_{metric}"] = value
         return values
 
-    def score(self, rows: Rows, a: str, b: str) -> dict[str, Tensor]:
+    def score(self, rows: Rows, a: str, b: str) -> Values:
         """The metrics of one direction; none where no query has a match."""
         query, gallery = rows.where(a), rows.where(b)
         key_Q, key_G = rows.key[query], rows.key[gallery]
@@ -62,13 +63,13 @@ class Retrieval(PairEvaluator):
             return {}
         # rank G, which nan has, is a miss whatever k is
         hit = {f"r{k}": (rank_Q < min(k, len(gallery))).double() for k in self.at}
-        values = {name: hit_Q.mean() for name, hit_Q in hit.items()}
+        values: dict[str, Tensor | Items] = {name: Items(hit_Q, key_Q) for name, hit_Q in hit.items()}
         values["medr"] = rank_Q.double().quantile(0.5) + 1
         key_K, rows_K = key_G.unique(return_counts=True)
         matches_Q = rows_K[torch.searchsorted(key_K, key_Q)]
         queries_K = key_Q.unique(return_counts=True)[1]
         if queries_K.min() < queries_K.max():
-            values |= {f"distinct/{name}": mean_per_group(hit_Q, key_Q) for name, hit_Q in hit.items()}
+            values |= {f"distinct/{name}": per_group(hit_Q, key_Q, key_Q) for name, hit_Q in hit.items()}
         return values | {f"chance/r{k}": recall_by_chance(matches_Q, len(gallery), k).mean() for k in self.at}
 
 
@@ -107,7 +108,7 @@ class EmergentRetrieval(Retrieval):
             raise ValueError("EmergentRetrieval: sets: none given; such as [de, fr]")
         self.sets, self.target, self.least = sets, target, least
 
-    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
+    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> Values:
         wanted = self.sets or []
         if not set(wanted) & set(sets):  # a validation of other sets
             return {}
@@ -120,13 +121,14 @@ class EmergentRetrieval(Retrieval):
             for name, rows in chosen.items():
                 self.require_target(self.target, rows.targets, f"set {name}")
             apart = {f"{name}/{key}": x for name, rows in chosen.items() for key, x in self._apart(rows).items()}
-            values |= self._mean(apart, "_apart")
+            values = {**values, **self._mean(apart, "_apart")}
         return values
 
-    def _apart(self, rows: Rows) -> dict[str, Tensor]:
+    def _apart(self, rows: Rows) -> Values:
         """Metrics of the far queries; near rows stay in the gallery."""
         assert self.pairs is not None and self.target is not None
-        far_N, letter, values = rows.targets[self.target] >= self.least, letters(rows.z), {}
+        far_N, letter = rows.targets[self.target] >= self.least, letters(rows.z)
+        values: dict[str, Tensor | Items] = {}
         for pair in self.pairs:
             for a, b in (pair, pair[::-1]):
                 far = Rows(rows.z, {**rows.present, a: rows.present[a] & far_N}, rows.key, rows.index, rows.targets)
@@ -136,9 +138,14 @@ class EmergentRetrieval(Retrieval):
         return values
 
     @staticmethod
-    def _mean(values: dict[str, Tensor], end: str) -> dict[str, Tensor]:
+    def _mean(values: Values, end: str) -> Values:
         """``{set}/{key}`` -> ``emergent/{key}``, the mean over sets."""
-        by_key: dict[str, list[Tensor]] = {}
+        by_key: dict[str, list[Tensor | Items]] = {}
         for name, value in values.items():
-            by_key.setdefault(name.partition("/")[2], []).append(value.double())
-        return {f"emergent/{key}{end}": torch.stack(each).mean() for key, each in by_key.items()}
+            by_key.setdefault(name.partition("/")[2], []).append(value)
+        means: dict[str, Tensor | Items] = {}
+        for key, each in by_key.items():
+            items = [value for value in each if isinstance(value, Items)]
+            mean = torch.stack([scalar(value).double() for value in each]).mean()
+            means[f"emergent/{key}{end}"] = mean_of(items) if len(items) == len(each) else mean
+        return means

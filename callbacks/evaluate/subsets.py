@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from descant.callbacks.evaluate.embeddings import Rows, Store, embed
+from descant.callbacks.evaluate.embeddings import Rows, Store, Values, embed
 from descant.callbacks.evaluate.forward import ForwardEvaluator
 from descant.callbacks.plots.output import save_figure
 from descant.callbacks.plots.subsets import heat_map
@@ -21,10 +21,11 @@ from descant.modules.core.batch import NEGATIVE, Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.errors import no_such
 from descant.modules.core.protocols import Embeds, Scores
+from descant.modules.evaluation.items import Items, mean_of
 from descant.modules.evaluation.metrics import knn_scores, wide
 from descant.modules.evaluation.subsets import Subset, fuse_embeddings, subset_name, subsets_of
 
-Means = dict[Subset, tuple[Tensor, int]]  # the mean of a score over the rows of a set, and their number
+Scored = dict[Subset, Items]  # the values of a score of the rows of a set
 
 
 class ModalitySubsetEval(ForwardEvaluator):
@@ -209,38 +210,39 @@ class ModalitySubsetEval(ForwardEvaluator):
 
     # all batches --------------------------------------------------------------------------------------------------
 
-    def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
-        means: dict[str, dict[str, Means]] = {}  # score -> set -> subset
+    def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Values:
+        means: dict[str, dict[str, Scored]] = {}  # score -> set -> subset
         for name, store in self._values.items():
             rows = store.compute()
             for i, (score, subset) in enumerate(self._columns):
-                value_Q = rows.z[str(i)][rows.where(str(i)), 0]
+                at_Q = rows.where(str(i))
+                value_Q = rows.z[str(i)][at_Q, 0]
                 if len(value_Q):
-                    mean = value_Q.to(wide(value_Q.device)).mean()
-                    means.setdefault(score, {}).setdefault(name, {})[subset] = mean, len(value_Q)
+                    items = Items(value_Q.to(wide(value_Q.device)), rows.key[at_Q])
+                    means.setdefault(score, {}).setdefault(name, {})[subset] = items
         if self._embedded:
             knn = self._neighbours(trainer, pl_module)
             if knn:
                 means[f"knn_{self.target}"] = knn
         self._warn({name for sets in means.values() for name in sets})
-        values: dict[str, Tensor] = {}
+        values: dict[str, Tensor | Items] = {}
         for score, sets in means.items():
             for name, by_subset in sets.items():
-                mean_S = torch.stack([mean for mean, _ in by_subset.values()])
-                values |= {f"{name}/{score}/{subset_name(s)}": mean for s, (mean, _) in by_subset.items()}
-                values[f"{name}/{score}_mean"] = mean_S.mean()
+                mean_S = torch.stack([items.mean() for items in by_subset.values()])
+                values |= {f"{name}/{score}/{subset_name(s)}": items for s, items in by_subset.items()}
+                values[f"{name}/{score}_mean"] = mean_of(list(by_subset.values()))
                 values[f"{name}/{score}_worst"] = mean_S.amax() if _less(score) else mean_S.amin()
                 if self._full in by_subset:
-                    values[f"{name}/{score}_full"] = by_subset[self._full][0]
+                    values[f"{name}/{score}_full"] = by_subset[self._full]
             if trainer.is_global_zero and not trainer.sanity_checking:
                 self._draw(trainer, score, sets)
         return values
 
-    def _neighbours(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Means]:
+    def _neighbours(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Scored]:
         assert self.target is not None
         if self._evaluated:
             self.require_target(self.target, self._targets)
-        queries: dict[str, dict[Subset, tuple[Tensor, Tensor]]] = {}  # set -> subset -> z_QD, label_Q
+        queries: dict[str, dict[Subset, tuple[Tensor, Tensor, Tensor]]] = {}  # set -> subset -> z_QD, label_Q, key_Q
         if self._joint:
             for name, store in self._z.items():
                 rows = store.compute()
@@ -253,30 +255,30 @@ class ModalitySubsetEval(ForwardEvaluator):
                 if name in self._evaluated and self.target in rows.targets:
                     keep_N = self._within_limit(trainer, rows.index, name)
                     queries[name] = {s: self._subset_rows(rows, keep_N, s) for s in self._subsets}
-        labels = [label_Q for by_subset in queries.values() for _, label_Q in by_subset.values() if len(label_Q)]
+        labels = [label_Q for by_subset in queries.values() for _, label_Q, _ in by_subset.values() if len(label_Q)]
         if not labels:
             return {}
         z_bank_ND, label_N = self._bank_rows(trainer, pl_module)
         if len(label_N) == 0:
             return {}
         classes = int(max(label.max() for label in (*labels, label_N))) + 1
-        means: dict[str, Means] = {}
+        means: dict[str, Scored] = {}
         for name, by_subset in queries.items():
-            for subset, (z_QD, label_Q) in by_subset.items():
+            for subset, (z_QD, label_Q, key_Q) in by_subset.items():
                 if len(label_Q):
                     score_QC = knn_scores(z_QD, z_bank_ND, label_N, classes, self.k, self.temperature)
-                    accuracy = (score_QC.argmax(1) == label_Q).to(wide(label_Q.device)).mean()
-                    means.setdefault(name, {})[subset] = accuracy, len(label_Q)
+                    hit_Q = (score_QC.argmax(1) == label_Q).to(wide(label_Q.device))
+                    means.setdefault(name, {})[subset] = Items(hit_Q, key_Q)
         return means
 
-    def _subset_rows(self, rows: Rows, keep_N: Tensor, subset: Subset) -> tuple[Tensor, Tensor]:
-        """``z_QD, label_Q`` of the rows that count."""
+    def _subset_rows(self, rows: Rows, keep_N: Tensor, subset: Subset) -> tuple[Tensor, Tensor, Tensor]:
+        """``z_QD, label_Q, key_Q`` of the rows that count."""
         assert self.target is not None
         label_N = rows.targets[self.target]
         for at_N in (self._counted(rows.present), label_N >= 0, *(rows.present[m] for m in subset)):
             keep_N = keep_N & at_N
         at_Q = keep_N.nonzero().squeeze(1)
-        return fuse_embeddings({m: rows.z[m][at_Q] for m in subset}, subset), label_N[at_Q]
+        return fuse_embeddings({m: rows.z[m][at_Q] for m in subset}, subset), label_N[at_Q], rows.key[at_Q]
 
     def _bank_rows(self, trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[Tensor, Tensor]:
         assert self.target is not None
@@ -287,7 +289,7 @@ class ModalitySubsetEval(ForwardEvaluator):
                 z = embed(trainer, pl_module, _only(batch, self._full, some_B))
                 rows = Batch({}, {"bank": some_B}, self._labels(batch), batch.index, batch.content_id)
                 store.update({"bank": fuse_embeddings(z, self._full)}, rows)
-            return store.compute().labelled("bank", self.target)
+            return store.compute().labelled("bank", self.target)[:2]
         bank = self.bank(trainer, pl_module)
         self.require_target(self.target, bank.targets, "the bank")
         some_N = torch.stack([bank.present[m] for m in self._full]).any(0)
@@ -301,10 +303,10 @@ class ModalitySubsetEval(ForwardEvaluator):
             hint = "; complete: false takes rows that have some of them" if self.complete else ""
             rank_zero_warn(f"ModalitySubsetEval: no row of {name} that has a score has {which}{hint}")
 
-    def _draw(self, trainer: L.Trainer, score: str, sets: Mapping[str, Means]) -> None:
+    def _draw(self, trainer: L.Trainer, score: str, sets: Mapping[str, Scored]) -> None:
         stage = "test" if trainer.testing else "val"
-        cells = {name: {s: float(mean) for s, (mean, _) in by_subset.items()} for name, by_subset in sets.items()}
-        rows = {name: max(count for _, count in by_subset.values()) for name, by_subset in sets.items()}
+        cells = {name: {s: float(items.mean()) for s, items in by_subset.items()} for name, by_subset in sets.items()}
+        rows = {name: max(len(items.id_N) for items in by_subset.values()) for name, by_subset in sets.items()}
         title = f"{stage}: {score} by modalities present, step {trainer.global_step}"
         figure = heat_map(title, self._full, self._subsets, cells, rows, less=_less(score))
         tag = f"{stage}-{score}".replace("/", "-")

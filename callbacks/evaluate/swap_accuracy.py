@@ -7,9 +7,10 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator, Rows, Store, embed
+from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator, Rows, Store, Values, embed
 from descant.modules.core.batch import NEGATIVE, Batch
-from descant.modules.evaluation.metrics import swap_accuracy
+from descant.modules.evaluation.items import Items, per_group
+from descant.modules.evaluation.metrics import swap_hits
 
 
 class SwapAccuracy(EmbeddingEvaluator):
@@ -65,9 +66,9 @@ class SwapAccuracy(EmbeddingEvaluator):
         store = self._negatives.setdefault(dataloader_idx, Store().to(pl_module.device))
         store.update({name: z[self.modality]}, batch)
 
-    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> dict[str, Tensor]:
+    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> Values:
         lead = self._lead(trainer)
-        values: dict[str, Tensor] = {}
+        values: dict[str, Tensor | Items] = {}
         for number, store in self._negatives.items():
             name = lead._set_name(trainer, number)
             # both stores are sorted by sample id, so their rows are the same samples
@@ -83,9 +84,9 @@ class SwapAccuracy(EmbeddingEvaluator):
                 z_ND[valid_N].double() for z_ND in (rows.z[self.against], rows.z[self.modality], negative.z[neg])
             )
             score_N, score_neg_N = (z_a_ND * z_b_ND).sum(dim=1), (z_a_ND * z_neg_ND).sum(dim=1)
-            values[f"{name}/swap"], values[f"{name}/swap_ties"] = swap_accuracy(
-                score_N, score_neg_N, type_N[valid_N], self.tolerance
-            )
+            hit_N, tie_N = swap_hits(score_N, score_neg_N, self.tolerance)
+            values[f"{name}/swap"] = per_group(hit_N, type_N[valid_N], rows.key[valid_N])
+            values[f"{name}/swap_ties"] = tie_N.double().mean()
         if not self._negatives:
             raise ValueError(
                 f"SwapAccuracy: no hard negatives {self.modality + NEGATIVE!r} in the data; Scenes has them"

@@ -13,10 +13,12 @@ import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator
 from descant.callbacks.plots.output import run_folder
 from descant.callbacks.run.throughput import count_rows
 from descant.modules.core.metric_names import CHANCE, order
 from descant.modules.core.sham import Sham
+from descant.modules.evaluation.items import FILE, save_items
 from descant.modules.io import files
 
 WIDTH = 100
@@ -34,6 +36,9 @@ class Report(L.Callback):
     * ``samples``: training rows of all ranks; ``samples_per_second = samples / train_seconds``.
     * ``parameters``, ``parameters_trainable``: of the recipe, shared weights counted once.
     * ``sham/calls``: signals requested per step of parts that have a sham, the same in the method as in the sham.
+
+    A test also writes ``items.safetensors``: of each metric that is a mean over test items, the sum and the weight of
+    every item (:mod:`descant.modules.evaluation.items`), by which claims are judged.
 
     A resumed run continues its seconds and samples. A test adds its metrics to the file of the fit. Rank 0 replaces the
     file atomically, in the folder of the first logger that has one, else in the Trainer's ``default_root_dir``.
@@ -127,6 +132,10 @@ class Report(L.Callback):
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._write(trainer, pl_module)
+        evaluators = [c for c in trainer.callbacks if isinstance(c, EmbeddingEvaluator)]  # type: ignore[attr-defined]
+        items = {metric: of for evaluator in evaluators for metric, of in evaluator.items.items()}
+        if items and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            save_items(self._folder / FILE, items)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._pause()

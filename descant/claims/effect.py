@@ -97,10 +97,14 @@ def over_seeds(gain_S: Sequence[float], level: float = LEVEL) -> Interval:
     return Interval(result.mean, result.low, result.high)
 
 
-def over_items(gain_SN: NDArray[np.float64], seed: int = 0, level: float = LEVEL) -> Interval:
+def over_items(
+    gain_SN: NDArray[np.float64], weight_N: NDArray[np.float64] | None = None, seed: int = 0, level: float = LEVEL
+) -> Interval:
     """Percentile bootstrap over test items of the mean gain, where the seeds stay as they are.
 
-    Resamples the N columns ``RESAMPLES`` times: the interval of ``mean_N(mean_S(gain_SN))``.
+        sum_n w_n mean_S(gain_Sn) / sum_n w_n        over N columns, drawn with replacement, ``RESAMPLES`` times
+
+    ``weight_N``: such as the drawings of a concept, all of which are one item; ones where not given.
 
     Raises:
         ValueError: for no items.
@@ -114,9 +118,11 @@ def over_items(gain_SN: NDArray[np.float64], seed: int = 0, level: float = LEVEL
     gain_N = np.asarray(gain_SN, dtype=np.float64).mean(axis=0)
     if not gain_N.size:
         raise ValueError("over_items: no test items")
-    chosen = np.random.default_rng(seed).integers(gain_N.size, size=(RESAMPLES, gain_N.size))
-    low, high = np.quantile(gain_N[chosen].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(gain_N.mean()), float(low), float(high))
+    weight_N = np.ones_like(gain_N) if weight_N is None else weight_N
+    times = np.random.default_rng(seed).multinomial(gain_N.size, np.full(gain_N.size, 1 / gain_N.size), RESAMPLES)
+    means = times @ (weight_N * gain_N) / (times @ weight_N)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(weight_N @ gain_N / weight_N.sum()), float(low), float(high))
 
 
 def margin_of(headroom: float, least: float) -> float:

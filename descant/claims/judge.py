@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from descant.claims.claim import ARMS, EQUAL, LEAST_TIME, Claim, Condition
 from descant.claims.effect import HELPS, Effect, Interval, effect, has_room, over_seeds
+from descant.claims.items import ItemGains
 from descant.cli.errors import fail, hint
 from descant.report.statistics import Paired, paired
 
@@ -27,7 +28,8 @@ class Judgement:
         verdict: passed; failed, for a claim that has to pass; or not reproduced at this scale.
         method: the method against the baseline. sham: the sham against the baseline. over_sham: the method's mean gain
             over the sham. lacks: reasons why the gains do not pass. asked: every further condition, its value, and
-            whether it is met. effect: the word by intervals, where the sham is the placebo.
+            whether it is met. effect: the word by intervals, where the sham is the placebo. items: gains by test item,
+            where there are any.
     """
 
     verdict: str
@@ -37,6 +39,7 @@ class Judgement:
     lacks: tuple[str, ...]
     asked: tuple[tuple[Condition, float, bool], ...]
     effect: Effect
+    items: ItemGains | None = None
 
     @property
     def held(self) -> tuple[int, int]:
@@ -49,7 +52,7 @@ class Judgement:
         return (*self.lacks, *(f"{condition}: it is {value:.4g}" for condition, value, met in self.asked if not met))
 
 
-def judge(claim: Claim, runs: Runs, futile: bool = False) -> Judgement:
+def judge(claim: Claim, runs: Runs, futile: bool = False, items: ItemGains | None = None) -> Judgement:
     """The effect of a claim, and whether it passes.
 
     A claim by stages passes where it helps and every further condition holds; any other where all of
@@ -58,7 +61,8 @@ def judge(claim: Claim, runs: Runs, futile: bool = False) -> Judgement:
         mean gain over the sham >= sham_margin,   and every further condition of the claim.
 
     Args:
-        futile: a claim by stages stopped after its first seeds.
+        futile: a claim by stages stopped after its first seeds. items: gains by test item, whose intervals are joined
+            to those over seeds.
 
     Raises:
         Refusal: naming arm and seed, for a metric that a run lacks, or a budget that differs.
@@ -71,7 +75,7 @@ def judge(claim: Claim, runs: Runs, futile: bool = False) -> Judgement:
     method_S, sham_S = (gains(claim, runs, arm, seeds) for arm in ("method", "sham"))
     method, sham = (paired(gain_S, [0.0] * len(gain_S), LEVEL) for gain_S in (method_S, sham_S))
     over = method.mean - sham.mean
-    found = _effect(claim, runs, method_S, sham_S, futile)
+    found = _effect(claim, runs, method_S, sham_S, futile, items)
     if claim.staged:
         lacks = [] if found.word == HELPS else [f"the effect: {found.word}"]
     else:
@@ -79,7 +83,7 @@ def judge(claim: Claim, runs: Runs, futile: bool = False) -> Judgement:
     asked = tuple(_asked(claim, runs, condition, seeds) for condition in claim.also)
     passed = not lacks and all(met for _, _, met in asked)
     verdict = PASSED if passed else FAILED if claim.status == "gate" else NOT
-    return Judgement(verdict, method, sham, over, tuple(lacks), asked, found)
+    return Judgement(verdict, method, sham, over, tuple(lacks), asked, found, items)
 
 
 def gains(claim: Claim, runs: Runs, arm: str, seeds: Sequence[int]) -> list[float]:
@@ -88,11 +92,19 @@ def gains(claim: Claim, runs: Runs, arm: str, seeds: Sequence[int]) -> list[floa
     return [claim.metric.gain(a, b) for a, b in zip(*pairs, strict=True)]
 
 
-def _effect(claim: Claim, runs: Runs, method_S: Sequence[float], placebo_S: Sequence[float], futile: bool) -> Effect:
+def _effect(
+    claim: Claim,
+    runs: Runs,
+    method_S: Sequence[float],
+    placebo_S: Sequence[float],
+    futile: bool,
+    items: ItemGains | None,
+) -> Effect:
     oracle = gains(claim, runs, claim.oracle, sorted(runs["method"])) if claim.oracle is not None else None
     headroom, margin = math.fsum(oracle) / len(oracle) if oracle else None, claim.metric.margin
     room = claim.staged or oracle is None or has_room(oracle, margin)  # stages: decided by the pilot
-    return effect(method_S, placebo_S, margin, headroom, futile=futile, room=room)
+    both = None if items is None else items.intervals
+    return effect(method_S, placebo_S, margin, headroom, both, futile, room)
 
 
 def decide(method: Paired, over_sham: float, margin: float, sham_margin: float) -> list[str]:

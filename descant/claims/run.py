@@ -58,6 +58,16 @@ class Place:
 
     def finished(self, arm: str, seed: int) -> dict[str, float] | None:
         """Metrics of a run that was tested (to choose settings: that ended), wherever it was started; None if none."""
+        folder = self._finished(arm, seed)
+        return None if folder is None else _metrics(folder)
+
+    def run_of(self, arm: str, seed: int) -> Path:
+        """Folder of a finished run."""
+        folder = self._finished(arm, seed)
+        assert folder is not None
+        return folder
+
+    def _finished(self, arm: str, seed: int) -> Path | None:
         steps = self.claim.steps(arm, self.budget)
         own = self.name(arm)
         for name in (f"{own}-{seed}", own):  # a local process, or a job of an array
@@ -69,7 +79,7 @@ class Place:
                 complete = ended if self.budget == TUNE else tested
                 complete = complete and all(m in metrics for m in self.claim.needed(arm))
                 if complete and (name != own or _seed(folder) == seed):
-                    return metrics
+                    return folder
         return None
 
     def missing(self, arms: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:

@@ -13,8 +13,11 @@ from typing import Any
 from descant.claims import run, store
 from descant.claims.claim import ABLATIONS, EXTENSION, Claim
 from descant.claims.effect import FIRST, LAST, NO_ROOM, NOT_TESTABLE, Effect, has_room, looks, margin_of
+from descant.claims.items import OVER, ItemGains, require_enough
+from descant.claims.items import gains as items_of
 from descant.claims.judge import Runs, gains, judge, lines, measured
 from descant.claims.registration import changed, now, register
+from descant.claims.run import Place
 from descant.claims.table import paper_of
 from descant.cli.errors import fail, say
 from descant.modules.io.names import PACKAGE
@@ -76,6 +79,8 @@ class Staged:
             return self._stop(2, NO_ROOM, registered, found, pilot)
         if only_pilot:
             return 0
+        place = self._place("pilot")
+        require_enough(claim, [place.run_of("baseline", seed) for seed in seeds["pilot"]], margin)
         return self._effect(claim.with_margin(margin), registered, found)
 
     def _effect(self, claim: Claim, registered: Mapping[str, Any], found: dict[str, Any]) -> int:
@@ -86,12 +91,13 @@ class Staged:
         def look(number: int) -> Effect:
             if number == LAST:
                 say(f"claims {claim.name}: stage 4, extension: {FIRST} seeds cannot tell, {EXTENSION} follows")
-            return judge(claim, self._collect("full", claim.judged, seeds[:number])).effect
+            runs, items = self._judged(claim, seeds[:number])
+            return judge(claim, runs, items=items).effect
 
         effect = looks(look)
-        runs = self._collect("full", claim.judged, seeds[: effect.seeds])
+        runs, items = self._judged(claim, seeds[: effect.seeds])
         stage = 4 if effect.seeds == LAST else store.EFFECT_STAGE
-        judgement = judge(claim, runs, effect.futile)
+        judgement = judge(claim, runs, effect.futile, items)
         outcome = store.outcome_of(judgement) | {"stage": stage, "futile": effect.futile}
         self._write("full", runs, {**outcome, **found, "registered": registered})
         print("\n".join(lines(claim, judgement, f"stage {stage}")))
@@ -160,8 +166,17 @@ class Staged:
 
     # runs ---------------------------------------------------------------------------------------------------------
 
+    def _place(self, budget: str) -> Place:
+        return Place(self.claim, budget, self.runs.absolute(), self.trust)
+
+    def _judged(self, claim: Claim, seeds: Sequence[int]) -> tuple[Runs, ItemGains | None]:
+        """The runs of the arms that the verdict needs, and the method's gains by test item."""
+        runs, place = self._collect("full", claim.judged, seeds), self._place("full")
+        folders = {arm: {seed: place.run_of(arm, seed) for seed in seeds} for arm in ("method", *OVER)}
+        return runs, items_of(claim, folders, seeds)
+
     def _collect(self, budget: str, arms: Sequence[str], seeds: Sequence[int]) -> Runs:
-        place = run.Place(self.claim, budget, self.runs.absolute(), self.trust)
+        place = self._place(budget)
         if self.slurm is not None and place.missing(arms, seeds):
             raise Unfinished(run.submit(place, arms, seeds, self.slurm))
         code = run.run(place, arms, seeds, self.jobs) if place.missing(arms, seeds) else 0
@@ -171,7 +186,7 @@ class Staged:
         return place.collect(arms, seeds)
 
     def _write(self, budget: str, runs: Runs, outcome: Mapping[str, Any]) -> None:
-        places = [run.Place(self.claim, of, self.runs.absolute(), self.trust) for of in ("pilot", "full")]
+        places = [self._place(of) for of in ("pilot", "full")]
         seconds = places[0].seconds if budget == "pilot" else sum(place.seconds for place in places)
         store.write(self.results, self.claim, budget, runs, seconds, sorted(self.precisions), outcome)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from descant.claims.claim import ABLATIONS, BUDGETS, TUNE, Claim
+from descant.claims.items import of_stored
 from descant.claims.judge import Judgement, Runs, judge
 from descant.cli.errors import fail, one_line
 from descant.cli.untrusted import json_of
@@ -106,7 +107,9 @@ def write(
 def outcome_of(judgement: Judgement) -> dict[str, Any]:
     """Verdict, word and gains of a full result, for readers that do not judge it themselves."""
     gain, placebo = judgement.effect.over_baseline, judgement.effect.placebo.mean
-    numbers = {"gain": [gain.mean, gain.low, gain.high], "placebo": placebo}
+    numbers: dict[str, Any] = {"gain": [gain.mean, gain.low, gain.high], "placebo": placebo}
+    if judgement.items is not None:
+        numbers["items"] = judgement.items.stored()
     return {"verdict": judgement.verdict, "effect": judgement.effect.word, **numbers}
 
 
@@ -135,7 +138,7 @@ def judged(claim: Claim, stored: Mapping[str, Any]) -> Judgement | None:
         return None
     if claim.staged:
         claim = claim.with_margin(stored["margin"])
-    return judge(claim, stored["runs"], stored.get("futile", False))
+    return judge(claim, stored["runs"], stored.get("futile", False), of_stored(stored))
 
 
 def read_registered(folder: Path, claim: Claim) -> dict[str, Any] | None:

@@ -28,7 +28,8 @@ the same code with its signal permuted. Margins were fixed on other seeds than t
 
 - **exact?** *yes*: the equation equals an explicit loop or a closed form in a test; *our reading*: the paper leaves it
   open.
-- **effect here** is the gain over the baseline (above zero is better) with its 95 % interval over seeds, in one word.
+- **effect here** is the gain over the baseline (above zero is better) with its 95 % interval, in one word: Student's
+  over seeds, joined to a bootstrap over test items where a claim's section has one.
   *helps*: over baseline and over placebo above 0, and at least the margin; *helps a little*: both above 0, below the
   margin; *placebo does as well*: over baseline above 0, over placebo not; *placebo invalid*: both above 0, but the
   placebo is a margin or more away from the baseline, so it shows nothing; *no effect*: within the margin around 0;
@@ -158,10 +159,14 @@ def _section(
     claim: Claim, judgement: Judgement, stored: Mapping[str, Any], figure: str, tuned: Mapping[str, Any] | None
 ) -> str:
     runs: Runs = stored["runs"]
+    by_item = ""
+    if judgement.items is not None:
+        of = judgement.items
+        by_item = f" Over {of.number:,} test items alone {of.over_baseline}, over the placebo {of.over_placebo}."
     lines = [
         f"\n## {claim.name}\n",
         f"{claim.title} ({claim.source})\n",
-        f"All conditions: **{judgement.verdict}**; over the placebo {judgement.effect.over_placebo}.\n",
+        f"All conditions: **{judgement.verdict}**; over the placebo {judgement.effect.over_placebo}.{by_item}\n",
         f"![{claim.metric.name} of each seed]({figure})\n",
     ]
     cells = {arm: {metric: _cell(runs[arm], metric) for metric in measured(claim, arm)} for arm in runs}

@@ -70,7 +70,7 @@ def mean_per_group(value_N: Tensor, group_N: Tensor) -> Tensor:
     return (sum_K.index_add(0, at_N, value_N.double()) / rows_K).mean()
 
 
-def mean_average_precision(
+def average_precision(
     z_q_QD: Tensor,
     label_Q: Tensor,
     z_g_GD: Tensor,
@@ -79,25 +79,25 @@ def mean_average_precision(
     id_G: Tensor | None = None,
     cells: int = CELLS,
 ) -> Tensor:
-    """Mean average precision of retrieval; a match is a row of equal label.
+    """Average precision of each query; a match is a row of equal label.
 
         AP_q = 1 / |matches_q|  sum over matches g of  #{matches up to rank g} / rank g
 
     Ties count against the query (a wrong row ranks before a match of the same score), and so does nan. A gallery row
-    with the ``id`` of the query is excluded; queries without a match do not count. (RetrievalMAP of torchmetrics 1.9
-    ignores matches with a score of 0 or below, which embeddings do have.)
+    with the ``id`` of the query is excluded. (RetrievalMAP of torchmetrics 1.9 ignores matches with a score of 0 or
+    below, which embeddings do have.)
 
-    Shapes: ``z_q_QD, label_Q, z_g_GD, label_G``, ids int64 ``-> []`` float64 (float32 where the device has none); nan
-    without any match.
+    Shapes: ``z_q_QD, label_Q, z_g_GD, label_G``, ids int64 ``-> [Q]`` float64 (float32 where the device has none); nan
+    for a query without a match.
 
     >>> z_GD = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.5, 0.5], [0.0, 1.0]])
     >>> label_G, id_G = torch.tensor([0, 1, 0, 0]), torch.arange(4)
-    >>> round(float(mean_average_precision(z_GD[:1], label_G[:1], z_GD, label_G, id_G[:1], id_G)), 4)  # (1/2 + 2/3) / 2
+    >>> round(float(average_precision(z_GD[:1], label_G[:1], z_GD, label_G, id_G[:1], id_G)), 4)  # (1/2 + 2/3) / 2
     0.5833
     """
     dtype = wide(z_q_QD.device)
     rank_G = torch.arange(1, len(z_g_GD) + 1, device=z_q_QD.device, dtype=dtype)
-    total, queries = torch.zeros((), device=z_q_QD.device, dtype=dtype), 0
+    precision = [rank_G[:0]]
     for rows in _chunks(len(z_q_QD), len(z_g_GD), cells):
         match_RG, self_RG = _matches(rows, label_Q, label_G, id_Q, id_G)
         score_RG = z_q_QD[rows] @ z_g_GD.T
@@ -108,9 +108,28 @@ def mean_average_precision(
         order_RG = order_RG.gather(1, score_RG.gather(1, order_RG).argsort(dim=1, stable=True, descending=True))
         hit_RG = match_RG.gather(1, order_RG).to(dtype)
         count_R = hit_RG.sum(dim=1)
-        total += ((hit_RG * hit_RG.cumsum(dim=1) / rank_G).sum(dim=1) / count_R.clamp(min=1)).sum()
-        queries += int((count_R > 0).sum())
-    return total / queries if queries else total * torch.nan
+        precision.append((hit_RG * hit_RG.cumsum(dim=1) / rank_G).sum(dim=1) / count_R)  # 0 / 0 is nan
+    return torch.cat(precision)
+
+
+def mean_average_precision(
+    z_q_QD: Tensor,
+    label_Q: Tensor,
+    z_g_GD: Tensor,
+    label_G: Tensor,
+    id_Q: Tensor | None = None,
+    id_G: Tensor | None = None,
+    cells: int = CELLS,
+) -> Tensor:
+    """Mean of :func:`average_precision` over the queries that have a match; nan without any.
+
+    Shapes: as there, ``-> []``.
+
+    >>> z_GD = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
+    >>> float(mean_average_precision(z_GD[:1], torch.tensor([0]), z_GD, torch.tensor([1, 0, 0])))
+    0.5833333333333333
+    """
+    return average_precision(z_q_QD, label_Q, z_g_GD, label_G, id_Q, id_G, cells).nanmean()
 
 
 def chance_average_precision(
@@ -215,6 +234,19 @@ def balanced_accuracy(predicted_N: Tensor, label_N: Tensor, classes: int) -> Ten
     return (correct_C / count_C)[count_C > 0].mean()
 
 
+def swap_hits(score_N: Tensor, score_neg_N: Tensor, tolerance: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """``[s > s'] + [s ~ s'] / 2`` of each positive against its hard negative, float64 ``[N]``, and whether it is a tie.
+
+    Scores within ``tolerance`` are ties; nan is a miss and no tie.
+
+    >>> hit_N, tie_N = swap_hits(torch.tensor([0.9, 0.5]), torch.tensor([0.1, 0.5]))
+    >>> hit_N.tolist(), tie_N.tolist()
+    ([1.0, 0.5], [False, True])
+    """
+    tie_N = (score_N - score_neg_N).abs() <= tolerance
+    return ((score_N > score_neg_N) & ~tie_N).double() + tie_N.double() / 2, tie_N
+
+
 def swap_accuracy(
     score_N: Tensor, score_neg_N: Tensor, type_N: Tensor, tolerance: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
@@ -222,8 +254,8 @@ def swap_accuracy(
 
         accuracy = mean over the types of negatives that occur of  mean_n [s_n > s'_n] + [s_n ~ s'_n] / 2
 
-    Scores within ``tolerance`` are ties; nan is a miss and no tie. Chance is 1/2, exactly so for a model that scores
-    both the same; both are nan without rows.
+    Hits and ties: :func:`swap_hits`. Chance is 1/2, exactly so for a model that scores both the same; both are nan
+    without rows.
 
     Shapes: ``score_N, score_neg_N`` floats, ``type_N`` int64 ``-> [], []``.
 
@@ -231,8 +263,7 @@ def swap_accuracy(
     >>> [float(x) for x in swap_accuracy(score_N, score_neg_N, torch.tensor([0, 0, 0, 1]))]
     [0.4166666666666667, 0.25]
     """
-    tie_N = (score_N - score_neg_N).abs() <= tolerance
-    hit_N = ((score_N > score_neg_N) & ~tie_N).double() + tie_N.double() / 2
+    hit_N, tie_N = swap_hits(score_N, score_neg_N, tolerance)
     return mean_per_group(hit_N, type_N), tie_N.double().mean()
 
 

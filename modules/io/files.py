@@ -14,9 +14,14 @@ from pathlib import Path
 
 def write_text(file: Path, text: str) -> None:
     """Replace a file atomically: a reader sees all of the old text or all of the new, also after a crash."""
+    write_bytes(file, text.encode())
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """:func:`write_text` for bytes."""
     scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    with scratch.open("w", encoding="utf-8") as out:
-        out.write(text)
+    with scratch.open("wb") as out:
+        out.write(content)
         out.flush()
         os.fsync(out.fileno())  # a name may reach the disk before its content
     os.replace(scratch, file)

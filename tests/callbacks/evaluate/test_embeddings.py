@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from descant.callbacks import KNN, Geometry, LinearProbe, Retrieval, ZeroShot
 from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator, Rows, Store
 from descant.modules.core.batch import Batch
+from descant.modules.evaluation.items import Items
 from descant.modules.evaluation.metrics import recall_by_chance, retrieval_ranks
 from tests.ranks import run_ranks
 from tests.tolerance import F32, ulps
@@ -324,7 +325,7 @@ def test_evaluators_use_no_random_numbers_of_the_run():
 class Counts(KNN):
     fitted = 0
 
-    def score(self, *args: Any) -> dict[str, Tensor]:
+    def score(self, *args: Any) -> dict[str, Items]:
         self.fitted += 1
         return super().score(*args)
 

@@ -1,0 +1,134 @@
+"""Gains of a claim by test item, from the files that the tests of its runs write.
+
+Letters: S paired seeds, K test items.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from descant.claims.claim import Claim
+from descant.claims.effect import Interval, items_needed, over_items
+from descant.cli.errors import fail
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Parts = Mapping[str, NDArray[Any]]
+
+#: Arms whose gains are compared by item: the method's over each.
+OVER = ("baseline", "sham")
+
+
+@dataclass(frozen=True)
+class ItemGains:
+    """Intervals over test items of the method's gains, and the number of items.
+
+    Attributes:
+        over_baseline, over_placebo: see :func:`descant.claims.effect.over_items`. number: distinct test items.
+    """
+
+    over_baseline: Interval
+    over_placebo: Interval
+    number: int
+
+    @property
+    def intervals(self) -> tuple[Interval, Interval]:
+        return self.over_baseline, self.over_placebo
+
+    def stored(self) -> dict[str, Any]:
+        """As it is stored in a result."""
+        base, placebo = ([of.mean, of.low, of.high] for of in self.intervals)
+        return {"number": self.number, "over_baseline": base, "over_placebo": placebo}
+
+
+def of_stored(stored: Mapping[str, Any]) -> ItemGains | None:
+    """The gains by item of a result; None where it has none."""
+    items = stored.get("items")
+    if items is None:
+        return None
+    return ItemGains(Interval(*items["over_baseline"]), Interval(*items["over_placebo"]), int(items["number"]))
+
+
+def read(folder: Path, metric: str) -> Parts | None:
+    """``id``, ``sum`` and ``weight`` of each item of a metric of a run; None where its test wrote none."""
+    from safetensors import SafetensorError, safe_open  # late: `descant list` imports this package
+
+    from descant.modules.evaluation.items import FILE, PARTS
+
+    try:
+        with safe_open(folder / FILE, "numpy") as content:
+            if f"{metric}#id" not in content.keys():  # noqa: SIM118 (a handle, which is no container)
+                return None
+            return {part: content.get_tensor(f"{metric}#{part}") for part in PARTS}
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError):
+        fail(f"{folder / FILE}: no items of a test; repeat the run")
+
+
+def gains(claim: Claim, arms: Mapping[str, Mapping[int, Path]], seeds: Sequence[int]) -> ItemGains | None:
+    """The method's gains by item; None where the metric is no mean over items.
+
+    ``arms``: arm -> seed -> folder of its run.
+    """
+    method = [read(arms["method"][seed], claim.metric.name) for seed in seeds]
+    found = []
+    for other in OVER:
+        against = [read(arms[other][seed], claim.metric.name) for seed in seeds]
+        gain = _gain(claim, other, method, against)
+        if gain is None:
+            return None
+        found.append(gain)
+    weight_K = found[0][1]
+    base, placebo = (over_items(gain_SK, weight_K) for gain_SK, _ in found)
+    return ItemGains(base, placebo, len(weight_K))
+
+
+def require_enough(claim: Claim, folders: Sequence[Path], margin: float) -> None:
+    """Check that there are enough test items for a gain of ``margin`` to be above zero, whichever of them it hits.
+
+    A gain of m in hits or misses changes a share m of the items at least, so that an item's gain has a standard
+    deviation of ``sqrt(m (1 - m))`` or more.
+
+    Raises:
+        Refusal: naming both numbers. Metrics that are no shares of items always pass.
+    """
+    for parts in (read(folder, claim.metric.name) for folder in folders):
+        if parts is None or not _hits(parts):
+            return
+        needed, number = items_needed(margin, math.sqrt(margin * (1 - margin))), len(parts["id"])
+        if number < needed:
+            what = f"{number} test items, and a margin of {margin:.3g} needs {needed}"
+            fail(f"claims {claim.name}: {claim.metric.name}: {what}; a larger metric.least, or more test data")
+
+
+def _hits(parts: Parts) -> bool:
+    """Whether a metric is a share of its rows."""
+    return all(bool((parts[part] % 1 == 0).all()) for part in ("sum", "weight")) and bool(
+        (parts["sum"] <= parts["weight"]).all()
+    )
+
+
+def _gain(
+    claim: Claim, other: str, method: Sequence[Parts | None], against: Sequence[Parts | None]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """``gain_SK`` and ``weight_K`` of the method over another arm."""
+    import numpy as np
+
+    rows, first = [], method[0]
+    for a, b in zip(method, against, strict=True):
+        if a is None or b is None or first is None:
+            return None
+        for parts in (a, b):
+            if any(not np.array_equal(parts[part], first[part]) for part in ("id", "weight")):
+                fail(f"claims {claim.name}: {other}: its runs were tested on other items than the method's")
+        sign = 1 if claim.metric.higher else -1
+        rows.append(sign * (a["sum"] - b["sum"]) / first["weight"])
+    assert first is not None
+    return np.stack(rows), np.asarray(first["weight"])
