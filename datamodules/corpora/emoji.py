@@ -55,6 +55,7 @@ class Emoji(ImageViews):
         text: the tokenizer; the pack's own BPE with rows of 24 by default.
         languages: of the training captions.
         vendors: of the training images.
+        bank_vendors: of the images of the bank, in which evaluations search and fit; ``vendors`` where not given.
         name_only: probability that a training caption is the name alone.
         nameless: probability that a training caption of keywords lacks the name.
         token_dropout: probability that a token of a training caption becomes padding.
@@ -88,6 +89,7 @@ class Emoji(ImageViews):
         text: Tokenizer | None = None,
         languages: list[str] | None = None,
         vendors: list[str] | None = None,
+        bank_vendors: list[str] | None = None,
         name_only: float = 0.3,
         nameless: float = 0.2,
         token_dropout: float = 0.0,
@@ -113,6 +115,7 @@ class Emoji(ImageViews):
         super().__init__(**kwargs)
         self.text, self.languages = text, languages or ["en"]
         self.vendors = vendors or ["noto", "twemoji", "openmoji"]
+        self.bank_vendors = bank_vendors or self.vendors
         self.name_only, self.nameless, self.keywords = name_only, nameless, keywords
         self.token_dropout, self.transform, self.views = token_dropout, transform, views or {}
         self.set_views(size, augment or Augment(size))
@@ -121,6 +124,7 @@ class Emoji(ImageViews):
         self.readout, self._visual, self.paired = readout, dict[str, Tensor](), paired
         self.folder = Path(folder) if folder else PACK
         require_known("vendors", self.vendors, VENDORS)
+        require_known("bank_vendors", self.bank_vendors, VENDORS)
         require_known("views", list(self.views), ("image",))
         if development and sealed:
             raise ValueError("sealed: settings are chosen in development, which the lock-box is not for")
@@ -244,13 +248,14 @@ class Emoji(ImageViews):
 
     # the sets --------------------------------------------------------------------------------------------------
 
-    @cached_property
-    def bank_rows(self) -> list[Row]:
-        return [(int(c), v, True, True) for v in self.vendors for c in self.seen if not self._validates(c, v)]
+    def rows_by(self, vendors: Sequence[str]) -> list[Row]:
+        """Every drawing of a training concept by these vendors, less those held out for validation."""
+        return [(int(c), v, True, True) for v in vendors for c in self.seen if not self._validates(c, v)]
 
     @cached_property
     def training_rows(self) -> list[Row]:
-        return [row for row in self.bank_rows if self.captions.has(row[0]) and self.pack.drawings(row[1])[1][row[0]]]
+        rows = self.rows_by(self.vendors)
+        return [row for row in rows if self.captions.has(row[0]) and self.pack.drawings(row[1])[1][row[0]]]
 
     @cached_property
     def mixed(self) -> MixedCaptions | None:
@@ -286,7 +291,7 @@ class Emoji(ImageViews):
         return EmojiSet(self, self.training_rows, random=True)
 
     def bank_set(self) -> EmojiSet:
-        return EmojiSet(self, self.bank_rows)
+        return EmojiSet(self, self.rows_by(self.bank_vendors))
 
     def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
         seen, unseen = self.seen, np.flatnonzero(self.test_N & self.usable_N)

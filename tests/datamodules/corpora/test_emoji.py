@@ -145,6 +145,14 @@ def test_the_lock_box_is_held_out_in_place_of_the_test_set(data: Emoji) -> None:
         Emoji(sealed=True, development=True)
 
 
+def test_the_bank_has_the_vendors_of_training_or_its_own(data: Emoji) -> None:
+    every = Emoji(vendors=["noto", "fluent"], bank_vendors=["noto"])
+    number = VENDORS.index("noto")
+    assert set(all_ids(every.bank_set(), "image") % len(VENDORS)) == {number}
+    assert set(all_ids(every.training_set(), "image") % len(VENDORS)) == {number, VENDORS.index("fluent")}
+    assert set(all_ids(data.bank_set(), "image") % len(VENDORS)) == {VENDORS.index(v) for v in data.vendors}
+
+
 def test_paired_sets_have_every_image_with_its_text_only(data: Emoji) -> None:
     paired = Emoji(batch_size=16, paired=True)
     assert len(paired.training_set()) == len(data.training_set())
