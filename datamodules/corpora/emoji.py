@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from descant.datamodules.base import BatchDataset
@@ -28,7 +29,14 @@ from descant.datamodules.corpora.captions import CaptionMixer, Drawings, MixedCa
 from descant.datamodules.corpora.emoji_pack import DEVELOPMENT_VENDOR, PACK, VENDORS, Captions, Pack, load_pack
 from descant.datamodules.corpora.emoji_set import EmojiSet, Row
 from descant.datamodules.corpora.spoken import SpokenNames, SpokenNamesSource
-from descant.datamodules.corpora.stimuli import noise_facts, product_facts, text_facts, valence_facts, visual_facts
+from descant.datamodules.corpora.stimuli import (
+    FACTS,
+    noise_facts,
+    product_facts,
+    text_facts,
+    valence_facts,
+    visual_facts,
+)
 from descant.datamodules.names import require_known
 from descant.datamodules.resumable_sampler import Slot
 from descant.modules.core.batch import Batch
@@ -221,10 +229,12 @@ class Emoji(ImageViews):
         }
 
     def facts(self, vendors: Sequence[str]) -> dict[str, dict[int, Tensor]]:
-        """Name -> vendor number -> a float target of all concepts, computed once for each vendor."""
+        """Name -> vendor number -> a float target of all concepts, computed once; nan where it is of no drawing."""
         for vendor in vendors:
             if vendor not in self._visual:
-                self._visual[vendor] = visual_facts(self.pack.drawings(vendor)[0])
+                images, good = self.pack.drawings(vendor)
+                self._visual[vendor] = torch.full((len(good), FACTS), float("nan"))
+                self._visual[vendor][good] = visual_facts(images[good])
         visual = {VENDORS.index(vendor): self._visual[vendor] for vendor in vendors}
         text = self._text_facts
         return {

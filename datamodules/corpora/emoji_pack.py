@@ -73,15 +73,25 @@ class Pack:
         The concepts of the test set are dropped; those of the lock-box take their place, and the sealed vendor that of
         the held-out one, under its name. Concepts that it does not draw have no drawing there.
         """
-        path, vendor = self.folder / SEALED, VENDORS[-1]
+        self.keep([n for n, row in enumerate(self.rows) if row["split"] != "test"])
+        sealed = self.unseal_vendor()
+        for row in self.rows:
+            row["split"] = "test" if row["hexcode"] in sealed else "train"
+
+    def unseal_vendor(self) -> set[str]:
+        """Replace the held-out vendor's drawings by those of the sealed vendor, under its name, or by none.
+
+        Returns the codes of the sealed concepts, whose split stays as it is.
+        """
+        path = self.folder / SEALED
         try:
-            sealed = {row["hexcode"]: row for row in pq.read_table(path).to_pylist()}
+            rows = pq.read_table(path).to_pylist()
         except (ArrowInvalid, OSError) as error:
             raise ValueError(f"{path}: not a readable lock-box ({str(error).splitlines()[0]})") from None
-        self.keep([n for n, row in enumerate(self.rows) if row["split"] != "test"])
+        drawing = {row["hexcode"]: row[SEALED_VENDOR] for row in rows}
         for row in self.rows:
-            found = sealed.get(row["hexcode"], {"sealed": False, SEALED_VENDOR: None})
-            row["split"], row[vendor] = "test" if found["sealed"] else "train", found[SEALED_VENDOR]
+            row[VENDORS[-1]] = drawing.get(row["hexcode"])
+        return {row["hexcode"] for row in rows if row["sealed"]}
 
     @cached_property
     def languages(self) -> tuple[str, ...]:

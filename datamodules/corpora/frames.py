@@ -239,7 +239,7 @@ class Frames(Questions):
         kwargs: as of Questions, whose kinds are the sources here.
 
     Raises:
-        ValueError: what Questions raises; for an unknown source, or fewer problems than 1.
+        ValueError: what Questions raises; for an unknown source, fewer problems than 1, or ``sealed`` with Slices.
 
     >>> data = Frames(tiny=True, batch_size=8, length=64)
     >>> batch = next(iter(data.train_dataloader()))
@@ -265,6 +265,9 @@ class Frames(Questions):
                 raise ValueError(f"train: {name} {most}: at least 1; leave a source out by kinds")
         require_temperature(alpha, times, "sources")
         self.train, self.alpha, self.times, self.sham = train or {}, alpha, times, sham
+        for kind in self.kinds:
+            if self.sealed and isinstance(self.sources[kind], Slices):
+                raise ValueError(f"sealed: no lock-box has the brain that {kind} shows; leave it out by kinds")
         self.most = max(self.sources[kind].frames for kind in self.kinds)
 
     def prepare_data(self) -> None:

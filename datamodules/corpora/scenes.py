@@ -19,7 +19,7 @@ from torch import Tensor
 
 from descant.datamodules.base import BatchDataset, NumberedDataset, Rows
 from descant.datamodules.corpora.base import ImageViews, flattened, run_ledger
-from descant.datamodules.corpora.emoji_pack import DEVELOPMENT_VENDOR, PACK, VENDORS, Pack
+from descant.datamodules.corpora.emoji_pack import DEVELOPMENT_VENDOR, PACK, SEALED_VENDOR, VENDORS, Pack
 from descant.datamodules.corpora.scene_world import CONCEPTS, SIZES, STEPS, TRIPLES, Graph, Scene, World
 from descant.datamodules.names import require_known
 from descant.datamodules.resumable_sampler import Slot
@@ -40,6 +40,8 @@ SETS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
     "pairs": ("test", None, ("train", "test")),
     "both": ("test", HELD_OUT_VENDOR, ("train", "test")),
 }
+#: Sets whose scenes the lock-box replaces.
+TESTS = ("vendor", "pairs", "both")
 
 
 class SceneSet(NumberedDataset):
@@ -62,17 +64,22 @@ class SceneSet(NumberedDataset):
         super().__init__(data.seed, data.drop if random else None)
         self.world, self.random, self.exchanged = data.world, random, exchanged
         self.fact_N3, self.id_N = data.facts(name)
+        sealed = data.sealed and name in TESTS
+        self.stream = "scene/sealed" if sealed else "scene"
         if scenes is not None:
-            chosen = np.sort(np.argsort(mix_N(self.id_N, "scenes/chosen"))[:scenes])
+            order = np.argsort(mix_N(self.id_N, "scenes/chosen"))
+            # the lock-box takes the other end: no scene of the open test set, if there are enough
+            chosen = np.sort(order[-scenes:] if sealed else order[:scenes])
             self.fact_N3, self.id_N = self.fact_N3[chosen], self.id_N[chosen]
         _, vendor, beside = SETS[name]
         self.vendors = np.array([VENDORS.index(v) for v in ([vendor] if vendor else data.vendors)])
-        self.together_CC = data.together(*beside)  # which concepts may be in one scene
+        drawn_C = data.drawn(vendor)
+        self.together_CC = data.together(*beside) & drawn_C & drawn_C[:, None]  # which concepts may be in one scene
 
     def draws(self, slots: Sequence[Slot]) -> np.ndarray:
         if self.random:
             return super().draws(slots)
-        return mix_N(self.id_N[[slot.sample for slot in slots]], "scene")
+        return mix_N(self.id_N[[slot.sample for slot in slots]], self.stream)
 
     def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
         all_N = torch.ones(len(index_N), dtype=torch.bool)
@@ -167,11 +174,14 @@ class Scenes(ImageViews):
             a control on which a model that uses the triples is worse.
         augment: of training images, on the device.
         folder: of the pack.
+        sealed: the lock-box is tested on in place of the test set: EmojiOne's drawings in place of Fluent's, of the
+            pairs of which it draws both concepts, and other scenes of the held-out pairs. The held-out pairs, training
+            and validation are unchanged. Only a claim at its effect stage reads it (``lockbox`` of the claim).
         kwargs: of every data module.
 
     Raises:
-        ValueError: for an unknown concept, relation or vendor, vendors that are held out, sizes that do not fit, and an
-            augmentation that makes captions false.
+        ValueError: for an unknown concept, relation or vendor, vendors that are held out, sizes that do not fit, an
+            augmentation that makes captions false, and sealed concepts of which EmojiOne draws too few.
 
     >>> batch = next(iter(Scenes(tiny=True, batch_size=8).train_dataloader()))
     >>> batch.inputs["image"].shape, batch.inputs["triples_neg"].shape, sorted(batch.present)
@@ -193,10 +203,11 @@ class Scenes(ImageViews):
         exchanged: bool = False,
         augment: Augment | None = None,
         folder: str | None = None,
+        sealed: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(batch_size=batch_size, **kwargs)
-        self.grid, self.objects, self.sizes = grid, objects, sizes
+        self.grid, self.objects, self.sizes, self.sealed = grid, objects, sizes, sealed
         self.concepts = concepts or list(CONCEPTS[:: 4 if self.tiny else 1])
         self.relations = relations or ["left of", "right of", "above", "below"]
         trained = [v for v in VENDORS if v not in (DEVELOPMENT_VENDOR, HELD_OUT_VENDOR)]
@@ -230,9 +241,11 @@ class Scenes(ImageViews):
         place = {row["names"]["en"]: i for i, row in reversed(list(enumerate(pack.rows)))}
         require_known("concepts", self.concepts, sorted(place))
         pack.keep([place[name] for name in self.concepts])
+        if self.sealed:
+            pack.unseal_vendor()
         for vendor in VENDORS:
-            for name, good in zip(self.concepts, pack.drawings(vendor)[1], strict=True):
-                if not good:
+            for name, row, good in zip(self.concepts, pack.rows, pack.drawings(vendor)[1], strict=True):
+                if not good and not (self.sealed and row[vendor] is None):
                     raise ValueError(f"concepts: {vendor}'s drawing of {name!r} cannot be read; leave it out")
         return World(
             pack, self.concepts, self.relations, self.tokenizer, self.size, self.grid, self.objects, self.sizes
@@ -267,6 +280,10 @@ class Scenes(ImageViews):
             splits[order_P[start:stop]], start = split, stop
         return splits
 
+    def drawn(self, vendor: str | None) -> np.ndarray:
+        """Bool ``[C]``: the concepts that a vendor draws; all, except of the lock-box's vendor."""
+        return self.world.pack.drawings(vendor)[1] if vendor else np.ones(len(self.concepts), dtype=bool)
+
     def together(self, *splits: str) -> np.ndarray:
         """Bool ``[C, C]``: the pairs of some splits."""
         together_CC = np.zeros((len(self.concepts), len(self.concepts)), dtype=bool)
@@ -276,7 +293,10 @@ class Scenes(ImageViews):
 
     def facts(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """``[N, 3]`` of a set: first concept, relation, second; and the ids: pair, order and relation, then the set."""
-        pairs = np.flatnonzero(self.split_P == SETS[name][0])
+        split, vendor, _ = SETS[name]
+        pairs = np.flatnonzero((self.split_P == split) & self.drawn(vendor)[self.pair_P2].all(axis=1))
+        if not len(pairs) and self.sealed:
+            raise ValueError(f"sealed: {SEALED_VENDOR} draws both concepts of no {split} pair; more concepts have some")
         facts = np.meshgrid(pairs, np.arange(len(self.relations)), np.arange(2), indexing="ij")
         pair_N, relation_N, turn_N = (x.ravel() for x in facts)
         first_N, second_N = self.pair_P2[pair_N, turn_N], self.pair_P2[pair_N, 1 - turn_N]
@@ -305,7 +325,7 @@ class Scenes(ImageViews):
         """The scene of an id, as in evaluation."""
         rows = SceneSet(self, list(SETS)[index % len(SETS)])
         (row,) = np.flatnonzero(rows.id_N == index)
-        return rows.scene(np.array([row]), mix_N(np.array([index]), "scene"))
+        return rows.scene(np.array([row]), rows.draws([Slot(0, int(row), True)]))
 
     def describe(self, index: int) -> str:
         return self.world.sentence(self._one(index).graph.rows()[0])

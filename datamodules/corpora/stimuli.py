@@ -88,11 +88,16 @@ def product_facts(a_NF: Tensor, b_NF: Tensor, name: str = "product") -> Tensor:
 
         y_k = z(z(a) u_k) z(z(b) v_k),   u, v normal and fixed by ``name``
 
+    A row that is nan in ``a`` is nan, and left out of all means.
+
     >>> product_facts(torch.randn(50, 8), torch.randn(50, 8)).std(0, correction=0).round(decimals=4).unique()
     tensor([1.])
     """
     u_FF, v_FF = (noise_facts([f"{name}/{side}/{k}" for k in range(FACTS)]) for side in "ab")
-    return _z(_z(_z(a_NF) @ u_FF) * _z(_z(b_NF) @ v_FF))
+    valid_N = ~a_NF.isnan().any(dim=1)
+    product_NF = torch.full_like(a_NF, float("nan"))
+    product_NF[valid_N] = _z(_z(_z(a_NF[valid_N]) @ u_FF) * _z(_z(b_NF[valid_N]) @ v_FF))
+    return product_NF
 
 
 def _z(x_NF: Tensor) -> Tensor:

@@ -169,7 +169,8 @@ class Questions(ImageViews, Dialogues):
             pack's own.
         augment: of training images, on the device.
         folder: of the pack.
-        sealed: the lock-box is held out in place of the test set, as in Emoji.
+        sealed: the lock-box is held out in place of the test set, as in Emoji: ``concept`` has its concepts, ``vendor``
+            EmojiOne's drawings. ``problems`` and ``counts`` stay those of training concepts and vendors.
         kwargs: of every data module.
 
     Raises:
@@ -268,10 +269,14 @@ class Questions(ImageViews, Dialogues):
             colour_VC[v] = torch.where(most[:, 0] > 1.5 * most[:, 1], at[:, 0], -1).numpy()
         return colour_VC
 
+    def _concepts(self, unseen: bool, vendors: Sequence[int]) -> np.ndarray:
+        """The test concepts, or the others, that all of these vendors draw."""
+        good_C = np.logical_and.reduce([self.pack.drawings(VENDORS[v])[1] for v in vendors])
+        return np.flatnonzero((self.unseen_C == unseen) & good_C)
+
     def problems(self, unseen: bool, kinds: Sequence[str], vendors: Sequence[int]) -> Problems:
         """All problems of some concepts; about colour only where it clearly is the same for all these vendors."""
-        good_C = np.logical_and.reduce([self.pack.drawings(VENDORS[v])[1] for v in vendors])
-        concepts = np.flatnonzero((self.unseen_C == unseen) & good_C)
+        concepts = self._concepts(unseen, vendors)
         kind_N, concept_N, variant_N = (
             x.ravel()
             for x in np.meshgrid([self.every.index(k) for k in kinds], concepts, np.arange(VARIANTS), indexing="ij")
@@ -302,7 +307,7 @@ class Questions(ImageViews, Dialogues):
         numbers = [VENDORS.index(v) for v in vendors]
         problems = self.problems(unseen, self.kinds if kinds is None else kinds, numbers)
         problems = problems if split is None else problems.where(in_split(problems.key_N, split))
-        return of(self, problems, numbers, np.flatnonzero(self.unseen_C == unseen), **options)
+        return of(self, problems, numbers, self._concepts(unseen, numbers), **options)
 
     def training_set(self) -> QuestionSet:
         return self._set("train", False, self.vendors, random=True)

@@ -141,6 +141,12 @@ def test_the_lock_box_is_held_out_in_place_of_the_test_set(data: Emoji) -> None:
     drawn, by_fluent = sealed.pack.drawings("fluent"), data.pack.drawings("fluent")[0]
     shared = [(i, known.index(code)) for i, code in enumerate(codes) if drawn[1][i]]
     assert not any(torch.equal(drawn[0][i], by_fluent[j]) for i, j in shared)
+    # what it does not draw has no fact of a drawing, and no part in the scale of the others
+    facts = Emoji(sealed=True, readout=True).facts(["fluent"])
+    for name in ("visual", "product"):
+        x_NF = facts[name][VENDORS.index("fluent")]
+        assert np.array_equal(x_NF.isnan().all(dim=1).numpy(), ~drawn[1])
+        assert np.array_equal(x_NF.isnan().any(dim=1).numpy(), ~drawn[1])
     with pytest.raises(ValueError, match="sealed: settings are chosen in development"):
         Emoji(sealed=True, development=True)
 

@@ -171,6 +171,22 @@ def test_sets_are_of_one_source_and_share_no_problem_with_training() -> None:
         assert bool(data.unseen_C[held.problems.concept_N].all()) == name.endswith("concept")
 
 
+def test_every_frame_of_the_lock_box_is_drawn_by_its_vendor() -> None:
+    data, sealed = frames(), frames(sealed=True)
+    assert {row["hexcode"] for row in data.pack.rows} != {row["hexcode"] for row in sealed.pack.rows}
+    trained = sealed.training_set().problems.concept_N
+    for kind, frame in (("still", 1), ("stack", 4), ("clip", 8)):
+        held = sealed.evaluation_sets("test")
+        vendor, concept = held[f"{kind}-vendor"], held[f"{kind}-concept"]
+        assert isinstance(vendor, FrameSet) and isinstance(concept, FrameSet)
+        assert sealed.unseen_C[concept.problems.concept_N].all()
+        assert not set(trained) & set(concept.problems.concept_N)
+        drawn_C = sealed.pack.drawings("fluent")[1]
+        assert drawn_C[vendor.problems.concept_N].all() and drawn_C[vendor.pool].all() and not drawn_C.all()
+        # the odd slice, another concept, is no empty one
+        assert every(sealed, vendor).inputs["image"][:, :frame].flatten(2).any(dim=2).all()
+
+
 def test_small_sources_have_their_share() -> None:
     sizes = {"still": 300, "stack": 48, "clip": 12}
     for alpha, times, wanted in ((None, None, [300, 48, 12]), (0.0, None, [120] * 3), (0.5, 2.0, [240, 96, 24])):
@@ -268,6 +284,10 @@ def test_answers_are_trained_at_their_positions_in_the_rollout(tmp_path: Path) -
         (lambda: frames(alpha=3.0), "alpha 3: from 0, all sources alike, to 1"),
         (lambda: frames(times=4.0), "times 4: more than 1, and with an alpha; such as 4"),
         (lambda: frames(sources={"one": Stills()}, kinds=["still"]), "kinds"),
+        (
+            lambda: frames(sources={"brain": Slices(Volumes(tiny=True, size=24))}, sealed=True),
+            "sealed: no lock-box has the brain that brain shows; leave it out by kinds",
+        ),
     ],
 )
 def test_mistakes_raise_one_line(make: Any, says: str) -> None:

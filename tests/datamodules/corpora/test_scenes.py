@@ -10,12 +10,13 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from descant.datamodules.corpora.emoji_pack import PACK, VENDORS
+from descant.datamodules.corpora.emoji_pack import PACK, SEALED, SEALED_VENDOR, VENDORS
 from descant.datamodules.corpora.scene_world import CONCEPTS
-from descant.datamodules.corpora.scenes import HELD_OUT_VENDOR, SETS, Scenes, SceneSet
+from descant.datamodules.corpora.scenes import HELD_OUT_VENDOR, SETS, SPLITS, TESTS, Scenes, SceneSet
 from descant.datamodules.resumable_sampler import Order
 from descant.modules.core.batch import Batch
 from descant.modules.tokenizers.text import NgramTokenizer, WordTokenizer
@@ -198,6 +199,43 @@ def test_vendors_of_the_sets() -> None:
     assert drawn == {"train": trained, "val": {"twemoji"}, "vendor": {"fluent"}, "pairs": trained, "both": {"fluent"}}
     assert json.loads((PACK / "pack.json").read_text())["held_out_vendor"] == HELD_OUT_VENDOR
     assert [len(sets[name]) for name in SETS if name != "train"] == [600] * 4
+
+
+def test_the_lock_box_replaces_test_scenes_only() -> None:
+    data, sealed = world("chains"), Scenes(sealed=True, **WORLDS["chains"])
+    sets, others = every_set(data), every_set(sealed)
+    for name in ("train", "val"):
+        a, b = (whole(of[name], 400) for of in (sets, others))
+        assert torch.equal(a.index, b.index) and torch.equal(a.content_id, b.content_id)
+        assert all(torch.equal(x, b.inputs[m]) for m, x in a.inputs.items())
+    # the open test set is still that of the claims measured before there was a lock-box
+    digest = hashlib.sha256()
+    for name in TESTS:
+        batch = whole(sets[name])
+        for x in (batch.index, batch.content_id, *(batch.targets[m] for m in ("relation", "concept", "cell", "large"))):
+            digest.update(x.numpy().tobytes())
+    assert digest.hexdigest()[:16] == "642bf2745d1cd3d7"
+
+    box = {row["hexcode"]: row[SEALED_VENDOR] for row in pq.read_table(PACK / SEALED).to_pylist()}
+    drawn = {c for c, row in enumerate(sealed.world.pack.rows) if row["hexcode"] in box}
+    assert 30 < len(drawn) < 48
+    pairs = {split: {frozenset(p) for p in data.pair_P2[data.split_P == split].tolist()} for split in SPLITS}
+    for name in TESTS:
+        a, b = (whole(of[name]) for of in (sets, others))
+        assert len(b) == 600 and not set(a.index.tolist()) & set(b.index.tolist())
+        first = {frozenset(row[:2]) for row in b.targets["concept"].tolist()}
+        assert first <= pairs["train" if name == "vendor" else "test"] and not pairs_in(b) & pairs["val"]
+        vendors = {VENDORS[v] for v in others[name].vendors}
+        assert vendors == ({"noto", "openmoji"} if name == "pairs" else {HELD_OUT_VENDOR})
+        if name != "pairs":  # every object is drawn, by the sealed vendor
+            assert {c for row in b.targets["concept"].tolist() for c in row} <= drawn
+            for c in drawn:
+                row = sealed.world.pack.rows[c]
+                assert row[HELD_OUT_VENDOR] == box[row["hexcode"]] != data.world.pack.rows[c][HELD_OUT_VENDOR]
+        index = int(b.index[0])
+        assert sealed.describe(index) == sentences(sealed, b.inputs["text"][:1])[0]
+    with pytest.raises(ValueError, match="sealed: emojione draws both concepts of no train pair; more concepts have"):
+        Scenes(sealed=True, concepts=["panda", "lion", "zebra", "frog"]).evaluation_sets("test")
 
 
 # keys -----------------------------------------------------------------------------------------------------------

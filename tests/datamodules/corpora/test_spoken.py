@@ -74,6 +74,15 @@ def test_a_shuffled_caption_has_its_own_speech() -> None:
         assert any(np.array_equal(clip(data, int(rows.caption_N[n]), v), audio_S) for v in (1, 2, 3))
 
 
+def test_sealed_concepts_are_spoken_by_their_names() -> None:
+    data = emoji(sealed=True)
+    batch = whole(data.evaluation_sets("test")["both"])
+    concepts = batch.index.numpy() // 4
+    assert len(concepts) and data.test_N[concepts].all() and batch.present["audio"].all()
+    for concept, audio_S in zip(concepts, batch.inputs["audio"].numpy(), strict=True):
+        assert audio_S.any() and np.array_equal(clip(data, int(concept), 0), audio_S)
+
+
 def test_features_are_augmented_in_training() -> None:
     data = emoji()
     rows = data.training_set()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from descant.datamodules.corpora.emoji_pack import VENDORS
-from descant.datamodules.tasks.questions import COUNTS, KINDS, LETTERS, MORE, Questions, QuestionSet
+from descant.datamodules.corpora.emoji_pack import PACK, SEALED, VENDORS
+from descant.datamodules.tasks.descriptions import Descriptions
+from descant.datamodules.tasks.question_pool import QuestionRollouts
+from descant.datamodules.tasks.questions import COUNTS, KINDS, LETTERS, MORE, QuestionPairs, Questions, QuestionSet
 from descant.modules.core.batch import Batch
 from descant.modules.tokenizers.text import BOS, EOS, PAD
 from descant.modules.transforms.image import BASIC_COLOURS
@@ -97,6 +101,22 @@ def test_held_out_problems_are_in_no_other_set(data: Questions) -> None:
     assert set(train.vendors.tolist()) == {0, 1, 2} and sets["vendor"].vendors.tolist() == [3]  # type: ignore[attr-defined]
     counts = whole(sets["counts"])
     assert {int(worded(data, counts, row)[1]) for row in range(len(counts))} == set(MORE)
+
+
+@pytest.mark.parametrize("kind", [Questions, QuestionPairs, QuestionRollouts, Descriptions])
+def test_the_lock_box_is_in_no_training_set(data: Questions, kind: type[Questions]) -> None:
+    options: dict[str, Any] = {"items": 8, "group": 2} if kind is QuestionRollouts else {}
+    sealed = kind(tiny=True, batch_size=16, sealed=True, **options)
+    box = {row["hexcode"] for row in pq.read_table(PACK / SEALED).to_pylist() if row["sealed"]}
+    sets = sealed.evaluation_sets("test")
+    concept, vendor, bank = sets["concept"], sets["vendor"], sealed.bank_set()
+    assert isinstance(concept, QuestionSet) and isinstance(vendor, QuestionSet) and isinstance(bank, QuestionSet)
+    rows = sealed.pack.rows
+    assert {rows[c]["hexcode"] for c in (*concept.problems.concept_N, *concept.pool)} <= box
+    assert not {rows[c]["hexcode"] for c in (*bank.problems.concept_N, *bank.pool)} & box
+    assert sealed.pack.drawings("fluent")[1][vendor.pool].all()  # as wrong options and beside counted ones, too
+    known = {row["hexcode"]: row for row in data.pack.rows}
+    assert not any(row["fluent"] == known[row["hexcode"]]["fluent"] for row in rows if row["hexcode"] in known)
 
 
 def test_vendors_and_places_vary_between_visits_and_problems_do_not(data: Questions) -> None:
