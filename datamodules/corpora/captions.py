@@ -59,15 +59,20 @@ class Drawings:
         back = np.argsort(np.concatenate(order), kind="stable")
         return MeasuredCaption(*(np.concatenate([getattr(m, name) for m in parts])[back] for name in vars(parts[0])))
 
-    def permuted(self) -> Drawings:
+    def permuted(self, within_kind: bool = False) -> Drawings:
         """Each drawing with the alt-text of the next one, in one cycle through the drawings of each artist in turn.
 
         Neighbours show different concepts, as an artist draws each once. Independent of the order of the drawings.
+        ``within_kind``: in a cycle for each artist and coarse class, so that an alt-text names a concept of the same.
         """
         turn = [mix(code, "sham") for code in self.code_R]
-        cycle = np.array(sorted(range(len(self)), key=lambda r: (int(self.hand_R[r]), turn[r])))
+        hand_R, kind_R = self.hand_R.tolist(), [self.kind_C[c] for c in self.concept_R]
+        cycle = np.array(sorted(range(len(self)), key=lambda r: (hand_R[r], kind_R[r] if within_kind else "", turn[r])))
+        group_R = np.array([f"{hand_R[r]}/{kind_R[r]}" if within_kind else "" for r in cycle])
         alt_R = np.empty(len(self), dtype=np.int64)
-        alt_R[cycle] = np.roll(cycle, -1)
+        for group in dict.fromkeys(group_R.tolist()):
+            rows = cycle[group_R == group]
+            alt_R[rows] = np.roll(rows, -1)
         return replace(self, alt_R=alt_R)
 
 
@@ -247,7 +252,8 @@ class CaptionMixer:
         probs: name -> probability, at the start of a schedule; normalised to sum to one, 0 by default.
         schedule: of the probabilities over the epochs, or none.
         sham: ``permute`` gives each drawing the alt-text of another drawing, by a fixed permutation in one cycle
-            (a control): shares, lengths and words stay, the relation of alt-texts to images goes.
+            (a control): shares, lengths and words stay, the relation of alt-texts to images goes. ``permute-kind``
+            gives that of another drawing of the same coarse class, which the synthetic captions name.
 
     Raises:
         ValueError: for a probability of no source, a negative one, or none above 0.
@@ -262,7 +268,7 @@ class CaptionMixer:
         sources: dict[str, CaptionSource],
         probs: dict[str, float],
         schedule: Drift | None = None,
-        sham: Literal["permute"] | None = None,
+        sham: Literal["permute", "permute-kind"] | None = None,
     ) -> None:
         if not sources:
             raise ValueError("sources: a mixer needs at least one source of captions, such as alt: AltText")
@@ -301,7 +307,7 @@ class CaptionMixer:
 
     def write(self, drawings: Drawings, tokenizer: Tokenizer) -> MixedCaptions:
         """The captions of some drawings from all sources, as token ids."""
-        drawings = drawings if self.sham is None else drawings.permuted()
+        drawings = drawings if self.sham is None else drawings.permuted(within_kind=self.sham == "permute-kind")
         return MixedCaptions(self, [source.texts(drawings) for source in self.sources.values()], tokenizer)
 
 

@@ -33,6 +33,7 @@ from descant.datamodules.corpora.stimuli import (
     FACTS,
     noise_facts,
     product_facts,
+    semantic_facts,
     text_facts,
     valence_facts,
     visual_facts,
@@ -82,7 +83,8 @@ class Emoji(ImageViews):
         shuffle_captions: a control: training images get the captions of other concepts, by a fixed permutation.
         readout: float targets in the evaluation sets, for Readout: ``visual`` ``[B, 8]`` (colour and shape of the
             drawing), ``valence`` ``[B]`` (mean rating of the words of name and keywords; nan without such words),
-            ``product`` ``[B, 8]`` (of something visual and something of the text) and ``noise`` ``[B, 8]``.
+            ``product`` ``[B, 8]`` (of something visual and something of the text), ``noise`` ``[B, 8]`` and
+            ``semantic`` ``[B, 8]`` (principal components of the words of all names and keywords).
         paired: every evaluation row has its image and its text, for classifiers: no rows of names alone, and of
             ``vendor`` and ``apart`` only the rows with an image.
         mixer: samples the source of each training caption at each visit, names or what is measured in the drawing, in
@@ -242,6 +244,7 @@ class Emoji(ImageViews):
             "valence": dict.fromkeys(visual, text["valence"]),
             "product": {v: product_facts(x, text["text"]) for v, x in visual.items()},
             "noise": dict.fromkeys(visual, text["noise"]),
+            "semantic": dict.fromkeys(visual, text["semantic"]),
         }
 
     @cached_property
@@ -250,9 +253,11 @@ class Emoji(ImageViews):
         path, codes = self.folder / "valence.json", [row["hexcode"] for row in self.pack.rows]
         if not path.is_file():
             raise ValueError(f"readout: {path} is missing; descant.datamodules.prepare.valence writes it")
+        texts = [[row["names"]["en"], *row["keywords"]["en"]] for row in self.pack.rows]
         return {
             "valence": valence_facts(codes, json.loads(path.read_text(encoding="utf-8"))),
-            "text": text_facts([[row["names"]["en"], *row["keywords"]["en"]] for row in self.pack.rows]),
+            "text": text_facts(texts),
+            "semantic": semantic_facts(texts),
             "noise": noise_facts(codes),
         }
 

@@ -61,6 +61,9 @@ class EmojiSet(NumberedDataset):
         self.facts = data.facts(sorted(set(vendor))) if data.readout and not random else {}
         self.mixed, self.spoken = data.mixed if random else None, data.spoken
         self.views = data.views.get("image", 1) if random else 1
+        if self.views == 2:
+            self.second_V = np.array([VENDORS.index(v) for v in data.vendors])
+            self.drawn_VN = np.stack([np.asarray(data.pack.drawings(v)[1]) for v in data.vendors])
         self.caption_N = self.concept_N  # the concept whose caption each row has
         if random and data.shuffle_captions:
             seen = np.unique(self.concept_N)
@@ -80,7 +83,9 @@ class EmojiSet(NumberedDataset):
         inputs = {"image": self._images(concept_B, vendor_B, draw_B, "image")}
         if self.views == 2:
             choice_B = torch.floor(uniform_N(draw_B, "view/vendor") * len(self.data.vendors)).long().numpy()
-            second_B = np.array([VENDORS.index(v) for v in self.data.vendors])[choice_B]
+            second_B = self.second_V[choice_B]
+            # a concept that the other vendor does not draw has its own drawing again
+            second_B = np.where(self.drawn_VN[choice_B, concept_B], second_B, vendor_B)
             inputs["image@2"] = self._images(concept_B, second_B, draw_B, "image@2")
         text_BT, key_B = self._texts(index_B, draw_B, epoch_B)
         dropout = self.data.token_dropout if self.random else 0.0

@@ -5,7 +5,9 @@ Letters: N drawings or texts, F = 8 numbers of each, H x W pixels, C channels.
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,6 +68,31 @@ def text_facts(texts: Sequence[Sequence[str]]) -> Tensor:
         bits = [sum(salt(f"fact/{word}") >> k & 1 for word in words) / len(words) for k in range(4)]
         facts.append([*sizes, *bits])
     return torch.tensor(facts, dtype=torch.float32)
+
+
+def semantic_facts(texts: Sequence[Sequence[str]]) -> Tensor:
+    """Principal components of the words of texts, a name and keywords each: ``-> [N, 8]`` float32, standardised.
+
+    Latent semantic analysis: rows ``tf-idf / ||tf-idf||`` of the words that at least two texts have, centred, and
+    projected on the eight directions of largest variance (Deerwester et al. 1990). Needs more than eight texts.
+
+    >>> texts = [["cat", "animal", "pet"], ["dog", "animal", "pet"], ["car", "vehicle"], ["bus", "vehicle"]] * 3
+    >>> x_NF = semantic_facts(texts)
+    >>> bool(x_NF[0, 0].sign() == x_NF[1, 0].sign() == -x_NF[2, 0].sign())
+    True
+    """
+    words = [sorted(set(_words(" ".join(text)))) for text in texts]
+    count = Counter(word for text in words for word in text)
+    column = {word: k for k, word in enumerate(sorted(word for word, n in count.items() if n > 1))}
+    x_NV = torch.zeros(len(words), len(column), dtype=torch.float64)
+    for n, text in enumerate(words):
+        for word in text:
+            if word in column:
+                x_NV[n, column[word]] = math.log(len(words) / count[word])
+    x_NV /= x_NV.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    x_NV -= x_NV.mean(0)
+    _, vector_NN = torch.linalg.eigh(x_NV @ x_NV.T)  # ascending
+    return _z(vector_NN[:, -FACTS:].flip(1)).float()
 
 
 def _words(text: str) -> list[str]:

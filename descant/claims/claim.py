@@ -191,12 +191,16 @@ class Claim:
         """Names of the arms that continue the method, the baseline or the sham."""
         return {name for name, arm in self.arms.items() if name not in ARMS and arm.needs() & set(ARMS)}
 
-    def steps(self, arm: str, budget: str) -> int | None:
-        """The optimizer steps of a run, where the claim states them."""
-        options = {} if arm == BEFORE else self.budgets[budget]
+    def options(self, arm: str, budget: str) -> dict[str, Any]:
+        """The options of a run; what comes before the arms has its own, and is kept from the lock-box as they are."""
         added = self.before if arm == BEFORE else self.arms[arm]
         assert added is not None
-        return {**options, **added.options}.get("trainer.max_steps")
+        sealed = self.lockbox if budget == "full" else {}
+        return {**(sealed if arm == BEFORE else self.budgets[budget]), **added.options}
+
+    def steps(self, arm: str, budget: str) -> int | None:
+        """The optimizer steps of a run, where the claim states them."""
+        return self.options(arm, budget).get("trainer.max_steps")
 
     def needed(self, arm: str) -> list[str]:
         """The metrics that a run of an arm has to have; others are optional.
@@ -215,10 +219,10 @@ class Claim:
         """
         if arm == BEFORE:
             assert self.before is not None
-            configs, options = list(self.before.configs), dict(self.before.options)
+            configs = list(self.before.configs)
         else:
             configs = [self.experiment, *self.arms[arm].configs]
-            options = {**self.budgets[budget], **self.arms[arm].options}
+        options = self.options(arm, budget)
         if place is not None:
             options = _filled(options, lambda text: _placed(text, place))
         words = [word for config in configs for word in ("--config", config)]

@@ -62,7 +62,7 @@ def shared(claim: Claim, arm: str, budget: str) -> str:
     assert added is not None
     experiment = () if arm == BEFORE else (claim.experiment,)
     files = layers(map(find, (*experiment, *added.configs)))
-    options = dict(added.options) if arm == BEFORE else {**claim.budgets[budget], **added.options}
+    options = claim.options(arm, budget)
     needs = sorted(added.needs()) if arm != BEFORE else []
     begins = [shared(claim, other, budget) for other in needs]
     if claim.before is not None and arm != BEFORE:

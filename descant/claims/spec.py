@@ -214,6 +214,8 @@ def _budgets(
     return {key: {**options, **own[key], **(lockbox if key == "full" else {})} for key in BUDGETS}
 
 
+#: Options of data that permute a signal, by which a placebo may differ from the method.
+_CONTROLS = (".sham", ".shuffle_captions")
 #: Most side conditions of a claim by stages.
 _SIDE = 2
 
@@ -233,11 +235,11 @@ def _staged(where: str, content: Mapping[str, Any], also: Sequence[Condition], c
 
 
 def _data(content: Mapping[str, Any], arm: str, contents: Contents) -> dict[str, Any]:
-    """Key -> value of the data that an arm trains on, without those called ``sham``."""
+    """Key -> value of the data that an arm trains on, without those that permute a signal of it."""
     made = composed(content["experiment"], content["arms"][arm] or {}, contents)
     values = dict(_leaves("data", made["config"].get("data")))
     values |= {key: value for key, value in (made.get("options") or {}).items() if key.startswith("data.")}
-    return {key: value for key, value in values.items() if not key.endswith(".sham")}
+    return {key: value for key, value in values.items() if not key.endswith(_CONTROLS)}
 
 
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:

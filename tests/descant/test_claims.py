@@ -767,6 +767,13 @@ def test_the_code_of_a_claim_is_what_its_classes_import(made: Callable[..., Clai
     assert registration.changed(registered, claim) == ["modules/gone.py", "modules/losses/hinge.py"]
 
 
+def test_what_comes_before_is_kept_from_the_lock_box_too(made: Callable[..., Claim], workplace: Path) -> None:
+    claim = made(**STAGES, before={"experiment": "toy.yaml"}, lockbox={"data.batches": 5})
+    for arm in ("before", "baseline"):
+        pilot, full = (run.command(run.Place(claim, of, workplace), arm, 1) for of in ("pilot", "full"))
+        assert ("--data.batches=5" in full, "--data.batches=5" in pilot) == (True, False)
+
+
 def test_equal_baselines_have_one_folder(made: Callable[..., Claim], workplace: Path) -> None:
     def home(arm: str, **changes: Any) -> Path:
         return run.Place(made(**(STAGES | changes)), "full", workplace / "runs").home(arm)

@@ -366,6 +366,11 @@ def test_the_sham_permutes_alt_texts_and_changes_nothing_else() -> None:
     assert np.mean([a == b for a, b in zip(handed, names, strict=True)]) < 0.01
     synthetic = [[x.texts[t] for t in x.text_SR[1]] for x in (ours, theirs)]
     assert synthetic[0] == synthetic[1]
+    other = some.permuted(within_kind=True).alt_R
+    assert other is not None and sorted(other) == list(range(len(some)))
+    kind_R = np.array(some.kind_C)[some.concept_R]
+    assert (kind_R[other] == kind_R).all() and (some.hand_R[other] == some.hand_R).all()
+    assert (other != np.arange(len(some))).mean() > 0.5  # a class of one drawing keeps its own
     row_B, draw_B = np.arange(64), np.arange(64) * 77
     for x in (ours, theirs):
         for _ in range(3):

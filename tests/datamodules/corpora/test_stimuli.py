@@ -86,6 +86,7 @@ def test_targets_are_optional() -> None:
         "valence": (),
         "product": (8,),
         "noise": (8,),
+        "semantic": (8,),
     }
     training = asked.training_set()
     window = next(iter(Order(len(training), 16, 0)))
