@@ -116,11 +116,15 @@ def outcome_of(judgement: Judgement) -> dict[str, Any]:
 def supersede(folder: Path, claim: Claim) -> None:
     """Set the results of the claim's earlier design aside, where its row stays; once a claim.
 
+    Where that was done and no result of the new design is there yet, the command was interrupted and goes on.
+
     Raises:
         Refusal: where there is no result of an earlier design, or one was set aside before.
     """
     result, aside = path(folder, claim.name, "full"), path(folder, claim.name, "superseded")
     stored = read(folder, claim.name, "full")
+    if stored is None and aside.exists():
+        return
     if stored is None or stored["digest"] == claim.digest:
         fail(f"--redesign: claims {claim.name}: no result of an earlier design is stored")
     if aside.exists():
