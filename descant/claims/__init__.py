@@ -197,16 +197,15 @@ def _chosen(option: str, text: str | None, known: tuple[str, ...]) -> tuple[str,
 #: Keys of a summary that need a full result.
 _JUDGED = (
     *("verdict", "difference", "interval", "sham_difference", "seconds", "effect", "over_baseline", "over_placebo"),
-    *("share_of_headroom", "placebo", "placebo_valid"),
+    *("share_of_headroom", "placebo", "placebo_valid", "items"),
 )
 
 
 def summary(claim: Claim, results: Path) -> dict[str, Any]:
-    """One object of ``descant claims list --json``; verdict and numbers are null where no full result is stored."""
+    """One object of ``descant claims list --json``; verdict and numbers are null without a result of this design."""
     from descant.claims import table
 
-    stored = store.read(results, claim.name, "full")
-    pilot = store.read(results, claim.name, "pilot")
+    stored, pilot = (store.of_design(results, claim, budget) for budget in ("full", "pilot"))
     stage = stored.get("stage", store.EFFECT_STAGE) if stored is not None else 2 if pilot is not None else 0
     line: dict[str, Any] = {"name": claim.name, "seed": claim.seed, "status": claim.status, "stage": stage}
     line |= {"family": table.family(claim), "exact": table.exact(claim)}
@@ -229,6 +228,7 @@ def summary(claim: Claim, results: Path) -> dict[str, Any]:
         "share_of_headroom": effect.share_of_headroom,
         "placebo": effect.placebo.mean,
         "placebo_valid": effect.placebo_valid,
+        "items": None if judgement.items is None else judgement.items.stored(),
     }
 
 

@@ -46,6 +46,12 @@ def read(folder: Path, name: str, budget: str) -> dict[str, Any] | None:
     return content
 
 
+def of_design(folder: Path, claim: Claim, budget: str) -> dict[str, Any] | None:
+    """The stored result of a claim as it is now; None where there is none, or one of another configuration."""
+    stored = read(folder, claim.name, budget)
+    return None if stored is None or stored["digest"] != claim.digest else stored
+
+
 def _metrics(content: Any) -> dict[str, float]:
     if not all(isinstance(value, int | float) for value in content.values()):
         raise ValueError("a metric that is no number")

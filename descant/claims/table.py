@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from descant.claims import plots, store
+from descant.claims.claim import ABLATIONS
 from descant.claims.effect import Effect, Interval
 from descant.claims.judge import Judgement, Runs
 from descant.claims.plots import measured
@@ -61,7 +62,7 @@ def write(claims: Sequence[Claim], results: Path, page: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     for claim in sorted(claims, key=lambda claim: (family(claim) in _BESIDE, family(claim))):
         of_family = rows.setdefault(family(claim), [])
-        stored = store.read(results, claim.name, "full")
+        stored = store.of_design(results, claim, "full")
         if stored is None:
             without.append(claim.name)
             of_family.append(f"| {family(claim)} | {claim.name}, {_paper(claim)} | | not run yet | | | | | |")
@@ -74,13 +75,13 @@ def write(claims: Sequence[Claim], results: Path, page: Path) -> list[str]:
         effects.setdefault(family(claim), []).append((claim.name, judgement.effect))
         figure = folder / f"{claim.name}.svg"
         write_text(figure, plots.svg(claim, stored["runs"]))
-        tuned = store.read(results, claim.name, TUNE)
-        sections.append(_section(claim, judgement, stored, figure.relative_to(page.parent).as_posix(), tuned))
+        beside = {kind: store.of_design(results, claim, kind) for kind in (TUNE, ABLATIONS)}
+        sections.append(_section(claim, judgement, stored, figure.relative_to(page.parent).as_posix(), beside))
     settings, drawn = rows.pop(SETTINGS, []), {name: of for name, of in effects.items() if name != SETTINGS}
     parts = [_HEAD, _COLUMNS.format("paper, mechanism"), *(f"{row}\n" for of in rows.values() for row in of)]
     if settings:
         parts += ["\n", _COLUMNS.format("what a setting leaves to gain"), *(f"{row}\n" for row in settings)]
-    old = [row for claim in claims if (row := _superseded(claim, results)) is not None]
+    old = [row for claim in claims for row in _superseded(claim, results)]
     if old:
         parts += ["\n", _COLUMNS.format("superseded by a new design"), *(f"{row}\n" for row in old)]
     if drawn:
@@ -113,13 +114,12 @@ def _paper(claim: Claim) -> str:
 
 
 def _row(claim: Claim, judgement: Judgement, stored: Mapping[str, Any]) -> str:
-    stale = "" if stored["digest"] == claim.digest else " (of an earlier configuration)"
     found, (held, of) = judgement.effect, judgement.held
     share = found.share_of_headroom
     word = "" if claim.setting else f"**{found.word}** "  # a setting has no method that could help
     return _line(
         claim,
-        f"{word}{found.over_baseline}{stale}",
+        f"{word}{found.over_baseline}",
         f"{found.margin:g}",
         "?" if share is None else f"{share:.0%}",
         f"{found.placebo.mean:+.3f}",
@@ -143,20 +143,32 @@ def _ended(claim: Claim, stored: Mapping[str, Any]) -> str:
     return _line(claim, f"**{stored['effect']}**{headroom}", margin, "", "", "", stored=stored)
 
 
-def _superseded(claim: Claim, results: Path) -> str | None:
-    """Row of the earlier design of a claim, or None."""
-    stored = store.read(results, claim.name, "superseded")
-    if stored is None:
-        return None
-    effect = stored.get("effect") or stored.get("verdict", "")
-    if "gain" in stored:
-        effect = f"**{effect}** {Interval(*stored['gain'])}"
-    placebo = f"{stored['placebo']:+.3f}" if "placebo" in stored else ""
-    return _line(claim, effect, "", "", placebo, "", stored=stored)
+def _superseded(claim: Claim, results: Path) -> Iterator[str]:
+    """Rows of the earlier designs of a claim: set aside by a redesign, or of another configuration than it has now."""
+    for kind in ("superseded", "full"):
+        stored = store.read(results, claim.name, kind)
+        if stored is None or stored["digest"] == claim.digest:
+            continue
+        effect = stored.get("effect") or stored.get("verdict", "")
+        if "gain" in stored:
+            effect = f"**{effect}** {Interval(*stored['gain'])}"
+        placebo = f"{stored['placebo']:+.3f}" if "placebo" in stored else ""
+        yield _line(claim, effect, "", "", placebo, "", stored=stored)
+
+
+def _ablations(claim: Claim, stored: Mapping[str, Any]) -> list[str]:
+    """Table of the arms that no verdict needs, with one seed each."""
+    runs: Runs = stored["runs"]
+    seed = next(iter(next(iter(runs.values()))))
+    metrics = [m for m in claim.metrics() if any(m in of[seed] for of in runs.values())]
+    rows = ["| arm | " + " | ".join(metrics) + " |\n|---|" + "---|" * len(metrics)]
+    for arm, of in runs.items():
+        rows.append(f"| {arm} | " + " | ".join(f"{of[seed][m]:.3f}" if m in of[seed] else "" for m in metrics) + " |")
+    return [f"\nOther arms, seed {seed} alone, no part of the verdict:\n", *rows]
 
 
 def _section(
-    claim: Claim, judgement: Judgement, stored: Mapping[str, Any], figure: str, tuned: Mapping[str, Any] | None
+    claim: Claim, judgement: Judgement, stored: Mapping[str, Any], figure: str, beside: Mapping[str, Any]
 ) -> str:
     runs: Runs = stored["runs"]
     by_item = ""
@@ -199,6 +211,9 @@ def _section(
         ]
     if judgement.lacks:
         lines += ["", *(f"- Not met: {reason}." for reason in judgement.lacks)]
+    ablations, tuned = beside[ABLATIONS], beside[TUNE]
+    if ablations is not None:
+        lines += _ablations(claim, ablations)
     if claim.tuning is not None and tuned is not None:
         best = claim.chosen(tuned["runs"])
         each = (f"{arm} {claim.arms[arm].settings[i]} of {list(claim.arms[arm].settings)}" for arm, i in best.items())

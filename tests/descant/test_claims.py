@@ -480,6 +480,12 @@ def test_the_page_and_the_list_say_what_is_stored(made: Callable[..., Claim], re
     assert "| test/gap | 1.000 ± 0.000 | 0.400 ± 0.100 | 0.980 ± 0.072 |" in page
     figure = (workplace / "docs/claims/toy-claim.svg").read_text()
     assert figure.count("<title>") == 9 and "<title>sham, seed 2: 1.04</title>" in figure
+    # of another configuration, by a claim that was changed or by an older version: it is shown, and judges nothing
+    claim = made(metric=CONTENT["metric"] | {"margin": 0.2})
+    assert summary(claim, results)["effect"] is None
+    assert table.write([claim], results, workplace / "CLAIMS.md") == ["toy-claim"]
+    page = (workplace / "CLAIMS.md").read_text()
+    assert "superseded by a new design" in page and "**placebo invalid** +0.600 [+0.352, +0.848]" in page
 
 
 def test_the_page_says_first_what_a_claim_lacks(made: Callable[..., Claim], results: Path, workplace: Path) -> None:
@@ -853,7 +859,8 @@ def test_a_claim_goes_through_its_stages_and_stops_where_one_decides(
     ablations = planted("run", "toy-claim.yaml", "--ablations")
     assert ablations.rc == 0 and ablations.out.startswith("baseline: test/gap"), ablations.err
     table.write([spec.load("toy-claim.yaml")], results, workplace / "CLAIMS.md")
-    assert "| **helps** " in (workplace / "CLAIMS.md").read_text()
+    page = (workplace / "CLAIMS.md").read_text()
+    assert "| **helps** " in page and "Other arms, seed 0 alone" in page
     assert summary(spec.load("toy-claim.yaml"), results)["placebo_valid"]
     # an oracle that is the baseline leaves no room; the baseline's runs are those of the claim before
     for file in results.glob("toy-claim*"):
