@@ -299,6 +299,9 @@ class Frames(Questions):
         data.problems = p.where(selected_N)
         return data
 
+    def bank_set(self) -> QuestionSet:
+        return self._set("train", False, self.vendors, of=FrameSet)
+
     def sizes(self, problems: Problems) -> list[int]:
         return [int((problems.kind_N == self.every.index(kind)).sum()) for kind in self.kinds]
 

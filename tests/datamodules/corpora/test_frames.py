@@ -187,6 +187,12 @@ def test_every_frame_of_the_lock_box_is_drawn_by_its_vendor() -> None:
         assert every(sealed, vendor).inputs["image"][:, :frame].flatten(2).any(dim=2).all()
 
 
+def test_the_bank_has_frames_of_all_sources() -> None:
+    data = frames()
+    bank = every(data, data.bank_set())
+    assert bank.inputs["image"].ndim == 5 and len(bank.targets["kind"].unique()) > 1
+
+
 def test_small_sources_have_their_share() -> None:
     sizes = {"still": 300, "stack": 48, "clip": 12}
     for alpha, times, wanted in ((None, None, [300, 48, 12]), (0.0, None, [120] * 3), (0.5, 2.0, [240, 96, 24])):
