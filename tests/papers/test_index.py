@@ -95,8 +95,9 @@ def test_a_paper_is_a_short_file_that_says_what_to_expect(paper: dict[str, Any])
     assert expected is not None and f"claim {paper['claim']}" in expected[1]
     stored = json.loads((ROOT / f"claims/results/{paper['claim']}.json").read_text())
     metric = yaml.safe_load((ROOT / f"claims/{paper['claim']}.yaml").read_text())["metric"]["name"]
-    values = [run[metric] for run in stored["runs"]["method"].values()]
-    assert metric in expected[1] and f"{sum(values) / len(values):.3f}" in expected[1], "the number of the claim"
+    if "method" in stored["runs"]:  # it ends before its effect is measured where there is no room
+        values = [run[metric] for run in stored["runs"]["method"].values()]
+        assert metric in expected[1] and f"{sum(values) / len(values):.3f}" in expected[1], "the number of the claim"
     assert f"Effect: {stored['effect']}" in re.sub(r"\s*\n#\s*", " ", expected[1])
 
 
