@@ -78,7 +78,7 @@ def overview(families: Mapping[str, Sequence[tuple[str, Effect]]]) -> str:
         ticks = (-8, -4, -2, -1, 0, 1, 2, 4, 8, 16)
         axes.set_xticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks])
         axes.minorticks_off()
-        axes.set_xlabel("gain in margins (the smallest gain that counts), 95 % interval over seeds")
+        axes.set_xlabel("gain in margins (the smallest gain that counts), 95 % interval")
         axes.set_yticks(range(len(rows)), ["" if of is None else name for name, of in rows], color=figures.INK)
         for n, (name, of) in enumerate(rows):
             if of is None:

@@ -120,7 +120,7 @@ def _row(claim: Claim, judgement: Judgement, stored: Mapping[str, Any]) -> str:
     return _line(
         claim,
         f"{word}{found.over_baseline}",
-        f"{found.margin:g}",
+        f"{found.margin:.3g}",
         "?" if share is None else f"{share:.0%}",
         f"{found.placebo.mean:+.3f}",
         f"{held} of {of}",
