@@ -63,11 +63,22 @@ from descant.modules.masking.budget import TokenBudget
 from descant.modules.missing_modalities import available_sets, modulation, modulation_forms
 from descant.modules.missing_modalities.imputation import MeanImputer, PromptImputer, ZeroImputer
 from descant.modules.multitask import DWA, MMPareto, Rule
+from descant.modules.multitask.auxiliary_target import AuxiliaryTarget
 from descant.modules.objectives.curriculum import Curriculum
 from descant.modules.policy import advantages
 from descant.modules.policy import losses as policy
 from descant.modules.policy.preference import DPOLoss
-from descant.modules.towers import BagTower, ConvTower, LogMelTower, PatchTower, TextTower, Tokens, Towers, VectorTower, heads
+from descant.modules.towers import (
+    BagTower,
+    ConvTower,
+    LogMelTower,
+    PatchTower,
+    TextTower,
+    Tokens,
+    Towers,
+    VectorTower,
+    heads,
+)
 from descant.modules.towers.base import Frozen, Tower
 from descant.modules.towers.cached import Cached
 from descant.modules.towers.triples import TripleEncoder
@@ -327,6 +338,7 @@ part("LabelContrast")(_regularizer(games.LabelContrast))
 part("CrossModalSupCon")(_regularizer(games.CrossModalSupCon))
 part("Bottleneck")(_regularizer(lambda: games.Bottleneck(hidden=8)))
 part("UnimodalMargin")(_regularizer(UnimodalMargin))
+part("AuxiliaryTarget")(_regularizer(lambda: AuxiliaryTarget("kind", C)))
 
 
 # harmony and balance: what is remembered comes back from a checkpoint, which is read to the CPU -----------------------
