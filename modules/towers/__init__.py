@@ -15,3 +15,4 @@ from descant.modules.towers.text import BagTower as BagTower
 from descant.modules.towers.text import TextTower as TextTower
 from descant.modules.towers.timm import TimmTower as TimmTower
 from descant.modules.towers.transformers import TransformersTower as TransformersTower
+from descant.modules.towers.vector import VectorTower as VectorTower

@@ -63,11 +63,22 @@ from descant.modules.masking.budget import TokenBudget
 from descant.modules.missing_modalities import available_sets, modulation, modulation_forms
 from descant.modules.missing_modalities.imputation import MeanImputer, PromptImputer, ZeroImputer
 from descant.modules.multitask import DWA, MMPareto, Rule
+from descant.modules.multitask.auxiliary_target import AuxiliaryTarget
 from descant.modules.objectives.curriculum import Curriculum
 from descant.modules.policy import advantages
 from descant.modules.policy import losses as policy
 from descant.modules.policy.preference import DPOLoss
-from descant.modules.towers import BagTower, ConvTower, LogMelTower, PatchTower, TextTower, Tokens, Towers, heads
+from descant.modules.towers import (
+    BagTower,
+    ConvTower,
+    LogMelTower,
+    PatchTower,
+    TextTower,
+    Tokens,
+    Towers,
+    VectorTower,
+    heads,
+)
 from descant.modules.towers.base import Frozen, Tower
 from descant.modules.towers.cached import Cached
 from descant.modules.towers.triples import TripleEncoder
@@ -205,6 +216,7 @@ part("ConvTower", "Residual")(_tower(lambda: ConvTower([8, 8], stem=2), lambda: 
 part("PatchTower")(_tower(lambda: PatchTower(16, 8, 8, 1, 2), lambda: torch.randn(IMAGE)))
 part("TextTower", "Block")(_tower(lambda: TextTower(20, 8, 1, 2, 5), words))
 part("BagTower")(_tower(lambda: BagTower(20, 8), words))
+part("VectorTower")(_tower(lambda: VectorTower(6, 8), lambda: torch.randn(3, 6)))
 part("LogMelTower", "ConvBlock")(_tower(lambda: LogMelTower(mels=8, width=8, depth=1, kernel=3), sound))
 part("Frozen")(_tower(lambda: Frozen(ConvTower([8], stem=4)), lambda: torch.randn(IMAGE)))
 part("Trunk")(_tower(lambda: Trunk(width=8, depth=1, heads=2), lambda: torch.randn(3, 5, 8)))
@@ -326,6 +338,7 @@ part("LabelContrast")(_regularizer(games.LabelContrast))
 part("CrossModalSupCon")(_regularizer(games.CrossModalSupCon))
 part("Bottleneck")(_regularizer(lambda: games.Bottleneck(hidden=8)))
 part("UnimodalMargin")(_regularizer(UnimodalMargin))
+part("AuxiliaryTarget")(_regularizer(lambda: AuxiliaryTarget("kind", C)))
 
 
 # harmony and balance: what is remembered comes back from a checkpoint, which is read to the CPU -----------------------

@@ -1,0 +1,43 @@
+"""Tower of float vectors: an MLP. Letters: B samples, D width."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from descant.modules.core.host import everyone
+from descant.modules.towers.base import Tokens, Tower
+
+
+class VectorTower(Tower):
+    """MLP over float vectors, one token a sample: ``h = relu(W_n ... relu(W_1 x + b_1) ... + b_n)``.
+
+    ``[B, inputs] -> [B, 1, width]``, for table columns, sensors and synthetic data.
+
+    Args:
+        inputs: numbers of a vector.
+        width: D, of each layer.
+        depth: number of layers, at least 1.
+
+    Raises:
+        ValueError: for a ``depth`` below 1; in forward, for vectors of another length.
+
+    >>> VectorTower(inputs=6, width=8)(torch.zeros(3, 6)).h_BTD.shape
+    torch.Size([3, 1, 8])
+    """
+
+    def __init__(self, inputs: int, width: int = 64, depth: int = 2) -> None:
+        super().__init__()
+        if depth < 1:
+            raise ValueError(f"depth {depth}: at least 1 layer")
+        self.inputs, self.width = inputs, width
+        widths = pairwise([inputs, *[width] * depth])
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in widths)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
+        if x.shape[1:] != (self.inputs,):
+            raise ValueError(f"inputs {self.inputs}: these vectors have the shape {tuple(x.shape[1:])}")
+        for layer in self.layers:
+            x = layer(x)
+        return Tokens(x[:, None], everyone(len(x), x.device)[:, None])
