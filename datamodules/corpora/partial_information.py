@@ -20,7 +20,7 @@ from descant.datamodules.names import require_known
 from descant.modules.core.rng import salt, uniform_NK
 
 #: First id of each set; those of the lock-box replace validation and test.
-FIRST = {"train": 0, "val": 1 << 32, "test": 2 << 32, "sealed_val": 3 << 32, "sealed_test": 4 << 32}
+FIRST = {"train": 0, "val": 1 << 32, "test": 2 << 32, "sealed_val": 5 << 32, "sealed_test": 6 << 32}
 LABEL, MOST_BITS, DRAWS = "label", 12, 1 << 18
 
 
