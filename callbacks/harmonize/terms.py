@@ -53,7 +53,7 @@ class Harmonize(L.Callback):
         sham: ``permute`` for the control: each term gets the mix of the one before it.
 
     Raises:
-        ValueError: for an ``every`` below 1, or above 1 with a rule that uses no gradients; at setup, for a recipe
+        ValueError: for a rule of features, an ``every`` below 1, or above 1 with a rule that uses no gradients; at setup, for a recipe
             without the protocol HasObjective, or with a rule at its features; in training, for a single term, or for
             terms that change.
     """
@@ -69,6 +69,8 @@ class Harmonize(L.Callback):
     ) -> None:
         super().__init__()
         require_objects(self, rule=(rule, Rule))
+        if rule.whole_gradients:
+            raise ValueError(f"Harmonize: {type(rule).__name__} is a rule for HarmonizeFeatures; here such as PCGrad")
         if every < 1:
             raise ValueError(f"Harmonize: every {every}: 1 is the least")
         if every > 1 and not rule.reads_gradients:

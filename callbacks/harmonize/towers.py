@@ -54,8 +54,9 @@ class HarmonizeTowers(Ordered):
         name = type(rule).__name__
         if every < 1:
             raise ValueError(f"HarmonizeTowers: every {every}: 1 is the least")
-        if not rule.reads_gradients or rule.remembers:
-            raise ValueError(f"HarmonizeTowers: {name} is a rule for Harmonize; here such as Pareto, PCGrad or MGDA")
+        if rule.whole_gradients or not rule.reads_gradients or rule.remembers:
+            other = "HarmonizeFeatures" if rule.whole_gradients else "Harmonize"
+            raise ValueError(f"HarmonizeTowers: {name} is a rule for {other}; here such as Pareto, PCGrad or MGDA")
         self.rule, self.every, self.fallbacks = rule, every, 0
         self._met: Mapping[str, tuple[str, ...]] = {}
         self.mix: dict[str, Tensor] = {}  # modality -> [K]

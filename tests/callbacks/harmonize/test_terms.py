@@ -29,6 +29,7 @@ from descant.modules.multitask import (
     MGDA,
     AlignedMTL,
     CAGrad,
+    GradDrop,
     GradNorm,
     GradVac,
     NashMTL,
@@ -357,6 +358,7 @@ class OtherTerms(ToyRecipe):
     [
         (lambda: Harmonize(PCGrad(), every=0), "every 0: 1 is the least"),
         (lambda: Harmonize(DWA(), every=2), "every 2: DWA uses no gradients; leave it out"),
+        (lambda: Harmonize(GradDrop()), "GradDrop is a rule for HarmonizeFeatures; here such as PCGrad"),
         (lambda: CAGrad(-1), "radius -1: not below 0"),
         (lambda: GradVac(2), "beta 2: between 0 and 1"),
         (lambda: DWA(0), "window 0"),

@@ -20,7 +20,7 @@ from descant.callbacks.harmonize.terms import Harmonize
 from descant.callbacks.harmonize.towers import HarmonizeTowers
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import mix
-from descant.modules.multitask import DWA, MGDA, GradVac, MMPareto, PCGrad, Rule
+from descant.modules.multitask import DWA, MGDA, GradDrop, GradVac, MMPareto, PCGrad, Rule
 from descant.recipes import Fusion
 from tests.callbacks.balance.test_balance import Steps, Watch, model, whole
 from tests.callbacks.balance.test_balance import fitted as balanced
@@ -206,6 +206,7 @@ def fit(recipe: Any, *callbacks: L.Callback) -> None:
         (lambda: HarmonizeTowers(PCGrad(), every=0), "every 0: 1 is the least"),
         (lambda: HarmonizeTowers(DWA()), "DWA is a rule for Harmonize"),
         (lambda: HarmonizeTowers(GradVac()), "GradVac is a rule for Harmonize"),
+        (lambda: HarmonizeTowers(GradDrop()), "GradDrop is a rule for HarmonizeFeatures"),
         (lambda: MMPareto(gamma=0), "gamma 0: above 0"),
         (lambda: MMPareto().mix(torch.eye(3)[None].double(), torch.ones(3), 0), "3 terms; it is for two"),
         (
