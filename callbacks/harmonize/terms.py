@@ -53,9 +53,9 @@ class Harmonize(L.Callback):
         sham: ``permute`` for the control: each term gets the mix of the one before it.
 
     Raises:
-        ValueError: for a rule of features, an ``every`` below 1, or above 1 with a rule that uses no gradients; at setup, for a recipe
-            without the protocol HasObjective, or with a rule at its features; in training, for a single term, or for
-            terms that change.
+        ValueError: for a rule of features, an ``every`` below 1, or above 1 with a rule that uses no gradients; at
+            setup, for a recipe without the protocol HasObjective, or with a rule at its features; in training, for a
+            single term, or for terms that change.
     """
 
     once = True
