@@ -134,7 +134,7 @@ class EmbeddingEvaluator(Callback):
         self._names: dict[str, list[str]] = {}
         self._bank: Rows | None = None
         self._bank_loader: Any = None
-        #: Metrics of the last evaluation that are means over test items.
+        #: Metrics of the last test that are means over test items.
         self.items: dict[str, Items] = {}
 
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> Values:
@@ -267,6 +267,8 @@ class EmbeddingEvaluator(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._forget()  # all evaluators are done: training gets the memory back
+        if not trainer.testing:  # those of a test are written when it ends
+            self.items = {}
 
     on_test_epoch_start, on_test_batch_end = on_validation_epoch_start, on_validation_batch_end
     on_test_epoch_end, on_test_end = on_validation_epoch_end, on_validation_end
