@@ -76,7 +76,7 @@ class Means:
 
     def items(self) -> dict[str, Items]:
         """The values of all ranks' valid rows, of what was added with ids."""
-        stores = {key: Items(*store.compute()) for key, store in self._items.items()}
+        stores = {key: store.items() for key, store in self._items.items()}
         return {key: items for key, items in stores.items() if len(items.id_N)}
 
 

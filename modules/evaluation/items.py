@@ -79,11 +79,11 @@ def per_group(value_N: Tensor, group_N: Tensor, id_N: Tensor) -> Items:
 
 
 class ItemStore(Metric):
-    """Collects values and ids batch by batch; ``Items(*compute())`` has those of all ranks.
+    """Collects values and ids batch by batch; ``items()`` gathers those of all ranks.
 
     >>> store = ItemStore()
     >>> store.update(torch.tensor([1.0]), torch.tensor([5]))
-    >>> Items(*store.compute()).id_N
+    >>> store.items().id_N
     tensor([5])
     """
 
@@ -99,9 +99,13 @@ class ItemStore(Metric):
         states.value.append(value_B.detach())
         states.id.append(id_B)
 
-    def compute(self) -> tuple[Tensor, Tensor]:  # torchmetrics moves tensors out of what it returns
+    def compute(self) -> tuple[Tensor, Tensor]:
         states: Any = self
         return dim_zero_cat(states.value), dim_zero_cat(states.id)
+
+    def items(self) -> Items:
+        value_N, id_N = self.compute()
+        return Items(value_N.reshape(-1), id_N.reshape(-1))  # torchmetrics squeezes tensors of one element
 
 
 def save_items(file: Path, items: Mapping[str, Items]) -> None:

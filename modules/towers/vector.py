@@ -23,6 +23,7 @@ class VectorTower(Tower):
     Raises:
         ValueError: for a ``depth`` below 1; in forward, for vectors of another length.
 
+    >>> import torch
     >>> VectorTower(inputs=6, width=8)(torch.zeros(3, 6)).h_BTD.shape
     torch.Size([3, 1, 8])
     """

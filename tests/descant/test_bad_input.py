@@ -70,7 +70,6 @@ FILES: dict[str, bytes | str] = {
     "secret.yaml": "password: hunter2\n",
     "page.html": "somebody's own page",
     "results/deep/balance-names.json": DEEP,
-    "results/empty/balance-names.json": '{"digest": "x", "seconds": 1, "runs": {}}',
     "results/list/balance-names.json": "[1]",
     "results/words/balance-names.json": '{"digest": "x", "seconds": 1, "runs": {"method": {"0": {"steps": "x"}}}}',
     "results/pipe/balance-names.json": "|",
@@ -176,7 +175,6 @@ CASES: list[tuple[tuple[str, ...], str]] = [
         (("claims", "list", "--results", f"results/{kind}"), f"results/{kind}/balance-names.json: no result of a claim")
         for kind in ("deep", "list", "words", "pipe")
     ),
-    (("claims", "list", "--results", "results/empty"), "claims balance-names: baseline: no runs"),
     (("claims", "run", "../../etc/passwd"), "claims ../../etc/passwd: no such claim"),
     (("claims", "run", "bm-mae", "--jobs", "x"), "claims run: argument --jobs"),
     (("claims", "table", "--page", "/proc/x/y.md"), "no such file: /proc/x"),
