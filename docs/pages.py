@@ -46,6 +46,7 @@ PICTURES = {
 STAND_IN = {
     **{family: f"{family}/emoji" for family in ("chat", "contrastive", "fusion", "masked", "missing")},
     "distill": "distill/emoji-rank",
+    "papers": "contrastive/emoji",
     "reinforce": "staged/emoji_vqa",
     "staged": "staged/emoji_vqa",
 }
@@ -170,8 +171,8 @@ def _paper_page(paper: dict[str, Any], arxiv: str) -> str:
         f"- **Paper**: {paper['number']}, {paper['family']}, arXiv {arxiv}\n- **Pieces**: {pieces}\n"
         f"- **Equation**: {equation} (`{paper['test']}`)\n"
         f"- **Effect**: {effect} ([claim {claim}](../claims.md#{claim})), {seconds}",
-        f"![{spec['metric']['name']} of each seed](../claims/{claim}.svg)",
-        f"Means over seeds {', '.join(sorted(stored['runs']['method']))}:",
+        *([f"![{spec['metric']['name']} of each seed](../claims/{claim}.svg)"] if "method" in stored["runs"] else []),
+        f"Means over seeds {', '.join(sorted(next(iter(stored['runs'].values()), {})))}:",
         "\n".join(table),
         f'??? example "{name}.yaml"\n\n' + _indented(f"```yaml\n{text[len(''.join(_lines(text))) :]}```"),
     ]

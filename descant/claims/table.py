@@ -70,6 +70,7 @@ def write(claims: Sequence[Claim], results: Path, page: Path) -> list[str]:
         judgement = store.judged(claim, stored)
         if judgement is None:
             of_family.append(_ended(claim, stored))
+            sections.append(_ended_section(claim, stored))
             continue
         of_family.append(_row(claim, judgement, stored))
         effects.setdefault(family(claim), []).append((claim.name, judgement.effect))
@@ -140,7 +141,25 @@ def _ended(claim: Claim, stored: Mapping[str, Any]) -> str:
     """Row of a claim that stopped before its effect was measured."""
     headroom = f" (oracle {stored['headroom']:+.3f})" if "headroom" in stored else f" ({stored['signal']:.3g})"
     margin = f"{stored['margin']:.3g}" if "margin" in stored else ""
-    return _line(claim, f"**{stored['effect']}**{headroom}", margin, "", "", "", stored=stored)
+    word, name = f"**{stored['effect']}**{headroom}", f"[{claim.name}](#{claim.name})"
+    return _line(claim, word, margin, "", "", "", stored=stored, name=name)
+
+
+def _ended_section(claim: Claim, stored: Mapping[str, Any]) -> str:
+    runs: Runs = stored["runs"]
+    if "headroom" in stored:
+        what = (
+            f"on pilot seeds the oracle gains {stored['headroom']:+.3g}, and two margins are {2 * stored['margin']:.3g}"
+        )
+    else:
+        what = f"{claim.signal}: it is {stored['signal']:.3g}"
+    lines = [
+        f"\n## {claim.name}\n",
+        f"{claim.title} ({claim.source})\n",
+        f"**{stored['effect']}**: {what}. So its effect was not measured, and the lock-box stays closed.\n",
+        *(_means(claim, runs) if runs else ()),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _superseded(claim: Claim, results: Path) -> Iterator[str]:
@@ -181,17 +200,7 @@ def _section(
         f"All conditions: **{judgement.verdict}**; over the placebo {judgement.effect.over_placebo}.{by_item}\n",
         f"![{claim.metric.name} of each seed]({figure})\n",
     ]
-    cells = {arm: {metric: _cell(runs[arm], metric) for metric in measured(claim, arm)} for arm in runs}
-    if len(runs) > _MAX_COLUMNS:  # one row per arm
-        metrics = claim.metrics()
-        lines.append("| arm | " + " | ".join(metrics) + " |\n|---|" + "---|" * len(metrics))
-        lines += [
-            f"| {arm} | " + " | ".join(values.get(m, "") for m in metrics) + " |" for arm, values in cells.items()
-        ]
-    else:
-        lines.append("| metric | " + " | ".join(runs) + " |\n|---|" + "---|" * len(runs))
-        for metric in claim.metrics():
-            lines.append(f"| {metric} | " + " | ".join(cells[arm].get(metric, "") for arm in runs) + " |")
+    lines += _means(claim, runs)
     spent = max(metrics[claim.equal] for metrics in runs["method"].values())
     clock = claim.equal == EQUAL["seconds"]
     timed = "seconds of training, or nearly as many, or more," if clock else claim.equal
@@ -224,6 +233,17 @@ def _section(
     lines.append(f"\nTuning of the baseline: {how}.")
     lines.append(f"{stored['machine']['cores']} cores of {stored['machine']['processor']}; {versions}.")
     return "\n".join(lines) + "\n"
+
+
+def _means(claim: Claim, runs: Runs) -> list[str]:
+    """Table of mean and standard deviation of each arm: a column an arm, or a row where there are many."""
+    cells = {arm: {metric: _cell(runs[arm], metric) for metric in measured(claim, arm)} for arm in runs}
+    metrics = claim.metrics()
+    if len(runs) > _MAX_COLUMNS:
+        rows = [f"| {arm} | " + " | ".join(values.get(m, "") for m in metrics) + " |" for arm, values in cells.items()]
+        return ["| arm | " + " | ".join(metrics) + " |\n|---|" + "---|" * len(metrics), *rows]
+    rows = [f"| {metric} | " + " | ".join(cells[arm].get(metric, "") for arm in runs) + " |" for metric in metrics]
+    return ["| metric | " + " | ".join(runs) + " |\n|---|" + "---|" * len(runs), *rows]
 
 
 def _cell(seeds: Mapping[int, Mapping[str, float]], metric: str) -> str:
