@@ -38,6 +38,7 @@ from descant.modules.distill import ranking
 from descant.modules.distill.distill import FeatureTarget, HardTarget, SoftTarget, in_common
 from descant.modules.evaluation import attacks as attack
 from descant.modules.evaluation import metrics
+from descant.modules.evaluation.items import ItemStore, mean_of, per_group
 from descant.modules.evaluation.readout import ModelContrast, Products, RidgeReadout
 from descant.modules.fusion.classifiers import (
     AttentionFusion,
@@ -654,7 +655,7 @@ def _sounds(at: Place) -> Any:
 
 @part(
     *("retrieval_ranks", "recall_by_chance", "mean_per_group"),
-    *("mean_average_precision", "chance_average_precision"),
+    *("average_precision", "mean_average_precision", "chance_average_precision"),
 )
 def _retrieval(at: Place) -> Any:
     z_QD, z_GD, key_Q, key_G = (
@@ -664,7 +665,7 @@ def _retrieval(at: Place) -> Any:
         at(torch.tensor([0, 1, 2, 0, 1, 5])),
     )
     ranks = metrics.retrieval_ranks(z_QD, key_Q, z_GD, key_G)
-    found = metrics.mean_average_precision(z_QD, key_Q, z_GD, key_G)
+    found = [of(z_QD, key_Q, z_GD, key_G) for of in (metrics.average_precision, metrics.mean_average_precision)]
     right_Q = (key_Q[:, None] == key_G).sum(1)
     beside = metrics.recall_by_chance(right_Q, len(key_G), k=2), metrics.mean_per_group(ranks.double(), key_Q)
     return ranks, found, beside, metrics.chance_average_precision(key_Q, key_G)
@@ -678,13 +679,22 @@ def _probes(at: Place) -> Any:
     return metrics.knn_scores(z_ND, z_ND, y_N, 3, k=2, temperature=0.1), w_CD, metrics.balanced_accuracy(said_N, y_N, 3)
 
 
-@part("swap_accuracy", "psnr", "ridge_weights")
+@part("Items", "ItemStore")
+def _items(at: Place) -> Any:
+    value_N, id_N, store = at(torch.rand(5)), at(torch.arange(5) // 2), at(ItemStore())
+    store.update(value_N, id_N)
+    items = store.items()
+    return items.mean(), per_group(value_N, id_N, id_N).mean(), mean_of([items, items]).mean()
+
+
+@part("swap_accuracy", "swap_hits", "psnr", "ridge_weights")
 def _numbers(at: Place) -> Any:
     score_N, wrong_N, x_NP = at(torch.rand(6)), at(torch.rand(6)), torch.randn(9, 3, dtype=torch.float64)
     moments = torch.cat([torch.ones(9, 1, dtype=torch.float64), x_NP], dim=1)
     weights = metrics.ridge_weights(at(moments.T @ moments), 2, 0.1)
     return (
         metrics.swap_accuracy(score_N, wrong_N, at(torch.arange(6) % 2)),
+        metrics.swap_hits(score_N, wrong_N),
         metrics.psnr(score_N, at(torch.tensor(2.0))),
         weights,
     )
