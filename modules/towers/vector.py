@@ -19,6 +19,7 @@ class VectorTower(Tower):
         inputs: numbers of a vector.
         width: D, of each layer.
         depth: number of layers, at least 1.
+        relu: after each layer; without it the tower is linear, and certified radii of a linear decision are exact.
 
     Raises:
         ValueError: for a ``depth`` below 1; in forward, for vectors of another length.
@@ -28,13 +29,13 @@ class VectorTower(Tower):
     torch.Size([3, 1, 8])
     """
 
-    def __init__(self, inputs: int, width: int = 64, depth: int = 2) -> None:
+    def __init__(self, inputs: int, width: int = 64, depth: int = 2, relu: bool = True) -> None:
         super().__init__()
         if depth < 1:
             raise ValueError(f"depth {depth}: at least 1 layer")
         self.inputs, self.width = inputs, width
-        widths = pairwise([inputs, *[width] * depth])
-        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in widths)
+        widths, after = pairwise([inputs, *[width] * depth]), nn.ReLU if relu else nn.Identity
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(a, b), after()) for a, b in widths)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
         if x.shape[1:] != (self.inputs,):

@@ -37,9 +37,12 @@ class SharedSpace(Recipe):
         towers: one tower a modality.
         width: of the shared embedding space.
         pool: tokens to one vector, a copy for each modality; or one a modality.
+        norm: a LayerNorm before each modality's projection; without one, linear towers make linear latents.
     """
 
-    def __init__(self, towers: Towers, width: int = 128, pool: Pool | Pools | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, towers: Towers, width: int = 128, pool: Pool | Pools | None = None, norm: bool = True, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.towers, self.modalities, self.width = towers, tuple(towers), width
         self.pools = nn.ModuleDict(
@@ -47,7 +50,7 @@ class SharedSpace(Recipe):
         )
         #: Set around a forward pass: features in place of missing modalities.
         self.imputation: Imputation | None = None
-        self.heads = nn.ModuleDict({m: Projection(towers.width(m), width) for m in towers})
+        self.heads = nn.ModuleDict({m: Projection(towers.width(m), width, norm=norm) for m in towers})
 
     def of_modality(self, modality: str) -> Iterator[nn.Parameter]:
         """The parameters that are of this modality alone."""

@@ -8,7 +8,7 @@ from torch import nn
 
 from descant.modules.towers import VectorTower
 from tests.modules.towers import _asserts
-from tests.tolerance import F32, rounding
+from tests.tolerance import F32, F64, rounding
 
 
 def tower(depth: int = 2) -> VectorTower:
@@ -27,6 +27,13 @@ def test_it_is_an_mlp_of_one_token_a_sample() -> None:
     _asserts.check_rows_independent(mlp, x)
     _asserts.check_deterministic(mlp, x)
     _asserts.check_frozen(mlp, x)
+
+
+def test_without_relu_it_is_linear() -> None:
+    flat = VectorTower(inputs=6, width=8, depth=2, relu=False).double()
+    x, y = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(1)).double()
+    h = [flat(z).h_BTD for z in (x, y, x + y, torch.zeros_like(x))]
+    torch.testing.assert_close(h[0] + h[1], h[2] + h[3], **rounding(32, F64))
 
 
 def test_what_does_not_fit_is_one_line() -> None:
