@@ -35,6 +35,7 @@ from descant.callbacks.harmonize.terms import Harmonize as Harmonize
 from descant.callbacks.harmonize.towers import HarmonizeTowers as HarmonizeTowers
 from descant.callbacks.policy.rollouts import Rollouts as Rollouts
 from descant.callbacks.policy.rounds import Rounds as Rounds
+from descant.callbacks.run.adversarial_training import AdversarialTraining as AdversarialTraining
 from descant.callbacks.run.ema import EMA as EMA
 from descant.callbacks.run.lean_checkpoint import LeanCheckpoint as LeanCheckpoint
 from descant.callbacks.run.mismatched_pairs import Misalign as Misalign

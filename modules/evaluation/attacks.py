@@ -26,23 +26,26 @@ class Nudge:
     """``z = nudge(delta_BN)``: latents of a batch whose inputs are perturbed by delta, differentiable by delta.
 
     Perturbs the inputs of a modality if they are floats, or else the embeddings of its tokens. Numbers that are not
-    finite are padding and do not change. All tensors are copies, so that it works inside evaluation and inference mode.
+    finite are padding and do not change. Inference tensors, which have no autograd, are copied.
 
     Args:
         recipe: with towers and latents.
         batch: of it.
         modalities: whose inputs are perturbed.
+        rows: modality -> bool ``[B]``, the samples whose inputs are; all where not given.
 
     Raises:
         ValueError: for a modality without a tower, or ids whose tower has no embedding.
     """
 
-    def __init__(self, recipe: Any, batch: Batch, modalities: Sequence[str]) -> None:
-        self.recipe = recipe
+    def __init__(
+        self, recipe: Any, batch: Batch, modalities: Sequence[str], rows: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self.recipe, self.rows = recipe, rows or {}
         self.clean: dict[str, Tensor] = {}
-        with torch.inference_mode(False):  # inference tensors have no autograd
-            copies = {name: x.clone() for name, x in batch.inputs.items()}
-            self.batch = replace(batch, inputs=copies, present={m: x.clone() for m, x in batch.present.items()})
+        with torch.inference_mode(False):
+            copies = {name: _with_autograd(x) for name, x in batch.inputs.items()}
+            self.batch = replace(batch, inputs=copies, present={m: _with_autograd(x) for m, x in batch.present.items()})
             for m in modalities:
                 if m not in recipe.towers or m not in copies:
                     raise ValueError(f"no modality {m!r} to attack, only {', '.join(recipe.towers)}")
@@ -58,22 +61,34 @@ class Nudge:
 
     def size_B(self) -> Tensor:
         """``|x_b - mean x_b|``: the distance of the perturbed inputs from constant ones."""
-        square_B = torch.zeros(len(self.batch), device=self.batch.device, dtype=self._dtype())
-        for x in self.clean.values():
+        return torch.stack([size_B.square() for size_B in self.sizes_B().values()]).sum(dim=0).sqrt()
+
+    def sizes_B(self) -> dict[str, Tensor]:
+        """Modality -> :meth:`size_B` of it alone."""
+        sizes = {}
+        for m, x in self.clean.items():
             x_BN = x.flatten(1)
             real_BN = x_BN.isfinite()
             mean_B1 = torch.where(real_BN, x_BN, 0.0).sum(1, keepdim=True) / real_BN.sum(1, keepdim=True).clamp(min=1)
-            square_B = square_B + torch.where(real_BN, x_BN - mean_B1, 0.0).square().sum(dim=1)
-        return square_B.sqrt()
+            sizes[m] = torch.where(real_BN, x_BN - mean_B1, 0.0).norm(dim=1)
+        return sizes
+
+    def perturbed(self, delta_BN: Tensor) -> dict[str, Tensor]:
+        """Modality -> its perturbed inputs, of those that are floats."""
+        each = ((m, x, delta) for m, x, delta in self._each(delta_BN) if self.batch.inputs[m].is_floating_point())
+        return {m: torch.where(x.isfinite(), x + delta, x) for m, x, delta in each}
+
+    def _each(self, delta_BN: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+        for (m, x), delta in zip(self.clean.items(), delta_BN.split(self.sizes, dim=1), strict=True):
+            if m in self.rows:
+                delta = torch.where(self.rows[m][:, None], delta, 0.0)
+            yield m, x, delta.view_as(x)
 
     def __call__(self, delta_BN: Tensor) -> dict[str, Tensor]:
-        inputs = dict(self.batch.inputs)
+        inputs = self.batch.inputs | self.perturbed(delta_BN)
         with ExitStack() as stack:
-            for (m, x), delta in zip(self.clean.items(), delta_BN.split(self.sizes, dim=1), strict=True):
-                delta = delta.view_as(x)
-                if inputs[m].is_floating_point():
-                    inputs[m] = torch.where(x.isfinite(), x + delta, x)
-                else:
+            for m, _, delta in self._each(delta_BN):
+                if not inputs[m].is_floating_point():
                     stack.enter_context(_perturbed(_embedding(self.recipe, m), delta, share_rows(self.recipe)))
             return self.recipe.latents(replace(self.batch, inputs=inputs))
 
@@ -102,6 +117,10 @@ class Nudge:
         finally:
             handle.remove()
         return outputs[0].clone()
+
+
+def _with_autograd(x: Tensor) -> Tensor:
+    return x.clone() if x.is_inference() else x
 
 
 def _embedding(recipe: Any, m: str) -> nn.Module:
@@ -148,19 +167,34 @@ def attacked(
             if restart:
                 delta_BN = _within(draw_B, restart, delta_BN, radius_B1)
             for _ in range(steps):
-                delta_BN.requires_grad_()
-                logits_BC = recipe.fuse(nudge(delta_BN), nudge.batch.present)
+                logits_BC, delta_BN = _ascended(nudge, delta_BN, radius_B1, label_B, step / steps)
                 wrong_B = wrong_B | (logits_BC.argmax(dim=1) != label_B)
-                loss = F.cross_entropy(logits_BC, label_B, reduction="sum")
-                g_BN = nudge.gradient(loss, delta_BN)
-                with torch.no_grad():
-                    g_BN = g_BN / g_BN.norm(dim=1, keepdim=True).clamp(min=torch.finfo(g_BN.dtype).tiny)
-                    moved_BN = delta_BN + step / steps * radius_B1 * g_BN
-                    far_B1 = moved_BN.norm(dim=1, keepdim=True)
-                    delta_BN = moved_BN * (radius_B1 / far_B1.clamp(min=torch.finfo(g_BN.dtype).tiny)).clamp(max=1.0)
             with torch.no_grad():
                 wrong_B = wrong_B | (recipe.fuse(nudge(delta_BN), nudge.batch.present).argmax(dim=1) != label_B)
     return wrong_B
+
+
+def worst(nudge: Nudge, radius_B: Tensor, label_B: Tensor, steps: int = 5, step: float = 2.5) -> Tensor:
+    """``delta_BN`` at the end of the ascent of :func:`attacked` from zero."""
+    with torch.inference_mode(False), torch.enable_grad():
+        delta_BN = nudge.zero()
+        for _ in range(steps):
+            _, delta_BN = _ascended(nudge, delta_BN, radius_B[:, None], label_B, step / steps)
+    return delta_BN
+
+
+def _ascended(
+    nudge: Nudge, delta_BN: Tensor, radius_B1: Tensor, label_B: Tensor, share: float
+) -> tuple[Tensor, Tensor]:
+    """Logits at delta, and delta after a step of this share of the radius."""
+    delta_BN.requires_grad_()
+    logits_BC = nudge.recipe.fuse(nudge(delta_BN), nudge.batch.present)
+    g_BN = nudge.gradient(F.cross_entropy(logits_BC, label_B, reduction="sum"), delta_BN)
+    with torch.no_grad():
+        g_BN = g_BN / g_BN.norm(dim=1, keepdim=True).clamp(min=torch.finfo(g_BN.dtype).tiny)
+        moved_BN = delta_BN + share * radius_B1 * g_BN
+        far_B1 = moved_BN.norm(dim=1, keepdim=True)
+        return logits_BC, moved_BN * (radius_B1 / far_B1.clamp(min=torch.finfo(g_BN.dtype).tiny)).clamp(max=1.0)
 
 
 def _within(draw_B: Tensor, restart: int, like_BN: Tensor, radius_B1: Tensor) -> Tensor:

@@ -87,6 +87,14 @@ RECIPES: dict[str, list[Case]] = {
         Case(("fusion/emoji",), slow=True),
         Case(("fusion/emoji", "with/train/attention-fusion", "with/balance/mcr"), slow=True),
         Case(("fusion/emoji", "with/balance/margins"), slow=True),
+        Case(
+            ("fusion/linear",),
+            (
+                "--trainer.callbacks+",
+                "{class_path: AdversarialTraining, init_args: {radius: {a: 0.3, b: 0.2}, steps: 1}}",
+            ),
+            slow=True,
+        ),
     ],
     "Alternating": [Case(("fusion/emoji", "with/balance/mla"), slow=True)],
     "Certified": [Case(("fusion/certified",), slow=True)],

@@ -263,7 +263,8 @@ def towers_harmonized(before: Path) -> Run:
         distill=distill,
         schedule=WarmupCosine(0.5),
     )
-    seen = [c.HarmonizeTowers(MMPareto()), c.PMR(every=1), c.Accuracy()]
+    attack = c.AdversarialTraining({"image": 0.3}, steps=2)
+    seen = [c.HarmonizeTowers(MMPareto()), c.PMR(every=1), c.Accuracy(), attack]
     return Run(recipe, PatternData(), seen, {"precision": "bf16-mixed"})
 
 
