@@ -127,7 +127,7 @@ def test_a_configuration_extends_others(tmp_path: Path) -> None:
     below = [shipped()["contrastive/scenes"], first, shipped()["with/train/ema"], second]
     assert layers([second]) == below and layers([first, second]) == [*below[:2], *below[2:]]
     third.write_text("extends:\n- first.yaml\n- second.yaml\n")
-    assert layers([third]) == [*below, third] and layers([find("claims/crmt:method")])[0] == find("fusion/certified")
+    assert layers([third]) == [*below, third] and layers([find("claims/crmt:method")])[1] == find("fusion/certified")
     third.write_text("extends: {a: b}\n")
     with pytest.raises(
         Refusal, match=r"third.yaml: extends: the name of a configuration is expected, or a list of names"
