@@ -99,30 +99,10 @@ def average_precision(
     return torch.cat(precision)
 
 
-def mean_average_precision(
-    z_q_QD: Tensor,
-    label_Q: Tensor,
-    z_g_GD: Tensor,
-    label_G: Tensor,
-    id_Q: Tensor | None = None,
-    id_G: Tensor | None = None,
-    cells: int = CELLS,
-) -> Tensor:
-    """Mean of :func:`average_precision` over the queries that have a match; nan without any.
-
-    Shapes: as there, ``-> []``.
-
-    >>> z_GD = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
-    >>> float(mean_average_precision(z_GD[:1], torch.tensor([0]), z_GD, torch.tensor([1, 0, 0])))
-    0.5833333333333333
-    """
-    return average_precision(z_q_QD, label_Q, z_g_GD, label_G, id_Q, id_G, cells).nanmean()
-
-
 def chance_average_precision(
     label_Q: Tensor, label_G: Tensor, id_Q: Tensor | None = None, id_G: Tensor | None = None, cells: int = CELLS
 ) -> Tensor:
-    """Expected :func:`mean_average_precision` of a random order, for these labels.
+    """Expected mean of :func:`average_precision` of a random order, for these labels.
 
         E AP = (H_G + (R - 1) / (G - 1) (G - H_G)) / G,   H_G = 1 + 1/2 + ... + 1/G,   R matches among G
 
