@@ -26,7 +26,7 @@ from descant.modules.evaluation.inversion import (
     tower_of,
 )
 from descant.modules.evaluation.items import Items
-from descant.modules.evaluation.metrics import average_precision, chance_average_precision, mean_average_precision
+from descant.modules.evaluation.metrics import average_precision, chance_average_precision
 from descant.modules.tokenizers.text import Tokenizer
 
 
@@ -208,8 +208,8 @@ class Inversion(_BankRetrieval):
             values |= self._scores(f"{name}/", "oti", inverted, rows, at_Q, bank, a, bank.index, rows.index)
             at_G = rows.where(b)
             rest = rows.key[at_Q], rows.z[b][at_G], rows.key[at_G]
-            values[f"{name}/names_map"] = mean_average_precision(rows.z[a][at_Q], *rest)
-            values[f"{name}/names_map_oti"] = mean_average_precision(inverted.z_BD.to(rest[1]), *rest)
+            values[f"{name}/names_map"] = average_precision(rows.z[a][at_Q], *rest).nanmean()
+            values[f"{name}/names_map_oti"] = average_precision(inverted.z_BD.to(rest[1]), *rest).nanmean()
             for target, w_CD in classes.items():
                 values |= self._named(f"{name}/zeroshot_{target}", target, inverted, rows, at_Q, w_CD)
         if self.ovi is None:
@@ -247,7 +247,7 @@ class Inversion(_BankRetrieval):
             keep = label_N[at_Q] >= 0
             rest = (label_N[at_Q][keep], z_G, label_gallery_N[at_G], id_N[at_Q][keep], id_gallery_N[at_G])
             native, across, sham = (
-                mean_average_precision(z[keep], *rest) for z in (z_Q, z_inverted_Q, z_inverted_Q[other_Q])
+                average_precision(z[keep], *rest).nanmean() for z in (z_Q, z_inverted_Q, z_inverted_Q[other_Q])
             )
             values[f"{place}native_map{suffix}{of}"], values[f"{place}{way}_map{suffix}"] = native, across
             values[f"{place}{way}_gain{suffix}"] = across - native

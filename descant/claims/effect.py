@@ -39,11 +39,22 @@ class Interval:
 
     >>> Interval(0.2, 0.1, 0.3).joined(Interval(0.2, -0.1, 0.25))
     Interval(mean=0.2, low=-0.1, high=0.3)
+    >>> Interval.of_stored(Interval(0.2, 0.1, 0.3).stored())
+    Interval(mean=0.2, low=0.1, high=0.3)
     """
 
     mean: float
     low: float
     high: float
+
+    @classmethod
+    def of_stored(cls, stored: Sequence[float]) -> Interval:
+        mean, low, high = stored
+        return cls(mean, low, high)
+
+    def stored(self) -> list[float]:
+        """Mean and both ends, as results hold them."""
+        return [self.mean, self.low, self.high]
 
     def __str__(self) -> str:
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"

@@ -43,7 +43,7 @@ class ItemGains:
 
     def stored(self) -> dict[str, Any]:
         """As it is stored in a result."""
-        base, placebo = ([of.mean, of.low, of.high] for of in self.intervals)
+        base, placebo = (of.stored() for of in self.intervals)
         return {"number": self.number, "over_baseline": base, "over_placebo": placebo}
 
 
@@ -52,7 +52,8 @@ def of_stored(stored: Mapping[str, Any]) -> ItemGains | None:
     items = stored.get("items")
     if items is None:
         return None
-    return ItemGains(Interval(*items["over_baseline"]), Interval(*items["over_placebo"]), int(items["number"]))
+    base, placebo = (Interval.of_stored(items[over]) for over in ("over_baseline", "over_placebo"))
+    return ItemGains(base, placebo, int(items["number"]))
 
 
 def read(folder: Path, metric: str) -> Parts | None:

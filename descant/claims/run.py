@@ -89,6 +89,7 @@ class Place:
     def all(self, arms: Sequence[str]) -> list[str]:
         """The arms, after the run ``before`` and the arms from which they begin."""
         first = [BEFORE] if self.claim.before is not None else []
+        arms = [arm for arm in arms if arm != BEFORE]  # a signal may read it
         needed = {other for arm in arms for other in self.claim.arms[arm].needs()}
         return [*first, *(arm for arm in self.claim.arms if arm in needed), *(arm for arm in arms if arm not in needed)]
 

@@ -112,11 +112,11 @@ def write(
 
 def outcome_of(judgement: Judgement) -> dict[str, Any]:
     """Verdict, word and gains of a full result, for readers that do not judge it themselves."""
-    gain, placebo = judgement.effect.over_baseline, judgement.effect.placebo.mean
-    numbers: dict[str, Any] = {"gain": [gain.mean, gain.low, gain.high], "placebo": placebo}
+    effect = judgement.effect
+    numbers: dict[str, Any] = {"gain": effect.over_baseline.stored(), "placebo": effect.placebo.mean}
     if judgement.items is not None:
         numbers["items"] = judgement.items.stored()
-    return {"verdict": judgement.verdict, "effect": judgement.effect.word, **numbers}
+    return {"verdict": judgement.verdict, "effect": effect.word, **numbers}
 
 
 def supersede(folder: Path, claim: Claim) -> None:

@@ -170,7 +170,7 @@ def _superseded(claim: Claim, results: Path) -> Iterator[str]:
             continue
         effect = stored.get("effect") or stored.get("verdict", "")
         if "gain" in stored:
-            effect = f"**{effect}** {Interval(*stored['gain'])}"
+            effect = f"**{effect}** {Interval.of_stored(stored['gain'])}"
         placebo = f"{stored['placebo']:+.3f}" if "placebo" in stored else ""
         yield _line(claim, effect, "", "", placebo, "", stored=stored)
 

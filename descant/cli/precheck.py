@@ -16,7 +16,7 @@ from descant.cli.arguments import Request
 from descant.cli.catalogue import BASE, OVERLAYS, ROOT, extended
 from descant.cli.document import Node, load, option, rename, replaced, retyped
 from descant.cli.errors import Refusal, hint, nearest
-from descant.cli.schema import Entry, Key, Part, Schema, Type, Unknown
+from descant.cli.schema import Ambiguous, Entry, Key, Part, Schema, Type, Unknown
 from descant.modules.io import names, renamed
 
 _SPEC = ("class_path", "init_args", "dict_kwargs")
@@ -70,6 +70,7 @@ def precheck(
             root = option(key, value)
             walk.source(root)
             options[number] = retyped(key, value, root)
+    walk.unambiguous()
     walk.required()
     return walk
 
@@ -103,6 +104,7 @@ class Walk:
         self.last: dict[Path_, Path_] = {}  # list -> its last item
         self.added = 0  # items that options have added
         self.files = list[Node]()  # of this source: itself, and those it names
+        self.short = list[tuple[Node, Sequence[Part], Path_]]()  # class names without a module, of the user's
 
     def default(self, place: Sequence[str | int]) -> str | None:
         """The default at a place, as text; None where there is none or it is unknown."""
@@ -323,7 +325,9 @@ class Walk:
         if "." in name:
             self._allowed(name, node.where)
         try:
-            cls = self.schema.find(name, classes)
+            cls = self._find(node, name, classes)
+            if "." not in node.content:
+                self.short.append((node, classes, path))
             kinds = [part["class"] for part in classes if isinstance(part, dict) and part["class"] in cls.lineage]
             self._allowed(cls.path, node.where)  # a short name was not checked before
             with _placed(node.where):
@@ -334,6 +338,28 @@ class Walk:
         except Unknown:
             self._forget(path)
             self.unknown.add(path)
+
+    def _find(self, node: Node, name: str, classes: Sequence[Part]) -> Entry:
+        """The class of a name; in a file that ships, a short name is ours, whatever a user's classes are called."""
+        shipped = not node.typed and _ours(node)
+        try:
+            cls = self.schema.find(name, classes)
+        except Ambiguous:
+            ours = names.full(name)
+            if not shipped or ours is None:
+                raise
+            cls = self.schema.find(ours, classes)
+        if shipped and "." not in name:  # a file that is read later may load another class of this name
+            self._replaced(node, cls.path)
+        return cls
+
+    def unambiguous(self) -> None:
+        """Raises Refusal for a short name of the user's that a module loaded since gives to a second class."""
+        for node, classes, path in self.short:
+            try:
+                self.schema.find(node.content, classes)
+            except Ambiguous as error:
+                raise Refusal(f"{_at(node, path)}: {error}") from error
 
     def _set(self, cls: Entry, path: Path_, where: str) -> None:
         before = self.classes.get(path)
@@ -386,7 +412,7 @@ def _placed(where: str) -> Iterator[None]:
 
 def _ours(node: Node) -> bool:
     """Whether a node is of the command line or of a file that ships: these may set what other files may not."""
-    return node.typed or node.folder.is_relative_to(ROOT.resolve())
+    return node.typed or node.folder.resolve().is_relative_to(ROOT.resolve())  # in a checkout by a link
 
 
 def _dots(path: Path_) -> str:

@@ -48,6 +48,10 @@ class Unknown(Exception):
     """The class is of a module that is not in the cache; only the parser resolves it."""
 
 
+class Ambiguous(LookupError):
+    """A short name is that of several classes."""
+
+
 class Schema(ABC):
     """Base of the two schemas.
 
@@ -70,7 +74,7 @@ class Schema(ABC):
         """The class that ``name``, short or full, means where one of ``kinds`` is expected.
 
         Raises:
-            LookupError: where there is none, with the rest of the error line. Unknown: see there.
+            LookupError: where there is none, with the rest of the error line. Ambiguous, Unknown: see there.
         """
 
     @abstractmethod

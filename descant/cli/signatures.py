@@ -27,7 +27,7 @@ from torch import Tensor
 
 from descant.cli.document import replaced
 from descant.cli.errors import hint, one_line
-from descant.cli.schema import Entry, Key, Part, Schema, Type, Unknown, classes, kinds
+from descant.cli.schema import Ambiguous, Entry, Key, Part, Schema, Type, Unknown, classes, kinds
 from descant.cli.trust import allowed
 from descant.modules.io import names
 
@@ -88,7 +88,7 @@ class Live(Schema):
             names.import_path(ours)
         same = sorted(path for path in self.paths(kinds_) if path.rpartition(".")[2] == name)
         if len(same) > 1:
-            raise LookupError(f"{name} is the name of {' and '.join(same)}: give the full path of one")
+            raise Ambiguous(f"{name} is the name of {' and '.join(same)}: give the full path of one")
         if not same and ours is None:
             known = self.names(kinds_)
             near = hint(name, {**known, **dict.fromkeys(names.table())}) if known else ""

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
+
+from descant.modules.io.files import write_bytes
 
 #: The file of a run with the items of its test, and the parts of each metric in it.
 FILE = "items.safetensors"
@@ -110,9 +113,5 @@ class ItemStore(Metric):
 
 def save_items(file: Path, items: Mapping[str, Items]) -> None:
     """Replace a file with the items of all metrics, atomically."""
-    from safetensors.torch import save
-
-    from descant.modules.io.files import write_bytes
-
     parts = {f"{metric}#{part}": x for metric, of in sorted(items.items()) for part, x in of.by_id().items()}
     write_bytes(file, save(parts))

@@ -57,19 +57,6 @@ def recall_by_chance(matches_Q: Tensor, gallery: int, k: int) -> Tensor:
     return 1 - miss_Q
 
 
-def mean_per_group(value_N: Tensor, group_N: Tensor) -> Tensor:
-    """Macro average: the mean over groups of each group's mean.
-
-        1 / |groups|  sum over groups g of  mean over n in g of value_n
-
-    >>> mean_per_group(torch.tensor([1.0, 1.0, 0.0]), torch.tensor([7, 7, 9])).item()
-    0.5
-    """
-    _, at_N, rows_K = group_N.unique(return_inverse=True, return_counts=True)
-    sum_K = torch.zeros(len(rows_K), dtype=torch.float64, device=value_N.device)
-    return (sum_K.index_add(0, at_N, value_N.double()) / rows_K).mean()
-
-
 def average_precision(
     z_q_QD: Tensor,
     label_Q: Tensor,
@@ -112,30 +99,10 @@ def average_precision(
     return torch.cat(precision)
 
 
-def mean_average_precision(
-    z_q_QD: Tensor,
-    label_Q: Tensor,
-    z_g_GD: Tensor,
-    label_G: Tensor,
-    id_Q: Tensor | None = None,
-    id_G: Tensor | None = None,
-    cells: int = CELLS,
-) -> Tensor:
-    """Mean of :func:`average_precision` over the queries that have a match; nan without any.
-
-    Shapes: as there, ``-> []``.
-
-    >>> z_GD = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
-    >>> float(mean_average_precision(z_GD[:1], torch.tensor([0]), z_GD, torch.tensor([1, 0, 0])))
-    0.5833333333333333
-    """
-    return average_precision(z_q_QD, label_Q, z_g_GD, label_G, id_Q, id_G, cells).nanmean()
-
-
 def chance_average_precision(
     label_Q: Tensor, label_G: Tensor, id_Q: Tensor | None = None, id_G: Tensor | None = None, cells: int = CELLS
 ) -> Tensor:
-    """Expected :func:`mean_average_precision` of a random order, for these labels.
+    """Expected mean of :func:`average_precision` of a random order, for these labels.
 
         E AP = (H_G + (R - 1) / (G - 1) (G - H_G)) / G,   H_G = 1 + 1/2 + ... + 1/G,   R matches among G
 
@@ -237,7 +204,8 @@ def balanced_accuracy(predicted_N: Tensor, label_N: Tensor, classes: int) -> Ten
 def swap_hits(score_N: Tensor, score_neg_N: Tensor, tolerance: float = 1e-6) -> tuple[Tensor, Tensor]:
     """``[s > s'] + [s ~ s'] / 2`` of each positive against its hard negative, float64 ``[N]``, and whether it is a tie.
 
-    Scores within ``tolerance`` are ties; nan is a miss and no tie.
+    Scores within ``tolerance`` are ties; nan is a miss and no tie. Chance is 1/2, exactly so for a model that scores
+    both the same. Their mean by type of negative: :func:`descant.modules.evaluation.items.per_group`.
 
     >>> hit_N, tie_N = swap_hits(torch.tensor([0.9, 0.5]), torch.tensor([0.1, 0.5]))
     >>> hit_N.tolist(), tie_N.tolist()
@@ -245,26 +213,6 @@ def swap_hits(score_N: Tensor, score_neg_N: Tensor, tolerance: float = 1e-6) -> 
     """
     tie_N = (score_N - score_neg_N).abs() <= tolerance
     return ((score_N > score_neg_N) & ~tie_N).double() + tie_N.double() / 2, tie_N
-
-
-def swap_accuracy(
-    score_N: Tensor, score_neg_N: Tensor, type_N: Tensor, tolerance: float = 1e-6
-) -> tuple[Tensor, Tensor]:
-    """Accuracy against hard negatives, and the share of ties.
-
-        accuracy = mean over the types of negatives that occur of  mean_n [s_n > s'_n] + [s_n ~ s'_n] / 2
-
-    Hits and ties: :func:`swap_hits`. Chance is 1/2, exactly so for a model that scores both the same; both are nan
-    without rows.
-
-    Shapes: ``score_N, score_neg_N`` floats, ``type_N`` int64 ``-> [], []``.
-
-    >>> score_N, score_neg_N = torch.tensor([0.9, 0.5, 0.5, 0.1]), torch.tensor([0.1, 0.5, 0.2, 0.2])
-    >>> [float(x) for x in swap_accuracy(score_N, score_neg_N, torch.tensor([0, 0, 0, 1]))]
-    [0.4166666666666667, 0.25]
-    """
-    hit_N, tie_N = swap_hits(score_N, score_neg_N, tolerance)
-    return mean_per_group(hit_N, type_N), tie_N.double().mean()
 
 
 def psnr(mse: Tensor, span: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ MODALITIES = {"image": 6, "text": 5, "audio": 4}
 CLASSES = 3
 
 
-class VectorTower(Tower):
+class TwoLayerTower(Tower):
     """Two layers without dropout, whose rows do not meet."""
 
     def __init__(self, width_in: int, width: int = 8) -> None:
@@ -30,7 +30,7 @@ class VectorTower(Tower):
 def towers(*modalities: str) -> Towers:
     """One small tower a modality, with the same weights in every process."""
     torch.manual_seed(0)
-    return Towers(others={m: VectorTower(MODALITIES[m]) for m in modalities or MODALITIES})
+    return Towers(others={m: TwoLayerTower(MODALITIES[m]) for m in modalities or MODALITIES})
 
 
 class Samples(BatchDataset):

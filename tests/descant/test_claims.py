@@ -840,6 +840,8 @@ def test_a_plan_counts_what_is_missing_and_what_it_takes(
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text('{"test/gap": 1, "steps": 8}')
     assert planned()[3].startswith("effect 19 of 20 runs")
+    made(**STAGES, before={"experiment": "toy.yaml"}, signal=SIGNAL | {"arm": "before"})
+    assert planned()[1].startswith("signal 2 of 2 runs"), "what comes before, and the baseline"
 
 
 @pytest.mark.slow

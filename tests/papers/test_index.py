@@ -106,7 +106,7 @@ def test_the_list_of_papers_fits_a_line_each_and_needs_no_torch(cli: Any) -> Non
     lines = result.out.splitlines()[1:]
     assert len(lines) == 56 and max(map(len, lines)) <= 120
     (dcd,) = (line for line in lines if " dcd " in line)
-    assert " ".join(dcd.split()) == "33 dcd distillation 2207.01426 exact no effect 54 min"
+    assert " ".join(dcd.split()) == "33 dcd distillation 2207.01426 exact hurts 10 min"
     assert sum(line.endswith("planned") for line in lines) == 41
     assert [line.split()[1] for line in cli("list", "papers", "helps").out.splitlines()[1:]] == [
         *("structure-clip", "cross-the-gap", "missing-adaptation")

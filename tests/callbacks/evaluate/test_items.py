@@ -14,7 +14,7 @@ from descant.callbacks import KNN, Geometry, LinearProbe, ModalitySubsetEval, Re
 from descant.callbacks.evaluate.retrieval import EmergentRetrieval
 from descant.callbacks.run.report import Report
 from descant.modules.evaluation.items import FILE, Items, mean_of, per_group
-from descant.modules.evaluation.metrics import mean_per_group
+from descant.modules.evaluation.metrics import swap_hits
 from tests.callbacks.evaluate.test_embeddings import Data, Recipe, make, trainer
 from tests.ranks import run_ranks
 from tests.tolerance import F32, F64, ulps
@@ -66,10 +66,21 @@ def test_two_ranks_write_the_items_of_one(tmp_path: Path) -> None:
 def test_means_of_means_are_weighted_items() -> None:
     value_N, group_N = torch.rand(20, dtype=torch.float64), torch.arange(20) % 3
     items = per_group(value_N, group_N, torch.arange(20) // 2)
-    assert float(items.mean()) == pytest.approx(float(mean_per_group(value_N, group_N)), abs=ulps(4, F64))
+    by_group = [float(value_N[group_N == group].mean()) for group in range(3)]
+    assert float(items.mean()) == pytest.approx(sum(by_group) / 3, abs=ulps(4, F64))
     both = mean_of([items, Items(value_N[:3], torch.arange(3))])
     expected = (float(items.mean()) + float(value_N[:3].mean())) / 2
     assert float(both.mean()) == pytest.approx(expected, abs=ulps(4, F64))
     parts = both.by_id()
     assert float(parts["sum"].sum() / parts["weight"].sum()) == pytest.approx(expected, abs=ulps(8, F64))
     assert parts["id"].tolist() == list(range(10))
+
+
+def test_the_mean_over_types_of_negatives_counts_a_tie_as_half() -> None:
+    score_N, score_neg_N = torch.tensor([0.9, 0.5, 0.5, 0.1]), torch.tensor([0.1, 0.5, 0.2, 0.2])
+    hit_N, tie_N = swap_hits(score_N, score_neg_N)
+    items = per_group(hit_N, torch.tensor([0, 0, 0, 1]), torch.arange(4))
+    assert float(items.mean()) == pytest.approx(((1 + 1 / 2 + 1) / 3 + 0) / 2, abs=ulps(4, F64))
+    assert tie_N.tolist() == [False, True, False, False]
+    assert float(per_group(swap_hits(score_N, score_N)[0], torch.arange(4) % 2, torch.arange(4)).mean()) == 0.5
+    assert [x.item() for x in swap_hits(torch.tensor(torch.nan), torch.tensor(0.0))] == [0.0, False]

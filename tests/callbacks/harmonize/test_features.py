@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor
 
-from descant.callbacks.harmonize.features import HarmonizeFeatures
+from descant.callbacks.harmonize.features import AUDITED, HarmonizeFeatures
 from descant.callbacks.harmonize.terms import Harmonize
 from descant.modules.core.rng import mix
 from descant.modules.multitask import CMGH, MGDA, CAGrad, GradVac, NashMTL, PCGrad, Rule
@@ -209,6 +209,18 @@ def test_the_audit_of_the_tenth_stays_and_outlives_a_restart() -> None:
     again = HarmonizeFeatures(CMGH(), audit="odd")
     again.load_state_dict({**callback.state_dict(), "rule": again.state_dict()["rule"]})
     assert again.state_dict()["auc_tenth"] == pytest.approx(tenths[-1], rel=ulps(4, F32))
+
+
+def test_an_audit_pools_the_last_logged_steps_also_after_a_restart() -> None:
+    callback, steps = audited(20)
+    pooled = callback.state_dict()["audited"]
+    assert len(pooled) == AUDITED and pooled[-1].shape == pooled[0].shape == (2, len(pooled[0].T))
+    conflict_G, noise_G = torch.cat(pooled, dim=1)
+    wins_NC = (conflict_G[noise_G > 0][:, None] - conflict_G[noise_G == 0]).sign() / 2 + 0.5
+    assert steps[-1]["harmony/auc"] == pytest.approx(float(wins_NC.mean()), abs=ulps(4, F32))
+    again = HarmonizeFeatures(CMGH(), audit="odd")
+    again.load_state_dict({**callback.state_dict(), "rule": again.state_dict()["rule"]})
+    assert all(map(torch.equal, again.state_dict()["audited"], pooled))
 
 
 def _on_a_rank(rank: int) -> tuple[dict[str, dict[str, Tensor]], float]:

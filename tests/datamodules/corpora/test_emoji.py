@@ -212,6 +212,25 @@ def test_the_second_view_is_the_same_concept(data: Emoji) -> None:
     assert 0.1 < float(same.float().mean()) < 0.6  # one of three vendors again
 
 
+def test_a_concept_that_no_other_vendor_draws_is_its_own_second_view() -> None:
+    drawings = Pack.drawings
+
+    def fewer(pack: Pack, vendor: str) -> tuple[torch.Tensor, np.ndarray]:
+        """Concepts of odd numbers are noto's alone."""
+        images, drawn = drawings(pack, vendor)
+        return images, drawn & ((np.arange(len(drawn)) % 2 == 0) | (vendor == "noto"))
+
+    with mock.patch.object(Pack, "drawings", fewer):
+        batch = first_batch(Emoji(views={"image": 2}), batch_size=256)
+    same = (batch.inputs["image"] == batch.inputs["image@2"]).flatten(1).all(1)
+    alone = (batch.index // len(VENDORS)) % 2 == 1
+    assert 0 < int(alone.sum()) < len(alone) and bool(same[alone].all())
+    assert set((batch.index[alone] % len(VENDORS)).tolist()) == {VENDORS.index("noto")}
+    # one of three vendors again
+    share, near = float(same[~alone].float().mean()), statistical(2**0.5 / 3, int((~alone).sum()))
+    assert share == pytest.approx(1 / 3, abs=near)
+
+
 def test_captions_vary_and_carry_the_name(data: Emoji) -> None:
     captions = data.captions
     concept = next(i for i, row in enumerate(data.pack.rows) if len(row["keywords"]["en"]) > 3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 import shutil
 from pathlib import Path
 
@@ -10,7 +12,14 @@ import torch
 
 from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.corpora.emoji_pack import PACK
-from descant.datamodules.corpora.stimuli import noise_facts, product_facts, text_facts, valence_facts, visual_facts
+from descant.datamodules.corpora.stimuli import (
+    noise_facts,
+    product_facts,
+    semantic_facts,
+    text_facts,
+    valence_facts,
+    visual_facts,
+)
 from descant.datamodules.resumable_sampler import Order
 from descant.modules.core.batch import Batch
 from tests.datamodules.batches import whole
@@ -68,6 +77,60 @@ def test_products_depend_on_both_and_are_linear_in_neither() -> None:
     pairs_NP = torch.cat([(a_NF[:, :, None] * b_NF[:, None]).flatten(1), torch.ones(4000, 1)], dim=1)
     rest = y_NF - pairs_NP @ torch.linalg.lstsq(pairs_NP, y_NF).solution
     assert rest.square().mean() < 0.02
+
+
+def sampled_texts(number: int) -> list[list[str]]:
+    """A name and two keywords each, of thirteen words, the first the most frequent; and a word that no other has."""
+    words, rng = [chr(97 + k) * 3 for k in range(13)], random.Random(0)
+    some = [rng.choices(words, weights=range(13, 0, -1), k=3) for _ in range(number)]
+    return [[f"{a} only{chr(97 + n // 26)}{chr(97 + n % 26)}", b, c] for n, (a, b, c) in enumerate(some)]
+
+
+def tf_idf(texts: list[list[str]]) -> torch.Tensor:
+    """Centred rows of unit length, by loops over texts and words."""
+    words = [set(" ".join(text).split()) for text in texts]
+    count = {word: sum(word in other for other in words) for word in set().union(*words)}
+    kept = [word for word in count if count[word] > 1]
+    rows = [[math.log(len(texts) / count[word]) * (word in text) for word in kept] for text in words]
+    lengths = [math.hypot(*row) or 1.0 for row in rows]
+    x_NV = torch.tensor([[v / length for v in row] for row, length in zip(rows, lengths, strict=True)]).double()
+    return x_NV - x_NV.mean(0)
+
+
+def test_semantic_facts_are_the_principal_components_of_tf_idf() -> None:
+    texts = sampled_texts(60)
+    x_NV, y_NF = tf_idf(texts), semantic_facts(texts).double()
+    left_NV, s_V, _ = torch.linalg.svd(x_NV, full_matrices=False)
+    assert float((s_V[:8] - s_V[1:9]).min()) > 0.01  # no two directions of the same variance
+    zero_F = torch.zeros(8, dtype=torch.float64)
+    torch.testing.assert_close(y_NF.mean(0), zero_F, rtol=0, atol=ulps(4, F32))
+    torch.testing.assert_close(y_NF.square().mean(0), zero_F + 1, rtol=0, atol=ulps(8, F32))
+    # largest variance first; the sign of a direction is free
+    cosine_FF = left_NV[:, :8].T @ y_NF / math.sqrt(60)
+    torch.testing.assert_close(cosine_FF.abs(), torch.eye(8, dtype=torch.float64), rtol=0, atol=conditioned(100, F32))
+    torch.testing.assert_close((x_NV.T @ y_NF).norm(dim=0) / math.sqrt(60), s_V[:8], rtol=ulps(16, F32), atol=0)
+    # no eight numbers a text give back more of it: the rest is the variance of the other directions
+    rest_NV = x_NV - y_NF @ (y_NF.T @ x_NV) / 60
+    assert float(rest_NV.square().sum()) == pytest.approx(float(s_V[8:].square().sum()), rel=conditioned(100, F32))
+
+
+def test_semantic_facts_of_known_themes() -> None:
+    """Of two themes that share no word, n and m texts, the first component is one number a theme: +- sqrt(m / n)."""
+    texts = [["sun", "warm"]] * 4 + [["moon", "cold"]] * 12
+    y_N = semantic_facts(texts)[:, 0]
+    wanted_N = torch.tensor([math.sqrt(12 / 4)] * 4 + [-math.sqrt(4 / 12)] * 12)
+    torch.testing.assert_close(y_N * y_N[0].sign(), wanted_N, rtol=ulps(16, F32), atol=0)
+
+
+def test_texts_without_a_word_of_another_are_one_point() -> None:
+    texts = sampled_texts(40)
+    alone = [["lonely"], ["word"], [""]]
+    y_NF = semantic_facts([*texts, *alone])
+    assert bool(y_NF.isfinite().all())
+    torch.testing.assert_close(y_NF[-3:], y_NF[-1:].expand(3, 8), rtol=0, atol=conditioned(100, F32))
+    assert float((y_NF[:-3] - y_NF[-1]).norm(dim=1).min()) > 0.1
+    swapped = semantic_facts([text[::-1] for text in [*texts, *alone]])
+    torch.testing.assert_close(swapped, y_NF, rtol=0, atol=0)  # a bag of words
 
 
 # the pack ------------------------------------------------------------------------------------------------------

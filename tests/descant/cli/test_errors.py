@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
+from torch import nn
 
 from tests.conftest import TOY, Result
 from tests.rotation import quick
@@ -248,6 +252,89 @@ def test_what_is_put_in_place_of_a_class_needs_nothing_of_that_class(cli: Cli, w
     assert cli(*base, "--config=own.yaml", "--data", "emoji", "--data.size=32").rc == 0
     assert cli(*base, "--config=taught.yaml", "--config=claims/dcd:baseline").rc == 0
     assert "Distill needs it" in cli(*base, "--config=taught.yaml").refusal
+
+
+# classes of the user's that are called as some of the suite's -----------------------------------------------------
+
+#: A module with such classes, and with one of a name of its own.
+MINE = '''
+from lightning import Callback
+from descant.modules.towers import Tower
+
+class VectorTower(Tower):
+    """As one of the suite's."""
+
+class Throughput(Callback):
+    """As one of the suite's."""
+
+class Counter(Callback):
+    """As none."""
+'''
+OURS = {"VectorTower": "descant.modules.towers.VectorTower", "Throughput": "descant.callbacks.Throughput"}
+TOWER_A = (
+    "{model: {init_args: {towers: {init_args: {others: {a: {class_path: VectorTower, init_args: {inputs: 16}}}}}}}}"
+)
+COUNTED = "trainer: {callbacks+: [{class_path: mine.Counter}]}\n"
+
+
+@pytest.fixture
+def mine(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of that module, which is not loaded yet."""
+    (workplace / "mine.py").write_text(MINE)
+    monkeypatch.syspath_prepend(str(workplace))
+    yield workplace
+    module = sys.modules.pop("mine", None)
+    for name in OURS if module is not None else ():
+        getattr(module, name).__bases__ = (nn.Module,)  # whatever still holds it, no later test finds it
+
+
+def printed(cli: Cli, *args: str) -> str:
+    """What a configuration resolves to; callbacks of a class are merged when they are built, later."""
+    result = cli("fit", *args, "--print_config")
+    assert result.rc == 0, result.err
+    config = yaml.safe_load(result.out)
+    towers = config["model"]["init_args"]["towers"]["init_args"]["others"]
+    assert {tower["class_path"] for tower in towers.values()} == {OURS["VectorTower"]}
+    assert [c["class_path"] for c in config["trainer"]["callbacks"]].count(OURS["Throughput"]) >= 1
+    return result.out
+
+
+@pytest.mark.parametrize("config", ["fusion/information", "papers/mcr", "with/evaluate/throughput"])
+def test_files_that_ship_mean_the_classes_of_the_suite(cli: Cli, mine: Path, config: str) -> None:
+    """By itself, by ``extends``, and by a list that an overlay adds to."""
+    args = (
+        ["--config", "fusion/information", "--config", config] if config.startswith("with/") else ["--config", config]
+    )
+    before = printed(cli, *args)
+    importlib.import_module("mine")
+    assert printed(cli, *args) == before
+
+
+def test_files_that_ship_do_so_where_a_later_file_loads_a_class_of_the_name(cli: Cli, mine: Path) -> None:
+    (mine / "mine.yaml").write_text(f"extends: papers/mcr\n{COUNTED}")
+    args = ("--config", "mine.yaml", "--trust", "mine")
+    assert "mine" not in sys.modules
+    assert "mine.Counter" in printed(cli, *args)
+    assert "mine" in sys.modules
+    result = cli("fit", *args, "--config", "on/tiny", "--name", "x")
+    assert result.rc == 0, result.err
+
+
+def test_a_file_of_the_user_gives_the_full_path_of_one_of_two_classes(cli: Cli, mine: Path) -> None:
+    (mine / "mine.yaml").write_text(f"extends: fusion/information\n{COUNTED}")
+    (mine / "short.yaml").write_text(TOWER_A)
+    args = ("--config", "fusion/information", "--config", "short.yaml", "--trust", "mine")
+    both = (
+        "VectorTower is the name of descant.modules.towers.VectorTower and mine.VectorTower: give the full path of one"
+    )
+    printed(cli, *args)  # one class is loaded
+    for _ in range(2):  # the second is loaded after this file was read, then before
+        line = cli("fit", *args, "--config", "mine.yaml", "--print_config").refusal
+        assert line == f"short.yaml:1: model.towers.others.a: {both}"
+    option = ("--trainer.callbacks+", "Throughput")
+    assert "--trainer.callbacks+: Throughput is the name of" in cli("check", *args[:2], *option).refusal
+    (mine / "short.yaml").write_text(TOWER_A.replace("VectorTower", OURS["VectorTower"]))
+    printed(cli, *args, "--config", "mine.yaml")
 
 
 def test_two_added_items_are_two(cli: Cli) -> None:

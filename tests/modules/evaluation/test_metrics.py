@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 from descant.modules.evaluation.metrics import (
     alignment,
+    average_precision,
     balanced_accuracy,
     chance_average_precision,
     effective_rank,
     fit_logistic,
     knn_scores,
     matched_rows,
-    mean_average_precision,
     modality_gap,
     retrieval_ranks,
     ridge_weights,
@@ -64,17 +64,17 @@ def average_precision_by_hand(z_q, label_q, z_g, label_g, id_q=None, id_g=None):
 
 @pytest.mark.parametrize("cells", [1, 200, 1 << 24])
 @pytest.mark.parametrize("own", [False, True])
-def test_mean_average_precision_equals_a_double_loop_whatever_the_chunk(cells, own):
+def test_average_precision_equals_a_double_loop_whatever_the_chunk(cells, own):
     generator = torch.Generator().manual_seed(0)
     z_q, z_g = (torch.randint(-1, 2, (n, 3), generator=generator).float() for n in (40, 60))  # many exact ties
     label_q, label_g = (torch.randint(k, (n,), generator=generator) for k, n in ((20, 40), (15, 60)))
     id_q, id_g = (torch.arange(40), torch.arange(60)) if own else (None, None)
     wanted = average_precision_by_hand(z_q, label_q, z_g, label_g, id_q, id_g)
-    value = mean_average_precision(z_q, label_q, z_g, label_g, id_q, id_g, cells)
+    value = average_precision(z_q, label_q, z_g, label_g, id_q, id_g, cells).nanmean()
     assert float(value) == pytest.approx(wanted, abs=ulps(64, F64))
     for offset in (10.0, -10.0):  # right rows of negative scores count as well: only the order matters
         shifted = [torch.cat([z, torch.full((len(z), 1), c)], dim=1) for z, c in ((z_q, 1.0), (z_g, offset))]
-        value = mean_average_precision(shifted[0], label_q, shifted[1], label_g, id_q, id_g, cells)
+        value = average_precision(shifted[0], label_q, shifted[1], label_g, id_q, id_g, cells).nanmean()
         assert float(value) == pytest.approx(wanted, abs=ulps(64, F64))
 
 
@@ -82,7 +82,7 @@ def test_average_precision_of_random_embeddings_is_its_chance():
     label_q, label_g = torch.arange(600) % 7, torch.arange(90) % 9
     chance = float(chance_average_precision(label_q, label_g))
     values = [
-        float(mean_average_precision(unit(600, 16, seed=s), label_q, unit(90, 16, seed=100 + s), label_g))
+        float(average_precision(unit(600, 16, seed=s), label_q, unit(90, 16, seed=100 + s), label_g).nanmean())
         for s in range(10)
     ]
     # ten draws of 90 images: a standard error of about 0.001
@@ -93,28 +93,31 @@ def test_average_precision_of_random_embeddings_is_its_chance():
     chance = float(chance_average_precision(label, label, ids, ids, cells=500))
     z = unit(300, 64)
     # 300 queries: a standard error of about 0.002
-    assert float(mean_average_precision(z, label, z, label, ids, ids)) == pytest.approx(chance, abs=0.01)
-    assert float(mean_average_precision(z, label, z, label)) > chance + 0.02  # each finds itself first
+    assert float(average_precision(z, label, z, label, ids, ids).nanmean()) == pytest.approx(chance, abs=0.01)
+    assert float(average_precision(z, label, z, label).nanmean()) > chance + 0.02  # each finds itself first
 
 
 def test_average_precision_at_its_ends():
     label = torch.tensor([0, 0, 1, 1])
     z = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-    assert float(mean_average_precision(z, label, z, label)) == 1.0
+    assert float(average_precision(z, label, z, label).nanmean()) == 1.0
     constant = torch.ones(4, 2)  # two wrong rows stand before both right ones
-    assert float(mean_average_precision(constant, label, constant, label)) == pytest.approx(
+    assert float(average_precision(constant, label, constant, label).nanmean()) == pytest.approx(
         (1 / 3 + 2 / 4) / 2, rel=ulps(4, F64)
     )
     broken = z.clone()
     broken[3] = torch.nan
-    assert float(mean_average_precision(broken[2:3], label[2:3], broken, label)) == pytest.approx(
+    assert float(average_precision(broken[2:3], label[2:3], broken, label).nanmean()) == pytest.approx(
         (1 + 2 / 4) / 2, rel=ulps(4, F64)
     )
-    assert float(mean_average_precision(z[:1], label[:1], broken, label)) == pytest.approx(
+    assert float(average_precision(z[:1], label[:1], broken, label).nanmean()) == pytest.approx(
         (1 / 2 + 2 / 3) / 2, rel=ulps(4, F64)
     )
-    none = mean_average_precision(z, label + 9, z, label), chance_average_precision(label + 9, label)
-    empty = mean_average_precision(z[:0], label[:0], z, label), mean_average_precision(z, label, z[:0], label[:0])
+    none = average_precision(z, label + 9, z, label).nanmean(), chance_average_precision(label + 9, label)
+    empty = (
+        average_precision(z[:0], label[:0], z, label).nanmean(),
+        average_precision(z, label, z[:0], label[:0]).nanmean(),
+    )
     assert all(math.isnan(float(value)) for value in (*none, *empty))
 
 
