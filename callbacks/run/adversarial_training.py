@@ -63,6 +63,8 @@ class AdversarialTraining(Ordered):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
         assert isinstance(batch, Batch) and has(pl_module, Classifies)
         for m in self.radius:
+            if m not in batch.inputs:
+                raise ValueError(f"AdversarialTraining: radius {m!r}: in the data {no_such(m, batch.inputs)}")
             if not batch.inputs[m].is_floating_point():
                 raise ValueError(f"AdversarialTraining: {m}: ids; inputs that are floats can be perturbed")
         label_B = pl_module.labels(batch)

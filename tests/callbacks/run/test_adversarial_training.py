@@ -104,8 +104,9 @@ def on(made: Any, **options: Any) -> None:
         (lambda: on(BoringModel(), radius=RADIUS), "AdversarialTraining needs the protocol Classifies"),
         (lambda: on(recipe(classes=2), radius={"sound": 0.1}), "AdversarialTraining: radius 'sound': "),
         (lambda: perturbed(linear.recipe(), ids()), "audio: ids; inputs that are floats can be perturbed"),
+        (lambda: perturbed(linear.recipe(), without()), "radius 'audio': in the data no such name"),
     ],
-    ids=["none", "zero", "steps", "protocol", "modality", "ids"],
+    ids=["none", "zero", "steps", "protocol", "modality", "ids", "data"],
 )
 def test_wrong_arguments_are_one_line(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -115,4 +116,10 @@ def test_wrong_arguments_are_one_line(make: Callable[[], Any], message: str) -> 
 def ids() -> Batch:
     b = linear.batch(4)
     b.inputs["audio"] = torch.ones(4, 9, dtype=torch.long)
+    return b
+
+
+def without() -> Batch:
+    b = linear.batch(4)
+    del b.inputs["audio"]
     return b
