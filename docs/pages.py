@@ -45,7 +45,7 @@ PICTURES = {
 #: Family -> the experiment whose image is shown for those that have none of their own.
 STAND_IN = {
     **{family: f"{family}/emoji" for family in ("chat", "contrastive", "fusion", "masked", "missing")},
-    "distill": "distill/emoji-rank",
+    "distill": "distill/emoji-rank-dual",
     "papers": "contrastive/emoji",
     "reinforce": "staged/emoji_vqa",
     "staged": "staged/emoji_vqa",
