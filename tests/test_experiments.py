@@ -179,7 +179,7 @@ def test_what_differs_by_what_it_leaves_out_differs(arm: str, cli: Any) -> None:
     base, mine = composed(cli, "papers/dcd"), composed(cli, "papers/dcd", f"claims/dcd:{arm}")
     assert mine["model"] != base["model"], "it changes nothing"
     (target,) = mine["model"]["init_args"]["distill"]["init_args"]["targets"]
-    assert (target["init_args"]["weigh"] is None) == (arm != "sham")
+    assert (target["init_args"]["weigh"] is None) == (arm == "alike")
 
 
 def composed(cli: Any, *configs: str) -> dict[str, Any]:
