@@ -29,6 +29,8 @@ from descant.modules.core.sham import Sham
 from descant.modules.masking.adapters import Adapters
 from descant.modules.masking.corruptions import Corruption, Masks, UniformMask, corrupted
 from descant.modules.masking.decoders import At, Decoder, JointDecoder
+from descant.modules.missing_modalities.available_sets import Sets
+from descant.modules.missing_modalities.imputation import Imputer
 from descant.modules.towers.vit import Trunk
 from descant.recipes.base.masked import MaskedRecipe
 
@@ -44,7 +46,8 @@ class Masked(MaskedRecipe):
         embeds: which modalities are embedded together, such as [[image], [image, sketch]]; each alone and all together
             where not given. The embedding of several is named image+sketch.
         pool_global: an embedding is the encoder's global token, and not the mean of the others.
-        zeros: what a sample lacks is shown as zeros, as is usual elsewhere, and not left out: a baseline.
+        fill: imputes the inputs of absent modalities, which are then visible tokens, such as ZeroImputer, as is usual
+            elsewhere; left out of the sequence where not given.
         sham: ``permute`` trains on samples whose first modality is their own and whose others are of another sample.
     """
 
@@ -56,7 +59,7 @@ class Masked(MaskedRecipe):
         corruption: Corruption | None = None,
         embeds: list[list[str]] | None = None,
         pool_global: bool = False,
-        zeros: bool = False,
+        fill: Imputer | None = None,
         sham: Literal["permute"] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -69,7 +72,9 @@ class Masked(MaskedRecipe):
         for adapter in adapters.each().values():
             adapter.build(encoder.width, self.decoder.width)
         self.embeds, self.pool_global = _embedded(embeds, tuple(adapters)), pool_global
-        self.zeros, self.sham = zeros, Sham(sham)
+        widths = {m: adapter.tokens * adapter.numbers for m, adapter in adapters.each().items()}
+        self.fill = None if fill is None else fill.build(widths, Sets(self.modalities).sets)
+        self.sham = Sham(sham)
 
     # the method --------------------------------------------------------------------------------------------------
 

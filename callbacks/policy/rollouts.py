@@ -51,7 +51,7 @@ class Rollouts(Callback):
         flat: whether remaining flat groups ``count`` as tokens of the step, with zero advantage, or are left out.
         cut: the same of truncated answers (DAPO's overlong filtering).
         show: questions of each rollout that TensorBoard shows with all answers.
-        sham: ``permute`` for the control: permutes rewards over answers.
+        sham: ``permute`` for the control: permutes rewards over the answers to each question.
 
     Raises:
         ValueError: for counts below 1, or below 0 to resample; at setup, for data without rollouts, or a recipe that
@@ -193,7 +193,7 @@ class Rollouts(Callback):
             pl_module.train(training)
         sampled = {name: added(x, pl_module.device) for name, x in sampled.items()}
         sampled["ended"] = sampled["ended"].bool()
-        return sampled, self.sham.everywhere(added(r_RK, pl_module.device), seed_R)
+        return sampled, self.sham.within_groups(added(r_RK, pl_module.device), seed_R, G)
 
     def _rewarded(
         self, data: Any, generated: Generated, right_RA: Tensor, entries: list[Any]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from descant.datamodules.base import BatchDataset, Rows
-from descant.datamodules.corpora.base import ImageViews, run_ledger
+from descant.datamodules.corpora.base import ImageViews, name_hash, run_ledger
 from descant.datamodules.corpora.emoji_pack import DEVELOPMENT_VENDOR, PACK, VENDORS, Pack, load_pack
 from descant.datamodules.names import require_known
 from descant.datamodules.tasks.dialogues import ANSWER, Columns, Dialogues, DialogueSet, in_split
@@ -168,13 +168,14 @@ class Questions(ImageViews, Dialogues):
         text: the tokenizer of a pretrained language model, whose chat template writes the dialogues; by default the
             pack's own.
         augment: of training images, on the device.
+        share: of the training concepts, chosen by a hash, that training asks about; the others are wrong options alone.
         folder: of the pack.
         sealed: the lock-box is held out in place of the test set, as in Emoji: ``concept`` has its concepts, ``vendor``
             EmojiOne's drawings. ``problems`` and ``counts`` stay those of training concepts and vendors.
         kwargs: of every data module.
 
     Raises:
-        ValueError: for an unknown kind or vendor, or a size that is too small for counts.
+        ValueError: for an unknown kind or vendor, a size that is too small for counts, or a share outside (0, 1].
 
     >>> data = Questions(tiny=True, batch_size=8)
     >>> batch = next(iter(data.train_dataloader()))
@@ -197,6 +198,7 @@ class Questions(ImageViews, Dialogues):
         vendors: list[str] | None = None,
         text: Tokenizer | None = None,
         augment: Augment | None = None,
+        share: float = 1.0,
         folder: str | None = None,
         sealed: bool = False,
         **kwargs: Any,
@@ -216,7 +218,9 @@ class Questions(ImageViews, Dialogues):
             raise ValueError(f"{'kinds' if not self.kinds else 'vendors'}: none; such as {self.every[0]}")
         if not GRID * 8 <= size <= 64 or size % GRID:
             raise ValueError(f"size {size}: a multiple of {GRID} from {GRID * 8} to 63")
-        self.letters, self.think, self.text, self.sealed = letters, think, text, sealed
+        if not 0 < share <= 1:
+            raise ValueError(f"share {share:g}: of the training concepts, above 0 and at most 1, such as 0.2")
+        self.letters, self.think, self.text, self.share, self.sealed = letters, think, text, share, sealed
         self.set_views(size, augment or Augment(size))
         self.folder = PACK if folder is None else Path(folder)
 
@@ -310,10 +314,19 @@ class Questions(ImageViews, Dialogues):
         return of(self, problems, numbers, self._concepts(unseen, numbers), **options)
 
     def training_set(self) -> QuestionSet:
-        return self._set("train", False, self.vendors, random=True)
+        return self._asked(self._set("train", False, self.vendors, random=True))
 
     def bank_set(self) -> QuestionSet:
-        return self._set("train", False, self.vendors)
+        return self._asked(self._set("train", False, self.vendors))
+
+    def _asked(self, questions: QuestionSet) -> QuestionSet:
+        """The set with questions about ``share`` of its concepts alone."""
+        if self.share < 1:
+            asked_C = np.array([name_hash(f"asked/{row['hexcode']}") < self.share * 2**64 for row in self.pack.rows])
+            questions.problems = questions.problems.where(asked_C[questions.problems.concept_N])
+            if not len(questions):
+                raise ValueError(f"share {self.share:g}: no training concept is in it, of {len(self.pack)}")
+        return questions
 
     def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
         if stage == "validate":
@@ -410,4 +423,4 @@ class QuestionPairs(Questions):
     """
 
     def training_set(self) -> QuestionSet:
-        return self._set("train", False, self.vendors, of=PairSet, random=True)
+        return self._asked(self._set("train", False, self.vendors, of=PairSet, random=True))

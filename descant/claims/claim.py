@@ -126,6 +126,7 @@ class Claim:
 
     Attributes:
         seed: number of its paper. before: a run that is trained once a seed, from which all arms of the seed begin.
+            before_seed: of one such run for all seeds, such as one teacher; intervals are then given that run.
         also: further conditions. secondary: metrics that are reported. calls: a counter that has to be equal in the
             method and in the sham. equal: key of the budget in ``metrics.json``. digest: of all that its runs are made
             of and of the rule. alone: arms that are shown by the metrics of their conditions and no others. note: what
@@ -161,6 +162,7 @@ class Claim:
     least: float | None = None
     signal: Condition | None = None
     lockbox: Mapping[str, Any] = field(default_factory=dict)
+    before_seed: int | None = None
 
     def metrics(self) -> list[str]:
         """All metrics that are reported, the first one first."""

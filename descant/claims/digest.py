@@ -33,6 +33,8 @@ def digest(claim: Mapping[str, Any], contents: Contents, renamed: Mapping[str, s
     form["arms"] = {name: composed(experiment, arm or {}, contents) for name, arm in claim["arms"].items()}
     if claim.get("before") is not None:
         form["before"] = composed(claim["before"]["experiment"], claim["before"], contents)
+        if "seed" in claim["before"]:
+            form["before"]["seed"] = claim["before"]["seed"]
     return hashlib.sha256(json.dumps(_plain(form, oldest), default=str).encode()).hexdigest()[:16]
 
 

@@ -60,7 +60,7 @@ def _of(
 def _part(name: str, place: Place, arms: Sequence[str], seeds: Sequence[int], each: float | None) -> Part:
     missing = len(place.missing(arms, seeds))
     minutes = 0.0 if not missing else None if each is None else missing * each
-    return Part(name, len(place.all(arms)) * len(seeds), missing, minutes)
+    return Part(name, len(place.every(arms, seeds)), missing, minutes)
 
 
 def minutes_a_run(claim: Claim, results: Path) -> float | None:

@@ -48,6 +48,10 @@ class Place:
         """Name of the runs of an arm in that folder."""
         return arm if self.home(arm) == self.folder else "run"
 
+    def seed(self, arm: str, seed: int) -> int:
+        """The seed of a run of an arm: that of the claim's seed, or the one that ``before`` has for all."""
+        return self.claim.before_seed if arm == BEFORE and self.claim.before_seed is not None else seed
+
     @property
     def seconds(self) -> float:
         """Wall time of all the commands that made these runs."""
@@ -68,7 +72,7 @@ class Place:
         return folder
 
     def _finished(self, arm: str, seed: int) -> Path | None:
-        steps = self.claim.steps(arm, self.budget)
+        steps, seed = self.claim.steps(arm, self.budget), self.seed(arm, seed)
         own = self.name(arm)
         for name in (f"{own}-{seed}", own):  # a local process, or a job of an array
             for folder in reversed(folders.runs_of(self.home(arm), name)):
@@ -84,7 +88,12 @@ class Place:
 
     def missing(self, arms: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
         """Missing runs, seed by seed, first those from which others begin."""
-        return [(arm, seed) for seed in seeds for arm in self.all(arms) if self.finished(arm, seed) is None]
+        return [(arm, seed) for arm, seed in self.every(arms, seeds) if self.finished(arm, seed) is None]
+
+    def every(self, arms: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
+        """All runs of these arms and seeds, in the order of :meth:`missing`."""
+        runs = ((arm, self.seed(arm, seed)) for seed in seeds for arm in self.all(arms))
+        return list(dict.fromkeys(runs))
 
     def all(self, arms: Sequence[str]) -> list[str]:
         """The arms, after the run ``before`` and the arms from which they begin."""
@@ -98,11 +107,11 @@ class Place:
         if arm == BEFORE:
             return False
         needs = {BEFORE, *self.claim.arms[arm].needs()}
-        return any(seed == other_seed and other in needs for other, other_seed in unfinished)
+        return any(other_seed == self.seed(other, seed) and other in needs for other, other_seed in unfinished)
 
     def of(self, arm: str, seed: int) -> Path:
         """Folder of the run of an arm, or of ``before``, from which others of its seed begin."""
-        home, name = self.home(arm), self.name(arm)
+        home, name, seed = self.home(arm), self.name(arm), self.seed(arm, seed)
         local = home / f"{name}-{seed}"
         array = (f for f in reversed(folders.runs_of(home, name)) if _seed(f) == seed)
         return local if folders.runs_of(home, local.name) else next(array, local)
@@ -124,7 +133,7 @@ class Place:
             for seed in seeds:
                 metrics = self.finished(arm, seed)
                 if metrics is None:
-                    made = folders.runs_of(self.home(arm), f"{self.name(arm)}-{seed}")
+                    made = folders.runs_of(self.home(arm), f"{self.name(arm)}-{self.seed(arm, seed)}")
                     has = _metrics(made[-1]) if made else {}
                     lacks = [m for m in self.claim.needed(arm) if m not in has]
                     what = f"it has no metric {lacks[0]}" if lacks else "it was not tested"
@@ -142,7 +151,7 @@ def run(place: Place, arms: Sequence[str], seeds: Sequence[int], jobs: int) -> i
         Refusal: with the last line of its log, for the first run that fails; those beside it end first.
     """
     todo = place.missing(arms, seeds)
-    total = len(place.all(arms)) * len(seeds)
+    total = len(place.every(arms, seeds))
     say(f"claims {place.claim.name}: {total} runs, {total - len(todo)} done, {jobs} at a time")
     for folder in {place.folder, *(place.home(arm) for arm, _ in todo)}:
         folder.mkdir(parents=True, exist_ok=True)

@@ -79,7 +79,7 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
     for name in ARMS:
         if name not in arms:
             fail(f"{where}: arms: no {name!r}; every claim has {', '.join(ARMS)}")
-    before = _before(where, content, own, arms)
+    before, before_seed = _before(where, content, own, arms)
     metric = _metric(where, _mapping(where, content, "metric"))
     known = [*arms, *([BEFORE] if before is not None else [])]
     also = tuple(_condition(f"{where}: also[{n}]", c, known) for n, c in enumerate(content.get("also") or []))
@@ -117,6 +117,7 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
         experiment=str(content["experiment"]),
         arms=arms,
         before=before,
+        before_seed=before_seed,
         metric=metric,
         sham_margin=float(content.get("sham_margin", metric.margin / 2)),
         also=also,
@@ -161,16 +162,20 @@ def _arm(where: str, content: Mapping[str, Any], config: str) -> Arm:
     return arm
 
 
-def _before(where: str, content: Mapping[str, Any], own: str, arms: Iterable[str]) -> Arm | None:
+def _before(
+    where: str, content: Mapping[str, Any], own: str, arms: Iterable[str]
+) -> tuple[Arm | None, int | None]:
+    """The run from which arms begin, and its seed where it has one for all."""
     if content.get("before") is None:
-        return None
+        return None, None
     if BEFORE in arms:
         fail(f"{where}: arms.{BEFORE}: the name of the run before the arms")
     given = dict(_mapping(where, content, "before"))
     _need(f"{where}: before", given, ("experiment",))
-    experiment = str(given.pop("experiment"))
+    experiment, seed = str(given.pop("experiment")), given.pop("seed", None)
+    seed = None if seed is None else _whole(f"{where}: before.seed", seed)
     arm = _arm(f"{where}: before", given, f"{own}:{BEFORE}")
-    return Arm((experiment, *arm.configs), arm.options)
+    return Arm((experiment, *arm.configs), arm.options), seed
 
 
 def _tuning(where: str, content: Mapping[str, Any], arms: Mapping[str, Arm], metric: Metric) -> Tuning | None:

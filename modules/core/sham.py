@@ -77,6 +77,22 @@ class Sham(nn.Module):
         all_N = everyone(len(draw_N), draw_N.device)
         return x_N if self.mode is None else x_N[partners(draw_N, all_N, "sham").to(x_N.device)]
 
+    def within_groups(self, x_R: Tensor, draw_R: Tensor, size: int) -> Tensor:
+        """For groups of ``size`` rows that lie together, the same on all ranks: a random order within each group.
+
+        All orders are equally likely, so that a signal whose mean in a group is 0 has mean 0 for each row; a cycle,
+        where no row keeps its own, would have ``-x_r / (size - 1)``.
+
+        >>> Sham("permute").within_groups(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.arange(4), 2).tolist()
+        [2.0, 1.0, 4.0, 3.0]
+        """
+        self.calls += 1
+        if self.mode is None:
+            return x_R
+        turn_GS = torch.from_numpy(mix_N(draw_R, "sham")).view(-1, size)
+        first_G1 = torch.arange(0, len(draw_R), size)[:, None]
+        return x_R[(first_G1 + turn_GS.argsort(dim=1, stable=True)).flatten().to(x_R.device)]
+
     def permute_modalities(self, batch: Batch, modalities: Sequence[str]) -> Batch:
         """The batch with these modalities of every sample permuted together, or unchanged without a mode."""
         inputs, present = (

@@ -38,7 +38,15 @@ CLASSES = {
     **dict(Unsure="TeacherUncertainty", Votes="SoftVoting", Words="WordTokenizer", ZeroFill="ZeroImputer"),
 }
 #: Present class name -> old argument -> present one.
-ARGUMENTS: dict[str, dict[str, str]] = {"Stage": {"learns": "objective"}, "TextField": {"codec": "tokenizer"}}
+ARGUMENTS: dict[str, dict[str, str]] = {
+    "Masked": {"zeros": "fill"},
+    "Stage": {"learns": "objective"},
+    "TextField": {"codec": "tokenizer"},
+}
+#: Class and old argument -> old value -> present one, where the values of an argument changed with its name.
+VALUES: dict[tuple[str, str], dict[Any, Any]] = {
+    ("Masked", "zeros"): {True: "descant.modules.missing_modalities.imputation.ZeroImputer", False: None},
+}
 #: Old class name -> what there is in its place, of classes that were removed.
 GONE: dict[str, str] = {
     "EachMask": "one corruption for all modalities, such as UniformMask",
@@ -128,6 +136,7 @@ def rename_arguments(name: str, arguments: dict[str, Any], where: str = "") -> b
     rows = {old: new for old, new in ARGUMENTS.get(name.rpartition(".")[2], {}).items() if old in arguments}
     rows = {old: new for old, new in rows.items() if new not in arguments}
     for old, new in rows.items():
+        _renew_value(arguments, old, VALUES.get((name.rpartition(".")[2], old), {}))
         if where:
             notice(getattr(arguments[old], "where", where), f"{name.rpartition('.')[2]}.{old}", new)
     if rows:
@@ -135,6 +144,18 @@ def rename_arguments(name: str, arguments: dict[str, Any], where: str = "") -> b
         arguments.clear()
         arguments.update(items)
     return bool(rows)
+
+
+def _renew_value(arguments: dict[str, Any], key: str, values: dict[Any, Any]) -> None:
+    """Replace an old value by the present one; the value may be a node, which has it as its content."""
+    value = arguments[key]
+    old = getattr(value, "content", value)
+    if not isinstance(old, bool | int | float | str) or old not in values:
+        return
+    if value is old:
+        arguments[key] = values[old]
+    else:
+        value.content = values[old]
 
 
 def config(value: Any, where: str = "") -> Any:

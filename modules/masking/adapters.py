@@ -92,6 +92,11 @@ class Adapter(nn.Module):
         """T."""
         return math.prod(self.grid)
 
+    @property
+    def numbers(self) -> int:
+        """P."""
+        return 1
+
     def build(self, width: int, out: int) -> None:
         """Layers into D = ``width`` and out of E = ``out``; with ``out`` 0 no output layer."""
         self.modality_D = nn.Parameter(torch.randn(width) * 0.02)
@@ -174,7 +179,6 @@ class PatchAdapter(Adapter):
 
     @property
     def numbers(self) -> int:
-        """P."""
         return self.channels * math.prod(self.patch)
 
     def build(self, width: int, out: int) -> None:

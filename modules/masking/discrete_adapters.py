@@ -39,6 +39,10 @@ class CategoryAdapter(Adapter):
         self.cut = PatchAdapter(size, patch, channels=1)
         self.grid, self.classes, self.embedding = self.cut.grid, classes, embedding
 
+    @property
+    def numbers(self) -> int:
+        return self.cut.numbers
+
     def build(self, width: int, out: int) -> None:
         super().build(width, out)
         self.table = nn.Embedding(self.classes + 1, self.embedding, padding_idx=self.classes)

@@ -50,6 +50,9 @@ class MeanImputer(Imputer):
     Sums are float64 and updated in train mode, each step before the mean is used. Where the features train too, the
     mean is over all of their past values.
 
+    Raises:
+        ValueError: in forward, for ids, which have no mean.
+
     >>> imputer, here_B = MeanImputer().build({"text": 1}, []), torch.tensor([True, True, False])
     >>> imputer(torch.tensor([[1.0], [3.0], [0.0]]), "text", {"text": here_B}, ~here_B).tolist()
     [[1.0], [3.0], [2.0]]
@@ -62,6 +65,8 @@ class MeanImputer(Imputer):
         return self
 
     def forward(self, h_BD: Tensor, modality: str, has: Mapping[str, Tensor], lacks_B: Tensor) -> Tensor:
+        if not h_BD.is_floating_point():
+            raise ValueError(f"MeanImputer: {modality} has ids ({h_BD.dtype}), which have no mean; nearest: ZeroImputer")
         sum_D1 = cast(Tensor, getattr(self, f"sum_{modality}"))
         if self.training:
             self._count(h_BD.detach(), has[modality], sum_D1)

@@ -15,6 +15,7 @@ from descant.modules.core.protocols import ReconstructionOutput
 from descant.modules.masking.adapters import Adapters
 from descant.modules.masking.corruptions import Corruption, corrupted
 from descant.modules.masking.decoders import At, Decoder, Encoded
+from descant.modules.missing_modalities.imputation import Imputer
 from descant.modules.towers.vit import Layout
 from descant.recipes.base.recipe import Recipe
 
@@ -28,7 +29,7 @@ class MaskedRecipe(Recipe):
     grids: dict[str, tuple[int, ...]]
     embeds: list[tuple[str, ...]]
     pool_global: bool
-    zeros: bool
+    fill: Imputer | None
 
     #: An embedding of several modalities is another than those of each: what is absent changes it.
     joint_embedding = True
@@ -42,8 +43,10 @@ class MaskedRecipe(Recipe):
         for m, adapter in self.adapters.each().items():
             raw[m], real_BT = adapter.raw(batch.inputs[m])
             real[m] = derived(_of_present, real_BT, batch.present[m])
-            if self.zeros:
-                raw[m], real[m] = raw[m].masked_fill(~real[m][..., None], 0), derived(torch.ones_like, real[m])
+            if self.fill is not None:
+                x_BTP, lacks_B = raw[m].masked_fill(~real[m][..., None], 0), ~batch.present[m]
+                raw[m] = self.fill(x_BTP.flatten(1), m, batch.present, lacks_B).view_as(x_BTP)
+                real[m] = derived(torch.ones_like, real[m])
         return raw, real
 
     def encode(self, raw: dict[str, Tensor], visible: dict[str, Tensor]) -> Encoded:

@@ -22,6 +22,7 @@ from descant.modules.masking.budget import TokenBudget
 from descant.modules.masking.corruptions import Corruption, Grid, Masks, UniformMask
 from descant.modules.masking.decoders import CrossDecoder, Decoder, JointDecoder
 from descant.modules.masking.discrete_adapters import CategoryAdapter, TableAdapter, TokenAdapter
+from descant.modules.missing_modalities.imputation import MeanImputer, ZeroImputer
 from descant.modules.towers.vit import Trunk
 from descant.modules.training_setup.compile_and_shard import Shard
 from descant.recipes import Masked
@@ -202,7 +203,7 @@ def test_embeddings_alone_and_together() -> None:
 
 
 def test_zeros_in_place_of_what_is_absent_are_seen_and_not_asked_for() -> None:
-    model, b = recipe(zeros=True), batch()
+    model, b = recipe(fill=ZeroImputer()), batch()
     raw, real = model.raw(b)
     assert all(mask.all() for mask in real.values()) and not raw["image"][~b.present["image"]].any()
     terms = model.terms(b)
