@@ -259,6 +259,7 @@ def test_scored_code_must_run_as_often_in_the_sham(made: Callable[..., Claim]) -
         ({"also": [{"metric": "a", "arm": "sham", "minus": "val/b", "at_least": 0}]}, "val/b: a claim is judged by"),
         ({"before": {"configs": []}}, "before: experiment is missing"),
         ({"before": {"experiment": "toy.yml"}}, "toy.yml: no such file"),
+        ({"before": {"experiment": "toy.yaml", "seed": "one"}}, "before.seed 'one': a whole number is expected"),
         ({"budget": {"equal": "flops"}}, "budget.equal flops; known: samples, seconds, steps"),
         ({"oracle": "sham"}, "oracle: no arm 'sham' beside baseline, method, sham"),
         ({"status": "maybe"}, r"status maybe: gate \(must pass\) or report"),
@@ -361,6 +362,22 @@ def test_arms_begin_from_the_run_of_their_seed(made: Callable[..., Claim], workp
     assert place.finished("before", 1) is None  # not tested yet
     (folder / "metrics.json").write_text('{"test/gap": 1, "steps": 8}')
     assert place.missing(["method"], [1]) == [("method", 1)]
+
+
+def test_one_run_before_serves_all_seeds(made: Callable[..., Claim], workplace: Path) -> None:
+    saved = {"class_path": "SavedTower", "init_args": {"path": "BEFORE"}}
+    arms = CONTENT["arms"] | {"method": {"options": {"model.image": saved}}}
+    claim = made(before={"experiment": "toy.yaml", "seed": 7}, arms=arms)
+    assert claim.digest != made(before={"experiment": "toy.yaml"}, arms=arms).digest
+    place = run.Place(claim, "full", workplace / "runs")
+    runs = [("before", 7), ("method", 0), ("method", 1)]
+    assert place.missing(["method"], [0, 1]) == place.every(["method"], [0, 1]) == runs
+    assert place.waits("method", 1, [("before", 7)]) and not place.waits("method", 1, [("method", 0)])
+    assert f"{place.folder}/before-7" in next(w for w in run.command(place, "method", 1) if w.startswith("--model.image"))
+    folder = place.folder / "before-7/001"
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text('{"test/gap": 1, "steps": 8}')
+    assert place.missing(["method"], [0, 1]) == runs[1:] and place.finished("before", 1) == {"test/gap": 1, "steps": 8}
 
 
 def test_arms_begin_from_the_runs_of_others(made: Callable[..., Claim], workplace: Path) -> None:

@@ -213,6 +213,24 @@ def test_zeros_in_place_of_what_is_absent_are_seen_and_not_asked_for() -> None:
     torch.testing.assert_close(terms["mask/text"].value[3], without[3], **rounding(64, F32))  # one that has all
 
 
+def test_the_mean_input_in_place_of_what_is_absent() -> None:
+    def images(**options: Any) -> Masked:
+        return Masked(Adapters(image=PatchAdapter([8, 8], 2)), Trunk(16, depth=1, heads=2), **options)
+
+    model, b = images(fill=MeanImputer()), batch()
+    there_B, x = b.present["image"], b.inputs["image"]
+    for _ in range(2):  # the mean is over both, of the same samples
+        raw, real = model.raw(b)
+    own_BTP = images().raw(b)[0]["image"]
+    assert real["image"].all() and torch.equal(raw["image"][there_B], own_BTP[there_B])
+    torch.testing.assert_close(raw["image"][1], own_BTP[there_B].mean(dim=0), **rounding(16, F32))
+    saved, other = model.state_dict(), images(fill=MeanImputer())
+    other.load_state_dict(saved)
+    assert torch.equal(other.eval().raw(b)[0]["image"], raw["image"]) and x[1].isnan().all()
+    with pytest.raises(ValueError, match=r"MeanImputer: palette has ids \(torch.int64\), which have no mean"):
+        recipe(fill=MeanImputer()).raw(b)
+
+
 def test_the_control_tears_the_first_modality_from_the_others_in_training_alone() -> None:
     method, control, b = recipe(), recipe(sham="permute"), batch()
     turned = control.sham.permute_modalities(b, control.modalities[1:])

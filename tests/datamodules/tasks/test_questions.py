@@ -119,6 +119,34 @@ def test_the_lock_box_is_in_no_training_set(data: Questions, kind: type[Question
     assert not any(row["fluent"] == known[row["hexcode"]]["fluent"] for row in rows if row["hexcode"] in known)
 
 
+@pytest.mark.parametrize("kind", [Questions, QuestionPairs, QuestionRollouts, Descriptions])
+def test_training_may_ask_about_a_share_of_its_concepts(data: Questions, kind: type[Questions]) -> None:
+    some, more, all_ = (kind(tiny=True, batch_size=8, share=share) for share in (0.2, 0.5, 1.0))
+
+    def concepts(module: Questions) -> set[int]:
+        return {int(c) for c in module.bank_set().problems.concept_N}
+
+    assert 0 < len(concepts(some)) < len(concepts(more)) < len(concepts(all_))
+    assert concepts(some) < concepts(more), "a larger share has the smaller one"
+    for stage in ("validate", "test"):
+        for name, questions in some.evaluation_sets(stage).items():
+            assert len(questions) == len(all_.evaluation_sets(stage)[name]), (stage, name)
+    assert some._set("train", False, some.vendors).pool.tolist() == all_._set("train", False, all_.vendors).pool.tolist()
+
+
+def test_shuffled_captions_are_those_of_other_training_concepts(data: Questions) -> None:
+    own, shuffled = (Descriptions(tiny=True, batch_size=8, shuffle_captions=on) for on in (False, True))
+    other_C, seen = shuffled.other_C, np.flatnonzero(~shuffled.unseen_C)
+    assert sorted(other_C[seen]) == seen.tolist() and (other_C[seen] != seen).all()
+    batches = [whole(module.training_set()) for module in (own, shuffled)]
+    for name in ("image", "text", "loss_mask"):
+        assert torch.equal(batches[0].inputs[name], batches[1].inputs[name]) == (name == "image")
+    for row, concept in enumerate(shuffled.training_set().problems.concept_N[:50].tolist()):
+        said = worded(shuffled, batches[1], row)[1].replace(" ", "")
+        assert said.startswith(shuffled.pack.names[other_C[concept]].replace(" ", ""))
+    assert torch.equal(whole(own.bank_set()).inputs["text"], whole(shuffled.bank_set()).inputs["text"])
+
+
 def test_vendors_and_places_vary_between_visits_and_problems_do_not(data: Questions) -> None:
     rows = data.training_set()
     one, two = whole(rows), whole(rows, epoch=1)

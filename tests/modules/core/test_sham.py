@@ -77,6 +77,19 @@ def test_hard_negatives_of_others() -> None:
         Negatives(pair=("text", "text"))
 
 
+def test_within_groups_all_orders_are_alike() -> None:
+    """So that a signal whose mean in each group is 0 has mean 0 for each row; and no row leaves its group."""
+    x_R, draws = torch.tensor([-1.0, 0.0, 1.0, 10.0, 20.0, 30.0]), 6000
+    method, control = Sham(), Sham("permute")
+    found = torch.stack([control.within_groups(x_R, torch.arange(6) + 6 * n, 3) for n in range(draws)])
+    assert torch.equal(method.within_groups(x_R, torch.arange(6), 3), x_R) and method.calls == 1
+    assert torch.equal(found.view(draws, 2, 3).sort(dim=2).values, x_R.view(1, 2, 3).expand(draws, -1, -1))
+    # six orders of three rows, each within five standard errors of a sixth
+    for group in found.view(draws, 2, 3).unbind(dim=1):
+        counts = group.unique(dim=0, return_counts=True)[1]
+        assert len(counts) == 6 and ((counts - draws / 6).abs() < 5 * (draws * 5 / 36) ** 0.5).all(), counts
+
+
 def on_a_rank(rank: int, world: int) -> tuple[Tensor, Tensor]:
     dist.init_process_group("gloo")
     values, grads = found(slice(rank, None, world))

@@ -75,6 +75,15 @@ def test_a_plain_configuration(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert not capsys.readouterr().err, "each old name is noticed once a run"
 
 
+def test_a_value_that_changed_with_its_argument(capsys: pytest.CaptureFixture[str]) -> None:
+    renamed.forget()
+    zeros = "descant.modules.missing_modalities.imputation.ZeroImputer"
+    for old, new in ((True, zeros), (False, None), ("other", "other")):
+        made = renamed.config({"class_path": "Masked", "init_args": {"zeros": old}}, "config.yaml")
+        assert made == {"class_path": "Masked", "init_args": {"fill": new}}
+    assert capsys.readouterr().err == "descant: config.yaml: Masked.zeros is now fill\n"
+
+
 @pytest.mark.parametrize("rank", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
 def test_only_rank_0_notices(rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv(rank, "1")
