@@ -44,6 +44,7 @@ BENCHMARKS = {
     "claims": "benchmarks.claims:claims",
     "front": "benchmarks.front:front",
     "stamps": "benchmarks.stamps:stamps",
+    "selection": "benchmarks.selection:selection",
 }
 
 

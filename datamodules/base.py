@@ -8,8 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,113 +18,16 @@ import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from descant.datamodules.batch_dataset import BatchDataset as BatchDataset
+from descant.datamodules.batch_dataset import NumberedDataset as NumberedDataset
+from descant.datamodules.batch_dataset import Rows as Rows
 from descant.datamodules.changes import Corpus, DataPolicy, pack, require
-from descant.datamodules.resumable_sampler import Order, Slot, Window
-from descant.modules.core.batch import Batch
-from descant.modules.core.rng import global_seed, mix_N, uniform_N
+from descant.datamodules.resumable_sampler import Order
+from descant.datamodules.selected import SelectedSet, id_corpus, positions_of, read_ids
+from descant.modules.core.rng import global_seed
 from descant.modules.tokenizers.text import Tokenizer
-
-
-class BatchDataset(Dataset[Batch]):
-    """A data set that is read a window at a time: one call makes the whole :class:`Batch`.
-
-    A subclass implements ``rows(index_B, draw_B)``, and ``modalities`` or ``present(index_N)``. Windows, not samples,
-    are read, so that an in-memory set needs one indexing operation a modality.
-
-    Args:
-        seed: of everything random about a sample; with (epoch, index) it makes the sample's ``rng_seed``.
-        drop: modality -> probability that a present sample is made absent.
-    """
-
-    #: Of the samples, where ``present`` is not overridden.
-    modalities: Sequence[str]
-    #: False for a stream, which can only be read in its own order: its indices are mere positions of an epoch.
-    by_position = True
-
-    def __init__(self, seed: int, drop: Mapping[str, float] | None = None) -> None:
-        self.seed = seed
-        self.drop = dict(drop or {})
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
-        """The content of some samples; all randomness is a function of ``draw_B``."""
-        raise NotImplementedError
-
-    def visit(self, slots: Sequence[Slot], draw_B: np.ndarray) -> Rows:
-        """``rows`` of some slots; overridden by sets whose rows depend on the epoch."""
-        return self.rows(np.array([s.sample for s in slots]), draw_B)
-
-    def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
-        """Modality -> bool ``[N]``: which modalities these samples have, without reading them; by default all."""
-        return {modality: torch.ones(len(index_N), dtype=torch.bool) for modality in self.modalities}
-
-    def identity(self, index_B: np.ndarray) -> np.ndarray:
-        """Stable global ids of some rows: a sample has the same id in every set."""
-        return index_B
-
-    def draws(self, slots: Sequence[Slot]) -> np.ndarray:
-        """``mix(seed, "sample", epoch, sample)`` of each slot."""
-        epoch_N, sample_N = (np.array(column, dtype=np.uint64) for column in list(zip(*slots, strict=True))[:2])
-        return mix_N(np.array([self.seed]), "sample", epoch_N, sample_N)
-
-    def presence(self, slots: Sequence[Slot], draw_N: np.ndarray) -> dict[str, Tensor]:
-        """``present`` without dropped and padding samples: a pure function of (seed, epoch, index)."""
-        real_N = torch.tensor([s.real for s in slots])
-        present = self.present(np.array([s.sample for s in slots]))
-        for modality, probability in self.drop.items():
-            present[modality] = present[modality] & (uniform_N(draw_N, f"drop/{modality}") >= probability)
-        return {modality: mask_N & real_N for modality, mask_N in present.items()}
-
-    def __getitem__(self, window: Window) -> Batch:
-        step = self.presence(window.step, self.draws(window.step))
-        draw_B = self.draws(window.slots)
-        index_B = np.array([s.sample for s in window.slots])
-        rows = self.visit(window.slots, draw_B)
-        present = self.presence(window.slots, draw_B)
-        return Batch(
-            inputs=rows.inputs,
-            present={m: mask_B & rows.readable[m] if m in rows.readable else mask_B for m, mask_B in present.items()},
-            targets=rows.targets,
-            index=torch.from_numpy(self.identity(index_B if rows.index is None else rows.index)),
-            content_id=rows.key,
-            rng_seed=torch.from_numpy(draw_B),
-            step=step,
-        )
-
-    def arrived(self, batch: Batch) -> None:
-        """Called with each batch that a loader returns, in the main process, which shares no state with workers."""
-
-
-class NumberedDataset(BatchDataset):
-    """A data set of samples with the stable global ids ``id_N``."""
-
-    id_N: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.id_N)
-
-    def identity(self, index_B: np.ndarray) -> np.ndarray:
-        return self.id_N[index_B]
-
-
-@dataclass
-class Rows:
-    """Content of some samples: inputs and targets ``[B, ...]``, and their content keys ``[B]``.
-
-    ``index``: the samples that were read, where unreadable ones were replaced by others. ``readable``: modality ->
-    bool ``[B]``, where some could not be read and are not replaced; the counts of the whole step, which are known
-    before reading, do not include this: for evaluation only, which divides by no counts.
-    """
-
-    inputs: dict[str, Tensor]
-    targets: dict[str, Tensor]
-    key: Tensor
-    index: np.ndarray | None = None
-    readable: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Loader(DataLoader[Any]):
@@ -205,6 +107,8 @@ class DataModule(L.LightningDataModule):
         drop: modality -> probability that a training sample is made absent.
         tiny: small synthetic data of the same shapes, or a part of the corpus, for tests and for `check`; nothing is
             fetched.
+        selected: a parquet file whose column ``index`` has the ids of the training samples to take, such as
+            `descant data select` writes; all where not given.
     """
 
     def __init__(
@@ -214,12 +118,13 @@ class DataModule(L.LightningDataModule):
         num_workers: int = 0,
         drop: dict[str, float] | None = None,
         tiny: bool = False,
+        selected: str | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 2:
             raise ValueError(f"batch_size {batch_size}: contrast and batch statistics need at least 2")
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
-        self.drop, self.tiny = drop or {}, tiny
+        self.drop, self.tiny, self.selected = drop or {}, tiny, None if selected is None else Path(selected)
         self.position = (0, 0)  # (epoch, micro-batch) to start from; a resumed run sets it before the loader is made
         for modality, probability in self.drop.items():
             if modality not in self.modalities:
@@ -241,6 +146,16 @@ class DataModule(L.LightningDataModule):
 
     def training_set(self) -> BatchDataset:
         raise NotImplementedError
+
+    @cached_property
+    def selected_ids(self) -> np.ndarray | None:
+        """Ids of the training samples to take; None: of all."""
+        return None if self.selected is None else read_ids(self.selected)
+
+    def selected_set(self) -> BatchDataset:
+        """The training samples that are taken."""
+        data, id_N = self.training_set(), self.selected_ids
+        return data if id_N is None else SelectedSet(data, positions_of(data, id_N, str(self.selected)))
 
     def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
         """Name -> set, for ``stage`` "validate" or "test". Metrics are logged as NAME/METRIC."""
@@ -296,7 +211,8 @@ class DataModule(L.LightningDataModule):
 
     @cached_property
     def known_corpora(self) -> dict[str, Corpus]:
-        return self.corpora()
+        id_N = self.selected_ids
+        return self.corpora() | ({} if id_N is None else {"ids": id_corpus(id_N, str(self.selected))})
 
     def state_dict(self) -> dict[str, Any]:
         if not self.known_corpora:
@@ -349,7 +265,7 @@ class DataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         rank, world, accumulate = self._world()
-        data = self.training_set()
+        data = self.selected_set()
         epoch, first = self.position
         order = self.order(data, rank=rank, world=world, accumulate=accumulate, epoch=epoch, first=first)
         return self._loader(data, order)

@@ -121,7 +121,7 @@ class Mixture(CompositeDataModule):
     def training_set(self) -> MixtureSet:
         sets = {}
         for name in self._trained:
-            data = self.parts[name].training_set()
+            data = self.parts[name].selected_set()
             if not data.by_position:
                 raise ValueError(
                     f"part {name!r} is a stream, and a mixture reads by position: use shards on disk, "

@@ -231,7 +231,7 @@ class StagedData(CompositeDataModule):
         cut = {"rank": rank, "world": world, "accumulate": accumulate}
         if not self._facts:  # of all stages, so that errors of later ones are raised before the first step
             for name, stage in self.stages.items():
-                data = stage.data.training_set()
+                data = stage.data.selected_set()
                 if not data.by_position:
                     raise ValueError(f"stage {name!r}: a stream cannot continue where it stopped; use shards on disk")
                 order = stage.data.order(data, **cut)
@@ -242,7 +242,7 @@ class StagedData(CompositeDataModule):
                 self.steps[name] = stage.epochs * (self._lengths[name] or len(order) // accumulate)
         name, (epoch, first) = self.stage, self.position
         stage = self.stages[name]
-        data = stage.data.training_set()
+        data = stage.data.selected_set()
         self.batch_size = stage.data.batch_size
         order = stage.data.order(data, **cut)
         return stage.data._loader(data, StagedOrder(order, self._lengths[name], self.since, self._facts, epoch, first))

@@ -33,7 +33,7 @@ class Descriptions(Questions):
     concept. Sets are those of Questions: its test concepts are in no training caption.
 
     Args:
-        shuffle_captions: a control: training images get the captions of other training concepts, by a fixed permutation.
+        shuffle_captions: a control: training images get captions of other training concepts, by a fixed permutation.
         kwargs: as of Questions, without ``kinds`` and ``think``.
 
     Raises:
@@ -51,7 +51,9 @@ class Descriptions(Questions):
     @cached_property
     def other_C(self) -> np.ndarray:
         """The concept whose caption each training concept has as a control: the next one in the order of a hash."""
-        order = sorted(np.flatnonzero(~self.unseen_C), key=lambda c: name_hash(f"shuffled/{self.pack.rows[c]['hexcode']}"))
+        order = sorted(
+            np.flatnonzero(~self.unseen_C), key=lambda c: name_hash(f"shuffled/{self.pack.rows[c]['hexcode']}")
+        )
         other_C = np.arange(len(self.pack))
         other_C[order] = np.roll(order, -1)
         return other_C

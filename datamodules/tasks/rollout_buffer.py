@@ -15,6 +15,7 @@ from torch import Tensor
 
 from descant.datamodules.base import BatchDataset, Rows
 from descant.datamodules.resumable_sampler import Window
+from descant.datamodules.selected import positions_of
 from descant.datamodules.tasks.dialogues import Columns, Dialogues, DialogueSet
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import mix_N
@@ -46,7 +47,13 @@ class PooledDialogues(Dialogues):
 
     @cached_property
     def training_problems(self) -> DialogueSet:
-        return cast(DialogueSet, super().training_set())
+        data = cast(DialogueSet, super().training_set())
+        if self.selected_ids is not None:
+            data.problems = data.problems.where(positions_of(data, self.selected_ids, str(self.selected)))
+        return data
+
+    def selected_set(self) -> BatchDataset:
+        return self.training_set()  # its problems are of the selected ones
 
     @property
     def pool(self) -> Any:

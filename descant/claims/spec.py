@@ -162,9 +162,7 @@ def _arm(where: str, content: Mapping[str, Any], config: str) -> Arm:
     return arm
 
 
-def _before(
-    where: str, content: Mapping[str, Any], own: str, arms: Iterable[str]
-) -> tuple[Arm | None, int | None]:
+def _before(where: str, content: Mapping[str, Any], own: str, arms: Iterable[str]) -> tuple[Arm | None, int | None]:
     """The run from which arms begin, and its seed where it has one for all."""
     if content.get("before") is None:
         return None, None

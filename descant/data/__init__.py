@@ -1,4 +1,4 @@
-"""``descant data make|look``: shards from a folder of your own files, and statistics of a data set."""
+"""``descant data make|look|select``: shards of your own files, statistics of a data set, and its best rows."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from descant.cli.errors import fail, hint, one_line
 from descant.cli.options import Options
 
 _TOP = """\
-descant data: make shards from your own files, or show statistics of a data set
+descant data: make shards from your own files, show statistics of a data set, or select some of its rows
 
 usage: descant data make FOLDER --out DIR [options]
        descant data look WHAT [options]
+       descant data select --run RUN --score NAME --out FILE [options]
 
   make  WebDataset shards from a folder of images (or recordings) with captions, verified byte by byte
   look  counts, missing modalities, captions, duplicates across splits, and a contact sheet of images
+  select  ids of the training samples that score highest, or by quotas of groups; --data.selected FILE trains on them
 
-Options: descant data make --help, descant data look --help."""
+Options: descant data make --help, descant data look --help, descant data select --help."""
 
 
 def main(args: Sequence[str]) -> int:
@@ -26,7 +28,7 @@ def main(args: Sequence[str]) -> int:
     if not args or args[0] in ("--help", "-h"):
         print(_TOP)
         return 0
-    commands = {"make": _make, "look": _look}
+    commands = {"make": _make, "look": _look, "select": _select}
     if args[0] not in commands:
         fail(f"data {args[0]}: no such command{hint(args[0], commands)}")
     try:
@@ -93,6 +95,39 @@ def _look(args: Sequence[str]) -> int:
     from descant.data.look import look
 
     look(options=data, **vars(options))
+    return 0
+
+
+def _select(args: Sequence[str]) -> int:
+    parser = Options(
+        "descant data select",
+        description="Ids of the rows that score highest, or by equal quotas over scores and groups, from a table with "
+        "a column index. A score is a column of numbers, or image,text: the cosine of two embeddings. Rows of equal "
+        "scores are taken by the seed, not by their order.",
+        epilog="examples: descant predict --run clip/001 --sets train; descant data select --run clip/001 "
+        "--score image,text --share 0.5 --out ids.parquet; descant fit --config contrastive/emoji "
+        "--data.selected ids.parquet",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--run", metavar="RUN", help="a run, such as NAME/002, whose training samples `descant predict` embedded"
+    )
+    source.add_argument("--table", metavar="FILE", type=Path, help="a parquet file with index and scores")
+    score_help = "column, or two modalities; several with --quota, of which ScoreFilter takes the mean"
+    parser.add_argument("--score", dest="scores", metavar="NAME", action="append", required=True, help=score_help)
+    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="new parquet file of ids")
+    parser.add_argument("--share", metavar="SHARE", type=float, default=1.0, help="of all rows, or of their cost (1)")
+    parser.add_argument("--least", metavar="SCORE", type=float, help="lowest score that is taken")
+    parser.add_argument("--quota", action="store_true", help="equal quotas over scores and groups, not the best of all")
+    parser.add_argument("--group", metavar="COLUMN", help="column of groups, such as styles")
+    parser.add_argument("--cost", metavar="COLUMN", help="column of costs, such as tokens; 1 a row by default")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed by which rows of equal scores go (0)")
+    parser.add_argument("--sham", action="store_true", help="the control: scores permuted within groups")
+    parser.add_argument("--runs", metavar="DIR", type=Path, default=Path("runs"), help="folder of the runs (runs)")
+    options = parser.parse_args(list(args))
+    from descant.data.select import select
+
+    print(select(**vars(options)))
     return 0
 
 

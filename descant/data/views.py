@@ -142,7 +142,7 @@ class ModuleView(View):
 
     def __init__(self, data: DataModule, title: str) -> None:
         self.data, self.title, self.tokenizer, self.fields = data, title, data.tokenizer, {}
-        sets: dict[str, BatchDataset] = {"train": data.training_set()}
+        sets: dict[str, BatchDataset] = {"train": data.selected_set()}
         if not sets["train"].by_position:
             raise ValueError(f"{title}: a stream has no samples by position; give its shards instead")
         for stage in ("validate", "test"):

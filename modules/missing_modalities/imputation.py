@@ -66,7 +66,9 @@ class MeanImputer(Imputer):
 
     def forward(self, h_BD: Tensor, modality: str, has: Mapping[str, Tensor], lacks_B: Tensor) -> Tensor:
         if not h_BD.is_floating_point():
-            raise ValueError(f"MeanImputer: {modality} has ids ({h_BD.dtype}), which have no mean; nearest: ZeroImputer")
+            raise ValueError(
+                f"MeanImputer: {modality} has ids ({h_BD.dtype}), which have no mean; nearest: ZeroImputer"
+            )
         sum_D1 = cast(Tensor, getattr(self, f"sum_{modality}"))
         if self.training:
             self._count(h_BD.detach(), has[modality], sum_D1)

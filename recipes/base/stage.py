@@ -24,7 +24,8 @@ class Stage:
         optimizer, schedule: of the stage, whose steps the schedule counts; the recipe's where not given.
         load: weights to begin with, in place of those that the stage before left.
         set: other fields of the recipe in this stage: dotted name -> number, word, true or false, such as
-            ``{pool_global: true}`` or ``{losses.image-text.max_log_scale: 3.0}``; later stages begin with the recipe's own.
+            ``{pool_global: true}`` or ``{losses.image-text.max_log_scale: 3.0}``; later stages begin with the recipe's
+            own.
 
     Raises:
         ValueError: for an invalid expression; before training, for a field that the recipe lacks.

@@ -373,7 +373,9 @@ def test_one_run_before_serves_all_seeds(made: Callable[..., Claim], workplace: 
     runs = [("before", 7), ("method", 0), ("method", 1)]
     assert place.missing(["method"], [0, 1]) == place.every(["method"], [0, 1]) == runs
     assert place.waits("method", 1, [("before", 7)]) and not place.waits("method", 1, [("method", 0)])
-    assert f"{place.folder}/before-7" in next(w for w in run.command(place, "method", 1) if w.startswith("--model.image"))
+    assert f"{place.folder}/before-7" in next(
+        w for w in run.command(place, "method", 1) if w.startswith("--model.image")
+    )
     folder = place.folder / "before-7/001"
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text('{"test/gap": 1, "steps": 8}')

@@ -131,7 +131,9 @@ def test_training_may_ask_about_a_share_of_its_concepts(data: Questions, kind: t
     for stage in ("validate", "test"):
         for name, questions in some.evaluation_sets(stage).items():
             assert len(questions) == len(all_.evaluation_sets(stage)[name]), (stage, name)
-    assert some._set("train", False, some.vendors).pool.tolist() == all_._set("train", False, all_.vendors).pool.tolist()
+    assert (
+        some._set("train", False, some.vendors).pool.tolist() == all_._set("train", False, all_.vendors).pool.tolist()
+    )
 
 
 def test_shuffled_captions_are_those_of_other_training_concepts(data: Questions) -> None:

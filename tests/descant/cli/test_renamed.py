@@ -145,7 +145,9 @@ def test_an_old_run_is_resumed_evaluated_embedded_exported_and_loaded(cli: Cli, 
     assert notices(ok("export", "old/001", "--out", "out"))
     assert type(descant.load("out")).__name__ == type(descant.load(folder)).__name__ == "Fusion"
     done = ok("fit", "--run", "old/001", "--resume", "auto", "--trainer.max_steps=3", "--changed=allow", *small)
-    told = [line for line in done.err.splitlines() if "trainer: " in line and "max_steps 2 -> 3" in line]  # arguments since then differ beside
+    told = [
+        line for line in done.err.splitlines() if "trainer: " in line and "max_steps 2 -> 3" in line
+    ]  # arguments since then differ beside
     assert len(notices(done)) == 2 and len(told) == 1, done.err
     content: dict[str, Any] = load_plain(folder / "resume/step-0000003.ckpt", map_location="cpu")
     assert before["probability"] and content["callbacks"]["OPM"]["probability"].keys() == before["probability"].keys()

@@ -1,0 +1,106 @@
+"""``descant data select``: ids by score or quota, of a run's embeddings or a table, and a run that trains on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.conftest import Result
+from tests.descant.test_predict import EMOJI
+
+Cli = Callable[..., Result]
+
+
+def table(folder: Path, rows: int = 200, **columns: Any) -> Path:
+    random = np.random.default_rng(0)
+    made = {
+        "index": np.arange(rows) * 7,
+        "quality": random.integers(0, 6, rows),
+        "style": [("short", "long", "list", "letter")[int(4 * u * u)] for u in random.random(rows)],
+        "tokens": random.integers(5, 60, rows),
+    }
+    pq.write_table(pa.table(made | columns), folder / "pool.parquet")
+    return folder / "pool.parquet"
+
+
+def test_the_best_pairs_of_a_run_are_trained_on(cli: Cli, workplace: Path) -> None:
+    assert cli("fit", *EMOJI, "--name", "emoji").rc == 0
+    select = (
+        "data",
+        "select",
+        "--run",
+        "emoji/001",
+        "--score",
+        "image,text",
+        "--share",
+        "0.25",
+        "--out",
+        "ids.parquet",
+    )
+    line = "--run emoji/001: no embeddings of its training samples; descant predict --run emoji/001 --sets train writes"
+    assert cli(*select).refusal.startswith(line)
+    assert cli("predict", "--run", "emoji/001", "--sets", "train", "--trainer.limit_predict_batches", "null").rc == 0
+    result = cli(*select)
+    assert result.rc == 0, result.err
+    (file,) = workplace.glob("runs/emoji/001/predict-001/embeddings-train.parquet")
+    rows = [row for row in pq.read_table(file).to_pylist() if row["z_image"] is not None and row["z_text"] is not None]
+    z = [np.array([row[f"z_{m}"] for row in rows], dtype=np.float64) for m in ("image", "text")]
+    cosine = (z[0] * z[1]).sum(1) / np.linalg.norm(z[0], axis=1) / np.linalg.norm(z[1], axis=1)
+    chosen = pq.read_table("ids.parquet")
+    floor = np.sort(cosine)[::-1][len(chosen) - 1]
+    assert len(chosen) == int(len(rows) * 0.25 + 0.5) and min(chosen["image,text"].to_pylist()) >= floor - 1e-9
+    assert {*chosen["index"].to_pylist()} <= {row["index"] for row in rows}
+    about = json.loads(chosen.schema.metadata[b"descant"])
+    assert about["scores"] == ["image,text"] and about["rows"] == len(rows) and not about["sham"]
+    assert f"ids.parquet: {len(chosen)} of {len(rows)} rows (25.0%)" in result.out
+    fitted = cli("fit", *EMOJI, "--data.selected", "ids.parquet", "--name", "best")
+    assert fitted.rc == 0, fitted.err
+    assert cli(*select).refusal == "--out ids.parquet: it is there already, and nothing is overwritten"
+
+
+def test_quotas_and_costs_of_a_table(cli: Cli, workplace: Path) -> None:
+    pool = table(workplace, 4000)
+    word = ("data", "select", "--table", pool, "--score", "quality", "--group", "style", "--cost", "tokens")
+    entropy = {}
+    for name, more in {"best": (), "quota": ("--quota",), "sham": ("--quota", "--sham")}.items():
+        result = cli(*word, "--share", "0.1", *more, "--out", f"{name}.parquet")
+        assert result.rc == 0, result.err
+        chosen = pq.read_table(f"{name}.parquet")["index"].to_numpy() // 7
+        tokens = pq.read_table(pool)["tokens"].to_numpy()
+        assert 0.099 <= tokens[chosen].sum() / tokens.sum() <= 0.1
+        entropy[name] = float(result.out.split("entropy ")[1].split()[0])
+    assert min(entropy["quota"], entropy["sham"]) >= 0.95 > entropy["best"]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--score", "qualty"), "no column 'qualty'; nearest: quality"),
+        (("--score", "style"), "--score style: a column of string, not of numbers"),
+        (("--score", "image,text"), "no column 'z_image'"),
+        (("--score", "a,b,c"), "no column 'z_a'"),
+        (("--score", "quality", "--group", "kind"), "no column 'kind'"),
+        (("--score", "quality", "--share", "1.5"), "share 1.5: above 0 and at most 1"),
+        (("--score", "quality", "--quota", "--least", "1"), "--least: not with --quota"),
+        (("--score", "bad", "--share", "0.5"), "scores: row 1 has [inf]; all have to be finite"),
+    ],
+)
+def test_what_is_wrong_is_one_line(cli: Cli, workplace: Path, more: tuple[str, ...], says: str) -> None:
+    pool = table(workplace, 3, bad=[1.0, np.inf, 2.0])
+    result = cli("data", "select", "--table", pool, *more, "--out", "ids.parquet")
+    assert says in result.refusal and not Path("ids.parquet").exists() and not list(workplace.glob(".ids*"))
+
+
+def test_no_table_and_no_run(cli: Cli, workplace: Path) -> None:
+    (workplace / "text.parquet").write_text("no table")
+    word = ("data", "select", "--score", "quality", "--out", "ids.parquet")
+    assert "no such file" in cli(*word, "--table", "none.parquet").refusal
+    assert "no parquet file" in cli(*word, "--table", "text.parquet").refusal
+    assert "none/001" in cli(*word, "--run", "none/001").refusal
