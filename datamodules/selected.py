@@ -110,6 +110,6 @@ def read_ids(file: Path) -> np.ndarray:
 
 
 def id_corpus(id_N: np.ndarray, place: str) -> Corpus:
-    """The ids as part of a resume point, which tells whether they changed."""
+    """The ids as part of a resume point, by which a change of them is found."""
     nothing_M = np.array([], dtype=np.int64)
     return Corpus(place, {"ids": Property(np.sort(id_N), lambda n: f"number {n}")}, [], nothing_M, nothing_M)
