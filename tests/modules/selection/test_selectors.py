@@ -18,7 +18,6 @@ from descant.modules.selection.selectors import (
     entropy_share,
     shuffled_within,
 )
-from descant.modules.selection.thresholds import f1_threshold
 
 
 def pool(n: int = 400, k: int = 3, groups: int = 4, levels: int = 6, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,23 +111,6 @@ def test_the_control_keeps_groups_and_scores_and_forgets_which_row_has_which() -
     assert abs(float(score_NK[other].mean() - score_NK.mean())) < 5 * spread
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_the_threshold_is_the_exhaustive_optimum(seed: int) -> None:
-    g = torch.Generator().manual_seed(seed)
-    true_N = torch.rand(200, generator=g) < 0.2
-    score_N = (torch.randn(200, generator=g, dtype=torch.float64) + 1.5 * true_N).mul(8).round() / 8
-    found = f1_threshold(score_N, true_N)
-
-    def f1(threshold: float) -> float:
-        said_N = score_N >= threshold
-        return 2 * int((said_N & true_N).sum()) / int(said_N.sum() + true_N.sum())
-
-    best = max(map(f1, score_N.tolist()))
-    assert found.f1 == pytest.approx(best, abs=1e-12) and f1(found.value) == pytest.approx(best, abs=1e-12)
-    assert found.value == max(x for x in score_N.tolist() if f1(x) >= best - 1e-12)
-    assert found.share == float((score_N >= found.value).double().mean())
-
-
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -137,8 +119,6 @@ def test_the_threshold_is_the_exhaustive_optimum(seed: int) -> None:
         (lambda: Quota(0.5)(pool()[0].log() / 0, *pool()[1:]), r"scores: row 0 has \[.*\]; all have to be finite"),
         (lambda: Quota(0.5)(pool()[0][:7], *pool()[1:]), r"scores \(7, 3\), 400 groups, 400 draws, 400 costs: one row"),
         (lambda: Quota(0.5)(*pool(), torch.zeros(400)), "groups are 0 or above, and costs above 0"),
-        (lambda: f1_threshold(torch.ones(3), torch.ones(3).bool()), "3 of 3 pairs are true; both kinds"),
-        (lambda: f1_threshold(torch.tensor([math.nan, 1.0]), torch.tensor([True, False])), "have to be finite"),
     ],
 )
 def test_what_is_wrong_is_named(make: Any, says: str) -> None:
