@@ -10,17 +10,17 @@ from descant.cli.errors import fail, hint, one_line
 from descant.cli.options import Options
 
 _TOP = """\
-descant data: make shards from your own files, show statistics of a data set, or select some of its rows
+descant data: shards from your own files, statistics of a data set, or its best rows
 
 usage: descant data make FOLDER --out DIR [options]
        descant data look WHAT [options]
        descant data select --run RUN --score NAME --out FILE [options]
 
-  make  WebDataset shards from a folder of images (or recordings) with captions, verified byte by byte
-  look  counts, missing modalities, captions, duplicates across splits, and a contact sheet of images
-  select  ids of the training samples that score highest, or by quotas of groups; --data.selected FILE trains on them
+  make    WebDataset shards from a folder of images (or recordings) with captions, verified byte by byte
+  look    counts, missing modalities, captions, duplicates across splits, and a contact sheet of images
+  select  ids of the samples that score highest, or by quotas; --data.selected FILE trains on them
 
-Options: descant data make --help, descant data look --help, descant data select --help."""
+Options: descant data make --help, and so on."""
 
 
 def main(args: Sequence[str]) -> int:
