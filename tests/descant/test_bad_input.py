@@ -524,7 +524,7 @@ NEAR = {
     "claims run harmony-fuson": "harmony-fusion",
     "claims run bm-mae --budgt pilot": "--budget",
     "claims run bm-mae --budget pilto": "pilot",
-    "claims run bm-mae --arms mehtod": "method",
+    "claims run headroom-names --arms mehtod": "method",
     "new recip x": "recipe",
     "data mke x": "make",
     "data make x --outt y": "--out",
