@@ -60,6 +60,11 @@ class SelectedSet(BatchDataset):
         return [slot._replace(sample=int(self.index_S[slot.sample])) for slot in slots]
 
 
+def parted(data: BatchDataset) -> tuple[BatchDataset, np.ndarray]:
+    """The whole data set, and the numbers of the samples of it that are taken."""
+    return (data.whole, data.index_S) if isinstance(data, SelectedSet) else (data, np.arange(len(data)))
+
+
 def positions_of(whole: BatchDataset, id_N: np.ndarray, where: str) -> np.ndarray:
     """Numbers of the samples that have these ids, in the order of the set.
 

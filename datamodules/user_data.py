@@ -21,6 +21,7 @@ from descant.datamodules.base import BatchDataset, DataModule, Loader, available
 from descant.datamodules.changes import Corpus
 from descant.datamodules.fields.fields import AudioField, Column, Field, Fields, ImageField, TextField, kinds
 from descant.datamodules.resumable_sampler import BlockShuffle, Order
+from descant.datamodules.selected import parted
 from descant.datamodules.sources import find
 from descant.datamodules.sources.base import Damaged, Source, hold_out, split_named, text_of
 from descant.datamodules.sources.ledger import Ledger
@@ -277,10 +278,11 @@ class UserData(DataModule):
         return {name: self._set(name, training=False)} if name in self.splits else {}
 
     def order(self, data: BatchDataset, **cut: int) -> Order:
-        blocks = data.reader.source.blocks if isinstance(data, UserDataset) else None
+        whole, index_S = parted(data)
+        blocks = whole.reader.source.blocks if isinstance(whole, UserDataset) else None
         if blocks is not None:
-            assert isinstance(data, UserDataset)
-            return BlockShuffle(blocks[0][data.row_N], blocks[1], self.batch_size, self.seed, **cut)
+            assert isinstance(whole, UserDataset)
+            return BlockShuffle(blocks[0][whole.row_N[index_S]], blocks[1], self.batch_size, self.seed, **cut)
         # a stream has its own order, in which positions are only counted
         return Order(len(data), self.batch_size, self.seed, shuffle=data.by_position, **cut)
 

@@ -19,6 +19,7 @@ from descant.datamodules.corpora.volumes import Volumes
 from descant.datamodules.mixture_sampler import MixedOrder, Shares, require_temperature, tempered
 from descant.datamodules.names import require_known
 from descant.datamodules.resumable_sampler import Order
+from descant.datamodules.selected import parted
 from descant.datamodules.tasks.dialogues import SPLITS, in_split
 from descant.datamodules.tasks.questions import Problems, Questions, QuestionSet
 from descant.datamodules.tasks.rollout_buffer import RolledDialogues
@@ -306,9 +307,12 @@ class Frames(Questions):
         return [int((problems.kind_N == self.every.index(kind)).sum()) for kind in self.kinds]
 
     def order(self, data: BatchDataset, **cut: int) -> Order:
-        if self.alpha is None or not isinstance(data, FrameSet):
+        whole, index_S = parted(data)
+        if self.alpha is None or not isinstance(whole, FrameSet):
             return super().order(data, **cut)
-        sizes = self.sizes(data.problems)
+        sizes = self.sizes(whole.problems.where(index_S))
+        if 0 in sizes:
+            raise ValueError(f"{self.kinds[sizes.index(0)]}: no training sample; leave it out of kinds")
         weights = tempered(sizes, self.alpha, self.times)
         return MixedOrder(sizes, self.kinds, weights, sum(sizes), self.batch_size, self.seed, False, None, **cut)
 

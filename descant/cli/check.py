@@ -56,7 +56,7 @@ def _data(trainer: L.Trainer) -> list[str]:
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     steps = run_steps(trainer)
     lines = [f"data       {type(data).__name__}, {trainer.num_training_batches} batches an epoch, {steps:.0f} steps"]
-    if hasattr(data, "training_set"):
+    if hasattr(data, "selected_set"):
         lines[0] += f", {len(data.selected_set()):,} samples, batch_size {data.batch_size}"
         sets = {
             f"{stage}/{name}": len(s)
