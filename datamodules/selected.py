@@ -60,9 +60,9 @@ class SelectedSet(BatchDataset):
         return [slot._replace(sample=int(self.index_S[slot.sample])) for slot in slots]
 
 
-def parted(data: BatchDataset) -> tuple[BatchDataset, np.ndarray]:
-    """The whole data set, and the numbers of the samples of it that are taken."""
-    return (data.whole, data.index_S) if isinstance(data, SelectedSet) else (data, np.arange(len(data)))
+def parted(data: BatchDataset) -> tuple[BatchDataset, np.ndarray | slice]:
+    """The whole data set, and an index of its samples that are taken: a slice for all, however long a stream is."""
+    return (data.whole, data.index_S) if isinstance(data, SelectedSet) else (data, slice(None))
 
 
 def positions_of(whole: BatchDataset, id_N: np.ndarray, where: str) -> np.ndarray:

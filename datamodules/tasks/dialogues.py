@@ -40,7 +40,7 @@ class Columns:
     def of(cls, arrays: dict[str, np.ndarray]) -> Self:
         return cls(**{f"{name}_N": x for name, x in arrays.items()})
 
-    def where(self, rows_N: np.ndarray) -> Self:
+    def where(self, rows_N: np.ndarray | slice) -> Self:
         return self.of({name: x[rows_N] for name, x in self.arrays().items()})
 
     def and_then(self, more: Self) -> Self:
