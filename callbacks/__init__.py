@@ -7,6 +7,7 @@ from descant.callbacks.balance.balance import Balance as Balance
 from descant.callbacks.balance.g_blending import GradientBlending as GradientBlending
 from descant.callbacks.balance.opm import OPM as OPM
 from descant.callbacks.balance.pmr import PMR as PMR
+from descant.callbacks.evaluate.accumulation import Accumulation as Accumulation
 from descant.callbacks.evaluate.accuracy import Accuracy as Accuracy
 from descant.callbacks.evaluate.answering import Answering as Answering
 from descant.callbacks.evaluate.attacks import Attacks as Attacks

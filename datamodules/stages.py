@@ -258,18 +258,20 @@ class StagedData(CompositeDataModule):
             return stage.steps
         if name not in self._counted:
             steps = min(order.global_batches, COUNTED)
-            cost = self._trained_by().step_flops(name, self._first_batches(stage.data, data, order, steps))
+            cost = self._trained_by().step_flops(name, self.first_batches(name, steps * order.accumulate))
             if stage.flops * steps < cost:
                 raise ValueError(f"stage {name!r}: flops {stage.flops:g}: less than one step, {cost / steps:g}")
             self._counted[name] = whole_steps(stage.flops, cost, steps)
             rank_zero_info(f"stage {name!r}: {cost / steps:.4g} FLOPs a step, so {self._counted[name]:,} steps")
         return self._counted[name]
 
-    def _first_batches(self, part: DataModule, data: BatchDataset, order: Order, steps: int) -> Iterator[Batch]:
-        """This rank's micro-batches of the first steps of a pass, as training gets them."""
-        trainer = self.trainer
+    def first_batches(self, stage: str, number: int) -> Iterator[Batch]:
+        """This rank's first micro-batches of a pass over a stage's data, as training gets them."""
+        trainer, part = self.trainer, self.stages[stage].data
         assert trainer is not None
-        for window in islice(order, steps * order.accumulate):
+        rank, world, accumulate = self._world()
+        data = part.selected_set()
+        for window in islice(part.order(data, rank=rank, world=world, accumulate=accumulate), number):
             raw = part.on_before_batch_transfer(trainer.precision_plugin.convert_input(data[window]), 0)
             yield part.on_after_batch_transfer(raw.to(trainer.strategy.root_device), 0)
 

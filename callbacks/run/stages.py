@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from descant.callbacks.plots.output import run_folder, save_figure
 from descant.callbacks.run.callback_order import Ordered, is_a
 from descant.callbacks.run.exact_resume import settle_buckets
 from descant.callbacks.run.resumable_log import ResumableLog
+from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.errors import no_such
 from descant.modules.core.protocols import RolloutData, StagedDataModule, StagedRecipe
@@ -78,6 +81,7 @@ class Stages(Ordered):
         assert has(pl_module, StagedRecipe)
         if not has(data, StagedDataModule):
             raise ValueError(f"Stages needs data in stages, StagedData, not {type(data).__name__}")
+        pl_module.named_as(data.stages)
         of_data, of_model = list(data.stages), list(pl_module.stages)
         if of_data != of_model:
             other = next((name for name in of_data if name not in of_model), None)
@@ -110,7 +114,7 @@ class Stages(Ordered):
             self._mark(trainer, pl_module, data.stage)
 
     def _advance(self, trainer: L.Trainer, pl_module: Any, name: str) -> None:
-        pl_module.begin_stage(name)
+        pl_module.begin_stage(name, self._batches(trainer, name))
         strategy: Any = trainer.strategy
         if isinstance(strategy.model, DistributedDataParallel):  # it reduces what trained when it was built
             strategy.model = pl_module
@@ -118,6 +122,11 @@ class Stages(Ordered):
             strategy.configure_ddp()
             settle_buckets(strategy.model)
         strategy.setup_optimizers(trainer)
+
+    @staticmethod
+    def _batches(trainer: L.Trainer, stage: str) -> Callable[[int], Iterable[Batch]]:
+        data: Any = datamodule_of(trainer)
+        return partial(data.first_batches, stage)
 
     def _mark(self, trainer: L.Trainer, pl_module: Any, name: str) -> None:
         self.begun[name] = trainer.global_step
@@ -135,6 +144,8 @@ class Stages(Ordered):
         done, last = data.stage, after - data.since == data.stages[data.stage].epochs
         if not last:
             return
+        if has(pl_module, StagedRecipe):
+            pl_module.end_stage(self._batches(trainer, done))
         # not weights_only: callbacks such as LeanCheckpoint would not be called
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         checkpoint |= {"optimizer_states": [], "lr_schedulers": []}

@@ -62,6 +62,7 @@ class Emoji(ImageViews):
     Args:
         size: pixels of a side of the images.
         text: the tokenizer; the pack's own BPE with rows of 24 by default.
+        groups: of the concepts of all sets, such as [Animals & Nature]; all where not given.
         languages: of the training captions.
         vendors: of the training images.
         bank_vendors: of the images of the bank, in which evaluations search and fit; ``vendors`` where not given.
@@ -97,6 +98,7 @@ class Emoji(ImageViews):
         self,
         size: int = 32,
         text: Tokenizer | None = None,
+        groups: list[str] | None = None,
         languages: list[str] | None = None,
         vendors: list[str] | None = None,
         bank_vendors: list[str] | None = None,
@@ -123,7 +125,7 @@ class Emoji(ImageViews):
         self.speech, self.foreign = speech, foreign or []
         self.derived = [m for m, on in (("sketch", sketch), ("palette", palette)) if on]
         super().__init__(**kwargs)
-        self.text, self.languages = text, languages or ["en"]
+        self.text, self.groups, self.languages = text, groups, languages or ["en"]
         self.vendors = vendors or ["noto", "twemoji", "openmoji"]
         self.bank_vendors = bank_vendors or self.vendors
         self.name_only, self.nameless, self.keywords = name_only, nameless, keywords
@@ -193,10 +195,13 @@ class Emoji(ImageViews):
 
     @cached_property
     def usable_N(self) -> np.ndarray:
-        """Bool ``[N]``: all concepts, except, in development, those of the test sets."""
-        if not self.development:
-            return np.ones(len(self.pack), dtype=bool)
-        return np.array([row["split"] != "test" for row in self.pack.rows])
+        """Bool ``[N]``: the concepts of ``groups``, in development without those of the test sets."""
+        group_N = np.array([row["group"] for row in self.pack.rows])
+        usable_N = np.ones(len(group_N), dtype=bool)
+        if self.groups is not None:
+            require_known("groups", self.groups, sorted(set(group_N)))
+            usable_N = np.isin(group_N, self.groups)
+        return usable_N & [row["split"] != "test" for row in self.pack.rows] if self.development else usable_N
 
     @property
     def seen(self) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -19,8 +20,7 @@ class FrozenBatchNormStats(AbstractContextManager[None]):
         self.saved: list[tuple[_BatchNorm, float | None, Tensor | None]] = []
 
     def __enter__(self) -> None:
-        norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
-        for norm in norms:
+        for norm in running_norms(self.module):
             count = norm.num_batches_tracked
             self.saved.append((norm, norm.momentum, None if count is None else count.clone()))
             norm.momentum = 0.0
@@ -31,6 +31,38 @@ class FrozenBatchNormStats(AbstractContextManager[None]):
             if norm.num_batches_tracked is not None and count is not None:
                 norm.num_batches_tracked.copy_(count)
         self.saved.clear()
+
+
+def running_norms(module: nn.Module) -> list[_BatchNorm]:
+    """The batch norms of a module that update running statistics in training, as its modes are now."""
+    return [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+
+
+@contextmanager
+def new_statistics(module: nn.Module) -> Iterator[None]:
+    """Running statistics of batch norms become the plain mean over the forward passes inside, in training mode.
+
+        running = 1/n sum_i statistics of pass i
+
+    As ``torch.optim.swa_utils.update_bn`` does for one loader, for weights that no pass has seen, such as an average.
+
+    >>> import torch
+    >>> norm = nn.BatchNorm1d(1)
+    >>> with new_statistics(norm):
+    ...     _ = norm(torch.tensor([[1.0], [3.0]])), norm(torch.tensor([[5.0], [7.0]]))
+    >>> norm.running_mean.item(), norm.momentum
+    (4.0, 0.1)
+    """
+    norms = running_norms(module)
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 def recompute_contexts(module: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

@@ -264,6 +264,7 @@ class StagedDataModule(Protocol):
     ``stages``: by name, in order; ``steps``: optimizer steps of each, once it has made a loader. ``stage``: the current
     one, ``current``: its data, ``since``: its first epoch. ``position``: (epoch, micro-batch) where the next loader
     begins. ``stage_at(epoch)``: name of the stage of an epoch, the last one beyond the end.
+    ``first_batches(stage, n)``: this rank's first micro-batches of a pass over a stage's data.
     """
 
     stages: dict[str, Any]
@@ -281,6 +282,8 @@ class StagedDataModule(Protocol):
 
     def stage_at(self, epoch: int) -> str: ...
 
+    def first_batches(self, stage: str, number: int) -> Iterable[Batch]: ...
+
 
 @runtime_checkable
 class BankData(Protocol):
@@ -291,15 +294,21 @@ class BankData(Protocol):
 
 @runtime_checkable
 class StagedRecipe(Protocol):
-    """A recipe in stages: ``stage`` is the name of the current one of ``stages``; ``begin_stage(name)`` changes it.
+    """A recipe in stages: ``stage`` is the name of the current one of ``stages``; ``begin_stage`` changes it.
 
+    ``begin_stage(name, batches)`` and ``end_stage(batches)``, where ``batches(n)`` are this rank's first micro-batches
+    of the stage's data. ``named_as(names)``: where one stage is given for all, it takes the names of the data's.
     ``step_flops(name, batches)``: of micro-batches in a stage, all ranks together.
     """
 
     stages: dict[str, Any]
     stage: str
 
-    def begin_stage(self, name: str) -> None: ...
+    def named_as(self, names: Iterable[str]) -> None: ...
+
+    def begin_stage(self, name: str, batches: Callable[[int], Iterable[Batch]]) -> None: ...
+
+    def end_stage(self, batches: Callable[[int], Iterable[Batch]]) -> None: ...
 
     def step_flops(self, stage: str, batches: Iterable[Batch]) -> int: ...
 

@@ -18,6 +18,10 @@ class Schedule:
     interval: str = "step"
     monitor: str | None = None
 
+    def within(self, done: int, total: int) -> Schedule:
+        """Of a stage that begins after ``done`` of the ``total`` steps of a run; only some schedules depend on it."""
+        return self
+
     def __call__(self, optimizer: Optimizer, steps: int) -> LRScheduler | ReduceLROnPlateau:
         raise NotImplementedError
 
@@ -52,6 +56,68 @@ class WarmupCosine(Schedule):
     def __call__(self, optimizer: Optimizer, steps: int) -> LRScheduler:
         if self.warmup >= max(steps, 1) and self.warmup >= 1:
             raise ValueError(f"warmup of {self.warmup:g} steps is not shorter than the run of {steps}")
+        return LambdaLR(optimizer, lambda t: self.factor(t, steps))
+
+
+class InverseSquareRoot(Schedule):
+    """Linear warm-up, then inverse square root decay: ``lr(t) = lr * (t+1)/w`` for ``t < w``, else
+    ``lr * sqrt(w / (t + 1))``, with ``w`` at least 1.
+
+    Source: Vaswani 2017, arXiv 1706.03762, scaled to the first learning rate.
+
+    Args:
+        warmup: a share of the run's steps (below 1) or a number of steps.
+
+    >>> InverseSquareRoot(warmup=4).factor(1, 100), InverseSquareRoot(warmup=4).factor(15, 100)
+    (0.5, 0.5)
+    """
+
+    def __init__(self, warmup: float = 0.05) -> None:
+        if warmup < 0:
+            raise ValueError(f"warmup {warmup} must not be negative")
+        self.warmup = warmup
+
+    def factor(self, t: int, steps: int) -> float:
+        w = max(round(self.warmup * steps) if self.warmup < 1 else int(self.warmup), 1)
+        return (t + 1) / w if t < w else math.sqrt(w / (t + 1))
+
+    def __call__(self, optimizer: Optimizer, steps: int) -> LRScheduler:
+        return LambdaLR(optimizer, lambda t: self.factor(t, steps))
+
+
+class MetaSchedule(Schedule):
+    """A schedule of each stage whose peak follows a schedule over the whole run.
+
+        lr(t) = lr * across(steps before the stage, steps of the run) * each(t, steps of the stage)
+
+    So a stream of tasks does not return to the first learning rate with every task. Source: the meta learning rate
+    schedules of Roth 2024, arXiv 2408.14471; our reading, since the release restarts its schedule at each task.
+
+    Args:
+        each: of a stage. across: of the peaks, by the step at which each stage begins.
+
+    >>> meta = MetaSchedule(WarmupCosine(warmup=0.0), WarmupCosine(warmup=0.0)).within(done=50, total=100)
+    >>> round(meta.factor(0, 10), 3), round(meta.factor(5, 10), 3)
+    (0.5, 0.25)
+    """
+
+    def __init__(
+        self,
+        each: WarmupCosine | InverseSquareRoot | None = None,
+        across: WarmupCosine | InverseSquareRoot | None = None,
+    ) -> None:
+        self.each, self.across = each or WarmupCosine(), across or InverseSquareRoot(warmup=0.0)
+        self.peak = 1.0
+
+    def within(self, done: int, total: int) -> MetaSchedule:
+        stage = MetaSchedule(self.each, self.across)
+        stage.peak = self.across.factor(done, total)
+        return stage
+
+    def factor(self, t: int, steps: int) -> float:
+        return self.peak * self.each.factor(t, steps)
+
+    def __call__(self, optimizer: Optimizer, steps: int) -> LRScheduler:
         return LambdaLR(optimizer, lambda t: self.factor(t, steps))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch.cli import OptimizerCallable
 
 from descant.modules.adaptation.inherit import Begin
+from descant.modules.adaptation.stage_changes import StageChange
 from descant.modules.core.errors import no_such
 from descant.modules.objectives.language import LanguageObjective
 from descant.modules.training_setup.schedule import Schedule
@@ -26,6 +27,9 @@ class Stage:
         set: other fields of the recipe in this stage: dotted name -> number, word, true or false, such as
             ``{pool_global: true}`` or ``{losses.image-text.max_log_scale: 3.0}``; later stages begin with the recipe's
             own.
+        begin: changes of the model when the stage begins, in this order, after ``load``.
+        end: changes when it ends, after its last validation and before its weights are saved, such as
+            ``[{class_path: TaskMerge}]``. Running statistics of batch norms are then estimated anew.
 
     Raises:
         ValueError: for an invalid expression; before training, for a field that the recipe lacks.
@@ -39,6 +43,8 @@ class Stage:
         schedule: Schedule | None = None,
         load: Begin | None = None,
         set: dict[str, float | str | bool | None] | None = None,
+        begin: list[StageChange] | None = None,
+        end: list[StageChange] | None = None,
     ) -> None:
         try:
             self.train = re.compile(train)
@@ -46,9 +52,13 @@ class Stage:
             raise ValueError(f"train {train!r}: {error}") from None
         self.objective, self.optimizer, self.schedule, self.load = objective, optimizer, schedule, load
         self.set: dict[str, Any] = dict(set or {})
+        self.begin, self.end = list(begin or []), list(end or [])
 
     def require(self, name: str, recipe: Any) -> None:
-        """Raises ValueError for a recipe that cannot have this stage's objective."""
+        """Raises ValueError for a recipe that cannot have this stage's objective, or changes."""
+        for change in self.end:
+            if change.structural:
+                raise ValueError(f"stages.{name}.end: {type(change).__name__} changes the structure; give it to begin")
         if self.objective is None:
             return
         if not isinstance(getattr(recipe, "objective", None), LanguageObjective):

@@ -1,0 +1,107 @@
+"""What changes a model where one stage of a run ends and the next begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from descant.modules.adaptation.merging import Interpolate, MergeRule, Weights
+from descant.modules.core.batch import Batch
+
+#: Earlier weights that a change may read: those that the stage before left, and those that the first stage began with.
+BEFORE, FIRST = "before", "first"
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Where one stage ends and another begins.
+
+    Attributes:
+        stage: its name. weights: earlier parameters by the moment, :data:`BEFORE` or :data:`FIRST`.
+        batches: the first micro-batches of this rank in the stage's data, on its device, as many as asked for.
+        seed: of this boundary, equal on all ranks and in a resumed run.
+    """
+
+    stage: str
+    weights: Mapping[str, State]
+    batches: Callable[[int], Iterable[Batch]]
+    seed: int
+
+
+class StageChange:
+    """A change of a model when a stage begins or ends: ``apply(recipe, boundary)``, once, equal on all ranks.
+
+    One that adds or removes parameters is ``structural``: ``rebuild`` repeats that alone, before weights are loaded
+    from a checkpoint of its stage or of a later one, with what ``state_dict`` saved.
+    """
+
+    structural = False
+    #: Earlier weights that it reads, which are then kept, and saved in checkpoints.
+    reads: frozenset[str] = frozenset()
+
+    def apply(self, recipe: nn.Module, boundary: Boundary) -> None:
+        raise NotImplementedError
+
+    def rebuild(self, recipe: nn.Module, seed: int) -> None:
+        """Modules as ``apply`` leaves them, with any weights; of a structural change."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What ``state_dict`` gave."""
+
+
+class TaskMerge(StageChange):
+    """At the end of a stage, merges each parameter with what it was before: ``theta <- rule(tuned, before, first)``.
+
+    Parameters alone: buffers stay, and running statistics of batch norms, which belong to other weights, are estimated
+    anew by the recipe. A temperature is merged in the log domain where it is learned there. The next stage has a new
+    optimizer, so no moments are carried over. Source: Roth 2024 (A Practitioner's Guide to Continual Multimodal
+    Pretraining), arXiv 2408.14471; its release merges buffers too.
+
+    Args:
+        rule: of one parameter; by default half of each.
+
+    Raises:
+        ValueError: for a parameter that did not exist before, or had another shape.
+    """
+
+    reads = frozenset({BEFORE, FIRST})
+
+    def __init__(self, rule: MergeRule | None = None) -> None:
+        self.rule = rule or Interpolate()
+
+    @torch.no_grad()
+    def apply(self, recipe: nn.Module, boundary: Boundary) -> None:
+        before, first = boundary.weights[BEFORE], boundary.weights[FIRST]
+        for name, parameter in recipe.named_parameters():
+            for then in (before, first):
+                if name not in then or then[name].shape != parameter.shape:
+                    was = f"was {list(then[name].shape)}" if name in then else "did not exist"
+                    raise ValueError(
+                        f"stages.{boundary.stage}.end: TaskMerge: {name} is {list(parameter.shape)} and {was} before: "
+                        "a model that has grown cannot be merged with what it was"
+                    )
+            x = Weights(parameter, *(then[name].to(parameter) for then in (before, first)))
+            parameter.copy_(self.rule(x))
+
+
+class Rewind(StageChange):
+    """At the beginning of a stage, goes back to the parameters that the first stage began with.
+
+    With :class:`TaskMerge` at its end, every task is learned from the same weights, and merged into what the tasks
+    before left (ZS-merge of Roth 2024, arXiv 2408.14471).
+    """
+
+    reads = frozenset({FIRST})
+
+    @torch.no_grad()
+    def apply(self, recipe: nn.Module, boundary: Boundary) -> None:
+        for name, parameter in recipe.named_parameters():
+            parameter.copy_(boundary.weights[FIRST][name])

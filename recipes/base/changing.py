@@ -1,0 +1,98 @@
+"""A recipe whose model changes between the stages of its training, and checkpoints of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from descant.modules.core.errors import no_such
+from descant.modules.io.upgrade import with_inner
+from descant.recipes.base.boundaries import Batches, Boundaries, estimate_statistics
+from descant.recipes.base.recipe import Recipe
+from descant.recipes.base.stage import Stage
+from descant.recipes.base.wrapper import Wrapper
+
+
+class Changing(Wrapper):
+    """Goes from stage to stage: loads weights, changes the model, chooses what trains; and resumes in any of them.
+
+    A subclass implements ``_choose(stage)``: settings, objective and trainable parameters of a stage.
+
+    Args:
+        recipe: what is trained. stages: by name, in this order; or one for every stage of the data.
+    """
+
+    def __init__(self, recipe: Recipe, stages: Stage | dict[str, Stage], **kwargs: Any) -> None:
+        self._each = stages if isinstance(stages, Stage) else None
+        self.stages = {"stage": stages} if isinstance(stages, Stage) else dict(stages)
+        self.stage = next(iter(self.stages))
+        super().__init__(recipe, **kwargs)
+        self._trainable: list[str] = []
+        self.boundaries = Boundaries(self.stages)
+
+    @property
+    def now(self) -> Stage:
+        """The current stage."""
+        return self.stages[self.stage]
+
+    def named_as(self, names: Iterable[str]) -> None:
+        """Where one stage is given for all, it takes these names."""
+        if self._each is not None:
+            self.stages.clear()
+            self.stages.update(dict.fromkeys(names, self._each))
+
+    def begin_stage(self, name: str, batches: Batches) -> None:
+        """Go on to a stage, with the weights as they are, or those that it loads, changed as it says."""
+        if (load := self.stages[name].load) is not None:
+            load.apply(self)
+        with self._new_parameters():
+            self.boundaries.begin(self.inner, name, batches)
+        self._choose(name)
+        if self.distill is not None:
+            self.distill.teacher.begin(self)
+
+    def end_stage(self, batches: Batches) -> None:
+        """Change the model as the stage says that it ends."""
+        if self.boundaries.end(self.inner, self.stage, batches):
+            estimate_statistics(self, batches)
+
+    def _choose(self, stage: str) -> None:
+        raise NotImplementedError
+
+    def _as_in(self, begun: list[str]) -> None:
+        """Structure and trainable parameters after these stages have begun."""
+        with self._new_parameters():
+            self.boundaries.rebuild(self.inner, begun)
+        self._choose(begun[-1])
+
+    @contextmanager
+    def _new_parameters(self) -> Iterator[None]:
+        """What is added to the model inside is trainable."""
+        was = {name for name, _ in self.inner.named_parameters()}
+        yield
+        now = [name for name, _ in self.inner.named_parameters()]
+        self._trainable = [name for name in now if name in self._trainable or name not in was]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["stage"] = self.stage
+        if self._each is not None:
+            checkpoint["stages"] = list(self.stages)
+        if self.boundaries.changes:
+            checkpoint["boundaries"] = self.boundaries.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        name = checkpoint.get("stage", self.stage)
+        if self._each is not None and "stages" in checkpoint:
+            self.named_as(checkpoint["stages"])
+        if name not in self.stages:
+            raise ValueError(f"the checkpoint is of the stage {name!r}; {no_such(name, self.stages)}")
+        self.stage = name
+        if self.boundaries.changes and "boundaries" in checkpoint:
+            with self._new_parameters():
+                self.boundaries.load_state_dict(self.inner, checkpoint["boundaries"])
+        if "state_dict" in checkpoint:
+            checkpoint["state_dict"] = with_inner(checkpoint["state_dict"])
+        if self._trainable:
+            self._choose(name)
