@@ -43,7 +43,7 @@ class Changing(Wrapper):
             self.stages.update(dict.fromkeys(names, self._each))
 
     def begin_stage(self, name: str, batches: Batches) -> None:
-        """Go on to a stage, with the weights as they are, or those that it loads, changed as it says."""
+        """Go on to a stage, with the weights as they are, or those that it loads, then changed by its ``begin``."""
         if (load := self.stages[name].load) is not None:
             load.apply(self)
         with self._new_parameters():
@@ -53,7 +53,7 @@ class Changing(Wrapper):
             self.distill.teacher.begin(self)
 
     def end_stage(self, batches: Batches) -> None:
-        """Change the model as the stage says that it ends."""
+        """Change the model by the stage's ``end``."""
         if self.boundaries.end(self.inner, self.stage, batches):
             estimate_statistics(self, batches)
 

@@ -21,6 +21,8 @@ from descant.callbacks.evaluate.accuracy import Mean
 from descant.callbacks.evaluate.embeddings import Store
 from descant.modules.adaptation.freeze import Freeze
 from descant.modules.adaptation.lora import Lora
+from descant.modules.adaptation.merging import Interpolate, MergeRule, Permuted, Slerp, TaskArithmetic
+from descant.modules.adaptation.stage_changes import Boundary, Rewind, TaskMerge
 from descant.modules.balance import mcr as games
 from descant.modules.balance.agm import AGM
 from descant.modules.balance.base import Pacing
@@ -152,6 +154,28 @@ def a_batch() -> Batch:
 
 def small_towers() -> Towers:
     return Towers(image=ConvTower([D], stem=4), text=BagTower(20, D))
+
+
+# between stages -----------------------------------------------------------------------------------------------------
+
+
+def _merge(rule: MergeRule) -> Part:
+    def use(at: Place) -> Any:
+        net = at(nn.Linear(D, C))
+        then = {name: x + 1 for name, x in net.named_parameters()}
+        boundary = Boundary("a", {"before": {n: x.detach() for n, x in then.items()}, "first": then}, lambda n: (), 0)
+        TaskMerge(rule).apply(net, boundary)
+        merged = [p.detach().clone() for p in net.parameters()]
+        Rewind().apply(net, boundary)
+        return merged, list(net.parameters())
+
+    return use
+
+
+part("Interpolate", "TaskMerge", "Rewind", "Boundary", "Weights")(_merge(Interpolate(0.3)))
+part("Slerp")(_merge(Slerp(0.3)))
+part("TaskArithmetic")(_merge(TaskArithmetic(0.5)))
+part("Permuted")(_merge(Permuted(Interpolate(0.3))))
 
 
 # losses of pairs ----------------------------------------------------------------------------------------------------

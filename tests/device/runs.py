@@ -164,6 +164,7 @@ def contrastive(before: Path) -> Run:
             c.Throughput(peak_flops=1e9),
             c.Sanity(),
             c.WorstGroup(["i2t_r1"]),
+            c.Accumulation(["i2t_r1"]),
             ModelCheckpoint(filename="{step}"),
         ],
         {"precision": "bf16-mixed", "val_check_interval": 2},

@@ -31,6 +31,8 @@ NEEDLESS = {
     "Part": "judges strings",
     "JsonTable": "judges strings",
     "VerifierProcess": "judges strings",
+    "InverseSquareRoot": "numbers of the host, as WarmupCosine, which is tried",
+    "MetaSchedule": "numbers of the host, as WarmupCosine, which is tried",
     "Selection": "row numbers of a pool, before anything trains",
     "Selector": "chooses rows of a table, before anything trains",
     "ScoreFilter": "chooses rows of a table, before anything trains",
