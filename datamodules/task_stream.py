@@ -30,6 +30,8 @@ class TaskStream(StagedData):
         pretraining: the original data, for replay and to see what is kept of it.
         mix: shares of ``update``, ``replay`` and ``pretraining``; all of the current task where not given.
         order: of the tasks; as given by default.
+        joint: an upper bound: every stage has all tasks, those to come too, in equal shares of update and replay.
+        sealed: of all data, which have to have a lock-box, such as Emoji.
         steps, samples, flops: the budget of each task, one of the three (see StageData).
         batch_size, eval_batch_size, num_workers, tiny: of all data.
 
@@ -44,6 +46,8 @@ class TaskStream(StagedData):
         pretraining: DataModule | None = None,
         mix: dict[str, float] | None = None,
         order: list[str] | None = None,
+        joint: bool = False,
+        sealed: bool = False,
         steps: int | None = None,
         samples: int | None = None,
         flops: float | None = None,
@@ -56,11 +60,18 @@ class TaskStream(StagedData):
         mix = {UPDATE: 1.0} if mix is None else mix
         _require(tasks, pretraining, mix, order, steps or samples or flops)
         parts = dict(tasks) if pretraining is None else {**tasks, PRETRAINING: pretraining}
+        for name, part in parts.items() if sealed else ():
+            if not hasattr(part, "sealed"):
+                raise ValueError(f"sealed: {name}: {type(part).__name__} has no lock-box; Emoji has one")
+            part.sealed = True
         common: dict[str, Any] = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "tiny": tiny}
         stages = {}
         for t, name in enumerate(order):
-            weights = {PRETRAINING: mix.get(PRETRAINING, 0.0), name: mix.get(UPDATE, 0.0)}
-            weights |= {earlier: mix.get(REPLAY, 0.0) / t for earlier in order[:t]}
+            update, replay = mix.get(UPDATE, 0.0), mix.get(REPLAY, 0.0)
+            weights = {name: update} | {earlier: replay / t for earlier in order[:t]}
+            if joint:
+                weights = dict.fromkeys(order, (update + replay) / len(order))
+            weights = {PRETRAINING: mix.get(PRETRAINING, 0.0)} | weights
             weights = {part: weight for part, weight in weights.items() if weight}
             data = Mixture({part: parts[part] for part in weights}, weights, num_workers=num_workers, **common)
             stages[name] = StageData(data, steps=steps, samples=samples, flops=flops)

@@ -134,7 +134,7 @@ def test_a_task_that_rewinds_begins_at_the_first_weights(tmp_path: Path) -> None
 def test_running_statistics_are_those_of_the_merged_weights(tmp_path: Path) -> None:
     held = data(steps=1)
     _, net = run(tmp_path, stage=Stage(end=[TaskMerge()]), data=held)
-    norm: Any = net.inner.towers["image"].layers[1]  # type: ignore[union-attr, index]
+    norm: Any = net.inner.towers["image"].layers[1]  # type: ignore[index]
     seen: list[Tensor] = []
     hook = norm.register_forward_hook(lambda module, x, y: seen.append(x[0].mean(dim=0)))
     net.train()
