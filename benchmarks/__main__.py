@@ -45,6 +45,7 @@ BENCHMARKS = {
     "front": "benchmarks.front:front",
     "stamps": "benchmarks.stamps:stamps",
     "selection": "benchmarks.selection:selection",
+    "stages": "benchmarks.stages:stages",
 }
 
 

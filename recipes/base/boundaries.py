@@ -15,7 +15,7 @@ from descant.modules.core.rng import global_seed, mix
 from descant.recipes.base.stage import Stage
 
 #: Micro-batches over which running statistics are estimated for merged weights.
-ESTIMATED = 16
+ESTIMATED = 8
 Batches = Callable[[int], Iterable[Batch]]
 
 

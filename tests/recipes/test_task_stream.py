@@ -19,6 +19,7 @@ from descant.modules.adaptation.stage_changes import Boundary, Rewind, StageChan
 from descant.modules.training_setup.compile_and_shard import Shard
 from descant.modules.training_setup.schedule import InverseSquareRoot, MetaSchedule, WarmupCosine
 from descant.recipes import Fusion, Stage, Staged
+from descant.recipes.base.boundaries import ESTIMATED
 from tests._suites import SampleData, towers
 from tests._suites.data import CLASSES
 from tests.callbacks.run.test_resume import Act, equal, fit, point, state
@@ -139,7 +140,7 @@ def test_running_statistics_are_those_of_the_merged_weights(tmp_path: Path) -> N
     hook = norm.register_forward_hook(lambda module, x, y: seen.append(x[0].mean(dim=0)))
     net.train()
     was = norm.running_mean.clone()
-    for batch in held.first_batches("c", 16):
+    for batch in held.first_batches("c", ESTIMATED):
         net.inner.forward(batch)
     hook.remove()
     torch.testing.assert_close(was, torch.stack(seen).mean(dim=0).detach(), rtol=1e-9, atol=1e-9)
