@@ -121,6 +121,10 @@ def _select(args: Sequence[str]) -> int:
     parser.add_argument("--quota", action="store_true", help="equal quotas over scores and groups, not the best of all")
     parser.add_argument("--group", metavar="COLUMN", help="column of groups, such as styles")
     parser.add_argument("--cost", metavar="COLUMN", help="column of costs, such as tokens; 1 a row by default")
+    graded_help = "few rows with grades 0, 1, ... in the columns of --score (and --group), from which all get theirs"
+    parser.add_argument("--graded", metavar="FILE", type=Path, help=graded_help)
+    features_help = "embeddings that --graded learns from (image,text)"
+    parser.add_argument("--features", metavar="NAMES", default="image,text", help=features_help)
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed by which rows of equal scores go (0)")
     parser.add_argument("--sham", action="store_true", help="the control: scores permuted within groups")
     parser.add_argument("--runs", metavar="DIR", type=Path, default=Path("runs"), help="folder of the runs (runs)")

@@ -36,6 +36,8 @@ def select(
     quota: bool,
     group: str | None,
     cost: str | None,
+    graded: Path | None,
+    features: str,
     seed: int,
     sham: bool,
     runs: Path,
@@ -54,7 +56,10 @@ def select(
     selector: Selector = Quota(share, sham=mode) if quota else ScoreFilter(share, least, sham=mode)
     file = _of_run(runs, run) if run is not None else table
     assert file is not None
-    rows = _read(file, scores, [name for name in (COLUMN, group, cost) if name is not None])
+    if graded is not None:
+        rows = _of_grades(file, graded, scores, group, features, cost)
+    else:
+        rows = _read(file, scores, [name for name in (COLUMN, group, cost) if name is not None])
     score_NK = torch.stack([_score(rows, name) for name in scores], dim=1)
     whole_N = ~score_NK.isnan().any(dim=1)
     index_N = rows[COLUMN].to_numpy()[whole_N.numpy()]
@@ -65,6 +70,7 @@ def select(
     index_S = chosen.index_S.numpy()
     about = {"version": __version__, "of": file.name, "scores": list(scores), "share": share, "least": least}
     about |= {"quota": quota, "group": group, "cost": cost, "seed": seed, "sham": sham, "rows": len(index_N)}
+    about |= {} if graded is None else {"graded": graded.name, "features": features}
     columns = {COLUMN: index_N[index_S], **{name: score_NK[index_S, k].numpy() for k, name in enumerate(scores)}}
     made = pa.table(columns).replace_schema_metadata({"descant": json.dumps(about)})
     scratch = out.with_name(f".{out.name}.{os.getpid()}")
@@ -97,6 +103,17 @@ def _of_run(runs: Path, run: str) -> Path:
             f"--run {run}: no embeddings of its training samples; descant predict --run {run} --sets train writes them"
         )
     return found[-1]
+
+
+def _of_grades(
+    file: Path, graded: Path, scores: Sequence[str], group: str | None, features: str, cost: str | None
+) -> pa.Table:
+    if cost is not None:
+        fail(f"--cost {cost}: not with --graded, whose rows cost 1 each")
+    from descant.data.graded import graded as of_grades
+
+    names = [f"z_{name}" for name in features.split(",")]
+    return of_grades(_read(file, (), [COLUMN, *names]), graded, scores, group, names)
 
 
 def _read(file: Path, scores: Sequence[str], others: Sequence[str]) -> pa.Table:

@@ -65,6 +65,53 @@ def test_the_best_pairs_of_a_run_are_trained_on(cli: Cli, workplace: Path) -> No
     assert cli(*select).refusal == "--out ids.parquet: it is there already, and nothing is overwritten"
 
 
+def pool_and_grades(folder: Path, rows: int = 2000, few: int = 150) -> tuple[Path, Path, np.ndarray, np.ndarray]:
+    """Embeddings of a pool, of which the first two numbers make quality and the others style; some rows are graded."""
+    random = np.random.default_rng(1)
+    z = random.standard_normal((rows, 6))
+    quality = np.clip(np.round(2 + z[:, 0] + z[:, 1]), 0, 5).astype(int)
+    style = z[:, 2:].argmax(1)
+    columns = {"z_image": z[:, :3].tolist(), "z_text": [None, *z[1:, 3:].tolist()]}
+    pool = table(folder, rows, **columns)
+    graded = {"index": np.arange(1, few) * 7, "detail": quality[1:few], "style": [f"s{k}" for k in style[1:few]]}
+    pq.write_table(pa.table(graded), folder / "graded.parquet")
+    return pool, folder / "graded.parquet", quality, style
+
+
+def test_few_grades_score_a_whole_pool(cli: Cli, workplace: Path) -> None:
+    pool, graded, quality, style = pool_and_grades(workplace)
+    word = ("data", "select", "--table", pool, "--graded", graded, "--score", "detail", "--share", "0.2")
+    for name, more in {"best": (), "quota": ("--quota", "--group", "style")}.items():
+        result = cli(*word, *more, "--out", f"{name}.parquet")
+        assert result.rc == 0, result.err
+        chosen = pq.read_table(f"{name}.parquet")["index"].to_numpy() // 7
+        assert len(chosen) == 400 and 0 not in chosen, "a row without a feature has no score"
+        assert quality[chosen].mean() > quality.mean() + 1
+    counts = np.bincount(style[chosen], minlength=4)
+    assert counts.min() > 60, "found styles have equal quotas"
+    about = json.loads(pq.read_table("quota.parquet").schema.metadata[b"descant"])
+    assert about["graded"] == "graded.parquet" and about["features"] == "image,text"
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (
+            {"index": [10**6]},
+            "--graded graded.parquet: 1 rows are not in the table, or lack a feature, such as index 1000",
+        ),
+        ({"detail": [0.5]}, "--graded graded.parquet: detail: grades are whole numbers from 0 on, not double"),
+        ({"detial": [1], "detail": None}, "--graded graded.parquet: no column 'detail'; nearest: detial"),
+    ],
+)
+def test_grades_that_cannot_be_used_are_one_line(cli: Cli, workplace: Path, change: dict[str, Any], line: str) -> None:
+    pool, _, _, _ = pool_and_grades(workplace)
+    columns = {name: x for name, x in ({"index": [7], "detail": [1]} | change).items() if x is not None}
+    pq.write_table(pa.table(columns), workplace / "graded.parquet")
+    words = ("--graded", "graded.parquet", "--score", "detail", "--out", "ids.parquet")
+    assert cli("data", "select", "--table", pool, *words).refusal.startswith(line)
+
+
 def test_quotas_and_costs_of_a_table(cli: Cli, workplace: Path) -> None:
     pool = table(workplace, 4000)
     word = ("data", "select", "--table", pool, "--score", "quality", "--group", "style", "--cost", "tokens")
