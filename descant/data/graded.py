@@ -36,7 +36,7 @@ def graded(rows: pa.Table, file: Path, scores: Sequence[str], group: str | None,
     for name in features[1:-1]:
         whole = pc.and_kleene(whole, rows[name].is_valid())
     rows = rows.filter(whole)
-    x_ND = torch.cat([_vectors(rows[name]) for name in features], dim=1)
+    x_ND = torch.cat([vectors(rows[name]) for name in features], dim=1)
     at = {index: n for n, index in enumerate(rows[COLUMN].to_pylist())}
     missing = [index for index in few[COLUMN].to_pylist() if index not in at]
     if missing:
@@ -78,7 +78,7 @@ def _grades(file: Path, few: pa.Table, name: str) -> Tensor:
     return torch.from_numpy(few[name].to_numpy().astype(np.int64))
 
 
-def _vectors(column: pa.ChunkedArray) -> Tensor:
+def vectors(column: pa.ChunkedArray) -> Tensor:
     """float64 ``[N, D]``."""
     lists = column.combine_chunks()
     return torch.from_numpy(lists.flatten().to_numpy().astype(np.float64)).view(len(lists), -1)

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from descant import __version__
 from descant.cli.errors import fail, hint
+from descant.data.graded import graded as of_grades
+from descant.data.graded import vectors
 from descant.datamodules.selected import COLUMN
 from descant.modules.core.rng import mix_N
 from descant.modules.selection.selectors import Quota, ScoreFilter, Selector, entropy_share
@@ -110,8 +112,6 @@ def _of_grades(
 ) -> pa.Table:
     if cost is not None:
         fail(f"--cost {cost}: not with --graded, whose rows cost 1 each")
-    from descant.data.graded import graded as of_grades
-
     names = [f"z_{name}" for name in features.split(",")]
     return of_grades(_read(file, (), [COLUMN, *names]), graded, scores, group, names)
 
@@ -141,16 +141,9 @@ def _score(rows: pa.Table, name: str) -> Tensor:
     a, b = (f"z_{m}" for m in name.split(",")) if name.count(",") == 1 else fail(f"--score {name}: two modalities")
     score_N = torch.full((len(rows),), float("nan"), dtype=torch.float64)
     both_N = pc.and_(rows[a].is_valid(), rows[b].is_valid()).to_numpy()
-    z = [_vectors(rows[column].filter(pa.array(both_N))) for column in (a, b)]
+    z = [vectors(rows[column].filter(pa.array(both_N))) for column in (a, b)]
     score_N[torch.from_numpy(np.flatnonzero(both_N))] = torch.nn.functional.cosine_similarity(z[0], z[1])
     return score_N
-
-
-def _vectors(column: pa.ChunkedArray) -> Tensor:
-    """float64 ``[N, D]``."""
-    lists = column.combine_chunks()
-    flat = torch.from_numpy(lists.flatten().to_numpy().astype(np.float64))
-    return flat.view(len(lists), -1)
 
 
 def _groups(rows: pa.Table, column: str | None, whole_N: Tensor) -> tuple[list[str], Tensor | None]:
