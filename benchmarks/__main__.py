@@ -46,6 +46,7 @@ BENCHMARKS = {
     "stamps": "benchmarks.stamps:stamps",
     "selection": "benchmarks.selection:selection",
     "stages": "benchmarks.stages:stages",
+    "mining": "benchmarks.mining:mining",
 }
 
 

@@ -26,16 +26,16 @@ def selection() -> Iterator[Row]:
         score_NK = torch.rand(rows, SCORES, generator=g, dtype=torch.float64)
         group_N = torch.randint(GROUPS, (rows,), generator=g)
         draw_N = torch.from_numpy(mix_N(torch.arange(rows), "selection"))
-        before, began = _peak(), time.perf_counter()
+        before, began = peak_gigabytes(), time.perf_counter()
         chosen = Quota(SHARE)(score_NK, group_N, draw_N).index_S
         times[rows] = time.perf_counter() - began
         assert len(chosen) == int(SHARE * rows)
-        memory = _peak() - before
+        memory = peak_gigabytes() - before
     yield Row.at_most("selection/quota_seconds", times[ROWS], 10.0)
     yield Row.at_most("selection/quota_gigabytes", memory, 1.0)
     yield Row.at_most("selection/quota_times_of_half_the_rows", times[ROWS] / times[ROWS // 2], 2.5)
 
 
-def _peak() -> float:
+def peak_gigabytes() -> float:
     """The most memory that this process has had, in gigabytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

@@ -1,0 +1,170 @@
+"""Hard negatives: the targets that score highest with a query although they are false; exact, over blocks of pairs.
+
+Letters: Q queries, N targets, D width, K results of each query, M columns of a block, G of its groups, H groups that
+may hold results, S scores that may be results.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from descant.modules.selection.thresholds import F1Threshold, f1_threshold
+
+#: Queries and targets whose scores are computed at once: 32 MB in float32.
+BLOCK = (512, 16384)
+#: Neighbouring scores of which only the best is compared with a query's K-th.
+GROUP = 32
+
+
+class TopK(NamedTuple):
+    """Results by descending score; of equal ones the lowest index first. Missing ones: score -inf, index -1."""
+
+    score_QK: Tensor
+    index_QK: Tensor
+
+
+def top_k_in_blocks(
+    query_QD: Tensor,
+    target_ND: Tensor,
+    k: int,
+    content: tuple[Tensor, Tensor] | None = None,
+    below: float | None = None,
+    block: tuple[int, int] = BLOCK,
+) -> TopK:
+    """Exact top-k inner products, in the memory of one block of scores and the results.
+
+        index_q = the k highest n of q.t_n      with content_n != content_q, and q.t_n < below
+
+    Most of the time is the matrix product: each query keeps its k-th score so far as a bound, the best of each group of
+    32 scores is compared with it, and only what is above it is sorted. A score is as the product of its blocks rounds
+    it, so equal blocks give equal bits.
+
+    Args:
+        query_QD, target_ND: of one floating dtype and device.
+        content: int64 ``[Q]`` and ``[N]``; a target of equal content is no negative and is not returned.
+        below: scores of at least this are not returned; all are where not given.
+        block: rows of queries and targets whose scores are computed at once.
+
+    Raises:
+        ValueError: for k below 1, embeddings of other widths, or that are not finite.
+
+    >>> query_QD, target_ND = torch.eye(2), torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6], [0.6, 0.8]])
+    >>> top_k_in_blocks(query_QD, target_ND, k=2, content=(torch.tensor([7, 8]), torch.tensor([7, 9, 9, 9])))
+    TopK(score_QK=tensor([[0.8000, 0.6000],
+            [0.8000, 0.8000]]), index_QK=tensor([[2, 1],
+            [1, 3]]))
+    """
+    if k < 1:
+        raise ValueError(f"top_k_in_blocks: k {k}: at least 1")
+    if query_QD.ndim != 2 or target_ND.ndim != 2 or query_QD.shape[1] != target_ND.shape[1]:
+        raise ValueError(f"top_k_in_blocks: {tuple(query_QD.shape)} and {tuple(target_ND.shape)}: [Q, D] and [N, D]")
+    if not all(math.isfinite(float(x.sum(dtype=torch.float64))) for x in (query_QD, target_ND)):
+        raise ValueError("top_k_in_blocks: embeddings have to be finite")
+    rows, n = block[0], len(target_ND)
+    score_QK = query_QD.new_full((len(query_QD), k), -math.inf)
+    index_QK = torch.full_like(score_QK, -1, dtype=torch.int64)
+    columns = list(_columns(n, 2 * k * GROUP, block[1]))
+    same = [None if content is None else content[1][begin:end].sort() for begin, end in columns]
+    space = query_QD.new_empty(min(rows, len(query_QD)) * _padded(min(n, block[1])))
+    for first in range(0, len(query_QD), rows):
+        # scores are negated from here on, so that one pass of F.threshold_ masks those that are not below
+        negated_QD = -query_QD[first : first + rows]
+        q = len(negated_QD)
+        best = TopK(score_QK[first : first + rows].fill_(math.inf), index_QK[first : first + rows])
+        for (begin, end), sorted_M in zip(columns, same, strict=True):
+            cost_QM = space[: q * _padded(end - begin)].view(q, -1)
+            cost_QM[:, end - begin :] = math.inf
+            torch.mm(negated_QD, target_ND[begin:end].T, out=cost_QM[:, : end - begin])
+            if below is not None:
+                F.threshold_(cost_QM, -below, math.inf)
+            if content is not None and sorted_M is not None:
+                cost_QM[_equal(content[0][first : first + rows], *sorted_M)] = math.inf
+            _merge(best, cost_QM, begin)
+        best.score_QK.neg_()
+    return TopK(score_QK, index_QK)
+
+
+def _merge(best: TopK, cost_QM: Tensor, begin: int) -> None:
+    """The lowest costs of the best so far and a block whose first column is target ``begin``."""
+    (q, k), best_QG = best.score_QK.shape, cost_QM.view(len(cost_QM), -1, GROUP).amin(dim=2)
+    bound_Q = best.score_QK[:, -1]
+    hit_QG = best_QG < bound_Q[:, None]  # an equal cost loses against those before it
+    if best_QG.shape[1] >= k and int(hit_QG.sum()) > 2 * k * q:
+        # k groups hold a cost of at most their k-th best, which bounds what is sorted
+        kth_Q = best_QG.kthvalue(k, dim=1).values
+        bound_Q = torch.minimum(bound_Q, kth_Q.nextafter(torch.full_like(kth_Q, math.inf)))
+        hit_QG = best_QG < bound_Q[:, None]
+    row_H, group_H = hit_QG.nonzero(as_tuple=True)
+    if not len(row_H):
+        return
+    cost_HG = cost_QM.view(q, -1, GROUP)[row_H, group_H]
+    at_S, inside_S = (cost_HG < bound_Q[row_H, None]).nonzero(as_tuple=True)
+    row_S, count_Q = row_H[at_S], row_H[at_S].bincount(minlength=q)
+    place_S = k + torch.arange(len(row_S), device=row_S.device) - (count_Q.cumsum(0) - count_Q)[row_S]
+    width = k + int(count_Q.max())
+    all_QS, index_QS = cost_QM.new_full((q, width), math.inf), best.index_QK.new_full((q, width), -1)
+    all_QS[:, :k], index_QS[:, :k] = best.score_QK, best.index_QK
+    all_QS[row_S, place_S] = cost_HG[at_S, inside_S]
+    index_QS[row_S, place_S] = begin + group_H[at_S] * GROUP + inside_S
+    sorted_QS, order_QS = all_QS.sort(dim=1, stable=True)
+    best.score_QK.copy_(sorted_QS[:, :k])
+    best.index_QK.copy_(index_QS.gather(1, order_QS[:, :k]))
+
+
+def _equal(content_Q: Tensor, sorted_M: Tensor, order_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of a block that have equal content."""
+    low_Q, high_Q = (torch.searchsorted(sorted_M, content_Q, right=right) for right in (False, True))
+    count_Q = high_Q - low_Q
+    row_S = torch.arange(len(count_Q), device=count_Q.device).repeat_interleave(count_Q)
+    number_S = torch.arange(len(row_S), device=count_Q.device) - (count_Q.cumsum(0) - count_Q)[row_S]
+    return row_S, order_M[low_Q[row_S] + number_S]
+
+
+def _columns(n: int, first: int, most: int) -> Iterator[tuple[int, int]]:
+    """Blocks of targets: each as long as all before it, so that about k scores of each exceed the bound."""
+    begin = 0
+    while begin < n:
+        end = min(n, begin + min(max(begin, first), most))
+        yield begin, end
+        begin = end
+
+
+def _padded(columns: int) -> int:
+    return -(-columns // GROUP) * GROUP
+
+
+def pair_threshold(query_QD: Tensor, target_ND: Tensor, content_Q: Tensor, content_N: Tensor) -> F1Threshold:
+    """:func:`descant.modules.selection.thresholds.f1_threshold` over all pairs; those of equal content are true.
+
+    Over a sample of queries, since it sorts all scores; over all targets, since F1 depends on the share of true pairs.
+
+    >>> z_ND, content_N = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), torch.tensor([1, 1, 2])
+    >>> threshold = pair_threshold(z_ND, z_ND, content_N, content_N)
+    >>> round(threshold.value, 4), threshold.f1
+    (0.8, 1.0)
+    """
+    return f1_threshold((query_QD @ target_ND.T).flatten(), (content_Q[:, None] == content_N).flatten())
+
+
+def hard_negatives(
+    query_QD: Tensor, target_ND: Tensor, content_Q: Tensor, content_N: Tensor, k: int, threshold: float | None = None
+) -> TopK:
+    """Dynamic hard negatives of SAIL-Embedding (arXiv 2510.12709), no code released.
+
+        H_q = the k highest-scoring n with content_n != content_q and q.t_n < lambda*
+
+    What scores at least the threshold lambda* (:func:`pair_threshold`) is presumed to be true without a label.
+
+    Shapes: as of :func:`top_k_in_blocks`, contents int64. Queries with fewer negatives have index -1 for the rest.
+
+    >>> z_ND, content_N = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.5, 0.5]]), torch.tensor([1, 2, 3])
+    >>> hard_negatives(z_ND[:1], z_ND, content_N[:1], content_N, k=1, threshold=0.8).index_QK.tolist()
+    [[2]]
+    """
+    return top_k_in_blocks(query_QD, target_ND, k, (content_Q, content_N), threshold)
