@@ -64,10 +64,10 @@ def top_k_in_blocks(
         raise ValueError(f"top_k_in_blocks: k {k}: at least 1")
     if query_QD.ndim != 2 or target_ND.ndim != 2 or query_QD.shape[1] != target_ND.shape[1]:
         raise ValueError(f"top_k_in_blocks: {tuple(query_QD.shape)} and {tuple(target_ND.shape)}: [Q, D] and [N, D]")
-    if not all(math.isfinite(float(x.sum(dtype=torch.float64))) for x in (query_QD, target_ND)):
+    if not all(math.isfinite(float(x.sum())) for x in (query_QD, target_ND)):
         raise ValueError("top_k_in_blocks: embeddings have to be finite")
     rows, n = block[0], len(target_ND)
-    score_QK = query_QD.new_full((len(query_QD), k), -math.inf)
+    score_QK = query_QD.new_empty(len(query_QD), k)
     index_QK = torch.full_like(score_QK, -1, dtype=torch.int64)
     columns = list(_columns(n, 2 * k * GROUP, block[1]))
     same = [None if content is None else content[1][begin:end].sort() for begin, end in columns]
@@ -76,7 +76,7 @@ def top_k_in_blocks(
         # scores are negated from here on, so that one pass of F.threshold_ masks those that are not below
         negated_QD = -query_QD[first : first + rows]
         q = len(negated_QD)
-        best = TopK(score_QK[first : first + rows].fill_(math.inf), index_QK[first : first + rows])
+        best = _Best(score_QK[first : first + rows], index_QK[first : first + rows])
         for (begin, end), sorted_M in zip(columns, same, strict=True):
             cost_QM = space[: q * _padded(end - begin)].view(q, -1)
             cost_QM[:, end - begin :] = math.inf
@@ -85,45 +85,76 @@ def top_k_in_blocks(
                 F.threshold_(cost_QM, -below, math.inf)
             if content is not None and sorted_M is not None:
                 cost_QM[_equal(content[0][first : first + rows], *sorted_M)] = math.inf
-            _merge(best, cost_QM, begin)
-        best.score_QK.neg_()
+            best.add(cost_QM, begin)
+        best.sort()
+        best.cost_QK.neg_()
     return TopK(score_QK, index_QK)
 
 
-def _merge(best: TopK, cost_QM: Tensor, begin: int) -> None:
-    """The lowest costs of the best so far and a block whose first column is target ``begin``."""
-    (q, k), best_QG = best.score_QK.shape, cost_QM.view(len(cost_QM), -1, GROUP).amin(dim=2)
-    bound_Q = best.score_QK[:, -1]
-    hit_QG = best_QG < bound_Q[:, None]  # an equal cost loses against those before it
-    if best_QG.shape[1] >= k and int(hit_QG.sum()) > 2 * k * q:
-        # k groups hold a cost of at most their k-th best, which bounds what is sorted
-        kth_Q = best_QG.kthvalue(k, dim=1).values
-        bound_Q = torch.minimum(bound_Q, kth_Q.nextafter(torch.full_like(kth_Q, math.inf)))
-        hit_QG = best_QG < bound_Q[:, None]
-    row_H, group_H = hit_QG.nonzero(as_tuple=True)
-    if not len(row_H):
-        return
-    cost_HG = cost_QM.view(q, -1, GROUP)[row_H, group_H]
-    at_S, inside_S = (cost_HG < bound_Q[row_H, None]).nonzero(as_tuple=True)
-    row_S, count_Q = row_H[at_S], row_H[at_S].bincount(minlength=q)
-    place_S = k + torch.arange(len(row_S), device=row_S.device) - (count_Q.cumsum(0) - count_Q)[row_S]
-    width = k + int(count_Q.max())
-    all_QS, index_QS = cost_QM.new_full((q, width), math.inf), best.index_QK.new_full((q, width), -1)
-    all_QS[:, :k], index_QS[:, :k] = best.score_QK, best.index_QK
-    all_QS[row_S, place_S] = cost_HG[at_S, inside_S]
-    index_QS[row_S, place_S] = begin + group_H[at_S] * GROUP + inside_S
-    sorted_QS, order_QS = all_QS.sort(dim=1, stable=True)
-    best.score_QK.copy_(sorted_QS[:, :k])
-    best.index_QK.copy_(index_QS.gather(1, order_QS[:, :k]))
+class _Best:
+    """The lowest costs so far of some queries, in ``cost_QK`` and ``index_QK``, and those yet to be sorted among them.
+
+    Sorting waits until there are about K more costs a query: then the bound is that of half the targets at worst.
+    """
+
+    def __init__(self, cost_QK: Tensor, index_QK: Tensor) -> None:
+        self.cost_QK, self.index_QK = cost_QK.fill_(math.inf), index_QK
+        self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, cost_QM: Tensor, begin: int) -> None:
+        """The costs of a block whose first column is target ``begin``."""
+        (q, k), best_QG = self.cost_QK.shape, cost_QM.view(len(cost_QM), -1, GROUP).amin(dim=2)
+        bound_Q = self.cost_QK[:, -1]
+        hit_QG = best_QG < bound_Q[:, None]  # an equal cost loses against those before it
+        if best_QG.shape[1] >= k and int(hit_QG.sum()) > 2 * k * q:
+            # k groups hold a cost of at most their k-th best, which bounds what is sorted
+            kth_Q = best_QG.kthvalue(k, dim=1).values
+            bound_Q = torch.minimum(bound_Q, kth_Q.nextafter(torch.full_like(kth_Q, math.inf)))
+            hit_QG = best_QG < bound_Q[:, None]
+        hit_H = hit_QG.flatten().nonzero()[:, 0]
+        if not len(hit_H):
+            return
+        row_H = hit_H // best_QG.shape[1]
+        cost_HG = cost_QM.view(-1, GROUP).index_select(0, hit_H)
+        at_S, inside_S = (cost_HG < bound_Q[row_H, None]).nonzero(as_tuple=True)
+        index_S = begin + hit_H[at_S] % best_QG.shape[1] * GROUP + inside_S
+        self.waiting.append((row_H[at_S], cost_HG[at_S, inside_S], index_S))
+        if sum(len(row_S) for row_S, _, _ in self.waiting) > k * q:
+            self.sort()
+
+    def sort(self) -> None:
+        if not self.waiting:
+            return
+        (q, k), columns = self.cost_QK.shape, zip(*self.waiting, strict=True)
+        row_S, cost_S, index_S = (torch.cat(parts) for parts in columns)
+        row_S, order_S = row_S.sort(stable=True)
+        count_Q, place_S = _counted(row_S, q)
+        width = k + int(count_Q.max())
+        cost_QS, index_QS = cost_S.new_full((q, width), math.inf), index_S.new_full((q, width), -1)
+        cost_QS[:, :k], index_QS[:, :k] = self.cost_QK, self.index_QK
+        cost_QS[row_S, k + place_S] = cost_S[order_S]
+        index_QS[row_S, k + place_S] = index_S[order_S]
+        sorted_QS, order_QS = cost_QS.sort(dim=1, stable=True)
+        self.cost_QK.copy_(sorted_QS[:, :k])
+        self.index_QK.copy_(index_QS.gather(1, order_QS[:, :k]))
+        self.waiting.clear()
+
+
+def _counted(row_S: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """How often each of Q rows is in an ascending list, and the number of each entry among those of its row.
+
+    >>> _counted(torch.tensor([0, 2, 2]), 3)
+    (tensor([1, 0, 2]), tensor([0, 0, 1]))
+    """
+    count_Q = row_S.bincount(minlength=rows)
+    return count_Q, torch.arange(len(row_S), device=row_S.device) - (count_Q.cumsum(0) - count_Q)[row_S]
 
 
 def _equal(content_Q: Tensor, sorted_M: Tensor, order_M: Tensor) -> tuple[Tensor, Tensor]:
     """Rows and columns of a block that have equal content."""
     low_Q, high_Q = (torch.searchsorted(sorted_M, content_Q, right=right) for right in (False, True))
-    count_Q = high_Q - low_Q
-    row_S = torch.arange(len(count_Q), device=count_Q.device).repeat_interleave(count_Q)
-    number_S = torch.arange(len(row_S), device=count_Q.device) - (count_Q.cumsum(0) - count_Q)[row_S]
-    return row_S, order_M[low_Q[row_S] + number_S]
+    row_S = torch.arange(len(low_Q), device=low_Q.device).repeat_interleave(high_Q - low_Q)
+    return row_S, order_M[low_Q[row_S] + _counted(row_S, len(low_Q))[1]]
 
 
 def _columns(n: int, first: int, most: int) -> Iterator[tuple[int, int]]:
