@@ -106,7 +106,7 @@ class _Best:
         (q, k), best_QG = self.cost_QK.shape, cost_QM.view(len(cost_QM), -1, GROUP).amin(dim=2)
         bound_Q = self.cost_QK[:, -1]
         hit_QG = best_QG < bound_Q[:, None]  # an equal cost loses against those before it
-        if best_QG.shape[1] >= k and int(hit_QG.sum()) > 2 * k * q:
+        if best_QG.shape[1] >= k and int(hit_QG.sum()) > k * q:
             # k groups hold a cost of at most their k-th best, which bounds what is sorted
             kth_Q = best_QG.kthvalue(k, dim=1).values
             bound_Q = torch.minimum(bound_Q, kth_Q.nextafter(torch.full_like(kth_Q, math.inf)))
