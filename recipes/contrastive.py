@@ -7,11 +7,13 @@ labelled with.
     z_text = normalise(z_text + 0.2 knowledge(triples))  of a scene graph, where asked for (Structure-CLIP)
     loss = sum over pairs (a, b): pair loss(z_a, z_b)    InfoNCE, SigLIP or a hinge, with in-batch negatives
          + the intra-modal term of two views             SLIP, where asked for
-         + the term of hard negatives of the data        Structure-CLIP, where asked for
+         + the term of hard negatives of the data        Structure-CLIP, where asked for; or they are among the
+                                                         negatives of the pair loss (SAIL-Embedding)
 
 What differs from CLIP (Radford 2021): any set of pairs, each with its own scale; samples of equal content are not each
 other's negatives; an absent modality is left out exactly, as row and as negative, and costs no compute.
-Source: arXiv 2103.00020 (CLIP), 2303.15343 (SigLIP), 2112.12750 (SLIP), 2305.06152 (Structure-CLIP).
+Source: arXiv 2103.00020 (CLIP), 2303.15343 (SigLIP), 2112.12750 (SLIP), 2305.06152 (Structure-CLIP), 2510.12709
+(SAIL-Embedding).
 Letters: B samples, D width, K triples, W tokens of a triple's element.
 """
 
@@ -47,7 +49,8 @@ class Contrastive(SharedSpace):
         loss: of one pair; every pair gets its own copy (its own scale).
         pool: tokens to one vector, a copy for each modality; or one a modality.
         intra: a term between two views of one modality, or none.
-        negatives: a term with the hard negatives that the data has of one modality (``text_neg``), or none.
+        negatives: a term with the hard negatives that the data has of one modality (``text_neg``), or their part in the
+            loss of the pair, or none.
         knowledge: of the triples of a scene graph, added to the texts and to their hard negatives alike, or none.
     """
 
@@ -72,6 +75,12 @@ class Contrastive(SharedSpace):
         asked = {"negatives": negatives.pair if negatives else (), "intra": (intra.modality,) if intra else ()}
         for what, unknown in ((what, m) for what, names in asked.items() for m in names if m not in towers):
             raise ValueError(f"{what}: no tower {unknown!r}; the towers are {', '.join(towers)}")
+        if negatives is not None and negatives.denominator:
+            if negatives.name not in self.pairs:
+                raise ValueError(f"negatives: no pair {negatives.name}; the pairs are {', '.join(self.pairs)}")
+            if not isinstance(self.losses[negatives.name], InfoNCE):
+                kind = type(self.losses[negatives.name]).__name__
+                raise ValueError(f"negatives: denominator: {kind} has none; InfoNCE has")
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -116,10 +125,15 @@ class Contrastive(SharedSpace):
         h = {m: self.present_features(batch, m) for m in self.met}
         z = self.together(h, batch)
         copies = {m: self.hooks.fork(z_BD, self.forks[m]) for m, z_BD in z.items()}
-        terms = {}
+        terms, extra = {}, dict[str, tuple[Tensor, Tensor]]()
+        if self.negatives is not None:
+            z_neg_BD = self.embed(batch.negatives())[self.negatives.pair[1]]  # by the same towers, with own knowledge
+            has_B = batch.both(*self.negatives.given)
+            if self.negatives.denominator:
+                extra[self.negatives.name] = self.negatives.sham(z_neg_BD, batch.rng_seed, has_B), has_B
         for name, (a, b) in self.pairs.items():
-            valid_B = batch.both(a, b)
-            value_B = self.losses[name](copies[a][name], copies[b][name], batch.content_id, valid_B)
+            valid_B, (a_BD, b_BD) = batch.both(a, b), (copies[a][name], copies[b][name])
+            value_B = self.losses[name](a_BD, b_BD, batch.content_id, valid_B, *extra.get(name, ()))
             terms[name] = Term(value_B, valid=valid_B, given=(a, b))
         if self.intra is not None:
             m = self.intra.modality
@@ -128,9 +142,8 @@ class Contrastive(SharedSpace):
             h_2_BD = self.present_features(batch, m, view="@2")
             value_B = self.intra(h[m], h_2_BD, batch.content_id, batch.rng_seed, batch.present[m])
             terms[f"{m}-{m}"] = Term(value_B, valid=batch.present[m], given=(m,))
-        if self.negatives is not None:
-            name, (a, b), valid_B = self.negatives.name, self.negatives.pair, batch.both(*self.negatives.given)
-            z_neg_BD = self.embed(batch.negatives())[b]  # as its positive: the same towers, and knowledge of its own
-            value_B = self.negatives(copies[a][name], copies[b][name], z_neg_BD, batch.rng_seed, valid_B)
-            terms[name] = Term(value_B, valid=valid_B, given=self.negatives.given)
+        if self.negatives is not None and not self.negatives.denominator:
+            name, (a, b) = self.negatives.name, self.negatives.pair
+            value_B = self.negatives(copies[a][name], copies[b][name], z_neg_BD, batch.rng_seed, has_B)
+            terms[name] = Term(value_B, valid=has_B, given=self.negatives.given)
         return Output(terms, latents=z, pairs=pair_scorers(self.pairs, self.losses, z))

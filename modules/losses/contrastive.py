@@ -1,6 +1,6 @@
 """Contrastive losses (InfoNCE, SigLIP, NT-Xent), one value a sample, negatives from all ranks.
 
-Letters: B samples on this rank, G samples on all ranks, D width.
+Letters: B samples on this rank, G samples on all ranks, D width, K hard negatives of a sample.
 """
 
 from __future__ import annotations
@@ -42,6 +42,28 @@ def gathered_excluded(key_B: Tensor, valid_B: Tensor) -> Tensor:
     return excluded(key_B, valid_B, key_G, valid_G.bool(), first_row(len(key_B)))
 
 
+def with_negatives(log_sum_B: Tensor, negative_BK: Tensor, valid_BK: Tensor) -> Tensor:
+    """The logarithm of an InfoNCE denominator with K hard negatives of each sample in it.
+
+        log(e^{s_bb} + sum_g e^{s_bg} + sum_k e^{n_bk}),    log_sum_b = log(e^{s_bb} + sum_g e^{s_bg})
+
+    Source: SAIL-Embedding (arXiv 2510.12709), no code released.
+
+    Args:
+        log_sum_B: over the positive and the negatives of the batch.
+        negative_BK: logits of the hard negatives, on the same scale.
+        valid_BK: bool; which of them there are.
+
+    >>> log_sum_B, negative_BK = torch.tensor([2.0, 2.0]).log(), torch.tensor([[1.0, 1.0], [1.0, 1.0]]).log()
+    >>> valid_BK = torch.tensor([[True, True], [True, False]])
+    >>> [round(v, 4) for v in with_negatives(log_sum_B, negative_BK, valid_BK).exp().tolist()]
+    [4.0, 3.0]
+    """
+    # the lowest finite number, not -inf: a row without any has a finite gradient
+    negative_BK = negative_BK.masked_fill(~valid_BK, torch.finfo(negative_BK.dtype).min)
+    return torch.logaddexp(log_sum_B, negative_BK.logsumexp(dim=1))
+
+
 class ContrastiveLoss(nn.Module):
     """Base of contrastive losses: ``loss(z_a_BD, z_b_BD, key_B, valid_B) -> value_B`` of unit-length paired embeddings.
 
@@ -57,7 +79,8 @@ class InfoNCE(LearnedTemperature, ContrastiveLoss):
     z_b_b.z_a_g)[b]) / 2``.
 
     Source: van den Oord 2018 (arXiv 1807.03748); Radford 2021 (CLIP, arXiv 2103.00020). The scale ``s`` is learned and
-    clamped. Samples of equal content and absent samples are no negatives.
+    clamped. Samples of equal content and absent samples are no negatives. A hard negative ``z_neg_b`` of the sample, if
+    given, enters the first of both denominators (:func:`with_negatives`).
 
     Args:
         temperature: 1/s at the start.
@@ -73,7 +96,15 @@ class InfoNCE(LearnedTemperature, ContrastiveLoss):
     def __init__(self, temperature: float = 0.07, learn: bool = True, max_scale: float = 100.0) -> None:
         super().__init__(temperature, learn, max_scale)
 
-    def forward(self, z_a_BD: Tensor, z_b_BD: Tensor, key_B: Tensor, valid_B: Tensor) -> Tensor:
+    def forward(
+        self,
+        z_a_BD: Tensor,
+        z_b_BD: Tensor,
+        key_B: Tensor,
+        valid_B: Tensor,
+        z_neg_BD: Tensor | None = None,
+        has_neg_B: Tensor | None = None,
+    ) -> Tensor:
         with torch.autocast(z_a_BD.device.type, enabled=False):  # 100 times a bfloat16 cosine is noise
             a_BD, b_BD = promote(z_a_BD) * self.scale(), promote(z_b_BD)
             out_BG, first = gathered_excluded(key_B, valid_B), first_row(len(key_B))
@@ -83,7 +114,11 @@ class InfoNCE(LearnedTemperature, ContrastiveLoss):
             _exclude(ab_BG, out_BG)
             # on one rank the other direction is the transpose
             ba_BG = ab_BG.T if world() == 1 else _exclude(b_BD @ a_GD.T, out_BG)
-            return (ab_BG.logsumexp(dim=1) + ba_BG.logsumexp(dim=1)) / 2 - positive_B
+            ab_B = ab_BG.logsumexp(dim=1)
+            if z_neg_BD is not None and has_neg_B is not None:
+                logit_B = (a_BD * promote(z_neg_BD)).sum(dim=1)
+                ab_B = with_negatives(ab_B, logit_B[:, None], has_neg_B[:, None])
+            return (ab_B + ba_BG.logsumexp(dim=1)) / 2 - positive_B
 
 
 class SigLIP(LearnedTemperature, ContrastiveLoss):

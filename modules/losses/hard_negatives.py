@@ -1,4 +1,4 @@
-"""Loss on hard negatives given by the data, such as false captions. Letters: B samples, D width."""
+"""Loss on hard negatives given by the data, such as false captions. Letters: B samples, K negatives, D width."""
 
 from __future__ import annotations
 
@@ -17,13 +17,17 @@ class Negatives(nn.Module):
     ``inputs["text_neg"]`` is a false caption of image b, ``present["text_neg"]`` whether it has one. The sham gives
     every image the hard negative of another one.
 
+    With ``denominator`` there is no loss of its own: z_neg_b is one more negative of z_a_b in the InfoNCE of the pair
+    (SAIL-Embedding, arXiv 2510.12709; :func:`descant.modules.losses.contrastive.with_negatives`).
+
     Args:
         pair: two modalities; the second has the hard negatives.
         loss: of one sample; by default a hinge of margin 0.1.
         sham: ``permute`` for the control.
+        denominator: of the InfoNCE of the pair, instead of a term of their own.
 
     Raises:
-        ValueError: if ``pair`` is not two modalities.
+        ValueError: if ``pair`` is not two modalities, or for a loss of its own with ``denominator``.
 
     Shapes: ``z_a_BD, z_b_BD, z_neg_BD``, ``draw_B`` int64, ``valid_B`` bool (all three are present) ``-> value_B``.
 
@@ -39,13 +43,18 @@ class Negatives(nn.Module):
         pair: tuple[str, str] = ("image", "text"),
         loss: PairMarginLoss | None = None,
         sham: Literal["permute"] | None = None,
+        denominator: bool = False,
     ) -> None:
         super().__init__()
         if len(set(pair)) != 2:
             raise ValueError(f"pair: {list(pair)}: two different modalities, such as [image, text]")
+        if denominator and loss is not None:
+            raise ValueError("negatives: with denominator they enter the loss of the pair and have no loss of their own")
+        self.denominator = denominator
         self.pair, self.loss, self.sham = (pair[0], pair[1]), loss or PairMarginLoss(), Sham(sham)
         #: name of the term, and the modalities that its samples must have
-        self.name, self.given = f"{pair[0]}-{pair[1]}/negative", (*self.pair, pair[1] + NEGATIVE)
+        self.name = f"{pair[0]}-{pair[1]}" + ("" if denominator else "/negative")
+        self.given = (*self.pair, pair[1] + NEGATIVE)
 
     def forward(self, z_a_BD: Tensor, z_b_BD: Tensor, z_neg_BD: Tensor, draw_B: Tensor, valid_B: Tensor) -> Tensor:
         return self.loss(z_a_BD, z_b_BD, self.sham(z_neg_BD, draw_B, valid_B))

@@ -5,6 +5,7 @@ Letters: G samples of the big batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,7 @@ ARMS: dict[str, Callable[[], dict[str, Any]]] = {
         "knowledge": TripleEncoder(vocab=20, out=8, width=8, depth=1, heads=2),
         "loss": HardestInBatchHinge(0.5, warmup=1),
     },
+    "denominator": lambda: {"negatives": Negatives(denominator=True)},
     "hinge": lambda: {"loss": HardestInBatchHinge(0.5)},
 }
 
@@ -130,6 +132,37 @@ def test_the_term_is_the_hinge_of_what_embed_gives() -> None:
     assert terms[NAME].value[valid].tolist() == pytest.approx(wanted, abs=ulps(256, F64))
     scalar = model.step(terms, batch).terms[NAME]
     assert float(scalar.detach()) == pytest.approx(sum(wanted) / 7, rel=ulps(256, F64))
+
+
+def test_in_the_denominator_they_are_one_more_negative_of_the_image() -> None:
+    """The SAIL form, sample by sample: -log of the share of the positive among the batch and the hard negative."""
+    model, plain, batch = recipe_of("denominator"), recipe_of("negatives"), big_batch()
+    terms, before = model.terms(batch), plain.terms(batch)["image-text"]
+    assert list(terms) == ["image-text"] and torch.equal(terms["image-text"].valid, before.valid)
+    with torch.no_grad():
+        z, z_neg, s = model.embed(batch), model.embed(batch.negatives())["text"], model.losses["image-text"].scale()
+    both, has = batch.both("image", "text"), batch.both("image", "text", "text_neg")
+    for n in both.nonzero().flatten().tolist():
+        negatives = both & (batch.content_id != batch.content_id[n])
+        a, b = ([float(s * x[n] @ y[j]) for j in negatives.nonzero().flatten()] for x, y in (z.values(), [*z.values()][::-1]))
+        a += [float(s * z["image"][n] @ z_neg[n])] if has[n] else []
+        positive = float(s * z["image"][n] @ z["text"][n])
+        loss = sum(math.log1p(sum(math.exp(x - positive) for x in logits)) for logits in (a, b)) / 2
+        assert float(terms["image-text"].value[n].detach()) == pytest.approx(loss, abs=ulps(256, F64))
+    changed = terms["image-text"].value != before.value
+    assert torch.equal(changed & both, has)
+
+
+def test_a_denominator_needs_a_pair_that_has_one() -> None:
+    towers = Towers(image=Curve(8), text=Curve(6))
+    for options, says in (
+        ({"pairs": [["text", "image"]]}, "negatives: no pair image-text; the pairs are text-image"),
+        ({"loss": HardestInBatchHinge(0.5)}, "negatives: denominator: HardestInBatchHinge has none; InfoNCE has"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            Contrastive(towers, negatives=Negatives(denominator=True), **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="have no loss of their own"):
+        Negatives(loss=PairMarginLoss(), denominator=True)
 
 
 def test_absent_negatives_change_nothing() -> None:
