@@ -24,6 +24,7 @@ from descant.datamodules.batch_dataset import BatchDataset as BatchDataset
 from descant.datamodules.batch_dataset import NumberedDataset as NumberedDataset
 from descant.datamodules.batch_dataset import Rows as Rows
 from descant.datamodules.changes import Corpus, DataPolicy, pack, require
+from descant.datamodules.mined import MinedNegatives, MinedSet
 from descant.datamodules.resumable_sampler import Order
 from descant.datamodules.selected import SelectedSet, id_corpus, positions_of, read_ids
 from descant.modules.core.rng import global_seed
@@ -125,6 +126,7 @@ class DataModule(L.LightningDataModule):
             raise ValueError(f"batch_size {batch_size}: contrast and batch statistics need at least 2")
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.drop, self.tiny, self.selected = drop or {}, tiny, None if selected is None else Path(selected)
+        self.mined: MinedNegatives | None = None  # set by a callback that mines them
         self.position = (0, 0)  # (epoch, micro-batch) to start from; a resumed run sets it before the loader is made
         for modality, probability in self.drop.items():
             if modality not in self.modalities:
@@ -156,6 +158,25 @@ class DataModule(L.LightningDataModule):
         """The training samples that are taken."""
         data, id_N = self.training_set(), self.selected_ids
         return data if id_N is None else SelectedSet(data, positions_of(data, id_N, str(self.selected)))
+
+    def with_mined(self, data: BatchDataset) -> BatchDataset:
+        """A training set with mined negatives, where training reads those."""
+        return data if self.mined is None else MinedSet(data, self.mined)
+
+    def read_mined(self, modality: str) -> None:
+        """From now on training batches have mined negatives of this modality; absent until there are some."""
+        self.mined = MinedNegatives(modality)
+        self.with_mined(self.selected_set())  # raises where they cannot be read
+
+    def training_ids(self) -> Tensor:
+        """int64 ``[N]``: ids of the training samples that are taken."""
+        data = self.selected_set()
+        return torch.from_numpy(data.identity(np.arange(len(data))))
+
+    def renew_mined(self, id_N: Tensor, negative_NK: Tensor, version: int) -> None:
+        """Replaces the mined negatives: ids of samples, ascending, and of up to K negatives of each, then -1."""
+        assert self.mined is not None
+        self.mined.load({"version": version, "id": id_N, "negative": negative_NK})
 
     def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
         """Name -> set, for ``stage`` "validate" or "test". Metrics are logged as NAME/METRIC."""
@@ -215,16 +236,19 @@ class DataModule(L.LightningDataModule):
         return self.corpora() | ({} if id_N is None else {"ids": id_corpus(id_N, str(self.selected))})
 
     def state_dict(self) -> dict[str, Any]:
+        mined = {} if self.mined is None else {"mined": self.mined.state()}
         if not self.known_corpora:
-            return {}
+            return mined
         if "_corpora" not in self.__dict__:  # constant during a run
             self._corpora = {name: corpus.state(self.policy.verify) for name, corpus in self.known_corpora.items()}
-        return {"corpora": self._corpora}
+        return {"corpora": self._corpora, **mined}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError where a run is resumed with data that has changed, unless the policy allows that."""
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             require(self.known_corpora, state_dict.get("corpora", {}), self.policy)
+            if self.mined is not None and "mined" in state_dict:
+                self.mined.load(state_dict["mined"])
 
     # loaders ---------------------------------------------------------------------------------------------------
 
@@ -245,8 +269,8 @@ class DataModule(L.LightningDataModule):
 
     @property
     def workers(self) -> int:
-        """Worker processes of each rank."""
-        return self.num_workers
+        """Worker processes of each rank; none with mined negatives, since workers would not see new ones."""
+        return self.num_workers if self.mined is None else 0
 
     def _loader(self, data: BatchDataset, order: Order) -> DataLoader[Any]:
         return Loader(
@@ -268,7 +292,7 @@ class DataModule(L.LightningDataModule):
         data = self.selected_set()
         epoch, first = self.position
         order = self.order(data, rank=rank, world=world, accumulate=accumulate, epoch=epoch, first=first)
-        return self._loader(data, order)
+        return self._loader(self.with_mined(data), order)
 
     def evaluation_loader(self, data: BatchDataset) -> DataLoader[Any]:
         rank, world, _ = self._world()

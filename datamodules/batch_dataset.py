@@ -46,6 +46,10 @@ class BatchDataset(Dataset[Batch]):
         """``rows`` of some slots; overridden by sets whose rows depend on the epoch."""
         return self.rows(np.array([s.sample for s in slots]), draw_B)
 
+    def input_of(self, modality: str, slots: Sequence[Slot], draw_B: np.ndarray) -> Tensor:
+        """One input of some slots, as ``visit`` has it; overridden by sets that can read it without the others."""
+        return self.visit(slots, draw_B).inputs[modality]
+
     def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
         """Modality -> bool ``[N]``: which modalities these samples have, without reading them; by default all."""
         return {modality: torch.ones(len(index_N), dtype=torch.bool) for modality in self.modalities}

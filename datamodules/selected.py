@@ -38,6 +38,9 @@ class SelectedSet(BatchDataset):
     def visit(self, slots: Sequence[Slot], draw_B: np.ndarray) -> Rows:
         return self.whole.visit(self._slots(slots), draw_B)
 
+    def input_of(self, modality: str, slots: Sequence[Slot], draw_B: np.ndarray) -> Tensor:
+        return self.whole.input_of(modality, self._slots(slots), draw_B)
+
     def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
         return self.whole.present(self.index_S[index_N])
 

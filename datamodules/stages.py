@@ -245,7 +245,8 @@ class StagedData(CompositeDataModule):
         data = stage.data.selected_set()
         self.batch_size = stage.data.batch_size
         order = stage.data.order(data, **cut)
-        return stage.data._loader(data, StagedOrder(order, self._lengths[name], self.since, self._facts, epoch, first))
+        pieces = StagedOrder(order, self._lengths[name], self.since, self._facts, epoch, first)
+        return stage.data._loader(stage.data.with_mined(data), pieces)
 
     def _length(self, name: str, data: BatchDataset, order: Order) -> int | None:
         """Optimizer steps of an epoch of a stage; None: a whole pass."""
@@ -270,8 +271,9 @@ class StagedData(CompositeDataModule):
         trainer, part = self.trainer, self.stages[stage].data
         assert trainer is not None
         rank, world, accumulate = self._world()
-        data = part.selected_set()
-        for window in islice(part.order(data, rank=rank, world=world, accumulate=accumulate), number):
+        selected = part.selected_set()
+        data = part.with_mined(selected)
+        for window in islice(part.order(selected, rank=rank, world=world, accumulate=accumulate), number):
             raw = part.on_before_batch_transfer(trainer.precision_plugin.convert_input(data[window]), 0)
             yield part.on_after_batch_transfer(raw.to(trainer.strategy.root_device), 0)
 

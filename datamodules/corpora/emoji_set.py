@@ -87,9 +87,7 @@ class EmojiSet(NumberedDataset):
             # a concept that the other vendor does not draw has its own drawing again
             second_B = np.where(self.drawn_VN[choice_B, concept_B], second_B, vendor_B)
             inputs["image@2"] = self._images(concept_B, second_B, draw_B, "image@2")
-        text_BT, key_B = self._texts(index_B, draw_B, epoch_B)
-        dropout = self.data.token_dropout if self.random else 0.0
-        inputs["text"] = drop_tokens(text_BT, dropout, draw_B, self.captions.tokenizer.pad)
+        inputs["text"], key_B = self._texts(index_B, draw_B, epoch_B)
         if self.spoken is not None:
             inputs |= self.spoken.rows(self.caption_N[index_B], draw_B if self.random else None)
         targets = {name: torch.from_numpy(label_N[concept_B]) for name, label_N in self.label.items()}
@@ -97,8 +95,18 @@ class EmojiSet(NumberedDataset):
             targets[name] = torch.stack([by_vendor[v][c] for c, v in zip(concept_B, vendor_B, strict=True)])
         return Rows(inputs, targets, key_B)
 
+    def input_of(self, modality: str, slots: Sequence[Slot], draw_B: np.ndarray) -> Tensor:
+        if modality != "text":
+            return super().input_of(modality, slots, draw_B)
+        return self._texts(np.array([s.sample for s in slots]), draw_B, np.array([s.epoch for s in slots]))[0]
+
     def _texts(self, index_B: np.ndarray, draw_B: np.ndarray, epoch_B: np.ndarray | None) -> tuple[Tensor, Tensor]:
         """Token ids ``[B, T]`` and content keys ``[B]``."""
+        text_BT, key_B = self._captions(index_B, draw_B, epoch_B)
+        dropout = self.data.token_dropout if self.random else 0.0
+        return drop_tokens(text_BT, dropout, draw_B, self.captions.tokenizer.pad), key_B
+
+    def _captions(self, index_B: np.ndarray, draw_B: np.ndarray, epoch_B: np.ndarray | None) -> tuple[Tensor, Tensor]:
         if self.mixed is not None:
             return self.mixed.draw(index_B, draw_B, np.zeros_like(index_B) if epoch_B is None else epoch_B)
         concept_B = self.caption_N[index_B]

@@ -293,6 +293,26 @@ class BankData(Protocol):
 
 
 @runtime_checkable
+class NegativesData(Protocol):
+    """Data whose training batches can have mined negatives, such as ``inputs["text_neg"]``.
+
+    ``read_mined(modality)`` before the loader is made; ``mined`` has the version of the current ones, -1 before the
+    first. ``training_ids()``: of the samples that may be mined. ``renew_mined(id_N, negative_NK, version)``: up to K
+    negatives of each sample, by ids, then -1. ``bank_dataloader()``: as of :class:`BankData`.
+    """
+
+    mined: Any
+
+    def read_mined(self, modality: str) -> None: ...
+
+    def training_ids(self) -> Tensor: ...
+
+    def renew_mined(self, id_N: Tensor, negative_NK: Tensor, version: int) -> None: ...
+
+    def bank_dataloader(self) -> Iterable[Batch]: ...
+
+
+@runtime_checkable
 class StagedRecipe(Protocol):
     """A recipe in stages: ``stage`` is the name of the current one of ``stages``; ``begin_stage`` changes it.
 

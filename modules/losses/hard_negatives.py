@@ -49,7 +49,9 @@ class Negatives(nn.Module):
         if len(set(pair)) != 2:
             raise ValueError(f"pair: {list(pair)}: two different modalities, such as [image, text]")
         if denominator and loss is not None:
-            raise ValueError("negatives: with denominator they enter the loss of the pair and have no loss of their own")
+            raise ValueError(
+                "negatives: with denominator they enter the loss of the pair and have no loss of their own"
+            )
         self.denominator = denominator
         self.pair, self.loss, self.sham = (pair[0], pair[1]), loss or PairMarginLoss(), Sham(sham)
         #: name of the term, and the modalities that its samples must have

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from descant.modules.selection.thresholds import F1Threshold, f1_threshold
 
@@ -73,7 +72,7 @@ def top_k_in_blocks(
     same = [None if content is None else content[1][begin:end].sort() for begin, end in columns]
     space = query_QD.new_empty(min(rows, len(query_QD)) * _padded(min(n, block[1])))
     for first in range(0, len(query_QD), rows):
-        # scores are negated from here on, so that one pass of F.threshold_ masks those that are not below
+        # scores are negated from here on, so that one pass of threshold_ masks those that are not below
         negated_QD = -query_QD[first : first + rows]
         q = len(negated_QD)
         best = _Best(score_QK[first : first + rows], index_QK[first : first + rows])
@@ -82,7 +81,7 @@ def top_k_in_blocks(
             cost_QM[:, end - begin :] = math.inf
             torch.mm(negated_QD, target_ND[begin:end].T, out=cost_QM[:, : end - begin])
             if below is not None:
-                F.threshold_(cost_QM, -below, math.inf)
+                torch.threshold_(cost_QM, -below, math.inf)
             if content is not None and sorted_M is not None:
                 cost_QM[_equal(content[0][first : first + rows], *sorted_M)] = math.inf
             best.add(cost_QM, begin)

@@ -144,7 +144,10 @@ def test_in_the_denominator_they_are_one_more_negative_of_the_image() -> None:
     both, has = batch.both("image", "text"), batch.both("image", "text", "text_neg")
     for n in both.nonzero().flatten().tolist():
         negatives = both & (batch.content_id != batch.content_id[n])
-        a, b = ([float(s * x[n] @ y[j]) for j in negatives.nonzero().flatten()] for x, y in (z.values(), [*z.values()][::-1]))
+        a, b = (
+            [float(s * x[n] @ y[j]) for j in negatives.nonzero().flatten()]
+            for x, y in (z.values(), [*z.values()][::-1])
+        )
         a += [float(s * z["image"][n] @ z_neg[n])] if has[n] else []
         positive = float(s * z["image"][n] @ z["text"][n])
         loss = sum(math.log1p(sum(math.exp(x - positive) for x in logits)) for logits in (a, b)) / 2
