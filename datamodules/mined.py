@@ -41,7 +41,7 @@ class MinedNegatives:
         """int64 ``[B]``: one of the negatives of each sample by its draw, all equally likely; -1 where it has none.
 
         >>> mined = MinedNegatives("text", torch.tensor([3, 5]), torch.tensor([[5, 9], [-1, -1]]))
-        >>> mined.of(np.array([3, 3, 5, 4]), np.array([2, 4, 4, 4])).tolist()
+        >>> mined.of(np.array([3, 3, 5, 4]), np.array([2, 3, 3, 3])).tolist()
         [5, 9, -1, -1]
         """
         if not len(self.id_N):

@@ -21,7 +21,7 @@ def cosent(score_N: Tensor, label_N: Tensor, temperature: float = 0.05) -> Tenso
 
     >>> score_N, label_N = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0, 1, 2])
     >>> [round(float(cosent(s, label_N, temperature=1.0)), 4) for s in (score_N, score_N.flip(0))]
-    [1.2887, 1.4888]
+    [1.2888, 1.4888]
     """
     if not temperature > 0:
         raise ValueError(f"cosent: temperature {temperature:g}: must be above 0")

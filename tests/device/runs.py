@@ -194,6 +194,14 @@ def scenes(before: Path) -> Run:
 
 
 @run
+def mined(before: Path) -> Run:
+    towers = Towers(image=ConvTower([8], stem=4), text=BagTower(512, 8))
+    recipe = Contrastive(towers, 8, negatives=Negatives(denominator=True), optimizer=adamw)
+    data = emoji(text=NgramTokenizer(buckets=512, length=24))
+    return Run(recipe, data, [c.HardNegativeMiner(k=2, label="group")])
+
+
+@run
 def forks(before: Path) -> Run:
     recipe = Contrastive(pattern_towers("image", "text", "sketch"), 8, optimizer=adamw)
     harmonize = c.HarmonizeFeatures(GradVac(), Curriculum(warmup=0.0), audit="misaligned")
