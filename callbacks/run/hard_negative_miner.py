@@ -15,7 +15,7 @@ from descant.modules.core.capabilities import has, require
 from descant.modules.core.protocols import Embeds, NegativesData
 from descant.modules.core.ranks import rank, total_of_ranks, world
 from descant.modules.core.rng import global_seed, mix, mix_N
-from descant.modules.selection.mining import BLOCK, hard_negatives, pair_threshold
+from descant.modules.selection.mining import BLOCK, hard_negatives, one_of_each, pair_threshold
 from descant.modules.training_setup.trainer import bank_batches, data_now, data_parts, epoch_now
 
 
@@ -27,6 +27,7 @@ class HardNegativeMiner(Callback):
         H_a = the k samples b of highest s_ab = z_a.z_b     with other content than a, and s_ab < lambda*
         lambda* = argmax over lambda of F1 of "s >= lambda" over labelled pairs: true where the contents are equal
 
+    b are one sample of each content, another one each time, so that the k differ in content.
     What scores above lambda* without being labelled is presumed to be true. Training batches then have one of them a
     sample, by its draw, as ``inputs["text_neg"]``, for ``model.negatives``. The table is part of the data module's
     state and equal on all ranks. Source: SAIL-Embedding (arXiv 2510.12709), no code released; one of K a visit instead
@@ -101,9 +102,10 @@ class HardNegativeMiner(Callback):
         rows, (a, b) = self._embedded(trainer, pl_module), self.pair
         training_N = torch.isin(rows.index, data.training_ids().to(rows.index.device))
         query_Q, target_N = ((rows.present[m] & training_N).nonzero()[:, 0] for m in self.pair)
+        draw_R = torch.from_numpy(mix_N(rows.index, "mining", global_seed(), version)).to(rows.index.device)
+        target_N = target_N[one_of_each(rows.key[target_N], draw_R[target_N])]
         z_QD, z_ND, key_Q, key_N = rows.z[a][query_Q], rows.z[b][target_N], rows.key[query_Q], rows.key[target_N]
-        draw_Q = torch.from_numpy(mix_N(rows.index[query_Q], "mining", global_seed(), version))
-        sample_M = draw_Q.argsort(stable=True)[: max(1, self.pairs // max(len(target_N), 1))].to(query_Q.device)
+        sample_M = draw_R[query_Q].argsort(stable=True)[: max(1, self.pairs // max(len(target_N), 1))]
         best = pair_threshold(z_QD[sample_M], z_ND, key_Q[sample_M], key_N)
         threshold: float | None = best.value
         if self.threshold is None:

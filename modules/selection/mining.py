@@ -198,3 +198,17 @@ def hard_negatives(
     [[2]]
     """
     return top_k_in_blocks(query_QD, target_ND, k, (content_Q, content_N), threshold)
+
+
+def one_of_each(content_N: Tensor, draw_N: Tensor) -> Tensor:
+    """Indices, ascending, of one row of each content, the one of the lowest draw; so that results differ in content.
+
+    >>> one_of_each(torch.tensor([7, 8, 7, 8]), torch.tensor([5, 1, 3, 2])).tolist()
+    [1, 2]
+    """
+    order_N = draw_N.argsort(stable=True)
+    order_N = order_N[content_N[order_N].argsort(stable=True)]
+    sorted_N = content_N[order_N]
+    first_N = torch.ones_like(sorted_N, dtype=torch.bool)
+    first_N[1:] = sorted_N[1:] != sorted_N[:-1]
+    return order_N[first_N].sort().values
